@@ -1,0 +1,1 @@
+"""Jobs that measure the library: `python -m benchmarks.NAME`."""

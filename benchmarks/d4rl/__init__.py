@@ -1,0 +1,1 @@
+"""The paper's control experiments: from an offline dataset to a scored policy."""

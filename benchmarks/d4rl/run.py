@@ -1,0 +1,230 @@
+"""One run: reference, curation, fine-tuning, evaluation, result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from tensordict import TensorDictBase
+
+from benchmarks.d4rl import settings as paper
+from benchmarks.d4rl.plan import BENCHMARK, Plan, settings_of, write_json
+from iwsft import datasets
+from iwsft.curation import curate
+from iwsft.datasets import OfflineDataset
+from iwsft.diagnostics import diagnose
+from iwsft.evaluation import Evaluation, evaluate
+from iwsft.objective import ImportanceWeightedMLE
+from iwsft.policies import GaussianPolicy
+from iwsft.proposals import EMA, HardSync
+from iwsft.reference import annotate_reference
+from iwsft.samplers import StepSampler, TrajectorySampler
+from iwsft.training import Cost, Probe, Row, Schedule, fit
+from iwsft.trajectory import ACTION, OBSERVATION, lengths
+
+Say = Callable[[str, Row], None]
+_CURVE_EPISODES = 10
+_CURVE_POINTS = 10
+# Seeds of the learning curve's episodes, apart from those of the final score.
+_CURVE_SEED = 10_000
+
+
+def run(plan: Plan, say: Say) -> dict[str, Any]:
+    """Train and score one seed; its folder must be claimed (see ``plan.prepare``)."""
+    # One thread a run: runs beside each other do not fight, and the numbers are the same alone.
+    torch.set_num_threads(1)
+    dataset = datasets.load(plan.dataset)
+    folder = plan.folder(dataset)
+    everything: TensorDictBase = dataset.trajectories.to(plan.device)
+    reference_cost = Cost(0.0, 0.0)
+    if plan.algorithm.from_reference:
+        policy, kept, reference_cost = reference(plan, dataset, everything, say)
+        annotate_reference(policy, everything, cache=kept)
+        cost = fine_tune(plan, dataset, curated(plan, everything), policy, folder, say)
+    elif plan.algorithm.cuts or plan.cloning != plan.reference:
+        settings = settings_of(plan, dataset)
+        data = curated(plan, everything)
+        policy, cost = clone(plan, dataset, data, plan.cloning, folder, settings, say)
+    else:
+        policy, kept, cost = reference(plan, dataset, everything, say)
+        shutil.copytree(kept, folder, dirs_exist_ok=True)
+    since_cpu = time.process_time()
+    final = assess(plan, dataset, policy, episodes=plan.eval_episodes, seed=plan.seed)
+    evaluation_cpu = time.process_time() - since_cpu
+    result = {
+        "benchmark": BENCHMARK,
+        "dataset": dataset.name,
+        "algo": plan.algo,
+        "seed": plan.seed,
+        "env_id": final.env_id,
+        "preset": plan.preset,
+        "estimator": plan.estimator,
+        "steps": plan.total_steps(dataset),
+        "normalized_score": final.score,
+        "episode_scores": final.normalized_scores,
+        "episode_returns": final.returns,
+        "episode_lengths": final.lengths,
+        "return_mean": final.return_mean,
+        "episodes": len(final.returns),
+        "wall_seconds": cost.wall_seconds + final.wall_seconds,
+        "cpu_seconds": cost.cpu_seconds + evaluation_cpu,
+        "reference_wall_seconds": reference_cost.wall_seconds,
+        "reference_cpu_seconds": reference_cost.cpu_seconds,
+        "versions": final.versions,
+    }
+    write_json(folder / "result.json", result)
+    return result
+
+
+def curated(plan: Plan, everything: TensorDictBase) -> TensorDictBase:
+    """The trajectories that the algorithm trains on."""
+    if not plan.algorithm.cuts:
+        return everything
+    ties = paper.TIES[plan.preset]
+    return curate(everything, cuts=plan.algorithm.cuts, ties=ties, seed=plan.seed)
+
+
+def reference(
+    plan: Plan, dataset: OfflineDataset, everything: TensorDictBase, say: Say
+) -> tuple[GaussianPolicy, Path, Cost]:
+    """The reference policy of a seed: behaviour cloning on all data, trained once and kept.
+
+    Its folder is named by its settings, so that runs that share them share it; a second process
+    waits for the first.
+    """
+    settings = {
+        "data": dataset.fingerprint,
+        "seed": plan.seed,
+        "estimator": plan.estimator,
+        "batch": paper.CLONING_BATCH[plan.estimator, plan.preset],
+        "schedule": asdict(plan.reference),
+    }
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    root = Path(plan.out) / BENCHMARK / dataset.name / "reference"
+    folder = root / f"seed-{plan.seed}-{key}"
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f".seed-{plan.seed}-{key}.lock"):
+        policy, cost = clone(plan, dataset, everything, plan.reference, folder, settings, say)
+    return policy, folder, cost
+
+
+def clone(
+    plan: Plan,
+    dataset: OfflineDataset,
+    data: TensorDictBase,
+    schedule: Schedule,
+    folder: Path,
+    settings: dict[str, Any],
+    say: Say,
+) -> tuple[GaussianPolicy, Cost]:
+    """Behaviour cloning from scratch: the mean over trajectories of -log p / length."""
+    torch.manual_seed(plan.seed)
+    sizes = data.get(OBSERVATION).shape[-1], data.get(ACTION).shape[-1]
+    policy = GaussianPolicy(*sizes).to(plan.device)
+    cost = fit(
+        ImportanceWeightedMLE(policy, proposal="reference"),
+        sampler(plan, data, paper.CLONING_BATCH[plan.estimator, plan.preset]),
+        schedule,
+        probes=[curve(plan, dataset, policy, schedule.steps)],
+        folder=folder,
+        settings=settings,
+        log_every=max(1, schedule.steps // 100),
+        report=partial(say, "cloning"),
+    )
+    return policy, cost
+
+
+def sampler(plan: Plan, data: TensorDictBase, batch: int) -> StepSampler | TrajectorySampler:
+    """The sampler of the plan's estimator."""
+    kind = StepSampler if plan.estimator == "steps" else TrajectorySampler
+    return kind(data, batch, seed=plan.seed)
+
+
+def curve(plan: Plan, dataset: OfflineDataset, policy: GaussianPolicy, steps: int) -> Probe:
+    """A few episodes now and then, on seeds of their own."""
+
+    def look(_: TensorDictBase) -> Row:
+        few = min(_CURVE_EPISODES, plan.eval_episodes)
+        result = assess(plan, dataset, policy, episodes=few, seed=plan.seed + _CURVE_SEED)
+        if result.score is None:
+            return {"return_mean": result.return_mean}
+        return {"return_mean": result.return_mean, "normalized_score": result.score}
+
+    return Probe(max(1, steps // _CURVE_POINTS), look)
+
+
+def environment_of(dataset: OfflineDataset) -> str:
+    """The environment a dataset is scored in."""
+    if dataset.env_id is None:
+        raise ValueError(
+            f"{dataset.name} names no environment to score policies in; write its gymnasium id "
+            "into the file's attribute env_id"
+        )
+    return dataset.env_id
+
+
+def assess(
+    plan: Plan, dataset: OfflineDataset, policy: GaussianPolicy, *, episodes: int, seed: int
+) -> Evaluation:
+    """Roll the policy out in the environment of the data."""
+    return evaluate(
+        policy,
+        environment_of(dataset),
+        episodes=episodes,
+        seed=seed,
+        reference_scores=dataset.reference_scores,
+        device=plan.device,
+    )
+
+
+def fine_tune(
+    plan: Plan,
+    dataset: OfflineDataset,
+    data: TensorDictBase,
+    policy: GaussianPolicy,
+    folder: Path,
+    say: Say,
+) -> Cost:
+    """(iw-)SFT from the reference policy on curated, annotated trajectories."""
+    row, _ = plan.row(dataset)
+    algorithm = plan.algorithm
+    chain = paper.importance_weights(
+        plan.preset, row, per_step=algorithm.per_step, target_ess=plan.target_ess
+    )
+    chain.check_overflow(int(lengths(data).max()))
+    by_steps = plan.estimator == "steps"
+    # q = pi_ref leaves all weights at 1.
+    proposal = "reference" if not algorithm.weighted else "cached" if by_steps else "lagged"
+    loss = ImportanceWeightedMLE(policy, importance_weights=chain, proposal=proposal)
+    updater: HardSync | EMA | None = None
+    if algorithm.weighted:
+        updater = (
+            HardSync(loss, every=row.sync_every, trajectories=data)
+            if by_steps
+            else EMA(loss, decay=row.alpha)
+        )
+    # Single steps have no trajectory weights: the whole curated set is looked at instead.
+    weigh = Probe(
+        row.sync_every if by_steps else max(1, row.steps // 100),
+        lambda batch: diagnose(loss, data if by_steps else batch),
+    )
+    return fit(
+        loss,
+        sampler(plan, data, paper.FINE_TUNING_BATCH[plan.estimator]),
+        Schedule(row.steps, row.lr, row.warmup),
+        updater=updater,
+        probes=[curve(plan, dataset, policy, row.steps), *([weigh] if algorithm.weighted else [])],
+        folder=folder,
+        settings=settings_of(plan, dataset),
+        log_every=max(1, row.steps // 100),
+        report=partial(say, "tuning"),
+    )

@@ -1,0 +1,43 @@
+"""Command line of the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from benchmarks.report.page import write_report
+from benchmarks.report.runs import ReportError, read_runs, unfinished_runs
+from benchmarks.report.tables import score_table
+
+
+@dataclass(frozen=True)
+class Report:
+    """Tables and figures of the finished control runs below a folder, as markdown and PNG."""
+
+    runs: tyro.conf.Positional[Path]
+    """Folder that --out of the runs named."""
+    out: Path | None = None
+    """Where report.md and the figures go; by default `report` inside RUNS."""
+
+
+def main(report: Report) -> None:
+    """Write the report and print the scores."""
+    try:
+        page = write_report(report.runs, report.out or report.runs / "report")
+        runs, unfinished = read_runs(report.runs), unfinished_runs(report.runs)
+    except (ReportError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    console = Console()
+    console.print(score_table(runs))
+    if unfinished:
+        console.print(f"{len(unfinished)} unfinished runs left out:")
+        for path in unfinished:
+            console.print(f"  {path}", highlight=False)
+    console.print(f"Report: {page}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Report, prog="python -m benchmarks.report"))

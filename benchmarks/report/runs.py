@@ -1,0 +1,151 @@
+"""Finished runs on disk: `<benchmark>/<dataset>/<algo>/seed-<k>/` below a folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from iwsft import metrics
+
+_BENCHMARK = "d4rl"
+_REQUIRED: dict[str, type | tuple[type, ...]] = {
+    "dataset": str,
+    "algo": str,
+    "seed": int,
+    "steps": int,
+    "episodes": int,
+    "return_mean": (int, float),
+    "wall_seconds": (int, float),
+    "cpu_seconds": (int, float),
+}
+
+
+class ReportError(ValueError):
+    """A run folder that no report can be made of; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run.
+
+    Attributes:
+        folder: where it lies.
+        variant: folders between the folder that was read and the benchmark's, such as ``authors``
+            of ``runs/authors/d4rl/...``; empty for ``runs/d4rl/...``.
+        result: ``result.json``.
+        config: ``config.json``; empty where the file is missing.
+        metrics: rows of ``metrics.jsonl``; empty where the file is missing.
+    """
+
+    folder: Path
+    variant: str
+    result: dict[str, Any]
+    config: dict[str, Any]
+    metrics: list[dict[str, float]]
+
+    @property
+    def dataset(self) -> str:
+        return self.result["dataset"]
+
+    @property
+    def algo(self) -> str:
+        """The algorithm; runs of a variant are an algorithm of their own, ``variant/algo``."""
+        return "/".join(filter(None, (self.variant, self.result["algo"])))
+
+    @property
+    def seed(self) -> int:
+        return self.result["seed"]
+
+    @property
+    def score(self) -> float | None:
+        """D4RL-normalised score of the last policy, mean over its episodes."""
+        return self.result.get("normalized_score")
+
+
+def read_runs(folder: str | Path) -> list[Run]:
+    """Read all finished control runs below ``folder``, sorted by path.
+
+    Raises:
+        ReportError: a file is not what a run writes, or two folders hold the same run.
+    """
+    root = Path(folder)
+    found: dict[tuple[str, str, int], Run] = {}
+    for run_folder in _folders(root):
+        if not (run_folder / "result.json").exists():
+            continue
+        run = _read_run(run_folder, root)
+        if run.result.get("benchmark") != _BENCHMARK:
+            continue
+        key = (run.dataset, run.algo, run.seed)
+        if key in found:
+            raise ReportError(
+                f"{run_folder} and {found[key].folder} hold the same run ({run.dataset}, "
+                f"{run.algo}, seed {run.seed}): remove one of them"
+            )
+        found[key] = run
+    return list(found.values())
+
+
+def unfinished_runs(folder: str | Path) -> list[Path]:
+    """Run folders below ``folder`` without ``result.json``, sorted."""
+    return [path for path in _folders(Path(folder)) if not (path / "result.json").exists()]
+
+
+def _folders(root: Path) -> list[Path]:
+    if not root.is_dir():
+        raise ReportError(f"{root} is not a folder: pass the folder that --out of the runs named")
+    return sorted(path for path in (root, *root.rglob("seed-*")) if _is_run(path))
+
+
+def _is_run(path: Path) -> bool:
+    return path.name.startswith("seed-") and any(
+        (path / name).exists() for name in ("config.json", "result.json", metrics.FILE)
+    )
+
+
+def _read_run(folder: Path, root: Path) -> Run:
+    result = _read_json(folder / "result.json")
+    for key, kind in _REQUIRED.items():
+        if not isinstance(result.get(key), kind):
+            raise ReportError(
+                f"{folder / 'result.json'}: {key!r} is {result.get(key, 'missing')!r}; "
+                "remove the folder and run again"
+            )
+    for key in ("normalized_score", "return_mean"):
+        value = result.get(key)
+        if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+            raise ReportError(f"{folder / 'result.json'}: {key!r} is {value!r}, not a number")
+    config = folder / "config.json"
+    return Run(
+        folder=folder,
+        variant="/".join(folder.relative_to(root).parts[:-4]),
+        result=result,
+        config=_read_json(config) if config.exists() else {},
+        metrics=_read_metrics(folder / metrics.FILE),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ReportError(
+            f"{path} is not JSON ({error}): remove its folder and run again"
+        ) from error
+    if not isinstance(value, dict):
+        raise ReportError(f"{path} holds no JSON object: remove its folder and run again")
+    return value
+
+
+def _read_metrics(path: Path) -> list[dict[str, float]]:
+    if not path.exists():
+        return []
+    try:
+        return metrics.read(path)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ReportError(
+            f"{path} has a row that is not JSON ({error}): remove the row, or the folder"
+        ) from error

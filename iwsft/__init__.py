@@ -1,0 +1,38 @@
+"""iwsft: importance-weighted supervised fine-tuning, for control and for language models.
+
+``import iwsft`` is light; data sets, evaluation and training load with their first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+# name -> where it lives; a module maps to itself
+_PUBLIC = {
+    "EMA": "proposals",
+    "GaussianPolicy": "policies",
+    "HardSync": "proposals",
+    "ImportanceWeightedMLE": "objective",
+    "ImportanceWeights": "weights",
+    "annotate_reference": "reference",
+    "curate": "curation",
+    "datasets": "datasets",
+    "evaluate": "evaluation",
+    "reweight": "proposals",
+    "weights": "weights",
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'iwsft' has no attribute {name!r}; it has {__all__}")
+    module = import_module(f"iwsft.{_PUBLIC[name]}")
+    value = module if name == _PUBLIC[name] else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,243 @@
+"""Curation: from scored trajectories to the good ones, each with how often it counts.
+
+Algorithm 2 of the paper: percentiles of the scores cut the data into overlapping quality bins; each
+cut that a trajectory survives adds one copy of it. The copies are counts, never rows.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from iwsft.trajectory import (
+    MASK,
+    MULTIPLICITY,
+    REWARD,
+    TRAJ_IDS,
+    Segments,
+    lengths,
+    pack,
+    select,
+)
+
+Ties = Literal["rank", ">", ">="]
+Score = str | tuple[str, ...] | Callable[[TensorDictBase], Tensor]
+
+
+def curate(
+    trajectories: TensorDictBase,
+    *,
+    cuts: Sequence[float] = (90,),
+    ties: Ties = "rank",
+    score: Score = "return",
+    seed: int = 0,
+) -> TensorDictBase:
+    """Keep the trajectories that survive at least one cut (paper, Algorithm 2).
+
+    With ``cuts=(90, 95, 98)`` the best 2 % count three times, the next 3 % twice, the next 5 %
+    once: the paper's D_Q+. A single cut is plain filtering, as in SFT.
+
+    Args:
+        trajectories: packed or padded; a padded batch is packed first.
+        cuts: percentiles of the scores, from 0 (keeps all) to below 100, in any order. No cut at
+            all keeps all once.
+        ties: ``"rank"`` keeps the best ceil((100 - cut) / 100 n) of n trajectories, never none;
+            equal scores are ordered by a random permutation, so a higher cut keeps a subset of
+            what a lower one keeps. ``">"`` (paper) and ``">="`` (authors' code) compare with the
+            percentile, interpolated linearly between the scores.
+        score: ``"return"`` (undiscounted), ``"length"``, a key of the data that holds one number a
+            trajectory (the same on each of its steps), or a function from packed trajectories to
+            ``[n]`` numbers, higher is better.
+        seed: of the permutation among equal scores.
+
+    Returns:
+        Packed TensorDict of the survivors in their order, with ``multiplicity``, int64 per step:
+        the cuts its trajectory survived. Shares memory with ``trajectories`` where all survive.
+
+    Raises:
+        KeyError: a score that is no name and no key.
+        ValueError: no survivor, a score that is NaN or infinite, trajectories with a multiplicity
+            already, or a setting out of range.
+    """
+    cuts = _checked(cuts)
+    if ties not in get_args(Ties):
+        raise ValueError(f"ties={ties!r} is unknown; it is one of {', '.join(get_args(Ties))}")
+    if trajectories.get(MULTIPLICITY, default=None) is not None:
+        raise ValueError(
+            f"these trajectories hold {MULTIPLICITY!r} already; curate the data they come from, or "
+            f"drop the counts with trajectories.exclude({MULTIPLICITY!r})"
+        )
+    packed = _packed(trajectories)
+    sizes = lengths(packed)
+    # Scores are few and compared on the host, so that a seed means the same on any device.
+    scores = trajectory_scores(packed, score).cpu()
+    multiplicity = _survived(scores, cuts, ties, seed).to(sizes.device)
+    kept = multiplicity.nonzero().squeeze(-1)
+    # Selecting copies; a whole dataset is not held twice.
+    survivors = packed.copy() if len(kept) == len(sizes) else select(packed, kept)
+    survivors.set(MULTIPLICITY, multiplicity[kept].repeat_interleave(sizes[kept]))
+    return survivors
+
+
+def trajectory_returns(trajectories: TensorDictBase) -> Tensor:
+    """Undiscounted sum of ``("next", "reward")`` of each trajectory, float64 ``[n]``, in order.
+
+    Raises:
+        KeyError: trajectories without rewards.
+        ValueError: rewards that are not one number a step.
+    """
+    if trajectories.get(REWARD, default=None) is None:
+        raise KeyError(
+            f"the return needs {REWARD!r}, which these trajectories lack; pass score=KEY of a "
+            "score in the data, score='length', or a function"
+        )
+    # A padded batch is packed for its order; only these entries matter here.
+    packed = _packed(trajectories.select(REWARD, TRAJ_IDS, MASK, strict=False))
+    reward = packed.get(REWARD)
+    if reward.numel() != len(packed):
+        raise ValueError(f"{REWARD!r} has shape {list(reward.shape)}, not one number a step")
+    segments = Segments.of(packed)
+    return segments.sum(reward.double())[: int(segments.index[-1]) + 1]
+
+
+def trajectory_scores(trajectories: TensorDictBase, score: Score) -> Tensor:
+    """Scores of packed trajectories, finite, float64 ``[n]``; see :func:`curate` for ``score``."""
+    sizes = lengths(trajectories)
+    if callable(score):
+        scores = torch.as_tensor(score(trajectories))
+        if scores.shape != sizes.shape:
+            raise ValueError(
+                f"the score function gave shape {list(scores.shape)}; there are {len(sizes)} "
+                f"trajectories, so it must give [{len(sizes)}]"
+            )
+        scores = scores.detach().double()
+    elif score == "return":
+        scores = trajectory_returns(trajectories)
+    elif score == "length":
+        scores = Segments.of(trajectories).lengths[: len(sizes)].double()
+    else:
+        scores = _stored(trajectories, score)
+    bad = (~scores.isfinite()).nonzero()
+    if len(bad):
+        first = int(bad[0])
+        traj_id = int(trajectories.get(TRAJ_IDS)[int(sizes[:first].sum())])
+        raise ValueError(
+            f"the score ({_name(score)}) of trajectory {first} (id {traj_id}) is "
+            f"{float(scores[first])}, and {len(bad)} of {len(scores)} scores are NaN or infinite; "
+            "clean the data or drop these trajectories"
+        )
+    return scores
+
+
+def _survived(scores: Tensor, cuts: Sequence[float], ties: Ties, seed: int) -> Tensor:
+    """How many cuts each trajectory survives, int64 ``[n]``."""
+    if not cuts:
+        return torch.ones(len(scores), dtype=torch.int64)
+    if ties == "rank":
+        survived = _by_rank(scores, cuts, seed)
+    else:
+        survived = _by_percentile(scores, cuts, ties)
+    if not bool(survived.any()):
+        raise ValueError(f"the curated set is empty: {_nothing(min(cuts), ties, scores)}")
+    for cut, kept in zip(cuts, survived, strict=True):
+        if not bool(kept.any()):
+            warnings.warn(_nothing(cut, ties, scores), UserWarning, stacklevel=3)
+    return survived.sum(0)
+
+
+def _by_rank(scores: Tensor, cuts: Sequence[float], seed: int) -> Tensor:
+    count = len(scores)
+    if count > 1 and max(cuts) > 0 and bool((scores == scores[0]).all()):
+        warnings.warn(
+            f"all {count} scores are {float(scores[0]):.6g}: cuts {tuple(cuts)} keep trajectories "
+            "by chance; pass cuts=(0,) to keep all, or another score",
+            UserWarning,
+            stacklevel=4,
+        )
+    shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    best = shuffled[scores[shuffled].argsort(descending=True, stable=True)]
+    survived = torch.zeros(len(cuts), count, dtype=torch.bool)
+    for row, cut in zip(survived, cuts, strict=True):
+        # Rounded first: 100 - 99.6 is a little more than 0.4, and ceil would see it.
+        keep = math.ceil(round((100 - cut) / 100 * count, 9))
+        row[best[: max(1, keep)]] = True
+    return survived
+
+
+def _by_percentile(scores: Tensor, cuts: Sequence[float], ties: Ties) -> Tensor:
+    thresholds = torch.as_tensor(np.percentile(scores.numpy(), cuts))[:, None]
+    above = scores > thresholds if ties == ">" else scores >= thresholds
+    # The 0th percentile is the least score; ">" would drop it, and 0 means no cut.
+    return above | (torch.tensor(cuts) == 0)[:, None]
+
+
+def _nothing(cut: float, ties: Ties, scores: Tensor) -> str:
+    at_top = int((scores == scores.max()).sum())
+    least, quarter, middle, upper, most = np.percentile(scores.numpy(), (0, 25, 50, 75, 100))
+    return (
+        f"cut {cut} with ties={ties!r} keeps no trajectory: {at_top} of {len(scores)} scores are "
+        f"the maximum (quantiles 0/25/50/75/100: {least:.6g}, {quarter:.6g}, {middle:.6g}, "
+        f"{upper:.6g}, {most:.6g}); pass ties='rank' or '>=', or lower cuts"
+    )
+
+
+def _stored(packed: TensorDictBase, key: str | tuple[str, ...]) -> Tensor:
+    leaves = packed.keys(True, True)
+    if key not in leaves:
+        names = ["return", "length", *(_name(leaf) for leaf in leaves)]
+        close = difflib.get_close_matches(_name(key), names, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise KeyError(f"score {_name(key)} is unknown; {hint}There are {', '.join(names)}")
+    value = packed.get(key).double()
+    sizes = lengths(packed)
+    if value.numel() != len(packed):
+        raise ValueError(f"score {_name(key)} has shape {list(value.shape)}, not one a step")
+    value = value.reshape(-1)
+    scores = value[sizes.cumsum(0) - sizes]
+    # NaN is not equal to itself, and is named later.
+    varies = (value != scores.repeat_interleave(sizes)) & ~value.isnan()
+    if bool(varies.any()):
+        raise ValueError(
+            f"score {_name(key)} changes within a trajectory, first at step "
+            f"{int(varies.nonzero()[0])}; pass a function that makes one number a trajectory of it"
+        )
+    return scores
+
+
+def _packed(trajectories: TensorDictBase) -> TensorDictBase:
+    if trajectories.batch_size.numel() == 0:
+        raise ValueError("there is not a single step in these trajectories")
+    padded = len(Segments.of(trajectories).shape) == 2
+    return pack(trajectories) if padded else trajectories
+
+
+def _checked(cuts: Sequence[float]) -> tuple[float, ...]:
+    if not isinstance(cuts, Sequence) or isinstance(cuts, str):
+        raise TypeError(f"cuts={cuts!r} must be a sequence of percentiles, such as (90,)")
+    for cut in cuts:
+        if not 0 <= cut < 100:
+            raise ValueError(
+                f"cut {cut} is no percentile from 0 to below 100; 90 keeps the top 10 %"
+            )
+    if cuts and 0 < max(cuts) < 1:
+        warnings.warn(
+            f"cuts={tuple(cuts)} are percentiles and keep nearly everything; did you mean "
+            f"{tuple(100 * cut for cut in cuts)}?",
+            UserWarning,
+            stacklevel=3,
+        )
+    return tuple(cuts)
+
+
+def _name(score: Score) -> str:
+    if callable(score):
+        return getattr(score, "__name__", type(score).__name__)
+    return ".".join(score) if isinstance(score, tuple) else str(score)

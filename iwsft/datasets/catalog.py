@@ -1,0 +1,150 @@
+"""D4RL's datasets by name: file, mirrors, environment, checksum where known.
+
+File names are those of D4RL's own list (https://github.com/Farama-Foundation/D4RL, Apache-2.0).
+Environments are gymnasium's and gymnasium-robotics' with D4RL's dynamics and observations: v4 for
+locomotion (v5 changed them) and for AntMaze, where D4RL's 29 columns are ``achieved_goal`` (x, y)
+followed by ``observation``. ``FrankaKitchen-v1`` has an observation of its own (59 columns beside
+the goals), which D4RL's 60 columns do not fit.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+MIRRORS_VARIABLE = "IWSFT_D4RL_MIRRORS"
+_BERKELEY = "https://rail.eecs.berkeley.edu/datasets/offline_rl"
+_HUGGING_FACE = "https://huggingface.co/datasets/imone/D4RL/resolve/main"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A dataset of D4RL.
+
+    Attributes:
+        name: D4RL's name, ``hopper-medium-replay-v2``.
+        path: of the file below Berkeley's download root; mirrors keep the last part only.
+        env_id: gymnasium environment.
+        size: bytes of the file, where known.
+        sha256: of the file, where known.
+    """
+
+    name: str
+    path: str
+    env_id: str
+    size: int | None = None
+    sha256: str | None = None
+
+    @property
+    def filename(self) -> str:
+        return self.path.rsplit("/", 1)[-1]
+
+    @property
+    def url(self) -> str:
+        """Where D4RL itself has the file."""
+        return f"{_BERKELEY}/{self.path}"
+
+    @property
+    def urls(self) -> list[str]:
+        """Where the file is to be had, in the order to try.
+
+        Base URLs in the environment variable ``IWSFT_D4RL_MIRRORS`` (separated by commas) come
+        first; the file's name is appended to each.
+        """
+        own = os.environ.get(MIRRORS_VARIABLE, "").replace(",", " ").split()
+        mirrors = [f"{base.rstrip('/')}/{self.filename}" for base in own]
+        return [*mirrors, self.url, f"{_HUGGING_FACE}/{self.filename}"]
+
+
+def find(name: str) -> Entry | None:
+    """The entry of a D4RL name or of a D4RL file name (``hopper_medium_replay-v2.hdf5``)."""
+    return CATALOG.get(name.removesuffix(".hdf5")) or _BY_FILENAME.get(name)
+
+
+def _locomotion() -> list[Entry]:
+    tasks = {
+        "halfcheetah": "HalfCheetah-v4",
+        "hopper": "Hopper-v4",
+        "walker2d": "Walker2d-v4",
+        "ant": "Ant-v4",
+    }
+    kinds = ("random", "medium", "expert", "medium-replay", "medium-expert", "full-replay")
+    return [
+        Entry(
+            f"{task}-{kind}-v2",
+            f"gym_mujoco_v2/{task}_{kind.replace('-', '_')}-v2.hdf5",
+            env_id,
+        )
+        for task, env_id in tasks.items()
+        for kind in kinds
+    ]
+
+
+def _antmaze() -> list[Entry]:
+    mazes = {
+        "umaze": ("u-maze", False, False, "AntMaze_UMaze-v4"),
+        "umaze-diverse": ("u-maze", True, True, "AntMaze_UMaze-v4"),
+        "medium-play": ("big-maze", True, False, "AntMaze_Medium-v4"),
+        "medium-diverse": ("big-maze", True, True, "AntMaze_Medium-v4"),
+        "large-play": ("hardest-maze", True, False, "AntMaze_Large-v4"),
+        "large-diverse": ("hardest-maze", True, True, "AntMaze_Large-v4"),
+    }
+    return [
+        Entry(
+            f"antmaze-{maze}-{version}",
+            f"{folder}/Ant_maze_{file}_noisy_multistart_{starts}_multigoal_{goals}_sparse{tail}.hdf5",
+            env_id,
+        )
+        for version, folder, tail in (("v0", "ant_maze_new", ""), ("v2", "ant_maze_v2", "_fixed"))
+        for maze, (file, starts, goals, env_id) in mazes.items()
+    ]
+
+
+def _kitchen() -> list[Entry]:
+    files = {
+        "complete": (
+            "mini_kitchen_microwave_kettle_light_slider",
+            556_544,
+            "cd797c38cd52dfbe3f960cef73935cc724847abd189e47a703a7a2315ed60a81",
+        ),
+        "partial": (
+            "kitchen_microwave_kettle_light_slider",
+            19_558_459,
+            "57bfd9c5fe88a7cf702bbaf8b7cd800d30cd869e7f73416007238d26cd859800",
+        ),
+        "mixed": (
+            "kitchen_microwave_kettle_bottomburner_light",
+            19_560_760,
+            "a30382a50278fdaea2e2d88e5f2836a95bcf9b581d252617872fd6537302721b",
+        ),
+    }
+    return [
+        Entry(f"kitchen-{kind}-v0", f"kitchen/{file}-v0.hdf5", "FrankaKitchen-v1", size, sha256)
+        for kind, (file, size, sha256) in files.items()
+    ]
+
+
+def _adroit() -> list[Entry]:
+    v0 = {
+        "human": "{task}-v0_demos_clipped",
+        "cloned": "{task}-demos-v0-bc-combined",
+        "expert": "{task}-v0_expert_clipped",
+    }
+    tasks = ("pen", "hammer", "door", "relocate")
+    envs = {task: f"AdroitHand{task.capitalize()}-v1" for task in tasks}
+    old = [
+        Entry(f"{task}-{kind}-v0", f"hand_dapg/{file.format(task=task)}.hdf5", envs[task])
+        for task in tasks
+        for kind, file in v0.items()
+    ]
+    new = [
+        Entry(f"{task}-{kind}-v1", f"hand_dapg_v1/{task}-{kind}-v1.hdf5", envs[task])
+        for task in tasks
+        for kind in v0
+    ]
+    return old + new
+
+
+CATALOG = {entry.name: entry for entry in _locomotion() + _antmaze() + _kitchen() + _adroit()}
+_BY_FILENAME = {entry.filename: entry for entry in CATALOG.values()}
+ENV_IDS = frozenset(entry.env_id for entry in CATALOG.values())

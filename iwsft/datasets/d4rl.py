@@ -1,0 +1,196 @@
+"""Files in D4RL's HDF5 layout (https://arxiv.org/abs/2004.07219), from any source.
+
+One row a step: ``observations`` [N, obs], ``actions`` [N, act], ``rewards`` [N], ``terminals``
+[N], and where the file has them ``timeouts`` [N] and ``next_observations`` [N, obs]. Everything
+else in a file (``infos/...``, ``metadata/...``) is left alone. How the families are read:
+
+- Locomotion v2 has both optional fields; its next observations are true at a timeout, too.
+- AntMaze: ``terminals`` marks each step that ends within reach of the goal. They were written into
+  the files after the runs, in which the ant walked on; so a stay at the goal is read as several
+  short trajectories of return 1, as D4RL's own reader has it.
+- Kitchen files may lack ``timeouts``. ``terminals`` marks the last step of a demonstration,
+  whether the tasks were solved or not. Of the 60 observation columns the last 30 are goals, and
+  the reward of a step counts the tasks in their goal state (a return is not a number of tasks).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from iwsft.datasets import catalog
+from iwsft.datasets.dataset import OfflineDataset, contents
+from iwsft.datasets.episodes import Flags, Floats, Steps, first_row_outside, pack_steps
+from iwsft.datasets.scores import reference_scores
+
+if TYPE_CHECKING:
+    import h5py
+
+REQUIRED = ("observations", "actions", "rewards", "terminals")
+
+
+def read(path: Path, *, name: str | None = None, source: str | None = None) -> OfflineDataset:
+    """Read a file into packed trajectories, straight to float32, each array once in memory.
+
+    The environment is the file's attribute ``env_id``; without it, the one of ``name`` (or of
+    the file's name) if that is D4RL's. Actions must lie in [-1, 1], the range of every D4RL
+    task here, or in the action space of the file's environment where that is another one.
+
+    Args:
+        path: the file.
+        name: of the dataset; the file's stem by default.
+        source: where the file came from; its path by default.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no HDF5, a truncated or damaged file, a missing field, fields that do not fit
+            together, NaN or infinite values, flags that are not 0 or 1, actions out of range.
+    """
+    import h5py
+
+    if not path.is_file():
+        raise FileNotFoundError(_missing(path))
+    where = str(path)
+    try:
+        with h5py.File(path, "r") as file:
+            env_id = file.attrs.get("env_id")
+            steps = _steps(file, where)
+    except OSError as error:
+        raise ValueError(
+            f"{where} ({path.stat().st_size:,} bytes) cannot be read as HDF5: {error}. The file "
+            "is truncated, damaged or of another format; delete it and fetch it again"
+        ) from error
+    entry = catalog.find(name if name is not None else path.name)
+    if isinstance(env_id, bytes):
+        env_id = env_id.decode()
+    elif env_id is None and entry is not None:
+        env_id = entry.env_id
+    trajectories = pack_steps(steps, where)
+    _check_actions(steps.actions, env_id, where)
+    return OfflineDataset(
+        trajectories=trajectories,
+        name=name if name is not None else path.stem,
+        env_id=env_id,
+        reference_scores=reference_scores(env_id) if env_id is not None else None,
+        source=source if source is not None else where,
+        fingerprint=contents(trajectories),
+    )
+
+
+def _steps(file: h5py.File, where: str) -> Steps:
+    for key in REQUIRED:
+        if key not in file:
+            raise ValueError(
+                f"{where} has no field {key!r}; D4RL's layout needs {', '.join(REQUIRED)}, and the "
+                f"file has {', '.join(file) or 'nothing'}"
+            )
+    terminals = _flags(file, "terminals", where)
+    timeouts = np.zeros_like(terminals)
+    if "timeouts" in file:
+        timeouts = _flags(file, "timeouts", where)
+    return Steps(
+        observations=_floats(file, "observations", where),
+        actions=_floats(file, "actions", where),
+        rewards=_column(_floats(file, "rewards", where)),
+        terminals=terminals,
+        timeouts=timeouts,
+        next_observations=(
+            _floats(file, "next_observations", where) if "next_observations" in file else None
+        ),
+    )
+
+
+def _field(file: h5py.File, key: str, where: str) -> h5py.Dataset:
+    import h5py
+
+    field = file[key]
+    array = isinstance(field, h5py.Dataset) and bool(field.shape)
+    if not array or field.dtype.kind not in "fiub":
+        raise ValueError(f"{where}: {key!r} is {field}, expected numbers with one row a step")
+    return field
+
+
+def _floats(file: h5py.File, key: str, where: str) -> Floats:
+    field = _field(file, key, where)
+    values = np.empty(field.shape, dtype=np.float32)
+    if field.dtype.kind == "b":
+        values[...] = field[()]
+    elif values.size:
+        field.read_direct(values)  # HDF5 converts on the way: no second array of another dtype
+    return values
+
+
+def _flags(file: h5py.File, key: str, where: str) -> Flags:
+    values = _column(_field(file, key, where)[()])
+    odd = np.argwhere((values != 0) & (values != 1))
+    if len(odd):
+        row = int(odd[0, 0])
+        raise ValueError(f"{where}: {key!r} must be 0 or 1, row {row} is {values[row]}")
+    return values != 0
+
+
+def _column(values: NDArray[Any]) -> NDArray[Any]:
+    """``[N, 1]`` as ``[N]``; some writers keep the second axis."""
+    return values.reshape(-1) if values.shape[1:] == (1,) else values
+
+
+def _check_actions(actions: Floats, env_id: str | None, where: str) -> None:
+    row = first_row_outside(actions, -1.0, 1.0)
+    if row is None:
+        return
+    rule = "actions must lie in [-1, 1]"
+    if env_id is None:
+        rule += (
+            "; a file of an environment with a wider action space says so in its attribute 'env_id'"
+        )
+    elif env_id not in catalog.ENV_IDS:
+        low, high = _action_bounds(env_id, actions.shape[1], where, row)
+        row = first_row_outside(actions, low, high)
+        if row is None:
+            return
+        rule = (
+            f"actions must lie in the action space of {env_id}, {low.tolist()} to {high.tolist()}"
+        )
+    raise ValueError(
+        f"{where}: 'actions' is out of range at row {row} ({actions[row].tolist()}); {rule}. "
+        "Rescale or clip the actions"
+    )
+
+
+def _action_bounds(
+    env_id: str, columns: int, where: str, row: int
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    import gymnasium
+
+    try:
+        env = gymnasium.make(env_id)
+    except (gymnasium.error.Error, ImportError) as error:
+        raise ValueError(
+            f"{where}: 'actions' leaves [-1, 1] at row {row}, and {env_id} cannot be made here to "
+            f"ask for its action space ({error}). Install the environment, or rescale the actions"
+        ) from error
+    space = env.action_space
+    env.close()
+    if not isinstance(space, gymnasium.spaces.Box) or space.shape != (columns,):
+        raise ValueError(
+            f"{where}: 'actions' has {columns} columns, and the action space of {env_id} is {space}"
+        )
+    return space.low, space.high
+
+
+def _missing(path: Path) -> str:
+    import difflib
+
+    if path.is_dir():
+        return f"{path} is a folder; pass one of its .hdf5 files"
+    folder = path.parent
+    if not folder.is_dir():
+        return f"no file {path}: there is no folder {folder}"
+    others = sorted(p.name for p in folder.iterdir() if p.suffix in (".hdf5", ".h5"))
+    near = difflib.get_close_matches(path.name, others, n=1)
+    if near:
+        return f"no file {path}; did you mean {folder / near[0]}?"
+    return f"no file {path}; HDF5 files in {folder}: {', '.join(others) or 'none'}"

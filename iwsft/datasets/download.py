@@ -1,0 +1,199 @@
+"""Fetch a file over HTTP: mirrors in order, resumed where it broke, checked, moved in place."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import http.client
+import os
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+from filelock import FileLock
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+ATTEMPTS = 3
+TIMEOUT_SECONDS = 30
+BLOCK = 1 << 20
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class _MirrorError(Exception):
+    """This mirror did not deliver; the message says why."""
+
+
+def fetch(
+    urls: Sequence[str],
+    target: Path,
+    *,
+    size: int | None = None,
+    sha256: str | None = None,
+    signature: bytes = b"",
+) -> Path:
+    """Download a file unless it is there already.
+
+    The bytes go to ``<target>.<hash of the URL>.part`` and stay there if the transfer breaks; the
+    next attempt, in this call or a later one, asks the mirror for the rest only. The
+    complete file is checked and then moved to ``target`` in one step. Processes that ask for the
+    same file wait for each other.
+
+    Args:
+        urls: mirrors, in the order to try.
+        target: where the file goes.
+        size: bytes it must have; besides, it must have as many as the server announces.
+        sha256: hex digest it must have.
+        signature: first bytes it must have, so that no error page is taken for the file.
+
+    Returns:
+        ``target``.
+
+    Raises:
+        ConnectionError: no mirror delivered; the message names each URL, how far it came, the kept
+            part file and the way out.
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    if target.is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if target.is_file():  # another process had it first
+            return target
+        parts = [_part(target, url) for url in urls]
+        failures = []
+        for url, part in zip(urls, parts, strict=True):
+            try:
+                _download(url, part, size)
+                _check(part, size, sha256, signature)
+            except _MirrorError as broken:
+                failures.append(f"  {url}: {broken}")
+                continue
+            os.replace(part, target)
+            for other in parts:
+                other.unlink(missing_ok=True)
+            return target
+    raise ConnectionError(
+        f"could not download {target.name}:\n"
+        + "\n".join(failures)
+        + f"\nRun it again to resume, or fetch the file by hand and pass its path (or put it at "
+        f"{target})"
+    )
+
+
+def _download(url: str, part: Path, size: int | None) -> None:
+    for attempt in range(1, ATTEMPTS + 1):
+        before = _bytes(part)
+        try:
+            _transfer(url, part, size)
+            return
+        except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, OSError) and error.errno in _DISK_FULL:
+                raise _disk_full(part, error) from error
+            if isinstance(error, PermissionError) and error.filename is not None:
+                raise  # the folder, not the mirror
+            came = _bytes(part)
+            if attempt < ATTEMPTS and came > before:
+                continue  # it moves: ask for the rest at once
+            kept = f"; {came:,} bytes came and are kept in {part}" if came else ""
+            raise _MirrorError(f"{_reason(error)}{kept}") from error
+
+
+def _transfer(url: str, part: Path, size: int | None) -> None:
+    """Append to ``part`` what it lacks; raises where the stream ends before the announced end."""
+    have = _bytes(part)
+    headers = {"User-Agent": "iwsft"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    try:
+        response = urllib.request.urlopen(
+            urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS
+        )
+    except urllib.error.HTTPError as error:
+        if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE or not have:
+            raise
+        if error.headers.get("Content-Range", "").rpartition("/")[2] == str(have):
+            return  # every byte is here already
+        part.unlink()
+        _transfer(url, part, size)
+        return
+    with response:
+        if not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            have = 0  # the server sends the whole file
+        announced = response.headers.get("Content-Length")
+        total = have + int(announced) if announced is not None else size
+        if total is not None:
+            _check_room(part, total - have)
+        with open(part, "ab" if have else "wb") as file, _progress() as progress:
+            task = progress.add_task(part.name.removesuffix(".part"), total=total, completed=have)
+            while block := response.read(BLOCK):
+                file.write(block)
+                progress.advance(task, len(block))
+            file.flush()
+            os.fsync(file.fileno())
+    if total is not None and _bytes(part) < total:
+        raise http.client.HTTPException(
+            f"the connection closed at {_bytes(part):,} of {total:,} bytes"
+        )
+
+
+def _check(part: Path, size: int | None, sha256: str | None, signature: bytes) -> None:
+    """Checks on the complete file; one that fails is deleted, for resuming it can't help."""
+    fault = None
+    with open(part, "rb") as file:
+        if size is not None and _bytes(part) != size:
+            fault = f"the file has {_bytes(part):,} bytes, expected {size:,}"
+        elif file.read(len(signature)) != signature:
+            fault = "the file is of another format (an error page?)"
+        elif sha256 is not None:
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != sha256:
+                fault = f"the file has SHA-256 {digest}, expected {sha256}"
+    if fault is not None:
+        part.unlink()
+        raise _MirrorError(f"{fault}; it was deleted")
+
+
+def _check_room(part: Path, needed: int) -> None:
+    free = shutil.disk_usage(part.parent).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"{needed:,} bytes are to come and {free:,} are free")
+
+
+def _disk_full(part: Path, error: OSError) -> OSError:
+    return OSError(
+        errno.ENOSPC,
+        f"the disk is full while downloading to {part.parent} ({error.strerror}); what came is "
+        f"kept. Make room and run it again to resume, or choose another cache folder (cache_dir, "
+        "or the environment variable IWSFT_CACHE)",
+    )
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, urllib.error.HTTPError):
+        return f"HTTP {error.code} {error.reason}"
+    if isinstance(error, urllib.error.URLError):
+        return str(error.reason)
+    return str(error) or type(error).__name__
+
+
+def _part(target: Path, url: str) -> Path:
+    return target.with_name(f"{target.name}.{hashlib.sha256(url.encode()).hexdigest()[:8]}.part")
+
+
+def _bytes(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )

@@ -1,0 +1,162 @@
+"""Rows of steps, as files hold them, to packed trajectories: checks first, then the cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tensordict import TensorDict
+
+from iwsft.trajectory import (
+    ACTION,
+    DONE,
+    NEXT_OBSERVATION,
+    OBSERVATION,
+    REWARD,
+    TERMINATED,
+    TRUNCATED,
+    from_steps,
+)
+
+Floats = NDArray[np.float32]
+Flags = NDArray[np.bool_]
+
+# Rounding to float32 and a simulator's own clipping leave this much.
+ACTION_TOLERANCE = 1e-4
+# Rows looked at together: the mask of a check stays small beside the data.
+CHUNK = 65_536
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The fields of ``N`` steps in the order they were recorded.
+
+    Attributes:
+        observations: float32 ``[N, obs]``.
+        actions: float32 ``[N, act]``.
+        rewards: float32 ``[N]``.
+        terminals: bool ``[N]``, the environment ended the episode at this step.
+        timeouts: bool ``[N]``, the episode was cut after this step; where both flags are set, the
+            step counts as terminated only.
+        next_observations: float32 ``[N, obs]``. None: the observation of the next row of the same
+            trajectory, and at its last step, whose successor was not recorded, the step's own
+            observation. A critic that bootstraps at a truncation then sees a real state.
+    """
+
+    observations: Floats
+    actions: Floats
+    rewards: Floats
+    terminals: Flags
+    timeouts: Flags
+    next_observations: Floats | None = None
+
+
+def pack_steps(steps: Steps, source: str) -> TensorDict:
+    """Check the fields and cut them into packed trajectories; arrays are used without a copy.
+
+    A trajectory ends where ``terminals | timeouts``, that row included. Rows after the last end
+    (a run stopped in the middle of an episode) are kept as one more trajectory, truncated.
+
+    Args:
+        steps: the fields.
+        source: named in errors.
+
+    Raises:
+        ValueError: no rows, fields of different shapes, NaN or infinite values.
+    """
+    _check_shapes(steps, source)
+    for field in ("observations", "actions", "rewards", "next_observations"):
+        values = getattr(steps, field)
+        if values is not None:
+            _check_finite(values, field, source)
+
+    terminated = steps.terminals
+    truncated = steps.timeouts & ~terminated
+    truncated[-1] |= not terminated[-1]
+    done = terminated | truncated
+    following = steps.next_observations
+    if following is None:
+        following = _shift(steps.observations, done)
+    return from_steps(
+        {
+            OBSERVATION: torch.from_numpy(steps.observations),
+            ACTION: torch.from_numpy(steps.actions),
+            NEXT_OBSERVATION: torch.from_numpy(following),
+            REWARD: torch.from_numpy(steps.rewards).unsqueeze(-1),
+            DONE: torch.from_numpy(done).unsqueeze(-1),
+            TERMINATED: torch.from_numpy(terminated).unsqueeze(-1),
+            TRUNCATED: torch.from_numpy(truncated).unsqueeze(-1),
+        },
+        torch.from_numpy(np.cumsum(done, dtype=np.int64) - done),
+    )
+
+
+def first_row_outside(
+    actions: Floats, low: float | NDArray[np.floating], high: float | NDArray[np.floating]
+) -> int | None:
+    """First row of ``actions`` beyond ``[low, high]`` by more than the tolerance, if any."""
+
+    def outside(chunk: Floats) -> Flags:
+        beyond = (chunk < low - ACTION_TOLERANCE) | (chunk > high + ACTION_TOLERANCE)
+        return np.asarray(beyond.any(axis=1))
+
+    return _first_row(actions, outside)
+
+
+def _check_shapes(steps: Steps, source: str) -> None:
+    rows = len(steps.observations)
+    if rows == 0:
+        raise ValueError(f"{source} holds no steps: 'observations' has 0 rows")
+    for field, ndim in (
+        ("observations", 2),
+        ("actions", 2),
+        ("rewards", 1),
+        ("terminals", 1),
+        ("timeouts", 1),
+    ):
+        shape = getattr(steps, field).shape
+        if len(shape) != ndim or 0 in shape[1:]:
+            expected = "[steps, features]" if ndim == 2 else "[steps]"
+            raise ValueError(f"{source}: {field!r} has shape {list(shape)}, expected {expected}")
+        if shape[0] != rows:
+            raise ValueError(
+                f"{source}: {field!r} has {shape[0]} rows and 'observations' has {rows}; every "
+                "field holds one row a step"
+            )
+    following = steps.next_observations
+    if following is not None and following.shape != steps.observations.shape:
+        raise ValueError(
+            f"{source}: 'next_observations' has shape {list(following.shape)} and 'observations' "
+            f"has {list(steps.observations.shape)}; they must be equal"
+        )
+
+
+def _check_finite(values: Floats, field: str, source: str) -> None:
+
+    def not_finite(chunk: Floats) -> Flags:
+        return np.asarray(~np.isfinite(chunk).reshape(len(chunk), -1).all(axis=1))
+
+    row = _first_row(values, not_finite)
+    if row is not None:
+        raise ValueError(
+            f"{source}: {field!r} is NaN or infinite at row {row} ({values[row].tolist()}); drop "
+            "the episode of that row from the data, or repair it"
+        )
+
+
+def _first_row(values: Floats, bad: Callable[[Floats], Flags]) -> int | None:
+    for start in range(0, len(values), CHUNK):
+        rows = np.flatnonzero(bad(values[start : start + CHUNK]))
+        if len(rows):
+            return start + int(rows[0])
+    return None
+
+
+def _shift(observations: Floats, done: Flags) -> Floats:
+    following = np.empty_like(observations)
+    following[:-1] = observations[1:]
+    following[done] = observations[done]
+    return following

@@ -1,0 +1,174 @@
+"""Minari datasets (https://minari.farama.org), from the local store or the remote one.
+
+Minari's ``mujoco/*`` sets are new data from v5 environments, not D4RL's: their scores do not
+compare with D4RL's, and they come with reference scores only where Minari has them.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from iwsft.datasets.dataset import OfflineDataset, contents
+from iwsft.datasets.episodes import Floats, Steps, first_row_outside, pack_steps
+
+if TYPE_CHECKING:
+    import gymnasium
+    from minari import MinariDataset
+
+ID = re.compile(r"([\w-]+/)*[\w-]+-v\d+")
+
+
+def read(dataset_id: str) -> OfflineDataset:
+    """Read a Minari dataset into packed trajectories; it is downloaded if it is not here.
+
+    Minari stores the T + 1 observations of an episode of T steps: the last T are the next
+    observations. Observations that are dictionaries or tuples of boxes become one row, joined in
+    the order of the space, as gymnasium's ``FlattenObservation`` does it. An episode whose last
+    step has neither flag ends truncated.
+
+    Args:
+        dataset_id: ``namespace/name-v0``; local store at ``MINARI_DATASETS_PATH``.
+
+    Raises:
+        ImportError: minari is not installed.
+        ConnectionError: it is not in the local store and could not be had from the remote one.
+        ValueError: a malformed id, a damaged file, spaces other than boxes, no steps, NaN or
+            infinite values, actions outside the action space.
+    """
+    source = f"minari:{dataset_id}"
+    if not ID.fullmatch(dataset_id):
+        raise ValueError(
+            f"{dataset_id!r} is no Minari id; they read 'namespace/name-v0' or 'name-v0'"
+        )
+    data = _open(dataset_id)
+    for space, what in ((data.observation_space, "observation"), (data.action_space, "action")):
+        _require_boxes(space, what, source)
+    try:
+        steps = _steps(data)
+    except OSError as error:
+        raise ValueError(
+            f"{source} cannot be read from {data.storage.data_path}: {error}. The file is "
+            "truncated or damaged; delete the folder and load it again"
+        ) from error
+    trajectories = pack_steps(steps, source)
+    _check_actions(steps.actions, data.action_space, source)
+    return OfflineDataset(
+        trajectories=trajectories,
+        name=dataset_id.replace("/", "-"),
+        env_id=data.env_spec.id if data.env_spec is not None else None,
+        reference_scores=_reference_scores(data),
+        source=source,
+        fingerprint=contents(trajectories),
+    )
+
+
+def _open(dataset_id: str) -> MinariDataset:
+    try:
+        import minari
+    except ImportError as error:
+        raise ImportError(
+            f"reading {dataset_id!r} needs the package minari: pip install 'minari[hdf5,hf]'"
+        ) from error
+    try:
+        return minari.load_dataset(dataset_id)
+    except FileNotFoundError as error:
+        not_here = error  # ask the remote store
+    except ValueError as error:
+        raise ValueError(f"cannot read the Minari dataset {dataset_id!r}: {error}") from error
+    not_had: tuple[type[Exception], ...] = (ValueError, ImportError, *_transport_errors())
+    try:
+        return minari.load_dataset(dataset_id, download=True)
+    except not_had as error:
+        raise ConnectionError(
+            f"{not_here} Nor could it be downloaded (`minari list remote` shows what there is, and "
+            f"a folder copied into the local store is found there): {error}"
+        ) from error
+
+
+def _transport_errors() -> tuple[type[Exception], ...]:
+    """What a failed request to the hub raises: OSError, and the base of its HTTP client's own."""
+    try:
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError:
+        return (OSError,)
+    return tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
+
+
+def _require_boxes(space: gymnasium.Space[Any], what: str, source: str) -> None:
+    from gymnasium.spaces import Box, Dict, Tuple
+
+    if isinstance(space, Box):
+        return
+    if isinstance(space, Dict | Tuple) and what == "observation":
+        parts = space.values() if isinstance(space, Dict) else space
+        for part in parts:
+            _require_boxes(part, what, source)
+        return
+    raise ValueError(
+        f"{source}: the {what} space holds {space}; observations may be boxes, or dictionaries and "
+        "tuples of boxes, and actions one box"
+    )
+
+
+def _steps(data: MinariDataset) -> Steps:
+    from gymnasium.spaces.utils import flatdim
+
+    rows = int(data.total_steps)
+    observations: Floats = np.empty((rows, flatdim(data.observation_space)), dtype=np.float32)
+    following = np.empty_like(observations)
+    actions: Floats = np.empty((rows, flatdim(data.action_space)), dtype=np.float32)
+    rewards: Floats = np.empty(rows, dtype=np.float32)
+    terminals, timeouts = np.zeros(rows, dtype=bool), np.zeros(rows, dtype=bool)
+    start = 0
+    for episode in data.iterate_episodes():
+        stop = start + len(episode)
+        if stop == start:
+            continue
+        _flatten(
+            episode.observations, data.observation_space, slice(0, -1), observations[start:stop]
+        )
+        _flatten(
+            episode.observations, data.observation_space, slice(1, None), following[start:stop]
+        )
+        _flatten(episode.actions, data.action_space, slice(None), actions[start:stop])
+        rewards[start:stop] = episode.rewards
+        terminals[start:stop] = episode.terminations
+        timeouts[start:stop] = episode.truncations
+        timeouts[stop - 1] |= not terminals[stop - 1]
+        start = stop
+    return Steps(observations, actions, rewards, terminals, timeouts, following)
+
+
+def _flatten(values: Any, space: Any, rows: slice, out: Floats) -> None:
+    """Write the leaves of ``values``, rows ``rows``, side by side into ``out`` [T, features]."""
+    from gymnasium.spaces import Box, Dict
+    from gymnasium.spaces.utils import flatdim
+
+    if isinstance(space, Box):
+        out[:] = values[rows].reshape(len(out), -1)
+        return
+    parts = space.items() if isinstance(space, Dict) else enumerate(space)
+    column = 0
+    for key, part in parts:
+        width = flatdim(part)
+        _flatten(values[key], part, rows, out[:, column : column + width])
+        column += width
+
+
+def _check_actions(actions: Floats, space: Any, source: str) -> None:
+    low, high = space.low.reshape(-1), space.high.reshape(-1)
+    row = first_row_outside(actions, low, high)
+    if row is not None:
+        raise ValueError(
+            f"{source}: 'actions' leaves the dataset's own action space ({low.tolist()} to "
+            f"{high.tolist()}) at row {row} ({actions[row].tolist()}); rescale or clip the actions"
+        )
+
+
+def _reference_scores(data: MinariDataset) -> tuple[float, float] | None:
+    metadata = data.storage.metadata
+    low, high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+    return (float(low), float(high)) if low is not None and high is not None else None

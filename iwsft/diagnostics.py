@@ -1,0 +1,140 @@
+"""How far the weights have gone, and how tight the bound is.
+
+Weights and counts have any one shape: a step's (or trajectory's) weight and how much it counts (a
+trajectory's draws, spread evenly over its steps). The effective sample size is
+:func:`iwsft.weights.log_ess`.
+"""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from iwsft.objective import ImportanceWeightedMLE
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+def weight_quantiles(
+    weight: Tensor, count: Tensor, probabilities: tuple[float, ...] = QUANTILES
+) -> Tensor:
+    """Quantiles of the weights, each counted ``count`` times.
+
+    The p-quantile is the smallest weight at which the counts reach a share p.
+
+    Returns:
+        One number per probability, in the dtype of ``weight``.
+    """
+    weight, count = weight.reshape(-1), count.reshape(-1).double()
+    ordered, order = weight.sort()
+    share = count[order].cumsum(0)
+    # Half a rounding error off, so that a share of exactly p is found.
+    at = torch.tensor(probabilities, dtype=torch.float64, device=weight.device) * share[-1]
+    place = torch.searchsorted(share, at * (1 - 1e-12)).clamp(max=len(ordered) - 1)
+    return ordered[place]
+
+
+def pareto_k(weight: Tensor) -> float:
+    """Shape k of a generalised Pareto distribution fitted to the largest weights.
+
+    Below 0.5 the variance of the weights is finite, over 0.7 an importance-sampling estimate is
+    not to be trusted (Vehtari, Simpson, Gelman, Yao and Gabry, "Pareto smoothed importance
+    sampling", arXiv:1507.02646). The tail is the min(n / 5, 3 sqrt n) largest; the fit is that of
+    Zhang and Stephens (2009) with the prior of the paper's Appendix C.
+
+    Args:
+        weight: weights of the distinct trajectories, ``[n]``.
+
+    Returns:
+        k-hat; NaN with fewer than 5 weights in the tail (n < 25), or a tail of equal weights,
+        which has no shape.
+    """
+    ordered = weight.detach().double().reshape(-1).sort().values
+    n = len(ordered)
+    tail = int(min(0.2 * n, 3 * n**0.5))
+    if tail < 5:
+        return float("nan")
+    excess = ordered[-tail:] - ordered[-tail - 1]
+    # Equal up to the rounding of the float32 weights.
+    if float(excess[-1]) <= 1e-6 * float(ordered[-1]):
+        return float("nan")
+    grid = 30 + int(tail**0.5)
+    quartile = excess[int(tail / 4 + 0.5) - 1].clamp(min=1e-12 * excess[-1])
+    j = torch.arange(1, grid + 1, dtype=torch.float64, device=weight.device)
+    b = (1 - (grid / (j - 0.5)).sqrt()) / (3 * quartile) + 1 / excess[-1]
+    k = torch.log1p(-b[:, None] * excess).mean(1)
+    likelihood = tail * ((-b / k).log() - k - 1)
+    b_hat = (torch.softmax(likelihood, 0) * b).sum()
+    k_hat = torch.log1p(-b_hat * excess).mean()
+    return float((tail * k_hat + 10 * 0.5) / (tail + 10))
+
+
+def bound_gap(log_weight_p: Tensor, log_weight_q: Tensor, count: Tensor) -> dict[str, Tensor]:
+    """How loose the bound is: Eq. 18's surrogate against the importance-sampled return.
+
+    With weights w_p and w_q of the policy and of q against pi_ref, on data that carries the reward
+    in its counts (a curated trajectory has reward m), the return is J = E[m w_p] and its bound
+    S = E[m w_q (1 + log w_p - log w_q)]; J - S >= 0, and 0 where q = p. Both go through the same
+    transforms, so for other than ``reduce="sum"`` it is the gap of the smoothed objective.
+
+    Args:
+        log_weight_p: log-weights of the policy, any shape.
+        log_weight_q: log-weights of q.
+        count: how much each counts.
+
+    Returns:
+        Float64 scalars ``importance_sampled_return``, ``surrogate`` and ``bound_gap``, each over
+        the mean weight of q, so that 0.1 reads as 10 %.
+    """
+    p, q, m = log_weight_p.double(), log_weight_q.double(), count.double()
+    # A common factor keeps exp finite, and dividing by the mean weight takes it out again.
+    top = torch.where(m > 0, torch.maximum(p, q), -torch.inf).amax()
+    w_p, w_q = (p - top).exp(), (q - top).exp()
+    # q = 0 adds nothing: x log x goes to 0.
+    log_ratio = torch.where(w_q > 0, p - q, 0.0)
+    total = (m * w_q).sum()
+    value = (m * w_p).sum() / total
+    surrogate = (m * w_q * (1 + log_ratio)).sum() / total
+    return {
+        "importance_sampled_return": value,
+        "surrogate": surrogate,
+        "bound_gap": value - surrogate,
+    }
+
+
+@torch.no_grad()
+def diagnose(loss: ImportanceWeightedMLE, batch: TensorDictBase) -> dict[str, float]:
+    """Look at the weights of a batch of whole trajectories more closely than the loss does.
+
+    One or two forward passes without gradient.
+
+    Args:
+        loss: whose policy, q and transforms are used.
+        batch: whole trajectories (single steps have no trajectory weight of their own). The bound
+            needs ``ref_log_prob``.
+
+    Returns:
+        ``weight_q05`` to ``weight_q95`` (quantiles over draws), ``pareto_k`` over the distinct
+        trajectories (absent where it has no value), and, with ``ref_log_prob``,
+        ``importance_sampled_return``, ``surrogate`` and ``bound_gap``.
+    """
+    segments = loss.segments(batch)
+    count = loss.count(batch, segments)
+    log_prob = loss.log_prob(batch)
+    log_q, _ = loss.log_weights(batch, segments, count, log_prob)
+    weight = log_q.exp()
+    names = [f"weight_q{round(100 * p):02d}" for p in QUANTILES]
+    out = dict(zip(names, weight_quantiles(weight, count).tolist(), strict=True))
+    per_trajectory = segments.mean(weight)[segments.lengths > 0]
+    each = weight[segments.valid] if loss.importance_weights.reduce is None else per_trajectory
+    k = pareto_k(each)
+    if k == k:
+        out["pareto_k"] = k
+    if loss.tensor_keys.ref_log_prob in batch.keys(include_nested=True):
+        log_ratio = log_prob - loss.reference(batch, segments)
+        log_p, _ = loss.importance_weights(
+            torch.where(segments.valid, log_ratio, 0.0), segments, count
+        )
+        out |= {name: float(x) for name, x in bound_gap(log_p, log_q, count).items()}
+    return out

@@ -1,0 +1,117 @@
+"""Gymnasium environments by id: made with clear errors, and their observations as flat vectors."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.error import DeprecatedEnv, UnregisteredEnv
+from numpy.typing import NDArray
+
+# What an environment returns as observation -> a flat vector [obs].
+Flatten = Callable[[Any], NDArray[Any]]
+
+
+def make(env_id: str, **kwargs: Any) -> gym.Env[Any, Any]:
+    """Make one environment, without gymnasium's checking wrapper (it costs time at each step).
+
+    Ids that gymnasium does not know are looked for in gymnasium-robotics (FrankaKitchen, AntMaze,
+    AdroitHand), which is imported only then. D4RL's locomotion scores belong to the ``-v4``
+    environments (v5 changed physics and rewards), so gymnasium's advice to upgrade is not shown.
+
+    Args:
+        env_id: id registered with gymnasium, or ``module:id``.
+        kwargs: arguments of the environment.
+
+    Raises:
+        ValueError: nobody registers this id; the nearest known ids are named.
+        ImportError: the id is registered, but its code is no longer shipped.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=r".*The environment \S+ is out of date", category=DeprecationWarning
+        )
+        try:
+            return gym.make(env_id, disable_env_checker=True, **kwargs)
+        except UnregisteredEnv:
+            if importlib.util.find_spec("gymnasium_robotics") is not None:
+                gym.register_envs(importlib.import_module("gymnasium_robotics"))
+        except DeprecatedEnv as error:
+            raise ValueError(f"{error} {_nearest(env_id)}") from error
+        except ImportError as error:
+            raise ImportError(
+                f"environment {env_id!r} cannot be made: {error} {_nearest(env_id)}"
+            ) from error
+        try:
+            return gym.make(env_id, disable_env_checker=True, **kwargs)
+        except UnregisteredEnv as error:
+            raise ValueError(f"unknown environment {env_id!r}. {_nearest(env_id)}") from error
+
+
+def _nearest(env_id: str) -> str:
+    by_lower = {known.lower(): known for known in gym.registry if known != env_id}
+    close = difflib.get_close_matches(env_id.lower(), by_lower, n=3)
+    if close:
+        return f"Did you mean {', '.join(by_lower[name] for name in close)}?"
+    return "Install or import the package that registers it, or pass it as 'module:id'."
+
+
+def flattener(env: gym.Env[Any, Any]) -> Flatten:
+    """The function that turns the observations of ``env`` into the vectors a policy takes.
+
+    A one-dimensional Box is taken as it is. Dict observations follow the columns of D4RL's files:
+
+    - AntMaze: ``achieved_goal`` (x, y), then ``observation``: 29 numbers, the goal is not among
+      them.
+    - FrankaKitchen: the 9 robot and 21 object positions, then the 30 goal positions, 0 where an
+      element has no goal: 60 numbers. The velocities are dropped, as D4RL does.
+
+    Raises:
+        ValueError: any other space.
+    """
+    space, env_id = env.observation_space, id_of(env)
+    if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
+        return np.asarray
+    if isinstance(space, gym.spaces.Dict):
+        if env_id.startswith("AntMaze"):
+            return _antmaze
+        if env_id.startswith("FrankaKitchen"):
+            return _franka_kitchen
+    raise ValueError(
+        f"observations of {env_id} are {space}, not one-dimensional vectors: "
+        "pass observation=, a function from such an observation to a vector"
+    )
+
+
+def _antmaze(observation: dict[str, NDArray[Any]]) -> NDArray[Any]:
+    return np.concatenate((observation["achieved_goal"], observation["observation"]))
+
+
+def _franka_kitchen(observation: dict[str, Any]) -> NDArray[Any]:
+    from gymnasium_robotics.envs.franka_kitchen.kitchen_env import OBS_ELEMENT_INDICES
+
+    state = observation["observation"]  # robot q [9], robot v [9], objects q [21], objects v [20]
+    goal = np.zeros(30)
+    for element, value in observation["desired_goal"].items():
+        goal[OBS_ELEMENT_INDICES[element]] = value
+    return np.concatenate((state[:9], state[18:39], goal))
+
+
+def id_of(env: gym.Env[Any, Any]) -> str:
+    """The full id of ``env``, version included (``make("Hopper")`` takes the latest)."""
+    return env.spec.id if env.spec is not None else type(env.unwrapped).__name__
+
+
+def versions(env: gym.Env[Any, Any]) -> dict[str, str]:
+    """Versions of the packages that decide what ``env`` computes."""
+    packages = ["gymnasium", "mujoco"]
+    if type(env.unwrapped).__module__.startswith("gymnasium_robotics"):
+        packages.append("gymnasium-robotics")
+    return {name: version(name) for name in packages}

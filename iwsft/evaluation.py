@@ -1,0 +1,304 @@
+"""Returns of a policy in gymnasium environments, and D4RL's normalised score."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from tensordict import TensorDict, unravel_key_list
+from tensordict.nn import TensorDictModuleBase
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from iwsft import environments
+from iwsft.trajectory import ACTION, OBSERVATION
+
+# Rows of the batched policy call are a multiple of this. A matrix product may differ in the last
+# bit between heights, and physics amplifies that: at one height an episode is the same whichever
+# others run beside it.
+_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Episodes of one policy, in the order of their seeds.
+
+    Attributes:
+        env_id: the environment, with its version.
+        seed: the seed that all episode seeds follow from.
+        returns: undiscounted return of each episode.
+        lengths: steps of each episode.
+        normalized_scores: D4RL score of each episode (0 random, 100 expert), or None without
+            reference scores.
+        successes: whether the environment reported success at any step of the episode, or None
+            where it reports none.
+        versions: packages that decide what the environment computes.
+        wall_seconds: what it took.
+    """
+
+    env_id: str
+    seed: int
+    returns: list[float]
+    lengths: list[int]
+    normalized_scores: list[float] | None
+    successes: list[bool] | None
+    versions: dict[str, str]
+    wall_seconds: float
+
+    @property
+    def return_mean(self) -> float:
+        """Mean return over the episodes."""
+        return float(np.mean(self.returns))
+
+    @property
+    def score(self) -> float | None:
+        """Mean D4RL score over the episodes, or None without reference scores."""
+        return None if self.normalized_scores is None else float(np.mean(self.normalized_scores))
+
+    def __str__(self) -> str:
+        packages = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        parts = [
+            f"{self.env_id} ({packages}), {len(self.returns)} episodes, seed {self.seed}",
+            f"return {self.return_mean:.1f}",
+            f"length {np.mean(self.lengths):.0f}",
+        ]
+        if self.score is not None:
+            parts.append(f"normalised score {self.score:.1f}")
+        if self.successes is not None:
+            parts.append(f"success {np.mean(self.successes):.0%}")
+        return ", ".join(parts)
+
+
+def normalized_score(
+    returns: ArrayLike, reference_scores: tuple[float, float]
+) -> NDArray[np.float64]:
+    """D4RL's score, 100 * (return - minimum) / (maximum - minimum), https://arxiv.org/abs/2004.07219.
+
+    Args:
+        returns: undiscounted returns, any shape.
+        reference_scores: returns of D4RL's random and expert policies on the environment.
+
+    Raises:
+        ValueError: the second reference is not above the first.
+    """
+    low, high = reference_scores
+    if not low < high:
+        raise ValueError(f"reference_scores={reference_scores} must be (minimum, maximum)")
+    return 100.0 * (np.asarray(returns, dtype=np.float64) - low) / (high - low)
+
+
+def episode_seeds(seed: int, episodes: int) -> list[int]:
+    """One seed per episode; those of the first k episodes do not depend on how many follow."""
+    return [int(state) for state in np.random.SeedSequence(seed).generate_state(episodes)]
+
+
+def evaluate(
+    policy: TensorDictModuleBase,
+    env_id: str,
+    *,
+    episodes: int = 100,
+    seed: int = 0,
+    reference_scores: tuple[float, float] | None = None,
+    num_envs: int | None = None,
+    device: torch.device | str | None = None,
+    observation: environments.Flatten | None = None,
+    env_kwargs: Mapping[str, Any] | None = None,
+) -> Evaluation:
+    """Roll a policy out, deterministically, in parallel environments.
+
+    Every step is one call of the policy for all running episodes, under ``no_grad``, in eval mode
+    and with TorchRL's deterministic exploration type (the mean of a Gaussian); actions are clipped
+    to the bounds of the action space. Episode i starts from seed i of :func:`episode_seeds` and
+    gives the same return whatever ``num_envs`` is. An environment whose episode ends takes the
+    next one that waits.
+
+    Args:
+        policy: reads ``observation`` ``[n, obs]`` float32, writes ``action`` ``[n, act]``.
+        env_id: gymnasium id, see :func:`iwsft.environments.make`.
+        episodes: number of episodes.
+        seed: all episode seeds follow from it.
+        reference_scores: D4RL's (minimum, maximum) return, for normalised scores.
+        num_envs: environments stepped side by side; by default 32, or ``episodes`` if fewer.
+        device: where the policy is; by default the device of its parameters.
+        observation: turns what the environment returns into a vector ``[obs]``; by default
+            :func:`iwsft.environments.flattener`, D4RL's columns.
+        env_kwargs: arguments of the environment, such as ``tasks_to_complete`` of FrankaKitchen.
+
+    Raises:
+        ValueError: a setting, the environment or the sizes of the policy do not fit; all before
+            the first step.
+        FloatingPointError: the policy gave an action that is not finite.
+    """
+    if episodes < 1:
+        raise ValueError(f"episodes={episodes}: evaluation needs at least one")
+    if seed < 0:
+        raise ValueError(f"seed={seed} must not be negative")
+    width = min(episodes, _ROWS) if num_envs is None else min(num_envs, episodes)
+    if width < 1:
+        raise ValueError(f"num_envs={num_envs} must be at least 1")
+    if reference_scores is not None:
+        normalized_score(0.0, reference_scores)  # a wrong pair fails before the episodes are run
+    _check_keys(policy)
+    device = _device_of(policy, device)
+    seeds = episode_seeds(seed, episodes)
+
+    started = time.perf_counter()
+    with ExitStack() as stack:
+        stack.enter_context(_acting(policy))
+        first = environments.make(env_id, **(env_kwargs or {}))
+        stack.callback(first.close)
+        flatten = observation or environments.flattener(first)
+        size = _check_sizes(policy, first, flatten(first.reset(seed=seeds[0])[0]), device)
+        envs = [first]
+        for _ in range(1, width):
+            envs.append(environments.make(env_id, **(env_kwargs or {})))
+            stack.callback(envs[-1].close)
+        done = _roll_out(policy, envs, seeds, flatten, size, device)
+        resolved, versions = environments.id_of(first), environments.versions(first)
+
+    returns = [episode.total for episode in done]
+    successes = [episode.success for episode in done if episode.success is not None]
+    return Evaluation(
+        env_id=resolved,
+        seed=seed,
+        returns=returns,
+        lengths=[episode.length for episode in done],
+        normalized_scores=(
+            None
+            if reference_scores is None
+            else normalized_score(returns, reference_scores).tolist()
+        ),
+        successes=successes if len(successes) == episodes else None,
+        versions=versions,
+        wall_seconds=time.perf_counter() - started,
+    )
+
+
+@dataclass
+class _Episode:
+    index: int
+    total: float = 0.0
+    length: int = 0
+    success: bool | None = None
+
+
+def _roll_out(
+    policy: TensorDictModuleBase,
+    envs: Sequence[gym.Env[Any, Any]],
+    seeds: Sequence[int],
+    flatten: environments.Flatten,
+    size: int,
+    device: torch.device,
+) -> list[_Episode]:
+    """Run one episode per seed; environment i owns row i of the batch."""
+    bounds = envs[0].action_space
+    assert isinstance(bounds, gym.spaces.Box)
+    rows = np.zeros((-(-len(envs) // _ROWS) * _ROWS, size), dtype=np.float32)
+    waiting = iter(range(len(seeds)))
+    running: dict[int, _Episode] = {}
+    done: list[_Episode] = []
+
+    def start(row: int) -> None:
+        index = next(waiting, None)
+        if index is not None:
+            rows[row] = flatten(envs[row].reset(seed=seeds[index])[0])
+            running[row] = _Episode(index)
+
+    for row in range(len(envs)):
+        start(row)
+    while running:
+        actions = _act(policy, rows, device)
+        finite = np.isfinite(actions).all(axis=1)
+        clipped = np.clip(actions, bounds.low, bounds.high).astype(bounds.dtype)
+        for row, episode in list(running.items()):
+            if not finite[row]:
+                raise FloatingPointError(
+                    f"the policy gave the action {actions[row].tolist()} at step {episode.length} "
+                    f"of episode {episode.index} (seed {seeds[episode.index]}); its parameters, or "
+                    "the observation, are not finite"
+                )
+            following, reward, terminated, truncated, info = envs[row].step(clipped[row])
+            episode.total += float(reward)
+            episode.length += 1
+            success = info.get("success", info.get("is_success"))
+            if success is not None:
+                episode.success = bool(episode.success) or bool(success)
+            if terminated or truncated:
+                done.append(running.pop(row))
+                start(row)
+            else:
+                rows[row] = flatten(following)
+    return sorted(done, key=lambda episode: episode.index)
+
+
+def _act(policy: TensorDictModuleBase, rows: NDArray[Any], device: torch.device) -> NDArray[Any]:
+    batch = TensorDict({OBSERVATION: torch.from_numpy(rows).to(device)}, [len(rows)], device=device)
+    return policy(batch)[ACTION].numpy(force=True)
+
+
+@contextmanager
+def _acting(policy: TensorDictModuleBase) -> Iterator[None]:
+    """No gradients, deterministic actions, eval mode; each module's mode is put back after."""
+    modes = [(module, module.training) for module in policy.modules()]
+    policy.eval()
+    try:
+        with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _check_keys(policy: TensorDictModuleBase) -> None:
+    missing = [key for key in unravel_key_list(list(policy.in_keys)) if key != OBSERVATION]
+    if missing:
+        raise ValueError(f"the policy reads {missing}, evaluate gives it only {OBSERVATION!r}")
+    if ACTION not in policy.out_keys:
+        raise ValueError(f"the policy must write {ACTION!r}, it writes {policy.out_keys}")
+
+
+def _device_of(policy: TensorDictModuleBase, device: torch.device | str | None) -> torch.device:
+    parameter = next(policy.parameters(), None)
+    wanted = None if device is None else torch.empty(0, device=device).device
+    if parameter is None:
+        return wanted or torch.device("cpu")
+    if wanted not in (None, parameter.device):
+        raise ValueError(
+            f"device={str(device)!r}, but the policy lies on {parameter.device}: "
+            f"call policy.to({str(device)!r}) first"
+        )
+    return parameter.device
+
+
+def _check_sizes(
+    policy: TensorDictModuleBase,
+    env: gym.Env[Any, Any],
+    observation: NDArray[Any],
+    device: torch.device,
+) -> int:
+    """Call the policy once on a batch of ``observation``; the size of the observation."""
+    env_id = environments.id_of(env)
+    space = env.action_space
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+        raise ValueError(f"{env_id} has the action space {space}; only vectors (Box) are evaluated")
+    if observation.ndim != 1:
+        raise ValueError(f"observations of {env_id} must be vectors, got shape {observation.shape}")
+    rows = np.tile(observation.astype(np.float32), (_ROWS, 1))
+    try:
+        actions = _act(policy, rows, device)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"the policy cannot act on {env_id}, whose observations have size {observation.size} "
+            f"(was it trained on another environment?): {error}"
+        ) from error
+    if actions.shape != (_ROWS, *space.shape):
+        raise ValueError(
+            f"the policy gives actions of shape {actions.shape[1:]}, {env_id} takes {space.shape}"
+        )
+    return observation.size

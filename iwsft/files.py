@@ -1,0 +1,44 @@
+"""Files written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Write a file so that ``path`` holds the old content or the new one, never a part.
+
+    Args:
+        path: the file; its folder is made where it is missing.
+
+    Yields:
+        A name beside it to write to; it takes the place of ``path`` when the block ends well and
+        is removed otherwise.
+
+    Raises:
+        OSError: no space is left; ``path`` is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise OSError(
+                error.errno,
+                f"no space left to write {path} (what stood there is as it was); free some space "
+                "and run again with --resume",
+            ) from error
+        raise
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,372 @@
+"""Importance-weighted maximum likelihood: the one loss of the library."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
+from tensordict.nn import TensorDictModule, dispatch
+from torch import Tensor, nn
+from torchrl.objectives.common import LossModule
+
+from iwsft.trajectory import (
+    ACTION,
+    IMPORTANCE_WEIGHT,
+    MASK,
+    MULTIPLICITY,
+    REF_LOG_PROB,
+    TRAJ_IDS,
+    Segments,
+    on_host,
+)
+from iwsft.weights import ImportanceWeights, log_ess
+
+Proposal = Literal["current", "reference", "lagged", "cached"]
+LOSS = "loss_iw_mle"
+
+
+class ImportanceWeightedMLE(LossModule):
+    """Weighted maximum likelihood of trajectories, the bound of the paper (Eq. 8 and 9).
+
+    ``loss_iw_mle = - sum_j m_j w_j (sum_i log p_ji) [/ length_j] / sum_j m_j`` over the
+    trajectories j of the batch and their valid steps i: m_j the multiplicity (how often the batch
+    drew the trajectory; 1 without that key), w_j = q(tau_j) / pi_ref(tau_j) after the transforms
+    of ``importance_weights``. Weights carry no gradient. With q = pi_ref it is SFT, on all data
+    behaviour cloning.
+
+    Args:
+        policy: a TorchRL ``ProbabilisticActor``, or any module with ``log_prob(trajectories)``,
+            one number per step in the layout of the batch.
+        importance_weights: from per-step log-ratios to weights;
+            by default exp of the mean log-ratio of a trajectory.
+        proposal: what q is. ``"lagged"``: a copy of the policy that a q-updater moves
+            (:class:`~iwsft.HardSync`, :class:`~iwsft.EMA`, or TorchRL's ``SoftUpdate`` and
+            ``HardUpdate``). ``"current"``: the policy itself, no copy. ``"cached"``: weights are
+            read from the batch, where :func:`~iwsft.reweight` wrote them. ``"reference"``:
+            pi_ref, all weights are those of log-ratio 0: SFT.
+        length_normalize: divide the log-probability of a trajectory by its length.
+        reduction: ``"mean"`` as above, ``"sum"`` (no division by sum_j m_j), or ``"none"``: the
+            terms per step, in the layout of the batch, that add up to ``"sum"``.
+        functional: hold parameters apart from the module, as TorchRL's losses do. False keeps the
+            module itself (for engines that shard it) and, with ``"lagged"``, a second module.
+
+    Input keys: those of the policy, the action, ``("collector", "traj_ids")`` in the packed layout,
+    ``ref_log_prob`` with ``"lagged"`` and ``"current"``, ``importance_weight`` with ``"cached"``;
+    where present, ``multiplicity`` and the masks that ``loss_mask_key`` names (by default
+    ``("collector", "mask")``).
+
+    Output: ``loss_iw_mle``, then detached scalars: ``ESS`` (effective over drawn trajectories, in
+    (0, 1]), ``kl_approx`` (mean of log pi_ref - log p over steps; NaN without ``ref_log_prob``),
+    ``clip_fraction`` (share whose weight a clip changed; NaN with cached weights),
+    ``weight_mean``, ``weight_max``, ``log_prob`` (mean over steps). Means count a trajectory by
+    its multiplicity and give its steps equal shares.
+
+    Raises:
+        KeyError: an entry that the proposal needs is not in the batch, with the way to it.
+        ValueError: shapes that do not fit, a trajectory with every step masked.
+        OverflowError: weights beyond float32. On an accelerator, where looking would cost a wait,
+            these two are device-side assertions.
+
+    Examples:
+        >>> loss = ImportanceWeightedMLE(policy, importance_weights=ImportanceWeights(
+        ...     step=[weights.Temperature(1.0)], trajectory=[weights.ClipWeight(max=1000.0)]))
+        >>> q = EMA(loss, decay=0.99)
+        >>> loss(batch)["loss_iw_mle"].backward(); optimizer.step(); q.step()
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        """Keys that :meth:`set_keys` can change.
+
+        Attributes:
+            action: the action taken.
+            traj_ids: the trajectory of each step.
+            ref_log_prob: log pi_ref of each step.
+            multiplicity: draws of the step's trajectory.
+            importance_weight: cached weight of the step's trajectory.
+        """
+
+        action: NestedKey = ACTION
+        traj_ids: NestedKey = TRAJ_IDS
+        ref_log_prob: NestedKey = REF_LOG_PROB
+        multiplicity: NestedKey = MULTIPLICITY
+        importance_weight: NestedKey = IMPORTANCE_WEIGHT
+
+    tensor_keys: _AcceptedKeys
+    default_keys = _AcceptedKeys
+    out_keys = [LOSS, "ESS", "kl_approx", "clip_fraction", "weight_mean", "weight_max", "log_prob"]
+
+    actor_network: TensorDictModule
+    actor_network_params: TensorDictParams
+    target_actor_network_params: TensorDictParams
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        *,
+        importance_weights: ImportanceWeights | None = None,
+        proposal: Proposal = "lagged",
+        length_normalize: bool = True,
+        reduction: Literal["none", "mean", "sum"] | None = None,
+        functional: bool = True,
+    ) -> None:
+        if not callable(getattr(policy, "log_prob", None)):
+            raise TypeError(
+                f"a policy has log_prob(trajectories), {type(policy).__name__} has not; wrap the "
+                "network into a torchrl.modules.ProbabilisticActor, or use iwsft.GaussianPolicy"
+            )
+        if proposal not in get_args(Proposal):
+            raise ValueError(f"proposal must be one of {get_args(Proposal)}, not {proposal!r}")
+        reduction = "mean" if reduction is None else reduction
+        if reduction not in ("none", "mean", "sum"):
+            raise ValueError(f"reduction must be 'none', 'mean' or 'sum', not {reduction!r}")
+        self._functional = functional
+        super().__init__()
+        self._in_keys: list[NestedKey] | None = None
+        self.importance_weights = importance_weights or ImportanceWeights()
+        self.proposal: Proposal = proposal
+        self.length_normalize = length_normalize
+        self.reduction = reduction
+        lagged = proposal == "lagged"
+        if functional:
+            self.convert_to_functional(policy, "actor_network", create_target_params=lagged)
+        else:
+            self.actor_network = policy
+            self.target_actor_network = deepcopy(policy).requires_grad_(False) if lagged else None
+            self._has_update_associated["actor_network"] = not lagged
+
+    @property
+    def functional(self) -> bool:
+        """Whether parameters are held apart from the module."""
+        return self._functional
+
+    def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
+        """No value estimator takes part."""
+
+    def set_keys(self, **kwargs: NestedKey) -> None:
+        """Set key names, see ``_AcceptedKeys``."""
+        super().set_keys(**kwargs)
+        self._in_keys = None
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """Keys that a call needs; positional order of a call without TensorDict."""
+        if self._in_keys is None:
+            keys = [*getattr(self.actor_network, "in_keys", ()), self.tensor_keys.action]
+            keys.append(self.tensor_keys.traj_ids)
+            if self.proposal in ("lagged", "current"):
+                keys.append(self.tensor_keys.ref_log_prob)
+            elif self.proposal == "cached":
+                keys.append(self.tensor_keys.importance_weight)
+            self._in_keys = list(dict.fromkeys(keys))
+        return self._in_keys
+
+    @in_keys.setter
+    def in_keys(self, values: list[NestedKey]) -> None:
+        self._in_keys = values
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters of the policy; those of q follow it and are not for an optimizer."""
+        for name, parameter in super().named_parameters(prefix=prefix, recurse=recurse):
+            if not name.removeprefix(f"{prefix}.").startswith("target_"):
+                yield name, parameter
+
+    def reset_parameters_recursive(self) -> None:
+        """Draw new parameters, for the policy and for a lagged q."""
+        super().reset_parameters_recursive()
+        # TorchRL's method knows functional networks only.
+        if not self.functional:
+            self.actor_network.reset_parameters_recursive()
+            if self.target_actor_network is not None:
+                self.target_actor_network.reset_parameters_recursive()
+
+    def log_prob(self, trajectories: TensorDictBase) -> Tensor:
+        """log p of each step under the policy, in the layout of the batch, 0 where masked."""
+        segments = self.segments(trajectories)
+        return self._log_prob(trajectories, segments, lagged=False)
+
+    def segments(self, trajectories: TensorDictBase) -> Segments:
+        """The trajectories of a batch, as this loss reads its keys and masks."""
+        mask: Tensor | None = None
+        for key in self._loss_mask_keys():
+            found = trajectories.get(key, default=None)
+            if found is not None:
+                if found.ndim > trajectories.batch_dims and found.shape[-1] == 1:
+                    found = found.squeeze(-1)
+                mask = found if mask is None else mask & found
+        if mask is None:
+            # Segments would look for a mask that the user turned off.
+            trajectories = trajectories.exclude(MASK)
+        return Segments.of(trajectories, traj_ids=self.tensor_keys.traj_ids, mask=mask)
+
+    def _log_prob(self, batch: TensorDictBase, segments: Segments, *, lagged: bool) -> Tensor:
+        # Policies may write into what they are given (loc, scale): the user's batch stays as it is.
+        batch = batch.copy()
+        if segments.mask is not None:
+            self._clean(batch, segments)
+        network = self.actor_network
+        if self.functional:
+            name = "target_actor_network_params" if lagged else "actor_network_params"
+            with getattr(self, name).to_module(network, preserve_module_state=False):
+                log_prob = network.log_prob(batch)
+        else:
+            log_prob = (self.target_actor_network if lagged else network).log_prob(batch)
+        if log_prob.shape == (*segments.shape, 1):
+            log_prob = log_prob.squeeze(-1)
+        if log_prob.shape != segments.shape:
+            raise ValueError(
+                f"policy.log_prob gave shape {list(log_prob.shape)} for {list(segments.shape)} "
+                "steps; it must give one number a step (wrap the distribution into "
+                "torch.distributions.Independent, or use torchrl.modules.IndependentNormal)"
+            )
+        log_prob = log_prob.to(torch.promote_types(log_prob.dtype, torch.float32))
+        return torch.where(segments.valid, log_prob, 0.0) if segments.mask is not None else log_prob
+
+    def _clean(self, batch: TensorDictBase, segments: Segments) -> None:
+        """Write 0 over NaN and infinity on masked steps: 0 times NaN would reach the gradient.
+
+        Other values stay, a masked step may be context of a step that counts.
+        """
+        read = getattr(self.actor_network, "in_keys", None)
+        keys = list(batch.keys(True, True) if read is None else [*read, self.tensor_keys.action])
+        layout = segments.shape
+        for key in keys:
+            value = batch.get(key, default=None)
+            if value is None or value.shape[: len(layout)] != layout:
+                continue
+            if value.is_floating_point():
+                valid = segments.valid.reshape(*layout, *[1] * (value.ndim - len(layout)))
+                batch.set(key, torch.where(valid | value.isfinite(), value, 0.0))
+
+    def _entry(self, batch: TensorDictBase, key: NestedKey, segments: Segments, how: str) -> Tensor:
+        value = batch.get(key, default=None)
+        if value is None:
+            raise KeyError(f"{key!r} is not in the batch, proposal={self.proposal!r} needs it: {how}")
+        if value.shape == (*segments.shape, 1):
+            value = value.squeeze(-1)
+        if value.shape != segments.shape:
+            raise ValueError(
+                f"{key!r} has shape {list(value.shape)}, the batch has {list(segments.shape)} steps"
+            )
+        return value.detach()
+
+    def reference(self, batch: TensorDictBase, segments: Segments) -> Tensor:
+        how = "run iwsft.annotate_reference(reference_policy, trajectories) first"
+        return self._entry(batch, self.tensor_keys.ref_log_prob, segments, how)
+
+    def count(self, batch: TensorDictBase, segments: Segments) -> Tensor:
+        """How much a step counts: its trajectory's draws over its length; 0 where masked."""
+        lengths = segments.lengths
+        if segments.mask is not None and on_host(lengths):
+            occupied = torch.bincount(segments.index, minlength=segments.slots) > 0
+            if bool((occupied & (lengths == 0)).any()):
+                row = int((occupied & (lengths == 0)).nonzero()[0])
+                raise ValueError(
+                    f"trajectory {row} of the batch has every step masked; drop it, or correct "
+                    f"its mask ({self.loss_mask_key!r})"
+                )
+        count = 1.0 / segments.spread(lengths.clamp(min=1))
+        if self.tensor_keys.multiplicity in batch.keys(include_nested=True):
+            count = count * self._entry(batch, self.tensor_keys.multiplicity, segments, "")
+        return torch.where(segments.valid, count, 0.0) if segments.mask is not None else count
+
+    def log_weights(
+        self, batch: TensorDictBase, segments: Segments, count: Tensor, log_prob: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-weight of each step's trajectory and whether a clip changed it (None: not known).
+
+        Args:
+            batch: the batch.
+            segments: its trajectories.
+            count: see :meth:`count`.
+            log_prob: log p under the policy, for ``proposal="current"``.
+        """
+        if self.proposal == "cached":
+            how = "call iwsft.reweight(trajectories, loss) at the start and at every sync"
+            key = self.tensor_keys.importance_weight
+            return self._entry(batch, key, segments, how).log(), None
+        if self.proposal == "reference":
+            log_ratio = torch.zeros_like(log_prob)
+        else:
+            reference = self.reference(batch, segments)
+            if self.proposal == "current":
+                log_q = log_prob.detach()
+            else:
+                with torch.no_grad():
+                    log_q = self._log_prob(batch, segments, lagged=True)
+            log_ratio = log_q - reference
+            if segments.mask is not None:
+                log_ratio = torch.where(segments.valid, log_ratio, 0.0)
+        return self.importance_weights(log_ratio, segments, count)
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Loss and diagnostics of a batch, see the class."""
+        segments = self.segments(tensordict)
+        count = self.count(tensordict, segments)
+        log_prob = self._log_prob(tensordict, segments, lagged=False)
+        with torch.no_grad():
+            log_weight, clipped = self.log_weights(tensordict, segments, count, log_prob)
+            weight = log_weight.exp()
+            # Masked steps hold a weight of their trajectory too; it must not be looked at.
+            if segments.mask is not None:
+                weight = torch.where(segments.valid, weight, 1.0)
+            self.check_finite(weight, log_weight)
+            draws = count.sum(dtype=torch.float64)
+
+        share = count if self.length_normalize else count * segments.spread(segments.lengths)
+        terms = -share * weight * log_prob
+        loss = self._reduce_terms(terms, draws)
+
+        with torch.no_grad():
+
+            def mean(x: Tensor) -> Tensor:
+                return ((count * x).sum(dtype=torch.float64) / draws).float()
+
+            unknown = torch.full_like(draws, torch.nan, dtype=torch.float32)
+            kl = unknown
+            if self.tensor_keys.ref_log_prob in tensordict.keys(include_nested=True):
+                difference = self.reference(tensordict, segments) - log_prob
+                kl = mean(torch.where(count > 0, difference, 0.0))
+            out = {
+                LOSS: loss,
+                "ESS": log_ess(log_weight, count).exp().float(),
+                "kl_approx": kl,
+                "clip_fraction": unknown if clipped is None else mean(clipped.float()),
+                "weight_mean": mean(weight),
+                "weight_max": torch.where(count > 0, weight, 0.0).amax().float(),
+                "log_prob": mean(log_prob),
+            }
+        result = TensorDict(out, batch_size=[])
+        self._clear_weakrefs(
+            tensordict, result, "actor_network_params", "target_actor_network_params"
+        )
+        return result
+
+    def _reduce_terms(self, terms: Tensor, draws: Tensor) -> Tensor:
+        if self.reduction == "none":
+            return terms
+        total = terms.sum(dtype=torch.float64)
+        if self.reduction == "mean":
+            total = total / draws
+        return total.to(terms.dtype)
+
+    @staticmethod
+    def check_finite(weight: Tensor, log_weight: Tensor) -> None:
+        finite = weight.isfinite().all()
+        if not on_host(weight):
+            torch._assert_async(finite, "importance weights overflow float32 or are NaN")
+        elif not bool(finite):
+            raise OverflowError(
+                f"importance weights overflow float32 or are NaN (log-weights reach "
+                f"{float(log_weight.max()):.4g}); use reduce='mean', a lower Temperature, or "
+                "trajectory=[ClipWeight(max=...)]"
+            )
+
+

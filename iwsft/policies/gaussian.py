@@ -1,0 +1,119 @@
+"""A Gaussian policy over continuous actions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from tensordict import NestedKey
+from tensordict.nn import InteractionType, TensorDictModule
+from torch import Tensor, nn
+from torchrl.modules import MLP, IndependentNormal, ProbabilisticActor, TanhNormal
+
+from iwsft.trajectory import ACTION, OBSERVATION
+
+
+class GaussianPolicy(ProbabilisticActor):
+    """pi(a|s) = Normal(mean(s), std), the policy of the paper's control runs (Appendix F).
+
+    Three hidden layers of 256 with ReLU, mean = tanh of the last layer, one log-std per action
+    dimension that does not depend on the state, clamped to [-5, 2], and a plain Normal around the
+    mean: actions of the data at the bounds -1 and 1 have a finite density.
+
+    It is a TorchRL ``ProbabilisticActor``: called on a TensorDict with ``observation`` ``[*, obs]``
+    it writes ``action`` ``[*, act]`` (the mean under ``ExplorationType.DETERMINISTIC``);
+    ``log_prob(trajectories)`` gives one number per step in any layout.
+
+    Args:
+        observation_dim: size of the observation.
+        action_dim: size of the action; actions are in [-1, 1].
+        hidden: units of the hidden layers.
+        squash: tanh-Normal instead: a tanh after sampling, none on the mean.
+        state_dependent_std: a second head gives the log-std of each state.
+        log_std_bounds: the log-std is clamped to this range.
+        log_std_init: the log-std at the start (the bias of its head when state-dependent).
+        in_key: key of the observation.
+        out_key: key of the action.
+    """
+
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        *,
+        hidden: Sequence[int] = (256, 256, 256),
+        squash: bool = False,
+        state_dependent_std: bool = False,
+        log_std_bounds: tuple[float, float] = (-5.0, 2.0),
+        log_std_init: float = 0.0,
+        in_key: NestedKey = OBSERVATION,
+        out_key: NestedKey = ACTION,
+    ) -> None:
+        head = _GaussianHead(
+            observation_dim,
+            action_dim,
+            hidden=hidden,
+            tanh_mean=not squash,
+            state_dependent_std=state_dependent_std,
+            log_std_bounds=log_std_bounds,
+            log_std_init=log_std_init,
+        )
+        super().__init__(
+            TensorDictModule(head, in_keys=[in_key], out_keys=["loc", "scale"]),
+            in_keys=["loc", "scale"],
+            out_keys=[out_key],
+            distribution_class=TanhNormal if squash else IndependentNormal,
+            default_interaction_type=InteractionType.RANDOM,
+        )
+
+
+class _GaussianHead(nn.Module):
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        *,
+        hidden: Sequence[int],
+        tanh_mean: bool,
+        state_dependent_std: bool,
+        log_std_bounds: tuple[float, float],
+        log_std_init: float,
+    ) -> None:
+        super().__init__()
+        if observation_dim < 1 or action_dim < 1:
+            raise ValueError(
+                f"sizes must be positive: observation_dim={observation_dim}, "
+                f"action_dim={action_dim}"
+            )
+        low, high = log_std_bounds
+        if not low <= log_std_init <= high or not math.isfinite(high - low):
+            raise ValueError(f"log_std_init={log_std_init} must lie in log_std_bounds=[{low}, {high}]")
+        self.tanh_mean = tanh_mean
+        self.log_std_bounds = log_std_bounds
+        outputs = 2 * action_dim if state_dependent_std else action_dim
+        self.net = MLP(
+            in_features=observation_dim,
+            out_features=outputs,
+            num_cells=list(hidden),
+            activation_class=nn.ReLU,
+        )
+        self.log_std_init = log_std_init
+        self.log_std = (
+            None if state_dependent_std else nn.Parameter(torch.full((action_dim,), log_std_init))
+        )
+
+    def reset_parameters(self) -> None:
+        """Set the log-std back to its start; the layers of the net reset themselves."""
+        if self.log_std is not None:
+            nn.init.constant_(self.log_std, self.log_std_init)
+
+    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.net(observation)
+        if self.log_std is None:
+            out, log_std = out.chunk(2, -1)
+            log_std = log_std + self.log_std_init
+        else:
+            log_std = self.log_std.expand_as(out)
+        mean = torch.tanh(out) if self.tanh_mean else out
+        return mean, log_std.clamp(*self.log_std_bounds).exp()

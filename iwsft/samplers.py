@@ -1,0 +1,221 @@
+"""Minibatches in which every trajectory is drawn in proportion to its multiplicity."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
+
+from iwsft.trajectory import MASK, MULTIPLICITY, TRAJ_IDS, Segments, lengths, steps_of
+
+_NEXT = "next"
+
+
+class _Sampler(ABC):
+    """Endless iterator over batches of one packed dataset, which it holds by reference.
+
+    Entries are read at each draw, so what is written into the dataset later (``reweight``) is
+    handed out; the lengths and multiplicities of the trajectories are those at the start.
+    """
+
+    def __init__(
+        self,
+        trajectories: TensorDictBase,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        keys: Sequence[NestedKey] | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        if trajectories.batch_size.numel() == 0:
+            raise ValueError("there is not a single step in these trajectories")
+        if len(Segments.of(trajectories).shape) != 1:
+            raise ValueError(
+                "a sampler takes packed trajectories (batch size [N]); these are padded: use "
+                "iwsft.trajectory.pack(trajectories)"
+            )
+        self.trajectories = trajectories
+        self.batch_size = batch_size
+        self.keys = None if keys is None else tuple(keys)
+        # Drawn on the host, so that a seed means the same on any device.
+        self._generator = torch.Generator().manual_seed(seed)
+        self._lengths = lengths(trajectories).cpu()
+        self._tickets = _multiplicities(trajectories, self._lengths).cumsum(0)
+
+    @abstractmethod
+    def sample(self) -> TensorDictBase:
+        """Draw the next batch."""
+
+    def __iter__(self) -> Iterator[TensorDictBase]:
+        return self
+
+    def __next__(self) -> TensorDictBase:
+        return self.sample()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the draws stand; a sampler that loads it draws the same batches from here on."""
+        return {"generator": self._generator.get_state(), **self._settings()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`.
+
+        Raises:
+            ValueError: the state of a sampler over other trajectories or of another batch size.
+        """
+        for name, value in self._settings().items():
+            if state_dict[name] != value:
+                raise ValueError(
+                    f"this state belongs to a sampler with {name}={state_dict[name]}, this one has "
+                    f"{name}={value}; resume with the data and settings of the first run"
+                )
+        self._generator.set_state(state_dict["generator"].cpu())
+
+    def _settings(self) -> dict[str, int]:
+        return {
+            "batch_size": self.batch_size,
+            "trajectories": len(self._lengths),
+            "steps": int(self._lengths.sum()),
+            "multiplicity": int(self._tickets[-1]),
+        }
+
+    def _draw(self) -> Tensor:
+        """Positions of ``batch_size`` trajectories, with replacement; exact in integers."""
+        ticket = torch.randint(
+            int(self._tickets[-1]), (self.batch_size,), generator=self._generator
+        )
+        return torch.searchsorted(self._tickets, ticket, right=True)
+
+    def _gather(self, steps: Tensor) -> TensorDictBase:
+        if self.keys is None:
+            wanted = self.trajectories.exclude(_NEXT, MULTIPLICITY)
+        else:
+            mask = [MASK] if MASK in self.trajectories.keys(True) else []
+            wanted = self.trajectories.select(*self.keys, TRAJ_IDS, *mask)
+        steps = steps.to(wanted.get(TRAJ_IDS).device)
+        # index_select copies whole rows, several times faster than indexing.
+        return wanted.apply(lambda x: x.index_select(0, steps), batch_size=[len(steps)])
+
+
+class TrajectorySampler(_Sampler):
+    """Draws whole trajectories and hands out each distinct one once.
+
+    A batch of the paper is ``batch_size`` trajectories, with replacement. Here its distinct
+    trajectories stand packed, in the order of the data, with the number of draws as
+    ``multiplicity`` (int64 per step): the same loss and gradient for less work.
+
+    Args:
+        trajectories: packed; each trajectory is drawn in proportion to its ``multiplicity``, where
+            there is one. Held by reference, never copied.
+        batch_size: draws of a batch.
+        seed: of the draws.
+        keys: entries to hand out, besides trajectory ids, mask and multiplicity; all but ``next``
+            by default.
+
+    Raises:
+        ValueError: padded trajectories, no step, ``batch_size < 1``, or a multiplicity that is
+            negative, changes within a trajectory, or is 0 everywhere.
+    """
+
+    def __init__(
+        self,
+        trajectories: TensorDictBase,
+        batch_size: int = 256,
+        *,
+        seed: int = 0,
+        keys: Sequence[NestedKey] | None = None,
+    ) -> None:
+        super().__init__(trajectories, batch_size, seed=seed, keys=keys)
+
+    def sample(self) -> TensorDictBase:
+        """Draw the next batch: packed, with ``multiplicity``, which adds up to ``batch_size``."""
+        drawn, draws = torch.unique(self._draw(), return_counts=True)
+        batch = self._gather(steps_of(self._lengths, drawn))
+        multiplicity = draws.repeat_interleave(self._lengths[drawn])
+        batch.set(MULTIPLICITY, multiplicity.to(batch.get(TRAJ_IDS).device))
+        return batch
+
+
+class StepSampler(_Sampler):
+    """Draws single steps: a trajectory, then one of its valid steps, uniformly.
+
+    The expected loss and gradient are those of the length-normalised loss over whole trajectories,
+    as long as a step's weight does not depend on what else was drawn (cached weights, SFT). A
+    batch costs what a batch of behaviour cloning costs.
+
+    Args:
+        trajectories: packed; each trajectory is drawn in proportion to its ``multiplicity``, where
+            there is one. Held by reference, never copied.
+        batch_size: steps of a batch.
+        seed: of the draws.
+        keys: entries to hand out, besides trajectory ids; all but ``next`` by default.
+
+    Raises:
+        ValueError: padded trajectories, no step, ``batch_size < 1``, a multiplicity that is
+            negative, changes within a trajectory, or is 0 everywhere, or a trajectory to draw
+            without a valid step.
+    """
+
+    def __init__(
+        self,
+        trajectories: TensorDictBase,
+        batch_size: int = 1024,
+        *,
+        seed: int = 0,
+        keys: Sequence[NestedKey] | None = None,
+    ) -> None:
+        super().__init__(trajectories, batch_size, seed=seed, keys=keys)
+        segments = Segments.of(trajectories)
+        valid = segments.valid.cpu()
+        self._positions = None if bool(valid.all()) else valid.nonzero().squeeze(-1)
+        self._choices = segments.lengths[: len(self._lengths)].long().cpu()
+        self._starts = self._choices.cumsum(0) - self._choices
+        chances = self._tickets.diff(prepend=torch.zeros(1, dtype=torch.int64))
+        empty = ((self._choices == 0) & (chances > 0)).nonzero()
+        if len(empty):
+            raise ValueError(
+                f"trajectory {int(empty[0])} has no valid step: its mask is all zero; drop it"
+            )
+
+    def sample(self) -> TensorDictBase:
+        """Draw the next batch: ``[batch_size]`` steps, each a trajectory of length 1."""
+        drawn = self._draw()
+        uniform = torch.rand(self.batch_size, generator=self._generator, dtype=torch.float64)
+        steps = self._starts[drawn] + (uniform * self._choices[drawn]).long()
+        if self._positions is not None:
+            steps = self._positions[steps]
+        # Only valid steps are drawn, and each draw counts once.
+        batch = self._gather(steps).exclude(MASK, MULTIPLICITY)
+        device = batch.get(TRAJ_IDS).device
+        batch.set(TRAJ_IDS, torch.arange(self.batch_size, device=device))
+        return batch
+
+
+def _multiplicities(trajectories: TensorDictBase, sizes: Tensor) -> Tensor:
+    """Multiplicity of each trajectory, int64 ``[n]`` on the host; 1 where there is none."""
+    stored = trajectories.get(MULTIPLICITY, default=None)
+    if stored is None:
+        return torch.ones_like(sizes)
+    if stored.is_floating_point() or stored.numel() != len(trajectories):
+        raise ValueError(
+            f"{MULTIPLICITY!r} must hold one integer a step, it is {stored.dtype} of shape "
+            f"{list(stored.shape)}"
+        )
+    stored = stored.reshape(-1).cpu().long()
+    each = stored[sizes.cumsum(0) - sizes]
+    varies = (stored != each.repeat_interleave(sizes)).nonzero()
+    if len(varies):
+        raise ValueError(
+            f"{MULTIPLICITY!r} changes within a trajectory, first at step {int(varies[0])}; it "
+            "counts draws of whole trajectories"
+        )
+    if bool((each < 0).any()) or int(each.sum()) == 0:
+        raise ValueError(
+            f"{MULTIPLICITY!r} counts draws: it can't be negative, nor 0 for every trajectory "
+            f"(least {int(each.min())}, sum {int(each.sum())})"
+        )
+    return each

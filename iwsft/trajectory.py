@@ -1,0 +1,355 @@
+"""Trajectories as TensorDicts: keys, the packed and the padded layout, sums along a trajectory.
+
+*Packed*: batch size ``[N]`` steps, trajectories back to back, told apart by non-decreasing
+``("collector", "traj_ids")``. *Padded*: batch size ``[B, T]``, or ``[B]`` with time inside; valid
+steps are marked by a mask. Keys follow TorchRL's episode data (TED); three keys are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from torch import Tensor
+
+OBSERVATION: NestedKey = "observation"
+ACTION: NestedKey = "action"
+NEXT_OBSERVATION: NestedKey = ("next", "observation")
+REWARD: NestedKey = ("next", "reward")
+DONE: NestedKey = ("next", "done")
+TERMINATED: NestedKey = ("next", "terminated")
+TRUNCATED: NestedKey = ("next", "truncated")
+TRAJ_IDS: NestedKey = ("collector", "traj_ids")
+MASK: NestedKey = ("collector", "mask")
+# Ours: log pi_ref of the step, draws of its trajectory, cached weight of its trajectory.
+REF_LOG_PROB: NestedKey = "ref_log_prob"
+MULTIPLICITY: NestedKey = "multiplicity"
+IMPORTANCE_WEIGHT: NestedKey = "importance_weight"
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether a look at the values of ``tensor`` is free: not compiling, not on an accelerator."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Which trajectory each step of a batch belongs to, and sums along the trajectories.
+
+    Results per trajectory stand in ``slots`` places, a number known without looking at the data:
+    the rows of a padded batch, the steps of a packed one (places past the last trajectory are
+    empty: length 0, sum 0). So nothing here waits for an accelerator, and ``torch.compile`` sees
+    static shapes.
+
+    Attributes:
+        shape: layout of the batch, ``[N]`` or ``[B, T]``.
+        index: int64 ``[prod(shape)]``, the slot of each step.
+        mask: bool ``[prod(shape)]``, the valid steps, or None where all are.
+        slots: number of slots ``S``.
+    """
+
+    shape: torch.Size
+    index: Tensor
+    mask: Tensor | None
+    slots: int
+
+    @classmethod
+    def of(
+        cls,
+        batch: TensorDictBase,
+        *,
+        traj_ids: NestedKey = TRAJ_IDS,
+        mask: Tensor | None = None,
+    ) -> Segments:
+        """Read the layout of a batch.
+
+        Args:
+            batch: a packed or padded batch.
+            traj_ids: key of the trajectory ids; needed in the packed layout. In the padded layout
+                it may be absent (a row is a trajectory); if present, a row is cut where it changes.
+            mask: bool, valid steps, in the layout of the batch (a trailing 1 is dropped). Without
+                it, the batch's own ``("collector", "mask")`` is used where there is one.
+
+        Raises:
+            KeyError: a packed batch without trajectory ids.
+            ValueError: ids that are no integers, of another shape, or out of order (not looked at
+                on an accelerator: see :func:`validate`), or a mask of another shape.
+        """
+        if mask is None:
+            mask = batch.get(MASK, default=None)
+        ids = batch.get(traj_ids, default=None)
+        shape = _layout(batch, ids, mask, traj_ids)
+        device = ids.device if ids is not None else (mask.device if mask is not None else None)
+        device = device if device is not None else _device(batch)
+        if mask is not None:
+            mask = _fit(mask, shape, "mask").bool().reshape(-1)
+        steps = shape.numel()
+        rows = shape[0] if len(shape) == 2 else 1
+        if ids is None:
+            index = torch.arange(rows, device=device).repeat_interleave(
+                shape[1], output_size=steps
+            )
+            return cls(shape, index, mask, rows)
+        if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+            raise ValueError(f"{traj_ids!r} must hold integers, it holds {ids.dtype}")
+        ids = _fit(ids, shape, repr(traj_ids)).reshape(rows, -1)
+        if len(shape) == 1 and on_host(ids):
+            _check_order(ids[0], traj_ids)
+        start = torch.ones_like(ids, dtype=torch.bool)
+        start[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        index = start.reshape(-1).cumsum(0) - 1
+        return cls(shape, index, mask, steps)
+
+    def _flat(self, x: Tensor) -> Tensor:
+        x = x.reshape(-1)
+        return x if self.mask is None else torch.where(self.mask, x, torch.zeros_like(x))
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum of ``x`` along each trajectory, accumulated in float64.
+
+        Args:
+            x: one number a step, in the layout of the batch. Masked steps count as 0, whatever
+                they hold.
+
+        Returns:
+            ``[S]``, in the dtype of ``x`` or float32, whichever is wider.
+        """
+        total = torch.zeros(self.slots, dtype=torch.float64, device=x.device)
+        total = total.index_add(0, self.index, self._flat(x).double())
+        return total.to(torch.promote_types(x.dtype, torch.float32))
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean of ``x`` over the valid steps of each trajectory, ``[S]``; 0 in an empty slot."""
+        return self.sum(x) / self.lengths.clamp(min=1)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Valid steps of each trajectory, float32 ``[S]`` (exact to 2^24), 0 in an empty slot."""
+        return self.sum(torch.ones(self.shape, device=self.index.device))
+
+    def spread(self, per_trajectory: Tensor) -> Tensor:
+        """Write a number per trajectory ``[S]`` onto its steps, in the layout of the batch."""
+        return per_trajectory[self.index].reshape(self.shape)
+
+    @property
+    def valid(self) -> Tensor:
+        """Valid steps as bool, in the layout of the batch."""
+        if self.mask is None:
+            return torch.ones(self.shape, dtype=torch.bool, device=self.index.device)
+        return self.mask.reshape(self.shape)
+
+
+def _layout(
+    batch: TensorDictBase, ids: Tensor | None, mask: Tensor | None, key: NestedKey
+) -> torch.Size:
+    if batch.batch_dims == 2:
+        return batch.batch_size
+    if batch.batch_dims == 1:
+        if mask is not None and mask.ndim >= 2 and mask.shape[1] != 1:
+            return mask.shape[:2]
+        if ids is not None:
+            return batch.batch_size
+        raise KeyError(
+            f"a packed batch (batch size {list(batch.batch_size)}) needs {key!r}, one integer a "
+            f"step; it has {sorted(map(str, batch.keys(True, True)))}. A padded batch has batch "
+            "size [B, T], or [B] with a mask of shape [B, T]"
+        )
+    raise ValueError(
+        f"trajectories have batch size [N] (packed), [B, T] or [B] (padded), not "
+        f"{list(batch.batch_size)}"
+    )
+
+
+def _check_order(ids: Tensor, key: NestedKey) -> None:
+    falls = ids[1:] < ids[:-1]
+    if bool(falls.any()):
+        where = int(falls.nonzero()[0]) + 1
+        raise ValueError(
+            f"{key!r} is out of order at step {where}: {int(ids[where])} follows "
+            f"{int(ids[where - 1])}. Packed trajectories stand back to back with ids that never "
+            "fall; renumber them, or reshape slices of equal length to [B, T]"
+        )
+
+
+def _device(batch: TensorDictBase) -> torch.device:
+    return next(iter(batch.values(True, True))).device
+
+
+def _fit(x: Tensor, shape: torch.Size, name: str) -> Tensor:
+    if x.shape == (*shape, 1):
+        x = x.squeeze(-1)
+    if x.shape != shape:
+        raise ValueError(f"{name} has shape {list(x.shape)}, the batch has {list(shape)} steps")
+    return x
+
+
+def lengths(packed: TensorDictBase) -> Tensor:
+    """Number of steps of each trajectory of a packed batch, int64 ``[n]``, in order."""
+    segments = Segments.of(packed)
+    return torch.bincount(segments.index)
+
+
+def select(packed: TensorDictBase, index: Tensor) -> TensorDictBase:
+    """Keep the trajectories at positions ``index`` (int64 ``[k]``, increasing) of a packed batch.
+
+    Raises:
+        ValueError: positions that do not increase, or that name no trajectory.
+    """
+    sizes = lengths(packed)
+    if len(index) and (int(index.min()) < 0 or int(index.max()) >= len(sizes)):
+        raise ValueError(f"positions run from 0 to {len(sizes) - 1}, got {index.tolist()}")
+    if bool((index[1:] <= index[:-1]).any()):
+        raise ValueError("positions must increase: a packed batch holds each trajectory once")
+    return packed[steps_of(sizes, index)]
+
+
+def steps_of(sizes: Tensor, index: Tensor) -> Tensor:
+    """Positions of all steps of the trajectories ``index``, int64, back to back.
+
+    Args:
+        sizes: int64 ``[n]``, steps of each trajectory of the packed data.
+        index: int64 ``[k]``, which trajectories.
+    """
+    starts = torch.cumsum(sizes, 0) - sizes
+    taken = sizes[index]
+    begin = torch.cumsum(taken, 0) - taken
+    shift = torch.repeat_interleave(starts[index] - begin, taken)
+    return torch.arange(len(shift), device=sizes.device) + shift
+
+
+def pad(packed: TensorDictBase, length: int | None = None) -> TensorDictBase:
+    """Packed ``[N]`` to padded ``[B, T]``, with ``("collector", "mask")``; padding is 0.
+
+    Args:
+        packed: packed trajectories.
+        length: T; the longest trajectory by default.
+
+    Raises:
+        ValueError: a trajectory longer than ``length``.
+    """
+    segments = Segments.of(packed)
+    sizes = torch.bincount(segments.index)
+    longest = int(sizes.max())
+    length = longest if length is None else length
+    if length < longest:
+        raise ValueError(f"the longest trajectory has {longest} steps, more than length={length}")
+    starts = torch.cumsum(sizes, 0) - sizes
+    row = segments.index
+    column = torch.arange(len(row), device=row.device) - starts[row]
+
+    def put(x: Tensor) -> Tensor:
+        out = x.new_zeros((len(sizes), length, *x.shape[1:]))
+        out[row, column] = x
+        return out
+
+    padded = packed.apply(put, batch_size=[len(sizes), length])
+    mask = torch.zeros(len(sizes), length, dtype=torch.bool, device=row.device)
+    mask[row, column] = segments.valid
+    padded.set(MASK, mask)
+    # Padding keeps its row's id, so that a row is one trajectory for whoever reads the ids.
+    ids = packed.get(TRAJ_IDS)
+    first = ids[starts]
+    padded.set(TRAJ_IDS, first[:, None].expand(-1, length).contiguous())
+    return padded
+
+
+def pack(padded: TensorDictBase) -> TensorDictBase:
+    """Padded ``[B, T]`` (or ``[B]`` with time inside) to packed ``[N]``; drops the mask.
+
+    Trajectory ids become the row numbers where there are none, or where those at hand fall from
+    one row to the next.
+    """
+    segments = Segments.of(padded)
+    keep = segments.valid.reshape(-1)
+    steps = segments.shape.numel()
+    flat = padded.apply(
+        lambda x: x.reshape(steps, *x.shape[2:])[keep], batch_size=[int(keep.sum())]
+    )
+    if MASK in flat.keys(True):
+        flat = flat.exclude(MASK)
+    ids = flat.get(TRAJ_IDS, default=None)
+    slots = segments.index[keep]
+    renumber = ids is None or bool((ids[1:] < ids[:-1]).any())
+    # Equal ids on two rows would melt two trajectories into one.
+    if ids is not None and not renumber:
+        renumber = not torch.equal(ids[1:] != ids[:-1], slots[1:] != slots[:-1])
+    if renumber:
+        flat.set(TRAJ_IDS, slots)
+    return flat
+
+
+def from_steps(steps: dict[NestedKey, Tensor], traj_ids: Tensor) -> TensorDict:
+    """A packed batch from tensors of one row a step and their trajectory ids (int64 ``[N]``)."""
+    packed = TensorDict({}, batch_size=[len(traj_ids)])
+    for key, value in steps.items():
+        packed.set(key, value)
+    packed.set(TRAJ_IDS, traj_ids)
+    return packed
+
+
+def validate(
+    trajectories: TensorDictBase, *, keys: Iterable[NestedKey] = (OBSERVATION, ACTION)
+) -> None:
+    """Check a batch or a whole dataset once, before training time is spent.
+
+    Looks at the values, so it waits for an accelerator.
+
+    Args:
+        trajectories: packed or padded.
+        keys: floating-point entries that must be there, one row a step, finite on valid steps.
+
+    Raises:
+        KeyError: a missing entry.
+        ValueError: an entry of wrong dtype or shape, NaN or infinity, ids out of order, a negative
+            multiplicity, no step at all, or a trajectory with every step masked.
+    """
+    if trajectories.numel() == 0:
+        raise ValueError("there is not a single step in these trajectories")
+    segments = Segments.of(trajectories)
+    if len(segments.shape) == 1:
+        _check_order(trajectories.get(TRAJ_IDS), TRAJ_IDS)
+    present = set(trajectories.keys(True, True))
+    for key in keys:
+        if key not in present:
+            raise KeyError(f"{key!r} is missing; there are {sorted(map(str, present))}")
+        value = trajectories.get(key)
+        if not value.is_floating_point():
+            raise ValueError(f"{key!r} must be floating point, it is {value.dtype}")
+        _rows(value, segments, key)
+        _finite(value, segments, key)
+    for key in (REF_LOG_PROB, IMPORTANCE_WEIGHT, REWARD):
+        if key in present:
+            _rows(trajectories.get(key), segments, key)
+            _finite(trajectories.get(key), segments, key)
+    if MULTIPLICITY in present:
+        multiplicity = trajectories.get(MULTIPLICITY)
+        _rows(multiplicity, segments, MULTIPLICITY)
+        if bool((multiplicity < 0).any()):
+            raise ValueError(f"{MULTIPLICITY!r} counts draws, it can't be negative")
+    if segments.mask is not None:
+        counts = torch.bincount(segments.index)
+        empty = torch.nonzero((segments.lengths[: len(counts)] == 0) & (counts > 0))
+        if len(empty):
+            raise ValueError(
+                f"trajectory {int(empty[0])} has no valid step: its mask is all zero; drop it"
+            )
+
+
+def _rows(value: Tensor, segments: Segments, key: NestedKey) -> None:
+    if value.shape[: len(segments.shape)] != segments.shape:
+        raise ValueError(
+            f"{key!r} has shape {list(value.shape)}; it must start with {list(segments.shape)}, "
+            "one row a step"
+        )
+
+
+def _finite(value: Tensor, segments: Segments, key: NestedKey) -> None:
+    rows = value.reshape(segments.shape.numel(), -1).isfinite().all(-1)
+    bad = torch.nonzero(~rows & segments.valid.reshape(-1))
+    if len(bad):
+        raise ValueError(
+            f"{key!r} is NaN or infinite at {len(bad)} steps, the first at step {int(bad[0])}; "
+            "clean the data before training"
+        )

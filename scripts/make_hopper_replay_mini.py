@@ -1,0 +1,101 @@
+"""Make the bundled dataset ``hopper-replay-mini``: an even ninth of a larger file's episodes.
+
+    python scripts/make_hopper_replay_mini.py hopper-replay.hdf5 \
+        iwsft/datasets/data/hopper-replay-mini.hdf5
+
+Episodes are ranked by return, the middle one of every ``EVERY`` is kept, and the kept ones are
+written in their old order: so the returns are distributed as in the source, whatever its size.
+Beside OUT goes its provenance, OUT with the suffix ``.json``. The same source gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from iwsft.files import written_whole
+
+EVERY = 9
+ROWS_A_CHUNK = 8192
+QUANTILES = (0, 25, 50, 75, 90, 95, 98, 100)
+SOURCE = (
+    "hopper-replay.hdf5 (D4RL's layout, not D4RL's data): the whole experience of an online SAC "
+    "run on Hopper-v4 from scratch (2 x 256 nets, learning rate 3e-4, batch 256, seed 0, 400,000 "
+    "steps), which is how D4RL's medium-replay sets were made"
+)
+LICENCE = "free to use"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("out", type=Path)
+    args = parser.parse_args()
+    provenance = make(args.source, args.out)
+    print(json.dumps(provenance, indent=2))
+
+
+def make(source: Path, out: Path) -> dict[str, object]:
+    """Write the subset and its provenance; returns the provenance."""
+    with h5py.File(source, "r") as file:
+        fields = {key: file[key][()] for key in file}
+        attributes = dict(file.attrs)
+    ends = np.flatnonzero(fields["terminals"] | fields["timeouts"]) + 1
+    starts = np.concatenate([[0], ends[:-1]])
+    returns = np.add.reduceat(fields["rewards"].astype(np.float64), starts)
+    kept = np.sort(np.argsort(returns, kind="stable")[EVERY // 2 :: EVERY])
+    rows = np.concatenate([np.arange(starts[i], ends[i]) for i in kept])
+
+    attributes["sources"] = json.dumps(
+        [{**part, "episodes": len(kept)} for part in json.loads(attributes["sources"])]
+    )
+    with written_whole(out) as partial, h5py.File(partial, "w") as file:
+        for key, values in fields.items():
+            file.create_dataset(
+                key,
+                data=values[rows],
+                chunks=(min(ROWS_A_CHUNK, len(rows)), *values.shape[1:]),
+                compression="gzip",
+                compression_opts=9,
+                shuffle=True,
+            )
+        file.attrs.update(attributes)
+
+    provenance = {
+        "source": SOURCE,
+        "licence": LICENCE,
+        "source_sha256": _sha256(source),
+        "command": f"python scripts/make_hopper_replay_mini.py {source.name} {out.name}",
+        "subset": f"middle episode of every {EVERY} in order of return",
+        "sha256": _sha256(out),
+        "bytes": out.stat().st_size,
+        "quantiles": list(QUANTILES),
+        "full": _summary(returns, ends - starts),
+        "mini": _summary(returns[kept], (ends - starts)[kept]),
+    }
+    with written_whole(out.with_suffix(".json")) as partial:
+        partial.write_text(json.dumps(provenance, indent=2) + "\n")
+    return provenance
+
+
+def _summary(returns: np.ndarray, lengths: np.ndarray) -> dict[str, object]:
+    return {
+        "episodes": len(returns),
+        "steps": int(lengths.sum()),
+        "return_mean": round(float(returns.mean()), 1),
+        "return_quantiles": np.percentile(returns, QUANTILES).round(1).tolist(),
+    }
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    main()

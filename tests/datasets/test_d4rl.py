@@ -1,0 +1,254 @@
+"""Files in D4RL's layout: what is read, and what is refused with which words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from iwsft import datasets
+from iwsft.trajectory import (
+    ACTION,
+    NEXT_OBSERVATION,
+    OBSERVATION,
+    REWARD,
+    TERMINATED,
+    TRUNCATED,
+    lengths,
+)
+
+if TYPE_CHECKING:
+    from tests.datasets.conftest import Fields
+
+Write = Callable[..., Path]
+Make = Callable[..., dict[str, Any]]
+
+
+def test_locomotion_layout_with_true_next_observations(episode_fields: Make, write: Write) -> None:
+    fields = episode_fields([3, 4, 2])
+    fields["next_observations"] = fields["observations"] + 100
+    fields["infos/qpos"] = np.full((9, 1), np.nan)  # not ours to judge
+    data = datasets.load(write(fields, env_id="Hopper-v4"))
+    assert lengths(data.trajectories).tolist() == [3, 4, 2]
+    assert data.trajectories[TERMINATED].flatten().nonzero().flatten().tolist() == [2, 8]
+    assert data.trajectories[TRUNCATED].flatten().nonzero().flatten().tolist() == [6]
+    np.testing.assert_array_equal(
+        data.trajectories[NEXT_OBSERVATION], fields["observations"] + np.float32(100)
+    )
+    assert (data.env_id, data.name) == ("Hopper-v4", "mine")
+    assert data.reference_scores == (-20.272305, 3234.3)
+
+
+def test_kitchen_layout(episode_fields: Make, write: Write) -> None:
+    """No timeouts, flags as floats, ``infos`` an array, terminals at the end of a demonstration."""
+    fields = episode_fields([5, 4], obs=60, act=9)
+    ends = fields.pop("timeouts") | fields["terminals"]
+    fields["terminals"] = ends.astype(np.float32)
+    fields["infos"] = np.zeros(9, dtype=np.int64)
+    path = write(fields, "mini_kitchen_microwave_kettle_light_slider-v0.hdf5")
+    data = datasets.load(path)
+    assert lengths(data.trajectories).tolist() == [5, 4]
+    assert data.trajectories[TERMINATED].flatten().tolist() == ends.tolist()
+    assert not data.trajectories[TRUNCATED].any()
+    assert data.trajectories[OBSERVATION].shape == (9, 60)
+    assert (data.env_id, data.reference_scores) == ("FrankaKitchen-v1", (0.0, 4.0))
+
+
+def test_antmaze_layout(episode_fields: Make, write: Write) -> None:
+    """A stay at the goal is a run of terminals; a timeout on top of one stays terminated."""
+    fields = episode_fields([6], obs=29, act=8)
+    fields["terminals"] = np.array([0, 0, 1, 1, 0, 1], dtype=np.float32)
+    fields["timeouts"] = np.array([0, 0, 0, 0, 0, 1], dtype=bool)
+    fields["rewards"] = fields["terminals"]
+    path = write(fields, "Ant_maze_u-maze_noisy_multistart_False_multigoal_False_sparse_fixed.hdf5")
+    data = datasets.load(path)
+    assert lengths(data.trajectories).tolist() == [3, 1, 2]
+    assert data.trajectories[TERMINATED].flatten().int().tolist() == [0, 0, 1, 1, 0, 1]
+    assert not data.trajectories[TRUNCATED].any()
+    assert (data.env_id, data.reference_scores) == ("AntMaze_UMaze-v4", (0.0, 1.0))
+    # Without stored next observations, the last step of a trajectory keeps its own.
+    following, now = data.trajectories[NEXT_OBSERVATION], data.trajectories[OBSERVATION]
+    for row, source in enumerate([1, 2, 2, 3, 5, 5]):
+        np.testing.assert_array_equal(following[row], now[source])
+
+
+def test_trailing_partial_episode_is_kept_truncated(episode_fields: Make, write: Write) -> None:
+    fields = episode_fields([3, 3, 2])
+    fields["terminals"][-1] = False
+    data = datasets.load(write(fields))
+    assert lengths(data.trajectories).tolist() == [3, 3, 2]
+    assert data.trajectories[TRUNCATED].flatten().int().tolist() == [0, 0, 0, 0, 0, 1, 0, 1]
+    assert data.trajectories[TERMINATED].flatten().int().tolist() == [0, 0, 1, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("sizes", [[7], [1], [1, 1, 1]])
+def test_one_trajectory_and_single_steps_load(
+    episode_fields: Make, write: Write, sizes: list[int]
+) -> None:
+    assert lengths(datasets.load(write(episode_fields(sizes))).trajectories).tolist() == sizes
+
+
+def test_other_dtypes_and_columns_are_taken(episode_fields: Make, write: Write) -> None:
+    fields = episode_fields([4, 3])
+    plain = datasets.load(write(fields))
+    fields["observations"] = fields["observations"].astype(np.float64)
+    fields["actions"] = fields["actions"].astype(">f8")
+    fields["rewards"] = fields["rewards"][:, None]
+    fields["terminals"] = fields["terminals"][:, None].astype(np.uint8)
+    again = datasets.load(write(fields, "again.h5"))
+    assert again.trajectories[ACTION].dtype == plain.trajectories[ACTION].dtype
+    assert (again.trajectories == plain.trajectories).all()
+    assert again.fingerprint == plain.fingerprint
+    assert again.name == "again"
+
+
+def test_fingerprint_follows_contents_only(
+    episode_fields: Make, write: Write, tmp_path: Path
+) -> None:
+    fields = episode_fields([4, 3])
+    first = datasets.load(write(fields, "one.hdf5")).fingerprint
+    assert datasets.load(write(fields, "two.hdf5", env_id="Hopper-v4")).fingerprint == first
+    for key in ("observations", "actions", "rewards"):
+        changed = {**fields, key: fields[key].copy()}
+        changed[key].reshape(-1)[0] = np.nextafter(changed[key].reshape(-1)[0], np.float32(0))
+        assert datasets.load(write(changed)).fingerprint != first
+    for key in ("terminals", "timeouts"):
+        changed = {**fields, key: fields[key].copy()}
+        changed[key][0] = True
+        assert datasets.load(write(changed)).fingerprint != first
+
+
+def test_environment_of_a_file(episode_fields: Make, write: Write) -> None:
+    fields = episode_fields([3])
+    assert datasets.load(write(fields)).env_id is None
+    assert datasets.load(write(fields)).reference_scores is None
+    named = datasets.load(write(fields, "walker2d_full_replay-v2.hdf5"))
+    assert named.env_id == "Walker2d-v4"
+    assert named.reference_scores == (1.629008, 4592.3)
+    own = datasets.load(write(fields, "walker2d-medium-v2.hdf5", env_id="MyWalker-v0"))
+    assert (own.env_id, own.reference_scores) == ("MyWalker-v0", None)
+
+
+def test_a_wider_action_space_is_taken_from_the_environment(
+    episode_fields: Make, write: Write
+) -> None:
+    fields = episode_fields([4], obs=3, act=1)
+    fields["actions"][2] = 1.9
+    assert lengths(datasets.load(write(fields, env_id="Pendulum-v1")).trajectories).tolist() == [4]
+    fields["actions"][2] = 2.1
+    with pytest.raises(ValueError, match=r"'actions' .* row 2 .*Pendulum-v1, \[-2.0\] to \[2.0\]"):
+        datasets.load(write(fields, env_id="Pendulum-v1"))
+    with pytest.raises(ValueError, match=r"row 2, and NoSuchThing-v0 cannot be made"):
+        datasets.load(write(fields, env_id="NoSuchThing-v0"))
+
+
+def without(key: str) -> Callable[[Fields], None]:
+    return lambda fields: fields.__delitem__(key)
+
+
+def put(key: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Fields], None]:
+    return lambda fields: fields.update({key: change(fields[key])})
+
+
+def at(row: int, value: float) -> Callable[[np.ndarray], np.ndarray]:
+    def change(values: np.ndarray) -> np.ndarray:
+        values = values.astype(np.float64)
+        values[row] = value
+        return values
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("observations"), "no field 'observations'.*the file has actions, rewards"),
+        (without("actions"), "no field 'actions'"),
+        (without("rewards"), "no field 'rewards'"),
+        (without("terminals"), "no field 'terminals'"),
+        (put("observations", lambda a: a[:0]), "holds no steps"),
+        (put("observations", lambda a: a[:, 0]), r"'observations' has shape \[7\], expected"),
+        (put("observations", lambda a: a[:, :0]), r"'observations' has shape \[7, 0\]"),
+        (put("actions", lambda a: a[:-1]), "'actions' has 6 rows and 'observations' has 7"),
+        (put("rewards", lambda a: a[:-2]), "'rewards' has 5 rows"),
+        (put("rewards", lambda a: np.stack([a, a], 1)), r"'rewards' has shape \[7, 2\]"),
+        (put("terminals", lambda a: a[:-1]), "'terminals' has 6 rows"),
+        (put("timeouts", lambda a: np.append(a, True)), "'timeouts' has 8 rows"),
+        (put("terminals", at(4, 0.5)), "'terminals' must be 0 or 1, row 4 is 0.5"),
+        (put("timeouts", at(3, np.nan)), "'timeouts' must be 0 or 1, row 3 is nan"),
+        (put("observations", at(2, np.nan)), "'observations' is NaN or infinite at row 2"),
+        (put("rewards", at(6, np.inf)), "'rewards' is NaN or infinite at row 6"),
+        (put("rewards", at(1, 1e300)), "'rewards' is NaN or infinite at row 1"),
+        (put("actions", at(5, 1.01)), r"'actions' is out of range at row 5.*\[-1, 1\]"),
+        (put("actions", at(0, -3)), "'actions' is out of range at row 0"),
+        (put("observations", lambda a: a.astype("S4")), "'observations' is .*expected numbers"),
+        (put("rewards", lambda a: a.sum()), "'rewards' is .*expected numbers"),
+        (
+            lambda fields: fields.update(next_observations=fields["observations"][:, :2]),
+            r"'next_observations' has shape \[7, 2\] and 'observations' has \[7, 3\]",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+def test_what_is_refused(
+    episode_fields: Make, write: Write, change: Callable[[Fields], None], message: str
+) -> None:
+    fields = episode_fields([4, 3])
+    change(fields)
+    path = write(fields)
+    with pytest.raises(ValueError, match=message) as caught:
+        datasets.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_field_that_is_a_group(episode_fields: Make, write: Write) -> None:
+    fields = episode_fields([4])
+    fields["rewards/a"] = fields.pop("rewards")
+    with pytest.raises(ValueError, match=r"'rewards' is .*group.*expected numbers"):
+        datasets.load(write(fields))
+
+
+@pytest.mark.parametrize("keep", [0, 100, 0.5, 0.99])
+def test_a_truncated_file(episode_fields: Make, write: Write, keep: float) -> None:
+    path = write(episode_fields([4000, 4000]))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(keep * len(whole)) if keep < 1 else int(keep)])
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}.*truncated, damaged"):
+        datasets.load(path)
+
+
+def test_a_damaged_chunk(episode_fields: Make, tmp_path: Path) -> None:
+    import h5py
+
+    path = tmp_path / "damaged.hdf5"
+    with h5py.File(path, "w") as file:
+        for key, values in episode_fields([4000, 4000]).items():
+            file.create_dataset(key, data=values, compression="gzip")
+        place = file["actions"].id.get_chunk_info(0)
+    data = bytearray(path.read_bytes())
+    data[place.byte_offset : place.byte_offset + place.size] = bytes(place.size)
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"cannot be read as HDF5.*truncated, damaged"):
+        datasets.load(path)
+
+
+def test_a_missing_file_names_its_neighbour(
+    episode_fields: Make, write: Write, tmp_path: Path
+) -> None:
+    path = write(episode_fields([3]), "hopper-replay.hdf5")
+    with pytest.raises(FileNotFoundError, match=f"did you mean {re.escape(str(path))}"):
+        datasets.load(tmp_path / "hoper-replay.hdf5")
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        datasets.load(str(tmp_path / "nowhere" / "a.hdf5"))
+    with pytest.raises(FileNotFoundError, match="is a folder"):
+        datasets.load(tmp_path)
+
+
+def test_rewards_keep_their_order(episode_fields: Make, write: Write) -> None:
+    fields = episode_fields([3, 5])
+    data = datasets.load(write(fields))
+    np.testing.assert_array_equal(data.trajectories[REWARD][:, 0], fields["rewards"])

@@ -1,0 +1,196 @@
+"""Minari sets written by Minari itself, offline."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import minari
+import numpy as np
+import pytest
+from gymnasium.spaces import Box, Dict, Discrete, Space, Tuple
+from gymnasium.spaces.utils import flatten
+from minari.data_collector import EpisodeBuffer
+
+from iwsft import datasets
+from iwsft.trajectory import (
+    ACTION,
+    NEXT_OBSERVATION,
+    OBSERVATION,
+    REWARD,
+    TERMINATED,
+    TRUNCATED,
+    lengths,
+)
+
+if TYPE_CHECKING:
+    from tests.datasets.conftest import Served
+
+# Minari misses the author, a permalink and the environment.
+pytestmark = pytest.mark.filterwarnings("ignore:.* is (set to )?None")
+
+ACTIONS = Box(-2, 2, (2,), np.float32)
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    return tmp_path
+
+
+def create(
+    space: Space[Any],
+    ends: list[tuple[int, bool, bool]],
+    *,
+    dataset_id: str = "lab/arm/medium-v0",
+    actions: Space[Any] = ACTIONS,
+    **metadata: Any,
+) -> list[EpisodeBuffer]:
+    """Random episodes; each of ``ends`` is (steps, terminated, truncated) of one."""
+    space.seed(0)
+    actions.seed(0)
+    rng = np.random.default_rng(0)
+    episodes = []
+    for steps, terminated, truncated in ends:
+        observations = [space.sample() for _ in range(steps + 1)]
+        episodes.append(
+            EpisodeBuffer(
+                observations=stack(observations),
+                actions=stack([actions.sample() for _ in range(steps)]),
+                rewards=rng.normal(size=steps).tolist(),
+                terminations=[False] * (steps - 1) + [terminated],
+                truncations=[False] * (steps - 1) + [truncated],
+            )
+        )
+    minari.create_dataset_from_buffers(
+        dataset_id=dataset_id,
+        buffer=episodes,
+        observation_space=space,
+        action_space=actions,
+        **metadata,
+    )
+    return episodes
+
+
+def stack(samples: list[Any]) -> Any:
+    if isinstance(samples[0], dict):
+        return {key: stack([sample[key] for sample in samples]) for key in samples[0]}
+    if isinstance(samples[0], tuple):
+        return tuple(stack(list(part)) for part in zip(*samples, strict=True))
+    return np.stack(samples)
+
+
+def one(samples: Any, i: int) -> Any:
+    if isinstance(samples, dict):
+        return {key: one(part, i) for key, part in samples.items()}
+    if isinstance(samples, tuple):
+        return tuple(one(part, i) for part in samples)
+    return samples[i]
+
+
+PLAIN = Box(-10, 10, (3,), np.float64)
+NESTED = Dict(
+    {
+        "observation": Box(-1, 1, (2, 2), np.float32),
+        "achieved": Dict({"b": Box(-1, 1, (1,), np.float32), "a": Box(-1, 1, (2,), np.float32)}),
+        "pair": Tuple((Box(-1, 1, (1,), np.float64), Box(-1, 1, (3,), np.float32))),
+    }
+)
+
+
+@pytest.mark.parametrize("space", [PLAIN, NESTED], ids=["box", "nested"])
+def test_steps_and_order_of_columns(space: Space[Any]) -> None:
+    episodes = create(space, [(4, True, False), (1, False, True), (3, False, False)])
+    data = datasets.load("lab/arm/medium-v0")
+    packed = data.trajectories
+    assert lengths(packed).tolist() == [4, 1, 3]
+    row = 0
+    for episode in episodes:
+        for i in range(len(episode)):
+            now, then = one(episode.observations, i), one(episode.observations, i + 1)
+            for key, sample in ((OBSERVATION, now), (NEXT_OBSERVATION, then)):
+                wanted = np.asarray(flatten(space, sample), np.float32)  # gymnasium's own order
+                np.testing.assert_array_equal(packed[key][row], wanted)
+            np.testing.assert_array_equal(packed[ACTION][row], episode.actions[i])
+            assert packed[REWARD][row].item() == np.float32(episode.rewards[i])
+            row += 1
+    assert packed[TERMINATED].flatten().int().tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
+    assert packed[TRUNCATED].flatten().int().tolist() == [0, 0, 0, 0, 1, 0, 0, 1]
+    assert (data.name, data.source) == ("lab-arm-medium-v0", "minari:lab/arm/medium-v0")
+    assert (data.env_id, data.reference_scores) == (None, None)
+
+
+def test_an_end_inside_a_stored_episode_cuts_with_its_true_next_observation() -> None:
+    (episode,) = create(PLAIN, [(5, True, False)], dataset_id="gone-v0")
+    episode.terminations[1] = True
+    minari.create_dataset_from_buffers(
+        dataset_id="arm-v1", buffer=[episode], observation_space=PLAIN, action_space=ACTIONS
+    )
+    packed = datasets.load("minari:arm-v1").trajectories
+    assert lengths(packed).tolist() == [2, 3]
+    np.testing.assert_array_equal(
+        packed[NEXT_OBSERVATION], np.float32(np.asarray(episode.observations)[1:])
+    )
+
+
+def test_environment_and_reference_scores() -> None:
+    create(
+        Box(-10, 10, (3,), np.float32),
+        [(3, False, True)],
+        dataset_id="pendulum-v0",
+        actions=Box(-2, 2, (1,), np.float32),
+        env="Pendulum-v1",
+        ref_min_score=-1500.0,
+        ref_max_score=-150.0,
+    )
+    data = datasets.load("minari:pendulum-v0")
+    assert data.env_id == "Pendulum-v1"
+    assert data.reference_scores == (-1500.0, -150.0)
+    assert data.name == "pendulum-v0"
+
+
+def test_what_is_refused() -> None:
+    create(Dict({"a": PLAIN, "n": Discrete(3)}), [(2, True, False)], dataset_id="a-v0")
+    with pytest.raises(ValueError, match=r"minari:a-v0: the observation space holds Discrete\(3\)"):
+        datasets.load("minari:a-v0")
+    create(PLAIN, [(2, True, False)], dataset_id="b-v0", actions=Discrete(4))
+    with pytest.raises(ValueError, match=r"the action space holds Discrete\(4\)"):
+        datasets.load("minari:b-v0")
+    (episode,) = create(PLAIN, [(3, True, False)], dataset_id="c-v0")
+    episode.actions[1] = 2.5
+    minari.create_dataset_from_buffers(
+        dataset_id="d-v0", buffer=[episode], observation_space=PLAIN, action_space=ACTIONS
+    )
+    with pytest.raises(ValueError, match=r"\[-2.0, -2.0\] to \[2.0, 2.0\]\) at row 1"):
+        datasets.load("minari:d-v0")
+    with pytest.raises(ValueError, match="'no version' is no Minari id"):
+        datasets.load("minari:no version")
+
+
+def test_a_damaged_store(store: Path) -> None:
+    create(PLAIN, [(300, True, False)])
+    (file,) = store.rglob("*.hdf5")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"minari:lab/arm/medium-v0 cannot be read.*delete"):
+        datasets.load("lab/arm/medium-v0")
+
+
+def test_a_set_that_the_remote_store_does_not_have(server: Served, store: Path) -> None:
+    """Asks a hub that has nothing, in a process of its own: the address is read at import."""
+    server.status = 404
+    code = "from iwsft import datasets\ndatasets.load('lab/arm/medium-v7')"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "HF_ENDPOINT": server.base},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    message = result.stderr.rpartition("\nConnectionError: ")[2]
+    assert message.startswith(f"Dataset lab/arm/medium-v7 not found locally at {store}")
+    assert "Nor could it be downloaded" in message
+    assert "404" in message
+    assert server.requests

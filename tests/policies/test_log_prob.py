@@ -1,0 +1,220 @@
+"""chunked_log_prob against one call on everything, and against the closed form."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+from torchrl.modules import ProbabilisticActor
+
+from iwsft.policies import GaussianPolicy
+from iwsft.policies.log_prob import chunked_log_prob, whole_trajectories
+from iwsft.trajectory import MASK, TRAJ_IDS, Segments, pack, pad
+
+
+def packed(sizes: list[int], seed: int = 0) -> TensorDict:
+    generator = torch.Generator().manual_seed(seed)
+    steps = sum(sizes)
+    ids = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    return TensorDict(
+        {
+            "observation": torch.randn(steps, 4, generator=generator),
+            "action": torch.rand(steps, 2, generator=generator) * 2 - 1,
+            "collector": {"traj_ids": ids},
+        },
+        [steps],
+    )
+
+
+@pytest.fixture
+def policy() -> GaussianPolicy:
+    torch.manual_seed(0)
+    return GaussianPolicy(4, 2, hidden=(32, 32))
+
+
+class Recorder:
+    """A policy that says how long each trajectory of its batch is, and keeps what it saw."""
+
+    def __init__(self) -> None:
+        self.seen: list[TensorDictBase] = []
+
+    def log_prob(self, trajectories: TensorDictBase) -> Tensor:
+        self.seen.append(trajectories.clone())
+        segments = Segments.of(trajectories)
+        return segments.spread(segments.lengths)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 40, 100, 10**9])
+def test_chunks_give_the_same_bits_as_one_call(policy: GaussianPolicy, rows: int) -> None:
+    data = packed([3, 70, 1, 40, 2, 2])
+    whole = policy.log_prob(data.copy()).detach()
+    got = chunked_log_prob(policy, data, rows=rows)
+    assert got.dtype == torch.float32
+    assert not got.requires_grad
+    assert torch.equal(got, whole)
+
+
+def test_is_the_density_of_a_normal(policy: GaussianPolicy) -> None:
+    data = packed([5, 20])
+    with torch.no_grad():
+        filled = policy(data.clone())
+    loc, scale = filled["loc"].double(), filled["scale"].double()
+    z = (data["action"].double() - loc) / scale
+    expected = (-0.5 * z**2 - scale.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+    torch.testing.assert_close(chunked_log_prob(policy, data).double(), expected)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(1, 200))
+def test_chunks_are_whole_trajectories_none_tiny(sizes: list[int], rows: int) -> None:
+    data = packed(sizes)
+    chunks = list(whole_trajectories(Segments.of(data), rows))
+    ends = {0, *torch.tensor(sizes).cumsum(0).tolist()}
+    assert [c.start for c in chunks] == [0, *(c.stop for c in chunks[:-1])]
+    assert chunks[-1].stop == sum(sizes)
+    assert all(c.stop in ends for c in chunks)
+    lengths = [c.stop - c.start for c in chunks]
+    assert min(lengths) >= min(16, sum(sizes))
+    # At most a trajectory and a remainder beyond what was asked for.
+    assert max(lengths) <= max(rows, 16 + max(sizes)) + 15
+
+
+def test_a_policy_with_memory_sees_whole_trajectories() -> None:
+    data = packed([30, 50, 20, 60])
+    recorder = Recorder()
+    got = chunked_log_prob(recorder, data, rows=45)
+    assert len(recorder.seen) > 1
+    assert got.tolist() == [30.0] * 30 + [50.0] * 50 + [20.0] * 20 + [60.0] * 60
+
+
+def test_padded_is_packed_and_zero_off_the_mask(policy: GaussianPolicy) -> None:
+    data = packed([3, 17, 9, 30])
+    padded = pad(data)
+    off = ~padded.get(MASK)
+    padded["observation"][off] = torch.nan
+    got = chunked_log_prob(policy, padded, rows=40)
+    assert got.shape == padded.batch_size
+    assert bool((got[off] == 0).all())
+    padded.set("log_prob", got)
+    torch.testing.assert_close(pack(padded)["log_prob"], chunked_log_prob(policy, data))
+
+
+def test_time_inside_a_one_dimensional_batch(policy: GaussianPolicy) -> None:
+    padded = pad(packed([3, 17, 9]))
+    flat = TensorDict(dict(padded.items()), [3])
+    flat[MASK] = padded.get(MASK)
+    assert torch.equal(
+        chunked_log_prob(policy, flat, rows=20), chunked_log_prob(policy, padded, rows=20)
+    )
+
+
+def test_segments_of_another_mask(policy: GaussianPolicy) -> None:
+    data = packed([10, 10])
+    mask = torch.arange(20) % 3 > 0
+    got = chunked_log_prob(policy, data, segments=Segments.of(data, mask=mask))
+    assert torch.equal(got != 0, mask)
+
+
+def test_data_and_modes_stay_as_they_were(policy: GaussianPolicy) -> None:
+    data = packed([30, 30])
+    keys = set(data.keys(True, True))
+    policy.train()
+    policy.module[0].eval()
+    modes = [module.training for module in policy.modules()]
+    chunked_log_prob(policy, data, rows=20)
+    assert set(data.keys(True, True)) == keys
+    assert [module.training for module in policy.modules()] == modes
+    assert len(set(modes)) == 2
+
+
+def test_dropout_is_off_and_comes_back_after_an_error() -> None:
+    class Dropped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dropout = nn.Dropout(0.5)
+            self.broken = False
+
+        def log_prob(self, trajectories: TensorDictBase) -> Tensor:
+            if self.broken:
+                raise RuntimeError("broken")
+            return self.dropout(torch.ones(trajectories.batch_size))
+
+    module, data = Dropped(), packed([100])
+    assert bool((chunked_log_prob(module, data) == 1).all())
+    module.broken = True
+    with pytest.raises(RuntimeError, match="broken"):
+        chunked_log_prob(module, data)
+    assert module.training and module.dropout.training
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_dtype_is_float32_or_wider(dtype: torch.dtype, expected: torch.dtype) -> None:
+    class Constant:
+        def log_prob(self, trajectories: TensorDictBase) -> Tensor:
+            return torch.full(trajectories.batch_size, 0.5, dtype=dtype)
+
+    out = chunked_log_prob(Constant(), packed([4, 4]))
+    assert out.dtype == expected
+    assert out.tolist() == [0.5] * 8
+
+
+def test_a_trailing_one_is_dropped() -> None:
+    class Column:
+        def log_prob(self, trajectories: TensorDictBase) -> Tensor:
+            return trajectories["observation"][:, :1]
+
+    data = packed([4, 40])
+    assert torch.equal(chunked_log_prob(Column(), data, rows=20), data["observation"][:, 0])
+
+
+def test_distribution_that_is_not_independent_is_named() -> None:
+    net = TensorDictModule(
+        nn.Sequential(nn.Linear(4, 4), _Split()), in_keys=["observation"], out_keys=["loc", "scale"]
+    )
+    actor = ProbabilisticActor(
+        net, in_keys=["loc", "scale"], distribution_class=torch.distributions.Normal
+    )
+    with pytest.raises(ValueError, match=r"\[20, 2\].*\[20\] was expected.*Independent"):
+        chunked_log_prob(actor, packed([20]))
+
+
+class _Split(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        loc, scale = x.chunk(2, -1)
+        return loc, scale.exp()
+
+
+@pytest.mark.parametrize(
+    ("policy", "error", "match"),
+    [
+        (object(), TypeError, "object has no log_prob"),
+        (type("P", (), {"log_prob": lambda self, td: td})(), TypeError, "P.log_prob must give"),
+    ],
+)
+def test_no_policy(policy: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        chunked_log_prob(policy, packed([4]))
+
+
+def test_bad_input(policy: GaussianPolicy) -> None:
+    with pytest.raises(ValueError, match="rows=0"):
+        chunked_log_prob(policy, packed([4]), rows=0)
+    empty = packed([4])[:0]
+    with pytest.raises(ValueError, match="not a single step"):
+        chunked_log_prob(policy, empty)
+    with pytest.raises(KeyError, match="traj_ids"):
+        chunked_log_prob(policy, packed([4]).exclude(TRAJ_IDS))

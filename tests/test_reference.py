@@ -1,0 +1,296 @@
+"""annotate_reference and its cache on disk."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+
+from iwsft.fingerprint import fingerprint
+from iwsft.policies import GaussianPolicy
+from iwsft.policies.log_prob import chunked_log_prob
+from iwsft.reference import annotate_reference
+from iwsft.trajectory import MASK, TRAJ_IDS, pack, pad
+
+
+def dataset(steps: int = 300) -> TensorDict:
+    generator = torch.Generator().manual_seed(0)
+    return TensorDict(
+        {
+            "observation": torch.randn(steps, 4, generator=generator),
+            "action": torch.rand(steps, 2, generator=generator) * 2 - 1,
+            "next": {"reward": torch.zeros(steps, 1)},
+            "collector": {"traj_ids": torch.arange(steps) // 30},
+        },
+        [steps],
+    )
+
+
+def gaussian(seed: int = 0, **settings: Any) -> GaussianPolicy:
+    torch.manual_seed(seed)
+    return GaussianPolicy(4, 2, hidden=(16, 16), **settings)
+
+
+class Counting(nn.Module):
+    """log p = offset x sum of the action; counts the steps it was asked for."""
+
+    def __init__(self, offset: float = 0.5) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.offset = offset
+        self._steps = 0
+
+    def log_prob(self, trajectories: TensorDictBase) -> Tensor:
+        self._steps += trajectories.batch_size.numel()
+        return self.offset * self.scale * trajectories["action"].sum(-1)
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir())
+
+
+@contextmanager
+def file_size_limit(limit: int) -> Iterator[None]:
+    """Files of this process can't grow beyond ``limit`` bytes: what a full disk does to a write."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_writes_the_log_prob_of_each_step() -> None:
+    data, policy = dataset(), gaussian()
+    expected = policy.log_prob(data.copy()).detach()
+    keys = set(data.keys(True, True))
+    out = annotate_reference(policy, data, rows=70)
+    assert out is data
+    assert set(data.keys(True, True)) == {*keys, "ref_log_prob"}
+    assert data["ref_log_prob"].dtype == torch.float32
+    assert not data["ref_log_prob"].requires_grad
+    assert torch.equal(data["ref_log_prob"], expected)
+
+
+def test_first_log_ratio_is_zero_on_any_batch_of_the_data() -> None:
+    data, policy = dataset(), gaussian()
+    annotate_reference(policy, data, rows=50)
+    part = data[60:150]
+    assert torch.equal(policy.log_prob(part.copy()), part["ref_log_prob"])
+
+
+def test_padded_is_zero_off_the_mask() -> None:
+    data = dataset()
+    data[TRAJ_IDS] = torch.arange(300).sqrt().long()
+    padded = pad(data)
+    annotate_reference(gaussian(), padded)
+    annotate_reference(gaussian(), data)
+    assert bool((padded["ref_log_prob"][~padded.get(MASK)] == 0).all())
+    torch.testing.assert_close(pack(padded)["ref_log_prob"], data["ref_log_prob"])
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_cache_returns_the_same_bits_without_a_sweep(tmp_path: Path, layout: str) -> None:
+    data = dataset() if layout == "packed" else pad(dataset())
+    policy = Counting()
+    first = annotate_reference(policy, data.copy(), cache=tmp_path / "made" / "here")
+    assert policy._steps == 300
+    second = annotate_reference(policy, data.copy(), cache=str(tmp_path / "made" / "here"))
+    # One trajectory is computed, to see whether the kept result fits.
+    assert policy._steps == 330
+    assert second["ref_log_prob"].shape == data.batch_size
+    assert torch.equal(first["ref_log_prob"], second["ref_log_prob"])
+    assert len(files(tmp_path / "made" / "here")) == 1
+
+
+def test_kept_file_is_an_array(tmp_path: Path) -> None:
+    data = annotate_reference(gaussian(), dataset(), cache=tmp_path)
+    assert np.array_equal(np.load(files(tmp_path)[0]), data["ref_log_prob"].numpy())
+
+
+def test_annotating_again_hits_the_cache(tmp_path: Path) -> None:
+    """What annotation, curation and reweighting add to the data is no part of the key."""
+    policy = gaussian()
+    data = annotate_reference(policy, dataset(), cache=tmp_path)
+    data["multiplicity"] = torch.ones(300, dtype=torch.int64)
+    data["importance_weight"] = torch.ones(300)
+    data["next", "reward"] += 1
+    annotate_reference(policy, data, cache=tmp_path)
+    annotate_reference(gaussian(), dataset(), cache=tmp_path, rows=50)
+    assert len(files(tmp_path)) == 1
+
+
+def weights(policy: GaussianPolicy, data: TensorDict) -> None:
+    with torch.no_grad():
+        list(policy.parameters())[-1][-1] += 1e-6
+
+
+def wide(policy: GaussianPolicy, data: TensorDict) -> None:
+    policy.double()
+    data["observation"] = data["observation"].double()
+
+
+def bounds(policy: GaussianPolicy, data: TensorDict) -> None:
+    policy.module[0].module.log_std_bounds = (-4.0, 2.0)
+
+
+def observation(policy: GaussianPolicy, data: TensorDict) -> None:
+    data["observation"][-1, -1] += 1e-6
+
+
+def action(policy: GaussianPolicy, data: TensorDict) -> None:
+    data["action"][0, 0] += 1e-6
+
+
+def ids(policy: GaussianPolicy, data: TensorDict) -> None:
+    data[TRAJ_IDS][-1] += 1
+
+
+@pytest.mark.parametrize("change", [weights, wide, bounds, observation, action, ids])
+def test_key_follows_all_it_depends_on(tmp_path: Path, change: Any) -> None:
+    annotate_reference(gaussian(), dataset(), cache=tmp_path)
+    policy, data = gaussian(), dataset()
+    change(policy, data)
+    annotate_reference(policy, data, cache=tmp_path)
+    assert len(files(tmp_path)) == 2
+    assert torch.equal(data["ref_log_prob"], chunked_log_prob(policy, data).float())
+
+
+def test_matmul_precision_and_autocast_are_part_of_the_key(tmp_path: Path) -> None:
+    annotate_reference(gaussian(), dataset(), cache=tmp_path)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        annotate_reference(gaussian(), dataset(), cache=tmp_path)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    with torch.autocast("cpu", torch.bfloat16):
+        annotate_reference(gaussian(), dataset(), cache=tmp_path)
+    assert len(files(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("harm", ["cut", "flip", "empty", "text"])
+def test_corrupt_file_is_named(tmp_path: Path, harm: str) -> None:
+    annotate_reference(gaussian(), dataset(), cache=tmp_path)
+    path = files(tmp_path)[0]
+    content = bytearray(path.read_bytes())
+    content[700] ^= 1
+    path.write_bytes(
+        {"cut": path.read_bytes()[:-5], "flip": bytes(content), "empty": b"", "text": b"x" * 99}[
+            harm
+        ]
+    )
+    data = dataset()
+    with pytest.raises(ValueError, match="is corrupt .*delete the file") as error:
+        annotate_reference(gaussian(), data, cache=tmp_path)
+    assert str(path) in str(error.value)
+    assert "ref_log_prob" not in data.keys()  # noqa: SIM118
+    path.unlink()
+    assert "ref_log_prob" in annotate_reference(gaussian(), data, cache=tmp_path).keys()  # noqa: SIM118
+
+
+def test_changed_code_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    annotate_reference(Counting(), dataset(), cache=tmp_path)
+    monkeypatch.setattr(
+        Counting, "log_prob", lambda self, td: self.scale * td["action"].square().sum(-1)
+    )
+    with pytest.raises(ValueError, match="not what the policy gives now.*delete the file"):
+        annotate_reference(Counting(), dataset(), cache=tmp_path)
+
+
+def test_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
+    annotate_reference(gaussian(1), dataset(), cache=tmp_path)
+    kept = {path: path.read_bytes() for path in files(tmp_path)}
+    data = dataset()
+    with file_size_limit(500), pytest.raises(OSError, match="no space left to write"):
+        annotate_reference(gaussian(), data, cache=tmp_path)
+    assert {path: path.read_bytes() for path in files(tmp_path)} == kept
+
+
+def test_cache_folder_that_is_a_file_fails_before_the_sweep(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    policy = Counting()
+    with pytest.raises(FileExistsError, match="file"):
+        annotate_reference(policy, dataset(), cache=tmp_path / "file")
+    assert policy._steps == 0
+
+
+def test_not_finite_is_named(tmp_path: Path) -> None:
+    data = dataset()
+    data["observation"][42, 1] = torch.nan
+    with pytest.raises(ValueError, match=r"log-prob nan at step \[42\] .* 1 of 300 steps"):
+        annotate_reference(gaussian(), data, cache=tmp_path)
+    assert files(tmp_path) == []
+    assert "ref_log_prob" not in data.keys()  # noqa: SIM118
+
+
+def test_locked_data_and_policies_that_are_no_modules(tmp_path: Path) -> None:
+    stored = dataset().memmap(tmp_path / "data")
+    with pytest.raises(ValueError, match=r"trajectories.copy\(\)"):
+        annotate_reference(gaussian(), stored)
+    annotated = annotate_reference(gaussian(), stored.copy())
+    assert torch.equal(
+        annotated["ref_log_prob"], annotate_reference(gaussian(), dataset())["ref_log_prob"]
+    )
+
+    class Plain:
+        def log_prob(self, trajectories: TensorDictBase) -> Tensor:
+            return trajectories["action"].sum(-1)
+
+    assert torch.equal(
+        annotate_reference(Plain(), dataset())["ref_log_prob"], dataset()["action"].sum(-1)
+    )
+    with pytest.raises(TypeError, match="Plain is no torch.nn.Module; pass cache=None"):
+        annotate_reference(Plain(), dataset(), cache=tmp_path)
+
+
+def test_training_mode_is_as_it_was(tmp_path: Path) -> None:
+    policy = gaussian().train()
+    annotate_reference(policy, dataset(), cache=tmp_path)
+    annotate_reference(policy.eval(), dataset(), cache=tmp_path)
+    assert not policy.training
+    assert len(files(tmp_path)) == 1
+
+
+def test_key_is_the_same_in_another_process(tmp_path: Path) -> None:
+    """No memory address, hash seed or order of dictionaries gets into the key."""
+    import subprocess
+    import sys
+
+    annotate_reference(gaussian(), dataset(), cache=tmp_path)
+    code = (
+        "import sys; from pathlib import Path; from tests.test_reference import *;"
+        "annotate_reference(gaussian(), dataset(), cache=Path(sys.argv[1]))"
+    )
+    root = Path(__file__).parents[1]
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        check=True,
+        cwd=root,
+        env={**os.environ, "PYTHONHASHSEED": "123"},
+    )
+    assert len(files(tmp_path)) == 1
+
+
+def test_fingerprint_sees_name_dtype_shape_and_value() -> None:
+    base = fingerprint({"a": torch.zeros(2, 3), "b": torch.ones(())})
+    assert base == fingerprint({"b": torch.ones(()), "a": torch.zeros(3, 2).T})
+    others = [
+        {"a": torch.zeros(3, 2), "b": torch.ones(())},
+        {"a": torch.zeros(2, 3, dtype=torch.int32), "b": torch.ones(())},
+        {"a": torch.zeros(2, 3), "c": torch.ones(())},
+        {"a": torch.zeros(2, 3), "b": torch.zeros(())},
+        {"a": torch.zeros(2, 3).bfloat16(), "b": torch.ones(())},
+        {"a": torch.zeros(2, 3), "b": 1.0},
+        {"a": torch.zeros(2, 3)},
+    ]
+    assert len({base, *(fingerprint(other) for other in others)}) == 8

@@ -1,0 +1,346 @@
+"""Samplers against the batch that the paper writes down, by enumeration and by statistics."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from iwsft import samplers
+from iwsft.curation import curate
+from iwsft.objective import ImportanceWeightedMLE
+from iwsft.policies import GaussianPolicy
+from iwsft.samplers import StepSampler, TrajectorySampler
+from iwsft.trajectory import MASK, TRAJ_IDS, lengths, pad
+
+SIZES = [3, 1, 6, 2, 4, 1]
+MULTIPLICITY = [3, 1, 0, 2, 1, 5]
+
+
+def dataset(sizes: list[int] = SIZES, multiplicity: list[int] | None = MULTIPLICITY) -> TensorDict:
+    generator = torch.Generator().manual_seed(1)
+    size = torch.tensor(sizes)
+    steps = int(size.sum())
+    weight = torch.linspace(0.2, 3, len(sizes), dtype=torch.float64)
+    data = TensorDict(
+        {
+            "observation": torch.randn(steps, 4, generator=generator, dtype=torch.float64),
+            "action": torch.randn(steps, 2, generator=generator, dtype=torch.float64),
+            "ref_log_prob": torch.randn(steps, generator=generator),
+            "importance_weight": weight.repeat_interleave(size),
+            "step": torch.arange(steps),
+            "next": {"observation": torch.zeros(steps, 4), "reward": torch.zeros(steps, 1)},
+            "collector": {"traj_ids": (2 * torch.arange(len(sizes)) + 5).repeat_interleave(size)},
+        },
+        [steps],
+    )
+    if multiplicity is not None:
+        data["multiplicity"] = torch.tensor(multiplicity).repeat_interleave(size)
+    return data
+
+
+def parameters() -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(4, 2, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def log_prob(theta: Tensor, batch: TensorDictBase) -> Tensor:
+    """log of a unit Normal around a linear mean, up to a constant, per step."""
+    return -0.5 * (batch["action"] - batch["observation"] @ theta).square().sum(-1)
+
+
+def trajectories_of(batch: TensorDictBase) -> list[TensorDictBase]:
+    ids = batch.get(TRAJ_IDS)
+    return [batch[ids == i] for i in ids.unique().tolist()]
+
+
+def literal(theta: Tensor, drawn: list[TensorDictBase]) -> Tensor:
+    """Mean over a list of trajectories, repeats included, of -w (sum log p) / length."""
+    terms = [-t["importance_weight"][0] * log_prob(theta, t).sum() / len(t) for t in drawn]
+    return torch.stack(terms).mean()
+
+
+def weighted(theta: Tensor, batch: TensorDictBase) -> Tensor:
+    """- sum_j m_j w_j (sum_i log p_ji) / length_j / sum_j m_j, one trajectory after the other."""
+    total, draws = torch.zeros((), dtype=torch.float64), 0
+    for t in trajectories_of(batch):
+        m = int(t["multiplicity"][0]) if "multiplicity" in t.keys() else 1  # noqa: SIM118
+        total = total - m * t["importance_weight"][0] * log_prob(theta, t).sum() / len(t)
+        draws += m
+    return total / draws
+
+
+def value_and_gradient(loss: Any, *args: Any) -> tuple[Tensor, Tensor]:
+    theta = parameters()
+    value = loss(theta, *args)
+    return value.detach(), torch.autograd.grad(value, theta)[0]
+
+
+@pytest.fixture
+def every_ticket(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Replace the random numbers of the samplers by each possible outcome, equally often.
+
+    Tickets run through all multiplicities; beside each, uniforms run through the midpoints of
+    ``repeats`` equal parts of [0, 1), which every trajectory's length divides.
+    """
+    repeats = math.lcm(*SIZES)
+
+    def randint(high: int, size: tuple[int], *, generator: torch.Generator) -> Tensor:
+        return torch.arange(high).repeat_interleave(size[0] // high)
+
+    def rand(size: int, *, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+        return ((torch.arange(repeats, dtype=dtype) + 0.5) / repeats).repeat(size // repeats)
+
+    monkeypatch.setattr(samplers.torch, "randint", randint)
+    monkeypatch.setattr(samplers.torch, "rand", rand)
+    return repeats
+
+
+def test_each_ticket_is_one_copy_of_its_trajectory(every_ticket: int) -> None:
+    data = dataset()
+    batch = TrajectorySampler(data, sum(MULTIPLICITY)).sample()
+    expected = data[data["multiplicity"] > 0]
+    for key in ("observation", "multiplicity", "step", TRAJ_IDS):
+        assert torch.equal(batch.get(key), expected.get(key))
+    for ours, theirs in zip(
+        value_and_gradient(weighted, batch), value_and_gradient(weighted, data), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
+
+
+def test_expected_step_loss_is_the_length_normalised_loss(every_ticket: int) -> None:
+    data = dataset()
+    batch = StepSampler(data, every_ticket * sum(MULTIPLICITY)).sample()
+    chances = torch.bincount(batch["step"], minlength=len(data)) / len(batch)
+    share = data["multiplicity"] / lengths(data).repeat_interleave(lengths(data))
+    torch.testing.assert_close(chances, share / sum(MULTIPLICITY))
+    for ours, theirs in zip(
+        value_and_gradient(weighted, batch), value_and_gradient(weighted, data), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_both_expectations_through_the_loss_of_the_library(every_ticket: int) -> None:
+    data = dataset().float()
+    data[TRAJ_IDS] = dataset()[TRAJ_IDS]
+    data["multiplicity"] = dataset()["multiplicity"]
+    data["action"].tanh_()
+    torch.manual_seed(0)
+    loss = ImportanceWeightedMLE(GaussianPolicy(4, 2, hidden=(8,)), proposal="cached")
+    steps = StepSampler(data, every_ticket * sum(MULTIPLICITY)).sample()
+    whole = TrajectorySampler(data, sum(MULTIPLICITY)).sample()
+    gradients = []
+    for batch in (data, whole, steps):
+        value = loss(batch)["loss_iw_mle"]
+        leaves = list(loss.actor_network_params.values(True, True))
+        gradients.append([value, *torch.autograd.grad(value, leaves)])
+    for other in gradients[1:]:
+        for ours, theirs in zip(other, gradients[0], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_batch_of_256_is_the_literal_batch() -> None:
+    data = dataset()
+    sampler = TrajectorySampler(data, 256, seed=3)
+    for _ in range(3):
+        batch = sampler.sample()
+        drawn: list[TensorDictBase] = []
+        for t in trajectories_of(batch):
+            source = data[data.get(TRAJ_IDS) == t.get(TRAJ_IDS)[0]]
+            drawn += [source] * int(t["multiplicity"][0])
+        assert len(drawn) == 256
+        for ours, theirs in zip(
+            value_and_gradient(weighted, batch), value_and_gradient(literal, drawn), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_batches_hold_whole_distinct_trajectories_in_order() -> None:
+    data = dataset(multiplicity=None)
+    batch = TrajectorySampler(data, 4, seed=0).sample()
+    ids = batch.get(TRAJ_IDS)
+    assert bool((ids[1:] >= ids[:-1]).all())
+    whole = data[torch.isin(data.get(TRAJ_IDS), ids)]
+    assert torch.equal(batch["step"], whole["step"])
+    assert batch["multiplicity"].dtype == torch.int64
+    assert sum(int(t["multiplicity"][0]) for t in trajectories_of(batch)) == 4
+
+
+def test_draws_follow_the_multiplicity() -> None:
+    """Draws of one trajectory are binomial; 4 standard deviations."""
+    n, total = 40_000, sum(MULTIPLICITY)
+    batch = TrajectorySampler(dataset(), n, seed=0).sample()
+    got = {
+        int(t.get(TRAJ_IDS)[0]): int(t["multiplicity"][0]) for t in trajectories_of(batch)
+    }
+    assert sum(got.values()) == n
+    for j, m in enumerate(MULTIPLICITY):
+        p = m / total
+        assert abs(got.get(2 * j + 5, 0) - n * p) <= 4 * math.sqrt(n * p * (1 - p))
+
+
+def test_monte_carlo_step_loss_is_within_four_standard_errors() -> None:
+    data, theta = dataset(), parameters().detach()
+    term = -data["importance_weight"] * log_prob(theta, data)
+    chance = data["multiplicity"] / lengths(data).repeat_interleave(lengths(data))
+    chance = chance.double() / sum(MULTIPLICITY)
+    mean = (chance * term).sum()
+    deviation = (chance * (term - mean).square()).sum().sqrt()
+    n, rounds = 1024, 40
+    sampler = StepSampler(data, n, seed=0)
+    batches = [next(sampler) for _ in range(rounds)]
+    estimate = torch.stack(
+        [-(b["importance_weight"] * log_prob(theta, b)).mean() for b in batches]
+    ).mean()
+    assert abs(estimate - mean) < 4 * deviation / math.sqrt(n * rounds)
+    torch.testing.assert_close(mean, weighted(theta, data))
+    seen = torch.cat([b["step"] for b in batches]).bincount(minlength=len(data))
+    spread = (n * rounds * chance * (1 - chance)).sqrt()
+    assert bool(((seen - n * rounds * chance).abs() <= 4 * spread).all())
+
+
+def test_steps_are_trajectories_of_length_one() -> None:
+    data = dataset()
+    batch = StepSampler(data, 64).sample()
+    assert batch.batch_size == torch.Size([64])
+    assert torch.equal(batch.get(TRAJ_IDS), torch.arange(64))
+    assert set(batch.keys(True, True)) == {
+        "observation",
+        "action",
+        "ref_log_prob",
+        "importance_weight",
+        "step",
+        TRAJ_IDS,
+    }
+    for key in ("observation", "action", "ref_log_prob", "importance_weight"):
+        assert torch.equal(batch[key], data[key][batch["step"]])
+
+
+@pytest.mark.parametrize("sampler", [TrajectorySampler, StepSampler])
+def test_resumed_sampler_draws_the_same_batches(sampler: Any) -> None:
+    first = sampler(dataset(), 8, seed=5)
+    for _ in range(3):
+        next(first)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    expected = [next(first) for _ in range(4)]
+    second = sampler(dataset(), 8, seed=99)
+    assert not torch.equal(sampler(dataset(), 8, seed=99).sample()["step"], expected[0]["step"])
+    second.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    for one, other in zip(expected, second, strict=False):
+        assert (one == other).all()
+
+
+@pytest.mark.parametrize("sampler", [TrajectorySampler, StepSampler])
+def test_state_of_another_run_is_refused(sampler: Any) -> None:
+    state = sampler(dataset(), 8).state_dict()
+    with pytest.raises(ValueError, match="batch_size=8, this one has batch_size=9"):
+        sampler(dataset(), 9).load_state_dict(state)
+    with pytest.raises(ValueError, match="multiplicity=12, this one has multiplicity=6"):
+        sampler(dataset(multiplicity=None), 8).load_state_dict(state)
+
+
+@pytest.mark.parametrize("sampler", [TrajectorySampler, StepSampler])
+def test_seed_decides_and_the_global_one_does_not(sampler: Any) -> None:
+    def draws(seed: int) -> list[list[int]]:
+        batches = sampler(dataset(), 3, seed=seed)
+        return [next(batches)["step"].tolist() for _ in range(5)]
+
+    torch.manual_seed(0)
+    one = draws(1)
+    torch.manual_seed(7)
+    assert draws(1) == one
+    assert draws(2) != one
+
+
+@pytest.mark.parametrize("sampler", [TrajectorySampler, StepSampler])
+def test_what_is_written_later_is_handed_out(sampler: Any) -> None:
+    data = dataset().exclude("importance_weight")
+    drawer = sampler(data, 32)
+    assert drawer.trajectories is data
+    assert "importance_weight" not in drawer.sample().keys()  # noqa: SIM118
+    data["importance_weight"] = torch.arange(len(data)).float()
+    batch = drawer.sample()
+    assert torch.equal(batch["importance_weight"], batch["step"].float())
+    data["importance_weight"].mul_(-1)
+    batch = drawer.sample()
+    assert torch.equal(batch["importance_weight"], -batch["step"].float())
+
+
+@pytest.mark.parametrize("sampler", [TrajectorySampler, StepSampler])
+def test_keys_are_chosen(sampler: Any) -> None:
+    batch = sampler(dataset(), 4, keys=["action", ("next", "reward")]).sample()
+    extra = {"multiplicity"} if sampler is TrajectorySampler else set()
+    assert set(batch.keys(True, True)) == {"action", ("next", "reward"), TRAJ_IDS, *extra}
+    with pytest.raises(KeyError, match="actoin"):
+        sampler(dataset(), 4, keys=["actoin"]).sample()
+
+
+def test_masked_steps_are_not_drawn_as_steps_and_stay_masked_in_trajectories() -> None:
+    data = dataset(multiplicity=None)
+    data[MASK] = torch.arange(len(data)) % 3 != 1
+    data[MASK][3] = data[MASK][16] = True
+    steps = StepSampler(data, 20_000, seed=0).sample()
+    assert MASK not in steps.keys(True)
+    seen = steps["step"].bincount(minlength=len(data))
+    valid = data.get(MASK)
+    assert bool((seen[~valid] == 0).all())
+    ids = data.get(TRAJ_IDS)
+    for i in ids.unique().tolist():
+        own = valid & (ids == i)
+        p = 1 / len(SIZES) / int(own.sum())
+        assert bool(((seen[own] - 20_000 * p).abs() < 4 * math.sqrt(20_000 * p)).all())
+    whole = TrajectorySampler(data, 50, keys=["step"]).sample()
+    assert torch.equal(whole.get(MASK), valid[whole["step"]])
+    data[MASK][3] = False
+    with pytest.raises(ValueError, match="trajectory 1 has no valid step"):
+        StepSampler(data, 4)
+
+
+@pytest.mark.parametrize("sampler", [TrajectorySampler, StepSampler])
+def test_one_trajectory_and_length_one(sampler: Any) -> None:
+    lone = sampler(dataset([1], None), 6).sample()
+    assert set(lone["step"].tolist()) == {0}
+    singles = sampler(dataset([1] * 5, None), 100).sample()
+    assert set(singles["step"].tolist()) == set(range(5))
+
+
+def test_curated_data_feeds_the_samplers() -> None:
+    sizes = [2] * 20
+    data = dataset(sizes, None)
+    data["next", "reward"] = torch.arange(40.0)[:, None]
+    bins = curate(data, cuts=(50, 90))
+    steps = StepSampler(bins, 12_000, seed=0).sample()
+    assert int(steps["step"].min()) >= 20
+    top = int((steps["step"] >= 36).sum())
+    # The best 2 of 10 count twice: 4 of 12 draws.
+    assert abs(top - 4_000) < 4 * math.sqrt(12_000 * (1 / 3) * (2 / 3))
+
+
+@pytest.mark.parametrize("sampler", [TrajectorySampler, StepSampler])
+def test_bad_input(sampler: Any) -> None:
+    data = dataset()
+    with pytest.raises(ValueError, match="batch_size=0"):
+        sampler(data, 0)
+    with pytest.raises(ValueError, match=r"pack\(trajectories\)"):
+        sampler(pad(data), 4)
+    with pytest.raises(ValueError, match="not a single step"):
+        sampler(data[:0], 4)
+    with pytest.raises(ValueError, match="out of order"):
+        sampler(data[[5, 1, 0]], 4)
+    with pytest.raises(ValueError, match=r"sum 0"):
+        sampler(dataset(multiplicity=[0] * 6), 4)
+    with pytest.raises(ValueError, match="negative"):
+        sampler(dataset(multiplicity=[3, 1, 1, -1, 1, 1]), 4)
+    changed = dataset()
+    changed["multiplicity"][1] = 7
+    with pytest.raises(ValueError, match="changes within a trajectory, first at step 1"):
+        sampler(changed, 4)
+    changed["multiplicity"] = torch.ones(len(data))
+    with pytest.raises(ValueError, match="one integer a step, it is torch.float32"):
+        sampler(changed, 4)
