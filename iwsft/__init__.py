@@ -6,7 +6,17 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from iwsft import datasets, weights
+    from iwsft.curation import curate
+    from iwsft.evaluation import evaluate
+    from iwsft.objective import ImportanceWeightedMLE
+    from iwsft.policies import GaussianPolicy
+    from iwsft.proposals import EMA, HardSync, reweight
+    from iwsft.reference import annotate_reference
+    from iwsft.weights import ImportanceWeights
 
 # name -> where it lives; a module maps to itself
 _PUBLIC = {
@@ -22,7 +32,19 @@ _PUBLIC = {
     "reweight": "proposals",
     "weights": "weights",
 }
-__all__ = list(_PUBLIC)
+__all__ = [
+    "EMA",
+    "GaussianPolicy",
+    "HardSync",
+    "ImportanceWeightedMLE",
+    "ImportanceWeights",
+    "annotate_reference",
+    "curate",
+    "datasets",
+    "evaluate",
+    "reweight",
+    "weights",
+]
 
 
 def __getattr__(name: str) -> Any:

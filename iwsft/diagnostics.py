@@ -76,7 +76,8 @@ def bound_gap(log_weight_p: Tensor, log_weight_q: Tensor, count: Tensor) -> dict
     With weights w_p and w_q of the policy and of q against pi_ref, on data that carries the reward
     in its counts (a curated trajectory has reward m), the return is J = E[m w_p] and its bound
     S = E[m w_q (1 + log w_p - log w_q)]; J - S >= 0, and 0 where q = p. Both go through the same
-    transforms, so for other than ``reduce="sum"`` it is the gap of the smoothed objective.
+    transforms, so for other than ``reduce="sum"`` it is the gap of the smoothed objective, and with
+    self-normalised weights the KL divergence of q's weighting from the policy's.
 
     Args:
         log_weight_p: log-weights of the policy, any shape.

@@ -21,8 +21,6 @@ class _ProposalUpdater(TargetNetUpdater):
     """
 
     def __init__(self, loss: ImportanceWeightedMLE) -> None:
-        if not isinstance(loss, ImportanceWeightedMLE):
-            raise TypeError(f"expected an ImportanceWeightedMLE, got {type(loss).__name__}")
         if loss.functional and loss.proposal == "lagged":
             super().__init__(loss)
             return
@@ -64,6 +62,11 @@ class _ProposalUpdater(TargetNetUpdater):
         """Restore :meth:`state_dict`."""
 
 
+def _require_loss(loss: object) -> None:
+    if not isinstance(loss, ImportanceWeightedMLE):
+        raise TypeError(f"expected an ImportanceWeightedMLE, got {type(loss).__name__}")
+
+
 class HardSync(_ProposalUpdater):
     """theta_q <- theta at every ``every``-th call of :meth:`step` (paper, Algorithm 1).
 
@@ -85,6 +88,7 @@ class HardSync(_ProposalUpdater):
         every: int,
         trajectories: TensorDictBase | None = None,
     ) -> None:
+        _require_loss(loss)
         if every < 1:
             raise ValueError(f"every={every}: a sync needs at least one update before it")
         if loss.proposal not in ("lagged", "cached"):
@@ -145,6 +149,7 @@ class EMA(_ProposalUpdater):
     """
 
     def __init__(self, loss: ImportanceWeightedMLE, *, decay: float) -> None:
+        _require_loss(loss)
         if not 0 <= decay < 1:
             raise ValueError(f"decay={decay} must be in [0, 1)")
         if loss.proposal != "lagged":

@@ -67,16 +67,18 @@ CUTS = st.lists(st.floats(0.5, 99.5), min_size=1, max_size=4)
 
 @settings(deadline=None, max_examples=150)
 @given(RETURNS, CUTS, st.sampled_from([">", ">="]))
-def test_percentile_ties_are_algorithm_2(returns: list[float], cuts: list[float], ties: str) -> None:
+def test_percentile_ties_are_algorithm_2(
+    returns: list[float], cuts: list[float], ties: Any
+) -> None:
     expected = algorithm_2(returns, cuts, ties)
     data = dataset(returns)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if not expected:
             with pytest.raises(ValueError, match="curated set is empty"):
-                curate(data, cuts=cuts, ties=ties)  # type: ignore[arg-type]
+                curate(data, cuts=cuts, ties=ties)
             return
-        got = curate(data, cuts=cuts, ties=ties)  # type: ignore[arg-type]
+        got = curate(data, cuts=cuts, ties=ties)
     assert counts(got) == dict(expected)
 
 
@@ -134,6 +136,11 @@ def test_rank_keeps_the_exact_count(cut: str, count: int) -> None:
     assert len(counts(kept)) == max(1, exact)
 
 
+def test_rank_is_never_empty() -> None:
+    kept = curate(dataset([2.0, 3.0]), cuts=(100 - 1e-10,))
+    assert counts(kept) == {1: 1}
+
+
 @pytest.mark.parametrize("ties", ["rank", ">", ">="])
 def test_quality_bins_of_the_paper(ties: Any) -> None:
     returns = np.random.default_rng(0).permutation(1000).astype(float).tolist()
@@ -146,8 +153,9 @@ def test_quality_bins_of_the_paper(ties: Any) -> None:
 def test_halfcheetah_replay_has_21_trajectories_and_37_entries() -> None:
     """202 episodes under the paper's cuts, by all three rules."""
     returns = np.random.default_rng(1).permutation(202).astype(float).tolist()
-    for ties in ("rank", ">", ">="):
-        got = counts(curate(dataset(returns, [1] * 202), cuts=(90, 95, 98), ties=ties))  # type: ignore[arg-type]
+    rules: tuple[Any, ...] = ("rank", ">", ">=")
+    for ties in rules:
+        got = counts(curate(dataset(returns, [1] * 202), cuts=(90, 95, 98), ties=ties))
         assert (len(got), sum(got.values())) == (21, 37)
 
 
@@ -258,7 +266,10 @@ def test_other_scores() -> None:
     flat[TRAJ_IDS] = data[TRAJ_IDS]
     flat["score"] = flat["score"][:, None]
     assert counts(curate(flat, cuts=(50,), score="score")) == {1: 1, 3: 1}
-    assert counts(curate(data, cuts=(50,), score=lambda td: -trajectory_returns(td))) == {0: 1, 1: 1}
+    assert counts(curate(data, cuts=(50,), score=lambda td: -trajectory_returns(td))) == {
+        0: 1,
+        1: 1,
+    }
 
 
 def test_scores_that_are_no_scores() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -263,9 +265,6 @@ def test_training_mode_is_as_it_was(tmp_path: Path) -> None:
 
 def test_key_is_the_same_in_another_process(tmp_path: Path) -> None:
     """No memory address, hash seed or order of dictionaries gets into the key."""
-    import subprocess
-    import sys
-
     annotate_reference(gaussian(), dataset(), cache=tmp_path)
     code = (
         "import sys; from pathlib import Path; from tests.test_reference import *;"
@@ -281,10 +280,20 @@ def test_key_is_the_same_in_another_process(tmp_path: Path) -> None:
     assert len(files(tmp_path)) == 1
 
 
+def test_functions_among_the_settings_do_not_change_the_key(tmp_path: Path) -> None:
+    policies = [Counting(), Counting()]
+    for policy in policies:
+        policy.squash = lambda x: x
+    assert repr(policies[0].squash) != repr(policies[1].squash)
+    for policy in policies:
+        annotate_reference(policy, dataset(), cache=tmp_path)
+    assert len(files(tmp_path)) == 1
+
+
 def test_fingerprint_sees_name_dtype_shape_and_value() -> None:
     base = fingerprint({"a": torch.zeros(2, 3), "b": torch.ones(())})
     assert base == fingerprint({"b": torch.ones(()), "a": torch.zeros(3, 2).T})
-    others = [
+    others: list[dict[str, Any]] = [
         {"a": torch.zeros(3, 2), "b": torch.ones(())},
         {"a": torch.zeros(2, 3, dtype=torch.int32), "b": torch.ones(())},
         {"a": torch.zeros(2, 3), "c": torch.ones(())},

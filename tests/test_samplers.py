@@ -11,7 +11,6 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from iwsft import samplers
 from iwsft.curation import curate
 from iwsft.objective import ImportanceWeightedMLE
 from iwsft.policies import GaussianPolicy
@@ -96,8 +95,8 @@ def every_ticket(monkeypatch: pytest.MonkeyPatch) -> int:
     def rand(size: int, *, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
         return ((torch.arange(repeats, dtype=dtype) + 0.5) / repeats).repeat(size // repeats)
 
-    monkeypatch.setattr(samplers.torch, "randint", randint)
-    monkeypatch.setattr(samplers.torch, "rand", rand)
+    monkeypatch.setattr(torch, "randint", randint)
+    monkeypatch.setattr(torch, "rand", rand)
     return repeats
 
 
@@ -175,9 +174,7 @@ def test_draws_follow_the_multiplicity() -> None:
     """Draws of one trajectory are binomial; 4 standard deviations."""
     n, total = 40_000, sum(MULTIPLICITY)
     batch = TrajectorySampler(dataset(), n, seed=0).sample()
-    got = {
-        int(t.get(TRAJ_IDS)[0]): int(t["multiplicity"][0]) for t in trajectories_of(batch)
-    }
+    got = {int(t.get(TRAJ_IDS)[0]): int(t["multiplicity"][0]) for t in trajectories_of(batch)}
     assert sum(got.values()) == n
     for j, m in enumerate(MULTIPLICITY):
         p = m / total
@@ -277,6 +274,8 @@ def test_keys_are_chosen(sampler: Any) -> None:
     batch = sampler(dataset(), 4, keys=["action", ("next", "reward")]).sample()
     extra = {"multiplicity"} if sampler is TrajectorySampler else set()
     assert set(batch.keys(True, True)) == {"action", ("next", "reward"), TRAJ_IDS, *extra}
+    counted = sampler(dataset(), 4, keys=["multiplicity"]).sample()
+    assert set(counted.keys(True, True)) == {TRAJ_IDS, *extra}
     with pytest.raises(KeyError, match="actoin"):
         sampler(dataset(), 4, keys=["actoin"]).sample()
 

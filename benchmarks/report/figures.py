@@ -39,9 +39,7 @@ _LABEL = {"score": "D4RL-normalised score", "return": "mean return"}
 def _colours(group: Sequence[Cell]) -> dict[str, str]:
     names = algorithms(group)
     others = [name for name in names if name not in _COLOURS]
-    extra = {
-        name: _VARIANT_COLOURS[i % len(_VARIANT_COLOURS)] for i, name in enumerate(others)
-    }
+    extra = {name: _VARIANT_COLOURS[i % len(_VARIANT_COLOURS)] for i, name in enumerate(others)}
     return {name: _COLOURS.get(name) or extra[name] for name in names}
 
 
@@ -132,7 +130,9 @@ def weight_quantiles(group: Sequence[Cell]) -> Figure | None:
             steps, values = _series(cell.runs, f"weight_{key}")
             mean[key] = values.mean(axis=0)
         for low, high, alpha in (("q05", "q95", 0.18), ("q25", "q75", 0.35)):
-            ax.fill_between(steps, mean[low], mean[high], color=colour[cell.algo], alpha=alpha, lw=0)
+            ax.fill_between(
+                steps, mean[low], mean[high], color=colour[cell.algo], alpha=alpha, lw=0
+            )
         ax.plot(steps, mean["q50"], color=colour[cell.algo])
         ax.axhline(1.0, color="0.3", lw=0.8, ls=":")
         ax.set_yscale("log")

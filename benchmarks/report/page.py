@@ -84,7 +84,8 @@ def _page(
         ),
         _image("weights.png", "Quantiles of the importance weights, mean over seeds.", shown),
         "## Cost",
-        "One run, evaluation included, mean over seeds.",
+        "One run, evaluation included, mean over seeds. The reference policy is trained once for "
+        "all algorithms that start from it, and stands apart.",
         tables.cost_grid(group).markdown(),
         _provenance(group),
     ]
@@ -115,12 +116,12 @@ def _scores(group: Sequence[Cell], unfinished: Sequence[Path]) -> str:
 
 
 def _aggregates(aggregates: Aggregates, shown: set[str]) -> str:
-    parts = ["## Over datasets"]
+    parts = ["## Over datasets"] if aggregates.estimates or aggregates.left_out else []
     if aggregates.estimates:
         parts += [
-            f"Aggregates over {len(aggregates.datasets)} datasets "
-            f"({', '.join(aggregates.datasets)}) by rliable, with 95 % intervals from a stratified "
-            "bootstrap over seeds. The optimality gap is what is missing to a score of 100.",
+            f"Aggregates over {', '.join(aggregates.datasets)} by rliable, with 95 % intervals "
+            "from a stratified bootstrap over seeds. The optimality gap is what is missing to a "
+            "score of 100.",
             tables.aggregate_grid(aggregates).markdown(),
             _image("aggregates.png", "Point estimates (lines) and 95 % intervals (bars).", shown),
             _image(
@@ -132,7 +133,7 @@ def _aggregates(aggregates: Aggregates, shown: set[str]) -> str:
         ]
     if aggregates.left_out:
         listed = "\n".join(f"- {algo}: {why}" for algo, why in aggregates.left_out.items())
-        parts.append(f"Left out:\n\n{listed}")
+        parts.append(f"Left out of the aggregates:\n\n{listed}")
     return "\n\n".join(part for part in parts if part)
 
 
@@ -153,7 +154,9 @@ def _provenance(group: Sequence[Cell]) -> str:
             + [" ".join(str(seed) for seed in cell.seeds)]
         )
     runs = [run for cell in group for run in cell.runs]
-    versions = _distinct(run.result.get("versions") or run.config.get("versions") for run in runs)
+    versions = _distinct(
+        {**run.config.get("versions", {}), **run.result.get("versions", {})} for run in runs
+    )
     hardware = _distinct(run.config.get("hardware") for run in runs)
     commands = _distinct(run.config.get("command") for run in runs)
     return "\n\n".join(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,8 @@ def _folders(root: Path) -> list[Path]:
 
 
 def _is_run(path: Path) -> bool:
-    return path.name.startswith("seed-") and any(
+    # The reference policies of the runs lie beside them, in folders seed-<k>-<key>.
+    return re.fullmatch(r"seed-\d+", path.name) is not None and any(
         (path / name).exists() for name in ("config.json", "result.json", metrics.FILE)
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -121,11 +122,11 @@ def cells(runs: Sequence[Run]) -> list[Cell]:
     ]
 
 
-def algorithm_rank(algo: str) -> tuple[int, str]:
+def algorithm_rank(algo: str) -> tuple[int, bool, str]:
     """Sorting key: the known algorithms in their order, each before its variants, then others."""
     name = algo.rsplit("/", 1)[-1]
     known = ALGORITHMS.index(name) if name in ALGORITHMS else len(ALGORITHMS)
-    return known, algo
+    return known, name != algo, algo
 
 
 def datasets(group: Iterable[Cell]) -> list[str]:
@@ -142,9 +143,20 @@ def uneven(group: Iterable[Cell]) -> list[str]:
     """One line for each cell whose seeds were not run alike, saying in what they differ."""
     lines = []
     for cell in group:
-        for key in ("preset", "estimator", "steps", "episodes", "env_id", "versions"):
-            values = cell.all(key)
-            if len(values) > 1:
-                listed = ", ".join(str(value) for value in values)
-                lines.append(f"{cell.dataset}, {cell.algo}: seeds differ in {key} ({listed})")
+        held = [_held(run) for run in cell.runs]
+        for key in dict.fromkeys(key for one in held for key in one):
+            texts = dict.fromkeys(json.dumps(one.get(key), sort_keys=True) for one in held)
+            if len(texts) > 1:
+                lines.append(
+                    f"{cell.dataset}, {cell.algo}: seeds differ in {key} ({', '.join(texts)})"
+                )
     return lines
+
+
+def _held(run: Run) -> dict[str, object]:
+    """What the seeds of a cell must have in common."""
+    keys = ("preset", "estimator", "steps", "episodes", "env_id", "versions")
+    settings = run.config.get("settings", {})
+    return {key: run.result.get(key) for key in keys} | {
+        key: value for key, value in settings.items() if key not in (*keys, "seed")
+    }

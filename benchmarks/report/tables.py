@@ -17,6 +17,7 @@ from benchmarks.report.runs import Run
 from benchmarks.report.scores import Cell, cells
 
 NOTHING = "-"
+_TERMINAL = 80  # characters a line that every terminal has
 
 
 @dataclass
@@ -60,14 +61,15 @@ class Grid:
     def _columns(self) -> list[list[str]]:
         """What stands in each column but the first, lines of the heading apart."""
         rows = [row[1:] for row in self.rows]
-        headings = [[name.split(", ")[-1]] for name in self.columns[1:]]
         return [
-            heading + [row[i] for row in rows] for i, heading in enumerate(headings)
+            [*name.split(", "), *(row[i] for row in rows)]
+            for i, name in enumerate(self.columns[1:])
         ]
 
     def _rows(self, rows: list[list[str]], widths: list[int]) -> Table:
         """The rows below one heading, or the line of column names where there are none."""
-        table = Table(box=None, show_header=not rows, padding=(0, 2, 0, 0))
+        gap = 2 if sum(widths) + 2 * len(widths) <= _TERMINAL else 1
+        table = Table(box=None, show_header=not rows, padding=(0, gap, 0, 0))
         for i, (name, width) in enumerate(zip(self.columns[1:], widths, strict=True), start=1):
             table.add_column(
                 name.replace(", ", ",\n"),
@@ -126,20 +128,24 @@ def score_table(runs: Sequence[Run]) -> Group:
 
 
 def cost_grid(group: Sequence[Cell]) -> Grid:
-    """Cost of one run, evaluation included, mean over seeds, beside the score."""
-    grid = Grid(["dataset", "algorithm", "steps", "score", "CPU seconds", "wall seconds"])
+    """Cost of one run beside its score, mean over seeds; what its reference cost stands apart."""
+    seconds = {
+        "cpu_seconds": "CPU seconds",
+        "wall_seconds": "wall seconds",
+        "reference_cpu_seconds": "CPU seconds of its reference",
+    }
+    grid = Grid(["dataset", "algorithm", "steps", "score", *seconds.values()])
     for cell in group:
-        n = len(cell.runs)
-        grid.rows.append(
-            [
-                cell.dataset,
-                cell.algo,
-                "/".join(str(steps) for steps in cell.all("steps")),
-                f"{cell.mean:.1f}",
-                f"{sum(run.result['cpu_seconds'] for run in cell.runs) / n:,.0f}",
-                f"{sum(run.result['wall_seconds'] for run in cell.runs) / n:,.0f}",
-            ]
-        )
+        row = [
+            cell.dataset,
+            cell.algo,
+            "/".join(str(steps) for steps in cell.all("steps")),
+            f"{cell.mean:.1f}",
+        ]
+        for key in seconds:
+            spent = [run.result[key] for run in cell.runs if key in run.result]
+            row.append(f"{sum(spent) / len(spent):,.0f}" if spent else NOTHING)
+        grid.rows.append(row)
     return grid
 
 

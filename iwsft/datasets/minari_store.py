@@ -74,8 +74,8 @@ def _open(dataset_id: str) -> MinariDataset:
         ) from error
     try:
         return minari.load_dataset(dataset_id)
-    except FileNotFoundError as error:
-        not_here = error  # ask the remote store
+    except FileNotFoundError:
+        pass  # ask the remote store
     except ValueError as error:
         raise ValueError(f"cannot read the Minari dataset {dataset_id!r}: {error}") from error
     not_had: tuple[type[Exception], ...] = (ValueError, ImportError, *_transport_errors())
@@ -83,8 +83,9 @@ def _open(dataset_id: str) -> MinariDataset:
         return minari.load_dataset(dataset_id, download=True)
     except not_had as error:
         raise ConnectionError(
-            f"{not_here} Nor could it be downloaded (`minari list remote` shows what there is, and "
-            f"a folder copied into the local store is found there): {error}"
+            f"the Minari dataset {dataset_id!r} is not in the local store (MINARI_DATASETS_PATH, "
+            "by default ~/.minari/datasets), nor could it be downloaded (`minari list remote` has "
+            f"the names, and a folder copied into the local store is found there): {error}"
         ) from error
 
 

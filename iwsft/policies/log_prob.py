@@ -63,7 +63,7 @@ def chunked_log_prob(
 
 @contextmanager
 def evaluating(policy: Any) -> Iterator[None]:
-    """Put a module (if it is one) in eval mode, and each of its parts back in its own mode after."""
+    """Put a module (if it is one) in eval mode, and after that each part in its own mode."""
     modules = list(policy.modules()) if isinstance(policy, nn.Module) else []
     modes = [module.training for module in modules]
     for module in modules:

@@ -180,6 +180,7 @@ def test_files_of_d4rl(name: str, path: str, monkeypatch: pytest.MonkeyPatch) ->
     ]
 
 
+@pytest.mark.filterwarnings("ignore:.*is out of date")
 def test_every_environment_of_the_catalogue_exists_with_actions_in_one() -> None:
     import gymnasium
     import gymnasium_robotics

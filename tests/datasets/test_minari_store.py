@@ -103,10 +103,10 @@ NESTED = Dict(
 
 @pytest.mark.parametrize("space", [PLAIN, NESTED], ids=["box", "nested"])
 def test_steps_and_order_of_columns(space: Space[Any]) -> None:
-    episodes = create(space, [(4, True, False), (1, False, True), (3, False, False)])
+    episodes = create(space, [(4, True, False), (3, False, False), (1, False, True)])
     data = datasets.load("lab/arm/medium-v0")
     packed = data.trajectories
-    assert lengths(packed).tolist() == [4, 1, 3]
+    assert lengths(packed).tolist() == [4, 3, 1]
     row = 0
     for episode in episodes:
         for i in range(len(episode)):
@@ -118,7 +118,7 @@ def test_steps_and_order_of_columns(space: Space[Any]) -> None:
             assert packed[REWARD][row].item() == np.float32(episode.rewards[i])
             row += 1
     assert packed[TERMINATED].flatten().int().tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
-    assert packed[TRUNCATED].flatten().int().tolist() == [0, 0, 0, 0, 1, 0, 0, 1]
+    assert packed[TRUNCATED].flatten().int().tolist() == [0, 0, 0, 0, 0, 0, 1, 1]
     assert (data.name, data.source) == ("lab-arm-medium-v0", "minari:lab/arm/medium-v0")
     assert (data.env_id, data.reference_scores) == (None, None)
 
@@ -178,7 +178,7 @@ def test_a_damaged_store(store: Path) -> None:
         datasets.load("lab/arm/medium-v0")
 
 
-def test_a_set_that_the_remote_store_does_not_have(server: Served, store: Path) -> None:
+def test_a_set_that_the_remote_store_does_not_have(server: Served) -> None:
     """Asks a hub that has nothing, in a process of its own: the address is read at import."""
     server.status = 404
     code = "from iwsft import datasets\ndatasets.load('lab/arm/medium-v7')"
@@ -190,7 +190,7 @@ def test_a_set_that_the_remote_store_does_not_have(server: Served, store: Path) 
         check=False,
     )
     message = result.stderr.rpartition("\nConnectionError: ")[2]
-    assert message.startswith(f"Dataset lab/arm/medium-v7 not found locally at {store}")
-    assert "Nor could it be downloaded" in message
+    assert message.startswith("the Minari dataset 'lab/arm/medium-v7' is not in the local store")
+    assert "nor could it be downloaded" in message
     assert "404" in message
     assert server.requests

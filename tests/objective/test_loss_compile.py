@@ -10,9 +10,7 @@ import torch
 from tensordict import TensorDict
 
 from iwsft import EMA, ImportanceWeightedMLE, ImportanceWeights, reweight, weights
-from iwsft.trajectory import pad
-
-PROPOSALS = ("current", "reference", "lagged", "cached")
+from iwsft.trajectory import Segments, pad
 
 
 @pytest.fixture(autouse=True)
@@ -49,33 +47,53 @@ def serve(loss: ImportanceWeightedMLE, batch: TensorDict) -> None:
         reweight(batch, loss)
 
 
-@pytest.mark.parametrize("proposal", PROPOSALS)
+@pytest.mark.parametrize("proposal", ["reference", "lagged", "cached"])
+def test_packed(make_loss: Any, make_batch: Any, proposal: str) -> None:
+    loss, batch = make_loss(proposal, importance_weights=None), make_batch()
+    serve(loss, batch)
+    compare(loss, [batch])
+
+
+def test_packed_batches_of_other_sizes(make_loss: Any, make_batch: Any) -> None:
+    loss = make_loss("current", importance_weights=None)
+    compare(loss, [make_batch([4, 9]), make_batch([3, 8, 2, 9], seed=1)])
+
+
 @pytest.mark.parametrize("functional", [True, False], ids=["functional", "module"])
-def test_packed(make_loss: Any, make_batch: Any, proposal: str, functional: bool) -> None:
-    loss, batch = make_loss(proposal, functional), make_batch()
+def test_padded(make_loss: Any, make_batch: Any, functional: bool) -> None:
+    loss, batch = make_loss("lagged", functional), pad(make_batch())
     serve(loss, batch)
     compare(loss, [batch])
 
 
-@pytest.mark.parametrize("proposal", PROPOSALS)
-def test_padded(make_loss: Any, make_batch: Any, proposal: str) -> None:
-    loss, batch = make_loss(proposal), pad(make_batch())
-    serve(loss, batch)
-    compare(loss, [batch])
-
-
-def test_batches_of_other_sizes(make_loss: Any, make_batch: Any) -> None:
-    loss = make_loss("current")
-    compare(loss, [make_batch(sizes, seed=len(sizes)) for sizes in ([4, 9], [3, 8, 2], [6] * 4)])
-
-
-@pytest.mark.parametrize("reduce", ["sum", None])
-def test_all_transforms_with_the_inductor(make_loss: Any, make_batch: Any, reduce: Any) -> None:
-    chain = ImportanceWeights(
-        step=[weights.Temperature(0.5), weights.ClipLogRatio(-1, 1), weights.Scale(0.5)],
-        reduce=reduce,
-        trajectory=[weights.TemperWeight(0.5), weights.TargetESS(0.8), weights.SelfNormalize()],
-    )
-    loss, batch = make_loss("lagged", importance_weights=chain), make_batch()
+def test_default_backend(make_loss: Any, make_batch: Any) -> None:
+    loss, batch = make_loss("lagged", importance_weights=None), make_batch()
     serve(loss, batch)
     compare(loss, [batch], backend="inductor")
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean", None])
+def test_every_transform(make_batch: Any, reduce: Any) -> None:
+    chain = ImportanceWeights(
+        step=[
+            weights.Temperature(0.5),
+            weights.ClipLogRatio(-1, 1),
+            weights.ClipRatio(0.5, 2),
+            weights.Scale(0.3),
+        ],
+        reduce=reduce,
+        trajectory=[
+            weights.TemperWeight(0.5),
+            weights.ClipWeight(0.1, 1.2),
+            weights.TargetESS(0.8),
+            weights.SelfNormalize(),
+        ],
+    )
+    batch = make_batch()
+    segments = Segments.of(batch)
+    count = batch["multiplicity"] / segments.spread(segments.lengths)
+    log_ratio = torch.linspace(-2, 2, len(count))
+    expected = chain(log_ratio, segments, count)
+    compiled = torch.compile(chain.__call__, fullgraph=True, backend="eager")
+    for ours, truth in zip(compiled(log_ratio, segments, count), expected, strict=True):
+        torch.testing.assert_close(ours, truth)

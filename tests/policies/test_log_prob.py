@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase, lazy_stack
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.modules import ProbabilisticActor
@@ -132,6 +132,14 @@ def test_data_and_modes_stay_as_they_were(policy: GaussianPolicy) -> None:
     assert set(data.keys(True, True)) == keys
     assert [module.training for module in policy.modules()] == modes
     assert len(set(modes)) == 2
+
+
+def test_a_lazy_stack_is_not_written_into(policy: GaussianPolicy) -> None:
+    rows = [packed([20], seed=i).exclude("collector") for i in range(3)]
+    stack = lazy_stack(rows)
+    got = chunked_log_prob(policy, stack, rows=20)
+    assert torch.equal(got, policy.log_prob(torch.stack(rows)).detach())
+    assert set(rows[0].keys()) == {"observation", "action"}
 
 
 def test_dropout_is_off_and_comes_back_after_an_error() -> None:
