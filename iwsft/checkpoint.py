@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,21 @@ import torch
 from iwsft.files import written_whole
 
 FILE = "state.pt"
+# What zipfile and torch raise for damaged archives, and what another file of torch's lacks.
+_CORRUPT = (
+    zipfile.BadZipFile,
+    EOFError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+)
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that can't be used: corrupt, or of other settings."""
+    """A checkpoint or a run folder that can't be used: corrupt, or of other settings."""
 
 
 def save(folder: Path, state: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -37,19 +50,55 @@ def load(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     path = folder / FILE
     if not path.exists():
         return None
+    content = path.read_bytes()
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        _check_sums(content)
+        held = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         state, stored = held["state"], json.loads(held["settings"])
-    except (RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+    except _CORRUPT as error:
         raise CheckpointError(
-            f"{path} is corrupt ({type(error).__name__}); delete its folder to start afresh"
+            f"{path} is corrupt ({type(error).__name__}: {error}); delete its folder "
+            f"{folder} to start afresh"
         ) from error
-    wanted = json.loads(json.dumps(settings))
-    differ = sorted(k for k in {*stored, *wanted} if stored.get(k) != wanted.get(k))
+    differ = differences(stored, settings)
     if differ:
-        was = ", ".join(f"{k}={stored.get(k)!r} (now {wanted.get(k)!r})" for k in differ)
         raise CheckpointError(
-            f"{path} belongs to a run with other settings: {was}; run with those, or choose "
+            f"{path} belongs to a run with other settings: {differ}; run with those, or choose "
             "another --out"
         )
     return state
+
+
+def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Where two trees of settings differ, as ``name=stored (now wanted), ...``; empty if equal.
+
+    Values are compared as JSON holds them: a tuple equals the list of its items.
+    """
+    old, new = _flat(stored), _flat(json.loads(json.dumps(wanted)))
+    names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+    return ", ".join(f"{n}={_shown(old.get(n))} (now {_shown(new.get(n))})" for n in names)
+
+
+def _check_sums(content: bytes) -> None:
+    """Compare every entry of torch's archive with its checksum, which ``torch.load`` does not."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        broken = archive.testzip()
+    if broken is not None:
+        raise zipfile.BadZipFile(f"{broken} does not fit its checksum")
+
+
+def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    return dict(_leaves(tree, above))
+
+
+def _leaves(tree: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{above}{name}.")
+        else:
+            yield above + name, value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 24 else f"{text[:12]}...{text[-4:]}"

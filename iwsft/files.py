@@ -25,20 +25,32 @@ def written_whole(path: Path) -> Iterator[Path]:
     Raises:
         OSError: no space is left; ``path`` is as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with full_disk_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def full_disk_named(path: Path) -> Iterator[None]:
+    """Make the error of a full disk, quota or file-size limit name the file and the way out.
+
+    Raises:
+        OSError: of the same number.
+    """
     try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        yield
     except OSError as error:
         if error.errno in _FULL:
             raise OSError(
                 error.errno,
-                f"no space left to write {path} (what stood there is as it was); free some space "
-                "and run again with --resume",
+                f"no space left to write {path} ({os.strerror(error.errno)}); earlier contents "
+                "are as they were; free some space and run again with --resume",
             ) from error
         raise
-    finally:
-        partial.unlink(missing_ok=True)

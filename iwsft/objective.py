@@ -13,6 +13,7 @@ from tensordict.nn import TensorDictModule, dispatch
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
+from iwsft.policies.log_prob import step_log_prob
 from iwsft.trajectory import (
     ACTION,
     IMPORTANCE_WEIGHT,
@@ -206,33 +207,24 @@ class ImportanceWeightedMLE(LossModule):
         return Segments.of(trajectories, traj_ids=self.tensor_keys.traj_ids, mask=mask)
 
     def _log_prob(self, batch: TensorDictBase, segments: Segments, *, lagged: bool) -> Tensor:
-        # Policies may write into what they are given (loc, scale): the user's batch stays as it is.
-        batch = batch.copy()
         if segments.mask is not None:
-            self._clean(batch, segments)
+            batch = self._clean(batch, segments)
         network = self.actor_network
         if self.functional:
             name = "target_actor_network_params" if lagged else "actor_network_params"
             with getattr(self, name).to_module(network, preserve_module_state=False):
-                log_prob = network.log_prob(batch)
+                log_prob = step_log_prob(network, batch, segments.shape)
         else:
-            log_prob = (self.target_actor_network if lagged else network).log_prob(batch)
-        if log_prob.shape == (*segments.shape, 1):
-            log_prob = log_prob.squeeze(-1)
-        if log_prob.shape != segments.shape:
-            raise ValueError(
-                f"policy.log_prob gave shape {list(log_prob.shape)} for {list(segments.shape)} "
-                "steps; it must give one number a step (wrap the distribution into "
-                "torch.distributions.Independent, or use torchrl.modules.IndependentNormal)"
-            )
-        log_prob = log_prob.to(torch.promote_types(log_prob.dtype, torch.float32))
+            module = self.target_actor_network if lagged else network
+            log_prob = step_log_prob(module, batch, segments.shape)
         return torch.where(segments.valid, log_prob, 0.0) if segments.mask is not None else log_prob
 
-    def _clean(self, batch: TensorDictBase, segments: Segments) -> None:
+    def _clean(self, batch: TensorDictBase, segments: Segments) -> TensorDictBase:
         """Write 0 over NaN and infinity on masked steps: 0 times NaN would reach the gradient.
 
         Other values stay, a masked step may be context of a step that counts.
         """
+        batch = batch.copy()
         read = getattr(self.actor_network, "in_keys", None)
         keys = list(batch.keys(True, True) if read is None else [*read, self.tensor_keys.action])
         layout = segments.shape
@@ -243,6 +235,7 @@ class ImportanceWeightedMLE(LossModule):
             if value.is_floating_point():
                 valid = segments.valid.reshape(*layout, *[1] * (value.ndim - len(layout)))
                 batch.set(key, torch.where(valid | value.isfinite(), value, 0.0))
+        return batch
 
     def _entry(self, batch: TensorDictBase, key: NestedKey, segments: Segments, how: str) -> Tensor:
         value = batch.get(key, default=None)
@@ -261,7 +254,10 @@ class ImportanceWeightedMLE(LossModule):
         return self._entry(batch, self.tensor_keys.ref_log_prob, segments, how)
 
     def count(self, batch: TensorDictBase, segments: Segments) -> Tensor:
-        """How much a step counts: its trajectory's draws over its length; 0 where masked."""
+        """How much a step counts: its trajectory's draws over its length; 0 where masked.
+
+        Float64, so that the steps of a trajectory add up to its draws.
+        """
         lengths = segments.lengths
         if segments.mask is not None and on_host(lengths):
             occupied = torch.bincount(segments.index, minlength=segments.slots) > 0
@@ -271,7 +267,7 @@ class ImportanceWeightedMLE(LossModule):
                     f"trajectory {row} of the batch has every step masked; drop it, or correct "
                     f"its mask ({self.loss_mask_key!r})"
                 )
-        count = 1.0 / segments.spread(lengths.clamp(min=1))
+        count = 1.0 / segments.spread(lengths.clamp(min=1)).double()
         if self.tensor_keys.multiplicity in batch.keys(include_nested=True):
             count = count * self._entry(batch, self.tensor_keys.multiplicity, segments, "")
         return torch.where(segments.valid, count, 0.0) if segments.mask is not None else count
@@ -321,7 +317,7 @@ class ImportanceWeightedMLE(LossModule):
             draws = count.sum(dtype=torch.float64)
 
         share = count if self.length_normalize else count * segments.spread(segments.lengths)
-        terms = -share * weight * log_prob
+        terms = -share.to(log_prob.dtype) * weight * log_prob
         loss = self._reduce_terms(terms, draws)
 
         with torch.no_grad():

@@ -195,9 +195,9 @@ def reweight(
     network = loss.actor_network
     if loss.functional:
         with loss.actor_network_params.to_module(network, preserve_module_state=False):
-            log_q = chunked_log_prob(network, trajectories, rows=rows)
+            log_q = chunked_log_prob(network, trajectories, rows=rows, segments=segments)
     else:
-        log_q = chunked_log_prob(network, trajectories, rows=rows)
+        log_q = chunked_log_prob(network, trajectories, rows=rows, segments=segments)
     log_ratio = log_q - loss.reference(trajectories, segments)
     log_ratio = torch.where(segments.valid, log_ratio, 0.0)
     log_weight, _ = loss.importance_weights(log_ratio, segments, count)

@@ -51,8 +51,10 @@ class Schedule:
     decay: Literal["cosine", "constant"] = "cosine"
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.lr <= 0 or not 0 <= self.warmup:
+        if self.steps < 1 or not 0 < self.lr < math.inf or self.warmup < 0:
             raise ValueError(f"{self}: steps and lr must be positive, warmup not negative")
+        if self.decay not in ("cosine", "constant"):
+            raise ValueError(f"{self}: decay must be 'cosine' or 'constant'")
 
     def factor(self, step: int) -> float:
         """Share of ``lr`` at update ``step`` (from 0)."""
@@ -74,7 +76,10 @@ class Probe:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds spent in updates, over all resumes: on the clock and on the processor."""
+    """Seconds on the clock and on the processor, probes included, over all resumes.
+
+    What a kill threw away, the updates since the last checkpoint, is not in it.
+    """
 
     wall_seconds: float
     cpu_seconds: float
@@ -103,7 +108,7 @@ def fit(
         probes: evaluations and diagnoses in between.
         folder: of the run: ``checkpoint/``, ``metrics.jsonl``, TensorBoard. A checkpoint found
             there is resumed, and the run ends in the same parameters, bit for bit, as one without
-            interruption. None writes nothing.
+            interruption: all draws hang on the sampler's generator. None writes nothing.
         settings: plain values that a checkpoint must have been made with.
         checkpoint_every: updates between checkpoints; there is one at the end.
         log_every: updates between rows.
@@ -113,8 +118,9 @@ def fit(
         What it cost.
 
     Raises:
-        FloatingPointError: the loss is no longer finite; the last good checkpoint stays.
+        FloatingPointError: loss or parameters are no longer finite; the last good checkpoint stays.
         iwsft.checkpoint.CheckpointError: a corrupt checkpoint, or one of other settings.
+        OSError: the disk is full; the last checkpoint stays.
     """
     optimizer = torch.optim.Adam(loss.parameters(), lr=schedule.lr, fused=True)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.factor)
@@ -130,6 +136,11 @@ def fit(
     if folder is not None:
         state = checkpoint.load(folder / "checkpoint", settings)
         if state is not None:
+            if not state.keys() >= parts.keys():
+                raise checkpoint.CheckpointError(
+                    f"{folder / 'checkpoint'} holds {', '.join(sorted(state))}, this run needs "
+                    f"{', '.join(parts)}; choose another folder"
+                )
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             start, wall, cpu = state["step"], state["wall_seconds"], state["cpu_seconds"]
@@ -157,10 +168,7 @@ def fit(
                 row = {name: float(value) for name, value in out.detach().items()}
                 row = {"step": step, "loss": row.pop(LOSS), "lr": rate.get_last_lr()[0], **row}
                 if not math.isfinite(row["loss"]):
-                    raise FloatingPointError(
-                        f"the loss is {row['loss']} at update {step}; lower the learning rate "
-                        f"({schedule.lr:g}), or look at weight_max in {folder}/metrics.jsonl"
-                    )
+                    raise FloatingPointError(_diverged("loss", step, schedule))
                 for probe in due:
                     row |= probe.look(batch)
                 row["wall_seconds"] = cost().wall_seconds
@@ -172,7 +180,11 @@ def fit(
             # After the probes: they see q as it was when the batch was weighed.
             if updater is not None:
                 updater.step()
-            if folder is not None and (step % checkpoint_every == 0 or last):
+            keep = folder is not None and step % checkpoint_every == 0
+            # A last gradient can be NaN where its loss was not.
+            if (keep or last) and not all(bool(p.isfinite().all()) for p in loss.parameters()):
+                raise FloatingPointError(_diverged("policy", step, schedule))
+            if folder is not None and (keep or last):
                 spent = cost()
                 held = {name: part.state_dict() for name, part in parts.items()}
                 held |= {
@@ -182,3 +194,10 @@ def fit(
                 }
                 checkpoint.save(folder / "checkpoint", held, settings)
     return cost()
+
+
+def _diverged(what: str, step: int, schedule: Schedule) -> str:
+    return (
+        f"the {what} is no longer finite at update {step}; lower the learning rate "
+        f"({schedule.lr:g}), and see how loss and weight_max grew in the metrics"
+    )

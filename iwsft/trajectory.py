@@ -202,7 +202,9 @@ def select(packed: TensorDictBase, index: Tensor) -> TensorDictBase:
         raise ValueError(f"positions run from 0 to {len(sizes) - 1}, got {index.tolist()}")
     if bool((index[1:] <= index[:-1]).any()):
         raise ValueError("positions must increase: a packed batch holds each trajectory once")
-    return packed[steps_of(sizes, index)]
+    steps = steps_of(sizes, index)
+    # index_select copies whole rows, several times faster than indexing.
+    return packed.apply(lambda x: x.index_select(0, steps), batch_size=[len(steps)])
 
 
 def steps_of(sizes: Tensor, index: Tensor) -> Tensor:
@@ -256,16 +258,16 @@ def pad(packed: TensorDictBase, length: int | None = None) -> TensorDictBase:
 
 
 def pack(padded: TensorDictBase) -> TensorDictBase:
-    """Padded ``[B, T]`` (or ``[B]`` with time inside) to packed ``[N]``; drops the mask.
+    """Padded ``[B, T]`` (or ``[B]`` with time inside) to packed ``[N]``; drops masked steps.
 
     Trajectory ids become the row numbers where there are none, or where those at hand fall from
     one row to the next.
     """
     segments = Segments.of(padded)
     keep = segments.valid.reshape(-1)
-    steps = segments.shape.numel()
+    layout = len(segments.shape)
     flat = padded.apply(
-        lambda x: x.reshape(steps, *x.shape[2:])[keep], batch_size=[int(keep.sum())]
+        lambda x: x.reshape(-1, *x.shape[layout:])[keep], batch_size=[int(keep.sum())]
     )
     if MASK in flat.keys(True):
         flat = flat.exclude(MASK)
@@ -305,7 +307,7 @@ def validate(
         ValueError: an entry of wrong dtype or shape, NaN or infinity, ids out of order, a negative
             multiplicity, no step at all, or a trajectory with every step masked.
     """
-    if trajectories.numel() == 0:
+    if trajectories.batch_size.numel() == 0:
         raise ValueError("there is not a single step in these trajectories")
     segments = Segments.of(trajectories)
     if len(segments.shape) == 1:

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter
 from numpy.typing import NDArray
 
 from benchmarks.report.aggregates import METRICS, Aggregates, Estimate
@@ -139,6 +140,12 @@ def weight_quantiles(group: Sequence[Cell]) -> Figure | None:
         ax.set_title(f"{cell.dataset}, {cell.algo}", fontsize=_TITLE)
         ax.set_xlabel("training step")
         ax.set_ylabel("importance weight")
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    for ax in axes.flat:
+        low, high = ax.get_ylim()
+        ax.yaxis.set_major_formatter(plain)
+        # Below a decade the powers of ten alone would leave the axis without numbers.
+        ax.yaxis.set_minor_formatter(plain if high < 10 * low else NullFormatter())
     grey = [
         Line2D([], [], color="0.35", label="median"),
         Line2D([], [], color="0.35", alpha=0.45, lw=8, label="25 to 75 %"),
@@ -198,15 +205,15 @@ def _panels(
     names: list[str], height: float, *, share_rows: bool = False
 ) -> tuple[Figure, dict[str, Axes]]:
     """One panel a dataset, at most three in a row."""
-    columns = min(3, len(names))
+    columns = 2 if len(names) == 4 else min(3, len(names))
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(max(5.0, 4.0 * columns), height * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=share_rows).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharey=share_rows).flat)
     panels = dict(zip(names, axes, strict=False))
     for name, ax in panels.items():
         _style(ax)
         ax.set_title(name, fontsize=_TITLE)
-    for ax in list(axes)[len(names) :]:
+    for ax in axes[len(names) :]:
         ax.set_axis_off()
     return figure, panels
 

@@ -53,7 +53,11 @@ def chunked_log_prob(
         raise ValueError("there is not a single step in these trajectories")
     with torch.no_grad(), evaluating(policy):
         parts = [
-            _one_number_a_step(policy, trajectories[chunk], segments, chunk)
+            step_log_prob(
+                policy,
+                trajectories[chunk],
+                torch.Size((chunk.stop - chunk.start, *segments.shape[1:])),
+            )
             for chunk in whole_trajectories(segments, rows)
         ]
     out = torch.cat(parts)
@@ -75,19 +79,29 @@ def evaluating(policy: Any) -> Iterator[None]:
             module.training = mode
 
 
-def _one_number_a_step(
-    policy: Any, chunk: TensorDictBase, segments: Segments, where: slice
-) -> Tensor:
-    out = policy.log_prob(chunk.copy())
+def step_log_prob(policy: Any, batch: TensorDictBase, shape: torch.Size) -> Tensor:
+    """``policy.log_prob`` of a batch, checked to be one number a step, float32 or wider.
+
+    The policy is given a shallow copy: what it writes there (loc, scale) stays there.
+
+    Args:
+        policy: anything with ``log_prob(trajectories)``.
+        batch: packed or padded.
+        shape: layout of the batch.
+
+    Raises:
+        TypeError: the policy gives no tensor.
+        ValueError: a tensor of another shape.
+    """
+    out = policy.log_prob(batch.copy())
     name = type(policy).__name__
     if not isinstance(out, Tensor):
         raise TypeError(f"{name}.log_prob must give a tensor, it gave {type(out).__name__}")
-    expected = torch.Size((where.stop - where.start, *segments.shape[1:]))
-    if out.shape == (*expected, 1):
+    if out.shape == (*shape, 1):
         out = out.squeeze(-1)
-    if out.shape != expected:
+    if out.shape != shape:
         raise ValueError(
-            f"{name}.log_prob has shape {list(out.shape)}, {list(expected)} was expected, one "
+            f"{name}.log_prob has shape {list(out.shape)}, {list(shape)} was expected, one "
             "number a step; a distribution over several action dimensions must sum over them "
             "(torch.distributions.Independent, or torchrl.modules.IndependentNormal)"
         )

@@ -1,0 +1,281 @@
+"""Control: training steps, memory, diagnosis, evaluation, behaviour cloning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torchrl.objectives.utils import TargetNetUpdater
+
+from benchmarks.d4rl import settings as paper
+from benchmarks.speed import data, plain
+from benchmarks.speed.measure import Check, Options, Row, Times, checked, paired
+from benchmarks.speed.memory import MB, in_child
+from benchmarks.speed.trajectories import SameDraws, Training
+from iwsft import datasets, environments
+from iwsft.curation import curate
+from iwsft.diagnostics import diagnose
+from iwsft.evaluation import evaluate
+from iwsft.objective import ImportanceWeightedMLE
+from iwsft.policies import GaussianPolicy
+from iwsft.proposals import HardSync
+from iwsft.reference import annotate_reference
+from iwsft.samplers import StepSampler, TrajectorySampler
+from iwsft.trajectory import ACTION, OBSERVATION, pad
+
+GRADIENT_LIMIT = 1e-5
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured.
+
+    Attributes:
+        trajectories: of the synthetic dataset.
+        steps: of each of its trajectories.
+        draws: trajectories of a batch.
+        many_draws: the same, far more.
+        copies: of the bundled data; 9 make the size of the set that it is part of.
+        single_steps: steps of a batch of single steps.
+        sync_every: updates between syncs of cached weights.
+        cloning_updates: updates of a repeat of behaviour cloning.
+        episode: steps of an evaluation episode.
+        episodes: of HalfCheetah, and for the peer of Hopper.
+        many_episodes: of Hopper.
+    """
+
+    trajectories: int = 202
+    steps: int = 1000
+    draws: int = paper.FINE_TUNING_BATCH["trajectories"]
+    many_draws: int = 4096
+    copies: int = 9
+    single_steps: int = paper.FINE_TUNING_BATCH["steps"]
+    sync_every: int = paper.fine_tuning("hopper-replay", paper.ALGORITHMS["iw-sft-q"])[0].sync_every
+    cloning_updates: int = 20
+    episode: int = 1000
+    episodes: int = 10
+    many_episodes: int = 64
+
+
+SIZES = {
+    "paper": Sizes(),
+    "small": Sizes(
+        trajectories=40,
+        steps=50,
+        draws=64,
+        many_draws=256,
+        copies=1,
+        sync_every=10,
+        cloning_updates=2,
+        episode=20,
+        episodes=2,
+        many_episodes=4,
+    ),
+}
+# Updates between two looks at the clock, in the part with single steps.
+_BLOCK = 20
+
+
+def measure(options: Options) -> Iterator[Row | Check]:
+    """All rows of control, as they come."""
+    sizes = SIZES[options.scale]
+    # First, while this process is small: a child shares the machine's memory with it.
+    yield from memory(options, sizes)
+    yield from whole_trajectories(options, sizes)
+    yield from single_steps(options, sizes)
+    yield from what_a_step_grows_with(options, sizes)
+    yield from behaviour_cloning(options, sizes)
+    yield from evaluation(options, sizes)
+
+
+def whole_trajectories(options: Options, sizes: Sizes) -> Iterator[Row | Check]:
+    """The paper's batch against the naive way, then with a diagnosis at every step."""
+    both = SameDraws(
+        options.dataset, sizes.trajectories, sizes.steps, sizes.draws, options.seed
+    )
+    both.ours.step()
+    times = paired(
+        both.ours.step,
+        lambda: both.naive.step(both.draws()),
+        options.repeats,
+        before=both.follow,
+    )
+    yield checked(
+        f"gradient of {sizes.draws} trajectories against the naive one, relative difference",
+        both.disagreement(),
+        GRADIENT_LIMIT,
+    )
+    yield times.row(
+        f"iw-SFT(Q) step, {sizes.draws} whole trajectories",
+        "padded batch of every draw, live q and reference (plain torch)",
+        "ms per update",
+    )
+    plainly = both.ours
+    diagnosed = Training(plainly.loss, plainly.sampler, plainly.updater)
+    diagnosed.look = lambda batch: diagnose(diagnosed.loss, batch)
+    yield paired(diagnosed.step, plainly.step, options.repeats).row(
+        "the same with diagnose() at every step", "our step without it", "ms per update"
+    )
+
+
+def single_steps(options: Options, sizes: Sizes) -> Iterator[Row]:
+    """Cached weights and single steps on hopper-replay's curated set, against cloning."""
+    curated = curate(data.hopper_replay(sizes.copies), cuts=paper.QUALITY_BINS, seed=options.seed)
+    row = paper.fine_tuning("hopper-replay", paper.ALGORITHMS["iw-sft-q"])[0]
+    chain = paper.importance_weights("paper", row, per_step=False, target_ess=None)
+    torch.manual_seed(options.seed)
+    annotate_reference(GaussianPolicy(*widths(curated)), curated)
+    loss = ImportanceWeightedMLE(
+        GaussianPolicy(*widths(curated)), importance_weights=chain, proposal="cached"
+    )
+    ours = Training(
+        loss,
+        StepSampler(curated, sizes.single_steps, seed=options.seed),
+        HardSync(loss, every=sizes.sync_every, trajectories=curated),
+        lr=row.lr,
+    )
+    peer = plain.cloning(curated, sizes.single_steps, lr=row.lr, seed=options.seed)
+    # Whole windows, so that each update carries its share of a sync; at least 300 of the paper's.
+    updates = 2 * sizes.sync_every
+    blocks = [min(_BLOCK, updates - start) for start in range(0, updates, _BLOCK)]
+    ours.sampler.sample(), peer()
+    parts = [paired(times(ours.step, n), times(peer, n), 1) for n in blocks]
+    total = Times([sum(p.ours[0] for p in parts)], [sum(p.peer[0] for p in parts)])
+    name = f"iw-SFT(Q) update, {sizes.single_steps} single steps, syncs included"
+    peer_name = "behaviour cloning at the same batch, default Adam (plain torch)"
+    yield total.row(name, peer_name, "ms per update", per=updates)
+    yield total.row(
+        f"{row.steps} such updates, scaled from {updates}",
+        peer_name,
+        "s, scaled",
+        per=updates / row.steps,
+    )
+
+
+def what_a_step_grows_with(options: Options, sizes: Sizes) -> Iterator[Row]:
+    """Time follows the distinct steps of a batch: not its draws, nor how lengths are spread."""
+    top = curate(
+        data.cheetah_like(options.dataset, sizes.trajectories, sizes.steps, options.seed),
+        cuts=paper.TOP_10,
+    )
+    many, few = on_trajectories(top, sizes.many_draws), on_trajectories(top, sizes.draws)
+    yield compared(many, few, options.repeats).row(
+        f"{sizes.many_draws} draws of the same trajectories",
+        f"our step with {sizes.draws} draws",
+        "ms per update",
+    )
+    ragged = curate(data.hopper_replay(1), cuts=paper.TOP_10, seed=options.seed)
+    even = on_trajectories(data.cut_evenly(ragged), sizes.many_draws)
+    uneven = on_trajectories(ragged, sizes.many_draws)
+    yield compared(uneven, even, options.repeats).row(
+        "trajectories of hopper-replay's lengths",
+        "our step on as many steps cut to equal lengths",
+        "ms per update",
+    )
+
+
+def memory(options: Options, sizes: Sizes) -> Iterator[Row]:
+    """Peak of a training step, each way in a process of its own; and a dataset in memory."""
+    arguments: dict[str, Any] = {
+        "file": None if options.dataset is None else str(options.dataset),
+        "trajectories": sizes.trajectories,
+        "steps": sizes.steps,
+        "draws": sizes.draws,
+        "seed": options.seed,
+    }
+    ours, naive = (
+        in_child("benchmarks.speed.trajectories", {**arguments, "ours": ours})
+        for ours in (True, False)
+    )
+    yield Row(
+        f"peak memory of a step above the data, {sizes.draws} trajectories",
+        ours,
+        naive,
+        "MB",
+        "padded batch of every draw, live q and reference (plain torch)",
+    )
+    ragged = data.hopper_replay(1)
+    held, padded = (td.bytes(count_duplicates=False) / MB for td in (ragged, pad(ragged)))
+    yield Row("dataset of hopper-replay's lengths in memory", held, padded, "MB", "padded copy")
+
+
+def behaviour_cloning(options: Options, sizes: Sizes) -> Iterator[Row]:
+    """The loss at weight 1 on single steps, with what is ours around the network."""
+    whole = data.cheetah_like(options.dataset, sizes.trajectories, sizes.steps, options.seed)
+    torch.manual_seed(options.seed)
+    loss = ImportanceWeightedMLE(GaussianPolicy(*widths(whole)), proposal="reference")
+    ours = Training(loss, StepSampler(whole, 256, seed=options.seed), lr=1e-3)
+    for name, fused in (("default Adam", None), ("fused Adam", True)):
+        peer = plain.cloning(whole, 256, lr=1e-3, seed=options.seed, fused=fused)
+        ours.step(), peer()
+        yield paired(
+            times(ours.step, sizes.cloning_updates),
+            times(peer, sizes.cloning_updates),
+            5 * options.repeats,
+        ).row(
+            "behaviour cloning step, 3 x 256, batch 256",
+            f"plain torch, {name}",
+            "ms per update",
+            per=sizes.cloning_updates,
+        )
+
+
+def evaluation(options: Options, sizes: Sizes) -> Iterator[Row]:
+    """Environments side by side with one call of the policy, against one after the other."""
+    torch.manual_seed(options.seed)
+    # Untrained, and episodes that never end early: all of full length, the most work there is.
+    for env_id, episodes, kwargs in (
+        ("HalfCheetah-v4", sizes.episodes, {}),
+        ("Hopper-v4", sizes.many_episodes, {"terminate_when_unhealthy": False}),
+    ):
+        kwargs = {**kwargs, "max_episode_steps": sizes.episode}
+        env = environments.make(env_id, **kwargs)
+        assert env.observation_space.shape and env.action_space.shape
+        policy = GaussianPolicy(env.observation_space.shape[0], env.action_space.shape[0])
+        peer = plain.PlainPolicy(env.observation_space.shape[0], env.action_space.shape[0])
+        peer.copy_(policy.parameters())
+        yield paired(
+            lambda p=policy, e=env_id, n=episodes, k=kwargs: evaluate(
+                p, e, episodes=n, seed=options.seed, env_kwargs=k
+            ),
+            lambda p=peer, e=env: plain.roll_out(p, e, sizes.episodes),
+            options.repeats,
+        ).row(
+            f"evaluate(), {env_id}, {episodes} episodes of {sizes.episode} steps",
+            f"one environment, one unbatched call a step (plain torch), {sizes.episodes} episodes",
+            "us per step",
+            per=sizes.episodes * sizes.episode,
+            ours_per=episodes * sizes.episode,
+        )
+        env.close()
+
+
+def on_trajectories(curated: TensorDictBase, draws: int) -> Training:
+    """SFT on whole trajectories."""
+    torch.manual_seed(0)
+    loss = ImportanceWeightedMLE(GaussianPolicy(*widths(curated)), proposal="reference")
+    return Training(loss, TrajectorySampler(curated, draws))
+
+
+def compared(ours: Training, peer: Training, repeats: int) -> Times:
+    """Both warmed up, then timed in turn."""
+    ours.step(), peer.step()
+    return paired(ours.step, peer.step, repeats)
+
+
+def widths(trajectories: TensorDictBase) -> tuple[int, int]:
+    """Sizes of observation and action."""
+    return trajectories.get(OBSERVATION).shape[-1], trajectories.get(ACTION).shape[-1]
+
+
+def times(call: Callable[[], object], n: int) -> Callable[[], None]:
+    """``call``, n times."""
+
+    def again() -> None:
+        for _ in range(n):
+            call()
+
+    return again

@@ -1,0 +1,258 @@
+"""Layouts and sums along trajectories, against loops and exactly rounded sums."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensordict import TensorDict
+
+from iwsft.trajectory import (
+    DONE,
+    IMPORTANCE_WEIGHT,
+    MASK,
+    MULTIPLICITY,
+    REF_LOG_PROB,
+    REWARD,
+    TRAJ_IDS,
+    Segments,
+    from_steps,
+    lengths,
+    pack,
+    pad,
+    select,
+    steps_of,
+    validate,
+)
+
+SIZES = st.lists(st.integers(1, 7), min_size=1, max_size=9)
+
+
+def packed_of(sizes: list[int], first_id: int = 0, gap: int = 1) -> TensorDict:
+    n = sum(sizes)
+    ids = first_id + gap * torch.arange(len(sizes))
+    ids = torch.repeat_interleave(ids, torch.tensor(sizes))
+    generator = torch.Generator().manual_seed(n)
+    return from_steps(
+        {
+            "observation": torch.randn(n, 3, generator=generator),
+            "action": torch.rand(n, 2, generator=generator),
+            REWARD: torch.randn(n, 1, generator=generator),
+            DONE: (torch.cat([ids[1:], ids[-1:] + 1]) != ids)[:, None],
+            REF_LOG_PROB: torch.randn(n, generator=generator),
+            MULTIPLICITY: torch.ones(n, dtype=torch.int64),
+        },
+        ids,
+    )
+
+
+def assert_same(a: Any, b: Any) -> None:
+    assert a.batch_size == b.batch_size
+    assert set(a.keys(True, True)) == set(b.keys(True, True))
+    for key in a.keys(True, True):
+        assert a.get(key).dtype == b.get(key).dtype and torch.equal(a.get(key), b.get(key)), key
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("kind", ["cancelling", "tiny-after-huge", "log-probs"])
+def test_sums_over_20000_steps_are_exact_to_float32(layout: str, kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    n = 20_000
+    x = torch.randn(n, generator=generator) * 3 - 20
+    if kind == "cancelling":
+        x[: n // 2] = 1e4 * torch.randn(n // 2, generator=generator)
+        x[n // 2 :] = -x[: n // 2].flip(0) + 1e-3
+    if kind == "tiny-after-huge":
+        x = torch.full((n,), 1e-4)
+        x[0], x[n // 2] = 1e7, -1e7
+    both = torch.cat([x, x[:7]])
+    ids = torch.repeat_interleave(torch.tensor([0, 1]), torch.tensor([n, 7]))
+    batch = from_steps({"observation": both[:, None]}, ids)
+    batch = batch if layout == "packed" else pad(batch)
+    sums = Segments.of(batch).sum(batch["observation"].squeeze(-1))
+    assert sums.dtype == torch.float32
+    for ours, values in zip(sums[:2].tolist(), (x.tolist(), x[:7].tolist()), strict=True):
+        truth = math.fsum(values)
+        # Half a unit of float32, and what a float64 accumulation may lose.
+        half_ulp = 2.0**-24 * abs(truth)
+        lost = len(values) * 2.0**-53 * math.fsum(map(abs, values))
+        assert abs(ours - truth) <= half_ulp + lost
+    means = Segments.of(batch).mean(batch["observation"].squeeze(-1))
+    assert float(means[0]) == pytest.approx(math.fsum(x.tolist()) / n, rel=1e-6, abs=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes=SIZES, extra=st.integers(0, 3), batch_dims=st.sampled_from([1, 2]))
+def test_segments_agree_with_a_loop_in_both_layouts(
+    sizes: list[int], extra: int, batch_dims: int
+) -> None:
+    packed = packed_of(sizes, first_id=4, gap=3)
+    x = packed[REF_LOG_PROB]
+    rows = x.split(sizes)
+    padded = pad(packed, max(sizes) + extra)
+    padded_x = padded[REF_LOG_PROB].clone()
+    padded_x[~padded[MASK]] = torch.nan
+    padded.batch_size = padded.batch_size[:batch_dims]
+    for batch, values in ((packed, x), (padded, padded_x)):
+        segments = Segments.of(batch)
+        k = len(sizes)
+        occupied = segments.lengths > 0
+        assert segments.lengths[occupied].tolist() == sizes
+        assert int(occupied.sum()) == k
+        torch.testing.assert_close(
+            segments.sum(values)[occupied], torch.stack([r.double().sum() for r in rows]).float()
+        )
+        torch.testing.assert_close(
+            segments.mean(values)[occupied], torch.stack([r.double().mean() for r in rows]).float()
+        )
+        assert bool((segments.sum(values)[~occupied] == 0).all())
+        assert int(segments.valid.sum()) == sum(sizes)
+        ranks = torch.arange(segments.slots, dtype=torch.float32)
+        spread = segments.spread(ranks)
+        assert spread.shape == values.shape
+        expected = torch.repeat_interleave(ranks[occupied], torch.tensor(sizes))
+        assert torch.equal(spread[segments.valid], expected)
+
+
+def test_sums_keep_gradients_and_wide_dtypes() -> None:
+    batch = packed_of([3, 2])
+    x = batch[REF_LOG_PROB].double().requires_grad_()
+    sums = Segments.of(batch).sum(x)
+    assert sums.dtype == torch.float64
+    (sums * torch.tensor([1.0, 10.0, 0.0, 0.0, 0.0])).sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [1, 1, 1, 10, 10]
+    assert Segments.of(batch).sum(batch[REF_LOG_PROB].bfloat16()).dtype == torch.float32
+
+
+def test_a_padded_row_is_cut_where_its_id_changes() -> None:
+    ids = torch.tensor([[5, 5, 2, 2], [2, 2, 2, 9]])
+    batch = TensorDict({"x": torch.arange(8.0).view(2, 4), TRAJ_IDS: ids}, [2, 4])
+    segments = Segments.of(batch)
+    assert segments.lengths[:4].tolist() == [2, 2, 3, 1]
+    assert segments.sum(batch["x"])[:4].tolist() == [1, 5, 15, 7]
+
+
+def test_a_masked_packed_batch_counts_valid_steps() -> None:
+    batch = packed_of([3, 2])
+    batch[MASK] = torch.tensor([True, False, True, True, True])
+    segments = Segments.of(batch)
+    assert segments.lengths[:2].tolist() == [2, 2]
+    wide = Segments.of(batch, mask=batch[MASK].unsqueeze(-1))
+    assert torch.equal(wide.lengths, segments.lengths)
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes=SIZES, extra=st.integers(0, 3), first_id=st.integers(0, 5), gap=st.integers(1, 3))
+def test_pad_and_pack_are_inverse(sizes: list[int], extra: int, first_id: int, gap: int) -> None:
+    packed = packed_of(sizes, first_id, gap)
+    padded = pad(packed, max(sizes) + extra)
+    assert padded.batch_size == (len(sizes), max(sizes) + extra)
+    assert padded[MASK].sum(1).tolist() == sizes
+    for key in padded.keys(True, True):
+        if key not in (TRAJ_IDS, MASK):
+            assert not padded.get(key)[~padded[MASK]].any(), key
+    assert_same(pack(padded), packed)
+    assert_same(pad(pack(padded), max(sizes) + extra), padded)
+
+
+def test_pad_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="5 steps, more than length=4"):
+        pad(packed_of([2, 5]), 4)
+
+
+def test_pack_renumbers_rows_that_would_melt() -> None:
+    padded = pad(packed_of([3, 2, 2]))
+    for ids in ([7, 7, 7], [9, 4, 1]):
+        padded[TRAJ_IDS] = torch.tensor(ids)[:, None].expand(3, 3).contiguous()
+        packed = pack(padded)
+        assert lengths(packed).tolist() == [3, 2, 2]
+        validate(packed)
+    without = pack(padded.exclude(TRAJ_IDS))
+    assert without[TRAJ_IDS].tolist() == [0, 0, 0, 1, 1, 2, 2]
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes=SIZES, data=st.data())
+def test_select_takes_whole_trajectories(sizes: list[int], data: st.DataObject) -> None:
+    packed = packed_of(sizes)
+    chosen = sorted(data.draw(st.sets(st.integers(0, len(sizes) - 1), min_size=1)))
+    index = torch.tensor(chosen)
+    assert lengths(packed).tolist() == sizes
+    parts = packed.split(sizes)
+    assert_same(select(packed, index), torch.cat([parts[j] for j in chosen]))
+    # steps_of also repeats and reorders.
+    drawn = torch.tensor(data.draw(st.lists(st.sampled_from(chosen), max_size=5)), dtype=torch.int64)
+    starts = [sum(sizes[:j]) for j in range(len(sizes))]
+    expected = [i for j in drawn.tolist() for i in range(starts[j], starts[j] + sizes[j])]
+    assert steps_of(torch.tensor(sizes), drawn).tolist() == expected
+
+
+def test_select_refuses_wrong_positions() -> None:
+    packed = packed_of([2, 3, 1])
+    for index in ([3], [-1], [0, 7]):
+        with pytest.raises(ValueError, match="positions run from 0 to 2"):
+            select(packed, torch.tensor(index))
+    for index in ([1, 0], [1, 1]):
+        with pytest.raises(ValueError, match="increase"):
+            select(packed, torch.tensor(index))
+
+
+def test_valid_data_passes() -> None:
+    packed = packed_of([2, 3, 1])
+    validate(packed)
+    validate(pad(packed))
+    padded = pad(packed)
+    padded["observation"][~padded[MASK]] = torch.nan
+    validate(padded)
+    validate(padded.exclude(TRAJ_IDS))
+    validate(packed, keys=("observation", "action", REWARD))
+
+
+def _set(key: Any, value: torch.Tensor) -> Any:
+    return lambda batch: batch.set(key, value)
+
+
+def _poke(key: Any, value: float) -> Any:
+    def change(batch: TensorDict) -> TensorDict:
+        batch.get(key)[4] = value
+        return batch
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda b: b.exclude("action"), KeyError, "'action' is missing; there are .*observation"),
+        (lambda b: b.exclude(TRAJ_IDS), KeyError, "traj_ids"),
+        (_set("action", torch.zeros(6, 2, dtype=torch.int64)), ValueError, "'action'.*int64"),
+        (_poke("observation", float("nan")), ValueError, "'observation' .*1 steps.*step 4"),
+        (_poke("action", float("inf")), ValueError, "'action' is NaN or infinite"),
+        (_poke(REF_LOG_PROB, float("-inf")), ValueError, "'ref_log_prob' is NaN or infinite"),
+        (_poke(REWARD, float("nan")), ValueError, "'reward'.*NaN or infinite"),
+        (_set(IMPORTANCE_WEIGHT, torch.full((6,), torch.nan)), ValueError, "'importance_weight'"),
+        (_poke(MULTIPLICITY, -1), ValueError, "'multiplicity'.*negative"),
+        (_set(TRAJ_IDS, torch.tensor([0, 0, 2, 2, 1, 1])), ValueError, "step 4: 1 follows 2"),
+        (_set(TRAJ_IDS, torch.rand(6)), ValueError, "traj_ids.*integers.*float32"),
+        (_set(TRAJ_IDS, torch.zeros(6, 2, dtype=torch.int64)), ValueError, "traj_ids.*shape"),
+        (_set(MASK, torch.tensor([True, True, False, False, False, True])), ValueError, "trajectory 1"),
+        (_set(MASK, torch.ones(6, 3, 1, dtype=torch.bool)), ValueError, "shape"),
+        (lambda b: b[:0], ValueError, "not a single step"),
+        (lambda b: b.reshape(1, 2, 3), ValueError, r"\[1, 2, 3\]"),
+    ],
+)
+def test_validate_names_what_is_wrong(change: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        validate(change(packed_of([2, 3, 1])))
+
+
+def test_validate_names_a_row_of_the_wrong_length() -> None:
+    padded = pad(packed_of([2, 3, 1]))
+    padded.batch_size = [3]
+    padded["action"] = torch.zeros(3, 4, 2)
+    with pytest.raises(ValueError, match=r"'action' has shape \[3, 4, 2\].*\[3, 3\]"):
+        validate(padded)
