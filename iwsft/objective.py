@@ -104,6 +104,8 @@ class ImportanceWeightedMLE(LossModule):
     actor_network: TensorDictModule
     actor_network_params: TensorDictParams
     target_actor_network_params: TensorDictParams
+    # Only with functional=False.
+    target_actor_network: TensorDictModule
 
     def __init__(
         self,
@@ -137,7 +139,8 @@ class ImportanceWeightedMLE(LossModule):
             self.convert_to_functional(policy, "actor_network", create_target_params=lagged)
         else:
             self.actor_network = policy
-            self.target_actor_network = deepcopy(policy).requires_grad_(False) if lagged else None
+            if lagged:
+                self.target_actor_network = deepcopy(policy).requires_grad_(False)
             self._has_update_associated["actor_network"] = not lagged
 
     @property
@@ -184,7 +187,7 @@ class ImportanceWeightedMLE(LossModule):
         # TorchRL's method knows functional networks only.
         if not self.functional:
             self.actor_network.reset_parameters_recursive()
-            if self.target_actor_network is not None:
+            if self.proposal == "lagged":
                 self.target_actor_network.reset_parameters_recursive()
 
     def log_prob(self, trajectories: TensorDictBase) -> Tensor:

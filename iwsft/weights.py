@@ -182,8 +182,8 @@ class ImportanceWeights:
         )
         late = (TemperWeight, ClipWeight, SelfNormalize, TargetESS)
         early = (Temperature, Scale, ClipLogRatio, ClipRatio)
-        for transform in self.step:
-            _require(not isinstance(transform, late), f"{transform} belongs to trajectory=[...]")
+        for g in self.step:
+            _require(not isinstance(g, late), f"{g} belongs to trajectory=[...]")
         for transform in self.trajectory:
             _require(not isinstance(transform, early), f"{transform} belongs to step=[...]")
 

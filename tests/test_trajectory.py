@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
 
@@ -90,6 +90,8 @@ def test_sums_over_20000_steps_are_exact_to_float32(layout: str, kind: str) -> N
 def test_segments_agree_with_a_loop_in_both_layouts(
     sizes: list[int], extra: int, batch_dims: int
 ) -> None:
+    # [B] with a mask [B, 1] reads as packed, where a trailing 1 is dropped.
+    assume(batch_dims == 2 or max(sizes) + extra > 1)
     packed = packed_of(sizes, first_id=4, gap=3)
     x = packed[REF_LOG_PROB]
     rows = x.split(sizes)
@@ -227,7 +229,7 @@ def _poke(key: Any, value: float) -> Any:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda b: b.exclude("action"), KeyError, "'action' is missing; there are .*observation"),
+        (lambda b: b.exclude("action"), KeyError, "action.* is missing; there are .*observation"),
         (lambda b: b.exclude(TRAJ_IDS), KeyError, "traj_ids"),
         (_set("action", torch.zeros(6, 2, dtype=torch.int64)), ValueError, "'action'.*int64"),
         (_poke("observation", float("nan")), ValueError, "'observation' .*1 steps.*step 4"),

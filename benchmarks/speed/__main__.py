@@ -1,7 +1,7 @@
 """Time and memory against the plain way, in one run: ratio above 1 means faster or smaller.
 
-    python -m benchmarks.speed control
-    python -m benchmarks.speed control --dataset halfcheetah-mixed.hdf5 --json control.json
+python -m benchmarks.speed control
+python -m benchmarks.speed control --dataset halfcheetah-mixed.hdf5 --json control.json
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main(arguments: Arguments) -> None:
                 log.print(f"{found.ratio:8.2f} x  {found.name}", highlight=False)
             else:
                 checks.append(found)
-    except (DisagreementError, OSError, KeyError, ValueError) as error:
+    except (DisagreementError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     Console().print(table(rows, checks))
     if arguments.json is not None:

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
-from torchrl.objectives.utils import TargetNetUpdater
+from tensordict import TensorDictBase
 
 from benchmarks.d4rl import settings as paper
 from benchmarks.speed import data, plain
 from benchmarks.speed.measure import Check, Options, Row, Times, checked, paired
 from benchmarks.speed.memory import MB, in_child
 from benchmarks.speed.trajectories import SameDraws, Training
-from iwsft import datasets, environments
+from iwsft import environments
 from iwsft.curation import curate
 from iwsft.diagnostics import diagnose
 from iwsft.evaluation import evaluate
@@ -24,7 +23,7 @@ from iwsft.policies import GaussianPolicy
 from iwsft.proposals import HardSync
 from iwsft.reference import annotate_reference
 from iwsft.samplers import StepSampler, TrajectorySampler
-from iwsft.trajectory import ACTION, OBSERVATION, pad
+from iwsft.trajectory import pad
 
 GRADIENT_LIMIT = 1e-5
 
@@ -93,9 +92,7 @@ def measure(options: Options) -> Iterator[Row | Check]:
 
 def whole_trajectories(options: Options, sizes: Sizes) -> Iterator[Row | Check]:
     """The paper's batch against the naive way, then with a diagnosis at every step."""
-    both = SameDraws(
-        options.dataset, sizes.trajectories, sizes.steps, sizes.draws, options.seed
-    )
+    both = SameDraws(options.dataset, sizes.trajectories, sizes.steps, sizes.draws, options.seed)
     both.ours.step()
     times = paired(
         both.ours.step,
@@ -111,13 +108,14 @@ def whole_trajectories(options: Options, sizes: Sizes) -> Iterator[Row | Check]:
     yield times.row(
         f"iw-SFT(Q) step, {sizes.draws} whole trajectories",
         "padded batch of every draw, live q and reference (plain torch)",
-        "ms per update",
+        "ms",
+        "per update",
     )
     plainly = both.ours
     diagnosed = Training(plainly.loss, plainly.sampler, plainly.updater)
     diagnosed.look = lambda batch: diagnose(diagnosed.loss, batch)
     yield paired(diagnosed.step, plainly.step, options.repeats).row(
-        "the same with diagnose() at every step", "our step without it", "ms per update"
+        "the same with diagnose() at every step", "our step without it", "ms", "per update"
     )
 
 
@@ -127,9 +125,9 @@ def single_steps(options: Options, sizes: Sizes) -> Iterator[Row]:
     row = paper.fine_tuning("hopper-replay", paper.ALGORITHMS["iw-sft-q"])[0]
     chain = paper.importance_weights("paper", row, per_step=False, target_ess=None)
     torch.manual_seed(options.seed)
-    annotate_reference(GaussianPolicy(*widths(curated)), curated)
+    annotate_reference(GaussianPolicy(*data.widths(curated)), curated)
     loss = ImportanceWeightedMLE(
-        GaussianPolicy(*widths(curated)), importance_weights=chain, proposal="cached"
+        GaussianPolicy(*data.widths(curated)), importance_weights=chain, proposal="cached"
     )
     ours = Training(
         loss,
@@ -141,16 +139,17 @@ def single_steps(options: Options, sizes: Sizes) -> Iterator[Row]:
     # Whole windows, so that each update carries its share of a sync; at least 300 of the paper's.
     updates = 2 * sizes.sync_every
     blocks = [min(_BLOCK, updates - start) for start in range(0, updates, _BLOCK)]
-    ours.sampler.sample(), peer()
-    parts = [paired(times(ours.step, n), times(peer, n), 1) for n in blocks]
+    peer()
+    parts = [paired(repeated(ours.step, n), repeated(peer, n), 1) for n in blocks]
     total = Times([sum(p.ours[0] for p in parts)], [sum(p.peer[0] for p in parts)])
     name = f"iw-SFT(Q) update, {sizes.single_steps} single steps, syncs included"
     peer_name = "behaviour cloning at the same batch, default Adam (plain torch)"
-    yield total.row(name, peer_name, "ms per update", per=updates)
+    yield total.row(name, peer_name, "ms", "per update", per=updates)
     yield total.row(
-        f"{row.steps} such updates, scaled from {updates}",
+        f"{row.steps:,} such updates",
         peer_name,
-        "s, scaled",
+        "s",
+        f"(scaled from {updates})",
         per=updates / row.steps,
     )
 
@@ -165,7 +164,8 @@ def what_a_step_grows_with(options: Options, sizes: Sizes) -> Iterator[Row]:
     yield compared(many, few, options.repeats).row(
         f"{sizes.many_draws} draws of the same trajectories",
         f"our step with {sizes.draws} draws",
-        "ms per update",
+        "ms",
+        "per update",
     )
     ragged = curate(data.hopper_replay(1), cuts=paper.TOP_10, seed=options.seed)
     even = on_trajectories(data.cut_evenly(ragged), sizes.many_draws)
@@ -173,7 +173,8 @@ def what_a_step_grows_with(options: Options, sizes: Sizes) -> Iterator[Row]:
     yield compared(uneven, even, options.repeats).row(
         "trajectories of hopper-replay's lengths",
         "our step on as many steps cut to equal lengths",
-        "ms per update",
+        "ms",
+        "per update",
     )
 
 
@@ -206,72 +207,75 @@ def behaviour_cloning(options: Options, sizes: Sizes) -> Iterator[Row]:
     """The loss at weight 1 on single steps, with what is ours around the network."""
     whole = data.cheetah_like(options.dataset, sizes.trajectories, sizes.steps, options.seed)
     torch.manual_seed(options.seed)
-    loss = ImportanceWeightedMLE(GaussianPolicy(*widths(whole)), proposal="reference")
+    loss = ImportanceWeightedMLE(GaussianPolicy(*data.widths(whole)), proposal="reference")
     ours = Training(loss, StepSampler(whole, 256, seed=options.seed), lr=1e-3)
     for name, fused in (("default Adam", None), ("fused Adam", True)):
         peer = plain.cloning(whole, 256, lr=1e-3, seed=options.seed, fused=fused)
-        ours.step(), peer()
+        ours.step()
+        peer()
         yield paired(
-            times(ours.step, sizes.cloning_updates),
-            times(peer, sizes.cloning_updates),
+            repeated(ours.step, sizes.cloning_updates),
+            repeated(peer, sizes.cloning_updates),
             5 * options.repeats,
         ).row(
             "behaviour cloning step, 3 x 256, batch 256",
             f"plain torch, {name}",
-            "ms per update",
+            "ms",
+            "per update",
             per=sizes.cloning_updates,
         )
 
 
 def evaluation(options: Options, sizes: Sizes) -> Iterator[Row]:
     """Environments side by side with one call of the policy, against one after the other."""
+    # Episodes that never end early: all of full length, the most work there is.
+    tireless = {"terminate_when_unhealthy": False}
+    yield rolled_out(options, sizes, "HalfCheetah-v4", sizes.episodes, {})
+    yield rolled_out(options, sizes, "Hopper-v4", sizes.many_episodes, tireless)
+
+
+def rolled_out(
+    options: Options, sizes: Sizes, env_id: str, episodes: int, env_kwargs: dict[str, Any]
+) -> Row:
+    """``evaluate`` of an untrained policy on as many episodes, the peer on fewer."""
+    env_kwargs = {**env_kwargs, "max_episode_steps": sizes.episode}
+    env = environments.make(env_id, **env_kwargs)
+    assert env.observation_space.shape and env.action_space.shape
+    size = env.observation_space.shape[0], env.action_space.shape[0]
     torch.manual_seed(options.seed)
-    # Untrained, and episodes that never end early: all of full length, the most work there is.
-    for env_id, episodes, kwargs in (
-        ("HalfCheetah-v4", sizes.episodes, {}),
-        ("Hopper-v4", sizes.many_episodes, {"terminate_when_unhealthy": False}),
-    ):
-        kwargs = {**kwargs, "max_episode_steps": sizes.episode}
-        env = environments.make(env_id, **kwargs)
-        assert env.observation_space.shape and env.action_space.shape
-        policy = GaussianPolicy(env.observation_space.shape[0], env.action_space.shape[0])
-        peer = plain.PlainPolicy(env.observation_space.shape[0], env.action_space.shape[0])
-        peer.copy_(policy.parameters())
-        yield paired(
-            lambda p=policy, e=env_id, n=episodes, k=kwargs: evaluate(
-                p, e, episodes=n, seed=options.seed, env_kwargs=k
-            ),
-            lambda p=peer, e=env: plain.roll_out(p, e, sizes.episodes),
-            options.repeats,
-        ).row(
-            f"evaluate(), {env_id}, {episodes} episodes of {sizes.episode} steps",
-            f"one environment, one unbatched call a step (plain torch), {sizes.episodes} episodes",
-            "us per step",
-            per=sizes.episodes * sizes.episode,
-            ours_per=episodes * sizes.episode,
-        )
-        env.close()
+    policy, peer = GaussianPolicy(*size), plain.PlainPolicy(*size)
+    peer.copy_(policy.parameters())
+
+    def ours() -> None:
+        evaluate(policy, env_id, episodes=episodes, seed=options.seed, env_kwargs=env_kwargs)
+
+    times = paired(ours, lambda: plain.roll_out(peer, env, sizes.episodes), options.repeats)
+    env.close()
+    return times.row(
+        f"evaluate: {env_id}, {episodes} episodes of {sizes.episode} steps",
+        f"{sizes.episodes} episodes one by one, a policy call each step",
+        "us",
+        "per step",
+        per=sizes.episodes * sizes.episode,
+        ours_per=episodes * sizes.episode,
+    )
 
 
 def on_trajectories(curated: TensorDictBase, draws: int) -> Training:
     """SFT on whole trajectories."""
     torch.manual_seed(0)
-    loss = ImportanceWeightedMLE(GaussianPolicy(*widths(curated)), proposal="reference")
+    loss = ImportanceWeightedMLE(GaussianPolicy(*data.widths(curated)), proposal="reference")
     return Training(loss, TrajectorySampler(curated, draws))
 
 
 def compared(ours: Training, peer: Training, repeats: int) -> Times:
     """Both warmed up, then timed in turn."""
-    ours.step(), peer.step()
+    ours.step()
+    peer.step()
     return paired(ours.step, peer.step, repeats)
 
 
-def widths(trajectories: TensorDictBase) -> tuple[int, int]:
-    """Sizes of observation and action."""
-    return trajectories.get(OBSERVATION).shape[-1], trajectories.get(ACTION).shape[-1]
-
-
-def times(call: Callable[[], object], n: int) -> Callable[[], None]:
+def repeated(call: Callable[[], object], n: int) -> Callable[[], None]:
     """``call``, n times."""
 
     def again() -> None:

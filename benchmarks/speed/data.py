@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 
 from iwsft import datasets
 from iwsft.trajectory import ACTION, OBSERVATION, REWARD, TRAJ_IDS, from_steps, lengths
@@ -54,3 +54,8 @@ def cut_evenly(trajectories: TensorDict) -> TensorDict:
     even = trajectories.copy()
     even.set(TRAJ_IDS, torch.arange(count).repeat_interleave(sizes))
     return even
+
+
+def widths(trajectories: TensorDictBase) -> tuple[int, int]:
+    """Sizes of observation and action."""
+    return trajectories.get(OBSERVATION).shape[-1], trajectories.get(ACTION).shape[-1]

@@ -72,20 +72,29 @@ class Times:
     peer: list[float]
 
     def row(
-        self, name: str, peer_name: str, unit: str, *, per: float = 1.0, ours_per: float = 0.0
+        self,
+        name: str,
+        peer_name: str,
+        unit: Literal["s", "ms", "us"],
+        of: str,
+        *,
+        per: float = 1.0,
+        ours_per: float | None = None,
     ) -> Row:
         """Medians over the repeats.
 
         Args:
             name: of the comparison.
             peer_name: what it is compared with.
-            unit: ``ms``, ``us`` or ``s``, and what it is for.
+            unit: ``s``, ``ms`` or ``us``.
+            of: what the time is for, put after the unit.
             per: divides the seconds: updates or steps of a repeat.
             ours_per: the same for ours, where it differs.
         """
-        factor = {"s": 1.0, "ms": 1e3, "us": 1e6}[unit.split()[0]]
-        ours = factor * median(self.ours) / (ours_per or per)
-        return Row(name, ours, factor * median(self.peer) / per, f"CPU {unit}", peer_name)
+        factor = {"s": 1.0, "ms": 1e3, "us": 1e6}[unit]
+        ours = factor * median(self.ours) / (per if ours_per is None else ours_per)
+        peer = factor * median(self.peer) / per
+        return Row(name, ours, peer, f"CPU {unit} {of}", peer_name)
 
 
 def paired(

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -14,7 +15,7 @@ from torch import Tensor
 from torchrl.objectives.utils import TargetNetUpdater
 
 from benchmarks.d4rl.settings import QUALITY_BINS
-from benchmarks.speed.data import cheetah_like
+from benchmarks.speed.data import cheetah_like, widths
 from benchmarks.speed.memory import growth_mb
 from benchmarks.speed.plain import NaiveIwSft, PlainPolicy
 from iwsft.curation import curate
@@ -23,7 +24,7 @@ from iwsft.policies import GaussianPolicy
 from iwsft.proposals import EMA
 from iwsft.reference import annotate_reference
 from iwsft.samplers import StepSampler, TrajectorySampler
-from iwsft.trajectory import ACTION, MULTIPLICITY, OBSERVATION, TRAJ_IDS, pad
+from iwsft.trajectory import MULTIPLICITY, TRAJ_IDS, pad
 from iwsft.weights import ImportanceWeights
 
 # halfcheetah-medium-replay in Table 4 of the paper.
@@ -38,7 +39,7 @@ class Training:
     sampler: StepSampler | TrajectorySampler
     updater: TargetNetUpdater | None = None
     lr: float = LR
-    # Called on the batch after each backward, such as a diagnosis.
+    # Sees the batch after each backward, such as a diagnosis.
     look: Callable[[TensorDictBase], object] = lambda batch: None
 
     def __post_init__(self) -> None:
@@ -73,7 +74,7 @@ class SameDraws:
     ) -> None:
         torch.manual_seed(seed)
         curated = curate(cheetah_like(file, trajectories, steps, seed), cuts=QUALITY_BINS)
-        sizes = curated.get(OBSERVATION).shape[-1], curated.get(ACTION).shape[-1]
+        sizes = widths(curated)
         reference, policy = GaussianPolicy(*sizes), GaussianPolicy(*sizes)
         annotate_reference(reference, curated)
         # The order of the naive policy's parameters, before the loss takes them out of the module.
@@ -106,14 +107,12 @@ class SameDraws:
     def disagreement(self) -> float:
         """Largest relative difference of a parameter's last gradient, in the 2-norm."""
         ours = [self.ours.loss.actor_network_params[name].grad for name in self._names]
-        naive = [parameter.grad for parameter in self.naive.policy.parameters()]
-        return max(
-            float((a.double() - b.double()).norm() / b.double().norm())
-            for a, b in zip(ours, naive, strict=True)
-        )
+        naive = [p.grad for p in self.naive.policy.parameters() if p.grad is not None]
+        both = [(a.double(), b.double()) for a, b in zip(ours, naive, strict=True)]
+        return max(float((a - b).norm() / b.norm()) for a, b in both)
 
 
-def peak(*, ours: bool, **settings: object) -> float:
+def peak(*, ours: bool, **settings: Any) -> float:
     """MB that a step needs above the loaded data; alone in its process."""
     torch.set_num_threads(1)
     both = SameDraws(**settings)

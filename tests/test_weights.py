@@ -1,0 +1,267 @@
+"""Each transform and preset against its closed form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from iwsft import ImportanceWeights, weights
+from iwsft.trajectory import Segments, from_steps
+from iwsft.weights import log_ess, log_mean_exp
+
+FINITE = st.floats(-5, 5, width=32)
+
+
+def segments_of(sizes: list[int]) -> Segments:
+    ids = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    return Segments.of(from_steps({"x": torch.zeros(len(ids))}, ids))
+
+
+def weigh(chain: ImportanceWeights, log_ratio: Tensor, sizes: list[int]) -> Tensor:
+    """Weight of each trajectory (its first step's), all drawn once."""
+    segments = segments_of(sizes)
+    count = 1 / segments.spread(segments.lengths)
+    log_weight, _ = chain(log_ratio, segments, count)
+    assert all(len(part.unique()) == 1 for part in log_weight.split(sizes))
+    return torch.stack([part[0] for part in log_weight.split(sizes)]).exp()
+
+
+@settings(max_examples=30, deadline=None)
+@given(x=st.lists(FINITE, min_size=1, max_size=20))
+def test_step_transforms(x: list[float]) -> None:
+    tensor, array = torch.tensor(x), np.array(x)
+    cases: list[tuple[Callable[[Tensor], Tensor], np.ndarray]] = [
+        (weights.Temperature(2.5), 2.5 * array),
+        (weights.Temperature(0.0), 0 * array),
+        (weights.Scale(0.1), 0.1 * array),
+        (weights.ClipLogRatio(0.2, 1.8), np.minimum(np.maximum(array, 0.2), 1.8)),
+        (weights.ClipLogRatio(max=1.0), np.minimum(array, 1.0)),
+        (weights.ClipRatio(0.2, 1.8), np.log(np.clip(np.exp(array), 0.2, 1.8))),
+        (weights.ClipRatio(max=2.0), np.log(np.minimum(np.exp(array), 2.0))),
+    ]
+    for transform, truth in cases:
+        np.testing.assert_allclose(transform(tensor).numpy(), truth, rtol=1e-6, atol=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(pairs=st.lists(st.tuples(FINITE, st.integers(0, 4)), min_size=1, max_size=20))
+def test_trajectory_transforms(pairs: list[tuple[float, int]]) -> None:
+    x, m = (np.array(column, dtype=float) for column in zip(*pairs, strict=True))
+    m[0] += 1  # something was drawn
+    log_w, count = torch.tensor(x, dtype=torch.float32), torch.tensor(m)
+    w = np.exp(x)
+    cases: list[tuple[Any, np.ndarray]] = [
+        (weights.TemperWeight(0.3), w**0.3),
+        (weights.ClipWeight(0.5, 2.0), np.clip(w, 0.5, 2.0)),
+        (weights.ClipWeight(max=16.0), np.minimum(w, 16.0)),
+        (weights.SelfNormalize(), w / (m @ w / m.sum())),
+    ]
+    for transform, truth in cases:
+        np.testing.assert_allclose(transform(log_w, count).exp().numpy(), truth, rtol=2e-5)
+    normalised = weights.SelfNormalize()(log_w, count).double().exp().numpy()
+    assert m @ normalised / m.sum() == pytest.approx(1, rel=1e-5)
+    assert float(log_mean_exp(log_w, count).exp()) == pytest.approx(m @ w / m.sum(), rel=1e-5)
+    ess = (m @ w) ** 2 / (m.sum() * (m @ w**2))
+    assert float(log_ess(log_w, count).exp()) == pytest.approx(ess, rel=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    data=st.lists(st.tuples(FINITE, st.integers(1, 5)), min_size=2, max_size=40),
+    fraction=st.floats(0.05, 0.99),
+)
+def test_target_ess_reaches_its_target(data: list[tuple[float, int]], fraction: float) -> None:
+    x, m = (torch.tensor(column) for column in zip(*data, strict=True))
+    m = m.float()
+    out = weights.TargetESS(fraction)(x, m)
+    reached = float(log_ess(out, m).exp())
+    # The largest exponent leaves at least the share of the draws that hold the largest weight.
+    least = float(log_ess(1000.0 * x.double(), m.double()).exp())
+    if least > fraction:
+        torch.testing.assert_close(out, 1000.0 * x, rtol=1e-5, atol=0)
+    else:
+        assert reached == pytest.approx(fraction, abs=1e-4)
+    # A power of the weights: order and equality stay.
+    assert torch.equal(out.argsort(stable=True), x.argsort(stable=True)) or fraction > 0.98
+
+
+@pytest.mark.parametrize("n", [2, 10, 500])
+def test_target_ess_on_a_thousand_log_normals(n: int) -> None:
+    x = 3 * torch.randn(n, generator=torch.Generator().manual_seed(n))
+    for fraction in (0.6, 0.8, 0.95, 1.0):
+        out = weights.TargetESS(fraction)(x, torch.ones(n))
+        assert float(log_ess(out, torch.ones(n)).exp()) == pytest.approx(fraction, abs=1e-4)
+
+
+def test_target_ess_leaves_equal_weights_alone() -> None:
+    count = torch.tensor([1.0, 3.0, 2.0])
+    assert torch.equal(weights.TargetESS(0.4)(torch.zeros(3), count), torch.zeros(3))
+    normalised = ImportanceWeights(trajectory=[weights.TargetESS(0.4), weights.SelfNormalize()])
+    segments = segments_of([2, 1, 3])
+    log_weight, _ = normalised(torch.full((6,), 0.7), segments, 1 / segments.spread(segments.lengths))
+    torch.testing.assert_close(log_weight, torch.zeros(6), rtol=0, atol=2e-4)
+
+
+def test_target_ess_does_not_blow_up_rounding_noise() -> None:
+    noise = 1e-7 * torch.randn(100, generator=torch.Generator().manual_seed(0))
+    out = weights.TargetESS(0.4)(noise, torch.ones(100)).exp()
+    torch.testing.assert_close(out, torch.ones(100), rtol=0, atol=1e-3)
+
+
+def test_target_ess_ignores_what_was_not_drawn() -> None:
+    x = torch.tensor([0.0, 1.0, 2.0, 80.0])
+    count = torch.tensor([1.0, 2.0, 1.0, 0.0])
+    a = weights.TargetESS(0.6)(x, count)[:3]
+    b = weights.TargetESS(0.6)(x[:3], count[:3])
+    torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+def test_reduction_and_order_of_the_chain(reduce: Any) -> None:
+    sizes = [3, 1, 4]
+    x = torch.linspace(-1.0, 2.0, 8)
+    chain = ImportanceWeights(
+        step=[weights.Temperature(2.0), weights.ClipLogRatio(-1.0, 3.0)],
+        reduce=reduce,
+        trajectory=[weights.ClipWeight(max=5.0), weights.TemperWeight(0.5)],
+    )
+    rho = [np.clip(2 * part.double().numpy(), -1, 3) for part in x.split(sizes)]
+    truth = [min(math.exp(r.sum() if reduce == "sum" else r.mean()), 5.0) ** 0.5 for r in rho]
+    np.testing.assert_allclose(weigh(chain, x, sizes).numpy(), truth, rtol=1e-6)
+    segments = segments_of(sizes)
+    _, clipped = chain(x, segments, 1 / segments.spread(segments.lengths))
+    step_clipped = [abs(2 * v) > 0 and not -1 <= 2 * v <= 3 for v in x.tolist()]
+    too_large = [(r.sum() if reduce == "sum" else r.mean()) > math.log(5.0) for r in rho]
+    late = torch.repeat_interleave(torch.tensor(too_large), torch.tensor(sizes))
+    assert torch.equal(clipped, torch.tensor(step_clipped) | late)
+
+
+def test_per_step_variant_weighs_each_step() -> None:
+    segments = segments_of([3, 2])
+    x = torch.tensor([-3.0, 0.0, 3.0, 0.1, -0.1])
+    chain = ImportanceWeights(step=[weights.ClipRatio(0.2, 1.8)], reduce=None)
+    log_weight, clipped = chain(x, segments, torch.ones(5))
+    np.testing.assert_allclose(
+        log_weight.exp().numpy(), [0.2, 1.0, 1.8, math.exp(0.1), math.exp(-0.1)], rtol=1e-6
+    )
+    assert clipped.tolist() == [True, False, True, False, False]
+
+
+PRESETS: dict[str, tuple[ImportanceWeights, Callable[[np.ndarray], float]]] = {
+    "paper_control": (
+        ImportanceWeights.paper_control(0.8),
+        lambda x: math.exp(0.8 * x.sum() / len(x)),
+    ),
+    "paper_llm": (
+        ImportanceWeights.paper_llm(),
+        lambda x: math.exp(sum(0.1 * min(max(v, 0.2), 1.8) for v in x)),
+    ),
+    "authors_control": (
+        ImportanceWeights.authors_control(10.0, normalize=False),
+        lambda x: min(max(math.exp(10.0 * x.sum() / len(x)), 0.0), 1000.0),
+    ),
+    "authors_llm": (
+        ImportanceWeights.authors_llm(),
+        lambda x: min(math.exp(x.mean()), 16.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_follow_their_formulas(name: str) -> None:
+    chain, formula = PRESETS[name]
+    sizes = [4, 1, 7, 2]
+    x = torch.randn(14, generator=torch.Generator().manual_seed(3)) * 4
+    truth = [formula(part.double().numpy()) for part in x.split(sizes)]
+    np.testing.assert_allclose(weigh(chain, x, sizes).numpy(), truth, rtol=1e-5)
+
+
+def test_authors_normalisation_divides_by_the_mean_of_clipped_weights() -> None:
+    sizes = [4, 1, 7, 2]
+    x = torch.randn(14, generator=torch.Generator().manual_seed(3)) + 1
+    raw = weigh(ImportanceWeights.authors_control(10.0, normalize=False), x, sizes)
+    assert float(raw.max()) == pytest.approx(1000.0)
+    normalised = weigh(ImportanceWeights.authors_control(10.0, normalize=True), x, sizes)
+    torch.testing.assert_close(normalised, raw / raw.mean())
+
+
+@pytest.mark.parametrize("name", ["paper_control", "authors_control", "authors_llm"])
+def test_presets_with_g_of_zero_start_at_one(name: str) -> None:
+    assert bool((weigh(PRESETS[name][0], torch.zeros(6), [4, 2]) == 1).all())
+
+
+def test_literal_paper_g_overflows_beyond_4436_steps() -> None:
+    chain = ImportanceWeights.paper_llm()
+    # float32 ends at e^88.7228, and every step adds at least 0.02.
+    assert 0.02 * 4436 < math.log(torch.finfo(torch.float32).max) < 0.02 * 4437
+    chain.check_overflow(4436)
+    with pytest.raises(OverflowError, match="4437 steps.*ClipWeight"):
+        chain.check_overflow(4437)
+    low = torch.full((4437,), -1.0)
+    assert bool(weigh(chain, low, [4437]).isinf())
+    assert bool(weigh(chain, low[1:], [4436]).isfinite())
+
+
+def test_chains_that_stay_finite_pass_the_overflow_check() -> None:
+    g = [weights.ClipLogRatio(0.2, 1.8), weights.Scale(0.1)]
+    for chain in (
+        ImportanceWeights(step=g, reduce="mean"),
+        ImportanceWeights(step=g, reduce="sum", trajectory=[weights.ClipWeight(max=1000.0)]),
+        ImportanceWeights(step=g, reduce="sum", trajectory=[weights.TemperWeight(0.01)]),
+        ImportanceWeights(step=g, reduce=None),
+        ImportanceWeights(reduce="sum"),
+        ImportanceWeights(step=[weights.Temperature(0.0)], reduce="sum"),
+        ImportanceWeights.authors_control(10.0, normalize=True),
+    ):
+        chain.check_overflow(100_000)
+    # A lone trajectory would be normalised to 1 only after its weight is infinite in a batch of two.
+    with pytest.raises(OverflowError):
+        ImportanceWeights(
+            step=g, reduce="sum", trajectory=[weights.SelfNormalize()]
+        ).check_overflow(100_000)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: weights.Temperature(-1.0),
+        lambda: weights.Scale(0.0),
+        lambda: weights.ClipLogRatio(1.0, 0.0),
+        lambda: weights.ClipRatio(-0.1, 1.0),
+        lambda: weights.ClipRatio(2.0, 1.0),
+        lambda: weights.TemperWeight(-1.0),
+        lambda: weights.ClipWeight(3.0, 2.0),
+        lambda: weights.ClipWeight(-1.0, 2.0),
+        lambda: weights.TargetESS(0.0),
+        lambda: weights.TargetESS(1.1),
+        lambda: weights.TargetESS(0.5, max_alpha=0.0),
+        lambda: weights.Temperature(math.nan),
+        lambda: ImportanceWeights(reduce="max"),  # type: ignore[arg-type]
+    ],
+)
+def test_wrong_settings_are_refused(build: Callable[[], Any]) -> None:
+    with pytest.raises(ValueError):
+        build()
+
+
+def test_a_transform_in_the_wrong_place_is_named() -> None:
+    with pytest.raises(ValueError, match=r"ClipWeight.*trajectory=\[...\]"):
+        ImportanceWeights(step=[weights.ClipWeight(max=2.0)])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"Temperature.*step=\[...\]"):
+        ImportanceWeights(trajectory=[weights.Temperature(1.0)])  # type: ignore[list-item]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.lists(st.tuples(st.floats(-60, 60, width=32), st.integers(1, 9)), min_size=1, max_size=30))
+def test_ess_is_a_share(data: list[tuple[float, int]]) -> None:
+    x, m = (torch.tensor(column) for column in zip(*data, strict=True))
+    ess = float(log_ess(x, m.double()).exp().float())
+    assert 0 < ess <= 1
