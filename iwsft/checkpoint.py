@@ -14,6 +14,7 @@ import torch
 
 from iwsft.files import written_whole
 
+FOLDER = "checkpoint"
 FILE = "state.pt"
 # What zipfile and torch raise for damaged archives, and what another file of torch's lacks.
 _CORRUPT = (

@@ -11,7 +11,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from iwsft.objective import ImportanceWeightedMLE
+from iwsft.objective import ImportanceWeightedMLE, Terms
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -105,37 +105,36 @@ def bound_gap(log_weight_p: Tensor, log_weight_q: Tensor, count: Tensor) -> dict
 
 
 @torch.no_grad()
-def diagnose(loss: ImportanceWeightedMLE, batch: TensorDictBase) -> dict[str, float]:
+def diagnose(
+    loss: ImportanceWeightedMLE, batch: TensorDictBase, terms: Terms | None = None
+) -> dict[str, float]:
     """Look at the weights of a batch of whole trajectories more closely than the loss does.
-
-    One or two forward passes without gradient.
 
     Args:
         loss: whose policy, q and transforms are used.
         batch: whole trajectories (single steps have no trajectory weight of their own). The bound
             needs ``ref_log_prob``.
+        terms: ``loss.terms(batch)`` where it is at hand; computing it takes the forward passes of
+            the loss.
 
     Returns:
         ``weight_q05`` to ``weight_q95`` (quantiles over draws), ``pareto_k`` over the distinct
         trajectories (absent where it has no value), and, with ``ref_log_prob``,
         ``importance_sampled_return``, ``surrogate`` and ``bound_gap``.
     """
-    segments = loss.segments(batch)
-    count = loss.count(batch, segments)
-    log_prob = loss.log_prob(batch)
-    log_q, _ = loss.log_weights(batch, segments, count, log_prob)
+    segments, count, log_prob, log_q, _, reference = loss.terms(batch) if terms is None else terms
     weight = log_q.exp()
     names = [f"weight_q{round(100 * p):02d}" for p in QUANTILES]
     out = dict(zip(names, weight_quantiles(weight, count).tolist(), strict=True))
-    per_trajectory = segments.mean(weight)[segments.lengths > 0]
-    each = weight[segments.valid] if loss.importance_weights.reduce is None else per_trajectory
+    if loss.importance_weights.reduce is None:
+        each = weight[segments.valid]
+    else:
+        each = segments.mean(weight)[segments.lengths > 0]
     k = pareto_k(each)
     if k == k:
         out["pareto_k"] = k
-    if loss.tensor_keys.ref_log_prob in batch.keys(include_nested=True):
-        log_ratio = log_prob - loss.reference(batch, segments)
-        log_p, _ = loss.importance_weights(
-            torch.where(segments.valid, log_ratio, 0.0), segments, count
-        )
+    if reference is not None:
+        log_ratio = torch.where(segments.valid, log_prob - reference, 0.0)
+        log_p, _ = loss.importance_weights(log_ratio, segments, count)
         out |= {name: float(x) for name, x in bound_gap(log_p, log_q, count).items()}
     return out

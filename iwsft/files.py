@@ -51,6 +51,6 @@ def full_disk_named(path: Path) -> Iterator[None]:
             raise OSError(
                 error.errno,
                 f"no space left to write {path} ({os.strerror(error.errno)}); earlier contents "
-                "are as they were; free some space and run again with --resume",
+                "are as they were; free some space and run again (a training job with --resume)",
             ) from error
         raise

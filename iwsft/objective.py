@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
@@ -13,7 +13,7 @@ from tensordict.nn import TensorDictModule, dispatch
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
-from iwsft.policies.log_prob import step_log_prob
+from iwsft.policies.log_prob import finite_padding, step_log_prob
 from iwsft.trajectory import (
     ACTION,
     IMPORTANCE_WEIGHT,
@@ -28,6 +28,26 @@ from iwsft.weights import ImportanceWeights, log_ess
 
 Proposal = Literal["current", "reference", "lagged", "cached"]
 LOSS = "loss_iw_mle"
+
+
+class Terms(NamedTuple):
+    """What a batch comes to, a number a step, in the layout of the batch.
+
+    Attributes:
+        segments: the trajectories of the batch.
+        counts: how much a step counts: its trajectory's draws over its length; 0 where masked.
+        log_prob: log p under the policy, with its gradient.
+        log_weight: log-weight of the step's trajectory, after the transforms.
+        clipped: whether a clip changed the weight; None with cached weights.
+        reference: log pi_ref; None where the batch has none.
+    """
+
+    segments: Segments
+    counts: Tensor
+    log_prob: Tensor
+    log_weight: Tensor
+    clipped: Tensor | None
+    reference: Tensor | None
 
 
 class ImportanceWeightedMLE(LossModule):
@@ -211,7 +231,11 @@ class ImportanceWeightedMLE(LossModule):
 
     def _log_prob(self, batch: TensorDictBase, segments: Segments, *, lagged: bool) -> Tensor:
         if segments.mask is not None:
-            batch = self._clean(batch, segments)
+            read = getattr(self.actor_network, "in_keys", None)
+            keys = list(
+                batch.keys(True, True) if read is None else [*read, self.tensor_keys.action]
+            )
+            batch = finite_padding(batch, segments, keys)
         network = self.actor_network
         if self.functional:
             name = "target_actor_network_params" if lagged else "actor_network_params"
@@ -222,28 +246,12 @@ class ImportanceWeightedMLE(LossModule):
             log_prob = step_log_prob(module, batch, segments.shape)
         return torch.where(segments.valid, log_prob, 0.0) if segments.mask is not None else log_prob
 
-    def _clean(self, batch: TensorDictBase, segments: Segments) -> TensorDictBase:
-        """Write 0 over NaN and infinity on masked steps: 0 times NaN would reach the gradient.
-
-        Other values stay, a masked step may be context of a step that counts.
-        """
-        batch = batch.copy()
-        read = getattr(self.actor_network, "in_keys", None)
-        keys = list(batch.keys(True, True) if read is None else [*read, self.tensor_keys.action])
-        layout = segments.shape
-        for key in keys:
-            value = batch.get(key, default=None)
-            if value is None or value.shape[: len(layout)] != layout:
-                continue
-            if value.is_floating_point():
-                valid = segments.valid.reshape(*layout, *[1] * (value.ndim - len(layout)))
-                batch.set(key, torch.where(valid | value.isfinite(), value, 0.0))
-        return batch
-
     def _entry(self, batch: TensorDictBase, key: NestedKey, segments: Segments, how: str) -> Tensor:
         value = batch.get(key, default=None)
         if value is None:
-            raise KeyError(f"{key!r} is not in the batch, proposal={self.proposal!r} needs it: {how}")
+            raise KeyError(
+                f"{key!r} is not in the batch, proposal={self.proposal!r} needs it: {how}"
+            )
         if value.shape == (*segments.shape, 1):
             value = value.squeeze(-1)
         if value.shape != segments.shape:
@@ -253,6 +261,7 @@ class ImportanceWeightedMLE(LossModule):
         return value.detach()
 
     def reference(self, batch: TensorDictBase, segments: Segments) -> Tensor:
+        """log pi_ref of each step, as the batch holds it."""
         how = "run iwsft.annotate_reference(reference_policy, trajectories) first"
         return self._entry(batch, self.tensor_keys.ref_log_prob, segments, how)
 
@@ -304,14 +313,35 @@ class ImportanceWeightedMLE(LossModule):
                 log_ratio = torch.where(segments.valid, log_ratio, 0.0)
         return self.importance_weights(log_ratio, segments, count)
 
+    def terms(self, batch: TensorDictBase) -> Terms:
+        """Log-probabilities and weights of a batch: what :meth:`forward` is a summary of.
+
+        ``terms = loss.terms(batch); out = loss.summary(terms)`` is ``loss(batch)``, and
+        ``diagnose(loss, batch, terms)`` then needs no forward pass of its own.
+        """
+        segments = self.segments(batch)
+        count = self.count(batch, segments)
+        log_prob = self._log_prob(batch, segments, lagged=False)
+        reference = None
+        if self.tensor_keys.ref_log_prob in batch.keys(include_nested=True):
+            reference = self.reference(batch, segments)
+        with torch.no_grad():
+            log_weight, clipped = self.log_weights(batch, segments, count, log_prob)
+        return Terms(segments, count, log_prob, log_weight, clipped, reference)
+
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Loss and diagnostics of a batch, see the class."""
-        segments = self.segments(tensordict)
-        count = self.count(tensordict, segments)
-        log_prob = self._log_prob(tensordict, segments, lagged=False)
+        result = self.summary(self.terms(tensordict))
+        self._clear_weakrefs(
+            tensordict, result, "actor_network_params", "target_actor_network_params"
+        )
+        return result
+
+    def summary(self, terms: Terms) -> TensorDict:
+        """Loss and diagnostics of :meth:`terms`, the output of a call."""
+        segments, count, log_prob, log_weight, clipped, reference = terms
         with torch.no_grad():
-            log_weight, clipped = self.log_weights(tensordict, segments, count, log_prob)
             weight = log_weight.exp()
             # Masked steps hold a weight of their trajectory too; it must not be looked at.
             if segments.mask is not None:
@@ -320,8 +350,7 @@ class ImportanceWeightedMLE(LossModule):
             draws = count.sum(dtype=torch.float64)
 
         share = count if self.length_normalize else count * segments.spread(segments.lengths)
-        terms = -share.to(log_prob.dtype) * weight * log_prob
-        loss = self._reduce_terms(terms, draws)
+        loss = self._reduce(-share.to(log_prob.dtype) * weight * log_prob, draws)
 
         with torch.no_grad():
 
@@ -330,9 +359,8 @@ class ImportanceWeightedMLE(LossModule):
 
             unknown = torch.full_like(draws, torch.nan, dtype=torch.float32)
             kl = unknown
-            if self.tensor_keys.ref_log_prob in tensordict.keys(include_nested=True):
-                difference = self.reference(tensordict, segments) - log_prob
-                kl = mean(torch.where(count > 0, difference, 0.0))
+            if reference is not None:
+                kl = mean(torch.where(count > 0, reference - log_prob, 0.0))
             out = {
                 LOSS: loss,
                 "ESS": log_ess(log_weight, count).exp().float(),
@@ -342,22 +370,19 @@ class ImportanceWeightedMLE(LossModule):
                 "weight_max": torch.where(count > 0, weight, 0.0).amax().float(),
                 "log_prob": mean(log_prob),
             }
-        result = TensorDict(out, batch_size=[])
-        self._clear_weakrefs(
-            tensordict, result, "actor_network_params", "target_actor_network_params"
-        )
-        return result
+        return TensorDict(out, batch_size=[])
 
-    def _reduce_terms(self, terms: Tensor, draws: Tensor) -> Tensor:
+    def _reduce(self, steps: Tensor, draws: Tensor) -> Tensor:
         if self.reduction == "none":
-            return terms
-        total = terms.sum(dtype=torch.float64)
+            return steps
+        total = steps.sum(dtype=torch.float64)
         if self.reduction == "mean":
             total = total / draws
-        return total.to(terms.dtype)
+        return total.to(steps.dtype)
 
     @staticmethod
     def check_finite(weight: Tensor, log_weight: Tensor) -> None:
+        """Refuse weights that are infinite or NaN."""
         finite = weight.isfinite().all()
         if not on_host(weight):
             torch._assert_async(finite, "importance weights overflow float32 or are NaN")
@@ -365,7 +390,5 @@ class ImportanceWeightedMLE(LossModule):
             raise OverflowError(
                 f"importance weights overflow float32 or are NaN (log-weights reach "
                 f"{float(log_weight.max()):.4g}); use reduce='mean', a lower Temperature, or "
-                "trajectory=[ClipWeight(max=...)]"
+                "trajectory=[ClipWeight(max=...)] or [..., SelfNormalize()]"
             )
-
-

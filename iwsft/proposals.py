@@ -110,7 +110,7 @@ class HardSync(_ProposalUpdater):
 
     @torch.no_grad()
     def step(self) -> bool:
-        """Count an update; sync if it is the ``every``-th since the last. Returns whether it did."""
+        """Count an update, sync if it is the ``every``-th since the last; whether it did."""
         self.counter += 1
         if self.counter < self.every:
             return False
@@ -174,7 +174,7 @@ class EMA(_ProposalUpdater):
 
 @torch.no_grad()
 def reweight(
-    trajectories: TensorDictBase, loss: ImportanceWeightedMLE, *, rows: int = 65536
+    trajectories: TensorDictBase, loss: ImportanceWeightedMLE, *, rows: int = 8192
 ) -> Tensor:
     """Write the weights of the present policy into the trajectories: a sync without a q network.
 

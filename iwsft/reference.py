@@ -28,7 +28,7 @@ def annotate_reference(
     trajectories: TensorDictBase,
     *,
     cache: str | Path | None = None,
-    rows: int = 65536,
+    rows: int = 8192,
 ) -> TensorDictBase:
     """Write log pi_ref(a|s) of every step into the trajectories, as ``ref_log_prob``.
 

@@ -134,7 +134,7 @@ def fit(
     settings = settings or {}
     start, wall, cpu = 0, 0.0, 0.0
     if folder is not None:
-        state = checkpoint.load(folder / "checkpoint", settings)
+        state = checkpoint.load(folder / checkpoint.FOLDER, settings)
         if state is not None:
             if not state.keys() >= parts.keys():
                 raise checkpoint.CheckpointError(
@@ -150,9 +150,7 @@ def fit(
     since_wall, since_cpu = time.perf_counter(), time.process_time()
 
     def cost() -> Cost:
-        return Cost(
-            wall + time.perf_counter() - since_wall, cpu + time.process_time() - since_cpu
-        )
+        return Cost(wall + time.perf_counter() - since_wall, cpu + time.process_time() - since_cpu)
 
     with ExitStack() as stack:
         log = stack.enter_context(MetricsLog(folder, after=start)) if folder is not None else None
@@ -165,8 +163,9 @@ def fit(
             last = step == schedule.steps
             due = [probe for probe in probes if step % probe.every == 0 or last]
             if due or step % log_every == 0 or step == 1 or last:
-                row = {name: float(value) for name, value in out.detach().items()}
-                row = {"step": step, "loss": row.pop(LOSS), "lr": rate.get_last_lr()[0], **row}
+                scalars = {name: float(value) for name, value in out.detach().items()}
+                row: Row = {"step": step, "loss": scalars.pop(LOSS)}
+                row |= {"lr": float(rate.get_last_lr()[0]), **scalars}
                 if not math.isfinite(row["loss"]):
                     raise FloatingPointError(_diverged("loss", step, schedule))
                 for probe in due:
@@ -192,7 +191,7 @@ def fit(
                     "wall_seconds": spent.wall_seconds,
                     "cpu_seconds": spent.cpu_seconds,
                 }
-                checkpoint.save(folder / "checkpoint", held, settings)
+                checkpoint.save(folder / checkpoint.FOLDER, held, settings)
     return cost()
 
 

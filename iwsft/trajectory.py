@@ -88,9 +88,7 @@ class Segments:
         steps = shape.numel()
         rows = shape[0] if len(shape) == 2 else 1
         if ids is None:
-            index = torch.arange(rows, device=device).repeat_interleave(
-                shape[1], output_size=steps
-            )
+            index = torch.arange(rows, device=device).repeat_interleave(shape[1], output_size=steps)
             return cls(shape, index, mask, rows)
         if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
             raise ValueError(f"{traj_ids!r} must hold integers, it holds {ids.dtype}")

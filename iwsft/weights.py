@@ -145,7 +145,7 @@ class TargetESS:
         count = count.double()
         low = torch.full((), math.log(self._min_alpha), dtype=torch.float64, device=count.device)
         high = torch.full((), math.log(self.max_alpha), dtype=torch.float64, device=count.device)
-        for _ in range(50):
+        for _ in range(25):
             middle = (low + high) / 2
             enough = log_ess(middle.exp() * shifted, count) > math.log(self.fraction)
             low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
@@ -211,8 +211,8 @@ class ImportanceWeights:
         if self.reduce is None:
             log_weight = log_ratio
         else:
-            log_weight = segments.sum(log_ratio) if self.reduce == "sum" else segments.mean(
-                log_ratio
+            log_weight = (
+                segments.sum(log_ratio) if self.reduce == "sum" else segments.mean(log_ratio)
             )
             count = segments.sum(count)
         changed = torch.zeros_like(log_weight, dtype=torch.bool)

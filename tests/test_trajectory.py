@@ -187,7 +187,9 @@ def test_select_takes_whole_trajectories(sizes: list[int], data: st.DataObject) 
     parts = packed.split(sizes)
     assert_same(select(packed, index), torch.cat([parts[j] for j in chosen]))
     # steps_of also repeats and reorders.
-    drawn = torch.tensor(data.draw(st.lists(st.sampled_from(chosen), max_size=5)), dtype=torch.int64)
+    drawn = torch.tensor(
+        data.draw(st.lists(st.sampled_from(chosen), max_size=5)), dtype=torch.int64
+    )
     starts = [sum(sizes[:j]) for j in range(len(sizes))]
     expected = [i for j in drawn.tolist() for i in range(starts[j], starts[j] + sizes[j])]
     assert steps_of(torch.tensor(sizes), drawn).tolist() == expected
@@ -241,7 +243,11 @@ def _poke(key: Any, value: float) -> Any:
         (_set(TRAJ_IDS, torch.tensor([0, 0, 2, 2, 1, 1])), ValueError, "step 4: 1 follows 2"),
         (_set(TRAJ_IDS, torch.rand(6)), ValueError, "traj_ids.*integers.*float32"),
         (_set(TRAJ_IDS, torch.zeros(6, 2, dtype=torch.int64)), ValueError, "traj_ids.*shape"),
-        (_set(MASK, torch.tensor([True, True, False, False, False, True])), ValueError, "trajectory 1"),
+        (
+            _set(MASK, torch.tensor([True, True, False, False, False, True])),
+            ValueError,
+            "trajectory 1",
+        ),
         (_set(MASK, torch.ones(6, 3, 1, dtype=torch.bool)), ValueError, "shape"),
         (lambda b: b[:0], ValueError, "not a single step"),
         (lambda b: b.reshape(1, 2, 3), ValueError, r"\[1, 2, 3\]"),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -75,22 +75,23 @@ def test_trajectory_transforms(pairs: list[tuple[float, int]]) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    data=st.lists(st.tuples(FINITE, st.integers(1, 5)), min_size=2, max_size=40),
+    data=st.lists(st.tuples(st.integers(-500, 500), st.integers(1, 5)), min_size=2, max_size=40),
     fraction=st.floats(0.05, 0.99),
 )
-def test_target_ess_reaches_its_target(data: list[tuple[float, int]], fraction: float) -> None:
+def test_target_ess_reaches_its_target(data: list[tuple[int, int]], fraction: float) -> None:
     x, m = (torch.tensor(column) for column in zip(*data, strict=True))
-    m = m.float()
+    x, m = x / 100, m.double()
+    # The largest exponent leaves the share of the draws that hold the largest weight.
+    least = float(log_ess(1000.0 * x.double(), m).exp())
+    assume(abs(least - fraction) > 1e-3)
     out = weights.TargetESS(fraction)(x, m)
-    reached = float(log_ess(out, m).exp())
-    # The largest exponent leaves at least the share of the draws that hold the largest weight.
-    least = float(log_ess(1000.0 * x.double(), m.double()).exp())
+    reached = float(log_ess(out.double(), m).exp())
     if least > fraction:
         torch.testing.assert_close(out, 1000.0 * x, rtol=1e-5, atol=0)
     else:
         assert reached == pytest.approx(fraction, abs=1e-4)
     # A power of the weights: order and equality stay.
-    assert torch.equal(out.argsort(stable=True), x.argsort(stable=True)) or fraction > 0.98
+    assert torch.equal(out.argsort(stable=True), x.argsort(stable=True))
 
 
 @pytest.mark.parametrize("n", [2, 10, 500])
@@ -106,7 +107,9 @@ def test_target_ess_leaves_equal_weights_alone() -> None:
     assert torch.equal(weights.TargetESS(0.4)(torch.zeros(3), count), torch.zeros(3))
     normalised = ImportanceWeights(trajectory=[weights.TargetESS(0.4), weights.SelfNormalize()])
     segments = segments_of([2, 1, 3])
-    log_weight, _ = normalised(torch.full((6,), 0.7), segments, 1 / segments.spread(segments.lengths))
+    log_weight, _ = normalised(
+        torch.full((6,), 0.7), segments, 1 / segments.spread(segments.lengths)
+    )
     torch.testing.assert_close(log_weight, torch.zeros(6), rtol=0, atol=2e-4)
 
 
@@ -129,7 +132,12 @@ def test_reduction_and_order_of_the_chain(reduce: Any) -> None:
     sizes = [3, 1, 4]
     x = torch.linspace(-1.0, 2.0, 8)
     chain = ImportanceWeights(
-        step=[weights.Temperature(2.0), weights.ClipLogRatio(-1.0, 3.0)],
+        # The last clip never bites, and must not hide the one before it.
+        step=[
+            weights.Temperature(2.0),
+            weights.ClipLogRatio(-1.0, 3.0),
+            weights.ClipRatio(max=1e6),
+        ],
         reduce=reduce,
         trajectory=[weights.ClipWeight(max=5.0), weights.TemperWeight(0.5)],
     )
@@ -211,7 +219,7 @@ def test_literal_paper_g_overflows_beyond_4436_steps() -> None:
 
 
 def test_chains_that_stay_finite_pass_the_overflow_check() -> None:
-    g = [weights.ClipLogRatio(0.2, 1.8), weights.Scale(0.1)]
+    g: list[Any] = [weights.ClipLogRatio(0.2, 1.8), weights.Scale(0.1)]
     for chain in (
         ImportanceWeights(step=g, reduce="mean"),
         ImportanceWeights(step=g, reduce="sum", trajectory=[weights.ClipWeight(max=1000.0)]),
@@ -222,7 +230,7 @@ def test_chains_that_stay_finite_pass_the_overflow_check() -> None:
         ImportanceWeights.authors_control(10.0, normalize=True),
     ):
         chain.check_overflow(100_000)
-    # A lone trajectory would be normalised to 1 only after its weight is infinite in a batch of two.
+    # Normalising a lone trajectory to 1 must not hide it.
     with pytest.raises(OverflowError):
         ImportanceWeights(
             step=g, reduce="sum", trajectory=[weights.SelfNormalize()]
@@ -260,7 +268,11 @@ def test_a_transform_in_the_wrong_place_is_named() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(data=st.lists(st.tuples(st.floats(-60, 60, width=32), st.integers(1, 9)), min_size=1, max_size=30))
+@given(
+    data=st.lists(
+        st.tuples(st.floats(-60, 60, width=32), st.integers(1, 9)), min_size=1, max_size=30
+    )
+)
 def test_ess_is_a_share(data: list[tuple[float, int]]) -> None:
     x, m = (torch.tensor(column) for column in zip(*data, strict=True))
     ess = float(log_ess(x, m.double()).exp().float())

@@ -6,18 +6,24 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from benchmarks.d4rl import settings as paper
-from iwsft.checkpoint import CheckpointError
+from iwsft import checkpoint
+from iwsft.checkpoint import CheckpointError, differences
+from iwsft.curation import Ties
 from iwsft.datasets import OfflineDataset
-from iwsft.files import written_whole
+from iwsft.files import full_disk_named, written_whole
 from iwsft.training import Schedule
+from iwsft.weights import ImportanceWeights
 
 BENCHMARK = "d4rl"
 _PACKAGES = ("torch", "tensordict", "torchrl", "gymnasium", "mujoco", "numpy")
@@ -40,6 +46,10 @@ class Plan:
     device: str
     out: str
     resume: bool
+    ties: Ties | None = None
+
+    def __str__(self) -> str:
+        return f"{self.algo} seed {self.seed}"
 
     @property
     def algorithm(self) -> paper.Algorithm:
@@ -54,7 +64,12 @@ class Plan:
     @property
     def cloning(self) -> Schedule:
         """Schedule of a run that clones from scratch."""
-        return replace(paper.CLONING, steps=self.steps or self.reference_steps)
+        return self.reference if self.steps is None else replace(paper.CLONING, steps=self.steps)
+
+    @property
+    def cut_ties(self) -> Ties:
+        """How cuts treat equal returns."""
+        return self.ties or paper.TIES[self.preset]
 
     def folder(self, dataset: OfflineDataset) -> Path:
         """Where the run writes."""
@@ -70,10 +85,22 @@ class Plan:
             row = replace(row, k=self.temperature)
         return row, source
 
+    def tuning(self, dataset: OfflineDataset) -> Schedule:
+        """Schedule of the fine-tuning."""
+        row, _ = self.row(dataset)
+        return Schedule(row.steps, row.lr, row.warmup)
+
+    def weights(self, dataset: OfflineDataset) -> ImportanceWeights:
+        """Importance weights of the fine-tuning."""
+        row, _ = self.row(dataset)
+        return paper.importance_weights(
+            self.preset, row, per_step=self.algorithm.per_step, target_ess=self.target_ess
+        )
+
     def total_steps(self, dataset: OfflineDataset) -> int:
         """Updates of the run, the reference's apart."""
         if self.algorithm.from_reference:
-            return self.row(dataset)[0].steps
+            return self.tuning(dataset).steps
         return self.cloning.steps
 
 
@@ -86,6 +113,8 @@ def settings_of(plan: Plan, dataset: OfflineDataset) -> dict[str, Any]:
         "estimator": plan.estimator,
         "algo": plan.algo,
         "cuts": list(plan.algorithm.cuts),
+        # The preset names them otherwise.
+        **({} if plan.ties is None else {"ties": plan.ties}),
     }
     if not plan.algorithm.from_reference:
         return {**common, "cloning": asdict(plan.cloning)}
@@ -100,15 +129,70 @@ def settings_of(plan: Plan, dataset: OfflineDataset) -> dict[str, Any]:
     }
 
 
-def prepare(plan: Plan, dataset: OfflineDataset) -> bool:
-    """Claim the run's folder and write ``config.json``; whether the run is finished already.
+def claim(plans: Sequence[Plan], dataset: OfflineDataset) -> list[Plan]:
+    """Claim the folders of all runs, or none, by writing ``config.json``; the unfinished runs.
 
     Raises:
-        FileExistsError: the folder holds a run and ``resume`` is off.
-        CheckpointError: it holds one of other settings.
+        FileExistsError: folders that hold a run, and ``resume`` is off.
+        CheckpointError: with ``resume``, folders that hold one of other settings.
+        OSError: ``out`` can't be written.
     """
-    folder = plan.folder(dataset)
-    config = {
+    root = Path(plans[0].out) / BENCHMARK / dataset.name
+    with full_disk_named(root):
+        root.mkdir(parents=True, exist_ok=True)
+    # Two commands at once don't both find a folder free.
+    with FileLock(root / ".claim.lock"):
+        configs = {plan: config_of(plan, dataset) for plan in plans}
+        held = {plan: _held(plan.folder(dataset)) for plan in plans}
+        taken = [str(plan.folder(dataset)) for plan in plans if held[plan] is not None]
+        if taken and not plans[0].resume:
+            raise FileExistsError(
+                f"{', '.join(taken)}: {'a run is' if len(taken) == 1 else 'runs are'} there "
+                "already; pass --resume to continue and to keep what is finished, or another --out"
+            )
+        for plan in plans:
+            config = held[plan]
+            if config is not None:
+                _check_same(plan.folder(dataset), config, configs[plan])
+        free = [plan for plan in plans if held[plan] is None]
+        try:
+            for plan in free:
+                write_json(plan.folder(dataset) / "config.json", configs[plan])
+        except OSError:
+            for plan in free:
+                (plan.folder(dataset) / "config.json").unlink(missing_ok=True)
+            raise
+    return [plan for plan in plans if not (plan.folder(dataset) / "result.json").exists()]
+
+
+@contextmanager
+def alone_in(folder: Path, *, wait: bool) -> Iterator[None]:
+    """Keep other processes out of a folder that trains, and clear what a killed one left half-way.
+
+    Args:
+        folder: made where it is missing.
+        wait: until another process is done.
+
+    Raises:
+        FileExistsError: another process works there, and ``wait`` is off.
+    """
+    with full_disk_named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        held = FileLock(folder / ".lock").acquire(timeout=-1 if wait else 0)
+    except Timeout as error:
+        raise FileExistsError(
+            f"another process works in {folder}; wait for it or end it, then pass --resume"
+        ) from error
+    with held:
+        for stale in (folder / checkpoint.FOLDER).glob(".*.partial"):
+            stale.unlink()
+        yield
+
+
+def config_of(plan: Plan, dataset: OfflineDataset) -> dict[str, Any]:
+    """What ``config.json`` holds."""
+    return {
         "benchmark": BENCHMARK,
         "dataset": dataset.name,
         "source": dataset.source,
@@ -117,30 +201,38 @@ def prepare(plan: Plan, dataset: OfflineDataset) -> bool:
         "env_id": dataset.env_id,
         "preset": plan.preset,
         "estimator": plan.estimator,
-        "settings": json.loads(json.dumps(settings_of(plan, dataset))),
+        "settings": settings_of(plan, dataset),
         "eval_episodes": plan.eval_episodes,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
         "hardware": hardware(plan.device),
         "command": " ".join(["python -m benchmarks.d4rl", *sys.argv[1:]]),
     }
+
+
+def _held(folder: Path) -> dict[str, Any] | None:
+    """The ``config.json`` of a folder; empty where only a result stands, None where no run is."""
     path = folder / "config.json"
-    if path.exists():
-        if not plan.resume:
-            raise FileExistsError(
-                f"{folder} holds a run already; pass --resume to continue it, or another --out"
-            )
-        held = json.loads(path.read_text())["settings"]
-        new = config["settings"]
-        differ = sorted(k for k in {*held, *new} if held.get(k) != new.get(k))
-        if differ:
-            was = ", ".join(f"{k}={held.get(k)!r} (now {new.get(k)!r})" for k in differ)
-            raise CheckpointError(
-                f"{folder} holds a run with other settings: {was}; run with those, or choose "
-                "another --out"
-            )
-        return (folder / "result.json").exists()
-    write_json(path, config)
-    return False
+    if not path.exists():
+        return {} if (folder / "result.json").exists() else None
+    try:
+        config = json.loads(path.read_text())
+        return {"settings": config["settings"], "eval_episodes": config["eval_episodes"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is not what a run writes ({type(error).__name__}: {error}); move {folder} "
+            "away, or choose another --out"
+        ) from error
+
+
+def _check_same(folder: Path, held: dict[str, Any], config: dict[str, Any]) -> None:
+    # Another number of episodes would give a result that its config does not describe.
+    keys = ("settings", "eval_episodes")
+    differ = differences({k: held.get(k) for k in keys}, {k: config[k] for k in keys})
+    if differ:
+        raise CheckpointError(
+            f"{folder} holds a run with other settings: {differ}; run with those, or choose "
+            "another --out"
+        )
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,4 +1,8 @@
-"""One run: reference, curation, fine-tuning, evaluation, result."""
+"""One run: reference, curation, fine-tuning, evaluation, result.
+
+Whatever a kill leaves of it is continued by the same call: training from its last checkpoint, and
+all that comes after training is done again from the trained policy.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +17,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from tensordict import TensorDictBase
 
 from benchmarks.d4rl import settings as paper
-from benchmarks.d4rl.plan import BENCHMARK, Plan, settings_of, write_json
-from iwsft import datasets
+from benchmarks.d4rl.plan import BENCHMARK, Plan, alone_in, settings_of, write_json
+from iwsft import checkpoint, datasets, metrics
 from iwsft.curation import curate
 from iwsft.datasets import OfflineDataset
 from iwsft.diagnostics import diagnose
 from iwsft.evaluation import Evaluation, evaluate
-from iwsft.objective import ImportanceWeightedMLE
+from iwsft.files import written_whole
+from iwsft.objective import ImportanceWeightedMLE, Proposal
 from iwsft.policies import GaussianPolicy
 from iwsft.proposals import EMA, HardSync
 from iwsft.reference import annotate_reference
 from iwsft.samplers import StepSampler, TrajectorySampler
 from iwsft.training import Cost, Probe, Row, Schedule, fit
-from iwsft.trajectory import ACTION, OBSERVATION, lengths
+from iwsft.trajectory import ACTION, OBSERVATION
 
-Say = Callable[[str, Row], None]
+# Told of the stage, its number of updates, and a row of metrics.
+Say = Callable[[str, int, Row], None]
 _CURVE_EPISODES = 10
 _CURVE_POINTS = 10
 # Seeds of the learning curve's episodes, apart from those of the final score.
@@ -39,11 +44,20 @@ _CURVE_SEED = 10_000
 
 
 def run(plan: Plan, say: Say) -> dict[str, Any]:
-    """Train and score one seed; its folder must be claimed (see ``plan.prepare``)."""
+    """Train and score one seed; its folder must be claimed (see ``plan.claim``).
+
+    Raises:
+        FileExistsError: another process works in the folder.
+    """
     # One thread a run: runs beside each other do not fight, and the numbers are the same alone.
     torch.set_num_threads(1)
     dataset = datasets.load(plan.dataset)
     folder = plan.folder(dataset)
+    with alone_in(folder, wait=False):
+        return _run(plan, dataset, folder, say)
+
+
+def _run(plan: Plan, dataset: OfflineDataset, folder: Path, say: Say) -> dict[str, Any]:
     everything: TensorDictBase = dataset.trajectories.to(plan.device)
     reference_cost = Cost(0.0, 0.0)
     if plan.algorithm.from_reference:
@@ -53,10 +67,12 @@ def run(plan: Plan, say: Say) -> dict[str, Any]:
     elif plan.algorithm.cuts or plan.cloning != plan.reference:
         settings = settings_of(plan, dataset)
         data = curated(plan, everything)
-        policy, cost = clone(plan, dataset, data, plan.cloning, folder, settings, say)
+        policy, cost = clone(
+            plan, dataset, data, plan.cloning, folder, settings, partial(say, "cloning")
+        )
     else:
         policy, kept, cost = reference(plan, dataset, everything, say)
-        shutil.copytree(kept, folder, dirs_exist_ok=True)
+        _copy_training(kept, folder)
     since_cpu = time.process_time()
     final = assess(plan, dataset, policy, episodes=plan.eval_episodes, seed=plan.seed)
     evaluation_cpu = time.process_time() - since_cpu
@@ -89,8 +105,8 @@ def curated(plan: Plan, everything: TensorDictBase) -> TensorDictBase:
     """The trajectories that the algorithm trains on."""
     if not plan.algorithm.cuts:
         return everything
-    ties = paper.TIES[plan.preset]
-    return curate(everything, cuts=plan.algorithm.cuts, ties=ties, seed=plan.seed)
+    cuts = plan.algorithm.cuts
+    return curate(everything, cuts=cuts, ties=plan.cut_ties, seed=plan.seed)
 
 
 def reference(
@@ -110,11 +126,21 @@ def reference(
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     root = Path(plan.out) / BENCHMARK / dataset.name / "reference"
-    folder = root / f"seed-{plan.seed}-{key}"
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / f".seed-{plan.seed}-{key}.lock"):
-        policy, cost = clone(plan, dataset, everything, plan.reference, folder, settings, say)
+    # Not "seed-...", which is the name of a run's folder.
+    folder = root / f"{key}-seed-{plan.seed}"
+    with alone_in(folder, wait=True):
+        policy, cost = clone(
+            plan, dataset, everything, plan.reference, folder, settings, partial(say, "reference")
+        )
     return policy, folder, cost
+
+
+def _copy_training(source: Path, folder: Path) -> None:
+    """Copy what a training left, each file whole, so that a kill leaves nothing that misleads."""
+    state, rows = source / checkpoint.FOLDER / checkpoint.FILE, source / metrics.FILE
+    for path in (state, rows, *(source / metrics.BOARD).iterdir()):
+        with written_whole(folder / path.relative_to(source)) as partial_path:
+            shutil.copyfile(path, partial_path)
 
 
 def clone(
@@ -124,7 +150,7 @@ def clone(
     schedule: Schedule,
     folder: Path,
     settings: dict[str, Any],
-    say: Say,
+    say: Callable[[int, Row], None],
 ) -> tuple[GaussianPolicy, Cost]:
     """Behaviour cloning from scratch: the mean over trajectories of -log p / length."""
     torch.manual_seed(plan.seed)
@@ -138,7 +164,8 @@ def clone(
         folder=folder,
         settings=settings,
         log_every=max(1, schedule.steps // 100),
-        report=partial(say, "cloning"),
+        checkpoint_every=checkpoints(schedule.steps),
+        report=partial(say, schedule.steps),
     )
     return policy, cost
 
@@ -160,6 +187,11 @@ def curve(plan: Plan, dataset: OfflineDataset, policy: GaussianPolicy, steps: in
         return {"return_mean": result.return_mean, "normalized_score": result.score}
 
     return Probe(max(1, steps // _CURVE_POINTS), look)
+
+
+def checkpoints(steps: int) -> int:
+    """Updates between checkpoints."""
+    return min(500, max(1, steps // 10))
 
 
 def environment_of(dataset: OfflineDataset) -> str:
@@ -197,14 +229,14 @@ def fine_tune(
     """(iw-)SFT from the reference policy on curated, annotated trajectories."""
     row, _ = plan.row(dataset)
     algorithm = plan.algorithm
-    chain = paper.importance_weights(
-        plan.preset, row, per_step=algorithm.per_step, target_ess=plan.target_ess
-    )
-    chain.check_overflow(int(lengths(data).max()))
     by_steps = plan.estimator == "steps"
     # q = pi_ref leaves all weights at 1.
-    proposal = "reference" if not algorithm.weighted else "cached" if by_steps else "lagged"
-    loss = ImportanceWeightedMLE(policy, importance_weights=chain, proposal=proposal)
+    lag: Proposal = "cached" if by_steps else "lagged"
+    loss = ImportanceWeightedMLE(
+        policy,
+        importance_weights=plan.weights(dataset),
+        proposal=lag if algorithm.weighted else "reference",
+    )
     updater: HardSync | EMA | None = None
     if algorithm.weighted:
         updater = (
@@ -220,11 +252,12 @@ def fine_tune(
     return fit(
         loss,
         sampler(plan, data, paper.FINE_TUNING_BATCH[plan.estimator]),
-        Schedule(row.steps, row.lr, row.warmup),
+        plan.tuning(dataset),
         updater=updater,
         probes=[curve(plan, dataset, policy, row.steps), *([weigh] if algorithm.weighted else [])],
         folder=folder,
         settings=settings_of(plan, dataset),
         log_every=max(1, row.steps // 100),
-        report=partial(say, "tuning"),
+        checkpoint_every=checkpoints(row.steps),
+        report=partial(say, "tuning", row.steps),
     )

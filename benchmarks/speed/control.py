@@ -14,9 +14,8 @@ from benchmarks.speed import data, plain
 from benchmarks.speed.measure import Check, Options, Row, Times, checked, paired
 from benchmarks.speed.memory import MB, in_child
 from benchmarks.speed.trajectories import SameDraws, Training
-from iwsft import environments
+from iwsft import datasets, environments
 from iwsft.curation import curate
-from iwsft.diagnostics import diagnose
 from iwsft.evaluation import evaluate
 from iwsft.objective import ImportanceWeightedMLE
 from iwsft.policies import GaussianPolicy
@@ -81,7 +80,9 @@ _BLOCK = 20
 def measure(options: Options) -> Iterator[Row | Check]:
     """All rows of control, as they come."""
     sizes = SIZES[options.scale]
-    # First, while this process is small: a child shares the machine's memory with it.
+    if options.dataset is not None:
+        # A file that can't be read ends here, not in a child.
+        datasets.load(options.dataset)
     yield from memory(options, sizes)
     yield from whole_trajectories(options, sizes)
     yield from single_steps(options, sizes)
@@ -112,10 +113,12 @@ def whole_trajectories(options: Options, sizes: Sizes) -> Iterator[Row | Check]:
         "per update",
     )
     plainly = both.ours
-    diagnosed = Training(plainly.loss, plainly.sampler, plainly.updater)
-    diagnosed.look = lambda batch: diagnose(diagnosed.loss, batch)
+    diagnosed = Training(plainly.loss, plainly.sampler, plainly.updater, diagnosed=True)
     yield paired(diagnosed.step, plainly.step, options.repeats).row(
-        "the same with diagnose() at every step", "our step without it", "ms", "per update"
+        "iw-SFT(Q) step on whole trajectories with diagnose()",
+        "our step without it",
+        "ms",
+        "per update",
     )
 
 
@@ -142,11 +145,11 @@ def single_steps(options: Options, sizes: Sizes) -> Iterator[Row]:
     peer()
     parts = [paired(repeated(ours.step, n), repeated(peer, n), 1) for n in blocks]
     total = Times([sum(p.ours[0] for p in parts)], [sum(p.peer[0] for p in parts)])
-    name = f"iw-SFT(Q) update, {sizes.single_steps} single steps, syncs included"
-    peer_name = "behaviour cloning at the same batch, default Adam (plain torch)"
+    name = f"iw-SFT(Q) update, {sizes.single_steps:,} single steps, syncs included"
+    peer_name = "behaviour cloning at the same batch with default Adam (plain torch)"
     yield total.row(name, peer_name, "ms", "per update", per=updates)
     yield total.row(
-        f"{row.steps:,} such updates",
+        f"{row.steps:,} iw-SFT(Q) updates of {sizes.single_steps:,} single steps",
         peer_name,
         "s",
         f"(scaled from {updates})",
@@ -162,7 +165,7 @@ def what_a_step_grows_with(options: Options, sizes: Sizes) -> Iterator[Row]:
     )
     many, few = on_trajectories(top, sizes.many_draws), on_trajectories(top, sizes.draws)
     yield compared(many, few, options.repeats).row(
-        f"{sizes.many_draws} draws of the same trajectories",
+        f"SFT step, {sizes.many_draws:,} draws of the same trajectories",
         f"our step with {sizes.draws} draws",
         "ms",
         "per update",
@@ -171,7 +174,7 @@ def what_a_step_grows_with(options: Options, sizes: Sizes) -> Iterator[Row]:
     even = on_trajectories(data.cut_evenly(ragged), sizes.many_draws)
     uneven = on_trajectories(ragged, sizes.many_draws)
     yield compared(uneven, even, options.repeats).row(
-        "trajectories of hopper-replay's lengths",
+        "SFT step, trajectories of hopper-replay's lengths",
         "our step on as many steps cut to equal lengths",
         "ms",
         "per update",
@@ -218,8 +221,8 @@ def behaviour_cloning(options: Options, sizes: Sizes) -> Iterator[Row]:
             repeated(peer, sizes.cloning_updates),
             5 * options.repeats,
         ).row(
-            "behaviour cloning step, 3 x 256, batch 256",
-            f"plain torch, {name}",
+            f"behaviour cloning step, 3 x 256, batch 256, against {name}",
+            f"behaviour cloning with {name} (plain torch)",
             "ms",
             "per update",
             per=sizes.cloning_updates,

@@ -7,19 +7,29 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 Scale = Literal["paper", "small"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
-    """What all subjects take; see ``benchmarks.speed.__main__.Arguments``."""
+    """What all subjects take."""
 
-    dataset: Path | None
-    scale: Scale
-    repeats: int
-    seed: int
+    dataset: Annotated[Path | None, tyro.conf.arg(metavar="FILE.hdf5")] = None
+    """Dataset in D4RL's layout; by default synthetic data of the paper's shape."""
+    repeats: int = 3
+    """Repeats of each way, in turn; the median counts."""
+    scale: Scale = "paper"
+    """Sizes of the paper, or small ones that only show that everything runs."""
+    seed: int = 0
+    """Of data, parameters and draws."""
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1:
+            raise ValueError(f"repeats={self.repeats}: one is the least")
 
 
 @dataclass(frozen=True)

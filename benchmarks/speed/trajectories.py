@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from benchmarks.speed.data import cheetah_like, widths
 from benchmarks.speed.memory import growth_mb
 from benchmarks.speed.plain import NaiveIwSft, PlainPolicy
 from iwsft.curation import curate
+from iwsft.diagnostics import diagnose
 from iwsft.objective import LOSS, ImportanceWeightedMLE
 from iwsft.policies import GaussianPolicy
 from iwsft.proposals import EMA
@@ -39,8 +39,8 @@ class Training:
     sampler: StepSampler | TrajectorySampler
     updater: TargetNetUpdater | None = None
     lr: float = LR
-    # Sees the batch after each backward, such as a diagnosis.
-    look: Callable[[TensorDictBase], object] = lambda batch: None
+    # Looks at the weights of every batch.
+    diagnosed: bool = False
 
     def __post_init__(self) -> None:
         self.optimizer = torch.optim.Adam(self.loss.parameters(), lr=self.lr, fused=True)
@@ -49,10 +49,12 @@ class Training:
     def step(self) -> None:
         """One update; the batch stays at hand."""
         self.batch = self.sampler.sample()
-        out = self.loss(self.batch)
+        terms = self.loss.terms(self.batch)
+        out = self.loss.summary(terms)
         self.optimizer.zero_grad()
         out[LOSS].backward()
-        self.look(self.batch)
+        if self.diagnosed:
+            diagnose(self.loss, self.batch, terms)
         self.optimizer.step()
         if self.updater is not None:
             self.updater.step()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 
 from iwsft.trajectory import Segments
@@ -20,7 +20,7 @@ def chunked_log_prob(
     policy: Any,
     trajectories: TensorDictBase,
     *,
-    rows: int = 65536,
+    rows: int = 8192,
     segments: Segments | None = None,
 ) -> Tensor:
     """log pi(a|s) of every step, in eval mode, under ``no_grad``, in chunks of whole trajectories.
@@ -106,6 +106,29 @@ def step_log_prob(policy: Any, batch: TensorDictBase, shape: torch.Size) -> Tens
             "(torch.distributions.Independent, or torchrl.modules.IndependentNormal)"
         )
     return out.to(torch.promote_types(out.dtype, torch.float32))
+
+
+def finite_padding(
+    batch: TensorDictBase, segments: Segments, keys: Sequence[NestedKey]
+) -> TensorDictBase:
+    """A shallow copy with 0 for NaN and infinity on masked steps, where a gradient would meet them.
+
+    Other values stay: a masked step may be context of a step that counts.
+
+    Args:
+        batch: with a mask.
+        segments: its trajectories.
+        keys: entries that the policy reads.
+    """
+    batch = batch.copy()
+    layout = segments.shape
+    for key in keys:
+        value = batch.get(key, default=None)
+        if value is None or value.shape[: len(layout)] != layout or not value.is_floating_point():
+            continue
+        valid = segments.valid.reshape(*layout, *[1] * (value.ndim - len(layout)))
+        batch.set(key, torch.where(valid | value.isfinite(), value, 0.0))
+    return batch
 
 
 def whole_trajectories(segments: Segments, rows: int) -> Iterator[slice]:

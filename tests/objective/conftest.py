@@ -9,7 +9,14 @@ import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
 
-from iwsft import GaussianPolicy, ImportanceWeightedMLE, ImportanceWeights, weights
+from iwsft import (
+    EMA,
+    GaussianPolicy,
+    ImportanceWeightedMLE,
+    ImportanceWeights,
+    reweight,
+    weights,
+)
 from iwsft.trajectory import MULTIPLICITY, REF_LOG_PROB, from_steps
 
 OBSERVATION_DIM, ACTION_DIM = 3, 2
@@ -26,9 +33,8 @@ def make_policy() -> MakePolicy:
     def make(seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any) -> GaussianPolicy:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            policy = GaussianPolicy(
-                OBSERVATION_DIM, ACTION_DIM, **{"hidden": (8, 8), "log_std_init": -0.3} | settings
-            )
+            defaults: dict[str, Any] = {"hidden": (8, 8), "log_std_init": -0.3}
+            policy = GaussianPolicy(OBSERVATION_DIM, ACTION_DIM, **defaults | settings)
         return policy.to(dtype)
 
     return make
@@ -103,3 +109,40 @@ def gradients() -> Callable[[ImportanceWeightedMLE, TensorDictBase], dict[str, t
         return dict(zip(names, torch.autograd.grad(value, parameters), strict=True))
 
     return compute
+
+
+@pytest.fixture(scope="session")
+def ready(make_loss: MakeLoss, make_batch: MakeBatch) -> Callable[..., Any]:
+    """``ready(proposal, functional=True, **settings)``: a loss whose q is served, and a batch."""
+
+    def make(
+        proposal: str, functional: bool = True, **settings: Any
+    ) -> tuple[ImportanceWeightedMLE, TensorDict]:
+        loss, batch = make_loss(proposal, functional, **settings), make_batch()
+        if proposal == "lagged":
+            EMA(loss, decay=0.9)
+        if proposal == "cached":
+            reweight(batch, loss)
+        return loss, batch
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def assert_near() -> Callable[..., None]:
+    """``assert_near(a, b, tolerance=2e-6)``: the same entries, NaN where NaN."""
+
+    def check(a: TensorDictBase, b: TensorDictBase, tolerance: float = 2e-6) -> None:
+        assert set(a.keys(True, True)) == set(b.keys(True, True))
+        for key in a.keys(True, True):
+            torch.testing.assert_close(
+                a.get(key), b.get(key), rtol=tolerance, atol=tolerance, equal_nan=True
+            )
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def assert_same(assert_near: Callable[..., None]) -> Callable[..., None]:
+    """``assert_same(a, b)``: the same entries, bit for bit."""
+    return lambda a, b: assert_near(a, b, tolerance=0)

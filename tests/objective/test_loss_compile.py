@@ -29,8 +29,8 @@ def compare(
     for batch, expected in zip(batches, eager, strict=True):
         out = compiled(batch)
         assert list(out.keys()) == list(expected.keys())
-        for key in out.keys():
-            torch.testing.assert_close(out[key], expected[key], equal_nan=True, msg=key)
+        for key, value in out.items():
+            torch.testing.assert_close(value, expected[key], equal_nan=True, msg=key)
         ours = torch.autograd.grad(out["loss_iw_mle"], parameters)
         truth = torch.autograd.grad(expected["loss_iw_mle"], parameters)
         for a, b in zip(ours, truth, strict=True):
@@ -51,12 +51,13 @@ def serve(loss: ImportanceWeightedMLE, batch: TensorDict) -> None:
 def test_packed(make_loss: Any, make_batch: Any, proposal: str) -> None:
     loss, batch = make_loss(proposal, importance_weights=None), make_batch()
     serve(loss, batch)
-    compare(loss, [batch])
+    # What the default backend makes of the graph is tested once, below.
+    compare(loss, [batch], backend="eager")
 
 
 def test_packed_batches_of_other_sizes(make_loss: Any, make_batch: Any) -> None:
     loss = make_loss("current", importance_weights=None)
-    compare(loss, [make_batch([4, 9]), make_batch([3, 8, 2, 9], seed=1)])
+    compare(loss, [make_batch([4, 9]), make_batch([3, 8, 2, 9], seed=1)], backend="eager")
 
 
 @pytest.mark.parametrize("functional", [True, False], ids=["functional", "module"])
@@ -72,7 +73,7 @@ def test_default_backend(make_loss: Any, make_batch: Any) -> None:
     compare(loss, [batch], backend="inductor")
 
 
-@pytest.mark.parametrize("reduce", ["sum", "mean", None])
+@pytest.mark.parametrize("reduce", ["sum", None])
 def test_every_transform(make_batch: Any, reduce: Any) -> None:
     chain = ImportanceWeights(
         step=[

@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import NormalParamExtractor, TensorDictModule
+from tensordict import NestedKey, TensorDict
 from torch import nn
-from torchrl.modules import IndependentNormal, OneHotCategorical, ProbabilisticActor, TanhNormal
-from torchrl.objectives import LossModule, SoftUpdate
+from torchrl.objectives import LossModule
 
 from iwsft import EMA, ImportanceWeightedMLE, reweight
 from iwsft.trajectory import MASK, TRAJ_IDS, pad
@@ -37,37 +35,6 @@ NEEDED = {
 
 every_proposal = pytest.mark.parametrize("proposal", PROPOSALS)
 both_modes = pytest.mark.parametrize("functional", [True, False], ids=["functional", "module"])
-
-
-@pytest.fixture
-def ready(make_loss: Any, make_batch: Any) -> Any:
-    """``ready(proposal, functional, **settings)``: a loss whose q is served, and its batch."""
-
-    def make(
-        proposal: str, functional: bool = True, **settings: Any
-    ) -> tuple[ImportanceWeightedMLE, TensorDict]:
-        loss, batch = make_loss(proposal, functional, **settings), make_batch()
-        if proposal == "lagged":
-            EMA(loss, decay=0.9)
-        if proposal == "cached":
-            reweight(batch, loss)
-        return loss, batch
-
-    return make
-
-
-def assert_near(a: TensorDictBase, b: TensorDictBase, tolerance: float = 2e-6) -> None:
-    assert set(a.keys(True, True)) == set(b.keys(True, True))
-    for key in a.keys(True, True):
-        torch.testing.assert_close(
-            a.get(key), b.get(key), rtol=tolerance, atol=tolerance, equal_nan=True, msg=str(key)
-        )
-
-
-def assert_same(a: TensorDictBase, b: TensorDictBase) -> None:
-    assert set(a.keys(True, True)) == set(b.keys(True, True))
-    for key in a.keys(True, True):
-        torch.testing.assert_close(a.get(key), b.get(key), rtol=0, atol=0, equal_nan=True)
 
 
 @every_proposal
@@ -96,7 +63,7 @@ def test_is_a_loss_module_whose_keys_can_be_set(
 @every_proposal
 @both_modes
 def test_renamed_keys_give_the_same_numbers(
-    ready: Any, make_loss: Any, make_policy: Any, proposal: str, functional: bool
+    ready: Any, make_loss: Any, make_policy: Any, proposal: str, functional: bool, assert_same: Any
 ) -> None:
     loss, batch = ready(proposal, functional)
     expected = loss(batch)
@@ -210,7 +177,7 @@ def test_unknown_settings_are_refused(make_policy: Any) -> None:
 @both_modes
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_input_is_left_untouched(
-    ready: Any, proposal: str, functional: bool, layout: str
+    ready: Any, proposal: str, functional: bool, layout: str, assert_same: Any
 ) -> None:
     loss, batch = ready(proposal, functional)
     batch = batch if layout == "packed" else pad(batch)
@@ -261,7 +228,7 @@ def test_reset_draws_new_parameters(ready: Any, proposal: str, functional: bool)
 @every_proposal
 @both_modes
 def test_state_dict_round_trip(
-    ready: Any, make_loss: Any, make_policy: Any, proposal: str, functional: bool
+    ready: Any, make_loss: Any, make_policy: Any, proposal: str, functional: bool, assert_same: Any
 ) -> None:
     loss, batch = ready(proposal, functional)
     with torch.no_grad():
@@ -284,7 +251,9 @@ def test_state_dict_round_trip(
 
 @every_proposal
 @both_modes
-def test_deepcopy_is_equal_and_apart(ready: Any, proposal: str, functional: bool) -> None:
+def test_deepcopy_is_equal_and_apart(
+    ready: Any, proposal: str, functional: bool, assert_same: Any
+) -> None:
     loss, batch = ready(proposal, functional)
     expected = loss(batch)
     twin = deepcopy(loss)
@@ -325,13 +294,20 @@ def test_gradient_reaches_theta_only(ready: Any, proposal: str, functional: bool
         if name.startswith("target_"):
             assert value.grad is None and not value.requires_grad, name
     for key in ("ref_log_prob", "importance_weight"):
-        if key in batch.keys():
+        if key in batch.keys(True):
             assert batch[key].grad is None
 
 
 @every_proposal
 @both_modes
-def test_float64(make_policy: Any, make_loss: Any, make_batch: Any, proposal: str, functional: bool) -> None:
+def test_float64(
+    make_policy: Any,
+    make_loss: Any,
+    make_batch: Any,
+    proposal: str,
+    functional: bool,
+    assert_near: Any,
+) -> None:
     loss = make_loss(proposal, functional, policy=make_policy(dtype=torch.float64))
     batch = make_batch(dtype=torch.float64)
     if proposal == "lagged":
@@ -346,153 +322,3 @@ def test_float64(make_policy: Any, make_loss: Any, make_batch: Any, proposal: st
     if proposal == "lagged":
         EMA(cast, decay=0.9)
     assert_near(cast(batch), out)
-
-
-@every_proposal
-@pytest.mark.parametrize("trailing", [False, True])
-def test_mask_key_auto_named_and_none(ready: Any, proposal: str, trailing: bool) -> None:
-    loss, packed = ready(proposal)
-    expected = loss(packed)
-    padded = pad(packed)
-    mask = padded[MASK].unsqueeze(-1) if trailing else padded[MASK]
-    padded.set(MASK, mask)
-    assert_near(loss(padded), expected)
-    # Every mask that TorchRL writes counts; the last step of the first trajectory goes.
-    shifted = torch.ones_like(padded[MASK].squeeze(-1) if trailing else padded[MASK])
-    shifted[0, 4] = False
-    shorter = loss(padded.copy().set("shifted_valid", shifted))
-    assert shorter["loss_iw_mle"] != expected["loss_iw_mle"]
-    named = padded.exclude(MASK).set(("my", "mask"), mask)
-    loss.loss_mask_key = ("my", "mask")
-    assert_near(loss(named), expected)
-    loss.loss_mask_key = None
-    everything = loss(padded)
-    assert_same(everything, loss(padded.exclude(MASK)))
-    assert everything["loss_iw_mle"] != expected["loss_iw_mle"]
-
-
-@every_proposal
-@both_modes
-@pytest.mark.parametrize("batch_dims", [1, 2])
-def test_nan_in_the_padding_does_not_leak(
-    ready: Any, proposal: str, functional: bool, batch_dims: int
-) -> None:
-    loss, packed = ready(proposal, functional)
-    expected = loss(packed)
-    expected["loss_iw_mle"].backward()
-    wanted = [parameter.grad.clone() for parameter in loss.parameters()]
-    loss.zero_grad()
-    padded = pad(packed, length=11)
-    for key in padded.keys(True, True):
-        if padded.get(key).is_floating_point():
-            padded.get(key)[~padded[MASK]] = torch.nan
-    padded.batch_size = padded.batch_size[:batch_dims]
-    out = loss(padded)
-    assert_near(out, expected)
-    out["loss_iw_mle"].backward()
-    for parameter, gradient in zip(loss.parameters(), wanted, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient)
-
-
-@pytest.mark.parametrize("with_ids", [True, False])
-def test_padded_batch_of_single_steps(ready: Any, make_batch: Any, with_ids: bool) -> None:
-    loss, _ = ready("lagged")
-    packed = make_batch([1] * 6)
-    padded = pad(packed)
-    padded = padded if with_ids else padded.exclude(TRAJ_IDS)
-    assert padded.batch_size == (6, 1)
-    assert_near(loss(padded), loss(packed))
-
-
-def test_padded_batch_without_ids_or_mask(ready: Any, make_batch: Any) -> None:
-    loss, _ = ready("lagged")
-    packed = make_batch([4, 4, 4])
-    rows = packed.exclude(TRAJ_IDS).reshape(3, 4)
-    assert_near(loss(rows), loss(packed))
-
-
-def _gaussian_actor(distribution: type, **settings: Any) -> ProbabilisticActor:
-    net = TensorDictModule(
-        nn.Sequential(nn.Linear(3, 4), NormalParamExtractor()),
-        in_keys=["observation"],
-        out_keys=["loc", "scale"],
-    )
-    return ProbabilisticActor(
-        net, in_keys=["loc", "scale"], distribution_class=distribution, **settings
-    )
-
-
-def _discrete_actor() -> ProbabilisticActor:
-    net = TensorDictModule(nn.Linear(3, 2), in_keys=["observation"], out_keys=["logits"])
-    return ProbabilisticActor(net, in_keys=["logits"], distribution_class=OneHotCategorical)
-
-
-class _Plain(nn.Module):
-    """Not a TensorDict module at all."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(3, 2)
-
-    def log_prob(self, trajectories: TensorDictBase) -> torch.Tensor:
-        error = trajectories["action"] - self.layer(trajectories["observation"])
-        return -error.square().sum(-1)
-
-
-@both_modes
-@pytest.mark.parametrize(
-    "build",
-    [
-        lambda: _gaussian_actor(TanhNormal),
-        lambda: _gaussian_actor(IndependentNormal, return_log_prob=True),
-        _discrete_actor,
-        _Plain,
-    ],
-    ids=["tanh-normal", "returns-log-prob", "one-hot", "plain-module"],
-)
-def test_policies_are_taken_as_they_stand(
-    make_loss: Any, make_batch: Any, build: Any, functional: bool
-) -> None:
-    policy, batch = build(), make_batch()
-    loss = make_loss("lagged", functional, policy=policy)
-    SoftUpdate(loss, tau=0.1) if functional else EMA(loss, decay=0.9)
-    if "logits" in getattr(policy, "out_keys", ()):
-        batch["action"] = (batch["action"] == batch["action"].amax(-1, keepdim=True)).float()
-    before = batch.clone()
-    batch["ref_log_prob"] = policy.log_prob(batch.copy()).detach()
-    out = loss(batch)
-    assert out["weight_max"] == 1
-    assert_near(out, loss(pad(batch)))
-    out["loss_iw_mle"].backward()
-    assert all(p.grad is not None and p.grad.norm() > 0 for p in policy.parameters())
-    assert_same(batch.exclude("ref_log_prob"), before.exclude("ref_log_prob"))
-
-
-def test_wrong_input_is_named(ready: Any) -> None:
-    loss, batch = ready("lagged")
-    with pytest.raises(KeyError, match="annotate_reference"):
-        loss(batch.exclude("ref_log_prob"))
-    with pytest.raises(KeyError, match="traj_ids"):
-        loss(batch.exclude(TRAJ_IDS))
-    with pytest.raises(ValueError, match="out of order at step 1"):
-        loss(batch.clone().set(TRAJ_IDS, torch.arange(18, 0, -1)))
-    with pytest.raises(ValueError, match="'ref_log_prob' has shape"):
-        loss(batch.clone().set("ref_log_prob", torch.zeros(18, 3)))
-    cached, batch = ready("cached")
-    with pytest.raises(KeyError, match="reweight"):
-        cached(batch.exclude("importance_weight"))
-    padded = pad(batch)
-    padded[MASK][1] = False
-    with pytest.raises(ValueError, match="trajectory 1 .* every step masked"):
-        cached(padded)
-    wide = _gaussian_actor(torch.distributions.Normal)
-    with pytest.raises(ValueError, match="IndependentNormal"):
-        ImportanceWeightedMLE(wide, proposal="reference")(batch)
-
-
-def test_overflow_is_one_clear_error(make_loss: Any, make_batch: Any) -> None:
-    loss = make_loss("current", importance_weights=None)
-    batch = make_batch()
-    batch["ref_log_prob"] -= 200.0
-    with pytest.raises(OverflowError, match="ClipWeight"):
-        loss(batch)

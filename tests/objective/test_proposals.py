@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import Tensor, nn
 from torchrl.modules import IndependentNormal, ProbabilisticActor
 from torchrl.objectives import HardUpdate, SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
-from tensordict.nn import NormalParamExtractor, TensorDictModule
 
 from iwsft import EMA, HardSync, ImportanceWeightedMLE, reweight
 from iwsft.trajectory import MASK, pad
@@ -78,7 +78,9 @@ def test_ema_is_the_recursion(make_loss: Any, functional: bool, decay: float) ->
 
 
 @both_modes
-@pytest.mark.parametrize("build", [lambda loss: HardSync(loss, every=3), lambda loss: EMA(loss, decay=0.7)])
+@pytest.mark.parametrize(
+    "build", [lambda loss: HardSync(loss, every=3), lambda loss: EMA(loss, decay=0.7)]
+)
 def test_building_one_sets_q_to_theta(
     make_loss: Any, make_batch: Any, functional: bool, build: Any
 ) -> None:
@@ -172,10 +174,13 @@ def test_updater_survives_a_move_of_the_loss(make_loss: Any, functional: bool) -
 
 
 @both_modes
-@pytest.mark.parametrize("build", [lambda loss: HardSync(loss, every=1), lambda loss: EMA(loss, decay=0.0)])
+@pytest.mark.parametrize(
+    "build", [lambda loss: HardSync(loss, every=1), lambda loss: EMA(loss, decay=0.0)]
+)
 def test_running_statistics_follow_too(make_batch: Any, functional: bool, build: Any) -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), NormalParamExtractor())
+    norm: Any = nn.BatchNorm1d(4)
+    net = nn.Sequential(nn.Linear(3, 4), norm, NormalParamExtractor())
     policy = ProbabilisticActor(
         TensorDictModule(net, in_keys=["observation"], out_keys=["loc", "scale"]),
         in_keys=["loc", "scale"],
@@ -184,8 +189,8 @@ def test_running_statistics_follow_too(make_batch: Any, functional: bool, build:
     loss = ImportanceWeightedMLE(policy, proposal="lagged", functional=functional)
     q = build(loss)
     with torch.no_grad():
-        net[1].running_mean.fill_(3.0)
-        net[1].num_batches_tracked.fill_(7)
+        norm.running_mean.fill_(3.0)
+        norm.num_batches_tracked.fill_(7)
     q.step()
     assert_equal(qs(loss), thetas(loss))
 
@@ -216,9 +221,10 @@ def test_cached_weights_are_those_of_a_hard_synced_copy(
             nudge(loss, update)
             assert q.step() == (update % 3 == 2)
     # Samplers hold on to the tensor, so syncs write into it.
-    assert cached_data["importance_weight"] is held or cached_data[
-        "importance_weight"
-    ].data_ptr() == held.data_ptr()
+    assert (
+        cached_data["importance_weight"] is held
+        or cached_data["importance_weight"].data_ptr() == held.data_ptr()
+    )
 
 
 def test_cached_sync_resumes_in_mid_window(make_loss: Any, make_batch: Any) -> None:

@@ -1,0 +1,237 @@
+"""Figure 1 of the paper: on a two-armed bandit SFT stops at 5/6, iw-SFT finds the better arm.
+
+Both train on the successes D+ of a uniform pi_ref. D+ holds twice as many pulls of the right arm
+as of the left, and no trace of the failures; SFT copies that ratio. With q = p the weights
+q / pi_ref favour what the policy already prefers, until it always pulls the right arm.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+from torchrl.modules import OneHotCategorical, ProbabilisticActor
+
+from benchmarks.report.scores import bootstrap_interval
+from iwsft import ImportanceWeightedMLE, ImportanceWeights, annotate_reference, weights
+from iwsft.files import written_whole
+from iwsft.trajectory import REWARD, from_steps, select
+
+Algorithm = Literal["sft", "iw-sft"]
+LABELS: dict[Algorithm, str] = {"sft": "SFT", "iw-sft": "iw-SFT"}
+# Chance of reward 1 of the left and the right arm.
+ARMS = (0.5, 1.0)
+# Where the mean reward ends with D+ of infinite size (paper, Section 3.5).
+LIMITS: dict[Algorithm, float] = {"sft": 5 / 6, "iw-sft": 1.0}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Train SFT and iw-SFT on the successes of a uniform policy; draw their mean rewards."""
+
+    seeds: int = 5
+    """Data sets D, each drawn by pi_ref."""
+    pulls: int = 1000
+    """Pulls in D."""
+    steps: int = 200
+    """Updates; each sees all of D+."""
+    lr: float = 1.0
+    """Step size of gradient descent."""
+    out: Path = Path("runs/bandit")
+    """Folder for bandit.png and bandit.json."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One seed of one algorithm.
+
+    Attributes:
+        right: P(right) of the policy before each update and after the last ``[steps + 1]``.
+        successes: share of right pulls in D+, which SFT copies.
+    """
+
+    right: NDArray[np.float64]
+    successes: float
+
+    @property
+    def reward(self) -> NDArray[np.float64]:
+        """Mean reward of the policy, in closed form ``[steps + 1]``."""
+        return ARMS[0] * (1 - self.right) + ARMS[1] * self.right
+
+
+def uniform_policy() -> ProbabilisticActor:
+    """A TorchRL actor of two logits, both 0."""
+    logits = nn.Linear(1, 2, bias=False)
+    nn.init.zeros_(logits.weight)
+    return ProbabilisticActor(
+        TensorDictModule(logits, in_keys=["observation"], out_keys=["logits"]),
+        in_keys=["logits"],
+        distribution_class=OneHotCategorical,
+    )
+
+
+def successes(pulls: int, seed: int) -> TensorDictBase:
+    """D+: the rewarded trajectories of ``pulls`` uniform pulls, one step each, packed.
+
+    Raises:
+        ValueError: not one pull was rewarded.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    arm = torch.randint(2, (pulls,), generator=generator)
+    reward = torch.bernoulli(torch.tensor(ARMS)[arm], generator=generator)
+    if not bool(reward.any()):
+        raise ValueError(f"none of the {pulls} pulls was rewarded, D+ is empty; raise --pulls")
+    data = from_steps(
+        {
+            "observation": torch.ones(pulls, 1),
+            "action": nn.functional.one_hot(arm, 2),
+            REWARD: reward[:, None],
+        },
+        torch.arange(pulls),
+    )
+    return select(data, reward.nonzero().squeeze(-1))
+
+
+def train(algorithm: Algorithm, data: TensorDictBase, steps: int, lr: float) -> Run:
+    """Train a uniform policy on D+ (annotated with pi_ref)."""
+    policy = uniform_policy()
+    loss = ImportanceWeightedMLE(
+        policy,
+        proposal="reference" if algorithm == "sft" else "current",
+        importance_weights=ImportanceWeights(step=[weights.Temperature(1.0)], reduce="sum"),
+    )
+    optimizer = torch.optim.SGD(loss.parameters(), lr=lr)
+    (logits,) = policy.parameters()
+
+    def right() -> Tensor:
+        return logits.detach().squeeze(-1).softmax(0)[1]
+
+    curve = [right()]
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(data)["loss_iw_mle"].backward()
+        optimizer.step()
+        curve.append(right())
+    share = data["action"][:, 1].double().mean()
+    return Run(torch.stack(curve).double().numpy(), float(share))
+
+
+def run(arguments: Arguments) -> dict[Algorithm, list[Run]]:
+    """All runs, by algorithm and seed."""
+    runs: dict[Algorithm, list[Run]] = {algorithm: [] for algorithm in LABELS}
+    for seed in track(range(arguments.seeds), "bandit", transient=True):
+        data = annotate_reference(uniform_policy(), successes(arguments.pulls, seed))
+        for algorithm, done in runs.items():
+            done.append(train(algorithm, data, arguments.steps, arguments.lr))
+    return runs
+
+
+def draw(runs: dict[Algorithm, list[Run]]) -> Figure:
+    """Mean reward over updates: mean over seeds and its 95 % interval."""
+    figure = Figure(figsize=(6.0, 3.8), layout="constrained")
+    ax = figure.subplots()
+    for (algorithm, done), colour in zip(runs.items(), ("#d55e00", "#0072b2"), strict=True):
+        rewards = np.stack([each.reward for each in done])
+        update = np.arange(rewards.shape[1])
+        low, high = bootstrap_interval(rewards)
+        ax.plot(update, rewards.mean(0), color=colour, lw=2, label=LABELS[algorithm])
+        ax.fill_between(update, low, high, color=colour, alpha=0.25, lw=0)
+        ax.axhline(LIMITS[algorithm], color=colour, ls=":", lw=1.2)
+    for height, name in ((5 / 6, "5/6: P(right) = 2/3"), (1.0, "1: always right")):
+        ax.annotate(
+            name,
+            (1.0, height),
+            xytext=(-4, -4),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            fontsize=9,
+        )
+    ax.set_xlabel("update")
+    ax.set_ylabel("mean reward of the policy")
+    ax.set_xlim(0, rewards.shape[1] - 1)
+    ax.set_ylim(0.74, 1.02)
+    ax.set_title(f"Two-armed bandit, successes only ({len(done)} seeds)", fontsize=11)
+    ax.legend(loc="center right", frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def summary(runs: dict[Algorithm, list[Run]]) -> dict[Algorithm, dict[str, object]]:
+    """Numbers behind the figure."""
+    out: dict[Algorithm, dict[str, object]] = {}
+    for algorithm, done in runs.items():
+        rewards = np.stack([each.reward for each in done])
+        low, high = bootstrap_interval(rewards)
+        out[algorithm] = {
+            "limit": LIMITS[algorithm],
+            "p_right": [float(each.right[-1]) for each in done],
+            "right_share_of_successes": [each.successes for each in done],
+            "mean_reward": [float(each.reward[-1]) for each in done],
+            "curve": {"mean": rewards.mean(0).tolist(), "low": low.tolist(), "high": high.tolist()},
+        }
+    return out
+
+
+def table(runs: dict[Algorithm, list[Run]]) -> Table:
+    """The last policies: mean over seeds and 95 % interval."""
+    out = Table(title="Two-armed bandit: the last policies")
+    for column in ("", "P(right)", "right in D+", "mean reward", "95 % interval", "limit"):
+        out.add_column(column, justify="left" if not column else "right")
+    for algorithm, done in runs.items():
+        rewards = np.array([each.reward[-1] for each in done])
+        low, high = bootstrap_interval(rewards)
+        out.add_row(
+            LABELS[algorithm],
+            f"{np.mean([each.right[-1] for each in done]):.4f}",
+            f"{np.mean([each.successes for each in done]):.4f}",
+            f"{rewards.mean():.4f}",
+            f"[{low:.4f}, {high:.4f}]",
+            f"{LIMITS[algorithm]:.4f}",
+        )
+    return out
+
+
+def main(arguments: Arguments) -> dict[Algorithm, list[Run]]:
+    """Train, write ``bandit.json`` and ``bandit.png``, print the table."""
+    for name in ("seeds", "pulls", "steps"):
+        if getattr(arguments, name) < 1:
+            raise SystemExit(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    start = time.perf_counter()
+    runs = run(arguments)
+    figure, data = arguments.out / "bandit.png", arguments.out / "bandit.json"
+    with written_whole(figure) as partial:
+        draw(runs).savefig(partial, dpi=150, format="png")
+    content = {
+        "benchmark": "bandit",
+        "settings": {**asdict(arguments), "out": str(arguments.out)},
+        "versions": {name: version(name) for name in ("torch", "torchrl", "tensordict")},
+        "wall_seconds": time.perf_counter() - start,
+        "algorithms": summary(runs),
+    }
+    with written_whole(data) as partial:
+        partial.write_text(json.dumps(content, indent=1))
+    console = Console()
+    console.print(table(runs))
+    console.print(f"{figure}\n{data}", soft_wrap=True)
+    return runs
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments, prog="python -m benchmarks.bandit", description=__doc__))

@@ -1,0 +1,374 @@
+"""Wrong settings, bad data and a full disk: one clear line, and earlier results as they were."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+
+from benchmarks.d4rl.__main__ import Arguments
+from iwsft import metrics
+from iwsft.datasets import catalog
+
+Job = Callable[..., Path]
+Edit = Callable[..., Path]
+FullDisk = Callable[[int], AbstractContextManager[None]]
+
+
+@pytest.fixture
+def fails(job: Job) -> Callable[..., str]:
+    """``fails(out, algo, ...)``: run the job; the one line that it must end in."""
+
+    def run(out: Path, algo: Sequence[str] = ("iw-sft-q",), **settings: Any) -> str:
+        with pytest.raises(SystemExit) as ended:
+            job(out, algo, **settings)
+        # Python prints a text and exits with status 1.
+        message = ended.value.code
+        assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
+        return message
+
+    return run
+
+
+@pytest.fixture
+def edited(tiny_dataset: Path, tmp_path: Path) -> Edit:
+    """``edited(name, rows, **fields)``: rows of the small dataset, some fields changed."""
+
+    def edit(name: str = "bad", rows: int | None = None, **fields: Any) -> Path:
+        path = tmp_path / f"{name}.hdf5"
+        with h5py.File(tiny_dataset) as source, h5py.File(path, "w") as file:
+            for key, values in source.items():
+                file[key] = values[:rows]
+            file.attrs["env_id"] = "Hopper-v4"
+            for key, change in fields.items():
+                if key == "env_id":
+                    file.attrs["env_id"] = change
+                else:
+                    file[key][...] = change(file[key][...])
+        return path
+
+    return edit
+
+
+def snapshot(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"algo": ["iw-sftq"]}, "unknown algorithm 'iw-sftq'; did you mean 'iw-sft-q'? it is one"),
+        ({"algo": ["IQL"]}, "unknown algorithm 'IQL'; it is one of bc, bc-10, sft"),
+        ({"algo": []}, "pass at least one name to --algo"),
+        ({"algo": ["bc", "sft", "bc"]}, "asked for twice: bc seed 0;"),
+        ({"seeds": (0, 1, 1)}, "asked for twice: iw-sft-q seed 1;"),
+        ({"seeds": (-1,)}, "--seeds -1"),
+        ({"seeds": (2**64,)}, "--seeds 18446744073709551616"),
+        ({"steps": 0}, "--steps 0: at least 1"),
+        ({"reference_steps": 0}, "--reference-steps 0: at least 1"),
+        ({"eval_episodes": 0}, "--eval-episodes 0: at least 1"),
+        ({"jobs": 0}, "--jobs 0: at least 1"),
+        ({"temperature": -1.0}, "k=-1.0"),
+        ({"target_ess": 1.5}, "1.5) must be in (0, 1]"),
+        ({"algo": ["sft", "bc"], "temperature": 2.0}, "--temperature 2.0 changes nothing in sft"),
+        ({"temperature": 2.0, "target_ess": 0.5}, "with --target-ess 0.5; leave it out"),
+        ({"algo": ["iw-sft-step"], "target_ess": 0.5}, "--target-ess 0.5 changes nothing"),
+        ({"algo": ["bc"], "ties": "rank"}, "--ties rank changes nothing in bc seed 0"),
+        ({"device": "kuda"}, "--device kuda can't be used here"),
+        ({"device": "meta"}, "--device meta can't be used here"),
+        ({"dataset": "hopper-medium-reply-v2"}, "did you mean 'hopper-medium-replay-v2'?"),
+        ({"dataset": "nowhere/mine.hdf5"}, "nowhere/mine.hdf5"),
+    ],
+)
+def test_wrong_settings_are_named_before_anything_is_written(
+    fails: Callable[..., str], tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    assert message in fails(tmp_path / "runs", **settings)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
+def test_a_device_that_is_not_there_is_named(fails: Callable[..., str], tmp_path: Path) -> None:
+    assert "--device cuda can't be used here" in fails(tmp_path / "runs", device="cuda")
+
+
+def spoil(row: int, value: float) -> Callable[[Any], Any]:
+    def change(values: Any) -> Any:
+        values[row] = value
+        return values
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rewards": spoil(7, np.nan)}, "'rewards' is NaN or infinite at row 7"),
+        ({"observations": spoil(11, np.inf)}, "'observations' is NaN or infinite at row 11"),
+        ({"actions": spoil(3, 1.5)}, "'actions' is out of range at row 3"),
+        ({"env_id": "Humanoid-v4"}, "observations of size 11, Humanoid-v4 gives size 376"),
+        ({"env_id": "Hoper-v4"}, "unknown environment 'Hoper-v4'. Did you mean Hopper-v4"),
+        ({"env_id": "CartPole-v1"}, "bad has observations of size 11, CartPole-v1 gives size 4"),
+    ],
+)
+def test_bad_data_is_named_before_anything_is_written(
+    fails: Callable[..., str], edited: Edit, tmp_path: Path, fields: dict[str, Any], message: str
+) -> None:
+    assert message in fails(tmp_path / "runs", dataset=str(edited(**fields)))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_data_without_an_environment(
+    fails: Callable[..., str], edited: Edit, tmp_path: Path
+) -> None:
+    path = edited()
+    with h5py.File(path, "a") as file:
+        del file.attrs["env_id"]
+    message = fails(tmp_path / "runs", dataset=str(path))
+    assert "bad names no environment" in message and "env_id" in message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_truncated_file(fails: Callable[..., str], edited: Edit, tmp_path: Path) -> None:
+    path = edited()
+    path.write_bytes(path.read_bytes()[:4000])
+    message = fails(tmp_path / "runs", dataset=str(path))
+    assert f"{path} (4,000 bytes) cannot be read" in message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_download_that_breaks(
+    fails: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("IWSFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(catalog, "_BERKELEY", "http://127.0.0.1:9/d4rl")
+    monkeypatch.setattr(catalog, "_HUGGING_FACE", "http://127.0.0.1:9/mirror")
+    message = fails(tmp_path / "runs", dataset="hopper-medium-replay-v2")
+    assert "http://127.0.0.1:9/mirror/hopper_medium_replay-v2.hdf5" in message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_empty_curated_set_names_a_way_out_that_works(
+    job: Job, fails: Callable[..., str], edited: Edit, tmp_path: Path
+) -> None:
+    """All returns equal, as with sparse rewards: > keeps none of them."""
+    path = edited("sparse", rewards=lambda values: np.zeros_like(values))
+    message = fails(tmp_path / "runs", ["bc", "sft-q"], dataset=str(path))
+    assert "sft-q, --ties >: the curated set is empty" in message and "ties='rank'" in message
+    assert not (tmp_path / "runs").exists()
+    with pytest.warns(UserWarning, match="scores are 0"):
+        job(tmp_path / "runs", ["sft-q"], dataset=str(path), ties="rank")
+
+
+def test_one_trajectory_only(
+    job: Job, fails: Callable[..., str], edited: Edit, tmp_path: Path, tiny_dataset: Path
+) -> None:
+    with h5py.File(tiny_dataset) as file:
+        first = int(np.flatnonzero(file["terminals"][...])[0]) + 1
+    path = edited("lone", first)
+    assert "1 of 1 scores" in fails(tmp_path / "runs", dataset=str(path))
+    folder = job(tmp_path / "runs", ["iw-sft-q"], dataset=str(path), preset="authors")
+    rows = metrics.read(folder / "iw-sft-q" / "seed-0" / metrics.FILE)
+    assert [row["ESS"] for row in rows] == [1.0] * 20
+
+
+@pytest.mark.parametrize("estimator", ["steps", "trajectories"])
+def test_trajectories_of_length_1_are_trained_on(
+    job: Job, edited: Edit, tmp_path: Path, estimator: str
+) -> None:
+    path = edited("short", terminals=lambda values: np.ones_like(values))
+    folder = job(tmp_path / "runs", ["iw-sft-q"], dataset=str(path), estimator=estimator)
+    rows = metrics.read(folder / "iw-sft-q" / "seed-0" / metrics.FILE)
+    assert rows[0]["weight_max"] == 1.0 and rows[-1]["step"] == 20
+
+
+def test_folders_that_hold_runs_are_named_and_nothing_is_claimed(
+    job: Job, fails: Callable[..., str], tmp_path: Path
+) -> None:
+    out = tmp_path / "runs"
+    folder = job(out, ["bc", "bc-10"], steps=2, reference_steps=2)
+    before = snapshot(out)
+    message = fails(out, ["bc", "bc-10", "sft"], seeds=(0, 1), steps=2, reference_steps=2)
+    assert str(folder / "bc" / "seed-0") in message and str(folder / "bc-10" / "seed-0") in message
+    assert "seed-1" not in message and "sft" not in message and "--resume" in message
+    assert snapshot(out) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 3}, "settings.fine_tuning.steps=2 (now 3)"),
+        ({"preset": "authors"}, "settings.preset='paper' (now 'authors')"),
+        ({"eval_episodes": 3}, "eval_episodes=2 (now 3)"),
+        ({"temperature": 3.0}, "settings.fine_tuning.k=1.0 (now 3.0)"),
+    ],
+)
+def test_resume_with_other_settings(
+    job: Job, fails: Callable[..., str], tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    out, same = tmp_path / "runs", {"steps": 2, "reference_steps": 2}
+    folder = job(out, ["iw-sft-q"], **same)
+    before = snapshot(out)
+    found = fails(out, ["iw-sft", "iw-sft-q"], **same | settings, resume=True)
+    assert f"{folder / 'iw-sft-q' / 'seed-0'} holds a run with other settings: {message}" in found
+    assert snapshot(out) == before
+
+
+def test_other_data_under_the_same_name(
+    job: Job, fails: Callable[..., str], edited: Edit, tmp_path: Path
+) -> None:
+    out, short = tmp_path / "runs", {"steps": 2, "reference_steps": 2}
+    job(out, ["bc"], dataset=str(edited("data")), **short)
+    again = edited("data", rewards=spoil(0, 9.0))
+    assert "settings.data=" in fails(out, ["bc"], dataset=str(again), **short, resume=True)
+
+
+def test_a_damaged_config(job: Job, fails: Callable[..., str], tmp_path: Path) -> None:
+    folder = job(tmp_path, ["bc"], steps=2, reference_steps=2)
+    config = folder / "bc" / "seed-0" / "config.json"
+    config.write_text(config.read_text()[:40])
+    message = fails(tmp_path, ["bc"], steps=2, reference_steps=2, resume=True)
+    assert f"{config} is not what a run writes" in message
+
+
+def test_out_that_is_a_file(fails: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("mine")
+    assert f"{tmp_path / 'runs'}" in fails(tmp_path / "runs")
+    assert (tmp_path / "runs").read_text() == "mine"
+
+
+def run_fails(job: Job, capsys: pytest.CaptureFixture[str], *args: Any, **settings: Any) -> str:
+    """Run the job; the line of the run that failed, which is the last one."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        job(*args, **settings)
+    assert ended.value.code == 1
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    line = err.splitlines()[-1]
+    assert line.startswith("error: ")
+    return line
+
+
+def test_a_folder_that_another_process_works_in(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = job(tmp_path, ["bc"]) / "bc" / "seed-0"
+    (folder / "result.json").unlink()
+    with FileLock(folder / ".lock"):
+        line = run_fails(job, capsys, tmp_path, ["bc"], resume=True)
+    assert f"error: bc seed 0: another process works in {folder}" in line
+
+
+def test_weights_that_overflow(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"estimator": "trajectories", "temperature": 1e9}
+    line = run_fails(job, capsys, tmp_path, ["iw-sft-q"], **settings)
+    assert "iw-sft-q seed 0: importance weights overflow" in line and "lower Temperature" in line
+
+
+def test_one_run_that_fails_leaves_the_others(job: Job, tmp_path: Path, tiny_dataset: Path) -> None:
+    """As a user runs it: two processes, and the checkpoint of seed 1's reference damaged."""
+    few = {"steps": 5, "reference_steps": 5, "eval_episodes": 1}
+    data = job(tmp_path, ["bc"], seeds=(1,), **few)
+    (kept,) = (path for path in (data / "reference").iterdir() if path.is_dir())
+    state = kept / "checkpoint" / "state.pt"
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+
+    command = [sys.executable, "-m", "benchmarks.d4rl", "--dataset", str(tiny_dataset), "--out"]
+    command += [str(tmp_path), "--steps", "5", "--reference-steps", "5", "--eval-episodes", "1"]
+    command += ["--algo", "sft", "--seeds", "0", "1", "--jobs", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert len(errors) == 1 and "Traceback" not in done.stderr
+    assert f"error: sft seed 1: {state} is corrupt" in errors[0]
+    assert "\nsft " in done.stdout
+    finished = data / "sft" / "seed-0" / "result.json"
+    before = finished.read_bytes()
+    assert not (data / "sft" / "seed-1" / "result.json").exists()
+
+    shutil.rmtree(state.parent)
+    job(tmp_path, ["sft"], seeds=(0, 1), resume=True, **few)
+    assert (data / "sft" / "seed-1" / "result.json").exists()
+    assert finished.read_bytes() == before
+
+
+def test_a_full_disk(
+    job: Job, full_disk: FullDisk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No room for a checkpoint; then there is room again."""
+    out, few = tmp_path / "runs", {"steps": 10, "reference_steps": 10}
+    job(out, ["bc-10"], **few)
+    before = snapshot(out)
+    with full_disk(500_000):
+        line = run_fails(job, capsys, out, ["sft"], **few)
+    assert f"error: sft seed 0: no space left to write {out}" in line and "--resume" in line
+    after = snapshot(out)
+    assert {path: after[path] for path in before} == before
+    assert not [path for path in after if path.name == "result.json" and path not in before]
+
+    results = [
+        json.loads((folder / "sft" / "seed-0" / "result.json").read_text())["episode_returns"]
+        for folder in (
+            job(out, ["sft"], **few, resume=True),
+            job(tmp_path / "whole", ["sft"], **few),
+        )
+    ]
+    assert results[0] == results[1]
+
+
+def test_a_disk_too_full_to_claim_a_folder_claims_none(
+    fails: Callable[..., str], full_disk: FullDisk, tmp_path: Path
+) -> None:
+    """The configuration of bc fits, that of iw-sft-q does not."""
+    with full_disk(1100):
+        message = fails(tmp_path / "runs", ["bc", "iw-sft-q"])
+    assert "no space left to write" in message and "iw-sft-q/seed-0/config.json" in message
+    assert not [*tmp_path.rglob("*.json"), *tmp_path.rglob("*.partial")]
+
+
+def test_bugs_keep_their_traceback(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks.d4rl import sweep
+
+    def bug(*_: Any) -> None:
+        raise AttributeError("nobody expects this")
+
+    monkeypatch.setattr(sweep, "run", bug)
+    with pytest.raises(AttributeError, match="nobody expects this"):
+        job(tmp_path, ["bc"])
+
+
+def test_the_shell_sees_one_line_and_status_1(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.d4rl", "--algo", "iw-sftq"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: unknown algorithm") and done.stderr.count("\n") == 1
+
+
+def test_defaults_are_those_of_the_docs() -> None:
+    standard = Arguments()
+    assert (standard.algo, standard.dataset, standard.seeds) == (
+        ("iw-sft-q",),
+        "hopper-replay-mini",
+        (0,),
+    )
+    assert (standard.preset, standard.estimator, standard.ties) == ("paper", "steps", None)
+    assert (standard.reference_steps, standard.eval_episodes) == (10_000, 100)

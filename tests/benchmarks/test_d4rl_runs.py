@@ -1,0 +1,236 @@
+"""The job from the command line to the report, on data small enough to run it often."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.d4rl.__main__ import Arguments, main
+from benchmarks.d4rl.settings import ALGORITHMS
+from benchmarks.report import __main__ as report
+from iwsft import datasets, metrics
+from iwsft.evaluation import normalized_score
+
+Job = Callable[..., Path]
+Read = Callable[[Path], dict[str, Any]]
+WEIGHTED = [name for name, each in ALGORITHMS.items() if each.weighted]
+
+
+def parameters(folder: Path) -> dict[str, Tensor]:
+    """The policy of a run's last checkpoint."""
+    state = torch.load(folder / "checkpoint" / "state.pt", weights_only=True)["state"]["loss"]
+    found = {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, Tensor) and name.startswith("actor_network_params")
+    }
+    assert len(found) == 9  # four layers and the log-std
+    return found
+
+
+def same(one: Path, other: Path) -> bool:
+    ours, theirs = parameters(one), parameters(other)
+    return all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def folder(job: Job, out: Path) -> Path:
+    """All algorithms, one seed."""
+    return job(out, ALGORITHMS)
+
+
+@pytest.fixture(scope="module")
+def variants(job: Job, out: Path) -> dict[str, Path]:
+    """Other settings of weighted runs, by what is set."""
+    return {
+        "authors": job(out / "authors", ["iw-sft-q", "iw-sft-step"], preset="authors"),
+        "trajectories": job(
+            out / "trajectories",
+            ["bc", "sft-q", "iw-sft-q", "iw-sft-step"],
+            estimator="trajectories",
+        ),
+        "target-ess": job(out / "target-ess", ["iw-sft-q"], target_ess=0.6, ties="rank"),
+    }
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_a_run_leaves_what_the_report_reads(folder: Path, algo: str, read_json: Read) -> None:
+    run = folder / algo / "seed-0"
+    config, result = read_json(run / "config.json"), read_json(run / "result.json")
+    for each in (config, result):
+        about = [each[key] for key in ("benchmark", "dataset", "algo", "seed", "env_id")]
+        assert about == ["d4rl", "mine", algo, 0, "Hopper-v4"]
+        assert (each["preset"], each["estimator"]) == ("paper", "steps")
+        assert {"gymnasium", "mujoco"} <= each["versions"].keys()
+    assert {"python", "torch", "torchrl", "tensordict"} <= config["versions"].keys()
+    assert config["command"].startswith("python -m benchmarks.d4rl")
+    assert config["hardware"]["device"] == "cpu"
+    assert config["settings"]["data"] == datasets.load(config["source"]).fingerprint
+    assert config["settings"]["seed"] == 0
+
+    assert result["steps"] == 20 and result["episodes"] == 2
+    assert len(result["episode_returns"]) == len(result["episode_lengths"]) == 2
+    assert result["return_mean"] == pytest.approx(sum(result["episode_returns"]) / 2)
+    references = datasets.reference_scores("hopper-medium-v2")
+    assert references is not None
+    wanted = normalized_score(result["episode_returns"], references).tolist()
+    assert result["episode_scores"] == pytest.approx(wanted)
+    assert result["normalized_score"] == pytest.approx(sum(wanted) / 2)
+    assert result["wall_seconds"] > 0 and result["cpu_seconds"] > 0
+    assert (result["reference_wall_seconds"] > 0) == ALGORITHMS[algo].from_reference
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_metrics_hold_every_name_and_a_learning_curve(folder: Path, algo: str) -> None:
+    lines = (folder / algo / "seed-0" / metrics.FILE).read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    always = {"step", "loss", "ESS", "weight_mean", "weight_max", "log_prob", "lr", "wall_seconds"}
+    assert all(always <= row.keys() for row in rows)
+    assert all(0 < row["ESS"] <= 1 for row in rows)
+    curve = [row["step"] for row in rows if "normalized_score" in row]
+    assert curve == list(range(2, 21, 2))
+    diagnosed = [row for row in rows if "weight_q50" in row]
+    assert bool(diagnosed) == ALGORITHMS[algo].weighted
+    assert all("bound_gap" in row and "weight_q95" in row for row in diagnosed)
+    if ALGORITHMS[algo].from_reference:
+        assert [row["lr"] for row in rows][0] == 0  # warm-up
+
+
+def first_row(run: Path) -> dict[str, float]:
+    return metrics.read(run / metrics.FILE)[0]
+
+
+@pytest.mark.parametrize("algo", WEIGHTED)
+def test_weights_start_at_exactly_1(folder: Path, algo: str) -> None:
+    row = first_row(folder / algo / "seed-0")
+    assert row["weight_mean"] == 1.0 and row["weight_max"] == 1.0 and row["ESS"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("variant", "algo"),
+    [
+        ("authors", "iw-sft-q"),
+        ("authors", "iw-sft-step"),
+        ("trajectories", "iw-sft-q"),
+        ("trajectories", "iw-sft-step"),
+        ("target-ess", "iw-sft-q"),
+    ],
+)
+def test_weights_of_every_variant_start_at_exactly_1(
+    variants: dict[str, Path], variant: str, algo: str
+) -> None:
+    row = first_row(variants[variant] / algo / "seed-0")
+    assert row["weight_mean"] == 1.0 and row["weight_max"] == 1.0 and row["ESS"] == 1.0
+
+
+def test_what_is_set_is_in_the_config(variants: dict[str, Path], read_json: Read) -> None:
+    def config(variant: str, algo: str) -> dict[str, Any]:
+        return read_json(variants[variant] / algo / "seed-0" / "config.json")
+
+    assert config("authors", "iw-sft-q")["preset"] == "authors"
+    assert config("trajectories", "iw-sft-q")["estimator"] == "trajectories"
+    assert config("trajectories", "iw-sft-q")["settings"]["sync_every"] == 1
+    assert config("target-ess", "iw-sft-q")["settings"]["target_ess"] == 0.6
+    assert config("target-ess", "iw-sft-q")["settings"]["ties"] == "rank"
+
+
+def test_the_table_names_all_algorithms(
+    job: Job, folder: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With all runs finished, --resume trains nothing and prints the table."""
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json*")}
+    capsys.readouterr()
+    job(out, ALGORITHMS, resume=True)
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert all(f"\n{algo} " in printed.out for algo in ALGORITHMS)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.json*")} == before
+
+
+def test_the_report_reads_the_runs(
+    folder: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report.main(report.Report(runs=out, out=tmp_path))
+    page = (tmp_path / "report.md").read_text()
+    assert all(f"| {algo} |" in page for algo in ALGORITHMS)
+    printed = capsys.readouterr().out
+    # The reference policy is no run, finished or not.
+    assert "unfinished" not in printed and "seed-0" not in page
+
+
+def test_progress_is_one_line_a_point(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job(tmp_path, ["iw-sft-q"], seeds=(3,))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].split() == ["algo", "seed", "stage", "step", "loss", "ESS", "score", "seconds"]
+    assert len(lines) == 21 and len({len(line) for line in lines}) == 1
+    rows = metrics.read(tmp_path / "d4rl" / "mine" / "iw-sft-q" / "seed-3" / metrics.FILE)
+    last = lines[-1].split()
+    assert last[:4] == ["iw-sft-q", "3", "tuning", "20/20"]
+    assert float(last[4]) == pytest.approx(rows[-1]["loss"], abs=1e-3)
+    assert float(last[5]) == pytest.approx(rows[-1]["ESS"], abs=1e-2)
+    assert float(last[6]) == pytest.approx(rows[-1]["normalized_score"], abs=0.1)
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(
+    job: Job, folder: Path, tmp_path: Path, read_json: Read
+) -> None:
+    """Also beside other runs in processes of their own."""
+    again = job(tmp_path, ["bc", "iw-sft-q"], seeds=(0, 1), jobs=2)
+    for algo in ("bc", "iw-sft-q"):
+        assert same(again / algo / "seed-0", folder / algo / "seed-0")
+        assert not same(again / algo / "seed-1", folder / algo / "seed-0")
+        ours = read_json(again / algo / "seed-0" / "result.json")
+        theirs = read_json(folder / algo / "seed-0" / "result.json")
+        assert ours["episode_returns"] == theirs["episode_returns"]
+
+
+def test_runs_share_their_reference_and_bc_is_it(folder: Path) -> None:
+    kept = [path for path in (folder / "reference").iterdir() if path.is_dir()]
+    assert len(kept) == 1
+    assert same(folder / "bc" / "seed-0", kept[0])
+    bc = metrics.read(folder / "bc" / "seed-0" / metrics.FILE)
+    assert bc == metrics.read(kept[0] / metrics.FILE)
+
+
+@pytest.mark.parametrize("estimator", ["steps", "trajectories"])
+def test_temperature_0_is_sft_bit_for_bit(
+    job: Job, folder: Path, variants: dict[str, Path], tmp_path: Path, estimator: str
+) -> None:
+    """The dataset has one learning rate for both, so that nothing but the weights differs."""
+    flat = job(tmp_path, ["iw-sft-q"], temperature=0.0, estimator=estimator)
+    beside = folder if estimator == "steps" else variants["trajectories"]
+    assert same(flat / "iw-sft-q" / "seed-0", beside / "sft-q" / "seed-0")
+
+
+def test_other_weights_end_in_another_policy(variants: dict[str, Path]) -> None:
+    data = variants["trajectories"]
+    assert not same(data / "iw-sft-q" / "seed-0", data / "sft-q" / "seed-0")
+
+
+def test_bc_of_another_length_is_trained_by_itself(job: Job, tmp_path: Path) -> None:
+    folder = job(tmp_path, ["bc"], steps=10, reference_steps=20)
+    assert not (folder / "reference").exists()
+    assert metrics.read(folder / "bc" / "seed-0" / metrics.FILE)[-1]["step"] == 10
+
+
+def test_the_bundled_data_runs_by_default(tmp_path: Path, read_json: Read) -> None:
+    main(Arguments(out=tmp_path, steps=10, reference_steps=10, eval_episodes=1, jobs=1))
+    run = tmp_path / "d4rl" / "hopper-replay-mini" / "iw-sft-q" / "seed-0"
+    assert read_json(run / "result.json")["env_id"] == "Hopper-v4"
+    assert read_json(run / "config.json")["settings"]["fine_tuning"]["lr"] == 1e-4
+    row = first_row(run)
+    assert row["weight_mean"] == 1.0 and row["weight_max"] == 1.0 and row["ESS"] == 1.0

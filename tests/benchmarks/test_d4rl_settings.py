@@ -1,0 +1,222 @@
+"""The paper's settings as data, against the numbers of its Table 4 and Appendix F."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.d4rl.plan import Plan, settings_of
+from benchmarks.d4rl.settings import (
+    ALGORITHMS,
+    CLONING,
+    CLONING_BATCH,
+    FINE_TUNING_BATCH,
+    TIES,
+    FineTuning,
+    fine_tuning,
+    importance_weights,
+)
+from iwsft.datasets import OfflineDataset
+from iwsft.trajectory import Segments
+
+# task: lr, warm-up, steps, alpha of the moving average, k / length, normalised weights
+TABLE_4 = {
+    "halfcheetah-medium-replay-v2": (4e-5, 300, 4500, 0.995, 1.0, False),
+    "hopper-medium-replay-v2": (1e-4, 300, 4500, 0.99, 1.0, True),
+    "walker2d-medium-replay-v2": (4e-5, 300, 2000, 0.9, 10.0, True),
+    "halfcheetah-medium-expert-v2": (4e-5, 300, 4500, 0.995, 0.8, False),
+    "hopper-medium-expert-v2": (4e-4, 300, 4500, 0.995, 0.8, False),
+    "walker2d-medium-expert-v2": (4e-5, 300, 4500, 0.995, 0.8, False),
+}
+# The authors' SFT(Q): one rate for all tasks but one.
+SFT_RATES = dict.fromkeys(TABLE_4, 4e-05) | {"hopper-medium-expert-v2": 4e-4}
+
+
+@pytest.mark.parametrize("dataset", TABLE_4)
+@pytest.mark.parametrize("algo", [name for name, each in ALGORITHMS.items() if each.weighted])
+def test_weighted_algorithms_take_their_row_of_table_4(dataset: str, algo: str) -> None:
+    row, source = fine_tuning(dataset, ALGORITHMS[algo])
+    assert (row.lr, row.warmup, row.steps, row.alpha, row.k, row.normalize) == TABLE_4[dataset]
+    assert source.startswith("Table 4")
+
+
+@pytest.mark.parametrize("dataset", TABLE_4)
+@pytest.mark.parametrize("algo", ["sft", "sft-q"])
+def test_unweighted_algorithms_take_the_settings_of_sft(dataset: str, algo: str) -> None:
+    row, source = fine_tuning(dataset, ALGORITHMS[algo])
+    assert (row.lr, row.warmup, row.steps) == (SFT_RATES[dataset], 300, 4500)
+    assert "Table 4" not in source
+
+
+@pytest.mark.parametrize(
+    ("dataset", "like"),
+    [
+        ("hopper-replay-mini", "hopper-medium-replay-v2"),
+        ("halfcheetah-mixed", "halfcheetah-medium-replay-v2"),
+        ("halfcheetah-expert-v2", "halfcheetah-medium-expert-v2"),
+        ("walker2d-full-replay-v2", "walker2d-medium-replay-v2"),
+        ("antmaze-umaze-v2", "halfcheetah-medium-replay-v2"),
+        ("mine", "halfcheetah-medium-replay-v2"),
+    ],
+)
+def test_other_datasets_borrow_a_row_and_say_so(dataset: str, like: str) -> None:
+    row, source = fine_tuning(dataset, ALGORITHMS["iw-sft-q"])
+    assert (row.lr, row.warmup, row.steps, row.alpha, row.k, row.normalize) == TABLE_4[like]
+    assert like.removesuffix("-v2").split("-")[0] in source
+
+
+def test_algorithms_are_settings_of_one_path() -> None:
+    found = {
+        name: (each.cuts, each.from_reference, each.weighted, each.per_step)
+        for name, each in ALGORITHMS.items()
+    }
+    assert found == {
+        "bc": ((), False, False, False),
+        "bc-10": ((90.0,), False, False, False),
+        "sft": ((90.0,), True, False, False),
+        "sft-q": ((90.0, 95.0, 98.0), True, False, False),
+        "iw-sft": ((90.0,), True, True, False),
+        "iw-sft-q": ((90.0, 95.0, 98.0), True, True, False),
+        "iw-sft-step": ((90.0,), True, True, True),
+    }
+
+
+def test_behaviour_cloning_as_in_appendix_f() -> None:
+    assert (CLONING.steps, CLONING.lr, CLONING.warmup) == (10_000, 1e-3, 0)
+    assert {CLONING.factor(step) for step in range(0, 10_000, 500)} == {1.0}
+    assert CLONING_BATCH["trajectories", "paper"] == 32
+    assert CLONING_BATCH["trajectories", "authors"] == 128
+    assert FINE_TUNING_BATCH["trajectories"] == 256
+    assert TIES == {"paper": ">", "authors": ">="}
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.9, 0.99, 0.995, 0.999])
+def test_a_hard_synced_q_is_on_average_as_old_as_the_moving_average(alpha: float) -> None:
+    """Age: how many updates ago the parameters in q were those of the policy."""
+    moving = sum(age * (1 - alpha) * alpha**age for age in range(100_000))
+    window = FineTuning(alpha=alpha).sync_every
+    hard = sum(range(window)) / window
+    assert hard == pytest.approx(moving, abs=1e-6)
+
+
+LENGTHS = torch.tensor([3, 1, 40])
+LOG_RATIO = torch.linspace(-0.9, 1.2, int(LENGTHS.sum()))
+COUNT = (1 / LENGTHS).repeat_interleave(LENGTHS)
+
+
+def weights(preset: Any, row: FineTuning, **settings: Any) -> list[float]:
+    """One weight a trajectory, by the chain of a preset (per step with ``per_step``)."""
+    ids = torch.arange(3).repeat_interleave(LENGTHS)
+    segments = Segments(LOG_RATIO.shape, ids, None, 3)
+    options = {"per_step": False, "target_ess": None} | settings
+    log_weight, _ = importance_weights(preset, row, **options)(LOG_RATIO, segments, COUNT)
+    if options["per_step"]:
+        return log_weight.exp().tolist()
+    return [float(each[0].exp()) for each in log_weight.split(LENGTHS.tolist())]
+
+
+def means() -> list[float]:
+    return [float(each.mean()) for each in LOG_RATIO.split(LENGTHS.tolist())]
+
+
+@pytest.mark.parametrize("k", [0.8, 10.0])
+def test_the_papers_weights_are_exp_of_k_times_the_mean_log_ratio(k: float) -> None:
+    wanted = [math.exp(k * mean) for mean in means()]
+    assert weights("paper", FineTuning(k=k)) == pytest.approx(wanted, rel=1e-5)
+    average = sum(wanted) / 3
+    normal = weights("paper", FineTuning(k=k, normalize=True))
+    assert normal == pytest.approx([weight / average for weight in wanted], rel=1e-5)
+
+
+def test_the_authors_weights_are_clipped_at_1000_before_they_are_normalised() -> None:
+    clipped = [min(1000.0, math.exp(60 * mean)) for mean in means()]
+    assert max(clipped) == 1000 and min(clipped) < 1
+    assert weights("authors", FineTuning(k=60)) == pytest.approx(clipped, rel=1e-4)
+    average = sum(clipped) / 3
+    normal = weights("authors", FineTuning(k=60, normalize=True))
+    assert normal == pytest.approx([weight / average for weight in clipped], rel=1e-4)
+
+
+@pytest.mark.parametrize(("preset", "low", "high"), [("paper", 0.2, 1.8), ("authors", 0.0, 2.0)])
+def test_per_step_weights_are_clipped_ratios(preset: str, low: float, high: float) -> None:
+    # 0.2 lies below the ratios of the others.
+    wanted = [min(high, max(low, math.exp(x))) for x in LOG_RATIO.tolist()]
+    assert weights(preset, FineTuning(), per_step=True) == pytest.approx(wanted, rel=1e-5)
+    assert max(wanted) == high
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.8])
+def test_a_target_ess_is_reached_with_mean_weight_1(fraction: float) -> None:
+    found = weights("paper", FineTuning(k=1e-3), target_ess=fraction)
+    assert sum(found) / 3 == pytest.approx(1, rel=1e-5)
+    assert sum(found) ** 2 / sum(w * w for w in found) / 3 == pytest.approx(fraction, rel=1e-4)
+
+
+def plan(**values: Any) -> Plan:
+    standard: dict[str, Any] = {
+        "algo": "iw-sft-q",
+        "dataset": "hopper-medium-replay-v2",
+        "seed": 0,
+        "preset": "paper",
+        "estimator": "steps",
+        "steps": None,
+        "reference_steps": 10_000,
+        "temperature": None,
+        "target_ess": None,
+        "eval_episodes": 100,
+        "device": "cpu",
+        "out": "runs",
+        "resume": False,
+    }
+    return Plan(**standard | values)
+
+
+@pytest.fixture
+def replay() -> OfflineDataset:
+    """Its name and fingerprint are all that a plan looks at."""
+    from tensordict import TensorDict
+
+    return OfflineDataset(TensorDict({}, [0]), "hopper-medium-replay-v2", None, None, "file", "f00")
+
+
+def test_a_shortened_run_warms_up_for_the_same_share(replay: OfflineDataset) -> None:
+    schedule = plan(steps=450).tuning(replay)
+    assert (schedule.steps, schedule.warmup, schedule.lr) == (450, 30, 1e-4)
+    assert plan().tuning(replay).warmup == 300
+    assert plan(algo="bc", steps=450).total_steps(replay) == 450
+    assert plan(algo="bc").total_steps(replay) == 10_000
+    assert plan(algo="sft-q").total_steps(replay) == 4500
+
+
+def test_the_folder_says_what_the_run_is(replay: OfflineDataset) -> None:
+    wanted = Path("runs/d4rl/hopper-medium-replay-v2/iw-sft-q/seed-3")
+    assert plan(seed=3).folder(replay) == wanted
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"seed": 1},
+        {"preset": "authors"},
+        {"estimator": "trajectories"},
+        {"algo": "sft-q"},
+        {"steps": 4501},
+        {"reference_steps": 9_999},
+        {"temperature": 2.0},
+        {"target_ess": 0.5},
+        {"ties": "rank"},
+    ],
+)
+def test_whatever_changes_the_numbers_is_in_the_settings(
+    replay: OfflineDataset, other: dict[str, Any]
+) -> None:
+    assert settings_of(plan(**other), replay) != settings_of(plan(), replay)
+
+
+@pytest.mark.parametrize("other", [{"device": "cuda"}, {"out": "elsewhere"}, {"resume": True}])
+def test_whatever_does_not_is_not(replay: OfflineDataset, other: dict[str, Any]) -> None:
+    assert settings_of(plan(**other), replay) == settings_of(plan(), replay)

@@ -1,0 +1,104 @@
+"""Where q is the reference, weights are exactly 1 and the loss is exactly SFT's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from iwsft import (
+    EMA,
+    ImportanceWeightedMLE,
+    ImportanceWeights,
+    annotate_reference,
+    reweight,
+    weights,
+)
+from iwsft.trajectory import pad, select
+
+START_CHAINS = {
+    "plain": ImportanceWeights(),
+    "sum": ImportanceWeights(step=[weights.Temperature(10.0)], reduce="sum"),
+    "per-step": ImportanceWeights(step=[weights.ClipRatio(0.2, 1.8)], reduce=None),
+    "normalised": ImportanceWeights.authors_control(1.0, normalize=True),
+    "target-ess": ImportanceWeights(trajectory=[weights.TargetESS(0.4)]),
+    "authors-llm": ImportanceWeights.authors_llm(),
+}
+
+
+@pytest.mark.parametrize("name", START_CHAINS)
+@pytest.mark.parametrize("proposal", ["lagged", "current", "cached"])
+@pytest.mark.parametrize("functional", [True, False], ids=["functional", "module"])
+def test_weights_are_exactly_one_at_the_start(
+    make_batch: Any, make_policy: Any, proposal: Any, functional: bool, name: str
+) -> None:
+    policy = make_policy(hidden=(256, 256, 256))
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(1, 40, (60,), generator=generator)
+    data = annotate_reference(policy, make_batch(sizes.tolist()))
+    loss = ImportanceWeightedMLE(
+        policy, proposal=proposal, functional=functional, importance_weights=START_CHAINS[name]
+    )
+    if proposal == "lagged":
+        EMA(loss, decay=0.9)
+    if proposal == "cached":
+        reweight(data, loss)
+        assert bool((data["importance_weight"] == 1.0).all())
+    for _ in range(8):
+        chosen = torch.randperm(60, generator=generator)[:12].sort().values
+        batch = select(data, chosen)
+        assert len(batch) >= 16
+        for layout in (batch, pad(batch)):
+            out = loss(layout)
+            assert out["weight_mean"] == out["weight_max"] == out["ESS"] == 1.0
+            if proposal != "cached":
+                segments = loss.segments(layout)
+                count = loss.count(layout, segments)
+                log_prob = loss.log_prob(layout)
+                log_weight, _ = loss.log_weights(layout, segments, count, log_prob)
+                assert bool((log_weight[segments.valid].exp() == 1.0).all())
+
+
+@pytest.mark.parametrize("functional", [True, False], ids=["functional", "module"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("length_normalize", [True, False])
+def test_q_at_the_reference_is_sft_bit_for_bit(
+    make_batch: Any,
+    make_policy: Any,
+    gradients: Any,
+    functional: bool,
+    layout: str,
+    length_normalize: bool,
+) -> None:
+    start = make_policy()
+    batch = annotate_reference(start, make_batch([5, 8, 12]))
+    batch = batch if layout == "packed" else pad(batch)
+    losses = {}
+    proposal: Any
+    for proposal in ("lagged", "cached", "reference"):
+        policy = make_policy()
+        losses[proposal] = ImportanceWeightedMLE(
+            policy,
+            proposal=proposal,
+            functional=functional,
+            length_normalize=length_normalize,
+            importance_weights=ImportanceWeights.authors_control(10.0, normalize=True),
+        )
+        if proposal == "lagged":
+            EMA(losses[proposal], decay=0.9)
+        if proposal == "cached":
+            reweight(batch, losses[proposal])
+        # Theta has moved on, q has not.
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.mul_(1.3)
+    sft, sft_gradient = losses["reference"](batch), gradients(losses["reference"], batch)
+    plain = TensorDict({k: v for k, v in batch.items() if k != "importance_weight"}, batch.shape)
+    assert torch.equal(losses["reference"](plain)["loss_iw_mle"], sft["loss_iw_mle"])
+    for proposal in ("lagged", "cached"):
+        out = losses[proposal](batch)
+        assert torch.equal(out["loss_iw_mle"], sft["loss_iw_mle"])
+        for name, gradient in gradients(losses[proposal], batch).items():
+            assert torch.equal(gradient, sft_gradient[name]), name

@@ -1,0 +1,227 @@
+"""Diagnostics of the weights, against numpy, scipy and brute force."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from iwsft import EMA, GaussianPolicy, ImportanceWeightedMLE, ImportanceWeights, weights
+from iwsft.diagnostics import QUANTILES, bound_gap, diagnose, pareto_k, weight_quantiles
+from iwsft.trajectory import from_steps, pad
+from iwsft.weights import log_ess
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    data=st.lists(st.tuples(st.integers(-50, 50), st.integers(0, 6)), min_size=1, max_size=25),
+    shape=st.sampled_from(["flat", "row"]),
+)
+def test_weight_quantiles_are_those_of_the_repeated_sample(
+    data: list[tuple[int, int]], shape: str
+) -> None:
+    assume(any(m for _, m in data))
+    w, m = (torch.tensor(column) for column in zip(*data, strict=True))
+    w = w.float()
+    if shape == "row":
+        w, m = w[None], m[None]
+    repeated = np.repeat([x for x, _ in data], [c for _, c in data])
+    probabilities = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0)
+    truth = np.quantile(repeated, probabilities, method="inverted_cdf")
+    # Counts matter up to a factor only.
+    for count in (m, m.double() / 7):
+        ours = weight_quantiles(w, count, probabilities)
+        assert ours.tolist()[1:] == truth.tolist()[1:]
+        assert ours.dtype == torch.float32
+
+
+@pytest.mark.parametrize("k", [0.1, 0.5, 0.7, 1.0, 1.5])
+@pytest.mark.parametrize("location", [0.0, 3.0])
+def test_pareto_k_finds_the_shape_of_a_pareto_tail(k: float, location: float) -> None:
+    n = 40_000
+    estimates = []
+    for seed in range(8):
+        sample = stats.genpareto.rvs(k, loc=location, size=n, random_state=seed)
+        estimates.append(pareto_k(torch.from_numpy(sample)))
+    tail = int(3 * math.sqrt(n))
+    # Standard error of the shape is (1 + k) / sqrt(tail); the prior pulls by 10 draws of k = 0.5.
+    expected = (tail * k + 10 * 0.5) / (tail + 10)
+    error = (1 + k) / math.sqrt(tail)
+    assert np.mean(estimates) == pytest.approx(expected, abs=4 * error / math.sqrt(8))
+    assert np.std(estimates) < 2 * error
+
+
+def test_pareto_k_tells_light_tails_from_heavy_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    light = pareto_k(torch.rand(10_000, generator=generator))
+    middle = pareto_k(torch.randn(10_000, generator=generator).exp())
+    heavy = pareto_k((4 * torch.randn(10_000, generator=generator)).exp())
+    # A uniform tail has shape -1, one of log-normals grows with their spread.
+    assert light < -0.8 and light < middle < heavy and heavy > 0.7
+    scaled = pareto_k(1e-3 * torch.rand(10_000, generator=torch.Generator().manual_seed(0)))
+    assert scaled == pytest.approx(light, abs=1e-3)
+
+
+def zhang_stephens(excess: list[float]) -> float:
+    """Their estimate of the shape, term by term (with the denser grid of PSIS)."""
+    n = len(excess)
+    grid = 30 + math.isqrt(n)
+    quartile = excess[int(n / 4 + 0.5) - 1]
+    b = [
+        1 / excess[-1] + (1 - math.sqrt(grid / (j - 0.5))) / (3 * quartile)
+        for j in range(1, grid + 1)
+    ]
+    k = [sum(math.log1p(-bj * x) for x in excess) / n for bj in b]
+    likelihood = [n * (math.log(-bj / kj) - kj - 1) for bj, kj in zip(b, k, strict=True)]
+    weight = [1 / sum(math.exp(other - each) for other in likelihood) for each in likelihood]
+    mean = sum(w * bj for w, bj in zip(weight, b, strict=True))
+    return sum(math.log1p(-mean * x) for x in excess) / n
+
+
+@pytest.mark.parametrize("n", [25, 100, 224, 225, 2000])
+def test_pareto_k_is_the_published_fit(n: int) -> None:
+    sample = np.sort(np.random.default_rng(n).lognormal(0.0, 1.5, n))
+    tail = int(min(n / 5, 3 * math.sqrt(n)))
+    excess = (sample[-tail:] - sample[-tail - 1]).tolist()
+    expected = (tail * zhang_stephens(excess) + 10 * 0.5) / (tail + 10)
+    assert pareto_k(torch.from_numpy(sample)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_pareto_k_is_nan_where_there_is_no_tail() -> None:
+    assert math.isnan(pareto_k(torch.rand(24)))
+    assert not math.isnan(pareto_k(torch.rand(25, generator=torch.Generator().manual_seed(0))))
+    assert math.isnan(pareto_k(torch.ones(1000)))
+    assert math.isnan(pareto_k(torch.full((1000,), 1e6)))
+    noise = 1 + 1e-7 * torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    assert math.isnan(pareto_k(noise))
+    clipped = torch.rand(1000, generator=torch.Generator().manual_seed(0)).clamp(max=0.5)
+    assert math.isnan(pareto_k(clipped))
+
+
+LOGS = st.lists(
+    st.tuples(st.floats(-8, 8), st.floats(-8, 8), st.integers(0, 4)), min_size=1, max_size=20
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=LOGS)
+def test_bound_gap_against_brute_force(data: list[tuple[float, float, int]]) -> None:
+    assume(any(m for _, _, m in data))
+    p, q, m = (torch.tensor(column) for column in zip(*data, strict=True))
+    out = bound_gap(p, q, m)
+    scale = sum(c * math.exp(b) for _, b, c in zip(p, q.tolist(), m.tolist(), strict=True))
+    value = sum(c * math.exp(a) for a, c in zip(p.tolist(), m.tolist(), strict=True)) / scale
+    surrogate = (
+        sum(
+            c * math.exp(b) * (1 + a - b)
+            for a, b, c in zip(p.tolist(), q.tolist(), m.tolist(), strict=True)
+        )
+        / scale
+    )
+    assert float(out["importance_sampled_return"]) == pytest.approx(value, rel=1e-9)
+    assert float(out["surrogate"]) == pytest.approx(surrogate, rel=1e-9, abs=1e-9)
+    assert float(out["bound_gap"]) == pytest.approx(value - surrogate, rel=1e-9, abs=1e-9 * value)
+    assert float(out["bound_gap"]) >= -1e-12 * value
+    same = bound_gap(q, q, m)
+    assert float(same["bound_gap"]) == 0.0
+    assert float(same["surrogate"]) == pytest.approx(1.0)
+
+
+def test_bound_gap_stays_finite_far_out() -> None:
+    p, q = torch.tensor([900.0, 0.0]), torch.tensor([899.0, -torch.inf])
+    out = bound_gap(p, q, torch.ones(2))
+    # J / S's scale: e^1 against 1 + 1.
+    assert float(out["bound_gap"]) == pytest.approx(math.e - 2.0)
+
+
+def trajectories(sizes: list[int], policy: GaussianPolicy) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    n = len(ids)
+    batch = from_steps(
+        {
+            "observation": torch.randn(n, 3, generator=generator),
+            "action": 2 * torch.rand(n, 2, generator=generator) - 1,
+        },
+        ids,
+    )
+    batch["ref_log_prob"] = policy.log_prob(batch.copy()).detach()
+    batch["multiplicity"] = torch.randint(1, 4, (len(sizes),), generator=generator)[ids]
+    return batch
+
+
+def policy_of(seed: int) -> GaussianPolicy:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return GaussianPolicy(3, 2, hidden=(8,))
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("proposal", ["lagged", "current", "reference"])
+def test_diagnose_against_the_loss(layout: str, proposal: Any) -> None:
+    sizes = [1 + i % 5 for i in range(40)]
+    batch = trajectories(sizes, policy_of(1))
+    first = torch.tensor([0, *np.cumsum(sizes)[:-1]])
+    m = batch["multiplicity"][first].double()
+    policy = policy_of(0)
+    chain = ImportanceWeights(step=[weights.Temperature(2.0)], reduce="mean")
+    loss = ImportanceWeightedMLE(policy, proposal=proposal, importance_weights=chain)
+    if proposal == "lagged":
+        EMA(loss, decay=0.5)
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.mul_(1.3)
+    given_batch = batch if layout == "packed" else pad(batch)
+    out = diagnose(loss, given_batch)
+    rho = (policy.log_prob(batch.copy()).detach() - batch["ref_log_prob"]).double()
+    log_p = 2 * torch.stack([part.mean() for part in rho.split(sizes)])
+    segments = loss.segments(batch)
+    count = loss.count(batch, segments)
+    log_prob = loss.log_prob(batch)
+    log_q = loss.log_weights(batch, segments, count, log_prob)[0][first].double()
+    repeated = np.repeat(log_q.exp().numpy(), m.long().numpy())
+    for p in QUANTILES:
+        truth = np.quantile(repeated, p, method="inverted_cdf")
+        assert out[f"weight_q{round(100 * p):02d}"] == pytest.approx(truth, rel=1e-5)
+    j = float(m @ log_p.exp() / (m @ log_q.exp()))
+    s = float((m * log_q.exp()) @ (1 + log_p - log_q) / (m @ log_q.exp()))
+    assert out["importance_sampled_return"] == pytest.approx(j, rel=1e-5)
+    assert out["surrogate"] == pytest.approx(s, rel=1e-5)
+    assert out["bound_gap"] == pytest.approx(j - s, rel=1e-3, abs=1e-6)
+    if proposal == "current":
+        assert out["bound_gap"] == 0
+    else:
+        assert out["bound_gap"] > 0
+    if proposal == "reference":
+        assert "pareto_k" not in out and out["weight_q05"] == out["weight_q95"] == 1
+    else:
+        assert out["pareto_k"] == pytest.approx(pareto_k(log_q.exp()), rel=1e-4)
+    assert all(isinstance(value, float) for value in out.values())
+
+
+def test_diagnose_the_per_step_variant_and_batches_without_reference() -> None:
+    sizes = [3] * 20
+    batch = trajectories(sizes, policy_of(1))
+    loss = ImportanceWeightedMLE(
+        policy_of(0), proposal="current", importance_weights=ImportanceWeights(reduce=None)
+    )
+    out = diagnose(loss, batch)
+    rho = loss.log_prob(batch).detach() - batch["ref_log_prob"]
+    assert out["pareto_k"] == pytest.approx(pareto_k(rho.exp()), rel=1e-4)
+    bare = diagnose(
+        ImportanceWeightedMLE(policy_of(0), proposal="reference"), batch.exclude("ref_log_prob")
+    )
+    assert set(bare) == {f"weight_q{round(100 * p):02d}" for p in QUANTILES}
+
+
+def test_ess_counts_like_repetition() -> None:
+    log_w = torch.tensor([0.3, -1.0, 2.0])
+    repeated = torch.tensor([0.3, 0.3, -1.0, 2.0, 2.0, 2.0]).double().exp()
+    truth = repeated.sum() ** 2 / (6 * (repeated**2).sum())
+    assert float(log_ess(log_w, torch.tensor([2, 1, 3])).exp()) == pytest.approx(float(truth))
