@@ -104,6 +104,16 @@ def bound_gap(log_weight_p: Tensor, log_weight_q: Tensor, count: Tensor) -> dict
     }
 
 
+def weighted_mean(value: Tensor, weight: Tensor, count: Tensor) -> Tensor:
+    """Mean of ``value`` under the weights, sum m w v / sum m w, in float64.
+
+    With returns as values it is the return of the data as the loss sees it: how far the weights
+    sharpen what curation has chosen.
+    """
+    share = count.double() * weight.double()
+    return (share * value.double()).sum() / share.sum()
+
+
 @torch.no_grad()
 def diagnose(
     loss: ImportanceWeightedMLE, batch: TensorDictBase, terms: Terms | None = None

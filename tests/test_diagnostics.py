@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from iwsft import EMA, GaussianPolicy, ImportanceWeightedMLE, ImportanceWeights, weights
-from iwsft.diagnostics import QUANTILES, bound_gap, diagnose, pareto_k, weight_quantiles
+from iwsft.diagnostics import (
+    QUANTILES,
+    bound_gap,
+    diagnose,
+    pareto_k,
+    weight_quantiles,
+    weighted_mean,
+)
 from iwsft.trajectory import from_steps, pad
 from iwsft.weights import log_ess
 
@@ -225,3 +232,12 @@ def test_ess_counts_like_repetition() -> None:
     repeated = torch.tensor([0.3, 0.3, -1.0, 2.0, 2.0, 2.0]).double().exp()
     truth = repeated.sum() ** 2 / (6 * (repeated**2).sum())
     assert float(log_ess(log_w, torch.tensor([2, 1, 3])).exp()) == pytest.approx(float(truth))
+
+
+def test_weighted_mean_is_that_of_repeated_samples() -> None:
+    value = torch.tensor([1.0, 5.0, 2.0])
+    repeated = [1.0, 5.0, 5.0, 5.0, 2.0, 2.0]
+    weight = {1.0: 0.5, 5.0: 2.0, 2.0: 1.0}
+    truth = sum(weight[v] * v for v in repeated) / sum(weight[v] for v in repeated)
+    found = weighted_mean(value, torch.tensor([0.5, 2.0, 1.0]), torch.tensor([1, 3, 2]))
+    assert float(found) == pytest.approx(truth, rel=1e-12)

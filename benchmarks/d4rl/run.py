@@ -24,7 +24,7 @@ from benchmarks.d4rl.plan import BENCHMARK, Plan, alone_in, settings_of, write_j
 from iwsft import checkpoint, datasets, metrics
 from iwsft.curation import curate
 from iwsft.datasets import OfflineDataset
-from iwsft.diagnostics import diagnose
+from iwsft.diagnostics import diagnose, weighted_mean
 from iwsft.evaluation import Evaluation, evaluate
 from iwsft.files import written_whole
 from iwsft.objective import ImportanceWeightedMLE, Proposal
@@ -33,10 +33,12 @@ from iwsft.proposals import EMA, HardSync
 from iwsft.reference import annotate_reference
 from iwsft.samplers import StepSampler, TrajectorySampler
 from iwsft.training import Cost, Probe, Row, Schedule, fit
-from iwsft.trajectory import ACTION, OBSERVATION
+from iwsft.trajectory import ACTION, OBSERVATION, REWARD, Segments
 
 # Told of the stage, its number of updates, and a row of metrics.
 Say = Callable[[str, int, Row], None]
+# Return of a step's trajectory; batches carry it along for the look at the weights.
+_RETURN = "trajectory_return"
 _CURVE_EPISODES = 10
 _CURVE_POINTS = 10
 # Seeds of the learning curve's episodes, apart from those of the final score.
@@ -194,6 +196,18 @@ def checkpoints(steps: int) -> int:
     return min(500, max(1, steps // 10))
 
 
+def weights(loss: ImportanceWeightedMLE, every: int, whole: TensorDictBase | None) -> Probe:
+    """A closer look at the weights, and at the mean return of what they choose."""
+
+    def look(batch: TensorDictBase) -> Row:
+        seen = batch if whole is None else whole
+        terms = loss.terms(seen)
+        chosen = weighted_mean(seen.get(_RETURN), terms.log_weight.exp(), terms.counts)
+        return diagnose(loss, seen, terms) | {"weighted_return": float(chosen)}
+
+    return Probe(every, look)
+
+
 def environment_of(dataset: OfflineDataset) -> str:
     """The environment a dataset is scored in."""
     if dataset.env_id is None:
@@ -229,6 +243,8 @@ def fine_tune(
     """(iw-)SFT from the reference policy on curated, annotated trajectories."""
     row, _ = plan.row(dataset)
     algorithm = plan.algorithm
+    along = Segments.of(data)
+    data.set(_RETURN, along.spread(along.sum(data.get(REWARD))))
     by_steps = plan.estimator == "steps"
     # q = pi_ref leaves all weights at 1.
     lag: Proposal = "cached" if by_steps else "lagged"
@@ -244,17 +260,17 @@ def fine_tune(
             if by_steps
             else EMA(loss, decay=row.alpha)
         )
-    # Single steps have no trajectory weights: the whole curated set is looked at instead.
-    weigh = Probe(
-        row.sync_every if by_steps else max(1, row.steps // 100),
-        lambda batch: diagnose(loss, data if by_steps else batch),
-    )
+    look: list[Probe] = []
+    if algorithm.weighted:
+        every = row.sync_every if by_steps else max(1, row.steps // 100)
+        # Single steps have no trajectory weights: the whole curated set is looked at instead.
+        look = [weights(loss, every, data if by_steps else None)]
     return fit(
         loss,
         sampler(plan, data, paper.FINE_TUNING_BATCH[plan.estimator]),
         plan.tuning(dataset),
         updater=updater,
-        probes=[curve(plan, dataset, policy, row.steps), *([weigh] if algorithm.weighted else [])],
+        probes=[curve(plan, dataset, policy, row.steps), *look],
         folder=folder,
         settings=settings_of(plan, dataset),
         log_every=max(1, row.steps // 100),
