@@ -7,10 +7,8 @@ q / pi_ref favour what the policy already prefers, until it always pulls the rig
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +25,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.modules import OneHotCategorical, ProbabilisticActor
 
+from benchmarks.provenance import hardware, versions, write_json
 from benchmarks.report.scores import bootstrap_interval
 from iwsft import ImportanceWeightedMLE, ImportanceWeights, annotate_reference, weights
 from iwsft.files import written_whole
@@ -221,12 +220,12 @@ def main(arguments: Arguments) -> dict[Algorithm, list[Run]]:
     content = {
         "benchmark": "bandit",
         "settings": {**asdict(arguments), "out": str(arguments.out)},
-        "versions": {name: version(name) for name in ("torch", "torchrl", "tensordict")},
+        "versions": versions(),
+        "hardware": hardware("cpu"),
         "wall_seconds": time.perf_counter() - start,
         "algorithms": summary(runs),
     }
-    with written_whole(data) as partial:
-        partial.write_text(json.dumps(content, indent=1))
+    write_json(data, content)
     console = Console()
     console.print(table(runs))
     console.print(f"{figure}\n{data}", soft_wrap=True)

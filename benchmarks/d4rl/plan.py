@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 
 from benchmarks.d4rl import settings as paper
+from benchmarks.provenance import hardware, versions, write_json
 from iwsft import checkpoint
 from iwsft.checkpoint import CheckpointError, differences
 from iwsft.curation import Ties
 from iwsft.datasets import OfflineDataset
-from iwsft.files import full_disk_named, written_whole
+from iwsft.files import full_disk_named
 from iwsft.training import Schedule
 from iwsft.weights import ImportanceWeights
 
 BENCHMARK = "d4rl"
-_PACKAGES = ("torch", "tensordict", "torchrl", "gymnasium", "mujoco", "numpy")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a run hangs on; plain values. See ``benchmarks.d4rl.__main__.Arguments``."""
+    """Everything a run hangs on; plain values. See ``benchmarks.d4rl.arguments.Arguments``."""
 
     algo: str
     dataset: str
@@ -203,7 +199,7 @@ def config_of(plan: Plan, dataset: OfflineDataset) -> dict[str, Any]:
         "estimator": plan.estimator,
         "settings": settings_of(plan, dataset),
         "eval_episodes": plan.eval_episodes,
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
+        "versions": versions(),
         "hardware": hardware(plan.device),
         "command": " ".join(["python -m benchmarks.d4rl", *sys.argv[1:]]),
     }
@@ -233,15 +229,3 @@ def _check_same(folder: Path, held: dict[str, Any], config: dict[str, Any]) -> N
             f"{folder} holds a run with other settings: {differ}; run with those, or choose "
             "another --out"
         )
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
-    with written_whole(path) as partial_path:
-        partial_path.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def hardware(device: str) -> dict[str, str | int | None]:
-    """What the run runs on."""
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
-    return {"device": device, "name": name, "cpus": os.cpu_count(), "system": platform.system()}

@@ -20,7 +20,8 @@ import torch
 from tensordict import TensorDictBase
 
 from benchmarks.d4rl import settings as paper
-from benchmarks.d4rl.plan import BENCHMARK, Plan, alone_in, settings_of, write_json
+from benchmarks.d4rl.plan import BENCHMARK, Plan, alone_in, settings_of
+from benchmarks.provenance import write_json
 from iwsft import checkpoint, datasets, metrics
 from iwsft.curation import curate
 from iwsft.datasets import OfflineDataset

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING
 
 import torch
 from joblib import Parallel, delayed
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from rich.console import Console
 
+from benchmarks.d4rl.arguments import Arguments
 from benchmarks.d4rl.checks import check_data, check_settings
 from benchmarks.d4rl.plan import Plan, claim
 from benchmarks.d4rl.run import run
@@ -19,9 +19,6 @@ from benchmarks.report.tables import score_table
 from iwsft import datasets
 from iwsft.checkpoint import CheckpointError
 from iwsft.training import Row
-
-if TYPE_CHECKING:
-    from benchmarks.d4rl.__main__ import Arguments
 
 # What settings, data, disk and network can cause. Anything else is a bug, and keeps its traceback.
 EXPECTED = (

@@ -7,10 +7,8 @@ python -m benchmarks.speed control --dataset halfcheetah-mixed.hdf5 --json contr
 from __future__ import annotations
 
 import os
-import platform
 from dataclasses import asdict, dataclass
 from importlib import import_module
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -20,12 +18,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.d4rl.plan import hardware, write_json
+from benchmarks.provenance import hardware, versions, write_json
 from benchmarks.speed.measure import Check, DisagreementError, Options, Row
 
 # A subject is a file of its name beside this one, with measure(Options) -> Iterator[Row | Check].
 Subject = Literal["control", "baselines", "language"]
-_PACKAGES = ("torch", "tensordict", "torchrl", "gymnasium", "mujoco", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +93,7 @@ def report(arguments: Arguments, rows: list[Row], checks: list[Check]) -> dict[s
             "scale": arguments.scale,
             "threads": torch.get_num_threads(),
         },
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
+        "versions": versions(),
         "hardware": hardware("cpu"),
         "rows": [asdict(row) for row in rows],
         "checks": [asdict(check) for check in checks],

@@ -11,7 +11,8 @@ import h5py
 import numpy as np
 import pytest
 
-from benchmarks.d4rl.__main__ import Arguments, main
+from benchmarks.d4rl.__main__ import main
+from benchmarks.d4rl.arguments import Arguments
 from iwsft import environments
 
 # Tiny settings of a run that takes about a second.

@@ -17,7 +17,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from benchmarks.d4rl.__main__ import Arguments
+from benchmarks.d4rl.arguments import Arguments
 from iwsft import metrics
 from iwsft.datasets import catalog
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.d4rl.__main__ import Arguments, main
+from benchmarks.d4rl.__main__ import main
+from benchmarks.d4rl.arguments import Arguments
 from benchmarks.d4rl.settings import ALGORITHMS
 from benchmarks.report import __main__ as report
 from iwsft import datasets, metrics
