@@ -144,7 +144,7 @@ def draw(runs: dict[Algorithm, list[Run]]) -> Figure:
     """Mean reward over updates: mean over seeds and its 95 % interval."""
     figure = Figure(figsize=(6.0, 3.8), layout="constrained")
     ax = figure.subplots()
-    for (algorithm, done), colour in zip(runs.items(), ("#d55e00", "#0072b2"), strict=True):
+    for (algorithm, done), colour in zip(runs.items(), ("#0072b2", "#d55e00"), strict=True):
         rewards = np.stack([each.reward for each in done])
         update = np.arange(rewards.shape[1])
         low, high = bootstrap_interval(rewards)
