@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ def test_the_lines_of_python_train_a_policy() -> None:
     trajectories = datasets.load(datasets.DEFAULT).trajectories
     policy = GaussianPolicy(11, 3)
     before = [parameter.clone() for parameter in policy.parameters()]
-    names = {
+    names: dict[str, Any] = {
         "policy": policy,
         "trajectories": trajectories,
         "optimizer": torch.optim.Adam(policy.parameters(), lr=1e-3),
@@ -28,6 +29,8 @@ def test_the_lines_of_python_train_a_policy() -> None:
     exec("\n".join(first), names)
     names["batch"] = TrajectorySampler(trajectories, 16).sample()
     exec(last, names)
+    names["optimizer"].step()
+    names["q"].step()
     assert all(
         not torch.equal(old, new) for old, new in zip(before, policy.parameters(), strict=True)
     )
