@@ -83,6 +83,7 @@ def _page(
             shown,
         ),
         _image("weights.png", "Quantiles of the importance weights, mean over seeds.", shown),
+        _weights(group),
         "## Cost",
         "One run, evaluation included, mean over seeds. The reference policy is trained once for "
         "all algorithms that start from it, and stands apart.",
@@ -90,6 +91,11 @@ def _page(
         _provenance(group),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _weights(group: Sequence[Cell]) -> str:
+    grid = tables.weight_grid(group)
+    return f"At the end, mean over seeds:\n\n{grid.markdown()}" if grid.rows else ""
 
 
 def _scores(group: Sequence[Cell], unfinished: Sequence[Path]) -> str:

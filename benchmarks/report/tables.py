@@ -149,6 +149,31 @@ def cost_grid(group: Sequence[Cell]) -> Grid:
     return grid
 
 
+# Metric of a row of metrics.jsonl -> heading.
+_WEIGHTS = {
+    "ESS": "ESS",
+    "weight_q05": "weight, 5 %",
+    "weight_q50": "50 %",
+    "weight_q95": "95 %",
+    "pareto_k": "Pareto k-hat",
+    "weighted_return": "mean return under the weights",
+}
+
+
+def weight_grid(group: Sequence[Cell]) -> Grid:
+    """What the weights were when they were last looked at: means over the seeds that say so."""
+    grid = Grid(["dataset", "algorithm", *_WEIGHTS.values()])
+    for cell in group:
+        looked = [[row for row in run.metrics if "weight_q50" in row] for run in cell.runs]
+        last = [rows[-1] for rows in looked if rows]
+        if not last:
+            continue
+        values = [[row[name] for row in last if name in row] for name in _WEIGHTS]
+        means = [f"{sum(v) / len(v):.4g}" if v else NOTHING for v in values]
+        grid.rows.append([cell.dataset, cell.algo, *means])
+    return grid
+
+
 def aggregate_grid(aggregates: Aggregates) -> Grid:
     """rliable's aggregate metrics with their intervals, in units of the D4RL score."""
     grid = Grid(["algorithm", "seeds", *(metric.label for metric in METRICS)], left=1)
