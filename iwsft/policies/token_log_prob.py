@@ -183,7 +183,7 @@ class _Blocks:
         dtype: torch.dtype,
     ) -> None:
         self.wide = torch.promote_types(dtype, torch.float32)
-        on_cuda = hidden.device.type == "cuda"
+        on_cuda = hidden.device.type == "cuda" and torch.version.hip is None
         # Only CUDA multiplies half-precision factors into float32; its rounding of the factors is
         # kept elsewhere, too.
         self.dtype = dtype if on_cuda else self.wide
