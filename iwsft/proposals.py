@@ -51,8 +51,13 @@ class _ProposalUpdater(TargetNetUpdater):
             return
         source_state = loss.actor_network.state_dict(keep_vars=True)
         target_state = loss.target_actor_network.state_dict(keep_vars=True)
+        # Tied weights stand under several names; they move once.
+        seen: set[int] = set()
         for key, source in source_state.items():
-            yield source.data, target_state[key].data
+            target = target_state[key].data
+            if target.data_ptr() not in seen or target.numel() == 0:
+                seen.add(target.data_ptr())
+                yield source.data, target
 
     def state_dict(self) -> dict[str, Any]:
         """Progress that the loss does not hold: where in the window we are."""

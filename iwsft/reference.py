@@ -52,11 +52,7 @@ def annotate_reference(
             kept file that is corrupt or does not fit the policy.
         OSError: the cache can't be written; nothing half-written stays.
     """
-    if trajectories.is_locked:
-        raise ValueError(
-            "these trajectories are locked, so ref_log_prob can't be written into them; pass "
-            "trajectories.copy(), which shares their memory"
-        )
+    check_unlocked(trajectories)
     if cache is None:
         trajectories.set(REF_LOG_PROB, _reference(policy, trajectories, rows))
         return trajectories
@@ -70,13 +66,79 @@ def annotate_reference(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"ref_log_prob-{_key(policy, trajectories)}.npy"
     if path.exists():
-        log_prob = _read(path)
+        log_prob = read_log_prob(path)
         _check_fit(log_prob, policy, trajectories, path)
     else:
         log_prob = _reference(policy, trajectories, rows)
-        _write(path, log_prob)
+        write_log_prob(path, log_prob)
     trajectories.set(REF_LOG_PROB, log_prob.to(Segments.of(trajectories).index.device))
     return trajectories
+
+
+def check_unlocked(trajectories: TensorDictBase) -> None:
+    """Refuse trajectories that ``ref_log_prob`` can't be written into.
+
+    Raises:
+        ValueError: they are locked.
+    """
+    if trajectories.is_locked:
+        raise ValueError(
+            "these trajectories are locked, so ref_log_prob can't be written into them; pass "
+            "trajectories.copy(), which shares their memory"
+        )
+
+
+def near(policy: nn.Module) -> float:
+    """How far log-probs of the same policy may be apart: half the digits, for kernels differ."""
+    precisions = [p.dtype for p in policy.parameters() if p.is_floating_point()]
+    eps = max((torch.finfo(p).eps for p in precisions), default=0.0)
+    return max(eps, torch.finfo(torch.float32).eps) ** 0.5
+
+
+def write_log_prob(path: Path, log_prob: Tensor, *, label: str = "") -> None:
+    """Keep log-probs as ``.npy`` with a checksum, whole or not at all.
+
+    Args:
+        path: the file.
+        log_prob: any shape.
+        label: what the file belongs to; whoever reads it must name the same.
+
+    Raises:
+        OSError: it can't be written; nothing half-written stays.
+    """
+    buffer = io.BytesIO()
+    np.save(buffer, log_prob.cpu().numpy(), allow_pickle=False)
+    body = buffer.getvalue()
+    with written_whole(path) as partial:
+        # After the array, where readers of .npy do not look.
+        partial.write_bytes(body + _checksum(label, body))
+
+
+def read_log_prob(
+    path: Path, *, label: str = "", way_out: str = "delete the file and run again"
+) -> Tensor:
+    """Read what :func:`write_log_prob` kept, onto the CPU.
+
+    Args:
+        path: the file.
+        label: what it must belong to.
+        way_out: what to do about a damaged file, for the error.
+
+    Raises:
+        ValueError: the file is damaged, or belongs to something else.
+    """
+    content = path.read_bytes()
+    body, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
+    if _checksum(label, body) != digest:
+        raise ValueError(
+            f"the reference kept in {path} is corrupt or belongs elsewhere (its checksum does not "
+            f"fit); {way_out}"
+        )
+    return torch.from_numpy(np.load(io.BytesIO(body), allow_pickle=False))
+
+
+def _checksum(label: str, body: bytes) -> bytes:
+    return hashlib.sha256(label.encode() + body).digest()
 
 
 def _reference(policy: Any, trajectories: TensorDictBase, rows: int) -> Tensor:
@@ -122,26 +184,6 @@ def _contents(policy: nn.Module, trajectories: TensorDictBase) -> Iterator[str]:
     yield fingerprint(dict(data.flatten_keys("/").items()))
 
 
-def _write(path: Path, log_prob: Tensor) -> None:
-    buffer = io.BytesIO()
-    np.save(buffer, log_prob.cpu().numpy(), allow_pickle=False)
-    body = buffer.getvalue()
-    with written_whole(path) as partial:
-        # After the array, where readers of .npy do not look.
-        partial.write_bytes(body + hashlib.sha256(body).digest())
-
-
-def _read(path: Path) -> Tensor:
-    content = path.read_bytes()
-    body, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
-    if hashlib.sha256(body).digest() != digest:
-        raise ValueError(
-            f"the reference kept in {path} is corrupt (its checksum does not fit); delete the "
-            "file and run again"
-        )
-    return torch.from_numpy(np.load(io.BytesIO(body), allow_pickle=False))
-
-
 def _check_fit(
     log_prob: Tensor, policy: nn.Module, trajectories: TensorDictBase, path: Path
 ) -> None:
@@ -149,12 +191,9 @@ def _check_fit(
     segments = Segments.of(trajectories)
     head = next(whole_trajectories(segments, 1))
     now = chunked_log_prob(policy, trajectories[head]).float().cpu()
-    # Half of the digits, for kernels differ.
-    precisions = [p.dtype for p in policy.parameters() if p.is_floating_point()]
-    eps = max((torch.finfo(p).eps for p in precisions), default=0.0)
-    near = max(eps, torch.finfo(torch.float32).eps) ** 0.5
+    close = near(policy)
     fits = log_prob.shape == segments.shape and torch.allclose(
-        log_prob[head], now, rtol=near, atol=near
+        log_prob[head], now, rtol=close, atol=close
     )
     if not fits:
         raise ValueError(

@@ -74,7 +74,7 @@ class EpochBatches(Sampler[list[int]]):
             self.epoch, self._handed_out = epoch, 0
 
     def __iter__(self) -> Iterator[list[int]]:
-        batches = self._batches()
+        batches = self.of(self.epoch)
         last = len(batches) - 1
         for number in range(self._handed_out, len(batches)):
             # Before it is handed out, so that the state is always that of the next batch.
@@ -86,7 +86,7 @@ class EpochBatches(Sampler[list[int]]):
         """Batches of the current epoch, all of them."""
         if self.batch_size is not None:
             return -(-len(self._sizes) // self.batch_size)
-        return len(self._batches())
+        return len(self.of(self.epoch))
 
     def state_dict(self) -> dict[str, Any]:
         """Where the draws stand; batches that load it go on from here."""
@@ -116,8 +116,9 @@ class EpochBatches(Sampler[list[int]]):
             "seed": self.seed,
         }
 
-    def _batches(self) -> list[list[int]]:
-        generator = torch.Generator().manual_seed(self._epoch_seed())
+    def of(self, epoch: int) -> list[list[int]]:
+        """All batches of an epoch."""
+        generator = torch.Generator().manual_seed(self._epoch_seed(epoch))
         order = torch.randperm(len(self._sizes), generator=generator).tolist()
         if self.batch_size is not None:
             return [
@@ -137,10 +138,10 @@ class EpochBatches(Sampler[list[int]]):
         each = [sizes[entry] for entry in batch]
         return max(each) * len(each) if self.padded else sum(each)
 
-    def _epoch_seed(self) -> int:
+    def _epoch_seed(self, epoch: int) -> int:
         # A seed of its own for each epoch, so that any epoch can be started alone.
         generator = torch.Generator().manual_seed(self.seed)
-        return int(torch.randint(2**62, (self.epoch + 1,), generator=generator)[-1])
+        return int(torch.randint(2**62, (epoch + 1,), generator=generator)[-1])
 
 
 class EpochSampler:

@@ -56,9 +56,13 @@ class TrajectoryDataset(Dataset[TensorDictBase]):
         """Tokens of each entry, int64 ``[len(self)]``."""
         return self._sizes[self._trajectory]
 
+    def trajectory(self, number: int) -> int:
+        """The trajectory of entry ``number``, counted from 0."""
+        return int(self._trajectory[number])
+
     def __getitem__(self, number: int) -> TensorDictBase:
         """Entry ``number``: one trajectory, batch size ``[T]``, a view without multiplicity."""
-        trajectory = int(self._trajectory[number])
+        trajectory = self.trajectory(number)
         stop = int(self._stops[trajectory])
         steps = self.trajectories[stop - int(self._sizes[trajectory]) : stop]
         # Drawn as often as its multiplicity says, it counts once a draw.

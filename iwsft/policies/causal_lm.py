@@ -132,6 +132,15 @@ class CausalLMPolicy(nn.Module):
         out = found.new_zeros(tokens.layout.numel())
         return out.index_copy(0, tokens.source[chosen], found).reshape(tokens.layout)
 
+    def check(self, trajectories: TensorDictBase) -> None:
+        """Refuse trajectories that the model can't read, without running it.
+
+        Raises:
+            KeyError: an input key is missing.
+            ValueError: as :meth:`log_prob` does.
+        """
+        _check(_Tokens.of(trajectories), check_decoder(self.model))
+
     @contextmanager
     def reference(self) -> Iterator[None]:
         """PEFT: within, log-probs are those of the model without its adapters, pi_ref.

@@ -135,6 +135,26 @@ def test_q_updaters_follow(functional: bool) -> None:
     torch.testing.assert_close(current(batch)["ESS"], lagged, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("functional", [False, True])
+def test_tied_weights_move_once_an_update(functional: bool) -> None:
+    theta = decoder(tie_word_embeddings=True)
+    policy = CausalLMPolicy(theta)
+    loss = ImportanceWeightedMLE(policy, proposal="lagged", functional=functional)
+    q = EMA(loss, decay=0.9)
+    before = {name: p.detach().clone() for name, p in policy_parameters(loss).items()}
+    with torch.no_grad():
+        for p in policy_parameters(loss).values():
+            p.add_(1.0)
+    q.step()
+    targets = dict(
+        loss.target_actor_network_params.flatten_keys(".").items()
+        if functional
+        else loss.target_actor_network.named_parameters()
+    )
+    for name, start in before.items():
+        torch.testing.assert_close(targets[f"model.{name}"].detach(), start + 0.1)
+
+
 @pytest.mark.parametrize("proposal", ["current", "lagged", "cached"])
 def test_weights_of_the_first_step_are_exactly_one(proposal: str) -> None:
     threads = torch.get_num_threads()

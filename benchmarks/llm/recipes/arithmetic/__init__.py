@@ -1,0 +1,1 @@
+"""Sums written out step by step: the paper's bandit (Section 3.5) in language."""

@@ -1,0 +1,52 @@
+"""One forward pass over many micro-batches, shared out over processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iwsft.language.microbatch import PLACE, MicroBatches
+from iwsft.language.tokens import ATTENTION_MASK
+from iwsft.policies.log_prob import evaluating
+from iwsft.trajectory import Segments
+
+
+@torch.no_grad()
+def swept_log_prob(
+    policy: Any, micro: MicroBatches, batches: list[list[int]], accelerator: Any
+) -> Tensor:
+    """log p of each token in some micro-batches, in eval mode and without gradient.
+
+    Process r runs ``batches[r::processes]``; each process gets all results. Where a trajectory
+    stands in several batches, that of the first is taken.
+
+    Args:
+        policy: with ``log_prob(batch)``.
+        micro: from numbers to batches.
+        batches: entries of each, the same on all processes.
+        accelerator: accelerate's, which knows the processes and the device.
+
+    Returns:
+        ``[N]`` float32 on the CPU, in the layout of all trajectories; 0 for those in no batch.
+    """
+    processes, process = accelerator.num_processes, accelerator.process_index
+    trajectory = Segments.of(micro.entries.trajectories).index
+    out = torch.zeros(len(trajectory))
+    # Whether a trajectory has had no batch yet.
+    fresh = torch.ones(int(trajectory[-1]) + 1, dtype=torch.bool)
+    # Sharded models gather parameters together: where batches run short, the last is run again.
+    short = -len(batches) % processes
+    with evaluating(policy):
+        for number, entries in enumerate([*batches, *batches[-1:] * short]):
+            held = [micro.entries.trajectory(entry) for entry in entries]
+            if number % processes == process:
+                batch = micro(entries)
+                log_prob = policy.log_prob(batch.to(accelerator.device)).float().cpu()
+                real = batch.get(ATTENTION_MASK)
+                place = batch.get(PLACE)[real]
+                first = fresh[trajectory[place]]
+                out[place[first]] = log_prob[real][first]
+            fresh[held] = False
+    return accelerator.reduce(out.to(accelerator.device), "sum").cpu()

@@ -1,0 +1,487 @@
+"""transformers' Trainer with the library's loss: SFT and importance-weighted SFT of a causal LM."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    TrainOutput,
+    get_last_checkpoint,
+    rotate_checkpoints,
+)
+
+from iwsft.checkpoint import CheckpointError
+from iwsft.fingerprint import fingerprint
+from iwsft.language import saving
+from iwsft.language.batches import EpochBatches
+from iwsft.language.config import ImportanceWeightedConfig
+from iwsft.language.measures import Measures
+from iwsft.language.microbatch import Entries, MicroBatches
+from iwsft.language.plan import Plan, ProcessBatches
+from iwsft.language.reference import annotate_tokens, cached_reference
+from iwsft.language.shadow import Shadow
+from iwsft.language.sweep import swept_log_prob
+from iwsft.language.tokens import ASSISTANT_MASK, TOKENS
+from iwsft.language.weighing import Weigher
+from iwsft.objective import LOSS, ImportanceWeightedMLE
+from iwsft.policies.causal_lm import CausalLMPolicy
+from iwsft.trajectory import REF_LOG_PROB, TRAJ_IDS, Segments
+from iwsft.weights import ImportanceWeights, SelfNormalize, TargetESS
+
+WEIGHTS = "weights.pt"
+REFERENCE = "reference"
+
+
+class ImportanceWeightedTrainer(Trainer):
+    """Fine-tunes a causal LM on curated trajectories with :class:`~iwsft.ImportanceWeightedMLE`.
+
+    Everything around the loss is transformers' own: accelerate, DeepSpeed ZeRO and FSDP2, gradient
+    accumulation and checkpointing, mixed precision, schedules, logging. What differs:
+
+    - A batch is trajectories, and the loss is divided once, by the draws of an update over all
+      accumulated micro-batches and processes. An update is the same however it is divided up
+      (:class:`~iwsft.language.plan.Plan`); draws are without replacement, a trajectory standing in
+      an epoch as often as its ``multiplicity`` says.
+    - The reference is the model as it is handed over (its adapters off, where it has some). Its
+      log-probs are computed once at the start, within the engine and in the batches of the first
+      epoch, so the first update's weights are exactly those of log-ratio 0; they are kept on disk.
+    - Log lines hold ``ESS``, ``weight_mean``, ``weight_max``, ``clip_fraction``, ``kl_approx`` and
+      ``log_prob`` beside the loss.
+    - A checkpoint is whole or not there. Resuming, in mid-window of a hard sync too, continues the
+      run as if it had never stopped.
+
+    Args:
+        model: a causal decoder with its output layer, or a PEFT model of one.
+        args: settings.
+        trajectories: packed token trajectories, curated; see ``iwsft.language.tokenize``.
+            ``ref_log_prob`` is written into them.
+        importance_weights: from per-token log-ratios to weights; by default exp of the mean
+            log-ratio of a trajectory.
+        eval_trajectories: held out; ``evaluate`` gives their mean negative log-likelihood.
+        processing_class: the tokenizer; its pad token fills batches, and it is saved along.
+        callbacks: further callbacks of transformers.
+        optimizers: an optimizer and a schedule in place of those that ``args`` names.
+
+    Raises:
+        ValueError: settings that do not fit together or are not supported, an empty dataset, or
+            trajectories that the model can't read.
+        OverflowError: a chain of weights that must overflow on these trajectories.
+    """
+
+    # The loss is divided by the draws of the whole update.
+    loss_is_scaled_for_ga = True
+    args: ImportanceWeightedConfig
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: ImportanceWeightedConfig,
+        *,
+        trajectories: TensorDictBase,
+        importance_weights: ImportanceWeights | None = None,
+        eval_trajectories: TensorDictBase | None = None,
+        processing_class: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        pad_token_id = getattr(processing_class, "pad_token_id", None) or 0
+        self._policy = CausalLMPolicy(model)
+        for held in (trajectories, eval_trajectories):
+            if held is not None:
+                self._policy.check(held)
+        weights = ImportanceWeights() if importance_weights is None else importance_weights
+        self._micro = _micro_batches(trajectories, args, pad_token_id)
+        self._eval_micro = (
+            None
+            if eval_trajectories is None
+            else _micro_batches(eval_trajectories, args, pad_token_id)
+        )
+        if args.proposal != "reference":
+            weights.check_overflow(_longest(trajectories))
+        self._trajectories = trajectories
+        self._loss = ImportanceWeightedMLE(
+            self._policy,
+            importance_weights=weights,
+            proposal="cached" if args.proposal == "lagged" else args.proposal,
+            length_normalize=args.length_normalize,
+            reduction="sum",
+            functional=False,
+        )
+        self._loss.loss_mask_key = ASSISTANT_MASK
+        self._loss.set_keys(action=TOKENS)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=self._micro.entries,
+            eval_dataset=None if self._eval_micro is None else self._eval_micro.entries,
+            data_collator=self._micro.of,
+            processing_class=processing_class,
+            callbacks=[*(callbacks or []), _AtStart(self)],
+            optimizers=optimizers,
+        )
+        self._check_engine(weights)
+        self._plan = self._planned(self._micro.entries)
+        self._measures = Measures()
+        self._weigher: Weigher | None = None
+        self._shadow: Shadow | None = None
+        self._resumed: Path | None = None
+        self._reference_key: str | None = None
+        self._finite = torch.tensor(True)
+        self._aside = False
+        self._parameters = sum(p.numel() for p in model.parameters())
+        self._fingerprint = fingerprint(
+            {str(key): trajectories.get(key) for key in (TOKENS, ASSISTANT_MASK, TRAJ_IDS)}
+        )
+
+    # ---- data ----
+
+    def _planned(self, entries: Entries) -> Plan:
+        args = self.args
+        batches = EpochBatches(
+            entries.sizes,
+            batch_size=None if args.token_budget else args.per_device_train_batch_size,
+            token_budget=args.token_budget,
+            padded=args.layout == "padded",
+            multiple_of=args.pad_to_multiple_of,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
+        shape = {
+            "accumulation": args.gradient_accumulation_steps,
+            "processes": self.accelerator.num_processes,
+        }
+        epochs = max(1, math.ceil(args.num_train_epochs))
+        plan = Plan(batches, epochs=epochs, **shape)
+        while args.max_steps > plan.updates * epochs:
+            epochs = math.ceil(args.max_steps / plan.updates)
+            plan = Plan(batches, epochs=epochs, **shape)
+        return plan
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches of this process: as planned, and not dealt out again by accelerate."""
+        workers = self.args.dataloader_num_workers
+        return _PlannedLoader(
+            self._micro.entries,
+            batch_sampler=ProcessBatches(self._plan, self.accelerator.process_index),
+            collate_fn=self._micro.of,
+            num_workers=workers,
+            persistent_workers=workers > 0 and self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """The micro-batches of the next update, with their weights, and its draws overall."""
+        update = self.state.global_step
+        if self._weigher is not None and update >= self._weigher.until:
+            self._weigh(update)
+        batches = [next(epoch_iterator) for _ in range(num_batches)]
+        draws = torch.zeros((), dtype=torch.float64, device=device)
+        for batch in batches:
+            if self._weigher is not None:
+                self._weigher.write(batch)
+            segments = self._loss.segments(batch)
+            draws += self._loss.count(batch, segments).sum().to(device)
+        self._measures.begin()
+        return batches, self.accelerator.reduce(draws, "sum")
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return inputs.to(self.args.device)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """6 x parameters x tokens of a batch, the usual estimate."""
+        return 6 * self._parameters * int(inputs.get(TOKENS).numel())
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        if self.args.include_num_input_tokens_seen != "no":
+            tokens = torch.tensor(inputs.get(TOKENS).numel(), device=self.args.device)
+            self.state.num_input_tokens_seen += int(self.accelerator.reduce(tokens, "sum"))
+
+    # ---- loss ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The share of a micro-batch in the loss of its update.
+
+        Times the number of processes, as engines average gradients over them.
+        """
+        self._policy.model = model
+        terms = self._loss.terms(inputs)
+        out = self._loss.summary(terms)
+        clipped = math.nan if self._weigher is None else self._weigher.clip_fraction
+        self._measures.add(terms, clipped)
+        draws = terms.counts.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = out[LOSS] * (self.accelerator.num_processes / draws).to(out[LOSS].dtype)
+        self._finite = self._finite.to(loss.device) & loss.detach().isfinite()
+        return (loss, out) if return_outputs else loss
+
+    def _weigh(self, update: int) -> None:
+        """Weigh the window of updates that starts here."""
+        if self._weigher is None:
+            raise RuntimeError(f"proposal={self.args.proposal!r} has no weights to keep")
+        width = self.args.sync_every or 1
+        window = range(update, min(update + width, max(self.state.max_steps, update + 1)))
+        q: AbstractContextManager[Any] = nullcontext()
+        if self._shadow is not None:
+            q = self._shadow.swapped()
+        with q:
+            self._weigher.weigh(window, self._sweep)
+
+    def _sweep(self, batches: list[list[int]]) -> Tensor:
+        """log p of the tokens in some batches, at their places among all trajectories."""
+        self._policy.model = self.model_wrapped
+        return swept_log_prob(self._policy, self._micro, batches, self.accelerator)
+
+    # ---- start and resumption ----
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train; see :class:`transformers.Trainer`.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder; True: the last one in ``output_dir``.
+            trial: of a search over settings.
+            ignore_keys_for_eval: not used.
+
+        Raises:
+            CheckpointError: a checkpoint that is damaged, of other settings, or of another number
+                of processes.
+            FloatingPointError: loss or weights are no longer finite; checkpoints stay.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise CheckpointError(
+                    f"there is no checkpoint in {self.args.output_dir}; train without "
+                    "resume_from_checkpoint"
+                )
+        self._resumed = None
+        if isinstance(resume_from_checkpoint, str):
+            self._resumed = Path(resume_from_checkpoint)
+        self._reference_key = None
+        if self._resumed is not None:
+            self._reference_key = saving.check(self._resumed, self._settings())
+        result: TrainOutput = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        return result
+
+    def _start(self) -> None:
+        """What needs the engine: reference, q. Called when training begins or goes on."""
+        if self.args.proposal == "reference":
+            return
+        self._annotate()
+        if self.args.proposal == "lagged":
+            self._shadow = Shadow(
+                self.model_wrapped, decay=self.args.ema_decay or 0.0, optimizer=self.optimizer
+            )
+        if self._loss.proposal == "cached":
+            self._weigher = Weigher(self._loss, self._micro.entries, self._plan)
+            self._weigher.until = self.state.global_step
+        if self._resumed is not None:
+            self._load(self._resumed)
+
+    def _annotate(self) -> None:
+        """Write ``ref_log_prob`` into the trajectories; a resumed run takes that of its start."""
+        cache = Path(self.args.reference_cache or f"{self.args.output_dir}/{REFERENCE}")
+        if self._reference_key is not None:
+            cached_reference(self._trajectories, self._reference_key, cache=cache)
+        else:
+            self._policy.model = self.model_wrapped
+            found = annotate_tokens(
+                self._policy,
+                self._trajectories,
+                self._plan.epoch(0),
+                cache=cache,
+                layout=self._micro.layout,
+                pad_token_id=self._micro.pad_token_id,
+                multiple_of=self._micro.multiple_of,
+                device=self.accelerator.device,
+            )
+            self._reference_key = found.key
+        self._micro.entries.trajectories.set(REF_LOG_PROB, self._trajectories.get(REF_LOG_PROB))
+
+    def _settings(self) -> dict[str, Any]:
+        """What a checkpoint belongs to."""
+        args = self.args
+        return {
+            "proposal": args.proposal,
+            "sync_every": args.sync_every,
+            "ema_decay": args.ema_decay,
+            "importance_weights": repr(self._loss.importance_weights),
+            "length_normalize": args.length_normalize,
+            "layout": args.layout,
+            "pad_to_multiple_of": args.pad_to_multiple_of,
+            "plan": self._plan.settings(),
+            "trajectories": self._fingerprint,
+        }
+
+    def _load(self, checkpoint: Path) -> None:
+        if self._weigher is not None:
+            self._weigher.load_state_dict(saving.read_state(checkpoint / WEIGHTS))
+        if self._shadow is not None:
+            self._shadow.load_state_dict(saving.read_state(checkpoint / self._shadow_file))
+
+    @property
+    def _shadow_file(self) -> str:
+        return f"q_{self.accelerator.process_index}.pt"
+
+    # ---- checkpoints ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run = super()._get_output_dir(trial)
+        return str(Path(run) / saving.ASIDE) if self._aside else run
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint aside, ours included, and move it to its place when it is whole."""
+        self._check_finite()
+        run = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            saving.clear(run)
+        self.accelerator.wait_for_everyone()
+        with saving.written_aside(run):
+            self._aside = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._aside = False
+            folder = run / saving.ASIDE / name
+            if self._shadow is not None:
+                saving.write_state(folder / self._shadow_file, self._shadow.state_dict())
+            if self._weigher is not None and self.args.should_save:
+                saving.write_state(folder / WEIGHTS, self._weigher.state_dict())
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                saving.seal(folder, self._settings(), self._reference_key)
+                saving.publish(folder, run / name)
+                rotate_checkpoints(str(run), save_total_limit=self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    # ---- logs ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Write a log line, with what the weights came to since the last one."""
+        if "loss" in logs:
+            self._check_finite()
+            logs |= self._measures.collect(
+                lambda x: self.accelerator.gather(x.to(self.args.device)).cpu()
+            )
+        super().log(logs, start_time)
+
+    def _check_finite(self) -> None:
+        if not bool(self._finite):
+            raise FloatingPointError(
+                f"the loss is no longer finite, at update {self.state.global_step} or a little "
+                f"before; lower learning_rate ({self.args.learning_rate:g}) or clip the weights. "
+                "Earlier checkpoints stay"
+            )
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Mean negative log-likelihood of the held-out trajectories, by trajectory and by token.
+
+        Args:
+            eval_dataset: not taken; they are handed over as ``eval_trajectories``.
+            ignore_keys: not used.
+            metric_key_prefix: of the names.
+
+        Raises:
+            ValueError: there are no held-out trajectories.
+        """
+        if self._eval_micro is None or eval_dataset is not None:
+            raise ValueError("hand held-out trajectories over as eval_trajectories=...")
+        self._policy.model = self.model_wrapped
+        numbers = range(len(self._eval_micro.entries))
+        width = self.args.per_device_eval_batch_size
+        batches = [list(numbers[at : at + width]) for at in range(0, len(numbers), width)]
+        log_prob = swept_log_prob(self._policy, self._eval_micro, batches, self.accelerator)
+        held = self._eval_micro.entries.trajectories
+        segments = self._loss.segments(held)
+        count = self._loss.count(held, segments)
+        steps = count * segments.spread(segments.lengths)
+        metrics = {
+            f"{metric_key_prefix}_loss": -float((count * log_prob).sum() / count.sum()),
+            f"{metric_key_prefix}_token_loss": -float((steps * log_prob).sum() / steps.sum()),
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _check_engine(self, weights: ImportanceWeights) -> None:
+        """Refuse ways of running that would change the result."""
+        args = self.args
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {args.n_gpu} GPUs; start one process a GPU (accelerate launch, "
+                "or python -m benchmarks.llm --deepspeed)"
+            )
+        if any(size > 1 for size in (self.get_tp_size(), self.get_cp_size(), self.get_sp_size())):
+            raise ValueError(
+                "tensor, context and sequence parallelism cut a trajectory into parts, which is "
+                "not supported; use ZeRO-3 or FSDP2"
+            )
+        looking = [t for t in weights.trajectory if isinstance(t, SelfNormalize | TargetESS)]
+        parts = args.gradient_accumulation_steps * self.accelerator.num_processes
+        if args.proposal == "current" and looking and parts > 1:
+            raise ValueError(
+                f"{looking[0]} looks at all weights of an update, which here stand in {parts} "
+                "micro-batches; use proposal='cached' with sync_every=1, which computes them first"
+            )
+
+
+class _PlannedLoader(DataLoader[Any]):
+    """A DataLoader whose batch sampler hears of epochs."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+class _AtStart(TrainerCallback):
+    """Tells the trainer when its engine is ready and when an update is done."""
+
+    def __init__(self, trainer: ImportanceWeightedTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer._start()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if self._trainer._shadow is not None:
+            self._trainer._shadow.step()
+
+
+def _micro_batches(
+    trajectories: TensorDictBase, args: ImportanceWeightedConfig, pad_token_id: int
+) -> MicroBatches:
+    return MicroBatches(Entries(trajectories), args.layout, pad_token_id, args.pad_to_multiple_of)
+
+
+def _longest(trajectories: TensorDictBase) -> int:
+    """Trained tokens of the longest trajectory."""
+    mask = trajectories.get(ASSISTANT_MASK)
+    return int(Segments.of(trajectories, mask=mask).lengths.max())

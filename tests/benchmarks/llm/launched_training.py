@@ -1,0 +1,85 @@
+"""What test_launch_processes starts: two updates of a tiny decoder, and what they were run as."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config, Trainer, TrainingArguments
+
+from benchmarks.llm.launch import assert_engine, launched
+
+
+def live_bytes() -> dict[str, int]:
+    """Bytes of all tensors there are, by dtype, each storage once."""
+    gc.collect()
+    found: dict[int, tuple[str, int]] = {}
+    for thing in gc.get_objects():
+        if not issubclass(type(thing), torch.Tensor) or thing.is_meta:
+            continue
+        for tensor in (thing, getattr(thing, "ds_tensor", None), thing.grad):
+            if tensor is not None:
+                storage = tensor.untyped_storage()
+                found[storage.data_ptr()] = (str(tensor.dtype), storage.nbytes())
+    total: Counter[str] = Counter()
+    for dtype, size in found.values():
+        total[dtype] += size
+    return dict(total)
+
+
+def refusals(trainer: Trainer, launch: Any) -> dict[str, str]:
+    """What is said where something else was asked for."""
+    other = {"stage": 2, "processes": 4, "engine": "fsdp2", "offload_optimizer": True}
+    said = {}
+    for name, value in other.items():
+        try:
+            assert_engine(trainer, replace(launch, **{name: value}))
+        except ValueError as error:
+            said[name] = str(error)
+    return said
+
+
+def main(out: str) -> None:
+    """Train, and write what was seen into ``out``."""
+    launch = launched()
+    assert launch is not None
+    args = TrainingArguments(
+        out,
+        use_cpu=True,
+        bf16=True,
+        max_steps=2,
+        per_device_train_batch_size=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    config = Qwen2Config(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
+    row = {"input_ids": torch.arange(16), "labels": torch.arange(16)}
+    trainer = Trainer(AutoModelForCausalLM.from_config(config), args, train_dataset=[row] * 8)
+    assert_engine(trainer, launch)
+    seen: dict[str, Any] = {"launch": asdict(launch), "refusals": refusals(trainer, launch)}
+    trainer.train()
+    seen["loss"] = trainer.state.log_history[-1]["train_loss"]
+    seen["live"] = live_bytes()
+    seen["threads"] = torch.get_num_threads()
+    Path(out, f"rank-{args.process_index}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
+    # So that the status is seen to come through.
+    sys.exit(3)

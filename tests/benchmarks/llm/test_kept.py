@@ -1,0 +1,88 @@
+"""Folders that are kept: made once, whole, and checked when they are found."""
+
+from __future__ import annotations
+
+import errno
+import json
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.llm.kept import file_sha256, kept
+
+
+def _make(folder: Path) -> Mapping[str, Any]:
+    (folder / "a").write_bytes(b"abc")
+    (folder / "inner").mkdir()
+    (folder / "inner" / "b").write_bytes(b"")
+    return {"note": 1}
+
+
+def test_a_folder_is_made_once_and_recorded(tmp_path: Path):
+    made = []
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        made.append(folder)
+        time.sleep(0.2)
+        return _make(folder)
+
+    home = tmp_path / "deep" / "home"
+    found: list[Path] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(kept(home, make, remake="run again")))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [home] * 3 and len(made) == 1
+    # SHA-256 of "abc" and of nothing, as published with the standard (FIPS 180-2).
+    assert json.loads((home / "record.json").read_text()) == {
+        "note": 1,
+        "sha256": {
+            "a": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+            "inner/b": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+        },
+    }
+    assert file_sha256(home / "a").startswith("ba7816bf")
+
+
+@pytest.mark.parametrize("change", ["other", "missing", "new", "record", "no record"])
+def test_a_change_is_found_and_the_way_out_named(change: str, tmp_path: Path):
+    home = kept(tmp_path / "home", _make, remake="train again")
+    if change == "other":
+        (home / "inner" / "b").write_bytes(b"x")
+    elif change == "missing":
+        (home / "inner" / "b").unlink()
+    elif change == "new":
+        (home / "inner" / "c").touch()
+    elif change == "record":
+        (home / "record.json").write_text('{"sha256": 3}')
+    else:
+        (home / "record.json").unlink()
+    named = "record.json" if "record" in change else "inner/c" if change == "new" else "inner/b"
+    with pytest.raises(ValueError, match=rf"{named}.*delete .*and train again"):
+        kept(home, _make, remake="train again")
+
+
+def test_what_fails_or_is_killed_leaves_no_folder(tmp_path: Path):
+    def fails(folder: Path) -> Mapping[str, Any]:
+        _make(folder)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    home = tmp_path / "home"
+    with pytest.raises(OSError, match=r"no space left to write .*home"):
+        kept(home, fails, remake="run again")
+    assert not home.exists()
+    assert [path.name for path in tmp_path.iterdir()] == [".home.lock"]
+    # What a kill in mid-way leaves.
+    (tmp_path / ".home.partial").mkdir()
+    (tmp_path / ".home.partial" / "stale").touch()
+    kept(home, _make, remake="run again")
+    assert sorted(path.name for path in home.iterdir()) == ["a", "inner", "record.json"]
+    assert not (tmp_path / ".home.partial").exists()

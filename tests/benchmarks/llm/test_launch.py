@@ -1,0 +1,239 @@
+"""Which config is taken on which hardware, what is started, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin, patch_environment
+from accelerate.utils.launch import prepare_multi_gpu_env
+from transformers import Qwen2Config
+
+from benchmarks.llm.hardware import Hardware
+from benchmarks.llm.launch import assert_engine, choose
+from benchmarks.llm.launch_config import CONFIGS, Launch, names
+from benchmarks.llm.scaling import MODELS, Arguments, main
+from iwsft.language.memory import REDUCE_BUCKET, DecoderSizes, Setup
+
+ROOT = Path(__file__).parents[3]
+CPU = Hardware(gpus=0, cores=4)
+NODE = Hardware(gpus=8, cores=64, gpu_memory=85 * 10**9, host_memory=10**12)
+SECOND = Hardware(gpus=8, cores=64, nodes=2, node_rank=1, address="first", port=29_511)
+
+
+@pytest.fixture(autouse=True)
+def shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+
+def started(launch: Launch) -> Any:
+    """What accelerate makes of the command."""
+    parsed = launch_command_parser().parse_args(launch.command("some.module", ["--algo", "sft"]))
+    return _validate_launch_command(parsed)[0]
+
+
+def test_the_packaged_configs() -> None:
+    assert names() == sorted(
+        ["single", "cpu_zero3", "zero2", "zero3", "zero3_offload", "fsdp2", "multi_node"]
+    )
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.json")))
+def test_deepspeed_configs_leave_to_the_arguments_what_is_theirs(name: str) -> None:
+    config = json.loads((CONFIGS / f"{name}.json").read_text())
+    for key in ("train_batch_size", "gradient_accumulation_steps", "gradient_clipping"):
+        assert config[key] == "auto"
+    assert config["bf16"] == {"enabled": "auto"} and "optimizer" not in config
+    zero = config["zero_optimization"]
+    if zero["stage"] == 3:
+        # Above 0 a moving average of the weights would go stale.
+        assert zero["stage3_param_persistence_threshold"] == 0
+    if name != "cpu_zero3":
+        assert zero["reduce_bucket_size"] == REDUCE_BUCKET
+
+
+@pytest.mark.parametrize(
+    ("config", "hardware", "expected"),
+    [
+        (None, CPU, ("cpu_zero3", "deepspeed", 3, "cpu", 2, 2)),
+        (None, Hardware(gpus=4, cores=8), ("zero3", "deepspeed", 3, "cuda", 4, 2)),
+        (None, SECOND, ("multi_node", "deepspeed", 3, "cuda", 16, 8)),
+        ("zero2", CPU, ("zero2", "deepspeed", 2, "cpu", 2, 2)),
+        ("zero2", Hardware(gpus=1, cores=8), ("zero2", "deepspeed", 2, "cuda", 1, 8)),
+        ("fsdp2", NODE, ("fsdp2", "fsdp2", None, "cuda", 8, 8)),
+        ("single", NODE, ("single", "single", None, "cuda", 1, 64)),
+        ("single", CPU, ("single", "single", None, "cpu", 1, 4)),
+        ("cpu_zero3", NODE, ("cpu_zero3", "deepspeed", 3, "cpu", 2, 32)),
+    ],
+)
+def test_what_is_started(config: str | None, hardware: Hardware, expected: Any) -> None:
+    launch = choose(config, hardware)
+    found = (launch.config, launch.engine, launch.stage, launch.device, launch.processes)
+    assert (*found, launch.threads) == expected
+    parsed = started(launch)
+    assert parsed.num_processes == launch.processes
+    assert bool(parsed.use_deepspeed) == (launch.engine == "deepspeed")
+    assert bool(parsed.use_fsdp) == (launch.engine == "fsdp2")
+    assert parsed.module and parsed.training_script == "some.module"
+    assert parsed.training_script_args == ["--algo", "sft"]
+    if launch.engine == "deepspeed":
+        file = json.loads(Path(parsed.deepspeed_config_file).read_text())
+        assert file["zero_optimization"]["stage"] == launch.stage
+    if launch.engine == "fsdp2":
+        assert int(parsed.fsdp_version) == 2
+    hidden = launch.environment().get("CUDA_VISIBLE_DEVICES")
+    assert hidden == ("" if launch.device == "cpu" else None)
+
+
+def test_fsdp2_is_what_accelerate_reads_from_its_config() -> None:
+    parsed = started(choose("fsdp2", NODE))
+    with patch_environment(**prepare_multi_gpu_env(parsed)):
+        plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+    assert plugin.auto_wrap_policy is not None
+    assert "SHARDED" in str(plugin.state_dict_type)
+
+
+def test_a_node_of_several_is_told_its_place() -> None:
+    parsed = started(choose("multi_node", SECOND))
+    assert (parsed.num_machines, parsed.num_processes, parsed.machine_rank) == (2, 16, 1)
+    assert (parsed.main_process_ip, parsed.main_process_port) == ("first", 29_511)
+    assert parsed.deepspeed_multinode_launcher == "standard"
+    assert parsed.same_network and parsed.rdzv_backend == "static"
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens", "expected"),
+    [("0.5B", 4096, "zero2"), ("7B", 22_000, "zero2"), ("32B", 22_000, "zero3_offload")],
+)
+def test_the_first_config_that_the_model_fits_in(model: str, tokens: int, expected: str) -> None:
+    sizes = DecoderSizes.of(Qwen2Config(**MODELS[model]))
+    assert choose(None, NODE, model=sizes, setup=Setup(tokens=tokens)).config == expected
+
+
+def test_a_model_that_fits_nowhere_is_refused_with_figures() -> None:
+    sizes = DecoderSizes.of(Qwen2Config(**MODELS["32B"]))
+    small = Hardware(gpus=8, cores=64, gpu_memory=24 * 10**9, host_memory=256 * 10**9)
+    said = r"zero3_offload \d+ GB a GPU and 590 GB .* 8 GPUs of 24 GB and 256 GB"
+    with pytest.raises(ValueError, match=said):
+        choose(None, small, model=sizes)
+    # Asked for by name, it is tried.
+    assert choose("zero3", small, model=sizes).config == "zero3"
+
+
+def test_own_files(tmp_path: Path) -> None:
+    deepspeed = tmp_path / "mine.json"
+    deepspeed.write_text('{"zero_optimization": {"stage": 1}}')
+    launch = choose(str(deepspeed), NODE)
+    assert (launch.stage, launch.processes, launch.config) == (1, 8, str(deepspeed))
+    assert started(launch).deepspeed_config_file == str(deepspeed)
+
+    accelerate = tmp_path / "mine.yaml"
+    accelerate.write_text(
+        "distributed_type: DEEPSPEED\nnum_processes: 3\nnum_machines: 1\n"
+        f"deepspeed_config: {{deepspeed_config_file: {deepspeed}}}\n"
+    )
+    launch = choose(str(accelerate), NODE)
+    assert (launch.stage, launch.processes, launch.threads) == (1, 3, 21)
+    accelerate.write_text("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 3}\n")
+    launch = choose(str(accelerate), NODE)
+    assert (launch.stage, launch.processes, launch.deepspeed_file) == (3, 8, None)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("distributed_type: MULTI_GPU\nnum_processes: 2\n", "take zero2"),
+        ("distributed_type: DEEPSPEED\nno_such_key: 1\n", "no_such_key"),
+        ("distributed_type: FSDP\nfsdp_config: {fsdp_version: 1}\n", "FSDP1 is not supported"),
+        ("[", "no config of accelerate"),
+        ("", "no config of accelerate"),
+    ],
+)
+def test_own_files_that_cannot_be_used(tmp_path: Path, content: str, said: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=said):
+        choose(str(path), NODE)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"zero_optimization": 3}', "[]"])
+def test_a_deepspeed_file_without_a_stage(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="no DeepSpeed config with a zero_optimization stage"):
+        choose(str(path), NODE)
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "said"),
+    [
+        ("zero4", ValueError, "one of cpu_zero3, fsdp2, multi_node, single, zero2"),
+        ("no/such.yaml", FileNotFoundError, "no such file"),
+        ("fsdp2", ValueError, "needs GPUs.*use cpu_zero3"),
+        ("zero3_offload", ValueError, "no GPU to offload.*use cpu_zero3"),
+        ("multi_node", ValueError, "only one node.*NNODES, NODE_RANK, MASTER_ADDR"),
+    ],
+)
+def test_what_the_hardware_cannot_run(config: str, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        choose(config, CPU)
+
+
+def test_hardware_reads_its_place_from_the_environment() -> None:
+    assert Hardware.here({}).nodes == 1
+    place = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "first", "MASTER_PORT": "29511"}
+    found = Hardware.here(place)
+    assert (found.nodes, found.node_rank, found.address, found.port) == (2, 1, "first", 29_511)
+    assert found.cores >= 1
+    for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        with pytest.raises(ValueError, match=f"{name} is not set"):
+            Hardware.here({key: value for key, value in place.items() if key != name})
+    for wrong in ({"NNODES": "two"}, {"NNODES": "0"}, {**place, "NODE_RANK": "2"}):
+        with pytest.raises(ValueError, match="NNODES|NODE_RANK"):
+            Hardware.here(wrong)
+
+
+def accelerator(kind: str, processes: int, **state: Any) -> Any:
+    """What accelerate tells of itself."""
+    return SimpleNamespace(
+        state=SimpleNamespace(distributed_type=SimpleNamespace(value=kind), **state),
+        num_processes=processes,
+        device=SimpleNamespace(type="cpu"),
+    )
+
+
+def test_a_silent_fallback_is_an_error() -> None:
+    launch = choose("cpu_zero3", CPU)
+    # As accelerate does with ACCELERATE_USE_CPU, and without use_cpu.
+    with pytest.raises(ValueError, match="engine deepspeed, but .* engine MULTI_CPU.*use_cpu=True"):
+        assert_engine(accelerator("MULTI_CPU", 2), launch)
+    with pytest.raises(ValueError, match="processes 2, but .* processes 1"):
+        assert_engine(accelerator("NO", 1), launch)
+    fsdp = choose("fsdp2", Hardware(gpus=2, cores=2))
+    plugin = SimpleNamespace(fsdp_version=1)
+    with pytest.raises(ValueError, match="engine fsdp1, device cpu"):
+        assert_engine(accelerator("FSDP", 2, fsdp_plugin=plugin), fsdp)
+
+
+def test_the_slurm_script_is_sound_and_names_what_exists() -> None:
+    script = CONFIGS.parent / "slurm" / "job.sh"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    text = script.read_text()
+    for name in ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        assert re.search(rf"\b{name}=", text)
+    (config,) = re.findall(r"--deepspeed (\w+)", text)
+    assert config in names()
+
+
+def test_the_tables_in_the_docs_are_those_of_the_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main(Arguments())
+    assert capsys.readouterr().out.strip() in (ROOT / "docs" / "scaling.md").read_text()

@@ -1,0 +1,129 @@
+"""Processes that are really started: what they are told, the engine they get, how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from transformers import Qwen2Config
+
+from benchmarks.llm.hardware import Hardware
+from benchmarks.llm.launch import choose, launched, run
+from benchmarks.llm.launch_config import VARIABLE
+from iwsft.language.memory import DecoderSizes, Setup, training_memory
+
+CPU = Hardware(gpus=0, cores=2)
+BUCKET = 1_000_000
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The started processes find this folder's modules; one thread each."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+
+
+def test_two_ranks_train_under_zero3_and_take_the_memory_that_was_computed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    launch = choose("cpu_zero3", CPU)
+    assert run(launch, "launched_training", [str(tmp_path)]) == 3
+    assert "Traceback" not in capfd.readouterr().err
+    seen = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    assert launched() is None and VARIABLE not in os.environ
+
+    config = Qwen2Config(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
+    setup = Setup(engine="zero3", processes=2, accelerator=False, reduce_bucket=BUCKET)
+    memory = training_memory(DecoderSizes.of(config), setup)
+    for rank in seen:
+        assert rank["launch"]["stage"] == 3 and rank["launch"]["processes"] == 2
+        assert rank["loss"] == seen[0]["loss"]
+        assert rank["threads"] == 1
+        assert sorted(rank["refusals"]) == ["engine", "offload_optimizer", "processes", "stage"]
+        assert "stage 2, but training would run with stage 3" in rank["refusals"]["stage"]
+        half = memory.weights + memory.gradients + memory.buckets
+        assert rank["live"]["torch.bfloat16"] == pytest.approx(half, rel=1e-3)
+        assert rank["live"]["torch.float32"] == pytest.approx(memory.optimizer, rel=1e-2)
+
+
+def test_a_killed_process_is_named_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "killed.py").write_text(
+        "import os, signal, time\n"
+        "if os.environ['RANK'] == '1':\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert run(choose("cpu_zero3", CPU), "killed", []) == 128 + signal.SIGKILL
+    said = capfd.readouterr().err
+    assert "error: process 1 of 2 was ended by SIGKILL; most often memory ran out" in said
+    assert "Traceback" not in said
+
+
+def test_a_single_process_sees_its_arguments_and_no_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "alone.py").write_text(
+        "import json, os, sys\n"
+        "open(sys.argv[1], 'w').write(json.dumps([sys.argv[2:], dict(os.environ)]))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    out = tmp_path / "seen.json"
+    assert run(choose("single", CPU), "alone", [str(out), "--algo", "sft", "a b"]) == 0
+    arguments, environment = json.loads(out.read_text())
+    assert arguments == ["--algo", "sft", "a b"]
+    assert environment["CUDA_VISIBLE_DEVICES"] == "" and "LOCAL_RANK" not in environment
+
+
+def test_a_started_process_starts_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ValueError, match="one of several processes already"):
+        run(choose("cpu_zero3", CPU), "anything", [])
+
+
+@pytest.mark.parametrize(("config", "processes"), [("single", 1), ("cpu_zero3", 2)])
+def test_a_signal_to_end_reaches_every_process(
+    config: str, processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "waiting.py").write_text(
+        "import os, pathlib, time\n"
+        "pathlib.Path(__file__).with_name(f'{os.getpid()}.pid').touch()\n"
+        "time.sleep(100)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[3]}")
+    lines = (
+        "from benchmarks.command import ends_as_ctrl_c_does, ends_in_one_line",
+        "from benchmarks.llm.hardware import Hardware",
+        "from benchmarks.llm.launch import choose, run",
+        "ends_as_ctrl_c_does()",
+        f"with ends_in_one_line(): run(choose({config!r}, Hardware(0, 2)), 'waiting', [])",
+    )
+    command = [sys.executable, "-c", "\n".join(lines)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as parent:
+        deadline = time.monotonic() + 100
+        while len(list(tmp_path.glob("*.pid"))) < processes:
+            assert parent.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        parent.send_signal(signal.SIGTERM)
+        _, said = parent.communicate(timeout=60)
+    assert parent.returncode == 130
+    assert "the same command with --resume goes on" in said and "Traceback" not in said
+    for path in tmp_path.glob("*.pid"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.stem), 0)

@@ -1,0 +1,84 @@
+"""Tiny decoders and token trajectories for the tests of the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from iwsft.policies import CausalLMPolicy
+
+VOCABULARY = 61
+SIZES = (9, 4, 14, 6, 11, 23, 5, 8, 3, 17)
+# Entries of TrajectoryDataset, each trajectory once.
+BATCHES = [[5, 1, 7], [2, 0], [9, 4, 3], [8, 6]]
+
+
+def decoder(seed: int = 0, *, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    """A random decoder whose tokens matter to each other, in training mode."""
+    config = transformers.LlamaConfig(
+        **{
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            **settings,
+        }
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.2, generator=draw)
+    return model.to(dtype).train()
+
+
+def policy(seed: int = 0, **settings: Any) -> CausalLMPolicy:
+    return CausalLMPolicy(decoder(seed, **settings))
+
+
+def dataset(
+    sizes: Sequence[int] = SIZES, *, multiplicity: Sequence[int] | None = None, seed: int = 0
+) -> TensorDict:
+    """Trajectories of random tokens; the second half of each is the assistant's."""
+    draw = torch.Generator().manual_seed(seed)
+    size = torch.tensor(sizes)
+    place = torch.cat([torch.arange(n) for n in sizes])
+    number = len(place)
+    data = TensorDict(
+        {
+            # The last token of the vocabulary is left for tests that place it.
+            "tokens": {"full": torch.randint(3, VOCABULARY - 1, (number,), generator=draw)},
+            "masks": {
+                "all_attention_mask": torch.ones(number, dtype=torch.bool),
+                "all_assistant_mask": place >= (size // 2).repeat_interleave(size),
+            },
+            "collector": {"traj_ids": torch.arange(len(sizes)).repeat_interleave(size)},
+        },
+        [number],
+    )
+    if multiplicity is not None:
+        data["multiplicity"] = torch.tensor(multiplicity).repeat_interleave(size)
+    return data
+
+
+def alone(model: Any, data: TensorDict) -> Tensor:
+    """The truth: each trajectory by itself in float64, full logits, log_softmax, gather."""
+    model = model.double().eval()
+    tokens, mask = data["tokens", "full"], data["masks", "all_assistant_mask"]
+    parts = []
+    for row in data["collector", "traj_ids"].unique():
+        here = data["collector", "traj_ids"] == row
+        ids = tokens[here]
+        logits = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+        found = logits[:-1].gather(1, ids[1:, None]).squeeze(1)
+        parts.append(torch.cat([logits.new_zeros(1), torch.where(mask[here][1:], found, 0.0)]))
+    return torch.cat(parts).detach()

@@ -1,0 +1,61 @@
+"""A tiny decoder, batches of tokens, and the truth about its moving average."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+DECAY = 0.7
+_VOCABULARY = 61
+
+
+def decoder(seed: int = 0, *, tied: bool = True) -> Any:
+    """Sizes that two ranks don't divide evenly."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=_VOCABULARY,
+        hidden_size=21,
+        intermediate_size=27,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        head_dim=4,
+        num_key_value_heads=1,
+        attention_bias=True,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config)
+
+
+def packed(seed: int) -> TensorDict:
+    """Three trajectories of random tokens."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.repeat_interleave(torch.arange(3), torch.tensor([7, 4, 9]))
+    return TensorDict(
+        {
+            ("tokens", "full"): torch.randint(0, _VOCABULARY, (20,), generator=draw),
+            ("masks", "all_assistant_mask"): torch.ones(20, dtype=torch.bool),
+            ("collector", "traj_ids"): ids,
+        },
+        batch_size=[20],
+    )
+
+
+class Average:
+    """The moving average of whole parameters, by its definition, in float64."""
+
+    def __init__(self, theta: dict[str, Tensor]) -> None:
+        self.q = {name: value.double() for name, value in theta.items()}
+
+    def step(self, theta: dict[str, Tensor]) -> None:
+        for name, value in theta.items():
+            self.q[name] = DECAY * self.q[name] + (1 - DECAY) * value.double()
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the trainable parameters."""
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}

@@ -1,0 +1,102 @@
+"""Updates hold the same entries however they are divided up."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from iwsft.language.batches import EpochBatches
+from iwsft.language.plan import Plan, ProcessBatches, uncounted
+
+SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
+
+
+def _plan(entries: int, shape: tuple[int, int, int], **own: int) -> Plan:
+    batch, accumulation, processes = shape
+    batches = EpochBatches(torch.full((entries,), 3), batch_size=batch, **own)
+    return Plan(batches, accumulation=accumulation, processes=processes, epochs=1)
+
+
+def _counted(batches: list[list[int]]) -> Counter[int]:
+    return Counter(entry for batch in batches for entry in batch if entry >= 0)
+
+
+@given(entries=st.integers(1, 60), shape=SHAPES, epoch=st.integers(0, 3))
+def test_an_epoch_holds_each_entry_once_and_all_processes_run_alike(
+    entries: int, shape: tuple[int, int, int], epoch: int
+) -> None:
+    plan = _plan(entries, shape)
+    batches = plan.epoch(epoch)
+    assert _counted(batches) == Counter(range(entries))
+    assert len(batches) == plan.steps * plan.processes
+    assert all(0 < len(batch) <= shape[0] for batch in batches)
+
+
+@given(entries=st.integers(1, 60), shape=SHAPES)
+def test_an_update_is_that_of_one_process_with_large_batches(
+    entries: int, shape: tuple[int, int, int]
+) -> None:
+    batch, accumulation, processes = shape
+    plan = _plan(entries, shape)
+    whole = _plan(entries, (batch * accumulation * processes, 1, 1))
+    assert plan.updates == whole.updates
+    for number in range(2 * plan.updates):
+        assert _counted(plan.update(number)) == _counted(whole.update(number))
+
+
+@given(entries=st.integers(1, 60), shape=SHAPES)
+def test_each_update_has_work_for_each_process(entries: int, shape: tuple[int, int, int]) -> None:
+    plan = _plan(entries, shape)
+    for number in range(plan.updates):
+        batches = plan.update(number)
+        assert len(batches) % plan.processes == 0
+        assert _counted(batches)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=40),
+    processes=st.integers(1, 4),
+    padded=st.booleans(),
+)
+def test_with_a_budget_of_tokens_all_epochs_are_alike(
+    sizes: list[int], processes: int, padded: bool
+) -> None:
+    batches = EpochBatches(torch.tensor(sizes), token_budget=12, padded=padded)
+    plan = Plan(batches, accumulation=2, processes=processes, epochs=3)
+    for epoch in range(3):
+        held = plan.epoch(epoch)
+        assert len(held) == plan.steps * processes
+        assert _counted(held) == Counter(range(len(sizes)))
+        for batch in held:
+            tokens = [sizes[entry if entry >= 0 else uncounted(entry)] for entry in batch]
+            assert (max(tokens) * len(tokens) if padded else sum(tokens)) <= 12
+
+
+def test_more_epochs_than_planned_for() -> None:
+    sizes = torch.tensor([9, 5, 4, 4, 3, 7, 6, 2, 8, 1])
+    plan = Plan(EpochBatches(sizes, token_budget=12), accumulation=1, processes=1, epochs=1)
+    with pytest.raises(ValueError, match=r"the plan is for \d+: train for more epochs"):
+        for epoch in range(200):
+            plan.epoch(epoch)
+
+
+def test_a_process_runs_its_share_of_the_epoch_it_was_told() -> None:
+    plan = _plan(13, (2, 1, 3))
+    shares = [ProcessBatches(plan, process) for process in range(3)]
+    for epoch in (0, 2):
+        for share in shares:
+            share.set_epoch(epoch)
+        dealt = [list(share) for share in shares]
+        assert [len(each) for each in dealt] == [len(share) for share in shares] == [3, 3, 3]
+        together = [batch for beside in zip(*dealt, strict=True) for batch in beside]
+        assert together == plan.epoch(epoch)
+
+
+def test_epochs_differ_and_hang_on_the_seed() -> None:
+    assert _plan(30, (2, 1, 1)).epoch(0) != _plan(30, (2, 1, 1)).epoch(1)
+    assert _plan(30, (2, 1, 1)).epoch(1) == _plan(30, (2, 1, 1)).epoch(1)
+    assert _plan(30, (2, 1, 1)).epoch(1) != _plan(30, (2, 1, 1), seed=1).epoch(1)

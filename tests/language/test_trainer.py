@@ -1,0 +1,185 @@
+"""The trainer gives the updates of a plain loop, however they are divided up or interrupted."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import ENTRIES, losses, model, trainer, trajectories
+from torch.nn.functional import log_softmax
+from transformers import TrainerCallback, get_linear_schedule_with_warmup
+
+from iwsft import EMA, HardSync, ImportanceWeightedMLE, ImportanceWeights, weights
+from iwsft.language.batches import EpochBatches
+from iwsft.language.collator import TrajectoryDataset, collate
+from iwsft.policies import CausalLMPolicy
+
+PROPOSALS: list[dict[str, Any]] = [
+    {"proposal": "reference"},
+    {"proposal": "current"},
+    {"proposal": "cached", "sync_every": 3},
+    {"proposal": "lagged", "ema_decay": 0.7},
+]
+CHAIN = ImportanceWeights(step=[weights.Temperature(0.5)], trajectory=[weights.ClipWeight(max=3.0)])
+
+
+def _plain_loop(
+    proposal: dict[str, Any], chain: ImportanceWeights, updates: int = 7
+) -> list[float]:
+    """The same training written out: one model, a copy for q, whole batches."""
+    data, theta = trajectories(), model()
+    loss = ImportanceWeightedMLE(
+        CausalLMPolicy(theta),
+        importance_weights=chain,
+        proposal=proposal["proposal"].replace("cached", "lagged"),
+        functional=False,
+    )
+    loss.loss_mask_key = ("masks", "all_assistant_mask")
+    loss.set_keys(action=("tokens", "full"))
+    q = None
+    if "sync_every" in proposal:
+        q = HardSync(loss, every=proposal["sync_every"])
+    if "ema_decay" in proposal:
+        q = EMA(loss, decay=proposal["ema_decay"])
+    with torch.no_grad():
+        data.set("ref_log_prob", CausalLMPolicy(deepcopy(theta)).log_prob(data))
+    batches = EpochBatches(torch.ones(ENTRIES, dtype=torch.int64), batch_size=4, seed=42)
+    dataset = TrajectoryDataset(data)
+    optimizer = torch.optim.AdamW(theta.parameters(), lr=3e-3, weight_decay=0.0)
+    rate = get_linear_schedule_with_warmup(optimizer, 0, updates)
+    found: list[float] = []
+    while len(found) < updates:
+        for numbers in batches:
+            value = loss(collate([dataset[number] for number in numbers]))["loss_iw_mle"]
+            optimizer.zero_grad()
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(theta.parameters(), 1.0)
+            optimizer.step()
+            rate.step()
+            if q is not None:
+                q.step()
+            found.append(value.item())
+    return found[:updates]
+
+
+@pytest.mark.parametrize("proposal", PROPOSALS, ids=lambda p: p["proposal"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_training_is_that_of_a_plain_loop(
+    tmp_path: Path, proposal: dict[str, Any], layout: str
+) -> None:
+    run = trainer(tmp_path, importance_weights=CHAIN, layout=layout, **proposal)
+    run.train()
+    torch.testing.assert_close(
+        torch.tensor(losses(run)), torch.tensor(_plain_loop(proposal, CHAIN)), rtol=2e-5, atol=0.0
+    )
+
+
+@pytest.mark.parametrize("proposal", PROPOSALS, ids=lambda p: p["proposal"])
+def test_an_update_may_be_accumulated(tmp_path: Path, proposal: dict[str, Any]) -> None:
+    whole = trainer(tmp_path / "whole", **proposal)
+    whole.train()
+    parts = trainer(
+        tmp_path / "parts",
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+        **proposal,
+    )
+    parts.train()
+    torch.testing.assert_close(
+        torch.tensor(losses(parts)), torch.tensor(losses(whole)), rtol=1e-4, atol=0.0
+    )
+    for ours, theirs in zip(parts.state.log_history[:7], whole.state.log_history[:7], strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() - {"epoch", "grad_norm"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
+
+
+def test_transforms_that_look_at_a_batch_see_the_whole_window(tmp_path: Path) -> None:
+    chain = ImportanceWeights(trajectory=[weights.SelfNormalize(), weights.TargetESS(0.6)])
+    settings = {"proposal": "cached", "sync_every": 1, "importance_weights": chain}
+    whole = trainer(tmp_path / "whole", **settings)
+    whole.train()
+    parts = trainer(
+        tmp_path / "parts",
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        **settings,
+    )
+    parts.train()
+    torch.testing.assert_close(
+        torch.tensor(losses(parts)), torch.tensor(losses(whole)), rtol=1e-4, atol=0.0
+    )
+    ess = [row["ESS"] for row in parts.state.log_history if "loss" in row]
+    # Epochs of 11: two updates of 4 entries, whose exponent is found, then one of 3.
+    assert ess[3:5] == pytest.approx([0.6, 0.6], abs=1e-3)
+
+
+@pytest.mark.parametrize("proposal", PROPOSALS[1:], ids=lambda p: p["proposal"])
+def test_the_first_weights_are_exactly_one(tmp_path: Path, proposal: dict[str, Any]) -> None:
+    run = trainer(tmp_path, max_steps=1, **proposal)
+    run.train()
+    first = run.state.log_history[0]
+    assert first["weight_mean"] == first["weight_max"] == first["ESS"] == 1.0
+    assert first["kl_approx"] == 0.0
+
+
+def test_sft_is_the_likelihood_of_the_assistant_tokens(tmp_path: Path) -> None:
+    data = trajectories(twice=2)
+    run = trainer(
+        tmp_path, data=data, proposal="reference", max_steps=1, per_device_train_batch_size=12
+    )
+    run.train()
+    decoder, total = model(), 0.0
+    for trajectory in range(ENTRIES):
+        steps = data[data["collector", "traj_ids"] == trajectory]
+        ids = steps["tokens", "full"]
+        log_prob = log_softmax(decoder(input_ids=ids[None]).logits[0, :-1], -1)
+        own = log_prob[torch.arange(len(ids) - 1), ids[1:]]
+        mask = steps["masks", "all_assistant_mask"][1:]
+        total -= float(own[mask].mean()) * (2 if trajectory == 2 else 1)
+    assert losses(run)[0] == pytest.approx(total / (ENTRIES + 1), rel=1e-5)
+
+
+class _Stop(TrainerCallback):
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.after
+
+
+@pytest.mark.parametrize("proposal", PROPOSALS, ids=lambda p: p["proposal"])
+@pytest.mark.parametrize("after", [2, 3, 4])
+def test_resuming_is_no_interruption(tmp_path: Path, proposal: dict[str, Any], after: int) -> None:
+    """A stop within an epoch and a window, at the end of both, and one later."""
+    settings = {
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        **proposal,
+    }
+    whole = trainer(tmp_path / "whole", **settings)
+    whole.train()
+    stopped = trainer(tmp_path / "parts", callbacks=[_Stop(after)], **settings)
+    stopped.train()
+    resumed = trainer(tmp_path / "parts", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(whole)
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_held_out_likelihood(tmp_path: Path) -> None:
+    held_out = trajectories(seed=5)
+    run = trainer(tmp_path, eval_trajectories=held_out, per_device_eval_batch_size=3)
+    found = run.evaluate()
+    with torch.no_grad():
+        log_prob = CausalLMPolicy(model()).log_prob(held_out)
+    mask, ids = held_out["masks", "all_assistant_mask"], held_out["collector", "traj_ids"]
+    each = torch.stack([log_prob[mask & (ids == row)].mean() for row in range(ENTRIES)])
+    assert found["eval_loss"] == pytest.approx(-float(each.mean()), rel=1e-5)
+    assert found["eval_token_loss"] == pytest.approx(-float(log_prob[mask].mean()), rel=1e-5)

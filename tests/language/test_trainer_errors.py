@@ -1,0 +1,195 @@
+"""What can't be trained is refused before time is spent; what was saved is never lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import losses, trainer, trajectories
+
+from iwsft import ImportanceWeights, weights
+from iwsft.checkpoint import CheckpointError
+from iwsft.language import saving
+
+SAVED: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"proposal": "cached"}, "sync_every=None and proposal='cached'"),
+        ({"proposal": "current", "sync_every": 5}, "sync_every goes with proposal='cached'"),
+        ({"proposal": "cached", "sync_every": 0}, "sync_every=0"),
+        ({"proposal": "lagged"}, "ema_decay goes with proposal='lagged'"),
+        ({"proposal": "lagged", "ema_decay": 1.0}, "must be in"),
+        ({"proposal": "theta"}, "proposal='theta' must be one of"),
+        ({"layout": "ragged"}, "layout='ragged' must be one of"),
+        ({"load_best_model_at_end": True, "eval_strategy": "no"}, "load_best_model_at_end"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is not supported"),
+        ({"token_budget": 10}, "more than token_budget=10"),
+    ],
+)
+def test_settings(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("chain", [weights.SelfNormalize(), weights.TargetESS(0.5)])
+def test_a_transform_of_the_batch_needs_the_whole_update(tmp_path: Path, chain: Any) -> None:
+    own = {"importance_weights": ImportanceWeights(trajectory=[chain]), "proposal": "current"}
+    trainer(tmp_path, **own)
+    with pytest.raises(ValueError, match="stand in 2 micro-batches; use proposal='cached'"):
+        trainer(tmp_path, gradient_accumulation_steps=2, **own)
+
+
+def test_a_chain_that_must_overflow(tmp_path: Path) -> None:
+    chain = ImportanceWeights(step=[weights.ClipRatio(min=1e9)], reduce="sum")
+    with pytest.raises(OverflowError, match="a trajectory of 16 steps"):
+        trainer(tmp_path, importance_weights=chain)
+
+
+def test_held_out_data_are_missing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="eval_trajectories"):
+        trainer(tmp_path).evaluate()
+
+
+def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    run = trainer(tmp_path, learning_rate=1e30, proposal="reference", **SAVED)
+    with pytest.raises(FloatingPointError, match="no longer finite.*lower learning_rate"):
+        run.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_there_is_nothing_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no checkpoint in"):
+        trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def _saved(folder: Path, **own: Any) -> Path:
+    trainer(folder, **{**SAVED, **own}).train()
+    return folder / "checkpoint-4"
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"proposal": "reference"}, "proposal='current' .now 'reference'"),
+        ({"seed": 3}, "plan.seed=42 .now 3"),
+        ({"gradient_accumulation_steps": 2}, "plan.accumulation=1 .now 2"),
+        ({"importance_weights": ImportanceWeights(reduce="sum")}, "importance_weights="),
+        ({"data": trajectories(seed=1)}, "trajectories="),
+    ],
+)
+def test_a_checkpoint_of_another_run(tmp_path: Path, own: dict[str, Any], message: str) -> None:
+    _saved(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        trainer(tmp_path, **{**SAVED, **own}).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "weights.pt", "iwsft.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_checkpoint(tmp_path: Path, name: str, damage: str) -> None:
+    own = {"proposal": "cached", "sync_every": 3}
+    file = _saved(tmp_path, **own) / name
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-20])
+    else:
+        file.unlink()
+    with pytest.raises(CheckpointError, match=f"{name}.*resume from an earlier checkpoint"):
+        trainer(tmp_path, **{**SAVED, **own}).train(resume_from_checkpoint=True)
+
+
+def test_the_reference_is_gone(tmp_path: Path) -> None:
+    _saved(tmp_path)
+    shutil.rmtree(tmp_path / "reference")
+    with pytest.raises(FileNotFoundError, match="the reference of this run.*is gone"):
+        trainer(tmp_path, **SAVED).train(resume_from_checkpoint=True)
+
+
+def test_a_kill_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    """Whenever it comes, the run goes on from a whole checkpoint and ends as if nothing was."""
+    own = {"proposal": "cached", "sync_every": 3, "max_steps": 12, "save_steps": 1}
+    whole = trainer(tmp_path / "whole", **{**SAVED, **own})
+    whole.train()
+    folder = tmp_path / "killed"
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import tiny; "
+        "folder = Path(sys.argv[2]); "
+        f"run = tiny.trainer(folder, save_strategy='steps', **{own!r}); "
+        "run.train(resume_from_checkpoint=any(folder.glob('checkpoint-*')) or None)"
+    )
+    for wait in (0.0, 0.05):
+        before = len(list(folder.glob("checkpoint-*")))
+        child = subprocess.Popen(
+            [sys.executable, "-c", script, str(Path(__file__).parent), str(folder)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+        )
+        while len(list(folder.glob("checkpoint-*"))) < before + 2 and child.poll() is None:
+            time.sleep(0.002)
+        time.sleep(wait)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        for checkpoint in folder.glob("checkpoint-*"):
+            assert (checkpoint / saving.SEAL).exists()
+    resumed = trainer(folder, **{**SAVED, **own})
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(whole)
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_old_checkpoints_go_when_a_new_one_is_whole(tmp_path: Path) -> None:
+    _saved(tmp_path, save_steps=1, save_total_limit=2)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-3",
+        "checkpoint-4",
+    ]
+    assert not list((tmp_path / saving.ASIDE).iterdir())
+
+
+def test_no_space_for_a_checkpoint(tmp_path: Path) -> None:
+    """Files may not grow beyond 64 KiB from the second checkpoint on: as on a full disk."""
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import resource, signal, tiny; "
+        "from pathlib import Path; from transformers import TrainerCallback\n"
+        "class Full(TrainerCallback):\n"
+        "    def on_save(self, *args, **kwargs):\n"
+        "        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))\n"
+        f"tiny.trainer(Path(sys.argv[2]), callbacks=[Full()], **{SAVED!r}).train()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "OSError" in done.stderr and ("space" in done.stderr)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    trainer(tmp_path, **SAVED).train(resume_from_checkpoint=True)
+    assert (tmp_path / "checkpoint-4").is_dir()
+    assert json.loads((tmp_path / "checkpoint-4" / saving.SEAL).read_text())["files"]
+
+
+def test_what_the_model_cannot_read(tmp_path: Path) -> None:
+    """Refused when the trainer is made, wherever it stands in the data."""
+    data = trajectories()
+    data["tokens", "full"][-1] = 97
+    with pytest.raises(ValueError, match="token 97 is outside the vocabulary"):
+        trainer(tmp_path, data=data)
+    data = trajectories()
+    data["collector", "traj_ids"][:] = 0
+    with pytest.raises(ValueError, match="the context of Qwen2ForCausalLM ends at 64"):
+        trainer(tmp_path, eval_trajectories=data)
