@@ -1,0 +1,119 @@
+"""How likely texts are under a model: of right solutions against wrong ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from benchmarks.llm.evaluation.statistics import bootstrap
+from benchmarks.llm.recipes.recipe import Evaluation
+from benchmarks.llm.recipes.solutions import Question
+from iwsft.language.collator import TrajectoryDataset, collate
+from iwsft.language.rows import Row
+from iwsft.language.tokens import ASSISTANT_MASK, tokenize
+from iwsft.policies.causal_lm import CausalLMPolicy
+
+
+def mean_log_probs(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    *,
+    max_length: int | None = None,
+    token_budget: int = 4096,
+) -> NDArray[np.float64]:
+    """Mean of log p over the trained tokens of each row, in nats, ``[len(rows)]``.
+
+    All processes of a sharded engine must call it with the same rows, as each runs all of them.
+
+    Args:
+        model: a causal language model or an engine around one, on its device; its mode is kept.
+        tokenizer: of the model.
+        rows: texts; a completion's end token counts among its tokens.
+        max_length: tokens of a row at most, see :func:`iwsft.language.tokenize`.
+        token_budget: tokens of a forward pass, padding included, where a row is not longer.
+
+    Raises:
+        ValueError: see :func:`iwsft.language.tokenize`, or a log-probability that is not finite.
+    """
+    data = TrajectoryDataset(tokenize(rows, tokenizer, max_length=max_length).trajectories)
+    policy = CausalLMPolicy(model)
+    device = next(model.parameters()).device
+    means = np.empty(len(data))
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for numbers in _batches(data.sizes, token_budget):
+                batch = collate([data[number] for number in numbers]).to(device)
+                mask = batch.get(ASSISTANT_MASK)
+                found = policy.log_prob(batch).double().sum(-1) / mask.sum(-1)
+                means[numbers] = found.cpu().numpy()
+    finally:
+        model.train(training)
+    if not np.isfinite(means).all():
+        where = rows[int(np.flatnonzero(~np.isfinite(means))[0])].where
+        raise ValueError(
+            f"{where}: the log-probability of this row is not finite; did training diverge?"
+        )
+    return means
+
+
+def right_against_wrong(
+    questions: Sequence[Question], log_probs: NDArray[np.float64], *, seed: int
+) -> Evaluation:
+    """How far a model prefers right solutions, question by question.
+
+    Args:
+        questions: with solutions of both kinds.
+        log_probs: mean log p of a token, of each row of the questions, in their order.
+        seed: of the bootstrap intervals; questions are drawn.
+
+    Returns:
+        ``score``: chance that of a right and a wrong solution of a question the right one has the
+        higher log-prob a token (AUC within the question, 1/2 for equals), mean over questions;
+        ``interval``, ``n``; ``right_likelier``: share of questions where the mean of the right ones
+        is higher; ``margin``: right minus wrong, nats a token, mean over questions, and
+        ``margin_interval``; ``right_log_prob`` and ``wrong_log_prob``, likewise means over
+        questions.
+    """
+    wins, means = [], []
+    start = 0
+    for question in questions:
+        stop = start + len(question.rows)
+        right = np.array([bool(row.correct) for row in question.rows])
+        good, bad = log_probs[start:stop][right], log_probs[start:stop][~right]
+        ahead = good[:, None] - bad[None, :]
+        wins.append(((ahead > 0) + (ahead == 0) / 2).mean())
+        means.append((good.mean(), bad.mean()))
+        start = stop
+    good, bad = np.array(means).T
+    margins = good - bad
+    return {
+        "score": float(np.mean(wins)),
+        "interval": bootstrap(wins, seed=seed),
+        "n": len(questions),
+        "right_likelier": float(((margins > 0) + (margins == 0) / 2).mean()),
+        "margin": float(margins.mean()),
+        "margin_interval": bootstrap(margins, seed=seed),
+        "right_log_prob": float(good.mean()),
+        "wrong_log_prob": float(bad.mean()),
+    }
+
+
+def _batches(sizes: Tensor, token_budget: int) -> list[list[int]]:
+    """Numbers of rows of like length, the longest first, so that what does not fit fails first."""
+    batches: list[list[int]] = []
+    longest = 0
+    for number in sizes.argsort(descending=True, stable=True).tolist():
+        if not batches or (len(batches[-1]) + 1) * longest > token_budget:
+            batches.append([])
+            longest = int(sizes[number])
+        batches[-1].append(number)
+    # As they stand in a collated batch.
+    return [sorted(batch) for batch in batches]

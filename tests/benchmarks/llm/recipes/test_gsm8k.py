@@ -1,0 +1,247 @@
+"""Labelled solutions: rows, the split, and how far a model prefers right ones to wrong ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.llm.recipes import load_recipe
+from benchmarks.llm.recipes.gsm8k import BUNDLED, Gsm8kRecipe
+from benchmarks.llm.recipes.likelihood import mean_log_probs, right_against_wrong
+from benchmarks.llm.recipes.recipe import Prepared
+from benchmarks.llm.recipes.solutions import Question, read_questions, rows_of, split
+from iwsft.language import correct_only, tokenize
+from iwsft.language.rows import Row
+from iwsft.trajectory import lengths
+
+
+def _question(number: int, labels: str) -> Question:
+    prompt = f"Question {number}?\n"
+    rows = tuple(
+        Row(f"{number}.{k}", prompt=prompt, completion=f"{label} {k}", correct=label == "r")
+        for k, label in enumerate(labels)
+    )
+    return Question(prompt, rows)
+
+
+def test_the_bundled_lines_are_those_of_the_source():
+    record = json.loads(BUNDLED.with_suffix(".json").read_text())
+    assert hashlib.sha256(BUNDLED.read_bytes()).hexdigest() == record["sha256"]
+    assert BUNDLED.stat().st_size == record["bytes"] < 1_000_000
+    assert (BUNDLED.parent / "gsm8k-LICENSE").read_text().startswith("MIT License")
+    questions = read_questions(BUNDLED)
+    assert len(questions) == record["questions"] == 400
+    assert [len(question.rows) for question in questions] == [4] * 400
+
+
+def test_labels_agree_with_the_last_line_and_the_known_answer():
+    lines = [json.loads(line) for line in BUNDLED.read_text().splitlines()]
+    for line, question in zip(lines, read_questions(BUNDLED), strict=True):
+        truth = _last_number(line["ground_truth"])
+        for row in question.rows:
+            assert row.completion is not None
+            if row.correct:
+                assert _last_number(row.completion) == truth
+            else:
+                assert _last_number(row.completion) != truth
+
+
+def _last_number(text: str) -> float | None:
+    found = re.findall(r"^A: *\$?(-?[\d,]*\.?\d+)", text, flags=re.M)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def test_rows_hold_the_solutions_without_the_calculators_marks():
+    first, second = read_questions(BUNDLED)[:2]
+    assert first.prompt.startswith("Question: Janet’s ducks lay 16 eggs per day.")
+    assert first.prompt.endswith("at the farmers' market?\nAnswer:\n")
+    assert first.rows[0].completion == (
+        "Janet eats 3 ducks eggs for breakfast every morning and she sells the rest so she has "
+        "16 - 3 = 13 ducks eggs left\n"
+        "She has 13 ducks eggs and she sells 2 each day so she makes 13 * 2 = $26\nA: 26"
+    )
+    assert [row.correct for row in first.rows] == [False, False, False, True]
+    assert [row.correct for row in second.rows] == [True, True, False, True]
+    assert first.rows[3].where.endswith("gsm8k-solutions.jsonl:1, 175b_verification")
+    assert first.tells_apart and len(first.right) == 1 and len(first.wrong) == 3
+
+
+def test_own_rows_are_gathered_by_prompt(tmp_path: Path):
+    file = tmp_path / "own.jsonl"
+    rows = [
+        {"prompt": "1+1=", "completion": "2", "correct": True, "score": 0.5},
+        {"prompt": "2+2=", "completion": "4", "correct": True, "score": 1.0},
+        {"prompt": "1+1= ", "completion": "3", "correct": False, "score": 0.0},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one, two = read_questions(file)
+    assert [row.completion for row in one.rows] == ["2", "3"]
+    assert [row.score for row in rows_of([one, two])] == [0.5, 0.0, 1.0]
+    assert one.tells_apart and not two.tells_apart
+
+
+def test_a_split_keeps_questions_whole_and_hangs_on_their_texts():
+    questions = [_question(k, ["rw", "rrww", "rr", "ww"][k % 4]) for k in range(400)]
+    training, held_out = split(questions, share=0.25)
+    assert all(question.tells_apart for question in held_out)
+    assert sorted(question.prompt for question in [*training, *held_out]) == sorted(
+        question.prompt for question in questions
+    )
+    # 200 questions tell apart; 50 +- 3 standard deviations.
+    assert 31 <= len(held_out) <= 69
+    # In another order, among others, the same questions are held out.
+    fewer = questions[100:][::-1]
+    again = split(fewer, share=0.25)[1]
+    assert again == [question for question in held_out if question in fewer]
+    assert {q.prompt for q in split(questions, share=0.5)[1]} >= {q.prompt for q in held_out}
+
+
+def test_data_that_can_not_be_split(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"of 8 questions 0 have both right and wrong"):
+        split([_question(k, "rr") for k in range(8)], share=0.25)
+    both = [_question(k, "rw") for k in range(8)]
+    with pytest.raises(ValueError, match=r"none of the 1 training questions has a right"):
+        split([*both, _question(9, "ww")], share=1.0)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"question": "?"}, r"x.jsonl:1: there is no solution; .* Columns found: question"),
+        ({"question": " ", "a": {"is_correct": True, "solution": "1"}}, r"x.jsonl:1: the question"),
+        ({"question": "?", "a": {"is_correct": True, "solution": " "}}, r":1, a: the completion"),
+        ({"question": "?", "a": {"is_correct": "x", "solution": "1"}}, r":1, a: correct must be"),
+        ({"question": "?", "a": {"is_correct": None, "solution": "1"}}, r":1, a: a labelled"),
+        ({"prompt": "?", "completion": "1"}, r":1: a labelled solution has 'prompt'"),
+        ({"text": "?"}, r":1: column 'prompt' is missing"),
+    ],
+)
+def test_records_that_are_no_labelled_solutions(
+    record: dict[str, object], message: str, tmp_path: Path
+):
+    file = tmp_path / "x.jsonl"
+    file.write_text(json.dumps(record) + "\n")
+    with pytest.raises(ValueError, match=message):
+        read_questions(file)
+
+
+def test_mean_log_probs_are_those_of_the_plain_model(tiny_qwen2: Path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_qwen2)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_qwen2)
+    rows = rows_of(read_questions(BUNDLED)[:3])
+    model.train()
+    found = mean_log_probs(model, tokenizer, rows, token_budget=2000)
+    assert model.training
+    assert found.shape == (12,)
+    for row, value in zip(rows, found, strict=True):
+        assert row.completion is not None
+        prompt = tokenizer(row.prompt)["input_ids"]
+        ids = prompt + tokenizer(row.completion)["input_ids"] + [tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        each = [logits[t - 1, ids[t]].item() for t in range(len(prompt), len(ids))]
+        assert value == pytest.approx(np.mean(each), abs=1e-5)
+    # Batches change nothing, nor does the order of the rows.
+    alone = mean_log_probs(model, tokenizer, rows[::-1], token_budget=1)
+    np.testing.assert_allclose(alone[::-1], found, atol=1e-5)
+
+
+def test_a_log_probability_that_is_not_finite_names_its_row(tiny_qwen2: Path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_qwen2)
+    config = AutoConfig.from_pretrained(tiny_qwen2, tie_word_embeddings=False)
+    model = AutoModelForCausalLM.from_config(config)
+    question = _question(1, "rwrw")
+    rows = [*question.rows[:3], replace(question.rows[3], completion="Z!")]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("Z")] = float("nan")
+    with pytest.raises(ValueError, match=r"1\.3: the log-probability of this row is not finite"):
+        mean_log_probs(model, tokenizer, rows, token_budget=1)
+
+
+def test_right_against_wrong_by_hand():
+    questions = [_question(0, "rw"), _question(1, "rrw"), _question(2, "wrw")]
+    found = right_against_wrong(
+        questions, np.array([-1.0, -2.0, -1.0, -3.0, -2.0, -1.0, -1.0, -4.0]), seed=0
+    )
+    # Pairs won: 1 of 1, 1 of 2, (1/2 + 1) of 2.
+    assert found["score"] == pytest.approx((1 + 0.5 + 0.75) / 3)
+    # Margins 1, 0 and 1.5.
+    assert found["margin"] == pytest.approx(2.5 / 3)
+    assert found["right_likelier"] == pytest.approx((1 + 0.5 + 1) / 3)
+    assert found["right_log_prob"] == pytest.approx((-1 - 2 - 1) / 3)
+    assert found["wrong_log_prob"] == pytest.approx((-2 - 2 - 2.5) / 3)
+    assert found["n"] == 3
+    # Of three questions drawn with replacement the lowest mean is 0.5, the highest 1.
+    low, high = found["interval"]
+    assert 0.5 <= low < found["score"] < high <= 1
+
+
+def test_auc_is_that_of_pairs_by_brute_force():
+    source = np.random.default_rng(0)
+    questions = [_question(k, "rwrw"[: 2 + k % 3]) for k in range(40)]
+    values = source.normal(size=sum(len(question.rows) for question in questions)).round(1)
+    found = right_against_wrong(questions, values, seed=0)
+    shares, left = [], list(values)
+    for question in questions:
+        mine = [(row.correct, left.pop(0)) for row in question.rows]
+        pairs = [(a, b) for is_right, a in mine if is_right for other, b in mine if not other]
+        shares.append(sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs) / len(pairs))
+    assert found["score"] == pytest.approx(np.mean(shares))
+    assert right_against_wrong(questions, values, seed=0) == found
+    assert right_against_wrong(questions, values, seed=1)["interval"] != found["interval"]
+
+
+def test_the_recipe_prepares_trains_and_tests(tiny_qwen2: Path, tmp_path: Path):
+    recipe = load_recipe("gsm8k")
+    assert recipe.name == "gsm8k"
+    prepared = recipe.prepare(tmp_path, seed=0, model=str(tiny_qwen2), data=None)
+    assert prepared.model == str(tiny_qwen2)
+    assert prepared.notes["tested"] == prepared.notes["held_out"] == 53
+    assert prepared.notes["questions"] + prepared.notes["held_out"] == 400
+    assert prepared == recipe.prepare(tmp_path, seed=1, model=str(tiny_qwen2), data=None)
+    asked = {row.prompt for row in prepared.rows}
+    assert not asked & {question.prompt for question in prepared.held_out}
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_qwen2)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_qwen2)
+    before = recipe.evaluate(model, tokenizer, prepared, seed=0)
+    assert before == recipe.evaluate(model, tokenizer, prepared, seed=0)
+    assert 0 <= before["interval"][0] < before["score"] < before["interval"][1] <= 1
+    assert before["n"] == 53
+    good = correct_only(tokenize(prepared.rows, tokenizer).trajectories)
+    assert len(lengths(good)) == round(prepared.notes["right"] * prepared.notes["rows"])
+    with pytest.raises(TypeError, match=r"gsm8k tests what its own prepare"):
+        recipe.evaluate(model, tokenizer, Prepared(str(tiny_qwen2), [], "x"), seed=0)
+
+
+def test_training_on_the_held_out_right_solutions_raises_the_score(
+    tiny_qwen2: Path, tmp_path: Path
+):
+    recipe = Gsm8kRecipe(tested=4)
+    prepared = recipe.prepare(tmp_path, seed=0, model=str(tiny_qwen2))
+    model = AutoModelForCausalLM.from_pretrained(tiny_qwen2)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_qwen2)
+    before = recipe.evaluate(model, tokenizer, prepared, seed=0)
+    texts = [
+        row.prompt + (row.completion or "")
+        for question in prepared.held_out
+        for row in question.right
+    ]
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for step in range(60):
+        ids = tokenizer(texts[step % len(texts)], return_tensors="pt")["input_ids"]
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    after = recipe.evaluate(model, tokenizer, prepared, seed=0)
+    assert after["right_log_prob"] > before["right_log_prob"] + 1
+    assert after["margin"] > before["margin"]
+    assert after["score"] >= before["score"]

