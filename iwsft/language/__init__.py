@@ -8,8 +8,17 @@
     for batch in EpochSampler(best, batch_size=8, pad_token_id=tokenizer.pad_token_id):
         ...
 
+Or in transformers' Trainer, on one CPU or under DeepSpeed and FSDP2 (docs/language.md):
+
+    from iwsft.language import ImportanceWeightedConfig, ImportanceWeightedTrainer
+
 transformers and datasets load where they are used.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from iwsft.language.batches import EpochBatches, EpochSampler
 from iwsft.language.chat import ChatEncoder
@@ -17,13 +26,24 @@ from iwsft.language.collator import TrajectoryDataset, collate
 from iwsft.language.rows import Row, check_scores, read, to_row
 from iwsft.language.tokens import TokenDataset, correct_only, tokenize
 
+if TYPE_CHECKING:
+    from iwsft.language.config import ImportanceWeightedConfig
+    from iwsft.language.reference import annotate_tokens, cached_reference
+    from iwsft.language.shadow import Shadow
+    from iwsft.language.trainer import ImportanceWeightedTrainer
+
 __all__ = [
     "ChatEncoder",
     "EpochBatches",
     "EpochSampler",
+    "ImportanceWeightedConfig",
+    "ImportanceWeightedTrainer",
     "Row",
+    "Shadow",
     "TokenDataset",
     "TrajectoryDataset",
+    "annotate_tokens",
+    "cached_reference",
     "check_scores",
     "collate",
     "correct_only",
@@ -31,3 +51,18 @@ __all__ = [
     "to_row",
     "tokenize",
 ]
+
+# Their modules import transformers.
+_LAZY = {
+    "ImportanceWeightedConfig": "config",
+    "ImportanceWeightedTrainer": "trainer",
+    "Shadow": "shadow",
+    "annotate_tokens": "reference",
+    "cached_reference": "reference",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
