@@ -23,6 +23,7 @@ from iwsft.trajectory import (
     REWARD,
     TRAJ_IDS,
     Segments,
+    check_tensordict,
     lengths,
     pack,
     select,
@@ -63,10 +64,12 @@ def curate(
         the cuts its trajectory survived. Shares memory with ``trajectories`` where all survive.
 
     Raises:
+        TypeError: trajectories that are no TensorDict.
         KeyError: a score that is no name and no key.
         ValueError: no survivor, a score that is NaN or infinite, trajectories with a multiplicity
             already, or a setting out of range.
     """
+    check_tensordict(trajectories)
     cuts = _checked(cuts)
     if ties not in get_args(Ties):
         raise ValueError(f"ties={ties!r} is unknown; it is one of {', '.join(get_args(Ties))}")

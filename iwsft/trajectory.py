@@ -289,6 +289,19 @@ def from_steps(steps: dict[NestedKey, Tensor], traj_ids: Tensor) -> TensorDict:
     return packed
 
 
+def check_tensordict(trajectories: object) -> None:
+    """Refuse what is no TensorDict, naming the entry of it that is one.
+
+    Raises:
+        TypeError: not a TensorDict.
+    """
+    if isinstance(trajectories, TensorDictBase):
+        return
+    inside = getattr(trajectories, "trajectories", None)
+    hint = "; pass its .trajectories" if isinstance(inside, TensorDictBase) else ""
+    raise TypeError(f"trajectories are a TensorDict, not a {type(trajectories).__name__}{hint}")
+
+
 def validate(
     trajectories: TensorDictBase, *, keys: Iterable[NestedKey] = (OBSERVATION, ACTION)
 ) -> None:

@@ -1,27 +1,20 @@
-"""Language: log-probs of tokens without the full logits, and what an iw-SFT step costs over SFT."""
+"""Language: log-probs of tokens without the full logits, then updates of a small decoder."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from benchmarks.speed.measure import Check, Options, Row, checked, paired
 from benchmarks.speed.memory import growth_mb, in_child
-from iwsft.objective import LOSS, ImportanceWeightedMLE
-from iwsft.policies import CausalLMPolicy
 from iwsft.policies.token_log_prob import token_log_prob
-from iwsft.proposals import EMA
-from iwsft.reference import annotate_reference
 
 GRADIENT_LIMIT = 1e-5
-ASSISTANT_MASK = ("masks", "all_assistant_mask")
 _FULL = "full logits, log_softmax, gather (plain torch)"
 
 
@@ -33,50 +26,34 @@ class Sizes:
         tokens: whose log-prob is taken.
         vocabulary: tokens there are; by default Qwen2.5's without its padding.
         hidden: width of the states.
-        batch: trajectories of a training step.
-        length: tokens of each, half of them the assistant's.
-        width: hidden size of the trained decoder.
-        step_vocabulary: its tokens.
-        blocks: pairs of steps for each repeat that the options ask for.
     """
 
     tokens: int = 4096
     vocabulary: int = 151_669
     hidden: int = 512
-    batch: int = 16
-    length: int = 128
-    width: int = 192
-    step_vocabulary: int = 2048
-    blocks: int = 5
 
 
 SIZES = {
     "paper": Sizes(),
-    "small": Sizes(
-        tokens=256,
-        vocabulary=16_384,
-        hidden=32,
-        batch=2,
-        length=16,
-        width=32,
-        step_vocabulary=64,
-        blocks=1,
-    ),
+    "small": Sizes(tokens=256, vocabulary=16_384, hidden=32),
 }
 
 
 def measure(options: Options) -> Iterator[Row | Check]:
-    """Memory, agreement and time of the log-probs, then the steps.
+    """Memory, agreement and time of the log-probs, then the updates.
 
     Raises:
         ValueError: a dataset; tokens are drawn at random.
     """
     if options.dataset is not None:
         raise ValueError("language is measured on random tokens; leave --dataset out")
+    # Here, for a child that measures memory should not hold transformers and TRL.
+    from benchmarks.speed import language_updates
+
     sizes = SIZES[options.scale]
     yield memory(options, sizes)
     yield from log_probs(options, sizes)
-    yield from steps(options, sizes)
+    yield from language_updates.measure(options, language_updates.SIZES[options.scale])
 
 
 class LogProbs:
@@ -155,106 +132,6 @@ def log_probs(options: Options, sizes: Sizes) -> Iterator[Row | Check]:
     )
     yield paired(both.ours, both.plain, options.repeats).row(
         f"log-prob and gradient, {_named(sizes)}", _FULL, "ms", "per batch"
-    )
-
-
-def steps(options: Options, sizes: Sizes) -> Iterator[Row]:
-    """An update of a small decoder: iw-SFT against SFT, and SFT against transformers' own loss."""
-    batch = annotate_reference(
-        CausalLMPolicy(_decoder(sizes, options)), _batch(sizes, options.seed)
-    )
-    name = f"{sizes.batch} x {sizes.length} tokens"
-    sft = _Update(_decoder(sizes, options), "reference", batch)
-    own = _decoder(sizes, options)
-    optimizer = torch.optim.AdamW(own.parameters(), fused=True)
-    tokens = batch["tokens", "full"]
-    labels = torch.where(batch[ASSISTANT_MASK], tokens, -100)
-
-    def transformers_loss() -> None:
-        optimizer.zero_grad()
-        own(input_ids=tokens, labels=labels).loss.backward()
-        optimizer.step()
-
-    yield _compared(
-        sft,
-        transformers_loss,
-        f"SFT step, {name}, vocabulary {sizes.step_vocabulary:,}",
-        "loss of transformers on the same batch",
-        sizes,
-        options,
-    )
-    for proposal, words in (("current", "q = theta"), ("lagged", "EMA")):
-        update = _Update(_decoder(sizes, options), proposal, batch)
-        yield _compared(
-            update, sft, f"iw-SFT step, {words}, {name}", "our SFT step", sizes, options
-        )
-
-
-def _compared(
-    ours: Callable[[], None],
-    peer: Callable[[], None],
-    name: str,
-    peer_name: str,
-    sizes: Sizes,
-    options: Options,
-) -> Row:
-    ours()
-    peer()
-    times = paired(ours, peer, sizes.blocks * options.repeats)
-    return times.row(name, peer_name, "ms", "per update")
-
-
-class _Update:
-    """One update a call."""
-
-    def __init__(self, model: Any, proposal: Any, batch: TensorDictBase) -> None:
-        self.loss = ImportanceWeightedMLE(
-            CausalLMPolicy(model), proposal=proposal, functional=False
-        )
-        self.loss.loss_mask_key = ASSISTANT_MASK
-        self.loss.set_keys(action=("tokens", "full"))
-        self.q = EMA(self.loss, decay=0.99) if proposal == "lagged" else None
-        self.optimizer = torch.optim.AdamW(self.loss.parameters(), fused=True)
-        self.batch = batch
-
-    def __call__(self) -> None:
-        self.optimizer.zero_grad()
-        self.loss(self.batch)[LOSS].backward()
-        self.optimizer.step()
-        if self.q is not None:
-            self.q.step()
-
-
-def _decoder(sizes: Sizes, options: Options) -> Any:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(options.seed)
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=sizes.step_vocabulary,
-            hidden_size=sizes.width,
-            intermediate_size=4 * sizes.width,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=sizes.length,
-            tie_word_embeddings=True,
-        )
-    )
-
-
-def _batch(sizes: Sizes, seed: int) -> TensorDict:
-    draw = torch.Generator().manual_seed(seed)
-    shape = (sizes.batch, sizes.length)
-    assistant = torch.zeros(shape, dtype=torch.bool)
-    assistant[:, sizes.length // 2 :] = True
-    return TensorDict(
-        {
-            ("tokens", "full"): torch.randint(sizes.step_vocabulary, shape, generator=draw),
-            ("masks", "all_attention_mask"): torch.ones(shape, dtype=torch.bool),
-            ASSISTANT_MASK: assistant,
-        },
-        batch_size=shape,
     )
 
 

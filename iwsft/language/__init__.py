@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from iwsft.language.batches import EpochBatches, EpochSampler
 from iwsft.language.chat import ChatEncoder
 from iwsft.language.collator import TrajectoryDataset, collate
+from iwsft.language.loss import token_loss
 from iwsft.language.rows import Row, check_scores, read, to_row
 from iwsft.language.tokens import TokenDataset, correct_only, tokenize
 
@@ -49,6 +50,7 @@ __all__ = [
     "correct_only",
     "read",
     "to_row",
+    "token_loss",
     "tokenize",
 ]
 

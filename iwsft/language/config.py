@@ -33,6 +33,7 @@ class ImportanceWeightedConfig(TrainingArguments):
             ``output_dir``.
     """
 
+    logging_steps: float = field(default=10, metadata={"help": "updates between log lines"})
     proposal: Proposal = field(default="current", metadata={"help": "what q is"})
     sync_every: int | None = field(default=None, metadata={"help": "updates between hard syncs"})
     ema_decay: float | None = field(default=None, metadata={"help": "decay of the moving average"})

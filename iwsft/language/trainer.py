@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
+    SaveStrategy,
     TrainOutput,
     get_last_checkpoint,
     rotate_checkpoints,
@@ -25,6 +27,7 @@ from iwsft.fingerprint import fingerprint
 from iwsft.language import saving
 from iwsft.language.batches import EpochBatches
 from iwsft.language.config import ImportanceWeightedConfig
+from iwsft.language.loss import token_loss
 from iwsft.language.measures import Measures
 from iwsft.language.microbatch import Entries, MicroBatches
 from iwsft.language.plan import Plan, ProcessBatches
@@ -33,9 +36,9 @@ from iwsft.language.shadow import Shadow
 from iwsft.language.sweep import swept_log_prob
 from iwsft.language.tokens import ASSISTANT_MASK, TOKENS
 from iwsft.language.weighing import Weigher
-from iwsft.objective import LOSS, ImportanceWeightedMLE
+from iwsft.objective import LOSS
 from iwsft.policies.causal_lm import CausalLMPolicy
-from iwsft.trajectory import REF_LOG_PROB, TRAJ_IDS, Segments
+from iwsft.trajectory import REF_LOG_PROB, TRAJ_IDS, Segments, check_tensordict
 from iwsft.weights import ImportanceWeights, SelfNormalize, TargetESS
 
 WEIGHTS = "weights.pt"
@@ -94,10 +97,16 @@ class ImportanceWeightedTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
+        if not isinstance(args, ImportanceWeightedConfig):
+            raise TypeError(
+                f"args must be an iwsft.language.ImportanceWeightedConfig, not a "
+                f"{type(args).__name__}; it takes the same settings and a few more"
+            )
         pad_token_id = getattr(processing_class, "pad_token_id", None) or 0
         self._policy = CausalLMPolicy(model)
         for held in (trajectories, eval_trajectories):
             if held is not None:
+                check_tensordict(held)
                 self._policy.check(held)
         weights = ImportanceWeights() if importance_weights is None else importance_weights
         self._micro = _micro_batches(trajectories, args, pad_token_id)
@@ -109,16 +118,13 @@ class ImportanceWeightedTrainer(Trainer):
         if args.proposal != "reference":
             weights.check_overflow(_longest(trajectories))
         self._trajectories = trajectories
-        self._loss = ImportanceWeightedMLE(
+        self._loss = token_loss(
             self._policy,
             importance_weights=weights,
             proposal="cached" if args.proposal == "lagged" else args.proposal,
             length_normalize=args.length_normalize,
             reduction="sum",
-            functional=False,
         )
-        self._loss.loss_mask_key = ASSISTANT_MASK
-        self._loss.set_keys(action=TOKENS)
         super().__init__(
             model=model,
             args=args,
@@ -130,6 +136,7 @@ class ImportanceWeightedTrainer(Trainer):
             optimizers=optimizers,
         )
         self._check_engine(weights)
+        self._warn_of_half_precision(model)
         self._plan = self._planned(self._micro.entries)
         self._measures = Measures()
         self._weigher: Weigher | None = None
@@ -263,6 +270,7 @@ class ImportanceWeightedTrainer(Trainer):
             ignore_keys_for_eval: not used.
 
         Raises:
+            FileExistsError: ``output_dir`` holds checkpoints that are not to be resumed.
             CheckpointError: a checkpoint that is damaged, of other settings, or of another number
                 of processes.
             FloatingPointError: loss or weights are no longer finite; checkpoints stay.
@@ -278,6 +286,13 @@ class ImportanceWeightedTrainer(Trainer):
         if isinstance(resume_from_checkpoint, str):
             self._resumed = Path(resume_from_checkpoint)
         self._reference_key = None
+        if self._resumed is None and self.args.save_strategy != SaveStrategy.NO:
+            held = get_last_checkpoint(self.args.output_dir)
+            if held is not None:
+                raise FileExistsError(
+                    f"{held} is the checkpoint of an earlier run; continue that one with "
+                    "train(resume_from_checkpoint=True), or choose another output_dir"
+                )
         if self._resumed is not None:
             self._reference_key = saving.check(self._resumed, self._settings())
         result: TrainOutput = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
@@ -372,6 +387,7 @@ class ImportanceWeightedTrainer(Trainer):
             if self.args.should_save:
                 saving.seal(folder, self._settings(), self._reference_key)
                 saving.publish(folder, run / name)
+                saving.clear(run)
                 rotate_checkpoints(str(run), save_total_limit=self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
 
@@ -451,6 +467,20 @@ class ImportanceWeightedTrainer(Trainer):
             raise ValueError(
                 f"{looking[0]} looks at all weights of an update, which here stand in {parts} "
                 "micro-batches; use proposal='cached' with sync_every=1, which computes them first"
+            )
+
+    def _warn_of_half_precision(self, model: nn.Module) -> None:
+        """Say so where the optimizer would step on half-precision weights."""
+        # DeepSpeed keeps float32 weights of its own; FSDP2 may upcast them when it shards.
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return
+        half = {str(p.dtype) for p in model.parameters() if p.requires_grad and p.itemsize < 4}
+        if half:
+            warnings.warn(
+                f"the weights are {', '.join(sorted(half))}: small steps of the optimizer are "
+                "rounded away; load the model with dtype='float32' and set bf16=True",
+                UserWarning,
+                stacklevel=3,
             )
 
 

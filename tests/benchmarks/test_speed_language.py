@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import tyro
 
-from benchmarks.speed import language
+from benchmarks.speed import language, language_updates
 from benchmarks.speed.__main__ import Arguments, main
 from benchmarks.speed.measure import DisagreementError, Options
 
@@ -30,11 +31,13 @@ def test_rows_of_memory_time_and_steps(report: dict[str, Any]) -> None:
     assert [name.split(",")[0] for name in names] == [
         "peak memory of log-prob and gradient",
         "log-prob and gradient",
-        "SFT step",
-        "iw-SFT step",
-        "iw-SFT step",
+        "SFT",
+        "iw-SFT update",
+        "iw-SFT update",
+        "iw-SFT update",
+        "peak memory of SFT",
     ]
-    assert len(set(names)) == 5
+    assert len(set(names)) == 7
     for row in report["rows"]:
         assert row["ours"] > 0 and row["ratio"] == pytest.approx(row["peer"] / row["ours"])
 
@@ -47,9 +50,11 @@ def test_memory_holds_no_full_logits(report: dict[str, Any]) -> None:
     assert 0 < row["ours"] < 1.5 * logits
 
 
-def test_gradient_agreement_is_reported(report: dict[str, Any]) -> None:
-    (check,) = report["checks"]
-    assert 0 < check["value"] <= check["limit"] == 1e-5
+def test_agreement_is_reported(report: dict[str, Any]) -> None:
+    gradients, losses = report["checks"]
+    assert "gradient" in gradients["name"] and "against TRL's" in losses["name"]
+    assert 0 < gradients["value"] <= gradients["limit"] == 1e-5
+    assert 0 <= losses["value"] <= losses["limit"] == 1e-5
 
 
 def test_another_computation_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,6 +64,16 @@ def test_another_computation_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(language, "token_log_prob", detached)
     with pytest.raises(DisagreementError, match="gradient of log-probs"):
         next(language.log_probs(SMALL, language.SIZES["small"]))
+
+
+def test_another_training_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def untrained(ids: torch.Tensor, sizes: language_updates.Sizes) -> Any:
+        return packed(ids, replace(sizes, trained=sizes.trained - 1))
+
+    packed = language_updates.packed
+    monkeypatch.setattr(language_updates, "packed", untrained)
+    with pytest.raises(DisagreementError, match="losses of 2 updates"):
+        next(language_updates.measure(SMALL, language_updates.SIZES["small"]))
 
 
 def test_a_dataset_is_refused() -> None:

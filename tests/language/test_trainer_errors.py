@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import losses, trainer, trajectories
+from tiny import losses, model, trainer, trajectories
+from transformers import TrainingArguments
 
 from iwsft import ImportanceWeights, weights
 from iwsft.checkpoint import CheckpointError
-from iwsft.language import saving
+from iwsft.language import ImportanceWeightedTrainer, saving
 
 SAVED: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 
@@ -154,7 +155,7 @@ def test_old_checkpoints_go_when_a_new_one_is_whole(tmp_path: Path) -> None:
         "checkpoint-3",
         "checkpoint-4",
     ]
-    assert not list((tmp_path / saving.ASIDE).iterdir())
+    assert not (tmp_path / saving.ASIDE).exists()
 
 
 def test_no_space_for_a_checkpoint(tmp_path: Path) -> None:
@@ -181,6 +182,26 @@ def test_no_space_for_a_checkpoint(tmp_path: Path) -> None:
     trainer(tmp_path, **SAVED).train(resume_from_checkpoint=True)
     assert (tmp_path / "checkpoint-4").is_dir()
     assert json.loads((tmp_path / "checkpoint-4" / saving.SEAL).read_text())["files"]
+
+
+def test_what_is_handed_over(tmp_path: Path) -> None:
+    class Held:
+        trajectories = trajectories()
+
+    with pytest.raises(TypeError, match="not a Held; pass its .trajectories"):
+        trainer(tmp_path, data=Held())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="ImportanceWeightedConfig, not a TrainingArguments"):
+        ImportanceWeightedTrainer(
+            model(), TrainingArguments(str(tmp_path), use_cpu=True), trajectories=trajectories()
+        )
+    with pytest.warns(UserWarning, match="torch.bfloat16: small steps"):
+        trainer(tmp_path, model=model().bfloat16())
+
+
+def test_checkpoints_of_an_earlier_run_stay(tmp_path: Path) -> None:
+    _saved(tmp_path)
+    with pytest.raises(FileExistsError, match="checkpoint-4 is the checkpoint of an earlier run"):
+        trainer(tmp_path, **SAVED).train()
 
 
 def test_what_the_model_cannot_read(tmp_path: Path) -> None:
