@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from iwsft.files import written_whole
 _PACKAGES = ("torch", "tensordict", "torchrl", "gymnasium", "mujoco", "numpy")
 
 
-def versions() -> dict[str, str]:
+def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
     """Python and the packages that decide the numbers."""
-    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def hardware(device: str) -> dict[str, str | int | None]:

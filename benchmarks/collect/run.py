@@ -27,8 +27,8 @@ from benchmarks.collect.output import Output, Parts, Rows
 from benchmarks.collect.policies import Behaviour
 from benchmarks.collect.rollout import Amount, collect
 from benchmarks.collect.simulator import Simulator
-from benchmarks.d4rl.plan import alone_in
 from benchmarks.provenance import versions
+from benchmarks.runs import alone_in
 from iwsft.datasets.write import Provenance
 
 

@@ -9,9 +9,9 @@ from typing import Annotated, TypeVar
 
 import tyro
 
+from benchmarks.cluster import Cluster
 from benchmarks.d4rl import settings as paper
 from benchmarks.d4rl import suites
-from benchmarks.d4rl.cluster import Cluster
 from iwsft.curation import Ties
 
 _Value = TypeVar("_Value")

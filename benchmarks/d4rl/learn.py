@@ -14,8 +14,9 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 
 from benchmarks.d4rl import settings as paper
-from benchmarks.d4rl.plan import BENCHMARK, Plan, alone_in, reference_settings, settings_of
+from benchmarks.d4rl.plan import BENCHMARK, Plan, reference_settings, settings_of
 from benchmarks.d4rl.task import Task
+from benchmarks.runs import alone_in
 from iwsft.curation import curate
 from iwsft.diagnostics import diagnose, weighted_mean
 from iwsft.objective import ImportanceWeightedMLE, Proposal

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 import baselines
 from baselines import Baseline
+from benchmarks import runs
 from benchmarks.d4rl import settings as paper
 from benchmarks.d4rl.task import Task
-from benchmarks.provenance import hardware, versions, write_json
-from iwsft import checkpoint
-from iwsft.checkpoint import CheckpointError, differences
+from benchmarks.provenance import hardware, versions
 from iwsft.curation import Ties
-from iwsft.files import full_disk_named
 from iwsft.training import Schedule
 from iwsft.weights import ImportanceWeights
 
@@ -206,56 +200,11 @@ def claim(plans: Sequence[Plan], task: Task) -> list[Plan]:
         OSError: ``out`` can't be written.
     """
     root = Path(plans[0].out) / BENCHMARK / task.name
-    with full_disk_named(root):
-        root.mkdir(parents=True, exist_ok=True)
-    # Two commands at once don't both find a folder free.
-    with FileLock(root / ".claim.lock"):
-        configs = {plan: config_of(plan, task) for plan in plans}
-        held = {plan: _held(plan.folder(task)) for plan in plans}
-        taken = [str(plan.folder(task)) for plan in plans if held[plan] is not None]
-        if taken and not plans[0].resume:
-            raise FileExistsError(
-                f"{', '.join(taken)}: {'a run is' if len(taken) == 1 else 'runs are'} there "
-                "already; pass --resume to continue and to keep what is finished, or another --out"
-            )
-        for plan in plans:
-            config = held[plan]
-            if config is not None:
-                _check_same(plan.folder(task), config, configs[plan])
-        free = [plan for plan in plans if held[plan] is None]
-        try:
-            for plan in free:
-                write_json(plan.folder(task) / "config.json", configs[plan])
-        except OSError:
-            for plan in free:
-                (plan.folder(task) / "config.json").unlink(missing_ok=True)
-            raise
-    return [plan for plan in plans if not (plan.folder(task) / "result.json").exists()]
-
-
-@contextmanager
-def alone_in(folder: Path, *, wait: bool) -> Iterator[None]:
-    """Keep other processes out of a folder that trains, and clear what a killed one left half-way.
-
-    Args:
-        folder: made where it is missing.
-        wait: until another process is done.
-
-    Raises:
-        FileExistsError: another process works there, and ``wait`` is off.
-    """
-    with full_disk_named(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    try:
-        held = FileLock(folder / ".lock").acquire(timeout=-1 if wait else 0)
-    except Timeout as error:
-        raise FileExistsError(
-            f"another process works in {folder}; wait for it or end it, then pass --resume"
-        ) from error
-    with held:
-        for stale in (folder / checkpoint.FOLDER).glob(".*.partial"):
-            stale.unlink()
-        yield
+    configs = {plan.folder(task): config_of(plan, task) for plan in plans}
+    # Another number of episodes would give a result that its config does not describe.
+    same = ("settings", "eval_episodes")
+    unfinished = runs.claim(root, configs, same=same, resume=plans[0].resume)
+    return [plan for plan in plans if plan.folder(task) in unfinished]
 
 
 def config_of(plan: Plan, task: Task) -> dict[str, Any]:
@@ -276,29 +225,3 @@ def config_of(plan: Plan, task: Task) -> dict[str, Any]:
         "hardware": hardware(plan.device),
         "command": " ".join(["python -m benchmarks.d4rl", *sys.argv[1:]]),
     }
-
-
-def _held(folder: Path) -> dict[str, Any] | None:
-    """The ``config.json`` of a folder; empty where only a result stands, None where no run is."""
-    path = folder / "config.json"
-    if not path.exists():
-        return {} if (folder / "result.json").exists() else None
-    try:
-        config = json.loads(path.read_text())
-        return {"settings": config["settings"], "eval_episodes": config["eval_episodes"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} is not what a run writes ({type(error).__name__}: {error}); move {folder} "
-            "away, or choose another --out"
-        ) from error
-
-
-def _check_same(folder: Path, held: dict[str, Any], config: dict[str, Any]) -> None:
-    # Another number of episodes would give a result that its config does not describe.
-    keys = ("settings", "eval_episodes")
-    differ = differences({k: held.get(k) for k in keys}, {k: config[k] for k in keys})
-    if differ:
-        raise CheckpointError(
-            f"{folder} holds a run with other settings: {differ}; run with those, or choose "
-            "another --out"
-        )

@@ -17,10 +17,11 @@ import torch
 from tensordict import TensorDictBase
 
 from benchmarks.d4rl.learn import Say, baseline, clone, curated, fine_tune, reference
-from benchmarks.d4rl.plan import BENCHMARK, Plan, alone_in, settings_of
+from benchmarks.d4rl.plan import BENCHMARK, Plan, settings_of
 from benchmarks.d4rl.saved import save_policy
 from benchmarks.d4rl.task import Task
 from benchmarks.provenance import write_json
+from benchmarks.runs import alone_in
 from iwsft import checkpoint, metrics
 from iwsft.files import written_whole
 from iwsft.reference import annotate_reference

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from baselines import BASELINES
+from benchmarks import cluster
 from benchmarks.command import EXPECTED, one_line
-from benchmarks.d4rl import cluster, suites
+from benchmarks.d4rl import suites
 from benchmarks.d4rl.arguments import Arguments, chosen
 from benchmarks.d4rl.checks import check_data, check_settings
 from benchmarks.d4rl.plan import Plan, claim
@@ -19,6 +19,7 @@ from benchmarks.d4rl.run import run
 from benchmarks.d4rl.task import Task
 from benchmarks.report.runs import read_runs
 from benchmarks.report.tables import score_table
+from benchmarks.runs import Summary, tell
 from iwsft.training import Row
 
 _HEADER = f"{'algo':<12} {'seed':>4}  {'stage':<9} {'step':>13} {'loss':>8} {'ESS':>5} {'score':>7}"
@@ -42,32 +43,6 @@ class Job:
     def column(self) -> str:
         """What stands in front of the job's lines."""
         return f"{self.dataset:<{self.width}} " if self.width else ""
-
-
-@dataclass
-class Summary:
-    """What became of all that was asked for: counts, and one line for each that is not done."""
-
-    done: int = 0
-    finished_before: int = 0
-    failed: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-
-    def leave_out(self, reason: str) -> None:
-        """Count a dataset, or algorithms on one, that can't be run, and tell."""
-        self.left_out.append(reason)
-        _tell(f"left out: {reason}")
-
-    def __str__(self) -> str:
-        counts = [f"{self.done} done"]
-        if self.finished_before:
-            counts.append(f"{self.finished_before} finished before")
-        lines = []
-        for title, reasons in (("failed", self.failed), ("left out", self.left_out)):
-            if reasons:
-                counts.append(f"{len(reasons)} {title}")
-                lines += [f"{title}: {reason}" for reason in reasons]
-        return "\n".join([", ".join(counts), *lines])
 
 
 def sweep(arguments: Arguments) -> Summary:
@@ -302,13 +277,13 @@ def _takes_reference(plan: Plan) -> bool:
 def _run(jobs: Sequence[Job], place: cluster.Place, summary: Summary) -> None:
     if jobs:
         column = f"{_COLUMN:<{jobs[0].width}} " if jobs[0].width else ""
-        _tell(f"{column}{_HEADER}   seconds")
-    for job, problem in cluster.each(_one, jobs, place, _tell):
+        tell(f"{column}{_HEADER}   seconds")
+    for job, problem in cluster.each(_one, jobs, place, tell):
         if problem is None:
             summary.done += 1
         else:
             summary.failed.append(f"{job}: {problem}")
-            _tell(f"error: {job}: {problem}")
+            tell(f"error: {job}: {problem}")
 
 
 def _one(job: Job) -> str | None:
@@ -321,7 +296,7 @@ def _one(job: Job) -> str | None:
             # Losses of critics can be large; only weighted runs have an effective sample size.
             loss = f"{row['loss']:8.3f}" if abs(row["loss"]) < 1000 else f"{row['loss']:8.1e}"
             ess = f"{row['ESS']:5.2f}" if "ESS" in row else f"{'-':>5}"
-            _tell(
+            tell(
                 f"{job.column}{plan.algo:<12} {plan.seed:>4}  {stage:<9} {row['step']:>6}/"
                 f"{steps:<6} {loss} {ess} {score:7.1f} {row['wall_seconds']:9.0f}"
             )
@@ -331,9 +306,3 @@ def _one(job: Job) -> str | None:
     except EXPECTED as error:
         return one_line(error)
     return None
-
-
-def _tell(line: str) -> None:
-    # One write a line: those of several processes do not mix.
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()

@@ -14,11 +14,12 @@ import torch
 from tensordict import TensorDict
 
 from benchmarks.d4rl.learn import curve, sizes
-from benchmarks.d4rl.plan import BENCHMARK, Plan, alone_in, config_of
+from benchmarks.d4rl.plan import BENCHMARK, Plan, config_of
 from benchmarks.d4rl.task import Task
 from benchmarks.peer import learner as d3rlpy
 from benchmarks.peer.settings import APART, config
 from benchmarks.provenance import write_json
+from benchmarks.runs import alone_in
 from iwsft.checkpoint import CheckpointError, differences
 from iwsft.metrics import MetricsLog
 from iwsft.training import Row

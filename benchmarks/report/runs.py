@@ -101,9 +101,11 @@ def read_runs(folder: str | Path) -> list[Run]:
     for run_folder in _folders(root):
         if not (run_folder / "result.json").exists():
             continue
-        run = _read_run(run_folder, root)
-        if run.result.get("benchmark") != _BENCHMARK:
+        result = _read_json(run_folder / "result.json")
+        # A folder that is read may lie within the benchmark's own, so names of folders won't do.
+        if result.get("benchmark") != _BENCHMARK:
             continue
+        run = _read_run(run_folder, result, root)
         key = (run.dataset, run.algo, run.seed)
         if key in found:
             raise ReportError(
@@ -167,8 +169,7 @@ def _is_run(path: Path) -> bool:
     )
 
 
-def _read_run(folder: Path, root: Path) -> Run:
-    result = _read_json(folder / "result.json")
+def _read_run(folder: Path, result: dict[str, Any], root: Path) -> Run:
     for key, kind in _REQUIRED.items():
         if not isinstance(result.get(key), kind):
             raise ReportError(

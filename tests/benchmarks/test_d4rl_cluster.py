@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from benchmarks.d4rl import cluster
+from benchmarks import cluster
 from benchmarks.d4rl.__main__ import main
 from benchmarks.d4rl.arguments import Arguments
 from benchmarks.provenance import versions

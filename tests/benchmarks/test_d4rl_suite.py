@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 import pytest
 
-from benchmarks.d4rl import cluster
+from benchmarks import cluster
 from benchmarks.d4rl.__main__ import main
 from benchmarks.d4rl.arguments import Arguments, chosen
 from benchmarks.d4rl.suites import SUITES
@@ -330,7 +330,7 @@ def test_a_killed_worker_costs_no_run(job: Job, tiny_dataset: Path, tmp_path: Pa
 OWNER = """
 import sys, time
 from pathlib import Path
-from benchmarks.d4rl import cluster
+from benchmarks import cluster
 
 out = Path(sys.argv[1])
 def work(item):

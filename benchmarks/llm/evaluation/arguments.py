@@ -49,8 +49,6 @@ class Arguments:
     """Of transformers: cpu, cuda, ..., or auto to spread the model over what is there."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights; auto is what the model was saved in."""
-    gguf_file: str | None = None
-    """Load this GGUF file of the model's folder, dequantised."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
     out: Path = Path("runs/llm-evaluation")
@@ -94,5 +92,3 @@ def check(arguments: Arguments) -> None:
             f"--n {arguments.n} with --temperature 0 gives the same answer {arguments.n} times; "
             "raise the temperature, or leave out --n"
         )
-    if arguments.backend == "vllm" and arguments.gguf_file is not None:
-        raise ValueError("--gguf-file goes with --backend transformers")

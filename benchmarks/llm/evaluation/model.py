@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from benchmarks.llm.evaluation.arguments import Arguments
+from benchmarks.llm.gguf import first_line
+from benchmarks.llm.models import load, load_tokenizer, locate
 from iwsft.language.generation import Generator, TransformersGenerator, VLLMGenerator
 
 _ANSWER = "<<<ANSWER>>>"
-_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+_WEIGHTS = (".safetensors", ".bin")
 _BLOCK, _BLOCKS = 2**16, 16
 
 
@@ -43,26 +45,18 @@ class Prompter:
         Raises:
             ValueError: no model in transformers' format, no tokenizer, or no end token.
         """
-        from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+        from transformers import AutoConfig, GenerationConfig
 
-        where = arguments.model
-        options = _options(arguments)
+        where = locate(arguments.model)
+        options: dict[str, Any] = {"trust_remote_code": arguments.trust_remote_code}
         try:
             config = AutoConfig.from_pretrained(where, **options)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"--model {where} is no model that transformers can load ({_first(error)}); pass a "
-                "folder written by save_pretrained, or a hub id"
+                f"--model {where} is no model that transformers can load ({first_line(error)}); "
+                "pass a folder written by save_pretrained, or a hub id"
             ) from error
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(where, **options)
-            tokenizer.encode("1")
-        # A missing file is an OSError, a type of tokenizer that it would need any of the others.
-        except (OSError, ValueError, TypeError, AttributeError, ImportError, KeyError) as error:
-            raise ValueError(
-                f"--model {where} has no tokenizer that loads ({_first(error)}); save the one it "
-                "was trained with beside it (tokenizer.save_pretrained)"
-            ) from error
+        tokenizer = load_tokenizer(where, **options)
         try:
             ends = GenerationConfig.from_pretrained(where, **options).eos_token_id
         # It is optional.
@@ -89,7 +83,7 @@ class Prompter:
             frozenset(stop),
             getattr(config.get_text_config(), "max_position_embeddings", None),
             note,
-            getattr(config, "_commit_hash", None) or _weights(Path(where), arguments.gguf_file),
+            getattr(config, "_commit_hash", None) or _weights(Path(where)),
         )
 
     def prompt(self, text: str) -> list[int]:
@@ -115,7 +109,7 @@ def check_device(device: str) -> None:
     # What torch raises for names it does not know, and for devices that are not there.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
-            f"--device {device} can't be used here: {_first(error)}; cpu can"
+            f"--device {device} can't be used here: {first_line(error)}; cpu can"
         ) from error
 
 
@@ -128,31 +122,28 @@ def generator(arguments: Arguments) -> Generator:
     """
     if arguments.backend == "vllm":
         return VLLMGenerator(
-            arguments.model,
+            locate(arguments.model),
             dtype=arguments.dtype,
             parallel=max(1, torch.cuda.device_count()),
             trust_remote_code=arguments.trust_remote_code,
         )
-    from transformers import AutoModelForCausalLM
-
-    spread = {"device_map": "auto"} if arguments.device == "auto" else {}
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            arguments.model, dtype=arguments.dtype, **spread, **_options(arguments)
-        )
-        if not spread:
+    spread: dict[str, Any] = {"device_map": "auto"} if arguments.device == "auto" else {}
+    loaded, _ = load(
+        arguments.model,
+        dtype=arguments.dtype,
+        trust_remote_code=arguments.trust_remote_code,
+        **spread,
+    )
+    model: Any = loaded
+    if not spread:
+        try:
             model.to(arguments.device)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"--model {arguments.model} does not load on --device {arguments.device}: "
-            f"{_first(error)}"
-        ) from error
+        except RuntimeError as error:
+            raise ValueError(
+                f"--model {arguments.model} does not fit on --device {arguments.device}: "
+                f"{first_line(error)}"
+            ) from error
     return TransformersGenerator(model, batch_size=arguments.batch)
-
-
-def _options(arguments: Arguments) -> dict[str, Any]:
-    file = {} if arguments.gguf_file is None else {"gguf_file": arguments.gguf_file}
-    return {"trust_remote_code": arguments.trust_remote_code, **file}
 
 
 def _turn_end(tokenizer: Any) -> set[int]:
@@ -169,15 +160,14 @@ def _turn_end(tokenizer: Any) -> set[int]:
     return set(tokens[:1]) & special
 
 
-def _weights(folder: Path, gguf_file: str | None) -> str:
+def _weights(folder: Path) -> str:
     """SHA-256 over names and sizes of the files of weights, and blocks spread over each.
 
     All of 65 GB would take minutes; training moves every block.
     """
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        wanted = path.name == gguf_file if gguf_file else path.suffix in _WEIGHTS
-        if wanted:
+        if path.suffix in _WEIGHTS:
             size = path.stat().st_size
             digest.update(f"{path.name} {size}\n".encode())
             for block in _blocks(path, size):
@@ -190,8 +180,3 @@ def _blocks(path: Path, size: int) -> Iterator[bytes]:
         for number in range(_BLOCKS):
             file.seek(max(0, size - _BLOCK) * number // (_BLOCKS - 1))
             yield file.read(_BLOCK)
-
-
-def _first(error: BaseException) -> str:
-    """The first line of an error: transformers tells long stories."""
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -23,12 +23,12 @@ from benchmarks.llm.evaluation.store import (
     RESULT,
     Generations,
     Row,
-    alone_in,
     check_claim,
     claim,
 )
 from benchmarks.llm.evaluation.tasks import Asked, load
 from benchmarks.provenance import hardware, write_json
+from benchmarks.runs import alone_in
 from iwsft.files import written_whole
 from iwsft.language import budget
 from iwsft.language.budget import Delimiters, overhead, think_then_answer
@@ -50,7 +50,6 @@ _DECIDE = (
     "limit",
     "backend",
     "dtype",
-    "gguf_file",
 )
 
 
@@ -102,7 +101,7 @@ def run(arguments: Arguments) -> list[dict[str, Any]]:
         model: Generator | None = None
         results = []
         for job in jobs:
-            with alone_in(job.folder):
+            with alone_in(job.folder, wait=False):
                 claim(job.folder, job.config)
                 kept = Generations(job.folder, job.keys)
                 since = time.perf_counter(), time.process_time()
@@ -142,9 +141,9 @@ def _job(arguments: Arguments, asked: Asked, prompter: Prompter) -> _Job:
         "settings": settings,
         "versions": _versions(),
         "hardware": hardware(_device(arguments)),
-        "command": " ".join(["python -m benchmarks.llm evaluate", *sys.argv[1:]]),
+        "command": " ".join(["python -m benchmarks.llm", *sys.argv[1:]]),
     }
-    name = arguments.gguf_file or Path(arguments.model).resolve().name
+    name = Path(arguments.model).resolve().name
     return _Job(asked, prompts, arguments.out / name / asked.task.name, config)
 
 

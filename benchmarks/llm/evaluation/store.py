@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from benchmarks.provenance import write_json
 from iwsft.checkpoint import CheckpointError, differences
@@ -61,25 +58,6 @@ def check_claim(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
             f"{folder} holds an evaluation with other settings: {differ}; run with those, or "
             "choose another --out"
         )
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder; it is made where it is missing.
-
-    Raises:
-        FileExistsError: another process works there.
-    """
-    with full_disk_named(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    try:
-        held = FileLock(folder / ".lock").acquire(timeout=0)
-    except Timeout as error:
-        raise FileExistsError(
-            f"another process evaluates in {folder}; wait for it or end it, then pass --resume"
-        ) from error
-    with held:
-        yield
 
 
 class Generations:

@@ -18,7 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.command import EXPECTED
-from benchmarks.llm.evaluation.__main__ import main
+from benchmarks.llm.__main__ import evaluate as main
 from benchmarks.llm.evaluation.arguments import Arguments
 from benchmarks.llm.evaluation.run import run
 from benchmarks.llm.evaluation.table import show
@@ -222,7 +222,7 @@ def test_killed_and_resumed(model: Path, data: Path, tmp_path: Path, n: int) -> 
 
     out = tmp_path / "killed"
     path = out / "tiny" / "gsm8k" / "generations.jsonl"
-    command = [sys.executable, "-m", "benchmarks.llm.evaluation", "--model", str(model)]
+    command = [sys.executable, "-m", "benchmarks.llm", "evaluate", "--model", str(model)]
     command += ["--tasks", f"gsm8k={data}/gsm8k.jsonl", "--batch-size", "4", "--out", str(out)]
     command += [f"--{name.replace('_', '-')}={value}" for name, value in draws.items()]
     process = subprocess.Popen(
@@ -302,10 +302,6 @@ def test_damaged_generations_are_named(model: Path, data: Path, tmp_path: Path) 
         ),
         ({"think_budget": 600}, "lower --max-tokens or --think-budget"),
         ({"device": "cuda:77"}, "--device cuda:77 can't be used here"),
-        (
-            {"backend": "vllm", "gguf_file": "a.gguf"},
-            "--gguf-file goes with --backend",
-        ),
     ],
 )
 def test_bad_settings(
@@ -325,22 +321,22 @@ def test_bad_models(model: Path, data: Path, tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
 
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "is no model that transformers can load")
+    refused(tmp_path / "empty", "empty holds no model")
     bare = Path(shutil.copytree(model, tmp_path / "bare"))
     for path in bare.glob("*token*"):
         path.unlink()
-    refused(bare, "has no tokenizer that loads.*save_pretrained")
+    refused(bare, "bare has no tokenizer.*save_pretrained")
     weightless = Path(shutil.copytree(model, tmp_path / "weightless"))
     (weightless / "model.safetensors").unlink()
-    refused(weightless, "does not load on --device cpu")
+    refused(weightless, "weightless holds no model")
 
 
 def test_two_processes_in_one_folder(model: Path, data: Path, tmp_path: Path) -> None:
-    from benchmarks.llm.evaluation.store import alone_in
+    from benchmarks.runs import alone_in
 
     with (
-        alone_in(tmp_path / "tiny" / "gsm8k"),
-        pytest.raises(FileExistsError, match="another process evaluates in"),
+        alone_in(tmp_path / "tiny" / "gsm8k", wait=False),
+        pytest.raises(FileExistsError, match="another process works in"),
     ):
         run(settings(model, data, tmp_path))
 

@@ -121,7 +121,7 @@ def place(
         with _ray(jobs, device, out, files) as tasks:
             yield tasks
         return
-    jobs = min(jobs or _cores(), max(1, items))
+    jobs = min(jobs or cores(), max(1, items))
     if jobs == 1:
         yield _Here()
         return
@@ -132,7 +132,8 @@ def place(
         processes.close()
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Cores of this machine that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -280,7 +281,7 @@ def _connect(ray: ModuleType, jobs: int | None) -> None:
                 raise
     ray.init(
         address="local",
-        num_cpus=jobs or _cores(),
+        num_cpus=jobs or cores(),
         include_dashboard=False,
         object_store_memory=_OBJECT_STORE,
         logging_level="warning",

@@ -1,0 +1,71 @@
+"""Fine-tune a language model by SFT and iw-SFT, and test it.
+
+python -m benchmarks.llm
+
+python -m benchmarks.llm --recipe gsm8k --algo base sft iw-sft --model smollm2-135m
+
+python -m benchmarks.llm --recipe s1k --algo iw-sft --deepspeed zero3_offload --resume
+
+python -m benchmarks.llm evaluate --model runs/llm/s1k/iw-sft/seed-0/checkpoint --tasks math-500
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import tyro
+
+from benchmarks.command import ends_as_ctrl_c_does, ends_in_one_line
+from benchmarks.llm.arguments import Arguments
+
+if TYPE_CHECKING:
+    from benchmarks.llm.evaluation.arguments import Arguments as EvaluationArguments
+
+_PROG = "python -m benchmarks.llm"
+_EVALUATION = """Score a language model on MATH-500, AIME, GPQA diamond and GSM8K.
+
+python -m benchmarks.llm evaluate --model runs/my-model --tasks math-500 aime-2024
+
+python -m benchmarks.llm evaluate --model Qwen/Qwen2.5-32B-Instruct --backend vllm --n 16
+--temperature 0.7 --think-budget 16000 --waits 2
+"""
+
+
+def main(arguments: Arguments) -> None:
+    """Run the job; an error that a user can mend ends it in one line."""
+    with ends_in_one_line():
+        # Takes seconds to import.
+        from benchmarks.llm.job import job
+
+        status = job(arguments)
+    if status:
+        raise SystemExit(status)
+
+
+def evaluate(arguments: EvaluationArguments) -> None:
+    """Evaluate and print the table; an error that a user can mend ends it in one line."""
+    with ends_in_one_line():
+        from benchmarks.llm.evaluation.run import run
+        from benchmarks.llm.evaluation.table import show
+
+        results = run(arguments)
+    show(results)
+
+
+def _command(words: list[str]) -> None:
+    if words[:1] == ["evaluate"]:
+        from benchmarks.llm.evaluation.arguments import Arguments as EvaluationArguments
+
+        prog = f"{_PROG} evaluate"
+        evaluate(tyro.cli(EvaluationArguments, args=words[1:], prog=prog, description=_EVALUATION))
+    else:
+        main(tyro.cli(Arguments, args=words, prog=_PROG, description=__doc__))
+
+
+if __name__ == "__main__":
+    # Of several processes one has the last word.
+    if os.environ.get("RANK", "0") == "0":
+        ends_as_ctrl_c_does()
+    _command(sys.argv[1:])

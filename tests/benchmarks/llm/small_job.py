@@ -1,0 +1,32 @@
+"""A small arithmetic job: a decoder of little training, rows from a file, a short test."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.llm.recipes.arithmetic.base import BaseSettings, train
+from benchmarks.llm.recipes.arithmetic.checker import check
+from benchmarks.llm.recipes.arithmetic.recipe import ArithmeticRecipe
+from benchmarks.llm.recipes.arithmetic.strategies import mixture
+from benchmarks.llm.recipes.arithmetic.task import problems
+from benchmarks.llm.recipes.arithmetic.tokenizer import tokenizer
+
+RECIPE = replace(ArithmeticRecipe(), name="small", held_out=40)
+ROWS = 200
+
+
+def write(folder: Path) -> tuple[str, str]:
+    """Write a model and rows into a folder; where they are."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "layers": 2, "steps": 60}
+    model, _ = train(replace(BaseSettings(), **sizes), seed=0)
+    model.save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    asked = problems(ROWS, 1, "train")
+    with (folder / "rows.jsonl").open("w") as file:
+        for problem, text in zip(asked, mixture(asked, 1), strict=True):
+            verdict = check(problem, text)
+            row = {"prompt": problem.prompt, "completion": text, "score": verdict.quality}
+            file.write(json.dumps({**row, "correct": bool(verdict.score)}) + "\n")
+    return str(folder / "model"), str(folder / "rows.jsonl")

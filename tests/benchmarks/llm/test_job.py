@@ -1,0 +1,255 @@
+"""The job in this process: what it writes, shows, keeps and refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_job
+import torch
+from tensordict import TensorDict
+
+from benchmarks.llm import job as whole_job
+from benchmarks.llm.__main__ import main
+from benchmarks.llm.algorithms import ALGORITHMS, q_of
+from benchmarks.llm.arguments import Arguments, Settings, settings_of
+from benchmarks.llm.launch_config import Launch
+from benchmarks.llm.models import load
+from benchmarks.llm.recipes import RECIPES, Defaults, load_recipe
+from benchmarks.llm.recipes.s1k import PAPER
+from benchmarks.llm.run import arguments_of
+from benchmarks.report.runs import read_runs, unfinished_runs
+from iwsft.language.rows import Row
+from iwsft.trajectory import MULTIPLICITY, lengths
+
+SHORT: dict[str, Any] = {"max_steps": 6, "sync_every": 2, "ema_decay": 0.5}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Model and rows."""
+    return small_job.write(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture
+def job(small: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """``job(out, algo, ...)``: the command on the small recipe, in this process; its folder."""
+    monkeypatch.setitem(RECIPES, "small", "small_job")
+
+    def run(out: Path, *algo: str, said: dict[str, Any] | None = None, **arguments: Any) -> Path:
+        settings = {"max_steps": 6} if said is None else said
+        values = {"seeds": (0,), "jobs": 1, "model": small[0], "data": small[1], **arguments}
+        main(Arguments("small", algo, settings=Settings(**settings), out=out, **values))
+        return out / "llm" / "small"
+
+    return run
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if "loss" in row]
+
+
+def test_every_algorithm_leaves_what_it_did(
+    job: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], small: Any
+) -> None:
+    folder = job(tmp_path, "base", *ALGORITHMS, said=SHORT)
+    for algo, algorithm in ALGORITHMS.items():
+        run = folder / algo / "seed-0"
+        result = json.loads((run / "result.json").read_text())
+        config = json.loads((run / "config.json").read_text())
+        assert (result["benchmark"], result["dataset"], result["algo"]) == ("llm", "small", algo)
+        assert result["steps"] == 6 and result["proposal"] == algorithm.proposal
+        assert result["cpu_seconds"] >= result["evaluation_cpu_seconds"] > 0
+        assert result["interval"][0] <= result["score"] <= result["interval"][1]
+        assert result["n"] == 40
+        assert config["settings"]["training"]["max_steps"] == 6 and "torch" in config["versions"]
+        logged = rows(run)
+        assert [row["step"] for row in logged] == [1, 2, 3, 4, 5, 6]
+        assert [row["cpu_seconds"] for row in logged] == sorted(r["cpu_seconds"] for r in logged)
+        # theta is the reference still: the loss is that of SFT on the same draws.
+        same = "sft-q" if algorithm.quality else "sft"
+        assert logged[0]["weight_max"] == 1.0 and logged[0]["ESS"] == pytest.approx(1.0)
+        assert logged[0]["loss"] == pytest.approx(
+            rows(folder / same / "seed-0")[0]["loss"], rel=1e-6
+        )
+        moved = max(abs(row["weight_max"] - 1) for row in logged) > 1e-4
+        assert moved == (algorithm.proposal != "reference")
+        # What is saved is what was tested, and not what was started from.
+        model, tokenizer = load(str(run / "checkpoint"))
+        prepared = small_job.RECIPE.prepare(tmp_path, seed=0, model=small[0], data=small[1])
+        again = small_job.RECIPE.evaluate(model, tokenizer, prepared, seed=0)
+        assert again["share_careful"] == pytest.approx(result["share_careful"], abs=1e-6)
+        start, _ = load(small[0])
+        assert not torch.equal(model.lm_head.weight, start.lm_head.weight)
+    base = json.loads((folder / "base" / "seed-0" / "result.json").read_text())
+    assert base["steps"] == 0 and "ESS" not in base
+
+    printed = capsys.readouterr()
+    assert "8 done" in printed.out and "exact match" in printed.out
+    shown = [line.split()[0] for line in printed.out.splitlines() if line.split()]
+    assert [name for name in shown if name in ("base", *ALGORITHMS)] == 2 * ["base", *ALGORITHMS]
+    assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
+    table = json.loads((folder / "results.json").read_text())["rows"]
+    assert [row["algo"] for row in table] == ["base", *ALGORITHMS]
+    assert table[0]["score"] == base["score"] and table[0]["interval"] == base["interval"]
+    # A control report of the same folder leaves them out.
+    assert read_runs(tmp_path) == [] and unfinished_runs(tmp_path) == []
+
+
+def test_what_is_finished_stays_and_other_settings_are_refused(
+    job: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = job(tmp_path, "sft") / "sft" / "seed-0"
+    before = (run / "result.json").read_bytes()
+
+    def stopped(*algo: str, **arguments: Any) -> str:
+        with pytest.raises(SystemExit) as end:
+            job(tmp_path, *algo, **arguments)
+        return str(end.value)
+
+    assert "pass --resume to continue" in stopped("sft", "iw-sft")
+    assert not (tmp_path / "llm" / "small" / "iw-sft").exists()
+    refused = stopped("sft", said={"max_steps": 7}, resume=True)
+    assert "holds a run with other settings: settings.training.max_steps=6 (now 7)" in refused
+    assert "settings.data_sha256" in stopped("sft", data=str(run / "metrics.jsonl"), resume=True)
+
+    job(tmp_path, "sft", "iw-sft", resume=True)
+    assert (run / "result.json").read_bytes() == before
+    assert "1 done, 1 finished before" in capsys.readouterr().out
+
+
+def test_a_run_that_fails_does_not_stop_the_others(
+    job: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows without a score have no quality bins."""
+    data = tmp_path / "plain.jsonl"
+    _, filled = small_job.write(tmp_path / "made")
+    lines = [json.loads(line) for line in Path(filled).read_text().splitlines()]
+    data.write_text("\n".join(json.dumps({**line, "score": None}) for line in lines))
+    with pytest.raises(SystemExit) as end:
+        job(tmp_path, "sft-q", "sft", data=str(data), said={"max_steps": 2})
+    assert end.value.code == 1
+    printed = capsys.readouterr()
+    assert "error: sft-q seed 0: score score is unknown" in printed.err
+    assert "1 done, 1 failed" in printed.out
+    assert (tmp_path / "llm" / "small" / "sft" / "seed-0" / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "message"),
+    [
+        ({"algo": ("iwsft",)}, {}, "unknown algorithm 'iwsft'; did you mean 'iw-sft'?"),
+        ({"recipe": "aritmetic"}, {}, "unknown recipe 'aritmetic'; did you mean 'arithmetic'?"),
+        ({"algo": ()}, {}, "nothing to run"),
+        ({"algo": ("sft", "sft")}, {}, "--algo sft: asked for twice"),
+        ({"seeds": (1, 1)}, {}, "--seeds 1: asked for twice"),
+        ({"seeds": (-1,)}, {}, "--seeds -1: a seed lies in"),
+        ({"jobs": 0}, {}, "--jobs 0: at least 1"),
+        ({"device": "tpu"}, {}, "--device tpu: cpu or cuda"),
+        ({"deepspeed": ("zero3", "zero2")}, {}, "--deepspeed zero3 zero2: one config"),
+        ({"deepspeed": (), "jobs": 2}, {}, "--jobs 2 with --deepspeed"),
+        ({"deepspeed": ("zero9",)}, {}, "--deepspeed zero9: unknown config"),
+        ({"algo": ("sft",)}, {"sync_every": 5}, "--sync-every 5 changes nothing"),
+        ({"algo": ("sft", "iw-sft")}, {"ema_decay": 0.5}, "--ema-decay 0.5 changes nothing"),
+        ({"algo": ("sft", "iw-sft-step")}, {"temperature": 2.0}, "--temperature 2.0 changes no"),
+        (
+            {"algo": ("iw-sft",)},
+            {"temperature": 2.0, "preset": "authors_llm"},
+            "--temperature 2.0 changes nothing in the algorithms asked for with preset 'authors",
+        ),
+        ({"algo": ("base",)}, {"max_steps": 5}, "--max-steps 5 changes nothing"),
+        ({}, {"max_steps": 5, "epochs": 1.0}, "--max-steps and --epochs: pass one"),
+        ({}, {"max_steps": 0}, "--max-steps 0: at least 1"),
+        ({}, {"learning_rate": 0.0}, "--learning-rate 0.0: above 0"),
+        ({}, {"ema_decay": 1.0}, r"--ema-decay 1.0: a decay lies in [0, 1)"),
+        ({}, {"scheduler": "cosin"}, "--scheduler cosin: one of linear, cosine"),
+        ({}, {"quality_cuts": (0, 100)}, "cut 100: a percentile"),
+        ({}, {"micro_batch_size": 5}, "--micro-batch-size 5 does not divide the 32 draws"),
+    ],
+)
+def test_what_can_be_known_is_said_at_once(
+    arguments: dict[str, Any], said: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(Arguments(settings=Settings(**said), out=tmp_path / "runs", **arguments))
+    assert f"error: {message}" in str(end.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_settings_stand_in_the_recipes_place() -> None:
+    s1k = load_recipe("s1k")
+    assert settings_of(s1k, {}) == s1k.defaults
+    # A preset brings its own, and what is said comes after.
+    assert settings_of(s1k, {"preset": "paper_llm"}) == PAPER
+    found = settings_of(s1k, {"max_steps": 10, "cuts": (50.0,)})
+    assert (found.max_steps, found.epochs, found.cuts) == (10, None, (50.0,))
+    found = settings_of(load_recipe("arithmetic"), {"epochs": 2.0})
+    assert (found.max_steps, found.epochs) == (None, 2.0)
+
+
+def launch(processes: int) -> Launch:
+    return Launch("zero3", "", None, "deepspeed", 3, False, "cuda", processes)
+
+
+def plan(settings: Defaults) -> Any:
+    plans = whole_job._plans(Arguments(algo=("iw-sft",), seeds=(0,)))
+    from dataclasses import replace
+
+    return replace(plans[0], settings=settings)
+
+
+def test_a_batch_is_shared_out() -> None:
+    settings = Defaults(learning_rate=1e-3, batch_size=16, max_steps=3, micro_batch_size=2)
+    for processes, accumulation in ((1, 8), (4, 2), (8, 1)):
+        started = None if processes == 1 else launch(processes)
+        found = arguments_of(plan(settings), ALGORITHMS["sft"], started)
+        assert found["per_device_train_batch_size"] == 2
+        assert found["gradient_accumulation_steps"] == accumulation
+    # A micro-batch is never more than there is.
+    found = arguments_of(plan(settings), ALGORITHMS["sft"], launch(16))
+    assert (found["per_device_train_batch_size"], found["gradient_accumulation_steps"]) == (1, 1)
+    with pytest.raises(ValueError, match="--batch-size 16 can't be shared out over 3 processes"):
+        arguments_of(plan(settings), ALGORITHMS["sft"], launch(3))
+
+
+def test_weights_that_are_compared_are_known_before_a_divided_update() -> None:
+    compared = Defaults(learning_rate=1e-3, batch_size=4, max_steps=3, self_normalize=True)
+    alone = Defaults(learning_rate=1e-3, batch_size=4, max_steps=3)
+    current = ALGORITHMS["iw-sft"]
+    assert q_of(current, compared, 1) == ("current", None)
+    assert q_of(current, compared, 2) == ("cached", 1)
+    assert q_of(current, alone, 2) == ("current", None)
+    assert q_of(ALGORITHMS["iw-sft-step"], compared, 2) == ("current", None)
+    assert q_of(ALGORITHMS["iw-sft-hard"], compared, 2) == ("cached", compared.sync_every)
+    assert q_of(ALGORITHMS["sft"], compared, 2) == ("reference", None)
+    assert q_of(ALGORITHMS["iw-sft-ema"], compared, 2) == ("lagged", None)
+
+
+def test_d_plus_and_its_multiplicity(small: tuple[str, str], tmp_path: Path) -> None:
+    """Right rows alone; with quality cuts each cut that a row survives is one copy of it."""
+    from benchmarks.llm.run import curated
+
+    _, tokenizer = load(small[0])
+    prepared = small_job.RECIPE.prepare(tmp_path, seed=0, model=small[0], data=small[1])
+    right = [row for row in prepared.rows if row.correct]
+    settings = Defaults(1e-3, 4, max_steps=1, quality_cuts=(0, 50))
+
+    def counts(algo: str, **changed: Any) -> list[int]:
+        from dataclasses import replace
+
+        given = replace(prepared, **changed)
+        data: TensorDict = curated(plan(settings), ALGORITHMS[algo], given, tokenizer)
+        return data.get(MULTIPLICITY)[lengths(data).cumsum(0) - 1].tolist()
+
+    assert counts("sft") == [1] * len(right)
+    found = counts("sft-q")
+    assert len(found) == len(right) and sum(n == 2 for n in found) == -(-len(right) // 2)
+    best = sorted((row.score for row in right), reverse=True)[: len(right) // 2]
+    twice = [row.score for row, n in zip(right, found, strict=True) if n == 2]
+    assert min(twice) >= min(best)
+    weighted = [Row("a", prompt="1+1=", completion="2", weight=3)]
+    assert counts("sft-q", rows=weighted) == counts("sft", rows=weighted) == [3]
