@@ -34,7 +34,7 @@ from benchmarks.provenance import write_json
 from benchmarks.runs import RESULT, alone_in
 from iwsft import checkpoint, metrics
 from iwsft.curation import curate
-from iwsft.language import correct_only, tokenize
+from iwsft.language import check_scores, correct_only, tokenize
 from iwsft.language.config import ImportanceWeightedConfig
 from iwsft.language.saving import written_aside
 from iwsft.language.tokens import CORRECT, SCORE
@@ -114,8 +114,8 @@ def curated(plan: Plan, algorithm: Algorithm, prepared: Prepared, tokenizer: Any
     Rows with a weight count as curated.
 
     Raises:
-        ValueError: rows that can't be tokenised, or of which none is left.
-        KeyError: cuts, and rows without scores.
+        ValueError: rows that can't be tokenised, or of which none is left; cuts, and rows without
+            scores or whose scores are all equal.
     """
     settings = plan.settings
     found: TensorDictBase = tokenize(
@@ -126,6 +126,8 @@ def curated(plan: Plan, algorithm: Algorithm, prepared: Prepared, tokenizer: Any
     if found.get(MULTIPLICITY, default=None) is not None:
         return found
     cuts = algorithm.cuts(settings)
+    if cuts:
+        check_scores(prepared.rows)
     # Without a cut no score is looked at.
     scored = found.get(SCORE, default=None) is not None
     score = SCORE if cuts or scored else "length"
@@ -213,6 +215,8 @@ def _train(
         cache=plan.kept,
         **{"dtype": torch.bfloat16 if half else torch.float32, **prepared.load_kwargs},
     )
+    if "pad_token" in prepared.notes:
+        tokenizer.pad_token = prepared.notes["pad_token"]
     data = curated(plan, algorithm, prepared, tokenizer)
     progress = Progress(plan.folder, say, writes=first)
     trainer = ImportanceWeightedTrainer(

@@ -25,6 +25,6 @@ export HF_HUB_OFFLINE=1
 
 # One task a node: it starts one process a GPU. --kill-on-bad-exit: a lost node ends the others too.
 srun --kill-on-bad-exit=1 bash -c '
-  NODE_RANK=$SLURM_NODEID exec python -m benchmarks.llm \
+  NODE_RANK=$SLURM_NODEID exec python -m benchmarks.llm --batch-size 16 \
     --recipe s1k --algo iw-sft --deepspeed multi_node --out runs/s1k --resume
 '

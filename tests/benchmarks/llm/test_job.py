@@ -134,7 +134,8 @@ def test_a_run_that_fails_does_not_stop_the_others(
         job(tmp_path, "sft-q", "sft", data=str(data), said={"max_steps": 2})
     assert end.value.code == 1
     printed = capsys.readouterr()
-    assert "error: sft-q seed 0: score score is unknown" in printed.err
+    failure = next(line for line in printed.err.splitlines() if "error: sft-q seed 0:" in line)
+    assert "there is no score, and curation cuts by it" in failure
     assert "1 done, 1 failed" in printed.out
     assert (tmp_path / "llm" / "small" / "sft" / "seed-0" / "result.json").exists()
 
