@@ -27,8 +27,7 @@ from trl import SFTConfig, SFTTrainer
 
 from iwsft import CausalLMPolicy, ImportanceWeightedMLE, ImportanceWeights
 from iwsft.language.reference import annotate_tokens
-from iwsft.language.tokens import ASSISTANT_MASK, ATTENTION_MASK, TOKENS
-from iwsft.trajectory import REF_LOG_PROB, from_steps
+from iwsft.trajectory import ASSISTANT_MASK, ATTENTION_MASK, REF_LOG_PROB, TOKENS, from_steps
 
 
 class ImportanceWeightedSFTTrainer(SFTTrainer):

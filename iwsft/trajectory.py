@@ -23,6 +23,10 @@ TERMINATED: NestedKey = ("next", "terminated")
 TRUNCATED: NestedKey = ("next", "truncated")
 TRAJ_IDS: NestedKey = ("collector", "traj_ids")
 MASK: NestedKey = ("collector", "mask")
+# Language, TorchRL's: a token is a step, those of the assistant are its actions.
+TOKENS: NestedKey = ("tokens", "full")
+ATTENTION_MASK: NestedKey = ("masks", "all_attention_mask")
+ASSISTANT_MASK: NestedKey = ("masks", "all_assistant_mask")
 # Ours: log pi_ref of the step, draws of its trajectory, cached weight of its trajectory.
 REF_LOG_PROB: NestedKey = "ref_log_prob"
 MULTIPLICITY: NestedKey = "multiplicity"

@@ -30,9 +30,8 @@ from trl import SFTConfig, SFTTrainer
 from benchmarks.speed.measure import Check, Options, Row, Times, checked
 from benchmarks.speed.memory import growth_mb, in_child
 from iwsft.language.config import ImportanceWeightedConfig
-from iwsft.language.tokens import ASSISTANT_MASK, ATTENTION_MASK, TOKENS
 from iwsft.language.trainer import ImportanceWeightedTrainer
-from iwsft.trajectory import from_steps
+from iwsft.trajectory import ASSISTANT_MASK, ATTENTION_MASK, TOKENS, from_steps
 
 # Of the losses of the first updates, both in float32.
 LOSS_LIMIT = 1e-5

@@ -10,9 +10,18 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from iwsft.language.tokens import ASSISTANT_MASK, ATTENTION_MASK, CORRECT, SCORE, TOKENS
+from iwsft.language.tokens import CORRECT, SCORE
 from iwsft.samplers import multiplicities
-from iwsft.trajectory import MASK, MULTIPLICITY, TRAJ_IDS, lengths, pad
+from iwsft.trajectory import (
+    ASSISTANT_MASK,
+    ATTENTION_MASK,
+    MASK,
+    MULTIPLICITY,
+    TOKENS,
+    TRAJ_IDS,
+    lengths,
+    pad,
+)
 
 Layout = Literal["padded", "packed"]
 

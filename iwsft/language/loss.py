@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from iwsft.language.tokens import ASSISTANT_MASK, TOKENS
 from iwsft.objective import ImportanceWeightedMLE
+from iwsft.trajectory import ASSISTANT_MASK, TOKENS
 
 
 def token_loss(policy: nn.Module, **settings: Any) -> ImportanceWeightedMLE:

@@ -19,12 +19,11 @@ from iwsft.language.collator import Layout, collate
 from iwsft.language.ranks import from_first, gathered, rank_and_world
 from iwsft.language.reference_key import data_digest, reference_key
 from iwsft.language.reference_pass import Pass
-from iwsft.language.tokens import TOKENS
 from iwsft.policies.adapters import peft_model
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.policies.log_prob import evaluating
 from iwsft.reference import check_unlocked, near, read_log_prob, write_log_prob
-from iwsft.trajectory import REF_LOG_PROB
+from iwsft.trajectory import REF_LOG_PROB, TOKENS
 
 _log = logging.getLogger(__name__)
 # Speed is measured on one part to size the next; a part that was fast by chance must not matter.

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from iwsft.fingerprint import fingerprint
 from iwsft.language.ranks import gathered
-from iwsft.language.tokens import ASSISTANT_MASK, ATTENTION_MASK, TOKENS
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.policies.causal_lm_families import decoder_of
-from iwsft.trajectory import TRAJ_IDS
+from iwsft.trajectory import ASSISTANT_MASK, ATTENTION_MASK, TOKENS, TRAJ_IDS
 
 # Where the model came from, and a cache that is off in any case.
 _NO_MATTER = ("_name_or_path", "use_cache")

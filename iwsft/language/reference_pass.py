@@ -12,8 +12,7 @@ from torch import Tensor
 
 from iwsft.language.collator import TrajectoryDataset
 from iwsft.language.plan import uncounted
-from iwsft.language.tokens import ASSISTANT_MASK, ATTENTION_MASK, TOKENS
-from iwsft.trajectory import TRAJ_IDS, lengths, steps_of
+from iwsft.trajectory import ASSISTANT_MASK, ATTENTION_MASK, TOKENS, TRAJ_IDS, lengths, steps_of
 
 # Tokens of a batch where none is given as a measure.
 _BATCH_TOKENS = 8192

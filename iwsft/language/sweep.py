@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from iwsft.language.microbatch import PLACE, MicroBatches
-from iwsft.language.tokens import ATTENTION_MASK
 from iwsft.policies.log_prob import evaluating
-from iwsft.trajectory import Segments
+from iwsft.trajectory import ATTENTION_MASK, Segments
 
 
 @torch.no_grad()

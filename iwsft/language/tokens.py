@@ -15,11 +15,17 @@ from iwsft.fingerprint import fingerprint
 from iwsft.language.chat import ChatEncoder
 from iwsft.language.encoding import Encoded, check_tokenizer, encode_completion
 from iwsft.language.rows import Row
-from iwsft.trajectory import MULTIPLICITY, TRAJ_IDS, from_steps, lengths, select
+from iwsft.trajectory import (
+    ASSISTANT_MASK,
+    ATTENTION_MASK,
+    MULTIPLICITY,
+    TOKENS,
+    TRAJ_IDS,
+    from_steps,
+    lengths,
+    select,
+)
 
-TOKENS: NestedKey = ("tokens", "full")
-ATTENTION_MASK: NestedKey = ("masks", "all_attention_mask")
-ASSISTANT_MASK: NestedKey = ("masks", "all_assistant_mask")
 SCORE = "score"
 CORRECT = "correct"
 

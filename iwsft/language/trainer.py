@@ -34,11 +34,17 @@ from iwsft.language.plan import Plan, ProcessBatches
 from iwsft.language.reference import annotate_tokens, cached_reference
 from iwsft.language.shadow import Shadow
 from iwsft.language.sweep import swept_log_prob
-from iwsft.language.tokens import ASSISTANT_MASK, TOKENS
 from iwsft.language.weighing import Weigher
 from iwsft.objective import LOSS
 from iwsft.policies.causal_lm import CausalLMPolicy
-from iwsft.trajectory import REF_LOG_PROB, TRAJ_IDS, Segments, check_tensordict
+from iwsft.trajectory import (
+    ASSISTANT_MASK,
+    REF_LOG_PROB,
+    TOKENS,
+    TRAJ_IDS,
+    Segments,
+    check_tensordict,
+)
 from iwsft.weights import ImportanceWeights, SelfNormalize, TargetESS
 
 WEIGHTS = "weights.pt"

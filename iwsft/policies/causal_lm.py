@@ -21,11 +21,7 @@ from iwsft.policies.causal_lm_families import (
     varies_lengths,
 )
 from iwsft.policies.token_log_prob import token_log_prob
-from iwsft.trajectory import Segments
-
-TOKENS: NestedKey = ("tokens", "full")
-ATTENTION_MASK: NestedKey = ("masks", "all_attention_mask")
-ASSISTANT_MASK: NestedKey = ("masks", "all_assistant_mask")
+from iwsft.trajectory import ASSISTANT_MASK, ATTENTION_MASK, TOKENS, Segments
 
 # Rows and the states of the output layer come in multiples of this: kernels for a few rows, and for
 # what is left over of a row, differ from the others in the last bits.

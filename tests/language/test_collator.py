@@ -17,9 +17,16 @@ from torch.utils.data import DataLoader
 from iwsft import ImportanceWeightedMLE
 from iwsft.language.batches import EpochBatches, EpochSampler
 from iwsft.language.collator import TrajectoryDataset, collate
-from iwsft.language.tokens import ASSISTANT_MASK, ATTENTION_MASK, TOKENS
 from iwsft.samplers import TrajectorySampler
-from iwsft.trajectory import IMPORTANCE_WEIGHT, MULTIPLICITY, REF_LOG_PROB, TRAJ_IDS
+from iwsft.trajectory import (
+    ASSISTANT_MASK,
+    ATTENTION_MASK,
+    IMPORTANCE_WEIGHT,
+    MULTIPLICITY,
+    REF_LOG_PROB,
+    TOKENS,
+    TRAJ_IDS,
+)
 
 
 def dataset(sizes: list[int], multiplicity: list[int] | None = None) -> TensorDict:

@@ -11,7 +11,8 @@ from chat_tokenizers import CHATML, byte_level
 
 from iwsft.language import s1k
 from iwsft.language.rows import read
-from iwsft.language.tokens import ASSISTANT_MASK, TOKENS, TRAJ_IDS, correct_only, tokenize
+from iwsft.language.tokens import correct_only, tokenize
+from iwsft.trajectory import ASSISTANT_MASK, TOKENS, TRAJ_IDS
 
 DATA = Path(__file__).parent / "data"
 NEW, OLD = DATA / "s1k-1.1-synthetic.jsonl", DATA / "s1k-synthetic.jsonl"

@@ -11,8 +11,16 @@ from chat_tokenizers import CHATML, LLAMA3, assistant, byte_level, user
 
 from iwsft import curate
 from iwsft.language.rows import Row, to_row
-from iwsft.language.tokens import ASSISTANT_MASK, ATTENTION_MASK, TOKENS, correct_only, tokenize
-from iwsft.trajectory import MULTIPLICITY, TRAJ_IDS, Segments, lengths
+from iwsft.language.tokens import correct_only, tokenize
+from iwsft.trajectory import (
+    ASSISTANT_MASK,
+    ATTENTION_MASK,
+    MULTIPLICITY,
+    TOKENS,
+    TRAJ_IDS,
+    Segments,
+    lengths,
+)
 
 
 def rows(count: int = 6, **columns: list[Any]) -> list[Row]:

@@ -15,8 +15,9 @@ from benchmarks.llm.recipes.recipe import Evaluation
 from benchmarks.llm.recipes.solutions import Question
 from iwsft.language.collator import TrajectoryDataset, collate
 from iwsft.language.rows import Row
-from iwsft.language.tokens import ASSISTANT_MASK, tokenize
+from iwsft.language.tokens import tokenize
 from iwsft.policies.causal_lm import CausalLMPolicy
+from iwsft.trajectory import ASSISTANT_MASK
 
 
 def mean_log_probs(

@@ -13,7 +13,7 @@ from benchmarks.llm.recipes import load_recipe
 from benchmarks.llm.recipes.s1k import AUTHORS, PAPER, S1kRecipe
 from iwsft import CausalLMPolicy, ImportanceWeightedMLE
 from iwsft.language import EpochSampler, tokenize
-from iwsft.language.tokens import ASSISTANT_MASK, TOKENS
+from iwsft.trajectory import ASSISTANT_MASK, TOKENS
 
 ROWS = Path(__file__).parents[3] / "language" / "data" / "s1k-1.1-synthetic.jsonl"
 
