@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import Sampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
 
 from iwsft.language.batches import EpochBatches
+
+if TYPE_CHECKING:
+    from iwsft.language.config import ImportanceWeightedConfig
 
 
 def uncounted(entry: int) -> int:
@@ -135,3 +139,36 @@ class ProcessBatches(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return self._plan.steps
+
+
+class PlannedLoader(DataLoader[Any]):
+    """A DataLoader whose batch sampler hears of epochs."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that the next iterator goes through."""
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+def planned(sizes: Tensor, args: ImportanceWeightedConfig, processes: int) -> Plan:
+    """The plan of a run with these settings.
+
+    Args:
+        sizes: tokens of each entry.
+        args: of the run.
+        processes: how many run side by side.
+    """
+    batches = EpochBatches(
+        sizes,
+        batch_size=None if args.token_budget else args.per_device_train_batch_size,
+        token_budget=args.token_budget,
+        padded=args.layout == "padded",
+        multiple_of=args.pad_to_multiple_of,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+    )
+    shape = {"accumulation": args.gradient_accumulation_steps, "processes": processes}
+    epochs = max(1, math.ceil(args.num_train_epochs))
+    plan = Plan(batches, epochs=epochs, **shape)
+    while args.max_steps > plan.updates * epochs:
+        epochs = math.ceil(args.max_steps / plan.updates)
+        plan = Plan(batches, epochs=epochs, **shape)
+    return plan

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -25,12 +24,12 @@ from transformers.trainer_utils import (
 from iwsft.checkpoint import CheckpointError
 from iwsft.fingerprint import fingerprint
 from iwsft.language import saving
-from iwsft.language.batches import EpochBatches
+from iwsft.language.checks import check_engine, warn_of_half_precision
 from iwsft.language.config import ImportanceWeightedConfig
 from iwsft.language.loss import token_loss
 from iwsft.language.measures import Measures
 from iwsft.language.microbatch import Entries, MicroBatches
-from iwsft.language.plan import Plan, ProcessBatches
+from iwsft.language.plan import PlannedLoader, ProcessBatches, planned
 from iwsft.language.reference import annotate_tokens, cached_reference
 from iwsft.language.shadow import Shadow
 from iwsft.language.sweep import swept_log_prob
@@ -45,7 +44,7 @@ from iwsft.trajectory import (
     Segments,
     check_tensordict,
 )
-from iwsft.weights import ImportanceWeights, SelfNormalize, TargetESS
+from iwsft.weights import ImportanceWeights
 
 WEIGHTS = "weights.pt"
 REFERENCE = "reference"
@@ -141,9 +140,9 @@ class ImportanceWeightedTrainer(Trainer):
             callbacks=[*(callbacks or []), _AtStart(self)],
             optimizers=optimizers,
         )
-        self._check_engine(weights)
-        self._warn_of_half_precision(model)
-        self._plan = self._planned(self._micro.entries)
+        check_engine(self, args.proposal, weights)
+        warn_of_half_precision(self, model)
+        self._plan = planned(self._micro.entries.sizes, args, self.accelerator.num_processes)
         self._measures = Measures()
         self._weigher: Weigher | None = None
         self._shadow: Shadow | None = None
@@ -158,31 +157,10 @@ class ImportanceWeightedTrainer(Trainer):
 
     # ---- data ----
 
-    def _planned(self, entries: Entries) -> Plan:
-        args = self.args
-        batches = EpochBatches(
-            entries.sizes,
-            batch_size=None if args.token_budget else args.per_device_train_batch_size,
-            token_budget=args.token_budget,
-            padded=args.layout == "padded",
-            multiple_of=args.pad_to_multiple_of,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-        )
-        shape = {
-            "accumulation": args.gradient_accumulation_steps,
-            "processes": self.accelerator.num_processes,
-        }
-        epochs = max(1, math.ceil(args.num_train_epochs))
-        plan = Plan(batches, epochs=epochs, **shape)
-        while args.max_steps > plan.updates * epochs:
-            epochs = math.ceil(args.max_steps / plan.updates)
-            plan = Plan(batches, epochs=epochs, **shape)
-        return plan
-
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of this process: as planned, and not dealt out again by accelerate."""
         workers = self.args.dataloader_num_workers
-        return _PlannedLoader(
+        return PlannedLoader(
             self._micro.entries,
             batch_sampler=ProcessBatches(self._plan, self.accelerator.process_index),
             collate_fn=self._micro.of,
@@ -453,48 +431,6 @@ class ImportanceWeightedTrainer(Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
-
-    def _check_engine(self, weights: ImportanceWeights) -> None:
-        """Refuse ways of running that would change the result."""
-        args = self.args
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"one process sees {args.n_gpu} GPUs; start one process a GPU (accelerate launch, "
-                "or python -m benchmarks.llm --deepspeed)"
-            )
-        if any(size > 1 for size in (self.get_tp_size(), self.get_cp_size(), self.get_sp_size())):
-            raise ValueError(
-                "tensor, context and sequence parallelism cut a trajectory into parts, which is "
-                "not supported; use ZeRO-3 or FSDP2"
-            )
-        looking = [t for t in weights.trajectory if isinstance(t, SelfNormalize | TargetESS)]
-        parts = args.gradient_accumulation_steps * self.accelerator.num_processes
-        if args.proposal == "current" and looking and parts > 1:
-            raise ValueError(
-                f"{looking[0]} looks at all weights of an update, which here stand in {parts} "
-                "micro-batches; use proposal='cached' with sync_every=1, which computes them first"
-            )
-
-    def _warn_of_half_precision(self, model: nn.Module) -> None:
-        """Say so where the optimizer would step on half-precision weights."""
-        # DeepSpeed keeps float32 weights of its own; FSDP2 may upcast them when it shards.
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            return
-        half = {str(p.dtype) for p in model.parameters() if p.requires_grad and p.itemsize < 4}
-        if half:
-            warnings.warn(
-                f"the weights are {', '.join(sorted(half))}: small steps of the optimizer are "
-                "rounded away; load the model with dtype='float32' and set bf16=True",
-                UserWarning,
-                stacklevel=3,
-            )
-
-
-class _PlannedLoader(DataLoader[Any]):
-    """A DataLoader whose batch sampler hears of epochs."""
-
-    def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
 class _AtStart(TrainerCallback):
