@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from transformers import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from benchmarks.llm.algorithms import Algorithm, q_of
@@ -36,7 +35,7 @@ from iwsft import checkpoint, metrics
 from iwsft.curation import curate
 from iwsft.language import check_scores, correct_only, tokenize
 from iwsft.language.config import ImportanceWeightedConfig
-from iwsft.language.saving import written_aside
+from iwsft.language.saving import last, written_aside
 from iwsft.language.tokens import CORRECT, SCORE
 from iwsft.language.trainer import ImportanceWeightedTrainer
 from iwsft.trajectory import MULTIPLICITY, TRAJ_IDS, lengths
@@ -231,7 +230,7 @@ def _train(
     if launch is not None:
         assert_engine(trainer, launch)
     try:
-        trainer.train(resume_from_checkpoint=_last(plan.folder / CHECKPOINTS))
+        trainer.train(resume_from_checkpoint=last(plan.folder / CHECKPOINTS))
     finally:
         progress.close()
     with written_aside(plan.folder):
@@ -253,11 +252,6 @@ def _train(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return {**found, **(_measured(plan.folder) if first else {})}
-
-
-def _last(folder: Path) -> str | None:
-    found: str | None = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    return found
 
 
 def _measured(folder: Path) -> dict[str, float]:

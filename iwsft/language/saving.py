@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from transformers.trainer_utils import get_last_checkpoint
 
 from iwsft.checkpoint import CORRUPT, CheckpointError, differences
 from iwsft.files import full_disk_named, written_whole
@@ -84,6 +85,12 @@ def publish(folder: Path, place: Path) -> None:
         shutil.rmtree(old)
         return
     os.replace(folder, place)
+
+
+def last(run: Path) -> str | None:
+    """The folder of a run's last checkpoint; None where it has none, or is not there."""
+    found: str | None = get_last_checkpoint(str(run)) if run.is_dir() else None
+    return found
 
 
 def clear(run: Path) -> None:

@@ -17,7 +17,6 @@ from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     SaveStrategy,
     TrainOutput,
-    get_last_checkpoint,
     rotate_checkpoints,
 )
 
@@ -260,7 +259,7 @@ class ImportanceWeightedTrainer(Trainer):
             FloatingPointError: loss or weights are no longer finite; checkpoints stay.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = saving.last(Path(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise CheckpointError(
                     f"there is no checkpoint in {self.args.output_dir}; train without "
@@ -271,7 +270,7 @@ class ImportanceWeightedTrainer(Trainer):
             self._resumed = Path(resume_from_checkpoint)
         self._reference_key = None
         if self._resumed is None and self.args.save_strategy != SaveStrategy.NO:
-            held = get_last_checkpoint(self.args.output_dir)
+            held = saving.last(Path(self.args.output_dir))
             if held is not None:
                 raise FileExistsError(
                     f"{held} is the checkpoint of an earlier run; continue that one with "

@@ -73,6 +73,11 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
 def test_there_is_nothing_to_resume(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="there is no checkpoint in"):
         trainer(tmp_path).train(resume_from_checkpoint=True)
+    # Another process of the run makes the folder.
+    run = trainer(tmp_path / "later", **SAVED)
+    (tmp_path / "later").rmdir()
+    run.train()
+    assert (tmp_path / "later" / "checkpoint-4").is_dir()
 
 
 def _saved(folder: Path, **own: Any) -> Path:
