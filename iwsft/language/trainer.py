@@ -259,7 +259,7 @@ class ImportanceWeightedTrainer(Trainer):
             FloatingPointError: loss or weights are no longer finite; checkpoints stay.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = saving.last(Path(self.args.output_dir))
+            resume_from_checkpoint = saving.last(self._folder)
             if resume_from_checkpoint is None:
                 raise CheckpointError(
                     f"there is no checkpoint in {self.args.output_dir}; train without "
@@ -270,7 +270,7 @@ class ImportanceWeightedTrainer(Trainer):
             self._resumed = Path(resume_from_checkpoint)
         self._reference_key = None
         if self._resumed is None and self.args.save_strategy != SaveStrategy.NO:
-            held = saving.last(Path(self.args.output_dir))
+            held = saving.last(self._folder)
             if held is not None:
                 raise FileExistsError(
                     f"{held} is the checkpoint of an earlier run; continue that one with "
@@ -280,6 +280,10 @@ class ImportanceWeightedTrainer(Trainer):
             self._reference_key = saving.check(self._resumed, self._settings())
         result: TrainOutput = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         return result
+
+    @property
+    def _folder(self) -> Path:
+        return Path(str(self.args.output_dir))
 
     def _start(self) -> None:
         """What needs the engine: reference, q. Called when training begins or goes on."""
@@ -298,7 +302,7 @@ class ImportanceWeightedTrainer(Trainer):
 
     def _annotate(self) -> None:
         """Write ``ref_log_prob`` into the trajectories; a resumed run takes that of its start."""
-        cache = Path(self.args.reference_cache or f"{self.args.output_dir}/{REFERENCE}")
+        cache = Path(self.args.reference_cache or self._folder / REFERENCE)
         if self._reference_key is not None:
             cached_reference(self._trajectories, self._reference_key, cache=cache)
         else:
