@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torchrl.modules import OneHotCategorical, ProbabilisticActor
 
 from benchmarks.provenance import hardware, versions, write_json
-from benchmarks.report.scores import bootstrap_interval
+from benchmarks.statistics import bootstrap_interval
 from iwsft import ImportanceWeightedMLE, ImportanceWeights, annotate_reference, weights
 from iwsft.files import written_whole
 from iwsft.trajectory import REWARD, from_steps, select

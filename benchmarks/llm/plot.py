@@ -8,9 +8,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.axes import style
 from benchmarks.llm.algorithms import BASE
 from benchmarks.llm.results import Row
-from benchmarks.report.drawing import style
 from iwsft.files import written_whole
 
 FILE = "results.png"
@@ -29,8 +29,17 @@ _COLOURS = {
 
 def draw(folder: Path, rows: list[Row]) -> Path:
     """Write ``results.png``; its path."""
-    figure = Figure(figsize=(13.0, 0.9 + max(3.0, 0.42 * len(rows))), layout="constrained")
-    scores, ess, largest = figure.subplots(1, 3)
+    image = io.BytesIO()
+    figure(rows).savefig(image, format="png", dpi=130)
+    with written_whole(folder / FILE) as partial:
+        partial.write_bytes(image.getvalue())
+    return folder / FILE
+
+
+def figure(rows: list[Row]) -> Figure:
+    """Scores, effective sample size and largest weight of all rows."""
+    drawn = Figure(figsize=(13.0, 0.9 + max(3.0, 0.42 * len(rows))), layout="constrained")
+    scores, ess, largest = drawn.subplots(1, 3)
     for ax in (scores, ess, largest):
         style(ax)
     _scores(scores, rows)
@@ -42,12 +51,8 @@ def draw(folder: Path, rows: list[Row]) -> Path:
     largest.set_ylabel("largest weight")
     handles, labels = ess.get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=130)
-    with written_whole(folder / FILE) as partial:
-        partial.write_bytes(image.getvalue())
-    return folder / FILE
+        drawn.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    return drawn
 
 
 def _scores(ax: Axes, rows: list[Row]) -> None:

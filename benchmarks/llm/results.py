@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.llm.algorithms import NAMES
+from benchmarks.llm.plan import BENCHMARK
 from benchmarks.provenance import write_json
-from benchmarks.report.scores import MIN_SEEDS, bootstrap_interval
-from benchmarks.runs import RESULT
+from benchmarks.runs import CONFIG, RESULT
+from benchmarks.statistics import MIN_SEEDS, bootstrap_interval
 from iwsft import metrics
 from iwsft.checkpoint import CheckpointError
 
@@ -23,10 +24,26 @@ _SHARE = "share_"
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run: its ``result.json``, and the rows of ``metrics.jsonl``."""
+    """A finished run.
+
+    Attributes:
+        result: ``result.json``.
+        config: ``config.json``.
+        rows: of ``metrics.jsonl``; empty where nothing was trained.
+    """
 
     result: dict[str, Any]
+    config: dict[str, Any]
     rows: list[dict[str, float]]
+
+    @property
+    def seed(self) -> int:
+        return self.result["seed"]
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Packages that the run was made with."""
+        return self.config["versions"]
 
 
 @dataclass(frozen=True)
@@ -74,16 +91,31 @@ def read(folder: Path) -> list[Result]:
     found = []
     for path in sorted(folder.glob(f"*/seed-*/{RESULT}")):
         try:
-            result = json.loads(path.read_text())
+            result, config = (
+                json.loads((path.parent / name).read_text()) for name in (RESULT, CONFIG)
+            )
             rows = metrics.read(path.parent / metrics.FILE) if result["steps"] else []
             result["algo"], result["seed"], result["score"], result["interval"], result["n"]
-        except (ValueError, KeyError, TypeError) as error:
+            config["versions"], config["hardware"], config["command"]
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{path} is not what a run writes ({type(error).__name__}: {error}); remove its "
-                "folder and run again"
+                f"{path.parent} is not what a run writes ({type(error).__name__}: {error}); "
+                "remove it and run again"
             ) from error
-        found.append(Result(result, rows))
+        found.append(Result(result, config, rows))
     return found
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """Runs of a recipe's folder that have begun and have no result."""
+    begun = sorted(path.parent for path in folder.glob(f"*/seed-*/{CONFIG}"))
+    return [run for run in begun if not (run / RESULT).exists()]
+
+
+def recipe_folders(root: Path) -> list[Path]:
+    """Folders ``llm/RECIPE`` at or below ``root`` in which runs have begun."""
+    runs = (path.parents[2] for path in root.absolute().rglob(f"seed-*/{CONFIG}"))
+    return sorted({folder for folder in runs if folder.parent.name == BENCHMARK})
 
 
 def summarise(results: list[Result]) -> list[Row]:

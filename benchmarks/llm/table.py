@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.llm.results import Row
-from benchmarks.report.scores import MIN_SEEDS
+from benchmarks.statistics import MIN_SEEDS
 
 _NOTHING = "-"
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
+from benchmarks.llm.table import table
+from benchmarks.report.language import read_recipes
 from benchmarks.report.page import write_report
 from benchmarks.report.runs import ReportError, read_runs, unfinished_runs
 from benchmarks.report.tables import score_table
@@ -15,7 +17,7 @@ from benchmarks.report.tables import score_table
 
 @dataclass(frozen=True)
 class Report:
-    """Tables and figures of the control runs below a folder, as one HTML page and as markdown."""
+    """Tables and figures of the runs below a folder, as one HTML page and as markdown."""
 
     runs: tyro.conf.Positional[Path]
     """Folder that --out of the runs named."""
@@ -28,14 +30,21 @@ def main(report: Report) -> None:
     try:
         page = write_report(report.runs, report.out or report.runs / "report")
         runs, unfinished = read_runs(report.runs), unfinished_runs(report.runs)
+        recipes = read_recipes(report.runs)
     except (ReportError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     console = Console()
-    console.print(score_table(runs))
-    if unfinished:
-        console.print(f"{len(unfinished)} unfinished runs left out:")
-        for run in unfinished:
-            console.print(f"  {run.folder}", highlight=False)
+    if runs:
+        console.print(score_table(runs))
+    for recipe in recipes:
+        if recipe.rows:
+            console.print(table(recipe.name, recipe.rows))
+    left_out = [run.folder for run in unfinished]
+    left_out += [folder for recipe in recipes for folder in recipe.unfinished]
+    if left_out:
+        console.print(f"{len(left_out)} unfinished runs left out:")
+        for folder in left_out:
+            console.print(f"  {folder}", highlight=False)
     console.print(f"Report: {page}", highlight=False, soft_wrap=True)
 
 

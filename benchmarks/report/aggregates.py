@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.report.names import algorithm_rank, is_variant
-from benchmarks.report.scores import MIN_SEEDS, Cell, Estimate, algorithms, datasets
+from benchmarks.report.scores import Cell, Estimate, algorithms, datasets
+from benchmarks.statistics import MIN_SEEDS
 
 _RESAMPLES = 2_000
 # Whose probability of improvement over the others is asked, where they take part.

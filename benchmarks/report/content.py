@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from benchmarks.report import curves, figures, provenance, published, tables
+from benchmarks.report import curves, figures, language, provenance, published, tables
 from benchmarks.report.aggregates import Aggregates, aggregate
 from benchmarks.report.document import (
     Block,
@@ -19,10 +19,12 @@ from benchmarks.report.document import (
     Table,
 )
 from benchmarks.report.grid import Grid
+from benchmarks.report.language import Recipe
 from benchmarks.report.names import algorithm_label, base, dataset_label, is_variant
 from benchmarks.report.runs import Unfinished
-from benchmarks.report.scores import MIN_SEEDS, Cell, algorithms, datasets, runs_of, uneven
+from benchmarks.report.scores import Cell, algorithms, datasets, runs_of, uneven
 from benchmarks.report.sweep import last_look, swept
+from benchmarks.statistics import MIN_SEEDS
 
 # Files of all figures that a report may have.
 PICTURES = (
@@ -40,17 +42,36 @@ PICTURES = (
 )
 
 
-def report(group: Sequence[Cell], missing: Sequence[Unfinished], command: str) -> Document:
+def report(
+    group: Sequence[Cell],
+    missing: Sequence[Unfinished],
+    recipes: Sequence[Recipe],
+    command: str,
+) -> Document:
     """The whole report.
 
     Args:
-        group: the finished runs.
-        missing: the others.
+        group: the finished control runs.
+        missing: the other control runs.
+        recipes: the language runs.
         command: that makes the report.
     """
     pen = _Pen(command)
-    aggregates = aggregate(group)
+    kinds = ["Control"] * bool(group) + ["Language"] * bool(recipes)
     sections = [
+        *_control(pen, group, missing),
+        *(language.section(recipe, command) for recipe in recipes),
+        Section("How these numbers were made", _provenance(pen, group, recipes)),
+    ]
+    title = f"{' and '.join(kinds).capitalize()} runs"
+    return Document(title, [section for section in sections if section.blocks])
+
+
+def _control(pen: _Pen, group: Sequence[Cell], missing: Sequence[Unfinished]) -> list[Section]:
+    if not group:
+        return [Section("Missing runs", _missing(pen, group, missing))]
+    aggregates = aggregate(group)
+    return [
         Section("Scores", _scores(pen, group, missing)),
         Section("Missing runs", _missing(pen, group, missing)),
         Section("Over datasets", _aggregates(pen, group, aggregates)),
@@ -58,9 +79,7 @@ def report(group: Sequence[Cell], missing: Sequence[Unfinished], command: str) -
         Section("Training and weights", _training(pen, group)),
         Section("Settings of the weights", _sweep(pen, group)),
         Section("Cost", _cost(pen, group)),
-        Section("How these numbers were made", _provenance(pen, group)),
     ]
-    return Document("Control runs", [section for section in sections if section.blocks])
 
 
 class _Pen:
@@ -71,7 +90,8 @@ class _Pen:
 
     def table(self, grid: Grid, caption: str, group: Sequence[Cell]) -> list[Block]:
         """The table, where it has rows."""
-        return [Table(grid, caption, provenance.made(group, self._command))] if grid.rows else []
+        made = provenance.made(runs_of(group), self._command)
+        return [Table(grid, caption, made)] if grid.rows else []
 
     def picture(
         self, name: str, figure: Figure | None, caption: str, group: Sequence[Cell]
@@ -79,7 +99,7 @@ class _Pen:
         """The figure, where there is one."""
         if figure is None:
             return []
-        return [Picture(name, figure, caption, provenance.made(group, self._command))]
+        return [Picture(name, figure, caption, provenance.made(runs_of(group), self._command))]
 
 
 def _scores(pen: _Pen, group: Sequence[Cell], missing: Sequence[Unfinished]) -> list[Block]:
@@ -264,10 +284,11 @@ def _cost(pen: _Pen, group: Sequence[Cell]) -> list[Block]:
     ]
 
 
-def _provenance(pen: _Pen, group: Sequence[Cell]) -> list[Block]:
-    runs = runs_of(group)
+def _provenance(pen: _Pen, group: Sequence[Cell], recipes: Sequence[Recipe]) -> list[Block]:
+    runs: list[provenance.Recorded] = [*runs_of(group)]
+    runs += [run for recipe in recipes for run in recipe.runs]
     return [
-        *pen.table(provenance.run_grid(group), "The finished runs.", group),
+        *pen.table(provenance.run_grid(group), "The finished control runs.", group),
         Paragraph("Versions:"),
         Bullets(provenance.versions(runs) or ["not recorded"]),
         Paragraph("Hardware:"),

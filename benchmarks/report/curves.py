@@ -11,10 +11,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from numpy.typing import NDArray
 
-from benchmarks.report.drawing import TITLE, UNIT, colours, legend, panels, style
+from benchmarks.axes import style
+from benchmarks.report.drawing import TITLE, UNIT, colours, legend, panels
 from benchmarks.report.names import algorithm_label, dataset_label
 from benchmarks.report.runs import Run
-from benchmarks.report.scores import MIN_SEEDS, Cell, algorithms, bootstrap_interval, datasets
+from benchmarks.report.scores import Cell, algorithms, datasets
+from benchmarks.statistics import MIN_SEEDS, bootstrap_interval
 
 _POINTS = 150  # longer series are averaged into this many points
 

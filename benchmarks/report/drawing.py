@@ -10,6 +10,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from benchmarks.axes import style
 from benchmarks.report.names import algorithm_label, dataset_label
 from benchmarks.report.scores import Cell, algorithms
 
@@ -56,13 +57,6 @@ def panels(
     for ax in axes[len(names) :]:
         ax.set_axis_off()
     return figure, found
-
-
-def style(ax: Axes) -> None:
-    """A light grid and no frame."""
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(color="0.9", lw=0.8)
-    ax.set_axisbelow(True)
 
 
 def legend(figure: Figure, colour: Mapping[str, str]) -> None:

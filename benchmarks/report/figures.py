@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from benchmarks.axes import style
 from benchmarks.report.aggregates import METRICS, Aggregates
-from benchmarks.report.drawing import TITLE, UNIT, colours, legend, panels, style
+from benchmarks.report.drawing import TITLE, UNIT, colours, legend, panels
 from benchmarks.report.names import algorithm_label, is_variant
 from benchmarks.report.scores import Cell, Estimate, algorithms, datasets
 from benchmarks.report.sweep import Setting, last_look

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from benchmarks.report import content, html, markdown
+from benchmarks.report import content, html, language, markdown
 from benchmarks.report.provenance import shareable
 from benchmarks.report.records import records
 from benchmarks.report.runs import ReportError, read_runs, unfinished_runs
@@ -33,24 +33,28 @@ def write_report(folder: Path, out: Path) -> Path:
         ReportError: there is no finished run, or a file of a run cannot be read.
     """
     runs, unfinished = read_runs(folder), unfinished_runs(folder)
-    if not runs:
+    recipes = language.read_recipes(folder)
+    if not runs and not any(recipe.runs for recipe in recipes):
+        begun = len(unfinished) + sum(len(recipe.unfinished) for recipe in recipes)
         raise ReportError(
-            f"no finished run below {folder} ({len(unfinished)} unfinished): a run is a folder "
-            "d4rl/DATASET/ALGO/seed-K with a result.json, as `python -m benchmarks.d4rl` writes it"
+            f"no finished run below {folder} ({begun} unfinished): a run is a folder "
+            "d4rl/DATASET/ALGO/seed-K or llm/RECIPE/ALGO/seed-K with a result.json, as "
+            "`python -m benchmarks.d4rl` and `python -m benchmarks.llm` write it"
         )
     command = shareable(f"python -m benchmarks.report {shlex.quote(str(folder))}")
-    document = content.report(cells(runs), unfinished, command)
+    document = content.report(cells(runs), unfinished, recipes, command)
     images = {picture.name: _png(picture.figure) for picture in document.pictures}
     written = {
         **images,
         MARKDOWN: markdown.render(document, document.sections[-1]).encode(),
-        RECORDS: records(runs).encode(),
+        RECORDS: records(runs, recipes).encode(),
         PAGE: html.render(document, images).encode(),
     }
     for name, text in written.items():
         with written_whole(out / name) as partial:
             partial.write_bytes(text)
-    for name in set(content.PICTURES) - set(images):
+    earlier = {*content.PICTURES, *(path.name for path in out.glob(language.PICTURES))}
+    for name in earlier - set(images):
         (out / name).unlink(missing_ok=True)
     return out / PAGE
 

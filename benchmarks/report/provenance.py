@@ -6,39 +6,57 @@ import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from benchmarks.report.document import Made
 from benchmarks.report.grid import NOTHING, Grid
 from benchmarks.report.names import algorithm_label
-from benchmarks.report.runs import Run
-from benchmarks.report.scores import Cell, runs_of
+from benchmarks.report.scores import Cell
 
 
-def made(group: Sequence[Cell], command: str) -> Made:
-    """How a table or figure of these cells came about; ``command`` is that of the report."""
-    runs = runs_of(group)
+class Recorded(Protocol):
+    """A finished run, of control or of language."""
+
+    @property
+    def seed(self) -> int:
+        """Of its draws."""
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """``result.json``."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """``config.json``."""
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Packages it was made with."""
+
+
+def made(runs: Sequence[Recorded], command: str) -> Made:
+    """How a table or figure of these runs came about; ``command`` is that of the report."""
     seeds = " ".join(map(str, sorted({run.seed for run in runs})))
     environments = ", ".join(distinct(run.result.get("env_id") for run in runs))
     return Made(
-        f"`{command}`: {len(runs)} runs, seeds {seeds}; {environments or 'no environment named'}; "
+        f"`{command}`: {len(runs)} runs, seeds {seeds}; {environments + '; ' * bool(environments)}"
         f"{' / '.join(versions(runs)) or 'versions not recorded'}; "
         f"{' / '.join(hardware(runs)) or 'hardware not recorded'}.",
         tuple(commands(runs)) or ("not recorded",),
     )
 
 
-def versions(runs: Iterable[Run]) -> list[str]:
+def versions(runs: Iterable[Recorded]) -> list[str]:
     """The distinct sets of package versions."""
     return distinct(_listed(run.versions) for run in runs)
 
 
-def hardware(runs: Iterable[Run]) -> list[str]:
+def hardware(runs: Iterable[Recorded]) -> list[str]:
     """The distinct machines."""
     return distinct(_listed(run.config.get("hardware", {})) for run in runs)
 
 
-def commands(runs: Iterable[Run]) -> list[str]:
+def commands(runs: Iterable[Recorded]) -> list[str]:
     """The distinct commands, see :func:`shareable`."""
     return distinct(shareable(run.config.get("command", "")) for run in runs)
 

@@ -6,22 +6,25 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.report.provenance import shareable
+from benchmarks.report.language import Recipe
+from benchmarks.report.provenance import Recorded, shareable
 from benchmarks.report.runs import Run
 
 # What each episode gave stays with the run.
 _EPISODES = ("episode_scores", "episode_returns", "episode_lengths", "episode_successes")
 
 
-def records(runs: Sequence[Run]) -> str:
+def records(runs: Sequence[Run], recipes: Sequence[Recipe]) -> str:
     """A JSON array, a run a line: the result without its episodes, settings, versions, command."""
-    return "[\n" + ",\n".join(json.dumps(_record(run)) for run in runs) + "\n]\n"
+    held = [_record(run, run.variant) for run in runs]
+    held += [_record(run, recipe.variant) for recipe in recipes for run in recipe.runs]
+    return "[\n" + ",\n".join(map(json.dumps, held)) + "\n]\n"
 
 
-def _record(run: Run) -> dict[str, Any]:
+def _record(run: Recorded, variant: str) -> dict[str, Any]:
     result = {name: value for name, value in run.result.items() if name not in _EPISODES}
     return {
-        **({"variant": run.variant} if run.variant else {}),
+        **({"variant": variant} if variant else {}),
         **result,
         "settings": run.config.get("settings"),
         "versions": run.versions,

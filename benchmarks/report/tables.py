@@ -12,7 +12,8 @@ from benchmarks.report.aggregates import METRICS, Aggregates
 from benchmarks.report.grid import NOTHING, Grid
 from benchmarks.report.names import algorithm_label, algorithm_rank, dataset_label
 from benchmarks.report.runs import Run, Unfinished
-from benchmarks.report.scores import MIN_SEEDS, Cell, Estimate, bootstrap_interval, cells
+from benchmarks.report.scores import Cell, Estimate, cells
+from benchmarks.statistics import MIN_SEEDS, bootstrap_interval
 
 FEW_SEEDS = (
     f"Fewer than {MIN_SEEDS} seeds carry neither a deviation nor an interval: the mean alone."

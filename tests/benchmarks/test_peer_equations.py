@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import baselines
 from baselines.awac import AWACLoss
+from baselines.td3_bc import DelayedTD3BCLoss
 from benchmarks.peer import learner as peer
 from benchmarks.peer.settings import config
 from iwsft import datasets
@@ -213,6 +214,44 @@ def test_td3_bc(tiny_dataset: Path) -> None:
     actor = pair.impl.compute_actor_grad(pair.their_batch)
     torch.testing.assert_close(out["loss_actor"], actor.actor_loss, rtol=1e-5, atol=1e-6)
     close(pair.actor(gradient))
+
+
+def test_fifty_updates_of_td3_bc(tiny_dataset: Path) -> None:
+    """The same course, targets included, from the same weights, batches and noise.
+
+    In d3rlpy's order: the actor's loss is taken at the critics that have just moved.
+    """
+    pair = Pair("td3-bc", tiny_dataset)
+    loss, updater = pair.ours.loss, pair.ours.updater
+    assert isinstance(loss, DelayedTD3BCLoss) and updater is not None
+    optimizer = torch.optim.Adam(loss.parameters(), lr=pair.settings.lr)
+    start = [mine.detach().clone() for mine, _ in pair.actor()]
+
+    def move(value: Tensor) -> None:
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+
+    for update in range(1, 51):
+        torch.manual_seed(update)
+        move(loss.qvalue_loss(pair.batch)[0])
+        if loss.actor_due:
+            move(loss.actor_loss(pair.batch)[0])
+        updater.step()
+        torch.manual_seed(update)
+        # d3rlpy counts from 0 and moves its actor at even counts.
+        pair.impl.update(pair.their_batch, grad_step=update)
+    for mine, their in [*pair.critics(), *pair.actor()]:
+        torch.testing.assert_close(mine, their, rtol=0, atol=1e-5)
+    targets = ordered(loss.target_qvalue_network_params)
+    for e, network in enumerate(pair.impl.modules.targ_q_funcs):
+        for mine, their in zip(targets, linear(network), strict=True):
+            torch.testing.assert_close(mine[e], their, rtol=0, atol=1e-5)
+    moved = max(
+        float((now.detach() - old).abs().max())
+        for (now, _), old in zip(pair.actor(), start, strict=True)
+    )
+    assert moved > 2e-3
 
 
 def test_awac(tiny_dataset: Path) -> None:

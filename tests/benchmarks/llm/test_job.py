@@ -21,6 +21,7 @@ from benchmarks.llm.models import load
 from benchmarks.llm.recipes import RECIPES, Defaults, load_recipe
 from benchmarks.llm.recipes.s1k import PAPER
 from benchmarks.llm.run import arguments_of
+from benchmarks.report.page import write_report
 from benchmarks.report.runs import read_runs, unfinished_runs
 from iwsft.language.rows import Row
 from iwsft.trajectory import MULTIPLICITY, lengths
@@ -96,8 +97,11 @@ def test_every_algorithm_leaves_what_it_did(
     table = json.loads((folder / "results.json").read_text())["rows"]
     assert [row["algo"] for row in table] == ["base", *ALGORITHMS]
     assert table[0]["score"] == base["score"] and table[0]["interval"] == base["interval"]
-    # A control report of the same folder leaves them out.
+    # A report of the folder above holds them; they are no control runs.
     assert read_runs(tmp_path) == [] and unfinished_runs(tmp_path) == []
+    report = write_report(tmp_path, tmp_path / "report").with_name("report.md").read_text()
+    for row in table:
+        assert f"| {row['algo']} | 1 | {row['score']:.3f} |" in report
 
 
 def test_what_is_finished_stays_and_other_settings_are_refused(

@@ -1,0 +1,145 @@
+"""Language runs in the report: as the job leaves them, beside control runs or alone."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from benchmarks.report.__main__ import Report, main
+from benchmarks.report.language import read_recipes
+from benchmarks.report.page import write_report
+from benchmarks.report.runs import ReportError
+
+if TYPE_CHECKING:
+    from tests.benchmarks.report.conftest import MakeRun
+
+SCORES = {"base": [0.5], "sft": [0.61, 0.72, 0.74], "iw-sft": [0.8, 0.9]}
+
+
+def language_run(root: Path, algo: str, seed: int, score: float, recipe: str = "sums") -> Path:
+    folder = root / "llm" / recipe / algo / f"seed-{seed}"
+    folder.mkdir(parents=True)
+    about = {"benchmark": "llm", "dataset": recipe, "algo": algo, "seed": seed}
+    config = {
+        **about,
+        "settings": {"model": None},
+        "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
+        "hardware": {"name": "some processor", "cpus": 2},
+        "command": f"python -m benchmarks.llm --recipe {recipe} --data /home/me/rows.jsonl",
+    }
+    result: dict[str, Any] = {
+        **about,
+        "score_name": "exact match",
+        "score": score,
+        "interval": [score - 0.1, score + 0.1],
+        "n": 40,
+        "share_careful": score / 3,
+        "steps": 0,
+        "cpu_seconds": 7.0,
+    }
+    rows: list[dict[str, float]] = []
+    if algo != "base":
+        result |= {"steps": 2, "ESS": 0.6 + 0.1 * seed, "ESS_min": 0.5, "weight_max": 3.0}
+        result["reference_cpu_seconds"] = 2.0
+        rows = [{"step": s, "loss": 1.0 / s, "ESS": 0.7, "weight_max": 2.0} for s in (1, 2)]
+    for name, content in (("config.json", config), ("result.json", result)):
+        (folder / name).write_text(json.dumps(content))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def language(tmp_path: Path) -> Path:
+    for algo, scores in SCORES.items():
+        for seed, score in enumerate(scores):
+            language_run(tmp_path, algo, seed, score)
+    return tmp_path
+
+
+def cells_of(markdown: str, algo: str) -> list[list[str]]:
+    """Rows of all tables that begin with the algorithm."""
+    rows = [line.strip("|").split(" | ") for line in markdown.splitlines() if line[:1] == "|"]
+    return [[cell.strip() for cell in row] for row in rows if row[0].strip() == algo]
+
+
+def test_scores_and_weights_over_seeds(language: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(Report(language))
+    text = (language / "report/report.md").read_text()
+    assert text.startswith("# Language runs\n") and "## Language: sums" in text
+    for algo, scores in SCORES.items():
+        scored, shares = cells_of(text, algo)
+        mean = statistics.mean(scores)
+        assert scored[1:3] == [str(len(scores)), f"{mean:.3f}"]
+        assert shares[1] == f"{mean / 3:.2f}"
+    base, sft, weighted = (cells_of(text, algo)[0] for algo in SCORES)
+    # One seed: the interval of its test. Two carry none.
+    assert base[3:] == ["0.400 to 0.600", "0", "-", "-", "-", "7"]
+    low, high = map(float, sft[3].split(" to "))
+    assert min(SCORES["sft"]) <= low < statistics.mean(SCORES["sft"]) < high <= max(SCORES["sft"])
+    assert sft[4:] == ["2", "0.70", "0.50", "3.00", "9"]
+    assert weighted[3] == "-" and weighted[5] == "0.65"
+
+    page = (language / "report/index.html").read_text()
+    assert "0.690" in page and "transformers 5.23.0" in page
+    assert "--data rows.jsonl" in page and "/home/me" not in page + text
+    assert (language / "report/language_sums.png").read_bytes().startswith(b"\x89PNG")
+    records = json.loads((language / "report/runs.json").read_text())
+    assert [(record["algo"], record["seed"]) for record in records] == [
+        ("base", 0), *(("iw-sft", seed) for seed in range(2)), *(("sft", s) for s in range(3))
+    ]  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "iw-sft" in printed and "0.850" in printed and "D4RL" not in printed
+
+
+def test_beside_control_runs_and_by_folder(language: Path, make_run: MakeRun) -> None:
+    make_run(language, "hopper-a", "bc", 0, 1.0)
+    language_run(language / "longer", "sft", 0, 0.5)
+    write_report(language, language / "report")
+    text = (language / "report/report.md").read_text()
+    assert text.startswith("# Control and language runs\n")
+    titles = [line[3:] for line in text.splitlines() if line.startswith("## ")]
+    assert titles.index("Scores") < titles.index("Language: sums")
+    assert "Language: longer/sums" in titles and titles[-1] == "How these numbers were made"
+    commands = text.split("## How these numbers were made")[1]
+    assert "python -m benchmarks.d4rl" in commands and "python -m benchmarks.llm" in commands
+    variants = {
+        record.get("variant") for record in json.loads((language / "report/runs.json").read_text())
+    }
+    assert variants == {None, "longer"}
+    # The folder of one recipe is a report too, and figures of the other go.
+    write_report(language / "longer", language / "report")
+    assert {path.name for path in (language / "report").glob("*.png")} == {"language_sums.png"}
+    assert [recipe.name for recipe in read_recipes(language / "longer" / "llm" / "sums")] == [
+        "sums"
+    ]
+
+
+def test_unfinished_runs_are_told_and_counted_nowhere(
+    language: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut_off = language_run(language, "sft-q", 4, 0.9)
+    (cut_off / "result.json").unlink()
+    main(Report(language))
+    text = (language / "report/report.md").read_text()
+    assert cells_of(text, "sft-q") == [] and "- sft-q/seed-4" in text
+    assert str(cut_off) in capsys.readouterr().out.replace("\n", "")
+
+
+def test_only_unfinished_runs_make_no_report(tmp_path: Path) -> None:
+    (language_run(tmp_path, "sft", 0, 0.9) / "result.json").unlink()
+    with pytest.raises(ReportError, match=r"no finished run below .*\(1 unfinished\)"):
+        write_report(tmp_path, tmp_path / "report")
+
+
+@pytest.mark.parametrize("name", ["result.json", "config.json"])
+@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+def test_a_damaged_file_names_its_run(language: Path, name: str, content: str) -> None:
+    run = language / "llm/sums/sft/seed-1"
+    (run / name).write_text(content)
+    with pytest.raises(ReportError, match=r"sft/seed-1.* (is not|holds no) .*run again"):
+        write_report(language, language / "report")
+    assert not (language / "report").exists()
