@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # One thread a process: runs beside each other do not fight, and numbers do not hang on the load.
 export OMP_NUM_THREADS = 1
 
-.PHONY: demo test lint
+.PHONY: demo test lint peer
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -18,9 +18,15 @@ demo: $(VENV)/installed
 	$(BIN)/python -m benchmarks.report runs/demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# d3rlpy, for `python -m benchmarks.peer` and the tests against it. It asks for an older gymnasium,
+# and runs beside this one when it is installed without what it asks for.
+peer: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps d3rlpy gym gym-notices
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt structlog colorama dataclasses-json scikit-learn
