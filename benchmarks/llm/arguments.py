@@ -47,6 +47,8 @@ class Arguments:
     0 1 2 for arithmetic, 0 for the others."""
     model: Annotated[str | None, tyro.conf.arg(metavar="ID|DIR")] = None
     """Start here, in place of the recipe's own model."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
     data: Annotated[str | None, tyro.conf.arg(metavar="ID|FILE")] = None
     """Rows in place of the recipe's own."""
     deepspeed: Annotated[

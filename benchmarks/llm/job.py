@@ -84,6 +84,7 @@ def _plans(arguments: Arguments) -> list[Plan]:
             seed=seed,
             settings=settings,
             model=arguments.model,
+            trust_remote_code=arguments.trust_remote_code,
             data=arguments.data,
             device=device,
             threads=_threads(jobs),
@@ -208,7 +209,9 @@ def _sizes(prepared: Prepared, plan: Plan) -> tuple[DecoderSizes, Setup]:
         tokens=(settings.micro_batch_size or 1) * (settings.max_length or 4096),
         proposal="current" if plan.algorithm is None else plan.algorithm.proposal,
     )
-    return DecoderSizes.of(AutoConfig.from_pretrained(prepared.model)), setup
+    trusted = prepared.load_kwargs.get("trust_remote_code", False)
+    config = AutoConfig.from_pretrained(prepared.model, trust_remote_code=trusted)
+    return DecoderSizes.of(config), setup
 
 
 def _take_part(plans: Sequence[Plan], launch: Launch) -> None:

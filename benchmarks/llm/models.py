@@ -221,7 +221,7 @@ def _no_load(name: str, what: str, error: BaseException) -> str:
     if "custom code" in str(error):
         return (
             f"{name} {what} without running code that comes with it; read that code, then pass "
-            "trust_remote_code"
+            "trust_remote_code=True (--trust-remote-code on the command line)"
         )
     if "connect" in said:
         return f"{name} {what}: it is not here and the hub can't be reached; pass a folder"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ class Plan:
     """Everything a run hangs on; plain values. See ``benchmarks.llm.arguments.Arguments``.
 
     Attributes:
+        trust_remote_code: run code that comes with the model.
         threads: of torch, where the run is one process on the CPU.
     """
 
@@ -31,6 +32,7 @@ class Plan:
     seed: int
     settings: Defaults
     model: str | None
+    trust_remote_code: bool
     data: str | None
     device: str
     threads: int
@@ -68,7 +70,10 @@ class Plan:
 
     def prepare(self) -> Prepared:
         """Model and rows, made where they are not kept yet."""
-        return self.load().prepare(self.kept, seed=self.seed, model=self.model, data=self.data)
+        found = self.load().prepare(self.kept, seed=self.seed, model=self.model, data=self.data)
+        if not self.trust_remote_code:
+            return found
+        return replace(found, load_kwargs={**found.load_kwargs, "trust_remote_code": True})
 
 
 def settings_of(plan: Plan) -> dict[str, Any]:

@@ -117,7 +117,7 @@ class Prepared:
         model: what ``from_pretrained`` loads, a folder or a hub id.
         rows: all labelled rows, with ``score`` and ``correct`` where the recipe has them.
         score_name: of the test's score, in tables.
-        load_kwargs: further arguments of ``from_pretrained``.
+        load_kwargs: further arguments of :func:`benchmarks.llm.models.load`.
         notes: facts for the report, by name.
     """
 

@@ -1,8 +1,10 @@
-"""A small Qwen2 model with a tokenizer, as a folder."""
+"""A small Qwen2 model with a tokenizer, as a folder, and models that bring code of their own."""
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,3 +40,25 @@ def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def bring_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
+    """``bring_code(folder)``: the Qwen2 model there comes with code; the folder it makes if run."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
+    mark = tmp_path / "ran"
+
+    def bring(folder: Path) -> Path:
+        (folder / "own.py").write_text(
+            f"import os\nos.makedirs({str(mark)!r}, exist_ok=True)\n"
+            "from transformers import Qwen2Config, Qwen2ForCausalLM\n"
+            "class OwnConfig(Qwen2Config):\n    model_type = 'own_kind'\n"
+            "class Own(Qwen2ForCausalLM):\n    config_class = OwnConfig\n"
+        )
+        config = json.loads((folder / "config.json").read_text())
+        names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
+        config |= {"model_type": "own_kind", "auto_map": names}
+        (folder / "config.json").write_text(json.dumps(config))
+        return mark
+
+    return bring

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,31 @@ def test_what_is_finished_stays_and_other_settings_are_refused(
     job(tmp_path, "sft", "iw-sft", resume=True)
     assert (run / "result.json").read_bytes() == before
     assert "1 done, 1 finished before" in capsys.readouterr().out
+
+
+def test_code_that_comes_with_a_model_runs_only_when_asked(
+    job: Callable[..., Path],
+    small: tuple[str, str],
+    tmp_path: Path,
+    bring_code: Callable[[Path], Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = Path(shutil.copytree(small[0], tmp_path / "own"))
+    mark = bring_code(model)
+    with pytest.raises(SystemExit):
+        job(tmp_path, "sft", model=str(model))
+    assert "--trust-remote-code" in capsys.readouterr().out and not mark.exists()
+    folder = job(tmp_path, "sft", model=str(model), trust_remote_code=True, resume=True)
+    assert mark.exists()
+    # The same numbers as by transformers' own class, tested from what was saved.
+    job(tmp_path / "plain", "sft")
+    other = tmp_path / "plain" / "llm" / "small"
+    for name in ("score", "share_careful"):
+        found, plain = (
+            json.loads((at / "sft" / "seed-0" / "result.json").read_text())[name]
+            for at in (folder, other)
+        )
+        assert found == plain
 
 
 def test_a_run_that_fails_does_not_stop_the_others(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -293,19 +294,10 @@ def test_weights_that_run_code_are_refused_and_do_not_run(tiny_qwen2: Path, tmp_
 
 
 def test_code_that_comes_with_a_model_runs_only_when_asked(
-    tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_qwen2: Path, tmp_path: Path, bring_code: Callable[[Path], Path]
 ):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
     folder = _copy(tiny_qwen2, tmp_path / "own")
-    mark = tmp_path / "ran"
-    (folder / "own.py").write_text(
-        f"import os\nos.makedirs({str(mark)!r}, exist_ok=True)\n"
-        "from transformers import Qwen2Config, Qwen2ForCausalLM\n"
-        "class OwnConfig(Qwen2Config):\n    model_type = 'own_kind'\n"
-        "class Own(Qwen2ForCausalLM):\n    config_class = OwnConfig\n"
-    )
-    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
-    _configure(folder, model_type="own_kind", auto_map=names)
+    mark = bring_code(folder)
     with pytest.raises(ValueError, match=r"own .* code that comes with it; .*trust_remote_code"):
         load(str(folder))
     assert not mark.exists()

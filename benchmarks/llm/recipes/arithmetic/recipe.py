@@ -25,6 +25,8 @@ from iwsft.language.rows import Row, read
 
 # The base model's texts are drawn with small seeds.
 _FIRST_SAMPLE_SEED = 1_000_000
+# Settings were chosen on the held-out problems of seed 0; the test is on others.
+TEST_SEED = 1
 
 
 def _defaults() -> Defaults:
@@ -113,7 +115,9 @@ class ArithmeticRecipe:
     def evaluate(self, model: Any, tokenizer: Any, prepared: Prepared, *, seed: int) -> Evaluation:
         """Held-out problems, one sampled answer each; see :class:`.evaluation.Outcome`."""
         del prepared
-        outcome = evaluate(model, tokenizer, problems(self.held_out, 0, "held-out"), seed=seed)
+        outcome = evaluate(
+            model, tokenizer, problems(self.held_out, TEST_SEED, "held-out"), seed=seed
+        )
         return {
             "score": outcome.sampled.share,
             "interval": outcome.sampled.interval,

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 from benchmarks.llm.kept import RECORD
 from benchmarks.llm.recipes.arithmetic.base import BaseSettings, config
 from benchmarks.llm.recipes.arithmetic.cache import base_model
-from benchmarks.llm.recipes.arithmetic.recipe import ArithmeticRecipe, facts
+from benchmarks.llm.recipes.arithmetic.recipe import TEST_SEED, ArithmeticRecipe, facts
 from benchmarks.llm.recipes.arithmetic.samples import sample, strategy_probabilities, to_rows
 from benchmarks.llm.recipes.arithmetic.strategies import STRATEGIES
 from benchmarks.llm.recipes.arithmetic.task import parse, problems, split_of
@@ -138,7 +138,7 @@ def test_the_greedy_score_is_that_of_transformers_own_generation(
 ) -> None:
     found = RECIPE.evaluate(decoder, tokenizer(), prepared, seed=0)
     tokens, right = tokenizer(), 0
-    for problem in problems(RECIPE.held_out, 0, "held-out"):
+    for problem in problems(RECIPE.held_out, TEST_SEED, "held-out"):
         prompt = tokens(problem.prompt, return_tensors="pt")
         written = decoder.generate(**prompt, max_length=64, do_sample=False)[0].tolist()
         text = tokens.decode(written)
