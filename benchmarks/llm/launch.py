@@ -97,7 +97,7 @@ def run(launch: Launch, module: str, arguments: Sequence[str]) -> int:
         )
     if launch.engine == "deepspeed" and find_spec("deepspeed") is None:
         raise ImportError(f"{launch.config} needs DeepSpeed: pip install deepspeed")
-    with _variables(launch.environment()):
+    with variables(launch.environment()):
         if launch.engine == "single":
             return _run_one([sys.executable, "-m", module, *arguments])
         return _run_several(launch, launch.command(module, arguments))
@@ -216,7 +216,8 @@ def _status(code: int, who: str) -> int:
 
 
 @contextmanager
-def _variables(values: Mapping[str, str]) -> Iterator[None]:
+def variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Within, the environment has these variables; after, what it had before."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -23,7 +23,7 @@ from transformers import PrinterCallback
 from transformers.utils import logging
 
 from benchmarks.llm.algorithms import Algorithm, q_of
-from benchmarks.llm.launch import assert_engine
+from benchmarks.llm.launch import assert_engine, variables
 from benchmarks.llm.launch_config import Launch
 from benchmarks.llm.models import load
 from benchmarks.llm.plan import BENCHMARK, Plan, engine_of
@@ -72,7 +72,8 @@ def run(plan: Plan, say: Say, launch: Launch | None = None) -> dict[str, Any] | 
 
 
 def _run(plan: Plan, say: Say, launch: Launch | None, first: bool) -> dict[str, Any] | None:
-    prepared = plan.prepare()
+    with _alone():
+        prepared = plan.prepare()
     trained: dict[str, Any] = {"steps": 0}
     model = prepared.model
     result: dict[str, Any] | None = None
@@ -290,13 +291,18 @@ def _evaluate(plan: Plan, prepared: Prepared, model: str, launch: Launch | None)
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Within, transformers loads and generates as in one process: not in shards and in step."""
+    """Within, transformers loads and generates as in one process: not in shards and in step.
+
+    The settings of the engine that the run before has left would hold otherwise.
+    """
     from transformers.integrations import deepspeed
 
     before = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()
     try:
-        yield
+        # FSDP's, by which only the first process has the weights.
+        with variables({"FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}):
+            yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = before
 

@@ -19,7 +19,7 @@ ROWS = 200
 
 def write(folder: Path) -> tuple[str, str]:
     """Write a model and rows into a folder; where they are."""
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "layers": 2, "steps": 60}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "layers": 2, "steps": 300}
     model, _ = train(replace(BaseSettings(), **sizes), seed=0)
     model.save_pretrained(folder / "model")
     tokenizer().save_pretrained(folder / "model")
