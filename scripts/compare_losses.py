@@ -1,0 +1,58 @@
+"""How far the losses of the same language runs lie apart, of two folders.
+
+python -m scripts.compare_losses runs/llm/arithmetic runs/zero3/llm/arithmetic
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from benchmarks.llm.results import Result, read
+from iwsft.checkpoint import CheckpointError
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Compare the runs that both folders hold, update by update."""
+
+    one: tyro.conf.Positional[Path]
+    """Folder of a recipe's runs: OUT/llm/RECIPE."""
+    other: tyro.conf.Positional[Path]
+    """Another, of the same recipe."""
+    first: int = 50
+    """So many updates, from the first."""
+
+
+def main(arguments: Arguments) -> None:
+    """Print, for each run, the largest relative difference of a loss, and both scores."""
+    try:
+        one, other = (
+            {_name(run): run for run in read(f)} for f in (arguments.one, arguments.other)
+        )
+    except CheckpointError as error:
+        raise SystemExit(f"error: {error}") from error
+    shared = [name for name in one if name in other and one[name].rows]
+    if not shared:
+        raise SystemExit(f"error: {arguments.one} and {arguments.other} share no trained run")
+    for name in shared:
+        here, there = (_losses(runs[name], arguments.first) for runs in (one, other))
+        if len(here) != len(there):
+            raise SystemExit(f"error: {name} logged {len(here)} and {len(there)} losses")
+        apart = max(abs(a - b) / abs(a) for a, b in zip(here, there, strict=True))
+        scores = " ".join(f"{runs[name].result['score']:.3f}" for runs in (one, other))
+        print(f"{name}: losses {apart:.1e} apart, scores {scores}")
+
+
+def _name(run: Result) -> str:
+    return f"{run.result['algo']} seed {run.seed}"
+
+
+def _losses(run: Result, first: int) -> list[float]:
+    return [row["loss"] for row in run.rows if "loss" in row][:first]
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments, description=__doc__))
