@@ -114,8 +114,10 @@ def unfinished(folder: Path) -> list[Path]:
 
 def recipe_folders(root: Path) -> list[Path]:
     """Folders ``llm/RECIPE`` at or below ``root`` in which runs have begun."""
-    runs = (path.parents[2] for path in root.absolute().rglob(f"seed-*/{CONFIG}"))
-    return sorted({folder for folder in runs if folder.parent.name == BENCHMARK})
+    top = root.absolute()
+    found = {path.parents[2] for path in top.rglob(f"seed-*/{CONFIG}")}
+    # Not that of a folder within a recipe's: it would bring in runs that lie elsewhere.
+    return sorted(f for f in found if f.parent.name == BENCHMARK and f.is_relative_to(top))
 
 
 def summarise(results: list[Result]) -> list[Row]:

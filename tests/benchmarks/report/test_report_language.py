@@ -135,6 +135,12 @@ def test_only_unfinished_runs_make_no_report(tmp_path: Path) -> None:
         write_report(tmp_path, tmp_path / "report")
 
 
+@pytest.mark.parametrize("within", ["sft", "sft/seed-0"])
+def test_a_folder_within_a_recipe_makes_no_report(language: Path, within: str) -> None:
+    with pytest.raises(ReportError, match="no finished run below"):
+        write_report(language / "llm/sums" / within, language / "report")
+
+
 @pytest.mark.parametrize("name", ["result.json", "config.json"])
 @pytest.mark.parametrize("content", ["{", "{}", "[]"])
 def test_a_damaged_file_names_its_run(language: Path, name: str, content: str) -> None:
