@@ -17,6 +17,9 @@ from tensordict.nn import TensorDictModuleBase
 from iwsft import environments
 from iwsft.acting import ROWS, Seen, act, acting, check_keys, check_sizes
 
+# Steps after which an episode without a limit is taken to have no end.
+_ENDLESS = 100_000
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -136,6 +139,7 @@ def evaluate(
         ValueError: a setting, the environment or the sizes of the policy do not fit; all before
             the first step.
         FloatingPointError: the policy gave an action that is not finite.
+        RuntimeError: an episode went on for 100,000 steps where the environment sets no limit.
     """
     if episodes < 1:
         raise ValueError(f"episodes={episodes}: evaluation needs at least one")
@@ -235,9 +239,19 @@ def _roll_out(
             if terminated or truncated:
                 done.append(running.pop(row))
                 start(row)
+            elif episode.length == _ENDLESS and not _limited(envs[row]):
+                raise RuntimeError(
+                    f"episode {episode.index} (seed {seeds[episode.index]}) of "
+                    f"{environments.id_of(envs[row])} has not ended after {_ENDLESS:,} steps, and "
+                    "the environment sets no limit: pass env_kwargs={'max_episode_steps': ...}"
+                )
             else:
                 seen.follow(row, flatten(following), float(reward))
     return sorted(done, key=lambda episode: episode.index)
+
+
+def _limited(env: gym.Env[Any, Any]) -> bool:
+    return env.spec is not None and env.spec.max_episode_steps is not None
 
 
 def _device_of(policy: TensorDictModuleBase, device: torch.device | str | None) -> torch.device:

@@ -16,7 +16,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.modules import IndependentNormal, ProbabilisticActor
 
-from iwsft import environments
+from iwsft import environments, evaluation
 from iwsft.evaluation import episode_seeds, evaluate, normalized_score
 from iwsft.policies.gaussian import GaussianPolicy
 
@@ -145,6 +145,13 @@ class Countdown(gym.Env[np.ndarray, np.ndarray]):
         told = {self.key: self.wins and self.left == 5}
         self.left -= 1
         return np.array([self.left], np.float32), float(action[0]), self.left == 0, False, told
+
+
+class Endless(Countdown):
+    """A countdown that does not stop at 0."""
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        return np.array([0.0], np.float32), 0.0, False, False, {}
 
 
 @pytest.fixture
@@ -354,6 +361,23 @@ class TestErrors:
             return out
 
         assert len(evaluate(actor(mean), "Hopper-v4", episodes=2).returns) == 2
+
+    def test_episode_without_an_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It stops where nothing sets a limit; a limit that is set is kept, however long."""
+        monkeypatch.setattr(evaluation, "_ENDLESS", 50)
+        gym.register("Endless-v0", entry_point=Endless)
+        try:
+            with pytest.raises(RuntimeError, match=r"episode 0 .*Endless-v0.*max_episode_steps"):
+                evaluate(actor(lambda o: o[:, :1]), "Endless-v0", episodes=1)
+            limited = evaluate(
+                actor(lambda o: o[:, :1]),
+                "Endless-v0",
+                episodes=1,
+                env_kwargs={"max_episode_steps": 60},
+            )
+        finally:
+            del gym.registry["Endless-v0"]
+        assert limited.lengths == [60]
 
     @pytest.mark.parametrize(
         ("settings", "message"),
