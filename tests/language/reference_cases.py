@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from iwsft.policies import CausalLMPolicy
@@ -82,3 +83,24 @@ def alone(model: Any, data: TensorDict) -> Tensor:
         found = logits[:-1].gather(1, ids[1:, None]).squeeze(1)
         parts.append(torch.cat([logits.new_zeros(1), torch.where(mask[here][1:], found, 0.0)]))
     return torch.cat(parts).detach()
+
+
+class Counting(CausalLMPolicy):
+    """Keeps the batches it was asked for, and breaks at one of them."""
+
+    def __init__(self, model: Any, *, breaks_at: int | None = None) -> None:
+        super().__init__(model)
+        self._asked: list[list[int]] = []
+        self._breaks_at = breaks_at
+
+    def log_prob(self, trajectories: TensorDictBase) -> Tensor:
+        if len(self._asked) == self._breaks_at:
+            raise InterruptedError
+        ids = trajectories["collector", "traj_ids"]
+        self._asked.append(ids.unique().tolist())
+        return super().log_prob(trajectories)
+
+
+def files(folder: Path) -> list[Path]:
+    """What a cache holds."""
+    return sorted(folder.iterdir())

@@ -1,47 +1,30 @@
-"""annotate_tokens: exact in the first epoch's batches, kept under all it depends on, resumable."""
+"""annotate_tokens: exact in the first epoch's batches, whatever the batches are."""
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from reference_cases import BATCHES, SIZES, VOCABULARY, alone, dataset, decoder, policy
-from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
+from reference_cases import (
+    BATCHES,
+    SIZES,
+    VOCABULARY,
+    Counting,
+    alone,
+    dataset,
+    decoder,
+    files,
+    policy,
+)
 
 from iwsft import ImportanceWeightedMLE
 from iwsft.language.batches import EpochBatches
 from iwsft.language.collator import TrajectoryDataset, collate
 from iwsft.language.plan import Plan, uncounted
-from iwsft.language.reference import annotate_tokens, cached_reference
+from iwsft.language.reference import annotate_tokens
 from iwsft.policies import CausalLMPolicy
-
-
-class Counting(CausalLMPolicy):
-    """Keeps the batches it was asked for, and breaks at one of them."""
-
-    def __init__(self, model: Any, *, breaks_at: int | None = None) -> None:
-        super().__init__(model)
-        self._asked: list[list[int]] = []
-        self._breaks_at = breaks_at
-
-    def log_prob(self, trajectories: TensorDictBase) -> Tensor:
-        if len(self._asked) == self._breaks_at:
-            raise InterruptedError
-        ids = trajectories["collector", "traj_ids"]
-        self._asked.append(ids.unique().tolist())
-        return super().log_prob(trajectories)
-
-
-def files(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir())
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
@@ -138,110 +121,6 @@ def test_mode_and_gradients_are_as_they_were() -> None:
     )
 
 
-def test_kept_is_read_and_only_the_first_batch_runs(tmp_path: Path) -> None:
-    first, second = dataset(), dataset()
-    made = annotate_tokens(policy(), first, BATCHES, cache=tmp_path / "made" / "here")
-    asked = Counting(decoder())
-    # The class is part of the key.
-    asked.__class__.__qualname__ = "CausalLMPolicy"
-    found = annotate_tokens(asked, second, BATCHES, cache=tmp_path / "made" / "here")
-    assert asked._asked == [[1, 5, 7]]
-    assert (made.batches, made.computed, found.computed) == (4, 4, 1)
-    assert found.key == made.key is not None
-    assert torch.equal(first["ref_log_prob"], second["ref_log_prob"])
-    assert len(files(tmp_path / "made" / "here")) == 1
-
-
-def test_what_has_no_part_in_it_does_not_change_the_key(tmp_path: Path) -> None:
-    first = annotate_tokens(policy(), dataset(), BATCHES, cache=tmp_path)
-    data = dataset(multiplicity=[1] * len(SIZES))
-    data["score"] = torch.rand(len(data))
-    data["importance_weight"] = torch.rand(len(data))
-    model = decoder()
-    model.config._name_or_path = "elsewhere"
-    model.config.use_cache = False
-    second = annotate_tokens(
-        CausalLMPolicy(model.eval()), data, BATCHES, cache=tmp_path, save_every=0
-    )
-    assert first.key == second.key
-
-
-def late_weight(theta: CausalLMPolicy, data: TensorDict, how: dict[str, Any]) -> None:
-    with torch.no_grad():
-        # Of a token that is not in the first batch.
-        theta.model.model.embed_tokens.weight[-1] += 1e-6
-
-
-def buffer(theta: CausalLMPolicy, data: TensorDict, how: dict[str, Any]) -> None:
-    theta.model.model.rotary_emb.inv_freq[-1] += 1e-9
-
-
-def config(theta: CausalLMPolicy, data: TensorDict, how: dict[str, Any]) -> None:
-    theta.model.config.rms_norm_eps = 1e-5
-
-
-def attention(theta: CausalLMPolicy, data: TensorDict, how: dict[str, Any]) -> None:
-    theta.model.set_attn_implementation("eager")
-
-
-def one_row(theta: CausalLMPolicy, data: TensorDict, how: dict[str, Any]) -> None:
-    theta.one_row = False
-
-
-def half(theta: CausalLMPolicy, data: TensorDict, how: dict[str, Any]) -> None:
-    theta.bfloat16()
-
-
-def code(theta: CausalLMPolicy, data: TensorDict, how: dict[str, Any]) -> None:
-    theta.model.model.norm.register_forward_hook(lambda *held: held[2] * 1.001)
-
-
-def token(theta: CausalLMPolicy, data: TensorDict, how: dict[str, Any]) -> None:
-    data["tokens", "full"][-1] ^= 1
-
-
-def mask(theta: CausalLMPolicy, data: TensorDict, how: dict[str, Any]) -> None:
-    data["masks", "all_assistant_mask"][-1] = False
-
-
-def ids(theta: CausalLMPolicy, data: TensorDict, how: dict[str, Any]) -> None:
-    data["collector", "traj_ids"][-1] += 1
-
-
-def order(theta: CausalLMPolicy, data: TensorDict, how: dict[str, Any]) -> None:
-    how["batches"] = [*BATCHES[:2], BATCHES[3], BATCHES[2]]
-
-
-def layout(theta: CausalLMPolicy, data: TensorDict, how: dict[str, Any]) -> None:
-    how["layout"] = "packed"
-
-
-def padding(theta: CausalLMPolicy, data: TensorDict, how: dict[str, Any]) -> None:
-    how["pad_token_id"] = 2
-
-
-def multiple(theta: CausalLMPolicy, data: TensorDict, how: dict[str, Any]) -> None:
-    how["multiple_of"] = 16
-
-
-def autocast(theta: CausalLMPolicy, data: TensorDict, how: dict[str, Any]) -> None:
-    how["context"] = lambda: torch.autocast("cpu", torch.bfloat16)
-
-
-CHANGES = [late_weight, buffer, config, attention, one_row, half, code, token, mask, ids, order]
-CHANGES += [layout, padding, multiple, autocast]
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_key_follows_all_it_depends_on(tmp_path: Path, change: Callable[..., None]) -> None:
-    before = annotate_tokens(policy(), dataset(), BATCHES, cache=tmp_path)
-    theta, data, how = policy(), dataset(), {"batches": BATCHES}
-    change(theta, data, how)
-    after = annotate_tokens(theta, data, cache=tmp_path, **how)
-    assert after.key != before.key
-    assert after.computed == after.batches and len(files(tmp_path)) == 2
-
-
 def test_context_is_that_of_every_forward() -> None:
     plain, cast, half = dataset(), dataset(), dataset()
     annotate_tokens(policy(), plain, BATCHES)
@@ -250,102 +129,6 @@ def test_context_is_that_of_every_forward() -> None:
         annotate_tokens(policy(), half, BATCHES)
     assert torch.equal(cast["ref_log_prob"], half["ref_log_prob"])
     assert not torch.allclose(cast["ref_log_prob"], plain["ref_log_prob"], atol=1e-4)
-
-
-@pytest.mark.parametrize("at", [1, 2, 3])
-def test_interrupted_pass_goes_on_where_it_stood(tmp_path: Path, at: int) -> None:
-    whole, data = dataset(), dataset()
-    expected = annotate_tokens(Counting(decoder()), whole, BATCHES)
-    with pytest.raises(InterruptedError):
-        annotate_tokens(
-            Counting(decoder(), breaks_at=at), data, BATCHES, cache=tmp_path, save_every=0
-        )
-    assert len(files(tmp_path)) == at
-    assert "ref_log_prob" not in data.keys()  # noqa: SIM118
-    again = Counting(decoder())
-    found = annotate_tokens(again, data, BATCHES, cache=tmp_path, save_every=0)
-    # The first once more, for the key, and what was not done.
-    assert again._asked == [sorted(batch) for batch in [BATCHES[0], *BATCHES[at:]]]
-    assert found.computed == 1 + len(BATCHES) - at and expected.batches == found.batches
-    assert torch.equal(data["ref_log_prob"], whole["ref_log_prob"])
-    assert [path.name for path in files(tmp_path)] == [f"ref_log_prob-{found.key}.npy"]
-
-
-def test_savings_are_rare_where_batches_are_fast(tmp_path: Path) -> None:
-    """After the first, whose time does not count much, one part holds all the rest."""
-    asked = Counting(decoder(), breaks_at=len(BATCHES))
-    data = dataset(multiplicity=[0, *[1] * (len(SIZES) - 1)])
-    with pytest.raises(InterruptedError):
-        annotate_tokens(asked, data, [[n] for n in range(len(SIZES) - 1)], cache=tmp_path)
-    assert len(files(tmp_path)) == 1
-
-
-def test_killed_process_leaves_what_the_next_one_reads(tmp_path: Path) -> None:
-    body = (
-        "import os, signal, sys; from pathlib import Path; from reference_cases import *;"
-        "from iwsft.language.reference import annotate_tokens; from iwsft.files import *;"
-        "import iwsft.language.reference as r; write = r.write_log_prob; left = [2]\n"
-        "def killed(path, log_prob, *, label):\n"
-        "    if not left[0]: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    left[0] -= 1; write(path, log_prob, label=label)\n"
-        "r.write_log_prob = killed; torch.set_num_threads(int(sys.argv[2]))\n"
-        "annotate_tokens(policy(), dataset(), BATCHES, cache=Path(sys.argv[1]), save_every=0)\n"
-    )
-    ended = subprocess.run(
-        [sys.executable, "-c", body, str(tmp_path), str(torch.get_num_threads())],
-        cwd=Path(__file__).parent,
-        env={**os.environ, "PYTHONHASHSEED": "7"},
-        check=False,
-    )
-    assert ended.returncode == -signal.SIGKILL
-    assert len(files(tmp_path)) == 2
-    data, whole = dataset(), dataset()
-    found = annotate_tokens(policy(), data, BATCHES, cache=tmp_path)
-    assert found.computed == 1 + 2 and len(files(tmp_path)) == 1
-    annotate_tokens(policy(), whole, BATCHES)
-    assert torch.equal(data["ref_log_prob"], whole["ref_log_prob"])
-
-
-@pytest.mark.parametrize("harm", ["cut", "flip", "empty", "foreign"])
-@pytest.mark.parametrize("part", [False, True])
-def test_corrupt_and_foreign_files_are_named(tmp_path: Path, harm: str, part: bool) -> None:
-    other = tmp_path / "other"
-    for theta, cache in ((decoder(1), other), (decoder(), tmp_path / "kept")):
-        asked = Counting(theta, breaks_at=2 if part else None)
-        try:
-            annotate_tokens(asked, dataset(), BATCHES, cache=cache, save_every=0)
-        except InterruptedError:
-            assert part
-    path = files(tmp_path / "kept")[-1]
-    content = bytearray(path.read_bytes())
-    content[140] ^= 1
-    path.write_bytes(
-        {
-            "cut": path.read_bytes()[:-5],
-            "flip": bytes(content),
-            "empty": b"",
-            "foreign": files(other)[-1].read_bytes(),
-        }[harm]
-    )
-    data = dataset()
-    again = Counting(decoder())
-    with pytest.raises(ValueError, match="is corrupt or belongs elsewhere.*delete the file") as e:
-        annotate_tokens(again, data, BATCHES, cache=tmp_path / "kept", save_every=0)
-    assert str(path) in str(e.value) and len(again._asked) == 1
-    assert "ref_log_prob" not in data.keys()  # noqa: SIM118
-    path.unlink()
-    annotate_tokens(again, data, BATCHES, cache=tmp_path / "kept")
-    whole = dataset()
-    annotate_tokens(policy(), whole, BATCHES)
-    assert torch.equal(data["ref_log_prob"], whole["ref_log_prob"])
-
-
-def test_cache_that_is_a_file_fails_before_the_first_forward(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    asked = Counting(decoder())
-    with pytest.raises(FileExistsError, match="file"):
-        annotate_tokens(asked, dataset(), BATCHES, cache=tmp_path / "file")
-    assert asked._asked == []
 
 
 def test_not_finite_names_the_trajectory(tmp_path: Path) -> None:
@@ -374,23 +157,6 @@ def test_bad_arguments_are_named() -> None:
         annotate_tokens(policy(), dataset().lock_(), BATCHES)
     with pytest.raises(KeyError, match="all_assistant_mask.*missing"):
         annotate_tokens(policy(), dataset().exclude(("masks", "all_assistant_mask")), BATCHES)
-
-
-def test_resumed_run_reads_what_its_model_can_no_longer_give(tmp_path: Path) -> None:
-    data, resumed = dataset(), dataset()
-    key = annotate_tokens(policy(), data, BATCHES, cache=tmp_path).key
-    assert key is not None
-    cached_reference(resumed, key, cache=tmp_path)
-    assert torch.equal(resumed["ref_log_prob"], data["ref_log_prob"])
-    with pytest.raises(ValueError, match=f"reference {key} .*belongs to other trajectories"):
-        cached_reference(dataset(seed=1), key, cache=tmp_path)
-    path = files(tmp_path)[0]
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="is corrupt .*put a copy of the file back"):
-        cached_reference(resumed, key, cache=tmp_path)
-    path.unlink()
-    with pytest.raises(FileNotFoundError, match="is gone; .*or start afresh"):
-        cached_reference(resumed, key, cache=tmp_path)
 
 
 def lora(seed: int, *, moved: bool = False, **settings: Any) -> CausalLMPolicy:
