@@ -28,6 +28,8 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Print, for each run, the largest relative difference of a loss, and both scores."""
+    if arguments.first < 1:
+        raise SystemExit(f"error: --first {arguments.first}: at least 1")
     try:
         one, other = (
             {_name(run): run for run in read(f)} for f in (arguments.one, arguments.other)
