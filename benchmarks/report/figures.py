@@ -119,17 +119,21 @@ def cost(group: Sequence[Cell]) -> Figure:
 def sweep(rows: Sequence[tuple[Setting | None, Cell]]) -> Figure | None:
     """Score against the effective sample size at the end, a panel a dataset.
 
-    The line is the same algorithm without weights.
+    The line is the same algorithm without weights; several are named.
     """
     seen = [(held, cell) for held, cell in rows if held is None or last_look(cell, "ESS")]
     if all(held is None for held, _ in seen):
         return None
     figure, axes = panels(datasets(cell for _, cell in seen), height=3.4)
     lags = {(cell.dataset, held.lag) for held, cell in seen if held is not None}
+    lines = [cell.dataset for held, cell in seen if held is None]
     for held, cell in seen:
         ax = axes[cell.dataset]
         if held is None:
             ax.axhline(cell.mean, color=colours([cell])[cell.algo], lw=1.2, ls="--")
+            if lines.count(cell.dataset) > 1:
+                at = ax.get_yaxis_transform()
+                ax.text(0.99, cell.mean, algorithm_label(cell.algo), transform=at, ha="right")
             continue
         ess = float(np.mean(last_look(cell, "ESS")))
         _point(ax, ess, cell, "#1f63a8" if held.target_ess else "#d1440c")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from benchmarks.report.names import algorithm_rank, base
 from benchmarks.report.runs import Run
@@ -11,6 +13,8 @@ from benchmarks.report.scores import Cell
 
 # Algorithms with weights on trajectories, and what they are when all weights are 1.
 _UNWEIGHTED = {"iw-sft": "sft", "iw-sft-q": "sft-q"}
+# What a sweep of the weights may change in `config.json`, beside the seed.
+_SWEPT = ("algo", "seed", "target_ess", "sync_every", "k", "alpha", "normalize")
 
 
 @dataclass(frozen=True, order=True)
@@ -59,30 +63,51 @@ def setting(run: Run) -> Setting | None:
 def swept(group: Sequence[Cell]) -> list[tuple[Setting | None, Cell]]:
     """A cell for each dataset, algorithm and setting of the weights, in that order.
 
-    Before them stands the same algorithm without weights (setting None), where it was run. Only
-    datasets on which an algorithm has two settings or more are there.
+    What is compared differs in nothing else: runs of other cuts, say, are a sweep of their own.
+    Before each stands the same algorithm without weights (setting None), where it was run. Only
+    sweeps of two settings or more are there.
     """
-    by_name = {(cell.dataset, cell.algo): cell for cell in group}
-    rows = list(_rows(group))
+    weighted = [cell for cell in group if base(cell.algo) in _UNWEIGHTED]
     found: list[tuple[Setting | None, Cell]] = []
-    for dataset, algo in dict.fromkeys((cell.dataset, base(cell.algo)) for _, cell in rows):
-        mine = [row for row in rows if (row[1].dataset, base(row[1].algo)) == (dataset, algo)]
-        if len({held for held, _ in mine}) < 2:
-            continue
-        plain = by_name.get((dataset, _UNWEIGHTED[algo]))
-        if plain is not None:
-            found.append((None, plain))
-        found += sorted(mine, key=lambda row: (row[0], algorithm_rank(row[1].algo)))
+    for dataset, algo in dict.fromkeys((cell.dataset, base(cell.algo)) for cell in weighted):
+        same = [cell for cell in group if cell.dataset == dataset]
+        plain = [cell for cell in same if base(cell.algo) == _UNWEIGHTED[algo]]
+        rows = list(_rows(cell for cell in same if base(cell.algo) == algo))
+        for others in dict.fromkeys(_others(cell.runs[0]) for _, cell in rows):
+            mine = [row for row in rows if _others(row[1].runs[0]) == others]
+            if len({held for held, _ in mine}) < 2:
+                continue
+            found += [(None, part) for cell in plain for key, part in _parts(cell) if key == others]
+            found += sorted(mine, key=lambda row: (row[0], algorithm_rank(row[1].algo)))
     return found
 
 
 def _rows(group: Iterable[Cell]) -> Iterable[tuple[Setting, Cell]]:
     for cell in group:
-        settings = {run.seed: setting(run) for run in cell.runs}
-        for held in dict.fromkeys(settings.values()):
-            if held is not None:
-                runs = tuple(run for run in cell.runs if settings[run.seed] == held)
-                yield held, replace(cell, runs=runs)
+        for _, part in _parts(cell):
+            settings = {run.seed: setting(run) for run in part.runs}
+            for held in dict.fromkeys(settings.values()):
+                if held is not None:
+                    runs = tuple(run for run in part.runs if settings[run.seed] == held)
+                    yield held, replace(part, runs=runs)
+
+
+def _parts(cell: Cell) -> Iterable[tuple[str, Cell]]:
+    """A cell in parts that agree in all that a sweep leaves alone."""
+    keys = {run.seed: _others(run) for run in cell.runs}
+    for key in dict.fromkeys(keys.values()):
+        yield key, replace(cell, runs=tuple(run for run in cell.runs if keys[run.seed] == key))
+
+
+def _others(run: Run) -> str:
+    """Settings of a run but those that a sweep changes."""
+    settings = run.config.get("settings", {})
+    kept = {**settings, "fine_tuning": _without(settings.get("fine_tuning") or {})}
+    return json.dumps(_without(kept), sort_keys=True)
+
+
+def _without(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in _SWEPT}
 
 
 def last_look(cell: Cell, name: str) -> list[float]:

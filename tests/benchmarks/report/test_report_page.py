@@ -109,8 +109,9 @@ def whole(
         make_run(runs, "hopper-medium-replay-v2", "iql", seed, 4.0, published_steps=1000)
     (make_run(runs, "hopper-a", "dt", 0, 1.0) / "result.json").unlink()
     for k in (3, 10):
-        settings = {"fine_tuning": {"k": k, "alpha": 0.9}, "sync_every": 19}
-        config = {"settings": settings}
+        # The rest of the settings is that of all runs here.
+        fine_tuning = {"k": k, "alpha": 0.9}
+        config = {"settings": {"lr": 1e-4, "fine_tuning": fine_tuning, "sync_every": 19}}
         rows = [{"step": 100, "ESS": 0.3, "weight_q50": 1.0}]
         for seed in range(3):
             root = runs / f"k{k}"

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from tests.benchmarks.report.conftest import MakeRun
 
 
-def config(k: float, target: float | None = None, sync: int = 199) -> dict[str, Any]:
+def config(
+    k: float, target: float | None = None, sync: int = 199, cut: float = 90.0
+) -> dict[str, Any]:
     fine_tuning = {"k": k, "alpha": 0.99, "lr": 1e-4}
-    settings = {"fine_tuning": fine_tuning, "target_ess": target, "sync_every": sync}
-    return {"settings": settings}
+    weights = {"fine_tuning": fine_tuning, "target_ess": target, "sync_every": sync}
+    return {"settings": {"cuts": [cut], **weights}}
 
 
 def rows(ess: float) -> list[dict[str, float]]:
@@ -61,6 +63,32 @@ def test_settings_scores_and_weights_at_the_end(tmp_path: Path, make_run: MakeRu
         *("ESS 0.4, sync every 199", "k 1, sync every 50"),
         *("k 1, sync every 199", "k 10, sync every 199"),
     }
+
+
+def test_what_differs_in_more_than_its_weights_is_a_sweep_of_its_own(
+    tmp_path: Path, make_run: MakeRun
+) -> None:
+    scores = {"top50": 70.0, "top10": 30.0}
+    for name, cut in (("top50", 50.0), ("top10", 90.0)):
+        for seed in range(3):
+            task = ("hopper-a", "sft-q", seed, scores[name])
+            make_run(tmp_path / name, *task, config=config(1.0, cut=cut))
+            for k in (1.0, 10.0):
+                root, score = tmp_path / f"{name}-k{k:g}", scores[name] + k
+                settings = config(k, cut=cut)
+                make_run(
+                    root, "hopper-a", "iw-sft-q", seed, score, config=settings, rows=rows(1 / k)
+                )
+    # The only setting with this cut.
+    make_run(tmp_path / "top30", "hopper-a", "iw-sft-q", 0, 1.0, config=config(1.0, cut=70.0))
+    found = swept(cells(read_runs(tmp_path)))
+    assert [(cell.algo, cell.mean) for _, cell in found] == [
+        *(("top10/sft-q", 30.0), ("top10-k1/iw-sft-q", 31.0), ("top10-k10/iw-sft-q", 40.0)),
+        *(("top50/sft-q", 70.0), ("top50-k1/iw-sft-q", 71.0), ("top50-k10/iw-sft-q", 80.0)),
+    ]
+    (panel,) = figures.sweep(found).axes
+    # Which line is which is said where there are several.
+    assert {"top10/SFT(Q)", "top50/SFT(Q)"} <= {text.get_text() for text in panel.texts}
 
 
 def test_seeds_of_one_folder_with_several_settings_are_told_apart(
