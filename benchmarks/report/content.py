@@ -256,7 +256,8 @@ def _sweep(pen: _Pen, group: Sequence[Cell]) -> list[Block]:
         "sweep.png",
         figures.sweep(rows),
         "Score against the effective sample size at the end: temperatures in orange, target ESS "
-        "in blue, 95 % intervals, and the same algorithm with all weights 1 as the dashed line.",
+        "in blue, 95 % intervals, and the same algorithm with all weights 1 (at the learning rate "
+        "published for it) as the dashed line.",
         cells,
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from benchmarks.report.names import algorithm_rank, base
 from benchmarks.report.runs import Run
@@ -13,8 +12,9 @@ from benchmarks.report.scores import Cell
 
 # Algorithms with weights on trajectories, and what they are when all weights are 1.
 _UNWEIGHTED = {"iw-sft": "sft", "iw-sft-q": "sft-q"}
-# What a sweep of the weights may change in `config.json`, beside the seed.
-_SWEPT = ("algo", "seed", "target_ess", "sync_every", "k", "alpha", "normalize")
+# What may differ within a sweep: the seed, the weights, and the learning rate, which is published
+# for each algorithm apart.
+_FREE = ("algo", "seed", "target_ess", "sync_every", "fine_tuning", "settings_from")
 
 
 @dataclass(frozen=True, order=True)
@@ -63,9 +63,9 @@ def setting(run: Run) -> Setting | None:
 def swept(group: Sequence[Cell]) -> list[tuple[Setting | None, Cell]]:
     """A cell for each dataset, algorithm and setting of the weights, in that order.
 
-    What is compared differs in nothing else: runs of other cuts, say, are a sweep of their own.
-    Before each stands the same algorithm without weights (setting None), where it was run. Only
-    sweeps of two settings or more are there.
+    Runs of other data, cuts or steps are a sweep of their own. Before each stands the same
+    algorithm without weights (setting None), with the learning rate published for it, where it was
+    run. Only sweeps of two settings or more are there.
     """
     weighted = [cell for cell in group if base(cell.algo) in _UNWEIGHTED]
     found: list[tuple[Setting | None, Cell]] = []
@@ -93,21 +93,18 @@ def _rows(group: Iterable[Cell]) -> Iterable[tuple[Setting, Cell]]:
 
 
 def _parts(cell: Cell) -> Iterable[tuple[str, Cell]]:
-    """A cell in parts that agree in all that a sweep leaves alone."""
+    """A cell in parts that may stand in the same sweep."""
     keys = {run.seed: _others(run) for run in cell.runs}
     for key in dict.fromkeys(keys.values()):
         yield key, replace(cell, runs=tuple(run for run in cell.runs if keys[run.seed] == key))
 
 
 def _others(run: Run) -> str:
-    """Settings of a run but those that a sweep changes."""
+    """Settings that a sweep leaves alone."""
     settings = run.config.get("settings", {})
-    kept = {**settings, "fine_tuning": _without(settings.get("fine_tuning") or {})}
-    return json.dumps(_without(kept), sort_keys=True)
-
-
-def _without(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name not in _SWEPT}
+    kept = {name: value for name, value in settings.items() if name not in _FREE}
+    steps = (settings.get("fine_tuning") or {}).get("steps")
+    return json.dumps({**kept, "steps": steps}, sort_keys=True)
 
 
 def last_look(cell: Cell, name: str) -> list[float]:

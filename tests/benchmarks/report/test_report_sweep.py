@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def config(
-    k: float, target: float | None = None, sync: int = 199, cut: float = 90.0
+    k: float, target: float | None = None, sync: int = 199, cut: float = 90.0, lr: float = 1e-4
 ) -> dict[str, Any]:
-    fine_tuning = {"k": k, "alpha": 0.99, "lr": 1e-4}
+    fine_tuning = {"k": k, "alpha": 0.99, "lr": lr, "steps": 4500}
     weights = {"fine_tuning": fine_tuning, "target_ess": target, "sync_every": sync}
     return {"settings": {"cuts": [cut], **weights}}
 
@@ -72,7 +72,7 @@ def test_what_differs_in_more_than_its_weights_is_a_sweep_of_its_own(
     for name, cut in (("top50", 50.0), ("top10", 90.0)):
         for seed in range(3):
             task = ("hopper-a", "sft-q", seed, scores[name])
-            make_run(tmp_path / name, *task, config=config(1.0, cut=cut))
+            make_run(tmp_path / name, *task, config=config(1.0, cut=cut, lr=4e-5))
             for k in (1.0, 10.0):
                 root, score = tmp_path / f"{name}-k{k:g}", scores[name] + k
                 settings = config(k, cut=cut)
