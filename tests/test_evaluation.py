@@ -365,18 +365,18 @@ class TestErrors:
     def test_episode_without_an_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """It stops where nothing sets a limit; a limit that is set is kept, however long."""
         monkeypatch.setattr(evaluation, "_ENDLESS", 50)
-        gym.register("Endless-v0", entry_point=Endless)
+        gym.register("NoLimit-v0", entry_point=Endless)
         try:
-            with pytest.raises(RuntimeError, match=r"episode 0 .*Endless-v0.*max_episode_steps"):
-                evaluate(actor(lambda o: o[:, :1]), "Endless-v0", episodes=1)
+            with pytest.raises(RuntimeError, match=r"episode 0 .*NoLimit-v0.*max_episode_steps"):
+                evaluate(actor(lambda o: o[:, :1]), "NoLimit-v0", episodes=1)
             limited = evaluate(
                 actor(lambda o: o[:, :1]),
-                "Endless-v0",
+                "NoLimit-v0",
                 episodes=1,
                 env_kwargs={"max_episode_steps": 60},
             )
         finally:
-            del gym.registry["Endless-v0"]
+            del gym.registry["NoLimit-v0"]
         assert limited.lengths == [60]
 
     @pytest.mark.parametrize(
