@@ -142,7 +142,7 @@ def sweep(rows: Sequence[tuple[Setting | None, Cell]]) -> Figure | None:
         words = f"{held.sharpness}, {held.lag}" if several else held.sharpness
         # Of two sweeps in a panel, the variant tells which is which.
         if sum((other, c.dataset) == (held, cell.dataset) for other, c in seen) > 1:
-            words = f"{algorithm_label(cell.algo)}: {words}"
+            words = cell.algo.rpartition("/")[0] or words
         ax.annotate(words, (ess, cell.mean), xytext=(6, 5), textcoords="offset points", fontsize=8)
         ax.set_xlabel("effective sample size at the end (share of the data)")
         ax.set_ylabel(UNIT[cell.unit])

@@ -89,7 +89,7 @@ def test_what_differs_in_more_than_its_weights_is_a_sweep_of_its_own(
     (panel,) = figures.sweep(found).axes
     # Which line and which point is which is said where there are several.
     words = {text.get_text() for text in panel.texts}
-    assert {"top10/SFT(Q)", "top50/SFT(Q)", "top50-k10/iw-SFT(Q): k 10"} <= words
+    assert {"top10/SFT(Q)", "top50/SFT(Q)", "top50-k10"} <= words
 
 
 def test_seeds_of_one_folder_with_several_settings_are_told_apart(
