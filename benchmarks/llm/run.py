@@ -33,10 +33,10 @@ from benchmarks.provenance import write_json
 from benchmarks.runs import RESULT, alone_in
 from iwsft import checkpoint, metrics
 from iwsft.curation import curate
+from iwsft.datasets.text.tokens import CORRECT, SCORE
 from iwsft.language import check_scores, correct_only, tokenize
 from iwsft.language.config import ImportanceWeightedConfig
 from iwsft.language.saving import last, written_aside
-from iwsft.language.tokens import CORRECT, SCORE
 from iwsft.language.trainer import ImportanceWeightedTrainer
 from iwsft.trajectory import MULTIPLICITY, TRAJ_IDS, lengths
 

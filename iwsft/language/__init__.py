@@ -20,12 +20,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from iwsft.datasets.text import s1k
+from iwsft.datasets.text.chat import ChatEncoder
+from iwsft.datasets.text.rows import Row, check_scores, read, to_row
+from iwsft.datasets.text.tokens import TokenDataset, correct_only, tokenize
 from iwsft.language.batches import EpochBatches, EpochSampler
-from iwsft.language.chat import ChatEncoder
 from iwsft.language.collator import TrajectoryDataset, collate
 from iwsft.language.loss import token_loss
-from iwsft.language.rows import Row, check_scores, read, to_row
-from iwsft.language.tokens import TokenDataset, correct_only, tokenize
 
 if TYPE_CHECKING:
     from iwsft.language.config import ImportanceWeightedConfig
@@ -49,6 +50,7 @@ __all__ = [
     "collate",
     "correct_only",
     "read",
+    "s1k",
     "to_row",
     "token_loss",
     "tokenize",

@@ -151,7 +151,7 @@ class EpochSampler:
     those of ``iwsft.samplers.TrajectorySampler``, which takes token trajectories as they are.
 
     Args:
-        trajectories: packed, see ``iwsft.language.tokens``; held by reference.
+        trajectories: packed, see ``iwsft.datasets.text.tokens``; held by reference.
         batch_size: draws of a batch; this, or ``token_budget``.
         token_budget: tokens of a batch at most, see :class:`EpochBatches`.
         layout: ``"padded"`` or ``"packed"``, see :func:`~iwsft.language.collator.collate`.

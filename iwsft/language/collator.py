@@ -10,7 +10,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from iwsft.language.tokens import CORRECT, SCORE
+from iwsft.datasets.text.tokens import CORRECT, SCORE
 from iwsft.samplers import multiplicities
 from iwsft.trajectory import (
     ASSISTANT_MASK,
@@ -34,7 +34,7 @@ class TrajectoryDataset(Dataset[TensorDictBase]):
     the trajectories later (``reweight``) is handed out.
 
     Args:
-        trajectories: packed, see ``iwsft.language.tokens``. Held by reference, never copied.
+        trajectories: packed, see ``iwsft.datasets.text.tokens``. Held by reference, never copied.
 
     Raises:
         KeyError: no tokens or masks.

@@ -24,7 +24,7 @@ class Entries(Dataset[TensorDictBase]):
     Each token carries its place in the packed trajectories, :data:`PLACE`.
 
     Args:
-        trajectories: packed, see ``iwsft.language.tokens``; a shallow copy is held.
+        trajectories: packed, see ``iwsft.datasets.text.tokens``; a shallow copy is held.
     """
 
     def __init__(self, trajectories: TensorDictBase) -> None:

@@ -77,8 +77,8 @@ def annotate_tokens(
 
     Args:
         policy: pi_ref; its model may be sharded by DeepSpeed or FSDP2.
-        trajectories: packed, see ``iwsft.language.tokens``, the same on all processes; changed in
-            place.
+        trajectories: packed, see ``iwsft.datasets.text.tokens``; the same on all processes;
+            changed in place.
         batches: entries of a :class:`~iwsft.language.collator.TrajectoryDataset`, batch by batch:
             the micro-batches of the first epoch, those of all processes in turns
             (:meth:`iwsft.language.plan.Plan.epoch`).

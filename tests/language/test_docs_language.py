@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 import tyro
-from chat_tokenizers import byte_level
 from datasets import Dataset
 from safetensors.torch import load_file
 from torch.nn.functional import log_softmax
@@ -28,15 +27,18 @@ from benchmarks.llm.evaluation import arguments as evaluation
 from benchmarks.llm.evaluation.tasks import TASKS
 from benchmarks.llm.recipes import RECIPES, load_recipe
 from iwsft import ImportanceWeights
+from iwsft.datasets.text.rows import read
 from iwsft.language.config import _REFUSED
-from iwsft.language.rows import read
 from iwsft.trajectory import lengths
+from tests.datasets.text.chat_tokenizers import byte_level
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "language.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 RESUME = "trainer.train(resume_from_checkpoint=True)"
+
+DATA = Path(__file__).parents[1] / "datasets" / "text" / "data"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,7 +51,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         _model(found / MODEL)
         _rows(found / "mine.jsonl", 64, seed=0)
         _rows(found / "held-out.jsonl", 6, seed=1)
-        lines = (Path(__file__).parent / "data" / "s1k-1.1-synthetic.jsonl").read_text()
+        lines = (
+            Path(__file__).parents[1] / "datasets" / "text" / "data" / "s1k-1.1-synthetic.jsonl"
+        ).read_text()
         s1k = Dataset.from_list([json.loads(line) for line in lines.splitlines()])
         s1k.save_to_disk("simplescaling/s1K-1.1")
         yield found

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from iwsft.language.rows import records
+from iwsft.datasets.text.rows import records
 
 Kind = Literal["math", "integer", "letter"]
 LETTERS = "ABCD"

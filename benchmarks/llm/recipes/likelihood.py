@@ -13,9 +13,9 @@ from torch import Tensor
 from benchmarks.llm.evaluation.statistics import bootstrap
 from benchmarks.llm.recipes.recipe import Evaluation
 from benchmarks.llm.recipes.solutions import Question
+from iwsft.datasets.text.rows import Row
+from iwsft.datasets.text.tokens import tokenize
 from iwsft.language.collator import TrajectoryDataset, collate
-from iwsft.language.rows import Row
-from iwsft.language.tokens import tokenize
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.trajectory import ASSISTANT_MASK
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from iwsft.language.rows import Row
+from iwsft.datasets.text.rows import Row
 from iwsft.weights import (
     ClipRatio,
     ClipWeight,

@@ -12,8 +12,8 @@ from benchmarks.llm.evaluation.statistics import bootstrap
 from benchmarks.llm.models import load_tokenizer, locate
 from benchmarks.llm.recipes.likelihood import mean_log_probs
 from benchmarks.llm.recipes.recipe import Defaults, Evaluation, Prepared
-from iwsft.language import s1k
-from iwsft.language.rows import read
+from iwsft.datasets.text import s1k
+from iwsft.datasets.text.rows import read
 
 MODEL = "Qwen/Qwen2.5-32B-Instruct"
 DATA = "simplescaling/s1K-1.1"
@@ -82,7 +82,7 @@ class S1kRecipe:
             folder: of the cache: a model that is converted is kept here.
             seed: decides nothing here; no draw is made.
             model: with the tokenizer of a Qwen2.5 model, whose tokens the traces are marked with.
-            data: rows in the columns of s1K or s1K-1.1, see :func:`iwsft.language.s1k.to_row`.
+            data: rows in the columns of s1K or s1K-1.1, see :func:`iwsft.datasets.text.s1k.to_row`.
         """
         del seed
         where = locate(MODEL if model is None else model, folder)

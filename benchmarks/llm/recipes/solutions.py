@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from iwsft.language.rows import Record, Row, checked_text, records, to_row
+from iwsft.datasets.text.rows import Record, Row, checked_text, records, to_row
 
 # GSM8K marks what its calculator computed: 3*4 = <<3*4=12>>12.
 _CALCULATION = re.compile(r"<<[^<>]*>>")
@@ -47,7 +47,7 @@ def read_questions(source: str | Path) -> list[Question]:
     """Read labelled solutions and gather them by question, in the order of first sight.
 
     Args:
-        source: what :func:`iwsft.language.rows.read` reads. A record is a question of GSM8K's
+        source: what :func:`iwsft.datasets.text.rows.read` reads. A record is a question of GSM8K's
             ``example_model_solutions.jsonl`` (``question``, and for each model an object with
             ``is_correct`` and ``solution``), or one solution: ``prompt``, ``completion``,
             ``correct``, and perhaps ``score``.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +10,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-sys.path.append(str(Path(__file__).parents[2] / "language"))
-
-from chat_tokenizers import byte_level
+from tests.datasets.text.chat_tokenizers import byte_level
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from benchmarks.llm.recipes.s1k import PAPER
 from benchmarks.llm.run import arguments_of
 from benchmarks.report.page import write_report
 from benchmarks.report.runs import read_runs, unfinished_runs
-from iwsft.language.rows import Row
+from iwsft.datasets.text.rows import Row
 from iwsft.trajectory import MULTIPLICITY, lengths
 
 SHORT: dict[str, Any] = {"max_steps": 6, "sync_every": 2, "ema_decay": 0.5}

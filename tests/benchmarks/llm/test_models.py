@@ -12,7 +12,6 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from chat_tokenizers import byte_level
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -28,6 +27,7 @@ from transformers import (
 
 from benchmarks.llm import models
 from benchmarks.llm.models import SMOLLM2, check_fit, load, locate
+from tests.datasets.text.chat_tokenizers import byte_level
 
 IDS = torch.tensor([[5, 17, 300, 42, 7, 7, 256, 1]])
 

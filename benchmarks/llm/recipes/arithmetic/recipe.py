@@ -19,9 +19,9 @@ from benchmarks.llm.recipes.arithmetic.task import parse, problems, split_of
 from benchmarks.llm.recipes.arithmetic.theory import after_rounds, mean_score
 from benchmarks.llm.recipes.arithmetic.tokenizer import VOCABULARY
 from benchmarks.llm.recipes.recipe import Defaults, Evaluation, Prepared
+from iwsft.datasets.text.rows import Row, read
 from iwsft.files import written_whole
 from iwsft.fingerprint import fingerprint
-from iwsft.language.rows import Row, read
 
 # The base model's texts are drawn with small seeds.
 _FIRST_SAMPLE_SEED = 1_000_000

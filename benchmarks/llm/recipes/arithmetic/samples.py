@@ -14,8 +14,8 @@ from benchmarks.llm.recipes.arithmetic.checker import Verdict, check
 from benchmarks.llm.recipes.arithmetic.strategies import STRATEGIES
 from benchmarks.llm.recipes.arithmetic.task import Problem
 from benchmarks.llm.recipes.arithmetic.tokenizer import CONTEXT
+from iwsft.datasets.text.rows import Row
 from iwsft.language.generation import Request, TransformersGenerator
-from iwsft.language.rows import Row
 
 # The KV cache of so many rows is a few MB.
 _BATCH = 512

@@ -24,8 +24,8 @@ from benchmarks.llm.recipes.arithmetic.strategies import STRATEGIES
 from benchmarks.llm.recipes.arithmetic.task import parse, problems, split_of
 from benchmarks.llm.recipes.arithmetic.tokenizer import tokenizer
 from benchmarks.llm.recipes.recipe import Prepared
+from iwsft.datasets.text.rows import Row
 from iwsft.language import correct_only, tokenize
-from iwsft.language.rows import Row
 
 TINY = BaseSettings(
     hidden_size=32, intermediate_size=64, layers=2, heads=2, key_value_heads=1, steps=120, lr=5e-3

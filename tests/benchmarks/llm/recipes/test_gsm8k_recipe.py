@@ -18,8 +18,8 @@ from benchmarks.llm.recipes.gsm8k import BUNDLED, Gsm8kRecipe
 from benchmarks.llm.recipes.likelihood import mean_log_probs, right_against_wrong
 from benchmarks.llm.recipes.recipe import Prepared
 from benchmarks.llm.recipes.solutions import Question, read_questions, rows_of, split
+from iwsft.datasets.text.rows import Row
 from iwsft.language import correct_only, tokenize
-from iwsft.language.rows import Row
 from iwsft.trajectory import lengths
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from iwsft.language.rows import ASSISTANT, Record, Row, checked_text
+from iwsft.datasets.text.rows import ASSISTANT, Record, Row, checked_text
 
 PAD_TOKEN = "<|fim_pad|>"
 THINK = "<|im_start|>think\n"

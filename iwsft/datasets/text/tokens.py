@@ -11,10 +11,10 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 
+from iwsft.datasets.text.chat import ChatEncoder
+from iwsft.datasets.text.encoding import Encoded, check_tokenizer, encode_completion
+from iwsft.datasets.text.rows import Row
 from iwsft.fingerprint import fingerprint
-from iwsft.language.chat import ChatEncoder
-from iwsft.language.encoding import Encoded, check_tokenizer, encode_completion
-from iwsft.language.rows import Row
 from iwsft.trajectory import (
     ASSISTANT_MASK,
     ATTENTION_MASK,
@@ -68,7 +68,7 @@ def tokenize(
     right; cuts are counted, kept in ``truncated`` and warned of.
 
     Args:
-        rows: see ``iwsft.language.rows``; all are used.
+        rows: see ``iwsft.datasets.text.rows``; all are used.
         tokenizer: a fast tokenizer of transformers.
         max_length: tokens of a row at most; None cuts nothing.
         template: chat template for rows with messages; the tokenizer's own by default.

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import pytest
 
-from iwsft.language.rows import Row, check_scores, read, to_row
+from iwsft.datasets.text.rows import Row, check_scores, read, to_row
 
 CHAT = {
     "messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "vier 😀"}]

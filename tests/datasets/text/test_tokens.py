@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from chat_tokenizers import CHATML, LLAMA3, assistant, byte_level, user
 
 from iwsft import curate
-from iwsft.language.rows import Row, to_row
-from iwsft.language.tokens import correct_only, tokenize
+from iwsft.datasets.text.rows import Row, to_row
+from iwsft.datasets.text.tokens import correct_only, tokenize
 from iwsft.trajectory import (
     ASSISTANT_MASK,
     ATTENTION_MASK,
@@ -21,6 +20,7 @@ from iwsft.trajectory import (
     Segments,
     lengths,
 )
+from tests.datasets.text.chat_tokenizers import CHATML, LLAMA3, assistant, byte_level, user
 
 
 def rows(count: int = 6, **columns: list[Any]) -> list[Row]:

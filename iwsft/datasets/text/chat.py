@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from iwsft.language.encoding import (
+from iwsft.datasets.text.encoding import (
     Encoded,
     Stretch,
     check_tokenizer,
@@ -21,7 +21,7 @@ from iwsft.language.encoding import (
     squashed,
     token_range,
 )
-from iwsft.language.rows import ASSISTANT, Message
+from iwsft.datasets.text.rows import ASSISTANT, Message
 
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _REASONING = ("reasoning_content", "reasoning", "thinking")

@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from chat_tokenizers import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iwsft.datasets.text.chat import ChatEncoder
+from iwsft.datasets.text.encoding import Encoded, encode_completion
+from tests.datasets.text.chat_tokenizers import (
     CHATML,
     CHATML_WITHOUT_PROMPT,
     DROPS,
@@ -22,11 +27,6 @@ from chat_tokenizers import (
     system,
     user,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from iwsft.language.chat import ChatEncoder
-from iwsft.language.encoding import Encoded, encode_completion
 
 TALK = [
     system("be brief"),

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from chat_tokenizers import CHATML, byte_level
 
-from iwsft.language import s1k
-from iwsft.language.rows import read
-from iwsft.language.tokens import correct_only, tokenize
+from iwsft.datasets.text import s1k
+from iwsft.datasets.text.rows import read
+from iwsft.datasets.text.tokens import correct_only, tokenize
 from iwsft.trajectory import ASSISTANT_MASK, TOKENS, TRAJ_IDS
+from tests.datasets.text.chat_tokenizers import CHATML, byte_level
 
 DATA = Path(__file__).parent / "data"
 NEW, OLD = DATA / "s1k-1.1-synthetic.jsonl", DATA / "s1k-synthetic.jsonl"

@@ -68,7 +68,7 @@ def read(
         split: of a folder or a named dataset; a file has none.
         config: configuration of a named dataset, where it has several.
         make: from a record and its place to a row, for data in other columns (see
-            ``iwsft.language.s1k``); :func:`to_row` by default.
+            ``iwsft.datasets.text.s1k``); :func:`to_row` by default.
         cache_dir: where ``datasets`` keeps what it downloads and prepares; its own by default.
 
     Raises:
