@@ -15,7 +15,7 @@ from iwsft import CausalLMPolicy, ImportanceWeightedMLE
 from iwsft.language import EpochSampler, tokenize
 from iwsft.trajectory import ASSISTANT_MASK, TOKENS
 
-ROWS = Path(__file__).parents[3] / "language" / "data" / "s1k-1.1-synthetic.jsonl"
+ROWS = Path(__file__).parents[3] / "datasets" / "text" / "data" / "s1k-1.1-synthetic.jsonl"
 
 
 def test_settings_are_the_papers():
