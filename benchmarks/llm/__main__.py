@@ -21,7 +21,7 @@ from benchmarks.command import ends_as_ctrl_c_does, ends_in_one_line
 from benchmarks.llm.arguments import Arguments
 
 if TYPE_CHECKING:
-    from benchmarks.llm.evaluation.arguments import Arguments as EvaluationArguments
+    from benchmarks.llm.evaluation.options import Options as EvaluationOptions
 
 _PROG = "python -m benchmarks.llm"
 _EVALUATION = """Score a language model on MATH-500, AIME, GPQA diamond and GSM8K.
@@ -44,22 +44,22 @@ def main(arguments: Arguments) -> None:
         raise SystemExit(status)
 
 
-def evaluate(arguments: EvaluationArguments) -> None:
+def evaluate(options: EvaluationOptions) -> None:
     """Evaluate and print the table; an error that a user can mend ends it in one line."""
     with ends_in_one_line():
         from benchmarks.llm.evaluation.run import run
-        from benchmarks.llm.evaluation.table import show
+        from benchmarks.llm.evaluation.scores import show
 
-        results = run(arguments)
+        results = run(options)
     show(results)
 
 
 def _command(words: list[str]) -> None:
     if words[:1] == ["evaluate"]:
-        from benchmarks.llm.evaluation.arguments import Arguments as EvaluationArguments
+        from benchmarks.llm.evaluation.options import Options as EvaluationOptions
 
         prog = f"{_PROG} evaluate"
-        evaluate(tyro.cli(EvaluationArguments, args=words[1:], prog=prog, description=_EVALUATION))
+        evaluate(tyro.cli(EvaluationOptions, args=words[1:], prog=prog, description=_EVALUATION))
     else:
         main(tyro.cli(Arguments, args=words, prog=_PROG, description=__doc__))
 

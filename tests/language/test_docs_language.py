@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from benchmarks.llm.algorithms import ALGORITHMS, NAMES
 from benchmarks.llm.arguments import Arguments, asked, settings_of
 from benchmarks.llm.checks import check
-from benchmarks.llm.evaluation import arguments as evaluation
+from benchmarks.llm.evaluation.options import Options as EvaluationOptions
 from benchmarks.llm.evaluation.tasks import TASKS
 from benchmarks.llm.recipes import RECIPES, load_recipe
 from iwsft import ImportanceWeights
@@ -258,9 +258,9 @@ def test_commands_are_taken(words: list[str]) -> None:
         return
     assert words[:3] == ["python", "-m", "benchmarks.llm"]
     if words[3:4] == ["evaluate"]:
-        asked_for = tyro.cli(evaluation.Arguments, args=words[4:])
-        evaluation.check(asked_for)
-        assert {name.partition("=")[0] for name in asked_for.tasks} <= TASKS.keys()
+        options = tyro.cli(EvaluationOptions, args=words[4:])
+        options.check()
+        assert {name.partition("=")[0] for name in options.tasks} <= TASKS.keys()
         return
     arguments = tyro.cli(Arguments, args=words[3:])
     if arguments.deepspeed:

@@ -1,152 +1,109 @@
-"""Whether an answer is right; comparisons that hang or crash count as wrong and are counted."""
+"""Whether an answer is right. Comparisons that hang or crash count as wrong and are counted.
+
+Math-Verify runs in a process of its own, so that a comparison can be ended. The process is this
+module (``python -m ... MODULE:FUNCTION SECONDS BYTES``): it reads pairs from stdin and writes
+verdicts, a line of JSON each.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
+import resource
 import select
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from types import TracebackType
+from typing import Any, Literal, Self
 
-from benchmarks.llm.evaluation import answers
-from benchmarks.llm.evaluation.tasks import Kind
+from benchmarks.llm.evaluation.answers import normalize_latex, parse_integer, parse_letter
 
-MATH_VERIFY = "benchmarks.llm.evaluation.comparing:math_equal"
+AnswerKind = Literal["math", "integer", "letter"]
+
+_MATH_VERIFY = "benchmarks.llm.evaluation.grading:equal_by_math_verify"
 _START_SECONDS = 120.0
 _MOST_BYTES = 8 * 2**30
+# The process ends itself this much later than its parent would, should the parent be gone.
+_ALARM_SECONDS = 30
 
 
 class Grader:
-    """Compares LaTeX by Math-Verify in a process of its own, with a time limit.
+    """Compares answers; LaTeX by Math-Verify in a process with a time limit.
 
-    The process starts with the first comparison that needs it, and again after one that was cut
-    off. Use as a context; it ends the process.
+    The process starts with the first comparison that needs it, and again after one that was ended.
+    Use the grader as a context: leaving it ends the process.
 
     Args:
-        seconds: that a comparison may take.
-        compare: ``MODULE:FUNCTION`` of two strings, the correct answer and a given one.
+        seconds: Time limit of a comparison.
+        compare: ``MODULE:FUNCTION`` that takes the correct answer and a given one.
 
     Attributes:
-        problems: a line for each comparison that did not end by itself, or raised.
+        problems: A line for each comparison that hung, crashed or raised.
     """
 
-    def __init__(self, *, seconds: float = 10.0, compare: str = MATH_VERIFY) -> None:
+    def __init__(self, *, seconds: float = 10.0, compare: str = _MATH_VERIFY) -> None:
         self._seconds, self._compare = seconds, compare
         self._process: subprocess.Popen[bytes] | None = None
-        self._known: dict[tuple[str, str], bool] = {}
+        self._verdicts: dict[tuple[str, str], bool] = {}
         self.problems: list[str] = []
 
-    def check(self) -> None:
-        """Start the process now.
-
-        Raises:
-            ImportError: Math-Verify, or what else compares, does not load.
-        """
-        self._running()
-
-    def math(self, correct: str, answer: str) -> bool:
-        """Whether two expressions are equal; equal text is, without a comparison."""
-        if answers.plain(correct) == answers.plain(answer):
-            return True
-        pair = (correct, answer)
-        if pair not in self._known:
-            self._known[pair] = self._compared(correct, answer)
-        return self._known[pair]
-
-    def same(self, kind: Kind) -> Callable[[str, str], bool]:
-        """When two answers to questions of a kind are one answer, for a vote; and when it is right:
-        the first is the correct one then."""
+    def comparison(self, kind: AnswerKind) -> Callable[[str, str], bool]:
+        """Return a function that says whether an answer equals the correct answer, or another."""
         if kind == "math":
-            return self.math
-        read = answers.integer if kind == "integer" else answers.letter
+            return self.equal_math
+        parse = parse_integer if kind == "integer" else parse_letter
 
         def equal(correct: str, answer: str) -> bool:
-            value = read(answer)
-            return value is not None and value == read(correct)
+            value = parse(answer)
+            return value is not None and value == parse(correct)
 
         return equal
 
-    def _compared(self, correct: str, answer: str) -> bool:
-        shown = f"{answer[:60]!r} against {correct[:60]!r}"
-        process = self._running()
-        assert process.stdin is not None
-        try:
-            process.stdin.write(json.dumps([correct, answer]).encode() + b"\n")
-            process.stdin.flush()
-            verdict = self._read(process, self._seconds)
-        except TimeoutError:
-            self.close()
-            self.problems.append(f"{shown}: no verdict in {self._seconds:g} s")
-            return False
-        except (EOFError, BrokenPipeError):
-            self.close()
-            self.problems.append(f"{shown}: the comparison crashed")
-            return False
-        if "problem" in verdict:
-            self.problems.append(f"{shown}: {verdict['problem']}")
-        return bool(verdict["equal"])
+    def equal_math(self, correct: str, answer: str) -> bool:
+        """Return whether two expressions are equal; equal text needs no comparison."""
+        if normalize_latex(correct) == normalize_latex(answer):
+            return True
+        pair = (correct, answer)
+        if pair not in self._verdicts:
+            self._verdicts[pair] = self._ask(correct, answer)
+        return self._verdicts[pair]
 
-    def _running(self) -> subprocess.Popen[bytes]:
-        """The process, ready.
+    def start(self) -> subprocess.Popen[bytes]:
+        """Start the process where it does not run, and wait until it is ready.
 
         Raises:
-            ImportError: what compares does not load.
+            ImportError: Math-Verify does not load.
         """
         if self._process is not None:
             return self._process
-        arguments = [self._compare, str(self._seconds), str(_MOST_BYTES)]
+        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.llm.evaluation.comparing", *arguments],
+            [sys.executable, "-m", __name__, self._compare, str(self._seconds), str(_MOST_BYTES)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(each or os.getcwd() for each in sys.path),
-            },
+            env={**os.environ, "PYTHONPATH": paths},
         )
         try:
-            first = self._read(self._process, _START_SECONDS)
+            problem = _read_line(self._process, _START_SECONDS).get("problem")
         except (TimeoutError, EOFError) as error:
             self.close()
             raise ImportError(
                 f"the process that compares answers ({self._compare}) did not start"
             ) from error
-        if "unusable" in first:
+        if problem is not None:
             self.close()
             raise ImportError(
-                f"Math-Verify does not load ({first['unusable']}); pip install "
-                "'math-verify[antlr4_13_2]'"
+                f"Math-Verify does not load ({problem}); pip install 'math-verify[antlr4_13_2]'"
             )
         return self._process
 
-    def _read(self, process: subprocess.Popen[bytes], seconds: float) -> dict[str, object]:
-        """A line of the process.
-
-        Raises:
-            TimeoutError: there is none yet.
-            EOFError: there will be none.
-        """
-        assert process.stdout is not None
-        file, line = process.stdout.fileno(), b""
-        deadline = time.monotonic() + seconds
-        while not line.endswith(b"\n"):
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([file], [], [], left)[0]:
-                raise TimeoutError
-            # Past the buffer of `stdout`, which `select` does not see.
-            part = os.read(file, 4096)
-            if not part:
-                raise EOFError
-            line += part
-        verdict: dict[str, object] = json.loads(line)
-        return verdict
-
     def close(self) -> None:
-        """End the process, whatever it is at."""
+        """End the process, also in the middle of a comparison."""
         if self._process is None:
             return
         self._process.kill()
@@ -156,17 +113,99 @@ class Grader:
             try:
                 pipe.close()
             except BrokenPipeError:
-                # What was written to it and not read is of no use any more.
+                # The process did not read all that was written to it.
                 continue
         self._process = None
 
-    def __enter__(self) -> Grader:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _ask(self, correct: str, answer: str) -> bool:
+        process = self.start()
+        assert process.stdin is not None
+        try:
+            process.stdin.write(json.dumps([correct, answer]).encode() + b"\n")
+            process.stdin.flush()
+            verdict = _read_line(process, self._seconds)
+        except TimeoutError:
+            self.close()
+            verdict = {"equal": False, "problem": f"no verdict in {self._seconds:g} s"}
+        except (EOFError, BrokenPipeError):
+            self.close()
+            verdict = {"equal": False, "problem": "the comparison crashed"}
+        if "problem" in verdict:
+            self.problems.append(f"{answer[:60]!r} against {correct[:60]!r}: {verdict['problem']}")
+        return bool(verdict["equal"])
+
+
+def equal_by_math_verify(correct: str, answer: str) -> bool:
+    """Return whether Math-Verify finds two LaTeX expressions equal.
+
+    Its own time limits are off: they need the alarm of the process, which is set already.
+    """
+    from math_verify import parse, verify
+
+    def parsed(text: str) -> Any:
+        # Dollars, where nothing in the text marks the mathematics.
+        marked = text if re.search(r"(?<!\\)\$|\\[(\[]", text) else f"${text}$"
+        return parse(marked, parsing_timeout=None)
+
+    return bool(verify(parsed(correct), parsed(answer), timeout_seconds=None))
+
+
+def _read_line(process: subprocess.Popen[bytes], seconds: float) -> dict[str, Any]:
+    """Read a line of JSON from a process.
+
+    Raises:
+        TimeoutError: The process has not written it in time.
+        EOFError: The process has ended.
+    """
+    assert process.stdout is not None
+    file, line = process.stdout.fileno(), b""
+    deadline = time.monotonic() + seconds
+    while not line.endswith(b"\n"):
+        left = deadline - time.monotonic()
+        if left <= 0 or not select.select([file], [], [], left)[0]:
+            raise TimeoutError
+        # Not through the buffer of `stdout`, which `select` does not see.
+        part = os.read(file, 4096)
+        if not part:
+            raise EOFError
+        line += part
+    content: dict[str, Any] = json.loads(line)
+    return content
+
+
+def _answer_until_stdin_ends() -> None:
+    """Compare pairs, as the process of a :class:`Grader`."""
+    place, seconds, most_bytes = sys.argv[1:]
+    # Whatever libraries print goes to stderr, not between the verdicts.
+    verdicts = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    module, _, name = place.partition(":")
+    try:
+        compare = getattr(importlib.import_module(module), name)
+        # Loads what a comparison needs now, so that no comparison's time limit covers it.
+        compare("1", "1")
+    except ImportError as error:
+        verdicts.write(json.dumps({"problem": str(error)}) + "\n")
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (int(most_bytes), int(most_bytes)))
+    verdicts.write(json.dumps({}) + "\n")
+    for line in sys.stdin:
+        correct, answer = json.loads(line)
+        signal.alarm(int(float(seconds)) + _ALARM_SECONDS)
+        try:
+            verdict: dict[str, bool | str] = {"equal": bool(compare(correct, answer))}
+        # A model's text may make a comparison raise anything; the next one is compared as well.
+        except Exception as error:
+            verdict = {"equal": False, "problem": f"{type(error).__name__}: {error}"[:200]}
+        signal.alarm(0)
+        verdicts.write(json.dumps(verdict) + "\n")
+
+
+if __name__ == "__main__":
+    _answer_until_stdin_ends()

@@ -1,16 +1,15 @@
-"""A model as an evaluation needs it: prompts in tokens, what ends an answer, a generator."""
+"""A model for an evaluation: its prompts in tokens, its stop tokens, its generator."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.llm.evaluation.arguments import Arguments
+from benchmarks.llm.evaluation.options import Options
 from benchmarks.llm.gguf import first_line
 from benchmarks.llm.models import load, load_tokenizer, locate
 from iwsft.language.generation import Generator, TransformersGenerator, VLLMGenerator
@@ -25,11 +24,11 @@ class Prompter:
     """Questions in a model's tokens.
 
     Attributes:
-        tokenizer: the model's.
-        stop: tokens that end an answer.
-        context: most tokens of prompt and completion, or None.
-        note: what a reader of the scores must know of the prompts, or None.
-        identity: tells this model from others: its commit on the hub, or what its weights hold.
+        tokenizer: The model's tokenizer.
+        stop: Tokens that end an answer.
+        context: Most tokens of prompt and completion together; None for no limit.
+        note: What a reader of the scores must know about the prompts, or None.
+        identity: The model's commit on the hub, or a digest of its weights.
     """
 
     tokenizer: Any
@@ -38,56 +37,8 @@ class Prompter:
     note: str | None
     identity: str
 
-    @staticmethod
-    def load(arguments: Arguments) -> Prompter:
-        """Load tokenizer and settings, no weights.
-
-        Raises:
-            ValueError: no model in transformers' format, no tokenizer, or no end token.
-        """
-        from transformers import AutoConfig, GenerationConfig
-
-        where = locate(arguments.model)
-        options: dict[str, Any] = {"trust_remote_code": arguments.trust_remote_code}
-        try:
-            config = AutoConfig.from_pretrained(where, **options)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"--model {where} is no model that transformers can load ({first_line(error)}); "
-                "pass a folder written by save_pretrained, or a hub id"
-            ) from error
-        tokenizer = load_tokenizer(where, **options)
-        try:
-            ends = GenerationConfig.from_pretrained(where, **options).eos_token_id
-        # It is optional.
-        except (OSError, ValueError):
-            ends = config.eos_token_id
-        stop = {
-            *([ends] if isinstance(ends, int) else ends or []),
-            *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]),
-            *_turn_end(tokenizer),
-        }
-        if not stop:
-            raise ValueError(
-                f"--model {where} names no token that ends an answer; set eos_token in its "
-                "tokenizer"
-            )
-        note = None
-        if tokenizer.chat_template is None:
-            note = (
-                f"{where} has no chat template: the bare question is its prompt, which only base "
-                "models are used to"
-            )
-        return Prompter(
-            tokenizer,
-            frozenset(stop),
-            getattr(config.get_text_config(), "max_position_embeddings", None),
-            note,
-            getattr(config, "_commit_hash", None) or _weights(Path(where)),
-        )
-
     def prompt(self, text: str) -> list[int]:
-        """What a user says, as the model is asked it, up to where it answers."""
+        """Encode a user's text as the prompt that the model answers."""
         if self.tokenizer.chat_template is None:
             return list(self.tokenizer.encode(f"{text}\n\n"))
         chat = self.tokenizer.apply_chat_template(
@@ -96,58 +47,105 @@ class Prompter:
         return list(self.tokenizer.encode(chat, add_special_tokens=False))
 
 
-def check_device(device: str) -> None:
-    """Check that a device is there; ``auto`` always is.
+def load_prompter(options: Options) -> Prompter:
+    """Load the tokenizer and the settings of a model, but not its weights.
 
     Raises:
-        ValueError: it is not.
+        ValueError: There is no model in transformers' format, no tokenizer, or no stop token.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    name = locate(options.model)
+    code: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(name, **code)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"transformers cannot load --model {name} ({first_line(error)}); pass a folder "
+            "written by save_pretrained, or a hub id"
+        ) from error
+    tokenizer = load_tokenizer(name, **code)
+    try:
+        ends = GenerationConfig.from_pretrained(name, **code).eos_token_id
+    # It is optional.
+    except (OSError, ValueError):
+        ends = config.eos_token_id
+    stop = {
+        *([ends] if isinstance(ends, int) else ends or []),
+        *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]),
+        *_turn_end(tokenizer),
+    }
+    if not stop:
+        raise ValueError(
+            f"--model {name} names no token that ends an answer; set eos_token in its tokenizer"
+        )
+    note = None
+    if tokenizer.chat_template is None:
+        note = (
+            f"{name} has no chat template: the bare question is its prompt, which suits only base "
+            "models"
+        )
+    return Prompter(
+        tokenizer,
+        frozenset(stop),
+        getattr(config.get_text_config(), "max_position_embeddings", None),
+        note,
+        getattr(config, "_commit_hash", None) or _digest(Path(name)),
+    )
+
+
+def check_device(device: str) -> None:
+    """Check that a device is available; ``auto`` always is.
+
+    Raises:
+        ValueError: The device is not available.
     """
     if device == "auto":
         return
     try:
         torch.ones(1, device=device).item()
-    # What torch raises for names it does not know, and for devices that are not there.
+    # What torch raises for unknown names and for missing devices.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
             f"--device {device} can't be used here: {first_line(error)}; cpu can"
         ) from error
 
 
-def generator(arguments: Arguments) -> Generator:
+def load_generator(options: Options) -> Generator:
     """Load the weights.
 
     Raises:
-        ImportError: the backend, or what reads the format, is not installed.
-        ValueError: the weights do not load, or the device cannot be used.
+        ImportError: The backend, or the reader of the model's format, is not installed.
+        ValueError: The weights do not load or do not fit on the device.
     """
-    if arguments.backend == "vllm":
+    if options.backend == "vllm":
         return VLLMGenerator(
-            locate(arguments.model),
-            dtype=arguments.dtype,
+            locate(options.model),
+            dtype=options.dtype,
             parallel=max(1, torch.cuda.device_count()),
-            trust_remote_code=arguments.trust_remote_code,
+            trust_remote_code=options.trust_remote_code,
         )
-    spread: dict[str, Any] = {"device_map": "auto"} if arguments.device == "auto" else {}
-    loaded, _ = load(
-        arguments.model,
-        dtype=arguments.dtype,
-        trust_remote_code=arguments.trust_remote_code,
+    spread: dict[str, Any] = {"device_map": "auto"} if options.device == "auto" else {}
+    model: Any
+    model, _ = load(
+        options.model,
+        dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
         **spread,
     )
-    model: Any = loaded
     if not spread:
         try:
-            model.to(arguments.device)
+            model.to(options.device)
         except RuntimeError as error:
             raise ValueError(
-                f"--model {arguments.model} does not fit on --device {arguments.device}: "
+                f"--model {options.model} does not fit on --device {options.device}: "
                 f"{first_line(error)}"
             ) from error
-    return TransformersGenerator(model, batch_size=arguments.batch)
+    return TransformersGenerator(model, batch_size=options.batch)
 
 
 def _turn_end(tokenizer: Any) -> set[int]:
-    """The special token that the chat template puts behind an assistant's words, where it does.
+    """Return the special token that the chat template writes after an assistant's turn, if any.
 
     A model tuned on chats ends with it, also where its tokenizer still names a base model's end.
     """
@@ -160,23 +158,18 @@ def _turn_end(tokenizer: Any) -> set[int]:
     return set(tokens[:1]) & special
 
 
-def _weights(folder: Path) -> str:
-    """SHA-256 over names and sizes of the files of weights, and blocks spread over each.
+def _digest(folder: Path) -> str:
+    """Return the SHA-256 of the weight files' names, sizes and blocks spread over each.
 
-    All of 65 GB would take minutes; training moves every block.
+    All of 65 GB would take minutes; training changes every block.
     """
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix in _WEIGHTS:
             size = path.stat().st_size
             digest.update(f"{path.name} {size}\n".encode())
-            for block in _blocks(path, size):
-                digest.update(block)
+            with path.open("rb") as file:
+                for number in range(_BLOCKS):
+                    file.seek(max(0, size - _BLOCK) * number // (_BLOCKS - 1))
+                    digest.update(file.read(_BLOCK))
     return digest.hexdigest()
-
-
-def _blocks(path: Path, size: int) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        for number in range(_BLOCKS):
-            file.seek(max(0, size - _BLOCK) * number // (_BLOCKS - 1))
-            yield file.read(_BLOCK)

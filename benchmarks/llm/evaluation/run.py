@@ -1,276 +1,306 @@
-"""Generate, grade, score: one task after the other, each in a folder of its own."""
+"""Generate, grade and score: one task after the other, each in a folder of its own."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.llm.evaluation import arguments as command_line
-from benchmarks.llm.evaluation.arguments import Arguments
 from benchmarks.llm.evaluation.grading import Grader
-from benchmarks.llm.evaluation.model import Prompter, check_device, generator
-from benchmarks.llm.evaluation.scores import grade, result_of
-from benchmarks.llm.evaluation.store import (
-    GRADES,
-    RESULT,
-    Generations,
-    Row,
-    check_claim,
-    claim,
-)
-from benchmarks.llm.evaluation.tasks import Asked, load
+from benchmarks.llm.evaluation.model import Prompter, check_device, load_generator, load_prompter
+from benchmarks.llm.evaluation.options import Options
+from benchmarks.llm.evaluation.scores import Generation, grade, score
+from benchmarks.llm.evaluation.tasks import QuestionSet, read_questions
 from benchmarks.provenance import hardware, write_json
-from benchmarks.runs import alone_in
-from iwsft.files import written_whole
-from iwsft.language import budget
-from iwsft.language.budget import Delimiters, overhead, think_then_answer
+from benchmarks.runs import CONFIG, RESULT, alone_in, claim
+from iwsft.checkpoint import CheckpointError
+from iwsft.files import full_disk_named, written_whole
+from iwsft.language.budget import S1, TAGS, Delimiters, overhead, think_then_answer
 from iwsft.language.generation import Generator, Request
 
 BENCHMARK = "llm-evaluation"
-_FORMATS = {"s1": budget.S1, "tags": budget.TAGS}
+GENERATIONS, GRADES = "generations.jsonl", "grades.jsonl"
+_FORMATS = {"s1": S1, "tags": TAGS}
 _PACKAGES = ("torch", "transformers", "vllm", "math-verify", "sympy", "latex2sympy2_extended")
-# Of the arguments, what decides the generations. A path is named by what it holds.
-_DECIDE = (
-    "n",
-    "temperature",
-    "top_p",
-    "max_tokens",
-    "think_budget",
-    "waits",
-    "think_format",
-    "seed",
-    "limit",
-    "backend",
-    "dtype",
-)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A task with its prompts in tokens and its folder."""
-
-    asked: Asked
-    prompts: dict[str, list[int]]
-    folder: Path
-    config: dict[str, Any]
-
-    @property
-    def keys(self) -> list[tuple[str, int]]:
-        """Question and sample of each generation, in their order."""
-        samples = range(self.config["settings"]["n"])
-        return [(each.id, sample) for each in self.asked.questions for sample in samples]
-
-
-def run(arguments: Arguments) -> list[dict[str, Any]]:
-    """Evaluate a model on the tasks; what can be known to be wrong is found before it is loaded.
+def run(options: Options) -> list[dict[str, Any]]:
+    """Evaluate a model on the tasks; all checks come before its weights are loaded.
 
     Returns:
         The content of each task's ``result.json``.
 
     Raises:
-        ValueError: and others of ``benchmarks.command.EXPECTED``.
+        ValueError: A setting, a task or the model cannot be used; the other errors of
+            ``benchmarks.command.EXPECTED`` are possible too.
     """
-    command_line.check(arguments)
-    check_device(arguments.device)
-    asked = [load(said, seed=arguments.seed, limit=arguments.limit) for said in arguments.tasks]
-    names = [each.task.name for each in asked]
-    if len(set(names)) < len(names):
-        raise ValueError(f"--tasks {' '.join(names)}: name each task once")
-    prompter = Prompter.load(arguments)
+    options.check()
+    check_device(options.device)
+    sets = [read_questions(name, seed=options.seed, limit=options.limit) for name in options.tasks]
+    if len({each.task.name for each in sets}) < len(sets):
+        raise ValueError(f"--tasks {' '.join(options.tasks)}: name each task once")
+    prompter = load_prompter(options)
     delimiters = None
-    if arguments.think_budget is not None:
-        delimiters = _FORMATS[arguments.think_format].tokens(prompter.tokenizer)
-    jobs = [_job(arguments, each, prompter) for each in asked]
-    for job in jobs:
-        _check_context(arguments, job, prompter, delimiters)
-        check_claim(job.folder, job.config, resume=arguments.resume)
+    if options.think_budget is not None:
+        delimiters = _FORMATS[options.think_format].tokens(prompter.tokenizer)
+    evaluations = [_Evaluation(options, each, prompter, delimiters) for each in sets]
+    for evaluation in evaluations:
+        evaluation.check_context()
     with Grader() as grader:
         # Fails here, not after hours of generation.
-        if any(job.asked.task.kind == "math" for job in jobs):
-            grader.check()
+        if any(each.task.kind == "math" for each in sets):
+            grader.start()
+        configs = {evaluation.folder: evaluation.config for evaluation in evaluations}
+        for folder in configs:
+            if (folder / GENERATIONS).exists() and not (folder / CONFIG).exists():
+                raise CheckpointError(
+                    f"{folder} holds generations without their {CONFIG}; move it away, or choose "
+                    "another --out"
+                )
+        claim(options.out, configs, same=["settings"], resume=options.resume)
         if prompter.note is not None:
             print(f"note: {prompter.note}", file=sys.stderr)
         model: Generator | None = None
         results = []
-        for job in jobs:
-            with alone_in(job.folder, wait=False):
-                claim(job.folder, job.config)
-                kept = Generations(job.folder, job.keys)
-                since = time.perf_counter(), time.process_time()
-                missing = len(job.keys) - len(kept.rows)
+        for evaluation in evaluations:
+            with alone_in(evaluation.folder, wait=False):
+                wall, cpu = time.perf_counter(), time.process_time()
+                generations = read_generations(evaluation.folder, evaluation.keys)
+                missing = len(evaluation.keys) - len(generations)
                 if missing:
-                    model = generator(arguments) if model is None else model
-                    _generate(arguments, job, kept, model, prompter, delimiters)
+                    model = load_generator(options) if model is None else model
+                    evaluation.generate(model, generations)
                 cost = {
                     "generated_by_this_call": missing,
-                    "wall_seconds": time.perf_counter() - since[0],
-                    "cpu_seconds": time.process_time() - since[1],
+                    "wall_seconds": time.perf_counter() - wall,
+                    "cpu_seconds": time.process_time() - cpu,
                 }
-                results.append(_score(job, kept.rows, grader, cost))
+                results.append(evaluation.score(generations, grader, cost))
     return results
 
 
-def _job(arguments: Arguments, asked: Asked, prompter: Prompter) -> _Job:
-    prompts = {each.id: prompter.prompt(each.prompt) for each in asked.questions}
-    content = [(each.id, prompts[each.id], each.answer) for each in asked.questions]
-    settings = {
-        "model": prompter.identity,
-        "task": asked.task.name,
-        # Stands for data, template, tokenizer and order of choices; tells nothing of their text.
-        "prompts": hashlib.sha256(repr(content).encode()).hexdigest(),
-        "stop": sorted(prompter.stop),
-        "batch_size": arguments.batch,
-        **{name: getattr(arguments, name) for name in _DECIDE},
-        # vLLM chooses its own.
-        "device": arguments.device if arguments.backend == "transformers" else None,
-    }
-    config = {
-        "benchmark": BENCHMARK,
-        "model": arguments.model,
-        "source": asked.source,
-        "note": prompter.note,
-        "private": asked.task.private,
-        "settings": settings,
-        "versions": _versions(),
-        "hardware": hardware(_device(arguments)),
-        "command": " ".join(["python -m benchmarks.llm", *sys.argv[1:]]),
-    }
-    name = Path(arguments.model).resolve().name
-    return _Job(asked, prompts, arguments.out / name / asked.task.name, config)
+@dataclass(frozen=True)
+class _Evaluation:
+    """A model on a task, with the options that the command was given."""
 
+    options: Options
+    question_set: QuestionSet
+    prompter: Prompter
+    delimiters: Delimiters | None
 
-def _check_context(
-    arguments: Arguments, job: _Job, prompter: Prompter, delimiters: Delimiters | None
-) -> None:
-    if prompter.context is None:
-        return
-    new = arguments.max_tokens
-    if delimiters is not None and arguments.think_budget is not None:
-        new += arguments.think_budget + overhead(delimiters)
-    name, prompt = max(job.prompts.items(), key=lambda item: len(item[1]))
-    if len(prompt) + new > prompter.context:
-        raise ValueError(
-            f"{job.asked.task.title}: question {name} has {len(prompt)} tokens, and {new} new ones "
-            f"do not fit in the {prompter.context} that the model takes; lower --max-tokens"
-            + (" or --think-budget" if delimiters is not None else "")
+    @cached_property
+    def prompts(self) -> dict[str, list[int]]:
+        """The prompt of each question in tokens."""
+        return {each.id: self.prompter.prompt(each.prompt) for each in self.question_set.questions}
+
+    @cached_property
+    def keys(self) -> list[tuple[str, int]]:
+        """The question and the number of each sample, in the order of generation."""
+        return [(name, sample) for name in self.prompts for sample in range(self.options.n)]
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the task's results."""
+        model = Path(self.options.model).resolve().name
+        return self.options.out / model / self.question_set.task.name
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The content of ``config.json``."""
+        questions = self.question_set.questions
+        content = [(each.id, self.prompts[each.id], each.answer) for each in questions]
+        return {
+            "benchmark": BENCHMARK,
+            "model": self.options.model,
+            "source": self.question_set.source,
+            "note": self.prompter.note,
+            "private": self.question_set.task.private,
+            "settings": {
+                "model": self.prompter.identity,
+                "task": self.question_set.task.name,
+                # Covers data, template, tokenizer and order of choices, and reveals no text.
+                "prompts": hashlib.sha256(repr(content).encode()).hexdigest(),
+                "stop": sorted(self.prompter.stop),
+                **self.options.settings,
+            },
+            "versions": _versions(),
+            "hardware": hardware(_device(self.options)),
+            "command": " ".join(["python -m benchmarks.llm", *sys.argv[1:]]),
+        }
+
+    def check_context(self) -> None:
+        """Check that the longest prompt leaves room for its answer.
+
+        Raises:
+            ValueError: It does not.
+        """
+        if self.prompter.context is None:
+            return
+        new = self.options.max_tokens
+        if self.delimiters is not None and self.options.think_budget is not None:
+            new += self.options.think_budget + overhead(self.delimiters)
+        name, prompt = max(self.prompts.items(), key=lambda item: len(item[1]))
+        if len(prompt) + new > self.prompter.context:
+            raise ValueError(
+                f"{self.question_set.task.title}: question {name} has {len(prompt)} tokens, and "
+                f"{new} new ones do not fit in the model's context of {self.prompter.context}; "
+                f"lower --max-tokens{'' if self.delimiters is None else ' or --think-budget'}"
+            )
+
+    def generate(self, model: Generator, generations: list[Generation]) -> None:
+        """Generate what is missing and add it to the list and the file, batch by batch.
+
+        Batches are the same in every run. A batch that was cut by a kill is generated again as a
+        whole, so that its generations are those of an uninterrupted run, bit for bit.
+        """
+        size = self.options.batch
+        for start in range(len(generations) // size * size, len(self.keys), size):
+            keys = self.keys[start : start + size]
+            requests = [
+                Request(self.prompts[name], self.options.max_tokens, self._seed(name, sample))
+                for name, sample in keys
+            ]
+            batch = [
+                {"id": name, "sample": sample, "seed": request.seed, **answer}
+                for (name, sample), request, answer in zip(
+                    keys, requests, self._answer(model, requests), strict=True
+                )
+            ]
+            new = batch[len(generations) - start :]
+            _append(self.folder / GENERATIONS, new)
+            generations += new
+            name = self.question_set.task.name
+            print(f"{name}  {len(generations)}/{len(self.keys)}", file=sys.stderr)
+
+    def _answer(self, model: Generator, requests: Sequence[Request]) -> list[Generation]:
+        options, decode = self.options, self.prompter.tokenizer.decode
+        sampling: dict[str, Any] = {
+            "stop": self.prompter.stop,
+            "temperature": options.temperature,
+            "top_p": options.top_p,
+        }
+        if self.delimiters is None or options.think_budget is None:
+            return [
+                {
+                    "tokens": len(completion.tokens),
+                    "stopped": completion.stop is not None,
+                    "text": decode(completion.tokens),
+                }
+                for completion in model.generate(requests, **sampling)
+            ]
+        thoughts = think_then_answer(
+            model,
+            requests,
+            delimiters=self.delimiters,
+            think_budget=options.think_budget,
+            waits=options.waits,
+            **sampling,
         )
-
-
-def _generate(
-    arguments: Arguments,
-    job: _Job,
-    kept: Generations,
-    model: Generator,
-    prompter: Prompter,
-    delimiters: Delimiters | None,
-) -> None:
-    """Generate what is missing, batch for batch.
-
-    Batches are the same in every run: one that a kill cut through is generated again as a whole,
-    so that its rows are those of a run that was not killed, bit for bit.
-    """
-    keys, size = job.keys, arguments.batch
-    for start in range(len(kept.rows) // size * size, len(keys), size):
-        batch = keys[start : start + size]
-        requests = [
-            Request(job.prompts[name], arguments.max_tokens, _seed(arguments, job, name, sample))
-            for name, sample in batch
-        ]
-        rows = _answers(arguments, requests, model, prompter, delimiters)
-        whole = [
-            {"id": name, "sample": sample, "seed": request.seed, **row}
-            for (name, sample), request, row in zip(batch, requests, rows, strict=True)
-        ]
-        kept.append(whole[len(kept.rows) - start :])
-        print(f"{job.asked.task.name}  {len(kept.rows)}/{len(keys)}", file=sys.stderr)
-
-
-def _answers(
-    arguments: Arguments,
-    requests: Sequence[Request],
-    model: Generator,
-    prompter: Prompter,
-    delimiters: Delimiters | None,
-) -> list[Row]:
-    draws = {"temperature": arguments.temperature, "top_p": arguments.top_p}
-    if delimiters is None or arguments.think_budget is None:
-        found = model.generate(requests, stop=prompter.stop, **draws)
         return [
             {
-                "tokens": len(each.tokens),
-                "stopped": each.stop is not None,
-                "text": prompter.tokenizer.decode(each.tokens),
+                "tokens": len(thought.tokens),
+                "stopped": thought.answer.stop is not None,
+                "thinking_tokens": len(thought.thinking),
+                "waits": thought.waits,
+                "cut": thought.cut,
+                "text": decode(thought.tokens),
             }
-            for each in found
+            for thought in thoughts
         ]
-    thoughts = think_then_answer(
-        model,
-        requests,
-        delimiters=delimiters,
-        think_budget=arguments.think_budget,
-        waits=arguments.waits,
-        stop=prompter.stop,
-        **draws,
-    )
-    return [
-        {
-            "tokens": len(each.tokens),
-            "stopped": each.answer.stop is not None,
-            "thinking_tokens": len(each.thinking),
-            "waits": each.waits,
-            "cut": each.cut,
-            "text": prompter.tokenizer.decode(each.tokens),
+
+    def _seed(self, name: str, sample: int) -> int:
+        """Return the seed of an answer, below 2^62."""
+        text = f"{self.options.seed} {self.question_set.task.name} {name} {sample}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
+
+    def score(
+        self, generations: Sequence[Generation], grader: Grader, cost: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Grade the generations, and write grades and scores."""
+        grader.problems.clear()
+        grades = grade(self.question_set, generations, grader)
+        result = {
+            "benchmark": BENCHMARK,
+            "task": self.question_set.task.name,
+            "title": self.question_set.task.title,
+            **{key: self.config[key] for key in ("model", "source", "note", "private", "settings")},
+            **score(grades, generations, self.options.seed),
+            "grading_problems": list(grader.problems),
+            **cost,
+            "versions": _versions(),
         }
-        for each in thoughts
-    ]
+        with written_whole(self.folder / GRADES) as partial:
+            partial.write_text("".join(json.dumps(asdict(each)) + "\n" for each in grades))
+        write_json(self.folder / RESULT, result)
+        return result
 
 
-def _score(job: _Job, rows: Sequence[Row], grader: Grader, cost: dict[str, Any]) -> dict[str, Any]:
-    grader.problems.clear()
-    graded = grade(job.asked, rows, grader)
-    result = {
-        "benchmark": BENCHMARK,
-        "task": job.asked.task.name,
-        "title": job.asked.task.title,
-        **{key: job.config[key] for key in ("model", "source", "note", "private", "settings")},
-        **result_of(graded, rows, job.config["settings"]["seed"]),
-        "grading_problems": list(grader.problems),
-        **cost,
-        "versions": _versions(),
-    }
-    with written_whole(job.folder / GRADES) as partial:
-        partial.write_text("".join(each.line() for each in graded))
-    write_json(job.folder / RESULT, result)
-    return result
+def read_generations(folder: Path, keys: Sequence[tuple[str, int]]) -> list[Generation]:
+    """Read the generations of a task so far; a last line that a kill cut short is removed.
+
+    The file has a line for each generation, in the order of ``keys``, without times. An evaluation
+    that was killed and resumed leaves the same file as one that was not.
+
+    Args:
+        folder: Folder of the task.
+        keys: ``(id, sample)`` of all generations, in their order.
+
+    Raises:
+        CheckpointError: A line is not the generation that belongs there.
+    """
+    path = folder / GENERATIONS
+    content = path.read_bytes() if path.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    generations: list[Generation] = []
+    for number, line in enumerate(whole.splitlines()):
+        try:
+            generation = json.loads(line)
+            fits = (generation["id"], generation["sample"]) == keys[number]
+        except (ValueError, LookupError, TypeError):
+            fits = False
+        if not fits:
+            raise CheckpointError(
+                f"{path}:{number + 1} is not the generation that belongs there; remove it and all "
+                "lines after it, and run again with --resume"
+            )
+        generations.append(generation)
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    return generations
 
 
-def _seed(arguments: Arguments, job: _Job, name: str, sample: int) -> int:
-    """A seed for each answer, below 2^62."""
-    text = f"{arguments.seed} {job.asked.task.name} {name} {sample}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
+def _append(path: Path, generations: Sequence[Generation]) -> None:
+    """Append lines to a file; they are on disk afterwards."""
+    data = "".join(json.dumps(generation) + "\n" for generation in generations).encode()
+    with full_disk_named(path), path.open("ab", buffering=0) as file:
+        while data:
+            data = data[file.write(data) :]
+        os.fsync(file.fileno())
 
 
-def _device(arguments: Arguments) -> str:
-    """Where the model runs, for the record."""
-    if arguments.backend == "transformers" and arguments.device != "auto":
-        return arguments.device
+def _device(options: Options) -> str:
+    """Return the device on which the model runs."""
+    if options.backend == "transformers" and options.device != "auto":
+        return options.device
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
+    versions = {"python": sys.version.split()[0]}
     for name in _PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            # vLLM is a choice, and Math-Verify serves one kind of task.
+            # vLLM is optional, and only one kind of task needs Math-Verify.
             continue
-    return found
+    return versions

@@ -1,31 +1,36 @@
-"""From generations to grades, and from grades to scores."""
+"""From generations to grades, from grades to scores, from scores to the printed table."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
-from benchmarks.llm.evaluation import answers
+from benchmarks.llm.evaluation.answers import extract_answer, parse_letter
 from benchmarks.llm.evaluation.grading import Grader
-from benchmarks.llm.evaluation.statistics import CONFIDENCE, bootstrap, majority, pass_at, wilson
-from benchmarks.llm.evaluation.store import Row
-from benchmarks.llm.evaluation.tasks import Asked
+from benchmarks.llm.evaluation.statistics import CONFIDENCE, bootstrap, wilson
+from benchmarks.llm.evaluation.tasks import QuestionSet
+
+# A line of generations.jsonl.
+Generation = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Graded:
-    """The answers to one question, in the order of their samples.
+class Grades:
+    """The answers to a question, in the order of their samples.
 
     Attributes:
-        id: of the question.
-        correct: the correct answer.
-        answers: those given; None where there is none to be found.
-        right: whether each is right.
-        majority_right: whether the one given most often is.
+        id: Name of the question.
+        correct: The correct answer.
+        answers: The model's answers; None where a generation gives none.
+        right: Whether each answer is right.
+        majority_right: Whether the most frequent answer is right.
     """
 
     id: str
@@ -34,91 +39,164 @@ class Graded:
     right: tuple[bool, ...]
     majority_right: bool
 
-    def line(self) -> str:
-        """As a line of JSON."""
-        content = {
-            "id": self.id,
-            "correct": self.correct,
-            "answers": self.answers,
-            "right": self.right,
-            "majority_right": self.majority_right,
-        }
-        return json.dumps(content) + "\n"
 
-
-def grade(asked: Asked, rows: Sequence[Row], grader: Grader) -> list[Graded]:
+def grade(
+    question_set: QuestionSet, generations: Sequence[Generation], grader: Grader
+) -> list[Grades]:
     """Grade all generations of a task.
 
     Args:
-        asked: the questions.
-        rows: generations, those of a question in the order of their samples.
-        grader: compares.
+        question_set: The questions.
+        generations: The generations, those of a question in the order of their samples.
+        grader: Compares the answers.
+
+    Returns:
+        The grades of each question.
     """
-    given: dict[str, list[str | None]] = {question.id: [] for question in asked.questions}
-    for row in rows:
-        answer = answers.extract(row["text"])
-        if asked.task.kind == "letter" and answer is not None:
-            # No more than the letter: models repeat the choice, and its text may be private.
-            answer = answers.letter(answer)
-        given[row["id"]].append(answer)
-    same = grader.same(asked.task.kind)
-    graded = []
-    for question in asked.questions:
-        found = given[question.id]
-        right = [answer is not None and same(question.answer, answer) for answer in found]
-        chosen = majority(found, same) if len(found) > 1 else found[0]
-        graded.append(
-            Graded(
+    kind = question_set.task.kind
+    answers: dict[str, list[str | None]] = {each.id: [] for each in question_set.questions}
+    for generation in generations:
+        answer = extract_answer(generation["text"])
+        if kind == "letter" and answer is not None:
+            # Only the letter: models repeat the choice, and its text may be private.
+            answer = parse_letter(answer)
+        answers[generation["id"]].append(answer)
+    same = grader.comparison(kind)
+    grades = []
+    for question in question_set.questions:
+        given = answers[question.id]
+        right = [answer is not None and same(question.answer, answer) for answer in given]
+        chosen = majority(given, same) if len(given) > 1 else given[0]
+        grades.append(
+            Grades(
                 question.id,
                 question.answer,
-                tuple(found),
+                tuple(given),
                 tuple(right),
-                chosen is not None and right[found.index(chosen)],
+                chosen is not None and right[given.index(chosen)],
             )
         )
-    return graded
+    return grades
 
 
-def result_of(graded: Sequence[Graded], rows: Sequence[Row], seed: int) -> dict[str, Any]:
-    """Scores in percent, their intervals, and what the generations were like.
+def score(grades: Sequence[Grades], generations: Sequence[Generation], seed: int) -> dict[str, Any]:
+    """Compute scores in percent, their intervals, and statistics of the generations.
 
-    avg@n is the mean over questions of the share of right answers; its interval is Wilson's for
-    one answer a question, and a bootstrap over questions otherwise. Where all answers are right, or
-    all wrong, a bootstrap would be certain of it: there too it is Wilson's, over questions. maj@n
+    avg@n is the mean over questions of the share of right answers. Its interval is Wilson's for
+    one answer to a question, and a bootstrap over questions otherwise. Where all answers are right,
+    or all wrong, a bootstrap would have no width, so the interval is Wilson's over questions. maj@n
     has Wilson's interval.
     """
-    n = len(graded[0].right)
-    shares = np.array([np.mean(each.right) for each in graded])
+    n = len(grades[0].right)
+    shares = np.array([np.mean(each.right) for each in grades])
     if n == 1 or shares.max() == 0 or shares.min() == 1:
-        interval, method = wilson(int(shares.sum()), len(graded)), "wilson"
+        interval, method = wilson(int(shares.sum()), len(grades)), "wilson"
     else:
         interval, method = bootstrap(shares, seed=seed), "bootstrap over questions"
-    voted = sum(each.majority_right for each in graded)
-    counts = [sum(each.right) for each in graded]
-    passes = [k for k in (2**power for power in range(n.bit_length())) if k < n]
+    voted = sum(each.majority_right for each in grades)
+    right = [sum(each.right) for each in grades]
+    subsets = [k for k in (2**power for power in range(n.bit_length())) if k < n]
     result: dict[str, Any] = {
-        "questions": len(graded),
+        "questions": len(grades),
         "n": n,
         "avg": 100 * float(shares.mean()),
-        "avg_interval": _percent(interval),
+        "avg_interval": [100 * end for end in interval],
         "interval_method": method,
         "confidence": CONFIDENCE,
-        "maj": 100 * voted / len(graded),
-        "maj_interval": _percent(wilson(voted, len(graded))),
+        "maj": 100 * voted / len(grades),
+        "maj_interval": [100 * end for end in wilson(voted, len(grades))],
         "pass_at": {
-            str(k): 100 * float(np.mean([pass_at(k, n, count) for count in counts]))
-            for k in [*passes, n]
+            str(k): 100 * float(np.mean([pass_at(k, n, count) for count in right]))
+            for k in [*subsets, n]
         },
-        "no_answer": sum(answer is None for each in graded for answer in each.answers),
-        "unfinished": sum(not row["stopped"] for row in rows),
-        "tokens_mean": float(np.mean([row["tokens"] for row in rows])),
+        "no_answer": sum(answer is None for each in grades for answer in each.answers),
+        "unfinished": sum(not each["stopped"] for each in generations),
+        "tokens_mean": _mean(generations, "tokens"),
     }
-    if "thinking_tokens" in rows[0]:
-        result["thinking_tokens_mean"] = float(np.mean([row["thinking_tokens"] for row in rows]))
-        result["thinking_cut"] = sum(row["cut"] for row in rows)
-        result["waits_mean"] = float(np.mean([row["waits"] for row in rows]))
+    if "thinking_tokens" in generations[0]:
+        result["thinking_tokens_mean"] = _mean(generations, "thinking_tokens")
+        result["thinking_cut"] = sum(each["cut"] for each in generations)
+        result["waits_mean"] = _mean(generations, "waits")
     return result
 
 
-def _percent(interval: tuple[float, float]) -> list[float]:
-    return [100 * end for end in interval]
+def pass_at(k: int, answers: int, right: int) -> float:
+    """Compute the probability that k of the answers, chosen without replacement, hold a right one.
+
+    Unbiased for pass@k (Chen et al. 2021, "Evaluating Large Language Models Trained on Code", eq.
+    1).
+    """
+    return 1 - math.comb(answers - right, k) / math.comb(answers, k)
+
+
+def majority(answers: Sequence[str | None], same: Callable[[str, str], bool]) -> str | None:
+    """Return the most frequent answer; of several, the one that comes first.
+
+    Args:
+        answers: Answers to one question, in their order; None has no vote.
+        same: Whether two answers mean the same.
+
+    Returns:
+        The answer in its first wording; None where there is no vote.
+    """
+    votes: dict[str, int] = {}
+    wordings: dict[str, str] = {}
+    for answer in answers:
+        if answer is None:
+            continue
+        if answer not in wordings:
+            equals = (first for first in votes if same(first, answer))
+            wordings[answer] = next(equals, answer)
+        first = wordings[answer]
+        votes[first] = votes.get(first, 0) + 1
+    # `max` returns the first of equals, and a dict keeps the order of insertion.
+    return max(votes, key=lambda first: votes[first]) if votes else None
+
+
+def show(results: Sequence[dict[str, Any]]) -> None:
+    """Print scores with their 95 % intervals, and notes on them."""
+    console = Console()
+    n = results[0]["n"]
+    several = (f"maj@{n}", f"pass@{n}") if n > 1 else ()
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for name in ("task", "items", f"avg@{n}", "95 %", *several, "tokens", "cut off"):
+        table.add_column(name, justify="left" if name == "task" else "right", no_wrap=True)
+    for result in results:
+        low, high = result["avg_interval"]
+        table.add_row(
+            result["title"],
+            str(result["questions"]),
+            f"{result['avg']:.1f}",
+            f"{low:.1f} - {high:.1f}",
+            *(f"{result['maj']:.1f}", f"{result['pass_at'][str(n)]:.1f}")[: len(several)],
+            f"{result['tokens_mean']:.0f}",
+            f"{result['unfinished'] / (result['questions'] * n):.0%}",
+        )
+    console.print(str(results[0]["model"]), markup=False, soft_wrap=True)
+    console.print(table)
+    for result in results:
+        for note in _notes(result):
+            console.print(f"{result['title']}: {note}", markup=False, soft_wrap=True)
+    if results[0]["note"]:
+        console.print(f"note: {results[0]['note']}", markup=False, soft_wrap=True)
+
+
+def _notes(result: dict[str, Any]) -> list[str]:
+    notes = []
+    if result["no_answer"]:
+        answers = result["questions"] * result["n"]
+        notes.append(f"{result['no_answer']} of {answers} generations give no final answer")
+    if result["grading_problems"]:
+        notes.append(
+            f"{len(result['grading_problems'])} comparisons hung or failed and count as wrong"
+        )
+    if result["private"]:
+        notes.append(
+            "its authors ask that its text is not published; keep the generations, which may quote "
+            "it, to yourself"
+        )
+    return notes
+
+
+def _mean(generations: Sequence[Generation], key: str) -> float:
+    return float(np.mean([each[key] for each in generations]))

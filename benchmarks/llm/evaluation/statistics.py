@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -59,41 +58,3 @@ def bootstrap(
     means = counts @ array / array.size
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
-
-
-def pass_at(k: int, answers: int, right: int) -> float:
-    """Probability that k of the answers, drawn without replacement, hold a right one.
-
-    Unbiased for pass@k (Chen et al. 2021, "Evaluating Large Language Models Trained on Code", eq.
-    1).
-
-    Raises:
-        ValueError: k above the number of answers.
-    """
-    if not 1 <= k <= answers or not 0 <= right <= answers:
-        raise ValueError(f"pass@{k} of {answers} answers, {right} right")
-    return 1 - math.comb(answers - right, k) / math.comb(answers, k)
-
-
-def majority(answers: Sequence[str | None], same: Callable[[str, str], bool]) -> str | None:
-    """The answer given most often; of several, the one that was seen first.
-
-    Args:
-        answers: to one question, in their order; None has no vote.
-        same: whether two answers mean the same.
-
-    Returns:
-        The first wording of it; None where nobody voted.
-    """
-    votes: dict[str, int] = {}
-    wordings: dict[str, str] = {}
-    for answer in answers:
-        if answer is None:
-            continue
-        if answer not in wordings:
-            known = (first for first in votes if same(first, answer))
-            wordings[answer] = next(known, answer)
-        first = wordings[answer]
-        votes[first] = votes.get(first, 0) + 1
-    # `max` keeps the first of equals, and a dict the order of first sight.
-    return max(votes, key=lambda first: votes[first]) if votes else None

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.llm.evaluation.answers import extract, integer, letter
+from benchmarks.llm.evaluation.answers import extract_answer, parse_integer, parse_letter
 from benchmarks.llm.evaluation.grading import Grader
 
 
@@ -39,7 +39,7 @@ from benchmarks.llm.evaluation.grading import Grader
     ],
 )
 def test_extract(text: str, answer: str | None) -> None:
-    assert extract(text) == answer
+    assert extract_answer(text) == answer
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_extract(text: str, answer: str | None) -> None:
     ],
 )
 def test_integer(answer: str, number: int | None) -> None:
-    assert integer(answer) == number
+    assert parse_integer(answer) == number
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_integer(answer: str, number: int | None) -> None:
     ],
 )
 def test_letter(answer: str, choice: str | None) -> None:
-    assert letter(answer) == choice
+    assert parse_letter(answer) == choice
 
 
 @pytest.fixture(scope="module")
@@ -147,14 +147,14 @@ def grader() -> Iterator[Grader]:
     ],
 )
 def test_math(grader: Grader, correct: str, answer: str, right: bool) -> None:
-    assert grader.math(correct, answer) is right
-    assert grader.same("math")(correct, answer) is right
+    assert grader.equal_math(correct, answer) is right
+    assert grader.comparison("math")(correct, answer) is right
 
 
 def test_integers_and_letters_need_no_process() -> None:
     grader = Grader(compare="no_such_module:compare")
-    same = grader.same("integer")
+    same = grader.comparison("integer")
     assert same("73", "073") and same("18", r"\$18.00") and not same("18", "19")
     assert not same("18", "many")
-    same = grader.same("letter")
+    same = grader.comparison("letter")
     assert same("C", "C") and not same("C", "D") and not same("C", "many")

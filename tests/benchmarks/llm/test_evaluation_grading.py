@@ -61,17 +61,17 @@ def test_counts_as_wrong_and_goes_on(
     compare: str, tmp_path: Path, answer: str, problem: str, restarted: bool
 ) -> None:
     with Grader(seconds=1, compare=compare) as grader:
-        assert grader.math("A", "a")
+        assert grader.equal_math("A", "a")
         before = time.monotonic()
-        assert not grader.math("A", answer)
+        assert not grader.equal_math("A", answer)
         # The limit holds, with room for a slow machine.
         assert time.monotonic() - before < 20
         assert len(grader.problems) == 1 and problem in grader.problems[0]
         assert repr(answer) in grader.problems[0]
-        assert grader.math("B", "b") and not grader.math("B", "c")
+        assert grader.equal_math("B", "b") and not grader.equal_math("B", "c")
         assert len(grader.problems) == 1
         # Asked again it is known, and no second limit is waited for.
-        assert not grader.math("A", answer) and len(grader.problems) == 1
+        assert not grader.equal_math("A", answer) and len(grader.problems) == 1
         assert len(list(tmp_path.glob("*.pid"))) == (2 if restarted else 1)
     for path in tmp_path.glob("*.pid"):
         assert not running(int(path.stem)), "the process outlives its grader"
@@ -82,7 +82,7 @@ def test_the_process_ends_with_its_parent(compare: str, tmp_path: Path) -> None:
     script = (
         "from benchmarks.llm.evaluation.grading import Grader\n"
         f"grader = Grader(compare={compare!r})\n"
-        "grader.math('A', 'a')\n"
+        "grader.equal_math('A', 'a')\n"
         "print('ready', flush=True)\n"
         "import time; time.sleep(60)\n"
     )
@@ -113,7 +113,7 @@ def test_what_does_not_load_is_an_error(
     )
     monkeypatch.syspath_prepend(tmp_path)
     with Grader(compare=place) as grader, pytest.raises(ImportError, match="pip install"):
-        grader.check()
+        grader.start()
 
 
 def running(pid: int) -> bool:

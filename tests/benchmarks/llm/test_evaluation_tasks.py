@@ -13,7 +13,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from benchmarks.llm.evaluation.tasks import LETTERS, TASKS, load
+from benchmarks.llm.evaluation.tasks import LETTERS, TASKS, read_questions
 
 GPQA: dict[str, Any] = {
     "Record ID": "rec1",
@@ -59,7 +59,7 @@ def written(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 def test_from_a_file(tmp_path: Path, name: str, suffix: str) -> None:
     row = ROWS[name]
     path = written(tmp_path / f"data{suffix}", [row])
-    asked = load(f"{name}={path}")
+    asked = read_questions(f"{name}={path}")
     (question,) = asked.questions
     assert (question.id, question.answer) == EXPECTED[name]
     assert question.prompt.startswith(row.get("problem") or row["question"])
@@ -70,7 +70,7 @@ def test_from_a_file(tmp_path: Path, name: str, suffix: str) -> None:
 def test_choices_are_shuffled_by_the_seed_and_the_question(tmp_path: Path) -> None:
     rows = [{**GPQA, "Record ID": f"rec{number}"} for number in range(200)]
     path = written(tmp_path / "gpqa.jsonl", rows)
-    questions = load(f"gpqa-diamond={path}").questions
+    questions = read_questions(f"gpqa-diamond={path}").questions
     for question in questions:
         choices = dict(
             line.split(") ", 1) for line in question.prompt.splitlines() if line[1:3] == ") "
@@ -81,16 +81,17 @@ def test_choices_are_shuffled_by_the_seed_and_the_question(tmp_path: Path) -> No
     # 50 each in the mean, 6 the standard deviation.
     counts = Counter(question.answer for question in questions)
     assert set(counts) == set(LETTERS) and min(counts.values()) > 25
-    assert load(f"gpqa-diamond={path}").questions == questions
-    assert load(f"gpqa-diamond={path}", seed=1).questions != questions
+    assert read_questions(f"gpqa-diamond={path}").questions == questions
+    assert read_questions(f"gpqa-diamond={path}", seed=1).questions != questions
     # The order hangs on the question, not on those before it.
     fewer = written(tmp_path / "fewer.jsonl", rows[100:])
-    assert load(f"gpqa-diamond={fewer}").questions == questions[100:]
+    assert read_questions(f"gpqa-diamond={fewer}").questions == questions[100:]
 
 
 def test_limit(tmp_path: Path) -> None:
     path = written(tmp_path / "gsm8k.jsonl", [ROWS["gsm8k"]] * 5)
-    assert [each.id for each in load(f"gsm8k={path}", limit=3).questions] == ["0", "1", "2"]
+    questions = read_questions(f"gsm8k={path}", limit=3).questions
+    assert [question.id for question in questions] == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize("name", list(TASKS))
@@ -102,7 +103,7 @@ def test_from_the_hub(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         return [ROWS[name]]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert len(load(name).questions) == 1
+    assert len(read_questions(name).questions) == 1
     assert asked == [TASKS[name].dataset]
 
 
@@ -114,7 +115,7 @@ def test_a_gated_dataset_says_how_to_get_in(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(ValueError, match=r"terms.*HF_TOKEN.*--tasks gpqa-diamond=FILE"):
-        load("gpqa-diamond")
+        read_questions("gpqa-diamond")
 
 
 def test_no_network_says_how_to_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +124,7 @@ def test_no_network_says_how_to_do_without(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(ConnectionError, match="MATH-500.*--tasks math-500=FILE"):
-        load("math-500")
+        read_questions("math-500")
 
 
 @pytest.mark.parametrize(
@@ -148,4 +149,4 @@ def test_what_cannot_be_asked(
     if rows is not None:
         written(tmp_path / "data.jsonl", rows)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        load(said.format(tmp_path))
+        read_questions(said.format(tmp_path))

@@ -1,0 +1,100 @@
+"""The options of ``python -m benchmarks.llm evaluate``: its command line and its settings."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+Backend = Literal["transformers", "vllm"]
+# A batch is written as a whole; within it, vLLM schedules by itself.
+_BATCH: dict[Backend, int] = {"transformers": 8, "vllm": 512}
+# The options that do not decide the generations, or that a run knows by what they lead to.
+_NOT_SETTINGS = {"model", "tasks", "batch_size", "device", "trust_remote_code", "out", "resume"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Generate answers to the questions of tasks and grade them."""
+
+    model: Annotated[str, tyro.conf.arg(metavar="ID|DIR")]
+    """Model in transformers' format with its tokenizer: a folder or a hub id."""
+    # A task may be followed by its file, so that tyro can't list the choices.
+    tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME[=FILE] [...]")] = ("math-500",)
+    """One or several of math-500, aime-2024, aime-2025, gpqa-diamond, gsm8k. NAME=FILE reads a
+    JSON-lines or Parquet file with the columns of the public dataset."""
+    n: int = 1
+    """Answers to each question; several need a --temperature above 0."""
+    temperature: float = 0.0
+    """Temperature of the softmax that tokens are sampled from; 0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Probability mass of the likeliest tokens to sample from."""
+    max_tokens: int = 4096
+    """Most tokens of an answer; with --think-budget, of the part after the thinking."""
+    think_budget: int | None = None
+    """Most tokens of thinking, by budget forcing (Muennighoff et al. 2025)."""
+    waits: int = 0
+    """How often "Wait" replaces the end of the thinking."""
+    think_format: Literal["s1", "tags"] = "s1"
+    """Delimiters of the model's thinking: <|im_start|>think, or <think>...</think>."""
+    seed: int = 0
+    """Seed of sampled tokens, of GPQA's order of choices, and of bootstrap intervals."""
+    limit: int | None = None
+    """Number of questions to take from the start of each task; all by default."""
+    backend: Backend = "transformers"
+    """Library that generates; vllm must be installed."""
+    batch_size: int | None = None
+    """Answers that are generated and written together; 8 by default, 512 with vllm."""
+    device: str = "cpu"
+    """Device for transformers: cpu, cuda, ..., or auto to spread the model over all devices."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the weights; auto keeps the format of the model's files."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+    out: Path = Path("runs/llm-evaluation")
+    """Folder of all results: OUT/MODEL/TASK/."""
+    resume: bool = False
+    """Continue an interrupted evaluation and keep what it generated."""
+
+    @property
+    def batch(self) -> int:
+        """Answers that are generated together."""
+        return _BATCH[self.backend] if self.batch_size is None else self.batch_size
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options that decide what is generated."""
+        return {
+            "batch_size": self.batch,
+            **{name: value for name, value in asdict(self).items() if name not in _NOT_SETTINGS},
+            # vLLM chooses its own device.
+            "device": self.device if self.backend == "transformers" else None,
+        }
+
+    def check(self) -> None:
+        """Check the values of the options.
+
+        Raises:
+            ValueError: An option cannot be used; names the option, its value and the way out.
+        """
+        if not self.tasks:
+            raise ValueError("nothing to evaluate: pass at least one name to --tasks")
+        for name in ("n", "max_tokens", "think_budget", "limit", "batch_size"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {number}: at least 1")
+        if self.waits < 0:
+            raise ValueError(f"--waits {self.waits}: 0 or more")
+        if self.waits and self.think_budget is None:
+            raise ValueError(f"--waits {self.waits} changes nothing without --think-budget")
+        if self.temperature < 0:
+            raise ValueError(f"--temperature {self.temperature}: 0 or above")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"--top-p {self.top_p}: a probability mass in (0, 1]")
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError(
+                f"--n {self.n} with --temperature 0 gives the same answer {self.n} times; "
+                "raise the temperature, or leave out --n"
+            )
