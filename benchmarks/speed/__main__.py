@@ -7,6 +7,7 @@ python -m benchmarks.speed control --dataset halfcheetah-mixed.hdf5 --json contr
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -20,23 +21,20 @@ from rich.table import Table
 from benchmarks.provenance import hardware, versions, write_json
 from benchmarks.speed.measure import Check, DisagreementError, Options, Row
 
-# A subject is a file of its name beside this one, with measure(Options) -> Iterator[Row | Check].
-Subject = Literal["control", "baselines", "language"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(Options):
-    """What to measure, and how long to take over it."""
+    """What to measure, and how thoroughly."""
 
-    subject: tyro.conf.Positional[Subject]
-    """Whose speed."""
+    subject: tyro.conf.Positional[Literal["control", "baselines", "language"]]
+    """Part of the library whose speed is measured."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Also write the rows, versions, hardware and settings here."""
+    """File for the rows, versions, hardware and settings."""
 
 
 def main(arguments: Arguments) -> None:
     """Measure, print the table, write the file."""
-    # One thread, so that processor time is wall time and ratios do not hang on the core count.
+    # On one thread processor time is wall time, and ratios do not depend on the number of cores.
     torch.set_num_threads(1)
     log = Console(stderr=True)
     rows: list[Row] = []
@@ -44,26 +42,39 @@ def main(arguments: Arguments) -> None:
     try:
         if arguments.json is not None:
             check_writable(arguments.json)
-        for found in import_module(module_of(arguments.subject)).measure(arguments):
-            if isinstance(found, Check):
-                checks.append(found)
+        for figure in measure(arguments):
+            if isinstance(figure, Check):
+                checks.append(figure)
             else:
-                rows.append(found)
-                log.print(f"{found.ratio:8.2f} x  {found.name}", highlight=False)
+                rows.append(figure)
+                log.print(f"{figure.ratio:8.2f} x  {figure.name}", highlight=False)
         Console().print(table(rows, checks))
         if arguments.json is not None:
             write_json(arguments.json, report(arguments, rows, checks))
-    except (DisagreementError, OSError, ValueError) as error:
+    except (DisagreementError, ImportError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
 
 
-def module_of(subject: str) -> str:
-    """Where a subject is measured."""
-    return f"benchmarks.speed.{subject}"
+def measure(arguments: Arguments) -> Iterator[Row | Check]:
+    """Yield the rows and checks of the subject, the file of its name beside this one.
+
+    Raises:
+        ImportError: The peers, which are the oracles of the tests, are not here.
+    """
+    try:
+        module = import_module(f"benchmarks.speed.{arguments.subject}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "tests":
+            raise
+        raise ImportError(
+            f"{arguments.subject} is compared with the plain versions in tests/oracles: run this "
+            "from the root of a checkout"
+        ) from error
+    yield from module.measure(arguments)
 
 
 def check_writable(path: Path) -> None:
-    """Minutes of measuring must not end at a folder that can't be written to.
+    """Check that the file can be written, before minutes of measuring.
 
     Raises:
         OSError: ``path`` is a folder, or its folder can't be made or written to.
@@ -76,7 +87,7 @@ def check_writable(path: Path) -> None:
 
 
 def report(arguments: Arguments, rows: list[Row], checks: list[Check]) -> dict[str, Any]:
-    """Contents of the JSON file."""
+    """Return the contents of the JSON file."""
     return {
         "subject": arguments.subject,
         "seed": arguments.seed,
@@ -94,7 +105,7 @@ def report(arguments: Arguments, rows: list[Row], checks: list[Check]) -> dict[s
 
 
 def table(rows: list[Row], checks: list[Check]) -> Table:
-    """The rows for a terminal, the checks below."""
+    """Return the rows for a terminal, with the checks below them."""
     out = Table(caption="\n".join(f"{c.name}: {c.value:.2g} (limit {c.limit:g})" for c in checks))
     out.add_column("what, and the peer below")
     for heading in ("ours", "peer", "peer / ours"):

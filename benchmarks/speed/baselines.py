@@ -1,8 +1,8 @@
-"""Baselines: an update of each algorithm against plain torch, on HalfCheetah's sizes."""
+"""Speed of the baselines: an update of each against plain torch, on HalfCheetah's sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,32 +12,19 @@ from tensordict import TensorDict, TensorDictBase
 
 from baselines import algorithm
 from baselines.learner import Learner
-from benchmarks.speed import control, data
+from benchmarks.speed import control
 from benchmarks.speed.measure import Check, Options, Row, checked, paired
-from benchmarks.speed.plain_awac import PlainAWAC
-from benchmarks.speed.plain_cql import PlainCQL
-from benchmarks.speed.plain_iql import PlainIQL
-from benchmarks.speed.plain_networks import Plain, disagreement
-from benchmarks.speed.plain_td3_bc import PlainTD3BC
+from benchmarks.speed.trajectories import cheetah_like
 from iwsft.training import fit
-from iwsft.trajectory import (
-    DONE,
-    NEXT_OBSERVATION,
-    OBSERVATION,
-    TERMINATED,
-    TRAJ_IDS,
-    TRUNCATED,
-)
+from iwsft.trajectory import DONE, NEXT_OBSERVATION, OBSERVATION, TERMINATED, TRAJ_IDS, TRUNCATED
+from tests.oracles.critics import PLAIN
+from tests.oracles.networks import PlainLearner, disagreement
 
-PLAIN: Mapping[str, Callable[[Learner, Any], Plain]] = {
-    "iql": PlainIQL,
-    "awac": PlainAWAC,
-    "td3-bc": PlainTD3BC,
-    "cql": PlainCQL,
-}
-# Of a parameter, after the checked updates in float64: what is left is rounding, which Adam
-# divides by gradients that are next to 0.
+# Largest difference of a parameter after the checked updates in float64. It is rounding, which
+# Adam divides by gradients close to 0.
 PARAMETER_LIMIT = 1e-6
+# Updates after which the two ways are compared; TD3+BC's actor moves at every second.
+_CHECKED = 4
 
 
 @dataclass(frozen=True)
@@ -45,12 +32,12 @@ class Sizes:
     """How much is measured.
 
     Attributes:
-        trajectories: of the synthetic dataset.
-        steps: of each of its trajectories.
-        batch_size: transitions of an update.
-        updates: of a repeat.
-        blocks: such repeats for each that the options ask for: both ways in turn, at short
-            intervals, see the same machine.
+        trajectories: Trajectories of the synthetic dataset.
+        steps: Steps of each of them.
+        batch_size: Transitions of an update.
+        updates: Updates of a repeat.
+        blocks: Repeats for each repeat that the options ask for. They are short, so that both ways
+            see the same machine.
     """
 
     trajectories: int = 202
@@ -64,22 +51,20 @@ SIZES = {
     "paper": Sizes(),
     "small": Sizes(trajectories=20, steps=50, batch_size=16, updates=2, blocks=1),
 }
-# Updates after which the two ways are compared; TD3+BC's actor moves at every second.
-_CHECKED = 4
 
 
 def measure(options: Options) -> Iterator[Row | Check]:
-    """A row an algorithm, then behaviour cloning with 3 x 256."""
+    """Yield a row for each algorithm, then behaviour cloning with 3 x 256."""
     sizes = SIZES[options.scale]
-    found = transitions(options, sizes)
+    trajectories = transitions(options, sizes)
     for name, plain in PLAIN.items():
-        yield from updates(name, plain, found, sizes, options)
+        yield from updates(name, plain, trajectories, sizes, options)
     yield from control.behaviour_cloning(options, control.SIZES[options.scale])
 
 
 def updates(
     name: str,
-    plain: Callable[[Learner, Any], Plain],
+    plain: Callable[[Learner, Any], PlainLearner],
     trajectories: TensorDictBase,
     sizes: Sizes,
     options: Options,
@@ -89,12 +74,15 @@ def updates(
     settings = module.published("halfcheetah-medium-replay-v2")[0]
     settings = replace(settings, batch_size=sizes.batch_size)
 
-    def both(
-        steps: int, trajectories: TensorDictBase = trajectories
-    ) -> tuple[Callable[[], None], Callable[[], None], Learner, Plain]:
-        of_steps = replace(settings, steps=steps)
-        learner, other = (module.build(trajectories, of_steps, seed=options.seed) for _ in range(2))
-        peer = plain(other, of_steps)
+    def ways(
+        steps: int, trajectories: TensorDictBase
+    ) -> tuple[Callable[[], None], Callable[[], None], Callable[[], float]]:
+        """Return both ways to make ``steps`` updates, and how far their parameters are apart."""
+        shortened = replace(settings, steps=steps)
+        learner, other = (
+            module.build(trajectories, shortened, seed=options.seed) for _ in range(2)
+        )
+        peer = plain(other, shortened)
 
         def ours() -> None:
             fit(
@@ -109,22 +97,22 @@ def updates(
             for _ in range(steps):
                 peer.update(other.sampler.sample())
 
-        return ours, theirs, learner, peer
+        return ours, theirs, lambda: disagreement(peer.networks, learner.loss)
 
-    # In float32 a unit of a ReLU net may flip by rounding, and Adam makes a whole step of it.
+    # In float32 rounding may switch a ReLU unit, and Adam makes a whole step of the difference.
     with float64():
         exact = trajectories.apply(lambda x: x.double() if x.is_floating_point() else x)
-        ours, theirs, learner, peer = both(_CHECKED, exact)
+        ours, theirs, difference = ways(_CHECKED, exact)
         for way in (ours, theirs):
             torch.manual_seed(options.seed)
             way()
     yield checked(
         f"{name}: float64 parameters after {_CHECKED} updates against the plain ones",
-        disagreement(peer.networks, learner.loss),
+        difference(),
         PARAMETER_LIMIT,
     )
 
-    ours, theirs, *_ = both(sizes.updates)
+    ours, theirs, _ = ways(sizes.updates, trajectories)
     ours()
     theirs()
     yield paired(ours, theirs, sizes.blocks * options.repeats).row(
@@ -138,7 +126,7 @@ def updates(
 
 @contextmanager
 def float64() -> Iterator[None]:
-    """New parameters and noise in float64."""
+    """Make new parameters and noise float64."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -148,15 +136,15 @@ def float64() -> Iterator[None]:
 
 
 def transitions(options: Options, sizes: Sizes) -> TensorDict:
-    """Those of the file, or HalfCheetah's shape with every episode truncated."""
-    found = data.cheetah_like(options.dataset, sizes.trajectories, sizes.steps, options.seed)
+    """Return the file's transitions, or HalfCheetah's shape with every episode truncated."""
+    out = cheetah_like(options.dataset, sizes.trajectories, sizes.steps, options.seed)
     if options.dataset is not None:
-        return found
-    ids = found.get(TRAJ_IDS)
+        return out
+    ids = out.get(TRAJ_IDS)
     ends = torch.ones(len(ids), 1, dtype=torch.bool)
     ends[:-1, 0] = ids[1:] != ids[:-1]
-    found.set(NEXT_OBSERVATION, found.get(OBSERVATION).roll(-1, 0))
-    found.set(DONE, ends)
-    found.set(TRUNCATED, ends)
-    found.set(TERMINATED, torch.zeros_like(ends))
-    return found
+    out.set(NEXT_OBSERVATION, out.get(OBSERVATION).roll(-1, 0))
+    out.set(DONE, ends)
+    out.set(TRUNCATED, ends)
+    out.set(TERMINATED, torch.zeros_like(ends))
+    return out

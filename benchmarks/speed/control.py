@@ -1,4 +1,4 @@
-"""Control: training steps, memory, diagnosis, evaluation, behaviour cloning."""
+"""Speed of control: training steps, memory, diagnosis, evaluation, behaviour cloning."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import gymnasium as gym
 import torch
 from tensordict import TensorDictBase
 
 from benchmarks.d4rl import settings as paper
-from benchmarks.speed import data, plain
-from benchmarks.speed.measure import Check, Options, Row, Times, checked, paired
-from benchmarks.speed.memory import MB, in_child
+from benchmarks.speed import trajectories as data
+from benchmarks.speed.measure import MB, Check, Options, Row, Times, checked, in_child, paired
 from benchmarks.speed.trajectories import SameDraws, Training
 from iwsft import datasets, environments
 from iwsft.curation import curate
@@ -22,9 +22,11 @@ from iwsft.policies import GaussianPolicy
 from iwsft.proposals import HardSync
 from iwsft.reference import annotate_reference
 from iwsft.samplers import StepSampler, TrajectorySampler
-from iwsft.trajectory import pad
+from iwsft.trajectory import ACTION, OBSERVATION, pad
+from tests.oracles.networks import PlainGaussian
 
 GRADIENT_LIMIT = 1e-5
+_NAIVE = "padded batch of every draw, live q and reference (plain torch)"
 
 
 @dataclass(frozen=True)
@@ -32,17 +34,17 @@ class Sizes:
     """How much is measured.
 
     Attributes:
-        trajectories: of the synthetic dataset.
-        steps: of each of its trajectories.
-        draws: trajectories of a batch.
-        many_draws: the same, far more.
-        copies: of the bundled data; 9 make the size of the set that it is part of.
-        single_steps: steps of a batch of single steps.
-        sync_every: updates between syncs of cached weights.
-        cloning_updates: updates of a repeat of behaviour cloning.
-        episode: steps of an evaluation episode.
-        episodes: of HalfCheetah, and for the peer of Hopper.
-        many_episodes: of Hopper.
+        trajectories: Trajectories of the synthetic dataset.
+        steps: Steps of each of them.
+        draws: Trajectories of a batch.
+        many_draws: Trajectories of a large batch.
+        copies: Copies of the bundled data; 9 make the size of the set that it is part of.
+        single_steps: Steps of a batch of single steps.
+        sync_every: Updates between syncs of cached weights.
+        cloning_updates: Updates of a repeat of behaviour cloning.
+        episode: Steps of an evaluation episode.
+        episodes: Episodes of HalfCheetah, and of the peer in Hopper.
+        many_episodes: Episodes of Hopper.
     """
 
     trajectories: int = 202
@@ -78,48 +80,61 @@ _BLOCK = 20
 
 
 def measure(options: Options) -> Iterator[Row | Check]:
-    """All rows of control, as they come."""
+    """Yield all rows of control, as they are measured."""
     sizes = SIZES[options.scale]
     if options.dataset is not None:
-        # A file that can't be read ends here, not in a child.
+        # A file that can't be read ends the command here, not a child process.
         datasets.load(options.dataset)
     yield from memory(options, sizes)
     yield from whole_trajectories(options, sizes)
     yield from single_steps(options, sizes)
-    yield from what_a_step_grows_with(options, sizes)
+    yield from distinct_steps(options, sizes)
     yield from behaviour_cloning(options, sizes)
-    yield from evaluation(options, sizes)
+    # HalfCheetah's episodes never end early; Hopper's are kept from it: the most work there is.
+    yield evaluation(options, sizes, "HalfCheetah-v4", sizes.episodes, {})
+    tireless = {"terminate_when_unhealthy": False}
+    yield evaluation(options, sizes, "Hopper-v4", sizes.many_episodes, tireless)
+
+
+def memory(options: Options, sizes: Sizes) -> Iterator[Row]:
+    """Peak of a training step, each way in a process of its own; and a dataset in memory."""
+    arguments: dict[str, Any] = {
+        "file": None if options.dataset is None else str(options.dataset),
+        "trajectories": sizes.trajectories,
+        "steps": sizes.steps,
+        "draws": sizes.draws,
+        "seed": options.seed,
+    }
+    ours, naive = (
+        in_child("benchmarks.speed.trajectories", {**arguments, "ours": ours})
+        for ours in (True, False)
+    )
+    name = f"peak memory of a step above the data, {sizes.draws} trajectories"
+    yield Row(name, ours, naive, "MB", _NAIVE)
+    ragged = data.hopper_replay(1)
+    packed, padded = (td.bytes(count_duplicates=False) / MB for td in (ragged, pad(ragged)))
+    yield Row("dataset of hopper-replay's lengths in memory", packed, padded, "MB", "padded copy")
 
 
 def whole_trajectories(options: Options, sizes: Sizes) -> Iterator[Row | Check]:
     """The paper's batch against the naive way, then with a diagnosis at every step."""
-    both = SameDraws(options.dataset, sizes.trajectories, sizes.steps, sizes.draws, options.seed)
-    both.ours.step()
+    pair = SameDraws(options.dataset, sizes.trajectories, sizes.steps, sizes.draws, options.seed)
+    ours = pair.ours
+    ours.step()
     times = paired(
-        both.ours.step,
-        lambda: both.naive.step(both.draws()),
-        options.repeats,
-        before=both.follow,
+        ours.step, lambda: pair.naive.step(pair.draws()), options.repeats, before=pair.follow
     )
     yield checked(
         f"gradient of {sizes.draws} trajectories against the naive one, relative difference",
-        both.disagreement(),
+        pair.disagreement(),
         GRADIENT_LIMIT,
     )
-    yield times.row(
-        f"iw-SFT(Q) step, {sizes.draws} whole trajectories",
-        "padded batch of every draw, live q and reference (plain torch)",
-        "ms",
-        "per update",
-    )
-    plainly = both.ours
-    diagnosed = Training(plainly.loss, plainly.sampler, plainly.updater, diagnosed=True)
-    yield paired(diagnosed.step, plainly.step, options.repeats).row(
-        "iw-SFT(Q) step on whole trajectories with diagnose()",
-        "our step without it",
-        "ms",
-        "per update",
-    )
+    name = f"iw-SFT(Q) step, {sizes.draws} whole trajectories"
+    yield times.row(name, _NAIVE, "ms", "per update")
+    diagnosed = Training(ours.loss, ours.sampler, ours.updater, diagnosed=True)
+    name = "iw-SFT(Q) step on whole trajectories with diagnose()"
+    times = paired(diagnosed.step, ours.step, options.repeats)
+    yield times.row(name, "our step without it", "ms", "per update")
 
 
 def single_steps(options: Options, sizes: Sizes) -> Iterator[Row]:
@@ -138,7 +153,7 @@ def single_steps(options: Options, sizes: Sizes) -> Iterator[Row]:
         HardSync(loss, every=sizes.sync_every, trajectories=curated),
         lr=row.lr,
     )
-    peer = plain.cloning(curated, sizes.single_steps, lr=row.lr, seed=options.seed)
+    peer = plain_cloning(curated, sizes.single_steps, lr=row.lr, seed=options.seed)
     # Whole windows, so that each update carries its share of a sync; at least 300 of the paper's.
     updates = 2 * sizes.sync_every
     blocks = [min(_BLOCK, updates - start) for start in range(0, updates, _BLOCK)]
@@ -148,111 +163,101 @@ def single_steps(options: Options, sizes: Sizes) -> Iterator[Row]:
     name = f"iw-SFT(Q) update, {sizes.single_steps:,} single steps, syncs included"
     peer_name = "behaviour cloning at the same batch with default Adam (plain torch)"
     yield total.row(name, peer_name, "ms", "per update", per=updates)
-    yield total.row(
-        f"{row.steps:,} iw-SFT(Q) updates of {sizes.single_steps:,} single steps",
-        peer_name,
-        "s",
-        f"(scaled from {updates})",
-        per=updates / row.steps,
-    )
+    name = f"{row.steps:,} iw-SFT(Q) updates of {sizes.single_steps:,} single steps"
+    yield total.row(name, peer_name, "s", f"(scaled from {updates})", per=updates / row.steps)
 
 
-def what_a_step_grows_with(options: Options, sizes: Sizes) -> Iterator[Row]:
-    """Time follows the distinct steps of a batch: not its draws, nor how lengths are spread."""
+def distinct_steps(options: Options, sizes: Sizes) -> Iterator[Row]:
+    """Time grows with the distinct steps of a batch, not with its draws or uneven lengths."""
     top = curate(
         data.cheetah_like(options.dataset, sizes.trajectories, sizes.steps, options.seed),
         cuts=paper.TOP_10,
     )
-    many, few = on_trajectories(top, sizes.many_draws), on_trajectories(top, sizes.draws)
-    yield compared(many, few, options.repeats).row(
-        f"SFT step, {sizes.many_draws:,} draws of the same trajectories",
-        f"our step with {sizes.draws} draws",
-        "ms",
-        "per update",
-    )
     ragged = curate(data.hopper_replay(1), cuts=paper.TOP_10, seed=options.seed)
-    even = on_trajectories(data.cut_evenly(ragged), sizes.many_draws)
-    uneven = on_trajectories(ragged, sizes.many_draws)
-    yield compared(uneven, even, options.repeats).row(
-        "SFT step, trajectories of hopper-replay's lengths",
-        "our step on as many steps cut to equal lengths",
-        "ms",
-        "per update",
-    )
+    for name, ours, peer_name, peer in (
+        (
+            f"SFT step, {sizes.many_draws:,} draws of the same trajectories",
+            sft(top, sizes.many_draws),
+            f"our step with {sizes.draws} draws",
+            sft(top, sizes.draws),
+        ),
+        (
+            "SFT step, trajectories of hopper-replay's lengths",
+            sft(ragged, sizes.many_draws),
+            "our step on as many steps cut to equal lengths",
+            sft(data.cut_evenly(ragged), sizes.many_draws),
+        ),
+    ):
+        ours.step()
+        peer.step()
+        times = paired(ours.step, peer.step, options.repeats)
+        yield times.row(name, peer_name, "ms", "per update")
 
 
-def memory(options: Options, sizes: Sizes) -> Iterator[Row]:
-    """Peak of a training step, each way in a process of its own; and a dataset in memory."""
-    arguments: dict[str, Any] = {
-        "file": None if options.dataset is None else str(options.dataset),
-        "trajectories": sizes.trajectories,
-        "steps": sizes.steps,
-        "draws": sizes.draws,
-        "seed": options.seed,
-    }
-    ours, naive = (
-        in_child("benchmarks.speed.trajectories", {**arguments, "ours": ours})
-        for ours in (True, False)
-    )
-    yield Row(
-        f"peak memory of a step above the data, {sizes.draws} trajectories",
-        ours,
-        naive,
-        "MB",
-        "padded batch of every draw, live q and reference (plain torch)",
-    )
-    ragged = data.hopper_replay(1)
-    held, padded = (td.bytes(count_duplicates=False) / MB for td in (ragged, pad(ragged)))
-    yield Row("dataset of hopper-replay's lengths in memory", held, padded, "MB", "padded copy")
+def sft(curated: TensorDictBase, draws: int) -> Training:
+    """SFT on whole trajectories."""
+    torch.manual_seed(0)
+    loss = ImportanceWeightedMLE(GaussianPolicy(*data.widths(curated)), proposal="reference")
+    return Training(loss, TrajectorySampler(curated, draws))
 
 
 def behaviour_cloning(options: Options, sizes: Sizes) -> Iterator[Row]:
-    """The loss at weight 1 on single steps, with what is ours around the network."""
+    """The loss at weight 1 on single steps: the cost of everything around the network."""
     whole = data.cheetah_like(options.dataset, sizes.trajectories, sizes.steps, options.seed)
     torch.manual_seed(options.seed)
     loss = ImportanceWeightedMLE(GaussianPolicy(*data.widths(whole)), proposal="reference")
     ours = Training(loss, StepSampler(whole, 256, seed=options.seed), lr=1e-3)
-    for name, fused in (("default Adam", None), ("fused Adam", True)):
-        peer = plain.cloning(whole, 256, lr=1e-3, seed=options.seed, fused=fused)
+    updates = sizes.cloning_updates
+    for adam, fused in (("default Adam", None), ("fused Adam", True)):
+        peer = plain_cloning(whole, 256, lr=1e-3, seed=options.seed, fused=fused)
         ours.step()
         peer()
-        yield paired(
-            repeated(ours.step, sizes.cloning_updates),
-            repeated(peer, sizes.cloning_updates),
-            5 * options.repeats,
-        ).row(
-            f"behaviour cloning step, 3 x 256, batch 256, against {name}",
-            f"behaviour cloning with {name} (plain torch)",
-            "ms",
-            "per update",
-            per=sizes.cloning_updates,
-        )
+        times = paired(repeated(ours.step, updates), repeated(peer, updates), 5 * options.repeats)
+        name = f"behaviour cloning step, 3 x 256, batch 256, against {adam}"
+        peer_name = f"behaviour cloning with {adam} (plain torch)"
+        yield times.row(name, peer_name, "ms", "per update", per=updates)
 
 
-def evaluation(options: Options, sizes: Sizes) -> Iterator[Row]:
-    """Environments side by side with one call of the policy, against one after the other."""
-    # Episodes that never end early: all of full length, the most work there is.
-    tireless = {"terminate_when_unhealthy": False}
-    yield rolled_out(options, sizes, "HalfCheetah-v4", sizes.episodes, {})
-    yield rolled_out(options, sizes, "Hopper-v4", sizes.many_episodes, tireless)
+def plain_cloning(
+    trajectories: TensorDictBase,
+    batch_size: int,
+    *,
+    lr: float,
+    seed: int,
+    fused: bool | None = None,
+) -> Callable[[], None]:
+    """Return one update of behaviour cloning in plain torch, on steps drawn uniformly."""
+    observation, action = trajectories.get(OBSERVATION), trajectories.get(ACTION)
+    policy = PlainGaussian.of_sizes(*data.widths(trajectories))
+    optimizer = torch.optim.Adam(policy.parameters(), lr=lr, fused=fused)
+    generator = torch.Generator().manual_seed(seed)
+
+    def update() -> None:
+        rows = torch.randint(len(observation), (batch_size,), generator=generator)
+        loss = -policy.log_prob(observation[rows], action[rows]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return update
 
 
-def rolled_out(
+def evaluation(
     options: Options, sizes: Sizes, env_id: str, episodes: int, env_kwargs: dict[str, Any]
 ) -> Row:
-    """``evaluate`` of an untrained policy on as many episodes, the peer on fewer."""
+    """Environments side by side with one call of the policy, against one after the other."""
     env_kwargs = {**env_kwargs, "max_episode_steps": sizes.episode}
     env = environments.make(env_id, **env_kwargs)
     assert env.observation_space.shape and env.action_space.shape
-    size = env.observation_space.shape[0], env.action_space.shape[0]
+    widths = env.observation_space.shape[0], env.action_space.shape[0]
     torch.manual_seed(options.seed)
-    policy, peer = GaussianPolicy(*size), plain.PlainPolicy(*size)
+    policy, peer = GaussianPolicy(*widths), PlainGaussian.of_sizes(*widths)
     peer.copy_(policy.parameters())
 
     def ours() -> None:
         evaluate(policy, env_id, episodes=episodes, seed=options.seed, env_kwargs=env_kwargs)
 
-    times = paired(ours, lambda: plain.roll_out(peer, env, sizes.episodes), options.repeats)
+    times = paired(ours, lambda: plain_evaluation(peer, env, sizes.episodes), options.repeats)
     env.close()
     return times.row(
         f"evaluate: {env_id}, {episodes} episodes of {sizes.episode} steps",
@@ -264,25 +269,23 @@ def rolled_out(
     )
 
 
-def on_trajectories(curated: TensorDictBase, draws: int) -> Training:
-    """SFT on whole trajectories."""
-    torch.manual_seed(0)
-    loss = ImportanceWeightedMLE(GaussianPolicy(*data.widths(curated)), proposal="reference")
-    return Training(loss, TrajectorySampler(curated, draws))
-
-
-def compared(ours: Training, peer: Training, repeats: int) -> Times:
-    """Both warmed up, then timed in turn."""
-    ours.step()
-    peer.step()
-    return paired(ours.step, peer.step, repeats)
+@torch.no_grad()
+def plain_evaluation(policy: PlainGaussian, env: gym.Env, episodes: int) -> None:
+    """Run episodes one after the other, with a call of the policy for each step."""
+    for episode in range(episodes):
+        observation, _ = env.reset(seed=episode)
+        ended = False
+        while not ended:
+            action = policy.mean(torch.as_tensor(observation, dtype=torch.float32)).numpy()
+            observation, _, terminated, truncated, _ = env.step(action)
+            ended = terminated or truncated
 
 
 def repeated(call: Callable[[], object], n: int) -> Callable[[], None]:
-    """``call``, n times."""
+    """Return a function that calls ``call`` n times."""
 
-    def again() -> None:
+    def calls() -> None:
         for _ in range(n):
             call()
 
-    return again
+    return calls

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.speed.measure import Check, Options, Row, checked, paired
-from benchmarks.speed.memory import growth_mb, in_child
+from benchmarks.speed.measure import Check, Options, Row, checked, growth_mb, in_child, paired
 from iwsft.policies.token_log_prob import token_log_prob
 
 GRADIENT_LIMIT = 1e-5

@@ -27,8 +27,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.speed.measure import Check, Options, Row, Times, checked
-from benchmarks.speed.memory import growth_mb, in_child
+from benchmarks.speed.measure import Check, Options, Row, Times, checked, growth_mb, in_child
 from iwsft.language.config import ImportanceWeightedConfig
 from iwsft.language.trainer import ImportanceWeightedTrainer
 from iwsft.trajectory import ASSISTANT_MASK, ATTENTION_MASK, TOKENS, from_steps

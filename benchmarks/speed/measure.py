@@ -1,7 +1,11 @@
-"""Rows of a speed table, and how two ways are timed beside each other."""
+"""Rows of a speed table: how time and memory of two ways are measured against each other."""
 
 from __future__ import annotations
 
+import json
+import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,30 +15,30 @@ from typing import Annotated, Literal
 
 import tyro
 
-Scale = Literal["paper", "small"]
+MB = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What all subjects take."""
+    """Options of every subject."""
 
     dataset: Annotated[Path | None, tyro.conf.arg(metavar="FILE.hdf5")] = None
     """Dataset in D4RL's layout; by default synthetic data of the paper's shape."""
     repeats: int = 3
     """Repeats of each way, in turn; the median counts."""
-    scale: Scale = "paper"
+    scale: Literal["paper", "small"] = "paper"
     """Sizes of the paper, or small ones that only show that everything runs."""
     seed: int = 0
-    """Of data, parameters and draws."""
+    """Seed of data, parameters and samplers."""
 
     def __post_init__(self) -> None:
         if self.repeats < 1:
-            raise ValueError(f"repeats={self.repeats}: one is the least")
+            raise ValueError(f"--repeats {self.repeats}: at least 1")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: ``ratio`` = peer / ours, above 1 where ours is faster or smaller."""
+    """One comparison: ``ratio`` is peer / ours, above 1 where ours is faster or smaller."""
 
     name: str
     ours: float
@@ -49,7 +53,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Check:
-    """A figure that must not pass its limit, or the rows beside it compare different things."""
+    """A figure that must not pass its limit; otherwise the rows compare different computations."""
 
     name: str
     value: float
@@ -61,7 +65,7 @@ class DisagreementError(RuntimeError):
 
 
 def checked(name: str, value: float, limit: float) -> Check:
-    """The check.
+    """Return the check.
 
     Raises:
         DisagreementError: ``value`` is over ``limit`` or not a number.
@@ -76,7 +80,7 @@ def checked(name: str, value: float, limit: float) -> Check:
 
 @dataclass(frozen=True)
 class Times:
-    """Processor seconds of each repeat: on one thread, wall time less what others take."""
+    """Processor seconds of each repeat: wall time on one thread, without other processes."""
 
     ours: list[float]
     peer: list[float]
@@ -91,15 +95,15 @@ class Times:
         per: float = 1.0,
         ours_per: float | None = None,
     ) -> Row:
-        """Medians over the repeats.
+        """Return the medians over the repeats.
 
         Args:
-            name: of the comparison.
-            peer_name: what it is compared with.
-            unit: ``s``, ``ms`` or ``us``.
-            of: what the time is for, put after the unit.
-            per: divides the seconds: updates or steps of a repeat.
-            ours_per: the same for ours, where it differs.
+            name: Name of the comparison.
+            peer_name: Name of the other way.
+            unit: Unit of the two times.
+            of: What takes the time, for the unit's column, such as "per update".
+            per: Divisor of the seconds: the updates or steps of a repeat.
+            ours_per: The same for our seconds, where it differs.
         """
         factor = {"s": 1.0, "ms": 1e3, "us": 1e6}[unit]
         ours = factor * median(self.ours) / (per if ours_per is None else ours_per)
@@ -117,20 +121,48 @@ def paired(
     """Time two ways in turn (ours, peer, ours, peer, ...), so that both see the same machine.
 
     Args:
-        ours: one repeat of ours; call it once before, for what only the first call costs.
-        peer: one repeat of the peer.
-        repeats: of each.
-        before: called untimed before each repeat of the two.
+        ours: One repeat of our way; call it once before, for the costs of a first call.
+        peer: One repeat of the peer's way.
+        repeats: Repeats of each way.
+        before: A call before each repeat of the two that is not timed.
     """
     times = Times([], [])
     for _ in range(repeats):
         before()
-        times.ours.append(_seconds(ours))
-        times.peer.append(_seconds(peer))
+        for way, seconds in ((ours, times.ours), (peer, times.peer)):
+            start = time.process_time()
+            way()
+            seconds.append(time.process_time() - start)
     return times
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.process_time()
-    call()
-    return time.process_time() - start
+def peak_bytes() -> int:
+    """Return the largest resident memory that this process has had."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # On Linux ru_maxrss of a child starts at its parent's peak; VmHWM does not.
+        lines = status.read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def growth_mb(job: Callable[[], object]) -> float:
+    """Return the MB by which ``job`` raises the peak of this process."""
+    before = peak_bytes()
+    job()
+    return (peak_bytes() - before) / MB
+
+
+def in_child(module: str, arguments: dict[str, object]) -> float:
+    """Run ``python -m module ARGUMENTS`` (as JSON) and return the number that it prints last.
+
+    Raises:
+        OSError: The process failed, most often for lack of memory; with the last line it wrote.
+    """
+    command = [sys.executable, "-m", module, json.dumps(arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise OSError(f"{module} ended with code {done.returncode}: {last}")
+    return float(done.stdout.split()[-1])

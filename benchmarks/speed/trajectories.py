@@ -1,4 +1,4 @@
-"""iw-SFT(Q) on whole trajectories, ours and the naive way, on the same draws."""
+"""Data of the paper's shapes, and iw-SFT(Q) on them, ours and the naive way on the same draws."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.objectives.utils import TargetNetUpdater
 
 from benchmarks.d4rl.settings import QUALITY_BINS
-from benchmarks.speed.data import cheetah_like, widths
-from benchmarks.speed.memory import growth_mb
-from benchmarks.speed.plain import NaiveIwSft, PlainPolicy
+from benchmarks.speed.measure import growth_mb
+from iwsft import datasets
 from iwsft.curation import curate
 from iwsft.diagnostics import diagnose
 from iwsft.objective import LOSS, ImportanceWeightedMLE
@@ -24,30 +23,96 @@ from iwsft.policies import GaussianPolicy
 from iwsft.proposals import EMA
 from iwsft.reference import annotate_reference
 from iwsft.samplers import StepSampler, TrajectorySampler
-from iwsft.trajectory import MULTIPLICITY, TRAJ_IDS, pad
+from iwsft.trajectory import (
+    ACTION,
+    MASK,
+    MULTIPLICITY,
+    OBSERVATION,
+    REWARD,
+    TRAJ_IDS,
+    from_steps,
+    lengths,
+    pad,
+)
 from iwsft.weights import ImportanceWeights
+from tests.oracles.iw_sft import NaiveIwSft
+from tests.oracles.networks import PlainGaussian
 
 # halfcheetah-medium-replay in Table 4 of the paper.
 K, DECAY, LR = 1.0, 0.995, 4e-5
 
 
+def cheetah_like(file: str | Path | None, trajectories: int, steps: int, seed: int) -> TensorDict:
+    """Return trajectories of equal length with HalfCheetah's sizes (17 observations, 6 actions).
+
+    Args:
+        file: Dataset to read in place of synthetic data.
+        trajectories: Number of trajectories.
+        steps: Steps of each trajectory.
+        seed: Seed of the contents.
+    """
+    if file is not None:
+        return datasets.load(file).trajectories
+    generator = torch.Generator().manual_seed(seed)
+    total = trajectories * steps
+    skill = torch.rand(trajectories, 1, generator=generator).repeat_interleave(steps, 0)
+    # Each trajectory has its own corner of the state space, so that weights differ.
+    place = 3 * torch.randn(trajectories, 17, generator=generator).repeat_interleave(steps, 0)
+    return from_steps(
+        {
+            OBSERVATION: place + torch.randn(total, 17, generator=generator),
+            ACTION: 2 * torch.rand(total, 6, generator=generator) - 1,
+            REWARD: 10 * skill + torch.randn(total, 1, generator=generator),
+        },
+        torch.arange(trajectories).repeat_interleave(steps),
+    )
+
+
+def hopper_replay(times: int) -> TensorDict:
+    """Return copies of the bundled data; 9 have as many episodes as the set it is part of."""
+    part = datasets.load(datasets.DEFAULT).trajectories
+    whole: TensorDict = torch.cat([part] * times)
+    sizes = lengths(part).repeat(times)
+    whole.set(TRAJ_IDS, torch.arange(len(sizes)).repeat_interleave(sizes))
+    return whole
+
+
+def cut_evenly(trajectories: TensorDict) -> TensorDict:
+    """Return the same steps cut into as many trajectories of equal length, up to one step."""
+    count, total = len(lengths(trajectories)), len(trajectories)
+    sizes = torch.full((count,), total // count)
+    sizes[: total % count] += 1
+    even = trajectories.copy()
+    even.set(TRAJ_IDS, torch.arange(count).repeat_interleave(sizes))
+    return even
+
+
+def widths(trajectories: TensorDictBase) -> tuple[int, int]:
+    """Return the sizes of an observation and of an action."""
+    return trajectories.get(OBSERVATION).shape[-1], trajectories.get(ACTION).shape[-1]
+
+
 @dataclass
 class Training:
-    """The updates of ``iwsft.training.fit``, one a call, without its files."""
+    """The updates of ``iwsft.training.fit``, one per call, without its files.
+
+    Attributes:
+        diagnosed: Whether each update also looks at the weights of its batch.
+        batch: The batch of the last update.
+    """
 
     loss: ImportanceWeightedMLE
     sampler: StepSampler | TrajectorySampler
     updater: TargetNetUpdater | None = None
     lr: float = LR
-    # Looks at the weights of every batch.
     diagnosed: bool = False
+    batch: TensorDictBase | None = None
 
     def __post_init__(self) -> None:
         self.optimizer = torch.optim.Adam(self.loss.parameters(), lr=self.lr, fused=True)
-        self.batch: TensorDictBase | None = None
 
     def step(self) -> None:
-        """One update; the batch stays at hand."""
+        """Make one update."""
         self.batch = self.sampler.sample()
         terms = self.loss.terms(self.batch)
         out = self.loss.summary(terms)
@@ -64,11 +129,11 @@ class SameDraws:
     """Ours and the naive way on the curated trajectories of one dataset.
 
     Args:
-        file: dataset; synthetic without.
-        trajectories: of the synthetic dataset.
-        steps: of each trajectory of it.
-        draws: trajectories of a batch.
-        seed: of everything.
+        file: Dataset; synthetic data without one.
+        trajectories: Trajectories of the synthetic data.
+        steps: Steps of each of them.
+        draws: Trajectories of a batch.
+        seed: Seed of data, parameters and sampler.
     """
 
     def __init__(
@@ -81,15 +146,24 @@ class SameDraws:
         annotate_reference(reference, curated)
         # The order of the naive policy's parameters, before the loss takes them out of the module.
         self._names = [tuple(name.split(".")) for name, _ in policy.named_parameters()]
-        plain = PlainPolicy(*sizes)
+        plain = PlainGaussian.of_sizes(*sizes)
         plain.copy_(reference.parameters())
         loss = ImportanceWeightedMLE(
             policy, importance_weights=ImportanceWeights.paper_control(K), proposal="lagged"
         )
         sampler = TrajectorySampler(curated, draws, seed=seed)
         self.ours = Training(loss, sampler, EMA(loss, decay=DECAY))
-        self.naive = NaiveIwSft(pad(curated), plain, k=K, decay=DECAY, lr=LR)
-        self.kept = curated.get(TRAJ_IDS).unique_consecutive()
+        padded = pad(curated)
+        self.naive = NaiveIwSft(
+            padded.get(OBSERVATION),
+            padded.get(ACTION),
+            padded.get(MASK),
+            plain,
+            k=K,
+            decay=DECAY,
+            lr=LR,
+        )
+        self.ids = curated.get(TRAJ_IDS).unique_consecutive()
         self.follow()
 
     def follow(self) -> None:
@@ -99,29 +173,29 @@ class SameDraws:
         self.naive.q.copy_(loss.target_actor_network_params[name] for name in self._names)
 
     def draws(self) -> Tensor:
-        """Positions of the trajectories of our last batch, one entry a draw."""
+        """Return the positions of the trajectories of our last batch, one entry per draw."""
         assert self.ours.batch is not None
         ids, steps = self.ours.batch.get(TRAJ_IDS).unique_consecutive(return_counts=True)
         first = steps.cumsum(0) - steps
-        drawn = self.ours.batch.get(MULTIPLICITY)[first]
-        return torch.searchsorted(self.kept, ids).repeat_interleave(drawn)
+        multiplicity = self.ours.batch.get(MULTIPLICITY)[first]
+        return torch.searchsorted(self.ids, ids).repeat_interleave(multiplicity)
 
     def disagreement(self) -> float:
-        """Largest relative difference of a parameter's last gradient, in the 2-norm."""
+        """Return the largest relative difference of a parameter's last gradient, in the 2-norm."""
         ours = [self.ours.loss.actor_network_params[name].grad for name in self._names]
         naive = [p.grad for p in self.naive.policy.parameters() if p.grad is not None]
-        both = [(a.double(), b.double()) for a, b in zip(ours, naive, strict=True)]
-        return max(float((a - b).norm() / b.norm()) for a, b in both)
+        pairs = [(a.double(), b.double()) for a, b in zip(ours, naive, strict=True)]
+        return max(float((a - b).norm() / b.norm()) for a, b in pairs)
 
 
 def peak(*, ours: bool, **settings: Any) -> float:
-    """MB that a step needs above the loaded data; alone in its process."""
+    """Return the MB that a step needs above the loaded data; for a process of its own."""
     torch.set_num_threads(1)
-    both = SameDraws(**settings)
+    pair = SameDraws(**settings)
     if ours:
-        return growth_mb(both.ours.step)
-    everything = both.ours.sampler.batch_size
-    return growth_mb(lambda: both.naive.step(torch.arange(everything) % len(both.kept)))
+        return growth_mb(pair.ours.step)
+    batch_size = pair.ours.sampler.batch_size
+    return growth_mb(lambda: pair.naive.step(torch.arange(batch_size) % len(pair.ids)))
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ from torchrl.objectives import CQLLoss, SoftUpdate
 
 from baselines import algorithm, cql
 from baselines.critics import qvalue_networks
-from benchmarks.speed.plain_networks import leaves, mlp
 from iwsft.policies import GaussianPolicy
 from iwsft.training import fit
 from iwsft.trajectory import ACTION, NEXT_OBSERVATION, OBSERVATION, REWARD, TERMINATED
+from tests.oracles.networks import leaves, mlp
 
 MakeTrajectories = Callable[..., TensorDict]
 SMALL = cql.Settings(

@@ -15,8 +15,6 @@ from torch import Tensor
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from baselines import Learner, algorithm
-from benchmarks.speed.baselines import PLAIN
-from benchmarks.speed.plain_networks import disagreement, leaves, mlp
 from iwsft import checkpoint
 from iwsft.training import Sampler, fit
 from iwsft.trajectory import (
@@ -27,6 +25,8 @@ from iwsft.trajectory import (
     TERMINATED,
     TRUNCATED,
 )
+from tests.oracles.critics import PLAIN
+from tests.oracles.networks import disagreement, leaves, mlp
 
 MakeTrajectories = Callable[..., TensorDict]
 Run = Callable[[Learner, Path, int | None], Learner]

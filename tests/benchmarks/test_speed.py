@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,13 @@ import torch
 import tyro
 from torch import Tensor
 
-from benchmarks.speed import data
+from benchmarks.speed import trajectories as data
 from benchmarks.speed.__main__ import Arguments, main
 from benchmarks.speed.measure import DisagreementError, Row, Times, checked, paired
-from benchmarks.speed.plain import PlainPolicy
 from benchmarks.speed.trajectories import SameDraws
 from iwsft.policies import GaussianPolicy
 from iwsft.trajectory import MULTIPLICITY, OBSERVATION, lengths
+from tests.oracles.networks import PlainGaussian
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def test_nan_is_no_agreement() -> None:
 
 def test_plain_policy_is_the_library_policy(seed: int = 3) -> None:
     torch.manual_seed(seed)
-    policy, peer = GaussianPolicy(17, 6), PlainPolicy(17, 6)
+    policy, peer = GaussianPolicy(17, 6), PlainGaussian.of_sizes(17, 6)
     peer.copy_(policy.parameters())
     batch = data.cheetah_like(None, 2, 4, seed)
     expected: Tensor = policy.log_prob(batch.copy())
@@ -123,9 +124,17 @@ def test_cut_evenly_keeps_steps_and_trajectories() -> None:
 
 
 def test_bad_settings_end_before_measuring(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="repeats=0"):
+    with pytest.raises(ValueError, match="--repeats 0: at least 1"):
         Arguments(subject="control", repeats=0)
     with pytest.raises(SystemExit, match="is a folder"):
         main(Arguments(subject="control", json=tmp_path))
     with pytest.raises(SystemExit, match="nowhere.hdf5"):
         main(Arguments(subject="control", dataset=tmp_path / "nowhere.hdf5", scale="small"))
+
+
+def test_without_the_oracles_the_error_asks_for_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("benchmarks.speed.control")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tests.oracles.networks", None)
+    with pytest.raises(SystemExit, match="tests/oracles: run this from the root of a checkout"):
+        main(Arguments(subject="control"))

@@ -13,7 +13,8 @@ import tyro
 from benchmarks.speed import baselines
 from benchmarks.speed.__main__ import Arguments, main
 from benchmarks.speed.measure import DisagreementError, Options
-from benchmarks.speed.plain_iql import PlainIQL
+from tests.oracles.critics import PLAIN
+from tests.oracles.iql import PlainIQL
 
 SMALL = Options(scale="small", repeats=1)
 
@@ -36,7 +37,7 @@ def test_a_row_an_algorithm_and_cloning(report: dict[str, Any]) -> None:
 
 
 def test_agreement_is_checked_for_each(report: dict[str, Any]) -> None:
-    assert len(report["checks"]) == len(baselines.PLAIN) == 4
+    assert len(report["checks"]) == len(PLAIN) == 4
     for check in report["checks"]:
         assert 0 <= check["value"] <= check["limit"] == 1e-6
 

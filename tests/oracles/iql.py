@@ -10,22 +10,22 @@ from torch import nn
 
 from baselines.iql import Settings
 from baselines.learner import Learner
-from benchmarks.speed.plain_networks import Networks, PlainGaussian, follow, leaves, mlp
 from iwsft.trajectory import ACTION, NEXT_OBSERVATION, OBSERVATION, REWARD, TERMINATED
+from tests.oracles.networks import Networks, PlainGaussian, follow, leaves, mlp
 
 
 class PlainIQL:
     """Algorithm 1, each loss at the same parameters.
 
     Args:
-        learner: where the weights come from.
-        settings: of the learner; without dropout.
+        learner: The learner whose weights the networks take.
+        settings: Settings of the learner, without dropout.
     """
 
     def __init__(self, learner: Learner, settings: Settings) -> None:
         loss = learner.loss
         log_std, *mean = leaves(loss.actor_network_params)
-        self.actor = PlainGaussian(log_std, mlp(mean, nn.Tanh()))
+        self.actor = PlainGaussian(mlp(mean, nn.Tanh()), log_std)
         self.value = mlp(leaves(loss.value_network_params))
         self.q1 = mlp(leaves(loss.qvalue_network_params, 0))
         self.q2 = mlp(leaves(loss.qvalue_network_params, 1))
@@ -46,13 +46,14 @@ class PlainIQL:
         )
 
     def update(self, batch: TensorDictBase) -> None:
+        """Make one update; it draws nothing."""
         s, a, r = batch.get(OBSERVATION), batch.get(ACTION), batch.get(REWARD)
-        goes_on = (~batch.get(TERMINATED)).float()
+        continues = (~batch.get(TERMINATED)).float()
         state_action = torch.cat([s, a], -1)
         with torch.no_grad():
             q = torch.min(self.target1(state_action), self.target2(state_action))
             bootstrap = self.value(batch.get(NEXT_OBSERVATION))
-            target = r + self.settings.gamma * goes_on * bootstrap
+            target = r + self.settings.gamma * continues * bootstrap
 
         # Eq. 5: expectile regression of V on Q.
         v = self.value(s)
@@ -61,11 +62,11 @@ class PlainIQL:
         weight = torch.where(advantage > 0, expectile, 1 - expectile)
         value_loss = (weight * advantage.pow(2)).mean()
 
-        # Eq. 6, of both.
+        # Eq. 6, for both Q-networks.
         q1, q2 = self.q1(state_action), self.q2(state_action)
         q_loss = (q1 - target).pow(2).mean() + (q2 - target).pow(2).mean()
 
-        # Eq. 7, its weight clipped as in Appendix B's code.
+        # Eq. 7, with the weight clipped as in the code of Appendix B.
         weight = (self.settings.temperature * advantage.detach()).exp().clamp(max=100.0)
         log_prob = self.actor(s).log_prob(a).sum(-1, keepdim=True)
         actor_loss = -(weight * log_prob).mean()

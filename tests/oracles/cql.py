@@ -12,16 +12,16 @@ from torch.nn import functional
 
 from baselines.cql import Settings
 from baselines.learner import Learner
-from benchmarks.speed.plain_networks import follow, leaves, mlp
 from iwsft.trajectory import ACTION, NEXT_OBSERVATION, OBSERVATION, REWARD, TERMINATED
+from tests.oracles.networks import follow, leaves, mlp
 
 
 class PlainCQL:
     """CQL(H) on soft actor-critic, all losses at the same parameters.
 
     Args:
-        learner: where the weights come from.
-        settings: of the learner.
+        learner: The learner whose weights the networks take.
+        settings: Settings of the learner.
     """
 
     def __init__(self, learner: Learner, settings: Settings) -> None:
@@ -46,23 +46,24 @@ class PlainCQL:
         self.multiplier_optimizer = torch.optim.Adam([self.log_multiplier], lr=critic_lr)
 
     def draw(self, states: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        """``n`` actions a state ``[n * B, act]`` and their log-densities ``[n, B]``."""
+        """Return ``n`` actions per state ``[n * B, act]`` and their log-densities ``[n, B]``."""
         states = states.repeat(n, 1)
         mean, log_std = self.actor(states).chunk(2, -1)
         log_std = (log_std - 1).clamp(-20, 2)
         normal = torch.distributions.Normal(mean, log_std.exp(), validate_args=False)
         x = normal.rsample()
-        # log(1 - tanh(x)^2), which cancels where tanh is 1.
+        # log(1 - tanh(x)^2), without the cancellation where tanh is 1.
         log_slope = 2 * (math.log(2) - x - functional.softplus(-2 * x))
         log_prob = (normal.log_prob(x) - log_slope).sum(-1)
         return x.tanh(), log_prob.view(n, -1)
 
     def update(self, batch: TensorDictBase) -> None:
+        """Make one update. It draws random numbers in the order of our loss."""
         settings, n = self.settings, self.settings.actions
         s, a = batch.get(OBSERVATION), batch.get(ACTION)
         r = batch.get(REWARD).squeeze(-1)
         following = batch.get(NEXT_OBSERVATION)
-        goes_on = (~batch.get(TERMINATED)).float().squeeze(-1)
+        continues = (~batch.get(TERMINATED)).float().squeeze(-1)
 
         def value(q: nn.Module, states: Tensor, actions: Tensor, n: int = 1) -> Tensor:
             return q(torch.cat([states.repeat(n, 1), actions], -1)).view(n, -1)
@@ -77,9 +78,9 @@ class PlainCQL:
                 value(self.target1, following, after, backups).amax(0),
                 value(self.target2, following, after, backups).amax(0),
             )
-            target = r + settings.gamma * goes_on * bootstrap
+            target = r + settings.gamma * continues * bootstrap
 
-        # Soft actor-critic's policy and temperature.
+        # The losses of soft actor-critic's policy and temperature.
         alpha = self.log_alpha.exp().detach()
         q_mine = torch.min(value(self.q1, s, mine), value(self.q2, s, mine))
         actor_loss = (alpha * log_prob - q_mine).mean()
@@ -90,7 +91,7 @@ class PlainCQL:
         multiplier = self.log_multiplier.exp().clamp(max=1e6)
         q_loss, excesses = torch.zeros((), device=a.device), []
         for q in (self.q1, self.q2):
-            of_data = value(q, s, a).squeeze(0)
+            data_value = value(q, s, a).squeeze(0)
             drawn = torch.cat(
                 [
                     value(q, s, uniform.flatten(0, 1), n) - a.shape[-1] * math.log(0.5),
@@ -98,7 +99,7 @@ class PlainCQL:
                     value(q, s, here, n) - log_here,
                 ]
             )
-            gap = torch.logsumexp(drawn, 0) - of_data
+            gap = torch.logsumexp(drawn, 0) - data_value
             if settings.least_gap is not None:
                 gap = gap.clamp(min=settings.least_gap)
             excess = settings.min_q_weight * gap.mean()
@@ -106,7 +107,7 @@ class PlainCQL:
                 excess = excess - settings.lagrange_threshold
                 excesses.append(excess.detach())
                 excess = multiplier.detach() * excess
-            q_loss = q_loss + (of_data - target).pow(2).mean() + excess
+            q_loss = q_loss + (data_value - target).pow(2).mean() + excess
 
         steps = [
             (self.actor_optimizer, actor_loss),
@@ -116,7 +117,7 @@ class PlainCQL:
         if excesses:
             multiplier_loss = -multiplier * (excesses[0] + excesses[1]) / 2
             steps.append((self.multiplier_optimizer, multiplier_loss))
-        # All gradients before the first step; each of its own networks.
+        # All gradients are taken before the first step, each of the loss's own networks.
         for optimizer, loss in steps:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             gradients = torch.autograd.grad(loss, parameters, retain_graph=True)

@@ -10,22 +10,22 @@ from torch import nn
 
 from baselines.awac import Settings
 from baselines.learner import Learner
-from benchmarks.speed.plain_networks import Networks, PlainGaussian, follow, leaves, mlp
 from iwsft.trajectory import ACTION, NEXT_OBSERVATION, OBSERVATION, REWARD, TERMINATED
+from tests.oracles.networks import Networks, PlainGaussian, follow, leaves, mlp
 
 
 class PlainAWAC:
     """Algorithm 1 on fixed data, both losses at the same parameters.
 
     Args:
-        learner: where the weights come from.
-        settings: of the learner.
+        learner: The learner whose weights the networks take.
+        settings: Settings of the learner.
     """
 
     def __init__(self, learner: Learner, settings: Settings) -> None:
         loss = learner.loss
         log_std, *mean = leaves(loss.actor_network_params)
-        self.actor = PlainGaussian(log_std, mlp(mean, nn.Tanh()))
+        self.actor = PlainGaussian(mlp(mean, nn.Tanh()), log_std)
         self.q1 = mlp(leaves(loss.qvalue_network_params, 0))
         self.q2 = mlp(leaves(loss.qvalue_network_params, 1))
         self.target1, self.target2 = deepcopy(self.q1), deepcopy(self.q2)
@@ -40,14 +40,14 @@ class PlainAWAC:
         self.q_optimizer = torch.optim.Adam(both, lr=settings.lr)
 
     def update(self, batch: TensorDictBase) -> None:
-        """One update; draws the policy's actions at s', then at s."""
+        """Make one update. It draws the policy's actions at s', then at s."""
         s, a, r = batch.get(OBSERVATION), batch.get(ACTION), batch.get(REWARD)
         following = batch.get(NEXT_OBSERVATION)
-        goes_on = (~batch.get(TERMINATED)).float()
+        continues = (~batch.get(TERMINATED)).float()
         with torch.no_grad():
             after = torch.cat([following, self.actor(following).sample().clamp(-1, 1)], -1)
             bootstrap = torch.min(self.target1(after), self.target2(after))
-            target = r + self.settings.gamma * goes_on * bootstrap
+            target = r + self.settings.gamma * continues * bootstrap
 
         state_action = torch.cat([s, a], -1)
         q1, q2 = self.q1(state_action), self.q2(state_action)

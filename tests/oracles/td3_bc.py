@@ -10,16 +10,16 @@ from torch import nn
 
 from baselines.learner import Learner
 from baselines.td3_bc import Settings
-from benchmarks.speed.plain_networks import follow, leaves, mlp
 from iwsft.trajectory import ACTION, NEXT_OBSERVATION, OBSERVATION, REWARD, TERMINATED
+from tests.oracles.networks import follow, leaves, mlp
 
 
 class PlainTD3BC:
     """TD3 with the actor's loss of Eq. 5, both losses at the same parameters.
 
     Args:
-        learner: where the weights come from.
-        settings: of the learner.
+        learner: The learner whose weights the networks take.
+        settings: Settings of the learner.
     """
 
     def __init__(self, learner: Learner, settings: Settings) -> None:
@@ -42,25 +42,26 @@ class PlainTD3BC:
         self.q_optimizer = torch.optim.Adam(both, lr=settings.lr)
 
     def update(self, batch: TensorDictBase) -> None:
+        """Make one update. It draws the noise of the target's actions."""
         self.updates += 1
         settings = self.settings
         s, a, r = batch.get(OBSERVATION), batch.get(ACTION), batch.get(REWARD)
         following = batch.get(NEXT_OBSERVATION)
-        goes_on = (~batch.get(TERMINATED)).float()
+        continues = (~batch.get(TERMINATED)).float()
         with torch.no_grad():
             noise = settings.policy_noise * torch.randn_like(a)
             noise = noise.clamp(-settings.noise_clip, settings.noise_clip)
             next_action = (self.target_actor(following) + noise).clamp(-1, 1)
             after = torch.cat([following, next_action], -1)
             bootstrap = torch.min(self.target1(after), self.target2(after))
-            target = r + settings.gamma * goes_on * bootstrap
+            target = r + settings.gamma * continues * bootstrap
         state_action = torch.cat([s, a], -1)
         q1, q2 = self.q1(state_action), self.q2(state_action)
         q_loss = (q1 - target).pow(2).mean() + (q2 - target).pow(2).mean()
 
         due = self.updates % settings.policy_delay == 0
         if due:
-            # Its gradient is taken before the critics move.
+            # The actor's gradient is taken before the critics move.
             mine = self.actor(s)
             q = self.q1(torch.cat([s, mine], -1))
             weight = settings.alpha / q.abs().mean().detach()
