@@ -1,4 +1,4 @@
-"""What there is to run on: GPUs, cores and memory of this node, and the nodes beside it."""
+"""What there is to run on: GPUs, cores and memory of this node, and its place among other nodes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-NODE_VARIABLES = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+from benchmarks.cluster import cores
+
+_NODE_VARIABLES = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -16,14 +18,14 @@ class Hardware:
     """One node, and its place among several.
 
     Attributes:
-        gpus: of this node that torch sees (CUDA or ROCm); every node has as many.
-        cores: that this process may use.
-        gpu_memory: bytes of the smallest GPU; None where it is not known.
-        host_memory: bytes of this node; None where it is not known.
-        nodes: that take part.
-        node_rank: this one's number, from 0.
-        address: of node 0, as the others reach it.
-        port: on it.
+        gpus: GPUs of this node that torch sees (CUDA or ROCm); every node has as many.
+        cores: Cores that this process may use.
+        gpu_memory: Bytes of the smallest GPU; None where it is not known.
+        host_memory: Bytes of this node; None where it is not known.
+        nodes: Number of nodes that take part.
+        node_rank: Number of this node, from 0.
+        address: Address of node 0, as the others reach it.
+        port: A free port of node 0.
     """
 
     gpus: int
@@ -37,63 +39,54 @@ class Hardware:
 
     @classmethod
     def here(cls, environ: Mapping[str, str] = os.environ) -> Hardware:
-        """This node. That there are others is read from the environment variables that torchrun's
-        users know: ``NNODES``, ``NODE_RANK``, ``MASTER_ADDR``, ``MASTER_PORT``.
+        """Look at this node.
+
+        Other nodes are known from the environment variables that users of torchrun know:
+        ``NNODES``, ``NODE_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT``.
 
         Raises:
-            ValueError: several nodes, and one of these variables is missing or no such number.
+            ValueError: If there are several nodes and one of the variables is missing or wrong.
         """
+        import psutil  # type: ignore[import-untyped]
         import torch
 
         gpus = torch.cuda.device_count()
-        nodes = _number(environ, "NNODES", 1)
-        if nodes > 1:
-            missing = [name for name in NODE_VARIABLES if not environ.get(name)]
-            if missing:
-                raise ValueError(
-                    f"NNODES={nodes}, but {', '.join(missing)} is not set: every node needs "
-                    f"{', '.join(NODE_VARIABLES)}, as in benchmarks/llm/slurm/job.sh"
-                )
-        rank = _number(environ, "NODE_RANK", 0) if nodes > 1 else 0
+        node = cls(
+            gpus=gpus,
+            cores=cores(),
+            gpu_memory=_gpu_memory() if gpus else None,
+            host_memory=psutil.virtual_memory().total,
+        )
+        nodes = _number(environ, "NNODES", "1")
+        if nodes == 1:
+            return node
+        missing = [name for name in _NODE_VARIABLES if not environ.get(name)]
+        if missing:
+            raise ValueError(
+                f"NNODES={nodes}, but {', '.join(missing)} is not set: every node needs "
+                f"{', '.join(_NODE_VARIABLES)}, as in benchmarks/llm/slurm/job.sh"
+            )
+        rank = _number(environ, "NODE_RANK")
         if not 0 <= rank < nodes:
             raise ValueError(f"NODE_RANK={rank} must be in [0, NNODES={nodes})")
-        return cls(
-            gpus=gpus,
-            cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else _cores(),
-            gpu_memory=_gpu_memory() if gpus else None,
-            host_memory=_host_memory(),
-            nodes=nodes,
-            node_rank=rank,
-            address=environ["MASTER_ADDR"] if nodes > 1 else None,
-            port=_number(environ, "MASTER_PORT", 0) if nodes > 1 else None,
-        )
+        address, port = environ["MASTER_ADDR"], _number(environ, "MASTER_PORT")
+        return replace(node, nodes=nodes, node_rank=rank, address=address, port=port)
 
 
-def _number(environ: Mapping[str, str], name: str, default: int) -> int:
-    text = environ.get(name) or str(default)
+def _number(environ: Mapping[str, str], name: str, default: str = "") -> int:
+    text = environ.get(name) or default
     if not text.isdecimal() or (name == "NNODES" and int(text) < 1):
-        raise ValueError(f"{name}={text!r} in the environment is no such number")
+        raise ValueError(f"{name}={text!r} in the environment must be a whole number")
     return int(text)
 
 
-def _cores() -> int:
-    return os.cpu_count() or 1
-
-
-def _host_memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None
-
-
 def _gpu_memory() -> int | None:
-    """In a process of its own: a look takes a context of half a GB for as long as it lives."""
+    """Ask a process of its own, as a look takes half a GB of the GPU as long as it lives."""
     look = (
         "import torch; n = torch.cuda.device_count(); "
         "print(min(torch.cuda.get_device_properties(i).total_memory for i in range(n)))"
     )
     done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=False)
-    # What a driver has to say stands before the number.
+    # A driver may print before the number.
     words = done.stdout.split()
     return int(words[-1]) if done.returncode == 0 and words else None

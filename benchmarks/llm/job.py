@@ -16,15 +16,13 @@ from benchmarks.llm.algorithms import BASE
 from benchmarks.llm.arguments import Arguments, asked, settings_of
 from benchmarks.llm.checks import check
 from benchmarks.llm.hardware import Hardware
-from benchmarks.llm.launch import choose, launched
-from benchmarks.llm.launch import run as start
-from benchmarks.llm.launch_config import Launch
+from benchmarks.llm.launch import Launch, choose, launched, start
+from benchmarks.llm.memory import DecoderSizes, Setup
 from benchmarks.llm.plan import Plan, config_of
 from benchmarks.llm.recipes import load_recipe
 from benchmarks.llm.recipes.recipe import Prepared
 from benchmarks.llm.run import arguments_of, run
 from benchmarks.runs import RESULT, Summary, claim, tell
-from iwsft.language.memory import DecoderSizes, Setup
 
 _COLUMNS = "{:<12} {:>4} {:>13} {:>8} {:>5} {:>6} {:>6} {:>7}"
 _HEADER = _COLUMNS.format("algo", "seed", "update", "loss", "ESS", "max w", "score", "seconds")

@@ -1,8 +1,8 @@
 """Start a training command again under accelerate: a process a GPU, or 2 on the CPU.
 
-``choose`` finds a packaged config (``benchmarks/llm/configs``) or reads the user's, ``run`` starts
-the processes, ``launched`` tells a process what it was started as, and ``assert_engine`` that the
-engine it got is the one that was asked for: accelerate and transformers fall back to others
+``choose`` reads a packaged config (``benchmarks/llm/configs``) or the user's, ``start`` starts the
+processes, and ``launched`` tells a process what it was started as. ``assert_engine`` checks that a
+process got the engine that was asked for, because accelerate and transformers fall back to others
 without a word.
 """
 
@@ -14,18 +14,73 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate.utils import patch_environment  # type: ignore[import-untyped]
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from benchmarks.llm.hardware import Hardware
-from benchmarks.llm.launch_config import ENGINES, VARIABLE, Launch, read
-from iwsft.language.memory import DecoderSizes, Setup, training_memory
+from benchmarks.llm.memory import ENGINES, DecoderSizes, Setup, training_memory
 
-# Of a GPU's or host's memory; the rest is lost between blocks and to the system.
+CONFIGS = Path(__file__).parent / "configs"
+CPU_PROCESSES = 2
+# The variable that tells a process what it was started as.
+VARIABLE = "IWSFT_LAUNCH"
+# The share of a GPU's or host's memory that training may take; allocators and the system lose some.
 _USABLE = 0.9
+Engine = Literal["single", "deepspeed", "fsdp2"]
+# accelerate's names.
+_ENGINES: dict[str, Engine] = {"NO": "single", "DEEPSPEED": "deepspeed", "FSDP": "fsdp2"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What to start.
+
+    Attributes:
+        config: Name of a packaged config, or the user's file.
+        engine: What trains.
+        stage: DeepSpeed's ZeRO stage; None for other engines.
+        offload_optimizer: Whether DeepSpeed keeps the optimizer in host memory.
+        device: Device that every process computes on.
+        processes: Number of processes on all nodes together.
+        threads: Threads of a process on the CPU.
+        options: Options of ``accelerate launch``.
+    """
+
+    config: str
+    engine: Engine
+    stage: int | None
+    offload_optimizer: bool
+    device: Literal["cpu", "cuda"]
+    processes: int
+    threads: int = 1
+    options: tuple[str, ...] = ()
+
+    @property
+    def engine_name(self) -> str:
+        """The engine in a word or two: ``single``, ``deepspeed zero3 offload``, ``fsdp2``."""
+        if self.stage is None:
+            return self.engine
+        return f"{self.engine} zero{self.stage}{' offload' if self.offload_optimizer else ''}"
+
+    def environment(self) -> dict[str, str]:
+        """Environment variables that the processes get in addition to those of this one."""
+        variables = {VARIABLE: json.dumps(asdict(self)), "OMP_NUM_THREADS": str(self.threads)}
+        if self.device == "cpu":
+            # DeepSpeed and torch would find the GPUs of a machine that has some.
+            variables |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        return variables
+
+
+def config_names() -> list[str]:
+    """Names of the packaged configs."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
 def choose(
@@ -35,59 +90,106 @@ def choose(
     model: DecoderSizes | None = None,
     setup: Setup | None = None,
 ) -> Launch:
-    """What to start on this hardware.
+    """Choose what to start on this hardware.
 
     Args:
-        config: name of a packaged config, an accelerate YAML file, a DeepSpeed JSON file; None for
-            the one that fits: ``cpu_zero3`` without a GPU, ``multi_node`` on several nodes, else
-            the first of ``zero2``, ``zero3``, ``zero3_offload`` that the model fits in (``zero3``
-            where model or memory are not known).
-        hardware: of this node.
-        model: what is to be trained.
-        setup: tokens of a micro-batch, q, and what else memory hangs on; the engine is overwritten.
+        config: Name of a packaged config, an accelerate YAML file, or a DeepSpeed JSON file. A YAML
+            file of the user that gives a number of processes keeps it; otherwise there is a process
+            a GPU, or 2 on the CPU. None takes the config that fits: ``cpu_zero3`` without a GPU,
+            ``multi_node`` on several nodes, else the first of ``zero2``, ``zero3`` and
+            ``zero3_offload`` that the model fits in (``zero3`` where sizes are not known).
+        hardware: This node and its place among others.
+        model: Sizes of the model.
+        setup: How the model is trained; its engine and processes are overwritten.
 
     Raises:
-        ValueError: an unknown config or one that this hardware can't run, or no config that the
-            model fits in.
-        FileNotFoundError: no such file.
+        ValueError: If the config is not known, can't be used or can't run on this hardware, or if
+            the model fits in no config.
+        FileNotFoundError: If there is no such file.
     """
     if config is None:
-        config = _fitting(hardware, model, setup or Setup())
-    found = read(config, hardware)
+        config = _fitting_config(hardware, model, setup or Setup())
+    path, deepspeed_file = _files(config)
+    settings = _read_accelerate_config(path)
+    engine = _ENGINES[_distributed_type(settings)]
+    stage, offload = None, False
+    if engine == "deepspeed":
+        zero = settings.deepspeed_config
+        if deepspeed_file is None and "deepspeed_config_file" in zero:
+            # In packaged files the path starts at the root of the checkout.
+            root = CONFIGS.parents[2] if path.parent == CONFIGS else Path()
+            deepspeed_file = Path(root, zero["deepspeed_config_file"]).resolve()
+        if deepspeed_file is None:
+            stage = int(zero.get("zero_stage", 2))
+            offload = str(zero.get("offload_optimizer_device", "none")) != "none"
+        else:
+            stage, offload = _read_deepspeed_config(deepspeed_file)
+    on_cpu = settings.use_cpu or hardware.gpus == 0
     if config == "multi_node" and hardware.nodes < 2:
         raise ValueError(
-            "--deepspeed multi_node: only one node is known of; set NNODES, NODE_RANK, MASTER_ADDR "
-            "and MASTER_PORT on each, as benchmarks/llm/slurm/job.sh does, or take zero3"
+            "--deepspeed multi_node: the environment names only one node; set NNODES, NODE_RANK, "
+            "MASTER_ADDR and MASTER_PORT on each, as benchmarks/llm/slurm/job.sh does, or take "
+            "zero3"
         )
-    if found.device == "cpu" or hardware.gpus > 0:
-        return found
-    if found.engine == "fsdp2":
+    if on_cpu and engine == "fsdp2":
         raise ValueError(
             f"--deepspeed {config}: FSDP2 under accelerate needs GPUs, and torch sees none "
             "(accelerate would train without it); on the CPU use cpu_zero3"
         )
-    if found.offload_optimizer:
+    if hardware.gpus == 0 and offload and not settings.use_cpu:
         raise ValueError(
             f"--deepspeed {config}: there is no GPU to offload the optimizer from; on the CPU use "
             "cpu_zero3"
         )
-    return replace(found, device="cpu")
+    if path.parent == CONFIGS or settings.num_processes < 1:
+        single = engine == "single"
+        local = 1 if single else CPU_PROCESSES if on_cpu else hardware.gpus
+        settings.num_machines = 1 if single else hardware.nodes
+        settings.num_processes = local * settings.num_machines
+        settings.machine_rank = hardware.node_rank
+        settings.main_process_ip, settings.main_process_port = hardware.address, hardware.port
+    nodes = settings.num_machines
+    threads = _threads(hardware, settings.num_processes // nodes)
+    options: dict[str, Any] = {
+        "--config_file": path,
+        "--num_processes": settings.num_processes,
+        "--num_machines": nodes,
+        "--machine_rank": settings.machine_rank,
+        # Port 0 is any that is free.
+        "--main_process_port": settings.main_process_port or 0,
+        "--num_cpu_threads_per_process": threads,
+    }
+    if deepspeed_file is not None:
+        options["--deepspeed_config_file"] = deepspeed_file
+    if nodes > 1:
+        options["--main_process_ip"] = settings.main_process_ip
+    words = [str(word) for option in options.items() for word in option]
+    return Launch(
+        config=config,
+        engine=engine,
+        stage=stage,
+        offload_optimizer=offload,
+        device="cpu" if on_cpu else "cuda",
+        processes=settings.num_processes,
+        threads=threads,
+        options=(*words, *(["--same_network"] if nodes > 1 else [])),
+    )
 
 
-def run(launch: Launch, module: str, arguments: Sequence[str]) -> int:
-    """Run ``python -m module ARGUMENTS`` in each process, wait, and return their exit status.
+def start(launch: Launch, module: str, arguments: Sequence[str]) -> int:
+    """Run ``python -m module ARGUMENTS`` in each process, wait, and return the exit status.
 
-    The processes say themselves what went wrong; a line is added for those that were killed.
+    The processes print their own errors; this prints a line about one that was killed.
 
     Args:
-        launch: what to start.
-        module: of the command.
-        arguments: of the command line.
+        launch: What to start.
+        module: The module of the command.
+        arguments: The words of the command line after the module.
 
     Raises:
-        ValueError: this process is one of several already.
-        ImportError: the engine's package is missing.
-        KeyboardInterrupt: a signal to end arrived.
+        ValueError: If this process is one of several already.
+        ImportError: If the engine's package is missing.
+        KeyboardInterrupt: If a signal to end arrives.
     """
     if "LOCAL_RANK" in os.environ:
         raise ValueError(
@@ -97,24 +199,14 @@ def run(launch: Launch, module: str, arguments: Sequence[str]) -> int:
         )
     if launch.engine == "deepspeed" and find_spec("deepspeed") is None:
         raise ImportError(f"{launch.config} needs DeepSpeed: pip install deepspeed")
-    with variables(launch.environment()):
+    with patch_environment(**launch.environment()):
         if launch.engine == "single":
-            return _run_one([sys.executable, "-m", module, *arguments])
-        return _run_several(launch, launch.command(module, arguments))
+            command = [sys.executable, "-m", module, *arguments]
+            return _exit_status(subprocess.run(command, check=False).returncode, "the process")
+        return _start_several(launch, [*launch.options, "--module", module, *arguments])
 
 
-def _run_one(command: Sequence[str]) -> int:
-    with subprocess.Popen(command) as process:
-        try:
-            return _status(process.wait(), "the process")
-        except KeyboardInterrupt:
-            # A signal to this process alone.
-            process.terminate()
-            process.wait()
-            raise
-
-
-def _run_several(launch: Launch, command: Sequence[str]) -> int:
+def _start_several(launch: Launch, command: Sequence[str]) -> int:
     from accelerate.commands.launch import (  # type: ignore[import-untyped]
         launch_command,
         launch_command_parser,
@@ -127,68 +219,127 @@ def _run_several(launch: Launch, command: Sequence[str]) -> int:
             launch_command(launch_command_parser().parse_args(command))
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
-            return _status(failure.exitcode, f"process {rank} of {launch.processes}")
+            return _exit_status(failure.exitcode, f"process {rank} of {launch.processes}")
         except SignalException as error:
             raise KeyboardInterrupt from error
     return 0
 
 
 def launched() -> Launch | None:
-    """What this process was started as by :func:`run`; None for one started otherwise."""
+    """What :func:`start` started this process as; None for a process that was started otherwise."""
     text = os.environ.get(VARIABLE)
     return None if text is None else Launch(**json.loads(text))
 
 
 def assert_engine(trainer_or_accelerator: Any, launch: Launch) -> None:
-    """See that the engine is the one that was asked for; call it when the trainer is made.
+    """Check that the engine is the one that was asked for; call it when the trainer is made.
 
     Args:
-        trainer_or_accelerator: a transformers ``Trainer``, or accelerate's ``Accelerator``.
-        launch: what was asked for.
+        trainer_or_accelerator: A transformers ``Trainer``, or accelerate's ``Accelerator``.
+        launch: What was asked for.
 
     Raises:
-        ValueError: another engine, stage, offloading, device or number of processes.
+        ValueError: If the engine, stage, offloading, device or number of processes is another.
     """
     accelerator = getattr(trainer_or_accelerator, "accelerator", trainer_or_accelerator)
     state = accelerator.state
-    kind = str(getattr(state.distributed_type, "value", state.distributed_type))
-    found: dict[str, Any] = {
-        "engine": ENGINES.get(kind, kind),
+    kind = _distributed_type(state)
+    actual: dict[str, Any] = {
+        "engine": _ENGINES.get(kind, kind),
         "processes": accelerator.num_processes,
         "device": accelerator.device.type,
     }
-    if launch.engine == "deepspeed" and found["engine"] == "deepspeed":
+    if launch.engine == "deepspeed" and actual["engine"] == "deepspeed":
         plugin = state.deepspeed_plugin
-        found["stage"] = int(plugin.zero_stage)
+        actual["stage"] = int(plugin.zero_stage)
         offload = plugin.get_value("zero_optimization.offload_optimizer.device") or "none"
-        found["offload_optimizer"] = str(offload) != "none"
-    if found["engine"] == "fsdp2" and state.fsdp_plugin.fsdp_version != 2:
-        found["engine"] = "fsdp1"
-    differ = {name: value for name, value in found.items() if value != getattr(launch, name)}
+        actual["offload_optimizer"] = str(offload) != "none"
+    if actual["engine"] == "fsdp2" and state.fsdp_plugin.fsdp_version != 2:
+        actual["engine"] = "fsdp1"
+    differ = {name: value for name, value in actual.items() if value != getattr(launch, name)}
     if differ:
-        asked = ", ".join(f"{name} {getattr(launch, name)}" for name in differ)
+        wanted = ", ".join(f"{name} {getattr(launch, name)}" for name in differ)
         got = ", ".join(f"{name} {value}" for name, value in differ.items())
         raise ValueError(
-            f"{launch.config} was asked for with {asked}, but training would run with {got}: "
+            f"{launch.config} asks for {wanted}, but training would run with {got}: "
             "TrainingArguments need use_cpu=True on the CPU and no deepspeed or fsdp of their own, "
             "and ACCELERATE_ variables of the shell must not be set"
         )
 
 
-def _fitting(hardware: Hardware, model: DecoderSizes | None, setup: Setup) -> str:
+def _files(config: str) -> tuple[Path, Path | None]:
+    """accelerate's file of a config, and the DeepSpeed file where the user names one."""
+    if config in config_names():
+        return CONFIGS / f"{config}.yaml", None
+    if not config.endswith((".yaml", ".yml", ".json")):
+        raise ValueError(
+            f"--deepspeed {config}: unknown config; it is one of {', '.join(config_names())}, or a "
+            ".yaml file of accelerate, or a .json file of DeepSpeed"
+        )
+    path = Path(config).resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"--deepspeed {config}: there is no such file")
+    if path.suffix == ".json":
+        return CONFIGS / "zero3.yaml", path
+    return path, None
+
+
+def _read_accelerate_config(path: Path) -> Any:
+    """accelerate's own reading of its file."""
+    from accelerate.commands.config.config_args import (  # type: ignore[import-untyped]
+        load_config_from_file,
+    )
+
+    try:
+        config: Any = load_config_from_file(str(path))
+    except (AttributeError, TypeError, YAMLError) as error:
+        raise ValueError(f"{path} is not a config of accelerate ({error})") from error
+    kind = _distributed_type(config)
+    if kind not in _ENGINES:
+        raise ValueError(
+            f"{path}: distributed_type {kind} is none of {', '.join(_ENGINES)}; for plain data "
+            "parallelism take zero2"
+        )
+    if kind == "FSDP" and int(config.fsdp_config.get("fsdp_version", 1)) != 2:
+        raise ValueError(f"{path}: fsdp_version must be 2; FSDP1 is not supported")
+    return config
+
+
+def _distributed_type(config_or_state: Any) -> str:
+    kind = config_or_state.distributed_type
+    return str(getattr(kind, "value", kind))
+
+
+def _read_deepspeed_config(path: Path) -> tuple[int, bool]:
+    """The ZeRO stage, and whether the optimizer is offloaded."""
+    try:
+        zero = json.loads(path.read_text())["zero_optimization"]
+        offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+        return int(zero["stage"]), offload
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not a DeepSpeed config with a zero_optimization stage ({error!r})"
+        ) from error
+
+
+def _threads(hardware: Hardware, processes: int) -> int:
+    """Threads of each of the processes on this node."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdecimal() else max(1, hardware.cores // processes)
+
+
+def _fitting_config(hardware: Hardware, model: DecoderSizes | None, setup: Setup) -> str:
     if hardware.gpus == 0:
         return "cpu_zero3"
     if model is None or hardware.gpu_memory is None:
         return "multi_node" if hardware.nodes > 1 else "zero3"
     processes = hardware.gpus * hardware.nodes
-    choices: dict[str, Any] = {"zero2": {"engine": "zero2"}, "zero3": {"engine": "zero3"}}
-    if hardware.nodes > 1:
-        choices = {"multi_node": {"engine": "zero3"}}
-    choices["zero3_offload"] = {"engine": "zero3", "offload_optimizer": True}
+    names = ["multi_node"] if hardware.nodes > 1 else ["zero2", "zero3"]
     needs = []
-    for name, settings in choices.items():
-        asked = replace(setup, processes=processes, nodes=hardware.nodes, **settings)
-        memory = training_memory(model, asked)
+    for name in (*names, "zero3_offload"):
+        memory = training_memory(
+            model, replace(setup, processes=processes, nodes=hardware.nodes, **ENGINES[name])
+        )
         fits_host = memory.host <= _USABLE * (hardware.host_memory or float("inf"))
         if memory.gpu <= _USABLE * hardware.gpu_memory and fits_host:
             return name
@@ -205,41 +356,26 @@ def _gb(number: float) -> str:
     return f"{number / 1e9:.0f} GB"
 
 
-def _status(code: int, who: str) -> int:
-    """The exit status of a shell; a line about processes that could not say anything."""
+def _exit_status(code: int, process: str) -> int:
+    """The exit status of a shell, after a line about a process that a signal ended."""
     if code >= 0:
         return code
     name = signal.Signals(-code).name
     hint = "; most often memory ran out, see docs/scaling.md" if -code == signal.SIGKILL else ""
-    print(f"error: {who} was ended by {name}{hint}", file=sys.stderr)
+    print(f"error: {process} was ended by {name}{hint}", file=sys.stderr)
     return 128 - code
 
 
 @contextmanager
-def variables(values: Mapping[str, str]) -> Iterator[None]:
-    """Within, the environment has these variables; after, what it had before."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-@contextmanager
 def _quiet_agent() -> Iterator[None]:
-    """Without torchrun's page about a failed process: it has told the error itself."""
+    """Hide torchrun's page about a failed process, which has printed its error itself."""
     prefix = "torch.distributed.elastic"
     loggers = [logging.getLogger(n) for n in list(logging.root.manager.loggerDict) if prefix in n]
-    before = [logger.level for logger in loggers]
+    levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, before, strict=True):
+        for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.llm.algorithms import ALGORITHMS, BASE, Algorithm
 from benchmarks.llm.kept import file_sha256
-from benchmarks.llm.launch_config import Launch
+from benchmarks.llm.launch import Launch
 from benchmarks.llm.recipes import Recipe, load_recipe
 from benchmarks.llm.recipes.recipe import Defaults, Prepared
 from benchmarks.provenance import hardware, versions
@@ -99,16 +99,9 @@ def config_of(plan: Plan, launch: Launch | None) -> dict[str, Any]:
         "algo": plan.algo,
         "seed": plan.seed,
         "settings": settings_of(plan),
-        "engine": engine_of(launch),
+        "engine": "single" if launch is None else launch.engine_name,
         "processes": 1 if launch is None else launch.processes,
         "versions": versions(_PACKAGES),
         "hardware": hardware(plan.device if launch is None else launch.device),
         "command": " ".join(["python -m benchmarks.llm", *sys.argv[1:]]),
     }
-
-
-def engine_of(launch: Launch | None) -> str:
-    """What trains, in a word or two: ``single``, ``deepspeed zero3``, ``fsdp2``."""
-    if launch is None or launch.stage is None:
-        return "single" if launch is None else launch.engine
-    return f"{launch.engine} zero{launch.stage}{' offload' if launch.offload_optimizer else ''}"

@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment  # type: ignore[import-untyped]
 from tensordict import TensorDictBase
 from transformers import PrinterCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging
 
 from benchmarks.llm.algorithms import Algorithm, q_of
-from benchmarks.llm.launch import assert_engine, variables
-from benchmarks.llm.launch_config import Launch
+from benchmarks.llm.launch import Launch, assert_engine
 from benchmarks.llm.models import load
-from benchmarks.llm.plan import BENCHMARK, Plan, engine_of
+from benchmarks.llm.plan import BENCHMARK, Plan
 from benchmarks.llm.progress import Progress, Say
 from benchmarks.llm.recipes.recipe import Prepared
 from benchmarks.provenance import write_json
@@ -98,7 +99,7 @@ def _run(plan: Plan, say: Say, launch: Launch | None, first: bool) -> dict[str, 
             **score,
             **trained,
             "evaluation_cpu_seconds": cost[0],
-            "engine": engine_of(launch),
+            "engine": "single" if launch is None else launch.engine_name,
             "processes": 1 if launch is None else launch.processes,
             "notes": dict(prepared.notes),
         }
@@ -291,20 +292,15 @@ def _evaluate(plan: Plan, prepared: Prepared, model: str, launch: Launch | None)
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Within, transformers loads and generates as in one process: not in shards and in step.
+    """Make transformers load and generate as in one process: not in shards and in step.
 
-    The settings of the engine that the run before has left would hold otherwise.
+    The engine's settings of the run before would hold otherwise. The next run's
+    ``TrainingArguments`` set them again.
     """
-    from transformers.integrations import deepspeed
-
-    before = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        # FSDP's, by which only the first process has the weights.
-        with variables({"FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}):
-            yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = before
+    unset_hf_deepspeed_config()
+    # By FSDP's setting only the first process would have the weights.
+    with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+        yield
 
 
 def _rank() -> int:

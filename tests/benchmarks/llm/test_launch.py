@@ -13,13 +13,17 @@ import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin, patch_environment
 from accelerate.utils.launch import prepare_multi_gpu_env
-from transformers import Qwen2Config
 
 from benchmarks.llm.hardware import Hardware
-from benchmarks.llm.launch import assert_engine, choose
-from benchmarks.llm.launch_config import CONFIGS, Launch, names
-from benchmarks.llm.scaling import MODELS, Arguments, main
-from iwsft.language.memory import REDUCE_BUCKET, DecoderSizes, Setup
+from benchmarks.llm.launch import CONFIGS, Launch, assert_engine, choose, config_names
+from benchmarks.llm.memory import (
+    REDUCE_BUCKET,
+    DecoderSizes,
+    Options,
+    Setup,
+    main,
+    qwen2_config,
+)
 
 ROOT = Path(__file__).parents[3]
 CPU = Hardware(gpus=0, cores=4)
@@ -34,12 +38,13 @@ def shell(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def started(launch: Launch) -> Any:
     """What accelerate makes of the command."""
-    parsed = launch_command_parser().parse_args(launch.command("some.module", ["--algo", "sft"]))
+    words = [*launch.options, "--module", "some.module", "--algo", "sft"]
+    parsed = launch_command_parser().parse_args(words)
     return _validate_launch_command(parsed)[0]
 
 
 def test_the_packaged_configs() -> None:
-    assert names() == sorted(
+    assert config_names() == sorted(
         ["single", "cpu_zero3", "zero2", "zero3", "zero3_offload", "fsdp2", "multi_node"]
     )
 
@@ -113,12 +118,12 @@ def test_a_node_of_several_is_told_its_place() -> None:
     [("0.5B", 4096, "zero2"), ("7B", 22_000, "zero2"), ("32B", 22_000, "zero3_offload")],
 )
 def test_the_first_config_that_the_model_fits_in(model: str, tokens: int, expected: str) -> None:
-    sizes = DecoderSizes.of(Qwen2Config(**MODELS[model]))
+    sizes = DecoderSizes.of(qwen2_config(model))
     assert choose(None, NODE, model=sizes, setup=Setup(tokens=tokens)).config == expected
 
 
 def test_a_model_that_fits_nowhere_is_refused_with_figures() -> None:
-    sizes = DecoderSizes.of(Qwen2Config(**MODELS["32B"]))
+    sizes = DecoderSizes.of(qwen2_config("32B"))
     small = Hardware(gpus=8, cores=64, gpu_memory=24 * 10**9, host_memory=256 * 10**9)
     said = r"zero3_offload \d+ GB a GPU and 590 GB .* 8 GPUs of 24 GB and 256 GB"
     with pytest.raises(ValueError, match=said):
@@ -143,7 +148,8 @@ def test_own_files(tmp_path: Path) -> None:
     assert (launch.stage, launch.processes, launch.threads) == (1, 3, 21)
     accelerate.write_text("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 3}\n")
     launch = choose(str(accelerate), NODE)
-    assert (launch.stage, launch.processes, launch.deepspeed_file) == (3, 8, None)
+    assert (launch.stage, launch.processes) == (3, 8)
+    assert started(launch).zero_stage == 3
 
 
 @pytest.mark.parametrize(
@@ -152,8 +158,8 @@ def test_own_files(tmp_path: Path) -> None:
         ("distributed_type: MULTI_GPU\nnum_processes: 2\n", "take zero2"),
         ("distributed_type: DEEPSPEED\nno_such_key: 1\n", "no_such_key"),
         ("distributed_type: FSDP\nfsdp_config: {fsdp_version: 1}\n", "FSDP1 is not supported"),
-        ("[", "no config of accelerate"),
-        ("", "no config of accelerate"),
+        ("[", "not a config of accelerate"),
+        ("", "not a config of accelerate"),
     ],
 )
 def test_own_files_that_cannot_be_used(tmp_path: Path, content: str, said: str) -> None:
@@ -167,7 +173,7 @@ def test_own_files_that_cannot_be_used(tmp_path: Path, content: str, said: str) 
 def test_a_deepspeed_file_without_a_stage(tmp_path: Path, content: str) -> None:
     path = tmp_path / "mine.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match="no DeepSpeed config with a zero_optimization stage"):
+    with pytest.raises(ValueError, match="not a DeepSpeed config with a zero_optimization stage"):
         choose(str(path), NODE)
 
 
@@ -196,7 +202,7 @@ def test_hardware_reads_its_place_from_the_environment() -> None:
         with pytest.raises(ValueError, match=f"{name} is not set"):
             Hardware.here({key: value for key, value in place.items() if key != name})
     for wrong in ({"NNODES": "two"}, {"NNODES": "0"}, {**place, "NODE_RANK": "2"}):
-        with pytest.raises(ValueError, match="NNODES|NODE_RANK"):
+        with pytest.raises(ValueError, match="must be"):
             Hardware.here(wrong)
 
 
@@ -212,7 +218,9 @@ def accelerator(kind: str, processes: int, **state: Any) -> Any:
 def test_a_silent_fallback_is_an_error() -> None:
     launch = choose("cpu_zero3", CPU)
     # As accelerate does with ACCELERATE_USE_CPU, and without use_cpu.
-    with pytest.raises(ValueError, match="engine deepspeed, but .* engine MULTI_CPU.*use_cpu=True"):
+    with pytest.raises(
+        ValueError, match="asks for engine deepspeed, but .* engine MULTI_CPU.*use_cpu=True"
+    ):
         assert_engine(accelerator("MULTI_CPU", 2), launch)
     with pytest.raises(ValueError, match="processes 2, but .* processes 1"):
         assert_engine(accelerator("NO", 1), launch)
@@ -229,11 +237,11 @@ def test_the_slurm_script_is_sound_and_names_what_exists() -> None:
     for name in ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
         assert re.search(rf"\b{name}=", text)
     (config,) = re.findall(r"--deepspeed (\w+)", text)
-    assert config in names()
+    assert config in config_names()
 
 
 def test_the_tables_in_the_docs_are_those_of_the_command(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    main(Arguments())
+    main(Options())
     assert capsys.readouterr().out.strip() in (ROOT / "docs" / "scaling.md").read_text()

@@ -14,9 +14,8 @@ import pytest
 from transformers import Qwen2Config
 
 from benchmarks.llm.hardware import Hardware
-from benchmarks.llm.launch import choose, launched, run
-from benchmarks.llm.launch_config import VARIABLE
-from iwsft.language.memory import DecoderSizes, Setup, training_memory
+from benchmarks.llm.launch import VARIABLE, choose, launched, start
+from benchmarks.llm.memory import REDUCE_BUCKET, DecoderSizes, Setup, training_memory
 
 CPU = Hardware(gpus=0, cores=2)
 BUCKET = 1_000_000
@@ -34,7 +33,7 @@ def test_two_ranks_train_under_zero3_and_take_the_memory_that_was_computed(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     launch = choose("cpu_zero3", CPU)
-    assert run(launch, "launched_training", [str(tmp_path)]) == 3
+    assert start(launch, "launched_training", [str(tmp_path)]) == 3
     assert "Traceback" not in capfd.readouterr().err
     seen = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
     assert launched() is None and VARIABLE not in os.environ
@@ -48,15 +47,16 @@ def test_two_ranks_train_under_zero3_and_take_the_memory_that_was_computed(
         num_key_value_heads=2,
         tie_word_embeddings=False,
     )
-    setup = Setup(engine="zero3", processes=2, accelerator=False, reduce_bucket=BUCKET)
+    setup = Setup(engine="zero3", processes=2, accelerator=False)
     memory = training_memory(DecoderSizes.of(config), setup)
+    buckets = memory.buckets * BUCKET / REDUCE_BUCKET
     for rank in seen:
         assert rank["launch"]["stage"] == 3 and rank["launch"]["processes"] == 2
         assert rank["loss"] == seen[0]["loss"]
         assert rank["threads"] == 1
         assert sorted(rank["refusals"]) == ["engine", "offload_optimizer", "processes", "stage"]
         assert "stage 2, but training would run with stage 3" in rank["refusals"]["stage"]
-        half = memory.weights + memory.gradients + memory.buckets
+        half = memory.weights + memory.gradients + buckets
         assert rank["live"]["torch.bfloat16"] == pytest.approx(half, rel=1e-3)
         assert rank["live"]["torch.float32"] == pytest.approx(memory.optimizer, rel=1e-2)
 
@@ -70,7 +70,7 @@ def test_a_killed_process_is_named_in_one_line(
         "time.sleep(60)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert run(choose("cpu_zero3", CPU), "killed", []) == 128 + signal.SIGKILL
+    assert start(choose("cpu_zero3", CPU), "killed", []) == 128 + signal.SIGKILL
     said = capfd.readouterr().err
     assert "error: process 1 of 2 was ended by SIGKILL; most often memory ran out" in said
     assert "Traceback" not in said
@@ -85,7 +85,7 @@ def test_a_single_process_sees_its_arguments_and_no_gpu(
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     out = tmp_path / "seen.json"
-    assert run(choose("single", CPU), "alone", [str(out), "--algo", "sft", "a b"]) == 0
+    assert start(choose("single", CPU), "alone", [str(out), "--algo", "sft", "a b"]) == 0
     arguments, environment = json.loads(out.read_text())
     assert arguments == ["--algo", "sft", "a b"]
     assert environment["CUDA_VISIBLE_DEVICES"] == "" and "LOCAL_RANK" not in environment
@@ -94,12 +94,11 @@ def test_a_single_process_sees_its_arguments_and_no_gpu(
 def test_a_started_process_starts_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(ValueError, match="one of several processes already"):
-        run(choose("cpu_zero3", CPU), "anything", [])
+        start(choose("cpu_zero3", CPU), "anything", [])
 
 
-@pytest.mark.parametrize(("config", "processes"), [("single", 1), ("cpu_zero3", 2)])
 def test_a_signal_to_end_reaches_every_process(
-    config: str, processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "waiting.py").write_text(
         "import os, pathlib, time\n"
@@ -110,14 +109,14 @@ def test_a_signal_to_end_reaches_every_process(
     lines = (
         "from benchmarks.command import ends_as_ctrl_c_does, ends_in_one_line",
         "from benchmarks.llm.hardware import Hardware",
-        "from benchmarks.llm.launch import choose, run",
+        "from benchmarks.llm.launch import choose, start",
         "ends_as_ctrl_c_does()",
-        f"with ends_in_one_line(): run(choose({config!r}, Hardware(0, 2)), 'waiting', [])",
+        "with ends_in_one_line(): start(choose('cpu_zero3', Hardware(0, 2)), 'waiting', [])",
     )
     command = [sys.executable, "-c", "\n".join(lines)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as parent:
         deadline = time.monotonic() + 100
-        while len(list(tmp_path.glob("*.pid"))) < processes:
+        while len(list(tmp_path.glob("*.pid"))) < 2:
             assert parent.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
         parent.send_signal(signal.SIGTERM)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,11 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen2Config
 
-from iwsft.language.memory import (
+from benchmarks.llm.memory import (
+    QWEN2,
     DecoderSizes,
+    Options,
     Setup,
-    layer_activations,
-    table,
+    main,
+    qwen2_config,
     training_memory,
 )
 from iwsft.language.shadow import Shadow
@@ -31,19 +32,7 @@ TINY = {
     "num_key_value_heads": 2,
     "num_hidden_layers": 2,
 }
-QWEN_7B = Qwen2Config(
-    vocab_size=152_064,
-    hidden_size=3584,
-    intermediate_size=18_944,
-    num_hidden_layers=28,
-    num_attention_heads=28,
-    num_key_value_heads=4,
-    tie_word_embeddings=False,
-)
-
-
-def sizes_of(**own: Any) -> DecoderSizes:
-    return DecoderSizes.of(Qwen2Config(**{**TINY, **own}))
+QWEN_7B = qwen2_config("7B")
 
 
 def test_parameters_of_a_published_model() -> None:
@@ -64,7 +53,7 @@ def test_a_layer_keeps_what_was_computed(family: Any, dtype: torch.dtype) -> Non
         kept.append(saved_bytes(AutoModelForCausalLM.from_config(config, dtype=dtype), tokens))
     found = (kept[1] - kept[0]) // 2
     width = torch.finfo(dtype).bits // 8
-    assert found == tokens * layer_activations(DecoderSizes.of(config), width)
+    assert found == tokens * DecoderSizes.of(config).layer_activations(width)
 
 
 def saved_bytes(model: Any, tokens: int) -> int:
@@ -157,13 +146,12 @@ def test_states_of_a_single_process() -> None:
 
 def test_sharding_divides_and_the_moving_average_adds_four_bytes() -> None:
     sizes = DecoderSizes.of(QWEN_7B)
-    states = {}
     for engine, bytes_each in (("zero2", 2 + 14 / 8), ("zero3", 16 / 8), ("fsdp2", 16 / 8)):
         plain = training_memory(sizes, Setup(engine))
         lagged = training_memory(sizes, Setup(engine, proposal="lagged"))
         cached = training_memory(sizes, Setup(engine, proposal="cached"))
-        states[engine] = plain.states - plain.buckets
-        assert states[engine] / sizes.parameters == pytest.approx(bytes_each, rel=1e-6)
+        states = plain.weights + plain.gradients + plain.optimizer
+        assert states / sizes.parameters == pytest.approx(bytes_each, rel=1e-6)
         assert cached == plain
         assert lagged.shadow / sizes.parameters == pytest.approx(4 / 8, rel=1e-6)
     two_nodes = training_memory(sizes, Setup("zero3", 16, 2))
@@ -190,45 +178,31 @@ def test_adapters_need_states_of_their_own_alone() -> None:
     assert (few.gradients, few.optimizer) == (1000, 6000)
 
 
-def test_more_tokens_take_more() -> None:
-    sizes = sizes_of()
-    short, long = (training_memory(sizes, Setup(tokens=n)) for n in (100, 1000))
-    assert long.activations == 10 * short.activations
-    assert long.weights == short.weights
-    kept = training_memory(sizes, Setup(tokens=1000, checkpointing=False))
-    assert kept.activations > long.activations and kept.layer < long.layer
-
-
-def test_the_table_adds_up() -> None:
+def test_more_tokens_take_more_and_checkpoints_less() -> None:
     sizes = DecoderSizes.of(QWEN_7B)
-    plain, lagged = (
-        training_memory(sizes, Setup(offload_optimizer=True, proposal=q))
-        for q in ("current", "lagged")
+    short, long, whole = (
+        training_memory(sizes, Setup(tokens=tokens, checkpointing=checkpointing))
+        for tokens, checkpointing in ((8_000, True), (16_000, True), (16_000, False))
     )
-    lines = table([("7B", plain, lagged)]).splitlines()
-    name, *cells = (cell.strip() for cell in lines[2].strip("|").split("|"))
-    numbers = [float(cell) for cell in cells]
-    assert name == "7B" and cells[0] == f"{7.615616512 * 2 / 8:.1f}"
-    assert sum(numbers[:4]) == pytest.approx(numbers[4], abs=0.2)
-    found = [plain.gpu, plain.host, lagged.gpu, lagged.host]
-    assert numbers[4:] == pytest.approx([n / 1e9 for n in found], abs=0.05)
+    assert short.work < long.work < whole.work and short.weights == long.weights
+    # Without checkpoints every layer keeps its activations; with them its input.
+    kept = sizes.layers * (sizes.layer_activations(2) - 2 * sizes.hidden)
+    assert whole.work - long.work == 16_000 * (kept - sizes.layer_activations(2))
+
+
+def test_the_table_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
+    main(Options(tokens=4096))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(lines) == len(QWEN2) * 8
     assert len({line.count("|") for line in lines}) == 1
+    for line in (line for line in lines if " x " in line):
+        numbers = [float(cell) for cell in line.strip("|").split("|")[1:]]
+        assert sum(numbers[:4]) == pytest.approx(numbers[4], abs=0.21)
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"engine": "zero9"}, "engine='zero9'"),
-        ({"engine": "single"}, "processes=8"),
-        ({"engine": "zero2", "offload_optimizer": True}, "goes with engine='zero3'"),
-        ({"processes": 9, "nodes": 2}, "each node has as many"),
-        ({"tokens": 10, "trained_tokens": 11}, "11 trained"),
-        ({"proposal": "ema"}, "proposal='ema'"),
-    ],
-)
-def test_setups_that_no_engine_does(settings: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        replace(Setup(), **settings)
+def test_hardware_of_the_tables_is_checked() -> None:
+    with pytest.raises(SystemExit, match="--gpus 0: at least 1"):
+        main(Options(gpus=0))
 
 
 def test_models_it_does_not_know() -> None:

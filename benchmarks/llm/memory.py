@@ -1,0 +1,337 @@
+"""Compute how much memory fine-tuning takes, before it is tried: the tables of docs/scaling.md.
+
+python -m benchmarks.llm.memory
+
+python -m benchmarks.llm.memory --model Qwen/Qwen2.5-14B-Instruct --gpus 4 --tokens 8192
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from benchmarks.command import ends_in_one_line
+from iwsft.objective import Proposal
+from iwsft.policies.token_log_prob import _ACCELERATOR_BLOCK, _CPU_BLOCK
+
+# Each packaged config, as fields of Setup.
+ENGINES: dict[str, dict[str, Any]] = {
+    "single": {"engine": "single", "processes": 1},
+    "zero2": {"engine": "zero2"},
+    "zero3": {"engine": "zero3"},
+    "zero3_offload": {"engine": "zero3", "offload_optimizer": True},
+    "fsdp2": {"engine": "fsdp2"},
+    "multi_node": {"engine": "zero3"},
+}
+# Published shapes of Qwen2.5.
+_SHAPE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+QWEN2 = {
+    "0.5B": (896, 4864, 24, 14, 2, 151_936, True),
+    "7B": (3584, 18_944, 28, 28, 4, 152_064, False),
+    "32B": (5120, 27_648, 64, 40, 8, 152_064, False),
+}
+_WIDE = 4  # bytes of float32
+# As in the packaged DeepSpeed configs, in parameters.
+REDUCE_BUCKET = 50_000_000
+_LIVE_PARAMETERS = _SUB_GROUP = 1_000_000_000
+# Assumed, not measured: context, libraries and communication buffers of a GPU.
+_RUNTIME = 2_000_000_000
+
+
+@dataclass(frozen=True)
+class DecoderSizes:
+    """The sizes of a dense decoder that decide its memory.
+
+    Attributes:
+        parameters: All parameters, tied ones once.
+        trainable: Parameters that are trained; fewer with adapters.
+        layers: Number of decoder layers.
+        hidden: Width of the states.
+        intermediate: Width inside the feed-forward block.
+        query: Number of heads times their width.
+        key: Number of key-value heads times their width.
+        heads: Number of attention heads.
+        vocabulary: Number of tokens.
+        layer: Parameters of a layer.
+        largest: Parameters of the largest part that is gathered at once.
+    """
+
+    parameters: int
+    trainable: int
+    layers: int
+    hidden: int
+    intermediate: int
+    query: int
+    key: int
+    heads: int
+    vocabulary: int
+    layer: int
+    largest: int
+
+    @classmethod
+    def of(cls, config: Any, *, trainable: int | None = None) -> DecoderSizes:
+        """Read a transformers config and count parameters on a model without memory.
+
+        Args:
+            config: A config such as ``AutoConfig.from_pretrained(name)``.
+            trainable: Number of parameters that are trained; by default all.
+
+        Raises:
+            ValueError: If the model is a mixture of experts, or ``trainable`` is more than it has.
+        """
+        from transformers import AutoModelForCausalLM
+
+        text = config.get_text_config()
+        if getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None):
+            raise ValueError(
+                f"{text.model_type} is a mixture of experts; memory is computed for dense decoders"
+            )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        trained = parameters if trainable is None else trainable
+        if not 0 < trained <= parameters:
+            raise ValueError(f"trainable={trained} must be in [1, {parameters}], the parameters")
+        layers = next(
+            module
+            for module in model.modules()
+            if isinstance(module, torch.nn.ModuleList) and len(module) == text.num_hidden_layers
+        )
+        layer = max(sum(p.numel() for p in one.parameters()) for one in layers)
+        heads = text.num_attention_heads
+        width = getattr(text, "head_dim", None) or text.hidden_size // heads
+        inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None)
+        return cls(
+            parameters=parameters,
+            trainable=trained,
+            layers=text.num_hidden_layers,
+            hidden=text.hidden_size,
+            intermediate=inner or 4 * text.hidden_size,
+            query=heads * width,
+            key=(getattr(text, "num_key_value_heads", None) or heads) * width,
+            heads=heads,
+            vocabulary=text.vocab_size,
+            layer=layer,
+            largest=max(layer, text.vocab_size * text.hidden_size),
+        )
+
+    def layer_activations(self, width: int) -> int:
+        """Bytes a token that a layer keeps for backward, with fused attention.
+
+        This holds for Llama and its kin (Qwen2, Mistral, ...): two norms, rotated queries and keys,
+        values, attention's output and log-normalisers, four tensors of the feed-forward block.
+
+        Args:
+            width: Bytes of a number.
+        """
+        attention = width * 2 * (self.query + self.key) + 4 * self.heads
+        return 2 * self.norm_activations(width) + attention + width * 4 * self.intermediate
+
+    def norm_activations(self, width: int) -> int:
+        """Bytes a token of a norm: its float32 input, a factor, states before and after weights."""
+        return 4 * self.hidden + 4 + 2 * width * self.hidden
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a model is trained.
+
+    Attributes:
+        engine: A ``"single"`` process, DeepSpeed's ``"zero2"`` or ``"zero3"``, or torch's
+            ``"fsdp2"``.
+        processes: Number of GPUs of all nodes.
+        nodes: Number of nodes, with as many GPUs each.
+        offload_optimizer: ZeRO-3 with float32 weights and Adam's moments in host memory.
+        half: bfloat16 (mixed precision) instead of float32.
+        checkpointing: Gradient checkpointing, one checkpoint a layer.
+        tokens: Tokens of a micro-batch, padding included.
+        proposal: What q is; see :class:`~iwsft.language.config.ImportanceWeightedConfig`.
+        accelerator: False on a CPU, where logits come in smaller blocks.
+    """
+
+    engine: Literal["single", "zero2", "zero3", "fsdp2"] = "zero3"
+    processes: int = 8
+    nodes: int = 1
+    offload_optimizer: bool = False
+    half: bool = True
+    checkpointing: bool = True
+    tokens: int = 4096
+    proposal: Proposal = "current"
+    accelerator: bool = True
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one GPU (or process on the CPU), and of the host.
+
+    Attributes:
+        weights: Weights that stay: all, or this process's shard.
+        gradients: Gradients that stay until the step.
+        optimizer: Adam's two moments, and float32 weights next to half-precision ones.
+        shadow: The moving average of theta in float32 (``proposal="lagged"``), where the optimizer
+            is; hard syncs (``"cached"``) have none.
+        buckets: DeepSpeed's buckets of communication.
+        work: The most that is needed on top of these at a time: in backward, in the optimizer's
+            step, or while the model answers as the shadow.
+        host: Host memory of a node.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    shadow: int
+    buckets: int
+    work: int
+    host: int
+
+    @property
+    def gpu(self) -> int:
+        """All of it at the most."""
+        states = self.weights + self.gradients + self.optimizer + self.shadow + self.buckets
+        return states + self.work
+
+
+def training_memory(sizes: DecoderSizes, setup: Setup) -> Memory:
+    """Compute the memory of fine-tuning with AdamW and ``ImportanceWeightedTrainer``.
+
+    Compared with the tensors of tiny models, byte by byte: the states of ZeRO-2 and ZeRO-3, with
+    and without offloading, and what a layer keeps. The most at a time of a single process was
+    within a sixth. FSDP2 follows from what torch shards, and gathered weights follow the limits in
+    the packaged configs. Not included: what allocators lose between blocks, and the masks of a
+    packed row without variable-length attention (tokens squared).
+    """
+    width = 2 if setup.half else _WIDE
+    trained, frozen = sizes.trainable, sizes.parameters - sizes.trainable
+    part = min(trained, sizes.largest)
+    output = sizes.vocabulary * sizes.hidden
+    local = setup.processes // setup.nodes
+    host = buckets = step = shadow = swap = 0
+
+    def share(total: int) -> int:
+        return -(-total // setup.processes)
+
+    if setup.engine == "single":
+        weights, gradients, optimizer = (
+            _WIDE * trained + width * frozen,
+            _WIDE * trained,
+            8 * trained,
+        )
+        # A gradient on its way to the sum; autocast's casts of the weights.
+        gathered = _WIDE * part + (width * trained if setup.half else 0)
+    elif setup.engine == "fsdp2":
+        # Half precision is a cast of gathered float32 weights.
+        weights = share(_WIDE * trained + width * frozen)
+        gradients, optimizer = share(_WIDE * trained), share(8 * trained)
+        # A layer at work, the next one, gradients on their way; the output layer stays gathered.
+        gathered = width * (3 * sizes.layer + output + part)
+    elif setup.engine == "zero2":
+        weights, gradients = width * sizes.parameters, share(width * trained)
+        optimizer, step = share(12 * trained), share(_WIDE * trained)
+        buckets, gathered = 2 * width * REDUCE_BUCKET, width * part
+    else:
+        weights, gradients = share(width * sizes.parameters), share(width * trained)
+        # The float32 copy of the weights is there for float32 weights too.
+        optimizer, step = share(12 * trained), min(_WIDE * _SUB_GROUP, share(_WIDE * trained))
+        buckets = width * REDUCE_BUCKET
+        gathered = width * (min(sizes.parameters, _LIVE_PARAMETERS + sizes.largest) + part)
+        if setup.offload_optimizer:
+            # With the optimizer: the gradients as they come in, and in float32.
+            host = local * (optimizer + gradients + share(_WIDE * trained))
+            gradients = optimizer = step = 0
+    if setup.proposal == "lagged":
+        shadow = share(_WIDE * trained)
+        swap = share((width if setup.engine.startswith("zero") else _WIDE) * trained)
+        if setup.offload_optimizer:
+            host, shadow = host + local * shadow, 0
+
+    again = sizes.layer_activations(width)
+    saved = width * sizes.hidden if setup.checkpointing else again
+    rotations = 2 * width * (sizes.query // sizes.heads)
+    activations = sizes.layers * saved + sizes.norm_activations(width) + rotations + 8
+    # Gradients inside the feed-forward block, the widest, and what checkpointing computes again.
+    layer = width * (3 * sizes.intermediate + sizes.hidden) + (again if setup.checkpointing else 0)
+    # The fused output layer: states and their float32 gradient, a block of logits (with its
+    # gradient as a factor of products, and a temporary), and a block of weights.
+    rows, columns = _ACCELERATOR_BLOCK if setup.accelerator else _CPU_BLOCK
+    rows, columns = min(rows, setup.tokens), min(columns, sizes.vocabulary)
+    blocks = rows * columns * (_WIDE + _WIDE + width) + _WIDE * columns * sizes.hidden
+    log_probs = setup.tokens * sizes.hidden * (2 * width + _WIDE) + blocks
+    forward = gathered + max(setup.tokens * layer, log_probs)
+    work = max(forward + setup.tokens * activations, step, forward + swap)
+    runtime = _RUNTIME if setup.accelerator else 0
+    return Memory(weights, gradients, optimizer, shadow, buckets, work + runtime, host)
+
+
+def qwen2_config(name: str) -> Any:
+    """The transformers config of a model of ``QWEN2``."""
+    from transformers import Qwen2Config
+
+    shape: dict[str, Any] = dict(zip(_SHAPE, QWEN2[name], strict=True))
+    return Qwen2Config(**shape)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The model and the hardware of the tables."""
+
+    model: Annotated[str | None, tyro.conf.arg(metavar="ID|DIR")] = None
+    """Hub id or folder; by default Qwen2.5 with 0.5B, 7B and 32B parameters."""
+    gpus: int = 8
+    """GPUs of a node."""
+    nodes: int = 2
+    """Nodes of ``multi_node``."""
+    tokens: int = 22_000
+    """Tokens of a micro-batch, padding included."""
+    trainable: int | None = None
+    """Parameters that are trained, where adapters are; by default all."""
+
+
+def _table(sizes: DecoderSizes, options: Options) -> Iterator[str]:
+    """Markdown in GB (10^9 bytes): a GPU by kind and in all, a node's host, both with EMA."""
+    names = "weights", "gradients", "optimizer", "at work", "**GPU**", "host"
+    yield f"|  | {' | '.join(names)} | **GPU, EMA** | host, EMA |"
+    yield "|---" + "|---:" * (len(names) + 2) + "|"
+    for name, engine in ENGINES.items():
+        nodes = options.nodes if name == "multi_node" else 1
+        fields = {"processes": options.gpus * nodes, "nodes": nodes, **engine}
+        setup = Setup(tokens=options.tokens, **fields)
+        plain = training_memory(sizes, setup)
+        lagged = training_memory(sizes, replace(setup, proposal="lagged"))
+        states = plain.weights, plain.gradients, plain.optimizer
+        numbers = *states, plain.gpu - sum(states), plain.gpu, plain.host, lagged.gpu, lagged.host
+        cells = [f"{name} x {setup.processes}", *(f"{number / 1e9:.1f}" for number in numbers)]
+        yield f"| {' | '.join(cells)} |"
+
+
+def main(options: Options) -> None:
+    """Print a table for each model."""
+    from transformers import AutoConfig
+
+    with ends_in_one_line():
+        for name in ("gpus", "nodes", "tokens"):
+            if getattr(options, name) < 1:
+                raise ValueError(f"--{name} {getattr(options, name)}: at least 1")
+        if options.model is None:
+            configs = {name: qwen2_config(name) for name in QWEN2}
+        else:
+            configs = {options.model: AutoConfig.from_pretrained(options.model)}
+        for name, config in configs.items():
+            sizes = DecoderSizes.of(config, trainable=options.trainable)
+            print(f"{name}, {sizes.parameters:,} parameters:\n")
+            print("\n".join(_table(sizes, options)), end="\n\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, prog="python -m benchmarks.llm.memory", description=__doc__))
