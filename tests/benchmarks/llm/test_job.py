@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import small_job
 import torch
-from benchmarks.llm.launch import Launch
 from tensordict import TensorDict
 
 from benchmarks.llm import job as whole_job
 from benchmarks.llm.__main__ import main
 from benchmarks.llm.algorithms import ALGORITHMS, q_of
 from benchmarks.llm.arguments import Arguments, Settings, settings_of
+from benchmarks.llm.launch import Launch
 from benchmarks.llm.models import load
 from benchmarks.llm.recipes import RECIPES, Defaults, load_recipe
 from benchmarks.llm.recipes.s1k import PAPER
