@@ -132,19 +132,26 @@ def diagnose(
         trajectories (absent where it has no value), and, with ``ref_log_prob``,
         ``importance_sampled_return``, ``surrogate`` and ``bound_gap``.
     """
-    segments, count, log_prob, log_q, _, reference = loss.terms(batch) if terms is None else terms
-    weight = log_q.exp()
+    terms = loss.terms(batch) if terms is None else terms
+    weight = terms.log_weight.exp()
     names = [f"weight_q{round(100 * p):02d}" for p in QUANTILES]
-    out = dict(zip(names, weight_quantiles(weight, count).tolist(), strict=True))
+    out = dict(zip(names, weight_quantiles(weight, terms.share).tolist(), strict=True))
+    segments = terms.segments
     if loss.importance_weights.reduce is None:
-        each = weight[segments.valid]
+        distinct = weight[segments.valid]
     else:
-        each = segments.mean(weight)[segments.lengths > 0]
-    k = pareto_k(each)
+        distinct = segments.mean(weight)[segments.lengths > 0]
+    k = pareto_k(distinct)
     if k == k:
         out["pareto_k"] = k
-    if reference is not None:
-        log_ratio = torch.where(segments.valid, log_prob - reference, 0.0)
-        log_p, _ = loss.importance_weights(log_ratio, segments, count)
-        out |= {name: float(x) for name, x in bound_gap(log_p, log_q, count).items()}
+    if terms.reference is not None:
+        of_policy = loss.weigh(
+            batch,
+            terms.log_prob,
+            reference=terms.reference,
+            segments=segments,
+            share=terms.share,
+        )
+        gap = bound_gap(of_policy.log_weight, terms.log_weight, terms.share)
+        out |= {name: float(x) for name, x in gap.items()}
     return out

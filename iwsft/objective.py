@@ -1,8 +1,15 @@
-"""Importance-weighted maximum likelihood: the one loss of the library."""
+"""Importance-weighted maximum likelihood: the one loss of the library.
+
+    loss_iw_mle = - sum_j m_j w_j (sum_i log p_ji) [/ length_j] / sum_j m_j
+
+Read :meth:`ImportanceWeightedMLE.terms`, :meth:`~ImportanceWeightedMLE.weigh` and
+:meth:`~ImportanceWeightedMLE.summary`: the rest reads batches, or keeps TorchRL's contract.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -24,18 +31,18 @@ from iwsft.trajectory import (
     Segments,
     on_host,
 )
-from iwsft.weights import ImportanceWeights, log_ess
+from iwsft.weights import ImportanceWeights, Weights, exponential, log_ess
 
 Proposal = Literal["current", "reference", "lagged", "cached"]
 LOSS = "loss_iw_mle"
 
 
 class Terms(NamedTuple):
-    """What a batch comes to, a number a step, in the layout of the batch.
+    """Per-step quantities of a batch, each in the batch's layout.
 
     Attributes:
         segments: the trajectories of the batch.
-        counts: how much a step counts: its trajectory's draws over its length; 0 where masked.
+        share: how much a step counts, see :meth:`ImportanceWeightedMLE.share`.
         log_prob: log p under the policy, with its gradient.
         log_weight: log-weight of the step's trajectory, after the transforms.
         clipped: whether a clip changed the weight; None with cached weights.
@@ -43,7 +50,7 @@ class Terms(NamedTuple):
     """
 
     segments: Segments
-    counts: Tensor
+    share: Tensor
     log_prob: Tensor
     log_weight: Tensor
     clipped: Tensor | None
@@ -163,6 +170,205 @@ class ImportanceWeightedMLE(LossModule):
                 self.target_actor_network = deepcopy(policy).requires_grad_(False)
             self._has_update_associated["actor_network"] = not lagged
 
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Loss and diagnostics of a batch, see the class."""
+        result = self.summary(self.terms(tensordict))
+        self._clear_weakrefs(
+            tensordict, result, "actor_network_params", "target_actor_network_params"
+        )
+        return result
+
+    def terms(self, batch: TensorDictBase) -> Terms:
+        """Log-probabilities and weights of a batch: what :meth:`forward` is a summary of.
+
+        ``terms = loss.terms(batch); out = loss.summary(terms)`` is ``loss(batch)``, and
+        ``diagnose(loss, batch, terms)`` then needs no forward pass of its own.
+        """
+        segments = self.segments(batch)
+        share = self.share(batch, segments)
+        log_prob = self._log_prob(batch, segments)
+        reference = None
+        if self.tensor_keys.ref_log_prob in batch.keys(include_nested=True):
+            reference = self.reference(batch, segments)
+        if self.proposal == "cached":
+            log_weight = self.cached_log_weight(batch, segments)
+            return Terms(segments, share, log_prob, log_weight, None, reference)
+        with torch.no_grad():
+            base = reference
+            if self.proposal == "current":
+                log_q = log_prob.detach()
+            elif self.proposal == "lagged":
+                log_q = self._log_prob(batch, segments, lagged=True)
+            else:
+                log_q = base = torch.zeros_like(log_prob)
+            weights = self.weigh(batch, log_q, reference=base, segments=segments, share=share)
+        return Terms(segments, share, log_prob, *weights, reference)
+
+    def weigh(
+        self,
+        batch: TensorDictBase,
+        log_q: Tensor,
+        *,
+        reference: Tensor | None = None,
+        segments: Segments | None = None,
+        share: Tensor | None = None,
+    ) -> Weights:
+        """Weigh a batch by q: the one place where log-ratios become weights.
+
+        Args:
+            batch: packed or padded.
+            log_q: log q of each step, in the layout of the batch.
+            reference: log pi_ref of each step; by default the batch's.
+            segments: :meth:`segments` of the batch, where they are at hand.
+            share: :meth:`share` of the batch, where it is at hand.
+        """
+        segments = self.segments(batch) if segments is None else segments
+        share = self.share(batch, segments) if share is None else share
+        reference = self.reference(batch, segments) if reference is None else reference
+        log_ratio = _where_valid(segments, log_q - reference)
+        log_weight, clipped = self.importance_weights(log_ratio, segments, share)
+        return Weights(_where_valid(segments, log_weight), clipped)
+
+    def summary(self, terms: Terms) -> TensorDict:
+        """Loss and diagnostics of :meth:`terms`, the output of a call."""
+        segments, share, log_prob, log_weight, clipped, reference = terms
+        weight = exponential(log_weight)
+        draws = share.sum(dtype=torch.float64)
+        factor = share if self.length_normalize else share * segments.spread(segments.lengths)
+        loss = -factor.to(log_prob.dtype) * weight * log_prob
+        if self.reduction != "none":
+            total = loss.sum(dtype=torch.float64)
+            loss = (total / draws if self.reduction == "mean" else total).to(loss.dtype)
+
+        with torch.no_grad():
+
+            def mean(x: Tensor) -> Tensor:
+                return ((share * x).sum(dtype=torch.float64) / draws).float()
+
+            unknown = torch.full_like(draws, torch.nan, dtype=torch.float32)
+            kl = unknown
+            if reference is not None:
+                kl = mean(torch.where(share > 0, reference - log_prob, 0.0))
+            out = {
+                LOSS: loss,
+                "ESS": log_ess(log_weight, share).exp().float(),
+                "kl_approx": kl,
+                "clip_fraction": unknown if clipped is None else mean(clipped.float()),
+                "weight_mean": mean(weight),
+                "weight_max": torch.where(share > 0, weight, 0.0).amax().float(),
+                "log_prob": mean(log_prob),
+            }
+        return TensorDict(out, batch_size=[])
+
+    # ---- the policy and q ----
+
+    def log_prob(self, trajectories: TensorDictBase) -> Tensor:
+        """log p of each step under the policy, in the layout of the batch, 0 where masked."""
+        return self._log_prob(trajectories, self.segments(trajectories))
+
+    def _log_prob(
+        self, batch: TensorDictBase, segments: Segments, *, lagged: bool = False
+    ) -> Tensor:
+        if segments.mask is not None:
+            read = getattr(self.actor_network, "in_keys", None)
+            keys = list(
+                batch.keys(True, True) if read is None else [*read, self.tensor_keys.action]
+            )
+            batch = finite_padding(batch, segments, keys)
+        with self.network(lagged=lagged) as policy:
+            log_prob = step_log_prob(policy, batch, segments.shape)
+        return _where_valid(segments, log_prob)
+
+    @contextmanager
+    def network(self, *, lagged: bool = False) -> Iterator[nn.Module]:
+        """The policy, ready to be called; with ``lagged`` the one with q's parameters."""
+        if self.functional:
+            name = "target_actor_network_params" if lagged else "actor_network_params"
+            with getattr(self, name).to_module(self.actor_network, preserve_module_state=False):
+                yield self.actor_network
+        else:
+            yield self.target_actor_network if lagged else self.actor_network
+
+    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each tensor of a lagged q and the one of the policy that it follows, buffers included."""
+        if self.functional:
+            yield from zip(
+                self.target_actor_network_params.values(True, True),
+                self.actor_network_params.values(True, True),
+                strict=True,
+            )
+            return
+        policy = self.actor_network.state_dict()
+        # Tied weights have several names; they move once.
+        moved: set[int] = set()
+        for name, q in self.target_actor_network.state_dict().items():
+            if q.data_ptr() not in moved or q.numel() == 0:
+                moved.add(q.data_ptr())
+                yield q, policy[name]
+
+    # ---- what a batch holds ----
+
+    def segments(self, trajectories: TensorDictBase) -> Segments:
+        """The trajectories of a batch, as this loss reads its keys and masks."""
+        mask: Tensor | None = None
+        for key in self._loss_mask_keys():
+            valid = trajectories.get(key, default=None)
+            if valid is not None:
+                if valid.ndim > trajectories.batch_dims and valid.shape[-1] == 1:
+                    valid = valid.squeeze(-1)
+                mask = valid if mask is None else mask & valid
+        if mask is None:
+            # Segments would look for a mask that the user turned off.
+            trajectories = trajectories.exclude(MASK)
+        return Segments.of(trajectories, traj_ids=self.tensor_keys.traj_ids, mask=mask)
+
+    def share(self, batch: TensorDictBase, segments: Segments) -> Tensor:
+        """How much a step counts: its trajectory's multiplicity over its length, 0 where masked.
+
+        Float64, so that the steps of a trajectory add up to its multiplicity.
+        """
+        lengths = segments.lengths
+        if segments.mask is not None and on_host(lengths):
+            occupied = torch.bincount(segments.index, minlength=segments.slots) > 0
+            if bool((occupied & (lengths == 0)).any()):
+                row = int((occupied & (lengths == 0)).nonzero()[0])
+                raise ValueError(
+                    f"trajectory {row} of the batch has every step masked; drop it, or correct "
+                    f"its mask ({self.loss_mask_key!r})"
+                )
+        share = 1.0 / segments.spread(lengths.clamp(min=1)).double()
+        if self.tensor_keys.multiplicity in batch.keys(include_nested=True):
+            share = share * self._entry(batch, self.tensor_keys.multiplicity, segments, "")
+        return _where_valid(segments, share)
+
+    def reference(self, batch: TensorDictBase, segments: Segments) -> Tensor:
+        """log pi_ref of each step, as the batch holds it."""
+        how = "run iwsft.annotate_reference(reference_policy, trajectories) first"
+        return self._entry(batch, self.tensor_keys.ref_log_prob, segments, how)
+
+    def cached_log_weight(self, batch: TensorDictBase, segments: Segments) -> Tensor:
+        """Log of the weight of each step that the batch holds, 0 where masked."""
+        how = "call iwsft.reweight(trajectories, loss) at the start and at every sync"
+        weight = self._entry(batch, self.tensor_keys.importance_weight, segments, how)
+        return _where_valid(segments, weight.log())
+
+    def _entry(self, batch: TensorDictBase, key: NestedKey, segments: Segments, how: str) -> Tensor:
+        value = batch.get(key, default=None)
+        if value is None:
+            raise KeyError(
+                f"{key!r} is not in the batch, proposal={self.proposal!r} needs it: {how}"
+            )
+        if value.shape == (*segments.shape, 1):
+            value = value.squeeze(-1)
+        if value.shape != segments.shape:
+            raise ValueError(
+                f"{key!r} has shape {list(value.shape)}, the batch has {list(segments.shape)} steps"
+            )
+        return value.detach()
+
+    # ---- TorchRL's contract ----
+
     @property
     def functional(self) -> bool:
         """Whether parameters are held apart from the module."""
@@ -210,185 +416,7 @@ class ImportanceWeightedMLE(LossModule):
             if self.proposal == "lagged":
                 self.target_actor_network.reset_parameters_recursive()
 
-    def log_prob(self, trajectories: TensorDictBase) -> Tensor:
-        """log p of each step under the policy, in the layout of the batch, 0 where masked."""
-        segments = self.segments(trajectories)
-        return self._log_prob(trajectories, segments, lagged=False)
 
-    def segments(self, trajectories: TensorDictBase) -> Segments:
-        """The trajectories of a batch, as this loss reads its keys and masks."""
-        mask: Tensor | None = None
-        for key in self._loss_mask_keys():
-            found = trajectories.get(key, default=None)
-            if found is not None:
-                if found.ndim > trajectories.batch_dims and found.shape[-1] == 1:
-                    found = found.squeeze(-1)
-                mask = found if mask is None else mask & found
-        if mask is None:
-            # Segments would look for a mask that the user turned off.
-            trajectories = trajectories.exclude(MASK)
-        return Segments.of(trajectories, traj_ids=self.tensor_keys.traj_ids, mask=mask)
-
-    def _log_prob(self, batch: TensorDictBase, segments: Segments, *, lagged: bool) -> Tensor:
-        if segments.mask is not None:
-            read = getattr(self.actor_network, "in_keys", None)
-            keys = list(
-                batch.keys(True, True) if read is None else [*read, self.tensor_keys.action]
-            )
-            batch = finite_padding(batch, segments, keys)
-        network = self.actor_network
-        if self.functional:
-            name = "target_actor_network_params" if lagged else "actor_network_params"
-            with getattr(self, name).to_module(network, preserve_module_state=False):
-                log_prob = step_log_prob(network, batch, segments.shape)
-        else:
-            module = self.target_actor_network if lagged else network
-            log_prob = step_log_prob(module, batch, segments.shape)
-        return torch.where(segments.valid, log_prob, 0.0) if segments.mask is not None else log_prob
-
-    def _entry(self, batch: TensorDictBase, key: NestedKey, segments: Segments, how: str) -> Tensor:
-        value = batch.get(key, default=None)
-        if value is None:
-            raise KeyError(
-                f"{key!r} is not in the batch, proposal={self.proposal!r} needs it: {how}"
-            )
-        if value.shape == (*segments.shape, 1):
-            value = value.squeeze(-1)
-        if value.shape != segments.shape:
-            raise ValueError(
-                f"{key!r} has shape {list(value.shape)}, the batch has {list(segments.shape)} steps"
-            )
-        return value.detach()
-
-    def reference(self, batch: TensorDictBase, segments: Segments) -> Tensor:
-        """log pi_ref of each step, as the batch holds it."""
-        how = "run iwsft.annotate_reference(reference_policy, trajectories) first"
-        return self._entry(batch, self.tensor_keys.ref_log_prob, segments, how)
-
-    def count(self, batch: TensorDictBase, segments: Segments) -> Tensor:
-        """How much a step counts: its trajectory's draws over its length; 0 where masked.
-
-        Float64, so that the steps of a trajectory add up to its draws.
-        """
-        lengths = segments.lengths
-        if segments.mask is not None and on_host(lengths):
-            occupied = torch.bincount(segments.index, minlength=segments.slots) > 0
-            if bool((occupied & (lengths == 0)).any()):
-                row = int((occupied & (lengths == 0)).nonzero()[0])
-                raise ValueError(
-                    f"trajectory {row} of the batch has every step masked; drop it, or correct "
-                    f"its mask ({self.loss_mask_key!r})"
-                )
-        count = 1.0 / segments.spread(lengths.clamp(min=1)).double()
-        if self.tensor_keys.multiplicity in batch.keys(include_nested=True):
-            count = count * self._entry(batch, self.tensor_keys.multiplicity, segments, "")
-        return torch.where(segments.valid, count, 0.0) if segments.mask is not None else count
-
-    def log_weights(
-        self, batch: TensorDictBase, segments: Segments, count: Tensor, log_prob: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Log-weight of each step's trajectory and whether a clip changed it (None: not known).
-
-        Args:
-            batch: the batch.
-            segments: its trajectories.
-            count: see :meth:`count`.
-            log_prob: log p under the policy, for ``proposal="current"``.
-        """
-        if self.proposal == "cached":
-            how = "call iwsft.reweight(trajectories, loss) at the start and at every sync"
-            key = self.tensor_keys.importance_weight
-            return self._entry(batch, key, segments, how).log(), None
-        if self.proposal == "reference":
-            log_ratio = torch.zeros_like(log_prob)
-        else:
-            reference = self.reference(batch, segments)
-            if self.proposal == "current":
-                log_q = log_prob.detach()
-            else:
-                with torch.no_grad():
-                    log_q = self._log_prob(batch, segments, lagged=True)
-            log_ratio = log_q - reference
-            if segments.mask is not None:
-                log_ratio = torch.where(segments.valid, log_ratio, 0.0)
-        return self.importance_weights(log_ratio, segments, count)
-
-    def terms(self, batch: TensorDictBase) -> Terms:
-        """Log-probabilities and weights of a batch: what :meth:`forward` is a summary of.
-
-        ``terms = loss.terms(batch); out = loss.summary(terms)`` is ``loss(batch)``, and
-        ``diagnose(loss, batch, terms)`` then needs no forward pass of its own.
-        """
-        segments = self.segments(batch)
-        count = self.count(batch, segments)
-        log_prob = self._log_prob(batch, segments, lagged=False)
-        reference = None
-        if self.tensor_keys.ref_log_prob in batch.keys(include_nested=True):
-            reference = self.reference(batch, segments)
-        with torch.no_grad():
-            log_weight, clipped = self.log_weights(batch, segments, count, log_prob)
-        return Terms(segments, count, log_prob, log_weight, clipped, reference)
-
-    @dispatch
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Loss and diagnostics of a batch, see the class."""
-        result = self.summary(self.terms(tensordict))
-        self._clear_weakrefs(
-            tensordict, result, "actor_network_params", "target_actor_network_params"
-        )
-        return result
-
-    def summary(self, terms: Terms) -> TensorDict:
-        """Loss and diagnostics of :meth:`terms`, the output of a call."""
-        segments, count, log_prob, log_weight, clipped, reference = terms
-        with torch.no_grad():
-            weight = log_weight.exp()
-            # Masked steps hold a weight of their trajectory too; it must not be looked at.
-            if segments.mask is not None:
-                weight = torch.where(segments.valid, weight, 1.0)
-            self.check_finite(weight, log_weight)
-            draws = count.sum(dtype=torch.float64)
-
-        share = count if self.length_normalize else count * segments.spread(segments.lengths)
-        loss = self._reduce(-share.to(log_prob.dtype) * weight * log_prob, draws)
-
-        with torch.no_grad():
-
-            def mean(x: Tensor) -> Tensor:
-                return ((count * x).sum(dtype=torch.float64) / draws).float()
-
-            unknown = torch.full_like(draws, torch.nan, dtype=torch.float32)
-            kl = unknown
-            if reference is not None:
-                kl = mean(torch.where(count > 0, reference - log_prob, 0.0))
-            out = {
-                LOSS: loss,
-                "ESS": log_ess(log_weight, count).exp().float(),
-                "kl_approx": kl,
-                "clip_fraction": unknown if clipped is None else mean(clipped.float()),
-                "weight_mean": mean(weight),
-                "weight_max": torch.where(count > 0, weight, 0.0).amax().float(),
-                "log_prob": mean(log_prob),
-            }
-        return TensorDict(out, batch_size=[])
-
-    def _reduce(self, steps: Tensor, draws: Tensor) -> Tensor:
-        if self.reduction == "none":
-            return steps
-        total = steps.sum(dtype=torch.float64)
-        if self.reduction == "mean":
-            total = total / draws
-        return total.to(steps.dtype)
-
-    @staticmethod
-    def check_finite(weight: Tensor, log_weight: Tensor) -> None:
-        """Refuse weights that are infinite or NaN."""
-        finite = weight.isfinite().all()
-        if not on_host(weight):
-            torch._assert_async(finite, "importance weights overflow float32 or are NaN")
-        elif not bool(finite):
-            raise OverflowError(
-                f"importance weights overflow float32 or are NaN (log-weights reach "
-                f"{float(log_weight.max()):.4g}); use reduce='mean', a lower Temperature, or "
-                "trajectory=[ClipWeight(max=...)] or [..., SelfNormalize()]"
-            )
+def _where_valid(segments: Segments, x: Tensor) -> Tensor:
+    """``x`` on valid steps, 0 where masked; not a product, for padding may hold NaN."""
+    return x if segments.mask is None else torch.where(segments.valid, x, 0.0)

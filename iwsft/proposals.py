@@ -12,6 +12,7 @@ from torchrl.objectives.utils import TargetNetUpdater
 
 from iwsft.objective import ImportanceWeightedMLE
 from iwsft.policies.log_prob import chunked_log_prob
+from iwsft.weights import exponential
 
 
 class _ProposalUpdater(TargetNetUpdater):
@@ -196,23 +197,15 @@ def reweight(
         The log-weights per step, in the layout of the trajectories.
     """
     segments = loss.segments(trajectories)
-    count = loss.count(trajectories, segments)
-    network = loss.actor_network
-    if loss.functional:
-        with loss.actor_network_params.to_module(network, preserve_module_state=False):
-            log_q = chunked_log_prob(network, trajectories, rows=rows, segments=segments)
-    else:
-        log_q = chunked_log_prob(network, trajectories, rows=rows, segments=segments)
-    log_ratio = log_q - loss.reference(trajectories, segments)
-    log_ratio = torch.where(segments.valid, log_ratio, 0.0)
-    log_weight, _ = loss.importance_weights(log_ratio, segments, count)
-    weight = log_weight.exp()
-    loss.check_finite(weight, log_weight)
+    with loss.network() as policy:
+        log_q = chunked_log_prob(policy, trajectories, rows=rows, segments=segments)
+    log_weight, _ = loss.weigh(trajectories, log_q, segments=segments)
+    weight = exponential(log_weight)
     key = loss.tensor_keys.importance_weight
-    held = trajectories.get(key, default=None)
-    if held is None:
+    stored = trajectories.get(key, default=None)
+    if stored is None:
         trajectories.set(key, weight)
     else:
-        # In place: samplers hold on to this tensor.
-        held.copy_(weight)
+        # In place: samplers refer to this tensor.
+        stored.copy_(weight)
     return log_weight

@@ -2,8 +2,15 @@
 
 With rho_i = log q(a_i|s_i) - log pi_ref(a_i|s_i) the weight of a trajectory is
 w = exp(sum_i g(rho_i)) (paper, Eq. 11). A chain has three places: on the step (g), the reduction
-along the trajectory, on the trajectory. Everything stays in log space; the loss takes the one
-exponential at the end.
+along the trajectory, on the trajectory. Everything stays in log space until the one exponential at
+the end (:func:`exponential`).
+
+A transform is any callable of the shapes :data:`StepTransform` or :data:`TrajectoryTransform`. It
+declares what it is by class attributes, all of them optional:
+
+- ``place``: ``"step"`` or ``"trajectory"``; a chain refuses it in the other place.
+- ``clips``: where its output differs from its input, the weight counts as clipped.
+- ``compares``: it looks at all weights of a batch, so it needs the whole batch at once.
 """
 
 from __future__ import annotations
@@ -11,19 +18,38 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from iwsft.trajectory import Segments
+from iwsft.trajectory import Segments, on_host
 
 LOG_MAX = math.log(torch.finfo(torch.float32).max)
+Place = Literal["step", "trajectory"]
+StepTransform = Callable[[Tensor], Tensor]
+# Log-weights and how much each counts -> log-weights.
+TrajectoryTransform = Callable[[Tensor, Tensor], Tensor]
+
+
+class Weights(NamedTuple):
+    """Weights of the steps of a batch, in its layout.
+
+    Attributes:
+        log_weight: log-weight of the step's trajectory (of the step with ``reduce=None``), 0 where
+            masked.
+        clipped: whether a clip changed the weight.
+    """
+
+    log_weight: Tensor
+    clipped: Tensor
 
 
 @dataclass(frozen=True)
 class Temperature:
     """Step: g(x) = k x (paper, Section 3.4). k = 0 turns the weights off, a large k sharpens."""
+
+    place: ClassVar[Place] = "step"
 
     k: float
 
@@ -38,6 +64,8 @@ class Temperature:
 class Scale:
     """Step: g(x) = c x, the constant before a clip in the paper's g(x) = 0.1 clip(x, 0.2, 1.8)."""
 
+    place: ClassVar[Place] = "step"
+
     c: float
 
     def __post_init__(self) -> None:
@@ -51,6 +79,9 @@ class Scale:
 class ClipLogRatio:
     """Step: clip the log-ratio to [min, max] (paper, Appendix C)."""
 
+    place: ClassVar[Place] = "step"
+    clips: ClassVar[bool] = True
+
     min: float = -math.inf
     max: float = math.inf
 
@@ -62,8 +93,8 @@ class ClipLogRatio:
 
 
 @dataclass(frozen=True)
-class ClipRatio:
-    """Step: clip the ratio q/pi_ref itself to [min, max] (paper, Section 3.4)."""
+class _Range:
+    clips: ClassVar[bool] = True
 
     min: float = 0.0
     max: float = math.inf
@@ -71,49 +102,59 @@ class ClipRatio:
     def __post_init__(self) -> None:
         _require(
             0 <= self.min <= self.max,
-            f"ClipRatio: 0 <= min <= max must hold, got [{self.min}, {self.max}]",
+            f"{type(self).__name__}: 0 <= min <= max must hold, got [{self.min}, {self.max}]",
         )
 
+    def _clip(self, log: Tensor) -> Tensor:
+        low, high = (math.log(x) if x > 0 else -math.inf for x in (self.min, self.max))
+        return log.clamp(low, high)
+
+
+@dataclass(frozen=True)
+class ClipRatio(_Range):
+    """Step: clip the ratio q/pi_ref itself to [min, max] (paper, Section 3.4)."""
+
+    place: ClassVar[Place] = "step"
+
     def __call__(self, log_ratio: Tensor) -> Tensor:
-        return log_ratio.clamp(_log(self.min), _log(self.max))
+        return self._clip(log_ratio)
 
 
 @dataclass(frozen=True)
 class TemperWeight:
     """Trajectory: w <- w^alpha."""
 
+    place: ClassVar[Place] = "trajectory"
+
     alpha: float
 
     def __post_init__(self) -> None:
         _require(self.alpha >= 0, f"TemperWeight(alpha={self.alpha}) must not be negative")
 
-    def __call__(self, log_weight: Tensor, count: Tensor) -> Tensor:
+    def __call__(self, log_weight: Tensor, share: Tensor) -> Tensor:
         return self.alpha * log_weight
 
 
 @dataclass(frozen=True)
-class ClipWeight:
+class ClipWeight(_Range):
     """Trajectory: clip the weight to [min, max] (paper, Section 3.4: beta_min, beta_max)."""
 
-    min: float = 0.0
-    max: float = math.inf
+    place: ClassVar[Place] = "trajectory"
 
-    def __post_init__(self) -> None:
-        _require(
-            0 <= self.min <= self.max,
-            f"ClipWeight: 0 <= min <= max must hold, got [{self.min}, {self.max}]",
-        )
-
-    def __call__(self, log_weight: Tensor, count: Tensor) -> Tensor:
-        return log_weight.clamp(_log(self.min), _log(self.max))
+    def __call__(self, log_weight: Tensor, share: Tensor) -> Tensor:
+        return self._clip(log_weight)
 
 
 @dataclass(frozen=True)
 class SelfNormalize:
     """Trajectory: divide by the mean weight of the batch, so that the mean weight is 1."""
 
-    def __call__(self, log_weight: Tensor, count: Tensor) -> Tensor:
-        return log_weight - log_mean_exp(log_weight, count)
+    place: ClassVar[Place] = "trajectory"
+
+    compares: ClassVar[bool] = True
+
+    def __call__(self, log_weight: Tensor, share: Tensor) -> Tensor:
+        return log_weight - log_mean_exp(log_weight, share)
 
 
 @dataclass(frozen=True)
@@ -130,6 +171,9 @@ class TargetESS:
         max_alpha: the largest exponent.
     """
 
+    place: ClassVar[Place] = "trajectory"
+    compares: ClassVar[bool] = True
+
     fraction: float
     max_alpha: float = 1000.0
     _min_alpha: float = field(default=1e-6, repr=False)
@@ -138,23 +182,18 @@ class TargetESS:
         _require(0 < self.fraction <= 1, f"TargetESS(fraction={self.fraction}) must be in (0, 1]")
         _require(self.max_alpha > 0, f"TargetESS(max_alpha={self.max_alpha}) must be positive")
 
-    def __call__(self, log_weight: Tensor, count: Tensor) -> Tensor:
+    def __call__(self, log_weight: Tensor, share: Tensor) -> Tensor:
         # Shifting first keeps the products finite; a common factor leaves the ESS alone.
-        top = torch.where(count > 0, log_weight, -math.inf).amax()
-        shifted = torch.where(count > 0, log_weight - top, 0.0).double()
-        count = count.double()
-        low = torch.full((), math.log(self._min_alpha), dtype=torch.float64, device=count.device)
-        high = torch.full((), math.log(self.max_alpha), dtype=torch.float64, device=count.device)
+        top = torch.where(share > 0, log_weight, -math.inf).amax()
+        shifted = torch.where(share > 0, log_weight - top, 0.0).double()
+        share = share.double()
+        low = torch.full((), math.log(self._min_alpha), dtype=torch.float64, device=share.device)
+        high = torch.full((), math.log(self.max_alpha), dtype=torch.float64, device=share.device)
         for _ in range(25):
             middle = (low + high) / 2
-            enough = log_ess(middle.exp() * shifted, count) > math.log(self.fraction)
+            enough = log_ess(middle.exp() * shifted, share) > math.log(self.fraction)
             low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
         return (high.exp() * log_weight.double()).to(log_weight.dtype)
-
-
-StepTransform = Callable[[Tensor], Tensor]
-TrajectoryTransform = Callable[[Tensor, Tensor], Tensor]
-_CLIPS = (ClipLogRatio, ClipRatio, ClipWeight)
 
 
 @dataclass(frozen=True)
@@ -180,49 +219,48 @@ class ImportanceWeights:
             self.reduce in ("sum", "mean", None),
             f"reduce must be 'sum', 'mean' or None, not {self.reduce!r}",
         )
-        late = (TemperWeight, ClipWeight, SelfNormalize, TargetESS)
-        early = (Temperature, Scale, ClipLogRatio, ClipRatio)
-        for g in self.step:
-            _require(not isinstance(g, late), f"{g} belongs to trajectory=[...]")
-        for transform in self.trajectory:
-            _require(not isinstance(transform, early), f"{transform} belongs to step=[...]")
+        for here in get_args(Place):
+            for transform in getattr(self, here):
+                place = getattr(transform, "place", here)
+                _require(place == here, f"{transform} belongs to {place}=[...]")
 
-    def __call__(
-        self, log_ratio: Tensor, segments: Segments, count: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    @property
+    def compares(self) -> bool:
+        """Whether a transform looks at all weights of a batch."""
+        return any(_declares(t, "compares") for t in (*self.step, *self.trajectory))
+
+    def __call__(self, log_ratio: Tensor, segments: Segments, share: Tensor) -> Weights:
         """Weigh a batch.
 
         Args:
             log_ratio: log q - log pi_ref of each step, in the layout of the batch.
             segments: the trajectories of the batch.
-            count: how much each step counts, in the layout of the batch: the draws of its
-                trajectory over its length (so a trajectory's steps add up to its draws), 0 where
-                masked.
+            share: how much each step counts, in the layout of the batch: the multiplicity of its
+                trajectory over its length, 0 where masked.
 
         Returns:
             Log-weight of each step (its trajectory's, unless reduce=None), and whether a clip
-            changed the step or its trajectory; both in the layout of the batch.
+            changed the step or its trajectory. Masked steps hold numbers without a meaning.
         """
         clipped = torch.zeros_like(log_ratio, dtype=torch.bool)
         for g in self.step:
             before, log_ratio = log_ratio, g(log_ratio)
-            if isinstance(g, _CLIPS):
+            if _declares(g, "clips"):
                 clipped = clipped | (before != log_ratio)
         if self.reduce is None:
             log_weight = log_ratio
         else:
-            log_weight = (
-                segments.sum(log_ratio) if self.reduce == "sum" else segments.mean(log_ratio)
-            )
-            count = segments.sum(count)
+            along = segments.sum if self.reduce == "sum" else segments.mean
+            log_weight = along(log_ratio)
+            share = segments.sum(share)
         changed = torch.zeros_like(log_weight, dtype=torch.bool)
         for transform in self.trajectory:
-            before, log_weight = log_weight, transform(log_weight, count)
-            if isinstance(transform, _CLIPS):
+            before, log_weight = log_weight, transform(log_weight, share)
+            if _declares(transform, "clips"):
                 changed = changed | (before != log_weight)
         if self.reduce is not None:
             log_weight, changed = segments.spread(log_weight), segments.spread(changed)
-        return log_weight, clipped | changed
+        return Weights(log_weight, clipped | changed)
 
     def check_overflow(self, longest: int) -> None:
         """Refuse a chain whose least possible weight overflows float32 on a long trajectory.
@@ -239,9 +277,9 @@ class ImportanceWeights:
         least = torch.full((longest,), -math.inf)
         segments = Segments(least.shape, torch.zeros(longest, dtype=torch.int64), None, 1)
         one = torch.full((longest,), 1.0 / longest)
-        # Normalisation would hide the overflow of a lone trajectory, so it is left out.
-        rest = [t for t in self.trajectory if isinstance(t, TemperWeight | ClipWeight)]
-        chain = ImportanceWeights(self.step, self.reduce, rest)
+        # A comparison would hide the overflow of a lone trajectory, so it is left out.
+        alone = [t for t in self.trajectory if not _declares(t, "compares")]
+        chain = ImportanceWeights(self.step, self.reduce, alone)
         floor = float(chain(least, segments, one)[0][0])
         if floor > LOG_MAX:
             raise OverflowError(
@@ -281,20 +319,40 @@ class ImportanceWeights:
         return cls(reduce="mean", trajectory=(ClipWeight(0.0, 16.0),))
 
 
-def log_mean_exp(log_weight: Tensor, count: Tensor) -> Tensor:
-    """log(sum m w / sum m) over all elements, in float64 inside; elements of count 0 are out."""
-    held = torch.where(count > 0, log_weight.double() + count.double().log(), -math.inf)
-    total = torch.logsumexp(held.reshape(-1), 0) - count.sum(dtype=torch.float64).log()
+def exponential(log_weight: Tensor) -> Tensor:
+    """The weights themselves.
+
+    Raises:
+        OverflowError: a weight beyond float32, or NaN. On an accelerator, where looking would cost
+            a wait, this is a device-side assertion.
+    """
+    weight = log_weight.exp()
+    finite = weight.isfinite().all()
+    if not on_host(weight):
+        torch._assert_async(finite, "importance weights overflow float32 or are NaN")
+    elif not bool(finite):
+        raise OverflowError(
+            f"importance weights overflow float32 or are NaN (log-weights reach "
+            f"{float(log_weight.max()):.4g}); use reduce='mean', a lower Temperature, or "
+            "trajectory=[ClipWeight(max=...)] or [..., SelfNormalize()]"
+        )
+    return weight
+
+
+def log_mean_exp(log_weight: Tensor, share: Tensor) -> Tensor:
+    """log(sum m w / sum m), m the shares, in float64 inside; elements of share 0 are left out."""
+    log_terms = torch.where(share > 0, log_weight.double() + share.double().log(), -math.inf)
+    total = torch.logsumexp(log_terms.reshape(-1), 0) - share.sum(dtype=torch.float64).log()
     return total.to(log_weight.dtype)
 
 
-def log_ess(log_weight: Tensor, count: Tensor) -> Tensor:
-    """log of ESS / sample size = 2 log E[w] - log E[w^2], E over elements by their count."""
-    return 2 * log_mean_exp(log_weight, count) - log_mean_exp(2 * log_weight, count)
+def log_ess(log_weight: Tensor, share: Tensor) -> Tensor:
+    """log of ESS / sample size = 2 log E[w] - log E[w^2], E over elements by their share."""
+    return 2 * log_mean_exp(log_weight, share) - log_mean_exp(2 * log_weight, share)
 
 
-def _log(x: float) -> float:
-    return math.log(x) if x > 0 else -math.inf
+def _declares(transform: object, attribute: str) -> bool:
+    return bool(getattr(transform, attribute, False))
 
 
 def _require(condition: bool, message: str) -> None:

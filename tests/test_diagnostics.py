@@ -188,16 +188,13 @@ def test_diagnose_against_the_loss(layout: str, proposal: Any) -> None:
     out = diagnose(loss, given_batch)
     rho = (policy.log_prob(batch.copy()).detach() - batch["ref_log_prob"]).double()
     log_p = 2 * torch.stack([part.mean() for part in rho.split(sizes)])
-    segments = loss.segments(batch)
-    count = loss.count(batch, segments)
-    log_prob = loss.log_prob(batch)
-    log_q = loss.log_weights(batch, segments, count, log_prob)[0][first].double()
-    repeated = np.repeat(log_q.exp().numpy(), m.long().numpy())
+    log_weight = loss.terms(batch).log_weight[first].double()
+    repeated = np.repeat(log_weight.exp().numpy(), m.long().numpy())
     for p in QUANTILES:
         truth = np.quantile(repeated, p, method="inverted_cdf")
         assert out[f"weight_q{round(100 * p):02d}"] == pytest.approx(truth, rel=1e-5)
-    j = float(m @ log_p.exp() / (m @ log_q.exp()))
-    s = float((m * log_q.exp()) @ (1 + log_p - log_q) / (m @ log_q.exp()))
+    j = float(m @ log_p.exp() / (m @ log_weight.exp()))
+    s = float((m * log_weight.exp()) @ (1 + log_p - log_weight) / (m @ log_weight.exp()))
     assert out["importance_sampled_return"] == pytest.approx(j, rel=1e-5)
     assert out["surrogate"] == pytest.approx(s, rel=1e-5)
     assert out["bound_gap"] == pytest.approx(j - s, rel=1e-3, abs=1e-6)
@@ -208,7 +205,7 @@ def test_diagnose_against_the_loss(layout: str, proposal: Any) -> None:
     if proposal == "reference":
         assert "pareto_k" not in out and out["weight_q05"] == out["weight_q95"] == 1
     else:
-        assert out["pareto_k"] == pytest.approx(pareto_k(log_q.exp()), rel=1e-4)
+        assert out["pareto_k"] == pytest.approx(pareto_k(log_weight.exp()), rel=1e-4)
     assert all(isinstance(value, float) for value in out.values())
 
 

@@ -267,6 +267,47 @@ def test_a_transform_in_the_wrong_place_is_named() -> None:
         ImportanceWeights(trajectory=[weights.Temperature(1.0)])  # type: ignore[list-item]
 
 
+class _Halved:
+    """A transform of the trajectory that clips: weights above 2 are halved."""
+
+    place = "trajectory"
+    clips = True
+
+    def __call__(self, log_weight: Tensor, share: Tensor) -> Tensor:
+        return torch.where(log_weight > math.log(2), log_weight - math.log(2), log_weight)
+
+
+class _Centred:
+    """A transform that compares."""
+
+    compares = True
+
+    def __call__(self, log_weight: Tensor, share: Tensor) -> Tensor:
+        return log_weight - (share * log_weight).sum() / share.sum()
+
+
+def test_a_transform_says_itself_what_it_is() -> None:
+    segments, x = segments_of([2, 1]), torch.tensor([0.5, 1.5, 0.1])
+    share = 1 / segments.spread(segments.lengths)
+    log_weight, clipped = ImportanceWeights(trajectory=[_Halved()])(x, segments, share)
+    halved = 1 - math.log(2)
+    np.testing.assert_allclose(log_weight.numpy(), [halved, halved, 0.1], rtol=1e-6)
+    assert clipped.tolist() == [True, True, False]
+    with pytest.raises(ValueError, match=r"_Halved.*belongs to trajectory=\[...\]"):
+        ImportanceWeights(step=[_Halved()])  # type: ignore[list-item]
+    # Plain functions declare nothing: they neither clip nor compare, and go where they are put.
+    plain = ImportanceWeights(step=[torch.tanh], trajectory=[lambda x, share: x.clamp(max=0)])
+    log_weight, clipped = plain(x, segments, share)
+    assert not plain.compares and not bool(clipped.any()) and bool((log_weight == 0).all())
+    ours = (weights.SelfNormalize(), weights.TargetESS(0.5))
+    assert all(ImportanceWeights(trajectory=[t]).compares for t in (_Centred(), *ours))
+    assert not ImportanceWeights(trajectory=[_Halved(), weights.ClipWeight()]).compares
+    # A comparison makes a lone trajectory's weight 1, which would hide its overflow.
+    long = ImportanceWeights(step=[weights.ClipLogRatio(min=0.02)], reduce="sum")
+    with pytest.raises(OverflowError):
+        ImportanceWeights(long.step, "sum", [_Centred()]).check_overflow(5000)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     data=st.lists(

@@ -128,7 +128,7 @@ def weights(loss: ImportanceWeightedMLE, every: int, whole: TensorDictBase | Non
     def look(batch: TensorDictBase) -> Row:
         seen = batch if whole is None else whole
         terms = loss.terms(seen)
-        chosen = weighted_mean(seen.get(_RETURN), terms.log_weight.exp(), terms.counts)
+        chosen = weighted_mean(seen.get(_RETURN), terms.log_weight.exp(), terms.share)
         return diagnose(loss, seen, terms) | {"weighted_return": float(chosen)}
 
     return Probe(every, look)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from benchmarks.llm.recipes.recipe import Defaults
 from iwsft.objective import Proposal
-from iwsft.weights import ImportanceWeights, SelfNormalize, TargetESS
+from iwsft.weights import ImportanceWeights
 
 # The model as it is, tested alone.
 BASE = "base"
@@ -77,8 +77,7 @@ def q_of(algorithm: Algorithm, settings: Defaults, parts: int) -> tuple[Proposal
     """
     if algorithm.proposal == "cached":
         return "cached", settings.sync_every
-    chain = algorithm.weights(settings).trajectory
-    compared = any(isinstance(t, SelfNormalize | TargetESS) for t in chain)
-    if algorithm.proposal == "current" and parts > 1 and compared:
+    compares = algorithm.weights(settings).compares
+    if algorithm.proposal == "current" and parts > 1 and compares:
         return "cached", 1
     return algorithm.proposal, None

@@ -8,15 +8,15 @@ from torch import nn
 from transformers import Trainer
 
 from iwsft.objective import Proposal
-from iwsft.weights import ImportanceWeights, SelfNormalize, TargetESS
+from iwsft.weights import ImportanceWeights
 
 
 def check_engine(trainer: Trainer, proposal: Proposal, weights: ImportanceWeights) -> None:
     """Refuse ways of running that would change the result.
 
     Raises:
-        ValueError: several GPUs in one process, trajectories cut into parts, or transforms of the
-            whole batch where no process ever holds it.
+        ValueError: several GPUs in one process, trajectories cut into parts, or transforms that
+            compare weights where no process ever holds the whole batch.
     """
     args = trainer.args
     if args.n_gpu > 1:
@@ -30,11 +30,10 @@ def check_engine(trainer: Trainer, proposal: Proposal, weights: ImportanceWeight
             "tensor, context and sequence parallelism cut a trajectory into parts, which is "
             "not supported; use ZeRO-3 or FSDP2"
         )
-    looking = [t for t in weights.trajectory if isinstance(t, SelfNormalize | TargetESS)]
     parts = args.gradient_accumulation_steps * trainer.accelerator.num_processes
-    if proposal == "current" and looking and parts > 1:
+    if proposal == "current" and weights.compares and parts > 1:
         raise ValueError(
-            f"{looking[0]} looks at all weights of an update, which here stand in {parts} "
+            f"{weights} compares all weights of an update, which is divided here into {parts} "
             "micro-batches; use proposal='cached' with sync_every=1, which computes them first"
         )
 

@@ -36,13 +36,13 @@ class Measures:
             terms: of the loss.
             clip_fraction: share of clipped weights, where the terms do not know (cached weights).
         """
-        count = terms.counts.double()
+        share = terms.share.double()
 
         def total(x: Tensor) -> Tensor:
-            return torch.where(count > 0, count * x, 0.0).sum()
+            return torch.where(share > 0, share * x, 0.0).sum()
 
         weight = terms.log_weight.double().exp()
-        draws = count.sum()
+        draws = share.sum()
         clipped = draws * clip_fraction if terms.clipped is None else total(terms.clipped.double())
         kl = torch.full_like(draws, math.nan)
         if terms.reference is not None:
@@ -50,8 +50,8 @@ class Measures:
         sums = torch.stack(
             [draws, total(weight), total(weight**2), total(terms.log_prob.double()), kl, clipped]
         )
-        top = torch.where(count > 0, weight, 0.0).amax()
-        held = self._updates[-1].to(count.device)
+        top = torch.where(share > 0, weight, 0.0).amax()
+        held = self._updates[-1].to(share.device)
         self._updates[-1] = torch.cat([held[:-1] + sums, torch.maximum(held[-1], top)[None]])
 
     def collect(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:

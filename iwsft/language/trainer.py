@@ -181,7 +181,7 @@ class ImportanceWeightedTrainer(Trainer):
             if self._weigher is not None:
                 self._weigher.write(batch)
             segments = self._loss.segments(batch)
-            draws += self._loss.count(batch, segments).sum().to(device)
+            draws += self._loss.share(batch, segments).sum().to(device)
         self._measures.begin()
         return batches, self.accelerator.reduce(draws, "sum")
 
@@ -215,7 +215,7 @@ class ImportanceWeightedTrainer(Trainer):
         out = self._loss.summary(terms)
         clipped = math.nan if self._weigher is None else self._weigher.clip_fraction
         self._measures.add(terms, clipped)
-        draws = terms.counts.sum() if num_items_in_batch is None else num_items_in_batch
+        draws = terms.share.sum() if num_items_in_batch is None else num_items_in_batch
         loss = out[LOSS] * (self.accelerator.num_processes / draws).to(out[LOSS].dtype)
         self._finite = self._finite.to(loss.device) & loss.detach().isfinite()
         return (loss, out) if return_outputs else loss
@@ -423,10 +423,10 @@ class ImportanceWeightedTrainer(Trainer):
         log_prob = swept_log_prob(self._policy, self._eval_micro, batches, self.accelerator)
         held = self._eval_micro.entries.trajectories
         segments = self._loss.segments(held)
-        count = self._loss.count(held, segments)
-        steps = count * segments.spread(segments.lengths)
+        share = self._loss.share(held, segments)
+        steps = share * segments.spread(segments.lengths)
         metrics = {
-            f"{metric_key_prefix}_loss": -float((count * log_prob).sum() / count.sum()),
+            f"{metric_key_prefix}_loss": -float((share * log_prob).sum() / share.sum()),
             f"{metric_key_prefix}_token_loss": -float((steps * log_prob).sum() / steps.sum()),
         }
         self.log(metrics)

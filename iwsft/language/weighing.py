@@ -12,7 +12,8 @@ from torch import Tensor
 from iwsft.language.microbatch import PLACE, Entries
 from iwsft.language.plan import Plan
 from iwsft.objective import ImportanceWeightedMLE
-from iwsft.trajectory import IMPORTANCE_WEIGHT, MULTIPLICITY, REF_LOG_PROB, lengths, select
+from iwsft.trajectory import IMPORTANCE_WEIGHT, MULTIPLICITY, lengths, select
+from iwsft.weights import exponential
 
 # log-probs per token of the trajectories in some batches, all processes' results together.
 Sweep = Callable[[list[list[int]]], Tensor]
@@ -61,14 +62,11 @@ class Weigher:
         each = torch.tensor([draws[trajectory] for trajectory in chosen.tolist()])
         window.set(MULTIPLICITY, each.repeat_interleave(self._sizes[chosen]))
         segments = self._loss.segments(window)
-        count = self._loss.count(window, segments)
+        share = self._loss.share(window, segments)
         place = window.get(PLACE)
-        log_ratio = torch.where(segments.valid, log_q[place] - window.get(REF_LOG_PROB), 0.0)
-        log_weight, clipped = self._loss.importance_weights(log_ratio, segments, count)
-        weight = torch.where(segments.valid, log_weight.exp(), 1.0)
-        self._loss.check_finite(weight, log_weight)
-        self._weights[place] = weight
-        self.clip_fraction = float((count * clipped).sum() / count.sum())
+        log_weight, clipped = self._loss.weigh(window, log_q[place], segments=segments, share=share)
+        self._weights[place] = exponential(log_weight)
+        self.clip_fraction = float((share * clipped).sum() / share.sum())
         self.until = updates.stop
 
     def write(self, batch: TensorDictBase) -> None:

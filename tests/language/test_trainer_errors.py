@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import losses, model, trainer, trajectories
+from torch import Tensor
 from transformers import TrainingArguments
 
 from iwsft import ImportanceWeights, weights
@@ -44,11 +45,20 @@ def test_settings(tmp_path: Path, settings: dict[str, Any], message: str) -> Non
         trainer(tmp_path, **settings)
 
 
-@pytest.mark.parametrize("chain", [weights.SelfNormalize(), weights.TargetESS(0.5)])
-def test_a_transform_of_the_batch_needs_the_whole_update(tmp_path: Path, chain: Any) -> None:
-    own = {"importance_weights": ImportanceWeights(trajectory=[chain]), "proposal": "current"}
+class _Centred:
+    """A transform that the library does not know, and that compares weights."""
+
+    compares = True
+
+    def __call__(self, log_weight: Tensor, share: Tensor) -> Tensor:
+        return log_weight - (share * log_weight).sum() / share.sum()
+
+
+@pytest.mark.parametrize("transform", [weights.SelfNormalize(), weights.TargetESS(0.5), _Centred()])
+def test_a_transform_that_compares_needs_the_whole_update(tmp_path: Path, transform: Any) -> None:
+    own = {"importance_weights": ImportanceWeights(trajectory=[transform]), "proposal": "current"}
     trainer(tmp_path, **own)
-    with pytest.raises(ValueError, match="stand in 2 micro-batches; use proposal='cached'"):
+    with pytest.raises(ValueError, match="into 2 micro-batches; use proposal='cached'"):
         trainer(tmp_path, gradient_accumulation_steps=2, **own)
 
 
