@@ -1,11 +1,11 @@
-"""Language: log-probs of tokens without the full logits, then updates of a small decoder."""
+"""Speed of language: log-probs of tokens without the full logits, then updates of a decoder."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from benchmarks.speed.measure import Check, Options, Row, checked, growth_mb, in
 from iwsft.policies.token_log_prob import token_log_prob
 
 GRADIENT_LIMIT = 1e-5
-_FULL = "full logits, log_softmax, gather (plain torch)"
 
 
 @dataclass(frozen=True)
@@ -22,9 +21,9 @@ class Sizes:
     """How much is measured.
 
     Attributes:
-        tokens: whose log-prob is taken.
-        vocabulary: tokens there are; by default Qwen2.5's without its padding.
-        hidden: width of the states.
+        tokens: Tokens whose log-prob is taken.
+        vocabulary: Size of the vocabulary; by default Qwen2.5's without its padding.
+        hidden: Width of the hidden states.
     """
 
     tokens: int = 4096
@@ -32,43 +31,57 @@ class Sizes:
     hidden: int = 512
 
 
-SIZES = {
-    "paper": Sizes(),
-    "small": Sizes(tokens=256, vocabulary=16_384, hidden=32),
-}
+SIZES = {"paper": Sizes(), "small": Sizes(tokens=256, vocabulary=16_384, hidden=32)}
 
 
 def measure(options: Options) -> Iterator[Row | Check]:
-    """Memory, agreement and time of the log-probs, then the updates.
+    """Yield agreement, memory and time of the log-probs, then the updates.
 
     Raises:
-        ValueError: a dataset; tokens are drawn at random.
+        ValueError: A dataset was given; the tokens are random.
     """
     if options.dataset is not None:
         raise ValueError("language is measured on random tokens; leave --dataset out")
-    # Here, for a child that measures memory should not hold transformers and TRL.
+    # Imported here, because a child that measures memory should not load transformers and TRL.
     from benchmarks.speed import language_updates
 
-    sizes = SIZES[options.scale]
-    yield memory(options, sizes)
-    yield from log_probs(options, sizes)
+    yield from log_probs(options, SIZES[options.scale])
     yield from language_updates.measure(options, language_updates.SIZES[options.scale])
+
+
+def log_probs(options: Options, sizes: Sizes) -> Iterator[Row | Check]:
+    """Agreement, peak memory of loss and gradient above the inputs, and time."""
+    shape = asdict(sizes) | {"seed": options.seed}
+    size = f"{sizes.tokens:,} tokens x {sizes.vocabulary:,} vocabulary, hidden {sizes.hidden}"
+    peer_name = "full logits, log_softmax, gather (plain torch)"
+    pair = LogProbs(**shape)
+    yield checked(
+        "gradient of log-probs against that of full logits, relative difference",
+        pair.disagreement(),
+        GRADIENT_LIMIT,
+    )
+    ours, plain = (
+        in_child("benchmarks.speed.language", shape | {"ours": ours}) for ours in (True, False)
+    )
+    yield Row(f"peak memory of log-prob and gradient, {size}", ours, plain, "MB", peer_name)
+    times = paired(pair.ours, pair.plain, options.repeats)
+    yield times.row(f"log-prob and gradient, {size}", peer_name, "ms", "per batch")
 
 
 class LogProbs:
     """Log-probs of random tokens and their gradients, ours and the plain way.
 
     Args:
-        tokens: see :class:`Sizes`, as the others.
-        vocabulary: of the weight.
-        hidden: width of the states.
-        seed: of everything.
+        tokens: Tokens whose log-prob is taken.
+        vocabulary: Rows of the weight.
+        hidden: Width of the hidden states.
+        seed: Seed of states, weight and tokens.
     """
 
     def __init__(self, tokens: int, vocabulary: int, hidden: int, seed: int) -> None:
         draw = torch.Generator().manual_seed(seed)
         self.hidden = torch.randn(tokens, hidden, generator=draw).requires_grad_()
-        # In place: what a copy would take here would hide what the job takes later.
+        # In place: the memory of a copy here would hide some of what the job takes later.
         weight = torch.randn(vocabulary, hidden, generator=draw).div_(hidden**0.5)
         self.weight = weight.requires_grad_()
         self.target = torch.randint(vocabulary, (tokens,), generator=draw)
@@ -76,11 +89,11 @@ class LogProbs:
         self.upstream = torch.rand(tokens, generator=draw)
 
     def ours(self) -> None:
-        """Loss and gradient."""
+        """Compute loss and gradient with :func:`token_log_prob`."""
         self._backward(token_log_prob(self.hidden, self.weight, self.target))
 
     def plain(self) -> None:
-        """The same from full logits."""
+        """Compute the same from full logits."""
         log_prob = torch.nn.functional.linear(self.hidden, self.weight).log_softmax(-1)
         self._backward(log_prob.gather(1, self.target[:, None]).squeeze(1))
 
@@ -89,56 +102,21 @@ class LogProbs:
         (self.upstream * log_prob).mean().backward()
 
     def disagreement(self) -> float:
-        """Largest relative difference of a gradient, in the 2-norm."""
-        found = []
+        """Return the largest relative difference of a gradient, in the 2-norm."""
+        gradients = []
         for way in (self.ours, self.plain):
             way()
             assert self.hidden.grad is not None and self.weight.grad is not None
-            found.append((self.hidden.grad, self.weight.grad))
-        pairs = zip(*found, strict=True)
+            gradients.append((self.hidden.grad, self.weight.grad))
+        pairs = zip(*gradients, strict=True)
         return max(float((a - b).norm() / b.norm()) for a, b in pairs)
 
 
-def _shape(sizes: Sizes, options: Options) -> dict[str, int]:
-    return {
-        "tokens": sizes.tokens,
-        "vocabulary": sizes.vocabulary,
-        "hidden": sizes.hidden,
-        "seed": options.seed,
-    }
-
-
-def _named(sizes: Sizes) -> str:
-    return f"{sizes.tokens:,} tokens x {sizes.vocabulary:,} vocabulary, hidden {sizes.hidden}"
-
-
-def memory(options: Options, sizes: Sizes) -> Row:
-    """Peak of loss and gradient above the inputs, each way in a process of its own."""
-    ours, plain = (
-        in_child("benchmarks.speed.language", {**_shape(sizes, options), "ours": ours})
-        for ours in (True, False)
-    )
-    return Row(f"peak memory of log-prob and gradient, {_named(sizes)}", ours, plain, "MB", _FULL)
-
-
-def log_probs(options: Options, sizes: Sizes) -> Iterator[Row | Check]:
-    """Agreement and time."""
-    both = LogProbs(**_shape(sizes, options))
-    yield checked(
-        "gradient of log-probs against that of full logits, relative difference",
-        both.disagreement(),
-        GRADIENT_LIMIT,
-    )
-    yield paired(both.ours, both.plain, options.repeats).row(
-        f"log-prob and gradient, {_named(sizes)}", _FULL, "ms", "per batch"
-    )
-
-
 def peak(*, ours: bool, **shape: int) -> float:
-    """MB that loss and gradient need above their inputs; alone in its process."""
+    """Return the MB that loss and gradient need above their inputs; for a process of its own."""
     torch.set_num_threads(1)
-    both = LogProbs(**shape)
-    return growth_mb(both.ours if ours else both.plain)
+    pair = LogProbs(**shape)
+    return growth_mb(pair.ours if ours else pair.plain)
 
 
 if __name__ == "__main__":

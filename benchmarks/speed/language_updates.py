@@ -32,25 +32,26 @@ from iwsft.language.config import ImportanceWeightedConfig
 from iwsft.language.trainer import ImportanceWeightedTrainer
 from iwsft.trajectory import ASSISTANT_MASK, ATTENTION_MASK, TOKENS, from_steps
 
-# Of the losses of the first updates, both in float32.
+# Largest relative difference of the losses of the first updates, both in float32.
 LOSS_LIMIT = 1e-5
-TRL = "trl"
 SFT: dict[str, Any] = {"proposal": "reference"}
+# None in place of settings of our trainer.
+TRL = None
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is trained.
+    """The decoder and its training.
 
     Attributes:
-        batch: trajectories of an update.
-        length: tokens of each.
-        trained: how many of them, the last, are the assistant's.
-        width: hidden size of the decoder.
-        layers: of the decoder.
-        vocabulary: its tokens.
-        updates: of a block, an epoch; also updates between hard syncs.
-        blocks: for each repeat that the options ask for.
+        batch: Trajectories of an update.
+        length: Tokens of each trajectory.
+        trained: Number of the last tokens, which are the assistant's.
+        width: Hidden size of the decoder.
+        layers: Layers of the decoder.
+        vocabulary: Size of its vocabulary.
+        updates: Updates of a block, which is an epoch; also updates between hard syncs.
+        blocks: Blocks for each repeat that the options ask for.
     """
 
     batch: int = 16
@@ -72,9 +73,9 @@ SIZES = {
 
 
 def measure(options: Options, sizes: Sizes) -> Iterator[Row | Check]:
-    """Agreement with TRL, then all ways in turn, then memory."""
+    """Yield the agreement with TRL, then the times of all ways in turn, then memory."""
     yield agreement(options, sizes)
-    ways: dict[str, dict[str, Any]] = {
+    proposals: dict[str, dict[str, Any]] = {
         "q = theta": {"proposal": "current"},
         f"hard sync every {sizes.updates} updates": {
             "proposal": "cached",
@@ -82,68 +83,63 @@ def measure(options: Options, sizes: Sizes) -> Iterator[Row | Check]:
         },
         "EMA": {"proposal": "lagged", "ema_decay": 0.99},
     }
-    everything: dict[str, dict[str, Any] | None] = {"SFT": SFT, TRL: None, **ways}
+    ways = {"SFT": SFT, "TRL": TRL, **proposals}
     with tempfile.TemporaryDirectory() as folder:
         runs = {
-            name: Run(trainer(Path(folder) / str(place), own, options, sizes))
-            for place, (name, own) in enumerate(everything.items())
+            name: TimedRun(build_trainer(Path(folder) / str(i), settings, options, sizes))
+            for i, (name, settings) in enumerate(ways.items())
         }
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         for block in range(1 + sizes.blocks * options.repeats):
             for name, run in runs.items():
-                found = run()
-                # The first pays for what comes once.
+                taken = run()
+                # The first block has the costs of a first call.
                 if block > 0:
-                    seconds[name].append(found)
+                    seconds[name].append(taken)
     shape = f"{sizes.batch} x {sizes.length} tokens, {sizes.trained} trained"
-    yield Times(seconds["SFT"], seconds[TRL]).row(
+    yield Times(seconds["SFT"], seconds["TRL"]).row(
         f"SFT, {shape}, vocabulary {sizes.vocabulary:,}",
         "TRL's SFTTrainer on the same model, data and batch",
         "us",
         "per token",
         per=sizes.updates * sizes.batch * sizes.length,
     )
-    for name in ways:
+    for name in proposals:
         yield Times(seconds[name], seconds["SFT"]).row(
             f"iw-SFT update, {name}, {shape}", "our SFT", "ms", "per update", per=sizes.updates
         )
-    yield memory(options, sizes)
-
-
-def memory(options: Options, sizes: Sizes) -> Row:
-    """What a block of updates adds to the peak, each way in a process of its own."""
     ours, peer = (
         in_child(
             "benchmarks.speed.language_updates",
-            {"own": own, "seed": options.seed, "sizes": asdict(sizes)},
+            {"settings": settings, "seed": options.seed, "sizes": asdict(sizes)},
         )
-        for own in (SFT, None)
+        for settings in (SFT, TRL)
     )
     name = f"peak memory of SFT, {sizes.batch} x {sizes.length} tokens, vocabulary "
-    return Row(f"{name}{sizes.vocabulary:,}", ours, peer, "MB", "TRL's SFTTrainer")
+    yield Row(f"{name}{sizes.vocabulary:,}", ours, peer, "MB", "TRL's SFTTrainer")
 
 
 def agreement(options: Options, sizes: Sizes) -> Check:
-    """The losses of our SFT and TRL's, on one batch again and again."""
-    with tempfile.TemporaryDirectory() as folder:
-        losses = []
-        for own in (SFT, None):
-            trained = trainer(Path(folder) / str(own is None), own, options, sizes, batches=1)
-            trained.train()
-            losses.append([row["loss"] for row in trained.state.log_history if "loss" in row])
+    """Compare the losses of our SFT and TRL's, on one batch again and again."""
+    losses = []
+    for settings in (SFT, TRL):
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = build_trainer(Path(folder), settings, options, sizes, batches=1)
+            trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
     pairs = list(zip(*losses, strict=True))
-    worst = max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs)
+    largest = max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs)
     name = f"losses of {len(pairs)} updates of SFT against TRL's, relative difference"
-    return checked(name, worst, LOSS_LIMIT)
+    return checked(name, largest, LOSS_LIMIT)
 
 
-class Run(TrainerCallback):
-    """Trains for a block of updates; the processor seconds from the first to the last of them."""
+class TimedRun(TrainerCallback):
+    """A call trains for a block of updates and returns the processor seconds of its updates."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._start = self._stop = 0.0
-        # The last of the callbacks: the reference has been computed when training begins.
+        # The last callback: the reference has been computed when its training begins.
         trainer.add_callback(self)
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -157,30 +153,29 @@ class Run(TrainerCallback):
         return self._stop - self._start
 
 
-def trainer(
+def build_trainer(
     folder: Path,
-    own: dict[str, Any] | None,
+    settings: dict[str, Any] | None,
     options: Options,
     sizes: Sizes,
     *,
     batches: int | None = None,
 ) -> Trainer:
-    """Our trainer with some settings, or with None TRL's, on random tokens.
+    """Return our trainer or TRL's, on random tokens.
 
     Args:
-        folder: its output.
-        own: what is not plain in the settings of ours.
-        options: the seed is used.
-        sizes: what is trained.
-        batches: in the data; by default one for each update.
+        folder: Output folder of the trainer.
+        settings: Settings of our trainer besides the common ones; None for TRL's.
+        options: Options of the command; the seed is used.
+        sizes: Sizes of the decoder and its training.
+        batches: Batches in the data; by default one for each update.
     """
     torch.manual_seed(options.seed)
     model = decoder(sizes)
-    found: Trainer
     rows = sizes.batch * (sizes.updates if batches is None else batches)
     draw = torch.Generator().manual_seed(options.seed)
     ids = torch.randint(1, sizes.vocabulary, (rows, sizes.length), generator=draw)
-    settings: dict[str, Any] = {
+    common: dict[str, Any] = {
         "output_dir": str(folder),
         "per_device_train_batch_size": sizes.batch,
         "max_steps": sizes.updates,
@@ -194,19 +189,19 @@ def trainer(
         "disable_tqdm": True,
         "seed": options.seed,
     }
-    if own is None:
-        found = _trl(model, ids, settings, sizes)
+    trainer: Trainer
+    if settings is None:
+        trainer = build_trl_trainer(model, ids, common, sizes)
     else:
-        found = ImportanceWeightedTrainer(
-            model, ImportanceWeightedConfig(**settings, **own), trajectories=packed(ids, sizes)
-        )
-    # Its lines would stand among those of the table.
-    found.remove_callback(PrinterCallback)
-    return found
+        config = ImportanceWeightedConfig(**common, **settings)
+        trainer = ImportanceWeightedTrainer(model, config, trajectories=packed(ids, sizes))
+    # Its lines would mix with those of the table.
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def packed(ids: Tensor, sizes: Sizes) -> TensorDict:
-    """Trajectories of ours from ``[rows, length]`` tokens."""
+    """Return trajectories made of tokens ``[rows, length]``."""
     number = torch.arange(ids.numel())
     steps = {
         TOKENS: ids.reshape(-1),
@@ -216,30 +211,34 @@ def packed(ids: Tensor, sizes: Sizes) -> TensorDict:
     return from_steps(steps, number // sizes.length)
 
 
-def _trl(model: Any, ids: Tensor, settings: dict[str, Any], sizes: Sizes) -> Trainer:
+def build_trl_trainer(
+    model: Qwen2ForCausalLM, ids: Tensor, common: dict[str, Any], sizes: Sizes
+) -> Trainer:
+    """Return TRL's trainer of the assistant's tokens among ``ids``."""
     labels = ids.clone()
     labels[:, : sizes.length - sizes.trained] = -100
     words = {str(number): number for number in range(sizes.vocabulary)}
+    config = SFTConfig(
+        **common,
+        # Off, as in our trainer; it costs time.
+        gradient_checkpointing=False,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    rows = {"input_ids": ids.tolist(), "labels": labels.tolist()}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, "0")), pad_token="0", eos_token="0"
+    )
     return SFTTrainer(
         model,
-        SFTConfig(
-            **settings,
-            # As in ours; it would be slower with.
-            gradient_checkpointing=False,
-            max_length=None,
-            dataset_kwargs={"skip_prepare_dataset": True},
-        ),
-        train_dataset=datasets.Dataset.from_dict(
-            {"input_ids": ids.tolist(), "labels": labels.tolist()}
-        ),
-        processing_class=PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer(WordLevel(words, "0")), pad_token="0", eos_token="0"
-        ),
+        config,
+        train_dataset=datasets.Dataset.from_dict(rows),
+        processing_class=tokenizer,
     )
 
 
 def decoder(sizes: Sizes) -> Qwen2ForCausalLM:
-    """Random weights, tied embeddings."""
+    """Return a decoder with random weights and tied embeddings."""
     return Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=sizes.vocabulary,
@@ -254,12 +253,12 @@ def decoder(sizes: Sizes) -> Qwen2ForCausalLM:
     )
 
 
-def peak(own: dict[str, Any] | None, seed: int, sizes: dict[str, int]) -> float:
-    """MB that a block of updates needs above model and data; alone in its process."""
+def peak(settings: dict[str, Any] | None, seed: int, sizes: dict[str, int]) -> float:
+    """Return the MB that a block of updates needs above model and data; for a process alone."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        trained = trainer(Path(folder), own, Options(seed=seed), Sizes(**sizes))
-        return growth_mb(trained.train)
+        trainer = build_trainer(Path(folder), settings, Options(seed=seed), Sizes(**sizes))
+        return growth_mb(trainer.train)
 
 
 if __name__ == "__main__":
