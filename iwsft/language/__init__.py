@@ -24,8 +24,7 @@ from iwsft.datasets.text import s1k
 from iwsft.datasets.text.chat import ChatEncoder
 from iwsft.datasets.text.rows import Row, check_scores, read, to_row
 from iwsft.datasets.text.tokens import TokenDataset, correct_only, tokenize
-from iwsft.language.batches import EpochBatches, EpochSampler
-from iwsft.language.collator import TrajectoryDataset, collate
+from iwsft.language.batches import EpochBatches, EpochSampler, TrajectoryDataset, collate
 from iwsft.language.loss import token_loss
 
 if TYPE_CHECKING:

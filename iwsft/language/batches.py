@@ -1,37 +1,195 @@
-"""Which trajectories stand together in a batch, epoch by epoch, without replacement."""
+"""Token trajectories -> batches: how one is collated, and which trajectories an epoch's hold."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
-from iwsft.language.collator import Layout, TrajectoryDataset, collate
+from iwsft.datasets.text.tokens import CORRECT, SCORE
+from iwsft.samplers import multiplicities
+from iwsft.trajectory import (
+    ASSISTANT_MASK,
+    ATTENTION_MASK,
+    MASK,
+    MULTIPLICITY,
+    TOKENS,
+    TRAJ_IDS,
+    lengths,
+    pad,
+)
+
+Layout = Literal["padded", "packed"]
+# Position of a token among all packed trajectories, for a trainer that writes into its batches.
+PLACE: NestedKey = ("collector", "place")
+
+
+class TrajectoryDataset(Dataset[TensorDictBase]):
+    """Whole trajectories of a packed dataset; each is as many entries as its multiplicity says.
+
+    An epoch of any sampler (torch's, transformers' or :class:`EpochBatches`) therefore holds the
+    trajectories in proportion to their multiplicity. Entries show values that are written into the
+    trajectories later, such as those of ``reweight``.
+
+    Args:
+        trajectories: Packed token trajectories, see ``iwsft.datasets.text.tokens``. The dataset
+            refers to them and copies nothing.
+
+    Raises:
+        KeyError: Tokens or masks are missing.
+        ValueError: A multiplicity is negative, changes within a trajectory, or is 0 everywhere.
+    """
+
+    def __init__(self, trajectories: TensorDictBase) -> None:
+        present = set(trajectories.keys(True, True))
+        for key in (TOKENS, ATTENTION_MASK, ASSISTANT_MASK, TRAJ_IDS):
+            if key not in present:
+                raise KeyError(
+                    f"{key!r} is missing; a language dataset is what "
+                    f"iwsft.language.tokenize makes. There are {sorted(map(str, present))}"
+                )
+        self.trajectories = trajectories
+        sizes = lengths(trajectories).cpu()
+        multiplicity = multiplicities(trajectories, sizes)
+        self._trajectory = torch.arange(len(sizes)).repeat_interleave(multiplicity)
+        self._stops = sizes.cumsum(0)
+        self._sizes = sizes
+
+    def __len__(self) -> int:
+        return len(self._trajectory)
+
+    @property
+    def sizes(self) -> Tensor:
+        """Tokens of each entry, int64 ``[len(self)]``."""
+        return self._sizes[self._trajectory]
+
+    def trajectory(self, entry: int) -> int:
+        """Position of an entry's trajectory in the data, counted from 0."""
+        return int(self._trajectory[entry])
+
+    def __getitem__(self, entry: int) -> TensorDictBase:
+        """One trajectory, batch size ``[T]``, as a view without multiplicity."""
+        trajectory = self.trajectory(entry)
+        stop = int(self._stops[trajectory])
+        steps = self.trajectories[stop - int(self._sizes[trajectory]) : stop]
+        # A trajectory counts once for each of its entries.
+        return steps.exclude(MULTIPLICITY, SCORE, CORRECT)
+
+    def __getitems__(self, entries: Sequence[int]) -> list[TensorDictBase]:
+        """The examples of a DataLoader's batch.
+
+        No entries give one trajectory with multiplicity 0, so that a process without entries runs
+        the model together with the others.
+        """
+        if entries:
+            return [self[entry] for entry in entries]
+        filler = self[0].copy()
+        return [filler.set(MULTIPLICITY, torch.zeros(len(filler), dtype=torch.int64))]
+
+
+def collate(
+    examples: Sequence[TensorDictBase],
+    *,
+    layout: Layout = "padded",
+    pad_token_id: int = 0,
+    multiple_of: int = 8,
+) -> TensorDict:
+    """One batch of trajectories, in the order of their ids.
+
+    A trajectory that occurs several times is in the batch once, with its number of occurrences as
+    its multiplicity: the same loss and gradient for less work. The batch holds all other keys of
+    the examples (``ref_log_prob``, ``importance_weight``, ...) too. The function fits a
+    DataLoader's ``collate_fn`` and a transformers Trainer's ``data_collator``.
+
+    Args:
+        examples: Packed trajectories, one each, with their ids in the dataset. One with a
+            multiplicity counts that often.
+        layout: ``"padded"`` for ``[B, T]``, padded on the right where the masks are False, or
+            ``"packed"`` for ``[N]``, trajectories back to back without padding.
+        pad_token_id: Token in the padding; readers tell padding by the masks.
+        multiple_of: Number that T is a multiple of, the least that fits the longest trajectory.
+
+    Returns:
+        The keys of the examples and ``multiplicity``, int64, one number a token.
+
+    Raises:
+        ValueError: There is no example, keys differ between examples, two different examples have
+            the same id, one holds several trajectories, or the layout is unknown.
+    """
+    if layout not in get_args(Layout):
+        raise ValueError(f"layout={layout!r} is unknown; it is one of {get_args(Layout)}")
+    if multiple_of < 1:
+        raise ValueError(f"multiple_of={multiple_of} must be at least 1")
+    merged = _merged(examples)
+    packed = torch.cat([merged[traj_id] for traj_id in sorted(merged)])
+    if layout == "packed":
+        return packed
+    longest = max(len(example) for example in merged.values())
+    length = -(-longest // multiple_of) * multiple_of
+    padded = pad(packed, length).exclude(MASK)
+    attention = padded.get(ATTENTION_MASK)
+    padded.set(TOKENS, padded.get(TOKENS).masked_fill(~attention, pad_token_id))
+    return padded
+
+
+def _merged(examples: Sequence[TensorDictBase]) -> dict[int, TensorDictBase]:
+    """Each distinct trajectory once, by id, with its multiplicity."""
+    if not examples:
+        raise ValueError("there is no example to collate")
+    keys = set(examples[0].keys(True, True)) - {MULTIPLICITY}
+    merged: dict[int, TensorDictBase] = {}
+    for example in examples:
+        odd = keys ^ (set(example.keys(True, True)) - {MULTIPLICITY})
+        if odd:
+            names = ", ".join(sorted(map(str, odd)))
+            raise ValueError(f"examples must have the same entries; only some have {names}")
+        ids = example.get(TRAJ_IDS)
+        traj_id = int(ids[0])
+        if bool((ids != traj_id).any()):
+            raise ValueError(
+                f"an example is one trajectory, this one holds the ids {ids.unique().tolist()}; "
+                "hand over the trajectories one by one"
+            )
+        multiplicity = example.get(MULTIPLICITY, default=None)
+        multiplicity = torch.ones_like(ids) if multiplicity is None else multiplicity
+        twin = merged.get(traj_id)
+        if twin is None:
+            merged[traj_id] = example.copy().set(MULTIPLICITY, multiplicity)
+            continue
+        if not torch.equal(twin.get(TOKENS), example.get(TOKENS)):
+            raise ValueError(
+                f"two different examples have the id {traj_id}; number the trajectories "
+                f"({TRAJ_IDS!r}), as iwsft.language.tokenize does"
+            )
+        twin.set(MULTIPLICITY, twin.get(MULTIPLICITY) + multiplicity)
+    return merged
 
 
 class EpochBatches(Sampler[list[int]]):
-    """Batches of numbers for a DataLoader's ``batch_sampler``: each epoch holds every entry once.
+    """A DataLoader's ``batch_sampler`` whose epochs hold every entry once.
 
-    The order of an epoch hangs on the seed and the epoch alone. An iterator ends with its epoch and
-    starts where the last one stood, at first with epoch 0; the state counts batches handed out,
-    which a DataLoader with workers fetches ahead. The last batch of an epoch may be smaller.
+    The order of an epoch depends only on the seed and the number of the epoch. An iterator ends
+    with its epoch; the next one continues where it stopped. The state counts the batches that were
+    handed out, which includes those that the workers of a DataLoader have fetched ahead. The last
+    batch of an epoch may be smaller.
 
     Args:
-        sizes: tokens of each entry, int64 ``[n]``.
-        batch_size: entries of a batch; this, or ``token_budget``.
-        token_budget: tokens of a batch at most, padding included where ``padded``; entries are
-            taken in the order of the epoch as long as they fit.
-        padded: whether the entries of a batch are padded to the longest.
-        multiple_of: of the padded length.
-        seed: of the order.
+        sizes: Tokens of each entry, int64 ``[n]``.
+        batch_size: Entries of a batch; set this or ``token_budget``.
+        token_budget: Largest number of tokens of a batch, padding included if ``padded``. A batch
+            takes entries in the order of the epoch while they fit.
+        padded: Whether the entries of a batch are padded to the longest.
+        multiple_of: Number that the padded length is a multiple of.
+        seed: Seed of the order.
 
     Raises:
-        ValueError: not one of ``batch_size`` and ``token_budget``, one below 1, no entry, or an
-            entry larger than the budget.
+        ValueError: Both or none of ``batch_size`` and ``token_budget`` are set, one is below 1,
+            there is no entry, or an entry is larger than the budget.
     """
 
     def __init__(
@@ -69,7 +227,7 @@ class EpochBatches(Sampler[list[int]]):
         self._handed_out = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Start epoch ``epoch`` from its first batch, unless it is under way."""
+        """Start an epoch from its first batch, unless it is under way."""
         if epoch != self.epoch:
             self.epoch, self._handed_out = epoch, 0
 
@@ -83,22 +241,22 @@ class EpochBatches(Sampler[list[int]]):
             yield batches[number]
 
     def __len__(self) -> int:
-        """Batches of the current epoch, all of them."""
+        """Number of batches of the current epoch."""
         if self.batch_size is not None:
             return -(-len(self._sizes) // self.batch_size)
         return len(self.of(self.epoch))
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the draws stand; batches that load it go on from here."""
-        return {"epoch": self.epoch, "handed_out": self._handed_out, **self._settings()}
+        """Position in the epoch; batches that load it continue from here."""
+        return {"epoch": self.epoch, "handed_out": self._handed_out, **self.settings()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`.
 
         Raises:
-            ValueError: the state of batches over other data or with other settings.
+            ValueError: The state belongs to other data or settings.
         """
-        for name, value in self._settings().items():
+        for name, value in self.settings().items():
             if state_dict[name] != value:
                 raise ValueError(
                     f"this state belongs to batches with {name}={state_dict[name]}, these have "
@@ -106,7 +264,8 @@ class EpochBatches(Sampler[list[int]]):
                 )
         self.epoch, self._handed_out = state_dict["epoch"], state_dict["handed_out"]
 
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
+        """Everything that determines the batches, as plain values."""
         return {
             "entries": len(self._sizes),
             "tokens": int(self._sizes.sum()),
@@ -118,7 +277,10 @@ class EpochBatches(Sampler[list[int]]):
 
     def of(self, epoch: int) -> list[list[int]]:
         """All batches of an epoch."""
-        generator = torch.Generator().manual_seed(self._epoch_seed(epoch))
+        seeds = torch.Generator().manual_seed(self.seed)
+        # Each epoch has a seed of its own, so any epoch can be started alone.
+        seed = int(torch.randint(2**62, (epoch + 1,), generator=seeds)[-1])
+        generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self._sizes), generator=generator).tolist()
         if self.batch_size is not None:
             return [
@@ -126,38 +288,31 @@ class EpochBatches(Sampler[list[int]]):
             ]
         sizes = self._sizes.tolist()
         batches: list[list[int]] = []
-        batch: list[int] = []
         for entry in order:
-            if batch and self._tokens([*batch, entry], sizes) > (self.token_budget or 0):
-                batches.append(batch)
-                batch = []
-            batch.append(entry)
-        return [*batches, batch]
+            if not batches or self._tokens([*batches[-1], entry], sizes) > (self.token_budget or 0):
+                batches.append([])
+            batches[-1].append(entry)
+        return batches
 
     def _tokens(self, batch: list[int], sizes: list[int]) -> int:
-        each = [sizes[entry] for entry in batch]
-        return max(each) * len(each) if self.padded else sum(each)
-
-    def _epoch_seed(self, epoch: int) -> int:
-        # A seed of its own for each epoch, so that any epoch can be started alone.
-        generator = torch.Generator().manual_seed(self.seed)
-        return int(torch.randint(2**62, (epoch + 1,), generator=generator)[-1])
+        tokens = [sizes[entry] for entry in batch]
+        return max(tokens) * len(tokens) if self.padded else sum(tokens)
 
 
 class EpochSampler:
     """Endless iterator over collated batches: epochs without replacement, as SFT users expect.
 
-    An epoch holds each trajectory as often as its multiplicity says. Draws with replacement are
-    those of ``iwsft.samplers.TrajectorySampler``, which takes token trajectories as they are.
+    An epoch holds each trajectory as often as its multiplicity says. For draws with replacement,
+    use ``iwsft.samplers.TrajectorySampler``, which takes token trajectories as they are.
 
     Args:
-        trajectories: packed, see ``iwsft.datasets.text.tokens``; held by reference.
-        batch_size: draws of a batch; this, or ``token_budget``.
-        token_budget: tokens of a batch at most, see :class:`EpochBatches`.
-        layout: ``"padded"`` or ``"packed"``, see :func:`~iwsft.language.collator.collate`.
-        pad_token_id: token in the padding.
-        multiple_of: of the padded length.
-        seed: of the order.
+        trajectories: Packed token trajectories, see :class:`TrajectoryDataset`.
+        batch_size: Entries of a batch; set this or ``token_budget``.
+        token_budget: Largest number of tokens of a batch, see :class:`EpochBatches`.
+        layout: ``"padded"`` or ``"packed"``, see :func:`collate`.
+        pad_token_id: Token in the padding.
+        multiple_of: Number that the padded length is a multiple of.
+        seed: Seed of the order.
     """
 
     def __init__(
@@ -172,9 +327,6 @@ class EpochSampler:
         seed: int = 0,
     ) -> None:
         self.dataset = TrajectoryDataset(trajectories)
-        self.layout: Layout = layout
-        self.pad_token_id = pad_token_id
-        self.multiple_of = multiple_of
         self.batches = EpochBatches(
             self.dataset.sizes,
             batch_size=batch_size,
@@ -182,6 +334,9 @@ class EpochSampler:
             padded=layout == "padded",
             multiple_of=multiple_of,
             seed=seed,
+        )
+        self._collate = partial(
+            collate, layout=layout, pad_token_id=pad_token_id, multiple_of=multiple_of
         )
         self._iterator = iter(self.batches)
 
@@ -192,16 +347,11 @@ class EpochSampler:
 
     def sample(self) -> TensorDict:
         """The next batch."""
-        numbers = next(self._iterator, None)
-        if numbers is None:
+        entries = next(self._iterator, None)
+        if entries is None:
             self._iterator = iter(self.batches)
-            numbers = next(self._iterator)
-        return collate(
-            [self.dataset[number] for number in numbers],
-            layout=self.layout,
-            pad_token_id=self.pad_token_id,
-            multiple_of=self.multiple_of,
-        )
+            entries = next(self._iterator)
+        return self._collate([self.dataset[entry] for entry in entries])
 
     def __iter__(self) -> Iterator[TensorDict]:
         return self
@@ -210,7 +360,7 @@ class EpochSampler:
         return self.sample()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the draws stand; a sampler that loads it draws the same batches from here on."""
+        """Position in the epoch; a sampler that loads it continues with the same batches."""
         return self.batches.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import get_args
 
 from transformers import TrainingArguments
 
-from iwsft.language.collator import Layout
+from iwsft.language.batches import Layout
 from iwsft.objective import Proposal
 
 

@@ -1,4 +1,4 @@
-"""Which rows stand together in which update of a training run, on any number of processes."""
+"""Which entries an update of a training run holds, on any number of processes."""
 
 from __future__ import annotations
 
@@ -15,80 +15,87 @@ if TYPE_CHECKING:
     from iwsft.language.config import ImportanceWeightedConfig
 
 
-def uncounted(entry: int) -> int:
-    """The number that stands for ``entry`` where it is computed, but counts for nothing.
-
-    It is negative, and its own inverse: ``uncounted(uncounted(entry)) == entry``.
-    """
-    return -1 - entry
-
-
-class Plan:
+class UpdatePlan(Sampler[list[int]]):
     """The micro-batches of every update, known beforehand and the same on every process.
 
     An update takes ``accumulation * processes`` micro-batches in the order of
-    :class:`~iwsft.language.batches.EpochBatches`; process r runs every ``processes``-th of them
-    from the r-th on. So an update holds the same entries however its size is made up: of large
-    batches, of small ones that are accumulated, or of several processes. All epochs have the same
-    number of micro-batches, a multiple of the processes: where entries run short, micro-batches are
-    split, and then an entry is computed again with no share in the loss (:func:`uncounted`).
+    :class:`~iwsft.language.batches.EpochBatches`; process r runs every ``processes``-th of them,
+    beginning with the r-th. An update therefore holds the same entries whether it consists of large
+    batches, of small ones that are accumulated, or of those of several processes. All epochs have
+    the same number of micro-batches, a multiple of the processes. Where an epoch has fewer, its
+    micro-batches are split, and where none can be split, micro-batches without entries fill it up.
+
+    As a DataLoader's ``batch_sampler`` it yields the micro-batches of this process in the epoch
+    that :meth:`set_epoch` named last.
 
     Args:
-        batches: entries of a micro-batch, epoch by epoch.
-        accumulation: micro-batches of a process in an update.
-        processes: how many run side by side.
-        epochs: the least number of epochs that will be trained, at least 1.
+        batches: Entries of the micro-batches, epoch by epoch.
+        accumulation: Micro-batches of a process in an update.
+        processes: Number of processes that train together.
+        process: Number of this process, from 0.
+        epochs: Least number of epochs of the training run, at least 1.
     """
 
     def __init__(
-        self, batches: EpochBatches, *, accumulation: int, processes: int, epochs: int
+        self,
+        batches: EpochBatches,
+        *,
+        accumulation: int,
+        processes: int = 1,
+        process: int = 0,
+        epochs: int = 1,
     ) -> None:
         self.batches = batches
         self.accumulation = accumulation
         self.processes = processes
+        self.process = process
         # With a budget of tokens, epochs differ in the number of their batches.
+        self._varies = batches.token_budget is not None
         most = max(len(batches.of(epoch)) for epoch in range(epochs if self._varies else 1))
         self._number = math.ceil(most / processes) * processes
-        self._kept: tuple[int, list[list[int]]] | None = None
+        self._epoch = 0
+        self._cached: tuple[int, list[list[int]]] | None = None
 
-    @property
-    def _varies(self) -> bool:
-        return self.batches.token_budget is not None
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iterator yields."""
+        self._epoch = epoch
 
-    @property
-    def steps(self) -> int:
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.epoch(self._epoch)[self.process :: self.processes])
+
+    def __len__(self) -> int:
         """Micro-batches of an epoch on each process."""
         return self._number // self.processes
 
     @property
     def updates(self) -> int:
         """Updates of an epoch; the last may accumulate fewer micro-batches."""
-        return math.ceil(self.steps / self.accumulation)
+        return math.ceil(len(self) / self.accumulation)
 
     def epoch(self, epoch: int) -> list[list[int]]:
-        """The micro-batches of an epoch, of all processes; process r runs ``[r::processes]``.
+        """The micro-batches of an epoch on all processes; process r runs ``[r::processes]``.
 
         Raises:
-            ValueError: an epoch with more micro-batches than those that the plan was made for.
+            ValueError: The epoch has more micro-batches than the epochs that the plan is for.
         """
-        if self._kept is None or self._kept[0] != epoch:
-            self._kept = epoch, self._filled(self.batches.of(epoch), epoch)
-        return self._kept[1]
+        if self._cached is None or self._cached[0] != epoch:
+            self._cached = epoch, self._filled(self.batches.of(epoch), epoch)
+        return self._cached[1]
 
     def update(self, number: int) -> list[list[int]]:
-        """The micro-batches of update ``number``, counted from 0 over all epochs.
+        """The micro-batches of an update on all processes; process r runs ``[r::processes]``.
 
-        Of all processes; process r runs ``[r::processes]``.
+        Args:
+            number: Number of the update, counted from 0 over all epochs.
         """
         epoch, within = divmod(number, self.updates)
         width = self.accumulation * self.processes
         return self.epoch(epoch)[within * width : (within + 1) * width]
 
     def settings(self) -> dict[str, Any]:
-        """What the plan hangs on, for checkpoints."""
-        held = self.batches.state_dict()
+        """Everything that determines the plan, for checkpoints."""
         return {
-            **{name: value for name, value in held.items() if name not in ("epoch", "handed_out")},
+            **self.batches.settings(),
             "accumulation": self.accumulation,
             "processes": self.processes,
             "micro_batches": self._number,
@@ -100,8 +107,7 @@ class Plan:
                 f"epoch {epoch} has {len(batches)} micro-batches, the plan is for {self._number}: "
                 "train for more epochs from the start, or use batch_size in place of token_budget"
             )
-        # Within the last update, where they are enough: then every update holds what it would hold
-        # on one process.
+        # If those of the last update suffice, every update holds what it holds on one process.
         width = self.accumulation * self.processes
         for start in ((len(batches) - 1) // width * width, 0):
             while len(batches) < self._number:
@@ -113,49 +119,27 @@ class Plan:
                 batches[place : place + 1] = [entries[:half], entries[half:]]
             if not self._varies:
                 break
-        lacking = self._number - len(batches)
-        return batches + [[uncounted(batches[-1][0])]] * lacking
-
-
-class ProcessBatches(Sampler[list[int]]):
-    """The micro-batches of one process, epoch by epoch: a DataLoader's ``batch_sampler``.
-
-    Args:
-        plan: of all processes.
-        process: which of them.
-    """
-
-    def __init__(self, plan: Plan, process: int) -> None:
-        self._plan = plan
-        self._process = process
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """The epoch that the next iterator goes through."""
-        self._epoch = epoch
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._plan.epoch(self._epoch)[self._process :: self._plan.processes])
-
-    def __len__(self) -> int:
-        return self._plan.steps
+        return batches + [[] for _ in range(self._number - len(batches))]
 
 
 class PlannedLoader(DataLoader[Any]):
-    """A DataLoader whose batch sampler hears of epochs."""
+    """A DataLoader that passes the number of its epoch on to its batch sampler."""
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch that the next iterator goes through."""
+        """Choose the epoch that the next iterator yields."""
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
-def planned(sizes: Tensor, args: ImportanceWeightedConfig, processes: int) -> Plan:
-    """The plan of a run with these settings.
+def plan_updates(
+    sizes: Tensor, args: ImportanceWeightedConfig, *, processes: int, process: int
+) -> UpdatePlan:
+    """The plan of a training run.
 
     Args:
-        sizes: tokens of each entry.
-        args: of the run.
-        processes: how many run side by side.
+        sizes: Tokens of each entry.
+        args: Settings of the run.
+        processes: Number of processes that train together.
+        process: Number of this process, from 0.
     """
     batches = EpochBatches(
         sizes,
@@ -165,10 +149,19 @@ def planned(sizes: Tensor, args: ImportanceWeightedConfig, processes: int) -> Pl
         multiple_of=args.pad_to_multiple_of,
         seed=args.seed if args.data_seed is None else args.data_seed,
     )
-    shape = {"accumulation": args.gradient_accumulation_steps, "processes": processes}
+
+    def plan(epochs: int) -> UpdatePlan:
+        return UpdatePlan(
+            batches,
+            accumulation=args.gradient_accumulation_steps,
+            processes=processes,
+            process=process,
+            epochs=epochs,
+        )
+
     epochs = max(1, math.ceil(args.num_train_epochs))
-    plan = Plan(batches, epochs=epochs, **shape)
-    while args.max_steps > plan.updates * epochs:
-        epochs = math.ceil(args.max_steps / plan.updates)
-        plan = Plan(batches, epochs=epochs, **shape)
-    return plan
+    planned = plan(epochs)
+    while args.max_steps > planned.updates * epochs:
+        epochs = math.ceil(args.max_steps / planned.updates)
+        planned = plan(epochs)
+    return planned

@@ -15,7 +15,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from iwsft.language.collator import Layout, collate
+from iwsft.language.batches import Layout, collate
 from iwsft.language.ranks import from_first, gathered, rank_and_world
 from iwsft.language.reference_key import data_digest, reference_key
 from iwsft.language.reference_pass import Pass
@@ -79,12 +79,12 @@ def annotate_tokens(
         policy: pi_ref; its model may be sharded by DeepSpeed or FSDP2.
         trajectories: packed, see ``iwsft.datasets.text.tokens``; the same on all processes;
             changed in place.
-        batches: entries of a :class:`~iwsft.language.collator.TrajectoryDataset`, batch by batch:
+        batches: entries of a :class:`~iwsft.language.batches.TrajectoryDataset`, batch by batch:
             the micro-batches of the first epoch, those of all processes in turns
-            (:meth:`iwsft.language.plan.Plan.epoch`).
+            (:meth:`iwsft.language.plan.UpdatePlan.epoch`).
         cache: folder of kept results, made where it is missing; None keeps nothing.
         layout: of a batch; this and the next two as in training, see
-            :func:`~iwsft.language.collator.collate`.
+            :func:`~iwsft.language.batches.collate`.
         pad_token_id: token in the padding.
         multiple_of: of the padded length.
         context: makes what each forward runs in, such as autocast, as in training.

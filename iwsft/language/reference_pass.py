@@ -10,8 +10,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from iwsft.language.collator import TrajectoryDataset
-from iwsft.language.plan import uncounted
+from iwsft.language.batches import TrajectoryDataset
 from iwsft.trajectory import ASSISTANT_MASK, ATTENTION_MASK, TOKENS, TRAJ_IDS, lengths, steps_of
 
 # Tokens of a batch where none is given as a measure.
@@ -98,13 +97,12 @@ class Pass:
 
 def _trajectories(batch: Sequence[int], drawn: TrajectoryDataset, number: int) -> list[int]:
     """The distinct trajectories of a batch of entries, in their order."""
-    entries = [entry if entry >= 0 else uncounted(entry) for entry in batch]
-    if not entries or max(entries) >= len(drawn):
+    if max(batch, default=0) >= len(drawn):
         raise ValueError(
-            f"batch {number} holds {max(entries, default='no entry')!r}; entries run from 0 to "
+            f"batch {number} holds {max(batch)}; entries run from 0 to "
             f"{len(drawn) - 1}, each trajectory as often as its multiplicity says"
         )
-    return sorted({drawn.trajectory(entry) for entry in entries})
+    return sorted({drawn.trajectory(entry) for entry in batch})
 
 
 def _left_over(given: Sequence[list[int]], sizes: list[int]) -> Iterator[list[int]]:

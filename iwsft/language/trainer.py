@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,12 @@ from transformers.trainer_utils import (
 from iwsft.checkpoint import CheckpointError
 from iwsft.fingerprint import fingerprint
 from iwsft.language import saving
+from iwsft.language.batches import PLACE, TrajectoryDataset, collate
 from iwsft.language.checks import check_engine, warn_of_half_precision
 from iwsft.language.config import ImportanceWeightedConfig
 from iwsft.language.loss import token_loss
 from iwsft.language.measures import Measures
-from iwsft.language.microbatch import Entries, MicroBatches
-from iwsft.language.plan import PlannedLoader, ProcessBatches, planned
+from iwsft.language.plan import PlannedLoader, plan_updates
 from iwsft.language.reference import annotate_tokens, cached_reference
 from iwsft.language.shadow import Shadow
 from iwsft.language.sweep import swept_log_prob
@@ -57,8 +58,8 @@ class ImportanceWeightedTrainer(Trainer):
 
     - A batch is trajectories, and the loss is divided once, by the draws of an update over all
       accumulated micro-batches and processes. An update is the same however it is divided up
-      (:class:`~iwsft.language.plan.Plan`); draws are without replacement, a trajectory standing in
-      an epoch as often as its ``multiplicity`` says.
+      (:class:`~iwsft.language.plan.UpdatePlan`). An epoch holds each trajectory as often as its
+      ``multiplicity`` says.
     - The reference is the model as it is handed over (its adapters off, where it has some). Its
       log-probs are computed once at the start, within the engine and in the batches of the first
       epoch, so the first update's weights are exactly those of log-ratio 0; they are kept on disk.
@@ -113,11 +114,12 @@ class ImportanceWeightedTrainer(Trainer):
                 check_tensordict(held)
                 self._policy.check(held)
         weights = ImportanceWeights() if importance_weights is None else importance_weights
-        self._micro = _micro_batches(trajectories, args, pad_token_id)
-        self._eval_micro = (
-            None
-            if eval_trajectories is None
-            else _micro_batches(eval_trajectories, args, pad_token_id)
+        self._dataset = _dataset(trajectories)
+        self._collate = partial(
+            collate,
+            layout=args.layout,
+            pad_token_id=pad_token_id,
+            multiple_of=args.pad_to_multiple_of,
         )
         if args.proposal != "reference":
             weights.check_overflow(_longest(trajectories))
@@ -132,16 +134,21 @@ class ImportanceWeightedTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=self._micro.entries,
-            eval_dataset=None if self._eval_micro is None else self._eval_micro.entries,
-            data_collator=self._micro.of,
+            train_dataset=self._dataset,
+            eval_dataset=None if eval_trajectories is None else _dataset(eval_trajectories),
+            data_collator=self._collate,
             processing_class=processing_class,
             callbacks=[*(callbacks or []), _AtStart(self)],
             optimizers=optimizers,
         )
         check_engine(self, args.proposal, weights)
         warn_of_half_precision(self, model)
-        self._plan = planned(self._micro.entries.sizes, args, self.accelerator.num_processes)
+        self._plan = plan_updates(
+            self._dataset.sizes,
+            args,
+            processes=self.accelerator.num_processes,
+            process=self.accelerator.process_index,
+        )
         self._measures = Measures()
         self._weigher: Weigher | None = None
         self._shadow: Shadow | None = None
@@ -160,9 +167,9 @@ class ImportanceWeightedTrainer(Trainer):
         """Batches of this process: as planned, and not dealt out again by accelerate."""
         workers = self.args.dataloader_num_workers
         return PlannedLoader(
-            self._micro.entries,
-            batch_sampler=ProcessBatches(self._plan, self.accelerator.process_index),
-            collate_fn=self._micro.of,
+            self._dataset,
+            batch_sampler=self._plan,
+            collate_fn=self._collate,
             num_workers=workers,
             persistent_workers=workers > 0 and self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
@@ -235,7 +242,7 @@ class ImportanceWeightedTrainer(Trainer):
     def _sweep(self, batches: list[list[int]]) -> Tensor:
         """log p of the tokens in some batches, at their places among all trajectories."""
         self._policy.model = self.model_wrapped
-        return swept_log_prob(self._policy, self._micro, batches, self.accelerator)
+        return swept_log_prob(self._policy, self._dataset, self._collate, batches, self.accelerator)
 
     # ---- start and resumption ----
 
@@ -295,7 +302,7 @@ class ImportanceWeightedTrainer(Trainer):
                 self.model_wrapped, decay=self.args.ema_decay or 0.0, optimizer=self.optimizer
             )
         if self._loss.proposal == "cached":
-            self._weigher = Weigher(self._loss, self._micro.entries, self._plan)
+            self._weigher = Weigher(self._loss, self._dataset, self._plan)
             self._weigher.until = self.state.global_step
         if self._resumed is not None:
             self._load(self._resumed)
@@ -312,13 +319,11 @@ class ImportanceWeightedTrainer(Trainer):
                 self._trajectories,
                 self._plan.epoch(0),
                 cache=cache,
-                layout=self._micro.layout,
-                pad_token_id=self._micro.pad_token_id,
-                multiple_of=self._micro.multiple_of,
+                **self._collate.keywords,
                 device=self.accelerator.device,
             )
             self._reference_key = found.key
-        self._micro.entries.trajectories.set(REF_LOG_PROB, self._trajectories.get(REF_LOG_PROB))
+        self._dataset.trajectories.set(REF_LOG_PROB, self._trajectories.get(REF_LOG_PROB))
 
     def _settings(self) -> dict[str, Any]:
         """What a checkpoint belongs to."""
@@ -414,14 +419,15 @@ class ImportanceWeightedTrainer(Trainer):
         Raises:
             ValueError: there are no held-out trajectories.
         """
-        if self._eval_micro is None or eval_dataset is not None:
+        held_out = self.eval_dataset
+        if not isinstance(held_out, TrajectoryDataset) or eval_dataset is not None:
             raise ValueError("hand held-out trajectories over as eval_trajectories=...")
         self._policy.model = self.model_wrapped
-        numbers = range(len(self._eval_micro.entries))
+        numbers = range(len(held_out))
         width = self.args.per_device_eval_batch_size
         batches = [list(numbers[at : at + width]) for at in range(0, len(numbers), width)]
-        log_prob = swept_log_prob(self._policy, self._eval_micro, batches, self.accelerator)
-        held = self._eval_micro.entries.trajectories
+        log_prob = swept_log_prob(self._policy, held_out, self._collate, batches, self.accelerator)
+        held = held_out.trajectories
         segments = self._loss.segments(held)
         share = self._loss.share(held, segments)
         steps = share * segments.spread(segments.lengths)
@@ -450,10 +456,10 @@ class _AtStart(TrainerCallback):
             self._trainer._shadow.step()
 
 
-def _micro_batches(
-    trajectories: TensorDictBase, args: ImportanceWeightedConfig, pad_token_id: int
-) -> MicroBatches:
-    return MicroBatches(Entries(trajectories), args.layout, pad_token_id, args.pad_to_multiple_of)
+def _dataset(trajectories: TensorDictBase) -> TrajectoryDataset:
+    """A shallow copy of the trajectories in which each token knows its place."""
+    placed = trajectories.copy()
+    return TrajectoryDataset(placed.set(PLACE, torch.arange(len(placed))))
 
 
 def _longest(trajectories: TensorDictBase) -> int:

@@ -9,8 +9,8 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from iwsft.language.microbatch import PLACE, Entries
-from iwsft.language.plan import Plan
+from iwsft.language.batches import PLACE, TrajectoryDataset
+from iwsft.language.plan import UpdatePlan
 from iwsft.objective import ImportanceWeightedMLE
 from iwsft.trajectory import IMPORTANCE_WEIGHT, MULTIPLICITY, lengths, select
 from iwsft.weights import exponential
@@ -32,7 +32,9 @@ class Weigher:
         plan: which entries an update holds.
     """
 
-    def __init__(self, loss: ImportanceWeightedMLE, entries: Entries, plan: Plan) -> None:
+    def __init__(
+        self, loss: ImportanceWeightedMLE, entries: TrajectoryDataset, plan: UpdatePlan
+    ) -> None:
         self._loss = loss
         self._entries = entries
         self._plan = plan
@@ -88,12 +90,8 @@ class Weigher:
         self.clip_fraction = float(state["clip_fraction"])
 
     def _draws(self, batches: Iterable[list[int]]) -> Counter[int]:
-        """How often each trajectory is drawn; 0 for one that is computed but not counted."""
-        draws: Counter[int] = Counter()
-        for batch in batches:
-            for entry in batch:
-                draws[self._entries.trajectory(entry)] += entry >= 0
-        return draws
+        """How often each trajectory is drawn."""
+        return Counter(self._entries.trajectory(entry) for batch in batches for entry in batch)
 
     def _needed(self, batches: list[list[int]]) -> list[list[int]]:
         """The batches that hold a trajectory for the first time, with those beside them."""

@@ -10,19 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iwsft.language.batches import EpochBatches
-from iwsft.language.plan import Plan, ProcessBatches, uncounted
+from iwsft.language.plan import UpdatePlan
 
 SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
 
 
-def _plan(entries: int, shape: tuple[int, int, int], **own: int) -> Plan:
+def _plan(entries: int, shape: tuple[int, int, int], *, process: int = 0, **own: int) -> UpdatePlan:
     batch, accumulation, processes = shape
     batches = EpochBatches(torch.full((entries,), 3), batch_size=batch, **own)
-    return Plan(batches, accumulation=accumulation, processes=processes, epochs=1)
+    return UpdatePlan(batches, accumulation=accumulation, processes=processes, process=process)
 
 
 def _counted(batches: list[list[int]]) -> Counter[int]:
-    return Counter(entry for batch in batches for entry in batch if entry >= 0)
+    return Counter(entry for batch in batches for entry in batch)
 
 
 @given(entries=st.integers(1, 60), shape=SHAPES, epoch=st.integers(0, 3))
@@ -32,8 +32,11 @@ def test_an_epoch_holds_each_entry_once_and_all_processes_run_alike(
     plan = _plan(entries, shape)
     batches = plan.epoch(epoch)
     assert _counted(batches) == Counter(range(entries))
-    assert len(batches) == plan.steps * plan.processes
-    assert all(0 < len(batch) <= shape[0] for batch in batches)
+    assert len(batches) == len(plan) * plan.processes
+    assert all(len(batch) <= shape[0] for batch in batches)
+    # Only where no batch of the update can be split does a process have none.
+    last = plan.update((epoch + 1) * plan.updates - 1)
+    assert [] not in batches or max(map(len, last)) == 1
 
 
 @given(entries=st.integers(1, 60), shape=SHAPES)
@@ -66,19 +69,19 @@ def test_with_a_budget_of_tokens_all_epochs_are_alike(
     sizes: list[int], processes: int, padded: bool
 ) -> None:
     batches = EpochBatches(torch.tensor(sizes), token_budget=12, padded=padded)
-    plan = Plan(batches, accumulation=2, processes=processes, epochs=3)
+    plan = UpdatePlan(batches, accumulation=2, processes=processes, epochs=3)
     for epoch in range(3):
         held = plan.epoch(epoch)
-        assert len(held) == plan.steps * processes
+        assert len(held) == len(plan) * processes
         assert _counted(held) == Counter(range(len(sizes)))
         for batch in held:
-            tokens = [sizes[entry if entry >= 0 else uncounted(entry)] for entry in batch]
-            assert (max(tokens) * len(tokens) if padded else sum(tokens)) <= 12
+            tokens = [sizes[entry] for entry in batch]
+            assert (max(tokens, default=0) * len(tokens) if padded else sum(tokens)) <= 12
 
 
 def test_more_epochs_than_planned_for() -> None:
     sizes = torch.tensor([9, 5, 4, 4, 3, 7, 6, 2, 8, 1])
-    plan = Plan(EpochBatches(sizes, token_budget=12), accumulation=1, processes=1, epochs=1)
+    plan = UpdatePlan(EpochBatches(sizes, token_budget=12), accumulation=1, processes=1, epochs=1)
     with pytest.raises(ValueError, match=r"the plan is for \d+: train for more epochs"):
         for epoch in range(200):
             plan.epoch(epoch)
@@ -86,7 +89,7 @@ def test_more_epochs_than_planned_for() -> None:
 
 def test_a_process_runs_its_share_of_the_epoch_it_was_told() -> None:
     plan = _plan(13, (2, 1, 3))
-    shares = [ProcessBatches(plan, process) for process in range(3)]
+    shares = [_plan(13, (2, 1, 3), process=process) for process in range(3)]
     for epoch in (0, 2):
         for share in shares:
             share.set_epoch(epoch)

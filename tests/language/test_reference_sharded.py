@@ -15,7 +15,7 @@ from reference_cases import VOCABULARY, dataset, decoder
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from iwsft.language.collator import TrajectoryDataset, collate
+from iwsft.language.batches import TrajectoryDataset, collate
 from iwsft.language.reference import annotate_tokens, cached_reference
 from iwsft.policies import CausalLMPolicy
 

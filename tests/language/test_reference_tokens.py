@@ -20,9 +20,8 @@ from reference_cases import (
 )
 
 from iwsft import ImportanceWeightedMLE
-from iwsft.language.batches import EpochBatches
-from iwsft.language.collator import TrajectoryDataset, collate
-from iwsft.language.plan import Plan, uncounted
+from iwsft.language.batches import EpochBatches, TrajectoryDataset, collate
+from iwsft.language.plan import UpdatePlan
 from iwsft.language.reference import annotate_tokens
 from iwsft.policies import CausalLMPolicy
 
@@ -95,16 +94,16 @@ def test_trajectories_in_no_batch_come_at_the_end() -> None:
     torch.testing.assert_close(alone_too["ref_log_prob"], data["ref_log_prob"])
 
 
-def test_batches_of_a_plan_with_entries_that_do_not_count() -> None:
+def test_batches_of_a_plan_without_entries_for_some_processes() -> None:
     data = dataset()
     batches = EpochBatches(TrajectoryDataset(data).sizes, batch_size=1)
-    plan = Plan(batches, accumulation=1, processes=3, epochs=1).epoch(0)
-    assert min(min(batch) for batch in plan) < 0
+    plan = UpdatePlan(batches, accumulation=1, processes=3, epochs=1).epoch(0)
+    assert [] in plan
     asked = Counting(decoder())
     annotate_tokens(asked, data, plan)
     assert len(asked._asked) == len(SIZES)
     twice = dataset()
-    annotate_tokens(policy(), twice, [[uncounted(5), 1, 7], *BATCHES[1:]])
+    annotate_tokens(policy(), twice, [BATCHES[0], [], *BATCHES[1:]])
     annotate_tokens(policy(), data, BATCHES)
     assert torch.equal(twice["ref_log_prob"], data["ref_log_prob"])
 
@@ -147,8 +146,6 @@ def test_not_finite_names_the_trajectory(tmp_path: Path) -> None:
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="batch 1 holds 10; entries run from 0 to 9"):
         annotate_tokens(policy(), dataset(), [[0], [3, 10]])
-    with pytest.raises(ValueError, match="batch 0 holds 'no entry'"):
-        annotate_tokens(policy(), dataset(), [[]])
     with pytest.raises(ValueError, match="layout='flat' is unknown"):
         annotate_tokens(policy(), dataset(), BATCHES, layout="flat")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"must be packed.* batch size \[4, 8\]"):

@@ -13,8 +13,7 @@ from torch.nn.functional import log_softmax
 from transformers import TrainerCallback, get_linear_schedule_with_warmup
 
 from iwsft import EMA, HardSync, ImportanceWeightedMLE, ImportanceWeights, weights
-from iwsft.language.batches import EpochBatches
-from iwsft.language.collator import TrajectoryDataset, collate
+from iwsft.language.batches import EpochBatches, TrajectoryDataset, collate
 from iwsft.policies import CausalLMPolicy
 
 PROPOSALS: list[dict[str, Any]] = [

@@ -15,7 +15,7 @@ from benchmarks.llm.recipes.recipe import Evaluation
 from benchmarks.llm.recipes.solutions import Question
 from iwsft.datasets.text.rows import Row
 from iwsft.datasets.text.tokens import tokenize
-from iwsft.language.collator import TrajectoryDataset, collate
+from iwsft.language.batches import TrajectoryDataset, collate
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.trajectory import ASSISTANT_MASK
 

@@ -15,8 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from iwsft import ImportanceWeightedMLE
-from iwsft.language.batches import EpochBatches, EpochSampler
-from iwsft.language.collator import TrajectoryDataset, collate
+from iwsft.language.batches import EpochBatches, EpochSampler, TrajectoryDataset, collate
 from iwsft.samplers import TrajectorySampler
 from iwsft.trajectory import (
     ASSISTANT_MASK,
