@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -77,6 +78,8 @@ def test_values_that_json_lacks_are_absent(tmp_path: Path) -> None:
     assert read(tmp_path / FILE) == [{"step": 1, "loss": 1.0}]
 
 
+# The thread of TensorBoard's writer prints a traceback of its own.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("size", [300, 1000, 3000])
 def test_a_full_disk_is_one_error_and_a_resume_goes_on(
     tmp_path: Path, full_disk: Callable[[int], AbstractContextManager[None]], size: int
@@ -94,3 +97,12 @@ def test_a_full_disk_is_one_error_and_a_resume_goes_on(
     log(tmp_path, rows(len(written) + 1, 100), after=len(written))
     assert read(tmp_path / FILE) == rows(1, 100)
     assert board(tmp_path, "loss")[-1] == (100, 100.0)
+
+
+def test_without_tensorboard_there_are_json_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    log(tmp_path, rows(1, 5))
+    assert read(tmp_path / FILE) == rows(1, 5)
+    assert not (tmp_path / BOARD).exists()

@@ -364,6 +364,8 @@ def test_other_settings_other_parts_and_other_data_are_refused(tmp_path: Path) -
     assert (tmp_path / metrics.FILE).read_bytes() == log
 
 
+# The thread of TensorBoard's writer prints a traceback of its own.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("size", [1_500, 4_000, 12_000])
 def test_a_full_disk_is_one_error_and_a_resume_ends_the_same(
     tmp_path: Path,

@@ -107,6 +107,6 @@ def _run(plan: Plan, task: Task, folder: Path, say: Say) -> dict[str, Any]:
 def _copy_training(source: Path, folder: Path) -> None:
     """Copy what a training left, each file whole, so that a kill leaves nothing that misleads."""
     state, rows = source / checkpoint.FOLDER / checkpoint.FILE, source / metrics.FILE
-    for path in (state, rows, *(source / metrics.BOARD).iterdir()):
+    for path in (state, rows, *(source / metrics.BOARD).glob("*")):
         with written_whole(folder / path.relative_to(source)) as partial_path:
             shutil.copyfile(path, partial_path)
