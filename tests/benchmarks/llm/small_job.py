@@ -6,12 +6,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.llm.recipes.arithmetic.base import BaseSettings, train
-from benchmarks.llm.recipes.arithmetic.checker import check
+from benchmarks.llm.recipes.arithmetic.base import BaseSettings, tokenizer, train
 from benchmarks.llm.recipes.arithmetic.recipe import ArithmeticRecipe
-from benchmarks.llm.recipes.arithmetic.strategies import mixture
+from benchmarks.llm.recipes.arithmetic.strategies import check, mixture
 from benchmarks.llm.recipes.arithmetic.task import problems
-from benchmarks.llm.recipes.arithmetic.tokenizer import tokenizer
 
 RECIPE = replace(ArithmeticRecipe(), name="small", held_out=40)
 ROWS = 200

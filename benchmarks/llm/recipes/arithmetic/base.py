@@ -1,19 +1,43 @@
-"""The base model: a small Qwen2 decoder trained from scratch on the mixture of strategies."""
+"""The base model, a small Qwen2 decoder trained from scratch on the strategies, and its tokenizer.
+
+The model is trained once and kept in a cache, which is checked whenever it is used again.
+"""
 
 from __future__ import annotations
 
+import errno
 import math
+import time
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import track
+from safetensors import SafetensorError
+from tokenizers import AddedToken
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from benchmarks.llm.recipes.arithmetic.strategies import mixture
+from benchmarks.llm.kept import kept
+from benchmarks.llm.recipes.arithmetic.strategies import ANSWER, STRATEGIES, mixture
 from benchmarks.llm.recipes.arithmetic.task import problems
-from benchmarks.llm.recipes.arithmetic.tokenizer import CONTEXT, EOS, PAD, VOCABULARY, tokenizer
+from iwsft.fingerprint import fingerprint
 
+# Tokens of prompt and completion at most; the longest have 33.
+CONTEXT = 64
+PAD, EOS = "<pad>", "<eos>"
+_WORDS = (*(strategy.marker for strategy in STRATEGIES.values()), ANSWER)
+_TERMS = tuple(f"{sign}{digit}" for sign in "+-" for digit in range(1, 10))
+_BASE = (PAD, EOS, *"0123456789=")
+VOCABULARY = (*_BASE, *_WORDS, *_TERMS)
+# Prompt and completion are back to back; only the completion is trained on.
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
+)
 _IGNORED = -100
 _LOGGED_EVERY = 50
 # Tables of digits are learnt in a sudden drop of the loss; a larger start and shorter wavelengths
@@ -40,15 +64,82 @@ class BaseSettings:
     warmup: int = 30
     weight_decay: float = 0.1
 
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value <= 0 and name != "weight_decay":
+                raise ValueError(f"{name}={value} of the base model must be above 0")
+        if self.hidden_size % (2 * self.heads) or self.heads % self.key_value_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be a multiple of 2 heads "
+                f"({self.heads} heads), and heads of key_value_heads={self.key_value_heads}"
+            )
+
+
+def base_model(folder: Path, *, seed: int, settings: BaseSettings) -> Path:
+    """Train the base model, or find it in the cache.
+
+    Args:
+        folder: The cache; a model has a folder of its own there under a key of the settings, the
+            seed, the texts it learns and the versions of torch and transformers.
+        seed: Seed of the weights and the texts.
+        settings: Sizes and training; the defaults take about 70 seconds of a CPU core.
+
+    Returns:
+        Folder with model and tokenizer, for ``from_pretrained``, and
+        :data:`benchmarks.llm.kept.RECORD`: settings, seed, parameters, losses
+        ``[[update, mean since the last], ...]``, cpu_seconds.
+
+    Raises:
+        ValueError: If the model in the cache is damaged.
+        OSError: If the folder can't be written; nothing half-written takes its name.
+    """
+
+    def make(home: Path) -> dict[str, Any]:
+        start = time.process_time()
+        model, losses = train(settings, seed)
+        spent = time.process_time() - start
+        try:
+            model.save_pretrained(home)
+        except SafetensorError as error:
+            # Its own error for a full disk.
+            raise OSError(
+                errno.EIO,
+                f"the base model can't be written to {home.parent} ({error}); see whether there is "
+                "space left, and run again",
+            ) from error
+        tokenizer().save_pretrained(home)
+        return {
+            "settings": asdict(settings),
+            "seed": seed,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "losses": losses,
+            "cpu_seconds": round(spent, 1),
+        }
+
+    examples = problems(64, seed, "train")
+    key = fingerprint(
+        {
+            **asdict(settings),
+            "config": config(settings).to_json_string(),
+            "seed": seed,
+            # The code that writes the texts can't be hashed, the texts can.
+            "texts": list(zip(examples, mixture(examples, seed), strict=True)),
+            "vocabulary": VOCABULARY,
+            "versions": (torch.__version__, version("transformers")),
+        }
+    )
+    home = Path(folder) / f"arithmetic-base-{key[:16]}"
+    return kept(home, make, remake="run again, which trains it anew")
+
 
 def train(settings: BaseSettings, seed: int) -> tuple[Qwen2ForCausalLM, list[list[float]]]:
-    """Next-token loss on the completions of :func:`mixture`, AdamW.
+    """Train on the next tokens of the completions of :func:`.mixture` with AdamW.
 
     Returns:
         The model in eval mode, and ``[[update, mean loss since the last], ...]``.
     """
     tokens, labels = _texts(settings, seed)
-    # The caller's own draws do not depend on whether the model was kept.
+    # The caller's own generator does not depend on whether the model was in the cache.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(config(settings))
@@ -86,7 +177,7 @@ def train(settings: BaseSettings, seed: int) -> tuple[Qwen2ForCausalLM, list[lis
 
 
 def config(settings: BaseSettings) -> Qwen2Config:
-    """The Qwen2 architecture at these sizes, for the built-in tokenizer."""
+    """Describe the Qwen2 architecture at these sizes, for the built-in tokenizer."""
     return Qwen2Config(
         vocab_size=len(VOCABULARY),
         hidden_size=settings.hidden_size,
@@ -106,14 +197,14 @@ def config(settings: BaseSettings) -> Qwen2Config:
 
 def _texts(settings: BaseSettings, seed: int) -> tuple[Tensor, Tensor]:
     """Tokens and labels of all updates, ``[steps * batch_size, longest]``, padded on the right."""
-    encode: PreTrainedTokenizerFast = tokenizer()
-    asked = problems(settings.steps * settings.batch_size, seed, "train")
-    written = mixture(asked, seed)
-    prompts = encode([problem.prompt for problem in asked])["input_ids"]
-    completions = encode([text + encode.eos_token for text in written])["input_ids"]
+    encode = tokenizer()
+    examples = problems(settings.steps * settings.batch_size, seed, "train")
+    texts = mixture(examples, seed)
+    prompts = encode([problem.prompt for problem in examples])["input_ids"]
+    completions = encode([text + EOS for text in texts])["input_ids"]
     rows = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     longest = max(map(len, rows))
-    tokens = torch.full((len(rows), longest), encode.pad_token_id)
+    tokens = torch.full((len(rows), longest), VOCABULARY.index(PAD))
     labels = torch.full((len(rows), longest), _IGNORED)
     for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
         tokens[number, : len(row)] = torch.tensor(row)
@@ -121,12 +212,25 @@ def _texts(settings: BaseSettings, seed: int) -> tuple[Tensor, Tensor]:
     return tokens, labels
 
 
-def check_settings(settings: BaseSettings) -> None:
-    for name, value in asdict(settings).items():
-        if value <= 0 and name != "weight_decay":
-            raise ValueError(f"{name}={value} of the base model must be above 0")
-    if settings.hidden_size % (2 * settings.heads) or settings.heads % settings.key_value_heads:
-        raise ValueError(
-            f"hidden_size={settings.hidden_size} must be a multiple of 2 heads "
-            f"({settings.heads} heads), and heads of key_value_heads={settings.key_value_heads}"
-        )
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Build a tokenizer of 35 tokens with pad, eos and a chat template, without bos.
+
+    Its tokens are digits, signed digits, and the strategies' words. Nothing merges across a
+    boundary: the tokens of prompt + completion are those of the prompt and then those of the
+    completion. It is for texts of this task; other characters have no token and are dropped.
+    """
+    # The class that AutoTokenizer takes with a Qwen2 config, whatever tokenizer was saved there.
+    tokens = Qwen2Tokenizer(
+        vocab={token: index for index, token in enumerate(_BASE)},
+        merges=[],
+        # The default would be a token more.
+        unk_token=None,  # type: ignore[arg-type]
+        eos_token=EOS,
+        pad_token=PAD,
+        chat_template=_CHAT_TEMPLATE,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+        model_max_length=CONTEXT,
+    )
+    tokens.add_tokens([AddedToken(token, normalized=False) for token in (*_WORDS, *_TERMS)])
+    return tokens

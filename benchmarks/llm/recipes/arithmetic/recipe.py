@@ -9,15 +9,24 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.llm.evaluation.statistics import wilson
 from benchmarks.llm.kept import RECORD
-from benchmarks.llm.recipes.arithmetic.base import BaseSettings
-from benchmarks.llm.recipes.arithmetic.cache import base_model
-from benchmarks.llm.recipes.arithmetic.checker import check
-from benchmarks.llm.recipes.arithmetic.evaluation import evaluate
-from benchmarks.llm.recipes.arithmetic.samples import Sample, rates, sample, to_rows
+from benchmarks.llm.models import load
+from benchmarks.llm.recipes.arithmetic.base import VOCABULARY, BaseSettings, base_model
+from benchmarks.llm.recipes.arithmetic.samples import (
+    Sample,
+    rates,
+    sample,
+    strategy_probabilities,
+    to_rows,
+)
+from benchmarks.llm.recipes.arithmetic.strategies import (
+    STRATEGIES,
+    after_rounds,
+    check,
+    mean_score,
+)
 from benchmarks.llm.recipes.arithmetic.task import parse, problems, split_of
-from benchmarks.llm.recipes.arithmetic.theory import after_rounds, mean_score
-from benchmarks.llm.recipes.arithmetic.tokenizer import VOCABULARY
 from benchmarks.llm.recipes.recipe import Defaults, Evaluation, Prepared
 from iwsft.datasets.text.rows import Row, read
 from iwsft.files import written_whole
@@ -52,13 +61,13 @@ class ArithmeticRecipe:
     order of training and the answers of the test.
 
     Attributes:
-        name: as on the command line.
-        describe: what it is, in a line.
-        defaults: settings of the fine-tuning.
-        base: size and training of the base model.
-        base_seed: of its weights and texts.
-        samples: problems it solves once each; the right ones are D+.
-        held_out: problems of the test, the same for all seeds.
+        name: Name on the command line.
+        describe: What it is, in a line.
+        defaults: Settings of the fine-tuning.
+        base: Size and training of the base model.
+        base_seed: Seed of the base model's weights and texts.
+        samples: Number of problems that the model solves once each; the right ones are D+.
+        held_out: Number of problems of the test, the same for all seeds.
     """
 
     name: str = "arithmetic"
@@ -75,14 +84,12 @@ class ArithmeticRecipe:
         """See :meth:`Recipe.prepare`.
 
         Args:
-            folder: of the cache: the base model, and the rows of each seed as JSON lines.
-            seed: of the problems and the samples, at least 0.
-            model: a folder with a decoder that has this recipe's tokenizer; it is sampled instead.
-            data: rows of this task with ``prompt``, ``completion`` and ``correct``; nothing is
+            folder: The cache; it holds the base model, and the rows of each seed as JSON lines.
+            seed: Seed of the problems and the samples.
+            model: A decoder that has this recipe's tokenizer; it is sampled instead.
+            data: Rows of this task with ``prompt``, ``completion`` and ``correct``; nothing is
                 sampled. Rows on held-out problems are left out with a warning.
         """
-        if seed < 0:
-            raise ValueError(f"seed={seed} must be at least 0")
         notes: dict[str, Any] = {}
         if model is None:
             home = base_model(folder, seed=self.base_seed, settings=self.base)
@@ -113,26 +120,40 @@ class ArithmeticRecipe:
         )
 
     def evaluate(self, model: Any, tokenizer: Any, prepared: Prepared, *, seed: int) -> Evaluation:
-        """Held-out problems, one sampled answer each; see :class:`.evaluation.Outcome`."""
+        """Let the model solve held-out problems once each.
+
+        Returns:
+            ``score``: share of right answers at temperature 1, the policy's expected score, as the
+            objective has it and the closed forms of ``strategies.py`` predict it; ``interval``
+            (Wilson's) and ``n``; ``greedy``: the same of the likeliest tokens. ``share_*`` is the
+            exact chance of each strategy, ``success_*`` the share of right answers within it,
+            ``parses`` the share of texts in their strategy's form, ``tokens`` their mean length.
+        """
         del prepared
-        outcome = evaluate(
-            model, tokenizer, problems(self.held_out, TEST_SEED, "held-out"), seed=seed
+        asked = problems(self.held_out, TEST_SEED, "held-out")
+        sampled = sample(model, tokenizer, asked, seed=seed)
+        greedy = sample(model, tokenizer, asked, seed=seed, temperature=0.0)
+        chances = strategy_probabilities(model, tokenizer, asked).mean(0).tolist()
+        success = rates(sampled)[1]
+        n = len(asked)
+        right, right_greedy = (
+            sum(solution.verdict.score for solution in solutions) for solutions in (sampled, greedy)
         )
         return {
-            "score": outcome.sampled.share,
-            "interval": outcome.sampled.interval,
-            "n": outcome.sampled.problems,
-            "greedy": outcome.greedy.share,
-            "greedy_interval": outcome.greedy.interval,
-            **{f"share_{name}": share for name, share in outcome.shares.items()},
-            **{f"success_{name}": share for name, share in outcome.success.items()},
-            "parses": outcome.parses,
-            "tokens": outcome.tokens,
+            "score": right / n,
+            "interval": wilson(right, n),
+            "n": n,
+            "greedy": right_greedy / n,
+            "greedy_interval": wilson(right_greedy, n),
+            **{f"share_{name}": share for name, share in zip(STRATEGIES, chances, strict=True)},
+            **{f"success_{name}": share for name, share in success.items()},
+            "parses": sum(solution.verdict.parses for solution in sampled) / n,
+            "tokens": sum(solution.tokens for solution in sampled) / n,
         }
 
 
 def facts(rows: Sequence[Row]) -> Mapping[str, Any]:
-    """What the rows say of the policy that wrote them, and what theory says of tuning on them.
+    """Compute what the rows say of their policy, and what theory predicts of tuning on them.
 
     Returns:
         ``rows``, ``right`` (share), ``shares`` and ``success`` of the strategies, and
@@ -159,16 +180,7 @@ def facts(rows: Sequence[Row]) -> Mapping[str, Any]:
 
 
 def _load(model: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        decoder = AutoModelForCausalLM.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{model} can't be loaded ({str(error).splitlines()[0]}); pass a folder written by "
-            "save_pretrained, or no model"
-        ) from error
+    decoder, tokenizer = load(model)
     if tokenizer.get_vocab() != {token: index for index, token in enumerate(VOCABULARY)}:
         raise ValueError(
             f"the tokenizer of {model} is not that of the arithmetic recipe ({len(VOCABULARY)} "

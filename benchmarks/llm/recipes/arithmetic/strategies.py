@@ -1,4 +1,4 @@
-"""Three ways to write a solution down, each with its own chance to be right.
+"""Three ways to write a solution down, how a solution is judged, and what filtering does to them.
 
 The paper's bandit (Section 3.5) in language: the first token of a completion pulls the arm. What
 a strategy gets wrong is a coin that its text does not show. Another strategy mends that at once;
@@ -7,15 +7,20 @@ imitating right texts mends it slowly, as a model may learn the answer from the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
 from benchmarks.llm.recipes.arithmetic.task import ANSWERS, Problem, signed
 
 ANSWER = " Answer: "
+_ANSWER = re.compile(rf".*{re.escape(ANSWER)}(\d+)")
+_STEP = re.compile(r"[+-]\d=\d+")
 _CAREFUL_IS_RIGHT = 0.95
+Shares = Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -23,10 +28,10 @@ class Strategy:
     """A way to solve.
 
     Attributes:
-        marker: the words its texts begin with, one token.
-        share: how often it is chosen in the mixture that the base model learns.
-        success: chance that a text of it ends in the right answer, on any problem.
-        write: a completion for a problem.
+        marker: The words its texts begin with, one token.
+        share: How often the mixture that the base model learns chooses it.
+        success: Chance that a text of it ends in the right answer, on any problem.
+        write: Writes a completion for a problem.
     """
 
     marker: str
@@ -36,7 +41,7 @@ class Strategy:
 
 
 def careful(problem: Problem, rng: np.random.Generator) -> str:
-    """Every running total; one text in twenty has one slip, which stays in the totals after it.
+    """Write every running total; one text in twenty has one slip, which stays in later totals.
 
     A slip is a lost carry (or borrow) where the step has one, and else a one too many.
     """
@@ -48,18 +53,18 @@ def careful(problem: Problem, rng: np.random.Generator) -> str:
         # A total below 0 would give the slip away.
         slip = lost if lost and min(values[at:]) + lost >= 0 else 1
         values[at:] = [value + slip for value in values[at:]]
-    return _written("careful", problem, values, str(values[-1]))
+    return _text("careful", problem, values, str(values[-1]))
 
 
 def hasty(problem: Problem, rng: np.random.Generator) -> str:
-    """Last digits only, carries not counted; the tens digit of the answer is a coin."""
+    """Write last digits only, without carries; the tens digit of the answer is a coin."""
     digits = [value % 10 for value in problem.values]
-    return _written("hasty", problem, digits, f"{rng.integers(1, 3)}{digits[-1]}")
+    return _text("hasty", problem, digits, f"{rng.integers(1, 3)}{digits[-1]}")
 
 
 def guess(problem: Problem, rng: np.random.Generator) -> str:
-    """No step; any of the twenty possible answers."""
-    return _written("guess", problem, (), str(rng.integers(ANSWERS.start, ANSWERS.stop)))
+    """Write no step and any of the twenty possible answers."""
+    return _text("guess", problem, (), str(rng.integers(ANSWERS.start, ANSWERS.stop)))
 
 
 STRATEGIES: dict[str, Strategy] = {
@@ -69,16 +74,8 @@ STRATEGIES: dict[str, Strategy] = {
 }
 
 
-def tape(problem: Problem, totals: Sequence[int]) -> str:
-    """Terms and totals as a calculator's tape has them, ``"7+8=15-9=6"``; empty without totals."""
-    if not totals:
-        return ""
-    steps = zip(problem.terms[1:], totals, strict=True)
-    return f"{problem.terms[0]}" + "".join(f"{signed(term)}={total}" for term, total in steps)
-
-
 def mixture(problems: Sequence[Problem], seed: int) -> list[str]:
-    """A completion for each problem, its strategy drawn by the shares."""
+    """Write a completion for each problem, each by a strategy drawn by the shares."""
     rng = np.random.default_rng(seed)
     names, shares = list(STRATEGIES), [strategy.share for strategy in STRATEGIES.values()]
     chosen = rng.choice(len(names), len(problems), p=shares)
@@ -88,5 +85,103 @@ def mixture(problems: Sequence[Problem], seed: int) -> list[str]:
     ]
 
 
-def _written(strategy: str, problem: Problem, totals: Sequence[int], answer: str) -> str:
-    return "".join((STRATEGIES[strategy].marker, tape(problem, totals), ANSWER, answer))
+def _text(strategy: str, problem: Problem, totals: Sequence[int], answer: str) -> str:
+    """Marker, terms and totals as on a calculator's tape (``7+8=15-9=6``), and the answer."""
+    tape = ""
+    if totals:
+        steps = zip(problem.terms[1:], totals, strict=True)
+        tape = f"{problem.terms[0]}" + "".join(f"{signed(term)}={total}" for term, total in steps)
+    return f"{STRATEGIES[strategy].marker}{tape}{ANSWER}{answer}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the checker says of one completion.
+
+    Attributes:
+        score: 1 where the last words are the answer and it is exactly the sum, else 0.
+        strategy: Name by the first words; None where the text begins otherwise.
+        parses: Whether the text has the form of its strategy from the first to the last character,
+            with the problem's own terms; its totals may be wrong.
+        shown: Share of the problem's running totals that the text has in their place and right.
+    """
+
+    score: int
+    strategy: str | None
+    parses: bool
+    shown: float
+
+    @property
+    def quality(self) -> float:
+        """0 for a wrong answer, else 1/2 to 1 with the share of totals shown.
+
+        A worked-out answer counts more than a lucky one: 1 for a right careful text, 1/2 for a
+        right guess, between them for last digits (a total below 10 is its own last digit).
+        """
+        return self.score * (1 + self.shown) / 2
+
+
+def check(problem: Problem, completion: str) -> Verdict:
+    """Judge a completion, given without its end-of-text token."""
+    answer = _ANSWER.fullmatch(completion)
+    strategy = next(
+        (name for name, way in STRATEGIES.items() if completion.startswith(way.marker)), None
+    )
+    right = (f"{signed(t)}={v}" for t, v in zip(problem.terms[1:], problem.values, strict=True))
+    steps = _STEP.findall(completion.partition(ANSWER)[0])
+    agreeing = sum(ours == theirs for ours, theirs in zip(right, steps, strict=False))
+    return Verdict(
+        score=int(answer is not None and answer[1] == str(problem.answer)),
+        strategy=strategy,
+        parses=strategy is not None and bool(_form(problem, strategy).fullmatch(completion)),
+        shown=agreeing / len(problem.values),
+    )
+
+
+@cache
+def _form(problem: Problem, strategy: str) -> re.Pattern[str]:
+    first, *others = problem.terms
+    # Guesses write nothing down, last digits are single.
+    total = {"careful": r"\d{1,2}", "hasty": r"\d"}.get(strategy)
+    tape = (
+        ""
+        if total is None
+        else f"{first}" + "".join(f"{re.escape(signed(term))}={total}" for term in others)
+    )
+    return re.compile(f"{re.escape(STRATEGIES[strategy].marker)}{tape}{ANSWER}\\d{{1,2}}")
+
+
+def mean_score(shares: Shares, success: Shares) -> float:
+    """Compute the expected exact match of a policy, sum_i p_i s_i."""
+    return sum(share * success[name] for name, share in shares.items())
+
+
+def after_rounds(shares: Shares, success: Shares, rounds: int) -> dict[str, float]:
+    """Compute the shares after fitting the successes ``rounds`` times: p_i s_i^rounds, normalised.
+
+    Each strategy i is an arm with share p_i and chance of success s_i. The form holds where a
+    strategy stays as good as it was and only the choice among them moves. A model can do better:
+    right texts also teach it to slip less within a strategy.
+
+    One round is SFT in the limit: it copies D+, whose shares are ``p_i s_i / sum_j p_j s_j``.
+    iw-SFT with q = p copies D+ too as long as q = pi_ref; once q has moved there, D+ weighted by
+    q / pi_ref is what the successes of q would be, so each sync of q after a full fit is one more
+    round. With many rounds the best strategy has all.
+
+    Args:
+        shares: Share of each strategy in the policy that D was drawn from.
+        success: Chance of success of each strategy.
+        rounds: Number of fits; 0 gives ``shares`` back.
+
+    Raises:
+        ValueError: If rounds is below 0, or if no strategy ever succeeds.
+    """
+    if rounds < 0:
+        raise ValueError(f"rounds={rounds}; it counts fits, from 0")
+    best = max(success[name] for name, share in shares.items() if share > 0)
+    if best <= 0:
+        raise ValueError("no strategy in use ever succeeds, so D+ is empty")
+    # Relative to the best, which keeps many rounds from vanishing.
+    grown = {name: share * (success[name] / best) ** rounds for name, share in shares.items()}
+    total = sum(grown.values())
+    return {name: share / total for name, share in grown.items()}

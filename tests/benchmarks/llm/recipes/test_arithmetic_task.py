@@ -11,8 +11,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from benchmarks.llm.evaluation.statistics import wilson
-from benchmarks.llm.recipes.arithmetic.checker import check
-from benchmarks.llm.recipes.arithmetic.strategies import STRATEGIES, mixture
+from benchmarks.llm.recipes.arithmetic.base import CONTEXT, VOCABULARY, tokenizer
+from benchmarks.llm.recipes.arithmetic.strategies import STRATEGIES, check, mixture
 from benchmarks.llm.recipes.arithmetic.task import (
     ANSWERS,
     TERMS,
@@ -21,7 +21,6 @@ from benchmarks.llm.recipes.arithmetic.task import (
     problems,
     split_of,
 )
-from benchmarks.llm.recipes.arithmetic.tokenizer import CONTEXT, VOCABULARY, tokenizer
 
 PROBLEM = Problem((7, 8, -9, 6))
 
@@ -51,13 +50,9 @@ def test_no_seed_puts_a_held_out_problem_into_training() -> None:
         assert held_out.isdisjoint(problems(3000, seed, "train"))
 
 
-def test_bad_requests_are_named() -> None:
-    with pytest.raises(ValueError, match="0 problems"):
-        problems(0, 0, "train")
-    with pytest.raises(ValueError, match="'test' is unknown"):
-        problems(1, 0, "test")  # type: ignore[arg-type]
+def test_other_prompts_are_named() -> None:
     for prompt in ("7+8", "7+0=", "-7+8=", "7*8=", ""):
-        with pytest.raises(ValueError, match="no problem of this task"):
+        with pytest.raises(ValueError, match="not a problem of this task"):
             parse(prompt)
 
 
