@@ -25,7 +25,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.modules import OneHotCategorical, ProbabilisticActor
 
-from benchmarks.provenance import hardware, versions, write_json
+from benchmarks.runs import hardware, versions, write_json
 from benchmarks.statistics import bootstrap_interval
 from iwsft import ImportanceWeightedMLE, ImportanceWeights, annotate_reference, weights
 from iwsft.files import written_whole

@@ -1,89 +1,130 @@
-"""Folders of runs: claimed before anything is trained, kept for one process at a time."""
+"""A run on disk: its folder, the claim on it, its files, and errors in one line."""
 
 from __future__ import annotations
 
 import json
+import os
+import platform
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from filelock import FileLock, Timeout
 
-from benchmarks.provenance import write_json
 from iwsft import checkpoint
 from iwsft.checkpoint import CheckpointError, differences
-from iwsft.files import full_disk_named
+from iwsft.files import full_disk_named, written_whole
 
 CONFIG, RESULT = "config.json", "result.json"
+# What settings, data, disk and network can cause. Anything else is a bug and keeps its traceback.
+EXPECTED = (
+    CheckpointError,
+    FloatingPointError,
+    ImportError,
+    KeyError,
+    MemoryError,
+    OSError,
+    OverflowError,
+    ValueError,
+    torch.OutOfMemoryError,
+)
+_PACKAGES = ("torch", "tensordict", "torchrl", "gymnasium", "mujoco", "numpy")
 
 
-@dataclass
-class Summary:
-    """What became of all that was asked for: counts, and one line for each that is not done."""
+class RunOptions(Protocol):
+    """What every command line that makes runs has."""
 
-    done: int = 0
-    finished_before: int = 0
-    failed: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
+    @property
+    def out(self) -> Path:
+        """Folder of all runs."""
 
-    def leave_out(self, reason: str) -> None:
-        """Count a dataset, or algorithms on one, that can't be run, and tell."""
-        self.left_out.append(reason)
-        tell(f"left out: {reason}")
+    @property
+    def resume(self) -> bool:
+        """Whether runs that were cut off are continued."""
+
+
+Options = TypeVar("Options", bound=RunOptions)
+
+
+@dataclass(frozen=True)
+class Run(Generic[Options]):
+    """One algorithm on one dataset with one seed.
+
+    Attributes:
+        benchmark: Name of the command, and of the folder of its runs.
+        dataset: Name of the dataset (of language, the recipe) in folders and results.
+        algo: Name of the algorithm.
+        seed: Seed of everything that the run draws.
+        options: The command line; its settings are those of the run.
+    """
+
+    benchmark: str
+    dataset: str
+    algo: str
+    seed: int
+    options: Options
 
     def __str__(self) -> str:
-        counts = [f"{self.done} done"]
-        if self.finished_before:
-            counts.append(f"{self.finished_before} finished before")
-        lines = []
-        for title, reasons in (("failed", self.failed), ("left out", self.left_out)):
-            if reasons:
-                counts.append(f"{len(reasons)} {title}")
-                lines += [f"{title}: {reason}" for reason in reasons]
-        return "\n".join([", ".join(counts), *lines])
+        return f"{self.algo} seed {self.seed}"
 
+    @property
+    def dataset_folder(self) -> Path:
+        """Folder of all runs on the dataset, and of what they share."""
+        return self.options.out / self.benchmark / self.dataset
 
-def tell(line: str) -> None:
-    """Write a line to stderr in one go, so that those of several processes do not mix."""
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
+    @property
+    def folder(self) -> Path:
+        """Folder that the run writes to."""
+        return self.dataset_folder / self.algo / f"seed-{self.seed}"
 
 
 def claim(
     root: Path, configs: Mapping[Path, dict[str, Any]], *, same: Sequence[str], resume: bool
 ) -> list[Path]:
-    """Claim the folders of all runs, or none, by writing ``config.json``; the unfinished ones.
+    """Claim the folders of all runs, or none, by writing ``config.json``.
 
     Args:
-        root: a folder above all of them.
-        configs: folder of a run -> what its ``config.json`` shall hold.
-        same: entries in which a run that is there must agree.
-        resume: go on with runs that are there.
+        root: A folder above all of them.
+        configs: Content of ``config.json`` by folder.
+        same: Entries in which a run that is there already must agree.
+        resume: Accept runs that are there already.
+
+    Returns:
+        The folders of unfinished runs.
 
     Raises:
-        FileExistsError: folders that hold a run, and ``resume`` is off.
-        CheckpointError: with ``resume``, folders that hold one of other settings.
+        FileExistsError: Folders hold a run, and ``resume`` is off.
+        CheckpointError: With ``resume``, folders hold a run of other settings.
         OSError: ``root`` can't be written.
     """
     with full_disk_named(root):
         root.mkdir(parents=True, exist_ok=True)
     # Two commands at once don't both find a folder free.
     with FileLock(root / ".claim.lock"):
-        held = {folder: _held(folder, same) for folder in configs}
-        taken = [str(folder) for folder in configs if held[folder] is not None]
+        earlier = {folder: _earlier_config(folder, same) for folder in configs}
+        taken = [str(folder) for folder in configs if earlier[folder] is not None]
         if taken and not resume:
             raise FileExistsError(
                 f"{', '.join(taken)}: {'a run is' if len(taken) == 1 else 'runs are'} there "
                 "already; pass --resume to continue and to keep what is finished, or another --out"
             )
         for folder, config in configs.items():
-            found = held[folder]
-            if found is not None:
-                _check_same(folder, found, {name: config[name] for name in same})
-        free = [folder for folder in configs if held[folder] is None]
+            before = earlier[folder]
+            if before is None:
+                continue
+            differ = differences(before, {name: config[name] for name in same})
+            if differ:
+                raise CheckpointError(
+                    f"{folder} holds a run with other settings: {differ}; run with those, or "
+                    "choose another --out"
+                )
+        free = [folder for folder in configs if earlier[folder] is None]
         try:
             for folder in free:
                 write_json(folder / CONFIG, configs[folder])
@@ -94,33 +135,8 @@ def claim(
     return [folder for folder in configs if not (folder / RESULT).exists()]
 
 
-@contextmanager
-def alone_in(folder: Path, *, wait: bool) -> Iterator[None]:
-    """Keep other processes out of a folder that trains, and clear what a killed one left half-way.
-
-    Args:
-        folder: made where it is missing.
-        wait: until another process is done.
-
-    Raises:
-        FileExistsError: another process works there, and ``wait`` is off.
-    """
-    with full_disk_named(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    try:
-        held = FileLock(folder / ".lock").acquire(timeout=-1 if wait else 0)
-    except Timeout as error:
-        raise FileExistsError(
-            f"another process works in {folder}; wait for it or end it, then pass --resume"
-        ) from error
-    with held:
-        for stale in (folder / checkpoint.FOLDER).glob(".*.partial"):
-            stale.unlink()
-        yield
-
-
-def _held(folder: Path, same: Sequence[str]) -> dict[str, Any] | None:
-    """The ``config.json`` of a folder; empty where only a result stands, None where no run is."""
+def _earlier_config(folder: Path, same: Sequence[str]) -> dict[str, Any] | None:
+    """The entries of a folder's ``config.json``; empty with a mere result, None without a run."""
     path = folder / CONFIG
     if not path.exists():
         return {} if (folder / RESULT).exists() else None
@@ -134,10 +150,88 @@ def _held(folder: Path, same: Sequence[str]) -> dict[str, Any] | None:
         ) from error
 
 
-def _check_same(folder: Path, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    differ = differences(held, wanted)
-    if differ:
-        raise CheckpointError(
-            f"{folder} holds a run with other settings: {differ}; run with those, or choose "
-            "another --out"
-        )
+@contextmanager
+def alone_in(folder: Path, *, wait: bool) -> Iterator[None]:
+    """Keep other processes out of a folder, and clear what a killed one left half-way.
+
+    Args:
+        folder: The folder; it is made where it is missing.
+        wait: Wait until another process is done.
+
+    Raises:
+        FileExistsError: Another process works there, and ``wait`` is off.
+    """
+    with full_disk_named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(folder / ".lock").acquire(timeout=-1 if wait else 0)
+    except Timeout as error:
+        raise FileExistsError(
+            f"another process works in {folder}; wait for it or end it, then pass --resume"
+        ) from error
+    with lock:
+        for stale in (folder / checkpoint.FOLDER).glob(".*.partial"):
+            stale.unlink()
+        yield
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers."""
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def hardware(device: str) -> dict[str, str | int | None]:
+    """The machine of a run."""
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()
+    return {"device": device, "name": name, "cpus": os.cpu_count(), "system": platform.system()}
+
+
+def _processor() -> str:
+    """The processor's name where the system tells it, or its architecture."""
+    listed = Path("/proc/cpuinfo")
+    if listed.exists():
+        for line in listed.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def tell(line: str) -> None:
+    """Write a line to stderr in one go, so that those of several processes do not mix."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+@contextmanager
+def ends_in_one_line() -> Iterator[None]:
+    """End the process with one line on an error that a user can mend, or on Ctrl-C."""
+    try:
+        yield
+    except EXPECTED as error:
+        raise SystemExit(f"error: {one_line(error)}") from error
+    except KeyboardInterrupt as error:
+        print("stopped; the same command with --resume continues", file=sys.stderr)
+        raise SystemExit(130) from error
+
+
+def ends_as_ctrl_c_does() -> None:
+    """Make SIGTERM end the process as Ctrl-C does, with its workers and a line on --resume."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error, without what Python puts around it."""
+    text = str(error)
+    if isinstance(error, KeyError) and error.args:
+        # Its text is the repr of its argument: a sentence of ours, or a mere key.
+        key = error.args[0]
+        text = key if isinstance(key, str) and " " in key else f"there is no entry {key!r}"
+    if isinstance(error, OSError) and error.strerror is not None:
+        text = ": ".join(filter(None, (error.strerror, error.filename)))
+    return " ".join(text.split()) or type(error).__name__

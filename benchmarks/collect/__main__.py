@@ -12,7 +12,7 @@ from __future__ import annotations
 import tyro
 
 from benchmarks.collect.arguments import Arguments
-from benchmarks.command import ends_as_ctrl_c_does, ends_in_one_line
+from benchmarks.runs import ends_as_ctrl_c_does, ends_in_one_line
 
 
 def main(arguments: Arguments) -> None:

@@ -27,8 +27,7 @@ from benchmarks.collect.output import Output, Parts, Rows
 from benchmarks.collect.policies import Behaviour
 from benchmarks.collect.rollout import Amount, collect
 from benchmarks.collect.simulator import Simulator
-from benchmarks.provenance import versions
-from benchmarks.runs import alone_in
+from benchmarks.runs import alone_in, versions
 from iwsft.datasets.write import Provenance
 
 

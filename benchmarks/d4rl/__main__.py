@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import tyro
 
-from benchmarks.command import ends_as_ctrl_c_does, ends_in_one_line
 from benchmarks.d4rl.arguments import Arguments
+from benchmarks.runs import ends_as_ctrl_c_does, ends_in_one_line
 
 
 def main(arguments: Arguments) -> None:

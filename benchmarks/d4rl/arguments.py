@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import tyro
 
-from benchmarks.cluster import Cluster
 from benchmarks.d4rl import settings as paper
 from benchmarks.d4rl import suites
+from benchmarks.options import check_known
+from benchmarks.places import Cluster
 from iwsft.curation import Ties
 
 _Value = TypeVar("_Value")
@@ -109,10 +109,8 @@ def chosen(arguments: Arguments) -> suites.Suite:
         ValueError: no such suite.
     """
     name = arguments.suite
-    if name is not None and name not in suites.SUITES:
-        near = difflib.get_close_matches(name, suites.SUITES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown suite {name!r}; {hint}it is one of {', '.join(suites.SUITES)}")
+    if name is not None:
+        check_known("suite", name, list(suites.SUITES))
     suite = suites.SINGLE if name is None else suites.SUITES[name]
     return replace(
         suite,

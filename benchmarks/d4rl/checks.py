@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
 import gymnasium as gym
-import torch
 
 import baselines
 from benchmarks.d4rl import settings as paper
 from benchmarks.d4rl.learn import curated, sizes
 from benchmarks.d4rl.plan import BENCHMARK, Plan
 from benchmarks.d4rl.task import Task
+from benchmarks.options import (
+    check_at_least,
+    check_device,
+    check_known,
+    check_used,
+)
 from iwsft import environments
 from iwsft.trajectory import OBSERVATION, lengths
 
@@ -26,26 +30,17 @@ def check_settings(plans: Sequence[Plan]) -> None:
     if not plans:
         raise ValueError("nothing to run: pass at least one name to --algo and one to --seeds")
     for plan in plans:
-        if plan.algo not in baselines.BASELINES and not paper.is_algorithm(plan.algo):
-            raise ValueError(_unknown(plan.algo))
-        if not 0 <= plan.seed < 2**32:
-            raise ValueError(f"--seeds {plan.seed}: a seed lies in 0 ... 2^32 - 1")
+        if not paper.is_algorithm(plan.algo):
+            check_known("algorithm", plan.algo, [*paper.ALGORITHMS, *baselines.BASELINES])
     names = [str(plan) for plan in plans]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(
-            f"asked for twice: {', '.join(twice)}; name each algorithm and each seed once"
-        )
     plan = plans[0]
-    for flag, number in (
-        ("--steps", plan.steps),
-        ("--reference-steps", plan.reference_steps),
-        ("--eval-episodes", plan.eval_episodes),
-    ):
-        if number is not None and number < 1:
-            raise ValueError(f"{flag} {number}: at least 1")
-    if plan.curve_episodes < 0:
-        raise ValueError(f"--curve-episodes {plan.curve_episodes}: 0 for none, or more")
+    check_at_least(
+        1,
+        steps=plan.steps,
+        reference_steps=plan.reference_steps,
+        eval_episodes=plan.eval_episodes,
+    )
+    check_at_least(0, curve_episodes=plan.curve_episodes)
     if plan.alpha is not None and not 0 <= plan.alpha < 1:
         raise ValueError(f"--alpha {plan.alpha}: a decay lies in [0, 1)")
     if plan.variant in (".", "..", BENCHMARK) or set(plan.variant) & set("/\\"):
@@ -55,20 +50,17 @@ def check_settings(plans: Sequence[Plan]) -> None:
     weighted = any(plan.weighted for plan in plans)
     tuned = any(plan.from_reference for plan in plans)
     choices: Sequence[tuple[str, object, bool]] = (
-        ("--temperature", plan.temperature, weighted and plan.target_ess is None),
-        ("--target-ess", plan.target_ess, weighted),
-        ("--alpha", plan.alpha, any(p.from_reference and p.algorithm.weighted for p in plans)),
-        ("--ties", plan.ties, any(plan.cuts for plan in plans)),
-        ("--top", plan.top, tuned),
-        ("--pretrain-dataset", plan.pretrain_dataset, tuned),
+        ("temperature", plan.temperature, weighted and plan.target_ess is None),
+        ("target_ess", plan.target_ess, weighted),
+        ("alpha", plan.alpha, any(p.from_reference and p.algorithm.weighted for p in plans)),
+        ("ties", plan.ties, any(plan.cuts for plan in plans)),
+        ("top", plan.top, tuned),
+        ("pretrain_dataset", plan.pretrain_dataset, tuned),
     )
-    for flag, value, used in choices:
-        if value is not None and not used:
-            also = f" with --target-ess {plan.target_ess}" if weighted else ""
-            raise ValueError(
-                f"{flag} {value} changes nothing in {', '.join(names)}{also}; leave it out"
-            )
-    _check_device(plan.device)
+    also = f" with --target-ess {plan.target_ess}" if weighted else ""
+    for name, value, used in choices:
+        check_used(name, value, used, f"in {', '.join(names)}{also}")
+    check_device(plan.device)
 
 
 def check_data(plans: Sequence[Plan], task: Task) -> None:
@@ -94,22 +86,6 @@ def check_data(plans: Sequence[Plan], task: Task) -> None:
         if plan.from_reference:
             plan.tuning(task)
             plan.weights(task).check_overflow(int(lengths(data).max()))
-
-
-def _unknown(algo: str) -> str:
-    known = [*paper.ALGORITHMS, *baselines.BASELINES]
-    near = difflib.get_close_matches(algo.lower(), known, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown algorithm {algo!r}; {hint}it is one of {', '.join(known)}"
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.ones(1, device=device).item()
-    # What torch raises for names it does not know, and for devices that are not there.
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"--device {device} can't be used here: {reason}; cpu can") from error
 
 
 def _check_environment(task: Task) -> None:

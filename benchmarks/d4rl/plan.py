@@ -13,7 +13,7 @@ from baselines import Baseline
 from benchmarks import runs
 from benchmarks.d4rl import settings as paper
 from benchmarks.d4rl.task import Task
-from benchmarks.provenance import hardware, versions
+from benchmarks.runs import hardware, versions
 from iwsft.curation import Ties
 from iwsft.training import Schedule
 from iwsft.weights import ImportanceWeights

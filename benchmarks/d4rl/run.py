@@ -20,8 +20,7 @@ from benchmarks.d4rl.learn import Say, baseline, clone, curated, fine_tune, refe
 from benchmarks.d4rl.plan import BENCHMARK, Plan, settings_of
 from benchmarks.d4rl.saved import save_policy
 from benchmarks.d4rl.task import Task
-from benchmarks.provenance import write_json
-from benchmarks.runs import alone_in
+from benchmarks.runs import alone_in, write_json
 from iwsft import checkpoint, metrics
 from iwsft.files import written_whole
 from iwsft.reference import annotate_reference

@@ -9,17 +9,18 @@ from pathlib import Path
 from rich.console import Console
 
 from baselines import BASELINES
-from benchmarks import cluster
-from benchmarks.command import EXPECTED, one_line
+from benchmarks import places
 from benchmarks.d4rl import suites
 from benchmarks.d4rl.arguments import Arguments, chosen
 from benchmarks.d4rl.checks import check_data, check_settings
 from benchmarks.d4rl.plan import Plan, claim
 from benchmarks.d4rl.run import run
 from benchmarks.d4rl.task import Task
+from benchmarks.options import check_at_least, check_once, check_seeds, check_used
 from benchmarks.report.runs import read_runs
 from benchmarks.report.tables import score_table
-from benchmarks.runs import Summary, tell
+from benchmarks.runs import EXPECTED, one_line, tell
+from benchmarks.sweep import Summary, run_all
 from iwsft.training import Row
 
 _HEADER = f"{'algo':<12} {'seed':>4}  {'stage':<9} {'step':>13} {'loss':>8} {'ESS':>5} {'score':>7}"
@@ -64,7 +65,7 @@ def sweep(arguments: Arguments) -> Summary:
                 for plan in plans[dataset]
             ]
     summary = Summary()
-    with cluster.place(
+    with places.place(
         arguments.cluster,
         items=sum(map(len, plans.values())),
         jobs=arguments.jobs,
@@ -143,10 +144,8 @@ def _check(arguments: Arguments, suite: suites.Suite, plans: Mapping[str, Sequen
     """
     if not plans:
         raise ValueError("nothing to run: pass at least one name to --dataset")
-    names = suite.datasets
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"asked for twice: --dataset {', '.join(twice)}; name each once")
+    check_once(algo=suite.algorithms, dataset=suite.datasets)
+    check_seeds(suite.seeds)
     # The same runs on each dataset, and only what the command line itself sets.
     runs = [
         replace(
@@ -159,15 +158,9 @@ def _check(arguments: Arguments, suite: suites.Suite, plans: Mapping[str, Sequen
     ]
     check_settings(runs)
     steps = arguments.baseline_steps
-    if steps is not None and steps < 1:
-        raise ValueError(f"--baseline-steps {steps}: at least 1")
-    if steps is not None and not any(plan.algo in BASELINES for plan in runs):
-        raise ValueError(
-            f"--baseline-steps {steps} changes nothing without one of {', '.join(BASELINES)}; "
-            "leave it out"
-        )
-    if arguments.jobs is not None and arguments.jobs < 1:
-        raise ValueError(f"--jobs {arguments.jobs}: at least 1")
+    check_at_least(1, baseline_steps=steps, jobs=arguments.jobs)
+    used = any(plan.algo in BASELINES for plan in runs)
+    check_used("baseline_steps", steps, used, f"without one of {', '.join(BASELINES)}")
 
 
 def _claimed(
@@ -274,20 +267,15 @@ def _takes_reference(plan: Plan) -> bool:
     return plan.from_reference or (not plan.cuts and alone)
 
 
-def _run(jobs: Sequence[Job], place: cluster.Place, summary: Summary) -> None:
+def _run(jobs: Sequence[Job], place: places.Place, summary: Summary) -> None:
     if jobs:
         column = f"{_COLUMN:<{jobs[0].width}} " if jobs[0].width else ""
         tell(f"{column}{_HEADER}   seconds")
-    for job, problem in cluster.each(_one, jobs, place, tell):
-        if problem is None:
-            summary.done += 1
-        else:
-            summary.failed.append(f"{job}: {problem}")
-            tell(f"error: {job}: {problem}")
+    run_all(_one, jobs, place, summary)
 
 
-def _one(job: Job) -> str | None:
-    """One run, perhaps in a process of its own; what went wrong."""
+def _one(job: Job) -> None:
+    """One run, perhaps in a process of its own, with lines on the terminal."""
     plan = job.plan
 
     def say(stage: str, steps: int, row: Row) -> None:
@@ -301,8 +289,4 @@ def _one(job: Job) -> str | None:
                 f"{steps:<6} {loss} {ess} {score:7.1f} {row['wall_seconds']:9.0f}"
             )
 
-    try:
-        run(plan, say)
-    except EXPECTED as error:
-        return one_line(error)
-    return None
+    run(plan, say)

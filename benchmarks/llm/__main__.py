@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from benchmarks.command import ends_as_ctrl_c_does, ends_in_one_line
 from benchmarks.llm.arguments import Arguments
+from benchmarks.runs import ends_as_ctrl_c_does, ends_in_one_line
 
 if TYPE_CHECKING:
     from benchmarks.llm.evaluation.options import Options as EvaluationOptions

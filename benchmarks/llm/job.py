@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from benchmarks import cluster
-from benchmarks.command import EXPECTED, one_line
+from benchmarks import places, sweep
 from benchmarks.llm.algorithms import BASE
 from benchmarks.llm.arguments import Arguments, asked, settings_of
 from benchmarks.llm.checks import check
@@ -22,7 +20,8 @@ from benchmarks.llm.plan import Plan, config_of
 from benchmarks.llm.recipes import load_recipe
 from benchmarks.llm.recipes.recipe import Prepared
 from benchmarks.llm.run import arguments_of, run
-from benchmarks.runs import RESULT, Summary, claim, tell
+from benchmarks.runs import RESULT, claim, tell
+from benchmarks.sweep import Summary
 
 _COLUMNS = "{:<12} {:>4} {:>13} {:>8} {:>5} {:>6} {:>6} {:>7}"
 _HEADER = _COLUMNS.format("algo", "seed", "update", "loss", "ESS", "max w", "score", "seconds")
@@ -104,13 +103,13 @@ def _plans(arguments: Arguments) -> list[Plan]:
 def _jobs(said: int | None, device: str) -> int:
     if said is not None:
         return said
-    return 1 if device != "cpu" else cluster.cores()
+    return 1 if device != "cpu" else places.cores()
 
 
 def _threads(jobs: int) -> int:
     """Of a run, where ``jobs`` run beside each other: all cores are used, none twice."""
     given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdecimal() and int(given) else max(1, cluster.cores() // jobs)
+    return int(given) if given.isdecimal() and int(given) else max(1, places.cores() // jobs)
 
 
 def _claimed(plans: Sequence[Plan], launch: Launch | None, resume: bool) -> list[Plan]:
@@ -122,34 +121,11 @@ def _claimed(plans: Sequence[Plan], launch: Launch | None, resume: bool) -> list
 
 def _run(todo: Sequence[Plan], jobs: int | None, summary: Summary) -> None:
     tell(_HEADER)
-    device = todo[0].device
-    where = cluster.place(
-        None,
-        items=len(todo),
-        jobs=_jobs(jobs, device),
-        device=device,
-        out=Path(todo[0].out).absolute(),
-        files=[],
-    )
-    with where as place:
-        for plan, problem in cluster.each(_one, todo, place, tell):
-            if problem is None:
-                summary.done += 1
-            else:
-                summary.failed.append(f"{plan}: {problem}")
-                tell(f"error: {plan}: {problem}")
+    with places.place(None, items=len(todo), jobs=_jobs(jobs, todo[0].device)) as place:
+        sweep.run_all(_told, todo, place, summary)
 
 
-def _one(plan: Plan) -> str | None:
-    """One run, perhaps in a process of its own; what went wrong."""
-    try:
-        _told(plan, None)
-    except EXPECTED as error:
-        return one_line(error)
-    return None
-
-
-def _told(plan: Plan, launch: Launch | None) -> None:
+def _told(plan: Plan, launch: Launch | None = None) -> None:
     """One run, with lines on the terminal."""
 
     def say(step: int, steps: int, row: dict[str, float]) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from benchmarks.command import ends_in_one_line
+from benchmarks.runs import ends_in_one_line
 from iwsft.objective import Proposal
 from iwsft.policies.token_log_prob import _ACCELERATOR_BLOCK, _CPU_BLOCK
 

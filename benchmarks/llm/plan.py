@@ -12,7 +12,7 @@ from benchmarks.llm.kept import file_sha256
 from benchmarks.llm.launch import Launch
 from benchmarks.llm.recipes import Recipe, load_recipe
 from benchmarks.llm.recipes.recipe import Defaults, Prepared
-from benchmarks.provenance import hardware, versions
+from benchmarks.runs import hardware, versions
 
 BENCHMARK = "llm"
 _PACKAGES = ("torch", "tensordict", "torchrl", "transformers", "accelerate", "numpy")

@@ -11,8 +11,7 @@ import numpy as np
 
 from benchmarks.llm.algorithms import NAMES
 from benchmarks.llm.plan import BENCHMARK
-from benchmarks.provenance import write_json
-from benchmarks.runs import CONFIG, RESULT
+from benchmarks.runs import CONFIG, RESULT, write_json
 from benchmarks.statistics import MIN_SEEDS, bootstrap_interval
 from iwsft import metrics
 from iwsft.checkpoint import CheckpointError

@@ -30,8 +30,7 @@ from benchmarks.llm.models import load
 from benchmarks.llm.plan import BENCHMARK, Plan
 from benchmarks.llm.progress import Progress, Say
 from benchmarks.llm.recipes.recipe import Prepared
-from benchmarks.provenance import write_json
-from benchmarks.runs import RESULT, alone_in
+from benchmarks.runs import RESULT, alone_in, write_json
 from iwsft import checkpoint, metrics
 from iwsft.curation import curate
 from iwsft.datasets.text.tokens import CORRECT, SCORE

@@ -19,8 +19,9 @@ from typing import Annotated
 
 import tyro
 
-from benchmarks.command import ends_as_ctrl_c_does, ends_in_one_line
 from benchmarks.d4rl.plan import Plan
+from benchmarks.options import check_once, check_seeds
+from benchmarks.runs import ends_as_ctrl_c_does, ends_in_one_line
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def compare(arguments: Arguments) -> None:
     """Run what the command line asks for; all that can be known to be wrong is found before.
 
     Raises:
-        ValueError: and others of ``benchmarks.command.EXPECTED``.
+        ValueError: and others of ``benchmarks.runs.EXPECTED``.
     """
     # Takes seconds to import.
     from benchmarks.d4rl.checks import check_data, check_settings
@@ -57,6 +58,8 @@ def compare(arguments: Arguments) -> None:
     from benchmarks.peer.run import claim, run
     from benchmarks.peer.settings import check
 
+    check_once(algo=arguments.algo)
+    check_seeds(arguments.seeds)
     plans = _plans(arguments)
     check_settings(plans)
     for algo in arguments.algo:

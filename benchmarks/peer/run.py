@@ -18,8 +18,7 @@ from benchmarks.d4rl.plan import BENCHMARK, Plan, config_of
 from benchmarks.d4rl.task import Task
 from benchmarks.peer import learner as d3rlpy
 from benchmarks.peer.settings import APART, config
-from benchmarks.provenance import write_json
-from benchmarks.runs import alone_in
+from benchmarks.runs import alone_in, write_json
 from iwsft.checkpoint import CheckpointError, differences
 from iwsft.metrics import MetricsLog
 from iwsft.training import Row

@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.provenance import hardware, versions, write_json
+from benchmarks.runs import hardware, versions, write_json
 from benchmarks.speed.measure import Check, DisagreementError, Options, Row
 
 

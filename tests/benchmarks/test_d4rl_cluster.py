@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from benchmarks import cluster
+from benchmarks import places
 from benchmarks.d4rl.__main__ import main
 from benchmarks.d4rl.arguments import Arguments
-from benchmarks.provenance import versions
+from benchmarks.runs import versions
 from iwsft import metrics
 
 Job = Callable[..., Path]
@@ -107,16 +107,13 @@ def test_runs_over_a_cluster_survive_a_killed_worker(
 
 def test_nodes_that_can_not_do_the_work_are_named(tmp_path: Path) -> None:
     """What a node finds when it looks for what the owner of the runs has."""
-    token, lock = tmp_path / ".shared-1", tmp_path / ".shared-1.lock"
-    data = tmp_path / "data.hdf5"
+    lock, data = tmp_path / ".shared-1.lock", tmp_path / "data.hdf5"
 
-    def lacks(has: dict[str, str] | None = None) -> str | None:
-        return cluster.lacks(token, "1", [str(data)], has or versions())
+    def lacks(wanted: dict[str, str] | None = None) -> str | None:
+        return places.lacks(lock, [data], wanted or versions())
 
     assert "does not see the folder" in str(lacks())
-    token.write_text("2")  # another cluster's folder at the same path
-    assert "does not see the folder" in str(lacks())
-    token.write_text("1")
+    lock.touch()
     assert "does not see file locks" in str(lacks())
     with FileLock(lock):
         assert lacks() == f"does not see {data}"
@@ -127,7 +124,7 @@ def test_nodes_that_can_not_do_the_work_are_named(tmp_path: Path) -> None:
 
 def test_a_node_that_lacks_something_stops_the_sweep(raylets: list[int], tmp_path: Path) -> None:
     missing = [tmp_path / "elsewhere.hdf5"]
-    where = cluster.place(
+    where = places.place(
         "ray", items=2, jobs=None, device="cpu", out=tmp_path / "runs", files=missing
     )
     with pytest.raises(ValueError, match=r"node .* does not see .*elsewhere.hdf5"), where:
@@ -167,10 +164,10 @@ def test_without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_runs_at_a_time(jobs: int | None, device: str, wanted: tuple[int, float]) -> None:
     """No more runs share a GPU than Ray can place: three of two thirds would be one too many."""
-    assert cluster.share({"CPU": 12.0, "GPU": 4.0}, jobs, device) == wanted
+    assert places.share({"CPU": 12.0, "GPU": 4.0}, jobs, device) == wanted
 
 
 @pytest.mark.parametrize(("device", "gpus"), [("cuda", 0.0), ("cuda:1", 4.0)])
 def test_a_gpu_that_the_cluster_does_not_hand_out(device: str, gpus: float) -> None:
     with pytest.raises(ValueError, match=f"--device {device}: the Ray cluster has"):
-        cluster.share({"CPU": 12.0, "GPU": gpus}, None, device)
+        places.share({"CPU": 12.0, "GPU": gpus}, None, device)

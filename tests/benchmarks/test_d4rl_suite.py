@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 import pytest
 
-from benchmarks import cluster
+from benchmarks import places
 from benchmarks.d4rl.__main__ import main
 from benchmarks.d4rl.arguments import Arguments, chosen
 from benchmarks.d4rl.suites import SUITES
@@ -165,7 +165,7 @@ def test_an_algorithm_that_the_data_do_not_allow_is_left_out(
         ({"suite": "paper", "algo": ("sft", "sftq")}, "unknown algorithm 'sftq'"),
         ({"suite": "paper", "dataset": ("hopper-medium-reply-v2",)}, "'hopper-medium-replay-v2'?"),
         ({"dataset": ()}, "pass at least one name to --dataset"),
-        ({"dataset": ("hopper-replay-mini",) * 2}, "asked for twice: --dataset hopper-replay-mini"),
+        ({"dataset": ("hopper-replay-mini",) * 2}, "--dataset hopper-replay-mini: asked for twice"),
         ({"dataset": ("DATA", "OTHER/mine.hdf5")}, "there is another dataset of the name mine"),
         ({"dataset": ("DATA", "nowhere/b.hdf5")}, "nowhere/b.hdf5"),
         ({"dataset": ("DATA", "FLAT")}, "sft-q, --ties >: the curated set is empty"),
@@ -245,7 +245,9 @@ def test_references_come_first_and_are_shared(
 # What follows kills real processes.
 
 
-def test_a_run_that_kills_its_workers_is_given_up_and_the_others_end(tmp_path: Path) -> None:
+def test_a_run_that_kills_its_workers_is_given_up_and_the_others_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     attempts = tmp_path / "attempts"
 
     def work(item: str) -> tuple[str, str | None]:
@@ -255,12 +257,12 @@ def test_a_run_that_kills_its_workers_is_given_up_and_the_others_end(tmp_path: P
             os.kill(os.getpid(), signal.SIGKILL)
         return item.upper(), os.environ.get("OMP_NUM_THREADS")
 
-    told: list[str] = []
-    with cluster.place(None, items=4, jobs=2, device="cpu", out=tmp_path, files=[]) as place:
-        ends = dict(cluster.each(work, ["a", "bad", "b", "c"], place, told.append))
+    with places.place(None, items=4, jobs=2) as place:
+        ends = dict(places.each(work, ["a", "bad", "b", "c"], place))
+    told = capsys.readouterr().err.splitlines()
     assert {key: ends[key] for key in "abc"} == {key: (key.upper(), "1") for key in "abc"}
-    assert isinstance(ends["bad"], cluster.WorkerLostError)
-    assert len(attempts.read_text()) == 1 + cluster.RETRIES and len(told) == cluster.RETRIES
+    assert isinstance(ends["bad"], places.WorkerLostError)
+    assert len(attempts.read_text()) == 1 + places.RETRIES and len(told) == places.RETRIES
     assert all(line.startswith("bad: its worker was killed") for line in told)
 
 
@@ -314,7 +316,7 @@ def test_a_killed_worker_costs_no_run(job: Job, tiny_dataset: Path, tmp_path: Pa
         printed, told = process.communicate(timeout=120)
     assert process.returncode == 0 and "2 done" in printed.splitlines()
     (line,) = (line for line in told.splitlines() if "killed" in line)
-    assert line.startswith("bc-10 seed ") and "going on from its last checkpoint" in line
+    assert line.startswith("bc-10 seed ") and "it continues from its last checkpoint" in line
 
     settings = {"steps": STEPS, "eval_episodes": 2, "seeds": (0, 1)}
     whole = job(tmp_path / "whole", ["bc-10"], **settings)
@@ -330,18 +332,21 @@ def test_a_killed_worker_costs_no_run(job: Job, tiny_dataset: Path, tmp_path: Pa
 OWNER = """
 import sys, time
 from pathlib import Path
-from benchmarks import cluster
+from benchmarks import places
+from benchmarks.runs import ends_as_ctrl_c_does
 
 out = Path(sys.argv[1])
 def work(item):
     (out / item).touch()
     time.sleep(300)
-with cluster.place(None, items=2, jobs=2, device="cpu", out=out, files=[]) as place:
-    list(cluster.each(work, ["a", "b"], place, print))
+ends_as_ctrl_c_does()
+with places.place(None, items=2, jobs=2) as place:
+    list(places.each(work, ["a", "b"], place))
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+# Not SIGINT: a suite that runs in the background of a shell ignores it, and so would the owner.
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_workers_end_with_their_owner(tmp_path: Path, how: int) -> None:
     command = [sys.executable, "-c", OWNER, str(tmp_path)]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:

@@ -21,8 +21,7 @@ from benchmarks.llm.evaluation.model import Prompter, check_device, load_generat
 from benchmarks.llm.evaluation.options import Options
 from benchmarks.llm.evaluation.scores import Generation, grade, score
 from benchmarks.llm.evaluation.tasks import QuestionSet, read_questions
-from benchmarks.provenance import hardware, write_json
-from benchmarks.runs import CONFIG, RESULT, alone_in, claim
+from benchmarks.runs import CONFIG, RESULT, alone_in, claim, hardware, write_json
 from iwsft.checkpoint import CheckpointError
 from iwsft.files import full_disk_named, written_whole
 from iwsft.language.budget import S1, TAGS, Delimiters, overhead, think_then_answer
@@ -42,7 +41,7 @@ def run(options: Options) -> list[dict[str, Any]]:
 
     Raises:
         ValueError: A setting, a task or the model cannot be used; the other errors of
-            ``benchmarks.command.EXPECTED`` are possible too.
+            ``benchmarks.runs.EXPECTED`` are possible too.
     """
     options.check()
     check_device(options.device)

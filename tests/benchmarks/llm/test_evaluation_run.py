@@ -17,11 +17,11 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.command import EXPECTED
 from benchmarks.llm.__main__ import evaluate as main
 from benchmarks.llm.evaluation.options import Options
 from benchmarks.llm.evaluation.run import run
 from benchmarks.llm.evaluation.scores import show
+from benchmarks.runs import EXPECTED
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"

@@ -107,7 +107,7 @@ def test_a_signal_to_end_reaches_every_process(
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[3]}")
     lines = (
-        "from benchmarks.command import ends_as_ctrl_c_does, ends_in_one_line",
+        "from benchmarks.runs import ends_as_ctrl_c_does, ends_in_one_line",
         "from benchmarks.llm.hardware import Hardware",
         "from benchmarks.llm.launch import choose, start",
         "ends_as_ctrl_c_does()",
@@ -122,7 +122,7 @@ def test_a_signal_to_end_reaches_every_process(
         parent.send_signal(signal.SIGTERM)
         _, said = parent.communicate(timeout=60)
     assert parent.returncode == 130
-    assert "the same command with --resume goes on" in said and "Traceback" not in said
+    assert "the same command with --resume continues" in said and "Traceback" not in said
     for path in tmp_path.glob("*.pid"):
         with pytest.raises(ProcessLookupError):
             os.kill(int(path.stem), 0)

@@ -1,0 +1,298 @@
+"""Where runs run: this process, processes of this machine, or a Ray cluster.
+
+Each item runs in a process of its own, so that a killed worker (for want of memory, or with its
+node) costs its own item and no other. The item is run again and continues from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, TypeVar
+
+from filelock import FileLock, Timeout
+from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
+
+from benchmarks.runs import tell, versions
+
+Cluster = Literal["ray"]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+RETRIES = 2
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+
+
+class WorkerLostError(RuntimeError):
+    """The process that worked on an item is gone."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Somewhere to run items.
+
+    Attributes:
+        jobs: Number of items at a time.
+        submit: A function that starts ``work(item)`` and returns its future.
+        lost: Errors of a future whose worker was killed.
+        loss: The words for them.
+    """
+
+    jobs: int
+    submit: Callable[[Callable[[Any], Any], Any], Future[Any]]
+    lost: tuple[type[Exception], ...] = ()
+    loss: str = ""
+
+
+def each(
+    work: Callable[[Item], Result], items: Sequence[Item], place: Place
+) -> Iterator[tuple[Item, Result | WorkerLostError]]:
+    """Run ``work`` on every item and yield results as they come.
+
+    An item whose worker is killed is run again, up to ``RETRIES`` times, with a line on stderr
+    each time. After that its result is the error. What ``work`` itself raises ends everything.
+
+    Args:
+        work: A function that continues what a killed call left.
+        items: Items in the order to start them.
+        place: Where they run.
+    """
+    waiting = deque((item, RETRIES) for item in items)
+    running: dict[Future[Result], tuple[Item, int]] = {}
+    while waiting or running:
+        while waiting and len(running) < place.jobs:
+            item, retries = waiting.popleft()
+            running[place.submit(work, item)] = item, retries
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            item, retries = running.pop(future)
+            if not isinstance(future.exception(), place.lost):
+                yield item, future.result()
+            elif retries:
+                tell(f"{item}: {place.loss}; it continues from its last checkpoint")
+                waiting.appendleft((item, retries - 1))
+            else:
+                yield item, WorkerLostError(place.loss)
+
+
+@contextmanager
+def place(
+    cluster: Cluster | None,
+    *,
+    items: int,
+    jobs: int | None,
+    device: str = "cpu",
+    out: Path = Path(),
+    files: Sequence[Path] = (),
+) -> Iterator[Place]:
+    """Open a place, and at the end close it with all that still runs there.
+
+    Args:
+        cluster: ``"ray"``, or None for this machine.
+        items: The most items that there will be.
+        jobs: Number of items at a time; by default one a core, or one a GPU of a cluster. One at a
+            time on this machine runs in this process.
+        device: Device of the runs.
+        out: Folder that runs on a cluster write to.
+        files: Files that runs on a cluster read.
+
+    Raises:
+        ImportError: The cluster's package is not installed.
+        ConnectionError: The cluster that the environment names does not answer.
+        ValueError: A node of the cluster can't do the work.
+    """
+    if cluster == "ray":
+        with _ray_place(jobs, device, out, files) as opened:
+            yield opened
+        return
+    jobs = min(jobs or cores(), max(1, items))
+    if jobs == 1:
+        yield Place(1, _run_here)
+        return
+    with _processes(jobs) as opened:
+        yield opened
+
+
+def cores() -> int:
+    """Number of cores of this machine that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _run_here(work: Callable[[Any], Any], item: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(work(item))
+    return future
+
+
+@contextmanager
+def _processes(jobs: int) -> Iterator[Place]:
+    """Processes of this machine, each a pool of one, because a killed worker breaks its pool."""
+    idle: list[ProcessPoolExecutor] = []
+    busy: dict[Future[Any], ProcessPoolExecutor] = {}
+
+    def submit(work: Callable[[Any], Any], item: Any) -> Future[Any]:
+        for future in [future for future in busy if future.done()]:
+            pool = busy.pop(future)
+            if not isinstance(future.exception(), BrokenProcessPool):
+                idle.append(pool)
+        pool = idle.pop() if idle else _pool()
+        try:
+            future = pool.submit(work, item)
+        except BrokenProcessPool:  # killed while it had nothing to do
+            return submit(work, item)
+        busy[future] = pool
+        return future
+
+    loss = "its worker was killed, perhaps for want of memory (a lower --jobs needs less)"
+    try:
+        yield Place(jobs, submit, (BrokenProcessPool,), loss)
+    finally:
+        for pool in (*idle, *busy.values()):
+            pool.shutdown(wait=False, kill_workers=True)
+
+
+def _pool() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, env=_ONE_THREAD, initializer=_end_with, initargs=(os.getpid(),))
+
+
+def _end_with(owner: int) -> None:
+    """End this process soon after its owner, whose kill it would not notice."""
+
+    def watch() -> None:
+        while os.getppid() == owner:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def _ray_place(jobs: int | None, device: str, out: Path, files: Sequence[Path]) -> Iterator[Place]:
+    """The cluster that RAY_ADDRESS names, one that runs on this machine, or a new one of it."""
+    # A cluster that is started here reports to nobody.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+        from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
+    except ImportError as error:
+        raise ImportError(
+            "--cluster ray needs the package ray: pip install 'iwsft[cluster]'"
+        ) from error
+    _check_address(os.environ.get("RAY_ADDRESS", ""))
+    ray.init(include_dashboard=False, logging_level=logging.WARNING)
+    try:
+        _check_nodes(ray, out, files)
+        jobs, gpus = share(ray.cluster_resources(), jobs, device)
+        # each() tries again, and says so.
+        task: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(_call)
+
+        def submit(work: Callable[[Any], Any], item: Any) -> Future[Any]:
+            future: Future[Any] = task.options(name=str(item)).remote(work, item).future()
+            return future
+
+        loss = "its Ray worker was lost, with its node or for want of memory"
+        yield Place(jobs, submit, (NodeDiedError, OutOfMemoryError, WorkerCrashedError), loss)
+    finally:
+        ray.shutdown()
+
+
+def _call(work: Callable[[Item], Result], item: Item) -> Result:
+    return work(item)
+
+
+def _check_address(address: str) -> None:
+    """Check that something answers; Ray itself takes minutes to find that nothing does."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise ConnectionError(
+                f"no Ray cluster answers at RAY_ADDRESS={address} ({error}); start it, or unset "
+                "RAY_ADDRESS for one of this machine's cores"
+            ) from error
+
+
+def share(resources: dict[str, float], jobs: int | None, device: str) -> tuple[int, float]:
+    """Number of items at a time, and the share of a GPU of each.
+
+    Raises:
+        ValueError: The cluster does not have the device.
+    """
+    if not device.startswith("cuda"):
+        return jobs or max(1, int(resources.get("CPU", 1))), 0.0
+    gpus = int(resources.get("GPU", 0))
+    if device != "cuda" or gpus == 0:
+        raise ValueError(
+            f"--device {device}: the Ray cluster has {gpus} GPUs and hands them out itself; "
+            "pass cuda where it has some, or cpu"
+        )
+    jobs = jobs or gpus
+    return jobs, 1 / math.ceil(jobs / gpus)
+
+
+def _check_nodes(ray: ModuleType, out: Path, files: Sequence[Path]) -> None:
+    """Check that every node has the code, the folder of the runs and the data.
+
+    Raises:
+        ValueError: A node lacks something; the error names both and the way out.
+    """
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    out.mkdir(parents=True, exist_ok=True)
+    lock = out / f".shared-{secrets.token_hex(8)}.lock"
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    check, wanted = ray.remote(num_cpus=0, max_retries=0)(lacks), versions()
+    try:
+        with FileLock(lock):
+            for node in nodes:
+                there = NodeAffinitySchedulingStrategy(node["NodeID"], False)
+                answer = check.options(scheduling_strategy=there).remote(lock, files, wanted)
+                try:
+                    problem = ray.get(answer)
+                except ray.exceptions.RayError as error:
+                    problem = f"can't run this project: {str(error).strip().splitlines()[-1]}"
+                if problem:
+                    raise ValueError(
+                        f"node {node['NodeManagerAddress']} of the Ray cluster {problem}; every "
+                        "node needs the project, the data files and --out at the same paths on a "
+                        "shared file system, and the same packages"
+                    )
+    finally:
+        lock.unlink(missing_ok=True)
+    cpus = int(ray.cluster_resources().get("CPU", 0))
+    print(f"Ray cluster of {len(nodes)} nodes, {cpus} cores", file=sys.stderr)
+
+
+def lacks(lock: Path, files: Sequence[Path], wanted: dict[str, str]) -> str | None:
+    """What this machine lacks to work on runs of another machine; None where it lacks nothing.
+
+    Args:
+        lock: A lock that the other machine holds in the folder of the runs.
+        files: Files of the data.
+        wanted: Versions of the other machine's packages.
+    """
+    if not lock.exists():
+        return f"does not see the folder {lock.parent}"
+    with suppress(Timeout), FileLock(lock, timeout=0):
+        return f"does not see file locks in {lock.parent}, which keep runs apart"
+    missing = [str(file) for file in files if not file.exists()]
+    if missing:
+        return f"does not see {', '.join(missing)}"
+    has = versions()
+    differ = [name for name, want in wanted.items() if has[name] != want]
+    return f"has other versions of {', '.join(differ)}" if differ else None
