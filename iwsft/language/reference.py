@@ -19,8 +19,8 @@ from iwsft.language.batches import Layout, collate
 from iwsft.language.ranks import from_first, gathered, rank_and_world
 from iwsft.language.reference_key import data_digest, reference_key
 from iwsft.language.reference_pass import Pass
-from iwsft.policies.adapters import peft_model
 from iwsft.policies.causal_lm import CausalLMPolicy
+from iwsft.policies.causal_lm_families import peft_model
 from iwsft.policies.log_prob import evaluating
 from iwsft.reference import check_unlocked, near, read_log_prob, write_log_prob
 from iwsft.trajectory import REF_LOG_PROB, TOKENS

@@ -13,11 +13,11 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 
-from iwsft.policies.adapters import active_adapter, adapters_off, copy_adapter
 from iwsft.policies.causal_lm_families import (
     LogitTransform,
     check_decoder,
     fits_one_row,
+    peft_model,
     varies_lengths,
 )
 from iwsft.policies.token_log_prob import token_log_prob
@@ -90,8 +90,8 @@ class CausalLMPolicy(nn.Module):
             )
         self.model = model
         self.one_row = one_row
-        # Which adapter answers, "" the model without; for who keys a cache by public attributes.
-        self.answering: str | None = None
+        # Public, so that the key of a cached reference contains it.
+        self.adapters_off = False
         self._after_head_checked = False
 
     def log_prob(self, trajectories: TensorDictBase) -> Tensor:
@@ -141,43 +141,21 @@ class CausalLMPolicy(nn.Module):
     def reference(self) -> Iterator[None]:
         """PEFT: within, log-probs are those of the model without its adapters, pi_ref.
 
-        Raises:
-            TypeError: the model has no adapters.
-        """
-        with adapters_off(self.model), self._answered_by(""):
-            yield
-
-    @contextmanager
-    def using(self, adapter: str) -> Iterator[None]:
-        """PEFT: within, log-probs are those of another adapter, such as q.
-
-        ``requires_grad`` stays as it is, within and after, so theta alone is trained.
+        ``requires_grad`` of all parameters is restored at the end.
 
         Raises:
             TypeError: the model has no adapters.
-            ValueError: it has none of that name.
         """
-        with active_adapter(self.model, adapter), self._answered_by(adapter):
-            yield
-
-    def copy_adapter(self, name: str) -> None:
-        """PEFT: make adapter ``name`` equal to the active one, adding it (frozen) where missing.
-
-        At the start this makes a q that begins at theta, later a hard sync.
-
-        Raises:
-            TypeError: the model has no adapters.
-            ValueError: ``name`` is the active one.
-        """
-        copy_adapter(self.model, name)
-
-    @contextmanager
-    def _answered_by(self, adapter: str) -> Iterator[None]:
-        before, self.answering = self.answering, adapter
+        peft = peft_model(self.model)
+        required = [(parameter, parameter.requires_grad) for parameter in peft.parameters()]
+        self.adapters_off = True
         try:
-            yield
+            with peft.disable_adapter():
+                yield
         finally:
-            self.answering = before
+            self.adapters_off = False
+            for parameter, requires in required:
+                parameter.requires_grad_(requires)
 
     def _ask(self, decoder: Any, inputs: dict[str, Any], index: Tensor, target: Tensor) -> Tensor:
         """Run the model; log p of ``target`` from the states at ``index`` of its rows."""

@@ -47,19 +47,36 @@ def decoder_of(model: nn.Module) -> Any:
     Raises:
         TypeError: there is none.
     """
-    found: Any = model
-    while found is not None and not hasattr(type(found), "get_output_embeddings"):
-        unwrap = getattr(found, "get_base_model", None)
+    inner: Any = model
+    while inner is not None and not hasattr(type(inner), "get_output_embeddings"):
+        unwrap = getattr(inner, "get_base_model", None)
         if callable(unwrap):
-            found = unwrap()
+            inner = unwrap()
         else:
-            found = getattr(found, "module", None) or getattr(found, "_orig_mod", None)
-    if found is None:
+            inner = getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)
+    if inner is None:
         raise TypeError(
-            f"{type(model).__name__} is no transformers model; load one with "
+            f"{type(model).__name__} is not a transformers model; load one with "
             "transformers.AutoModelForCausalLM"
         )
-    return found
+    return inner
+
+
+def peft_model(model: nn.Module) -> Any:
+    """The PEFT model in its wrappings (engines, data parallelism, a compiler).
+
+    Raises:
+        TypeError: there is none.
+    """
+    inner: Any = model
+    while inner is not None and not hasattr(inner, "peft_config"):
+        inner = getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)
+    # A transformers model with adapters of its own has the attribute, but no way to turn them off.
+    if not hasattr(inner, "disable_adapter"):
+        raise TypeError(
+            f"{type(model).__name__} has no adapters; make a model with them by peft.get_peft_model"
+        )
+    return inner
 
 
 def check_decoder(model: nn.Module) -> Any:

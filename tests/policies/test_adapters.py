@@ -1,4 +1,4 @@
-"""PEFT: the reference is the model without adapters, q a second one that starts at theta."""
+"""PEFT: the reference is the model without its adapters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from language_models import alone, decoder, packed
 
 from iwsft.policies import CausalLMPolicy
-from iwsft.policies.adapters import adapter_parameters
 
 
 def lora(**settings: Any) -> tuple[CausalLMPolicy, Any]:
@@ -37,11 +36,10 @@ def test_reference_is_the_model_without_its_adapter() -> None:
     theta = policy.log_prob(batch)
     with policy.reference():
         reference = policy.log_prob(batch)
-        assert policy.answering == ""
     assert torch.equal(reference, CausalLMPolicy(base).log_prob(batch))
     assert not torch.allclose(theta, reference)
     assert torch.equal(policy.log_prob(batch), theta)
-    assert flags(policy) == before and policy.answering is None
+    assert flags(policy) == before
 
 
 def test_gradients_of_an_adapter_are_those_of_full_logits() -> None:
@@ -55,51 +53,11 @@ def test_gradients_of_an_adapter_are_those_of_full_logits() -> None:
     assert policy.model.get_output_embeddings().weight.grad is None
 
 
-def test_q_starts_at_theta_bit_for_bit_and_stays_while_theta_moves() -> None:
-    policy, _ = lora()
-    batch = packed()
-    before = {name: flag for name, flag in flags(policy).items() if flag}
-    policy.copy_adapter("q")
-    assert {name: flag for name, flag in flags(policy).items() if flag} == before
-    theta = policy.log_prob(batch)
-    with policy.using("q"):
-        assert torch.equal(policy.log_prob(batch), theta)
-        assert {name: flag for name, flag in flags(policy).items() if flag} == before
-    optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.01)
-    policy.log_prob(batch).sum().backward()
-    optimizer.step()
-    assert not torch.equal(policy.log_prob(batch), theta)
-    with policy.using("q"):
-        assert torch.equal(policy.log_prob(batch), theta)
-    policy.copy_adapter("q")
-    moved = policy.log_prob(batch)
-    with policy.using("q"), torch.no_grad():
-        assert torch.equal(policy.log_prob(batch), moved.detach())
-    assert {name: flag for name, flag in flags(policy).items() if flag} == before
-
-
-def test_parameters_of_adapters_share_memory_and_names() -> None:
-    policy, _ = lora()
-    policy.copy_adapter("q")
-    theta = adapter_parameters(policy.model, "default")
-    q = adapter_parameters(policy.model, "q")
-    assert theta.keys() == q.keys() and len(q) == 12
-    with torch.no_grad():
-        for value in q.values():
-            value.zero_()
-    with policy.using("q"), policy.reference():
-        reference = policy.log_prob(packed())
-    with policy.using("q"):
-        assert torch.equal(policy.log_prob(packed()), reference)
-
-
 def test_an_error_within_leaves_everything_as_it_was() -> None:
     policy, _ = lora()
-    policy.copy_adapter("q")
     before, first = flags(policy), policy.log_prob(packed())
-    for context in (policy.reference(), policy.using("q")):
-        with pytest.raises(RuntimeError, match="broken"), context:
-            raise RuntimeError("broken")
+    with pytest.raises(RuntimeError, match="broken"), policy.reference():
+        raise RuntimeError("broken")
     assert flags(policy) == before and torch.equal(policy.log_prob(packed()), first)
 
 
@@ -113,24 +71,14 @@ def test_a_trained_copy_of_the_output_layer() -> None:
     )
     with policy.reference():
         assert torch.equal(policy.log_prob(batch), CausalLMPolicy(base).log_prob(batch))
-    policy.copy_adapter("q")
-    with policy.using("q"):
-        q = policy.log_prob(batch)
-    assert torch.equal(q, policy.log_prob(batch))
 
 
 def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match="the output layer of Llama.*target_modules"):
         lora(target_modules=["lm_head"])
-    policy, _ = lora()
-    with pytest.raises(ValueError, match="no adapter 'q'; there are .'default'"), policy.using("q"):
-        pass
-    with pytest.raises(ValueError, match="'default' is the active one"):
-        policy.copy_adapter("default")
     plain = CausalLMPolicy(decoder())
-    for context in (plain.reference(), plain.using("q")):
-        with pytest.raises(TypeError, match="LlamaForCausalLM has no adapters"), context:
-            pass
+    with pytest.raises(TypeError, match="LlamaForCausalLM has no adapters"), plain.reference():
+        pass
 
 
 def test_prompt_learning_is_refused() -> None:

@@ -122,7 +122,7 @@ _SMALL = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda: nn.Linear(3, 3), TypeError, "Linear is no transformers model"),
+        (lambda: nn.Linear(3, 3), TypeError, "Linear is not a transformers model"),
         (lambda: decoder().model, ValueError, "LlamaModel has no output layer.*AutoModelForC"),
         (
             lambda: transformers.T5ForConditionalGeneration(
