@@ -1,18 +1,20 @@
 """Budget forcing: how long a model thinks before it answers.
 
-Muennighoff et al. 2025, "s1: Simple test-time scaling" (arXiv 2501.19393), section 3.1. A model
-that ends its thinking early has the end suppressed and "Wait" appended, up to ``waits`` times; one
-that used its budget up has the end of thinking put in its place and must answer::
+Muennighoff et al. 2025, "s1: Simple test-time scaling" (arXiv 2501.19393), section 3.1. Where a
+model ends its thinking early, the end is suppressed and "Wait" is appended, up to ``waits`` times.
+Where it has used up its budget, the end of thinking is appended and it must answer::
 
     thoughts = think_then_answer(generator, requests, delimiters=S1.tokens(tokenizer),
                                  think_budget=4096, waits=2, stop=frozenset({im_end}))
 
-How this reads the paper. One budget holds for all rounds of thinking, the appended "Wait"s
-included, and shrinks as it is used (the authors' evaluation gives each round the whole budget and
-cuts afterwards). A suppressed end is no part of the thinking and costs nothing. A "Wait" is
-appended only where the budget has room for it and one more token, and what comes after it is at
-least one token (as in the authors' evaluation). "Final Answer:" is put only behind a thinking that
-was cut, as there.
+This implementation reads the paper as follows:
+
+- All rounds of thinking share one budget, the appended "Wait"s included. (The authors' evaluation
+  gives each round the whole budget and cuts afterwards.)
+- A suppressed end does not belong to the thinking and costs nothing.
+- A "Wait" is appended only where the budget has room for it and one more token. At least one token
+  follows it, as in the authors' evaluation.
+- "Final Answer:" follows only a thinking that was cut, as there.
 """
 
 from __future__ import annotations
@@ -32,11 +34,11 @@ class ThinkingFormat:
     """How a family of models marks its thinking, as text.
 
     Attributes:
-        start: opens the thinking, behind the prompt.
-        ends: with which the model ends it; a token each.
-        answer: put where the model ended its thinking; opens the answer.
-        cut: put where the budget ended it.
-        wait: put in the place of a suppressed end.
+        start: Text that follows the prompt and opens the thinking.
+        ends: Texts of one token each by which the model ends the thinking.
+        answer: Text that opens the answer where the model ended its thinking.
+        cut: Text that opens the answer where the budget ended the thinking.
+        wait: Text that replaces a suppressed end.
     """
 
     start: str
@@ -46,11 +48,11 @@ class ThinkingFormat:
     wait: str = "Wait"
 
     def tokens(self, tokenizer: PreTrainedTokenizerBase) -> Delimiters:
-        """The same in a tokenizer's tokens.
+        """Encode the format in a tokenizer's tokens.
 
         Raises:
-            ValueError: an end is not a single token of the tokenizer, which then is not of this
-                family.
+            ValueError: An end is not a single token of the tokenizer, so the tokenizer is not of
+                this family.
         """
 
         def encoded(text: str) -> tuple[int, ...]:
@@ -60,9 +62,9 @@ class ThinkingFormat:
         for end, tokens in zip(self.ends, ends, strict=True):
             if len(tokens) != 1 or tokens[0] == tokenizer.unk_token_id:
                 raise ValueError(
-                    f"{end!r} is no token of this model's tokenizer, so the end of its thinking "
-                    "cannot be told; leave out the think budget, or choose the format that the "
-                    "model was trained on"
+                    f"{end!r} is not a token of this model's tokenizer, so the end of its thinking "
+                    "cannot be recognised; leave out the think budget, or choose the format that "
+                    "the model was trained on"
                 )
         newline = encoded("\n")
         return Delimiters(
@@ -77,9 +79,10 @@ class ThinkingFormat:
 
 @dataclass(frozen=True)
 class Delimiters:
-    """A :class:`ThinkingFormat` in tokens; ``newline`` is that of one line break, where it has one.
+    """A :class:`ThinkingFormat` in tokens.
 
-    A cut thinking that ends in ``newline`` gets no second one from ``cut``.
+    ``newline`` is the token of a line break; None where a line break is not one token. A cut
+    thinking that ends in ``newline`` gets no second one from ``cut``.
     """
 
     start: tuple[int, ...]
@@ -108,14 +111,14 @@ TAGS = ThinkingFormat(
 
 @dataclass(frozen=True)
 class Thought:
-    """A completion that thought first.
+    """A thinking and its answer.
 
     Attributes:
-        thinking: tokens between the delimiters, appended "Wait"s among them.
-        waits: how often one was appended.
-        cut: whether the budget ended the thinking.
-        answer: what came after.
-        tokens: the whole completion, delimiters among it: what follows the prompt.
+        thinking: Tokens between the delimiters, the appended "Wait"s included.
+        waits: Number of "Wait"s that were appended.
+        cut: Whether the budget ended the thinking.
+        answer: Completion after the thinking.
+        tokens: All tokens that follow the prompt, the delimiters included.
     """
 
     thinking: tuple[int, ...]
@@ -126,11 +129,11 @@ class Thought:
 
 
 @dataclass
-class _Open:
-    """A thinking that goes on."""
+class _Thinking:
+    """A thinking in progress; ``tokens`` are those of all rounds so far."""
 
     request: Request
-    thinking: tuple[int, ...] = ()
+    tokens: tuple[int, ...] = ()
     waits: int = 0
     rounds: int = 0
     cut: bool = False
@@ -150,87 +153,83 @@ def think_then_answer(
     """Let a model think within a budget and answer.
 
     Args:
-        generator: the model.
-        requests: prompts without the opening of a thinking; ``max_tokens`` is what the answer may
-            have, ``seed + r`` seeds the r-th round.
-        delimiters: of the thinking.
-        think_budget: the most tokens of thinking, at least 1.
-        waits: how often the end of the thinking is suppressed.
-        stop: tokens that end the answer, and the thinking too.
-        temperature: as in :meth:`Generator.generate`.
-        top_p: likewise.
+        generator: Generator of the model.
+        requests: Prompts without the opening of a thinking; ``max_tokens`` limits the answer, and
+            ``seed + r`` is the seed of the r-th round.
+        delimiters: Delimiters of the thinking.
+        think_budget: Most tokens of thinking, at least 1.
+        waits: How often the end of the thinking is suppressed.
+        stop: Tokens that end the answer, and the thinking too.
+        temperature: Temperature, see :meth:`Generator.generate`.
+        top_p: Probability mass, see :meth:`Generator.generate`.
 
     Returns:
-        A thought a request, in their order.
+        A thought for each request, in their order.
 
     Raises:
-        ValueError: a budget below 1, waits below 0, or a request that the generator cannot meet.
+        ValueError: The generator refuses a request.
     """
-    if think_budget < 1:
-        raise ValueError(f"a think budget of {think_budget}: at least 1 token")
-    if waits < 0:
-        raise ValueError(f"{waits} waits: 0 or more")
-    everyone = [_Open(request) for request in requests]
-    thinking = everyone
-    while thinking:
+    thinkings = [_Thinking(request) for request in requests]
+    unfinished = thinkings
+    while unfinished:
         completions = generator.generate(
             [
                 replace(
-                    each.request,
-                    prompt=(*each.request.prompt, *delimiters.start, *each.thinking),
-                    max_tokens=think_budget - len(each.thinking),
-                    min_tokens=1 if each.waits else 0,
-                    seed=each.request.seed + each.rounds,
+                    thinking.request,
+                    prompt=(*thinking.request.prompt, *delimiters.start, *thinking.tokens),
+                    max_tokens=think_budget - len(thinking.tokens),
+                    min_tokens=1 if thinking.waits else 0,
+                    seed=thinking.request.seed + thinking.rounds,
                 )
-                for each in thinking
+                for thinking in unfinished
             ],
             stop=delimiters.ends | stop,
             temperature=temperature,
             top_p=top_p,
         )
-        going_on = []
-        for each, completion in zip(thinking, completions, strict=True):
-            each.thinking += completion.tokens
-            each.rounds += 1
-            each.cut = completion.stop is None
-            room = think_budget - len(each.thinking) - len(delimiters.wait)
-            if not each.cut and each.waits < waits and room >= 1:
-                each.thinking += delimiters.wait
-                each.waits += 1
-                going_on.append(each)
-        thinking = going_on
-    before = [
-        (*delimiters.start, *each.thinking, *_answer_delimiter(each, delimiters))
-        for each in everyone
+        continued = []
+        for thinking, completion in zip(unfinished, completions, strict=True):
+            thinking.tokens += completion.tokens
+            thinking.rounds += 1
+            thinking.cut = completion.stop is None
+            room = think_budget - len(thinking.tokens) - len(delimiters.wait)
+            if not thinking.cut and thinking.waits < waits and room >= 1:
+                thinking.tokens += delimiters.wait
+                thinking.waits += 1
+                continued.append(thinking)
+        unfinished = continued
+    openings = [
+        (*delimiters.start, *thinking.tokens, *_answer_delimiter(thinking, delimiters))
+        for thinking in thinkings
     ]
     answers = generator.generate(
         [
             replace(
-                each.request,
-                prompt=(*each.request.prompt, *thought),
-                seed=each.request.seed + each.rounds,
+                thinking.request,
+                prompt=(*thinking.request.prompt, *opening),
+                seed=thinking.request.seed + thinking.rounds,
             )
-            for each, thought in zip(everyone, before, strict=True)
+            for thinking, opening in zip(thinkings, openings, strict=True)
         ],
         stop=stop,
         temperature=temperature,
         top_p=top_p,
     )
     return [
-        Thought(each.thinking, each.waits, each.cut, answer, (*thought, *answer.tokens))
-        for each, thought, answer in zip(everyone, before, answers, strict=True)
+        Thought(thinking.tokens, thinking.waits, thinking.cut, answer, (*opening, *answer.tokens))
+        for thinking, opening, answer in zip(thinkings, openings, answers, strict=True)
     ]
 
 
 def overhead(delimiters: Delimiters) -> int:
-    """The most tokens that delimiters add to prompt, think budget and answer."""
+    """Return the most tokens that delimiters add to prompt, think budget and answer."""
     return len(delimiters.start) + max(len(delimiters.answer), len(delimiters.cut))
 
 
-def _answer_delimiter(each: _Open, delimiters: Delimiters) -> tuple[int, ...]:
-    if not each.cut:
+def _answer_delimiter(thinking: _Thinking, delimiters: Delimiters) -> tuple[int, ...]:
+    if not thinking.cut:
         return delimiters.answer
     starts_line = delimiters.newline is not None and delimiters.cut[:1] == (delimiters.newline,)
-    if starts_line and each.thinking[-1:] == (delimiters.newline,):
+    if starts_line and thinking.tokens[-1:] == (delimiters.newline,):
         return delimiters.cut[1:]
     return delimiters.cut

@@ -1,14 +1,12 @@
 """Token-level generation: one small interface, through transformers or vLLM.
 
-Prompts and completions are lists of token ids; whoever asks knows the tokenizer. Each request has
-its own length and its own seed, so that :mod:`iwsft.language.budget` and evaluations are written
-once over :class:`Generator`.
+Prompts and completions are token ids; only the caller knows the tokenizer. Each request has its own
+length and seed. :mod:`iwsft.language.budget` and evaluations use :class:`Generator` only.
 
-What holds of reproducibility. The draws of a request hang on its seed and on the position in its
-completion alone, never on the requests beside it. The probabilities they are compared with come
-from the model, and its matrix products may differ in their last bits between batch sizes and
-paddings: the same requests in the same batches give the same tokens; in other batches they do in
-all but near-ties (rare in float32, less rare in bfloat16).
+Reproducibility: the random numbers of a request depend only on its seed and on the position in its
+completion, not on the other requests of its batch. The model's probabilities may differ in their
+last bits between batch sizes and paddings. So the same requests in the same batches give the same
+tokens. In other batches only near-ties may differ (rare in float32, less rare in bfloat16).
 """
 
 from __future__ import annotations
@@ -26,13 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to go on from.
+    """A prompt to complete.
 
     Attributes:
-        prompt: token ids, at least one.
-        max_tokens: at most so many are generated, the stop token among them.
-        seed: of the draws, where tokens are drawn.
-        min_tokens: no stop token is generated among so many first ones.
+        prompt: Token ids, at least one.
+        max_tokens: Most tokens to generate, the stop token included.
+        seed: Seed of the sampled tokens.
+        min_tokens: Number of first tokens among which no stop token is generated.
     """
 
     prompt: Sequence[int]
@@ -43,11 +41,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a request brought.
+    """The answer to a request.
 
     Attributes:
-        tokens: the generated ones, without the stop token.
-        stop: the stop token that ended it; None where ``max_tokens`` did.
+        tokens: Generated tokens, without the stop token.
+        stop: Stop token that ended the completion; None where ``max_tokens`` ended it.
     """
 
     tokens: tuple[int, ...]
@@ -55,11 +53,11 @@ class Completion:
 
 
 class Generator(Protocol):
-    """Goes on from prompts."""
+    """Completes prompts."""
 
     @property
     def context(self) -> int | None:
-        """The most tokens that prompt and completion may have together; None for no limit."""
+        """Most tokens of prompt and completion together; None for no limit."""
 
     def generate(
         self,
@@ -69,16 +67,21 @@ class Generator(Protocol):
         temperature: float = 0.0,
         top_p: float = 1.0,
     ) -> list[Completion]:
-        """Complete each request, in their order.
+        """Complete the requests.
 
         Args:
-            requests: the prompts; several samples of one are several requests.
-            stop: tokens that end a completion. No other token does.
-            temperature: of the softmax that tokens are drawn from; 0 takes the likeliest.
-            top_p: draw among the likeliest tokens that hold this mass (Holtzman et al. 2020).
+            requests: Prompts; several samples of one prompt are several requests.
+            stop: Tokens that end a completion; no other token does.
+            temperature: Temperature of the softmax that tokens are sampled from; 0 takes the
+                likeliest token.
+            top_p: Probability mass of the likeliest tokens to sample from (Holtzman et al. 2020).
+
+        Returns:
+            A completion for each request, in their order.
 
         Raises:
-            ValueError: a request that cannot be met, or no distribution.
+            ValueError: A request exceeds the model's context or is empty, or the temperature or
+                ``top_p`` is out of range.
         """
 
 
@@ -88,19 +91,19 @@ class TransformersGenerator:
     The model's own generation settings (temperature, repetition penalty, ...) are not used.
 
     Args:
-        model: a causal language model, on its device; called in eval mode.
-        batch_size: requests at a time.
+        model: Causal language model on its device; it is called in eval mode.
+        batch_size: Number of requests in a batch.
     """
 
     def __init__(self, model: PreTrainedModel, *, batch_size: int = 8) -> None:
         if batch_size < 1:
-            raise ValueError(f"a batch size of {batch_size}: at least 1")
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
         self._model = model
         self._batch_size = batch_size
 
     @property
     def context(self) -> int | None:
-        """``max_position_embeddings`` of the model's config, where it has one."""
+        """``max_position_embeddings`` of the model's config; None where it has none."""
         return getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
 
     def generate(
@@ -135,12 +138,12 @@ class TransformersGenerator:
         settings = GenerationConfig(
             max_new_tokens=max(request.max_tokens for request in requests),
             do_sample=False,
-            # The rows' own ends; a pad token is only what ended rows are filled up with.
+            # Ended rows are filled with pad tokens, which are cut off below.
             eos_token_id=sorted(stop) or None,
             pad_token_id=0,
             use_cache=True,
         )
-        # `generate` fills what a config leaves open from the model's own.
+        # `generate` fills the gaps of a config from the model's own.
         own, training = self._model.generation_config, self._model.training
         self._model.generation_config = GenerationConfig()
         self._model.eval()
@@ -156,19 +159,19 @@ class TransformersGenerator:
             self._model.generation_config = own
             self._model.train(training)
         rows = whole[:, longest:].tolist()
-        return [_cut(row, each, stop) for row, each in zip(rows, requests, strict=True)]
+        return [_cut(row, request, stop) for row, request in zip(rows, requests, strict=True)]
 
 
 class VLLMGenerator:
     """Generates with vLLM, which batches by itself.
 
-    Of a draw it is vLLM's word that the same request seed gives the same tokens.
+    That a request's seed fixes its tokens is a promise of vLLM, which is not tested here.
 
     Args:
-        model: a folder or a hub id in transformers' format.
-        dtype: of the weights, in torch's words, or ``"auto"``.
-        parallel: GPUs that one copy of the model is spread over.
-        trust_remote_code: run code that comes with the model.
+        model: Folder or hub id of a model in transformers' format.
+        dtype: Number format of the weights by torch's name, or ``"auto"``.
+        parallel: Number of GPUs that share one copy of the model.
+        trust_remote_code: Whether to run code that comes with the model.
 
     Raises:
         ImportError: vLLM is not installed.
@@ -199,7 +202,7 @@ class VLLMGenerator:
 
     @property
     def context(self) -> int | None:
-        """The engine's ``max_model_len``."""
+        """``max_model_len`` of the engine."""
         return int(self._engine.llm_engine.model_config.max_model_len)
 
     def generate(
@@ -222,7 +225,7 @@ class VLLMGenerator:
                 max_tokens=request.max_tokens,
                 min_tokens=request.min_tokens,
                 stop_token_ids=sorted(stop),
-                # Only what the caller names ends a completion.
+                # Only the caller's stop tokens end a completion.
                 ignore_eos=True,
                 detokenize=False,
             )
@@ -237,13 +240,13 @@ class VLLMGenerator:
 
 
 def draw(logits: Tensor, uniform: Tensor, *, temperature: float, top_p: float = 1.0) -> Tensor:
-    """Draw a token a row by inverting the distribution function, likeliest token first.
+    """Sample a token for each row by inverting the distribution function, likeliest token first.
 
     Args:
-        logits: ``[rows, vocabulary]``.
-        uniform: ``[rows]``, float64, in [0, 1).
-        temperature: above 0.
-        top_p: keep the likeliest tokens that hold at least this mass, in (0, 1].
+        logits: Logits ``[rows, vocabulary]``.
+        uniform: Uniform random numbers in [0, 1), float64 ``[rows]``.
+        temperature: Temperature above 0.
+        top_p: Least probability mass, in (0, 1], of the likeliest tokens to sample from.
 
     Returns:
         Token ids ``[rows]``.
@@ -251,17 +254,17 @@ def draw(logits: Tensor, uniform: Tensor, *, temperature: float, top_p: float = 
     probability = (logits.double() / temperature).softmax(-1)
     probability, order = probability.sort(dim=-1, descending=True, stable=True)
     mass = probability.cumsum(-1)
-    # A token is kept where those before it do not hold top_p already: the likeliest always is.
-    kept = (mass - probability) < top_p
-    total = (probability * kept).sum(-1, keepdim=True)
+    # A token is allowed where those before it hold less than top_p: the likeliest always is.
+    allowed = (mass - probability) < top_p
+    total = (probability * allowed).sum(-1, keepdim=True)
     rank = (mass <= uniform[:, None] * total).sum(-1, keepdim=True)
     # The sums may differ from each other in the last bit.
-    rank = rank.minimum(kept.sum(-1, keepdim=True) - 1)
+    rank = rank.minimum(allowed.sum(-1, keepdim=True) - 1)
     return order.gather(-1, rank).squeeze(-1)
 
 
 class _Choice:
-    """Leaves one token a row to choose, as a logits processor of transformers' ``generate``."""
+    """Chooses the token of each row, as a logits processor of transformers' ``generate``."""
 
     def __init__(
         self,
@@ -280,8 +283,8 @@ class _Choice:
         self._uniform: Tensor | None = None
         if temperature > 0:
             steps = int(self._most.max())
-            drawn = [_uniform(request.seed, steps) for request in requests]
-            self._uniform = torch.stack(drawn).to(device)
+            rows = [_uniform(request.seed, steps) for request in requests]
+            self._uniform = torch.stack(rows).to(device)
 
     def __call__(self, tokens: Tensor, scores: Tensor) -> Tensor:
         step = tokens.shape[1] - self._prompt
@@ -294,17 +297,17 @@ class _Choice:
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen[:, None], 0.0)
 
     def spent(self, tokens: Tensor, scores: Any, **_: Any) -> Tensor:
-        """Which rows have all their tokens, as a stopping criterion."""
+        """Return which rows have all their tokens, as a stopping criterion."""
         return (tokens.shape[1] - self._prompt) >= self._most
 
 
 def _uniform(seed: int, steps: int) -> Tensor:
-    source = torch.Generator().manual_seed(seed)
-    return torch.rand(steps, generator=source, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(steps, generator=generator, dtype=torch.float64)
 
 
 def _cut(tokens: list[int], request: Request, stop: frozenset[int]) -> Completion:
-    """A row up to its first stop token or its own length; what follows only fills the batch."""
+    """Cut a row at its first stop token or at its own length; the rest only fills the batch."""
     tokens = tokens[: request.max_tokens]
     for position, token in enumerate(tokens):
         if token in stop:
@@ -315,15 +318,10 @@ def _cut(tokens: list[int], request: Request, stop: frozenset[int]) -> Completio
 def _check(
     requests: Sequence[Request], context: int | None, temperature: float, top_p: float
 ) -> None:
-    """Check what a generator is asked for.
-
-    Raises:
-        ValueError: naming the request or the setting, and the way out.
-    """
     if temperature < 0:
-        raise ValueError(f"a temperature of {temperature}: 0 takes the likeliest token, or above 0")
+        raise ValueError(f"temperature={temperature} must be 0 (the likeliest token) or above")
     if not 0 < top_p <= 1:
-        raise ValueError(f"a top_p of {top_p}: a mass in (0, 1]")
+        raise ValueError(f"top_p={top_p} must be a probability mass in (0, 1]")
     for number, request in enumerate(requests):
         if not request.prompt:
             raise ValueError(f"request {number} has an empty prompt; give it at least one token")
@@ -333,5 +331,5 @@ def _check(
         if context is not None and needed > context:
             raise ValueError(
                 f"request {number} needs {needed} tokens ({len(request.prompt)} of its prompt, up "
-                f"to {request.max_tokens} new), the model takes {context}; ask for fewer new tokens"
+                f"to {request.max_tokens} new), the model takes {context}; lower max_tokens"
             )

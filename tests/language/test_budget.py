@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,13 @@ from iwsft.language.generation import Completion, Request, TransformersGenerator
 PROMPT = (1, 2)
 IM_START, IM_END, NEWLINE = 90, 91, 92
 START, ANSWER, CUT, WAIT = (80, 81), (82, 83), (NEWLINE, 82, 84), (70,)
+SIZES: dict[str, Any] = {
+    "vocab_size": 93,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 DELIMITERS = Delimiters(START, frozenset({IM_START}), ANSWER, CUT, WAIT, NEWLINE)
 
 
@@ -219,13 +227,14 @@ def test_no_request() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("budget", "waits", "message"),
-    [(0, 0, "a think budget of 0"), (5, -1, "-1 waits")],
-)
-def test_impossible_settings(budget: int, waits: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        think({}, budget=budget, waits=waits)
+def test_no_budget() -> None:
+    request = [Request(PROMPT, 5)]
+    torch.manual_seed(0)
+    generator = TransformersGenerator(LlamaForCausalLM(LlamaConfig(**SIZES)))
+    with pytest.raises(ValueError, match="asks for 0 tokens"):
+        think_then_answer(
+            generator, request, delimiters=DELIMITERS, think_budget=0, stop=frozenset({IM_END})
+        )
 
 
 def tokenizer(*special: str) -> PreTrainedTokenizerFast:
@@ -253,17 +262,14 @@ def test_formats_in_tokens() -> None:
     assert overhead(found) == 3 + 6
     tags = TAGS.tokens(tokenizer("<think>", "</think>"))
     assert len(tags.ends) == 1 and tags.ends.isdisjoint(found.wait)
-    with pytest.raises(ValueError, match="'<|im_start|>' is no token of this model's tokenizer"):
+    with pytest.raises(ValueError, match="'<|im_start|>' is not a token of this model's tokenizer"):
         S1.tokens(tokenizer())
 
 
 def test_with_a_model() -> None:
     """The same thoughts as steps of plain generation; invariants of the budget."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    config = LlamaConfig(
-        vocab_size=93, num_attention_heads=2, initializer_range=0.5, pad_token_id=0, **sizes
-    )
+    config = LlamaConfig(**SIZES, initializer_range=0.5, pad_token_id=0)
     generator = TransformersGenerator(LlamaForCausalLM(config), batch_size=4)
     stop = frozenset(range(IM_END, 93)) | frozenset(range(20, 28))
     requests = [Request((k, k + 1), 6, seed=1000 * k) for k in range(1, 17)]
