@@ -94,23 +94,6 @@ def load_prompter(options: Options) -> Prompter:
     )
 
 
-def check_device(device: str) -> None:
-    """Check that a device is available; ``auto`` always is.
-
-    Raises:
-        ValueError: The device is not available.
-    """
-    if device == "auto":
-        return
-    try:
-        torch.ones(1, device=device).item()
-    # What torch raises for unknown names and for missing devices.
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f"--device {device} can't be used here: {first_line(error)}; cpu can"
-        ) from error
-
-
 def load_generator(options: Options) -> Generator:
     """Load the weights.
 

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from benchmarks.options import check_at_least, check_device, check_used
+
 Backend = Literal["transformers", "vllm"]
 # A batch is written as a whole; within it, vLLM schedules by itself.
 _BATCH: dict[Backend, int] = {"transformers": 8, "vllm": 512}
@@ -81,14 +83,20 @@ class Options:
         """
         if not self.tasks:
             raise ValueError("nothing to evaluate: pass at least one name to --tasks")
-        for name in ("n", "max_tokens", "think_budget", "limit", "batch_size"):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {number}: at least 1")
-        if self.waits < 0:
-            raise ValueError(f"--waits {self.waits}: 0 or more")
-        if self.waits and self.think_budget is None:
-            raise ValueError(f"--waits {self.waits} changes nothing without --think-budget")
+        check_at_least(
+            1,
+            n=self.n,
+            max_tokens=self.max_tokens,
+            think_budget=self.think_budget,
+            limit=self.limit,
+            batch_size=self.batch_size,
+        )
+        check_at_least(0, waits=self.waits)
+        used = self.think_budget is not None
+        check_used("waits", self.waits or None, used, "without --think-budget")
+        # `auto` is always available.
+        if self.device != "auto":
+            check_device(self.device)
         if self.temperature < 0:
             raise ValueError(f"--temperature {self.temperature}: 0 or above")
         if not 0 < self.top_p <= 1:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.llm.evaluation.grading import Grader
-from benchmarks.llm.evaluation.model import Prompter, check_device, load_generator, load_prompter
+from benchmarks.llm.evaluation.model import Prompter, load_generator, load_prompter
 from benchmarks.llm.evaluation.options import Options
 from benchmarks.llm.evaluation.scores import Generation, grade, score
 from benchmarks.llm.evaluation.tasks import QuestionSet, read_questions
@@ -44,7 +44,6 @@ def run(options: Options) -> list[dict[str, Any]]:
             ``benchmarks.runs.EXPECTED`` are possible too.
     """
     options.check()
-    check_device(options.device)
     sets = [read_questions(name, seed=options.seed, limit=options.limit) for name in options.tasks]
     if len({each.task.name for each in sets}) < len(sets):
         raise ValueError(f"--tasks {' '.join(options.tasks)}: name each task once")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.llm.evaluation.grading import AnswerKind
+from benchmarks.options import check_known
 from iwsft.datasets.text.rows import records
 
 LETTERS = "ABCD"
@@ -147,10 +147,7 @@ def read_questions(name: str, *, seed: int = 0, limit: int | None = None) -> Que
         ConnectionError: The hub cannot be reached.
     """
     name, _, file = name.partition("=")
-    if name not in TASKS:
-        near = difflib.get_close_matches(name.lower(), TASKS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown task {name!r}; {hint}it is one of {', '.join(TASKS)}")
+    check_known("task", name, list(TASKS))
     task = TASKS[name]
     hub, config, split = task.dataset
     source, rows = (file, records(Path(file))) if file else (hub, records(hub, split, config))
