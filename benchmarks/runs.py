@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
@@ -57,14 +57,14 @@ class Run(Generic[Options]):
     """One algorithm on one dataset with one seed.
 
     Attributes:
-        benchmark: Name of the command, and of the folder of its runs.
+        benchmark: Name of the folder of a command's runs; each command's own class sets it.
         dataset: Name of the dataset (of language, the recipe) in folders and results.
         algo: Name of the algorithm.
         seed: Seed of everything that the run draws.
         options: The command line; its settings are those of the run.
     """
 
-    benchmark: str
+    benchmark: ClassVar[str]
     dataset: str
     algo: str
     seed: int
