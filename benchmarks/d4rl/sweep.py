@@ -17,8 +17,8 @@ from benchmarks.d4rl.plan import Plan, claim
 from benchmarks.d4rl.run import run
 from benchmarks.d4rl.task import Task
 from benchmarks.options import check_at_least, check_once, check_seeds, check_used
-from benchmarks.report.runs import read_runs
 from benchmarks.report.tables import score_table
+from benchmarks.results import CONTROL, read_runs
 from benchmarks.runs import EXPECTED, one_line, tell
 from benchmarks.sweep import Summary, run_all
 from iwsft.training import Row
@@ -75,7 +75,7 @@ def sweep(arguments: Arguments) -> Summary:
     ) as place:
         ready, names = _claimed(arguments, plans, summary)
         _run(_in_order(ready, several=len(names) > 1), place, summary)
-    finished = [run for run in read_runs(arguments.out) if run.dataset in names]
+    finished = [run for run in read_runs(arguments.out, CONTROL) if run.dataset in names]
     console = Console()
     if finished:
         console.print(score_table(finished))

@@ -11,8 +11,8 @@ from rich.console import Console
 from benchmarks.llm.table import table
 from benchmarks.report.language import read_recipes
 from benchmarks.report.page import write_report
-from benchmarks.report.runs import ReportError, read_runs, unfinished_runs
 from benchmarks.report.tables import score_table
+from benchmarks.results import CONTROL, ResultsError, read_runs, unfinished_runs
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ def main(report: Report) -> None:
     """Write the report and print the scores."""
     try:
         page = write_report(report.runs, report.out or report.runs / "report")
-        runs, unfinished = read_runs(report.runs), unfinished_runs(report.runs)
+        runs, unfinished = read_runs(report.runs, CONTROL), unfinished_runs(report.runs, CONTROL)
         recipes = read_recipes(report.runs)
-    except (ReportError, OSError) as error:
+    except (ResultsError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     console = Console()
     if runs:

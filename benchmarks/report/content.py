@@ -21,9 +21,9 @@ from benchmarks.report.document import (
 from benchmarks.report.grid import Grid
 from benchmarks.report.language import Recipe
 from benchmarks.report.names import algorithm_label, base, dataset_label, is_variant
-from benchmarks.report.runs import Unfinished
 from benchmarks.report.scores import Cell, algorithms, datasets, runs_of, uneven
 from benchmarks.report.sweep import last_look, swept
+from benchmarks.results import UnfinishedRun
 from benchmarks.statistics import MIN_SEEDS
 
 # Files of all figures that a report may have.
@@ -44,7 +44,7 @@ PICTURES = (
 
 def report(
     group: Sequence[Cell],
-    missing: Sequence[Unfinished],
+    missing: Sequence[UnfinishedRun],
     recipes: Sequence[Recipe],
     command: str,
 ) -> Document:
@@ -67,7 +67,7 @@ def report(
     return Document(title, [section for section in sections if section.blocks])
 
 
-def _control(pen: _Pen, group: Sequence[Cell], missing: Sequence[Unfinished]) -> list[Section]:
+def _control(pen: _Pen, group: Sequence[Cell], missing: Sequence[UnfinishedRun]) -> list[Section]:
     if not group:
         return [Section("Missing runs", _missing(pen, group, missing))]
     aggregates = aggregate(group)
@@ -102,7 +102,7 @@ class _Pen:
         return [Picture(name, figure, caption, provenance.made(runs_of(group), self._command))]
 
 
-def _scores(pen: _Pen, group: Sequence[Cell], missing: Sequence[Unfinished]) -> list[Block]:
+def _scores(pen: _Pen, group: Sequence[Cell], missing: Sequence[UnfinishedRun]) -> list[Block]:
     grid = tables.score_grid(group, missing)
     caption = "Scores, D4RL-normalised where nothing else is said."
     if tables.SUCCESS_INTERVAL in grid.columns:
@@ -135,7 +135,7 @@ def _scores(pen: _Pen, group: Sequence[Cell], missing: Sequence[Unfinished]) -> 
     return blocks + pen.picture("scores.png", figures.scores(group), caption, group)
 
 
-def _missing(pen: _Pen, group: Sequence[Cell], missing: Sequence[Unfinished]) -> list[Block]:
+def _missing(pen: _Pen, group: Sequence[Cell], missing: Sequence[UnfinishedRun]) -> list[Block]:
     if not missing:
         return []
     return [

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from benchmarks.axes import style
 from benchmarks.report.drawing import TITLE, UNIT, colours, legend, panels
 from benchmarks.report.names import algorithm_label, dataset_label
-from benchmarks.report.runs import Run
 from benchmarks.report.scores import Cell, algorithms, datasets
+from benchmarks.results import FinishedRun
 from benchmarks.statistics import MIN_SEEDS, bootstrap_interval
 
 _POINTS = 150  # longer series are averaged into this many points
@@ -128,7 +128,7 @@ def _band(ax: Axes, steps: NDArray, values: NDArray, colour: str) -> None:
     ax.plot(steps, values.mean(axis=0), color=colour, lw=1.6)
 
 
-def _series(runs: Sequence[Run], key: str) -> tuple[NDArray, NDArray]:
+def _series(runs: Sequence[FinishedRun], key: str) -> tuple[NDArray, NDArray]:
     """Steps ``[T]`` at which every run has a value of ``key``, and the values ``[seeds, T]``."""
     rows = [{row["step"]: row[key] for row in run.metrics if key in row} for run in runs]
     steps = sorted(set.intersection(*(set(row) for row in rows)))

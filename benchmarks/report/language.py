@@ -11,7 +11,7 @@ from benchmarks.llm.results import Result, Row
 from benchmarks.report import provenance
 from benchmarks.report.document import Block, Bullets, Paragraph, Picture, Section, Table
 from benchmarks.report.grid import NOTHING, Grid
-from benchmarks.report.runs import ReportError
+from benchmarks.results import ResultsError
 from benchmarks.statistics import MIN_SEEDS
 from iwsft.checkpoint import CheckpointError
 
@@ -25,7 +25,7 @@ class Recipe:
 
     Attributes:
         recipe: its name.
-        variant: folders between the report's and ``llm``, as in ``benchmarks.report.runs.Run``.
+        variant: folders between the report's and ``llm``, as in ``benchmarks.results.FinishedRun``.
         runs: the finished ones.
         rows: an algorithm each, over its seeds.
         unfinished: folders of the others.
@@ -47,14 +47,14 @@ def read_recipes(folder: Path) -> list[Recipe]:
     """All recipes with runs at or below ``folder``, by path.
 
     Raises:
-        ReportError: a file is not what a run writes.
+        ResultsError: a file is not what a run writes.
     """
     found = []
     for path in results.recipe_folders(folder):
         try:
             runs = results.read(path)
         except CheckpointError as error:
-            raise ReportError(str(error)) from error
+            raise ResultsError(str(error)) from error
         found.append(
             Recipe(
                 path.name,

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from benchmarks.report import content, html, language, markdown
 from benchmarks.report.provenance import shareable
 from benchmarks.report.records import records
-from benchmarks.report.runs import ReportError, read_runs, unfinished_runs
 from benchmarks.report.scores import cells
+from benchmarks.results import CONTROL, ResultsError, read_runs, unfinished_runs
 from iwsft.files import written_whole
 
 PAGE = "index.html"
@@ -30,13 +30,13 @@ def write_report(folder: Path, out: Path) -> Path:
         The HTML page.
 
     Raises:
-        ReportError: there is no finished run, or a file of a run cannot be read.
+        ResultsError: there is no finished run, or a file of a run cannot be read.
     """
-    runs, unfinished = read_runs(folder), unfinished_runs(folder)
+    runs, unfinished = read_runs(folder, CONTROL), unfinished_runs(folder, CONTROL)
     recipes = language.read_recipes(folder)
     if not runs and not any(recipe.runs for recipe in recipes):
         begun = len(unfinished) + sum(len(recipe.unfinished) for recipe in recipes)
-        raise ReportError(
+        raise ResultsError(
             f"no finished run below {folder} ({begun} unfinished): a run is a folder "
             "d4rl/DATASET/ALGO/seed-K or llm/RECIPE/ALGO/seed-K with a result.json, as "
             "`python -m benchmarks.d4rl` and `python -m benchmarks.llm` write it"

@@ -8,13 +8,13 @@ from typing import Any
 
 from benchmarks.report.language import Recipe
 from benchmarks.report.provenance import Recorded, shareable
-from benchmarks.report.runs import Run
+from benchmarks.results import FinishedRun
 
 # What each episode gave stays with the run.
 _EPISODES = ("episode_scores", "episode_returns", "episode_lengths", "episode_successes")
 
 
-def records(runs: Sequence[Run], recipes: Sequence[Recipe]) -> str:
+def records(runs: Sequence[FinishedRun], recipes: Sequence[Recipe]) -> str:
     """A JSON array, a run a line: the result without its episodes, settings, versions, command."""
     held = [_record(run, run.variant) for run in runs]
     held += [_record(run, recipe.variant) for recipe in recipes for run in recipe.runs]

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.report.names import algorithm_label, algorithm_rank, dataset_label
-from benchmarks.report.runs import Run
+from benchmarks.results import FinishedRun
 from benchmarks.statistics import MIN_SEEDS, bootstrap_interval
 
 
@@ -30,14 +30,14 @@ class Cell:
 
     Attributes:
         dataset: its name.
-        algo: the algorithm, see :attr:`benchmarks.report.runs.Run.algo`.
+        algo: the algorithm, see :attr:`benchmarks.results.FinishedRun.algo`.
         runs: by seed.
         unit: ``"score"`` (D4RL-normalised), or ``"return"`` where the dataset has no reference.
     """
 
     dataset: str
     algo: str
-    runs: tuple[Run, ...]
+    runs: tuple[FinishedRun, ...]
     unit: str
 
     @property
@@ -99,9 +99,9 @@ class Cell:
         return found
 
 
-def cells(runs: Sequence[Run]) -> list[Cell]:
+def cells(runs: Sequence[FinishedRun]) -> list[Cell]:
     """Group runs by dataset (alphabetical) and algorithm (in the paper's order)."""
-    grouped: dict[tuple[str, str], list[Run]] = {}
+    grouped: dict[tuple[str, str], list[FinishedRun]] = {}
     for run in runs:
         grouped.setdefault((run.dataset, run.algo), []).append(run)
     without = {run.dataset for run in runs if run.score is None}
@@ -128,7 +128,7 @@ def algorithms(group: Iterable[Cell]) -> list[str]:
     return sorted({cell.algo for cell in group}, key=algorithm_rank)
 
 
-def runs_of(group: Iterable[Cell]) -> list[Run]:
+def runs_of(group: Iterable[Cell]) -> list[FinishedRun]:
     """All runs of the cells."""
     return [run for cell in group for run in cell.runs]
 
@@ -142,7 +142,7 @@ def uneven(group: Iterable[Cell]) -> list[str]:
     ]
 
 
-def _held(run: Run) -> dict[str, object]:
+def _held(run: FinishedRun) -> dict[str, object]:
     """What the seeds of a cell must have in common."""
     keys = ("preset", "estimator", "steps", "published_steps", "episodes", "env_id")
     held = {key: run.result.get(key) for key in keys} | {"versions": run.versions}

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.report.names import algorithm_rank, base
-from benchmarks.report.runs import Run
 from benchmarks.report.scores import Cell
+from benchmarks.results import FinishedRun
 
 # Algorithms with weights on trajectories, and what they are when all weights are 1.
 _UNWEIGHTED = {"iw-sft": "sft", "iw-sft-q": "sft-q"}
@@ -44,7 +44,7 @@ class Setting:
         return f"ESS {self.target_ess:g}" if self.target_ess else f"k {self.temperature:g}"
 
 
-def setting(run: Run) -> Setting | None:
+def setting(run: FinishedRun) -> Setting | None:
     """Setting of a run's weights, from its ``config.json``; None where it has none."""
     settings = run.config.get("settings", {})
     row = settings.get("fine_tuning")
@@ -99,7 +99,7 @@ def _parts(cell: Cell) -> Iterable[tuple[str, Cell]]:
         yield key, replace(cell, runs=tuple(run for run in cell.runs if keys[run.seed] == key))
 
 
-def _others(run: Run) -> str:
+def _others(run: FinishedRun) -> str:
     """Settings that a sweep leaves alone."""
     settings = run.config.get("settings", {})
     kept = {name: value for name, value in settings.items() if name not in _FREE}

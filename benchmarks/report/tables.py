@@ -11,8 +11,8 @@ from benchmarks.report import published, sweep
 from benchmarks.report.aggregates import METRICS, Aggregates
 from benchmarks.report.grid import NOTHING, Grid
 from benchmarks.report.names import algorithm_label, algorithm_rank, dataset_label
-from benchmarks.report.runs import Run, Unfinished
 from benchmarks.report.scores import Cell, Estimate, cells
+from benchmarks.results import FinishedRun, UnfinishedRun
 from benchmarks.statistics import MIN_SEEDS, bootstrap_interval
 
 FEW_SEEDS = (
@@ -22,7 +22,7 @@ FEW_SEEDS = (
 SUCCESS_INTERVAL = "interval of success"
 
 
-def score_grid(group: Sequence[Cell], missing: Sequence[Unfinished] = ()) -> Grid:
+def score_grid(group: Sequence[Cell], missing: Sequence[UnfinishedRun] = ()) -> Grid:
     """Scores of the last policies, and the published numbers of the same datasets beside them.
 
     Mean over seeds; standard deviation and 95 % bootstrap interval only with three seeds or more.
@@ -110,13 +110,13 @@ def _count(n: int) -> str:
     return f"{n:,}"
 
 
-def score_table(runs: Sequence[Run]) -> Group:
+def score_table(runs: Sequence[FinishedRun]) -> Group:
     """Scores of the last policies for the terminal."""
     grid = score_grid(cells(runs))
     return grid.rich("Scores of the last policies (D4RL-normalised)", SUCCESS_INTERVAL)
 
 
-def missing_grid(missing: Sequence[Unfinished]) -> Grid:
+def missing_grid(missing: Sequence[UnfinishedRun]) -> Grid:
     """Runs without a result, and how far they came."""
     grid = Grid(["dataset", "algorithm", "seed", "last logged update", "of"])
     for run in missing:

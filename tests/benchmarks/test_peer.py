@@ -17,7 +17,7 @@ import baselines
 from benchmarks.peer import learner, settings
 from benchmarks.peer.__main__ import Arguments, main
 from benchmarks.peer.data import arrays
-from benchmarks.report.runs import read_runs
+from benchmarks.results import CONTROL, read_runs
 from iwsft import datasets
 from iwsft.datasets import OfflineDataset
 from iwsft.trajectory import (
@@ -214,7 +214,7 @@ def test_wrong_numbers(command: Callable[..., None], changes: Any, message: str)
 @needs_d3rlpy
 def test_runs_stand_in_the_report_beside_ours(command: Callable[..., None], tmp_path: Path) -> None:
     command(*PEERS)
-    runs = {run.algo: run for run in read_runs(tmp_path / "runs")}
+    runs = {run.algo: run for run in read_runs(tmp_path / "runs", CONTROL)}
     assert sorted(runs) == sorted(f"d3rlpy/{algo}" for algo in PEERS)
     for algo, run in runs.items():
         assert run.result["steps"] == 25 and run.result["published_steps"] == 1_000_000

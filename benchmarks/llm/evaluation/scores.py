@@ -14,8 +14,8 @@ from rich.table import Table
 
 from benchmarks.llm.evaluation.answers import extract_answer, parse_letter
 from benchmarks.llm.evaluation.grading import Grader
-from benchmarks.llm.evaluation.statistics import CONFIDENCE, bootstrap, wilson
 from benchmarks.llm.evaluation.tasks import QuestionSet
+from benchmarks.statistics import CONFIDENCE, bootstrap_interval, wilson_interval
 
 # A line of generations.jsonl.
 Generation = dict[str, Any]
@@ -90,9 +90,9 @@ def score(grades: Sequence[Grades], generations: Sequence[Generation], seed: int
     n = len(grades[0].right)
     shares = np.array([np.mean(each.right) for each in grades])
     if n == 1 or shares.max() == 0 or shares.min() == 1:
-        interval, method = wilson(int(shares.sum()), len(grades)), "wilson"
+        interval, method = wilson_interval(int(shares.sum()), len(grades)), "wilson"
     else:
-        interval, method = bootstrap(shares, seed=seed), "bootstrap over questions"
+        interval, method = bootstrap_interval(shares, seed=seed), "bootstrap over questions"
     voted = sum(each.majority_right for each in grades)
     right = [sum(each.right) for each in grades]
     subsets = [k for k in (2**power for power in range(n.bit_length())) if k < n]
@@ -104,7 +104,7 @@ def score(grades: Sequence[Grades], generations: Sequence[Generation], seed: int
         "interval_method": method,
         "confidence": CONFIDENCE,
         "maj": 100 * voted / len(grades),
-        "maj_interval": [100 * end for end in wilson(voted, len(grades))],
+        "maj_interval": [100 * end for end in wilson_interval(voted, len(grades))],
         "pass_at": {
             str(k): 100 * float(np.mean([pass_at(k, n, count) for count in right]))
             for k in [*subsets, n]

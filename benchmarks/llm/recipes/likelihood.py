@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.llm.evaluation.statistics import bootstrap
 from benchmarks.llm.recipes.recipe import Evaluation
 from benchmarks.llm.recipes.solutions import Question
+from benchmarks.statistics import bootstrap_interval
 from iwsft.datasets.text.rows import Row
 from iwsft.datasets.text.tokens import tokenize
 from iwsft.language.batches import TrajectoryDataset, collate
@@ -97,11 +97,11 @@ def right_against_wrong(
     margins = good - bad
     return {
         "score": float(np.mean(wins)),
-        "interval": bootstrap(wins, seed=seed),
+        "interval": bootstrap_interval(wins, seed=seed),
         "n": len(questions),
         "right_likelier": float(((margins > 0) + (margins == 0) / 2).mean()),
         "margin": float(margins.mean()),
-        "margin_interval": bootstrap(margins, seed=seed),
+        "margin_interval": bootstrap_interval(margins, seed=seed),
         "right_log_prob": float(good.mean()),
         "wrong_log_prob": float(bad.mean()),
     }

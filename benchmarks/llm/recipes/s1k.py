@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.llm.evaluation.statistics import bootstrap
 from benchmarks.llm.models import load_tokenizer, locate
 from benchmarks.llm.recipes.likelihood import mean_log_probs
 from benchmarks.llm.recipes.recipe import Defaults, Evaluation, Prepared
+from benchmarks.statistics import bootstrap_interval
 from iwsft.datasets.text import s1k
 from iwsft.datasets.text.rows import read
 
@@ -114,7 +114,7 @@ class S1kRecipe:
         found = mean_log_probs(
             model, tokenizer, prepared.rows[: self.tested], max_length=self.defaults.max_length
         )
-        low, high = bootstrap(found, seed=seed)
+        low, high = bootstrap_interval(found, seed=seed)
         return {
             "score": math.exp(found.mean()),
             "interval": (math.exp(low), math.exp(high)),

@@ -23,7 +23,7 @@ from benchmarks.llm.recipes import RECIPES, Defaults, load_recipe
 from benchmarks.llm.recipes.s1k import PAPER
 from benchmarks.llm.run import arguments_of
 from benchmarks.report.page import write_report
-from benchmarks.report.runs import read_runs, unfinished_runs
+from benchmarks.results import CONTROL, read_runs, unfinished_runs
 from iwsft.datasets.text.rows import Row
 from iwsft.trajectory import MULTIPLICITY, lengths
 
@@ -99,7 +99,7 @@ def test_every_algorithm_leaves_what_it_did(
     assert [row["algo"] for row in table] == ["base", *ALGORITHMS]
     assert table[0]["score"] == base["score"] and table[0]["interval"] == base["interval"]
     # A report of the folder above holds them; they are no control runs.
-    assert read_runs(tmp_path) == [] and unfinished_runs(tmp_path) == []
+    assert read_runs(tmp_path, CONTROL) == [] and unfinished_runs(tmp_path, CONTROL) == []
     report = write_report(tmp_path, tmp_path / "report").with_name("report.md").read_text()
     for row in table:
         assert f"| {row['algo']} | 1 | {row['score']:.3f} |" in report

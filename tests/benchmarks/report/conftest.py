@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.report.runs import read_runs
 from benchmarks.report.scores import Cell, cells
+from benchmarks.results import CONTROL, read_runs
 
 MakeRun = Callable[..., Path]
 CellOf = Callable[..., Cell]
@@ -119,7 +119,7 @@ def cell_of() -> CellOf:
     """``cell_of(root, dataset, algo)``: one cell of the runs below a folder."""
 
     def find(root: Path, dataset: str, algo: str) -> Cell:
-        group = cells(read_runs(root))
+        group = cells(read_runs(root, CONTROL))
         return next(cell for cell in group if (cell.dataset, cell.algo) == (dataset, algo))
 
     return find

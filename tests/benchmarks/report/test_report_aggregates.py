@@ -12,8 +12,8 @@ import scipy.stats
 from rliable import metrics as rliable_metrics
 
 from benchmarks.report.aggregates import aggregate, probability_of_improvement
-from benchmarks.report.runs import read_runs
 from benchmarks.report.scores import cells
+from benchmarks.results import CONTROL, read_runs
 
 if TYPE_CHECKING:
     from tests.benchmarks.report.conftest import MakeRun
@@ -22,7 +22,7 @@ Scores = dict[tuple[str, str], list[float]]
 
 
 def test_closed_forms(runs: Path, scores_of_runs: Scores) -> None:
-    aggregates = aggregate(cells(read_runs(runs)))
+    aggregates = aggregate(cells(read_runs(runs, CONTROL)))
     assert aggregates.datasets == ["cheetah-b", "hopper-a"]
     for algo in ("sft-q", "iw-sft-q"):
         scores = [scores_of_runs[dataset, algo] for dataset in aggregates.datasets]
@@ -37,7 +37,7 @@ def test_closed_forms(runs: Path, scores_of_runs: Scores) -> None:
 
 
 def test_probability_of_improvement_by_counting(runs: Path, scores_of_runs: Scores) -> None:
-    aggregates = aggregate(cells(read_runs(runs)))
+    aggregates = aggregate(cells(read_runs(runs, CONTROL)))
     wins = [
         statistics.mean(
             x > y
@@ -61,7 +61,7 @@ def test_probability_of_improvement_is_that_of_rliable() -> None:
 
 
 def test_intervals_are_repeatable_and_leave_numpy_alone(runs: Path) -> None:
-    group = cells(read_runs(runs))
+    group = cells(read_runs(runs, CONTROL))
     np.random.seed(3)
     state = np.random.get_state()[1].copy()
     first = aggregate(group)
@@ -78,7 +78,7 @@ def test_left_out_with_the_reason(runs: Path, make_run: MakeRun) -> None:
     for dataset in ("hopper-a", "cheetah-b"):
         for seed in range(2):
             make_run(runs, dataset, "sft", seed, 1.0)
-    aggregates = aggregate(cells(read_runs(runs)))
+    aggregates = aggregate(cells(read_runs(runs, CONTROL)))
     assert aggregates.left_out == {
         "bc": "no runs on cheetah-b; fewer than 3 seeds on hopper-a",
         "sft": "fewer than 3 seeds on cheetah-b, hopper-a",
@@ -87,14 +87,14 @@ def test_left_out_with_the_reason(runs: Path, make_run: MakeRun) -> None:
 
 
 def test_both_directions_of_a_pair_add_up(runs: Path) -> None:
-    improvement = aggregate(cells(read_runs(runs))).improvement
+    improvement = aggregate(cells(read_runs(runs, CONTROL))).improvement
     there, back = improvement["iw-sft-q"]["sft-q"], improvement["sft-q"]["iw-sft-q"]
     assert there.point + back.point == pytest.approx(1.0)
 
 
 def test_intervals_are_those_of_a_stratified_bootstrap_by_hand(runs: Path) -> None:
     """The draws of rliable: numpy's global generator, one index a seed and dataset."""
-    group = cells(read_runs(runs))
+    group = cells(read_runs(runs, CONTROL))
     scores = np.stack([cell.values for cell in group if cell.algo == "sft-q"], axis=1)
     # The only algorithm, so that no other draws come first.
     aggregates = aggregate([cell for cell in group if cell.algo == "sft-q"])
@@ -129,12 +129,12 @@ class TestBlock:
     ) -> None:
         have = {"bc": "abk", "iql": "ab", "sft-q": "abk", "iw-sft-q": "abk", "cql": "a"}
         self.fill(make_run, tmp_path, have)
-        aggregates = aggregate(cells(read_runs(tmp_path)))
+        aggregates = aggregate(cells(read_runs(tmp_path, CONTROL)))
         # 3 algorithms x 3 datasets beat 4 x 2 and 5 x 1.
         assert aggregates.datasets == ["a", "b", "k"]
         assert aggregates.left_out == {"iql": "no runs on k", "cql": "no runs on b, k"}
         self.fill(make_run, tmp_path, {"awac": "ab", "dt": "ab"})
-        aggregates = aggregate(cells(read_runs(tmp_path)))
+        aggregates = aggregate(cells(read_runs(tmp_path, CONTROL)))
         assert aggregates.datasets == ["a", "b"] and aggregates.datasets_left_out == ["k"]
         assert list(aggregates.left_out) == ["cql"]
 
@@ -142,14 +142,14 @@ class TestBlock:
         self, tmp_path: Path, make_run: MakeRun
     ) -> None:
         self.fill(make_run, tmp_path, {"bc": "abc", "iql": "abc", "sft": "abc", "iw-sft-q": "a"})
-        aggregates = aggregate(cells(read_runs(tmp_path)))
+        aggregates = aggregate(cells(read_runs(tmp_path, CONTROL)))
         assert aggregates.datasets == ["a"] and "iw-sft-q" in aggregates.estimates
 
     def test_variants_do_not_decide(self, tmp_path: Path, make_run: MakeRun) -> None:
         variants = {f"k{k}/iw-sft-q": "a" for k in range(9)}
         self.fill(make_run, tmp_path, {"bc": "ab", "iw-sft-q": "ab", "k99/iw-sft-q": "ab"})
         self.fill(make_run, tmp_path, variants)
-        aggregates = aggregate(cells(read_runs(tmp_path)))
+        aggregates = aggregate(cells(read_runs(tmp_path, CONTROL)))
         assert aggregates.datasets == ["a", "b"]
         assert set(aggregates.estimates) == {"bc", "iw-sft-q", "k99/iw-sft-q"}
         assert set(aggregates.left_out) == set(variants)
@@ -157,6 +157,6 @@ class TestBlock:
     def test_seeds_beyond_the_fewest_do_not_enter(self, tmp_path: Path, make_run: MakeRun) -> None:
         self.fill(make_run, tmp_path, {"bc": "a"}, seeds=3)
         self.fill(make_run, tmp_path, {"bc": "b"}, seeds=5)
-        aggregates = aggregate(cells(read_runs(tmp_path)))
+        aggregates = aggregate(cells(read_runs(tmp_path, CONTROL)))
         assert aggregates.seeds == {"bc": 3}
         assert aggregates.estimates["bc"][1].point == pytest.approx(10.0)

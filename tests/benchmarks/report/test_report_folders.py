@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from benchmarks.report.page import write_report
-from benchmarks.report.runs import ReportError, read_runs, unfinished_runs
 from benchmarks.report.scores import cells
+from benchmarks.results import CONTROL, ResultsError, read_runs, unfinished_runs
 
 if TYPE_CHECKING:
     from tests.benchmarks.report.conftest import MakeRun
@@ -33,14 +33,14 @@ def test_unfinished_runs_are_listed_with_how_far_they_came(runs: Path, make_run:
     (other / "config.json").write_text("{}")
     found = [
         (run.folder, run.dataset, run.algo, run.seed, run.step, run.steps)
-        for run in unfinished_runs(runs)
+        for run in unfinished_runs(runs, CONTROL)
     ]
     assert found == [
         (runs / "d4rl/hopper-a/sft-q/seed-1", "hopper-a", "sft-q", 1, 100, None),
         (runs / "lag50/d4rl/hopper-a/iql/seed-0", "hopper-a", "lag50/iql", 0, 0, 5000),
         (runs / "lag50/d4rl/hopper-a/iql/seed-1", "hopper-a", "lag50/iql", 1, 70, 5000),
     ]
-    assert len(read_runs(runs)) == 11
+    assert len(read_runs(runs, CONTROL)) == 11
     write_report(runs, runs / "report")
     page = (runs / "report/report.md").read_text()
     assert "3 unfinished runs" in page
@@ -52,7 +52,7 @@ def test_unfinished_runs_are_listed_with_how_far_they_came(runs: Path, make_run:
 
 def test_folders_above_the_benchmark_are_variants(runs: Path, make_run: MakeRun) -> None:
     make_run(runs / "authors", "hopper-a", "sft-q", 0, 99.0)
-    group = cells(read_runs(runs))
+    group = cells(read_runs(runs, CONTROL))
     assert [(c.algo, c.mean) for c in group if c.dataset == "hopper-a"] == [
         ("sft-q", pytest.approx(51.0)),
         ("authors/sft-q", 99.0),
@@ -61,19 +61,19 @@ def test_folders_above_the_benchmark_are_variants(runs: Path, make_run: MakeRun)
 
 
 def test_a_part_of_the_tree_can_be_read(runs: Path) -> None:
-    assert [run.algo for run in read_runs(runs / "d4rl/hopper-a/sft-q")] == ["sft-q"] * 3
+    assert [run.algo for run in read_runs(runs / "d4rl/hopper-a/sft-q", CONTROL)] == ["sft-q"] * 3
 
 
 def test_other_benchmarks_are_not_read(runs: Path, make_run: MakeRun) -> None:
     make_run(runs, "chat", "iw-sft", 0, 1.0, benchmark="llm")
-    assert len(read_runs(runs)) == 12
+    assert len(read_runs(runs, CONTROL)) == 12
 
 
 @pytest.mark.parametrize("content", ["", '{"seed": 1', "[1]", "\x00"])
 def test_corrupt_result_names_the_file(runs: Path, content: str) -> None:
     (runs / "d4rl/hopper-a/sft-q/seed-1/result.json").write_text(content)
-    with pytest.raises(ReportError, match=r"hopper-a/sft-q/seed-1/result\.json"):
-        read_runs(runs)
+    with pytest.raises(ResultsError, match=r"hopper-a/sft-q/seed-1/result\.json"):
+        read_runs(runs, CONTROL)
 
 
 @pytest.mark.parametrize(
@@ -88,26 +88,26 @@ def test_corrupt_result_names_the_file(runs: Path, content: str) -> None:
 def test_wrong_entry_names_file_and_key(runs: Path, key: str, value: object) -> None:
     path = runs / "d4rl/hopper-a/sft-q/seed-1/result.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    with pytest.raises(ReportError, match=rf"result\.json: '{key}'"):
-        read_runs(runs)
+    with pytest.raises(ResultsError, match=rf"result\.json: '{key}'"):
+        read_runs(runs, CONTROL)
 
 
 def test_corrupt_metrics_name_the_file(runs: Path) -> None:
     (runs / "d4rl/hopper-a/sft-q/seed-1/metrics.jsonl").write_text('{"step": \n{"step": 2}\n')
-    with pytest.raises(ReportError, match=r"seed-1/metrics\.jsonl"):
-        read_runs(runs)
+    with pytest.raises(ResultsError, match=r"seed-1/metrics\.jsonl"):
+        read_runs(runs, CONTROL)
 
 
 def test_the_same_run_twice(runs: Path) -> None:
     path = runs / "d4rl/hopper-a/sft-q/seed-1/result.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"seed": 0}))
-    with pytest.raises(ReportError, match=r"seed-1 and .*seed-0 hold the same run"):
-        read_runs(runs)
+    with pytest.raises(ResultsError, match=r"seed-1 and .*seed-0 hold the same run"):
+        read_runs(runs, CONTROL)
 
 
 def test_missing_folder_and_no_runs(tmp_path: Path) -> None:
-    with pytest.raises(ReportError, match="is not a folder"):
-        read_runs(tmp_path / "nowhere")
-    with pytest.raises(ReportError, match="no finished run below"):
+    with pytest.raises(ResultsError, match="is not a folder"):
+        read_runs(tmp_path / "nowhere", CONTROL)
+    with pytest.raises(ResultsError, match="no finished run below"):
         write_report(tmp_path, tmp_path / "report")
     assert not (tmp_path / "report").exists()

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.report.__main__ import Report, main
 from benchmarks.report.language import read_recipes
 from benchmarks.report.page import write_report
-from benchmarks.report.runs import ReportError
+from benchmarks.results import ResultsError
 
 if TYPE_CHECKING:
     from tests.benchmarks.report.conftest import MakeRun
@@ -131,13 +131,13 @@ def test_unfinished_runs_are_told_and_counted_nowhere(
 
 def test_only_unfinished_runs_make_no_report(tmp_path: Path) -> None:
     (language_run(tmp_path, "sft", 0, 0.9) / "result.json").unlink()
-    with pytest.raises(ReportError, match=r"no finished run below .*\(1 unfinished\)"):
+    with pytest.raises(ResultsError, match=r"no finished run below .*\(1 unfinished\)"):
         write_report(tmp_path, tmp_path / "report")
 
 
 @pytest.mark.parametrize("within", ["sft", "sft/seed-0"])
 def test_a_folder_within_a_recipe_makes_no_report(language: Path, within: str) -> None:
-    with pytest.raises(ReportError, match="no finished run below"):
+    with pytest.raises(ResultsError, match="no finished run below"):
         write_report(language / "llm/sums" / within, language / "report")
 
 
@@ -146,6 +146,6 @@ def test_a_folder_within_a_recipe_makes_no_report(language: Path, within: str) -
 def test_a_damaged_file_names_its_run(language: Path, name: str, content: str) -> None:
     run = language / "llm/sums/sft/seed-1"
     (run / name).write_text(content)
-    with pytest.raises(ReportError, match=r"sft/seed-1.* (is not|holds no) .*run again"):
+    with pytest.raises(ResultsError, match=r"sft/seed-1.* (is|holds no) .*run again"):
         write_report(language, language / "report")
     assert not (language / "report").exists()

@@ -16,8 +16,8 @@ from benchmarks.report import curves
 from benchmarks.report.__main__ import Report, main
 from benchmarks.report.page import write_report
 from benchmarks.report.provenance import shareable
-from benchmarks.report.runs import read_runs
 from benchmarks.report.scores import cells
+from benchmarks.results import CONTROL, read_runs
 
 if TYPE_CHECKING:
     from tests.benchmarks.report.conftest import MakeRun
@@ -283,7 +283,7 @@ def test_critics_and_long_runs_are_drawn(tmp_path: Path, make_run: MakeRun) -> N
         make_run(tmp_path, "hopper-a", "iql", seed, 1.0, rows=rows, steps=1000)
         rows = [{"step": s, "log_prob": float(s), "normalized_score": 1.0} for s in (1, 5, 9)]
         make_run(tmp_path, "hopper-a", "bc", seed, 1.0, rows=rows, steps=10)
-    group = cells(read_runs(tmp_path))
+    group = cells(read_runs(tmp_path, CONTROL))
     figure = curves.training_curves(group)
     assert figure is not None
     assert [len(ax.lines) for ax in figure.axes] == [1, 1]

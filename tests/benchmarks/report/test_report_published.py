@@ -13,9 +13,9 @@ from benchmarks.d4rl.settings import is_algorithm
 from benchmarks.report import published
 from benchmarks.report.aggregates import aggregate
 from benchmarks.report.page import write_report
-from benchmarks.report.runs import read_runs
 from benchmarks.report.scores import cells
 from benchmarks.report.tables import score_grid
+from benchmarks.results import CONTROL, read_runs
 
 if TYPE_CHECKING:
     from tests.benchmarks.report.conftest import MakeRun
@@ -26,7 +26,7 @@ def test_numbers_only_in_their_columns_and_for_the_exact_name(
 ) -> None:
     for dataset in ("hopper-medium-replay-v2", "hopper-medium-replay", "hopper-replay"):
         make_run(tmp_path, dataset, "iw-sft-q", 0, 1.25)
-    grid = score_grid(cells(read_runs(tmp_path)))
+    grid = score_grid(cells(read_runs(tmp_path, CONTROL)))
     assert grid.columns[7:] == ["paper, Table 5", "paper, Table 2"]
     rows = {row[0]: row for row in grid.rows}
     assert rows["hopper-medium-replay-v2"][7].startswith("85.0 ± 4.1 [")
@@ -38,13 +38,13 @@ def test_numbers_only_in_their_columns_and_for_the_exact_name(
 
 
 def test_no_columns_without_a_match(runs: Path) -> None:
-    assert len(score_grid(cells(read_runs(runs))).columns) == 7
+    assert len(score_grid(cells(read_runs(runs, CONTROL))).columns) == 7
 
 
 def test_published_runs_enter_no_aggregate(tmp_path: Path, make_run: MakeRun) -> None:
     for seed in range(3):
         make_run(tmp_path, "hopper-medium-replay-v2", "sft-q", seed, 50.0)
-    aggregates = aggregate(cells(read_runs(tmp_path)))
+    aggregates = aggregate(cells(read_runs(tmp_path, CONTROL)))
     assert list(aggregates.estimates) == ["sft-q"]
     assert aggregates.estimates["sft-q"][0].point == pytest.approx(50.0)
 
@@ -83,7 +83,7 @@ def test_the_kitchen_experiment(tmp_path: Path, make_run: MakeRun) -> None:
         make_run(tmp_path, task, algo, 0, 1.0)
     make_run(tmp_path, "kitchen-partial-v0", "bc", 0, 1.0)
     make_run(tmp_path, "my-kitchen--to--kitchen-complete-v0", "sft-q", 0, 1.0)
-    grid = score_grid(cells(read_runs(tmp_path)))
+    grid = score_grid(cells(read_runs(tmp_path, CONTROL)))
     assert grid.columns[7:] == ["paper, Table 3"]
     found = {(row[0], row[1]): row[7].split(" [")[0] for row in grid.rows}
     name = "kitchen-partial -> complete"

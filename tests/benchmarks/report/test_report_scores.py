@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from benchmarks.report.runs import read_runs
 from benchmarks.report.scores import cells, uneven
+from benchmarks.results import CONTROL, read_runs
 
 if TYPE_CHECKING:
     from tests.benchmarks.report.conftest import CellOf, MakeRun
@@ -29,7 +29,7 @@ def test_seeds_that_were_run_differently_are_named(tmp_path: Path, make_run: Mak
     make_run(tmp_path, "hopper-a", "bc", 0, 1.0)
     make_run(tmp_path, "hopper-a", "bc", 1, 1.0, steps=7)
     make_run(tmp_path, "hopper-a", "bc", 2, 1.0, config={"settings": {"lr": 0.5, "seed": 2}})
-    assert uneven(cells(read_runs(tmp_path))) == [
+    assert uneven(cells(read_runs(tmp_path, CONTROL))) == [
         "hopper-a, BC: seeds differ in steps (100, 7)",
         "hopper-a, BC: seeds differ in lr (0.0001, 0.5)",
     ]

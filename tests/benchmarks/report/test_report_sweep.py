@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from benchmarks.report import figures
-from benchmarks.report.runs import read_runs
 from benchmarks.report.scores import cells
 from benchmarks.report.sweep import swept
 from benchmarks.report.tables import sweep_grid
+from benchmarks.results import CONTROL, read_runs
 
 if TYPE_CHECKING:
     from tests.benchmarks.report.conftest import MakeRun
@@ -47,7 +47,7 @@ def test_settings_scores_and_weights_at_the_end(tmp_path: Path, make_run: MakeRu
             make_run(root, "hopper-a", "iw-sft-q", seed, 60.0, config=settings, rows=rows(ess))
         # A single setting is no sweep.
         make_run(tmp_path, "cheetah-b", "iw-sft-q", seed, 1.0, config=config(1.0), rows=rows(0.9))
-    group = cells(read_runs(tmp_path))
+    group = cells(read_runs(tmp_path, CONTROL))
     assert [[row[1], *row[2:7], *row[8:]] for row in sweep_grid(swept(group)).rows] == [
         ["SFT(Q)", "-", "-", "all weights 1", "3", "31.0", "-", "-"],
         ["ess40/iw-SFT(Q)", "-", "0.4", "sync every 199", "3", "60.0", "0.4", "400"],
@@ -81,7 +81,7 @@ def test_what_differs_in_more_than_its_weights_is_a_sweep_of_its_own(
                 )
     # The only setting with this cut.
     make_run(tmp_path / "top30", "hopper-a", "iw-sft-q", 0, 1.0, config=config(1.0, cut=70.0))
-    found = swept(cells(read_runs(tmp_path)))
+    found = swept(cells(read_runs(tmp_path, CONTROL)))
     assert [(cell.algo, cell.mean) for _, cell in found] == [
         *(("top10/sft-q", 30.0), ("top10-k1/iw-sft-q", 31.0), ("top10-k10/iw-sft-q", 40.0)),
         *(("top50/sft-q", 70.0), ("top50-k1/iw-sft-q", 71.0), ("top50-k10/iw-sft-q", 80.0)),
@@ -97,7 +97,7 @@ def test_seeds_of_one_folder_with_several_settings_are_told_apart(
 ) -> None:
     for seed, k in enumerate((1.0, 1.0, 3.0)):
         make_run(tmp_path, "hopper-a", "iw-sft-q", seed, 10.0 * k, config=config(k), rows=rows(0.5))
-    found = sweep_grid(swept(cells(read_runs(tmp_path)))).rows
+    found = sweep_grid(swept(cells(read_runs(tmp_path, CONTROL)))).rows
     assert [(row[2], row[5], row[6], row[7]) for row in found] == [
         ("1", "2", "10.0", "- [1]"),
         ("3", "1", "30.0", "- [1]"),
@@ -109,7 +109,7 @@ def test_a_moving_average_is_named_by_its_decay(tmp_path: Path, make_run: MakeRu
         root = tmp_path / f"k{k:g}"
         settings = config(k, sync=1)
         make_run(root, "a", "iw-sft", 0, 1.0, config=settings, estimator="trajectories")
-    assert [row[4] for row in sweep_grid(swept(cells(read_runs(tmp_path)))).rows] == [
+    assert [row[4] for row in sweep_grid(swept(cells(read_runs(tmp_path, CONTROL)))).rows] == [
         "average, 0.99",
         "average, 0.99",
     ]
@@ -121,4 +121,4 @@ def test_algorithms_without_weights_of_trajectories_are_no_sweep(
 ) -> None:
     for k in (1.0, 2.0):
         make_run(tmp_path / f"k{k:g}", "hopper-a", algo, 0, 1.0, config=config(k))
-    assert swept(cells(read_runs(tmp_path))) == []
+    assert swept(cells(read_runs(tmp_path, CONTROL))) == []

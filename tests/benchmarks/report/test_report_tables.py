@@ -12,16 +12,16 @@ from rich.console import Console
 
 from benchmarks.report.aggregates import aggregate
 from benchmarks.report.names import dataset_label
-from benchmarks.report.runs import read_runs
 from benchmarks.report.scores import cells
 from benchmarks.report.tables import cost_grid, score_grid, score_table
+from benchmarks.results import CONTROL, read_runs
 
 if TYPE_CHECKING:
     from tests.benchmarks.report.conftest import CellOf, MakeRun
 
 
 def test_table_numbers(runs: Path) -> None:
-    grid = score_grid(cells(read_runs(runs)))
+    grid = score_grid(cells(read_runs(runs, CONTROL)))
     rows = {(row[0], row[1]): row for row in grid.rows}
     assert list(rows) == [
         ("cheetah-b", "SFT(Q)"),
@@ -35,7 +35,7 @@ def test_table_numbers(runs: Path) -> None:
 
 
 def test_cost(runs: Path) -> None:
-    rows = cost_grid(cells(read_runs(runs))).rows
+    rows = cost_grid(cells(read_runs(runs, CONTROL))).rows
     assert rows[0] == ["cheetah-b", "SFT(Q)", "100", "11.0", "5", "20", "5"]
 
 
@@ -44,10 +44,10 @@ def test_return_stands_in_where_there_is_no_reference_score(
 ) -> None:
     for seed in range(3):
         make_run(tmp_path, "own-data", "bc", seed, None)
-    grid = score_grid(cells(read_runs(tmp_path)))
+    grid = score_grid(cells(read_runs(tmp_path, CONTROL)))
     assert grid.rows[0][4] == "1001.0 [1]"
     assert "return" in grid.notes[0]
-    aggregates = aggregate(cells(read_runs(tmp_path)))
+    aggregates = aggregate(cells(read_runs(tmp_path, CONTROL)))
     assert aggregates.estimates == {}
 
 
@@ -56,7 +56,7 @@ def test_terminal_table_fits_80_columns(tmp_path: Path, make_run: MakeRun) -> No
         make_run(tmp_path, "hopper-medium-replay-v2", "iw-sft-q", seed, 80.0 + seed)
     console = Console(width=80)
     with console.capture() as capture:
-        console.print(score_table(read_runs(tmp_path)))
+        console.print(score_table(read_runs(tmp_path, CONTROL)))
     text = capture.get()
     assert max(map(len, text.splitlines())) <= 80
     assert "81.0" in text and "85.0 ± 4.1" in text and "83.0" in text and "…" not in text
@@ -71,7 +71,7 @@ def test_terminal_table_without_room_says_where_published_numbers_are(
             make_run(tmp_path, dataset, "td3-bc", seed, 81.0, published_steps=10**6)
     console = Console(width=80)
     with console.capture() as capture:
-        console.print(score_table(read_runs(tmp_path)))
+        console.print(score_table(read_runs(tmp_path, CONTROL)))
     text = capture.get()
     assert max(map(len, text.splitlines())) <= 80
     assert "81.0" in text and "0.50" in text and "…" not in text
@@ -103,7 +103,7 @@ def test_seeds_of_other_settings_are_marked_where_they_are_averaged(
             tmp_path, "hopper-a", "bc", seed, 1.0, episodes=20 + seed % 2,
             config={"versions": versions, "settings": {"fine_tuning": {"k": 1.0, "lr": seed / 2}}},
         )  # fmt: skip
-    grid = score_grid(cells(read_runs(tmp_path)))
+    grid = score_grid(cells(read_runs(tmp_path, CONTROL)))
     assert grid.rows[0][3:5] == ["20/21", "1.0 [1][2][3]"]
     assert grid.notes[:3] == [
         "Seeds differ in episodes (20, 21).",
@@ -118,7 +118,7 @@ def test_success_rate_where_results_have_it(tmp_path: Path, make_run: MakeRun) -
         make_run(tmp_path, "door", "iql", seed, 1.0, success_rate=rate)
         make_run(tmp_path, "door", "bc", seed, 1.0, **({"success_rate": 0.5} if seed else {}))
         make_run(tmp_path, "hopper-a", "bc", seed, 1.0)
-    grid = score_grid(cells(read_runs(tmp_path)))
+    grid = score_grid(cells(read_runs(tmp_path, CONTROL)))
     assert grid.columns[7:] == ["success", "interval of success"]
     bc, iql, none = (row[7:] for row in grid.rows)
     means = [np.mean(draw) for draw in itertools.product(rates, repeat=3)]
@@ -129,7 +129,7 @@ def test_success_rate_where_results_have_it(tmp_path: Path, make_run: MakeRun) -
 
 
 def test_no_success_column_where_no_result_has_one(runs: Path) -> None:
-    assert "success" not in score_grid(cells(read_runs(runs))).columns
+    assert "success" not in score_grid(cells(read_runs(runs, CONTROL))).columns
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_fewer_updates_than_published_are_said(
     more = {} if published is None else {"published_steps": published}
     for seed in range(3):
         make_run(tmp_path, "hopper-a", "iql", seed, 1.0, steps=steps, **more)
-    group = cells(read_runs(tmp_path))
+    group = cells(read_runs(tmp_path, CONTROL))
     notes = [] if words is None else [words]
     mark = "" if words is None else " [1]"
     scores, costs = score_grid(group), cost_grid(group)
@@ -161,7 +161,7 @@ def test_cost_of_reference_and_evaluation(tmp_path: Path, make_run: MakeRun) -> 
         known = {"evaluation_cpu_seconds": 2.0, "reference_cpu_seconds": 30.0 + seed}
         make_run(tmp_path, "hopper-a", "sft", seed, 1.0, **known)
         make_run(tmp_path, "hopper-a", "iql", seed, 1.0)
-    grid = cost_grid(cells(read_runs(tmp_path)))
+    grid = cost_grid(cells(read_runs(tmp_path, CONTROL)))
     assert grid.columns[4:] == [
         "CPU seconds",
         "of them evaluation",
@@ -181,7 +181,7 @@ def test_the_order_is_the_paper_s(tmp_path: Path, make_run: MakeRun) -> None:
     for algo in sorted(order):
         variant, _, name = algo.rpartition("/")
         make_run(tmp_path / variant, "hopper-a", name, 0, 1.0)
-    group = cells(read_runs(tmp_path))
+    group = cells(read_runs(tmp_path, CONTROL))
     assert [cell.algo for cell in group] == order
     assert [row[1] for row in score_grid(group).rows] == [
         *("BC", "BC-10%", "AWAC", "TD3+BC", "CQL", "IQL", "DT", "SFT", "SFT(Q)", "iw-SFT"),

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report.runs import Run
 from benchmarks.report.scores import cells
 from benchmarks.report.tables import NOTHING, weight_grid
+from benchmarks.results import FinishedRun
 
 
-def run(seed: int, algo: str, metrics: list[dict[str, float]]) -> Run:
+def run(seed: int, algo: str, metrics: list[dict[str, float]]) -> FinishedRun:
     result: dict[str, Any] = {"dataset": "hopper", "algo": algo, "seed": seed}
     result |= {"normalized_score": 1.0, "return_mean": 1.0, "episodes": 1}
-    return Run(Path(f"{algo}/seed-{seed}"), "", result, {}, metrics)
+    return FinishedRun(Path(f"{algo}/seed-{seed}"), "", result, {}, metrics)
 
 
 def test_the_last_look_of_each_seed_is_averaged() -> None:

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.llm.evaluation.statistics import wilson
 from benchmarks.llm.kept import RECORD
 from benchmarks.llm.models import load
 from benchmarks.llm.recipes.arithmetic.base import VOCABULARY, BaseSettings, base_model
@@ -28,6 +27,7 @@ from benchmarks.llm.recipes.arithmetic.strategies import (
 )
 from benchmarks.llm.recipes.arithmetic.task import parse, problems, split_of
 from benchmarks.llm.recipes.recipe import Defaults, Evaluation, Prepared
+from benchmarks.statistics import wilson_interval
 from iwsft.datasets.text.rows import Row, read
 from iwsft.files import written_whole
 from iwsft.fingerprint import fingerprint
@@ -141,10 +141,10 @@ class ArithmeticRecipe:
         )
         return {
             "score": right / n,
-            "interval": wilson(right, n),
+            "interval": wilson_interval(right, n),
             "n": n,
             "greedy": right_greedy / n,
-            "greedy_interval": wilson(right_greedy, n),
+            "greedy_interval": wilson_interval(right_greedy, n),
             **{f"share_{name}": share for name, share in zip(STRATEGIES, chances, strict=True)},
             **{f"success_{name}": share for name, share in success.items()},
             "parses": sum(solution.verdict.parses for solution in sampled) / n,

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 from transformers import AutoTokenizer
 
-from benchmarks.llm.evaluation.statistics import wilson
 from benchmarks.llm.recipes.arithmetic.base import CONTEXT, VOCABULARY, tokenizer
 from benchmarks.llm.recipes.arithmetic.strategies import STRATEGIES, check, mixture
 from benchmarks.llm.recipes.arithmetic.task import (
@@ -25,6 +25,12 @@ from benchmarks.llm.recipes.arithmetic.task import (
 PROBLEM = Problem((7, 8, -9, 6))
 
 
+def wilson(count: int, of: int) -> tuple[float, float]:
+    """99.99 % interval of a share."""
+    interval = stats.binomtest(count, of).proportion_ci(0.9999, method="wilson")
+    return interval.low, interval.high
+
+
 def test_problems_are_what_python_computes() -> None:
     asked = problems(500, 0, "train")
     for problem in asked:
@@ -33,7 +39,7 @@ def test_problems_are_what_python_computes() -> None:
         assert parse(problem.prompt) == problem
         assert len(problem.terms) == TERMS and problem.answer in ANSWERS
         assert min(problem.values) >= 0
-    low, high = wilson(sum(problem.answer >= 20 for problem in asked), len(asked), 0.9999)
+    low, high = wilson(sum(problem.answer >= 20 for problem in asked), len(asked))
     assert low < 0.5 < high
 
 
@@ -62,7 +68,7 @@ def test_a_strategy_succeeds_as_often_as_it_says(name: str) -> None:
     asked = problems(3000, 5, "train")
     verdicts = [check(problem, STRATEGIES[name].write(problem, rng)) for problem in asked]
     assert all(verdict.strategy == name and verdict.parses for verdict in verdicts)
-    low, high = wilson(sum(verdict.score for verdict in verdicts), len(verdicts), 0.9999)
+    low, high = wilson(sum(verdict.score for verdict in verdicts), len(verdicts))
     assert low < STRATEGIES[name].success < high
 
 
@@ -73,7 +79,7 @@ def test_the_mixture_has_its_shares() -> None:
     pairs = zip(asked, texts, strict=True)
     counts = Counter(check(problem, text).strategy for problem, text in pairs)
     for name, strategy in STRATEGIES.items():
-        low, high = wilson(counts[name], len(asked), 0.9999)
+        low, high = wilson(counts[name], len(asked))
         assert low < strategy.share < high
     assert sum(strategy.share for strategy in STRATEGIES.values()) == pytest.approx(1)
 

@@ -1,0 +1,238 @@
+"""The one reader of run folders: `<benchmark>/<dataset>/<algo>/seed-<k>/` below a folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.runs import CONFIG, RESULT
+from iwsft import metrics
+
+CONTROL, LANGUAGE = "d4rl", "llm"
+_NUMBER = (int, float)
+_Kinds = dict[str, type | tuple[type, ...]]
+_ANY: _Kinds = {"dataset": str, "algo": str, "seed": int, "steps": int, "cpu_seconds": _NUMBER}
+# What a benchmark's `result.json` must hold.
+_REQUIRED: dict[str, _Kinds] = {
+    CONTROL: {**_ANY, "episodes": int, "return_mean": _NUMBER, "wall_seconds": _NUMBER},
+    LANGUAGE: {**_ANY, "score": _NUMBER, "score_name": str, "interval": list, "n": int},
+}
+_CONFIG: _Kinds = {"versions": dict, "hardware": dict, "command": str}
+
+
+class ResultsError(ValueError):
+    """A run folder that cannot be read; the message names the file."""
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run with a result.
+
+    Attributes:
+        folder: Its folder.
+        variant: Folders between the folder that was read and the benchmark's, such as ``authors``
+            of ``runs/authors/d4rl/...``; empty for ``runs/d4rl/...``.
+        result: ``result.json``.
+        config: ``config.json``; empty where the file is missing.
+        metrics: Rows of ``metrics.jsonl``; empty where the file is missing.
+    """
+
+    folder: Path
+    variant: str
+    result: dict[str, Any]
+    config: dict[str, Any]
+    metrics: list[dict[str, float]]
+
+    @property
+    def dataset(self) -> str:
+        """The dataset, or the recipe of a language run."""
+        return self.result["dataset"]
+
+    @property
+    def algo(self) -> str:
+        """The algorithm; runs of a variant are an algorithm of their own, ``variant/algo``."""
+        return _join(self.variant, self.result["algo"])
+
+    @property
+    def seed(self) -> int:
+        """The seed."""
+        return self.result["seed"]
+
+    @property
+    def score(self) -> float | None:
+        """D4RL-normalised score of the last policy, mean over its episodes."""
+        return self.result.get("normalized_score")
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Packages that trained and scored the run."""
+        return {**self.config.get("versions", {}), **self.result.get("versions", {})}
+
+
+@dataclass(frozen=True)
+class UnfinishedRun:
+    """A run without a result: it was cut off, it failed, or it is still running.
+
+    Attributes:
+        folder: Its folder.
+        variant: See :attr:`FinishedRun.variant`.
+        dataset: The dataset, from the folder's name, as are ``algo`` (see
+            :attr:`FinishedRun.algo`) and ``seed``.
+        step: The last update that it logged; 0 for none.
+        steps: The updates of a whole run, where ``config.json`` says so.
+    """
+
+    folder: Path
+    variant: str
+    dataset: str
+    algo: str
+    seed: int
+    step: int
+    steps: int | None
+
+
+def read_runs(folder: str | Path, benchmark: str) -> list[FinishedRun]:
+    """Read all finished runs of a benchmark below ``folder``, sorted by path.
+
+    Args:
+        folder: Folder that ``--out`` of the runs named, or a part of it.
+        benchmark: ``CONTROL`` or ``LANGUAGE``.
+
+    Raises:
+        ResultsError: a file is not what a run writes, or two folders hold the same run.
+    """
+    root = Path(folder)
+    runs: dict[tuple[str, str, int], FinishedRun] = {}
+    for path in _folders(root):
+        if not (path / RESULT).exists():
+            continue
+        result = _read_json(path / RESULT)
+        _check_entries(path / RESULT, result, {"benchmark": str})
+        # The entry decides, as folders may be copied under another name.
+        if result["benchmark"] != benchmark:
+            continue
+        run = _read_run(path, result, root)
+        key = run.dataset, run.algo, run.seed
+        if key in runs:
+            raise ResultsError(
+                f"{path} and {runs[key].folder} hold the same run ({run.dataset}, {run.algo}, "
+                f"seed {run.seed}): remove one of them"
+            )
+        runs[key] = run
+    return list(runs.values())
+
+
+def unfinished_runs(folder: str | Path, benchmark: str) -> list[UnfinishedRun]:
+    """Read all runs of a benchmark below ``folder`` that have no result, sorted by path.
+
+    Raises:
+        ResultsError: a file is not what a run writes.
+    """
+    root = Path(folder)
+    runs = []
+    for path in _folders(root):
+        name, dataset, algo, seed = path.absolute().parts[-4:]
+        if name != benchmark or (path / RESULT).exists():
+            continue
+        rows = _read_metrics(path)
+        variant = _variant(path, root)
+        runs.append(
+            UnfinishedRun(
+                folder=path,
+                variant=variant,
+                dataset=dataset,
+                algo=_join(variant, algo),
+                seed=int(seed.removeprefix("seed-")),
+                step=int(rows[-1]["step"]) if rows else 0,
+                steps=_planned_steps(_read_config(path)),
+            )
+        )
+    return runs
+
+
+def _planned_steps(config: dict[str, Any]) -> int | None:
+    """Updates of a control run's training, without those of its reference policy."""
+    settings = config.get("settings", {})
+    for part in ("fine_tuning", "cloning", "baseline"):
+        if part in settings:
+            return settings[part].get("steps")
+    return None
+
+
+def _folders(root: Path) -> list[Path]:
+    if not root.is_dir():
+        raise ResultsError(f"{root} is not a folder: pass the folder that --out of the runs named")
+    return sorted(path for path in (root, *root.rglob("seed-*")) if _is_run(path))
+
+
+def _is_run(path: Path) -> bool:
+    # The reference policies of the runs are in folders seed-<k>-<key>.
+    return re.fullmatch(r"seed-\d+", path.name) is not None and any(
+        (path / name).exists() for name in (CONFIG, RESULT, metrics.FILE)
+    )
+
+
+def _variant(folder: Path, root: Path) -> str:
+    return "/".join(folder.relative_to(root).parts[:-4])
+
+
+def _join(variant: str, name: str) -> str:
+    return f"{variant}/{name}" if variant else name
+
+
+def _read_run(folder: Path, result: dict[str, Any], root: Path) -> FinishedRun:
+    path = folder / RESULT
+    _check_entries(path, result, _REQUIRED[result["benchmark"]])
+    for key in ("normalized_score", "return_mean", "score"):
+        value = result.get(key)
+        if value is not None and not (isinstance(value, _NUMBER) and math.isfinite(value)):
+            raise ResultsError(f"{path}: {key!r} is {value!r}, not a number")
+    rate = result.get("success_rate")
+    if rate is not None and not (isinstance(rate, _NUMBER) and 0 <= rate <= 1):
+        raise ResultsError(f"{path}: 'success_rate' is {rate!r}, not a share of the episodes")
+    config = _read_config(folder)
+    if (folder / CONFIG).exists():
+        _check_entries(folder / CONFIG, config, _CONFIG)
+    return FinishedRun(folder, _variant(folder, root), result, config, _read_metrics(folder))
+
+
+def _check_entries(path: Path, content: dict[str, Any], kinds: _Kinds) -> None:
+    for key, kind in kinds.items():
+        if not isinstance(content.get(key), kind):
+            raise ResultsError(
+                f"{path}: {key!r} is {content.get(key, 'missing')!r}; "
+                "remove the folder and run again"
+            )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    return _read_json(path) if path.exists() else {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ResultsError(
+            f"{path} is not JSON ({error}): remove its folder and run again"
+        ) from error
+    if not isinstance(value, dict):
+        raise ResultsError(f"{path} holds no JSON object: remove its folder and run again")
+    return value
+
+
+def _read_metrics(folder: Path) -> list[dict[str, float]]:
+    path = folder / metrics.FILE
+    if not path.exists():
+        return []
+    try:
+        return metrics.read(path)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ResultsError(
+            f"{path} has a row that is not JSON ({error}): remove the row, or the folder"
+        ) from error
