@@ -89,6 +89,7 @@ def score(grades: Sequence[Grades], generations: Sequence[Generation], seed: int
     """
     n = len(grades[0].right)
     shares = np.array([np.mean(each.right) for each in grades])
+    interval: tuple[Any, Any]
     if n == 1 or shares.max() == 0 or shares.min() == 1:
         interval, method = wilson_interval(int(shares.sum()), len(grades)), "wilson"
     else:
