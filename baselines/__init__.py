@@ -8,7 +8,7 @@
     learner = iql.build(dataset.trajectories, settings, seed=0)
     fit(learner.loss, learner.sampler, learner.schedule, updater=learner.updater)
 
-See ``docs/extending.md`` for a new one.
+``docs/extending.md`` says how to add one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from baselines.learner import Baseline, Learner
 
 __all__ = ["BASELINES", "Baseline", "Learner", "algorithm"]
 
-# name -> the module that is the algorithm; imported where it is used
+# The module of each algorithm; it is imported when it is used.
 BASELINES = {
     "awac": "baselines.awac",
     "iql": "baselines.iql",
@@ -30,10 +30,10 @@ BASELINES = {
 
 
 def algorithm(name: str) -> Baseline:
-    """The module of a name in ``BASELINES``.
+    """Return the module of a name in ``BASELINES``.
 
     Raises:
-        ValueError: a name that is not there.
+        ValueError: An unknown name.
     """
     if name not in BASELINES:
         raise ValueError(f"unknown baseline {name!r}; there are {', '.join(BASELINES)}")

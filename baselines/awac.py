@@ -27,15 +27,15 @@ class Settings:
     """Settings of a run; the defaults are CORL's for locomotion.
 
     Args:
-        steps: updates.
-        batch_size: transitions of an update.
-        lr: Adam's, of all networks, constant.
-        gamma: discount.
-        tau: share of the Q-networks in their targets' moving average.
-        temperature: lambda, by which advantages are divided.
-        max_weight: clip of the weight exp(advantage / lambda).
-        hidden: units of the hidden layers of all networks.
-        rewards: see :func:`baselines.rewards.transformed`.
+        steps: Number of updates.
+        batch_size: Transitions of an update.
+        lr: Constant learning rate of Adam, for all networks.
+        gamma: Discount factor.
+        tau: Share of the Q-networks in their targets' moving average.
+        temperature: lambda, the divisor of advantages.
+        max_weight: Upper limit of the weight exp(advantage / lambda).
+        hidden: Units of the hidden layers of all networks.
+        rewards: Change of the rewards, see :func:`baselines.rewards.transformed`.
     """
 
     steps: int = 1_000_000
@@ -57,18 +57,18 @@ class AWACLoss(LossModule):
     """AWAC: clipped double Q of the policy's own actions, and weighted likelihood of the data's.
 
     ``loss_qvalue = mean sum_e (Q_e(s, a) - r - gamma min_e Q'_e(s', a'))^2``, a' ~ pi(s'), Q' the
-    targets, without the bootstrap where the episode terminated;
+    targets, without the bootstrap where the episode terminated.
     ``loss_actor = - mean w log pi(a|s)``, ``w = min(exp(A / temperature), max_weight)``,
     ``A = min_e Q_e(s, a) - min_e Q_e(s, a'')``, a'' ~ pi(s): one draw for V(s) (the paper,
     Section 4). Weights and targets carry no gradient. Both losses are taken at the same parameters.
 
     Args:
-        actor_network: a TorchRL ``ProbabilisticActor``.
-        qvalue_network: independently initialised networks of :mod:`baselines.critics`, E of them.
-        gamma: discount.
-        temperature: lambda.
-        max_weight: clip of the weight; infinity is the paper's equation.
-        action_range: the policy's actions are clamped to it, as an environment does.
+        actor_network: A TorchRL ``ProbabilisticActor``.
+        qvalue_network: E independently initialised networks of :mod:`baselines.critics`.
+        gamma: Discount factor.
+        temperature: lambda, the divisor of advantages.
+        max_weight: Upper limit of the weight; infinity is the paper's equation.
+        action_range: Range that the policy's actions are clamped to, as an environment does.
         reduction: ``"mean"``, ``"sum"``, or ``"none"``: both losses per transition, nothing else.
 
     Input keys: those of the networks (at ``next`` too), the action, ``("next", "reward")`` and
@@ -79,8 +79,8 @@ class AWACLoss(LossModule):
     Actions are drawn from torch's own generator, first a', then a''.
 
     Raises:
-        ValueError: settings out of range.
-        TypeError: a Q-network that is none of :mod:`baselines.critics`.
+        ValueError: Settings are out of range.
+        TypeError: A Q-network is not of :mod:`baselines.critics`.
 
     Examples:
         >>> loss = AWACLoss(policy, qvalue_networks(17, 6))
@@ -94,9 +94,9 @@ class AWACLoss(LossModule):
         """Keys that ``set_keys`` can change.
 
         Attributes:
-            action: the action taken, and the entry in which the Q-networks read one.
-            reward: of the step, under ``next``.
-            terminated: whether the episode ended in the step, under ``next``.
+            action: The action taken, which is also the entry that the Q-networks read.
+            reward: The reward of the step, under ``next``.
+            terminated: Whether the episode terminated in the step, under ``next``.
         """
 
         action: NestedKey = "action"
@@ -148,7 +148,7 @@ class AWACLoss(LossModule):
         )
 
     def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
-        """No value estimator takes part."""
+        """Do nothing: there is no value estimator."""
 
     def set_keys(self, **kwargs: NestedKey) -> None:
         """Set key names, see ``_AcceptedKeys``."""
@@ -157,7 +157,7 @@ class AWACLoss(LossModule):
 
     @property
     def in_keys(self) -> list[NestedKey]:
-        """Keys that a call needs; positional order of a call without TensorDict."""
+        """The keys that a call needs, in the order of a call without TensorDict."""
         if self._in_keys is None:
             action = self.tensor_keys.action
             read = [*self.actor_network.in_keys, *self.qvalue_network.in_keys]
@@ -172,7 +172,7 @@ class AWACLoss(LossModule):
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Both losses and diagnostics of a batch, see the class."""
+        """Return both losses and the diagnostics of a batch, see the class."""
         keys = self.tensor_keys
         following = tensordict.get("next")
         with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
@@ -218,7 +218,7 @@ class AWACLoss(LossModule):
         return dist.sample().clamp(*self.action_range)
 
     def _least(self, batch: TensorDictBase, action: Tensor, params: TensorDictParams) -> Tensor:
-        """The least Q of the ensemble at other actions."""
+        """Return the least Q of the ensemble at given actions ``[B]``."""
         read = [key for key in self.qvalue_network.in_keys if key != self.tensor_keys.action]
         inputs = batch.select(*read).set(self.tensor_keys.action, action)
         return values(self.qvalue_network, inputs, params).amin(0)
@@ -229,10 +229,10 @@ def _next(key: NestedKey) -> NestedKey:
 
 
 def published(dataset: str) -> tuple[Settings, str]:
-    """The settings of CORL's runs of AWAC for a dataset, and these words.
+    """Return the settings of CORL's runs of AWAC for a dataset, and their source in words.
 
-    CORL published both settings and scores on D4RL; 100 is its clip of the weight, which the paper
-    has not.
+    CORL published both settings and scores on D4RL. Its weights are clipped at 100; the paper's are
+    not clipped.
     """
     own = "CORL's configuration of AWAC (arXiv 2006.09359)"
     family = dataset.split("-")[0]
@@ -246,21 +246,21 @@ def published(dataset: str) -> tuple[Settings, str]:
 
 
 def policy(observation_dim: int, action_dim: int, settings: Settings) -> NormalizedPolicy:
-    """The Gaussian policy on normalised observations.
+    """Return the Gaussian policy on normalised observations.
 
-    Its mean is tanh of the last layer and its log-std at least -5; CORL's mean is the layer itself
-    and its log-std at least -20.
+    Its mean is the tanh of the last layer, and its log-std is at least -5. CORL's mean is the last
+    layer itself, and its log-std is at least -20.
     """
     actor = GaussianPolicy(observation_dim, action_dim, hidden=settings.hidden)
     return NormalizedPolicy(Normalization(observation_dim), actor)
 
 
 def build(trajectories: TensorDictBase, settings: Settings, *, seed: int) -> Learner:
-    """Networks, loss and sampler for packed trajectories with actions in [-1, 1].
+    """Return networks, loss and sampler for packed trajectories with actions in [-1, 1].
 
     Raises:
-        KeyError: an entry of a transition is missing.
-        ValueError: settings out of range, or entries that are not finite.
+        KeyError: An entry of a transition is missing.
+        ValueError: Settings are out of range, or entries are not finite.
     """
     torch.manual_seed(seed)
     sizes, device = check_transitions(trajectories)

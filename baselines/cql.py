@@ -22,10 +22,10 @@ from iwsft.samplers import TransitionSampler
 from iwsft.training import Schedule
 from iwsft.trajectory import REWARD
 
-# The multiplier of the penalty stays below this, as in the authors' code.
+# Upper limit of the penalty's multiplier, as in the authors' code.
 _MAX_MULTIPLIER = 1e6
-# On a CPU the critics run on so many rows at a time, whose activations stay in its cache: 8 % of
-# an update.
+# Rows that the critics take at a time on a CPU: their activations stay in its cache, which saves
+# 8 % of an update.
 _CACHED_ROWS = 1024
 
 
@@ -34,24 +34,24 @@ class Settings:
     """Settings of a run; the defaults are the published ones for locomotion.
 
     Args:
-        steps: updates.
-        batch_size: transitions of an update.
-        actor_lr: Adam's, of the actor and of the entropy's temperature.
-        critic_lr: Adam's, of the critics and of the penalty's multiplier.
-        gamma: discount.
-        tau: share of the critics in their targets' moving average.
+        steps: Number of updates.
+        batch_size: Transitions of an update.
+        actor_lr: Learning rate of Adam for the actor and for the entropy's temperature.
+        critic_lr: Learning rate of Adam for the critics and for the penalty's multiplier.
+        gamma: Discount factor.
+        tau: Share of the critics in their targets' moving average.
         min_q_weight: alpha, the weight of the conservative penalty.
-        actions: drawn a state from each of: uniform, the policy there, the policy at the next
-            state.
-        lagrange_threshold: tau: with it, the penalty has a learned multiplier, which grows while
-            the penalty is above the threshold. None is without multiplier.
-        least_gap: a state's penalty, before the weight, is cut off below this; None cuts nothing.
-        max_q_backup: bootstrap from the best of ``actions`` draws in place of one draw.
-        actor_hidden: units of the hidden layers of the actor.
-        critic_hidden: units of the hidden layers of the critics.
-        normalize: states to mean 0 and standard deviation 1.
-        reward_scale: rewards are multiplied by it.
-        reward_shift: added to them after that.
+        actions: Number of actions per state from each of three distributions: uniform, the policy
+            at the state, the policy at the next state.
+        lagrange_threshold: Threshold of a learned multiplier of the penalty, which grows while the
+            penalty is above it (the paper's tau); None for no multiplier.
+        least_gap: Lower limit of a state's penalty, before the weight; None for no limit.
+        max_q_backup: Whether the bootstrap is the best of ``actions`` draws, not one draw.
+        actor_hidden: Units of the hidden layers of the actor.
+        critic_hidden: Units of the hidden layers of the critics.
+        normalize: Whether states are scaled to mean 0 and standard deviation 1.
+        reward_scale: Factor of the rewards.
+        reward_shift: Number added to the rewards after that.
     """
 
     steps: int = 1_000_000
@@ -95,15 +95,15 @@ class ConservativeLoss(CQLLoss):
     states and once at the next ones; nothing is written into the batch (no priorities). The
     critics are those of :mod:`baselines.critics`, actions are in [-1, 1].
 
-    Draws, from torch's own generator, in this order: 1 + ``num_random`` actions at the states,
-    1 + ``num_random`` at the next states (2 ``num_random`` with ``max_q_backup``), uniform ones.
+    It draws from torch's own generator, in this order: 1 + ``num_random`` actions at the states,
+    1 + ``num_random`` at the next states (2 ``num_random`` with ``max_q_backup``), uniform actions.
 
     Args:
-        actor: as in ``CQLLoss``.
-        critics: as in ``CQLLoss``.
-        lagrange_threshold: tau of the multiplier; None is without one.
-        least_gap: lower bound of a state's penalty, before its weight.
-        options: further arguments of ``CQLLoss``; not its ``with_lagrange``.
+        actor: The policy, as in ``CQLLoss``.
+        critics: The Q-networks, as in ``CQLLoss``.
+        lagrange_threshold: Threshold of the multiplier; None for no multiplier.
+        least_gap: Lower limit of a state's penalty, before its weight.
+        options: Further arguments of ``CQLLoss``, without its ``with_lagrange``.
     """
 
     SUPPORTED_VALUE_ESTIMATORS = (ValueEstimators.TD0,)
@@ -126,17 +126,17 @@ class ConservativeLoss(CQLLoss):
 
     @property
     def out_keys(self) -> list[str]:
-        """The losses, then detached numbers for the log."""
+        """The keys of the losses, then those of detached numbers for the log."""
         losses = ["loss_actor", "loss_qvalue", "loss_cql", "loss_alpha"]
-        seen = ["alpha", "entropy", "pred_value", "target_value", "cql_gap"]
+        numbers = ["alpha", "entropy", "pred_value", "target_value", "cql_gap"]
         if self.lagrange_threshold is not None:
             losses.append("loss_multiplier")
-            seen.append("multiplier")
-        return losses + seen
+            numbers.append("multiplier")
+        return losses + numbers
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """All losses at the same parameters, as in the authors' code."""
+        """Return all losses at the same parameters, as in the authors' code."""
         n = self.num_random
         dist = self._policy(tensordict)
         mine, log_prob = rsample_and_log_prob(dist)
@@ -158,7 +158,7 @@ class ConservativeLoss(CQLLoss):
             "loss_cql": excess.sum(0),
             "loss_alpha": -self.log_alpha * (log_prob.detach() + self.target_entropy),
         }
-        seen = {
+        diagnostics = {
             "alpha": alpha,
             "entropy": -log_prob.detach().mean(),
             "pred_value": q_data.detach().mean(),
@@ -170,18 +170,18 @@ class ConservativeLoss(CQLLoss):
             multiplier = self.log_multiplier.exp().clamp_max(_MAX_MULTIPLIER)
             losses["loss_cql"] = (multiplier.detach() * excess).sum(0)
             losses["loss_multiplier"] = -multiplier * excess.detach().mean(0)
-            seen["multiplier"] = multiplier.detach()
-        reduced = {name: self._reduce_loss(each, tensordict) for name, each in losses.items()}
+            diagnostics["multiplier"] = multiplier.detach()
+        reduced = {name: self._reduce_loss(loss, tensordict) for name, loss in losses.items()}
         if self.reduction == "none":
             return TensorDict(reduced, tensordict.batch_size)
-        return TensorDict(reduced | seen)
+        return TensorDict(reduced | diagnostics)
 
     def _policy(self, tensordict: TensorDictBase) -> Distribution:
         with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
             return self.actor_network.get_dist(tensordict.select(*self.actor_network.in_keys))
 
     def _target(self, tensordict: TensorDictBase, action: Tensor, log_prob: Tensor) -> Tensor:
-        """r + gamma min Q'(s', a'), ``[B]``; with ``max_q_backup`` each Q' at its best action."""
+        """Return r + gamma min Q'(s', a') ``[B]``; with ``max_q_backup`` each Q' at its best."""
         following = tensordict.get("next")
         value = self._values(following, action, self.target_qvalue_network_params)
         value = value.amax(1).amin(0)
@@ -197,7 +197,7 @@ class ConservativeLoss(CQLLoss):
         here: tuple[Tensor, Tensor],
         there: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """Q(s, a) of the data and the penalty of Eq. 4, ``[2, B]`` each.
+        """Return Q(s, a) of the data and the penalty of Eq. 4, ``[2, B]`` each.
 
         The log-sum-exp is the importance-sampled estimate of the paper, without the constant
         ``log(3 n)``: ``log sum_i exp Q(s, a_i) / density(a_i) - Q(s, a)``.
@@ -216,12 +216,12 @@ class ConservativeLoss(CQLLoss):
     def _values(
         self, tensordict: TensorDictBase, actions: Tensor, params: TensorDictBase
     ) -> Tensor:
-        """Q of actions ``[n, B, act]`` at the states of a batch ``[B]``: ``[2, n, B]``."""
+        """Return Q of actions ``[n, B, act]`` at the states of a batch ``[B]``: ``[2, n, B]``."""
         states = tensordict.select(*self.qvalue_network.in_keys, strict=False)
         on_cpu = actions.device.type == "cpu"
-        some = max(1, _CACHED_ROWS // len(states)) if on_cpu else len(actions)
+        size = max(1, _CACHED_ROWS // len(states)) if on_cpu else len(actions)
         parts = []
-        for part in actions.split(some):
+        for part in actions.split(size):
             inputs = states.expand(len(part), *states.shape).clone(False)
             inputs.set(self.tensor_keys.action, part)
             parts.append(values(self.qvalue_network, inputs, params))
@@ -229,7 +229,7 @@ class ConservativeLoss(CQLLoss):
 
 
 def published(dataset: str) -> tuple[Settings, str]:
-    """The published settings for a dataset, and where they come from."""
+    """Return the published settings for a dataset, and their source in words."""
     family = dataset.split("-")[0]
     if family in ("halfcheetah", "hopper", "walker2d"):
         return Settings(), "CORL's D4RL locomotion configuration"
@@ -238,7 +238,8 @@ def published(dataset: str) -> tuple[Settings, str]:
             Settings(),
             actor_lr=1e-4,
             min_q_weight=5.0,
-            # CORL's gap of 0.8 stands inside the weight, the paper's threshold outside.
+            # CORL's threshold 0.8 is for the gap before the weight of 5; the paper's is for the gap
+            # after it.
             lagrange_threshold=4.0,
             least_gap=-200.0,
             max_q_backup=True,
@@ -258,9 +259,9 @@ def published(dataset: str) -> tuple[Settings, str]:
 
 
 def policy(observation_dim: int, action_dim: int, settings: Settings) -> NormalizedPolicy:
-    """The tanh-Gaussian policy with a log-std for each state; its mean acts when deterministic.
+    """Return the tanh-Gaussian policy with a log-std for each state; without draws its mean acts.
 
-    Log-std around -1 at the start, in [-20, 2], and a last layer near 0, as in CORL.
+    As in CORL, log-std is in [-20, 2] and starts around -1, and the last layer starts near 0.
     """
     actor = GaussianPolicy(
         observation_dim,
@@ -278,11 +279,11 @@ def policy(observation_dim: int, action_dim: int, settings: Settings) -> Normali
 
 
 def build(trajectories: TensorDictBase, settings: Settings, *, seed: int) -> Learner:
-    """Networks, loss and sampler for packed trajectories with actions in [-1, 1].
+    """Return networks, loss and sampler for packed trajectories with actions in [-1, 1].
 
     Raises:
-        KeyError: an entry of a transition is missing.
-        ValueError: settings out of range, entries that are not finite.
+        KeyError: An entry of a transition is missing.
+        ValueError: Settings are out of range, or entries are not finite.
     """
     torch.manual_seed(seed)
     sizes, device = check_transitions(trajectories)
@@ -324,7 +325,7 @@ def build(trajectories: TensorDictBase, settings: Settings, *, seed: int) -> Lea
 
 
 def _start(critic: TensorDictModule) -> TensorDictModule:
-    """Orthogonal weights, with a last layer near 0, and biases 0, as in CORL."""
+    """Set orthogonal weights, a last layer near 0, and biases 0, as in CORL."""
     layers = [layer for layer in critic.modules() if isinstance(layer, nn.Linear)]
     for layer in layers:
         nn.init.orthogonal_(layer.weight, gain=0.01 if layer is layers[-1] else math.sqrt(2))

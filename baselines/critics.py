@@ -1,8 +1,8 @@
 """Value networks that the critics share: Q(s, a), V(s), and ensembles of them in one product.
 
-A network is TorchRL's: it reads ``observation`` (and ``action``), and writes ``state_action_value``
-(``state_value``), ``[*, 1]``. Each reads either its own parameters or those of several networks
-stacked along a first dimension, and then gives ``[E, *, 1]``.
+A network follows TorchRL's conventions: it reads ``observation`` (and ``action``), and writes
+``state_action_value`` (``state_value``) ``[*, 1]``. It uses its own parameters, or those of E
+networks stacked along a first dimension; then it writes ``[E, *, 1]``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from iwsft.trajectory import ACTION, NEXT_OBSERVATION, OBSERVATION, REWARD, vali
 
 STATE_ACTION_VALUE: NestedKey = "state_action_value"
 STATE_VALUE: NestedKey = "state_value"
-# A critic has diverged this far beyond any return that the rewards allow.
+# How many times any return that the rewards allow a critic must reach to count as diverged.
 _MARGIN = 10.0
 
 
@@ -30,11 +30,11 @@ class ValueMLP(nn.Module):
     """Linear layers with ReLU between them, one number out; inputs are concatenated.
 
     Args:
-        inputs: sizes of all inputs together.
-        hidden: units of the hidden layers.
+        inputs: Size of all inputs together.
+        hidden: Units of the hidden layers.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: A size is below 1.
     """
 
     def __init__(self, inputs: int, hidden: Sequence[int] = (256, 256)) -> None:
@@ -47,13 +47,13 @@ class ValueMLP(nn.Module):
         )
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """``[*, 1]``; with stacked parameters, ``[E, *, 1]``."""
+        """Return ``[*, 1]``; with stacked parameters, ``[E, *, 1]``."""
         parameters = [getattr(x, name) for x in self.layers for name in ("weight", "bias")]
         return self.evaluate(parameters, *inputs)
 
     @staticmethod
     def evaluate(parameters: Sequence[Tensor], *inputs: Tensor) -> Tensor:
-        """The same with other parameters: weight, bias, weight, bias, ..."""
+        """Return the same with given parameters: weight, bias, weight, bias, ..."""
         x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1)
         shape, stacked = x.shape[:-1], parameters[0].ndim == 3
         if stacked:
@@ -72,7 +72,7 @@ class ValueMLP(nn.Module):
 
 class _Linear(nn.Linear):
     def reset_parameters(self) -> None:
-        """As ``nn.Linear`` draws them; of stacked ones, each network its own."""
+        """Draw them as ``nn.Linear`` does, for each of stacked networks."""
         bound = 1 / math.sqrt(self.weight.shape[-1])
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
@@ -81,11 +81,11 @@ class _Linear(nn.Linear):
 def qvalue_network(
     observation_dim: int, action_dim: int, hidden: Sequence[int] = (256, 256)
 ) -> TensorDictModule:
-    """Q(s, a): reads ``observation`` and ``action``, writes ``state_action_value``.
+    """Return Q(s, a), which reads ``observation`` and ``action`` and writes ``state_action_value``.
 
-    Give a loss a *list* of independently made ones (:func:`qvalue_networks`): from a single one,
-    TorchRL makes the others by drawing each parameter anew, uniformly over its range, which is
-    another initialisation than the layer's own.
+    A loss should get a *list* of independently made networks (:func:`qvalue_networks`). From a
+    single network TorchRL makes the others by drawing each parameter uniformly over its range,
+    which is not the layer's own initialisation.
     """
     return TensorDictModule(
         ValueMLP(observation_dim + action_dim, hidden),
@@ -97,34 +97,34 @@ def qvalue_network(
 def qvalue_networks(
     observation_dim: int, action_dim: int, hidden: Sequence[int] = (256, 256), *, count: int = 2
 ) -> list[TensorDictModule]:
-    """Independently initialised Q-networks, an ensemble for a loss."""
+    """Return independently initialised Q-networks, an ensemble for a loss."""
     return [qvalue_network(observation_dim, action_dim, hidden) for _ in range(count)]
 
 
 def value_network(observation_dim: int, hidden: Sequence[int] = (256, 256)) -> TensorDictModule:
-    """V(s): reads ``observation``, writes ``state_value``."""
+    """Return V(s), which reads ``observation`` and writes ``state_value``."""
     return TensorDictModule(
         ValueMLP(observation_dim, hidden), in_keys=[OBSERVATION], out_keys=[STATE_VALUE]
     )
 
 
 def values(network: TensorDictModule, inputs: TensorDictBase, params: TensorDictParams) -> Tensor:
-    """The output of a network of this file with other parameters, without its last dimension 1.
+    """Return the output of a network with given parameters, without its last dimension 1.
 
-    It is what ``params.to_module(network)`` and a call give, or TorchRL's ``vmap`` over stacked
-    parameters, in a fraction of the time: no module is touched, and E networks are one batched
-    product.
+    The numbers are those of ``params.to_module(network)`` and a call, or of TorchRL's ``vmap`` over
+    stacked parameters. This takes a fraction of the time: no module is touched, and E networks are
+    one batched product.
 
     Args:
-        network: of this file.
-        inputs: batch size ``[*]``, with the network's inputs.
-        params: of one network, or of E, then with batch size ``[E]``.
+        network: A network of this file.
+        inputs: The network's inputs, with batch size ``[*]``.
+        params: Parameters of one network, or of E networks with batch size ``[E]``.
 
     Returns:
         ``[*]``, or ``[E, *]``.
 
     Raises:
-        TypeError: another network.
+        TypeError: The network is not of this file.
     """
     mlp = network.module
     if not isinstance(mlp, ValueMLP):
@@ -132,18 +132,18 @@ def values(network: TensorDictModule, inputs: TensorDictBase, params: TensorDict
             f"a network of baselines.critics is needed, not a {type(mlp).__name__}; TorchRL's own "
             "loss takes any"
         )
-    # By name: the order of a TensorDict's entries is no promise.
+    # By name, because the order of a TensorDict's entries is not guaranteed.
     layers = [params.get(("module", "layers", str(i))) for i in range(len(mlp.layers))]
     parameters = [layer.get(name) for layer in layers for name in ("weight", "bias")]
     return mlp.evaluate(parameters, *(inputs.get(key) for key in network.in_keys)).squeeze(-1)
 
 
 class TargetUpdate(SoftUpdate):
-    """TorchRL's ``SoftUpdate``, a tensor at a time: a third of its time on small networks.
+    """TorchRL's ``SoftUpdate``, one tensor at a time: a third of its time on small networks.
 
     Args:
-        loss: whose ``target_..._params`` follow.
-        tau: share of the networks in the moving average.
+        loss: The loss whose ``target_..._params`` follow.
+        tau: Share of the networks in the moving average.
     """
 
     def __init__(self, loss: LossModule, *, tau: float) -> None:
@@ -159,11 +159,11 @@ def check_transitions(trajectories: TensorDictBase) -> tuple[tuple[int, int], to
     """Check that a critic can learn from packed trajectories.
 
     Returns:
-        Sizes of observation and action, and the device.
+        The sizes of observation and action, and the device.
 
     Raises:
-        KeyError: an entry of a transition is missing.
-        ValueError: entries that are not finite.
+        KeyError: An entry of a transition is missing.
+        ValueError: Entries are not finite.
     """
     validate(trajectories, keys=(OBSERVATION, ACTION, NEXT_OBSERVATION, REWARD))
     observation, action = trajectories.get(OBSERVATION), trajectories.get(ACTION)
@@ -171,10 +171,10 @@ def check_transitions(trajectories: TensorDictBase) -> tuple[tuple[int, int], to
 
 
 def return_limit(trajectories: TensorDictBase, gamma: float) -> float:
-    """Absolute value beyond which a critic has diverged.
+    """Return the absolute value beyond which a critic has diverged.
 
-    Ten times the largest discounted return possible, ``max |r| / (1 - gamma)``, and ten on top for
-    what an untrained network gives where rewards are next to 0.
+    It is ten times the largest discounted return possible, ``max |r| / (1 - gamma)``, plus ten for
+    the outputs of an untrained network where rewards are close to 0.
     """
     if gamma >= 1:
         return math.inf

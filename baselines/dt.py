@@ -1,15 +1,15 @@
-"""Decision Transformer: actions that fit a wanted return (Chen et al. 2021, arXiv 2106.01345).
+"""Decision Transformer: actions for a target return (Chen et al. 2021, arXiv 2106.01345).
 
-A causal transformer reads the last K steps as (return-to-go, observation, action) and is trained
-by the squared error of the action that it predicts from each observation; to act, it is told the
-return that is wanted.
+A causal transformer reads the last K steps as (return-to-go, observation, action). It is trained on
+the squared error of the action that it predicts from each observation. To act, it gets a target
+return as the first return-to-go.
 
 Network and loss are TorchRL's (``DTActor``, ``DTLoss``), on a GPT-2 of transformers. TorchRL's
-network differs from the paper's in one thing: a token's place is its position *within the window*
-(GPT-2's learned position embedding), where the paper embeds the step of the episode. Windows
-therefore start at position 0, shorter ones are filled up behind instead of in front, and causal
-attention keeps what is behind from being seen. That equals filling up in front with an attention
-mask and positions counted from the first valid step.
+network differs from the paper's in one thing: it embeds the position of a token *within the window*
+(GPT-2's learned position embedding); the paper embeds the step of the episode. So windows start at
+position 0, and short windows are padded at the end, where causal attention does not see the
+padding. This equals padding at the start with an attention mask and positions counted from the
+first valid step.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ class Settings:
     """Settings of a run; the defaults are those of the paper's locomotion runs.
 
     Args:
-        steps: updates.
-        batch_size: windows of a batch.
-        lr: AdamW's learning rate after the warm-up.
-        warmup: share of the updates that is linear warm-up.
-        weight_decay: AdamW's, on all parameters.
-        clip_norm: of the gradient.
-        context: K, steps of a window.
-        layers: of the transformer.
-        heads: of its attention.
-        width: of its embeddings; its feed-forward layers have four times as many units.
-        dropout: on embeddings, attention and residuals.
-        target_return: that actions are conditioned on; None: the best return of the data.
-        return_scale: returns-to-go are divided by it; None: the largest absolute return-to-go of
-            the data.
+        steps: Number of updates.
+        batch_size: Windows of a batch.
+        lr: Learning rate of AdamW after the warm-up.
+        warmup: Share of the updates that is linear warm-up.
+        weight_decay: Weight decay of AdamW, on all parameters.
+        clip_norm: Upper limit of the gradient's norm.
+        context: K, the steps of a window.
+        layers: Layers of the transformer.
+        heads: Heads of its attention.
+        width: Width of its embeddings; its feed-forward layers have four times as many units.
+        dropout: Dropout of embeddings, attention and residuals.
+        target_return: Return that actions are conditioned on; None for the best of the data.
+        return_scale: Divisor of returns-to-go; None for the largest absolute return-to-go of the
+            data.
     """
 
     steps: int = 100_000
@@ -87,13 +87,13 @@ class Settings:
             raise ValueError(f"return_scale={self.return_scale} must be positive")
 
 
-# The table of hyperparameters in the paper's appendix.
+# From the table of hyperparameters in the paper's appendix.
 _TARGET_RETURNS = {"halfcheetah": 6000.0, "hopper": 3600.0, "walker2d": 5000.0}
 _RETURN_SCALE = 1000.0
 
 
 def published(dataset: str) -> tuple[Settings, str]:
-    """The published settings for a dataset, and the words for where they come from."""
+    """Return the published settings for a dataset, and their source in words."""
     paper = "Chen et al. 2021 (arXiv 2106.01345), appendix"
     # The table's warm-up of 10^5 updates is as long as the whole training of the authors' code.
     warmup = "warm-up over a tenth of the updates as in the authors' code"
@@ -113,13 +113,13 @@ def published(dataset: str) -> tuple[Settings, str]:
 class DTNetwork(nn.Module):
     """TorchRL's ``DTActor`` on normalised observations and scaled returns-to-go, under a tanh.
 
-    The mean and standard deviation of the observations and the scale are buffers: a saved network
-    carries them.
+    Mean and standard deviation of the observations and the scale are buffers, so that a saved
+    network has them.
 
     Args:
-        observation_dim: size of the observation.
-        action_dim: size of the action; actions are in [-1, 1].
-        settings: of the transformer, and the return scale.
+        observation_dim: Size of the observation.
+        action_dim: Size of the action; actions are in [-1, 1].
+        settings: Settings of the transformer, and the return scale.
 
     Raises:
         ImportError: transformers is not installed.
@@ -148,15 +148,15 @@ class DTNetwork(nn.Module):
         self.register_buffer("return_scale", torch.tensor(settings.return_scale or 1.0))
 
     def forward(self, observation: Tensor, action: Tensor, return_to_go: Tensor) -> Tensor:
-        """Predict the action of every step from what came before it, and from its observation.
+        """Predict the action of every step from earlier steps and from its own observation.
 
         Args:
-            observation: ``[n, T, obs]``.
-            action: ``[n, T, act]``; that of a step is seen by later steps only.
-            return_to_go: ``[n, T, 1]``, not yet scaled.
+            observation: Observations ``[n, T, obs]``.
+            action: Actions ``[n, T, act]``; only later steps see that of a step.
+            return_to_go: Returns-to-go ``[n, T, 1]``, not yet scaled.
 
         Returns:
-            ``[n, T, act]``.
+            The actions ``[n, T, act]``.
         """
         observation = self.normalization(observation)
         return torch.tanh(self.actor(observation, action, return_to_go / self.return_scale))
@@ -164,7 +164,7 @@ class DTNetwork(nn.Module):
 
 @contextmanager
 def _no_warnings_about_tokens() -> Iterator[None]:
-    """GPT-2's default text tokens are not in a vocabulary of one, and are not used either."""
+    """Silence a warning: GPT-2's default text tokens, not used here, are out of vocabulary."""
     logger = logging.getLogger("transformers.configuration_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -175,20 +175,20 @@ def _no_warnings_about_tokens() -> Iterator[None]:
 
 
 class DTPolicy(TensorDictModuleBase):
-    """Acts with a :class:`DTNetwork`, one step at a time, for the return ``target_return``.
+    """A policy that acts with a :class:`DTNetwork`, one step at a time, for a target return.
 
-    Row i of the batch is one environment, step after step: its last K observations, actions and
-    returns-to-go are kept here, forgotten where ``is_init`` is set, and no part of the
-    ``state_dict``. The return-to-go starts at the target and loses each reward. The history holds
+    Row i of the batch is one environment in every call. The policy keeps its last K observations,
+    actions and returns-to-go, and forgets them where ``is_init`` is set. They are not part of the
+    ``state_dict``. The return-to-go starts at the target and falls by each reward. The history has
     the policy's own actions, so they should be in the environment's bounds.
 
-    Reads ``observation`` ``[n, obs]``, ``is_init`` bool ``[n, 1]`` and ``reward`` ``[n, 1]``, what
-    the last action brought; writes ``action`` ``[n, act]``.
+    It reads ``observation`` ``[n, obs]``, ``is_init`` bool ``[n, 1]`` and ``reward`` ``[n, 1]`` of
+    the last action, and writes ``action`` ``[n, act]``.
 
     Args:
-        network: predicts actions; shared, not copied.
-        context: K, steps that it sees.
-        target_return: None leaves it to a loaded ``state_dict``.
+        network: Network that predicts actions; it is shared, not copied.
+        context: K, the number of steps that the network sees.
+        target_return: The target return; None leaves it to a loaded ``state_dict``.
     """
 
     target_return: Tensor
@@ -219,7 +219,7 @@ class DTPolicy(TensorDictModuleBase):
         """Append a step to the history of each row, and write its action.
 
         Raises:
-            ValueError: there is no target return, or a history is asked for that is not kept.
+            ValueError: There is no target return, or a row continues that has no history here.
         """
         observation = tensordict.get(OBSERVATION)
         first = tensordict.get(IS_INIT).reshape(-1, 1)
@@ -231,8 +231,8 @@ class DTPolicy(TensorDictModuleBase):
 
         full = (self._filled == self.context)[:, None, None]
         at = self._filled.clamp(max=self.context - 1)
-        news = (observation, torch.zeros_like(self._actions[:, 0]), return_to_go)
-        for window, new in zip(self._windows, news, strict=True):
+        step = (observation, torch.zeros_like(self._actions[:, 0]), return_to_go)
+        for window, new in zip(self._windows, step, strict=True):
             window.copy_(torch.where(full, window.roll(-1, 1), window))
             window[rows, at] = new
         action = self.network(*self._windows)[rows, at]
@@ -268,7 +268,7 @@ class DTPolicy(TensorDictModuleBase):
 
 
 def policy(observation_dim: int, action_dim: int, settings: Settings) -> DTPolicy:
-    """An untrained policy, whose ``state_dict`` fits that of a trained one.
+    """Return an untrained policy, which can load the ``state_dict`` of a trained one.
 
     Raises:
         ImportError: transformers is not installed.
@@ -278,13 +278,13 @@ def policy(observation_dim: int, action_dim: int, settings: Settings) -> DTPolic
 
 
 def build(trajectories: TensorDictBase, settings: Settings, *, seed: int) -> Learner:
-    """Network, loss and sampler for packed trajectories, on their device.
+    """Return network, loss and sampler for packed trajectories, on their device.
 
     Raises:
         ImportError: transformers is not installed.
-        KeyError: observation, action or reward is missing.
-        ValueError: trajectories that :class:`baselines.windows.WindowSampler` refuses, or rewards
-            that are all 0: there is no return to tell actions apart by.
+        KeyError: Observation, action or reward is missing.
+        ValueError: :class:`baselines.windows.WindowSampler` refuses the trajectories, or all
+            rewards are 0, so that there is no return to condition actions on.
     """
     torch.manual_seed(seed)
     sampler = WindowSampler(trajectories, settings.batch_size, context=settings.context, seed=seed)
@@ -306,7 +306,7 @@ def build(trajectories: TensorDictBase, settings: Settings, *, seed: int) -> Lea
 
 
 def _fit_to(acting: DTPolicy, trajectories: TensorDictBase, settings: Settings) -> None:
-    """Set what hangs on the data: the observations' scale, the returns', the target."""
+    """Set what depends on the data: the scales of observations and returns, and the target."""
     network = acting.network
     network.normalization.load_state_dict(Normalization.of(trajectories).state_dict())
     to_go = returns_to_go(trajectories)

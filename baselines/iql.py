@@ -26,7 +26,7 @@ from iwsft.policies import GaussianPolicy
 from iwsft.samplers import TransitionSampler
 from iwsft.training import Schedule
 
-# On the weight of the actor's loss: TorchRL's, and that of the authors' code.
+# Upper limit of the weight in the actor's loss, in TorchRL and in the authors' code.
 MAX_WEIGHT = 100.0
 
 
@@ -35,16 +35,16 @@ class Settings:
     """Settings of a run; the defaults are the published ones for locomotion.
 
     Args:
-        steps: updates.
-        batch_size: transitions of an update.
-        lr: Adam's, of all networks; the actor's falls to 0 along a cosine.
-        gamma: discount.
-        tau: share of the Q-networks in their targets' moving average.
-        expectile: of Q over the data's actions that V estimates; 0.5 is the mean.
-        temperature: beta, by which advantages are multiplied (an inverse temperature).
-        hidden: units of the hidden layers of all networks.
-        dropout: share of the policy's hidden units that an update leaves out.
-        rewards: see :func:`baselines.rewards.transformed`.
+        steps: Number of updates.
+        batch_size: Transitions of an update.
+        lr: Learning rate of Adam, for all networks; the actor's falls to 0 along a cosine.
+        gamma: Discount factor.
+        tau: Share of the Q-networks in their targets' moving average.
+        expectile: Expectile of Q over the data's actions that V estimates; 0.5 is the mean.
+        temperature: beta, the factor of advantages (an inverse temperature).
+        hidden: Units of the hidden layers of all networks.
+        dropout: Share of the policy's hidden units that an update leaves out.
+        rewards: Change of the rewards, see :func:`baselines.rewards.transformed`.
     """
 
     steps: int = 1_000_000
@@ -68,12 +68,12 @@ class Settings:
 
 
 class SharedIQLLoss(IQLLoss):
-    """TorchRL's ``IQLLoss``, with what its three losses share computed once.
+    """TorchRL's ``IQLLoss`` in less time: its three losses share their networks' outputs.
 
-    Same arguments, keys, parameters and values; ``loss_function="l2"`` is the paper's. Two losses
-    each need min Q at the targets and V(s), and Q-networks run in one batched product (those of
-    :mod:`baselines.critics`, which both critics must be). One output more, ``pred_value``, the mean
-    Q(s, a); nothing is written into the batch (no priorities).
+    Arguments, keys, parameters and values are TorchRL's; ``loss_function="l2"`` is the paper's.
+    min Q of the targets and V(s), which two losses need, are computed once, and all Q-networks run
+    in one batched product. So both critics must be networks of :mod:`baselines.critics`. The output
+    also has ``pred_value``, the mean Q(s, a). Nothing is written into the batch (no priorities).
 
     All losses are taken at the same parameters; the authors' code moves V first.
     """
@@ -83,7 +83,7 @@ class SharedIQLLoss(IQLLoss):
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """The losses of the actor (Eq. 7), of Q (Eq. 6) and V (Eq. 5), entropy and mean Q."""
+        """Return the losses of actor (Eq. 7), Q (Eq. 6) and V (Eq. 5), the entropy and mean Q."""
         value = values(self.value_network, tensordict, self.value_network_params)
         qvalues = values(self.qvalue_network, tensordict, self.qvalue_network_params)
         with torch.no_grad():
@@ -120,7 +120,7 @@ class SharedIQLLoss(IQLLoss):
 
 
 def published(dataset: str) -> tuple[Settings, str]:
-    """The published settings for a dataset, and where they come from."""
+    """Return the published settings for a dataset, and their source in words."""
     own = "IQL paper (arXiv 2110.06169) and its authors' code"
     family = dataset.split("-")[0]
     if family in ("halfcheetah", "hopper", "walker2d"):
@@ -136,9 +136,9 @@ def published(dataset: str) -> tuple[Settings, str]:
 
 
 def policy(observation_dim: int, action_dim: int, settings: Settings) -> GaussianPolicy:
-    """The Gaussian policy: tanh mean, log-std of its own in [-5, 2].
+    """Return the Gaussian policy: tanh mean, and a free log-std in [-5, 2].
 
-    Its layers start as torch's do, where the authors' start orthogonal.
+    Its layers start as torch's do; the authors' start orthogonal.
     """
     gaussian = GaussianPolicy(observation_dim, action_dim, hidden=settings.hidden)
     if settings.dropout:
@@ -150,12 +150,12 @@ def policy(observation_dim: int, action_dim: int, settings: Settings) -> Gaussia
 
 
 def build(trajectories: TensorDictBase, settings: Settings, *, seed: int) -> Learner:
-    """Networks, loss and sampler for packed trajectories with actions in [-1, 1].
+    """Return networks, loss and sampler for packed trajectories with actions in [-1, 1].
 
     Raises:
-        KeyError: an entry of a transition is missing.
-        ValueError: entries that are not finite, or returns all equal where rewards are scaled by
-            their range.
+        KeyError: An entry of a transition is missing.
+        ValueError: Entries are not finite, or rewards are to be scaled by the range of returns and
+            all returns are equal.
     """
     torch.manual_seed(seed)
     sizes, device = check_transitions(trajectories)

@@ -1,4 +1,4 @@
-"""What every baseline offers: settings, a policy to act with, and all that training it takes."""
+"""The interface of a baseline: settings, a policy that acts, and the parts of its training."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from iwsft.training import Sampler, Schedule
 
 @dataclass(frozen=True)
 class Learner:
-    """What :func:`iwsft.training.fit` takes, and the policy that it trains.
+    """The arguments of :func:`iwsft.training.fit`, and the policy that it trains.
 
     Attributes:
-        policy: for :func:`iwsft.evaluate`: reads ``observation`` as the environment gives it,
-            writes ``action`` in the environment's range. It shares its parameters with ``loss``.
-        loss: a TorchRL loss; the sum of its ``loss...`` outputs is minimised.
-        sampler: of its batches.
-        schedule: of the updates, or one for each network of the loss.
-        updater: of its target networks.
-        limits: of outputs of the loss, beyond which a critic has diverged.
+        policy: Policy for :func:`iwsft.evaluate`. It reads ``observation`` as the environment
+            gives it, writes ``action`` in the environment's range, and shares its parameters with
+            ``loss``.
+        loss: TorchRL loss; the sum of its ``loss...`` outputs is minimised.
+        sampler: Sampler of the batches.
+        schedule: Schedule of the updates, or one for each network of the loss.
+        updater: Updater of the target networks.
+        limits: Limits of the loss's outputs, beyond which a critic has diverged.
     """
 
     policy: TensorDictModuleBase
@@ -39,24 +40,24 @@ class Learner:
 class Baseline(Protocol):
     """A module of this package: one algorithm.
 
-    Its ``Settings`` are a frozen dataclass of plain values, with ``steps`` (the published number
-    of updates) among them.
+    Its ``Settings`` are a frozen dataclass of plain values, one of which is ``steps``, the
+    published number of updates.
     """
 
     @property
     def Settings(self) -> type[Any]:
-        """The settings' dataclass."""
+        """The dataclass of the settings."""
 
     def published(self, dataset: str) -> tuple[Any, str]:
-        """The published settings for a dataset, and the words for where they come from."""
+        """Return the published settings for a dataset, and their source in words."""
 
     def policy(self, observation_dim: int, action_dim: int, settings: Any) -> TensorDictModuleBase:
-        """An untrained policy, whose ``state_dict`` fits that of a trained one."""
+        """Return an untrained policy, which can load the ``state_dict`` of a trained one."""
 
     def build(self, trajectories: TensorDictBase, settings: Any, *, seed: int) -> Learner:
-        """Networks, loss and sampler for packed trajectories, on their device.
+        """Return networks, loss and sampler for packed trajectories, on their device.
 
         Raises:
-            KeyError: an entry that the algorithm learns from is not there.
-            ValueError: settings out of range, or data that it can't learn from.
+            KeyError: An entry that the algorithm learns from is missing.
+            ValueError: Settings are out of range, or the algorithm can't learn from the data.
         """

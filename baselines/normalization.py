@@ -1,4 +1,4 @@
-"""States to mean 0 and standard deviation 1: once in the training data, and when the policy acts.
+"""Scaling of states to mean 0 and standard deviation 1, in the training data and in the policy.
 
 TD3+BC (arXiv 2106.06860, Section 5) normalises each feature over the dataset,
 ``(s - mean) / (std + 1e-3)``.
@@ -18,11 +18,12 @@ _LEAST_STD = 1e-3
 
 
 class Normalization(nn.Module):
-    """``(observation - mean) / std``, each feature by itself; mean and std are in the state_dict.
+    """``(observation - mean) / std`` of each feature; mean and std are in the state_dict.
+
+    A new one has mean 0 and std 1, and so changes nothing.
 
     Args:
-        observation_dim: size of the observation. A new one has mean 0 and std 1: it changes
-            nothing.
+        observation_dim: Size of the observation.
     """
 
     mean: Tensor
@@ -34,17 +35,13 @@ class Normalization(nn.Module):
         self.register_buffer("std", torch.ones(observation_dim))
 
     def forward(self, observation: Tensor) -> Tensor:
-        """Normalised observations ``[*, obs]``."""
+        """Return the normalised observations ``[*, obs]``."""
         return (observation - self.mean) / self.std
 
     @classmethod
     def of(cls, trajectories: TensorDictBase) -> Normalization:
-        """That of the observations of packed trajectories, over all their valid steps.
-
-        Raises:
-            KeyError: trajectories without observations.
-        """
-        observation = _entry(trajectories, OBSERVATION)
+        """Return the normalization of packed trajectories, over all their valid steps."""
+        observation = trajectories.get(OBSERVATION)
         # In float64: the variance of a feature far from 0 cancels in float32.
         steps = observation[Segments.of(trajectories).valid].double()
         out = cls(observation.shape[-1]).to(observation)
@@ -54,25 +51,21 @@ class Normalization(nn.Module):
 
 
 def normalized(trajectories: TensorDictBase, normalization: Normalization) -> TensorDictBase:
-    """The same trajectories with observations and next observations normalised.
+    """Return a shallow copy with normalised observations and next observations.
 
-    Returns:
-        A shallow copy with observations of its own; those given stay as they are.
-
-    Raises:
-        KeyError: trajectories without observations or next observations.
+    The trajectories given stay as they are.
     """
     out = trajectories.copy()
     for key in (OBSERVATION, NEXT_OBSERVATION):
-        out.set(key, normalization(_entry(trajectories, key)))
+        out.set(key, normalization(trajectories.get(key)))
     return out
 
 
 class NormalizedPolicy(TensorDictModuleBase):
     """The policy of an actor that was trained on normalised observations.
 
-    It reads ``observation`` as the environment gives it, leaves it as it is, and writes
-    ``action``; its state_dict holds mean and std beside the parameters, which are the actor's.
+    It reads ``observation`` as the environment gives it, does not change it, and writes ``action``.
+    Its parameters are the actor's; its state_dict has also mean and std.
     """
 
     def __init__(self, normalization: Normalization, actor: TensorDictModuleBase) -> None:
@@ -87,13 +80,3 @@ class NormalizedPolicy(TensorDictModuleBase):
         inner = tensordict.select(OBSERVATION)
         inner.set(OBSERVATION, self.normalization(inner.get(OBSERVATION)))
         return tensordict.set(ACTION, self.actor(inner).get(ACTION))
-
-
-def _entry(trajectories: TensorDictBase, key: str | tuple[str, ...]) -> Tensor:
-    value = trajectories.get(key, default=None)
-    if value is None:
-        raise KeyError(
-            f"{key!r} is missing; a critic learns from transitions: there are "
-            f"{sorted(map(str, trajectories.keys(True, True)))}"
-        )
-    return value

@@ -1,4 +1,4 @@
-"""Rewards as the published runs of the critic methods change them before training."""
+"""Changes of the rewards that the published runs of critics make before training."""
 
 from __future__ import annotations
 
@@ -14,26 +14,18 @@ Rewards = Literal["as they are", "return range", "minus one"]
 
 
 def transformed(trajectories: TensorDictBase, rewards: Rewards) -> TensorDictBase:
-    """The same packed trajectories with rewards changed; those given stay as they are.
+    """Return a shallow copy with changed rewards; the trajectories given stay as they are.
 
     Args:
-        trajectories: packed, with rewards.
-        rewards: ``"as they are"``; ``"return range"``: times 1000 / (largest - least return of a
-            trajectory), so that returns of all datasets span 1000 (IQL on locomotion);
-            ``"minus one"``: -1 a step until the goal, where there 1 was given (IQL on antmaze).
-
-    Returns:
-        A shallow copy with rewards of its own.
+        trajectories: Packed trajectories with rewards.
+        rewards: ``"as they are"`` changes nothing. ``"return range"`` multiplies rewards by
+            1000 / (largest - least return of a trajectory), so that the returns of every dataset
+            span 1000 (IQL on locomotion). ``"minus one"`` subtracts 1 from each reward: 0 at the
+            goal and -1 at every other step, where the data have 1 and 0 (IQL on antmaze).
 
     Raises:
-        KeyError: trajectories without rewards.
-        ValueError: returns that are all equal, by which nothing can be scaled; an unknown name.
+        ValueError: The name is unknown, or rewards are to be scaled and all returns are equal.
     """
-    if REWARD not in trajectories.keys(True):
-        raise KeyError(
-            f"{REWARD!r} is missing; a critic learns from rewards: there are "
-            f"{sorted(map(str, trajectories.keys(True, True)))}"
-        )
     if rewards not in _CHANGES:
         raise ValueError(f"rewards must be one of {', '.join(_CHANGES)}, not {rewards!r}")
     out = trajectories.copy()
@@ -42,7 +34,7 @@ def transformed(trajectories: TensorDictBase, rewards: Rewards) -> TensorDictBas
 
 
 def clipped_actions(trajectories: TensorDictBase, margin: float = 1e-5) -> TensorDictBase:
-    """The same packed trajectories with actions in [-1 + margin, 1 - margin], as in IQL's code."""
+    """Return a shallow copy with actions in [-1 + margin, 1 - margin], as in IQL's code."""
     out = trajectories.copy()
     out.set(ACTION, trajectories.get(ACTION).clamp(margin - 1, 1 - margin))
     return out

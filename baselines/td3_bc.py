@@ -27,17 +27,17 @@ class Settings:
     """Settings of a run; the defaults are the published ones for locomotion.
 
     Args:
-        steps: updates of the critics.
-        batch_size: transitions of an update.
-        lr: Adam's, of all networks, constant.
-        gamma: discount.
-        tau: share of the networks in their targets' moving average.
-        alpha: weight of Q beside behaviour cloning, divided by the batch's mean |Q|.
-        policy_noise: standard deviation of the noise on the target policy's actions.
-        noise_clip: bound of that noise.
-        policy_delay: the actor and all targets move at every so many-th update.
-        hidden: units of the hidden layers of all networks.
-        rewards: see :func:`baselines.rewards.transformed`.
+        steps: Number of updates of the critics.
+        batch_size: Transitions of an update.
+        lr: Constant learning rate of Adam, for all networks.
+        gamma: Discount factor.
+        tau: Share of the networks in their targets' moving average.
+        alpha: Weight of Q against behaviour cloning, divided by the batch's mean |Q|.
+        policy_noise: Standard deviation of the noise on the target policy's actions.
+        noise_clip: Bound of that noise.
+        policy_delay: Number of updates for each move of the actor and of all targets.
+        hidden: Units of the hidden layers of all networks.
+        rewards: Change of the rewards, see :func:`baselines.rewards.transformed`.
     """
 
     steps: int = 1_000_000
@@ -62,17 +62,18 @@ class Settings:
 
 
 class DelayedTD3BCLoss(TD3BCLoss):
-    """TorchRL's ``TD3BCLoss``, of which a call leaves out the actor's loss when it is not due.
+    """TorchRL's ``TD3BCLoss``; a call leaves out the actor's loss when it is not due.
 
-    Same arguments, keys, parameters, noise and values; ``loss_function="l2"`` is the paper's. The
-    targets' noise is the only draw, from torch's own generator, whether the actor is due or not.
-    All Q-networks run in one batched product (those of :mod:`baselines.critics`), of which the
-    actor's loss evaluates the first alone; nothing is written into the batch (no priorities).
+    Arguments, keys, parameters, noise and values are TorchRL's; ``loss_function="l2"`` is the
+    paper's. The targets' noise is drawn from torch's own generator, whether the actor is due or
+    not, and nothing else is drawn. All Q-networks, which must be of :mod:`baselines.critics`, run
+    in one batched product; the actor's loss evaluates only the first. Nothing is written into the
+    batch (no priorities).
 
     Both losses are taken at the same parameters; the authors' code updates the critics first.
 
     Attributes:
-        actor_due: whether the next call gives the actor's loss; :class:`DelayedUpdate` sets it.
+        actor_due: Whether the next call returns the actor's loss; :class:`DelayedUpdate` sets it.
     """
 
     SUPPORTED_VALUE_ESTIMATORS = (ValueEstimators.TD0,)
@@ -83,7 +84,7 @@ class DelayedTD3BCLoss(TD3BCLoss):
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """The loss of the critics, and that of the actor (Eq. 3 and 5) where it is due."""
+        """Return the loss of the critics, and that of the actor (Eq. 3 and 5) if it is due."""
         loss, seen = self.qvalue_loss(tensordict)
         out = {"loss_qvalue": loss, **seen}
         if self.actor_due:
@@ -92,7 +93,7 @@ class DelayedTD3BCLoss(TD3BCLoss):
         return TensorDict(out)
 
     def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
-        """Squared error to r + gamma min Q' at the target policy's noisy action, of all Q."""
+        """Return the squared error of each Q to r + gamma min Q' at the target's noisy action."""
         keys = self.tensor_keys
         action = tensordict.get(keys.action)
         noise = (torch.randn_like(action) * self.policy_noise).clamp(
@@ -118,7 +119,7 @@ class DelayedTD3BCLoss(TD3BCLoss):
         }
 
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
-        """``-lambda Q_1(s, pi(s)) + (pi(s) - a)^2``, lambda = alpha / mean |Q_1|."""
+        """Return ``-lambda Q_1(s, pi(s)) + (pi(s) - a)^2`` with lambda = alpha / mean |Q_1|."""
         keys = self.tensor_keys
         inputs = tensordict.select(*self.actor_network.in_keys)
         self._cached_actor(inputs)
@@ -132,8 +133,8 @@ class DelayedTD3BCLoss(TD3BCLoss):
             "lmbd": weight,
         }
 
-    # Networks that hold their parameters for good: to swap them in and out at each call is a tenth
-    # of an update. The cache is TorchRL's, which empties it when the loss moves to another device.
+    # Networks that keep their parameters: swapping them in and out at each call takes a tenth of an
+    # update. The cache is TorchRL's, which empties it when the loss moves to another device.
     @property
     @_cache_values
     def _cached_actor(self) -> nn.Module:
@@ -158,9 +159,9 @@ class DelayedUpdate(TargetUpdate):
     """Targets follow at every ``every``-th update, the one in which the actor is due.
 
     Args:
-        loss: whose targets follow, and whose ``actor_due`` is set before each update.
-        tau: share of the networks in the moving average.
-        every: 2 moves them at the 2nd, 4th, ... update.
+        loss: The loss whose targets follow; its ``actor_due`` is set before each update.
+        tau: Share of the networks in the moving average.
+        every: Updates for each move; 2 moves the targets at the 2nd, 4th, ... update.
     """
 
     def __init__(self, loss: DelayedTD3BCLoss, *, tau: float, every: int) -> None:
@@ -170,14 +171,14 @@ class DelayedUpdate(TargetUpdate):
         self._announce()
 
     def step(self) -> None:
-        """Count an update; the targets follow if it is due."""
+        """Count an update, and let the targets follow if they are due."""
         self.counter += 1
         if self.counter % self.every == 0:
             super().step()
         self._announce()
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """Restore the updates counted so far."""
+        """Restore the number of updates so far."""
         super().load_state_dict(state_dict)
         self._announce()
 
@@ -186,7 +187,7 @@ class DelayedUpdate(TargetUpdate):
 
 
 def published(dataset: str) -> tuple[Settings, str]:
-    """The published settings for a dataset, and where they come from."""
+    """Return the published settings for a dataset, and their source in words."""
     own = "TD3+BC paper (arXiv 2106.06860): the same for all locomotion datasets"
     family = dataset.split("-")[0]
     if family in ("halfcheetah", "hopper", "walker2d"):
@@ -202,7 +203,7 @@ def published(dataset: str) -> tuple[Settings, str]:
 
 
 def policy(observation_dim: int, action_dim: int, settings: Settings) -> NormalizedPolicy:
-    """The deterministic policy, tanh of a ReLU network, on normalised observations."""
+    """Return the deterministic policy, tanh of a ReLU network, on normalised observations."""
     network = nn.Sequential(
         MLP(
             in_features=observation_dim,
@@ -218,11 +219,11 @@ def policy(observation_dim: int, action_dim: int, settings: Settings) -> Normali
 
 
 def build(trajectories: TensorDictBase, settings: Settings, *, seed: int) -> Learner:
-    """Networks, loss and sampler for packed trajectories with actions in [-1, 1].
+    """Return networks, loss and sampler for packed trajectories with actions in [-1, 1].
 
     Raises:
-        KeyError: an entry of a transition is missing.
-        ValueError: settings out of range, entries that are not finite.
+        KeyError: An entry of a transition is missing.
+        ValueError: Settings are out of range, or entries are not finite.
     """
     torch.manual_seed(seed)
     sizes, device = check_transitions(trajectories)

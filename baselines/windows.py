@@ -27,12 +27,12 @@ _STEP = "step"
 
 
 def returns_to_go(trajectories: TensorDictBase) -> Tensor:
-    """Undiscounted rewards from each step to the end of its trajectory, R_t = sum_{u >= t} r_u.
+    """Return the sum of rewards from each step to the end of its trajectory, sum_{u >= t} r_u.
 
-    A trajectory that was cut off, at a time limit say, counts as ending there.
+    A trajectory that was cut off, for example at a time limit, counts as ending there.
 
     Args:
-        trajectories: packed ``[N]``, with ``("next", "reward")``.
+        trajectories: Packed trajectories ``[N]`` with ``("next", "reward")``.
 
     Returns:
         ``[N, 1]``, float32 (added up in float64).
@@ -45,25 +45,25 @@ def returns_to_go(trajectories: TensorDictBase) -> Tensor:
 
 
 class WindowSampler:
-    """Draws windows of ``context`` consecutive steps of one trajectory.
+    """Sampler of windows of ``context`` consecutive steps of one trajectory.
 
     A trajectory is drawn in proportion to its length (times its ``multiplicity``, where there is
-    one), then the first step of the window, uniformly: all steps are alike as first ones (the
-    procedure of Chen et al. 2021). A window that reaches past the end of its trajectory is short:
-    its valid steps come first, and zeros follow, which ``("collector", "mask")`` marks. A causal
-    model can't see them from a valid step, so they need no mask in its attention.
+    one), then the first step of the window, uniformly. So every step is equally likely to be the
+    first (the procedure of Chen et al. 2021). A window that reaches past the end of its trajectory
+    is short: zeros follow its valid steps, and ``("collector", "mask")`` marks them. A causal model
+    can't see them from a valid step, so they need no mask in its attention.
 
     Args:
-        trajectories: packed. Its entries are read at the start.
-        batch_size: windows of a batch.
-        context: K, steps of a window.
-        seed: of the draws.
+        trajectories: Packed trajectories. Their entries are read once, here.
+        batch_size: Windows of a batch.
+        context: K, the steps of a window.
+        seed: Seed of the sampler's generator.
 
     Raises:
-        KeyError: observation, action or reward is missing.
-        ValueError: padded trajectories, no step, masked steps, an entry that is not finite,
-            ``batch_size < 1``, ``context < 1``, or a multiplicity that is negative, changes within
-            a trajectory, or is 0 everywhere.
+        KeyError: Observation, action or reward is missing.
+        ValueError: The trajectories are padded or have no step, masked steps or entries that are
+            not finite; ``batch_size < 1``; ``context < 1``; or a multiplicity is negative, changes
+            within a trajectory, or is 0 everywhere.
     """
 
     def __init__(
@@ -101,15 +101,15 @@ class WindowSampler:
         self._offsets = torch.arange(context, device=device)
 
     def sample(self) -> TensorDictBase:
-        """Draw the next batch: ``[batch_size, context]``.
+        """Draw the next batch, ``[batch_size, context]``.
 
-        ``observation``, ``action`` and ``return_to_go`` ``[batch_size, context, 1]``, with
+        It has ``observation``, ``action``, ``return_to_go`` ``[batch_size, context, 1]``, and
         ``("collector", "mask")`` ``[batch_size, context]``.
         """
         start = self._starts.sample().get(_STEP)
         steps = start[:, None] + self._offsets
         mask = steps < self._ends[start][:, None]
-        # Any step that exists; it is zeroed below.
+        # Past the end, any step that exists: it is zeroed below.
         flat = steps.where(mask, start[:, None]).reshape(-1)
 
         def take(x: Tensor) -> Tensor:
@@ -126,14 +126,14 @@ class WindowSampler:
         return self.sample()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the draws stand; a sampler that loads it draws the same batches from here on."""
+        """Return the state; a sampler that loads it draws the same batches next."""
         return {**self._starts.state_dict(), "context": self.context}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`.
 
         Raises:
-            ValueError: the state of a sampler over other trajectories, batch size or context.
+            ValueError: The state is that of other trajectories, batch size or context.
         """
         if state_dict["context"] != self.context:
             raise ValueError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
@@ -67,14 +66,6 @@ def test_masked_steps_do_not_count(make_trajectories: MakeTrajectories) -> None:
     data.set(MASK, valid)
     got = Normalization.of(data)
     assert torch.equal(got.mean, expected.mean) and torch.equal(got.std, expected.std)
-
-
-def test_missing_entries_are_named(make_trajectories: MakeTrajectories) -> None:
-    data = make_trajectories()
-    with pytest.raises(KeyError, match="observation"):
-        Normalization.of(data.exclude(OBSERVATION))
-    with pytest.raises(KeyError, match=r"next.*observation"):
-        normalized(data.exclude(NEXT_OBSERVATION), Normalization(3))
 
 
 def test_the_policy_reads_raw_states_and_its_state_dict_carries_the_numbers(
