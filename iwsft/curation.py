@@ -1,7 +1,7 @@
-"""Curation: from scored trajectories to the good ones, each with how often it counts.
+"""Curation: from scored trajectories to the good ones, each with its multiplicity.
 
-Algorithm 2 of the paper: percentiles of the scores cut the data into overlapping quality bins; each
-cut that a trajectory survives adds one copy of it. The copies are counts, never rows.
+Algorithm 2 of the paper: percentiles of the scores cut the data into overlapping quality bins. Each
+cut that a trajectory survives adds one to its multiplicity; no trajectory is copied.
 """
 
 from __future__ import annotations
@@ -43,34 +43,35 @@ def curate(
 ) -> TensorDictBase:
     """Keep the trajectories that survive at least one cut (paper, Algorithm 2).
 
-    With ``cuts=(90, 95, 98)`` the best 2 % count three times, the next 3 % twice, the next 5 %
+    With ``cuts=(90, 95, 98)`` the best 2 % count three times, the next 3 % twice and the next 5 %
     once: the paper's D_Q+. A single cut is plain filtering, as in SFT.
 
     Args:
-        trajectories: packed or padded; a padded batch is packed first.
-        cuts: percentiles of the scores, from 0 (keeps all) to below 100, in any order. No cut at
-            all keeps all once.
-        ties: ``"rank"`` keeps the best ceil((100 - cut) / 100 n) of n trajectories, never none;
-            equal scores are ordered by a random permutation, so a higher cut keeps a subset of
-            what a lower one keeps. ``">"`` (paper) and ``">="`` (authors' code) compare with the
-            percentile, interpolated linearly between the scores.
-        score: ``"return"`` (undiscounted), ``"length"``, a key of the data that holds one number a
-            trajectory (the same on each of its steps), or a function from packed trajectories to
-            ``[n]`` numbers, higher is better.
-        seed: of the permutation among equal scores.
+        trajectories: Packed or padded trajectories; a padded batch is packed first.
+        cuts: Percentiles of the scores, from 0 (keeps all) to below 100, in any order. Without a
+            cut, all trajectories count once.
+        ties: ``"rank"`` keeps the best ceil((100 - cut) / 100 n) of n trajectories, at least one.
+            It orders equal scores by a random permutation, so a higher cut keeps a subset of the
+            trajectories that a lower cut keeps. ``">"`` (paper) and ``">="`` (authors' code)
+            compare with the percentile, interpolated linearly between the scores.
+        score: ``"return"`` (undiscounted), ``"length"``, a key of the data with one number for each
+            trajectory (the same on all its steps), or a function from packed trajectories to
+            ``[n]`` numbers. Higher is better.
+        seed: Seed of the permutation among equal scores.
 
     Returns:
         Packed TensorDict of the survivors in their order, with ``multiplicity``, int64 per step:
-        the cuts its trajectory survived. Shares memory with ``trajectories`` where all survive.
+        the number of cuts that the trajectory survived. It shares memory with ``trajectories``
+        where all survive.
 
     Raises:
-        TypeError: trajectories that are no TensorDict.
-        KeyError: a score that is no name and no key.
-        ValueError: no survivor, a score that is NaN or infinite, trajectories with a multiplicity
-            already, or a setting out of range.
+        TypeError: The trajectories are not a TensorDict.
+        KeyError: The score is neither a known name nor a key.
+        ValueError: No trajectory survives, a score is NaN or infinite, the trajectories have a
+            multiplicity already, or a setting is out of range.
     """
     check_tensordict(trajectories)
-    cuts = _checked(cuts)
+    _check_cuts(cuts)
     if ties not in get_args(Ties):
         raise ValueError(f"ties={ties!r} is unknown; it is one of {', '.join(get_args(Ties))}")
     if trajectories.get(MULTIPLICITY, default=None) is not None:
@@ -82,20 +83,20 @@ def curate(
     sizes = lengths(packed)
     # Scores are few and compared on the host, so that a seed means the same on any device.
     scores = trajectory_scores(packed, score).cpu()
-    multiplicity = _survived(scores, cuts, ties, seed).to(sizes.device)
-    kept = multiplicity.nonzero().squeeze(-1)
-    # Selecting copies; a whole dataset is not held twice.
-    survivors = packed.copy() if len(kept) == len(sizes) else select(packed, kept)
-    survivors.set(MULTIPLICITY, multiplicity[kept].repeat_interleave(sizes[kept]))
+    multiplicity = _count_survived(scores, cuts, ties, seed).to(sizes.device)
+    positions = multiplicity.nonzero().squeeze(-1)
+    # Selecting copies, so a whole dataset is not selected.
+    survivors = packed.copy() if len(positions) == len(sizes) else select(packed, positions)
+    survivors.set(MULTIPLICITY, multiplicity[positions].repeat_interleave(sizes[positions]))
     return survivors
 
 
 def trajectory_returns(trajectories: TensorDictBase) -> Tensor:
-    """Undiscounted sum of ``("next", "reward")`` of each trajectory, float64 ``[n]``, in order.
+    """Return the undiscounted sum of ``("next", "reward")`` of each trajectory, float64 ``[n]``.
 
     Raises:
-        KeyError: trajectories without rewards.
-        ValueError: rewards that are not one number a step.
+        KeyError: The trajectories have no rewards.
+        ValueError: The rewards are not one number per step.
     """
     if trajectories.get(REWARD, default=None) is None:
         raise KeyError(
@@ -106,13 +107,13 @@ def trajectory_returns(trajectories: TensorDictBase) -> Tensor:
     packed = _packed(trajectories.select(REWARD, TRAJ_IDS, MASK, strict=False))
     reward = packed.get(REWARD)
     if reward.numel() != len(packed):
-        raise ValueError(f"{REWARD!r} has shape {list(reward.shape)}, not one number a step")
+        raise ValueError(f"{REWARD!r} has shape {list(reward.shape)}, not one number per step")
     segments = Segments.of(packed)
     return segments.sum(reward.double())[: int(segments.index[-1]) + 1]
 
 
 def trajectory_scores(trajectories: TensorDictBase, score: Score) -> Tensor:
-    """Scores of packed trajectories, finite, float64 ``[n]``; see :func:`curate` for ``score``."""
+    """Return finite scores of packed trajectories, float64 ``[n]``; see :func:`curate`."""
     sizes = lengths(trajectories)
     if callable(score):
         scores = torch.as_tensor(score(trajectories))
@@ -140,25 +141,25 @@ def trajectory_scores(trajectories: TensorDictBase, score: Score) -> Tensor:
     return scores
 
 
-def _survived(scores: Tensor, cuts: Sequence[float], ties: Ties, seed: int) -> Tensor:
-    """How many cuts each trajectory survives, int64 ``[n]``."""
+def _count_survived(scores: Tensor, cuts: Sequence[float], ties: Ties, seed: int) -> Tensor:
+    """Count the cuts that each trajectory survives, int64 ``[n]``."""
     if not cuts:
         return torch.ones(len(scores), dtype=torch.int64)
     if ties == "rank":
-        survived = _by_rank(scores, cuts, seed)
+        survived = _cut_by_rank(scores, cuts, seed)
     else:
-        survived = _by_percentile(scores, cuts, ties)
+        survived = _cut_by_percentile(scores, cuts, ties)
     if not bool(survived.any()):
-        raise ValueError(f"the curated set is empty: {_nothing(min(cuts), ties, scores)}")
-    for cut, kept in zip(cuts, survived, strict=True):
-        if not bool(kept.any()):
-            warnings.warn(_nothing(cut, ties, scores), UserWarning, stacklevel=3)
-        elif ties == ">=" and cut > 0 and len(scores) > 1 and bool(kept.all()):
-            warnings.warn(_everything(cut, scores), UserWarning, stacklevel=3)
+        raise ValueError(f"the curated set is empty: {_keeps_none(min(cuts), ties, scores)}")
+    for cut, row in zip(cuts, survived, strict=True):
+        if not bool(row.any()):
+            warnings.warn(_keeps_none(cut, ties, scores), UserWarning, stacklevel=3)
+        elif ties == ">=" and cut > 0 and len(scores) > 1 and bool(row.all()):
+            warnings.warn(_keeps_all(cut, scores), UserWarning, stacklevel=3)
     return survived.sum(0)
 
 
-def _by_rank(scores: Tensor, cuts: Sequence[float], seed: int) -> Tensor:
+def _cut_by_rank(scores: Tensor, cuts: Sequence[float], seed: int) -> Tensor:
     count = len(scores)
     if count > 1 and max(cuts) > 0 and bool((scores == scores[0]).all()):
         warnings.warn(
@@ -172,35 +173,34 @@ def _by_rank(scores: Tensor, cuts: Sequence[float], seed: int) -> Tensor:
     survived = torch.zeros(len(cuts), count, dtype=torch.bool)
     for row, cut in zip(survived, cuts, strict=True):
         # Rounded first: 100 - 99.6 is a little more than 0.4, and ceil would see it.
-        keep = math.ceil(round((100 - cut) / 100 * count, 9))
-        kept = best[: max(1, keep)]
-        row[kept] = True
-        _warn_of_chance(scores, kept, cut)
+        survivors = best[: max(1, math.ceil(round((100 - cut) / 100 * count, 9)))]
+        row[survivors] = True
+        _warn_of_chance(scores, survivors, cut)
     return survived
 
 
-def _warn_of_chance(scores: Tensor, kept: Tensor, cut: float) -> None:
-    """Warn if a cut falls among equal scores, and half of what it keeps is drawn from them."""
-    last = scores[kept[-1]]
-    drawn, equal = int((scores[kept] == last).sum()), int((scores == last).sum())
-    if drawn < equal < len(scores) and 2 * drawn >= len(kept) and equal > 2:
+def _warn_of_chance(scores: Tensor, survivors: Tensor, cut: float) -> None:
+    """Warn if a cut falls among equal scores and they are half of the survivors."""
+    last = scores[survivors[-1]]
+    by_chance, equal = int((scores[survivors] == last).sum()), int((scores == last).sum())
+    if by_chance < equal < len(scores) and 2 * by_chance >= len(survivors) and equal > 2:
         warnings.warn(
-            f"cut {cut} falls among {equal} equal scores ({float(last):.6g}): {drawn} of the "
-            f"{len(kept)} trajectories kept are drawn by chance from them. Where returns are "
+            f"cut {cut} falls among {equal} equal scores ({float(last):.6g}): {by_chance} of the "
+            f"{len(survivors)} trajectories kept are drawn by chance from them. Where returns are "
             "sparse, ties='>=' keeps all or ties='>' none of the equal ones, or pass another score",
             UserWarning,
             stacklevel=5,
         )
 
 
-def _by_percentile(scores: Tensor, cuts: Sequence[float], ties: Ties) -> Tensor:
+def _cut_by_percentile(scores: Tensor, cuts: Sequence[float], ties: Ties) -> Tensor:
     thresholds = torch.as_tensor(np.percentile(scores.numpy(), cuts))[:, None]
     above = scores > thresholds if ties == ">" else scores >= thresholds
-    # The 0th percentile is the least score; ">" would drop it, and 0 means no cut.
+    # A cut at 0 keeps all, but ">" would drop the least score, which is the 0th percentile.
     return above | (torch.tensor(cuts) == 0)[:, None]
 
 
-def _nothing(cut: float, ties: Ties, scores: Tensor) -> str:
+def _keeps_none(cut: float, ties: Ties, scores: Tensor) -> str:
     at_top = int((scores == scores.max()).sum())
     least, quarter, middle, upper, most = np.percentile(scores.numpy(), (0, 25, 50, 75, 100))
     return (
@@ -210,7 +210,7 @@ def _nothing(cut: float, ties: Ties, scores: Tensor) -> str:
     )
 
 
-def _everything(cut: float, scores: Tensor) -> str:
+def _keeps_all(cut: float, scores: Tensor) -> str:
     at_bottom = int((scores == scores.min()).sum())
     return (
         f"cut {cut} with ties='>=' keeps all {len(scores)} trajectories: {at_bottom} of the scores "
@@ -229,15 +229,15 @@ def _stored(packed: TensorDictBase, key: str | tuple[str, ...]) -> Tensor:
     value = packed.get(key).double()
     sizes = lengths(packed)
     if value.numel() != len(packed):
-        raise ValueError(f"score {_name(key)} has shape {list(value.shape)}, not one a step")
+        raise ValueError(f"score {_name(key)} has shape {list(value.shape)}, not one per step")
     value = value.reshape(-1)
     scores = value[sizes.cumsum(0) - sizes]
-    # NaN is not equal to itself, and is named later.
+    # NaN does not equal itself; trajectory_scores names it.
     varies = (value != scores.repeat_interleave(sizes)) & ~value.isnan()
     if bool(varies.any()):
         raise ValueError(
             f"score {_name(key)} changes within a trajectory, first at step "
-            f"{int(varies.nonzero()[0])}; pass a function that makes one number a trajectory of it"
+            f"{int(varies.nonzero()[0])}; pass a function that gives one number per trajectory"
         )
     return scores
 
@@ -249,13 +249,13 @@ def _packed(trajectories: TensorDictBase) -> TensorDictBase:
     return pack(trajectories) if padded else trajectories
 
 
-def _checked(cuts: Sequence[float]) -> tuple[float, ...]:
+def _check_cuts(cuts: Sequence[float]) -> None:
     if not isinstance(cuts, Sequence) or isinstance(cuts, str):
         raise TypeError(f"cuts={cuts!r} must be a sequence of percentiles, such as (90,)")
     for cut in cuts:
         if not 0 <= cut < 100:
             raise ValueError(
-                f"cut {cut} is no percentile from 0 to below 100; 90 keeps the top 10 %"
+                f"cut {cut} is not a percentile from 0 to below 100; 90 keeps the top 10 %"
             )
     if cuts and 0 < max(cuts) < 1:
         warnings.warn(
@@ -264,7 +264,6 @@ def _checked(cuts: Sequence[float]) -> tuple[float, ...]:
             UserWarning,
             stacklevel=3,
         )
-    return tuple(cuts)
 
 
 def _name(score: Score) -> str:

@@ -40,8 +40,8 @@ _NEXT = "next"
 class _Sampler(ABC):
     """Endless iterator over batches of one packed dataset, which it holds by reference.
 
-    Entries are read at each draw, so what is written into the dataset later (``reweight``) is
-    handed out; the lengths and multiplicities of the trajectories are those at the start.
+    Each batch reads the dataset's entries anew, so it contains what was written into the dataset
+    later (by ``reweight``, for example). Lengths and multiplicities are read once, at the start.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class _Sampler(ABC):
         self.trajectories = trajectories
         self.batch_size = batch_size
         self.keys = None if keys is None else tuple(keys)
-        # Drawn on the host, so that a seed means the same on any device.
+        # On the host, so that a seed means the same on any device.
         self._generator = torch.Generator().manual_seed(seed)
         self._lengths = lengths(trajectories).cpu()
         self._tickets = multiplicities(trajectories, self._lengths).cumsum(0)
@@ -80,14 +80,14 @@ class _Sampler(ABC):
         return self.sample()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the draws stand; a sampler that loads it draws the same batches from here on."""
+        """Return the state; a sampler that loads it continues with the same batches."""
         return {"generator": self._generator.get_state(), **self._settings()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`.
 
         Raises:
-            ValueError: the state of a sampler over other trajectories or of another batch size.
+            ValueError: The state is of a sampler over other trajectories or of another batch size.
         """
         for name, value in self._settings().items():
             if state_dict[name] != value:
@@ -106,7 +106,7 @@ class _Sampler(ABC):
         }
 
     def _draw(self) -> Tensor:
-        """Positions of ``batch_size`` trajectories, with replacement; exact in integers."""
+        """Draw the positions of ``batch_size`` trajectories with replacement, in exact integers."""
         ticket = torch.randint(
             int(self._tickets[-1]), (self.batch_size,), generator=self._generator
         )
@@ -114,33 +114,31 @@ class _Sampler(ABC):
 
     def _gather(self, steps: Tensor) -> TensorDictBase:
         if self.keys is None:
-            wanted = self.trajectories.exclude(_NEXT, MULTIPLICITY)
+            entries = self.trajectories.exclude(_NEXT, MULTIPLICITY)
         else:
             mask = [MASK] if MASK in self.trajectories.keys(True) else []
-            wanted = self.trajectories.select(*self.keys, TRAJ_IDS, *mask)
-        steps = steps.to(wanted.get(TRAJ_IDS).device)
-        # index_select copies whole rows, several times faster than indexing.
-        return wanted.apply(lambda x: x.index_select(0, steps), batch_size=[len(steps)])
+            entries = self.trajectories.select(*self.keys, TRAJ_IDS, *mask)
+        return _take(entries, steps.to(entries.get(TRAJ_IDS).device))
 
 
 class TrajectorySampler(_Sampler):
-    """Draws whole trajectories and hands out each distinct one once.
+    """Draws whole trajectories; a batch contains each distinct one once.
 
-    A batch of the paper is ``batch_size`` trajectories, with replacement. Here its distinct
-    trajectories stand packed, in the order of the data, with the number of draws as
-    ``multiplicity`` (int64 per step): the same loss and gradient for less work.
+    A batch of the paper is ``batch_size`` trajectories, drawn with replacement. This sampler packs
+    the distinct ones, in the order of the data, with the number of draws as ``multiplicity``
+    (int64 per step). Loss and gradient are the same, for less work.
 
     Args:
-        trajectories: packed; each trajectory is drawn in proportion to its ``multiplicity``, where
-            there is one. Held by reference, never copied.
-        batch_size: draws of a batch.
-        seed: of the draws.
-        keys: entries to hand out, besides trajectory ids, mask and multiplicity; all but ``next``
-            by default.
+        trajectories: Packed trajectories, held by reference. Each is drawn in proportion to its
+            ``multiplicity``, where there is one.
+        batch_size: Number of trajectories drawn for a batch.
+        seed: Seed of the sampler's generator.
+        keys: Entries of a batch besides trajectory ids, mask and multiplicity; all but ``next`` by
+            default.
 
     Raises:
-        ValueError: padded trajectories, no step, ``batch_size < 1``, or a multiplicity that is
-            negative, changes within a trajectory, or is 0 everywhere.
+        ValueError: The trajectories are padded or have no step, ``batch_size < 1``, or a
+            multiplicity is negative, changes within a trajectory, or is 0 everywhere.
     """
 
     def __init__(
@@ -155,9 +153,9 @@ class TrajectorySampler(_Sampler):
 
     def sample(self) -> TensorDictBase:
         """Draw the next batch: packed, with ``multiplicity``, which adds up to ``batch_size``."""
-        drawn, draws = torch.unique(self._draw(), return_counts=True)
-        batch = self._gather(steps_of(self._lengths, drawn))
-        multiplicity = draws.repeat_interleave(self._lengths[drawn])
+        positions, draws = torch.unique(self._draw(), return_counts=True)
+        batch = self._gather(steps_of(self._lengths, positions))
+        multiplicity = draws.repeat_interleave(self._lengths[positions])
         batch.set(MULTIPLICITY, multiplicity.to(batch.get(TRAJ_IDS).device))
         return batch
 
@@ -166,20 +164,20 @@ class StepSampler(_Sampler):
     """Draws single steps: a trajectory, then one of its valid steps, uniformly.
 
     The expected loss and gradient are those of the length-normalised loss over whole trajectories,
-    as long as a step's weight does not depend on what else was drawn (cached weights, SFT). A
-    batch costs what a batch of behaviour cloning costs.
+    as long as a step's weight does not depend on the rest of the batch (cached weights, SFT). A
+    batch costs as much as a batch of behaviour cloning.
 
     Args:
-        trajectories: packed; each trajectory is drawn in proportion to its ``multiplicity``, where
-            there is one. Held by reference, never copied.
-        batch_size: steps of a batch.
-        seed: of the draws.
-        keys: entries to hand out, besides trajectory ids; all but ``next`` by default.
+        trajectories: Packed trajectories, held by reference. Each is drawn in proportion to its
+            ``multiplicity``, where there is one.
+        batch_size: Number of steps in a batch.
+        seed: Seed of the sampler's generator.
+        keys: Entries of a batch besides trajectory ids; all but ``next`` by default.
 
     Raises:
-        ValueError: padded trajectories, no step, ``batch_size < 1``, a multiplicity that is
-            negative, changes within a trajectory, or is 0 everywhere, or a trajectory to draw
-            without a valid step.
+        ValueError: The trajectories are padded or have no step, ``batch_size < 1``, a multiplicity
+            is negative, changes within a trajectory, or is 0 everywhere, or a trajectory with a
+            multiplicity above 0 has no valid step.
     """
 
     def __init__(
@@ -196,8 +194,8 @@ class StepSampler(_Sampler):
         self._positions = None if bool(valid.all()) else valid.nonzero().squeeze(-1)
         self._choices = segments.lengths[: len(self._lengths)].long().cpu()
         self._starts = self._choices.cumsum(0) - self._choices
-        chances = self._tickets.diff(prepend=torch.zeros(1, dtype=torch.int64))
-        empty = ((self._choices == 0) & (chances > 0)).nonzero()
+        multiplicity = self._tickets.diff(prepend=torch.zeros(1, dtype=torch.int64))
+        empty = ((self._choices == 0) & (multiplicity > 0)).nonzero()
         if len(empty):
             raise ValueError(
                 f"trajectory {int(empty[0])} has no valid step: its mask is all zero; drop it"
@@ -205,12 +203,12 @@ class StepSampler(_Sampler):
 
     def sample(self) -> TensorDictBase:
         """Draw the next batch: ``[batch_size]`` steps, each a trajectory of length 1."""
-        drawn = self._draw()
+        positions = self._draw()
         uniform = torch.rand(self.batch_size, generator=self._generator, dtype=torch.float64)
-        steps = self._starts[drawn] + (uniform * self._choices[drawn]).long()
+        steps = self._starts[positions] + (uniform * self._choices[positions]).long()
         if self._positions is not None:
             steps = self._positions[steps]
-        # Only valid steps are drawn, and each draw counts once.
+        # All steps are valid, and each counts once.
         batch = self._gather(steps).exclude(MASK, MULTIPLICITY)
         device = batch.get(TRAJ_IDS).device
         batch.set(TRAJ_IDS, torch.arange(self.batch_size, device=device))
@@ -218,20 +216,20 @@ class StepSampler(_Sampler):
 
 
 class TransitionSampler(_Sampler):
-    """Draws single steps with what follows them, all steps alike: batches of a critic.
+    """Draws single transitions, all with the same probability: batches of a critic.
 
     Args:
-        trajectories: packed; the steps of each trajectory are drawn in proportion to its
-            ``multiplicity``, where there is one. Held by reference, never copied.
-        batch_size: steps of a batch.
-        seed: of the draws.
-        keys: entries to hand out; by default observation, action, and the next observation,
-            reward, done and terminated.
+        trajectories: Packed trajectories, held by reference. Their steps are drawn in proportion to
+            their ``multiplicity``, where there is one.
+        batch_size: Number of steps in a batch.
+        seed: Seed of the sampler's generator.
+        keys: Entries of a batch; by default observation, action, and the next observation, reward,
+            done and terminated.
 
     Raises:
-        KeyError: an entry of ``keys`` that the trajectories lack.
-        ValueError: padded trajectories, no valid step, ``batch_size < 1``, or a multiplicity that
-            is negative, changes within a trajectory, or is 0 everywhere.
+        KeyError: The trajectories lack an entry of ``keys``.
+        ValueError: The trajectories are padded or have no valid step, ``batch_size < 1``, or a
+            multiplicity is negative, changes within a trajectory, or is 0 everywhere.
     """
 
     def __init__(
@@ -250,12 +248,12 @@ class TransitionSampler(_Sampler):
                 f"there are {sorted(map(str, trajectories.keys(True, True)))}"
             )
         valid = Segments.of(trajectories).valid.cpu()
-        each = self._tickets.diff(prepend=torch.zeros(1, dtype=torch.int64))
-        # A step of a trajectory that counts twice holds two tickets.
-        tickets = each.repeat_interleave(self._lengths) * valid
+        multiplicity = self._tickets.diff(prepend=torch.zeros(1, dtype=torch.int64))
+        # A step of a trajectory that counts twice has two tickets.
+        tickets = multiplicity.repeat_interleave(self._lengths) * valid
         self._total = int(tickets.sum())
         if self._total == 0:
-            raise ValueError("no step to draw: every step is masked; correct the mask")
+            raise ValueError("there is no step to draw: every step is masked; correct the mask")
         self._until = None if bool((tickets == 1).all()) else tickets.cumsum(0)
 
     def sample(self) -> TensorDictBase:
@@ -264,12 +262,15 @@ class TransitionSampler(_Sampler):
         if self._until is not None:
             steps = torch.searchsorted(self._until, steps, right=True)
         steps = steps.to(self.trajectories.get(TRAJ_IDS).device)
-        wanted = self.trajectories.select(*(self.keys or ()))
-        return wanted.apply(lambda x: x.index_select(0, steps), batch_size=[self.batch_size])
+        return _take(self.trajectories.select(*(self.keys or ())), steps)
 
 
 def multiplicities(trajectories: TensorDictBase, sizes: Tensor) -> Tensor:
-    """Multiplicity of each trajectory, int64 ``[n]`` on the host; 1 where there is none."""
+    """Return the multiplicity of each trajectory, int64 ``[n]`` on the host; 1 without any.
+
+    Raises:
+        ValueError: Not one whole number from 0 on for each trajectory, or all are 0.
+    """
     stored = trajectories.get(MULTIPLICITY, default=None)
     if stored is None:
         return torch.ones_like(sizes)
@@ -279,16 +280,22 @@ def multiplicities(trajectories: TensorDictBase, sizes: Tensor) -> Tensor:
             f"{list(stored.shape)}"
         )
     stored = stored.reshape(-1).cpu().long()
-    each = stored[sizes.cumsum(0) - sizes]
-    varies = (stored != each.repeat_interleave(sizes)).nonzero()
+    multiplicity = stored[sizes.cumsum(0) - sizes]
+    varies = (stored != multiplicity.repeat_interleave(sizes)).nonzero()
     if len(varies):
         raise ValueError(
             f"{MULTIPLICITY!r} changes within a trajectory, first at step {int(varies[0])}; it "
             "counts draws of whole trajectories"
         )
-    if bool((each < 0).any()) or int(each.sum()) == 0:
+    if bool((multiplicity < 0).any()) or int(multiplicity.sum()) == 0:
         raise ValueError(
             f"{MULTIPLICITY!r} counts draws: it can't be negative, nor 0 for every trajectory "
-            f"(least {int(each.min())}, sum {int(each.sum())})"
+            f"(least {int(multiplicity.min())}, sum {int(multiplicity.sum())})"
         )
-    return each
+    return multiplicity
+
+
+def _take(entries: TensorDictBase, steps: Tensor) -> TensorDictBase:
+    """Copy the steps at these positions."""
+    # index_select copies whole rows, several times faster than indexing.
+    return entries.apply(lambda x: x.index_select(0, steps), batch_size=[len(steps)])
