@@ -303,7 +303,7 @@ def test_scores_that_are_no_scores() -> None:
 def test_settings_out_of_range() -> None:
     data = dataset([1.0, 2.0])
     for cut in (100, -1, float("nan")):
-        with pytest.raises(ValueError, match="no percentile"):
+        with pytest.raises(ValueError, match="not a percentile"):
             curate(data, cuts=(cut,))
     with pytest.raises(TypeError, match="sequence of percentiles"):
         curate(data, cuts=90)  # type: ignore[arg-type]
