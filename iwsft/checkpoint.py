@@ -16,7 +16,7 @@ from iwsft.files import written_whole
 
 FOLDER = "checkpoint"
 FILE = "state.pt"
-# What zipfile and torch raise for damaged archives, and what another file of torch's lacks.
+# What zipfile and torch raise for damaged archives and for other files of torch's.
 CORRUPT = (
     zipfile.BadZipFile,
     EOFError,
@@ -30,29 +30,29 @@ CORRUPT = (
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint or a run folder that can't be used: corrupt, or of other settings."""
+    """A checkpoint or a folder of a run is corrupt, or belongs to other settings."""
 
 
 def save(folder: Path, state: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Write ``state`` (tensors and plain values) and the settings it belongs to, atomically."""
+    """Write a state (tensors and plain values) with its settings, whole or not at all."""
     write(folder / FILE, {"state": state, "settings": json.dumps(settings, sort_keys=True)})
 
 
 def load(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Read the state written by :func:`save`; None where there is no checkpoint.
+    """Read a state that :func:`save` wrote; None where there is no checkpoint.
 
     Raises:
-        CheckpointError: a corrupt file, or one of other settings; it names what differs.
+        CheckpointError: The file is corrupt, or of other settings, which the error names.
     """
     path = folder / FILE
     if not path.exists():
         return None
-    out = f"delete its folder {folder} to start afresh"
-    held = read(path, out)
+    way_out = f"delete its folder {folder} to start afresh"
+    content = read(path, way_out)
     try:
-        state, stored = held["state"], json.loads(held["settings"])
+        state, stored = content["state"], json.loads(content["settings"])
     except CORRUPT as error:
-        raise CheckpointError(_corrupt(path, error, out)) from error
+        raise CheckpointError(_corrupt(path, error, way_out)) from error
     differ = differences(stored, settings)
     if differ:
         raise CheckpointError(
@@ -62,34 +62,38 @@ def load(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     return state
 
 
-def write(path: Path, held: dict[str, Any]) -> None:
+def write(path: Path, content: dict[str, Any]) -> None:
     """Write tensors and plain values, whole or not at all."""
     # Through memory: torch's own writer turns a full disk into an unspecific RuntimeError.
     buffer = io.BytesIO()
-    torch.save(held, buffer)
+    torch.save(content, buffer)
     with written_whole(path) as partial:
         partial.write_bytes(buffer.getbuffer())
 
 
 def read(path: Path, way_out: str) -> dict[str, Any]:
-    """Read what :func:`write` wrote, onto the CPU.
+    """Read a file that :func:`write` wrote, onto the CPU.
 
     Args:
-        path: the file.
-        way_out: what to do about a damaged file, for the error.
+        path: The file.
+        way_out: What to do about a damaged file, for the error.
 
     Raises:
-        CheckpointError: a damaged file, or another kind of file.
+        CheckpointError: The file is damaged, or of another kind.
     """
-    content = path.read_bytes()
+    data = path.read_bytes()
     try:
-        _check_sums(content)
-        held: dict[str, Any] = torch.load(
-            io.BytesIO(content), map_location="cpu", weights_only=True
+        # `torch.load` does not compare the entries of its archive with their checksums.
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            broken = archive.testzip()
+        if broken is not None:
+            raise zipfile.BadZipFile(f"{broken} does not fit its checksum")
+        content: dict[str, Any] = torch.load(
+            io.BytesIO(data), map_location="cpu", weights_only=True
         )
     except CORRUPT as error:
         raise CheckpointError(_corrupt(path, error, way_out)) from error
-    return held
+    return content
 
 
 def _corrupt(path: Path, error: Exception, way_out: str) -> str:
@@ -97,28 +101,16 @@ def _corrupt(path: Path, error: Exception, way_out: str) -> str:
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Where two trees of settings differ, as ``name=stored (now wanted), ...``; empty if equal.
+    """Name the differences of two trees of settings: ``name=stored (now wanted), ...``.
 
-    Values are compared as JSON holds them: a tuple equals the list of its items.
+    The text is empty where they are equal. Values are compared as JSON: a tuple equals a list.
     """
-    old, new = _flat(stored), _flat(json.loads(json.dumps(wanted)))
+    old, new = dict(_leaves(stored)), dict(_leaves(json.loads(json.dumps(wanted))))
     names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
     return ", ".join(f"{n}={_shown(old.get(n))} (now {_shown(new.get(n))})" for n in names)
 
 
-def _check_sums(content: bytes) -> None:
-    """Compare every entry of torch's archive with its checksum, which ``torch.load`` does not."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        broken = archive.testzip()
-    if broken is not None:
-        raise zipfile.BadZipFile(f"{broken} does not fit its checksum")
-
-
-def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    return dict(_leaves(tree, above))
-
-
-def _leaves(tree: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any]]:
+def _leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{above}{name}.")

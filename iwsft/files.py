@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Write a file so that ``path`` holds the old content or the new one, never a part.
+    """Write a file so that ``path`` has the old content or the new one, never a part.
 
     Args:
-        path: the file; its folder is made where it is missing.
+        path: The file; its folder is made where it is missing.
 
     Yields:
-        A name beside it to write to; it takes the place of ``path`` when the block ends well and
-        is removed otherwise.
+        The path of a partial file in the same folder. It replaces ``path`` when the block ends
+        without an error, and is removed otherwise.
 
     Raises:
-        OSError: no space is left; ``path`` is as it was.
+        OSError: No space is left; ``path`` is unchanged.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with full_disk_named(path):
@@ -42,7 +42,7 @@ def full_disk_named(path: Path) -> Iterator[None]:
     """Make the error of a full disk, quota or file-size limit name the file and the way out.
 
     Raises:
-        OSError: of the same number.
+        OSError: The error, with the same number.
     """
     try:
         yield
@@ -51,6 +51,6 @@ def full_disk_named(path: Path) -> Iterator[None]:
             raise OSError(
                 error.errno,
                 f"no space left to write {path} ({os.strerror(error.errno)}); earlier contents "
-                "are as they were; free some space and run again (a training job with --resume)",
+                "are unchanged; free some space and run again (a training job with --resume)",
             ) from error
         raise

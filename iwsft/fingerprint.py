@@ -1,4 +1,4 @@
-"""SHA-256 of tensors and plain values by content."""
+"""SHA-256 of tensors and plain values."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 def fingerprint(entries: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) over names, dtypes, shapes and values, in the order of the names.
+    """Return the SHA-256 (hex) of names, dtypes, shapes and values, in the order of the names.
 
-    What is no tensor counts by its ``repr``.
+    Values that are not tensors count by their ``repr``.
     """
     digest = hashlib.sha256()
     for name, value in sorted(entries.items()):

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -23,13 +23,13 @@ Row = dict[str, float]
 
 
 class Sampler(Protocol):
-    """Where batches come from: draws hang on its own generator, which its state holds."""
+    """A source of batches. Its batches depend only on its own state."""
 
     def sample(self) -> TensorDictBase:
-        """The next batch."""
+        """Draw the next batch."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to draw the same batches."""
+        """Return the state, its generator included."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
@@ -40,12 +40,15 @@ class Schedule:
     """Updates and their learning rate (paper, Appendix F).
 
     Args:
-        steps: number of updates.
-        lr: Adam's learning rate, at its highest.
-        warmup: updates of linear warm-up from 0.
-        decay: after the warm-up ``"cosine"`` to 0, or ``"constant"``.
-        weight_decay: decoupled from the gradient, as in AdamW.
-        clip_norm: the gradient is scaled down to this norm where it is longer.
+        steps: Number of updates.
+        lr: Peak of Adam's learning rate.
+        warmup: Number of updates of linear warm-up from 0.
+        decay: Learning rate after the warm-up: ``"cosine"`` to 0, or ``"constant"``.
+        weight_decay: Weight decay, decoupled from the gradient as in AdamW.
+        clip_norm: Largest norm of the gradient; a longer one is scaled down to it.
+
+    Raises:
+        ValueError: A value is out of range.
     """
 
     steps: int
@@ -64,7 +67,7 @@ class Schedule:
             raise ValueError(f"{self}: decay must be 'cosine' or 'constant'")
 
     def factor(self, step: int) -> float:
-        """Share of ``lr`` at update ``step`` (from 0)."""
+        """Return the share of ``lr`` at update ``step`` (from 0)."""
         if step < self.warmup:
             return step / self.warmup
         if self.decay == "constant":
@@ -75,7 +78,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Probe:
-    """A look at the run every ``every`` updates and at the end; its numbers join the row."""
+    """A measurement every ``every`` updates and at the end; its numbers join the row."""
 
     every: int
     look: Callable[[TensorDictBase], Row]
@@ -83,9 +86,9 @@ class Probe:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds on the clock and on the processor, probes included, over all resumes.
+    """Seconds on the clock and on the processor over all resumes, probes included.
 
-    What a kill threw away, the updates since the last checkpoint, is not in it.
+    Updates that a kill lost, those since the last checkpoint, are not included.
     """
 
     wall_seconds: float
@@ -108,46 +111,46 @@ def fit(
 ) -> Cost:
     """Train a loss's networks in place: sample, loss, Adam step, targets (or q) follow.
 
-    The gradient is that of the sum of all outputs whose name starts with ``loss``, TorchRL's mark
-    of what is to be minimised; its losses keep each network's gradient to the network's own loss.
-    A network that a call left without gradient is not moved by it.
+    It minimises the sum of all outputs whose name starts with ``loss``, as TorchRL names them.
+    TorchRL's losses send each network only the gradient of its own loss. An update leaves a
+    network alone that has no gradient.
 
     Args:
-        loss: any TorchRL loss, on the device of the batches.
-        sampler: of batches.
-        schedule: of the updates; or one for each network of the loss, by the name of the attribute
-            that holds it (``"actor_network"``, ``"qvalue_network"``, ``"log_alpha"``), all of the
+        loss: TorchRL loss on the device of the batches.
+        sampler: Source of the batches.
+        schedule: Schedule of the updates; or one for each network of the loss, by the name of its
+            attribute (``"actor_network"``, ``"qvalue_network"``, ``"log_alpha"``), all with the
             same number of steps.
-        updater: of target networks or of q, with ``step()`` after each update.
-        limits: of the absolute value of an output of the loss, by its name; beyond it, the run
-            has diverged.
-        probes: evaluations and diagnoses in between.
-        folder: of the run: ``checkpoint/``, ``metrics.jsonl``, TensorBoard. A checkpoint found
-            there is resumed, and the run ends in the same parameters, bit for bit, as one without
-            interruption: all draws hang on the sampler's generator and on torch's. None writes
-            nothing.
-        settings: plain values that a checkpoint must have been made with.
-        checkpoint_every: updates between checkpoints; there is one at the end.
-        log_every: updates between rows.
-        report: called with every row.
+        updater: Updater of target networks or of q; ``step()`` follows each update.
+        limits: Largest absolute values of outputs of the loss, by name; beyond them the run has
+            diverged.
+        probes: Measurements during the run.
+        folder: Folder of the run, for ``checkpoint/``, ``metrics.jsonl`` and TensorBoard; None
+            writes nothing. A checkpoint in it is resumed, and the run ends in the same parameters,
+            bit for bit, as an uninterrupted one. All random numbers come from the sampler's
+            generator and from torch's.
+        settings: Plain values that belong to a checkpoint; one with other values is refused.
+        checkpoint_every: Number of updates between checkpoints; there is one at the end.
+        log_every: Number of updates between rows of metrics.
+        report: Function that is called with every row.
 
     Returns:
-        What it cost.
+        The cost of the run.
 
     Raises:
-        ValueError: schedules that do not fit the networks of the loss.
-        FloatingPointError: loss or parameters are no longer finite, or an output has left its
-            limit; the last good checkpoint stays.
-        iwsft.checkpoint.CheckpointError: a corrupt checkpoint, or one of other settings.
-        OSError: the disk is full; the last checkpoint stays.
+        ValueError: The schedules do not fit the networks of the loss.
+        FloatingPointError: Loss or parameters are no longer finite, or an output exceeds its limit;
+            the last good checkpoint stays.
+        iwsft.checkpoint.CheckpointError: The checkpoint is corrupt, or of other settings.
+        OSError: The disk is full; the last checkpoint stays.
     """
     schedules = schedule if isinstance(schedule, Mapping) else {"": schedule}
-    groups = _groups(loss, schedules)
+    groups = _parameter_groups(loss, schedules)
     steps = next(iter(schedules.values())).steps
     optimizer = torch.optim.Adam(
         [
-            {"params": group, "lr": each.lr, "weight_decay": each.weight_decay}
-            for group, each in zip(groups, schedules.values(), strict=True)
+            {"params": group, "lr": network.lr, "weight_decay": network.weight_decay}
+            for group, network in zip(groups, schedules.values(), strict=True)
         ],
         decoupled_weight_decay=True,
         fused=True,
@@ -174,14 +177,14 @@ def fit(
                 part.load_state_dict(state[name])
             start, wall, cpu = state["step"], state["wall_seconds"], state["cpu_seconds"]
             if start < steps:
-                _set_draws(state["draws"])
+                _set_generators(state["draws"])
     if start >= steps:
         return Cost(wall, cpu)
 
-    since_wall, since_cpu = time.perf_counter(), time.process_time()
+    wall_start, cpu_start = time.perf_counter(), time.process_time()
 
     def cost() -> Cost:
-        return Cost(wall + time.perf_counter() - since_wall, cpu + time.process_time() - since_cpu)
+        return Cost(wall + time.perf_counter() - wall_start, cpu + time.process_time() - cpu_start)
 
     with ExitStack() as stack:
         log = stack.enter_context(MetricsLog(folder, after=start)) if folder is not None else None
@@ -190,18 +193,18 @@ def fit(
             out = loss(batch)
             optimizer.zero_grad()
             _total(out).backward()
-            for group, each in zip(groups, schedules.values(), strict=True):
-                if each.clip_norm < math.inf:
-                    nn.utils.clip_grad_norm_(group, each.clip_norm)
+            for group, network in zip(groups, schedules.values(), strict=True):
+                if network.clip_norm < math.inf:
+                    nn.utils.clip_grad_norm_(group, network.clip_norm)
             optimizer.step()
             last = step == steps
             due = [probe for probe in probes if step % probe.every == 0 or last]
-            keep = folder is not None and (step % checkpoint_every == 0 or last)
-            look = bool(due) or step % log_every == 0 or step == 1 or last
-            if look or keep:
+            save = folder is not None and (step % checkpoint_every == 0 or last)
+            measure = bool(due) or step % log_every == 0 or step == 1 or last
+            if measure or save:
                 row = _row(step, out, dict(zip(schedules, rate.get_last_lr(), strict=True)))
                 _check_limits(row, limits or {}, schedules)
-            if look:
+            if measure:
                 for probe in due:
                     row |= probe.look(batch)
                 row["wall_seconds"] = cost().wall_seconds
@@ -210,39 +213,36 @@ def fit(
                 if report is not None:
                     report(row)
             rate.step()
-            # After the probes: they see q as it was when the batch was weighed.
+            # After the probes, which see the q that weighed the batch.
             if updater is not None:
                 updater.step()
-            # A last gradient can be NaN where its loss was not.
-            if (keep or last) and not all(bool(p.isfinite().all()) for p in loss.parameters()):
-                raise FloatingPointError(_diverged("policy", step, schedules))
-            if folder is not None and keep:
-                spent = cost()
-                held = {name: part.state_dict() for name, part in parts.items()}
-                held |= {
-                    "draws": _draws(),
-                    "step": step,
-                    "wall_seconds": spent.wall_seconds,
-                    "cpu_seconds": spent.cpu_seconds,
-                }
-                checkpoint.save(folder / checkpoint.FOLDER, held, settings)
+            # A last gradient can be NaN although its loss was finite.
+            if (save or last) and not all(bool(p.isfinite().all()) for p in loss.parameters()):
+                problem = "the policy is no longer finite"
+                raise FloatingPointError(_diverged(problem, step, schedules))
+            if folder is not None and save:
+                state = {name: part.state_dict() for name, part in parts.items()}
+                state |= {"draws": _generators(), "step": step, **asdict(cost())}
+                checkpoint.save(folder / checkpoint.FOLDER, state, settings)
     return cost()
 
 
-def _groups(loss: LossModule, schedules: Mapping[str, Schedule]) -> list[list[nn.Parameter]]:
-    """The parameters that each schedule moves; its name is the start of theirs."""
-    if len({each.steps for each in schedules.values()}) != 1:
+def _parameter_groups(
+    loss: LossModule, schedules: Mapping[str, Schedule]
+) -> list[list[nn.Parameter]]:
+    """Return the parameters of each schedule; their names start with its name."""
+    if len({network.steps for network in schedules.values()}) != 1:
         raise ValueError(f"all networks train for the same number of steps, not by {schedules}")
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in schedules}
     for name, parameter in loss.named_parameters():
-        # Functional losses hold a network's parameters under its name with "_params".
+        # Functional losses name a network's parameters "NETWORK_params".
         owners = [network for network in schedules if name.startswith(network)]
         if not owners:
             raise ValueError(
                 f"parameter {name!r} of {type(loss).__name__} has no schedule; there are those of "
                 f"{', '.join(schedules)}"
             )
-        # "log_alpha" starts "log_alpha_prime" too.
+        # "log_alpha" is also the start of "log_alpha_prime".
         groups[max(owners, key=len)].append(parameter)
     empty = [name for name, group in groups.items() if not group]
     if empty:
@@ -251,53 +251,53 @@ def _groups(loss: LossModule, schedules: Mapping[str, Schedule]) -> list[list[nn
 
 
 def _total(out: TensorDictBase) -> torch.Tensor:
-    """The sum of the losses of a call."""
+    """Return the sum of the losses of a call."""
     losses = [value for name, value in out.items() if name.startswith("loss")]
     return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
 
 def _row(step: int, out: TensorDictBase, rates: Mapping[str, Any]) -> Row:
-    """The numbers of a call: the sum of its losses, each of several, rates, and all others."""
+    """Return a row of metrics: the sum of the losses, learning rates, and all outputs."""
     scalars = {name: float(value.float().mean()) for name, value in out.detach().items()}
     losses = [name for name in scalars if name.startswith("loss")]
     row: Row = {"step": step, "loss": sum(scalars[name] for name in losses)}
     row |= {f"lr_{name}" if name else "lr": float(lr) for name, lr in rates.items()}
-    alone = losses if len(rates) == len(losses) == 1 else []
-    return row | {name: value for name, value in scalars.items() if name not in alone}
+    # A single loss equals the sum.
+    omitted = losses if len(rates) == len(losses) == 1 else []
+    return row | {name: value for name, value in scalars.items() if name not in omitted}
 
 
 def _check_limits(row: Row, limits: Mapping[str, float], schedules: Mapping[str, Schedule]) -> None:
-    """Refuse a loss that is not finite and an output past its limit."""
+    """Refuse a loss that is not finite, and an output beyond its limit."""
     step = int(row["step"])
     if not math.isfinite(row["loss"]):
-        raise FloatingPointError(_diverged("loss", step, schedules))
+        raise FloatingPointError(_diverged("the loss is no longer finite", step, schedules))
     for name, limit in limits.items():
-        # Not in every row: a loss may leave out a network that is not due.
+        # A loss may leave out the outputs of a network that is not due.
         if name in row and not abs(row[name]) <= limit:
-            what = (
-                f"training has diverged: {name} is {row[name]:.4g}, beyond any value ({limit:.4g})"
+            problem = (
+                f"training has diverged: {name} is {row[name]:.4g}, beyond its limit ({limit:.4g})"
             )
-            raise FloatingPointError(_diverged(what, step, schedules))
+            raise FloatingPointError(_diverged(problem, step, schedules))
 
 
-def _diverged(what: str, step: int, schedules: Mapping[str, Schedule]) -> str:
-    said = f"the {what} is no longer finite" if " " not in what else what
-    rates = ", ".join(f"{each.lr:g}" for each in schedules.values())
+def _diverged(problem: str, step: int, schedules: Mapping[str, Schedule]) -> str:
+    rates = ", ".join(f"{network.lr:g}" for network in schedules.values())
     return (
-        f"{said} at update {step}; lower the learning rate ({rates}), and see how loss and the "
-        "values beside it grew in the metrics. The last good checkpoint is kept"
+        f"{problem} at update {step}; lower the learning rate ({rates}), and see in the metrics "
+        "how the loss and other values grew. The last good checkpoint is kept"
     )
 
 
-def _draws() -> dict[str, torch.Tensor]:
-    """State of torch's own generators, which losses with noise draw from."""
-    draws = {"cpu": torch.get_rng_state()}
+def _generators() -> dict[str, torch.Tensor]:
+    """Return the state of torch's own generators, which losses with noise draw from."""
+    states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        draws["cuda"] = torch.cuda.get_rng_state()
-    return draws
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
 
 
-def _set_draws(draws: Mapping[str, torch.Tensor]) -> None:
-    torch.set_rng_state(draws["cpu"])
-    if "cuda" in draws:
-        torch.cuda.set_rng_state(draws["cuda"])
+def _set_generators(states: Mapping[str, torch.Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
