@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import tyro
 
-from benchmarks.collect.arguments import Arguments
+from benchmarks.collect.options import Options
 from benchmarks.runs import ends_as_ctrl_c_does, ends_in_one_line
 
 
-def main(arguments: Arguments) -> None:
+def main(options: Options) -> None:
     """Collect; an error that a user can mend ends it in one line."""
     with ends_in_one_line():
+        # Takes seconds to import.
         from benchmarks.collect.run import run
 
-        run(arguments)
+        run(options)
 
 
 if __name__ == "__main__":
     ends_as_ctrl_c_does()
-    main(tyro.cli(Arguments, prog="python -m benchmarks.collect", description=__doc__))
+    main(tyro.cli(Options, prog="python -m benchmarks.collect", description=__doc__))

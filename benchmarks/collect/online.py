@@ -1,67 +1,96 @@
-"""An online run whose whole replay is the dataset."""
+"""An online run of SAC whose whole replay is the dataset."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
+from rich.progress import Progress
 
 from benchmarks.collect import sac
-from benchmarks.collect.output import Parts, Rows
+from benchmarks.collect.options import Options
+from benchmarks.collect.output import Output, Parts, Rows
 from benchmarks.collect.simulator import Instance, Simulator
 from iwsft import checkpoint
 from iwsft.evaluation import episode_seeds
 from iwsft.metrics import MetricsLog
 
-# Told of steps and episodes so far, and of the mean return of the last episodes.
-Say = Callable[[int, int, float], None]
+# Reports the numbers of steps and episodes so far, and the mean return of the last episodes.
+Report = Callable[[int, int, float], None]
 _LAST_EPISODES = 10
 _CURVE_POINTS = 400
 
 
-class Run:
-    """SAC in one environment, each transition recorded.
+def collect(
+    settings: sac.Settings,
+    simulator: Simulator,
+    parts: Parts,
+    output: Output,
+    options: Options,
+    bar: Progress,
+) -> tuple[list[dict[str, Any]], str]:
+    """Run SAC to its end.
 
-    Checkpoints are made at ends of episodes only: the state of a simulator cannot be restored
-    exactly, but an episode starts from its seed, and its seed hangs on its number. So a run that
-    was cut off repeats what came after its last checkpoint and ends in the same data, bit for bit.
-
-    Args:
-        simulator: where.
-        settings: of the learner.
-        seed: of networks, actions, batches and episodes.
-        parts: where the transitions go.
-        partial: folder of the parts, for the checkpoint.
-        folder: of the learning curve, and of the policy at the end.
-        part_steps: steps between checkpoints, at least.
+    Returns:
+        The source of the data, and lines on the cost of a step and the folder of the run.
 
     Raises:
-        iwsft.checkpoint.CheckpointError: a damaged checkpoint, or parts that are lost.
+        FloatingPointError: The learner or the simulator has diverged.
+        OSError: The disk is full; the last checkpoint stays.
+    """
+    run = OnlineRun(settings, simulator, parts, output, options)
+    steps_before, since = run.steps, time.perf_counter()
+    task = bar.add_task("sac", total=settings.steps, completed=run.steps, note="")
+
+    def report(steps: int, episodes: int, mean: float) -> None:
+        speed = (steps - steps_before) / (time.perf_counter() - since)
+        note = f"episode {episodes}, return {mean:.1f}, {speed:.0f}/s"
+        bar.update(task, completed=steps, note=note)
+
+    run.train(report)
+    source = {"policy": "online SAC run", "episodes": run.episodes, **asdict(settings)}
+    cost = f"; {1000 * run.cpu_seconds / run.steps:.1f} CPU-ms a step"
+    return [source], f"{cost}\nlearning curve and policy in {output.run}"
+
+
+class OnlineRun:
+    """SAC in one environment, each transition recorded.
+
+    Checkpoints are made only at ends of episodes: the state of a simulator cannot be restored
+    exactly, but an episode starts from its seed, which depends on its number. So a run that was cut
+    off repeats what came after its last checkpoint and ends in the same data, bit for bit.
+
+    Args:
+        settings: Settings of the learner.
+        simulator: The environment.
+        parts: Transitions recorded so far.
+        output: The dataset; its folders get the checkpoint, the learning curve and the policy.
+        options: The command line; seed and steps between checkpoints are used.
+
+    Raises:
+        iwsft.checkpoint.CheckpointError: The checkpoint is damaged, or parts are lost.
     """
 
     def __init__(
         self,
-        simulator: Simulator,
         settings: sac.Settings,
-        *,
-        seed: int,
+        simulator: Simulator,
         parts: Parts,
-        partial: Path,
-        folder: Path,
-        part_steps: int,
+        output: Output,
+        options: Options,
     ) -> None:
-        torch.manual_seed(seed)
+        torch.manual_seed(options.seed)
         self._simulator, self._settings, self._parts = simulator, settings, parts
-        self._checkpoint, self._folder = partial / checkpoint.FOLDER, folder
-        self._part_steps = part_steps
-        self._seeds = episode_seeds(seed, settings.steps)
+        self._checkpoint, self._folder = output.partial / checkpoint.FOLDER, output.run
+        self._part_steps = options.part_steps
+        self._seeds = episode_seeds(options.seed, settings.steps)
         self._learner = sac.Learner(simulator, settings)
         self._replay = sac.Replay(settings.steps, simulator.observation_dim, len(simulator.low))
-        self._held: list[Rows] = []
+        self._unwritten: list[Rows] = []
         self._returns: list[float] = []
         self.steps = 0
         self.episodes = 0
@@ -71,12 +100,12 @@ class Run:
         if state is not None:
             self._restore(state)
 
-    def train(self, say: Say) -> None:
+    def train(self, report: Report) -> None:
         """Run to the end.
 
         Raises:
-            FloatingPointError: the learner or the simulator has diverged.
-            OSError: the disk is full; the last checkpoint stays.
+            FloatingPointError: The learner or the simulator has diverged.
+            OSError: The disk is full; the last checkpoint stays.
         """
         env = self._simulator.make()
         every = max(1, self._settings.steps // _CURVE_POINTS)
@@ -84,13 +113,13 @@ class Run:
             with MetricsLog(self._folder, after=self.steps) as log:
                 while self.steps < self._settings.steps:
                     self._episode(env, log, every)
-                    say(self.steps, self.episodes, float(np.mean(self._returns)))
+                    report(self.steps, self.episodes, float(np.mean(self._returns)))
         finally:
             env.env.close()
         sac.save_policy(self._folder, self._learner, self._simulator)
 
     def _episode(self, env: Instance, log: MetricsLog, every: int) -> None:
-        """One episode, or what the run has left for it."""
+        """Run one episode, or its first steps if the run ends before."""
         since = time.process_time()
         env.reset(self._seeds[self.episodes])
         ended = False
@@ -117,13 +146,13 @@ class Run:
                         | {"cpu_seconds": spent}
                     )
         rows = env.episode(cut=not ended)
-        self._held.append(rows)
+        self._unwritten.append(rows)
         self._returns.append(float(rows["rewards"].sum(dtype=np.float64)))
         self._returns = self._returns[-_LAST_EPISODES:]
         self.episodes += 1
         self.cpu_seconds += time.process_time() - since
-        held = sum(len(rows["rewards"]) for rows in self._held)
-        if held >= self._part_steps or self.steps == self._settings.steps:
+        unwritten = sum(len(rows["rewards"]) for rows in self._unwritten)
+        if unwritten >= self._part_steps or self.steps == self._settings.steps:
             self._save()
 
     def _uniform(self) -> Any:
@@ -131,9 +160,9 @@ class Run:
         return low + (high - low) * torch.rand(len(low)).numpy()
 
     def _save(self) -> None:
-        """First the part, then the checkpoint that counts it."""
-        self._parts.append(self._held, {})
-        self._held = []
+        """Write the part first, then the checkpoint that counts it."""
+        self._parts.append(self._unwritten, {})
+        self._unwritten = []
         state = {
             "learner": self._learner.state_dict(),
             "draws": torch.get_rng_state(),

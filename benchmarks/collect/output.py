@@ -1,4 +1,4 @@
-"""Where a dataset goes: a file or Minari's store, and the folder beside it while it grows."""
+"""The dataset of ``--out``, a file or in Minari's store, and the parts of it collected so far."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.runs import write_json
 from iwsft.checkpoint import CheckpointError, differences
 from iwsft.datasets import write
 from iwsft.datasets.episodes import Steps, pack_steps
 from iwsft.files import written_whole
 
-# D4RL's fields of some steps, whole episodes; "success" where the environment reports it.
+# D4RL's fields of whole episodes, and "success" where the environment reports it.
 Rows = dict[str, NDArray[Any]]
 _MINARI = "minari:"
 _SUFFIXES = (".hdf5", ".h5")
@@ -26,11 +27,11 @@ _SUFFIXES = (".hdf5", ".h5")
 
 @dataclass(frozen=True)
 class Output:
-    """What ``--out`` names.
+    """The dataset of ``--out``.
 
     Attributes:
-        name: as ``datasets.load`` takes it.
-        path: the file, or the folder in Minari's store.
+        name: Name for ``datasets.load``.
+        path: The file, or the folder in Minari's store.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Output:
         """Read ``--out``.
 
         Raises:
-            ValueError: neither a name ending in .hdf5 or .h5, nor ``minari:`` and an id.
+            ValueError: It is neither a name ending in .hdf5 or .h5, nor ``minari:`` and an id.
         """
         if out.startswith(_MINARI):
             return cls(out, write.minari_folder(out.removeprefix(_MINARI)))
@@ -54,12 +55,12 @@ class Output:
 
     @property
     def partial(self) -> Path:
-        """Folder of what is collected so far."""
+        """Folder of the parts collected so far."""
         return self.path.with_name(f"{self.path.name}.partial")
 
     @property
     def run(self) -> Path:
-        """Folder of the online run: its learning curve and its policy."""
+        """Folder of the online run's learning curve and policy."""
         stem = self.path.stem if self.path.suffix.lower() in _SUFFIXES else self.path.name
         return self.path.with_name(f"{stem}.sac")
 
@@ -75,36 +76,34 @@ class Output:
 
 
 class Parts:
-    """What is collected so far: files of whole episodes, each written whole, in their order.
+    """The parts of a dataset collected so far: files of whole episodes, in their order.
 
     Args:
-        folder: made where it is missing.
-        settings: plain values that all parts must have been made with.
+        folder: Folder of the parts; it is made if it is missing.
+        settings: Plain values that all parts must have been made with.
 
     Raises:
-        iwsft.checkpoint.CheckpointError: the folder holds parts of other settings, or a damaged
-            file.
+        iwsft.checkpoint.CheckpointError: The folder has parts of other settings, or a damaged file.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self._folder = folder
         path = folder / "settings.json"
         if path.exists():
             differ = differences(json.loads(path.read_text()), settings)
             if differ:
                 raise CheckpointError(
-                    f"{folder} holds a collection with other settings: {differ}; go on with those, "
-                    "delete it, or choose another --out"
+                    f"{folder} holds a collection with other settings: {differ}; continue with "
+                    "those, delete it, or choose another --out"
                 )
         else:
-            with written_whole(path) as partial:
-                partial.write_text(json.dumps(dict(settings), indent=1) + "\n")
+            write_json(path, settings)
 
     def __len__(self) -> int:
         return len(self._paths())
 
     def append(self, episodes: list[Rows], progress: Mapping[str, Any]) -> None:
-        """Write some episodes, and how far that is, in one file."""
+        """Write some episodes, and the progress made with them, to one file."""
         buffer = io.BytesIO()
         arrays: dict[str, Any] = {"progress": np.array(json.dumps(dict(progress)))}
         np.savez(buffer, **arrays | joined(episodes))
@@ -112,15 +111,15 @@ class Parts:
             partial.write_bytes(buffer.getbuffer())
 
     def progress(self) -> dict[str, Any] | None:
-        """What came with the last part; None before the first."""
+        """Return the progress of the last part; None before the first."""
         paths = self._paths()
         return json.loads(str(_read(paths[-1])["progress"])) if paths else None
 
     def keep(self, count: int) -> None:
-        """Drop all but the first parts.
+        """Delete all parts but the first ``count``.
 
         Raises:
-            iwsft.checkpoint.CheckpointError: there are fewer.
+            iwsft.checkpoint.CheckpointError: There are fewer.
         """
         paths = self._paths()
         if len(paths) < count:
@@ -132,7 +131,7 @@ class Parts:
             path.unlink()
 
     def rows(self) -> Rows:
-        """All episodes."""
+        """Return all episodes."""
         return joined([_read(path) for path in self._paths()])
 
     def _paths(self) -> list[Path]:
@@ -140,7 +139,7 @@ class Parts:
 
 
 def joined(episodes: list[Rows]) -> Rows:
-    """Episodes back to back; where only some report success, the others had none."""
+    """Return episodes back to back; without a report of success an episode has none."""
     reported = any("success" in rows for rows in episodes)
     names = [name for name in episodes[0] if name not in ("progress", "success")]
     rows = {name: np.concatenate([part[name] for part in episodes]) for name in names}

@@ -1,4 +1,4 @@
-"""The policies that ``--policy`` names."""
+"""The policies of ``--policy``."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from numpy.typing import NDArray
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs.utils import ExplorationType
 
+from benchmarks.collect.options import RANDOM
 from benchmarks.collect.simulator import Simulator
 from iwsft.acting import Seen, act, acting, check_keys, check_sizes
 from iwsft.fingerprint import fingerprint
 
-RANDOM = "random"
-
 
 @dataclass(frozen=True)
 class Behaviour:
-    """A policy and how it acts.
+    """A policy that collects data.
 
     Attributes:
-        name: as it was given.
-        policy: None for uniform actions.
-        env_id: the environment that it was trained in, where known.
-        env_kwargs: that environment's arguments.
+        name: Its name on the command line.
+        policy: The policy; None for uniform actions.
+        env_id: Id of the environment that it was trained in, if known.
+        env_kwargs: Arguments of that environment.
     """
 
     name: str
@@ -38,26 +37,25 @@ class Behaviour:
     env_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def acting(self, mode: ExplorationType) -> AbstractContextManager[None]:
-        """:func:`iwsft.acting.acting`; uniform actions need none."""
+        """Enter :func:`iwsft.acting.acting`, which uniform actions do not need."""
         return nullcontext() if self.policy is None else acting(self.policy, mode)
 
     def act(self, seen: Seen) -> NDArray[np.float32]:
-        """:func:`iwsft.acting.act`, in the precision that is recorded."""
+        """Call :func:`iwsft.acting.act`; the actions are float32, as they are recorded."""
         assert self.policy is not None
         return act(self.policy, seen, name=f"--policy {self.name}").astype(np.float32)
 
     @property
     def fingerprint(self) -> str:
-        """Of its parameters and buffers."""
+        """Fingerprint of its parameters and buffers."""
         return "" if self.policy is None else fingerprint(dict(self.policy.state_dict()))
 
 
 def load(name: str) -> Behaviour:
-    """Load what ``--policy`` names, on the CPU.
+    """Load a policy of ``--policy`` on the CPU.
 
     Raises:
-        ValueError: no folder of that name, no such module or callable, or something that is no
-            policy.
+        ValueError: There is no folder, module or callable of that name, or it is not a policy.
     """
     if name == RANDOM:
         return Behaviour(name, None)
@@ -102,17 +100,17 @@ def _of_callable(name: str) -> TensorDictModuleBase:
         raise ValueError(f"--policy {name} is called without arguments: {error}") from error
     if not isinstance(policy, TensorDictModuleBase):
         raise ValueError(
-            f"--policy {name} gave {type(policy).__name__}; called without arguments, it must give "
-            "a TensorDictModule"
+            f"--policy {name} gave {type(policy).__name__}; called without arguments, it must "
+            "return a TensorDictModule"
         )
     return policy
 
 
 def check(behaviour: Behaviour, simulator: Simulator) -> None:
-    """Call the policy once, before anything is collected.
+    """Check a policy by calling it once.
 
     Raises:
-        ValueError: its sizes are not those of the environment.
+        ValueError: Its sizes are not those of the environment.
     """
     if behaviour.policy is not None:
         with acting(behaviour.policy):

@@ -25,22 +25,22 @@ from benchmarks.collect.simulator import Simulator
 from iwsft import checkpoint
 from iwsft.trajectory import ACTION, DONE, NEXT_OBSERVATION, OBSERVATION, REWARD, TERMINATED
 
-# Folder of the policy in that of the run.
+# Folder of the policy within the folder of the run.
 POLICY = "policy"
 _HIDDEN = (256, 256)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of a run; the defaults are those of D4RL's medium-replay sets.
+    """Settings of a run; the defaults are those of D4RL's medium-replay sets.
 
     Attributes:
-        steps: of the environment.
-        random_steps: the first of them, with uniform actions and no updates.
-        batch_size: transitions of an update.
-        lr: Adam's, of all networks and the temperature.
-        gamma: discount.
-        tau: share of the Q-networks that goes into their targets at an update.
+        steps: Steps of the environment.
+        random_steps: Number of first steps with uniform actions and no updates.
+        batch_size: Transitions of an update.
+        lr: Learning rate of Adam, for all networks and the temperature.
+        gamma: Discount factor.
+        tau: Share of the Q-networks in their targets' moving average.
     """
 
     steps: int = 400_000
@@ -50,15 +50,9 @@ class Settings:
     gamma: float = 0.99
     tau: float = 0.005
 
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.random_steps < 1:
-            raise ValueError(
-                f"--steps {self.steps} and --random-steps {self.random_steps}: at least 1"
-            )
-
 
 class _SACLoss(SACLoss):
-    """TorchRL's, with both Q-networks in one batched product: the same numbers in less time."""
+    """TorchRL's loss with both Q-networks in one batched product: the same numbers, faster."""
 
     def _make_vmap(self) -> None:
         def both(inputs: TensorDictBase, params: TensorDictParams) -> TensorDictBase:
@@ -69,11 +63,11 @@ class _SACLoss(SACLoss):
 
 
 class Learner:
-    """Networks, optimizer and targets, and their update.
+    """Networks, targets and optimizer of SAC.
 
     Args:
-        simulator: gives sizes and bounds.
-        settings: of the run.
+        simulator: Environment whose sizes and bounds the networks have.
+        settings: Settings of the run.
     """
 
     def __init__(self, simulator: Simulator, settings: Settings) -> None:
@@ -90,7 +84,7 @@ class Learner:
             target_entropy=-float(actions),
         )
         self.loss.make_value_estimator(gamma=settings.gamma)
-        # It writes the networks over their targets: a checkpoint is loaded after it.
+        # It copies the networks into their targets, so a checkpoint must be loaded after it.
         self.updater = SoftUpdate(self.loss, tau=settings.tau)
         self.optimizer = torch.optim.Adam(self.loss.parameters(), lr=settings.lr, fused=True)
 
@@ -101,7 +95,7 @@ class Learner:
             return self.actor(batch)[ACTION][0].numpy()
 
     def update(self, batch: TensorDictBase) -> TensorDictBase:
-        """One step of Adam on all losses, then the targets; what the loss wrote."""
+        """Update all networks, then the targets; return the losses and diagnostics."""
         out = self.loss(batch)
         self.optimizer.zero_grad()
         (out["loss_actor"] + out["loss_qvalue"] + out["loss_alpha"]).backward()
@@ -110,7 +104,7 @@ class Learner:
         return out.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that an update changes."""
+        """Return everything that an update changes."""
         return {"loss": self.loss.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -120,12 +114,12 @@ class Learner:
 
 
 class Replay:
-    """All transitions, one row each, so that a batch is one look-up.
+    """All transitions, each in one row, so that a batch takes one look-up.
 
     Args:
-        capacity: rows.
-        observation_dim: size of the observation.
-        action_dim: size of the action.
+        capacity: Largest number of transitions.
+        observation_dim: Size of the observation.
+        action_dim: Size of the action.
     """
 
     def __init__(self, capacity: int, observation_dim: int, action_dim: int) -> None:
@@ -142,7 +136,7 @@ class Replay:
         self._size += len(rows)
 
     def sample(self, batch_size: int) -> TensorDict:
-        """Uniform transitions, with replacement, drawn by torch's generator."""
+        """Draw transitions uniformly, with replacement, from torch's generator."""
         index = torch.randint(self._size, (batch_size,))
         columns = self._rows.index_select(0, index).split(self._widths, 1)
         now, action, reward, terminal, then = columns
@@ -151,7 +145,7 @@ class Replay:
         for key, value in (
             (REWARD, reward),
             (TERMINATED, terminated),
-            # Only a terminal stops the bootstrap: at a timeout the episode could have gone on.
+            # Only a terminal stops the bootstrap; after a timeout the episode could continue.
             (DONE, terminated),
             (NEXT_OBSERVATION, then),
         ):
@@ -160,7 +154,7 @@ class Replay:
 
 
 def actor(observation_dim: int, low: Tensor, high: Tensor) -> ProbabilisticActor:
-    """A tanh-Normal policy within the bounds, mean and scale from one network."""
+    """Return a tanh-normal policy within the bounds, mean and scale from one network."""
     net = nn.Sequential(
         MLP(
             in_features=observation_dim,
@@ -182,7 +176,7 @@ def actor(observation_dim: int, low: Tensor, high: Tensor) -> ProbabilisticActor
 
 
 def save_policy(folder: Path, learner: Learner, simulator: Simulator) -> None:
-    """Write the actor, for :func:`load_policy`."""
+    """Write the actor for :func:`load_policy`."""
     content = {
         "env_id": simulator.env_id,
         "env_kwargs": simulator.kwargs,
@@ -195,11 +189,11 @@ def save_policy(folder: Path, learner: Learner, simulator: Simulator) -> None:
 
 
 def load_policy(folder: Path) -> tuple[ProbabilisticActor, str, dict[str, Any]]:
-    """The policy of a finished run; id and arguments of the environment it was trained in.
+    """Return the policy of a finished run, and id and arguments of its environment.
 
     Raises:
-        FileNotFoundError: no policy there.
-        iwsft.checkpoint.CheckpointError: a damaged file.
+        FileNotFoundError: There is no policy.
+        iwsft.checkpoint.CheckpointError: The file is damaged.
     """
     content = checkpoint.load(folder / POLICY, {})
     if content is None:

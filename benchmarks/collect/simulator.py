@@ -1,9 +1,7 @@
-"""The environment that data is collected in: made once the settings are known to fit."""
+"""The environment that data are collected in, and the record of an episode."""
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,16 +15,16 @@ from iwsft import environments
 
 @dataclass(frozen=True)
 class Simulator:
-    """How to make the environment.
+    """An environment, described so that instances of it can be made.
 
     Attributes:
-        env_id: full id, as :func:`iwsft.environments.make` takes it.
-        kwargs: arguments of the environment.
-        max_episode_steps: episodes are cut here.
-        observation_dim: size of the flattened observation.
-        low: bounds of the actions, float32 ``[act]``.
-        high: the upper ones.
-        versions: packages that decide what it computes.
+        env_id: Full id, as :func:`iwsft.environments.make` takes it.
+        kwargs: Keyword arguments of the environment.
+        max_episode_steps: Steps after which an episode is cut.
+        observation_dim: Size of the flattened observation.
+        low: Lower bounds of the actions, float32 ``[act]``.
+        high: Upper bounds of the actions, float32 ``[act]``.
+        versions: Versions of the packages that decide its numbers.
     """
 
     env_id: str
@@ -38,24 +36,13 @@ class Simulator:
     versions: dict[str, str]
 
     @classmethod
-    def of(
-        cls,
-        env_id: str,
-        env_kwargs: Mapping[str, Any],
-        env_args: Sequence[str],
-        max_episode_steps: int | None,
-    ) -> Simulator:
-        """Make the environment once and look at it; ``env_args`` go before ``env_kwargs``.
+    def of(cls, env_id: str, kwargs: dict[str, Any]) -> Simulator:
+        """Describe an environment after making it once.
 
         Raises:
-            ValueError: an unknown environment, arguments that it does not take, spaces that are no
-                vectors, unbounded actions, or episodes without an end.
+            ValueError: The environment is unknown or does not take the arguments, its spaces are
+                not vectors, its actions are unbounded, or its episodes may never end.
         """
-        kwargs = {**env_kwargs, **parse(env_args)}
-        if max_episode_steps is not None:
-            if max_episode_steps < 1:
-                raise ValueError(f"--max-episode-steps {max_episode_steps}: at least 1")
-            kwargs["max_episode_steps"] = max_episode_steps
         try:
             env = environments.make(env_id, **kwargs)
         except TypeError as error:
@@ -84,35 +71,17 @@ class Simulator:
             env.close()
 
     def make(self) -> Instance:
-        """One environment of its own."""
+        """Make an instance of the environment."""
         env = environments.make(self.env_id, **self.kwargs)
         return Instance(env, environments.flattener(env), self)
 
 
-def parse(env_args: Sequence[str]) -> dict[str, Any]:
-    """``NAME=VALUE`` to keyword arguments; a value that is no Python literal is a string.
-
-    Raises:
-        ValueError: no ``=``, or no name before it.
-    """
-    kwargs: dict[str, Any] = {}
-    for given in env_args:
-        name, equals, value = given.partition("=")
-        if not equals or not name.isidentifier():
-            raise ValueError(f"--env-arg {given}: it reads NAME=VALUE")
-        try:
-            kwargs[name] = ast.literal_eval(value)
-        except (SyntaxError, ValueError):
-            kwargs[name] = value
-    return kwargs
-
-
 @dataclass
 class Instance:
-    """One environment and the episode that runs in it.
+    """One environment and the record of the episode that runs in it.
 
     Attributes:
-        observation: the current one, float32 ``[obs]``.
+        observation: The current observation, float32 ``[obs]``.
     """
 
     env: gym.Env[Any, Any]
@@ -124,31 +93,34 @@ class Instance:
     _success: list[bool] = field(default_factory=list)
 
     def reset(self, seed: int) -> None:
-        """Start an episode; the last one is forgotten."""
+        """Start an episode, and forget the record of the last one."""
         self._seed, self._steps, self._success = seed, [], []
         self.observation = self._flat(self.env.reset(seed=seed)[0])
 
     def step(self, action: NDArray[np.float32]) -> tuple[bool, float]:
-        """Take one step, the action clipped to the bounds; whether the episode ended, the reward.
+        """Take one step with the action clipped to the bounds.
 
-        The environment gets the float32 that is recorded, so that playing the record again gives
+        The environment gets the float32 action that is recorded, so that replaying the record gives
         the same rewards.
 
+        Returns:
+            Whether the episode ended, and the reward.
+
         Raises:
-            FloatingPointError: the environment gave a number that is not finite.
+            FloatingPointError: The environment gave a number that is not finite.
         """
         taken = np.clip(action, self.simulator.low, self.simulator.high)
-        following, given, terminated, truncated, info = self.env.step(
+        following, raw_reward, terminated, truncated, info = self.env.step(
             taken.astype(self.env.action_space.dtype)
         )
-        reward = float(given)
+        reward = float(raw_reward)
         after = self._flat(following)
         if not (np.isfinite(after).all() and np.isfinite(reward)):
             raise FloatingPointError(
                 f"{self.simulator.env_id} gave a number that is not finite at step "
                 f"{len(self._steps)} of the episode of seed {self._seed}; its state has diverged"
             )
-        # Where both are set, the end is the environment's own.
+        # With both, the episode has ended by itself.
         cut = bool(truncated and not terminated)
         self._steps.append((self.observation, taken, reward, after, bool(terminated), cut))
         success = environments.success(info)
@@ -158,15 +130,15 @@ class Instance:
         return bool(terminated or truncated), reward
 
     def transition(self) -> tuple[NDArray[Any], ...]:
-        """The last step: observations, actions, rewards, terminals, next observations, [1, ...]."""
+        """Return the last step as observations, actions, rewards, terminals, next observations."""
         now, action, reward, after, terminated, _ = self._steps[-1]
         return tuple(np.asarray(x)[None] for x in (now, action, reward, terminated, after))
 
     def episode(self, *, cut: bool = False) -> Rows:
-        """What was recorded since the reset.
+        """Return the record since the reset.
 
         Args:
-            cut: the last step is to count as a timeout.
+            cut: Whether the last step counts as a timeout.
         """
         now, actions, rewards, then, terminals, timeouts = zip(*self._steps, strict=True)
         rows = {
@@ -184,5 +156,5 @@ class Instance:
         return rows
 
     def _flat(self, observation: Any) -> NDArray[np.float32]:
-        # A copy: some environments hand out their own buffer.
+        # A copy, because some environments return their own buffer.
         return np.array(self.flatten(observation), dtype=np.float32)

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from benchmarks.collect.__main__ import main
-from benchmarks.collect.arguments import Arguments
+from benchmarks.collect.options import Options
 from iwsft import datasets, environments
 from iwsft.evaluation import episode_seeds, evaluate
 from iwsft.trajectory import lengths
@@ -112,7 +112,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def collect(out: Path | str, *policy: str, **settings: Any) -> None:
     settings.setdefault("env", "Hopper-v4")
-    main(Arguments(out=str(out), policy=policy, **settings))
+    main(Options(out=str(out), policy=policy, **settings))
 
 
 def fields(path: Path) -> Fields:
@@ -340,7 +340,7 @@ H = "mine_of_tests:hopper"
         ((H,), {"episodes": (0,)}, "at least 1"),
         ((H,), {"noise": -0.1}, "--noise -0.1 must not be negative"),
         ((H,), {"noise": float("nan")}, "--noise nan"),
-        (("random",), {"noise": 0.1}, "'random' has none"),
+        (("random",), {"noise": 0.1}, "those of 'random' are uniform"),
         ((H,), {"seed": -1}, "--seed -1"),
         ((H,), {"part_steps": 0}, "--part-steps 0"),
         ((H,), {"max_episode_steps": 0}, "--max-episode-steps 0"),

@@ -23,9 +23,9 @@ from torchrl.objectives import SACLoss
 from baselines.critics import qvalue_networks
 from benchmarks.collect import sac
 from benchmarks.collect.__main__ import main
-from benchmarks.collect.arguments import Arguments
-from benchmarks.collect.online import Run
-from benchmarks.collect.output import Parts
+from benchmarks.collect.online import OnlineRun
+from benchmarks.collect.options import Options
+from benchmarks.collect.output import Output, Parts
 from benchmarks.collect.simulator import Simulator
 from iwsft import datasets, metrics
 from iwsft.checkpoint import CheckpointError
@@ -40,7 +40,7 @@ TINY, AT_RANDOM = 2000, 1550
 
 def collect(out: Path, **settings: Any) -> None:
     settings = {"env": ENV, "random_steps": 300, **settings}
-    main(Arguments(out=str(out), online="sac", **settings))
+    main(Options(out=str(out), online="sac", **settings))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def pendulum() -> Simulator:
-    return Simulator.of(ENV, {}, (), None)
+    return Simulator.of(ENV, {})
 
 
 def test_every_transition_is_in_the_dataset(tiny: Path) -> None:
@@ -99,7 +99,7 @@ def test_it_is_loaded_and_it_has_learned(tiny: Path) -> None:
 def test_its_policy_can_be_rolled_out(tiny: Path, tmp_path: Path) -> None:
     """--policy takes the run's folder; the environment is the run's."""
     folder, out = tiny.with_suffix(".sac"), tmp_path / "rolled.hdf5"
-    main(Arguments(out=str(out), policy=(str(folder),), episodes=(3,)))
+    main(Options(out=str(out), policy=(str(folder),), episodes=(3,)))
     packed = datasets.load(out).trajectories
     policy, env_id, _ = sac.load_policy(folder)
     assert env_id == ENV
@@ -146,17 +146,13 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     assert rows[0] == rows[1]
 
 
-def begin(folder: Path, pendulum: Simulator) -> Run:
+def begin(folder: Path, pendulum: Simulator) -> OnlineRun:
     """A run of 400 steps with a part about every 100."""
-    return Run(
-        pendulum,
-        sac.Settings(steps=400, random_steps=370),
-        seed=2,
-        parts=Parts(folder / "parts", {}),
-        partial=folder / "parts",
-        folder=folder / "curve",
-        part_steps=100,
-    )
+    output = Output.of(str(folder / "a.hdf5"))
+    parts = Parts(output.partial, {})
+    settings = sac.Settings(steps=400, random_steps=370)
+    options = Options(out=output.name, online="sac", seed=2, part_steps=100)
+    return OnlineRun(settings, pendulum, parts, output, options)
 
 
 def test_parts_and_checkpoint_that_do_not_fit(tmp_path: Path, pendulum: Simulator) -> None:
@@ -169,11 +165,11 @@ def test_parts_and_checkpoint_that_do_not_fit(tmp_path: Path, pendulum: Simulato
     begin(tmp_path / "whole", pendulum).train(lambda *_: None)
     with pytest.raises(KeyboardInterrupt):
         begin(tmp_path / "cut", pendulum).train(interrupt)
-    paths = sorted((tmp_path / "cut" / "parts").glob("part-*.npz"))
+    paths = sorted((tmp_path / "cut" / "a.hdf5.partial").glob("part-*.npz"))
     assert len(paths) == 2
     shutil.copyfile(paths[0], paths[0].with_name("part-000002.npz"))
     begin(tmp_path / "cut", pendulum).train(lambda *_: None)
-    cut, whole = (Parts(tmp_path / name / "parts", {}).rows() for name in ("cut", "whole"))
+    cut, whole = (Parts(tmp_path / name / "a.hdf5.partial", {}).rows() for name in ("cut", "whole"))
     for name, values in whole.items():
         np.testing.assert_array_equal(cut[name], values)
     paths[1].unlink()

@@ -1,0 +1,107 @@
+"""The command line of ``python -m benchmarks.collect``: the settings of a collection."""
+
+from __future__ import annotations
+
+import ast
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from benchmarks.options import check_at_least
+
+RANDOM = "random"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Collect a dataset from policies, or from an online run."""
+
+    out: str
+    """FILE.hdf5 in D4RL's layout, or minari:NAMESPACE/NAME-v0 in Minari's local store."""
+    policy: tuple[str, ...] = ()
+    """Policies to roll out. Each is the folder of a finished run, MODULE:CALLABLE (called without
+    arguments, it returns a TensorDictModule from "observation" to "action"), or "random" (uniform
+    actions)."""
+    online: Literal["sac"] | None = None
+    """Learner that is trained from scratch in place of --policy; its replay is the dataset. Its
+    learning curve and its policy, which --policy takes, are written to OUT's name with .sac."""
+    env: str | None = None
+    """Gymnasium id, or MODULE:ID for one of your own; by default that of the policies' runs."""
+    episodes: tuple[int, ...] = ()
+    """Episodes of each policy: one number for all, or one for each."""
+    steps: tuple[int, ...] = ()
+    """In place of --episodes: least number of steps of each policy, in whole episodes. For SAC, the
+    steps of the run: 400000 by default, as for D4RL's medium-replay sets."""
+    noise: float = 0.0
+    """Standard deviation of Gaussian noise on the policies' actions, in their unit."""
+    stochastic: bool = False
+    """Draw actions from the policies; by default they act deterministically."""
+    seed: int = 0
+    """Seed of everything drawn; episode i starts from seed i of iwsft's episode_seeds."""
+    env_arg: tuple[str, ...] = ()
+    """Arguments of the environment as NAME=VALUE, such as continuing_task=False of AntMaze."""
+    max_episode_steps: int | None = None
+    """Steps after which episodes are cut; needed where the environment has no limit of its own."""
+    random_steps: int = 10_000
+    """SAC's first steps, with uniform actions and no updates."""
+    part_steps: int = 5_000
+    """Steps between writes to OUT.partial, at the next end of an episode (of a group of 32, for
+    policies). A kill loses the steps after the last write."""
+    resume: bool = False
+    """Continue a collection that was cut off; it ends in the same data as without interruption."""
+
+
+def check(options: Options) -> None:
+    """Check options that do not need the policies or the environment.
+
+    Raises:
+        ValueError: An option is out of range or does not fit the others.
+    """
+    if bool(options.policy) == (options.online is not None):
+        raise ValueError("give either --policy (one or several) or --online sac")
+    check_at_least(0, seed=options.seed)
+    check_at_least(1, part_steps=options.part_steps, max_episode_steps=options.max_episode_steps)
+    for name in ("episodes", "steps"):
+        for number in getattr(options, name):
+            check_at_least(1, **{name: number})
+    if not 0 <= options.noise < math.inf:
+        raise ValueError(f"--noise {options.noise} must not be negative, nor infinite")
+    if options.online is None:
+        if bool(options.episodes) == bool(options.steps):
+            raise ValueError("give either --episodes or --steps: how much of each policy")
+        amounts = options.episodes or options.steps
+        if len(amounts) not in (1, len(options.policy)):
+            raise ValueError(
+                f"{list(amounts)} for {len(options.policy)} policies: one number for all or one "
+                "for each"
+            )
+        if options.noise and set(options.policy) == {RANDOM}:
+            raise ValueError("--noise is for a policy's actions; those of 'random' are uniform")
+        return
+    check_at_least(1, random_steps=options.random_steps)
+    if options.episodes or len(options.steps) > 1:
+        raise ValueError("--online sac runs for one number of --steps, not for --episodes")
+    if options.noise or options.stochastic:
+        raise ValueError("--noise and --stochastic are for --policy; SAC always draws its actions")
+    if options.env is None:
+        raise ValueError("--online sac needs --env")
+
+
+def env_arguments(options: Options) -> dict[str, Any]:
+    """Return the environment's keyword arguments; a VALUE that is not a literal is a string.
+
+    Raises:
+        ValueError: An argument has no ``=``, or no name before it.
+    """
+    arguments: dict[str, Any] = {}
+    for argument in options.env_arg:
+        name, equals, value = argument.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"--env-arg {argument}: it reads NAME=VALUE")
+        try:
+            arguments[name] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            arguments[name] = value
+    if options.max_episode_steps is not None:
+        arguments["max_episode_steps"] = options.max_episode_steps
+    return arguments
