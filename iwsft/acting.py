@@ -1,15 +1,15 @@
-"""Policies at work in environments: what they may read, and one call of them for all episodes.
+"""Policies that act in environments: their inputs, and one call of them for all episodes.
 
-Whoever rolls a policy out (:func:`iwsft.evaluation.evaluate`, ``python -m benchmarks.collect``)
-does it with this, so that a policy acts the same everywhere::
+:func:`iwsft.evaluation.evaluate` and ``python -m benchmarks.collect`` use this module, so that a
+policy acts the same everywhere::
 
     check_keys(policy)
     with acting(policy):
         check_sizes(policy, observation, (act_dim,), env_id)
-        seen = Seen(1, obs_dim)
-        seen.begin(0, observation, "episode 0")
-        action = act(policy, seen)[0]
-        seen.follow(0, following, reward)  # after the step; at the episode's last, seen.end(0)
+        inputs = PolicyInputs(1, obs_dim)
+        inputs.begin(0, observation, "episode 0")
+        action = act(policy, inputs)[0]
+        inputs.follow(0, following, reward)  # after a step; after the last one, inputs.end(0)
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from iwsft.trajectory import ACTION, OBSERVATION
 
-# Rows of the batched policy call are a multiple of this. A matrix product may differ in the last
-# bit between heights, and physics amplifies that: at one height an episode is the same whichever
-# others run beside it.
+# The number of rows of a policy call is a multiple of this. A matrix product may differ in the last
+# bit between numbers of rows, and physics amplifies the difference. With a fixed number of rows an
+# episode does not depend on the other episodes.
 ROWS = 32
 
-# What a policy with a memory may read besides the observation.
+# A policy with a memory may read these too.
 IS_INIT: NestedKey = "is_init"
 PREVIOUS_REWARD: NestedKey = "reward"
 READABLE = (OBSERVATION, IS_INIT, PREVIOUS_REWARD)
 
 
-class Seen:
-    """What a policy reads at a step, a row for each episode that runs side by side.
+class PolicyInputs:
+    """The inputs of a policy at a step, with a row for each parallel episode.
 
-    A row is the same environment from step to step. At the start no row runs an episode; those
-    that run none are given to the policy too, and there every step is a first one.
+    A row is the same environment from step to step. At the start no row has an episode. The policy
+    gets the rows without an episode too, as first steps.
 
     Args:
-        episodes: how many run side by side; as many rows, rounded up to a multiple of ``ROWS``.
-        observation_dim: size of an observation.
+        episodes: Number of parallel episodes; the number of rows is the next multiple of ``ROWS``.
+        observation_dim: Size of an observation.
 
     Attributes:
-        observation: float32 ``[rows, obs]``.
-        first: bool ``[rows, 1]``, the first step of an episode, or a row without one.
-        reward: float32 ``[rows, 1]``, what the last action brought; 0 at a first step.
+        observation: Observations, float32 ``[rows, obs]``.
+        first: Whether the row is at a first step or has no episode, bool ``[rows, 1]``.
+        reward: Reward of the last action, 0 at a first step, float32 ``[rows, 1]``.
     """
 
     def __init__(self, episodes: int, observation_dim: int) -> None:
@@ -64,26 +64,26 @@ class Seen:
         self._episodes = [""] * rows
 
     def begin(self, row: int, observation: ArrayLike, episode: str) -> None:
-        """An episode starts in ``row``; ``episode`` names it in errors."""
+        """Start an episode in ``row``; ``episode`` is its name in errors."""
         self.end(row)
         self.observation[row] = observation
         self._running[row], self._steps[row], self._episodes[row] = True, 0, episode
 
     def follow(self, row: int, observation: ArrayLike, reward: float) -> None:
-        """The episode in ``row`` goes on after a step that brought ``reward``."""
+        """Continue the episode in ``row`` after a step with this reward."""
         self.observation[row] = observation
         self.first[row], self.reward[row] = False, reward
         self._steps[row] += 1
 
     def end(self, row: int) -> None:
-        """``row`` runs no episode any more."""
+        """End the episode in ``row``."""
         self.first[row], self.reward[row], self._running[row] = True, 0.0, False
 
     def check_finite(self, actions: NDArray[Any], name: str) -> None:
-        """Check the ``actions`` ``[rows, act]`` of the rows that run an episode.
+        """Check the actions ``[rows, act]`` of the rows that have an episode.
 
         Raises:
-            FloatingPointError: one is not finite; it names the step and the episode.
+            FloatingPointError: An action is not finite; the error names its step and episode.
         """
         wrong = np.flatnonzero(self._running & ~np.isfinite(actions).all(axis=1))
         if wrong.size:
@@ -96,27 +96,27 @@ class Seen:
 
 def act(
     policy: TensorDictModuleBase,
-    seen: Seen,
+    inputs: PolicyInputs,
     *,
     device: torch.device | str = "cpu",
     name: str = "the policy",
 ) -> NDArray[Any]:
-    """One call of the policy for all rows, within :func:`acting`.
+    """Call the policy once for all rows, within :func:`acting`.
 
     Args:
-        policy: reads of ``READABLE`` what it wants to; writes ``action`` ``[rows, act]``.
-        seen: what it reads, copied: a policy may keep what it is given.
-        device: where the policy is.
-        name: of the policy, in errors.
+        policy: Policy that reads some of ``READABLE`` and writes ``action`` ``[rows, act]``.
+        inputs: The policy's inputs; it gets a copy, which it may keep.
+        device: Device of the policy.
+        name: Name of the policy in errors.
 
     Returns:
         Its actions ``[rows, act]``, not clipped: float32, or float64 where the policy gives that.
 
     Raises:
-        FloatingPointError: an action of an episode that runs is not finite.
+        FloatingPointError: The action of an episode is not finite.
     """
-    actions = _call(policy, seen, device)
-    seen.check_finite(actions, name)
+    actions = _call(policy, inputs, device)
+    inputs.check_finite(actions, name)
     return actions
 
 
@@ -124,10 +124,10 @@ def act(
 def acting(
     policy: TensorDictModuleBase, mode: ExplorationType = ExplorationType.DETERMINISTIC
 ) -> Iterator[None]:
-    """No gradients, eval mode, and TorchRL's exploration type ``mode``.
+    """Act without gradients, in eval mode, and with TorchRL's exploration type ``mode``.
 
     By default actions are deterministic (the mean of a Gaussian); ``ExplorationType.RANDOM`` draws
-    them. The mode (training or eval) of each module is put back after.
+    them. Each module's own mode (training or eval) is restored afterwards.
     """
     modes = [(module, module.training) for module in policy.modules()]
     policy.eval()
@@ -140,14 +140,14 @@ def acting(
 
 
 def check_keys(policy: TensorDictModuleBase, *, name: str = "the policy") -> None:
-    """Check what the policy reads and writes; ``name`` is what errors call it.
+    """Check the keys that a policy reads and writes; errors call it ``name``.
 
     Raises:
-        ValueError: it reads more than ``READABLE``, or writes no ``action``.
+        ValueError: It reads more than ``READABLE``, or writes no ``action``.
     """
     missing = [key for key in unravel_key_list(list(policy.in_keys)) if key not in READABLE]
     if missing:
-        raise ValueError(f"{name} reads {missing}; where it acts, it is given only {READABLE}")
+        raise ValueError(f"{name} reads {missing}; in an environment it is given only {READABLE}")
     if ACTION not in policy.out_keys:
         raise ValueError(f"{name} must write {ACTION!r}, it writes {policy.out_keys}")
 
@@ -161,23 +161,23 @@ def check_sizes(
     device: torch.device | str = "cpu",
     name: str = "the policy",
 ) -> None:
-    """Call the policy once on ``ROWS`` rows that run no episode, within :func:`acting`.
+    """Call the policy once on ``ROWS`` rows without an episode, within :func:`acting`.
 
     Args:
-        policy: as for :func:`act`.
-        observation: one of the environment, ``[obs]``; all rows get it.
-        action_shape: shape of the environment's actions, ``(act,)``.
-        env_id: of the environment, in errors.
-        device: where the policy is.
-        name: of the policy, in errors.
+        policy: Policy, see :func:`act`.
+        observation: An observation of the environment, ``[obs]``; all rows get it.
+        action_shape: Shape of the environment's actions, ``(act,)``.
+        env_id: Name of the environment in errors.
+        device: Device of the policy.
+        name: Name of the policy in errors.
 
     Raises:
-        ValueError: the call fails, or its actions have another shape.
+        ValueError: The call fails, or its actions have another shape.
     """
-    seen = Seen(ROWS, observation.size)
-    seen.observation[:] = observation
+    inputs = PolicyInputs(ROWS, observation.size)
+    inputs.observation[:] = observation
     try:
-        actions = _call(policy, seen, device)
+        actions = _call(policy, inputs, device)
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"{name} cannot act on {env_id}, whose observations have size {observation.size} "
@@ -189,12 +189,14 @@ def check_sizes(
         )
 
 
-def _call(policy: TensorDictModuleBase, seen: Seen, device: torch.device | str) -> NDArray[Any]:
-    read = {
-        OBSERVATION: torch.tensor(seen.observation, device=device),
-        IS_INIT: torch.tensor(seen.first, device=device),
-        PREVIOUS_REWARD: torch.tensor(seen.reward, device=device),
+def _call(
+    policy: TensorDictModuleBase, inputs: PolicyInputs, device: torch.device | str
+) -> NDArray[Any]:
+    entries = {
+        OBSERVATION: torch.tensor(inputs.observation, device=device),
+        IS_INIT: torch.tensor(inputs.first, device=device),
+        PREVIOUS_REWARD: torch.tensor(inputs.reward, device=device),
     }
-    actions = policy(TensorDict(read, [len(seen.first)], device=device))[ACTION]
+    actions = policy(TensorDict(entries, [len(inputs.first)], device=device))[ACTION]
     # NumPy has no bfloat16.
     return actions.to(torch.promote_types(actions.dtype, torch.float32)).numpy(force=True)

@@ -1,8 +1,8 @@
-"""D4RL's AntMaze and Adroit tasks on gymnasium-robotics' environments: what differs, set right.
+"""D4RL's AntMaze and Adroit tasks, made from gymnasium-robotics' environments.
 
-gymnasium-robotics rebuilt D4RL's tasks (https://arxiv.org/abs/2004.07219) with other numbers. Data
-and reference scores of D4RL belong to the numbers here, which are those of D4RL's code
-(https://github.com/Farama-Foundation/D4RL). ``environments.make(env_id, conventions="d4rl")``
+gymnasium-robotics rebuilt D4RL's tasks (https://arxiv.org/abs/2004.07219) with other numbers. The
+numbers of this module are those of D4RL's code (https://github.com/Farama-Foundation/D4RL), to
+which its data and reference scores belong. ``environments.make(env_id, conventions="d4rl")``
 applies them.
 """
 
@@ -22,21 +22,21 @@ _GOAL_CELLS = {
     "AntMaze_Medium-v4": ("MEDIUM_MAZE", (6, 6)),
     "AntMaze_Large-v4": ("LARGE_MAZE", (7, 9)),
 }
-# From an observation, the vector between the palm and what it is to grasp.
+# From an observation to the vector between the palm and the object to grasp.
 _REACH: dict[str, Callable[[NDArray[Any]], NDArray[Any]] | None] = {
     "AdroitHandDoor-v1": lambda observation: observation[35:38],
     "AdroitHandHammer-v1": lambda observation: observation[33:36] - observation[36:39],
     "AdroitHandRelocate-v1": lambda observation: observation[30:33],
-    "AdroitHandPen-v1": None,  # this reward has no such term
+    "AdroitHandPen-v1": None,  # its reward has no such term
 }
 ENV_IDS = (*_GOAL_CELLS, *_REACH)
 
 
 def arguments(env_id: str) -> dict[str, Any]:
-    """Arguments of the environment that D4RL's conventions ask for.
+    """Return the arguments of the environment by D4RL's conventions.
 
     Raises:
-        ValueError: no conventions are known for this environment.
+        ValueError: No conventions are known for this environment.
         ImportError: gymnasium-robotics is not installed.
     """
     if env_id in _GOAL_CELLS:
@@ -44,28 +44,28 @@ def arguments(env_id: str) -> dict[str, Any]:
     if env_id in _REACH:
         return {"max_episode_steps": 100} if env_id == "AdroitHandPen-v1" else {}
     raise ValueError(
-        f"conventions='d4rl' says nothing about {env_id}; leave it out, or use one of "
+        f"conventions='d4rl' does not cover {env_id}; leave it out, or use one of "
         f"{', '.join(ENV_IDS)}"
     )
 
 
 def wrapped(env: gym.Env[Any, Any], env_id: str) -> gym.Env[Any, Any]:
-    """``env``, made with :func:`arguments`, with the rest of the conventions around it."""
+    """Wrap ``env``, which was made with :func:`arguments`, in the other conventions."""
     return AntMaze(env) if env_id in _GOAL_CELLS else AdroitHand(env, env_id)
 
 
 class AntMaze(gym.Wrapper[Any, Any, Any, Any]):
     """D4RL's AntMaze: its ant, start, goal, coordinates, reward and end.
 
-    - Ant: 0.02 s a physics step (0.1 s an action), motors of at most 30 N m, softer contacts;
+    - Ant: 0.02 s per physics step (0.1 s per action), motors of at most 30 N m, softer contacts;
       gymnasium's ant has 0.01 s and 150 N m.
     - Start: cell (1, 1), joints and velocities with noise 0.1. Goal: one cell, plus the sum of
       uniform draws from [0, 1] and [0, 0.5] in x and in y, drawn in each episode (D4RL's rule of
       the v2 tasks; v0 drew it once per environment).
     - Coordinates: x and y are 0 where the ant starts, and grow along the rows and columns of the
       maze, as in the files.
-    - Reward 1 and the end of the episode within 0.5 of the goal, else reward 0; so a return is 0
-      or 1. gymnasium-robotics has 0.45.
+    - Reward: 1 within 0.5 of the goal, where the episode ends, else 0. So a return is 0 or 1.
+      gymnasium-robotics has 0.45.
     """
 
     RADIUS = 0.5
@@ -91,22 +91,22 @@ class AntMaze(gym.Wrapper[Any, Any, Any, Any]):
         # Without position noise, the goal is still the middle of its cell.
         self._maze.goal += random.uniform(0.0, 1.0, 2) + random.uniform(0.0, 0.5, 2)
         self._maze.update_target_site_pos()
-        return self._seen(observation), {**info, "success": self._reached(observation)}
+        return self._from_start(observation), {**info, "success": self._reached(observation)}
 
     def step(
         self, action: Any
     ) -> tuple[dict[str, NDArray[Any]], float, bool, bool, dict[str, Any]]:
-        """One action; see the class."""
+        """Take an action; see the class."""
         observation, _, _, truncated, info = self.env.step(action)
         reached = self._reached(observation)
         info = {**info, "success": reached}
-        return self._seen(observation), float(reached), reached, truncated, info
+        return self._from_start(observation), float(reached), reached, truncated, info
 
     def _reached(self, observation: dict[str, NDArray[Any]]) -> bool:
-        away = np.linalg.norm(observation["achieved_goal"] - self._maze.goal)
-        return bool(away <= self.RADIUS)
+        distance = np.linalg.norm(observation["achieved_goal"] - self._maze.goal)
+        return bool(distance <= self.RADIUS)
 
-    def _seen(self, observation: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def _from_start(self, observation: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         return {
             "observation": observation["observation"],
             "achieved_goal": observation["achieved_goal"] - self._origin,
@@ -117,8 +117,8 @@ class AntMaze(gym.Wrapper[Any, Any, Any, Any]):
 class AdroitHand(gym.Wrapper[Any, Any, Any, Any]):
     """D4RL's Adroit tasks: reward and end.
 
-    - Reward of door, hammer and relocate: minus 0.1 times the distance between the palm and what
-      it is to grasp; in gymnasium-robotics' v1 the term has lost its minus.
+    - Reward of door, hammer and relocate: minus 0.1 times the distance between the palm and the
+      object to grasp; in gymnasium-robotics' v1 the term has lost its minus.
     - Pen: at most 100 steps, and the episode ends when the pen is dropped (lower than 0.075).
     """
 
@@ -128,9 +128,9 @@ class AdroitHand(gym.Wrapper[Any, Any, Any, Any]):
         self._pen = env_id == "AdroitHandPen-v1"
 
     def step(self, action: Any) -> tuple[NDArray[Any], float, bool, bool, dict[str, Any]]:
-        """One action; see the class."""
-        observation, given, terminated, truncated, info = self.env.step(action)
-        reward = float(given)
+        """Take an action; see the class."""
+        observation, env_reward, terminated, truncated, info = self.env.step(action)
+        reward = float(env_reward)
         if self._reach is not None:
             reward -= 0.2 * float(np.linalg.norm(self._reach(observation)))
         if self._pen:

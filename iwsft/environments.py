@@ -1,4 +1,4 @@
-"""Gymnasium environments by id: made with clear errors, and their observations as flat vectors."""
+"""Gymnasium environments by id, with clear errors, and their observations as flat vectors."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from numpy.typing import NDArray
 
 from iwsft import d4rl_conventions
 
-_INSTALL = "pip install 'iwsft[control]' brings what D4RL's tasks need"
-# How the ids of gymnasium-robotics start that D4RL's tasks use.
+_INSTALL = "pip install 'iwsft[control]' installs the packages of D4RL's tasks"
+# Starts of the ids in gymnasium-robotics that D4RL's tasks use.
 _ROBOTICS = ("AntMaze", "AdroitHand", "FrankaKitchen", "PointMaze")
-# What an environment returns as observation -> a flat vector [obs].
+# From an environment's observation to a flat vector [obs].
 Flatten = Callable[[Any], NDArray[Any]]
 
 
 def make(
     env_id: str, *, conventions: Literal["d4rl"] | None = None, **kwargs: Any
 ) -> gym.Env[Any, Any]:
-    """Make one environment, without gymnasium's checking wrapper (it costs time at each step).
+    """Make an environment without gymnasium's checking wrapper, which costs time at each step.
 
-    Ids that gymnasium does not know are looked for in gymnasium-robotics (FrankaKitchen, AntMaze,
+    Ids that gymnasium does not know are looked up in gymnasium-robotics (FrankaKitchen, AntMaze,
     AdroitHand), which is imported only then. D4RL's locomotion scores belong to the ``-v4``
     environments (v5 changed physics and rewards), so gymnasium's advice to upgrade is not shown.
 
     Args:
-        env_id: id registered with gymnasium, or ``module:id``.
-        conventions: ``"d4rl"`` makes AntMaze and AdroitHand what they are in D4RL, see
+        env_id: Id registered with gymnasium, or ``module:id``.
+        conventions: ``"d4rl"`` changes AntMaze and AdroitHand into D4RL's tasks, see
             :mod:`iwsft.d4rl_conventions`.
-        kwargs: arguments of the environment; they go before those of the conventions.
+        kwargs: Arguments of the environment; they override those of the conventions.
 
     Raises:
-        ValueError: nobody registers this id; the nearest known ids are named. Or conventions that
-            are unknown, or unknown for this environment.
-        ImportError: a package that the environment needs is not installed, or its code is no longer
-            shipped.
+        ValueError: The id is not registered (the error names the nearest known ids), or the
+            conventions are unknown, or unknown for this environment.
+        ImportError: A package of the environment is not installed, or the environment's code is no
+            longer shipped.
     """
     if conventions is None:
         return _make(env_id, kwargs)
@@ -93,17 +93,17 @@ def _nearest(env_id: str) -> str:
 
 
 def flattener(env: gym.Env[Any, Any]) -> Flatten:
-    """The function that turns the observations of ``env`` into the vectors a policy takes.
+    """Return the function from observations of ``env`` to the vectors that a policy takes.
 
-    A one-dimensional Box is taken as it is. Dict observations follow the columns of D4RL's files:
+    Vectors stay unchanged. Dict observations get the columns of D4RL's files:
 
-    - AntMaze: ``achieved_goal`` (x, y), then ``observation``: 29 numbers, the goal is not among
-      them. The origin of x and y is D4RL's only with ``conventions="d4rl"``.
+    - AntMaze: ``achieved_goal`` (x, y), then ``observation``: 29 numbers, without the goal. The
+      origin of x and y is D4RL's only with ``conventions="d4rl"``.
     - FrankaKitchen: the 9 robot and 21 object positions, then the 30 goal positions, 0 where an
-      element has no goal: 60 numbers. The velocities are dropped, as D4RL does.
+      element has no goal: 60 numbers. The velocities are dropped, as in D4RL.
 
     Raises:
-        ValueError: any other space.
+        ValueError: The observation space is of another kind.
     """
     space, env_id = env.observation_space, id_of(env)
     if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
@@ -115,7 +115,7 @@ def flattener(env: gym.Env[Any, Any]) -> Flatten:
             return _franka_kitchen
     raise ValueError(
         f"observations of {env_id} are {space}, not one-dimensional vectors: "
-        "pass observation=, a function from such an observation to a vector"
+        "pass observation= a function from such an observation to a vector"
     )
 
 
@@ -134,15 +134,15 @@ def _franka_kitchen(observation: dict[str, Any]) -> NDArray[Any]:
 
 
 def id_of(env: gym.Env[Any, Any]) -> str:
-    """The full id of ``env``, version included (``make("Hopper")`` takes the latest)."""
+    """Return the full id of ``env``, version included (``make("Hopper")`` takes the latest)."""
     return env.spec.id if env.spec is not None else type(env.unwrapped).__name__
 
 
 def action_space(env: gym.Env[Any, Any]) -> gym.spaces.Box:
-    """The action space of ``env``, a vector between bounds.
+    """Return the action space of ``env``, a vector between bounds.
 
     Raises:
-        ValueError: any other space.
+        ValueError: The action space is of another kind.
     """
     space = env.action_space
     if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
@@ -151,13 +151,13 @@ def action_space(env: gym.Env[Any, Any]) -> gym.spaces.Box:
 
 
 def success(info: Mapping[str, Any]) -> bool | None:
-    """Whether a step's ``info`` reports success; None where it says nothing of it."""
-    said = info.get("success", info.get("is_success"))
-    return None if said is None else bool(said)
+    """Return whether a step's ``info`` reports success; None where it does not mention it."""
+    value = info.get("success", info.get("is_success"))
+    return None if value is None else bool(value)
 
 
 def versions(env: gym.Env[Any, Any]) -> dict[str, str]:
-    """Versions of the packages that decide what ``env`` computes."""
+    """Return the versions of the packages that decide the numbers of ``env``."""
     packages = ["gymnasium", "mujoco"]
     if type(env.unwrapped).__module__.startswith("gymnasium_robotics"):
         packages.append("gymnasium-robotics")

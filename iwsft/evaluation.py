@@ -15,9 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 from tensordict.nn import TensorDictModuleBase
 
 from iwsft import environments
-from iwsft.acting import ROWS, Seen, act, acting, check_keys, check_sizes
+from iwsft.acting import ROWS, PolicyInputs, act, acting, check_keys, check_sizes
 
-# Steps after which an episode without a limit is taken to have no end.
+# An episode of an environment without a limit may have this many steps.
 _ENDLESS = 100_000
 
 
@@ -26,16 +26,16 @@ class Evaluation:
     """Episodes of one policy, in the order of their seeds.
 
     Attributes:
-        env_id: the environment, with its version.
-        seed: the seed that all episode seeds follow from.
-        returns: undiscounted return of each episode.
-        lengths: steps of each episode.
+        env_id: Id of the environment, with its version.
+        seed: Seed of all episode seeds.
+        returns: Undiscounted return of each episode.
+        lengths: Number of steps of each episode.
         normalized_scores: D4RL score of each episode (0 random, 100 expert), or None without
             reference scores.
-        successes: whether the environment reported success at any step of the episode, or None
-            where it reports none.
-        versions: packages that decide what the environment computes.
-        wall_seconds: what it took.
+        successes: Whether the environment reported success at any step of each episode, or None
+            where it reports no success.
+        versions: Versions of the packages that decide the environment's numbers.
+        wall_seconds: Duration of the evaluation.
     """
 
     env_id: str
@@ -74,14 +74,14 @@ class Evaluation:
 def normalized_score(
     returns: ArrayLike, reference_scores: tuple[float, float]
 ) -> NDArray[np.float64]:
-    """D4RL's score, 100 * (return - minimum) / (maximum - minimum), https://arxiv.org/abs/2004.07219.
+    """Return 100 * (return - minimum) / (maximum - minimum), https://arxiv.org/abs/2004.07219.
 
     Args:
-        returns: undiscounted returns, any shape.
-        reference_scores: returns of D4RL's random and expert policies on the environment.
+        returns: Undiscounted returns of any shape.
+        reference_scores: Returns of D4RL's random and expert policies in the environment.
 
     Raises:
-        ValueError: the second reference is not above the first.
+        ValueError: The second reference is not above the first.
     """
     low, high = reference_scores
     if not low < high:
@@ -90,7 +90,7 @@ def normalized_score(
 
 
 def episode_seeds(seed: int, episodes: int) -> list[int]:
-    """One seed per episode; those of the first k episodes do not depend on how many follow."""
+    """Return a seed per episode; those of the first k do not depend on the number of episodes."""
     return [int(state) for state in np.random.SeedSequence(seed).generate_state(episodes)]
 
 
@@ -106,81 +106,79 @@ def evaluate(
     observation: environments.Flatten | None = None,
     env_kwargs: Mapping[str, Any] | None = None,
 ) -> Evaluation:
-    """Roll a policy out, deterministically, in parallel environments.
+    """Run episodes of a policy, deterministically, in parallel environments.
 
-    Every step is one call of the policy for all running episodes, under ``no_grad``, in eval mode
-    and with TorchRL's deterministic exploration type (the mean of a Gaussian); actions are clipped
-    to the bounds of the action space. Episode i starts from seed i of :func:`episode_seeds` and
-    gives the same return whatever ``num_envs`` is. An environment whose episode ends takes the
-    next one that waits.
+    At every step the policy is called once for all running episodes, under ``no_grad``, in eval
+    mode and with TorchRL's deterministic exploration type (the mean of a Gaussian). Actions are
+    clipped to the bounds of the action space. Episode i starts from seed i of
+    :func:`episode_seeds`; its return does not depend on ``num_envs``. An environment whose episode
+    has ended takes the next episode.
 
-    A policy may keep a history: row i of the batch is the same environment from call to call, and
-    it may read ``is_init`` (bool ``[n, 1]``, TorchRL's mark of the first step of an episode in its
-    row) and ``reward`` (float32 ``[n, 1]``, what the last action in that row brought; 0 at the
-    first step). Rows without an episode are computed too; there every step is a first one. So it
-    is in the call that finds out, before the first episode, whether the sizes fit. A policy that
-    forgets a row where ``is_init`` is set carries nothing from one episode, or one evaluation, to
-    the next.
+    A policy may keep a history. Row i of the batch is the same environment from call to call. The
+    policy may read ``is_init`` (bool ``[n, 1]``, TorchRL's mark of an episode's first step) and
+    ``reward`` (float32 ``[n, 1]``, the reward of the row's last action, 0 at the first step). Rows
+    without an episode are computed too, as first steps. So are all rows in a call before the
+    first episode, which checks sizes. A policy that forgets a row where ``is_init`` is set carries
+    nothing from one episode, or one evaluation, to the next.
 
     Args:
-        policy: reads ``observation`` ``[n, obs]`` float32, and ``is_init`` or ``reward`` where it
-            wants to; writes ``action`` ``[n, act]``.
-        env_id: gymnasium id, see :func:`iwsft.environments.make`.
-        episodes: number of episodes.
-        seed: all episode seeds follow from it.
+        policy: Policy that reads ``observation`` ``[n, obs]`` float32, and optionally ``is_init``
+            and ``reward``, and writes ``action`` ``[n, act]``.
+        env_id: Id in gymnasium, see :func:`iwsft.environments.make`.
+        episodes: Number of episodes.
+        seed: Seed of all episode seeds.
         reference_scores: D4RL's (minimum, maximum) return, for normalised scores.
-        num_envs: environments stepped side by side; by default 32, or ``episodes`` if fewer.
-        device: where the policy is; by default the device of its parameters.
-        observation: turns what the environment returns into a vector ``[obs]``; by default
+        num_envs: Number of parallel environments; by default 32, or ``episodes`` if fewer.
+        device: Device of the policy; by default that of its parameters.
+        observation: Function from the environment's observation to a vector ``[obs]``; by default
             :func:`iwsft.environments.flattener`, D4RL's columns.
-        env_kwargs: arguments of the environment, such as ``tasks_to_complete`` of FrankaKitchen.
+        env_kwargs: Arguments of the environment, such as ``tasks_to_complete`` of FrankaKitchen.
 
     Raises:
-        ValueError: a setting, the environment or the sizes of the policy do not fit; all before
-            the first step.
-        FloatingPointError: the policy gave an action that is not finite.
-        RuntimeError: an episode went on for 100,000 steps where the environment sets no limit.
+        ValueError: A setting, the environment or the sizes of the policy do not fit. This is known
+            before the first step.
+        FloatingPointError: The policy gave an action that is not finite.
+        RuntimeError: An episode has not ended after 100,000 steps, and the environment sets no
+            limit.
     """
     if episodes < 1:
-        raise ValueError(f"episodes={episodes}: evaluation needs at least one")
+        raise ValueError(f"episodes={episodes} must be at least 1")
     if seed < 0:
         raise ValueError(f"seed={seed} must not be negative")
     width = min(episodes, ROWS) if num_envs is None else min(num_envs, episodes)
     if width < 1:
         raise ValueError(f"num_envs={num_envs} must be at least 1")
     if reference_scores is not None:
-        normalized_score(0.0, reference_scores)  # a wrong pair fails before the episodes are run
+        normalized_score(0.0, reference_scores)  # refuses a wrong pair before the episodes
     check_keys(policy)
     device = _device_of(policy, device)
     seeds = episode_seeds(seed, episodes)
 
-    started = time.perf_counter()
+    start = time.perf_counter()
     with ExitStack() as stack:
         stack.enter_context(acting(policy))
         first = environments.make(env_id, **(env_kwargs or {}))
         stack.callback(first.close)
         flatten = observation or environments.flattener(first)
-        resolved, bounds = environments.id_of(first), environments.action_space(first)
+        full_id, bounds = environments.id_of(first), environments.action_space(first)
         vector = flatten(first.reset(seed=seeds[0])[0])
         if vector.ndim != 1:
-            raise ValueError(
-                f"observations of {resolved} must be vectors, got shape {vector.shape}"
-            )
-        check_sizes(policy, vector, bounds.shape, resolved, device=device)
+            raise ValueError(f"observations of {full_id} must be vectors, got shape {vector.shape}")
+        check_sizes(policy, vector, bounds.shape, full_id, device=device)
         envs = [first]
         for _ in range(1, width):
             envs.append(environments.make(env_id, **(env_kwargs or {})))
             stack.callback(envs[-1].close)
-        done = _roll_out(policy, envs, seeds, flatten, vector.size, bounds, device)
+        finished = _roll_out(policy, envs, seeds, flatten, vector.size, bounds, device)
         versions = environments.versions(first)
 
-    returns = [episode.total for episode in done]
-    successes = [episode.success for episode in done if episode.success is not None]
+    returns = [episode.total for episode in finished]
+    successes = [episode.success for episode in finished if episode.success is not None]
     return Evaluation(
-        env_id=resolved,
+        env_id=full_id,
         seed=seed,
         returns=returns,
-        lengths=[episode.length for episode in done],
+        lengths=[episode.length for episode in finished],
         normalized_scores=(
             None
             if reference_scores is None
@@ -188,7 +186,7 @@ def evaluate(
         ),
         successes=successes if len(successes) == episodes else None,
         versions=versions,
-        wall_seconds=time.perf_counter() - started,
+        wall_seconds=time.perf_counter() - start,
     )
 
 
@@ -209,25 +207,25 @@ def _roll_out(
     bounds: gym.spaces.Box,
     device: torch.device,
 ) -> list[_Episode]:
-    """Run one episode per seed; environment i owns row i of the batch."""
-    seen = Seen(len(envs), size)
+    """Run an episode per seed; environment i has row i of the batch."""
+    inputs = PolicyInputs(len(envs), size)
     waiting = iter(range(len(seeds)))
     running: dict[int, _Episode] = {}
-    done: list[_Episode] = []
+    finished: list[_Episode] = []
 
     def start(row: int) -> None:
         index = next(waiting, None)
         if index is None:
-            seen.end(row)
+            inputs.end(row)
         else:
             observation = flatten(envs[row].reset(seed=seeds[index])[0])
-            seen.begin(row, observation, f"episode {index} (seed {seeds[index]})")
+            inputs.begin(row, observation, f"episode {index} (seed {seeds[index]})")
             running[row] = _Episode(index)
 
     for row in range(len(envs)):
         start(row)
     while running:
-        actions = act(policy, seen, device=device)
+        actions = act(policy, inputs, device=device)
         clipped = np.clip(actions, bounds.low, bounds.high).astype(bounds.dtype)
         for row, episode in list(running.items()):
             following, reward, terminated, truncated, info = envs[row].step(clipped[row])
@@ -237,7 +235,7 @@ def _roll_out(
             if success is not None:
                 episode.success = bool(episode.success) or bool(success)
             if terminated or truncated:
-                done.append(running.pop(row))
+                finished.append(running.pop(row))
                 start(row)
             elif episode.length == _ENDLESS and not _limited(envs[row]):
                 raise RuntimeError(
@@ -246,8 +244,8 @@ def _roll_out(
                     "the environment sets no limit: pass env_kwargs={'max_episode_steps': ...}"
                 )
             else:
-                seen.follow(row, flatten(following), float(reward))
-    return sorted(done, key=lambda episode: episode.index)
+                inputs.follow(row, flatten(following), float(reward))
+    return sorted(finished, key=lambda episode: episode.index)
 
 
 def _limited(env: gym.Env[Any, Any]) -> bool:
@@ -256,12 +254,13 @@ def _limited(env: gym.Env[Any, Any]) -> bool:
 
 def _device_of(policy: TensorDictModuleBase, device: torch.device | str | None) -> torch.device:
     parameter = next(policy.parameters(), None)
-    wanted = None if device is None else torch.empty(0, device=device).device
+    # With its index, where the name has none.
+    full = None if device is None else torch.empty(0, device=device).device
     if parameter is None:
-        return wanted or torch.device("cpu")
-    if wanted not in (None, parameter.device):
+        return full or torch.device("cpu")
+    if full not in (None, parameter.device):
         raise ValueError(
-            f"device={str(device)!r}, but the policy lies on {parameter.device}: "
+            f"device={str(device)!r}, but the policy is on {parameter.device}: "
             f"call policy.to({str(device)!r}) first"
         )
     return parameter.device

@@ -227,7 +227,7 @@ def test_a_kitchen_return_counts_the_tasks_solved(kind: str) -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"nothing about Hopper-v4.*AntMaze_UMaze-v4"):
+    with pytest.raises(ValueError, match=r"not cover Hopper-v4.*AntMaze_UMaze-v4"):
         d4rl("Hopper-v4")
     with pytest.raises(ValueError, match="conventions='minari' is unknown"):
         environments.make("AntMaze_UMaze-v4", conventions="minari")  # type: ignore[arg-type]

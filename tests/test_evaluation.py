@@ -386,7 +386,7 @@ class TestErrors:
             ({"num_envs": 0}, "num_envs=0"),
             ({"seed": -1}, "seed=-1"),
             ({"reference_scores": (5.0, 5.0)}, "reference_scores"),
-            ({"device": "meta"}, "policy lies on cpu"),
+            ({"device": "meta"}, "policy is on cpu"),
         ],
     )
     def test_settings(self, settings: dict[str, Any], message: str) -> None:

@@ -9,7 +9,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, exploration_type
 
-from iwsft.acting import ROWS, Seen, act, acting, check_sizes
+from iwsft.acting import ROWS, PolicyInputs, act, acting, check_sizes
 from iwsft.policies.gaussian import GaussianPolicy
 
 
@@ -19,11 +19,11 @@ def reading(function: object, *keys: str) -> TensorDictModule:
 
 @pytest.mark.parametrize(("episodes", "rows"), [(1, 32), (32, 32), (33, 64), (100, 128)])
 def test_rows_are_a_multiple_and_begin_idle(episodes: int, rows: int) -> None:
-    seen = Seen(episodes, 4)
-    assert seen.observation.shape == (rows, 4)
-    assert seen.first.shape == seen.reward.shape == (rows, 1)
-    assert seen.first.all()
-    assert not seen.reward.any()
+    inputs = PolicyInputs(episodes, 4)
+    assert inputs.observation.shape == (rows, 4)
+    assert inputs.first.shape == inputs.reward.shape == (rows, 1)
+    assert inputs.first.all()
+    assert not inputs.reward.any()
 
 
 def test_a_row_through_two_episodes() -> None:
@@ -34,24 +34,24 @@ def test_a_row_through_two_episodes() -> None:
         "is_init",
         "reward",
     )
-    seen = Seen(2, 1)
+    inputs = PolicyInputs(2, 1)
     read = []
 
     def call() -> None:
-        actions = act(policy, seen)
+        actions = act(policy, inputs)
         read.append(actions[1].tolist())
         assert (np.delete(actions, 1, 0) == [0.0, 1.0, 0.0]).all()
 
-    seen.begin(1, [5.0], "one")
+    inputs.begin(1, [5.0], "one")
     call()
-    seen.follow(1, [6.0], 0.5)
+    inputs.follow(1, [6.0], 0.5)
     call()
-    seen.follow(1, np.array([7.0]), -2.0)
+    inputs.follow(1, np.array([7.0]), -2.0)
     call()
-    seen.begin(1, [8.0], "two")
+    inputs.begin(1, [8.0], "two")
     call()
-    seen.follow(1, [9.0], 1.5)
-    seen.end(1)
+    inputs.follow(1, [9.0], 1.5)
+    inputs.end(1)
     call()
     expected = [[5.0, 1.0, 0.0], [6.0, 0.0, 0.5], [7.0, 0.0, -2.0], [8.0, 1.0, 0.0]]
     assert read[:-1] == expected
@@ -60,22 +60,22 @@ def test_a_row_through_two_episodes() -> None:
 
 def test_not_finite_names_policy_step_and_episode() -> None:
     policy = reading(lambda o: torch.where(o > 1, torch.inf, o), "observation")
-    seen = Seen(3, 2)
-    seen.begin(0, [0.0, 0.0], "episode A")
-    seen.begin(2, [0.0, 0.0], "episode B")
-    act(policy, seen)
+    inputs = PolicyInputs(3, 2)
+    inputs.begin(0, [0.0, 0.0], "episode A")
+    inputs.begin(2, [0.0, 0.0], "episode B")
+    act(policy, inputs)
     for value in (0.5, 2.0):
-        seen.follow(0, [0.0, 0.0], 0.0)
-        seen.follow(2, [0.0, value], 0.0)
+        inputs.follow(0, [0.0, 0.0], 0.0)
+        inputs.follow(2, [0.0, value], 0.0)
         if value < 1:
-            act(policy, seen)
+            act(policy, inputs)
     with pytest.raises(FloatingPointError, match=r"^mine gave .*inf\] at step 2 of episode B;"):
-        act(policy, seen, name="mine")
-    seen.end(2)
-    assert np.isinf(act(policy, seen)[2, 1])  # a row without an episode does not matter
-    seen.begin(2, [0.0, 3.0], "episode C")
+        act(policy, inputs, name="mine")
+    inputs.end(2)
+    assert np.isinf(act(policy, inputs)[2, 1])  # a row without an episode does not matter
+    inputs.begin(2, [0.0, 3.0], "episode C")
     with pytest.raises(FloatingPointError, match=r"at step 0 of episode C;"):
-        act(policy, seen)
+        act(policy, inputs)
 
 
 @pytest.mark.parametrize(
@@ -89,23 +89,23 @@ def test_not_finite_names_policy_step_and_episode() -> None:
 )
 def test_precision_of_actions(given: torch.dtype, expected: type) -> None:
     third = torch.tensor(1 / 3, dtype=given)
-    actions = act(reading(lambda o: third.expand(len(o), 1), "observation"), Seen(1, 1))
+    actions = act(reading(lambda o: third.expand(len(o), 1), "observation"), PolicyInputs(1, 1))
     assert actions.dtype == expected
     assert (actions == third.item()).all()
 
 
 def test_draws_or_means() -> None:
     torch.manual_seed(0)
-    policy, seen = GaussianPolicy(4, 2), Seen(1, 4)
+    policy, inputs = GaussianPolicy(4, 2), PolicyInputs(1, 4)
     with acting(policy):
-        means = act(policy, seen)
-        assert (act(policy, seen) == means).all()
+        means = act(policy, inputs)
+        assert (act(policy, inputs) == means).all()
     with acting(policy, ExplorationType.RANDOM):
         torch.manual_seed(1)
-        drawn = act(policy, seen)
+        drawn = act(policy, inputs)
         torch.manual_seed(1)
-        assert (act(policy, seen) == drawn).all()
-        assert (act(policy, seen) != drawn).all()
+        assert (act(policy, inputs) == drawn).all()
+        assert (act(policy, inputs) != drawn).all()
     assert (drawn != means).all()
 
 

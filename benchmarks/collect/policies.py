@@ -16,7 +16,7 @@ from torchrl.envs.utils import ExplorationType
 
 from benchmarks.collect.options import RANDOM
 from benchmarks.collect.simulator import Simulator
-from iwsft.acting import Seen, act, acting, check_keys, check_sizes
+from iwsft.acting import PolicyInputs, act, acting, check_keys, check_sizes
 from iwsft.fingerprint import fingerprint
 
 
@@ -40,7 +40,7 @@ class Behaviour:
         """Enter :func:`iwsft.acting.acting`, which uniform actions do not need."""
         return nullcontext() if self.policy is None else acting(self.policy, mode)
 
-    def act(self, seen: Seen) -> NDArray[np.float32]:
+    def act(self, seen: PolicyInputs) -> NDArray[np.float32]:
         """Call :func:`iwsft.acting.act`; the actions are float32, as they are recorded."""
         assert self.policy is not None
         return act(self.policy, seen, name=f"--policy {self.name}").astype(np.float32)

@@ -18,7 +18,7 @@ from benchmarks.collect.options import Options
 from benchmarks.collect.output import Parts, Rows
 from benchmarks.collect.policies import Behaviour
 from benchmarks.collect.simulator import Instance, Simulator
-from iwsft.acting import ROWS, Seen
+from iwsft.acting import ROWS, PolicyInputs
 from iwsft.evaluation import episode_seeds
 
 # Separates the seeds of noise from those of environments.
@@ -125,7 +125,7 @@ def roll_out(
     torch.manual_seed(seeds[0])
     generators = [np.random.default_rng([episode_seed, _NOISE]) for episode_seed in seeds]
     simulator = envs[0].simulator
-    seen = Seen(len(envs), simulator.observation_dim)
+    seen = PolicyInputs(len(envs), simulator.observation_dim)
     for row, (env, episode_seed) in enumerate(zip(envs, seeds, strict=True)):
         env.reset(episode_seed)
         seen.begin(row, env.observation, f"the episode of seed {episode_seed}")
