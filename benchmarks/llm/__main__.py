@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import tyro
 
-from benchmarks.llm.arguments import Arguments
+from benchmarks.llm.options import parse
 from benchmarks.runs import ends_as_ctrl_c_does, ends_in_one_line
 
 if TYPE_CHECKING:
@@ -33,13 +34,14 @@ python -m benchmarks.llm evaluate --model Qwen/Qwen2.5-32B-Instruct --backend vl
 """
 
 
-def main(arguments: Arguments) -> None:
+def main(words: Sequence[str]) -> None:
     """Run the job; an error that a user can mend ends it in one line."""
     with ends_in_one_line():
+        options = parse(words, __doc__)
         # Takes seconds to import.
         from benchmarks.llm.job import job
 
-        status = job(arguments)
+        status = job(options)
     if status:
         raise SystemExit(status)
 
@@ -61,7 +63,7 @@ def _command(words: list[str]) -> None:
         prog = f"{_PROG} evaluate"
         evaluate(tyro.cli(EvaluationOptions, args=words[1:], prog=prog, description=_EVALUATION))
     else:
-        main(tyro.cli(Arguments, args=words, prog=_PROG, description=__doc__))
+        main(words)
 
 
 if __name__ == "__main__":

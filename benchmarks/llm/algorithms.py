@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
-from benchmarks.llm.recipes.recipe import Defaults
+from benchmarks.llm.recipes.recipe import Settings
 from iwsft.objective import Proposal
 from iwsft.weights import ImportanceWeights
 
@@ -18,10 +17,10 @@ class Algorithm:
     """What a name stands for.
 
     Attributes:
-        describe: what it is, in a few words.
-        proposal: what q is, see :class:`iwsft.language.config.ImportanceWeightedConfig`.
-        quality: train on D_Q+, where better rows count several times, instead of D+.
-        per_step: each token's ratio weighs its own loss, instead of the trajectory's.
+        describe: What it is, in a few words.
+        proposal: What q is, see :class:`iwsft.language.config.ImportanceWeightedConfig`.
+        quality: Train on D_Q+, where better rows count several times, instead of D+.
+        per_step: Let each token's ratio weigh its own loss, instead of the trajectory's.
     """
 
     describe: str
@@ -34,12 +33,12 @@ class Algorithm:
         """Whether trajectories are weighed as wholes."""
         return self.proposal != "reference" and not self.per_step
 
-    def cuts(self, settings: Defaults) -> tuple[float, ...]:
-        """Percentiles of the scores that curate the rows; none keeps all once."""
+    def cuts(self, settings: Settings) -> tuple[float, ...]:
+        """Return the percentiles of the scores that curate the rows; none keeps all once."""
         return settings.quality_cuts if self.quality else settings.cuts
 
-    def weights(self, settings: Defaults) -> ImportanceWeights:
-        """From log-ratios to weights."""
+    def weights(self, settings: Settings) -> ImportanceWeights:
+        """Return what turns log-ratios into weights."""
         return settings.importance_weights(per_step=self.per_step)
 
 
@@ -56,24 +55,17 @@ NAMES = (BASE, *ALGORITHMS)
 DEFAULT = (BASE, "sft", "sft-q", "iw-sft", "iw-sft-hard", "iw-sft-ema", "iw-sft-step")
 
 
-def check_name(name: str) -> None:
-    """Refuse a name that is no algorithm.
-
-    Raises:
-        ValueError: with the nearest one.
-    """
-    if name not in NAMES:
-        near = difflib.get_close_matches(name.lower(), NAMES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown algorithm {name!r}; {hint}it is one of {', '.join(NAMES)}")
-
-
-def q_of(algorithm: Algorithm, settings: Defaults, parts: int) -> tuple[Proposal, int | None]:
-    """What q is and how many updates a hard sync holds, where an update is made of ``parts``.
+def choose_q(algorithm: Algorithm, settings: Settings, parts: int) -> tuple[Proposal, int | None]:
+    """Choose what q is, and how many updates a hard sync holds.
 
     Weights that are compared with each other (divided by their mean, say) have to be known for the
-    whole update. Where its micro-batches are several, the update's weights are therefore computed
+    whole update. Where an update has several micro-batches, its weights are therefore computed
     before it: q = theta all the same.
+
+    Args:
+        algorithm: The algorithm.
+        settings: Settings of the run.
+        parts: Number of micro-batches of an update, over all processes.
     """
     if algorithm.proposal == "cached":
         return "cached", settings.sync_every

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.llm.algorithms import NAMES
-from benchmarks.llm.plan import BENCHMARK
+from benchmarks.llm.options import BENCHMARK
 from benchmarks.runs import CONFIG, RESULT, write_json
 from benchmarks.statistics import MIN_SEEDS, bootstrap_interval
 from iwsft import metrics

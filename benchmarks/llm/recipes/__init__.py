@@ -10,14 +10,14 @@ A new recipe is one module with a ``RECIPE``, and one line here.
 
 from __future__ import annotations
 
-import difflib
 from importlib import import_module
 
-from benchmarks.llm.recipes.recipe import Defaults, Evaluation, Prepared, Recipe
+from benchmarks.llm.recipes.recipe import Evaluation, Prepared, Recipe, Settings
+from benchmarks.options import check_known
 
-__all__ = ["RECIPES", "Defaults", "Evaluation", "Prepared", "Recipe", "load_recipe"]
+__all__ = ["RECIPES", "Evaluation", "Prepared", "Recipe", "Settings", "load_recipe"]
 
-# name -> the module that holds it as RECIPE; imported where it is used
+# Name -> the module that holds it as RECIPE; it is imported where it is used.
 RECIPES = {
     "arithmetic": "benchmarks.llm.recipes.arithmetic.recipe",
     "gsm8k": "benchmarks.llm.recipes.gsm8k",
@@ -26,14 +26,11 @@ RECIPES = {
 
 
 def load_recipe(name: str) -> Recipe:
-    """The recipe of a name in ``RECIPES``.
+    """Import the recipe of a name.
 
     Raises:
-        ValueError: a name that is not there.
+        ValueError: If the name is not in ``RECIPES``.
     """
-    if name not in RECIPES:
-        close = difflib.get_close_matches(name, RECIPES, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"unknown recipe {name!r}; {hint}There are {', '.join(RECIPES)}")
-    found: Recipe = import_module(RECIPES[name]).RECIPE
-    return found
+    check_known("recipe", name, list(RECIPES))
+    recipe: Recipe = import_module(RECIPES[name]).RECIPE
+    return recipe

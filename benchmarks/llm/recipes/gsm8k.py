@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.llm.models import SMOLLM2, locate
 from benchmarks.llm.recipes.likelihood import mean_log_probs, right_against_wrong
-from benchmarks.llm.recipes.recipe import Defaults, Evaluation, Prepared
+from benchmarks.llm.recipes.recipe import Evaluation, Prepared, Settings
 from benchmarks.llm.recipes.solutions import Question, read_questions, rows_of, split
 
 BUNDLED = Path(__file__).parent / "data" / "gsm8k-solutions.jsonl"
@@ -18,10 +18,10 @@ _CAUTION = "the questions are from GSM8K's test set: report no GSM8K score of wh
 
 @dataclass(frozen=True)
 class PreparedSolutions(Prepared):
-    """With the questions of the test beside the training rows.
+    """Model and training rows with the questions of the test.
 
     Attributes:
-        held_out: questions with right and wrong solutions, none of them trained on.
+        held_out: Questions with right and wrong solutions, none of them trained on.
     """
 
     held_out: Sequence[Question] = ()
@@ -36,22 +36,26 @@ class Gsm8kRecipe:
     exact match is 0 for small ones.
 
     Attributes:
-        name: as on the command line.
-        describe: what it is, in a line.
-        defaults: settings of the fine-tuning, for a model as small as SmolLM2-135M; large ones want
+        name: Name on the command line.
+        describe: What it is, in a line.
+        defaults: Settings of the fine-tuning, for a model as small as SmolLM2-135M; large ones want
             a lower learning rate.
-        share: of the questions with right and wrong solutions that is held out, about; the same
-            questions for all seeds.
-        tested: held-out questions that the test asks, at most.
+        presets: Empty, as a preset changes the weights alone.
+        seeds: Seeds of the runs.
+        share: Share of the questions with right and wrong solutions that is held out, about; the
+            same questions for all seeds.
+        tested: Most held-out questions that the test asks.
     """
 
     name: str = "gsm8k"
     describe: str = "a causal LM on labelled solutions of GSM8K: right against wrong, held out"
-    defaults: Defaults = field(
-        default_factory=lambda: Defaults(
+    defaults: Settings = field(
+        default_factory=lambda: Settings(
             learning_rate=1e-4, batch_size=8, max_steps=60, warmup=0.1, max_length=512
         )
     )
+    presets: Mapping[str, Settings] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0,)
     share: float = 0.25
     tested: int = 64
 
@@ -61,11 +65,11 @@ class Gsm8kRecipe:
         """See :meth:`Recipe.prepare`.
 
         Args:
-            folder: of the cache: a model that is converted is kept here.
-            seed: decides nothing here; no draw is made.
-            model: any causal language model, see :mod:`benchmarks.llm.models`; SmolLM2-135M by
+            folder: The cache, for a model that is converted.
+            seed: Not used, as nothing is drawn.
+            model: Any causal language model, see :mod:`benchmarks.llm.models`; SmolLM2-135M by
                 default.
-            data: labelled solutions, see :func:`.solutions.read_questions`; the bundled 400
+            data: Labelled solutions, see :func:`.solutions.read_questions`; the bundled 400
                 questions of GSM8K by default.
         """
         del seed
@@ -90,7 +94,7 @@ class Gsm8kRecipe:
         )
 
     def evaluate(self, model: Any, tokenizer: Any, prepared: Prepared, *, seed: int) -> Evaluation:
-        """Log-probs of right against wrong solutions; see :func:`.right_against_wrong`."""
+        """Compare log-probs of right and wrong solutions; see :func:`.right_against_wrong`."""
         if not isinstance(prepared, PreparedSolutions):
             raise TypeError(f"{self.name} tests what its own prepare() gave, not {prepared!r:.60}")
         found = mean_log_probs(

@@ -22,36 +22,36 @@ Evaluation = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Defaults:
-    """Settings of a recipe, plain values.
+class Settings:
+    """Settings of the fine-tuning, plain values: a recipe's, or those of a run.
 
     Attributes:
-        learning_rate: of AdamW, at its peak.
-        batch_size: draws of an update, over all ranks and accumulation steps.
-        max_steps: updates; this, or ``epochs``.
-        epochs: passes over the curated data.
-        warmup: updates of the linear warm-up; below 1, their share of all updates.
-        weight_decay: of AdamW.
-        adam_beta1: of AdamW.
-        adam_beta2: of AdamW.
-        scheduler: after the warm-up, in transformers' words.
-        max_grad_norm: gradients are clipped to this norm.
-        max_length: tokens of a row at most; None cuts nothing.
-        cuts: percentiles of the scores of D+ that SFT and iw-SFT keep; empty keeps all once.
-        quality_cuts: those of D_Q+, for SFT(Q).
-        sync_every: Q, updates between hard syncs of q.
-        ema_decay: of q as a moving average, an update.
-        length_normalize: divide a trajectory's log-probability by its length.
-        preset: of the weights; ``"recipe"`` is the chain of the four fields below.
-        temperature: k of g(x) = k x.
-        reduce: along the trajectory.
-        max_weight: a larger weight is clipped to it.
-        self_normalize: divide the weights by their mean over the batch.
-        step_clip: of the ratio of a step, in the per-step variant.
-        micro_batch_size: draws of a forward pass on a device; None takes as many as there are.
-        layout: of the batches.
-        precision: of the matrix products.
-        gradient_checkpointing: recompute activations in the backward pass.
+        learning_rate: Peak of AdamW's learning rate.
+        batch_size: Rows of an update, over all processes and accumulation steps.
+        max_steps: Number of updates; this, or ``epochs``.
+        epochs: Passes over the curated data.
+        warmup: Updates of the linear warm-up; below 1, their share of all updates.
+        weight_decay: Weight decay of AdamW.
+        adam_beta1: First beta of AdamW.
+        adam_beta2: Second beta of AdamW.
+        scheduler: Schedule after the warm-up, by transformers' name.
+        max_grad_norm: Norm that gradients are clipped to.
+        max_length: Most tokens of a row; None cuts nothing.
+        cuts: Percentiles of the scores of D+ that SFT and iw-SFT keep; empty keeps all once.
+        quality_cuts: Percentiles of D_Q+, for SFT(Q).
+        sync_every: Updates between hard syncs of q.
+        ema_decay: Decay of q as a moving average, an update.
+        length_normalize: Divide a trajectory's log-probability by its length.
+        preset: Preset of the weights; ``"recipe"`` is the chain of the four fields below.
+        temperature: Factor k of g(x) = k x.
+        reduce: Reduction along the trajectory.
+        max_weight: Value that a larger weight is clipped to.
+        self_normalize: Divide the weights by their mean over the batch.
+        step_clip: Limits of the ratio of a step, in the per-step variant.
+        micro_batch_size: Rows of a forward pass on a device; None takes as many as there are.
+        layout: Layout of the batches.
+        precision: Precision of the matrix products.
+        gradient_checkpointing: Recompute activations in the backward pass.
     """
 
     learning_rate: float
@@ -81,18 +81,11 @@ class Defaults:
     precision: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
 
-    def __post_init__(self) -> None:
-        if (self.max_steps is None) == (self.epochs is None):
-            raise ValueError(
-                f"max_steps={self.max_steps} and epochs={self.epochs}: set one of them, the other "
-                "None"
-            )
-
     def importance_weights(self, *, per_step: bool = False) -> ImportanceWeights:
-        """The chain of weights of ``preset``.
+        """Build the chain of weights of ``preset``.
 
         Args:
-            per_step: that of the per-step variant instead: each step's ratio, clipped to
+            per_step: Build that of the per-step variant instead: each step's ratio, clipped to
                 ``step_clip``, weighs its own loss.
         """
         if per_step:
@@ -114,11 +107,11 @@ class Prepared:
     """What a recipe trains: a model and rows.
 
     Attributes:
-        model: what ``from_pretrained`` loads, a folder or a hub id.
-        rows: all labelled rows, with ``score`` and ``correct`` where the recipe has them.
-        score_name: of the test's score, in tables.
-        load_kwargs: further arguments of :func:`benchmarks.llm.models.load`.
-        notes: facts for the report, by name.
+        model: Folder or hub id that ``from_pretrained`` loads.
+        rows: All labelled rows, with ``score`` and ``correct`` where the recipe has them.
+        score_name: Name of the test's score, in tables.
+        load_kwargs: Further arguments of :func:`benchmarks.llm.models.load`.
+        notes: Facts for the report, by name.
     """
 
     model: str
@@ -133,38 +126,47 @@ class Recipe(Protocol):
 
     @property
     def name(self) -> str:
-        """As on the command line."""
+        """Name on the command line."""
 
     @property
     def describe(self) -> str:
         """What it is, in a line."""
 
     @property
-    def defaults(self) -> Defaults:
-        """Its settings."""
+    def defaults(self) -> Settings:
+        """Settings of its runs, where the command line sets no others."""
+
+    @property
+    def presets(self) -> Mapping[str, Settings]:
+        """Settings by the preset of their weights, where a preset changes others too."""
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Seeds of its runs, where the command line names none."""
 
     def prepare(self, folder: Path, *, seed: int, model: str | None, data: str | None) -> Prepared:
         """Make or find model and rows; the same seed finds the same files.
 
         Args:
-            folder: of the cache.
-            seed: of all draws.
-            model: another model than the recipe's own: a hub id or a folder.
-            data: other rows than the recipe's own: a file, a folder or a hub id.
+            folder: The cache.
+            seed: Seed of everything that is drawn.
+            model: Another model than the recipe's own: a hub id or a folder.
+            data: Other rows than the recipe's own: a file, a folder or a hub id.
 
         Raises:
-            ValueError: a model or rows that the recipe can't use, or a damaged cache.
-            OSError: a file that can't be read or written.
+            ValueError: If the recipe can't use the model or the rows, or the cache is damaged.
+            OSError: If a file can't be read or written.
         """
 
     def evaluate(self, model: Any, tokenizer: Any, prepared: Prepared, *, seed: int) -> Evaluation:
         """Test a model on what it was not trained on.
 
         Args:
-            model: a causal language model, on its device.
-            tokenizer: of the model.
-            prepared: of :meth:`prepare`.
-            seed: of the draws; the same for all models, so that they share their luck.
+            model: A causal language model, on its device.
+            tokenizer: The model's tokenizer.
+            prepared: What :meth:`prepare` returned.
+            seed: Seed of everything that is drawn; the same for all models, so that they share
+                their luck.
 
         Returns:
             ``score`` in [0, 1], ``interval`` (its 95 % interval, both ends), ``n`` (what the score

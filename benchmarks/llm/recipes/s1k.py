@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.llm.models import load_tokenizer, locate
 from benchmarks.llm.recipes.likelihood import mean_log_probs
-from benchmarks.llm.recipes.recipe import Defaults, Evaluation, Prepared
+from benchmarks.llm.recipes.recipe import Evaluation, Prepared, Settings
 from benchmarks.statistics import bootstrap_interval
 from iwsft.datasets.text import s1k
 from iwsft.datasets.text.rows import read
@@ -20,7 +20,7 @@ DATA = "simplescaling/s1K-1.1"
 
 # Paper, section 4.1 and appendix C; what it leaves open (lengths, precision, accumulation) is as in
 # the authors' runs.
-PAPER = Defaults(
+PAPER = Settings(
     learning_rate=1e-5,
     batch_size=8,
     epochs=5,
@@ -58,19 +58,21 @@ class S1kRecipe:
     ``notes["benchmarks"]``.
 
     Attributes:
-        name: as on the command line.
-        describe: what it is, in a line.
-        defaults: settings of the fine-tuning.
-        presets: settings by the name of their weights.
-        tested: rows that the test reads, at most.
+        name: Name on the command line.
+        describe: What it is, in a line.
+        defaults: Settings of the fine-tuning.
+        presets: Settings by the name of their weights.
+        seeds: Seeds of the runs.
+        tested: Most rows that the test reads.
     """
 
     name: str = "s1k"
     describe: str = "the paper's run: Qwen2.5-32B-Instruct on the reasoning traces of s1K-1.1"
-    defaults: Defaults = AUTHORS
-    presets: Mapping[str, Defaults] = field(
+    defaults: Settings = AUTHORS
+    presets: Mapping[str, Settings] = field(
         default_factory=lambda: {"paper_llm": PAPER, "authors_llm": AUTHORS}
     )
+    seeds: tuple[int, ...] = (0,)
     tested: int = 32
 
     def prepare(
@@ -79,10 +81,10 @@ class S1kRecipe:
         """See :meth:`Recipe.prepare`.
 
         Args:
-            folder: of the cache: a model that is converted is kept here.
-            seed: decides nothing here; no draw is made.
-            model: with the tokenizer of a Qwen2.5 model, whose tokens the traces are marked with.
-            data: rows in the columns of s1K or s1K-1.1, see :func:`iwsft.datasets.text.s1k.to_row`.
+            folder: The cache, for a model that is converted.
+            seed: Not used, as nothing is drawn.
+            model: A model with Qwen2.5's tokenizer, whose tokens mark the traces.
+            data: Rows in the columns of s1K or s1K-1.1, see :func:`iwsft.datasets.text.s1k.to_row`.
         """
         del seed
         where = locate(MODEL if model is None else model, folder)
@@ -105,11 +107,11 @@ class S1kRecipe:
         )
 
     def evaluate(self, model: Any, tokenizer: Any, prepared: Prepared, *, seed: int) -> Evaluation:
-        """Fit to the first training rows.
+        """Measure how well the first training rows are fitted.
 
         Returns:
-            ``score``: geometric mean of a token's probability, of the mean over rows of the mean
-            log p of a token; ``interval`` (rows are drawn), ``n``, and ``log_prob``, in nats.
+            ``score``: exp of ``log_prob``; ``interval`` (bootstrap over rows); ``n``; and
+            ``log_prob``: the mean over rows of the mean log p of a token, in nats.
         """
         found = mean_log_probs(
             model, tokenizer, prepared.rows[: self.tested], max_length=self.defaults.max_length

@@ -20,8 +20,8 @@ class Question:
     """A prompt and its labelled solutions.
 
     Attributes:
-        prompt: as the model is asked.
-        rows: one a solution, all with this prompt, ``correct`` set.
+        prompt: Text that the model is given.
+        rows: A row for each solution, all with this prompt and ``correct`` set.
     """
 
     prompt: str
@@ -47,15 +47,15 @@ def read_questions(source: str | Path) -> list[Question]:
     """Read labelled solutions and gather them by question, in the order of first sight.
 
     Args:
-        source: what :func:`iwsft.datasets.text.rows.read` reads. A record is a question of GSM8K's
-            ``example_model_solutions.jsonl`` (``question``, and for each model an object with
-            ``is_correct`` and ``solution``), or one solution: ``prompt``, ``completion``,
+        source: Anything that :func:`iwsft.datasets.text.rows.read` reads. A record is a question of
+            GSM8K's ``example_model_solutions.jsonl`` (``question``, and for each model an object
+            with ``is_correct`` and ``solution``), or one solution: ``prompt``, ``completion``,
             ``correct``, and perhaps ``score``.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a record of neither kind, an empty solution, a label that is missing or no
-            truth value, or no record at all; the message names the line.
+        FileNotFoundError: If there is no such file.
+        ValueError: If a record is of neither kind, a solution is empty, a label is missing or not a
+            truth value, or there is no record at all; the message names the line.
     """
     gathered: dict[str, list[Row]] = {}
     for where, record in records(source):
@@ -68,21 +68,21 @@ def read_questions(source: str | Path) -> list[Question]:
 
 
 def split(questions: Sequence[Question], *, share: float) -> tuple[list[Question], list[Question]]:
-    """Training and held-out questions.
+    """Split questions into training and held-out ones.
 
-    Held out are questions that have right and wrong solutions. Which, hangs on a question's text
-    alone, so no seed and no other question moves one from the test into the training data.
+    Only questions that have right and wrong solutions are held out. The choice depends only on a
+    question's text, so no seed and no other question moves one from the test into training.
 
     Args:
-        questions: all.
-        share: of the questions of both kinds that is held out, about.
+        questions: All questions.
+        share: Share of the questions of both kinds that is held out, about.
 
     Returns:
         The training questions (with those of one kind) in their order, and the held-out ones in an
-        order that hangs on their texts alone.
+        order that depends only on their texts.
 
     Raises:
-        ValueError: there is nothing to test on, or no right solution to train on.
+        ValueError: If there is nothing to test on, or no right solution to train on.
     """
     both = [question for question in questions if question.tells_apart]
     held_out = sorted((question for question in both if _mark(question) < share), key=_mark)
@@ -103,25 +103,25 @@ def split(questions: Sequence[Question], *, share: float) -> tuple[list[Question
 
 
 def rows_of(questions: Iterable[Question]) -> list[Row]:
-    """All rows, in order."""
+    """Return all rows, in order."""
     return [row for question in questions for row in question.rows]
 
 
 def _of_question(record: Record, where: str) -> Iterator[Row]:
-    asked = checked_text(record["question"], "question", where).strip()
-    prompt = f"Question: {asked}\nAnswer:\n"
-    found = {
+    question = checked_text(record["question"], "question", where).strip()
+    prompt = f"Question: {question}\nAnswer:\n"
+    solutions = {
         name: value
         for name, value in record.items()
         if isinstance(value, Mapping) and _LABEL in value and _TEXT in value
     }
-    if not asked or not found:
+    if not question or not solutions:
+        problem = "there is no solution" if question else "the question is empty"
         raise ValueError(
-            f"{where}: {'the question is empty' if not asked else 'there is no solution'}; a line "
-            f"holds a question, and for each model {{{_LABEL}, {_TEXT}}}. Columns found: "
-            f"{', '.join(map(str, record))}"
+            f"{where}: {problem}; a line holds a question, and for each model "
+            f"{{{_LABEL}, {_TEXT}}}. Columns found: {', '.join(map(str, record))}"
         )
-    for name, value in found.items():
+    for name, value in solutions.items():
         here = f"{where}, {name}"
         text = _CALCULATION.sub("", checked_text(value[_TEXT], _TEXT, here)).strip()
         yield _labelled({"prompt": prompt, "completion": text, "correct": value[_LABEL]}, here)
@@ -138,11 +138,11 @@ def _labelled(record: Record, where: str) -> Row:
 
 
 def _mark(question: Question) -> float:
-    """A number in [0, 1) that hangs on the text, spaces aside."""
+    """A number in [0, 1) that depends only on the text, spaces aside."""
     digest = hashlib.sha256(_same(question.prompt).encode()).digest()
     return int.from_bytes(digest[:7], "big") / 2**56
 
 
 def _same(prompt: str) -> str:
-    """What questions have in common that are the same but for spaces."""
+    """The text that two questions share when they differ only in spaces."""
     return " ".join(prompt.split())

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import small_job
 import torch
-from tensordict import TensorDict
 
-from benchmarks.llm import job as whole_job
 from benchmarks.llm.__main__ import main
-from benchmarks.llm.algorithms import ALGORITHMS, q_of
-from benchmarks.llm.arguments import Arguments, Settings, settings_of
+from benchmarks.llm.algorithms import ALGORITHMS, choose_q
 from benchmarks.llm.launch import Launch
 from benchmarks.llm.models import load
-from benchmarks.llm.recipes import RECIPES, Defaults, load_recipe
-from benchmarks.llm.recipes.s1k import PAPER
-from benchmarks.llm.run import arguments_of
+from benchmarks.llm.options import Options, parse
+from benchmarks.llm.recipes import RECIPES, Settings, load_recipe
+from benchmarks.llm.recipes.s1k import AUTHORS, PAPER
+from benchmarks.llm.training import LanguageRun, curated, training_arguments
 from benchmarks.report.page import write_report
 from benchmarks.results import CONTROL, read_runs, unfinished_runs
+from benchmarks.runs import Run
 from iwsft.datasets.text.rows import Row
 from iwsft.trajectory import MULTIPLICITY, lengths
 
-SHORT: dict[str, Any] = {"max_steps": 6, "sync_every": 2, "ema_decay": 0.5}
+SHORT = ("--max-steps", "6", "--sync-every", "2", "--ema-decay", "0.5")
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +38,18 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 @pytest.fixture
 def job(small: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """``job(out, algo, ...)``: the command on the small recipe, in this process; its folder."""
+    """``job(out, algo, ..., flags=...)``: the command on the small recipe, here; its folder."""
     monkeypatch.setitem(RECIPES, "small", "small_job")
 
-    def run(out: Path, *algo: str, said: dict[str, Any] | None = None, **arguments: Any) -> Path:
-        settings = {"max_steps": 6} if said is None else said
-        values = {"seeds": (0,), "jobs": 1, "model": small[0], "data": small[1], **arguments}
-        main(Arguments("small", algo, settings=Settings(**settings), out=out, **values))
+    def run(
+        out: Path,
+        *algo: str,
+        flags: Sequence[str] = ("--max-steps", "6"),
+        model: str = small[0],
+        data: str = small[1],
+    ) -> Path:
+        words = ["--recipe", "small", "--algo", *algo, "--seeds", "0", "--jobs", "1"]
+        main([*words, "--model", model, "--data", data, "--out", str(out), *flags])
         return out / "llm" / "small"
 
     return run
@@ -58,7 +63,7 @@ def rows(folder: Path) -> list[dict[str, float]]:
 def test_every_algorithm_leaves_what_it_did(
     job: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], small: Any
 ) -> None:
-    folder = job(tmp_path, "base", *ALGORITHMS, said=SHORT)
+    folder = job(tmp_path, "base", *ALGORITHMS, flags=SHORT)
     for algo, algorithm in ALGORITHMS.items():
         run = folder / algo / "seed-0"
         result = json.loads((run / "result.json").read_text())
@@ -111,18 +116,19 @@ def test_what_is_finished_stays_and_other_settings_are_refused(
     run = job(tmp_path, "sft") / "sft" / "seed-0"
     before = (run / "result.json").read_bytes()
 
-    def stopped(*algo: str, **arguments: Any) -> str:
+    def stopped(*algo: str, steps: int = 6, flags: Sequence[str] = (), **files: str) -> str:
         with pytest.raises(SystemExit) as end:
-            job(tmp_path, *algo, **arguments)
+            job(tmp_path, *algo, flags=["--max-steps", str(steps), *flags], **files)
         return str(end.value)
 
     assert "pass --resume to continue" in stopped("sft", "iw-sft")
     assert not (tmp_path / "llm" / "small" / "iw-sft").exists()
-    refused = stopped("sft", said={"max_steps": 7}, resume=True)
+    refused = stopped("sft", steps=7, flags=["--resume"])
     assert "holds a run with other settings: settings.training.max_steps=6 (now 7)" in refused
-    assert "settings.data_sha256" in stopped("sft", data=str(run / "metrics.jsonl"), resume=True)
+    other = str(run / "metrics.jsonl")
+    assert "settings.data_sha256" in stopped("sft", flags=["--resume"], data=other)
 
-    job(tmp_path, "sft", "iw-sft", resume=True)
+    job(tmp_path, "sft", "iw-sft", flags=["--max-steps", "6", "--resume"])
     assert (run / "result.json").read_bytes() == before
     assert "1 done, 1 finished before" in capsys.readouterr().out
 
@@ -139,7 +145,8 @@ def test_code_that_comes_with_a_model_runs_only_when_asked(
     with pytest.raises(SystemExit):
         job(tmp_path, "sft", model=str(model))
     assert "--trust-remote-code" in capsys.readouterr().out and not mark.exists()
-    folder = job(tmp_path, "sft", model=str(model), trust_remote_code=True, resume=True)
+    flags = ["--max-steps", "6", "--trust-remote-code", "--resume"]
+    folder = job(tmp_path, "sft", model=str(model), flags=flags)
     assert mark.exists()
     # The same numbers as by transformers' own class, tested from what was saved.
     job(tmp_path / "plain", "sft")
@@ -161,7 +168,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
     lines = [json.loads(line) for line in Path(filled).read_text().splitlines()]
     data.write_text("\n".join(json.dumps({**line, "score": None}) for line in lines))
     with pytest.raises(SystemExit) as end:
-        job(tmp_path, "sft-q", "sft", data=str(data), said={"max_steps": 2})
+        job(tmp_path, "sft-q", "sft", data=str(data), flags=["--max-steps", "2"])
     assert end.value.code == 1
     printed = capsys.readouterr()
     failure = next(line for line in printed.err.splitlines() if "error: sft-q seed 0:" in line)
@@ -171,109 +178,117 @@ def test_a_run_that_fails_does_not_stop_the_others(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said", "message"),
+    ("words", "message"),
     [
-        ({"algo": ("iwsft",)}, {}, "unknown algorithm 'iwsft'; did you mean 'iw-sft'?"),
-        ({"recipe": "aritmetic"}, {}, "unknown recipe 'aritmetic'; did you mean 'arithmetic'?"),
-        ({"algo": ()}, {}, "nothing to run"),
-        ({"algo": ("sft", "sft")}, {}, "--algo sft: asked for twice"),
-        ({"seeds": (1, 1)}, {}, "--seeds 1: asked for twice"),
-        ({"seeds": (-1,)}, {}, "--seeds -1: a seed lies in"),
-        ({"jobs": 0}, {}, "--jobs 0: at least 1"),
-        ({"device": "tpu"}, {}, "--device tpu: cpu or cuda"),
-        ({"deepspeed": ("zero3", "zero2")}, {}, "--deepspeed zero3 zero2: one config"),
-        ({"deepspeed": (), "jobs": 2}, {}, "--jobs 2 with --deepspeed"),
-        ({"deepspeed": ("zero9",)}, {}, "--deepspeed zero9: unknown config"),
-        ({"algo": ("sft",)}, {"sync_every": 5}, "--sync-every 5 changes nothing"),
-        ({"algo": ("sft", "iw-sft")}, {"ema_decay": 0.5}, "--ema-decay 0.5 changes nothing"),
-        ({"algo": ("sft", "iw-sft-step")}, {"temperature": 2.0}, "--temperature 2.0 changes no"),
+        ("--algo iwsft", "unknown algorithm 'iwsft'; did you mean 'iw-sft'?"),
+        ("--recipe aritmetic", "unknown recipe 'aritmetic'; did you mean 'arithmetic'?"),
+        ("--algo", "nothing to run"),
+        ("--seeds", "nothing to run"),
+        ("--algo sft sft", "--algo sft: asked for twice"),
+        ("--seeds 1 1", "--seeds 1: asked for twice"),
+        ("--seeds -1", "--seeds -1: a seed lies in"),
+        ("--jobs 0", "--jobs 0: at least 1"),
+        ("--device tpu", "--device tpu: cpu or cuda"),
+        ("--deepspeed zero3 zero2", "--deepspeed zero3 zero2: one config"),
+        ("--deepspeed --jobs 2", "--jobs 2 with --deepspeed"),
+        ("--deepspeed zero9", "--deepspeed zero9: unknown config"),
+        ("--algo sft --sync-every 5", "--sync-every 5 changes nothing"),
+        ("--algo sft iw-sft --ema-decay 0.5", "--ema-decay 0.5 changes nothing"),
+        ("--algo sft iw-sft-step --temperature 2", "--temperature 2.0 changes nothing"),
         (
-            {"algo": ("iw-sft",)},
-            {"temperature": 2.0, "preset": "authors_llm"},
+            "--algo iw-sft --temperature 2 --preset authors_llm",
             "--temperature 2.0 changes nothing in the algorithms asked for with preset 'authors",
         ),
-        ({"algo": ("base",)}, {"max_steps": 5}, "--max-steps 5 changes nothing"),
-        ({}, {"max_steps": 5, "epochs": 1.0}, "--max-steps and --epochs: pass one"),
-        ({}, {"max_steps": 0}, "--max-steps 0: at least 1"),
-        ({}, {"learning_rate": 0.0}, "--learning-rate 0.0: above 0"),
-        ({}, {"ema_decay": 1.0}, r"--ema-decay 1.0: a decay lies in [0, 1)"),
-        ({}, {"scheduler": "cosin"}, "--scheduler cosin: one of linear, cosine"),
-        ({}, {"quality_cuts": (0, 100)}, "cut 100: a percentile"),
-        ({}, {"micro_batch_size": 5}, "--micro-batch-size 5 does not divide the 32 draws"),
+        ("--algo sft --preset recipe", "--preset recipe changes nothing"),
+        ("--algo base --max-steps 5", "--max-steps 5 changes nothing"),
+        ("--max-steps 80 --epochs 1", "--max-steps and --epochs: pass one"),
+        ("--max-steps 0", "--max-steps 0: at least 1"),
+        ("--learning-rate 0", "--learning-rate 0.0: above 0"),
+        ("--ema-decay 1", "--ema-decay 1.0: a decay lies in [0, 1)"),
+        ("--scheduler cosin", "--scheduler cosin: one of linear, cosine"),
+        ("--quality-cuts 0 100", "cut 100.0: a percentile"),
+        ("--micro-batch-size 5", "--micro-batch-size 5 does not divide the 32 draws"),
     ],
 )
-def test_what_can_be_known_is_said_at_once(
-    arguments: dict[str, Any], said: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_what_can_be_known_is_said_at_once(words: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as end:
-        main(Arguments(settings=Settings(**said), out=tmp_path / "runs", **arguments))
+        main([*words.split(), "--out", str(tmp_path / "runs")])
     assert f"error: {message}" in str(end.value)
     assert not (tmp_path / "runs").exists()
 
 
-def test_settings_stand_in_the_recipes_place() -> None:
-    s1k = load_recipe("s1k")
-    assert settings_of(s1k, {}) == s1k.defaults
-    # A preset brings its own, and what is said comes after.
-    assert settings_of(s1k, {"preset": "paper_llm"}) == PAPER
-    found = settings_of(s1k, {"max_steps": 10, "cuts": (50.0,)})
-    assert (found.max_steps, found.epochs, found.cuts) == (10, None, (50.0,))
-    found = settings_of(load_recipe("arithmetic"), {"epochs": 2.0})
-    assert (found.max_steps, found.epochs) == (None, 2.0)
+def test_what_the_command_line_leaves_out_is_the_recipes() -> None:
+    arithmetic = load_recipe("arithmetic")
+    options = parse([])
+    assert (options.seeds, options.settings) == ((0, 1, 2), arithmetic.defaults)
+    assert parse(["--seeds", "7"]).seeds == (7,)
+    options = parse(["--recipe=s1k", "--algo", "iw-sft"])
+    assert (options.seeds, options.settings) == ((0,), AUTHORS)
+    # A preset brings its own settings, and the other flags come after.
+    options = parse(
+        ["--recipe", "s1k", "--algo", "iw-sft", "--preset", "paper_llm", "--warmup", "7"]
+    )
+    assert options.settings == replace(PAPER, warmup=7)
+    settings = parse(
+        ["--recipe", "s1k", "--algo", "iw-sft", "--max-steps", "10", "--cuts", "50"]
+    ).settings
+    assert (settings.max_steps, settings.epochs, settings.cuts) == (10, None, (50.0,))
+    settings = parse(["--epochs", "2"]).settings
+    assert (settings.max_steps, settings.epochs) == (None, 2.0)
+
+
+def test_help_shows_the_recipes_own_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--recipe", "s1k", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(name in shown for name in RECIPES) and "(default: 22000)" in shown
+
+
+def a_run(settings: Settings, algo: str = "sft") -> LanguageRun:
+    return Run("llm", "small", algo, 0, Options(seeds=(0,), settings=settings))
 
 
 def launch(processes: int) -> Launch:
     return Launch("zero3", "deepspeed", 3, False, "cuda", processes)
 
 
-def plan(settings: Defaults) -> Any:
-    plans = whole_job._plans(Arguments(algo=("iw-sft",), seeds=(0,)))
-    from dataclasses import replace
-
-    return replace(plans[0], settings=settings)
-
-
 def test_a_batch_is_shared_out() -> None:
-    settings = Defaults(learning_rate=1e-3, batch_size=16, max_steps=3, micro_batch_size=2)
+    settings = Settings(learning_rate=1e-3, batch_size=16, max_steps=3, micro_batch_size=2)
     for processes, accumulation in ((1, 8), (4, 2), (8, 1)):
         started = None if processes == 1 else launch(processes)
-        found = arguments_of(plan(settings), ALGORITHMS["sft"], started)
-        assert found["per_device_train_batch_size"] == 2
-        assert found["gradient_accumulation_steps"] == accumulation
+        arguments = training_arguments(a_run(settings), started)
+        assert arguments["per_device_train_batch_size"] == 2
+        assert arguments["gradient_accumulation_steps"] == accumulation
     # A micro-batch is never more than there is.
-    found = arguments_of(plan(settings), ALGORITHMS["sft"], launch(16))
-    assert (found["per_device_train_batch_size"], found["gradient_accumulation_steps"]) == (1, 1)
+    arguments = training_arguments(a_run(settings), launch(16))
+    assert arguments["per_device_train_batch_size"] == 1
+    assert arguments["gradient_accumulation_steps"] == 1
     with pytest.raises(ValueError, match="--batch-size 16 can't be shared out over 3 processes"):
-        arguments_of(plan(settings), ALGORITHMS["sft"], launch(3))
+        training_arguments(a_run(settings), launch(3))
 
 
 def test_weights_that_are_compared_are_known_before_a_divided_update() -> None:
-    compared = Defaults(learning_rate=1e-3, batch_size=4, max_steps=3, self_normalize=True)
-    alone = Defaults(learning_rate=1e-3, batch_size=4, max_steps=3)
+    compared = Settings(learning_rate=1e-3, batch_size=4, max_steps=3, self_normalize=True)
+    alone = Settings(learning_rate=1e-3, batch_size=4, max_steps=3)
     current = ALGORITHMS["iw-sft"]
-    assert q_of(current, compared, 1) == ("current", None)
-    assert q_of(current, compared, 2) == ("cached", 1)
-    assert q_of(current, alone, 2) == ("current", None)
-    assert q_of(ALGORITHMS["iw-sft-step"], compared, 2) == ("current", None)
-    assert q_of(ALGORITHMS["iw-sft-hard"], compared, 2) == ("cached", compared.sync_every)
-    assert q_of(ALGORITHMS["sft"], compared, 2) == ("reference", None)
-    assert q_of(ALGORITHMS["iw-sft-ema"], compared, 2) == ("lagged", None)
+    assert choose_q(current, compared, 1) == ("current", None)
+    assert choose_q(current, compared, 2) == ("cached", 1)
+    assert choose_q(current, alone, 2) == ("current", None)
+    assert choose_q(ALGORITHMS["iw-sft-step"], compared, 2) == ("current", None)
+    assert choose_q(ALGORITHMS["iw-sft-hard"], compared, 2) == ("cached", compared.sync_every)
+    assert choose_q(ALGORITHMS["sft"], compared, 2) == ("reference", None)
+    assert choose_q(ALGORITHMS["iw-sft-ema"], compared, 2) == ("lagged", None)
 
 
 def test_d_plus_and_its_multiplicity(small: tuple[str, str], tmp_path: Path) -> None:
     """Right rows alone; with quality cuts each cut that a row survives is one copy of it."""
-    from benchmarks.llm.run import curated
-
     _, tokenizer = load(small[0])
     prepared = small_job.RECIPE.prepare(tmp_path, seed=0, model=small[0], data=small[1])
     right = [row for row in prepared.rows if row.correct]
-    settings = Defaults(1e-3, 4, max_steps=1, quality_cuts=(0, 50))
+    settings = Settings(1e-3, 4, max_steps=1, quality_cuts=(0, 50))
 
     def counts(algo: str, **changed: Any) -> list[int]:
-        from dataclasses import replace
-
-        given = replace(prepared, **changed)
-        data: TensorDict = curated(plan(settings), ALGORITHMS[algo], given, tokenizer)
+        data = curated(a_run(settings, algo), replace(prepared, **changed), tokenizer)
         return data.get(MULTIPLICITY)[lengths(data).cumsum(0) - 1].tolist()
 
     assert counts("sft") == [1] * len(right)

@@ -26,7 +26,7 @@ from benchmarks.llm.recipes.arithmetic.strategies import (
     mean_score,
 )
 from benchmarks.llm.recipes.arithmetic.task import parse, problems, split_of
-from benchmarks.llm.recipes.recipe import Defaults, Evaluation, Prepared
+from benchmarks.llm.recipes.recipe import Evaluation, Prepared, Settings
 from benchmarks.statistics import wilson_interval
 from iwsft.datasets.text.rows import Row, read
 from iwsft.files import written_whole
@@ -38,8 +38,8 @@ _FIRST_SAMPLE_SEED = 1_000_000
 TEST_SEED = 1
 
 
-def _defaults() -> Defaults:
-    return Defaults(
+def _defaults() -> Settings:
+    return Settings(
         learning_rate=8e-4,
         batch_size=32,
         max_steps=80,
@@ -64,6 +64,8 @@ class ArithmeticRecipe:
         name: Name on the command line.
         describe: What it is, in a line.
         defaults: Settings of the fine-tuning.
+        presets: Empty, as a preset changes the weights alone.
+        seeds: Seeds of the runs.
         base: Size and training of the base model.
         base_seed: Seed of the base model's weights and texts.
         samples: Number of problems that the model solves once each; the right ones are D+.
@@ -72,7 +74,9 @@ class ArithmeticRecipe:
 
     name: str = "arithmetic"
     describe: str = "a 1M-parameter decoder solves sums by three strategies, tuned on its successes"
-    defaults: Defaults = field(default_factory=_defaults)
+    defaults: Settings = field(default_factory=_defaults)
+    presets: Mapping[str, Settings] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0, 1, 2)
     base: BaseSettings = field(default_factory=BaseSettings)
     base_seed: int = 0
     samples: int = 2000

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.llm.recipes import RECIPES, Defaults, load_recipe
+from benchmarks.llm.recipes import RECIPES, Settings, load_recipe
 from iwsft.trajectory import Segments
 
 
@@ -29,13 +29,7 @@ def test_the_registry_loads_no_transformers() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("length", [{}, {"max_steps": 10, "epochs": 1.0}])
-def test_settings_say_in_one_way_how_long_to_train(length: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="set one of them"):
-        Defaults(learning_rate=1e-3, batch_size=4, **length)
-
-
-def weights(defaults: Defaults, *, per_step: bool = False) -> list[float]:
+def weights(defaults: Settings, *, per_step: bool = False) -> list[float]:
     """Weights of two trajectories whose log-ratios are (0.1, 0.3) and (-0.2, 4.0)."""
     segments = Segments(torch.Size((4,)), torch.tensor([0, 0, 1, 1]), None, 2)
     ratio, count = torch.tensor([0.1, 0.3, -0.2, 4.0]), torch.full((4,), 0.5)
@@ -44,7 +38,7 @@ def weights(defaults: Defaults, *, per_step: bool = False) -> list[float]:
 
 
 def test_the_chain_of_a_recipe_is_tempered_reduced_clipped_and_normalised_in_this_order() -> None:
-    defaults = Defaults(
+    defaults = Settings(
         learning_rate=1e-3,
         batch_size=2,
         max_steps=1,
@@ -64,13 +58,13 @@ def test_the_presets_are_those_of_paper_and_authors() -> None:
     plain: dict[str, Any] = {"learning_rate": 1e-3, "batch_size": 2, "max_steps": 1}
     # 0.1 clip(x, 0.2, 1.8), summed: 0.02 + 0.03 and 0.02 + 0.18
     paper = [1.0512711, 1.0512711, 1.2214028, 1.2214028]
-    assert weights(Defaults(**plain, preset="paper_llm")) == pytest.approx(paper, rel=1e-5)
+    assert weights(Settings(**plain, preset="paper_llm")) == pytest.approx(paper, rel=1e-5)
     # exp of the mean: 0.2 and 1.9
     authors = [1.2214028, 1.2214028, 6.6858944, 6.6858944]
-    assert weights(Defaults(**plain, preset="authors_llm")) == pytest.approx(authors, rel=1e-5)
+    assert weights(Settings(**plain, preset="authors_llm")) == pytest.approx(authors, rel=1e-5)
 
 
 def test_the_per_step_variant_clips_each_ratio() -> None:
-    defaults = Defaults(learning_rate=1e-3, batch_size=2, max_steps=1, step_clip=(0.9, 1.2))
+    defaults = Settings(learning_rate=1e-3, batch_size=2, max_steps=1, step_clip=(0.9, 1.2))
     expected = [1.1051709, 1.2, 0.9, 1.2]
     assert weights(defaults, per_step=True) == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,209 @@
+"""The options of ``python -m benchmarks.llm``: its command line and the settings of its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from benchmarks.llm.algorithms import ALGORITHMS, BASE, DEFAULT, NAMES, Algorithm
+from benchmarks.llm.recipes import RECIPES, Settings, load_recipe
+from benchmarks.options import check_at_least, check_known, check_once, check_seeds, flag
+
+BENCHMARK = "llm"
+_PROG = "python -m benchmarks.llm"
+# Setting -> which algorithms it changes something in, given all settings.
+_USED: dict[str, Callable[[Algorithm, Settings], bool]] = {
+    "cuts": lambda algorithm, _: not algorithm.quality,
+    "quality_cuts": lambda algorithm, _: algorithm.quality,
+    "sync_every": lambda algorithm, _: algorithm.proposal == "cached",
+    "ema_decay": lambda algorithm, _: algorithm.proposal == "lagged",
+    "preset": lambda algorithm, _: algorithm.weighted,
+    "step_clip": lambda algorithm, _: algorithm.per_step,
+    **dict.fromkeys(
+        ("temperature", "reduce", "max_weight", "self_normalize"),
+        lambda algorithm, settings: algorithm.weighted and settings.preset == "recipe",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Fine-tune and test a language model by several algorithms and seeds."""
+
+    recipe: Annotated[
+        str,
+        tyro.conf.arg(
+            metavar="NAME",
+            help=f"Model, data, settings and test: one of {', '.join(RECIPES)}. What the command "
+            "line leaves out is the recipe's.",
+        ),
+    ] = "arithmetic"
+    # Names are checked by us: tyro would not say which one is near.
+    algo: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(metavar="NAME [NAME ...]", help=f"One or several of {', '.join(NAMES)}."),
+    ] = DEFAULT
+    seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]")]
+    """Seeds of samples, order of training and test; a run each, but base has one."""
+    model: Annotated[str | None, tyro.conf.arg(metavar="ID|DIR")] = None
+    """Model to start from; by default the recipe's own."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+    data: Annotated[str | None, tyro.conf.arg(metavar="ID|FILE")] = None
+    """Rows to train on; by default the recipe's own."""
+    deepspeed: Annotated[
+        tuple[str, ...] | None,
+        tyro.conf.arg(
+            metavar="[CONFIG]",
+            help="Train under accelerate, one process a GPU, or 2 on the CPU: by a config of "
+            "benchmarks/llm/configs, a YAML file of accelerate, a JSON file of DeepSpeed, or, "
+            "without a word, by one that fits.",
+        ),
+    ] = None
+    settings: Annotated[Settings, tyro.conf.arg(name="")]
+    device: Annotated[str | None, tyro.conf.arg(metavar="cpu|cuda")] = None
+    """Device of a run that is one process; by default a GPU where there is one."""
+    jobs: int | None = None
+    """Runs at a time; by default one a core, or one on a GPU. With --deepspeed one."""
+    log_every: int = 1
+    """Updates between log lines."""
+    save_every: int | None = None
+    """Updates between checkpoints; by default a fifth of the run."""
+    report_to: tuple[str, ...] = ()
+    """Also log to these of transformers' trackers, such as wandb; metrics.jsonl and TensorBoard
+    are always written."""
+    out: Path = Path("runs")
+    """Folder of all runs: OUT/llm/RECIPE/ALGO/seed-K/."""
+    resume: bool = False
+    """Continue runs that were cut off; finished ones are kept."""
+
+
+def run_device(options: Options) -> str:
+    """Choose the device of a run that is one process."""
+    import torch
+
+    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class _Start:
+    """The options that decide the defaults of the others."""
+
+    recipe: str = Options.recipe
+    preset: str | None = None
+
+
+def parse(words: Sequence[str], description: str | None = None) -> Options:
+    """Read and check a command line.
+
+    Args:
+        words: The words after the name of the command.
+        description: Text of ``--help``.
+
+    Raises:
+        ValueError: If an option can't be used; the error names it, its value and the way out.
+        SystemExit: If the words are not options, or ask for help.
+    """
+    given, _ = tyro.cli(_Start, args=words, prog=_PROG, add_help=False, return_unknown_args=True)
+    recipe = load_recipe(given.recipe)
+    start = recipe.presets.get(given.preset or "", recipe.defaults)
+    # The length of training is set in one of two ways; the one that is given replaces the other.
+    blank = replace(start, max_steps=None, epochs=None)
+    options = tyro.cli(
+        Options,
+        args=words,
+        prog=_PROG,
+        description=description,
+        default=Options(recipe=given.recipe, seeds=recipe.seeds, settings=blank),
+    )
+    settings = options.settings
+    changed = {
+        field.name: getattr(settings, field.name)
+        for field in fields(settings)
+        if getattr(settings, field.name) != getattr(blank, field.name)
+    }
+    if given.preset is not None:
+        changed["preset"] = given.preset
+    if settings.max_steps is None and settings.epochs is None:
+        settings = replace(settings, max_steps=start.max_steps, epochs=start.epochs)
+    _check(options, settings, changed)
+    return replace(options, settings=settings)
+
+
+def _check(options: Options, settings: Settings, changed: dict[str, Any]) -> None:
+    """Check all that can be known to be wrong before anything is prepared or trained."""
+    if not options.algo or not options.seeds:
+        raise ValueError("nothing to run: pass at least one name to --algo and one to --seeds")
+    for name in options.algo:
+        check_known("algorithm", name, NAMES)
+    check_once(algo=options.algo)
+    check_seeds(options.seeds)
+    _check_processes(options)
+    check_at_least(1, jobs=options.jobs, log_every=options.log_every, save_every=options.save_every)
+    algorithms = [ALGORITHMS[name] for name in options.algo if name != BASE]
+    for name, value in changed.items():
+        used = _USED.get(name, lambda algorithm, settings: True)
+        if not any(used(algorithm, settings) for algorithm in algorithms):
+            preset = f" with preset {settings.preset!r}" if settings.preset != "recipe" else ""
+            raise ValueError(
+                f"{flag(name)} {value} changes nothing in the algorithms asked for{preset}; leave "
+                "it out"
+            )
+    _check_numbers(settings)
+
+
+def _check_processes(options: Options) -> None:
+    config = options.deepspeed
+    if config is not None and len(config) > 1:
+        raise ValueError(f"--deepspeed {' '.join(config)}: one config, or none to choose one")
+    for name, value in (("--jobs", options.jobs), ("--device", options.device)):
+        if config is not None and value is not None:
+            raise ValueError(
+                f"{name} {value} with --deepspeed, which decides itself on what runs where; leave "
+                "one of them out"
+            )
+    if options.device is not None:
+        import torch
+
+        if options.device not in ("cpu", "cuda"):
+            raise ValueError(f"--device {options.device}: cpu or cuda")
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch sees no GPU; cpu can")
+
+
+def _check_numbers(settings: Settings) -> None:
+    from transformers import SchedulerType
+
+    if settings.max_steps is not None and settings.epochs is not None:
+        raise ValueError("--max-steps and --epochs: pass one of them")
+    for names, fits, words in (
+        (
+            ("batch_size", "micro_batch_size", "max_steps", "sync_every"),
+            lambda number: number >= 1,
+            "at least 1",
+        ),
+        (
+            ("learning_rate", "epochs", "max_grad_norm", "temperature", "max_weight"),
+            lambda number: number > 0,
+            "above 0",
+        ),
+        (("warmup", "weight_decay"), lambda number: number >= 0, "0 or above"),
+        (("ema_decay",), lambda number: 0 <= number < 1, "a decay lies in [0, 1)"),
+        (("max_length",), lambda number: number >= 2, "at least 2"),
+    ):
+        for name in names:
+            number = getattr(settings, name)
+            if number is not None and not fits(number):
+                raise ValueError(f"{flag(name)} {number}: {words}")
+    for cut in (*settings.cuts, *settings.quality_cuts):
+        if not 0 <= cut < 100:
+            raise ValueError(f"cut {cut}: a percentile from 0 to below 100; 90 keeps the top 10 %")
+    schedulers = [scheduler.value for scheduler in SchedulerType]
+    if settings.scheduler not in schedulers:
+        raise ValueError(f"--scheduler {settings.scheduler}: one of {', '.join(schedulers)}")
+    for per_step in (False, True):
+        settings.importance_weights(per_step=per_step)
