@@ -15,11 +15,11 @@ from benchmarks.llm.algorithms import BASE
 from benchmarks.llm.hardware import Hardware
 from benchmarks.llm.launch import Launch, choose, launched, start
 from benchmarks.llm.memory import DecoderSizes, Setup
-from benchmarks.llm.options import BENCHMARK, Options, run_device
+from benchmarks.llm.options import LanguageRun, Options
 from benchmarks.llm.recipes.recipe import Prepared
 from benchmarks.llm.run import config_of, prepare, train_and_test
-from benchmarks.llm.training import LanguageRun, algorithm_of, training_arguments
-from benchmarks.runs import RESULT, Run, claim, tell
+from benchmarks.llm.training import training_arguments
+from benchmarks.runs import RESULT, claim, tell
 from benchmarks.sweep import Summary
 
 _COLUMNS = "{:<12} {:>4} {:>13} {:>8} {:>5} {:>6} {:>6} {:>7}"
@@ -39,7 +39,7 @@ def job(options: Options) -> int:
             out.
     """
     runs = [
-        Run(BENCHMARK, options.recipe, algo, seed, options)
+        LanguageRun(options.recipe, algo, seed, options)
         for algo in options.algo
         # The base is the same for all seeds.
         for seed in (options.seeds[:1] if algo == BASE else options.seeds)
@@ -57,7 +57,7 @@ def job(options: Options) -> int:
         # What all seeds share, such as a base model, is made once.
         _show_notes(prepare(unfinished[0]))
         tell(_HEADER)
-        jobs = options.jobs or (1 if run_device(options) != "cpu" else places.cores())
+        jobs = options.jobs or (1 if options.own_device != "cpu" else places.cores())
         work = partial(_run_and_show, threads=_threads(jobs))
         with places.place(None, items=len(unfinished), jobs=jobs) as place:
             sweep.run_all(work, unfinished, place, summary)
@@ -68,8 +68,8 @@ def job(options: Options) -> int:
 def _check_shares(runs: Sequence[LanguageRun], launch: Launch | None) -> None:
     """Check that batches can be shared out over the processes."""
     for run in runs:
-        if run.algo != BASE:
-            training_arguments(run, launch)
+        if run.algorithm is not None:
+            training_arguments(run, run.algorithm, launch)
 
 
 def _threads(jobs: int) -> int:
@@ -97,7 +97,7 @@ def _run_and_show(run: LanguageRun, *, threads: int = 1, launch: Launch | None =
         cells = update, loss, ess, largest, score, f"{seconds:.0f}"
         tell(_COLUMNS.format(run.algo, run.seed, *cells))
 
-    if launch is None and run_device(run.options) == "cpu":
+    if launch is None and run.options.own_device == "cpu":
         torch.set_num_threads(threads)
     result = train_and_test(run, show_progress, launch)
     if result is not None:
@@ -140,7 +140,7 @@ def _model_and_setup(prepared: Prepared, run: LanguageRun) -> tuple[DecoderSizes
         half=settings.precision == "bfloat16",
         checkpointing=settings.gradient_checkpointing,
         tokens=(settings.micro_batch_size or 1) * (settings.max_length or 4096),
-        proposal="current" if run.algo == BASE else algorithm_of(run).proposal,
+        proposal="current" if run.algorithm is None else run.algorithm.proposal,
     )
     trusted = run.options.trust_remote_code
     config = AutoConfig.from_pretrained(prepared.model, trust_remote_code=trusted)

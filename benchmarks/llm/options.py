@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
 from benchmarks.llm.algorithms import ALGORITHMS, BASE, DEFAULT, NAMES, Algorithm
 from benchmarks.llm.recipes import RECIPES, Settings, load_recipe
 from benchmarks.options import check_at_least, check_known, check_once, check_seeds, flag
+from benchmarks.runs import Run
 
-BENCHMARK = "llm"
 _PROG = "python -m benchmarks.llm"
 # Setting -> which algorithms it changes something in, given all settings.
 _USED: dict[str, Callable[[Algorithm, Settings], bool]] = {
@@ -81,12 +81,29 @@ class Options:
     resume: bool = False
     """Continue runs that were cut off; finished ones are kept."""
 
+    @property
+    def own_device(self) -> str:
+        """The device of a run that is one process."""
+        import torch
 
-def run_device(options: Options) -> str:
-    """Choose the device of a run that is one process."""
-    import torch
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
-    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+@dataclass(frozen=True)
+class LanguageRun(Run[Options]):
+    """One algorithm on one recipe with one seed."""
+
+    benchmark: ClassVar[str] = "llm"
+
+    @property
+    def algorithm(self) -> Algorithm | None:
+        """The algorithm; None for the base, which is not trained."""
+        return None if self.algo == BASE else ALGORITHMS[self.algo]
+
+    @property
+    def shared_folder(self) -> Path:
+        """Folder of what the runs of a recipe share: base models, rows, reference log-probs."""
+        return self.dataset_folder / "prepared"
 
 
 @dataclass(frozen=True)

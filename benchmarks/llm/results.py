@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.llm.algorithms import NAMES
-from benchmarks.llm.options import BENCHMARK
+from benchmarks.llm.options import LanguageRun
 from benchmarks.runs import CONFIG, RESULT, write_json
 from benchmarks.statistics import MIN_SEEDS, bootstrap_interval
 from iwsft import metrics
@@ -116,7 +116,9 @@ def recipe_folders(root: Path) -> list[Path]:
     top = root.absolute()
     found = {path.parents[2] for path in top.rglob(f"seed-*/{CONFIG}")}
     # Not that of a folder within a recipe's: it would bring in runs that lie elsewhere.
-    return sorted(f for f in found if f.parent.name == BENCHMARK and f.is_relative_to(top))
+    return sorted(
+        f for f in found if f.parent.name == LanguageRun.benchmark and f.is_relative_to(top)
+    )
 
 
 def summarise(results: list[Result]) -> list[Row]:

@@ -23,13 +23,12 @@ from accelerate.utils import patch_environment  # type: ignore[import-untyped]
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging
 
-from benchmarks.llm.algorithms import BASE
 from benchmarks.llm.kept import file_sha256
 from benchmarks.llm.launch import Launch
 from benchmarks.llm.models import load
-from benchmarks.llm.options import run_device
+from benchmarks.llm.options import LanguageRun
 from benchmarks.llm.recipes import Prepared, load_recipe
-from benchmarks.llm.training import LanguageRun, OnProgress, shared_folder, train
+from benchmarks.llm.training import OnProgress, train
 from benchmarks.runs import RESULT, alone_in, hardware, versions, write_json
 from iwsft import checkpoint
 
@@ -51,14 +50,14 @@ def config_of(run: LanguageRun, launch: Launch | None) -> dict[str, Any]:
     file = None if options.data is None else Path(options.data).expanduser()
     if file is not None and file.is_file():
         settings["data_sha256"] = file_sha256(file)
-    if run.algo != BASE:
+    if run.algorithm is not None:
         settings["training"] = asdict(options.settings)
     return {
         **_identity(run),
         "settings": settings,
         **_engine(launch),
         "versions": versions(_PACKAGES),
-        "hardware": hardware(run_device(options) if launch is None else launch.device),
+        "hardware": hardware(options.own_device if launch is None else launch.device),
         "command": " ".join(["python -m benchmarks.llm", *sys.argv[1:]]),
     }
 
@@ -82,7 +81,7 @@ def prepare(run: LanguageRun) -> Prepared:
     """Make model and rows, or find them in the cache that the runs of a recipe share."""
     options = run.options
     prepared = load_recipe(run.dataset).prepare(
-        shared_folder(run), seed=run.seed, model=options.model, data=options.data
+        run.shared_folder, seed=run.seed, model=options.model, data=options.data
     )
     if not options.trust_remote_code:
         return prepared
@@ -116,10 +115,10 @@ def train_and_test(
             prepared = prepare(run)
         trained: dict[str, Any] = {"steps": 0}
         model = prepared.model
-        if run.algo != BASE:
-            trained = train(run, prepared, on_progress, launch, writes=first)
+        if run.algorithm is not None:
+            trained = train(run, run.algorithm, prepared, on_progress, launch, writes=first)
             model = str(run.folder / checkpoint.FOLDER)
-        together = run.algo != BASE and launch is not None and launch.processes > 1
+        together = run.algorithm is not None and launch is not None and launch.processes > 1
         # All make it together, before one tests alone.
         group = _patient_group() if together else None
         result = _test(run, prepared, model, trained, launch) if first else None
@@ -152,11 +151,11 @@ def _test(
 
 def _evaluate(run: LanguageRun, prepared: Prepared, model: str, launch: Launch | None) -> Any:
     """Test a model as it is saved, in one process."""
-    device = run_device(run.options) if launch is None else launch.device
+    device = run.options.own_device if launch is None else launch.device
     spread = {"device_map": "auto"} if launch is not None and device == "cuda" else {}
     with _in_one_process():
         loaded, tokenizer = load(
-            model, cache=shared_folder(run), **{**prepared.load_kwargs, **spread}
+            model, cache=run.shared_folder, **{**prepared.load_kwargs, **spread}
         )
         tested: Any = loaded
         if not spread:

@@ -12,12 +12,11 @@ import torch
 from tensordict import TensorDictBase
 from transformers import PrinterCallback, TrainerCallback
 
-from benchmarks.llm.algorithms import ALGORITHMS, Algorithm, choose_q
+from benchmarks.llm.algorithms import Algorithm, choose_q
 from benchmarks.llm.launch import Launch, assert_engine
 from benchmarks.llm.models import load
-from benchmarks.llm.options import Options, run_device
+from benchmarks.llm.options import LanguageRun
 from benchmarks.llm.recipes import Prepared
-from benchmarks.runs import Run
 from iwsft import checkpoint, metrics
 from iwsft.curation import curate
 from iwsft.datasets.text.tokens import CORRECT, SCORE
@@ -28,7 +27,6 @@ from iwsft.language.trainer import ImportanceWeightedTrainer
 from iwsft.trajectory import MULTIPLICITY, TRAJ_IDS, lengths
 
 CHECKPOINTS = "checkpoints"
-LanguageRun = Run[Options]
 # Takes updates so far, updates of the run, and a row of metrics.
 OnProgress = Callable[[int, int, dict[str, float]], None]
 # Rows that a run passes to it.
@@ -36,17 +34,9 @@ _SHOWN = 4
 _COST = ("cpu_seconds", "wall_seconds")
 
 
-def algorithm_of(run: LanguageRun) -> Algorithm:
-    """Return the algorithm of a run that trains."""
-    return ALGORITHMS[run.algo]
-
-
-def shared_folder(run: LanguageRun) -> Path:
-    """Return the folder of what runs share: base models, rows, reference log-probs."""
-    return run.dataset_folder / "prepared"
-
-
-def curated(run: LanguageRun, prepared: Prepared, tokenizer: Any) -> TensorDictBase:
+def curated(
+    run: LanguageRun, algorithm: Algorithm, prepared: Prepared, tokenizer: Any
+) -> TensorDictBase:
     """Curate a recipe's rows into D+ (or D_Q+): packed trajectories with their multiplicity.
 
     Rows with a weight count as curated.
@@ -63,7 +53,7 @@ def curated(run: LanguageRun, prepared: Prepared, tokenizer: Any) -> TensorDictB
         trajectories = correct_only(trajectories)
     if trajectories.get(MULTIPLICITY, default=None) is not None:
         return trajectories
-    cuts = algorithm_of(run).cuts(settings)
+    cuts = algorithm.cuts(settings)
     if cuts:
         check_scores(prepared.rows)
     # Without a cut no score is looked at.
@@ -72,7 +62,9 @@ def curated(run: LanguageRun, prepared: Prepared, tokenizer: Any) -> TensorDictB
     return curate(trajectories, cuts=cuts, score=score, seed=run.seed)
 
 
-def training_arguments(run: LanguageRun, launch: Launch | None) -> dict[str, Any]:
+def training_arguments(
+    run: LanguageRun, algorithm: Algorithm, launch: Launch | None
+) -> dict[str, Any]:
     """Make the arguments of ``ImportanceWeightedConfig``.
 
     Raises:
@@ -81,8 +73,8 @@ def training_arguments(run: LanguageRun, launch: Launch | None) -> dict[str, Any
     options, settings = run.options, run.options.settings
     processes = 1 if launch is None else launch.processes
     micro, accumulation = _shares(settings.batch_size, settings.micro_batch_size, processes)
-    proposal, sync_every = choose_q(algorithm_of(run), settings, accumulation * processes)
-    on_cpu = (run_device(options) if launch is None else launch.device) == "cpu"
+    proposal, sync_every = choose_q(algorithm, settings, accumulation * processes)
+    on_cpu = (options.own_device if launch is None else launch.device) == "cpu"
     return {
         "output_dir": str(run.folder / CHECKPOINTS),
         "proposal": proposal,
@@ -90,7 +82,7 @@ def training_arguments(run: LanguageRun, launch: Launch | None) -> dict[str, Any
         "ema_decay": settings.ema_decay if proposal == "lagged" else None,
         "length_normalize": settings.length_normalize,
         "layout": settings.layout,
-        "reference_cache": str(shared_folder(run) / "reference"),
+        "reference_cache": str(run.shared_folder / "reference"),
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": settings.scheduler,
         "warmup_steps": settings.warmup,
@@ -137,6 +129,7 @@ def _shares(batch: int, micro: int | None, processes: int) -> tuple[int, int]:
 
 def train(
     run: LanguageRun,
+    algorithm: Algorithm,
     prepared: Prepared,
     on_progress: OnProgress,
     launch: Launch | None,
@@ -147,29 +140,30 @@ def train(
 
     Args:
         run: The run.
+        algorithm: The run's algorithm.
         prepared: Model and rows.
         on_progress: Takes updates so far, updates of the run, and a row of metrics, now and then.
         launch: What this process was started as, where it is one of several.
         writes: Whether this process writes the metrics; of several, one does.
     """
     # Before the model: under ZeRO-3 it is loaded in shards, which these arguments switch on.
-    args = ImportanceWeightedConfig(**training_arguments(run, launch))
+    args = ImportanceWeightedConfig(**training_arguments(run, algorithm, launch))
     # DeepSpeed keeps float32 weights of its own.
     half = args.bf16 and launch is not None and launch.engine == "deepspeed"
     model, tokenizer = load(
         prepared.model,
-        cache=shared_folder(run),
+        cache=run.shared_folder,
         **{"dtype": torch.bfloat16 if half else torch.float32, **prepared.load_kwargs},
     )
     if "pad_token" in prepared.notes:
         tokenizer.pad_token = prepared.notes["pad_token"]
-    data = curated(run, prepared, tokenizer)
+    data = curated(run, algorithm, prepared, tokenizer)
     progress = Progress(run.folder, on_progress, writes=writes)
     trainer = ImportanceWeightedTrainer(
         model,
         args,
         trajectories=data,
-        importance_weights=algorithm_of(run).weights(run.options.settings),
+        importance_weights=algorithm.weights(run.options.settings),
         processing_class=tokenizer,
         callbacks=[progress],
     )

@@ -17,13 +17,12 @@ from benchmarks.llm.__main__ import main
 from benchmarks.llm.algorithms import ALGORITHMS, choose_q
 from benchmarks.llm.launch import Launch
 from benchmarks.llm.models import load
-from benchmarks.llm.options import Options, parse
+from benchmarks.llm.options import LanguageRun, Options, parse
 from benchmarks.llm.recipes import RECIPES, Settings, load_recipe
 from benchmarks.llm.recipes.s1k import AUTHORS, PAPER
-from benchmarks.llm.training import LanguageRun, curated, training_arguments
+from benchmarks.llm.training import curated, training_arguments
 from benchmarks.report.page import write_report
 from benchmarks.results import CONTROL, read_runs, unfinished_runs
-from benchmarks.runs import Run
 from iwsft.datasets.text.rows import Row
 from iwsft.trajectory import MULTIPLICITY, lengths
 
@@ -244,8 +243,8 @@ def test_help_shows_the_recipes_own_settings(capsys: pytest.CaptureFixture[str])
     assert all(name in shown for name in RECIPES) and "(default: 22000)" in shown
 
 
-def a_run(settings: Settings, algo: str = "sft") -> LanguageRun:
-    return Run("llm", "small", algo, 0, Options(seeds=(0,), settings=settings))
+def a_run(settings: Settings) -> LanguageRun:
+    return LanguageRun("small", "sft", 0, Options(seeds=(0,), settings=settings))
 
 
 def launch(processes: int) -> Launch:
@@ -256,15 +255,15 @@ def test_a_batch_is_shared_out() -> None:
     settings = Settings(learning_rate=1e-3, batch_size=16, max_steps=3, micro_batch_size=2)
     for processes, accumulation in ((1, 8), (4, 2), (8, 1)):
         started = None if processes == 1 else launch(processes)
-        arguments = training_arguments(a_run(settings), started)
+        arguments = training_arguments(a_run(settings), ALGORITHMS["sft"], started)
         assert arguments["per_device_train_batch_size"] == 2
         assert arguments["gradient_accumulation_steps"] == accumulation
     # A micro-batch is never more than there is.
-    arguments = training_arguments(a_run(settings), launch(16))
+    arguments = training_arguments(a_run(settings), ALGORITHMS["sft"], launch(16))
     assert arguments["per_device_train_batch_size"] == 1
     assert arguments["gradient_accumulation_steps"] == 1
     with pytest.raises(ValueError, match="--batch-size 16 can't be shared out over 3 processes"):
-        training_arguments(a_run(settings), launch(3))
+        training_arguments(a_run(settings), ALGORITHMS["sft"], launch(3))
 
 
 def test_weights_that_are_compared_are_known_before_a_divided_update() -> None:
@@ -288,7 +287,7 @@ def test_d_plus_and_its_multiplicity(small: tuple[str, str], tmp_path: Path) -> 
     settings = Settings(1e-3, 4, max_steps=1, quality_cuts=(0, 50))
 
     def counts(algo: str, **changed: Any) -> list[int]:
-        data = curated(a_run(settings, algo), replace(prepared, **changed), tokenizer)
+        data = curated(a_run(settings), ALGORITHMS[algo], replace(prepared, **changed), tokenizer)
         return data.get(MULTIPLICITY)[lengths(data).cumsum(0) - 1].tolist()
 
     assert counts("sft") == [1] * len(right)
