@@ -81,6 +81,8 @@ class ImportanceWeightedMLE(LossModule):
             terms per step, in the layout of the batch, that add up to ``"sum"``.
         functional: hold parameters apart from the module, as TorchRL's losses do. False keeps the
             module itself (for engines that shard it) and, with ``"lagged"``, a second module.
+        hold_q: whether a lagged q is part of the loss. False where something else holds it, such
+            as :class:`iwsft.language.shards.Shards`, and writes weights into the batches.
 
     Input keys: those of the policy, the action, ``("collector", "traj_ids")`` in the packed layout,
     ``ref_log_prob`` with ``"lagged"`` and ``"current"``, ``importance_weight`` with ``"cached"``;
@@ -143,6 +145,7 @@ class ImportanceWeightedMLE(LossModule):
         length_normalize: bool = True,
         reduction: Literal["none", "mean", "sum"] | None = None,
         functional: bool = True,
+        hold_q: bool = True,
     ) -> None:
         if not callable(getattr(policy, "log_prob", None)):
             raise TypeError(
@@ -161,7 +164,7 @@ class ImportanceWeightedMLE(LossModule):
         self.proposal: Proposal = proposal
         self.length_normalize = length_normalize
         self.reduction = reduction
-        lagged = proposal == "lagged"
+        lagged = proposal == "lagged" and hold_q
         if functional:
             self.convert_to_functional(policy, "actor_network", create_target_params=lagged)
         else:
@@ -179,11 +182,15 @@ class ImportanceWeightedMLE(LossModule):
         )
         return result
 
-    def terms(self, batch: TensorDictBase) -> Terms:
+    def terms(self, batch: TensorDictBase, *, cached: bool = False) -> Terms:
         """Log-probabilities and weights of a batch: what :meth:`forward` is a summary of.
 
         ``terms = loss.terms(batch); out = loss.summary(terms)`` is ``loss(batch)``, and
         ``diagnose(loss, batch, terms)`` then needs no forward pass of its own.
+
+        Args:
+            batch: packed or padded.
+            cached: whether to read the weights from the batch, whatever the proposal.
         """
         segments = self.segments(batch)
         share = self.share(batch, segments)
@@ -191,8 +198,10 @@ class ImportanceWeightedMLE(LossModule):
         reference = None
         if self.tensor_keys.ref_log_prob in batch.keys(include_nested=True):
             reference = self.reference(batch, segments)
-        if self.proposal == "cached":
-            log_weight = self.cached_log_weight(batch, segments)
+        if cached or self.proposal == "cached":
+            how = "call iwsft.reweight(trajectories, loss) at the start and at every sync"
+            weight = self._entry(batch, self.tensor_keys.importance_weight, segments, how)
+            log_weight = _where_valid(segments, weight.log())
             return Terms(segments, share, log_prob, log_weight, None, reference)
         with torch.no_grad():
             base = reference
@@ -347,12 +356,6 @@ class ImportanceWeightedMLE(LossModule):
         how = "run iwsft.annotate_reference(reference_policy, trajectories) first"
         return self._entry(batch, self.tensor_keys.ref_log_prob, segments, how)
 
-    def cached_log_weight(self, batch: TensorDictBase, segments: Segments) -> Tensor:
-        """Log of the weight of each step that the batch holds, 0 where masked."""
-        how = "call iwsft.reweight(trajectories, loss) at the start and at every sync"
-        weight = self._entry(batch, self.tensor_keys.importance_weight, segments, how)
-        return _where_valid(segments, weight.log())
-
     def _entry(self, batch: TensorDictBase, key: NestedKey, segments: Segments, how: str) -> Tensor:
         value = batch.get(key, default=None)
         if value is None:
@@ -413,7 +416,7 @@ class ImportanceWeightedMLE(LossModule):
         # TorchRL's method knows functional networks only.
         if not self.functional:
             self.actor_network.reset_parameters_recursive()
-            if self.proposal == "lagged":
+            if hasattr(self, "target_actor_network"):
                 self.target_actor_network.reset_parameters_recursive()
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
 import torch
 from tensordict import TensorDictBase
@@ -15,53 +15,39 @@ from iwsft.policies.log_prob import chunked_log_prob
 from iwsft.weights import exponential
 
 
-class _ProposalUpdater(TargetNetUpdater):
-    """Common part: finds the parameters of theta and of q, in both modes of the loss.
+class Holder(Protocol):
+    """Holds the tensors of q: the loss itself, or the shards of an engine."""
 
-    As with TorchRL's updaters, building one sets q to theta; load a checkpoint afterwards.
+    def pairs(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """Each tensor of q and the tensor of theta that it follows."""
+
+
+class _Updater(TargetNetUpdater):
+    """Moves the pairs of a holder; like TorchRL's updaters, building one sets q to theta.
+
+    Load a checkpoint afterwards.
     """
 
-    def __init__(self, loss: ImportanceWeightedMLE) -> None:
-        if loss.functional and loss.proposal == "lagged":
-            super().__init__(loss)
-            return
+    def __init__(self, loss: ImportanceWeightedMLE, holder: Holder | None) -> None:
         self.loss_module = loss
+        self.holder: Holder = loss if holder is None else holder
+        self.initialized = False
         self.init_()
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(proposal={self.loss_module.proposal!r})"
+
+    @torch.no_grad()
     def init_(self) -> None:
         """Set q to theta."""
-        if self.loss_module.functional and self.loss_module.proposal == "lagged":
-            super().init_()
-            return
-        for source, target in self._pairs():
-            target.copy_(source)
+        if self.loss_module.proposal == "lagged":
+            for q, theta in self.holder.pairs():
+                q.copy_(theta)
         self.loss_module._has_update_associated["actor_network"] = True
         self.initialized = True
 
-    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        loss = self.loss_module
-        if loss.proposal != "lagged":
-            return
-        if loss.functional:
-            # Buffers too (running statistics), which TorchRL's updaters leave behind.
-            yield from zip(
-                loss.actor_network_params.values(True, True),
-                loss.target_actor_network_params.values(True, True),
-                strict=True,
-            )
-            return
-        source_state = loss.actor_network.state_dict(keep_vars=True)
-        target_state = loss.target_actor_network.state_dict(keep_vars=True)
-        # Tied weights stand under several names; they move once.
-        seen: set[int] = set()
-        for key, source in source_state.items():
-            target = target_state[key].data
-            if target.data_ptr() not in seen or target.numel() == 0:
-                seen.add(target.data_ptr())
-                yield source.data, target
-
     def state_dict(self) -> dict[str, Any]:
-        """Progress that the loss does not hold: where in the window we are."""
+        """Progress that the holder does not have: the position in the window."""
         return {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -73,7 +59,7 @@ def _require_loss(loss: object) -> None:
         raise TypeError(f"expected an ImportanceWeightedMLE, got {type(loss).__name__}")
 
 
-class HardSync(_ProposalUpdater):
+class HardSync(_Updater):
     """theta_q <- theta at every ``every``-th call of :meth:`step` (paper, Algorithm 1).
 
     Args:
@@ -81,6 +67,7 @@ class HardSync(_ProposalUpdater):
             :func:`reweight` on ``trajectories``, and no q network exists.
         every: Q, the number of updates between syncs.
         trajectories: annotated trajectories whose weights are cached; needed with ``"cached"``.
+        holder: holder of a lagged q, where that is not the loss.
 
     Raises:
         ValueError: ``every < 1``, a loss whose q does not follow, or cached weights without
@@ -93,6 +80,7 @@ class HardSync(_ProposalUpdater):
         *,
         every: int,
         trajectories: TensorDictBase | None = None,
+        holder: Holder | None = None,
     ) -> None:
         _require_loss(loss)
         if every < 1:
@@ -106,7 +94,7 @@ class HardSync(_ProposalUpdater):
         self.every = every
         self.trajectories = trajectories
         self.counter = 0
-        super().__init__(loss)
+        super().__init__(loss, holder)
 
     def init_(self) -> None:
         """Set q to theta; with cached weights, write the first ones."""
@@ -114,17 +102,13 @@ class HardSync(_ProposalUpdater):
         if self.trajectories is not None:
             reweight(self.trajectories, self.loss_module)
 
-    @torch.no_grad()
     def step(self) -> bool:
         """Count an update, sync if it is the ``every``-th since the last; whether it did."""
         self.counter += 1
         if self.counter < self.every:
             return False
         self.counter = 0
-        for source, target in self._pairs():
-            target.copy_(source)
-        if self.trajectories is not None:
-            reweight(self.trajectories, self.loss_module)
+        self.init_()
         return True
 
     def state_dict(self) -> dict[str, Any]:
@@ -143,18 +127,21 @@ class HardSync(_ProposalUpdater):
             self.trajectories.get(key).copy_(state_dict["importance_weight"])
 
 
-class EMA(_ProposalUpdater):
+class EMA(_Updater):
     """theta_q <- decay theta_q + (1 - decay) theta at every call of :meth:`step` (Section 4.2).
 
     Args:
         loss: with ``proposal="lagged"``.
         decay: the paper's alpha, in [0, 1).
+        holder: holder of q, where that is not the loss.
 
     Raises:
         ValueError: a decay out of range, or a loss without a lagged q.
     """
 
-    def __init__(self, loss: ImportanceWeightedMLE, *, decay: float) -> None:
+    def __init__(
+        self, loss: ImportanceWeightedMLE, *, decay: float, holder: Holder | None = None
+    ) -> None:
         _require_loss(loss)
         if not 0 <= decay < 1:
             raise ValueError(f"decay={decay} must be in [0, 1)")
@@ -164,18 +151,22 @@ class EMA(_ProposalUpdater):
                 "follow by HardSync"
             )
         self.decay = decay
-        super().__init__(loss)
+        super().__init__(loss, holder)
 
     @torch.no_grad()
     def step(self) -> None:
         """Move q one update towards theta."""
-        sources, targets = zip(*self._pairs(), strict=True)
-        floating = [i for i, t in enumerate(targets) if t.is_floating_point()]
-        torch._foreach_lerp_(
-            [targets[i].data for i in floating], [sources[i].data for i in floating], 1 - self.decay
-        )
-        for i in set(range(len(targets))) - set(floating):
-            targets[i].copy_(sources[i])
+        alike: list[tuple[Tensor, Tensor]] = []
+        for q, theta in self.holder.pairs():
+            if not q.is_floating_point():
+                q.copy_(theta)
+            elif q.dtype == theta.dtype and q.device == theta.device:
+                alike.append((q.data, theta.data))
+            else:
+                q.lerp_(theta.to(q), 1 - self.decay)
+        if alike:
+            qs, thetas = zip(*alike, strict=True)
+            torch._foreach_lerp_(qs, thetas, 1 - self.decay)
 
 
 @torch.no_grad()

@@ -30,7 +30,6 @@ from iwsft.language.loss import token_loss
 if TYPE_CHECKING:
     from iwsft.language.config import ImportanceWeightedConfig
     from iwsft.language.reference import annotate_tokens, cached_reference
-    from iwsft.language.shadow import Shadow
     from iwsft.language.trainer import ImportanceWeightedTrainer
 
 __all__ = [
@@ -40,7 +39,6 @@ __all__ = [
     "ImportanceWeightedConfig",
     "ImportanceWeightedTrainer",
     "Row",
-    "Shadow",
     "TokenDataset",
     "TrajectoryDataset",
     "annotate_tokens",
@@ -59,7 +57,6 @@ __all__ = [
 _LAZY = {
     "ImportanceWeightedConfig": "config",
     "ImportanceWeightedTrainer": "trainer",
-    "Shadow": "shadow",
     "annotate_tokens": "reference",
     "cached_reference": "reference",
 }

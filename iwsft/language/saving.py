@@ -93,6 +93,35 @@ def last(run: Path) -> str | None:
     return found
 
 
+def resumed(run: Path, checkpoint: str | bool | None, *, saves: bool) -> Path | None:
+    """The checkpoint that a run continues from, None for a new run.
+
+    Args:
+        run: Folder of the run.
+        checkpoint: Folder of the checkpoint; True for the last one of the run.
+        saves: Whether the run writes checkpoints of its own.
+
+    Raises:
+        CheckpointError: The run has no checkpoint.
+        FileExistsError: A new run would write among the checkpoints of an earlier one.
+    """
+    newest = last(run)
+    if checkpoint is True:
+        if newest is None:
+            raise CheckpointError(
+                f"there is no checkpoint in {run}; train without resume_from_checkpoint"
+            )
+        return Path(newest)
+    if checkpoint:
+        return Path(checkpoint)
+    if newest is not None and saves:
+        raise FileExistsError(
+            f"{newest} is the checkpoint of an earlier run; continue that one with "
+            "train(resume_from_checkpoint=True), or choose another output_dir"
+        )
+    return None
+
+
 def clear(run: Path) -> None:
     """Remove what a killed run has left half-written."""
     if (run / ASIDE).exists():

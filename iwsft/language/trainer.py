@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from transformers.trainer_utils import (
     rotate_checkpoints,
 )
 
-from iwsft.checkpoint import CheckpointError
 from iwsft.fingerprint import fingerprint
 from iwsft.language import saving
 from iwsft.language.batches import PLACE, TrajectoryDataset, collate
@@ -31,11 +30,12 @@ from iwsft.language.loss import token_loss
 from iwsft.language.measures import Measures
 from iwsft.language.plan import PlannedLoader, plan_updates
 from iwsft.language.reference import annotate_tokens, cached_reference
-from iwsft.language.shadow import Shadow
+from iwsft.language.shards import Shards
 from iwsft.language.sweep import swept_log_prob
-from iwsft.language.weighing import Weigher
+from iwsft.language.weighing import CachedWeights
 from iwsft.objective import LOSS
 from iwsft.policies.causal_lm import CausalLMPolicy
+from iwsft.proposals import EMA
 from iwsft.trajectory import (
     ASSISTANT_MASK,
     REF_LOG_PROB,
@@ -48,6 +48,15 @@ from iwsft.weights import ImportanceWeights
 
 WEIGHTS = "weights.pt"
 REFERENCE = "reference"
+# Those with which a run is resumed have to be the same.
+SETTINGS = (
+    "proposal",
+    "sync_every",
+    "ema_decay",
+    "length_normalize",
+    "layout",
+    "pad_to_multiple_of",
+)
 
 
 class ImportanceWeightedTrainer(Trainer):
@@ -127,9 +136,10 @@ class ImportanceWeightedTrainer(Trainer):
         self._loss = token_loss(
             self._policy,
             importance_weights=weights,
-            proposal="cached" if args.proposal == "lagged" else args.proposal,
+            proposal=args.proposal,
             length_normalize=args.length_normalize,
             reduction="sum",
+            hold_q=False,
         )
         super().__init__(
             model=model,
@@ -150,8 +160,9 @@ class ImportanceWeightedTrainer(Trainer):
             process=self.accelerator.process_index,
         )
         self._measures = Measures()
-        self._weigher: Weigher | None = None
-        self._shadow: Shadow | None = None
+        self._weights: CachedWeights | None = None
+        self._shards: Shards | None = None
+        self._q: EMA | None = None
         self._resumed: Path | None = None
         self._reference_key: str | None = None
         self._finite = torch.tensor(True)
@@ -180,13 +191,16 @@ class ImportanceWeightedTrainer(Trainer):
     ) -> tuple[list[Any], Tensor]:
         """The micro-batches of the next update, with their weights, and its draws overall."""
         update = self.state.global_step
-        if self._weigher is not None and update >= self._weigher.until:
-            self._weigh(update)
+        if self._weights is not None and update >= self._weights.until:
+            last = max(self.state.max_steps, update + 1)
+            with nullcontext() if self._shards is None else self._shards.swapped():
+                window = range(update, min(update + (self.args.sync_every or 1), last))
+                self._weights.weigh(window, self._sweep)
         batches = [next(epoch_iterator) for _ in range(num_batches)]
         draws = torch.zeros((), dtype=torch.float64, device=device)
         for batch in batches:
-            if self._weigher is not None:
-                self._weigher.write(batch)
+            if self._weights is not None:
+                self._weights.write(batch)
             segments = self._loss.segments(batch)
             draws += self._loss.share(batch, segments).sum().to(device)
         self._measures.begin()
@@ -218,26 +232,14 @@ class ImportanceWeightedTrainer(Trainer):
         Times the number of processes, as engines average gradients over them.
         """
         self._policy.model = model
-        terms = self._loss.terms(inputs)
+        terms = self._loss.terms(inputs, cached=self._weights is not None)
         out = self._loss.summary(terms)
-        clipped = math.nan if self._weigher is None else self._weigher.clip_fraction
+        clipped = math.nan if self._weights is None else self._weights.clip_fraction
         self._measures.add(terms, clipped)
         draws = terms.share.sum() if num_items_in_batch is None else num_items_in_batch
         loss = out[LOSS] * (self.accelerator.num_processes / draws).to(out[LOSS].dtype)
         self._finite = self._finite.to(loss.device) & loss.detach().isfinite()
         return (loss, out) if return_outputs else loss
-
-    def _weigh(self, update: int) -> None:
-        """Weigh the window of updates that starts here."""
-        if self._weigher is None:
-            raise RuntimeError(f"proposal={self.args.proposal!r} has no weights to keep")
-        width = self.args.sync_every or 1
-        window = range(update, min(update + width, max(self.state.max_steps, update + 1)))
-        q: AbstractContextManager[Any] = nullcontext()
-        if self._shadow is not None:
-            q = self._shadow.swapped()
-        with q:
-            self._weigher.weigh(window, self._sweep)
 
     def _sweep(self, batches: list[list[int]]) -> Tensor:
         """log p of the tokens in some batches, at their places among all trajectories."""
@@ -265,27 +267,16 @@ class ImportanceWeightedTrainer(Trainer):
                 of processes.
             FloatingPointError: loss or weights are no longer finite; checkpoints stay.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = saving.last(self._folder)
-            if resume_from_checkpoint is None:
-                raise CheckpointError(
-                    f"there is no checkpoint in {self.args.output_dir}; train without "
-                    "resume_from_checkpoint"
-                )
-        self._resumed = None
-        if isinstance(resume_from_checkpoint, str):
-            self._resumed = Path(resume_from_checkpoint)
+        self._resumed = saving.resumed(
+            self._folder,
+            resume_from_checkpoint,
+            saves=self.args.save_strategy != SaveStrategy.NO,
+        )
         self._reference_key = None
-        if self._resumed is None and self.args.save_strategy != SaveStrategy.NO:
-            held = saving.last(self._folder)
-            if held is not None:
-                raise FileExistsError(
-                    f"{held} is the checkpoint of an earlier run; continue that one with "
-                    "train(resume_from_checkpoint=True), or choose another output_dir"
-                )
         if self._resumed is not None:
             self._reference_key = saving.check(self._resumed, self._settings())
-        result: TrainOutput = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        checkpoint = None if self._resumed is None else str(self._resumed)
+        result: TrainOutput = super().train(checkpoint, trial, ignore_keys_for_eval)
         return result
 
     @property
@@ -298,14 +289,15 @@ class ImportanceWeightedTrainer(Trainer):
             return
         self._annotate()
         if self.args.proposal == "lagged":
-            self._shadow = Shadow(
-                self.model_wrapped, decay=self.args.ema_decay or 0.0, optimizer=self.optimizer
-            )
-        if self._loss.proposal == "cached":
-            self._weigher = Weigher(self._loss, self._dataset, self._plan)
-            self._weigher.until = self.state.global_step
-        if self._resumed is not None:
-            self._load(self._resumed)
+            self._shards = Shards(self.model_wrapped, optimizer=self.optimizer)
+            self._q = EMA(self._loss, decay=self.args.ema_decay or 0.0, holder=self._shards)
+        if self.args.proposal != "current":
+            self._weights = CachedWeights(self._loss, self._dataset, self._plan)
+            self._weights.until = self.state.global_step
+        if self._resumed is not None and self._shards is not None:
+            self._shards.load_state_dict(saving.read_state(self._resumed / self._shards_file))
+        if self._resumed is not None and self._weights is not None:
+            self._weights.load_state_dict(saving.read_state(self._resumed / WEIGHTS))
 
     def _annotate(self) -> None:
         """Write ``ref_log_prob`` into the trajectories; a resumed run takes that of its start."""
@@ -327,27 +319,15 @@ class ImportanceWeightedTrainer(Trainer):
 
     def _settings(self) -> dict[str, Any]:
         """What a checkpoint belongs to."""
-        args = self.args
         return {
-            "proposal": args.proposal,
-            "sync_every": args.sync_every,
-            "ema_decay": args.ema_decay,
+            **{name: getattr(self.args, name) for name in SETTINGS},
             "importance_weights": repr(self._loss.importance_weights),
-            "length_normalize": args.length_normalize,
-            "layout": args.layout,
-            "pad_to_multiple_of": args.pad_to_multiple_of,
             "plan": self._plan.settings(),
             "trajectories": self._fingerprint,
         }
 
-    def _load(self, checkpoint: Path) -> None:
-        if self._weigher is not None:
-            self._weigher.load_state_dict(saving.read_state(checkpoint / WEIGHTS))
-        if self._shadow is not None:
-            self._shadow.load_state_dict(saving.read_state(checkpoint / self._shadow_file))
-
     @property
-    def _shadow_file(self) -> str:
+    def _shards_file(self) -> str:
         return f"q_{self.accelerator.process_index}.pt"
 
     # ---- checkpoints ----
@@ -371,10 +351,10 @@ class ImportanceWeightedTrainer(Trainer):
             finally:
                 self._aside = False
             folder = run / saving.ASIDE / name
-            if self._shadow is not None:
-                saving.write_state(folder / self._shadow_file, self._shadow.state_dict())
-            if self._weigher is not None and self.args.should_save:
-                saving.write_state(folder / WEIGHTS, self._weigher.state_dict())
+            if self._shards is not None:
+                saving.write_state(folder / self._shards_file, self._shards.state_dict())
+            if self._weights is not None and self.args.should_save:
+                saving.write_state(folder / WEIGHTS, self._weights.state_dict())
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 saving.seal(folder, self._settings(), self._reference_key)
@@ -452,8 +432,8 @@ class _AtStart(TrainerCallback):
         self._trainer._start()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        if self._trainer._shadow is not None:
-            self._trainer._shadow.step()
+        if self._trainer._q is not None:
+            self._trainer._q.step()
 
 
 def _dataset(trajectories: TensorDictBase) -> TrajectoryDataset:

@@ -1,9 +1,8 @@
-"""The weights of coming updates, from one forward sweep over their trajectories."""
+"""Cached weights of coming updates, from one forward sweep over their trajectories."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from tensordict import TensorDictBase
@@ -15,60 +14,60 @@ from iwsft.objective import ImportanceWeightedMLE
 from iwsft.trajectory import IMPORTANCE_WEIGHT, MULTIPLICITY, lengths, select
 from iwsft.weights import exponential
 
-# log-probs per token of the trajectories in some batches, all processes' results together.
+# Micro-batches, by their entries -> log-probs of their tokens, gathered from all processes.
 Sweep = Callable[[list[list[int]]], Tensor]
 
 
-class Weigher:
-    """Keeps the weights of the updates that come next, and writes them into their batches.
+class CachedWeights:
+    """Computes the weights of the coming updates and writes them into their batches.
 
-    Within a window of updates q stands still, so one forward sweep gives the weights of all of its
-    trajectories, and no second model is needed. Transforms that look at a batch
-    (self-normalisation, a target ESS) see all draws of the window, on all processes.
+    q does not move within a window of updates, so one forward sweep gives the weights of all their
+    trajectories. Transforms that compare weights see the whole window, on all processes.
 
     Args:
-        loss: with ``proposal="cached"``; its keys and transforms are used.
-        entries: the trajectories, with ``ref_log_prob``.
-        plan: which entries an update holds.
+        loss: Loss whose transforms weigh.
+        dataset: Trajectories, with ``ref_log_prob``.
+        plan: Entries of each update.
+
+    Attributes:
+        until: The first update whose weights are not known.
+        clip_fraction: Share of the window whose weight a clip changed.
     """
 
     def __init__(
-        self, loss: ImportanceWeightedMLE, entries: TrajectoryDataset, plan: UpdatePlan
+        self, loss: ImportanceWeightedMLE, dataset: TrajectoryDataset, plan: UpdatePlan
     ) -> None:
         self._loss = loss
-        self._entries = entries
+        self._dataset = dataset
         self._plan = plan
-        self._sizes = lengths(entries.trajectories)
-        self._weights = torch.ones(len(entries.trajectories), dtype=torch.float32)
-        self.clip_fraction = torch.nan
+        self._weights = torch.ones(len(dataset.trajectories), dtype=torch.float32)
         self.until = 0
-        """The first update whose weights are not known."""
+        self.clip_fraction = torch.nan
 
     @torch.no_grad()
     def weigh(self, updates: range, sweep: Sweep) -> None:
-        """Weigh the trajectories of some updates.
+        """Weigh the trajectories of a window.
 
         Args:
-            updates: numbers of the updates, those that come next.
-            sweep: log q of the tokens of the trajectories in some batches, ``[N]`` in the layout of
-                all trajectories; tokens of others are not looked at.
+            updates: Numbers of the updates of the window.
+            sweep: From micro-batches to log q of their tokens, ``[N]`` in the layout of all
+                trajectories.
 
         Raises:
-            OverflowError: weights beyond float32.
+            OverflowError: A weight is beyond float32.
         """
         batches = [batch for update in updates for batch in self._plan.update(update)]
-        draws = self._draws(batches)
-        log_q = sweep(self._needed(batches)).to("cpu", torch.float32)
-        chosen = torch.tensor(sorted(draws))
-        window = select(self._entries.trajectories, chosen)
-        each = torch.tensor([draws[trajectory] for trajectory in chosen.tolist()])
-        window.set(MULTIPLICITY, each.repeat_interleave(self._sizes[chosen]))
+        drawn = torch.tensor([self._dataset.trajectory(n) for batch in batches for n in batch])
+        trajectories, multiplicity = drawn.unique(return_counts=True)
+        window = select(self._dataset.trajectories, trajectories)
+        window.set(MULTIPLICITY, multiplicity.repeat_interleave(lengths(window)))
+        log_q = sweep(self._first_seen(batches)).to("cpu", torch.float32)
+        place = window.get(PLACE)
         segments = self._loss.segments(window)
         share = self._loss.share(window, segments)
-        place = window.get(PLACE)
-        log_weight, clipped = self._loss.weigh(window, log_q[place], segments=segments, share=share)
-        self._weights[place] = exponential(log_weight)
-        self.clip_fraction = float((share * clipped).sum() / share.sum())
+        weights = self._loss.weigh(window, log_q[place], segments=segments, share=share)
+        self._weights[place] = exponential(weights.log_weight)
+        self.clip_fraction = float((share * weights.clipped).sum() / share.sum())
         self.until = updates.stop
 
     def write(self, batch: TensorDictBase) -> None:
@@ -76,7 +75,7 @@ class Weigher:
         batch.set(IMPORTANCE_WEIGHT, self._weights[batch.get(PLACE)])
 
     def state_dict(self) -> dict[str, Tensor | int | float]:
-        """The kept weights, and until when they hold."""
+        """Weights of the window, and its end."""
         return {
             "weights": self._weights,
             "until": self.until,
@@ -89,19 +88,18 @@ class Weigher:
         self.until = int(state["until"])
         self.clip_fraction = float(state["clip_fraction"])
 
-    def _draws(self, batches: Iterable[list[int]]) -> Counter[int]:
-        """How often each trajectory is drawn."""
-        return Counter(self._entries.trajectory(entry) for batch in batches for entry in batch)
+    def _first_seen(self, batches: list[list[int]]) -> list[list[int]]:
+        """The batches that hold a trajectory for the first time.
 
-    def _needed(self, batches: list[list[int]]) -> list[list[int]]:
-        """The batches that hold a trajectory for the first time, with those beside them."""
+        The batches that the processes run together are kept or left out together, because sharded
+        models gather parameters together.
+        """
         seen: set[int] = set()
-        needed: list[list[int]] = []
+        chosen: list[list[int]] = []
         for start in range(0, len(batches), self._plan.processes):
-            # All processes run or none, for sharded models gather parameters together.
-            beside = batches[start : start + self._plan.processes]
-            held = {self._entries.trajectory(entry) for batch in beside for entry in batch}
-            if not held <= seen:
-                needed += beside
-                seen |= held
-        return needed
+            together = batches[start : start + self._plan.processes]
+            new = {self._dataset.trajectory(entry) for batch in together for entry in batch}
+            if not new <= seen:
+                chosen += together
+                seen |= new
+        return chosen

@@ -213,7 +213,7 @@ def test_weights_are_those_that_the_page_says(names: dict[str, Any]) -> None:
 def test_adapters_alone_are_trained_and_saved(names: dict[str, Any]) -> None:
     saved = load_file("runs/lora/adapter_model.safetensors")
     assert saved and all("lora_" in name for name in saved)
-    q = names["trainers"]["runs/lora"]._shadow.state_dict()
+    q = names["trainers"]["runs/lora"]._shards.state_dict()
     assert "lora_" in str(q) and "embed_tokens" not in str(q)
 
 

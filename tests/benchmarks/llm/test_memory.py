@@ -21,7 +21,7 @@ from benchmarks.llm.memory import (
     qwen2_config,
     training_memory,
 )
-from iwsft.language.shadow import Shadow
+from iwsft.language.shards import Shards
 from iwsft.policies import CausalLMPolicy
 
 TINY = {
@@ -140,8 +140,8 @@ def test_states_of_a_single_process() -> None:
     assert memory.weights == sum(p.nbytes for p in model.parameters())
     assert memory.gradients == sum(p.grad.nbytes for p in model.parameters())
     assert memory.optimizer == sum(moment.nbytes for moment in moments)
-    shadow = Shadow(model, decay=0.9).state_dict()["shadow"]
-    assert memory.shadow == sum(q.nbytes for q in shadow.values())
+    q = Shards(model).state_dict()
+    assert memory.shadow == sum(part.nbytes for part in q.values())
 
 
 def test_sharding_divides_and_the_moving_average_adds_four_bytes() -> None:

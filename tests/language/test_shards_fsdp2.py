@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from shadow_models import DECAY, Average, decoder, packed, values
+from shards_models import Average, decoder, packed, sharded, values
 from torch import Tensor
 
 from iwsft import CausalLMPolicy
-from iwsft.language.shadow import Shadow
+from iwsft.language.shards import Shards
 
 # dtype of the computation, whether layers are sharded again after their forward; the root is not.
 CASES = [(torch.float32, False), (torch.bfloat16, True)]
@@ -61,13 +61,13 @@ def _shards(model: Any) -> list[Tensor]:
 def _check(model: Any, rank: int, dtype: torch.dtype) -> list[float]:
     """Train, with q swapped in before each update; the losses."""
     optimizer = _optimizer(model)
-    shadow, truth = Shadow(model, decay=DECAY), Average(_gathered(model))
+    (shards, q), truth = sharded(model), Average(_gathered(model))
     whole = decoder().to(dtype)
     loose = {"rtol": 0.02, "atol": 0.05} if dtype == torch.bfloat16 else {}
     losses = []
     for update in range(4):
         before = _shards(model)
-        with shadow.swapped():
+        with shards.swapped():
             _log_prob(model, 98)
             found = _log_prob(model, 99)
         after = _shards(model)
@@ -79,19 +79,19 @@ def _check(model: Any, rank: int, dtype: torch.dtype) -> list[float]:
         # An evaluation leaves the root gathered.
         with torch.no_grad():
             _log_prob(model, 99)
-        shadow.step()
+        q.step()
         truth.step(_gathered(model))
-    with shadow.swapped():
+    with shards.swapped():
         for name, value in _gathered(model).items():
             torch.testing.assert_close(value.double(), truth.q[name], rtol=1e-6, atol=1e-7)
-    kept = shadow.state_dict()["shadow"]
+    kept = shards.state_dict()
     local = {n: p.to_local().shape for n, p in model.named_parameters() if p.requires_grad}
     assert {name: value.shape for name, value in kept.items()} == local
-    _check_exception(model, shadow)
+    _check_exception(model, shards)
     return losses
 
 
-def _check_exception(model: Any, shadow: Shadow) -> None:
+def _check_exception(model: Any, shards: Shards) -> None:
     """A forward of q that breaks off in the middle leaves theta to shards and forward."""
 
     def fail(*_: object) -> None:
@@ -101,7 +101,7 @@ def _check_exception(model: Any, shadow: Shadow) -> None:
     expected = _log_prob(model, 99).detach()
     model.zero_grad()
     hook = model.model.layers[1].register_forward_pre_hook(fail)
-    with pytest.raises(ZeroDivisionError), shadow.swapped():
+    with pytest.raises(ZeroDivisionError), shards.swapped():
         _log_prob(model, 99)
     hook.remove()
     after = _shards(model)
@@ -113,14 +113,14 @@ def _check_exception(model: Any, shadow: Shadow) -> None:
 def _check_replicated(rank: int) -> None:
     model = torch.nn.parallel.DistributedDataParallel(decoder())
     optimizer = _optimizer(model)
-    shadow, truth = Shadow(model, decay=DECAY), Average(values(model))
+    (shards, q), truth = sharded(model), Average(values(model))
     for update in range(2):
-        with shadow.swapped():
+        with shards.swapped():
             _log_prob(model, 99)
         _train(model, optimizer, 10 * update + rank)
-        shadow.step()
+        q.step()
         truth.step(values(model))
-    with shadow.swapped():
+    with shards.swapped():
         for name, value in values(model).items():
             torch.testing.assert_close(value.double(), truth.q[name], rtol=1e-6, atol=1e-7)
 
@@ -128,16 +128,11 @@ def _check_replicated(rank: int) -> None:
 def _work(rank: int, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    model = decoder()
-    early = Shadow(model, decay=DECAY)
-    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
     first = FullyShardedDataParallel(torch.nn.Linear(4, 4), device_id=torch.device("cpu"))
     with pytest.raises(NotImplementedError, match="use FSDP2"):
-        Shadow(first, decay=DECAY)
-    fully_shard(model, mesh=dist.init_device_mesh("cpu", (2,)))
-    with pytest.raises(RuntimeError, match="after the engine has sharded"):
-        early.step()
+        Shards(first)
     for dtype, reshard in CASES:
         losses = _check(_sharded(dtype, reshard), rank, dtype)
         model = _sharded(dtype, reshard)

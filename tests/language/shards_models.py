@@ -9,6 +9,9 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from iwsft import EMA, ImportanceWeightedMLE
+from iwsft.language.shards import Shards
+
 DECAY = 0.7
 _VOCABULARY = 61
 
@@ -43,6 +46,20 @@ def packed(seed: int) -> TensorDict:
         },
         batch_size=[20],
     )
+
+
+class _NoPolicy(nn.Module):
+    """The loss of an average needs no policy of its own: the shards hold the model."""
+
+    def log_prob(self, trajectories: TensorDict) -> Tensor:
+        raise NotImplementedError
+
+
+def sharded(model: Any, *, decay: float = DECAY, optimizer: Any = None) -> tuple[Shards, EMA]:
+    """q of a model in shards, and the updater that moves it."""
+    shards = Shards(model, optimizer=optimizer)
+    loss = ImportanceWeightedMLE(_NoPolicy(), proposal="lagged", functional=False, hold_q=False)
+    return shards, EMA(loss, decay=decay, holder=shards)
 
 
 class Average:

@@ -10,12 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from shadow_models import DECAY, Average, decoder, packed
+from shards_models import Average, decoder, packed, sharded
 from torch import Tensor
 
 from iwsft import CausalLMPolicy
-from iwsft.checkpoint import CheckpointError
-from iwsft.language.shadow import Shadow
+from iwsft.language.shards import Shards
 
 # stage, dtype, persistence threshold: all parameters stay gathered, or none does.
 CASES = [
@@ -86,14 +85,14 @@ def _poison(engine: Any, rank: int) -> None:
 def _check(engine: Any, rank: int) -> list[float]:
     """Train, with q swapped in before each update; the losses."""
     _poison(engine, rank)
-    shadow, truth = Shadow(engine, decay=DECAY), Average(_masters(engine))
+    (shards, q), truth = sharded(engine), Average(_masters(engine))
     dtype = next(engine.module.parameters()).dtype
     whole = decoder().to(dtype)
     loose = {"rtol": 0.02, "atol": 0.05} if dtype == torch.bfloat16 else {}
     losses = []
     for update in range(4):
         before = _shards(engine)
-        with shadow.swapped():
+        with shards.swapped():
             _log_prob(engine, 98)
             found = _log_prob(engine, 99)
         assert _shards(engine) == before
@@ -102,22 +101,22 @@ def _check(engine: Any, rank: int) -> list[float]:
         whole.tie_weights()
         torch.testing.assert_close(found, CausalLMPolicy(whole).log_prob(packed(99)), **loose)
         losses.append(_train(engine, 10 * update + rank))
-        shadow.step()
+        q.step()
         truth.step(_masters(engine))
-    _check_state(shadow, engine, truth)
+    _check_state(shards, engine, truth)
     before = _shards(engine)
-    with pytest.raises(ZeroDivisionError), shadow.swapped():
+    with pytest.raises(ZeroDivisionError), shards.swapped():
         assert _shards(engine) != before
         _ = 1 / 0
     assert _shards(engine) == before
     return losses
 
 
-def _check_state(shadow: Shadow, engine: Any, truth: Average) -> None:
-    """All ranks' parts are the average, each entry once; another rank's part is refused."""
-    state = shadow.state_dict()
+def _check_state(shards: Shards, engine: Any, truth: Average) -> None:
+    """All ranks' parts are the average, each entry once."""
+    state = shards.state_dict()
     parts: list[Any] = [None, None]
-    dist.all_gather_object(parts, state["shadow"])
+    dist.all_gather_object(parts, state)
     for name, q in truth.q.items():
         pieces = [part[f"module.{name}"] for part in parts]
         # ZeRO-3 fills shards up to equal sizes.
@@ -125,24 +124,20 @@ def _check_state(shadow: Shadow, engine: Any, truth: Average) -> None:
         assert all(piece.dtype == torch.float32 for piece in pieces)
         joined = torch.cat(pieces)[: q.numel()]
         torch.testing.assert_close(joined.double(), q.flatten(), rtol=1e-6, atol=1e-7)
-    assert not any("layers.0." in name for name in state["shadow"])
-    with pytest.raises(CheckpointError, match=r"rank=\d, here it is"):
-        shadow.load_state_dict({**state, "rank": 1 - state["rank"]})
-    again = Shadow(engine, decay=DECAY)
+    assert not any("layers.0." in name for name in state)
+    again = Shards(engine)
     again.load_state_dict(state)
-    for name, value in again.state_dict()["shadow"].items():
-        torch.testing.assert_close(value, state["shadow"][name], rtol=0, atol=0, equal_nan=True)
+    for name, value in again.state_dict().items():
+        torch.testing.assert_close(value, state[name], rtol=0, atol=0, equal_nan=True)
 
 
 def _check_refusals() -> None:
     import deepspeed
 
-    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
-    with deepspeed.zero.Init(config_dict_or_path=settings):
-        model = torch.nn.Linear(4, 4)
-    with pytest.raises(RuntimeError, match="'weight' is partitioned by ZeRO-3, but no optimizer"):
-        Shadow(model, decay=DECAY)
-    settings["zero_optimization"] = {"stage": 3, "zero_hpz_partition_size": 2}
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2},
+    }
     model = torch.nn.Linear(4, 4)
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -151,7 +146,7 @@ def _check_refusals() -> None:
         config=settings,
     )
     with pytest.raises(NotImplementedError, match="set zero_hpz_partition_size to 1"):
-        Shadow(engine, decay=DECAY)
+        Shards(engine)
 
 
 def _work(rank: int, store: str) -> None:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
-from shadow_models import DECAY, Average, decoder, packed, values
+from shards_models import DECAY, Average, decoder, packed, sharded, values
 from torch import Tensor, nn
 
 from iwsft import EMA, CausalLMPolicy, ImportanceWeightedMLE
 from iwsft.checkpoint import CheckpointError
-from iwsft.language.shadow import Shadow
+from iwsft.language.shards import Shards
 
 
 def _train(model: Any, optimizer: torch.optim.Optimizer, seed: int) -> float:
@@ -36,16 +36,16 @@ def _same(ours: dict[str, Tensor], true: dict[str, Tensor]) -> None:
 def test_definition(dtype: torch.dtype) -> None:
     model = decoder().to(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.03)
-    shadow, truth = Shadow(model, decay=DECAY), Average(values(model))
+    (shards, q), truth = sharded(model), Average(values(model))
     batch, whole = packed(99), decoder().double()
     for update in range(4):
         _train(model, optimizer, update)
-        shadow.step()
+        q.step()
         truth.step(values(model))
         whole.load_state_dict(truth.q, strict=False)
         whole.tie_weights()
         tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {}
-        with shadow.swapped():
+        with shards.swapped():
             for name, value in values(model).items():
                 error = (value.double() - truth.q[name]).abs().max() / truth.q[name].abs().max()
                 assert float(error) < (2e-7 if dtype == torch.float32 else 1e-15)
@@ -58,21 +58,21 @@ def test_equals_the_updater_of_a_lagged_loss() -> None:
     model = decoder(tied=False)
     policy = CausalLMPolicy(model)
     loss = ImportanceWeightedMLE(policy, proposal="lagged", functional=False)
-    updater, shadow = EMA(loss, decay=DECAY), Shadow(model, decay=DECAY)
+    updater, (shards, q) = EMA(loss, decay=DECAY), sharded(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.03)
     for update in range(3):
         _train(model, optimizer, update)
         updater.step()
-        shadow.step()
-    with shadow.swapped():
+        q.step()
+    with shards.swapped():
         _same(values(model), dict(loss.target_actor_network.model.named_parameters()))
 
 
 def test_starts_at_theta() -> None:
     model = decoder()
     before = values(model)
-    shadow = Shadow(model, decay=0.9)
-    with shadow.swapped():
+    shards, q = sharded(model, decay=0.9)
+    with shards.swapped():
         _same(values(model), before)
     _same(values(model), before)
 
@@ -82,13 +82,13 @@ def test_training_does_not_see_it() -> None:
     for watched in (True, False):
         model = decoder()
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.03)
-        shadow = Shadow(model, decay=DECAY)
+        shards, q = sharded(model)
         for update in range(4):
             if watched:
-                with shadow.swapped():
+                with shards.swapped():
                     CausalLMPolicy(model).log_prob(packed(update))
             losses.append(_train(model, optimizer, update))
-            shadow.step()
+            q.step()
         assert all(p.grad is not None for p in model.parameters())
     assert losses[:4] == losses[4:]
 
@@ -97,16 +97,16 @@ def test_moves_where_bfloat16_would_not() -> None:
     start, rate, updates = 1.0, 1e-3, 400
     model = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
     nn.init.constant_(model.weight, start)
-    shadow = Shadow(model, decay=1 - rate)
+    shards, q = sharded(model, decay=1 - rate)
     stuck = model.weight.detach().clone()
     nn.init.constant_(model.weight, 2.0)
     for _ in range(updates):
-        shadow.step()
+        q.step()
         stuck.lerp_(model.weight.detach(), rate)
     assert float(stuck) == start
-    kept = float(shadow.state_dict()["shadow"]["weight"])
+    kept = float(shards.state_dict()["weight"])
     assert kept == pytest.approx(2 - (1 - rate) ** updates, rel=1e-5)
-    with shadow.swapped():
+    with shards.swapped():
         assert model.weight.dtype == torch.bfloat16
         assert float(model.weight.detach()) == pytest.approx(kept, rel=2**-8)
     assert float(model.weight.detach()) == 2.0
@@ -115,17 +115,17 @@ def test_moves_where_bfloat16_would_not() -> None:
 def test_adapters_alone() -> None:
     model = get_peft_model(decoder(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.03)
-    shadow, truth = Shadow(model, decay=DECAY), Average(values(model))
-    kept = shadow.state_dict()["shadow"]
+    (shards, q), truth = sharded(model), Average(values(model))
+    kept = shards.state_dict()
     assert all("lora_" in name for name in kept) and len(kept) == 8
     held = sum(value.numel() for value in kept.values())
     assert held == model.get_nb_trainable_parameters()[0]
     before = [p.detach().clone() for p in model.parameters() if not p.requires_grad]
     for update in range(3):
         _train(model, optimizer, update)
-        shadow.step()
+        q.step()
         truth.step(values(model))
-    with shadow.swapped():
+    with shards.swapped():
         for name, value in values(model).items():
             torch.testing.assert_close(value.double(), truth.q[name], rtol=1e-6, atol=1e-8)
     frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -135,23 +135,23 @@ def test_adapters_alone() -> None:
 def test_frozen_and_buffers_are_theta() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     model[0].bias.requires_grad_(False)
-    shadow = Shadow(model, decay=DECAY)
-    assert shadow.state_dict()["shadow"].keys() == {"0.weight", "1.weight", "1.bias"}
+    shards, q = sharded(model)
+    assert shards.state_dict().keys() == {"0.weight", "1.weight", "1.bias"}
     model(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)))
     nn.init.constant_(model[0].bias, 5.0)
     with torch.no_grad():
         model[0].weight.add_(1.0)
-    shadow.step()
+    q.step()
     mean = model[1].running_mean.clone()
-    with shadow.swapped():
+    with shards.swapped():
         assert torch.equal(model[1].running_mean, mean)
         assert bool((model[0].bias == 5.0).all())
 
 
 def test_no_gradient_within() -> None:
     model = decoder()
-    shadow = Shadow(model, decay=DECAY)
-    with shadow.swapped():
+    shards, q = sharded(model)
+    with shards.swapped():
         assert not CausalLMPolicy(model).log_prob(packed(0)).requires_grad
     assert CausalLMPolicy(model).log_prob(packed(0)).requires_grad
 
@@ -160,12 +160,12 @@ def test_gradient_of_a_forward_before() -> None:
     gradients = []
     for watched in (True, False):
         model = decoder()
-        shadow = Shadow(model, decay=0.0)
+        shards, q = sharded(model, decay=0.0)
         with torch.no_grad():
             model.lm_head.weight.mul_(1.5)
         loss = CausalLMPolicy(model).log_prob(packed(0)).sum()
         if watched:
-            with shadow.swapped():
+            with shards.swapped():
                 CausalLMPolicy(model).log_prob(packed(0))
         loss.backward()
         gradients.append(model.lm_head.weight.grad)
@@ -174,27 +174,16 @@ def test_gradient_of_a_forward_before() -> None:
 
 def test_exception_within() -> None:
     model = decoder()
-    shadow = Shadow(model, decay=DECAY)
+    shards, q = sharded(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.03)
     _train(model, optimizer, 0)
-    before, q = values(model), dict(shadow.state_dict()["shadow"])
-    with pytest.raises(ZeroDivisionError), shadow.swapped():
+    before, q = values(model), dict(shards.state_dict())
+    with pytest.raises(ZeroDivisionError), shards.swapped():
         _same(values(model), q)
         _ = 1 / 0
     _same(values(model), before)
-    with shadow.swapped():
+    with shards.swapped():
         _same(values(model), q)
-    _same(values(model), before)
-
-
-def test_nested_and_step_within() -> None:
-    model = decoder()
-    before = values(model)
-    shadow = Shadow(model, decay=DECAY)
-    with pytest.raises(RuntimeError, match="already"), shadow.swapped(), shadow.swapped():
-        pass
-    with pytest.raises(RuntimeError, match="step after it"), shadow.swapped():
-        shadow.step()
     _same(values(model), before)
 
 
@@ -204,88 +193,67 @@ def test_skipped_update_moves_nothing() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     model, optimizer = accelerator.prepare(model, optimizer)
-    shadow = Shadow(model, decay=DECAY, optimizer=optimizer)
+    shards, q = sharded(model, optimizer=optimizer)
     nn.init.constant_(model.weight, 3.0)
-    kept = shadow.state_dict()["shadow"]["weight"]
+    kept = shards.state_dict()["weight"]
     start = kept.clone()
     for factor, moves in ((torch.inf, False), (1.0, True)):
         optimizer.zero_grad()
         accelerator.backward(factor * model(torch.ones(1, 2)).sum())
         optimizer.step()
-        shadow.step()
+        q.step()
         assert torch.equal(kept, start) is not moves
 
 
 def test_resume() -> None:
-    def run(model: Any, shadow: Shadow, updates: range) -> dict[str, Tensor]:
+    def run(model: Any, shards: Shards, q: EMA, updates: range) -> dict[str, Tensor]:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.03)
         for update in updates:
             _train(model, optimizer, update)
-            shadow.step()
-        with shadow.swapped():
+            q.step()
+        with shards.swapped():
             return values(model)
 
     model = decoder()
-    whole = Shadow(model, decay=DECAY)
-    run(model, whole, range(3))
+    whole, q = sharded(model)
+    run(model, whole, q, range(3))
     state, theta = whole.state_dict(), values(model)
-    state["shadow"] = {name: value.clone() for name, value in state["shadow"].items()}
-    expected = run(model, whole, range(3, 6))
+    state = {name: value.clone() for name, value in state.items()}
+    expected = run(model, whole, q, range(3, 6))
 
     again = decoder(seed=5)
     again.load_state_dict(theta, strict=False)
     again.tie_weights()
-    resumed = Shadow(again, decay=DECAY)
+    resumed, q = sharded(again)
     resumed.load_state_dict(state)
-    _same(run(again, resumed, range(3, 6)), expected)
-
-
-def _of_two(state: dict[str, Any]) -> None:
-    state["world_size"] = 2
-
-
-def _of_another_rank(state: dict[str, Any]) -> None:
-    state["rank"] = 1
+    _same(run(again, resumed, q, range(3, 6)), expected)
 
 
 def _of_fewer(state: dict[str, Any]) -> None:
-    del state["shadow"]["model.norm.weight"]
+    del state["model.norm.weight"]
 
 
 def _of_more(state: dict[str, Any]) -> None:
-    state["shadow"]["model.extra"] = torch.zeros(2)
+    state["model.extra"] = torch.zeros(2)
 
 
 def _of_another_shape(state: dict[str, Any]) -> None:
-    state["shadow"]["model.norm.weight"] = torch.zeros(7)
+    state["model.norm.weight"] = torch.zeros(7)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_of_two, "world_size=2, here it is 1"),
-        (_of_another_rank, "rank=1, here it is 0"),
-        (_of_fewer, "'model.norm.weight' is not in it"),
-        (_of_more, "'model.extra' is not in this model"),
-        (_of_another_shape, r"'model.norm.weight' has shape \[7\] on rank 0, here it is \[21\]"),
+        (_of_fewer, "'model.norm.weight' differs"),
+        (_of_more, "'model.extra' differs"),
+        (_of_another_shape, "'model.norm.weight' differs"),
     ],
 )
 def test_foreign_state(change: Callable[[dict[str, Any]], None], message: str) -> None:
-    shadow, other = (Shadow(decoder(seed), decay=DECAY) for seed in (0, 1))
-    before = {name: value.clone() for name, value in shadow.state_dict()["shadow"].items()}
+    shards, other = (Shards(decoder(seed)) for seed in (0, 1))
+    before = {name: value.clone() for name, value in shards.state_dict().items()}
     state = other.state_dict()
     change(state)
     with pytest.raises(CheckpointError, match=message):
-        shadow.load_state_dict(state)
-    _same(shadow.state_dict()["shadow"], before)
-
-
-@pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
-def test_decay_out_of_range(decay: float) -> None:
-    with pytest.raises(ValueError, match=r"must be in \[0, 1\)"):
-        Shadow(decoder(), decay=decay)
-
-
-def test_nothing_to_train() -> None:
-    with pytest.raises(ValueError, match="no trainable parameter"):
-        Shadow(decoder().requires_grad_(False), decay=DECAY)
+        shards.load_state_dict(state)
+    _same(shards.state_dict(), before)

@@ -1,0 +1,249 @@
+"""q in shards: each process keeps its part of q, beside a model of any size."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from iwsft.checkpoint import CheckpointError
+
+# Bytes that go into one all-reduce, unless a single parameter has more.
+_BUCKET = 2**28
+
+
+class Shards:
+    """Holds q of a model, and gives :class:`~iwsft.EMA` the pairs (q, theta) of this process.
+
+    q is kept in float32 (float64 for float64 parameters): in bfloat16 most of a moving average
+    would never move. Each process keeps q of the trainable parameters that it holds, and no step
+    gathers anything:
+
+    - a plain module, or a replicated one (``DistributedDataParallel``, ZeRO-0): all of it;
+    - DeepSpeed ZeRO-1 and 2: its partition of the float32 master;
+    - DeepSpeed ZeRO-3: its shard, theta taken from the float32 master, on the master's device
+      (the host with ``offload_optimizer``);
+    - FSDP2: its local shard, on the shard's device.
+
+    The cost is 4 bytes a trainable parameter (with LoRA those of the adapters alone), divided by
+    the number of processes where the engine divides. Within :meth:`swapped` it is also a copy of
+    this process's shard in the parameters' dtype.
+
+    Frozen parameters and buffers of q are theta's, running statistics included.
+
+    Args:
+        model: the model as the engine returned it (``accelerator.prepare``,
+            ``deepspeed.initialize``, ``fully_shard``).
+        optimizer: accelerate's optimizer, which knows when it skipped an update (gradients that
+            overflowed float16); then there are no pairs, and q does not move either.
+
+    Raises:
+        NotImplementedError: parameters or optimizer states on NVMe, ZeRO++'s second copies of the
+            shards, or FSDP1.
+    """
+
+    def __init__(self, model: nn.Module, *, optimizer: Any = None) -> None:
+        self.model = model
+        self._optimizer = optimizer
+        self._names = [name for name, p in model.named_parameters() if p.requires_grad]
+        _refuse(model, dict(model.named_parameters()))
+        self._q: dict[str, Tensor] = {}
+        for name, part in self._parts().items():
+            wide = torch.promote_types(part.theta.dtype, torch.float32)
+            self._q[name] = part.theta.to(wide, copy=True)
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Each part of q on this process and the part of theta that it follows."""
+        if getattr(self._optimizer, "step_was_skipped", False):
+            return []
+        return [(self._q[name], part.theta) for name, part in self._parts().items()]
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Within, the model's parameters are q, cast to their dtype; after, theta bit for bit.
+
+        No gradient is recorded within, and nothing within may change parameters. Whole copies of
+        parameters that an engine holds (ZeRO-3's persistent and prefetched ones, FSDP2's without
+        reshard after forward) are released on the way in and out; the next forward gathers them
+        anew. Under ZeRO-1 and 2 all processes exchange their partitions on the way in and out, so
+        all must enter together. Theta is restored after an exception, too.
+        """
+        parts = self._parts()
+        theta = {name: part.computed.clone() for name, part in parts.items()}
+        try:
+            _write(parts, self._q)
+            with torch.no_grad():
+                yield
+        except BaseException:
+            _reset_broken_forward(self.model)
+            raise
+        finally:
+            try:
+                _release_gathered(self.model)
+            finally:
+                _write(parts, theta)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """This process's part of q (not copied)."""
+        return dict(self._q)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Restore :meth:`state_dict` of the same process of the same engine.
+
+        Raises:
+            CheckpointError: other parameters, or shards of other shapes.
+        """
+        saved = {(name, tuple(q.shape)) for name, q in state_dict.items()}
+        differing = saved ^ {(name, tuple(q.shape)) for name, q in self._q.items()}
+        if differing:
+            raise CheckpointError(
+                f"q was saved for other shards than those of this model, {min(differing)[0]!r} "
+                "differs: resume with the model, engine, stage and number of processes that it "
+                "was saved with"
+            )
+        for name, q in self._q.items():
+            q.copy_(state_dict[name])
+
+    def _parts(self) -> dict[str, _Part]:
+        """This process's parts of the trainable parameters, without gathered copies."""
+        _release_gathered(self.model)
+        parameters = dict(self.model.named_parameters())
+        return {name: _Part.of(parameters[name]) for name in self._names}
+
+
+class _Replica(NamedTuple):
+    """Where a process's part belongs in a parameter that all processes hold whole (ZeRO-1, 2).
+
+    Attributes:
+        whole: the parameter, flat.
+        start: the entry of ``whole`` at which the part begins.
+        group: the processes that hold copies of ``whole``.
+    """
+
+    whole: Tensor
+    start: int
+    group: Any
+
+
+class _Part(NamedTuple):
+    """This process's part of a parameter.
+
+    Attributes:
+        computed: the part that the engine computes with, in the parameter's dtype.
+        theta: its float32 master where the engine has one, else ``computed``.
+        replica: where ``computed`` belongs, when other processes have copies of it.
+    """
+
+    computed: Tensor
+    theta: Tensor
+    replica: _Replica | None = None
+
+    @classmethod
+    def of(cls, parameter: Any) -> _Part:
+        if hasattr(parameter, "ds_tensor"):
+            engine, computed = parameter._z3_optimizer, parameter.ds_tensor.data
+            place = engine.grad_position.get(engine.get_param_id(parameter))
+            if place is None:
+                return cls(computed, computed)
+            # The result of safe_get_local_fp32_param, without its copy off the host.
+            group, offset, number = place
+            return cls(computed, engine.fp32_partitioned_groups_flat[group].data[offset:][:number])
+        if hasattr(parameter, "_hp_mapping"):
+            whole, fragment = parameter.data.view(-1), parameter._hp_mapping
+            if fragment is None:
+                return cls(whole[:0], whole[:0], _Replica(whole, 0, parameter._dp_group))
+            start, number = fragment.lp_fragment_address.start, fragment.lp_fragment_address.numel
+            replica = _Replica(whole, start, parameter._dp_group)
+            return cls(whole[start:][:number], fragment.hp_fragment.data, replica)
+        computed = parameter.data
+        if hasattr(computed, "to_local"):
+            # A DTensor: FSDP2.
+            computed = computed.to_local()
+        return cls(computed, computed)
+
+
+@torch.no_grad()
+def _write(parts: Mapping[str, _Part], values: Mapping[str, Tensor]) -> None:
+    """Make these the model's parameters, on all processes."""
+    for name, part in parts.items():
+        part.computed.copy_(values[name])
+    pieces = [(part.replica, part.computed) for part in parts.values() if part.replica is not None]
+    _exchange([piece for piece in pieces if dist.get_world_size(piece[0].group) > 1])
+    if torch.accelerator.is_available():
+        # ZeRO-3 gathers on a stream of its own that does not wait for this one.
+        torch.accelerator.synchronize()
+
+
+def _exchange(pieces: list[tuple[_Replica, Tensor]]) -> None:
+    """Give each process the pieces of the others, bit for bit."""
+    buckets: dict[Any, list[list[tuple[_Replica, Tensor]]]] = defaultdict(list)
+    for replica, computed in pieces:
+        filled = buckets[replica.group]
+        size = replica.whole.nbytes
+        if not filled or sum(r.whole.nbytes for r, _ in filled[-1]) + size > _BUCKET:
+            filled.append([])
+        filled[-1].append((replica, computed))
+    for group, filled in buckets.items():
+        for bucket in filled:
+            # Added up as bytes of which all processes but one have 0, so nothing is rounded.
+            wholes = [replica.whole.view(torch.uint8) for replica, _ in bucket]
+            flat = torch.zeros(sum(map(len, wholes)), dtype=torch.uint8, device=wholes[0].device)
+            places = flat.split([len(whole) for whole in wholes])
+            for place, (replica, computed) in zip(places, bucket, strict=True):
+                start = replica.start * computed.element_size()
+                place[start:][: computed.nbytes] = computed.view(torch.uint8)
+            dist.all_reduce(flat, group=group)
+            for place, whole in zip(places, wholes, strict=True):
+                whole.copy_(place)
+
+
+def _release_gathered(model: nn.Module) -> None:
+    """Release whole copies of sharded parameters, so that only shards are left."""
+    for module in _fsdp_modules(model):
+        module.reshard()
+    parameters: Any = model.parameters()
+    engines = {id(p._z3_optimizer): p._z3_optimizer for p in parameters if hasattr(p, "ds_tensor")}
+    for engine in engines.values():
+        engine.empty_partition_cache()
+
+
+def _reset_broken_forward(model: nn.Module) -> None:
+    """Bring FSDP2 out of a forward that an exception broke off, where torch can."""
+    inner: set[int] = set()
+    for module in _fsdp_modules(model):
+        if id(module) not in inner and hasattr(module, "reset_iter_state"):
+            module.reset_iter_state()
+        inner.update(map(id, module.modules()))
+
+
+def _fsdp_modules(model: nn.Module) -> list[Any]:
+    """Modules that FSDP2 shards, outer ones first."""
+    # The package takes half a second to load; where a model is sharded it is loaded already.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [] if fsdp is None else [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
+
+
+def _refuse(model: nn.Module, parameters: Mapping[str, Any]) -> None:
+    """Raise for engines whose shards can't be swapped here."""
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise NotImplementedError("FSDP1 is not supported: use FSDP2 (fsdp_version: 2)")
+    for name, parameter in parameters.items():
+        if not parameter.requires_grad or not hasattr(parameter, "ds_id"):
+            continue
+        if parameter.nvme_swapper is not None or parameter._z3_optimizer.swap_optimizer:
+            raise NotImplementedError(
+                f"{name!r} or its optimizer state is on NVMe, where q can't follow it: offload to "
+                "the cpu, or use proposal='current' or 'cached'"
+            )
+        if parameter.ds_zero_param_process_group is not None:
+            raise NotImplementedError(
+                f"{name!r} has a second copy of its shard in the node (ZeRO++), which would stay "
+                "theta's: set zero_hpz_partition_size to 1"
+            )
