@@ -1,8 +1,8 @@
 """Figure 1 of the paper: on a two-armed bandit SFT stops at 5/6, iw-SFT finds the better arm.
 
-Both train on the successes D+ of a uniform pi_ref. D+ holds twice as many pulls of the right arm
-as of the left, and no trace of the failures; SFT copies that ratio. With q = p the weights
-q / pi_ref favour what the policy already prefers, until it always pulls the right arm.
+Both train on the successes D+ of a uniform pi_ref. D+ has twice as many pulls of the right arm as
+of the left, and no failures; SFT copies that ratio. With q = p the weights q / pi_ref favour the
+arm that the policy already prefers, until it always pulls the right arm.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.modules import OneHotCategorical, ProbabilisticActor
 
+from benchmarks.options import check_at_least
 from benchmarks.runs import hardware, versions, write_json
 from benchmarks.statistics import bootstrap_interval
 from iwsft import ImportanceWeightedMLE, ImportanceWeights, annotate_reference, weights
@@ -33,22 +34,22 @@ from iwsft.trajectory import REWARD, from_steps, select
 
 Algorithm = Literal["sft", "iw-sft"]
 LABELS: dict[Algorithm, str] = {"sft": "SFT", "iw-sft": "iw-SFT"}
-# Chance of reward 1 of the left and the right arm.
+# Probability of reward 1 of the left and the right arm.
 ARMS = (0.5, 1.0)
-# Where the mean reward ends with D+ of infinite size (paper, Section 3.5).
+# Limit of the mean reward with D+ of infinite size (paper, Section 3.5).
 LIMITS: dict[Algorithm, float] = {"sft": 5 / 6, "iw-sft": 1.0}
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """Train SFT and iw-SFT on the successes of a uniform policy; draw their mean rewards."""
+class Options:
+    """Train SFT and iw-SFT on the successes of a uniform policy; plot their mean rewards."""
 
     seeds: int = 5
-    """Data sets D, each drawn by pi_ref."""
+    """Number of data sets D, each drawn by pi_ref with a seed of its own."""
     pulls: int = 1000
     """Pulls in D."""
     steps: int = 200
-    """Updates; each sees all of D+."""
+    """Updates, each on all of D+."""
     lr: float = 1.0
     """Step size of gradient descent."""
     out: Path = Path("runs/bandit")
@@ -61,7 +62,7 @@ class Run:
 
     Attributes:
         right: P(right) of the policy before each update and after the last ``[steps + 1]``.
-        successes: share of right pulls in D+, which SFT copies.
+        successes: Share of right pulls in D+, which SFT copies.
     """
 
     right: NDArray[np.float64]
@@ -69,12 +70,12 @@ class Run:
 
     @property
     def reward(self) -> NDArray[np.float64]:
-        """Mean reward of the policy, in closed form ``[steps + 1]``."""
+        """Mean reward of the policy in closed form ``[steps + 1]``."""
         return ARMS[0] * (1 - self.right) + ARMS[1] * self.right
 
 
 def uniform_policy() -> ProbabilisticActor:
-    """A TorchRL actor of two logits, both 0."""
+    """Return a TorchRL actor of two logits, both 0."""
     logits = nn.Linear(1, 2, bias=False)
     nn.init.zeros_(logits.weight)
     return ProbabilisticActor(
@@ -85,10 +86,10 @@ def uniform_policy() -> ProbabilisticActor:
 
 
 def successes(pulls: int, seed: int) -> TensorDictBase:
-    """D+: the rewarded trajectories of ``pulls`` uniform pulls, one step each, packed.
+    """Return D+: the rewarded ones of ``pulls`` uniform pulls, packed trajectories of one step.
 
     Raises:
-        ValueError: not one pull was rewarded.
+        ValueError: No pull was rewarded.
     """
     generator = torch.Generator().manual_seed(seed)
     arm = torch.randint(2, (pulls,), generator=generator)
@@ -107,7 +108,7 @@ def successes(pulls: int, seed: int) -> TensorDictBase:
 
 
 def train(algorithm: Algorithm, data: TensorDictBase, steps: int, lr: float) -> Run:
-    """Train a uniform policy on D+ (annotated with pi_ref)."""
+    """Train a uniform policy on D+, annotated with pi_ref."""
     policy = uniform_policy()
     loss = ImportanceWeightedMLE(
         policy,
@@ -130,22 +131,22 @@ def train(algorithm: Algorithm, data: TensorDictBase, steps: int, lr: float) -> 
     return Run(torch.stack(curve).double().numpy(), float(share))
 
 
-def run(arguments: Arguments) -> dict[Algorithm, list[Run]]:
-    """All runs, by algorithm and seed."""
+def train_all(options: Options) -> dict[Algorithm, list[Run]]:
+    """Return all runs by algorithm and seed."""
     runs: dict[Algorithm, list[Run]] = {algorithm: [] for algorithm in LABELS}
-    for seed in track(range(arguments.seeds), "bandit", transient=True):
-        data = annotate_reference(uniform_policy(), successes(arguments.pulls, seed))
-        for algorithm, done in runs.items():
-            done.append(train(algorithm, data, arguments.steps, arguments.lr))
+    for seed in track(range(options.seeds), "bandit", transient=True):
+        data = annotate_reference(uniform_policy(), successes(options.pulls, seed))
+        for algorithm, seeds in runs.items():
+            seeds.append(train(algorithm, data, options.steps, options.lr))
     return runs
 
 
 def draw(runs: dict[Algorithm, list[Run]]) -> Figure:
-    """Mean reward over updates: mean over seeds and its 95 % interval."""
+    """Plot the mean reward over updates: its mean over seeds and the 95 % interval."""
     figure = Figure(figsize=(6.0, 3.8), layout="constrained")
     ax = figure.subplots()
-    for (algorithm, done), colour in zip(runs.items(), ("#0072b2", "#d55e00"), strict=True):
-        rewards = np.stack([each.reward for each in done])
+    for (algorithm, seeds), colour in zip(runs.items(), ("#0072b2", "#d55e00"), strict=True):
+        rewards = np.stack([run.reward for run in seeds])
         update = np.arange(rewards.shape[1])
         low, high = bootstrap_interval(rewards)
         ax.plot(update, rewards.mean(0), color=colour, lw=2, label=LABELS[algorithm])
@@ -166,40 +167,40 @@ def draw(runs: dict[Algorithm, list[Run]]) -> Figure:
     ax.set_ylabel("mean reward of the policy")
     ax.set_xlim(0, rewards.shape[1] - 1)
     ax.set_ylim(0.74, 1.02)
-    ax.set_title(f"Two-armed bandit, successes only ({len(done)} seeds)", fontsize=11)
+    ax.set_title(f"Two-armed bandit, successes only ({len(seeds)} seeds)", fontsize=11)
     ax.legend(loc="center right", frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 def summary(runs: dict[Algorithm, list[Run]]) -> dict[Algorithm, dict[str, object]]:
-    """Numbers behind the figure."""
+    """Return the numbers of the figure."""
     out: dict[Algorithm, dict[str, object]] = {}
-    for algorithm, done in runs.items():
-        rewards = np.stack([each.reward for each in done])
+    for algorithm, seeds in runs.items():
+        rewards = np.stack([run.reward for run in seeds])
         low, high = bootstrap_interval(rewards)
         out[algorithm] = {
             "limit": LIMITS[algorithm],
-            "p_right": [float(each.right[-1]) for each in done],
-            "right_share_of_successes": [each.successes for each in done],
-            "mean_reward": [float(each.reward[-1]) for each in done],
+            "p_right": [float(run.right[-1]) for run in seeds],
+            "right_share_of_successes": [run.successes for run in seeds],
+            "mean_reward": [float(run.reward[-1]) for run in seeds],
             "curve": {"mean": rewards.mean(0).tolist(), "low": low.tolist(), "high": high.tolist()},
         }
     return out
 
 
 def table(runs: dict[Algorithm, list[Run]]) -> Table:
-    """The last policies: mean over seeds and 95 % interval."""
+    """Return a table of the last policies: mean over seeds and 95 % interval."""
     out = Table(title="Two-armed bandit: the last policies")
     for column in ("", "P(right)", "right in D+", "mean reward", "95 % interval", "limit"):
         out.add_column(column, justify="left" if not column else "right")
-    for algorithm, done in runs.items():
-        rewards = np.array([each.reward[-1] for each in done])
+    for algorithm, seeds in runs.items():
+        rewards = np.array([run.reward[-1] for run in seeds])
         low, high = bootstrap_interval(rewards)
         out.add_row(
             LABELS[algorithm],
-            f"{np.mean([each.right[-1] for each in done]):.4f}",
-            f"{np.mean([each.successes for each in done]):.4f}",
+            f"{np.mean([run.right[-1] for run in seeds]):.4f}",
+            f"{np.mean([run.successes for run in seeds]):.4f}",
             f"{rewards.mean():.4f}",
             f"[{low:.4f}, {high:.4f}]",
             f"{LIMITS[algorithm]:.4f}",
@@ -207,19 +208,20 @@ def table(runs: dict[Algorithm, list[Run]]) -> Table:
     return out
 
 
-def main(arguments: Arguments) -> dict[Algorithm, list[Run]]:
+def main(options: Options) -> dict[Algorithm, list[Run]]:
     """Train, write ``bandit.json`` and ``bandit.png``, print the table."""
-    for name in ("seeds", "pulls", "steps"):
-        if getattr(arguments, name) < 1:
-            raise SystemExit(f"--{name} must be at least 1, got {getattr(arguments, name)}")
     start = time.perf_counter()
-    runs = run(arguments)
-    figure, data = arguments.out / "bandit.png", arguments.out / "bandit.json"
+    try:
+        check_at_least(1, seeds=options.seeds, pulls=options.pulls, steps=options.steps)
+        runs = train_all(options)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    figure, data = options.out / "bandit.png", options.out / "bandit.json"
     with written_whole(figure) as partial:
         draw(runs).savefig(partial, dpi=150, format="png")
     content = {
         "benchmark": "bandit",
-        "settings": {**asdict(arguments), "out": str(arguments.out)},
+        "settings": {**asdict(options), "out": str(options.out)},
         "versions": versions(),
         "hardware": hardware("cpu"),
         "wall_seconds": time.perf_counter() - start,
@@ -233,4 +235,4 @@ def main(arguments: Arguments) -> dict[Algorithm, list[Run]]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, prog="python -m benchmarks.bandit", description=__doc__))
+    main(tyro.cli(Options, prog="python -m benchmarks.bandit", description=__doc__))

@@ -1,4 +1,4 @@
-"""How far the losses of the same language runs lie apart, of two folders.
+"""Compare the losses of the same language runs in two folders.
 
 python -m scripts.compare_losses runs/llm/arithmetic runs/zero3/llm/arithmetic
 """
@@ -16,14 +16,14 @@ from iwsft.checkpoint import CheckpointError
 
 @dataclass(frozen=True)
 class Arguments:
-    """Compare the runs that both folders hold, update by update."""
+    """Compare the runs that both folders have, update by update."""
 
     one: tyro.conf.Positional[Path]
     """Folder of a recipe's runs: OUT/llm/RECIPE."""
     other: tyro.conf.Positional[Path]
-    """Another, of the same recipe."""
+    """Another folder of runs of the same recipe."""
     first: int = 50
-    """So many updates, from the first."""
+    """Number of first updates that are compared."""
 
 
 def main(arguments: Arguments) -> None:

@@ -2,12 +2,12 @@
 
     python scripts/make_door_human.py door_human_demos.npz iwsft/datasets/data/door-human.hdf5
 
-The input holds hand_dapg's demonstrations (https://github.com/aravindr93/hand_dapg, Apache-2.0),
-those behind D4RL's door-human, end to end: ``observations`` [N, 39], ``actions`` [N, 28],
-``rewards`` [N], ``episode_lengths`` [n], ``init_door_body_pos`` [n, 3]. All rows are kept as
-recorded; only actions are clipped to [-1, 1], as the environment does and D4RL did. Each
-demonstration ends with a timeout. Beside OUT goes its provenance, OUT with the suffix ``.json``.
-The same input gives the same bytes.
+The input has hand_dapg's demonstrations (https://github.com/aravindr93/hand_dapg, Apache-2.0), from
+which D4RL's door-human was made, end to end: ``observations`` [N, 39], ``actions`` [N, 28],
+``rewards`` [N], ``episode_lengths`` [n], ``init_door_body_pos`` [n, 3]. All rows stay as recorded,
+but actions are clipped to [-1, 1], as by the environment and by D4RL. Each demonstration ends with
+a timeout. The provenance is written to OUT with the suffix ``.json``. The same input gives the same
+bytes.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def main() -> None:
 
 
 def make(demonstrations: Path, out: Path) -> dict[str, Any]:
-    """Write the dataset and its provenance; returns the provenance.
+    """Write the dataset and its provenance; return the provenance.
 
     Raises:
-        ValueError: the lengths do not add up to the rows.
+        ValueError: The lengths do not add up to the rows.
     """
     with np.load(demonstrations) as file:
         demos = {key: file[key] for key in file.files}
@@ -69,7 +69,7 @@ def make(demonstrations: Path, out: Path) -> dict[str, Any]:
         "rewards": demos["rewards"].astype(np.float32),
         "terminals": np.zeros(rows, dtype=bool),
         "timeouts": timeouts,
-        # Where the door stands: a part of the state that no observation shows.
+        # The place of the door is a part of the state that no observation has.
         "infos/door_body_pos": np.repeat(demos["init_door_body_pos"], lengths, axis=0),
     }
     with written_whole(out) as partial, h5py.File(partial, "w") as file:

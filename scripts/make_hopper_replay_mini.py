@@ -1,11 +1,11 @@
-"""Make the bundled dataset ``hopper-replay-mini``: an even ninth of a larger file's episodes.
+"""Make the bundled dataset ``hopper-replay-mini``, a ninth of the episodes of a larger file.
 
     python scripts/make_hopper_replay_mini.py hopper-replay.hdf5 \
         iwsft/datasets/data/hopper-replay-mini.hdf5
 
-Episodes are ranked by return, the middle one of every ``EVERY`` is kept, and the kept ones are
-written in their old order: so the returns are distributed as in the source, whatever its size.
-Beside OUT goes its provenance, OUT with the suffix ``.json``. The same source gives the same bytes.
+The middle one of every ``EVERY`` episodes in order of return is written, in the source's order. So
+the returns are distributed as in the source, whatever its size. The provenance is written to OUT
+with the suffix ``.json``. The same source gives the same bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from iwsft.files import written_whole
 
 EVERY = 9
-ROWS_A_CHUNK = 8192
+CHUNK_ROWS = 8192
 QUANTILES = (0, 25, 50, 75, 90, 95, 98, 100)
 SOURCE = (
     "hopper-replay.hdf5 (D4RL's layout, not D4RL's data): the whole experience of an online SAC "
@@ -41,25 +41,25 @@ def main() -> None:
 
 
 def make(source: Path, out: Path) -> dict[str, object]:
-    """Write the subset and its provenance; returns the provenance."""
+    """Write the subset and its provenance; return the provenance."""
     with h5py.File(source, "r") as file:
         fields = {key: file[key][()] for key in file}
         attributes = dict(file.attrs)
     ends = np.flatnonzero(fields["terminals"] | fields["timeouts"]) + 1
     starts = np.concatenate([[0], ends[:-1]])
     returns = np.add.reduceat(fields["rewards"].astype(np.float64), starts)
-    kept = np.sort(np.argsort(returns, kind="stable")[EVERY // 2 :: EVERY])
-    rows = np.concatenate([np.arange(starts[i], ends[i]) for i in kept])
+    chosen = np.sort(np.argsort(returns, kind="stable")[EVERY // 2 :: EVERY])
+    rows = np.concatenate([np.arange(starts[i], ends[i]) for i in chosen])
 
     attributes["sources"] = json.dumps(
-        [{**part, "episodes": len(kept)} for part in json.loads(attributes["sources"])]
+        [{**part, "episodes": len(chosen)} for part in json.loads(attributes["sources"])]
     )
     with written_whole(out) as partial, h5py.File(partial, "w") as file:
         for key, values in fields.items():
             file.create_dataset(
                 key,
                 data=values[rows],
-                chunks=(min(ROWS_A_CHUNK, len(rows)), *values.shape[1:]),
+                chunks=(min(CHUNK_ROWS, len(rows)), *values.shape[1:]),
                 compression="gzip",
                 compression_opts=9,
                 shuffle=True,
@@ -76,7 +76,7 @@ def make(source: Path, out: Path) -> dict[str, object]:
         "bytes": out.stat().st_size,
         "quantiles": list(QUANTILES),
         "full": _summary(returns, ends - starts),
-        "mini": _summary(returns[kept], (ends - starts)[kept]),
+        "mini": _summary(returns[chosen], (ends - starts)[chosen]),
     }
     with written_whole(out.with_suffix(".json")) as partial:
         partial.write_text(json.dumps(provenance, indent=2) + "\n")

@@ -12,7 +12,7 @@ import pytest
 import torch
 import tyro
 
-from benchmarks.bandit import ARMS, LIMITS, Arguments, Run, main, successes, train, uniform_policy
+from benchmarks.bandit import ARMS, LIMITS, Options, Run, main, successes, train, uniform_policy
 from iwsft import annotate_reference
 from iwsft.trajectory import REWARD, lengths
 
@@ -20,7 +20,7 @@ from iwsft.trajectory import REWARD, lengths
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Any, list[Run]]]:
     out = tmp_path_factory.mktemp("bandit") / "deep" / "folder"
-    return out, main(Arguments(seeds=2, pulls=600, out=out))
+    return out, main(Options(seeds=2, pulls=600, out=out))
 
 
 def test_data_are_the_successes_of_a_uniform_policy() -> None:
@@ -99,8 +99,8 @@ def test_limits_follow_from_the_arms() -> None:
 
 
 def test_command_line() -> None:
-    parsed = tyro.cli(Arguments, args=["--seeds", "7", "--out", "elsewhere"])
-    assert parsed == Arguments(seeds=7, out=Path("elsewhere"))
+    parsed = tyro.cli(Options, args=["--seeds", "7", "--out", "elsewhere"])
+    assert parsed == Options(seeds=7, out=Path("elsewhere"))
     for name in ("seeds", "pulls", "steps"):
-        with pytest.raises(SystemExit, match=f"--{name} must be at least 1, got 0"):
-            main(Arguments(**{name: 0}))  # type: ignore[arg-type]
+        with pytest.raises(SystemExit, match=f"error: --{name} 0: at least 1"):
+            main(Options(**{name: 0}))  # type: ignore[arg-type]
