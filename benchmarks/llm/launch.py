@@ -14,8 +14,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -214,14 +213,17 @@ def _start_several(launch: Launch, command: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    with _quiet_agent():
-        try:
-            launch_command(launch_command_parser().parse_args(command))
-        except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            return _exit_status(failure.exitcode, f"process {rank} of {launch.processes}")
-        except SignalException as error:
-            raise KeyboardInterrupt from error
+    # Without torchrun's page about a failed process, which has printed its error itself.
+    logging.disable(logging.CRITICAL)
+    try:
+        launch_command(launch_command_parser().parse_args(command))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        return _exit_status(failure.exitcode, f"process {rank} of {launch.processes}")
+    except SignalException as error:
+        raise KeyboardInterrupt from error
+    finally:
+        logging.disable(logging.NOTSET)
     return 0
 
 
@@ -364,18 +366,3 @@ def _exit_status(code: int, process: str) -> int:
     hint = "; most often memory ran out, see docs/scaling.md" if -code == signal.SIGKILL else ""
     print(f"error: {process} was ended by {name}{hint}", file=sys.stderr)
     return 128 - code
-
-
-@contextmanager
-def _quiet_agent() -> Iterator[None]:
-    """Hide torchrun's page about a failed process, which has printed its error itself."""
-    prefix = "torch.distributed.elastic"
-    loggers = [logging.getLogger(n) for n in list(logging.root.manager.loggerDict) if prefix in n]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -55,34 +55,20 @@ class DecoderSizes:
     """The sizes of a dense decoder that decide its memory.
 
     Attributes:
+        text: The transformers config of its text part.
         parameters: All parameters, tied ones once.
         trainable: Parameters that are trained; fewer with adapters.
-        layers: Number of decoder layers.
-        hidden: Width of the states.
-        intermediate: Width inside the feed-forward block.
-        query: Number of heads times their width.
-        key: Number of key-value heads times their width.
-        heads: Number of attention heads.
-        vocabulary: Number of tokens.
         layer: Parameters of a layer.
-        largest: Parameters of the largest part that is gathered at once.
     """
 
+    text: Any
     parameters: int
     trainable: int
-    layers: int
-    hidden: int
-    intermediate: int
-    query: int
-    key: int
-    heads: int
-    vocabulary: int
     layer: int
-    largest: int
 
     @classmethod
     def of(cls, config: Any, *, trainable: int | None = None) -> DecoderSizes:
-        """Read a transformers config and count parameters on a model without memory.
+        """Count the parameters of a transformers config on a model without memory.
 
         Args:
             config: A config such as ``AutoConfig.from_pretrained(name)``.
@@ -101,31 +87,25 @@ class DecoderSizes:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        trained = parameters if trainable is None else trainable
-        if not 0 < trained <= parameters:
-            raise ValueError(f"trainable={trained} must be in [1, {parameters}], the parameters")
+        if trainable is not None and not 0 < trainable <= parameters:
+            raise ValueError(f"trainable={trainable} must be in [1, {parameters}], the parameters")
         layers = next(
             module
             for module in model.modules()
             if isinstance(module, torch.nn.ModuleList) and len(module) == text.num_hidden_layers
         )
         layer = max(sum(p.numel() for p in one.parameters()) for one in layers)
-        heads = text.num_attention_heads
-        width = getattr(text, "head_dim", None) or text.hidden_size // heads
-        inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None)
-        return cls(
-            parameters=parameters,
-            trainable=trained,
-            layers=text.num_hidden_layers,
-            hidden=text.hidden_size,
-            intermediate=inner or 4 * text.hidden_size,
-            query=heads * width,
-            key=(getattr(text, "num_key_value_heads", None) or heads) * width,
-            heads=heads,
-            vocabulary=text.vocab_size,
-            layer=layer,
-            largest=max(layer, text.vocab_size * text.hidden_size),
-        )
+        return cls(text, parameters, trainable or parameters, layer)
+
+    @property
+    def head_width(self) -> int:
+        """Width of an attention head."""
+        own = getattr(self.text, "head_dim", None)
+        return own or self.text.hidden_size // self.text.num_attention_heads
+
+    def norm_activations(self, width: int) -> int:
+        """Bytes a token of a norm: its float32 input, a factor, states before and after weights."""
+        return 4 * self.text.hidden_size + 4 + 2 * width * self.text.hidden_size
 
     def layer_activations(self, width: int) -> int:
         """Bytes a token that a layer keeps for backward, with fused attention.
@@ -136,12 +116,11 @@ class DecoderSizes:
         Args:
             width: Bytes of a number.
         """
-        attention = width * 2 * (self.query + self.key) + 4 * self.heads
-        return 2 * self.norm_activations(width) + attention + width * 4 * self.intermediate
-
-    def norm_activations(self, width: int) -> int:
-        """Bytes a token of a norm: its float32 input, a factor, states before and after weights."""
-        return 4 * self.hidden + 4 + 2 * width * self.hidden
+        heads = self.text.num_attention_heads
+        key_heads = getattr(self.text, "num_key_value_heads", None) or heads
+        attention = width * 2 * (heads + key_heads) * self.head_width + 4 * heads
+        feed_forward = width * 4 * self.text.intermediate_size
+        return 2 * self.norm_activations(width) + attention + feed_forward
 
 
 @dataclass(frozen=True)
@@ -149,13 +128,12 @@ class Setup:
     """How a model is trained.
 
     Attributes:
-        engine: A ``"single"`` process, DeepSpeed's ``"zero2"`` or ``"zero3"``, or torch's
-            ``"fsdp2"``.
+        engine: One process, DeepSpeed's ZeRO-2 or ZeRO-3, or torch's FSDP2.
         processes: Number of GPUs of all nodes.
         nodes: Number of nodes, with as many GPUs each.
-        offload_optimizer: ZeRO-3 with float32 weights and Adam's moments in host memory.
-        half: bfloat16 (mixed precision) instead of float32.
-        checkpointing: Gradient checkpointing, one checkpoint a layer.
+        offload_optimizer: Keep ZeRO-3's float32 weights and Adam's moments in host memory.
+        half: Train in bfloat16 (mixed precision) instead of float32.
+        checkpointing: Keep one checkpoint a layer, and compute the rest again.
         tokens: Tokens of a micro-batch, padding included.
         proposal: What q is; see :class:`~iwsft.language.config.ImportanceWeightedConfig`.
         accelerator: False on a CPU, where logits come in smaller blocks.
@@ -214,8 +192,11 @@ def training_memory(sizes: DecoderSizes, setup: Setup) -> Memory:
     """
     width = 2 if setup.half else _WIDE
     trained, frozen = sizes.trainable, sizes.parameters - sizes.trainable
-    part = min(trained, sizes.largest)
-    output = sizes.vocabulary * sizes.hidden
+    layers, hidden = sizes.text.num_hidden_layers, sizes.text.hidden_size
+    vocabulary = sizes.text.vocab_size
+    # The largest part that is gathered at once.
+    largest = max(sizes.layer, vocabulary * hidden)
+    part = min(trained, largest)
     local = setup.processes // setup.nodes
     host = buckets = step = shadow = swap = 0
 
@@ -235,7 +216,7 @@ def training_memory(sizes: DecoderSizes, setup: Setup) -> Memory:
         weights = share(_WIDE * trained + width * frozen)
         gradients, optimizer = share(_WIDE * trained), share(8 * trained)
         # A layer at work, the next one, gradients on their way; the output layer stays gathered.
-        gathered = width * (3 * sizes.layer + output + part)
+        gathered = width * (3 * sizes.layer + vocabulary * hidden + part)
     elif setup.engine == "zero2":
         weights, gradients = width * sizes.parameters, share(width * trained)
         optimizer, step = share(12 * trained), share(_WIDE * trained)
@@ -245,7 +226,7 @@ def training_memory(sizes: DecoderSizes, setup: Setup) -> Memory:
         # The float32 copy of the weights is there for float32 weights too.
         optimizer, step = share(12 * trained), min(_WIDE * _SUB_GROUP, share(_WIDE * trained))
         buckets = width * REDUCE_BUCKET
-        gathered = width * (min(sizes.parameters, _LIVE_PARAMETERS + sizes.largest) + part)
+        gathered = width * (min(sizes.parameters, _LIVE_PARAMETERS + largest) + part)
         if setup.offload_optimizer:
             # With the optimizer: the gradients as they come in, and in float32.
             host = local * (optimizer + gradients + share(_WIDE * trained))
@@ -257,17 +238,18 @@ def training_memory(sizes: DecoderSizes, setup: Setup) -> Memory:
             host, shadow = host + local * shadow, 0
 
     again = sizes.layer_activations(width)
-    saved = width * sizes.hidden if setup.checkpointing else again
-    rotations = 2 * width * (sizes.query // sizes.heads)
-    activations = sizes.layers * saved + sizes.norm_activations(width) + rotations + 8
+    saved = width * hidden if setup.checkpointing else again
+    rotations = 2 * width * sizes.head_width
+    activations = layers * saved + sizes.norm_activations(width) + rotations + 8
     # Gradients inside the feed-forward block, the widest, and what checkpointing computes again.
-    layer = width * (3 * sizes.intermediate + sizes.hidden) + (again if setup.checkpointing else 0)
+    layer = width * (3 * sizes.text.intermediate_size + hidden)
+    layer += again if setup.checkpointing else 0
     # The fused output layer: states and their float32 gradient, a block of logits (with its
     # gradient as a factor of products, and a temporary), and a block of weights.
     rows, columns = _ACCELERATOR_BLOCK if setup.accelerator else _CPU_BLOCK
-    rows, columns = min(rows, setup.tokens), min(columns, sizes.vocabulary)
-    blocks = rows * columns * (_WIDE + _WIDE + width) + _WIDE * columns * sizes.hidden
-    log_probs = setup.tokens * sizes.hidden * (2 * width + _WIDE) + blocks
+    rows, columns = min(rows, setup.tokens), min(columns, vocabulary)
+    blocks = rows * columns * (_WIDE + _WIDE + width) + _WIDE * columns * hidden
+    log_probs = setup.tokens * hidden * (2 * width + _WIDE) + blocks
     forward = gathered + max(setup.tokens * layer, log_probs)
     work = max(forward + setup.tokens * activations, step, forward + swap)
     runtime = _RUNTIME if setup.accelerator else 0
