@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.forkserver
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import pytest
+
+# Loaded once by the server that distributed tests fork their processes from.
+PRELOADED = [
+    "deepspeed",
+    "iwsft.language.trainer",
+    "peft",
+    "torch.distributed.fsdp",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen2.modeling_qwen2",
+]
+
+
+@pytest.fixture(scope="session")
+def on_two_processes() -> Callable[..., None]:
+    """``on_two_processes(work, *args)`` runs ``work(rank, *args)`` on two fresh processes."""
+    import torch.multiprocessing
+
+    with pytest.MonkeyPatch.context() as environment:
+        # DeepSpeed reads it when it is imported, the tests' processes inherit it.
+        environment.setenv("DS_ACCELERATOR", "cpu")
+        multiprocessing.set_forkserver_preload(PRELOADED)
+        multiprocessing.forkserver.ensure_running()
+
+    def run(work: Callable[..., None], *args: object) -> None:
+        torch.multiprocessing.start_processes(work, args, nprocs=2, start_method="forkserver")
+
+    return run
 
 
 @pytest.fixture

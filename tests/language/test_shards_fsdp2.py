@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from shards_models import Average, decoder, packed, sharded, values
 from torch import Tensor
 
@@ -142,5 +141,5 @@ def _work(rank: int, store: str) -> None:
     dist.destroy_process_group()
 
 
-def test_shards_are_the_average(tmp_path: Path) -> None:
-    mp.spawn(_work, (str(tmp_path / "store"),), nprocs=2)
+def test_shards_are_the_average(on_two_processes: Any, tmp_path: Path) -> None:
+    on_two_processes(_work, str(tmp_path / "store"))

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from tiny import losses, trainer
 
 from iwsft import ImportanceWeights, weights
@@ -76,8 +75,8 @@ def _work(rank: int, port: int, folder: Path, engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ["data-parallel", "zero3"])
-def test_two_processes_are_one(tmp_path: Path, engine: str) -> None:
-    mp.spawn(_work, (_port(), tmp_path, engine), nprocs=2)
+def test_two_processes_are_one(on_two_processes: Any, tmp_path: Path, engine: str) -> None:
+    on_two_processes(_work, _port(), tmp_path, engine)
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     for number, proposal in enumerate(PROPOSALS):
         alone = trainer(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from language_models import alone, decoder, packed
 
 from iwsft.policies import CausalLMPolicy
@@ -41,5 +41,5 @@ def _work(rank: int, store: str) -> None:
     dist.destroy_process_group()
 
 
-def test_sharded_is_whole(tmp_path: Path) -> None:
-    mp.spawn(_work, (str(tmp_path / "store"),), nprocs=2)
+def test_sharded_is_whole(on_two_processes: Any, tmp_path: Path) -> None:
+    on_two_processes(_work, str(tmp_path / "store"))
