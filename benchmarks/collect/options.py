@@ -50,6 +50,12 @@ class Options:
     resume: bool = False
     """Continue a collection that was cut off; it ends in the same data as without interruption."""
 
+    @property
+    def amounts(self) -> tuple[int, ...]:
+        """Episodes of each policy, or with ``--steps`` its least number of steps."""
+        amounts = self.episodes or self.steps
+        return amounts * len(self.policy) if len(amounts) == 1 else amounts
+
 
 def check(options: Options) -> None:
     """Check options that do not need the policies or the environment.

@@ -6,7 +6,7 @@ all. So a collection that was cut off ends in the same data.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 from typing import Any
 
 import numpy as np
@@ -25,34 +25,8 @@ from iwsft.evaluation import episode_seeds
 _NOISE = 1
 
 
-@dataclass(frozen=True)
-class Amount:
-    """An amount of data: a number of episodes, or episodes of at least so many steps."""
-
-    episodes: int | None
-    steps: int | None
-
-    def missing(self, episodes: int, steps: int, longest: int) -> int:
-        """Return the least number of episodes that are missing after so many."""
-        if self.episodes is not None:
-            return max(0, self.episodes - episodes)
-        assert self.steps is not None
-        return max(0, -(-(self.steps - steps) // longest))
-
-
-def amounts(options: Options) -> list[Amount]:
-    """Return the amount of each policy."""
-    numbers = options.episodes or options.steps
-    if len(numbers) == 1:
-        numbers *= len(options.policy)
-    if options.episodes:
-        return [Amount(number, None) for number in numbers]
-    return [Amount(None, number) for number in numbers]
-
-
 def collect(
     behaviours: list[Behaviour],
-    amounts: list[Amount],
     simulator: Simulator,
     parts: Parts,
     options: Options,
@@ -76,15 +50,16 @@ def collect(
     envs: list[Instance] = []
     unwritten: list[Rows] = []
     mode = ExplorationType.RANDOM if options.stochastic else ExplorationType.DETERMINISTIC
-    done = episodes if options.episodes else steps
+    # Of steps, the least number of episodes that can have those that are missing.
+    done, longest = (episodes, 1) if options.episodes else (steps, simulator.max_episode_steps)
     tasks = [
-        bar.add_task(b.name[-24:], total=a.episodes or a.steps, completed=count, note="")
-        for b, a, count in zip(behaviours, amounts, done, strict=True)
+        bar.add_task(behaviour.name[-24:], total=amount, completed=count, note="")
+        for behaviour, amount, count in zip(behaviours, options.amounts, done, strict=True)
     ]
     try:
-        for i, (behaviour, amount) in enumerate(zip(behaviours, amounts, strict=True)):
-            while missing := amount.missing(episodes[i], steps[i], simulator.max_episode_steps):
-                size = min(missing, ROWS)
+        for i, (behaviour, amount) in enumerate(zip(behaviours, options.amounts, strict=True)):
+            while done[i] < amount:
+                size = min(math.ceil((amount - done[i]) / longest), ROWS)
                 envs += [simulator.make() for _ in range(size - len(envs))]
                 first = sum(episodes)
                 seeds = episode_seeds(options.seed, first + size)[first:]

@@ -10,14 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, TextColumn
 
 from benchmarks.collect import online, policies, rollout
 from benchmarks.collect.options import Options, check, env_arguments
@@ -59,10 +52,14 @@ def run(options: Options) -> None:
         "versions": simulator.versions,
     }
     if options.online is None:
-        amounts = rollout.amounts(options)
         settings |= {
             "policies": [[b.name, b.fingerprint] for b in behaviours],
-            "amounts": [asdict(amount) for amount in amounts],
+            "amounts": [
+                {"episodes": amount, "steps": None}
+                if options.episodes
+                else {"episodes": None, "steps": amount}
+                for amount in options.amounts
+            ],
             "noise": options.noise,
             "stochastic": options.stochastic,
         }
@@ -78,7 +75,7 @@ def run(options: Options) -> None:
         with progress_bar("episodes" if options.episodes else "steps") as bar:
             if options.online is None:
                 cost = ""
-                sources = rollout.collect(behaviours, amounts, simulator, parts, options, bar)
+                sources = rollout.collect(behaviours, simulator, parts, options, bar)
             else:
                 sources, cost = online.collect(learner, simulator, parts, output, options, bar)
         rows = parts.rows()
@@ -148,15 +145,8 @@ def environment(options: Options, behaviours: Sequence[Behaviour]) -> tuple[str,
 
 def progress_bar(unit: str) -> Progress:
     """Return a progress bar on standard error."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit + "  {task.fields[note]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
+    amount = TextColumn("{task.completed}/{task.total} " + unit + "  {task.fields[note]}")
+    return Progress(*Progress.get_default_columns(), amount, console=Console(stderr=True))
 
 
 def summary(rows: Rows) -> str:
