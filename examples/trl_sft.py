@@ -25,8 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from iwsft import CausalLMPolicy, ImportanceWeightedMLE, ImportanceWeights
-from iwsft.language.reference import annotate_tokens
+from iwsft import CausalLMPolicy, ImportanceWeightedMLE, ImportanceWeights, annotate_reference
 from iwsft.trajectory import ASSISTANT_MASK, ATTENTION_MASK, REF_LOG_PROB, TOKENS, from_steps
 
 
@@ -91,12 +90,10 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         # Nothing predicts the first token of a row.
         each[ASSISTANT_MASK][sizes.cumsum(0) - sizes] = False
         trajectories = from_steps(each, rows)
-        annotate_tokens(
-            self.policy,
-            trajectories,
-            cache=Path(self.args.output_dir) / "reference",
-            context=self.accelerator.autocast,
-        )
+        with self.accelerator.autocast():
+            annotate_reference(
+                self.policy, trajectories, cache=Path(self.args.output_dir) / "reference"
+            )
         found = trajectories[REF_LOG_PROB].split(sizes.tolist())
         return dataset.add_column(REF_LOG_PROB, [row.tolist() for row in found])
 

@@ -1,11 +1,16 @@
-"""The reference: log pi_ref of every step, computed once and kept on disk."""
+"""The reference: log pi_ref of every step, computed once and cached on disk."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
+import logging
 import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,189 +19,401 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from iwsft.distributed import from_first, gathered
 from iwsft.files import written_whole
 from iwsft.fingerprint import fingerprint
-from iwsft.policies.log_prob import chunked_log_prob, whole_trajectories
-from iwsft.trajectory import IMPORTANCE_WEIGHT, MULTIPLICITY, REF_LOG_PROB, Segments
+from iwsft.forward_pass import Collate, ForwardPass
+from iwsft.policies.causal_lm import CausalLMPolicy
+from iwsft.policies.causal_lm_families import decoder_of
+from iwsft.trajectory import (
+    ASSISTANT_MASK,
+    ATTENTION_MASK,
+    IMPORTANCE_WEIGHT,
+    MULTIPLICITY,
+    REF_LOG_PROB,
+    TOKENS,
+    TRAJ_IDS,
+    Segments,
+)
 
+_log = logging.getLogger(__name__)
+# Rounds of batches after which the progress of a pass is saved.
+_PART = 16
 _DIGEST_BYTES = hashlib.sha256().digest_size
+_DATA_DIGITS, _REST_DIGITS = 16, 48
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+# Entries of a model's config that its log-probs do not depend on.
+_IRRELEVANT = ("_name_or_path", "use_cache")
 
 
 def annotate_reference(
     policy: Any,
     trajectories: TensorDictBase,
     *,
+    batches: Sequence[Sequence[int]] = (),
+    collate: Collate = torch.cat,  # type: ignore[assignment]
     cache: str | Path | None = None,
     rows: int = 8192,
+    device: torch.device | str | None = None,
 ) -> TensorDictBase:
     """Write log pi_ref(a|s) of every step into the trajectories, as ``ref_log_prob``.
 
-    The policy runs in eval mode, without gradient, chunk by chunk. With ``cache`` the result is
-    kept in that folder under a key of the policy's weights and settings, the data, the precision,
-    the device type and the torch version; the code of the policy is no part of it, so a kept
-    result is compared with the policy on the first trajectories.
+    The policy runs in eval mode and without gradient, with PEFT adapters turned off. In a
+    distributed run all processes must call this with the same trajectories: they share the work,
+    and all get the result. The model may be sharded by DeepSpeed or FSDP2.
+
+    If ``batches`` are the micro-batches that training begins with, the log-probs of its first
+    update are the same bits as these (for a model without dropout, in float32 or less), so its
+    first weights are exactly 1.
+
+    With ``cache``, the result is stored in that folder under a key of everything it depends on:
+    data, batches, weights, settings, precision, versions, and the log-probs of the first batch,
+    which therefore runs in any case. Progress is stored too, so that a killed pass continues.
 
     Args:
-        policy: pi_ref, anything with ``log_prob(trajectories)``; a module where there is a cache.
-        trajectories: packed or padded; changed in place.
-        cache: folder of kept results, made where it is missing; None keeps nothing.
-        rows: steps of a forward pass; a longer trajectory is not cut.
+        policy: pi_ref, an object with ``log_prob(trajectories)``; with a cache, a module.
+        trajectories: Packed or padded trajectories, changed in place.
+        batches: Positions of the trajectories of each batch, with those of all processes in turns.
+            Trajectories that are in none follow in batches of similar length. Without batches,
+            chunks in the order of the data are run, or for tokens batches of similar length.
+        collate: Makes one of the ``batches`` of packed trajectories, see
+            :class:`~iwsft.forward_pass.ForwardPass`.
+        cache: Folder of stored results, made if it is missing; None stores nothing.
+        rows: Steps of a chunk, or of a batch of similar length, at most; a longer trajectory is
+            not cut.
+        device: Device of the batches; by default that of the policy.
 
     Returns:
         ``trajectories``, with ``ref_log_prob`` float32, one number a step, 0 off the mask.
 
     Raises:
-        TypeError: a policy without ``log_prob``, or a cache for one that is no module.
-        ValueError: log-probs that are not finite or not one a step, locked trajectories, or a
-            kept file that is corrupt or does not fit the policy.
-        OSError: the cache can't be written; nothing half-written stays.
+        TypeError: The policy has no ``log_prob``, or is not a module and there is a cache.
+        KeyError: The trajectories lack an entry that the policy reads.
+        ValueError: Log-probs are not finite or not one a step; the trajectories are locked, or not
+            the same on all processes; or a stored file is corrupt.
+        OSError: The cache can't be written; no half-written file stays.
+
+    Warns:
+        UserWarning: Adapters change the log-probs already, so the first weights are not 1.
     """
-    check_unlocked(trajectories)
-    if cache is None:
-        trajectories.set(REF_LOG_PROB, _reference(policy, trajectories, rows))
-        return trajectories
-    if not isinstance(policy, nn.Module):
-        raise TypeError(
-            f"the cache is keyed by a module's weights and {type(policy).__name__} is no "
-            "torch.nn.Module; pass cache=None"
-        )
-    folder = Path(cache)
-    # Before the sweep, so that a folder that can't be made costs nothing.
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"ref_log_prob-{_key(policy, trajectories)}.npy"
-    if path.exists():
-        log_prob = read_log_prob(path)
-        _check_fit(log_prob, policy, trajectories, path)
-    else:
-        log_prob = _reference(policy, trajectories, rows)
-        write_log_prob(path, log_prob)
-    trajectories.set(REF_LOG_PROB, log_prob.to(Segments.of(trajectories).index.device))
-    return trajectories
+    log_prob, _ = reference_log_prob(
+        policy,
+        trajectories,
+        batches=batches,
+        collate=collate,
+        cache=cache,
+        rows=rows,
+        device=device,
+    )
+    return trajectories.set(REF_LOG_PROB, log_prob)
 
 
-def check_unlocked(trajectories: TensorDictBase) -> None:
-    """Refuse trajectories that ``ref_log_prob`` can't be written into.
+def reference_log_prob(
+    policy: Any,
+    trajectories: TensorDictBase,
+    *,
+    batches: Sequence[Sequence[int]] = (),
+    collate: Collate = torch.cat,  # type: ignore[assignment]
+    cache: str | Path | None = None,
+    rows: int = 8192,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, str | None]:
+    """log pi_ref of every step, and the key of the stored result; see :func:`annotate_reference`.
 
-    Raises:
-        ValueError: they are locked.
+    A resumed run, whose model has changed, gets the same log-probs by :func:`cached_reference`.
     """
     if trajectories.is_locked:
         raise ValueError(
             "these trajectories are locked, so ref_log_prob can't be written into them; pass "
             "trajectories.copy(), which shares their memory"
         )
+    if cache is not None:
+        if not isinstance(policy, nn.Module):
+            raise TypeError(
+                f"the key of a cached reference contains a module's weights, and "
+                f"{type(policy).__name__} is not a torch.nn.Module; pass cache=None"
+            )
+        # Before the pass, so that a folder that can't be made costs nothing.
+        from_first(lambda: Path(cache).mkdir(parents=True, exist_ok=True))
+    data = _data_digest(trajectories)
+    _check_same(data)
+    chunked = not batches and (TOKENS not in trajectories.keys(True) or trajectories.batch_dims > 1)
+    forward = ForwardPass(
+        policy,
+        trajectories,
+        None if chunked else batches,
+        collate=collate,
+        rows=rows,
+        device=device,
+        complete=True,
+        shared=True,
+    )
+    with _adapters_off(policy):
+        head = forward.run_mine(0)
+        store = None
+        if cache is not None:
+            store = _Store(Path(cache), f"{data}-{_rest_digest(policy, forward, head)}")
+        log_prob = _run(forward, head, store, trajectories)
+    _check_adapters(policy, forward, head)
+    return log_prob, None if store is None else store.key
 
 
-def near(policy: nn.Module) -> float:
-    """How far log-probs of the same policy may be apart: half the digits, for kernels differ."""
-    precisions = [p.dtype for p in policy.parameters() if p.is_floating_point()]
-    eps = max((torch.finfo(p).eps for p in precisions), default=0.0)
-    return max(eps, torch.finfo(torch.float32).eps) ** 0.5
-
-
-def write_log_prob(path: Path, log_prob: Tensor, *, label: str = "") -> None:
-    """Keep log-probs as ``.npy`` with a checksum, whole or not at all.
+def cached_reference(trajectories: TensorDictBase, key: str, *, cache: str | Path) -> None:
+    """Write a stored reference into the trajectories, for a resumed run, whose model has changed.
 
     Args:
-        path: the file.
-        log_prob: any shape.
-        label: what the file belongs to; whoever reads it must name the same.
+        trajectories: Those that were annotated, changed in place.
+        key: Key from :func:`reference_log_prob`.
+        cache: Folder of stored results; the first process reads it.
 
     Raises:
-        OSError: it can't be written; nothing half-written stays.
+        FileNotFoundError: The stored file is gone.
+        ValueError: It is corrupt, or belongs to other trajectories.
     """
-    buffer = io.BytesIO()
-    np.save(buffer, log_prob.cpu().numpy(), allow_pickle=False)
-    body = buffer.getvalue()
-    with written_whole(path) as partial:
-        # After the array, where readers of .npy do not look.
-        partial.write_bytes(body + _checksum(label, body))
+    if _data_digest(trajectories) != key.split("-")[0]:
+        raise ValueError(
+            f"the reference {key} of this run belongs to other trajectories; resume with the data, "
+            "tokenizer, template and max_length of the first run"
+        )
+    path = _Store(Path(cache), key).path()
+    way_out = (
+        "this run's model has moved, so it can't be computed again from it: put a copy of the file "
+        "back, or start afresh with another output folder"
+    )
+
+    def read() -> Tensor:
+        if not path.exists():
+            raise FileNotFoundError(f"the reference of this run, {path}, is gone; {way_out}")
+        return _read_log_prob(path, way_out)
+
+    device = Segments.of(trajectories).index.device
+    trajectories.set(REF_LOG_PROB, from_first(read).to(device))
 
 
-def read_log_prob(
-    path: Path, *, label: str = "", way_out: str = "delete the file and run again"
+def _run(
+    forward: ForwardPass, head: Tensor, store: _Store | None, trajectories: TensorDictBase
 ) -> Tensor:
-    """Read what :func:`write_log_prob` kept, onto the CPU.
+    """Run what is not stored; the log-probs in the layout of the trajectories."""
+    starts = range(0, forward.rounds, _PART)
+    stored, parts = (None, []) if store is None else from_first(lambda: store.read(starts))
+    if stored is not None:
+        return stored.to(Segments.of(trajectories).index.device)
+    for start in starts[len(parts) :]:
+        stop = min(start + _PART, forward.rounds)
+        part = forward.run(start, stop, first=head).float()
+        _check_finite(part, forward.steps(start, stop), trajectories)
+        parts.append(part)
+        if store is not None and stop < forward.rounds:
+            from_first(lambda: store.write(part, start))  # noqa: B023
+            _log.info("reference: %d of %d rounds of batches", stop, forward.rounds)
+    log_prob = forward.placed(torch.cat(parts))
+    if store is not None:
+        from_first(lambda: store.finish(log_prob))
+    return log_prob
+
+
+class _Store:
+    """Files of a pass: the whole result, or the parts that are done.
 
     Args:
-        path: the file.
-        label: what it must belong to.
-        way_out: what to do about a damaged file, for the error.
-
-    Raises:
-        ValueError: the file is damaged, or belongs to something else.
+        folder: Folder of the files.
+        key: Key of the result.
     """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder = folder
+        self.key = key
+
+    def path(self, part: int | str | None = None) -> Path:
+        """File of the whole result, or of the part that begins at a round."""
+        name = "" if part is None else f".rounds-{part}-of-{_PART}"
+        return self.folder / f"ref_log_prob-{self.key}{name}.npy"
+
+    def read(self, starts: Sequence[int]) -> tuple[Tensor | None, list[Tensor]]:
+        """The whole result; or None, and the parts that are stored, from the first one on."""
+        if self.path().exists():
+            return _read_log_prob(self.path()), []
+        parts = []
+        for start in starts:
+            if not self.path(start).exists():
+                break
+            parts.append(_read_log_prob(self.path(start)))
+        return None, parts
+
+    def write(self, log_prob: Tensor, part: int | None = None) -> None:
+        """Store the whole result or a part as ``.npy`` with a checksum, whole or not at all."""
+        buffer = io.BytesIO()
+        np.save(buffer, log_prob.cpu().numpy(), allow_pickle=False)
+        body = buffer.getvalue()
+        path = self.path(part)
+        with written_whole(path) as partial:
+            # After the array, where readers of .npy do not look.
+            partial.write_bytes(body + _checksum(path, body))
+
+    def finish(self, log_prob: Tensor) -> None:
+        """Store the whole result and remove its parts."""
+        self.write(log_prob)
+        for part in self.folder.glob(self.path("*").name):
+            part.unlink(missing_ok=True)
+
+
+def _read_log_prob(path: Path, way_out: str = "delete the file and run again") -> Tensor:
     content = path.read_bytes()
     body, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
-    if _checksum(label, body) != digest:
+    if _checksum(path, body) != digest:
         raise ValueError(
-            f"the reference kept in {path} is corrupt or belongs elsewhere (its checksum does not "
-            f"fit); {way_out}"
+            f"the reference stored in {path} is corrupt or belongs elsewhere (its checksum does "
+            f"not fit); {way_out}"
         )
     return torch.from_numpy(np.load(io.BytesIO(body), allow_pickle=False))
 
 
-def _checksum(label: str, body: bytes) -> bytes:
-    return hashlib.sha256(label.encode() + body).digest()
+def _checksum(path: Path, body: bytes) -> bytes:
+    return hashlib.sha256(path.name.encode() + body).digest()
 
 
-def _reference(policy: Any, trajectories: TensorDictBase, rows: int) -> Tensor:
-    log_prob = chunked_log_prob(policy, trajectories, rows=rows).float()
-    bad = (~log_prob.isfinite()).nonzero()
-    if len(bad):
-        raise ValueError(
-            f"the reference gives log-prob {float(log_prob[tuple(bad[0])])} at step "
-            f"{bad[0].tolist()} and NaN or infinity at {len(bad)} of {log_prob.numel()} steps; "
-            "clean NaN out of the data, and clip actions to where the distribution has a density"
-        )
-    return log_prob
+# ---- the key ----
 
 
-def _key(policy: nn.Module, trajectories: TensorDictBase) -> str:
-    digest = hashlib.sha256()
-    for part in (*_precision(policy), *_settings(policy), *_contents(policy, trajectories)):
-        digest.update(f"{part}\n".encode())
-    return digest.hexdigest()
+def _data_digest(trajectories: TensorDictBase) -> str:
+    """Digest of the entries that log pi(a|s) depends on; a key begins with it."""
+    if TOKENS in trajectories.keys(True):
+        inputs = trajectories.select(TOKENS, ATTENTION_MASK, ASSISTANT_MASK, TRAJ_IDS, strict=False)
+    else:
+        inputs = trajectories.exclude("next", REF_LOG_PROB, MULTIPLICITY, IMPORTANCE_WEIGHT)
+    return fingerprint(dict(inputs.flatten_keys("/").items()))[:_DATA_DIGITS]
 
 
-def _precision(policy: nn.Module) -> Iterator[str]:
-    tensors = [*policy.parameters(), *policy.buffers()]
-    device = tensors[0].device.type if tensors else "cpu"
-    yield f"torch {torch.__version__} {device} {torch.get_float32_matmul_precision()}"
-    if torch.is_autocast_enabled(device):
-        yield f"autocast {torch.get_autocast_dtype(device)}"
+def _rest_digest(policy: nn.Module, forward: ForwardPass, head: Tensor) -> str:
+    """Digest of everything else, the same on all processes.
+
+    The first log-probs show what is not listed: code, kernels, hardware.
+    """
+    mine = fingerprint({"weights": _weights_digest(policy), "head": head})
+    tensor = next(chain(policy.parameters(), policy.buffers()), None)
+    device = "cpu" if tensor is None else tensor.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    rest = {
+        "batches": forward.batches,
+        "collate": _ADDRESS.sub("", repr(forward.collate)),
+        "settings": list(_settings(policy)),
+        "device": [device, torch.get_float32_matmul_precision(), autocast],
+        "torch": torch.__version__,
+        "ranks": gathered(mine),
+    }
+    return fingerprint(rest)[:_REST_DIGITS]
 
 
 def _settings(policy: nn.Module) -> Iterator[str]:
-    """Class and public attributes of each part, such as a clamp that is no parameter."""
-    for name, module in policy.named_modules():
+    """Classes and public attributes, such as a clamp that is not a parameter."""
+    # Engines around a language model have attributes that change from run to run.
+    parts = [("", policy)] if isinstance(policy, CausalLMPolicy) else policy.named_modules()
+    for name, module in parts:
         yield f"{name} {type(module).__module__}.{type(module).__qualname__}"
         for attribute, value in sorted(vars(module).items()):
             if not attribute.startswith("_") and attribute != "training":
                 yield f"{attribute}={_ADDRESS.sub('', repr(value))}"
+    if isinstance(policy, CausalLMPolicy):
+        import transformers
+
+        decoder = decoder_of(policy.model)
+        config = {k: v for k, v in decoder.config.to_dict().items() if k not in _IRRELEVANT}
+        yield f"{type(policy.model).__qualname__} {type(decoder).__qualname__}"
+        yield json.dumps(config, sort_keys=True, default=str)
+        yield f"{decoder.config._attn_implementation} {transformers.__version__}"
 
 
-def _contents(policy: nn.Module, trajectories: TensorDictBase) -> Iterator[str]:
-    yield fingerprint(policy.state_dict())
-    # What comes after a step, and what is ours, has no part in log pi_ref(a|s).
-    data = trajectories.exclude("next", REF_LOG_PROB, MULTIPLICITY, IMPORTANCE_WEIGHT)
-    yield fingerprint(dict(data.flatten_keys("/").items()))
+def _weights_digest(policy: nn.Module) -> str:
+    for module in policy.modules():
+        # FSDP2 keeps the outermost parameters gathered after a forward without backward.
+        reshard = getattr(module, "reshard", None)
+        if callable(reshard):
+            reshard()
+    adapters = _adapter_tensors(policy)
+    named = chain(policy.named_parameters(), policy.named_buffers())
+    return fingerprint({name: _local_shard(x) for name, x in named if id(x) not in adapters})
 
 
-def _check_fit(
-    log_prob: Tensor, policy: nn.Module, trajectories: TensorDictBase, path: Path
-) -> None:
-    """Compare a kept result with the policy on the first trajectories."""
-    segments = Segments.of(trajectories)
-    head = next(whole_trajectories(segments, 1))
-    now = chunked_log_prob(policy, trajectories[head]).float().cpu()
-    close = near(policy)
-    fits = log_prob.shape == segments.shape and torch.allclose(
-        log_prob[head], now, rtol=close, atol=close
-    )
-    if not fits:
-        raise ValueError(
-            f"the reference kept in {path} is not what the policy gives now: its code must have "
-            "changed since; delete the file and run again"
+def _local_shard(tensor: Any) -> Tensor:
+    """What this process holds of a parameter or buffer: a view; all of it if it is not sharded."""
+    shard = getattr(tensor, "ds_tensor", None)
+    if shard is not None:
+        if shard.status.name != "AVAILABLE":
+            raise ValueError(
+                "DeepSpeed keeps these parameters on NVMe, so they can't be looked at; pass "
+                "cache=None, or offload parameters to the CPU"
+            )
+        # The last shards end in padding that is never written.
+        left = tensor.ds_numel - shard.ds_numel * tensor.ds_zero_partition_rank
+        return shard.detach().reshape(-1)[: max(left, 0)]
+    # A DTensor (FSDP2) has a local part.
+    local: Tensor = getattr(tensor, "to_local", lambda: tensor)()
+    return local.detach()
+
+
+# ---- adapters ----
+
+
+def _adapter_tensors(policy: Any) -> set[int]:
+    """Ids of PEFT's own tensors, which the model without adapters does not use."""
+    ids: set[int] = set()
+    for module in policy.modules() if isinstance(policy, nn.Module) else ():
+        for name in getattr(module, "adapter_layer_names", ()):
+            part = getattr(module, name, None)
+            if isinstance(part, nn.Module):
+                ids.update(map(id, chain(part.parameters(), part.buffers())))
+    return ids
+
+
+def _adapters_off(policy: Any) -> AbstractContextManager[Any]:
+    """Within, the model without adapters, if it has some."""
+    if isinstance(policy, CausalLMPolicy) and _adapter_tensors(policy):
+        return policy.reference()
+    return nullcontext()
+
+
+def _check_adapters(policy: Any, forward: ForwardPass, head: Tensor) -> None:
+    """Warn of adapters that change the log-probs already."""
+    if not (isinstance(policy, CausalLMPolicy) and _adapter_tensors(policy)):
+        return
+    dtypes = {head.dtype, *(p.dtype for p in policy.parameters() if p.is_floating_point())}
+    # Half the digits, for kernels differ.
+    tolerance = max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5
+    changed = not torch.allclose(forward.run_mine(0), head, rtol=tolerance, atol=tolerance)
+    if any(gathered(changed)):
+        warnings.warn(
+            "the adapters change the log-probs already; the reference is the model without them, "
+            "so the first weights are not 1. To take the model as it is for the reference, "
+            "merge them into it (merge_and_unload()) and add new ones",
+            UserWarning,
+            stacklevel=4,
         )
+
+
+# ---- checks ----
+
+
+def _check_same(data: str) -> None:
+    everyone = gathered(data)
+    if len(set(everyone)) > 1:
+        odd = next(rank for rank, other in enumerate(everyone) if other != everyone[0])
+        raise ValueError(
+            f"process {odd} holds other trajectories than process 0; read and tokenise the same "
+            "data on all of them, in the same order"
+        )
+
+
+def _check_finite(log_prob: Tensor, steps: Tensor, trajectories: TensorDictBase) -> None:
+    bad = (~log_prob.isfinite()).nonzero().squeeze(1).cpu()
+    if len(bad) == 0:
+        return
+    step = int(steps[bad[0]])
+    index = Segments.of(trajectories).index.cpu()
+    first = int((index == index[step]).nonzero()[0])
+    traj_id = int(trajectories.get(TRAJ_IDS, index).reshape(-1)[step])
+    raise ValueError(
+        f"the reference gives log-prob {float(log_prob[bad[0]])} at step {step - first} of "
+        f"trajectory {traj_id}, and {len(bad)} of {len(steps)} log-probs are not finite: look for "
+        "NaN in that trajectory and in the policy's weights; clip actions to where the "
+        "distribution has a density; in float16, use bfloat16 or float32"
+    )

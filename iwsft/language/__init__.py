@@ -26,10 +26,11 @@ from iwsft.datasets.text.rows import Row, check_scores, read, to_row
 from iwsft.datasets.text.tokens import TokenDataset, correct_only, tokenize
 from iwsft.language.batches import EpochBatches, EpochSampler, TrajectoryDataset, collate
 from iwsft.language.loss import token_loss
+from iwsft.reference import annotate_reference as annotate_tokens
+from iwsft.reference import cached_reference
 
 if TYPE_CHECKING:
     from iwsft.language.config import ImportanceWeightedConfig
-    from iwsft.language.reference import annotate_tokens, cached_reference
     from iwsft.language.trainer import ImportanceWeightedTrainer
 
 __all__ = [
@@ -57,8 +58,6 @@ __all__ = [
 _LAZY = {
     "ImportanceWeightedConfig": "config",
     "ImportanceWeightedTrainer": "trainer",
-    "annotate_tokens": "reference",
-    "cached_reference": "reference",
 }
 
 

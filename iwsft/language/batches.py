@@ -68,13 +68,14 @@ class TrajectoryDataset(Dataset[TensorDictBase]):
         """Tokens of each entry, int64 ``[len(self)]``."""
         return self._sizes[self._trajectory]
 
-    def trajectory(self, entry: int) -> int:
-        """Position of an entry's trajectory in the data, counted from 0."""
-        return int(self._trajectory[entry])
+    def positions(self, entries: Sequence[int]) -> list[int]:
+        """Positions in the data, counted from 0, of the trajectories of some entries."""
+        positions: list[int] = self._trajectory[list(entries)].tolist()
+        return positions
 
     def __getitem__(self, entry: int) -> TensorDictBase:
         """One trajectory, batch size ``[T]``, as a view without multiplicity."""
-        trajectory = self.trajectory(entry)
+        (trajectory,) = self.positions([entry])
         stop = int(self._stops[trajectory])
         steps = self.trajectories[stop - int(self._sizes[trajectory]) : stop]
         # A trajectory counts once for each of its entries.

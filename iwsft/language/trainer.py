@@ -22,6 +22,7 @@ from transformers.trainer_utils import (
 )
 
 from iwsft.fingerprint import fingerprint
+from iwsft.forward_pass import dataset_log_prob
 from iwsft.language import saving
 from iwsft.language.batches import PLACE, TrajectoryDataset, collate
 from iwsft.language.checks import check_engine, warn_of_half_precision
@@ -29,13 +30,12 @@ from iwsft.language.config import ImportanceWeightedConfig
 from iwsft.language.loss import token_loss
 from iwsft.language.measures import Measures
 from iwsft.language.plan import PlannedLoader, plan_updates
-from iwsft.language.reference import annotate_tokens, cached_reference
 from iwsft.language.shards import Shards
-from iwsft.language.sweep import swept_log_prob
 from iwsft.language.weighing import CachedWeights
 from iwsft.objective import LOSS
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.proposals import EMA
+from iwsft.reference import cached_reference, reference_log_prob
 from iwsft.trajectory import (
     ASSISTANT_MASK,
     REF_LOG_PROB,
@@ -195,7 +195,7 @@ class ImportanceWeightedTrainer(Trainer):
             last = max(self.state.max_steps, update + 1)
             with nullcontext() if self._shards is None else self._shards.swapped():
                 window = range(update, min(update + (self.args.sync_every or 1), last))
-                self._weights.weigh(window, self._sweep)
+                self._weights.weigh(window, partial(self._log_prob, self._dataset.trajectories))
         batches = [next(epoch_iterator) for _ in range(num_batches)]
         draws = torch.zeros((), dtype=torch.float64, device=device)
         for batch in batches:
@@ -241,10 +241,17 @@ class ImportanceWeightedTrainer(Trainer):
         self._finite = self._finite.to(loss.device) & loss.detach().isfinite()
         return (loss, out) if return_outputs else loss
 
-    def _sweep(self, batches: list[list[int]]) -> Tensor:
-        """log p of the tokens in some batches, at their places among all trajectories."""
+    def _log_prob(self, trajectories: TensorDictBase, batches: list[list[int]]) -> Tensor:
+        """log p of the tokens of all trajectories that are in the batches, ``[N]``."""
         self._policy.model = self.model_wrapped
-        return swept_log_prob(self._policy, self._dataset, self._collate, batches, self.accelerator)
+        return dataset_log_prob(
+            self._policy,
+            trajectories,
+            batches,
+            collate=self._collate,
+            device=self.accelerator.device,
+            shared=True,
+        )
 
     # ---- start and resumption ----
 
@@ -306,15 +313,15 @@ class ImportanceWeightedTrainer(Trainer):
             cached_reference(self._trajectories, self._reference_key, cache=cache)
         else:
             self._policy.model = self.model_wrapped
-            found = annotate_tokens(
+            log_prob, self._reference_key = reference_log_prob(
                 self._policy,
                 self._trajectories,
-                self._plan.epoch(0),
+                batches=[self._dataset.positions(batch) for batch in self._plan.epoch(0)],
+                collate=self._collate,
                 cache=cache,
-                **self._collate.keywords,
                 device=self.accelerator.device,
             )
-            self._reference_key = found.key
+            self._trajectories.set(REF_LOG_PROB, log_prob)
         self._dataset.trajectories.set(REF_LOG_PROB, self._trajectories.get(REF_LOG_PROB))
 
     def _settings(self) -> dict[str, Any]:
@@ -402,11 +409,10 @@ class ImportanceWeightedTrainer(Trainer):
         held_out = self.eval_dataset
         if not isinstance(held_out, TrajectoryDataset) or eval_dataset is not None:
             raise ValueError("hand held-out trajectories over as eval_trajectories=...")
-        self._policy.model = self.model_wrapped
-        numbers = range(len(held_out))
+        entries = range(len(held_out))
         width = self.args.per_device_eval_batch_size
-        batches = [list(numbers[at : at + width]) for at in range(0, len(numbers), width)]
-        log_prob = swept_log_prob(self._policy, held_out, self._collate, batches, self.accelerator)
+        batches = [held_out.positions(entries[at : at + width]) for at in entries[::width]]
+        log_prob = self._log_prob(held_out.trajectories, batches)
         held = held_out.trajectories
         segments = self._loss.segments(held)
         share = self._loss.share(held, segments)

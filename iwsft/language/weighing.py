@@ -1,8 +1,9 @@
-"""Cached weights of coming updates, from one forward sweep over their trajectories."""
+"""Cached weights of coming updates, from one forward pass over their trajectories."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 from tensordict import TensorDictBase
@@ -14,14 +15,14 @@ from iwsft.objective import ImportanceWeightedMLE
 from iwsft.trajectory import IMPORTANCE_WEIGHT, MULTIPLICITY, lengths, select
 from iwsft.weights import exponential
 
-# Micro-batches, by their entries -> log-probs of their tokens, gathered from all processes.
-Sweep = Callable[[list[list[int]]], Tensor]
+# Batches, by the positions of their trajectories -> log-probs, gathered from all processes.
+LogProb = Callable[[list[list[int]]], Tensor]
 
 
 class CachedWeights:
     """Computes the weights of the coming updates and writes them into their batches.
 
-    q does not move within a window of updates, so one forward sweep gives the weights of all their
+    q does not move within a window of updates, so one forward pass gives the weights of all their
     trajectories. Transforms that compare weights see the whole window, on all processes.
 
     Args:
@@ -45,23 +46,27 @@ class CachedWeights:
         self.clip_fraction = torch.nan
 
     @torch.no_grad()
-    def weigh(self, updates: range, sweep: Sweep) -> None:
+    def weigh(self, updates: range, log_prob: LogProb) -> None:
         """Weigh the trajectories of a window.
 
         Args:
             updates: Numbers of the updates of the window.
-            sweep: From micro-batches to log q of their tokens, ``[N]`` in the layout of all
+            log_prob: From batches to log q of their tokens, ``[N]`` in the layout of all
                 trajectories.
 
         Raises:
             OverflowError: A weight is beyond float32.
         """
-        batches = [batch for update in updates for batch in self._plan.update(update)]
-        drawn = torch.tensor([self._dataset.trajectory(n) for batch in batches for n in batch])
+        batches = [
+            self._dataset.positions(batch)
+            for update in updates
+            for batch in self._plan.update(update)
+        ]
+        drawn = torch.tensor([*chain.from_iterable(batches)])
         trajectories, multiplicity = drawn.unique(return_counts=True)
         window = select(self._dataset.trajectories, trajectories)
         window.set(MULTIPLICITY, multiplicity.repeat_interleave(lengths(window)))
-        log_q = sweep(self._first_seen(batches)).to("cpu", torch.float32)
+        log_q = log_prob(batches).to("cpu", torch.float32)
         place = window.get(PLACE)
         segments = self._loss.segments(window)
         share = self._loss.share(window, segments)
@@ -87,19 +92,3 @@ class CachedWeights:
         self._weights.copy_(torch.as_tensor(state["weights"]))
         self.until = int(state["until"])
         self.clip_fraction = float(state["clip_fraction"])
-
-    def _first_seen(self, batches: list[list[int]]) -> list[list[int]]:
-        """The batches that hold a trajectory for the first time.
-
-        The batches that the processes run together are kept or left out together, because sharded
-        models gather parameters together.
-        """
-        seen: set[int] = set()
-        chosen: list[list[int]] = []
-        for start in range(0, len(batches), self._plan.processes):
-            together = batches[start : start + self._plan.processes]
-            new = {self._dataset.trajectory(entry) for batch in together for entry in batch}
-            if not new <= seen:
-                chosen += together
-                seen |= new
-        return chosen

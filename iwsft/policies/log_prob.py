@@ -1,4 +1,4 @@
-"""log pi(a|s) of a whole dataset, chunk by chunk and without gradient."""
+"""log pi(a|s) of a batch, checked and with harmless padding."""
 
 from __future__ import annotations
 
@@ -11,58 +11,6 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 
 from iwsft.trajectory import Segments
-
-# Matrix products of 1 to 4 rows take another kernel, whose last bits differ from the rest.
-_LEAST_STEPS = 16
-
-
-def chunked_log_prob(
-    policy: Any,
-    trajectories: TensorDictBase,
-    *,
-    rows: int = 8192,
-    segments: Segments | None = None,
-) -> Tensor:
-    """log pi(a|s) of every step, in eval mode, under ``no_grad``, in chunks of whole trajectories.
-
-    Args:
-        policy: anything with ``log_prob(trajectories)``, one number a step. It is given a shallow
-            copy of each chunk, so what it writes there does not reach ``trajectories``.
-        trajectories: packed or padded.
-        rows: steps of a chunk. A trajectory (a row of a padded batch) is never cut, so a longer
-            one makes a longer chunk; a remainder of a few steps joins its neighbour.
-        segments: layout and mask of ``trajectories``, where they are not those of the usual keys.
-
-    Returns:
-        ``[N]`` or ``[B, T]``, float32 or wider, 0 off the mask.
-
-    Raises:
-        TypeError: a policy without ``log_prob``, or one that gives no tensor.
-        ValueError: ``rows`` below 1, no step at all, or log-probs that are not one number a step.
-    """
-    if not callable(getattr(policy, "log_prob", None)):
-        raise TypeError(
-            f"{type(policy).__name__} has no log_prob(trajectories); pass a GaussianPolicy, a "
-            "TorchRL ProbabilisticActor, or any object with that method"
-        )
-    if rows < 1:
-        raise ValueError(f"rows={rows} must be at least 1")
-    if segments is None:
-        segments = Segments.of(trajectories)
-    if segments.shape.numel() == 0:
-        raise ValueError("there is not a single step in these trajectories")
-    with torch.no_grad(), evaluating(policy):
-        parts = [
-            step_log_prob(
-                policy,
-                trajectories[chunk],
-                torch.Size((chunk.stop - chunk.start, *segments.shape[1:])),
-            )
-            for chunk in whole_trajectories(segments, rows)
-        ]
-    out = torch.cat(parts)
-    # Not a product with the mask: padding may hold NaN or infinity.
-    return out if segments.mask is None else torch.where(segments.valid, out, 0.0)
 
 
 @contextmanager
@@ -129,23 +77,3 @@ def finite_padding(
         valid = segments.valid.reshape(*layout, *[1] * (value.ndim - len(layout)))
         batch.set(key, torch.where(valid | value.isfinite(), value, 0.0))
     return batch
-
-
-def whole_trajectories(segments: Segments, rows: int) -> Iterator[slice]:
-    """Slices of the first batch dimension, whole trajectories, about ``rows`` steps each."""
-    if len(segments.shape) == 2:
-        width = segments.shape[1]
-        ends = torch.arange(1, segments.shape[0] + 1) * width
-    else:
-        width = 1
-        ends = torch.bincount(segments.index).cumsum(0).cpu()
-    last = int(ends[-1])
-    start = 0
-    while start < last:
-        fits = int(torch.searchsorted(ends, start + rows, right=True)) - 1
-        least = int(torch.searchsorted(ends, min(start + _LEAST_STEPS, last)))
-        stop = int(ends[max(fits, least)])
-        if last - stop < _LEAST_STEPS:
-            stop = last
-        yield slice(start // width, stop // width)
-        start = stop

@@ -6,18 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from benchmarks.llm.recipes.recipe import Evaluation
 from benchmarks.llm.recipes.solutions import Question
 from benchmarks.statistics import bootstrap_interval
 from iwsft.datasets.text.rows import Row
 from iwsft.datasets.text.tokens import tokenize
-from iwsft.language.batches import TrajectoryDataset, collate
+from iwsft.forward_pass import dataset_log_prob
+from iwsft.language.batches import collate
 from iwsft.policies.causal_lm import CausalLMPolicy
-from iwsft.trajectory import ASSISTANT_MASK
+from iwsft.trajectory import ASSISTANT_MASK, Segments
 
 
 def mean_log_probs(
@@ -30,33 +29,25 @@ def mean_log_probs(
 ) -> NDArray[np.float64]:
     """Mean of log p over the trained tokens of each row, in nats, ``[len(rows)]``.
 
-    All processes of a sharded engine must call it with the same rows, as each runs all of them.
+    Each process runs all rows.
 
     Args:
-        model: a causal language model or an engine around one, on its device; its mode is kept.
-        tokenizer: of the model.
-        rows: texts; a completion's end token counts among its tokens.
-        max_length: tokens of a row at most, see :func:`iwsft.language.tokenize`.
-        token_budget: tokens of a forward pass, padding included, where a row is not longer.
+        model: A causal language model on its device.
+        tokenizer: Tokenizer of the model.
+        rows: Texts; a completion's end token counts among its tokens.
+        max_length: Largest number of tokens of a row, see :func:`iwsft.language.tokenize`.
+        token_budget: Largest number of tokens of a forward pass, padding included; a longer row has
+            one of its own.
 
     Raises:
-        ValueError: see :func:`iwsft.language.tokenize`, or a log-probability that is not finite.
+        ValueError: See :func:`iwsft.language.tokenize`, or a log-probability is not finite.
     """
-    data = TrajectoryDataset(tokenize(rows, tokenizer, max_length=max_length).trajectories)
-    policy = CausalLMPolicy(model)
-    device = next(model.parameters()).device
-    means = np.empty(len(data))
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for numbers in _batches(data.sizes, token_budget):
-                batch = collate([data[number] for number in numbers]).to(device)
-                mask = batch.get(ASSISTANT_MASK)
-                found = policy.log_prob(batch).double().sum(-1) / mask.sum(-1)
-                means[numbers] = found.cpu().numpy()
-    finally:
-        model.train(training)
+    trajectories = tokenize(rows, tokenizer, max_length=max_length).trajectories
+    log_prob = dataset_log_prob(
+        CausalLMPolicy(model), trajectories, (), collate=collate, rows=token_budget, complete=True
+    )
+    segments = Segments.of(trajectories, mask=trajectories.get(ASSISTANT_MASK))
+    means: NDArray[np.float64] = segments.mean(log_prob.double())[: len(rows)].numpy()
     if not np.isfinite(means).all():
         where = rows[int(np.flatnonzero(~np.isfinite(means))[0])].where
         raise ValueError(
@@ -105,16 +96,3 @@ def right_against_wrong(
         "right_log_prob": float(good.mean()),
         "wrong_log_prob": float(bad.mean()),
     }
-
-
-def _batches(sizes: Tensor, token_budget: int) -> list[list[int]]:
-    """Numbers of rows of like length, the longest first, so that what does not fit fails first."""
-    batches: list[list[int]] = []
-    longest = 0
-    for number in sizes.argsort(descending=True, stable=True).tolist():
-        if not batches or (len(batches[-1]) + 1) * longest > token_budget:
-            batches.append([])
-            longest = int(sizes[number])
-        batches[-1].append(number)
-    # As they stand in a collated batch.
-    return [sorted(batch) for batch in batches]
