@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import transformers
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
+from iwsft import annotate_reference
+from iwsft.language.batches import collate
 from iwsft.policies import CausalLMPolicy
+from iwsft.reference import reference_log_prob
 
 VOCABULARY = 61
 SIZES = (9, 4, 14, 6, 11, 23, 5, 8, 3, 17)
-# Entries of TrajectoryDataset, each trajectory once.
+# Each trajectory once.
 BATCHES = [[5, 1, 7], [2, 0], [9, 4, 3], [8, 6]]
 
 
@@ -69,6 +73,29 @@ def dataset(
     if multiplicity is not None:
         data["multiplicity"] = torch.tensor(multiplicity).repeat_interleave(size)
     return data
+
+
+def annotate(
+    theta: Any,
+    data: TensorDict,
+    batches: Sequence[Sequence[int]] = BATCHES,
+    *,
+    cache: Path | None = None,
+    **how: Any,
+) -> None:
+    """Annotate in batches that are collated as training does it."""
+    make = partial(collate, **how)
+    annotate_reference(theta, data, batches=batches, collate=make, cache=cache)
+
+
+def key_of(
+    theta: Any, data: TensorDict, cache: Path, batches: Sequence[Sequence[int]] = BATCHES
+) -> str:
+    """The key under which :func:`annotate` stores the reference."""
+    make = partial(collate)
+    _, key = reference_log_prob(theta, data, batches=batches, collate=make, cache=cache)
+    assert key is not None
+    return key
 
 
 def alone(model: Any, data: TensorDict) -> Tensor:

@@ -1,7 +1,8 @@
-"""The cache of annotate_tokens: kept under all it depends on, resumable, checked when read."""
+"""The cache of tokens' reference: stored under all it depends on, resumable, checked when read."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,39 +13,49 @@ from typing import Any
 
 import pytest
 import torch
-from reference_cases import BATCHES, SIZES, Counting, dataset, decoder, files, policy
+from reference_cases import (
+    BATCHES,
+    SIZES,
+    Counting,
+    annotate,
+    dataset,
+    decoder,
+    files,
+    key_of,
+    policy,
+)
 from tensordict import TensorDict
 
-from iwsft.language.reference import annotate_tokens, cached_reference
 from iwsft.policies import CausalLMPolicy
+from iwsft.reference import cached_reference
 
 
-def test_kept_is_read_and_only_the_first_batch_runs(tmp_path: Path) -> None:
+@pytest.fixture
+def part_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Progress is stored after every batch."""
+    monkeypatch.setattr("iwsft.reference._PART", 1)
+
+
+def test_stored_result_is_read_and_only_the_first_batch_runs(tmp_path: Path) -> None:
     first, second = dataset(), dataset()
-    made = annotate_tokens(policy(), first, BATCHES, cache=tmp_path / "made" / "here")
-    asked = Counting(decoder())
-    # The class is part of the key.
-    asked.__class__.__qualname__ = "CausalLMPolicy"
-    found = annotate_tokens(asked, second, BATCHES, cache=tmp_path / "made" / "here")
+    for data in (first, second):
+        asked = Counting(decoder())
+        annotate(asked, data, cache=tmp_path / "made" / "here")
+        assert len(asked._asked) == (len(BATCHES) if data is first else 1)
     assert asked._asked == [[1, 5, 7]]
-    assert (made.batches, made.computed, found.computed) == (4, 4, 1)
-    assert found.key == made.key is not None
     assert torch.equal(first["ref_log_prob"], second["ref_log_prob"])
     assert len(files(tmp_path / "made" / "here")) == 1
 
 
 def test_what_has_no_part_in_it_does_not_change_the_key(tmp_path: Path) -> None:
-    first = annotate_tokens(policy(), dataset(), BATCHES, cache=tmp_path)
     data = dataset(multiplicity=[1] * len(SIZES))
     data["score"] = torch.rand(len(data))
     data["importance_weight"] = torch.rand(len(data))
     model = decoder()
     model.config._name_or_path = "elsewhere"
     model.config.use_cache = False
-    second = annotate_tokens(
-        CausalLMPolicy(model.eval()), data, BATCHES, cache=tmp_path, save_every=0
-    )
-    assert first.key == second.key
+    other = key_of(CausalLMPolicy(model.eval()), data, tmp_path)
+    assert key_of(policy(), dataset(), tmp_path) == other
 
 
 def late_weight(theta: CausalLMPolicy, data: TensorDict, how: dict[str, Any]) -> None:
@@ -106,7 +117,7 @@ def multiple(theta: CausalLMPolicy, data: TensorDict, how: dict[str, Any]) -> No
 
 
 def autocast(theta: CausalLMPolicy, data: TensorDict, how: dict[str, Any]) -> None:
-    how["context"] = lambda: torch.autocast("cpu", torch.bfloat16)
+    how["context"] = torch.autocast("cpu", torch.bfloat16)
 
 
 CHANGES = [late_weight, buffer, config, attention, one_row, half, code, token, mask, ids, order]
@@ -115,52 +126,55 @@ CHANGES += [layout, padding, multiple, autocast]
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_key_follows_all_it_depends_on(tmp_path: Path, change: Callable[..., None]) -> None:
-    before = annotate_tokens(policy(), dataset(), BATCHES, cache=tmp_path)
+    annotate(policy(), dataset(), cache=tmp_path)
     theta, data, how = policy(), dataset(), {"batches": BATCHES}
-    change(theta, data, how)
-    after = annotate_tokens(theta, data, cache=tmp_path, **how)
-    assert after.key != before.key
-    assert after.computed == after.batches and len(files(tmp_path)) == 2
+    with contextlib.ExitStack() as stack:
+        change(theta, data, how)
+        stack.enter_context(how.pop("context", contextlib.nullcontext()))
+        annotate(theta, data, cache=tmp_path, **how)
+    assert len(files(tmp_path)) == 2
 
 
+@pytest.mark.usefixtures("part_a_batch")
 @pytest.mark.parametrize("at", [1, 2, 3])
-def test_interrupted_pass_goes_on_where_it_stood(tmp_path: Path, at: int) -> None:
+def test_interrupted_pass_continues(tmp_path: Path, at: int) -> None:
     whole, data = dataset(), dataset()
-    expected = annotate_tokens(Counting(decoder()), whole, BATCHES)
+    annotate(policy(), whole)
     with pytest.raises(InterruptedError):
-        annotate_tokens(
-            Counting(decoder(), breaks_at=at), data, BATCHES, cache=tmp_path, save_every=0
-        )
+        annotate(Counting(decoder(), breaks_at=at), data, cache=tmp_path)
     assert len(files(tmp_path)) == at
     assert "ref_log_prob" not in data.keys()  # noqa: SIM118
     again = Counting(decoder())
-    found = annotate_tokens(again, data, BATCHES, cache=tmp_path, save_every=0)
-    # The first once more, for the key, and what was not done.
+    annotate(again, data, cache=tmp_path)
+    # The first once more, for the key, and those that were not done.
     assert again._asked == [sorted(batch) for batch in [BATCHES[0], *BATCHES[at:]]]
-    assert found.computed == 1 + len(BATCHES) - at and expected.batches == found.batches
     assert torch.equal(data["ref_log_prob"], whole["ref_log_prob"])
-    assert [path.name for path in files(tmp_path)] == [f"ref_log_prob-{found.key}.npy"]
-
-
-def test_savings_are_rare_where_batches_are_fast(tmp_path: Path) -> None:
-    """After the first, whose time does not count much, one part holds all the rest."""
-    asked = Counting(decoder(), breaks_at=len(BATCHES))
-    data = dataset(multiplicity=[0, *[1] * (len(SIZES) - 1)])
-    with pytest.raises(InterruptedError):
-        annotate_tokens(asked, data, [[n] for n in range(len(SIZES) - 1)], cache=tmp_path)
     assert len(files(tmp_path)) == 1
+
+
+def test_a_part_is_a_fixed_number_of_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("iwsft.reference._PART", 3)
+    with pytest.raises(InterruptedError):
+        annotate(
+            Counting(decoder(), breaks_at=8), dataset(), [[n] for n in range(10)], cache=tmp_path
+        )
+    assert len(files(tmp_path)) == 2
+    again = Counting(decoder())
+    annotate(again, dataset(), [[n] for n in range(10)], cache=tmp_path)
+    assert again._asked == [[0], [6], [7], [8], [9]]
 
 
 def test_killed_process_leaves_what_the_next_one_reads(tmp_path: Path) -> None:
     body = (
         "import os, signal, sys; from pathlib import Path; from reference_cases import *;"
-        "from iwsft.language.reference import annotate_tokens; from iwsft.files import *;"
-        "import iwsft.language.reference as r; write = r.write_log_prob; left = [2]\n"
-        "def killed(path, log_prob, *, label):\n"
+        "import iwsft.reference as r; write = r._Store.write; left = [2]\n"
+        "def killed(store, log_prob, part=None):\n"
         "    if not left[0]: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    left[0] -= 1; write(path, log_prob, label=label)\n"
-        "r.write_log_prob = killed; torch.set_num_threads(int(sys.argv[2]))\n"
-        "annotate_tokens(policy(), dataset(), BATCHES, cache=Path(sys.argv[1]), save_every=0)\n"
+        "    left[0] -= 1; write(store, log_prob, part)\n"
+        "r._Store.write = killed; r._PART = 1; torch.set_num_threads(int(sys.argv[2]))\n"
+        "annotate(policy(), dataset(), cache=Path(sys.argv[1]))\n"
     )
     ended = subprocess.run(
         [sys.executable, "-c", body, str(tmp_path), str(torch.get_num_threads())],
@@ -171,12 +185,16 @@ def test_killed_process_leaves_what_the_next_one_reads(tmp_path: Path) -> None:
     assert ended.returncode == -signal.SIGKILL
     assert len(files(tmp_path)) == 2
     data, whole = dataset(), dataset()
-    found = annotate_tokens(policy(), data, BATCHES, cache=tmp_path)
-    assert found.computed == 1 + 2 and len(files(tmp_path)) == 1
-    annotate_tokens(policy(), whole, BATCHES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("iwsft.reference._PART", 1)
+        annotate(policy(), data, cache=tmp_path)
+    # Its parts were read, under the same key in another process, and removed.
+    assert len(files(tmp_path)) == 1
+    annotate(policy(), whole)
     assert torch.equal(data["ref_log_prob"], whole["ref_log_prob"])
 
 
+@pytest.mark.usefixtures("part_a_batch")
 @pytest.mark.parametrize("harm", ["cut", "flip", "empty", "foreign"])
 @pytest.mark.parametrize("part", [False, True])
 def test_corrupt_and_foreign_files_are_named(tmp_path: Path, harm: str, part: bool) -> None:
@@ -184,7 +202,7 @@ def test_corrupt_and_foreign_files_are_named(tmp_path: Path, harm: str, part: bo
     for theta, cache in ((decoder(1), other), (decoder(), tmp_path / "kept")):
         asked = Counting(theta, breaks_at=2 if part else None)
         try:
-            annotate_tokens(asked, dataset(), BATCHES, cache=cache, save_every=0)
+            annotate(asked, dataset(), cache=cache)
         except InterruptedError:
             assert part
     path = files(tmp_path / "kept")[-1]
@@ -201,13 +219,13 @@ def test_corrupt_and_foreign_files_are_named(tmp_path: Path, harm: str, part: bo
     data = dataset()
     again = Counting(decoder())
     with pytest.raises(ValueError, match="is corrupt or belongs elsewhere.*delete the file") as e:
-        annotate_tokens(again, data, BATCHES, cache=tmp_path / "kept", save_every=0)
+        annotate(again, data, cache=tmp_path / "kept")
     assert str(path) in str(e.value) and len(again._asked) == 1
     assert "ref_log_prob" not in data.keys()  # noqa: SIM118
     path.unlink()
-    annotate_tokens(again, data, BATCHES, cache=tmp_path / "kept")
+    annotate(again, data, cache=tmp_path / "kept")
     whole = dataset()
-    annotate_tokens(policy(), whole, BATCHES)
+    annotate(policy(), whole)
     assert torch.equal(data["ref_log_prob"], whole["ref_log_prob"])
 
 
@@ -215,14 +233,14 @@ def test_cache_that_is_a_file_fails_before_the_first_forward(tmp_path: Path) -> 
     (tmp_path / "file").write_text("")
     asked = Counting(decoder())
     with pytest.raises(FileExistsError, match="file"):
-        annotate_tokens(asked, dataset(), BATCHES, cache=tmp_path / "file")
+        annotate(asked, dataset(), cache=tmp_path / "file")
     assert asked._asked == []
 
 
 def test_resumed_run_reads_what_its_model_can_no_longer_give(tmp_path: Path) -> None:
     data, resumed = dataset(), dataset()
-    key = annotate_tokens(policy(), data, BATCHES, cache=tmp_path).key
-    assert key is not None
+    annotate(policy(), data, cache=tmp_path)
+    key = key_of(policy(), dataset(), tmp_path)
     cached_reference(resumed, key, cache=tmp_path)
     assert torch.equal(resumed["ref_log_prob"], data["ref_log_prob"])
     with pytest.raises(ValueError, match=f"reference {key} .*belongs to other trajectories"):

@@ -11,13 +11,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from reference_cases import VOCABULARY, dataset, decoder
+from reference_cases import VOCABULARY, annotate, dataset, decoder, key_of
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from iwsft import reference
 from iwsft.language.batches import TrajectoryDataset, collate
-from iwsft.language.reference import annotate_tokens, cached_reference
 from iwsft.policies import CausalLMPolicy
+from iwsft.reference import cached_reference
 
 # One more than two processes share evenly.
 BATCHES = [[5, 1, 7], [2, 0], [9, 4, 3], [8], [6]]
@@ -99,13 +100,12 @@ def _check(wrap: Callable[[Any], Any], rank: int, folder: Path) -> None:
     # Only the first process's folder is used.
     cache = folder / wrap.__name__ / str(rank)
     with pytest.raises(InterruptedError):
-        interrupted = Breaking(wrap(decoder(**UNEVEN)), breaks_at=1)
-        annotate_tokens(interrupted, data, BATCHES, cache=cache, save_every=0)
+        annotate(Breaking(wrap(decoder(**UNEVEN)), breaks_at=1), data, BATCHES, cache=cache)
     engine = wrap(decoder(**UNEVEN))
     theta = Breaking(engine)
-    made = annotate_tokens(theta, data, BATCHES, cache=cache, save_every=0)
+    annotate(theta, data, BATCHES, cache=cache)
     assert torch.equal(data["ref_log_prob"], truth)
-    assert (made.batches, made.computed, theta._forwards) == (5, 5, 3)
+    assert theta._forwards == 3
     dist.barrier()
     assert cache.exists() == (rank == 0)
 
@@ -113,28 +113,29 @@ def _check(wrap: Callable[[Any], Any], rank: int, folder: Path) -> None:
     theta.train()
     entries = TrajectoryDataset(data)
     batch = collate([entries[number] for number in BATCHES[rank]])
-    found = theta.log_prob(batch)
-    assert found.requires_grad and torch.equal(found, batch["ref_log_prob"])
-    engine.backward(found.sum()) if hasattr(engine, "backward") else found.sum().backward()
+    log_prob = theta.log_prob(batch)
+    assert log_prob.requires_grad and torch.equal(log_prob, batch["ref_log_prob"])
+    total = log_prob.sum()
+    engine.backward(total) if hasattr(engine, "backward") else total.backward()
 
-    again, resumed = dataset(), dataset()
-    kept = annotate_tokens(Breaking(wrap(decoder(**UNEVEN))), again, BATCHES, cache=cache)
-    assert (kept.key, kept.computed) == (made.key, 2)
+    again = Breaking(wrap(decoder(**UNEVEN)))
+    key = key_of(again, dataset(), cache, BATCHES)
+    assert again._forwards == 1
     keys: list[Any] = [None, None]
-    dist.all_gather_object(keys, kept.key)
+    dist.all_gather_object(keys, key)
     assert keys[0] == keys[1]
-    cached_reference(resumed, keys[0], cache=cache)
-    assert torch.equal(again["ref_log_prob"], truth) and torch.equal(resumed["ref_log_prob"], truth)
+    resumed = dataset()
+    cached_reference(resumed, key, cache=cache)
+    assert torch.equal(resumed["ref_log_prob"], truth)
 
     for end in (0, -1):
         # In one process's shard alone; the tokens are in no trajectory.
         moved = decoder(**UNEVEN)
         with torch.no_grad():
             moved.model.embed_tokens.weight[end] += 1e-6
-        other = annotate_tokens(Breaking(wrap(moved)), dataset(), BATCHES, cache=cache)
-        assert other.key not in keys
-        keys.append(other.key)
-        assert torch.equal(data["ref_log_prob"], truth)
+        other = key_of(Breaking(wrap(moved)), dataset(), cache, BATCHES)
+        assert other not in keys
+        keys.append(other)
 
 
 def _check_errors(rank: int, folder: Path) -> None:
@@ -142,21 +143,20 @@ def _check_errors(rank: int, folder: Path) -> None:
     theta = CausalLMPolicy(decoder())
     (folder / "0").write_text("")
     with pytest.raises(FileExistsError):
-        annotate_tokens(theta, dataset(), BATCHES, cache=folder / str(rank))
+        annotate(theta, dataset(), BATCHES, cache=folder / str(rank))
     with pytest.raises(ValueError, match="process 1 holds other trajectories than process 0"):
-        annotate_tokens(theta, dataset(seed=rank), BATCHES)
+        annotate(theta, dataset(seed=rank), BATCHES)
     broken, data = CausalLMPolicy(decoder()), dataset()
     broken.model.model.embed_tokens.weight.data[VOCABULARY - 1] = torch.nan
     # Trajectory 8, process 1's in the second round, has 3 tokens from 80 on.
     data["tokens", "full"][80] = VOCABULARY - 1
-    with pytest.raises(ValueError, match="log-prob nan at token 1 of trajectory 8: look at"):
-        annotate_tokens(broken, data, BATCHES)
-    data = dataset()
+    with pytest.raises(ValueError, match="log-prob nan at step 1 of trajectory 8, and 2 of"):
+        annotate(broken, data, BATCHES)
+    key = key_of(theta, dataset(), folder / "new")
+    dist.barrier()
+    (folder / "new" / f"ref_log_prob-{key}.npy").unlink(missing_ok=True)
     with pytest.raises(FileNotFoundError, match="is gone"):
-        key = annotate_tokens(theta, data, cache=folder / "new").key
-        dist.barrier()
-        (folder / "new" / f"ref_log_prob-{key}.npy").unlink(missing_ok=True)
-        cached_reference(data, str(key), cache=folder / "new")
+        cached_reference(dataset(), key, cache=folder / "new")
 
 
 def _work(rank: int, folder: str) -> None:
@@ -166,6 +166,7 @@ def _work(rank: int, folder: str) -> None:
     # Its collectives for one machine take minutes to compile; gloo has the same.
     deepspeed.comm.torch.build_shm_op = lambda: None
     torch.set_num_threads(1)
+    reference._PART = 1
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for wrap in (_replicated, _fsdp2, _zero3):
         _check(wrap, rank, Path(folder))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -173,20 +172,3 @@ def test_weights_of_the_first_step_are_exactly_one(proposal: str) -> None:
             assert float(out["ESS"]) == 1.0
     finally:
         torch.set_num_threads(threads)
-
-
-def test_reference_is_cached_and_its_key_knows_the_adapter(tmp_path: Path) -> None:
-    import peft
-
-    torch.manual_seed(0)
-    model = peft.get_peft_model(decoder(), peft.LoraConfig(init_lora_weights=False))
-    policy = CausalLMPolicy(model.double())
-    batch = packed()
-    theta = annotate_reference(policy, batch.clone(), cache=tmp_path)[REF_LOG_PROB]
-    for _ in range(2):
-        with policy.reference():
-            found = annotate_reference(policy, batch.clone(), cache=tmp_path)[REF_LOG_PROB]
-        assert not torch.allclose(found, theta)
-    assert len(list(tmp_path.iterdir())) == 2
-    again = annotate_reference(policy, batch.clone(), cache=tmp_path)[REF_LOG_PROB]
-    assert torch.equal(again, theta) and len(list(tmp_path.iterdir())) == 2
