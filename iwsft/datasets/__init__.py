@@ -1,4 +1,4 @@
-"""Where trajectories come from: bundled sets, D4RL by name or file, Minari.
+"""Offline datasets: bundled ones, D4RL by name or file, Minari.
 
     from iwsft import datasets
 
@@ -18,9 +18,8 @@ from pathlib import Path
 
 from iwsft.datasets import d4rl, minari_store
 from iwsft.datasets.cache import cache_folder
-from iwsft.datasets.catalog import CATALOG
+from iwsft.datasets.catalog import CATALOG, reference_scores
 from iwsft.datasets.dataset import OfflineDataset
-from iwsft.datasets.scores import reference_scores
 
 __all__ = [
     "BUNDLED",
@@ -41,7 +40,7 @@ _MINARI_PREFIX = "minari:"
 
 
 def available() -> list[str]:
-    """Names that :func:`load` knows without a path: the bundled sets, then D4RL's."""
+    """Return the names of the bundled datasets, then those of D4RL."""
     return [*BUNDLED, *CATALOG]
 
 
@@ -49,37 +48,45 @@ def load(name_or_path: str | Path, *, cache_dir: str | Path | None = None) -> Of
     """Load an offline dataset as packed trajectories.
 
     Args:
-        name_or_path: a bundled set's name, a D4RL name, a Minari id (``mujoco/hopper/medium-v0``;
-            ``minari:`` in front where the id has no slash), or a file in D4RL's HDF5 layout.
-        cache_dir: where downloads are kept; see :func:`cache_folder`. Minari has its own store.
+        name_or_path: Name of a bundled dataset or of D4RL, a Minari id such as
+            ``mujoco/hopper/medium-v0`` (with the prefix ``minari:`` where the id has no slash), or
+            a file in D4RL's HDF5 layout.
+        cache_dir: Folder of downloads, see :func:`cache_folder`. Minari has its own store.
 
     Raises:
-        ValueError: an unknown name, or contents that cannot be trained on; the message names the
-            field and the row.
-        FileNotFoundError: no such file.
-        ConnectionError: a download that broke; what came is kept.
-        OSError: the disk is full.
+        ValueError: The name is unknown, or the contents cannot be trained on; the message names
+            the field and the row.
+        FileNotFoundError: The file does not exist.
+        ConnectionError: A download broke off; its part is kept.
+        OSError: The disk is full.
     """
     name = str(name_or_path)
     if name in BUNDLED:
-        return _bundled(name)
+        return _load_bundled(name)
     if name in CATALOG:
-        return _d4rl(name, cache_folder(cache_dir))
+        return _load_d4rl(name, cache_folder(cache_dir))
     if isinstance(name_or_path, Path) or name.lower().endswith(_HDF5_SUFFIXES):
         return d4rl.read(Path(name_or_path).expanduser())
     minari_id = name.removeprefix(_MINARI_PREFIX)
     if minari_id != name or ("/" in name and minari_store.ID.fullmatch(name)):
         return minari_store.read(minari_id)
-    raise ValueError(_unknown(name))
+    near = difflib.get_close_matches(name, available(), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    if Path(name).exists():
+        hint = f"; {name} exists on disk, but a file must end in {' or '.join(_HDF5_SUFFIXES)}."
+    raise ValueError(
+        f"unknown dataset {name!r}{hint} Pass the path of a .hdf5 file in D4RL's layout, a Minari "
+        f"id ('{_MINARI_PREFIX}NAME-v0'), or one of: {', '.join(available())}"
+    )
 
 
-def _bundled(name: str) -> OfflineDataset:
+def _load_bundled(name: str) -> OfflineDataset:
     file = resources.files("iwsft.datasets") / "data" / f"{name}.hdf5"
     with resources.as_file(file) as path:
         return d4rl.read(path, name=name, source=f"iwsft.datasets/data/{name}.hdf5")
 
 
-def _d4rl(name: str, cache: Path) -> OfflineDataset:
+def _load_d4rl(name: str, cache: Path) -> OfflineDataset:
     from iwsft.datasets import download  # network and progress code only where it is used
 
     entry = CATALOG[name]
@@ -91,14 +98,3 @@ def _d4rl(name: str, cache: Path) -> OfflineDataset:
         signature=_HDF5_SIGNATURE,
     )
     return d4rl.read(path, name=name, source=entry.url)
-
-
-def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, available(), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    if Path(name).exists():
-        hint = f"; {name} exists on disk, but a file must end in {' or '.join(_HDF5_SUFFIXES)}."
-    return (
-        f"unknown dataset {name!r}{hint} Pass the path of a .hdf5 file in D4RL's layout, a Minari "
-        f"id ('{_MINARI_PREFIX}NAME-v0'), or one of: {', '.join(available())}"
-    )

@@ -1,4 +1,4 @@
-"""Where downloaded and computed files are kept."""
+"""The folder of downloaded and computed files."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ CACHE_VARIABLE = "IWSFT_CACHE"
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """The cache folder: ``cache_dir``, else the environment variable ``IWSFT_CACHE``, else
-    ``iwsft`` in the user's cache (``$XDG_CACHE_HOME`` or ``~/.cache``). It may not exist yet.
+    """Return the cache folder, which may not exist yet.
+
+    It is ``cache_dir``, else the environment variable ``IWSFT_CACHE``, else ``iwsft`` in the user's
+    cache (``$XDG_CACHE_HOME`` or ``~/.cache``).
     """
     if cache_dir is not None:
         return Path(cache_dir).expanduser()
-    own = os.environ.get(CACHE_VARIABLE)
-    if own:
-        return Path(own).expanduser()
+    folder = os.environ.get(CACHE_VARIABLE)
+    if folder:
+        return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "iwsft"

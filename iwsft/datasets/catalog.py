@@ -1,20 +1,23 @@
-"""D4RL's datasets by name: file, mirrors, environment, checksum where known.
+"""D4RL's datasets by name: file, mirrors, environment, checksum and reference scores.
 
 File names are those of D4RL's own list (https://github.com/Farama-Foundation/D4RL, Apache-2.0).
-Environments are gymnasium's and gymnasium-robotics' in the version whose observations have the
-columns of the files, with the arguments that make the task D4RL's:
+Environments are those of gymnasium and gymnasium-robotics whose observations have the columns of
+the files. Their arguments make the tasks D4RL's:
 
 - Locomotion: v4 (v5 changed physics and rewards).
 - AntMaze and Adroit: ``conventions="d4rl"``, see :mod:`iwsft.d4rl_conventions`.
-- Kitchen: the four tasks and D4RL's sensor noise. ``FrankaKitchen-v1`` observes 59 numbers beside
-  the goals; :func:`iwsft.environments.flattener` makes D4RL's 60 columns of them.
+- Kitchen: the four tasks and D4RL's sensor noise. ``FrankaKitchen-v1`` observes 59 numbers besides
+  the goals; :func:`iwsft.environments.flattener` turns them into D4RL's 60 columns.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import resources
 from typing import Any
 
 MIRRORS_VARIABLE = "IWSFT_D4RL_MIRRORS"
@@ -28,12 +31,12 @@ class Entry:
     """A dataset of D4RL.
 
     Attributes:
-        name: D4RL's name, ``hopper-medium-replay-v2``.
-        path: of the file below Berkeley's download root; mirrors keep the last part only.
-        env_id: gymnasium environment.
-        env_kwargs: its arguments, for :func:`iwsft.environments.make`.
-        size: bytes of the file, where known.
-        sha256: of the file, where known.
+        name: D4RL's name, such as ``hopper-medium-replay-v2``.
+        path: Path of the file below Berkeley's download root; mirrors have only its last part.
+        env_id: Id of the gymnasium environment.
+        env_kwargs: Arguments of the environment, for :func:`iwsft.environments.make`.
+        size: Size of the file in bytes, where known.
+        sha256: SHA-256 of the file, where known.
     """
 
     name: str
@@ -45,28 +48,53 @@ class Entry:
 
     @property
     def filename(self) -> str:
+        """The name of the file."""
         return self.path.rsplit("/", 1)[-1]
 
     @property
     def url(self) -> str:
-        """Where D4RL itself has the file."""
+        """The address of the file at D4RL itself."""
         return f"{_BERKELEY}/{self.path}"
 
     @property
     def urls(self) -> list[str]:
-        """Where the file is to be had, in the order to try.
+        """All addresses of the file, in the order to try.
 
-        Base URLs in the environment variable ``IWSFT_D4RL_MIRRORS`` (separated by commas) come
+        The base URLs in the environment variable ``IWSFT_D4RL_MIRRORS`` (separated by commas) come
         first; the file's name is appended to each.
         """
-        own = os.environ.get(MIRRORS_VARIABLE, "").replace(",", " ").split()
-        mirrors = [f"{base.rstrip('/')}/{self.filename}" for base in own]
+        bases = os.environ.get(MIRRORS_VARIABLE, "").replace(",", " ").split()
+        mirrors = [f"{base.rstrip('/')}/{self.filename}" for base in bases]
         return [*mirrors, self.url, f"{_HUGGING_FACE}/{self.filename}"]
 
 
 def find(name: str) -> Entry | None:
-    """The entry of a D4RL name or of a D4RL file name (``hopper_medium_replay-v2.hdf5``)."""
+    """Find the entry of a D4RL name, or of a D4RL file name (``hopper_medium_replay-v2.hdf5``)."""
     return CATALOG.get(name.removesuffix(".hdf5")) or _BY_FILENAME.get(name)
+
+
+def reference_scores(name_or_env_id: str) -> tuple[float, float] | None:
+    """Return the returns that D4RL scores as 0 and 100 (https://arxiv.org/abs/2004.07219).
+
+    Args:
+        name_or_env_id: D4RL's name of a dataset (``hopper-medium-v2``), or the id of a D4RL task's
+            environment (``Hopper-v4``).
+
+    Returns:
+        The pair (minimum, maximum), or None where D4RL has none.
+    """
+    table = _reference_table()
+    if name_or_env_id in table:
+        return table[name_or_env_id]
+    names = (name for name, entry in CATALOG.items() if entry.env_id == name_or_env_id)
+    name = next(names, None)
+    return None if name is None else table[name]
+
+
+@functools.cache
+def _reference_table() -> dict[str, tuple[float, float]]:
+    text = (resources.files("iwsft.datasets") / "data" / "d4rl_reference_scores.json").read_text()
+    return {name: (low, high) for name, (low, high) in json.loads(text)["scores"].items()}
 
 
 def _locomotion() -> list[Entry]:

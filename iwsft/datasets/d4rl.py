@@ -1,10 +1,10 @@
 """Files in D4RL's HDF5 layout (https://arxiv.org/abs/2004.07219), from any source.
 
-One row a step: ``observations`` [N, obs], ``actions`` [N, act], ``rewards`` [N], ``terminals``
-[N], and where the file has them ``timeouts`` [N] and ``next_observations`` [N, obs]. Everything
-else in a file (``infos/...``, ``metadata/...``) is left alone. How the families are read:
+A row per step: ``observations`` [N, obs], ``actions`` [N, act], ``rewards`` [N], ``terminals`` [N],
+and optionally ``timeouts`` [N] and ``next_observations`` [N, obs]. Other fields of a file
+(``infos/...``, ``metadata/...``) are ignored. The families differ:
 
-- Locomotion v2 has both optional fields; its next observations are true at a timeout, too.
+- Locomotion v2 has both optional fields; its next observations are right at a timeout, too.
 - AntMaze: a trajectory ends at its first goal step, and the stay that follows is left out; see
   :mod:`iwsft.datasets.antmaze`.
 - Kitchen files have no ``timeouts``. ``terminals`` marks the last step of a demonstration,
@@ -26,9 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iwsft.datasets import antmaze, catalog
-from iwsft.datasets.dataset import OfflineDataset, contents
+from iwsft.datasets.dataset import OfflineDataset, fingerprint_of
 from iwsft.datasets.episodes import Flags, Floats, Steps, check_steps, cut_steps, first_row_outside
-from iwsft.datasets.scores import reference_scores
 
 if TYPE_CHECKING:
     import h5py
@@ -39,58 +38,58 @@ _CLIPPING = ("AdroitHand", "FrankaKitchen")
 
 
 def read(path: Path, *, name: str | None = None, source: str | None = None) -> OfflineDataset:
-    """Read a file into packed trajectories, straight to float32, each array once in memory.
+    """Read a file into packed float32 trajectories, with each array once in memory.
 
-    The environment is the file's attribute ``env_id``, made with the attribute ``env_kwargs`` (a
-    JSON object); without it, the one of ``name`` (or of the file's name) if that is D4RL's.
-    Actions must lie in [-1, 1], the range of every D4RL task here, or in the action space of the
-    file's environment where that is another one.
+    The environment is the file's attribute ``env_id``, with the arguments in the attribute
+    ``env_kwargs`` (a JSON object). A file without them has the environment of ``name``, or of the
+    file's name, if that is D4RL's. Actions must be in [-1, 1], the range of all D4RL tasks here, or
+    in the action space of another environment.
 
     Args:
-        path: the file.
-        name: of the dataset; the file's stem by default.
-        source: where the file came from; its path by default.
+        path: The file.
+        name: Name of the dataset; the file's stem by default.
+        source: Origin of the file; its path by default.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: no HDF5, a truncated or damaged file, a missing field, fields that do not fit
-            together, NaN or infinite values, flags that are not 0 or 1, actions out of range, an
-            attribute ``env_kwargs`` that is no JSON object.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is not HDF5, truncated or damaged, a field is missing, the fields do
+            not fit together, values are NaN or infinite, flags are not 0 or 1, actions are out of
+            range, or ``env_kwargs`` is not a JSON object.
     """
     import h5py
 
     if not path.is_file():
-        raise FileNotFoundError(_missing(path))
+        raise FileNotFoundError(_describe_missing(path))
     where = str(path)
     try:
         with h5py.File(path, "r") as file:
-            env_id, env_kwargs = _environment(file, name if name is not None else path.name)
-            steps = _steps(file, where)
+            env_id, env_kwargs = _read_environment(file, name if name is not None else path.name)
+            steps = _read_steps(file, where)
     except OSError as error:
         raise ValueError(
             f"{where} ({path.stat().st_size:,} bytes) cannot be read as HDF5: {error}. The file "
             "is truncated, damaged or of another format; delete it and fetch it again"
         ) from error
     check_steps(steps, where)
-    steps, notes = _readings(steps, env_id)
+    steps, notes = _adapt(steps, env_id)
     trajectories = cut_steps(steps)
     _check_actions(steps.actions, env_id, where)
     return OfflineDataset(
         trajectories=trajectories,
         name=name if name is not None else path.stem,
         env_id=env_id,
-        reference_scores=reference_scores(env_id) if env_id is not None else None,
+        reference_scores=catalog.reference_scores(env_id) if env_id is not None else None,
         source=source if source is not None else where,
-        fingerprint=contents(trajectories),
+        fingerprint=fingerprint_of(trajectories),
         env_kwargs=dict(env_kwargs),
         notes=tuple(notes),
     )
 
 
-def _environment(file: h5py.File, name: str) -> tuple[str | None, Mapping[str, Any]]:
-    """Environment and its arguments: the file's own, or D4RL's of that name."""
-    own, arguments = file.attrs.get("env_id"), file.attrs.get("env_kwargs")
-    if own is None:
+def _read_environment(file: h5py.File, name: str) -> tuple[str | None, Mapping[str, Any]]:
+    """Read the file's environment and its arguments, or take D4RL's of that name."""
+    env_id, arguments = file.attrs.get("env_id"), file.attrs.get("env_kwargs")
+    if env_id is None:
         entry = catalog.find(name)
         return (None, {}) if entry is None else (entry.env_id, entry.env_kwargs)
     try:
@@ -102,11 +101,11 @@ def _environment(file: h5py.File, name: str) -> tuple[str | None, Mapping[str, A
             f"{file.filename}: the attribute 'env_kwargs' is {arguments!r}; it must be a JSON "
             'object with the arguments of the environment, such as {"max_episode_steps": 200}'
         )
-    return own.decode() if isinstance(own, bytes) else str(own), env_kwargs
+    return env_id.decode() if isinstance(env_id, bytes) else str(env_id), env_kwargs
 
 
-def _readings(steps: Steps, env_id: str | None) -> tuple[Steps, list[str]]:
-    """What the family of the environment asks for beyond the layout, with a note on each change."""
+def _adapt(steps: Steps, env_id: str | None) -> tuple[Steps, list[str]]:
+    """Change steps as the environment's family needs it; returns a note on each change."""
     if env_id is None:
         return steps, []
     if env_id.startswith("AntMaze") and steps.observations.shape[1:] == (antmaze.COLUMNS,):
@@ -119,7 +118,7 @@ def _readings(steps: Steps, env_id: str | None) -> tuple[Steps, list[str]]:
     return steps, []
 
 
-def _steps(file: h5py.File, where: str) -> Steps:
+def _read_steps(file: h5py.File, where: str) -> Steps:
     for key in REQUIRED:
         if key not in file:
             raise ValueError(
@@ -148,7 +147,7 @@ def _field(file: h5py.File, key: str, where: str) -> h5py.Dataset:
     field = file[key]
     array = isinstance(field, h5py.Dataset) and bool(field.shape)
     if not array or field.dtype.kind not in "fiub":
-        raise ValueError(f"{where}: {key!r} is {field}, expected numbers with one row a step")
+        raise ValueError(f"{where}: {key!r} is {field}, expected numbers with one row per step")
     return field
 
 
@@ -158,7 +157,7 @@ def _floats(file: h5py.File, key: str, where: str) -> Floats:
     if field.dtype.kind == "b":
         values[...] = field[()]
     elif values.size:
-        field.read_direct(values)  # HDF5 converts on the way: no second array of another dtype
+        field.read_direct(values)  # HDF5 converts, without a second array of another dtype
     return values
 
 
@@ -172,7 +171,7 @@ def _flags(file: h5py.File, key: str, where: str) -> Flags:
 
 
 def _column(values: NDArray[Any]) -> NDArray[Any]:
-    """``[N, 1]`` as ``[N]``; some writers keep the second axis."""
+    """Reshape ``[N, 1]`` to ``[N]``; some writers keep the second axis."""
     return values.reshape(-1) if values.shape[1:] == (1,) else values
 
 
@@ -182,9 +181,7 @@ def _check_actions(actions: Floats, env_id: str | None, where: str) -> None:
         return
     rule = "actions must lie in [-1, 1]"
     if env_id is None:
-        rule += (
-            "; a file of an environment with a wider action space says so in its attribute 'env_id'"
-        )
+        rule += "; for a wider action space, name the environment in the file's attribute 'env_id'"
     elif env_id not in catalog.ENV_IDS:
         low, high = _action_bounds(env_id, actions.shape[1], where, row)
         row = first_row_outside(actions, low, high)
@@ -208,8 +205,8 @@ def _action_bounds(
         env = gymnasium.make(env_id)
     except (gymnasium.error.Error, ImportError) as error:
         raise ValueError(
-            f"{where}: 'actions' leaves [-1, 1] at row {row}, and {env_id} cannot be made here to "
-            f"ask for its action space ({error}). Install the environment, or rescale the actions"
+            f"{where}: 'actions' leaves [-1, 1] at row {row}, and {env_id} cannot be made here for "
+            f"its action space ({error}). Install the environment, or rescale the actions"
         ) from error
     space = env.action_space
     env.close()
@@ -220,7 +217,7 @@ def _action_bounds(
     return space.low, space.high
 
 
-def _missing(path: Path) -> str:
+def _describe_missing(path: Path) -> str:
     import difflib
 
     if path.is_dir():

@@ -1,4 +1,4 @@
-"""What every loader returns: trajectories and what is known of them."""
+"""The result of every loader: trajectories and their origin."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from iwsft.fingerprint import fingerprint
 
 @dataclass(frozen=True, eq=False)
 class OfflineDataset:
-    """Trajectories in the packed layout (see :mod:`iwsft.trajectory`) and where they come from.
+    """Trajectories in the packed layout (see :mod:`iwsft.trajectory`) and their origin.
 
     Attributes:
-        trajectories: packed, batch size ``[N]`` steps: ``observation`` ``[N, obs]``, ``action``
-            ``[N, act]``, ``("next", "observation")`` ``[N, obs]``, ``("next", "reward")``
-            ``[N, 1]`` (all float32), ``("next", "done" | "terminated" | "truncated")`` ``[N, 1]``
-            bool, ``("collector", "traj_ids")`` ``[N]`` int64.
-        name: fit for a folder name (no slash).
-        env_id: gymnasium environment that the data was taken from, where known.
-        reference_scores: D4RL's (minimum, maximum) return of the environment, where known.
-        source: the file, URL or Minari id read.
-        fingerprint: SHA-256 of the contents; the same data at another path has the same one.
-        env_kwargs: arguments that the environment is made with.
-        notes: what the loader changed or left out, a sentence each.
+        trajectories: Packed trajectories of batch size ``[N]`` steps: ``observation`` ``[N, obs]``,
+            ``action`` ``[N, act]``, ``("next", "observation")`` ``[N, obs]``, ``("next",
+            "reward")`` ``[N, 1]`` (all float32), ``("next", "done" | "terminated" | "truncated")``
+            ``[N, 1]`` bool, ``("collector", "traj_ids")`` ``[N]`` int64.
+        name: Name without a slash, fit for a folder.
+        env_id: Gymnasium environment of the data, where known.
+        reference_scores: D4RL's (minimum, maximum) return in the environment, where known.
+        source: File, URL or Minari id that was read.
+        fingerprint: SHA-256 of the contents, independent of the path.
+        env_kwargs: Arguments of the environment.
+        notes: A sentence on each thing that the loader changed or left out.
     """
 
     trajectories: TensorDict
@@ -39,6 +39,6 @@ class OfflineDataset:
     notes: tuple[str, ...] = ()
 
 
-def contents(trajectories: TensorDict) -> str:
-    """Fingerprint of all entries: keys, dtypes, shapes and values."""
+def fingerprint_of(trajectories: TensorDict) -> str:
+    """Return the SHA-256 of all entries: keys, dtypes, shapes and values."""
     return fingerprint(dict(trajectories.flatten_keys("/").items()))

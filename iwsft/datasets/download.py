@@ -1,4 +1,4 @@
-"""Fetch a file over HTTP: mirrors in order, resumed where it broke, checked, moved in place."""
+"""Downloads over HTTP: from mirrors in order, resumed, checked, and moved into place."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class _MirrorError(Exception):
-    """This mirror did not deliver; the message says why."""
+    """A mirror did not deliver the file; the message says why."""
 
 
 def fetch(
@@ -36,31 +36,30 @@ def fetch(
 ) -> Path:
     """Download a file unless it is there already.
 
-    The bytes go to ``<target>.<hash of the URL>.part`` and stay there if the transfer breaks; the
-    next attempt, in this call or a later one, asks the mirror for the rest only. The
-    complete file is checked and then moved to ``target`` in one step. Processes that ask for the
-    same file wait for each other.
+    The bytes go to ``<target>.<hash of the URL>.part``. They stay there if the transfer breaks off,
+    and the next attempt, in this call or a later one, asks for the rest only. The complete file is
+    checked and then moved to ``target``. Processes that want the same file wait for each other.
 
     Args:
-        urls: mirrors, in the order to try.
-        target: where the file goes.
-        size: bytes it must have; besides, it must have as many as the server announces.
-        sha256: hex digest it must have.
-        signature: first bytes it must have, so that no error page is taken for the file.
+        urls: Mirrors, in the order to try.
+        target: Path of the file.
+        size: Number of bytes that the file must have, besides the number that the server announces.
+        sha256: SHA-256 (hex) that the file must have.
+        signature: First bytes that the file must have, which an error page has not.
 
     Returns:
         ``target``.
 
     Raises:
-        ConnectionError: no mirror delivered; the message names each URL, how far it came, the kept
-            part file and the way out.
-        OSError: the disk is full, or the folder cannot be written.
+        ConnectionError: No mirror delivered the file. The message names each URL, the bytes it
+            sent, the file with that part, and the way out.
+        OSError: The disk is full, or the folder cannot be written.
     """
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
-        if target.is_file():  # another process had it first
+        if target.is_file():  # another process has downloaded it
             return target
         parts = [_part(target, url) for url in urls]
         failures = []
@@ -93,41 +92,47 @@ def _download(url: str, part: Path, size: int | None) -> None:
             if isinstance(error, OSError) and error.errno in _DISK_FULL:
                 raise _disk_full(part, error) from error
             if isinstance(error, PermissionError) and error.filename is not None:
-                raise  # the folder, not the mirror
-            came = _bytes(part)
-            if attempt < ATTEMPTS and came > before:
-                continue  # it moves: ask for the rest at once
-            kept = f"; {came:,} bytes came and are kept in {part}" if came else ""
-            raise _MirrorError(f"{_reason(error)}{kept}") from error
+                raise  # a problem of the folder, not of the mirror
+            received = _bytes(part)
+            if attempt < ATTEMPTS and received > before:
+                continue  # it made progress
+            rest = f"; {received:,} bytes came and are kept in {part}" if received else ""
+            raise _MirrorError(f"{_reason(error)}{rest}") from error
 
 
 def _transfer(url: str, part: Path, size: int | None) -> None:
-    """Append to ``part`` what it lacks; raises where the stream ends before the announced end."""
-    have = _bytes(part)
+    """Append the missing bytes to ``part``.
+
+    Raises:
+        http.client.HTTPException: The stream ended before the announced end.
+        OSError: The connection failed, or the disk is full.
+    """
+    received = _bytes(part)
     headers = {"User-Agent": "iwsft"}
-    if have:
-        headers["Range"] = f"bytes={have}-"
+    if received:
+        headers["Range"] = f"bytes={received}-"
     try:
         response = urllib.request.urlopen(
             urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS
         )
     except urllib.error.HTTPError as error:
-        if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE or not have:
+        if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE or not received:
             raise
-        if error.headers.get("Content-Range", "").rpartition("/")[2] == str(have):
-            return  # every byte is here already
+        if error.headers.get("Content-Range", "").rpartition("/")[2] == str(received):
+            return  # the part is complete
         part.unlink()
         _transfer(url, part, size)
         return
     with response:
-        if not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            have = 0  # the server sends the whole file
+        if not response.headers.get("Content-Range", "").startswith(f"bytes {received}-"):
+            received = 0  # the server sends the whole file
         announced = response.headers.get("Content-Length")
-        total = have + int(announced) if announced is not None else size
+        total = received + int(announced) if announced is not None else size
         if total is not None:
-            _check_room(part, total - have)
-        with open(part, "ab" if have else "wb") as file, _progress() as progress:
-            task = progress.add_task(part.name.removesuffix(".part"), total=total, completed=have)
+            _check_room(part, total - received)
+        with open(part, "ab" if received else "wb") as file, _progress() as progress:
+            name = part.name.removesuffix(".part")
+            task = progress.add_task(name, total=total, completed=received)
             while block := response.read(BLOCK):
                 file.write(block)
                 progress.advance(task, len(block))
@@ -140,7 +145,7 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
 
 
 def _check(part: Path, size: int | None, sha256: str | None, signature: bytes) -> None:
-    """Checks on the complete file; one that fails is deleted, for resuming it can't help."""
+    """Check the complete file; a wrong one is deleted, as resuming can't mend it."""
     fault = None
     with open(part, "rb") as file:
         if size is not None and _bytes(part) != size:
@@ -160,14 +165,14 @@ def _check(part: Path, size: int | None, sha256: str | None, signature: bytes) -
 def _check_room(part: Path, needed: int) -> None:
     free = shutil.disk_usage(part.parent).free
     if needed > free:
-        raise OSError(errno.ENOSPC, f"{needed:,} bytes are to come and {free:,} are free")
+        raise OSError(errno.ENOSPC, f"{needed:,} bytes are missing and {free:,} are free")
 
 
 def _disk_full(part: Path, error: OSError) -> OSError:
     return OSError(
         errno.ENOSPC,
-        f"the disk is full while downloading to {part.parent} ({error.strerror}); what came is "
-        f"kept. Make room and run it again to resume, or choose another cache folder (cache_dir, "
+        f"the disk is full while downloading to {part.parent} ({error.strerror}); the part so far "
+        "is kept. Make room and run it again to resume, or choose another cache folder (cache_dir, "
         "or the environment variable IWSFT_CACHE)",
     )
 

@@ -1,4 +1,4 @@
-"""Rows of steps, as files hold them, to packed trajectories: checks first, then the cut."""
+"""From recorded steps to packed trajectories: first the checks, then the cuts."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from iwsft.trajectory import (
 Floats = NDArray[np.float32]
 Flags = NDArray[np.bool_]
 
-# Rounding to float32 and a simulator's own clipping leave this much.
+# Rounding to float32 and a simulator's own clipping stay below this.
 ACTION_TOLERANCE = 1e-4
-# Rows looked at together: the mask of a check stays small beside the data.
+# Rows that are checked together, so that the masks of a check stay small.
 CHUNK = 65_536
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The fields of ``N`` steps in the order they were recorded.
+    """The fields of ``N`` steps in the order of recording.
 
     Attributes:
-        observations: float32 ``[N, obs]``.
-        actions: float32 ``[N, act]``.
-        rewards: float32 ``[N]``.
-        terminals: bool ``[N]``, the environment ended the episode at this step.
-        timeouts: bool ``[N]``, the episode was cut after this step; where both flags are set, the
-            step counts as terminated only.
-        next_observations: float32 ``[N, obs]``. None: the observation of the next row of the same
-            trajectory, and at its last step, whose successor was not recorded, the step's own
-            observation. A critic that bootstraps at a truncation then sees a real state.
+        observations: Observations, float32 ``[N, obs]``.
+        actions: Actions, float32 ``[N, act]``.
+        rewards: Rewards, float32 ``[N]``.
+        terminals: Whether the environment ended the episode at this step, bool ``[N]``.
+        timeouts: Whether the episode was cut after this step, bool ``[N]``. A step with both flags
+            counts as terminated only.
+        next_observations: Next observations, float32 ``[N, obs]``. None stands for the observation
+            of the trajectory's next row. At its last step, whose successor was not recorded, it is
+            the step's own observation, so that a critic that bootstraps there sees a real state.
     """
 
     observations: Floats
@@ -55,24 +55,24 @@ class Steps:
 
 
 def pack_steps(steps: Steps, source: str) -> TensorDict:
-    """Check the fields, and cut them into packed trajectories; arrays are used without a copy.
+    """Check steps and cut them into packed trajectories, without a copy of the arrays.
 
     Args:
-        steps: the fields.
-        source: named in errors.
+        steps: The steps.
+        source: Their origin, for errors.
 
     Raises:
-        ValueError: see :func:`check_steps`.
+        ValueError: See :func:`check_steps`.
     """
     check_steps(steps, source)
     return cut_steps(steps)
 
 
 def check_steps(steps: Steps, source: str) -> None:
-    """Check that the fields fit together and hold numbers.
+    """Check that the fields fit together and are finite.
 
     Raises:
-        ValueError: no rows, fields of different shapes, NaN or infinite values.
+        ValueError: There are no rows, the shapes do not fit, or values are NaN or infinite.
     """
     _check_shapes(steps, source)
     for field in ("observations", "actions", "rewards", "next_observations"):
@@ -82,10 +82,10 @@ def check_steps(steps: Steps, source: str) -> None:
 
 
 def cut_steps(steps: Steps) -> TensorDict:
-    """Checked fields as packed trajectories; arrays are used without a copy.
+    """Cut checked steps into packed trajectories, without a copy of the arrays.
 
-    A trajectory ends where ``terminals | timeouts``, that row included. Rows after the last end
-    (a run stopped in the middle of an episode) are kept as one more trajectory, truncated.
+    A trajectory ends with a row where ``terminals | timeouts``. Rows after the last such row, where
+    the recording stopped within an episode, are one more trajectory, truncated.
     """
     terminated = steps.terminals
     truncated = steps.timeouts & ~terminated
@@ -93,7 +93,7 @@ def cut_steps(steps: Steps) -> TensorDict:
     done = terminated | truncated
     following = steps.next_observations
     if following is None:
-        following = shifted(steps.observations, done)
+        following = shift_observations(steps.observations, done)
     return from_steps(
         {
             OBSERVATION: torch.from_numpy(steps.observations),
@@ -111,7 +111,7 @@ def cut_steps(steps: Steps) -> TensorDict:
 def first_row_outside(
     actions: Floats, low: float | NDArray[np.floating], high: float | NDArray[np.floating]
 ) -> int | None:
-    """First row of ``actions`` beyond ``[low, high]`` by more than the tolerance, if any."""
+    """Return the first row beyond ``[low, high]`` by more than the tolerance, if any."""
 
     def outside(chunk: Floats) -> Flags:
         beyond = (chunk < low - ACTION_TOLERANCE) | (chunk > high + ACTION_TOLERANCE)
@@ -138,7 +138,7 @@ def _check_shapes(steps: Steps, source: str) -> None:
         if shape[0] != rows:
             raise ValueError(
                 f"{source}: {field!r} has {shape[0]} rows and 'observations' has {rows}; every "
-                "field holds one row a step"
+                "field has one row per step"
             )
     following = steps.next_observations
     if following is not None and following.shape != steps.observations.shape:
@@ -149,7 +149,6 @@ def _check_shapes(steps: Steps, source: str) -> None:
 
 
 def _check_finite(values: Floats, field: str, source: str) -> None:
-
     def not_finite(chunk: Floats) -> Flags:
         return np.asarray(~np.isfinite(chunk).reshape(len(chunk), -1).all(axis=1))
 
@@ -169,8 +168,8 @@ def _first_row(values: Floats, bad: Callable[[Floats], Flags]) -> int | None:
     return None
 
 
-def shifted(observations: Floats, done: Flags) -> Floats:
-    """Observation of the next row, ``[N, obs]``; where ``done``, and at the end, the row's own."""
+def shift_observations(observations: Floats, done: Flags) -> Floats:
+    """Return the observation of each row's next row; where done, and at the end, the row's own."""
     following = np.empty_like(observations)
     following[:-1] = observations[1:]
     following[-1] = observations[-1]

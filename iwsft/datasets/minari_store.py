@@ -1,7 +1,7 @@
 """Minari datasets (https://minari.farama.org), from the local store or the remote one.
 
-Minari's ``mujoco/*`` sets are new data from v5 environments, not D4RL's: their scores do not
-compare with D4RL's, and they come with reference scores only where Minari has them.
+Minari's ``mujoco/*`` datasets are new data from v5 environments. Their scores can't be compared
+with D4RL's. They have reference scores only where Minari has them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from iwsft.datasets.dataset import OfflineDataset, contents
+from iwsft.datasets.dataset import OfflineDataset, fingerprint_of
 from iwsft.datasets.episodes import Floats, Steps, first_row_outside, pack_steps
 
 if TYPE_CHECKING:
@@ -22,32 +22,33 @@ ID = re.compile(r"([\w-]+/)*[\w-]+-v\d+")
 
 
 def read(dataset_id: str) -> OfflineDataset:
-    """Read a Minari dataset into packed trajectories; it is downloaded if it is not here.
+    """Read a Minari dataset into packed trajectories; download it if it is not in the local store.
 
-    Minari stores the T + 1 observations of an episode of T steps: the last T are the next
-    observations. Observations that are dictionaries or tuples of boxes become one row, joined in
-    the order of the space, as gymnasium's ``FlattenObservation`` does it. An episode whose last
-    step has neither flag ends truncated.
+    Minari stores the T + 1 observations of an episode of T steps; the last T are the next
+    observations. Dictionaries and tuples of boxes become one vector, joined in the order of the
+    space, as by gymnasium's ``FlattenObservation``. An episode whose last step has neither flag
+    ends truncated.
 
     Args:
-        dataset_id: ``namespace/name-v0``; local store at ``MINARI_DATASETS_PATH``.
+        dataset_id: Id of the form ``namespace/name-v0``; the local store is the folder
+            ``MINARI_DATASETS_PATH``.
 
     Raises:
         ImportError: minari is not installed.
-        ConnectionError: it is not in the local store and could not be had from the remote one.
-        ValueError: a malformed id, a damaged file, spaces other than boxes, no steps, NaN or
-            infinite values, actions outside the action space.
+        ConnectionError: The dataset is not in the local store and could not be downloaded.
+        ValueError: The id is malformed, the file is damaged, a space is not made of boxes, there
+            are no steps, values are NaN or infinite, or actions are outside the action space.
     """
     source = f"minari:{dataset_id}"
     if not ID.fullmatch(dataset_id):
         raise ValueError(
-            f"{dataset_id!r} is no Minari id; they read 'namespace/name-v0' or 'name-v0'"
+            f"{dataset_id!r} is not a Minari id, such as 'namespace/name-v0' or 'name-v0'"
         )
     data = _open(dataset_id)
     for space, what in ((data.observation_space, "observation"), (data.action_space, "action")):
         _require_boxes(space, what, source)
     try:
-        steps = _steps(data)
+        steps = _read_steps(data)
     except OSError as error:
         raise ValueError(
             f"{source} cannot be read from {data.storage.data_path}: {error}. The file is "
@@ -61,7 +62,7 @@ def read(dataset_id: str) -> OfflineDataset:
         env_id=data.env_spec.id if data.env_spec is not None else None,
         reference_scores=_reference_scores(data),
         source=source,
-        fingerprint=contents(trajectories),
+        fingerprint=fingerprint_of(trajectories),
     )
 
 
@@ -78,19 +79,19 @@ def _open(dataset_id: str) -> MinariDataset:
         pass  # ask the remote store
     except ValueError as error:
         raise ValueError(f"cannot read the Minari dataset {dataset_id!r}: {error}") from error
-    not_had: tuple[type[Exception], ...] = (ValueError, ImportError, *_transport_errors())
+    unavailable: tuple[type[Exception], ...] = (ValueError, ImportError, *_transport_errors())
     try:
         return minari.load_dataset(dataset_id, download=True)
-    except not_had as error:
+    except unavailable as error:
         raise ConnectionError(
             f"the Minari dataset {dataset_id!r} is not in the local store (MINARI_DATASETS_PATH, "
-            "by default ~/.minari/datasets), nor could it be downloaded (`minari list remote` has "
-            f"the names, and a folder copied into the local store is found there): {error}"
+            "by default ~/.minari/datasets) and could not be downloaded (`minari list remote` has "
+            f"the names; you can also copy its folder into the local store): {error}"
         ) from error
 
 
 def _transport_errors() -> tuple[type[Exception], ...]:
-    """What a failed request to the hub raises: OSError, and the base of its HTTP client's own."""
+    """Return the errors of a failed request: OSError, and the base of the hub's HTTP client's."""
     try:
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError:
@@ -114,7 +115,7 @@ def _require_boxes(space: gymnasium.Space[Any], what: str, source: str) -> None:
     )
 
 
-def _steps(data: MinariDataset) -> Steps:
+def _read_steps(data: MinariDataset) -> Steps:
     from gymnasium.spaces.utils import flatdim
 
     rows = int(data.total_steps)
@@ -144,7 +145,7 @@ def _steps(data: MinariDataset) -> Steps:
 
 
 def _flatten(values: Any, space: Any, rows: slice, out: Floats) -> None:
-    """Write the leaves of ``values``, rows ``rows``, side by side into ``out`` [T, features]."""
+    """Write these rows of the leaves of ``values`` side by side into ``out`` [T, features]."""
     from gymnasium.spaces import Box, Dict
     from gymnasium.spaces.utils import flatdim
 

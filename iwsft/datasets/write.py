@@ -1,9 +1,9 @@
-"""Trajectories to datasets that :func:`iwsft.datasets.load` reads back bit for bit.
+"""Writes trajectories as datasets that :func:`iwsft.datasets.load` reads back bit for bit.
 
     write.to_hdf5(Path("mine.hdf5"), trajectories, Provenance("Hopper-v4", seed=0))
     write.to_minari("mine/hopper/mixed-v0", trajectories, Provenance("Hopper-v4", seed=0))
 
-A dataset is written whole or not at all, and never over another one.
+A dataset is written whole or not at all, and never replaces another one.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from tensordict import TensorDictBase
 
 from iwsft import environments
+from iwsft.datasets.catalog import reference_scores
 from iwsft.datasets.episodes import first_row_outside
 from iwsft.datasets.minari_store import ID
-from iwsft.datasets.scores import reference_scores
 from iwsft.files import full_disk_named, written_whole
 from iwsft.trajectory import (
     ACTION,
@@ -44,22 +44,22 @@ if TYPE_CHECKING:
     from minari.data_collector import EpisodeBuffer
 
 _ROWS_A_CHUNK = 8192
-# HDF5's own, around the seven arrays of a Minari episode, and its last observation.
+# HDF5's overhead for the seven arrays of a Minari episode, and its last observation.
 _BYTES_AN_EPISODE = 24_000
 Fields = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What stands beside the data, as attributes of the file.
+    """The origin of the data, stored as attributes of the file.
 
     Attributes:
-        env_id: gymnasium environment to score policies in.
-        seed: that all draws hang on.
-        sources: what made the episodes, in their order: plain values such as policy, noise and
+        env_id: Gymnasium environment to score policies in.
+        seed: Seed of the recording.
+        sources: Origins of the episodes, in their order: plain values such as policy, noise and
             number of episodes; stored as JSON.
-        versions: packages that decided the numbers; stored as JSON.
-        env_kwargs: arguments of the environment; stored as JSON where there are any.
+        versions: Versions of the packages that decided the numbers; stored as JSON.
+        env_kwargs: Arguments of the environment; stored as JSON where there are any.
     """
 
     env_id: str | None = None
@@ -69,15 +69,15 @@ class Provenance:
     env_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def attributes(self) -> dict[str, str | int]:
-        """Numbers and strings by name; what is not known is left out."""
-        known: dict[str, str | int | None] = {
+        """Return the attributes of the file; unknown ones are left out."""
+        values: dict[str, str | int | None] = {
             "env_id": self.env_id,
             "seed": self.seed,
             "sources": json.dumps([dict(source) for source in self.sources]),
             "versions": json.dumps(dict(self.versions)),
             "env_kwargs": json.dumps(dict(self.env_kwargs)) if self.env_kwargs else None,
         }
-        return {name: value for name, value in known.items() if value is not None}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def to_hdf5(
@@ -89,29 +89,29 @@ def to_hdf5(
 ) -> None:
     """Write a file in D4RL's layout (see :mod:`iwsft.datasets.d4rl`), compressed.
 
-    A trajectory whose last step has neither flag is written with a timeout there: it was cut.
+    A trajectory whose last step has neither flag gets a timeout there, as it was cut.
 
     Args:
-        path: a new file, ending in ``.hdf5`` or ``.h5``.
-        trajectories: packed, with the keys that a loader gives.
-        provenance: attributes of the file.
-        infos: more fields of one row a step; they go under ``infos/NAME``.
+        path: New file that ends in ``.hdf5`` or ``.h5``.
+        trajectories: Packed trajectories with the keys of a loader.
+        provenance: Attributes of the file.
+        infos: Further fields with a row per step; they are stored as ``infos/NAME``.
 
     Raises:
-        FileExistsError: there is a file already.
-        ValueError: another suffix, no steps, NaN or infinite values, flags inside a trajectory,
-            ``infos`` of another length.
-        OSError: the disk is full.
+        FileExistsError: The file exists.
+        ValueError: The suffix is another one, there are no steps, values are NaN or infinite, a
+            flag is set inside a trajectory, or ``infos`` have another length.
+        OSError: The disk is full.
     """
     import h5py
 
     if path.suffix.lower() not in (".hdf5", ".h5"):
-        raise ValueError(f"{path} must end in .hdf5 or .h5, or nobody could load it by name")
+        raise ValueError(f"{path} must end in .hdf5 or .h5, or datasets.load can't read it")
     if path.exists():
         raise FileExistsError(f"{path} exists; delete it or choose another name")
     fields = _fields(trajectories)
     fields |= {f"infos/{name}": values for name, values in _rows(infos, fields).items()}
-    # Through memory: where a disk is full, HDF5 ends the process in place of raising.
+    # Through memory: on a full disk, HDF5 ends the process instead of raising.
     image = io.BytesIO()
     with h5py.File(image, "w") as file:
         for name, values in fields.items():
@@ -136,23 +136,23 @@ def to_minari(
 ) -> None:
     """Write a Minari dataset into the local store (``MINARI_DATASETS_PATH``); no network.
 
-    Observations are flat float32 boxes, as our policies take them. The action space, the
+    Observations are flat float32 boxes, as the library's policies need them. The action space, the
     environment's description and D4RL's reference scores are those of ``provenance.env_id``;
-    without it, actions lie in [-1, 1]. ``provenance`` also goes into Minari's metadata.
+    without it, the action space is [-1, 1]. Minari's metadata contain ``provenance``.
 
     Args:
-        dataset_id: ``namespace/name-v0``.
-        trajectories: packed, with the keys that a loader gives.
-        provenance: of the data.
-        infos: more fields of one row a step; Minari has T + 1, the first of an episode is 0.
+        dataset_id: Id of the form ``namespace/name-v0``.
+        trajectories: Packed trajectories with the keys of a loader.
+        provenance: Origin of the data.
+        infos: Further fields with a row per step. Minari has T + 1 rows; an episode's first is 0.
 
     Raises:
-        FileExistsError: the store has this dataset already.
+        FileExistsError: The store has this dataset already.
         ImportError: minari is not installed.
-        ValueError: a malformed id, no steps, NaN or infinite values, flags inside a trajectory,
-            actions outside the space, or a next observation that is not the observation of the
-            next step: Minari keeps the T + 1 observations of an episode once.
-        OSError: the disk is full.
+        ValueError: The id is malformed, there are no steps, values are NaN or infinite, a flag is
+            set inside a trajectory, actions are outside the space, or a next observation is not the
+            observation of the next step (Minari stores the T + 1 observations of an episode once).
+        OSError: The disk is full.
     """
     provenance = provenance or Provenance()
     folder = minari_folder(dataset_id)
@@ -163,29 +163,29 @@ def to_minari(
     fields = _fields(trajectories)
     buffers = _buffers(fields, lengths(trajectories).tolist(), _rows(infos, fields), dataset_id)
     store = Path(str(folder).removesuffix(dataset_id))
-    built = store / f".{dataset_id.replace('/', '-')}.{os.getpid()}.partial"
+    partial = store / f".{dataset_id.replace('/', '-')}.{os.getpid()}.partial"
     with full_disk_named(folder):
         try:
-            _reserve(built, fields, len(buffers))
-            with _store_at(built):
+            _reserve(partial, fields, len(buffers))
+            with _store_at(partial):
                 _create(dataset_id, buffers, fields, provenance)
             _make_namespace(dataset_id)
             folder.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(built / dataset_id, folder)
+            os.replace(partial / dataset_id, folder)
         finally:
-            shutil.rmtree(built, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def minari_folder(dataset_id: str) -> Path:
-    """Where Minari's local store keeps a dataset.
+    """Return the folder of a dataset in Minari's local store.
 
     Raises:
-        ValueError: a malformed id.
+        ValueError: The id is malformed.
         ImportError: minari is not installed.
     """
     if not ID.fullmatch(dataset_id):
         raise ValueError(
-            f"{dataset_id!r} is no Minari id; they read 'namespace/name-v0' or 'name-v0'"
+            f"{dataset_id!r} is not a Minari id, such as 'namespace/name-v0' or 'name-v0'"
         )
     try:
         from minari.storage.datasets_root_dir import get_dataset_path
@@ -197,7 +197,7 @@ def minari_folder(dataset_id: str) -> Path:
 
 
 def _fields(trajectories: TensorDictBase) -> Fields:
-    """D4RL's fields, one row a step, as float32 and bool."""
+    """Return D4RL's fields with a row per step, as float32 and bool."""
     if trajectories.batch_dims != 1 or MASK in trajectories.keys(True):
         raise ValueError(
             f"only packed trajectories are written, these have batch size "
@@ -221,8 +221,9 @@ def _fields(trajectories: TensorDictBase) -> Fields:
         inside = np.flatnonzero(flags & ~ends)
         if len(inside):
             raise ValueError(
-                f"step {int(inside[0])} has the flag {key[1]!r} and its trajectory goes on; a "
-                "reader would cut it there: give what follows another trajectory id"
+                f"step {int(inside[0])} has the flag {key[1]!r}, but is not the last of its "
+                "trajectory; a reader would cut there: give the steps after it another "
+                "trajectory id"
             )
         fields[name] = flags
     fields["timeouts"] = fields["timeouts"] | (ends & ~fields["terminals"])
@@ -238,10 +239,10 @@ def _rows(infos: Mapping[str, NDArray[Any]] | None, fields: Fields) -> Fields:
 
 
 def _reserve(folder: Path, fields: Fields, episodes: int) -> None:
-    """Fail while it is cheap: where a disk is full, HDF5 ends the process in place of raising.
+    """Check the room on the disk first: on a full disk, HDF5 ends the process instead of raising.
 
     Raises:
-        OSError: no room for the dataset.
+        OSError: There is no room for the dataset.
     """
     size = sum(values.nbytes for values in fields.values()) + episodes * _BYTES_AN_EPISODE
     folder.mkdir(parents=True)
@@ -254,7 +255,7 @@ def _reserve(folder: Path, fields: Fields, episodes: int) -> None:
 def _buffers(
     fields: Fields, sizes: list[int], infos: Fields, dataset_id: str
 ) -> list[EpisodeBuffer]:
-    """Minari's episodes: T + 1 observations, T of everything else, T + 1 infos."""
+    """Return Minari's episodes: T + 1 observations and infos, T rows of all other fields."""
     from minari.data_collector import EpisodeBuffer
 
     now, then = fields["observations"], fields["next_observations"]
@@ -336,7 +337,7 @@ def _make_namespace(dataset_id: str) -> None:
 
 @contextmanager
 def _store_at(folder: Path) -> Iterator[None]:
-    """Minari's local store is ``folder`` meanwhile; it knows no other way to be told."""
+    """Make ``folder`` Minari's local store meanwhile, by the only way that Minari has."""
     name = "MINARI_DATASETS_PATH"
     before = os.environ.get(name)
     os.environ[name] = str(folder)

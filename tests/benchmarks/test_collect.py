@@ -360,7 +360,7 @@ H = "mine_of_tests:hopper"
         (("mine_of_tests:needs",), {}, "is called without arguments"),
         (("mine_of_tests:reads_goal",), {}, r"reads \['goal'\]"),
         ((H,), {"out": "data.npz"}, "--out data.npz: neither a file ending in"),
-        ((H,), {"out": "minari:x"}, "'x' is no Minari id"),
+        ((H,), {"out": "minari:x"}, "'x' is not a Minari id"),
     ],
 )
 def test_errors_before_the_first_step(

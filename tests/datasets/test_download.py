@@ -174,7 +174,7 @@ def full_device() -> Callable[[Path], None]:
 
 def test_a_file_larger_than_the_disk_is_refused_at_once(served: Served, tmp_path: Path) -> None:
     served.announce = 10**18
-    with pytest.raises(OSError, match=r"1(,000){6} bytes are to come and [\d,]+ are"):
+    with pytest.raises(OSError, match=r"1(,000){6} bytes are missing and [\d,]+ are"):
         fetch([f"{served.base}/a.bin"], tmp_path / "a.bin")
     assert not parts(tmp_path)
 

@@ -166,7 +166,7 @@ def test_what_is_refused() -> None:
     )
     with pytest.raises(ValueError, match=r"\[-2.0, -2.0\] to \[2.0, 2.0\]\) at row 1"):
         datasets.load("minari:d-v0")
-    with pytest.raises(ValueError, match="'no version' is no Minari id"):
+    with pytest.raises(ValueError, match="'no version' is not a Minari id"):
         datasets.load("minari:no version")
 
 
@@ -191,6 +191,6 @@ def test_a_set_that_the_remote_store_does_not_have(server: Served) -> None:
     )
     message = result.stderr.rpartition("\nConnectionError: ")[2]
     assert message.startswith("the Minari dataset 'lab/arm/medium-v7' is not in the local store")
-    assert "nor could it be downloaded" in message
+    assert "and could not be downloaded" in message
     assert "404" in message
     assert server.requests

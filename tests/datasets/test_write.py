@@ -191,7 +191,7 @@ def test_what_is_refused(target: tuple[Callable[..., None], str], tmp_path: Path
     inside[TERMINATED][1] = True
     for bad, message in (
         (nan, "reward.*NaN or infinite"),
-        (inside, r"step 1 has the flag 'terminated' and its trajectory goes on"),
+        (inside, r"step 1 has the flag 'terminated', but is not the last"),
         (pad(data), "only packed trajectories"),
         (data[:0], "not a single step"),
     ):
@@ -208,7 +208,7 @@ def test_what_one_layout_refuses(tmp_path: Path) -> None:
     data = random_walks([(4, True), (2, False)])
     with pytest.raises(ValueError, match=r"must end in \.hdf5 or \.h5"):
         write.to_hdf5(tmp_path / "mine.npz", data)
-    with pytest.raises(ValueError, match="'no version' is no Minari id"):
+    with pytest.raises(ValueError, match="'no version' is not a Minari id"):
         write.to_minari("no version", data)
     data[NEXT_OBSERVATION][1, 0] += 1
     with pytest.raises(ValueError, match="next observation of step 1 is not the observation of"):
