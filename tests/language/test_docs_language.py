@@ -148,7 +148,7 @@ def test_the_first_lines_train_on_the_better_half(names: dict[str, Any]) -> None
 
 
 def test_log_lines_hold_what_the_page_names(names: dict[str, Any]) -> None:
-    (text,) = re.findall(r"A log line has, beside `loss`: (.*?)\. ", PAGE, flags=re.DOTALL)
+    (text,) = re.findall(r"A log line has, besides `loss`: (.*?)\. ", PAGE, flags=re.DOTALL)
     logged = {key for row in names["trainers"]["runs/mine"].state.log_history for key in row}
     measured = logged & {"log_prob", "kl_approx"} | {
         key for key in logged if key.startswith(("ESS", "weight", "clip"))
