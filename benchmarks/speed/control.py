@@ -90,7 +90,7 @@ def measure(options: Options) -> Iterator[Row | Check]:
     yield from single_steps(options, sizes)
     yield from distinct_steps(options, sizes)
     yield from behaviour_cloning(options, sizes)
-    # HalfCheetah's episodes never end early; Hopper's are kept from it: the most work there is.
+    # HalfCheetah's episodes never end early; neither do Hopper's here: the most work there is.
     yield evaluation(options, sizes, "HalfCheetah-v4", sizes.episodes, {})
     tireless = {"terminate_when_unhealthy": False}
     yield evaluation(options, sizes, "Hopper-v4", sizes.many_episodes, tireless)

@@ -59,7 +59,7 @@ def q_of(loss: AWACLoss, batch: TensorDictBase, action: torch.Tensor, params: An
 
 def test_losses_are_those_of_the_equations(trajectories: Any) -> None:
     loss = make_loss(temperature=0.5, reduction="none")
-    found = loss(trajectories)
+    actual = loss(trajectories)
     following, action = trajectories["next"], trajectories["action"]
     after = q_of(
         loss, following, mean_action(loss, following), loss.target_qvalue_network_params
@@ -68,12 +68,12 @@ def test_losses_are_those_of_the_equations(trajectories: Any) -> None:
     target = trajectories["next", "reward"].squeeze(-1) + GAMMA * goes_on * after
     q = q_of(loss, trajectories, action, loss.qvalue_network_params)
     torch.testing.assert_close(
-        found["loss_qvalue"], ((q - target) ** 2).sum(0), rtol=1e-4, atol=1e-5
+        actual["loss_qvalue"], ((q - target) ** 2).sum(0), rtol=1e-4, atol=1e-5
     )
     own = q_of(loss, trajectories, mean_action(loss, trajectories), loss.qvalue_network_params)
     weight = ((q.amin(0) - own.amin(0)) / 0.5).exp()
     expected = -weight * log_prob(loss, trajectories)
-    torch.testing.assert_close(found["loss_actor"], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual["loss_actor"], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_value_is_one_draw_of_the_policy(trajectories: Any) -> None:
@@ -90,12 +90,12 @@ def test_value_is_one_draw_of_the_policy(trajectories: Any) -> None:
 def test_actions_are_clamped(trajectories: Any) -> None:
     # So wide a policy that every draw is at an edge.
     loss = make_loss(log_std=2.0, action_range=(-1e-6, 1e-6), reduction="none", temperature=1.0)
-    found = loss(trajectories)["loss_actor"]
+    actual = loss(trajectories)["loss_actor"]
     nothing = torch.zeros_like(trajectories["action"])
     q = q_of(loss, trajectories, trajectories["action"], loss.qvalue_network_params).amin(0)
     v = q_of(loss, trajectories, nothing, loss.qvalue_network_params).amin(0)
     expected = -(q - v).exp() * log_prob(loss, trajectories)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_weight_is_clipped(trajectories: Any) -> None:

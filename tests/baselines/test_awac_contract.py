@@ -111,8 +111,8 @@ def test_call_without_tensordict(trajectories: Any) -> None:
     keywords = {
         "_".join(key) if isinstance(key, tuple) else key: trajectories[key] for key in loss.in_keys
     }
-    found = call(loss, **keywords)
-    for key, value in zip(OUT_KEYS, found, strict=True):
+    outputs = call(loss, **keywords)
+    for key, value in zip(OUT_KEYS, outputs, strict=True):
         torch.testing.assert_close(value, expected[key], rtol=0, atol=0)
     loss.select_out_keys("loss_actor", "pred_value")
     first, second = call(loss, **keywords)
@@ -227,8 +227,8 @@ def test_parameters_are_policy_and_critics_but_no_targets() -> None:
         "actor_network_params",
         "qvalue_network_params",
     }
-    held = {id(p) for p in loss.parameters()}
-    assert held >= {id(p) for p in own} and len(held) == len(own) + 6
+    learned = {id(p) for p in loss.parameters()}
+    assert learned >= {id(p) for p in own} and len(learned) == len(own) + 6
 
 
 def test_gradient_reaches_no_target(trajectories: Any) -> None:

@@ -84,12 +84,12 @@ class TestPenalty:
             for b, state in enumerate(states):
                 total = 0.0
                 for i in range(n):
-                    for drawn, density in (
+                    for action, density in (
                         (uniform[i, b], 0.25),
                         (here[0][i, b], here[1][i, b].exp().item()),
                         (there[0][i, b], there[1][i, b].exp().item()),
                     ):
-                        total += math.exp(q(torch.cat([state, drawn])).item()) / density
+                        total += math.exp(q(torch.cat([state, action])).item()) / density
                 of_data = q(torch.cat([state, batch.get(ACTION)[b]])).item()
                 assert math.isclose(q_data[net, b].item(), of_data, rel_tol=1e-4, abs_tol=1e-6)
                 assert math.isclose(gap[net, b].item(), math.log(total) - of_data, rel_tol=1e-4)
@@ -133,7 +133,7 @@ class TestPenalty:
     def test_it_pulls_the_data_up_and_other_actions_down(
         self, make_trajectories: MakeTrajectories
     ) -> None:
-        """How far Q of the data's actions stands above others', with the penalty and without."""
+        """How far Q of the data is above Q of other actions, with the penalty and without."""
         data = make_trajectories()
 
         def lead(weight: float) -> float:
@@ -263,15 +263,15 @@ class TestSettings:
         assert settings.actor_lr == 1e-4 and settings.critic_hidden == (256,) * 5
 
     @pytest.mark.parametrize(
-        ("dataset", "said"),
+        ("dataset", "words"),
         [
             ("door-human-v1", "Adroit"),
             ("kitchen-complete-v0", "kitchen"),
             ("my-own", "none published for my-own"),
         ],
     )
-    def test_other_families_say_whose_they_are(self, dataset: str, said: str) -> None:
-        assert said in cql.published(dataset)[1]
+    def test_other_families_say_whose_they_are(self, dataset: str, words: str) -> None:
+        assert words in cql.published(dataset)[1]
 
     @pytest.mark.parametrize(
         "wrong",

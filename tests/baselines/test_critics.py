@@ -58,12 +58,12 @@ def test_values_are_those_of_each_network_alone(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(out, by_vmap)
     # And their gradients.
     weight = torch.randn(out.shape)
-    found = torch.autograd.grad((weight * out).sum(), list(params.values(True, True)))
+    gradients = torch.autograd.grad((weight * out).sum(), list(params.values(True, True)))
     true = torch.autograd.grad(
         (weight * torch.stack(alone)).sum(), [p for n in networks for p in n.parameters()]
     )
-    for i, gradient in enumerate(found):
-        torch.testing.assert_close(gradient, torch.stack(true[i :: len(found)]))
+    for i, gradient in enumerate(gradients):
+        torch.testing.assert_close(gradient, torch.stack(true[i :: len(gradients)]))
 
 
 def _called(network: TensorDictModule, inputs: TensorDict, params: Any) -> torch.Tensor:
@@ -74,10 +74,10 @@ def _called(network: TensorDictModule, inputs: TensorDict, params: Any) -> torch
 def test_values_of_one_network() -> None:
     torch.manual_seed(0)
     loss, inputs = make_loss(), make_inputs(5)
-    found = values(loss.value_network, inputs, loss.value_network_params)
+    actual = values(loss.value_network, inputs, loss.value_network_params)
     with loss.value_network_params.to_module(loss.value_network):
         expected = loss.value_network(inputs)["state_value"]
-    torch.testing.assert_close(found, expected.squeeze(-1))
+    torch.testing.assert_close(actual, expected.squeeze(-1))
 
 
 def test_another_network_is_refused() -> None:
@@ -94,9 +94,9 @@ def test_members_of_an_ensemble_start_apart_and_as_linear_layers_do() -> None:
     networks = qvalue_networks(3, 2, (64, 32))
     expected = [[p.detach().clone() for p in n.parameters()] for n in networks]
     loss = IQLLoss(GaussianPolicy(3, 2, hidden=(8,)), networks, value_network(3))
-    held = list(loss.qvalue_network_params.values(True, True))
+    stacked = list(loss.qvalue_network_params.values(True, True))
     # Nothing is drawn anew when the loss stacks them.
-    for i, parameter in enumerate(held):
+    for i, parameter in enumerate(stacked):
         assert torch.equal(parameter, torch.stack([member[i] for member in expected]))
         assert not torch.equal(parameter[0], parameter[1])
     torch.manual_seed(0)

@@ -103,7 +103,9 @@ class TestBuild:
         batch = learner.sampler.sample()
         loss = learner.loss(batch)["loss"]
         loss.backward()
-        found = {n: p.grad.clone() for n, p in learner.policy.named_parameters() if "wte" not in n}
+        gradients = {
+            n: p.grad.clone() for n, p in learner.policy.named_parameters() if "wte" not in n
+        }
         learner.policy.zero_grad()
         total, count = torch.zeros(()), 0
         valid = batch["collector", "mask"].sum(1).tolist()
@@ -116,10 +118,10 @@ class TestBuild:
         expected.backward()
         torch.testing.assert_close(loss, expected)
         for name, parameter in learner.policy.named_parameters():
-            if name in found:
-                torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6)
+            if name in gradients:
+                torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
-    def test_what_hangs_on_the_data(self) -> None:
+    def test_what_depends_on_the_data(self) -> None:
         trajectories = data(SIZES)
         settings = dataclasses.replace(SMALL, target_return=None)
         policy = dt.build(trajectories, settings, seed=0).policy

@@ -1,4 +1,4 @@
-"""The decision transformer at work: what it remembers, and the return that it is asked for."""
+"""The decision transformer at work: its memory and its target return."""
 
 from __future__ import annotations
 

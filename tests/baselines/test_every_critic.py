@@ -191,9 +191,9 @@ class TestUpdate:
     def test_pred_value_is_the_mean_q(self, trajectories: TensorDict, case: str) -> None:
         learner = build(case, trajectories)
         batch = learner.sampler.sample()
-        found = learner.loss(batch)["pred_value"]
-        assert not found.requires_grad
-        torch.testing.assert_close(found.mean(), qvalues(learner, batch).mean())
+        actual = learner.loss(batch)["pred_value"]
+        assert not actual.requires_grad
+        torch.testing.assert_close(actual.mean(), qvalues(learner, batch).mean())
 
     @pytest.mark.parametrize("case", CASES)
     def test_only_termination_stops_the_bootstrap(
@@ -232,11 +232,11 @@ class TestUpdate:
         target = batch[REWARD].squeeze(-1) + 0.99 * bootstrap
         expected = (qvalues(learner, batch) - target).square().sum(0)
         loss.reduction = "none"
-        found = loss(batch)["loss_qvalue"].detach()
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        actual = loss(batch)["loss_qvalue"].detach()
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
         # Far from what it would be without one.
         without = (qvalues(learner, batch) - batch[REWARD].squeeze(-1)).square().sum(0)
-        assert ((found - without).abs() > 1e-4)[truncated].all()
+        assert ((actual - without).abs() > 1e-4)[truncated].all()
 
 
 @pytest.mark.parametrize(
@@ -258,14 +258,14 @@ def test_a_resumed_run_ends_in_the_same_bits(
     def run(folder: Path, stop: int | None = None) -> dict[str, Any]:
         learner = run_until(build(case, make_trajectories(), seed=5), folder, stop)
         assert learner.updater is not None
-        held = checkpoint.load(folder / checkpoint.FOLDER, {})
-        assert held is not None
+        state = checkpoint.load(folder / checkpoint.FOLDER, {})
+        assert state is not None
         return {
             "loss": learner.loss.state_dict(),
             "policy": learner.policy.state_dict(),
             "updater": learner.updater.state_dict(),
             "sampler": learner.sampler.state_dict(),
-            "optimizer": held["optimizer"]["state"],
+            "optimizer": state["optimizer"]["state"],
             "draws": torch.get_rng_state(),
         }
 

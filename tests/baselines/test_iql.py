@@ -48,10 +48,10 @@ def test_values_and_gradients_are_torchrls(
     trajectories: Any, gradients: Any, loss_function: str, reduction: str
 ) -> None:
     ours, theirs = both(loss_function=loss_function, reduction=reduction)
-    found, expected = ours(trajectories), theirs(trajectories.clone())
-    assert list(found.keys()) == [*expected.keys(), "pred_value"] == ours.out_keys
+    actual, expected = ours(trajectories), theirs(trajectories.clone())
+    assert list(actual.keys()) == [*expected.keys(), "pred_value"] == ours.out_keys
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(actual[name], value, rtol=2e-6, atol=2e-6)
     a, b = gradients(ours, trajectories), gradients(theirs, trajectories.clone())
     assert a.keys() == b.keys()
     for name in a:
@@ -63,11 +63,11 @@ def test_values_and_gradients_are_torchrls(
 @pytest.mark.parametrize("mode", ["exclude", "non_tensor"])
 def test_unreduced_values_are_torchrls(trajectories: Any, mode: str) -> None:
     ours, theirs = both(loss_function="l2", reduction="none", scalar_output_mode=mode)
-    found, expected = ours(trajectories), theirs(trajectories.clone())
-    assert found.batch_size == trajectories.batch_size
+    actual, expected = ours(trajectories), theirs(trajectories.clone())
+    assert actual.batch_size == trajectories.batch_size
     for name in ("loss_actor", "loss_qvalue", "loss_value"):
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
-    names = [set(out.keys()) for out in (found, expected)]
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-6)
+    names = [set(out.keys()) for out in (actual, expected)]
     assert all(("entropy" in each) == (mode == "non_tensor") for each in names)
 
 
@@ -79,9 +79,9 @@ def test_keys_set_as_torchrls(trajectories: Any) -> None:
     renamed = renamed.exclude(("next", "reward"), ("next", "terminated"), ("next", "done"))
     for loss in (ours, theirs):
         loss.set_keys(reward="r", terminated="t", done="d")
-    found, expected = ours(renamed), theirs(renamed.clone())
+    actual, expected = ours(renamed), theirs(renamed.clone())
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(actual[name], value, rtol=2e-6, atol=2e-6)
 
 
 def test_other_value_estimators_are_refused() -> None:

@@ -117,7 +117,7 @@ class TestSettings:
         )
 
     @pytest.mark.parametrize(
-        ("dataset", "rewards", "said"),
+        ("dataset", "rewards", "words"),
         [
             ("antmaze-umaze-v2", "minus one", "CORL"),
             ("door-human-v1", "as they are", "CORL"),
@@ -125,9 +125,9 @@ class TestSettings:
             ("my-own", "as they are", "none published for my-own"),
         ],
     )
-    def test_other_families(self, dataset: str, rewards: str, said: str) -> None:
+    def test_other_families(self, dataset: str, rewards: str, words: str) -> None:
         settings, source = algorithm("td3-bc").published(dataset)
-        assert settings == replace(td3_bc.Settings(), rewards=rewards) and said in source
+        assert settings == replace(td3_bc.Settings(), rewards=rewards) and words in source
 
     @pytest.mark.parametrize(
         "wrong",

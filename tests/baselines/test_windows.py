@@ -66,11 +66,11 @@ def test_windows_are_those_of_a_plain_loop(sizes: list[int], context: int) -> No
                 ("action", trajectories["action"][step : step + 1]),
                 ("return_to_go", rewards[step:end].sum(0, keepdim=True).float()),
             ):
-                found = window[key][t]
+                actual = window[key][t]
                 if valid:
-                    torch.testing.assert_close(found, expected[0])
+                    torch.testing.assert_close(actual, expected[0])
                 else:
-                    assert not found.any()
+                    assert not actual.any()
 
 
 @pytest.mark.parametrize("multiplicities", [None, [1, 0, 3]])
@@ -83,11 +83,11 @@ def test_every_step_is_a_first_one_equally_often(multiplicities: list[int] | Non
     sampler = WindowSampler(data(sizes, **more), 20_000, context=2, seed=1)
     first = sampler.sample()["observation"][:, 0].long()
     counts = torch.zeros(3, 5).index_put_(tuple(first.T), torch.ones(()), accumulate=True)
-    found = torch.cat([counts[k, :size] for k, size in enumerate(sizes)])
-    assert found.sum() == 20_000
+    actual = torch.cat([counts[k, :size] for k, size in enumerate(sizes)])
+    assert actual.sum() == 20_000
     expected = 20_000 * per_step / per_step.sum()
     # Four standard deviations of a binomial count.
-    assert bool(((found - expected).abs() <= 4 * expected.sqrt()).all())
+    assert bool(((actual - expected).abs() <= 4 * expected.sqrt()).all())
 
 
 def test_resumes_with_the_same_draws() -> None:

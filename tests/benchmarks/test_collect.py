@@ -215,7 +215,7 @@ def test_steps_are_reached_in_whole_episodes(tmp_path: Path) -> None:
 
 
 def test_noise_and_draws(tmp_path: Path) -> None:
-    """Both leave the mean where it was; drawn episodes do not hang on how many follow."""
+    """Both leave the mean where it was; an episode does not depend on how many follow."""
     import mine_of_tests
 
     policy = mine_of_tests.hopper()
@@ -315,7 +315,7 @@ def test_resume_of_a_finished_one(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_a_full_disk(tmp_path: Path, full_disk: Callable[[int], Any]) -> None:
-    """What is collected stays, and the same command goes on from it."""
+    """What is collected stays, and the same command continues from it."""
     out, whole = tmp_path / "a.hdf5", tmp_path / "b.hdf5"
     settings: dict[str, Any] = {"episodes": (70,), "part_steps": 500}
     with full_disk(60_000), pytest.raises(SystemExit, match="no space left to write"):

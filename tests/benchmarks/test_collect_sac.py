@@ -105,9 +105,9 @@ def test_its_policy_can_be_rolled_out(tiny: Path, tmp_path: Path) -> None:
     assert env_id == ENV
     with torch.no_grad():
         loc, _ = policy.module[0].module(packed["observation"])
-    (held,) = (folder / sac.POLICY).iterdir()
+    (file,) = (folder / sac.POLICY).iterdir()
     (tmp_path / sac.POLICY).mkdir()
-    (tmp_path / sac.POLICY / held.name).write_bytes(held.read_bytes()[:5000])
+    (tmp_path / sac.POLICY / file.name).write_bytes(file.read_bytes()[:5000])
     with pytest.raises(CheckpointError, match="is corrupt"):
         sac.load_policy(tmp_path)
     torch.testing.assert_close(packed["action"], 3 * torch.tanh(loc), rtol=1e-4, atol=1e-5)
@@ -245,15 +245,15 @@ def filled(size: int, capacity: int = 100) -> sac.Replay:
 def test_the_replay_is_uniform_over_what_it_holds() -> None:
     torch.manual_seed(0)
     batch = filled(10).sample(20_000)
-    drawn = batch["action"].flatten()
-    counts = torch.bincount(drawn.long(), minlength=10)
+    rows = batch["action"].flatten()
+    counts = torch.bincount(rows.long(), minlength=10)
     assert len(counts) == 10
     # Chi-square with 9 degrees of freedom: 27.9 is passed once in a thousand.
     assert float(((counts - 2000.0) ** 2 / 2000).sum()) < 27.9
-    assert torch.equal(batch["observation"], drawn[:, None].expand(-1, 4))
-    assert torch.equal(batch["next", "observation"], drawn[:, None].expand(-1, 4) + 0.5)
-    assert torch.equal(batch["next", "reward"].flatten(), drawn)
-    assert torch.equal(batch["next", "terminated"].flatten(), drawn % 3 == 0)
+    assert torch.equal(batch["observation"], rows[:, None].expand(-1, 4))
+    assert torch.equal(batch["next", "observation"], rows[:, None].expand(-1, 4) + 0.5)
+    assert torch.equal(batch["next", "reward"].flatten(), rows)
+    assert torch.equal(batch["next", "terminated"].flatten(), rows % 3 == 0)
     assert torch.equal(batch["next", "done"], batch["next", "terminated"])
 
 

@@ -54,12 +54,12 @@ def test_another_computation_is_not_timed() -> None:
 
 
 def test_synthetic_transitions_follow_each_other() -> None:
-    found = baselines.transitions(SMALL, baselines.SIZES["small"])
-    following, last = found["next", "observation"], found["next", "done"].squeeze(-1)
+    synthetic = baselines.transitions(SMALL, baselines.SIZES["small"])
+    following, last = synthetic["next", "observation"], synthetic["next", "done"].squeeze(-1)
     inside = (~last).nonzero().squeeze(-1)
-    assert torch.equal(following[inside], found["observation"][inside + 1])
+    assert torch.equal(following[inside], synthetic["observation"][inside + 1])
     assert int(last.sum()) == baselines.SIZES["small"].trajectories
-    assert not bool(found["next", "terminated"].any())
+    assert not bool(synthetic["next", "terminated"].any())
 
 
 def test_a_file_is_read(tmp_path: Path) -> None:

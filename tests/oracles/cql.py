@@ -92,14 +92,14 @@ class PlainCQL:
         q_loss, excesses = torch.zeros((), device=a.device), []
         for q in (self.q1, self.q2):
             data_value = value(q, s, a).squeeze(0)
-            drawn = torch.cat(
+            sampled = torch.cat(
                 [
                     value(q, s, uniform.flatten(0, 1), n) - a.shape[-1] * math.log(0.5),
                     value(q, s, there, n) - log_there,
                     value(q, s, here, n) - log_here,
                 ]
             )
-            gap = torch.logsumexp(drawn, 0) - data_value
+            gap = torch.logsumexp(sampled, 0) - data_value
             if settings.least_gap is not None:
                 gap = gap.clamp(min=settings.least_gap)
             excess = settings.min_q_weight * gap.mean()

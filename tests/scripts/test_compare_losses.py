@@ -14,8 +14,8 @@ def write(folder: Path, algo: str, losses: list[float], score: float = 0.5) -> N
     run.mkdir(parents=True)
     result = {"algo": algo, "seed": 0, "score": score, "interval": [0, 1], "n": 9}
     (run / "result.json").write_text(json.dumps({**result, "steps": len(losses)}))
-    held = {"versions": {}, "hardware": {}, "command": "python -m benchmarks.llm"}
-    (run / "config.json").write_text(json.dumps(held))
+    config = {"versions": {}, "hardware": {}, "command": "python -m benchmarks.llm"}
+    (run / "config.json").write_text(json.dumps(config))
     if losses:
         rows = [{"step": n, "loss": loss} for n, loss in enumerate(losses, 1)]
         rows.insert(1, {"step": 1, "eval_loss": 9.0})
