@@ -7,6 +7,7 @@ import multiprocessing.forkserver
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from multiprocessing.context import BaseContext
 
 import pytest
 
@@ -22,18 +23,24 @@ PRELOADED = [
 
 
 @pytest.fixture(scope="session")
-def on_two_processes() -> Callable[..., None]:
-    """``on_two_processes(work, *args)`` runs ``work(rank, *args)`` on two fresh processes."""
-    import torch.multiprocessing
-
+def forkserver() -> BaseContext:
+    """Starts fresh processes that have loaded :data:`PRELOADED`."""
     with pytest.MonkeyPatch.context() as environment:
         # DeepSpeed reads it when it is imported, the tests' processes inherit it.
         environment.setenv("DS_ACCELERATOR", "cpu")
         multiprocessing.set_forkserver_preload(PRELOADED)
         multiprocessing.forkserver.ensure_running()
+    return multiprocessing.get_context("forkserver")
+
+
+@pytest.fixture
+def on_two_processes(forkserver: BaseContext) -> Callable[..., None]:
+    """``on_two_processes(work, *args)`` runs ``work(rank, *args)`` on two fresh processes."""
+    import torch.multiprocessing
 
     def run(work: Callable[..., None], *args: object) -> None:
-        torch.multiprocessing.start_processes(work, args, nprocs=2, start_method="forkserver")
+        method = forkserver.get_start_method()
+        torch.multiprocessing.start_processes(work, args, nprocs=2, start_method=method)
 
     return run
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from reference_cases import (
 )
 from tensordict import TensorDict
 
+from iwsft import reference
 from iwsft.policies import CausalLMPolicy
 from iwsft.reference import cached_reference
 
@@ -166,23 +165,26 @@ def test_a_part_is_a_fixed_number_of_batches(
     assert again._asked == [[0], [6], [7], [8], [9]]
 
 
-def test_killed_process_leaves_what_the_next_one_reads(tmp_path: Path) -> None:
-    body = (
-        "import os, signal, sys; from pathlib import Path; from reference_cases import *;"
-        "import iwsft.reference as r; write = r._Store.write; left = [2]\n"
-        "def killed(store, log_prob, part=None):\n"
-        "    if not left[0]: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    left[0] -= 1; write(store, log_prob, part)\n"
-        "r._Store.write = killed; r._PART = 1; torch.set_num_threads(int(sys.argv[2]))\n"
-        "annotate(policy(), dataset(), cache=Path(sys.argv[1]))\n"
-    )
-    ended = subprocess.run(
-        [sys.executable, "-c", body, str(tmp_path), str(torch.get_num_threads())],
-        cwd=Path(__file__).parent,
-        env={**os.environ, "PYTHONHASHSEED": "7"},
-        check=False,
-    )
-    assert ended.returncode == -signal.SIGKILL
+def _killed(folder: Path, threads: int) -> None:
+    """Annotate in a process that dies when it would store its third part."""
+    torch.set_num_threads(threads)
+    reference._PART = 1
+    write, left = reference._Store.write, iter(range(2))
+
+    def dying(*args: Any) -> None:
+        if next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(*args)
+
+    reference._Store.write = dying  # type: ignore[method-assign]
+    annotate(policy(), dataset(), cache=folder)
+
+
+def test_killed_process_leaves_what_the_next_one_reads(forkserver: Any, tmp_path: Path) -> None:
+    process = forkserver.Process(target=_killed, args=(tmp_path, torch.get_num_threads()))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert len(files(tmp_path)) == 2
     data, whole = dataset(), dataset()
     with pytest.MonkeyPatch.context() as patch:

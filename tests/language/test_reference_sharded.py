@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from reference_cases import VOCABULARY, annotate, dataset, decoder, key_of
 from tensordict import TensorDictBase
 from torch import Tensor
@@ -174,6 +173,6 @@ def _work(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_processes_are_one(tmp_path: Path) -> None:
+def test_two_processes_are_one(on_two_processes: Any, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
-    mp.spawn(_work, (str(tmp_path),), nprocs=2)
+    on_two_processes(_work, str(tmp_path))
