@@ -10,8 +10,7 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks.llm.results import Result, read
-from iwsft.checkpoint import CheckpointError
+from benchmarks.results import LANGUAGE, FinishedRun, ResultsError, read_runs
 
 
 @dataclass(frozen=True)
@@ -32,11 +31,12 @@ def main(arguments: Arguments) -> None:
         raise SystemExit(f"error: --first {arguments.first}: at least 1")
     try:
         one, other = (
-            {_name(run): run for run in read(f)} for f in (arguments.one, arguments.other)
+            {_name(run): run for run in read_runs(f, LANGUAGE)}
+            for f in (arguments.one, arguments.other)
         )
-    except CheckpointError as error:
+    except ResultsError as error:
         raise SystemExit(f"error: {error}") from error
-    shared = [name for name in one if name in other and one[name].rows]
+    shared = [name for name in one if name in other and one[name].metrics]
     if not shared:
         raise SystemExit(f"error: {arguments.one} and {arguments.other} share no trained run")
     for name in shared:
@@ -48,12 +48,12 @@ def main(arguments: Arguments) -> None:
         print(f"{name}: losses {apart:.1e} apart, scores {scores}")
 
 
-def _name(run: Result) -> str:
-    return f"{run.result['algo']} seed {run.seed}"
+def _name(run: FinishedRun) -> str:
+    return f"{run.algo} seed {run.seed}"
 
 
-def _losses(run: Result, first: int) -> list[float]:
-    return [row["loss"] for row in run.rows if "loss" in row][:first]
+def _losses(run: FinishedRun, first: int) -> list[float]:
+    return [row["loss"] for row in run.metrics if "loss" in row][:first]
 
 
 if __name__ == "__main__":

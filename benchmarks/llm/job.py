@@ -168,17 +168,13 @@ def _show_notes(prepared: Prepared) -> None:
 
 def _show(run: LanguageRun, summary: Summary) -> None:
     """Print the table of all finished runs of the recipe, write it as JSON, and draw it."""
-    from benchmarks.llm.results import read, summarise, write
-    from benchmarks.llm.table import table
+    from benchmarks.report.language import read_recipes, recipe_table, write_scores
 
     console = Console()
     folder = run.dataset_folder
-    results = read(folder)
-    if results:
-        from benchmarks.llm.plot import draw
-
-        rows = summarise(results)
-        console.print(table(run.dataset, rows))
-        written = [write(folder, rows), draw(folder, rows)]
-        console.print(*map(str, written), sep="\n", highlight=False, markup=False, soft_wrap=True)
+    (recipe,) = read_recipes(folder)
+    if recipe.runs:
+        console.print(recipe_table(recipe))
+        written = map(str, write_scores(folder, recipe))
+        console.print(*written, sep="\n", highlight=False, markup=False, soft_wrap=True)
     console.print(str(summary), highlight=False, markup=False, soft_wrap=True)

@@ -1,1 +1,1 @@
-"""`python -m benchmarks.report runs`: tables and figures of finished control runs."""
+"""`python -m benchmarks.report runs`: tables and figures of finished runs."""

@@ -8,8 +8,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from benchmarks.llm.table import table
-from benchmarks.report.language import read_recipes
+from benchmarks.report.language import read_recipes, recipe_table
 from benchmarks.report.page import write_report
 from benchmarks.report.tables import score_table
 from benchmarks.results import CONTROL, ResultsError, read_runs, unfinished_runs
@@ -22,7 +21,7 @@ class Report:
     runs: tyro.conf.Positional[Path]
     """Folder that --out of the runs named."""
     out: Path | None = None
-    """Where index.html, report.md and its figures go; by default `report` inside RUNS."""
+    """Folder of index.html, report.md and its figures; by default `report` inside RUNS."""
 
 
 def main(report: Report) -> None:
@@ -37,14 +36,13 @@ def main(report: Report) -> None:
     if runs:
         console.print(score_table(runs))
     for recipe in recipes:
-        if recipe.rows:
-            console.print(table(recipe.name, recipe.rows))
-    left_out = [run.folder for run in unfinished]
-    left_out += [folder for recipe in recipes for folder in recipe.unfinished]
-    if left_out:
-        console.print(f"{len(left_out)} unfinished runs left out:")
-        for folder in left_out:
-            console.print(f"  {folder}", highlight=False)
+        if recipe.runs:
+            console.print(recipe_table(recipe))
+        unfinished += recipe.unfinished
+    if unfinished:
+        console.print(f"{len(unfinished)} unfinished runs left out:")
+        for run in unfinished:
+            console.print(f"  {run.folder}", highlight=False)
     console.print(f"Report: {page}", highlight=False, soft_wrap=True)
 
 

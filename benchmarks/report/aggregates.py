@@ -1,4 +1,4 @@
-"""Scores over datasets: rliable's aggregates, probability of improvement, performance profiles.
+"""Scores over datasets: aggregates, probability of improvement, performance profiles.
 
 Agarwal et al. 2021, https://arxiv.org/abs/2108.13264. Scores enter as score / 100 (1 is D4RL's
 expert) and leave as scores again. Intervals are from a stratified bootstrap over seeds.
@@ -6,38 +6,52 @@ expert) and leave as scores again. Intervals are from a stratified bootstrap ove
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from benchmarks.report.names import algorithm_rank, is_variant
-from benchmarks.report.scores import Cell, Estimate, algorithms, datasets
-from benchmarks.statistics import MIN_SEEDS
+from benchmarks import statistics
+from benchmarks.axes import style
+from benchmarks.report.figures import TITLE, colours, legend, list_names
+from benchmarks.report.grid import NOTHING, Grid
+from benchmarks.report.names import algorithm_label, algorithm_rank, is_variant
+from benchmarks.report.scores import Cell, algorithms, datasets
+from benchmarks.statistics import MIN_SEEDS, probability_of_improvement, share_above
 
-_RESAMPLES = 2_000
-# Whose probability of improvement over the others is asked, where they take part.
+# The algorithms whose probability of improvement over the others is shown, where they take part.
 _CANDIDATES = ("iw-sft-q", "sft-q")
 _THRESHOLDS = 101
+_Matrices = dict[str, NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """An aggregate of rliable: its function's name, and how the report calls it."""
+    """An aggregate of the scores ``[seeds, datasets]`` of an algorithm, and its name."""
 
-    function: str
     label: str
-    higher_is_better: bool = True
+    function: Callable[[NDArray[np.float64]], NDArray[np.float64]]
+    better: str = "higher"
 
 
 METRICS = (
-    Metric("aggregate_iqm", "IQM"),
-    Metric("aggregate_mean", "mean"),
-    Metric("aggregate_median", "median"),
-    Metric("aggregate_optimality_gap", "optimality gap", higher_is_better=False),
+    Metric("IQM", statistics.interquartile_mean),
+    Metric("mean", statistics.mean),
+    Metric("median", statistics.median),
+    Metric("optimality gap", statistics.optimality_gap, better="lower"),
 )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A point estimate with its 95 % interval."""
+
+    point: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -55,15 +69,15 @@ class Aggregates:
     """Aggregates over the datasets that all compared algorithms have.
 
     Attributes:
-        datasets: what was aggregated over.
-        seeds: seeds a dataset that entered, by algorithm.
-        estimates: one per metric of ``METRICS``, by algorithm.
-        improvement: by candidate and other algorithm, the probability that a run of the candidate
+        datasets: The datasets.
+        seeds: Number of seeds of a dataset, by algorithm.
+        estimates: One estimate for each of ``METRICS``, by algorithm.
+        improvement: By candidate and other algorithm, the probability that a run of the candidate
             beats a run of the other on a dataset drawn at random.
-        profiles: by algorithm.
-        left_out: why an algorithm did not enter.
-        datasets_left_out: datasets with scores that did not enter, as not all of the algorithms
-            have three seeds there.
+        profiles: Performance profiles, by algorithm.
+        left_out: Why an algorithm is not compared.
+        datasets_left_out: The other datasets with scores, on which not all of the algorithms have
+            three seeds.
     """
 
     datasets: list[str]
@@ -79,40 +93,42 @@ def aggregate(group: Sequence[Cell]) -> Aggregates:
     """Aggregate over the largest set of datasets on which algorithms have three seeds or more.
 
     Datasets and algorithms are those of the largest full block of the table (see :func:`_block`).
-    rliable needs as many seeds of an algorithm on each dataset: where they differ, the first ones
-    of each enter.
+    Each dataset counts with the same number of seeds of an algorithm: where they differ, with the
+    first ones.
     """
     scored = {(cell.dataset, cell.algo): cell for cell in group if cell.unit == "score"}
-    have = {
+    tasks = datasets(scored.values())
+    complete = {
         algo: {
             task
-            for task in datasets(scored.values())
+            for task in tasks
             if (task, algo) in scored and len(scored[task, algo].runs) >= MIN_SEEDS
         }
         for algo in algorithms(scored.values())
     }
-    tasks = _block(have)
-    matrices: dict[str, NDArray[np.float64]] = {}
+    block = _block(complete)
+    matrices: _Matrices = {}
     left_out: dict[str, str] = {}
-    for algo in have:
-        if tasks and have[algo] >= set(tasks):
-            mine = [scored[task, algo] for task in tasks]
-            n = min(len(cell.runs) for cell in mine)
-            matrices[algo] = np.stack([cell.values[:n] for cell in mine], axis=1) / 100.0
-        else:
-            missing = [task for task in tasks if (task, algo) not in scored]
-            few = [
+    for algo, complete_tasks in complete.items():
+        if block and complete_tasks >= set(block):
+            values = [scored[task, algo].values for task in block]
+            n = min(map(len, values))
+            matrices[algo] = np.stack([scores[:n] for scores in values], axis=1) / 100.0
+            continue
+        reasons = {
+            "no runs": [task for task in block if (task, algo) not in scored],
+            f"fewer than {MIN_SEEDS} seeds": [
                 task
-                for task in tasks or datasets(scored.values())
-                if (task, algo) in scored and task not in have[algo]
-            ]
-            left_out[algo] = "; ".join(
-                [f"no runs on {', '.join(missing)}"] * bool(missing)
-                + [f"fewer than {MIN_SEEDS} seeds on {', '.join(few)}"] * bool(few)
-            )
-    estimates = _metrics(matrices)
+                for task in block or tasks
+                if (task, algo) in scored and task not in complete_tasks
+            ],
+        }
+        left_out[algo] = "; ".join(
+            f"{reason} on {', '.join(names)}" for reason, names in reasons.items() if names
+        )
+    estimates = _estimates(matrices)
     return Aggregates(
-        datasets=tasks,
+        datasets=block,
         seeds={algo: len(matrix) for algo, matrix in matrices.items()},
         estimates=estimates,
         improvement={
@@ -120,17 +136,17 @@ def aggregate(group: Sequence[Cell]) -> Aggregates:
         },
         profiles=_profiles(matrices),
         left_out=left_out,
-        datasets_left_out=[task for task in datasets(scored.values()) if task not in tasks],
+        datasets_left_out=[task for task in tasks if task not in block],
     )
 
 
-def _block(have: Mapping[str, set[str]]) -> list[str]:
+def _block(complete: Mapping[str, set[str]]) -> list[str]:
     """Datasets of the block with the most cells in which every algorithm has every dataset.
 
-    Blocks with the paper's algorithm go first. Variants do not decide, unless there is nothing
-    else: a sweep on one dataset would outvote the algorithms on many.
+    Blocks with the paper's algorithm take precedence. Variants do not decide, unless there is
+    nothing else: a sweep on one dataset would outvote the algorithms on many.
     """
-    able = {algo: tasks for algo, tasks in have.items() if tasks}
+    able = {algo: tasks for algo, tasks in complete.items() if tasks}
     voters = {algo: tasks for algo, tasks in able.items() if not is_variant(algo)} or able
     blocks: set[frozenset[str]] = set()
     for tasks in voters.values():
@@ -138,7 +154,7 @@ def _block(have: Mapping[str, set[str]]) -> list[str]:
 
     def worth(block: frozenset[str]) -> tuple[bool, int, int, list[str]]:
         members = [algo for algo, tasks in voters.items() if tasks >= block]
-        # Equal blocks are told apart by their names: the order of a set is no order.
+        # Names decide between equal blocks, as the order of a set is not fixed.
         return _CANDIDATES[0] in members, len(members) * len(block), len(block), sorted(block)
 
     if not blocks:
@@ -156,88 +172,136 @@ def _candidates(estimates: Mapping[str, list[Estimate]]) -> list[str]:
     ]
 
 
-def _metrics(matrices: dict[str, NDArray[np.float64]]) -> dict[str, list[Estimate]]:
-    from rliable import metrics
+def _estimates(matrices: _Matrices) -> dict[str, list[Estimate]]:
+    def metrics(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+        return 100.0 * np.stack([metric.function(scores) for metric in METRICS], axis=-1)
 
-    functions = [getattr(metrics, metric.function) for metric in METRICS]
-    points, intervals = _intervals(
-        matrices, lambda scores: np.array([function(scores) for function in functions])
-    )
+    generator = np.random.RandomState(0)
     return {
         algo: [
-            Estimate(*(100.0 * float(value) for value in estimate))
-            for estimate in zip(points[algo], *intervals[algo], strict=True)
+            Estimate(*map(float, estimate))
+            for estimate in zip(
+                *statistics.stratified_bootstrap(metrics, matrix, generator=generator), strict=True
+            )
         ]
-        for algo in matrices
+        for algo, matrix in matrices.items()
     }
 
 
-def _improvement(matrices: dict[str, NDArray[np.float64]], candidate: str) -> dict[str, Estimate]:
-    pairs = {
-        algo: [matrices[candidate], matrix]
-        for algo, matrix in sorted(matrices.items(), key=lambda item: algorithm_rank(item[0]))
-        if algo != candidate
-    }
-    points, intervals = _intervals(pairs, probability_of_improvement)
-    return {
-        algo: Estimate(float(points[algo][0]), *(float(bound[0]) for bound in intervals[algo]))
-        for algo in pairs
-    }
+def _improvement(matrices: _Matrices, candidate: str) -> dict[str, Estimate]:
+    generator = np.random.RandomState(0)
+    improvement = {}
+    for algo in sorted(matrices, key=algorithm_rank):
+        if algo != candidate:
+            pair = matrices[candidate], matrices[algo]
+            estimate = statistics.stratified_bootstrap(
+                probability_of_improvement, *pair, generator=generator
+            )
+            improvement[algo] = Estimate(*map(float, estimate))
+    return improvement
 
 
-def probability_of_improvement(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray:
-    """P(a run of x scores higher than a run of y), ties count half, mean over datasets.
-
-    rliable's own function gives the same number, and spends its time on p-values nobody reads.
-
-    Args:
-        x: scores ``[seeds, datasets]``.
-        y: scores ``[other seeds, datasets]``.
-
-    Returns:
-        The probability ``[1]``.
-    """
-    gap = x[:, None] - y[None]
-    return np.array([(gap > 0).mean() + 0.5 * (gap == 0).mean()])
-
-
-def _profiles(matrices: dict[str, NDArray[np.float64]]) -> dict[str, Profile]:
-    from rliable import library
-
+def _profiles(matrices: _Matrices) -> dict[str, Profile]:
     if not matrices:
         return {}
-    lowest = min(0.0, *(matrix.min() for matrix in matrices.values()))
-    highest = max(matrix.max() for matrix in matrices.values())
-    thresholds = np.linspace(lowest, highest, _THRESHOLDS)
-    with _numpy_seed(0):
-        # rliable's own profile function is a Python loop over the thresholds.
-        points, intervals = library.create_performance_profile(
-            matrices, thresholds, custom_profile_func=share_above, reps=_RESAMPLES
+    everything = np.concatenate([matrix.ravel() for matrix in matrices.values()])
+    thresholds = np.linspace(min(0.0, everything.min()), everything.max(), _THRESHOLDS)
+    generator = np.random.RandomState(0)
+    return {
+        algo: Profile(
+            100.0 * thresholds,
+            *statistics.stratified_bootstrap(
+                lambda scores: share_above(scores, thresholds), matrix, generator=generator
+            ),
         )
-    return {algo: Profile(100.0 * thresholds, points[algo], *intervals[algo]) for algo in matrices}
+        for algo, matrix in matrices.items()
+    }
 
 
-def share_above(scores: NDArray[np.float64], thresholds: NDArray[np.float64]) -> NDArray:
-    """Share of the runs ``[seeds, datasets]`` that score above each threshold ``[T]``."""
-    return (scores[..., None] > thresholds).mean(axis=(0, 1))
+def aggregate_grid(aggregates: Aggregates) -> Grid:
+    """Aggregate metrics with their intervals, in units of the D4RL score."""
+    grid = Grid(["algorithm", "seeds", *(metric.label for metric in METRICS)], left=1)
+    for algo, estimates in aggregates.estimates.items():
+        grid.rows.append(
+            [algorithm_label(algo), str(aggregates.seeds[algo])]
+            + [f"{e.point:.1f} ({e.low:.1f} to {e.high:.1f})" for e in estimates]
+        )
+    return grid
 
 
-def _intervals(
-    scores: dict[str, NDArray[np.float64]] | dict[str, list[NDArray[np.float64]]],
-    function: Callable[..., NDArray[np.float64]],
-) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.float64]]]:
-    from rliable import library
+def improvement_grid(aggregates: Aggregates) -> Grid:
+    """Probability that a run of each candidate scores higher than a run of the row's algorithm."""
+    columns = [f"P({algorithm_label(name)} scores higher)" for name in aggregates.improvement]
+    grid = Grid(["against", *columns], left=1)
+    for algo in aggregates.estimates:
+        estimates = [others.get(algo) for others in aggregates.improvement.values()]
+        if any(estimates):
+            cells = [
+                f"{e.point:.2f} ({e.low:.2f} to {e.high:.2f})" if e else NOTHING for e in estimates
+            ]
+            grid.rows.append([algorithm_label(algo), *cells])
+    return grid
 
-    with _numpy_seed(0):
-        return library.get_interval_estimates(scores, function, reps=_RESAMPLES)
+
+def aggregate_figure(aggregates: Aggregates, group: Sequence[Cell]) -> Figure | None:
+    """Aggregate metrics with 95 % intervals; a panel a metric."""
+    if not aggregates.estimates:
+        return None
+    names = list(aggregates.estimates)
+    figure = Figure(figsize=(11.0, 1.1 + 0.32 * len(names)), layout="constrained")
+    axes = figure.subplots(1, len(METRICS), sharey=True)
+    for i, (ax, metric) in enumerate(zip(axes, METRICS, strict=True)):
+        _intervals(ax, {name: aggregates.estimates[name][i] for name in names}, colours(group))
+        ax.set_title(f"{metric.label}\n({metric.better} is better)", fontsize=TITLE)
+        ax.set_xlabel("D4RL-normalised score")
+    return figure
 
 
-@contextmanager
-def _numpy_seed(seed: int) -> Iterator[None]:
-    # rliable resamples with numpy's global generator, whatever random_state it is given.
-    state = np.random.get_state()
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(state)
+def improvement_figure(aggregates: Aggregates, group: Sequence[Cell]) -> Figure | None:
+    """Probability of improvement over each other algorithm; a panel a candidate."""
+    improvement = aggregates.improvement
+    if not improvement:
+        return None
+    rows = max(len(estimates) for estimates in improvement.values())
+    size = (5.6 * len(improvement), 1.1 + 0.32 * rows)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(improvement), squeeze=False)[0]
+    for ax, (candidate, estimates) in zip(axes, improvement.items(), strict=True):
+        _intervals(ax, estimates, colours(group))
+        ax.axvline(0.5, color="0.3", lw=0.8, ls=":")
+        ax.set_xlim(-0.02, 1.02)
+        ax.set_xlabel(f"P({algorithm_label(candidate)} scores higher than the algorithm)")
+    return figure
+
+
+def profile_figure(aggregates: Aggregates, group: Sequence[Cell]) -> Figure | None:
+    """Share of runs above each score: a panel with the algorithms and one with the variants."""
+    if not aggregates.profiles:
+        return None
+    names, colour = list(aggregates.profiles), colours(group)
+    parts = [[name for name in names if is_variant(name) == variant] for variant in (False, True)]
+    parts = [part for part in parts if part]
+    figure = Figure(figsize=(5.6 * len(parts), 3.8), layout="constrained")
+    for ax, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
+        style(ax)
+        for name in part:
+            profile = aggregates.profiles[name]
+            band = (profile.thresholds, profile.low, profile.high)
+            ax.fill_between(*band, step="post", color=colour[name], alpha=0.15, lw=0)
+            ax.step(profile.thresholds, profile.share, where="post", color=colour[name], lw=1.6)
+        ax.set_ylim(-0.02, 1.02)
+        ax.set_xlabel("D4RL-normalised score")
+        ax.set_ylabel("share of runs that score higher")
+    legend(figure, {name: colour[name] for name in names})
+    return figure
+
+
+def _intervals(ax: Axes, estimates: dict[str, Estimate], colour: Mapping[str, str]) -> None:
+    style(ax)
+    for y, (name, estimate) in enumerate(estimates.items()):
+        width = estimate.high - estimate.low
+        ax.barh(y, width, left=estimate.low, height=0.55, lw=0, color=colour[name], alpha=0.5)
+        ax.plot([estimate.point] * 2, [y - 0.275, y + 0.275], color="black", lw=1.6)
+    ax.use_sticky_edges = False
+    ax.margins(x=0.06)
+    list_names(ax, list(map(algorithm_label, estimates)))

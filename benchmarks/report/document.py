@@ -1,88 +1,184 @@
-"""What a report says, apart from how it is written down: markdown and HTML are made from this."""
+"""A document: markdown that grows section by section, and the HTML that is made from it."""
 
 from __future__ import annotations
 
+import base64
+import io
+import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
 
+from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
 from benchmarks.report.grid import Grid
+from benchmarks.results import FinishedRun
+
+# Title of the section with the commands of all runs.
+COMMANDS = "How these numbers were made"
+_DPI = 110
+_STYLE = Path(__file__).with_name("document.css")
+# Nothing is loaded from elsewhere, and a browser is told so.
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>
+{style}</style>
+</head>
+<body>
+{body}</body>
+</html>
+"""
 
 
-@dataclass(frozen=True)
-class Made:
-    """How a figure or a table came about: a sentence, and the commands of its runs."""
-
-    summary: str
-    commands: tuple[str, ...]
-
-
-# Text may hold `code` and bare addresses; everything else stands for itself.
-@dataclass(frozen=True)
-class Paragraph:
-    kind: ClassVar[str] = "paragraph"
-    text: str
-
-
-@dataclass(frozen=True)
-class Bullets:
-    kind: ClassVar[str] = "bullets"
-    items: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Code:
-    kind: ClassVar[str] = "code"
-    text: str
-
-
-@dataclass(frozen=True)
-class Table:
-    kind: ClassVar[str] = "table"
-    grid: Grid
-    caption: str
-    made: Made
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure, and the name of its file beside the markdown."""
-
-    kind: ClassVar[str] = "picture"
-    name: str
-    figure: Figure
-    caption: str
-    made: Made
-
-
-Block = Paragraph | Bullets | Code | Table | Picture
-
-
-@dataclass(frozen=True)
-class Section:
-    title: str
-    blocks: Sequence[Block]
-
-    @property
-    def anchor(self) -> str:
-        """What links to the section end with; GitHub makes the same from the heading."""
-        return re.sub(r"[^\w -]", "", self.title.lower()).replace(" ", "-")
-
-
-@dataclass(frozen=True)
 class Document:
-    title: str
-    sections: Sequence[Section]
+    """The markdown of a report and its figures.
 
-    @property
-    def pictures(self) -> list[Picture]:
-        """All figures, in order."""
-        return [
-            block
-            for section in self.sections
-            for block in section.blocks
-            if isinstance(block, Picture)
+    Texts may hold `code` and <addresses>.
+    """
+
+    def __init__(self, command: str) -> None:
+        self._command = command
+        self._sections: dict[str, list[str]] = {}
+        self._blocks: list[str] = []
+        self.images: dict[str, bytes] = {}
+
+    def section(self, title: str) -> None:
+        """Begin a section; one that stays empty is left out."""
+        self._blocks = self._sections.setdefault(title, [])
+
+    def text(self, text: str) -> None:
+        """Add a paragraph."""
+        self._blocks.append(text)
+
+    def bullets(self, items: Iterable[str]) -> None:
+        """Add a list."""
+        self._blocks.append("\n".join(f"- {item}" for item in items))
+
+    def code(self, text: str) -> None:
+        """Add lines that are shown as they are."""
+        self._blocks.append(f"```\n{text}\n```")
+
+    def table(self, grid: Grid, caption: str, runs: Sequence[FinishedRun]) -> None:
+        """Add a table of these runs, where it has rows."""
+        if grid.rows:
+            self._blocks += [caption, grid.markdown(), self._made(runs)]
+
+    def figure(
+        self, name: str, figure: Figure | None, caption: str, runs: Sequence[FinishedRun]
+    ) -> None:
+        """Add a figure of these runs, where there is one; ``name`` is its file."""
+        if figure is not None:
+            image = io.BytesIO()
+            figure.savefig(image, dpi=_DPI, format="png", bbox_inches="tight")
+            self.images[name] = image.getvalue()
+            self._blocks += [f"![{caption}]({name})", caption, self._made(runs)]
+
+    def markdown(self, title: str) -> str:
+        """The whole page in GitHub's markdown, with its contents."""
+        sections = {name: blocks for name, blocks in self._sections.items() if blocks}
+        contents = "\n".join(f"- [{name}](#{_anchor(name)})" for name in sections)
+        parts = [f"# {title}", contents]
+        for name, blocks in sections.items():
+            parts += [f"## {name}", *blocks]
+        return "\n\n".join(parts) + "\n"
+
+    def _made(self, runs: Sequence[FinishedRun]) -> str:
+        """How a table or figure of these runs was made."""
+        seeds = " ".join(map(str, sorted({run.seed for run in runs})))
+        about = [
+            f"{len(runs)} runs, seeds {seeds}",
+            ", ".join(_distinct(run.result.get("env_id") for run in runs)),
+            " / ".join(versions(runs)) or "versions not recorded",
+            " / ".join(hardware(runs)) or "hardware not recorded",
         ]
+        return (
+            f"*`{self._command}`: {'; '.join(filter(None, about))}. "
+            f"The [commands of the runs](#{_anchor(COMMANDS)}) are below.*"
+        )
+
+
+def versions(runs: Iterable[FinishedRun]) -> list[str]:
+    """The distinct sets of package versions."""
+    return _distinct(_listed(run.versions) for run in runs)
+
+
+def hardware(runs: Iterable[FinishedRun]) -> list[str]:
+    """The distinct machines."""
+    return _distinct(_listed(run.config.get("hardware", {})) for run in runs)
+
+
+def commands(runs: Iterable[FinishedRun]) -> list[str]:
+    """The distinct commands, see :func:`shareable`."""
+    return _distinct(shareable(run.config.get("command", "")) for run in runs)
+
+
+def shareable(command: str) -> str:
+    """A command without the folders of its machine: ``/home/me/x.hdf5`` becomes ``x.hdf5``."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a quote that is not closed
+        words = command.split()
+    return shlex.join(map(_without_folders, words))
+
+
+def _without_folders(word: str) -> str:
+    option, equals, value = word.rpartition("=")
+    return option + equals + (Path(value).name if Path(value).is_absolute() else value)
+
+
+def _distinct(texts: Iterable[str | None]) -> list[str]:
+    """Texts that are not empty, without repetition, in order."""
+    return list(dict.fromkeys(text for text in texts if text))
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    texts = {
+        k: value if isinstance(value, str) else json.dumps(value) for k, value in values.items()
+    }
+    return ", ".join(f"{key} {text}" for key, text in texts.items())
+
+
+def to_html(markdown: str, images: Mapping[str, bytes]) -> str:
+    """A page of markdown as one HTML file with its style and its images inside.
+
+    Args:
+        markdown: The page. HTML in it is shown as text.
+        images: PNG files by the names under which the page shows them.
+    """
+    parser = MarkdownIt("commonmark", {"html": False, "xhtmlOut": False}).enable("table")
+    tokens = parser.parse(markdown)
+    group = None
+    for i, token in enumerate(tokens):
+        if token.type == "heading_open":
+            token.attrSet("id", _anchor(tokens[i + 1].content))
+        for child in token.children or []:
+            if child.type == "image":
+                data = base64.b64encode(images[str(child.attrs["src"])]).decode()
+                child.attrSet("src", f"data:image/png;base64,{data}")
+        # Where two columns hold words, the rows with the same first cell are a group.
+        if token.type == "tr_open" and tokens[i + 4].type == "td_open":
+            first, second = tokens[i + 2], tokens[i + 4]
+            if "style" not in second.attrs and first.content != group:
+                group = first.content
+                token.attrSet("class", "first")
+    body = parser.renderer.render(tokens, parser.options, {})
+    body = body.replace("<table>", '<div class="scroll"><table>').replace(
+        "</table>", "</table></div>"
+    )
+    return _PAGE.format(title=escape(tokens[1].content), style=_STYLE.read_text(), body=body)
+
+
+def _anchor(title: str) -> str:
+    """The part of an address that leads to a section, as GitHub makes it from the heading."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")

@@ -1,185 +1,286 @@
-"""Figures of the scores: seed by seed, over datasets, against cost and against the weights."""
+"""Figures of control runs: scores, cost, and training over updates; what all figures share."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from numpy.typing import NDArray
 
 from benchmarks.axes import style
-from benchmarks.report.aggregates import METRICS, Aggregates
-from benchmarks.report.drawing import TITLE, UNIT, colours, legend, panels
-from benchmarks.report.names import algorithm_label, is_variant
-from benchmarks.report.scores import Cell, Estimate, algorithms, datasets
-from benchmarks.report.sweep import Setting, last_look
+from benchmarks.report.names import algorithm_label, dataset_label
+from benchmarks.report.scores import Cell, algorithms, datasets
+from benchmarks.results import FinishedRun
+from benchmarks.statistics import MIN_SEEDS, bootstrap_interval
+
+# Greys: cloning; blues: SFT; oranges: iw-SFT; the rest: offline RL.
+COLOURS = {
+    "bc": "#a6a6a6",
+    "bc-10": "#595959",
+    "sft": "#6db6e8",
+    "sft-q": "#1f63a8",
+    "iw-sft": "#f2a93b",
+    "iw-sft-q": "#d1440c",
+    "iw-sft-step": "#8a5a2b",
+    "awac": "#2a9d6f",
+    "td3-bc": "#8b6fc4",
+    "cql": "#b5a300",
+    "iql": "#d46aa5",
+    "dt": "#20b5c2",
+}
+TITLE = 11  # font size
+UNIT = {"score": "D4RL-normalised score", "return": "mean return"}
+_POINTS = 150  # longer series are averaged into this many points
+_PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
 
-def scores(group: Sequence[Cell]) -> Figure:
-    """Every seed's score as a dot, the mean as a bar, the interval as a line; a panel a dataset."""
-    colour, names = colours(group), algorithms(group)
-    figure, axes = panels(datasets(group), height=0.75 + 0.34 * len(names), share_rows=True)
-    for cell in group:
-        ax, y = axes[cell.dataset], names.index(cell.algo)
-        ax.barh(y, cell.mean, height=0.72, color=colour[cell.algo], alpha=0.35, lw=0)
-        dots = np.full(len(cell.runs), y + 0.14)
-        ax.plot(cell.values, dots, "o", ms=5, mfc=colour[cell.algo], mec="white", mew=0.8)
-        if cell.interval is not None:
-            ax.plot(cell.interval, [y - 0.16] * 2, "-|", color="0.15", lw=1.3, ms=5)
-        ax.set_xlabel(UNIT[cell.unit])
-    for ax in axes.values():
-        ax.set_yticks(range(len(names)), list(map(algorithm_label, names)))
-        ax.set_ylim(len(names) - 0.5, -0.5)
-        ax.margins(x=0.04)
-        ax.axvline(0.0, color="0.6", lw=0.8)
-        ax.grid(axis="y", visible=False)
-    return figure
+def colours(group: Sequence[Cell]) -> dict[str, str]:
+    """One colour an algorithm, the same in all figures of the same cells."""
+    names = algorithms(group)
+    others = [name for name in names if name not in COLOURS]
+    shades = colormaps["viridis"]
+    extra = {name: to_hex(shades(0.9 * i / len(others))) for i, name in enumerate(others)}
+    return {name: COLOURS.get(name) or extra[name] for name in names}
 
 
-def aggregate_metrics(aggregates: Aggregates, group: Sequence[Cell]) -> Figure | None:
-    """rliable's aggregate metrics with 95 % intervals, a panel a metric."""
-    if not aggregates.estimates:
-        return None
-    colour, names = colours(group), list(aggregates.estimates)
-    figure = Figure(figsize=(11.0, 1.1 + 0.32 * len(names)), layout="constrained")
-    for i, (ax, metric) in enumerate(
-        zip(figure.subplots(1, len(METRICS), sharey=True), METRICS, strict=True)
-    ):
-        estimates = {name: aggregates.estimates[name][i] for name in names}
-        _intervals(ax, estimates, colour)
-        better = "higher" if metric.higher_is_better else "lower"
-        ax.set_title(f"{metric.label}\n({better} is better)", fontsize=TITLE)
-        ax.set_xlabel("D4RL-normalised score")
-    return figure
-
-
-def improvement(aggregates: Aggregates, group: Sequence[Cell]) -> Figure | None:
-    """Probability of improvement of each candidate over each other algorithm, a panel each."""
-    found = aggregates.improvement
-    if not found:
-        return None
-    rows = max(len(estimates) for estimates in found.values())
-    figure = Figure(figsize=(5.6 * len(found), 1.1 + 0.32 * rows), layout="constrained")
-    for ax, (candidate, estimates) in zip(
-        figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True
-    ):
-        _intervals(ax, estimates, colours(group))
-        ax.axvline(0.5, color="0.3", lw=0.8, ls=":")
-        ax.set_xlim(-0.02, 1.02)
-        ax.set_xlabel(f"P({algorithm_label(candidate)} scores higher than the algorithm)")
-    return figure
-
-
-def profiles(aggregates: Aggregates, group: Sequence[Cell]) -> Figure | None:
-    """Share of runs above each score: the algorithms, and beside them the variants."""
-    if not aggregates.profiles:
-        return None
-    names, colour = list(aggregates.profiles), colours(group)
-    plain = [name for name in names if not is_variant(name)]
-    parts = [part for part in (plain, [name for name in names if is_variant(name)]) if part]
-    figure = Figure(figsize=(5.6 * len(parts), 3.8), layout="constrained")
-    for ax, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
+def panels(
+    names: list[str], height: float, *, share_rows: bool = False
+) -> tuple[Figure, dict[str, Axes]]:
+    """One panel a dataset, at most three in a row."""
+    columns = 2 if len(names) == 4 else min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(max(5.0, 4.0 * columns), height * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharey=share_rows).flat)
+    by_name = dict(zip(names, axes, strict=False))
+    for name, ax in by_name.items():
         style(ax)
-        for name in part:
-            profile = aggregates.profiles[name]
-            ax.fill_between(
-                profile.thresholds,
-                profile.low,
-                profile.high,
-                step="post",
-                color=colour[name],
-                alpha=0.15,
-                lw=0,
-            )
-            ax.step(profile.thresholds, profile.share, where="post", color=colour[name], lw=1.6)
-        ax.set_ylim(-0.02, 1.02)
-        ax.set_xlabel("D4RL-normalised score")
-        ax.set_ylabel("share of runs that score higher")
-    legend(figure, {name: colour[name] for name in names})
-    return figure
+        ax.set_title(dataset_label(name), fontsize=TITLE)
+    for ax in axes[len(names) :]:
+        ax.set_axis_off()
+    return figure, by_name
 
 
-def cost(group: Sequence[Cell]) -> Figure:
-    """Score against CPU seconds of a run with its reference, a panel a dataset."""
-    colour = colours(group)
-    figure, axes = panels(datasets(group), height=3.2)
-    for cell in group:
-        ax = axes[cell.dataset]
-        _point(ax, cell.cpu_seconds, cell, colour[cell.algo])
-        ax.set_xlabel("CPU seconds of a run, reference included")
-        ax.set_ylabel(UNIT[cell.unit])
-    for ax in axes.values():
-        _log_axis(ax)
-    legend(figure, colour)
-    return figure
+def legend(figure: Figure, colour: Mapping[str, str]) -> None:
+    """The colours of the algorithms, below all panels."""
+    handles = [
+        Line2D([], [], color=value, lw=2.5, label=algorithm_label(name))
+        for name, value in colour.items()
+    ]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False
+    )
 
 
-def sweep(rows: Sequence[tuple[Setting | None, Cell]]) -> Figure | None:
-    """Score against the effective sample size at the end, a panel a dataset.
-
-    The line is the same algorithm without weights; several are named.
-    """
-    seen = [(held, cell) for held, cell in rows if held is None or last_look(cell, "ESS")]
-    if all(held is None for held, _ in seen):
-        return None
-    figure, axes = panels(datasets(cell for _, cell in seen), height=3.4)
-    lags = {(cell.dataset, held.lag) for held, cell in seen if held is not None}
-    lines = [cell.dataset for held, cell in seen if held is None]
-    for held, cell in seen:
-        ax = axes[cell.dataset]
-        if held is None:
-            ax.axhline(cell.mean, color=colours([cell])[cell.algo], lw=1.2, ls="--")
-            if lines.count(cell.dataset) > 1:
-                at = ax.get_yaxis_transform()
-                ax.text(0.99, cell.mean, algorithm_label(cell.algo), transform=at, ha="right")
-            continue
-        ess = float(np.mean(last_look(cell, "ESS")))
-        _point(ax, ess, cell, "#1f63a8" if held.target_ess else "#d1440c")
-        # The lag is only named where the panel has several.
-        several = sum(dataset == cell.dataset for dataset, _ in lags) > 1
-        words = f"{held.sharpness}, {held.lag}" if several else held.sharpness
-        # Of two sweeps in a panel, the variant tells which is which.
-        if sum((other, c.dataset) == (held, cell.dataset) for other, c in seen) > 1:
-            words = cell.algo.rpartition("/")[0] or words
-        ax.annotate(words, (ess, cell.mean), xytext=(6, 5), textcoords="offset points", fontsize=8)
-        ax.set_xlabel("effective sample size at the end (share of the data)")
-        ax.set_ylabel(UNIT[cell.unit])
-    for ax in axes.values():
-        ax.margins(x=0.25)
-        _log_axis(ax)
-    return figure
+def score_bar(
+    ax: Axes,
+    y: int,
+    values: Sequence[float] | NDArray,
+    interval: tuple[float, float] | None,
+    colour: str,
+) -> None:
+    """Every seed's score as a dot, the mean as a bar, the interval as a line."""
+    ax.barh(y, float(np.mean(values)), height=0.72, color=colour, alpha=0.35, lw=0)
+    ax.plot(values, [y + 0.14] * len(values), "o", ms=5, mfc=colour, mec="white", mew=0.8)
+    if interval is not None:
+        ax.plot(interval, [y - 0.16] * 2, "-|", color="0.15", lw=1.3, ms=5)
 
 
-def _point(ax: Axes, x: float, cell: Cell, colour: str) -> None:
+def list_names(ax: Axes, names: Sequence[str]) -> None:
+    """The names on the y axis, from top to bottom."""
+    ax.set_yticks(range(len(names)), list(names))
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.grid(axis="y", visible=False)
+
+
+def mean_point(ax: Axes, x: float, cell: Cell, colour: str) -> None:
     """The mean of a cell, and its interval where it has one."""
     if cell.interval is not None:
         ax.plot([x, x], cell.interval, color=colour, lw=1.4, alpha=0.7)
     ax.plot(x, cell.mean, "o", ms=6.5, color=colour, mec="white", mew=0.8)
 
 
-def _log_axis(ax: Axes) -> None:
+def log_axis(ax: Axes) -> None:
     """A logarithmic x axis with plain numbers."""
     ax.set_xscale("log")
     low, high = ax.get_xlim()
-    plain = FuncFormatter(lambda value, _: f"{value:g}")
     # Below two decades the powers of ten alone would leave the axis almost without numbers.
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(plain)
+    ax.xaxis.set_major_formatter(_PLAIN)
 
 
-def _intervals(ax: Axes, estimates: dict[str, Estimate], colour: Mapping[str, str]) -> None:
-    style(ax)
-    for y, (name, estimate) in enumerate(estimates.items()):
-        ax.barh(
-            y, estimate.high - estimate.low, left=estimate.low, height=0.55, lw=0,
-            color=colour[name], alpha=0.5,
-        )  # fmt: skip
-        ax.plot([estimate.point] * 2, [y - 0.275, y + 0.275], color="black", lw=1.6)
-    ax.use_sticky_edges = False
-    ax.margins(x=0.06)
-    ax.set_yticks(range(len(estimates)), list(map(algorithm_label, estimates)))
-    ax.set_ylim(len(estimates) - 0.5, -0.5)
-    ax.grid(axis="y", visible=False)
+def series(runs: Sequence[FinishedRun], key: str) -> tuple[NDArray, NDArray]:
+    """Steps ``[T]`` at which every run has a value of ``key``, and the values ``[seeds, T]``."""
+    rows = [{row["step"]: row[key] for row in run.metrics if key in row} for run in runs]
+    steps = sorted(set.intersection(*(set(row) for row in rows)))
+    return np.array(steps), np.array([[row[step] for step in steps] for row in rows])
+
+
+def scores(group: Sequence[Cell]) -> Figure:
+    """Scores of all seeds with means and intervals; a panel a dataset."""
+    colour, names = colours(group), algorithms(group)
+    figure, axes = panels(datasets(group), height=0.75 + 0.34 * len(names), share_rows=True)
+    for cell in group:
+        ax = axes[cell.dataset]
+        score_bar(ax, names.index(cell.algo), cell.values, cell.interval, colour[cell.algo])
+        ax.set_xlabel(UNIT[cell.unit])
+    for ax in axes.values():
+        list_names(ax, list(map(algorithm_label, names)))
+        ax.margins(x=0.04)
+        ax.axvline(0.0, color="0.6", lw=0.8)
+    return figure
+
+
+def cost(group: Sequence[Cell]) -> Figure:
+    """Score against CPU seconds of a run with its reference; a panel a dataset."""
+    colour = colours(group)
+    figure, axes = panels(datasets(group), height=3.2)
+    for cell in group:
+        ax = axes[cell.dataset]
+        mean_point(ax, cell.cpu_seconds, cell, colour[cell.algo])
+        ax.set_xlabel("CPU seconds of a run, reference included")
+        ax.set_ylabel(UNIT[cell.unit])
+    for ax in axes.values():
+        log_axis(ax)
+    legend(figure, colour)
+    return figure
+
+
+def learning_curves(group: Sequence[Cell]) -> Figure | None:
+    """Score over updates, mean over seeds and its interval; the dot is the last policy."""
+    curves = {id(cell): _learning_curve(cell) for cell in group}
+    if all(len(steps) < 2 for steps, _ in curves.values()):
+        return None
+    colour = colours(group)
+    figure, axes = panels(datasets(group), height=3.0)
+    for cell in group:
+        ax = axes[cell.dataset]
+        steps, values = curves[id(cell)]
+        _band(ax, steps, values, colour[cell.algo])
+        ax.plot(steps[-1], values[:, -1].mean(), "o", ms=6, color=colour[cell.algo], zorder=3)
+        ax.set_ylabel(UNIT[cell.unit])
+        ax.set_xlabel("update")
+    for dataset, ax in axes.items():
+        _scale_updates(ax, dataset, group)
+    legend(figure, colour)
+    return figure
+
+
+def training_curves(group: Sequence[Cell]) -> Figure | None:
+    """Log-probability, critics and effective sample size over updates; a column a dataset."""
+    rows = [
+        (
+            "log_prob",
+            "log-likelihood of the batches\n(mean over steps)",
+            _logged(group, "log_prob"),
+        ),
+        ("pred_value", "critic's mean value Q(s, a)", _logged(group, "pred_value")),
+        ("ESS", "effective sample size\n(share of the batch)", [c for c in group if _weighted(c)]),
+    ]
+    rows = [row for row in rows if row[2]]
+    if not rows:
+        return None
+    shown = [cell for _, _, members in rows for cell in members]
+    names, colour = datasets(sorted(shown, key=lambda cell: cell.dataset)), colours(group)
+    figure = Figure(figsize=(max(5.0, 3.6 * len(names)), 2.7 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), len(names), squeeze=False)
+    for row, (key, label, members) in zip(axes, rows, strict=True):
+        for dataset, ax in zip(names, row, strict=True):
+            style(ax)
+            ax.set_title(dataset_label(dataset), fontsize=TITLE)
+            ax.set_xlabel("update")
+            for cell in (cell for cell in members if cell.dataset == dataset):
+                _band(ax, *series(cell.runs, key), colour[cell.algo])
+            _scale_updates(ax, dataset, members)
+            if key == "ESS":
+                ax.set_ylim(0.0, 1.04)
+        row[0].set_ylabel(label)
+    present = {cell.algo for cell in shown}
+    legend(figure, {name: colour[name] for name in colour if name in present})
+    return figure
+
+
+def weight_quantiles(group: Sequence[Cell]) -> Figure | None:
+    """Quantiles of the importance weights over updates, mean over seeds."""
+    shown = [cell for cell in _logged(group, "weight_q50") if _weighted(cell)]
+    if not shown:
+        return None
+    colour, names, algos = colours(group), datasets(shown), algorithms(shown)
+    figure = Figure(figsize=(max(5.0, 3.6 * len(names)), 2.6 * len(algos)), layout="constrained")
+    axes = figure.subplots(len(algos), len(names), squeeze=False, sharey=True)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for cell in shown:
+        ax = axes[algos.index(cell.algo), names.index(cell.dataset)]
+        ax.set_axis_on()
+        style(ax)
+        mean = {}
+        for key in ("q05", "q25", "q50", "q75", "q95"):
+            steps, values = series(cell.runs, f"weight_{key}")
+            mean[key] = values.mean(axis=0)
+        for low, high, alpha in (("q05", "q95", 0.18), ("q25", "q75", 0.35)):
+            ax.fill_between(
+                steps, mean[low], mean[high], color=colour[cell.algo], alpha=alpha, lw=0
+            )
+        ax.plot(steps, mean["q50"], color=colour[cell.algo])
+        ax.axhline(1.0, color="0.3", lw=0.8, ls=":")
+        ax.set_yscale("log")
+        ax.set_title(f"{dataset_label(cell.dataset)}, {algorithm_label(cell.algo)}", fontsize=TITLE)
+        ax.set_xlabel("update")
+        ax.set_ylabel("importance weight")
+    for ax in axes.flat:
+        low, high = ax.get_ylim()
+        ax.yaxis.set_major_formatter(_PLAIN)
+        # Below a decade the powers of ten alone would leave the axis without numbers.
+        ax.yaxis.set_minor_formatter(_PLAIN if high < 10 * low else NullFormatter())
+    grey = [
+        Line2D([], [], color="0.35", label="median"),
+        Line2D([], [], color="0.35", alpha=0.45, lw=8, label="25 to 75 %"),
+        Line2D([], [], color="0.35", alpha=0.2, lw=8, label="5 to 95 %"),
+    ]
+    figure.legend(handles=grey, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def _band(ax: Axes, steps: NDArray, values: NDArray, colour: str) -> None:
+    """Mean over seeds, and its bootstrap interval where there are three seeds or more."""
+    size = len(steps) // _POINTS
+    if size > 1:
+        whole = len(steps) // size * size
+        steps = steps[:whole].reshape(-1, size).mean(axis=1)
+        values = values[:, :whole].reshape(len(values), -1, size).mean(axis=2)
+    if len(values) >= MIN_SEEDS and len(steps):
+        ax.fill_between(steps, *bootstrap_interval(values), color=colour, alpha=0.2, lw=0)
+    ax.plot(steps, values.mean(axis=0), color=colour, lw=1.6)
+
+
+def _learning_curve(cell: Cell) -> tuple[NDArray, NDArray]:
+    """Scores while training, closed by the last policy's own score at the last step."""
+    steps, values = series(cell.runs, "normalized_score" if cell.unit == "score" else "return_mean")
+    last = max(run.result["steps"] for run in cell.runs)
+    before = steps < last
+    return np.append(steps[before], last), np.column_stack([values[:, before], cell.values])
+
+
+def _scale_updates(ax: Axes, dataset: str, group: Sequence[Cell]) -> None:
+    """A logarithmic axis where long runs would press the short ones against its start."""
+    updates = [run.result["steps"] for c in group if c.dataset == dataset for run in c.runs]
+    if updates and max(updates) > 5 * min(updates):
+        ax.set_xscale("log")
+
+
+def _logged(group: Sequence[Cell], key: str) -> list[Cell]:
+    """The cells whose runs all logged a metric more than once."""
+    return [cell for cell in group if len(series(cell.runs, key)[0]) > 1]
+
+
+def _weighted(cell: Cell) -> bool:
+    """Whether the weights of the runs ever left 1."""
+    ess = series(cell.runs, "ESS")[1]
+    return ess.size > 0 and bool((ess < 1.0 - 1e-6).any())

@@ -1,10 +1,10 @@
-"""How algorithms and tasks are called in a report, and in which order they stand."""
+"""Names of algorithms and tasks in a report, and the order of algorithms."""
 
 from __future__ import annotations
 
 import re
 
-# Name of --algo -> the paper's notation, in the order of the columns of its tables.
+# Name of --algo -> the paper's notation where it has one, in the order of its tables' columns.
 ALGORITHMS = {
     "bc": "BC",
     "bc-10": "BC-10%",
@@ -13,14 +13,17 @@ ALGORITHMS = {
     "cql": "CQL",
     "iql": "IQL",
     "dt": "DT",
+    "base": "base",
     "sft": "SFT",
     "sft-q": "SFT(Q)",
     "iw-sft": "iw-SFT",
+    "iw-sft-hard": "iw-sft-hard",
+    "iw-sft-ema": "iw-sft-ema",
     "iw-sft-q": "iw-SFT(Q)",
     "iw-sft-step": "iw-SFT-step",
 }
 _SHARE = re.compile(r"bc-(\d+(?:\.\d+)?)")
-# What stands between the data of pre-training and of fine-tuning in a task's name.
+# Between the data of pre-training and of fine-tuning in a task's name.
 _TO = "--to--"
 
 
@@ -45,7 +48,7 @@ def algorithm_label(algo: str) -> str:
 def algorithm_rank(algo: str) -> tuple[int, list[str | float], str]:
     """Sorting key: the known algorithms in their order, each before its variants, then others.
 
-    Numbers in the names of variants count as numbers: k3 stands before k10.
+    Numbers in the names of variants count as numbers: k3 is before k10.
     """
     known = list(ALGORITHMS)
     name = base(algo)
@@ -60,19 +63,18 @@ def algorithm_rank(algo: str) -> tuple[int, list[str | float], str]:
 def dataset_label(dataset: str) -> str:
     """``kitchen-partial -> complete`` for ``kitchen-partial-v0--to--kitchen-complete-v0``.
 
-    Versions that agree and first words that agree are left out of what follows the arrow; names
-    without pre-training data stay as they are.
+    Versions that agree and first words that agree are left out after the arrow. Names without
+    pre-training data stay as they are.
     """
     before, to, after = dataset.partition(_TO)
     if not to:
         return dataset
-    stem, version = _versioned(before)
-    last, last_version = _versioned(after)
+    (stem, version), (last, last_version) = map(_versioned, (before, after))
     if version != last_version:
         stem, last = before, after
     return f"{stem} -> {last.removeprefix(stem.split('-')[0] + '-')}"
 
 
 def _versioned(name: str) -> tuple[str, str]:
-    found = re.fullmatch(r"(.+?)(-v\d+)?", name)
-    return (found[1], found[2] or "") if found else (name, "")
+    stem, dash, version = name.rpartition("-")
+    return (stem, dash + version) if re.fullmatch(r"v\d+", version) else (name, "")

@@ -1,39 +1,57 @@
-"""The files of a report: HTML in one piece, markdown with its figures beside it, runs as JSON."""
+"""The files of a report: one HTML page, markdown with its figures, all runs as JSON."""
 
 from __future__ import annotations
 
-import io
+import json
+import re
 import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from matplotlib.figure import Figure
-
-from benchmarks.report import content, html, language, markdown
-from benchmarks.report.provenance import shareable
-from benchmarks.report.records import records
-from benchmarks.report.scores import cells
-from benchmarks.results import CONTROL, ResultsError, read_runs, unfinished_runs
+from benchmarks.report import aggregates as over_datasets
+from benchmarks.report import figures, language, tables, weights
+from benchmarks.report.document import (
+    COMMANDS,
+    Document,
+    commands,
+    hardware,
+    shareable,
+    to_html,
+    versions,
+)
+from benchmarks.report.language import Recipe, read_recipes
+from benchmarks.report.names import algorithm_label, base, dataset_label, is_variant
+from benchmarks.report.scores import Cell, algorithms, cells, runs_of, uneven
+from benchmarks.results import (
+    CONTROL,
+    FinishedRun,
+    ResultsError,
+    UnfinishedRun,
+    read_runs,
+    unfinished_runs,
+)
+from benchmarks.statistics import MIN_SEEDS
 from iwsft.files import written_whole
 
-PAGE = "index.html"
-MARKDOWN = "report.md"
-RECORDS = "runs.json"
-_DPI = 110
+PAGE, MARKDOWN, RECORDS = "index.html", "report.md", "runs.json"
+# Entries of a result that only the run's own folder keeps.
+_EPISODES = ("episode_scores", "episode_returns", "episode_lengths", "episode_successes")
 
 
 def write_report(folder: Path, out: Path) -> Path:
     """Read the runs below ``folder`` and write the pages and the figures into ``out``.
 
-    Figures of an earlier report there that this one does not have are removed.
+    Figures of an earlier report in ``out`` that the new one does not have are removed.
 
     Returns:
-        The HTML page.
+        The HTML document.
 
     Raises:
         ResultsError: there is no finished run, or a file of a run cannot be read.
     """
     runs, unfinished = read_runs(folder, CONTROL), unfinished_runs(folder, CONTROL)
-    recipes = language.read_recipes(folder)
+    recipes = read_recipes(folder)
     if not runs and not any(recipe.runs for recipe in recipes):
         begun = len(unfinished) + sum(len(recipe.unfinished) for recipe in recipes)
         raise ResultsError(
@@ -41,25 +59,250 @@ def write_report(folder: Path, out: Path) -> Path:
             "d4rl/DATASET/ALGO/seed-K or llm/RECIPE/ALGO/seed-K with a result.json, as "
             "`python -m benchmarks.d4rl` and `python -m benchmarks.llm` write it"
         )
-    command = shareable(f"python -m benchmarks.report {shlex.quote(str(folder))}")
-    document = content.report(cells(runs), unfinished, recipes, command)
-    images = {picture.name: _png(picture.figure) for picture in document.pictures}
+    document = Document(shareable(f"python -m benchmarks.report {shlex.quote(str(folder))}"))
+    group = cells(runs)
+    if group:
+        _scores(document, group, unfinished)
+    _missing(document, group, unfinished)
+    if group:
+        _aggregates(document, group)
+        _curves(document, group)
+        _sweep(document, group)
+        _cost(document, group)
+    for recipe in recipes:
+        _recipe(document, recipe)
+    _provenance(document, group, recipes)
+    kinds = {"control": runs, "language": recipes}
+    title = " and ".join(kind for kind, present in kinds.items() if present).capitalize()
+    markdown = document.markdown(f"{title} runs")
     written = {
-        **images,
-        MARKDOWN: markdown.render(document, document.sections[-1]).encode(),
-        RECORDS: records(runs, recipes).encode(),
-        PAGE: html.render(document, images).encode(),
+        **document.images,
+        MARKDOWN: markdown.encode(),
+        RECORDS: _records(runs, recipes).encode(),
+        PAGE: to_html(markdown, document.images).encode(),
     }
-    for name, text in written.items():
+    earlier = (out / MARKDOWN).read_text() if (out / MARKDOWN).exists() else ""
+    for name, content in written.items():
         with written_whole(out / name) as partial:
-            partial.write_bytes(text)
-    earlier = {*content.PICTURES, *(path.name for path in out.glob(language.PICTURES))}
-    for name in earlier - set(images):
-        (out / name).unlink(missing_ok=True)
+            partial.write_bytes(content)
+    for name in re.findall(r"^!\[.*\]\(([\w-]+\.png)\)$", earlier, re.MULTILINE):
+        if name not in written:
+            (out / name).unlink(missing_ok=True)
     return out / PAGE
 
 
-def _png(figure: Figure) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, dpi=_DPI, format="png", bbox_inches="tight")
-    return file.getvalue()
+def _records(runs: Sequence[FinishedRun], recipes: Sequence[Recipe]) -> str:
+    """A JSON array, a run a line: the result without its episodes, settings, versions, command."""
+    everything = [*runs, *(run for recipe in recipes for run in recipe.runs)]
+    return "[\n" + ",\n".join(json.dumps(_record(run)) for run in everything) + "\n]\n"
+
+
+def _record(run: FinishedRun) -> dict[str, Any]:
+    return {
+        **({"variant": run.variant} if run.variant else {}),
+        **{name: value for name, value in run.result.items() if name not in _EPISODES},
+        "settings": run.config.get("settings"),
+        "versions": run.versions,
+        "hardware": run.config.get("hardware"),
+        "command": shareable(run.config["command"]) if "command" in run.config else None,
+    }
+
+
+def _scores(document: Document, group: Sequence[Cell], missing: Sequence[UnfinishedRun]) -> None:
+    document.section("Scores")
+    grid = tables.score_grid(group, missing)
+    document.text(
+        "Score of the last policy, never of the best one on the way; the mean over episodes is "
+        "taken in each seed, then over seeds. Standard deviation and interval (95 %, percentile "
+        f"bootstrap of the mean) are over seeds, and only given for {MIN_SEEDS} seeds or more; "
+        "with so few seeds the interval is rather too narrow."
+    )
+    caption = "Scores, D4RL-normalised where nothing else is said."
+    if tables.SUCCESS_INTERVAL in grid.columns:
+        caption += " Success is the share of the episodes in which the environment reports it."
+    document.table(grid, caption, runs_of(group))
+    if grid.published:
+        document.text(
+            f"Columns named by a paper are its numbers: {tables.published_source()}. They were not "
+            "run here, and enter no mean, aggregate or figure."
+        )
+    else:
+        document.text("The paper has no numbers for these datasets and algorithms.")
+    different = uneven(group)
+    if different:
+        document.text("Read with care: seeds of one row that were not run alike.")
+        document.bullets(different)
+    caption = "Score of each seed (dots), mean (bars) and 95 % interval (lines)."
+    document.figure("scores.png", figures.scores(group), caption, runs_of(group))
+
+
+def _missing(document: Document, group: Sequence[Cell], missing: Sequence[UnfinishedRun]) -> None:
+    document.section("Missing runs")
+    if missing:
+        document.text(
+            f"{len(missing)} unfinished runs enter nothing on this page: they were cut off, "
+            "failed, or are not done yet. The same command with `--resume` continues them."
+        )
+        document.table(tables.missing_grid(missing), "Runs without a result.", runs_of(group))
+
+
+def _aggregates(document: Document, group: Sequence[Cell]) -> None:
+    document.section("Over datasets")
+    aggregates = over_datasets.aggregate(group)
+    left_out = [f"{algorithm_label(algo)}: {why}" for algo, why in aggregates.left_out.items()]
+    if aggregates.estimates:
+        names = aggregates.datasets, aggregates.estimates
+        runs = runs_of(cell for cell in group if cell.dataset in names[0] and cell.algo in names[1])
+        document.text(
+            f"Over {', '.join(map(dataset_label, aggregates.datasets))}: the datasets that all "
+            f"algorithms of this section have with {MIN_SEEDS} seeds or more. As in rliable "
+            "(<https://arxiv.org/abs/2108.13264>), with 95 % intervals from a stratified "
+            "bootstrap over seeds. The optimality gap is what is missing to a score of 100. Where "
+            "an algorithm has more seeds on one dataset than on another, its first ones enter."
+        )
+        document.table(over_datasets.aggregate_grid(aggregates), "Aggregate scores.", runs)
+        document.figure(
+            "aggregates.png",
+            over_datasets.aggregate_figure(aggregates, group),
+            "Aggregate scores: point estimates (lines) and 95 % intervals (bars).",
+            runs,
+        )
+        document.table(
+            over_datasets.improvement_grid(aggregates),
+            "Probability of improvement: that a run of the column's algorithm scores higher than "
+            "a run of the row's on the same dataset, mean over datasets.",
+            runs,
+        )
+        document.figure(
+            "improvement.png",
+            over_datasets.improvement_figure(aggregates, group),
+            "Probability of improvement, with 95 % intervals.",
+            runs,
+        )
+        document.figure(
+            "profiles.png",
+            over_datasets.profile_figure(aggregates, group),
+            "Performance profiles: share of the runs, over all datasets, that score higher than "
+            "the value on the x axis; bands are 95 % intervals. Higher is better.",
+            runs,
+        )
+        left_out += [
+            f"{dataset_label(name)}: not all of these algorithms have {MIN_SEEDS} seeds there"
+            for name in aggregates.datasets_left_out
+        ]
+    if left_out:
+        document.text("Left out of the aggregates:")
+        document.bullets(left_out)
+
+
+def _curves(document: Document, group: Sequence[Cell]) -> None:
+    document.section("Learning curves")
+    for end, words, part in _parts(group):
+        document.figure(
+            f"learning_curves{end}.png",
+            figures.learning_curves(part),
+            f"{words}Mean over seeds; the band is the 95 % bootstrap interval ({MIN_SEEDS} seeds "
+            "or more). Points on the way are evaluated on fewer episodes; the dot is the last "
+            "policy's score of the table.",
+            runs_of(part),
+        )
+    document.section("Training and weights")
+    for end, words, part in _parts(group):
+        document.figure(
+            f"training{end}.png",
+            figures.training_curves(part),
+            f"{words}Log-likelihood of the batches, value of the critics, and effective sample "
+            "size of the importance weights where they left 1.",
+            runs_of(part),
+        )
+    weighted = [cell for cell in group if weights.last_weights(cell, "weight_q50")]
+    caption = "Quantiles of the importance weights, mean over seeds."
+    document.figure("weights.png", figures.weight_quantiles(weighted), caption, runs_of(weighted))
+    caption = "The weights when they were last looked at, mean over seeds."
+    document.table(weights.weight_grid(weighted), caption, runs_of(weighted))
+
+
+def _parts(group: Sequence[Cell]) -> Iterator[tuple[str, str, list[Cell]]]:
+    """The cells of one figure each: end of its file name, words for its caption, and its cells.
+
+    Variants have figures of their own, together with the algorithms that they are variants of.
+    """
+    plain = [cell for cell in group if not is_variant(cell.algo)]
+    if plain:
+        yield "", "", plain
+    bases = {base(name) for name in algorithms(group) if is_variant(name)}
+    where = {cell.dataset for cell in group if is_variant(cell.algo)}
+    variants = [cell for cell in group if base(cell.algo) in bases and cell.dataset in where]
+    if variants:
+        yield "_variants", "Variants. ", variants
+
+
+def _sweep(document: Document, group: Sequence[Cell]) -> None:
+    document.section("Settings of the weights")
+    rows = weights.swept(group)
+    runs = runs_of(cell for _, cell in rows)
+    document.table(
+        weights.sweep_grid(rows),
+        "Every setting of the weights that was run, with the score and with the weights at the "
+        "end, mean over seeds. A setting chosen by its score here has been chosen on the runs "
+        "that it is compared on.",
+        runs,
+    )
+    document.figure(
+        "sweep.png",
+        weights.sweep_figure(rows),
+        "Score against the effective sample size at the end: temperatures in orange, target ESS "
+        "in blue, 95 % intervals, and the same algorithm with all weights 1 (at the learning rate "
+        "published for it) as the dashed line.",
+        runs,
+    )
+
+
+def _cost(document: Document, group: Sequence[Cell]) -> None:
+    document.section("Cost")
+    runs = runs_of(group)
+    document.text(
+        "Of one run, mean over seeds: CPU seconds of training, learning curve and final "
+        "evaluation. The reference policy is trained once for all algorithms that start from it, "
+        "and is counted separately."
+    )
+    if len(hardware(runs)) > 1:
+        document.text("The runs are of different hardware: their seconds differ by it.")
+    document.table(tables.cost_grid(group), "Cost beside score.", runs)
+    document.figure(
+        "cost.png",
+        figures.cost(group),
+        "Score against CPU seconds of a run, its reference policy included; lines are 95 % "
+        "intervals of the score.",
+        runs,
+    )
+
+
+def _recipe(document: Document, recipe: Recipe) -> None:
+    document.section(f"Language: {recipe.name}")
+    if recipe.runs:
+        document.text(recipe.note)
+        document.table(language.score_grid(recipe), f"Scores of {recipe.name}.", recipe.runs)
+        document.table(language.share_grid(recipe), language.SHARES, recipe.runs)
+        document.figure(
+            f"language_{recipe.name.replace('/', '_')}.png",
+            language.figure(recipe),
+            "Score of each seed (dots), mean (bars) and interval (lines); effective sample size "
+            "and largest weight over the updates, mean over seeds.",
+            recipe.runs,
+        )
+    if recipe.unfinished:
+        document.text("Unfinished runs enter nothing here; `--resume` continues them:")
+        document.bullets("/".join(run.folder.absolute().parts[-2:]) for run in recipe.unfinished)
+
+
+def _provenance(document: Document, group: Sequence[Cell], recipes: Sequence[Recipe]) -> None:
+    document.section(COMMANDS)
+    runs = [*runs_of(group), *(run for recipe in recipes for run in recipe.runs)]
+    document.table(tables.run_grid(group), "The finished control runs.", runs_of(group))
+    document.text("Versions:")
+    document.bullets(versions(runs) or ["not recorded"])
+    document.text("Hardware:")
+    document.bullets(hardware(runs) or ["not recorded"])
+    document.text("Commands, without the folders of absolute paths:")
+    document.code("\n".join(commands(runs)) or "not recorded")

@@ -16,22 +16,13 @@ from benchmarks.statistics import MIN_SEEDS, bootstrap_interval
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A point estimate with its 95 % interval."""
-
-    point: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class Cell:
-    """The runs of one algorithm on one dataset, one a seed.
+    """The control runs of one algorithm on one dataset, one a seed.
 
     Attributes:
-        dataset: its name.
-        algo: the algorithm, see :attr:`benchmarks.results.FinishedRun.algo`.
-        runs: by seed.
+        dataset: Name of the dataset.
+        algo: The algorithm, see :attr:`benchmarks.results.FinishedRun.algo`.
+        runs: The runs, by seed.
         unit: ``"score"`` (D4RL-normalised), or ``"return"`` where the dataset has no reference.
     """
 
@@ -43,16 +34,17 @@ class Cell:
     @property
     def values(self) -> NDArray[np.float64]:
         """Score, or mean return, of the last policy of each seed ``[seeds]``."""
-        if self.unit == "return":
-            return np.array([run.result["return_mean"] for run in self.runs], dtype=np.float64)
-        return np.array([run.score for run in self.runs], dtype=np.float64)
+        key = "return_mean" if self.unit == "return" else "normalized_score"
+        return np.array([run.result[key] for run in self.runs], dtype=np.float64)
 
     @property
     def seeds(self) -> list[int]:
+        """The seeds, in order."""
         return [run.seed for run in self.runs]
 
     @property
     def mean(self) -> float:
+        """Mean over seeds."""
         return float(self.values.mean())
 
     @property
@@ -63,10 +55,7 @@ class Cell:
     @property
     def interval(self) -> tuple[float, float] | None:
         """Bootstrap interval of the mean over seeds, None for fewer than three."""
-        if len(self.runs) < MIN_SEEDS:
-            return None
-        low, high = bootstrap_interval(self.values)
-        return float(low), float(high)
+        return interval_over_seeds(self.values)
 
     @property
     def success_rates(self) -> NDArray[np.float64]:
@@ -77,54 +66,53 @@ class Cell:
     @property
     def cpu_seconds(self) -> float:
         """CPU seconds of a run with its reference policy, mean over seeds."""
-        keys = ("cpu_seconds", "reference_cpu_seconds")
-        return float(np.mean([sum(run.result.get(key, 0.0) for key in keys) for run in self.runs]))
+        return cpu_seconds(self.runs)
 
-    def all(self, key: str) -> list[Any]:
+    def distinct(self, key: str) -> list[Any]:
         """The distinct values of ``key`` in the results, in the order of the seeds."""
-        distinct: list[Any] = []
+        values: list[Any] = []
         for run in self.runs:
-            if run.result.get(key) not in distinct:
-                distinct.append(run.result.get(key))
-        return distinct
+            if run.result.get(key) not in values:
+                values.append(run.result.get(key))
+        return values
 
     def differences(self) -> list[str]:
-        """In what the seeds were not run alike, such as ``steps (100, 7)``; empty as a rule."""
-        held = [_held(run) for run in self.runs]
-        found = []
-        for key in dict.fromkeys(key for one in held for key in one):
-            texts = dict.fromkeys(json.dumps(one.get(key), sort_keys=True) for one in held)
+        """Settings in which the seeds differ, such as ``steps (100, 7)``; empty as a rule."""
+        settings = [_shared_settings(run) for run in self.runs]
+        lines = []
+        for key in dict.fromkeys(key for values in settings for key in values):
+            texts = dict.fromkeys(
+                json.dumps(values.get(key), sort_keys=True) for values in settings
+            )
             if len(texts) > 1:
-                found.append(f"{key} ({', '.join(texts)})")
-        return found
+                lines.append(f"{key} ({', '.join(texts)})")
+        return lines
 
 
 def cells(runs: Sequence[FinishedRun]) -> list[Cell]:
-    """Group runs by dataset (alphabetical) and algorithm (in the paper's order)."""
-    grouped: dict[tuple[str, str], list[FinishedRun]] = {}
+    """Group control runs by dataset (alphabetical) and algorithm (in the paper's order)."""
+    groups: dict[tuple[str, str], list[FinishedRun]] = {}
     for run in runs:
-        grouped.setdefault((run.dataset, run.algo), []).append(run)
-    without = {run.dataset for run in runs if run.score is None}
+        groups.setdefault((run.dataset, run.algo), []).append(run)
+    without = {run.dataset for run in runs if run.result.get("normalized_score") is None}
     return [
         Cell(
             dataset,
             algo,
-            tuple(sorted(members, key=lambda run: run.seed)),
+            tuple(sorted(groups[dataset, algo], key=lambda run: run.seed)),
             "return" if dataset in without else "score",
         )
-        for (dataset, algo), members in sorted(
-            grouped.items(), key=lambda item: (item[0][0], algorithm_rank(item[0][1]))
-        )
+        for dataset, algo in sorted(groups, key=lambda name: (name[0], algorithm_rank(name[1])))
     ]
 
 
 def datasets(group: Iterable[Cell]) -> list[str]:
-    """Datasets of the cells, each once, in order."""
+    """Datasets of the cells, without repetition, in order."""
     return list(dict.fromkeys(cell.dataset for cell in group))
 
 
 def algorithms(group: Iterable[Cell]) -> list[str]:
-    """Algorithms of the cells, each once, in the paper's order."""
+    """Algorithms of the cells, without repetition, in the paper's order."""
     return sorted({cell.algo for cell in group}, key=algorithm_rank)
 
 
@@ -134,7 +122,7 @@ def runs_of(group: Iterable[Cell]) -> list[FinishedRun]:
 
 
 def uneven(group: Iterable[Cell]) -> list[str]:
-    """One line for each thing in which the seeds of a cell were not run alike."""
+    """One line for each setting in which the seeds of a cell differ."""
     return [
         f"{dataset_label(cell.dataset)}, {algorithm_label(cell.algo)}: seeds differ in {difference}"
         for cell in group
@@ -142,16 +130,27 @@ def uneven(group: Iterable[Cell]) -> list[str]:
     ]
 
 
-def _held(run: FinishedRun) -> dict[str, object]:
+def interval_over_seeds(values: NDArray[np.float64]) -> tuple[float, float] | None:
+    """Bootstrap interval of the mean of ``[seeds]``, None for fewer than three."""
+    if len(values) < MIN_SEEDS:
+        return None
+    low, high = bootstrap_interval(values)
+    return float(low), float(high)
+
+
+def cpu_seconds(runs: Sequence[FinishedRun]) -> float:
+    """CPU seconds of a run with its reference, mean over the runs."""
+    keys = ("cpu_seconds", "reference_cpu_seconds")
+    return float(np.mean([sum(run.result.get(key, 0.0) for key in keys) for run in runs]))
+
+
+def _shared_settings(run: FinishedRun) -> dict[str, object]:
     """What the seeds of a cell must have in common."""
     keys = ("preset", "estimator", "steps", "published_steps", "episodes", "env_id")
-    held = {key: run.result.get(key) for key in keys} | {"versions": run.versions}
-    settings = {
-        key: value
-        for key, value in run.config.get("settings", {}).items()
-        if key not in (*held, "seed")
-    }
-    return _flat(held | settings)
+    shared = {key: run.result.get(key) for key in keys} | {"versions": run.versions}
+    settings = run.config.get("settings", {})
+    own = {key: value for key, value in settings.items() if key not in (*shared, "seed")}
+    return _flat(shared | own)
 
 
 def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, object]:

@@ -1,80 +1,147 @@
-"""Tables of scores, cost and weights, as text."""
+"""Tables of control runs: scores beside published numbers, cost, settings, missing runs."""
 
 from __future__ import annotations
 
+import functools
+import json
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 from rich.console import Group
 
-from benchmarks.report import published, sweep
-from benchmarks.report.aggregates import METRICS, Aggregates
 from benchmarks.report.grid import NOTHING, Grid
 from benchmarks.report.names import algorithm_label, algorithm_rank, dataset_label
-from benchmarks.report.scores import Cell, Estimate, cells
+from benchmarks.report.scores import Cell, cells, interval_over_seeds
 from benchmarks.results import FinishedRun, UnfinishedRun
-from benchmarks.statistics import MIN_SEEDS, bootstrap_interval
+from benchmarks.statistics import MIN_SEEDS
 
 FEW_SEEDS = (
     f"Fewer than {MIN_SEEDS} seeds carry neither a deviation nor an interval: the mean alone."
 )
-
 SUCCESS_INTERVAL = "interval of success"
+_PUBLISHED = Path(__file__).parents[1] / "published.json"
+# Key of result.json -> heading.
+_SECONDS = {
+    "cpu_seconds": "CPU seconds",
+    "evaluation_cpu_seconds": "of them evaluation",
+    "reference_cpu_seconds": "reference",
+    "wall_seconds": "wall seconds",
+}
+
+
+@dataclass(frozen=True)
+class PublishedNumber:
+    """A published score.
+
+    Attributes:
+        score: D4RL-normalised score.
+        std: Standard deviation over training runs, None where the paper gives none.
+        caveats: What to know before comparing with it.
+    """
+
+    score: float
+    std: float | None
+    caveats: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.score:.1f}" + (f" ± {self.std:.1f}" if self.std else "")
+
+
+@dataclass(frozen=True)
+class PublishedTable:
+    """A table of the paper: its label, a note on all of it, numbers by (dataset, algorithm)."""
+
+    label: str
+    note: str
+    numbers: dict[tuple[str, str], PublishedNumber]
+
+
+@functools.cache
+def published_source() -> str:
+    """Reference of the paper with the published numbers."""
+    return _published()["source"]
+
+
+@functools.cache
+def published_tables() -> list[PublishedTable]:
+    """The paper's tables, from ``benchmarks/published.json``."""
+    data = _published()
+    numbers: dict[str, dict[tuple[str, str], PublishedNumber]] = {
+        name: {} for name in data["tables"]
+    }
+    for row in data["rows"]:
+        caveats = tuple(data["caveats"][caveat] for caveat in row["caveats"])
+        number = PublishedNumber(row["score"], row.get("std"), caveats)
+        numbers[row["table"]][row["dataset"], row["algo"]] = number
+    return [
+        PublishedTable(table["label"], table["note"], numbers[name])
+        for name, table in data["tables"].items()
+    ]
+
+
+def _published() -> dict[str, Any]:
+    return json.loads(_PUBLISHED.read_text())
+
+
+def score_table(runs: Sequence[FinishedRun]) -> Group:
+    """Scores of the last policies for the terminal."""
+    grid = score_grid(cells(runs))
+    return grid.rich("Scores of the last policies (D4RL-normalised)", SUCCESS_INTERVAL)
 
 
 def score_grid(group: Sequence[Cell], missing: Sequence[UnfinishedRun] = ()) -> Grid:
-    """Scores of the last policies, and the published numbers of the same datasets beside them.
+    """Scores of the last policies, and the published numbers of the same datasets.
 
     Mean over seeds; standard deviation and 95 % bootstrap interval only with three seeds or more.
-    A published number stands in its own column, and only where the dataset has exactly its name.
-    Algorithms of which no seed is finished have a row without numbers.
+    A published number has its own column, and is shown only where the dataset has exactly its
+    name. Algorithms of which no seed is finished have a row without numbers.
     """
-    cut_off: dict[tuple[str, str], int] = {}
-    for run in missing:
-        cut_off[run.dataset, run.algo] = cut_off.get((run.dataset, run.algo), 0) + 1
+    cut_off = Counter((run.dataset, run.algo) for run in missing)
     by_name = {(cell.dataset, cell.algo): cell for cell in group}
     names = sorted(by_name.keys() | cut_off.keys(), key=lambda n: (n[0], algorithm_rank(n[1])))
-    papers = [table for table in published.tables() if table.numbers.keys() & set(names)]
+    papers = [table for table in published_tables() if table.numbers.keys() & set(names)]
     with_success = any(cell.success_rates.size for cell in group)
-    grid = Grid(
-        ["dataset", "algorithm", "seeds", "episodes", "score", "std", "95 % interval"]
-        + ["success", SUCCESS_INTERVAL] * with_success
-        + [table.label for table in papers],
-        published=len(papers),
-    )
+    columns = ["dataset", "algorithm", "seeds", "episodes", "score", "std", "95 % interval"]
+    if with_success:
+        columns += ["success", SUCCESS_INTERVAL]
+    grid = Grid(columns + [table.label for table in papers], published=len(papers))
     for name in names:
         row = [dataset_label(name[0]), algorithm_label(name[1])]
-        row += _ours(grid, by_name.get(name), cut_off.get(name, 0), with_success)
+        if name in by_name:
+            row += _measured(grid, by_name[name], cut_off[name])
+            row += _success(grid, by_name[name]) if with_success else []
+        else:
+            row += [f"0 of {cut_off[name]}"] + [NOTHING] * (len(columns) - 3)
         for table in papers:
             number = table.numbers.get(name)
-            if number is None:
-                row.append(NOTHING)
-                continue
-            text = f"{number.score:.1f}" + (f" ± {number.std:.1f}" if number.std else "")
-            row.append(grid.marked(text, list(number.caveats)))
+            row.append(NOTHING if number is None else grid.marked(str(number), number.caveats))
         grid.rows.append(row)
     grid.notes += [f"{table.label}: {table.note}" for table in papers]
     return grid
 
 
-def _ours(grid: Grid, cell: Cell | None, cut_off: int, with_success: bool) -> list[str]:
-    """The columns of what was run here."""
-    if cell is None:
-        return [f"0 of {cut_off}"] + [NOTHING] * (6 if with_success else 4)
+def interval_text(interval: tuple[float, float] | None, digits: int = 1) -> str:
+    """``low to high``."""
+    if interval is None:
+        return NOTHING
+    low, high = interval
+    return f"{low:.{digits}f} to {high:.{digits}f}"
+
+
+def _measured(grid: Grid, cell: Cell, cut_off: int) -> list[str]:
+    """Seeds, episodes, score, deviation and interval."""
     seeds = str(len(cell.runs)) + (f" of {len(cell.runs) + cut_off}" if cut_off else "")
-    notes = shortened(cell)
+    notes = _shortened(cell)
     if cell.unit == "return":
         notes.append("Mean return: the dataset has no D4RL reference scores.")
     notes += [f"Seeds differ in {difference}." for difference in cell.differences()]
-    interval = cell.interval
-    row = [
-        seeds,
-        "/".join(str(episodes) for episodes in cell.all("episodes")),
-        grid.marked(f"{cell.mean:.1f}", notes),
-        grid.marked(NOTHING, [FEW_SEEDS]) if cell.std is None else f"{cell.std:.1f}",
-        NOTHING if interval is None else f"{interval[0]:.1f} to {interval[1]:.1f}",
-    ]
-    return row + (_success(grid, cell) if with_success else [])
+    episodes = "/".join(map(str, cell.distinct("episodes")))
+    score = grid.marked(f"{cell.mean:.1f}", notes)
+    std = grid.marked(NOTHING, [FEW_SEEDS]) if cell.std is None else f"{cell.std:.1f}"
+    return [seeds, episodes, score, std, interval_text(cell.interval)]
 
 
 def _success(grid: Grid, cell: Cell) -> list[str]:
@@ -84,13 +151,10 @@ def _success(grid: Grid, cell: Cell) -> list[str]:
         return [NOTHING, NOTHING]
     few = f"Success of {len(rates)} of the {len(cell.runs)} seeds: the others did not record it."
     mean = grid.marked(f"{rates.mean():.2f}", [few] if len(rates) < len(cell.runs) else [])
-    if len(rates) < MIN_SEEDS:
-        return [mean, NOTHING]
-    low, high = bootstrap_interval(rates)
-    return [mean, f"{low:.2f} to {high:.2f}"]
+    return [mean, interval_text(interval_over_seeds(rates), digits=2)]
 
 
-def shortened(cell: Cell) -> list[str]:
+def _shortened(cell: Cell) -> list[str]:
     """Notes on runs of another number of updates than published, such as ``IQL: 20k of 1M``."""
     pairs = {
         (run.result["steps"], run.result["published_steps"])
@@ -110,14 +174,8 @@ def _count(n: int) -> str:
     return f"{n:,}"
 
 
-def score_table(runs: Sequence[FinishedRun]) -> Group:
-    """Scores of the last policies for the terminal."""
-    grid = score_grid(cells(runs))
-    return grid.rich("Scores of the last policies (D4RL-normalised)", SUCCESS_INTERVAL)
-
-
 def missing_grid(missing: Sequence[UnfinishedRun]) -> Grid:
-    """Runs without a result, and how far they came."""
+    """Runs without a result, and their last logged updates."""
     grid = Grid(["dataset", "algorithm", "seed", "last logged update", "of"])
     for run in missing:
         of = NOTHING if run.steps is None else str(run.steps)
@@ -126,17 +184,8 @@ def missing_grid(missing: Sequence[UnfinishedRun]) -> Grid:
     return grid
 
 
-# Key of result.json -> heading.
-_SECONDS = {
-    "cpu_seconds": "CPU seconds",
-    "evaluation_cpu_seconds": "of them evaluation",
-    "reference_cpu_seconds": "reference",
-    "wall_seconds": "wall seconds",
-}
-
-
 def cost_grid(group: Sequence[Cell]) -> Grid:
-    """Cost of one run beside its score, mean over seeds; what its reference cost stands apart.
+    """Cost of one run and its score, mean over seeds; the reference policy is counted separately.
 
     CPU seconds are of training and evaluation; evaluation alone where the results say it.
     """
@@ -146,13 +195,9 @@ def cost_grid(group: Sequence[Cell]) -> Grid:
         + ["CPU seconds, with reference"]
     )
     for cell in group:
-        steps = "/".join(str(steps) for steps in cell.all("steps"))
-        row = [
-            dataset_label(cell.dataset),
-            algorithm_label(cell.algo),
-            grid.marked(steps, shortened(cell)),
-            f"{cell.mean:.1f}",
-        ]
+        steps = "/".join(map(str, cell.distinct("steps")))
+        row = [dataset_label(cell.dataset), algorithm_label(cell.algo)]
+        row += [grid.marked(steps, _shortened(cell)), f"{cell.mean:.1f}"]
         for key in known:
             spent = [run.result[key] for run in cell.runs if key in run.result]
             row.append(f"{sum(spent) / len(spent):,.0f}" if spent else NOTHING)
@@ -160,85 +205,17 @@ def cost_grid(group: Sequence[Cell]) -> Grid:
     return grid
 
 
-# Metric of a row of metrics.jsonl -> heading.
-_WEIGHTS = {
-    "ESS": "ESS",
-    "weight_q05": "weight, 5 %",
-    "weight_q50": "50 %",
-    "weight_q95": "95 %",
-    "pareto_k": "Pareto k-hat",
-    "weighted_return": "mean return under the weights",
-}
-
-
-def weight_grid(group: Sequence[Cell]) -> Grid:
-    """What the weights were when they were last looked at: means over the seeds that say so."""
-    grid = Grid(["dataset", "algorithm", *_WEIGHTS.values()])
+def run_grid(group: Sequence[Cell]) -> Grid:
+    """Environment, settings and seeds of every cell."""
+    names = ("dataset", "algorithm", "--algo", "environment", "preset", "estimator", "seeds")
+    grid = Grid([*names, "settings from"], left=len(names) + 1)
     for cell in group:
-        if sweep.last_look(cell, "weight_q50"):
-            names = [dataset_label(cell.dataset), algorithm_label(cell.algo)]
-            grid.rows.append([*names, *(_last(cell, metric) for metric in _WEIGHTS)])
+        sources = [run.config.get("settings", {}).get("settings_from") for run in cell.runs]
+        row = [cell.dataset, algorithm_label(cell.algo), cell.algo]
+        for key in ("env_id", "preset", "estimator"):
+            values = [value for value in cell.distinct(key) if value is not None]
+            row.append(", ".join(map(str, values)))
+        row.append(" ".join(map(str, cell.seeds)))
+        row.append(", ".join(dict.fromkeys(filter(None, sources))) or NOTHING)
+        grid.rows.append(row)
     return grid
-
-
-def sweep_grid(rows: Sequence[tuple[sweep.Setting | None, Cell]]) -> Grid:
-    """One row a setting of the weights: what they were at the end, and the score."""
-    grid = Grid(
-        ["dataset", "algorithm", "temperature k", "target ESS", "q follows", "seeds", "score"]
-        + ["95 % interval", "ESS", "mean return under the weights"],
-    )
-    for held, cell in rows:
-        interval = cell.interval
-        few = [FEW_SEEDS] if interval is None else []
-        grid.rows.append(
-            [
-                dataset_label(cell.dataset),
-                algorithm_label(cell.algo),
-                f"{held.temperature:g}" if held and held.temperature else NOTHING,
-                f"{held.target_ess:g}" if held and held.target_ess else NOTHING,
-                held.lag if held else "all weights 1",
-                str(len(cell.runs)),
-                f"{cell.mean:.1f}",
-                grid.marked(NOTHING, few)
-                if interval is None
-                else f"{interval[0]:.1f} to {interval[1]:.1f}",
-                _last(cell, "ESS"),
-                _last(cell, "weighted_return"),
-            ]
-        )
-    return grid
-
-
-def _last(cell: Cell, metric: str) -> str:
-    values = sweep.last_look(cell, metric)
-    return f"{np.mean(values):.4g}" if values else NOTHING
-
-
-def aggregate_grid(aggregates: Aggregates) -> Grid:
-    """rliable's aggregate metrics with their intervals, in units of the D4RL score."""
-    grid = Grid(["algorithm", "seeds", *(metric.label for metric in METRICS)], left=1)
-    for algo, estimates in aggregates.estimates.items():
-        grid.rows.append(
-            [algorithm_label(algo), str(aggregates.seeds[algo])]
-            + [f"{e.point:.1f} ({e.low:.1f} to {e.high:.1f})" for e in estimates]
-        )
-    return grid
-
-
-def improvement_grid(aggregates: Aggregates) -> Grid:
-    """Probability that a run of each candidate scores higher than a run of the row's algorithm."""
-    candidates = list(aggregates.improvement)
-    grid = Grid(
-        ["against", *(f"P({algorithm_label(name)} scores higher)" for name in candidates)], left=1
-    )
-    for algo in aggregates.estimates:
-        found = [aggregates.improvement[candidate].get(algo) for candidate in candidates]
-        if any(found):
-            grid.rows.append([algorithm_label(algo), *map(_probability, found)])
-    return grid
-
-
-def _probability(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return NOTHING
-    return f"{estimate.point:.2f} ({estimate.low:.2f} to {estimate.high:.2f})"

@@ -26,7 +26,7 @@ QUANTILES = ("05", "25", "50", "75", "95")
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     """rliable is slow; what is tested here does not hang on the number of its resamples."""
-    monkeypatch.setattr("benchmarks.report.aggregates._RESAMPLES", 200)
+    monkeypatch.setattr("benchmarks.statistics._STRATIFIED_RESAMPLES", 200)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Aggregates over datasets, against closed forms, counting and rliable."""
+"""Aggregates over datasets, against closed forms and counting."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import scipy.stats
-from rliable import metrics as rliable_metrics
 
-from benchmarks.report.aggregates import aggregate, probability_of_improvement
+from benchmarks.report.aggregates import aggregate
 from benchmarks.report.scores import cells
 from benchmarks.results import CONTROL, read_runs
 
@@ -49,15 +48,6 @@ def test_probability_of_improvement_by_counting(runs: Path, scores_of_runs: Scor
     estimate = aggregates.improvement["iw-sft-q"]["sft-q"]
     assert estimate.point == pytest.approx(statistics.mean(wins))
     assert estimate.low <= estimate.point <= estimate.high
-
-
-def test_probability_of_improvement_is_that_of_rliable() -> None:
-    generator = np.random.default_rng(0)
-    for _ in range(20):
-        x = generator.integers(0, 5, size=(4, 3)).astype(float)
-        y = generator.integers(0, 5, size=(6, 3)).astype(float)
-        expected = rliable_metrics.probability_of_improvement(x, y)
-        assert probability_of_improvement(x, y) == pytest.approx([expected])
 
 
 def test_intervals_are_repeatable_and_leave_numpy_alone(runs: Path) -> None:

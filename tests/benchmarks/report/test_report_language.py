@@ -135,10 +135,11 @@ def test_only_unfinished_runs_make_no_report(tmp_path: Path) -> None:
         write_report(tmp_path, tmp_path / "report")
 
 
-@pytest.mark.parametrize("within", ["sft", "sft/seed-0"])
-def test_a_folder_within_a_recipe_makes_no_report(language: Path, within: str) -> None:
-    with pytest.raises(ResultsError, match="no finished run below"):
-        write_report(language / "llm/sums" / within, language / "report")
+@pytest.mark.parametrize(("within", "seeds"), [("sft", 3), ("sft/seed-0", 1)])
+def test_a_part_of_a_recipe_can_be_read(language: Path, within: str, seeds: int) -> None:
+    (recipe,) = read_recipes(language / "llm/sums" / within)
+    assert recipe.name == "sums"
+    assert [(row.algo, len(row.seeds)) for row in recipe.scores] == [("sft", seeds)]
 
 
 @pytest.mark.parametrize("name", ["result.json", "config.json"])

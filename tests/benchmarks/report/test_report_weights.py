@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report.grid import NOTHING
 from benchmarks.report.scores import cells
-from benchmarks.report.tables import NOTHING, weight_grid
+from benchmarks.report.weights import weight_grid
 from benchmarks.results import FinishedRun
 
 

@@ -1,0 +1,207 @@
+"""Settings of the importance weights that runs were made with, and the scores that they gave."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks.report.figures import UNIT, colours, log_axis, mean_point, panels
+from benchmarks.report.grid import NOTHING, Grid
+from benchmarks.report.names import algorithm_label, algorithm_rank, base, dataset_label
+from benchmarks.report.scores import Cell, datasets
+from benchmarks.report.tables import FEW_SEEDS, interval_text
+from benchmarks.results import FinishedRun
+
+# Algorithms with weights on trajectories, and the same algorithms with all weights 1.
+_UNWEIGHTED = {"iw-sft": "sft", "iw-sft-q": "sft-q"}
+# What may differ within a sweep: the seed, the weights, and the learning rate, which is published
+# for each algorithm.
+_FREE = ("algo", "seed", "target_ess", "sync_every", "fine_tuning", "settings_from")
+# Metric of a row of metrics.jsonl -> heading.
+_METRICS = {
+    "ESS": "ESS",
+    "weight_q05": "weight, 5 %",
+    "weight_q50": "50 %",
+    "weight_q95": "95 %",
+    "pareto_k": "Pareto k-hat",
+    "weighted_return": "mean return under the weights",
+}
+
+
+@dataclass(frozen=True, order=True)
+class Setting:
+    """How the weights of a run were made.
+
+    Attributes:
+        temperature: Factor k of the mean log-ratio; 0 where a target ESS decides it.
+        target_ess: Effective sample size as a share of the batch; 0 for none.
+        sync_every: Updates between hard syncs of q; 0 for a moving average.
+        alpha: Decay of the moving average; 0 for hard syncs.
+    """
+
+    temperature: float
+    target_ess: float
+    sync_every: int
+    alpha: float
+
+    @property
+    def lag(self) -> str:
+        """How q follows the policy."""
+        return f"sync every {self.sync_every}" if self.sync_every else f"average, {self.alpha:g}"
+
+    @property
+    def sharpness(self) -> str:
+        """The target ESS or the temperature, in short."""
+        return f"ESS {self.target_ess:g}" if self.target_ess else f"k {self.temperature:g}"
+
+
+def setting_of(run: FinishedRun) -> Setting | None:
+    """Setting of a run's weights, from its ``config.json``; None where it has none."""
+    settings = run.config.get("settings", {})
+    row = settings.get("fine_tuning")
+    if base(run.algo) not in _UNWEIGHTED or row is None:
+        return None
+    target = settings.get("target_ess") or 0.0
+    by_sync = run.result.get("estimator") == "steps"
+    return Setting(
+        temperature=0.0 if target else row["k"],
+        target_ess=target,
+        sync_every=settings["sync_every"] if by_sync else 0,
+        alpha=0.0 if by_sync else row["alpha"],
+    )
+
+
+def swept(group: Sequence[Cell]) -> list[tuple[Setting | None, Cell]]:
+    """A cell for each dataset, algorithm and setting of the weights, in that order.
+
+    Runs of other data, cuts or steps are a sweep of their own. The same algorithm without weights
+    (setting None), with the learning rate published for it, comes first, where it was run. Sweeps
+    have two settings or more.
+    """
+    weighted = [cell for cell in group if base(cell.algo) in _UNWEIGHTED]
+    rows: list[tuple[Setting | None, Cell]] = []
+    for dataset, algo in dict.fromkeys((cell.dataset, base(cell.algo)) for cell in weighted):
+        same = [cell for cell in group if cell.dataset == dataset]
+        sweeps: dict[str, list[tuple[Setting, Cell]]] = {}
+        for cell in same:
+            if base(cell.algo) == algo:
+                for others, part in _parts(cell):
+                    sweeps.setdefault(others, []).extend(_by_setting(part))
+        plain = [
+            part for cell in same if base(cell.algo) == _UNWEIGHTED[algo] for part in _parts(cell)
+        ]
+        for others, members in sweeps.items():
+            if len({setting for setting, _ in members}) > 1:
+                rows += [(None, part) for key, part in plain if key == others]
+                rows += sorted(members, key=lambda row: (row[0], algorithm_rank(row[1].algo)))
+    return rows
+
+
+def _parts(cell: Cell) -> Iterator[tuple[str, Cell]]:
+    """A cell in parts of the same settings but for those that a sweep varies."""
+    keys = {run.seed: _fixed_settings(run) for run in cell.runs}
+    for key in dict.fromkeys(keys.values()):
+        yield key, replace(cell, runs=tuple(run for run in cell.runs if keys[run.seed] == key))
+
+
+def _by_setting(cell: Cell) -> Iterator[tuple[Setting, Cell]]:
+    settings = {run.seed: setting_of(run) for run in cell.runs}
+    for setting in dict.fromkeys(settings.values()):
+        if setting is not None:
+            runs = tuple(run for run in cell.runs if settings[run.seed] == setting)
+            yield setting, replace(cell, runs=runs)
+
+
+def _fixed_settings(run: FinishedRun) -> str:
+    """Settings that a sweep leaves alone."""
+    settings = run.config.get("settings", {})
+    fixed = {name: value for name, value in settings.items() if name not in _FREE}
+    steps = (settings.get("fine_tuning") or {}).get("steps")
+    return json.dumps({**fixed, "steps": steps}, sort_keys=True)
+
+
+def last_weights(cell: Cell, metric: str) -> list[float]:
+    """A metric of the last row that has the weights' quantiles, of each seed that has it."""
+    rows = [[row for row in run.metrics if "weight_q50" in row] for run in cell.runs]
+    return [probes[-1][metric] for probes in rows if probes and metric in probes[-1]]
+
+
+def weight_grid(group: Sequence[Cell]) -> Grid:
+    """The weights when they were last measured: means over the seeds that have the metric."""
+    grid = Grid(["dataset", "algorithm", *_METRICS.values()])
+    for cell in group:
+        if last_weights(cell, "weight_q50"):
+            names = [dataset_label(cell.dataset), algorithm_label(cell.algo)]
+            grid.rows.append([*names, *(_last_mean(cell, metric) for metric in _METRICS)])
+    return grid
+
+
+def sweep_grid(rows: Sequence[tuple[Setting | None, Cell]]) -> Grid:
+    """One row a setting of the weights: the score, and the weights at the end."""
+    grid = Grid(
+        ["dataset", "algorithm", "temperature k", "target ESS", "q follows", "seeds", "score"]
+        + ["95 % interval", "ESS", "mean return under the weights"],
+    )
+    for setting, cell in rows:
+        numbers = (setting.temperature, setting.target_ess) if setting else (0.0, 0.0)
+        grid.rows.append(
+            [
+                dataset_label(cell.dataset),
+                algorithm_label(cell.algo),
+                *(f"{number:g}" if number else NOTHING for number in numbers),
+                setting.lag if setting else "all weights 1",
+                str(len(cell.runs)),
+                f"{cell.mean:.1f}",
+                grid.marked(interval_text(cell.interval), [] if cell.interval else [FEW_SEEDS]),
+                _last_mean(cell, "ESS"),
+                _last_mean(cell, "weighted_return"),
+            ]
+        )
+    return grid
+
+
+def _last_mean(cell: Cell, metric: str) -> str:
+    values = last_weights(cell, metric)
+    return f"{np.mean(values):.4g}" if values else NOTHING
+
+
+def sweep_figure(rows: Sequence[tuple[Setting | None, Cell]]) -> Figure | None:
+    """Score against the effective sample size at the end; a panel a dataset.
+
+    The dashed line is the same algorithm without weights. Several are named.
+    """
+    rows = [(setting, cell) for setting, cell in rows if not setting or last_weights(cell, "ESS")]
+    weighted = [(setting, cell) for setting, cell in rows if setting]
+    plain = [cell for setting, cell in rows if not setting]
+    if not weighted:
+        return None
+    figure, axes = panels(datasets(cell for _, cell in rows), height=3.4)
+    for cell in plain:
+        ax = axes[cell.dataset]
+        ax.axhline(cell.mean, color=colours([cell])[cell.algo], lw=1.2, ls="--")
+        if sum(other.dataset == cell.dataset for other in plain) > 1:
+            at = ax.get_yaxis_transform()
+            ax.text(0.99, cell.mean, algorithm_label(cell.algo), transform=at, ha="right")
+    for setting, cell in weighted:
+        ax = axes[cell.dataset]
+        ess = float(np.mean(last_weights(cell, "ESS")))
+        mean_point(ax, ess, cell, "#1f63a8" if setting.target_ess else "#d1440c")
+        panel = [other for other, c in weighted if c.dataset == cell.dataset]
+        words = setting.sharpness
+        # The lag is named only where the panel has several.
+        if len({other.lag for other in panel}) > 1:
+            words = f"{setting.sharpness}, {setting.lag}"
+        # Where the panel has two sweeps, the variant tells which is which.
+        if panel.count(setting) > 1:
+            words = cell.algo.rpartition("/")[0] or words
+        ax.annotate(words, (ess, cell.mean), xytext=(6, 5), textcoords="offset points", fontsize=8)
+        ax.set_xlabel("effective sample size at the end (share of the data)")
+        ax.set_ylabel(UNIT[cell.unit])
+    for ax in axes.values():
+        ax.margins(x=0.25)
+        log_axis(ax)
+    return figure
