@@ -45,7 +45,7 @@ def write_report(folder: Path, out: Path) -> Path:
     Figures of an earlier report in ``out`` that the new one does not have are removed.
 
     Returns:
-        The HTML document.
+        The HTML page.
 
     Raises:
         ResultsError: there is no finished run, or a file of a run cannot be read.

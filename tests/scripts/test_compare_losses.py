@@ -12,7 +12,8 @@ def write(folder: Path, algo: str, losses: list[float], score: float = 0.5) -> N
     """A finished run's files, as far as they are read."""
     run = folder / algo / "seed-0"
     run.mkdir(parents=True)
-    result = {"algo": algo, "seed": 0, "score": score, "interval": [0, 1], "n": 9}
+    result = {"benchmark": "llm", "dataset": "sums", "algo": algo, "seed": 0, "cpu_seconds": 1.0}
+    result |= {"score": score, "score_name": "exact match", "interval": [0, 1], "n": 9}
     (run / "result.json").write_text(json.dumps({**result, "steps": len(losses)}))
     config = {"versions": {}, "hardware": {}, "command": "python -m benchmarks.llm"}
     (run / "config.json").write_text(json.dumps(config))
@@ -55,8 +56,8 @@ def test_runs_that_cannot_be_compared(
 def test_damaged_run_is_named(tmp_path: Path) -> None:
     for name in ("one", "other"):
         write(tmp_path / name, "sft", [1.0])
-    (tmp_path / "other" / "sft" / "seed-0" / "metrics.jsonl").unlink()
-    with pytest.raises(SystemExit, match=r"error: .*seed-0 is not what a run writes"):
+    (tmp_path / "other" / "sft" / "seed-0" / "result.json").write_text("{")
+    with pytest.raises(SystemExit, match=r"error: .*seed-0/result.json is not JSON"):
         main(Arguments(tmp_path / "one", tmp_path / "other"))
 
 

@@ -25,7 +25,7 @@ QUANTILES = ("05", "25", "50", "75", "95")
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """rliable is slow; what is tested here does not hang on the number of its resamples."""
+    """The tests do not depend on the number of resamples."""
     monkeypatch.setattr("benchmarks.statistics._STRATIFIED_RESAMPLES", 200)
 
 
