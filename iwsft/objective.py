@@ -2,25 +2,22 @@
 
     loss_iw_mle = - sum_j m_j w_j (sum_i log p_ji) [/ length_j] / sum_j m_j
 
-Read :meth:`ImportanceWeightedMLE.terms`, :meth:`~ImportanceWeightedMLE.weigh` and
-:meth:`~ImportanceWeightedMLE.summary`: the rest reads batches, or keeps TorchRL's contract.
+``ImportanceWeightedMLE.terms`` gives log p and the weights, and ``summary`` combines them;
+``weigh`` is the one place where log-ratios become weights. The other methods read a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
-from tensordict.nn import TensorDictModule, dispatch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import dispatch
 from torch import Tensor, nn
-from torchrl.objectives.common import LossModule
 
 from iwsft.policies.log_prob import finite_padding, step_log_prob
+from iwsft.policy_loss import PolicyLoss
 from iwsft.trajectory import (
     ACTION,
     IMPORTANCE_WEIGHT,
@@ -41,11 +38,11 @@ class Terms(NamedTuple):
     """Per-step quantities of a batch, each in the batch's layout.
 
     Attributes:
-        segments: the trajectories of the batch.
-        share: how much a step counts, see :meth:`ImportanceWeightedMLE.share`.
+        segments: Trajectories of the batch.
+        share: How much a step counts, see :meth:`ImportanceWeightedMLE.share`.
         log_prob: log p under the policy, with its gradient.
-        log_weight: log-weight of the step's trajectory, after the transforms.
-        clipped: whether a clip changed the weight; None with cached weights.
+        log_weight: Log-weight of the step's trajectory, after the transforms.
+        clipped: Whether a clip changed the weight; None with cached weights.
         reference: log pi_ref; None where the batch has none.
     """
 
@@ -57,32 +54,33 @@ class Terms(NamedTuple):
     reference: Tensor | None
 
 
-class ImportanceWeightedMLE(LossModule):
+class ImportanceWeightedMLE(PolicyLoss):
     """Weighted maximum likelihood of trajectories, the bound of the paper (Eq. 8 and 9).
 
     ``loss_iw_mle = - sum_j m_j w_j (sum_i log p_ji) [/ length_j] / sum_j m_j`` over the
-    trajectories j of the batch and their valid steps i: m_j the multiplicity (how often the batch
-    drew the trajectory; 1 without that key), w_j = q(tau_j) / pi_ref(tau_j) after the transforms
-    of ``importance_weights``. Weights carry no gradient. With q = pi_ref it is SFT, on all data
-    behaviour cloning.
+    trajectories j of the batch and their valid steps i. m_j is the multiplicity (how often the
+    batch counts the trajectory; 1 without that key), w_j = q(tau_j) / pi_ref(tau_j) the importance
+    weight after the transforms of ``importance_weights``. Weights carry no gradient. With
+    q = pi_ref the loss is that of SFT, and on all data that of behaviour cloning.
 
     Args:
-        policy: a TorchRL ``ProbabilisticActor``, or any module with ``log_prob(trajectories)``,
+        policy: A TorchRL ``ProbabilisticActor``, or any module with ``log_prob(trajectories)``,
             one number per step in the layout of the batch.
-        importance_weights: from per-step log-ratios to weights;
-            by default exp of the mean log-ratio of a trajectory.
-        proposal: what q is. ``"lagged"``: a copy of the policy that a q-updater moves
+        importance_weights: Transforms from per-step log-ratios to weights; by default exp of the
+            mean log-ratio of a trajectory.
+        proposal: What q is. ``"lagged"``: a copy of the policy that a q-updater moves
             (:class:`~iwsft.HardSync`, :class:`~iwsft.EMA`, or TorchRL's ``SoftUpdate`` and
-            ``HardUpdate``). ``"current"``: the policy itself, no copy. ``"cached"``: weights are
-            read from the batch, where :func:`~iwsft.reweight` wrote them. ``"reference"``:
-            pi_ref, all weights are those of log-ratio 0: SFT.
-        length_normalize: divide the log-probability of a trajectory by its length.
+            ``HardUpdate``). ``"current"``: the policy itself, without a copy. ``"cached"``: the
+            policy at the last sync; :func:`~iwsft.reweight` wrote its weights into the data.
+            ``"reference"``: pi_ref, so all weights are those of log-ratio 0: SFT.
+        length_normalize: Whether to divide the log-probability of a trajectory by its length.
         reduction: ``"mean"`` as above, ``"sum"`` (no division by sum_j m_j), or ``"none"``: the
             terms per step, in the layout of the batch, that add up to ``"sum"``.
-        functional: hold parameters apart from the module, as TorchRL's losses do. False keeps the
-            module itself (for engines that shard it) and, with ``"lagged"``, a second module.
-        hold_q: whether a lagged q is part of the loss. False where something else holds it, such
-            as :class:`iwsft.language.shards.Shards`, and writes weights into the batches.
+        functional: Whether to hold parameters apart from the module, as TorchRL's losses do. False
+            holds the module itself (for engines that shard it) and, with ``"lagged"``, a second
+            module.
+        hold_q: Whether a lagged q is part of the loss. False where something else holds it, such
+            as the shards of an engine (``iwsft.language.shards``), and computes the weights.
 
     Input keys: those of the policy, the action, ``("collector", "traj_ids")`` in the packed layout,
     ``ref_log_prob`` with ``"lagged"`` and ``"current"``, ``importance_weight`` with ``"cached"``;
@@ -96,10 +94,10 @@ class ImportanceWeightedMLE(LossModule):
     its multiplicity and give its steps equal shares.
 
     Raises:
-        KeyError: an entry that the proposal needs is not in the batch, with the way to it.
-        ValueError: shapes that do not fit, a trajectory with every step masked.
-        OverflowError: weights beyond float32. On an accelerator, where looking would cost a wait,
-            these two are device-side assertions.
+        KeyError: The batch lacks an entry that the proposal needs; the message says how to add it.
+        ValueError: Shapes do not fit, or a trajectory has every step masked.
+        OverflowError: A weight is beyond float32. On an accelerator, where looking would cost a
+            wait, these two are device-side assertions.
 
     Examples:
         >>> loss = ImportanceWeightedMLE(policy, importance_weights=ImportanceWeights(
@@ -113,11 +111,11 @@ class ImportanceWeightedMLE(LossModule):
         """Keys that :meth:`set_keys` can change.
 
         Attributes:
-            action: the action taken.
-            traj_ids: the trajectory of each step.
+            action: Action of each step.
+            traj_ids: Number of the trajectory of each step.
             ref_log_prob: log pi_ref of each step.
-            multiplicity: draws of the step's trajectory.
-            importance_weight: cached weight of the step's trajectory.
+            multiplicity: Multiplicity of the step's trajectory.
+            importance_weight: Cached weight of the step's trajectory.
         """
 
         action: NestedKey = ACTION
@@ -129,12 +127,6 @@ class ImportanceWeightedMLE(LossModule):
     tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys
     out_keys = [LOSS, "ESS", "kl_approx", "clip_fraction", "weight_mean", "weight_max", "log_prob"]
-
-    actor_network: TensorDictModule
-    actor_network_params: TensorDictParams
-    target_actor_network_params: TensorDictParams
-    # Only with functional=False.
-    target_actor_network: TensorDictModule
 
     def __init__(
         self,
@@ -157,21 +149,13 @@ class ImportanceWeightedMLE(LossModule):
         reduction = "mean" if reduction is None else reduction
         if reduction not in ("none", "mean", "sum"):
             raise ValueError(f"reduction must be 'none', 'mean' or 'sum', not {reduction!r}")
-        self._functional = functional
-        super().__init__()
+        lagged = proposal == "lagged" and hold_q
+        super().__init__(policy, lagged=lagged, functional=functional)
         self._in_keys: list[NestedKey] | None = None
         self.importance_weights = importance_weights or ImportanceWeights()
         self.proposal: Proposal = proposal
         self.length_normalize = length_normalize
         self.reduction = reduction
-        lagged = proposal == "lagged" and hold_q
-        if functional:
-            self.convert_to_functional(policy, "actor_network", create_target_params=lagged)
-        else:
-            self.actor_network = policy
-            if lagged:
-                self.target_actor_network = deepcopy(policy).requires_grad_(False)
-            self._has_update_associated["actor_network"] = not lagged
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -189,8 +173,8 @@ class ImportanceWeightedMLE(LossModule):
         ``diagnose(loss, batch, terms)`` then needs no forward pass of its own.
 
         Args:
-            batch: packed or padded.
-            cached: whether to read the weights from the batch, whatever the proposal.
+            batch: A packed or padded batch.
+            cached: Whether to read the weights from the batch, whatever the proposal is.
         """
         segments = self.segments(batch)
         share = self.share(batch, segments)
@@ -226,11 +210,11 @@ class ImportanceWeightedMLE(LossModule):
         """Weigh a batch by q: the one place where log-ratios become weights.
 
         Args:
-            batch: packed or padded.
+            batch: A packed or padded batch.
             log_q: log q of each step, in the layout of the batch.
             reference: log pi_ref of each step; by default the batch's.
-            segments: :meth:`segments` of the batch, where they are at hand.
-            share: :meth:`share` of the batch, where it is at hand.
+            segments: Trajectories of the batch, if known already.
+            share: :meth:`share` of the batch, if known already.
         """
         segments = self.segments(batch) if segments is None else segments
         share = self.share(batch, segments) if share is None else share
@@ -270,8 +254,6 @@ class ImportanceWeightedMLE(LossModule):
             }
         return TensorDict(out, batch_size=[])
 
-    # ---- the policy and q ----
-
     def log_prob(self, trajectories: TensorDictBase) -> Tensor:
         """log p of each step under the policy, in the layout of the batch, 0 where masked."""
         return self._log_prob(trajectories, self.segments(trajectories))
@@ -288,35 +270,6 @@ class ImportanceWeightedMLE(LossModule):
         with self.network(lagged=lagged) as policy:
             log_prob = step_log_prob(policy, batch, segments.shape)
         return _where_valid(segments, log_prob)
-
-    @contextmanager
-    def network(self, *, lagged: bool = False) -> Iterator[nn.Module]:
-        """The policy, ready to be called; with ``lagged`` the one with q's parameters."""
-        if self.functional:
-            name = "target_actor_network_params" if lagged else "actor_network_params"
-            with getattr(self, name).to_module(self.actor_network, preserve_module_state=False):
-                yield self.actor_network
-        else:
-            yield self.target_actor_network if lagged else self.actor_network
-
-    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each tensor of a lagged q and the one of the policy that it follows, buffers included."""
-        if self.functional:
-            yield from zip(
-                self.target_actor_network_params.values(True, True),
-                self.actor_network_params.values(True, True),
-                strict=True,
-            )
-            return
-        policy = self.actor_network.state_dict()
-        # Tied weights have several names; they move once.
-        moved: set[int] = set()
-        for name, q in self.target_actor_network.state_dict().items():
-            if q.data_ptr() not in moved or q.numel() == 0:
-                moved.add(q.data_ptr())
-                yield q, policy[name]
-
-    # ---- what a batch holds ----
 
     def segments(self, trajectories: TensorDictBase) -> Segments:
         """The trajectories of a batch, as this loss reads its keys and masks."""
@@ -370,15 +323,7 @@ class ImportanceWeightedMLE(LossModule):
             )
         return value.detach()
 
-    # ---- TorchRL's contract ----
-
-    @property
-    def functional(self) -> bool:
-        """Whether parameters are held apart from the module."""
-        return self._functional
-
-    def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
-        """No value estimator takes part."""
+    # ---- keys ----
 
     def set_keys(self, **kwargs: NestedKey) -> None:
         """Set key names, see ``_AcceptedKeys``."""
@@ -401,23 +346,6 @@ class ImportanceWeightedMLE(LossModule):
     @in_keys.setter
     def in_keys(self, values: list[NestedKey]) -> None:
         self._in_keys = values
-
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters of the policy; those of q follow it and are not for an optimizer."""
-        for name, parameter in super().named_parameters(prefix=prefix, recurse=recurse):
-            if not name.removeprefix(f"{prefix}.").startswith("target_"):
-                yield name, parameter
-
-    def reset_parameters_recursive(self) -> None:
-        """Draw new parameters, for the policy and for a lagged q."""
-        super().reset_parameters_recursive()
-        # TorchRL's method knows functional networks only.
-        if not self.functional:
-            self.actor_network.reset_parameters_recursive()
-            if hasattr(self, "target_actor_network"):
-                self.target_actor_network.reset_parameters_recursive()
 
 
 def _where_valid(segments: Segments, x: Tensor) -> Tensor:

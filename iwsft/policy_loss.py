@@ -1,0 +1,92 @@
+"""A TorchRL loss module that holds one policy and, where q lags behind it, a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+
+from tensordict import NestedKey, TensorDictParams
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+from torchrl.objectives.common import LossModule
+
+
+class PolicyLoss(LossModule):
+    """Holds theta and q in either way, so that nothing else has to ask which.
+
+    Args:
+        policy: The policy.
+        lagged: Whether to hold a copy of it, q, that an updater moves.
+        functional: Whether to hold parameters apart from the module, as TorchRL's losses do. False
+            holds the module itself and, with ``lagged``, a second one.
+    """
+
+    actor_network: TensorDictModule
+    actor_network_params: TensorDictParams
+    target_actor_network_params: TensorDictParams
+    # Only with functional=False.
+    target_actor_network: TensorDictModule
+
+    def __init__(self, policy: nn.Module, *, lagged: bool, functional: bool) -> None:
+        self._functional = functional
+        super().__init__()
+        if functional:
+            self.convert_to_functional(policy, "actor_network", create_target_params=lagged)
+            return
+        self.actor_network = policy
+        if lagged:
+            self.target_actor_network = deepcopy(policy).requires_grad_(False)
+        self._has_update_associated["actor_network"] = not lagged
+
+    @property
+    def functional(self) -> bool:
+        """Whether parameters are held apart from the module."""
+        return self._functional
+
+    @contextmanager
+    def network(self, *, lagged: bool = False) -> Iterator[nn.Module]:
+        """The policy, ready to be called; with ``lagged`` the one with q's parameters."""
+        if self.functional:
+            name = "target_actor_network_params" if lagged else "actor_network_params"
+            with getattr(self, name).to_module(self.actor_network, preserve_module_state=False):
+                yield self.actor_network
+        else:
+            yield self.target_actor_network if lagged else self.actor_network
+
+    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each tensor of a lagged q and the one of theta that it follows, buffers included."""
+        if self.functional:
+            yield from zip(
+                self.target_actor_network_params.values(True, True),
+                self.actor_network_params.values(True, True),
+                strict=True,
+            )
+            return
+        theta = self.actor_network.state_dict()
+        # Tied weights have several names; they move once.
+        moved: set[int] = set()
+        for name, q in self.target_actor_network.state_dict().items():
+            if q.data_ptr() not in moved or q.numel() == 0:
+                moved.add(q.data_ptr())
+                yield q, theta[name]
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters of the policy; those of q follow it and are not for an optimizer."""
+        for name, parameter in super().named_parameters(prefix=prefix, recurse=recurse):
+            if not name.removeprefix(f"{prefix}.").startswith("target_"):
+                yield name, parameter
+
+    def reset_parameters_recursive(self) -> None:
+        """Draw new parameters, for the policy and for a lagged q."""
+        super().reset_parameters_recursive()
+        # TorchRL's method knows functional networks only.
+        if not self.functional:
+            self.actor_network.reset_parameters_recursive()
+            if hasattr(self, "target_actor_network"):
+                self.target_actor_network.reset_parameters_recursive()
+
+    def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
+        """There is no value estimator."""
