@@ -80,7 +80,7 @@ def _of_run(folder: Path) -> tuple[TensorDictModuleBase, str, dict[str, Any]]:
 
     if (folder / sac.POLICY).is_dir():
         return sac.load_policy(folder)
-    from benchmarks.d4rl.saved import load_policy
+    from benchmarks.d4rl.policies import load_policy
 
     return load_policy(folder)
 

@@ -11,20 +11,20 @@ from __future__ import annotations
 
 import tyro
 
-from benchmarks.d4rl.arguments import Arguments
+from benchmarks.d4rl.options import Options
 from benchmarks.runs import ends_as_ctrl_c_does, ends_in_one_line
 
 
-def main(arguments: Arguments) -> None:
-    """Run the sweep; an error that a user can mend ends it in one line."""
+def main(options: Options) -> None:
+    """Run the job; an error that a user can mend ends it in one line."""
     with ends_in_one_line():
-        from benchmarks.d4rl.sweep import sweep
+        from benchmarks.d4rl.job import run_job
 
-        summary = sweep(arguments)
+        summary = run_job(options)
     if summary.failed:
         raise SystemExit(1)
 
 
 if __name__ == "__main__":
     ends_as_ctrl_c_does()
-    main(tyro.cli(Arguments, prog="python -m benchmarks.d4rl", description=__doc__))
+    main(tyro.cli(Options, prog="python -m benchmarks.d4rl", description=__doc__))

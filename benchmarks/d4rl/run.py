@@ -1,111 +1,348 @@
-"""One run: a trained policy, its evaluation, its result.
-
-Whatever a kill leaves of it is continued by the same call: training from its last checkpoint, and
-all that comes after training is done again from the trained policy.
-"""
+"""A run of control: its settings, its data, and its ``config.json``."""
 
 from __future__ import annotations
 
-import shutil
-import time
-from functools import partial
+import sys
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+import gymnasium as gym
 from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 
-from benchmarks.d4rl.learn import Say, baseline, clone, curated, fine_tune, reference
-from benchmarks.d4rl.plan import BENCHMARK, Plan, settings_of
-from benchmarks.d4rl.saved import save_policy
-from benchmarks.d4rl.task import Task
-from benchmarks.runs import alone_in, write_json
-from iwsft import checkpoint, metrics
-from iwsft.files import written_whole
-from iwsft.reference import annotate_reference
-from iwsft.training import Cost
+import baselines
+from baselines import Baseline
+from benchmarks import runs
+from benchmarks.d4rl import settings as paper
+from benchmarks.d4rl.options import Options
+from benchmarks.runs import hardware, versions
+from iwsft import datasets, environments
+from iwsft.curation import Ties, curate
+from iwsft.datasets import OfflineDataset
+from iwsft.evaluation import Evaluation, evaluate
+from iwsft.training import Schedule
+from iwsft.trajectory import ACTION, OBSERVATION, lengths
+from iwsft.weights import ImportanceWeights
+
+# Between the names of two datasets, of which the first is that of the reference policy.
+_TO = "--to--"
 
 
-def run(plan: Plan, say: Say) -> dict[str, Any]:
-    """Train and score one seed; its folder must be claimed (see ``plan.claim``).
+@dataclass(frozen=True)
+class Run(runs.Run[Options]):
+    """A run of control.
+
+    Attributes:
+        source: Name or path that the dataset is loaded by.
+        column: Width of the dataset's name in lines of progress; 0 leaves it out.
+    """
+
+    source: str
+    column: int = 0
+    benchmark = "d4rl"
+
+    def __str__(self) -> str:
+        return f"{self.dataset} {super().__str__()}" if self.column else super().__str__()
+
+    @property
+    def folder(self) -> Path:
+        """Folder that the run writes to."""
+        root = self.options.out / self.options.variant / self.benchmark
+        return root / self.dataset / self.algo / f"seed-{self.seed}"
+
+    @property
+    def baseline(self) -> Baseline | None:
+        """Module of an algorithm that is not the paper's."""
+        return baselines.algorithm(self.algo) if self.algo in baselines.BASELINES else None
+
+    @property
+    def algorithm(self) -> paper.Algorithm:
+        """Description of the algorithm, with the cuts of ``--top``."""
+        algorithm = paper.find_algorithm(self.algo)
+        top = self.options.top
+        if top is None or not algorithm.from_reference:
+            return algorithm
+        # Finer bins keep their share of the coarsest.
+        cuts = tuple(100 - (100 - cut) * top / 10 for cut in algorithm.cuts)
+        return replace(algorithm, cuts=cuts)
+
+    @property
+    def ties(self) -> Ties | None:
+        """How cuts treat equal returns, where it is not the preset's way."""
+        if self.options.ties is None and self.options.suite is not None and self.algorithm.cuts:
+            return paper.SUITES[self.options.suite].ties.get(self.source)
+        return self.options.ties
+
+    @property
+    def baseline_settings(self) -> tuple[Any, str]:
+        """Settings of a baseline, and their source in words."""
+        assert self.baseline is not None
+        settings, source = self.baseline.published(self._table_name)
+        steps = self.options.baseline_steps or self.options.steps
+        return (settings if steps is None else replace(settings, steps=steps)), source
+
+    @property
+    def fine_tuning(self) -> tuple[paper.FineTuning, str]:
+        """Settings of the fine-tuning, and their source in words."""
+        row, source = paper.fine_tuning(self._table_name, self.algorithm)
+        steps, k, alpha = self.options.steps, self.options.temperature, self.options.alpha
+        if steps is not None:
+            # A shortened run warms up for the same share of its updates.
+            row = replace(row, steps=steps, warmup=row.warmup * steps // row.steps)
+        if k is not None and self.algorithm.per_trajectory:
+            row = replace(row, k=k)
+        if alpha is not None and self.algorithm.weighted:
+            row = replace(row, alpha=alpha)
+        return row, source
+
+    @property
+    def schedule(self) -> Schedule:
+        """Schedule of the fine-tuning, or of the cloning of a run that starts from scratch."""
+        if self.algorithm.from_reference:
+            row, _ = self.fine_tuning
+            return Schedule(row.steps, row.lr, row.warmup)
+        steps = self.options.steps
+        return self.reference_schedule if steps is None else replace(paper.CLONING, steps=steps)
+
+    @property
+    def reference_schedule(self) -> Schedule:
+        """Schedule of the reference policy."""
+        return replace(paper.CLONING, steps=self.options.reference_steps)
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the run starts at the reference policy, or is its training."""
+        if self.algorithm.from_reference or self.baseline is not None:
+            return self.algorithm.from_reference
+        same = self.schedule == self.reference_schedule and self.options.pretrain_dataset is None
+        return same and not self.algorithm.cuts
+
+    @property
+    def weights(self) -> ImportanceWeights:
+        """Importance weights of the fine-tuning."""
+        return paper.importance_weights(
+            self.options.preset,
+            self.fine_tuning[0],
+            per_step=self.algorithm.per_step,
+            target_ess=self.options.target_ess if self.algorithm.per_trajectory else None,
+        )
+
+    @property
+    def updates(self) -> int:
+        """Number of updates, without those of the reference policy."""
+        return self.schedule.steps if self.baseline is None else self.baseline_settings[0].steps
+
+    @property
+    def published_updates(self) -> int:
+        """Number of updates without options that change it."""
+        options = replace(
+            self.options, steps=None, baseline_steps=None, reference_steps=paper.CLONING.steps
+        )
+        return replace(self, options=options).updates
+
+    @property
+    def _table_name(self) -> str:
+        """Name of the dataset in tables of settings."""
+        return self.dataset.rpartition(_TO)[2]
+
+
+@dataclass(frozen=True)
+class Task:
+    """The data of a run, with the environment that policies are scored in.
+
+    Attributes:
+        dataset: Data that the run trains on.
+        pretrain: Data that the reference policy is cloned on; by default ``dataset``.
+    """
+
+    dataset: OfflineDataset
+    pretrain: OfflineDataset
+
+    @classmethod
+    def load(cls, source: str, pretrain_source: str | None = None) -> Task:
+        """Load data by names or paths, see :func:`iwsft.datasets.load`.
+
+        Raises:
+            ValueError: The two do not fit each other, or one of them can't be read.
+        """
+        data = datasets.load(source)
+        if pretrain_source is None:
+            return cls(data, data)
+        before = datasets.load(pretrain_source)
+        for key in (OBSERVATION, ACTION):
+            size, needed = (part.trajectories.get(key).shape[-1] for part in (before, data))
+            if size != needed:
+                raise ValueError(
+                    f"--pretrain-dataset {before.name} has {key}s of size {size}, {data.name} "
+                    f"of size {needed}; pre-train on data of the same robot"
+                )
+        if before.fingerprint == data.fingerprint:
+            raise ValueError(
+                f"--pretrain-dataset {before.name} holds the same data as --dataset; leave it out"
+            )
+        return cls(data, before)
+
+    @property
+    def name(self) -> str:
+        """Name of the folders of its runs."""
+        if self.pretrain is self.dataset:
+            return self.dataset.name
+        return f"{self.pretrain.name}{_TO}{self.dataset.name}"
+
+    @property
+    def env_id(self) -> str:
+        """The environment that policies are scored in.
+
+        Raises:
+            ValueError: The dataset names none.
+        """
+        if self.dataset.env_id is None:
+            raise ValueError(
+                f"{self.dataset.name} names no environment to score policies in; write its "
+                "gymnasium id into the file's attribute env_id"
+            )
+        return self.dataset.env_id
+
+    def check_environment(self) -> None:
+        """Check that policies of the data fit the environment.
+
+        Raises:
+            ValueError: Sizes differ; the error names them and the way out.
+            ImportError: A package that the environment needs is not installed.
+        """
+        env = environments.make(self.env_id, **self.dataset.env_kwargs)
+        try:
+            observation, _ = env.reset(seed=0)
+            given = environments.flattener(env)(observation).shape[-1]
+            actions = env.action_space
+        finally:
+            env.close()
+        observation_dim, action_dim = sizes(self.dataset.trajectories)
+        problem = None
+        if given != observation_dim:
+            problem = f"{OBSERVATION}s of size {observation_dim}, {self.env_id} gives size {given}"
+        elif not isinstance(actions, gym.spaces.Box) or actions.shape != (action_dim,):
+            problem = f"actions of size {action_dim}, {self.env_id} takes {actions}"
+        if problem is not None:
+            raise ValueError(
+                f"{self.dataset.name} has {problem}; score it in its own environment (the file's "
+                "attribute env_id)"
+            )
+
+    def score(
+        self, policy: TensorDictModuleBase, *, episodes: int, seed: int, device: str
+    ) -> Evaluation:
+        """Run a policy in the environment of the data."""
+        return evaluate(
+            policy,
+            self.env_id,
+            episodes=episodes,
+            seed=seed,
+            reference_scores=self.dataset.reference_scores,
+            device=device,
+            env_kwargs=self.dataset.env_kwargs,
+        )
+
+
+def sizes(trajectories: TensorDictBase) -> tuple[int, int]:
+    """Sizes of observation and action."""
+    return trajectories.get(OBSERVATION).shape[-1], trajectories.get(ACTION).shape[-1]
+
+
+def curated(run: Run, trajectories: TensorDictBase) -> TensorDictBase:
+    """The trajectories that the run's algorithm trains on.
 
     Raises:
-        FileExistsError: another process works in the folder.
+        ValueError: The cuts leave nothing, or can't be made.
     """
-    # One thread a run: runs beside each other do not fight, and the numbers are the same alone.
-    torch.set_num_threads(1)
-    task = Task.load(plan.dataset, plan.pretrain_dataset)
-    folder = plan.folder(task)
-    with alone_in(folder, wait=False):
-        return _run(plan, task, folder, say)
+    if not run.algorithm.cuts:
+        return trajectories
+    ties = run.ties or paper.TIES[run.options.preset]
+    try:
+        return curate(trajectories, cuts=run.algorithm.cuts, ties=ties, seed=run.seed)
+    except ValueError as error:
+        raise ValueError(f"{run.algo}, --ties {ties}: {error}") from error
 
 
-def _run(plan: Plan, task: Task, folder: Path, say: Say) -> dict[str, Any]:
-    data: TensorDictBase = task.dataset.trajectories.to(plan.device)
-    reference_cost = Cost(0.0, 0.0)
-    if plan.baseline is not None:
-        policy, cost = baseline(plan, task, data, folder, say)
-    elif plan.from_reference:
-        policy, kept, reference_cost = reference(plan, task, say)
-        annotate_reference(policy, data, cache=kept)
-        cost = fine_tune(plan, task, curated(plan, data), policy, folder, say)
-    elif plan.cuts or plan.cloning != plan.reference or task.pretrain is not task.dataset:
-        policy, cost = clone(
-            plan,
-            task,
-            curated(plan, data),
-            plan.cloning,
-            folder,
-            settings_of(plan, task),
-            partial(say, "cloning"),
-        )
-    else:
-        policy, kept, cost = reference(plan, task, say)
-        _copy_training(kept, folder)
-    save_policy(folder, plan, task, policy)
-    since_cpu = time.process_time()
-    final = task.score(policy, episodes=plan.eval_episodes, seed=plan.seed, device=plan.device)
-    evaluation_cpu = time.process_time() - since_cpu
-    steps, published = plan.steps_of(task)
-    result = {
-        "benchmark": BENCHMARK,
-        "dataset": task.name,
-        "algo": plan.algo,
-        "seed": plan.seed,
-        "env_id": final.env_id,
-        "preset": plan.preset,
-        "estimator": plan.estimator,
-        "steps": steps,
-        **({} if steps == published else {"published_steps": published}),
-        "normalized_score": final.score,
-        "episode_scores": final.normalized_scores,
-        "episode_returns": final.returns,
-        "episode_lengths": final.lengths,
-        "return_mean": final.return_mean,
-        **(
-            {}
-            if final.successes is None
-            else {
-                "success_rate": float(np.mean(final.successes)),
-                "episode_successes": final.successes,
-            }
-        ),
-        "episodes": len(final.returns),
-        "wall_seconds": cost.wall_seconds + final.wall_seconds,
-        "cpu_seconds": cost.cpu_seconds + evaluation_cpu,
-        "evaluation_cpu_seconds": evaluation_cpu,
-        "reference_wall_seconds": reference_cost.wall_seconds,
-        "reference_cpu_seconds": reference_cost.cpu_seconds,
-        "versions": final.versions,
+def check_run(run: Run, task: Task) -> None:
+    """Check that a run fits its data: curated set, weights, critics.
+
+    Raises:
+        KeyError: The data lack an entry that the algorithm learns from.
+        ValueError: Something does not fit; the error names it and the way out.
+        OverflowError: Weights overflow on the longest trajectory.
+        ImportError: A package that the algorithm needs is not installed.
+    """
+    if run.baseline is not None:
+        # A baseline checks its data when it is built.
+        run.baseline.build(task.dataset.trajectories, run.baseline_settings[0], seed=run.seed)
+        return
+    data = curated(run, task.dataset.trajectories)
+    if run.algorithm.from_reference:
+        run.weights.check_overflow(int(lengths(data).max()))
+
+
+def settings_of(run: Run, task: Task) -> dict[str, Any]:
+    """The values that decide a run's numbers; a checkpoint must agree with them."""
+    common = {"data": task.dataset.fingerprint, "seed": run.seed}
+    if run.baseline is not None:
+        settings, source = run.baseline_settings
+        baseline = {"algo": run.algo, "baseline": asdict(settings), "settings_from": source}
+        return {**common, **baseline}
+    common |= {
+        "preset": run.options.preset,
+        "estimator": run.options.estimator,
+        "algo": run.algo,
+        "cuts": list(run.algorithm.cuts),
+        # The preset decides otherwise.
+        **({} if run.ties is None else {"ties": run.ties}),
     }
-    write_json(folder / "result.json", result)
-    return result
+    if not run.algorithm.from_reference:
+        return {**common, "cloning": _as_recorded(run.schedule)}
+    row, source = run.fine_tuning
+    return {
+        **common,
+        "fine_tuning": asdict(row),
+        "settings_from": source,
+        "reference": _as_recorded(run.reference_schedule),
+        **({} if task.pretrain is task.dataset else {"pretrain": task.pretrain.fingerprint}),
+        "target_ess": run.options.target_ess if run.algorithm.per_trajectory else None,
+        "sync_every": row.sync_every if run.options.estimator == "steps" else 1,
+    }
 
 
-def _copy_training(source: Path, folder: Path) -> None:
-    """Copy what a training left, each file whole, so that a kill leaves nothing that misleads."""
-    state, rows = source / checkpoint.FOLDER / checkpoint.FILE, source / metrics.FILE
-    for path in (state, rows, *(source / metrics.BOARD).glob("*")):
-        with written_whole(folder / path.relative_to(source)) as partial_path:
-            shutil.copyfile(path, partial_path)
+def reference_settings_of(run: Run, task: Task) -> dict[str, Any]:
+    """The values that decide the reference policy."""
+    return {
+        "data": task.pretrain.fingerprint,
+        "seed": run.seed,
+        "estimator": run.options.estimator,
+        "batch": paper.CLONING_BATCH[run.options.estimator, run.options.preset],
+        "schedule": _as_recorded(run.reference_schedule),
+    }
+
+
+def _as_recorded(schedule: Schedule) -> dict[str, Any]:
+    """The fields of a schedule that the paper's runs set."""
+    return {name: getattr(schedule, name) for name in ("steps", "lr", "warmup", "decay")}
+
+
+def config_of(run: Run, task: Task) -> dict[str, Any]:
+    """The content of ``config.json``."""
+    return {
+        "benchmark": run.benchmark,
+        "dataset": run.dataset,
+        "source": task.dataset.source,
+        "notes": list(task.dataset.notes),
+        "algo": run.algo,
+        "seed": run.seed,
+        "env_id": task.dataset.env_id,
+        "preset": run.options.preset,
+        "estimator": run.options.estimator,
+        "settings": settings_of(run, task),
+        "eval_episodes": run.options.eval_episodes,
+        "versions": versions(),
+        "hardware": hardware(run.options.device),
+        "command": " ".join(["python -m benchmarks.d4rl", *sys.argv[1:]]),
+    }

@@ -1,4 +1,4 @@
-"""The settings of the paper's control runs, as data, and what each algorithm is made of.
+"""The paper's control runs as data: algorithms, settings of each task, and tables as sets of runs.
 
 Sources: Appendix F and Table 4 of the paper; where the authors' code differs, the preset
 ``authors`` follows the code.
@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from baselines import BASELINES
+from benchmarks.options import check_known
 from iwsft.curation import Ties
+from iwsft.datasets import DEFAULT
 from iwsft.training import Schedule
 from iwsft.weights import ClipRatio, ImportanceWeights, SelfNormalize, TargetESS
 
@@ -24,33 +27,37 @@ QUALITY_BINS = (90.0, 95.0, 98.0)
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One setting of the common path.
+    """One of the paper's algorithms.
 
     Args:
-        cuts: percentiles that curate the data; none is all data.
-        from_reference: start at the reference policy (fine-tuning), or from scratch (cloning).
-        weighted: importance weights, or all 1.
-        per_step: each step weighs its own loss.
+        cuts: Percentiles of the return that curate the data; without any, all data are used.
+        from_reference: Start at the reference policy (fine-tuning), or from scratch (cloning).
+        weighted: Use importance weights; otherwise all are 1.
+        per_step: Weigh each step's loss by a weight of its own.
     """
 
-    cuts: tuple[float, ...]
-    from_reference: bool
+    cuts: tuple[float, ...] = ()
+    from_reference: bool = False
     weighted: bool = False
     per_step: bool = False
 
+    @property
+    def per_trajectory(self) -> bool:
+        """Whether each trajectory has one weight."""
+        return self.weighted and not self.per_step
 
-# "bc-10" stands for any share: "bc-5" is behaviour cloning on the top 5 %.
+
+# Any share of the data has a name like "bc-10": "bc-5" is behaviour cloning on the top 5 %.
 ALGORITHMS: Mapping[str, Algorithm] = {
-    "bc": Algorithm((), from_reference=False),
-    "bc-10": Algorithm(TOP_10, from_reference=False),
+    "bc": Algorithm(),
+    "bc-10": Algorithm(TOP_10),
     "sft": Algorithm(TOP_10, from_reference=True),
     "sft-q": Algorithm(QUALITY_BINS, from_reference=True),
     "iw-sft": Algorithm(TOP_10, from_reference=True, weighted=True),
     "iw-sft-q": Algorithm(QUALITY_BINS, from_reference=True, weighted=True),
     "iw-sft-step": Algorithm(TOP_10, from_reference=True, weighted=True, per_step=True),
 }
-
-
+EVERY_ALGORITHM = (*ALGORITHMS, *BASELINES)
 _SHARE = re.compile(r"bc-(\d+(?:\.\d+)?)")
 
 
@@ -59,23 +66,19 @@ def is_algorithm(name: str) -> bool:
     return name in ALGORITHMS or _SHARE.fullmatch(name) is not None
 
 
-def algorithm(name: str) -> Algorithm:
-    """What the name of one of the paper's algorithms stands for.
+def find_algorithm(name: str) -> Algorithm:
+    """The algorithm that has this name; a baseline trains from scratch on all data.
 
     Raises:
-        ValueError: a share that is none.
+        ValueError: An unknown name, or BC on a share outside 0 % to 100 %.
     """
     share = _SHARE.fullmatch(name)
     if share is None:
-        return ALGORITHMS[name]
+        check_known("algorithm", name, [*ALGORITHMS, *BASELINES])
+        return ALGORITHMS.get(name, Algorithm())
     if not 0 < float(share[1]) < 100:
         raise ValueError(f"{name}: behaviour cloning on the top 0 % to 100 %, as in bc-10")
     return replace(ALGORITHMS["bc-10"], cuts=(100 - float(share[1]),))
-
-
-def top_cuts(cuts: tuple[float, ...], top: float) -> tuple[float, ...]:
-    """Cuts for the top ``top`` % in the place of the top 10 %, finer bins in proportion."""
-    return tuple(100 - (100 - cut) * top / 10 for cut in cuts)
 
 
 @dataclass(frozen=True)
@@ -84,11 +87,11 @@ class FineTuning:
 
     Args:
         lr: Adam's learning rate at the end of the warm-up.
-        warmup: updates of linear warm-up.
-        steps: updates.
-        alpha: decay of the moving average q.
-        k: temperature on the mean log-ratio (the column k / |tau|).
-        normalize: weights divided by their mean over the batch.
+        warmup: Number of updates of linear warm-up.
+        steps: Number of updates.
+        alpha: Decay of the moving average q.
+        k: Temperature on the mean log-ratio (the column k / |tau|).
+        normalize: Divide weights by their mean over the batch.
     """
 
     lr: float = 4e-5
@@ -114,7 +117,7 @@ _EXPERT = {
     "hopper": FineTuning(lr=4e-4, alpha=0.995, k=0.8),
     "walker2d": FineTuning(lr=4e-5, alpha=0.995, k=0.8),
 }
-# Steps of the literal estimator are whole trajectories; of the other, single steps.
+# Batches of single steps, or of whole trajectories.
 FINE_TUNING_BATCH: Mapping[Estimator, int] = {"steps": 1024, "trajectories": 256}
 CLONING_BATCH: Mapping[tuple[Estimator, Preset], int] = {
     ("steps", "paper"): 256,
@@ -127,9 +130,9 @@ TIES: Mapping[Preset, Ties] = {"paper": ">", "authors": ">="}
 
 
 def fine_tuning(dataset: str, algorithm: Algorithm) -> tuple[FineTuning, str]:
-    """The row of Table 4 for a dataset, and the words for where it comes from.
+    """The row of Table 4 for a dataset, and its source in words.
 
-    A dataset that the paper has not takes the row of its environment and its kind: ``expert``
+    A dataset that the paper does not use takes the row of its environment and its kind: ``expert``
     where the name says so, medium-replay otherwise. Unweighted runs use the learning rate of the
     paper's SFT(Q): 4e-5, and 4e-4 on hopper-medium-expert.
     """
@@ -147,7 +150,7 @@ def fine_tuning(dataset: str, algorithm: Algorithm) -> tuple[FineTuning, str]:
 def importance_weights(
     preset: Preset, row: FineTuning, *, per_step: bool, target_ess: float | None
 ) -> ImportanceWeights:
-    """The chain of a preset; ``target_ess`` puts :class:`TargetESS` in the place of k."""
+    """The transforms of a preset; ``target_ess`` uses :class:`TargetESS` instead of k."""
     if per_step:
         # Ratio clips of the per-step variant: 1 -+ 0.8 (paper, 3.4), [0, 2] (authors' control).
         clip = ClipRatio(0.2, 1.8) if preset == "paper" else ClipRatio(0.0, 2.0)
@@ -158,3 +161,61 @@ def importance_weights(
         return ImportanceWeights.authors_control(row.k, row.normalize)
     chain = ImportanceWeights.paper_control(row.k)
     return replace(chain, trajectory=(SelfNormalize(),)) if row.normalize else chain
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A table of the paper: every algorithm on every dataset with every seed.
+
+    Attributes:
+        algorithms: Names of algorithms, as in ``--algo``.
+        datasets: Names of datasets, as in ``--dataset``.
+        seeds: Seeds; one run each.
+        pretrain_dataset: Data of the reference policies, where they differ from the dataset.
+        top: Share of the data, in %, that fine-tuning keeps, where it is not 10.
+        ties: How cuts treat equal returns, by dataset, where the preset's way would keep nothing.
+    """
+
+    algorithms: tuple[str, ...]
+    datasets: tuple[str, ...]
+    seeds: tuple[int, ...]
+    pretrain_dataset: str | None = None
+    top: float | None = None
+    ties: Mapping[str, Ties] = field(default_factory=dict)
+
+
+_ROBOTS = ("halfcheetah", "hopper", "walker2d")
+# Without --suite.
+SINGLE = Suite(("iw-sft-q",), (DEFAULT,), (0,))
+SUITES: Mapping[str, Suite] = {
+    # Tables 2 and 5. Returns of AntMaze are 0 or 1, and most are 1: ">" would keep nothing, ">="
+    # keeps those that reach the goal.
+    "paper": Suite(
+        EVERY_ALGORITHM,
+        (
+            *(f"{robot}-medium-replay-v2" for robot in _ROBOTS),
+            *(f"{robot}-medium-expert-v2" for robot in _ROBOTS),
+            "antmaze-umaze-v0",
+        ),
+        seeds=(0, 1, 2, 3, 4),
+        ties={"antmaze-umaze-v0": ">="},
+    ),
+    "locomotion": Suite(
+        EVERY_ALGORITHM,
+        tuple(
+            f"{robot}-{kind}-v2"
+            for kind in ("medium-replay", "medium-expert", "medium", "expert", "random")
+            for robot in _ROBOTS
+        ),
+        seeds=(0, 1, 2, 3, 4),
+    ),
+    # Table 3, three runs of each. Its "BC (5%)" is "bc-5", its "BC (all data)" is "bc" of the
+    # fine-tuning data.
+    "kitchen": Suite(
+        ("bc", "bc-5", "sft", "sft-q", "iw-sft-q"),
+        ("kitchen-complete-v0", "kitchen-mixed-v0"),
+        seeds=(0, 1, 2),
+        pretrain_dataset="kitchen-partial-v0",
+        top=5.0,
+    ),
+}

@@ -12,15 +12,13 @@ pip install structlog colorama dataclasses-json scikit-learn
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from benchmarks.d4rl.plan import Plan
-from benchmarks.options import check_once, check_seeds
+from benchmarks.d4rl.options import Options, check_options, chosen_suite
 from benchmarks.runs import ends_as_ctrl_c_does, ends_in_one_line
 
 
@@ -52,25 +50,36 @@ def compare(arguments: Arguments) -> None:
         ValueError: and others of ``benchmarks.runs.EXPECTED``.
     """
     # Takes seconds to import.
-    from benchmarks.d4rl.checks import check_data, check_settings
-    from benchmarks.d4rl.task import Task
+    from benchmarks.d4rl.run import Run, Task, check_run
     from benchmarks.peer.learner import installed
     from benchmarks.peer.run import claim, run
     from benchmarks.peer.settings import check
 
-    check_once(algo=arguments.algo)
-    check_seeds(arguments.seeds)
-    plans = _plans(arguments)
-    check_settings(plans)
+    options = Options(
+        algo=arguments.algo,
+        seeds=arguments.seeds,
+        steps=arguments.steps,
+        eval_episodes=arguments.eval_episodes,
+        out=arguments.out,
+        resume=arguments.resume,
+    )
+    check_options(options, chosen_suite(options))
     for algo in arguments.algo:
         check(algo)
     installed()
     task = Task.load(arguments.dataset)
-    check_data(plans, task)
+    task.check_environment()
+    plans = [
+        Run(task.name, algo, seed, options, arguments.dataset)
+        for algo in arguments.algo
+        for seed in arguments.seeds
+    ]
+    for plan in plans:
+        check_run(plan, task)
     for plan in claim(plans, task):
-        steps, _ = plan.steps_of(task)
+        steps = plan.updates
 
-        def say(row: dict[str, float], plan: Plan = plan, steps: int = steps) -> None:
+        def say(row: dict[str, float], plan: Run = plan, steps: int = steps) -> None:
             score = row.get("normalized_score", row.get("return_mean"))
             shown = "" if score is None else f"  score {score:.1f}"
             line = f"{plan}  {row['step']:.0f}/{steps}  {row['wall_seconds']:.0f} s{shown}"
@@ -80,28 +89,6 @@ def compare(arguments: Arguments) -> None:
         score = result["normalized_score"]
         what, value = ("return", result["return_mean"]) if score is None else ("score", score)
         print(f"d3rlpy/{plan}: {what} {value:.1f}, {result['cpu_seconds']:.0f} CPU-seconds")
-
-
-def _plans(arguments: Arguments) -> Sequence[Plan]:
-    return [
-        Plan(
-            algo=algo,
-            dataset=arguments.dataset,
-            seed=seed,
-            preset="paper",
-            estimator="steps",
-            steps=arguments.steps,
-            reference_steps=1,
-            temperature=None,
-            target_ess=None,
-            eval_episodes=arguments.eval_episodes,
-            device="cpu",
-            out=str(arguments.out),
-            resume=arguments.resume,
-        )
-        for algo in arguments.algo
-        for seed in arguments.seeds
-    ]
 
 
 def main(arguments: Arguments) -> None:

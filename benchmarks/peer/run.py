@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 
-from benchmarks.d4rl.learn import curve, sizes
-from benchmarks.d4rl.plan import BENCHMARK, Plan, config_of
-from benchmarks.d4rl.task import Task
+from benchmarks.d4rl.run import Run, Task, config_of, sizes
+from benchmarks.d4rl.train import learning_curve_probe, result_of
 from benchmarks.peer import learner as d3rlpy
 from benchmarks.peer.settings import APART, config
 from benchmarks.runs import alone_in, write_json
@@ -27,7 +26,7 @@ from iwsft.training import Row
 _DECIDE = ("settings", "eval_episodes")
 
 
-def claim(plans: Sequence[Plan], task: Task) -> list[Plan]:
+def claim(plans: Sequence[Run], task: Task) -> list[Run]:
     """Write ``config.json`` of all runs, or of none; the unfinished ones.
 
     Raises:
@@ -35,15 +34,15 @@ def claim(plans: Sequence[Plan], task: Task) -> list[Plan]:
         CheckpointError: with ``resume``, folders that hold one of other settings, or of ours.
     """
     configs = {plan: _config(plan, task) for plan in plans}
-    held = [plan for plan in plans if _files(plan.folder(task))]
-    if held and not plans[0].resume:
-        folders = ", ".join(str(plan.folder(task)) for plan in held)
+    held = [plan for plan in plans if _files(plan.folder)]
+    if held and not plans[0].options.resume:
+        folders = ", ".join(str(plan.folder) for plan in held)
         raise FileExistsError(
             f"{folders}: runs are there already; pass --resume to keep what is finished and to "
             "run the others from their start, or another --out"
         )
     for plan in held:
-        path = plan.folder(task) / "config.json"
+        path = plan.folder / "config.json"
         try:
             found = json.loads(path.read_text())
         except ValueError as error:
@@ -58,55 +57,42 @@ def claim(plans: Sequence[Plan], task: Task) -> list[Plan]:
             )
     for plan in plans:
         if plan not in held:
-            write_json(plan.folder(task) / "config.json", configs[plan])
-    return [plan for plan in plans if not (plan.folder(task) / "result.json").exists()]
+            write_json(plan.folder / "config.json", configs[plan])
+    return [plan for plan in plans if not (plan.folder / "result.json").exists()]
 
 
-def run(plan: Plan, task: Task, say: Callable[[Row], None]) -> dict[str, Any]:
+def run(plan: Run, task: Task, say: Callable[[Row], None]) -> dict[str, Any]:
     """Train and score one seed on one thread; its folder must be claimed.
 
     A run that was cut off starts again: d3rlpy keeps no state of its draws.
     """
     torch.set_num_threads(1)
-    folder = plan.folder(task)
+    folder = plan.folder
     with alone_in(folder, wait=False):
-        settings, _ = plan.baseline_settings(task)
-        steps, published = plan.steps_of(task)
+        settings, _ = plan.baseline_settings
+        steps = plan.updates
         trajectories = task.dataset.trajectories
         since_wall, since_cpu = time.perf_counter(), time.process_time()
         data = d3rlpy.replay(plan.algo, trajectories)
         trained = d3rlpy.create(config(plan.algo, settings), *sizes(trajectories), seed=plan.seed)
         policy = d3rlpy.policy(trained)
-        probes = curve(plan, task, policy, steps)
+        probe = learning_curve_probe(plan, task, policy, steps)
         seen = 0
         with MetricsLog(folder) as log:
             for step, losses in d3rlpy.train(trained, data, steps):
                 row: Row = {"step": step, **losses}
-                for probe in probes:
-                    if step // probe.every > seen // probe.every or step == steps:
-                        row |= probe.look(TensorDict())
+                if step // probe.every > seen // probe.every or step == steps:
+                    row |= probe.look(TensorDict())
                 row["wall_seconds"] = time.perf_counter() - since_wall
                 seen = step
                 log.write(row)
                 say(row)
         evaluation_since = time.process_time()
-        final = task.score(policy, episodes=plan.eval_episodes, seed=plan.seed, device="cpu")
+        final = task.score(
+            policy, episodes=plan.options.eval_episodes, seed=plan.seed, device="cpu"
+        )
         result = {
-            "benchmark": BENCHMARK,
-            "dataset": task.name,
-            "algo": plan.algo,
-            "seed": plan.seed,
-            "env_id": final.env_id,
-            "peer": _peer(),
-            "steps": steps,
-            **({} if steps == published else {"published_steps": published}),
-            "normalized_score": final.score,
-            "episode_scores": final.normalized_scores,
-            "episode_returns": final.returns,
-            "episode_lengths": final.lengths,
-            "return_mean": final.return_mean,
-            **({} if final.successes is None else _successes(final.successes)),
-            "episodes": len(final.returns),
+            **result_of(plan, final, peer=_peer()),
             "wall_seconds": time.perf_counter() - since_wall,
             "cpu_seconds": time.process_time() - since_cpu,
             "evaluation_cpu_seconds": time.process_time() - evaluation_since,
@@ -116,9 +102,9 @@ def run(plan: Plan, task: Task, say: Callable[[Row], None]) -> dict[str, Any]:
     return result
 
 
-def _config(plan: Plan, task: Task) -> dict[str, Any]:
+def _config(plan: Run, task: Task) -> dict[str, Any]:
     ours = config_of(plan, task)
-    told = config(plan.algo, plan.baseline_settings(task)[0])
+    told = config(plan.algo, plan.baseline_settings[0])
     return {
         **{key: value for key, value in ours.items() if key not in ("preset", "estimator")},
         "settings": {**ours["settings"], "peer": _peer(), "d3rlpy": told},
@@ -130,10 +116,6 @@ def _config(plan: Plan, task: Task) -> dict[str, Any]:
 
 def _peer() -> str:
     return f"d3rlpy {version('d3rlpy')}"
-
-
-def _successes(successes: list[bool]) -> dict[str, Any]:
-    return {"success_rate": sum(successes) / len(successes), "episode_successes": successes}
 
 
 def _files(folder: Path) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks.d4rl.__main__ import main
-from benchmarks.d4rl.arguments import Arguments
+from benchmarks.d4rl.options import Options
 from iwsft import environments
 
 # Tiny settings of a run that takes about a second.
@@ -53,8 +53,9 @@ def job(tiny_dataset: Path) -> Callable[..., Path]:
 
     def run(out: Path, algo: Sequence[str], **settings: Any) -> Path:
         values = {**TINY, "dataset": str(tiny_dataset), **settings}
-        main(Arguments(algo=tuple(algo), out=out, **values))
-        return out / "d4rl" / Path(values["dataset"]).stem
+        dataset = values.pop("dataset")
+        main(Options(algo=tuple(algo), dataset=(dataset,), out=out, **values))
+        return out / "d4rl" / Path(dataset).stem
 
     return run
 

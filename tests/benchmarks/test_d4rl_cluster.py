@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from benchmarks import places
 from benchmarks.d4rl.__main__ import main
-from benchmarks.d4rl.arguments import Arguments
+from benchmarks.d4rl.options import Options
 from benchmarks.runs import versions
 from iwsft import metrics
 
@@ -85,7 +85,7 @@ def test_runs_over_a_cluster_survive_a_killed_worker(
     killer.start()
     data, out = (os.path.relpath(path) for path in (tiny_dataset, tmp_path / "far"))
     try:
-        main(Arguments(algo=("bc-10",), dataset=(data,), cluster="ray", out=Path(out), **settings))
+        main(Options(algo=("bc-10",), dataset=(data,), cluster="ray", out=Path(out), **settings))
     finally:
         ended.set()
         killer.join()
@@ -134,7 +134,7 @@ def test_a_node_that_lacks_something_stops_the_sweep(raylets: list[int], tmp_pat
 
 def stopped(tmp_path: Path) -> str:
     with pytest.raises(SystemExit) as ended:
-        main(Arguments(cluster="ray", out=tmp_path / "runs"))
+        main(Options(cluster="ray", out=tmp_path / "runs"))
     message = ended.value.code
     assert isinstance(message, str) and "\n" not in message
     assert not (tmp_path / "runs").exists()

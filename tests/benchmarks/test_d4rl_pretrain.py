@@ -8,13 +8,13 @@ from typing import Any
 import h5py
 import pytest
 import torch
-from test_every_algorithm import plan, start
+from test_every_algorithm import start
 from tracking import write_dataset
 
-from benchmarks.d4rl.learn import curated, reference
-from benchmarks.d4rl.run import run
-from benchmarks.d4rl.saved import load_policy
-from benchmarks.d4rl.task import Task
+from benchmarks.d4rl.options import Options
+from benchmarks.d4rl.policies import load_policy
+from benchmarks.d4rl.run import Run, Task, curated
+from benchmarks.d4rl.train import train_and_score, train_reference
 from iwsft.trajectory import lengths
 
 SHORT: dict[str, Any] = {"steps": 10, "reference_steps": 20, "eval_episodes": 2}
@@ -38,16 +38,16 @@ def test_the_reference_is_that_of_the_data_before_and_the_rest_is_of_the_data_af
     folder: Path, tmp_path: Path
 ) -> None:
     values = {**SHORT, "pretrain_dataset": str(folder / "before.hdf5"), "top": 5.0}
-    tuned = plan("iw-sft-q", folder / "after.hdf5", tmp_path, **values)
-    task, where = start(tuned)
+    tuned, task = start("iw-sft-q", folder / "after.hdf5", tmp_path, **values)
+    where = tuned.folder
     assert where == tmp_path / "d4rl" / "before--to--after" / "iw-sft-q" / "seed-0"
-    result = run(tuned, lambda *_: None)
+    result = train_and_score(tuned, lambda *_: None)
     assert result["dataset"] == "before--to--after"
 
-    policy, kept, _ = reference(tuned, task, lambda *_: None)
+    policy, kept, _ = train_reference(tuned, task, lambda *_: None)
     assert kept.parent == tmp_path / "d4rl" / "before" / "reference"
-    alone = plan("bc", folder / "before.hdf5", tmp_path, **SHORT, resume=True)
-    same, other, _ = reference(alone, Task.load(alone.dataset), lambda *_: None)
+    alone, before = start("bc", folder / "before.hdf5", tmp_path, **SHORT, resume=True)
+    same, other, _ = train_reference(alone, before, lambda *_: None)
     assert other == kept
     for ours, theirs in zip(policy.parameters(), same.parameters(), strict=True):
         assert torch.equal(ours, theirs)
@@ -62,18 +62,14 @@ def test_the_reference_is_that_of_the_data_before_and_the_rest_is_of_the_data_af
 
 
 def test_cloning_looks_at_the_data_after_only(folder: Path, tmp_path: Path) -> None:
-    before = {"pretrain_dataset": str(folder / "before.hdf5")}
-    values = {**SHORT, "reference_steps": 10}
-    cloned = plan("bc", folder / "after.hdf5", tmp_path / "a", **values, **before)
-    alone = plan("bc", folder / "after.hdf5", tmp_path / "b", **values)
-    for each in (cloned, alone):
-        task = Task.load(each.dataset, each.pretrain_dataset)
-        each.folder(task).mkdir(parents=True)
-        run(each, lambda *_: None)
-    states = [
-        load_policy(e.folder(Task.load(e.dataset, e.pretrain_dataset)))[0].state_dict()
-        for e in (cloned, alone)
-    ]
+    options = {**SHORT, "out": tmp_path, "reference_steps": 10}
+    both = Options(**options, pretrain_dataset=str(folder / "before.hdf5"))
+    data = str(folder / "after.hdf5")
+    cloned = Run("before--to--after", "bc", 0, both, data)
+    alone = Run("after", "bc", 0, Options(**options), data)
+    for run in (cloned, alone):
+        train_and_score(run, lambda *_: None)
+    states = [load_policy(run.folder)[0].state_dict() for run in (cloned, alone)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.d4rl.__main__ import main
-from benchmarks.d4rl.arguments import Arguments
+from benchmarks.d4rl.options import Options
 from benchmarks.d4rl.settings import ALGORITHMS
 from benchmarks.report import __main__ as report
 from benchmarks.report.names import algorithm_label
@@ -230,7 +230,7 @@ def test_bc_of_another_length_is_trained_by_itself(job: Job, tmp_path: Path) -> 
 
 
 def test_the_bundled_data_runs_by_default(tmp_path: Path, read_json: Read) -> None:
-    main(Arguments(out=tmp_path, steps=10, reference_steps=10, eval_episodes=1, jobs=1))
+    main(Options(out=tmp_path, steps=10, reference_steps=10, eval_episodes=1, jobs=1))
     run = tmp_path / "d4rl" / "hopper-replay-mini" / "iw-sft-q" / "seed-0"
     assert read_json(run / "result.json")["env_id"] == "Hopper-v4"
     assert read_json(run / "config.json")["settings"]["fine_tuning"]["lr"] == 1e-4

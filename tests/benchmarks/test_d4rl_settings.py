@@ -10,7 +10,8 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from benchmarks.d4rl.plan import Plan, reference_settings, settings_of
+from benchmarks.d4rl.options import Options
+from benchmarks.d4rl.run import Run, Task, reference_settings_of, settings_of
 from benchmarks.d4rl.settings import (
     ALGORITHMS,
     CLONING,
@@ -21,7 +22,6 @@ from benchmarks.d4rl.settings import (
     fine_tuning,
     importance_weights,
 )
-from benchmarks.d4rl.task import Task
 from iwsft.datasets import OfflineDataset
 from iwsft.trajectory import Segments
 
@@ -153,57 +153,50 @@ def test_per_step_weights_are_clipped_ratios(preset: str, low: float, high: floa
 
 @pytest.mark.parametrize("fraction", [0.5, 0.8])
 def test_a_target_ess_is_reached_with_mean_weight_1(fraction: float) -> None:
-    found = weights("paper", FineTuning(k=1e-3), target_ess=fraction)
-    assert sum(found) / 3 == pytest.approx(1, rel=1e-5)
-    assert sum(found) ** 2 / sum(w * w for w in found) / 3 == pytest.approx(fraction, rel=1e-4)
+    weighted = weights("paper", FineTuning(k=1e-3), target_ess=fraction)
+    assert sum(weighted) / 3 == pytest.approx(1, rel=1e-5)
+    assert sum(weighted) ** 2 / sum(w * w for w in weighted) / 3 == pytest.approx(
+        fraction, rel=1e-4
+    )
 
 
-def plan(**values: Any) -> Plan:
-    standard: dict[str, Any] = {
-        "algo": "iw-sft-q",
-        "dataset": "hopper-medium-replay-v2",
-        "seed": 0,
-        "preset": "paper",
-        "estimator": "steps",
-        "steps": None,
-        "reference_steps": 10_000,
-        "temperature": None,
-        "target_ess": None,
-        "eval_episodes": 100,
-        "device": "cpu",
-        "out": "runs",
-        "resume": False,
-    }
-    return Plan(**standard | values)
+def run(algo: str = "iw-sft-q", seed: int = 0, **options: Any) -> Run:
+    name = "hopper-medium-replay-v2"
+    return Run(name, algo, seed, Options(**options), name)
 
 
 def dataset(name: str = "hopper-medium-replay-v2", fingerprint: str = "f00") -> OfflineDataset:
-    """Its name and fingerprint are all that a plan looks at."""
+    """Data of which a run's settings need the name and the fingerprint only."""
     return OfflineDataset(TensorDict({}, [0]), name, None, None, "file", fingerprint)
 
 
 @pytest.fixture
 def replay() -> Task:
     data = dataset()
-    return Task(data.name, data, data)
+    return Task(data, data)
 
 
-def test_a_shortened_run_warms_up_for_the_same_share(replay: Task) -> None:
-    schedule = plan(steps=450).tuning(replay)
+def test_a_shortened_run_warms_up_for_the_same_share() -> None:
+    schedule = run(steps=450).schedule
     assert (schedule.steps, schedule.warmup, schedule.lr) == (450, 30, 1e-4)
-    assert plan().tuning(replay).warmup == 300
+    assert run().schedule.warmup == 300
 
 
-def test_a_run_knows_its_updates_and_the_published_number(replay: Task) -> None:
-    assert plan(algo="bc", steps=450).steps_of(replay) == (450, 10_000)
-    assert plan(algo="bc").steps_of(replay) == (10_000, 10_000)
-    assert plan(algo="sft-q").steps_of(replay) == (4500, 4500)
-    assert plan(algo="iql", steps=7).steps_of(replay) == (7, 1_000_000)
+def updates(algo: str, **options: Any) -> tuple[int, int]:
+    short = run(algo, **options)
+    return short.updates, short.published_updates
 
 
-def test_the_folder_says_what_the_run_is(replay: Task) -> None:
+def test_a_run_knows_its_updates_and_the_published_number() -> None:
+    assert updates(algo="bc", steps=450) == (450, 10_000)
+    assert updates(algo="bc") == (10_000, 10_000)
+    assert updates(algo="sft-q") == (4500, 4500)
+    assert updates(algo="iql", steps=7) == (7, 1_000_000)
+
+
+def test_the_folder_says_what_the_run_is() -> None:
     wanted = Path("runs/d4rl/hopper-medium-replay-v2/iw-sft-q/seed-3")
-    assert plan(seed=3).folder(replay) == wanted
+    assert run(seed=3).folder == wanted
 
 
 @pytest.mark.parametrize(
@@ -225,19 +218,21 @@ def test_the_folder_says_what_the_run_is(replay: Task) -> None:
 def test_whatever_changes_the_numbers_is_in_the_settings(
     replay: Task, other: dict[str, Any]
 ) -> None:
-    assert settings_of(plan(**other), replay) != settings_of(plan(), replay)
+    assert settings_of(run(**other), replay) != settings_of(run(), replay)
 
 
 def test_data_that_come_before_are_in_the_settings(replay: Task) -> None:
-    after = Task("a--to--b", replay.dataset, dataset("a", "f01"))
-    assert settings_of(plan(), after) != settings_of(plan(), replay)
-    assert reference_settings(plan(), after)["data"] == "f01"
-    assert settings_of(plan(), after)["data"] == "f00"
+    after = Task(replay.dataset, dataset("a", "f01"))
+    assert settings_of(run(), after) != settings_of(run(), replay)
+    assert reference_settings_of(run(), after)["data"] == "f01"
+    assert settings_of(run(), after)["data"] == "f00"
 
 
-@pytest.mark.parametrize("other", [{"device": "cuda"}, {"out": "elsewhere"}, {"resume": True}])
+@pytest.mark.parametrize(
+    "other", [{"device": "cuda"}, {"out": Path("elsewhere")}, {"resume": True}]
+)
 def test_whatever_does_not_is_not(replay: Task, other: dict[str, Any]) -> None:
-    assert settings_of(plan(**other), replay) == settings_of(plan(), replay)
+    assert settings_of(run(**other), replay) == settings_of(run(), replay)
 
 
 @pytest.mark.parametrize("algo", ["sft-q", "iw-sft-step", "bc-10", "iql"])
@@ -245,16 +240,16 @@ def test_whatever_does_not_is_not(replay: Task, other: dict[str, Any]) -> None:
 def test_the_weights_settings_are_not_in_those_of_runs_without_them(
     replay: Task, algo: str, other: dict[str, Any]
 ) -> None:
-    assert settings_of(plan(algo=algo, **other), replay) == settings_of(plan(algo=algo), replay)
+    assert settings_of(run(algo=algo, **other), replay) == settings_of(run(algo=algo), replay)
 
 
 def test_a_share_of_the_data_and_its_bins() -> None:
-    assert plan(algo="bc-5").cuts == (95.0,)
-    assert plan(algo="bc-2.5").cuts == (97.5,)
-    assert plan(algo="sft", top=5.0).cuts == (95.0,)
+    assert run(algo="bc-5").algorithm.cuts == (95.0,)
+    assert run(algo="bc-2.5").algorithm.cuts == (97.5,)
+    assert run(algo="sft", top=5.0).algorithm.cuts == (95.0,)
     # The finer bins keep their share of the coarsest: half of it, and a fifth.
-    assert plan(algo="iw-sft-q", top=5.0).cuts == (95.0, 97.5, 99.0)
-    assert plan(algo="iw-sft-q", top=10.0).cuts == plan(algo="iw-sft-q").cuts
-    assert plan(algo="bc", top=5.0).cuts == ()
+    assert run(algo="iw-sft-q", top=5.0).algorithm.cuts == (95.0, 97.5, 99.0)
+    assert run(algo="iw-sft-q", top=10.0).algorithm.cuts == run(algo="iw-sft-q").algorithm.cuts
+    assert run(algo="bc", top=5.0).algorithm.cuts == ()
     with pytest.raises(ValueError, match="bc-100"):
-        _ = plan(algo="bc-100").cuts
+        _ = run(algo="bc-100").algorithm.cuts

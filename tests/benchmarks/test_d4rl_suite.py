@@ -19,8 +19,8 @@ import pytest
 
 from benchmarks import places
 from benchmarks.d4rl.__main__ import main
-from benchmarks.d4rl.arguments import Arguments, chosen
-from benchmarks.d4rl.suites import SUITES
+from benchmarks.d4rl.options import Options, chosen_suite
+from benchmarks.d4rl.settings import SUITES
 from iwsft import datasets, metrics
 from iwsft.datasets import catalog
 
@@ -43,16 +43,19 @@ def test_the_paper_suite_is_tables_2_and_5() -> None:
 
 @pytest.mark.parametrize("name", SUITES)
 def test_suites_name_what_there_is(name: str) -> None:
-    assert set(SUITES[name].sources) <= set(datasets.available())
+    suite = SUITES[name]
+    assert {*suite.datasets, suite.pretrain_dataset or datasets.DEFAULT} <= {*datasets.available()}
 
 
 def test_what_is_said_goes_before_the_suite() -> None:
-    assert chosen(Arguments(suite="paper")) == SUITES["paper"]
-    mine = chosen(Arguments(suite="kitchen", seeds=(0,), dataset=("kitchen-mixed-v0",), top=20.0))
+    assert chosen_suite(Options(suite="paper")) == SUITES["paper"]
+    mine = chosen_suite(
+        Options(suite="kitchen", seeds=(0,), dataset=("kitchen-mixed-v0",), top=20.0)
+    )
     assert (mine.seeds, mine.datasets, mine.top) == ((0,), ("kitchen-mixed-v0",), 20.0)
     assert mine.pretrain_dataset == "kitchen-partial-v0"
     assert mine.algorithms == SUITES["kitchen"].algorithms
-    alone = chosen(Arguments())
+    alone = chosen_suite(Options())
     assert (alone.algorithms, alone.datasets) == (("iw-sft-q",), ("hopper-replay-mini",))
     assert alone.seeds == (0,)
 
@@ -94,7 +97,7 @@ def test_the_suite_runs_what_the_data_allow_and_ends_in_the_report(
     shutil.copy(tiny_dataset, offline / "hopper_medium_replay-v2.hdf5")
     antmaze(offline / catalog.CATALOG["antmaze-umaze-v0"].filename)
     one = FEW | {"steps": 1, "reference_steps": 1}
-    job = Arguments(suite="paper", algo=("bc", "sft-q"), seeds=(0,), out=out, **one)
+    job = Options(suite="paper", algo=("bc", "sft-q"), seeds=(0,), out=out, **one)
     main(job)
     runs = {str(path.relative_to(out / "d4rl")) for path in (out / "d4rl").glob("*/*/seed-0")}
     assert runs == {
@@ -122,14 +125,14 @@ def test_the_suite_runs_what_the_data_allow_and_ends_in_the_report(
     with pytest.raises(SystemExit, match="a run is|runs are"):
         main(job)
     capsys.readouterr()
-    main(Arguments(**vars(job) | {"resume": True}))
+    main(Options(**vars(job) | {"resume": True}))
     assert "0 done, 4 finished before, 5 left out" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in out.rglob("result.json")} == before
 
 
 def test_a_suite_of_which_nothing_is_left_fails(offline: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="^error: nothing to run is left: hopper-expert-v2: could"):
-        main(Arguments(suite="locomotion", dataset=("hopper-expert-v2",), out=tmp_path / "runs"))
+        main(Options(suite="locomotion", dataset=("hopper-expert-v2",), out=tmp_path / "runs"))
     assert not (tmp_path / "runs").exists()
 
 
@@ -146,7 +149,7 @@ def test_an_algorithm_that_the_data_do_not_allow_is_left_out(
     flat: Path, tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, algos = (str(flat), str(tiny_dataset)), ("bc", "sft", "sft-q")
-    main(Arguments(suite="paper", dataset=data, algo=algos, seeds=(0,), out=tmp_path, **FEW))
+    main(Options(suite="paper", dataset=data, algo=algos, seeds=(0,), out=tmp_path, **FEW))
     runs = {f"{path.parts[-4]} {path.parts[-3]}" for path in tmp_path.rglob("result.json")}
     assert runs == {"flat bc", "mine bc", "mine sft", "mine sft-q"}
     printed = capsys.readouterr()
@@ -164,7 +167,7 @@ def test_an_algorithm_that_the_data_do_not_allow_is_left_out(
         ({"suite": "papr"}, "unknown suite 'papr'; did you mean 'paper'?"),
         ({"suite": "paper", "algo": ("sft", "sftq")}, "unknown algorithm 'sftq'"),
         ({"suite": "paper", "dataset": ("hopper-medium-reply-v2",)}, "'hopper-medium-replay-v2'?"),
-        ({"dataset": ()}, "pass at least one name to --dataset"),
+        ({"dataset": ()}, "pass at least one value to --dataset"),
         ({"dataset": ("hopper-replay-mini",) * 2}, "--dataset hopper-replay-mini: asked for twice"),
         ({"dataset": ("DATA", "OTHER/mine.hdf5")}, "there is another dataset of the name mine"),
         ({"dataset": ("DATA", "nowhere/b.hdf5")}, "nowhere/b.hdf5"),
@@ -184,7 +187,7 @@ def test_wrong_choices_stop_before_anything_runs(
         named = tuple(words.get(name, name) for name in settings["dataset"])
         settings = {**settings, "dataset": named}
     with pytest.raises(SystemExit) as ended:
-        main(Arguments(**{"algo": ("sft-q",), "out": tmp_path / "runs"} | settings))
+        main(Options(**{"algo": ("sft-q",), "out": tmp_path / "runs"} | settings))
     text = ended.value.code
     assert isinstance(text, str) and text.startswith("error: ") and "\n" not in text
     assert message in text
@@ -198,15 +201,15 @@ def test_a_later_dataset_that_holds_runs_frees_the_claims_on_the_others(
     job(tmp_path, ["bc"], dataset=str(second), **FEW)
     both = (str(tiny_dataset), str(second))
     with pytest.raises(SystemExit, match="a run is there already"):
-        main(Arguments(algo=("bc",), dataset=both, out=tmp_path, **FEW))
+        main(Options(algo=("bc",), dataset=both, out=tmp_path, **FEW))
     assert [path.parts[-4] for path in tmp_path.rglob("config.json")] == ["second"]
-    main(Arguments(algo=("bc",), dataset=both, out=tmp_path, resume=True, **FEW))
+    main(Options(algo=("bc",), dataset=both, out=tmp_path, resume=True, **FEW))
     assert {path.parts[-4] for path in tmp_path.rglob("result.json")} == {"mine", "second"}
 
 
 def test_baselines_have_a_length_of_their_own(tiny_dataset: Path, tmp_path: Path) -> None:
     data, lengths = (str(tiny_dataset),), {**FEW, "baseline_steps": 3}
-    main(Arguments(algo=("bc", "td3-bc"), dataset=data, out=tmp_path, **lengths))
+    main(Options(algo=("bc", "td3-bc"), dataset=data, out=tmp_path, **lengths))
     steps = {
         path.parts[-3]: json.loads(path.read_text())["steps"]
         for path in tmp_path.rglob("result.json")
@@ -216,7 +219,7 @@ def test_baselines_have_a_length_of_their_own(tiny_dataset: Path, tmp_path: Path
 
 def test_pre_training_on_other_data(flat: Path, tiny_dataset: Path, tmp_path: Path) -> None:
     flags = {"dataset": (str(tiny_dataset),), "pretrain_dataset": str(flat), "top": 50.0}
-    main(Arguments(algo=("sft",), out=tmp_path, **flags, **FEW))
+    main(Options(algo=("sft",), out=tmp_path, **flags, **FEW))
     (config,) = tmp_path.rglob("config.json")
     settings = json.loads(config.read_text())["settings"]
     assert settings["cuts"] == [50.0]
@@ -230,7 +233,7 @@ def test_references_come_first_and_are_shared(
     """One run of each seed trains its reference; then what takes long, then the rest."""
     algos = ("sft", "bc-10", "td3-bc", "sft-q")
     data = (str(tiny_dataset),)
-    main(Arguments(algo=algos, dataset=data, seeds=(0, 1), out=tmp_path, **FEW))
+    main(Options(algo=algos, dataset=data, seeds=(0, 1), out=tmp_path, **FEW))
     told = [line.split()[:3] for line in capsys.readouterr().err.splitlines()[1:]]
     order = list(dict.fromkeys((algo, int(seed)) for algo, seed, _ in told))
     assert order == [

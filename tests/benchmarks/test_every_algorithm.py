@@ -17,12 +17,12 @@ import torch
 from tracking import BEST, ENV_ID, STANDING, write_dataset
 
 from baselines import BASELINES, Baseline, algorithm
-from benchmarks.d4rl.checks import check_data, check_settings
-from benchmarks.d4rl.plan import Plan, claim
-from benchmarks.d4rl.run import run
-from benchmarks.d4rl.saved import load_policy
+from benchmarks.d4rl.options import Options, check_options, chosen_suite
+from benchmarks.d4rl.policies import load_policy
+from benchmarks.d4rl.run import Run, Task, check_run, config_of
 from benchmarks.d4rl.settings import ALGORITHMS
-from benchmarks.d4rl.task import Task
+from benchmarks.d4rl.train import train_and_score
+from benchmarks.runs import claim
 from iwsft.evaluation import evaluate
 from iwsft.training import Row
 
@@ -78,29 +78,18 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def plan(algo: str, dataset: Path, out: Path, **values: Any) -> Plan:
-    standard: dict[str, Any] = {
-        "seed": 0,
-        "preset": "paper",
-        "estimator": "steps",
-        "steps": STEPS.get(algo, 500),
-        "reference_steps": 300,
-        "temperature": None,
-        "target_ess": None,
-        "eval_episodes": EPISODES,
-        "device": "cpu",
-        "resume": False,
-    }
-    return Plan(algo=algo, dataset=str(dataset), out=str(out), **standard | values)
-
-
-def start(each: Plan) -> tuple[Task, Path]:
+def start(algo: str, dataset: Path, out: Path, **values: Any) -> tuple[Run, Task]:
     """What the command does before a run."""
-    task = Task.load(each.dataset, each.pretrain_dataset)
-    check_settings([each])
-    check_data([each], task)
-    claim([each], task)
-    return task, each.folder(task)
+    standard = {"steps": STEPS.get(algo, 500), "reference_steps": 300, "eval_episodes": EPISODES}
+    options = Options(algo=(algo,), out=out, **standard | values)
+    check_options(options, chosen_suite(options))
+    task = Task.load(str(dataset), options.pretrain_dataset)
+    run = Run(task.name, algo, 0, options, str(dataset))
+    task.check_environment()
+    check_run(run, task)
+    configs = {run.folder: config_of(run, task)}
+    claim(out / "d4rl", configs, same=("settings",), resume=options.resume)
+    return run, task
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +100,8 @@ def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def of(algo: str) -> tuple[dict[str, Any], Path]:
         if algo not in done:
-            each = plan(algo, dataset, out)
-            _, folder = start(each)
-            done[algo] = run(each, lambda *_: None), folder
+            run, _ = start(algo, dataset, out)
+            done[algo] = train_and_score(run, lambda *_: None), run.folder
         return done[algo]
 
     return of
@@ -142,24 +130,22 @@ def test_a_run_that_was_cut_off_ends_in_the_same_numbers(
     dataset: Path, tmp_path: Path, algo: str
 ) -> None:
     short = {"steps": 40, "reference_steps": 5, "eval_episodes": 3}
-    whole = plan(algo, dataset, tmp_path / "whole", **short)
-    start(whole)
-    wanted = run(whole, lambda *_: None)
+    whole, _ = start(algo, dataset, tmp_path / "whole", **short)
+    wanted = train_and_score(whole, lambda *_: None)
 
     def kill(stage: str, steps: int, row: Row) -> None:
         if steps == 40 and row["step"] == 17:
             raise KeyboardInterrupt
 
-    cut = plan(algo, dataset, tmp_path / "cut", **short, resume=True)
-    _, folder = start(cut)
+    cut, _ = start(algo, dataset, tmp_path / "cut", **short, resume=True)
     with pytest.raises(KeyboardInterrupt):
-        run(cut, kill)
-    assert not (folder / "result.json").exists()
-    # Elsewhere in torch's own draws.
+        train_and_score(cut, kill)
+    assert not (cut.folder / "result.json").exists()
+    # Another state of torch's own generator.
     torch.manual_seed(123)
-    found = run(cut, lambda *_: None)
-    assert found["episode_returns"] == wanted["episode_returns"]
-    assert json.loads((folder / "result.json").read_text())["steps"] == 40
-    policies = [load_policy(each.folder(Task.load(str(dataset))))[0] for each in (whole, cut)]
+    resumed = train_and_score(cut, lambda *_: None)
+    assert resumed["episode_returns"] == wanted["episode_returns"]
+    assert json.loads((cut.folder / "result.json").read_text())["steps"] == 40
+    policies = [load_policy(run.folder)[0] for run in (whole, cut)]
     for name, value in policies[0].state_dict().items():
         assert torch.equal(value, policies[1].state_dict()[name]), name

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_every_algorithm import plan, start
+from test_every_algorithm import start
 from tracking import BEST, STANDING, write_dataset
 
 import baselines
-from benchmarks.d4rl.run import run
+from benchmarks.d4rl.train import train_and_score
 from iwsft.trajectory import lengths
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "extending.md"
@@ -38,9 +38,8 @@ def test_the_new_algorithm_is_trained_scored_and_improves_on_the_data(
     monkeypatch.setitem(baselines.BASELINES, line[1], line[2])
     data = tmp_path / "tracking.hdf5"
     write_dataset(data, episodes=1000)
-    each = plan("rwr", data, tmp_path / "runs", steps=400)
-    start(each)
-    result = run(each, lambda *_: None)
+    run, _ = start("rwr", data, tmp_path / "runs", steps=400)
+    result = train_and_score(run, lambda *_: None)
     assert (result["return_mean"] - STANDING) / (BEST - STANDING) > 0.5
 
 

@@ -1,0 +1,187 @@
+"""The whole job: checked, claimed, run at a place, and shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from baselines import BASELINES
+from benchmarks import places
+from benchmarks.d4rl.options import Options, check_options, chosen_suite
+from benchmarks.d4rl.run import Run, Task, check_run, config_of
+from benchmarks.d4rl.settings import Suite
+from benchmarks.d4rl.train import train_and_score
+from benchmarks.report.tables import score_table
+from benchmarks.results import CONTROL, read_runs
+from benchmarks.runs import EXPECTED, claim, one_line, tell
+from benchmarks.sweep import Summary, run_all
+from iwsft.training import Row
+
+_HEADER = f"{'algo':<12} {'seed':>4}  {'stage':<9} {'step':>13} {'loss':>8} {'ESS':>5} {'score':>7}"
+_COLUMN = "dataset"
+# The longest runs start first, so that none is left running alone at the end.
+_SLOWEST_FIRST = ("cql", "dt", "iql", "awac", "td3-bc")
+
+
+def run_job(options: Options) -> Summary:
+    """Run a command line; print scores, summary and, of a suite, the report's page.
+
+    All options and data are checked before any folder is claimed. A run that fails is reported, and
+    the others continue. A suite continues without what its data do not allow.
+
+    Raises:
+        ValueError: The error names what is wrong and the way out; so do the others of ``EXPECTED``.
+    """
+    suite = chosen_suite(options)
+    check_options(options, suite)
+    options = replace(
+        options,
+        pretrain_dataset=suite.pretrain_dataset and _absolute(suite.pretrain_dataset),
+        top=suite.top,
+        # Workers on a cluster have a working directory of their own.
+        out=options.out if options.cluster is None else options.out.absolute(),
+    )
+    summary = Summary()
+    with places.place(
+        options.cluster,
+        items=len(suite.datasets) * len(suite.algorithms) * len(suite.seeds),
+        jobs=options.jobs,
+        device=options.device,
+        out=options.out,
+        files=[
+            Path(source)
+            for source in map(_absolute, (*suite.datasets, suite.pretrain_dataset or ""))
+            if Path(source).is_absolute()
+        ],
+    ) as place:
+        runs, names = _claimed(options, suite, summary)
+        runs = _in_order(runs, several=len(names) > 1)
+        if runs:
+            tell(f"{_column(_COLUMN, runs[0].column)}{_HEADER}   seconds")
+        run_all(_train_and_tell, runs, place, summary)
+    console = Console()
+    finished = [run for run in read_runs(options.out, CONTROL) if run.dataset in names]
+    if finished:
+        console.print(score_table(finished))
+    console.print(str(summary), highlight=False, markup=False, soft_wrap=True)
+    if options.suite is not None and finished:
+        # Draws figures; its imports take seconds.
+        from benchmarks.report.page import write_report
+
+        page = write_report(options.out, options.out / "report")
+        console.print(f"Report: {page}", highlight=False, soft_wrap=True)
+    return summary
+
+
+def _absolute(source: str) -> str:
+    """A dataset's name, or its absolute path where it is a file."""
+    path = Path(source).expanduser()
+    return str(path.absolute()) if path.suffix and path.is_file() else source
+
+
+def _claimed(options: Options, suite: Suite, summary: Summary) -> tuple[list[Run], list[str]]:
+    """Check the data and claim all runs, or none; the unfinished ones, and all datasets' names.
+
+    With ``--suite``, what the data do not allow is left out, with a line on stderr.
+    """
+    runs: list[Run] = []
+    configs: dict[Path, dict[str, Any]] = {}
+    names: list[str] = []
+    for source in suite.datasets:
+        try:
+            task = Task.load(source, suite.pretrain_dataset)
+        # No network, no file, no package. Wrong names and contents are the user's to mend.
+        except (OSError, ImportError) as error:
+            if options.suite is None:
+                raise
+            summary.leave_out(f"{source}: {one_line(error)}")
+            continue
+        if task.name in names:
+            raise ValueError(f"{source}: there is another dataset of the name {task.name}")
+        allowed = _allowed(source, task, options, suite, summary)
+        if allowed:
+            names.append(task.name)
+        runs += allowed
+        configs |= {run.folder: config_of(run, task) for run in allowed}
+    if not runs:
+        raise ValueError("nothing to run is left: " + "; ".join(summary.left_out))
+    # Another number of episodes would give a result that its config does not describe.
+    same = ("settings", "eval_episodes")
+    root = options.out / Run.benchmark
+    unfinished = set(claim(root, configs, same=same, resume=options.resume))
+    summary.finished_before = len(runs) - len(unfinished)
+    return [run for run in runs if run.folder in unfinished], names
+
+
+def _allowed(
+    source: str, task: Task, options: Options, suite: Suite, summary: Summary
+) -> list[Run]:
+    """The runs on a dataset that the data allow."""
+    path = _absolute(source)
+    runs: list[Run] = []
+    problems: dict[str, list[str]] = {}
+    for algo in suite.algorithms:
+        several = [Run(task.name, algo, seed, options, path) for seed in suite.seeds]
+        try:
+            if not runs:
+                task.check_environment()
+            check_run(several[0], task)
+            runs += several
+        except EXPECTED as error:
+            if options.suite is None:
+                raise
+            problems.setdefault(one_line(error), []).append(algo)
+    for problem, algos in problems.items():
+        which = f" {', '.join(algos)}" if runs or len(problems) > 1 else ""
+        summary.leave_out(f"{source}{which}: {problem}")
+    return runs
+
+
+def _in_order(runs: Sequence[Run], *, several: bool) -> list[Run]:
+    """The order to start runs in.
+
+    First one run for each reference policy, so that runs which share it do not wait for each
+    other; then the baselines, which take longest; then the rest, neighbours on different seeds.
+    """
+    seen: set[tuple[str, int]] = set()
+
+    def stage(run: Run) -> tuple[int, int]:
+        if run.algo in BASELINES:
+            known = run.algo in _SLOWEST_FIRST
+            return 1, _SLOWEST_FIRST.index(run.algo) if known else -1
+        shared = (run.options.pretrain_dataset or run.source, run.seed)
+        if run.uses_reference and shared not in seen:
+            seen.add(shared)
+            return 0, 0
+        return 2, 0
+
+    algos = list(dict.fromkeys(run.algo for run in runs))
+    # Sorts are stable: algorithm by algorithm, in each dataset by dataset, in each seed by seed.
+    spread = sorted(runs, key=lambda run: algos.index(run.algo))
+    width = max(len(name) for name in (_COLUMN, *(run.dataset for run in runs))) if several else 0
+    return [replace(run, column=width) for run in sorted(spread, key=stage)]
+
+
+def _column(name: str, width: int) -> str:
+    return f"{name:<{width}} " if width else ""
+
+
+def _train_and_tell(run: Run) -> None:
+    """One run, perhaps in a process of its own, with a line for each point of its curve."""
+
+    def report(stage: str, steps: int, row: Row) -> None:
+        score = row.get("normalized_score", row.get("return_mean"))
+        if score is not None:
+            # Losses of critics can be large; only weighted runs have an effective sample size.
+            loss = f"{row['loss']:8.3f}" if abs(row["loss"]) < 1000 else f"{row['loss']:8.1e}"
+            ess = f"{row['ESS']:5.2f}" if "ESS" in row else f"{'-':>5}"
+            tell(
+                f"{_column(run.dataset, run.column)}{run.algo:<12} {run.seed:>4}  {stage:<9} "
+                f"{row['step']:>6}/{steps:<6} {loss} {ess} {score:7.1f} {row['wall_seconds']:9.0f}"
+            )
+
+    train_and_score(run, report)

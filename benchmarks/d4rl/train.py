@@ -1,0 +1,279 @@
+"""From a run's data to a trained and scored policy.
+
+A killed run is continued by the same call: training from its last checkpoint, and everything after
+the training again from the trained policy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+
+from baselines import Learner
+from benchmarks.d4rl import settings as paper
+from benchmarks.d4rl.policies import save_policy
+from benchmarks.d4rl.run import (
+    Run,
+    Task,
+    curated,
+    reference_settings_of,
+    settings_of,
+    sizes,
+)
+from benchmarks.runs import RESULT, alone_in, write_json
+from iwsft import checkpoint, metrics
+from iwsft.diagnostics import diagnose, weighted_mean
+from iwsft.evaluation import Evaluation
+from iwsft.files import written_whole
+from iwsft.objective import ImportanceWeightedMLE, Proposal
+from iwsft.policies import GaussianPolicy
+from iwsft.proposals import EMA, HardSync
+from iwsft.reference import annotate_reference
+from iwsft.samplers import StepSampler, TrajectorySampler
+from iwsft.training import Cost, Probe, Row, Schedule, fit
+from iwsft.trajectory import REWARD, Segments
+
+# Progress callback: stage, number of updates of the stage, metrics.
+Report = Callable[[str, int, Row], None]
+# Return of a step's trajectory; batches carry it along for the probe of the weights.
+_RETURN = "trajectory_return"
+_CURVE_POINTS = 10
+# Seeds of the learning curve's episodes differ from those of the final score.
+_CURVE_SEED = 10_000
+
+
+def train_and_score(run: Run, report: Report) -> dict[str, Any]:
+    """Train and score one run, and write its policy and its ``result.json``.
+
+    Args:
+        run: The run; its folder must be claimed.
+        report: Progress callback.
+
+    Returns:
+        The content of ``result.json``.
+
+    Raises:
+        FileExistsError: Another process works in the folder.
+    """
+    # With one thread, runs do not disturb each other, and the numbers do not depend on them.
+    torch.set_num_threads(1)
+    task = Task.load(run.source, run.options.pretrain_dataset)
+    with alone_in(run.folder, wait=False):
+        policy, cost, reference_cost = _train(run, task, report)
+        save_policy(run, task, policy)
+        since = time.process_time()
+        options = run.options
+        final = task.score(
+            policy, episodes=options.eval_episodes, seed=run.seed, device=options.device
+        )
+        evaluation_cpu = time.process_time() - since
+        result = {
+            **result_of(run, final, preset=options.preset, estimator=options.estimator),
+            "wall_seconds": cost.wall_seconds + final.wall_seconds,
+            "cpu_seconds": cost.cpu_seconds + evaluation_cpu,
+            "evaluation_cpu_seconds": evaluation_cpu,
+            "reference_wall_seconds": reference_cost.wall_seconds,
+            "reference_cpu_seconds": reference_cost.cpu_seconds,
+            "versions": final.versions,
+        }
+        write_json(run.folder / RESULT, result)
+    return result
+
+
+def result_of(run: Run, final: Evaluation, **about: Any) -> dict[str, Any]:
+    """The part of ``result.json`` that says what the run is and how it scored.
+
+    Args:
+        run: The run.
+        final: Evaluation of the trained policy.
+        about: Further entries that describe the run.
+    """
+    successes = final.successes
+    updates, published = run.updates, run.published_updates
+    return {
+        "benchmark": run.benchmark,
+        "dataset": run.dataset,
+        "algo": run.algo,
+        "seed": run.seed,
+        "env_id": final.env_id,
+        **about,
+        "steps": updates,
+        **({} if updates == published else {"published_steps": published}),
+        "normalized_score": final.score,
+        "episode_scores": final.normalized_scores,
+        "episode_returns": final.returns,
+        "episode_lengths": final.lengths,
+        "return_mean": final.return_mean,
+        **({} if successes is None else {"success_rate": float(np.mean(successes))}),
+        **({} if successes is None else {"episode_successes": successes}),
+        "episodes": len(final.returns),
+    }
+
+
+def _train(run: Run, task: Task, report: Report) -> tuple[TensorDictModuleBase, Cost, Cost]:
+    """Train a run's policy; its cost, and the cost of its reference."""
+    data: TensorDictBase = task.dataset.trajectories.to(run.options.device)
+    reference_cost = Cost(0.0, 0.0)
+    probes: list[Probe] = []
+    if run.baseline is not None:
+        stage = run.algo
+        learner = run.baseline.build(data, run.baseline_settings[0], seed=run.seed)
+    elif run.uses_reference:
+        policy, folder, reference_cost = train_reference(run, task, report)
+        if not run.algorithm.from_reference:
+            _copy_training(folder, run.folder)
+            return policy, reference_cost, Cost(0.0, 0.0)
+        stage = "tuning"
+        annotate_reference(policy, data, cache=folder)
+        learner, probes = _fine_tuning(run, curated(run, data), policy)
+    else:
+        stage = "cloning"
+        learner = _cloning(run, curated(run, data), run.schedule)
+    settings, report = settings_of(run, task), partial(report, stage)
+    cost = _fit(run, task, learner, run.updates, run.folder, settings, report, probes)
+    return learner.policy, cost, reference_cost
+
+
+def train_reference(run: Run, task: Task, report: Report) -> tuple[GaussianPolicy, Path, Cost]:
+    """Train the reference policy of a seed by behaviour cloning on all data, or load it.
+
+    Its folder is named by its settings, so that runs with the same settings share it; a second
+    process waits for the first.
+    """
+    settings = reference_settings_of(run, task)
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    root = run.options.out / run.benchmark / task.pretrain.name / "reference"
+    # A name "seed-..." would be that of a run's folder.
+    folder = root / f"{key}-seed-{run.seed}"
+    before, schedule = Task(task.pretrain, task.pretrain), run.reference_schedule
+    learner = _cloning(run, task.pretrain.trajectories.to(run.options.device), schedule)
+    with alone_in(folder, wait=True):
+        report = partial(report, "reference")
+        cost = _fit(run, before, learner, schedule.steps, folder, settings, report)
+    return learner.policy, folder, cost
+
+
+def _cloning(run: Run, data: TensorDictBase, schedule: Schedule) -> Learner:
+    """Behaviour cloning from scratch: the mean over trajectories of -log p / length."""
+    torch.manual_seed(run.seed)
+    policy = GaussianPolicy(*sizes(data)).to(run.options.device)
+    loss = ImportanceWeightedMLE(policy, proposal="reference")
+    batch = paper.CLONING_BATCH[run.options.estimator, run.options.preset]
+    return Learner(policy, loss, _sampler(run, data, batch), schedule)
+
+
+def _fine_tuning(
+    run: Run, data: TensorDictBase, policy: GaussianPolicy
+) -> tuple[Learner, list[Probe]]:
+    """(iw-)SFT from the reference policy, on curated and annotated trajectories."""
+    row, _ = run.fine_tuning
+    steps = Segments.of(data)
+    data.set(_RETURN, steps.spread(steps.sum(data.get(REWARD))))
+    by_steps = run.options.estimator == "steps"
+    # q = pi_ref leaves all weights at 1.
+    proposal: Proposal = "reference"
+    if run.algorithm.weighted:
+        proposal = "cached" if by_steps else "lagged"
+    loss = ImportanceWeightedMLE(policy, importance_weights=run.weights, proposal=proposal)
+    updater: HardSync | EMA | None = None
+    probes = []
+    if proposal == "cached":
+        updater = HardSync(loss, every=row.sync_every, trajectories=data)
+        # A batch of single steps has no trajectory weights, so the probe takes the curated set.
+        probes = [weight_probe(loss, row.sync_every, data)]
+    elif proposal == "lagged":
+        updater = EMA(loss, decay=row.alpha)
+        probes = [weight_probe(loss, max(1, row.steps // 100))]
+    sampler = _sampler(run, data, paper.FINE_TUNING_BATCH[run.options.estimator])
+    return Learner(policy, loss, sampler, run.schedule, updater), probes
+
+
+def _sampler(run: Run, data: TensorDictBase, batch: int) -> StepSampler | TrajectorySampler:
+    kind = StepSampler if run.options.estimator == "steps" else TrajectorySampler
+    return kind(data, batch, seed=run.seed)
+
+
+def _fit(
+    run: Run,
+    task: Task,
+    learner: Learner,
+    steps: int,
+    folder: Path,
+    settings: dict[str, Any],
+    report: Callable[[int, Row], None],
+    probes: Sequence[Probe] = (),
+) -> Cost:
+    """Train a learner with the log, the checkpoints and the learning curve of all runs."""
+    if run.options.curve_episodes:
+        probes = [learning_curve_probe(run, task, learner.policy, steps), *probes]
+    return fit(
+        learner.loss,
+        learner.sampler,
+        learner.schedule,
+        updater=learner.updater,
+        limits=learner.limits,
+        probes=probes,
+        folder=folder,
+        settings=settings,
+        log_every=max(1, steps // 100),
+        checkpoint_every=checkpoint_interval(steps),
+        report=partial(report, steps),
+    )
+
+
+def checkpoint_interval(steps: int) -> int:
+    """Number of updates between checkpoints."""
+    return min(500, max(1, steps // 10))
+
+
+def learning_curve_probe(run: Run, task: Task, policy: TensorDictModuleBase, steps: int) -> Probe:
+    """A probe that scores the policy at each point of the learning curve."""
+    options = run.options
+    episodes = min(options.curve_episodes, options.eval_episodes)
+
+    def look(_: TensorDictBase) -> Row:
+        seed = run.seed + _CURVE_SEED
+        result = task.score(policy, episodes=episodes, seed=seed, device=options.device)
+        score = {} if result.score is None else {"normalized_score": result.score}
+        return {"return_mean": result.return_mean, **score}
+
+    return Probe(max(1, steps // _CURVE_POINTS), look)
+
+
+def weight_probe(
+    loss: ImportanceWeightedMLE, every: int, whole: TensorDictBase | None = None
+) -> Probe:
+    """A probe of the importance weights, and of the mean return of what they choose.
+
+    Args:
+        loss: The loss whose weights are diagnosed.
+        every: Number of updates between two diagnoses.
+        whole: Trajectories to diagnose; None diagnoses the batch.
+    """
+
+    def look(batch: TensorDictBase) -> Row:
+        trajectories = batch if whole is None else whole
+        terms = loss.terms(trajectories)
+        mean_return = weighted_mean(trajectories.get(_RETURN), terms.log_weight.exp(), terms.share)
+        return diagnose(loss, trajectories, terms) | {"weighted_return": float(mean_return)}
+
+    return Probe(every, look)
+
+
+def _copy_training(source: Path, folder: Path) -> None:
+    """Copy what a training left, each file whole, so that a kill leaves nothing that misleads."""
+    state, rows = source / checkpoint.FOLDER / checkpoint.FILE, source / metrics.FILE
+    for path in (state, rows, *(source / metrics.BOARD).iterdir()):
+        with written_whole(folder / path.relative_to(source)) as partial_path:
+            shutil.copyfile(path, partial_path)
