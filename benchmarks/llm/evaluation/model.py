@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.llm.evaluation.options import Options
-from benchmarks.llm.gguf import first_line
-from benchmarks.llm.models import load, load_tokenizer, locate
+from benchmarks.llm.models import first_line, load, load_tokenizer, locate
 from iwsft.language.generation import Generator, TransformersGenerator, VLLMGenerator
 
 _ANSWER = "<<<ANSWER>>>"

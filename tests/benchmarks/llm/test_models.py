@@ -188,7 +188,7 @@ def test_a_gguf_file_that_is_cut_short_is_named(
     whole = small_llama[1].read_bytes()
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(ValueError, match=r"cut\.gguf .*(damaged|no GGUF).*fetch it again"):
+    with pytest.raises(ValueError, match=r"cut\.gguf .*(damaged|not a GGUF).*fetch it again"):
         locate(str(cut), tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("gguf-*"))
 
@@ -221,7 +221,7 @@ def test_folders_that_hold_no_one_model(tiny_qwen2: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=r"holds 2 models, a.gguf, b.gguf: pass one file"):
         locate(str(tmp_path), tmp_path)
     (tmp_path / "c.gguf").write_bytes(b"<!doctype html>")
-    with pytest.raises(ValueError, match=r"c.gguf is no GGUF file"):
+    with pytest.raises(ValueError, match=r"c.gguf is not a GGUF file"):
         locate(str(tmp_path / "c.gguf"), tmp_path)
     with pytest.raises(FileNotFoundError, match=r"d.gguf"):
         locate(str(tmp_path / "d.gguf"), tmp_path)
@@ -308,7 +308,7 @@ def test_code_that_comes_with_a_model_runs_only_when_asked(
 
 def test_a_tokenizer_that_is_missing_or_another_models(tiny_qwen2: Path, tmp_path: Path):
     folder = _copy(tiny_qwen2, tmp_path / "mute", without="tokenizer.json")
-    with pytest.raises(ValueError, match=r"mute has no tokenizer; save the one"):
+    with pytest.raises(ValueError, match=r"mute has no tokenizer; save the model's"):
         load(str(folder))
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=r"mute has no tokenizer that loads"):
