@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from iwsft.datasets.text.rows import Record, Row, checked_text, records, to_row
+from iwsft.datasets.text.rows import Record, Row, check_text, records, to_row
 
 # GSM8K marks what its calculator computed: 3*4 = <<3*4=12>>12.
 _CALCULATION = re.compile(r"<<[^<>]*>>")
@@ -108,7 +108,7 @@ def rows_of(questions: Iterable[Question]) -> list[Row]:
 
 
 def _of_question(record: Record, where: str) -> Iterator[Row]:
-    question = checked_text(record["question"], "question", where).strip()
+    question = check_text(record["question"], "question", where).strip()
     prompt = f"Question: {question}\nAnswer:\n"
     solutions = {
         name: value
@@ -123,7 +123,7 @@ def _of_question(record: Record, where: str) -> Iterator[Row]:
         )
     for name, value in solutions.items():
         here = f"{where}, {name}"
-        text = _CALCULATION.sub("", checked_text(value[_TEXT], _TEXT, here)).strip()
+        text = _CALCULATION.sub("", check_text(value[_TEXT], _TEXT, here)).strip()
         yield _labelled({"prompt": prompt, "completion": text, "correct": value[_LABEL]}, here)
 
 

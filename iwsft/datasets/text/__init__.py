@@ -1,5 +1,5 @@
-"""Text as data: rows, chat templates with their masks, and token trajectories.
+"""Text as data: rows, chat templates with their masks, and trajectories of tokens.
 
-The public names are importable from :mod:`iwsft.language`. transformers and datasets load where
-they are used.
+The public names can also be imported from :mod:`iwsft.language`. transformers and datasets load
+where they are used.
 """

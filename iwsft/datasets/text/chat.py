@@ -1,10 +1,10 @@
-"""Conversations -> token ids and the mask of what the assistant says, by a chat template.
+"""From conversations to token ids and the mask of the assistant's text, by a chat template.
 
-A template with generation markers (``{% generation %}``) says itself what is trained. For any other
-the assistant's stretches are found by rendering the conversation: a mark set behind each
-assistant's text shows where it ends up, and the rendering of the messages before it, with the
-generation prompt, shows where the model takes over. So headers need no list of model families, and
-text that looks like a header is text. The stretches are checked either way.
+A template with generation markers (``{% generation %}``) marks the text to train on itself. With
+any other template the conversation is rendered. A mark behind each assistant's text shows where the
+text ends. The messages before it, rendered with the generation prompt, show where the model's text
+starts. So no list of model families and headers is needed, and text that looks like a header is
+text. The stretches are checked in both cases.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from iwsft.datasets.text.encoding import (
     Stretch,
     check_tokenizer,
     encode_stretches,
-    squashed,
+    squash,
     token_range,
 )
 from iwsft.datasets.text.rows import ASSISTANT, Message
@@ -33,14 +33,14 @@ _WAY_OUT = (
 
 
 class Turn(NamedTuple):
-    """One assistant turn in the rendered conversation, as character positions.
+    """An assistant's turn in the rendered conversation, as positions of characters.
 
     Attributes:
-        start: where the model takes over from the generation prompt. What the template writes from
-            there to the content (such as an empty think block) is trained too.
-        content: where the message's own text starts.
-        end: where it ends.
-        stop: behind the end-of-turn token.
+        start: End of the generation prompt. The template's text from there to the content (such as
+            an empty think block) is trained on too.
+        content: Start of the message's own text.
+        end: End of the message's own text.
+        stop: End of the end-of-turn token.
     """
 
     start: int
@@ -56,17 +56,17 @@ class ChatEncoder:
     token never straddles the generation prompt and the answer (see ``encode_stretches``).
 
     Args:
-        tokenizer: a fast tokenizer of transformers.
-        template: a Jinja chat template; the tokenizer's own by default.
-        template_kwargs: variables of the template, such as ``enable_thinking``.
+        tokenizer: Fast tokenizer of transformers.
+        template: Jinja chat template; the tokenizer's own by default.
+        template_kwargs: Variables of the template, such as ``enable_thinking``.
 
     Attributes:
-        template: the template in use.
-        has_markers: whether it says itself what is trained.
+        template: The template in use.
+        has_markers: Whether the template has generation markers.
 
     Raises:
-        TypeError: a tokenizer without offsets.
-        ValueError: no template at all.
+        TypeError: The tokenizer has no offsets.
+        ValueError: There is no template.
     """
 
     def __init__(
@@ -88,21 +88,21 @@ class ChatEncoder:
         self.template_kwargs = dict(template_kwargs or {})
         self.has_markers = _MARKERS.search(self.template) is not None
         added = (str(token) for token in tokenizer.added_tokens_decoder.values())
-        # The longest first: one token may start another.
+        # The longest first: one token may be the start of another.
         self._added = sorted((token for token in added if token.strip()), key=len, reverse=True)
-        self._seen_to_end = False
+        self._checked_end = False
 
     def encode(self, messages: Sequence[Message], where: str = "this row") -> Encoded:
-        """Token ids and trained tokens of a conversation: each assistant turn and its end.
+        """Encode a conversation; each assistant's turn and its end are trained on.
 
         Args:
-            messages: {role, content} each, with at least one of the assistant.
-            where: place of the row, for errors.
+            messages: Messages {role, content}, at least one of the assistant.
+            where: Place of the row, for errors.
 
         Raises:
-            ValueError: a template that refuses the row, drops or rewrites an assistant's text (up
-                to white space), has no end-of-turn token, or marks what is not the assistant's; a
-                mask that is off everywhere.
+            ValueError: The template refuses the row, drops or rewrites an assistant's text (white
+                space apart), has no end-of-turn token, marks other text than the assistant's, or
+                marks nothing.
         """
         tools = any(message.get("tool_calls") for message in messages)
         if tools and not self.has_markers:
@@ -110,21 +110,21 @@ class ChatEncoder:
                 f"{where}: tool calls are trained only with a template that has generation "
                 "markers ({% generation %}); pass such a template=, or drop the row"
             )
-        text = self.render(messages, where)
-        # A template writes a tool call as it likes, so there is no text to look for.
-        turns = [] if tools else self.turns(messages, text, where)
+        text = self._render(messages, where)
+        # A template writes a tool call in its own form, so its text can't be looked for.
+        turns = [] if tools else self._find_turns(messages, text, where)
         if self.has_markers:
-            return self._by_markers(messages, turns, text, where)
-        if not self._seen_to_end:
+            return self._encode_by_markers(messages, turns, text, where)
+        if not self._checked_end:
             self._check_end_of_turn(messages, where)
         return encode_stretches(
             self.tokenizer, text, [Stretch(turn.start, turn.stop) for turn in turns], where
         )
 
-    def render(
+    def _render(
         self, messages: Sequence[Message], where: str, *, generation_prompt: bool = False
     ) -> str:
-        """The conversation as text."""
+        """Render a conversation as text."""
         from jinja2 import TemplateError
 
         try:
@@ -135,52 +135,52 @@ class ChatEncoder:
                 add_generation_prompt=generation_prompt,
                 **self.template_kwargs,
             )
-        # Templates refuse with TemplateError and stumble with TypeError.
+        # Templates refuse rows with TemplateError and fail with TypeError.
         except (TemplateError, TypeError) as error:
             raise ValueError(f"{where}: the chat template refuses this row: {error}") from error
         return text
 
-    def turns(self, messages: Sequence[Message], text: str, where: str) -> list[Turn]:
+    def _find_turns(self, messages: Sequence[Message], text: str, where: str) -> list[Turn]:
         """Find the assistant's turns in ``text``, the rendered conversation."""
-        found = []
+        turns = []
         last = 0
-        for index, end in self._ends(messages, text, where).items():
+        for index, end in self._find_ends(messages, text, where).items():
             message = messages[index]
             here = f"{where}, message {index}"
-            content = _start_of(message["content"].strip(), text, end)
+            content = _find_content(message["content"].strip(), text, end)
             if content is None or content < last:
                 raise ValueError(
                     f"{here}: the chat template rewrites this assistant turn (templates of "
-                    f"thinking models strip thoughts from earlier turns); {_WAY_OUT}"
+                    f"thinking models remove the thinking of earlier turns); {_WAY_OUT}"
                 )
-            start = max(last, self._takeover(messages, index, text, content, where))
+            start = max(last, self._find_start(messages, index, text, content, where))
             for name in _REASONING:
-                thought = message.get(name) or ""
-                if squashed(thought) not in squashed(text[start:content]):
+                thinking = message.get(name) or ""
+                if squash(thinking) not in squash(text[start:content]):
                     raise ValueError(
                         f"{here}: the chat template drops {name!r} of this turn; {_WAY_OUT}"
                     )
-            last = self._stop(text, end, here)
-            found.append(Turn(start, content, end, last))
-        return found
+            last = self._find_stop(text, end, here)
+            turns.append(Turn(start, content, end, last))
+        return turns
 
-    def _ends(self, messages: Sequence[Message], text: str, where: str) -> dict[int, int]:
-        """Where each assistant's text ends in ``text``, by index of the message."""
+    def _find_ends(self, messages: Sequence[Message], text: str, where: str) -> dict[int, int]:
+        """Find the end of each assistant's text in ``text``, by index of the message."""
         sign = next(c for c in map(chr, _PRIVATE_USE) if c not in text)
         marks, marked = {}, []
         for index, message in enumerate(messages):
             if message["role"] == ASSISTANT:
                 content = message["content"]
                 marks[index] = f"{sign}{index}{sign}"
-                # In front of trailing white space, which a template may trim.
-                kept = content.rstrip()
-                message = {**message, "content": kept + marks[index] + content[len(kept) :]}
+                # Before trailing white space, which a template may trim.
+                stripped = content.rstrip()
+                message = {**message, "content": stripped + marks[index] + content[len(stripped) :]}
             marked.append(message)
-        rendered = self.render(marked, where)
+        rendered = self._render(marked, where)
         ends = {}
         for index, mark in marks.items():
-            before, found, after = rendered.partition(mark)
-            if not found:
+            before, separator, after = rendered.partition(mark)
+            if not separator:
                 raise ValueError(
                     f"{where}, message {index}: the chat template drops this assistant turn; "
                     f"{_WAY_OUT}"
@@ -189,51 +189,51 @@ class ChatEncoder:
             rendered = before + after
         if rendered != text:
             raise ValueError(
-                f"{where}: the chat template rewrites the assistant's text, so what is trained "
-                f"can't be told; {_WAY_OUT}"
+                f"{where}: the chat template rewrites the assistant's text, so the text to train "
+                f"on can't be found; {_WAY_OUT}"
             )
         return ends
 
-    def _takeover(
+    def _find_start(
         self, messages: Sequence[Message], index: int, text: str, content: int, where: str
     ) -> int:
-        """Where the model takes over in turn ``index``, at ``content`` the latest."""
+        """Find the end of the generation prompt of turn ``index``, at most ``content``."""
         if index > 0:
             before = messages[:index]
             try:
-                prompt = self.render(before, where, generation_prompt=True)
-                closed = self.render(before, where)
-            # A template may refuse a conversation that ends here, and yet take the whole.
+                prompt = self._render(before, where, generation_prompt=True)
+                closed = self._render(before, where)
+            # A template may refuse a conversation that ends here, and yet accept the whole.
             except ValueError:
                 prompt = closed = ""
             if prompt != closed and text.startswith(prompt):
                 return min(len(prompt), content)
-        # There is no generation prompt: the space in front belongs to the first word's token.
+        # Without a generation prompt, the space before the text belongs to its first token.
         while content > 0 and text[content - 1] == " ":
             content -= 1
         return content
 
-    def _stop(self, text: str, end: int, here: str) -> int:
-        """Behind the token that ends a turn whose text ends at ``end``."""
+    def _find_stop(self, text: str, end: int, here: str) -> int:
+        """Find the end of the end-of-turn token of a turn whose text ends at ``end``."""
         token_start = end + len(text[end:]) - len(text[end:].lstrip())
         for token in self._added:
             if text.startswith(token, token_start):
                 return token_start + len(token)
         raise ValueError(
             f"{here}: the chat template puts no special token behind the assistant's text, so the "
-            f"model would not learn to stop (it goes on with {text[end : end + 20]!r}); pass a "
+            f"model would not learn to stop (the next text is {text[end : end + 20]!r}); pass a "
             "template that ends the turn with one, such as the EOS token"
         )
 
     def _check_end_of_turn(self, messages: Sequence[Message], where: str) -> None:
-        """Once: a turn must end with a token of its own, not with the next turn's header."""
+        """Check once that a turn ends with its own token, not with the next turn's header."""
         first = next(i for i, message in enumerate(messages) if message["role"] == ASSISTANT)
         if first + 1 < len(messages):
             alone = messages[: first + 1]
-            self.turns(alone, self.render(alone, where), where)
-        self._seen_to_end = True
+            self._find_turns(alone, self._render(alone, where), where)
+        self._checked_end = True
 
-    def _by_markers(
+    def _encode_by_markers(
         self, messages: Sequence[Message], turns: list[Turn], text: str, where: str
     ) -> Encoded:
         encoding = self.tokenizer.apply_chat_template(
@@ -280,12 +280,12 @@ class ChatEncoder:
             )
 
 
-def _start_of(content: str, text: str, end: int) -> int | None:
-    """Where ``content`` starts if it stands in front of ``end``, up to white space."""
+def _find_content(content: str, text: str, end: int) -> int | None:
+    """Find the start of a content that ends at ``end`` (white space apart), or None."""
     if text.endswith(content, 0, end):
         return end - len(content)
     position = end
-    for char in reversed(squashed(content)):
+    for char in reversed(squash(content)):
         while position > 0 and text[position - 1].isspace():
             position -= 1
         if position == 0 or text[position - 1] != char:

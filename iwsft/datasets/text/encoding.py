@@ -1,4 +1,4 @@
-"""Text with trained stretches -> token ids and the mask of trained tokens."""
+"""From text with stretches to train on to token ids and their mask."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class Encoded(NamedTuple):
-    """Token ids of a row and which of them are trained on."""
+    """Token ids of a row, and whether each is trained on."""
 
     ids: list[int]
     trained: list[bool]
@@ -21,15 +21,15 @@ class Stretch(NamedTuple):
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Refuse a tokenizer that can't say which characters a token stands for.
+    """Check that a tokenizer has offsets: the characters of each token.
 
     Raises:
-        TypeError: a tokenizer without offsets.
+        TypeError: It has none.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise TypeError(
-            f"{type(tokenizer).__name__} does not tell which characters a token stands for, which "
-            "the mask of trained tokens needs; load a fast tokenizer (a folder with tokenizer.json)"
+            f"{type(tokenizer).__name__} does not tell the characters of a token, which the mask "
+            "of trained tokens needs; load a fast tokenizer (a folder with tokenizer.json)"
         )
 
 
@@ -38,49 +38,49 @@ def encode_stretches(
 ) -> Encoded:
     """Tokenise ``text``; the mask is on for the tokens of the stretches.
 
-    Ids are those of the whole text, except where a token would straddle the start of a stretch:
-    there the text is tokenised in two pieces, as it is when a model continues the prompt.
+    Ids are those of the whole text, unless a token would straddle the start of a stretch. There the
+    text is tokenised in two pieces, as when a model continues the prompt.
 
     Args:
-        tokenizer: a fast tokenizer; special tokens are read in the text, none are added.
-        text: the row.
-        stretches: in order, apart from each other; their masked tokens are decoded and compared.
-        where: place of the row, for errors.
+        tokenizer: Fast tokenizer; it reads the special tokens of the text and adds none.
+        text: Text of the row.
+        stretches: Separate stretches in their order.
+        where: Place of the row, for errors.
 
     Raises:
-        ValueError: masked tokens that do not decode to their stretch (white space apart).
+        ValueError: The tokens of a stretch do not decode to its text (white space apart).
     """
     whole = tokenizer(text, add_special_tokens=False)
     cuts = [start for start, stop in stretches if _straddled(whole, start, stop)]
     ids: list[int] = []
     trained: list[bool] = []
-    left = iter(stretches)
-    stretch = next(left, None)
+    remaining = iter(stretches)
+    stretch = next(remaining, None)
     for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
         piece = tokenizer(text[begin:end], add_special_tokens=False) if cuts else whole
         mask = [False] * len(piece["input_ids"])
         while stretch is not None and stretch.stop <= end:
             tokens = token_range(piece, stretch.start - begin, stretch.stop - begin)
             mask[tokens.start : tokens.stop] = [True] * len(tokens)
-            _check(
+            _check_decoded(
                 tokenizer,
                 piece["input_ids"][tokens.start : tokens.stop],
                 text[stretch.start : stretch.stop],
                 where,
             )
-            stretch = next(left, None)
+            stretch = next(remaining, None)
         ids += piece["input_ids"]
         trained += mask
     return Encoded(ids, trained)
 
 
 def encode_completion(tokenizer: Any, prompt: str, completion: str, where: str) -> Encoded:
-    """Tokenise a prompt and its completion; the completion and an EOS after it are trained.
+    """Tokenise a prompt and its completion; the completion and an EOS after it are trained on.
 
-    BOS stands in front where the tokenizer puts one; EOS is not doubled.
+    BOS comes first where the tokenizer adds it. EOS is not doubled.
 
     Raises:
-        ValueError: a tokenizer without an EOS token.
+        ValueError: The tokenizer has no EOS token.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
@@ -99,13 +99,13 @@ def encode_completion(tokenizer: Any, prompt: str, completion: str, where: str) 
 
 
 def token_range(encoding: Any, start: int, stop: int) -> range:
-    """The tokens that hold characters ``[start, stop)``; empty where no token does."""
-    # A character may stand in no token: white space that the tokenizer drops.
+    """Return the tokens of the characters ``[start, stop)``; empty where no token has one."""
+    # A character may be in no token, such as white space that the tokenizer drops.
     first = next((t for c in range(start, stop) if (t := _token(encoding, c)) is not None), None)
     if first is None:
         return range(0)
     last = next(t for c in reversed(range(start, stop)) if (t := _token(encoding, c)) is not None)
-    # A character outside the byte alphabet is several tokens, and the first is named.
+    # A character outside the byte alphabet is several tokens, of which `_token` gives the first.
     while last + 1 < len(encoding["input_ids"]) and _chars(encoding, last + 1) == _chars(
         encoding, last
     ):
@@ -113,8 +113,8 @@ def token_range(encoding: Any, start: int, stop: int) -> range:
     return range(first, last + 1)
 
 
-def squashed(text: str) -> str:
-    """``text`` without white space."""
+def squash(text: str) -> str:
+    """Remove white space from ``text``."""
     return "".join(text.split())
 
 
@@ -132,17 +132,18 @@ def _straddled(encoding: Any, start: int, stop: int) -> bool:
     return bool(tokens) and _chars(encoding, tokens.start).start < start
 
 
-def _check(tokenizer: Any, ids: list[int], text: str, where: str) -> None:
+def _check_decoded(tokenizer: Any, ids: list[int], text: str, where: str) -> None:
     def decoded(tokens: list[int]) -> str:
-        return squashed(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+        return squash(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
-    got = decoded(ids)
-    if got == squashed(text):
+    result = decoded(ids)
+    if result == squash(text):
         return
-    # A tokenizer may normalise, or not know a character: what it makes of the text alone counts.
-    if got != decoded(tokenizer(text, add_special_tokens=False)["input_ids"]):
+    # A tokenizer may normalise text, or not know a character. So the text is also compared by its
+    # own tokens.
+    if result != decoded(tokenizer(text, add_special_tokens=False)["input_ids"]):
         raise ValueError(
-            f"{where}: the tokens to train on read {_short(got)}, the assistant's text is "
+            f"{where}: the tokens to train on read {_short(result)}, the assistant's text is "
             f"{_short(text)}; this tokenizer's offsets can't be relied on"
         )
 

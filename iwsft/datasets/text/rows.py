@@ -1,10 +1,10 @@
-"""Rows of text to fine-tune on: chat messages, or a prompt and its completion.
+"""Rows of text for fine-tuning: chat messages, or a prompt and its completion.
 
     {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
     {"prompt": "2+2=", "completion": "4", "score": 0.7, "weight": 3, "correct": true}
 
-from JSON lines, Parquet, a folder, or a Hugging Face dataset by name. Three columns are optional:
-``score`` (higher is better: what ``iwsft.curate`` cuts by), ``weight`` (how often the row counts,
+They come from JSON lines, Parquet, a folder, or a Hugging Face dataset by name. Three columns are
+optional: ``score`` (higher is better, for ``iwsft.curate``), ``weight`` (how often the row counts,
 a whole number) and ``correct`` (whether a checker accepted it).
 """
 
@@ -30,16 +30,16 @@ _OTHER_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot"
 
 @dataclass(frozen=True)
 class Row:
-    """One trajectory as text: ``messages``, or ``prompt`` and ``completion``.
+    """A trajectory as text: ``messages``, or ``prompt`` and ``completion``.
 
     Attributes:
-        where: the file and line it stands in, for errors.
-        messages: the conversation, or None.
-        prompt: text that is not trained on; may be empty.
-        completion: text that is trained on, or None where there are messages.
-        score: quality, finite; None where the data has none.
-        weight: how often the row counts, at least 0.
-        correct: whether a checker accepted it.
+        where: File and line of the row, for errors.
+        messages: Conversation, or None.
+        prompt: Text that is not trained on; it may be empty.
+        completion: Text that is trained on, or None where there are messages.
+        score: Finite quality, or None.
+        weight: How often the row counts, at least 0, or None.
+        correct: Whether a checker accepted the row, or None.
     """
 
     where: str
@@ -62,20 +62,20 @@ def read(
     """Read all rows of a source, in their order.
 
     Args:
-        source: a ``.jsonl``, ``.json`` (lines, or one array) or ``.parquet`` file; a folder
-            (written by ``Dataset.save_to_disk``, or of such files); or the name of a Hugging Face
-            dataset, which is downloaded and cached by ``datasets``.
-        split: of a folder or a named dataset; a file has none.
-        config: configuration of a named dataset, where it has several.
-        make: from a record and its place to a row, for data in other columns (see
+        source: A ``.jsonl``, ``.json`` (lines, or one array) or ``.parquet`` file; a folder
+            (written by ``Dataset.save_to_disk``, or with such files); or the name of a Hugging Face
+            dataset, which ``datasets`` downloads and caches.
+        split: Split of a folder or a named dataset; a file has none.
+        config: Configuration of a named dataset, where it has several.
+        make: Function from a record and its place to a row, for data with other columns (see
             ``iwsft.datasets.text.s1k``); :func:`to_row` by default.
-        cache_dir: where ``datasets`` keeps what it downloads and prepares; its own by default.
+        cache_dir: Folder in which ``datasets`` caches; its own by default.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: an unknown kind of source, split or dataset, no row at all, or a row that can't
-            be trained on; the message names the file and the line.
-        ConnectionError: the named dataset can't be reached.
+        FileNotFoundError: The file does not exist.
+        ValueError: The kind of source, the split or the dataset is unknown, there is no row, or a
+            row can't be trained on; the message names the file and the line.
+        ConnectionError: The named dataset can't be reached.
     """
     make = to_row if make is None else make
     rows = [make(record, where) for where, record in records(source, split, config, cache_dir)]
@@ -90,7 +90,7 @@ def records(
     config: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> Iterator[tuple[str, Record]]:
-    """The records of a source as they are, each with its place; see :func:`read`."""
+    """Iterate over the unchanged records of a source, each with its place; see :func:`read`."""
     path = Path(source).expanduser()
     if path.is_dir():
         return _from_datasets(str(path), split, config, cache_dir)
@@ -100,46 +100,46 @@ def records(
         return _parquet(path) if path.suffix.lower() == ".parquet" else _json(path)
     if isinstance(source, Path) or path.exists() or not _HUB_NAME.fullmatch(str(source)):
         raise ValueError(
-            f"{source} is no data that can be read: pass a file that ends in "
+            f"{source} is not data that can be read: pass a file that ends in "
             f"{', '.join(_SUFFIXES)}, a folder, or the name of a Hugging Face dataset (OWNER/NAME)"
         )
     return _from_datasets(str(source), split, config, cache_dir)
 
 
 def to_row(record: Record, where: str) -> Row:
-    """A row from a record with ``messages``, or with ``prompt`` and ``completion``.
+    """Make a row from a record with ``messages``, or with ``prompt`` and ``completion``.
 
     Args:
-        record: columns by name; others than those of :class:`Row` are left out.
-        where: its place, for errors.
+        record: Columns by name; those that :class:`Row` does not have are ignored.
+        where: Place of the record, for errors.
 
     Raises:
-        ValueError: a missing column, an unknown role, a conversation without an assistant turn, an
-            empty completion, a score that is NaN, a weight that is no count.
+        ValueError: A column is missing, a role is unknown, there is no assistant turn, a completion
+            is empty, a score is NaN, or a weight is not a whole number from 0 on.
     """
-    bare = Row(
+    row = Row(
         where,
         score=_score(record.get("score"), where),
         weight=_weight(record.get("weight"), where),
         correct=_correct(record.get("correct"), where),
     )
     if record.get("messages") is not None:
-        return replace(bare, messages=_messages(record["messages"], where))
+        return replace(row, messages=_messages(record["messages"], where))
     for column in ("prompt", "completion"):
         if record.get(column) is None:
             raise ValueError(_missing(record, column, where))
-    prompt = checked_text(record["prompt"], "prompt", where)
-    completion = checked_text(record["completion"], "completion", where)
+    prompt = check_text(record["prompt"], "prompt", where)
+    completion = check_text(record["completion"], "completion", where)
     if not completion.strip():
         raise ValueError(f"{where}: the completion is empty; drop the row, or fill it")
-    return replace(bare, prompt=prompt, completion=completion)
+    return replace(row, prompt=prompt, completion=completion)
 
 
 def check_scores(rows: Sequence[Row]) -> None:
-    """Refuse rows that can't be ranked; to be called before tokens are made and curated.
+    """Check that rows can be ranked; call it before they are tokenised and curated.
 
     Raises:
-        ValueError: a row without a score, or scores that are all equal.
+        ValueError: A row has no score, or all scores are equal.
     """
     for row in rows:
         if row.score is None:
@@ -149,13 +149,17 @@ def check_scores(rows: Sequence[Row]) -> None:
             )
     if len(rows) > 1 and len({row.score for row in rows}) == 1:
         raise ValueError(
-            f"all {len(rows)} scores are {rows[0].score:g} (from {rows[0].where} on): they can't "
-            "tell better rows from worse; pass other scores, or train on all rows"
+            f"all {len(rows)} scores are {rows[0].score:g} (from {rows[0].where} on), so no row is "
+            "better than another; pass other scores, or train on all rows"
         )
 
 
-def checked_text(value: Any, name: str, where: str) -> str:
-    """``value`` if it is text that can be tokenised; an error that names it otherwise."""
+def check_text(value: Any, name: str, where: str) -> str:
+    """Return a value that is text that can be tokenised.
+
+    Raises:
+        ValueError: It is something else; the error names it.
+    """
     if not isinstance(value, str):
         raise ValueError(f"{where}: {name} must be text, it is {_kind(value)}")
     try:
@@ -163,7 +167,7 @@ def checked_text(value: Any, name: str, where: str) -> str:
     except UnicodeEncodeError as error:
         raise ValueError(
             f"{where}: {name} holds half of a surrogate pair at character {error.start}, which is "
-            "no text; mend or drop the row"
+            "not text; mend or drop the row"
         ) from error
     return value
 
@@ -185,16 +189,16 @@ def _messages(value: Any, where: str) -> tuple[Message, ...]:
 def _message(value: Any, turn: int, where: str) -> Message:
     here = f"{where}, message {turn}"
     if not isinstance(value, Mapping) or "role" not in value:
-        found = sorted(value) if isinstance(value, Mapping) else _kind(value)
-        raise ValueError(f"{here}: a message is {{role, content}}, found {found}")
+        content = sorted(value) if isinstance(value, Mapping) else _kind(value)
+        raise ValueError(f"{here}: a message is {{role, content}}, found {content}")
     role = value["role"]
     if role not in ROLES:
-        known = _OTHER_ROLES.get(role) if isinstance(role, str) else None
-        hint = f"did you mean {known!r}? " if known else ""
+        near = _OTHER_ROLES.get(role) if isinstance(role, str) else None
+        hint = f"did you mean {near!r}? " if near else ""
         raise ValueError(f"{here}: unknown role {role!r}; {hint}Roles are {', '.join(ROLES)}")
-    # Arrow gives every message all keys of all messages; templates ask whether a key is there.
+    # Arrow gives every message all keys of all messages; templates test whether a key exists.
     message = {key: entry for key, entry in value.items() if entry is not None}
-    content = checked_text(message.setdefault("content", ""), "content", here)
+    content = check_text(message.setdefault("content", ""), "content", here)
     if role == ASSISTANT and not content.strip() and not message.get("tool_calls"):
         raise ValueError(f"{here}: the assistant's turn is empty; drop the row, or fill it")
     return message
@@ -216,8 +220,8 @@ def _weight(value: Any, where: str) -> int | None:
     whole = isinstance(value, int | float) and not isinstance(value, bool)
     if not whole or not math.isfinite(value) or value < 0 or value != int(value):
         raise ValueError(
-            f"{where}: weight {value!r} is no count: it says how often the row is drawn (0, 1, 2, "
-            "...). For quality in degrees use a column 'score' and curation"
+            f"{where}: weight {value!r} is not a count: it says how often the row is drawn (0, 1, "
+            "2, ...). For quality in degrees use a column 'score' and curation"
         )
     return int(value)
 
@@ -231,13 +235,13 @@ def _correct(value: Any, where: str) -> bool | None:
 
 
 def _missing(record: Record, column: str, where: str) -> str:
-    found = ", ".join(map(str, record)) or "none"
+    columns = ", ".join(map(str, record)) or "none"
     other = ""
     if "conversations" in record:
         other = " ('conversations' holds messages under other names: convert it)"
     return (
         f"{where}: column {column!r} is missing{other}; a row has 'messages', or 'prompt' and "
-        f"'completion'. Columns found: {found}. Rename them, or pass make= a function to rows"
+        f"'completion'. Columns found: {columns}. Rename them, or pass make= a function to rows"
     )
 
 
@@ -255,22 +259,22 @@ def _json(path: Path) -> Iterator[tuple[str, Record]]:
                 record = json.loads(line)
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise ValueError(
-                    f"{where}: this line is no JSON ({error}); mend or drop it"
+                    f"{where}: this line is not JSON ({error}); mend or drop it"
                 ) from error
-            yield where, _record(record, where)
+            yield where, _check_record(record, where)
 
 
 def _json_array(path: Path) -> Iterator[tuple[str, Record]]:
     try:
         array = json.loads(path.read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: this file is no JSON ({error}); mend it") from error
+        raise ValueError(f"{path}: this file is not JSON ({error}); mend it") from error
     for number, record in enumerate(array):
         where = f"{path} row {number}"
-        yield where, _record(record, where)
+        yield where, _check_record(record, where)
 
 
-def _record(value: Any, where: str) -> Record:
+def _check_record(value: Any, where: str) -> Record:
     if not isinstance(value, Mapping):
         raise ValueError(f"{where}: a row is an object of columns, this is {_kind(value)}")
     return value

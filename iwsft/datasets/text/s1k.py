@@ -1,18 +1,18 @@
-"""The paper's language data, s1K-1.1: a question, a trace of thought and an answer a row.
+"""The paper's language data, s1K-1.1: rows of a question, a trace of thought and an answer.
 
     rows = read("simplescaling/s1K-1.1", make=s1k.to_row)
 
-The assistant's text is ``<|im_start|>think\\n{trace}\\n<|im_start|>answer\\n{answer}``, with
-``Answer: `` in front of an answer that lacks it (s1, Muennighoff et al. 2025). Both kinds of
-columns are read: those of s1K (``thinking_trajectories``, a list, and ``attempt``) and those of
-s1K-1.1 (``deepseek_thinking_trajectory``, ``deepseek_attempt``, and the same of ``gemini``).
+The assistant's text is ``<|im_start|>think\\n{trace}\\n<|im_start|>answer\\n{answer}``. An answer
+without ``Answer:`` gets it as a prefix (s1, Muennighoff et al. 2025). The columns may be those of
+s1K (``thinking_trajectories``, a list, and ``attempt``) or of s1K-1.1
+(``deepseek_thinking_trajectory``, ``deepseek_attempt``, and the same with ``gemini``).
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from iwsft.datasets.text.rows import ASSISTANT, Record, Row, checked_text
+from iwsft.datasets.text.rows import ASSISTANT, Record, Row, check_text
 
 PAD_TOKEN = "<|fim_pad|>"
 THINK = "<|im_start|>think\n"
@@ -24,18 +24,19 @@ Teacher = Literal["deepseek", "gemini"]
 
 
 def to_row(record: Record, where: str, *, teacher: Teacher = "deepseek") -> Row:
-    """A row of s1K or s1K-1.1 as a conversation of one question and its answer.
+    """Make a conversation of one question and its answer from a record of s1K or s1K-1.1.
 
     Args:
-        record: columns by name.
-        where: its place, for errors.
-        teacher: whose trace of s1K-1.1 is taken; s1K holds one only.
+        record: Columns by name.
+        where: Place of the record, for errors.
+        teacher: Teacher whose trace in s1K-1.1 is used; s1K has only one.
 
     Returns:
-        A row with ``messages``; ``correct`` is the grade of s1K-1.1 (Yes or No), where it is given.
+        A row with ``messages``; ``correct`` is the grade of s1K-1.1 (Yes or No), where there is
+        one.
 
     Raises:
-        ValueError: missing or empty columns, or a grade that is neither Yes nor No.
+        ValueError: A column is missing or empty, or a grade is neither Yes nor No.
     """
     if f"{teacher}_thinking_trajectory" in record:
         trace_column, answer_column = f"{teacher}_thinking_trajectory", f"{teacher}_attempt"
@@ -49,9 +50,9 @@ def to_row(record: Record, where: str, *, teacher: Teacher = "deepseek") -> Row:
             f"{where}: neither {teacher}_thinking_trajectory (s1K-1.1) nor thinking_trajectories "
             f"(s1K) is a column; columns found: {', '.join(map(str, record))}"
         )
-    question = _filled(record.get("question"), "question", where)
-    trace = _filled(trace, trace_column, where)
-    answer = _filled(record.get(answer_column), answer_column, where)
+    question = _check_filled(record.get("question"), "question", where)
+    trace = _check_filled(trace, trace_column, where)
+    answer = _check_filled(record.get(answer_column), answer_column, where)
     messages = (
         {"role": "user", "content": question},
         {"role": ASSISTANT, "content": assistant_text(trace, answer)},
@@ -60,17 +61,17 @@ def to_row(record: Record, where: str, *, teacher: Teacher = "deepseek") -> Row:
 
 
 def assistant_text(trace: str, answer: str) -> str:
-    """What the assistant says, as the model is to write it."""
+    """Return the text that the model learns to write."""
     if _ANSWER_WORD not in answer:
         answer = f"{_ANSWER_WORD} {answer}"
     return f"{THINK}{trace}\n{ANSWER}{answer}"
 
 
 def set_pad_token(tokenizer: Any) -> int:
-    """Pad with a token that no text holds, never with EOS; returns its id.
+    """Pad with a token that no text contains, never with EOS; returns its id.
 
     Raises:
-        ValueError: a tokenizer without ``<|fim_pad|>``, which is not Qwen2.5's.
+        ValueError: The tokenizer has no ``<|fim_pad|>``, so it is not Qwen2.5's.
     """
     if PAD_TOKEN not in tokenizer.get_vocab():
         raise ValueError(
@@ -82,8 +83,8 @@ def set_pad_token(tokenizer: Any) -> int:
     return pad
 
 
-def _filled(value: Any, column: str, where: str) -> str:
-    text = checked_text(value, column, where)
+def _check_filled(value: Any, column: str, where: str) -> str:
+    text = check_text(value, column, where)
     if not text.strip():
         raise ValueError(f"{where}: {column} is empty; drop the row")
     return text

@@ -1,4 +1,4 @@
-"""Rows of text -> packed trajectories of tokens, ready for curation, reference and training."""
+"""From rows of text to packed trajectories of tokens."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ CORRECT = "correct"
 
 @dataclass(frozen=True, eq=False)
 class TokenDataset:
-    """Tokenised rows and what is known of them.
+    """Tokenised rows and their origin.
 
     Attributes:
-        trajectories: packed, batch size ``[N]`` tokens, a trajectory a row, in the order of the
-            rows: ``("tokens", "full")`` int64, ``("masks", "all_attention_mask" |
-            "all_assistant_mask")`` bool, ``("collector", "traj_ids")`` int64, the row's number;
-            where the rows have them ``score`` float64, ``correct`` bool and ``multiplicity`` int64
-            (the row's weight), the row's value on each of its tokens.
-        rows: the place of each row.
-        truncated: tokens cut off, by row number; rows that were not cut are not in it.
+        trajectories: Packed trajectories, one per row and in the order of the rows, of batch size
+            ``[N]`` tokens: ``("tokens", "full")`` int64, ``("masks", "all_attention_mask" |
+            "all_assistant_mask")`` bool, ``("collector", "traj_ids")`` int64 (the row's number).
+            Where the rows have them: ``score`` float64, ``correct`` bool and ``multiplicity`` int64
+            (the row's weight), with the row's value on each of its tokens.
+        rows: Place of each row.
+        truncated: Number of tokens cut off, by number of the row; uncut rows are not in it.
         fingerprint: SHA-256 of the tokens and masks, the vocabulary, the template and max_length.
-        notes: what was changed, a sentence each.
+        notes: A sentence on each change.
     """
 
     trajectories: TensorDict
@@ -61,33 +61,34 @@ def tokenize(
     template: str | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> TokenDataset:
-    """Tokenise rows and mark what is trained: the assistant's turns, or the completion.
+    """Tokenise rows and mark the tokens to train on: the assistant's turns, or the completion.
 
-    The first token of a row is never trained, as nothing predicts it. A row's ``weight`` becomes
-    its multiplicity: such data counts as curated already. A row is cut at ``max_length`` from the
-    right; cuts are counted, kept in ``truncated`` and warned of.
+    The first token of a row is never trained on, as nothing predicts it. A row's ``weight`` becomes
+    its multiplicity, so such data counts as curated. ``max_length`` cuts a row at its end; warnings
+    and ``truncated`` report the cuts.
 
     Args:
-        rows: see ``iwsft.datasets.text.rows``; all are used.
-        tokenizer: a fast tokenizer of transformers.
-        max_length: tokens of a row at most; None cuts nothing.
-        template: chat template for rows with messages; the tokenizer's own by default.
-        template_kwargs: its variables, such as ``enable_thinking`` or ``date_string``.
+        rows: All rows, see ``iwsft.datasets.text.rows``.
+        tokenizer: Fast tokenizer of transformers.
+        max_length: Most tokens of a row; None cuts nothing.
+        template: Chat template for rows with messages; the tokenizer's own by default.
+        template_kwargs: Variables of the template, such as ``enable_thinking`` or ``date_string``.
 
     Raises:
-        ValueError: no rows, a row that can't be encoded or whose trained part is cut off, or an
-            optional column that only some rows have; the message names the row.
-        TypeError: a tokenizer without offsets.
+        ValueError: There are no rows, a row can't be encoded, the part to train on is cut off, or
+            only some rows have an optional column; the message names the row.
+        TypeError: The tokenizer has no offsets.
     """
     if not rows:
         raise ValueError("there is not a single row to tokenise")
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length={max_length} leaves nothing to train on; it is at least 2")
-    check_tokenizer(tokenizer)
     columns = _columns(rows)
     chat: ChatEncoder | None = None
     if template is not None or any(row.messages is not None for row in rows):
         chat = ChatEncoder(tokenizer, template=template, template_kwargs=template_kwargs)
+    else:
+        check_tokenizer(tokenizer)
     ids, masks, truncated = [], [], {}
     for number, row in enumerate(rows):
         encoded = _encode(row, tokenizer, chat)
@@ -123,11 +124,11 @@ def tokenize(
 
 
 def correct_only(trajectories: TensorDictBase) -> TensorDictBase:
-    """D+ of rows that a checker has judged: the packed trajectories with ``correct``.
+    """Keep the packed trajectories that a checker accepted: the paper's D+.
 
     Raises:
-        KeyError: trajectories without ``correct``.
-        ValueError: none is correct.
+        KeyError: The trajectories have no ``correct``.
+        ValueError: No trajectory is correct.
     """
     correct = trajectories.get(CORRECT, default=None)
     if correct is None:
@@ -136,10 +137,10 @@ def correct_only(trajectories: TensorDictBase) -> TensorDictBase:
             "curate by another score"
         )
     sizes = lengths(trajectories)
-    kept = correct[sizes.cumsum(0) - sizes].nonzero().squeeze(-1)
-    if len(kept) == 0:
+    positions = correct[sizes.cumsum(0) - sizes].nonzero().squeeze(-1)
+    if len(positions) == 0:
         raise ValueError(f"none of the {len(sizes)} rows is correct: there is nothing to train on")
-    return select(trajectories, kept)
+    return select(trajectories, positions)
 
 
 def _encode(row: Row, tokenizer: Any, chat: ChatEncoder | None) -> Encoded:
@@ -151,8 +152,8 @@ def _encode(row: Row, tokenizer: Any, chat: ChatEncoder | None) -> Encoded:
 
 
 def _columns(rows: Sequence[Row]) -> dict[NestedKey, Tensor]:
-    """The optional columns, one number a row."""
-    found: dict[NestedKey, Tensor] = {}
+    """Return the optional columns, with a number per row."""
+    columns: dict[NestedKey, Tensor] = {}
     for name, key, dtype in (
         ("score", SCORE, torch.float64),
         ("weight", MULTIPLICITY, torch.int64),
@@ -167,10 +168,10 @@ def _columns(rows: Sequence[Row]) -> dict[NestedKey, Tensor]:
                 f"{lacking[0]}: there is no {name}, nor in {len(lacking) - 1} other rows, and "
                 f"{len(rows) - len(lacking)} rows have one; give all rows a {name}, or none"
             )
-        found[key] = torch.tensor(values, dtype=dtype)
-    if MULTIPLICITY in found and int(found[MULTIPLICITY].sum()) == 0:
+        columns[key] = torch.tensor(values, dtype=dtype)
+    if MULTIPLICITY in columns and int(columns[MULTIPLICITY].sum()) == 0:
         raise ValueError("every row has weight 0: there is nothing to train on")
-    return found
+    return columns
 
 
 def _nothing_left(row: Row, encoded: Encoded, max_length: int | None) -> str:

@@ -132,7 +132,7 @@ def test_no_network_says_how_to_do_without(monkeypatch: pytest.MonkeyPatch) -> N
     [
         ("math500", None, "unknown task 'math500'; did you mean 'math-500'"),
         ("gsm8k={}/nowhere.jsonl", None, "there is no file"),
-        ("gsm8k={}/data.txt", None, "is no data that can be read"),
+        ("gsm8k={}/data.txt", None, "is not data that can be read"),
         ("gsm8k={}/data.jsonl", [], "holds no question"),
         ("gsm8k={}/data.jsonl", [{"question": "?"}], "data.jsonl:1: GSM8K.*answer missing here"),
         (

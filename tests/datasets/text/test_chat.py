@@ -174,7 +174,7 @@ def test_no_template_and_no_offsets():
     class Slow:
         is_fast = False
 
-    with pytest.raises(TypeError, match="Slow does not tell which characters"):
+    with pytest.raises(TypeError, match="Slow does not tell the characters"):
         ChatEncoder(Slow())
 
 

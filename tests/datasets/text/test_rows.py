@@ -102,9 +102,9 @@ def turn(role: str, content: Any) -> dict[str, Any]:
         ({**PAIR, "score": math.inf}, "the score is inf"),
         ({**PAIR, "score": "good"}, "score must be a number, it is 'good'"),
         ({**PAIR, "score": True}, "score must be a number"),
-        ({**PAIR, "weight": 0.5}, "weight 0.5 is no count"),
-        ({**PAIR, "weight": -1}, "weight -1 is no count"),
-        ({**PAIR, "weight": math.inf}, "weight inf is no count"),
+        ({**PAIR, "weight": 0.5}, "weight 0.5 is not a count"),
+        ({**PAIR, "weight": -1}, "weight -1 is not a count"),
+        ({**PAIR, "weight": math.inf}, "weight inf is not a count"),
         ({**PAIR, "correct": "yes"}, "correct must be true or false, it is 'yes'"),
         ([1], "a row is an object of columns, this is of type list"),
     ],
@@ -119,13 +119,13 @@ def test_a_bad_row_is_named_with_its_line(tmp_path, record, error):
 def test_files_that_can_not_be_read(tmp_path):
     broken = tmp_path / "broken.jsonl"
     broken.write_bytes(json.dumps(PAIR).encode() + b'\n{"prompt": "a", ')
-    with pytest.raises(ValueError, match=r"broken.jsonl:2: this line is no JSON"):
+    with pytest.raises(ValueError, match=r"broken.jsonl:2: this line is not JSON"):
         read(broken)
     broken.write_bytes(b'{"prompt": "a", "completion": "\xff\xfe"}\n')
-    with pytest.raises(ValueError, match=r"broken.jsonl:1: this line is no JSON"):
+    with pytest.raises(ValueError, match=r"broken.jsonl:1: this line is not JSON"):
         read(broken)
     (tmp_path / "broken.json").write_text("[1, 2")
-    with pytest.raises(ValueError, match="broken.json: this file is no JSON"):
+    with pytest.raises(ValueError, match="broken.json: this file is not JSON"):
         read(tmp_path / "broken.json")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and then nothing of the kind PAR1")
     with pytest.raises(ValueError, match="broken.parquet: this file can't be read as Parquet"):
@@ -136,9 +136,9 @@ def test_files_that_can_not_be_read(tmp_path):
     with pytest.raises(FileNotFoundError, match="no file .*none.jsonl"):
         read(tmp_path / "none.jsonl")
     (tmp_path / "data.csv").write_text("a,b")
-    with pytest.raises(ValueError, match="data.csv is no data that can be read.*.jsonl"):
+    with pytest.raises(ValueError, match="data.csv is not data that can be read.*.jsonl"):
         read(tmp_path / "data.csv")
-    with pytest.raises(ValueError, match="no data that can be read"):
+    with pytest.raises(ValueError, match="not data that can be read"):
         read("https://example.org/data set")
 
 
