@@ -14,9 +14,7 @@ import pytest
 import torch
 
 import baselines
-from benchmarks.peer import learner, settings
-from benchmarks.peer.__main__ import Arguments, main
-from benchmarks.peer.data import arrays
+from benchmarks import peer
 from benchmarks.results import CONTROL, read_runs
 from iwsft import datasets
 from iwsft.datasets import OfflineDataset
@@ -30,14 +28,12 @@ from iwsft.trajectory import (
 )
 
 try:
-    d3rlpy = learner.installed()
+    d3rlpy = peer.import_d3rlpy()
 except ImportError:
     d3rlpy = None
-needs_d3rlpy = pytest.mark.skipif(
-    d3rlpy is None, reason=f"d3rlpy is not installed: {learner.INSTALL}"
-)
-PEERS = list(settings.APART)
-# Fields of our settings that d3rlpy can't be told; `steps` is the length of a run, not a setting.
+needs_d3rlpy = pytest.mark.skipif(d3rlpy is None, reason=f"d3rlpy is not installed: {peer.INSTALL}")
+PEERS = list(peer.APART)
+# Fields of our settings that d3rlpy does not have; `steps` is the length of a run, not a setting.
 UNTOLD = {
     "iql": set(),
     "awac": {"steps", "max_weight"},
@@ -78,10 +74,10 @@ def dataset(tiny_dataset: Path) -> OfflineDataset:
 
 @pytest.mark.parametrize("algo", PEERS)
 def test_every_setting_reaches_d3rlpy(algo: str) -> None:
-    """A setting of ours that changes must change d3rlpy's config, or be named as one that can't."""
+    """A setting of ours that changes must change d3rlpy's config, or be named in UNTOLD."""
     # Lagrange's threshold is on, so that the rates of its multiplier are in use.
     base = published(algo, "antmaze-umaze-v2" if algo == "cql" else "hopper-medium-v2")
-    told = settings.config(algo, base)
+    config = peer.d3rlpy_config(algo, base)
     for field in dataclasses.fields(base):
         old = getattr(base, field.name)
         if isinstance(old, bool):
@@ -94,31 +90,31 @@ def test_every_setting_reaches_d3rlpy(algo: str) -> None:
             new = old + 1
         else:
             new = old * 0.5 if old else 0.25
-        changed = settings.config(algo, dataclasses.replace(base, **{field.name: new}))
-        assert (changed == told) == (field.name in UNTOLD[algo]), field.name
+        changed = peer.d3rlpy_config(algo, dataclasses.replace(base, **{field.name: new}))
+        assert (changed == config) == (field.name in UNTOLD[algo]), field.name
 
 
-def test_iql_is_told_the_papers_numbers() -> None:
-    told = settings.config("iql", published("iql"))
-    params = told["params"]
-    assert told["type"] == "iql"
+def test_iql_gets_the_papers_numbers() -> None:
+    config = peer.d3rlpy_config("iql", published("iql"))
+    params = config["params"]
+    assert config["type"] == "iql"
     assert (params["expectile"], params["weight_temp"], params["max_weight"]) == (0.7, 3.0, 100.0)
     assert (params["gamma"], params["tau"], params["batch_size"]) == (0.99, 0.005, 256)
     assert params["actor_learning_rate"] == params["critic_learning_rate"] == 3e-4
     decay = params["actor_optim_factory"]["params"]["lr_scheduler_factory"]
     assert decay == {"type": "cosine_annealing", "params": {"T_max": 1_000_000}}
     assert params["reward_scaler"] == {"type": "return", "params": {"multiplier": 1000.0}}
-    antmaze = settings.config("iql", published("iql", "antmaze-umaze-v2"))["params"]
+    antmaze = peer.d3rlpy_config("iql", published("iql", "antmaze-umaze-v2"))["params"]
     assert antmaze["reward_scaler"] == {"type": "shift", "params": {"shift": -1.0}}
-    kitchen = settings.config("iql", published("iql", "kitchen-mixed-v0"))["params"]
+    kitchen = peer.d3rlpy_config("iql", published("iql", "kitchen-mixed-v0"))["params"]
     assert kitchen["actor_encoder_factory"]["params"]["dropout_rate"] == 0.1
     assert kitchen["critic_encoder_factory"]["params"]["dropout_rate"] is None
 
 
-def test_cql_threshold_stands_outside_the_weight() -> None:
+def test_cql_threshold_is_applied_after_the_weight() -> None:
     """multiplier x (weight x gap - threshold) is d3rlpy's multiplier x weight x (gap - its own)."""
     ours = published("cql", "antmaze-umaze-v2")
-    params = settings.config("cql", ours)["params"]
+    params = peer.d3rlpy_config("cql", ours)["params"]
     gap = 3.7
     theirs = params["conservative_weight"] * (gap - params["alpha_threshold"])
     assert theirs == pytest.approx(ours.min_q_weight * gap - ours.lagrange_threshold)
@@ -126,15 +122,15 @@ def test_cql_threshold_stands_outside_the_weight() -> None:
 
 @pytest.mark.parametrize("algo", PEERS)
 def test_configs_are_json(algo: str) -> None:
-    told = settings.config(algo, published(algo))
-    assert json.loads(json.dumps(told)) == told
+    config = peer.d3rlpy_config(algo, published(algo))
+    assert json.loads(json.dumps(config)) == config
 
 
 # ---- data
 
 
 def test_rows_hold_every_step_and_the_true_next_observation() -> None:
-    out = arrays(three_episodes())
+    out = peer.arrays(three_episodes())
     # A row after the timeout and one after the step where the data break off.
     np.testing.assert_array_equal(
         out["observations"],
@@ -151,17 +147,17 @@ def test_data_that_d3rlpy_cannot_hold() -> None:
     torn = three_episodes()
     torn.get(NEXT_OBSERVATION)[2, 0] += 1
     with pytest.raises(ValueError, match=r"step 2 .* next observation that is not the next row"):
-        arrays(torn)
+        peer.arrays(torn)
     further = three_episodes()
     further.get(TERMINATED)[3] = True
     with pytest.raises(ValueError, match=r"step 3 .* termination with further steps"):
-        arrays(further)
+        peer.arrays(further)
 
 
 @needs_d3rlpy
 def test_d3rlpy_reads_the_same_transitions(dataset: OfflineDataset) -> None:
     for trajectories in (three_episodes(), dataset.trajectories):
-        read = learner.replay("td3-bc", trajectories)
+        read = peer.d3rlpy_data("td3-bc", trajectories)
         assert read.transition_count == len(trajectories)
         steps = [read.transition_picker(*read.buffer[i]) for i in range(len(trajectories))]
         ended = trajectories.get(TERMINATED).squeeze(-1).numpy()
@@ -183,7 +179,7 @@ def test_d3rlpy_reads_the_same_transitions(dataset: OfflineDataset) -> None:
 def command(tiny_dataset: Path, tmp_path: Path) -> Callable[..., None]:
     def run(*algo: str, **changes: Any) -> None:
         values = {"steps": 25, "eval_episodes": 2, "out": tmp_path / "runs" / "d3rlpy"}
-        main(Arguments(algo=algo, dataset=str(tiny_dataset), **{**values, **changes}))
+        peer.main(peer.Options(algo=algo, dataset=str(tiny_dataset), **{**values, **changes}))
 
     return run
 
@@ -198,7 +194,9 @@ def test_without_d3rlpy_the_error_says_how_to_install_it(
 
 @pytest.mark.parametrize("algo", ["dt", "sft-q"])
 def test_no_peer(command: Callable[..., None], algo: str) -> None:
-    with pytest.raises(SystemExit, match=f"error: d3rlpy is no peer of '{algo}'.* iql, awac"):
+    with pytest.raises(
+        SystemExit, match=f"error: d3rlpy has no '{algo}' like ours; it has iql, awac"
+    ):
         command(algo)
 
 
@@ -212,7 +210,7 @@ def test_wrong_numbers(command: Callable[..., None], changes: Any, message: str)
 
 
 @needs_d3rlpy
-def test_runs_stand_in_the_report_beside_ours(command: Callable[..., None], tmp_path: Path) -> None:
+def test_runs_are_variants_in_the_report(command: Callable[..., None], tmp_path: Path) -> None:
     command(*PEERS)
     runs = {run.algo: run for run in read_runs(tmp_path / "runs", CONTROL)}
     assert sorted(runs) == sorted(f"d3rlpy/{algo}" for algo in PEERS)
@@ -231,7 +229,7 @@ def test_seeds_repeat_and_nothing_is_overwritten(
     command("iql")
     (path,) = tmp_path.rglob("result.json")
     before = path.read_text()
-    with pytest.raises(SystemExit, match="error: .*runs are there already; pass --resume"):
+    with pytest.raises(SystemExit, match="error: .*a run is there already; pass --resume"):
         command("iql")
     command("iql", resume=True)
     assert path.read_text() == before

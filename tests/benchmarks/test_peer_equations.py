@@ -19,13 +19,12 @@ from torch import Tensor, nn
 import baselines
 from baselines.awac import AWACLoss
 from baselines.td3_bc import DelayedTD3BCLoss
-from benchmarks.peer import learner as peer
-from benchmarks.peer.settings import config
+from benchmarks import peer
 from iwsft import datasets
 from iwsft.trajectory import ACTION, NEXT_OBSERVATION, OBSERVATION, REWARD, TERMINATED
 
 try:
-    d3rlpy = peer.installed()
+    d3rlpy = peer.import_d3rlpy()
 except ImportError:
     d3rlpy = None
 pytestmark = pytest.mark.skipif(d3rlpy is None, reason=f"d3rlpy is not installed: {peer.INSTALL}")
@@ -55,8 +54,8 @@ class Pair:
         settings, _ = module.published("hopper-medium-v2")
         self.settings = dataclasses.replace(settings, **changes)
         self.ours = module.build(trajectories, self.settings, seed=0)
-        data = peer.replay(algo, trajectories)
-        self.theirs = peer.create(config(algo, self.settings), 11, 3, seed=1)
+        data = peer.d3rlpy_data(algo, trajectories)
+        self.theirs = peer.create_learner(peer.d3rlpy_config(algo, self.settings), 11, 3, seed=1)
         d3rlpy.algos.utility.build_scalers_with_transition_picker(self.theirs, data)
         picked = [data.transition_picker(*data.buffer[i]) for i in range(STEPS)]
         self.their_batch = d3rlpy.TorchMiniBatch.from_batch(

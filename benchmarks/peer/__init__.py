@@ -1,1 +1,0 @@
-"""d3rlpy's algorithms on the same data, settings, steps and evaluation as ours."""
