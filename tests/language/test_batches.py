@@ -229,12 +229,18 @@ def test_settings_of_batches():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_data_loader_hands_out_the_same_batches(workers):
+def test_a_data_loader_hands_out_the_same_batches(forkserver, workers):
     data = dataset([5, 7, 3, 9, 4, 6, 8])
     entries = TrajectoryDataset(data)
     make = partial(collate, layout="packed")
     batches = EpochBatches(entries.sizes, batch_size=3, seed=2)
-    loader = DataLoader(entries, batch_sampler=batches, collate_fn=make, num_workers=workers)
+    loader = DataLoader(
+        entries,
+        batch_sampler=batches,
+        collate_fn=make,
+        num_workers=workers,
+        multiprocessing_context=forkserver if workers else None,
+    )
     own = EpochSampler(data, 3, layout="packed", seed=2)
     assert [content(batch) for batch in loader] == [content(own.sample()) for _ in range(3)]
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ import pytest
 import torch
 from tiny import losses, model, trainer, trajectories
 from torch import Tensor
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from iwsft import ImportanceWeights, weights
 from iwsft.checkpoint import CheckpointError
@@ -131,33 +128,32 @@ def test_the_reference_is_gone(tmp_path: Path) -> None:
         trainer(tmp_path, **SAVED).train(resume_from_checkpoint=True)
 
 
-def test_a_kill_while_a_checkpoint_is_written(tmp_path: Path) -> None:
-    """Whenever it comes, the run goes on from a whole checkpoint and ends as if nothing was."""
-    own = {"proposal": "cached", "sync_every": 3, "max_steps": 12, "save_steps": 1}
-    whole = trainer(tmp_path / "whole", **{**SAVED, **own})
+KILLED = {"proposal": "cached", "sync_every": 3, "max_steps": 12, "save_steps": 1}
+
+
+def _continue(folder: Path) -> None:
+    torch.set_num_threads(1)
+    run = trainer(folder, **{**SAVED, **KILLED})
+    run.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")) or None)
+
+
+def test_a_kill_while_a_checkpoint_is_written(forkserver: Any, tmp_path: Path) -> None:
+    """Whenever it comes, the run continues from a whole checkpoint to the same end."""
+    whole = trainer(tmp_path / "whole", **{**SAVED, **KILLED})
     whole.train()
     folder = tmp_path / "killed"
-    script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import tiny; "
-        "folder = Path(sys.argv[2]); "
-        f"run = tiny.trainer(folder, save_strategy='steps', **{own!r}); "
-        "run.train(resume_from_checkpoint=any(folder.glob('checkpoint-*')) or None)"
-    )
     for wait in (0.0, 0.05):
         before = len(list(folder.glob("checkpoint-*")))
-        child = subprocess.Popen(
-            [sys.executable, "-c", script, str(Path(__file__).parent), str(folder)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-        )
-        while len(list(folder.glob("checkpoint-*"))) < before + 2 and child.poll() is None:
+        child = forkserver.Process(target=_continue, args=(folder,))
+        child.start()
+        while len(list(folder.glob("checkpoint-*"))) < before + 2 and child.is_alive():
             time.sleep(0.002)
         time.sleep(wait)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
+        child.kill()
+        child.join()
         for checkpoint in folder.glob("checkpoint-*"):
             assert (checkpoint / saving.SEAL).exists()
-    resumed = trainer(folder, **{**SAVED, **own})
+    resumed = trainer(folder, **{**SAVED, **KILLED})
     resumed.train(resume_from_checkpoint=True)
     assert losses(resumed) == losses(whole)
     for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
@@ -173,26 +169,15 @@ def test_old_checkpoints_go_when_a_new_one_is_whole(tmp_path: Path) -> None:
     assert not (tmp_path / saving.ASIDE).exists()
 
 
-def test_no_space_for_a_checkpoint(tmp_path: Path) -> None:
+def test_no_space_for_a_checkpoint(full_disk: Any, tmp_path: Path) -> None:
     """Files may not grow beyond 64 KiB from the second checkpoint on: as on a full disk."""
-    script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import resource, signal, tiny; "
-        "from pathlib import Path; from transformers import TrainerCallback\n"
-        "class Full(TrainerCallback):\n"
-        "    def on_save(self, *args, **kwargs):\n"
-        "        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))\n"
-        f"tiny.trainer(Path(sys.argv[2]), callbacks=[Full()], **{SAVED!r}).train()\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode != 0
-    assert "OSError" in done.stderr and ("space" in done.stderr)
+    with ExitStack() as stack, pytest.raises(OSError, match="space"):
+
+        class Full(TrainerCallback):
+            def on_save(self, *args: Any, **kwargs: Any) -> None:
+                stack.enter_context(full_disk(1 << 16))
+
+        trainer(tmp_path, callbacks=[Full()], **SAVED).train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     trainer(tmp_path, **SAVED).train(resume_from_checkpoint=True)
     assert (tmp_path / "checkpoint-4").is_dir()

@@ -26,15 +26,40 @@ ZERO3 = {
     "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     "zero_allow_untested_optimizer": True,
 }
-# Batches of 1 accumulated on two processes, a chain that clips, an update cut short.
-SETTINGS: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 4}
-CHAIN = ImportanceWeights(trajectory=[weights.ClipWeight(max=3.0)])
+# The third update is cut short: of its 3 entries, the fourth micro-batch has none. The checkpoint
+# is written within a window of cached weights.
+SETTINGS: dict[str, Any] = {
+    "importance_weights": ImportanceWeights(trajectory=[weights.ClipWeight(max=3.0)]),
+    "max_steps": 4,
+    "save_strategy": "steps",
+    "save_steps": 3,
+}
+SPLIT = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+
+
+def _rows(run: Any) -> list[dict[str, float]]:
+    return [
+        {name: row[name] for name in ("loss", "ESS", "weight_max", "kl_approx")}
+        for row in run.state.log_history
+        if "loss" in row
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, float]]]:
+    """What one process logs with each proposal."""
+    rows = []
+    for proposal in PROPOSALS:
+        run = trainer(tmp_path_factory.mktemp("alone"), **SETTINGS, **proposal)
+        run.train()
+        rows.append(_rows(run))
+    return rows
 
 
 def _port() -> int:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        port: int = held.getsockname()[1]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
         return port
 
 
@@ -48,52 +73,39 @@ def _work(rank: int, port: int, folder: Path, engine: str) -> None:
         "WORLD_SIZE": "2",
         "DS_ACCELERATOR": "cpu",
     }
-    own: dict[str, Any] = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    own: dict[str, Any] = {**SETTINGS, **SPLIT}
     if engine == "zero3":
         import deepspeed.comm.torch
 
         # It compiles for minutes where it never ran, and only speeds reductions up.
         deepspeed.comm.torch.build_shm_op = lambda: None
         own["deepspeed"] = ZERO3
-    found = {}
+    rows = []
     for number, proposal in enumerate(PROPOSALS):
-        run = trainer(folder / str(number), importance_weights=CHAIN, **SETTINGS, **own, **proposal)
+        run = trainer(folder / str(number), **own, **proposal)
         run.train()
-        again = trainer(
-            folder / str(number), importance_weights=CHAIN, **SETTINGS, **own, **proposal
-        )
-        again.train(resume_from_checkpoint=str(folder / str(number) / "checkpoint-4"))
-        assert losses(again)[4:] == losses(run)[4:]
-        found[number] = [
-            {k: row[k] for k in ("loss", "ESS", "weight_max", "kl_approx")}
-            for row in run.state.log_history
-            if "loss" in row
-        ]
+        again = trainer(folder / str(number), **own, **proposal)
+        again.train(resume_from_checkpoint=str(folder / str(number) / "checkpoint-3"))
+        assert losses(again)[3:] == losses(run)[3:]
+        rows.append(_rows(run))
     if rank == 0:
-        torch.save(found, folder / "found.pt")
+        torch.save(rows, folder / "rows.pt")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("engine", ["data-parallel", "zero3"])
-def test_two_processes_are_one(on_two_processes: Any, tmp_path: Path, engine: str) -> None:
+def test_two_processes_are_one(
+    on_two_processes: Any, alone: Any, tmp_path: Path, engine: str
+) -> None:
     on_two_processes(_work, _port(), tmp_path, engine)
-    found = torch.load(tmp_path / "found.pt", weights_only=True)
-    for number, proposal in enumerate(PROPOSALS):
-        alone = trainer(
-            tmp_path / f"alone-{number}", importance_weights=CHAIN, **SETTINGS, **proposal
-        )
-        alone.train()
-        rows = [row for row in alone.state.log_history if "loss" in row]
-        assert len(rows) == len(found[number]) == 6
-        for ours, theirs in zip(found[number], rows, strict=True):
-            for name, value in ours.items():
-                assert value == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), (proposal, name)
+    together = torch.load(tmp_path / "rows.pt", weights_only=True)
+    for proposal, ours, theirs in zip(PROPOSALS, together, alone, strict=True):
+        assert len(ours) == len(theirs) == 4
+        for update, row in enumerate(ours):
+            for name, value in row.items():
+                expected = pytest.approx(theirs[update][name], rel=1e-4, abs=1e-5)
+                assert value == expected, (proposal, update, name)
     with pytest.raises(CheckpointError, match="written by 2 processes, this run has 1"):
-        trainer(
-            tmp_path / "0",
-            importance_weights=CHAIN,
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=2,
-            **SETTINGS,
-            **PROPOSALS[0],
-        ).train(resume_from_checkpoint=True)
+        trainer(tmp_path / "0", **SETTINGS, **SPLIT, **PROPOSALS[0]).train(
+            resume_from_checkpoint=True
+        )
