@@ -279,31 +279,32 @@ def test_weights_that_overflow(
     assert "iw-sft-q seed 0: importance weights overflow" in line and "lower Temperature" in line
 
 
-def test_one_run_that_fails_leaves_the_others(job: Job, tmp_path: Path, tiny_dataset: Path) -> None:
-    """As a user runs it: two processes, and the checkpoint of seed 1's reference damaged."""
+def test_one_run_that_fails_leaves_the_others(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint of seed 1's reference is damaged; seed 2 runs all the same."""
     few = {"steps": 5, "reference_steps": 5, "eval_episodes": 1}
     data = job(tmp_path, ["bc"], seeds=(1,), **few)
-    (kept,) = (path for path in (data / "reference").iterdir() if path.is_dir())
-    state = kept / "checkpoint" / "state.pt"
+    (reference,) = (path for path in (data / "reference").iterdir() if path.is_dir())
+    state = reference / "checkpoint" / "state.pt"
     content = bytearray(state.read_bytes())
     content[len(content) // 2] ^= 1
     state.write_bytes(content)
 
-    command = [sys.executable, "-m", "benchmarks.d4rl", "--dataset", str(tiny_dataset), "--out"]
-    command += [str(tmp_path), "--steps", "5", "--reference-steps", "5", "--eval-episodes", "1"]
-    command += ["--algo", "sft", "--seeds", "0", "1", "--jobs", "2"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert len(errors) == 1 and "Traceback" not in done.stderr
-    assert f"error: sft seed 1: {state} is corrupt" in errors[0]
-    assert "\nSFT " in done.stdout
-    finished = data / "sft" / "seed-0" / "result.json"
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        job(tmp_path, ["sft"], seeds=(1, 2), **few)
+    assert ended.value.code == 1
+    printed = capsys.readouterr()
+    errors = [line for line in printed.err.splitlines() if line.startswith("error")]
+    assert len(errors) == 1 and f"error: sft seed 1: {state} is corrupt" in errors[0]
+    assert "\nSFT " in printed.out and "1 done, 1 failed" in printed.out
+    finished = data / "sft" / "seed-2" / "result.json"
     before = finished.read_bytes()
     assert not (data / "sft" / "seed-1" / "result.json").exists()
 
     shutil.rmtree(state.parent)
-    job(tmp_path, ["sft"], seeds=(0, 1), resume=True, **few)
+    job(tmp_path, ["sft"], seeds=(1, 2), resume=True, **few)
     assert (data / "sft" / "seed-1" / "result.json").exists()
     assert finished.read_bytes() == before
 

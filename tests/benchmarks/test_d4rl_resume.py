@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
+import multiprocessing
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.d4rl.__main__ import main
+from benchmarks.d4rl.options import Options
 from iwsft import metrics
 
 STEPS = 120
+SETTINGS: dict[str, Any] = {
+    "steps": STEPS,
+    "reference_steps": STEPS,
+    "eval_episodes": 40,
+    "curve_episodes": 1,
+    "jobs": 1,
+}
 Job = Callable[..., Path]
 
 
@@ -29,21 +37,23 @@ def dataset(tiny_dataset: Path, tmp_path: Path) -> Path:
     return Path(shutil.copy(tiny_dataset, tmp_path / "walker2d-like.hdf5"))
 
 
-def start(dataset: Path, out: Path, algo: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "benchmarks.d4rl", "--algo", algo, "--dataset", str(dataset)]
-    command += ["--steps", str(STEPS), "--reference-steps", str(STEPS), "--eval-episodes", "40"]
-    command += ["--jobs", "1", "--out", str(out), "--resume"]
-    return subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+def start(dataset: Path, out: Path, algo: str) -> BaseProcess:
+    """The job in a process of its own."""
+    options = Options(algo=(algo,), dataset=(str(dataset),), out=out, resume=True, **SETTINGS)
+    process = multiprocessing.get_context("fork").Process(target=main, args=(options,))
+    process.start()
+    return process
 
 
-def kill_when(process: subprocess.Popen[bytes], due: Callable[[], bool]) -> None:
+def kill_when(process: BaseProcess, due: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
     while not due():
-        assert process.poll() is None, "the job ended before it could be killed"
+        assert process.is_alive(), "the job ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -95,20 +105,19 @@ def test_killed_in_reference_tuning_and_evaluation(job: Job, dataset: Path, tmp_
     kill_when(start(dataset, out, "iw-sft-q"), reached(run, STEPS // 2))
     assert not (run / "result.json").exists()
     kill_when(start(dataset, out, "iw-sft-q"), reached(run, STEPS))
-    assert start(dataset, out, "iw-sft-q").wait() == 0
+    main(Options(algo=("iw-sft-q",), dataset=(str(dataset),), out=out, resume=True, **SETTINGS))
 
-    settings = {"steps": STEPS, "reference_steps": STEPS, "eval_episodes": 40}
-    whole = job(tmp_path / "whole", ["iw-sft-q"], dataset=str(dataset), **settings)
+    whole = job(tmp_path / "whole", ["iw-sft-q"], dataset=str(dataset), **SETTINGS)
     check_equal(run, whole / "iw-sft-q" / "seed-0")
     assert not list(out.rglob("*.partial"))
 
 
 def test_bc_killed_while_it_shares_the_reference(job: Job, tmp_path: Path) -> None:
     """The run's folder holds a part of the copy; a damaged one is written again."""
-    folder = job(tmp_path / "killed", ["bc"], steps=STEPS, reference_steps=STEPS) / "bc" / "seed-0"
+    folder = job(tmp_path / "killed", ["bc"], **SETTINGS) / "bc" / "seed-0"
     whole = shutil.copytree(folder, tmp_path / "whole")
     (folder / "result.json").unlink()
     (folder / metrics.FILE).unlink()
     (folder / "checkpoint" / "state.pt").write_bytes(b"half")
-    job(tmp_path / "killed", ["bc"], steps=STEPS, reference_steps=STEPS, resume=True)
+    job(tmp_path / "killed", ["bc"], **SETTINGS, resume=True)
     check_equal(folder, whole)

@@ -190,8 +190,7 @@ def test_progress_is_one_line_a_point(
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(
     job: Job, folder: Path, tmp_path: Path, read_json: Read
 ) -> None:
-    """Also beside other runs in processes of their own."""
-    again = job(tmp_path, ["bc", "iw-sft-q"], seeds=(0, 1), jobs=2)
+    again = job(tmp_path, ["bc", "iw-sft-q"], seeds=(0, 1))
     for algo in ("bc", "iw-sft-q"):
         assert same(again / algo / "seed-0", folder / algo / "seed-0")
         assert not same(again / algo / "seed-1", folder / algo / "seed-0")

@@ -1,15 +1,10 @@
-"""Many runs by one command: what a suite asks for, what it leaves out, and killed workers."""
+"""Many runs by one command: what a suite asks for, and what it leaves out."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +12,10 @@ import h5py
 import numpy as np
 import pytest
 
-from benchmarks import places
 from benchmarks.d4rl.__main__ import main
 from benchmarks.d4rl.options import Options, chosen_suite
 from benchmarks.d4rl.settings import SUITES
-from iwsft import datasets, metrics
+from iwsft import datasets
 from iwsft.datasets import catalog
 
 Job = Callable[..., Path]
@@ -243,118 +237,3 @@ def test_references_come_first_and_are_shared(
     ]
     stages = {(algo, seed) for algo, seed, stage in told if stage == "reference"}
     assert stages == {("sft", "0"), ("sft", "1")}
-
-
-# What follows kills real processes.
-
-
-def test_a_run_that_kills_its_workers_is_given_up_and_the_others_end(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    attempts = tmp_path / "attempts"
-
-    def work(item: str) -> tuple[str, str | None]:
-        if item == "bad":
-            with attempts.open("a") as file:
-                file.write("x")
-            os.kill(os.getpid(), signal.SIGKILL)
-        return item.upper(), os.environ.get("OMP_NUM_THREADS")
-
-    with places.place(None, items=4, jobs=2) as place:
-        ends = dict(places.each(work, ["a", "bad", "b", "c"], place))
-    told = capsys.readouterr().err.splitlines()
-    assert {key: ends[key] for key in "abc"} == {key: (key.upper(), "1") for key in "abc"}
-    assert isinstance(ends["bad"], places.WorkerLostError)
-    assert len(attempts.read_text()) == 1 + places.RETRIES and len(told) == places.RETRIES
-    assert all(line.startswith("bad: its worker was killed") for line in told)
-
-
-STEPS = 200
-
-
-def status(pid: int | str) -> tuple[str, int]:
-    """State and parent of a process; "X" of one that is gone."""
-    try:
-        state, parent, *_ = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return "X", 0
-    return state, int(parent)
-
-
-def alive(pid: int) -> bool:
-    return status(pid)[0] not in "XZ"
-
-
-def workers(owner: int) -> list[int]:
-    """Processes that run runs for ``owner``."""
-    children = [int(p.name) for p in Path("/proc").glob("[0-9]*") if status(p.name)[1] == owner]
-    return [pid for pid in children if b"LokyProcess" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-
-def wait(due: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 120
-    while not due():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def reached(folders: Iterable[Path], step: int) -> bool:
-    """Whether every run is at the step or beyond."""
-    logs = [folder / metrics.FILE for folder in folders]
-    rows = [metrics.read(log) if log.exists() else [] for log in logs]
-    return all(any(row["step"] >= step for row in each) for each in rows)
-
-
-def test_a_killed_worker_costs_no_run(job: Job, tiny_dataset: Path, tmp_path: Path) -> None:
-    """SIGKILL as the kernel sends it; the run goes on from its checkpoint, bit for bit."""
-    out = tmp_path / "killed"
-    runs = [out / "d4rl" / "mine" / "bc-10" / f"seed-{seed}" for seed in (0, 1)]
-    command = [sys.executable, "-m", "benchmarks.d4rl", "--algo", "bc-10", "--seeds", "0", "1"]
-    command += ["--dataset", str(tiny_dataset), "--steps", str(STEPS), "--eval-episodes", "2"]
-    command += ["--jobs", "2", "--out", str(out)]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, **pipes) as process:
-        wait(lambda: reached(runs, STEPS // 4))
-        os.kill(workers(process.pid)[0], signal.SIGKILL)
-        printed, told = process.communicate(timeout=120)
-    assert process.returncode == 0 and "2 done" in printed.splitlines()
-    (line,) = (line for line in told.splitlines() if "killed" in line)
-    assert line.startswith("bc-10 seed ") and "it continues from its last checkpoint" in line
-
-    settings = {"steps": STEPS, "eval_episodes": 2, "seeds": (0, 1)}
-    whole = job(tmp_path / "whole", ["bc-10"], **settings)
-    for run in runs:
-        with_and_without = [
-            json.loads((folder / "result.json").read_text())["episode_returns"]
-            for folder in (run, whole / "bc-10" / run.name)
-        ]
-        assert with_and_without[0] == with_and_without[1]
-
-
-# Two workers that touch a file and sleep.
-OWNER = """
-import sys, time
-from pathlib import Path
-from benchmarks import places
-from benchmarks.runs import ends_as_ctrl_c_does
-
-out = Path(sys.argv[1])
-def work(item):
-    (out / item).touch()
-    time.sleep(300)
-ends_as_ctrl_c_does()
-with places.place(None, items=2, jobs=2) as place:
-    list(places.each(work, ["a", "b"], place))
-"""
-
-
-# Not SIGINT: a suite that runs in the background of a shell ignores it, and so would the owner.
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_workers_end_with_their_owner(tmp_path: Path, how: int) -> None:
-    command = [sys.executable, "-c", OWNER, str(tmp_path)]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        wait(lambda: len(list(tmp_path.iterdir())) == 2)
-        pids = workers(process.pid)
-        process.send_signal(how)
-    assert len(pids) == 2
-    wait(lambda: not any(alive(pid) for pid in pids))
