@@ -39,9 +39,9 @@ def main(words: Sequence[str]) -> None:
     with ends_in_one_line():
         options = parse(words, __doc__)
         # Takes seconds to import.
-        from benchmarks.llm.job import job
+        from benchmarks.llm.job import run_job
 
-        status = job(options)
+        status = run_job(options)
     if status:
         raise SystemExit(status)
 

@@ -15,10 +15,10 @@ from benchmarks.llm.algorithms import BASE
 from benchmarks.llm.hardware import Hardware
 from benchmarks.llm.launch import Launch, choose, launched, start
 from benchmarks.llm.memory import DecoderSizes, Setup
-from benchmarks.llm.options import LanguageRun, Options
+from benchmarks.llm.options import Options
 from benchmarks.llm.recipes.recipe import Prepared
-from benchmarks.llm.run import config_of, prepare, train_and_test
-from benchmarks.llm.training import training_arguments
+from benchmarks.llm.run import Run, config_of, prepare
+from benchmarks.llm.train import train_and_score, training_arguments
 from benchmarks.runs import RESULT, claim, tell
 from benchmarks.sweep import Summary
 
@@ -26,7 +26,7 @@ _COLUMNS = "{:<12} {:>4} {:>13} {:>8} {:>5} {:>6} {:>6} {:>7}"
 _HEADER = _COLUMNS.format("algo", "seed", "update", "loss", "ESS", "max w", "score", "seconds")
 
 
-def job(options: Options) -> int:
+def run_job(options: Options) -> int:
     """Run what the command line asks for; show and write the results.
 
     A run that fails is reported, and the others continue; with ``--deepspeed`` it ends the job.
@@ -39,7 +39,7 @@ def job(options: Options) -> int:
             out.
     """
     runs = [
-        LanguageRun(options.recipe, algo, seed, options)
+        Run(options.recipe, algo, seed, options)
         for algo in options.algo
         # The base is the same for all seeds.
         for seed in (options.seeds[:1] if algo == BASE else options.seeds)
@@ -65,7 +65,7 @@ def job(options: Options) -> int:
     return 1 if summary.failed else 0
 
 
-def _check_shares(runs: Sequence[LanguageRun], launch: Launch | None) -> None:
+def _check_shares(runs: Sequence[Run], launch: Launch | None) -> None:
     """Check that batches can be shared out over the processes."""
     for run in runs:
         if run.algorithm is not None:
@@ -78,7 +78,7 @@ def _threads(jobs: int) -> int:
     return int(given) if given.isdecimal() and int(given) else max(1, places.cores() // jobs)
 
 
-def _claim(runs: Sequence[LanguageRun], launch: Launch | None) -> list[LanguageRun]:
+def _claim(runs: Sequence[Run], launch: Launch | None) -> list[Run]:
     """Claim the folders of all runs; the unfinished ones."""
     configs = {run.folder: config_of(run, launch) for run in runs}
     resume = runs[0].options.resume
@@ -86,10 +86,10 @@ def _claim(runs: Sequence[LanguageRun], launch: Launch | None) -> list[LanguageR
     return [run for run in runs if run.folder in unfinished]
 
 
-def _run_and_show(run: LanguageRun, *, threads: int = 1, launch: Launch | None = None) -> None:
+def _run_and_show(run: Run, *, threads: int = 1, launch: Launch | None = None) -> None:
     """Train and test one run, perhaps in a process of its own, with lines on the terminal."""
 
-    def show_progress(step: int, steps: int, row: dict[str, float]) -> None:
+    def report(step: int, steps: int, row: dict[str, float]) -> None:
         weights = f"{row['ESS']:.2f}", f"{row['weight_max']:.2f}"
         show(f"{step}/{steps}", f"{row['loss']:.3f}", *weights, "", row["wall_seconds"])
 
@@ -99,12 +99,12 @@ def _run_and_show(run: LanguageRun, *, threads: int = 1, launch: Launch | None =
 
     if launch is None and run.options.own_device == "cpu":
         torch.set_num_threads(threads)
-    result = train_and_test(run, show_progress, launch)
+    result = train_and_score(run, report, launch)
     if result is not None:
         show("tested", "", "", "", f"{result['score']:.3f}", result["wall_seconds"])
 
 
-def _launch(runs: Sequence[LanguageRun], options: Options) -> int:
+def _launch(runs: Sequence[Run], options: Options) -> int:
     """Start the job again under accelerate, one run after the other in the same processes."""
     hardware = Hardware.here()
     prepared: Prepared | None = None
@@ -132,7 +132,7 @@ def _launch(runs: Sequence[LanguageRun], options: Options) -> int:
     return 0
 
 
-def _model_and_setup(prepared: Prepared, run: LanguageRun) -> tuple[DecoderSizes, Setup]:
+def _model_and_setup(prepared: Prepared, run: Run) -> tuple[DecoderSizes, Setup]:
     from transformers import AutoConfig
 
     settings = run.options.settings
@@ -147,7 +147,7 @@ def _model_and_setup(prepared: Prepared, run: LanguageRun) -> tuple[DecoderSizes
     return DecoderSizes.of(config), setup
 
 
-def _take_part(runs: Sequence[LanguageRun], launch: Launch) -> None:
+def _take_part(runs: Sequence[Run], launch: Launch) -> None:
     """Do the runs that are not finished, as one of several processes."""
     first = os.environ.get("RANK", "0") == "0"
     unfinished = [run for run in runs if not (run.folder / RESULT).exists()]
@@ -166,7 +166,7 @@ def _show_notes(prepared: Prepared) -> None:
         tell(f"{name}: {value}")
 
 
-def _show(run: LanguageRun, summary: Summary) -> None:
+def _show(run: Run, summary: Summary) -> None:
     """Print the table of all finished runs of the recipe, write it as JSON, and draw it."""
     from benchmarks.report.language import read_recipes, recipe_table, write_scores
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import tyro
 
 from benchmarks.llm.algorithms import ALGORITHMS, BASE, DEFAULT, NAMES, Algorithm
 from benchmarks.llm.recipes import RECIPES, Settings, load_recipe
 from benchmarks.options import check_at_least, check_known, check_once, check_seeds, flag
-from benchmarks.runs import Run
 
 _PROG = "python -m benchmarks.llm"
 # Setting -> which algorithms it changes something in, given all settings.
@@ -87,23 +86,6 @@ class Options:
         import torch
 
         return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@dataclass(frozen=True)
-class LanguageRun(Run[Options]):
-    """One algorithm on one recipe with one seed."""
-
-    benchmark: ClassVar[str] = "llm"
-
-    @property
-    def algorithm(self) -> Algorithm | None:
-        """The algorithm; None for the base, which is not trained."""
-        return None if self.algo == BASE else ALGORITHMS[self.algo]
-
-    @property
-    def shared_folder(self) -> Path:
-        """Folder of what the runs of a recipe share: base models, rows, reference log-probs."""
-        return self.dataset_folder / "prepared"
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ from benchmarks.llm.__main__ import main
 from benchmarks.llm.algorithms import ALGORITHMS, choose_q
 from benchmarks.llm.launch import Launch
 from benchmarks.llm.models import load
-from benchmarks.llm.options import LanguageRun, Options, parse
+from benchmarks.llm.options import Options, parse
 from benchmarks.llm.recipes import RECIPES, Settings, load_recipe
 from benchmarks.llm.recipes.s1k import AUTHORS, PAPER
-from benchmarks.llm.training import curated, training_arguments
+from benchmarks.llm.run import Run, curated
+from benchmarks.llm.train import training_arguments
 from benchmarks.report.page import write_report
 from benchmarks.results import CONTROL, read_runs, unfinished_runs
 from iwsft.datasets.text.rows import Row
@@ -243,8 +244,8 @@ def test_help_shows_the_recipes_own_settings(capsys: pytest.CaptureFixture[str])
     assert all(name in shown for name in RECIPES) and "(default: 22000)" in shown
 
 
-def a_run(settings: Settings) -> LanguageRun:
-    return LanguageRun("small", "sft", 0, Options(seeds=(0,), settings=settings))
+def a_run(settings: Settings) -> Run:
+    return Run("small", "sft", 0, Options(seeds=(0,), settings=settings))
 
 
 def launch(processes: int) -> Launch:

@@ -1,26 +1,35 @@
-"""Training of one run: its rows, the trainer's settings, the trained model, what it cost."""
+"""Training and test of one run, and its ``result.json``.
+
+Whatever a kill leaves of a run is continued by the same call: training from its last checkpoint,
+and all that comes after training is done again.
+"""
 
 from __future__ import annotations
 
 import gc
+import os
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from accelerate.utils import patch_environment  # type: ignore[import-untyped]
 from transformers import PrinterCallback, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.utils import logging
 
 from benchmarks.llm.algorithms import Algorithm, choose_q
 from benchmarks.llm.launch import Launch, assert_engine
 from benchmarks.llm.models import load
-from benchmarks.llm.options import LanguageRun
-from benchmarks.llm.recipes import Prepared
+from benchmarks.llm.recipes import Prepared, load_recipe
+from benchmarks.llm.run import Run, curated, engine_of, identity_of, prepare
+from benchmarks.runs import RESULT, alone_in, write_json
 from iwsft import checkpoint, metrics
-from iwsft.curation import curate
-from iwsft.datasets.text.tokens import CORRECT, SCORE
-from iwsft.language import check_scores, correct_only, tokenize
 from iwsft.language.config import ImportanceWeightedConfig
 from iwsft.language.saving import last, written_aside
 from iwsft.language.trainer import ImportanceWeightedTrainer
@@ -28,43 +37,109 @@ from iwsft.trajectory import MULTIPLICITY, TRAJ_IDS, lengths
 
 CHECKPOINTS = "checkpoints"
 # Takes updates so far, updates of the run, and a row of metrics.
-OnProgress = Callable[[int, int, dict[str, float]], None]
-# Rows that a run passes to it.
-_SHOWN = 4
+Report = Callable[[int, int, dict[str, float]], None]
+# Number of rows that a run reports.
+_REPORTED = 4
 _COST = ("cpu_seconds", "wall_seconds")
+# Others wait for the process that tests, however long it takes.
+_PATIENCE = timedelta(days=7)
 
 
-def curated(
-    run: LanguageRun, algorithm: Algorithm, prepared: Prepared, tokenizer: Any
-) -> TensorDictBase:
-    """Curate a recipe's rows into D+ (or D_Q+): packed trajectories with their multiplicity.
+def train_and_score(
+    run: Run, report: Report, launch: Launch | None = None
+) -> dict[str, Any] | None:
+    """Train and test one run; its folder must be claimed.
 
-    Rows with a weight count as curated.
+    Args:
+        run: The run.
+        report: Takes updates so far, updates of the run, and a row of metrics, now and then.
+        launch: What this process was started as, where it is one of several.
+
+    Returns:
+        The content of ``result.json``; None in all but the first of several processes.
 
     Raises:
-        ValueError: If rows can't be tokenised, none is left, or there are cuts and no scores or
-            only equal ones.
+        FileExistsError: If another process works in the folder.
     """
-    settings = run.options.settings
-    trajectories: TensorDictBase = tokenize(
-        prepared.rows, tokenizer, max_length=settings.max_length
-    ).trajectories
-    if trajectories.get(CORRECT, default=None) is not None:
-        trajectories = correct_only(trajectories)
-    if trajectories.get(MULTIPLICITY, default=None) is not None:
-        return trajectories
-    cuts = algorithm.cuts(settings)
-    if cuts:
-        check_scores(prepared.rows)
-    # Without a cut no score is looked at.
-    scored = trajectories.get(SCORE, default=None) is not None
-    score = SCORE if cuts or scored else "length"
-    return curate(trajectories, cuts=cuts, score=score, seed=run.seed)
+    # transformers' bars of every load and every note on padding.
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    # DeepSpeed calls torch by names of yesterday, at each gather.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    first = int(os.environ.get("RANK", 0)) == 0
+    with alone_in(run.folder, wait=False) if first else nullcontext():
+        with _in_one_process():
+            prepared = prepare(run)
+        trained: dict[str, Any] = {"steps": 0}
+        model = prepared.model
+        if run.algorithm is not None:
+            trained = _train(run, run.algorithm, prepared, report, launch, writes=first)
+            model = str(run.folder / checkpoint.FOLDER)
+        together = run.algorithm is not None and launch is not None and launch.processes > 1
+        # All make it together, before one tests alone.
+        group = _patient_group() if together else None
+        result = _test(run, prepared, model, trained, launch) if first else None
+        if together:
+            torch.distributed.barrier(group=group)
+    return result
 
 
-def training_arguments(
-    run: LanguageRun, algorithm: Algorithm, launch: Launch | None
+def _test(
+    run: Run, prepared: Prepared, model: str, trained: dict[str, Any], launch: Launch | None
 ) -> dict[str, Any]:
+    """Test a model and write ``result.json``."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    score = dict(_evaluate(run, prepared, model, launch))
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    result = {
+        **identity_of(run),
+        "score_name": prepared.score_name,
+        **score,
+        **trained,
+        "cpu_seconds": trained.get("cpu_seconds", 0.0) + cpu,
+        "wall_seconds": trained.get("wall_seconds", 0.0) + wall,
+        "evaluation_cpu_seconds": cpu,
+        **engine_of(launch),
+        "notes": dict(prepared.notes),
+    }
+    write_json(run.folder / RESULT, result)
+    return result
+
+
+def _evaluate(run: Run, prepared: Prepared, model: str, launch: Launch | None) -> Any:
+    """Test a model as it is saved, in one process."""
+    device = run.options.own_device if launch is None else launch.device
+    spread = {"device_map": "auto"} if launch is not None and device == "cuda" else {}
+    with _in_one_process():
+        loaded, tokenizer = load(
+            model, cache=run.shared_folder, **{**prepared.load_kwargs, **spread}
+        )
+        tested: Any = loaded
+        if not spread:
+            tested.to(device)
+        return load_recipe(run.dataset).evaluate(tested.eval(), tokenizer, prepared, seed=run.seed)
+
+
+@contextmanager
+def _in_one_process() -> Iterator[None]:
+    """Make transformers load and generate as in one process: not in shards and in step.
+
+    The engine's settings of the run before would hold otherwise. The next run's
+    ``TrainingArguments`` set them again.
+    """
+    unset_hf_deepspeed_config()
+    # By FSDP's setting only the first process would have the weights.
+    with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+        yield
+
+
+@lru_cache(maxsize=1)
+def _patient_group() -> Any:
+    """A process group whose barriers wait."""
+    return torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+
+
+def training_arguments(run: Run, algorithm: Algorithm, launch: Launch | None) -> dict[str, Any]:
     """Make the arguments of ``ImportanceWeightedConfig``.
 
     Raises:
@@ -127,11 +202,11 @@ def _shares(batch: int, micro: int | None, processes: int) -> tuple[int, int]:
     return micro, own // micro
 
 
-def train(
-    run: LanguageRun,
+def _train(
+    run: Run,
     algorithm: Algorithm,
     prepared: Prepared,
-    on_progress: OnProgress,
+    report: Report,
     launch: Launch | None,
     *,
     writes: bool,
@@ -142,7 +217,7 @@ def train(
         run: The run.
         algorithm: The run's algorithm.
         prepared: Model and rows.
-        on_progress: Takes updates so far, updates of the run, and a row of metrics, now and then.
+        report: Takes updates so far, updates of the run, and a row of metrics, now and then.
         launch: What this process was started as, where it is one of several.
         writes: Whether this process writes the metrics; of several, one does.
     """
@@ -158,7 +233,7 @@ def train(
     if "pad_token" in prepared.notes:
         tokenizer.pad_token = prepared.notes["pad_token"]
     data = curated(run, algorithm, prepared, tokenizer)
-    progress = Progress(run.folder, on_progress, writes=writes)
+    progress = Progress(run.folder, report, writes=writes)
     trainer = ImportanceWeightedTrainer(
         model,
         args,
@@ -220,18 +295,18 @@ class Progress(TrainerCallback):
 
     Args:
         folder: Folder of the run.
-        on_progress: Takes a few of the rows.
+        report: Takes a few of the rows.
         writes: Whether this process does all this; of several, one does.
     """
 
-    def __init__(self, folder: Path, on_progress: OnProgress, *, writes: bool) -> None:
+    def __init__(self, folder: Path, report: Report, *, writes: bool) -> None:
         self._folder = folder
-        self._on_progress = on_progress
+        self._report = report
         self._writes = writes
         self._log: metrics.MetricsLog | None = None
         self._since = (0.0, 0.0)
         self._before = (0.0, 0.0)
-        self._shown = 0
+        self._reported = 0
         self._started = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -246,7 +321,7 @@ class Progress(TrainerCallback):
             rows = [row for row in metrics.read(self._folder / metrics.FILE) if _COST[0] in row]
             if rows:
                 self._before = rows[-1][_COST[0]], rows[-1][_COST[1]]
-            self._shown = step
+            self._reported = step
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the cost of the reference, which the trainer computes before the first epoch."""
@@ -266,9 +341,9 @@ class Progress(TrainerCallback):
         row = {"step": state.global_step, **logs, **dict(zip(_COST, self._spent(), strict=True))}
         self._log.write(row)
         step, steps = state.global_step, state.max_steps
-        if step == steps or (step - self._shown) * _SHOWN >= steps:
-            self._shown = step
-            self._on_progress(step, steps, row)
+        if step == steps or (step - self._reported) * _REPORTED >= steps:
+            self._reported = step
+            self._report(step, steps, row)
 
     def close(self) -> None:
         """Close the files."""
