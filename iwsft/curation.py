@@ -26,6 +26,7 @@ from iwsft.trajectory import (
     check_tensordict,
     lengths,
     pack,
+    per_trajectory,
     select,
 )
 
@@ -226,20 +227,7 @@ def _stored(packed: TensorDictBase, key: str | tuple[str, ...]) -> Tensor:
         close = difflib.get_close_matches(_name(key), names, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise KeyError(f"score {_name(key)} is unknown; {hint}There are {', '.join(names)}")
-    value = packed.get(key).double()
-    sizes = lengths(packed)
-    if value.numel() != len(packed):
-        raise ValueError(f"score {_name(key)} has shape {list(value.shape)}, not one per step")
-    value = value.reshape(-1)
-    scores = value[sizes.cumsum(0) - sizes]
-    # NaN does not equal itself; trajectory_scores names it.
-    varies = (value != scores.repeat_interleave(sizes)) & ~value.isnan()
-    if bool(varies.any()):
-        raise ValueError(
-            f"score {_name(key)} changes within a trajectory, first at step "
-            f"{int(varies.nonzero()[0])}; pass a function that gives one number per trajectory"
-        )
-    return scores
+    return per_trajectory(packed, key).double()
 
 
 def _packed(trajectories: TensorDictBase) -> TensorDictBase:

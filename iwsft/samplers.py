@@ -22,6 +22,7 @@ from iwsft.trajectory import (
     TRAJ_IDS,
     Segments,
     lengths,
+    per_trajectory,
     steps_of,
 )
 
@@ -47,7 +48,7 @@ class _Sampler(ABC):
     def __init__(
         self,
         trajectories: TensorDictBase,
-        batch_size: int,
+        batch_size: int = 256,
         *,
         seed: int = 0,
         keys: Sequence[NestedKey] | None = None,
@@ -140,16 +141,6 @@ class TrajectorySampler(_Sampler):
         ValueError: The trajectories are padded or have no step, ``batch_size < 1``, or a
             multiplicity is negative, changes within a trajectory, or is 0 everywhere.
     """
-
-    def __init__(
-        self,
-        trajectories: TensorDictBase,
-        batch_size: int = 256,
-        *,
-        seed: int = 0,
-        keys: Sequence[NestedKey] | None = None,
-    ) -> None:
-        super().__init__(trajectories, batch_size, seed=seed, keys=keys)
 
     def sample(self) -> TensorDictBase:
         """Draw the next batch: packed, with ``multiplicity``, which adds up to ``batch_size``."""
@@ -274,19 +265,9 @@ def multiplicities(trajectories: TensorDictBase, sizes: Tensor) -> Tensor:
     stored = trajectories.get(MULTIPLICITY, default=None)
     if stored is None:
         return torch.ones_like(sizes)
-    if stored.is_floating_point() or stored.numel() != len(trajectories):
-        raise ValueError(
-            f"{MULTIPLICITY!r} must hold one integer a step, it is {stored.dtype} of shape "
-            f"{list(stored.shape)}"
-        )
-    stored = stored.reshape(-1).cpu().long()
-    multiplicity = stored[sizes.cumsum(0) - sizes]
-    varies = (stored != multiplicity.repeat_interleave(sizes)).nonzero()
-    if len(varies):
-        raise ValueError(
-            f"{MULTIPLICITY!r} changes within a trajectory, first at step {int(varies[0])}; it "
-            "counts draws of whole trajectories"
-        )
+    if stored.is_floating_point():
+        raise ValueError(f"{MULTIPLICITY!r} must hold whole numbers, it holds {stored.dtype}")
+    multiplicity = per_trajectory(trajectories, MULTIPLICITY).cpu().long()
     if bool((multiplicity < 0).any()) or int(multiplicity.sum()) == 0:
         raise ValueError(
             f"{MULTIPLICITY!r} counts draws: it can't be negative, nor 0 for every trajectory "

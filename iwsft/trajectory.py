@@ -193,6 +193,27 @@ def lengths(packed: TensorDictBase) -> Tensor:
     return torch.bincount(segments.index)
 
 
+def per_trajectory(packed: TensorDictBase, key: NestedKey) -> Tensor:
+    """Return an entry that is the same on all steps of a trajectory, ``[n]``, in order.
+
+    Raises:
+        ValueError: The entry is not one number per step, or changes within a trajectory.
+    """
+    value, sizes = packed.get(key), lengths(packed)
+    if value.numel() != len(packed):
+        raise ValueError(f"{key!r} has shape {list(value.shape)}, not one number per step")
+    value = value.reshape(-1)
+    first = value[sizes.cumsum(0) - sizes]
+    # NaN does not equal itself.
+    varies = ((value != first.repeat_interleave(sizes)) & ~value.isnan()).nonzero()
+    if len(varies):
+        raise ValueError(
+            f"{key!r} changes within a trajectory, first at step {int(varies[0])}; it must be one "
+            "number per trajectory"
+        )
+    return first
+
+
 def select(packed: TensorDictBase, index: Tensor) -> TensorDictBase:
     """Keep the trajectories at positions ``index`` (int64 ``[k]``, increasing) of a packed batch.
 

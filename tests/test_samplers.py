@@ -341,5 +341,5 @@ def test_bad_input(sampler: Any) -> None:
     with pytest.raises(ValueError, match="changes within a trajectory, first at step 1"):
         sampler(changed, 4)
     changed["multiplicity"] = torch.ones(len(data))
-    with pytest.raises(ValueError, match="one integer a step, it is torch.float32"):
+    with pytest.raises(ValueError, match="must hold whole numbers, it holds torch.float32"):
         sampler(changed, 4)
