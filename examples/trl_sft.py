@@ -1,6 +1,6 @@
-"""iw-SFT inside TRL: SFTTrainer formats, tokenises, batches and logs; the loss is ours.
+"""Run iw-SFT inside TRL: SFTTrainer formats, tokenises, batches and logs; the loss is ours.
 
-A small decoder first learns sums from answers of which some are wrong, by plain SFT; then the same
+A small decoder first learns sums by plain SFT, from answers of which some are wrong. Then the same
 trainer fine-tunes it on the right ones with q = theta. Run it with ``python examples/trl_sft.py``.
 """
 
@@ -30,24 +30,26 @@ from iwsft.trajectory import ASSISTANT_MASK, ATTENTION_MASK, REF_LOG_PROB, TOKEN
 
 
 class ImportanceWeightedSFTTrainer(SFTTrainer):
-    """TRL's SFTTrainer with :class:`~iwsft.ImportanceWeightedMLE` as the loss of training.
+    """TRL's SFTTrainer with :class:`~iwsft.ImportanceWeightedMLE` as the training loss.
 
-    All before the loss is TRL's: formats, chat templates, masks, truncation, order. The reference
-    is the model as it is handed over (without its PEFT adapters); its log-probs are a column of
-    the prepared dataset. Evaluation is TRL's, plain negative log-likelihood.
+    TRL does everything before the loss: formats, chat templates, masks, truncation, order. The
+    reference is the model that is passed in, without its PEFT adapters. Its log-probs are a column
+    of the prepared dataset. Evaluation is TRL's plain negative log-likelihood.
 
-    On one process or with DDP. The reference is computed before there is an engine, so for ZeRO-3
-    and FSDP2, and for a q that lags behind theta, use
+    The trainer runs on one process or with DDP. It computes the reference before an engine exists.
+    So for ZeRO-3 and FSDP2, and for a q that lags behind theta, use
     ``iwsft.language.trainer.ImportanceWeightedTrainer``.
 
     Args:
-        *args: of SFTTrainer.
-        proposal: ``"current"``: q = theta, iw-SFT; ``"reference"``: SFT.
-        importance_weights: from log-ratios to weights.
-        **kwargs: of SFTTrainer.
+        *args: Arguments of SFTTrainer.
+        proposal: Choice of q: ``"current"`` is q = theta, which gives iw-SFT; ``"reference"``
+            gives SFT.
+        importance_weights: Chain of transforms from log-ratios to weights.
+        **kwargs: Arguments of SFTTrainer.
 
     Raises:
-        ValueError: a setting under which the rows of a batch are no trajectories.
+        ValueError: A row of a batch would not be one trajectory, or the dataset is not a
+            ``datasets.Dataset``.
     """
 
     # The loss is divided by the trajectories of the whole update.
@@ -82,7 +84,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         self.data_collator = WithReference(self.data_collator)
 
     def annotated(self, dataset: Dataset) -> Dataset:
-        """The prepared dataset with log pi_ref of each token as a column."""
+        """Return the prepared dataset with log pi_ref of each token as a column."""
         ids, labels = dataset["input_ids"], dataset["labels"]
         sizes = torch.tensor([len(row) for row in ids])
         rows = torch.arange(len(sizes)).repeat_interleave(sizes)
@@ -98,12 +100,12 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         return dataset.add_column(REF_LOG_PROB, [row.tolist() for row in found])
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Keep the column."""
+        """Keep the column of the reference in the dataset."""
         super()._set_signature_columns_if_needed()
         self._signature_columns = [*{*self._signature_columns, REF_LOG_PROB}]
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        """Trajectories of an update, over its micro-batches and all processes."""
+        """Return the number of trajectories of an update, over micro-batches and processes."""
         mine = sum(len(batch["labels"]) for batch in batch_samples)
         return self.accelerator.reduce(torch.tensor(float(mine), device=device), "sum")
 
@@ -114,7 +116,7 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """Our loss in training, TRL's in evaluation."""
+        """Return our loss in training and TRL's in evaluation."""
         if not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         each = steps(inputs["input_ids"], inputs["labels"])
@@ -130,14 +132,14 @@ class ImportanceWeightedSFTTrainer(SFTTrainer):
 
 
 def steps(ids: Tensor, labels: Tensor) -> dict[NestedKey, Tensor]:
-    """TRL's columns under the library's keys."""
+    """Return TRL's columns under the library's keys."""
     real = torch.ones_like(ids, dtype=torch.bool)
     return {TOKENS: ids, ATTENTION_MASK: real, ASSISTANT_MASK: labels != -100}
 
 
 @dataclass
 class WithReference:
-    """TRL's collator, with the reference beside the tokens."""
+    """TRL's collator, which here also pads the reference's log-probs."""
 
     collator: Any
 
@@ -153,27 +155,28 @@ class WithReference:
 
 @dataclass(frozen=True)
 class Settings:
-    """What to run; the defaults take about half a minute on one core."""
+    """The settings of the example; the defaults take about half a minute on one core."""
 
     rows: int = 4000
-    """Sums with an answer."""
+    """Number of sums with an answer."""
     wrong: float = 0.4
     """Share of wrong answers."""
     sft_updates: int = 300
-    """Updates of SFT on all rows."""
+    """Number of updates of SFT on all rows."""
     updates: int = 100
-    """Updates of iw-SFT on the right ones."""
+    """Number of updates of iw-SFT on the right rows."""
     batch_size: int = 64
-    """Rows of an update."""
+    """Number of rows of an update."""
     lr: float = 3e-3
-    """Learning rate of SFT; iw-SFT takes a third of it."""
+    """Learning rate of SFT; that of iw-SFT is a third of it."""
     proposal: Literal["current", "reference"] = "current"
-    """q of the second part; with "reference" it is SFT again."""
+    """Choice of q in the second part; with "reference" it is SFT again."""
     seed: int = 0
+    """Seed of the sums, the initial weights and the order of rows."""
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each character of a sum."""
+    """Return a tokenizer with one token for each character of a sum."""
     words = ["<pad>", "<eos>", *"0123456789+="]
     built = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, "<pad>"))
     built.pre_tokenizer = Split(Regex("."), "isolated")
@@ -183,7 +186,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def decoder(vocabulary: int) -> Qwen2ForCausalLM:
-    """Random weights."""
+    """Return a small decoder with random weights."""
     return Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=vocabulary,
@@ -200,7 +203,7 @@ def decoder(vocabulary: int) -> Qwen2ForCausalLM:
 
 
 def answered(settings: Settings) -> list[dict[str, Any]]:
-    """Sums, some of them off by one."""
+    """Return sums with answers, some of which are off by one."""
     draw = random.Random(settings.seed)
     found = []
     for _ in range(settings.rows):
@@ -218,7 +221,7 @@ def train(
     settings: Settings,
     **own: Any,
 ) -> list[dict[str, float]]:
-    """Train on rows; ``own``: of the trainer and of SFTConfig. Returns TRL's log lines."""
+    """Train on rows and return TRL's log lines; ``own`` changes the trainer and its SFTConfig."""
     for_trainer = {
         name: own.pop(name) for name in ("proposal", "importance_weights") if name in own
     }
@@ -248,7 +251,7 @@ def train(
 
 @torch.no_grad()
 def accuracy(model: Qwen2ForCausalLM) -> float:
-    """Share of all sums that the model gets right, without sampling."""
+    """Return the share of all sums that the model gets right, without sampling."""
     words = tokenizer()
     sums = [(a, b) for a in range(10) for b in range(10)]
     asked = words([f"{a}+{b}=" for a, b in sums], return_tensors="pt")
@@ -264,7 +267,7 @@ def accuracy(model: Qwen2ForCausalLM) -> float:
 
 
 def main(settings: Settings) -> list[dict[str, float]]:
-    """SFT on all, iw-SFT on the right ones; returns the log lines of the last."""
+    """Run SFT on all rows, then iw-SFT on the right ones, and return the log lines of iw-SFT."""
     torch.manual_seed(settings.seed)
     model = decoder(len(tokenizer()))
     rows = answered(settings)
