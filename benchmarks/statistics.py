@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,6 +16,14 @@ _RESAMPLES = 10_000
 _STRATIFIED_RESAMPLES = 2_000
 
 Scores = NDArray[np.float64]
+
+
+class Estimate(NamedTuple):
+    """A value with the ends of its 95 % interval; numbers, or arrays of one shape."""
+
+    point: Any
+    low: Any
+    high: Any
 
 
 def bootstrap_interval(values: ArrayLike, seed: int = 0) -> tuple[Scores, Scores]:
@@ -67,7 +76,7 @@ def wilson_interval(right: int, questions: int) -> tuple[float, float]:
 
 def stratified_bootstrap(
     function: Callable[..., Scores], *scores: Scores, generator: np.random.RandomState
-) -> tuple[Scores, Scores, Scores]:
+) -> Estimate:
     """Value of a function of scores, and its 95 % interval from a bootstrap over seeds.
 
     Each dataset's seeds are drawn independently (Agarwal et al. 2021,
@@ -80,7 +89,7 @@ def stratified_bootstrap(
         generator: Source of the draws.
 
     Returns:
-        The value, the lower end and the upper end, as ``function`` returns them.
+        The value and its interval, each as ``function`` returns it.
     """
     draws = [
         [generator.choice(len(matrix), matrix.shape) for matrix in scores]
@@ -91,7 +100,7 @@ def stratified_bootstrap(
         for matrix, rows in zip(scores, zip(*draws, strict=True), strict=True)
     ]
     low, high = np.percentile(function(*resampled), _ENDS, axis=0)
-    return function(*scores), low, high
+    return Estimate(function(*scores), low, high)
 
 
 def interquartile_mean(scores: Scores) -> Scores:

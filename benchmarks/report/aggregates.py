@@ -6,7 +6,7 @@ expert) and leave as scores again. Intervals are from a stratified bootstrap ove
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,13 @@ from benchmarks.report.figures import TITLE, colours, legend, list_names
 from benchmarks.report.grid import NOTHING, Grid
 from benchmarks.report.names import algorithm_label, algorithm_rank, is_variant
 from benchmarks.report.scores import Cell, algorithms, datasets
-from benchmarks.statistics import MIN_SEEDS, probability_of_improvement, share_above
+from benchmarks.statistics import (
+    MIN_SEEDS,
+    Estimate,
+    probability_of_improvement,
+    share_above,
+    stratified_bootstrap,
+)
 
 # The algorithms whose probability of improvement over the others is shown, where they take part.
 _CANDIDATES = ("iw-sft-q", "sft-q")
@@ -28,40 +34,13 @@ _THRESHOLDS = 101
 _Matrices = dict[str, NDArray[np.float64]]
 
 
-@dataclass(frozen=True)
-class Metric:
-    """An aggregate of the scores ``[seeds, datasets]`` of an algorithm, and its name."""
-
-    label: str
-    function: Callable[[NDArray[np.float64]], NDArray[np.float64]]
-    better: str = "higher"
-
-
-METRICS = (
-    Metric("IQM", statistics.interquartile_mean),
-    Metric("mean", statistics.mean),
-    Metric("median", statistics.median),
-    Metric("optimality gap", statistics.optimality_gap, better="lower"),
-)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A point estimate with its 95 % interval."""
-
-    point: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Share of runs that score above each threshold, with its 95 % interval; all ``[T]``."""
-
-    thresholds: NDArray[np.float64]
-    share: NDArray[np.float64]
-    low: NDArray[np.float64]
-    high: NDArray[np.float64]
+# Aggregates of the scores ``[seeds, datasets]`` of an algorithm.
+METRICS = {
+    "IQM": statistics.interquartile_mean,
+    "mean": statistics.mean,
+    "median": statistics.median,
+    "optimality gap": statistics.optimality_gap,
+}
 
 
 @dataclass(frozen=True)
@@ -73,8 +52,9 @@ class Aggregates:
         seeds: Number of seeds of a dataset, by algorithm.
         estimates: One estimate for each of ``METRICS``, by algorithm.
         improvement: By candidate and other algorithm, the probability that a run of the candidate
-            beats a run of the other on a dataset drawn at random.
-        profiles: Performance profiles, by algorithm.
+            scores higher than a run of the other, mean over datasets.
+        thresholds: Scores ``[T]`` of the performance profiles.
+        profiles: Share of runs that score above each threshold ``[T]``, by algorithm.
         left_out: Why an algorithm is not compared.
         datasets_left_out: The other datasets with scores, on which not all of the algorithms have
             three seeds.
@@ -84,7 +64,8 @@ class Aggregates:
     seeds: dict[str, int]
     estimates: dict[str, list[Estimate]]
     improvement: dict[str, dict[str, Estimate]]
-    profiles: dict[str, Profile]
+    thresholds: NDArray[np.float64]
+    profiles: dict[str, Estimate]
     left_out: dict[str, str]
     datasets_left_out: list[str]
 
@@ -127,6 +108,7 @@ def aggregate(group: Sequence[Cell]) -> Aggregates:
             f"{reason} on {', '.join(names)}" for reason, names in reasons.items() if names
         )
     estimates = _estimates(matrices)
+    thresholds = _thresholds(matrices)
     return Aggregates(
         datasets=block,
         seeds={algo: len(matrix) for algo, matrix in matrices.items()},
@@ -134,7 +116,8 @@ def aggregate(group: Sequence[Cell]) -> Aggregates:
         improvement={
             candidate: _improvement(matrices, candidate) for candidate in _candidates(estimates)
         },
-        profiles=_profiles(matrices),
+        thresholds=100.0 * thresholds,
+        profiles=_profiles(matrices, thresholds),
         left_out=left_out,
         datasets_left_out=[task for task in tasks if task not in block],
     )
@@ -174,45 +157,38 @@ def _candidates(estimates: Mapping[str, list[Estimate]]) -> list[str]:
 
 def _estimates(matrices: _Matrices) -> dict[str, list[Estimate]]:
     def metrics(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-        return 100.0 * np.stack([metric.function(scores) for metric in METRICS], axis=-1)
+        return 100.0 * np.stack([metric(scores) for metric in METRICS.values()], axis=-1)
 
     generator = np.random.RandomState(0)
-    return {
-        algo: [
-            Estimate(*map(float, estimate))
-            for estimate in zip(
-                *statistics.stratified_bootstrap(metrics, matrix, generator=generator), strict=True
-            )
-        ]
-        for algo, matrix in matrices.items()
-    }
+    estimates = {}
+    for algo, matrix in matrices.items():
+        estimate = stratified_bootstrap(metrics, matrix, generator=generator)
+        estimates[algo] = [Estimate(*values) for values in zip(*estimate, strict=True)]
+    return estimates
 
 
 def _improvement(matrices: _Matrices, candidate: str) -> dict[str, Estimate]:
     generator = np.random.RandomState(0)
-    improvement = {}
-    for algo in sorted(matrices, key=algorithm_rank):
-        if algo != candidate:
-            pair = matrices[candidate], matrices[algo]
-            estimate = statistics.stratified_bootstrap(
-                probability_of_improvement, *pair, generator=generator
-            )
-            improvement[algo] = Estimate(*map(float, estimate))
-    return improvement
+    return {
+        algo: stratified_bootstrap(
+            probability_of_improvement, matrices[candidate], matrices[algo], generator=generator
+        )
+        for algo in sorted(matrices, key=algorithm_rank)
+        if algo != candidate
+    }
 
 
-def _profiles(matrices: _Matrices) -> dict[str, Profile]:
-    if not matrices:
-        return {}
-    everything = np.concatenate([matrix.ravel() for matrix in matrices.values()])
-    thresholds = np.linspace(min(0.0, everything.min()), everything.max(), _THRESHOLDS)
+def _thresholds(matrices: _Matrices) -> NDArray[np.float64]:
+    scores = np.concatenate([[0.0], *(matrix.ravel() for matrix in matrices.values())])
+    highest = max((matrix.max() for matrix in matrices.values()), default=0.0)
+    return np.linspace(scores.min(), highest, _THRESHOLDS)
+
+
+def _profiles(matrices: _Matrices, thresholds: NDArray[np.float64]) -> dict[str, Estimate]:
     generator = np.random.RandomState(0)
     return {
-        algo: Profile(
-            100.0 * thresholds,
-            *statistics.stratified_bootstrap(
-                lambda scores: share_above(scores, thresholds), matrix, generator=generator
-            ),
+        algo: stratified_bootstrap(
+            lambda scores: share_above(scores, thresholds), matrix, generator=generator
         )
         for algo, matrix in matrices.items()
     }
@@ -220,7 +196,7 @@ def _profiles(matrices: _Matrices) -> dict[str, Profile]:
 
 def aggregate_grid(aggregates: Aggregates) -> Grid:
     """Aggregate metrics with their intervals, in units of the D4RL score."""
-    grid = Grid(["algorithm", "seeds", *(metric.label for metric in METRICS)], left=1)
+    grid = Grid(["algorithm", "seeds", *METRICS], left=1)
     for algo, estimates in aggregates.estimates.items():
         grid.rows.append(
             [algorithm_label(algo), str(aggregates.seeds[algo])]
@@ -250,9 +226,10 @@ def aggregate_figure(aggregates: Aggregates, group: Sequence[Cell]) -> Figure | 
     names = list(aggregates.estimates)
     figure = Figure(figsize=(11.0, 1.1 + 0.32 * len(names)), layout="constrained")
     axes = figure.subplots(1, len(METRICS), sharey=True)
-    for i, (ax, metric) in enumerate(zip(axes, METRICS, strict=True)):
+    for i, (ax, label) in enumerate(zip(axes, METRICS, strict=True)):
         _intervals(ax, {name: aggregates.estimates[name][i] for name in names}, colours(group))
-        ax.set_title(f"{metric.label}\n({metric.better} is better)", fontsize=TITLE)
+        better = "lower" if label == "optimality gap" else "higher"
+        ax.set_title(f"{label}\n({better} is better)", fontsize=TITLE)
         ax.set_xlabel("D4RL-normalised score")
     return figure
 
@@ -285,10 +262,10 @@ def profile_figure(aggregates: Aggregates, group: Sequence[Cell]) -> Figure | No
     for ax, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
         style(ax)
         for name in part:
-            profile = aggregates.profiles[name]
-            band = (profile.thresholds, profile.low, profile.high)
-            ax.fill_between(*band, step="post", color=colour[name], alpha=0.15, lw=0)
-            ax.step(profile.thresholds, profile.share, where="post", color=colour[name], lw=1.6)
+            share, low, high = aggregates.profiles[name]
+            x, shade = aggregates.thresholds, colour[name]
+            ax.fill_between(x, low, high, step="post", color=shade, alpha=0.15, lw=0)
+            ax.step(x, share, where="post", color=shade, lw=1.6)
         ax.set_ylim(-0.02, 1.02)
         ax.set_xlabel("D4RL-normalised score")
         ax.set_ylabel("share of runs that score higher")
