@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ SCORES = {
 QUANTILES = ("05", "25", "50", "75", "95")
 
 
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="package")
+def few_resamples() -> Iterator[None]:
     """The tests do not depend on the number of resamples."""
-    monkeypatch.setattr("benchmarks.statistics._STRATIFIED_RESAMPLES", 200)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.statistics._STRATIFIED_RESAMPLES", 200)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -95,12 +95,12 @@ def test_intervals_are_those_of_a_stratified_bootstrap_by_hand(runs: Path) -> No
     for estimate, function in ((iqm, lambda x: scipy.stats.trim_mean(x, 0.25)), (mean, np.mean)):
         expected = np.percentile([function(draw.ravel()) for draw in drawn], [2.5, 97.5])
         assert [estimate.low, estimate.high] == pytest.approx(expected)
-    profile = aggregates.profiles["sft-q"]
-    shares = [[(draw > t).mean() for t in profile.thresholds] for draw in drawn]
+    profile, thresholds = aggregates.profiles["sft-q"], aggregates.thresholds / 100
+    shares = [[(draw / 100 > t).mean() for t in thresholds] for draw in drawn]
     low, high = np.percentile(shares, [2.5, 97.5], axis=0)
     assert profile.low == pytest.approx(low) and profile.high == pytest.approx(high)
-    assert profile.share == pytest.approx([(scores > t).mean() for t in profile.thresholds])
-    assert profile.share[-1] == 0.0 and profile.thresholds[-1] == pytest.approx(scores.max())
+    assert profile.point == pytest.approx([(scores / 100 > t).mean() for t in thresholds])
+    assert profile.point[-1] == 0.0 and thresholds[-1] == pytest.approx(scores.max() / 100)
 
 
 class TestBlock:

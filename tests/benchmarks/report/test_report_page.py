@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import io
 import json
 import re
 from collections.abc import Callable
@@ -25,14 +27,9 @@ if TYPE_CHECKING:
 PNG = b"\x89PNG\r\n\x1a\n"
 PAGES = ("index.html", "report.md", "runs.json")
 FIGURES = (
-    "scores.png",
-    "learning_curves.png",
-    "training.png",
-    "weights.png",
-    "aggregates.png",
-    "improvement.png",
-    "profiles.png",
-    "cost.png",
+    *("scores.png", "aggregates.png", "improvement.png", "profiles.png", "cost.png"),
+    *("learning_curves.png", "learning_curves_variants.png", "weights.png", "sweep.png"),
+    *("training.png", "training_variants.png"),
 )
 
 
@@ -98,8 +95,17 @@ def markdown_tables(text: str) -> list[list[list[str]]]:
 
 
 @pytest.fixture(scope="module")
+def printed() -> list[str]:
+    """What the command printed when it wrote the report of ``whole``."""
+    return []
+
+
+@pytest.fixture(scope="module")
 def whole(
-    tmp_path_factory: pytest.TempPathFactory, fill: Callable[[Path], None], make_run: MakeRun
+    tmp_path_factory: pytest.TempPathFactory,
+    fill: Callable[[Path], None],
+    make_run: MakeRun,
+    printed: list[str],
 ) -> Path:
     """Runs that fill every part of the page, and their report."""
     runs = tmp_path_factory.mktemp("whole")
@@ -116,9 +122,9 @@ def whole(
         for seed in range(3):
             root = runs / f"k{k}"
             make_run(root, "hopper-a", "iw-sft-q", seed, 60.0 + seed, config=config, rows=rows)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("benchmarks.statistics._STRATIFIED_RESAMPLES", 200)
-        write_report(runs, runs / "report")
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        main(Report(runs))
+    printed.append(output.getvalue())
     return runs
 
 
@@ -195,15 +201,14 @@ def test_names_that_look_like_markup_stay_text(tmp_path: Path, make_run: MakeRun
     assert all(image.startswith("data:") for image in page.images)
 
 
-def test_page_and_figures(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(Report(runs))
-    out = runs / "report"
+def test_page_figures_and_what_is_printed(whole: Path, printed: list[str]) -> None:
+    out = whole / "report"
     page = (out / "report.md").read_text()
     assert {path.name for path in out.iterdir()} == {*FIGURES, *PAGES}
     for name in FIGURES:
         assert f"]({name})" in page
         assert (out / name).read_bytes().startswith(PNG)
-    for told in (
+    for line in (
         "| hopper-a | SFT(Q) | 3 | 20 | 51.0 | 11.5 |",
         "Hopper-v4",
         "mujoco 3.11.0",
@@ -211,9 +216,9 @@ def test_page_and_figures(runs: Path, capsys: pytest.CaptureFixture[str]) -> Non
         "python -m benchmarks.d4rl --algo iw-sft-q --dataset cheetah-b",
         "| hopper-a | SFT(Q) | sft-q | Hopper-v4 | paper | steps | 0 1 2 |",
     ):
-        assert told in page
-    printed = capsys.readouterr().out
-    assert "51.0" in printed and str(out / "index.html") in printed
+        assert line in page
+    assert "51.0" in printed[0] and f"Report: {out / 'index.html'}" in printed[0]
+    assert "1 unfinished runs left out:" in printed[0] and "dt/seed-0" in printed[0]
 
 
 def test_the_records_are_the_runs(tmp_path: Path, make_run: MakeRun) -> None:
@@ -230,11 +235,10 @@ def test_the_records_are_the_runs(tmp_path: Path, make_run: MakeRun) -> None:
     assert second["normalized_score"] is None
 
 
-def test_same_runs_give_the_same_pages(runs: Path, tmp_path: Path) -> None:
-    first = write_report(runs, tmp_path / "one").read_bytes()
-    assert write_report(runs, tmp_path / "two").read_bytes() == first
-    markdown = [(tmp_path / name / "report.md").read_bytes() for name in ("one", "two")]
-    assert markdown[0] == markdown[1]
+def test_same_runs_give_the_same_pages(whole: Path, tmp_path: Path) -> None:
+    write_report(whole, tmp_path)
+    for name in PAGES:
+        assert (tmp_path / name).read_bytes() == (whole / "report" / name).read_bytes()
 
 
 def test_one_seed_has_no_aggregates_and_drops_older_figures(
@@ -256,12 +260,13 @@ def test_one_seed_has_no_aggregates_and_drops_older_figures(
         assert absent not in page
 
 
-def test_an_error_leaves_the_last_report_alone(runs: Path) -> None:
-    page = write_report(runs, runs / "report")
+def test_an_error_leaves_the_last_report_alone(tmp_path: Path, make_run: MakeRun) -> None:
+    run = make_run(tmp_path, "hopper-a", "bc", 1, 5.0)
+    page = write_report(tmp_path, tmp_path / "report")
     before = page.read_bytes()
-    (runs / "d4rl/hopper-a/sft-q/seed-1/result.json").write_text("{")
+    (run / "result.json").write_text("{")
     with pytest.raises(SystemExit, match=r"^error: .*seed-1/result\.json"):
-        main(Report(runs))
+        main(Report(tmp_path))
     assert page.read_bytes() == before
 
 

@@ -1,23 +1,47 @@
-"""What stands in the tables of scores, cost and weights."""
+"""Tables of scores, cost and weights, against means and deviations by hand."""
 
 from __future__ import annotations
 
 import itertools
+import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from benchmarks.report.aggregates import aggregate
+from benchmarks.report.grid import NOTHING
 from benchmarks.report.names import dataset_label
-from benchmarks.report.scores import cells
+from benchmarks.report.scores import cells, uneven
 from benchmarks.report.tables import cost_grid, score_grid, score_table
-from benchmarks.results import CONTROL, read_runs
+from benchmarks.report.weights import weight_grid
+from benchmarks.results import CONTROL, FinishedRun, read_runs
 
 if TYPE_CHECKING:
     from tests.benchmarks.report.conftest import CellOf, MakeRun
+
+
+Scores = dict[tuple[str, str], list[float]]
+
+
+def test_mean_and_deviation(runs: Path, cell_of: CellOf, scores_of_runs: Scores) -> None:
+    for (dataset, algo), scores in scores_of_runs.items():
+        cell = cell_of(runs, dataset, algo)
+        assert cell.mean == pytest.approx(statistics.mean(scores))
+        assert cell.std == pytest.approx(statistics.stdev(scores))
+        assert cell.seeds == [0, 1, 2]
+
+
+def test_seeds_that_were_run_differently_are_named(tmp_path: Path, make_run: MakeRun) -> None:
+    make_run(tmp_path, "hopper-a", "bc", 0, 1.0)
+    make_run(tmp_path, "hopper-a", "bc", 1, 1.0, steps=7)
+    make_run(tmp_path, "hopper-a", "bc", 2, 1.0, config={"settings": {"lr": 0.5, "seed": 2}})
+    assert uneven(cells(read_runs(tmp_path, CONTROL))) == [
+        "hopper-a, BC: seeds differ in steps (100, 7)",
+        "hopper-a, BC: seeds differ in lr (0.0001, 0.5)",
+    ]
 
 
 def test_table_numbers(runs: Path) -> None:
@@ -200,3 +224,28 @@ def test_the_order_is_the_paper_s(tmp_path: Path, make_run: MakeRun) -> None:
 )
 def test_names_of_tasks(name: str, label: str) -> None:
     assert dataset_label(name) == label
+
+
+def weighted_run(seed: int, algo: str, metrics: list[dict[str, float]]) -> FinishedRun:
+    result: dict[str, Any] = {"dataset": "hopper", "algo": algo, "seed": seed}
+    result |= {"normalized_score": 1.0, "return_mean": 1.0, "episodes": 1}
+    return FinishedRun(Path(f"{algo}/seed-{seed}"), "", result, {}, metrics)
+
+
+def test_the_last_look_of_each_seed_is_averaged() -> None:
+    quantiles = {"weight_q05": 0.5, "weight_q95": 2.0}
+    first = [
+        {"step": 1, "ESS": 1.0, "weight_q50": 1.0, **quantiles},
+        {"step": 9, "ESS": 0.5, "weight_q50": 0.8, "pareto_k": 0.3, **quantiles},
+        {"step": 10, "ESS": 0.1},
+    ]
+    second = [{"step": 9, "ESS": 0.7, "weight_q50": 0.6, **quantiles}]
+    runs = [
+        weighted_run(0, "iw-sft", first),
+        weighted_run(1, "iw-sft", second),
+        weighted_run(0, "sft", [{"step": 1}]),
+    ]
+    # The seed without a k-hat does not count in its mean; runs without weights have no row.
+    assert weight_grid(cells(runs)).rows == [
+        ["hopper", "iw-SFT", "0.6", "0.5", "0.7", "2", "0.3", NOTHING]
+    ]
