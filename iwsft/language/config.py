@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import get_args
 
-from transformers import TrainingArguments
+from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from iwsft.language.batches import Layout
 from iwsft.objective import Proposal
+from iwsft.weights import ImportanceWeights
 
 
 @dataclass
@@ -16,21 +19,25 @@ class ImportanceWeightedConfig(TrainingArguments):
     """transformers' ``TrainingArguments`` and what :class:`ImportanceWeightedTrainer` adds.
 
     Attributes:
-        proposal: what q is. ``"reference"``: pi_ref, plain SFT. ``"current"``: theta itself, with
-            no gradient through the weights; free. ``"cached"``: theta as it was at the last hard
-            sync, every ``sync_every`` updates (paper, Algorithm 1); a sync runs the trajectories of
-            the coming updates forward once and keeps their weights, so there is no second model.
-            ``"lagged"``: an exponential moving average of theta (Section 4.2), kept in float32
-            shard by shard; each batch runs forward once more.
+        proposal: What q is. ``"reference"``: pi_ref, plain SFT. ``"current"``: theta itself, with
+            no gradient through the weights; it costs nothing. ``"cached"``: theta as it was at the
+            last hard sync, every ``sync_every`` updates (paper, Algorithm 1). A sync runs the
+            trajectories of the coming updates forward once and keeps their weights, so there is no
+            second model. ``"lagged"``: an exponential moving average of theta (Section 4.2), kept
+            in float32 shard by shard; each batch runs forward once more.
         sync_every: Q, updates between hard syncs; with ``"cached"`` only.
-        ema_decay: the paper's alpha, in [0, 1); with ``"lagged"`` only.
-        length_normalize: divide the log-probability of a trajectory by its trained tokens.
-        layout: of a batch, ``"padded"`` or ``"packed"``; both give the same loss.
-        token_budget: tokens of a micro-batch at most, padding included where there is some, in
-            place of ``per_device_train_batch_size``.
-        pad_to_multiple_of: of the padded length.
-        reference_cache: folder of kept reference log-probabilities; by default ``reference`` in
+        ema_decay: The paper's alpha, in [0, 1); with ``"lagged"`` only.
+        length_normalize: Whether to divide the log-probability of a trajectory by its trained
+            tokens.
+        layout: Layout of a batch, ``"padded"`` or ``"packed"``; both give the same loss.
+        token_budget: Most tokens of a micro-batch, padding included, in place of
+            ``per_device_train_batch_size``.
+        pad_to_multiple_of: Number that the padded length is a multiple of.
+        reference_cache: Folder of cached reference log-probabilities; by default ``reference`` in
             ``output_dir``.
+
+    Raises:
+        ValueError: Settings that do not fit together or are not supported.
     """
 
     logging_steps: float = field(default=10, metadata={"help": "updates between log lines"})
@@ -40,8 +47,10 @@ class ImportanceWeightedConfig(TrainingArguments):
     length_normalize: bool = field(default=True, metadata={"help": "divide by the length"})
     layout: Layout = field(default="padded", metadata={"help": "padded or packed batches"})
     token_budget: int | None = field(default=None, metadata={"help": "tokens of a micro-batch"})
-    pad_to_multiple_of: int = field(default=8, metadata={"help": "of the padded length"})
-    reference_cache: str | None = field(default=None, metadata={"help": "kept reference log-probs"})
+    pad_to_multiple_of: int = field(default=8, metadata={"help": "divisor of the padded length"})
+    reference_cache: str | None = field(
+        default=None, metadata={"help": "folder of cached reference log-probabilities"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,8 +58,13 @@ class ImportanceWeightedConfig(TrainingArguments):
             raise ValueError(f"proposal={self.proposal!r} must be one of {get_args(Proposal)}")
         if self.layout not in get_args(Layout):
             raise ValueError(f"layout={self.layout!r} must be one of {get_args(Layout)}")
-        _goes_with("sync_every", self.sync_every, "cached", self.proposal)
-        _goes_with("ema_decay", self.ema_decay, "lagged", self.proposal)
+        for name, proposal in (("sync_every", "cached"), ("ema_decay", "lagged")):
+            value = getattr(self, name)
+            if (value is not None) != (self.proposal == proposal):
+                raise ValueError(
+                    f"{name}={value} and proposal={self.proposal!r}: {name} goes with "
+                    f"proposal={proposal!r}, and only with it"
+                )
         if self.sync_every is not None and self.sync_every < 1:
             raise ValueError(f"sync_every={self.sync_every}: a sync needs an update before it")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
@@ -63,7 +77,7 @@ class ImportanceWeightedConfig(TrainingArguments):
 _REFUSED = {
     "load_best_model_at_end": "results are those of the last policy; every checkpoint is kept, "
     "so a better one can be chosen from them",
-    "ignore_data_skip": "a resumed run goes on with the batches that it has not seen",
+    "ignore_data_skip": "a resumed run continues with the batches that it has not seen",
     "auto_find_batch_size": "batches are planned before training; choose token_budget or "
     "per_device_train_batch_size, and gradient_accumulation_steps",
     "label_smoothing_factor": "the loss is a log-likelihood of the tokens themselves",
@@ -71,9 +85,44 @@ _REFUSED = {
 }
 
 
-def _goes_with(name: str, value: object, proposal: str, found: str) -> None:
-    if (value is not None) != (found == proposal):
+def check_engine(trainer: Trainer, proposal: Proposal, weights: ImportanceWeights) -> None:
+    """Refuse ways of running that would change the result.
+
+    Raises:
+        ValueError: One process has several GPUs, trajectories are cut into parts, or transforms
+            compare the weights of a batch that no process holds as a whole.
+    """
+    args = trainer.args
+    if args.n_gpu > 1:
         raise ValueError(
-            f"{name}={value} and proposal={found!r}: {name} goes with proposal={proposal!r}, and "
-            "only with it"
+            f"one process sees {args.n_gpu} GPUs; start one process a GPU (accelerate launch, "
+            "or python -m benchmarks.llm --deepspeed)"
+        )
+    cut = (trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size())
+    if any(size > 1 for size in cut):
+        raise ValueError(
+            "tensor, context and sequence parallelism cut a trajectory into parts, which is "
+            "not supported; use ZeRO-3 or FSDP2"
+        )
+    parts = args.gradient_accumulation_steps * trainer.accelerator.num_processes
+    if proposal == "current" and weights.compares and parts > 1:
+        raise ValueError(
+            f"{weights} compares all weights of an update, which is divided here into {parts} "
+            "micro-batches; use proposal='cached' with sync_every=1, which computes them first"
+        )
+
+
+def warn_of_half_precision(trainer: Trainer, model: nn.Module) -> None:
+    """Warn if the optimizer would step on half-precision weights."""
+    # DeepSpeed keeps float32 weights of its own; FSDP2 may upcast them when it shards.
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return
+    trained = [p for p in model.parameters() if p.requires_grad]
+    half = {str(p.dtype) for p in trained if p.itemsize < 4}
+    if half:
+        warnings.warn(
+            f"the weights are {', '.join(sorted(half))}: small steps of the optimizer are "
+            "rounded away; load the model with dtype='float32' and set bf16=True",
+            UserWarning,
+            stacklevel=4,
         )

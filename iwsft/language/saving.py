@@ -13,7 +13,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers.trainer_utils import get_last_checkpoint
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    SaveStrategy,
+    TrainOutput,
+    get_last_checkpoint,
+    rotate_checkpoints,
+)
 
 from iwsft.checkpoint import CORRUPT, CheckpointError, differences
 from iwsft.files import full_disk_named, written_whole
@@ -24,12 +32,112 @@ ASIDE = ".partial"
 _WAY_OUT = "resume from an earlier checkpoint, or start afresh in another output_dir"
 
 
+class CheckpointedTrainer(Trainer):
+    """A Trainer that writes its checkpoints whole, and resumes only those of the same settings.
+
+    Attributes:
+        own_states: Objects that each process saves and restores, by name.
+        shared_states: Objects that the first process saves and all processes restore, by name.
+        reference_key: Key of the run's reference log-probs, where it has some.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.own_states: dict[str, Any] = {}
+        self.shared_states: dict[str, Any] = {}
+        self.reference_key: str | None = None
+        self._resumed: Path | None = None
+        self._aside = False
+        super().__init__(**settings)
+
+    def settings(self) -> dict[str, Any]:
+        """Settings that a checkpoint belongs to."""
+        raise NotImplementedError
+
+    def check_finite(self) -> None:
+        """Raise if what would be saved is not worth it."""
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train; see :class:`transformers.Trainer`.
+
+        Args:
+            resume_from_checkpoint: Folder of a checkpoint; True for the last in ``output_dir``.
+            trial: Trial of a search over settings.
+            ignore_keys_for_eval: Not used.
+
+        Raises:
+            FileExistsError: ``output_dir`` holds checkpoints of an earlier run.
+            CheckpointError: The checkpoint is damaged, or has other settings or another number of
+                processes.
+            FloatingPointError: Loss or weights are no longer finite; checkpoints stay.
+        """
+        self._resumed = resumed(
+            Path(str(self.args.output_dir)),
+            resume_from_checkpoint,
+            saves=self.args.save_strategy != SaveStrategy.NO,
+        )
+        self.reference_key = None
+        if self._resumed is not None:
+            self.reference_key = check(self._resumed, self.settings())
+        checkpoint = None if self._resumed is None else str(self._resumed)
+        result: TrainOutput = super().train(checkpoint, trial, ignore_keys_for_eval)
+        return result
+
+    def restore(self) -> None:
+        """Load the states of the checkpoint that the run continues from, if it does."""
+        if self._resumed is None:
+            return
+        for name, state in (*self.own_states.items(), *self.shared_states.items()):
+            state.load_state_dict(read_state(self._resumed / self._file(name)))
+
+    def _file(self, name: str) -> str:
+        own = name in self.own_states
+        return f"{name}_{self.accelerator.process_index}.pt" if own else f"{name}.pt"
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run = super()._get_output_dir(trial)
+        return str(Path(run) / ASIDE) if self._aside else run
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint aside, with the states, and publish it when it is whole."""
+        self.check_finite()
+        run = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            clear(run)
+        self.accelerator.wait_for_everyone()
+        with written_aside(run):
+            self._aside = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._aside = False
+            folder = run / ASIDE / name
+            states = dict(self.own_states)
+            if self.args.should_save:
+                states |= self.shared_states
+            for state, holder in states.items():
+                # Straight to the disk; a sharded q is large.
+                torch.save(holder.state_dict(), folder / self._file(state))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                seal(folder, self.settings(), self.reference_key)
+                publish(folder, run / name)
+                clear(run)
+                rotate_checkpoints(str(run), save_total_limit=self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+
 @contextmanager
 def written_aside(run: Path) -> Iterator[None]:
-    """What goes wrong while a checkpoint is written says that earlier ones are as they were.
+    """Add to errors of writing that earlier checkpoints are as they were.
 
     Raises:
-        OSError: the disk is full, or a writer failed.
+        OSError: The disk is full, or a writer failed.
     """
     with full_disk_named(run / ASIDE):
         try:
@@ -43,41 +151,36 @@ def written_aside(run: Path) -> Iterator[None]:
             ) from error
 
 
-def write_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write tensors and plain values straight to the disk; a sharded q is large."""
-    torch.save(dict(state), path)
-
-
 def read_state(path: Path) -> dict[str, Any]:
-    """Read what :func:`write_state` wrote, onto the CPU.
+    """Read a state of a checkpoint, onto the CPU.
 
     Raises:
-        CheckpointError: a damaged file.
+        CheckpointError: The file is damaged.
     """
     try:
-        held: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except CORRUPT as error:
         raise CheckpointError(
             f"{path} is corrupt ({type(error).__name__}: {error}); {_WAY_OUT}"
         ) from error
-    return held
+    return state
 
 
 def seal(folder: Path, settings: Mapping[str, Any], reference: str | None) -> None:
-    """Write down the files of a complete checkpoint, with their sizes, and what it belongs to.
+    """Record the files of a complete checkpoint, with their sizes, and the run's settings.
 
     Args:
-        folder: of the checkpoint.
-        settings: of the run.
-        reference: key of its reference log-probs, where it has some.
+        folder: Folder of the checkpoint.
+        settings: Settings of the run.
+        reference: Key of the run's reference log-probs, where it has some.
     """
-    held = {"settings": dict(settings), "reference": reference, "files": _sizes(folder)}
+    record = {"settings": dict(settings), "reference": reference, "files": _sizes(folder)}
     with written_whole(folder / SEAL) as partial:
-        partial.write_text(json.dumps(held, indent=2, sort_keys=True))
+        partial.write_text(json.dumps(record, indent=2, sort_keys=True))
 
 
 def publish(folder: Path, place: Path) -> None:
-    """Move a sealed checkpoint to its place; one that stands there is replaced."""
+    """Move a sealed checkpoint to its place, and replace the one that is there."""
     if place.exists():
         old = folder.with_name(f"{folder.name}.old")
         os.replace(place, old)
@@ -88,9 +191,9 @@ def publish(folder: Path, place: Path) -> None:
 
 
 def last(run: Path) -> str | None:
-    """The folder of a run's last checkpoint; None where it has none, or is not there."""
-    found: str | None = get_last_checkpoint(str(run)) if run.is_dir() else None
-    return found
+    """The folder of a run's last checkpoint; None without one, or without the run's folder."""
+    newest: str | None = get_last_checkpoint(str(run)) if run.is_dir() else None
+    return newest
 
 
 def resumed(run: Path, checkpoint: str | bool | None, *, saves: bool) -> Path | None:
@@ -123,36 +226,36 @@ def resumed(run: Path, checkpoint: str | bool | None, *, saves: bool) -> Path | 
 
 
 def clear(run: Path) -> None:
-    """Remove what a killed run has left half-written."""
+    """Remove what a killed run has half written."""
     if (run / ASIDE).exists():
         shutil.rmtree(run / ASIDE)
 
 
 def check(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """See that a checkpoint is whole and belongs to a run with these settings.
+    """Check that a checkpoint is whole and belongs to a run with these settings.
 
     Returns:
         The key of the reference log-probs of its run.
 
     Raises:
-        CheckpointError: it is not there, damaged, or of other settings; the message names what.
+        CheckpointError: It is missing, damaged, or of other settings; the message says what.
     """
     try:
-        held = json.loads((folder / SEAL).read_bytes())
-        stored, files, reference = held["settings"], held["files"], held["reference"]
+        record = json.loads((folder / SEAL).read_bytes())
+        stored, files, reference = record["settings"], record["files"], record["reference"]
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{folder} is no checkpoint of this trainer: {SEAL} is missing; {_WAY_OUT}"
+            f"{folder} is not a checkpoint of this trainer: {SEAL} is missing; {_WAY_OUT}"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / SEAL} is corrupt ({error}); {_WAY_OUT}") from error
-    found = _sizes(folder)
+    sizes = _sizes(folder)
     for name, size in files.items():
-        if name not in found:
+        if name not in sizes:
             raise CheckpointError(f"{folder / name} is missing; {_WAY_OUT}")
-        if found[name] != size:
+        if sizes[name] != size:
             raise CheckpointError(
-                f"{folder / name} is corrupt ({found[name]} bytes, {size} were written); {_WAY_OUT}"
+                f"{folder / name} is corrupt ({sizes[name]} bytes, {size} were written); {_WAY_OUT}"
             )
     processes = stored["plan"]["processes"]
     if processes != settings["plan"]["processes"]:

@@ -13,23 +13,19 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import (
-    PREFIX_CHECKPOINT_DIR,
-    SaveStrategy,
-    TrainOutput,
-    rotate_checkpoints,
-)
+from transformers import TrainerCallback
 
 from iwsft.fingerprint import fingerprint
 from iwsft.forward_pass import dataset_log_prob
-from iwsft.language import saving
 from iwsft.language.batches import PLACE, TrajectoryDataset, collate
-from iwsft.language.checks import check_engine, warn_of_half_precision
-from iwsft.language.config import ImportanceWeightedConfig
-from iwsft.language.loss import token_loss
-from iwsft.language.measures import Measures
+from iwsft.language.config import (
+    ImportanceWeightedConfig,
+    check_engine,
+    warn_of_half_precision,
+)
+from iwsft.language.loss import Measures, negative_log_likelihood, token_loss
 from iwsft.language.plan import PlannedLoader, plan_updates
+from iwsft.language.saving import CheckpointedTrainer
 from iwsft.language.shards import Shards
 from iwsft.language.weighing import CachedWeights
 from iwsft.objective import LOSS
@@ -46,9 +42,8 @@ from iwsft.trajectory import (
 )
 from iwsft.weights import ImportanceWeights
 
-WEIGHTS = "weights.pt"
 REFERENCE = "reference"
-# Those with which a run is resumed have to be the same.
+# A resumed run must have the same.
 SETTINGS = (
     "proposal",
     "sync_every",
@@ -59,43 +54,44 @@ SETTINGS = (
 )
 
 
-class ImportanceWeightedTrainer(Trainer):
+class ImportanceWeightedTrainer(CheckpointedTrainer):
     """Fine-tunes a causal LM on curated trajectories with :class:`~iwsft.ImportanceWeightedMLE`.
 
     Everything around the loss is transformers' own: accelerate, DeepSpeed ZeRO and FSDP2, gradient
     accumulation and checkpointing, mixed precision, schedules, logging. What differs:
 
-    - A batch is trajectories, and the loss is divided once, by the draws of an update over all
-      accumulated micro-batches and processes. An update is the same however it is divided up
-      (:class:`~iwsft.language.plan.UpdatePlan`). An epoch holds each trajectory as often as its
-      ``multiplicity`` says.
-    - The reference is the model as it is handed over (its adapters off, where it has some). Its
+    - A batch consists of trajectories, and the loss is divided once, by the multiplicities of an
+      update over all accumulated micro-batches and processes. An update is therefore the same
+      however it is divided (:class:`~iwsft.language.plan.UpdatePlan`). An epoch contains each
+      trajectory as often as its ``multiplicity`` says.
+    - The reference is the model as it is given (without its adapters, if it has some). Its
       log-probs are computed once at the start, within the engine and in the batches of the first
-      epoch, so the first update's weights are exactly those of log-ratio 0; they are kept on disk.
-    - Log lines hold ``ESS``, ``weight_mean``, ``weight_max``, ``clip_fraction``, ``kl_approx`` and
-      ``log_prob`` beside the loss.
-    - A checkpoint is whole or not there. Resuming, in mid-window of a hard sync too, continues the
-      run as if it had never stopped.
+      epoch, so the first update's weights are exactly those of log-ratio 0. They are cached.
+    - Log lines contain ``ESS``, ``weight_mean``, ``weight_max``, ``clip_fraction``, ``kl_approx``
+      and ``log_prob``, besides the loss.
+    - Checkpoints are written whole. A resumed run gives the same numbers as one that was never
+      stopped, also between two hard syncs.
 
     Args:
-        model: a causal decoder with its output layer, or a PEFT model of one.
-        args: settings.
-        trajectories: packed token trajectories, curated; see ``iwsft.language.tokenize``.
+        model: A causal decoder with its output layer, or a PEFT model of one.
+        args: Settings of the run.
+        trajectories: Packed token trajectories, curated; see ``iwsft.language.tokenize``.
             ``ref_log_prob`` is written into them.
-        importance_weights: from per-token log-ratios to weights; by default exp of the mean
-            log-ratio of a trajectory.
-        eval_trajectories: held out; ``evaluate`` gives their mean negative log-likelihood.
-        processing_class: the tokenizer; its pad token fills batches, and it is saved along.
-        callbacks: further callbacks of transformers.
-        optimizers: an optimizer and a schedule in place of those that ``args`` names.
+        importance_weights: Transforms from per-token log-ratios to weights; by default exp of the
+            mean log-ratio of a trajectory.
+        eval_trajectories: Held-out trajectories, whose mean negative log-likelihood ``evaluate``
+            computes.
+        processing_class: Tokenizer; its pad token fills batches, and it is saved with the model.
+        callbacks: Further callbacks of transformers.
+        optimizers: Optimizer and schedule in place of those that ``args`` names.
 
     Raises:
-        ValueError: settings that do not fit together or are not supported, an empty dataset, or
-            trajectories that the model can't read.
-        OverflowError: a chain of weights that must overflow on these trajectories.
+        ValueError: Settings do not fit together or are not supported, the dataset is empty, or the
+            model can't read the trajectories.
+        OverflowError: The weights must overflow on these trajectories.
     """
 
-    # The loss is divided by the draws of the whole update.
+    # The loss is divided by the multiplicities of the whole update.
     loss_is_scaled_for_ga = True
     args: ImportanceWeightedConfig
 
@@ -118,10 +114,10 @@ class ImportanceWeightedTrainer(Trainer):
             )
         pad_token_id = getattr(processing_class, "pad_token_id", None) or 0
         self._policy = CausalLMPolicy(model)
-        for held in (trajectories, eval_trajectories):
-            if held is not None:
-                check_tensordict(held)
-                self._policy.check(held)
+        for given in (trajectories, eval_trajectories):
+            if given is not None:
+                check_tensordict(given)
+                self._policy.check(given)
         weights = ImportanceWeights() if importance_weights is None else importance_weights
         self._dataset = _dataset(trajectories)
         self._collate = partial(
@@ -148,7 +144,7 @@ class ImportanceWeightedTrainer(Trainer):
             eval_dataset=None if eval_trajectories is None else _dataset(eval_trajectories),
             data_collator=self._collate,
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), _AtStart(self)],
+            callbacks=[*(callbacks or []), _Hooks(self)],
             optimizers=optimizers,
         )
         check_engine(self, args.proposal, weights)
@@ -163,10 +159,7 @@ class ImportanceWeightedTrainer(Trainer):
         self._weights: CachedWeights | None = None
         self._shards: Shards | None = None
         self._q: EMA | None = None
-        self._resumed: Path | None = None
-        self._reference_key: str | None = None
         self._finite = torch.tensor(True)
-        self._aside = False
         self._parameters = sum(p.numel() for p in model.parameters())
         self._fingerprint = fingerprint(
             {str(key): trajectories.get(key) for key in (TOKENS, ASSISTANT_MASK, TRAJ_IDS)}
@@ -175,7 +168,7 @@ class ImportanceWeightedTrainer(Trainer):
     # ---- data ----
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Batches of this process: as planned, and not dealt out again by accelerate."""
+        """Batches of this process as planned; accelerate does not distribute them again."""
         workers = self.args.dataloader_num_workers
         return PlannedLoader(
             self._dataset,
@@ -189,7 +182,7 @@ class ImportanceWeightedTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
-        """The micro-batches of the next update, with their weights, and its draws overall."""
+        """The micro-batches of the next update, with their weights, and its multiplicities' sum."""
         update = self.state.global_step
         if self._weights is not None and update >= self._weights.until:
             last = max(self.state.max_steps, update + 1)
@@ -227,9 +220,9 @@ class ImportanceWeightedTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The share of a micro-batch in the loss of its update.
+        """The part of a micro-batch in the loss of its update.
 
-        Times the number of processes, as engines average gradients over them.
+        It is multiplied by the number of processes, since engines average gradients over them.
         """
         self._policy.model = model
         terms = self._loss.terms(inputs, cached=self._weights is not None)
@@ -253,67 +246,31 @@ class ImportanceWeightedTrainer(Trainer):
             shared=True,
         )
 
-    # ---- start and resumption ----
-
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> TrainOutput:
-        """Train; see :class:`transformers.Trainer`.
-
-        Args:
-            resume_from_checkpoint: a checkpoint's folder; True: the last one in ``output_dir``.
-            trial: of a search over settings.
-            ignore_keys_for_eval: not used.
-
-        Raises:
-            FileExistsError: ``output_dir`` holds checkpoints that are not to be resumed.
-            CheckpointError: a checkpoint that is damaged, of other settings, or of another number
-                of processes.
-            FloatingPointError: loss or weights are no longer finite; checkpoints stay.
-        """
-        self._resumed = saving.resumed(
-            self._folder,
-            resume_from_checkpoint,
-            saves=self.args.save_strategy != SaveStrategy.NO,
-        )
-        self._reference_key = None
-        if self._resumed is not None:
-            self._reference_key = saving.check(self._resumed, self._settings())
-        checkpoint = None if self._resumed is None else str(self._resumed)
-        result: TrainOutput = super().train(checkpoint, trial, ignore_keys_for_eval)
-        return result
-
-    @property
-    def _folder(self) -> Path:
-        return Path(str(self.args.output_dir))
+    # ---- start ----
 
     def _start(self) -> None:
-        """What needs the engine: reference, q. Called when training begins or goes on."""
+        """Prepare what needs the engine, the reference and q, when training begins."""
         if self.args.proposal == "reference":
             return
         self._annotate()
         if self.args.proposal == "lagged":
             self._shards = Shards(self.model_wrapped, optimizer=self.optimizer)
             self._q = EMA(self._loss, decay=self.args.ema_decay or 0.0, holder=self._shards)
+            self.own_states["q"] = self._shards
         if self.args.proposal != "current":
             self._weights = CachedWeights(self._loss, self._dataset, self._plan)
             self._weights.until = self.state.global_step
-        if self._resumed is not None and self._shards is not None:
-            self._shards.load_state_dict(saving.read_state(self._resumed / self._shards_file))
-        if self._resumed is not None and self._weights is not None:
-            self._weights.load_state_dict(saving.read_state(self._resumed / WEIGHTS))
+            self.shared_states["weights"] = self._weights
+        self.restore()
 
     def _annotate(self) -> None:
-        """Write ``ref_log_prob`` into the trajectories; a resumed run takes that of its start."""
-        cache = Path(self.args.reference_cache or self._folder / REFERENCE)
-        if self._reference_key is not None:
-            cached_reference(self._trajectories, self._reference_key, cache=cache)
+        """Write ``ref_log_prob`` into the trajectories; a resumed run reads that of its start."""
+        cache = Path(self.args.reference_cache or Path(str(self.args.output_dir)) / REFERENCE)
+        if self.reference_key is not None:
+            cached_reference(self._trajectories, self.reference_key, cache=cache)
         else:
             self._policy.model = self.model_wrapped
-            log_prob, self._reference_key = reference_log_prob(
+            log_prob, self.reference_key = reference_log_prob(
                 self._policy,
                 self._trajectories,
                 batches=[self._dataset.positions(batch) for batch in self._plan.epoch(0)],
@@ -324,8 +281,8 @@ class ImportanceWeightedTrainer(Trainer):
             self._trajectories.set(REF_LOG_PROB, log_prob)
         self._dataset.trajectories.set(REF_LOG_PROB, self._trajectories.get(REF_LOG_PROB))
 
-    def _settings(self) -> dict[str, Any]:
-        """What a checkpoint belongs to."""
+    def settings(self) -> dict[str, Any]:
+        """Settings that a checkpoint belongs to."""
         return {
             **{name: getattr(self.args, name) for name in SETTINGS},
             "importance_weights": repr(self._loss.importance_weights),
@@ -333,55 +290,23 @@ class ImportanceWeightedTrainer(Trainer):
             "trajectories": self._fingerprint,
         }
 
-    @property
-    def _shards_file(self) -> str:
-        return f"q_{self.accelerator.process_index}.pt"
-
-    # ---- checkpoints ----
-
-    def _get_output_dir(self, trial: Any) -> str:
-        run = super()._get_output_dir(trial)
-        return str(Path(run) / saving.ASIDE) if self._aside else run
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint aside, ours included, and move it to its place when it is whole."""
-        self._check_finite()
-        run = Path(self._get_output_dir(trial))
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            saving.clear(run)
-        self.accelerator.wait_for_everyone()
-        with saving.written_aside(run):
-            self._aside = True
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._aside = False
-            folder = run / saving.ASIDE / name
-            if self._shards is not None:
-                saving.write_state(folder / self._shards_file, self._shards.state_dict())
-            if self._weights is not None and self.args.should_save:
-                saving.write_state(folder / WEIGHTS, self._weights.state_dict())
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                saving.seal(folder, self._settings(), self._reference_key)
-                saving.publish(folder, run / name)
-                saving.clear(run)
-                rotate_checkpoints(str(run), save_total_limit=self.args.save_total_limit)
-        self.accelerator.wait_for_everyone()
-
     # ---- logs ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Write a log line, with what the weights came to since the last one."""
+        """Write a log line, with the means of the updates since the last one."""
         if "loss" in logs:
-            self._check_finite()
+            self.check_finite()
             logs |= self._measures.collect(
                 lambda x: self.accelerator.gather(x.to(self.args.device)).cpu()
             )
         super().log(logs, start_time)
 
-    def _check_finite(self) -> None:
+    def check_finite(self) -> None:
+        """Refuse to continue, or to save, once a loss was not finite.
+
+        Raises:
+            FloatingPointError: A loss was infinite or NaN.
+        """
         if not bool(self._finite):
             raise FloatingPointError(
                 f"the loss is no longer finite, at update {self.state.global_step} or a little "
@@ -399,28 +324,23 @@ class ImportanceWeightedTrainer(Trainer):
         """Mean negative log-likelihood of the held-out trajectories, by trajectory and by token.
 
         Args:
-            eval_dataset: not taken; they are handed over as ``eval_trajectories``.
-            ignore_keys: not used.
-            metric_key_prefix: of the names.
+            eval_dataset: Not supported; see ``eval_trajectories``.
+            ignore_keys: Not used.
+            metric_key_prefix: Prefix of the metrics' names.
 
         Raises:
-            ValueError: there are no held-out trajectories.
+            ValueError: There are no held-out trajectories.
         """
         held_out = self.eval_dataset
         if not isinstance(held_out, TrajectoryDataset) or eval_dataset is not None:
-            raise ValueError("hand held-out trajectories over as eval_trajectories=...")
+            raise ValueError("pass held-out trajectories as eval_trajectories=...")
         entries = range(len(held_out))
         width = self.args.per_device_eval_batch_size
         batches = [held_out.positions(entries[at : at + width]) for at in entries[::width]]
         log_prob = self._log_prob(held_out.trajectories, batches)
-        held = held_out.trajectories
-        segments = self._loss.segments(held)
-        share = self._loss.share(held, segments)
-        steps = share * segments.spread(segments.lengths)
-        metrics = {
-            f"{metric_key_prefix}_loss": -float((share * log_prob).sum() / share.sum()),
-            f"{metric_key_prefix}_token_loss": -float((steps * log_prob).sum() / steps.sum()),
-        }
+        names = (f"{metric_key_prefix}_loss", f"{metric_key_prefix}_token_loss")
+        means = negative_log_likelihood(self._loss, held_out.trajectories, log_prob)
+        metrics = dict(zip(names, means, strict=True))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -428,8 +348,8 @@ class ImportanceWeightedTrainer(Trainer):
         return metrics
 
 
-class _AtStart(TrainerCallback):
-    """Tells the trainer when its engine is ready and when an update is done."""
+class _Hooks(TrainerCallback):
+    """Calls the trainer when its engine is ready and after each update."""
 
     def __init__(self, trainer: ImportanceWeightedTrainer) -> None:
         self._trainer = trainer
@@ -443,7 +363,7 @@ class _AtStart(TrainerCallback):
 
 
 def _dataset(trajectories: TensorDictBase) -> TrajectoryDataset:
-    """A shallow copy of the trajectories in which each token knows its place."""
+    """A shallow copy of the trajectories in which each token carries its position."""
     placed = trajectories.copy()
     return TrajectoryDataset(placed.set(PLACE, torch.arange(len(placed))))
 
