@@ -40,10 +40,11 @@ class _Updater(TargetNetUpdater):
     @torch.no_grad()
     def init_(self) -> None:
         """Set q to theta."""
+        # TorchRL warns of a q that is read before this is set.
+        self.loss_module._has_update_associated["actor_network"] = True
         if self.loss_module.proposal == "lagged":
             for q, theta in self.holder.pairs():
                 q.copy_(theta)
-        self.loss_module._has_update_associated["actor_network"] = True
         self.initialized = True
 
     def state_dict(self) -> dict[str, Any]:
