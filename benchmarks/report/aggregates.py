@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from benchmarks import statistics
-from benchmarks.axes import style
-from benchmarks.report.figures import TITLE, colours, legend, list_names
+from benchmarks.report.figures import TITLE, colours, legend, list_names, style
 from benchmarks.report.grid import NOTHING, Grid
 from benchmarks.report.names import algorithm_label, algorithm_rank, is_variant
 from benchmarks.report.scores import Cell, algorithms, datasets

@@ -22,7 +22,7 @@ from benchmarks.results import FinishedRun
 COMMANDS = "How these numbers were made"
 _DPI = 110
 _STYLE = Path(__file__).with_name("document.css")
-# Nothing is loaded from elsewhere, and a browser is told so.
+# The page loads nothing from elsewhere, and tells the browser so.
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>

@@ -13,7 +13,6 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
-from benchmarks.axes import style
 from benchmarks.report.names import algorithm_label, dataset_label
 from benchmarks.report.scores import Cell, algorithms, datasets
 from benchmarks.results import FinishedRun
@@ -38,6 +37,13 @@ TITLE = 11  # font size
 UNIT = {"score": "D4RL-normalised score", "return": "mean return"}
 _POINTS = 150  # longer series are averaged into this many points
 _PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
+
+
+def style(ax: Axes) -> None:
+    """Give axes a light grid and no frame."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(color="0.9", lw=0.8)
+    ax.set_axisbelow(True)
 
 
 def colours(group: Sequence[Cell]) -> dict[str, str]:

@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from benchmarks.axes import style
-from benchmarks.report.figures import COLOURS, list_names, score_bar, series
+from benchmarks.report.figures import COLOURS, list_names, score_bar, series, style
 from benchmarks.report.grid import NOTHING, Grid
 from benchmarks.report.names import algorithm_rank
 from benchmarks.report.scores import cpu_seconds, interval_over_seeds

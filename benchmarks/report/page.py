@@ -117,13 +117,13 @@ def _scores(document: Document, group: Sequence[Cell], missing: Sequence[Unfinis
         f"bootstrap of the mean) are over seeds, and only given for {MIN_SEEDS} seeds or more; "
         "with so few seeds the interval is rather too narrow."
     )
-    caption = "Scores, D4RL-normalised where nothing else is said."
+    caption = "Scores, D4RL-normalised unless a footnote says otherwise."
     if tables.SUCCESS_INTERVAL in grid.columns:
         caption += " Success is the share of the episodes in which the environment reports it."
     document.table(grid, caption, runs_of(group))
     if grid.published:
         document.text(
-            f"Columns named by a paper are its numbers: {tables.published_source()}. They were not "
+            f"Columns named by a paper are its numbers: {tables.published()[0]}. They were not "
             "run here, and enter no mean, aggregate or figure."
         )
     else:
@@ -157,8 +157,8 @@ def _aggregates(document: Document, group: Sequence[Cell]) -> None:
             f"Over {', '.join(map(dataset_label, aggregates.datasets))}: the datasets that all "
             f"algorithms of this section have with {MIN_SEEDS} seeds or more. As in rliable "
             "(<https://arxiv.org/abs/2108.13264>), with 95 % intervals from a stratified "
-            "bootstrap over seeds. The optimality gap is what is missing to a score of 100. Where "
-            "an algorithm has more seeds on one dataset than on another, its first ones enter."
+            "bootstrap over seeds. The optimality gap is the mean distance below a score of 100. "
+            "Where an algorithm has more seeds on one dataset than on another, its first ones enter."
         )
         document.table(over_datasets.aggregate_grid(aggregates), "Aggregate scores.", runs)
         document.figure(
@@ -223,7 +223,7 @@ def _curves(document: Document, group: Sequence[Cell]) -> None:
 
 
 def _parts(group: Sequence[Cell]) -> Iterator[tuple[str, str, list[Cell]]]:
-    """The cells of one figure each: end of its file name, words for its caption, and its cells.
+    """For each figure: the end of its file name, words for its caption, and its cells.
 
     Variants have figures of their own, together with the algorithms that they are variants of.
     """
@@ -268,7 +268,7 @@ def _cost(document: Document, group: Sequence[Cell]) -> None:
     )
     if len(hardware(runs)) > 1:
         document.text("The runs are of different hardware: their seconds differ by it.")
-    document.table(tables.cost_grid(group), "Cost beside score.", runs)
+    document.table(tables.cost_grid(group), "Cost and score.", runs)
     document.figure(
         "cost.png",
         figures.cost(group),

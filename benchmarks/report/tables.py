@@ -22,7 +22,6 @@ FEW_SEEDS = (
     f"Fewer than {MIN_SEEDS} seeds carry neither a deviation nor an interval: the mean alone."
 )
 SUCCESS_INTERVAL = "interval of success"
-_PUBLISHED = Path(__file__).parents[1] / "published.json"
 # Key of result.json -> heading.
 _SECONDS = {
     "cpu_seconds": "CPU seconds",
@@ -33,57 +32,34 @@ _SECONDS = {
 
 
 @dataclass(frozen=True)
-class PublishedNumber:
-    """A published score.
+class PublishedTable:
+    """A table of the paper.
 
     Attributes:
-        score: D4RL-normalised score.
-        std: Standard deviation over training runs, None where the paper gives none.
-        caveats: What to know before comparing with it.
+        label: Name of the table.
+        note: What to know of all its numbers.
+        numbers: By dataset and algorithm: ``score`` (D4RL-normalised), ``std`` over training runs
+            where the paper gives it, and ``caveats``, footnotes on this number.
     """
-
-    score: float
-    std: float | None
-    caveats: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.score:.1f}" + (f" ± {self.std:.1f}" if self.std else "")
-
-
-@dataclass(frozen=True)
-class PublishedTable:
-    """A table of the paper: its label, a note on all of it, numbers by (dataset, algorithm)."""
 
     label: str
     note: str
-    numbers: dict[tuple[str, str], PublishedNumber]
+    numbers: dict[tuple[str, str], dict[str, Any]]
 
 
 @functools.cache
-def published_source() -> str:
-    """Reference of the paper with the published numbers."""
-    return _published()["source"]
-
-
-@functools.cache
-def published_tables() -> list[PublishedTable]:
-    """The paper's tables, from ``benchmarks/published.json``."""
-    data = _published()
-    numbers: dict[str, dict[tuple[str, str], PublishedNumber]] = {
-        name: {} for name in data["tables"]
-    }
+def published() -> tuple[str, list[PublishedTable]]:
+    """The paper's reference and its tables, from ``benchmarks/published.json``."""
+    data = json.loads((Path(__file__).parents[1] / "published.json").read_text())
+    numbers: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
     for row in data["rows"]:
-        caveats = tuple(data["caveats"][caveat] for caveat in row["caveats"])
-        number = PublishedNumber(row["score"], row.get("std"), caveats)
-        numbers[row["table"]][row["dataset"], row["algo"]] = number
-    return [
+        row["caveats"] = [data["caveats"][caveat] for caveat in row["caveats"]]
+        numbers.setdefault(row["table"], {})[row["dataset"], row["algo"]] = row
+    tables = [
         PublishedTable(table["label"], table["note"], numbers[name])
         for name, table in data["tables"].items()
     ]
-
-
-def _published() -> dict[str, Any]:
-    return json.loads(_PUBLISHED.read_text())
+    return data["source"], tables
 
 
 def score_table(runs: Sequence[FinishedRun]) -> Group:
@@ -102,7 +78,7 @@ def score_grid(group: Sequence[Cell], missing: Sequence[UnfinishedRun] = ()) -> 
     cut_off = Counter((run.dataset, run.algo) for run in missing)
     by_name = {(cell.dataset, cell.algo): cell for cell in group}
     names = sorted(by_name.keys() | cut_off.keys(), key=lambda n: (n[0], algorithm_rank(n[1])))
-    papers = [table for table in published_tables() if table.numbers.keys() & set(names)]
+    papers = [table for table in published()[1] if table.numbers.keys() & set(names)]
     with_success = any(cell.success_rates.size for cell in group)
     columns = ["dataset", "algorithm", "seeds", "episodes", "score", "std", "95 % interval"]
     if with_success:
@@ -117,10 +93,15 @@ def score_grid(group: Sequence[Cell], missing: Sequence[UnfinishedRun] = ()) -> 
             row += [f"0 of {cut_off[name]}"] + [NOTHING] * (len(columns) - 3)
         for table in papers:
             number = table.numbers.get(name)
-            row.append(NOTHING if number is None else grid.marked(str(number), number.caveats))
+            row.append(_published_text(grid, number) if number else NOTHING)
         grid.rows.append(row)
     grid.notes += [f"{table.label}: {table.note}" for table in papers]
     return grid
+
+
+def _published_text(grid: Grid, number: dict[str, Any]) -> str:
+    deviation = f" ± {number['std']:.1f}" if "std" in number else ""
+    return grid.marked(f"{number['score']:.1f}{deviation}", number["caveats"])
 
 
 def interval_text(interval: tuple[float, float] | None, digits: int = 1) -> str:

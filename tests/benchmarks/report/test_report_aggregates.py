@@ -90,13 +90,13 @@ def test_intervals_are_those_of_a_stratified_bootstrap_by_hand(runs: Path) -> No
     aggregates = aggregate([cell for cell in group if cell.algo == "sft-q"])
     generator = np.random.RandomState(0)
     rows = [generator.choice(3, (3, 2)) for _ in range(200)]
-    drawn = [np.take_along_axis(scores, row, axis=0) for row in rows]
+    resamples = [np.take_along_axis(scores, row, axis=0) for row in rows]
     iqm, mean, *_ = aggregates.estimates["sft-q"]
     for estimate, function in ((iqm, lambda x: scipy.stats.trim_mean(x, 0.25)), (mean, np.mean)):
-        expected = np.percentile([function(draw.ravel()) for draw in drawn], [2.5, 97.5])
+        expected = np.percentile([function(draw.ravel()) for draw in resamples], [2.5, 97.5])
         assert [estimate.low, estimate.high] == pytest.approx(expected)
     profile, thresholds = aggregates.profiles["sft-q"], aggregates.thresholds / 100
-    shares = [[(draw / 100 > t).mean() for t in thresholds] for draw in drawn]
+    shares = [[(draw / 100 > t).mean() for t in thresholds] for draw in resamples]
     low, high = np.percentile(shares, [2.5, 97.5], axis=0)
     assert profile.low == pytest.approx(low) and profile.high == pytest.approx(high)
     assert profile.point == pytest.approx([(scores / 100 > t).mean() for t in thresholds])

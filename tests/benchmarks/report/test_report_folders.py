@@ -1,4 +1,4 @@
-"""Which folders are runs, and what is said of those that are not whole."""
+"""Which folders are runs, and errors that name the damaged ones."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def test_unfinished_runs_are_listed_with_how_far_they_came(runs: Path, make_run:
     other = runs / "llm/chat/iw-sft/seed-0"
     other.mkdir(parents=True)
     (other / "config.json").write_text("{}")
-    found = [
+    unfinished = [
         (run.folder, run.dataset, run.algo, run.seed, run.step, run.steps)
         for run in unfinished_runs(runs, CONTROL)
     ]
-    assert found == [
+    assert unfinished == [
         (runs / "d4rl/hopper-a/sft-q/seed-1", "hopper-a", "sft-q", 1, 100, None),
         (runs / "lag50/d4rl/hopper-a/iql/seed-0", "hopper-a", "lag50/iql", 0, 0, 5000),
         (runs / "lag50/d4rl/hopper-a/iql/seed-1", "hopper-a", "lag50/iql", 1, 70, 5000),
@@ -45,7 +45,7 @@ def test_unfinished_runs_are_listed_with_how_far_they_came(runs: Path, make_run:
     page = (runs / "report/report.md").read_text()
     assert "3 unfinished runs" in page
     assert "| hopper-a | lag50/IQL | 1 | 70 | 5000 |" in page
-    # In the table of scores they stand as missing, with no number.
+    # In the table of scores they are missing, with no number.
     assert "| hopper-a | SFT(Q) | 2 of 3 |" in page
     assert "| hopper-a | lag50/IQL | 0 of 2 | - | - | - | - |" in page
 

@@ -1,4 +1,4 @@
-"""Language runs in the report: as the job leaves them, beside control runs or alone."""
+"""Language runs in the report: as the job leaves them, with control runs or alone."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from benchmarks.llm.algorithms import NAMES
 from benchmarks.report.__main__ import Report, main
 from benchmarks.report.language import read_recipes
+from benchmarks.report.names import algorithm_rank
 from benchmarks.report.page import write_report
 from benchmarks.results import ResultsError
 
@@ -116,6 +118,10 @@ def test_beside_control_runs_and_by_folder(language: Path, make_run: MakeRun) ->
     assert [recipe.name for recipe in read_recipes(language / "longer" / "llm" / "sums")] == [
         "sums"
     ]
+
+
+def test_the_order_is_that_of_the_language_job() -> None:
+    assert sorted(NAMES, key=algorithm_rank) == list(NAMES)
 
 
 def test_unfinished_runs_are_told_and_counted_nowhere(

@@ -83,15 +83,15 @@ class Page(HTMLParser):
 
 def markdown_tables(text: str) -> list[list[list[str]]]:
     """Tables of markdown, as rows of cells."""
-    found: list[list[list[str]]] = [[]]
+    tables: list[list[list[str]]] = [[]]
     for line in text.splitlines():
         if line.startswith("|"):
             row = [cell.strip().strip("*") for cell in line.strip("|").split(" | ")]
             if not row[0].startswith("---"):
-                found[-1].append(row)
-        elif found[-1]:
-            found.append([])
-    return [table for table in found if table]
+                tables[-1].append(row)
+        elif tables[-1]:
+            tables.append([])
+    return [table for table in tables if table]
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_the_html_page_loads_nothing(whole: Path) -> None:
     assert page.loads == []
     assert not {"script", "link", "iframe", "object", "embed", "base"} & set(page.tags)
     assert "url(" not in text and "@import" not in text
-    # A browser is told so too.
+    # The page tells the browser so too.
     assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in text
     folder = whole / "report"
     files = {path.read_bytes() for path in folder.glob("*.png")}
@@ -178,8 +178,8 @@ def test_every_table_and_figure_says_how_it_was_made(whole: Path) -> None:
     assert len(made) == page.tags.count("table") + page.tags.count("img")
     for line in made:
         assert line.startswith(f"*`python -m benchmarks.report {whole.name}`: ")
-        for told in ("runs, seeds 0 1 2;", "Hopper-v4", "mujoco 3.11.0", "some processor"):
-            assert told in line
+        for words in ("runs, seeds 0 1 2;", "Hopper-v4", "mujoco 3.11.0", "some processor"):
+            assert words in line
     # Only its own runs: the sweep has 3 x SFT(Q) and 9 x iw-SFT(Q) on one dataset at most.
     weights = markdown.split("## Settings of the weights")[1].split("## Cost")[0]
     assert "9 runs" in weights
@@ -289,6 +289,6 @@ def test_critics_and_long_runs_are_drawn(tmp_path: Path, make_run: MakeRun) -> N
     assert figure is not None
     assert [len(ax.lines) for ax in figure.axes] == [1, 1]
     assert "Q(s, a)" in figure.axes[1].get_ylabel()
-    # Ten updates beside a thousand.
+    # Ten updates and a thousand.
     figure = figures.learning_curves(group)
     assert figure is not None and figure.axes[0].get_xscale() == "log"

@@ -56,8 +56,8 @@ def test_settings_scores_and_weights_at_the_end(tmp_path: Path, make_run: MakeRu
     assert sweep_grid(swept(group)).rows[0][7].startswith("30.")
     (panel,) = sweep_figure(swept(group)).axes
     assert panel.get_title() == "hopper-a"
-    drawn = {text.get_text() for text in panel.texts}
-    assert drawn == {
+    words = {text.get_text() for text in panel.texts}
+    assert words == {
         *("ESS 0.4, sync every 199", "k 1, sync every 50"),
         *("k 1, sync every 199", "k 10, sync every 199"),
     }
@@ -79,13 +79,13 @@ def test_what_differs_in_more_than_its_weights_is_a_sweep_of_its_own(
                 )
     # The only setting with this cut.
     make_run(tmp_path / "top30", "hopper-a", "iw-sft-q", 0, 1.0, config=config(1.0, cut=70.0))
-    found = swept(cells(read_runs(tmp_path, CONTROL)))
-    assert [(cell.algo, cell.mean) for _, cell in found] == [
+    rows_of_sweep = swept(cells(read_runs(tmp_path, CONTROL)))
+    assert [(cell.algo, cell.mean) for _, cell in rows_of_sweep] == [
         *(("top10/sft-q", 30.0), ("top10-k1/iw-sft-q", 31.0), ("top10-k10/iw-sft-q", 40.0)),
         *(("top50/sft-q", 70.0), ("top50-k1/iw-sft-q", 71.0), ("top50-k10/iw-sft-q", 80.0)),
     ]
-    (panel,) = sweep_figure(found).axes
-    # Which line and which point is which is said where there are several.
+    (panel,) = sweep_figure(rows_of_sweep).axes
+    # Lines and points are named where there are several.
     words = {text.get_text() for text in panel.texts}
     assert {"top10/SFT(Q)", "top50/SFT(Q)", "top50-k10"} <= words
 
@@ -95,8 +95,8 @@ def test_seeds_of_one_folder_with_several_settings_are_told_apart(
 ) -> None:
     for seed, k in enumerate((1.0, 1.0, 3.0)):
         make_run(tmp_path, "hopper-a", "iw-sft-q", seed, 10.0 * k, config=config(k), rows=rows(0.5))
-    found = sweep_grid(swept(cells(read_runs(tmp_path, CONTROL)))).rows
-    assert [(row[2], row[5], row[6], row[7]) for row in found] == [
+    rows_of_sweep = sweep_grid(swept(cells(read_runs(tmp_path, CONTROL)))).rows
+    assert [(row[2], row[5], row[6], row[7]) for row in rows_of_sweep] == [
         ("1", "2", "10.0", "- [1]"),
         ("3", "1", "30.0", "- [1]"),
     ]
