@@ -158,7 +158,8 @@ def _aggregates(document: Document, group: Sequence[Cell]) -> None:
             f"algorithms of this section have with {MIN_SEEDS} seeds or more. As in rliable "
             "(<https://arxiv.org/abs/2108.13264>), with 95 % intervals from a stratified "
             "bootstrap over seeds. The optimality gap is the mean distance below a score of 100. "
-            "Where an algorithm has more seeds on one dataset than on another, its first ones enter."
+            "Where an algorithm has more seeds on one dataset than on another, its first ones "
+            "enter."
         )
         document.table(over_datasets.aggregate_grid(aggregates), "Aggregate scores.", runs)
         document.figure(
