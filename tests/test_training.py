@@ -182,7 +182,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 
 @pytest.mark.parametrize("name", JOBS)
 @settings(
-    max_examples=8,
+    max_examples=4,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -12,12 +12,12 @@ import json
 import os
 import re
 import resource
-import select
 import signal
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Literal, Self
 
 from benchmarks.llm.evaluation.answers import normalize_latex, parse_integer, parse_letter
@@ -88,17 +88,12 @@ class Grader:
             stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": paths},
         )
-        try:
-            problem = _read_line(self._process, _START_SECONDS).get("problem")
-        except (TimeoutError, EOFError) as error:
-            self.close()
-            raise ImportError(
-                f"the process that compares answers ({self._compare}) did not start"
-            ) from error
+        problem = self._read(self._process, _START_SECONDS).get("problem")
         if problem is not None:
             self.close()
             raise ImportError(
-                f"Math-Verify does not load ({problem}); pip install 'math-verify[antlr4_13_2]'"
+                f"Math-Verify does not load in {self._compare} ({problem}); pip install "
+                "'math-verify[antlr4_13_2]'"
             )
         return self._process
 
@@ -110,11 +105,9 @@ class Grader:
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
-            try:
+            # The process may not have read all that was written to it.
+            with suppress(BrokenPipeError):
                 pipe.close()
-            except BrokenPipeError:
-                # The process did not read all that was written to it.
-                continue
         self._process = None
 
     def __enter__(self) -> Self:
@@ -126,19 +119,28 @@ class Grader:
     def _ask(self, correct: str, answer: str) -> bool:
         process = self.start()
         assert process.stdin is not None
-        try:
+        # The process may have ended since the last comparison.
+        with suppress(BrokenPipeError):
             process.stdin.write(json.dumps([correct, answer]).encode() + b"\n")
             process.stdin.flush()
-            verdict = _read_line(process, self._seconds)
-        except TimeoutError:
-            self.close()
-            verdict = {"equal": False, "problem": f"no verdict in {self._seconds:g} s"}
-        except (EOFError, BrokenPipeError):
-            self.close()
-            verdict = {"equal": False, "problem": "the comparison crashed"}
+        verdict = self._read(process, self._seconds)
         if "problem" in verdict:
             self.problems.append(f"{answer[:60]!r} against {correct[:60]!r}: {verdict['problem']}")
-        return bool(verdict["equal"])
+        return bool(verdict.get("equal"))
+
+    def _read(self, process: subprocess.Popen[bytes], seconds: float) -> dict[str, Any]:
+        """Read a line of JSON; end the process where there is none in time."""
+        assert process.stdout is not None
+        timer = threading.Timer(seconds, process.kill)
+        timer.start()
+        line = process.stdout.readline()
+        in_time = timer.is_alive()
+        timer.cancel()
+        if line:
+            content: dict[str, Any] = json.loads(line)
+            return content
+        self.close()
+        return {"problem": "the process crashed" if in_time else f"no verdict in {seconds:g} s"}
 
 
 def equal_by_math_verify(correct: str, answer: str) -> bool:
@@ -154,29 +156,6 @@ def equal_by_math_verify(correct: str, answer: str) -> bool:
         return parse(marked, parsing_timeout=None)
 
     return bool(verify(parsed(correct), parsed(answer), timeout_seconds=None))
-
-
-def _read_line(process: subprocess.Popen[bytes], seconds: float) -> dict[str, Any]:
-    """Read a line of JSON from a process.
-
-    Raises:
-        TimeoutError: The process has not written it in time.
-        EOFError: The process has ended.
-    """
-    assert process.stdout is not None
-    file, line = process.stdout.fileno(), b""
-    deadline = time.monotonic() + seconds
-    while not line.endswith(b"\n"):
-        left = deadline - time.monotonic()
-        if left <= 0 or not select.select([file], [], [], left)[0]:
-            raise TimeoutError
-        # Not through the buffer of `stdout`, which `select` does not see.
-        part = os.read(file, 4096)
-        if not part:
-            raise EOFError
-        line += part
-    content: dict[str, Any] = json.loads(line)
-    return content
 
 
 def _answer_until_stdin_ends() -> None:

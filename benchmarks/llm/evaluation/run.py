@@ -181,21 +181,15 @@ class _Evaluation:
             print(f"{name}  {len(generations)}/{len(self.keys)}", file=sys.stderr)
 
     def _answer(self, model: Generator, requests: Sequence[Request]) -> list[Generation]:
-        options, decode = self.options, self.prompter.tokenizer.decode
+        options = self.options
         sampling: dict[str, Any] = {
             "stop": self.prompter.stop,
             "temperature": options.temperature,
             "top_p": options.top_p,
         }
         if self.delimiters is None or options.think_budget is None:
-            return [
-                {
-                    "tokens": len(completion.tokens),
-                    "stopped": completion.stop is not None,
-                    "text": decode(completion.tokens),
-                }
-                for completion in model.generate(requests, **sampling)
-            ]
+            completions = model.generate(requests, **sampling)
+            return [self._generation(each.tokens, each.stop) for each in completions]
         thoughts = think_then_answer(
             model,
             requests,
@@ -205,16 +199,19 @@ class _Evaluation:
             **sampling,
         )
         return [
-            {
-                "tokens": len(thought.tokens),
-                "stopped": thought.answer.stop is not None,
-                "thinking_tokens": len(thought.thinking),
-                "waits": thought.waits,
-                "cut": thought.cut,
-                "text": decode(thought.tokens),
-            }
+            self._generation(
+                thought.tokens,
+                thought.answer.stop,
+                thinking_tokens=len(thought.thinking),
+                waits=thought.waits,
+                cut=thought.cut,
+            )
             for thought in thoughts
         ]
+
+    def _generation(self, tokens: Sequence[int], stop: int | None, **thinking: int) -> Generation:
+        text = self.prompter.tokenizer.decode(tokens)
+        return {"tokens": len(tokens), "stopped": stop is not None, **thinking, "text": text}
 
     def _seed(self, name: str, sample: int) -> int:
         """Return the seed of an answer, below 2^62."""

@@ -31,9 +31,9 @@ class Task:
         title: Name in tables.
         dataset: Hub id, configuration (or None) and split.
         kind: How answers are compared: by Math-Verify, as whole numbers, or as letters.
+        instruction: Text that follows the question in the prompt.
         question: Column of the question.
         answer: Column of the correct answer; a whole number may follow ``####``.
-        instruction: Text that follows the question in the prompt.
         id: Column that names a question; its number in the data where the row has no name.
         wrong: Columns of the wrong choices, for multiple choice.
         private: Whether the authors ask that its text is not published.
@@ -43,9 +43,9 @@ class Task:
     title: str
     dataset: tuple[str, str | None, str]
     kind: AnswerKind
-    question: str
-    answer: str
     instruction: str
+    question: str = "problem"
+    answer: str = "answer"
     id: str | None = None
     wrong: tuple[str, ...] = ()
     private: bool = False
@@ -57,8 +57,6 @@ _ALL = (
         "MATH-500",
         ("HuggingFaceH4/MATH-500", None, "test"),
         "math",
-        "problem",
-        "answer",
         _BOXED,
         id="unique_id",
     ),
@@ -67,8 +65,6 @@ _ALL = (
         "AIME 2024",
         ("HuggingFaceH4/aime_2024", None, "train"),
         "integer",
-        "problem",
-        "answer",
         _WHOLE_NUMBER,
         id="id",
     ),
@@ -77,8 +73,6 @@ _ALL = (
         "AIME 2025",
         ("math-ai/aime25", None, "test"),
         "integer",
-        "problem",
-        "answer",
         _WHOLE_NUMBER,
         id="id",
     ),
@@ -87,9 +81,9 @@ _ALL = (
         "GPQA diamond",
         ("Idavidrein/gpqa", "gpqa_diamond", "train"),
         "letter",
+        _LETTER,
         "Question",
         "Correct Answer",
-        _LETTER,
         id="Record ID",
         wrong=("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"),
         private=True,
@@ -99,9 +93,8 @@ _ALL = (
         "GSM8K",
         ("openai/gsm8k", "main", "test"),
         "integer",
-        "question",
-        "answer",
         _BOXED,
+        "question",
     ),
 )
 TASKS = {task.name: task for task in _ALL}

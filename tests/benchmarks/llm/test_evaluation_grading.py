@@ -51,8 +51,8 @@ def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     [
         ("hang", "no verdict in 1 s", True),
         ("spin", "no verdict in 1 s", True),
-        ("crash", "the comparison crashed", True),
-        ("exit", "the comparison crashed", True),
+        ("crash", "the process crashed", True),
+        ("exit", "the process crashed", True),
         ("raise", "RecursionError: too deep", False),
         ("memory", "MemoryError", False),
     ],
