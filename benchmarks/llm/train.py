@@ -36,6 +36,16 @@ from iwsft.language.trainer import ImportanceWeightedTrainer
 from iwsft.trajectory import MULTIPLICITY, TRAJ_IDS, lengths
 
 CHECKPOINTS = "checkpoints"
+# Settings that are arguments of the trainer as they are.
+_SAME_NAME = (
+    "length_normalize",
+    "layout",
+    "learning_rate",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "max_grad_norm",
+)
 # Takes updates so far, updates of the run, and a row of metrics.
 Report = Callable[[int, int, dict[str, float]], None]
 # Number of rows that a run reports.
@@ -155,16 +165,10 @@ def training_arguments(run: Run, algorithm: Algorithm, launch: Launch | None) ->
         "proposal": proposal,
         "sync_every": sync_every,
         "ema_decay": settings.ema_decay if proposal == "lagged" else None,
-        "length_normalize": settings.length_normalize,
-        "layout": settings.layout,
         "reference_cache": str(run.shared_folder / "reference"),
-        "learning_rate": settings.learning_rate,
+        **{name: getattr(settings, name) for name in _SAME_NAME},
         "lr_scheduler_type": settings.scheduler,
         "warmup_steps": settings.warmup,
-        "weight_decay": settings.weight_decay,
-        "adam_beta1": settings.adam_beta1,
-        "adam_beta2": settings.adam_beta2,
-        "max_grad_norm": settings.max_grad_norm,
         "max_steps": settings.max_steps or -1,
         "num_train_epochs": settings.epochs or 1.0,
         "per_device_train_batch_size": micro,

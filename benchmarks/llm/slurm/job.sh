@@ -8,7 +8,7 @@
 #SBATCH --mem=0
 #SBATCH --time=12:00:00
 #SBATCH --output=slurm-%j.out
-# A requeued job goes on from its last checkpoint: --resume below.
+# A requeued job continues from its last checkpoint: --resume below.
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -euo pipefail
