@@ -11,6 +11,7 @@ import torch
 from tensordict import TensorDictBase
 
 from benchmarks.d4rl import settings as paper
+from benchmarks.d4rl.run import sizes as widths
 from benchmarks.speed import trajectories as data
 from benchmarks.speed.measure import MB, Check, Options, Row, Times, checked, in_child, paired
 from benchmarks.speed.trajectories import SameDraws, Training
@@ -143,9 +144,9 @@ def single_steps(options: Options, sizes: Sizes) -> Iterator[Row]:
     row = paper.fine_tuning("hopper-replay", paper.ALGORITHMS["iw-sft-q"])[0]
     chain = paper.importance_weights("paper", row, per_step=False, target_ess=None)
     torch.manual_seed(options.seed)
-    annotate_reference(GaussianPolicy(*data.widths(curated)), curated)
+    annotate_reference(GaussianPolicy(*widths(curated)), curated)
     loss = ImportanceWeightedMLE(
-        GaussianPolicy(*data.widths(curated)), importance_weights=chain, proposal="cached"
+        GaussianPolicy(*widths(curated)), importance_weights=chain, proposal="cached"
     )
     ours = Training(
         loss,
@@ -197,7 +198,7 @@ def distinct_steps(options: Options, sizes: Sizes) -> Iterator[Row]:
 def sft(curated: TensorDictBase, draws: int) -> Training:
     """SFT on whole trajectories."""
     torch.manual_seed(0)
-    loss = ImportanceWeightedMLE(GaussianPolicy(*data.widths(curated)), proposal="reference")
+    loss = ImportanceWeightedMLE(GaussianPolicy(*widths(curated)), proposal="reference")
     return Training(loss, TrajectorySampler(curated, draws))
 
 
@@ -205,7 +206,7 @@ def behaviour_cloning(options: Options, sizes: Sizes) -> Iterator[Row]:
     """The loss at weight 1 on single steps: the cost of everything around the network."""
     whole = data.cheetah_like(options.dataset, sizes.trajectories, sizes.steps, options.seed)
     torch.manual_seed(options.seed)
-    loss = ImportanceWeightedMLE(GaussianPolicy(*data.widths(whole)), proposal="reference")
+    loss = ImportanceWeightedMLE(GaussianPolicy(*widths(whole)), proposal="reference")
     ours = Training(loss, StepSampler(whole, 256, seed=options.seed), lr=1e-3)
     updates = sizes.cloning_updates
     for adam, fused in (("default Adam", None), ("fused Adam", True)):
@@ -228,7 +229,7 @@ def plain_cloning(
 ) -> Callable[[], None]:
     """Return one update of behaviour cloning in plain torch, on steps drawn uniformly."""
     observation, action = trajectories.get(OBSERVATION), trajectories.get(ACTION)
-    policy = PlainGaussian.of_sizes(*data.widths(trajectories))
+    policy = PlainGaussian.of_sizes(*widths(trajectories))
     optimizer = torch.optim.Adam(policy.parameters(), lr=lr, fused=fused)
     generator = torch.Generator().manual_seed(seed)
 
@@ -249,9 +250,9 @@ def evaluation(
     env_kwargs = {**env_kwargs, "max_episode_steps": sizes.episode}
     env = environments.make(env_id, **env_kwargs)
     assert env.observation_space.shape and env.action_space.shape
-    widths = env.observation_space.shape[0], env.action_space.shape[0]
+    dims = env.observation_space.shape[0], env.action_space.shape[0]
     torch.manual_seed(options.seed)
-    policy, peer = GaussianPolicy(*widths), PlainGaussian.of_sizes(*widths)
+    policy, peer = GaussianPolicy(*dims), PlainGaussian.of_sizes(*dims)
     peer.copy_(policy.parameters())
 
     def ours() -> None:

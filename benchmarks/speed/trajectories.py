@@ -13,6 +13,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.objectives.utils import TargetNetUpdater
 
+from benchmarks.d4rl.run import sizes
 from benchmarks.d4rl.settings import QUALITY_BINS
 from benchmarks.speed.measure import growth_mb
 from iwsft import datasets
@@ -72,24 +73,19 @@ def hopper_replay(times: int) -> TensorDict:
     """Return copies of the bundled data; 9 have as many episodes as the set it is part of."""
     part = datasets.load(datasets.DEFAULT).trajectories
     whole: TensorDict = torch.cat([part] * times)
-    sizes = lengths(part).repeat(times)
-    whole.set(TRAJ_IDS, torch.arange(len(sizes)).repeat_interleave(sizes))
+    steps = lengths(part).repeat(times)
+    whole.set(TRAJ_IDS, torch.arange(len(steps)).repeat_interleave(steps))
     return whole
 
 
 def cut_evenly(trajectories: TensorDict) -> TensorDict:
     """Return the same steps cut into as many trajectories of equal length, up to one step."""
     count, total = len(lengths(trajectories)), len(trajectories)
-    sizes = torch.full((count,), total // count)
-    sizes[: total % count] += 1
+    steps = torch.full((count,), total // count)
+    steps[: total % count] += 1
     even = trajectories.copy()
-    even.set(TRAJ_IDS, torch.arange(count).repeat_interleave(sizes))
+    even.set(TRAJ_IDS, torch.arange(count).repeat_interleave(steps))
     return even
-
-
-def widths(trajectories: TensorDictBase) -> tuple[int, int]:
-    """Return the sizes of an observation and of an action."""
-    return trajectories.get(OBSERVATION).shape[-1], trajectories.get(ACTION).shape[-1]
 
 
 @dataclass
@@ -141,12 +137,12 @@ class SameDraws:
     ) -> None:
         torch.manual_seed(seed)
         curated = curate(cheetah_like(file, trajectories, steps, seed), cuts=QUALITY_BINS)
-        sizes = widths(curated)
-        reference, policy = GaussianPolicy(*sizes), GaussianPolicy(*sizes)
+        observation_dim, action_dim = sizes(curated)
+        reference, policy = (GaussianPolicy(observation_dim, action_dim) for _ in range(2))
         annotate_reference(reference, curated)
         # The order of the naive policy's parameters, before the loss takes them out of the module.
         self._names = [tuple(name.split(".")) for name, _ in policy.named_parameters()]
-        plain = PlainGaussian.of_sizes(*sizes)
+        plain = PlainGaussian.of_sizes(observation_dim, action_dim)
         plain.copy_(reference.parameters())
         loss = ImportanceWeightedMLE(
             policy, importance_weights=ImportanceWeights.paper_control(K), proposal="lagged"
