@@ -20,18 +20,6 @@ _LEAST_STEPS = 16
 Collate = Callable[[Sequence[TensorDictBase]], TensorDictBase]
 
 
-def dataset_log_prob(
-    policy: Any, trajectories: TensorDictBase, *batches: Any, **settings: Any
-) -> Tensor:
-    """log pi(a|s) of every step, in the layout of the trajectories, float32 or wider.
-
-    It is 0 off the mask, and for trajectories that are in none of the ``batches``. The arguments
-    and errors are those of :class:`ForwardPass`.
-    """
-    forward = ForwardPass(policy, trajectories, *batches, **settings)
-    return forward.placed(forward.run(0, forward.rounds))
-
-
 class ForwardPass:
     """A policy runs over all trajectories once, in eval mode and without gradient.
 
@@ -87,12 +75,12 @@ class ForwardPass:
         if rows < 1:
             raise ValueError(f"rows={rows} must be at least 1")
         self.policy = policy
+        self.trajectories = trajectories
         self.device = device_of(policy) if device is None else device
         self.collate = collate
         self._segments = segments
         self._shared = shared
         self._rank, self._world = rank_and_world() if shared else (0, 1)
-        self._trajectories = trajectories
         # A slice of the trajectories as they are, or trajectories with those that are new.
         self.batches: list[slice | tuple[list[int], list[int]]]
         if batches is None:
@@ -103,7 +91,7 @@ class ForwardPass:
                 "the trajectories must be packed, one batch dimension over all steps; these have "
                 f"batch size {list(trajectories.batch_size)}"
             )
-        self._trajectories = trajectories.exclude(MULTIPLICITY)
+        self._examples = trajectories.exclude(MULTIPLICITY)
         self._sizes = lengths(trajectories).cpu()
         self._stops = self._sizes.cumsum(0)
         self.batches = [*_with_new(batches, len(self._sizes))]
@@ -151,6 +139,13 @@ class ForwardPass:
             ]
         )
 
+    def log_prob(self) -> Tensor:
+        """log pi(a|s) of every step, in the layout of the trajectories, float32 or wider.
+
+        It is 0 off the mask, and for trajectories in no batch.
+        """
+        return self.placed(self.run(0, self.rounds))
+
     def placed(self, log_prob: Tensor) -> Tensor:
         """The log-probs of all rounds in the layout and on the device of the trajectories."""
         out = log_prob.new_zeros(self._segments.shape.numel())
@@ -171,7 +166,7 @@ class ForwardPass:
 
     def _chunk(self, chunk: slice) -> Tensor:
         shape = torch.Size((chunk.stop - chunk.start, *self._segments.shape[1:]))
-        log_prob = self._log_prob(self._trajectories[chunk], shape)
+        log_prob = self._log_prob(self.trajectories[chunk], shape)
         if self._segments.mask is not None:
             # Not a product with the mask, for padding may hold NaN or infinity.
             valid = self._segments.valid[chunk].to(log_prob.device)
@@ -182,10 +177,7 @@ class ForwardPass:
         sizes = self._sizes[members].tolist()
         stops = self._stops[members].tolist()
         batch = self.collate(
-            [
-                self._trajectories[stop - size : stop]
-                for stop, size in zip(stops, sizes, strict=True)
-            ]
+            [self._examples[stop - size : stop] for stop, size in zip(stops, sizes, strict=True)]
         )
         log_prob = self._log_prob(batch, batch.batch_size)
         rows = log_prob if log_prob.ndim == 2 else log_prob.split(sizes)

@@ -10,7 +10,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.objectives.utils import TargetNetUpdater
 
-from iwsft.forward_pass import dataset_log_prob
+from iwsft.forward_pass import ForwardPass
 from iwsft.objective import ImportanceWeightedMLE
 from iwsft.weights import exponential
 
@@ -190,7 +190,7 @@ def reweight(
     """
     segments = loss.segments(trajectories)
     with loss.network() as policy:
-        log_q = dataset_log_prob(policy, trajectories, rows=rows, segments=segments)
+        log_q = ForwardPass(policy, trajectories, rows=rows, segments=segments).log_prob()
     log_weight, _ = loss.weigh(trajectories, log_q, segments=segments)
     weight = exponential(log_weight)
     key = loss.tensor_keys.importance_weight

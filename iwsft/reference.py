@@ -96,32 +96,34 @@ def annotate_reference(
     Warns:
         UserWarning: Adapters change the log-probs already, so the first weights are not 1.
     """
-    log_prob, _ = reference_log_prob(
+    # Chunks in the order of the data, unless padding would then be large.
+    tokens = TOKENS in trajectories.keys(True) and trajectories.batch_dims == 1
+    forward = ForwardPass(
         policy,
         trajectories,
-        batches=batches,
+        batches if batches or tokens else None,
         collate=collate,
-        cache=cache,
         rows=rows,
         device=device,
+        complete=True,
+        shared=True,
     )
+    log_prob, _ = reference_log_prob(forward, cache=cache)
     return trajectories.set(REF_LOG_PROB, log_prob)
 
 
 def reference_log_prob(
-    policy: Any,
-    trajectories: TensorDictBase,
-    *,
-    batches: Sequence[Sequence[int]] = (),
-    collate: Collate = torch.cat,  # type: ignore[assignment]
-    cache: str | Path | None = None,
-    rows: int = 8192,
-    device: torch.device | str | None = None,
+    forward: ForwardPass, *, cache: str | Path | None = None
 ) -> tuple[Tensor, str | None]:
-    """log pi_ref of every step, and the key of the stored result; see :func:`annotate_reference`.
+    """log pi_ref of every step, and the key under which it is stored.
 
     A resumed run, whose model has changed, gets the same log-probs by :func:`cached_reference`.
+
+    Args:
+        forward: Pass of pi_ref over the trajectories, shared by all processes.
+        cache: As for :func:`annotate_reference`, which also lists the errors.
     """
+    policy, trajectories = forward.policy, forward.trajectories
     if trajectories.is_locked:
         raise ValueError(
             "these trajectories are locked, so ref_log_prob can't be written into them; pass "
@@ -137,24 +139,13 @@ def reference_log_prob(
         from_first(lambda: Path(cache).mkdir(parents=True, exist_ok=True))
     data = _data_digest(trajectories)
     _check_same(data)
-    chunked = not batches and (TOKENS not in trajectories.keys(True) or trajectories.batch_dims > 1)
-    forward = ForwardPass(
-        policy,
-        trajectories,
-        None if chunked else batches,
-        collate=collate,
-        rows=rows,
-        device=device,
-        complete=True,
-        shared=True,
-    )
     with _adapters_off(policy):
         head = forward.run_mine(0)
         store = None
         if cache is not None:
-            store = _Store(Path(cache), f"{data}-{_rest_digest(policy, forward, head)}")
-        log_prob = _run(forward, head, store, trajectories)
-    _check_adapters(policy, forward, head)
+            store = _Store(Path(cache), f"{data}-{_rest_digest(forward, head)}")
+        log_prob = _run(forward, head, store)
+    _check_adapters(forward, head)
     return log_prob, None if store is None else store.key
 
 
@@ -190,23 +181,22 @@ def cached_reference(trajectories: TensorDictBase, key: str, *, cache: str | Pat
     trajectories.set(REF_LOG_PROB, from_first(read).to(device))
 
 
-def _run(
-    forward: ForwardPass, head: Tensor, store: _Store | None, trajectories: TensorDictBase
-) -> Tensor:
+def _run(forward: ForwardPass, head: Tensor, store: _Store | None) -> Tensor:
     """Run what is not stored; the log-probs in the layout of the trajectories."""
+    device = Segments.of(forward.trajectories).index.device
     starts = range(0, forward.rounds, _PART)
     stored, parts = (None, []) if store is None else from_first(lambda: store.read(starts))
     if stored is not None:
-        return stored.to(Segments.of(trajectories).index.device)
+        return stored.to(device)
     for start in starts[len(parts) :]:
         stop = min(start + _PART, forward.rounds)
         part = forward.run(start, stop, first=head).float()
-        _check_finite(part, forward.steps(start, stop), trajectories)
+        _check_finite(part, forward.steps(start, stop), forward.trajectories)
         parts.append(part)
         if store is not None and stop < forward.rounds:
             from_first(lambda: store.write(part, start))  # noqa: B023
             _log.info("reference: %d of %d rounds of batches", stop, forward.rounds)
-    log_prob = forward.placed(torch.cat(parts))
+    log_prob = forward.placed(torch.cat(parts)).to(device)
     if store is not None:
         from_first(lambda: store.finish(log_prob))
     return log_prob
@@ -284,11 +274,12 @@ def _data_digest(trajectories: TensorDictBase) -> str:
     return fingerprint(dict(inputs.flatten_keys("/").items()))[:_DATA_DIGITS]
 
 
-def _rest_digest(policy: nn.Module, forward: ForwardPass, head: Tensor) -> str:
+def _rest_digest(forward: ForwardPass, head: Tensor) -> str:
     """Digest of everything else, the same on all processes.
 
     The first log-probs show what is not listed: code, kernels, hardware.
     """
+    policy = forward.policy
     mine = fingerprint({"weights": _weights_digest(policy), "head": head})
     tensor = next(chain(policy.parameters(), policy.buffers()), None)
     device = "cpu" if tensor is None else tensor.device.type
@@ -372,8 +363,9 @@ def _adapters_off(policy: Any) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _check_adapters(policy: Any, forward: ForwardPass, head: Tensor) -> None:
+def _check_adapters(forward: ForwardPass, head: Tensor) -> None:
     """Warn of adapters that change the log-probs already."""
+    policy = forward.policy
     if not (isinstance(policy, CausalLMPolicy) and _adapter_tensors(policy)):
         return
     dtypes = {head.dtype, *(p.dtype for p in policy.parameters() if p.is_floating_point())}

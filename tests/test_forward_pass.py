@@ -1,4 +1,4 @@
-"""dataset_log_prob against one call on everything, and against the closed form."""
+"""ForwardPass against one call on everything, and against the closed form."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.modules import ProbabilisticActor
 
-from iwsft.forward_pass import dataset_log_prob, whole_trajectories
+from iwsft.forward_pass import ForwardPass, whole_trajectories
 from iwsft.policies import GaussianPolicy
 from iwsft.trajectory import MASK, TRAJ_IDS, Segments, pack, pad
 
@@ -55,7 +55,7 @@ class Recorder:
 def test_chunks_give_the_same_bits_as_one_call(policy: GaussianPolicy, rows: int) -> None:
     data = packed([3, 70, 1, 40, 2, 2])
     whole = policy.log_prob(data.copy()).detach()
-    got = dataset_log_prob(policy, data, rows=rows)
+    got = ForwardPass(policy, data, rows=rows).log_prob()
     assert got.dtype == torch.float32
     assert not got.requires_grad
     assert torch.equal(got, whole)
@@ -68,7 +68,7 @@ def test_is_the_density_of_a_normal(policy: GaussianPolicy) -> None:
     loc, scale = filled["loc"].double(), filled["scale"].double()
     z = (data["action"].double() - loc) / scale
     expected = (-0.5 * z**2 - scale.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
-    torch.testing.assert_close(dataset_log_prob(policy, data).double(), expected)
+    torch.testing.assert_close(ForwardPass(policy, data).log_prob().double(), expected)
 
 
 @settings(deadline=None, max_examples=50)
@@ -89,7 +89,7 @@ def test_chunks_are_whole_trajectories_none_tiny(sizes: list[int], rows: int) ->
 def test_a_policy_with_memory_sees_whole_trajectories() -> None:
     data = packed([30, 50, 20, 60])
     recorder = Recorder()
-    got = dataset_log_prob(recorder, data, rows=45)
+    got = ForwardPass(recorder, data, rows=45).log_prob()
     assert len(recorder.seen) > 1
     assert got.tolist() == [30.0] * 30 + [50.0] * 50 + [20.0] * 20 + [60.0] * 60
 
@@ -99,11 +99,11 @@ def test_padded_is_packed_and_zero_off_the_mask(policy: GaussianPolicy) -> None:
     padded = pad(data)
     off = ~padded.get(MASK)
     padded["observation"][off] = torch.nan
-    got = dataset_log_prob(policy, padded, rows=40)
+    got = ForwardPass(policy, padded, rows=40).log_prob()
     assert got.shape == padded.batch_size
     assert bool((got[off] == 0).all())
     padded.set("log_prob", got)
-    torch.testing.assert_close(pack(padded)["log_prob"], dataset_log_prob(policy, data))
+    torch.testing.assert_close(pack(padded)["log_prob"], ForwardPass(policy, data).log_prob())
 
 
 def test_time_inside_a_one_dimensional_batch(policy: GaussianPolicy) -> None:
@@ -111,14 +111,15 @@ def test_time_inside_a_one_dimensional_batch(policy: GaussianPolicy) -> None:
     flat = TensorDict(dict(padded.items()), [3])
     flat[MASK] = padded.get(MASK)
     assert torch.equal(
-        dataset_log_prob(policy, flat, rows=20), dataset_log_prob(policy, padded, rows=20)
+        ForwardPass(policy, flat, rows=20).log_prob(),
+        ForwardPass(policy, padded, rows=20).log_prob(),
     )
 
 
 def test_segments_of_another_mask(policy: GaussianPolicy) -> None:
     data = packed([10, 10])
     mask = torch.arange(20) % 3 > 0
-    got = dataset_log_prob(policy, data, segments=Segments.of(data, mask=mask))
+    got = ForwardPass(policy, data, segments=Segments.of(data, mask=mask)).log_prob()
     assert torch.equal(got != 0, mask)
 
 
@@ -128,7 +129,7 @@ def test_data_and_modes_stay_as_they_were(policy: GaussianPolicy) -> None:
     policy.train()
     policy.module[0].eval()
     modes = [module.training for module in policy.modules()]
-    dataset_log_prob(policy, data, rows=20)
+    ForwardPass(policy, data, rows=20).log_prob()
     assert set(data.keys(True, True)) == keys
     assert [module.training for module in policy.modules()] == modes
     assert len(set(modes)) == 2
@@ -137,7 +138,7 @@ def test_data_and_modes_stay_as_they_were(policy: GaussianPolicy) -> None:
 def test_a_lazy_stack_is_not_written_into(policy: GaussianPolicy) -> None:
     rows = [packed([20], seed=i).exclude("collector") for i in range(3)]
     stack = lazy_stack(rows)
-    got = dataset_log_prob(policy, stack, rows=20)
+    got = ForwardPass(policy, stack, rows=20).log_prob()
     assert torch.equal(got, policy.log_prob(torch.stack(rows)).detach())
     assert set(rows[0].keys()) == {"observation", "action"}
 
@@ -155,10 +156,10 @@ def test_dropout_is_off_and_comes_back_after_an_error() -> None:
             return self.dropout(torch.ones(trajectories.batch_size))
 
     module, data = Dropped(), packed([100])
-    assert bool((dataset_log_prob(module, data) == 1).all())
+    assert bool((ForwardPass(module, data).log_prob() == 1).all())
     module.broken = True
     with pytest.raises(RuntimeError, match="broken"):
-        dataset_log_prob(module, data)
+        ForwardPass(module, data).log_prob()
     assert module.training and module.dropout.training
 
 
@@ -175,7 +176,7 @@ def test_dtype_is_float32_or_wider(dtype: torch.dtype, expected: torch.dtype) ->
         def log_prob(self, trajectories: TensorDictBase) -> Tensor:
             return torch.full(trajectories.batch_size, 0.5, dtype=dtype)
 
-    out = dataset_log_prob(Constant(), packed([4, 4]))
+    out = ForwardPass(Constant(), packed([4, 4])).log_prob()
     assert out.dtype == expected
     assert out.tolist() == [0.5] * 8
 
@@ -186,7 +187,7 @@ def test_a_trailing_one_is_dropped() -> None:
             return trajectories["observation"][:, :1]
 
     data = packed([4, 40])
-    assert torch.equal(dataset_log_prob(Column(), data, rows=20), data["observation"][:, 0])
+    assert torch.equal(ForwardPass(Column(), data, rows=20).log_prob(), data["observation"][:, 0])
 
 
 def test_distribution_that_is_not_independent_is_named() -> None:
@@ -197,7 +198,7 @@ def test_distribution_that_is_not_independent_is_named() -> None:
         net, in_keys=["loc", "scale"], distribution_class=torch.distributions.Normal
     )
     with pytest.raises(ValueError, match=r"\[20, 2\].*\[20\] was expected.*Independent"):
-        dataset_log_prob(actor, packed([20]))
+        ForwardPass(actor, packed([20])).log_prob()
 
 
 class _Split(nn.Module):
@@ -215,14 +216,14 @@ class _Split(nn.Module):
 )
 def test_no_policy(policy: Any, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
-        dataset_log_prob(policy, packed([4]))
+        ForwardPass(policy, packed([4])).log_prob()
 
 
 def test_bad_input(policy: GaussianPolicy) -> None:
     with pytest.raises(ValueError, match="rows=0"):
-        dataset_log_prob(policy, packed([4]), rows=0)
+        ForwardPass(policy, packed([4]), rows=0).log_prob()
     empty = packed([4])[:0]
     with pytest.raises(ValueError, match="not a single step"):
-        dataset_log_prob(policy, empty)
+        ForwardPass(policy, empty).log_prob()
     with pytest.raises(KeyError, match="traj_ids"):
-        dataset_log_prob(policy, packed([4]).exclude(TRAJ_IDS))
+        ForwardPass(policy, packed([4]).exclude(TRAJ_IDS)).log_prob()

@@ -18,7 +18,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from iwsft.fingerprint import fingerprint
-from iwsft.forward_pass import dataset_log_prob
+from iwsft.forward_pass import ForwardPass
 from iwsft.policies import GaussianPolicy
 from iwsft.reference import annotate_reference
 from iwsft.trajectory import MASK, TRAJ_IDS, pack, pad
@@ -167,7 +167,7 @@ def test_key_follows_all_it_depends_on(tmp_path: Path, change: Any) -> None:
     change(policy, data)
     annotate_reference(policy, data, cache=tmp_path)
     assert len(files(tmp_path)) == 2
-    assert torch.equal(data["ref_log_prob"], dataset_log_prob(policy, data).float())
+    assert torch.equal(data["ref_log_prob"], ForwardPass(policy, data).log_prob().float())
 
 
 def test_matmul_precision_and_autocast_are_part_of_the_key(tmp_path: Path) -> None:

@@ -150,18 +150,14 @@ def plan_updates(
         seed=args.seed if args.data_seed is None else args.data_seed,
     )
 
-    def plan(epochs: int) -> UpdatePlan:
-        return UpdatePlan(
-            batches,
-            accumulation=args.gradient_accumulation_steps,
-            processes=processes,
-            process=process,
-            epochs=epochs,
-        )
-
+    shape = {
+        "accumulation": args.gradient_accumulation_steps,
+        "processes": processes,
+        "process": process,
+    }
     epochs = max(1, math.ceil(args.num_train_epochs))
-    planned = plan(epochs)
-    while args.max_steps > planned.updates * epochs:
-        epochs = math.ceil(args.max_steps / planned.updates)
-        planned = plan(epochs)
-    return planned
+    plan = UpdatePlan(batches, epochs=epochs, **shape)
+    while args.max_steps > plan.updates * epochs:
+        epochs = math.ceil(args.max_steps / plan.updates)
+        plan = UpdatePlan(batches, epochs=epochs, **shape)
+    return plan

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from iwsft.fingerprint import fingerprint
-from iwsft.forward_pass import dataset_log_prob
+from iwsft.forward_pass import ForwardPass
 from iwsft.language.batches import PLACE, TrajectoryDataset, collate
 from iwsft.language.config import (
     ImportanceWeightedConfig,
@@ -188,7 +188,7 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
             last = max(self.state.max_steps, update + 1)
             with nullcontext() if self._shards is None else self._shards.swapped():
                 window = range(update, min(update + (self.args.sync_every or 1), last))
-                self._weights.weigh(window, partial(self._log_prob, self._dataset.trajectories))
+                self._weights.weigh(window, self._log_q)
         batches = [next(epoch_iterator) for _ in range(num_batches)]
         draws = torch.zeros((), dtype=torch.float64, device=device)
         for batch in batches:
@@ -234,17 +234,23 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
         self._finite = self._finite.to(loss.device) & loss.detach().isfinite()
         return (loss, out) if return_outputs else loss
 
-    def _log_prob(self, trajectories: TensorDictBase, batches: list[list[int]]) -> Tensor:
-        """log p of the tokens of all trajectories that are in the batches, ``[N]``."""
+    def _forward(
+        self, trajectories: TensorDictBase, batches: list[list[int]], *, complete: bool = False
+    ) -> ForwardPass:
+        """A pass over batches, by the positions of their trajectories."""
         self._policy.model = self.model_wrapped
-        return dataset_log_prob(
+        return ForwardPass(
             self._policy,
             trajectories,
             batches,
             collate=self._collate,
             device=self.accelerator.device,
+            complete=complete,
             shared=True,
         )
+
+    def _log_q(self, batches: list[list[int]]) -> Tensor:
+        return self._forward(self._dataset.trajectories, batches).log_prob()
 
     # ---- start ----
 
@@ -269,15 +275,9 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
         if self.reference_key is not None:
             cached_reference(self._trajectories, self.reference_key, cache=cache)
         else:
-            self._policy.model = self.model_wrapped
-            log_prob, self.reference_key = reference_log_prob(
-                self._policy,
-                self._trajectories,
-                batches=[self._dataset.positions(batch) for batch in self._plan.epoch(0)],
-                collate=self._collate,
-                cache=cache,
-                device=self.accelerator.device,
-            )
+            batches = [self._dataset.positions(batch) for batch in self._plan.epoch(0)]
+            forward = self._forward(self._trajectories, batches, complete=True)
+            log_prob, self.reference_key = reference_log_prob(forward, cache=cache)
             self._trajectories.set(REF_LOG_PROB, log_prob)
         self._dataset.trajectories.set(REF_LOG_PROB, self._trajectories.get(REF_LOG_PROB))
 
@@ -337,7 +337,7 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
         entries = range(len(held_out))
         width = self.args.per_device_eval_batch_size
         batches = [held_out.positions(entries[at : at + width]) for at in entries[::width]]
-        log_prob = self._log_prob(held_out.trajectories, batches)
+        log_prob = self._forward(held_out.trajectories, batches).log_prob()
         names = (f"{metric_key_prefix}_loss", f"{metric_key_prefix}_token_loss")
         means = negative_log_likelihood(self._loss, held_out.trajectories, log_prob)
         metrics = dict(zip(names, means, strict=True))

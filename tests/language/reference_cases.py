@@ -13,6 +13,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from iwsft import annotate_reference
+from iwsft.forward_pass import ForwardPass
 from iwsft.language.batches import collate
 from iwsft.policies import CausalLMPolicy
 from iwsft.reference import reference_log_prob
@@ -92,8 +93,10 @@ def key_of(
     theta: Any, data: TensorDict, cache: Path, batches: Sequence[Sequence[int]] = BATCHES
 ) -> str:
     """The key under which :func:`annotate` stores the reference."""
-    make = partial(collate)
-    _, key = reference_log_prob(theta, data, batches=batches, collate=make, cache=cache)
+    forward = ForwardPass(
+        theta, data, batches, collate=partial(collate), complete=True, shared=True
+    )
+    _, key = reference_log_prob(forward, cache=cache)
     assert key is not None
     return key
 

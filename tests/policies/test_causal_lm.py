@@ -14,7 +14,7 @@ from language_models import alone, decoder, packed
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from iwsft.forward_pass import dataset_log_prob
+from iwsft.forward_pass import ForwardPass
 from iwsft.policies import CausalLMPolicy
 from iwsft.trajectory import pack, pad
 
@@ -173,10 +173,10 @@ def test_chunks_of_packed_and_padded_batches_agree() -> None:
     policy = CausalLMPolicy(model.train())
     truth = alone(model, batch)
     for rows in (1, 25, 10_000):
-        found = dataset_log_prob(policy, batch, rows=rows)
+        found = ForwardPass(policy, batch, rows=rows).log_prob()
         torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
         padded = pad(batch)
-        found = dataset_log_prob(policy, padded, rows=rows)
+        found = ForwardPass(policy, padded, rows=rows).log_prob()
         torch.testing.assert_close(flatten(found, padded), truth, rtol=1e-12, atol=1e-12)
     assert model.training
 
@@ -189,7 +189,7 @@ def test_one_thread_gives_the_same_bits_in_any_batch_of_short_trajectories() -> 
         lengths = torch.randint(2, 64, (40,), generator=draw)
         batch = packed(tuple(lengths.tolist()))
         policy = CausalLMPolicy(decoder(dtype=torch.float32), one_row=False)
-        whole = dataset_log_prob(policy, batch)
+        whole = ForwardPass(policy, batch).log_prob()
         ends = lengths.cumsum(0)
         for size in (1, 3, 16):
             for first in range(0, 40, size):

@@ -13,7 +13,7 @@ from benchmarks.llm.recipes.solutions import Question
 from benchmarks.statistics import bootstrap_interval
 from iwsft.datasets.text.rows import Row
 from iwsft.datasets.text.tokens import tokenize
-from iwsft.forward_pass import dataset_log_prob
+from iwsft.forward_pass import ForwardPass
 from iwsft.language.batches import collate
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.trajectory import ASSISTANT_MASK, Segments
@@ -43,9 +43,9 @@ def mean_log_probs(
         ValueError: See :func:`iwsft.language.tokenize`, or a log-probability is not finite.
     """
     trajectories = tokenize(rows, tokenizer, max_length=max_length).trajectories
-    log_prob = dataset_log_prob(
+    log_prob = ForwardPass(
         CausalLMPolicy(model), trajectories, (), collate=collate, rows=token_budget, complete=True
-    )
+    ).log_prob()
     segments = Segments.of(trajectories, mask=trajectories.get(ASSISTANT_MASK))
     means: NDArray[np.float64] = segments.mean(log_prob.double())[: len(rows)].numpy()
     if not np.isfinite(means).all():
