@@ -9,24 +9,19 @@ from __future__ import annotations
 import logging
 import math
 import os
-import secrets
 import socket
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, TypeVar
 
-from filelock import FileLock, Timeout
 from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
 
-from benchmarks.runs import tell, versions
+from benchmarks.runs import tell
 
 Cluster = Literal["ray"]
 Item = TypeVar("Item")
@@ -94,8 +89,6 @@ def place(
     items: int,
     jobs: int | None,
     device: str = "cpu",
-    out: Path = Path(),
-    files: Sequence[Path] = (),
 ) -> Iterator[Place]:
     """Open a place, and at the end close it with all that still runs there.
 
@@ -105,16 +98,14 @@ def place(
         jobs: Number of items at a time; by default one a core, or one a GPU of a cluster. One at a
             time on this machine runs in this process.
         device: Device of the runs.
-        out: Folder that runs on a cluster write to.
-        files: Files that runs on a cluster read.
 
     Raises:
         ImportError: The cluster's package is not installed.
         ConnectionError: The cluster that the environment names does not answer.
-        ValueError: A node of the cluster can't do the work.
+        ValueError: The cluster does not have the device.
     """
     if cluster == "ray":
-        with _ray_place(jobs, device, out, files) as opened:
+        with _ray_place(jobs, device) as opened:
             yield opened
         return
     jobs = min(jobs or cores(), max(1, items))
@@ -181,7 +172,7 @@ def _end_with(owner: int) -> None:
 
 
 @contextmanager
-def _ray_place(jobs: int | None, device: str, out: Path, files: Sequence[Path]) -> Iterator[Place]:
+def _ray_place(jobs: int | None, device: str) -> Iterator[Place]:
     """The cluster that RAY_ADDRESS names, one that runs on this machine, or a new one of it."""
     # A cluster that is started here reports to nobody.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -195,8 +186,9 @@ def _ray_place(jobs: int | None, device: str, out: Path, files: Sequence[Path]) 
     _check_address(os.environ.get("RAY_ADDRESS", ""))
     ray.init(include_dashboard=False, logging_level=logging.WARNING)
     try:
-        _check_nodes(ray, out, files)
-        jobs, gpus = share(ray.cluster_resources(), jobs, device)
+        resources = ray.cluster_resources()
+        tell(f"Ray cluster of {len(ray.nodes())} nodes, {int(resources.get('CPU', 0))} cores")
+        jobs, gpus = share(resources, jobs, device)
         # each() tries again, and says so.
         task: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(_call)
 
@@ -243,56 +235,3 @@ def share(resources: dict[str, float], jobs: int | None, device: str) -> tuple[i
         )
     jobs = jobs or gpus
     return jobs, 1 / math.ceil(jobs / gpus)
-
-
-def _check_nodes(ray: ModuleType, out: Path, files: Sequence[Path]) -> None:
-    """Check that every node has the code, the folder of the runs and the data.
-
-    Raises:
-        ValueError: A node lacks something; the error names both and the way out.
-    """
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    out.mkdir(parents=True, exist_ok=True)
-    lock = out / f".shared-{secrets.token_hex(8)}.lock"
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    check, wanted = ray.remote(num_cpus=0, max_retries=0)(lacks), versions()
-    try:
-        with FileLock(lock):
-            for node in nodes:
-                there = NodeAffinitySchedulingStrategy(node["NodeID"], False)
-                answer = check.options(scheduling_strategy=there).remote(lock, files, wanted)
-                try:
-                    problem = ray.get(answer)
-                except ray.exceptions.RayError as error:
-                    problem = f"can't run this project: {str(error).strip().splitlines()[-1]}"
-                if problem:
-                    raise ValueError(
-                        f"node {node['NodeManagerAddress']} of the Ray cluster {problem}; every "
-                        "node needs the project, the data files and --out at the same paths on a "
-                        "shared file system, and the same packages"
-                    )
-    finally:
-        lock.unlink(missing_ok=True)
-    cpus = int(ray.cluster_resources().get("CPU", 0))
-    print(f"Ray cluster of {len(nodes)} nodes, {cpus} cores", file=sys.stderr)
-
-
-def lacks(lock: Path, files: Sequence[Path], wanted: dict[str, str]) -> str | None:
-    """What this machine lacks to work on runs of another machine; None where it lacks nothing.
-
-    Args:
-        lock: A lock that the other machine holds in the folder of the runs.
-        files: Files of the data.
-        wanted: Versions of the other machine's packages.
-    """
-    if not lock.exists():
-        return f"does not see the folder {lock.parent}"
-    with suppress(Timeout), FileLock(lock, timeout=0):
-        return f"does not see file locks in {lock.parent}, which keep runs apart"
-    missing = [str(file) for file in files if not file.exists()]
-    if missing:
-        return f"does not see {', '.join(missing)}"
-    has = versions()
-    differ = [name for name, want in wanted.items() if has[name] != want]
-    return f"has other versions of {', '.join(differ)}" if differ else None

@@ -51,12 +51,6 @@ def run_job(options: Options) -> Summary:
         items=len(suite.datasets) * len(suite.algorithms) * len(suite.seeds),
         jobs=options.jobs,
         device=options.device,
-        out=options.out,
-        files=[
-            Path(source)
-            for source in map(_absolute, (*suite.datasets, suite.pretrain_dataset or ""))
-            if Path(source).is_absolute()
-        ],
     ) as place:
         runs, names = _claimed(options, suite, summary)
         runs = _in_order(runs, several=len(names) > 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import socket
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -31,7 +32,7 @@ from benchmarks.d4rl.run import (
     settings_of,
     sizes,
 )
-from benchmarks.runs import RESULT, alone_in, write_json
+from benchmarks.runs import CONFIG, RESULT, alone_in, write_json
 from iwsft import checkpoint, metrics
 from iwsft.diagnostics import diagnose, weighted_mean
 from iwsft.evaluation import Evaluation
@@ -64,8 +65,14 @@ def train_and_score(run: Run, report: Report) -> dict[str, Any]:
         The content of ``result.json``.
 
     Raises:
+        FileNotFoundError: This machine does not see the folder.
         FileExistsError: Another process works in the folder.
     """
+    if not (run.folder / CONFIG).exists():
+        raise FileNotFoundError(
+            f"{socket.gethostname()} does not see {run.folder}; every node of a cluster needs the "
+            "project, the data files and --out at the same paths on a shared file system"
+        )
     # With one thread, runs do not disturb each other, and the numbers do not depend on them.
     torch.set_num_threads(1)
     task = Task.load(run.source, run.options.pretrain_dataset)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,10 @@ import torch
 from test_every_algorithm import start
 from tracking import write_dataset
 
-from benchmarks.d4rl.options import Options
 from benchmarks.d4rl.policies import load_policy
-from benchmarks.d4rl.run import Run, Task, curated
+from benchmarks.d4rl.run import Task, curated
 from benchmarks.d4rl.train import train_and_score, train_reference
+from benchmarks.runs import CONFIG
 from iwsft.trajectory import lengths
 
 SHORT: dict[str, Any] = {"steps": 10, "reference_steps": 20, "eval_episodes": 2}
@@ -62,11 +64,12 @@ def test_the_reference_is_that_of_the_data_before_and_the_rest_is_of_the_data_af
 
 
 def test_cloning_looks_at_the_data_after_only(folder: Path, tmp_path: Path) -> None:
-    options = {**SHORT, "out": tmp_path, "reference_steps": 10}
-    both = Options(**options, pretrain_dataset=str(folder / "before.hdf5"))
-    data = str(folder / "after.hdf5")
-    cloned = Run("before--to--after", "bc", 0, both, data)
-    alone = Run("after", "bc", 0, Options(**options), data)
+    options = {**SHORT, "reference_steps": 10}
+    alone, _ = start("bc", folder / "after.hdf5", tmp_path, **options)
+    before = replace(alone.options, pretrain_dataset=str(folder / "before.hdf5"))
+    cloned = replace(alone, dataset="before--to--after", options=before)
+    cloned.folder.mkdir(parents=True)
+    shutil.copy(alone.folder / CONFIG, cloned.folder)
     for run in (cloned, alone):
         train_and_score(run, lambda *_: None)
     states = [load_policy(run.folder)[0].state_dict() for run in (cloned, alone)]

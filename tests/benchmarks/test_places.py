@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
 
 from benchmarks import places
 from benchmarks.d4rl.__main__ import main
 from benchmarks.d4rl.options import Options
-from benchmarks.runs import ends_as_ctrl_c_does, versions
+from benchmarks.d4rl.run import Run
+from benchmarks.d4rl.train import train_and_score
+from benchmarks.runs import ends_as_ctrl_c_does
 from iwsft import metrics
 
 Job = Callable[..., Path]
@@ -131,7 +132,6 @@ def test_a_killed_worker_costs_no_run(
     assert ("Ray cluster of 2 nodes" in printed.err) == (cluster is not None)
     (line,) = (line for line in printed.err.splitlines() if loss in line)
     assert line.startswith("bc-10 seed ") and "it continues from its last checkpoint" in line
-    assert not list(out.glob(".shared*"))
     for log in logs:
         results = [
             json.loads((folder / "result.json").read_text())["episode_returns"]
@@ -187,31 +187,11 @@ def test_workers_end_with_their_owner(tmp_path: Path, how: signal.Signals) -> No
     wait(lambda: all(status(pid)[0] in "XZ" for pid in pids))
 
 
-def test_nodes_that_can_not_do_the_work_are_named(tmp_path: Path) -> None:
-    """What a node finds when it looks for what the owner of the runs has."""
-    lock, data = tmp_path / ".shared-1.lock", tmp_path / "data.hdf5"
-
-    def lacks(wanted: dict[str, str] | None = None) -> str | None:
-        return places.lacks(lock, [data], wanted or versions())
-
-    assert "does not see the folder" in str(lacks())
-    lock.touch()
-    assert "does not see file locks" in str(lacks())
-    with FileLock(lock):
-        assert lacks() == f"does not see {data}"
-        data.touch()
-        assert lacks() is None
-        assert "torch" in str(lacks(versions() | {"torch": "1.0"}))
-
-
-def test_a_node_that_lacks_something_stops_the_sweep(raylets: list[int], tmp_path: Path) -> None:
-    missing = [tmp_path / "elsewhere.hdf5"]
-    where = places.place(
-        "ray", items=2, jobs=None, device="cpu", out=tmp_path / "runs", files=missing
-    )
-    with pytest.raises(ValueError, match=r"node .* does not see .*elsewhere.hdf5"), where:
-        pass
-    assert not list((tmp_path / "runs").iterdir())
+def test_a_node_that_does_not_see_the_folder_is_named(tmp_path: Path) -> None:
+    run = Run("mine", "bc", 0, Options(out=tmp_path), "mine.hdf5")
+    with pytest.raises(FileNotFoundError, match=f"does not see {run.folder}; every node"):
+        train_and_score(run, lambda *_: None)
+    assert not run.folder.exists()
 
 
 def stopped(tmp_path: Path) -> str:
