@@ -174,16 +174,15 @@ def evaluate(
 
     returns = [episode.total for episode in finished]
     successes = [episode.success for episode in finished if episode.success is not None]
+    scores = None
+    if reference_scores is not None:
+        scores = normalized_score(returns, reference_scores).tolist()
     return Evaluation(
         env_id=full_id,
         seed=seed,
         returns=returns,
         lengths=[episode.length for episode in finished],
-        normalized_scores=(
-            None
-            if reference_scores is None
-            else normalized_score(returns, reference_scores).tolist()
-        ),
+        normalized_scores=scores,
         successes=successes if len(successes) == episodes else None,
         versions=versions,
         wall_seconds=time.perf_counter() - start,
@@ -209,6 +208,7 @@ def _roll_out(
 ) -> list[_Episode]:
     """Run an episode per seed; environment i has row i of the batch."""
     inputs = PolicyInputs(len(envs), size)
+    limit = envs[0].spec.max_episode_steps if envs[0].spec is not None else None
     waiting = iter(range(len(seeds)))
     running: dict[int, _Episode] = {}
     finished: list[_Episode] = []
@@ -237,7 +237,7 @@ def _roll_out(
             if terminated or truncated:
                 finished.append(running.pop(row))
                 start(row)
-            elif episode.length == _ENDLESS and not _limited(envs[row]):
+            elif episode.length == _ENDLESS and limit is None:
                 raise RuntimeError(
                     f"episode {episode.index} (seed {seeds[episode.index]}) of "
                     f"{environments.id_of(envs[row])} has not ended after {_ENDLESS:,} steps, and "
@@ -246,10 +246,6 @@ def _roll_out(
             else:
                 inputs.follow(row, flatten(following), float(reward))
     return sorted(finished, key=lambda episode: episode.index)
-
-
-def _limited(env: gym.Env[Any, Any]) -> bool:
-    return env.spec is not None and env.spec.max_episode_steps is not None
 
 
 def _device_of(policy: TensorDictModuleBase, device: torch.device | str | None) -> torch.device:

@@ -43,6 +43,17 @@ class _Sampler(ABC):
 
     Each batch reads the dataset's entries anew, so it contains what was written into the dataset
     later (by ``reweight``, for example). Lengths and multiplicities are read once, at the start.
+
+    Args:
+        trajectories: Packed trajectories; each is drawn in proportion to its ``multiplicity``,
+            where there is one.
+        batch_size: Number of trajectories or steps drawn for a batch.
+        seed: Seed of the sampler's generator.
+        keys: Entries of a batch; all but ``next`` by default.
+
+    Raises:
+        ValueError: The trajectories are padded or have no step, ``batch_size < 1``, or a
+            multiplicity is negative, changes within a trajectory, or is 0 everywhere.
     """
 
     def __init__(
@@ -127,19 +138,8 @@ class TrajectorySampler(_Sampler):
 
     A batch of the paper is ``batch_size`` trajectories, drawn with replacement. This sampler packs
     the distinct ones, in the order of the data, with the number of draws as ``multiplicity``
-    (int64 per step). Loss and gradient are the same, for less work.
-
-    Args:
-        trajectories: Packed trajectories, held by reference. Each is drawn in proportion to its
-            ``multiplicity``, where there is one.
-        batch_size: Number of trajectories drawn for a batch.
-        seed: Seed of the sampler's generator.
-        keys: Entries of a batch besides trajectory ids, mask and multiplicity; all but ``next`` by
-            default.
-
-    Raises:
-        ValueError: The trajectories are padded or have no step, ``batch_size < 1``, or a
-            multiplicity is negative, changes within a trajectory, or is 0 everywhere.
+    (int64 per step). Loss and gradient are the same, for less work. A batch always has trajectory
+    ids, mask and multiplicity, whatever ``keys`` are.
     """
 
     def sample(self) -> TensorDictBase:
@@ -156,19 +156,11 @@ class StepSampler(_Sampler):
 
     The expected loss and gradient are those of the length-normalised loss over whole trajectories,
     as long as a step's weight does not depend on the rest of the batch (cached weights, SFT). A
-    batch costs as much as a batch of behaviour cloning.
-
-    Args:
-        trajectories: Packed trajectories, held by reference. Each is drawn in proportion to its
-            ``multiplicity``, where there is one.
-        batch_size: Number of steps in a batch.
-        seed: Seed of the sampler's generator.
-        keys: Entries of a batch besides trajectory ids; all but ``next`` by default.
+    batch costs as much as a batch of behaviour cloning. It always has trajectory ids.
 
     Raises:
-        ValueError: The trajectories are padded or have no step, ``batch_size < 1``, a multiplicity
-            is negative, changes within a trajectory, or is 0 everywhere, or a trajectory with a
-            multiplicity above 0 has no valid step.
+        ValueError: A trajectory with a multiplicity above 0 has no valid step, besides the errors
+            of all samplers.
     """
 
     def __init__(
@@ -209,18 +201,12 @@ class StepSampler(_Sampler):
 class TransitionSampler(_Sampler):
     """Draws single transitions, all with the same probability: batches of a critic.
 
-    Args:
-        trajectories: Packed trajectories, held by reference. Their steps are drawn in proportion to
-            their ``multiplicity``, where there is one.
-        batch_size: Number of steps in a batch.
-        seed: Seed of the sampler's generator.
-        keys: Entries of a batch; by default observation, action, and the next observation, reward,
-            done and terminated.
+    By default ``keys`` are observation, action, and the next observation, reward, done and
+    terminated.
 
     Raises:
         KeyError: The trajectories lack an entry of ``keys``.
-        ValueError: The trajectories are padded or have no valid step, ``batch_size < 1``, or a
-            multiplicity is negative, changes within a trajectory, or is 0 everywhere.
+        ValueError: No step is valid, besides the errors of all samplers.
     """
 
     def __init__(

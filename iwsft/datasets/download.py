@@ -61,7 +61,8 @@ def fetch(
     with FileLock(f"{target}.lock"):
         if target.is_file():  # another process has downloaded it
             return target
-        parts = [_part(target, url) for url in urls]
+        hashes = [hashlib.sha256(url.encode()).hexdigest()[:8] for url in urls]
+        parts = [target.with_name(f"{target.name}.{digest}.part") for digest in hashes]
         failures = []
         for url, part in zip(urls, parts, strict=True):
             try:
@@ -90,7 +91,12 @@ def _download(url: str, part: Path, size: int | None) -> None:
             return
         except (OSError, http.client.HTTPException) as error:
             if isinstance(error, OSError) and error.errno in _DISK_FULL:
-                raise _disk_full(part, error) from error
+                raise OSError(
+                    errno.ENOSPC,
+                    f"the disk is full while downloading to {part.parent} ({error.strerror}); the "
+                    "part so far is kept. Make room and run it again to resume, or choose another "
+                    "cache folder (cache_dir, or the environment variable IWSFT_CACHE)",
+                ) from error
             if isinstance(error, PermissionError) and error.filename is not None:
                 raise  # a problem of the folder, not of the mirror
             received = _bytes(part)
@@ -128,8 +134,10 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
             received = 0  # the server sends the whole file
         announced = response.headers.get("Content-Length")
         total = received + int(announced) if announced is not None else size
-        if total is not None:
-            _check_room(part, total - received)
+        free = shutil.disk_usage(part.parent).free
+        if total is not None and total - received > free:
+            missing = total - received
+            raise OSError(errno.ENOSPC, f"{missing:,} bytes are missing and {free:,} are free")
         with open(part, "ab" if received else "wb") as file, _progress() as progress:
             name = part.name.removesuffix(".part")
             task = progress.add_task(name, total=total, completed=received)
@@ -162,31 +170,12 @@ def _check(part: Path, size: int | None, sha256: str | None, signature: bytes) -
         raise _MirrorError(f"{fault}; it was deleted")
 
 
-def _check_room(part: Path, needed: int) -> None:
-    free = shutil.disk_usage(part.parent).free
-    if needed > free:
-        raise OSError(errno.ENOSPC, f"{needed:,} bytes are missing and {free:,} are free")
-
-
-def _disk_full(part: Path, error: OSError) -> OSError:
-    return OSError(
-        errno.ENOSPC,
-        f"the disk is full while downloading to {part.parent} ({error.strerror}); the part so far "
-        "is kept. Make room and run it again to resume, or choose another cache folder (cache_dir, "
-        "or the environment variable IWSFT_CACHE)",
-    )
-
-
 def _reason(error: Exception) -> str:
     if isinstance(error, urllib.error.HTTPError):
         return f"HTTP {error.code} {error.reason}"
     if isinstance(error, urllib.error.URLError):
         return str(error.reason)
     return str(error) or type(error).__name__
-
-
-def _part(target: Path, url: str) -> Path:
-    return target.with_name(f"{target.name}.{hashlib.sha256(url.encode()).hexdigest()[:8]}.part")
 
 
 def _bytes(part: Path) -> int:

@@ -21,6 +21,18 @@ if TYPE_CHECKING:
 ID = re.compile(r"([\w-]+/)*[\w-]+-v\d+")
 
 
+def check_id(dataset_id: str) -> None:
+    """Check the form of an id.
+
+    Raises:
+        ValueError: It is malformed.
+    """
+    if not ID.fullmatch(dataset_id):
+        raise ValueError(
+            f"{dataset_id!r} is not a Minari id, such as 'namespace/name-v0' or 'name-v0'"
+        )
+
+
 def read(dataset_id: str) -> OfflineDataset:
     """Read a Minari dataset into packed trajectories; download it if it is not in the local store.
 
@@ -40,10 +52,7 @@ def read(dataset_id: str) -> OfflineDataset:
             are no steps, values are NaN or infinite, or actions are outside the action space.
     """
     source = f"minari:{dataset_id}"
-    if not ID.fullmatch(dataset_id):
-        raise ValueError(
-            f"{dataset_id!r} is not a Minari id, such as 'namespace/name-v0' or 'name-v0'"
-        )
+    check_id(dataset_id)
     data = _open(dataset_id)
     for space, what in ((data.observation_space, "observation"), (data.action_space, "action")):
         _require_boxes(space, what, source)
@@ -56,11 +65,13 @@ def read(dataset_id: str) -> OfflineDataset:
         ) from error
     trajectories = pack_steps(steps, source)
     _check_actions(steps.actions, data.action_space, source)
+    low, high = (data.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max"))
+    known = low is not None and high is not None
     return OfflineDataset(
         trajectories=trajectories,
         name=dataset_id.replace("/", "-"),
         env_id=data.env_spec.id if data.env_spec is not None else None,
-        reference_scores=_reference_scores(data),
+        reference_scores=(float(low), float(high)) if known else None,
         source=source,
         fingerprint=fingerprint_of(trajectories),
     )
@@ -129,12 +140,8 @@ def _read_steps(data: MinariDataset) -> Steps:
         stop = start + len(episode)
         if stop == start:
             continue
-        _flatten(
-            episode.observations, data.observation_space, slice(0, -1), observations[start:stop]
-        )
-        _flatten(
-            episode.observations, data.observation_space, slice(1, None), following[start:stop]
-        )
+        for rows_of, out in ((slice(0, -1), observations), (slice(1, None), following)):
+            _flatten(episode.observations, data.observation_space, rows_of, out[start:stop])
         _flatten(episode.actions, data.action_space, slice(None), actions[start:stop])
         rewards[start:stop] = episode.rewards
         terminals[start:stop] = episode.terminations
@@ -168,9 +175,3 @@ def _check_actions(actions: Floats, space: Any, source: str) -> None:
             f"{source}: 'actions' leaves the dataset's own action space ({low.tolist()} to "
             f"{high.tolist()}) at row {row} ({actions[row].tolist()}); rescale or clip the actions"
         )
-
-
-def _reference_scores(data: MinariDataset) -> tuple[float, float] | None:
-    metadata = data.storage.metadata
-    low, high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-    return (float(low), float(high)) if low is not None and high is not None else None

@@ -26,7 +26,7 @@ from tensordict import TensorDictBase
 from iwsft import environments
 from iwsft.datasets.catalog import reference_scores
 from iwsft.datasets.episodes import first_row_outside
-from iwsft.datasets.minari_store import ID
+from iwsft.datasets.minari_store import check_id
 from iwsft.files import full_disk_named, written_whole
 from iwsft.trajectory import (
     ACTION,
@@ -110,7 +110,7 @@ def to_hdf5(
     if path.exists():
         raise FileExistsError(f"{path} exists; delete it or choose another name")
     fields = _fields(trajectories)
-    fields |= {f"infos/{name}": values for name, values in _rows(infos, fields).items()}
+    fields |= {f"infos/{name}": values for name, values in _check_infos(infos, fields).items()}
     # Through memory: on a full disk, HDF5 ends the process instead of raising.
     image = io.BytesIO()
     with h5py.File(image, "w") as file:
@@ -154,22 +154,27 @@ def to_minari(
             observation of the next step (Minari stores the T + 1 observations of an episode once).
         OSError: The disk is full.
     """
-    provenance = provenance or Provenance()
     folder = minari_folder(dataset_id)
+    from minari.dataset.minari_dataset import parse_dataset_id
+    from minari.namespace import create_namespace, list_local_namespaces
+
     if folder.exists():
         raise FileExistsError(
             f"minari:{dataset_id} exists ({folder}); delete that folder or choose another name"
         )
     fields = _fields(trajectories)
-    buffers = _buffers(fields, lengths(trajectories).tolist(), _rows(infos, fields), dataset_id)
+    sizes = lengths(trajectories).tolist()
+    buffers = _buffers(fields, sizes, _check_infos(infos, fields), dataset_id)
     store = Path(str(folder).removesuffix(dataset_id))
     partial = store / f".{dataset_id.replace('/', '-')}.{os.getpid()}.partial"
     with full_disk_named(folder):
         try:
             _reserve(partial, fields, len(buffers))
             with _store_at(partial):
-                _create(dataset_id, buffers, fields, provenance)
-            _make_namespace(dataset_id)
+                _create(dataset_id, buffers, fields, provenance or Provenance())
+            namespace = parse_dataset_id(dataset_id)[0]
+            if namespace is not None and namespace not in list_local_namespaces():
+                create_namespace(namespace)
             folder.parent.mkdir(parents=True, exist_ok=True)
             os.replace(partial / dataset_id, folder)
         finally:
@@ -183,10 +188,7 @@ def minari_folder(dataset_id: str) -> Path:
         ValueError: The id is malformed.
         ImportError: minari is not installed.
     """
-    if not ID.fullmatch(dataset_id):
-        raise ValueError(
-            f"{dataset_id!r} is not a Minari id, such as 'namespace/name-v0' or 'name-v0'"
-        )
+    check_id(dataset_id)
     try:
         from minari.storage.datasets_root_dir import get_dataset_path
     except ImportError as error:
@@ -230,7 +232,7 @@ def _fields(trajectories: TensorDictBase) -> Fields:
     return fields
 
 
-def _rows(infos: Mapping[str, NDArray[Any]] | None, fields: Fields) -> Fields:
+def _check_infos(infos: Mapping[str, NDArray[Any]] | None, fields: Fields) -> Fields:
     rows = len(fields["rewards"])
     for name, values in (infos or {}).items():
         if len(values) != rows:
@@ -324,15 +326,6 @@ def _create(
     finally:
         if env is not None:
             env.close()
-
-
-def _make_namespace(dataset_id: str) -> None:
-    from minari.dataset.minari_dataset import parse_dataset_id
-    from minari.namespace import create_namespace, list_local_namespaces
-
-    namespace = parse_dataset_id(dataset_id)[0]
-    if namespace is not None and namespace not in list_local_namespaces():
-        create_namespace(namespace)
 
 
 @contextmanager

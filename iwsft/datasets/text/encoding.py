@@ -101,16 +101,14 @@ def encode_completion(tokenizer: Any, prompt: str, completion: str, where: str) 
 def token_range(encoding: Any, start: int, stop: int) -> range:
     """Return the tokens of the characters ``[start, stop)``; empty where no token has one."""
     # A character may be in no token, such as white space that the tokenizer drops.
-    first = next((t for c in range(start, stop) if (t := _token(encoding, c)) is not None), None)
-    if first is None:
+    tokens = [token for c in range(start, stop) if (token := encoding.char_to_token(c)) is not None]
+    if not tokens:
         return range(0)
-    last = next(t for c in reversed(range(start, stop)) if (t := _token(encoding, c)) is not None)
-    # A character outside the byte alphabet is several tokens, of which `_token` gives the first.
-    while last + 1 < len(encoding["input_ids"]) and _chars(encoding, last + 1) == _chars(
-        encoding, last
-    ):
-        last += 1
-    return range(first, last + 1)
+    # A character outside the byte alphabet is several tokens, of which the first is given.
+    end, chars = tokens[-1] + 1, encoding.token_to_chars(tokens[-1])
+    while end < len(encoding["input_ids"]) and encoding.token_to_chars(end) == chars:
+        end += 1
+    return range(tokens[0], end)
 
 
 def squash(text: str) -> str:
@@ -118,18 +116,9 @@ def squash(text: str) -> str:
     return "".join(text.split())
 
 
-def _token(encoding: Any, char: int) -> int | None:
-    token: int | None = encoding.char_to_token(char)
-    return token
-
-
-def _chars(encoding: Any, token: int) -> Any:
-    return encoding.token_to_chars(token)
-
-
 def _straddled(encoding: Any, start: int, stop: int) -> bool:
     tokens = token_range(encoding, start, stop)
-    return bool(tokens) and _chars(encoding, tokens.start).start < start
+    return bool(tokens) and encoding.token_to_chars(tokens.start).start < start
 
 
 def _check_decoded(tokenizer: Any, ids: list[int], text: str, where: str) -> None:
