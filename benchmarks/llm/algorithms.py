@@ -14,7 +14,7 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Algorithm:
-    """What a name stands for.
+    """An algorithm: values of one path.
 
     Attributes:
         describe: What it is, in a few words.

@@ -74,7 +74,7 @@ def train_and_score(
     # transformers' bars of every load and every note on padding.
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    # DeepSpeed calls torch by names of yesterday, at each gather.
+    # DeepSpeed calls torch by deprecated names at each gather.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     first = int(os.environ.get("RANK", 0)) == 0
     with alone_in(run.folder, wait=False) if first else nullcontext():

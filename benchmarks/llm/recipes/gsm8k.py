@@ -97,10 +97,10 @@ class Gsm8kRecipe:
         """Compare log-probs of right and wrong solutions; see :func:`.right_against_wrong`."""
         if not isinstance(prepared, PreparedSolutions):
             raise TypeError(f"{self.name} tests what its own prepare() gave, not {prepared!r:.60}")
-        found = mean_log_probs(
+        log_probs = mean_log_probs(
             model, tokenizer, rows_of(prepared.held_out), max_length=self.defaults.max_length
         )
-        return right_against_wrong(prepared.held_out, found, seed=seed)
+        return right_against_wrong(prepared.held_out, log_probs, seed=seed)
 
 
 RECIPE = Gsm8kRecipe()

@@ -113,15 +113,15 @@ class S1kRecipe:
             ``score``: exp of ``log_prob``; ``interval`` (bootstrap over rows); ``n``; and
             ``log_prob``: the mean over rows of the mean log p of a token, in nats.
         """
-        found = mean_log_probs(
+        log_probs = mean_log_probs(
             model, tokenizer, prepared.rows[: self.tested], max_length=self.defaults.max_length
         )
-        low, high = bootstrap_interval(found, seed=seed)
+        low, high = bootstrap_interval(log_probs, seed=seed)
         return {
-            "score": math.exp(found.mean()),
+            "score": math.exp(log_probs.mean()),
             "interval": (math.exp(low), math.exp(high)),
-            "n": len(found),
-            "log_prob": float(found.mean()),
+            "n": len(log_probs),
+            "log_prob": float(log_probs.mean()),
         }
 
 

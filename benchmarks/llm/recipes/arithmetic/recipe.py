@@ -111,8 +111,8 @@ class ArithmeticRecipe:
             )
             path = Path(folder) / f"arithmetic-rows-{key[:16]}.jsonl"
             if not path.exists():
-                asked = problems(self.samples, _FIRST_SAMPLE_SEED + seed, "train")
-                _write(path, to_rows(sample(decoder, tokenizer, asked, seed=seed)))
+                examples = problems(self.samples, _FIRST_SAMPLE_SEED + seed, "train")
+                _write(path, to_rows(sample(decoder, tokenizer, examples, seed=seed)))
             rows = read(path)
         else:
             rows = _usable(read(data))
@@ -134,12 +134,12 @@ class ArithmeticRecipe:
             ``parses`` the share of texts in their strategy's form, ``tokens`` their mean length.
         """
         del prepared
-        asked = problems(self.held_out, TEST_SEED, "held-out")
-        sampled = sample(model, tokenizer, asked, seed=seed)
-        greedy = sample(model, tokenizer, asked, seed=seed, temperature=0.0)
-        chances = strategy_probabilities(model, tokenizer, asked).mean(0).tolist()
+        held_out = problems(self.held_out, TEST_SEED, "held-out")
+        sampled = sample(model, tokenizer, held_out, seed=seed)
+        greedy = sample(model, tokenizer, held_out, seed=seed, temperature=0.0)
+        chances = strategy_probabilities(model, tokenizer, held_out).mean(0).tolist()
         success = rates(sampled)[1]
-        n = len(asked)
+        n = len(held_out)
         right, right_greedy = (
             sum(solution.verdict.score for solution in solutions) for solutions in (sampled, greedy)
         )
@@ -194,7 +194,7 @@ def _load(model: str) -> tuple[Any, Any]:
 
 
 def _usable(rows: list[Row]) -> list[Row]:
-    kept = []
+    usable = []
     for row in rows:
         if row.completion is None or row.correct is None:
             raise ValueError(
@@ -206,17 +206,17 @@ def _usable(rows: list[Row]) -> list[Row]:
         except ValueError as error:
             raise ValueError(f"{row.where}: {error}") from error
         if split_of(problem) == "train":
-            kept.append(row)
-    if not kept:
+            usable.append(row)
+    if not usable:
         raise ValueError(f"all {len(rows)} rows are on held-out problems, on which the test asks")
-    if len(kept) < len(rows):
+    if len(usable) < len(rows):
         warnings.warn(
-            f"{len(rows) - len(kept)} of {len(rows)} rows are on held-out problems and left out: "
+            f"{len(rows) - len(usable)} of {len(rows)} rows are on held-out problems and left out: "
             "the test asks those",
             UserWarning,
             stacklevel=3,
         )
-    return kept
+    return usable
 
 
 def _write(path: Path, rows: Sequence[Row]) -> None:
