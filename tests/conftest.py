@@ -1,4 +1,4 @@
-"""What several test packages need."""
+"""Fixtures that several test packages need."""
 
 from __future__ import annotations
 

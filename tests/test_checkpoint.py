@@ -32,7 +32,7 @@ def state() -> dict[str, Any]:
     }
 
 
-def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+def test_a_saved_state_is_loaded(tmp_path: Path) -> None:
     held = state()
     checkpoint.save(tmp_path / "checkpoint", held, SETTINGS)
     found = checkpoint.load(tmp_path / "checkpoint", SETTINGS)

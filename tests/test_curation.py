@@ -276,7 +276,7 @@ def test_other_scores() -> None:
     }
 
 
-def test_scores_that_are_no_scores() -> None:
+def test_invalid_scores_are_refused() -> None:
     data = dataset([1.0, 2.0, float("nan"), 4.0], [2, 1, 5, 2])
     with pytest.raises(ValueError, match=r"\(return\) of trajectory 2 \(id 6\) is nan, and 1 of 4"):
         curate(data)

@@ -1,4 +1,4 @@
-"""What rolls policies out: rows, one call for all, checks, modes."""
+"""Acting with policies: rows, one call for all environments, checks, modes."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_precision_of_actions(given: torch.dtype, expected: type) -> None:
     assert (actions == third.item()).all()
 
 
-def test_draws_or_means() -> None:
+def test_sampled_or_mean_actions() -> None:
     torch.manual_seed(0)
     policy, inputs = GaussianPolicy(4, 2), PolicyInputs(1, 4)
     with acting(policy):

@@ -1,4 +1,4 @@
-"""Policies that remember: what ``evaluate`` tells them of episodes and rewards."""
+"""Policies with a memory: the episode starts and rewards that ``evaluate`` gives them."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_rows_keep_their_number_and_idle_rows_always_begin(bank: str) -> None:
         assert all(first[2:])
 
 
-def test_what_a_policy_is_given_stays_its_own(bank: str) -> None:
+def test_inputs_that_a_policy_keeps_do_not_change(bank: str) -> None:
     class Keeping(Remembering):
         def forward(self, batch: TensorDictBase) -> TensorDictBase:
             kept.append((batch["observation"], batch["observation"].clone()))

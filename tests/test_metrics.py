@@ -1,4 +1,4 @@
-"""Rows of a run: JSON lines and TensorBoard hold the same, also after a cut and a resume."""
+"""Metrics of a run: JSON lines and TensorBoard agree, also after an interruption and a resume."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_last_line_cut_short_is_dropped(tmp_path: Path, torn: str) -> None:
     assert read(tmp_path / FILE) == rows(1, 6)
 
 
-def test_another_line_that_is_no_json_is_named(tmp_path: Path) -> None:
+def test_another_line_that_is_not_json_is_named(tmp_path: Path) -> None:
     lines = [json.dumps(row) for row in rows(1, 5)]
     lines[2] = lines[2][:7]
     text = "".join(line + "\n" for line in lines)
@@ -81,7 +81,7 @@ def test_values_that_json_lacks_are_absent(tmp_path: Path) -> None:
 # The thread of TensorBoard's writer prints a traceback of its own.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("size", [300, 1000, 3000])
-def test_a_full_disk_is_one_error_and_a_resume_goes_on(
+def test_a_full_disk_is_one_error_and_a_resume_continues(
     tmp_path: Path, full_disk: Callable[[int], AbstractContextManager[None]], size: int
 ) -> None:
     with (

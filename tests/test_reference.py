@@ -239,7 +239,7 @@ def test_not_finite_is_named(tmp_path: Path) -> None:
     assert "ref_log_prob" not in data.keys()  # noqa: SIM118
 
 
-def test_locked_data_and_policies_that_are_no_modules(tmp_path: Path) -> None:
+def test_locked_data_and_policies_that_are_not_modules(tmp_path: Path) -> None:
     stored = dataset().memmap(tmp_path / "data")
     with pytest.raises(ValueError, match=r"trajectories.copy\(\)"):
         annotate_reference(gaussian(), stored)

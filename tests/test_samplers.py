@@ -256,7 +256,7 @@ def test_seed_decides_and_the_global_one_does_not(sampler: Any) -> None:
 
 
 @pytest.mark.parametrize("sampler", [TrajectorySampler, StepSampler])
-def test_what_is_written_later_is_handed_out(sampler: Any) -> None:
+def test_batches_contain_what_is_written_later(sampler: Any) -> None:
     data = dataset().exclude("importance_weight")
     drawer = sampler(data, 32)
     assert drawer.trajectories is data
@@ -280,7 +280,7 @@ def test_keys_are_chosen(sampler: Any) -> None:
         sampler(dataset(), 4, keys=["actoin"]).sample()
 
 
-def test_masked_steps_are_not_drawn_as_steps_and_stay_masked_in_trajectories() -> None:
+def test_masked_steps_are_not_sampled_and_stay_masked_in_trajectories() -> None:
     data = dataset(multiplicity=None)
     data[MASK] = torch.arange(len(data)) % 3 != 1
     data[MASK][3] = data[MASK][16] = True

@@ -233,7 +233,7 @@ def test_the_same_seed_gives_the_same_numbers_with_and_without_a_folder(tmp_path
         assert torch.equal(two[key], value), key
 
 
-def test_rows_stand_at_the_first_the_last_and_every_nth_update(tmp_path: Path) -> None:
+def test_rows_are_logged_at_the_first_the_last_and_every_nth_update(tmp_path: Path) -> None:
     train(JOBS["cached, steps, hard sync"](), tmp_path)
     rows = metrics.read(tmp_path / metrics.FILE)
     due = {1, STEPS, *range(3, STEPS + 1, 3), *range(4, STEPS + 1, 4)}

@@ -1,4 +1,4 @@
-"""The fit loop with several networks, against a plain loop; draws of the loss across a kill."""
+"""The fit loop with several networks against a plain loop, and a loss's noise across a kill."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_each_network_follows_its_own_loss_and_schedule(actor_every: int) -> Non
 
 
 @pytest.mark.parametrize("killed_at", [1, 5, 11])
-def test_noise_of_the_loss_goes_on_where_it_stopped(tmp_path: Path, killed_at: int) -> None:
+def test_noise_of_the_loss_continues_where_it_stopped(tmp_path: Path, killed_at: int) -> None:
     torch.manual_seed(7)
     whole = TwoNetworks()
     fit(whole, sampler(), SCHEDULES, folder=tmp_path / "whole", checkpoint_every=1)

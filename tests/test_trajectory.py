@@ -161,7 +161,7 @@ def test_pad_and_pack_are_inverse(sizes: list[int], extra: int, first_id: int, g
     assert_same(pad(pack(padded), max(sizes) + extra), padded)
 
 
-def test_pad_refuses_what_does_not_fit() -> None:
+def test_pad_refuses_a_length_that_is_too_small() -> None:
     with pytest.raises(ValueError, match="5 steps, more than length=4"):
         pad(packed_of([2, 5]), 4)
 
@@ -253,7 +253,7 @@ def _poke(key: Any, value: float) -> Any:
         (lambda b: b.reshape(1, 2, 3), ValueError, r"\[1, 2, 3\]"),
     ],
 )
-def test_validate_names_what_is_wrong(change: Any, error: type[Exception], message: str) -> None:
+def test_validate_names_the_error(change: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         validate(change(packed_of([2, 3, 1])))
 

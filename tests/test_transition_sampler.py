@@ -1,4 +1,4 @@
-"""Draws of transitions: what is handed out, and how often."""
+"""Samples of transitions: their entries, and their frequency."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_steps_are_drawn_by_the_multiplicity_of_their_trajectory(
     assert ((seen - wanted).abs() <= 5 * wanted.sqrt()).all()
 
 
-def test_the_state_goes_on_with_the_same_draws() -> None:
+def test_the_state_continues_with_the_same_samples() -> None:
     first = TransitionSampler(dataset(), 8, seed=5)
     first.sample()
     second = TransitionSampler(dataset(), 8, seed=6)
@@ -78,7 +78,7 @@ def test_the_state_goes_on_with_the_same_draws() -> None:
         assert torch.equal(first.sample()["observation"], second.sample()["observation"])
 
 
-def test_what_is_missing_is_named() -> None:
+def test_missing_entries_are_named() -> None:
     with pytest.raises(KeyError, match="next.*reward.*is missing"):
         TransitionSampler(dataset().exclude(("next", "reward")), 8)
     with pytest.raises(ValueError, match="padded"):

@@ -119,7 +119,7 @@ def test_target_ess_does_not_blow_up_rounding_noise() -> None:
     torch.testing.assert_close(out, torch.ones(100), rtol=0, atol=1e-3)
 
 
-def test_target_ess_ignores_what_was_not_drawn() -> None:
+def test_target_ess_ignores_trajectories_outside_the_batch() -> None:
     x = torch.tensor([0.0, 1.0, 2.0, 80.0])
     count = torch.tensor([1.0, 2.0, 1.0, 0.0])
     a = weights.TargetESS(0.6)(x, count)[:3]
@@ -286,7 +286,7 @@ class _Centred:
         return log_weight - (share * log_weight).sum() / share.sum()
 
 
-def test_a_transform_says_itself_what_it_is() -> None:
+def test_a_transform_declares_what_it_is() -> None:
     segments, x = segments_of([2, 1]), torch.tensor([0.5, 1.5, 0.1])
     share = 1 / segments.spread(segments.lengths)
     log_weight, clipped = ImportanceWeights(trajectory=[_Halved()])(x, segments, share)

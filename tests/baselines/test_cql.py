@@ -226,7 +226,9 @@ class TestWhereTorchRLIsRight:
 
 
 class TestBuild:
-    def test_data_is_changed_as_the_settings_say(self, make_trajectories: MakeTrajectories) -> None:
+    def test_data_are_transformed_by_the_settings(
+        self, make_trajectories: MakeTrajectories
+    ) -> None:
         data = make_trajectories()
         settings = replace(SMALL, normalize=False, reward_scale=10.0, reward_shift=-5.0)
         learner = cql.build(data, settings, seed=0)

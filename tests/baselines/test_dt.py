@@ -81,7 +81,7 @@ class TestNetwork:
         after = net(5 + 2 * observation, action, 1000 * return_to_go)
         torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
 
-    def test_dropout_is_everywhere_what_it_says(self) -> None:
+    def test_dropout_is_set_everywhere(self) -> None:
         assert all(
             module.p == 0.25
             for module in network(dataclasses.replace(SMALL, dropout=0.25)).modules()
@@ -121,7 +121,7 @@ class TestBuild:
             if name in gradients:
                 torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
-    def test_what_depends_on_the_data(self) -> None:
+    def test_settings_that_depend_on_the_data(self) -> None:
         trajectories = data(SIZES)
         settings = dataclasses.replace(SMALL, target_return=None)
         policy = dt.build(trajectories, settings, seed=0).policy

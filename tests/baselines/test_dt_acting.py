@@ -150,7 +150,7 @@ class Wish(gym.Env[np.ndarray, np.ndarray]):
         return following, 1 + float(action[0]), self.left == 0, False, {}
 
 
-def test_gets_the_return_that_it_is_asked_for() -> None:
+def test_reaches_its_target_return() -> None:
     """Trajectories of one action each, from poor to good: the action is what the return tells."""
     levels = torch.tensor([-0.9, -0.6, -0.3, 0.0, 0.3, 0.6, 0.9])
     action = levels.repeat_interleave(4).repeat(30)[:, None]

@@ -1,4 +1,4 @@
-"""What every baseline with a critic does, whatever its losses are."""
+"""Behaviour that all baselines with a critic share, whatever their losses are."""
 
 from __future__ import annotations
 

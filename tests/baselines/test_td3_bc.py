@@ -85,9 +85,7 @@ class TestDelay:
         for name in ("target_actor_network", "target_qvalue_network"):
             assert change[name] == [False, False, True, False, True, False, True, False]
 
-    def test_a_call_does_not_change_what_the_next_gives(
-        self, make_trajectories: MakeTrajectories
-    ) -> None:
+    def test_a_call_does_not_change_the_next_one(self, make_trajectories: MakeTrajectories) -> None:
         learner = td3_bc.build(make_trajectories(), SMALL, seed=0)
         assert isinstance(learner.updater, td3_bc.DelayedUpdate)
         batch = learner.sampler.sample()

@@ -90,7 +90,7 @@ def test_every_step_is_a_first_one_equally_often(multiplicities: list[int] | Non
     assert bool(((actual - expected).abs() <= 4 * expected.sqrt()).all())
 
 
-def test_resumes_with_the_same_draws() -> None:
+def test_resumes_with_the_same_samples() -> None:
     trajectories = data([4, 7, 2])
     sampler = WindowSampler(trajectories, 8, context=3, seed=5)
     first = sampler.sample()

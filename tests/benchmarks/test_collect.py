@@ -214,7 +214,7 @@ def test_steps_are_reached_in_whole_episodes(tmp_path: Path) -> None:
     assert ends[-2] - ends[first - 1] < 50 <= ends[-1] - ends[first - 1]
 
 
-def test_noise_and_draws(tmp_path: Path) -> None:
+def test_noise_and_sampled_actions(tmp_path: Path) -> None:
     """Both leave the mean where it was; an episode does not depend on how many follow."""
     import mine_of_tests
 
@@ -277,7 +277,7 @@ def test_antmaze_and_kitchen(tmp_path: Path) -> None:
     assert datasets.load(kitchen).env_id == "FrankaKitchen-v1"
 
 
-def test_a_killed_collection_goes_on(tmp_path: Path) -> None:
+def test_a_killed_collection_continues(tmp_path: Path) -> None:
     """A SIGKILL in the middle: --resume ends in the bytes of a collection without one."""
     settings: dict[str, Any] = {"noise": 0.1, "stochastic": True, "seed": 2}
     names, counts = ("mine_of_tests:hopper", "mine_of_tests:killed"), (40, 200)

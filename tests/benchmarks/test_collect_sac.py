@@ -113,7 +113,7 @@ def test_its_policy_can_be_rolled_out(tiny: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(packed["action"], 3 * torch.tanh(loc), rtol=1e-4, atol=1e-5)
 
 
-def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+def test_a_killed_run_continues(tmp_path: Path) -> None:
     """A SIGKILL after some parts: --resume ends in the bytes of a run without one."""
     settings = {"steps": 460, "random_steps": 300, "part_steps": 50, "seed": 4}
     killed, whole = tmp_path / "killed.hdf5", tmp_path / "whole.hdf5"
@@ -242,7 +242,7 @@ def filled(size: int, capacity: int = 100) -> sac.Replay:
     return replay
 
 
-def test_the_replay_is_uniform_over_what_it_holds() -> None:
+def test_the_replay_is_uniform_over_its_steps() -> None:
     torch.manual_seed(0)
     batch = filled(10).sample(20_000)
     rows = batch["action"].flatten()

@@ -1,4 +1,4 @@
-"""Wrong settings, bad data and a full disk: one clear line, and earlier results as they were."""
+"""Wrong settings, bad data and a full disk give one clear line and leave earlier results alone."""
 
 from __future__ import annotations
 

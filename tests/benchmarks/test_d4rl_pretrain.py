@@ -1,4 +1,4 @@
-"""Fine-tuning on other data than the reference was cloned on (Table 3's experiment)."""
+"""Fine-tuning on data other than those of the reference (the experiment of Table 3)."""
 
 from __future__ import annotations
 

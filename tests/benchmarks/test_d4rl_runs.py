@@ -67,7 +67,7 @@ def variants(job: Job, out: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
-def test_a_run_leaves_what_the_report_reads(folder: Path, algo: str, read_json: Read) -> None:
+def test_a_run_writes_what_the_report_reads(folder: Path, algo: str, read_json: Read) -> None:
     run = folder / algo / "seed-0"
     config, result = read_json(run / "config.json"), read_json(run / "result.json")
     for each in (config, result):
@@ -137,7 +137,7 @@ def test_weights_of_every_variant_start_at_exactly_1(
     assert row["weight_mean"] == 1.0 and row["weight_max"] == 1.0 and row["ESS"] == 1.0
 
 
-def test_what_is_set_is_in_the_config(variants: dict[str, Path], read_json: Read) -> None:
+def test_the_config_contains_all_settings(variants: dict[str, Path], read_json: Read) -> None:
     def config(variant: str, algo: str) -> dict[str, Any]:
         return read_json(variants[variant] / algo / "seed-0" / "config.json")
 

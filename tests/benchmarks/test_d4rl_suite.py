@@ -36,12 +36,12 @@ def test_the_paper_suite_is_tables_2_and_5() -> None:
 
 
 @pytest.mark.parametrize("name", SUITES)
-def test_suites_name_what_there_is(name: str) -> None:
+def test_suites_name_known_datasets(name: str) -> None:
     suite = SUITES[name]
     assert {*suite.datasets, suite.pretrain_dataset or datasets.DEFAULT} <= {*datasets.available()}
 
 
-def test_what_is_said_goes_before_the_suite() -> None:
+def test_options_override_the_suite() -> None:
     assert chosen_suite(Options(suite="paper")) == SUITES["paper"]
     mine = chosen_suite(
         Options(suite="kitchen", seeds=(0,), dataset=("kitchen-mixed-v0",), top=20.0)

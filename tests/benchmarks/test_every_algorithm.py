@@ -117,7 +117,7 @@ def test_it_gets_as_near_to_the_optimum_as_its_rule_allows(trained: Any, algo: s
 
 
 @pytest.mark.parametrize("algo", EVERY)
-def test_what_is_saved_acts_like_what_was_trained(trained: Any, algo: str) -> None:
+def test_a_saved_policy_acts_like_the_trained_one(trained: Any, algo: str) -> None:
     result, folder = trained(algo)
     policy, env_id, env_kwargs = load_policy(folder)
     assert (env_id, env_kwargs) == (ENV_ID, {})

@@ -1,4 +1,4 @@
-"""d3rlpy beside ours: its settings, its data, and its runs where it is installed."""
+"""The comparison with d3rlpy: its settings, its data, and its runs where it is installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Places that runs run at: processes of this machine, and a Ray cluster of two nodes of a core."""
+"""Places of runs: processes of this machine, and a Ray cluster of two nodes with a core each."""
 
 from __future__ import annotations
 

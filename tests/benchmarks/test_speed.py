@@ -61,7 +61,7 @@ def test_a_padded_copy_is_larger_by_the_padding(report: dict[str, Any]) -> None:
     assert waste < row["ratio"] < 1.02 * waste
 
 
-def test_naive_way_draws_what_ours_draws() -> None:
+def test_naive_way_samples_the_same_trajectories() -> None:
     both = SameDraws(None, trajectories=40, steps=5, draws=32, seed=1)
     both.ours.step()
     batch, draws = both.ours.batch, both.draws()
@@ -81,7 +81,7 @@ def test_gradients_differ_where_the_naive_q_is_another() -> None:
         checked("gradient", both.disagreement(), 1e-5)
 
 
-def test_nan_is_no_agreement() -> None:
+def test_nan_does_not_agree() -> None:
     with pytest.raises(DisagreementError):
         checked("gradient", float("nan"), 1e-5)
 

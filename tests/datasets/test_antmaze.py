@@ -1,4 +1,4 @@
-"""AntMaze files: trajectories end at the goal, and stays at it are no trajectories."""
+"""AntMaze files: trajectories end at the goal, and the steps at the goal are left out."""
 
 from __future__ import annotations
 

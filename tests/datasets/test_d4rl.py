@@ -1,4 +1,4 @@
-"""Files in D4RL's layout: what is read, and what is refused with which words."""
+"""Files in D4RL's layout: the trajectories read from them, and the errors for bad files."""
 
 from __future__ import annotations
 

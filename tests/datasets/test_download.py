@@ -1,4 +1,4 @@
-"""Downloads over real HTTP: resumed, checked, from the next mirror, never half a file."""
+"""Downloads over real HTTP resume, are checked, try the next mirror, and leave only whole files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names, the catalogue, reference scores, the bundled set and what an import costs."""
+"""Names, the catalogue, reference scores, the bundled set and the cost of an import."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Minari sets written by Minari itself, offline."""
+"""Minari sets that Minari itself wrote, offline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is written is what is read back, bit for bit, and nothing else is touched."""
+"""Written datasets are read back bit for bit, and writing changes nothing else."""
 
 from __future__ import annotations
 

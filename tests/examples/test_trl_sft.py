@@ -175,7 +175,7 @@ def test_adapters_are_off_in_the_reference(
         torch.testing.assert_close(after[name], value, rtol=0, atol=0)
 
 
-def test_rows_that_are_no_trajectories_are_refused(
+def test_rows_that_are_not_trajectories_are_refused(
     example: dict[str, Any], model: Any, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="one trajectory: set packing"):

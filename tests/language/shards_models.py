@@ -1,4 +1,4 @@
-"""A tiny decoder, batches of tokens, and the truth about its moving average."""
+"""A tiny decoder, batches of tokens, and its moving average computed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches: packed and padded hold the same tokens, draws follow multiplicity, resume is exact."""
+"""Packed and padded batches have the same tokens, sampled by multiplicity; resuming is exact."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_padding_that_is_eos_does_not_hide_it():
     assert batch.get(TOKENS)[0].tolist() == [7, 8, 2, 2, 2]
 
 
-def test_examples_that_can_not_stand_together():
+def test_examples_that_cannot_be_in_one_batch():
     entries = TrajectoryDataset(dataset([3, 4]))
     other = entries[1].clone()
     other.get(TRAJ_IDS).zero_()
@@ -127,14 +127,14 @@ def test_examples_that_can_not_stand_together():
         TrajectoryDataset(dataset([3]).exclude("masks"))
 
 
-def test_a_multiplicity_of_an_example_counts_with_its_draws():
+def test_a_multiplicity_of_an_example_counts_with_its_repeats():
     data = dataset([3, 4], [3, 1])
     example = data[:3].exclude("score")
     batch = collate([example, example], layout="packed")
     assert batch.get(MULTIPLICITY).tolist() == [6, 6, 6]
 
 
-def test_entries_follow_multiplicity_and_what_is_written_later():
+def test_entries_follow_multiplicity_and_contain_what_is_written_later():
     data = dataset([3, 4, 2], [2, 0, 3])
     entries = TrajectoryDataset(data)
     assert [int(entries[k].get(TRAJ_IDS)[0]) for k in range(len(entries))] == [0, 0, 2, 2, 2]
@@ -193,7 +193,7 @@ def test_token_budgets_are_filled():
 
 
 @pytest.mark.parametrize("stop", [0, 3, 5, 11])
-def test_a_resumed_sampler_draws_what_was_left(stop):
+def test_a_resumed_sampler_gives_the_remaining_batches(stop):
     data = dataset([5, 7, 3, 9, 4, 6, 8], [1, 2, 3, 1, 1, 2, 1])
 
     def sampler() -> EpochSampler:
@@ -245,7 +245,7 @@ def test_a_data_loader_hands_out_the_same_batches(forkserver, workers):
     assert [content(batch) for batch in loader] == [content(own.sample()) for _ in range(3)]
 
 
-def test_draws_with_replacement_are_those_of_the_trajectory_sampler():
+def test_sampling_with_replacement_is_that_of_the_trajectory_sampler():
     data = dataset([5, 7, 3], [1, 2, 1]).exclude("score")
     batch = TrajectorySampler(data, 10, seed=0).sample()
     starts = batch.get(TRAJ_IDS).diff(prepend=torch.tensor([-1])) > 0
@@ -266,7 +266,7 @@ class Unigram(nn.Module):
         return torch.where(batch.get(ASSISTANT_MASK), log_prob, 0.0)
 
 
-def test_the_loss_is_the_same_in_both_layouts_and_for_repeated_draws():
+def test_the_loss_is_the_same_in_both_layouts_and_for_repeated_trajectories():
     policy = Unigram()
     loss = ImportanceWeightedMLE(policy, proposal="current", functional=False)
     loss.loss_mask_key = ASSISTANT_MASK

@@ -147,7 +147,7 @@ def test_the_first_lines_train_on_the_better_half(names: dict[str, Any]) -> None
     assert better.float().mean() > 0.9
 
 
-def test_log_lines_hold_what_the_page_names(names: dict[str, Any]) -> None:
+def test_log_lines_contain_what_the_page_names(names: dict[str, Any]) -> None:
     (text,) = re.findall(r"A log line has, besides `loss`: (.*?)\. ", PAGE, flags=re.DOTALL)
     logged = {key for row in names["trainers"]["runs/mine"].state.log_history for key in row}
     measured = logged & {"log_prob", "kl_approx"} | {
@@ -223,7 +223,9 @@ def test_the_plain_loop_makes_the_curated_rows_likelier(names: dict[str, Any]) -
     assert bool((found > _mean(best["ref_log_prob"], best)).all())
 
 
-def test_the_same_lines_go_on_after_a_kill(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_lines_continue_after_a_kill(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As they stand, with more checkpoints."""
     assert f"```python\n{RESUME}\n```" in PAGE
     code = BLOCKS[0].replace("logging_steps=10", "save_steps=2")

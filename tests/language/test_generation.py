@@ -1,4 +1,4 @@
-"""Generation through transformers against plain forward passes, and draws against their law."""
+"""Generation through transformers against plain forward passes, and samples against their law."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_own_settings_of_the_model_are_not_used_and_stay(model: LlamaForCausalLM
         model.eval()
 
 
-def test_draws_hang_on_the_seed_alone(model: LlamaForCausalLM) -> None:
+def test_samples_depend_on_the_seed_alone(model: LlamaForCausalLM) -> None:
     requests = [Request(prompt, 20, seed=seed) for seed, prompt in enumerate(PROMPTS * 2)]
     settings: dict[str, Any] = {"stop": frozenset({3}), "temperature": 1.5, "top_p": 0.9}
     whole = TransformersGenerator(model, batch_size=8).generate(requests, **settings)
@@ -171,7 +171,7 @@ def test_draw_inverts_the_distribution_function() -> None:
         (Request([1], 3), {"temperature": 1.0, "top_p": 0.0}, "top_p=0.0 must be"),
     ],
 )
-def test_what_cannot_be_met(
+def test_requests_that_cannot_be_met(
     model: LlamaForCausalLM, request_: Request, settings: dict[str, float], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -184,7 +184,7 @@ def test_vllm_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> N
         VLLMGenerator("a-model")
 
 
-def test_vllm_is_asked_in_its_own_words(
+def test_vllm_gets_its_documented_arguments(
     model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against a stand-in that keeps to vLLM's documented conventions: the stop token is among

@@ -1,4 +1,4 @@
-"""Updates hold the same entries however they are divided up."""
+"""Updates have the same entries, however they are divided into micro-batches."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_more_epochs_than_planned_for() -> None:
             plan.epoch(epoch)
 
 
-def test_a_process_runs_its_share_of_the_epoch_it_was_told() -> None:
+def test_a_process_runs_its_share_of_the_given_epoch() -> None:
     plan = _plan(13, (2, 1, 3))
     shares = [_plan(13, (2, 1, 3), process=process) for process in range(3)]
     for epoch in (0, 2):
@@ -99,7 +99,7 @@ def test_a_process_runs_its_share_of_the_epoch_it_was_told() -> None:
         assert together == plan.epoch(epoch)
 
 
-def test_epochs_differ_and_hang_on_the_seed() -> None:
+def test_epochs_differ_and_depend_on_the_seed() -> None:
     assert _plan(30, (2, 1, 1)).epoch(0) != _plan(30, (2, 1, 1)).epoch(1)
     assert _plan(30, (2, 1, 1)).epoch(1) == _plan(30, (2, 1, 1)).epoch(1)
     assert _plan(30, (2, 1, 1)).epoch(1) != _plan(30, (2, 1, 1), seed=1).epoch(1)

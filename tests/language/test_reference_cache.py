@@ -1,4 +1,4 @@
-"""The cache of tokens' reference: stored under all it depends on, resumable, checked when read."""
+"""The cache of the tokens' reference: its key has everything it depends on; it is resumable."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_stored_result_is_read_and_only_the_first_batch_runs(tmp_path: Path) -> 
     assert len(files(tmp_path / "made" / "here")) == 1
 
 
-def test_what_has_no_part_in_it_does_not_change_the_key(tmp_path: Path) -> None:
+def test_other_entries_do_not_change_the_key(tmp_path: Path) -> None:
     data = dataset(multiplicity=[1] * len(SIZES))
     data["score"] = torch.rand(len(data))
     data["importance_weight"] = torch.rand(len(data))
@@ -180,7 +180,9 @@ def _killed(folder: Path, threads: int) -> None:
     annotate(policy(), dataset(), cache=folder)
 
 
-def test_killed_process_leaves_what_the_next_one_reads(forkserver: Any, tmp_path: Path) -> None:
+def test_a_killed_process_leaves_parts_that_the_next_one_reads(
+    forkserver: Any, tmp_path: Path
+) -> None:
     process = forkserver.Process(target=_killed, args=(tmp_path, torch.get_num_threads()))
     process.start()
     process.join()
@@ -239,7 +241,9 @@ def test_cache_that_is_a_file_fails_before_the_first_forward(tmp_path: Path) -> 
     assert asked._asked == []
 
 
-def test_resumed_run_reads_what_its_model_can_no_longer_give(tmp_path: Path) -> None:
+def test_a_resumed_run_reads_the_reference_that_its_model_can_no_longer_give(
+    tmp_path: Path,
+) -> None:
     data, resumed = dataset(), dataset()
     annotate(policy(), data, cache=tmp_path)
     key = key_of(policy(), dataset(), tmp_path)

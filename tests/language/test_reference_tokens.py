@@ -61,7 +61,7 @@ def test_first_weights_are_exactly_one(layout: Any, dtype: torch.dtype, one_row:
         assert torch.equal(terms.log_prob, batch["ref_log_prob"])
 
 
-def test_drawn_several_times_the_first_batch_counts() -> None:
+def test_the_first_of_several_batches_counts() -> None:
     """Batches are those of training, and batches with nothing new are not run."""
     data = dataset((9, 40, 5), multiplicity=[2, 1, 3])
     asked = Counting(decoder())

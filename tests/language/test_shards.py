@@ -1,4 +1,4 @@
-"""The moving average of one process: against its definition, and what it leaves as it was."""
+"""The moving average in one process against its definition, and its lack of side effects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trainer gives the updates of a plain loop, however they are divided up or interrupted."""
+"""The trainer gives the updates of a plain loop, however they are divided or interrupted."""
 
 from __future__ import annotations
 
@@ -152,7 +152,9 @@ class _Stop(TrainerCallback):
 
 @pytest.mark.parametrize("proposal", PROPOSALS, ids=lambda p: p["proposal"])
 @pytest.mark.parametrize("after", [2, 3, 4])
-def test_resuming_is_no_interruption(tmp_path: Path, proposal: dict[str, Any], after: int) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    tmp_path: Path, proposal: dict[str, Any], after: int
+) -> None:
     """A stop within an epoch and a window, at the end of both, and one later."""
     settings = {
         "save_strategy": "steps",

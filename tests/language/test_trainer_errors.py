@@ -1,4 +1,4 @@
-"""What can't be trained is refused before time is spent; what was saved is never lost."""
+"""The trainer refuses bad input before it spends time, and never loses a saved file."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_no_space_for_a_checkpoint(full_disk: Any, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "checkpoint-4" / saving.SEAL).read_text())["files"]
 
 
-def test_what_is_handed_over(tmp_path: Path) -> None:
+def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     class Held:
         trajectories = trajectories()
 
@@ -204,7 +204,7 @@ def test_checkpoints_of_an_earlier_run_stay(tmp_path: Path) -> None:
         trainer(tmp_path, **SAVED).train()
 
 
-def test_what_the_model_cannot_read(tmp_path: Path) -> None:
+def test_trajectories_that_the_model_cannot_read(tmp_path: Path) -> None:
     """Refused when the trainer is made, wherever it stands in the data."""
     data = trajectories()
     data["tokens", "full"][-1] = 97

@@ -1,4 +1,4 @@
-"""What the loss takes: masks, layouts, policies of all kinds, and wrong input."""
+"""Inputs of the loss: masks, layouts, policies of all kinds, and wrong input."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class _Plain(nn.Module):
     ],
     ids=["tanh-normal", "returns-log-prob", "one-hot", "plain-module"],
 )
-def test_policies_are_taken_as_they_stand(
+def test_policies_are_taken_unchanged(
     make_loss: Any,
     make_batch: Any,
     build: Any,

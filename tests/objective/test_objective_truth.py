@@ -337,7 +337,7 @@ def test_long_trajectories_keep_float32_accuracy(make_policy: Any) -> None:
     assert loss(batch)["loss_iw_mle"].item() == pytest.approx(float(truth), rel=3e-6)
 
 
-def test_masked_steps_count_for_nothing(make_batch: Any, linear: Any) -> None:
+def test_masked_steps_do_not_count(make_batch: Any, linear: Any) -> None:
     """A mask inside a packed batch equals dropping the steps."""
     batch = make_batch([6, 4, 7], dtype=torch.float64)
     keep = torch.ones(17, dtype=torch.bool)

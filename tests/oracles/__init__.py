@@ -1,1 +1,1 @@
-"""Plain implementations that the library is compared with, for truth by tests and for speed."""
+"""Plain implementations with which tests compare results, and the benchmarks speed."""

@@ -60,7 +60,7 @@ def test_gradients_of_weighted_log_probs_are_those_of_full_logits(one_row: bool)
         torch.testing.assert_close(found[0][name], grad, rtol=1e-10, atol=1e-12, msg=name)
 
 
-def test_padding_on_either_side_and_what_it_holds_do_not_matter() -> None:
+def test_padding_does_not_matter_on_either_side() -> None:
     model, batch = decoder(), packed()
     truth = alone(model, batch)
     right = pad(batch)
@@ -344,5 +344,5 @@ def test_context_is_full_at_its_limit_and_not_that_of_a_packed_batch() -> None:
         torch.testing.assert_close(found, alone(model, batch), rtol=1e-12, atol=1e-12)
 
 
-def test_in_keys_are_what_is_read() -> None:
+def test_in_keys_are_the_entries_that_are_read() -> None:
     assert CausalLMPolicy(decoder()).in_keys == [TOKENS, ATTENTION, ASSISTANT]

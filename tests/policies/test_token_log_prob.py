@@ -111,7 +111,7 @@ def test_large_logits_do_not_overflow(block: None) -> None:
         assert bool(grad.isfinite().all())
 
 
-def test_digits_of_confident_tokens_are_kept() -> None:
+def test_log_probs_of_confident_tokens_are_accurate() -> None:
     # 1 - p = 2e-6 at logit 30: a log-normaliser of 30, rounded, would be off by as much.
     hidden = torch.tensor([[30.0]], requires_grad=True)
     weight = torch.tensor([[1.0], [0.563], [0.0]], requires_grad=True)

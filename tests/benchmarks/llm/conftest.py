@@ -1,4 +1,4 @@
-"""A small Qwen2 model with a tokenizer, as a folder, and models that bring code of their own."""
+"""A small Qwen2 model with a tokenizer, as a folder, and models that come with their own code."""
 
 from __future__ import annotations
 

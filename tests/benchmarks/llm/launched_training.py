@@ -1,4 +1,4 @@
-"""What test_launch_processes starts: two updates of a tiny decoder, and what they were run as."""
+"""Program that test_launch_processes starts: two updates of a tiny decoder, and their engine."""
 
 from __future__ import annotations
 

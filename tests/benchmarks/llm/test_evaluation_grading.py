@@ -1,4 +1,4 @@
-"""Comparisons that hang, crash, raise or print: one wrong answer each, and the next one graded."""
+"""Comparisons that hang, crash, raise or print count as one wrong answer and stop nothing else."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         ("memory", "MemoryError", False),
     ],
 )
-def test_counts_as_wrong_and_goes_on(
+def test_counts_as_wrong_and_grading_continues(
     compare: str, tmp_path: Path, answer: str, problem: str, restarted: bool
 ) -> None:
     with Grader(seconds=1, compare=compare) as grader:
@@ -104,7 +104,7 @@ def test_the_process_ends_with_its_parent(compare: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["no_such_module:compare", "broken_comparison:compare"])
-def test_what_does_not_load_is_an_error(
+def test_a_broken_import_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     """Not a score of 0: a library that is missing would make every answer wrong."""

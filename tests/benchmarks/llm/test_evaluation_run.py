@@ -155,7 +155,7 @@ def test_scores_of_known_generations(model: Path, data: Path, tmp_path: Path) ->
     assert result["interval_method"] == "bootstrap over questions"
 
 
-def test_many_wrong_answers_are_no_certainty(model: Path, data: Path, tmp_path: Path) -> None:
+def test_many_wrong_answers_leave_an_interval(model: Path, data: Path, tmp_path: Path) -> None:
     (result,) = run(settings(model, data, tmp_path, n=2, temperature=1.0, max_tokens=3))
     assert result["avg"] == 0
     # Wilson's upper end for 0 of 7.
@@ -201,7 +201,7 @@ def test_budget_forcing(model: Path, data: Path, tmp_path: Path) -> None:
     )
 
 
-def test_without_a_template_the_prompt_is_bare_and_said_so(
+def test_without_a_template_the_prompt_is_bare_with_a_warning(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bare = save_model(tmp_path / "bare", template=None)

@@ -143,7 +143,7 @@ def test_no_network_says_how_to_do_without(monkeypatch: pytest.MonkeyPatch) -> N
         ("aime-2024={}/data.jsonl", [ROWS["aime-2024"]] * 2, "two questions have the same id"),
     ],
 )
-def test_what_cannot_be_asked(
+def test_refused_questions(
     tmp_path: Path, said: str, rows: list[dict[str, Any]] | None, message: str
 ) -> None:
     if rows is not None:

@@ -1,4 +1,4 @@
-"""The job in this process: what it writes, shows, keeps and refuses."""
+"""The job in this process: its files, its output, resuming, and its errors."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def rows(folder: Path) -> list[dict[str, float]]:
     return [row for row in map(json.loads, lines) if "loss" in row]
 
 
-def test_every_algorithm_leaves_what_it_did(
+def test_every_algorithm_writes_its_files(
     job: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], small: Any
 ) -> None:
     folder = job(tmp_path, "base", *ALGORITHMS, flags=SHORT)
@@ -110,7 +110,7 @@ def test_every_algorithm_leaves_what_it_did(
         assert f"| {row['algo']} | 1 | {row['score']:.3f} |" in report
 
 
-def test_what_is_finished_stays_and_other_settings_are_refused(
+def test_finished_runs_stay_and_other_settings_are_refused(
     job: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = job(tmp_path, "sft") / "sft" / "seed-0"
@@ -210,14 +210,14 @@ def test_a_run_that_fails_does_not_stop_the_others(
         ("--micro-batch-size 5", "--micro-batch-size 5 does not divide the 32 draws"),
     ],
 )
-def test_what_can_be_known_is_said_at_once(words: str, message: str, tmp_path: Path) -> None:
+def test_errors_that_can_be_known_come_at_once(words: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as end:
         main([*words.split(), "--out", str(tmp_path / "runs")])
     assert f"error: {message}" in str(end.value)
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_the_command_line_leaves_out_is_the_recipes() -> None:
+def test_missing_options_are_the_recipes() -> None:
     arithmetic = load_recipe("arithmetic")
     options = parse([])
     assert (options.seeds, options.settings) == ((0, 1, 2), arithmetic.defaults)

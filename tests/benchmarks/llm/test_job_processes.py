@@ -1,4 +1,4 @@
-"""The job in processes of its own: killed and resumed, on several cores, under DeepSpeed."""
+"""The job in separate processes: killed and resumed, on several cores, under DeepSpeed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders that are kept: made once, whole, and checked when they are found."""
+"""Cached folders are made once and whole, and are checked when they are used again."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_folder_is_made_once_and_recorded(tmp_path: Path):
 
 
 @pytest.mark.parametrize("change", ["other", "missing", "new", "record", "no record"])
-def test_a_change_is_found_and_the_way_out_named(change: str, tmp_path: Path):
+def test_a_change_is_noticed_and_the_remedy_named(change: str, tmp_path: Path):
     home = kept(tmp_path / "home", _make, remake="train again")
     if change == "other":
         (home / "inner" / "b").write_bytes(b"x")
@@ -70,7 +70,7 @@ def test_a_change_is_found_and_the_way_out_named(change: str, tmp_path: Path):
         kept(home, _make, remake="train again")
 
 
-def test_what_fails_or_is_killed_leaves_no_folder(tmp_path: Path):
+def test_a_failed_or_killed_call_leaves_no_folder(tmp_path: Path):
     def fails(folder: Path) -> Mapping[str, Any]:
         _make(folder)
         raise OSError(errno.ENOSPC, "No space left on device")

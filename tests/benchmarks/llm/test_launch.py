@@ -1,4 +1,4 @@
-"""Which config is taken on which hardware, what is started, and what is refused."""
+"""The choice of a config for the hardware, the started commands, and refused settings."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_packaged_configs() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.json")))
-def test_deepspeed_configs_leave_to_the_arguments_what_is_theirs(name: str) -> None:
+def test_deepspeed_configs_leave_settings_of_training_to_the_arguments(name: str) -> None:
     config = json.loads((CONFIGS / f"{name}.json").read_text())
     for key in ("train_batch_size", "gradient_accumulation_steps", "gradient_clipping"):
         assert config[key] == "auto"
@@ -77,7 +77,7 @@ def test_deepspeed_configs_leave_to_the_arguments_what_is_theirs(name: str) -> N
         ("cpu_zero3", NODE, ("cpu_zero3", "deepspeed", 3, "cpu", 2, 32)),
     ],
 )
-def test_what_is_started(config: str | None, hardware: Hardware, expected: Any) -> None:
+def test_the_started_command(config: str | None, hardware: Hardware, expected: Any) -> None:
     launch = choose(config, hardware)
     found = (launch.config, launch.engine, launch.stage, launch.device, launch.processes)
     assert (*found, launch.threads) == expected
@@ -105,7 +105,7 @@ def test_fsdp2_is_what_accelerate_reads_from_its_config() -> None:
     assert "SHARDED" in str(plugin.state_dict_type)
 
 
-def test_a_node_of_several_is_told_its_place() -> None:
+def test_a_node_of_several_gets_its_rank() -> None:
     parsed = started(choose("multi_node", SECOND))
     assert (parsed.num_machines, parsed.num_processes, parsed.machine_rank) == (2, 16, 1)
     assert (parsed.main_process_ip, parsed.main_process_port) == ("first", 29_511)
@@ -187,7 +187,9 @@ def test_a_deepspeed_file_without_a_stage(tmp_path: Path, content: str) -> None:
         ("multi_node", ValueError, "only one node.*NNODES, NODE_RANK, MASTER_ADDR"),
     ],
 )
-def test_what_the_hardware_cannot_run(config: str, error: type[Exception], said: str) -> None:
+def test_configs_that_the_hardware_cannot_run(
+    config: str, error: type[Exception], said: str
+) -> None:
     with pytest.raises(error, match=said):
         choose(config, CPU)
 

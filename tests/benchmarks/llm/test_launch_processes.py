@@ -1,4 +1,4 @@
-"""Processes that are really started: what they are told, the engine they get, how they end."""
+"""Launched processes: their arguments, their engine, and their end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The calculator against tensors that are really there, and against published sizes."""
+"""The memory calculator against real tensors and against published sizes."""
 
 from __future__ import annotations
 

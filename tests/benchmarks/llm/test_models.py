@@ -1,4 +1,4 @@
-"""Models from folders, GGUF files and a package, and what is wrong with others."""
+"""Models from folders, GGUF files and a package, and errors for models that can't be used."""
 
 from __future__ import annotations
 

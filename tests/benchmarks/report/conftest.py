@@ -1,4 +1,4 @@
-"""Run folders as the d4rl job leaves them."""
+"""Run folders as the d4rl job writes them."""
 
 from __future__ import annotations
 

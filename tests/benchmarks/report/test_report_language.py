@@ -97,7 +97,7 @@ def test_scores_and_weights_over_seeds(language: Path, capsys: pytest.CaptureFix
     assert "iw-sft" in printed and "0.850" in printed and "D4RL" not in printed
 
 
-def test_beside_control_runs_and_by_folder(language: Path, make_run: MakeRun) -> None:
+def test_together_with_control_runs_and_by_folder(language: Path, make_run: MakeRun) -> None:
     make_run(language, "hopper-a", "bc", 0, 1.0)
     language_run(language / "longer", "sft", 0, 0.5)
     write_report(language, language / "report")
@@ -124,7 +124,7 @@ def test_the_order_is_that_of_the_language_job() -> None:
     assert sorted(NAMES, key=algorithm_rank) == list(NAMES)
 
 
-def test_unfinished_runs_are_told_and_counted_nowhere(
+def test_unfinished_runs_are_listed_and_not_counted(
     language: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cut_off = language_run(language, "sft-q", 4, 0.9)

@@ -1,4 +1,4 @@
-"""The two pages: the same numbers, whole in themselves, and how they were made."""
+"""The two pages: equal numbers, no external files, and the provenance of the numbers."""
 
 from __future__ import annotations
 

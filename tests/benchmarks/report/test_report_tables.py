@@ -63,7 +63,7 @@ def test_cost(runs: Path) -> None:
     assert rows[0] == ["cheetah-b", "SFT(Q)", "100", "11.0", "5", "20", "5"]
 
 
-def test_return_stands_in_where_there_is_no_reference_score(
+def test_the_return_is_the_score_where_there_is_no_reference_score(
     tmp_path: Path, make_run: MakeRun
 ) -> None:
     for seed in range(3):
@@ -166,7 +166,7 @@ def test_no_success_column_where_no_result_has_one(runs: Path) -> None:
         (20_000, None, None),
     ],
 )
-def test_fewer_updates_than_published_are_said(
+def test_fewer_updates_than_published_are_noted(
     tmp_path: Path, make_run: MakeRun, steps: int, published: int | None, words: str | None
 ) -> None:
     more = {} if published is None else {"published_steps": published}

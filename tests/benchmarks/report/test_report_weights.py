@@ -1,4 +1,4 @@
-"""One row a setting of the weights."""
+"""The sweep has one row per setting of the weights."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_settings_scores_and_weights_at_the_end(tmp_path: Path, make_run: MakeRu
     }
 
 
-def test_what_differs_in_more_than_its_weights_is_a_sweep_of_its_own(
+def test_runs_that_differ_in_more_than_weights_are_separate_sweeps(
     tmp_path: Path, make_run: MakeRun
 ) -> None:
     scores = {"top50": 70.0, "top10": 30.0}
@@ -114,7 +114,7 @@ def test_a_moving_average_is_named_by_its_decay(tmp_path: Path, make_run: MakeRu
 
 
 @pytest.mark.parametrize("algo", ["bc", "sft-q", "iql", "iw-sft-step"])
-def test_algorithms_without_weights_of_trajectories_are_no_sweep(
+def test_algorithms_without_weights_of_trajectories_are_not_in_a_sweep(
     tmp_path: Path, make_run: MakeRun, algo: str
 ) -> None:
     for k in (1.0, 2.0):

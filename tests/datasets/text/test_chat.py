@@ -79,7 +79,7 @@ def test_sentencepiece_and_headers_that_swallow_white_space():
     assert trained(tokenizer, encoded).replace(" ", "") == "four.<|end|>yes<|end|>"
 
 
-def test_llama_trims_and_the_content_is_found_all_the_same():
+def test_llama_trims_the_content_and_it_is_still_found():
     messages = [user(" a "), assistant("\n two <|eot_id|> words \n")]
     assert read_back(LLAMA3, messages) == "two <|eot_id|> words<|eot_id|>"
 

@@ -123,7 +123,7 @@ def test_the_first_token_is_never_trained():
     assert not mask[0] and bool(mask[1:].all())
 
 
-def test_rows_of_both_kinds_stand_together():
+def test_rows_of_both_kinds_work_together():
     tokenizer = byte_level(CHATML)
     mixed = [rows(1)[0], to_row({"prompt": "two and", "completion": " two"}, "f:9")]
     assert texts(tokenize(mixed, tokenizer).trajectories, tokenizer) == [
@@ -144,7 +144,7 @@ def test_columns_that_only_some_rows_have():
         tokenize(rows(1), byte_level(), max_length=1)
 
 
-def test_the_fingerprint_hangs_on_all_that_makes_the_tokens():
+def test_the_fingerprint_depends_on_all_that_makes_the_tokens():
     def of(made: list[Row] | None = None, template: str = CHATML, **settings: Any) -> str:
         tokenizer = settings.pop("tokenizer", byte_level())
         return tokenize(made or rows(), tokenizer, template=template, **settings).fingerprint

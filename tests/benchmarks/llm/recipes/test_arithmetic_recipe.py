@@ -75,7 +75,7 @@ def test_the_same_seed_trains_the_same_base_and_another_does_not(tmp_path: Path)
     assert other != first and (other / "model.safetensors").read_bytes() != weights[0]
 
 
-def test_a_kept_base_is_not_trained_again(tmp_path: Path) -> None:
+def test_a_cached_base_is_not_trained_again(tmp_path: Path) -> None:
     short = replace(TINY, steps=2)
     home = base_model(tmp_path, seed=0, settings=short)
     written = (home / RECORD).stat().st_mtime_ns
@@ -211,9 +211,7 @@ def write(path: Path, *records: dict[str, Any]) -> str:
     return str(path)
 
 
-def test_own_rows_take_the_place_of_samples(
-    cache: Path, prepared: Prepared, tmp_path: Path
-) -> None:
+def test_own_rows_replace_samples(cache: Path, prepared: Prepared, tmp_path: Path) -> None:
     ours = {"prompt": problems(1, 0, "train")[0].prompt, "completion": "Guess: Answer: 11"}
     asked = {"prompt": problems(1, 0, "held-out")[0].prompt, "completion": "Guess: Answer: 11"}
     path = write(tmp_path / "rows.jsonl", {**ours, "correct": True}, {**asked, "correct": True})

@@ -88,7 +88,7 @@ def test_own_rows_are_gathered_by_prompt(tmp_path: Path):
     assert one.tells_apart and not two.tells_apart
 
 
-def test_a_split_keeps_questions_whole_and_hangs_on_their_texts():
+def test_a_split_keeps_questions_whole_and_depends_on_their_texts():
     questions = [_question(k, ["rw", "rrww", "rr", "ww"][k % 4]) for k in range(400)]
     training, held_out = split(questions, share=0.25)
     assert all(question.tells_apart for question in held_out)
@@ -124,7 +124,7 @@ def test_data_that_can_not_be_split(tmp_path: Path):
         ({"text": "?"}, r":1: column 'prompt' is missing"),
     ],
 )
-def test_records_that_are_no_labelled_solutions(
+def test_records_that_are_not_labelled_solutions(
     record: dict[str, object], message: str, tmp_path: Path
 ):
     file = tmp_path / "x.jsonl"

@@ -13,7 +13,7 @@ from benchmarks.llm.recipes import RECIPES, Settings, load_recipe
 from iwsft.trajectory import Segments
 
 
-def test_an_unknown_recipe_names_those_there_are() -> None:
+def test_an_unknown_recipe_names_the_known_ones() -> None:
     with pytest.raises(ValueError, match="'arithmetics'.*did you mean 'arithmetic'.*gsm8k, s1k"):
         load_recipe("arithmetics")
 
