@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from benchmarks import statistics
-from benchmarks.report.figures import TITLE, colours, legend, list_names, style
+from benchmarks.report.figures import TITLE, add_legend, choose_colours, list_names, style_axes
 from benchmarks.report.grid import NOTHING, Grid
 from benchmarks.report.names import algorithm_label, algorithm_rank, is_variant
 from benchmarks.report.scores import Cell, algorithms, datasets
@@ -218,7 +218,7 @@ def improvement_grid(aggregates: Aggregates) -> Grid:
     return grid
 
 
-def aggregate_figure(aggregates: Aggregates, group: Sequence[Cell]) -> Figure | None:
+def draw_aggregates(aggregates: Aggregates, group: Sequence[Cell]) -> Figure | None:
     """Aggregate metrics with 95 % intervals; a panel a metric."""
     if not aggregates.estimates:
         return None
@@ -226,14 +226,16 @@ def aggregate_figure(aggregates: Aggregates, group: Sequence[Cell]) -> Figure | 
     figure = Figure(figsize=(11.0, 1.1 + 0.32 * len(names)), layout="constrained")
     axes = figure.subplots(1, len(METRICS), sharey=True)
     for i, (ax, label) in enumerate(zip(axes, METRICS, strict=True)):
-        _intervals(ax, {name: aggregates.estimates[name][i] for name in names}, colours(group))
+        _intervals(
+            ax, {name: aggregates.estimates[name][i] for name in names}, choose_colours(group)
+        )
         better = "lower" if label == "optimality gap" else "higher"
         ax.set_title(f"{label}\n({better} is better)", fontsize=TITLE)
         ax.set_xlabel("D4RL-normalised score")
     return figure
 
 
-def improvement_figure(aggregates: Aggregates, group: Sequence[Cell]) -> Figure | None:
+def draw_improvement(aggregates: Aggregates, group: Sequence[Cell]) -> Figure | None:
     """Probability of improvement over each other algorithm; a panel a candidate."""
     improvement = aggregates.improvement
     if not improvement:
@@ -243,23 +245,23 @@ def improvement_figure(aggregates: Aggregates, group: Sequence[Cell]) -> Figure 
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(improvement), squeeze=False)[0]
     for ax, (candidate, estimates) in zip(axes, improvement.items(), strict=True):
-        _intervals(ax, estimates, colours(group))
+        _intervals(ax, estimates, choose_colours(group))
         ax.axvline(0.5, color="0.3", lw=0.8, ls=":")
         ax.set_xlim(-0.02, 1.02)
         ax.set_xlabel(f"P({algorithm_label(candidate)} scores higher than the algorithm)")
     return figure
 
 
-def profile_figure(aggregates: Aggregates, group: Sequence[Cell]) -> Figure | None:
+def draw_profiles(aggregates: Aggregates, group: Sequence[Cell]) -> Figure | None:
     """Share of runs above each score: a panel with the algorithms and one with the variants."""
     if not aggregates.profiles:
         return None
-    names, colour = list(aggregates.profiles), colours(group)
+    names, colour = list(aggregates.profiles), choose_colours(group)
     parts = [[name for name in names if is_variant(name) == variant] for variant in (False, True)]
     parts = [part for part in parts if part]
     figure = Figure(figsize=(5.6 * len(parts), 3.8), layout="constrained")
     for ax, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
-        style(ax)
+        style_axes(ax)
         for name in part:
             share, low, high = aggregates.profiles[name]
             x, shade = aggregates.thresholds, colour[name]
@@ -268,12 +270,12 @@ def profile_figure(aggregates: Aggregates, group: Sequence[Cell]) -> Figure | No
         ax.set_ylim(-0.02, 1.02)
         ax.set_xlabel("D4RL-normalised score")
         ax.set_ylabel("share of runs that score higher")
-    legend(figure, {name: colour[name] for name in names})
+    add_legend(figure, {name: colour[name] for name in names})
     return figure
 
 
 def _intervals(ax: Axes, estimates: dict[str, Estimate], colour: Mapping[str, str]) -> None:
-    style(ax)
+    style_axes(ax)
     for y, (name, estimate) in enumerate(estimates.items()):
         width = estimate.high - estimate.low
         ax.barh(y, width, left=estimate.low, height=0.55, lw=0, color=colour[name], alpha=0.5)

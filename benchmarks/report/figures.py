@@ -39,14 +39,14 @@ _POINTS = 150  # longer series are averaged into this many points
 _PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
 
-def style(ax: Axes) -> None:
+def style_axes(ax: Axes) -> None:
     """Give axes a light grid and no frame."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(color="0.9", lw=0.8)
     ax.set_axisbelow(True)
 
 
-def colours(group: Sequence[Cell]) -> dict[str, str]:
+def choose_colours(group: Sequence[Cell]) -> dict[str, str]:
     """One colour an algorithm, the same in all figures of the same cells."""
     names = algorithms(group)
     others = [name for name in names if name not in COLOURS]
@@ -55,7 +55,7 @@ def colours(group: Sequence[Cell]) -> dict[str, str]:
     return {name: COLOURS.get(name) or extra[name] for name in names}
 
 
-def panels(
+def make_panels(
     names: list[str], height: float, *, share_rows: bool = False
 ) -> tuple[Figure, dict[str, Axes]]:
     """One panel a dataset, at most three in a row."""
@@ -65,14 +65,14 @@ def panels(
     axes = list(figure.subplots(rows, columns, squeeze=False, sharey=share_rows).flat)
     by_name = dict(zip(names, axes, strict=False))
     for name, ax in by_name.items():
-        style(ax)
+        style_axes(ax)
         ax.set_title(dataset_label(name), fontsize=TITLE)
     for ax in axes[len(names) :]:
         ax.set_axis_off()
     return figure, by_name
 
 
-def legend(figure: Figure, colour: Mapping[str, str]) -> None:
+def add_legend(figure: Figure, colour: Mapping[str, str]) -> None:
     """The colours of the algorithms, below all panels."""
     handles = [
         Line2D([], [], color=value, lw=2.5, label=algorithm_label(name))
@@ -83,7 +83,7 @@ def legend(figure: Figure, colour: Mapping[str, str]) -> None:
     )
 
 
-def score_bar(
+def plot_score(
     ax: Axes,
     y: int,
     values: Sequence[float] | NDArray,
@@ -104,14 +104,14 @@ def list_names(ax: Axes, names: Sequence[str]) -> None:
     ax.grid(axis="y", visible=False)
 
 
-def mean_point(ax: Axes, x: float, cell: Cell, colour: str) -> None:
+def plot_mean(ax: Axes, x: float, cell: Cell, colour: str) -> None:
     """The mean of a cell, and its interval where it has one."""
     if cell.interval is not None:
         ax.plot([x, x], cell.interval, color=colour, lw=1.4, alpha=0.7)
     ax.plot(x, cell.mean, "o", ms=6.5, color=colour, mec="white", mew=0.8)
 
 
-def log_axis(ax: Axes) -> None:
+def scale_log(ax: Axes) -> None:
     """A logarithmic x axis with plain numbers."""
     ax.set_xscale("log")
     low, high = ax.get_xlim()
@@ -128,13 +128,13 @@ def series(runs: Sequence[FinishedRun], key: str) -> tuple[NDArray, NDArray]:
     return np.array(steps), np.array([[row[step] for step in steps] for row in rows])
 
 
-def scores(group: Sequence[Cell]) -> Figure:
+def draw_scores(group: Sequence[Cell]) -> Figure:
     """Scores of all seeds with means and intervals; a panel a dataset."""
-    colour, names = colours(group), algorithms(group)
-    figure, axes = panels(datasets(group), height=0.75 + 0.34 * len(names), share_rows=True)
+    colour, names = choose_colours(group), algorithms(group)
+    figure, axes = make_panels(datasets(group), height=0.75 + 0.34 * len(names), share_rows=True)
     for cell in group:
         ax = axes[cell.dataset]
-        score_bar(ax, names.index(cell.algo), cell.values, cell.interval, colour[cell.algo])
+        plot_score(ax, names.index(cell.algo), cell.values, cell.interval, colour[cell.algo])
         ax.set_xlabel(UNIT[cell.unit])
     for ax in axes.values():
         list_names(ax, list(map(algorithm_label, names)))
@@ -143,28 +143,28 @@ def scores(group: Sequence[Cell]) -> Figure:
     return figure
 
 
-def cost(group: Sequence[Cell]) -> Figure:
+def draw_cost(group: Sequence[Cell]) -> Figure:
     """Score against CPU seconds of a run with its reference; a panel a dataset."""
-    colour = colours(group)
-    figure, axes = panels(datasets(group), height=3.2)
+    colour = choose_colours(group)
+    figure, axes = make_panels(datasets(group), height=3.2)
     for cell in group:
         ax = axes[cell.dataset]
-        mean_point(ax, cell.cpu_seconds, cell, colour[cell.algo])
+        plot_mean(ax, cell.cpu_seconds, cell, colour[cell.algo])
         ax.set_xlabel("CPU seconds of a run, reference included")
         ax.set_ylabel(UNIT[cell.unit])
     for ax in axes.values():
-        log_axis(ax)
-    legend(figure, colour)
+        scale_log(ax)
+    add_legend(figure, colour)
     return figure
 
 
-def learning_curves(group: Sequence[Cell]) -> Figure | None:
+def draw_learning_curves(group: Sequence[Cell]) -> Figure | None:
     """Score over updates, mean over seeds and its interval; the dot is the last policy."""
     curves = {id(cell): _learning_curve(cell) for cell in group}
     if all(len(steps) < 2 for steps, _ in curves.values()):
         return None
-    colour = colours(group)
-    figure, axes = panels(datasets(group), height=3.0)
+    colour = choose_colours(group)
+    figure, axes = make_panels(datasets(group), height=3.0)
     for cell in group:
         ax = axes[cell.dataset]
         steps, values = curves[id(cell)]
@@ -174,11 +174,11 @@ def learning_curves(group: Sequence[Cell]) -> Figure | None:
         ax.set_xlabel("update")
     for dataset, ax in axes.items():
         _scale_updates(ax, dataset, group)
-    legend(figure, colour)
+    add_legend(figure, colour)
     return figure
 
 
-def training_curves(group: Sequence[Cell]) -> Figure | None:
+def draw_training_curves(group: Sequence[Cell]) -> Figure | None:
     """Log-probability, critics and effective sample size over updates; a column a dataset."""
     rows = [
         (
@@ -193,12 +193,12 @@ def training_curves(group: Sequence[Cell]) -> Figure | None:
     if not rows:
         return None
     shown = [cell for _, _, members in rows for cell in members]
-    names, colour = datasets(sorted(shown, key=lambda cell: cell.dataset)), colours(group)
+    names, colour = datasets(sorted(shown, key=lambda cell: cell.dataset)), choose_colours(group)
     figure = Figure(figsize=(max(5.0, 3.6 * len(names)), 2.7 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), len(names), squeeze=False)
     for row, (key, label, members) in zip(axes, rows, strict=True):
         for dataset, ax in zip(names, row, strict=True):
-            style(ax)
+            style_axes(ax)
             ax.set_title(dataset_label(dataset), fontsize=TITLE)
             ax.set_xlabel("update")
             for cell in (cell for cell in members if cell.dataset == dataset):
@@ -208,16 +208,16 @@ def training_curves(group: Sequence[Cell]) -> Figure | None:
                 ax.set_ylim(0.0, 1.04)
         row[0].set_ylabel(label)
     present = {cell.algo for cell in shown}
-    legend(figure, {name: colour[name] for name in colour if name in present})
+    add_legend(figure, {name: colour[name] for name in colour if name in present})
     return figure
 
 
-def weight_quantiles(group: Sequence[Cell]) -> Figure | None:
+def draw_weight_quantiles(group: Sequence[Cell]) -> Figure | None:
     """Quantiles of the importance weights over updates, mean over seeds."""
     shown = [cell for cell in _logged(group, "weight_q50") if _weighted(cell)]
     if not shown:
         return None
-    colour, names, algos = colours(group), datasets(shown), algorithms(shown)
+    colour, names, algos = choose_colours(group), datasets(shown), algorithms(shown)
     figure = Figure(figsize=(max(5.0, 3.6 * len(names)), 2.6 * len(algos)), layout="constrained")
     axes = figure.subplots(len(algos), len(names), squeeze=False, sharey=True)
     for ax in axes.flat:
@@ -225,7 +225,7 @@ def weight_quantiles(group: Sequence[Cell]) -> Figure | None:
     for cell in shown:
         ax = axes[algos.index(cell.algo), names.index(cell.dataset)]
         ax.set_axis_on()
-        style(ax)
+        style_axes(ax)
         mean = {}
         for key in ("q05", "q25", "q50", "q75", "q95"):
             steps, values = series(cell.runs, f"weight_{key}")

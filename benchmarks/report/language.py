@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from benchmarks.report.figures import COLOURS, list_names, score_bar, series, style
+from benchmarks.report.figures import COLOURS, list_names, plot_score, series, style_axes
 from benchmarks.report.grid import NOTHING, Grid
 from benchmarks.report.names import algorithm_rank
 from benchmarks.report.scores import cpu_seconds, interval_over_seeds
@@ -204,21 +204,21 @@ def write_scores(folder: Path, recipe: Recipe) -> list[Path]:
     numbers, picture = folder / "results.json", folder / "results.png"
     write_json(numbers, {"rows": [asdict(row) for row in recipe.scores]})
     image = io.BytesIO()
-    figure(recipe).savefig(image, format="png", dpi=130)
+    draw_recipe(recipe).savefig(image, format="png", dpi=130)
     with written_whole(picture) as partial:
         partial.write_bytes(image.getvalue())
     return [numbers, picture]
 
 
-def figure(recipe: Recipe) -> Figure:
+def draw_recipe(recipe: Recipe) -> Figure:
     """Scores of all algorithms; effective sample size and largest weight over the updates."""
     rows = recipe.scores
     figure = Figure(figsize=(13.0, 0.9 + max(3.0, 0.42 * len(rows))), layout="constrained")
     scores, ess, largest = figure.subplots(1, 3)
     for ax in (scores, ess, largest):
-        style(ax)
+        style_axes(ax)
     for y, row in enumerate(rows):
-        score_bar(scores, y, row.scores, row.interval, _COLOURS.get(row.algo, _OTHER))
+        plot_score(scores, y, row.scores, row.interval, _COLOURS.get(row.algo, _OTHER))
         if not row.steps:
             scores.axvline(row.score, color="0.6", lw=0.8, ls=":")
     list_names(scores, [row.algo for row in rows])

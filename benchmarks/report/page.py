@@ -133,7 +133,7 @@ def _scores(document: Document, group: Sequence[Cell], missing: Sequence[Unfinis
         document.text("Read with care: seeds of one row that were not run alike.")
         document.bullets(different)
     caption = "Score of each seed (dots), mean (bars) and 95 % interval (lines)."
-    document.figure("scores.png", figures.scores(group), caption, runs_of(group))
+    document.figure("scores.png", figures.draw_scores(group), caption, runs_of(group))
 
 
 def _missing(document: Document, group: Sequence[Cell], missing: Sequence[UnfinishedRun]) -> None:
@@ -164,7 +164,7 @@ def _aggregates(document: Document, group: Sequence[Cell]) -> None:
         document.table(over_datasets.aggregate_grid(aggregates), "Aggregate scores.", runs)
         document.figure(
             "aggregates.png",
-            over_datasets.aggregate_figure(aggregates, group),
+            over_datasets.draw_aggregates(aggregates, group),
             "Aggregate scores: point estimates (lines) and 95 % intervals (bars).",
             runs,
         )
@@ -176,13 +176,13 @@ def _aggregates(document: Document, group: Sequence[Cell]) -> None:
         )
         document.figure(
             "improvement.png",
-            over_datasets.improvement_figure(aggregates, group),
+            over_datasets.draw_improvement(aggregates, group),
             "Probability of improvement, with 95 % intervals.",
             runs,
         )
         document.figure(
             "profiles.png",
-            over_datasets.profile_figure(aggregates, group),
+            over_datasets.draw_profiles(aggregates, group),
             "Performance profiles: share of the runs, over all datasets, that score higher than "
             "the value on the x axis; bands are 95 % intervals. Higher is better.",
             runs,
@@ -201,7 +201,7 @@ def _curves(document: Document, group: Sequence[Cell]) -> None:
     for end, words, part in _parts(group):
         document.figure(
             f"learning_curves{end}.png",
-            figures.learning_curves(part),
+            figures.draw_learning_curves(part),
             f"{words}Mean over seeds; the band is the 95 % bootstrap interval ({MIN_SEEDS} seeds "
             "or more). Points on the way are evaluated on fewer episodes; the dot is the last "
             "policy's score of the table.",
@@ -211,14 +211,16 @@ def _curves(document: Document, group: Sequence[Cell]) -> None:
     for end, words, part in _parts(group):
         document.figure(
             f"training{end}.png",
-            figures.training_curves(part),
+            figures.draw_training_curves(part),
             f"{words}Log-likelihood of the batches, value of the critics, and effective sample "
             "size of the importance weights where they left 1.",
             runs_of(part),
         )
     weighted = [cell for cell in group if weights.last_weights(cell, "weight_q50")]
     caption = "Quantiles of the importance weights, mean over seeds."
-    document.figure("weights.png", figures.weight_quantiles(weighted), caption, runs_of(weighted))
+    document.figure(
+        "weights.png", figures.draw_weight_quantiles(weighted), caption, runs_of(weighted)
+    )
     caption = "The weights when they were last looked at, mean over seeds."
     document.table(weights.weight_grid(weighted), caption, runs_of(weighted))
 
@@ -251,7 +253,7 @@ def _sweep(document: Document, group: Sequence[Cell]) -> None:
     )
     document.figure(
         "sweep.png",
-        weights.sweep_figure(rows),
+        weights.draw_sweep(rows),
         "Score against the effective sample size at the end: temperatures in orange, target ESS "
         "in blue, 95 % intervals, and the same algorithm with all weights 1 (at the learning rate "
         "published for it) as the dashed line.",
@@ -272,7 +274,7 @@ def _cost(document: Document, group: Sequence[Cell]) -> None:
     document.table(tables.cost_grid(group), "Cost and score.", runs)
     document.figure(
         "cost.png",
-        figures.cost(group),
+        figures.draw_cost(group),
         "Score against CPU seconds of a run, its reference policy included; lines are 95 % "
         "intervals of the score.",
         runs,
@@ -287,7 +289,7 @@ def _recipe(document: Document, recipe: Recipe) -> None:
         document.table(language.share_grid(recipe), language.SHARES, recipe.runs)
         document.figure(
             f"language_{recipe.name.replace('/', '_')}.png",
-            language.figure(recipe),
+            language.draw_recipe(recipe),
             "Score of each seed (dots), mean (bars) and interval (lines); effective sample size "
             "and largest weight over the updates, mean over seeds.",
             recipe.runs,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.report.figures import UNIT, colours, log_axis, mean_point, panels
+from benchmarks.report.figures import UNIT, choose_colours, make_panels, plot_mean, scale_log
 from benchmarks.report.grid import NOTHING, Grid
 from benchmarks.report.names import algorithm_label, algorithm_rank, base, dataset_label
 from benchmarks.report.scores import Cell, datasets
@@ -32,7 +33,7 @@ _METRICS = {
 }
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Setting:
     """How the weights of a run were made.
 
@@ -82,38 +83,27 @@ def swept(group: Sequence[Cell]) -> list[tuple[Setting | None, Cell]]:
     (setting None), with the learning rate published for it, comes first, where it was run. Sweeps
     have two settings or more.
     """
-    weighted = [cell for cell in group if base(cell.algo) in _UNWEIGHTED]
+    sweeps: dict[tuple[str, str, str], dict[tuple[Setting | None, str], Cell]] = {}
+    for cell in group:
+        name = base(cell.algo)
+        plain = _UNWEIGHTED.get(name, name)
+        for run in cell.runs if plain in _UNWEIGHTED.values() else ():
+            setting = setting_of(run)
+            if setting or name == plain:
+                members = sweeps.setdefault((cell.dataset, plain, _fixed_settings(run)), {})
+                part = members.get((setting, cell.algo), replace(cell, runs=()))
+                members[setting, cell.algo] = replace(part, runs=(*part.runs, run))
     rows: list[tuple[Setting | None, Cell]] = []
-    for dataset, algo in dict.fromkeys((cell.dataset, base(cell.algo)) for cell in weighted):
-        same = [cell for cell in group if cell.dataset == dataset]
-        sweeps: dict[str, list[tuple[Setting, Cell]]] = {}
-        for cell in same:
-            if base(cell.algo) == algo:
-                for others, part in _parts(cell):
-                    sweeps.setdefault(others, []).extend(_by_setting(part))
-        plain = [
-            part for cell in same if base(cell.algo) == _UNWEIGHTED[algo] for part in _parts(cell)
-        ]
-        for others, members in sweeps.items():
-            if len({setting for setting, _ in members}) > 1:
-                rows += [(None, part) for key, part in plain if key == others]
-                rows += sorted(members, key=lambda row: (row[0], algorithm_rank(row[1].algo)))
+    for members in sweeps.values():
+        if len({setting for setting, _ in members if setting}) > 1:
+            cells = [(setting, cell) for (setting, _), cell in members.items()]
+            rows += sorted(cells, key=_order)
     return rows
 
 
-def _parts(cell: Cell) -> Iterator[tuple[str, Cell]]:
-    """A cell in parts of the same settings but for those that a sweep varies."""
-    keys = {run.seed: _fixed_settings(run) for run in cell.runs}
-    for key in dict.fromkeys(keys.values()):
-        yield key, replace(cell, runs=tuple(run for run in cell.runs if keys[run.seed] == key))
-
-
-def _by_setting(cell: Cell) -> Iterator[tuple[Setting, Cell]]:
-    settings = {run.seed: setting_of(run) for run in cell.runs}
-    for setting in dict.fromkeys(settings.values()):
-        if setting is not None:
-            runs = tuple(run for run in cell.runs if settings[run.seed] == setting)
-            yield setting, replace(cell, runs=runs)
+def _order(row: tuple[Setting | None, Cell]) -> tuple[Any, ...]:
+    setting, cell = row
+    return (astuple(setting) if setting else (), algorithm_rank(cell.algo))
 
 
 def _fixed_settings(run: FinishedRun) -> str:
@@ -169,7 +159,7 @@ def _last_mean(cell: Cell, metric: str) -> str:
     return f"{np.mean(values):.4g}" if values else NOTHING
 
 
-def sweep_figure(rows: Sequence[tuple[Setting | None, Cell]]) -> Figure | None:
+def draw_sweep(rows: Sequence[tuple[Setting | None, Cell]]) -> Figure | None:
     """Score against the effective sample size at the end; a panel a dataset.
 
     The dashed line is the same algorithm without weights. Several are named.
@@ -179,17 +169,17 @@ def sweep_figure(rows: Sequence[tuple[Setting | None, Cell]]) -> Figure | None:
     plain = [cell for setting, cell in rows if not setting]
     if not weighted:
         return None
-    figure, axes = panels(datasets(cell for _, cell in rows), height=3.4)
+    figure, axes = make_panels(datasets(cell for _, cell in rows), height=3.4)
     for cell in plain:
         ax = axes[cell.dataset]
-        ax.axhline(cell.mean, color=colours([cell])[cell.algo], lw=1.2, ls="--")
+        ax.axhline(cell.mean, color=choose_colours([cell])[cell.algo], lw=1.2, ls="--")
         if sum(other.dataset == cell.dataset for other in plain) > 1:
             at = ax.get_yaxis_transform()
             ax.text(0.99, cell.mean, algorithm_label(cell.algo), transform=at, ha="right")
     for setting, cell in weighted:
         ax = axes[cell.dataset]
         ess = float(np.mean(last_weights(cell, "ESS")))
-        mean_point(ax, ess, cell, "#1f63a8" if setting.target_ess else "#d1440c")
+        plot_mean(ax, ess, cell, "#1f63a8" if setting.target_ess else "#d1440c")
         panel = [other for other, c in weighted if c.dataset == cell.dataset]
         words = setting.sharpness
         # The lag is named only where the panel has several.
@@ -203,5 +193,5 @@ def sweep_figure(rows: Sequence[tuple[Setting | None, Cell]]) -> Figure | None:
         ax.set_ylabel(UNIT[cell.unit])
     for ax in axes.values():
         ax.margins(x=0.25)
-        log_axis(ax)
+        scale_log(ax)
     return figure

@@ -285,10 +285,10 @@ def test_critics_and_long_runs_are_drawn(tmp_path: Path, make_run: MakeRun) -> N
         rows = [{"step": s, "log_prob": float(s), "normalized_score": 1.0} for s in (1, 5, 9)]
         make_run(tmp_path, "hopper-a", "bc", seed, 1.0, rows=rows, steps=10)
     group = cells(read_runs(tmp_path, CONTROL))
-    figure = figures.training_curves(group)
+    figure = figures.draw_training_curves(group)
     assert figure is not None
     assert [len(ax.lines) for ax in figure.axes] == [1, 1]
     assert "Q(s, a)" in figure.axes[1].get_ylabel()
     # Ten updates and a thousand.
-    figure = figures.learning_curves(group)
+    figure = figures.draw_learning_curves(group)
     assert figure is not None and figure.axes[0].get_xscale() == "log"
