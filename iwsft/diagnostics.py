@@ -1,11 +1,13 @@
-"""How far the weights have gone, and how tight the bound is.
+"""How far the weights are from 1, and how tight the bound is.
 
-Weights and counts have any one shape: a step's (or trajectory's) weight and how much it counts (a
-trajectory's draws, spread evenly over its steps). The effective sample size is
-:func:`iwsft.weights.log_ess`.
+Weights and shares have the same shape, whichever it is: the weight of a step (or trajectory), and
+how much it counts (the multiplicity of a trajectory, spread evenly over its steps). The effective
+sample size is :func:`iwsft.weights.log_ess`.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from tensordict import TensorDictBase
@@ -17,21 +19,21 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def weight_quantiles(
-    weight: Tensor, count: Tensor, probabilities: tuple[float, ...] = QUANTILES
+    weight: Tensor, share: Tensor, probabilities: tuple[float, ...] = QUANTILES
 ) -> Tensor:
-    """Quantiles of the weights, each counted ``count`` times.
+    """Quantiles of the weights, each counted by its share.
 
-    The p-quantile is the smallest weight at which the counts reach a share p.
+    The p-quantile is the smallest weight at which the shares add up to p times their total.
 
     Returns:
         One number per probability, in the dtype of ``weight``.
     """
-    weight, count = weight.reshape(-1), count.reshape(-1).double()
+    weight, share = weight.reshape(-1), share.reshape(-1).double()
     ordered, order = weight.sort()
-    share = count[order].cumsum(0)
-    # Half a rounding error off, so that a share of exactly p is found.
-    at = torch.tensor(probabilities, dtype=torch.float64, device=weight.device) * share[-1]
-    place = torch.searchsorted(share, at * (1 - 1e-12)).clamp(max=len(ordered) - 1)
+    total = share[order].cumsum(0)
+    # Half a rounding error lower, so that a total of exactly p counts as reached.
+    wanted = torch.tensor(probabilities, dtype=torch.float64, device=weight.device) * total[-1]
+    place = torch.searchsorted(total, wanted * (1 - 1e-12)).clamp(max=len(ordered) - 1)
     return ordered[place]
 
 
@@ -44,11 +46,10 @@ def pareto_k(weight: Tensor) -> float:
     Zhang and Stephens (2009) with the prior of the paper's Appendix C.
 
     Args:
-        weight: weights of the distinct trajectories, ``[n]``.
+        weight: Weights of the distinct trajectories, ``[n]``.
 
     Returns:
-        k-hat; NaN with fewer than 5 weights in the tail (n < 25), or a tail of equal weights,
-        which has no shape.
+        k-hat. NaN if the tail has fewer than 5 weights (n < 25), or if they are equal.
     """
     ordered = weight.detach().double().reshape(-1).sort().values
     n = len(ordered)
@@ -70,29 +71,30 @@ def pareto_k(weight: Tensor) -> float:
     return float((tail * k_hat + 10 * 0.5) / (tail + 10))
 
 
-def bound_gap(log_weight_p: Tensor, log_weight_q: Tensor, count: Tensor) -> dict[str, Tensor]:
+def bound_gap(log_weight_p: Tensor, log_weight_q: Tensor, share: Tensor) -> dict[str, Tensor]:
     """How loose the bound is: Eq. 18's surrogate against the importance-sampled return.
 
-    With weights w_p and w_q of the policy and of q against pi_ref, on data that carries the reward
-    in its counts (a curated trajectory has reward m), the return is J = E[m w_p] and its bound
-    S = E[m w_q (1 + log w_p - log w_q)]; J - S >= 0, and 0 where q = p. Both go through the same
-    transforms, so for other than ``reduce="sum"`` it is the gap of the smoothed objective, and with
-    self-normalised weights the KL divergence of q's weighting from the policy's.
+    w_p and w_q are the weights of the policy and of q against pi_ref. The data carry the reward in
+    their multiplicities (a curated trajectory has reward m), so the return is J = E[m w_p] and its
+    bound S = E[m w_q (1 + log w_p - log w_q)]. J - S >= 0, and it is 0 if q = p. Both weights are
+    transformed in the same way, so for reductions other than ``"sum"`` it is the gap of the
+    smoothed objective, and with self-normalised weights the KL divergence of q's weighting from the
+    policy's.
 
     Args:
-        log_weight_p: log-weights of the policy, any shape.
-        log_weight_q: log-weights of q.
-        count: how much each counts.
+        log_weight_p: Log-weights of the policy, any shape.
+        log_weight_q: Log-weights of q.
+        share: How much each counts.
 
     Returns:
         Float64 scalars ``importance_sampled_return``, ``surrogate`` and ``bound_gap``, each over
         the mean weight of q, so that 0.1 reads as 10 %.
     """
-    p, q, m = log_weight_p.double(), log_weight_q.double(), count.double()
-    # A common factor keeps exp finite, and dividing by the mean weight takes it out again.
+    p, q, m = log_weight_p.double(), log_weight_q.double(), share.double()
+    # A common factor keeps exp finite; dividing by the mean weight cancels it.
     top = torch.where(m > 0, torch.maximum(p, q), -torch.inf).amax()
     w_p, w_q = (p - top).exp(), (q - top).exp()
-    # q = 0 adds nothing: x log x goes to 0.
+    # Where q = 0 the summand is 0: x log x goes to 0.
     log_ratio = torch.where(w_q > 0, p - q, 0.0)
     total = (m * w_q).sum()
     value = (m * w_p).sum() / total
@@ -104,32 +106,32 @@ def bound_gap(log_weight_p: Tensor, log_weight_q: Tensor, count: Tensor) -> dict
     }
 
 
-def weighted_mean(value: Tensor, weight: Tensor, count: Tensor) -> Tensor:
+def weighted_mean(value: Tensor, weight: Tensor, share: Tensor) -> Tensor:
     """Mean of ``value`` under the weights, sum m w v / sum m w, in float64.
 
-    With returns as values it is the return of the data as the loss sees it: how far the weights
-    sharpen what curation has chosen.
+    With returns as values it is the return of the data as the loss weighs them. It shows how far
+    the weights sharpen what curation has chosen.
     """
-    share = count.double() * weight.double()
-    return (share * value.double()).sum() / share.sum()
+    factor = share.double() * weight.double()
+    return (factor * value.double()).sum() / factor.sum()
 
 
 @torch.no_grad()
 def diagnose(
     loss: ImportanceWeightedMLE, batch: TensorDictBase, terms: Terms | None = None
 ) -> dict[str, float]:
-    """Look at the weights of a batch of whole trajectories more closely than the loss does.
+    """Describe the weights of a batch of whole trajectories in more detail than the loss does.
 
     Args:
-        loss: whose policy, q and transforms are used.
-        batch: whole trajectories (single steps have no trajectory weight of their own). The bound
+        loss: Loss whose policy, q and transforms are used.
+        batch: Whole trajectories (single steps have no trajectory weight of their own). The bound
             needs ``ref_log_prob``.
-        terms: ``loss.terms(batch)`` where it is at hand; computing it takes the forward passes of
+        terms: ``loss.terms(batch)``, if known already; computing it takes the forward passes of
             the loss.
 
     Returns:
-        ``weight_q05`` to ``weight_q95`` (quantiles over draws), ``pareto_k`` over the distinct
-        trajectories (absent where it has no value), and, with ``ref_log_prob``,
+        ``weight_q05`` to ``weight_q95`` (quantiles, counted by multiplicity), ``pareto_k`` over the
+        distinct trajectories (left out if it is NaN), and, with ``ref_log_prob``,
         ``importance_sampled_return``, ``surrogate`` and ``bound_gap``.
     """
     terms = loss.terms(batch) if terms is None else terms
@@ -142,7 +144,7 @@ def diagnose(
     else:
         distinct = segments.mean(weight)[segments.lengths > 0]
     k = pareto_k(distinct)
-    if k == k:
+    if not math.isnan(k):
         out["pareto_k"] = k
     if terms.reference is not None:
         of_policy = loss.weigh(

@@ -64,15 +64,15 @@ class HardSync(_Updater):
     """theta_q <- theta at every ``every``-th call of :meth:`step` (paper, Algorithm 1).
 
     Args:
-        loss: with ``proposal="lagged"``, or with ``"cached"``: then a sync runs
-            :func:`reweight` on ``trajectories``, and no q network exists.
+        loss: Loss with ``proposal="lagged"``, or with ``"cached"``: then a sync runs
+            :func:`reweight` on ``trajectories``, and there is no q network.
         every: Q, the number of updates between syncs.
-        trajectories: annotated trajectories whose weights are cached; needed with ``"cached"``.
-        holder: holder of a lagged q, where that is not the loss.
+        trajectories: Annotated trajectories whose weights are cached; needed with ``"cached"``.
+        holder: Holder of a lagged q, if that is not the loss.
 
     Raises:
-        ValueError: ``every < 1``, a loss whose q does not follow, or cached weights without
-            trajectories.
+        ValueError: ``every`` is below 1, q of the loss does not follow the policy, or cached
+            weights come without trajectories.
     """
 
     def __init__(
@@ -104,7 +104,11 @@ class HardSync(_Updater):
             reweight(self.trajectories, self.loss_module)
 
     def step(self) -> bool:
-        """Count an update, sync if it is the ``every``-th since the last; whether it did."""
+        """Count an update, and sync if it is the ``every``-th since the last sync.
+
+        Returns:
+            Whether it synced.
+        """
         self.counter += 1
         if self.counter < self.every:
             return False
@@ -132,12 +136,12 @@ class EMA(_Updater):
     """theta_q <- decay theta_q + (1 - decay) theta at every call of :meth:`step` (Section 4.2).
 
     Args:
-        loss: with ``proposal="lagged"``.
-        decay: the paper's alpha, in [0, 1).
-        holder: holder of q, where that is not the loss.
+        loss: Loss with ``proposal="lagged"``.
+        decay: The paper's alpha, in [0, 1).
+        holder: Holder of q, if that is not the loss.
 
     Raises:
-        ValueError: a decay out of range, or a loss without a lagged q.
+        ValueError: The decay is out of range, or the loss has no lagged q.
     """
 
     def __init__(
@@ -176,17 +180,17 @@ def reweight(
 ) -> Tensor:
     """Write the weights of the present policy into the trajectories: a sync without a q network.
 
-    One forward sweep; transforms that look at a batch (self-normalisation, target ESS) see all
-    trajectories, each counted by its multiplicity.
+    The policy runs forward over all trajectories once. Transforms that compare weights
+    (self-normalisation, target ESS) see all of them, each counted by its multiplicity.
 
     Args:
-        trajectories: the training trajectories, with ``ref_log_prob``; ``importance_weight`` (per
-            step, its trajectory's value) is written in place.
-        loss: whose policy, keys and transforms are used, whatever its proposal.
-        rows: steps per forward pass.
+        trajectories: Training trajectories, with ``ref_log_prob``. ``importance_weight`` (per step,
+            its trajectory's value) is written in place.
+        loss: Loss whose policy, keys and transforms are used, whatever its proposal is.
+        rows: Steps of a forward pass.
 
     Returns:
-        The log-weights per step, in the layout of the trajectories.
+        Log-weights per step, in the layout of the trajectories.
     """
     segments = loss.segments(trajectories)
     with loss.network() as policy:

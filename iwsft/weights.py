@@ -5,12 +5,12 @@ w = exp(sum_i g(rho_i)) (paper, Eq. 11). A chain has three places: on the step (
 along the trajectory, on the trajectory. Everything stays in log space until the one exponential at
 the end (:func:`exponential`).
 
-A transform is any callable of the shapes :data:`StepTransform` or :data:`TrajectoryTransform`. It
-declares what it is by class attributes, all of them optional:
+A transform is a callable, :data:`StepTransform` or :data:`TrajectoryTransform`. It declares what it
+is by class attributes, all of them optional:
 
 - ``place``: ``"step"`` or ``"trajectory"``; a chain refuses it in the other place.
-- ``clips``: where its output differs from its input, the weight counts as clipped.
-- ``compares``: it looks at all weights of a batch, so it needs the whole batch at once.
+- ``clips``: if its output differs from its input, the weight counts as clipped.
+- ``compares``: it compares all weights of a batch, so it needs the whole batch at once.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Weights(NamedTuple):
     """Weights of the steps of a batch, in its layout.
 
     Attributes:
-        log_weight: log-weight of the step's trajectory (of the step with ``reduce=None``), 0 where
+        log_weight: Log-weight of the step's trajectory (of the step with ``reduce=None``), 0 where
             masked.
-        clipped: whether a clip changed the weight.
+        clipped: Whether a clip changed the weight.
     """
 
     log_weight: Tensor
@@ -162,13 +162,13 @@ class TargetESS:
     """Trajectory: w <- w^alpha with alpha >= 0 such that the batch keeps a share of its samples.
 
     alpha solves ESS(w^alpha) = fraction, ESS = (sum m w)^2 / (sum m sum m w^2), by bisection in
-    log alpha to a relative 1e-6. Where even ``max_alpha`` leaves the ESS above the fraction (all
-    weights nearly equal, as just after the start) alpha is ``max_alpha``: rounding errors are not
-    blown up into weights. Weights that are all 1 stay 1.
+    log alpha to a relative 1e-6. If even ``max_alpha`` leaves the ESS above the fraction (all
+    weights nearly equal, as just after the start), alpha is ``max_alpha``, so that rounding errors
+    are not amplified into weights. Weights that are all 1 stay 1.
 
     Args:
-        fraction: effective sample size over sample size, in (0, 1].
-        max_alpha: the largest exponent.
+        fraction: Effective sample size over sample size, in (0, 1].
+        max_alpha: Largest exponent.
     """
 
     place: ClassVar[Place] = "trajectory"
@@ -183,7 +183,7 @@ class TargetESS:
         _require(self.max_alpha > 0, f"TargetESS(max_alpha={self.max_alpha}) must be positive")
 
     def __call__(self, log_weight: Tensor, share: Tensor) -> Tensor:
-        # Shifting first keeps the products finite; a common factor leaves the ESS alone.
+        # Shifting first keeps the products finite; a common factor does not change the ESS.
         top = torch.where(share > 0, log_weight, -math.inf).amax()
         shifted = torch.where(share > 0, log_weight - top, 0.0).double()
         share = share.double()
@@ -201,13 +201,14 @@ class ImportanceWeights:
     """A chain from per-step log-ratios to log-weights.
 
     Args:
-        step: transforms g of a step's log-ratio, applied in order; increasing functions.
-        reduce: along the trajectory: ``"sum"`` (Eq. 11), ``"mean"`` (Eq. 11 with k / length), or
-            None: no reduction, each step weighs its own loss (the paper's per-step variant).
-        trajectory: transforms of the log-weight of a trajectory (of a step with reduce=None).
+        step: Transforms g of a step's log-ratio, applied in order; increasing functions.
+        reduce: Reduction along the trajectory: ``"sum"`` (Eq. 11), ``"mean"`` (Eq. 11 with
+            k / length), or None: each step weighs its own loss (the paper's per-step variant).
+        trajectory: Transforms of the log-weight of a trajectory (of a step with ``reduce=None``),
+            applied in order.
 
     Raises:
-        ValueError: an unknown reduction, or a transform in the wrong place.
+        ValueError: The reduction is unknown, or a transform is in the wrong place.
     """
 
     step: Sequence[StepTransform] = ()
@@ -226,7 +227,7 @@ class ImportanceWeights:
 
     @property
     def compares(self) -> bool:
-        """Whether a transform looks at all weights of a batch."""
+        """Whether a transform compares all weights of a batch."""
         return any(_declares(t, "compares") for t in (*self.step, *self.trajectory))
 
     def __call__(self, log_ratio: Tensor, segments: Segments, share: Tensor) -> Weights:
@@ -234,13 +235,12 @@ class ImportanceWeights:
 
         Args:
             log_ratio: log q - log pi_ref of each step, in the layout of the batch.
-            segments: the trajectories of the batch.
-            share: how much each step counts, in the layout of the batch: the multiplicity of its
+            segments: Trajectories of the batch.
+            share: How much each step counts, in the layout of the batch: the multiplicity of its
                 trajectory over its length, 0 where masked.
 
         Returns:
-            Log-weight of each step (its trajectory's, unless reduce=None), and whether a clip
-            changed the step or its trajectory. Masked steps hold numbers without a meaning.
+            The weights. On masked steps they have no meaning.
         """
         clipped = torch.zeros_like(log_ratio, dtype=torch.bool)
         for g in self.step:
@@ -269,10 +269,10 @@ class ImportanceWeights:
         weight is at least e^(0.02 T), beyond float32 for T > 4,436.
 
         Args:
-            longest: steps of the longest trajectory.
+            longest: Number of steps of the longest trajectory.
 
         Raises:
-            OverflowError: naming the chain, the length and what to do.
+            OverflowError: The chain overflows; the message says what to do.
         """
         least = torch.full((longest,), -math.inf)
         segments = Segments(least.shape, torch.zeros(longest, dtype=torch.int64), None, 1)
@@ -305,8 +305,8 @@ class ImportanceWeights:
     def authors_control(cls, k: float, normalize: bool) -> ImportanceWeights:
         """exp(k mean log-ratio), clipped to [0, 1000], as in the authors' control code.
 
-        With ``normalize`` their code divides by the sum over the batch and takes a mean again;
-        :class:`SelfNormalize` differs from that by the constant 1/B, which Adam undoes.
+        With ``normalize`` their code divides by the sum over the batch and takes a mean again.
+        :class:`SelfNormalize` differs from it by the constant 1/B, which Adam undoes.
         """
         last: tuple[TrajectoryTransform, ...] = (SelfNormalize(),) if normalize else ()
         return cls(
@@ -323,8 +323,8 @@ def exponential(log_weight: Tensor) -> Tensor:
     """The weights themselves.
 
     Raises:
-        OverflowError: a weight beyond float32, or NaN. On an accelerator, where looking would cost
-            a wait, this is a device-side assertion.
+        OverflowError: A weight is beyond float32, or NaN. On an accelerator, where looking would
+            cost a wait, this is a device-side assertion.
     """
     weight = log_weight.exp()
     finite = weight.isfinite().all()
@@ -340,7 +340,7 @@ def exponential(log_weight: Tensor) -> Tensor:
 
 
 def log_mean_exp(log_weight: Tensor, share: Tensor) -> Tensor:
-    """log(sum m w / sum m), m the shares, in float64 inside; elements of share 0 are left out."""
+    """log(sum m w / sum m), m the shares, in float64; elements of share 0 do not count."""
     log_terms = torch.where(share > 0, log_weight.double() + share.double().log(), -math.inf)
     total = torch.logsumexp(log_terms.reshape(-1), 0) - share.sum(dtype=torch.float64).log()
     return total.to(log_weight.dtype)
