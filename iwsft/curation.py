@@ -215,8 +215,7 @@ def _keeps_all(cut: float, scores: Tensor) -> str:
     at_bottom = int((scores == scores.min()).sum())
     return (
         f"cut {cut} with ties='>=' keeps all {len(scores)} trajectories: {at_bottom} of the scores "
-        f"are the minimum ({float(scores.min()):.6g}), and so is the percentile; pass ties='>' to "
-        "keep what is above it, or ties='rank' to keep the share"
+        f"are the minimum ({float(scores.min()):.6g}); pass ties='>' or ties='rank'"
     )
 
 

@@ -63,7 +63,7 @@ def read(path: Path, *, name: str | None = None, source: str | None = None) -> O
     where = str(path)
     try:
         with h5py.File(path, "r") as file:
-            env_id, env_kwargs = _read_environment(file, name if name is not None else path.name)
+            env_id, env_kwargs = _read_environment(file, name or path.name)
             steps = _read_steps(file, where)
     except OSError as error:
         raise ValueError(
@@ -76,10 +76,10 @@ def read(path: Path, *, name: str | None = None, source: str | None = None) -> O
     _check_actions(steps.actions, env_id, where)
     return OfflineDataset(
         trajectories=trajectories,
-        name=name if name is not None else path.stem,
+        name=name or path.stem,
         env_id=env_id,
         reference_scores=catalog.reference_scores(env_id) if env_id is not None else None,
-        source=source if source is not None else where,
+        source=source or where,
         fingerprint=fingerprint_of(trajectories),
         env_kwargs=dict(env_kwargs),
         notes=tuple(notes),
@@ -126,18 +126,16 @@ def _read_steps(file: h5py.File, where: str) -> Steps:
                 f"file has {', '.join(file) or 'nothing'}"
             )
     terminals = _flags(file, "terminals", where)
-    timeouts = np.zeros_like(terminals)
-    if "timeouts" in file:
-        timeouts = _flags(file, "timeouts", where)
+    following = "next_observations"
     return Steps(
         observations=_floats(file, "observations", where),
         actions=_floats(file, "actions", where),
         rewards=_column(_floats(file, "rewards", where)),
         terminals=terminals,
-        timeouts=timeouts,
-        next_observations=(
-            _floats(file, "next_observations", where) if "next_observations" in file else None
+        timeouts=(
+            _flags(file, "timeouts", where) if "timeouts" in file else np.zeros_like(terminals)
         ),
+        next_observations=_floats(file, following, where) if following in file else None,
     )
 
 

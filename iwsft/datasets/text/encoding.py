@@ -101,14 +101,17 @@ def encode_completion(tokenizer: Any, prompt: str, completion: str, where: str) 
 def token_range(encoding: Any, start: int, stop: int) -> range:
     """Return the tokens of the characters ``[start, stop)``; empty where no token has one."""
     # A character may be in no token, such as white space that the tokenizer drops.
-    tokens = [token for c in range(start, stop) if (token := encoding.char_to_token(c)) is not None]
-    if not tokens:
+    first, last = (
+        next((token for c in chars if (token := encoding.char_to_token(c)) is not None), None)
+        for chars in (range(start, stop), reversed(range(start, stop)))
+    )
+    if first is None or last is None:
         return range(0)
     # A character outside the byte alphabet is several tokens, of which the first is given.
-    end, chars = tokens[-1] + 1, encoding.token_to_chars(tokens[-1])
+    end, chars = last + 1, encoding.token_to_chars(last)
     while end < len(encoding["input_ids"]) and encoding.token_to_chars(end) == chars:
         end += 1
-    return range(tokens[0], end)
+    return range(first, end)
 
 
 def squash(text: str) -> str:

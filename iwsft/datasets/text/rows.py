@@ -126,8 +126,7 @@ def to_row(record: Record, where: str) -> Row:
     if record.get("messages") is not None:
         return replace(row, messages=_messages(record["messages"], where))
     for column in ("prompt", "completion"):
-        if record.get(column) is None:
-            raise ValueError(_missing(record, column, where))
+        _check_column(record, column, where)
     prompt = check_text(record["prompt"], "prompt", where)
     completion = check_text(record["completion"], "completion", where)
     if not completion.strip():
@@ -234,44 +233,38 @@ def _correct(value: Any, where: str) -> bool | None:
     return bool(value)
 
 
-def _missing(record: Record, column: str, where: str) -> str:
+def _check_column(record: Record, column: str, where: str) -> None:
+    if record.get(column) is not None:
+        return
     columns = ", ".join(map(str, record)) or "none"
-    other = ""
+    hint = ""
     if "conversations" in record:
-        other = " ('conversations' holds messages under other names: convert it)"
-    return (
-        f"{where}: column {column!r} is missing{other}; a row has 'messages', or 'prompt' and "
+        hint = " ('conversations' holds messages under other names: convert it)"
+    raise ValueError(
+        f"{where}: column {column!r} is missing{hint}; a row has 'messages', or 'prompt' and "
         f"'completion'. Columns found: {columns}. Rename them, or pass make= a function to rows"
     )
 
 
 def _json(path: Path) -> Iterator[tuple[str, Record]]:
     with path.open("rb") as file:
-        if path.suffix.lower() == ".json" and file.read(64).lstrip().startswith(b"["):
-            yield from _json_array(path)
-            return
+        array = path.suffix.lower() == ".json" and file.read(64).lstrip().startswith(b"[")
         file.seek(0)
+        if array:
+            for number, record in enumerate(_parse(file.read(), f"{path}: this file")):
+                yield f"{path} row {number}", _check_record(record, f"{path} row {number}")
+            return
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
             where = f"{path}:{number}"
-            try:
-                record = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(
-                    f"{where}: this line is not JSON ({error}); mend or drop it"
-                ) from error
-            yield where, _check_record(record, where)
+            if line.strip():
+                yield where, _check_record(_parse(line, f"{where}: this line"), where)
 
 
-def _json_array(path: Path) -> Iterator[tuple[str, Record]]:
+def _parse(text: bytes, what: str) -> Any:
     try:
-        array = json.loads(path.read_bytes())
+        return json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: this file is not JSON ({error}); mend it") from error
-    for number, record in enumerate(array):
-        where = f"{path} row {number}"
-        yield where, _check_record(record, where)
+        raise ValueError(f"{what} is not JSON ({error}); mend or drop it") from error
 
 
 def _check_record(value: Any, where: str) -> Record:
@@ -303,12 +296,10 @@ def _from_datasets(
 ) -> Iterator[tuple[str, Record]]:
     import datasets  # type: ignore[import-untyped]
 
-    folder = Path(name)
-    saved = folder.is_dir() and (
-        (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
-    )
+    files = (Path(name) / "state.json", Path(name) / "dataset_dict.json")
     try:
-        if saved:
+        # Written by `save_to_disk`.
+        if any(file.exists() for file in files):
             data = datasets.load_from_disk(name)
             if isinstance(data, datasets.DatasetDict):
                 data = data[split]
@@ -322,11 +313,8 @@ def _from_datasets(
         ) from error
     # DatasetNotFoundError and EmptyDatasetError are FileNotFoundErrors.
     except (KeyError, ValueError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(
-            f"{name!r} can't be loaded, split {split!r}"
-            + (f", configuration {config!r}" if config else "")
-            + f": {error}"
-        ) from error
+        part = f"split {split!r}" + (f", configuration {config!r}" if config else "")
+        raise ValueError(f"{name!r} can't be loaded, {part}: {error}") from error
     for number, record in enumerate(data):
         yield f"{name} [{split}] row {number}", record
 

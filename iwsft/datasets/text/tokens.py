@@ -22,7 +22,7 @@ from iwsft.trajectory import (
     TOKENS,
     TRAJ_IDS,
     from_steps,
-    lengths,
+    per_trajectory,
     select,
 )
 
@@ -107,9 +107,8 @@ def tokenize(
         TOKENS: tokens,
         ATTENTION_MASK: torch.ones_like(tokens, dtype=torch.bool),
         ASSISTANT_MASK: torch.cat(masks),
+        **{key: values.repeat_interleave(sizes) for key, values in columns.items()},
     }
-    for key, values in columns.items():
-        steps[key] = values.repeat_interleave(sizes)
     traj_ids = torch.arange(len(rows)).repeat_interleave(sizes)
     notes = list(_notes(rows, chat, truncated, int(sizes.sum()), max_length))
     for note in notes:
@@ -130,16 +129,17 @@ def correct_only(trajectories: TensorDictBase) -> TensorDictBase:
         KeyError: The trajectories have no ``correct``.
         ValueError: No trajectory is correct.
     """
-    correct = trajectories.get(CORRECT, default=None)
-    if correct is None:
+    if trajectories.get(CORRECT, default=None) is None:
         raise KeyError(
             f"{CORRECT!r} is not in these trajectories; give the rows a column 'correct', or "
             "curate by another score"
         )
-    sizes = lengths(trajectories)
-    positions = correct[sizes.cumsum(0) - sizes].nonzero().squeeze(-1)
+    correct = per_trajectory(trajectories, CORRECT)
+    positions = correct.nonzero().squeeze(-1)
     if len(positions) == 0:
-        raise ValueError(f"none of the {len(sizes)} rows is correct: there is nothing to train on")
+        raise ValueError(
+            f"none of the {len(correct)} rows is correct: there is nothing to train on"
+        )
     return select(trajectories, positions)
 
 
