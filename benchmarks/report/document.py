@@ -143,10 +143,10 @@ def _distinct(texts: Iterable[str | None]) -> list[str]:
 
 
 def _listed(values: Mapping[str, Any]) -> str:
-    texts = {
-        k: value if isinstance(value, str) else json.dumps(value) for k, value in values.items()
-    }
-    return ", ".join(f"{key} {text}" for key, text in texts.items())
+    return ", ".join(
+        f"{key} {value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in values.items()
+    )
 
 
 def to_html(markdown: str, images: Mapping[str, bytes]) -> str:
@@ -173,9 +173,8 @@ def to_html(markdown: str, images: Mapping[str, bytes]) -> str:
                 group = first.content
                 token.attrSet("class", "first")
     body = parser.renderer.render(tokens, parser.options, {})
-    body = body.replace("<table>", '<div class="scroll"><table>').replace(
-        "</table>", "</table></div>"
-    )
+    body = body.replace("<table>", '<div class="scroll"><table>')
+    body = body.replace("</table>", "</table></div>")
     return _PAGE.format(title=escape(tokens[1].content), style=_STYLE.read_text(), body=body)
 
 

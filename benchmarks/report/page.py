@@ -288,7 +288,8 @@ def _recipe(document: Document, recipe: Recipe) -> None:
         document.table(language.score_grid(recipe), f"Scores of {recipe.name}.", recipe.runs)
         document.table(language.share_grid(recipe), language.SHARES, recipe.runs)
         document.figure(
-            f"language_{recipe.name.replace('/', '_')}.png",
+            # The variant is a folder of the user, and the page refers to the file.
+            f"language_{re.sub('[^A-Za-z0-9_-]+', '_', recipe.name)}.png",
             language.draw_recipe(recipe),
             "Score of each seed (dots), mean (bars) and interval (lines); effective sample size "
             "and largest weight over the updates, mean over seeds.",

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 SCORES = {"base": [0.5], "sft": [0.61, 0.72, 0.74], "iw-sft": [0.8, 0.9]}
 
 
+# A folder's name may hold anything; the names of figures hold no space.
+LONGER = "plus long"
+
+
 def language_run(root: Path, algo: str, seed: int, score: float, recipe: str = "sums") -> Path:
     folder = root / "llm" / recipe / algo / f"seed-{seed}"
     folder.mkdir(parents=True)
@@ -99,25 +103,25 @@ def test_scores_and_weights_over_seeds(language: Path, capsys: pytest.CaptureFix
 
 def test_together_with_control_runs_and_by_folder(language: Path, make_run: MakeRun) -> None:
     make_run(language, "hopper-a", "bc", 0, 1.0)
-    language_run(language / "longer", "sft", 0, 0.5)
+    language_run(language / LONGER, "sft", 0, 0.5)
     write_report(language, language / "report")
     text = (language / "report/report.md").read_text()
     assert text.startswith("# Control and language runs\n")
     titles = [line[3:] for line in text.splitlines() if line.startswith("## ")]
     assert titles.index("Scores") < titles.index("Language: sums")
-    assert "Language: longer/sums" in titles and titles[-1] == "How these numbers were made"
+    assert f"Language: {LONGER}/sums" in titles and titles[-1] == "How these numbers were made"
     commands = text.split("## How these numbers were made")[1]
     assert "python -m benchmarks.d4rl" in commands and "python -m benchmarks.llm" in commands
     variants = {
         record.get("variant") for record in json.loads((language / "report/runs.json").read_text())
     }
-    assert variants == {None, "longer"}
+    assert variants == {None, LONGER}
+    assert (language / "report/language_plus_long_sums.png").exists()
+    assert "](language_plus_long_sums.png)" in text
     # The folder of one recipe is a report too, and figures of the other go.
-    write_report(language / "longer", language / "report")
+    write_report(language / LONGER, language / "report")
     assert {path.name for path in (language / "report").glob("*.png")} == {"language_sums.png"}
-    assert [recipe.name for recipe in read_recipes(language / "longer" / "llm" / "sums")] == [
-        "sums"
-    ]
+    assert [recipe.name for recipe in read_recipes(language / LONGER / "llm" / "sums")] == ["sums"]
 
 
 def test_the_order_is_that_of_the_language_job() -> None:
