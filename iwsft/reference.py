@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import logging
 import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,8 @@ from iwsft.trajectory import (
 _log = logging.getLogger(__name__)
 # Rounds of batches after which the progress of a pass is saved.
 _PART = 16
-_DIGEST_BYTES = hashlib.sha256().digest_size
-_DATA_DIGITS, _REST_DIGITS = 16, 48
+_CHECKSUM_BYTES = hashlib.sha256().digest_size
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-# Entries of a model's config that its log-probs do not depend on.
-_IRRELEVANT = ("_name_or_path", "use_cache")
 
 
 def annotate_reference(
@@ -202,17 +200,12 @@ def _run(forward: ForwardPass, head: Tensor, store: _Store | None) -> Tensor:
     return log_prob
 
 
+@dataclass(frozen=True)
 class _Store:
-    """Files of a pass: the whole result, or the parts that are done.
+    """Files of a pass: the whole result, or the parts that are done."""
 
-    Args:
-        folder: Folder of the files.
-        key: Key of the result.
-    """
-
-    def __init__(self, folder: Path, key: str) -> None:
-        self.folder = folder
-        self.key = key
+    folder: Path
+    key: str
 
     def path(self, part: int | str | None = None) -> Path:
         """File of the whole result, or of the part that begins at a round."""
@@ -223,12 +216,8 @@ class _Store:
         """The whole result; or None, and the parts that are stored, from the first one on."""
         if self.path().exists():
             return _read_log_prob(self.path()), []
-        parts = []
-        for start in starts:
-            if not self.path(start).exists():
-                break
-            parts.append(_read_log_prob(self.path(start)))
-        return None, parts
+        stored = itertools.takewhile(lambda start: self.path(start).exists(), starts)
+        return None, [_read_log_prob(self.path(start)) for start in stored]
 
     def write(self, log_prob: Tensor, part: int | None = None) -> None:
         """Store the whole result or a part as ``.npy`` with a checksum, whole or not at all."""
@@ -249,8 +238,8 @@ class _Store:
 
 def _read_log_prob(path: Path, way_out: str = "delete the file and run again") -> Tensor:
     content = path.read_bytes()
-    body, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
-    if _checksum(path, body) != digest:
+    body, checksum = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
+    if _checksum(path, body) != checksum:
         raise ValueError(
             f"the reference stored in {path} is corrupt or belongs elsewhere (its checksum does "
             f"not fit); {way_out}"
@@ -271,7 +260,7 @@ def _data_digest(trajectories: TensorDictBase) -> str:
         inputs = trajectories.select(TOKENS, ATTENTION_MASK, ASSISTANT_MASK, TRAJ_IDS, strict=False)
     else:
         inputs = trajectories.exclude("next", REF_LOG_PROB, MULTIPLICITY, IMPORTANCE_WEIGHT)
-    return fingerprint(dict(inputs.flatten_keys("/").items()))[:_DATA_DIGITS]
+    return fingerprint(dict(inputs.flatten_keys("/").items()))[:16]
 
 
 def _rest_digest(forward: ForwardPass, head: Tensor) -> str:
@@ -281,7 +270,7 @@ def _rest_digest(forward: ForwardPass, head: Tensor) -> str:
     """
     policy = forward.policy
     mine = fingerprint({"weights": _weights_digest(policy), "head": head})
-    tensor = next(chain(policy.parameters(), policy.buffers()), None)
+    tensor = next(itertools.chain(policy.parameters(), policy.buffers()), None)
     device = "cpu" if tensor is None else tensor.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     rest = {
@@ -292,7 +281,7 @@ def _rest_digest(forward: ForwardPass, head: Tensor) -> str:
         "torch": torch.__version__,
         "ranks": gathered(mine),
     }
-    return fingerprint(rest)[:_REST_DIGITS]
+    return fingerprint(rest)[:48]
 
 
 def _settings(policy: nn.Module) -> Iterator[str]:
@@ -308,7 +297,9 @@ def _settings(policy: nn.Module) -> Iterator[str]:
         import transformers
 
         decoder = decoder_of(policy.model)
-        config = {k: v for k, v in decoder.config.to_dict().items() if k not in _IRRELEVANT}
+        config = decoder.config.to_dict()
+        for irrelevant in ("_name_or_path", "use_cache"):
+            config.pop(irrelevant, None)
         yield f"{type(policy.model).__qualname__} {type(decoder).__qualname__}"
         yield json.dumps(config, sort_keys=True, default=str)
         yield f"{decoder.config._attn_implementation} {transformers.__version__}"
@@ -321,7 +312,7 @@ def _weights_digest(policy: nn.Module) -> str:
         if callable(reshard):
             reshard()
     adapters = _adapter_tensors(policy)
-    named = chain(policy.named_parameters(), policy.named_buffers())
+    named = itertools.chain(policy.named_parameters(), policy.named_buffers())
     return fingerprint({name: _local_shard(x) for name, x in named if id(x) not in adapters})
 
 
@@ -352,7 +343,7 @@ def _adapter_tensors(policy: Any) -> set[int]:
         for name in getattr(module, "adapter_layer_names", ()):
             part = getattr(module, name, None)
             if isinstance(part, nn.Module):
-                ids.update(map(id, chain(part.parameters(), part.buffers())))
+                ids.update(map(id, itertools.chain(part.parameters(), part.buffers())))
     return ids
 
 

@@ -15,7 +15,7 @@ from iwsft.trajectory import Segments
 
 @contextmanager
 def evaluating(policy: Any) -> Iterator[None]:
-    """Put a module (if it is one) in eval mode, and after that each part in its own mode."""
+    """Within, all parts of a module are in eval mode; at the end each has its own mode again."""
     modules = list(policy.modules()) if isinstance(policy, nn.Module) else []
     modes = [module.training for module in modules]
     for module in modules:
@@ -30,16 +30,16 @@ def evaluating(policy: Any) -> Iterator[None]:
 def step_log_prob(policy: Any, batch: TensorDictBase, shape: torch.Size) -> Tensor:
     """``policy.log_prob`` of a batch, checked to be one number a step, float32 or wider.
 
-    The policy is given a shallow copy: what it writes there (loc, scale) stays there.
+    The policy reads a shallow copy, so entries that it writes (loc, scale) do not reach the batch.
 
     Args:
-        policy: anything with ``log_prob(trajectories)``.
-        batch: packed or padded.
-        shape: layout of the batch.
+        policy: An object with ``log_prob(trajectories)``.
+        batch: Packed or padded trajectories.
+        shape: Layout of the batch.
 
     Raises:
-        TypeError: the policy gives no tensor.
-        ValueError: a tensor of another shape.
+        TypeError: The policy does not return a tensor.
+        ValueError: The tensor has another shape.
     """
     out = policy.log_prob(batch.copy())
     name = type(policy).__name__
@@ -61,12 +61,12 @@ def finite_padding(
 ) -> TensorDictBase:
     """A shallow copy with 0 for NaN and infinity on masked steps, where a gradient would meet them.
 
-    Other values stay: a masked step may be context of a step that counts.
+    Other values stay, because a masked step may be context of a step that counts.
 
     Args:
-        batch: with a mask.
-        segments: its trajectories.
-        keys: entries that the policy reads.
+        batch: Trajectories with a mask.
+        segments: Layout of the batch.
+        keys: Entries that the policy reads.
     """
     batch = batch.copy()
     layout = segments.shape

@@ -1,4 +1,4 @@
-"""How likely texts are under a model: of right solutions against wrong ones."""
+"""Likelihood of texts under a model: right solutions against wrong ones."""
 
 from __future__ import annotations
 
@@ -59,20 +59,19 @@ def mean_log_probs(
 def right_against_wrong(
     questions: Sequence[Question], log_probs: NDArray[np.float64], *, seed: int
 ) -> Evaluation:
-    """How far a model prefers right solutions, question by question.
+    """How much more likely right solutions are than wrong ones, question by question.
 
     Args:
-        questions: with solutions of both kinds.
-        log_probs: mean log p of a token, of each row of the questions, in their order.
-        seed: of the bootstrap intervals; questions are drawn.
+        questions: Questions with solutions of both kinds.
+        log_probs: Mean log p of a token for each row of the questions, in their order.
+        seed: Seed of the bootstrap over questions.
 
     Returns:
-        ``score``: chance that of a right and a wrong solution of a question the right one has the
-        higher log-prob a token (AUC within the question, 1/2 for equals), mean over questions;
-        ``interval``, ``n``; ``right_likelier``: share of questions where the mean of the right ones
-        is higher; ``margin``: right minus wrong, nats a token, mean over questions, and
-        ``margin_interval``; ``right_log_prob`` and ``wrong_log_prob``, likewise means over
-        questions.
+        ``score``: probability that the right one of a right and a wrong solution of a question has
+        the higher log-prob a token (AUC within the question, 1/2 for equal ones), mean over
+        questions; ``interval``, ``n``; ``right_likelier``: share of questions where the mean of the
+        right ones is higher; ``margin``: right minus wrong, nats a token, mean over questions, and
+        ``margin_interval``; ``right_log_prob`` and ``wrong_log_prob``, also means over questions.
     """
     wins, means = [], []
     start = 0
