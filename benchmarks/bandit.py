@@ -57,7 +57,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Run:
+class BanditRun:
     """One seed of one algorithm.
 
     Attributes:
@@ -107,7 +107,7 @@ def successes(pulls: int, seed: int) -> TensorDictBase:
     return select(data, reward.nonzero().squeeze(-1))
 
 
-def train(algorithm: Algorithm, data: TensorDictBase, steps: int, lr: float) -> Run:
+def train(algorithm: Algorithm, data: TensorDictBase, steps: int, lr: float) -> BanditRun:
     """Train a uniform policy on D+, annotated with pi_ref."""
     policy = uniform_policy()
     loss = ImportanceWeightedMLE(
@@ -128,12 +128,12 @@ def train(algorithm: Algorithm, data: TensorDictBase, steps: int, lr: float) -> 
         optimizer.step()
         curve.append(right())
     share = data["action"][:, 1].double().mean()
-    return Run(torch.stack(curve).double().numpy(), float(share))
+    return BanditRun(torch.stack(curve).double().numpy(), float(share))
 
 
-def train_all(options: Options) -> dict[Algorithm, list[Run]]:
+def train_all(options: Options) -> dict[Algorithm, list[BanditRun]]:
     """Return all runs by algorithm and seed."""
-    runs: dict[Algorithm, list[Run]] = {algorithm: [] for algorithm in LABELS}
+    runs: dict[Algorithm, list[BanditRun]] = {algorithm: [] for algorithm in LABELS}
     for seed in track(range(options.seeds), "bandit", transient=True):
         data = annotate_reference(uniform_policy(), successes(options.pulls, seed))
         for algorithm, seeds in runs.items():
@@ -141,7 +141,7 @@ def train_all(options: Options) -> dict[Algorithm, list[Run]]:
     return runs
 
 
-def draw(runs: dict[Algorithm, list[Run]]) -> Figure:
+def draw(runs: dict[Algorithm, list[BanditRun]]) -> Figure:
     """Plot the mean reward over updates: its mean over seeds and the 95 % interval."""
     figure = Figure(figsize=(6.0, 3.8), layout="constrained")
     ax = figure.subplots()
@@ -173,7 +173,7 @@ def draw(runs: dict[Algorithm, list[Run]]) -> Figure:
     return figure
 
 
-def summary(runs: dict[Algorithm, list[Run]]) -> dict[Algorithm, dict[str, object]]:
+def summary(runs: dict[Algorithm, list[BanditRun]]) -> dict[Algorithm, dict[str, object]]:
     """Return the numbers of the figure."""
     out: dict[Algorithm, dict[str, object]] = {}
     for algorithm, seeds in runs.items():
@@ -189,7 +189,7 @@ def summary(runs: dict[Algorithm, list[Run]]) -> dict[Algorithm, dict[str, objec
     return out
 
 
-def table(runs: dict[Algorithm, list[Run]]) -> Table:
+def table(runs: dict[Algorithm, list[BanditRun]]) -> Table:
     """Return a table of the last policies: mean over seeds and 95 % interval."""
     out = Table(title="Two-armed bandit: the last policies")
     for column in ("", "P(right)", "right in D+", "mean reward", "95 % interval", "limit"):
@@ -208,7 +208,7 @@ def table(runs: dict[Algorithm, list[Run]]) -> Table:
     return out
 
 
-def main(options: Options) -> dict[Algorithm, list[Run]]:
+def main(options: Options) -> dict[Algorithm, list[BanditRun]]:
     """Train, write ``bandit.json`` and ``bandit.png``, print the table."""
     start = time.perf_counter()
     try:

@@ -19,9 +19,9 @@ def main(options: Options) -> None:
     """Collect; an error that a user can mend ends it in one line."""
     with ends_in_one_line():
         # Takes seconds to import.
-        from benchmarks.collect.run import run
+        from benchmarks.collect.job import run_job
 
-        run(options)
+        run_job(options)
 
 
 if __name__ == "__main__":

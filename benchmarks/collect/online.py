@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from benchmarks.collect import sac
 from benchmarks.collect.options import Options
-from benchmarks.collect.output import Output, Parts, Rows
+from benchmarks.collect.output import Fields, Output, Parts
 from benchmarks.collect.simulator import Instance, Simulator
 from iwsft import checkpoint
 from iwsft.evaluation import episode_seeds
@@ -25,7 +25,7 @@ _LAST_EPISODES = 10
 _CURVE_POINTS = 400
 
 
-def collect(
+def collect_replay(
     settings: sac.Settings,
     simulator: Simulator,
     parts: Parts,
@@ -88,9 +88,9 @@ class OnlineRun:
         self._checkpoint, self._folder = output.partial / checkpoint.FOLDER, output.run
         self._part_steps = options.part_steps
         self._seeds = episode_seeds(options.seed, settings.steps)
-        self._learner = sac.Learner(simulator, settings)
+        self._learner = sac.SAC(simulator, settings)
         self._replay = sac.Replay(settings.steps, simulator.observation_dim, len(simulator.low))
-        self._unwritten: list[Rows] = []
+        self._unwritten: list[Fields] = []
         self._returns: list[float] = []
         self.steps = 0
         self.episodes = 0
@@ -145,13 +145,13 @@ class OnlineRun:
                         | row
                         | {"cpu_seconds": spent}
                     )
-        rows = env.episode(cut=not ended)
-        self._unwritten.append(rows)
-        self._returns.append(float(rows["rewards"].sum(dtype=np.float64)))
+        episode = env.episode(cut=not ended)
+        self._unwritten.append(episode)
+        self._returns.append(float(episode["rewards"].sum(dtype=np.float64)))
         self._returns = self._returns[-_LAST_EPISODES:]
         self.episodes += 1
         self.cpu_seconds += time.process_time() - since
-        unwritten = sum(len(rows["rewards"]) for rows in self._unwritten)
+        unwritten = sum(len(part["rewards"]) for part in self._unwritten)
         if unwritten >= self._part_steps or self.steps == self._settings.steps:
             self._save()
 
@@ -178,9 +178,9 @@ class OnlineRun:
         self._learner.load_state_dict(state["learner"])
         self.steps, self.episodes = state["steps"], state["episodes"]
         self._returns, self.cpu_seconds = state["returns"], state["cpu_seconds"]
-        rows = self._parts.rows()
+        fields = self._parts.fields()
         columns = ("observations", "actions", "rewards", "terminals", "next_observations")
-        self._replay.extend(*(rows[name] for name in columns))
+        self._replay.extend(*(fields[name] for name in columns))
         torch.set_rng_state(state["draws"])
 
     def _diverged(self) -> str:

@@ -57,7 +57,7 @@ class Options:
         return amounts * len(self.policy) if len(amounts) == 1 else amounts
 
 
-def check(options: Options) -> None:
+def check_options(options: Options) -> None:
     """Check options that do not need the policies or the environment.
 
     Raises:

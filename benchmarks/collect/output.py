@@ -20,7 +20,7 @@ from iwsft.datasets.episodes import Steps, pack_steps
 from iwsft.files import written_whole
 
 # D4RL's fields of whole episodes, and "success" where the environment reports it.
-Rows = dict[str, NDArray[Any]]
+Fields = dict[str, NDArray[Any]]
 _MINARI = "minari:"
 _SUFFIXES = (".hdf5", ".h5")
 
@@ -64,11 +64,11 @@ class Output:
         stem = self.path.stem if self.path.suffix.lower() in _SUFFIXES else self.path.name
         return self.path.with_name(f"{stem}.sac")
 
-    def write(self, rows: Rows, provenance: write.Provenance) -> None:
+    def write(self, fields: Fields, provenance: write.Provenance) -> None:
         """Write the dataset, whole or not at all."""
-        infos = {"success": rows["success"]} if "success" in rows else None
-        fields = {name: rows[name] for name in rows if name != "success"}
-        packed = pack_steps(Steps(**fields), self.name)
+        infos = {"success": fields["success"]} if "success" in fields else None
+        steps = Steps(**{name: fields[name] for name in fields if name != "success"})
+        packed = pack_steps(steps, self.name)
         if self.name.startswith(_MINARI):
             write.to_minari(self.name.removeprefix(_MINARI), packed, provenance, infos=infos)
         else:
@@ -102,7 +102,7 @@ class Parts:
     def __len__(self) -> int:
         return len(self._paths())
 
-    def append(self, episodes: list[Rows], progress: Mapping[str, Any]) -> None:
+    def append(self, episodes: list[Fields], progress: Mapping[str, Any]) -> None:
         """Write some episodes, and the progress made with them, to one file."""
         buffer = io.BytesIO()
         arrays: dict[str, Any] = {"progress": np.array(json.dumps(dict(progress)))}
@@ -130,7 +130,7 @@ class Parts:
         for path in paths[count:]:
             path.unlink()
 
-    def rows(self) -> Rows:
+    def fields(self) -> Fields:
         """Return all episodes."""
         return joined([_read(path) for path in self._paths()])
 
@@ -138,19 +138,19 @@ class Parts:
         return sorted(self._folder.glob("part-*.npz"))
 
 
-def joined(episodes: list[Rows]) -> Rows:
+def joined(episodes: list[Fields]) -> Fields:
     """Return episodes back to back; without a report of success an episode has none."""
-    reported = any("success" in rows for rows in episodes)
+    reported = any("success" in episode for episode in episodes)
     names = [name for name in episodes[0] if name not in ("progress", "success")]
-    rows = {name: np.concatenate([part[name] for part in episodes]) for name in names}
+    fields = {name: np.concatenate([part[name] for part in episodes]) for name in names}
     if reported:
-        rows["success"] = np.concatenate(
+        fields["success"] = np.concatenate(
             [part.get("success", np.zeros(len(part["rewards"]), bool)) for part in episodes]
         )
-    return rows
+    return fields
 
 
-def _read(path: Path) -> Rows:
+def _read(path: Path) -> Fields:
     try:
         with np.load(path) as file:
             return dict(file)

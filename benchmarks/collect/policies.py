@@ -51,7 +51,7 @@ class Behaviour:
         return "" if self.policy is None else fingerprint(dict(self.policy.state_dict()))
 
 
-def load(name: str) -> Behaviour:
+def load_behaviour(name: str) -> Behaviour:
     """Load a policy of ``--policy`` on the CPU.
 
     Raises:
@@ -106,7 +106,7 @@ def _of_callable(name: str) -> TensorDictModuleBase:
     return policy
 
 
-def check(behaviour: Behaviour, simulator: Simulator) -> None:
+def check_behaviour(behaviour: Behaviour, simulator: Simulator) -> None:
     """Check a policy by calling it once.
 
     Raises:

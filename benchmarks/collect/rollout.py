@@ -15,7 +15,7 @@ from rich.progress import Progress
 from torchrl.envs.utils import ExplorationType
 
 from benchmarks.collect.options import Options
-from benchmarks.collect.output import Parts, Rows
+from benchmarks.collect.output import Fields, Parts
 from benchmarks.collect.policies import Behaviour
 from benchmarks.collect.simulator import Instance, Simulator
 from iwsft.acting import ROWS, PolicyInputs
@@ -25,7 +25,7 @@ from iwsft.evaluation import episode_seeds
 _NOISE = 1
 
 
-def collect(
+def collect_rollouts(
     behaviours: list[Behaviour],
     simulator: Simulator,
     parts: Parts,
@@ -48,7 +48,7 @@ def collect(
     episodes = before.get("episodes", [0] * len(behaviours))
     steps = before.get("steps", [0] * len(behaviours))
     envs: list[Instance] = []
-    unwritten: list[Rows] = []
+    unwritten: list[Fields] = []
     mode = ExplorationType.RANDOM if options.stochastic else ExplorationType.DETERMINISTIC
     # Of steps, the least number of episodes that can have those that are missing.
     done, longest = (episodes, 1) if options.episodes else (steps, simulator.max_episode_steps)
@@ -67,11 +67,11 @@ def collect(
                     group = roll_out(behaviour, envs[:size], seeds, noise=options.noise)
                 unwritten += group
                 episodes[i] += size
-                steps[i] += sum(len(rows["rewards"]) for rows in group)
-                if sum(len(rows["rewards"]) for rows in unwritten) >= options.part_steps:
+                steps[i] += sum(len(episode["rewards"]) for episode in group)
+                if sum(len(episode["rewards"]) for episode in unwritten) >= options.part_steps:
                     parts.append(unwritten, {"episodes": episodes, "steps": steps})
                     unwritten = []
-                mean = np.mean([rows["rewards"].sum(dtype=np.float64) for rows in group])
+                mean = np.mean([episode["rewards"].sum(dtype=np.float64) for episode in group])
                 bar.update(tasks[i], completed=done[i], note=f"return {mean:.1f}")
         if unwritten:
             parts.append(unwritten, {"episodes": episodes, "steps": steps})
@@ -91,7 +91,7 @@ def collect(
 
 def roll_out(
     behaviour: Behaviour, envs: list[Instance], seeds: list[int], *, noise: float
-) -> list[Rows]:
+) -> list[Fields]:
     """Return one episode for each seed, each in an environment of its own.
 
     Uniform actions get no noise. A policy that draws does so from torch's generator, seeded by the

@@ -62,7 +62,7 @@ class _SACLoss(SACLoss):
         self._vmap_qnetworkN0: Callable[..., TensorDictBase] = both
 
 
-class Learner:
+class SAC:
     """Networks, targets and optimizer of SAC.
 
     Args:
@@ -175,7 +175,7 @@ def actor(observation_dim: int, low: Tensor, high: Tensor) -> ProbabilisticActor
     )
 
 
-def save_policy(folder: Path, learner: Learner, simulator: Simulator) -> None:
+def save_policy(folder: Path, learner: SAC, simulator: Simulator) -> None:
     """Write the actor for :func:`load_policy`."""
     content = {
         "env_id": simulator.env_id,

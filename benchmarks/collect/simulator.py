@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.collect.output import Rows
+from benchmarks.collect.output import Fields
 from iwsft import environments
 
 
@@ -134,14 +134,14 @@ class Instance:
         now, action, reward, after, terminated, _ = self._steps[-1]
         return tuple(np.asarray(x)[None] for x in (now, action, reward, terminated, after))
 
-    def episode(self, *, cut: bool = False) -> Rows:
+    def episode(self, *, cut: bool = False) -> Fields:
         """Return the record since the reset.
 
         Args:
             cut: Whether the last step counts as a timeout.
         """
         now, actions, rewards, then, terminals, timeouts = zip(*self._steps, strict=True)
-        rows = {
+        fields = {
             "observations": np.stack(now),
             "actions": np.stack(actions),
             "rewards": np.asarray(rewards, np.float32),
@@ -150,10 +150,10 @@ class Instance:
             "timeouts": np.asarray(timeouts, bool),
         }
         if cut:
-            rows["timeouts"][-1] = True
+            fields["timeouts"][-1] = True
         if len(self._success) == len(self._steps):
-            rows["success"] = np.asarray(self._success, bool)
-        return rows
+            fields["success"] = np.asarray(self._success, bool)
+        return fields
 
     def _flat(self, observation: Any) -> NDArray[np.float32]:
         # A copy, because some environments return their own buffer.

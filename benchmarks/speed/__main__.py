@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.runs import hardware, versions, write_json
-from benchmarks.speed.measure import Check, DisagreementError, Options, Row
+from benchmarks.speed.measure import Check, Comparison, DisagreementError, Options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ def main(arguments: Arguments) -> None:
     # On one thread processor time is wall time, and ratios do not depend on the number of cores.
     torch.set_num_threads(1)
     log = Console(stderr=True)
-    rows: list[Row] = []
+    rows: list[Comparison] = []
     checks: list[Check] = []
     try:
         if arguments.json is not None:
@@ -55,8 +55,8 @@ def main(arguments: Arguments) -> None:
         raise SystemExit(f"error: {error}") from error
 
 
-def measure(arguments: Arguments) -> Iterator[Row | Check]:
-    """Yield the rows and checks of the subject, the file of its name beside this one.
+def measure(arguments: Arguments) -> Iterator[Comparison | Check]:
+    """Yield the rows and checks of the subject, the module of its name in this package.
 
     Raises:
         ImportError: The peers, which are the oracles of the tests, are not here.
@@ -86,7 +86,7 @@ def check_writable(path: Path) -> None:
         raise PermissionError(f"--json {path}: its folder can't be written to; name another")
 
 
-def report(arguments: Arguments, rows: list[Row], checks: list[Check]) -> dict[str, Any]:
+def report(arguments: Arguments, rows: list[Comparison], checks: list[Check]) -> dict[str, Any]:
     """Return the contents of the JSON file."""
     return {
         "subject": arguments.subject,
@@ -104,7 +104,7 @@ def report(arguments: Arguments, rows: list[Row], checks: list[Check]) -> dict[s
     }
 
 
-def table(rows: list[Row], checks: list[Check]) -> Table:
+def table(rows: list[Comparison], checks: list[Check]) -> Table:
     """Return the rows for a terminal, with the checks below them."""
     out = Table(caption="\n".join(f"{c.name}: {c.value:.2g} (limit {c.limit:g})" for c in checks))
     out.add_column("what, and the peer below")

@@ -13,7 +13,7 @@ from tensordict import TensorDict, TensorDictBase
 from baselines import algorithm
 from baselines.learner import Learner
 from benchmarks.speed import control
-from benchmarks.speed.measure import Check, Options, Row, checked, paired
+from benchmarks.speed.measure import Check, Comparison, Options, checked, paired
 from benchmarks.speed.trajectories import cheetah_like
 from iwsft.training import fit
 from iwsft.trajectory import DONE, NEXT_OBSERVATION, OBSERVATION, TERMINATED, TRAJ_IDS, TRUNCATED
@@ -53,7 +53,7 @@ SIZES = {
 }
 
 
-def measure(options: Options) -> Iterator[Row | Check]:
+def measure(options: Options) -> Iterator[Comparison | Check]:
     """Yield a row for each algorithm, then behaviour cloning with 3 x 256."""
     sizes = SIZES[options.scale]
     trajectories = transitions(options, sizes)
@@ -68,7 +68,7 @@ def updates(
     trajectories: TensorDictBase,
     sizes: Sizes,
     options: Options,
-) -> Iterator[Row | Check]:
+) -> Iterator[Comparison | Check]:
     """An update as :func:`iwsft.training.fit` makes it: batch, loss, Adam, targets."""
     module = algorithm(name)
     settings = module.published("halfcheetah-medium-replay-v2")[0]

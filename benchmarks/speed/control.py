@@ -13,7 +13,16 @@ from tensordict import TensorDictBase
 from benchmarks.d4rl import settings as paper
 from benchmarks.d4rl.run import sizes as widths
 from benchmarks.speed import trajectories as data
-from benchmarks.speed.measure import MB, Check, Options, Row, Times, checked, in_child, paired
+from benchmarks.speed.measure import (
+    MB,
+    Check,
+    Comparison,
+    Options,
+    Times,
+    checked,
+    in_child,
+    paired,
+)
 from benchmarks.speed.trajectories import SameDraws, Training
 from iwsft import datasets, environments
 from iwsft.curation import curate
@@ -80,7 +89,7 @@ SIZES = {
 _BLOCK = 20
 
 
-def measure(options: Options) -> Iterator[Row | Check]:
+def measure(options: Options) -> Iterator[Comparison | Check]:
     """Yield all rows of control, as they are measured."""
     sizes = SIZES[options.scale]
     if options.dataset is not None:
@@ -97,7 +106,7 @@ def measure(options: Options) -> Iterator[Row | Check]:
     yield evaluation(options, sizes, "Hopper-v4", sizes.many_episodes, tireless)
 
 
-def memory(options: Options, sizes: Sizes) -> Iterator[Row]:
+def memory(options: Options, sizes: Sizes) -> Iterator[Comparison]:
     """Peak of a training step, each way in a process of its own; and a dataset in memory."""
     arguments: dict[str, Any] = {
         "file": None if options.dataset is None else str(options.dataset),
@@ -111,13 +120,15 @@ def memory(options: Options, sizes: Sizes) -> Iterator[Row]:
         for ours in (True, False)
     )
     name = f"peak memory of a step above the data, {sizes.draws} trajectories"
-    yield Row(name, ours, naive, "MB", _NAIVE)
+    yield Comparison(name, ours, naive, "MB", _NAIVE)
     ragged = data.hopper_replay(1)
     packed, padded = (td.bytes(count_duplicates=False) / MB for td in (ragged, pad(ragged)))
-    yield Row("dataset of hopper-replay's lengths in memory", packed, padded, "MB", "padded copy")
+    yield Comparison(
+        "dataset of hopper-replay's lengths in memory", packed, padded, "MB", "padded copy"
+    )
 
 
-def whole_trajectories(options: Options, sizes: Sizes) -> Iterator[Row | Check]:
+def whole_trajectories(options: Options, sizes: Sizes) -> Iterator[Comparison | Check]:
     """The paper's batch against the naive way, then with a diagnosis at every step."""
     pair = SameDraws(options.dataset, sizes.trajectories, sizes.steps, sizes.draws, options.seed)
     ours = pair.ours
@@ -138,7 +149,7 @@ def whole_trajectories(options: Options, sizes: Sizes) -> Iterator[Row | Check]:
     yield times.row(name, "our step without it", "ms", "per update")
 
 
-def single_steps(options: Options, sizes: Sizes) -> Iterator[Row]:
+def single_steps(options: Options, sizes: Sizes) -> Iterator[Comparison]:
     """Cached weights and single steps on hopper-replay's curated set, against cloning."""
     curated = curate(data.hopper_replay(sizes.copies), cuts=paper.QUALITY_BINS, seed=options.seed)
     row = paper.fine_tuning("hopper-replay", paper.ALGORITHMS["iw-sft-q"])[0]
@@ -168,7 +179,7 @@ def single_steps(options: Options, sizes: Sizes) -> Iterator[Row]:
     yield total.row(name, peer_name, "s", f"(scaled from {updates})", per=updates / row.steps)
 
 
-def distinct_steps(options: Options, sizes: Sizes) -> Iterator[Row]:
+def distinct_steps(options: Options, sizes: Sizes) -> Iterator[Comparison]:
     """Time grows with the distinct steps of a batch, not with its draws or uneven lengths."""
     top = curate(
         data.cheetah_like(options.dataset, sizes.trajectories, sizes.steps, options.seed),
@@ -202,7 +213,7 @@ def sft(curated: TensorDictBase, draws: int) -> Training:
     return Training(loss, TrajectorySampler(curated, draws))
 
 
-def behaviour_cloning(options: Options, sizes: Sizes) -> Iterator[Row]:
+def behaviour_cloning(options: Options, sizes: Sizes) -> Iterator[Comparison]:
     """The loss at weight 1 on single steps: the cost of everything around the network."""
     whole = data.cheetah_like(options.dataset, sizes.trajectories, sizes.steps, options.seed)
     torch.manual_seed(options.seed)
@@ -245,7 +256,7 @@ def plain_cloning(
 
 def evaluation(
     options: Options, sizes: Sizes, env_id: str, episodes: int, env_kwargs: dict[str, Any]
-) -> Row:
+) -> Comparison:
     """Environments side by side with one call of the policy, against one after the other."""
     env_kwargs = {**env_kwargs, "max_episode_steps": sizes.episode}
     env = environments.make(env_id, **env_kwargs)

@@ -10,7 +10,15 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.speed.measure import Check, Options, Row, checked, growth_mb, in_child, paired
+from benchmarks.speed.measure import (
+    Check,
+    Comparison,
+    Options,
+    checked,
+    growth_mb,
+    in_child,
+    paired,
+)
 from iwsft.policies.token_log_prob import token_log_prob
 
 GRADIENT_LIMIT = 1e-5
@@ -34,7 +42,7 @@ class Sizes:
 SIZES = {"paper": Sizes(), "small": Sizes(tokens=256, vocabulary=16_384, hidden=32)}
 
 
-def measure(options: Options) -> Iterator[Row | Check]:
+def measure(options: Options) -> Iterator[Comparison | Check]:
     """Yield agreement, memory and time of the log-probs, then the updates.
 
     Raises:
@@ -49,7 +57,7 @@ def measure(options: Options) -> Iterator[Row | Check]:
     yield from language_updates.measure(options, language_updates.SIZES[options.scale])
 
 
-def log_probs(options: Options, sizes: Sizes) -> Iterator[Row | Check]:
+def log_probs(options: Options, sizes: Sizes) -> Iterator[Comparison | Check]:
     """Agreement, peak memory of loss and gradient above the inputs, and time."""
     shape = asdict(sizes) | {"seed": options.seed}
     size = f"{sizes.tokens:,} tokens x {sizes.vocabulary:,} vocabulary, hidden {sizes.hidden}"
@@ -63,7 +71,7 @@ def log_probs(options: Options, sizes: Sizes) -> Iterator[Row | Check]:
     ours, plain = (
         in_child("benchmarks.speed.language", shape | {"ours": ours}) for ours in (True, False)
     )
-    yield Row(f"peak memory of log-prob and gradient, {size}", ours, plain, "MB", peer_name)
+    yield Comparison(f"peak memory of log-prob and gradient, {size}", ours, plain, "MB", peer_name)
     times = paired(pair.ours, pair.plain, options.repeats)
     yield times.row(f"log-prob and gradient, {size}", peer_name, "ms", "per batch")
 

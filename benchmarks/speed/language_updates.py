@@ -27,7 +27,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.speed.measure import Check, Options, Row, Times, checked, growth_mb, in_child
+from benchmarks.speed.measure import Check, Comparison, Options, Times, checked, growth_mb, in_child
 from iwsft.language.config import ImportanceWeightedConfig
 from iwsft.language.trainer import ImportanceWeightedTrainer
 from iwsft.trajectory import ASSISTANT_MASK, ATTENTION_MASK, TOKENS, from_steps
@@ -72,7 +72,7 @@ SIZES = {
 }
 
 
-def measure(options: Options, sizes: Sizes) -> Iterator[Row | Check]:
+def measure(options: Options, sizes: Sizes) -> Iterator[Comparison | Check]:
     """Yield the agreement with TRL, then the times of all ways in turn, then memory."""
     yield agreement(options, sizes)
     proposals: dict[str, dict[str, Any]] = {
@@ -116,7 +116,7 @@ def measure(options: Options, sizes: Sizes) -> Iterator[Row | Check]:
         for settings in (SFT, TRL)
     )
     name = f"peak memory of SFT, {sizes.batch} x {sizes.length} tokens, vocabulary "
-    yield Row(f"{name}{sizes.vocabulary:,}", ours, peer, "MB", "TRL's SFTTrainer")
+    yield Comparison(f"{name}{sizes.vocabulary:,}", ours, peer, "MB", "TRL's SFTTrainer")
 
 
 def agreement(options: Options, sizes: Sizes) -> Check:

@@ -37,7 +37,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Row:
+class Comparison:
     """One comparison: ``ratio`` is peer / ours, above 1 where ours is faster or smaller."""
 
     name: str
@@ -94,7 +94,7 @@ class Times:
         *,
         per: float = 1.0,
         ours_per: float | None = None,
-    ) -> Row:
+    ) -> Comparison:
         """Return the medians over the repeats.
 
         Args:
@@ -108,7 +108,7 @@ class Times:
         factor = {"s": 1.0, "ms": 1e3, "us": 1e6}[unit]
         ours = factor * median(self.ours) / (per if ours_per is None else ours_per)
         peer = factor * median(self.peer) / per
-        return Row(name, ours, peer, f"CPU {unit} {of}", peer_name)
+        return Comparison(name, ours, peer, f"CPU {unit} {of}", peer_name)
 
 
 def paired(

@@ -12,13 +12,22 @@ import pytest
 import torch
 import tyro
 
-from benchmarks.bandit import ARMS, LIMITS, Options, Run, main, successes, train, uniform_policy
+from benchmarks.bandit import (
+    ARMS,
+    LIMITS,
+    BanditRun,
+    Options,
+    main,
+    successes,
+    train,
+    uniform_policy,
+)
 from iwsft import annotate_reference
 from iwsft.trajectory import REWARD, lengths
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Any, list[Run]]]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Any, list[BanditRun]]]:
     out = tmp_path_factory.mktemp("bandit") / "deep" / "folder"
     return out, main(Options(seeds=2, pulls=600, out=out))
 
@@ -42,7 +51,7 @@ def test_data_without_a_success_are_refused() -> None:
             successes(1, seed)
 
 
-def test_sft_copies_the_successes(finished: tuple[Path, dict[Any, list[Run]]]) -> None:
+def test_sft_copies_the_successes(finished: tuple[Path, dict[Any, list[BanditRun]]]) -> None:
     for run in finished[1]["sft"]:
         assert run.right[0] == 0.5 and run.reward[0] == 0.75
         assert run.right[-1] == pytest.approx(run.successes, abs=1e-5)
@@ -51,7 +60,7 @@ def test_sft_copies_the_successes(finished: tuple[Path, dict[Any, list[Run]]]) -
         assert run.reward[-1] == pytest.approx(5 / 6, abs=2 * math.sqrt(2 / 9 / n))
 
 
-def test_iw_sft_finds_the_better_arm(finished: tuple[Path, dict[Any, list[Run]]]) -> None:
+def test_iw_sft_finds_the_better_arm(finished: tuple[Path, dict[Any, list[BanditRun]]]) -> None:
     for run in finished[1]["iw-sft"]:
         assert run.right[0] == 0.5
         assert run.right[-1] > 0.99 and run.reward[-1] > 0.99
@@ -72,7 +81,7 @@ def test_every_update_is_the_gradient_step_by_hand(algorithm: Any) -> None:
         logits += 0.7 * (share * weight - (share @ weight) * p)
 
 
-def test_figure_and_numbers_are_written(finished: tuple[Path, dict[Any, list[Run]]]) -> None:
+def test_figure_and_numbers_are_written(finished: tuple[Path, dict[Any, list[BanditRun]]]) -> None:
     out, runs = finished
     assert sorted(path.name for path in out.iterdir()) == ["bandit.json", "bandit.png"]
     assert (out / "bandit.png").read_bytes().startswith(b"\x89PNG")

@@ -169,7 +169,9 @@ def test_parts_and_checkpoint_that_do_not_fit(tmp_path: Path, pendulum: Simulato
     assert len(paths) == 2
     shutil.copyfile(paths[0], paths[0].with_name("part-000002.npz"))
     begin(tmp_path / "cut", pendulum).train(lambda *_: None)
-    cut, whole = (Parts(tmp_path / name / "a.hdf5.partial", {}).rows() for name in ("cut", "whole"))
+    cut, whole = (
+        Parts(tmp_path / name / "a.hdf5.partial", {}).fields() for name in ("cut", "whole")
+    )
     for name, values in whole.items():
         np.testing.assert_array_equal(cut[name], values)
     paths[1].unlink()
@@ -181,7 +183,7 @@ def test_parts_and_checkpoint_that_do_not_fit(tmp_path: Path, pendulum: Simulato
 def test_the_loss_is_torchrls(pendulum: Simulator) -> None:
     """One product for both Q-networks gives the losses and gradients of TorchRL's vmap."""
     torch.manual_seed(0)
-    learner = sac.Learner(pendulum, sac.Settings())
+    learner = sac.SAC(pendulum, sac.Settings())
     plain = SACLoss(
         sac.actor(4, torch.tensor([-3.0]), torch.tensor([3.0])),
         qvalue_networks(4, 1),
@@ -218,7 +220,7 @@ def test_an_update(pendulum: Simulator) -> None:
     """Adam's first step moves each parameter by the learning rate; targets follow by tau."""
     torch.manual_seed(0)
     settings = sac.Settings()
-    learner = sac.Learner(pendulum, settings)
+    learner = sac.SAC(pendulum, settings)
     replay = filled(50)
     before = {name: p.detach().clone() for name, p in learner.loss.named_parameters()}
     q = "qvalue_network_params.module.layers.0.weight"

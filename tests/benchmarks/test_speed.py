@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.speed import trajectories as data
 from benchmarks.speed.__main__ import Arguments, main
-from benchmarks.speed.measure import DisagreementError, Row, Times, checked, paired
+from benchmarks.speed.measure import Comparison, DisagreementError, Times, checked, paired
 from benchmarks.speed.trajectories import SameDraws
 from iwsft.policies import GaussianPolicy
 from iwsft.trajectory import MULTIPLICITY, OBSERVATION, lengths
@@ -109,7 +109,7 @@ def test_repeats_alternate_and_each_pair_is_prepared() -> None:
 
 def test_row_takes_medians_in_its_unit() -> None:
     row = Times([0.001, 0.5, 0.002], [0.008, 0.016, 9.0]).row("a", "b", "ms", "per update", per=4)
-    assert row == Row("a", 0.5, 4.0, "CPU ms per update", "b")
+    assert row == Comparison("a", 0.5, 4.0, "CPU ms per update", "b")
     assert row.ratio == 8
     other = Times([0.002], [0.008]).row("a", "b", "us", "per step", per=4, ours_per=2)
     assert (other.ours, other.peer) == pytest.approx((1000, 2000))

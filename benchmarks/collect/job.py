@@ -12,17 +12,18 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
-from benchmarks.collect import online, policies, rollout
-from benchmarks.collect.options import Options, check, env_arguments
-from benchmarks.collect.output import Output, Parts, Rows
-from benchmarks.collect.policies import Behaviour
+from benchmarks.collect.online import collect_replay
+from benchmarks.collect.options import Options, check_options, env_arguments
+from benchmarks.collect.output import Fields, Output, Parts
+from benchmarks.collect.policies import Behaviour, check_behaviour, load_behaviour
+from benchmarks.collect.rollout import collect_rollouts
 from benchmarks.collect.sac import Settings
 from benchmarks.collect.simulator import Simulator
 from benchmarks.runs import alone_in, versions
 from iwsft.datasets.write import Provenance
 
 
-def run(options: Options) -> None:
+def run_job(options: Options) -> None:
     """Collect the dataset of a command line, and print a summary.
 
     Everything that can be known before is checked before the first step.
@@ -36,15 +37,15 @@ def run(options: Options) -> None:
     """
     # The numbers depend on how many threads there are, and small networks gain nothing from two.
     torch.set_num_threads(1)
-    check(options)
+    check_options(options)
     output = Output.of(options.out)
     if not claimable(output, options):
         print(f"{output.name} is finished; nothing to do")
         return
-    behaviours = [policies.load(name) for name in options.policy]
+    behaviours = [load_behaviour(name) for name in options.policy]
     simulator = Simulator.of(*environment(options, behaviours))
     for behaviour in behaviours:
-        policies.check(behaviour, simulator)
+        check_behaviour(behaviour, simulator)
     settings: dict[str, Any] = {
         "env_id": simulator.env_id,
         "env_kwargs": simulator.kwargs,
@@ -75,10 +76,10 @@ def run(options: Options) -> None:
         with progress_bar("episodes" if options.episodes else "steps") as bar:
             if options.online is None:
                 cost = ""
-                sources = rollout.collect(behaviours, simulator, parts, options, bar)
+                sources = collect_rollouts(behaviours, simulator, parts, options, bar)
             else:
-                sources, cost = online.collect(learner, simulator, parts, output, options, bar)
-        rows = parts.rows()
+                sources, cost = collect_replay(learner, simulator, parts, output, options, bar)
+        fields = parts.fields()
         # After a kill between writing and removing the parts, it exists.
         if not output.path.exists():
             provenance = Provenance(
@@ -88,9 +89,9 @@ def run(options: Options) -> None:
                 versions=versions() | simulator.versions,
                 env_kwargs=simulator.kwargs,
             )
-            output.write(rows, provenance)
+            output.write(fields, provenance)
         shutil.rmtree(output.partial)
-    print(f"{summary(rows)}{cost}\nwritten to {output.path}; load it as {output.name}")
+    print(f"{summary(fields)}{cost}\nwritten to {output.path}; load it as {output.name}")
 
 
 def claimable(output: Output, options: Options) -> bool:
@@ -149,16 +150,16 @@ def progress_bar(unit: str) -> Progress:
     return Progress(*Progress.get_default_columns(), amount, console=Console(stderr=True))
 
 
-def summary(rows: Rows) -> str:
+def summary(fields: Fields) -> str:
     """Return the number of episodes and steps, the spread of returns, and the rate of success."""
-    ends = np.flatnonzero(rows["terminals"] | rows["timeouts"])
+    ends = np.flatnonzero(fields["terminals"] | fields["timeouts"])
     starts = np.concatenate(([0], ends[:-1] + 1))
-    returns = np.add.reduceat(rows["rewards"].astype(np.float64), starts)
+    returns = np.add.reduceat(fields["rewards"].astype(np.float64), starts)
     low, middle, high = np.percentile(returns, (0, 50, 100))
     text = (
-        f"{len(ends)} episodes, {len(rows['rewards'])} steps; returns {low:.1f} to {high:.1f}, "
+        f"{len(ends)} episodes, {len(fields['rewards'])} steps; returns {low:.1f} to {high:.1f}, "
         f"median {middle:.1f}"
     )
-    if "success" in rows:
-        text += f"; success {np.mean(np.logical_or.reduceat(rows['success'], starts)):.0%}"
+    if "success" in fields:
+        text += f"; success {np.mean(np.logical_or.reduceat(fields['success'], starts)):.0%}"
     return text
