@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
+from benchmarks.options import check_at_least
 from benchmarks.runs import ends_in_one_line
 from iwsft.objective import Proposal
 from iwsft.policies.token_log_prob import _ACCELERATOR_BLOCK, _CPU_BLOCK
@@ -204,11 +205,8 @@ def training_memory(sizes: DecoderSizes, setup: Setup) -> Memory:
         return -(-total // setup.processes)
 
     if setup.engine == "single":
-        weights, gradients, optimizer = (
-            _WIDE * trained + width * frozen,
-            _WIDE * trained,
-            8 * trained,
-        )
+        weights = _WIDE * trained + width * frozen
+        gradients, optimizer = _WIDE * trained, 8 * trained
         # A gradient on its way to the sum; autocast's casts of the weights.
         gathered = _WIDE * part + (width * trained if setup.half else 0)
     elif setup.engine == "fsdp2":
@@ -302,9 +300,7 @@ def main(options: Options) -> None:
     from transformers import AutoConfig
 
     with ends_in_one_line():
-        for name in ("gpus", "nodes", "tokens"):
-            if getattr(options, name) < 1:
-                raise ValueError(f"--{name} {getattr(options, name)}: at least 1")
+        check_at_least(1, gpus=options.gpus, nodes=options.nodes, tokens=options.tokens)
         if options.model is None:
             configs = {name: qwen2_config(name) for name in QWEN2}
         else:
