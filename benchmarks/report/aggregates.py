@@ -194,7 +194,7 @@ def _profiles(matrices: _Matrices, thresholds: NDArray[np.float64]) -> dict[str,
 
 
 def aggregate_grid(aggregates: Aggregates) -> Grid:
-    """Aggregate metrics with their intervals, in units of the D4RL score."""
+    """Table of the aggregates with their intervals, in units of the D4RL score."""
     grid = Grid(["algorithm", "seeds", *METRICS], left=1)
     for algo, estimates in aggregates.estimates.items():
         grid.rows.append(
@@ -205,7 +205,7 @@ def aggregate_grid(aggregates: Aggregates) -> Grid:
 
 
 def improvement_grid(aggregates: Aggregates) -> Grid:
-    """Probability that a run of each candidate scores higher than a run of the row's algorithm."""
+    """Table of the probabilities that a candidate's run scores higher than the row's algorithm."""
     columns = [f"P({algorithm_label(name)} scores higher)" for name in aggregates.improvement]
     grid = Grid(["against", *columns], left=1)
     for algo in aggregates.estimates:
@@ -219,7 +219,7 @@ def improvement_grid(aggregates: Aggregates) -> Grid:
 
 
 def draw_aggregates(aggregates: Aggregates, group: Sequence[Cell]) -> Figure | None:
-    """Aggregate metrics with 95 % intervals; a panel a metric."""
+    """Draw the aggregates with 95 % intervals, one panel for each."""
     if not aggregates.estimates:
         return None
     names = list(aggregates.estimates)
@@ -236,7 +236,7 @@ def draw_aggregates(aggregates: Aggregates, group: Sequence[Cell]) -> Figure | N
 
 
 def draw_improvement(aggregates: Aggregates, group: Sequence[Cell]) -> Figure | None:
-    """Probability of improvement over each other algorithm; a panel a candidate."""
+    """Draw the probabilities of improvement, one panel for each candidate."""
     improvement = aggregates.improvement
     if not improvement:
         return None
@@ -253,7 +253,7 @@ def draw_improvement(aggregates: Aggregates, group: Sequence[Cell]) -> Figure | 
 
 
 def draw_profiles(aggregates: Aggregates, group: Sequence[Cell]) -> Figure | None:
-    """Share of runs above each score: a panel with the algorithms and one with the variants."""
+    """Draw the share of runs above each score, variants in a panel of their own."""
     if not aggregates.profiles:
         return None
     names, colour = list(aggregates.profiles), choose_colours(group)

@@ -124,7 +124,7 @@ def commands(runs: Iterable[FinishedRun]) -> list[str]:
 
 
 def shareable(command: str) -> str:
-    """A command without the folders of its machine: ``/home/me/x.hdf5`` becomes ``x.hdf5``."""
+    """Remove the folders of a machine from a command: ``/home/me/x.hdf5`` becomes ``x.hdf5``."""
     try:
         words = shlex.split(command)
     except ValueError:  # a quote that is not closed
@@ -150,7 +150,7 @@ def _listed(values: Mapping[str, Any]) -> str:
 
 
 def to_html(markdown: str, images: Mapping[str, bytes]) -> str:
-    """A page of markdown as one HTML file with its style and its images inside.
+    """Make one HTML file of a page of markdown, with its style and its images inside.
 
     Args:
         markdown: The page. HTML in it is shown as text.

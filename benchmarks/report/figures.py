@@ -47,7 +47,7 @@ def style_axes(ax: Axes) -> None:
 
 
 def choose_colours(group: Sequence[Cell]) -> dict[str, str]:
-    """One colour an algorithm, the same in all figures of the same cells."""
+    """Choose a colour for each algorithm, the same in all figures of the same cells."""
     names = algorithms(group)
     others = [name for name in names if name not in COLOURS]
     shades = colormaps["viridis"]
@@ -58,7 +58,7 @@ def choose_colours(group: Sequence[Cell]) -> dict[str, str]:
 def make_panels(
     names: list[str], height: float, *, share_rows: bool = False
 ) -> tuple[Figure, dict[str, Axes]]:
-    """One panel a dataset, at most three in a row."""
+    """Make a figure with one panel for each dataset, at most three in a row."""
     columns = 2 if len(names) == 4 else min(3, len(names))
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(max(5.0, 4.0 * columns), height * rows), layout="constrained")
@@ -73,7 +73,7 @@ def make_panels(
 
 
 def add_legend(figure: Figure, colour: Mapping[str, str]) -> None:
-    """The colours of the algorithms, below all panels."""
+    """Show the colours of the algorithms below all panels."""
     handles = [
         Line2D([], [], color=value, lw=2.5, label=algorithm_label(name))
         for name, value in colour.items()
@@ -90,7 +90,7 @@ def plot_score(
     interval: tuple[float, float] | None,
     colour: str,
 ) -> None:
-    """Every seed's score as a dot, the mean as a bar, the interval as a line."""
+    """Plot every seed's score as a dot, the mean as a bar and the interval as a line."""
     ax.barh(y, float(np.mean(values)), height=0.72, color=colour, alpha=0.35, lw=0)
     ax.plot(values, [y + 0.14] * len(values), "o", ms=5, mfc=colour, mec="white", mew=0.8)
     if interval is not None:
@@ -98,21 +98,21 @@ def plot_score(
 
 
 def list_names(ax: Axes, names: Sequence[str]) -> None:
-    """The names on the y axis, from top to bottom."""
+    """Write the names on the y axis, from top to bottom."""
     ax.set_yticks(range(len(names)), list(names))
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.grid(axis="y", visible=False)
 
 
 def plot_mean(ax: Axes, x: float, cell: Cell, colour: str) -> None:
-    """The mean of a cell, and its interval where it has one."""
+    """Plot the mean of a cell, and its interval where it has one."""
     if cell.interval is not None:
         ax.plot([x, x], cell.interval, color=colour, lw=1.4, alpha=0.7)
     ax.plot(x, cell.mean, "o", ms=6.5, color=colour, mec="white", mew=0.8)
 
 
 def scale_log(ax: Axes) -> None:
-    """A logarithmic x axis with plain numbers."""
+    """Make the x axis logarithmic, with plain numbers."""
     ax.set_xscale("log")
     low, high = ax.get_xlim()
     # Below two decades the powers of ten alone would leave the axis almost without numbers.
@@ -129,7 +129,7 @@ def series(runs: Sequence[FinishedRun], key: str) -> tuple[NDArray, NDArray]:
 
 
 def draw_scores(group: Sequence[Cell]) -> Figure:
-    """Scores of all seeds with means and intervals; a panel a dataset."""
+    """Draw the scores of all seeds with means and intervals, one panel for each dataset."""
     colour, names = choose_colours(group), algorithms(group)
     figure, axes = make_panels(datasets(group), height=0.75 + 0.34 * len(names), share_rows=True)
     for cell in group:
@@ -144,7 +144,7 @@ def draw_scores(group: Sequence[Cell]) -> Figure:
 
 
 def draw_cost(group: Sequence[Cell]) -> Figure:
-    """Score against CPU seconds of a run with its reference; a panel a dataset."""
+    """Draw scores against CPU seconds of a run with its reference, one panel for each dataset."""
     colour = choose_colours(group)
     figure, axes = make_panels(datasets(group), height=3.2)
     for cell in group:
@@ -159,7 +159,7 @@ def draw_cost(group: Sequence[Cell]) -> Figure:
 
 
 def draw_learning_curves(group: Sequence[Cell]) -> Figure | None:
-    """Score over updates, mean over seeds and its interval; the dot is the last policy."""
+    """Draw scores over updates, mean over seeds and its interval; the dot is the last policy."""
     curves = {id(cell): _learning_curve(cell) for cell in group}
     if all(len(steps) < 2 for steps, _ in curves.values()):
         return None
@@ -179,7 +179,7 @@ def draw_learning_curves(group: Sequence[Cell]) -> Figure | None:
 
 
 def draw_training_curves(group: Sequence[Cell]) -> Figure | None:
-    """Log-probability, critics and effective sample size over updates; a column a dataset."""
+    """Draw log-probability, critics and effective sample size, one column for each dataset."""
     rows = [
         (
             "log_prob",
@@ -213,7 +213,7 @@ def draw_training_curves(group: Sequence[Cell]) -> Figure | None:
 
 
 def draw_weight_quantiles(group: Sequence[Cell]) -> Figure | None:
-    """Quantiles of the importance weights over updates, mean over seeds."""
+    """Draw quantiles of the importance weights over updates, mean over seeds."""
     shown = [cell for cell in _logged(group, "weight_q50") if _weighted(cell)]
     if not shown:
         return None
@@ -255,7 +255,7 @@ def draw_weight_quantiles(group: Sequence[Cell]) -> Figure | None:
 
 
 def _band(ax: Axes, steps: NDArray, values: NDArray, colour: str) -> None:
-    """Mean over seeds, and its bootstrap interval where there are three seeds or more."""
+    """Plot the mean over seeds, and its bootstrap interval for three seeds or more."""
     size = len(steps) // _POINTS
     if size > 1:
         whole = len(steps) // size * size
@@ -275,7 +275,7 @@ def _learning_curve(cell: Cell) -> tuple[NDArray, NDArray]:
 
 
 def _scale_updates(ax: Axes, dataset: str, group: Sequence[Cell]) -> None:
-    """A logarithmic axis where long runs would press the short ones against its start."""
+    """Make the axis logarithmic where long runs would press the short ones against its start."""
     updates = [run.result["steps"] for c in group if c.dataset == dataset for run in c.runs]
     if updates and max(updates) > 5 * min(updates):
         ax.set_xscale("log")

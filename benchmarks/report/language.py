@@ -39,7 +39,7 @@ _OTHER = "#2a9d6f"
 
 @dataclass(frozen=True)
 class LanguageScore:
-    """An algorithm over its seeds.
+    """Score of an algorithm over its seeds.
 
     Attributes:
         algo: Name of the algorithm.
@@ -109,7 +109,7 @@ class Recipe:
 
 
 def read_recipes(folder: Path) -> list[Recipe]:
-    """All recipes with runs at or below ``folder``, by path.
+    """Read all recipes with runs at or below ``folder``, by path.
 
     Raises:
         ResultsError: a file is not what a run writes.
@@ -154,7 +154,7 @@ def _score(algo: str, runs: Sequence[FinishedRun]) -> LanguageScore:
 
 
 def score_grid(recipe: Recipe) -> Grid:
-    """Scores with their intervals, the weights, and the cost."""
+    """Table of the scores with their intervals, the weights, and the cost."""
     grid = Grid(
         ["algorithm", "seeds", "score", "95 % interval", "updates", "ESS", "least ESS"]
         + ["largest weight", "CPU seconds, with reference"],
@@ -176,7 +176,7 @@ def score_grid(recipe: Recipe) -> Grid:
 
 
 def share_grid(recipe: Recipe) -> Grid:
-    """Chances of the kinds of answers; without rows where no test has them."""
+    """Table of the chances of the kinds of answers; without rows where no test has them."""
     kinds = list(dict.fromkeys(kind for row in recipe.scores for kind in row.shares))
     grid = Grid(["algorithm", *kinds], left=1)
     if kinds:
@@ -211,7 +211,7 @@ def write_scores(folder: Path, recipe: Recipe) -> list[Path]:
 
 
 def draw_recipe(recipe: Recipe) -> Figure:
-    """Scores of all algorithms; effective sample size and largest weight over the updates."""
+    """Draw the scores of all algorithms, and the weights over the updates."""
     rows = recipe.scores
     figure = Figure(figsize=(13.0, 0.9 + max(3.0, 0.42 * len(rows))), layout="constrained")
     scores, ess, largest = figure.subplots(1, 3)
@@ -236,7 +236,7 @@ def draw_recipe(recipe: Recipe) -> Figure:
 
 
 def _curves(ax: Axes, recipe: Recipe, name: str) -> None:
-    """A metric over the updates that all seeds logged, mean over seeds."""
+    """Plot a metric over the updates that all seeds logged, mean over seeds."""
     for algo, runs in recipe.groups.items():
         steps, values = series(runs, name)
         if len(steps):

@@ -1,4 +1,4 @@
-"""Tables of control runs: scores beside published numbers, cost, settings, missing runs."""
+"""Tables of control runs: scores and published numbers, cost, settings, missing runs."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ def published() -> tuple[str, list[PublishedTable]]:
 
 
 def score_table(runs: Sequence[FinishedRun]) -> Group:
-    """Scores of the last policies for the terminal."""
+    """Table of the scores of the last policies, for the terminal."""
     grid = score_grid(cells(runs))
     return grid.rich("Scores of the last policies (D4RL-normalised)", SUCCESS_INTERVAL)
 
 
 def score_grid(group: Sequence[Cell], missing: Sequence[UnfinishedRun] = ()) -> Grid:
-    """Scores of the last policies, and the published numbers of the same datasets.
+    """Table of the scores of the last policies and the published numbers of the same datasets.
 
     Mean over seeds; standard deviation and 95 % bootstrap interval only with three seeds or more.
     A published number has its own column, and is shown only where the dataset has exactly its
@@ -105,7 +105,7 @@ def _published_text(grid: Grid, number: dict[str, Any]) -> str:
 
 
 def interval_text(interval: tuple[float, float] | None, digits: int = 1) -> str:
-    """``low to high``."""
+    """An interval as ``low to high``."""
     if interval is None:
         return NOTHING
     low, high = interval
@@ -156,7 +156,7 @@ def _count(n: int) -> str:
 
 
 def missing_grid(missing: Sequence[UnfinishedRun]) -> Grid:
-    """Runs without a result, and their last logged updates."""
+    """Table of the runs without a result, and their last logged updates."""
     grid = Grid(["dataset", "algorithm", "seed", "last logged update", "of"])
     for run in missing:
         of = NOTHING if run.steps is None else str(run.steps)
@@ -166,9 +166,10 @@ def missing_grid(missing: Sequence[UnfinishedRun]) -> Grid:
 
 
 def cost_grid(group: Sequence[Cell]) -> Grid:
-    """Cost of one run and its score, mean over seeds; the reference policy is counted separately.
+    """Table of the cost of one run and its score, mean over seeds.
 
-    CPU seconds are of training and evaluation; evaluation alone where the results say it.
+    CPU seconds include training and evaluation. Evaluation and the reference policy have columns
+    of their own where the results have them.
     """
     known = [key for key in _SECONDS if any(key in run.result for c in group for run in c.runs)]
     grid = Grid(
@@ -187,7 +188,7 @@ def cost_grid(group: Sequence[Cell]) -> Grid:
 
 
 def run_grid(group: Sequence[Cell]) -> Grid:
-    """Environment, settings and seeds of every cell."""
+    """Table of the environment, settings and seeds of every cell."""
     names = ("dataset", "algorithm", "--algo", "environment", "preset", "estimator", "seeds")
     grid = Grid([*names, "settings from"], left=len(names) + 1)
     for cell in group:

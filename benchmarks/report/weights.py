@@ -35,7 +35,7 @@ _METRICS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """How the weights of a run were made.
+    """Settings with which the weights of a run were made.
 
     Attributes:
         temperature: Factor k of the mean log-ratio; 0 where a target ESS decides it.
@@ -121,7 +121,7 @@ def last_weights(cell: Cell, metric: str) -> list[float]:
 
 
 def weight_grid(group: Sequence[Cell]) -> Grid:
-    """The weights when they were last measured: means over the seeds that have the metric."""
+    """Table of the last measured weights: means over the seeds that have the metric."""
     grid = Grid(["dataset", "algorithm", *_METRICS.values()])
     for cell in group:
         if last_weights(cell, "weight_q50"):
@@ -131,7 +131,7 @@ def weight_grid(group: Sequence[Cell]) -> Grid:
 
 
 def sweep_grid(rows: Sequence[tuple[Setting | None, Cell]]) -> Grid:
-    """One row a setting of the weights: the score, and the weights at the end."""
+    """Table with a row for each setting of the weights: its score, and its weights at the end."""
     grid = Grid(
         ["dataset", "algorithm", "temperature k", "target ESS", "q follows", "seeds", "score"]
         + ["95 % interval", "ESS", "mean return under the weights"],
@@ -160,9 +160,9 @@ def _last_mean(cell: Cell, metric: str) -> str:
 
 
 def draw_sweep(rows: Sequence[tuple[Setting | None, Cell]]) -> Figure | None:
-    """Score against the effective sample size at the end; a panel a dataset.
+    """Draw scores against the effective sample size at the end, one panel for each dataset.
 
-    The dashed line is the same algorithm without weights. Several are named.
+    The dashed line is the same algorithm without weights; several lines in a panel are named.
     """
     rows = [(setting, cell) for setting, cell in rows if not setting or last_weights(cell, "ESS")]
     weighted = [(setting, cell) for setting, cell in rows if setting]
