@@ -1,6 +1,6 @@
 """Trajectories as TensorDicts: keys, the packed and the padded layout, sums along a trajectory.
 
-*Packed*: batch size ``[N]`` steps, trajectories back to back, told apart by non-decreasing
+*Packed*: batch size ``[N]`` steps, trajectories back to back, with non-decreasing
 ``("collector", "traj_ids")``. *Padded*: batch size ``[B, T]``, or ``[B]`` with time inside; valid
 steps are marked by a mask. Keys follow TorchRL's episode data (TED); three keys are ours.
 """
@@ -34,7 +34,7 @@ IMPORTANCE_WEIGHT: NestedKey = "importance_weight"
 
 
 def on_host(tensor: Tensor) -> bool:
-    """Whether a look at the values of ``tensor`` is free: not compiling, not on an accelerator."""
+    """Whether reading the values of ``tensor`` is free: not compiling, not on an accelerator."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -42,16 +42,15 @@ def on_host(tensor: Tensor) -> bool:
 class Segments:
     """Which trajectory each step of a batch belongs to, and sums along the trajectories.
 
-    Results per trajectory stand in ``slots`` places, a number known without looking at the data:
-    the rows of a padded batch, the steps of a packed one (places past the last trajectory are
-    empty: length 0, sum 0). So nothing here waits for an accelerator, and ``torch.compile`` sees
-    static shapes.
+    Results per trajectory have ``slots`` entries, a number known without reading the data: the rows
+    of a padded batch, the steps of a packed one (slots after the last trajectory are empty: length
+    0, sum 0). So nothing here waits for an accelerator, and ``torch.compile`` sees static shapes.
 
     Attributes:
-        shape: layout of the batch, ``[N]`` or ``[B, T]``.
-        index: int64 ``[prod(shape)]``, the slot of each step.
-        mask: bool ``[prod(shape)]``, the valid steps, or None where all are.
-        slots: number of slots ``S``.
+        shape: Layout of the batch, ``[N]`` or ``[B, T]``.
+        index: Slot of each step, int64 ``[prod(shape)]``.
+        mask: Valid steps, bool ``[prod(shape)]``, or None if all are valid.
+        slots: Number of slots ``S``.
     """
 
     shape: torch.Size
@@ -70,16 +69,16 @@ class Segments:
         """Read the layout of a batch.
 
         Args:
-            batch: a packed or padded batch.
-            traj_ids: key of the trajectory ids; needed in the packed layout. In the padded layout
+            batch: A packed or padded batch.
+            traj_ids: Key of the trajectory ids; needed in the packed layout. In the padded layout
                 it may be absent (a row is a trajectory); if present, a row is cut where it changes.
-            mask: bool, valid steps, in the layout of the batch (a trailing 1 is dropped). Without
-                it, the batch's own ``("collector", "mask")`` is used where there is one.
+            mask: Valid steps, bool, in the layout of the batch (a trailing 1 is dropped). By
+                default the batch's own ``("collector", "mask")``, if it has one.
 
         Raises:
-            KeyError: a packed batch without trajectory ids.
-            ValueError: ids that are no integers, of another shape, or out of order (not looked at
-                on an accelerator: see :func:`validate`), or a mask of another shape.
+            KeyError: A packed batch has no trajectory ids.
+            ValueError: The ids are not integers, have another shape, or are out of order (not
+                checked on an accelerator: see :func:`validate`), or the mask has another shape.
         """
         if mask is None:
             mask = batch.get(MASK, default=None)
@@ -112,8 +111,8 @@ class Segments:
         """Sum of ``x`` along each trajectory, accumulated in float64.
 
         Args:
-            x: one number a step, in the layout of the batch. Masked steps count as 0, whatever
-                they hold.
+            x: One number a step, in the layout of the batch. Masked steps count as 0, also if they
+                are NaN.
 
         Returns:
             ``[S]``, in the dtype of ``x`` or float32, whichever is wider.
@@ -273,7 +272,7 @@ def pad(packed: TensorDictBase, length: int | None = None) -> TensorDictBase:
     mask = torch.zeros(len(sizes), length, dtype=torch.bool, device=row.device)
     mask[row, column] = segments.valid
     padded.set(MASK, mask)
-    # Padding keeps its row's id, so that a row is one trajectory for whoever reads the ids.
+    # Padding has its row's id, so that a row is one trajectory by its ids, too.
     ids = packed.get(TRAJ_IDS)
     first = ids[starts]
     padded.set(TRAJ_IDS, first[:, None].expand(-1, length).contiguous())
@@ -283,8 +282,8 @@ def pad(packed: TensorDictBase, length: int | None = None) -> TensorDictBase:
 def pack(padded: TensorDictBase) -> TensorDictBase:
     """Padded ``[B, T]`` (or ``[B]`` with time inside) to packed ``[N]``; drops masked steps.
 
-    Trajectory ids become the row numbers where there are none, or where those at hand fall from
-    one row to the next.
+    Trajectory ids become the row numbers if there are none, or if they decrease from one row to the
+    next.
     """
     segments = Segments.of(padded)
     keep = segments.valid.reshape(-1)
@@ -297,7 +296,7 @@ def pack(padded: TensorDictBase) -> TensorDictBase:
     ids = flat.get(TRAJ_IDS, default=None)
     slots = segments.index[keep]
     renumber = ids is None or bool((ids[1:] < ids[:-1]).any())
-    # Equal ids on two rows would melt two trajectories into one.
+    # Equal ids on two rows would join two trajectories.
     if ids is not None and not renumber:
         renumber = not torch.equal(ids[1:] != ids[:-1], slots[1:] != slots[:-1])
     if renumber:
@@ -315,10 +314,10 @@ def from_steps(steps: dict[NestedKey, Tensor], traj_ids: Tensor) -> TensorDict:
 
 
 def check_tensordict(trajectories: object) -> None:
-    """Refuse what is no TensorDict, naming the entry of it that is one.
+    """Refuse anything but a TensorDict, with a hint at an attribute that is one.
 
     Raises:
-        TypeError: not a TensorDict.
+        TypeError: It is not a TensorDict.
     """
     if isinstance(trajectories, TensorDictBase):
         return
@@ -332,16 +331,16 @@ def validate(
 ) -> None:
     """Check a batch or a whole dataset once, before training time is spent.
 
-    Looks at the values, so it waits for an accelerator.
+    It reads the values, so it waits for an accelerator.
 
     Args:
-        trajectories: packed or padded.
-        keys: floating-point entries that must be there, one row a step, finite on valid steps.
+        trajectories: Packed or padded trajectories.
+        keys: Floating-point entries that must exist, one row a step, finite on valid steps.
 
     Raises:
-        KeyError: a missing entry.
-        ValueError: an entry of wrong dtype or shape, NaN or infinity, ids out of order, a negative
-            multiplicity, no step at all, or a trajectory with every step masked.
+        KeyError: An entry is missing.
+        ValueError: An entry has a wrong dtype or shape, NaN or infinity, the ids are out of order,
+            a multiplicity is negative, there is no step, or a trajectory has every step masked.
     """
     if trajectories.batch_size.numel() == 0:
         raise ValueError("there is not a single step in these trajectories")

@@ -35,12 +35,12 @@ class CausalLMPolicy(nn.Module):
     mask ``log p(token | tokens before it in its trajectory)``, and 0 elsewhere and at the first
     token of a trajectory. It is float32 (float64 for a float64 model), also under autocast or
     with half-precision weights. Tokens that the attention mask leaves out do not exist for the
-    model, on whichever side they stand.
+    model, whether they are on the left or on the right.
 
     The same trajectory in another batch or layout has the same log-probs up to rounding (1e-6 in
-    float32), so against a reference from this policy the weights of the first step are 1 up to
-    that. They are exactly 1 where both ran in batches of the same shape, and whatever the batches
-    on one CPU thread with ``one_row=False`` and trajectories below 192 tokens.
+    float32), so the weights against a reference from this policy start at 1 up to that. They are
+    exactly 1 if both ran in batches of the same shape. On one CPU thread, with ``one_row=False``
+    and trajectories below 192 tokens, they are exactly 1 in any batches.
 
     Only the states that predict assistant tokens go through the output layer, and their logits
     are never all in memory (:func:`~iwsft.policies.token_log_prob.token_log_prob`). This happens
@@ -60,22 +60,22 @@ class CausalLMPolicy(nn.Module):
     batch ``("collector", "traj_ids")``.
 
     Args:
-        model: a causal decoder with its output layer (``AutoModelForCausalLM``), possibly with
-            PEFT adapters, or an engine around one. An engine that comes later takes its place:
+        model: A causal decoder with its output layer (``AutoModelForCausalLM``), possibly with
+            PEFT adapters, or an engine around one. An engine that is made later replaces it:
             ``policy.model = engine``.
-        one_row: how the model sees a batch, whichever layout it comes in. True: all trajectories
-            in one row with positions that restart, held apart by variable-length attention
+        one_row: Form of the model's input, for batches of either layout. True: all trajectories in
+            one row with positions that restart, kept apart by variable-length attention
             (``attn_implementation="flash_attention_2"`` and such) or a block-diagonal causal mask.
-            False: a row a trajectory, padded to the longest. None: one row where attention has
-            variable length and the family is known to hold trajectories apart, else rows. One row
-            pays with the square of its length where attention needs the mask, rows with padding
-            where lengths differ a lot.
+            False: a row for each trajectory, padded to the longest. None: one row if attention has
+            variable length and the family is known to keep trajectories apart, else rows. One row
+            costs the square of its length if attention needs the mask; rows cost padding if lengths
+            differ a lot.
 
     Raises:
-        TypeError: not a transformers model.
-        ValueError: a model that is no causal decoder or has no output layer that is a plain
-            ``torch.nn.Linear``; or ``one_row=True`` and a family that can't hold trajectories
-            apart in a row.
+        TypeError: The model is not a transformers model.
+        ValueError: The model is not a causal decoder, its output layer is not a plain
+            ``torch.nn.Linear``, or its family can't keep the trajectories of one row apart
+            although ``one_row=True``.
     """
 
     in_keys: list[NestedKey] = [TOKENS, ATTENTION_MASK, ASSISTANT_MASK]
@@ -85,7 +85,7 @@ class CausalLMPolicy(nn.Module):
         decoder = check_decoder(model)
         if one_row and not fits_one_row(decoder):
             raise ValueError(
-                f"{type(decoder).__name__} is not known to hold the trajectories of a row apart; "
+                f"{type(decoder).__name__} is not known to keep the trajectories of a row apart; "
                 "use one_row=False"
             )
         self.model = model
@@ -98,10 +98,10 @@ class CausalLMPolicy(nn.Module):
         """log p of each assistant token, in the layout of the batch, 0 elsewhere.
 
         Raises:
-            KeyError: an input key is missing.
-            ValueError: a trajectory longer than the model's context, a token outside its
-                vocabulary, no token at all, or entries of wrong type or shape.
-            NotImplementedError: the model changes its logits in a way that is not known here.
+            KeyError: An input key is missing.
+            ValueError: A trajectory is longer than the model's context, a token is outside its
+                vocabulary, there is no token, or entries have a wrong type or shape.
+            NotImplementedError: The model changes its logits in an unknown way.
         """
         decoder = check_decoder(self.model)
         tokens = _Tokens.of(trajectories)
@@ -119,21 +119,21 @@ class CausalLMPolicy(nn.Module):
         chosen = (tokens.assistant & (tokens.position > 0)).nonzero().squeeze(1)
         inputs: dict[str, Any] = {"input_ids": ids}
         accepted = inspect.signature(type(decoder).forward).parameters
-        # A key-value cache would turn off transformers' own look for packed rows.
+        # With a key-value cache transformers would not recognise packed rows.
         if "use_cache" in accepted:
             inputs["use_cache"] = False
         if one_row:
             inputs["position_ids"] = tokens.position.unsqueeze(0)
-        found = self._ask(decoder, inputs, place[chosen - 1], tokens.ids[chosen])
-        out = found.new_zeros(tokens.layout.numel())
-        return out.index_copy(0, tokens.source[chosen], found).reshape(tokens.layout)
+        log_prob = self._ask(decoder, inputs, place[chosen - 1], tokens.ids[chosen])
+        out = log_prob.new_zeros(tokens.layout.numel())
+        return out.index_copy(0, tokens.source[chosen], log_prob).reshape(tokens.layout)
 
     def check(self, trajectories: TensorDictBase) -> None:
         """Refuse trajectories that the model can't read, without running it.
 
         Raises:
-            KeyError: an input key is missing.
-            ValueError: as :meth:`log_prob` does.
+            KeyError: An input key is missing.
+            ValueError: As in :meth:`log_prob`.
         """
         _check(_Tokens.of(trajectories), check_decoder(self.model))
 
@@ -144,7 +144,7 @@ class CausalLMPolicy(nn.Module):
         ``requires_grad`` of all parameters is restored at the end.
 
         Raises:
-            TypeError: the model has no adapters.
+            TypeError: The model has no adapters.
         """
         peft = peft_model(self.model)
         required = [(parameter, parameter.requires_grad) for parameter in peft.parameters()]
@@ -173,9 +173,9 @@ class CausalLMPolicy(nn.Module):
             self._after_head_checked = True
         if logits is question.answer:
             return question.answer
-        # What comes out of the model has been scaled, capped or cast like logits, so it is not
-        # used; but hooks of engines wait for its gradient, and with this they run before the
-        # output layer's backward.
+        # The model has scaled, capped or cast its output like logits, so it is not used. But hooks
+        # of engines wait for its gradient, and with this they run before the output layer's
+        # backward.
         return question.answer + 0.0 * logits.to(question.answer.dtype)
 
 
@@ -183,12 +183,12 @@ class _Tokens(NamedTuple):
     """The tokens that the attention mask leaves in, back to back.
 
     Attributes:
-        ids: int64 ``[n]``.
-        assistant: bool ``[n]``, tokens whose log-prob is wanted.
-        trajectory: int64 ``[n]``, 0, 1, 2, ...
-        position: int64 ``[n]``, in its trajectory.
-        source: int64 ``[n]``, place in the batch read row by row.
-        layout: of the batch.
+        ids: Token ids, int64 ``[n]``.
+        assistant: Tokens whose log-prob is wanted, bool ``[n]``.
+        trajectory: Number of the token's trajectory, int64 ``[n]``: 0, 1, 2, ...
+        position: Position in its trajectory, int64 ``[n]``.
+        source: Place in the batch read row by row, int64 ``[n]``.
+        layout: Layout of the batch.
     """
 
     ids: Tensor
@@ -244,9 +244,9 @@ def _entry(batch: TensorDictBase, key: NestedKey) -> Tensor:
 
 def _check(tokens: _Tokens, decoder: Any) -> tuple[int, int]:
     """Number of trajectories and length of the longest; refuse what the model can't read."""
-    # One look, for an accelerator is waited for.
-    looked = (tokens.ids.amin(), tokens.ids.amax(), tokens.position.amax(), tokens.trajectory[-1])
-    least, most, last, trajectory = torch.stack(looked).tolist()
+    # Read at once, since reading waits for an accelerator.
+    values = (tokens.ids.amin(), tokens.ids.amax(), tokens.position.amax(), tokens.trajectory[-1])
+    least, most, last, trajectory = torch.stack(values).tolist()
     config = decoder.config.get_text_config()
     name = type(decoder).__name__
     if least < 0 or most >= config.vocab_size:
@@ -267,14 +267,14 @@ def _check(tokens: _Tokens, decoder: Any) -> tuple[int, int]:
 
 @dataclass
 class _Question:
-    """What the output layer is asked instead of logits, and its answer.
+    """The output layer computes this instead of logits.
 
     Attributes:
-        index: states (of the model's rows, one after the other) that predict the targets.
-        target: the tokens.
-        states: number of states that must reach the output layer.
-        transform: what the model does with its logits.
-        answer: log p of the targets.
+        index: States (of the model's rows, one after the other) that predict the targets.
+        target: Target tokens.
+        states: Number of states that must reach the output layer.
+        transform: Transform of the model's logits.
+        answer: log p of the targets, once computed.
     """
 
     index: Tensor
@@ -283,8 +283,8 @@ class _Question:
     transform: LogitTransform
     answer: Tensor | None = field(default=None)
 
-    def asked(self, head: nn.Linear, hidden: Tensor) -> Tensor:
-        """Stands in for the forward of the output layer."""
+    def forward(self, head: nn.Linear, hidden: Tensor) -> Tensor:
+        """Replaces the forward of the output layer."""
         if self.answer is not None or hidden.shape[:-1].numel() != self.states:
             raise NotImplementedError(
                 f"{self.states} states were to go through the output layer once, "
@@ -294,7 +294,7 @@ class _Question:
         wanted = len(self.target)
         extra = [0, -wanted % _MULTIPLE]
         states = hidden.reshape(-1, hidden.shape[-1])
-        found = token_log_prob(
+        log_prob = token_log_prob(
             states.index_select(0, nn.functional.pad(self.index, extra)),
             head.weight,
             nn.functional.pad(self.target, extra),
@@ -302,8 +302,8 @@ class _Question:
             scale=self.transform.scale,
             softcap=self.transform.softcap,
         )
-        # No view, for FSDP2 hangs a hook on it.
-        self.answer = found[:wanted].clone()
+        # A copy and not a view, because FSDP2 attaches a hook to it.
+        self.answer = log_prob[:wanted].clone()
         return self.answer
 
 
@@ -313,7 +313,7 @@ def _answering(decoder: Any, question: _Question) -> Iterator[None]:
     heads = [m for m in decoder.get_output_embeddings().modules() if isinstance(m, nn.Linear)]
     for head in heads:
         # On the instance, so that hooks around its call stay.
-        head.forward = partial(question.asked, head)  # type: ignore[method-assign]
+        head.forward = partial(question.forward, head)  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""What families of transformers decoders do around their output layer, read off the model."""
+"""How families of transformers decoders differ around their output layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 # Families that keep the trajectories of one row apart when positions restart; all are tested.
-# Others leak although they take positions (gpt_oss, granitemoe and opt do in transformers 5.23), or
+# Others leak although they read positions (gpt_oss, granitemoe and opt do in transformers 5.23), or
 # carry a state over (state spaces, convolutions, linear attention).
 ONE_ROW_FAMILIES = frozenset(
     {
@@ -45,7 +45,7 @@ def decoder_of(model: nn.Module) -> Any:
     """The transformers model in its wrappings (PEFT, engines, data parallelism, a compiler).
 
     Raises:
-        TypeError: there is none.
+        TypeError: There is none.
     """
     inner: Any = model
     while inner is not None and not hasattr(type(inner), "get_output_embeddings"):
@@ -66,7 +66,7 @@ def peft_model(model: nn.Module) -> Any:
     """The PEFT model in its wrappings (engines, data parallelism, a compiler).
 
     Raises:
-        TypeError: there is none.
+        TypeError: There is none.
     """
     inner: Any = model
     while inner is not None and not hasattr(inner, "peft_config"):
@@ -83,9 +83,9 @@ def check_decoder(model: nn.Module) -> Any:
     """The decoder in ``model``, if log-probs can be computed in its output layer.
 
     Raises:
-        TypeError: no transformers model.
-        ValueError: encoder and decoder, no output layer, no causal decoder, or an output layer
-            that is no plain ``torch.nn.Linear``.
+        TypeError: The model is not a transformers model.
+        ValueError: It has an encoder too, no output layer, or one that is not a plain
+            ``torch.nn.Linear``, or it is not a causal decoder.
     """
     decoder = decoder_of(model)
     name = type(decoder).__name__
@@ -98,7 +98,7 @@ def check_decoder(model: nn.Module) -> Any:
             f"{name} has no output layer (lm_head), so it gives no token probabilities; load it "
             "with transformers.AutoModelForCausalLM"
         )
-    # BERT and its kin see both sides unless told otherwise; causal families have no such choice.
+    # BERT and its relatives see both sides by default; causal families have no such setting.
     both_sides = hasattr(config, "add_cross_attention") and not getattr(config, "is_decoder", True)
     if both_sides or config.model_type in _NOT_CAUSAL or not decoder.can_generate():
         raise ValueError(
@@ -106,8 +106,8 @@ def check_decoder(model: nn.Module) -> Any:
         )
     if getattr(config, "unpadded_vocab_size", None) not in (None, config.vocab_size):
         raise ValueError(f"{name} cuts its vocabulary after the output layer: not supported")
-    # PEFT keeps a trained copy of a whole layer beside the original in a container of its own.
-    heads = [head] if isinstance(head, nn.Linear) else _kept_whole(head)
+    # PEFT puts a layer that is trained as a whole and the original into a container.
+    heads = [head] if isinstance(head, nn.Linear) else _trained_whole(head)
     for layer in heads or [head]:
         plain = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
         if not plain or "forward" in vars(layer):
@@ -119,7 +119,7 @@ def check_decoder(model: nn.Module) -> Any:
     return decoder
 
 
-def _kept_whole(head: Any) -> list[nn.Module]:
+def _trained_whole(head: Any) -> list[nn.Module]:
     copies = getattr(head, "modules_to_save", None)
     if not isinstance(copies, nn.ModuleDict):
         return []
@@ -127,12 +127,12 @@ def _kept_whole(head: Any) -> list[nn.Module]:
 
 
 def fits_one_row(decoder: Any) -> bool:
-    """Whether the model keeps trajectories in one row apart, told by positions that restart."""
+    """Whether the model keeps the trajectories of one row apart by positions that restart."""
     return decoder.config.get_text_config().model_type in ONE_ROW_FAMILIES
 
 
 def varies_lengths(decoder: Any) -> bool:
-    """Whether attention runs on a row's trajectories one by one, without a mask."""
+    """Whether attention runs on the trajectories of a row one by one, without a mask."""
     attention = str(decoder.config._attn_implementation)
     return "flash" in attention or "flex" in attention
 
@@ -146,7 +146,7 @@ class LogitTransform:
 
     @classmethod
     def of(cls, decoder: Any) -> LogitTransform:
-        """As the model's family does it."""
+        """The transform of the model's family."""
         config = decoder.config.get_text_config()
         family = config.model_type
         scale = 1.0
@@ -163,23 +163,23 @@ class LogitTransform:
             cap = config.logits_soft_cap
         return cls(float(scale), None if cap is None else float(cap))
 
-    def check(self, given: Tensor, came_out: Tensor, name: str) -> None:
-        """Refuse a model that does something else to its logits.
+    def check(self, before: Tensor, after: Tensor, name: str) -> None:
+        """Refuse a model that transforms its logits in another way.
 
         Args:
-            given: what the output layer gave.
-            came_out: the model's logits.
-            name: of the model.
+            before: Output of the output layer.
+            after: Logits of the model.
+            name: Name of the model, for the error.
 
         Raises:
-            NotImplementedError: ``came_out`` is not this transform of ``given``.
+            NotImplementedError: ``after`` is not this transform of ``before``.
         """
-        expected = given * self.scale
+        expected = before * self.scale
         if self.softcap is not None:
             expected = self.softcap * torch.tanh(expected / self.softcap)
-        # NaN is the weights' fault, and whoever uses the log-probs will name it.
-        same = came_out.shape == given.shape and torch.allclose(
-            came_out.to(expected.dtype),
+        # NaN comes from the weights; the code that uses the log-probs reports it.
+        same = after.shape == before.shape and torch.allclose(
+            after.to(expected.dtype),
             expected,
             rtol=_CAST_TOLERANCE,
             atol=_CAST_TOLERANCE,

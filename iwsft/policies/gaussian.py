@@ -26,15 +26,15 @@ class GaussianPolicy(ProbabilisticActor):
     ``log_prob(trajectories)`` gives one number per step in any layout.
 
     Args:
-        observation_dim: size of the observation.
-        action_dim: size of the action; actions are in [-1, 1].
-        hidden: units of the hidden layers.
-        squash: tanh-Normal instead: a tanh after sampling, none on the mean.
-        state_dependent_std: a second head gives the log-std of each state.
-        log_std_bounds: the log-std is clamped to this range.
-        log_std_init: the log-std at the start (the bias of its head when state-dependent).
-        in_key: key of the observation.
-        out_key: key of the action.
+        observation_dim: Size of the observation.
+        action_dim: Size of the action; actions are in [-1, 1].
+        hidden: Units of the hidden layers.
+        squash: Whether to use a tanh-Normal: a tanh after sampling, none on the mean.
+        state_dependent_std: Whether a second head gives the log-std of each state.
+        log_std_bounds: Range to which the log-std is clamped.
+        log_std_init: Log-std at the start (the bias of its head when state-dependent).
+        in_key: Key of the observation.
+        out_key: Key of the action.
     """
 
     def __init__(

@@ -24,27 +24,27 @@ def token_log_prob(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """log softmax(logits)[target], the logits being computed block by block and never kept.
+    """log softmax(logits)[target]; the logits are computed block by block and never stored.
 
     ``logits = scale * (hidden @ weight.T + bias)``, then ``softcap * tanh(logits / softcap)`` where
-    there is a cap. The log-normaliser is accumulated over blocks of the vocabulary; backward
-    computes each block again (one product more than the plain way), so that what is held between
-    the two is one number a token. Sums, log-probs and the gradients on their way are float32, or
-    float64 for float64 inputs; under autocast the products take its dtype.
+    there is a cap. The log-normaliser is accumulated over blocks of the vocabulary. Backward
+    computes each block again (one product more than the plain way), so only one number a token is
+    stored between the two. Sums, log-probs and intermediate gradients are float32, or float64 for
+    float64 inputs; under autocast the products take its dtype.
 
     Args:
-        hidden: ``[n, d]``, the states that predict the targets; n may be 0.
-        weight: ``[V, d]``, of the output layer.
-        target: int64 ``[n]``, in ``[0, V)`` (not looked at).
-        bias: ``[V]``.
-        scale: factor on the logits.
-        softcap: bound of the capped logits.
+        hidden: States that predict the targets, ``[n, d]``; n may be 0.
+        weight: Weight of the output layer, ``[V, d]``.
+        target: Target tokens, int64 ``[n]``, in ``[0, V)`` (not checked).
+        bias: Bias of the output layer, ``[V]``.
+        scale: Factor on the logits.
+        softcap: Bound of the capped logits.
 
     Returns:
         ``[n]``, float32 (float64 for float64 inputs), differentiable once in hidden, weight, bias.
 
     Raises:
-        ValueError: shapes that do not fit together, or a cap that is not positive.
+        ValueError: Shapes do not fit together, or the cap is not positive.
     """
     tokens, width = hidden.shape if hidden.ndim == 2 else (-1, -1)
     if (
@@ -107,10 +107,10 @@ class _TokenLogProb(torch.autograd.Function):
         hidden, weight, bias, target, total, log_prob = ctx.saved_tensors
         blocks = _Blocks(hidden, weight, bias, target, *ctx.settings)
         with torch.autocast(hidden.device.type, enabled=False):
-            found = _gradients(
+            gradients = _gradients(
                 blocks, total, log_prob, grads[0].to(blocks.wide), ctx.needs_input_grad[:3]
             )
-        return *found, None, None, None, None
+        return *gradients, None, None, None, None
 
 
 def _gradients(
@@ -123,21 +123,21 @@ def _gradients(
     """Gradients to hidden, weight and bias; None where not needed."""
     for_hidden, for_weight, for_bias = needed
     wide, device = blocks.wide, upstream.device
-    # d log p / d logits = onehot - softmax; the sign and the scale are put into the factor.
+    # d log p / d logits = onehot - softmax; the factor contains the sign and the scale.
     factor = (-blocks.scale * upstream).unsqueeze(1)
     to_hidden = torch.zeros(blocks.hidden.shape, dtype=wide, device=device) if for_hidden else None
     to_weight = torch.empty_like(blocks.full_weight) if for_weight else None
     to_bias = torch.empty_like(blocks.bias) if for_bias and blocks.bias is not None else None
     for columns in blocks.columns():
         part = blocks.weight(columns)
-        held = torch.zeros(part.shape, dtype=wide, device=device) if for_weight else None
+        for_part = torch.zeros(part.shape, dtype=wide, device=device) if for_weight else None
         summed = torch.zeros(len(part), dtype=wide, device=device)
         for rows in blocks.rows():
             logits = blocks.logits(rows, columns, part)
             slope = blocks.slope(logits)
             position, inside = blocks.targets(rows, columns)
             grad = logits.sub_(total[rows, None]).exp_()
-            # p - 1 at the target, with all its digits where p is near 1.
+            # p - 1 at the target, exact to the last digits where p is near 1.
             at_target = torch.expm1(log_prob[rows])
             grad.scatter_(
                 1,
@@ -152,10 +152,10 @@ def _gradients(
             grad = grad.to(blocks.dtype)
             if to_hidden is not None:
                 accumulate_(to_hidden[rows], grad, part)
-            if held is not None:
-                accumulate_(held, grad.t(), blocks.hidden[rows])
-        if to_weight is not None and held is not None:
-            to_weight[columns] = held
+            if for_part is not None:
+                accumulate_(for_part, grad.t(), blocks.hidden[rows])
+        if to_weight is not None and for_part is not None:
+            to_weight[columns] = for_part
         if to_bias is not None:
             to_bias[columns] = summed
     if to_hidden is not None:
@@ -167,9 +167,9 @@ class _Blocks:
     """The logits, a block of tokens by a block of the vocabulary at a time.
 
     Attributes:
-        wide: dtype of logits and sums.
-        dtype: of the factors of a product.
-        hidden: in that dtype.
+        wide: Type of logits and sums.
+        dtype: Type of the factors of a product.
+        hidden: States, in that type.
     """
 
     def __init__(
@@ -184,8 +184,8 @@ class _Blocks:
     ) -> None:
         self.wide = torch.promote_types(dtype, torch.float32)
         on_cuda = hidden.device.type == "cuda" and torch.version.hip is None
-        # Only CUDA multiplies half-precision factors into float32; its rounding of the factors is
-        # kept elsewhere, too.
+        # Only CUDA multiplies half-precision factors into float32. Elsewhere the factors are
+        # rounded in the same way.
         self.dtype = dtype if on_cuda else self.wide
         self.hidden_dtype = hidden.dtype
         self.hidden = hidden.to(dtype).to(self.dtype)
@@ -222,7 +222,7 @@ class _Blocks:
         return None if self.softcap is None else 1 - (logits / self.softcap).square()
 
     def targets(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
-        """Column of each target ``[rows, 1]`` (0 where it is elsewhere), and whether it is here."""
+        """Column of each target in the block, ``[rows, 1]``, or 0; and whether it is in it."""
         position = self.target[rows] - columns.start
         inside = (position >= 0) & (position < columns.stop - columns.start)
         return torch.where(inside, position, 0).unsqueeze(1), inside

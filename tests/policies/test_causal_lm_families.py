@@ -66,7 +66,7 @@ def test_recurrent_and_leaking_families_take_a_row_a_trajectory() -> None:
         batch = packed((9, 1, 14, 20))
         found = CausalLMPolicy(model).log_prob(batch)
         torch.testing.assert_close(found, alone(model, batch), rtol=1e-6, atol=1e-6)
-        with pytest.raises(ValueError, match="hold the trajectories of a row apart.*one_row=False"):
+        with pytest.raises(ValueError, match="keep the trajectories of a row apart.*one_row=False"):
             CausalLMPolicy(model, one_row=True)
 
 
