@@ -63,11 +63,6 @@ class FinishedRun:
         return self.result["seed"]
 
     @property
-    def score(self) -> float | None:
-        """D4RL-normalised score of the last policy, mean over its episodes."""
-        return self.result.get("normalized_score")
-
-    @property
     def versions(self) -> dict[str, str]:
         """Packages that trained and scored the run."""
         return {**self.config.get("versions", {}), **self.result.get("versions", {})}
