@@ -80,7 +80,12 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(algo: str, dataset: Path, out: Path, **values: Any) -> tuple[Run, Task]:
     """What the command does before a run."""
-    standard = {"steps": STEPS.get(algo, 500), "reference_steps": 300, "eval_episodes": EPISODES}
+    standard = {
+        "steps": STEPS.get(algo, 400),
+        "reference_steps": 200,
+        "eval_episodes": EPISODES,
+        "curve_episodes": 0,
+    }
     options = Options(algo=(algo,), out=out, **standard | values)
     check_options(options, chosen_suite(options))
     task = Task.load(str(dataset), options.pretrain_dataset)
