@@ -218,8 +218,7 @@ def fit(
                 updater.step()
             # A last gradient can be NaN although its loss was finite.
             if (save or last) and not all(bool(p.isfinite().all()) for p in loss.parameters()):
-                problem = "the policy is no longer finite"
-                raise FloatingPointError(_diverged(problem, step, schedules))
+                raise _diverged("the policy is no longer finite", step, schedules)
             if folder is not None and save:
                 state = {name: part.state_dict() for name, part in parts.items()}
                 state |= {"draws": _generators(), "step": step, **asdict(cost())}
@@ -271,19 +270,17 @@ def _check_limits(row: Row, limits: Mapping[str, float], schedules: Mapping[str,
     """Refuse a loss that is not finite, and an output beyond its limit."""
     step = int(row["step"])
     if not math.isfinite(row["loss"]):
-        raise FloatingPointError(_diverged("the loss is no longer finite", step, schedules))
+        raise _diverged("the loss is no longer finite", step, schedules)
     for name, limit in limits.items():
         # A loss may leave out the outputs of a network that is not due.
         if name in row and not abs(row[name]) <= limit:
-            problem = (
-                f"training has diverged: {name} is {row[name]:.4g}, beyond its limit ({limit:.4g})"
-            )
-            raise FloatingPointError(_diverged(problem, step, schedules))
+            value = f"{name} is {row[name]:.4g}, beyond its limit ({limit:.4g})"
+            raise _diverged(f"training has diverged: {value}", step, schedules)
 
 
-def _diverged(problem: str, step: int, schedules: Mapping[str, Schedule]) -> str:
+def _diverged(problem: str, step: int, schedules: Mapping[str, Schedule]) -> FloatingPointError:
     rates = ", ".join(f"{network.lr:g}" for network in schedules.values())
-    return (
+    return FloatingPointError(
         f"{problem} at update {step}; lower the learning rate ({rates}), and see in the metrics "
         "how the loss and other values grew. The last good checkpoint is kept"
     )

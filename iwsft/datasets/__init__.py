@@ -62,7 +62,9 @@ def load(name_or_path: str | Path, *, cache_dir: str | Path | None = None) -> Of
     """
     name = str(name_or_path)
     if name in BUNDLED:
-        return _load_bundled(name)
+        file = resources.files("iwsft.datasets") / "data" / f"{name}.hdf5"
+        with resources.as_file(file) as path:
+            return d4rl.read(path, name=name, source=f"iwsft.datasets/data/{name}.hdf5")
     if name in CATALOG:
         return _load_d4rl(name, cache_folder(cache_dir))
     if isinstance(name_or_path, Path) or name.lower().endswith(_HDF5_SUFFIXES):
@@ -78,12 +80,6 @@ def load(name_or_path: str | Path, *, cache_dir: str | Path | None = None) -> Of
         f"unknown dataset {name!r}{hint} Pass the path of a .hdf5 file in D4RL's layout, a Minari "
         f"id ('{_MINARI_PREFIX}NAME-v0'), or one of: {', '.join(available())}"
     )
-
-
-def _load_bundled(name: str) -> OfflineDataset:
-    file = resources.files("iwsft.datasets") / "data" / f"{name}.hdf5"
-    with resources.as_file(file) as path:
-        return d4rl.read(path, name=name, source=f"iwsft.datasets/data/{name}.hdf5")
 
 
 def _load_d4rl(name: str, cache: Path) -> OfflineDataset:

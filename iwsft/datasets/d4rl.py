@@ -30,6 +30,7 @@ from iwsft.datasets.dataset import OfflineDataset, fingerprint_of
 from iwsft.datasets.episodes import Flags, Floats, Steps, check_steps, cut_steps, first_row_outside
 
 if TYPE_CHECKING:
+    import gymnasium
     import h5py
 
 REQUIRED = ("observations", "actions", "rewards", "terminals")
@@ -181,38 +182,35 @@ def _check_actions(actions: Floats, env_id: str | None, where: str) -> None:
     if env_id is None:
         rule += "; for a wider action space, name the environment in the file's attribute 'env_id'"
     elif env_id not in catalog.ENV_IDS:
-        low, high = _action_bounds(env_id, actions.shape[1], where, row)
-        row = first_row_outside(actions, low, high)
+        space = _action_space(env_id, where, row)
+        if space.shape != actions.shape[1:]:
+            raise ValueError(
+                f"{where}: 'actions' has {actions.shape[1]} columns, and the action space of "
+                f"{env_id} is {space}"
+            )
+        row = first_row_outside(actions, space.low, space.high)
         if row is None:
             return
-        rule = (
-            f"actions must lie in the action space of {env_id}, {low.tolist()} to {high.tolist()}"
-        )
+        bounds = f"{space.low.tolist()} to {space.high.tolist()}"
+        rule = f"actions must lie in the action space of {env_id}, {bounds}"
     raise ValueError(
         f"{where}: 'actions' is out of range at row {row} ({actions[row].tolist()}); {rule}. "
         "Rescale or clip the actions"
     )
 
 
-def _action_bounds(
-    env_id: str, columns: int, where: str, row: int
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    import gymnasium
+def _action_space(env_id: str, where: str, row: int) -> gymnasium.spaces.Box:
+    from iwsft import environments
 
     try:
-        env = gymnasium.make(env_id)
-    except (gymnasium.error.Error, ImportError) as error:
+        env = environments.make(env_id)
+    except (ValueError, ImportError) as error:
         raise ValueError(
             f"{where}: 'actions' leaves [-1, 1] at row {row}, and {env_id} cannot be made here for "
             f"its action space ({error}). Install the environment, or rescale the actions"
         ) from error
-    space = env.action_space
     env.close()
-    if not isinstance(space, gymnasium.spaces.Box) or space.shape != (columns,):
-        raise ValueError(
-            f"{where}: 'actions' has {columns} columns, and the action space of {env_id} is {space}"
-        )
-    return space.low, space.high
+    return environments.action_space(env)
 
 
 def _describe_missing(path: Path) -> str:

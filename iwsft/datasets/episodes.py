@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,8 +78,12 @@ def check_steps(steps: Steps, source: str) -> None:
     _check_shapes(steps, source)
     for field in ("observations", "actions", "rewards", "next_observations"):
         values = getattr(steps, field)
-        if values is not None:
-            _check_finite(values, field, source)
+        row = None if values is None else _first_row(values, _not_finite)
+        if row is not None:
+            raise ValueError(
+                f"{source}: {field!r} is NaN or infinite at row {row} ({values[row].tolist()}); "
+                "drop the episode of that row from the data, or repair it"
+            )
 
 
 def cut_steps(steps: Steps) -> TensorDict:
@@ -109,7 +114,7 @@ def cut_steps(steps: Steps) -> TensorDict:
 
 
 def first_row_outside(
-    actions: Floats, low: float | NDArray[np.floating], high: float | NDArray[np.floating]
+    actions: Floats, low: float | NDArray[Any], high: float | NDArray[Any]
 ) -> int | None:
     """Return the first row beyond ``[low, high]`` by more than the tolerance, if any."""
 
@@ -124,16 +129,11 @@ def _check_shapes(steps: Steps, source: str) -> None:
     rows = len(steps.observations)
     if rows == 0:
         raise ValueError(f"{source} holds no steps: 'observations' has 0 rows")
-    for field, ndim in (
-        ("observations", 2),
-        ("actions", 2),
-        ("rewards", 1),
-        ("terminals", 1),
-        ("timeouts", 1),
-    ):
+    for field in ("observations", "actions", "rewards", "terminals", "timeouts"):
         shape = getattr(steps, field).shape
-        if len(shape) != ndim or 0 in shape[1:]:
-            expected = "[steps, features]" if ndim == 2 else "[steps]"
+        vectors = field in ("observations", "actions")
+        if len(shape) != 1 + vectors or 0 in shape[1:]:
+            expected = "[steps, features]" if vectors else "[steps]"
             raise ValueError(f"{source}: {field!r} has shape {list(shape)}, expected {expected}")
         if shape[0] != rows:
             raise ValueError(
@@ -148,16 +148,8 @@ def _check_shapes(steps: Steps, source: str) -> None:
         )
 
 
-def _check_finite(values: Floats, field: str, source: str) -> None:
-    def not_finite(chunk: Floats) -> Flags:
-        return np.asarray(~np.isfinite(chunk).reshape(len(chunk), -1).all(axis=1))
-
-    row = _first_row(values, not_finite)
-    if row is not None:
-        raise ValueError(
-            f"{source}: {field!r} is NaN or infinite at row {row} ({values[row].tolist()}); drop "
-            "the episode of that row from the data, or repair it"
-        )
+def _not_finite(chunk: Floats) -> Flags:
+    return np.asarray(~np.isfinite(chunk).reshape(len(chunk), -1).all(axis=1))
 
 
 def _first_row(values: Floats, bad: Callable[[Floats], Flags]) -> int | None:

@@ -233,11 +233,11 @@ def _fields(trajectories: TensorDictBase) -> Fields:
 
 
 def _check_infos(infos: Mapping[str, NDArray[Any]] | None, fields: Fields) -> Fields:
-    rows = len(fields["rewards"])
-    for name, values in (infos or {}).items():
+    infos, rows = infos or {}, len(fields["rewards"])
+    for name, values in infos.items():
         if len(values) != rows:
             raise ValueError(f"infos {name!r} has {len(values)} rows, the data {rows} steps")
-    return {name: np.asarray(values) for name, values in (infos or {}).items()}
+    return {name: np.asarray(values) for name, values in infos.items()}
 
 
 def _reserve(folder: Path, fields: Fields, episodes: int) -> None:
