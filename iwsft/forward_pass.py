@@ -76,7 +76,7 @@ class ForwardPass:
             raise ValueError(f"rows={rows} must be at least 1")
         self.policy = policy
         self.trajectories = trajectories
-        self.device = device_of(policy) if device is None else device
+        self.device = _device_of(policy) if device is None else device
         self.collate = collate
         self._segments = segments
         self._shared = shared
@@ -94,9 +94,8 @@ class ForwardPass:
         self._examples = trajectories.exclude(MULTIPLICITY)
         self._sizes = lengths(trajectories).cpu()
         self._stops = self._sizes.cumsum(0)
-        self.batches = [*_with_new(batches, len(self._sizes))]
-        if complete:
-            self._complete(rows)
+        sizes = self._sizes.tolist()
+        self.batches = [*_micro_batches(batches, sizes, rows=rows, complete=complete)]
 
     @property
     def rounds(self) -> int:
@@ -152,13 +151,6 @@ class ForwardPass:
         out[self.steps(0, self.rounds).to(out.device)] = log_prob
         return out.reshape(self._segments.shape).to(self._segments.index.device)
 
-    def _complete(self, rows: int) -> None:
-        sizes = self._sizes.tolist()
-        batches = [batch[0] for batch in self.batches if not isinstance(batch, slice)]
-        room = max((sum(sizes[t] for t in members) for members in batches), default=rows)
-        left = {*range(len(sizes))}.difference(*batches)
-        self.batches += [(new, new) for new in batches_by_length(sizes, sorted(left), room)]
-
     def _log_prob(self, batch: TensorDictBase, shape: torch.Size) -> Tensor:
         return step_log_prob(
             self.policy, batch if self.device is None else batch.to(self.device), shape
@@ -185,22 +177,32 @@ class ForwardPass:
         return torch.cat([parts[trajectory] for trajectory in new])
 
 
-def _with_new(batches: Sequence[Sequence[int]], number: int) -> list[tuple[list[int], list[int]]]:
+def _micro_batches(
+    batches: Sequence[Sequence[int]], sizes: Sequence[int], *, rows: int, complete: bool
+) -> list[tuple[list[int], list[int]]]:
     """The distinct trajectories of each batch, and those that no batch before it holds."""
     seen: set[int] = set()
-    out = []
+    planned = []
     for place, batch in enumerate(batches):
         members = sorted(set(batch))
-        if members and not 0 <= members[0] <= members[-1] < number:
+        if members and not 0 <= members[0] <= members[-1] < len(sizes):
             raise ValueError(
                 f"batch {place} holds trajectories {members[0]} to {members[-1]}; the data has "
-                f"those from 0 to {number - 1}"
+                f"those from 0 to {len(sizes) - 1}"
             )
         new = [trajectory for trajectory in members if trajectory not in seen]
         if new:
-            out.append((members, new))
+            planned.append((members, new))
             seen.update(new)
-    return out
+    left = [trajectory for trajectory in range(len(sizes)) if trajectory not in seen]
+    # The longest first, so that what does not fit into memory fails at once.
+    left.sort(key=lambda trajectory: -sizes[trajectory])
+    room = max((sum(sizes[t] for t in set(batch)) for batch in batches), default=rows)
+    while complete and left:
+        number = max(1, room // sizes[left[0]])
+        planned.append((sorted(left[:number]), sorted(left[:number])))
+        left = left[number:]
+    return planned
 
 
 def whole_trajectories(segments: Segments, rows: int) -> Iterator[slice]:
@@ -223,24 +225,7 @@ def whole_trajectories(segments: Segments, rows: int) -> Iterator[slice]:
         start = stop
 
 
-def batches_by_length(sizes: Sequence[int], chosen: Sequence[int], rows: int) -> list[list[int]]:
-    """Batches of trajectories of similar length, the longest first, so that a failure comes early.
-
-    Args:
-        sizes: Steps of each trajectory.
-        chosen: Positions of the trajectories to divide up.
-        rows: Largest number of steps of a batch, padding included, unless one trajectory has more.
-    """
-    left = sorted(chosen, key=lambda trajectory: -sizes[trajectory])
-    batches = []
-    while left:
-        number = max(1, rows // sizes[left[0]])
-        batches.append(sorted(left[:number]))
-        left = left[number:]
-    return batches
-
-
-def device_of(policy: Any) -> torch.device | None:
+def _device_of(policy: Any) -> torch.device | None:
     """Device that a policy reads from; None where it has no parameters."""
     # An engine knows better than parameters that are offloaded.
     device = getattr(getattr(policy, "model", None), "device", None)

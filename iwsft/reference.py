@@ -52,7 +52,6 @@ def annotate_reference(
     collate: Collate = torch.cat,  # type: ignore[assignment]
     cache: str | Path | None = None,
     rows: int = 8192,
-    device: torch.device | str | None = None,
 ) -> TensorDictBase:
     """Write log pi_ref(a|s) of every step into the trajectories, as ``ref_log_prob``.
 
@@ -79,7 +78,6 @@ def annotate_reference(
         cache: Folder of stored results, made if it is missing; None stores nothing.
         rows: Steps of a chunk, or of a batch of similar length, at most; a longer trajectory is
             not cut.
-        device: Device of the batches; by default that of the policy.
 
     Returns:
         ``trajectories``, with ``ref_log_prob`` float32, one number a step, 0 off the mask.
@@ -102,7 +100,6 @@ def annotate_reference(
         batches if batches or tokens else None,
         collate=collate,
         rows=rows,
-        device=device,
         complete=True,
         shared=True,
     )

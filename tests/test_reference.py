@@ -43,7 +43,7 @@ def gaussian(seed: int = 0, **settings: Any) -> GaussianPolicy:
 
 
 class Counting(nn.Module):
-    """log p = offset x sum of the action; counts the steps it was asked for."""
+    """log p = offset x sum of the action; counts the steps that it ran."""
 
     def __init__(self, offset: float = 0.5) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ def test_cache_returns_the_same_bits_without_a_sweep(tmp_path: Path, layout: str
     assert len(files(tmp_path / "made" / "here")) == 1
 
 
-def test_kept_file_is_an_array(tmp_path: Path) -> None:
+def test_stored_file_is_an_array(tmp_path: Path) -> None:
     data = annotate_reference(gaussian(), dataset(), cache=tmp_path)
     assert np.array_equal(np.load(files(tmp_path)[0]), data["ref_log_prob"].numpy())
 
@@ -215,11 +215,11 @@ def test_changed_code_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
     annotate_reference(gaussian(1), dataset(), cache=tmp_path)
-    kept = {path: path.read_bytes() for path in files(tmp_path)}
+    stored = {path: path.read_bytes() for path in files(tmp_path)}
     data = dataset()
     with file_size_limit(500), pytest.raises(OSError, match="no space left to write"):
         annotate_reference(gaussian(), data, cache=tmp_path)
-    assert {path: path.read_bytes() for path in files(tmp_path)} == kept
+    assert {path: path.read_bytes() for path in files(tmp_path)} == stored
 
 
 def test_cache_folder_that_is_a_file_fails_before_the_sweep(tmp_path: Path) -> None:

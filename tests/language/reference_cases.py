@@ -110,24 +110,24 @@ def alone(model: Any, data: TensorDict) -> Tensor:
         here = data["collector", "traj_ids"] == row
         ids = tokens[here]
         logits = model(input_ids=ids[None]).logits[0].log_softmax(-1)
-        found = logits[:-1].gather(1, ids[1:, None]).squeeze(1)
-        parts.append(torch.cat([logits.new_zeros(1), torch.where(mask[here][1:], found, 0.0)]))
+        log_prob = logits[:-1].gather(1, ids[1:, None]).squeeze(1)
+        parts.append(torch.cat([logits.new_zeros(1), torch.where(mask[here][1:], log_prob, 0.0)]))
     return torch.cat(parts).detach()
 
 
 class Counting(CausalLMPolicy):
-    """Keeps the batches it was asked for, and breaks at one of them."""
+    """Records the batches that it ran, and breaks at one of them."""
 
     def __init__(self, model: Any, *, breaks_at: int | None = None) -> None:
         super().__init__(model)
-        self._asked: list[list[int]] = []
+        self._batches: list[list[int]] = []
         self._breaks_at = breaks_at
 
     def log_prob(self, trajectories: TensorDictBase) -> Tensor:
-        if len(self._asked) == self._breaks_at:
+        if len(self._batches) == self._breaks_at:
             raise InterruptedError
         ids = trajectories["collector", "traj_ids"]
-        self._asked.append(ids.unique().tolist())
+        self._batches.append(ids.unique().tolist())
         return super().log_prob(trajectories)
 
 

@@ -73,21 +73,21 @@ SIZES = st.lists(st.integers(1, 20), min_size=1, max_size=8)
 def test_padded_and_packed_hold_the_same(sizes, data, multiple, pad):
     trajectories = dataset(sizes)
     entries = TrajectoryDataset(trajectories)
-    drawn = data.draw(st.lists(st.integers(0, len(sizes) - 1), min_size=1, max_size=10))
-    examples = [entries[number] for number in drawn]
+    numbers = data.draw(st.lists(st.integers(0, len(sizes) - 1), min_size=1, max_size=10))
+    examples = [entries[number] for number in numbers]
     packed = collate(examples, layout="packed")
     padded = collate(examples, pad_token_id=pad, multiple_of=multiple)
 
-    counts = Counter(drawn)
-    found = content(packed)
-    assert found == content(padded)
-    assert set(found) == set(counts)
-    for traj_id, own in found.items():
+    counts = Counter(numbers)
+    batched = content(packed)
+    assert batched == content(padded)
+    assert set(batched) == set(counts)
+    for traj_id, own in batched.items():
         source = trajectories[trajectories.get(TRAJ_IDS) == traj_id]
         assert own[str(TOKENS)] == source.get(TOKENS).tolist()
         assert own[str(REF_LOG_PROB)] == source.get(REF_LOG_PROB).tolist()
         assert own[str(MULTIPLICITY)] == [counts[traj_id]] * sizes[traj_id]
-    longest = max(sizes[number] for number in drawn)
+    longest = max(sizes[number] for number in numbers)
     assert packed.batch_size == (sum(sizes[i] for i in counts),)
     assert padded.batch_size[0] == len(counts)
     assert longest <= padded.batch_size[1] < longest + multiple
@@ -152,15 +152,15 @@ def test_an_epoch_holds_each_trajectory_as_often_as_it_counts(settings, layout):
     data = dataset([5, 7, 3, 9, 4, 6, 8], multiplicity)
     sampler = EpochSampler(data, **settings, layout=layout, multiple_of=2, seed=3)
     for epoch in range(3):
-        drawn: Counter[int] = Counter()
+        occurrences: Counter[int] = Counter()
         assert sampler.epoch == epoch
         for _ in range(len(sampler.batches)):
             batch = sampler.sample()
             for traj_id, own in content(batch).items():
-                drawn[traj_id] += own[str(MULTIPLICITY)][0]
+                occurrences[traj_id] += own[str(MULTIPLICITY)][0]
             if "token_budget" in settings:
                 assert batch.batch_size.numel() <= 30
-        assert [drawn[i] for i in range(7)] == multiplicity
+        assert [occurrences[i] for i in range(7)] == multiplicity
 
 
 def test_epochs_differ_seeds_differ_and_the_same_seed_is_the_same():

@@ -71,10 +71,10 @@ def test_with_a_budget_of_tokens_all_epochs_are_alike(
     batches = EpochBatches(torch.tensor(sizes), token_budget=12, padded=padded)
     plan = UpdatePlan(batches, accumulation=2, processes=processes, epochs=3)
     for epoch in range(3):
-        held = plan.epoch(epoch)
-        assert len(held) == len(plan) * processes
-        assert _counted(held) == Counter(range(len(sizes)))
-        for batch in held:
+        planned = plan.epoch(epoch)
+        assert len(planned) == len(plan) * processes
+        assert _counted(planned) == Counter(range(len(sizes)))
+        for batch in planned:
             tokens = [sizes[entry] for entry in batch]
             assert (max(tokens, default=0) * len(tokens) if padded else sum(tokens)) <= 12
 

@@ -38,10 +38,10 @@ def part_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_stored_result_is_read_and_only_the_first_batch_runs(tmp_path: Path) -> None:
     first, second = dataset(), dataset()
     for data in (first, second):
-        asked = Counting(decoder())
-        annotate(asked, data, cache=tmp_path / "made" / "here")
-        assert len(asked._asked) == (len(BATCHES) if data is first else 1)
-    assert asked._asked == [[1, 5, 7]]
+        counting = Counting(decoder())
+        annotate(counting, data, cache=tmp_path / "made" / "here")
+        assert len(counting._batches) == (len(BATCHES) if data is first else 1)
+    assert counting._batches == [[1, 5, 7]]
     assert torch.equal(first["ref_log_prob"], second["ref_log_prob"])
     assert len(files(tmp_path / "made" / "here")) == 1
 
@@ -84,7 +84,7 @@ def half(theta: CausalLMPolicy, data: TensorDict, how: dict[str, Any]) -> None:
 
 
 def code(theta: CausalLMPolicy, data: TensorDict, how: dict[str, Any]) -> None:
-    theta.model.model.norm.register_forward_hook(lambda *held: held[2] * 1.001)
+    theta.model.model.norm.register_forward_hook(lambda *arguments: arguments[2] * 1.001)
 
 
 def token(theta: CausalLMPolicy, data: TensorDict, how: dict[str, Any]) -> None:
@@ -146,7 +146,7 @@ def test_interrupted_pass_continues(tmp_path: Path, at: int) -> None:
     again = Counting(decoder())
     annotate(again, data, cache=tmp_path)
     # The first once more, for the key, and those that were not done.
-    assert again._asked == [sorted(batch) for batch in [BATCHES[0], *BATCHES[at:]]]
+    assert again._batches == [sorted(batch) for batch in [BATCHES[0], *BATCHES[at:]]]
     assert torch.equal(data["ref_log_prob"], whole["ref_log_prob"])
     assert len(files(tmp_path)) == 1
 
@@ -162,7 +162,7 @@ def test_a_part_is_a_fixed_number_of_batches(
     assert len(files(tmp_path)) == 2
     again = Counting(decoder())
     annotate(again, dataset(), [[n] for n in range(10)], cache=tmp_path)
-    assert again._asked == [[0], [6], [7], [8], [9]]
+    assert again._batches == [[0], [6], [7], [8], [9]]
 
 
 def _killed(folder: Path, threads: int) -> None:
@@ -203,13 +203,13 @@ def test_a_killed_process_leaves_parts_that_the_next_one_reads(
 @pytest.mark.parametrize("part", [False, True])
 def test_corrupt_and_foreign_files_are_named(tmp_path: Path, harm: str, part: bool) -> None:
     other = tmp_path / "other"
-    for theta, cache in ((decoder(1), other), (decoder(), tmp_path / "kept")):
-        asked = Counting(theta, breaks_at=2 if part else None)
+    for theta, cache in ((decoder(1), other), (decoder(), tmp_path / "stored")):
+        counting = Counting(theta, breaks_at=2 if part else None)
         try:
-            annotate(asked, dataset(), cache=cache)
+            annotate(counting, dataset(), cache=cache)
         except InterruptedError:
             assert part
-    path = files(tmp_path / "kept")[-1]
+    path = files(tmp_path / "stored")[-1]
     content = bytearray(path.read_bytes())
     content[140] ^= 1
     path.write_bytes(
@@ -223,11 +223,11 @@ def test_corrupt_and_foreign_files_are_named(tmp_path: Path, harm: str, part: bo
     data = dataset()
     again = Counting(decoder())
     with pytest.raises(ValueError, match="is corrupt or belongs elsewhere.*delete the file") as e:
-        annotate(again, data, cache=tmp_path / "kept")
-    assert str(path) in str(e.value) and len(again._asked) == 1
+        annotate(again, data, cache=tmp_path / "stored")
+    assert str(path) in str(e.value) and len(again._batches) == 1
     assert "ref_log_prob" not in data.keys()  # noqa: SIM118
     path.unlink()
-    annotate(again, data, cache=tmp_path / "kept")
+    annotate(again, data, cache=tmp_path / "stored")
     whole = dataset()
     annotate(policy(), whole)
     assert torch.equal(data["ref_log_prob"], whole["ref_log_prob"])
@@ -235,10 +235,10 @@ def test_corrupt_and_foreign_files_are_named(tmp_path: Path, harm: str, part: bo
 
 def test_cache_that_is_a_file_fails_before_the_first_forward(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    asked = Counting(decoder())
+    counting = Counting(decoder())
     with pytest.raises(FileExistsError, match="file"):
-        annotate(asked, dataset(), cache=tmp_path / "file")
-    assert asked._asked == []
+        annotate(counting, dataset(), cache=tmp_path / "file")
+    assert counting._batches == []
 
 
 def test_a_resumed_run_reads_the_reference_that_its_model_can_no_longer_give(

@@ -74,7 +74,7 @@ def _zero3(model: Any) -> Any:
     )
     padded = 0
     for parameter in engine.module.parameters():
-        # What is left of the last shard holds whatever memory held.
+        # The rest of the last shard is uninitialised memory.
         filled = parameter.ds_numel - dist.get_rank() * parameter.ds_tensor.ds_numel
         parameter.ds_tensor.data[filled:] = torch.rand(()).add(os.getpid())
         padded += filled < parameter.ds_tensor.ds_numel
@@ -86,12 +86,12 @@ def _one_process() -> Tensor:
     """In this process alone, batch by batch."""
     data, theta = dataset(), CausalLMPolicy(decoder(**UNEVEN).eval())
     entries = TrajectoryDataset(data)
-    found: dict[int, Tensor] = {}
+    parts: dict[int, Tensor] = {}
     for batch in BATCHES:
         rows = theta.log_prob(collate([entries[number] for number in batch])).detach()
         for row, number in zip(rows, sorted(batch), strict=True):
-            found[number] = row[: len(entries[number])]
-    return torch.cat([found[number] for number in sorted(found)])
+            parts[number] = row[: len(entries[number])]
+    return torch.cat([parts[number] for number in sorted(parts)])
 
 
 def _check(wrap: Callable[[Any], Any], rank: int, folder: Path) -> None:

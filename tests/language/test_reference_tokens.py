@@ -32,10 +32,10 @@ def test_is_the_log_prob_of_each_trajectory(layout: Any) -> None:
     keys = set(data.keys(True, True))
     annotate(policy(), data, layout=layout)
     assert set(data.keys(True, True)) == {*keys, "ref_log_prob"}
-    found = data["ref_log_prob"]
-    assert found.dtype == torch.float32 and not found.requires_grad
-    torch.testing.assert_close(found.double(), alone(decoder(), data), rtol=1e-5, atol=1e-5)
-    assert bool((found[~data["masks", "all_assistant_mask"]] == 0).all())
+    log_prob = data["ref_log_prob"]
+    assert log_prob.dtype == torch.float32 and not log_prob.requires_grad
+    torch.testing.assert_close(log_prob.double(), alone(decoder(), data), rtol=1e-5, atol=1e-5)
+    assert bool((log_prob[~data["masks", "all_assistant_mask"]] == 0).all())
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
@@ -64,11 +64,11 @@ def test_first_weights_are_exactly_one(layout: Any, dtype: torch.dtype, one_row:
 def test_the_first_of_several_batches_counts() -> None:
     """Batches are those of training, and batches with nothing new are not run."""
     data = dataset((9, 40, 5), multiplicity=[2, 1, 3])
-    asked = Counting(decoder())
-    annotate(asked, data, [[0, 2], [1, 0], [2, 2], [2, 0]])
-    assert asked._asked == [[0, 2], [0, 1]]
+    counting = Counting(decoder())
+    annotate(counting, data, [[0, 2], [1, 0], [2, 2], [2, 0]])
+    assert counting._batches == [[0, 2], [0, 1]]
     first = data.exclude("multiplicity")
-    expected = asked.log_prob(collate([first[:9], first[49:]]))
+    expected = counting.log_prob(collate([first[:9], first[49:]]))
     assert torch.equal(data["ref_log_prob"][:9], expected[0, :9])
     assert torch.equal(data["ref_log_prob"][49:], expected[1, :5])
 
@@ -76,10 +76,10 @@ def test_the_first_of_several_batches_counts() -> None:
 def test_trajectories_in_no_batch_come_at_the_end() -> None:
     """Also those that are never drawn; their batches are no larger than the given ones."""
     data = dataset(multiplicity=[1, 1, 0, 1, 1, 1, 1, 1, 1, 1])
-    asked = Counting(decoder())
-    annotate(asked, data, [[0, 5], [1, 0]])
-    assert asked._asked[:2] == [[0, 5], [0, 1]]
-    later = asked._asked[2:]
+    counting = Counting(decoder())
+    annotate(counting, data, [[0, 5], [1, 0]])
+    assert counting._batches[:2] == [[0, 5], [0, 1]]
+    later = counting._batches[2:]
     assert sorted(sum(later, [])) == [2, 3, 4, 6, 7, 8, 9]
     assert all(sum(SIZES[t] for t in batch) <= SIZES[0] + SIZES[5] for batch in later)
     torch.testing.assert_close(
@@ -91,12 +91,13 @@ def test_trajectories_in_no_batch_come_at_the_end() -> None:
 
 
 def test_without_batches_they_are_of_similar_length() -> None:
-    asked, data = Counting(decoder()), dataset()
-    annotate_reference(asked, data, rows=40)
-    longest = [max(SIZES[t] for t in batch) for batch in asked._asked]
+    counting, data = Counting(decoder()), dataset()
+    annotate_reference(counting, data, rows=40)
+    longest = [max(SIZES[t] for t in batch) for batch in counting._batches]
     assert longest == sorted(longest, reverse=True)
     assert all(
-        longest[n] * len(batch) <= 40 or len(batch) == 1 for n, batch in enumerate(asked._asked)
+        longest[n] * len(batch) <= 40 or len(batch) == 1
+        for n, batch in enumerate(counting._batches)
     )
     torch.testing.assert_close(
         data["ref_log_prob"].double(), alone(decoder(), data), rtol=1e-5, atol=1e-5
@@ -108,9 +109,9 @@ def test_batches_of_a_plan_without_entries_for_some_processes() -> None:
     batches = EpochBatches(TrajectoryDataset(data).sizes, batch_size=1)
     plan = UpdatePlan(batches, accumulation=1, processes=3, epochs=1).epoch(0)
     assert [] in plan
-    asked = Counting(decoder())
-    annotate(asked, data, plan)
-    assert len(asked._asked) == len(SIZES)
+    counting = Counting(decoder())
+    annotate(counting, data, plan)
+    assert len(counting._batches) == len(SIZES)
     twice = dataset()
     annotate(policy(), twice, [BATCHES[0], [], *BATCHES[1:]])
     annotate(policy(), data)
@@ -141,7 +142,7 @@ def test_not_finite_names_the_trajectory(tmp_path: Path, monkeypatch: pytest.Mon
     ):
         annotate(theta, data, cache=tmp_path)
     assert "ref_log_prob" not in data.keys()  # noqa: SIM118
-    # What was done before is kept.
+    # Earlier parts stay.
     assert len(files(tmp_path)) == 3
 
 
