@@ -44,31 +44,31 @@ def until_goal(steps: Steps) -> tuple[Steps, list[str]]:
     before: NDArray[np.int64] = np.cumsum(goal) - goal  # goal steps before each row
     starts = np.flatnonzero(np.append(True, reset[:-1]))
     stretch = np.cumsum(reset) - reset
-    kept: Flags = before == before[starts][stretch]
+    used: Flags = before == before[starts][stretch]
     following = steps.next_observations
     if following is None:
         following = shift_observations(steps.observations, ends)
 
     notes: list[str] = []
-    left_out = int((~kept).sum())
+    left_out = int((~used).sum())
     if left_out:
         notes.append(
-            f"{left_out:,} of {len(kept):,} rows left out: the stay after the first goal step of "
-            f"{int((goal & kept).sum()):,} episodes that reach it"
+            f"{left_out:,} of {len(used):,} rows left out: the stay after the first goal step of "
+            f"{int((goal & used).sum()):,} episodes that reach it"
         )
-    unmarked = int((reset & ~steps.timeouts & ~goal & kept)[:-1].sum())
+    unmarked = int((reset & ~steps.timeouts & ~goal & used)[:-1].sum())
     if unmarked:
         notes.append(f"{unmarked:,} episodes end where the ant was put back without a timeout")
     if not left_out:
         return replace(steps, timeouts=ends, next_observations=following), notes
     return (
         Steps(
-            observations=steps.observations[kept],
-            actions=steps.actions[kept],
-            rewards=steps.rewards[kept],
-            terminals=goal[kept],
-            timeouts=ends[kept],
-            next_observations=following[kept],
+            observations=steps.observations[used],
+            actions=steps.actions[used],
+            rewards=steps.rewards[used],
+            terminals=goal[used],
+            timeouts=ends[used],
+            next_observations=following[used],
         ),
         notes,
     )

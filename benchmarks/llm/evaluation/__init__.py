@@ -1,6 +1,6 @@
 """Scores of language models on questions with checkable answers; no model judges another.
 
-What is kept of a question: its id, the model's own words, the correct answer where the data may be
-shared. GPQA's authors ask that its text is never published: of its questions and choices nothing
-is written. A model may quote what it was asked, so GPQA's generations stay private too.
+The files of an evaluation contain a question's id, the model's text, and the correct answer where
+the data may be shared. GPQA's authors ask that its text is never published, so nothing of its
+questions and choices is written. A model may quote its prompt, so keep GPQA's generations private.
 """
