@@ -233,17 +233,16 @@ def launched() -> Launch | None:
     return None if text is None else Launch(**json.loads(text))
 
 
-def assert_engine(trainer_or_accelerator: Any, launch: Launch) -> None:
+def assert_engine(accelerator: Any, launch: Launch) -> None:
     """Check that the engine is the one that was asked for; call it when the trainer is made.
 
     Args:
-        trainer_or_accelerator: A transformers ``Trainer``, or accelerate's ``Accelerator``.
+        accelerator: accelerate's ``Accelerator``, such as that of a transformers ``Trainer``.
         launch: What was asked for.
 
     Raises:
         ValueError: If the engine, stage, offloading, device or number of processes is another.
     """
-    accelerator = getattr(trainer_or_accelerator, "accelerator", trainer_or_accelerator)
     state = accelerator.state
     kind = _distributed_type(state)
     actual: dict[str, Any] = {

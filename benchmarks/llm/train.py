@@ -248,7 +248,7 @@ def _train(
     )
     trainer.remove_callback(PrinterCallback)
     if launch is not None:
-        assert_engine(trainer, launch)
+        assert_engine(trainer.accelerator, launch)
     try:
         trainer.train(resume_from_checkpoint=last(run.folder / CHECKPOINTS))
     finally:

@@ -39,7 +39,7 @@ def refusals(trainer: Trainer, launch: Any) -> dict[str, str]:
     said = {}
     for name, value in other.items():
         try:
-            assert_engine(trainer, replace(launch, **{name: value}))
+            assert_engine(trainer.accelerator, replace(launch, **{name: value}))
         except ValueError as error:
             said[name] = str(error)
     return said
@@ -70,7 +70,7 @@ def main(out: str) -> None:
     )
     row = {"input_ids": torch.arange(16), "labels": torch.arange(16)}
     trainer = Trainer(AutoModelForCausalLM.from_config(config), args, train_dataset=[row] * 8)
-    assert_engine(trainer, launch)
+    assert_engine(trainer.accelerator, launch)
     seen: dict[str, Any] = {"launch": asdict(launch), "refusals": refusals(trainer, launch)}
     trainer.train()
     seen["loss"] = trainer.state.log_history[-1]["train_loss"]

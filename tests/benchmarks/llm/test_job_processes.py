@@ -31,7 +31,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(scope="module")
 def flags(small: list[str]) -> list[str]:
     """Flags of runs that save often, in mid-window of a sync too."""
-    return [*small, "--max-steps", "60", "--sync-every", "8", "--save-every", "5"]
+    return [*small, "--max-steps", "40", "--sync-every", "8", "--save-every", "5"]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_killed_and_resumed(flags: list[str], whole: Path, tmp_path: Path) -> No
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
-    assert not (run / "checkpoints" / "checkpoint-60").exists(), "it was too fast to be killed"
+    assert not (run / "checkpoints" / "checkpoint-40").exists(), "it was too fast to be killed"
     main([*words, "--resume"])
     assert_same(run, whole / "iw-sft-hard" / "seed-0")
 
