@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from shards_models import DECAY, Average, decoder, packed, sharded, values
 from torch import Tensor, nn
 
-from iwsft import EMA, CausalLMPolicy, ImportanceWeightedMLE
+from iwsft import EMA, CausalLMPolicy, HardSync, ImportanceWeightedMLE
 from iwsft.checkpoint import CheckpointError
 from iwsft.language.shards import Shards
 
@@ -66,6 +66,21 @@ def test_equals_the_updater_of_a_lagged_loss() -> None:
         q.step()
     with shards.swapped():
         _same(values(model), dict(loss.target_actor_network.model.named_parameters()))
+
+
+def test_hard_sync_moves_shards_too() -> None:
+    model = decoder()
+    shards, _ = sharded(model)
+    loss = ImportanceWeightedMLE(
+        CausalLMPolicy(model), proposal="lagged", functional=False, hold_q=False
+    )
+    q = HardSync(loss, every=2, holder=shards)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.03)
+    start = values(model)
+    for update, synced in enumerate((False, True)):
+        _train(model, optimizer, update)
+        assert q.step() is synced
+        _same(shards.state_dict(), values(model) if synced else start)
 
 
 def test_starts_at_theta() -> None:
