@@ -236,5 +236,5 @@ def test_weighted_mean_is_that_of_repeated_samples() -> None:
     repeated = [1.0, 5.0, 5.0, 5.0, 2.0, 2.0]
     weight = {1.0: 0.5, 5.0: 2.0, 2.0: 1.0}
     truth = sum(weight[v] * v for v in repeated) / sum(weight[v] for v in repeated)
-    found = weighted_mean(value, torch.tensor([0.5, 2.0, 1.0]), torch.tensor([1, 3, 2]))
-    assert float(found) == pytest.approx(truth, rel=1e-12)
+    ours = weighted_mean(value, torch.tensor([0.5, 2.0, 1.0]), torch.tensor([1, 3, 2]))
+    assert float(ours) == pytest.approx(truth, rel=1e-12)

@@ -49,9 +49,9 @@ def test_definition(dtype: torch.dtype) -> None:
             for name, value in values(model).items():
                 error = (value.double() - truth.q[name]).abs().max() / truth.q[name].abs().max()
                 assert float(error) < (2e-7 if dtype == torch.float32 else 1e-15)
-            found = CausalLMPolicy(model).log_prob(batch)
+            ours = CausalLMPolicy(model).log_prob(batch)
         expected = CausalLMPolicy(whole).log_prob(batch).to(dtype)
-        torch.testing.assert_close(found, expected.detach(), **tolerance)
+        torch.testing.assert_close(ours, expected.detach(), **tolerance)
 
 
 def test_equals_the_updater_of_a_lagged_loss() -> None:
@@ -119,11 +119,11 @@ def test_moves_where_bfloat16_would_not() -> None:
         q.step()
         stuck.lerp_(model.weight.detach(), rate)
     assert float(stuck) == start
-    kept = float(shards.state_dict()["weight"])
-    assert kept == pytest.approx(2 - (1 - rate) ** updates, rel=1e-5)
+    average = float(shards.state_dict()["weight"])
+    assert average == pytest.approx(2 - (1 - rate) ** updates, rel=1e-5)
     with shards.swapped():
         assert model.weight.dtype == torch.bfloat16
-        assert float(model.weight.detach()) == pytest.approx(kept, rel=2**-8)
+        assert float(model.weight.detach()) == pytest.approx(average, rel=2**-8)
     assert float(model.weight.detach()) == 2.0
 
 
@@ -131,10 +131,10 @@ def test_adapters_alone() -> None:
     model = get_peft_model(decoder(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.03)
     (shards, q), truth = sharded(model), Average(values(model))
-    kept = shards.state_dict()
-    assert all("lora_" in name for name in kept) and len(kept) == 8
-    held = sum(value.numel() for value in kept.values())
-    assert held == model.get_nb_trainable_parameters()[0]
+    average = shards.state_dict()
+    assert all("lora_" in name for name in average) and len(average) == 8
+    number = sum(value.numel() for value in average.values())
+    assert number == model.get_nb_trainable_parameters()[0]
     before = [p.detach().clone() for p in model.parameters() if not p.requires_grad]
     for update in range(3):
         _train(model, optimizer, update)
@@ -210,14 +210,14 @@ def test_skipped_update_moves_nothing() -> None:
     model, optimizer = accelerator.prepare(model, optimizer)
     shards, q = sharded(model, optimizer=optimizer)
     nn.init.constant_(model.weight, 3.0)
-    kept = shards.state_dict()["weight"]
-    start = kept.clone()
+    average = shards.state_dict()["weight"]
+    start = average.clone()
     for factor, moves in ((torch.inf, False), (1.0, True)):
         optimizer.zero_grad()
         accelerator.backward(factor * model(torch.ones(1, 2)).sum())
         optimizer.step()
         q.step()
-        assert torch.equal(kept, start) is not moves
+        assert torch.equal(average, start) is not moves
 
 
 def test_resume() -> None:

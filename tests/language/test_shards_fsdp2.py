@@ -68,12 +68,12 @@ def _check(model: Any, rank: int, dtype: torch.dtype) -> list[float]:
         before = _shards(model)
         with shards.swapped():
             _log_prob(model, 98)
-            found = _log_prob(model, 99)
+            ours = _log_prob(model, 99)
         after = _shards(model)
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         whole.load_state_dict(truth.q, strict=False)
         whole.tie_weights()
-        torch.testing.assert_close(found, CausalLMPolicy(whole).log_prob(packed(99)), **loose)
+        torch.testing.assert_close(ours, CausalLMPolicy(whole).log_prob(packed(99)), **loose)
         losses.append(_train(model, optimizer, 10 * update + rank))
         # An evaluation leaves the root gathered.
         with torch.no_grad():
@@ -83,9 +83,9 @@ def _check(model: Any, rank: int, dtype: torch.dtype) -> list[float]:
     with shards.swapped():
         for name, value in _gathered(model).items():
             torch.testing.assert_close(value.double(), truth.q[name], rtol=1e-6, atol=1e-7)
-    kept = shards.state_dict()
+    state = shards.state_dict()
     local = {n: p.to_local().shape for n, p in model.named_parameters() if p.requires_grad}
-    assert {name: value.shape for name, value in kept.items()} == local
+    assert {name: value.shape for name, value in state.items()} == local
     _check_exception(model, shards)
     return losses
 

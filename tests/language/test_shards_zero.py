@@ -65,8 +65,8 @@ def _masters(engine: Any) -> dict[str, Tensor]:
 
 def _shards(engine: Any) -> bytes:
     """What this rank computes with, bit for bit."""
-    held = [getattr(p, "ds_tensor", p.data) for p in engine.module.parameters()]
-    return b"".join(bytes(value.contiguous().view(torch.uint8).numpy().data) for value in held)
+    parts = [getattr(p, "ds_tensor", p.data) for p in engine.module.parameters()]
+    return b"".join(bytes(value.contiguous().view(torch.uint8).numpy().data) for value in parts)
 
 
 def _poison(engine: Any, rank: int) -> None:
@@ -93,12 +93,12 @@ def _check(engine: Any, rank: int) -> list[float]:
         before = _shards(engine)
         with shards.swapped():
             _log_prob(engine, 98)
-            found = _log_prob(engine, 99)
+            ours = _log_prob(engine, 99)
         assert _shards(engine) == before
         # One rank's batch in another order of sums; all else is the same.
         whole.load_state_dict(truth.q, strict=False)
         whole.tie_weights()
-        torch.testing.assert_close(found, CausalLMPolicy(whole).log_prob(packed(99)), **loose)
+        torch.testing.assert_close(ours, CausalLMPolicy(whole).log_prob(packed(99)), **loose)
         losses.append(_train(engine, 10 * update + rank))
         q.step()
         truth.step(_masters(engine))

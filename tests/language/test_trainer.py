@@ -49,8 +49,8 @@ def _plain_loop(
     dataset = TrajectoryDataset(data)
     optimizer = torch.optim.AdamW(theta.parameters(), lr=3e-3, weight_decay=0.0)
     rate = get_linear_schedule_with_warmup(optimizer, 0, updates)
-    found: list[float] = []
-    while len(found) < updates:
+    values: list[float] = []
+    while len(values) < updates:
         for numbers in batches:
             value = loss(collate([dataset[number] for number in numbers]))["loss_iw_mle"]
             optimizer.zero_grad()
@@ -60,8 +60,8 @@ def _plain_loop(
             rate.step()
             if q is not None:
                 q.step()
-            found.append(value.item())
-    return found[:updates]
+            values.append(value.item())
+    return values[:updates]
 
 
 @pytest.mark.parametrize("proposal", PROPOSALS, ids=lambda p: p["proposal"])
@@ -179,10 +179,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 def test_held_out_likelihood(tmp_path: Path) -> None:
     held_out = trajectories(seed=5)
     run = trainer(tmp_path, eval_trajectories=held_out, per_device_eval_batch_size=3)
-    found = run.evaluate()
+    metrics = run.evaluate()
     with torch.no_grad():
         log_prob = CausalLMPolicy(model()).log_prob(held_out)
     mask, ids = held_out["masks", "all_assistant_mask"], held_out["collector", "traj_ids"]
     each = torch.stack([log_prob[mask & (ids == row)].mean() for row in range(ENTRIES)])
-    assert found["eval_loss"] == pytest.approx(-float(each.mean()), rel=1e-5)
-    assert found["eval_token_loss"] == pytest.approx(-float(log_prob[mask].mean()), rel=1e-5)
+    assert metrics["eval_loss"] == pytest.approx(-float(each.mean()), rel=1e-5)
+    assert metrics["eval_token_loss"] == pytest.approx(-float(log_prob[mask].mean()), rel=1e-5)

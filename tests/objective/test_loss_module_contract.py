@@ -272,10 +272,10 @@ def test_parameters_are_those_of_the_policy(
 ) -> None:
     policy = make_policy()
     loss = make_loss(proposal, functional, policy=policy)
-    held = list(loss.parameters())
-    assert all(parameter.requires_grad for parameter in held)
-    assert {id(p) for p in held} == {id(p) for p in policy.parameters()}
-    assert len(held) == len(list(policy.parameters()))
+    parameters = list(loss.parameters())
+    assert all(parameter.requires_grad for parameter in parameters)
+    assert {id(p) for p in parameters} == {id(p) for p in policy.parameters()}
+    assert len(parameters) == len(list(policy.parameters()))
     names = [name for name, _ in loss.named_parameters(prefix="job")]
     assert all(name.startswith("job.actor_network") for name in names)
 

@@ -50,14 +50,14 @@ def test_hard_sync_copies_at_every_qth_update(make_loss: Any, functional: bool, 
     loss = make_loss("lagged", functional)
     q = HardSync(loss, every=every)
     assert isinstance(q, TargetNetUpdater)
-    held = thetas(loss)
+    expected = thetas(loss)
     for update in range(1, 3 * every + 3):
         nudge(loss, update)
         synced = q.step()
         assert synced == (update % every == 0)
         if synced:
-            held = thetas(loss)
-        assert_equal(qs(loss), held)
+            expected = thetas(loss)
+        assert_equal(qs(loss), expected)
 
 
 @both_modes
@@ -65,13 +65,13 @@ def test_hard_sync_copies_at_every_qth_update(make_loss: Any, functional: bool, 
 def test_ema_is_the_recursion(make_loss: Any, functional: bool, decay: float) -> None:
     loss = make_loss("lagged", functional)
     q = EMA(loss, decay=decay)
-    held = [x.double() for x in thetas(loss)]
+    expected = [x.double() for x in thetas(loss)]
     for update in range(20):
         nudge(loss, update)
         q.step()
-        pairs = zip(held, thetas(loss), strict=True)
-        held = [decay * old + (1 - decay) * new.double() for old, new in pairs]
-        for ours, truth in zip(qs(loss), held, strict=True):
+        pairs = zip(expected, thetas(loss), strict=True)
+        expected = [decay * old + (1 - decay) * new.double() for old, new in pairs]
+        for ours, truth in zip(qs(loss), expected, strict=True):
             torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=1e-6)
     if decay == 0:
         assert_equal(qs(loss), thetas(loss))
@@ -206,7 +206,7 @@ def test_cached_weights_are_those_of_a_hard_synced_copy(
     lagged, cached = make_loss("lagged", functional), make_loss("cached", functional)
     slow = HardSync(lagged, every=3)
     fast = HardSync(cached, every=3, trajectories=cached_data)
-    held = cached_data["importance_weight"]
+    stored = cached_data["importance_weight"]
     for update in range(7):
         a, b = lagged(lagged_data), cached(cached_data)
         for key in ("loss_iw_mle", "ESS", "weight_mean", "weight_max", "kl_approx", "log_prob"):
@@ -222,8 +222,8 @@ def test_cached_weights_are_those_of_a_hard_synced_copy(
             assert q.step() == (update % 3 == 2)
     # Samplers hold on to the tensor, so syncs write into it.
     assert (
-        cached_data["importance_weight"] is held
-        or cached_data["importance_weight"].data_ptr() == held.data_ptr()
+        cached_data["importance_weight"] is stored
+        or cached_data["importance_weight"].data_ptr() == stored.data_ptr()
     )
 
 

@@ -96,6 +96,6 @@ def alone(model: Any, batch: TensorDict) -> Tensor:
         here = batch["collector", "traj_ids"] == row
         ids = tokens[here]
         logits = model(input_ids=ids[None]).logits[0].log_softmax(-1)
-        found = logits[:-1].gather(1, ids[1:, None]).squeeze(1)
-        parts.append(torch.cat([logits.new_zeros(1), torch.where(mask[here][1:], found, 0.0)]))
+        ours = logits[:-1].gather(1, ids[1:, None]).squeeze(1)
+        parts.append(torch.cat([logits.new_zeros(1), torch.where(mask[here][1:], ours, 0.0)]))
     return torch.cat(parts)

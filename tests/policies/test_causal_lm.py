@@ -48,16 +48,16 @@ def test_log_prob_is_that_of_each_trajectory_alone(one_row: bool | None) -> None
 @pytest.mark.parametrize("one_row", [False, True])
 def test_gradients_of_weighted_log_probs_are_those_of_full_logits(one_row: bool) -> None:
     weight = torch.rand(30, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * 9
-    found = []
+    gradients = []
     for way in (CausalLMPolicy.log_prob, None):
         model, batch = decoder(tie_word_embeddings=True), packed()
         policy = CausalLMPolicy(model, one_row=one_row)
         log_prob = alone(model, batch) if way is None else way(policy, batch)
         (weight * log_prob).sum().backward()
         assert model.lm_head.weight is model.model.embed_tokens.weight
-        found.append({name: p.grad for name, p in model.named_parameters()})
-    for name, grad in found[1].items():
-        torch.testing.assert_close(found[0][name], grad, rtol=1e-10, atol=1e-12, msg=name)
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, grad in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], grad, rtol=1e-10, atol=1e-12, msg=name)
 
 
 def test_padding_does_not_matter_on_either_side() -> None:
@@ -73,17 +73,17 @@ def test_padding_does_not_matter_on_either_side() -> None:
         padded = padded.exclude(("collector", "mask"), ("collector", "traj_ids"))
         padded[TOKENS][~padded[ATTENTION]] = -100
         padded[ASSISTANT][~padded[ATTENTION]] = True
-        found = policy.log_prob(padded)
-        assert bool((found[~padded[ATTENTION]] == 0).all())
-        torch.testing.assert_close(flatten(found, padded), truth, rtol=1e-12, atol=1e-12)
+        ours = policy.log_prob(padded)
+        assert bool((ours[~padded[ATTENTION]] == 0).all())
+        torch.testing.assert_close(flatten(ours, padded), truth, rtol=1e-12, atol=1e-12)
 
 
 def test_a_padded_row_may_hold_several_trajectories() -> None:
     model, batch = decoder(), packed((5, 7, 4, 8))
     rows = batch.reshape(2, 12)
     assert rows["collector", "traj_ids"].unique().numel() == 4
-    found = CausalLMPolicy(model).log_prob(rows)
-    torch.testing.assert_close(found.reshape(-1), alone(model, batch), rtol=1e-12, atol=1e-12)
+    ours = CausalLMPolicy(model).log_prob(rows)
+    torch.testing.assert_close(ours.reshape(-1), alone(model, batch), rtol=1e-12, atol=1e-12)
 
 
 def test_time_inside_a_batch_of_rows() -> None:
@@ -145,18 +145,18 @@ def test_log_probs_are_float32_under_autocast_and_with_half_weights(dtype: torch
     model, batch = decoder(dtype=dtype), packed()
     exact = alone(decoder(), batch).float()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.float32):
-        found = CausalLMPolicy(model).log_prob(batch)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, exact, rtol=0.1, atol=0.15)
+        ours = CausalLMPolicy(model).log_prob(batch)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, exact, rtol=0.1, atol=0.15)
     # A bfloat16 holds 8 bits: log-probs that went through one would all be on its grid.
-    assert not torch.equal(found, found.bfloat16().float())
-    found.sum().backward()
+    assert not torch.equal(ours, ours.bfloat16().float())
+    ours.sum().backward()
     assert all(p.grad is not None and p.grad.dtype == dtype for p in model.parameters())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
-    found = []
+    outcomes = []
     for checkpointing in (False, True):
         model, batch = decoder(), packed()
         model.train()
@@ -164,8 +164,8 @@ def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
             model.activation_checkpointing_enable({"use_reentrant": reentrant})
         out = CausalLMPolicy(model).log_prob(batch)
         out.sum().backward()
-        found.append([out.detach(), *(p.grad for p in model.parameters())])
-    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-14)
+        outcomes.append([out.detach(), *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-12, atol=1e-14)
 
 
 def test_chunks_of_packed_and_padded_batches_agree() -> None:
@@ -173,11 +173,11 @@ def test_chunks_of_packed_and_padded_batches_agree() -> None:
     policy = CausalLMPolicy(model.train())
     truth = alone(model, batch)
     for rows in (1, 25, 10_000):
-        found = ForwardPass(policy, batch, rows=rows).log_prob()
-        torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
+        ours = ForwardPass(policy, batch, rows=rows).log_prob()
+        torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12)
         padded = pad(batch)
-        found = ForwardPass(policy, padded, rows=rows).log_prob()
-        torch.testing.assert_close(flatten(found, padded), truth, rtol=1e-12, atol=1e-12)
+        ours = ForwardPass(policy, padded, rows=rows).log_prob()
+        torch.testing.assert_close(flatten(ours, padded), truth, rtol=1e-12, atol=1e-12)
     assert model.training
 
 
@@ -196,9 +196,9 @@ def test_one_thread_gives_the_same_bits_in_any_batch_of_short_trajectories() -> 
                 last = min(first + size, 40) - 1
                 here = slice(int(ends[first] - lengths[first]), int(ends[last]))
                 part = pad(batch[here]) if first % 2 else batch[here]
-                found = policy.log_prob(part)
-                found = flatten(found, part) if first % 2 else found
-                assert torch.equal(found.detach(), whole[here])
+                ours = policy.log_prob(part)
+                ours = flatten(ours, part) if first % 2 else ours
+                assert torch.equal(ours.detach(), whole[here])
     finally:
         torch.set_num_threads(threads)
 
@@ -234,8 +234,8 @@ def test_attention_of_variable_length_gets_the_restarting_positions() -> None:
         truth = alone(model, batch)
         model.set_attn_implementation("by_positions")
         for layout in (batch, pad(batch)):
-            found = pack(layout.set("x", CausalLMPolicy(model, one_row=True).log_prob(layout)))["x"]
-            torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
+            ours = pack(layout.set("x", CausalLMPolicy(model, one_row=True).log_prob(layout)))["x"]
+            torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12)
 
 
 def test_hooks_run_around_the_output_layer_and_casts_on_the_way_out_do_not_matter() -> None:
@@ -340,8 +340,8 @@ def test_bad_batches_are_refused(
 def test_context_is_full_at_its_limit_and_not_that_of_a_packed_batch() -> None:
     model, batch = decoder(), packed((64, 64, 3))
     for one_row in (False, True):
-        found = CausalLMPolicy(model, one_row=one_row).log_prob(batch)
-        torch.testing.assert_close(found, alone(model, batch), rtol=1e-12, atol=1e-12)
+        ours = CausalLMPolicy(model, one_row=one_row).log_prob(batch)
+        torch.testing.assert_close(ours, alone(model, batch), rtol=1e-12, atol=1e-12)
 
 
 def test_in_keys_are_the_entries_that_are_read() -> None:

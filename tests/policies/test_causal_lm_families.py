@@ -29,9 +29,9 @@ def test_log_prob_is_that_of_each_trajectory_alone(family: str) -> None:
     model, batch = decoder(family, dtype=dtype), packed((9, 1, 14, 20))
     truth = alone(model, batch)
     for one_row in (False, True):
-        found = CausalLMPolicy(model, one_row=one_row).log_prob(batch)
+        ours = CausalLMPolicy(model, one_row=one_row).log_prob(batch)
         tolerance = _TOLERANCE[dtype]
-        torch.testing.assert_close(found, truth, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(ours, truth, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "cohere", "granite"])
@@ -41,8 +41,8 @@ def test_gradients_through_scaled_and_capped_logits(family: str) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     truth = torch.autograd.grad(alone(model, batch).square().sum(), parameters)
     out = CausalLMPolicy(model).log_prob(batch)
-    found = torch.autograd.grad(out.square().sum(), parameters)
-    for ours, true in zip(found, truth, strict=True):
+    gradients = torch.autograd.grad(out.square().sum(), parameters)
+    for ours, true in zip(gradients, truth, strict=True):
         # Gemma 2 computes the softmax of attention in float32.
         assert float((ours - true).norm() / true.norm()) < 1e-5
 
@@ -64,8 +64,8 @@ def test_recurrent_and_leaking_families_take_a_row_a_trajectory() -> None:
     ):
         model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
         batch = packed((9, 1, 14, 20))
-        found = CausalLMPolicy(model).log_prob(batch)
-        torch.testing.assert_close(found, alone(model, batch), rtol=1e-6, atol=1e-6)
+        ours = CausalLMPolicy(model).log_prob(batch)
+        torch.testing.assert_close(ours, alone(model, batch), rtol=1e-6, atol=1e-6)
         with pytest.raises(ValueError, match="keep the trajectories of a row apart.*one_row=False"):
             CausalLMPolicy(model, one_row=True)
 
@@ -95,8 +95,8 @@ def test_a_head_that_sees_other_states_is_refused() -> None:
 def test_bias_of_the_output_layer_counts() -> None:
     model, batch = decoder(), packed()
     model.lm_head.bias = nn.Parameter(torch.randn(VOCABULARY, dtype=torch.float64))
-    found = CausalLMPolicy(model).log_prob(batch)
-    torch.testing.assert_close(found, alone(model, batch), rtol=1e-12, atol=1e-12)
+    ours = CausalLMPolicy(model).log_prob(batch)
+    torch.testing.assert_close(ours, alone(model, batch), rtol=1e-12, atol=1e-12)
 
 
 class _OwnForward(nn.Linear):
@@ -151,5 +151,5 @@ def test_bert_as_a_decoder_is_one() -> None:
         vocab_size=VOCABULARY, is_decoder=True, intermediate_size=32, **_SMALL
     )
     model, batch = transformers.BertLMHeadModel(config).double().eval(), packed()
-    found = CausalLMPolicy(model).log_prob(batch)
-    torch.testing.assert_close(found, alone(model, batch), rtol=1e-12, atol=1e-12)
+    ours = CausalLMPolicy(model).log_prob(batch)
+    torch.testing.assert_close(ours, alone(model, batch), rtol=1e-12, atol=1e-12)

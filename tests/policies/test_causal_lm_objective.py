@@ -91,11 +91,11 @@ def test_loss_and_gradient_are_those_of_a_loop(proposal: str, functional: bool) 
         torch.testing.assert_close(out["loss_iw_mle"], truth, rtol=1e-6, atol=0)
         assert proposal == "reference" or float(out["weight_max"]) > 1.01
         out["loss_iw_mle"].backward()
-        found = policy_parameters(loss)
-        assert found.keys() == dict(theta.named_parameters()).keys()
+        trained = policy_parameters(loss)
+        assert trained.keys() == dict(theta.named_parameters()).keys()
         for name, parameter in theta.named_parameters():
             torch.testing.assert_close(
-                found[name].grad, parameter.grad, rtol=1e-6, atol=1e-9, msg=name
+                trained[name].grad, parameter.grad, rtol=1e-6, atol=1e-9, msg=name
             )
 
 

@@ -31,9 +31,9 @@ def _work(rank: int, store: str) -> None:
         for layer in (*model.model.layers, *([model.lm_head] if head_apart else [])):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh, mp_policy=output)
-        found = CausalLMPolicy(model).log_prob(batch)
-        torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-5)
-        (weight * found).sum().backward()
+        log_prob = CausalLMPolicy(model).log_prob(batch)
+        torch.testing.assert_close(log_prob, truth, rtol=1e-5, atol=1e-5)
+        (weight * log_prob).sum().backward()
         for ours, true in zip(model.parameters(), whole.parameters(), strict=True):
             dist.all_reduce(true.grad)
             difference = ours.grad.full_tensor() - true.grad / 2
