@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -43,7 +43,7 @@ class Place:
         jobs: Number of items at a time.
         submit: A function that starts ``work(item)`` and returns its future.
         lost: Errors of a future whose worker was killed.
-        loss: The words for them.
+        loss: Description of these errors.
     """
 
     jobs: int
@@ -82,19 +82,14 @@ def each(
                 yield item, WorkerLostError(place.loss)
 
 
-@contextmanager
 def place(
-    cluster: Cluster | None,
-    *,
-    items: int,
-    jobs: int | None,
-    device: str = "cpu",
-) -> Iterator[Place]:
-    """Open a place, and at the end close it with all that still runs there.
+    cluster: Cluster | None, *, items: int, jobs: int | None, device: str = "cpu"
+) -> AbstractContextManager[Place]:
+    """A place for the time of a ``with`` block, which ends everything that still runs there.
 
     Args:
         cluster: ``"ray"``, or None for this machine.
-        items: The most items that there will be.
+        items: Number of items, or an upper limit of it.
         jobs: Number of items at a time; by default one a core, or one a GPU of a cluster. One at a
             time on this machine runs in this process.
         device: Device of the runs.
@@ -105,15 +100,9 @@ def place(
         ValueError: The cluster does not have the device.
     """
     if cluster == "ray":
-        with _ray_place(jobs, device) as opened:
-            yield opened
-        return
+        return _ray_place(jobs, device)
     jobs = min(jobs or cores(), max(1, items))
-    if jobs == 1:
-        yield Place(1, _run_here)
-        return
-    with _processes(jobs) as opened:
-        yield opened
+    return nullcontext(Place(1, _run_here)) if jobs == 1 else _processes(jobs)
 
 
 def cores() -> int:
@@ -186,8 +175,8 @@ def _ray_place(jobs: int | None, device: str) -> Iterator[Place]:
     _check_address(os.environ.get("RAY_ADDRESS", ""))
     ray.init(include_dashboard=False, logging_level=logging.WARNING)
     try:
-        resources = ray.cluster_resources()
-        tell(f"Ray cluster of {len(ray.nodes())} nodes, {int(resources.get('CPU', 0))} cores")
+        resources, nodes = ray.cluster_resources(), sum(node["Alive"] for node in ray.nodes())
+        tell(f"Ray cluster of {nodes} nodes, {int(resources.get('CPU', 0))} cores")
         jobs, gpus = share(resources, jobs, device)
         # each() tries again, and says so.
         task: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(_call)

@@ -220,8 +220,8 @@ def test_resume_with_other_settings(
     out, same = tmp_path / "runs", {"steps": 2, "reference_steps": 2}
     folder = job(out, ["iw-sft-q"], **same)
     before = snapshot(out)
-    found = fails(out, ["iw-sft", "iw-sft-q"], **same | settings, resume=True)
-    assert f"{folder / 'iw-sft-q' / 'seed-0'} holds a run with other settings: {message}" in found
+    error = fails(out, ["iw-sft", "iw-sft-q"], **same | settings, resume=True)
+    assert f"{folder / 'iw-sft-q' / 'seed-0'} holds a run with other settings: {message}" in error
     assert snapshot(out) == before
 
 
@@ -365,8 +365,8 @@ def test_the_shell_sees_one_line_and_status_1(tmp_path: Path) -> None:
 
 def test_defaults_are_those_of_the_docs() -> None:
     standard = Options()
-    asked = chosen_suite(standard)
-    assert (asked.algorithms, asked.datasets, asked.seeds) == (
+    suite = chosen_suite(standard)
+    assert (suite.algorithms, suite.datasets, suite.seeds) == (
         ("iw-sft-q",),
         ("hopper-replay-mini",),
         (0,),

@@ -46,11 +46,11 @@ def test_the_reference_is_that_of_the_data_before_and_the_rest_is_of_the_data_af
     result = train_and_score(tuned, lambda *_: None)
     assert result["dataset"] == "before--to--after"
 
-    policy, kept, _ = train_reference(tuned, task, lambda *_: None)
-    assert kept.parent == tmp_path / "d4rl" / "before" / "reference"
+    policy, reference, _ = train_reference(tuned, task, lambda *_: None)
+    assert reference.parent == tmp_path / "d4rl" / "before" / "reference"
     alone, before = start("bc", folder / "before.hdf5", tmp_path, **SHORT, resume=True)
     same, other, _ = train_reference(alone, before, lambda *_: None)
-    assert other == kept
+    assert other == reference
     for ours, theirs in zip(policy.parameters(), same.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     # A run that changed nothing would act as the reference does.

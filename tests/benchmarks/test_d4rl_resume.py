@@ -66,9 +66,9 @@ def reached(folder: Path, step: int) -> Callable[[], bool]:
 
 
 def parameters(folder: Path) -> dict[str, Tensor]:
-    held = torch.load(folder / "checkpoint" / "state.pt", weights_only=True)["state"]
-    assert held["step"] == STEPS
-    return {name: value for name, value in held["loss"].items() if isinstance(value, Tensor)}
+    state = torch.load(folder / "checkpoint" / "state.pt", weights_only=True)["state"]
+    assert state["step"] == STEPS
+    return {name: value for name, value in state["loss"].items() if isinstance(value, Tensor)}
 
 
 def check_equal(killed: Path, whole: Path) -> None:

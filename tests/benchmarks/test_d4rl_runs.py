@@ -27,13 +27,13 @@ WEIGHTED = [name for name, each in ALGORITHMS.items() if each.weighted]
 def parameters(folder: Path) -> dict[str, Tensor]:
     """The policy of a run's last checkpoint."""
     state = torch.load(folder / "checkpoint" / "state.pt", weights_only=True)["state"]["loss"]
-    found = {
+    policy = {
         name: value
         for name, value in state.items()
         if isinstance(value, Tensor) and name.startswith("actor_network_params")
     }
-    assert len(found) == 9  # four layers and the log-std
-    return found
+    assert len(policy) == 9  # four layers and the log-std
+    return policy
 
 
 def same(one: Path, other: Path) -> bool:
@@ -200,11 +200,10 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(
 
 
 def test_runs_share_their_reference_and_bc_is_it(folder: Path) -> None:
-    kept = [path for path in (folder / "reference").iterdir() if path.is_dir()]
-    assert len(kept) == 1
-    assert same(folder / "bc" / "seed-0", kept[0])
+    (reference,) = (path for path in (folder / "reference").iterdir() if path.is_dir())
+    assert same(folder / "bc" / "seed-0", reference)
     bc = metrics.read(folder / "bc" / "seed-0" / metrics.FILE)
-    assert bc == metrics.read(kept[0] / metrics.FILE)
+    assert bc == metrics.read(reference / metrics.FILE)
 
 
 @pytest.mark.parametrize("estimator", ["steps", "trajectories"])

@@ -72,11 +72,11 @@ def test_other_datasets_borrow_a_row_and_say_so(dataset: str, like: str) -> None
 
 
 def test_algorithms_are_settings_of_one_path() -> None:
-    found = {
+    fields = {
         name: (each.cuts, each.from_reference, each.weighted, each.per_step)
         for name, each in ALGORITHMS.items()
     }
-    assert found == {
+    assert fields == {
         "bc": ((), False, False, False),
         "bc-10": ((90.0,), False, False, False),
         "sft": ((90.0,), True, False, False),

@@ -228,12 +228,12 @@ def test_references_come_first_and_are_shared(
     algos = ("sft", "bc-10", "td3-bc", "sft-q")
     data = (str(tiny_dataset),)
     main(Options(algo=algos, dataset=data, seeds=(0, 1), out=tmp_path, **FEW))
-    told = [line.split()[:3] for line in capsys.readouterr().err.splitlines()[1:]]
-    order = list(dict.fromkeys((algo, int(seed)) for algo, seed, _ in told))
+    lines = [line.split()[:3] for line in capsys.readouterr().err.splitlines()[1:]]
+    order = list(dict.fromkeys((algo, int(seed)) for algo, seed, _ in lines))
     assert order == [
         ("sft", 0),
         ("sft", 1),
         *((algo, seed) for algo in ("td3-bc", "bc-10", "sft-q") for seed in (0, 1)),
     ]
-    stages = {(algo, seed) for algo, seed, stage in told if stage == "reference"}
+    stages = {(algo, seed) for algo, seed, stage in lines if stage == "reference"}
     assert stages == {("sft", "0"), ("sft", "1")}

@@ -60,7 +60,7 @@ def test_the_new_source_gives_trajectories(tmp_path: Path) -> None:
 
 
 def test_the_baselines_page_trains_and_scores(capsys: pytest.CaptureFixture[str]) -> None:
-    """As it stands, but for the number of updates and of episodes."""
+    """Unchanged, except for the numbers of updates and episodes."""
     page = (DOCUMENT.parent / "baselines.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     short = code.replace('medium-replay-v2")\n', 'medium-replay-v2")\nsettings = few(settings)\n')

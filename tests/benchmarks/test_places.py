@@ -154,11 +154,11 @@ def test_a_run_that_kills_its_workers_is_given_up_and_the_others_end(
 
     with places.place(None, items=4, jobs=2) as place:
         ends = dict(places.each(work, ["a", "bad", "b", "c"], place))
-    told = capsys.readouterr().err.splitlines()
+    lines = capsys.readouterr().err.splitlines()
     assert {key: ends[key] for key in "abc"} == {key: (key.upper(), "1") for key in "abc"}
     assert isinstance(ends["bad"], places.WorkerLostError)
-    assert len(attempts.read_text()) == 1 + places.RETRIES and len(told) == places.RETRIES
-    assert all(line.startswith("bad: its worker was killed") for line in told)
+    assert len(attempts.read_text()) == 1 + places.RETRIES and len(lines) == places.RETRIES
+    assert all(line.startswith("bad: its worker was killed") for line in lines)
 
 
 def own_workers(folder: Path) -> None:
