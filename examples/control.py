@@ -53,8 +53,9 @@ def main(settings: Settings) -> dict[str, float]:
 
     # 1. Trajectories: a TensorDict of steps, one trajectory after the other.
     data = datasets.load(settings.dataset)
-    trajectories = data.trajectories
-    print(f"{data.name}: {len(trajectories)} steps of {data.env_id}")
+    trajectories, env_id = data.trajectories, data.env_id
+    assert env_id is not None, "the data name no environment to score the policy in"
+    print(f"{data.name}: {len(trajectories)} steps of {env_id}")
 
     # 2. The reference pi_ref: behaviour cloning on all data. With q = pi_ref every weight is 1.
     policy = GaussianPolicy(trajectories["observation"].shape[-1], trajectories["action"].shape[-1])
@@ -68,7 +69,7 @@ def main(settings: Settings) -> dict[str, float]:
 
     def score(name: str) -> float:
         result = evaluate(
-            policy, data.env_id, episodes=settings.episodes, seed=settings.seed, device="cpu"
+            policy, env_id, episodes=settings.episodes, seed=settings.seed, device="cpu"
         )
         print(f"{name}: {result}")
         return result.return_mean

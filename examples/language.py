@@ -8,6 +8,7 @@ times, a checker scores the answers, and iw-SFT trains on the right ones. Run it
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -36,20 +37,20 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_model() -> Qwen2ForCausalLM:
     """A small decoder. A real one comes from ``AutoModelForCausalLM.from_pretrained``."""
-    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 32}
-    tokens = {"vocab_size": 14, "pad_token_id": 0, "eos_token_id": 1}
-    return Qwen2ForCausalLM(Qwen2Config(**sizes, **heads, **tokens))
+    config = Qwen2Config(
+        vocab_size=14, hidden_size=64, intermediate_size=256, num_hidden_layers=2, pad_token_id=0
+    )
+    config.num_attention_heads = config.num_key_value_heads = 4
+    config.eos_token_id = 1
+    return Qwen2ForCausalLM(config)
 
 
 def train(policy: CausalLMPolicy, data: TensorDictBase, proposal: Proposal, updates: int) -> None:
     """Maximise the weighted log-likelihood of the answers in ``data``."""
     # The weight of an answer is q / pi_ref of all its tokens.
+    chain = ImportanceWeights(reduce="sum")
     loss = ImportanceWeightedMLE(
-        policy,
-        importance_weights=ImportanceWeights(reduce="sum"),
-        proposal=proposal,
-        functional=False,
+        policy, importance_weights=chain, proposal=proposal, functional=False
     )
     # The actions are tokens, and only those of the answers count.
     loss.set_keys(action=TOKENS)
@@ -66,15 +67,14 @@ def train(policy: CausalLMPolicy, data: TensorDictBase, proposal: Proposal, upda
 
 
 @torch.no_grad()
-def sample(policy: CausalLMPolicy, tokenizer: PreTrainedTokenizerFast, each: int) -> list[Row]:
+def sample(model: Any, tokenizer: PreTrainedTokenizerFast, each: int) -> list[Row]:
     """Sample answers to every sum; a row says whether its answer is correct."""
     sums = [pair for pair in SUMS for _ in range(each)]
     prompts = [f"{a}+{b}=" for a, b in sums]
     inputs = tokenizer(prompts, return_tensors="pt", return_token_type_ids=False)
-    tokens = policy.model.generate(**inputs, max_new_tokens=4, do_sample=True)
-    answers = tokenizer.batch_decode(
-        tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-    )
+    tokens = model.generate(**inputs, max_new_tokens=4, do_sample=True)
+    # Each prompt is four tokens long.
+    answers = tokenizer.batch_decode(tokens[:, 4:], skip_special_tokens=True)
     rows = []
     for (a, b), prompt, text in zip(sums, prompts, answers, strict=True):
         answer = text.replace(" ", "")
@@ -100,7 +100,7 @@ def main(base_updates: int = 250, updates: int = 101, each: int = 20) -> dict[st
     train(policy, tokenize(rows, tokenizer).trajectories, "reference", base_updates)
 
     # 2. The trajectories are answers of the model. Curation keeps the correct ones, D+.
-    samples = sample(policy, tokenizer, each)
+    samples = sample(policy.model, tokenizer, each)
     curated = correct_only(tokenize(samples, tokenizer).trajectories)
 
     # 3. log pi_ref of every token is computed once.
@@ -109,7 +109,7 @@ def main(base_updates: int = 250, updates: int = 101, each: int = 20) -> dict[st
     # 4. iw-SFT, with the policy itself as q.
     train(policy, curated, "current", updates)
 
-    tests = {"base": samples, "iw-sft": sample(policy, tokenizer, each)}
+    tests = {"base": samples, "iw-sft": sample(policy.model, tokenizer, each)}
     shares = {name: sum(row.correct is True for row in t) / len(t) for name, t in tests.items()}
     print(f"correct answers: base {shares['base']:.0%}, iw-SFT {shares['iw-sft']:.0%}")
     return shares
