@@ -18,7 +18,6 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from iwsft.trajectory import (
-    MASK,
     MULTIPLICITY,
     REWARD,
     TRAJ_IDS,
@@ -80,7 +79,10 @@ def curate(
             f"these trajectories hold {MULTIPLICITY!r} already; curate the data they come from, or "
             f"drop the counts with trajectories.exclude({MULTIPLICITY!r})"
         )
-    packed = _packed(trajectories)
+    if trajectories.batch_size.numel() == 0:
+        raise ValueError("there is not a single step in these trajectories")
+    padded = len(Segments.of(trajectories).shape) == 2
+    packed = pack(trajectories) if padded else trajectories
     sizes = lengths(packed)
     # Scores are few and compared on the host, so that a seed means the same on any device.
     scores = trajectory_scores(packed, score).cpu()
@@ -92,20 +94,18 @@ def curate(
     return survivors
 
 
-def trajectory_returns(trajectories: TensorDictBase) -> Tensor:
+def trajectory_returns(packed: TensorDictBase) -> Tensor:
     """Return the undiscounted sum of ``("next", "reward")`` of each trajectory, float64 ``[n]``.
 
     Raises:
         KeyError: The trajectories have no rewards.
         ValueError: The rewards are not one number per step.
     """
-    if trajectories.get(REWARD, default=None) is None:
+    if packed.get(REWARD, default=None) is None:
         raise KeyError(
             f"the return needs {REWARD!r}, which these trajectories lack; pass score=KEY of a "
             "score in the data, score='length', or a function"
         )
-    # A padded batch is packed for its order; only these entries matter here.
-    packed = _packed(trajectories.select(REWARD, TRAJ_IDS, MASK, strict=False))
     reward = packed.get(REWARD)
     if reward.numel() != len(packed):
         raise ValueError(f"{REWARD!r} has shape {list(reward.shape)}, not one number per step")
@@ -227,13 +227,6 @@ def _stored(packed: TensorDictBase, key: str | tuple[str, ...]) -> Tensor:
         hint = f"did you mean {close[0]}? " if close else ""
         raise KeyError(f"score {_name(key)} is unknown; {hint}There are {', '.join(names)}")
     return per_trajectory(packed, key).double()
-
-
-def _packed(trajectories: TensorDictBase) -> TensorDictBase:
-    if trajectories.batch_size.numel() == 0:
-        raise ValueError("there is not a single step in these trajectories")
-    padded = len(Segments.of(trajectories).shape) == 2
-    return pack(trajectories) if padded else trajectories
 
 
 def _check_cuts(cuts: Sequence[float]) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tensordict import TensorDict, TensorDictBase
 
 from iwsft.curation import curate, trajectory_returns
-from iwsft.trajectory import MASK, REWARD, TRAJ_IDS, lengths, pad
+from iwsft.trajectory import MASK, REWARD, TRAJ_IDS, lengths, pack, pad
 
 
 def dataset(returns: list[float], sizes: list[int] | None = None) -> TensorDict:
@@ -234,7 +234,7 @@ def test_padded_and_packed_agree() -> None:
     packed, other = curate(data, cuts=(50,)), curate(padded, cuts=(50,))
     assert torch.equal(packed["observation"], other["observation"])
     assert torch.equal(packed["multiplicity"], other["multiplicity"])
-    assert trajectory_returns(padded).tolist() == [5.0, 1.0, 7.0, 6.0]
+    assert trajectory_returns(pack(padded)).tolist() == [5.0, 1.0, 7.0, 6.0]
 
 
 def test_masked_steps_do_not_count_in_the_return() -> None:
