@@ -143,10 +143,10 @@ def _train(run: Run, task: Task, report: Report) -> tuple[TensorDictModuleBase, 
             return policy, reference_cost, Cost(0.0, 0.0)
         stage = "tuning"
         annotate_reference(policy, data, cache=folder)
-        learner, probes = _fine_tuning(run, curated(run, data), policy)
+        learner, probes = _build_fine_tuning(run, curated(run, data), policy)
     else:
         stage = "cloning"
-        learner = _cloning(run, curated(run, data), run.schedule)
+        learner = _build_cloning(run, curated(run, data), run.schedule)
     settings, report = settings_of(run, task), partial(report, stage)
     cost = _fit(run, task, learner, run.updates, run.folder, settings, report, probes)
     return learner.policy, cost, reference_cost
@@ -164,15 +164,15 @@ def train_reference(run: Run, task: Task, report: Report) -> tuple[GaussianPolic
     # A name "seed-..." would be that of a run's folder.
     folder = root / f"{key}-seed-{run.seed}"
     before, schedule = Task(task.pretrain, task.pretrain), run.reference_schedule
-    learner = _cloning(run, task.pretrain.trajectories.to(run.options.device), schedule)
+    learner = _build_cloning(run, task.pretrain.trajectories.to(run.options.device), schedule)
     with alone_in(folder, wait=True):
         report = partial(report, "reference")
         cost = _fit(run, before, learner, schedule.steps, folder, settings, report)
     return learner.policy, folder, cost
 
 
-def _cloning(run: Run, data: TensorDictBase, schedule: Schedule) -> Learner:
-    """Behaviour cloning from scratch: the mean over trajectories of -log p / length."""
+def _build_cloning(run: Run, data: TensorDictBase, schedule: Schedule) -> Learner:
+    """Build behaviour cloning from scratch: the mean over trajectories of -log p / length."""
     torch.manual_seed(run.seed)
     policy = GaussianPolicy(*sizes(data)).to(run.options.device)
     loss = ImportanceWeightedMLE(policy, proposal="reference")
@@ -180,10 +180,10 @@ def _cloning(run: Run, data: TensorDictBase, schedule: Schedule) -> Learner:
     return Learner(policy, loss, _sampler(run, data, batch), schedule)
 
 
-def _fine_tuning(
+def _build_fine_tuning(
     run: Run, data: TensorDictBase, policy: GaussianPolicy
 ) -> tuple[Learner, list[Probe]]:
-    """(iw-)SFT from the reference policy, on curated and annotated trajectories."""
+    """Build (iw-)SFT from the reference policy, on curated and annotated trajectories."""
     row, _ = run.fine_tuning
     steps = Segments.of(data)
     data.set(_RETURN, steps.spread(steps.sum(data.get(REWARD))))
