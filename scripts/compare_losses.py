@@ -14,7 +14,7 @@ from benchmarks.results import LANGUAGE, FinishedRun, ResultsError, read_runs
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Options:
     """Compare the runs that both folders have, update by update."""
 
     one: tyro.conf.Positional[Path]
@@ -25,22 +25,22 @@ class Arguments:
     """Number of first updates that are compared."""
 
 
-def main(arguments: Arguments) -> None:
+def main(options: Options) -> None:
     """Print, for each run, the largest relative difference of a loss, and both scores."""
-    if arguments.first < 1:
-        raise SystemExit(f"error: --first {arguments.first}: at least 1")
+    if options.first < 1:
+        raise SystemExit(f"error: --first {options.first}: at least 1")
     try:
         one, other = (
             {_name(run): run for run in read_runs(f, LANGUAGE)}
-            for f in (arguments.one, arguments.other)
+            for f in (options.one, options.other)
         )
     except ResultsError as error:
         raise SystemExit(f"error: {error}") from error
     shared = [name for name in one if name in other and one[name].metrics]
     if not shared:
-        raise SystemExit(f"error: {arguments.one} and {arguments.other} share no trained run")
+        raise SystemExit(f"error: {options.one} and {options.other} share no trained run")
     for name in shared:
-        here, there = (_losses(runs[name], arguments.first) for runs in (one, other))
+        here, there = (_losses(runs[name], options.first) for runs in (one, other))
         if len(here) != len(there):
             raise SystemExit(f"error: {name} logged {len(here)} and {len(there)} losses")
         apart = max(abs(a - b) / abs(a) for a, b in zip(here, there, strict=True))
@@ -57,4 +57,4 @@ def _losses(run: FinishedRun, first: int) -> list[float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=__doc__))
+    main(tyro.cli(Options, description=__doc__))

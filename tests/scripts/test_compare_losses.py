@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.compare_losses import Arguments, main
+from scripts.compare_losses import Options, main
 
 
 def write(folder: Path, algo: str, losses: list[float], score: float = 0.5) -> None:
@@ -31,9 +31,9 @@ def test_largest_relative_difference_of_runs_in_both(
         write(folder, "sft", losses, score)
         write(folder, "base", [])
     write(one, "iw-sft", [1.0])
-    main(Arguments(one, other, first=2))
+    main(Options(one, other, first=2))
     assert capsys.readouterr().out == "sft seed 0: losses 2.5e-02 apart, scores 0.250 0.750\n"
-    main(Arguments(one, other))
+    main(Options(one, other))
     assert "2.0e+00 apart" in capsys.readouterr().out
 
 
@@ -50,7 +50,7 @@ def test_runs_that_cannot_be_compared(
     write(tmp_path / "one", "sft", losses)
     write(tmp_path / "other", "sft" if other else "base", other)
     with pytest.raises(SystemExit, match=message):
-        main(Arguments(tmp_path / "one", tmp_path / "other"))
+        main(Options(tmp_path / "one", tmp_path / "other"))
 
 
 def test_damaged_run_is_named(tmp_path: Path) -> None:
@@ -58,9 +58,9 @@ def test_damaged_run_is_named(tmp_path: Path) -> None:
         write(tmp_path / name, "sft", [1.0])
     (tmp_path / "other" / "sft" / "seed-0" / "result.json").write_text("{")
     with pytest.raises(SystemExit, match=r"error: .*seed-0/result.json is not JSON"):
-        main(Arguments(tmp_path / "one", tmp_path / "other"))
+        main(Options(tmp_path / "one", tmp_path / "other"))
 
 
 def test_at_least_one_update(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="--first 0: at least 1"):
-        main(Arguments(tmp_path, tmp_path, first=0))
+        main(Options(tmp_path, tmp_path, first=0))
