@@ -20,8 +20,8 @@ from benchmarks.speed.measure import (
     Options,
     Times,
     checked,
-    in_child,
     paired,
+    peak_mb_of_child,
 )
 from benchmarks.speed.trajectories import SameDraws, Training
 from iwsft import datasets, environments
@@ -116,7 +116,7 @@ def memory(options: Options, sizes: Sizes) -> Iterator[Comparison]:
         "seed": options.seed,
     }
     ours, naive = (
-        in_child("benchmarks.speed.trajectories", {**arguments, "ours": ours})
+        peak_mb_of_child("benchmarks.speed.trajectories", ours=ours, **arguments)
         for ours in (True, False)
     )
     name = f"peak memory of a step above the data, {sizes.draws} trajectories"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -15,9 +13,8 @@ from benchmarks.speed.measure import (
     Comparison,
     Options,
     checked,
-    growth_mb,
-    in_child,
     paired,
+    peak_mb_of_child,
 )
 from iwsft.policies.token_log_prob import token_log_prob
 
@@ -69,7 +66,7 @@ def log_probs(options: Options, sizes: Sizes) -> Iterator[Comparison | Check]:
         GRADIENT_LIMIT,
     )
     ours, plain = (
-        in_child("benchmarks.speed.language", shape | {"ours": ours}) for ours in (True, False)
+        peak_mb_of_child("benchmarks.speed.language", ours=ours, **shape) for ours in (True, False)
     )
     yield Comparison(f"peak memory of log-prob and gradient, {size}", ours, plain, "MB", peer_name)
     times = paired(pair.ours, pair.plain, options.repeats)
@@ -120,12 +117,7 @@ class LogProbs:
         return max(float((a - b).norm() / b.norm()) for a, b in pairs)
 
 
-def peak(*, ours: bool, **shape: int) -> float:
-    """Return the MB that loss and gradient need above their inputs; for a process of its own."""
-    torch.set_num_threads(1)
+def job(*, ours: bool, **shape: int) -> Callable[[], object]:
+    """Return loss and gradient, whose memory is measured, our way or the plain way."""
     pair = LogProbs(**shape)
-    return growth_mb(pair.ours if ours else pair.plain)
-
-
-if __name__ == "__main__":
-    print(peak(**json.loads(sys.argv[1])))
+    return pair.ours if ours else pair.plain

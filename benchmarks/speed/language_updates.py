@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.speed.measure import Check, Comparison, Options, Times, checked, growth_mb, in_child
+from benchmarks.speed.measure import Check, Comparison, Options, Times, checked, peak_mb_of_child
 from iwsft.language.config import ImportanceWeightedConfig
 from iwsft.language.trainer import ImportanceWeightedTrainer
 from iwsft.trajectory import ASSISTANT_MASK, ATTENTION_MASK, TOKENS, from_steps
@@ -109,9 +107,11 @@ def measure(options: Options, sizes: Sizes) -> Iterator[Comparison | Check]:
             f"iw-SFT update, {name}, {shape}", "our SFT", "ms", "per update", per=sizes.updates
         )
     ours, peer = (
-        in_child(
+        peak_mb_of_child(
             "benchmarks.speed.language_updates",
-            {"settings": settings, "seed": options.seed, "sizes": asdict(sizes)},
+            settings=settings,
+            seed=options.seed,
+            sizes=asdict(sizes),
         )
         for settings in (SFT, TRL)
     )
@@ -253,13 +253,13 @@ def decoder(sizes: Sizes) -> Qwen2ForCausalLM:
     )
 
 
-def peak(settings: dict[str, Any] | None, seed: int, sizes: dict[str, int]) -> float:
-    """Return the MB that a block of updates needs above model and data; for a process alone."""
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(Path(folder), settings, Options(seed=seed), Sizes(**sizes))
-        return growth_mb(trainer.train)
+def job(settings: dict[str, Any] | None, seed: int, sizes: dict[str, int]) -> Callable[[], object]:
+    """Return a block of updates, whose memory is measured, of our trainer or of TRL's."""
+    folder = tempfile.TemporaryDirectory()
+    trainer = build_trainer(Path(folder.name), settings, Options(seed=seed), Sizes(**sizes))
 
+    def train() -> None:
+        with folder:
+            trainer.train()
 
-if __name__ == "__main__":
-    print(peak(**json.loads(sys.argv[1])))
+    return train

@@ -9,10 +9,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Literal
 
+import torch
 import tyro
 
 MB = 1e6
@@ -147,22 +149,27 @@ def peak_bytes() -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def growth_mb(job: Callable[[], object]) -> float:
-    """Return the MB by which ``job`` raises the peak of this process."""
-    before = peak_bytes()
-    job()
-    return (peak_bytes() - before) / MB
+def peak_mb_of_child(module: str, **arguments: object) -> float:
+    """Return the MB by which a job raises the peak of a process of its own.
 
-
-def in_child(module: str, arguments: dict[str, object]) -> float:
-    """Run ``python -m module ARGUMENTS`` (as JSON) and return the number that it prints last.
+    Args:
+        module: Module whose function ``job`` prepares the job and returns it.
+        arguments: Arguments of that function, as JSON can hold them.
 
     Raises:
         OSError: The process failed, most often for lack of memory; with the last line it wrote.
     """
-    command = [sys.executable, "-m", module, json.dumps(arguments)]
+    command = [sys.executable, "-m", "benchmarks.speed.measure", module, json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise OSError(f"{module} ended with code {done.returncode}: {last}")
     return float(done.stdout.split()[-1])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    job = import_module(sys.argv[1]).job(**json.loads(sys.argv[2]))
+    before = peak_bytes()
+    job()
+    print((peak_bytes() - before) / MB)

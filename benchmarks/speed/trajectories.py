@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from torchrl.objectives.utils import TargetNetUpdater
 
 from benchmarks.d4rl.run import sizes
 from benchmarks.d4rl.settings import QUALITY_BINS
-from benchmarks.speed.measure import growth_mb
 from iwsft import datasets
 from iwsft.curation import curate
 from iwsft.diagnostics import diagnose
@@ -184,15 +182,10 @@ class SameDraws:
         return max(float((a - b).norm() / b.norm()) for a, b in pairs)
 
 
-def peak(*, ours: bool, **settings: Any) -> float:
-    """Return the MB that a step needs above the loaded data; for a process of its own."""
-    torch.set_num_threads(1)
-    pair = SameDraws(**settings)
+def job(*, ours: bool, **arguments: Any) -> Callable[[], object]:
+    """Return a step whose memory is measured, ours or the naive one."""
+    pair = SameDraws(**arguments)
     if ours:
-        return growth_mb(pair.ours.step)
-    batch_size = pair.ours.sampler.batch_size
-    return growth_mb(lambda: pair.naive.step(torch.arange(batch_size) % len(pair.ids)))
-
-
-if __name__ == "__main__":
-    print(peak(**json.loads(sys.argv[1])))
+        return pair.ours.step
+    draws = torch.arange(pair.ours.sampler.batch_size) % len(pair.ids)
+    return lambda: pair.naive.step(draws)
