@@ -1,8 +1,10 @@
-"""Training with the loss against the plain version of the method, q included."""
+"""Training with the loss against the plain version of the method, which the docs show."""
 
 from __future__ import annotations
 
+import inspect
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,3 +68,8 @@ def test_updates_are_those_of_the_plain_method(make_batch: Any, make_policy: Any
         for name, expected in zip(names, network.parameters(), strict=True):
             # The annotated log pi_ref is float32.
             torch.testing.assert_close(params[name].detach(), expected.detach(), rtol=0, atol=1e-7)
+
+
+def test_the_docs_show_the_plain_method() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "algorithm.md").read_text()
+    assert f"```python\n{inspect.getsource(NaiveIwSft)}```" in page
