@@ -101,12 +101,7 @@ class OnlineRun:
             self._restore(state)
 
     def train(self, report: Report) -> None:
-        """Run to the end.
-
-        Raises:
-            FloatingPointError: The learner or the simulator has diverged.
-            OSError: The disk is full; the last checkpoint stays.
-        """
+        """Run to the end, see :func:`collect_replay`."""
         env = self._simulator.make()
         every = max(1, self._settings.steps // _CURVE_POINTS)
         try:
