@@ -9,8 +9,8 @@ from typing import Any
 from tensordict.nn import TensorDictModuleBase
 
 import baselines
-from benchmarks.d4rl import settings as paper
 from benchmarks.d4rl.run import Run, Task, sizes
+from benchmarks.d4rl.settings import find_algorithm
 from iwsft import checkpoint
 from iwsft.policies import GaussianPolicy
 
@@ -59,10 +59,9 @@ def load_policy(folder: str | Path) -> tuple[TensorDictModuleBase, str, dict[str
         if content["algo"] in baselines.BASELINES:
             module = baselines.algorithm(content["algo"])
             policy = module.policy(*dims, module.Settings(**content["settings"]))
-        elif paper.is_algorithm(content["algo"]):
-            policy = GaussianPolicy(*dims)
         else:
-            raise ValueError(f"unknown algorithm {content['algo']!r}")
+            find_algorithm(content["algo"])
+            policy = GaussianPolicy(*dims)
         policy.load_state_dict(content["state"])
     except checkpoint.CORRUPT as error:
         raise checkpoint.CheckpointError(

@@ -61,11 +61,6 @@ EVERY_ALGORITHM = (*ALGORITHMS, *BASELINES)
 _SHARE = re.compile(r"bc-(\d+(?:\.\d+)?)")
 
 
-def is_algorithm(name: str) -> bool:
-    """Whether the name is one of the paper's algorithms, or BC on a share of the data."""
-    return name in ALGORITHMS or _SHARE.fullmatch(name) is not None
-
-
 def find_algorithm(name: str) -> Algorithm:
     """The algorithm that has this name; a baseline trains from scratch on all data.
 
