@@ -32,7 +32,7 @@ _REACH: dict[str, Callable[[NDArray[Any]], NDArray[Any]] | None] = {
 ENV_IDS = (*_GOAL_CELLS, *_REACH)
 
 
-def arguments(env_id: str) -> dict[str, Any]:
+def get_arguments(env_id: str) -> dict[str, Any]:
     """Return the arguments of the environment by D4RL's conventions.
 
     Raises:
@@ -49,8 +49,8 @@ def arguments(env_id: str) -> dict[str, Any]:
     )
 
 
-def wrapped(env: gym.Env[Any, Any], env_id: str) -> gym.Env[Any, Any]:
-    """Wrap ``env``, which was made with :func:`arguments`, in the other conventions."""
+def wrap(env: gym.Env[Any, Any], env_id: str) -> gym.Env[Any, Any]:
+    """Wrap ``env``, which was made with :func:`get_arguments`, in the other conventions."""
     return AntMaze(env) if env_id in _GOAL_CELLS else AdroitHand(env, env_id)
 
 

@@ -49,8 +49,8 @@ def make(
         return _make(env_id, kwargs)
     if conventions != "d4rl":
         raise ValueError(f"conventions={conventions!r} is unknown; there is 'd4rl', or None")
-    env = _make(env_id, {**d4rl_conventions.arguments(env_id), **kwargs})
-    return d4rl_conventions.wrapped(env, env_id)
+    env = _make(env_id, {**d4rl_conventions.get_arguments(env_id), **kwargs})
+    return d4rl_conventions.wrap(env, env_id)
 
 
 def _make(env_id: str, kwargs: Mapping[str, Any]) -> gym.Env[Any, Any]:

@@ -24,7 +24,7 @@ from benchmarks.llm.evaluation.answers import normalize_latex, parse_integer, pa
 
 AnswerKind = Literal["math", "integer", "letter"]
 
-_MATH_VERIFY = "benchmarks.llm.evaluation.grading:equal_by_math_verify"
+_MATH_VERIFY = "benchmarks.llm.evaluation.grading:compare_by_math_verify"
 _START_SECONDS = 120.0
 _MOST_BYTES = 8 * 2**30
 # The process ends itself this much later than its parent would, should the parent be gone.
@@ -51,10 +51,10 @@ class Grader:
         self._verdicts: dict[tuple[str, str], bool] = {}
         self.problems: list[str] = []
 
-    def comparison(self, kind: AnswerKind) -> Callable[[str, str], bool]:
+    def choose_comparison(self, kind: AnswerKind) -> Callable[[str, str], bool]:
         """Return a function that says whether an answer equals the correct answer, or another."""
         if kind == "math":
-            return self.equal_math
+            return self.compare_math
         parse = parse_integer if kind == "integer" else parse_letter
 
         def equal(correct: str, answer: str) -> bool:
@@ -63,7 +63,7 @@ class Grader:
 
         return equal
 
-    def equal_math(self, correct: str, answer: str) -> bool:
+    def compare_math(self, correct: str, answer: str) -> bool:
         """Return whether two expressions are equal; equal text needs no comparison."""
         if normalize_latex(correct) == normalize_latex(answer):
             return True
@@ -143,7 +143,7 @@ class Grader:
         return {"problem": "the process crashed" if in_time else f"no verdict in {seconds:g} s"}
 
 
-def equal_by_math_verify(correct: str, answer: str) -> bool:
+def compare_by_math_verify(correct: str, answer: str) -> bool:
     """Return whether Math-Verify finds two LaTeX expressions equal.
 
     Its own time limits are off: they need the alarm of the process, which is set already.

@@ -61,12 +61,12 @@ def grade(
             # Only the letter: models repeat the choice, and its text may be private.
             answer = parse_letter(answer)
         answers[generation["id"]].append(answer)
-    same = grader.comparison(kind)
+    same = grader.choose_comparison(kind)
     grades = []
     for question in question_set.questions:
         given = answers[question.id]
         right = [answer is not None and same(question.answer, answer) for answer in given]
-        chosen = majority(given, same) if len(given) > 1 else given[0]
+        chosen = find_majority(given, same) if len(given) > 1 else given[0]
         grades.append(
             Grades(
                 question.id,
@@ -107,7 +107,7 @@ def score(grades: Sequence[Grades], generations: Sequence[Generation], seed: int
         "maj": 100 * voted / len(grades),
         "maj_interval": [100 * end for end in wilson_interval(voted, len(grades))],
         "pass_at": {
-            str(k): 100 * float(np.mean([pass_at(k, n, count) for count in right]))
+            str(k): 100 * float(np.mean([estimate_pass_at(k, n, count) for count in right]))
             for k in [*subsets, n]
         },
         "no_answer": sum(answer is None for each in grades for answer in each.answers),
@@ -121,7 +121,7 @@ def score(grades: Sequence[Grades], generations: Sequence[Generation], seed: int
     return result
 
 
-def pass_at(k: int, answers: int, right: int) -> float:
+def estimate_pass_at(k: int, answers: int, right: int) -> float:
     """Compute the probability that k of the answers, chosen without replacement, hold a right one.
 
     Unbiased for pass@k (Chen et al. 2021, "Evaluating Large Language Models Trained on Code", eq.
@@ -130,7 +130,7 @@ def pass_at(k: int, answers: int, right: int) -> float:
     return 1 - math.comb(answers - right, k) / math.comb(answers, k)
 
 
-def majority(answers: Sequence[str | None], same: Callable[[str, str], bool]) -> str | None:
+def find_majority(answers: Sequence[str | None], same: Callable[[str, str], bool]) -> str | None:
     """Return the most frequent answer; of several, the one that comes first.
 
     Args:

@@ -61,17 +61,17 @@ def test_counts_as_wrong_and_grading_continues(
     compare: str, tmp_path: Path, answer: str, problem: str, restarted: bool
 ) -> None:
     with Grader(seconds=1, compare=compare) as grader:
-        assert grader.equal_math("A", "a")
+        assert grader.compare_math("A", "a")
         before = time.monotonic()
-        assert not grader.equal_math("A", answer)
+        assert not grader.compare_math("A", answer)
         # The limit holds, with room for a slow machine.
         assert time.monotonic() - before < 20
         assert len(grader.problems) == 1 and problem in grader.problems[0]
         assert repr(answer) in grader.problems[0]
-        assert grader.equal_math("B", "b") and not grader.equal_math("B", "c")
+        assert grader.compare_math("B", "b") and not grader.compare_math("B", "c")
         assert len(grader.problems) == 1
         # Asked again it is known, and no second limit is waited for.
-        assert not grader.equal_math("A", answer) and len(grader.problems) == 1
+        assert not grader.compare_math("A", answer) and len(grader.problems) == 1
         assert len(list(tmp_path.glob("*.pid"))) == (2 if restarted else 1)
     for path in tmp_path.glob("*.pid"):
         assert not running(int(path.stem)), "the process outlives its grader"
@@ -82,7 +82,7 @@ def test_the_process_ends_with_its_parent(compare: str, tmp_path: Path) -> None:
     script = (
         "from benchmarks.llm.evaluation.grading import Grader\n"
         f"grader = Grader(compare={compare!r})\n"
-        "grader.equal_math('A', 'a')\n"
+        "grader.compare_math('A', 'a')\n"
         "print('ready', flush=True)\n"
         "import time; time.sleep(60)\n"
     )

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from benchmarks.llm.evaluation.scores import majority, pass_at
+from benchmarks.llm.evaluation.scores import estimate_pass_at, find_majority
 
 
 @pytest.mark.parametrize(("answers", "right"), [(5, 0), (5, 2), (6, 5), (4, 4)])
@@ -15,8 +15,8 @@ def test_pass_at_is_the_share_of_subsets(answers: int, right: int) -> None:
     marks = [True] * right + [False] * (answers - right)
     for k in range(1, answers + 1):
         subsets = [any(each) for each in itertools.combinations(marks, k)]
-        assert pass_at(k, answers, right) == pytest.approx(np.mean(subsets))
-    assert pass_at(1, answers, right) == pytest.approx(right / answers)
+        assert estimate_pass_at(k, answers, right) == pytest.approx(np.mean(subsets))
+    assert estimate_pass_at(1, answers, right) == pytest.approx(right / answers)
 
 
 @pytest.mark.parametrize(
@@ -36,4 +36,4 @@ def test_majority(answers: list[str | None], chosen: str | None) -> None:
     def same(first: str, second: str) -> bool:
         return {first, second} == {"1/2", "0.5"} or first == second
 
-    assert majority(answers, same) == chosen
+    assert find_majority(answers, same) == chosen
