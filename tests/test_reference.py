@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import resource
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +53,6 @@ class Counting(nn.Module):
 
 def files(folder: Path) -> list[Path]:
     return sorted(folder.iterdir())
-
-
-@contextmanager
-def file_size_limit(limit: int) -> Iterator[None]:
-    """Files of this process can't grow beyond ``limit`` bytes: what a full disk does to a write."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_writes_the_log_prob_of_each_step() -> None:
@@ -213,11 +196,11 @@ def test_changed_code_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(files(tmp_path)) == 2
 
 
-def test_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
+def test_full_disk_leaves_nothing_half_written(full_disk: Any, tmp_path: Path) -> None:
     annotate_reference(gaussian(1), dataset(), cache=tmp_path)
     stored = {path: path.read_bytes() for path in files(tmp_path)}
     data = dataset()
-    with file_size_limit(500), pytest.raises(OSError, match="no space left to write"):
+    with full_disk(500), pytest.raises(OSError, match="no space left to write"):
         annotate_reference(gaussian(), data, cache=tmp_path)
     assert {path: path.read_bytes() for path in files(tmp_path)} == stored
 
@@ -267,20 +250,17 @@ def test_training_mode_is_as_it_was(tmp_path: Path) -> None:
     assert len(files(tmp_path)) == 1
 
 
-def test_key_is_the_same_in_another_process(tmp_path: Path) -> None:
-    """No memory address, hash seed or order of dictionaries gets into the key."""
-    annotate_reference(gaussian(), dataset(), cache=tmp_path)
-    code = (
-        "import sys; from pathlib import Path; from tests.test_reference import *;"
-        "annotate_reference(gaussian(), dataset(), cache=Path(sys.argv[1]))"
-    )
-    root = Path(__file__).parents[1]
-    subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        check=True,
-        cwd=root,
-        env={**os.environ, "PYTHONHASHSEED": "123"},
-    )
+def _annotate(folder: Path) -> None:
+    annotate_reference(gaussian(), dataset(), cache=folder)
+
+
+def test_key_is_the_same_in_another_process(forkserver: Any, tmp_path: Path) -> None:
+    """The key contains no memory address, hash seed or order of dictionaries."""
+    _annotate(tmp_path)
+    process = forkserver.Process(target=_annotate, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
     assert len(files(tmp_path)) == 1
 
 
