@@ -254,6 +254,14 @@ def test_sampling_with_replacement_is_that_of_the_trajectory_sampler():
     assert set(again.keys(True, True)) == set(batch.keys(True, True))
 
 
+def test_a_batch_without_entries_is_a_trajectory_that_does_not_count():
+    entries = TrajectoryDataset(dataset([3, 4], [2, 1]))
+    make = partial(collate, layout="packed")
+    loader = DataLoader(entries, batch_sampler=[[1, 2], []], collate_fn=make)
+    multiplicity = [batch.get(MULTIPLICITY).tolist() for batch in loader]
+    assert multiplicity == [[1] * 7, [0] * 3]
+
+
 class Unigram(nn.Module):
     """log p of a token by a table; 0 off the assistant mask."""
 
