@@ -79,13 +79,13 @@ class ImportanceWeightedMLE(PolicyLoss):
         functional: Whether to hold parameters apart from the module, as TorchRL's losses do. False
             holds the module itself (for engines that shard it) and, with ``"lagged"``, a second
             module.
-        hold_q: Whether a lagged q is part of the loss. False where something else holds it, such
-            as the shards of an engine (``iwsft.language.shards``), and computes the weights.
+        hold_q: Whether a lagged q is part of the loss. If something else holds it, such as the
+            shards of an engine (``iwsft.language.shards``), weights are read from the batch.
 
     Input keys: those of the policy, the action, ``("collector", "traj_ids")`` in the packed layout,
-    ``ref_log_prob`` with ``"lagged"`` and ``"current"``, ``importance_weight`` with ``"cached"``;
-    where present, ``multiplicity`` and the masks that ``loss_mask_key`` names (by default
-    ``("collector", "mask")``).
+    ``ref_log_prob`` with ``"lagged"`` and ``"current"``, ``importance_weight`` if weights are read
+    from the batch; where present, ``multiplicity`` and the masks that ``loss_mask_key`` names (by
+    default ``("collector", "mask")``).
 
     Output: ``loss_iw_mle``, then detached scalars: ``ESS`` (effective over drawn trajectories, in
     (0, 1]), ``kl_approx`` (mean of log pi_ref - log p over steps; NaN without ``ref_log_prob``),
@@ -151,6 +151,7 @@ class ImportanceWeightedMLE(PolicyLoss):
             raise ValueError(f"reduction must be 'none', 'mean' or 'sum', not {reduction!r}")
         lagged = proposal == "lagged" and hold_q
         super().__init__(policy, lagged=lagged, functional=functional)
+        self._reads_weights = proposal == "cached" or (proposal == "lagged" and not hold_q)
         self._in_keys: list[NestedKey] | None = None
         self.importance_weights = importance_weights or ImportanceWeights()
         self.proposal: Proposal = proposal
@@ -166,15 +167,11 @@ class ImportanceWeightedMLE(PolicyLoss):
         )
         return result
 
-    def terms(self, batch: TensorDictBase, *, cached: bool = False) -> Terms:
+    def terms(self, batch: TensorDictBase) -> Terms:
         """Log-probabilities and weights of a batch: what :meth:`forward` is a summary of.
 
         ``terms = loss.terms(batch); out = loss.summary(terms)`` is ``loss(batch)``, and
         ``diagnose(loss, batch, terms)`` then needs no forward pass of its own.
-
-        Args:
-            batch: A packed or padded batch.
-            cached: Whether to read the weights from the batch, whatever the proposal is.
         """
         segments = self.segments(batch)
         share = self.share(batch, segments)
@@ -182,7 +179,7 @@ class ImportanceWeightedMLE(PolicyLoss):
         reference = None
         if self.tensor_keys.ref_log_prob in batch.keys(include_nested=True):
             reference = self.reference(batch, segments)
-        if cached or self.proposal == "cached":
+        if self._reads_weights:
             how = "call iwsft.reweight(trajectories, loss) at the start and at every sync"
             weight = self._entry(batch, self.tensor_keys.importance_weight, segments, how)
             log_weight = _where_valid(segments, weight.log())
@@ -336,10 +333,10 @@ class ImportanceWeightedMLE(PolicyLoss):
         if self._in_keys is None:
             keys = [*getattr(self.actor_network, "in_keys", ()), self.tensor_keys.action]
             keys.append(self.tensor_keys.traj_ids)
-            if self.proposal in ("lagged", "current"):
-                keys.append(self.tensor_keys.ref_log_prob)
-            elif self.proposal == "cached":
+            if self._reads_weights:
                 keys.append(self.tensor_keys.importance_weight)
+            elif self.proposal != "reference":
+                keys.append(self.tensor_keys.ref_log_prob)
             self._in_keys = list(dict.fromkeys(keys))
         return self._in_keys
 

@@ -225,7 +225,7 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
         It is multiplied by the number of processes, since engines average gradients over them.
         """
         self._policy.model = model
-        terms = self._loss.terms(inputs, cached=self._weights is not None)
+        terms = self._loss.terms(inputs)
         out = self._loss.summary(terms)
         clipped = math.nan if self._weights is None else self._weights.clip_fraction
         self._measures.add(terms, clipped)
