@@ -137,7 +137,7 @@ def _processes(jobs: int) -> Iterator[Place]:
         busy[future] = pool
         return future
 
-    loss = "its worker was killed, perhaps for want of memory (a lower --jobs needs less)"
+    loss = "its worker was killed, perhaps for lack of memory (a lower --jobs needs less)"
     try:
         yield Place(jobs, submit, (BrokenProcessPool,), loss)
     finally:
@@ -185,7 +185,7 @@ def _ray_place(jobs: int | None, device: str) -> Iterator[Place]:
             future: Future[Any] = task.options(name=str(item)).remote(work, item).future()
             return future
 
-        loss = "its Ray worker was lost, with its node or for want of memory"
+        loss = "its Ray worker was lost, with its node or for lack of memory"
         yield Place(jobs, submit, (NodeDiedError, OutOfMemoryError, WorkerCrashedError), loss)
     finally:
         ray.shutdown()

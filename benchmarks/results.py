@@ -98,7 +98,7 @@ def read_runs(folder: str | Path, benchmark: str) -> list[FinishedRun]:
         benchmark: ``CONTROL`` or ``LANGUAGE``.
 
     Raises:
-        ResultsError: a file is not what a run writes, or two folders hold the same run.
+        ResultsError: A file is not what a run writes, or two folders hold the same run.
     """
     root = Path(folder)
     runs: dict[tuple[str, str, int], FinishedRun] = {}
@@ -125,7 +125,7 @@ def unfinished_runs(folder: str | Path, benchmark: str) -> list[UnfinishedRun]:
     """Read all runs of a benchmark below ``folder`` that have no result, sorted by path.
 
     Raises:
-        ResultsError: a file is not what a run writes.
+        ResultsError: A file is not what a run writes.
     """
     root = Path(folder)
     runs = []

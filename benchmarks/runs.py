@@ -99,8 +99,8 @@ def claim(
         The folders of unfinished runs.
 
     Raises:
-        FileExistsError: Folders hold a run, and ``resume`` is off.
-        CheckpointError: With ``resume``, folders hold a run of other settings.
+        FileExistsError: Folders contain a run, and ``resume`` is off.
+        CheckpointError: ``resume`` is on, and folders contain a run of other settings.
         OSError: ``root`` can't be written.
     """
     with full_disk_named(root):

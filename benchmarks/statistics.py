@@ -40,7 +40,7 @@ def bootstrap_interval(values: ArrayLike, seed: int = 0) -> tuple[Scores, Scores
         Lower and upper end, ``[...]``. They are equal where all rows are equal.
 
     Raises:
-        ValueError: there is no row.
+        ValueError: There is no row.
     """
     from scipy import stats
 
@@ -66,7 +66,7 @@ def wilson_interval(right: int, questions: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share (Wilson 1927), for one answer a question.
 
     Raises:
-        ValueError: there is no question, or there are more right answers than questions.
+        ValueError: There is no question, or there are more right answers than questions.
     """
     from scipy import stats
 

@@ -141,7 +141,7 @@ class ImportanceWeightedMLE(PolicyLoss):
     ) -> None:
         if not callable(getattr(policy, "log_prob", None)):
             raise TypeError(
-                f"a policy has log_prob(trajectories), {type(policy).__name__} has not; wrap the "
+                f"{type(policy).__name__} needs a method log_prob(trajectories); wrap the "
                 "network into a torchrl.modules.ProbabilisticActor, or use iwsft.GaussianPolicy"
             )
         if proposal not in get_args(Proposal):

@@ -125,7 +125,7 @@ class HardSync(_Updater):
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict`, in mid-window too."""
+        """Restore :meth:`state_dict`, also in the middle of a window."""
         self.counter = state_dict["counter"]
         if self.trajectories is not None:
             key = self.loss_module.tensor_keys.importance_weight

@@ -169,8 +169,8 @@ def _check_order(ids: Tensor, key: NestedKey) -> None:
         where = int(falls.nonzero()[0]) + 1
         raise ValueError(
             f"{key!r} is out of order at step {where}: {int(ids[where])} follows "
-            f"{int(ids[where - 1])}. Packed trajectories stand back to back with ids that never "
-            "fall; renumber them, or reshape slices of equal length to [B, T]"
+            f"{int(ids[where - 1])}. Packed trajectories lie back to back with ids that never "
+            "decrease; renumber them, or reshape slices of equal length to [B, T]"
         )
 
 
@@ -217,7 +217,7 @@ def select(packed: TensorDictBase, index: Tensor) -> TensorDictBase:
     """Keep the trajectories at positions ``index`` (int64 ``[k]``, increasing) of a packed batch.
 
     Raises:
-        ValueError: positions that do not increase, or that name no trajectory.
+        ValueError: Positions do not increase, or name no trajectory.
     """
     sizes = lengths(packed)
     if len(index) and (int(index.min()) < 0 or int(index.max()) >= len(sizes)):
@@ -247,11 +247,11 @@ def pad(packed: TensorDictBase, length: int | None = None) -> TensorDictBase:
     """Packed ``[N]`` to padded ``[B, T]``, with ``("collector", "mask")``; padding is 0.
 
     Args:
-        packed: packed trajectories.
+        packed: Packed trajectories.
         length: T; the longest trajectory by default.
 
     Raises:
-        ValueError: a trajectory longer than ``length``.
+        ValueError: A trajectory is longer than ``length``.
     """
     segments = Segments.of(packed)
     sizes = torch.bincount(segments.index)

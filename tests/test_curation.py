@@ -318,7 +318,7 @@ def test_settings_out_of_range() -> None:
 
 
 def test_a_cut_among_equal_scores_says_so() -> None:
-    """6 of 10 reach the goal: the best 40 % are drawn from them by chance."""
+    """6 of 10 reach the goal: the best 40 % are a random sample of them."""
     sparse = dataset([1.0] * 6 + [0.0] * 4)
     with pytest.warns(UserWarning, match=r"cut 60 falls among 6 equal scores \(1\): 4 of the 4"):
         curate(sparse, cuts=(60,))
@@ -326,7 +326,7 @@ def test_a_cut_among_equal_scores_says_so() -> None:
         warnings.simplefilter("error")
         curate(sparse, cuts=(40,))  # just those that reach it
         curate(sparse, cuts=(60,), ties=">=")
-        curate(dataset([3.0, 2.0, 2.0, 1.0]), cuts=(50,))  # a tie of two is no matter
+        curate(dataset([3.0, 2.0, 2.0, 1.0]), cuts=(50,))  # A tie of two does not matter.
 
 
 def test_a_cut_that_keeps_everything_says_so() -> None:

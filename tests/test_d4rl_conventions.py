@@ -250,7 +250,7 @@ def random_returns(env: gym.Env[Any, Any], episodes: int) -> list[float]:
 
 
 def door_positions() -> np.ndarray:
-    """Where the door stands at each step, ``[N, 3]``."""
+    """The position of the door at each step, ``[N, 3]``."""
     from importlib import resources
 
     import h5py

@@ -124,7 +124,7 @@ def test_seeds_differ() -> None:
 
 
 class Countdown(gym.Env[np.ndarray, np.ndarray]):
-    """Lasts as many steps as its seed draws; each step pays the action; tells of success once."""
+    """Lasts as many steps as its seed draws; each step pays the action; reports success once."""
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
     action_space = gym.spaces.Box(-2.0, 2.0, (1,), np.float32)

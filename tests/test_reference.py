@@ -104,7 +104,7 @@ def test_stored_file_is_an_array(tmp_path: Path) -> None:
 
 
 def test_annotating_again_hits_the_cache(tmp_path: Path) -> None:
-    """What annotation, curation and reweighting add to the data is no part of the key."""
+    """The key ignores what annotation, curation and reweighting add to the data."""
     policy = gaussian()
     data = annotate_reference(policy, dataset(), cache=tmp_path)
     data["multiplicity"] = torch.ones(300, dtype=torch.int64)

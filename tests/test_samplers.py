@@ -84,7 +84,7 @@ def value_and_gradient(loss: Any, *args: Any) -> tuple[Tensor, Tensor]:
 def every_ticket(monkeypatch: pytest.MonkeyPatch) -> int:
     """Replace the random numbers of the samplers by each possible outcome, equally often.
 
-    Tickets run through all multiplicities; beside each, uniforms run through the midpoints of
+    Tickets run through all multiplicities; with each, uniforms run through the midpoints of
     ``repeats`` equal parts of [0, 1), which every trajectory's length divides.
     """
     repeats = math.lcm(*SIZES)

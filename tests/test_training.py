@@ -114,7 +114,7 @@ class Killed(BaseException):
 
 
 def train(made: Job, folder: Path | None, *, kill: int | None = None, at: str = "batch") -> Cost:
-    """Run ``fit``; with ``kill`` it ends at that update, when the batch is drawn or looked at."""
+    """Run ``fit``; with ``kill`` it ends at that update, when the batch is sampled or read."""
     drawn = 0
 
     def looked_at(batch: TensorDictBase) -> Row:

@@ -55,7 +55,7 @@ def test_step_transforms(x: list[float]) -> None:
 @given(pairs=st.lists(st.tuples(FINITE, st.integers(0, 4)), min_size=1, max_size=20))
 def test_trajectory_transforms(pairs: list[tuple[float, int]]) -> None:
     x, m = (np.array(column, dtype=float) for column in zip(*pairs, strict=True))
-    m[0] += 1  # something was drawn
+    m[0] += 1  # The batch has a trajectory.
     log_w, count = torch.tensor(x, dtype=torch.float32), torch.tensor(m)
     w = np.exp(x)
     cases: list[tuple[Any, np.ndarray]] = [

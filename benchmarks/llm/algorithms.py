@@ -56,11 +56,11 @@ DEFAULT = (BASE, "sft", "sft-q", "iw-sft", "iw-sft-hard", "iw-sft-ema", "iw-sft-
 
 
 def choose_q(algorithm: Algorithm, settings: Settings, parts: int) -> tuple[Proposal, int | None]:
-    """Choose what q is, and how many updates a hard sync holds.
+    """Choose what q is, and how many updates follow a hard sync.
 
     Weights that are compared with each other (divided by their mean, say) have to be known for the
     whole update. Where an update has several micro-batches, its weights are therefore computed
-    before it: q = theta all the same.
+    before it; q is still theta.
 
     Args:
         algorithm: The algorithm.

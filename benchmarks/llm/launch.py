@@ -1,9 +1,9 @@
-"""Start a training command again under accelerate: a process a GPU, or 2 on the CPU.
+"""Start a training command again under accelerate: one process per GPU, or 2 on the CPU.
 
 ``choose`` reads a packaged config (``benchmarks/llm/configs``) or the user's, ``start`` starts the
 processes, and ``launched`` tells a process what it was started as. ``assert_engine`` checks that a
 process got the engine that was asked for, because accelerate and transformers fall back to others
-without a word.
+silently.
 """
 
 from __future__ import annotations
@@ -349,7 +349,7 @@ def _fitting_config(hardware: Hardware, model: DecoderSizes | None, setup: Setup
         f"the model does not fit: {'; '.join(needs)}; there are {processes} GPUs of "
         f"{_gb(hardware.gpu_memory)} and {_gb(hardware.host_memory or 0)} of host memory a node. "
         "Take more GPUs or nodes (multi_node), shorter sequences or adapters (docs/scaling.md), or "
-        "name a config to try it all the same"
+        "name a config to try it anyway"
     )
 
 

@@ -109,10 +109,11 @@ class DecoderSizes:
         return 4 * self.text.hidden_size + 4 + 2 * width * self.text.hidden_size
 
     def layer_activations(self, width: int) -> int:
-        """Bytes a token that a layer keeps for backward, with fused attention.
+        """Bytes per token that a layer keeps for backward, with fused attention.
 
-        This holds for Llama and its kin (Qwen2, Mistral, ...): two norms, rotated queries and keys,
-        values, attention's output and log-normalisers, four tensors of the feed-forward block.
+        This applies to Llama and similar models (Qwen2, Mistral, ...): two norms, rotated queries
+        and keys, values, attention's output and log-normalisers, and four tensors of the
+        feed-forward block.
 
         Args:
             width: Bytes of a number.

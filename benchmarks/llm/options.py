@@ -58,9 +58,9 @@ class Options:
         tuple[str, ...] | None,
         tyro.conf.arg(
             metavar="[CONFIG]",
-            help="Train under accelerate, one process a GPU, or 2 on the CPU: by a config of "
-            "benchmarks/llm/configs, a YAML file of accelerate, a JSON file of DeepSpeed, or, "
-            "without a word, by one that fits.",
+            help="Train under accelerate, with one process per GPU, or 2 on the CPU. CONFIG is a "
+            "name in benchmarks/llm/configs, a YAML file of accelerate or a JSON file of "
+            "DeepSpeed; without CONFIG the command chooses one that fits.",
         ),
     ] = None
     settings: Annotated[Settings, tyro.conf.arg(name="")]

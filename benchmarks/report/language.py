@@ -112,7 +112,7 @@ def read_recipes(folder: Path) -> list[Recipe]:
     """Read all recipes with runs at or below ``folder``, by path.
 
     Raises:
-        ResultsError: a file is not what a run writes.
+        ResultsError: A file is not what a run writes.
     """
     recipes: dict[str, Recipe] = {}
     runs: list[FinishedRun | UnfinishedRun] = [*read_runs(folder, LANGUAGE)]

@@ -48,7 +48,7 @@ def write_report(folder: Path, out: Path) -> Path:
         The HTML page.
 
     Raises:
-        ResultsError: there is no finished run, or a file of a run cannot be read.
+        ResultsError: There is no finished run, or a file of a run cannot be read.
     """
     runs, unfinished = read_runs(folder, CONTROL), unfinished_runs(folder, CONTROL)
     recipes = read_recipes(folder)
@@ -92,7 +92,7 @@ def write_report(folder: Path, out: Path) -> Path:
 
 
 def _records(runs: Sequence[FinishedRun], recipes: Sequence[Recipe]) -> str:
-    """A JSON array, a run a line: the result without its episodes, settings, versions, command."""
+    """Return a JSON array with one run per line: result without episodes, settings, versions."""
     everything = [*runs, *(run for recipe in recipes for run in recipe.runs)]
     return "[\n" + ",\n".join(json.dumps(_record(run)) for run in everything) + "\n]\n"
 

@@ -33,7 +33,7 @@ from iwsft.trajectory import ASSISTANT_MASK, ATTENTION_MASK, TOKENS, from_steps
 # Largest relative difference of the losses of the first updates, both in float32.
 LOSS_LIMIT = 1e-5
 SFT: dict[str, Any] = {"proposal": "reference"}
-# None in place of settings of our trainer.
+# TRL has no settings of our trainer.
 TRL = None
 
 

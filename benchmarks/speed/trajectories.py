@@ -45,7 +45,7 @@ def cheetah_like(file: str | Path | None, trajectories: int, steps: int, seed: i
     """Return trajectories of equal length with HalfCheetah's sizes (17 observations, 6 actions).
 
     Args:
-        file: Dataset to read in place of synthetic data.
+        file: Dataset to read instead of synthetic data.
         trajectories: Number of trajectories.
         steps: Steps of each trajectory.
         seed: Seed of the contents.

@@ -45,7 +45,7 @@ def fetch(
         target: Path of the file.
         size: Number of bytes that the file must have, besides the number that the server announces.
         sha256: SHA-256 (hex) that the file must have.
-        signature: First bytes that the file must have, which an error page has not.
+        signature: First bytes that the file must have, which an error page does not have.
 
     Returns:
         ``target``.

@@ -42,7 +42,7 @@ class Steps:
         terminals: Whether the environment ended the episode at this step, bool ``[N]``.
         timeouts: Whether the episode was cut after this step, bool ``[N]``. A step with both flags
             counts as terminated only.
-        next_observations: Next observations, float32 ``[N, obs]``. None stands for the observation
+        next_observations: Next observations, float32 ``[N, obs]``. None means the observation
             of the trajectory's next row. At its last step, whose successor was not recorded, it is
             the step's own observation, so that a critic that bootstraps there sees a real state.
     """

@@ -1,4 +1,4 @@
-"""q in shards: each process keeps its part of q, beside a model of any size."""
+"""q in shards: each process keeps its part of q, for a model of any size."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class Shards:
     Frozen parameters and buffers of q are theta's, running statistics included.
 
     Args:
-        model: the model as the engine returned it (``accelerator.prepare``,
+        model: Model that the engine returned (``accelerator.prepare``,
             ``deepspeed.initialize``, ``fully_shard``).
-        optimizer: accelerate's optimizer, which knows when it skipped an update (gradients that
+        optimizer: Optimizer of accelerate, which knows when it skipped an update (gradients that
             overflowed float16); then there are no pairs, and q does not move either.
 
     Raises:
-        NotImplementedError: parameters or optimizer states on NVMe, ZeRO++'s second copies of the
-            shards, or FSDP1.
+        NotImplementedError: Parameters or optimizer states are on NVMe, ZeRO++ keeps second copies
+            of the shards, or the engine is FSDP1.
     """
 
     def __init__(self, model: nn.Module, *, optimizer: Any = None) -> None:
@@ -98,7 +98,7 @@ class Shards:
         """Restore :meth:`state_dict` of the same process of the same engine.
 
         Raises:
-            CheckpointError: other parameters, or shards of other shapes.
+            CheckpointError: The parameters or the shapes of the shards are different ones.
         """
         saved = {(name, tuple(q.shape)) for name, q in state_dict.items()}
         differing = saved ^ {(name, tuple(q.shape)) for name, q in self._q.items()}
@@ -122,9 +122,9 @@ class _Replica(NamedTuple):
     """Where a process's part belongs in a parameter that all processes hold whole (ZeRO-1, 2).
 
     Attributes:
-        whole: the parameter, flat.
-        start: the entry of ``whole`` at which the part begins.
-        group: the processes that hold copies of ``whole``.
+        whole: Flat parameter.
+        start: Entry of ``whole`` at which the part begins.
+        group: Processes that have copies of ``whole``.
     """
 
     whole: Tensor
@@ -136,9 +136,9 @@ class _Part(NamedTuple):
     """This process's part of a parameter.
 
     Attributes:
-        computed: the part that the engine computes with, in the parameter's dtype.
-        theta: its float32 master where the engine has one, else ``computed``.
-        replica: where ``computed`` belongs, when other processes have copies of it.
+        computed: Part that the engine computes with, in the parameter's dtype.
+        theta: Float32 master of the part if the engine has one, else ``computed``.
+        replica: Place of ``computed`` in the parameter, if other processes have copies of it.
     """
 
     computed: Tensor

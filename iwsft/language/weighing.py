@@ -88,7 +88,7 @@ class CachedWeights:
         }
 
     def load_state_dict(self, state: dict[str, Tensor | int | float]) -> None:
-        """Restore :meth:`state_dict`, in mid-window too."""
+        """Restore :meth:`state_dict`, also in the middle of a window."""
         self._weights.copy_(torch.as_tensor(state["weights"]))
         self.until = int(state["until"])
         self.clip_fraction = float(state["clip_fraction"])

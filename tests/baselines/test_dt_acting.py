@@ -169,7 +169,7 @@ def test_reaches_its_target_return() -> None:
     fit(learner.loss, learner.sampler, learner.schedule)
     gym.register("Wish-v0", entry_point=Wish)
     try:
-        # Unless told otherwise, the best return of the data. Levels are 1.2 apart: nearer to the
+        # The default is the best return of the data. Levels are 1.2 apart: nearer to the
         # one asked for than to the next.
         best = evaluate(learner.policy, "Wish-v0", episodes=1).returns[0]
         assert best == pytest.approx(4 * 1.9, abs=0.6)

@@ -21,7 +21,7 @@ TINY: dict[str, Any] = {"steps": 20, "reference_steps": 20, "eval_episodes": 2, 
 
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 Hopper episodes of random actions in D4RL's layout, under a name the paper has not."""
+    """40 Hopper episodes of random actions in D4RL's layout; the paper has no set of its name."""
     fields = "observations actions rewards next_observations terminals timeouts"
     columns: dict[str, list[Any]] = {field: [] for field in fields.split()}
     env = environments.make("Hopper-v4")

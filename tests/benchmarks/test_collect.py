@@ -191,7 +191,7 @@ def test_policies_with_a_memory_or_in_bfloat16_act_as_evaluated(tmp_path: Path, 
 
 
 def test_several_policies_and_minari(tmp_path: Path) -> None:
-    """The same numbers in both layouts; sources stand in the order of the episodes."""
+    """The same numbers in both layouts; sources are in the order of the episodes."""
     names = ("mine_of_tests:hopper", "random", "mine_of_tests:other")
     collect(tmp_path / "a.hdf5", *names, episodes=(3, 2, 1), noise=0.2)
     collect("minari:lab/hop/x-v0", *names, episodes=(3, 2, 1), noise=0.2)

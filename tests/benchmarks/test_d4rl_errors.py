@@ -282,7 +282,7 @@ def test_weights_that_overflow(
 def test_one_run_that_fails_leaves_the_others(
     job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The checkpoint of seed 1's reference is damaged; seed 2 runs all the same."""
+    """The checkpoint of seed 1's reference is damaged; seed 2 still runs."""
     few = {"steps": 5, "reference_steps": 5, "eval_episodes": 1}
     data = job(tmp_path, ["bc"], seeds=(1,), **few)
     (reference,) = (path for path in (data / "reference").iterdir() if path.is_dir())

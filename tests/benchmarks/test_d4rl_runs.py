@@ -168,7 +168,7 @@ def test_the_report_reads_the_runs(
     page = (tmp_path / "report.md").read_text()
     assert all(f"| {algo} |" in page for algo in ALGORITHMS)
     printed = capsys.readouterr().out
-    # The reference policy is no run, finished or not.
+    # The reference policy is not a run, finished or not.
     assert "unfinished" not in printed and "seed-0" not in page
 
 

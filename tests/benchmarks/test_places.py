@@ -30,7 +30,7 @@ RUNS: dict[str, Any] = {"steps": STEPS, "eval_episodes": 2, "curve_episodes": 1,
 
 @pytest.fixture(scope="module")
 def raylets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[int]]:
-    """A running cluster, named in the environment as a user does it; a process a node."""
+    """A running cluster, named in the environment as a user does it; each node is a process."""
     from ray.cluster_utils import Cluster
 
     before = dict(os.environ)

@@ -1,7 +1,7 @@
 """A control problem with a known optimum: follow the first coordinate of the state.
 
-States are drawn anew at every step, uniformly in [-1, 1]^2, so that no action has consequences: at
-every state the best action is 0.8 s_0, and its reward the most that there is, 1.
+States are sampled anew at every step, uniformly in [-1, 1]^2, so that no action has consequences.
+At every state the best action is 0.8 s_0, and its reward is the largest possible one, 1.
 """
 
 from __future__ import annotations

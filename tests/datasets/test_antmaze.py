@@ -86,7 +86,7 @@ def test_a_reset_onto_the_same_place_is_seen_by_the_joints(write: Write) -> None
 
 
 def test_timeouts_out_of_step_make_no_crumbs(write: Write) -> None:
-    """A stay goes on over a timeout in its middle; elsewhere such a timeout only splits."""
+    """A timeout within a stay at the goal does not end it; elsewhere a timeout splits the rows."""
     made = fields((run(12), [3, 4, 5, 6, 7]), (run(12), []), timeouts=[5, 17])
     data = datasets.load(write(made, V0))
     assert lengths(data.trajectories).tolist() == [4, 6, 6]

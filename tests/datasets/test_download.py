@@ -163,7 +163,7 @@ def test_a_full_disk_while_writing(
 
 @pytest.fixture
 def full_device() -> Callable[[Path], None]:
-    """Put the device on which every write fails for want of space in a file's place."""
+    """Put the device on which every write fails for lack of space in place of a file."""
 
     def replace(path: Path) -> None:
         path.unlink()

@@ -262,7 +262,10 @@ def test_reference_scores() -> None:
     assert datasets.reference_scores("maze2d-umaze-v1") == (23.85, 161.86)
     assert datasets.reference_scores("Hopper-v5") is None  # other rewards
     assert datasets.reference_scores("nothing") is None
-    for name, entry in CATALOG.items():  # the scores of an environment do not hang on the data set
+    for (
+        name,
+        entry,
+    ) in CATALOG.items():  # the scores of an environment do not depend on the data set
         assert datasets.reference_scores(name) == datasets.reference_scores(entry.env_id)
 
 

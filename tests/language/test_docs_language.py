@@ -60,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def names(folder: Path) -> dict[str, Any]:
-    """What the blocks leave behind, run one after the other.
+    """Names that the blocks define, run one after the other.
 
     ``trainers`` are those that trained, by their folders; ``references`` their ref_log_prob.
     """
@@ -204,7 +204,7 @@ def test_weights_are_those_that_the_page_says(names: dict[str, Any]) -> None:
     count = names["data_q"]["multiplicity"][lengths(names["data_q"]).cumsum(0) - 1]
     assert count.bincount().tolist() == [0, 32, 16, 16]
     rows = [row for row in sharper.state.log_history if "weight_mean" in row]
-    # A line a window, by whose mean its weights were divided.
+    # There is one line per window, whose mean divided the weights.
     assert len(rows) == 10
     assert [row["weight_mean"] for row in rows] == pytest.approx([1.0] * 10, abs=1e-3)
     assert max(row["weight_max"] for row in rows) > 1.001
@@ -226,7 +226,7 @@ def test_the_plain_loop_makes_the_curated_rows_likelier(names: dict[str, Any]) -
 def test_the_same_lines_continue_after_a_kill(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As they stand, with more checkpoints."""
+    """The lines run unchanged, but with more checkpoints."""
     assert f"```python\n{RESUME}\n```" in PAGE
     code = BLOCKS[0].replace("logging_steps=10", "save_steps=2")
     assert code != BLOCKS[0]

@@ -74,7 +74,7 @@ def test_the_first_of_several_batches_counts() -> None:
 
 
 def test_trajectories_in_no_batch_come_at_the_end() -> None:
-    """Also those that are never drawn; their batches are no larger than the given ones."""
+    """They have a reference too, in batches that are not larger than the given ones."""
     data = dataset(multiplicity=[1, 1, 0, 1, 1, 1, 1, 1, 1, 1])
     counting = Counting(decoder())
     annotate(counting, data, [[0, 5], [1, 0]])

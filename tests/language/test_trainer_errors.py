@@ -205,7 +205,7 @@ def test_checkpoints_of_an_earlier_run_stay(tmp_path: Path) -> None:
 
 
 def test_trajectories_that_the_model_cannot_read(tmp_path: Path) -> None:
-    """Refused when the trainer is made, wherever it stands in the data."""
+    """The trainer refuses them when it is made, wherever they are in the data."""
     data = trajectories()
     data["tokens", "full"][-1] = 97
     with pytest.raises(ValueError, match="token 97 is outside the vocabulary"):

@@ -39,9 +39,9 @@ def trajectories(entries: int = ENTRIES, seed: int = 0, *, twice: int | None = N
     """Random token trajectories of 5 to 19 tokens, the first three of each a prompt.
 
     Args:
-        entries: how many.
-        seed: of the tokens.
-        twice: a trajectory that stands in an epoch twice.
+        entries: Number of trajectories.
+        seed: Seed of the tokens.
+        twice: Trajectory that an epoch contains twice.
     """
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.randint(5, 20, (entries,), generator=generator)

@@ -103,7 +103,7 @@ def test_in_keys_and_out_keys(make_loss: Any, make_policy: Any, proposal: str) -
 @both_modes
 def test_call_without_tensordict(ready: Any, proposal: str, functional: bool) -> None:
     loss, batch = ready(proposal, functional)
-    # A call with keywords has no place for draws: they are no input key.
+    # A call with keywords has no place for draws: they are not an input key.
     batch = batch.exclude("multiplicity")
     expected = loss(batch)
     keywords = {
@@ -116,7 +116,7 @@ def test_call_without_tensordict(ready: Any, proposal: str, functional: bool) ->
     assert len(values) == len(OUT_KEYS)
     for key, value in zip(OUT_KEYS, values, strict=True):
         if key == "kl_approx" and proposal in ("reference", "cached"):
-            assert value.isnan()  # the reference is no input key of these two
+            assert value.isnan()  # these two do not read the reference
             continue
         torch.testing.assert_close(value, expected[key], rtol=0, atol=0, equal_nan=True)
     loss.select_out_keys("loss_iw_mle", "ESS")

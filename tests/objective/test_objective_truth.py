@@ -125,7 +125,7 @@ def linear(make_policy: Any) -> Callable[..., GaussianPolicy]:
 
 
 def lagged_pair(theta: GaussianPolicy, q: GaussianPolicy, **keywords: Any) -> ImportanceWeightedMLE:
-    """A loss at theta whose q stands elsewhere."""
+    """A loss at theta whose q has other parameters."""
     loss = ImportanceWeightedMLE(theta, proposal="lagged", **keywords)
     EMA(loss, decay=0.9)
     state = {k: v.clone() for k, v in loss.state_dict().items()}

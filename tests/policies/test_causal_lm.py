@@ -204,7 +204,7 @@ def test_one_thread_gives_the_same_bits_in_any_batch_of_short_trajectories() -> 
 
 
 def test_attention_of_variable_length_gets_the_restarting_positions() -> None:
-    # Stands for flash_attention_2: no mask comes, sequences are told by positions.
+    # Imitates flash_attention_2: without a mask, positions separate the sequences.
     from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
     from transformers.modeling_utils import AttentionInterface
 

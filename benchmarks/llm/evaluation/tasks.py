@@ -135,7 +135,7 @@ def read_questions(name: str, *, seed: int = 0, limit: int | None = None) -> Que
 
     Raises:
         ValueError: The task is unknown, a column or an answer is missing or malformed, there is no
-            question, or the dataset cannot be loaded (for want of access, for example).
+            question, or the dataset cannot be loaded (for lack of access, for example).
         FileNotFoundError: The file does not exist.
         ConnectionError: The hub cannot be reached.
     """

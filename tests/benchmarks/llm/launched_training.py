@@ -34,7 +34,7 @@ def live_bytes() -> dict[str, int]:
 
 
 def refusals(trainer: Trainer, launch: Any) -> dict[str, str]:
-    """What is said where something else was asked for."""
+    """Return the errors for engines that were not asked for."""
     other = {"stage": 2, "processes": 4, "engine": "fsdp2", "offload_optimizer": True}
     said = {}
     for name, value in other.items():

@@ -127,7 +127,7 @@ def test_files_and_table(
 
 
 def test_scores_of_known_generations(model: Path, data: Path, tmp_path: Path) -> None:
-    """Generations put in the place of the model's: 2 of 7 x 3 right, then graded by the command."""
+    """The command grades given generations, of which 2 of 7 x 3 are right."""
     arguments = settings(model, data, tmp_path, n=3, temperature=1.0)
     run(arguments)
     path = tmp_path / "tiny" / "gsm8k" / "generations.jsonl"
@@ -171,7 +171,7 @@ def test_private_text_stays_out_of_the_files(
     path = tmp_path / "tiny" / "gpqa-diamond" / "generations.jsonl"
     rows = lines(path)
     assert [row["id"] for row in rows] == ["rec0", "rec1", "rec2"]
-    # A model that repeats the choice: only the letter goes on to the grades.
+    # A model that repeats the choice: only the letter reaches the grades.
     for row in rows:
         row["text"] = f"Answer: A) {SECRET} right"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

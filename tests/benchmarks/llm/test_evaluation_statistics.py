@@ -28,7 +28,7 @@ def test_pass_at_is_the_share_of_subsets(answers: int, right: int) -> None:
         ([None, "1", None, "1", "2"], "1"),
         ([None, None, "2"], "2"),
         ([None], None),
-        # 0.5 and 1/2 mean the same: three votes, and the first wording stands for them.
+        # 0.5 and 1/2 mean the same: three votes, and the first wording represents them.
         (["7", "1/2", "7", "0.5", "1/2"], "1/2"),
     ],
 )

@@ -83,7 +83,7 @@ def test_choices_are_shuffled_by_the_seed_and_the_question(tmp_path: Path) -> No
     assert set(counts) == set(LETTERS) and min(counts.values()) > 25
     assert read_questions(f"gpqa-diamond={path}").questions == questions
     assert read_questions(f"gpqa-diamond={path}", seed=1).questions != questions
-    # The order hangs on the question, not on those before it.
+    # The order depends on the question, not on those before it.
     fewer = written(tmp_path / "fewer.jsonl", rows[100:])
     assert read_questions(f"gpqa-diamond={fewer}").questions == questions[100:]
 

@@ -103,7 +103,7 @@ def test_every_algorithm_writes_its_files(
     table = json.loads((folder / "results.json").read_text())["rows"]
     assert [row["algo"] for row in table] == ["base", *ALGORITHMS]
     assert table[0]["score"] == base["score"] and table[0]["interval"] == base["interval"]
-    # A report of the folder above holds them; they are no control runs.
+    # A report of the folder above contains them; they are not control runs.
     assert read_runs(tmp_path, CONTROL) == [] and unfinished_runs(tmp_path, CONTROL) == []
     report = write_report(tmp_path, tmp_path / "report").with_name("report.md").read_text()
     for row in table:

@@ -30,7 +30,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def flags(small: list[str]) -> list[str]:
-    """Flags of runs that save often, in mid-window of a sync too."""
+    """Flags of runs that save often, also in the middle of a sync's window."""
     return [*small, "--max-steps", "40", "--sync-every", "8", "--save-every", "5"]
 
 

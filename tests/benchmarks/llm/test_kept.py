@@ -80,7 +80,7 @@ def test_a_failed_or_killed_call_leaves_no_folder(tmp_path: Path):
         kept(home, fails, remake="run again")
     assert not home.exists()
     assert [path.name for path in tmp_path.iterdir()] == [".home.lock"]
-    # What a kill in mid-way leaves.
+    # A kill midway leaves such a folder.
     (tmp_path / ".home.partial").mkdir()
     (tmp_path / ".home.partial" / "stale").touch()
     kept(home, _make, remake="run again")

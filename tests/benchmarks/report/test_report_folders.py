@@ -24,7 +24,7 @@ def test_unfinished_runs_are_listed_with_how_far_they_came(runs: Path, make_run:
         (cut / "result.json").unlink()
     (cut / "metrics.jsonl").write_text('{"step": 1}\n{"step": 70}\n')
     (runs / "lag50/d4rl/hopper-a/iql/seed-0/metrics.jsonl").unlink()
-    # A reference policy is no run, and neither is another benchmark's.
+    # A reference policy is not a run, nor is a run of another benchmark.
     reference = runs / "d4rl/hopper-a/reference/seed-0-1a2b3c4d"
     reference.mkdir(parents=True)
     (reference / "metrics.jsonl").write_text("")

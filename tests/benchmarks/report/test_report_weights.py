@@ -43,7 +43,7 @@ def test_settings_scores_and_weights_at_the_end(tmp_path: Path, make_run: MakeRu
         ):
             root = tmp_path / name
             make_run(root, "hopper-a", "iw-sft-q", seed, 60.0, config=settings, rows=rows(ess))
-        # A single setting is no sweep.
+        # A single setting is not a sweep.
         make_run(tmp_path, "cheetah-b", "iw-sft-q", seed, 1.0, config=config(1.0), rows=rows(0.9))
     group = cells(read_runs(tmp_path, CONTROL))
     assert [[row[1], *row[2:7], *row[8:]] for row in sweep_grid(swept(group)).rows] == [

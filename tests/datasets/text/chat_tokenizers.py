@@ -65,7 +65,7 @@ MISTRAL = (
     "{{ '[INST] ' + m.content + ' [/INST]' }}{% endif %}"
     "{% else %}{{ ' ' + m.content | trim + '</s>' }}{% endif %}{% endfor %}"
 )
-# Without a generation prompt an end of text stands behind the conversation.
+# Without a generation prompt an end of text follows the conversation.
 PHI = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ '<|endoftext|>' }}"

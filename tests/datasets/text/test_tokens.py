@@ -70,7 +70,7 @@ def test_scores_feed_curation():
         2: 1,
         3: 2,
     }
-    # Scores that are equal in float32 are no ties.
+    # Scores that are equal only in float32 do not tie.
     for seed in range(8):
         top = curate(data.trajectories, cuts=(90,), score="score", seed=seed)
         assert top.get(TRAJ_IDS).unique().tolist() == [3]
