@@ -96,7 +96,7 @@ class Options:
     dataset: Annotated[str, tyro.conf.arg(metavar="NAME|FILE")] = "hopper-replay-mini"
     """Bundled or D4RL name, Minari id, or an HDF5 file in D4RL's layout."""
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]")] = (0,)
-    """Seeds, a run each. Evaluation starts from the episodes of our run of the same seed."""
+    """Seeds, one run each. Evaluation starts from the episodes of our run of the same seed."""
     steps: int | None = None
     """Updates; by default the baseline's published number."""
     eval_episodes: int = 100

@@ -90,8 +90,8 @@ def place(
     Args:
         cluster: ``"ray"``, or None for this machine.
         items: Number of items, or an upper limit of it.
-        jobs: Number of items at a time; by default one a core, or one a GPU of a cluster. One at a
-            time on this machine runs in this process.
+        jobs: Number of items at a time; by default one per core, or one per GPU of a cluster. One
+            at a time on this machine runs in this process.
         device: Device of the runs.
 
     Raises:

@@ -63,7 +63,7 @@ def bootstrap_interval(values: ArrayLike, seed: int = 0) -> tuple[Scores, Scores
 
 
 def wilson_interval(right: int, questions: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share (Wilson 1927), for one answer a question.
+    """Wilson's 95 % interval of a share (Wilson 1927), for one answer per question.
 
     Raises:
         ValueError: There is no question, or there are more right answers than questions.

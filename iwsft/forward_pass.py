@@ -29,7 +29,7 @@ class ForwardPass:
     in a round each runs one batch, and all run equally often, as sharded models need.
 
     Args:
-        policy: An object with ``log_prob(trajectories)``, one number a step. It reads a shallow
+        policy: An object with ``log_prob(trajectories)``, one number per step. It reads a shallow
             copy of each batch.
         trajectories: Packed or padded trajectories; with ``batches``, packed ones.
         batches: Positions of the trajectories of each batch; by default chunks in the order of the

@@ -80,13 +80,13 @@ def annotate_reference(
             not cut.
 
     Returns:
-        ``trajectories``, with ``ref_log_prob`` float32, one number a step, 0 off the mask.
+        ``trajectories``, with ``ref_log_prob`` float32, one number per step, 0 off the mask.
 
     Raises:
         TypeError: The policy has no ``log_prob``, or is not a module and there is a cache.
         KeyError: The trajectories lack an entry that the policy reads.
-        ValueError: Log-probs are not finite or not one a step; the trajectories are locked, or not
-            the same on all processes; or a stored file is corrupt.
+        ValueError: Log-probs are not finite or not one per step; the trajectories are locked, or
+            not the same on all processes; or a stored file is corrupt.
         OSError: The cache can't be written; no half-written file stays.
 
     Warns:

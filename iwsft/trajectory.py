@@ -111,8 +111,8 @@ class Segments:
         """Sum of ``x`` along each trajectory, accumulated in float64.
 
         Args:
-            x: One number a step, in the layout of the batch. Masked steps count as 0, also if they
-                are NaN.
+            x: One number per step, in the layout of the batch. Masked steps count as 0, also
+                if they are NaN.
 
         Returns:
             ``[S]``, in the dtype of ``x`` or float32, whichever is wider.
@@ -305,7 +305,7 @@ def pack(padded: TensorDictBase) -> TensorDictBase:
 
 
 def from_steps(steps: dict[NestedKey, Tensor], traj_ids: Tensor) -> TensorDict:
-    """A packed batch from tensors of one row a step and their trajectory ids (int64 ``[N]``)."""
+    """A packed batch from tensors of one row per step and their trajectory ids (int64 ``[N]``)."""
     packed = TensorDict({}, batch_size=[len(traj_ids)])
     for key, value in steps.items():
         packed.set(key, value)
@@ -335,7 +335,7 @@ def validate(
 
     Args:
         trajectories: Packed or padded trajectories.
-        keys: Floating-point entries that must exist, one row a step, finite on valid steps.
+        keys: Floating-point entries that must exist, one row per step, finite on valid steps.
 
     Raises:
         KeyError: An entry is missing.
@@ -378,7 +378,7 @@ def _rows(value: Tensor, segments: Segments, key: NestedKey) -> None:
     if value.shape[: len(segments.shape)] != segments.shape:
         raise ValueError(
             f"{key!r} has shape {list(value.shape)}; it must start with {list(segments.shape)}, "
-            "one row a step"
+            "one row per step"
         )
 
 

@@ -265,7 +265,7 @@ class ImportanceWeights:
     def check_overflow(self, longest: int) -> None:
         """Refuse a chain whose least possible weight overflows float32 on a long trajectory.
 
-        The literal g of the paper does: 0.1 clip(x, 0.2, 1.8) is at least 0.02 a step, so the
+        The literal g of the paper does: 0.1 clip(x, 0.2, 1.8) is at least 0.02 per step, so the
         weight is at least e^(0.02 T), beyond float32 for T > 4,436.
 
         Args:

@@ -53,7 +53,7 @@ def collect_replay(
 
     run.train(report)
     source = {"policy": "online SAC run", "episodes": run.episodes, **asdict(settings)}
-    cost = f"; {1000 * run.cpu_seconds / run.steps:.1f} CPU-ms a step"
+    cost = f"; {1000 * run.cpu_seconds / run.steps:.1f} CPU-ms per step"
     return [source], f"{cost}\nlearning curve and policy in {output.run}"
 
 

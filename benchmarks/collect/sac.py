@@ -1,7 +1,7 @@
 """Soft actor-critic (https://arxiv.org/abs/1812.05905) with TorchRL's loss: networks and updates.
 
 Two layers of 256 units each, two Q-networks, learned temperature with the target entropy -act,
-one update of 256 transitions a step, one Adam for all.
+one update of 256 transitions per step, one Adam for all.
 """
 
 from __future__ import annotations

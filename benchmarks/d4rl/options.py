@@ -56,7 +56,7 @@ class Options:
         tuple[int, ...] | None,
         tyro.conf.arg(
             metavar="INT [INT ...]",
-            help="Seeds of initialisation, batches and evaluation; a run each. By default "
+            help="Seeds of initialisation, batches and evaluation; one run each. By default "
             f"{' '.join(map(str, paper.SINGLE.seeds))}.",
         ),
     ] = None
@@ -93,7 +93,7 @@ class Options:
     device: str = "cpu"
     """Device of the networks and the data."""
     jobs: int | None = None
-    """Number of runs at a time; by default one a core."""
+    """Number of runs at a time; by default one per core."""
     cluster: Cluster | None = None
     """Run on a Ray cluster: the one that RAY_ADDRESS names, one that runs on this machine, or a new
     one of this machine's cores. Its nodes share --out, the data and the project."""

@@ -93,9 +93,9 @@ def choose(
 
     Args:
         config: Name of a packaged config, an accelerate YAML file, or a DeepSpeed JSON file. A YAML
-            file of the user that gives a number of processes keeps it; otherwise there is a process
-            a GPU, or 2 on the CPU. None takes the config that fits: ``cpu_zero3`` without a GPU,
-            ``multi_node`` on several nodes, else the first of ``zero2``, ``zero3`` and
+            file of the user that gives a number of processes keeps it; otherwise there is one
+            process per GPU, or 2 on the CPU. None takes the config that fits: ``cpu_zero3`` without
+            a GPU, ``multi_node`` on several nodes, else the first of ``zero2``, ``zero3`` and
             ``zero3_offload`` that the model fits in (``zero3`` where sizes are not known).
         hardware: This node and its place among others.
         model: Sizes of the model.
@@ -344,10 +344,10 @@ def _fitting_config(hardware: Hardware, model: DecoderSizes | None, setup: Setup
         fits_host = memory.host <= _USABLE * (hardware.host_memory or float("inf"))
         if memory.gpu <= _USABLE * hardware.gpu_memory and fits_host:
             return name
-        needs.append(f"{name} {_gb(memory.gpu)} a GPU and {_gb(memory.host)} of host memory")
+        needs.append(f"{name} {_gb(memory.gpu)} per GPU and {_gb(memory.host)} of host memory")
     raise ValueError(
         f"the model does not fit: {'; '.join(needs)}; there are {processes} GPUs of "
-        f"{_gb(hardware.gpu_memory)} and {_gb(hardware.host_memory or 0)} of host memory a node. "
+        f"{_gb(hardware.gpu_memory)} and {_gb(hardware.host_memory or 0)} of host memory per node. "
         "Take more GPUs or nodes (multi_node), shorter sequences or adapters (docs/scaling.md), or "
         "name a config to try it anyway"
     )

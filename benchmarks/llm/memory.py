@@ -105,7 +105,7 @@ class DecoderSizes:
         return own or self.text.hidden_size // self.text.num_attention_heads
 
     def norm_activations(self, width: int) -> int:
-        """Bytes a token of a norm: its float32 input, a factor, states before and after weights."""
+        """Bytes per token of a norm: float32 input, a factor, states before and after weights."""
         return 4 * self.text.hidden_size + 4 + 2 * width * self.text.hidden_size
 
     def layer_activations(self, width: int) -> int:

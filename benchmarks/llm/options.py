@@ -47,7 +47,7 @@ class Options:
         tyro.conf.arg(metavar="NAME [NAME ...]", help=f"One or several of {', '.join(NAMES)}."),
     ] = DEFAULT
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]")]
-    """Seeds of samples, order of training and test; a run each, but base has one."""
+    """Seeds of samples, order of training and test; one run each, but base has one."""
     model: Annotated[str | None, tyro.conf.arg(metavar="ID|DIR")] = None
     """Model to start from; by default the recipe's own."""
     trust_remote_code: bool = False
@@ -67,7 +67,7 @@ class Options:
     device: Annotated[str | None, tyro.conf.arg(metavar="cpu|cuda")] = None
     """Device of a run that is one process; by default a GPU where there is one."""
     jobs: int | None = None
-    """Runs at a time; by default one a core, or one on a GPU. With --deepspeed one."""
+    """Runs at a time; by default one per core, or one on a GPU. With --deepspeed one."""
     log_every: int = 1
     """Updates between log lines."""
     save_every: int | None = None

@@ -19,7 +19,7 @@ _TERMINAL = 80  # characters a line that every terminal has
 
 @dataclass
 class Grid:
-    """A table as text: one list of cells a row.
+    """A table as text: one list of cells per row.
 
     Attributes:
         columns: Headings.

@@ -17,7 +17,7 @@ from benchmarks.statistics import MIN_SEEDS, bootstrap_interval
 
 @dataclass(frozen=True)
 class Cell:
-    """The control runs of one algorithm on one dataset, one a seed.
+    """The control runs of one algorithm on one dataset, one per seed.
 
     Attributes:
         dataset: Name of the dataset.

@@ -116,7 +116,7 @@ def collate(
         multiple_of: Number that T is a multiple of, the least that fits the longest trajectory.
 
     Returns:
-        The keys of the examples and ``multiplicity``, int64, one number a token.
+        The keys of the examples and ``multiplicity``, int64, one number per token.
 
     Raises:
         ValueError: There is no example, keys differ between examples, two different examples have

@@ -95,7 +95,7 @@ def check_engine(trainer: Trainer, proposal: Proposal, weights: ImportanceWeight
     args = trainer.args
     if args.n_gpu > 1:
         raise ValueError(
-            f"one process sees {args.n_gpu} GPUs; start one process a GPU (accelerate launch, "
+            f"one process sees {args.n_gpu} GPUs; start one process per GPU (accelerate launch, "
             "or python -m benchmarks.llm --deepspeed)"
         )
     cut = (trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size())

@@ -1,4 +1,4 @@
-"""Policies: anything with ``log_prob(trajectories)``, one number a step."""
+"""Policies: anything with ``log_prob(trajectories)``, one number per step."""
 
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.policies.gaussian import GaussianPolicy

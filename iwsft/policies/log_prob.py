@@ -28,7 +28,7 @@ def evaluating(policy: Any) -> Iterator[None]:
 
 
 def step_log_prob(policy: Any, batch: TensorDictBase, shape: torch.Size) -> Tensor:
-    """``policy.log_prob`` of a batch, checked to be one number a step, float32 or wider.
+    """``policy.log_prob`` of a batch, checked to be one number per step, float32 or wider.
 
     The policy reads a shallow copy, so entries that it writes (loc, scale) do not reach the batch.
 
@@ -50,7 +50,7 @@ def step_log_prob(policy: Any, batch: TensorDictBase, shape: torch.Size) -> Tens
     if out.shape != shape:
         raise ValueError(
             f"{name}.log_prob has shape {list(out.shape)}, {list(shape)} was expected, one "
-            "number a step; a distribution over several action dimensions must sum over them "
+            "number per step; a distribution over several action dimensions must sum over them "
             "(torch.distributions.Independent, or torchrl.modules.IndependentNormal)"
         )
     return out.to(torch.promote_types(out.dtype, torch.float32))

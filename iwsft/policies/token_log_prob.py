@@ -28,7 +28,7 @@ def token_log_prob(
 
     ``logits = scale * (hidden @ weight.T + bias)``, then ``softcap * tanh(logits / softcap)`` where
     there is a cap. The log-normaliser is accumulated over blocks of the vocabulary. Backward
-    computes each block again (one product more than the plain way), so only one number a token is
+    computes each block again (one product more than the plain way), so only one number per token is
     stored between the two. Sums, log-probs and intermediate gradients are float32, or float64 for
     float64 inputs; under autocast the products take its dtype.
 

@@ -42,7 +42,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "critic_hidden": (16, 16),
     }
 }
-# As published for a dataset, but for the sizes: those with other rewards, losses or draws.
+# As published for a dataset, except for the sizes: those with other rewards, losses or draws.
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "awac": ("awac", "hopper-medium-v2", {}),
     "awac-antmaze": ("awac", "antmaze-umaze-v2", {}),

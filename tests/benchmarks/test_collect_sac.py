@@ -84,7 +84,7 @@ def test_every_transition_is_in_the_dataset(tiny: Path) -> None:
 def test_it_is_loaded_and_it_has_learned(tiny: Path) -> None:
     data = datasets.load(tiny)
     assert data.env_id == ENV
-    sizes = lengths(data.trajectories).float()  # the reward is 1 a step
+    sizes = lengths(data.trajectories).float()  # the reward is 1 per step
     begun = sizes.cumsum(0) - sizes
     assert sizes[-6:-1].mean() > 3 * sizes[begun < AT_RANDOM].mean()
     # Uniform actions fill the bounds [-3, 3].

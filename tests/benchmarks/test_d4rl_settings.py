@@ -111,7 +111,7 @@ COUNT = (1 / LENGTHS).repeat_interleave(LENGTHS)
 
 
 def weights(preset: Any, row: FineTuning, **settings: Any) -> list[float]:
-    """One weight a trajectory, by the chain of a preset (per step with ``per_step``)."""
+    """One weight per trajectory, by the chain of a preset (per step with ``per_step``)."""
     ids = torch.arange(3).repeat_interleave(LENGTHS)
     segments = Segments(LOG_RATIO.shape, ids, None, 3)
     options = {"per_step": False, "target_ess": None} | settings

@@ -256,7 +256,7 @@ def test_fifty_updates_of_td3_bc(tiny_dataset: Path) -> None:
 def test_awac(tiny_dataset: Path) -> None:
     """Without spread in the policy there are no draws to differ in, and no clip here.
 
-    d3rlpy's weights are a softmax over the batch: ours but for a factor.
+    d3rlpy's weights are a softmax over the batch: ours except for a factor.
     """
     pair = Pair("awac", tiny_dataset, max_weight=math.inf)
     loss = pair.ours.loss

@@ -28,7 +28,7 @@ V2 = "Ant_maze_u-maze_noisy_multistart_False_multigoal_False_sparse_fixed.hdf5"
 
 
 def run(steps: int, start: tuple[float, float] = (0.0, 0.0)) -> np.ndarray:
-    """``[steps, 29]``: an ant put down at ``start`` that walks 0.1 a step along x and y."""
+    """``[steps, 29]``: an ant put down at ``start`` that walks 0.1 per step along x and y."""
     rows = np.zeros((steps, 29), np.float32)
     rows[:, :2] = np.asarray(start) + 0.1 * np.arange(steps)[:, None]
     rows[:, 7:15] = 0.8  # joints of a walking ant

@@ -23,7 +23,7 @@ export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 # All nodes read weights and data from a shared folder; nothing is downloaded while the GPUs wait.
 export HF_HUB_OFFLINE=1
 
-# One task a node: it starts one process a GPU. --kill-on-bad-exit: a lost node ends the others too.
+# One task per node: it starts one process per GPU. --kill-on-bad-exit: a lost node ends the others too.
 srun --kill-on-bad-exit=1 bash -c '
   NODE_RANK=$SLURM_NODEID exec python -m benchmarks.llm --batch-size 16 \
     --recipe s1k --algo iw-sft --deepspeed multi_node --out runs/s1k --resume

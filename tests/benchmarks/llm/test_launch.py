@@ -125,7 +125,7 @@ def test_the_first_config_that_the_model_fits_in(model: str, tokens: int, expect
 def test_a_model_that_fits_nowhere_is_refused_with_figures() -> None:
     sizes = DecoderSizes.of(qwen2_config("32B"))
     small = Hardware(gpus=8, cores=64, gpu_memory=24 * 10**9, host_memory=256 * 10**9)
-    said = r"zero3_offload \d+ GB a GPU and 590 GB .* 8 GPUs of 24 GB and 256 GB"
+    said = r"zero3_offload \d+ GB per GPU and 590 GB .* 8 GPUs of 24 GB and 256 GB"
     with pytest.raises(ValueError, match=said):
         choose(None, small, model=sizes)
     # Asked for by name, it is tried.

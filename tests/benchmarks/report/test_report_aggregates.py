@@ -83,7 +83,7 @@ def test_both_directions_of_a_pair_add_up(runs: Path) -> None:
 
 
 def test_intervals_are_those_of_a_stratified_bootstrap_by_hand(runs: Path) -> None:
-    """The draws of rliable: numpy's global generator, one index a seed and dataset."""
+    """The draws of rliable: numpy's global generator, one index per seed and dataset."""
     group = cells(read_runs(runs, CONTROL))
     scores = np.stack([cell.values for cell in group if cell.algo == "sft-q"], axis=1)
     # The only algorithm, so that no other draws come first.

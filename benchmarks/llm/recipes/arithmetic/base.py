@@ -58,7 +58,7 @@ class BaseSettings:
     steps: int = 1300
     """Updates, each on texts not seen before."""
     batch_size: int = 16
-    """Texts an update."""
+    """Texts of an update."""
     lr: float = 1.2e-3
     """Peak, after the warm-up; then a cosine to 0."""
     warmup: int = 30

@@ -52,7 +52,7 @@ def sample(
         tokenizer: The model's tokenizer.
         problems: Problems to solve; one may occur several times.
         seed: Seed of the generators; each solution has one of its own, so it does not depend on
-            the others in its batch, but for rounding.
+            the others in its batch, except for rounding.
         temperature: 1 draws from the model as it is, 0 takes the likeliest token.
     """
     prompts = tokenizer([problem.prompt for problem in problems])["input_ids"]
