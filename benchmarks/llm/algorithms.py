@@ -16,11 +16,9 @@ BASE = "base"
 class Algorithm:
     """An algorithm: values of one path.
 
-    Attributes:
-        describe: What it is, in a few words.
-        proposal: What q is, see :class:`iwsft.language.config.ImportanceWeightedConfig`.
-        quality: Train on D_Q+, where better rows count several times, instead of D+.
-        per_step: Let each token's ratio weigh its own loss, instead of the trajectory's.
+    ``proposal`` is what q is, see :class:`iwsft.language.config.ImportanceWeightedConfig`.
+    ``quality`` trains on D_Q+, where better rows count several times, instead of D+. ``per_step``
+    lets each token's ratio weigh its own loss, instead of the trajectory's.
     """
 
     describe: str
@@ -59,17 +57,11 @@ def choose_q(algorithm: Algorithm, settings: Settings, parts: int) -> tuple[Prop
     """Choose what q is, and how many updates follow a hard sync.
 
     Weights that are compared with each other (divided by their mean, say) have to be known for the
-    whole update. Where an update has several micro-batches, its weights are therefore computed
-    before it; q is still theta.
-
-    Args:
-        algorithm: The algorithm.
-        settings: Settings of the run.
-        parts: Number of micro-batches of an update, over all processes.
+    whole update. Where an update has several micro-batches (``parts``, over all processes), its
+    weights are therefore computed before it; q is still theta.
     """
     if algorithm.proposal == "cached":
         return "cached", settings.sync_every
-    compares = algorithm.weights(settings).compares
-    if algorithm.proposal == "current" and parts > 1 and compares:
+    if algorithm.proposal == "current" and parts > 1 and algorithm.weights(settings).compares:
         return "cached", 1
     return algorithm.proposal, None

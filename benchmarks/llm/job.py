@@ -9,11 +9,11 @@ from functools import partial
 
 import torch
 from rich.console import Console
+from transformers import AutoConfig
 
 from benchmarks import places, sweep
 from benchmarks.llm.algorithms import BASE
-from benchmarks.llm.hardware import Hardware
-from benchmarks.llm.launch import Launch, choose, launched, start
+from benchmarks.llm.launch import Hardware, Launch, choose, launched, start
 from benchmarks.llm.memory import DecoderSizes, Setup
 from benchmarks.llm.options import Options
 from benchmarks.llm.recipes.recipe import Prepared
@@ -27,16 +27,9 @@ _HEADER = _COLUMNS.format("algo", "seed", "update", "loss", "ESS", "max w", "sco
 
 
 def run_job(options: Options) -> int:
-    """Run what the command line asks for; show and write the results.
+    """Run what the command line asks for, show and write the results; return the exit status.
 
     A run that fails is reported, and the others continue; with ``--deepspeed`` it ends the job.
-
-    Returns:
-        The exit status: 0 where all runs are done.
-
-    Raises:
-        ValueError: And others of ``benchmarks.runs.EXPECTED``, naming what is wrong and the way
-            out.
     """
     runs = [
         Run(options.recipe, algo, seed, options)
@@ -50,7 +43,6 @@ def run_job(options: Options) -> int:
         return 0
     if options.deepspeed is not None:
         return _launch(runs, options)
-    _check_shares(runs, None)
     unfinished = _claim(runs, None)
     summary = Summary(finished_before=len(runs) - len(unfinished))
     if unfinished:
@@ -58,28 +50,27 @@ def run_job(options: Options) -> int:
         _show_notes(prepare(unfinished[0]))
         tell(_HEADER)
         jobs = options.jobs or (1 if options.own_device != "cpu" else places.cores())
-        work = partial(_run_and_show, threads=_threads(jobs))
+        # All cores are used, none twice.
+        given = os.environ.get("OMP_NUM_THREADS", "")
+        fair = max(1, places.cores() // jobs)
+        threads = int(given) if given.isdecimal() and int(given) else fair
+        work = partial(_run_and_show, threads=threads)
         with places.place(None, items=len(unfinished), jobs=jobs) as place:
             sweep.run_all(work, unfinished, place, summary)
     _show(runs[0], summary)
     return 1 if summary.failed else 0
 
 
-def _check_shares(runs: Sequence[Run], launch: Launch | None) -> None:
-    """Check that batches can be shared out over the processes."""
+def _claim(runs: Sequence[Run], launch: Launch | None, *, first_node: bool = True) -> list[Run]:
+    """Check that batches can be shared out, and claim the folders; the unfinished runs.
+
+    Of several nodes the first one claims.
+    """
     for run in runs:
         if run.algorithm is not None:
             training_arguments(run, run.algorithm, launch)
-
-
-def _threads(jobs: int) -> int:
-    """Threads of each of ``jobs`` runs at a time: all cores are used, none twice."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdecimal() and int(given) else max(1, places.cores() // jobs)
-
-
-def _claim(runs: Sequence[Run], launch: Launch | None) -> list[Run]:
-    """Claim the folders of all runs; the unfinished ones."""
+    if not first_node:
+        return list(runs)
     configs = {run.folder: config_of(run, launch) for run in runs}
     resume = runs[0].options.resume
     unfinished = claim(runs[0].dataset_folder, configs, same=("settings",), resume=resume)
@@ -91,17 +82,16 @@ def _run_and_show(run: Run, *, threads: int = 1, launch: Launch | None = None) -
 
     def report(step: int, steps: int, row: dict[str, float]) -> None:
         weights = f"{row['ESS']:.2f}", f"{row['weight_max']:.2f}"
-        show(f"{step}/{steps}", f"{row['loss']:.3f}", *weights, "", row["wall_seconds"])
+        show(row["wall_seconds"], f"{step}/{steps}", f"{row['loss']:.3f}", *weights, "")
 
-    def show(update: str, loss: str, ess: str, largest: str, score: str, seconds: float) -> None:
-        cells = update, loss, ess, largest, score, f"{seconds:.0f}"
-        tell(_COLUMNS.format(run.algo, run.seed, *cells))
+    def show(seconds: float, *cells: str) -> None:
+        tell(_COLUMNS.format(run.algo, run.seed, *cells, f"{seconds:.0f}"))
 
     if launch is None and run.options.own_device == "cpu":
         torch.set_num_threads(threads)
     result = train_and_score(run, report, launch)
     if result is not None:
-        show("tested", "", "", "", f"{result['score']:.3f}", result["wall_seconds"])
+        show(result["wall_seconds"], "tested", "", "", "", f"{result['score']:.3f}")
 
 
 def _launch(runs: Sequence[Run], options: Options) -> int:
@@ -111,13 +101,10 @@ def _launch(runs: Sequence[Run], options: Options) -> int:
     if not options.deepspeed and hardware.gpus:
         # Which config fits depends on the model.
         prepared = prepare(runs[0])
-        model, setup = _model_and_setup(prepared, runs[0])
-        launch = choose(None, hardware, model=model, setup=setup)
+        launch = _fitting_launch(prepared, runs[0], hardware)
     else:
         launch = choose(options.deepspeed[0] if options.deepspeed else None, hardware)
-    _check_shares(runs, launch)
-    first_node = hardware.node_rank == 0
-    unfinished = _claim(runs, launch) if first_node else list(runs)
+    unfinished = _claim(runs, launch, first_node=hardware.node_rank == 0)
     if unfinished:
         # Once, and not by all processes at a time.
         _show_notes(prepared or prepare(runs[0]))
@@ -127,14 +114,12 @@ def _launch(runs: Sequence[Run], options: Options) -> int:
         status = start(launch, "benchmarks.llm", sys.argv[1:])
         if status:
             return status
-    if first_node:
+    if hardware.node_rank == 0:
         _show(runs[0], Summary(len(unfinished), len(runs) - len(unfinished)))
     return 0
 
 
-def _model_and_setup(prepared: Prepared, run: Run) -> tuple[DecoderSizes, Setup]:
-    from transformers import AutoConfig
-
+def _fitting_launch(prepared: Prepared, run: Run, hardware: Hardware) -> Launch:
     settings = run.options.settings
     setup = Setup(
         half=settings.precision == "bfloat16",
@@ -144,7 +129,7 @@ def _model_and_setup(prepared: Prepared, run: Run) -> tuple[DecoderSizes, Setup]
     )
     trusted = run.options.trust_remote_code
     config = AutoConfig.from_pretrained(prepared.model, trust_remote_code=trusted)
-    return DecoderSizes.of(config), setup
+    return choose(None, hardware, model=DecoderSizes.of(config), setup=setup)
 
 
 def _take_part(runs: Sequence[Run], launch: Launch) -> None:

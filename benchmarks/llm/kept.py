@@ -15,23 +15,15 @@ from benchmarks.runs import write_json
 from iwsft.files import full_disk_named
 
 RECORD = "record.json"
-_SUMS = "sha256"
 
 
 def kept(home: Path, make: Callable[[Path], Mapping[str, Any]], *, remake: str) -> Path:
     """Make the folder ``home``, unless it is there and undamaged.
 
-    Several processes may call this at a time: one makes the folder, the others wait.
-
-    Args:
-        home: The folder; its name must tell apart what decides its content.
-        make: Fills an empty folder and returns what is worth noting, for ``record.json``, which
-            also has the SHA-256 of every file.
-        remake: How a user gets a damaged folder again, for the error.
-
-    Raises:
-        ValueError: If a file of the folder is damaged, missing or new.
-        OSError: If the folder can't be written; nothing half-written takes its name.
+    Several processes may call this at a time: one makes the folder, the others wait. Its name must
+    tell apart what decides its content. ``make`` fills an empty folder and returns what is worth
+    noting, for ``record.json``, which also has the SHA-256 of every file. ``remake`` says in an
+    error how a user gets a damaged folder again.
     """
     with full_disk_named(home):
         home.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +38,7 @@ def kept(home: Path, make: Callable[[Path], Mapping[str, Any]], *, remake: str) 
             with full_disk_named(home):
                 partial.mkdir()
                 notes = make(partial)
-                write_json(partial / RECORD, {**notes, _SUMS: _sums(partial)})
+                write_json(partial / RECORD, {**notes, "sha256": _sums(partial)})
                 partial.rename(home)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -61,7 +53,7 @@ def file_sha256(path: Path) -> str:
 
 def _check(home: Path, remake: str) -> None:
     try:
-        recorded = json.loads((home / RECORD).read_text())[_SUMS]
+        recorded = json.loads((home / RECORD).read_text())["sha256"]
         changed = sorted(name for name, _ in recorded.items() ^ _sums(home).items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(

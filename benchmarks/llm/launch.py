@@ -14,20 +14,30 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil  # type: ignore[import-untyped]
+import torch
+from accelerate.commands.config.config_args import (  # type: ignore[import-untyped]
+    load_config_from_file,
+)
+from accelerate.commands.launch import (  # type: ignore[import-untyped]
+    launch_command,
+    launch_command_parser,
+)
 from accelerate.utils import patch_environment  # type: ignore[import-untyped]
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from benchmarks.llm.hardware import Hardware
 from benchmarks.llm.memory import ENGINES, DecoderSizes, Setup, training_memory
+from benchmarks.places import cores
 
 CONFIGS = Path(__file__).parent / "configs"
-CPU_PROCESSES = 2
 # The variable that tells a process what it was started as.
 VARIABLE = "IWSFT_LAUNCH"
 # The share of a GPU's or host's memory that training may take; allocators and the system lose some.
@@ -35,21 +45,66 @@ _USABLE = 0.9
 Engine = Literal["single", "deepspeed", "fsdp2"]
 # accelerate's names.
 _ENGINES: dict[str, Engine] = {"NO": "single", "DEEPSPEED": "deepspeed", "FSDP": "fsdp2"}
+# Prints the bytes of the smallest GPU.
+_LOOK_AT_GPUS = """
+import torch
+gpus = range(torch.cuda.device_count())
+print(min(torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus))
+"""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """GPUs, cores and memory of this node, and its place among the nodes that take part.
+
+    Every node has as many GPUs. Memory is in bytes, that of the smallest GPU, and None where it is
+    not known. ``address`` and ``port`` are those of node 0, as the others reach it.
+    """
+
+    gpus: int
+    cores: int
+    gpu_memory: int | None = None
+    host_memory: int | None = None
+    nodes: int = 1
+    node_rank: int = 0
+    address: str | None = None
+    port: int | None = None
+
+    @classmethod
+    def here(cls, environ: Mapping[str, str] = os.environ) -> Hardware:
+        """Look at this node; torchrun's environment variables tell of the others."""
+        gpus, gpu_memory = torch.cuda.device_count(), None
+        if gpus:
+            # A look takes half a GB of the GPU as long as the process lives.
+            command = [sys.executable, "-c", _LOOK_AT_GPUS]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            # A driver may print before the number.
+            words = done.stdout.split()
+            gpu_memory = int(words[-1]) if done.returncode == 0 and words else None
+        node = cls(gpus, cores(), gpu_memory, psutil.virtual_memory().total)
+        if environ.get("NNODES", "1") == "1":
+            return node
+        try:
+            nodes, rank = int(environ["NNODES"]), int(environ["NODE_RANK"])
+            address, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"NNODES={environ['NNODES']}: every node needs NNODES, NODE_RANK, MASTER_ADDR and "
+                "MASTER_PORT in its environment, as in benchmarks/llm/slurm/job.sh; missing or "
+                f"wrong: {error}"
+            ) from error
+        if not 0 <= rank < nodes:
+            raise ValueError(f"NODE_RANK={rank} must be in [0, NNODES={nodes})")
+        return replace(node, nodes=nodes, node_rank=rank, address=address, port=port)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What to start.
+    """What to start: ``config`` is a packaged config's name or the user's file.
 
-    Attributes:
-        config: Name of a packaged config, or the user's file.
-        engine: What trains.
-        stage: DeepSpeed's ZeRO stage; None for other engines.
-        offload_optimizer: Whether DeepSpeed keeps the optimizer in host memory.
-        device: Device that every process computes on.
-        processes: Number of processes on all nodes together.
-        threads: Threads of a process on the CPU.
-        options: Options of ``accelerate launch``.
+    ``stage`` is DeepSpeed's ZeRO stage, None for other engines. ``processes`` are those of all
+    nodes together, ``threads`` those of a process on the CPU, and ``options`` those of ``accelerate
+    launch``.
     """
 
     config: str
@@ -124,31 +179,35 @@ def choose(
         else:
             stage, offload = _read_deepspeed_config(deepspeed_file)
     on_cpu = settings.use_cpu or hardware.gpus == 0
-    if config == "multi_node" and hardware.nodes < 2:
-        raise ValueError(
-            "--deepspeed multi_node: the environment names only one node; set NNODES, NODE_RANK, "
-            "MASTER_ADDR and MASTER_PORT on each, as benchmarks/llm/slurm/job.sh does, or take "
-            "zero3"
-        )
-    if on_cpu and engine == "fsdp2":
-        raise ValueError(
-            f"--deepspeed {config}: FSDP2 under accelerate needs GPUs, and torch sees none "
-            "(accelerate would train without it); on the CPU use cpu_zero3"
-        )
-    if hardware.gpus == 0 and offload and not settings.use_cpu:
-        raise ValueError(
-            f"--deepspeed {config}: there is no GPU to offload the optimizer from; on the CPU use "
-            "cpu_zero3"
-        )
+    for refused, problem in (
+        (
+            config == "multi_node" and hardware.nodes < 2,
+            "the environment names only one node; set NNODES, NODE_RANK, MASTER_ADDR and "
+            "MASTER_PORT on each, as benchmarks/llm/slurm/job.sh does, or take zero3",
+        ),
+        (
+            on_cpu and engine == "fsdp2",
+            "FSDP2 under accelerate needs GPUs, and torch sees none (accelerate would train "
+            "without it); on the CPU use cpu_zero3",
+        ),
+        (
+            hardware.gpus == 0 and offload and not settings.use_cpu,
+            "there is no GPU to offload the optimizer from; on the CPU use cpu_zero3",
+        ),
+    ):
+        if refused:
+            raise ValueError(f"--deepspeed {config}: {problem}")
     if path.parent == CONFIGS or settings.num_processes < 1:
         single = engine == "single"
-        local = 1 if single else CPU_PROCESSES if on_cpu else hardware.gpus
         settings.num_machines = 1 if single else hardware.nodes
+        local = 1 if single else 2 if on_cpu else hardware.gpus
         settings.num_processes = local * settings.num_machines
         settings.machine_rank = hardware.node_rank
         settings.main_process_ip, settings.main_process_port = hardware.address, hardware.port
     nodes = settings.num_machines
-    threads = _threads(hardware, settings.num_processes // nodes)
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    fair = max(1, hardware.cores // (settings.num_processes // nodes))
+    threads = int(given) if given.isdecimal() else fair
     options: dict[str, Any] = {
         "--config_file": path,
         "--num_processes": settings.num_processes,
@@ -179,16 +238,6 @@ def start(launch: Launch, module: str, arguments: Sequence[str]) -> int:
     """Run ``python -m module ARGUMENTS`` in each process, wait, and return the exit status.
 
     The processes print their own errors; this prints a line about one that was killed.
-
-    Args:
-        launch: What to start.
-        module: The module of the command.
-        arguments: The words of the command line after the module.
-
-    Raises:
-        ValueError: If this process is one of several already.
-        ImportError: If the engine's package is missing.
-        KeyboardInterrupt: If a signal to end arrives.
     """
     if "LOCAL_RANK" in os.environ:
         raise ValueError(
@@ -202,28 +251,18 @@ def start(launch: Launch, module: str, arguments: Sequence[str]) -> int:
         if launch.engine == "single":
             command = [sys.executable, "-m", module, *arguments]
             return _exit_status(subprocess.run(command, check=False).returncode, "the process")
-        return _start_several(launch, [*launch.options, "--module", module, *arguments])
-
-
-def _start_several(launch: Launch, command: Sequence[str]) -> int:
-    from accelerate.commands.launch import (  # type: ignore[import-untyped]
-        launch_command,
-        launch_command_parser,
-    )
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    # Without torchrun's page about a failed process, which has printed its error itself.
-    logging.disable(logging.CRITICAL)
-    try:
-        launch_command(launch_command_parser().parse_args(command))
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        return _exit_status(failure.exitcode, f"process {rank} of {launch.processes}")
-    except SignalException as error:
-        raise KeyboardInterrupt from error
-    finally:
-        logging.disable(logging.NOTSET)
+        # Without torchrun's page about a failed process, which has printed its error itself.
+        logging.disable(logging.CRITICAL)
+        words = [*launch.options, "--module", module, *arguments]
+        try:
+            launch_command(launch_command_parser().parse_args(words))
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            return _exit_status(failure.exitcode, f"process {rank} of {launch.processes}")
+        except SignalException as error:
+            raise KeyboardInterrupt from error
+        finally:
+            logging.disable(logging.NOTSET)
     return 0
 
 
@@ -234,15 +273,7 @@ def launched() -> Launch | None:
 
 
 def assert_engine(accelerator: Any, launch: Launch) -> None:
-    """Check that the engine is the one that was asked for; call it when the trainer is made.
-
-    Args:
-        accelerator: accelerate's ``Accelerator``, such as that of a transformers ``Trainer``.
-        launch: What was asked for.
-
-    Raises:
-        ValueError: If the engine, stage, offloading, device or number of processes is another.
-    """
+    """Check that accelerate's engine is the one asked for; call it when the trainer is made."""
     state = accelerator.state
     kind = _distributed_type(state)
     actual: dict[str, Any] = {
@@ -280,17 +311,10 @@ def _files(config: str) -> tuple[Path, Path | None]:
     path = Path(config).resolve()
     if not path.is_file():
         raise FileNotFoundError(f"--deepspeed {config}: there is no such file")
-    if path.suffix == ".json":
-        return CONFIGS / "zero3.yaml", path
-    return path, None
+    return (CONFIGS / "zero3.yaml", path) if path.suffix == ".json" else (path, None)
 
 
 def _read_accelerate_config(path: Path) -> Any:
-    """accelerate's own reading of its file."""
-    from accelerate.commands.config.config_args import (  # type: ignore[import-untyped]
-        load_config_from_file,
-    )
-
     try:
         config: Any = load_config_from_file(str(path))
     except (AttributeError, TypeError, YAMLError) as error:
@@ -321,12 +345,6 @@ def _read_deepspeed_config(path: Path) -> tuple[int, bool]:
         raise ValueError(
             f"{path} is not a DeepSpeed config with a zero_optimization stage ({error!r})"
         ) from error
-
-
-def _threads(hardware: Hardware, processes: int) -> int:
-    """Threads of each of the processes on this node."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdecimal() else max(1, hardware.cores // processes)
 
 
 def _fitting_config(hardware: Hardware, model: DecoderSizes | None, setup: Setup) -> str:

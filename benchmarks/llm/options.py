@@ -7,11 +7,20 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import tyro
+from transformers import SchedulerType
 
 from benchmarks.llm.algorithms import ALGORITHMS, BASE, DEFAULT, NAMES, Algorithm
 from benchmarks.llm.recipes import RECIPES, Settings, load_recipe
-from benchmarks.options import check_at_least, check_known, check_once, check_seeds, flag
+from benchmarks.options import (
+    check_at_least,
+    check_device,
+    check_known,
+    check_once,
+    check_seeds,
+    flag,
+)
 
 _PROG = "python -m benchmarks.llm"
 # Setting -> which algorithms it changes something in, given all settings.
@@ -83,8 +92,6 @@ class Options:
     @property
     def own_device(self) -> str:
         """The device of a run that is one process."""
-        import torch
-
         return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -97,16 +104,7 @@ class _Start:
 
 
 def parse(words: Sequence[str], description: str | None = None) -> Options:
-    """Read and check a command line.
-
-    Args:
-        words: The words after the name of the command.
-        description: Text of ``--help``.
-
-    Raises:
-        ValueError: If an option can't be used; the error names it, its value and the way out.
-        SystemExit: If the words are not options, or ask for help.
-    """
+    """Read and check a command line; an error names the option, its value and the way out."""
     given, _ = tyro.cli(_Start, args=words, prog=_PROG, add_help=False, return_unknown_args=True)
     recipe = load_recipe(given.recipe)
     start = recipe.presets.get(given.preset or "", recipe.defaults)
@@ -165,31 +163,20 @@ def _check_processes(options: Options) -> None:
                 f"{name} {value} with --deepspeed, which decides itself on what runs where; leave "
                 "one of them out"
             )
+    if options.device not in (None, "cpu", "cuda"):
+        raise ValueError(f"--device {options.device}: cpu or cuda")
     if options.device is not None:
-        import torch
-
-        if options.device not in ("cpu", "cuda"):
-            raise ValueError(f"--device {options.device}: cpu or cuda")
-        if options.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: torch sees no GPU; cpu can")
+        check_device(options.device)
 
 
 def _check_numbers(settings: Settings) -> None:
-    from transformers import SchedulerType
-
     if settings.max_steps is not None and settings.epochs is not None:
         raise ValueError("--max-steps and --epochs: pass one of them")
+    counts = ("batch_size", "micro_batch_size", "max_steps", "sync_every")
+    positive = ("learning_rate", "epochs", "max_grad_norm", "temperature", "max_weight")
     for names, fits, words in (
-        (
-            ("batch_size", "micro_batch_size", "max_steps", "sync_every"),
-            lambda number: number >= 1,
-            "at least 1",
-        ),
-        (
-            ("learning_rate", "epochs", "max_grad_norm", "temperature", "max_weight"),
-            lambda number: number > 0,
-            "above 0",
-        ),
+        (counts, lambda number: number >= 1, "at least 1"),
+        (positive, lambda number: number > 0, "above 0"),
         (("warmup", "weight_decay"), lambda number: number >= 0, "0 or above"),
         (("ema_decay",), lambda number: 0 <= number < 1, "a decay lies in [0, 1)"),
         (("max_length",), lambda number: number >= 2, "at least 2"),

@@ -21,8 +21,6 @@ from iwsft.datasets.text.tokens import CORRECT, SCORE
 from iwsft.language import check_scores, correct_only, tokenize
 from iwsft.trajectory import MULTIPLICITY
 
-_PACKAGES = ("torch", "tensordict", "torchrl", "transformers", "accelerate", "numpy")
-
 
 @dataclass(frozen=True)
 class Run(runs.Run[Options]):
@@ -55,11 +53,7 @@ def prepare(run: Run) -> Prepared:
 def curated(run: Run, algorithm: Algorithm, prepared: Prepared, tokenizer: Any) -> TensorDictBase:
     """Curate a recipe's rows into D+ (or D_Q+): packed trajectories with their multiplicity.
 
-    Rows with a weight count as curated.
-
-    Raises:
-        ValueError: If rows can't be tokenised, none is left, or there are cuts and no scores or
-            only equal ones.
+    Rows with a multiplicity count as curated.
     """
     settings = run.options.settings
     trajectories: TensorDictBase = tokenize(
@@ -88,8 +82,7 @@ def config_of(run: Run, launch: Launch | None) -> dict[str, Any]:
         "model": options.model,
         "data": options.data,
     }
-    file = None if options.data is None else Path(options.data).expanduser()
-    if file is not None and file.is_file():
+    if options.data is not None and (file := Path(options.data).expanduser()).is_file():
         settings["data_sha256"] = file_sha256(file)
     if run.algorithm is not None:
         settings["training"] = asdict(options.settings)
@@ -97,7 +90,9 @@ def config_of(run: Run, launch: Launch | None) -> dict[str, Any]:
         **identity_of(run),
         "settings": settings,
         **engine_of(launch),
-        "versions": versions(_PACKAGES),
+        "versions": versions(
+            ("torch", "tensordict", "torchrl", "transformers", "accelerate", "numpy")
+        ),
         "hardware": hardware(options.own_device if launch is None else launch.device),
         "command": " ".join(["python -m benchmarks.llm", *sys.argv[1:]]),
     }
@@ -105,12 +100,8 @@ def config_of(run: Run, launch: Launch | None) -> dict[str, Any]:
 
 def identity_of(run: Run) -> dict[str, Any]:
     """Return what names a run in ``config.json`` and ``result.json``."""
-    return {
-        "benchmark": run.benchmark,
-        "dataset": run.dataset,
-        "algo": run.algo,
-        "seed": run.seed,
-    }
+    names = ("benchmark", "dataset", "algo", "seed")
+    return {name: getattr(run, name) for name in names}
 
 
 def engine_of(launch: Launch | None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Training and test of one run, and its ``result.json``.
 
-Whatever a kill leaves of a run is continued by the same call: training from its last checkpoint,
-and all that comes after training is done again.
+The same call continues what a kill leaves of a run: training from its last checkpoint. All that
+comes after training is done again.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import patch_environment  # type: ignore[import-untyped]
+from numpy.typing import NDArray
 from transformers import PrinterCallback, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging
@@ -48,42 +50,31 @@ _SAME_NAME = (
 )
 # Takes updates so far, updates of the run, and a row of metrics.
 Report = Callable[[int, int, dict[str, float]], None]
-# Number of rows that a run reports.
-_REPORTED = 4
 _COST = ("cpu_seconds", "wall_seconds")
-# Others wait for the process that tests, however long it takes.
-_PATIENCE = timedelta(days=7)
 
 
 def train_and_score(
     run: Run, report: Report, launch: Launch | None = None
 ) -> dict[str, Any] | None:
-    """Train and test one run; its folder must be claimed.
+    """Train and test one run, whose folder must be claimed.
 
-    Args:
-        run: The run.
-        report: Takes updates so far, updates of the run, and a row of metrics, now and then.
-        launch: What this process was started as, where it is one of several.
-
-    Returns:
-        The content of ``result.json``; None in all but the first of several processes.
-
-    Raises:
-        FileExistsError: If another process works in the folder.
+    Returns the content of ``result.json``; None in all but the first of several processes, which
+    ``launch`` describes.
     """
     # transformers' bars of every load and every note on padding.
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     # DeepSpeed calls torch by deprecated names at each gather.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    first = int(os.environ.get("RANK", 0)) == 0
+    first = os.environ.get("RANK", "0") == "0"
     with alone_in(run.folder, wait=False) if first else nullcontext():
         with _in_one_process():
             prepared = prepare(run)
         trained: dict[str, Any] = {"steps": 0}
         model = prepared.model
         if run.algorithm is not None:
-            trained = _train(run, run.algorithm, prepared, report, launch, writes=first)
+            progress = Progress(run.folder, report) if first else None
+            trained = _train(run, run.algorithm, prepared, progress, launch)
             model = str(run.folder / checkpoint.FOLDER)
         together = run.algorithm is not None and launch is not None and launch.processes > 1
         # All make it together, before one tests alone.
@@ -97,10 +88,20 @@ def train_and_score(
 def _test(
     run: Run, prepared: Prepared, model: str, trained: dict[str, Any], launch: Launch | None
 ) -> dict[str, Any]:
-    """Test a model and write ``result.json``."""
-    cpu, wall = time.process_time(), time.perf_counter()
-    score = dict(_evaluate(run, prepared, model, launch))
-    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    """Test a model as it is saved, in one process, and write ``result.json``."""
+    start = _now()
+    device = run.options.own_device if launch is None else launch.device
+    spread = {"device_map": "auto"} if launch is not None and device == "cuda" else {}
+    with _in_one_process():
+        tested: Any
+        tested, tokenizer = load(
+            model, cache=run.shared_folder, **{**prepared.load_kwargs, **spread}
+        )
+        if not spread:
+            tested.to(device)
+        recipe = load_recipe(run.dataset)
+        score = recipe.evaluate(tested.eval(), tokenizer, prepared, seed=run.seed)
+    cpu, wall = (_now() - start).tolist()
     result = {
         **identity_of(run),
         "score_name": prepared.score_name,
@@ -114,20 +115,6 @@ def _test(
     }
     write_json(run.folder / RESULT, result)
     return result
-
-
-def _evaluate(run: Run, prepared: Prepared, model: str, launch: Launch | None) -> Any:
-    """Test a model as it is saved, in one process."""
-    device = run.options.own_device if launch is None else launch.device
-    spread = {"device_map": "auto"} if launch is not None and device == "cuda" else {}
-    with _in_one_process():
-        loaded, tokenizer = load(
-            model, cache=run.shared_folder, **{**prepared.load_kwargs, **spread}
-        )
-        tested: Any = loaded
-        if not spread:
-            tested.to(device)
-        return load_recipe(run.dataset).evaluate(tested.eval(), tokenizer, prepared, seed=run.seed)
 
 
 @contextmanager
@@ -145,16 +132,12 @@ def _in_one_process() -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def _patient_group() -> Any:
-    """A process group whose barriers wait."""
-    return torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+    """A process group whose barriers wait for the process that tests, however long it takes."""
+    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
 
 
 def training_arguments(run: Run, algorithm: Algorithm, launch: Launch | None) -> dict[str, Any]:
-    """Make the arguments of ``ImportanceWeightedConfig``.
-
-    Raises:
-        ValueError: If a batch can't be shared out over processes and micro-batches.
-    """
+    """Make the arguments of ``ImportanceWeightedConfig``, and check that they fit the processes."""
     options, settings = run.options, run.options.settings
     processes = 1 if launch is None else launch.processes
     micro, accumulation = _shares(settings.batch_size, settings.micro_batch_size, processes)
@@ -197,7 +180,7 @@ def _shares(batch: int, micro: int | None, processes: int) -> tuple[int, int]:
             f"of {processes}"
         )
     own = batch // processes
-    micro = own if micro is None else min(micro, own)
+    micro = min(micro or own, own)
     if own % micro:
         raise ValueError(
             f"--micro-batch-size {micro} does not divide the {own} draws of a process in an update "
@@ -210,21 +193,10 @@ def _train(
     run: Run,
     algorithm: Algorithm,
     prepared: Prepared,
-    report: Report,
+    progress: Progress | None,
     launch: Launch | None,
-    *,
-    writes: bool,
 ) -> dict[str, Any]:
-    """Train, save the model with its tokenizer, and return what it took for ``result.json``.
-
-    Args:
-        run: The run.
-        algorithm: The run's algorithm.
-        prepared: Model and rows.
-        report: Takes updates so far, updates of the run, and a row of metrics, now and then.
-        launch: What this process was started as, where it is one of several.
-        writes: Whether this process writes the metrics; of several, one does.
-    """
+    """Train, save the model with its tokenizer, and return what it took for ``result.json``."""
     # Before the model: under ZeRO-3 it is loaded in shards, which these arguments switch on.
     args = ImportanceWeightedConfig(**training_arguments(run, algorithm, launch))
     # DeepSpeed keeps float32 weights of its own.
@@ -237,14 +209,13 @@ def _train(
     if "pad_token" in prepared.notes:
         tokenizer.pad_token = prepared.notes["pad_token"]
     data = curated(run, algorithm, prepared, tokenizer)
-    progress = Progress(run.folder, report, writes=writes)
     trainer = ImportanceWeightedTrainer(
         model,
         args,
         trajectories=data,
         importance_weights=algorithm.weights(run.options.settings),
         processing_class=tokenizer,
-        callbacks=[progress],
+        callbacks=[] if progress is None else [progress],
     )
     trainer.remove_callback(PrinterCallback)
     if launch is not None:
@@ -252,7 +223,8 @@ def _train(
     try:
         trainer.train(resume_from_checkpoint=last(run.folder / CHECKPOINTS))
     finally:
-        progress.close()
+        if progress is not None:
+            progress.close()
     with written_aside(run.folder):
         trainer.save_model(str(run.folder / checkpoint.FOLDER))
     multiplicity = data.get(MULTIPLICITY)[lengths(data).cumsum(0) - 1]
@@ -270,82 +242,68 @@ def _train(
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return {**trained, **(_metrics_summary(run.folder) if writes else {})}
+    return trained if progress is None else {**trained, **_metrics_summary(run.folder)}
 
 
 def _metrics_summary(folder: Path) -> dict[str, float]:
     """Means, extremes and cost from the rows of the metrics."""
     rows = metrics.read(folder / metrics.FILE)
-    start = {name: value for name, value in rows[0].items() if name != "step"}
+    summary = {name: value for name, value in rows[0].items() if name != "step"}
     logged = [row for row in rows if "loss" in row]
     if not logged:
-        return start
+        return summary
     ess = [row["ESS"] for row in logged]
     return {
-        **start,
+        **summary,
         "ESS": sum(ess) / len(ess),
         "ESS_min": min(ess),
         "weight_max": max(row["weight_max"] for row in logged),
-        "cpu_seconds": logged[-1]["cpu_seconds"],
-        "wall_seconds": logged[-1]["wall_seconds"],
+        **{name: logged[-1][name] for name in _COST},
     }
 
 
 class Progress(TrainerCallback):
-    """Writes the rows of ``metrics.jsonl``, with the seconds that were spent up to each.
+    """Writes the rows of ``metrics.jsonl`` with the seconds up to each, and reports a few.
 
     Row 0 holds ``reference_cpu_seconds`` and ``reference_wall_seconds``: before the first update.
     Seconds of a run that was cut off count up to the checkpoint that it continues from.
-
-    Args:
-        folder: Folder of the run.
-        report: Takes a few of the rows.
-        writes: Whether this process does all this; of several, one does.
     """
 
-    def __init__(self, folder: Path, report: Report, *, writes: bool) -> None:
-        self._folder = folder
-        self._report = report
-        self._writes = writes
+    def __init__(self, folder: Path, report: Report) -> None:
+        self._folder, self._report = folder, report
         self._log: metrics.MetricsLog | None = None
-        self._since = (0.0, 0.0)
-        self._before = (0.0, 0.0)
+        self._since = self._before = np.zeros(2)
         self._reported = 0
         self._started = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Cut the metrics back to the checkpoint."""
         self._since = _now()
-        if not self._writes:
-            return
-        step = state.global_step
+        self._reported = state.global_step
         # From the start a run writes row 0 again.
-        self._log = metrics.MetricsLog(self._folder, after=step if step else -1)
-        if step:
-            rows = [row for row in metrics.read(self._folder / metrics.FILE) if _COST[0] in row]
-            if rows:
-                self._before = rows[-1][_COST[0]], rows[-1][_COST[1]]
-            self._reported = step
+        self._log = metrics.MetricsLog(self._folder, after=state.global_step or -1)
+        rows = [row for row in metrics.read(self._folder / metrics.FILE) if _COST[0] in row]
+        if rows:
+            self._before = np.array([rows[-1][name] for name in _COST])
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the cost of the reference, which the trainer computes before the first epoch."""
         if self._started:
             return
         self._started = True
-        cost, self._since = self._spent(), _now()
+        cost, self._since = self._spent("reference_"), _now()
         if state.global_step == 0 and self._log is not None:
-            names = (f"reference_{name}" for name in _COST)
-            self._log.write({"step": 0, **dict(zip(names, cost, strict=True))})
+            self._log.write({"step": 0, **cost})
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write a row."""
-        logs: dict[str, float] = kwargs["logs"]
-        if "loss" not in logs or self._log is None:
+        if "loss" not in kwargs["logs"] or self._log is None:
             return
-        row = {"step": state.global_step, **logs, **dict(zip(_COST, self._spent(), strict=True))}
-        self._log.write(row)
         step, steps = state.global_step, state.max_steps
-        if step == steps or (step - self._reported) * _REPORTED >= steps:
+        row = {"step": step, **kwargs["logs"], **self._spent()}
+        self._log.write(row)
+        # About four rows a run.
+        if step == steps or (step - self._reported) * 4 >= steps:
             self._reported = step
             self._report(step, steps, row)
 
@@ -354,13 +312,11 @@ class Progress(TrainerCallback):
         if self._log is not None:
             self._log.__exit__(None, None, None)
 
-    def _spent(self) -> tuple[float, float]:
-        cpu, wall = _now()
-        return (
-            self._before[0] + cpu - self._since[0],
-            self._before[1] + wall - self._since[1],
-        )
+    def _spent(self, prefix: str = "") -> dict[str, float]:
+        seconds = (self._before + _now() - self._since).tolist()
+        return {f"{prefix}{name}": spent for name, spent in zip(_COST, seconds, strict=True)}
 
 
-def _now() -> tuple[float, float]:
-    return time.process_time(), time.perf_counter()
+def _now() -> NDArray[np.float64]:
+    """CPU and wall seconds."""
+    return np.array([time.process_time(), time.perf_counter()])

@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from benchmarks.llm.models import SMOLLM2, locate
-from benchmarks.llm.recipes.likelihood import mean_log_probs, right_against_wrong
+from benchmarks.llm.recipes.likelihood import mean_log_probs
 from benchmarks.llm.recipes.recipe import Evaluation, Prepared, Settings
-from benchmarks.llm.recipes.solutions import Question, read_questions, rows_of, split
+from benchmarks.statistics import bootstrap_interval
+from iwsft.datasets.text.rows import Record, Row, check_text, records, to_row
 
 BUNDLED = Path(__file__).parent / "data" / "gsm8k-solutions.jsonl"
 _CAUTION = "the questions are from GSM8K's test set: report no GSM8K score of what trains on them"
+# GSM8K marks what its calculator computed: 3*4 = <<3*4=12>>12.
+_CALCULATION = re.compile(r"<<[^<>]*>>")
+_LABEL, _TEXT = "is_correct", "solution"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt and its labelled solutions: a row for each, all with this prompt."""
+
+    prompt: str
+    rows: tuple[Row, ...]
+
+    @property
+    def labels(self) -> set[bool]:
+        """Whether solutions are right: a model can prefer one where there are both kinds."""
+        return {bool(row.correct) for row in self.rows}
 
 
 @dataclass(frozen=True)
 class PreparedSolutions(Prepared):
-    """Model and training rows with the questions of the test.
-
-    Attributes:
-        held_out: Questions with right and wrong solutions, none of them trained on.
-    """
+    """Model and training rows with the questions of the test, none of them trained on."""
 
     held_out: Sequence[Question] = ()
 
@@ -33,18 +51,8 @@ class Gsm8kRecipe:
 
     The test generates nothing: on held-out questions it compares the log-probs of solutions that
     others wrote, right against wrong, which a model of any size can tell apart to a degree, where
-    exact match is 0 for small ones.
-
-    Attributes:
-        name: Name on the command line.
-        describe: What it is, in a line.
-        defaults: Settings of the fine-tuning, for a model as small as SmolLM2-135M; large ones want
-            a lower learning rate.
-        presets: Empty, as a preset changes the weights alone.
-        seeds: Seeds of the runs.
-        share: Share of the questions with right and wrong solutions that is held out, about; the
-            same questions for all seeds.
-        tested: Most held-out questions that the test asks.
+    exact match is 0 for small ones. The settings are for a model as small as SmolLM2-135M; large
+    ones want a lower learning rate.
     """
 
     name: str = "gsm8k"
@@ -56,21 +64,16 @@ class Gsm8kRecipe:
     )
     presets: Mapping[str, Settings] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
+    # Share of the questions that is held out, about, and how many of those are asked at the most.
     share: float = 0.25
     tested: int = 64
 
     def prepare(
         self, folder: Path, *, seed: int, model: str | None = None, data: str | None = None
     ) -> PreparedSolutions:
-        """See :meth:`Recipe.prepare`.
+        """See :meth:`Recipe.prepare`; nothing is drawn, so all seeds have the same rows.
 
-        Args:
-            folder: The cache, for a model that is converted.
-            seed: Not used, as nothing is drawn.
-            model: Any causal language model, see :mod:`benchmarks.llm.models`; SmolLM2-135M by
-                default.
-            data: Labelled solutions, see :func:`.solutions.read_questions`; the bundled 400
-                questions of GSM8K by default.
+        The defaults are SmolLM2-135M and the bundled 400 questions of GSM8K.
         """
         del seed
         questions = read_questions(BUNDLED if data is None else data)
@@ -94,13 +97,137 @@ class Gsm8kRecipe:
         )
 
     def evaluate(self, model: Any, tokenizer: Any, prepared: Prepared, *, seed: int) -> Evaluation:
-        """Compare log-probs of right and wrong solutions; see :func:`.right_against_wrong`."""
+        """Compare log-probs of right and wrong solutions; see :func:`right_against_wrong`."""
         if not isinstance(prepared, PreparedSolutions):
             raise TypeError(f"{self.name} tests what its own prepare() gave, not {prepared!r:.60}")
         log_probs = mean_log_probs(
             model, tokenizer, rows_of(prepared.held_out), max_length=self.defaults.max_length
         )
         return right_against_wrong(prepared.held_out, log_probs, seed=seed)
+
+
+def read_questions(source: str | Path) -> list[Question]:
+    """Read labelled solutions and gather them by question, in the order of first sight.
+
+    ``source`` is anything that :func:`iwsft.datasets.text.rows.read` reads. A record is a question
+    of GSM8K's ``example_model_solutions.jsonl`` (``question``, and for each model an object with
+    ``is_correct`` and ``solution``), or one solution: ``prompt``, ``completion``, ``correct``, and
+    perhaps ``score``.
+    """
+    gathered: dict[str, list[Row]] = {}
+    for where, record in records(source):
+        rows = _of_question(record, where) if "question" in record else [_labelled(record, where)]
+        for row in rows:
+            gathered.setdefault(_same(row.prompt), []).append(row)
+    if not gathered:
+        raise ValueError(f"{source}: there is not a single solution in it")
+    return [Question(rows[0].prompt, tuple(rows)) for rows in gathered.values()]
+
+
+def split(questions: Sequence[Question], *, share: float) -> tuple[list[Question], list[Question]]:
+    """Split questions into training and held-out ones.
+
+    Only questions that have right and wrong solutions are held out, about ``share`` of them. The
+    choice and the order of the held-out ones depend only on a question's text, so no seed and no
+    other question moves one from the test into training.
+    """
+    both = [question for question in questions if len(question.labels) == 2]
+    held_out = sorted((question for question in both if _mark(question) < share), key=_mark)
+    if not held_out:
+        raise ValueError(
+            f"of {len(questions)} questions {len(both)} have both right and wrong solutions, too "
+            "few to hold some out for the test; pass more data"
+        )
+    asked = {question.prompt for question in held_out}
+    training = [question for question in questions if question.prompt not in asked]
+    if not any(True in question.labels for question in training):
+        raise ValueError(
+            f"none of the {len(training)} training questions has a right solution to train on; "
+            "pass more data"
+        )
+    return training, held_out
+
+
+def rows_of(questions: Iterable[Question]) -> list[Row]:
+    """Return all rows, in order."""
+    return [row for question in questions for row in question.rows]
+
+
+def right_against_wrong(
+    questions: Sequence[Question], log_probs: NDArray[np.float64], *, seed: int
+) -> Evaluation:
+    """How much more likely right solutions are than wrong ones, question by question.
+
+    ``log_probs`` are mean log-probs of a token for each row of the questions, in their order.
+
+    Returns:
+        ``score``: probability that the right one of a right and a wrong solution of a question has
+        the higher log-prob a token (AUC within the question, 1/2 for equal ones), mean over
+        questions; ``interval``, ``n``; ``right_likelier``: share of questions where the mean of the
+        right ones is higher; ``margin``: right minus wrong, nats a token, mean over questions, and
+        ``margin_interval``; ``right_log_prob`` and ``wrong_log_prob``, also means over questions.
+    """
+    wins, means = [], []
+    ends = np.cumsum([len(question.rows) for question in questions])
+    for question, of_question in zip(questions, np.split(log_probs, ends[:-1]), strict=True):
+        right = np.array([bool(row.correct) for row in question.rows])
+        good, bad = of_question[right], of_question[~right]
+        ahead = good[:, None] - bad[None, :]
+        wins.append(((ahead > 0) + (ahead == 0) / 2).mean())
+        means.append((good.mean(), bad.mean()))
+    good, bad = np.array(means).T
+    margins = good - bad
+    return {
+        "score": float(np.mean(wins)),
+        "interval": bootstrap_interval(wins, seed=seed),
+        "n": len(questions),
+        "right_likelier": float(((margins > 0) + (margins == 0) / 2).mean()),
+        "margin": float(margins.mean()),
+        "margin_interval": bootstrap_interval(margins, seed=seed),
+        "right_log_prob": float(good.mean()),
+        "wrong_log_prob": float(bad.mean()),
+    }
+
+
+def _of_question(record: Record, where: str) -> Iterator[Row]:
+    question = check_text(record["question"], "question", where).strip()
+    prompt = f"Question: {question}\nAnswer:\n"
+    solutions = {
+        name: value
+        for name, value in record.items()
+        if isinstance(value, Mapping) and _LABEL in value and _TEXT in value
+    }
+    if not question or not solutions:
+        problem = "there is no solution" if question else "the question is empty"
+        raise ValueError(
+            f"{where}: {problem}; a line holds a question, and for each model "
+            f"{{{_LABEL}, {_TEXT}}}. Columns found: {', '.join(map(str, record))}"
+        )
+    for name, value in solutions.items():
+        here = f"{where}, {name}"
+        text = _CALCULATION.sub("", check_text(value[_TEXT], _TEXT, here)).strip()
+        yield _labelled({"prompt": prompt, "completion": text, "correct": value[_LABEL]}, here)
+
+
+def _labelled(record: Record, where: str) -> Row:
+    row = to_row(record, where)
+    if row.completion is None or row.correct is None:
+        raise ValueError(
+            f"{where}: a labelled solution has 'prompt', 'completion' and 'correct'; columns "
+            f"found: {', '.join(map(str, record))}"
+        )
+    return row
+
+
+def _mark(question: Question) -> float:
+    """A number in [0, 1) that depends only on the text, spaces aside."""
+    digest = hashlib.sha256(_same(question.prompt).encode()).digest()
+    return int.from_bytes(digest[:7], "big") / 2**56
+
+
+def _same(prompt: str) -> str:
+    """The text that two questions share when they differ only in spaces."""
+    return " ".join(prompt.split())
 
 
 RECIPE = Gsm8kRecipe()

@@ -56,14 +56,6 @@ class S1kRecipe:
     Within training the test is how well the training rows are fitted. What the paper reports,
     MATH-500, AIME and GPQA, takes hours of generation: run it on the finished model, see
     ``notes["benchmarks"]``.
-
-    Attributes:
-        name: Name on the command line.
-        describe: What it is, in a line.
-        defaults: Settings of the fine-tuning.
-        presets: Settings by the name of their weights.
-        seeds: Seeds of the runs.
-        tested: Most rows that the test reads.
     """
 
     name: str = "s1k"
@@ -73,18 +65,16 @@ class S1kRecipe:
         default_factory=lambda: {"paper_llm": PAPER, "authors_llm": AUTHORS}
     )
     seeds: tuple[int, ...] = (0,)
+    # Rows that the test reads at the most.
     tested: int = 32
 
     def prepare(
         self, folder: Path, *, seed: int, model: str | None = None, data: str | None = None
     ) -> Prepared:
-        """See :meth:`Recipe.prepare`.
+        """See :meth:`Recipe.prepare`; nothing is drawn, so all seeds have the same rows.
 
-        Args:
-            folder: The cache, for a model that is converted.
-            seed: Not used, as nothing is drawn.
-            model: A model with Qwen2.5's tokenizer, whose tokens mark the traces.
-            data: Rows in the columns of s1K or s1K-1.1, see :func:`iwsft.datasets.text.s1k.to_row`.
+        A given model must have Qwen2.5's tokenizer, whose tokens mark the traces. Given rows have
+        the columns of s1K or s1K-1.1, see :func:`iwsft.datasets.text.s1k.to_row`.
         """
         del seed
         where = locate(MODEL if model is None else model, folder)
@@ -109,9 +99,7 @@ class S1kRecipe:
     def evaluate(self, model: Any, tokenizer: Any, prepared: Prepared, *, seed: int) -> Evaluation:
         """Measure how well the first training rows are fitted.
 
-        Returns:
-            ``score``: exp of ``log_prob``; ``interval`` (bootstrap over rows); ``n``; and
-            ``log_prob``: the mean over rows of the mean log p of a token, in nats.
+        ``score`` is exp of ``log_prob``: the mean over rows of the mean log p of a token, in nats.
         """
         log_probs = mean_log_probs(
             model, tokenizer, prepared.rows[: self.tested], max_length=self.defaults.max_length

@@ -14,15 +14,21 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import FullyShardedDataParallelPlugin, patch_environment
 from accelerate.utils.launch import prepare_multi_gpu_env
 
-from benchmarks.llm.hardware import Hardware
-from benchmarks.llm.launch import CONFIGS, Launch, assert_engine, choose, config_names
+from benchmarks.llm.launch import (
+    CONFIGS,
+    Hardware,
+    Launch,
+    assert_engine,
+    choose,
+    config_names,
+)
 from benchmarks.llm.memory import (
+    QWEN2,
     REDUCE_BUCKET,
     DecoderSizes,
     Options,
     Setup,
     main,
-    qwen2_config,
 )
 
 ROOT = Path(__file__).parents[3]
@@ -118,12 +124,12 @@ def test_a_node_of_several_gets_its_rank() -> None:
     [("0.5B", 4096, "zero2"), ("7B", 22_000, "zero2"), ("32B", 22_000, "zero3_offload")],
 )
 def test_the_first_config_that_the_model_fits_in(model: str, tokens: int, expected: str) -> None:
-    sizes = DecoderSizes.of(qwen2_config(model))
+    sizes = DecoderSizes.of(QWEN2[model])
     assert choose(None, NODE, model=sizes, setup=Setup(tokens=tokens)).config == expected
 
 
 def test_a_model_that_fits_nowhere_is_refused_with_figures() -> None:
-    sizes = DecoderSizes.of(qwen2_config("32B"))
+    sizes = DecoderSizes.of(QWEN2["32B"])
     small = Hardware(gpus=8, cores=64, gpu_memory=24 * 10**9, host_memory=256 * 10**9)
     said = r"zero3_offload \d+ GB per GPU and 590 GB .* 8 GPUs of 24 GB and 256 GB"
     with pytest.raises(ValueError, match=said):

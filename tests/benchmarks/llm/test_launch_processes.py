@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 from transformers import Qwen2Config
 
-from benchmarks.llm.hardware import Hardware
-from benchmarks.llm.launch import VARIABLE, choose, launched, start
+from benchmarks.llm.launch import VARIABLE, Hardware, choose, launched, start
 from benchmarks.llm.memory import REDUCE_BUCKET, DecoderSizes, Setup, training_memory
 
 CPU = Hardware(gpus=0, cores=2)
@@ -108,8 +107,7 @@ def test_a_signal_to_end_reaches_every_process(
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[3]}")
     lines = (
         "from benchmarks.runs import ends_as_ctrl_c_does, ends_in_one_line",
-        "from benchmarks.llm.hardware import Hardware",
-        "from benchmarks.llm.launch import choose, start",
+        "from benchmarks.llm.launch import Hardware, choose, start",
         "ends_as_ctrl_c_does()",
         "with ends_in_one_line(): start(choose('cpu_zero3', Hardware(0, 2)), 'waiting', [])",
     )

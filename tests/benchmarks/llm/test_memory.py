@@ -18,7 +18,6 @@ from benchmarks.llm.memory import (
     Options,
     Setup,
     main,
-    qwen2_config,
     training_memory,
 )
 from iwsft.language.shards import Shards
@@ -32,7 +31,7 @@ TINY = {
     "num_key_value_heads": 2,
     "num_hidden_layers": 2,
 }
-QWEN_7B = qwen2_config("7B")
+QWEN_7B = QWEN2["7B"]
 
 
 def test_parameters_of_a_published_model() -> None:

@@ -1,7 +1,4 @@
-"""The base model, a small Qwen2 decoder trained from scratch on the strategies, and its tokenizer.
-
-The model is trained once and kept in a cache, which is checked whenever it is used again.
-"""
+"""The base model: a small Qwen2 decoder trained on the strategies from scratch; its tokenizer."""
 
 from __future__ import annotations
 
@@ -39,11 +36,6 @@ _CHAT_TEMPLATE = (
     "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
 )
 _IGNORED = -100
-_LOGGED_EVERY = 50
-# Tables of digits are learnt in a sudden drop of the loss; a larger start and shorter wavelengths
-# of the rotary embedding than language models have bring it earlier.
-_INITIALIZER_RANGE = 0.08
-_ROPE_THETA = 10.0
 
 
 @dataclass(frozen=True)
@@ -76,22 +68,11 @@ class BaseSettings:
 
 
 def base_model(folder: Path, *, seed: int, settings: BaseSettings) -> Path:
-    """Train the base model, or find it in the cache.
+    """Train the base model, or find it in the cache; the defaults take 70 seconds of a CPU core.
 
-    Args:
-        folder: The cache; a model has a folder of its own there under a key of the settings, the
-            seed, the texts it learns and the versions of torch and transformers.
-        seed: Seed of the weights and the texts.
-        settings: Sizes and training; the defaults take about 70 seconds of a CPU core.
-
-    Returns:
-        Folder with model and tokenizer, for ``from_pretrained``, and
-        :data:`benchmarks.llm.kept.RECORD`: settings, seed, parameters, losses
-        ``[[update, mean since the last], ...]``, cpu_seconds.
-
-    Raises:
-        ValueError: If the model in the cache is damaged.
-        OSError: If the folder can't be written; nothing half-written takes its name.
+    A model has a folder of its own in the cache, under a key of the settings, the seed, the texts
+    it learns and the versions of torch and transformers. :data:`benchmarks.llm.kept.RECORD` in it
+    has settings, seed, parameters, losses and CPU seconds.
     """
 
     def make(home: Path) -> dict[str, Any]:
@@ -111,7 +92,7 @@ def base_model(folder: Path, *, seed: int, settings: BaseSettings) -> Path:
         return {
             "settings": asdict(settings),
             "seed": seed,
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": model.num_parameters(),
             "losses": losses,
             "cpu_seconds": round(spent, 1),
         }
@@ -133,11 +114,7 @@ def base_model(folder: Path, *, seed: int, settings: BaseSettings) -> Path:
 
 
 def train(settings: BaseSettings, seed: int) -> tuple[Qwen2ForCausalLM, list[list[float]]]:
-    """Train on the next tokens of the completions of :func:`.mixture` with AdamW.
-
-    Returns:
-        The model in eval mode, and ``[[update, mean loss since the last], ...]``.
-    """
+    """Train with AdamW on the completions; also ``[[update, mean loss since the last], ...]``."""
     tokens, labels = _texts(settings, seed)
     # The caller's own generator does not depend on whether the model was in the cache.
     with torch.random.fork_rng(devices=[]):
@@ -169,7 +146,7 @@ def train(settings: BaseSettings, seed: int) -> tuple[Qwen2ForCausalLM, list[lis
         optimizer.step()
         schedule.step()
         recent.append(loss.item())
-        if (step + 1) % _LOGGED_EVERY == 0 or step + 1 == settings.steps:
+        if (step + 1) % 50 == 0 or step + 1 == settings.steps:
             losses.append([step + 1, sum(recent) / len(recent)])
             recent.clear()
     model.eval()
@@ -186,8 +163,10 @@ def config(settings: BaseSettings) -> Qwen2Config:
         num_attention_heads=settings.heads,
         num_key_value_heads=settings.key_value_heads,
         max_position_embeddings=CONTEXT,
-        rope_parameters={"rope_type": "default", "rope_theta": _ROPE_THETA},
-        initializer_range=_INITIALIZER_RANGE,
+        # Tables of digits are learnt in a sudden drop of the loss; a larger start and shorter
+        # wavelengths than language models have bring it earlier.
+        rope_parameters={"rope_type": "default", "rope_theta": 10.0},
+        initializer_range=0.08,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=VOCABULARY.index(EOS),

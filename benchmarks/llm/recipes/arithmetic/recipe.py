@@ -5,52 +5,36 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from benchmarks.llm.kept import RECORD
 from benchmarks.llm.models import load
-from benchmarks.llm.recipes.arithmetic.base import VOCABULARY, BaseSettings, base_model
-from benchmarks.llm.recipes.arithmetic.samples import (
-    Sample,
-    rates,
-    sample,
-    strategy_probabilities,
-    to_rows,
-)
+from benchmarks.llm.recipes.arithmetic.base import CONTEXT, VOCABULARY, BaseSettings, base_model
 from benchmarks.llm.recipes.arithmetic.strategies import (
     STRATEGIES,
+    Verdict,
     after_rounds,
     check,
     mean_score,
 )
-from benchmarks.llm.recipes.arithmetic.task import parse, problems, split_of
+from benchmarks.llm.recipes.arithmetic.task import Problem, parse, problems, split_of
 from benchmarks.llm.recipes.recipe import Evaluation, Prepared, Settings
 from benchmarks.statistics import wilson_interval
 from iwsft.datasets.text.rows import Row, read
 from iwsft.files import written_whole
 from iwsft.fingerprint import fingerprint
+from iwsft.language.generation import Request, TransformersGenerator
 
-# The base model's texts are drawn with small seeds.
-_FIRST_SAMPLE_SEED = 1_000_000
 # Settings were chosen on the held-out problems of seed 0; the test is on others.
 TEST_SEED = 1
-
-
-def _defaults() -> Settings:
-    return Settings(
-        learning_rate=8e-4,
-        batch_size=32,
-        max_steps=80,
-        warmup=10,
-        quality_cuts=(0, 50, 60),
-        sync_every=10,
-        ema_decay=0.9,
-        # The bandit's weight is q / pi_ref of the whole text.
-        reduce="sum",
-        self_normalize=True,
-    )
+# The KV cache of so many rows is a few MB.
+_BATCH = 512
 
 
 @dataclass(frozen=True)
@@ -59,27 +43,31 @@ class ArithmeticRecipe:
 
     One base model serves all seeds: a seed draws the problems that it samples, its samples, the
     order of training and the answers of the test.
-
-    Attributes:
-        name: Name on the command line.
-        describe: What it is, in a line.
-        defaults: Settings of the fine-tuning.
-        presets: Empty, as a preset changes the weights alone.
-        seeds: Seeds of the runs.
-        base: Size and training of the base model.
-        base_seed: Seed of the base model's weights and texts.
-        samples: Number of problems that the model solves once each; the right ones are D+.
-        held_out: Number of problems of the test, the same for all seeds.
     """
 
     name: str = "arithmetic"
     describe: str = "a 1M-parameter decoder solves sums by three strategies, tuned on its successes"
-    defaults: Settings = field(default_factory=_defaults)
+    defaults: Settings = field(
+        default_factory=lambda: Settings(
+            learning_rate=8e-4,
+            batch_size=32,
+            max_steps=80,
+            warmup=10,
+            quality_cuts=(0, 50, 60),
+            sync_every=10,
+            ema_decay=0.9,
+            # The bandit's weight is q / pi_ref of the whole text.
+            reduce="sum",
+            self_normalize=True,
+        )
+    )
     presets: Mapping[str, Settings] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
     base: BaseSettings = field(default_factory=BaseSettings)
     base_seed: int = 0
+    # Problems that the model solves once each; the right ones are D+.
     samples: int = 2000
+    # Problems of the test, the same for all seeds.
     held_out: int = 1000
 
     def prepare(
@@ -87,12 +75,9 @@ class ArithmeticRecipe:
     ) -> Prepared:
         """See :meth:`Recipe.prepare`.
 
-        Args:
-            folder: The cache; it holds the base model, and the rows of each seed as JSON lines.
-            seed: Seed of the problems and the samples.
-            model: A decoder that has this recipe's tokenizer; it is sampled instead.
-            data: Rows of this task with ``prompt``, ``completion`` and ``correct``; nothing is
-                sampled. Rows on held-out problems are left out with a warning.
+        The cache holds the base model, and the rows of each seed as JSON lines. A given model must
+        have this recipe's tokenizer; it is sampled instead. With given rows nothing is sampled, and
+        those on held-out problems are left out with a warning.
         """
         notes: dict[str, Any] = {}
         if model is None:
@@ -111,8 +96,13 @@ class ArithmeticRecipe:
             )
             path = Path(folder) / f"arithmetic-rows-{key[:16]}.jsonl"
             if not path.exists():
-                examples = problems(self.samples, _FIRST_SAMPLE_SEED + seed, "train")
-                _write(path, to_rows(sample(decoder, tokenizer, examples, seed=seed)))
+                # The base model's texts are drawn with small seeds.
+                examples = problems(self.samples, 1_000_000 + seed, "train")
+                columns = ("prompt", "completion", "score", "correct")
+                with written_whole(path) as partial, partial.open("w") as file:
+                    for row in to_rows(sample(decoder, tokenizer, examples, seed=seed)):
+                        values = {name: getattr(row, name) for name in columns}
+                        file.write(json.dumps(values) + "\n")
             rows = read(path)
         else:
             rows = _usable(read(data))
@@ -138,7 +128,7 @@ class ArithmeticRecipe:
         sampled = sample(model, tokenizer, held_out, seed=seed)
         greedy = sample(model, tokenizer, held_out, seed=seed, temperature=0.0)
         chances = strategy_probabilities(model, tokenizer, held_out).mean(0).tolist()
-        success = rates(sampled)[1]
+        success = rates([solution.verdict for solution in sampled])[1]
         n = len(held_out)
         right, right_greedy = (
             sum(solution.verdict.score for solution in solutions) for solutions in (sampled, greedy)
@@ -156,19 +146,112 @@ class ArithmeticRecipe:
         }
 
 
+@dataclass(frozen=True)
+class Sample:
+    """A solution of a model, its end-of-text token only counted.
+
+    A text that did not end is wrong and does not parse.
+    """
+
+    problem: Problem
+    completion: str
+    tokens: int
+    verdict: Verdict
+
+
+def sample(
+    model: Any,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    *,
+    seed: int,
+    temperature: float = 1.0,
+) -> list[Sample]:
+    """Let a model solve each problem once; temperature 0 takes the likeliest tokens.
+
+    Each solution has a generator of its own, so it does not depend on the others in its batch, but
+    for rounding.
+    """
+    prompts = tokenizer([problem.prompt for problem in problems])["input_ids"]
+    seeds = np.random.default_rng(seed).integers(2**62, size=len(problems)).tolist()
+    completions = TransformersGenerator(model, batch_size=_BATCH).generate(
+        [
+            Request(prompt, CONTEXT - len(prompt), seed=own)
+            for prompt, own in zip(prompts, seeds, strict=True)
+        ],
+        stop=frozenset({tokenizer.eos_token_id}),
+        temperature=temperature,
+    )
+    texts = tokenizer.batch_decode([completion.tokens for completion in completions])
+    samples = []
+    for problem, text, completion in zip(problems, texts, completions, strict=True):
+        verdict = check(problem, text)
+        ended = completion.stop is not None
+        if not ended:
+            verdict = Verdict(0, verdict.strategy, False, verdict.shown)
+        samples.append(Sample(problem, text, len(completion.tokens) + ended, verdict))
+    return samples
+
+
+def to_rows(samples: Sequence[Sample]) -> list[Row]:
+    """Make rows with ``score`` = quality and ``correct`` = right.
+
+    ``correct`` cuts D+ out of them. Of D+ the score makes the quality bins of D_Q+: see
+    ``Verdict.quality``; wrong rows have 0, right ones 1/2 to 1. Empty completions are left out, as
+    there is nothing to train on.
+    """
+    return [
+        Row(
+            where=f"sample {number}",
+            prompt=solution.problem.prompt,
+            completion=solution.completion,
+            score=solution.verdict.quality,
+            correct=bool(solution.verdict.score),
+        )
+        for number, solution in enumerate(samples)
+        if solution.completion
+    ]
+
+
+def rates(verdicts: Sequence[Verdict]) -> tuple[dict[str, float], dict[str, float]]:
+    """Compute the share of each strategy, and the share of right answers within it.
+
+    The shares sum to less than 1 where texts begin otherwise. A strategy that was never used has
+    success 0.
+    """
+    shares, success = {}, {}
+    for name in STRATEGIES:
+        scores = [verdict.score for verdict in verdicts if verdict.strategy == name]
+        shares[name] = len(scores) / len(verdicts)
+        success[name] = sum(scores) / len(scores) if scores else 0.0
+    return shares, success
+
+
+@torch.no_grad()
+def strategy_probabilities(model: Any, tokenizer: Any, problems: Sequence[Problem]) -> Tensor:
+    """Compute the exact chance that a model begins with each strategy's words.
+
+    ``[problems, strategies]`` float32, for problems of the same number of terms.
+    """
+    markers = [tokenizer.convert_tokens_to_ids(way.marker) for way in STRATEGIES.values()]
+    prompts = torch.tensor(tokenizer([problem.prompt for problem in problems])["input_ids"])
+    was_training = model.training
+    model.eval()
+    logits = [
+        model(input_ids=batch.to(model.device), logits_to_keep=1).logits[:, -1].float()
+        for batch in prompts.split(_BATCH)
+    ]
+    model.train(was_training)
+    return torch.cat(logits).softmax(-1)[:, markers].cpu()
+
+
 def facts(rows: Sequence[Row]) -> Mapping[str, Any]:
     """Compute what the rows say of their policy, and what theory predicts of tuning on them.
 
-    Returns:
-        ``rows``, ``right`` (share), ``shares`` and ``success`` of the strategies, and
-        ``predicted``: the mean score of SFT in the limit and of the best strategy alone, both with
-        the strategies as good as they are.
+    ``predicted`` is the mean score of SFT in the limit and of the best strategy alone, both with
+    the strategies as good as they are.
     """
-    judged = []
-    for row in rows:
-        problem, text = parse(row.prompt), row.completion or ""
-        judged.append(Sample(problem, text, len(text), check(problem, text)))
-    shares, success = rates(judged)
+    shares, success = rates([check(parse(row.prompt), row.completion or "") for row in rows])
     notes: dict[str, Any] = {
         "rows": len(rows),
         "right": sum(bool(row.correct) for row in rows) / len(rows),
@@ -217,14 +300,6 @@ def _usable(rows: list[Row]) -> list[Row]:
             stacklevel=3,
         )
     return usable
-
-
-def _write(path: Path, rows: Sequence[Row]) -> None:
-    columns = ("prompt", "completion", "score", "correct")
-    with written_whole(path) as partial, partial.open("w") as file:
-        for row in rows:
-            values = asdict(row)
-            file.write(json.dumps({name: values[name] for name in columns}) + "\n")
 
 
 RECIPE = ArithmeticRecipe()

@@ -14,7 +14,7 @@ from functools import cache
 
 import numpy as np
 
-from benchmarks.llm.recipes.arithmetic.task import ANSWERS, Problem, signed
+from benchmarks.llm.recipes.arithmetic.task import ANSWERS, Problem
 
 ANSWER = " Answer: "
 _ANSWER = re.compile(rf".*{re.escape(ANSWER)}(\d+)")
@@ -27,11 +27,9 @@ Shares = Mapping[str, float]
 class Strategy:
     """A way to solve.
 
-    Attributes:
-        marker: The words its texts begin with, one token.
-        share: How often the mixture that the base model learns chooses it.
-        success: Chance that a text of it ends in the right answer, on any problem.
-        write: Writes a completion for a problem.
+    ``marker`` is the words its texts begin with, one token; ``share`` how often the mixture that
+    the base model learns chooses it; ``success`` the chance that a text of it ends in the right
+    answer, on any problem; ``write`` writes a completion.
     """
 
     marker: str
@@ -90,7 +88,7 @@ def _text(strategy: str, problem: Problem, totals: Sequence[int], answer: str) -
     tape = ""
     if totals:
         steps = zip(problem.terms[1:], totals, strict=True)
-        tape = f"{problem.terms[0]}" + "".join(f"{signed(term)}={total}" for term, total in steps)
+        tape = f"{problem.terms[0]}" + "".join(f"{term:+d}={total}" for term, total in steps)
     return f"{STRATEGIES[strategy].marker}{tape}{ANSWER}{answer}"
 
 
@@ -98,12 +96,11 @@ def _text(strategy: str, problem: Problem, totals: Sequence[int], answer: str) -
 class Verdict:
     """What the checker says of one completion.
 
-    Attributes:
-        score: 1 where the last words are the answer and it is exactly the sum, else 0.
-        strategy: Name by the first words; None where the text begins otherwise.
-        parses: Whether the text has the form of its strategy from the first to the last character,
-            with the problem's own terms; its totals may be wrong.
-        shown: Share of the problem's running totals that the text has in their place and right.
+    ``score`` is 1 where the last words are the answer and it is exactly the sum, else 0.
+    ``strategy`` is a name by the first words, or None. ``parses`` tells whether the text has the
+    form of its strategy from the first to the last character, with the problem's own terms; its
+    totals may be wrong. ``shown`` is the share of the problem's running totals that the text has in
+    their place and right.
     """
 
     score: int
@@ -127,7 +124,7 @@ def check(problem: Problem, completion: str) -> Verdict:
     strategy = next(
         (name for name, way in STRATEGIES.items() if completion.startswith(way.marker)), None
     )
-    right = (f"{signed(t)}={v}" for t, v in zip(problem.terms[1:], problem.values, strict=True))
+    right = (f"{t:+d}={v}" for t, v in zip(problem.terms[1:], problem.values, strict=True))
     steps = _STEP.findall(completion.partition(ANSWER)[0])
     agreeing = sum(ours == theirs for ours, theirs in zip(right, steps, strict=False))
     return Verdict(
@@ -140,14 +137,10 @@ def check(problem: Problem, completion: str) -> Verdict:
 
 @cache
 def _form(problem: Problem, strategy: str) -> re.Pattern[str]:
-    first, *others = problem.terms
     # Guesses write nothing down, last digits are single.
     total = {"careful": r"\d{1,2}", "hasty": r"\d"}.get(strategy)
-    tape = (
-        ""
-        if total is None
-        else f"{first}" + "".join(f"{re.escape(signed(term))}={total}" for term in others)
-    )
+    terms = (f"{re.escape(f'{term:+d}')}={total}" for term in problem.terms[1:])
+    tape = "" if total is None else f"{problem.terms[0]}{''.join(terms)}"
     return re.compile(f"{re.escape(STRATEGIES[strategy].marker)}{tape}{ANSWER}\\d{{1,2}}")
 
 
@@ -167,14 +160,6 @@ def after_rounds(shares: Shares, success: Shares, rounds: int) -> dict[str, floa
     iw-SFT with q = p copies D+ too as long as q = pi_ref; once q has moved there, D+ weighted by
     q / pi_ref is what the successes of q would be, so each sync of q after a full fit is one more
     round. With many rounds the best strategy has all.
-
-    Args:
-        shares: Share of each strategy in the policy that D was drawn from.
-        success: Chance of success of each strategy.
-        rounds: Number of fits; 0 gives ``shares`` back.
-
-    Raises:
-        ValueError: If rounds is below 0, or if no strategy ever succeeds.
     """
     if rounds < 0:
         raise ValueError(f"rounds={rounds}; it counts fits, from 0")

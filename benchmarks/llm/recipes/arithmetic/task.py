@@ -16,27 +16,19 @@ Split = Literal["train", "held-out"]
 TERMS = 6
 # Two tens digits, so that somebody who knows the last digit only is right half of the time.
 ANSWERS = range(10, 30)
-# One problem in ten is held out.
-_HELD_OUT = 10
-_CHANCE_OF_PLUS = 0.7
-_DRAWN = 512
 _PROMPT = re.compile(r"[1-9]([+-][1-9])*=")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A sum to work out from left to right, such as 7+8-9.
-
-    Attributes:
-        terms: Signed terms; the first is positive.
-    """
+    """A sum to work out from left to right, such as 7+8-9: signed terms, the first positive."""
 
     terms: tuple[int, ...]
 
     @property
     def prompt(self) -> str:
         """``"7+8-9="``."""
-        return "".join((str(self.terms[0]), *map(signed, self.terms[1:]), "="))
+        return "".join((str(self.terms[0]), *(f"{term:+d}" for term in self.terms[1:]), "="))
 
     @property
     def values(self) -> tuple[int, ...]:
@@ -49,17 +41,8 @@ class Problem:
         return sum(self.terms)
 
 
-def signed(term: int) -> str:
-    """Write a term with its sign, ``"+7"`` or ``"-7"``."""
-    return f"{term:+d}"
-
-
 def parse(prompt: str) -> Problem:
-    """Read the problem of a prompt.
-
-    Raises:
-        ValueError: If the text is not a prompt of this task.
-    """
+    """Read the problem of a prompt."""
     if not _PROMPT.fullmatch(prompt):
         raise ValueError(
             f"{prompt!r} is not a problem of this task; one is digits 1 to 9 with + or - between "
@@ -69,20 +52,16 @@ def parse(prompt: str) -> Problem:
 
 
 def split_of(problem: Problem) -> Split:
-    """Tell which set a problem belongs to; as only its text decides, no seed can mix the sets."""
-    return "train" if zlib.crc32(problem.prompt.encode()) % _HELD_OUT else "held-out"
+    """Hold one problem in ten out; as only its text decides, no seed can mix the sets."""
+    return "train" if zlib.crc32(problem.prompt.encode()) % 10 else "held-out"
 
 
 def problems(count: int, seed: int, split: Split) -> list[Problem]:
     """Make different problems of one split.
 
     Six terms, each plus with chance 0.7; no running total is negative; the answers are 10 to 19
-    and 20 to 29 equally often in expectation.
-
-    Args:
-        count: Number of problems.
-        seed: Seed of the generator; a larger count starts with the problems of a smaller one.
-        split: ``"train"`` or ``"held-out"``; no problem is in both, whatever the seeds.
+    and 20 to 29 equally often in expectation. A larger count starts with the problems of a smaller
+    one.
     """
     rng = np.random.default_rng(seed)
     by_tens = {tens: _candidates(np.random.default_rng((seed, tens)), tens) for tens in (1, 2)}
@@ -96,8 +75,8 @@ def problems(count: int, seed: int, split: Split) -> list[Problem]:
 
 def _candidates(rng: np.random.Generator, tens: int) -> Iterator[Problem]:
     while True:
-        terms = rng.integers(1, 10, (_DRAWN, TERMS))
-        terms[:, 1:] *= np.where(rng.random((_DRAWN, TERMS - 1)) < _CHANCE_OF_PLUS, 1, -1)
+        terms = rng.integers(1, 10, (512, TERMS))
+        terms[:, 1:] *= np.where(rng.random((512, TERMS - 1)) < 0.7, 1, -1)
         totals = terms.cumsum(1)
         fits = (totals.min(1) >= 0) & (totals[:, -1] // 10 == tens)
         for row in terms[fits].tolist():

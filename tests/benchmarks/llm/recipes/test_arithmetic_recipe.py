@@ -17,8 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 
 from benchmarks.llm.kept import RECORD
 from benchmarks.llm.recipes.arithmetic.base import BaseSettings, base_model, config, tokenizer
-from benchmarks.llm.recipes.arithmetic.recipe import TEST_SEED, ArithmeticRecipe, facts
-from benchmarks.llm.recipes.arithmetic.samples import sample, strategy_probabilities, to_rows
+from benchmarks.llm.recipes.arithmetic.recipe import (
+    TEST_SEED,
+    ArithmeticRecipe,
+    facts,
+    sample,
+    strategy_probabilities,
+    to_rows,
+)
 from benchmarks.llm.recipes.arithmetic.strategies import STRATEGIES
 from benchmarks.llm.recipes.arithmetic.task import parse, problems, split_of
 from benchmarks.llm.recipes.recipe import Prepared

@@ -14,10 +14,17 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.llm.recipes import load_recipe
-from benchmarks.llm.recipes.gsm8k import BUNDLED, Gsm8kRecipe
-from benchmarks.llm.recipes.likelihood import mean_log_probs, right_against_wrong
+from benchmarks.llm.recipes.gsm8k import (
+    BUNDLED,
+    Gsm8kRecipe,
+    Question,
+    read_questions,
+    right_against_wrong,
+    rows_of,
+    split,
+)
+from benchmarks.llm.recipes.likelihood import mean_log_probs
 from benchmarks.llm.recipes.recipe import Prepared
-from benchmarks.llm.recipes.solutions import Question, read_questions, rows_of, split
 from iwsft.datasets.text.rows import Row
 from iwsft.language import correct_only, tokenize
 from iwsft.trajectory import lengths
@@ -71,7 +78,7 @@ def test_rows_hold_the_solutions_without_the_calculators_marks():
     assert [row.correct for row in first.rows] == [False, False, False, True]
     assert [row.correct for row in second.rows] == [True, True, False, True]
     assert first.rows[3].where.endswith("gsm8k-solutions.jsonl:1, 175b_verification")
-    assert first.tells_apart and len(first.right) == 1 and len(first.wrong) == 3
+    assert sorted(bool(row.correct) for row in first.rows) == [False, False, False, True]
 
 
 def test_own_rows_are_gathered_by_prompt(tmp_path: Path):
@@ -85,13 +92,13 @@ def test_own_rows_are_gathered_by_prompt(tmp_path: Path):
     one, two = read_questions(file)
     assert [row.completion for row in one.rows] == ["2", "3"]
     assert [row.score for row in rows_of([one, two])] == [0.5, 0.0, 1.0]
-    assert one.tells_apart and not two.tells_apart
+    assert one.labels == {True, False} != two.labels
 
 
 def test_a_split_keeps_questions_whole_and_depends_on_their_texts():
     questions = [_question(k, ["rw", "rrww", "rr", "ww"][k % 4]) for k in range(400)]
     training, held_out = split(questions, share=0.25)
-    assert all(question.tells_apart for question in held_out)
+    assert all(question.labels == {True, False} for question in held_out)
     assert sorted(question.prompt for question in [*training, *held_out]) == sorted(
         question.prompt for question in questions
     )
@@ -233,7 +240,8 @@ def test_training_on_the_held_out_right_solutions_raises_the_score(
     texts = [
         row.prompt + (row.completion or "")
         for question in prepared.held_out
-        for row in question.right
+        for row in question.rows
+        if row.correct
     ]
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for step in range(60):
