@@ -8,9 +8,9 @@ import platform
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -182,8 +182,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
-    """Versions of Python and of the packages that decide the numbers."""
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    """Versions of Python and of the packages that decide the numbers, where they are installed."""
+    numbers = {"python": platform.python_version()}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            numbers[name] = version(name)
+    return numbers
 
 
 def hardware(device: str) -> dict[str, str | int | None]:

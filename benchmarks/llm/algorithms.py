@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.llm.recipes.recipe import Settings
+from benchmarks.llm.recipes import Settings
 from iwsft.objective import Proposal
 from iwsft.weights import ImportanceWeights
 

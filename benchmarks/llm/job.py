@@ -16,7 +16,7 @@ from benchmarks.llm.algorithms import BASE
 from benchmarks.llm.launch import Hardware, Launch, choose, launched, start
 from benchmarks.llm.memory import DecoderSizes, Setup
 from benchmarks.llm.options import Options
-from benchmarks.llm.recipes.recipe import Prepared
+from benchmarks.llm.recipes import Prepared
 from benchmarks.llm.run import Run, config_of, prepare
 from benchmarks.llm.train import train_and_score, training_arguments
 from benchmarks.runs import RESULT, claim, tell

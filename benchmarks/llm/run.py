@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tensordict import TensorDictBase
+from transformers import PreTrainedModel
 
 from benchmarks import runs
 from benchmarks.llm.algorithms import ALGORITHMS, BASE, Algorithm
 from benchmarks.llm.kept import file_sha256
 from benchmarks.llm.launch import Launch
+from benchmarks.llm.models import load
 from benchmarks.llm.options import Options
 from benchmarks.llm.recipes import Prepared, load_recipe
 from benchmarks.runs import hardware, versions
@@ -38,16 +40,17 @@ class Run(runs.Run[Options]):
         """Folder of what the runs of a recipe share: base models, rows, reference log-probs."""
         return self.dataset_folder / "prepared"
 
+    def load(self, model: str, **options: Any) -> tuple[PreTrainedModel, Any]:
+        """Load a model and its tokenizer, see :func:`benchmarks.llm.models.load`."""
+        trusted = self.options.trust_remote_code
+        return load(model, cache=self.shared_folder, trust_remote_code=trusted, **options)
+
 
 def prepare(run: Run) -> Prepared:
     """Make model and rows, or find them in the cache that the runs of a recipe share."""
-    options = run.options
-    prepared = load_recipe(run.dataset).prepare(
-        run.shared_folder, seed=run.seed, model=options.model, data=options.data
+    return load_recipe(run.dataset).prepare(
+        run.shared_folder, seed=run.seed, model=run.options.model, data=run.options.data
     )
-    if not options.trust_remote_code:
-        return prepared
-    return replace(prepared, load_kwargs={**prepared.load_kwargs, "trust_remote_code": True})
 
 
 def curated(run: Run, algorithm: Algorithm, prepared: Prepared, tokenizer: Any) -> TensorDictBase:

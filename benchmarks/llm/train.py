@@ -27,7 +27,6 @@ from transformers.utils import logging
 
 from benchmarks.llm.algorithms import Algorithm, choose_q
 from benchmarks.llm.launch import Launch, assert_engine
-from benchmarks.llm.models import load
 from benchmarks.llm.recipes import Prepared, load_recipe
 from benchmarks.llm.run import Run, curated, engine_of, identity_of, prepare
 from benchmarks.runs import RESULT, alone_in, write_json
@@ -94,9 +93,7 @@ def _test(
     spread = {"device_map": "auto"} if launch is not None and device == "cuda" else {}
     with _in_one_process():
         tested: Any
-        tested, tokenizer = load(
-            model, cache=run.shared_folder, **{**prepared.load_kwargs, **spread}
-        )
+        tested, tokenizer = run.load(model, **spread)
         if not spread:
             tested.to(device)
         recipe = load_recipe(run.dataset)
@@ -201,11 +198,7 @@ def _train(
     args = ImportanceWeightedConfig(**training_arguments(run, algorithm, launch))
     # DeepSpeed keeps float32 weights of its own.
     half = args.bf16 and launch is not None and launch.engine == "deepspeed"
-    model, tokenizer = load(
-        prepared.model,
-        cache=run.shared_folder,
-        **{"dtype": torch.bfloat16 if half else torch.float32, **prepared.load_kwargs},
-    )
+    model, tokenizer = run.load(prepared.model, dtype=torch.bfloat16 if half else torch.float32)
     if "pad_token" in prepared.notes:
         tokenizer.pad_token = prepared.notes["pad_token"]
     data = curated(run, algorithm, prepared, tokenizer)

@@ -35,14 +35,8 @@ class Grader:
     """Compares answers; LaTeX by Math-Verify in a process with a time limit.
 
     The process starts with the first comparison that needs it, and again after one that was ended.
-    Use the grader as a context: leaving it ends the process.
-
-    Args:
-        seconds: Time limit of a comparison.
-        compare: ``MODULE:FUNCTION`` that takes the correct answer and a given one.
-
-    Attributes:
-        problems: A line for each comparison that hung, crashed or raised.
+    Leaving the grader's context ends it. ``compare`` is ``MODULE:FUNCTION`` that takes the correct
+    answer and a given one. ``problems`` has a line for each comparison that hung or failed.
     """
 
     def __init__(self, *, seconds: float = 10.0, compare: str = _MATH_VERIFY) -> None:
@@ -73,11 +67,7 @@ class Grader:
         return self._verdicts[pair]
 
     def start(self) -> subprocess.Popen[bytes]:
-        """Start the process where it does not run, and wait until it is ready.
-
-        Raises:
-            ImportError: Math-Verify does not load.
-        """
+        """Start the process where it does not run, and wait until it is ready."""
         if self._process is not None:
             return self._process
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)

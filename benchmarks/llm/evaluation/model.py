@@ -8,26 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, GenerationConfig
 
 from benchmarks.llm.evaluation.options import Options
 from benchmarks.llm.models import first_line, load, load_tokenizer, locate
 from iwsft.language.generation import Generator, TransformersGenerator, VLLMGenerator
 
 _ANSWER = "<<<ANSWER>>>"
-_WEIGHTS = (".safetensors", ".bin")
-_BLOCK, _BLOCKS = 2**16, 16
 
 
 @dataclass(frozen=True)
 class Prompter:
     """Questions in a model's tokens.
 
-    Attributes:
-        tokenizer: The model's tokenizer.
-        stop: Tokens that end an answer.
-        context: Most tokens of prompt and completion together; None for no limit.
-        note: What a reader of the scores must know about the prompts, or None.
-        identity: The model's commit on the hub, or a digest of its weights.
+    ``stop`` are the tokens that end an answer. ``context`` is the most tokens of prompt and
+    completion together. ``note`` is what a reader of the scores must know about the prompts.
+    ``identity`` is the model's commit on the hub, or a digest of its weights.
     """
 
     tokenizer: Any
@@ -47,13 +43,7 @@ class Prompter:
 
 
 def load_prompter(options: Options) -> Prompter:
-    """Load the tokenizer and the settings of a model, but not its weights.
-
-    Raises:
-        ValueError: There is no model in transformers' format, no tokenizer, or no stop token.
-    """
-    from transformers import AutoConfig, GenerationConfig
-
+    """Load the tokenizer and the settings of a model, but not its weights."""
     name = locate(options.model)
     code: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     try:
@@ -69,37 +59,24 @@ def load_prompter(options: Options) -> Prompter:
     # It is optional.
     except (OSError, ValueError):
         ends = config.eos_token_id
-    stop = {
-        *([ends] if isinstance(ends, int) else ends or []),
-        *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]),
-        *_turn_end(tokenizer),
-    }
+    ends = [ends] if isinstance(ends, int) else ends or []
+    stop = {*ends, tokenizer.eos_token_id, *_turn_end(tokenizer)} - {None}
     if not stop:
         raise ValueError(
             f"--model {name} names no token that ends an answer; set eos_token in its tokenizer"
         )
-    note = None
-    if tokenizer.chat_template is None:
-        note = (
-            f"{name} has no chat template: the bare question is its prompt, which suits only base "
-            "models"
-        )
+    note = f"{name} has no chat template: the bare question is its prompt"
     return Prompter(
         tokenizer,
         frozenset(stop),
         getattr(config.get_text_config(), "max_position_embeddings", None),
-        note,
+        None if tokenizer.chat_template else f"{note}, which suits only base models",
         getattr(config, "_commit_hash", None) or _digest(Path(name)),
     )
 
 
 def load_generator(options: Options) -> Generator:
-    """Load the weights.
-
-    Raises:
-        ImportError: The backend, or the reader of the model's format, is not installed.
-        ValueError: The weights do not load or do not fit on the device.
-    """
+    """Load the weights."""
     if options.backend == "vllm":
         return VLLMGenerator(
             locate(options.model),
@@ -141,17 +118,17 @@ def _turn_end(tokenizer: Any) -> set[int]:
 
 
 def _digest(folder: Path) -> str:
-    """Return the SHA-256 of the weight files' names, sizes and blocks spread over each.
+    """Return the SHA-256 of the weight files' names, sizes and 16 blocks spread over each.
 
     All of 65 GB would take minutes; training changes every block.
     """
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.suffix in _WEIGHTS:
+        if path.suffix in (".safetensors", ".bin"):
             size = path.stat().st_size
             digest.update(f"{path.name} {size}\n".encode())
             with path.open("rb") as file:
-                for number in range(_BLOCKS):
-                    file.seek(max(0, size - _BLOCK) * number // (_BLOCKS - 1))
-                    digest.update(file.read(_BLOCK))
+                for number in range(16):
+                    file.seek(max(0, size - 2**16) * number // 15)
+                    digest.update(file.read(2**16))
     return digest.hexdigest()

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 
 from benchmarks.options import check_at_least, check_device, check_used
@@ -66,6 +67,13 @@ class Options:
         return _BATCH[self.backend] if self.batch_size is None else self.batch_size
 
     @property
+    def used_device(self) -> str:
+        """The device on which the model runs."""
+        if self.backend == "transformers" and self.device != "auto":
+            return self.device
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    @property
     def settings(self) -> dict[str, Any]:
         """The options that decide what is generated."""
         return {
@@ -76,11 +84,7 @@ class Options:
         }
 
     def check(self) -> None:
-        """Check the values of the options.
-
-        Raises:
-            ValueError: An option cannot be used; names the option, its value and the way out.
-        """
+        """Check the values of the options."""
         if not self.tasks:
             raise ValueError("nothing to evaluate: pass at least one name to --tasks")
         check_at_least(

@@ -10,18 +10,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from benchmarks.llm.evaluation.grading import Grader
 from benchmarks.llm.evaluation.model import Prompter, load_generator, load_prompter
 from benchmarks.llm.evaluation.options import Options
 from benchmarks.llm.evaluation.scores import Generation, grade, score
 from benchmarks.llm.evaluation.tasks import QuestionSet, read_questions
-from benchmarks.runs import CONFIG, RESULT, alone_in, claim, hardware, write_json
+from benchmarks.runs import CONFIG, RESULT, alone_in, claim, hardware, versions, write_json
 from iwsft.checkpoint import CheckpointError
 from iwsft.files import full_disk_named, written_whole
 from iwsft.language.budget import S1, TAGS, Delimiters, overhead, think_then_answer
@@ -36,12 +33,7 @@ _PACKAGES = ("torch", "transformers", "vllm", "math-verify", "sympy", "latex2sym
 def run(options: Options) -> list[dict[str, Any]]:
     """Evaluate a model on the tasks; all checks come before its weights are loaded.
 
-    Returns:
-        The content of each task's ``result.json``.
-
-    Raises:
-        ValueError: A setting, a task or the model cannot be used; the other errors of
-            ``benchmarks.runs.EXPECTED`` are possible too.
+    Returns the content of each task's ``result.json``.
     """
     options.check()
     sets = [read_questions(name, seed=options.seed, limit=options.limit) for name in options.tasks]
@@ -131,17 +123,13 @@ class _Evaluation:
                 "stop": sorted(self.prompter.stop),
                 **self.options.settings,
             },
-            "versions": _versions(),
-            "hardware": hardware(_device(self.options)),
+            "versions": versions(_PACKAGES),
+            "hardware": hardware(self.options.used_device),
             "command": " ".join(["python -m benchmarks.llm", *sys.argv[1:]]),
         }
 
     def check_context(self) -> None:
-        """Check that the longest prompt leaves room for its answer.
-
-        Raises:
-            ValueError: It does not.
-        """
+        """Check that the longest prompt leaves room for its answer."""
         if self.prompter.context is None:
             return
         new = self.options.max_tokens
@@ -232,7 +220,7 @@ class _Evaluation:
             **score(grades, generations, self.options.seed),
             "grading_problems": list(grader.problems),
             **cost,
-            "versions": _versions(),
+            "versions": versions(_PACKAGES),
         }
         with written_whole(self.folder / GRADES) as partial:
             partial.write_text("".join(json.dumps(asdict(each)) + "\n" for each in grades))
@@ -243,15 +231,8 @@ class _Evaluation:
 def read_generations(folder: Path, keys: Sequence[tuple[str, int]]) -> list[Generation]:
     """Read the generations of a task so far; a last line that a kill cut short is removed.
 
-    The file has a line for each generation, in the order of ``keys``, without times. An evaluation
-    that was killed and resumed leaves the same file as one that was not.
-
-    Args:
-        folder: Folder of the task.
-        keys: ``(id, sample)`` of all generations, in their order.
-
-    Raises:
-        CheckpointError: A line is not the generation that belongs there.
+    The file has a line for each generation, in the order of ``keys`` (question, sample), without
+    times. An evaluation that was killed and resumed leaves the same file as one that was not.
     """
     path = folder / GENERATIONS
     content = path.read_bytes() if path.exists() else b""
@@ -281,21 +262,3 @@ def _append(path: Path, generations: Sequence[Generation]) -> None:
         while data:
             data = data[file.write(data) :]
         os.fsync(file.fileno())
-
-
-def _device(options: Options) -> str:
-    """Return the device on which the model runs."""
-    if options.backend == "transformers" and options.device != "auto":
-        return options.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": sys.version.split()[0]}
-    for name in _PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            # vLLM is optional, and only one kind of task needs Math-Verify.
-            continue
-    return versions

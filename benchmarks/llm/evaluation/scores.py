@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,14 +24,9 @@ Generation = dict[str, Any]
 
 @dataclass(frozen=True)
 class Grades:
-    """The answers to a question, in the order of their samples.
+    """The answers to a question in the order of their samples; None where a text gives none.
 
-    Attributes:
-        id: Name of the question.
-        correct: The correct answer.
-        answers: The model's answers; None where a generation gives none.
-        right: Whether each answer is right.
-        majority_right: Whether the most frequent answer is right.
+    ``majority_right`` tells whether the most frequent answer is right.
     """
 
     id: str
@@ -43,16 +39,7 @@ class Grades:
 def grade(
     question_set: QuestionSet, generations: Sequence[Generation], grader: Grader
 ) -> list[Grades]:
-    """Grade all generations of a task.
-
-    Args:
-        question_set: The questions.
-        generations: The generations, those of a question in the order of their samples.
-        grader: Compares the answers.
-
-    Returns:
-        The grades of each question.
-    """
+    """Grade the generations of a task; those of a question are in the order of their samples."""
     kind = question_set.task.kind
     answers: dict[str, list[str | None]] = {each.id: [] for each in question_set.questions}
     for generation in generations:
@@ -122,7 +109,7 @@ def score(grades: Sequence[Grades], generations: Sequence[Generation], seed: int
 
 
 def estimate_pass_at(k: int, answers: int, right: int) -> float:
-    """Compute the probability that k of the answers, chosen without replacement, hold a right one.
+    """Compute the chance that k of the answers, chosen without replacement, hold a right one.
 
     Unbiased for pass@k (Chen et al. 2021, "Evaluating Large Language Models Trained on Code", eq.
     1).
@@ -131,27 +118,19 @@ def estimate_pass_at(k: int, answers: int, right: int) -> float:
 
 
 def find_majority(answers: Sequence[str | None], same: Callable[[str, str], bool]) -> str | None:
-    """Return the most frequent answer; of several, the one that comes first.
+    """Return the most frequent answer in its first wording; of several, the one that comes first.
 
-    Args:
-        answers: Answers to one question, in their order; None has no vote.
-        same: Whether two answers mean the same.
-
-    Returns:
-        The answer in its first wording; None where there is no vote.
+    ``same`` tells whether two answers mean the same. None has no vote.
     """
-    votes: dict[str, int] = {}
+    votes: Counter[str] = Counter()
     wordings: dict[str, str] = {}
-    for answer in answers:
-        if answer is None:
-            continue
+    for answer in (answer for answer in answers if answer is not None):
         if answer not in wordings:
             equals = (first for first in votes if same(first, answer))
             wordings[answer] = next(equals, answer)
-        first = wordings[answer]
-        votes[first] = votes.get(first, 0) + 1
-    # `max` returns the first of equals, and a dict keeps the order of insertion.
-    return max(votes, key=lambda first: votes[first]) if votes else None
+        votes[wordings[answer]] += 1
+    # Of equal counts the first one counted comes first.
+    return votes.most_common(1)[0][0] if votes else None
 
 
 def show(results: Sequence[dict[str, Any]]) -> None:
@@ -176,27 +155,23 @@ def show(results: Sequence[dict[str, Any]]) -> None:
     console.print(str(results[0]["model"]), markup=False, soft_wrap=True)
     console.print(table)
     for result in results:
-        for note in _notes(result):
-            console.print(f"{result['title']}: {note}", markup=False, soft_wrap=True)
+        answers, failed = result["questions"] * result["n"], len(result["grading_problems"])
+        for shown, note in (
+            (
+                result["no_answer"],
+                f"{result['no_answer']} of {answers} generations give no final answer",
+            ),
+            (failed, f"{failed} comparisons hung or failed and count as wrong"),
+            (
+                result["private"],
+                "its authors ask that its text is not published; keep the generations, which may "
+                "quote it, to yourself",
+            ),
+        ):
+            if shown:
+                console.print(f"{result['title']}: {note}", markup=False, soft_wrap=True)
     if results[0]["note"]:
         console.print(f"note: {results[0]['note']}", markup=False, soft_wrap=True)
-
-
-def _notes(result: dict[str, Any]) -> list[str]:
-    notes = []
-    if result["no_answer"]:
-        answers = result["questions"] * result["n"]
-        notes.append(f"{result['no_answer']} of {answers} generations give no final answer")
-    if result["grading_problems"]:
-        notes.append(
-            f"{len(result['grading_problems'])} comparisons hung or failed and count as wrong"
-        )
-    if result["private"]:
-        notes.append(
-            "its authors ask that its text is not published; keep the generations, which may quote "
-            "it, to yourself"
-        )
-    return notes
 
 
 def _mean(generations: Sequence[Generation], key: str) -> float:

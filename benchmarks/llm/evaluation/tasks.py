@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from iwsft.datasets.text.rows import records
 LETTERS = "ABCD"
 
 _BOXED = "Think step by step, then give the final answer inside \\boxed{}."
-_WHOLE_NUMBER = f"The answer is a whole number from 0 to 999. {_BOXED}"
+_NUMBER = f"The answer is a whole number from 0 to 999. {_BOXED}"
 _LETTER = (
     "Think step by step, then end with a line 'Answer: X', where X is the letter of the correct "
     "choice."
@@ -26,17 +27,11 @@ _LETTER = (
 class Task:
     """A public benchmark.
 
-    Attributes:
-        name: Name on the command line.
-        title: Name in tables.
-        dataset: Hub id, configuration (or None) and split.
-        kind: How answers are compared: by Math-Verify, as whole numbers, or as letters.
-        instruction: Text that follows the question in the prompt.
-        question: Column of the question.
-        answer: Column of the correct answer; a whole number may follow ``####``.
-        id: Column that names a question; its number in the data where the row has no name.
-        wrong: Columns of the wrong choices, for multiple choice.
-        private: Whether the authors ask that its text is not published.
+    ``dataset`` is a hub id, configuration (or None) and split. ``kind`` tells how answers are
+    compared: by Math-Verify, as whole numbers, or as letters. ``instruction`` follows the question
+    in the prompt. ``id``, ``question``, ``answer`` and ``wrong`` (of multiple choice) are columns;
+    a question without an id has its number, and a whole number may follow ``####``. ``private``
+    tells whether the authors ask that the text is not published.
     """
 
     name: str
@@ -44,9 +39,9 @@ class Task:
     dataset: tuple[str, str | None, str]
     kind: AnswerKind
     instruction: str
+    id: str | None = None
     question: str = "problem"
     answer: str = "answer"
-    id: str | None = None
     wrong: tuple[str, ...] = ()
     private: bool = False
 
@@ -58,43 +53,31 @@ _ALL = (
         ("HuggingFaceH4/MATH-500", None, "test"),
         "math",
         _BOXED,
-        id="unique_id",
+        "unique_id",
     ),
     Task(
         "aime-2024",
         "AIME 2024",
         ("HuggingFaceH4/aime_2024", None, "train"),
         "integer",
-        _WHOLE_NUMBER,
-        id="id",
+        _NUMBER,
+        "id",
     ),
-    Task(
-        "aime-2025",
-        "AIME 2025",
-        ("math-ai/aime25", None, "test"),
-        "integer",
-        _WHOLE_NUMBER,
-        id="id",
-    ),
+    Task("aime-2025", "AIME 2025", ("math-ai/aime25", None, "test"), "integer", _NUMBER, "id"),
     Task(
         "gpqa-diamond",
         "GPQA diamond",
         ("Idavidrein/gpqa", "gpqa_diamond", "train"),
         "letter",
         _LETTER,
-        "Question",
-        "Correct Answer",
-        id="Record ID",
+        "Record ID",
+        question="Question",
+        answer="Correct Answer",
         wrong=("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"),
         private=True,
     ),
     Task(
-        "gsm8k",
-        "GSM8K",
-        ("openai/gsm8k", "main", "test"),
-        "integer",
-        _BOXED,
-        "question",
+        "gsm8k", "GSM8K", ("openai/gsm8k", "main", "test"), "integer", _BOXED, question="question"
     ),
 )
 TASKS = {task.name: task for task in _ALL}
@@ -102,13 +85,7 @@ TASKS = {task.name: task for task in _ALL}
 
 @dataclass(frozen=True)
 class Question:
-    """A question of a task.
-
-    Attributes:
-        id: Name of the question within its task.
-        prompt: What the user says.
-        answer: The correct answer: LaTeX, a whole number, or a letter.
-    """
+    """A question of a task; the answer is LaTeX, a whole number, or a letter."""
 
     id: str
     prompt: str
@@ -125,40 +102,29 @@ class QuestionSet:
 
 
 def read_questions(name: str, *, seed: int = 0, limit: int | None = None) -> QuestionSet:
-    """Read the questions of a task from the hub, or from a file.
+    """Read the questions of a task from the hub, or from a file; the first ``limit`` of them.
 
-    Args:
-        name: ``NAME`` or ``NAME=FILE``, as on the command line.
-        seed: Seed of the order of GPQA's choices; the order is the same for all answers to a
-            question.
-        limit: Number of questions to take from the start; all by default.
-
-    Raises:
-        ValueError: The task is unknown, a column or an answer is missing or malformed, there is no
-            question, or the dataset cannot be loaded (for lack of access, for example).
-        FileNotFoundError: The file does not exist.
-        ConnectionError: The hub cannot be reached.
+    ``name`` is ``NAME`` or ``NAME=FILE``, as on the command line. The order of GPQA's choices is
+    drawn by ``seed`` and is the same for all answers to a question.
     """
     name, _, file = name.partition("=")
     check_known("task", name, list(TASKS))
     task = TASKS[name]
     hub, config, split = task.dataset
     source, rows = (file, records(Path(file))) if file else (hub, records(hub, split, config))
-    questions: list[Question] = []
     try:
-        for number, (place, row) in enumerate(rows):
-            if limit is not None and number == limit:
-                break
-            questions.append(_question(task, row, place, number, seed))
+        questions = tuple(
+            _question(task, row, place, number, seed)
+            for number, (place, row) in enumerate(islice(rows, limit))
+        )
     except (ValueError, ConnectionError) as error:
         if file:
             raise
-        access = ""
-        if "gated" in str(error):
-            access = (
-                f"; {hub} asks for its terms to be accepted: do so on its page, log in (hf auth "
-                "login, or HF_TOKEN)"
-            )
+        terms = (
+            f"; {hub} asks for its terms to be accepted: do so on its page, log in (hf auth login, "
+            "or HF_TOKEN)"
+        )
+        access = terms if "gated" in str(error) else ""
         raise type(error)(
             f"{task.title}: {error}{access}; or read a copy: --tasks {name}=FILE"
         ) from error
@@ -166,7 +132,7 @@ def read_questions(name: str, *, seed: int = 0, limit: int | None = None) -> Que
         raise ValueError(f"{source} holds no question")
     if len({question.id for question in questions}) < len(questions):
         raise ValueError(f"{source}: two questions have the same id; make them differ")
-    return QuestionSet(task, source, tuple(questions))
+    return QuestionSet(task, source, questions)
 
 
 def _question(task: Task, row: Mapping[str, Any], place: str, number: int, seed: int) -> Question:

@@ -10,12 +10,21 @@ A new recipe is one module with a ``RECIPE``, and one line here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
-from benchmarks.llm.recipes.recipe import Evaluation, Prepared, Recipe, Settings
 from benchmarks.options import check_known
-
-__all__ = ["RECIPES", "Evaluation", "Prepared", "Recipe", "Settings", "load_recipe"]
+from iwsft.datasets.text.rows import Row
+from iwsft.weights import (
+    ClipRatio,
+    ClipWeight,
+    ImportanceWeights,
+    SelfNormalize,
+    Temperature,
+)
 
 # Name -> the module that holds it as RECIPE; it is imported where it is used.
 RECIPES = {
@@ -24,13 +33,164 @@ RECIPES = {
     "s1k": "benchmarks.llm.recipes.s1k",
 }
 
+Preset = Literal["recipe", "paper_llm", "authors_llm"]
+# "score", "interval", "n", and further numbers by name.
+Evaluation = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the fine-tuning, plain values: a recipe's, or those of a run.
+
+    Attributes:
+        learning_rate: Peak of AdamW's learning rate.
+        batch_size: Rows of an update, over all processes and accumulation steps.
+        max_steps: Number of updates; this, or ``epochs``.
+        epochs: Passes over the curated data.
+        warmup: Updates of the linear warm-up; below 1, their share of all updates.
+        weight_decay: Weight decay of AdamW.
+        adam_beta1: First beta of AdamW.
+        adam_beta2: Second beta of AdamW.
+        scheduler: Schedule after the warm-up, by transformers' name.
+        max_grad_norm: Norm that gradients are clipped to.
+        max_length: Most tokens of a row; None cuts nothing.
+        cuts: Percentiles of the scores of D+ that SFT and iw-SFT keep; empty keeps all once.
+        quality_cuts: Percentiles of D_Q+, for SFT(Q).
+        sync_every: Updates between hard syncs of q.
+        ema_decay: Decay of q as a moving average, an update.
+        length_normalize: Divide a trajectory's log-probability by its length.
+        preset: Preset of the weights; ``"recipe"`` is the chain of the four fields below.
+        temperature: Factor k of g(x) = k x.
+        reduce: Reduction along the trajectory.
+        max_weight: Value that a larger weight is clipped to.
+        self_normalize: Divide the weights by their mean over the batch.
+        step_clip: Limits of the ratio of a step, in the per-step variant.
+        micro_batch_size: Rows of a forward pass on a device; None takes as many as there are.
+        layout: Layout of the batches.
+        precision: Precision of the matrix products.
+        gradient_checkpointing: Recompute activations in the backward pass.
+    """
+
+    learning_rate: float
+    batch_size: int
+    max_steps: int | None = None
+    epochs: float | None = None
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    scheduler: str = "cosine"
+    max_grad_norm: float = 1.0
+    max_length: int | None = None
+    cuts: tuple[float, ...] = ()
+    quality_cuts: tuple[float, ...] = (0, 50, 75)
+    sync_every: int = 50
+    ema_decay: float = 0.99
+    length_normalize: bool = True
+    preset: Preset = "recipe"
+    temperature: float = 1.0
+    reduce: Literal["sum", "mean"] = "mean"
+    max_weight: float = 16.0
+    self_normalize: bool = False
+    step_clip: tuple[float, float] = (0.2, 1.8)
+    micro_batch_size: int | None = None
+    layout: Literal["padded", "packed"] = "padded"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+
+    def importance_weights(self, *, per_step: bool = False) -> ImportanceWeights:
+        """Build the chain of weights of ``preset``.
+
+        Args:
+            per_step: Build that of the per-step variant instead: each step's ratio, clipped to
+                ``step_clip``, weighs its own loss.
+        """
+        if per_step:
+            return ImportanceWeights(step=(ClipRatio(*self.step_clip),), reduce=None)
+        if self.preset == "paper_llm":
+            return ImportanceWeights.paper_llm()
+        if self.preset == "authors_llm":
+            return ImportanceWeights.authors_llm()
+        last = (SelfNormalize(),) if self.self_normalize else ()
+        return ImportanceWeights(
+            step=(Temperature(self.temperature),),
+            reduce=self.reduce,
+            trajectory=(ClipWeight(max=self.max_weight), *last),
+        )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a recipe trains: a model and rows.
+
+    Attributes:
+        model: Folder or hub id that ``from_pretrained`` loads.
+        rows: All labelled rows, with ``score`` and ``correct`` where the recipe has them.
+        score_name: Name of the test's score, in tables.
+        notes: Facts for the report, by name.
+    """
+
+    model: str
+    rows: list[Row]
+    score_name: str
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Recipe(Protocol):
+    """A language task: where model and rows come from, how to train, how to test."""
+
+    @property
+    def name(self) -> str:
+        """Name on the command line."""
+
+    @property
+    def describe(self) -> str:
+        """What it is, in a line."""
+
+    @property
+    def defaults(self) -> Settings:
+        """Settings of its runs, where the command line sets no others."""
+
+    @property
+    def presets(self) -> Mapping[str, Settings]:
+        """Settings by the preset of their weights, where a preset changes others too."""
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Seeds of its runs, where the command line names none."""
+
+    def prepare(self, folder: Path, *, seed: int, model: str | None, data: str | None) -> Prepared:
+        """Make or find model and rows; the same seed finds the same files.
+
+        Args:
+            folder: The cache.
+            seed: Seed of everything that is drawn.
+            model: Another model than the recipe's own: a hub id or a folder.
+            data: Other rows than the recipe's own: a file, a folder or a hub id.
+
+        Raises:
+            ValueError: If the recipe can't use the model or the rows, or the cache is damaged.
+            OSError: If a file can't be read or written.
+        """
+
+    def evaluate(self, model: Any, tokenizer: Any, prepared: Prepared, *, seed: int) -> Evaluation:
+        """Test a model on what it was not trained on.
+
+        Args:
+            model: A causal language model, on its device.
+            tokenizer: The model's tokenizer.
+            prepared: What :meth:`prepare` returned.
+            seed: Seed of everything that is drawn; the same for all models, so that they share
+                their luck.
+
+        Returns:
+            ``score`` in [0, 1], ``interval`` (its 95 % interval, both ends), ``n`` (what the score
+            is a mean over), and further numbers by name.
+        """
+
 
 def load_recipe(name: str) -> Recipe:
-    """Import the recipe of a name.
-
-    Raises:
-        ValueError: If the name is not in ``RECIPES``.
-    """
+    """Import the recipe of a name."""
     check_known("recipe", name, list(RECIPES))
     recipe: Recipe = import_module(RECIPES[name]).RECIPE
     return recipe

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.llm.models import SMOLLM2, locate
+from benchmarks.llm.recipes import Evaluation, Prepared, Settings
 from benchmarks.llm.recipes.likelihood import mean_log_probs
-from benchmarks.llm.recipes.recipe import Evaluation, Prepared, Settings
 from benchmarks.statistics import bootstrap_interval
 from iwsft.datasets.text.rows import Record, Row, check_text, records, to_row
 

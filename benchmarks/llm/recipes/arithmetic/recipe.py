@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.llm.kept import RECORD
 from benchmarks.llm.models import load
+from benchmarks.llm.recipes import Evaluation, Prepared, Settings
 from benchmarks.llm.recipes.arithmetic.base import CONTEXT, VOCABULARY, BaseSettings, base_model
 from benchmarks.llm.recipes.arithmetic.strategies import (
     STRATEGIES,
@@ -24,7 +25,6 @@ from benchmarks.llm.recipes.arithmetic.strategies import (
     mean_score,
 )
 from benchmarks.llm.recipes.arithmetic.task import Problem, parse, problems, split_of
-from benchmarks.llm.recipes.recipe import Evaluation, Prepared, Settings
 from benchmarks.statistics import wilson_interval
 from iwsft.datasets.text.rows import Row, read
 from iwsft.files import written_whole

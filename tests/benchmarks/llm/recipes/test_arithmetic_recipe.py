@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.llm.kept import RECORD
+from benchmarks.llm.recipes import Prepared
 from benchmarks.llm.recipes.arithmetic.base import BaseSettings, base_model, config, tokenizer
 from benchmarks.llm.recipes.arithmetic.recipe import (
     TEST_SEED,
@@ -27,7 +28,6 @@ from benchmarks.llm.recipes.arithmetic.recipe import (
 )
 from benchmarks.llm.recipes.arithmetic.strategies import STRATEGIES
 from benchmarks.llm.recipes.arithmetic.task import parse, problems, split_of
-from benchmarks.llm.recipes.recipe import Prepared
 from iwsft.datasets.text.rows import Row
 from iwsft.language import correct_only, tokenize
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.llm.recipes import load_recipe
+from benchmarks.llm.recipes import Prepared, load_recipe
 from benchmarks.llm.recipes.gsm8k import (
     BUNDLED,
     Gsm8kRecipe,
@@ -24,7 +24,6 @@ from benchmarks.llm.recipes.gsm8k import (
     split,
 )
 from benchmarks.llm.recipes.likelihood import mean_log_probs
-from benchmarks.llm.recipes.recipe import Prepared
 from iwsft.datasets.text.rows import Row
 from iwsft.language import correct_only, tokenize
 from iwsft.trajectory import lengths

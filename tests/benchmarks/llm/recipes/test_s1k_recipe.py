@@ -69,7 +69,7 @@ def test_every_row_is_good_whatever_its_grade(tiny_qwen2: Path, tmp_path: Path):
 def test_a_step_of_training_on_its_rows(defaults, tiny_qwen2: Path, tmp_path: Path):
     recipe = S1kRecipe(defaults=defaults)
     prepared = recipe.prepare(tmp_path, seed=0, model=str(tiny_qwen2), data=str(ROWS))
-    model = AutoModelForCausalLM.from_pretrained(prepared.model, **prepared.load_kwargs)
+    model = AutoModelForCausalLM.from_pretrained(prepared.model)
     tokenizer = AutoTokenizer.from_pretrained(prepared.model)
     assert tokenizer.pad_token == prepared.notes["pad_token"] == "<|fim_pad|>"
     before = recipe.evaluate(model, tokenizer, prepared, seed=0)
