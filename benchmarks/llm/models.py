@@ -119,7 +119,7 @@ def locate(name: str, cache: Path | None = None) -> str:
             its conversion is damaged, or no model can have the name.
         OSError: If the cache can't be written.
     """
-    cache = cache_folder() if cache is None else cache
+    cache = cache_folder(cache)
     if name == SMOLLM2:
         return str(_converted(_packaged_file(), cache))
     path = Path(name).expanduser()
