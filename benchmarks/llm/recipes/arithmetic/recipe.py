@@ -169,8 +169,8 @@ def sample(
 ) -> list[Sample]:
     """Let a model solve each problem once; temperature 0 takes the likeliest tokens.
 
-    Each solution has a generator of its own, so it does not depend on the others in its batch, but
-    for rounding.
+    Each solution has a generator of its own, so it does not depend on the others in its batch,
+    except for rounding.
     """
     prompts = tokenizer([problem.prompt for problem in problems])["input_ids"]
     seeds = np.random.default_rng(seed).integers(2**62, size=len(problems)).tolist()
