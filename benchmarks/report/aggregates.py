@@ -6,7 +6,7 @@ expert) and leave as scores again. Intervals are from a stratified bootstrap ove
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,23 +15,24 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from benchmarks import statistics
-from benchmarks.report.figures import TITLE, add_legend, choose_colours, list_names, style_axes
-from benchmarks.report.grid import NOTHING, Grid
-from benchmarks.report.names import algorithm_label, algorithm_rank, is_variant
-from benchmarks.report.scores import Cell, algorithms, datasets
-from benchmarks.statistics import (
-    MIN_SEEDS,
-    Estimate,
-    probability_of_improvement,
-    share_above,
-    stratified_bootstrap,
+from benchmarks.report.figures import (
+    TITLE,
+    UNIT,
+    add_colours,
+    choose_colours,
+    list_names,
+    make_axes,
 )
-
-# The algorithms whose probability of improvement over the others is shown, where they take part.
-_CANDIDATES = ("iw-sft-q", "sft-q")
-_THRESHOLDS = 101
-_Matrices = dict[str, NDArray[np.float64]]
-
+from benchmarks.report.grid import NOTHING, Grid
+from benchmarks.report.scores import (
+    SCORE,
+    Cell,
+    algorithm_label,
+    algorithms,
+    datasets,
+    is_variant,
+)
+from benchmarks.statistics import MIN_SEEDS, Estimate, Scores, stratified_bootstrap
 
 # Aggregates of the scores ``[seeds, datasets]`` of an algorithm.
 METRICS = {
@@ -40,33 +41,29 @@ METRICS = {
     "median": statistics.median,
     "optimality gap": statistics.optimality_gap,
 }
+# The algorithms whose probability of improvement over the others is shown, where they take part.
+_CANDIDATES = ("iw-sft-q", "sft-q")
+_THRESHOLDS = 101
 
 
 @dataclass(frozen=True)
 class Aggregates:
     """Aggregates over the datasets that all compared algorithms have.
 
-    Attributes:
-        datasets: The datasets.
-        seeds: Number of seeds of a dataset, by algorithm.
-        estimates: One estimate for each of ``METRICS``, by algorithm.
-        improvement: By candidate and other algorithm, the probability that a run of the candidate
-            scores higher than a run of the other, mean over datasets.
-        thresholds: Scores ``[T]`` of the performance profiles.
-        profiles: Share of runs that score above each threshold ``[T]``, by algorithm.
-        left_out: Why an algorithm is not compared.
-        datasets_left_out: The other datasets with scores, on which not all of the algorithms have
-            three seeds.
+    ``estimates`` has one for each of ``METRICS``, by algorithm. ``improvement`` has, by candidate
+    and other algorithm, the probability that a run of the candidate scores higher than a run of the
+    other, mean over datasets. ``profiles`` has, by algorithm, the share of runs that score above
+    each of the ``thresholds``.
     """
 
     datasets: list[str]
-    seeds: dict[str, int]
+    seeds: dict[str, int]  # number of seeds of a dataset, by algorithm
     estimates: dict[str, list[Estimate]]
     improvement: dict[str, dict[str, Estimate]]
     thresholds: NDArray[np.float64]
     profiles: dict[str, Estimate]
-    left_out: dict[str, str]
-    datasets_left_out: list[str]
+    left_out: dict[str, str]  # why an algorithm is not compared
+    datasets_left_out: list[str]  # with scores, but not of all algorithms with three seeds
 
 
 def aggregate(group: Sequence[Cell]) -> Aggregates:
@@ -76,18 +73,14 @@ def aggregate(group: Sequence[Cell]) -> Aggregates:
     Each dataset counts with the same number of seeds of an algorithm: where they differ, with the
     first ones.
     """
-    scored = {(cell.dataset, cell.algo): cell for cell in group if cell.unit == "score"}
+    scored = {(cell.dataset, cell.algo): cell for cell in group if cell.score_key == SCORE}
     tasks = datasets(scored.values())
-    complete = {
-        algo: {
-            task
-            for task in tasks
-            if (task, algo) in scored and len(scored[task, algo].runs) >= MIN_SEEDS
-        }
-        for algo in algorithms(scored.values())
-    }
+    complete: dict[str, set[str]] = {algo: set() for algo in algorithms(scored.values())}
+    for (task, algo), cell in scored.items():
+        if len(cell.runs) >= MIN_SEEDS:
+            complete[algo].add(task)
     block = _block(complete)
-    matrices: _Matrices = {}
+    matrices: dict[str, Scores] = {}
     left_out: dict[str, str] = {}
     for algo, complete_tasks in complete.items():
         if block and complete_tasks >= set(block):
@@ -95,31 +88,58 @@ def aggregate(group: Sequence[Cell]) -> Aggregates:
             n = min(map(len, values))
             matrices[algo] = np.stack([scores[:n] for scores in values], axis=1) / 100.0
             continue
+        few = [t for t in block or tasks if (t, algo) in scored and t not in complete_tasks]
         reasons = {
             "no runs": [task for task in block if (task, algo) not in scored],
-            f"fewer than {MIN_SEEDS} seeds": [
-                task
-                for task in block or tasks
-                if (task, algo) in scored and task not in complete_tasks
-            ],
+            f"fewer than {MIN_SEEDS} seeds": few,
         }
         left_out[algo] = "; ".join(
             f"{reason} on {', '.join(names)}" for reason, names in reasons.items() if names
         )
-    estimates = _estimates(matrices)
-    thresholds = _thresholds(matrices)
+    alone = {algo: (matrix,) for algo, matrix in matrices.items()}
+    metrics = _bootstrap(
+        lambda scores: 100.0 * np.stack([metric(scores) for metric in METRICS.values()], axis=-1),
+        alone,
+    )
+    estimates = {
+        algo: [Estimate(*ends) for ends in zip(*estimate, strict=True)]
+        for algo, estimate in metrics.items()
+    }
+    # The paper's algorithms, or the one with the highest IQM where they do not take part.
+    candidates = [name for name in _CANDIDATES if name in matrices]
+    if matrices and not candidates:
+        candidates = [max(estimates, key=lambda algo: estimates[algo][0].point)]
+    lowest = min((matrix.min() for matrix in matrices.values()), default=0.0)
+    highest = max((matrix.max() for matrix in matrices.values()), default=0.0)
+    thresholds = np.linspace(min(0.0, lowest), highest, _THRESHOLDS)
     return Aggregates(
         datasets=block,
         seeds={algo: len(matrix) for algo, matrix in matrices.items()},
         estimates=estimates,
         improvement={
-            candidate: _improvement(matrices, candidate) for candidate in _candidates(estimates)
+            name: _bootstrap(
+                statistics.probability_of_improvement,
+                {algo: (matrices[name], matrices[algo]) for algo in matrices if algo != name},
+            )
+            for name in candidates
+            if len(matrices) > 1
         },
         thresholds=100.0 * thresholds,
-        profiles=_profiles(matrices, thresholds),
+        profiles=_bootstrap(lambda scores: statistics.share_above(scores, thresholds), alone),
         left_out=left_out,
         datasets_left_out=[task for task in tasks if task not in block],
     )
+
+
+def _bootstrap(
+    function: Callable[..., Scores], scores: Mapping[str, tuple[Scores, ...]]
+) -> dict[str, Estimate]:
+    """Estimates by algorithm, with draws from one generator."""
+    generator = np.random.RandomState(0)
+    return {
+        algo: stratified_bootstrap(function, *matrices, generator=generator)
+        for algo, matrices in scores.items()
+    }
 
 
 def _block(complete: Mapping[str, set[str]]) -> list[str]:
@@ -145,62 +165,12 @@ def _block(complete: Mapping[str, set[str]]) -> list[str]:
     return sorted(best)
 
 
-def _candidates(estimates: Mapping[str, list[Estimate]]) -> list[str]:
-    """The paper's algorithms, or the one with the highest IQM where they do not take part."""
-    if len(estimates) < 2:
-        return []
-    return [name for name in _CANDIDATES if name in estimates] or [
-        max(estimates, key=lambda algo: estimates[algo][0].point)
-    ]
-
-
-def _estimates(matrices: _Matrices) -> dict[str, list[Estimate]]:
-    def metrics(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-        return 100.0 * np.stack([metric(scores) for metric in METRICS.values()], axis=-1)
-
-    generator = np.random.RandomState(0)
-    estimates = {}
-    for algo, matrix in matrices.items():
-        estimate = stratified_bootstrap(metrics, matrix, generator=generator)
-        estimates[algo] = [Estimate(*values) for values in zip(*estimate, strict=True)]
-    return estimates
-
-
-def _improvement(matrices: _Matrices, candidate: str) -> dict[str, Estimate]:
-    generator = np.random.RandomState(0)
-    return {
-        algo: stratified_bootstrap(
-            probability_of_improvement, matrices[candidate], matrices[algo], generator=generator
-        )
-        for algo in sorted(matrices, key=algorithm_rank)
-        if algo != candidate
-    }
-
-
-def _thresholds(matrices: _Matrices) -> NDArray[np.float64]:
-    scores = np.concatenate([[0.0], *(matrix.ravel() for matrix in matrices.values())])
-    highest = max((matrix.max() for matrix in matrices.values()), default=0.0)
-    return np.linspace(scores.min(), highest, _THRESHOLDS)
-
-
-def _profiles(matrices: _Matrices, thresholds: NDArray[np.float64]) -> dict[str, Estimate]:
-    generator = np.random.RandomState(0)
-    return {
-        algo: stratified_bootstrap(
-            lambda scores: share_above(scores, thresholds), matrix, generator=generator
-        )
-        for algo, matrix in matrices.items()
-    }
-
-
 def aggregate_grid(aggregates: Aggregates) -> Grid:
     """Table of the aggregates with their intervals, in units of the D4RL score."""
     grid = Grid(["algorithm", "seeds", *METRICS], left=1)
     for algo, estimates in aggregates.estimates.items():
-        grid.rows.append(
-            [algorithm_label(algo), str(aggregates.seeds[algo])]
-            + [f"{e.point:.1f} ({e.low:.1f} to {e.high:.1f})" for e in estimates]
-        )
+        cells = [_text(estimate, 1) for estimate in estimates]
+        grid.rows.append([algorithm_label(algo), str(aggregates.seeds[algo]), *cells])
     return grid
 
 
@@ -211,27 +181,28 @@ def improvement_grid(aggregates: Aggregates) -> Grid:
     for algo in aggregates.estimates:
         estimates = [others.get(algo) for others in aggregates.improvement.values()]
         if any(estimates):
-            cells = [
-                f"{e.point:.2f} ({e.low:.2f} to {e.high:.2f})" if e else NOTHING for e in estimates
-            ]
-            grid.rows.append([algorithm_label(algo), *cells])
+            grid.rows.append([algorithm_label(algo), *(_text(e, 2) for e in estimates)])
     return grid
+
+
+def _text(estimate: Estimate | None, digits: int) -> str:
+    if estimate is None:
+        return NOTHING
+    point, low, high = (f"{value:.{digits}f}" for value in estimate)
+    return f"{point} ({low} to {high})"
 
 
 def draw_aggregates(aggregates: Aggregates, group: Sequence[Cell]) -> Figure | None:
     """Draw the aggregates with 95 % intervals, one panel for each."""
-    if not aggregates.estimates:
+    estimates = aggregates.estimates
+    if not estimates:
         return None
-    names = list(aggregates.estimates)
-    figure = Figure(figsize=(11.0, 1.1 + 0.32 * len(names)), layout="constrained")
-    axes = figure.subplots(1, len(METRICS), sharey=True)
-    for i, (ax, label) in enumerate(zip(axes, METRICS, strict=True)):
-        _intervals(
-            ax, {name: aggregates.estimates[name][i] for name in names}, choose_colours(group)
-        )
+    figure, axes = make_axes(1, len(METRICS), (11.0, 1.1 + 0.32 * len(estimates)), sharey=True)
+    for i, (ax, label) in enumerate(zip(axes.flat, METRICS, strict=True)):
+        _intervals(ax, {name: metrics[i] for name, metrics in estimates.items()}, group)
         better = "lower" if label == "optimality gap" else "higher"
         ax.set_title(f"{label}\n({better} is better)", fontsize=TITLE)
-        ax.set_xlabel("D4RL-normalised score")
+        ax.set_xlabel(UNIT[SCORE])
     return figure
 
 
@@ -240,15 +211,13 @@ def draw_improvement(aggregates: Aggregates, group: Sequence[Cell]) -> Figure | 
     improvement = aggregates.improvement
     if not improvement:
         return None
-    rows = max(len(estimates) for estimates in improvement.values())
-    size = (5.6 * len(improvement), 1.1 + 0.32 * rows)
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(1, len(improvement), squeeze=False)[0]
-    for ax, (candidate, estimates) in zip(axes, improvement.items(), strict=True):
-        _intervals(ax, estimates, choose_colours(group))
+    rows = max(map(len, improvement.values()))
+    figure, axes = make_axes(1, len(improvement), (5.6 * len(improvement), 1.1 + 0.32 * rows))
+    for ax, (candidate, estimates) in zip(axes.flat, improvement.items(), strict=True):
+        _intervals(ax, estimates, group)
         ax.axvline(0.5, color="0.3", lw=0.8, ls=":")
-        ax.set_xlim(-0.02, 1.02)
-        ax.set_xlabel(f"P({algorithm_label(candidate)} scores higher than the algorithm)")
+        label = f"P({algorithm_label(candidate)} scores higher than the algorithm)"
+        ax.set(xlim=(-0.02, 1.02), xlabel=label)
     return figure
 
 
@@ -259,27 +228,23 @@ def draw_profiles(aggregates: Aggregates, group: Sequence[Cell]) -> Figure | Non
     names, colour = list(aggregates.profiles), choose_colours(group)
     parts = [[name for name in names if is_variant(name) == variant] for variant in (False, True)]
     parts = [part for part in parts if part]
-    figure = Figure(figsize=(5.6 * len(parts), 3.8), layout="constrained")
-    for ax, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
-        style_axes(ax)
+    figure, axes = make_axes(1, len(parts), (5.6 * len(parts), 3.8))
+    for ax, part in zip(axes.flat, parts, strict=True):
         for name in part:
             share, low, high = aggregates.profiles[name]
             x, shade = aggregates.thresholds, colour[name]
             ax.fill_between(x, low, high, step="post", color=shade, alpha=0.15, lw=0)
             ax.step(x, share, where="post", color=shade, lw=1.6)
-        ax.set_ylim(-0.02, 1.02)
-        ax.set_xlabel("D4RL-normalised score")
-        ax.set_ylabel("share of runs that score higher")
-    add_legend(figure, {name: colour[name] for name in names})
+        ax.set(ylim=(-0.02, 1.02), xlabel=UNIT[SCORE], ylabel="share of runs that score higher")
+    add_colours(figure, {name: colour[name] for name in names})
     return figure
 
 
-def _intervals(ax: Axes, estimates: dict[str, Estimate], colour: Mapping[str, str]) -> None:
-    style_axes(ax)
-    for y, (name, estimate) in enumerate(estimates.items()):
-        width = estimate.high - estimate.low
-        ax.barh(y, width, left=estimate.low, height=0.55, lw=0, color=colour[name], alpha=0.5)
-        ax.plot([estimate.point] * 2, [y - 0.275, y + 0.275], color="black", lw=1.6)
+def _intervals(ax: Axes, estimates: Mapping[str, Estimate], group: Sequence[Cell]) -> None:
+    colour = choose_colours(group)
+    for y, (name, (point, low, high)) in enumerate(estimates.items()):
+        ax.barh(y, high - low, left=low, height=0.55, lw=0, color=colour[name], alpha=0.5)
+        ax.plot([point] * 2, [y - 0.275, y + 0.275], color="black", lw=1.6)
     ax.use_sticky_edges = False
     ax.margins(x=0.06)
-    list_names(ax, list(map(algorithm_label, estimates)))
+    list_names(ax, map(algorithm_label, estimates))

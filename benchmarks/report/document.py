@@ -51,11 +51,25 @@ class Document:
         self._command = command
         self._sections: dict[str, list[str]] = {}
         self._blocks: list[str] = []
+        self._made = ""
         self.images: dict[str, bytes] = {}
 
-    def section(self, title: str) -> None:
-        """Begin a section; one that stays empty is left out."""
+    def section(self, title: str, runs: Sequence[FinishedRun]) -> None:
+        """Begin or continue a section with tables and figures of these runs.
+
+        A section that stays empty is left out.
+        """
         self._blocks = self._sections.setdefault(title, [])
+        about = [
+            f"{len(runs)} runs, seeds {' '.join(map(str, sorted({run.seed for run in runs})))}",
+            ", ".join(distinct(run.result.get("env_id") for run in runs)),
+            " / ".join(versions(runs)) or "versions not recorded",
+            " / ".join(hardware(runs)) or "hardware not recorded",
+        ]
+        self._made = (
+            f"*`{self._command}`: {'; '.join(filter(None, about))}. "
+            f"The [commands of the runs](#{_anchor(COMMANDS)}) are below.*"
+        )
 
     def text(self, text: str) -> None:
         """Add a paragraph."""
@@ -63,26 +77,20 @@ class Document:
 
     def bullets(self, items: Iterable[str]) -> None:
         """Add a list."""
-        self._blocks.append("\n".join(f"- {item}" for item in items))
+        self.text("\n".join(f"- {item}" for item in items))
 
-    def code(self, text: str) -> None:
-        """Add lines that are shown as they are."""
-        self._blocks.append(f"```\n{text}\n```")
-
-    def table(self, grid: Grid, caption: str, runs: Sequence[FinishedRun]) -> None:
-        """Add a table of these runs, where it has rows."""
+    def table(self, grid: Grid, caption: str) -> None:
+        """Add a table, where it has rows."""
         if grid.rows:
-            self._blocks += [caption, grid.markdown(), self._made(runs)]
+            self._blocks += [caption, grid.markdown(), self._made]
 
-    def figure(
-        self, name: str, figure: Figure | None, caption: str, runs: Sequence[FinishedRun]
-    ) -> None:
-        """Add a figure of these runs, where there is one; ``name`` is its file."""
+    def figure(self, name: str, figure: Figure | None, caption: str) -> None:
+        """Add a figure, where there is one; ``name`` is its file."""
         if figure is not None:
             image = io.BytesIO()
             figure.savefig(image, dpi=_DPI, format="png", bbox_inches="tight")
             self.images[name] = image.getvalue()
-            self._blocks += [f"![{caption}]({name})", caption, self._made(runs)]
+            self._blocks += [f"![{caption}]({name})", caption, self._made]
 
     def markdown(self, title: str) -> str:
         """The whole page in GitHub's markdown, with its contents."""
@@ -93,53 +101,20 @@ class Document:
             parts += [f"## {name}", *blocks]
         return "\n\n".join(parts) + "\n"
 
-    def _made(self, runs: Sequence[FinishedRun]) -> str:
-        """How a table or figure of these runs was made."""
-        seeds = " ".join(map(str, sorted({run.seed for run in runs})))
-        about = [
-            f"{len(runs)} runs, seeds {seeds}",
-            ", ".join(_distinct(run.result.get("env_id") for run in runs)),
-            " / ".join(versions(runs)) or "versions not recorded",
-            " / ".join(hardware(runs)) or "hardware not recorded",
-        ]
-        return (
-            f"*`{self._command}`: {'; '.join(filter(None, about))}. "
-            f"The [commands of the runs](#{_anchor(COMMANDS)}) are below.*"
-        )
+
+def distinct(texts: Iterable[str | None]) -> list[str]:
+    """Texts that are not empty, without repetition, in order."""
+    return list(dict.fromkeys(filter(None, texts)))
 
 
 def versions(runs: Iterable[FinishedRun]) -> list[str]:
     """The distinct sets of package versions."""
-    return _distinct(_listed(run.versions) for run in runs)
+    return distinct(_listed(run.versions) for run in runs)
 
 
 def hardware(runs: Iterable[FinishedRun]) -> list[str]:
     """The distinct machines."""
-    return _distinct(_listed(run.config.get("hardware", {})) for run in runs)
-
-
-def commands(runs: Iterable[FinishedRun]) -> list[str]:
-    """The distinct commands, see :func:`shareable`."""
-    return _distinct(shareable(run.config.get("command", "")) for run in runs)
-
-
-def shareable(command: str) -> str:
-    """Remove the folders of a machine from a command: ``/home/me/x.hdf5`` becomes ``x.hdf5``."""
-    try:
-        words = shlex.split(command)
-    except ValueError:  # a quote that is not closed
-        words = command.split()
-    return shlex.join(map(_without_folders, words))
-
-
-def _without_folders(word: str) -> str:
-    option, equals, value = word.rpartition("=")
-    return option + equals + (Path(value).name if Path(value).is_absolute() else value)
-
-
-def _distinct(texts: Iterable[str | None]) -> list[str]:
-    """Texts that are not empty, without repetition, in order."""
-    return list(dict.fromkeys(text for text in texts if text))
+    return distinct(_listed(run.config.get("hardware", {})) for run in runs)
 
 
 def _listed(values: Mapping[str, Any]) -> str:
@@ -149,12 +124,23 @@ def _listed(values: Mapping[str, Any]) -> str:
     )
 
 
+def shareable(command: str) -> str:
+    """Remove the folders of a machine from a command: ``/home/me/x.hdf5`` becomes ``x.hdf5``."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a quote that is not closed
+        words = command.split()
+    parts = [word.rpartition("=") for word in words]
+    return shlex.join(
+        option + equals + (Path(value).name if Path(value).is_absolute() else value)
+        for option, equals, value in parts
+    )
+
+
 def to_html(markdown: str, images: Mapping[str, bytes]) -> str:
     """Make one HTML file of a page of markdown, with its style and its images inside.
 
-    Args:
-        markdown: The page. HTML in it is shown as text.
-        images: PNG files by the names under which the page shows them.
+    HTML in the page is shown as text. The images are PNG files by the names that the page has.
     """
     parser = MarkdownIt("commonmark", {"html": False, "xhtmlOut": False}).enable("table")
     tokens = parser.parse(markdown)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -13,8 +15,15 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
-from benchmarks.report.names import algorithm_label, dataset_label
-from benchmarks.report.scores import Cell, algorithms, datasets
+from benchmarks.report.scores import (
+    RETURN,
+    SCORE,
+    Cell,
+    algorithm_label,
+    algorithms,
+    dataset_label,
+    datasets,
+)
 from benchmarks.results import FinishedRun
 from benchmarks.statistics import MIN_SEEDS, bootstrap_interval
 
@@ -34,16 +43,38 @@ COLOURS = {
     "dt": "#20b5c2",
 }
 TITLE = 11  # font size
-UNIT = {"score": "D4RL-normalised score", "return": "mean return"}
+UNIT = {SCORE: "D4RL-normalised score", RETURN: "mean return"}
 _POINTS = 150  # longer series are averaged into this many points
 _PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
 
-def style_axes(ax: Axes) -> None:
-    """Give axes a light grid and no frame."""
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(color="0.9", lw=0.8)
-    ax.set_axisbelow(True)
+def make_axes(
+    rows: int, columns: int, size: tuple[float, float], *, sharey: bool = False
+) -> tuple[Figure, NDArray[Any]]:
+    """Make a figure with axes ``[rows, columns]``, which have a light grid and no frame."""
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=sharey)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(color="0.9", lw=0.8)
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def make_panels(
+    names: list[str], height: float, *, share_rows: bool = False
+) -> tuple[Figure, dict[str, Axes]]:
+    """Make a figure with one panel for each dataset, at most three in a row."""
+    columns = 2 if len(names) == 4 else min(3, len(names))
+    rows = -(-len(names) // columns)
+    size = (max(5.0, 4.0 * columns), height * rows)
+    figure, axes = make_axes(rows, columns, size, sharey=share_rows)
+    for ax in axes.flat[len(names) :]:
+        ax.set_axis_off()
+    by_name = dict(zip(names, axes.flat, strict=False))
+    for name, ax in by_name.items():
+        ax.set_title(dataset_label(name), fontsize=TITLE)
+    return figure, by_name
 
 
 def choose_colours(group: Sequence[Cell]) -> dict[str, str]:
@@ -55,52 +86,34 @@ def choose_colours(group: Sequence[Cell]) -> dict[str, str]:
     return {name: COLOURS.get(name) or extra[name] for name in names}
 
 
-def make_panels(
-    names: list[str], height: float, *, share_rows: bool = False
-) -> tuple[Figure, dict[str, Axes]]:
-    """Make a figure with one panel for each dataset, at most three in a row."""
-    columns = 2 if len(names) == 4 else min(3, len(names))
-    rows = -(-len(names) // columns)
-    figure = Figure(figsize=(max(5.0, 4.0 * columns), height * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False, sharey=share_rows).flat)
-    by_name = dict(zip(names, axes, strict=False))
-    for name, ax in by_name.items():
-        style_axes(ax)
-        ax.set_title(dataset_label(name), fontsize=TITLE)
-    for ax in axes[len(names) :]:
-        ax.set_axis_off()
-    return figure, by_name
+def add_legend(figure: Figure, handles: Sequence[Artist], most: int = 6) -> None:
+    """Show a legend below all panels, with at most so many columns."""
+    columns = min(most, len(handles))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
 
 
-def add_legend(figure: Figure, colour: Mapping[str, str]) -> None:
+def add_colours(figure: Figure, colour: Mapping[str, str]) -> None:
     """Show the colours of the algorithms below all panels."""
-    handles = [
-        Line2D([], [], color=value, lw=2.5, label=algorithm_label(name))
-        for name, value in colour.items()
-    ]
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False
+    names = colour.items()
+    add_legend(
+        figure, [Line2D([], [], color=c, lw=2.5, label=algorithm_label(n)) for n, c in names]
     )
 
 
-def plot_score(
-    ax: Axes,
-    y: int,
-    values: Sequence[float] | NDArray,
-    interval: tuple[float, float] | None,
-    colour: str,
-) -> None:
+def plot_score(ax: Axes, y: int, cell: Cell, colour: str) -> None:
     """Plot every seed's score as a dot, the mean as a bar and the interval as a line."""
-    ax.barh(y, float(np.mean(values)), height=0.72, color=colour, alpha=0.35, lw=0)
+    values = cell.values
+    ax.barh(y, cell.mean, height=0.72, color=colour, alpha=0.35, lw=0)
     ax.plot(values, [y + 0.14] * len(values), "o", ms=5, mfc=colour, mec="white", mew=0.8)
-    if interval is not None:
-        ax.plot(interval, [y - 0.16] * 2, "-|", color="0.15", lw=1.3, ms=5)
+    if cell.interval is not None:
+        ax.plot(cell.interval, [y - 0.16] * 2, "-|", color="0.15", lw=1.3, ms=5)
 
 
-def list_names(ax: Axes, names: Sequence[str]) -> None:
+def list_names(ax: Axes, names: Iterable[str]) -> None:
     """Write the names on the y axis, from top to bottom."""
-    ax.set_yticks(range(len(names)), list(names))
-    ax.set_ylim(len(names) - 0.5, -0.5)
+    labels = list(names)
+    ax.set_yticks(range(len(labels)), labels)
+    ax.set_ylim(len(labels) - 0.5, -0.5)
     ax.grid(axis="y", visible=False)
 
 
@@ -134,10 +147,10 @@ def draw_scores(group: Sequence[Cell]) -> Figure:
     figure, axes = make_panels(datasets(group), height=0.75 + 0.34 * len(names), share_rows=True)
     for cell in group:
         ax = axes[cell.dataset]
-        plot_score(ax, names.index(cell.algo), cell.values, cell.interval, colour[cell.algo])
-        ax.set_xlabel(UNIT[cell.unit])
+        plot_score(ax, names.index(cell.algo), cell, colour[cell.algo])
+        ax.set_xlabel(UNIT[cell.score_key])
     for ax in axes.values():
-        list_names(ax, list(map(algorithm_label, names)))
+        list_names(ax, map(algorithm_label, names))
         ax.margins(x=0.04)
         ax.axvline(0.0, color="0.6", lw=0.8)
     return figure
@@ -150,65 +163,63 @@ def draw_cost(group: Sequence[Cell]) -> Figure:
     for cell in group:
         ax = axes[cell.dataset]
         plot_mean(ax, cell.cpu_seconds, cell, colour[cell.algo])
-        ax.set_xlabel("CPU seconds of a run, reference included")
-        ax.set_ylabel(UNIT[cell.unit])
+        ax.set(xlabel="CPU seconds of a run, reference included", ylabel=UNIT[cell.score_key])
     for ax in axes.values():
         scale_log(ax)
-    add_legend(figure, colour)
+    add_colours(figure, colour)
     return figure
 
 
 def draw_learning_curves(group: Sequence[Cell]) -> Figure | None:
     """Draw scores over updates, mean over seeds and its interval; the dot is the last policy."""
-    curves = {id(cell): _learning_curve(cell) for cell in group}
-    if all(len(steps) < 2 for steps, _ in curves.values()):
-        return None
     colour = choose_colours(group)
     figure, axes = make_panels(datasets(group), height=3.0)
+    longest = 0
     for cell in group:
         ax = axes[cell.dataset]
-        steps, values = curves[id(cell)]
-        _band(ax, steps, values, colour[cell.algo])
-        ax.plot(steps[-1], values[:, -1].mean(), "o", ms=6, color=colour[cell.algo], zorder=3)
-        ax.set_ylabel(UNIT[cell.unit])
-        ax.set_xlabel("update")
+        steps, values = series(cell.runs, cell.score_key)
+        # The last policy's own score closes the curve.
+        last = max(run.result["steps"] for run in cell.runs)
+        before = steps < last
+        longest = max(longest, int(before.sum()))
+        closed = np.column_stack([values[:, before], cell.values])
+        _band(ax, np.append(steps[before], last), closed, colour[cell.algo])
+        ax.plot(last, cell.mean, "o", ms=6, color=colour[cell.algo], zorder=3)
+        ax.set(ylabel=UNIT[cell.score_key], xlabel="update")
     for dataset, ax in axes.items():
         _scale_updates(ax, dataset, group)
-    add_legend(figure, colour)
-    return figure
+    add_colours(figure, colour)
+    return figure if longest else None
 
 
 def draw_training_curves(group: Sequence[Cell]) -> Figure | None:
     """Draw log-probability, critics and effective sample size, one column for each dataset."""
-    rows = [
-        (
-            "log_prob",
-            "log-likelihood of the batches\n(mean over steps)",
-            _logged(group, "log_prob"),
-        ),
-        ("pred_value", "critic's mean value Q(s, a)", _logged(group, "pred_value")),
-        ("ESS", "effective sample size\n(share of the batch)", [c for c in group if _weighted(c)]),
-    ]
-    rows = [row for row in rows if row[2]]
-    if not rows:
+    metrics = {
+        "log_prob": "log-likelihood of the batches\n(mean over steps)",
+        "pred_value": "critic's mean value Q(s, a)",
+        "ESS": "effective sample size\n(share of the batch)",
+    }
+    members = {key: _logged(group, key) for key in ("log_prob", "pred_value")}
+    members["ESS"] = [cell for cell in group if _weighted(cell)]
+    members = {key: rows for key, rows in members.items() if rows}
+    if not members:
         return None
-    shown = [cell for _, _, members in rows for cell in members]
-    names, colour = datasets(sorted(shown, key=lambda cell: cell.dataset)), choose_colours(group)
-    figure = Figure(figsize=(max(5.0, 3.6 * len(names)), 2.7 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), len(names), squeeze=False)
-    for row, (key, label, members) in zip(axes, rows, strict=True):
+    shown = [cell for rows in members.values() for cell in rows]
+    names, colour = sorted(set(datasets(shown))), choose_colours(group)
+    size = (max(5.0, 3.6 * len(names)), 2.7 * len(members))
+    figure, axes = make_axes(len(members), len(names), size)
+    for row, (key, rows) in zip(axes, members.items(), strict=True):
         for dataset, ax in zip(names, row, strict=True):
-            style_axes(ax)
             ax.set_title(dataset_label(dataset), fontsize=TITLE)
             ax.set_xlabel("update")
-            for cell in (cell for cell in members if cell.dataset == dataset):
+            for cell in (cell for cell in rows if cell.dataset == dataset):
                 _band(ax, *series(cell.runs, key), colour[cell.algo])
-            _scale_updates(ax, dataset, members)
+            _scale_updates(ax, dataset, rows)
             if key == "ESS":
                 ax.set_ylim(0.0, 1.04)
-        row[0].set_ylabel(label)
+        row[0].set_ylabel(metrics[key])
     present = {cell.algo for cell in shown}
-    add_legend(figure, {name: colour[name] for name in colour if name in present})
+    add_colours(figure, {name: colour[name] for name in colour if name in present})
     return figure
 
 
@@ -218,28 +229,24 @@ def draw_weight_quantiles(group: Sequence[Cell]) -> Figure | None:
     if not shown:
         return None
     colour, names, algos = choose_colours(group), datasets(shown), algorithms(shown)
-    figure = Figure(figsize=(max(5.0, 3.6 * len(names)), 2.6 * len(algos)), layout="constrained")
-    axes = figure.subplots(len(algos), len(names), squeeze=False, sharey=True)
+    size = (max(5.0, 3.6 * len(names)), 2.6 * len(algos))
+    figure, axes = make_axes(len(algos), len(names), size, sharey=True)
     for ax in axes.flat:
         ax.set_axis_off()
     for cell in shown:
-        ax = axes[algos.index(cell.algo), names.index(cell.dataset)]
+        ax, shade = axes[algos.index(cell.algo), names.index(cell.dataset)], colour[cell.algo]
         ax.set_axis_on()
-        style_axes(ax)
-        mean = {}
-        for key in ("q05", "q25", "q50", "q75", "q95"):
-            steps, values = series(cell.runs, f"weight_{key}")
-            mean[key] = values.mean(axis=0)
         for low, high, alpha in (("q05", "q95", 0.18), ("q25", "q75", 0.35)):
+            steps, lowest = series(cell.runs, f"weight_{low}")
+            highest = series(cell.runs, f"weight_{high}")[1]
             ax.fill_between(
-                steps, mean[low], mean[high], color=colour[cell.algo], alpha=alpha, lw=0
+                steps, lowest.mean(axis=0), highest.mean(axis=0), color=shade, alpha=alpha, lw=0
             )
-        ax.plot(steps, mean["q50"], color=colour[cell.algo])
+        steps, medians = series(cell.runs, "weight_q50")
+        ax.plot(steps, medians.mean(axis=0), color=shade)
         ax.axhline(1.0, color="0.3", lw=0.8, ls=":")
-        ax.set_yscale("log")
-        ax.set_title(f"{dataset_label(cell.dataset)}, {algorithm_label(cell.algo)}", fontsize=TITLE)
-        ax.set_xlabel("update")
-        ax.set_ylabel("importance weight")
+        ax.set(yscale="log", xlabel="update", ylabel="importance weight")
+        ax.set_title(", ".join(cell.labels), fontsize=TITLE)
     for ax in axes.flat:
         low, high = ax.get_ylim()
         ax.yaxis.set_major_formatter(_PLAIN)
@@ -250,7 +257,7 @@ def draw_weight_quantiles(group: Sequence[Cell]) -> Figure | None:
         Line2D([], [], color="0.35", alpha=0.45, lw=8, label="25 to 75 %"),
         Line2D([], [], color="0.35", alpha=0.2, lw=8, label="5 to 95 %"),
     ]
-    figure.legend(handles=grey, loc="outside lower center", ncols=3, frameon=False)
+    add_legend(figure, grey)
     return figure
 
 
@@ -264,14 +271,6 @@ def _band(ax: Axes, steps: NDArray, values: NDArray, colour: str) -> None:
     if len(values) >= MIN_SEEDS and len(steps):
         ax.fill_between(steps, *bootstrap_interval(values), color=colour, alpha=0.2, lw=0)
     ax.plot(steps, values.mean(axis=0), color=colour, lw=1.6)
-
-
-def _learning_curve(cell: Cell) -> tuple[NDArray, NDArray]:
-    """Scores while training, closed by the last policy's own score at the last step."""
-    steps, values = series(cell.runs, "normalized_score" if cell.unit == "score" else "return_mean")
-    last = max(run.result["steps"] for run in cell.runs)
-    before = steps < last
-    return np.append(steps[before], last), np.column_stack([values[:, before], cell.values])
 
 
 def _scale_updates(ax: Axes, dataset: str, group: Sequence[Cell]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from rich.cells import cell_len
@@ -24,7 +24,8 @@ class Grid:
     Attributes:
         columns: Headings.
         rows: As many cells as there are columns.
-        notes: Footnotes; note i is marked ``[i + 1]`` in the cells.
+        notes: Footnotes; note i is marked ``[i + 1]`` in the cells. Notes without a mark belong to
+            the last column.
         left: Number of the first columns that hold words, not numbers. Where there are two or
             more, neighbouring rows with the same first cell belong together.
         published: Number of the last columns that hold published numbers.
@@ -43,27 +44,37 @@ class Grid:
         return f"{text} {marks}" if marks else text
 
     def rich(self, title: str, leave_out: str = "") -> Group:
-        """The table for the terminal.
+        """The table for the terminal, under a title.
 
-        Args:
-            title: Line above the table.
-            leave_out: A column that the terminal has no room for. Where that is not enough, the
-                published numbers are left out too, and the title says so.
+        The column ``leave_out`` has no room there. Where that is not enough, the published numbers
+        are left out too, and the title says so.
         """
         grouped = self.left > 1
-        columns = [i for i, name in enumerate(self.columns) if name != leave_out and i >= grouped]
-        if self.published and self._width(self._headings(columns)) > _TERMINAL:
-            columns = [i for i in columns if i < len(self.columns) - self.published]
+        headings = {
+            i: name.replace(", ", ",\n")
+            for i, name in enumerate(self.columns)
+            if name != leave_out and i >= grouped
+        }
+        if self.published and self._width(headings) > _TERMINAL:
+            for i in range(len(self.columns) - self.published, len(self.columns)):
+                del headings[i]
             title += ", published numbers in the report"
-        headings = self._headings(columns)
         if self._width(headings) > _TERMINAL:
-            headings = {i: self._narrow(i) for i in columns}
+            # Each in as many lines as its column needs to be no wider than its cells.
+            for i in headings:
+                width = self._widest(i, self.columns[i].split())
+                headings[i] = "\n".join(textwrap.wrap(self.columns[i], width))
         parts: list[RenderableType] = [Text(title, style="bold"), self._lines(headings, None)]
         for first, group in itertools.groupby(self.rows, key=lambda row: row[0]):
             if grouped:
                 parts.append(Text(first, style="bold cyan"))
             parts.append(self._lines(headings, list(group)))
-        return Group(*parts, *(Text(note, style="dim") for note in self._notes_of(columns)))
+        shown, marked = self._marks(headings), self._marks(range(len(self.columns)))
+        for i, note in enumerate(self.notes):
+            mark = f"[{i + 1}]"
+            if mark in shown or (mark not in marked and len(self.columns) - 1 in headings):
+                parts.append(Text(f"{mark} {note}", style="dim"))
+        return Group(*parts)
 
     def markdown(self) -> str:
         """The table and its footnotes; published numbers are in italics."""
@@ -80,53 +91,38 @@ class Grid:
         notes = "\n".join(f"[{i + 1}] {note}  " for i, note in enumerate(self.notes))
         return f"{table}\n\n{notes}".rstrip()
 
-    def _notes_of(self, columns: Sequence[int]) -> list[str]:
-        """The footnotes that belong to these columns."""
-        lines = [f"[{i + 1}] {note}" for i, note in enumerate(self.notes)]
-        marks = {
-            i: set(re.findall(r"\[\d+\]", " ".join(row[i] for row in self.rows)))
-            for i in range(len(self.columns))
-        }
-        # Notes without a mark are on the published columns, which are the last.
-        unmarked = {line.split()[0] for line in lines} - set().union(*marks.values())
-        marks[len(self.columns) - 1] |= unmarked
-        shown = set().union(*(marks[i] for i in columns))
-        return [line for line in lines if line.split()[0] in shown]
+    def _marks(self, columns: Iterable[int]) -> set[str]:
+        """The marks of footnotes in these columns."""
+        return {m for i in columns for row in self.rows for m in re.findall(r"\[\d+\]", row[i])}
 
-    def _headings(self, columns: Sequence[int]) -> dict[int, str]:
-        """Headings by column, broken at commas."""
-        return {i: self.columns[i].replace(", ", ",\n") for i in columns}
-
-    def _narrow(self, i: int) -> str:
-        """A heading in as many lines as its column needs to be no wider than its cells."""
-        width = max(map(cell_len, [*self.columns[i].split(), *(row[i] for row in self.rows)]))
-        return "\n".join(textwrap.wrap(self.columns[i], width))
-
-    def _widths(self, headings: dict[int, str]) -> list[int]:
-        return [
-            max(map(cell_len, [*heading.split("\n"), *(row[i] for row in self.rows)]))
-            for i, heading in headings.items()
-        ]
+    def _widest(self, i: int, heading: list[str]) -> int:
+        """Width of a column under a heading of these lines."""
+        return max(map(cell_len, [*heading, *(row[i] for row in self.rows)]))
 
     def _width(self, headings: dict[int, str]) -> int:
         """Width of a line with the smallest gaps."""
-        return sum(self._widths(headings)) + len(headings)
+        return sum(self._widest(i, heading.split("\n")) + 1 for i, heading in headings.items())
 
     def _lines(self, headings: dict[int, str], rows: list[list[str]] | None) -> Table:
         """Some rows, or the headings alone."""
         gap = 2 if self._width(headings) + len(headings) <= _TERMINAL else 1
         table = Table(box=None, show_header=rows is None, padding=(0, gap, 0, 0))
-        for (i, heading), width in zip(headings.items(), self._widths(headings), strict=True):
+        for i, heading in headings.items():
             table.add_column(
                 heading,
                 justify="left" if i < self.left else "right",
                 vertical="bottom",
-                width=width,
+                width=self._widest(i, heading.split("\n")),
                 no_wrap=True,
             )
         for row in rows or []:
             table.add_row(*(Text(row[i]) for i in headings))
         return table
+
+
+def interval_text(interval: tuple[float, float] | None, digits: int = 1) -> str:
+    """An interval as ``low to high``."""
+    return NOTHING if interval is None else " to ".join(f"{end:.{digits}f}" for end in interval)
 
 
 def _escaped(text: str) -> str:

@@ -5,24 +5,31 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks.report import aggregates as over_datasets
 from benchmarks.report import figures, language, tables, weights
 from benchmarks.report.document import (
     COMMANDS,
     Document,
-    commands,
+    distinct,
     hardware,
     shareable,
     to_html,
     versions,
 )
 from benchmarks.report.language import Recipe, read_recipes
-from benchmarks.report.names import algorithm_label, base, dataset_label, is_variant
-from benchmarks.report.scores import Cell, algorithms, cells, runs_of, uneven
+from benchmarks.report.scores import (
+    Cell,
+    algorithm_label,
+    base,
+    cells,
+    dataset_label,
+    is_variant,
+    runs_of,
+    uneven,
+)
 from benchmarks.results import (
     CONTROL,
     FinishedRun,
@@ -61,14 +68,13 @@ def write_report(folder: Path, out: Path) -> Path:
         )
     document = Document(shareable(f"python -m benchmarks.report {shlex.quote(str(folder))}"))
     group = cells(runs)
+    every_run = [*runs, *(run for recipe in recipes for run in recipe.runs)]
     if group:
         _scores(document, group, unfinished)
     _missing(document, group, unfinished)
     if group:
-        _aggregates(document, group)
-        _curves(document, group)
-        _sweep(document, group)
-        _cost(document, group)
+        for section in (_aggregates, _curves, _sweep, _cost):
+            section(document, group)
     for recipe in recipes:
         _recipe(document, recipe)
     _provenance(document, group, recipes)
@@ -78,7 +84,7 @@ def write_report(folder: Path, out: Path) -> Path:
     written = {
         **document.images,
         MARKDOWN: markdown.encode(),
-        RECORDS: _records(runs, recipes).encode(),
+        RECORDS: ("[\n" + ",\n".join(map(_record, every_run)) + "\n]\n").encode(),
         PAGE: to_html(markdown, document.images).encode(),
     }
     earlier = (out / MARKDOWN).read_text() if (out / MARKDOWN).exists() else ""
@@ -91,14 +97,9 @@ def write_report(folder: Path, out: Path) -> Path:
     return out / PAGE
 
 
-def _records(runs: Sequence[FinishedRun], recipes: Sequence[Recipe]) -> str:
-    """Return a JSON array with one run per line: result without episodes, settings, versions."""
-    everything = [*runs, *(run for recipe in recipes for run in recipe.runs)]
-    return "[\n" + ",\n".join(json.dumps(_record(run)) for run in everything) + "\n]\n"
-
-
-def _record(run: FinishedRun) -> dict[str, Any]:
-    return {
+def _record(run: FinishedRun) -> str:
+    """The result without its episodes, settings, versions and command, as one line of JSON."""
+    record = {
         **({"variant": run.variant} if run.variant else {}),
         **{name: value for name, value in run.result.items() if name not in _EPISODES},
         "settings": run.config.get("settings"),
@@ -106,10 +107,11 @@ def _record(run: FinishedRun) -> dict[str, Any]:
         "hardware": run.config.get("hardware"),
         "command": shareable(run.config["command"]) if "command" in run.config else None,
     }
+    return json.dumps(record)
 
 
 def _scores(document: Document, group: Sequence[Cell], missing: Sequence[UnfinishedRun]) -> None:
-    document.section("Scores")
+    document.section("Scores", runs_of(group))
     grid = tables.score_grid(group, missing)
     document.text(
         "Score of the last policy, never of the best one on the way; the mean over episodes is "
@@ -120,7 +122,7 @@ def _scores(document: Document, group: Sequence[Cell], missing: Sequence[Unfinis
     caption = "Scores, D4RL-normalised unless a footnote says otherwise."
     if tables.SUCCESS_INTERVAL in grid.columns:
         caption += " Success is the share of the episodes in which the environment reports it."
-    document.table(grid, caption, runs_of(group))
+    document.table(grid, caption)
     if grid.published:
         document.text(
             f"Columns named by a paper are its numbers: {tables.published()[0]}. They were not "
@@ -133,59 +135,55 @@ def _scores(document: Document, group: Sequence[Cell], missing: Sequence[Unfinis
         document.text("Read with care: seeds of one row that were not run alike.")
         document.bullets(different)
     caption = "Score of each seed (dots), mean (bars) and 95 % interval (lines)."
-    document.figure("scores.png", figures.draw_scores(group), caption, runs_of(group))
+    document.figure("scores.png", figures.draw_scores(group), caption)
 
 
 def _missing(document: Document, group: Sequence[Cell], missing: Sequence[UnfinishedRun]) -> None:
-    document.section("Missing runs")
+    document.section("Missing runs", runs_of(group))
     if missing:
         document.text(
             f"{len(missing)} unfinished runs enter nothing on this page: they were cut off, "
             "failed, or are not done yet. The same command with `--resume` continues them."
         )
-        document.table(tables.missing_grid(missing), "Runs without a result.", runs_of(group))
+        document.table(tables.missing_grid(missing), "Runs without a result.")
 
 
 def _aggregates(document: Document, group: Sequence[Cell]) -> None:
-    document.section("Over datasets")
     aggregates = over_datasets.aggregate(group)
+    tasks, algorithms = aggregates.datasets, aggregates.estimates
+    compared = [cell for cell in group if cell.dataset in tasks and cell.algo in algorithms]
+    document.section("Over datasets", runs_of(compared))
     left_out = [f"{algorithm_label(algo)}: {why}" for algo, why in aggregates.left_out.items()]
-    if aggregates.estimates:
-        names = aggregates.datasets, aggregates.estimates
-        runs = runs_of(cell for cell in group if cell.dataset in names[0] and cell.algo in names[1])
+    if algorithms:
         document.text(
-            f"Over {', '.join(map(dataset_label, aggregates.datasets))}: the datasets that all "
+            f"Over {', '.join(map(dataset_label, tasks))}: the datasets that all "
             f"algorithms of this section have with {MIN_SEEDS} seeds or more. As in rliable "
             "(<https://arxiv.org/abs/2108.13264>), with 95 % intervals from a stratified "
             "bootstrap over seeds. The optimality gap is the mean distance below a score of 100. "
             "Where an algorithm has more seeds on one dataset than on another, its first ones "
             "enter."
         )
-        document.table(over_datasets.aggregate_grid(aggregates), "Aggregate scores.", runs)
+        document.table(over_datasets.aggregate_grid(aggregates), "Aggregate scores.")
         document.figure(
             "aggregates.png",
             over_datasets.draw_aggregates(aggregates, group),
             "Aggregate scores: point estimates (lines) and 95 % intervals (bars).",
-            runs,
         )
         document.table(
             over_datasets.improvement_grid(aggregates),
             "Probability of improvement: that a run of the column's algorithm scores higher than "
             "a run of the row's on the same dataset, mean over datasets.",
-            runs,
         )
         document.figure(
             "improvement.png",
             over_datasets.draw_improvement(aggregates, group),
             "Probability of improvement, with 95 % intervals.",
-            runs,
         )
         document.figure(
             "profiles.png",
             over_datasets.draw_profiles(aggregates, group),
             "Performance profiles: share of the runs, over all datasets, that score higher than "
             "the value on the x axis; bands are 95 % intervals. Higher is better.",
-            runs,
         )
         left_out += [
             f"{dataset_label(name)}: not all of these algorithms have {MIN_SEEDS} seeds there"
@@ -197,59 +195,47 @@ def _aggregates(document: Document, group: Sequence[Cell]) -> None:
 
 
 def _curves(document: Document, group: Sequence[Cell]) -> None:
-    document.section("Learning curves")
-    for end, words, part in _parts(group):
-        document.figure(
-            f"learning_curves{end}.png",
-            figures.draw_learning_curves(part),
-            f"{words}Mean over seeds; the band is the 95 % bootstrap interval ({MIN_SEEDS} seeds "
-            "or more). Points on the way are evaluated on fewer episodes; the dot is the last "
-            "policy's score of the table.",
-            runs_of(part),
-        )
-    document.section("Training and weights")
-    for end, words, part in _parts(group):
-        document.figure(
-            f"training{end}.png",
-            figures.draw_training_curves(part),
-            f"{words}Log-likelihood of the batches, value of the critics, and effective sample "
-            "size of the importance weights where they left 1.",
-            runs_of(part),
-        )
+    # Variants have figures of their own, together with the algorithms that they are variants of.
+    variants = [cell for cell in group if is_variant(cell.algo)]
+    bases, tasks = {base(cell.algo) for cell in variants}, {cell.dataset for cell in variants}
+    parts = {
+        "": [cell for cell in group if not is_variant(cell.algo)],
+        "_variants": [cell for cell in group if base(cell.algo) in bases and cell.dataset in tasks],
+    }
+    for end, part in parts.items():
+        if part:
+            words = "Variants. " if end else ""
+            document.section("Learning curves", runs_of(part))
+            document.figure(
+                f"learning_curves{end}.png",
+                figures.draw_learning_curves(part),
+                f"{words}Mean over seeds; the band is the 95 % bootstrap interval ({MIN_SEEDS} "
+                "seeds or more). Points on the way are evaluated on fewer episodes; the dot is the "
+                "last policy's score of the table.",
+            )
+            document.section("Training and weights", runs_of(part))
+            document.figure(
+                f"training{end}.png",
+                figures.draw_training_curves(part),
+                f"{words}Log-likelihood of the batches, value of the critics, and effective sample "
+                "size of the importance weights where they left 1.",
+            )
     weighted = [cell for cell in group if weights.last_weights(cell, "weight_q50")]
+    document.section("Training and weights", runs_of(weighted))
     caption = "Quantiles of the importance weights, mean over seeds."
-    document.figure(
-        "weights.png", figures.draw_weight_quantiles(weighted), caption, runs_of(weighted)
-    )
+    document.figure("weights.png", figures.draw_weight_quantiles(weighted), caption)
     caption = "The weights when they were last looked at, mean over seeds."
-    document.table(weights.weight_grid(weighted), caption, runs_of(weighted))
-
-
-def _parts(group: Sequence[Cell]) -> Iterator[tuple[str, str, list[Cell]]]:
-    """For each figure: the end of its file name, words for its caption, and its cells.
-
-    Variants have figures of their own, together with the algorithms that they are variants of.
-    """
-    plain = [cell for cell in group if not is_variant(cell.algo)]
-    if plain:
-        yield "", "", plain
-    bases = {base(name) for name in algorithms(group) if is_variant(name)}
-    where = {cell.dataset for cell in group if is_variant(cell.algo)}
-    variants = [cell for cell in group if base(cell.algo) in bases and cell.dataset in where]
-    if variants:
-        yield "_variants", "Variants. ", variants
+    document.table(weights.weight_grid(weighted), caption)
 
 
 def _sweep(document: Document, group: Sequence[Cell]) -> None:
-    document.section("Settings of the weights")
     rows = weights.swept(group)
-    runs = runs_of(cell for _, cell in rows)
+    document.section("Settings of the weights", runs_of(cell for _, cell in rows))
     document.table(
         weights.sweep_grid(rows),
         "Every setting of the weights that was run, with the score and with the weights at the "
         "end, mean over seeds. A setting chosen by its score here has been chosen on the runs "
         "that it is compared on.",
-        runs,
     )
     document.figure(
         "sweep.png",
@@ -257,43 +243,39 @@ def _sweep(document: Document, group: Sequence[Cell]) -> None:
         "Score against the effective sample size at the end: temperatures in orange, target ESS "
         "in blue, 95 % intervals, and the same algorithm with all weights 1 (at the learning rate "
         "published for it) as the dashed line.",
-        runs,
     )
 
 
 def _cost(document: Document, group: Sequence[Cell]) -> None:
-    document.section("Cost")
-    runs = runs_of(group)
+    document.section("Cost", runs_of(group))
     document.text(
         "Of one run, mean over seeds: CPU seconds of training, learning curve and final "
         "evaluation. The reference policy is trained once for all algorithms that start from it, "
         "and is counted separately."
     )
-    if len(hardware(runs)) > 1:
+    if len(hardware(runs_of(group))) > 1:
         document.text("The runs are of different hardware: their seconds differ by it.")
-    document.table(tables.cost_grid(group), "Cost and score.", runs)
+    document.table(tables.cost_grid(group), "Cost and score.")
     document.figure(
         "cost.png",
         figures.draw_cost(group),
         "Score against CPU seconds of a run, its reference policy included; lines are 95 % "
         "intervals of the score.",
-        runs,
     )
 
 
 def _recipe(document: Document, recipe: Recipe) -> None:
-    document.section(f"Language: {recipe.name}")
+    document.section(f"Language: {recipe.name}", recipe.runs)
     if recipe.runs:
         document.text(recipe.note)
-        document.table(language.score_grid(recipe), f"Scores of {recipe.name}.", recipe.runs)
-        document.table(language.share_grid(recipe), language.SHARES, recipe.runs)
+        document.table(language.score_grid(recipe), f"Scores of {recipe.name}.")
+        document.table(language.share_grid(recipe), language.SHARES)
         document.figure(
             # The variant is a folder of the user, and the page refers to the file.
             f"language_{re.sub('[^A-Za-z0-9_-]+', '_', recipe.name)}.png",
             language.draw_recipe(recipe),
             "Score of each seed (dots), mean (bars) and interval (lines); effective sample size "
             "and largest weight over the updates, mean over seeds.",
-            recipe.runs,
         )
     if recipe.unfinished:
         document.text("Unfinished runs enter nothing here; `--resume` continues them:")
@@ -301,12 +283,13 @@ def _recipe(document: Document, recipe: Recipe) -> None:
 
 
 def _provenance(document: Document, group: Sequence[Cell], recipes: Sequence[Recipe]) -> None:
-    document.section(COMMANDS)
+    document.section(COMMANDS, runs_of(group))
     runs = [*runs_of(group), *(run for recipe in recipes for run in recipe.runs)]
-    document.table(tables.run_grid(group), "The finished control runs.", runs_of(group))
+    document.table(tables.run_grid(group), "The finished control runs.")
     document.text("Versions:")
     document.bullets(versions(runs) or ["not recorded"])
     document.text("Hardware:")
     document.bullets(hardware(runs) or ["not recorded"])
     document.text("Commands, without the folders of absolute paths:")
-    document.code("\n".join(commands(runs)) or "not recorded")
+    commands = distinct(shareable(run.config.get("command", "")) for run in runs)
+    document.text("\n".join(["```", *(commands or ["not recorded"]), "```"]))

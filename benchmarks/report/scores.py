@@ -1,8 +1,10 @@
-"""Scores over seeds: mean, deviation and bootstrap interval of each dataset and algorithm."""
+"""Runs of one algorithm on one dataset over their seeds: names, order, and statistics."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,32 +12,97 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.report.names import algorithm_label, algorithm_rank, dataset_label
 from benchmarks.results import FinishedRun
 from benchmarks.statistics import MIN_SEEDS, bootstrap_interval
+
+# Name of --algo -> the paper's notation where it has one, in the order of its tables' columns.
+ALGORITHMS = {
+    "bc": "BC",
+    "bc-10": "BC-10%",
+    "awac": "AWAC",
+    "td3-bc": "TD3+BC",
+    "cql": "CQL",
+    "iql": "IQL",
+    "dt": "DT",
+    "base": "base",
+    "sft": "SFT",
+    "sft-q": "SFT(Q)",
+    "iw-sft": "iw-SFT",
+    "iw-sft-hard": "iw-sft-hard",
+    "iw-sft-ema": "iw-sft-ema",
+    "iw-sft-q": "iw-SFT(Q)",
+    "iw-sft-step": "iw-SFT-step",
+}
+# Entries of a control run's result that may be its score.
+SCORE, RETURN = "normalized_score", "return_mean"
+_SHARE = re.compile(r"bc-(\d+(?:\.\d+)?)")
+
+
+def base(algo: str) -> str:
+    """The algorithm of a variant, ``sft-q`` of ``authors/sft-q``; any other name as it is."""
+    return algo.rsplit("/", 1)[-1]
+
+
+def is_variant(algo: str) -> bool:
+    """Whether the name is ``VARIANT/algo``."""
+    return "/" in algo
+
+
+def algorithm_label(algo: str) -> str:
+    """The paper's notation for an algorithm, its variant in front; unknown names as they are."""
+    name = base(algo)
+    share = _SHARE.fullmatch(name)
+    label = f"BC-{share[1]}%" if share else ALGORITHMS.get(name, name)
+    return algo.removesuffix(name) + label
+
+
+def algorithm_rank(algo: str) -> tuple[int, list[str | float], str]:
+    """Sorting key: the known algorithms in their order, each before its variants, then others.
+
+    Numbers in the names of variants count as numbers: k3 is before k10.
+    """
+    known = list(ALGORITHMS)
+    name = base(algo)
+    if _SHARE.fullmatch(name):
+        name = "bc-10"
+    rank = known.index(name) if name in known else len(known)
+    # Every second part is a number.
+    parts = re.split(r"(\d+(?:\.\d+)?)", algo.removesuffix(name))
+    return rank, [float(part) if i % 2 else part for i, part in enumerate(parts)], name
+
+
+def dataset_label(dataset: str) -> str:
+    """``kitchen-partial -> complete`` for ``kitchen-partial-v0--to--kitchen-complete-v0``.
+
+    Versions that agree and first words that agree are left out after the arrow. Names without
+    pre-training data stay as they are.
+    """
+    unversioned = re.sub(r"(-v\d+)--to--(.*)\1$", r"--to--\2", dataset)
+    before, to, after = unversioned.partition("--to--")
+    return f"{before} -> {after.removeprefix(before.split('-')[0] + '-')}" if to else dataset
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The control runs of one algorithm on one dataset, one per seed.
+    """The runs of one algorithm on one dataset (or recipe), in the order of their seeds.
 
-    Attributes:
-        dataset: Name of the dataset.
-        algo: The algorithm, see :attr:`benchmarks.results.FinishedRun.algo`.
-        runs: The runs, by seed.
-        unit: ``"score"`` (D4RL-normalised), or ``"return"`` where the dataset has no reference.
+    ``score_key`` is the entry of their results that is the score.
     """
 
     dataset: str
     algo: str
     runs: tuple[FinishedRun, ...]
-    unit: str
+    score_key: str
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the dataset and the algorithm for a table."""
+        return [dataset_label(self.dataset), algorithm_label(self.algo)]
 
     @property
     def values(self) -> NDArray[np.float64]:
-        """Score, or mean return, of the last policy of each seed ``[seeds]``."""
-        key = "return_mean" if self.unit == "return" else "normalized_score"
-        return np.array([run.result[key] for run in self.runs], dtype=np.float64)
+        """Score of the last policy of each seed ``[seeds]``."""
+        return np.array([run.result[self.score_key] for run in self.runs], dtype=np.float64)
 
     @property
     def seeds(self) -> list[int]:
@@ -54,7 +121,13 @@ class Cell:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Bootstrap interval of the mean over seeds, None for fewer than three."""
+        """Bootstrap interval of the mean over seeds, None for fewer than three.
+
+        One seed has the interval over the test's items, where its result gives one.
+        """
+        if len(self.runs) == 1 and "interval" in self.runs[0].result:
+            low, high = self.runs[0].result["interval"]
+            return low, high
         return interval_over_seeds(self.values)
 
     @property
@@ -66,41 +139,36 @@ class Cell:
     @property
     def cpu_seconds(self) -> float:
         """CPU seconds of a run with its reference policy, mean over seeds."""
-        return cpu_seconds(self.runs)
+        keys = ("cpu_seconds", "reference_cpu_seconds")
+        return float(np.mean([sum(run.result.get(key, 0.0) for key in keys) for run in self.runs]))
 
     def distinct(self, key: str) -> list[Any]:
         """The distinct values of ``key`` in the results, in the order of the seeds."""
-        values: list[Any] = []
-        for run in self.runs:
-            if run.result.get(key) not in values:
-                values.append(run.result.get(key))
-        return values
+        return list(dict.fromkeys(run.result.get(key) for run in self.runs))
 
     def differences(self) -> list[str]:
         """Settings in which the seeds differ, such as ``steps (100, 7)``; empty as a rule."""
         settings = [_shared_settings(run) for run in self.runs]
         lines = []
-        for key in dict.fromkeys(key for values in settings for key in values):
-            texts = dict.fromkeys(
-                json.dumps(values.get(key), sort_keys=True) for values in settings
-            )
-            if len(texts) > 1:
-                lines.append(f"{key} ({', '.join(texts)})")
+        for key in dict.fromkeys(itertools.chain(*settings)):
+            texts = [json.dumps(values.get(key), sort_keys=True) for values in settings]
+            if len(set(texts)) > 1:
+                lines.append(f"{key} ({', '.join(dict.fromkeys(texts))})")
         return lines
 
 
-def cells(runs: Sequence[FinishedRun]) -> list[Cell]:
-    """Group control runs by dataset (alphabetical) and algorithm (in the paper's order)."""
+def cells(runs: Sequence[FinishedRun], score_key: str = SCORE) -> list[Cell]:
+    """Group runs by dataset (alphabetical) and algorithm (in the paper's order).
+
+    The score of a dataset is the mean return where one of its runs has no ``score_key``.
+    """
     groups: dict[tuple[str, str], list[FinishedRun]] = {}
-    for run in runs:
+    for run in sorted(runs, key=lambda run: run.seed):
         groups.setdefault((run.dataset, run.algo), []).append(run)
-    without = {run.dataset for run in runs if run.result.get("normalized_score") is None}
+    without = {run.dataset for run in runs if run.result.get(score_key) is None}
     return [
         Cell(
-            dataset,
-            algo,
-            tuple(sorted(groups[dataset, algo], key=lambda run: run.seed)),
-            "return" if dataset in without else "score",
+            dataset, algo, tuple(groups[dataset, algo]), RETURN if dataset in without else score_key
         )
         for dataset, algo in sorted(groups, key=lambda name: (name[0], algorithm_rank(name[1])))
     ]
@@ -124,7 +192,7 @@ def runs_of(group: Iterable[Cell]) -> list[FinishedRun]:
 def uneven(group: Iterable[Cell]) -> list[str]:
     """One line for each setting in which the seeds of a cell differ."""
     return [
-        f"{dataset_label(cell.dataset)}, {algorithm_label(cell.algo)}: seeds differ in {difference}"
+        f"{', '.join(cell.labels)}: seeds differ in {difference}"
         for cell in group
         for difference in cell.differences()
     ]
@@ -136,12 +204,6 @@ def interval_over_seeds(values: NDArray[np.float64]) -> tuple[float, float] | No
         return None
     low, high = bootstrap_interval(values)
     return float(low), float(high)
-
-
-def cpu_seconds(runs: Sequence[FinishedRun]) -> float:
-    """CPU seconds of a run with its reference, mean over the runs."""
-    keys = ("cpu_seconds", "reference_cpu_seconds")
-    return float(np.mean([sum(run.result.get(key, 0.0) for key in keys) for run in runs]))
 
 
 def _shared_settings(run: FinishedRun) -> dict[str, object]:
@@ -157,8 +219,6 @@ def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, object]:
     """Dictionaries in a dictionary as ``outer.inner`` keys."""
     flat: dict[str, object] = {}
     for key, value in nested.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
+        inner = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{key}.") if inner else {prefix + key: value}
     return flat

@@ -6,15 +6,21 @@ import functools
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Group
 
-from benchmarks.report.grid import NOTHING, Grid
-from benchmarks.report.names import algorithm_label, algorithm_rank, dataset_label
-from benchmarks.report.scores import Cell, cells, interval_over_seeds
+from benchmarks.report.grid import NOTHING, Grid, interval_text
+from benchmarks.report.scores import (
+    RETURN,
+    Cell,
+    algorithm_label,
+    algorithm_rank,
+    cells,
+    dataset_label,
+    interval_over_seeds,
+)
 from benchmarks.results import FinishedRun, UnfinishedRun
 from benchmarks.statistics import MIN_SEEDS
 
@@ -31,15 +37,11 @@ _SECONDS = {
 }
 
 
-@dataclass(frozen=True)
-class PublishedTable:
-    """A table of the paper.
+class PublishedTable(NamedTuple):
+    """A table of the paper, and a note on all its numbers.
 
-    Attributes:
-        label: Name of the table.
-        note: What to know of all its numbers.
-        numbers: By dataset and algorithm: ``score`` (D4RL-normalised), ``std`` over training runs
-            where the paper gives it, and ``caveats``, footnotes on this number.
+    The numbers, by dataset and algorithm, have a ``score`` (D4RL-normalised), ``std`` over training
+    runs where the paper gives it, and ``caveats``, footnotes on the number.
     """
 
     label: str
@@ -51,15 +53,14 @@ class PublishedTable:
 def published() -> tuple[str, list[PublishedTable]]:
     """The paper's reference and its tables, from ``benchmarks/published.json``."""
     data = json.loads((Path(__file__).parents[1] / "published.json").read_text())
-    numbers: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
+    tables = {
+        name: PublishedTable(table["label"], table["note"], {})
+        for name, table in data["tables"].items()
+    }
     for row in data["rows"]:
         row["caveats"] = [data["caveats"][caveat] for caveat in row["caveats"]]
-        numbers.setdefault(row["table"], {})[row["dataset"], row["algo"]] = row
-    tables = [
-        PublishedTable(table["label"], table["note"], numbers[name])
-        for name, table in data["tables"].items()
-    ]
-    return data["source"], tables
+        tables[row["table"]].numbers[row["dataset"], row["algo"]] = row
+    return data["source"], list(tables.values())
 
 
 def score_table(runs: Sequence[FinishedRun]) -> Group:
@@ -79,60 +80,47 @@ def score_grid(group: Sequence[Cell], missing: Sequence[UnfinishedRun] = ()) -> 
     by_name = {(cell.dataset, cell.algo): cell for cell in group}
     names = sorted(by_name.keys() | cut_off.keys(), key=lambda n: (n[0], algorithm_rank(n[1])))
     papers = [table for table in published()[1] if table.numbers.keys() & set(names)]
-    with_success = any(cell.success_rates.size for cell in group)
     columns = ["dataset", "algorithm", "seeds", "episodes", "score", "std", "95 % interval"]
-    if with_success:
+    if any(cell.success_rates.size for cell in group):
         columns += ["success", SUCCESS_INTERVAL]
     grid = Grid(columns + [table.label for table in papers], published=len(papers))
     for name in names:
         row = [dataset_label(name[0]), algorithm_label(name[1])]
         if name in by_name:
-            row += _measured(grid, by_name[name], cut_off[name])
-            row += _success(grid, by_name[name]) if with_success else []
+            row += _measured(grid, by_name[name], cut_off[name])[: len(columns) - 2]
         else:
             row += [f"0 of {cut_off[name]}"] + [NOTHING] * (len(columns) - 3)
-        for table in papers:
-            number = table.numbers.get(name)
-            row.append(_published_text(grid, number) if number else NOTHING)
+        for number in (table.numbers.get(name) for table in papers):
+            if number is None:
+                row.append(NOTHING)
+            else:
+                deviation = f" ± {number['std']:.1f}" if "std" in number else ""
+                row.append(grid.marked(f"{number['score']:.1f}{deviation}", number["caveats"]))
         grid.rows.append(row)
     grid.notes += [f"{table.label}: {table.note}" for table in papers]
     return grid
 
 
-def _published_text(grid: Grid, number: dict[str, Any]) -> str:
-    deviation = f" ± {number['std']:.1f}" if "std" in number else ""
-    return grid.marked(f"{number['score']:.1f}{deviation}", number["caveats"])
-
-
-def interval_text(interval: tuple[float, float] | None, digits: int = 1) -> str:
-    """An interval as ``low to high``."""
-    if interval is None:
-        return NOTHING
-    low, high = interval
-    return f"{low:.{digits}f} to {high:.{digits}f}"
-
-
 def _measured(grid: Grid, cell: Cell, cut_off: int) -> list[str]:
-    """Seeds, episodes, score, deviation and interval."""
-    seeds = str(len(cell.runs)) + (f" of {len(cell.runs) + cut_off}" if cut_off else "")
+    """Seeds, episodes, score, deviation and interval; share of successful episodes and interval."""
+    count = len(cell.runs)
     notes = _shortened(cell)
-    if cell.unit == "return":
+    if cell.score_key == RETURN:
         notes.append("Mean return: the dataset has no D4RL reference scores.")
     notes += [f"Seeds differ in {difference}." for difference in cell.differences()]
-    episodes = "/".join(map(str, cell.distinct("episodes")))
-    score = grid.marked(f"{cell.mean:.1f}", notes)
-    std = grid.marked(NOTHING, [FEW_SEEDS]) if cell.std is None else f"{cell.std:.1f}"
-    return [seeds, episodes, score, std, interval_text(cell.interval)]
-
-
-def _success(grid: Grid, cell: Cell) -> list[str]:
-    """Share of successful episodes and its interval."""
+    row = [
+        f"{count} of {count + cut_off}" if cut_off else str(count),
+        "/".join(map(str, cell.distinct("episodes"))),
+        grid.marked(f"{cell.mean:.1f}", notes),
+        grid.marked(NOTHING, [FEW_SEEDS]) if cell.std is None else f"{cell.std:.1f}",
+        interval_text(cell.interval),
+    ]
     rates = cell.success_rates
     if not rates.size:
-        return [NOTHING, NOTHING]
-    few = f"Success of {len(rates)} of the {len(cell.runs)} seeds: the others did not record it."
-    mean = grid.marked(f"{rates.mean():.2f}", [few] if len(rates) < len(cell.runs) else [])
-    return [mean, interval_text(interval_over_seeds(rates), digits=2)]
+        return [*row, NOTHING, NOTHING]
+    few = f"Success of {len(rates)} of the {count} seeds: the others did not record it."
+    mean = grid.marked(f"{rates.mean():.2f}", [few] if len(rates) < count else [])
+    return [*row, mean, interval_text(interval_over_seeds(rates), digits=2)]
 
 
 def _shortened(cell: Cell) -> list[str]:
@@ -172,14 +160,11 @@ def cost_grid(group: Sequence[Cell]) -> Grid:
     of their own where the results have them.
     """
     known = [key for key in _SECONDS if any(key in run.result for c in group for run in c.runs)]
-    grid = Grid(
-        ["dataset", "algorithm", "updates", "score", *(_SECONDS[key] for key in known)]
-        + ["CPU seconds, with reference"]
-    )
+    columns = ["dataset", "algorithm", "updates", "score", *(_SECONDS[key] for key in known)]
+    grid = Grid([*columns, "CPU seconds, with reference"])
     for cell in group:
         steps = "/".join(map(str, cell.distinct("steps")))
-        row = [dataset_label(cell.dataset), algorithm_label(cell.algo)]
-        row += [grid.marked(steps, _shortened(cell)), f"{cell.mean:.1f}"]
+        row = [*cell.labels, grid.marked(steps, _shortened(cell)), f"{cell.mean:.1f}"]
         for key in known:
             spent = [run.result[key] for run in cell.runs if key in run.result]
             row.append(f"{sum(spent) / len(spent):,.0f}" if spent else NOTHING)
@@ -192,12 +177,11 @@ def run_grid(group: Sequence[Cell]) -> Grid:
     names = ("dataset", "algorithm", "--algo", "environment", "preset", "estimator", "seeds")
     grid = Grid([*names, "settings from"], left=len(names) + 1)
     for cell in group:
-        sources = [run.config.get("settings", {}).get("settings_from") for run in cell.runs]
         row = [cell.dataset, algorithm_label(cell.algo), cell.algo]
         for key in ("env_id", "preset", "estimator"):
-            values = [value for value in cell.distinct(key) if value is not None]
-            row.append(", ".join(map(str, values)))
+            row.append(", ".join(str(v) for v in cell.distinct(key) if v is not None))
         row.append(" ".join(map(str, cell.seeds)))
+        sources = [run.config.get("settings", {}).get("settings_from") for run in cell.runs]
         row.append(", ".join(dict.fromkeys(filter(None, sources))) or NOTHING)
         grid.rows.append(row)
     return grid

@@ -11,10 +11,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.report.figures import UNIT, choose_colours, make_panels, plot_mean, scale_log
-from benchmarks.report.grid import NOTHING, Grid
-from benchmarks.report.names import algorithm_label, algorithm_rank, base, dataset_label
-from benchmarks.report.scores import Cell, datasets
-from benchmarks.report.tables import FEW_SEEDS, interval_text
+from benchmarks.report.grid import NOTHING, Grid, interval_text
+from benchmarks.report.scores import Cell, algorithm_label, algorithm_rank, base, datasets
+from benchmarks.report.tables import FEW_SEEDS
 from benchmarks.results import FinishedRun
 
 # Algorithms with weights on trajectories, and the same algorithms with all weights 1.
@@ -35,32 +34,23 @@ _METRICS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """Settings with which the weights of a run were made.
+    """Settings with which the weights of a run were made."""
 
-    Attributes:
-        temperature: Factor k of the mean log-ratio; 0 where a target ESS decides it.
-        target_ess: Effective sample size as a share of the batch; 0 for none.
-        sync_every: Updates between hard syncs of q; 0 for a moving average.
-        alpha: Decay of the moving average; 0 for hard syncs.
-    """
-
-    temperature: float
-    target_ess: float
-    sync_every: int
-    alpha: float
+    temperature: float  # factor k of the mean log-ratio; 0 where a target ESS decides it
+    target_ess: float  # effective sample size as a share of the batch; 0 for none
+    sync_every: int  # updates between hard syncs of q; 0 for a moving average
+    alpha: float  # decay of the moving average; 0 for hard syncs
 
     @property
     def lag(self) -> str:
         """How q follows the policy."""
         return f"sync every {self.sync_every}" if self.sync_every else f"average, {self.alpha:g}"
 
-    @property
-    def sharpness(self) -> str:
-        """The target ESS or the temperature, in short."""
-        return f"ESS {self.target_ess:g}" if self.target_ess else f"k {self.temperature:g}"
+
+_Row = tuple[Setting | None, Cell]
 
 
-def setting_of(run: FinishedRun) -> Setting | None:
+def _setting_of(run: FinishedRun) -> Setting | None:
     """Setting of a run's weights, from its ``config.json``; None where it has none."""
     settings = run.config.get("settings", {})
     row = settings.get("fine_tuning")
@@ -76,7 +66,7 @@ def setting_of(run: FinishedRun) -> Setting | None:
     )
 
 
-def swept(group: Sequence[Cell]) -> list[tuple[Setting | None, Cell]]:
+def swept(group: Sequence[Cell]) -> list[_Row]:
     """A cell for each dataset, algorithm and setting of the weights, in that order.
 
     Runs of other data, cuts or steps are a sweep of their own. The same algorithm without weights
@@ -88,22 +78,21 @@ def swept(group: Sequence[Cell]) -> list[tuple[Setting | None, Cell]]:
         name = base(cell.algo)
         plain = _UNWEIGHTED.get(name, name)
         for run in cell.runs if plain in _UNWEIGHTED.values() else ():
-            setting = setting_of(run)
+            setting = _setting_of(run)
             if setting or name == plain:
                 members = sweeps.setdefault((cell.dataset, plain, _fixed_settings(run)), {})
                 part = members.get((setting, cell.algo), replace(cell, runs=()))
                 members[setting, cell.algo] = replace(part, runs=(*part.runs, run))
-    rows: list[tuple[Setting | None, Cell]] = []
+
+    def order(row: _Row) -> tuple[Any, ...]:
+        setting, cell = row
+        return (astuple(setting) if setting else (), algorithm_rank(cell.algo))
+
+    rows: list[_Row] = []
     for members in sweeps.values():
         if len({setting for setting, _ in members if setting}) > 1:
-            cells = [(setting, cell) for (setting, _), cell in members.items()]
-            rows += sorted(cells, key=_order)
+            rows += sorted(((setting, cell) for (setting, _), cell in members.items()), key=order)
     return rows
-
-
-def _order(row: tuple[Setting | None, Cell]) -> tuple[Any, ...]:
-    setting, cell = row
-    return (astuple(setting) if setting else (), algorithm_rank(cell.algo))
 
 
 def _fixed_settings(run: FinishedRun) -> str:
@@ -120,17 +109,21 @@ def last_weights(cell: Cell, metric: str) -> list[float]:
     return [probes[-1][metric] for probes in rows if probes and metric in probes[-1]]
 
 
+def _last_mean(cell: Cell, metric: str) -> str:
+    values = last_weights(cell, metric)
+    return f"{np.mean(values):.4g}" if values else NOTHING
+
+
 def weight_grid(group: Sequence[Cell]) -> Grid:
     """Table of the last measured weights: means over the seeds that have the metric."""
     grid = Grid(["dataset", "algorithm", *_METRICS.values()])
     for cell in group:
         if last_weights(cell, "weight_q50"):
-            names = [dataset_label(cell.dataset), algorithm_label(cell.algo)]
-            grid.rows.append([*names, *(_last_mean(cell, metric) for metric in _METRICS)])
+            grid.rows.append([*cell.labels, *(_last_mean(cell, metric) for metric in _METRICS)])
     return grid
 
 
-def sweep_grid(rows: Sequence[tuple[Setting | None, Cell]]) -> Grid:
+def sweep_grid(rows: Sequence[_Row]) -> Grid:
     """Table with a row for each setting of the weights: its score, and its weights at the end."""
     grid = Grid(
         ["dataset", "algorithm", "temperature k", "target ESS", "q follows", "seeds", "score"]
@@ -140,8 +133,7 @@ def sweep_grid(rows: Sequence[tuple[Setting | None, Cell]]) -> Grid:
         numbers = (setting.temperature, setting.target_ess) if setting else (0.0, 0.0)
         grid.rows.append(
             [
-                dataset_label(cell.dataset),
-                algorithm_label(cell.algo),
+                *cell.labels,
                 *(f"{number:g}" if number else NOTHING for number in numbers),
                 setting.lag if setting else "all weights 1",
                 str(len(cell.runs)),
@@ -154,22 +146,17 @@ def sweep_grid(rows: Sequence[tuple[Setting | None, Cell]]) -> Grid:
     return grid
 
 
-def _last_mean(cell: Cell, metric: str) -> str:
-    values = last_weights(cell, metric)
-    return f"{np.mean(values):.4g}" if values else NOTHING
-
-
-def draw_sweep(rows: Sequence[tuple[Setting | None, Cell]]) -> Figure | None:
+def draw_sweep(rows: Sequence[_Row]) -> Figure | None:
     """Draw scores against the effective sample size at the end, one panel for each dataset.
 
     The dashed line is the same algorithm without weights; several lines in a panel are named.
     """
-    rows = [(setting, cell) for setting, cell in rows if not setting or last_weights(cell, "ESS")]
-    weighted = [(setting, cell) for setting, cell in rows if setting]
+    weighted = [(setting, c) for setting, c in rows if setting and last_weights(c, "ESS")]
     plain = [cell for setting, cell in rows if not setting]
     if not weighted:
         return None
-    figure, axes = make_panels(datasets(cell for _, cell in rows), height=3.4)
+    names = datasets(c for setting, c in rows if not setting or last_weights(c, "ESS"))
+    figure, axes = make_panels(names, height=3.4)
     for cell in plain:
         ax = axes[cell.dataset]
         ax.axhline(cell.mean, color=choose_colours([cell])[cell.algo], lw=1.2, ls="--")
@@ -181,16 +168,17 @@ def draw_sweep(rows: Sequence[tuple[Setting | None, Cell]]) -> Figure | None:
         ess = float(np.mean(last_weights(cell, "ESS")))
         plot_mean(ax, ess, cell, "#1f63a8" if setting.target_ess else "#d1440c")
         panel = [other for other, c in weighted if c.dataset == cell.dataset]
-        words = setting.sharpness
+        target = setting.target_ess
+        words = f"ESS {target:g}" if target else f"k {setting.temperature:g}"
         # The lag is named only where the panel has several.
         if len({other.lag for other in panel}) > 1:
-            words = f"{setting.sharpness}, {setting.lag}"
+            words = f"{words}, {setting.lag}"
         # Where the panel has two sweeps, the variant tells which is which.
         if panel.count(setting) > 1:
             words = cell.algo.rpartition("/")[0] or words
         ax.annotate(words, (ess, cell.mean), xytext=(6, 5), textcoords="offset points", fontsize=8)
         ax.set_xlabel("effective sample size at the end (share of the data)")
-        ax.set_ylabel(UNIT[cell.unit])
+        ax.set_ylabel(UNIT[cell.score_key])
     for ax in axes.values():
         ax.margins(x=0.25)
         scale_log(ax)

@@ -15,7 +15,7 @@ from benchmarks.d4rl.__main__ import main
 from benchmarks.d4rl.options import Options
 from benchmarks.d4rl.settings import ALGORITHMS
 from benchmarks.report import __main__ as report
-from benchmarks.report.names import algorithm_label
+from benchmarks.report.scores import algorithm_label
 from iwsft import datasets, metrics
 from iwsft.evaluation import normalized_score
 

@@ -12,8 +12,8 @@ import pytest
 from benchmarks.llm.algorithms import NAMES
 from benchmarks.report.__main__ import Report, main
 from benchmarks.report.language import read_recipes
-from benchmarks.report.names import algorithm_rank
 from benchmarks.report.page import write_report
+from benchmarks.report.scores import algorithm_rank
 from benchmarks.results import ResultsError
 
 if TYPE_CHECKING:
