@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -58,15 +58,10 @@ class Options:
 
 @dataclass(frozen=True)
 class BanditRun:
-    """One seed of one algorithm.
+    """One seed of one algorithm."""
 
-    Attributes:
-        right: P(right) of the policy before each update and after the last ``[steps + 1]``.
-        successes: Share of right pulls in D+, which SFT copies.
-    """
-
-    right: NDArray[np.float64]
-    successes: float
+    right: NDArray[np.float64]  # P(right) before each update and after the last ``[steps + 1]``
+    successes: float  # share of right pulls in D+, which SFT copies
 
     @property
     def reward(self) -> NDArray[np.float64]:
@@ -86,11 +81,7 @@ def uniform_policy() -> ProbabilisticActor:
 
 
 def successes(pulls: int, seed: int) -> TensorDictBase:
-    """Return D+: the rewarded ones of ``pulls`` uniform pulls, packed trajectories of one step.
-
-    Raises:
-        ValueError: No pull was rewarded.
-    """
+    """Return D+: the rewarded ones of ``pulls`` uniform pulls, packed trajectories of one step."""
     generator = torch.Generator().manual_seed(seed)
     arm = torch.randint(2, (pulls,), generator=generator)
     reward = torch.bernoulli(torch.tensor(ARMS)[arm], generator=generator)
@@ -131,51 +122,9 @@ def train(algorithm: Algorithm, data: TensorDictBase, steps: int, lr: float) -> 
     return BanditRun(torch.stack(curve).double().numpy(), float(share))
 
 
-def train_all(options: Options) -> dict[Algorithm, list[BanditRun]]:
-    """Return all runs by algorithm and seed."""
-    runs: dict[Algorithm, list[BanditRun]] = {algorithm: [] for algorithm in LABELS}
-    for seed in track(range(options.seeds), "bandit", transient=True):
-        data = annotate_reference(uniform_policy(), successes(options.pulls, seed))
-        for algorithm, seeds in runs.items():
-            seeds.append(train(algorithm, data, options.steps, options.lr))
-    return runs
-
-
-def draw(runs: dict[Algorithm, list[BanditRun]]) -> Figure:
-    """Plot the mean reward over updates: its mean over seeds and the 95 % interval."""
-    figure = Figure(figsize=(6.0, 3.8), layout="constrained")
-    ax = figure.subplots()
-    for (algorithm, seeds), colour in zip(runs.items(), ("#0072b2", "#d55e00"), strict=True):
-        rewards = np.stack([run.reward for run in seeds])
-        update = np.arange(rewards.shape[1])
-        low, high = bootstrap_interval(rewards)
-        ax.plot(update, rewards.mean(0), color=colour, lw=2, label=LABELS[algorithm])
-        ax.fill_between(update, low, high, color=colour, alpha=0.25, lw=0)
-        ax.axhline(LIMITS[algorithm], color=colour, ls=":", lw=1.2)
-    for height, name in ((5 / 6, "5/6: P(right) = 2/3"), (1.0, "1: always right")):
-        ax.annotate(
-            name,
-            (1.0, height),
-            xytext=(-4, -4),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            ha="right",
-            va="top",
-            fontsize=9,
-        )
-    ax.set_xlabel("update")
-    ax.set_ylabel("mean reward of the policy")
-    ax.set_xlim(0, rewards.shape[1] - 1)
-    ax.set_ylim(0.74, 1.02)
-    ax.set_title(f"Two-armed bandit, successes only ({len(seeds)} seeds)", fontsize=11)
-    ax.legend(loc="center right", frameon=False)
-    ax.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
-def summary(runs: dict[Algorithm, list[BanditRun]]) -> dict[Algorithm, dict[str, object]]:
-    """Return the numbers of the figure."""
-    out: dict[Algorithm, dict[str, object]] = {}
+def summary(runs: dict[Algorithm, list[BanditRun]]) -> dict[Algorithm, dict[str, Any]]:
+    """Return the numbers of the figure and the table: means over seeds and 95 % intervals."""
+    out: dict[Algorithm, dict[str, Any]] = {}
     for algorithm, seeds in runs.items():
         rewards = np.stack([run.reward for run in seeds])
         low, high = bootstrap_interval(rewards)
@@ -189,21 +138,42 @@ def summary(runs: dict[Algorithm, list[BanditRun]]) -> dict[Algorithm, dict[str,
     return out
 
 
-def table(runs: dict[Algorithm, list[BanditRun]]) -> Table:
+def draw(numbers: dict[Algorithm, dict[str, Any]]) -> Figure:
+    """Plot the mean reward over updates: its mean over seeds and the 95 % interval."""
+    figure = Figure(figsize=(6.0, 3.8), layout="constrained")
+    ax = figure.subplots()
+    for (algorithm, row), colour in zip(numbers.items(), ("#0072b2", "#d55e00"), strict=True):
+        curve, seeds = row["curve"], len(row["p_right"])
+        updates = np.arange(len(curve["mean"]))
+        ax.plot(updates, curve["mean"], color=colour, lw=2, label=LABELS[algorithm])
+        ax.fill_between(updates, curve["low"], curve["high"], color=colour, alpha=0.25, lw=0)
+        ax.axhline(row["limit"], color=colour, ls=":", lw=1.2)
+    where = ("axes fraction", "data")
+    for height, name in ((5 / 6, "5/6: P(right) = 2/3"), (1.0, "1: always right")):
+        ax.annotate(
+            name, (1, height), (-4, -4), where, "offset points", ha="right", va="top", fontsize=9
+        )
+    ax.set(xlabel="update", ylabel="mean reward of the policy")
+    ax.set(xlim=(0, len(updates) - 1), ylim=(0.74, 1.02))
+    ax.set_title(f"Two-armed bandit, successes only ({seeds} seeds)", fontsize=11)
+    ax.legend(loc="center right", frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def table(numbers: dict[Algorithm, dict[str, Any]]) -> Table:
     """Return a table of the last policies: mean over seeds and 95 % interval."""
     out = Table(title="Two-armed bandit: the last policies")
     for column in ("", "P(right)", "right in D+", "mean reward", "95 % interval", "limit"):
         out.add_column(column, justify="left" if not column else "right")
-    for algorithm, seeds in runs.items():
-        rewards = np.array([run.reward[-1] for run in seeds])
-        low, high = bootstrap_interval(rewards)
+    for algorithm, row in numbers.items():
+        keys = ("p_right", "right_share_of_successes", "mean_reward")
+        low, high = row["curve"]["low"][-1], row["curve"]["high"][-1]
         out.add_row(
             LABELS[algorithm],
-            f"{np.mean([run.right[-1] for run in seeds]):.4f}",
-            f"{np.mean([run.successes for run in seeds]):.4f}",
-            f"{rewards.mean():.4f}",
+            *(f"{np.mean(row[key]):.4f}" for key in keys),
             f"[{low:.4f}, {high:.4f}]",
-            f"{LIMITS[algorithm]:.4f}",
+            f"{row['limit']:.4f}",
         )
     return out
 
@@ -211,26 +181,31 @@ def table(runs: dict[Algorithm, list[BanditRun]]) -> Table:
 def main(options: Options) -> dict[Algorithm, list[BanditRun]]:
     """Train, write ``bandit.json`` and ``bandit.png``, print the table."""
     start = time.perf_counter()
+    runs: dict[Algorithm, list[BanditRun]] = {algorithm: [] for algorithm in LABELS}
     try:
         check_at_least(1, seeds=options.seeds, pulls=options.pulls, steps=options.steps)
-        runs = train_all(options)
+        for seed in track(range(options.seeds), "bandit", transient=True):
+            data = annotate_reference(uniform_policy(), successes(options.pulls, seed))
+            for algorithm, seeds in runs.items():
+                seeds.append(train(algorithm, data, options.steps, options.lr))
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
-    figure, data = options.out / "bandit.png", options.out / "bandit.json"
+    numbers = summary(runs)
+    figure, file = options.out / "bandit.png", options.out / "bandit.json"
     with written_whole(figure) as partial:
-        draw(runs).savefig(partial, dpi=150, format="png")
+        draw(numbers).savefig(partial, dpi=150, format="png")
     content = {
         "benchmark": "bandit",
         "settings": {**asdict(options), "out": str(options.out)},
         "versions": versions(),
         "hardware": hardware("cpu"),
         "wall_seconds": time.perf_counter() - start,
-        "algorithms": summary(runs),
+        "algorithms": numbers,
     }
-    write_json(data, content)
+    write_json(file, content)
     console = Console()
-    console.print(table(runs))
-    console.print(f"{figure}\n{data}", soft_wrap=True)
+    console.print(table(numbers))
+    console.print(f"{figure}\n{file}", soft_wrap=True)
     return runs
 
 

@@ -32,13 +32,9 @@ class ResultsError(ValueError):
 class FinishedRun:
     """A run with a result.
 
-    Attributes:
-        folder: Its folder.
-        variant: Folders between the folder that was read and the benchmark's, such as ``authors``
-            of ``runs/authors/d4rl/...``; empty for ``runs/d4rl/...``.
-        result: ``result.json``.
-        config: ``config.json``; empty where the file is missing.
-        metrics: Rows of ``metrics.jsonl``; empty where the file is missing.
+    ``variant`` names the folders between the folder that was read and the benchmark's, such as
+    ``authors`` of ``runs/authors/d4rl/...``; it is empty for ``runs/d4rl/...``. ``config`` and
+    ``metrics`` are empty where the file is missing.
     """
 
     folder: Path
@@ -72,13 +68,8 @@ class FinishedRun:
 class UnfinishedRun:
     """A run without a result: it was cut off, it failed, or it is still running.
 
-    Attributes:
-        folder: Its folder.
-        variant: See :attr:`FinishedRun.variant`.
-        dataset: The dataset, from the folder's name, as are ``algo`` (see
-            :attr:`FinishedRun.algo`) and ``seed``.
-        step: The last update that it logged; 0 for none.
-        steps: The updates of a whole run, where ``config.json`` says so.
+    Dataset, algorithm and seed are those of the folder's name. ``step`` is the last update that it
+    logged, 0 for none; ``steps`` are those of a whole run, where ``config.json`` says so.
     """
 
     folder: Path
@@ -133,41 +124,30 @@ def unfinished_runs(folder: str | Path, benchmark: str) -> list[UnfinishedRun]:
         name, dataset, algo, seed = path.absolute().parts[-4:]
         if name != benchmark or (path / RESULT).exists():
             continue
-        rows = _read_metrics(path)
-        variant = _variant(path, root)
+        variant, rows = _variant(path, root), _read_metrics(path)
+        step = int(rows[-1]["step"]) if rows else 0
+        settings = _read_config(path).get("settings", {})
+        # Those of the training, without those of its reference policy.
+        parts = [
+            settings[part] for part in ("fine_tuning", "cloning", "baseline") if part in settings
+        ]
+        steps = parts[0].get("steps") if parts else None
+        number = int(seed.removeprefix("seed-"))
         runs.append(
-            UnfinishedRun(
-                folder=path,
-                variant=variant,
-                dataset=dataset,
-                algo=_join(variant, algo),
-                seed=int(seed.removeprefix("seed-")),
-                step=int(rows[-1]["step"]) if rows else 0,
-                steps=_planned_steps(_read_config(path)),
-            )
+            UnfinishedRun(path, variant, dataset, _join(variant, algo), number, step, steps)
         )
     return runs
-
-
-def _planned_steps(config: dict[str, Any]) -> int | None:
-    """Updates of a control run's training, without those of its reference policy."""
-    settings = config.get("settings", {})
-    for part in ("fine_tuning", "cloning", "baseline"):
-        if part in settings:
-            return settings[part].get("steps")
-    return None
 
 
 def _folders(root: Path) -> list[Path]:
     if not root.is_dir():
         raise ResultsError(f"{root} is not a folder: pass the folder that --out of the runs named")
-    return sorted(path for path in (root, *root.rglob("seed-*")) if _is_run(path))
-
-
-def _is_run(path: Path) -> bool:
-    # The reference policies of the runs are in folders seed-<k>-<key>.
-    return re.fullmatch(r"seed-\d+", path.name) is not None and any(
-        (path / name).exists() for name in (CONFIG, RESULT, metrics.FILE)
+    return sorted(
+        path
+        for path in (root, *root.rglob("seed-*"))
+        # The reference policies of the runs are in folders seed-<k>-<key>.
+        if re.fullmatch(r"seed-\d+", path.name)
+        and any((path / name).exists() for name in (CONFIG, RESULT, metrics.FILE))
     )
 
 

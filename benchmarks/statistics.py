@@ -79,17 +79,9 @@ def stratified_bootstrap(
 ) -> Estimate:
     """Value of a function of scores, and its 95 % interval from a bootstrap over seeds.
 
-    Each dataset's seeds are drawn independently (Agarwal et al. 2021,
-    https://arxiv.org/abs/2108.13264). The draws are those of rliable for a global generator in
-    the same state.
-
-    Args:
-        function: Function of one array ``[..., seeds, datasets]`` for each of ``scores``.
-        scores: Arrays ``[seeds, datasets]``.
-        generator: Source of the draws.
-
-    Returns:
-        The value and its interval, each as ``function`` returns it.
+    The function takes one array ``[..., seeds, datasets]`` for each of ``scores``. Each dataset's
+    seeds are drawn independently (Agarwal et al. 2021, https://arxiv.org/abs/2108.13264). The draws
+    are those of rliable for a global generator in the same state.
     """
     draws = [
         [generator.choice(len(matrix), matrix.shape) for matrix in scores]
@@ -128,14 +120,7 @@ def optimality_gap(scores: Scores) -> Scores:
 def probability_of_improvement(x: Scores, y: Scores) -> Scores:
     """Probability that a run of x scores higher than a run of y, mean over datasets.
 
-    A tie counts as half.
-
-    Args:
-        x: Scores ``[..., seeds, datasets]``.
-        y: Scores ``[..., other seeds, datasets]``.
-
-    Returns:
-        The probability ``[...]``.
+    The scores are ``[..., seeds, datasets]``. A tie counts as half.
     """
     gap = x[..., :, None, :] - y[..., None, :, :]
     return (gap > 0).mean(axis=(-3, -2, -1)) + 0.5 * (gap == 0).mean(axis=(-3, -2, -1))

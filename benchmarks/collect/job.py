@@ -12,11 +12,15 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
-from benchmarks.collect.online import collect_replay
+from benchmarks.collect.online import OnlineRun, collect_replay
 from benchmarks.collect.options import Options, check_options, env_arguments
 from benchmarks.collect.output import Fields, Output, Parts
-from benchmarks.collect.policies import Behaviour, check_behaviour, load_behaviour
-from benchmarks.collect.rollout import collect_rollouts
+from benchmarks.collect.rollout import (
+    Behaviour,
+    check_behaviour,
+    collect_rollouts,
+    load_behaviour,
+)
 from benchmarks.collect.sac import Settings
 from benchmarks.collect.simulator import Simulator
 from benchmarks.runs import alone_in, versions
@@ -46,6 +50,7 @@ def run_job(options: Options) -> None:
     simulator = Simulator.of(*environment(options, behaviours))
     for behaviour in behaviours:
         check_behaviour(behaviour, simulator)
+    unit = "episodes" if options.episodes else "steps"
     settings: dict[str, Any] = {
         "env_id": simulator.env_id,
         "env_kwargs": simulator.kwargs,
@@ -55,30 +60,24 @@ def run_job(options: Options) -> None:
     if options.online is None:
         settings |= {
             "policies": [[b.name, b.fingerprint] for b in behaviours],
-            "amounts": [
-                {"episodes": amount, "steps": None}
-                if options.episodes
-                else {"episodes": None, "steps": amount}
-                for amount in options.amounts
-            ],
+            "amounts": [{"episodes": None, "steps": None, unit: n} for n in options.amounts],
             "noise": options.noise,
             "stochastic": options.stochastic,
         }
     else:
-        learner = Settings(
-            **({"steps": options.steps[0]} if options.steps else {}),
-            random_steps=options.random_steps,
-        )
+        steps = options.steps[0] if options.steps else Settings.steps
+        learner = Settings(steps, options.random_steps)
         # No number depends on where checkpoints are, but a resumed run has them at the same steps.
         settings |= {"sac": asdict(learner), "part_steps": options.part_steps}
     with alone_in(output.partial, wait=False):
         parts = Parts(output.partial, settings)
-        with progress_bar("episodes" if options.episodes else "steps") as bar:
+        with progress_bar(unit) as bar:
             if options.online is None:
                 cost = ""
                 sources = collect_rollouts(behaviours, simulator, parts, options, bar)
             else:
-                sources, cost = collect_replay(learner, simulator, parts, output, options, bar)
+                run = OnlineRun(learner, simulator, parts, output, options)
+                sources, cost = collect_replay(run, bar)
         fields = parts.fields()
         # After a kill between writing and removing the parts, it exists.
         if not output.path.exists():
@@ -95,21 +94,16 @@ def run_job(options: Options) -> None:
 
 
 def claimable(output: Output, options: Options) -> bool:
-    """Return whether there is something to collect.
-
-    Raises:
-        FileExistsError: The dataset exists or is begun, and ``resume`` is off.
-    """
-    if output.partial.exists():
-        if options.resume:
-            return True
+    """Return whether there is something to collect."""
+    begun, finished = output.partial.exists(), output.path.exists()
+    if options.resume and (begun or finished):
+        return begun
+    if begun:
         raise FileExistsError(
             f"{output.partial} holds the beginning of this dataset; pass --resume to continue, or "
             "delete it"
         )
-    if output.path.exists():
-        if options.resume:
-            return False
+    if finished:
         raise FileExistsError(f"{output.path} exists; delete it or choose another --out")
     if options.online is not None and output.run.exists():
         raise FileExistsError(
@@ -123,10 +117,6 @@ def environment(options: Options, behaviours: Sequence[Behaviour]) -> tuple[str,
     """Return id and arguments of the environment to collect in.
 
     Arguments are those that the policies were trained with, under those of the command line.
-
-    Raises:
-        ValueError: No environment was given, and the policies name none or several; or they were
-            trained with different arguments.
     """
     trained = [b for b in behaviours if b.env_id is not None]
     env_id = options.env

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.progress import Progress
 
 from benchmarks.collect import sac
@@ -25,26 +26,10 @@ _LAST_EPISODES = 10
 _CURVE_POINTS = 400
 
 
-def collect_replay(
-    settings: sac.Settings,
-    simulator: Simulator,
-    parts: Parts,
-    output: Output,
-    options: Options,
-    bar: Progress,
-) -> tuple[list[dict[str, Any]], str]:
-    """Run SAC to its end.
-
-    Returns:
-        The source of the data, and lines on the cost of a step and the folder of the run.
-
-    Raises:
-        FloatingPointError: The learner or the simulator has diverged.
-        OSError: The disk is full; the last checkpoint stays.
-    """
-    run = OnlineRun(settings, simulator, parts, output, options)
+def collect_replay(run: OnlineRun, bar: Progress) -> tuple[list[dict[str, Any]], str]:
+    """Run SAC to its end; return the source of the data, and lines on its cost and its folder."""
     steps_before, since = run.steps, time.perf_counter()
-    task = bar.add_task("sac", total=settings.steps, completed=run.steps, note="")
+    task = bar.add_task("sac", total=run.settings.steps, completed=run.steps, note="")
 
     def report(steps: int, episodes: int, mean: float) -> None:
         speed = (steps - steps_before) / (time.perf_counter() - since)
@@ -52,11 +37,12 @@ def collect_replay(
         bar.update(task, completed=steps, note=note)
 
     run.train(report)
-    source = {"policy": "online SAC run", "episodes": run.episodes, **asdict(settings)}
+    source = {"policy": "online SAC run", "episodes": run.episodes, **asdict(run.settings)}
     cost = f"; {1000 * run.cpu_seconds / run.steps:.1f} CPU-ms per step"
-    return [source], f"{cost}\nlearning curve and policy in {output.run}"
+    return [source], f"{cost}\nlearning curve and policy in {run.output.run}"
 
 
+@dataclass
 class OnlineRun:
     """SAC in one environment, each transition recorded.
 
@@ -64,75 +50,64 @@ class OnlineRun:
     exactly, but an episode starts from its seed, which depends on its number. So a run that was cut
     off repeats what came after its last checkpoint and ends in the same data, bit for bit.
 
-    Args:
-        settings: Settings of the learner.
-        simulator: The environment.
-        parts: Transitions recorded so far.
-        output: The dataset; its folders get the checkpoint, the learning curve and the policy.
-        options: The command line; seed and steps between checkpoints are used.
-
-    Raises:
-        iwsft.checkpoint.CheckpointError: The checkpoint is damaged, or parts are lost.
+    The folders of ``output`` get the checkpoint, the learning curve and the policy. Of the command
+    line, the seed and the steps between checkpoints are used.
     """
 
-    def __init__(
-        self,
-        settings: sac.Settings,
-        simulator: Simulator,
-        parts: Parts,
-        output: Output,
-        options: Options,
-    ) -> None:
-        torch.manual_seed(options.seed)
-        self._simulator, self._settings, self._parts = simulator, settings, parts
-        self._checkpoint, self._folder = output.partial / checkpoint.FOLDER, output.run
-        self._part_steps = options.part_steps
-        self._seeds = episode_seeds(options.seed, settings.steps)
-        self._learner = sac.SAC(simulator, settings)
-        self._replay = sac.Replay(settings.steps, simulator.observation_dim, len(simulator.low))
-        self._unwritten: list[Fields] = []
-        self._returns: list[float] = []
-        self.steps = 0
-        self.episodes = 0
-        self.cpu_seconds = 0.0
+    settings: sac.Settings
+    simulator: Simulator
+    parts: Parts
+    output: Output
+    options: Options
+    steps: int = 0
+    episodes: int = 0
+    cpu_seconds: float = 0.0
+    _unwritten: list[Fields] = field(default_factory=list)
+    _returns: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(self.options.seed)
+        self._checkpoint = self.output.partial / checkpoint.FOLDER
+        self._seeds = episode_seeds(self.options.seed, self.settings.steps)
+        self._learner = sac.SAC(self.simulator, self.settings)
+        actions = len(self.simulator.low)
+        self._replay = sac.Replay(self.settings.steps, self.simulator.observation_dim, actions)
         state = checkpoint.load(self._checkpoint, {})
-        self._parts.keep(0 if state is None else state["parts"])
+        self.parts.keep(0 if state is None else state["parts"])
         if state is not None:
             self._restore(state)
 
     def train(self, report: Report) -> None:
         """Run to the end, see :func:`collect_replay`."""
-        env = self._simulator.make()
-        every = max(1, self._settings.steps // _CURVE_POINTS)
+        env = self.simulator.make()
+        every = max(1, self.settings.steps // _CURVE_POINTS)
         try:
-            with MetricsLog(self._folder, after=self.steps) as log:
-                while self.steps < self._settings.steps:
+            with MetricsLog(self.output.run, after=self.steps) as log:
+                while self.steps < self.settings.steps:
                     self._episode(env, log, every)
                     report(self.steps, self.episodes, float(np.mean(self._returns)))
         finally:
             env.env.close()
-        sac.save_policy(self._folder, self._learner, self._simulator)
+        sac.save_policy(self.output.run, self._learner, self.simulator)
 
     def _episode(self, env: Instance, log: MetricsLog, every: int) -> None:
         """Run one episode, or its first steps if the run ends before."""
         since = time.process_time()
         env.reset(self._seeds[self.episodes])
         ended = False
-        while not ended and self.steps < self._settings.steps:
+        while not ended and self.steps < self.settings.steps:
             now = env.observation
-            random = self.steps < self._settings.random_steps
+            random = self.steps < self.settings.random_steps
             action = self._uniform() if random else self._learner.act(now)
-            if not np.isfinite(action).all():
-                raise FloatingPointError(self._diverged())
+            self._check_finite(action)
             ended, _ = env.step(action)
             self._replay.extend(*env.transition())
             self.steps += 1
             if not random:
-                out = self._learner.update(self._replay.sample(self._settings.batch_size))
+                out = self._learner.update(self._replay.sample(self.settings.batch_size))
                 if self.steps % every == 0:
                     row = {name: float(value) for name, value in out.items()}
-                    if not np.isfinite(row["loss_qvalue"]):
-                        raise FloatingPointError(self._diverged())
+                    self._check_finite(row["loss_qvalue"])
                     mean = float(np.mean(self._returns)) if self._returns else float("nan")
                     spent = self.cpu_seconds + time.process_time() - since
                     log.write(
@@ -147,21 +122,21 @@ class OnlineRun:
         self.episodes += 1
         self.cpu_seconds += time.process_time() - since
         unwritten = sum(len(part["rewards"]) for part in self._unwritten)
-        if unwritten >= self._part_steps or self.steps == self._settings.steps:
+        if unwritten >= self.options.part_steps or self.steps == self.settings.steps:
             self._save()
 
     def _uniform(self) -> Any:
-        low, high = self._simulator.low, self._simulator.high
+        low, high = self.simulator.low, self.simulator.high
         return low + (high - low) * torch.rand(len(low)).numpy()
 
     def _save(self) -> None:
         """Write the part first, then the checkpoint that counts it."""
-        self._parts.append(self._unwritten, {})
+        self.parts.append(self._unwritten, {})
         self._unwritten = []
         state = {
             "learner": self._learner.state_dict(),
             "draws": torch.get_rng_state(),
-            "parts": len(self._parts),
+            "parts": len(self.parts),
             "steps": self.steps,
             "episodes": self.episodes,
             "returns": self._returns,
@@ -173,13 +148,15 @@ class OnlineRun:
         self._learner.load_state_dict(state["learner"])
         self.steps, self.episodes = state["steps"], state["episodes"]
         self._returns, self.cpu_seconds = state["returns"], state["cpu_seconds"]
-        fields = self._parts.fields()
+        fields = self.parts.fields()
         columns = ("observations", "actions", "rewards", "terminals", "next_observations")
         self._replay.extend(*(fields[name] for name in columns))
         torch.set_rng_state(state["draws"])
 
-    def _diverged(self) -> str:
-        return (
+    def _check_finite(self, values: NDArray[Any] | float) -> None:
+        if np.isfinite(values).all():
+            return
+        raise FloatingPointError(
             f"SAC has diverged at step {self.steps}: its actions or its loss are not finite; look "
             "at the rewards of the environment, or choose another --seed. The last checkpoint "
             "is kept"

@@ -58,11 +58,7 @@ class Options:
 
 
 def check_options(options: Options) -> None:
-    """Check options that do not need the policies or the environment.
-
-    Raises:
-        ValueError: An option is out of range or does not fit the others.
-    """
+    """Check options that do not need the policies or the environment."""
     if bool(options.policy) == (options.online is not None):
         raise ValueError("give either --policy (one or several) or --online sac")
     check_at_least(0, seed=options.seed)
@@ -94,11 +90,7 @@ def check_options(options: Options) -> None:
 
 
 def env_arguments(options: Options) -> dict[str, Any]:
-    """Return the environment's keyword arguments; a VALUE that is not a literal is a string.
-
-    Raises:
-        ValueError: An argument has no ``=``, or no name before it.
-    """
+    """Return the environment's keyword arguments; a VALUE that is not a literal is a string."""
     arguments: dict[str, Any] = {}
     for argument in options.env_arg:
         name, equals, value = argument.partition("=")

@@ -27,23 +27,14 @@ _SUFFIXES = (".hdf5", ".h5")
 
 @dataclass(frozen=True)
 class Output:
-    """The dataset of ``--out``.
+    """The dataset of ``--out``."""
 
-    Attributes:
-        name: Name for ``datasets.load``.
-        path: The file, or the folder in Minari's store.
-    """
-
-    name: str
-    path: Path
+    name: str  # for ``datasets.load``
+    path: Path  # the file, or the folder in Minari's store
 
     @classmethod
     def of(cls, out: str) -> Output:
-        """Read ``--out``.
-
-        Raises:
-            ValueError: It is neither a name ending in .hdf5 or .h5, nor ``minari:`` and an id.
-        """
+        """Read ``--out``."""
         if out.startswith(_MINARI):
             return cls(out, write.minari_folder(out.removeprefix(_MINARI)))
         path = Path(out).expanduser()
@@ -78,12 +69,7 @@ class Output:
 class Parts:
     """The parts of a dataset collected so far: files of whole episodes, in their order.
 
-    Args:
-        folder: Folder of the parts; it is made if it is missing.
-        settings: Plain values that all parts must have been made with.
-
-    Raises:
-        iwsft.checkpoint.CheckpointError: The folder has parts of other settings, or a damaged file.
+    All parts must have been made with the same settings, which are plain values.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
@@ -116,11 +102,7 @@ class Parts:
         return json.loads(str(_read(paths[-1])["progress"])) if paths else None
 
     def keep(self, count: int) -> None:
-        """Delete all parts but the first ``count``.
-
-        Raises:
-            iwsft.checkpoint.CheckpointError: There are fewer.
-        """
+        """Delete all parts but the first ``count``."""
         paths = self._paths()
         if len(paths) < count:
             raise CheckpointError(

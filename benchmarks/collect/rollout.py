@@ -1,4 +1,4 @@
-"""Roll-outs of policies, in groups of episodes side by side.
+"""The policies of ``--policy`` and their roll-outs, in groups of episodes side by side.
 
 A group is a function of its policy and of its episodes' seeds, and it is collected whole or not at
 all. So a collection that was cut off ends in the same data.
@@ -6,23 +6,105 @@ all. So a collection that was cut off ends in the same data.
 
 from __future__ import annotations
 
+import importlib
 import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.progress import Progress
+from tensordict.nn import TensorDictModuleBase
 from torchrl.envs.utils import ExplorationType
 
-from benchmarks.collect.options import Options
+from benchmarks.collect import sac
+from benchmarks.collect.options import RANDOM, Options
 from benchmarks.collect.output import Fields, Parts
-from benchmarks.collect.policies import Behaviour
 from benchmarks.collect.simulator import Instance, Simulator
-from iwsft.acting import ROWS, PolicyInputs
+from iwsft.acting import ROWS, PolicyInputs, act, acting, check_keys, check_sizes
 from iwsft.evaluation import episode_seeds
+from iwsft.fingerprint import fingerprint
 
 # Separates the seeds of noise from those of environments.
 _NOISE = 1
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """A policy that collects data, named as on the command line."""
+
+    name: str
+    policy: TensorDictModuleBase | None  # None for uniform actions
+    # The environment that it was trained in, if known.
+    env_id: str | None = None
+    env_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of its parameters and buffers."""
+        return "" if self.policy is None else fingerprint(dict(self.policy.state_dict()))
+
+
+def load_behaviour(name: str) -> Behaviour:
+    """Load a policy of ``--policy`` on the CPU."""
+    if name == RANDOM:
+        return Behaviour(name, None)
+    folder = Path(name).expanduser()
+    policy: TensorDictModuleBase
+    env_id: str | None = None
+    env_kwargs: dict[str, Any] = {}
+    if (folder / sac.POLICY).is_dir():
+        policy, env_id, env_kwargs = sac.load_policy(folder)
+    elif folder.is_dir():
+        from benchmarks.d4rl.policies import load_policy
+
+        policy, env_id, env_kwargs = load_policy(folder)
+    elif ":" in name:
+        policy = _of_callable(name)
+    else:
+        raise ValueError(
+            f"--policy {name}: no folder of that name; give the folder of a finished run, "
+            f"MODULE:CALLABLE, or {RANDOM!r}"
+        )
+    check_keys(policy, name=f"--policy {name}")
+    return Behaviour(name, policy.cpu(), env_id, env_kwargs)
+
+
+def _of_callable(name: str) -> TensorDictModuleBase:
+    module, _, attribute = name.rpartition(":")
+    try:
+        make = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"--policy {name}: {error}; MODULE is imported from the current folder or from what is "
+            "installed"
+        ) from error
+    try:
+        policy = make()
+    except TypeError as error:
+        raise ValueError(f"--policy {name} is called without arguments: {error}") from error
+    if not isinstance(policy, TensorDictModuleBase):
+        raise ValueError(
+            f"--policy {name} gave {type(policy).__name__}; called without arguments, it must "
+            "return a TensorDictModule"
+        )
+    return policy
+
+
+def check_behaviour(behaviour: Behaviour, simulator: Simulator) -> None:
+    """Check a policy by calling it once."""
+    if behaviour.policy is not None:
+        with acting(behaviour.policy):
+            check_sizes(
+                behaviour.policy,
+                np.zeros(simulator.observation_dim, np.float32),
+                simulator.low.shape,
+                simulator.env_id,
+                name=f"--policy {behaviour.name}",
+            )
 
 
 def collect_rollouts(
@@ -39,10 +121,6 @@ def collect_rollouts(
 
     Returns:
         The sources of the data, one for each policy.
-
-    Raises:
-        FloatingPointError: An action, an observation or a reward is not finite.
-        OSError: The disk is full; the parts written stay.
     """
     before = parts.progress() or {}
     episodes = before.get("episodes", [0] * len(behaviours))
@@ -63,7 +141,8 @@ def collect_rollouts(
                 envs += [simulator.make() for _ in range(size - len(envs))]
                 first = sum(episodes)
                 seeds = episode_seeds(options.seed, first + size)[first:]
-                with behaviour.acting(mode):
+                policy = behaviour.policy
+                with nullcontext() if policy is None else acting(policy, mode):
                     group = roll_out(behaviour, envs[:size], seeds, noise=options.noise)
                 unwritten += group
                 episodes[i] += size
@@ -107,7 +186,9 @@ def roll_out(
     running = list(range(len(envs)))
     while running:
         if behaviour.policy is not None:
-            actions = behaviour.act(seen)
+            # Recorded as float32.
+            name = f"--policy {behaviour.name}"
+            actions = act(behaviour.policy, seen, name=name).astype(np.float32)
         for row in tuple(running):
             if behaviour.policy is None:
                 action = generators[row].uniform(simulator.low, simulator.high).astype(np.float32)

@@ -32,23 +32,14 @@ _HIDDEN = (256, 256)
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a run; the defaults are those of D4RL's medium-replay sets.
+    """Settings of a run; the defaults are those of D4RL's medium-replay sets."""
 
-    Attributes:
-        steps: Steps of the environment.
-        random_steps: Number of first steps with uniform actions and no updates.
-        batch_size: Transitions of an update.
-        lr: Learning rate of Adam, for all networks and the temperature.
-        gamma: Discount factor.
-        tau: Share of the Q-networks in their targets' moving average.
-    """
-
-    steps: int = 400_000
-    random_steps: int = 10_000
-    batch_size: int = 256
-    lr: float = 3e-4
-    gamma: float = 0.99
-    tau: float = 0.005
+    steps: int = 400_000  # of the environment
+    random_steps: int = 10_000  # first steps, with uniform actions and no updates
+    batch_size: int = 256  # transitions of an update
+    lr: float = 3e-4  # of Adam, for all networks and the temperature
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # share of the Q-networks in their targets' moving average
 
 
 class _SACLoss(SACLoss):
@@ -63,12 +54,7 @@ class _SACLoss(SACLoss):
 
 
 class SAC:
-    """Networks, targets and optimizer of SAC.
-
-    Args:
-        simulator: Environment whose sizes and bounds the networks have.
-        settings: Settings of the run.
-    """
+    """Networks, targets and optimizer of SAC, of the environment's sizes and bounds."""
 
     def __init__(self, simulator: Simulator, settings: Settings) -> None:
         actions = len(simulator.low)
@@ -114,13 +100,7 @@ class SAC:
 
 
 class Replay:
-    """All transitions, each in one row, so that a batch takes one look-up.
-
-    Args:
-        capacity: Largest number of transitions.
-        observation_dim: Size of the observation.
-        action_dim: Size of the action.
-    """
+    """All transitions, each in one row, so that a batch takes one look-up."""
 
     def __init__(self, capacity: int, observation_dim: int, action_dim: int) -> None:
         self._widths = [observation_dim, action_dim, 1, 1, observation_dim]
@@ -142,15 +122,9 @@ class Replay:
         now, action, reward, terminal, then = columns
         terminated = terminal.bool()
         batch = TensorDict({OBSERVATION: now, ACTION: action}, [batch_size])
-        for key, value in (
-            (REWARD, reward),
-            (TERMINATED, terminated),
-            # Only a terminal stops the bootstrap; after a timeout the episode could continue.
-            (DONE, terminated),
-            (NEXT_OBSERVATION, then),
-        ):
-            batch.set(key, value)
-        return batch
+        batch.set(REWARD, reward).set(NEXT_OBSERVATION, then)
+        # Only a terminal stops the bootstrap; after a timeout the episode could continue.
+        return batch.set(TERMINATED, terminated).set(DONE, terminated)
 
 
 def actor(observation_dim: int, low: Tensor, high: Tensor) -> ProbabilisticActor:
@@ -189,12 +163,7 @@ def save_policy(folder: Path, learner: SAC, simulator: Simulator) -> None:
 
 
 def load_policy(folder: Path) -> tuple[ProbabilisticActor, str, dict[str, Any]]:
-    """Return the policy of a finished run, and id and arguments of its environment.
-
-    Raises:
-        FileNotFoundError: There is no policy.
-        iwsft.checkpoint.CheckpointError: The file is damaged.
-    """
+    """Return the policy of a finished run, and id and arguments of its environment."""
     content = checkpoint.load(folder / POLICY, {})
     if content is None:
         raise FileNotFoundError(f"no policy in {folder / POLICY}; the run is not finished")

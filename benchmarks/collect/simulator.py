@@ -15,34 +15,20 @@ from iwsft import environments
 
 @dataclass(frozen=True)
 class Simulator:
-    """An environment, described so that instances of it can be made.
+    """An environment, described so that instances of it can be made."""
 
-    Attributes:
-        env_id: Full id, as :func:`iwsft.environments.make` takes it.
-        kwargs: Keyword arguments of the environment.
-        max_episode_steps: Steps after which an episode is cut.
-        observation_dim: Size of the flattened observation.
-        low: Lower bounds of the actions, float32 ``[act]``.
-        high: Upper bounds of the actions, float32 ``[act]``.
-        versions: Versions of the packages that decide its numbers.
-    """
-
-    env_id: str
+    env_id: str  # full id, as ``iwsft.environments.make`` takes it
     kwargs: dict[str, Any]
     max_episode_steps: int
-    observation_dim: int
+    observation_dim: int  # of the flattened observation
+    # Bounds of the actions ``[act]``.
     low: NDArray[np.float32]
     high: NDArray[np.float32]
-    versions: dict[str, str]
+    versions: dict[str, str]  # of the packages that decide its numbers
 
     @classmethod
     def of(cls, env_id: str, kwargs: dict[str, Any]) -> Simulator:
-        """Describe an environment after making it once.
-
-        Raises:
-            ValueError: The environment is unknown or does not take the arguments, its spaces are
-                not vectors, its actions are unbounded, or its episodes may never end.
-        """
+        """Describe an environment after making it once."""
         try:
             env = environments.make(env_id, **kwargs)
         except TypeError as error:
@@ -78,11 +64,7 @@ class Simulator:
 
 @dataclass
 class Instance:
-    """One environment and the record of the episode that runs in it.
-
-    Attributes:
-        observation: The current observation, float32 ``[obs]``.
-    """
+    """One environment, its current observation, and the record of the episode that runs in it."""
 
     env: gym.Env[Any, Any]
     flatten: environments.Flatten
@@ -101,13 +83,7 @@ class Instance:
         """Take one step with the action clipped to the bounds.
 
         The environment gets the float32 action that is recorded, so that replaying the record gives
-        the same rewards.
-
-        Returns:
-            Whether the episode ended, and the reward.
-
-        Raises:
-            FloatingPointError: The environment gave a number that is not finite.
+        the same rewards. Return whether the episode ended, and the reward.
         """
         taken = np.clip(action, self.simulator.low, self.simulator.high)
         following, raw_reward, terminated, truncated, info = self.env.step(
@@ -135,11 +111,7 @@ class Instance:
         return tuple(np.asarray(x)[None] for x in (now, action, reward, terminated, after))
 
     def episode(self, *, cut: bool = False) -> Fields:
-        """Return the record since the reset.
-
-        Args:
-            cut: Whether the last step counts as a timeout.
-        """
+        """Return the record since the reset; with ``cut`` the last step counts as a timeout."""
         now, actions, rewards, then, terminals, timeouts = zip(*self._steps, strict=True)
         fields = {
             "observations": np.stack(now),

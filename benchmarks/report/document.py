@@ -92,6 +92,16 @@ class Document:
             self.images[name] = image.getvalue()
             self._blocks += [f"![{caption}]({name})", caption, self._made]
 
+    def provenance(self, runs: Sequence[FinishedRun]) -> None:
+        """Add versions, hardware and commands of these runs."""
+        commands = distinct(shareable(run.config.get("command", "")) for run in runs)
+        self.text("Versions:")
+        self.bullets(versions(runs) or ["not recorded"])
+        self.text("Hardware:")
+        self.bullets(hardware(runs) or ["not recorded"])
+        self.text("Commands, without the folders of absolute paths:")
+        self.text("\n".join(["```", *(commands or ["not recorded"]), "```"]))
+
     def markdown(self, title: str) -> str:
         """The whole page in GitHub's markdown, with its contents."""
         sections = {name: blocks for name, blocks in self._sections.items() if blocks}

@@ -1,4 +1,4 @@
-"""Figures of control runs: scores, cost, and training over updates; what all figures share."""
+"""Figures of control runs: scores, cost, training, weights; what all figures share."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from benchmarks.report.scores import (
     dataset_label,
     datasets,
 )
+from benchmarks.report.tables import WeightRow, last_weights
 from benchmarks.results import FinishedRun
 from benchmarks.statistics import MIN_SEEDS, bootstrap_interval
 
@@ -258,6 +259,45 @@ def draw_weight_quantiles(group: Sequence[Cell]) -> Figure | None:
         Line2D([], [], color="0.35", alpha=0.2, lw=8, label="5 to 95 %"),
     ]
     add_legend(figure, grey)
+    return figure
+
+
+def draw_sweep(rows: Sequence[WeightRow]) -> Figure | None:
+    """Draw scores against the effective sample size at the end, one panel for each dataset.
+
+    The dashed line is the same algorithm without weights; several lines in a panel are named.
+    """
+    weighted = [(setting, c) for setting, c in rows if setting and last_weights(c, "ESS")]
+    plain = [cell for setting, cell in rows if not setting]
+    if not weighted:
+        return None
+    names = datasets(c for setting, c in rows if not setting or last_weights(c, "ESS"))
+    figure, axes = make_panels(names, height=3.4)
+    for cell in plain:
+        ax = axes[cell.dataset]
+        ax.axhline(cell.mean, color=choose_colours([cell])[cell.algo], lw=1.2, ls="--")
+        if sum(other.dataset == cell.dataset for other in plain) > 1:
+            at = ax.get_yaxis_transform()
+            ax.text(0.99, cell.mean, algorithm_label(cell.algo), transform=at, ha="right")
+    for setting, cell in weighted:
+        ax = axes[cell.dataset]
+        ess = float(np.mean(last_weights(cell, "ESS")))
+        plot_mean(ax, ess, cell, "#1f63a8" if setting.target_ess else "#d1440c")
+        panel = [other for other, c in weighted if c.dataset == cell.dataset]
+        target = setting.target_ess
+        words = f"ESS {target:g}" if target else f"k {setting.temperature:g}"
+        # The lag is named only where the panel has several.
+        if len({other.lag for other in panel}) > 1:
+            words = f"{words}, {setting.lag}"
+        # Where the panel has two sweeps, the variant tells which is which.
+        if panel.count(setting) > 1:
+            words = cell.algo.rpartition("/")[0] or words
+        ax.annotate(words, (ess, cell.mean), xytext=(6, 5), textcoords="offset points", fontsize=8)
+        ax.set_xlabel("effective sample size at the end (share of the data)")
+        ax.set_ylabel(UNIT[cell.score_key])
+    for ax in axes.values():
+        ax.margins(x=0.25)
+        scale_log(ax)
     return figure
 
 

@@ -9,27 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.report import aggregates as over_datasets
-from benchmarks.report import figures, language, tables, weights
-from benchmarks.report.document import (
-    COMMANDS,
-    Document,
-    distinct,
-    hardware,
-    shareable,
-    to_html,
-    versions,
-)
+from benchmarks.report import figures, language, scores, tables
+from benchmarks.report.document import COMMANDS, Document, hardware, shareable, to_html
 from benchmarks.report.language import Recipe, read_recipes
-from benchmarks.report.scores import (
-    Cell,
-    algorithm_label,
-    base,
-    cells,
-    dataset_label,
-    is_variant,
-    runs_of,
-    uneven,
-)
+from benchmarks.report.scores import Cell, runs_of
 from benchmarks.results import (
     CONTROL,
     FinishedRun,
@@ -67,7 +50,7 @@ def write_report(folder: Path, out: Path) -> Path:
             "`python -m benchmarks.d4rl` and `python -m benchmarks.llm` write it"
         )
     document = Document(shareable(f"python -m benchmarks.report {shlex.quote(str(folder))}"))
-    group = cells(runs)
+    group = scores.cells(runs)
     every_run = [*runs, *(run for recipe in recipes for run in recipe.runs)]
     if group:
         _scores(document, group, unfinished)
@@ -130,7 +113,7 @@ def _scores(document: Document, group: Sequence[Cell], missing: Sequence[Unfinis
         )
     else:
         document.text("The paper has no numbers for these datasets and algorithms.")
-    different = uneven(group)
+    different = scores.uneven(group)
     if different:
         document.text("Read with care: seeds of one row that were not run alike.")
         document.bullets(different)
@@ -153,10 +136,12 @@ def _aggregates(document: Document, group: Sequence[Cell]) -> None:
     tasks, algorithms = aggregates.datasets, aggregates.estimates
     compared = [cell for cell in group if cell.dataset in tasks and cell.algo in algorithms]
     document.section("Over datasets", runs_of(compared))
-    left_out = [f"{algorithm_label(algo)}: {why}" for algo, why in aggregates.left_out.items()]
+    left_out = [
+        f"{scores.algorithm_label(algo)}: {why}" for algo, why in aggregates.left_out.items()
+    ]
     if algorithms:
         document.text(
-            f"Over {', '.join(map(dataset_label, tasks))}: the datasets that all "
+            f"Over {', '.join(map(scores.dataset_label, tasks))}: the datasets that all "
             f"algorithms of this section have with {MIN_SEEDS} seeds or more. As in rliable "
             "(<https://arxiv.org/abs/2108.13264>), with 95 % intervals from a stratified "
             "bootstrap over seeds. The optimality gap is the mean distance below a score of 100. "
@@ -185,10 +170,9 @@ def _aggregates(document: Document, group: Sequence[Cell]) -> None:
             "Performance profiles: share of the runs, over all datasets, that score higher than "
             "the value on the x axis; bands are 95 % intervals. Higher is better.",
         )
-        left_out += [
-            f"{dataset_label(name)}: not all of these algorithms have {MIN_SEEDS} seeds there"
-            for name in aggregates.datasets_left_out
-        ]
+        few = f"not all of these algorithms have {MIN_SEEDS} seeds there"
+        tasks_left_out = map(scores.dataset_label, aggregates.datasets_left_out)
+        left_out += [f"{task}: {few}" for task in tasks_left_out]
     if left_out:
         document.text("Left out of the aggregates:")
         document.bullets(left_out)
@@ -196,11 +180,16 @@ def _aggregates(document: Document, group: Sequence[Cell]) -> None:
 
 def _curves(document: Document, group: Sequence[Cell]) -> None:
     # Variants have figures of their own, together with the algorithms that they are variants of.
-    variants = [cell for cell in group if is_variant(cell.algo)]
-    bases, tasks = {base(cell.algo) for cell in variants}, {cell.dataset for cell in variants}
+    variants = [cell for cell in group if scores.is_variant(cell.algo)]
+    bases, tasks = (
+        {scores.base(cell.algo) for cell in variants},
+        {cell.dataset for cell in variants},
+    )
     parts = {
-        "": [cell for cell in group if not is_variant(cell.algo)],
-        "_variants": [cell for cell in group if base(cell.algo) in bases and cell.dataset in tasks],
+        "": [cell for cell in group if not scores.is_variant(cell.algo)],
+        "_variants": [
+            cell for cell in group if scores.base(cell.algo) in bases and cell.dataset in tasks
+        ],
     }
     for end, part in parts.items():
         if part:
@@ -220,26 +209,26 @@ def _curves(document: Document, group: Sequence[Cell]) -> None:
                 f"{words}Log-likelihood of the batches, value of the critics, and effective sample "
                 "size of the importance weights where they left 1.",
             )
-    weighted = [cell for cell in group if weights.last_weights(cell, "weight_q50")]
+    weighted = [cell for cell in group if tables.last_weights(cell, "weight_q50")]
     document.section("Training and weights", runs_of(weighted))
     caption = "Quantiles of the importance weights, mean over seeds."
     document.figure("weights.png", figures.draw_weight_quantiles(weighted), caption)
     caption = "The weights when they were last looked at, mean over seeds."
-    document.table(weights.weight_grid(weighted), caption)
+    document.table(tables.weight_grid(weighted), caption)
 
 
 def _sweep(document: Document, group: Sequence[Cell]) -> None:
-    rows = weights.swept(group)
+    rows = tables.swept(group)
     document.section("Settings of the weights", runs_of(cell for _, cell in rows))
     document.table(
-        weights.sweep_grid(rows),
+        tables.sweep_grid(rows),
         "Every setting of the weights that was run, with the score and with the weights at the "
         "end, mean over seeds. A setting chosen by its score here has been chosen on the runs "
         "that it is compared on.",
     )
     document.figure(
         "sweep.png",
-        weights.draw_sweep(rows),
+        figures.draw_sweep(rows),
         "Score against the effective sample size at the end: temperatures in orange, target ESS "
         "in blue, 95 % intervals, and the same algorithm with all weights 1 (at the learning rate "
         "published for it) as the dashed line.",
@@ -286,10 +275,4 @@ def _provenance(document: Document, group: Sequence[Cell], recipes: Sequence[Rec
     document.section(COMMANDS, runs_of(group))
     runs = [*runs_of(group), *(run for recipe in recipes for run in recipe.runs)]
     document.table(tables.run_grid(group), "The finished control runs.")
-    document.text("Versions:")
-    document.bullets(versions(runs) or ["not recorded"])
-    document.text("Hardware:")
-    document.bullets(hardware(runs) or ["not recorded"])
-    document.text("Commands, without the folders of absolute paths:")
-    commands = distinct(shareable(run.config.get("command", "")) for run in runs)
-    document.text("\n".join(["```", *(commands or ["not recorded"]), "```"]))
+    document.provenance(runs)

@@ -1,4 +1,4 @@
-"""Tables of control runs: scores and published numbers, cost, settings, missing runs."""
+"""Tables of control runs: scores and published numbers, weights, cost, missing runs."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import functools
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Group
 
 from benchmarks.report.grid import NOTHING, Grid, interval_text
@@ -17,6 +19,7 @@ from benchmarks.report.scores import (
     Cell,
     algorithm_label,
     algorithm_rank,
+    base,
     cells,
     dataset_label,
     interval_over_seeds,
@@ -34,6 +37,20 @@ _SECONDS = {
     "evaluation_cpu_seconds": "of them evaluation",
     "reference_cpu_seconds": "reference",
     "wall_seconds": "wall seconds",
+}
+# Algorithms with weights on trajectories, and the same algorithms with all weights 1.
+_UNWEIGHTED = {"iw-sft": "sft", "iw-sft-q": "sft-q"}
+# What may differ within a sweep: the seed, the weights, and the learning rate, which is published
+# for each algorithm.
+_FREE = ("algo", "seed", "target_ess", "sync_every", "fine_tuning", "settings_from")
+# Metric of a row of metrics.jsonl -> heading.
+_METRICS = {
+    "ESS": "ESS",
+    "weight_q05": "weight, 5 %",
+    "weight_q50": "50 %",
+    "weight_q95": "95 %",
+    "pareto_k": "Pareto k-hat",
+    "weighted_return": "mean return under the weights",
 }
 
 
@@ -184,4 +201,118 @@ def run_grid(group: Sequence[Cell]) -> Grid:
         sources = [run.config.get("settings", {}).get("settings_from") for run in cell.runs]
         row.append(", ".join(dict.fromkeys(filter(None, sources))) or NOTHING)
         grid.rows.append(row)
+    return grid
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Settings with which the weights of a run were made."""
+
+    temperature: float  # factor k of the mean log-ratio; 0 where a target ESS decides it
+    target_ess: float  # effective sample size as a share of the batch; 0 for none
+    sync_every: int  # updates between hard syncs of q; 0 for a moving average
+    alpha: float  # decay of the moving average; 0 for hard syncs
+
+    @property
+    def lag(self) -> str:
+        """How q follows the policy."""
+        return f"sync every {self.sync_every}" if self.sync_every else f"average, {self.alpha:g}"
+
+
+WeightRow = tuple[Setting | None, Cell]
+
+
+def _setting_of(run: FinishedRun) -> Setting | None:
+    """Setting of a run's weights, from its ``config.json``; None where it has none."""
+    settings = run.config.get("settings", {})
+    row = settings.get("fine_tuning")
+    if base(run.algo) not in _UNWEIGHTED or row is None:
+        return None
+    target = settings.get("target_ess") or 0.0
+    by_sync = run.result.get("estimator") == "steps"
+    return Setting(
+        temperature=0.0 if target else row["k"],
+        target_ess=target,
+        sync_every=settings["sync_every"] if by_sync else 0,
+        alpha=0.0 if by_sync else row["alpha"],
+    )
+
+
+def swept(group: Sequence[Cell]) -> list[WeightRow]:
+    """A cell for each dataset, algorithm and setting of the weights, in that order.
+
+    Runs of other data, cuts or steps are a sweep of their own. The same algorithm without weights
+    (setting None), with the learning rate published for it, comes first, where it was run. Sweeps
+    have two settings or more.
+    """
+    sweeps: dict[tuple[str, str, str], dict[tuple[Setting | None, str], Cell]] = {}
+    for cell in group:
+        name = base(cell.algo)
+        plain = _UNWEIGHTED.get(name, name)
+        for run in cell.runs if plain in _UNWEIGHTED.values() else ():
+            setting = _setting_of(run)
+            if setting or name == plain:
+                members = sweeps.setdefault((cell.dataset, plain, _fixed_settings(run)), {})
+                part = members.get((setting, cell.algo), replace(cell, runs=()))
+                members[setting, cell.algo] = replace(part, runs=(*part.runs, run))
+
+    def order(row: WeightRow) -> tuple[Any, ...]:
+        setting, cell = row
+        return (astuple(setting) if setting else (), algorithm_rank(cell.algo))
+
+    rows: list[WeightRow] = []
+    for members in sweeps.values():
+        if len({setting for setting, _ in members if setting}) > 1:
+            rows += sorted(((setting, cell) for (setting, _), cell in members.items()), key=order)
+    return rows
+
+
+def _fixed_settings(run: FinishedRun) -> str:
+    """Settings that a sweep leaves alone."""
+    settings = run.config.get("settings", {})
+    fixed = {name: value for name, value in settings.items() if name not in _FREE}
+    steps = (settings.get("fine_tuning") or {}).get("steps")
+    return json.dumps({**fixed, "steps": steps}, sort_keys=True)
+
+
+def last_weights(cell: Cell, metric: str) -> list[float]:
+    """A metric of the last row that has the weights' quantiles, of each seed that has it."""
+    rows = [[row for row in run.metrics if "weight_q50" in row] for run in cell.runs]
+    return [probes[-1][metric] for probes in rows if probes and metric in probes[-1]]
+
+
+def _last_mean(cell: Cell, metric: str) -> str:
+    values = last_weights(cell, metric)
+    return f"{np.mean(values):.4g}" if values else NOTHING
+
+
+def weight_grid(group: Sequence[Cell]) -> Grid:
+    """Table of the last measured weights: means over the seeds that have the metric."""
+    grid = Grid(["dataset", "algorithm", *_METRICS.values()])
+    for cell in group:
+        if last_weights(cell, "weight_q50"):
+            grid.rows.append([*cell.labels, *(_last_mean(cell, metric) for metric in _METRICS)])
+    return grid
+
+
+def sweep_grid(rows: Sequence[WeightRow]) -> Grid:
+    """Table with a row for each setting of the weights: its score, and its weights at the end."""
+    grid = Grid(
+        ["dataset", "algorithm", "temperature k", "target ESS", "q follows", "seeds", "score"]
+        + ["95 % interval", "ESS", "mean return under the weights"],
+    )
+    for setting, cell in rows:
+        numbers = (setting.temperature, setting.target_ess) if setting else (0.0, 0.0)
+        grid.rows.append(
+            [
+                *cell.labels,
+                *(f"{number:g}" if number else NOTHING for number in numbers),
+                setting.lag if setting else "all weights 1",
+                str(len(cell.runs)),
+                f"{cell.mean:.1f}",
+                grid.marked(interval_text(cell.interval), [] if cell.interval else [FEW_SEEDS]),
+                _last_mean(cell, "ESS"),
+                _last_mean(cell, "weighted_return"),
+            ]
+        )
     return grid

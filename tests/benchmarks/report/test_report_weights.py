@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from benchmarks.report.figures import draw_sweep
 from benchmarks.report.scores import cells
-from benchmarks.report.weights import draw_sweep, sweep_grid, swept
+from benchmarks.report.tables import sweep_grid, swept
 from benchmarks.results import CONTROL, read_runs
 
 if TYPE_CHECKING:
