@@ -14,17 +14,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import tyro
 
+from benchmarks.llm.evaluation.options import Options
 from benchmarks.llm.options import parse
 from benchmarks.runs import ends_as_ctrl_c_does, ends_in_one_line
 
-if TYPE_CHECKING:
-    from benchmarks.llm.evaluation.options import Options as EvaluationOptions
-
-_PROG = "python -m benchmarks.llm"
 _EVALUATION = """Score a language model on MATH-500, AIME, GPQA diamond and GSM8K.
 
 python -m benchmarks.llm evaluate --model runs/my-model --tasks math-500 aime-2024
@@ -46,7 +42,7 @@ def main(words: Sequence[str]) -> None:
         raise SystemExit(status)
 
 
-def evaluate(options: EvaluationOptions) -> None:
+def evaluate(options: Options) -> None:
     """Evaluate and print the table; an error that a user can mend ends it in one line."""
     with ends_in_one_line():
         from benchmarks.llm.evaluation.run import run
@@ -56,18 +52,12 @@ def evaluate(options: EvaluationOptions) -> None:
     show(results)
 
 
-def _command(words: list[str]) -> None:
-    if words[:1] == ["evaluate"]:
-        from benchmarks.llm.evaluation.options import Options as EvaluationOptions
-
-        prog = f"{_PROG} evaluate"
-        evaluate(tyro.cli(EvaluationOptions, args=words[1:], prog=prog, description=_EVALUATION))
-    else:
-        main(words)
-
-
 if __name__ == "__main__":
     # Of several processes one has the last word.
     if os.environ.get("RANK", "0") == "0":
         ends_as_ctrl_c_does()
-    _command(sys.argv[1:])
+    if sys.argv[1:2] == ["evaluate"]:
+        prog = "python -m benchmarks.llm evaluate"
+        evaluate(tyro.cli(Options, args=sys.argv[2:], prog=prog, description=_EVALUATION))
+    else:
+        main(sys.argv[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from safetensors import SafetensorError
 
 from benchmarks.runs import write_json
 from iwsft.files import full_disk_named
@@ -40,6 +42,13 @@ def kept(home: Path, make: Callable[[Path], Mapping[str, Any]], *, remake: str) 
                 notes = make(partial)
                 write_json(partial / RECORD, {**notes, "sha256": _sums(partial)})
                 partial.rename(home)
+        # Its own error of a full disk.
+        except SafetensorError as error:
+            raise OSError(
+                errno.EIO,
+                f"{home} can't be written ({error}); see whether there is space left, and run "
+                "again",
+            ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return home

@@ -146,20 +146,12 @@ def choose(
 ) -> Launch:
     """Choose what to start on this hardware.
 
-    Args:
-        config: Name of a packaged config, an accelerate YAML file, or a DeepSpeed JSON file. A YAML
-            file of the user that gives a number of processes keeps it; otherwise there is one
-            process per GPU, or 2 on the CPU. None takes the config that fits: ``cpu_zero3`` without
-            a GPU, ``multi_node`` on several nodes, else the first of ``zero2``, ``zero3`` and
-            ``zero3_offload`` that the model fits in (``zero3`` where sizes are not known).
-        hardware: This node and its place among others.
-        model: Sizes of the model.
-        setup: How the model is trained; its engine and processes are overwritten.
-
-    Raises:
-        ValueError: If the config is not known, can't be used or can't run on this hardware, or if
-            the model fits in no config.
-        FileNotFoundError: If there is no such file.
+    ``config`` is the name of a packaged config, an accelerate YAML file, or a DeepSpeed JSON file.
+    A YAML file of the user that gives a number of processes keeps it; otherwise there is one
+    process per GPU, or 2 on the CPU. None takes the config that fits: ``cpu_zero3`` without a GPU,
+    ``multi_node`` on several nodes, else the first of ``zero2``, ``zero3`` and ``zero3_offload``
+    that the model fits in (``zero3`` where its sizes are not known). The engine and the processes
+    of ``setup`` are overwritten.
     """
     if config is None:
         config = _fitting_config(hardware, model, setup or Setup())

@@ -9,11 +9,9 @@ carries, so that it needs no network.
 
 from __future__ import annotations
 
-import errno
 import os
 import pickle
 import re
-import shutil
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, distribution, version
 from importlib.util import find_spec
@@ -68,23 +66,20 @@ def load(
     Raises:
         ValueError: If no model or tokenizer loads, weights are damaged or lack a part (such as the
             output layer), the model is not a causal decoder, or the tokenizer is another model's.
-        OSError: As in :func:`locate`.
-        ImportError: As in :func:`locate`.
+        OSError: If there is no such folder or file, or the cache can't be written.
+        ImportError: If a package is missing that contains or reads the model.
     """
     place = locate(name, cache)
     tokenizer = load_tokenizer(place, trust_remote_code=trust_remote_code)
+    options |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    model: Any
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            place,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **options,
+        model, report = AutoModelForCausalLM.from_pretrained(
+            place, output_loading_info=True, **options
         )
     except _UNLOADABLE as error:
         problem = _problem(name, "does not load as a causal language model", error)
         raise ValueError(problem) from error
-    model, report = loaded
     _check_whole(name, report)
     check_decoder(model)
     check_fit(model, tokenizer)
@@ -111,13 +106,6 @@ def locate(name: str, cache: Path | None = None) -> str:
     """Find what ``from_pretrained`` loads: a folder, or a hub id, which is left as it is.
 
     A GGUF file is converted once, into ``cache`` or the cache of the library.
-
-    Raises:
-        FileNotFoundError: If there is no such folder or file.
-        ImportError: If a package is missing that holds or reads the model.
-        ValueError: If a folder has no model or several GGUF files, a file is not a GGUF, a file or
-            its conversion is damaged, or no model can have the name.
-        OSError: If the cache can't be written.
     """
     cache = cache_folder(cache)
     if name == SMOLLM2:
@@ -239,8 +227,9 @@ def _converted(file: Path, cache: Path) -> Path:
 
 
 def _convert(file: Path, home: Path) -> Mapping[str, Any]:
+    model: Any
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
@@ -251,12 +240,7 @@ def _convert(file: Path, home: Path) -> Mapping[str, Any]:
             "that transformers does not read from GGUF; fetch it again, or take the model in "
             "safetensors"
         ) from error
-    model, report = loaded
     _check_whole(file, report)
-    size = sum(tensor.nbytes for tensor in model.state_dict().values())
-    # safetensors tells of a full disk in an error of its own.
-    if shutil.disk_usage(home).free < size:
-        raise OSError(errno.ENOSPC, f"{size / 1e9:.2g} GB are needed", str(home))
     config = model.config
     del config.quantization_config
     config.name_or_path = ""

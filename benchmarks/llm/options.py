@@ -139,21 +139,6 @@ def _check(options: Options, settings: Settings, changed: dict[str, Any]) -> Non
         check_known("algorithm", name, NAMES)
     check_once(algo=options.algo)
     check_seeds(options.seeds)
-    _check_processes(options)
-    check_at_least(1, jobs=options.jobs, log_every=options.log_every, save_every=options.save_every)
-    algorithms = [ALGORITHMS[name] for name in options.algo if name != BASE]
-    for name, value in changed.items():
-        used = _USED.get(name, lambda algorithm, settings: True)
-        if not any(used(algorithm, settings) for algorithm in algorithms):
-            preset = f" with preset {settings.preset!r}" if settings.preset != "recipe" else ""
-            raise ValueError(
-                f"{flag(name)} {value} changes nothing in the algorithms asked for{preset}; leave "
-                "it out"
-            )
-    _check_numbers(settings)
-
-
-def _check_processes(options: Options) -> None:
     config = options.deepspeed
     if config is not None and len(config) > 1:
         raise ValueError(f"--deepspeed {' '.join(config)}: one config, or none to choose one")
@@ -167,6 +152,17 @@ def _check_processes(options: Options) -> None:
         raise ValueError(f"--device {options.device}: cpu or cuda")
     if options.device is not None:
         check_device(options.device)
+    check_at_least(1, jobs=options.jobs, log_every=options.log_every, save_every=options.save_every)
+    algorithms = [ALGORITHMS[name] for name in options.algo if name != BASE]
+    for name, value in changed.items():
+        used = _USED.get(name, lambda algorithm, settings: True)
+        if not any(used(algorithm, settings) for algorithm in algorithms):
+            preset = f" with preset {settings.preset!r}" if settings.preset != "recipe" else ""
+            raise ValueError(
+                f"{flag(name)} {value} changes nothing in the algorithms asked for{preset}; leave "
+                "it out"
+            )
+    _check_numbers(settings)
 
 
 def _check_numbers(settings: Settings) -> None:

@@ -1,23 +1,19 @@
 """Whether an answer is right. Comparisons that hang or crash count as wrong and are counted.
 
-Math-Verify runs in a process of its own, so that a comparison can be ended. The process is this
-module (``python -m ... MODULE:FUNCTION SECONDS BYTES``): it reads pairs from stdin and writes
-verdicts, a line of JSON each.
+Math-Verify runs in a process of its own, so that a comparison can be ended.
 """
 
 from __future__ import annotations
 
-import importlib
-import json
+import multiprocessing
 import os
+import pkgutil
 import re
 import resource
 import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from typing import Any, Literal, Self
 
 from benchmarks.llm.evaluation.answers import normalize_latex, parse_integer, parse_letter
@@ -25,10 +21,6 @@ from benchmarks.llm.evaluation.answers import normalize_latex, parse_integer, pa
 AnswerKind = Literal["math", "integer", "letter"]
 
 _MATH_VERIFY = "benchmarks.llm.evaluation.grading:compare_by_math_verify"
-_START_SECONDS = 120.0
-_MOST_BYTES = 8 * 2**30
-# The process ends itself this much later than its parent would, should the parent be gone.
-_ALARM_SECONDS = 30
 
 
 class Grader:
@@ -41,7 +33,8 @@ class Grader:
 
     def __init__(self, *, seconds: float = 10.0, compare: str = _MATH_VERIFY) -> None:
         self._seconds, self._compare = seconds, compare
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: multiprocessing.process.BaseProcess | None = None
+        self._pipe: Connection[Any, Any] | None = None
         self._verdicts: dict[tuple[str, str], bool] = {}
         self.problems: list[str] = []
 
@@ -66,39 +59,32 @@ class Grader:
             self._verdicts[pair] = self._ask(correct, answer)
         return self._verdicts[pair]
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> Connection[Any, Any]:
         """Start the process where it does not run, and wait until it is ready."""
-        if self._process is not None:
-            return self._process
-        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, self._compare, str(self._seconds), str(_MOST_BYTES)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": paths},
-        )
-        problem = self._read(self._process, _START_SECONDS).get("problem")
-        if problem is not None:
-            self.close()
-            raise ImportError(
-                f"Math-Verify does not load in {self._compare} ({problem}); pip install "
-                "'math-verify[antlr4_13_2]'"
-            )
-        return self._process
+        if self._pipe is None:
+            context = multiprocessing.get_context("spawn")
+            self._pipe, end = context.Pipe()
+            arguments = (end, self._compare, self._seconds)
+            self._process = context.Process(target=_compare_pairs, args=arguments, daemon=True)
+            self._process.start()
+            # So that the pipe closes when the process ends.
+            end.close()
+            problem = self._read(self._pipe, 120.0)[1]
+            if problem is not None:
+                self.close()
+                raise ImportError(
+                    f"Math-Verify does not load in {self._compare} ({problem}); pip install "
+                    "'math-verify[antlr4_13_2]'"
+                )
+        return self._pipe
 
     def close(self) -> None:
         """End the process, also in the middle of a comparison."""
-        if self._process is None:
-            return
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            # The process may not have read all that was written to it.
-            with suppress(BrokenPipeError):
-                pipe.close()
-        self._process = None
+        if self._process is not None and self._pipe is not None:
+            self._process.kill()
+            self._process.join()
+            self._pipe.close()
+        self._process = self._pipe = None
 
     def __enter__(self) -> Self:
         return self
@@ -107,30 +93,26 @@ class Grader:
         self.close()
 
     def _ask(self, correct: str, answer: str) -> bool:
-        process = self.start()
-        assert process.stdin is not None
+        pipe = self.start()
         # The process may have ended since the last comparison.
         with suppress(BrokenPipeError):
-            process.stdin.write(json.dumps([correct, answer]).encode() + b"\n")
-            process.stdin.flush()
-        verdict = self._read(process, self._seconds)
-        if "problem" in verdict:
-            self.problems.append(f"{answer[:60]!r} against {correct[:60]!r}: {verdict['problem']}")
-        return bool(verdict.get("equal"))
+            pipe.send((correct, answer))
+        equal, problem = self._read(pipe, self._seconds)
+        if problem is not None:
+            self.problems.append(f"{answer[:60]!r} against {correct[:60]!r}: {problem}")
+        return equal
 
-    def _read(self, process: subprocess.Popen[bytes], seconds: float) -> dict[str, Any]:
-        """Read a line of JSON; end the process where there is none in time."""
-        assert process.stdout is not None
-        timer = threading.Timer(seconds, process.kill)
-        timer.start()
-        line = process.stdout.readline()
-        in_time = timer.is_alive()
-        timer.cancel()
-        if line:
-            content: dict[str, Any] = json.loads(line)
-            return content
+    def _read(self, pipe: Connection[Any, Any], seconds: float) -> tuple[bool, str | None]:
+        """Read a verdict and its problem; end the process where there is none in time."""
+        problem = f"no verdict in {seconds:g} s"
+        try:
+            if pipe.poll(seconds):
+                verdict: tuple[bool, str | None] = pipe.recv()
+                return verdict
+        except (EOFError, ConnectionError):
+            problem = "the process crashed"
         self.close()
-        return {"problem": "the process crashed" if in_time else f"no verdict in {seconds:g} s"}
+        return False, problem
 
 
 def compare_by_math_verify(correct: str, answer: str) -> bool:
@@ -148,33 +130,32 @@ def compare_by_math_verify(correct: str, answer: str) -> bool:
     return bool(verify(parsed(correct), parsed(answer), timeout_seconds=None))
 
 
-def _answer_until_stdin_ends() -> None:
-    """Compare pairs, as the process of a :class:`Grader`."""
-    place, seconds, most_bytes = sys.argv[1:]
-    # Whatever libraries print goes to stderr, not between the verdicts.
-    verdicts = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    module, _, name = place.partition(":")
+def _compare_pairs(pipe: Connection[Any, Any], place: str, seconds: float) -> None:
+    """Compare pairs until the pipe closes, as the process of a :class:`Grader`."""
+    # Whatever libraries print.
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
     try:
-        compare = getattr(importlib.import_module(module), name)
+        compare = pkgutil.resolve_name(place)
         # Loads what a comparison needs now, so that no comparison's time limit covers it.
         compare("1", "1")
     except ImportError as error:
-        verdicts.write(json.dumps({"problem": str(error)}) + "\n")
+        pipe.send((False, str(error)))
         return
-    resource.setrlimit(resource.RLIMIT_AS, (int(most_bytes), int(most_bytes)))
-    verdicts.write(json.dumps({}) + "\n")
-    for line in sys.stdin:
-        correct, answer = json.loads(line)
-        signal.alarm(int(float(seconds)) + _ALARM_SECONDS)
+    resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
+    pipe.send((True, None))
+    while True:
         try:
-            verdict: dict[str, bool | str] = {"equal": bool(compare(correct, answer))}
+            correct, answer = pipe.recv()
+        except EOFError:
+            return
+        # Ends the process later than its parent does, if the parent is gone.
+        signal.alarm(int(seconds) + 30)
+        try:
+            verdict: tuple[bool, str | None] = bool(compare(correct, answer)), None
         # A model's text may make a comparison raise anything; the next one is compared as well.
         except Exception as error:
-            verdict = {"equal": False, "problem": f"{type(error).__name__}: {error}"[:200]}
+            verdict = False, f"{type(error).__name__}: {error}"[:200]
         signal.alarm(0)
-        verdicts.write(json.dumps(verdict) + "\n")
-
-
-if __name__ == "__main__":
-    _answer_until_stdin_ends()
+        pipe.send(verdict)

@@ -156,14 +156,17 @@ class _Evaluation:
                 Request(self.prompts[name], self.options.max_tokens, self._seed(name, sample))
                 for name, sample in keys
             ]
+            answers = zip(keys, requests, self._answer(model, requests), strict=True)
             batch = [
                 {"id": name, "sample": sample, "seed": request.seed, **answer}
-                for (name, sample), request, answer in zip(
-                    keys, requests, self._answer(model, requests), strict=True
-                )
+                for (name, sample), request, answer in answers
             ]
             new = batch[len(generations) - start :]
-            _append(self.folder / GENERATIONS, new)
+            path = self.folder / GENERATIONS
+            with full_disk_named(path), path.open("ab") as file:
+                file.write("".join(json.dumps(generation) + "\n" for generation in new).encode())
+                file.flush()
+                os.fsync(file.fileno())
             generations += new
             name = self.question_set.task.name
             print(f"{name}  {len(generations)}/{len(self.keys)}", file=sys.stderr)
@@ -240,8 +243,8 @@ def read_generations(folder: Path, keys: Sequence[tuple[str, int]]) -> list[Gene
     generations: list[Generation] = []
     for number, line in enumerate(whole.splitlines()):
         try:
-            generation = json.loads(line)
-            fits = (generation["id"], generation["sample"]) == keys[number]
+            generations.append(json.loads(line))
+            fits = (generations[-1]["id"], generations[-1]["sample"]) == keys[number]
         except (ValueError, LookupError, TypeError):
             fits = False
         if not fits:
@@ -249,16 +252,6 @@ def read_generations(folder: Path, keys: Sequence[tuple[str, int]]) -> list[Gene
                 f"{path}:{number + 1} is not the generation that belongs there; remove it and all "
                 "lines after it, and run again with --resume"
             )
-        generations.append(generation)
     if len(whole) < len(content):
         os.truncate(path, len(whole))
     return generations
-
-
-def _append(path: Path, generations: Sequence[Generation]) -> None:
-    """Append lines to a file; they are on disk afterwards."""
-    data = "".join(json.dumps(generation) + "\n" for generation in generations).encode()
-    with full_disk_named(path), path.open("ab", buffering=0) as file:
-        while data:
-            data = data[file.write(data) :]
-        os.fsync(file.fileno())

@@ -160,12 +160,11 @@ def right_against_wrong(
 
     ``log_probs`` are mean log-probs of a token for each row of the questions, in their order.
 
-    Returns:
-        ``score``: probability that the right one of a right and a wrong solution of a question has
-        the higher log-prob a token (AUC within the question, 1/2 for equal ones), mean over
-        questions; ``interval``, ``n``; ``right_likelier``: share of questions where the mean of the
-        right ones is higher; ``margin``: right minus wrong, nats a token, mean over questions, and
-        ``margin_interval``; ``right_log_prob`` and ``wrong_log_prob``, also means over questions.
+    ``score`` is the probability that the right one of a right and a wrong solution of a question
+    has the higher log-prob per token (AUC within the question, 1/2 for equal ones), mean over
+    questions. ``right_likelier`` is the share of questions where the mean of the right ones is
+    higher; ``margin`` is right minus wrong in nats per token, mean over questions, as are
+    ``right_log_prob`` and ``wrong_log_prob``.
     """
     wins, means = [], []
     ends = np.cumsum([len(question.rows) for question in questions])

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -171,12 +172,12 @@ def test_a_conversion_is_kept_checked_and_made_once(
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_full_disk_is_known_before_it_is_full(
-    small_llama: tuple[LlamaForCausalLM, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_full_disk_leaves_no_half_conversion(
+    small_llama: tuple[LlamaForCausalLM, Path],
+    tmp_path: Path,
+    full_disk: Callable[[int], AbstractContextManager[None]],
 ):
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(OSError, match=r"no space left to write .*gguf-.*free some space"):
+    with full_disk(10_000), pytest.raises(OSError, match="space left"):
         locate(str(small_llama[1]), tmp_path)
     assert not list(tmp_path.glob("gguf-*"))
 

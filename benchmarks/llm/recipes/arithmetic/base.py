@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from safetensors import SafetensorError
 from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
@@ -56,16 +54,6 @@ class BaseSettings:
     warmup: int = 30
     weight_decay: float = 0.1
 
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if value <= 0 and name != "weight_decay":
-                raise ValueError(f"{name}={value} of the base model must be above 0")
-        if self.hidden_size % (2 * self.heads) or self.heads % self.key_value_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} must be a multiple of 2 heads "
-                f"({self.heads} heads), and heads of key_value_heads={self.key_value_heads}"
-            )
-
 
 def base_model(folder: Path, *, seed: int, settings: BaseSettings) -> Path:
     """Train the base model, or find it in the cache; the defaults take 70 seconds of a CPU core.
@@ -79,15 +67,7 @@ def base_model(folder: Path, *, seed: int, settings: BaseSettings) -> Path:
         start = time.process_time()
         model, losses = train(settings, seed)
         spent = time.process_time() - start
-        try:
-            model.save_pretrained(home)
-        except SafetensorError as error:
-            # Its own error for a full disk.
-            raise OSError(
-                errno.EIO,
-                f"the base model can't be written to {home.parent} ({error}); see whether there is "
-                "space left, and run again",
-            ) from error
+        model.save_pretrained(home)
         tokenizer().save_pretrained(home)
         return {
             "settings": asdict(settings),
@@ -181,14 +161,14 @@ def _texts(settings: BaseSettings, seed: int) -> tuple[Tensor, Tensor]:
     texts = mixture(examples, seed)
     prompts = encode([problem.prompt for problem in examples])["input_ids"]
     completions = encode([text + EOS for text in texts])["input_ids"]
-    rows = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-    longest = max(map(len, rows))
-    tokens = torch.full((len(rows), longest), VOCABULARY.index(PAD))
-    labels = torch.full((len(rows), longest), _IGNORED)
-    for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-        tokens[number, : len(row)] = torch.tensor(row)
-        labels[number, len(prompt) : len(row)] = tokens[number, len(prompt) : len(row)]
-    return tokens, labels
+    pairs = list(zip(prompts, completions, strict=True))
+    tokens = [torch.tensor(prompt + completion) for prompt, completion in pairs]
+    labels = [torch.tensor([_IGNORED] * len(prompt) + completion) for prompt, completion in pairs]
+    padding = VOCABULARY.index(PAD)
+    return (
+        nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=padding),
+        nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=_IGNORED),
+    )
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -116,12 +116,10 @@ class ArithmeticRecipe:
     def evaluate(self, model: Any, tokenizer: Any, prepared: Prepared, *, seed: int) -> Evaluation:
         """Let the model solve held-out problems once each.
 
-        Returns:
-            ``score``: share of right answers at temperature 1, the policy's expected score, as the
-            objective has it and the closed forms of ``strategies.py`` predict it; ``interval``
-            (Wilson's) and ``n``; ``greedy``: the same of the likeliest tokens. ``share_*`` is the
-            exact chance of each strategy, ``success_*`` the share of right answers within it,
-            ``parses`` the share of texts in their strategy's form, ``tokens`` their mean length.
+        ``score`` is the share of right answers at temperature 1, the policy's expected score, as
+        the objective has it and the closed forms of ``strategies.py`` predict it; ``greedy`` that
+        of the likeliest tokens. ``share_*`` is the exact chance of each strategy, ``success_*`` the
+        share of right answers within it, ``parses`` the share of texts in their strategy's form.
         """
         del prepared
         held_out = problems(self.held_out, TEST_SEED, "held-out")

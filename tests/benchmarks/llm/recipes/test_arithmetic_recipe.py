@@ -108,13 +108,6 @@ def test_a_full_disk_leaves_no_half_base(
     assert base_model(tmp_path, seed=0, settings=replace(TINY, steps=1)).is_dir()
 
 
-def test_settings_that_cannot_be_trained_are_named() -> None:
-    with pytest.raises(ValueError, match="steps=0"):
-        BaseSettings(steps=0)
-    with pytest.raises(ValueError, match="key_value_heads=3"):
-        BaseSettings(key_value_heads=3)
-
-
 def test_samples_depend_on_their_seed(decoder: Any) -> None:
     asked, tokens = problems(20, 0, "train"), tokenizer()
     first = sample(decoder, tokens, asked, seed=0)
