@@ -137,7 +137,19 @@ def training_arguments(run: Run, algorithm: Algorithm, launch: Launch | None) ->
     """Make the arguments of ``ImportanceWeightedConfig``, and check that they fit the processes."""
     options, settings = run.options, run.options.settings
     processes = 1 if launch is None else launch.processes
-    micro, accumulation = _shares(settings.batch_size, settings.micro_batch_size, processes)
+    own, rest = divmod(settings.batch_size, processes)
+    if rest:
+        raise ValueError(
+            f"--batch-size {settings.batch_size} can't be shared out over {processes} processes; "
+            f"take a multiple of {processes}"
+        )
+    micro = min(settings.micro_batch_size or own, own)
+    accumulation, rest = divmod(own, micro)
+    if rest:
+        raise ValueError(
+            f"--micro-batch-size {micro} does not divide the {own} draws of a process in an update "
+            f"(--batch-size {settings.batch_size}, {processes} processes)"
+        )
     proposal, sync_every = choose_q(algorithm, settings, accumulation * processes)
     on_cpu = (options.own_device if launch is None else launch.device) == "cpu"
     return {
@@ -167,23 +179,6 @@ def training_arguments(run: Run, algorithm: Algorithm, launch: Launch | None) ->
         "run_name": f"{run.dataset} {run}",
         "disable_tqdm": True,
     }
-
-
-def _shares(batch: int, micro: int | None, processes: int) -> tuple[int, int]:
-    """Rows of a micro-batch, and micro-batches of a process in an update."""
-    if batch % processes:
-        raise ValueError(
-            f"--batch-size {batch} can't be shared out over {processes} processes; take a multiple "
-            f"of {processes}"
-        )
-    own = batch // processes
-    micro = min(micro or own, own)
-    if own % micro:
-        raise ValueError(
-            f"--micro-batch-size {micro} does not divide the {own} draws of a process in an update "
-            f"(--batch-size {batch}, {processes} processes)"
-        )
-    return micro, own // micro
 
 
 def _train(

@@ -70,7 +70,7 @@ def load_prompter(options: Options) -> Prompter:
         tokenizer,
         frozenset(stop),
         getattr(config.get_text_config(), "max_position_embeddings", None),
-        None if tokenizer.chat_template else f"{note}, which suits only base models",
+        f"{note}, which suits only base models" if tokenizer.chat_template is None else None,
         getattr(config, "_commit_hash", None) or _digest(Path(name)),
     )
 

@@ -26,7 +26,6 @@ from iwsft.language.generation import Generator, Request
 
 BENCHMARK = "llm-evaluation"
 GENERATIONS, GRADES = "generations.jsonl", "grades.jsonl"
-_FORMATS = {"s1": S1, "tags": TAGS}
 _PACKAGES = ("torch", "transformers", "vllm", "math-verify", "sympy", "latex2sympy2_extended")
 
 
@@ -40,10 +39,7 @@ def run(options: Options) -> list[dict[str, Any]]:
     if len({each.task.name for each in sets}) < len(sets):
         raise ValueError(f"--tasks {' '.join(options.tasks)}: name each task once")
     prompter = load_prompter(options)
-    delimiters = None
-    if options.think_budget is not None:
-        delimiters = _FORMATS[options.think_format].tokens(prompter.tokenizer)
-    evaluations = [_Evaluation(options, each, prompter, delimiters) for each in sets]
+    evaluations = [_Evaluation(options, each, prompter) for each in sets]
     for evaluation in evaluations:
         evaluation.check_context()
     with Grader() as grader:
@@ -86,7 +82,12 @@ class _Evaluation:
     options: Options
     question_set: QuestionSet
     prompter: Prompter
-    delimiters: Delimiters | None
+
+    @cached_property
+    def delimiters(self) -> Delimiters:
+        """The tokens that delimit the thinking."""
+        thinking = S1 if self.options.think_format == "s1" else TAGS
+        return thinking.tokens(self.prompter.tokenizer)
 
     @cached_property
     def prompts(self) -> dict[str, list[int]]:
@@ -130,17 +131,16 @@ class _Evaluation:
 
     def check_context(self) -> None:
         """Check that the longest prompt leaves room for its answer."""
-        if self.prompter.context is None:
-            return
-        new = self.options.max_tokens
-        if self.delimiters is not None and self.options.think_budget is not None:
-            new += self.options.think_budget + overhead(self.delimiters)
+        new, budget = self.options.max_tokens, self.options.think_budget
+        if budget is not None:
+            new += budget + overhead(self.delimiters)
         name, prompt = max(self.prompts.items(), key=lambda item: len(item[1]))
-        if len(prompt) + new > self.prompter.context:
+        context = self.prompter.context
+        if context is not None and len(prompt) + new > context:
             raise ValueError(
                 f"{self.question_set.task.title}: question {name} has {len(prompt)} tokens, and "
-                f"{new} new ones do not fit in the model's context of {self.prompter.context}; "
-                f"lower --max-tokens{'' if self.delimiters is None else ' or --think-budget'}"
+                f"{new} new ones do not fit in the model's context of {context}; "
+                f"lower --max-tokens{'' if budget is None else ' or --think-budget'}"
             )
 
     def generate(self, model: Generator, generations: list[Generation]) -> None:
@@ -178,7 +178,7 @@ class _Evaluation:
             "temperature": options.temperature,
             "top_p": options.top_p,
         }
-        if self.delimiters is None or options.think_budget is None:
+        if options.think_budget is None:
             completions = model.generate(requests, **sampling)
             return [self._generation(each.tokens, each.stop) for each in completions]
         thoughts = think_then_answer(

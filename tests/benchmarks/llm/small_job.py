@@ -8,8 +8,7 @@ from pathlib import Path
 
 from benchmarks.llm.recipes.arithmetic.base import BaseSettings, tokenizer, train
 from benchmarks.llm.recipes.arithmetic.recipe import ArithmeticRecipe
-from benchmarks.llm.recipes.arithmetic.strategies import check, mixture
-from benchmarks.llm.recipes.arithmetic.task import problems
+from benchmarks.llm.recipes.arithmetic.task import check, mixture, problems
 
 RECIPE = replace(ArithmeticRecipe(), name="small", held_out=40)
 ROWS = 200

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from benchmarks.llm.kept import kept
-from benchmarks.llm.recipes.arithmetic.strategies import ANSWER, STRATEGIES, mixture
-from benchmarks.llm.recipes.arithmetic.task import problems
+from benchmarks.llm.recipes.arithmetic.task import ANSWER, STRATEGIES, mixture, problems
 from iwsft.fingerprint import fingerprint
 
 # Tokens of prompt and completion at most; the longest have 33.

@@ -17,14 +17,17 @@ from benchmarks.llm.kept import RECORD
 from benchmarks.llm.models import load
 from benchmarks.llm.recipes import Evaluation, Prepared, Settings
 from benchmarks.llm.recipes.arithmetic.base import CONTEXT, VOCABULARY, BaseSettings, base_model
-from benchmarks.llm.recipes.arithmetic.strategies import (
+from benchmarks.llm.recipes.arithmetic.task import (
     STRATEGIES,
+    Problem,
     Verdict,
     after_rounds,
     check,
     mean_score,
+    parse,
+    problems,
+    split_of,
 )
-from benchmarks.llm.recipes.arithmetic.task import Problem, parse, problems, split_of
 from benchmarks.statistics import wilson_interval
 from iwsft.datasets.text.rows import Row, read
 from iwsft.files import written_whole
@@ -117,7 +120,7 @@ class ArithmeticRecipe:
         """Let the model solve held-out problems once each.
 
         ``score`` is the share of right answers at temperature 1, the policy's expected score, as
-        the objective has it and the closed forms of ``strategies.py`` predict it; ``greedy`` that
+        the objective has it and the closed forms of ``task.py`` predict it; ``greedy`` that
         of the likeliest tokens. ``share_*`` is the exact chance of each strategy, ``success_*`` the
         share of right answers within it, ``parses`` the share of texts in their strategy's form.
         """

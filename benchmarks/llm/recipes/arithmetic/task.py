@@ -1,22 +1,32 @@
-"""Sums of one-digit numbers, and their split into training and held-out problems."""
+"""Sums, three ways to write a solution down, how it is judged, and what filtering does to them.
+
+The paper's bandit (Section 3.5) in language: the first token of a completion pulls the arm. What
+a strategy gets wrong is a coin that its text does not show. Another strategy mends that at once;
+imitating right texts mends it slowly, as a model may learn the answer from the problem itself.
+"""
 
 from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from typing import Literal
 
 import numpy as np
 
 Split = Literal["train", "held-out"]
-
+Shares = Mapping[str, float]
 TERMS = 6
 # Two tens digits, so that somebody who knows the last digit only is right half of the time.
 ANSWERS = range(10, 30)
 _PROMPT = re.compile(r"[1-9]([+-][1-9])*=")
+ANSWER = " Answer: "
+_ANSWER = re.compile(rf".*{re.escape(ANSWER)}(\d+)")
+_STEP = re.compile(r"[+-]\d=\d+")
+_CAREFUL_IS_RIGHT = 0.95
 
 
 @dataclass(frozen=True)
@@ -81,3 +91,152 @@ def _candidates(rng: np.random.Generator, tens: int) -> Iterator[Problem]:
         fits = (totals.min(1) >= 0) & (totals[:, -1] // 10 == tens)
         for row in terms[fits].tolist():
             yield Problem(tuple(row))
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A way to solve.
+
+    ``marker`` is the words its texts begin with, one token; ``share`` how often the mixture that
+    the base model learns chooses it; ``success`` the chance that a text of it ends in the right
+    answer, on any problem; ``write`` writes a completion.
+    """
+
+    marker: str
+    share: float
+    success: float
+    write: Callable[[Problem, np.random.Generator], str]
+
+
+def careful(problem: Problem, rng: np.random.Generator) -> str:
+    """Write every running total; one text in twenty has one slip, which stays in later totals.
+
+    A slip is a lost carry (or borrow) where the step has one, and else a one too many.
+    """
+    values = list(problem.values)
+    if rng.random() >= _CAREFUL_IS_RIGHT:
+        at = int(rng.integers(len(values)))
+        before = problem.terms[0] if at == 0 else values[at - 1]
+        lost = 10 * (before // 10 - values[at] // 10)
+        # A total below 0 would give the slip away.
+        slip = lost if lost and min(values[at:]) + lost >= 0 else 1
+        values[at:] = [value + slip for value in values[at:]]
+    return _text("careful", problem, values, str(values[-1]))
+
+
+def hasty(problem: Problem, rng: np.random.Generator) -> str:
+    """Write last digits only, without carries; the tens digit of the answer is a coin."""
+    digits = [value % 10 for value in problem.values]
+    return _text("hasty", problem, digits, f"{rng.integers(1, 3)}{digits[-1]}")
+
+
+def guess(problem: Problem, rng: np.random.Generator) -> str:
+    """Write no step and any of the twenty possible answers."""
+    return _text("guess", problem, (), str(rng.integers(ANSWERS.start, ANSWERS.stop)))
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "careful": Strategy("Step by step: ", 0.25, _CAREFUL_IS_RIGHT, careful),
+    "hasty": Strategy("Last digits: ", 0.60, 1 / 2, hasty),
+    "guess": Strategy("Guess:", 0.15, 1 / len(ANSWERS), guess),
+}
+
+
+def mixture(problems: Sequence[Problem], seed: int) -> list[str]:
+    """Write a completion for each problem, each by a strategy drawn by the shares."""
+    rng = np.random.default_rng(seed)
+    names, shares = list(STRATEGIES), [strategy.share for strategy in STRATEGIES.values()]
+    chosen = rng.choice(len(names), len(problems), p=shares)
+    return [
+        STRATEGIES[names[index]].write(problem, rng)
+        for index, problem in zip(chosen, problems, strict=True)
+    ]
+
+
+def _text(strategy: str, problem: Problem, totals: Sequence[int], answer: str) -> str:
+    """Marker, terms and totals as on a calculator's tape (``7+8=15-9=6``), and the answer."""
+    tape = ""
+    if totals:
+        steps = zip(problem.terms[1:], totals, strict=True)
+        tape = f"{problem.terms[0]}" + "".join(f"{term:+d}={total}" for term, total in steps)
+    return f"{STRATEGIES[strategy].marker}{tape}{ANSWER}{answer}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the checker says of one completion.
+
+    ``score`` is 1 where the last words are the answer and it is exactly the sum, else 0.
+    ``strategy`` is a name by the first words, or None. ``parses`` tells whether the text has the
+    form of its strategy from the first to the last character, with the problem's own terms; its
+    totals may be wrong. ``shown`` is the share of the problem's running totals that the text has in
+    their place and right.
+    """
+
+    score: int
+    strategy: str | None
+    parses: bool
+    shown: float
+
+    @property
+    def quality(self) -> float:
+        """0 for a wrong answer, else 1/2 to 1 with the share of totals shown.
+
+        A worked-out answer counts more than a lucky one: 1 for a right careful text, 1/2 for a
+        right guess, between them for last digits (a total below 10 is its own last digit).
+        """
+        return self.score * (1 + self.shown) / 2
+
+
+def check(problem: Problem, completion: str) -> Verdict:
+    """Judge a completion, given without its end-of-text token."""
+    answer = _ANSWER.fullmatch(completion)
+    strategy = next(
+        (name for name, way in STRATEGIES.items() if completion.startswith(way.marker)), None
+    )
+    right = (f"{t:+d}={v}" for t, v in zip(problem.terms[1:], problem.values, strict=True))
+    steps = _STEP.findall(completion.partition(ANSWER)[0])
+    agreeing = sum(ours == theirs for ours, theirs in zip(right, steps, strict=False))
+    return Verdict(
+        score=int(answer is not None and answer[1] == str(problem.answer)),
+        strategy=strategy,
+        parses=strategy is not None and bool(_form(problem, strategy).fullmatch(completion)),
+        shown=agreeing / len(problem.values),
+    )
+
+
+@cache
+def _form(problem: Problem, strategy: str) -> re.Pattern[str]:
+    # Guesses write nothing down, last digits are single.
+    total = {"careful": r"\d{1,2}", "hasty": r"\d"}.get(strategy)
+    terms = (f"{re.escape(f'{term:+d}')}={total}" for term in problem.terms[1:])
+    tape = "" if total is None else f"{problem.terms[0]}{''.join(terms)}"
+    return re.compile(f"{re.escape(STRATEGIES[strategy].marker)}{tape}{ANSWER}\\d{{1,2}}")
+
+
+def mean_score(shares: Shares, success: Shares) -> float:
+    """Compute the expected exact match of a policy, sum_i p_i s_i."""
+    return sum(share * success[name] for name, share in shares.items())
+
+
+def after_rounds(shares: Shares, success: Shares, rounds: int) -> dict[str, float]:
+    """Compute the shares after fitting the successes ``rounds`` times: p_i s_i^rounds, normalised.
+
+    Each strategy i is an arm with share p_i and chance of success s_i. The form holds where a
+    strategy stays as good as it was and only the choice among them moves. A model can do better:
+    right texts also teach it to slip less within a strategy.
+
+    One round is SFT in the limit: it copies D+, whose shares are ``p_i s_i / sum_j p_j s_j``.
+    iw-SFT with q = p copies D+ too as long as q = pi_ref; once q has moved there, D+ weighted by
+    q / pi_ref is what the successes of q would be, so each sync of q after a full fit is one more
+    round. With many rounds the best strategy has all.
+    """
+    if rounds < 0:
+        raise ValueError(f"rounds={rounds}; it counts fits, from 0")
+    best = max(success[name] for name, share in shares.items() if share > 0)
+    if best <= 0:
+        raise ValueError("no strategy in use ever succeeds, so D+ is empty")
+    # Relative to the best, which keeps many rounds from vanishing.
+    grown = {name: share * (success[name] / best) ** rounds for name, share in shares.items()}
+    total = sum(grown.values())
+    return {name: share / total for name, share in grown.items()}

@@ -26,8 +26,7 @@ from benchmarks.llm.recipes.arithmetic.recipe import (
     strategy_probabilities,
     to_rows,
 )
-from benchmarks.llm.recipes.arithmetic.strategies import STRATEGIES
-from benchmarks.llm.recipes.arithmetic.task import parse, problems, split_of
+from benchmarks.llm.recipes.arithmetic.task import STRATEGIES, parse, problems, split_of
 from iwsft.datasets.text.rows import Row
 from iwsft.language import correct_only, tokenize
 

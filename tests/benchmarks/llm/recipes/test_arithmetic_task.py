@@ -12,11 +12,13 @@ from scipy import stats
 from transformers import AutoTokenizer
 
 from benchmarks.llm.recipes.arithmetic.base import CONTEXT, VOCABULARY, tokenizer
-from benchmarks.llm.recipes.arithmetic.strategies import STRATEGIES, check, mixture
 from benchmarks.llm.recipes.arithmetic.task import (
     ANSWERS,
+    STRATEGIES,
     TERMS,
     Problem,
+    check,
+    mixture,
     parse,
     problems,
     split_of,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.llm.recipes.arithmetic.strategies import STRATEGIES, after_rounds, mean_score
+from benchmarks.llm.recipes.arithmetic.task import STRATEGIES, after_rounds, mean_score
 
 HALF = {"careful": 0.5, "hasty": 0.5, "guess": 0.0}
 ARMS = {"careful": 1.0, "hasty": 0.5, "guess": 0.0}
