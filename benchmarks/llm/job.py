@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -13,7 +14,7 @@ from transformers import AutoConfig
 
 from benchmarks import places, sweep
 from benchmarks.llm.algorithms import BASE
-from benchmarks.llm.launch import Hardware, Launch, choose, launched, start
+from benchmarks.llm.launch import Hardware, Launch, alone, choose, launched, start
 from benchmarks.llm.memory import DecoderSizes, Setup
 from benchmarks.llm.options import Options
 from benchmarks.llm.recipes import Prepared
@@ -31,19 +32,20 @@ def run_job(options: Options) -> int:
 
     A run that fails is reported, and the others continue; with ``--deepspeed`` it ends the job.
     """
+    started = launched()
+    launch = started or alone(options.own_device)
     runs = [
-        Run(options.recipe, algo, seed, options)
+        Run(options.recipe, algo, seed, options, launch)
         for algo in options.algo
         # The base is the same for all seeds.
         for seed in (options.seeds[:1] if algo == BASE else options.seeds)
     ]
-    launch = launched()
-    if launch is not None:
-        _take_part(runs, launch)
+    if started is not None:
+        _take_part(runs)
         return 0
     if options.deepspeed is not None:
         return _launch(runs, options)
-    unfinished = _claim(runs, None)
+    unfinished = _claim(runs)
     summary = Summary(finished_before=len(runs) - len(unfinished))
     if unfinished:
         # What all seeds share, such as a base model, is made once.
@@ -61,23 +63,23 @@ def run_job(options: Options) -> int:
     return 1 if summary.failed else 0
 
 
-def _claim(runs: Sequence[Run], launch: Launch | None, *, first_node: bool = True) -> list[Run]:
+def _claim(runs: Sequence[Run], *, first_node: bool = True) -> list[Run]:
     """Check that batches can be shared out, and claim the folders; the unfinished runs.
 
     Of several nodes the first one claims.
     """
     for run in runs:
         if run.algorithm is not None:
-            training_arguments(run, run.algorithm, launch)
+            training_arguments(run, run.algorithm)
     if not first_node:
         return list(runs)
-    configs = {run.folder: config_of(run, launch) for run in runs}
+    configs = {run.folder: config_of(run) for run in runs}
     resume = runs[0].options.resume
     unfinished = claim(runs[0].dataset_folder, configs, same=("settings",), resume=resume)
     return [run for run in runs if run.folder in unfinished]
 
 
-def _run_and_show(run: Run, *, threads: int = 1, launch: Launch | None = None) -> None:
+def _run_and_show(run: Run, *, threads: int | None = None) -> None:
     """Train and test one run, perhaps in a process of its own, with lines on the terminal."""
 
     def report(step: int, steps: int, row: dict[str, float]) -> None:
@@ -87,9 +89,9 @@ def _run_and_show(run: Run, *, threads: int = 1, launch: Launch | None = None) -
     def show(seconds: float, *cells: str) -> None:
         tell(_COLUMNS.format(run.algo, run.seed, *cells, f"{seconds:.0f}"))
 
-    if launch is None and run.options.own_device == "cpu":
+    if threads is not None and run.launch.device == "cpu":
         torch.set_num_threads(threads)
-    result = train_and_score(run, report, launch)
+    result = train_and_score(run, report)
     if result is not None:
         show(result["wall_seconds"], "tested", "", "", "", f"{result['score']:.3f}")
 
@@ -104,7 +106,8 @@ def _launch(runs: Sequence[Run], options: Options) -> int:
         launch = _fitting_launch(prepared, runs[0], hardware)
     else:
         launch = choose(options.deepspeed[0] if options.deepspeed else None, hardware)
-    unfinished = _claim(runs, launch, first_node=hardware.node_rank == 0)
+    runs = [replace(run, launch=launch) for run in runs]
+    unfinished = _claim(runs, first_node=hardware.node_rank == 0)
     if unfinished:
         # Once, and not by all processes at a time.
         _show_notes(prepared or prepare(runs[0]))
@@ -132,7 +135,7 @@ def _fitting_launch(prepared: Prepared, run: Run, hardware: Hardware) -> Launch:
     return choose(None, hardware, model=DecoderSizes.of(config), setup=setup)
 
 
-def _take_part(runs: Sequence[Run], launch: Launch) -> None:
+def _take_part(runs: Sequence[Run]) -> None:
     """Do the runs that are not finished, as one of several processes."""
     first = os.environ.get("RANK", "0") == "0"
     unfinished = [run for run in runs if not (run.folder / RESULT).exists()]
@@ -141,7 +144,7 @@ def _take_part(runs: Sequence[Run], launch: Launch) -> None:
     # The base is tested by one process alone, when the others have no more work.
     for run in sorted(unfinished, key=lambda run: run.algo == BASE):
         if first or run.algo != BASE:
-            _run_and_show(run, launch=launch)
+            _run_and_show(run)
     if first and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

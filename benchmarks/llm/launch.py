@@ -258,6 +258,11 @@ def start(launch: Launch, module: str, arguments: Sequence[str]) -> int:
     return 0
 
 
+def alone(device: Literal["cpu", "cuda"]) -> Launch:
+    """Describe a run in this process, for which nothing is started."""
+    return Launch("single", "single", None, False, device, 1)
+
+
 def launched() -> Launch | None:
     """What :func:`start` started this process as; None for a process that was started otherwise."""
     text = os.environ.get(VARIABLE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -90,9 +90,9 @@ class Options:
     """Continue runs that were cut off; finished ones are kept."""
 
     @property
-    def own_device(self) -> str:
+    def own_device(self) -> Literal["cpu", "cuda"]:
         """The device of a run that is one process."""
-        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return "cpu" if self.device == "cpu" or not torch.cuda.is_available() else "cuda"
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,10 @@ from iwsft.trajectory import MULTIPLICITY
 
 @dataclass(frozen=True)
 class Run(runs.Run[Options]):
-    """A run of a language model; its dataset is the recipe."""
+    """A run of a language model: its dataset is the recipe, ``launch`` the processes it runs in."""
 
     benchmark = "llm"
+    launch: Launch
 
     @property
     def algorithm(self) -> Algorithm | None:
@@ -75,7 +76,7 @@ def curated(run: Run, algorithm: Algorithm, prepared: Prepared, tokenizer: Any) 
     return curate(trajectories, cuts=cuts, score=score, seed=run.seed)
 
 
-def config_of(run: Run, launch: Launch | None) -> dict[str, Any]:
+def config_of(run: Run) -> dict[str, Any]:
     """Describe a run for ``config.json``; a resumed run must agree in ``settings``."""
     options = run.options
     settings: dict[str, Any] = {
@@ -92,11 +93,11 @@ def config_of(run: Run, launch: Launch | None) -> dict[str, Any]:
     return {
         **identity_of(run),
         "settings": settings,
-        **engine_of(launch),
+        **engine_of(run),
         "versions": versions(
             ("torch", "tensordict", "torchrl", "transformers", "accelerate", "numpy")
         ),
-        "hardware": hardware(options.own_device if launch is None else launch.device),
+        "hardware": hardware(run.launch.device),
         "command": " ".join(["python -m benchmarks.llm", *sys.argv[1:]]),
     }
 
@@ -107,8 +108,6 @@ def identity_of(run: Run) -> dict[str, Any]:
     return {name: getattr(run, name) for name in names}
 
 
-def engine_of(launch: Launch | None) -> dict[str, Any]:
+def engine_of(run: Run) -> dict[str, Any]:
     """Return what trains, for ``config.json`` and ``result.json``."""
-    if launch is None:
-        return {"engine": "single", "processes": 1}
-    return {"engine": launch.engine_name, "processes": launch.processes}
+    return {"engine": run.launch.engine_name, "processes": run.launch.processes}

@@ -26,7 +26,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging
 
 from benchmarks.llm.algorithms import Algorithm, choose_q
-from benchmarks.llm.launch import Launch, assert_engine
+from benchmarks.llm.launch import assert_engine, launched
 from benchmarks.llm.recipes import Prepared, load_recipe
 from benchmarks.llm.run import Run, curated, engine_of, identity_of, prepare
 from benchmarks.runs import RESULT, alone_in, write_json
@@ -52,13 +52,10 @@ Report = Callable[[int, int, dict[str, float]], None]
 _COST = ("cpu_seconds", "wall_seconds")
 
 
-def train_and_score(
-    run: Run, report: Report, launch: Launch | None = None
-) -> dict[str, Any] | None:
+def train_and_score(run: Run, report: Report) -> dict[str, Any] | None:
     """Train and test one run, whose folder must be claimed.
 
-    Returns the content of ``result.json``; None in all but the first of several processes, which
-    ``launch`` describes.
+    Returns the content of ``result.json``; None in all but the first of several processes.
     """
     # transformers' bars of every load and every note on padding.
     logging.disable_progress_bar()
@@ -73,29 +70,27 @@ def train_and_score(
         model = prepared.model
         if run.algorithm is not None:
             progress = Progress(run.folder, report) if first else None
-            trained = _train(run, run.algorithm, prepared, progress, launch)
+            trained = _train(run, run.algorithm, prepared, progress)
             model = str(run.folder / checkpoint.FOLDER)
-        together = run.algorithm is not None and launch is not None and launch.processes > 1
+        together = run.algorithm is not None and run.launch.processes > 1
         # All make it together, before one tests alone.
         group = _patient_group() if together else None
-        result = _test(run, prepared, model, trained, launch) if first else None
+        result = _test(run, prepared, model, trained) if first else None
         if together:
             torch.distributed.barrier(group=group)
     return result
 
 
-def _test(
-    run: Run, prepared: Prepared, model: str, trained: dict[str, Any], launch: Launch | None
-) -> dict[str, Any]:
+def _test(run: Run, prepared: Prepared, model: str, trained: dict[str, Any]) -> dict[str, Any]:
     """Test a model as it is saved, in one process, and write ``result.json``."""
     start = _now()
-    device = run.options.own_device if launch is None else launch.device
-    spread = {"device_map": "auto"} if launch is not None and device == "cuda" else {}
+    # A model that is trained in shards may be larger than a GPU.
+    sharded = run.launch.engine != "single" and run.launch.device == "cuda"
     with _in_one_process():
         tested: Any
-        tested, tokenizer = run.load(model, **spread)
-        if not spread:
-            tested.to(device)
+        tested, tokenizer = run.load(model, **({"device_map": "auto"} if sharded else {}))
+        if not sharded:
+            tested.to(run.launch.device)
         recipe = load_recipe(run.dataset)
         score = recipe.evaluate(tested.eval(), tokenizer, prepared, seed=run.seed)
     cpu, wall = (_now() - start).tolist()
@@ -107,7 +102,7 @@ def _test(
         "cpu_seconds": trained.get("cpu_seconds", 0.0) + cpu,
         "wall_seconds": trained.get("wall_seconds", 0.0) + wall,
         "evaluation_cpu_seconds": cpu,
-        **engine_of(launch),
+        **engine_of(run),
         "notes": dict(prepared.notes),
     }
     write_json(run.folder / RESULT, result)
@@ -133,10 +128,9 @@ def _patient_group() -> Any:
     return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
 
 
-def training_arguments(run: Run, algorithm: Algorithm, launch: Launch | None) -> dict[str, Any]:
+def training_arguments(run: Run, algorithm: Algorithm) -> dict[str, Any]:
     """Make the arguments of ``ImportanceWeightedConfig``, and check that they fit the processes."""
-    options, settings = run.options, run.options.settings
-    processes = 1 if launch is None else launch.processes
+    options, settings, processes = run.options, run.options.settings, run.launch.processes
     own, rest = divmod(settings.batch_size, processes)
     if rest:
         raise ValueError(
@@ -151,7 +145,7 @@ def training_arguments(run: Run, algorithm: Algorithm, launch: Launch | None) ->
             f"(--batch-size {settings.batch_size}, {processes} processes)"
         )
     proposal, sync_every = choose_q(algorithm, settings, accumulation * processes)
-    on_cpu = (options.own_device if launch is None else launch.device) == "cpu"
+    on_cpu = run.launch.device == "cpu"
     return {
         "output_dir": str(run.folder / CHECKPOINTS),
         "proposal": proposal,
@@ -182,17 +176,13 @@ def training_arguments(run: Run, algorithm: Algorithm, launch: Launch | None) ->
 
 
 def _train(
-    run: Run,
-    algorithm: Algorithm,
-    prepared: Prepared,
-    progress: Progress | None,
-    launch: Launch | None,
+    run: Run, algorithm: Algorithm, prepared: Prepared, progress: Progress | None
 ) -> dict[str, Any]:
     """Train, save the model with its tokenizer, and return what it took for ``result.json``."""
     # Before the model: under ZeRO-3 it is loaded in shards, which these arguments switch on.
-    args = ImportanceWeightedConfig(**training_arguments(run, algorithm, launch))
+    args = ImportanceWeightedConfig(**training_arguments(run, algorithm))
     # DeepSpeed keeps float32 weights of its own.
-    half = args.bf16 and launch is not None and launch.engine == "deepspeed"
+    half = args.bf16 and run.launch.engine == "deepspeed"
     model, tokenizer = run.load(prepared.model, dtype=torch.bfloat16 if half else torch.float32)
     if "pad_token" in prepared.notes:
         tokenizer.pad_token = prepared.notes["pad_token"]
@@ -206,8 +196,8 @@ def _train(
         callbacks=[] if progress is None else [progress],
     )
     trainer.remove_callback(PrinterCallback)
-    if launch is not None:
-        assert_engine(trainer.accelerator, launch)
+    if launched() is not None:
+        assert_engine(trainer.accelerator, run.launch)
     try:
         trainer.train(resume_from_checkpoint=last(run.folder / CHECKPOINTS))
     finally:

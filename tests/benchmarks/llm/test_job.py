@@ -244,27 +244,23 @@ def test_help_shows_the_recipes_own_settings(capsys: pytest.CaptureFixture[str])
     assert all(name in shown for name in RECIPES) and "(default: 22000)" in shown
 
 
-def a_run(settings: Settings) -> Run:
-    return Run("small", "sft", 0, Options(seeds=(0,), settings=settings))
-
-
-def launch(processes: int) -> Launch:
-    return Launch("zero3", "deepspeed", 3, False, "cuda", processes)
+def a_run(settings: Settings, processes: int = 1) -> Run:
+    launch = Launch("zero3", "deepspeed", 3, False, "cuda", processes)
+    return Run("small", "sft", 0, Options(seeds=(0,), settings=settings), launch)
 
 
 def test_a_batch_is_shared_out() -> None:
     settings = Settings(learning_rate=1e-3, batch_size=16, max_steps=3, micro_batch_size=2)
     for processes, accumulation in ((1, 8), (4, 2), (8, 1)):
-        started = None if processes == 1 else launch(processes)
-        arguments = training_arguments(a_run(settings), ALGORITHMS["sft"], started)
+        arguments = training_arguments(a_run(settings, processes), ALGORITHMS["sft"])
         assert arguments["per_device_train_batch_size"] == 2
         assert arguments["gradient_accumulation_steps"] == accumulation
     # A micro-batch is never more than there is.
-    arguments = training_arguments(a_run(settings), ALGORITHMS["sft"], launch(16))
+    arguments = training_arguments(a_run(settings, 16), ALGORITHMS["sft"])
     assert arguments["per_device_train_batch_size"] == 1
     assert arguments["gradient_accumulation_steps"] == 1
     with pytest.raises(ValueError, match="--batch-size 16 can't be shared out over 3 processes"):
-        training_arguments(a_run(settings), ALGORITHMS["sft"], launch(3))
+        training_arguments(a_run(settings, 3), ALGORITHMS["sft"])
 
 
 def test_weights_that_are_compared_are_known_before_a_divided_update() -> None:
