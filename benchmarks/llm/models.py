@@ -72,14 +72,14 @@ def load(
     place = locate(name, cache)
     tokenizer = load_tokenizer(place, trust_remote_code=trust_remote_code)
     options |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    model: Any
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             place, output_loading_info=True, **options
         )
     except _UNLOADABLE as error:
         problem = _problem(name, "does not load as a causal language model", error)
         raise ValueError(problem) from error
+    model, report = loaded
     _check_whole(name, report)
     check_decoder(model)
     check_fit(model, tokenizer)
@@ -227,9 +227,8 @@ def _converted(file: Path, cache: Path) -> Path:
 
 
 def _convert(file: Path, home: Path) -> Mapping[str, Any]:
-    model: Any
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
@@ -240,6 +239,7 @@ def _convert(file: Path, home: Path) -> Mapping[str, Any]:
             "that transformers does not read from GGUF; fetch it again, or take the model in "
             "safetensors"
         ) from error
+    model, report = loaded
     _check_whole(file, report)
     config = model.config
     del config.quantization_config
