@@ -49,16 +49,15 @@ def load(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         return None
     way_out = f"delete its folder {folder} to start afresh"
     content = read(path, way_out)
-    try:
-        state, stored = content["state"], json.loads(content["settings"])
-    except CORRUPT as error:
-        raise CheckpointError(_corrupt(path, error, way_out)) from error
-    differ = differences(stored, settings)
+    if content.keys() != {"state", "settings"}:
+        raise CheckpointError(f"{path} is corrupt (it holds {list(content)}); {way_out}")
+    differ = differences(json.loads(content["settings"]), settings)
     if differ:
         raise CheckpointError(
             f"{path} belongs to a run with other settings: {differ}; run with those, or choose "
             "another --out"
         )
+    state: dict[str, Any] = content["state"]
     return state
 
 
@@ -92,12 +91,10 @@ def read(path: Path, way_out: str) -> dict[str, Any]:
             io.BytesIO(data), map_location="cpu", weights_only=True
         )
     except CORRUPT as error:
-        raise CheckpointError(_corrupt(path, error, way_out)) from error
+        raise CheckpointError(
+            f"{path} is corrupt ({type(error).__name__}: {error}); {way_out}"
+        ) from error
     return content
-
-
-def _corrupt(path: Path, error: Exception, way_out: str) -> str:
-    return f"{path} is corrupt ({type(error).__name__}: {error}); {way_out}"
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

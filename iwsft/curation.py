@@ -128,8 +128,13 @@ def trajectory_scores(trajectories: TensorDictBase, score: Score) -> Tensor:
         scores = trajectory_returns(trajectories)
     elif score == "length":
         scores = Segments.of(trajectories).lengths[: len(sizes)].double()
+    elif score in trajectories.keys(True, True):
+        scores = per_trajectory(trajectories, score).double()
     else:
-        scores = _stored(trajectories, score)
+        names = ["return", "length", *map(_name, trajectories.keys(True, True))]
+        close = difflib.get_close_matches(_name(score), names, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise KeyError(f"score {_name(score)} is unknown; {hint}There are {', '.join(names)}")
     bad = (~scores.isfinite()).nonzero()
     if len(bad):
         first = int(bad[0])
@@ -149,14 +154,24 @@ def _count_survived(scores: Tensor, cuts: Sequence[float], ties: Ties, seed: int
     if ties == "rank":
         survived = _cut_by_rank(scores, cuts, seed)
     else:
-        survived = _cut_by_percentile(scores, cuts, ties)
+        thresholds = torch.as_tensor(np.percentile(scores.numpy(), cuts))[:, None]
+        survived = scores > thresholds if ties == ">" else scores >= thresholds
+        # A cut at 0 keeps all, but ">" would drop the least score, which is the 0th percentile.
+        survived |= (torch.tensor(cuts) == 0)[:, None]
     if not bool(survived.any()):
         raise ValueError(f"the curated set is empty: {_keeps_none(min(cuts), ties, scores)}")
     for cut, row in zip(cuts, survived, strict=True):
         if not bool(row.any()):
             warnings.warn(_keeps_none(cut, ties, scores), UserWarning, stacklevel=3)
         elif ties == ">=" and cut > 0 and len(scores) > 1 and bool(row.all()):
-            warnings.warn(_keeps_all(cut, scores), UserWarning, stacklevel=3)
+            at_bottom = int((scores == scores.min()).sum())
+            warnings.warn(
+                f"cut {cut} with ties='>=' keeps all {len(scores)} trajectories: {at_bottom} of "
+                f"the scores are the minimum ({float(scores.min()):.6g}); pass ties='>' or "
+                "ties='rank'",
+                UserWarning,
+                stacklevel=3,
+            )
     return survived.sum(0)
 
 
@@ -194,13 +209,6 @@ def _warn_of_chance(scores: Tensor, survivors: Tensor, cut: float) -> None:
         )
 
 
-def _cut_by_percentile(scores: Tensor, cuts: Sequence[float], ties: Ties) -> Tensor:
-    thresholds = torch.as_tensor(np.percentile(scores.numpy(), cuts))[:, None]
-    above = scores > thresholds if ties == ">" else scores >= thresholds
-    # A cut at 0 keeps all, but ">" would drop the least score, which is the 0th percentile.
-    return above | (torch.tensor(cuts) == 0)[:, None]
-
-
 def _keeps_none(cut: float, ties: Ties, scores: Tensor) -> str:
     at_top = int((scores == scores.max()).sum())
     least, quarter, middle, upper, most = np.percentile(scores.numpy(), (0, 25, 50, 75, 100))
@@ -209,24 +217,6 @@ def _keeps_none(cut: float, ties: Ties, scores: Tensor) -> str:
         f"the maximum (quantiles 0/25/50/75/100: {least:.6g}, {quarter:.6g}, {middle:.6g}, "
         f"{upper:.6g}, {most:.6g}); pass ties='rank' or '>=', or lower cuts"
     )
-
-
-def _keeps_all(cut: float, scores: Tensor) -> str:
-    at_bottom = int((scores == scores.min()).sum())
-    return (
-        f"cut {cut} with ties='>=' keeps all {len(scores)} trajectories: {at_bottom} of the scores "
-        f"are the minimum ({float(scores.min()):.6g}); pass ties='>' or ties='rank'"
-    )
-
-
-def _stored(packed: TensorDictBase, key: str | tuple[str, ...]) -> Tensor:
-    leaves = packed.keys(True, True)
-    if key not in leaves:
-        names = ["return", "length", *(_name(leaf) for leaf in leaves)]
-        close = difflib.get_close_matches(_name(key), names, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise KeyError(f"score {_name(key)} is unknown; {hint}There are {', '.join(names)}")
-    return per_trajectory(packed, key).double()
 
 
 def _check_cuts(cuts: Sequence[float]) -> None:

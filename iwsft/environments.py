@@ -70,14 +70,9 @@ def _make(env_id: str, kwargs: Mapping[str, Any]) -> gym.Env[Any, Any]:
                 ) from None
         except DeprecatedEnv as error:
             raise ValueError(f"{error} {_nearest(env_id)}") from error
-        except DependencyNotInstalled as error:
-            raise ImportError(
-                f"environment {env_id!r} cannot be made: {error} {_INSTALL}"
-            ) from error
-        except ImportError as error:
-            raise ImportError(
-                f"environment {env_id!r} cannot be made: {error} {_nearest(env_id)}"
-            ) from error
+        except (DependencyNotInstalled, ImportError) as error:
+            hint = _nearest(env_id) if isinstance(error, ImportError) else _INSTALL
+            raise ImportError(f"environment {env_id!r} cannot be made: {error} {hint}") from error
         try:
             return gym.make(env_id, disable_env_checker=True, **kwargs)
         except UnregisteredEnv as error:
@@ -110,17 +105,13 @@ def flattener(env: gym.Env[Any, Any]) -> Flatten:
         return np.asarray
     if isinstance(space, gym.spaces.Dict):
         if env_id.startswith("AntMaze"):
-            return _antmaze
+            return lambda seen: np.concatenate((seen["achieved_goal"], seen["observation"]))
         if env_id.startswith("FrankaKitchen"):
             return _franka_kitchen
     raise ValueError(
         f"observations of {env_id} are {space}, not one-dimensional vectors: "
         "pass observation= a function from such an observation to a vector"
     )
-
-
-def _antmaze(observation: dict[str, NDArray[Any]]) -> NDArray[Any]:
-    return np.concatenate((observation["achieved_goal"], observation["observation"]))
 
 
 def _franka_kitchen(observation: dict[str, Any]) -> NDArray[Any]:

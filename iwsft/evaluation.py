@@ -141,13 +141,14 @@ def evaluate(
         RuntimeError: An episode has not ended after 100,000 steps, and the environment sets no
             limit.
     """
-    if episodes < 1:
-        raise ValueError(f"episodes={episodes} must be at least 1")
-    if seed < 0:
-        raise ValueError(f"seed={seed} must not be negative")
-    width = min(episodes, ROWS) if num_envs is None else min(num_envs, episodes)
-    if width < 1:
-        raise ValueError(f"num_envs={num_envs} must be at least 1")
+    width = min(episodes, ROWS if num_envs is None else num_envs)
+    for name, value, least in (
+        ("episodes", episodes, 1),
+        ("seed", seed, 0),
+        ("num_envs", width, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")
     if reference_scores is not None:
         normalized_score(0.0, reference_scores)  # refuses a wrong pair before the episodes
     check_keys(policy)

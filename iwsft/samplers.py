@@ -79,7 +79,8 @@ class _Sampler(ABC):
         # On the host, so that a seed means the same on any device.
         self._generator = torch.Generator().manual_seed(seed)
         self._lengths = lengths(trajectories).cpu()
-        self._tickets = multiplicities(trajectories, self._lengths).cumsum(0)
+        self._multiplicity = multiplicities(trajectories, self._lengths)
+        self._tickets = self._multiplicity.cumsum(0)
 
     @abstractmethod
     def sample(self) -> TensorDictBase:
@@ -119,9 +120,8 @@ class _Sampler(ABC):
 
     def _draw(self) -> Tensor:
         """Draw the positions of ``batch_size`` trajectories with replacement, in exact integers."""
-        ticket = torch.randint(
-            int(self._tickets[-1]), (self.batch_size,), generator=self._generator
-        )
+        total = int(self._tickets[-1])
+        ticket = torch.randint(total, (self.batch_size,), generator=self._generator)
         return torch.searchsorted(self._tickets, ticket, right=True)
 
     def _gather(self, steps: Tensor) -> TensorDictBase:
@@ -177,8 +177,7 @@ class StepSampler(_Sampler):
         self._positions = None if bool(valid.all()) else valid.nonzero().squeeze(-1)
         self._choices = segments.lengths[: len(self._lengths)].long().cpu()
         self._starts = self._choices.cumsum(0) - self._choices
-        multiplicity = self._tickets.diff(prepend=torch.zeros(1, dtype=torch.int64))
-        empty = ((self._choices == 0) & (multiplicity > 0)).nonzero()
+        empty = ((self._choices == 0) & (self._multiplicity > 0)).nonzero()
         if len(empty):
             raise ValueError(
                 f"trajectory {int(empty[0])} has no valid step: its mask is all zero; drop it"
@@ -225,9 +224,8 @@ class TransitionSampler(_Sampler):
                 f"there are {sorted(map(str, trajectories.keys(True, True)))}"
             )
         valid = Segments.of(trajectories).valid.cpu()
-        multiplicity = self._tickets.diff(prepend=torch.zeros(1, dtype=torch.int64))
         # A step of a trajectory that counts twice has two tickets.
-        tickets = multiplicity.repeat_interleave(self._lengths) * valid
+        tickets = self._multiplicity.repeat_interleave(self._lengths) * valid
         self._total = int(tickets.sum())
         if self._total == 0:
             raise ValueError("there is no step to draw: every step is masked; correct the mask")

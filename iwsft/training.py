@@ -192,7 +192,8 @@ def fit(
             batch = sampler.sample()
             out = loss(batch)
             optimizer.zero_grad()
-            _total(out).backward()
+            losses = [value for name, value in out.items() if name.startswith("loss")]
+            (losses[0] if len(losses) == 1 else torch.stack(losses).sum()).backward()
             for group, network in zip(groups, schedules.values(), strict=True):
                 if network.clip_norm < math.inf:
                     nn.utils.clip_grad_norm_(group, network.clip_norm)
@@ -247,12 +248,6 @@ def _parameter_groups(
     if empty:
         raise ValueError(f"{type(loss).__name__} has no parameters under {', '.join(empty)}")
     return list(groups.values())
-
-
-def _total(out: TensorDictBase) -> torch.Tensor:
-    """Return the sum of the losses of a call."""
-    losses = [value for name, value in out.items() if name.startswith("loss")]
-    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
 
 def _row(step: int, out: TensorDictBase, rates: Mapping[str, Any]) -> Row:

@@ -66,7 +66,13 @@ def load(name_or_path: str | Path, *, cache_dir: str | Path | None = None) -> Of
         with resources.as_file(file) as path:
             return d4rl.read(path, name=name, source=f"iwsft.datasets/data/{name}.hdf5")
     if name in CATALOG:
-        return _load_d4rl(name, cache_folder(cache_dir))
+        from iwsft.datasets import download  # network and progress code only where it is used
+
+        entry = CATALOG[name]
+        path = cache_folder(cache_dir) / "d4rl" / entry.filename
+        size, sha256 = entry.size, entry.sha256
+        download.fetch(entry.urls, path, size=size, sha256=sha256, signature=_HDF5_SIGNATURE)
+        return d4rl.read(path, name=name, source=entry.url)
     if isinstance(name_or_path, Path) or name.lower().endswith(_HDF5_SUFFIXES):
         return d4rl.read(Path(name_or_path).expanduser())
     minari_id = name.removeprefix(_MINARI_PREFIX)
@@ -80,17 +86,3 @@ def load(name_or_path: str | Path, *, cache_dir: str | Path | None = None) -> Of
         f"unknown dataset {name!r}{hint} Pass the path of a .hdf5 file in D4RL's layout, a Minari "
         f"id ('{_MINARI_PREFIX}NAME-v0'), or one of: {', '.join(available())}"
     )
-
-
-def _load_d4rl(name: str, cache: Path) -> OfflineDataset:
-    from iwsft.datasets import download  # network and progress code only where it is used
-
-    entry = CATALOG[name]
-    path = download.fetch(
-        entry.urls,
-        cache / "d4rl" / entry.filename,
-        size=entry.size,
-        sha256=entry.sha256,
-        signature=_HDF5_SIGNATURE,
-    )
-    return d4rl.read(path, name=name, source=entry.url)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
 ATTEMPTS = 3
 TIMEOUT_SECONDS = 30
@@ -107,12 +107,7 @@ def _download(url: str, part: Path, size: int | None) -> None:
 
 
 def _transfer(url: str, part: Path, size: int | None) -> None:
-    """Append the missing bytes to ``part``.
-
-    Raises:
-        http.client.HTTPException: The stream ended before the announced end.
-        OSError: The connection failed, or the disk is full.
-    """
+    """Append the missing bytes to ``part``."""
     received = _bytes(part)
     headers = {"User-Agent": "iwsft"}
     if received:
@@ -138,7 +133,9 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
         if total is not None and total - received > free:
             missing = total - received
             raise OSError(errno.ENOSPC, f"{missing:,} bytes are missing and {free:,} are free")
-        with open(part, "ab" if received else "wb") as file, _progress() as progress:
+        columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
+        progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        with open(part, "ab" if received else "wb") as file, progress:
             name = part.name.removesuffix(".part")
             task = progress.add_task(name, total=total, completed=received)
             while block := response.read(BLOCK):
@@ -180,14 +177,3 @@ def _reason(error: Exception) -> str:
 
 def _bytes(part: Path) -> int:
     return part.stat().st_size if part.exists() else 0
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )

@@ -56,15 +56,7 @@ class Steps:
 
 
 def pack_steps(steps: Steps, source: str) -> TensorDict:
-    """Check steps and cut them into packed trajectories, without a copy of the arrays.
-
-    Args:
-        steps: The steps.
-        source: Their origin, for errors.
-
-    Raises:
-        ValueError: See :func:`check_steps`.
-    """
+    """Check steps of this origin, and cut them, see :func:`check_steps` and :func:`cut_steps`."""
     check_steps(steps, source)
     return cut_steps(steps)
 
@@ -75,7 +67,23 @@ def check_steps(steps: Steps, source: str) -> None:
     Raises:
         ValueError: There are no rows, the shapes do not fit, or values are NaN or infinite.
     """
-    _check_shapes(steps, source)
+    rows = len(steps.observations)
+    if rows == 0:
+        raise ValueError(f"{source} holds no steps: 'observations' has 0 rows")
+    for field in ("observations", "actions", "rewards", "terminals", "timeouts"):
+        shape = getattr(steps, field).shape
+        expected = "[steps, features]" if field in ("observations", "actions") else "[steps]"
+        if len(shape) != 1 + expected.count(",") or shape[0] != rows or 0 in shape:
+            raise ValueError(
+                f"{source}: {field!r} has shape {list(shape)}, expected {expected} with one row "
+                f"per step; 'observations' has {rows} rows"
+            )
+    following = steps.next_observations
+    if following is not None and following.shape != steps.observations.shape:
+        raise ValueError(
+            f"{source}: 'next_observations' has shape {list(following.shape)} and 'observations' "
+            f"has {list(steps.observations.shape)}; they must be equal"
+        )
     for field in ("observations", "actions", "rewards", "next_observations"):
         values = getattr(steps, field)
         row = None if values is None else _first_row(values, _not_finite)
@@ -123,29 +131,6 @@ def first_row_outside(
         return np.asarray(beyond.any(axis=1))
 
     return _first_row(actions, outside)
-
-
-def _check_shapes(steps: Steps, source: str) -> None:
-    rows = len(steps.observations)
-    if rows == 0:
-        raise ValueError(f"{source} holds no steps: 'observations' has 0 rows")
-    for field in ("observations", "actions", "rewards", "terminals", "timeouts"):
-        shape = getattr(steps, field).shape
-        vectors = field in ("observations", "actions")
-        if len(shape) != 1 + vectors or 0 in shape[1:]:
-            expected = "[steps, features]" if vectors else "[steps]"
-            raise ValueError(f"{source}: {field!r} has shape {list(shape)}, expected {expected}")
-        if shape[0] != rows:
-            raise ValueError(
-                f"{source}: {field!r} has {shape[0]} rows and 'observations' has {rows}; every "
-                "field has one row per step"
-            )
-    following = steps.next_observations
-    if following is not None and following.shape != steps.observations.shape:
-        raise ValueError(
-            f"{source}: 'next_observations' has shape {list(following.shape)} and 'observations' "
-            f"has {list(steps.observations.shape)}; they must be equal"
-        )
 
 
 def _not_finite(chunk: Floats) -> Flags:

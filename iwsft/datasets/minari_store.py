@@ -6,6 +6,7 @@ with D4RL's. They have reference scores only where Minari has them.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -22,15 +23,18 @@ ID = re.compile(r"([\w-]+/)*[\w-]+-v\d+")
 
 
 def check_id(dataset_id: str) -> None:
-    """Check the form of an id.
+    """Check the form of an id, and that minari is installed.
 
     Raises:
-        ValueError: It is malformed.
+        ValueError: The id is malformed.
+        ImportError: minari is not installed.
     """
     if not ID.fullmatch(dataset_id):
         raise ValueError(
             f"{dataset_id!r} is not a Minari id, such as 'namespace/name-v0' or 'name-v0'"
         )
+    if importlib.util.find_spec("minari") is None:
+        raise ImportError(f"{dataset_id!r} needs the package minari: pip install 'minari[hdf5,hf]'")
 
 
 def read(dataset_id: str) -> OfflineDataset:
@@ -64,50 +68,46 @@ def read(dataset_id: str) -> OfflineDataset:
             "truncated or damaged; delete the folder and load it again"
         ) from error
     trajectories = pack_steps(steps, source)
-    _check_actions(steps.actions, data.action_space, source)
-    low, high = (data.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max"))
-    known = low is not None and high is not None
+    low, high = data.action_space.low.reshape(-1), data.action_space.high.reshape(-1)
+    row = first_row_outside(steps.actions, low, high)
+    if row is not None:
+        raise ValueError(
+            f"{source}: 'actions' leaves the dataset's own action space ({low.tolist()} to "
+            f"{high.tolist()}) at row {row} ({steps.actions[row].tolist()}); rescale or clip the "
+            "actions"
+        )
+    scores = [data.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max")]
     return OfflineDataset(
         trajectories=trajectories,
         name=dataset_id.replace("/", "-"),
         env_id=data.env_spec.id if data.env_spec is not None else None,
-        reference_scores=(float(low), float(high)) if known else None,
+        reference_scores=None if None in scores else (float(scores[0]), float(scores[1])),
         source=source,
         fingerprint=fingerprint_of(trajectories),
     )
 
 
 def _open(dataset_id: str) -> MinariDataset:
-    try:
-        import minari
-    except ImportError as error:
-        raise ImportError(
-            f"reading {dataset_id!r} needs the package minari: pip install 'minari[hdf5,hf]'"
-        ) from error
+    import minari
+
     try:
         return minari.load_dataset(dataset_id)
     except FileNotFoundError:
         pass  # ask the remote store
     except ValueError as error:
         raise ValueError(f"cannot read the Minari dataset {dataset_id!r}: {error}") from error
-    unavailable: tuple[type[Exception], ...] = (ValueError, ImportError, *_transport_errors())
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # The bases of the hub's error are those of any failed request: OSError, its HTTP client's.
+    transport = [base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)]
     try:
         return minari.load_dataset(dataset_id, download=True)
-    except unavailable as error:
+    except (ValueError, ImportError, OSError, *transport) as error:
         raise ConnectionError(
             f"the Minari dataset {dataset_id!r} is not in the local store (MINARI_DATASETS_PATH, "
             "by default ~/.minari/datasets) and could not be downloaded (`minari list remote` has "
             f"the names; you can also copy its folder into the local store): {error}"
         ) from error
-
-
-def _transport_errors() -> tuple[type[Exception], ...]:
-    """Return the errors of a failed request: OSError, and the base of the hub's HTTP client's."""
-    try:
-        from huggingface_hub.errors import HfHubHTTPError
-    except ImportError:
-        return (OSError,)
-    return tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
 
 
 def _require_boxes(space: gymnasium.Space[Any], what: str, source: str) -> None:
@@ -165,13 +165,3 @@ def _flatten(values: Any, space: Any, rows: slice, out: Floats) -> None:
         width = flatdim(part)
         _flatten(values[key], part, rows, out[:, column : column + width])
         column += width
-
-
-def _check_actions(actions: Floats, space: Any, source: str) -> None:
-    low, high = space.low.reshape(-1), space.high.reshape(-1)
-    row = first_row_outside(actions, low, high)
-    if row is not None:
-        raise ValueError(
-            f"{source}: 'actions' leaves the dataset's own action space ({low.tolist()} to "
-            f"{high.tolist()}) at row {row} ({actions[row].tolist()}); rescale or clip the actions"
-        )

@@ -189,12 +189,8 @@ def minari_folder(dataset_id: str) -> Path:
         ImportError: minari is not installed.
     """
     check_id(dataset_id)
-    try:
-        from minari.storage.datasets_root_dir import get_dataset_path
-    except ImportError as error:
-        raise ImportError(
-            f"writing {dataset_id!r} needs the package minari: pip install 'minari[hdf5,hf]'"
-        ) from error
+    from minari.storage.datasets_root_dir import get_dataset_path
+
     return Path(get_dataset_path(dataset_id))
 
 
@@ -241,11 +237,7 @@ def _check_infos(infos: Mapping[str, NDArray[Any]] | None, fields: Fields) -> Fi
 
 
 def _reserve(folder: Path, fields: Fields, episodes: int) -> None:
-    """Check the room on the disk first: on a full disk, HDF5 ends the process instead of raising.
-
-    Raises:
-        OSError: There is no room for the dataset.
-    """
+    """Check the room on the disk: on a full one, HDF5 ends the process instead of raising."""
     size = sum(values.nbytes for values in fields.values()) + episodes * _BYTES_AN_EPISODE
     folder.mkdir(parents=True)
     if hasattr(os, "posix_fallocate"):

@@ -11,9 +11,10 @@ tokens. In other batches only near-ties may differ (rare in float32, less rare i
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -52,10 +53,11 @@ class Completion:
     stop: int | None
 
 
-class Generator(Protocol):
+class Generator(ABC):
     """Completes prompts."""
 
     @property
+    @abstractmethod
     def context(self) -> int | None:
         """Most tokens of prompt and completion together; None for no limit."""
 
@@ -83,9 +85,32 @@ class Generator(Protocol):
             ValueError: A request exceeds the model's context or is empty, or the temperature or
                 ``top_p`` is out of range.
         """
+        if temperature < 0:
+            raise ValueError(f"temperature={temperature} must be 0 (the likeliest token) or above")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p={top_p} must be a probability mass in (0, 1]")
+        for number, request in enumerate(requests):
+            new, prompt = request.max_tokens, len(request.prompt)
+            if prompt < 1 or new < 1:
+                raise ValueError(
+                    f"request {number} has {prompt} tokens of prompt and asks for {new} tokens; "
+                    "both must be at least 1"
+                )
+            if self.context is not None and prompt + new > self.context:
+                raise ValueError(
+                    f"request {number} needs {prompt + new} tokens ({prompt} of its prompt, up to "
+                    f"{new} new), the model takes {self.context}; lower max_tokens"
+                )
+        return self._complete(requests, stop, temperature, top_p)
+
+    @abstractmethod
+    def _complete(
+        self, requests: Sequence[Request], stop: frozenset[int], temperature: float, top_p: float
+    ) -> list[Completion]:
+        """Complete checked requests."""
 
 
-class TransformersGenerator:
+class TransformersGenerator(Generator):
     """Generates with a transformers decoder: in batches, padded on the left, with its KV cache.
 
     The model's own generation settings (temperature, repetition penalty, ...) are not used.
@@ -106,16 +131,9 @@ class TransformersGenerator:
         """``max_position_embeddings`` of the model's config; None where it has none."""
         return getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
 
-    def generate(
-        self,
-        requests: Sequence[Request],
-        *,
-        stop: frozenset[int],
-        temperature: float = 0.0,
-        top_p: float = 1.0,
+    def _complete(
+        self, requests: Sequence[Request], stop: frozenset[int], temperature: float, top_p: float
     ) -> list[Completion]:
-        """See :meth:`Generator.generate`."""
-        _check(requests, self.context, temperature, top_p)
         completions: list[Completion] = []
         for start in range(0, len(requests), self._batch_size):
             batch = requests[start : start + self._batch_size]
@@ -162,7 +180,7 @@ class TransformersGenerator:
         return [_cut(row, request, stop) for row, request in zip(rows, requests, strict=True)]
 
 
-class VLLMGenerator:
+class VLLMGenerator(Generator):
     """Generates with vLLM, which batches by itself.
 
     That a request's seed fixes its tokens is a promise of vLLM, which is not tested here.
@@ -205,18 +223,9 @@ class VLLMGenerator:
         """``max_model_len`` of the engine."""
         return int(self._engine.llm_engine.model_config.max_model_len)
 
-    def generate(
-        self,
-        requests: Sequence[Request],
-        *,
-        stop: frozenset[int],
-        temperature: float = 0.0,
-        top_p: float = 1.0,
+    def _complete(
+        self, requests: Sequence[Request], stop: frozenset[int], temperature: float, top_p: float
     ) -> list[Completion]:
-        """See :meth:`Generator.generate`."""
-        _check(requests, self.context, temperature, top_p)
-        if not requests:
-            return []
         settings = [
             self._settings(
                 temperature=temperature,
@@ -283,7 +292,8 @@ class _Choice:
         self._uniform: Tensor | None = None
         if temperature > 0:
             steps = int(self._most.max())
-            rows = [_uniform(request.seed, steps) for request in requests]
+            seeds = [torch.Generator().manual_seed(request.seed) for request in requests]
+            rows = [torch.rand(steps, generator=seed, dtype=torch.float64) for seed in seeds]
             self._uniform = torch.stack(rows).to(device)
 
     def __call__(self, tokens: Tensor, scores: Tensor) -> Tensor:
@@ -301,11 +311,6 @@ class _Choice:
         return (tokens.shape[1] - self._prompt) >= self._most
 
 
-def _uniform(seed: int, steps: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(steps, generator=generator, dtype=torch.float64)
-
-
 def _cut(tokens: list[int], request: Request, stop: frozenset[int]) -> Completion:
     """Cut a row at its first stop token or at its own length; the rest only fills the batch."""
     tokens = tokens[: request.max_tokens]
@@ -313,23 +318,3 @@ def _cut(tokens: list[int], request: Request, stop: frozenset[int]) -> Completio
         if token in stop:
             return Completion(tuple(tokens[:position]), token)
     return Completion(tuple(tokens), None)
-
-
-def _check(
-    requests: Sequence[Request], context: int | None, temperature: float, top_p: float
-) -> None:
-    if temperature < 0:
-        raise ValueError(f"temperature={temperature} must be 0 (the likeliest token) or above")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must be a probability mass in (0, 1]")
-    for number, request in enumerate(requests):
-        if not request.prompt:
-            raise ValueError(f"request {number} has an empty prompt; give it at least one token")
-        if request.max_tokens < 1:
-            raise ValueError(f"request {number} asks for {request.max_tokens} tokens: at least 1")
-        needed = len(request.prompt) + request.max_tokens
-        if context is not None and needed > context:
-            raise ValueError(
-                f"request {number} needs {needed} tokens ({len(request.prompt)} of its prompt, up "
-                f"to {request.max_tokens} new), the model takes {context}; lower max_tokens"
-            )

@@ -18,7 +18,7 @@ from iwsft.language.budget import (
     overhead,
     think_then_answer,
 )
-from iwsft.language.generation import Completion, Request, TransformersGenerator
+from iwsft.language.generation import Completion, Generator, Request, TransformersGenerator
 
 PROMPT = (1, 2)
 IM_START, IM_END, NEWLINE = 90, 91, 92
@@ -33,7 +33,7 @@ SIZES: dict[str, Any] = {
 DELIMITERS = Delimiters(START, frozenset({IM_START}), ANSWER, CUT, WAIT, NEWLINE)
 
 
-class Scripted:
+class Scripted(Generator):
     """Says what the script has for a prompt: the tokens a model would give if never stopped.
 
     ``min_tokens`` moves to the script's next token that does not stop, as suppressing does.
@@ -45,13 +45,8 @@ class Scripted:
         self.script = script
         self.asked: list[tuple[Request, frozenset[int]]] = []
 
-    def generate(
-        self,
-        requests: Sequence[Request],
-        *,
-        stop: frozenset[int],
-        temperature: float = 0.0,
-        top_p: float = 1.0,
+    def _complete(
+        self, requests: Sequence[Request], stop: frozenset[int], temperature: float, top_p: float
     ) -> list[Completion]:
         self.asked += [(request, stop) for request in requests]
         return [self._one(request, stop) for request in requests]

@@ -164,8 +164,8 @@ def test_draw_inverts_the_distribution_function() -> None:
 @pytest.mark.parametrize(
     ("request_", "settings", "message"),
     [
-        (Request([], 3), {}, "request 0 has an empty prompt"),
-        (Request([1], 0), {}, "request 0 asks for 0 tokens"),
+        (Request([], 3), {}, "request 0 has 0 tokens of prompt"),
+        (Request([1], 0), {}, "request 0 .* asks for 0 tokens"),
         (Request([1] * 60, 5), {}, r"needs 65 tokens \(60 of its prompt.*takes 64"),
         (Request([1], 3), {"temperature": -1.0}, "temperature=-1.0 must be"),
         (Request([1], 3), {"temperature": 1.0, "top_p": 0.0}, "top_p=0.0 must be"),

@@ -25,6 +25,12 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 ASSISTANT = "assistant"
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+# The type of an optional column, and its rule for errors.
+_OPTIONAL: dict[str, tuple[type, str]] = {
+    "score": (float, "a finite number (clean the data, or drop the row)"),
+    "weight": (int, "how often the row is drawn, 0, 1, 2, ... (for quality use a 'score')"),
+    "correct": (bool, "true or false"),
+}
 _OTHER_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 
 
@@ -117,12 +123,7 @@ def to_row(record: Record, where: str) -> Row:
         ValueError: A column is missing, a role is unknown, there is no assistant turn, a completion
             is empty, a score is NaN, or a weight is not a whole number from 0 on.
     """
-    row = Row(
-        where,
-        score=_score(record.get("score"), where),
-        weight=_weight(record.get("weight"), where),
-        correct=_correct(record.get("correct"), where),
-    )
+    row = Row(where, **{name: _optional(record.get(name), name, where) for name in _OPTIONAL})
     if record.get("messages") is not None:
         return replace(row, messages=_messages(record["messages"], where))
     for column in ("prompt", "completion"):
@@ -203,46 +204,32 @@ def _message(value: Any, turn: int, where: str) -> Message:
     return message
 
 
-def _score(value: Any, where: str) -> float | None:
+def _optional(value: Any, name: str, where: str) -> Any:
+    """Check the value of an optional column."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{where}: score must be a number, it is {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{where}: the score is {value}; clean the data, or drop the row")
-    return float(value)
-
-
-def _weight(value: Any, where: str) -> int | None:
-    if value is None:
-        return None
-    whole = isinstance(value, int | float) and not isinstance(value, bool)
-    if not whole or not math.isfinite(value) or value < 0 or value != int(value):
-        raise ValueError(
-            f"{where}: weight {value!r} is not a count: it says how often the row is drawn (0, 1, "
-            "2, ...). For quality in degrees use a column 'score' and curation"
-        )
-    return int(value)
-
-
-def _correct(value: Any, where: str) -> bool | None:
-    if value is None:
-        return None
-    if value not in (True, False):
-        raise ValueError(f"{where}: correct must be true or false, it is {value!r}")
-    return bool(value)
+    kind, rule = _OPTIONAL[name]
+    if kind is bool:
+        right = value in (True, False)
+    else:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        right = number and math.isfinite(value)
+        right = right and (kind is float or (value >= 0 and value == int(value)))
+    if not right:
+        raise ValueError(f"{where}: {name} must be {rule}, it is {value!r}")
+    return kind(value)
 
 
 def _check_column(record: Record, column: str, where: str) -> None:
     if record.get(column) is not None:
         return
-    columns = ", ".join(map(str, record)) or "none"
     hint = ""
     if "conversations" in record:
         hint = " ('conversations' holds messages under other names: convert it)"
     raise ValueError(
         f"{where}: column {column!r} is missing{hint}; a row has 'messages', or 'prompt' and "
-        f"'completion'. Columns found: {columns}. Rename them, or pass make= a function to rows"
+        f"'completion'. Columns found: {', '.join(map(str, record)) or 'none'}. "
+        "Rename them, or pass make= a function to rows"
     )
 
 

@@ -18,7 +18,7 @@ PAD_TOKEN = "<|fim_pad|>"
 THINK = "<|im_start|>think\n"
 ANSWER = "<|im_start|>answer\n"
 _ANSWER_WORD = "Answer:"
-_GRADES = {"yes": True, "no": False}
+_GRADES = {None: None, "yes": True, "no": False}
 
 Teacher = Literal["deepseek", "gemini"]
 
@@ -57,7 +57,11 @@ def to_row(record: Record, where: str, *, teacher: Teacher = "deepseek") -> Row:
         {"role": "user", "content": question},
         {"role": ASSISTANT, "content": assistant_text(trace, answer)},
     )
-    return Row(where, messages, correct=_grade(record.get(f"{teacher}_grade"), where))
+    grade = record.get(f"{teacher}_grade")
+    answered = None if grade is None else str(grade).strip().lower()
+    if answered not in _GRADES:
+        raise ValueError(f"{where}: the grade is {grade!r}, neither Yes nor No")
+    return Row(where, messages, correct=_GRADES[answered])
 
 
 def assistant_text(trace: str, answer: str) -> str:
@@ -88,12 +92,3 @@ def _check_filled(value: Any, column: str, where: str) -> str:
     if not text.strip():
         raise ValueError(f"{where}: {column} is empty; drop the row")
     return text
-
-
-def _grade(value: Any, where: str) -> bool | None:
-    if value is None:
-        return None
-    grade = _GRADES.get(str(value).strip().lower())
-    if grade is None:
-        raise ValueError(f"{where}: the grade is {value!r}, neither Yes nor No")
-    return grade

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +91,12 @@ def tokenize(
         check_tokenizer(tokenizer)
     ids, masks, truncated = [], [], {}
     for number, row in enumerate(rows):
-        encoded = _encode(row, tokenizer, chat)
+        if row.messages is not None and chat is not None:
+            encoded = chat.encode(row.messages, row.where)
+        elif row.completion is not None:
+            encoded = encode_completion(tokenizer, row.prompt, row.completion, row.where)
+        else:
+            raise ValueError(f"{row.where}: a row has messages, or a prompt and a completion")
         if max_length is not None and len(encoded.ids) > max_length:
             truncated[number] = len(encoded.ids) - max_length
         mask = torch.tensor(encoded.trained[:max_length])
@@ -110,14 +115,34 @@ def tokenize(
         **{key: values.repeat_interleave(sizes) for key, values in columns.items()},
     }
     traj_ids = torch.arange(len(rows)).repeat_interleave(sizes)
-    notes = list(_notes(rows, chat, truncated, int(sizes.sum()), max_length))
+    notes = []
+    if truncated:
+        cut = sum(truncated.values())
+        places = [rows[number].where for number in list(truncated)[:5]]
+        more = f" and {len(truncated) - 5} more" if len(truncated) > 5 else ""
+        notes.append(
+            f"max_length={max_length} cut {len(truncated)} of {len(rows)} rows and {cut} of "
+            f"{len(tokens) + cut} tokens, ends of turn with them: {', '.join(places)}{more}"
+        )
+    if chat is not None and "strftime_now" in chat.template and not chat.template_kwargs:
+        notes.append(
+            "the chat template writes today's date into the rows, so tokens differ from day to "
+            "day; fix it with template_kwargs, often {'date_string': '01 Jan 2025'}"
+        )
     for note in notes:
         warnings.warn(note, UserWarning, stacklevel=2)
     return TokenDataset(
         trajectories=from_steps(steps, traj_ids),
         rows=tuple(row.where for row in rows),
         truncated=truncated,
-        fingerprint=_fingerprint(steps, traj_ids, tokenizer, chat, max_length),
+        fingerprint=fingerprint(
+            {str(key): value for key, value in [*steps.items(), (TRAJ_IDS, traj_ids)]}
+            | {
+                "vocabulary": sorted(tokenizer.get_vocab().items()),
+                "template": None if chat is None else (chat.template, chat.template_kwargs),
+                "max_length": max_length,
+            }
+        ),
         notes=tuple(notes),
     )
 
@@ -141,14 +166,6 @@ def correct_only(trajectories: TensorDictBase) -> TensorDictBase:
             f"none of the {len(correct)} rows is correct: there is nothing to train on"
         )
     return select(trajectories, positions)
-
-
-def _encode(row: Row, tokenizer: Any, chat: ChatEncoder | None) -> Encoded:
-    if row.messages is not None and chat is not None:
-        return chat.encode(row.messages, row.where)
-    if row.completion is None:
-        raise ValueError(f"{row.where}: a row has messages, or a prompt and a completion")
-    return encode_completion(tokenizer, row.prompt, row.completion, row.where)
 
 
 def _columns(rows: Sequence[Row]) -> dict[NestedKey, Tensor]:
@@ -182,40 +199,3 @@ def _nothing_left(row: Row, encoded: Encoded, max_length: int | None) -> str:
         f"{row.where}: max_length={max_length} cuts off all that is trained (it starts at token "
         f"{first} of {len(encoded.ids)}); raise max_length, shorten the prompt, or drop the row"
     )
-
-
-def _notes(
-    rows: Sequence[Row],
-    chat: ChatEncoder | None,
-    truncated: Mapping[int, int],
-    tokens: int,
-    max_length: int | None,
-) -> Iterable[str]:
-    if truncated:
-        cut = sum(truncated.values())
-        places = [rows[number].where for number in list(truncated)[:5]]
-        more = f" and {len(truncated) - 5} more" if len(truncated) > 5 else ""
-        yield (
-            f"max_length={max_length} cut {len(truncated)} of {len(rows)} rows and {cut} of "
-            f"{tokens + cut} tokens, ends of turn with them: {', '.join(places)}{more}"
-        )
-    if chat is not None and "strftime_now" in chat.template and not chat.template_kwargs:
-        yield (
-            "the chat template writes today's date into the rows, so tokens differ from day to "
-            "day; fix it with template_kwargs, often {'date_string': '01 Jan 2025'}"
-        )
-
-
-def _fingerprint(
-    steps: Mapping[NestedKey, Tensor],
-    traj_ids: Tensor,
-    tokenizer: Any,
-    chat: ChatEncoder | None,
-    max_length: int | None,
-) -> str:
-    entries: dict[str, Any] = {str(key): value for key, value in steps.items()}
-    entries[str(TRAJ_IDS)] = traj_ids
-    entries["vocabulary"] = sorted(tokenizer.get_vocab().items())
-    entries["template"] = None if chat is None else (chat.template, chat.template_kwargs)
-    entries["max_length"] = max_length
-    return fingerprint(entries)
