@@ -25,6 +25,7 @@ from tensordict import NestedKey, TensorDict, unravel_key_list
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from iwsft.policies.log_prob import evaluating
 from iwsft.trajectory import ACTION, OBSERVATION
 
 # The number of rows of a policy call is a multiple of this. A matrix product may differ in the last
@@ -129,14 +130,8 @@ def acting(
     By default actions are deterministic (the mean of a Gaussian); ``ExplorationType.RANDOM`` draws
     them. Each module's own mode (training or eval) is restored afterwards.
     """
-    modes = [(module, module.training) for module in policy.modules()]
-    policy.eval()
-    try:
-        with torch.no_grad(), set_exploration_type(mode):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(policy), torch.no_grad(), set_exploration_type(mode):
+        yield
 
 
 def check_keys(policy: TensorDictModuleBase, *, name: str = "the policy") -> None:

@@ -191,22 +191,19 @@ def _cut_by_rank(scores: Tensor, cuts: Sequence[float], seed: int) -> Tensor:
         # Rounded first: 100 - 99.6 is a little more than 0.4, and ceil would see it.
         survivors = best[: max(1, math.ceil(round((100 - cut) / 100 * count, 9)))]
         row[survivors] = True
-        _warn_of_chance(scores, survivors, cut)
+        # A cut that falls among equal scores, if they are half of the survivors.
+        last = scores[survivors[-1]]
+        by_chance, equal = int((scores[survivors] == last).sum()), int((scores == last).sum())
+        if by_chance < equal < count and 2 * by_chance >= len(survivors) and equal > 2:
+            warnings.warn(
+                f"cut {cut} falls among {equal} equal scores ({float(last):.6g}): {by_chance} of "
+                f"the {len(survivors)} trajectories kept are drawn by chance from them. Where "
+                "returns are sparse, ties='>=' keeps all or ties='>' none of the equal ones, or "
+                "pass another score",
+                UserWarning,
+                stacklevel=4,
+            )
     return survived
-
-
-def _warn_of_chance(scores: Tensor, survivors: Tensor, cut: float) -> None:
-    """Warn if a cut falls among equal scores and they are half of the survivors."""
-    last = scores[survivors[-1]]
-    by_chance, equal = int((scores[survivors] == last).sum()), int((scores == last).sum())
-    if by_chance < equal < len(scores) and 2 * by_chance >= len(survivors) and equal > 2:
-        warnings.warn(
-            f"cut {cut} falls among {equal} equal scores ({float(last):.6g}): {by_chance} of the "
-            f"{len(survivors)} trajectories kept are drawn by chance from them. Where returns are "
-            "sparse, ties='>=' keeps all or ties='>' none of the equal ones, or pass another score",
-            UserWarning,
-            stacklevel=5,
-        )
 
 
 def _keeps_none(cut: float, ties: Ties, scores: Tensor) -> str:

@@ -102,12 +102,7 @@ class _Sampler(ABC):
         Raises:
             ValueError: The state is of a sampler over other trajectories or of another batch size.
         """
-        for name, value in self._settings().items():
-            if state_dict[name] != value:
-                raise ValueError(
-                    f"this state belongs to a sampler with {name}={state_dict[name]}, this one has "
-                    f"{name}={value}; resume with the data and settings of the first run"
-                )
+        check_same_settings(state_dict, self._settings())
         self._generator.set_state(state_dict["generator"].cpu())
 
     def _settings(self) -> dict[str, int]:
@@ -238,6 +233,20 @@ class TransitionSampler(_Sampler):
             steps = torch.searchsorted(self._until, steps, right=True)
         steps = steps.to(self.trajectories.get(TRAJ_IDS).device)
         return _take(self.trajectories.select(*(self.keys or ())), steps)
+
+
+def check_same_settings(state_dict: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Check that a sampler's state was saved with these settings.
+
+    Raises:
+        ValueError: One has another value.
+    """
+    for name, value in settings.items():
+        if state_dict[name] != value:
+            raise ValueError(
+                f"this state belongs to a sampler with {name}={state_dict[name]}, this one has "
+                f"{name}={value}; resume with the data and settings of the first run"
+            )
 
 
 def multiplicities(trajectories: TensorDictBase, sizes: Tensor) -> Tensor:

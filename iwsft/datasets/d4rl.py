@@ -30,7 +30,6 @@ from iwsft.datasets.dataset import OfflineDataset, fingerprint_of
 from iwsft.datasets.episodes import Flags, Floats, Steps, check_steps, cut_steps, first_row_outside
 
 if TYPE_CHECKING:
-    import gymnasium
     import h5py
 
 REQUIRED = ("observations", "actions", "rewards", "terminals")
@@ -182,7 +181,17 @@ def _check_actions(actions: Floats, env_id: str | None, where: str) -> None:
     if env_id is None:
         rule += "; for a wider action space, name the environment in the file's attribute 'env_id'"
     elif env_id not in catalog.ENV_IDS:
-        space = _action_space(env_id, where, row)
+        from iwsft import environments
+
+        try:
+            env = environments.make(env_id)
+        except (ValueError, ImportError) as error:
+            raise ValueError(
+                f"{where}: 'actions' leaves [-1, 1] at row {row}, and {env_id} cannot be made here "
+                f"for its action space ({error}). Install the environment, or rescale the actions"
+            ) from error
+        env.close()
+        space = environments.action_space(env)
         if space.shape != actions.shape[1:]:
             raise ValueError(
                 f"{where}: 'actions' has {actions.shape[1]} columns, and the action space of "
@@ -197,20 +206,6 @@ def _check_actions(actions: Floats, env_id: str | None, where: str) -> None:
         f"{where}: 'actions' is out of range at row {row} ({actions[row].tolist()}); {rule}. "
         "Rescale or clip the actions"
     )
-
-
-def _action_space(env_id: str, where: str, row: int) -> gymnasium.spaces.Box:
-    from iwsft import environments
-
-    try:
-        env = environments.make(env_id)
-    except (ValueError, ImportError) as error:
-        raise ValueError(
-            f"{where}: 'actions' leaves [-1, 1] at row {row}, and {env_id} cannot be made here for "
-            f"its action space ({error}). Install the environment, or rescale the actions"
-        ) from error
-    env.close()
-    return environments.action_space(env)
 
 
 def _describe_missing(path: Path) -> str:

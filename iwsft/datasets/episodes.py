@@ -86,7 +86,7 @@ def check_steps(steps: Steps, source: str) -> None:
         )
     for field in ("observations", "actions", "rewards", "next_observations"):
         values = getattr(steps, field)
-        row = None if values is None else _first_row(values, _not_finite)
+        row = None if values is None else _first_row(values, lambda chunk: ~np.isfinite(chunk))
         if row is not None:
             raise ValueError(
                 f"{source}: {field!r} is NaN or infinite at row {row} ({values[row].tolist()}); "
@@ -125,21 +125,14 @@ def first_row_outside(
     actions: Floats, low: float | NDArray[Any], high: float | NDArray[Any]
 ) -> int | None:
     """Return the first row beyond ``[low, high]`` by more than the tolerance, if any."""
-
-    def outside(chunk: Floats) -> Flags:
-        beyond = (chunk < low - ACTION_TOLERANCE) | (chunk > high + ACTION_TOLERANCE)
-        return np.asarray(beyond.any(axis=1))
-
-    return _first_row(actions, outside)
-
-
-def _not_finite(chunk: Floats) -> Flags:
-    return np.asarray(~np.isfinite(chunk).reshape(len(chunk), -1).all(axis=1))
+    low, high = low - ACTION_TOLERANCE, high + ACTION_TOLERANCE
+    return _first_row(actions, lambda chunk: (chunk < low) | (chunk > high))
 
 
 def _first_row(values: Floats, bad: Callable[[Floats], Flags]) -> int | None:
     for start in range(0, len(values), CHUNK):
-        rows = np.flatnonzero(bad(values[start : start + CHUNK]))
+        flags = bad(values[start : start + CHUNK])
+        rows = np.flatnonzero(flags.reshape(len(flags), -1).any(axis=1))
         if len(rows):
             return start + int(rows[0])
     return None

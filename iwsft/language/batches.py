@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from iwsft.datasets.text.tokens import CORRECT, SCORE
-from iwsft.samplers import multiplicities
+from iwsft.samplers import check_same_settings, multiplicities
 from iwsft.trajectory import (
     ASSISTANT_MASK,
     ATTENTION_MASK,
@@ -257,12 +257,7 @@ class EpochBatches(Sampler[list[int]]):
         Raises:
             ValueError: The state belongs to other data or settings.
         """
-        for name, value in self.settings().items():
-            if state_dict[name] != value:
-                raise ValueError(
-                    f"this state belongs to batches with {name}={state_dict[name]}, these have "
-                    f"{name}={value}; resume with the data and settings of the first run"
-                )
+        check_same_settings(state_dict, self.settings())
         self.epoch, self._handed_out = state_dict["epoch"], state_dict["handed_out"]
 
     def settings(self) -> dict[str, Any]:

@@ -119,13 +119,7 @@ class Shards:
 
 
 class _Replica(NamedTuple):
-    """Where a process's part belongs in a parameter that all processes hold whole (ZeRO-1, 2).
-
-    Attributes:
-        whole: Flat parameter.
-        start: Entry of ``whole`` at which the part begins.
-        group: Processes that have copies of ``whole``.
-    """
+    """Where a process's part begins in a flat parameter that its group holds whole (ZeRO-1, 2)."""
 
     whole: Tensor
     start: int
@@ -133,16 +127,13 @@ class _Replica(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """This process's part of a parameter.
+    """This process's part of a parameter."""
 
-    Attributes:
-        computed: Part that the engine computes with, in the parameter's dtype.
-        theta: Float32 master of the part if the engine has one, else ``computed``.
-        replica: Place of ``computed`` in the parameter, if other processes have copies of it.
-    """
-
+    # The engine computes with this, in the parameter's dtype.
     computed: Tensor
+    # The float32 master if the engine has one, else ``computed``.
     theta: Tensor
+    # Only where other processes have copies of ``computed``.
     replica: _Replica | None = None
 
     @classmethod

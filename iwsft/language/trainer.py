@@ -127,7 +127,8 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
             multiple_of=args.pad_to_multiple_of,
         )
         if args.proposal != "reference":
-            weights.check_overflow(_longest(trajectories))
+            mask = trajectories.get(ASSISTANT_MASK)
+            weights.check_overflow(int(Segments.of(trajectories, mask=mask).lengths.max()))
         self._trajectories = trajectories
         self._loss = token_loss(
             self._policy,
@@ -366,9 +367,3 @@ def _dataset(trajectories: TensorDictBase) -> TrajectoryDataset:
     """A shallow copy of the trajectories in which each token carries its position."""
     placed = trajectories.copy()
     return TrajectoryDataset(placed.set(PLACE, torch.arange(len(placed))))
-
-
-def _longest(trajectories: TensorDictBase) -> int:
-    """Trained tokens of the longest trajectory."""
-    mask = trajectories.get(ASSISTANT_MASK)
-    return int(Segments.of(trajectories, mask=mask).lengths.max())

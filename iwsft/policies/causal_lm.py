@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -180,21 +180,14 @@ class CausalLMPolicy(nn.Module):
 
 
 class _Tokens(NamedTuple):
-    """The tokens that the attention mask leaves in, back to back.
-
-    Attributes:
-        ids: Token ids, int64 ``[n]``.
-        assistant: Tokens whose log-prob is wanted, bool ``[n]``.
-        trajectory: Number of the token's trajectory, int64 ``[n]``: 0, 1, 2, ...
-        position: Position in its trajectory, int64 ``[n]``.
-        source: Place in the batch read row by row, int64 ``[n]``.
-        layout: Layout of the batch.
-    """
+    """The tokens that the attention mask leaves in, back to back, ``[n]`` each."""
 
     ids: Tensor
     assistant: Tensor
+    # Number of the token's trajectory, and its position there, both from 0.
     trajectory: Tensor
     position: Tensor
+    # Place in the batch read row by row.
     source: Tensor
     layout: torch.Size
 
@@ -267,21 +260,15 @@ def _check(tokens: _Tokens, decoder: Any) -> tuple[int, int]:
 
 @dataclass
 class _Question:
-    """The output layer computes this instead of logits.
+    """The output layer computes log p of the targets instead of logits."""
 
-    Attributes:
-        index: States (of the model's rows, one after the other) that predict the targets.
-        target: Target tokens.
-        states: Number of states that must reach the output layer.
-        transform: Transform of the model's logits.
-        answer: log p of the targets, once computed.
-    """
-
+    # States, of the model's rows back to back, that predict the targets.
     index: Tensor
     target: Tensor
+    # Number of states that must reach the output layer.
     states: int
     transform: LogitTransform
-    answer: Tensor | None = field(default=None)
+    answer: Tensor | None = None
 
     def forward(self, head: nn.Linear, hidden: Tensor) -> Tensor:
         """Replaces the forward of the output layer."""

@@ -107,8 +107,11 @@ def check_decoder(model: nn.Module) -> Any:
     if getattr(config, "unpadded_vocab_size", None) not in (None, config.vocab_size):
         raise ValueError(f"{name} cuts its vocabulary after the output layer: not supported")
     # PEFT puts a layer that is trained as a whole and the original into a container.
-    heads = [head] if isinstance(head, nn.Linear) else _trained_whole(head)
-    for layer in heads or [head]:
+    heads = [head]
+    copies = getattr(head, "modules_to_save", None)
+    if isinstance(copies, nn.ModuleDict):
+        heads = [head.original_module, *copies.values()]
+    for layer in heads:
         plain = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
         if not plain or "forward" in vars(layer):
             raise ValueError(
@@ -117,13 +120,6 @@ def check_decoder(model: nn.Module) -> Any:
                 "adapter's target_modules, out of quantization and off another device (offloading)"
             )
     return decoder
-
-
-def _trained_whole(head: Any) -> list[nn.Module]:
-    copies = getattr(head, "modules_to_save", None)
-    if not isinstance(copies, nn.ModuleDict):
-        return []
-    return [head.original_module, *copies.values()]
 
 
 def fits_one_row(decoder: Any) -> bool:

@@ -69,17 +69,9 @@ def token_log_prob(
 
 class _TokenLogProb(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        scale: float,
-        softcap: float | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        blocks = _Blocks(hidden, weight, bias, target, scale, softcap, dtype)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        blocks = _Blocks(*inputs)
+        hidden, weight, bias, target, *ctx.settings = inputs
         chosen = torch.zeros(len(target), dtype=blocks.wide, device=hidden.device)
         most, total = torch.full_like(chosen, -torch.inf), torch.zeros_like(chosen)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -98,7 +90,6 @@ class _TokenLogProb(torch.autograd.Function):
         log_total = total.log_()
         log_prob = (chosen - most) - log_total
         ctx.save_for_backward(hidden, weight, bias, target, most + log_total, log_prob)
-        ctx.settings = (scale, softcap, dtype)
         return log_prob
 
     @staticmethod
@@ -164,13 +155,7 @@ def _gradients(
 
 
 class _Blocks:
-    """The logits, a block of tokens by a block of the vocabulary at a time.
-
-    Attributes:
-        wide: Type of logits and sums.
-        dtype: Type of the factors of a product.
-        hidden: States, in that type.
-    """
+    """The logits, a block of tokens by a block of the vocabulary at a time."""
 
     def __init__(
         self,
@@ -182,6 +167,7 @@ class _Blocks:
         softcap: float | None,
         dtype: torch.dtype,
     ) -> None:
+        # Types of logits and sums, and of the factors of a product.
         self.wide = torch.promote_types(dtype, torch.float32)
         on_cuda = hidden.device.type == "cuda" and torch.version.hip is None
         # Only CUDA multiplies half-precision factors into float32. Elsewhere the factors are

@@ -127,7 +127,15 @@ def to_row(record: Record, where: str) -> Row:
     if record.get("messages") is not None:
         return replace(row, messages=_messages(record["messages"], where))
     for column in ("prompt", "completion"):
-        _check_column(record, column, where)
+        if record.get(column) is None:
+            hint = ""
+            if "conversations" in record:
+                hint = " ('conversations' holds messages under other names: convert it)"
+            raise ValueError(
+                f"{where}: column {column!r} is missing{hint}; a row has 'messages', or 'prompt' "
+                f"and 'completion'. Columns found: {', '.join(map(str, record)) or 'none'}. "
+                "Rename them, or pass make= a function to rows"
+            )
     prompt = check_text(record["prompt"], "prompt", where)
     completion = check_text(record["completion"], "completion", where)
     if not completion.strip():
@@ -218,19 +226,6 @@ def _optional(value: Any, name: str, where: str) -> Any:
     if not right:
         raise ValueError(f"{where}: {name} must be {rule}, it is {value!r}")
     return kind(value)
-
-
-def _check_column(record: Record, column: str, where: str) -> None:
-    if record.get(column) is not None:
-        return
-    hint = ""
-    if "conversations" in record:
-        hint = " ('conversations' holds messages under other names: convert it)"
-    raise ValueError(
-        f"{where}: column {column!r} is missing{hint}; a row has 'messages', or 'prompt' and "
-        f"'completion'. Columns found: {', '.join(map(str, record)) or 'none'}. "
-        "Rename them, or pass make= a function to rows"
-    )
 
 
 def _json(path: Path) -> Iterator[tuple[str, Record]]:

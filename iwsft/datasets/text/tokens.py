@@ -12,7 +12,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 
 from iwsft.datasets.text.chat import ChatEncoder
-from iwsft.datasets.text.encoding import Encoded, check_tokenizer, encode_completion
+from iwsft.datasets.text.encoding import check_tokenizer, encode_completion
 from iwsft.datasets.text.rows import Row
 from iwsft.fingerprint import fingerprint
 from iwsft.trajectory import (
@@ -102,7 +102,13 @@ def tokenize(
         mask = torch.tensor(encoded.trained[:max_length])
         mask[0] = False
         if not bool(mask.any()):
-            raise ValueError(_nothing_left(row, encoded, max_length))
+            if max_length is None or not any(encoded.trained[1:]):
+                raise ValueError(f"{row.where}: there is no token to train on; drop the row")
+            raise ValueError(
+                f"{row.where}: max_length={max_length} cuts off all that is trained (it starts at "
+                f"token {encoded.trained.index(True)} of {len(encoded.ids)}); raise max_length, "
+                "shorten the prompt, or drop the row"
+            )
         ids.append(torch.tensor(encoded.ids[:max_length]))
         masks.append(mask)
 
@@ -189,13 +195,3 @@ def _columns(rows: Sequence[Row]) -> dict[NestedKey, Tensor]:
     if MULTIPLICITY in columns and int(columns[MULTIPLICITY].sum()) == 0:
         raise ValueError("every row has weight 0: there is nothing to train on")
     return columns
-
-
-def _nothing_left(row: Row, encoded: Encoded, max_length: int | None) -> str:
-    if max_length is None or not any(encoded.trained[1:]):
-        return f"{row.where}: there is no token to train on; drop the row"
-    first = encoded.trained.index(True)
-    return (
-        f"{row.where}: max_length={max_length} cuts off all that is trained (it starts at token "
-        f"{first} of {len(encoded.ids)}); raise max_length, shorten the prompt, or drop the row"
-    )
