@@ -9,14 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from iwsft import datasets, weights
-    from iwsft.curation import curate
-    from iwsft.evaluation import evaluate
-    from iwsft.objective import ImportanceWeightedMLE
-    from iwsft.policies import CausalLMPolicy, GaussianPolicy
-    from iwsft.proposals import EMA, HardSync, reweight
-    from iwsft.reference import annotate_reference
-    from iwsft.weights import ImportanceWeights
+    from iwsft import datasets as datasets
+    from iwsft import weights as weights
+    from iwsft.curation import curate as curate
+    from iwsft.evaluation import evaluate as evaluate
+    from iwsft.objective import ImportanceWeightedMLE as ImportanceWeightedMLE
+    from iwsft.policies import CausalLMPolicy as CausalLMPolicy
+    from iwsft.policies import GaussianPolicy as GaussianPolicy
+    from iwsft.proposals import EMA as EMA
+    from iwsft.proposals import HardSync as HardSync
+    from iwsft.proposals import reweight as reweight
+    from iwsft.reference import annotate_reference as annotate_reference
+    from iwsft.weights import ImportanceWeights as ImportanceWeights
 
 # name -> where it lives; a module maps to itself
 _PUBLIC = {
@@ -33,20 +37,7 @@ _PUBLIC = {
     "reweight": "proposals",
     "weights": "weights",
 }
-__all__ = [
-    "CausalLMPolicy",
-    "EMA",
-    "GaussianPolicy",
-    "HardSync",
-    "ImportanceWeightedMLE",
-    "ImportanceWeights",
-    "annotate_reference",
-    "curate",
-    "datasets",
-    "evaluate",
-    "reweight",
-    "weights",
-]
+__all__ = [*_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

@@ -179,19 +179,18 @@ def _adroit() -> list[Entry]:
         "cloned": "{task}-demos-v0-bc-combined",
         "expert": "{task}-v0_expert_clipped",
     }
-    tasks = ("pen", "hammer", "door", "relocate")
-    envs = {task: f"AdroitHand{task.capitalize()}-v1" for task in tasks}
-    old = [
-        Entry(f"{task}-{kind}-v0", f"hand_dapg/{file.format(task=task)}.hdf5", envs[task], _D4RL)
-        for task in tasks
-        for kind, file in v0.items()
+    v1 = {kind: f"{{task}}-{kind}-v1" for kind in v0}
+    return [
+        Entry(
+            f"{task}-{kind}-{version}",
+            f"{folder}/{file.format(task=task)}.hdf5",
+            f"AdroitHand{task.capitalize()}-v1",
+            _D4RL,
+        )
+        for version, folder, files in (("v0", "hand_dapg", v0), ("v1", "hand_dapg_v1", v1))
+        for task in ("pen", "hammer", "door", "relocate")
+        for kind, file in files.items()
     ]
-    new = [
-        Entry(f"{task}-{kind}-v1", f"hand_dapg_v1/{task}-{kind}-v1.hdf5", envs[task], _D4RL)
-        for task in tasks
-        for kind in v0
-    ]
-    return old + new
 
 
 CATALOG = {entry.name: entry for entry in _locomotion() + _antmaze() + _kitchen() + _adroit()}

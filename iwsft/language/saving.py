@@ -88,11 +88,22 @@ class CheckpointedTrainer(Trainer):
         return result
 
     def restore(self) -> None:
-        """Load the states of the checkpoint that the run continues from, if it does."""
+        """Load the states of the checkpoint that the run continues from, if it does.
+
+        Raises:
+            CheckpointError: A file is damaged.
+        """
         if self._resumed is None:
             return
         for name, state in (*self.own_states.items(), *self.shared_states.items()):
-            state.load_state_dict(read_state(self._resumed / self._file(name)))
+            path = self._resumed / self._file(name)
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True)
+            except CORRUPT as error:
+                raise CheckpointError(
+                    f"{path} is corrupt ({type(error).__name__}: {error}); {_WAY_OUT}"
+                ) from error
+            state.load_state_dict(content)
 
     def _file(self, name: str) -> str:
         own = name in self.own_states
@@ -125,8 +136,17 @@ class CheckpointedTrainer(Trainer):
                 torch.save(holder.state_dict(), folder / self._file(state))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                seal(folder, self.settings(), self.reference_key)
-                publish(folder, run / name)
+                # The files of a complete checkpoint with their sizes, and what it belongs to.
+                record = {
+                    "settings": self.settings(),
+                    "reference": self.reference_key,
+                    "files": _sizes(folder),
+                }
+                with written_whole(folder / SEAL) as partial:
+                    partial.write_text(json.dumps(record, indent=2, sort_keys=True))
+                if (run / name).exists():
+                    os.replace(run / name, folder.with_name(f"{name}.old"))
+                os.replace(folder, run / name)
                 clear(run)
                 rotate_checkpoints(str(run), save_total_limit=self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
@@ -149,45 +169,6 @@ def written_aside(run: Path) -> Iterator[None]:
                 f"a checkpoint could not be written in {run} ({error}); earlier ones are as they "
                 "were; see whether there is space left, and resume",
             ) from error
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """Read a state of a checkpoint, onto the CPU.
-
-    Raises:
-        CheckpointError: The file is damaged.
-    """
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except CORRUPT as error:
-        raise CheckpointError(
-            f"{path} is corrupt ({type(error).__name__}: {error}); {_WAY_OUT}"
-        ) from error
-    return state
-
-
-def seal(folder: Path, settings: Mapping[str, Any], reference: str | None) -> None:
-    """Record the files of a complete checkpoint, with their sizes, and the run's settings.
-
-    Args:
-        folder: Folder of the checkpoint.
-        settings: Settings of the run.
-        reference: Key of the run's reference log-probs, where it has some.
-    """
-    record = {"settings": dict(settings), "reference": reference, "files": _sizes(folder)}
-    with written_whole(folder / SEAL) as partial:
-        partial.write_text(json.dumps(record, indent=2, sort_keys=True))
-
-
-def publish(folder: Path, place: Path) -> None:
-    """Move a sealed checkpoint to its place, and replace the one that is there."""
-    if place.exists():
-        old = folder.with_name(f"{folder.name}.old")
-        os.replace(place, old)
-        os.replace(folder, place)
-        shutil.rmtree(old)
-        return
-    os.replace(folder, place)
 
 
 def last(run: Path) -> str | None:

@@ -50,10 +50,7 @@ def decoder_of(model: nn.Module) -> Any:
     inner: Any = model
     while inner is not None and not hasattr(type(inner), "get_output_embeddings"):
         unwrap = getattr(inner, "get_base_model", None)
-        if callable(unwrap):
-            inner = unwrap()
-        else:
-            inner = getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)
+        inner = unwrap() if callable(unwrap) else _inside(inner)
     if inner is None:
         raise TypeError(
             f"{type(model).__name__} is not a transformers model; load one with "
@@ -70,13 +67,17 @@ def peft_model(model: nn.Module) -> Any:
     """
     inner: Any = model
     while inner is not None and not hasattr(inner, "peft_config"):
-        inner = getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)
+        inner = _inside(inner)
     # A transformers model with adapters of its own has the attribute, but no way to turn them off.
     if not hasattr(inner, "disable_adapter"):
         raise TypeError(
             f"{type(model).__name__} has no adapters; make a model with them by peft.get_peft_model"
         )
     return inner
+
+
+def _inside(wrapper: Any) -> Any:
+    return getattr(wrapper, "module", None) or getattr(wrapper, "_orig_mod", None)
 
 
 def check_decoder(model: nn.Module) -> Any:
