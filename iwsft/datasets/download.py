@@ -103,7 +103,7 @@ def _download(url: str, part: Path, size: int | None) -> None:
             if attempt < ATTEMPTS and received > before:
                 continue  # it made progress
             rest = f"; {received:,} bytes came and are kept in {part}" if received else ""
-            raise _MirrorError(f"{_reason(error)}{rest}") from error
+            raise _MirrorError(f"{str(error) or type(error).__name__}{rest}") from error
 
 
 def _transfer(url: str, part: Path, size: int | None) -> None:
@@ -165,14 +165,6 @@ def _check(part: Path, size: int | None, sha256: str | None, signature: bytes) -
     if fault is not None:
         part.unlink()
         raise _MirrorError(f"{fault}; it was deleted")
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, urllib.error.HTTPError):
-        return f"HTTP {error.code} {error.reason}"
-    if isinstance(error, urllib.error.URLError):
-        return str(error.reason)
-    return str(error) or type(error).__name__
 
 
 def _bytes(part: Path) -> int:

@@ -14,7 +14,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -293,7 +293,7 @@ def _create(
     if provenance.env_id is not None:
         env = environments.make(provenance.env_id, **provenance.env_kwargs)
         action_space, scores = env.action_space, reference_scores(provenance.env_id)
-    try:
+    with nullcontext() if env is None else env:
         assert isinstance(action_space, gym.spaces.Box)
         row = first_row_outside(fields["actions"], action_space.low, action_space.high)
         if row is not None:
@@ -315,9 +315,6 @@ def _create(
                 data_format="hdf5",
             )
         data.storage.update_metadata(provenance.attributes())
-    finally:
-        if env is not None:
-            env.close()
 
 
 @contextmanager

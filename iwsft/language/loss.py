@@ -36,10 +36,7 @@ def negative_log_likelihood(
 ) -> tuple[float, float]:
     """Mean of -log p over trajectories (each divided by its length), and over tokens.
 
-    Args:
-        loss: Loss that reads the trajectories.
-        trajectories: Token trajectories, counted by their multiplicity.
-        log_prob: log p of each token, in the layout of the trajectories.
+    Trajectories count by their multiplicity; ``log_prob`` is in their layout.
     """
     segments = loss.segments(trajectories)
     share = loss.share(trajectories, segments)
@@ -65,13 +62,7 @@ class Measures:
 
     @torch.no_grad()
     def add(self, terms: Terms, clip_fraction: float) -> None:
-        """Add a micro-batch.
-
-        Args:
-            terms: Terms of the loss.
-            clip_fraction: Share of clipped weights, used where the terms do not know it (cached
-                weights).
-        """
+        """Add a micro-batch; the terms of cached weights do not know the share of clipped ones."""
         share = terms.share.double()
 
         def total(x: Tensor) -> Tensor:

@@ -133,14 +133,7 @@ class PlannedLoader(DataLoader[Any]):
 def plan_updates(
     sizes: Tensor, args: ImportanceWeightedConfig, *, processes: int, process: int
 ) -> UpdatePlan:
-    """The plan of a training run.
-
-    Args:
-        sizes: Tokens of each entry.
-        args: Settings of the run.
-        processes: Number of processes that train together.
-        process: Number of this process, from 0.
-    """
+    """The plan of a training run over entries of these sizes, see :class:`UpdatePlan`."""
     batches = EpochBatches(
         sizes,
         batch_size=None if args.token_budget else args.per_device_train_batch_size,
@@ -149,7 +142,6 @@ def plan_updates(
         multiple_of=args.pad_to_multiple_of,
         seed=args.seed if args.data_seed is None else args.data_seed,
     )
-
     shape = {
         "accumulation": args.gradient_accumulation_steps,
         "processes": processes,

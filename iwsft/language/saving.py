@@ -178,12 +178,7 @@ def last(run: Path) -> str | None:
 
 
 def resumed(run: Path, checkpoint: str | bool | None, *, saves: bool) -> Path | None:
-    """The checkpoint that a run continues from, None for a new run.
-
-    Args:
-        run: Folder of the run.
-        checkpoint: Folder of the checkpoint; True for the last one of the run.
-        saves: Whether the run writes checkpoints of its own.
+    """The checkpoint that a run continues from, see ``train``; None for a new run.
 
     Raises:
         CheckpointError: The run has no checkpoint.

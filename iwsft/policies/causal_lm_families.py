@@ -161,12 +161,7 @@ class LogitTransform:
         return cls(float(scale), None if cap is None else float(cap))
 
     def check(self, before: Tensor, after: Tensor, name: str) -> None:
-        """Refuse a model that transforms its logits in another way.
-
-        Args:
-            before: Output of the output layer.
-            after: Logits of the model.
-            name: Name of the model, for the error.
+        """Refuse a model ``name`` that makes logits in another way of its output layer's.
 
         Raises:
             NotImplementedError: ``after`` is not this transform of ``before``.

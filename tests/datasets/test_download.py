@@ -124,7 +124,7 @@ def test_all_mirrors_down(served: Served, dead_url: str, tmp_path: Path) -> None
     message = str(caught.value)
     assert f"{dead_url}: " in message
     assert "refused" in message
-    assert f"{url}: HTTP 404" in message
+    assert f"{url}: HTTP Error 404" in message
     assert "pass its path" in message
     assert not parts(tmp_path)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -232,14 +232,17 @@ def _json(path: Path) -> Iterator[tuple[str, Record]]:
     with path.open("rb") as file:
         array = path.suffix.lower() == ".json" and file.read(64).lstrip().startswith(b"[")
         file.seek(0)
+        values: Iterable[tuple[str, Any]]
         if array:
-            for number, record in enumerate(_parse(file.read(), f"{path}: this file")):
-                yield f"{path} row {number}", _check_record(record, f"{path} row {number}")
-            return
-        for number, line in enumerate(file, 1):
-            where = f"{path}:{number}"
-            if line.strip():
-                yield where, _check_record(_parse(line, f"{where}: this line"), where)
+            parsed = _parse(file.read(), f"{path}: this file")
+            values = ((f"{path} row {number}", value) for number, value in enumerate(parsed))
+        else:
+            lines = ((f"{path}:{number}", line) for number, line in enumerate(file, 1))
+            values = ((at, _parse(line, f"{at}: this line")) for at, line in lines if line.strip())
+        for where, value in values:
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{where}: a row is an object of columns, this is {_kind(value)}")
+            yield where, value
 
 
 def _parse(text: bytes, what: str) -> Any:
@@ -247,12 +250,6 @@ def _parse(text: bytes, what: str) -> Any:
         return json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{what} is not JSON ({error}); mend or drop it") from error
-
-
-def _check_record(value: Any, where: str) -> Record:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{where}: a row is an object of columns, this is {_kind(value)}")
-    return value
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Record]]:
