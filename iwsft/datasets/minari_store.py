@@ -99,10 +99,11 @@ def _open(dataset_id: str) -> MinariDataset:
     from huggingface_hub.errors import HfHubHTTPError
 
     # The bases of the hub's error are those of any failed request: OSError, its HTTP client's.
-    transport = [base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)]
+    transport = (base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
+    unavailable: tuple[type[Exception], ...] = (ValueError, ImportError, OSError, *transport)
     try:
         return minari.load_dataset(dataset_id, download=True)
-    except (ValueError, ImportError, OSError, *transport) as error:
+    except unavailable as error:
         raise ConnectionError(
             f"the Minari dataset {dataset_id!r} is not in the local store (MINARI_DATASETS_PATH, "
             "by default ~/.minari/datasets) and could not be downloaded (`minari list remote` has "
