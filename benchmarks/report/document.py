@@ -63,8 +63,8 @@ class Document:
         about = [
             f"{len(runs)} runs, seeds {' '.join(map(str, sorted({run.seed for run in runs})))}",
             ", ".join(distinct(run.result.get("env_id") for run in runs)),
-            " / ".join(versions(runs)) or "versions not recorded",
-            " / ".join(hardware(runs)) or "hardware not recorded",
+            " / ".join(version_lines(runs)) or "versions not recorded",
+            " / ".join(hardware_lines(runs)) or "hardware not recorded",
         ]
         self._made = (
             f"*`{self._command}`: {'; '.join(filter(None, about))}. "
@@ -96,9 +96,9 @@ class Document:
         """Add versions, hardware and commands of these runs."""
         commands = distinct(shareable(run.config.get("command", "")) for run in runs)
         self.text("Versions:")
-        self.bullets(versions(runs) or ["not recorded"])
+        self.bullets(version_lines(runs) or ["not recorded"])
         self.text("Hardware:")
-        self.bullets(hardware(runs) or ["not recorded"])
+        self.bullets(hardware_lines(runs) or ["not recorded"])
         self.text("Commands, without the folders of absolute paths:")
         self.text("\n".join(["```", *(commands or ["not recorded"]), "```"]))
 
@@ -117,12 +117,12 @@ def distinct(texts: Iterable[str | None]) -> list[str]:
     return list(dict.fromkeys(filter(None, texts)))
 
 
-def versions(runs: Iterable[FinishedRun]) -> list[str]:
+def version_lines(runs: Iterable[FinishedRun]) -> list[str]:
     """The distinct sets of package versions."""
     return distinct(_listed(run.versions) for run in runs)
 
 
-def hardware(runs: Iterable[FinishedRun]) -> list[str]:
+def hardware_lines(runs: Iterable[FinishedRun]) -> list[str]:
     """The distinct machines."""
     return distinct(_listed(run.config.get("hardware", {})) for run in runs)
 

@@ -34,7 +34,7 @@ _OTHER = "#2a9d6f"
 
 
 @dataclass(frozen=True)
-class Recipe:
+class RecipeRuns:
     """The runs of one recipe; its name is ``variant/recipe``, or the recipe alone."""
 
     name: str
@@ -56,18 +56,18 @@ class Recipe:
         )
 
 
-def read_recipes(folder: Path) -> list[Recipe]:
+def read_recipes(folder: Path) -> list[RecipeRuns]:
     """Read all recipes with runs at or below ``folder``, by path.
 
     Raises:
         ResultsError: A file is not what a run writes.
     """
-    recipes: dict[str, Recipe] = {}
+    recipes: dict[str, RecipeRuns] = {}
     runs: list[FinishedRun | UnfinishedRun] = [*read_runs(folder, LANGUAGE)]
     runs += unfinished_runs(folder, LANGUAGE)
     for run in sorted(runs, key=lambda run: run.folder):
         name = f"{run.variant}/{run.dataset}".lstrip("/")
-        recipe = recipes.setdefault(name, Recipe(name, [], []))
+        recipe = recipes.setdefault(name, RecipeRuns(name, [], []))
         if isinstance(run, FinishedRun):
             recipe.runs.append(run)
         else:
@@ -100,7 +100,7 @@ def _shares(cell: Cell) -> dict[str, float]:
     }
 
 
-def score_grid(recipe: Recipe) -> Grid:
+def recipe_grid(recipe: RecipeRuns) -> Grid:
     """Table of the scores with their intervals, the weights, and the cost."""
     grid = Grid(
         ["algorithm", "seeds", "score", "95 % interval", "updates", "ESS", "least ESS"]
@@ -116,7 +116,7 @@ def score_grid(recipe: Recipe) -> Grid:
     return grid
 
 
-def share_grid(recipe: Recipe) -> Grid:
+def share_grid(recipe: RecipeRuns) -> Grid:
     """Table of the chances of the kinds of answers; without rows where no test has them."""
     shares = {base(cell.algo): _shares(cell) for cell in recipe.scores}
     kinds = list(dict.fromkeys(kind for row in shares.values() for kind in row))
@@ -128,16 +128,16 @@ def _number(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.2f}"
 
 
-def recipe_table(recipe: Recipe) -> Group:
+def recipe_table(recipe: RecipeRuns) -> Group:
     """The tables of a recipe for the terminal."""
-    parts: list[RenderableType] = [score_grid(recipe).rich(recipe.name)]
+    parts: list[RenderableType] = [recipe_grid(recipe).rich(recipe.name)]
     shares = share_grid(recipe)
     if shares.rows:
         parts += [Text(""), shares.rich(SHARES)]
     return Group(*parts, Text(recipe.note, style="dim"))
 
 
-def write_scores(folder: Path, recipe: Recipe) -> list[Path]:
+def write_scores(folder: Path, recipe: RecipeRuns) -> list[Path]:
     """Write ``results.json`` and ``results.png`` of a recipe's runs into ``folder``."""
     rows = []
     for cell in recipe.scores:
@@ -158,7 +158,7 @@ def write_scores(folder: Path, recipe: Recipe) -> list[Path]:
     return [numbers, picture]
 
 
-def draw_recipe(recipe: Recipe) -> Figure:
+def draw_recipe(recipe: RecipeRuns) -> Figure:
     """Draw the scores of all algorithms, and the weights over the updates, mean over seeds."""
     rows = recipe.scores
     figure, axes = make_axes(1, 3, (13.0, 0.9 + max(3.0, 0.42 * len(rows))))

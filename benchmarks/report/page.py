@@ -10,8 +10,8 @@ from pathlib import Path
 
 from benchmarks.report import aggregates as over_datasets
 from benchmarks.report import figures, language, scores, tables
-from benchmarks.report.document import COMMANDS, Document, hardware, shareable, to_html
-from benchmarks.report.language import Recipe, read_recipes
+from benchmarks.report.document import COMMANDS, Document, hardware_lines, shareable, to_html
+from benchmarks.report.language import RecipeRuns, read_recipes
 from benchmarks.report.scores import Cell, runs_of
 from benchmarks.results import (
     CONTROL,
@@ -107,9 +107,10 @@ def _scores(document: Document, group: Sequence[Cell], missing: Sequence[Unfinis
         caption += " Success is the share of the episodes in which the environment reports it."
     document.table(grid, caption)
     if grid.published:
+        sources, _ = tables.published_scores()
         document.text(
-            f"Columns named by a paper are its numbers: {tables.published()[0]}. They were not "
-            "run here, and enter no mean, aggregate or figure."
+            f"Columns named by a paper are its numbers: {sources}. They were not run here, and "
+            "enter no mean, aggregate or figure."
         )
     else:
         document.text("The paper has no numbers for these datasets and algorithms.")
@@ -242,7 +243,7 @@ def _cost(document: Document, group: Sequence[Cell]) -> None:
         "evaluation. The reference policy is trained once for all algorithms that start from it, "
         "and is counted separately."
     )
-    if len(hardware(runs_of(group))) > 1:
+    if len(hardware_lines(runs_of(group))) > 1:
         document.text("The runs are of different hardware: their seconds differ by it.")
     document.table(tables.cost_grid(group), "Cost and score.")
     document.figure(
@@ -253,11 +254,11 @@ def _cost(document: Document, group: Sequence[Cell]) -> None:
     )
 
 
-def _recipe(document: Document, recipe: Recipe) -> None:
+def _recipe(document: Document, recipe: RecipeRuns) -> None:
     document.section(f"Language: {recipe.name}", recipe.runs)
     if recipe.runs:
         document.text(recipe.note)
-        document.table(language.score_grid(recipe), f"Scores of {recipe.name}.")
+        document.table(language.recipe_grid(recipe), f"Scores of {recipe.name}.")
         document.table(language.share_grid(recipe), language.SHARES)
         document.figure(
             # The variant is a folder of the user, and the page refers to the file.
@@ -271,7 +272,7 @@ def _recipe(document: Document, recipe: Recipe) -> None:
         document.bullets("/".join(run.folder.absolute().parts[-2:]) for run in recipe.unfinished)
 
 
-def _provenance(document: Document, group: Sequence[Cell], recipes: Sequence[Recipe]) -> None:
+def _provenance(document: Document, group: Sequence[Cell], recipes: Sequence[RecipeRuns]) -> None:
     document.section(COMMANDS, runs_of(group))
     runs = [*runs_of(group), *(run for recipe in recipes for run in recipe.runs)]
     document.table(tables.run_grid(group), "The finished control runs.")

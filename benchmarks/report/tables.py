@@ -67,7 +67,7 @@ class PublishedTable(NamedTuple):
 
 
 @functools.cache
-def published() -> tuple[str, list[PublishedTable]]:
+def published_scores() -> tuple[str, list[PublishedTable]]:
     """The paper's reference and its tables, from ``benchmarks/published.json``."""
     data = json.loads((Path(__file__).parents[1] / "published.json").read_text())
     tables = {
@@ -96,7 +96,7 @@ def score_grid(group: Sequence[Cell], missing: Sequence[UnfinishedRun] = ()) -> 
     cut_off = Counter((run.dataset, run.algo) for run in missing)
     by_name = {(cell.dataset, cell.algo): cell for cell in group}
     names = sorted(by_name.keys() | cut_off.keys(), key=lambda n: (n[0], algorithm_rank(n[1])))
-    papers = [table for table in published()[1] if table.numbers.keys() & set(names)]
+    papers = [table for table in published_scores()[1] if table.numbers.keys() & set(names)]
     columns = ["dataset", "algorithm", "seeds", "episodes", "score", "std", "95 % interval"]
     if any(cell.success_rates.size for cell in group):
         columns += ["success", SUCCESS_INTERVAL]

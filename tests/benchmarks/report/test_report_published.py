@@ -12,7 +12,7 @@ from benchmarks.d4rl.settings import find_algorithm
 from benchmarks.report.aggregates import aggregate
 from benchmarks.report.page import write_report
 from benchmarks.report.scores import cells
-from benchmarks.report.tables import published, score_grid
+from benchmarks.report.tables import published_scores, score_grid
 from benchmarks.results import CONTROL, read_runs
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def test_published_runs_enter_no_aggregate(tmp_path: Path, make_run: MakeRun) ->
 
 
 def test_tables_agree_where_the_paper_does() -> None:
-    five, two, _ = published()[1]
+    five, two, _ = published_scores()[1]
     differ = {
         key
         for key in five.numbers.keys() & two.numbers.keys()
@@ -95,6 +95,6 @@ def test_the_kitchen_experiment(tmp_path: Path, make_run: MakeRun) -> None:
 
 
 def test_every_published_number_names_a_known_algorithm() -> None:
-    for table in published()[1]:
+    for table in published_scores()[1]:
         for _, algo in table.numbers:
             find_algorithm(algo)
