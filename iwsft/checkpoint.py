@@ -80,16 +80,13 @@ def read(path: Path, way_out: str) -> dict[str, Any]:
     Raises:
         CheckpointError: The file is damaged, or of another kind.
     """
-    data = path.read_bytes()
     try:
         # `torch.load` does not compare the entries of its archive with their checksums.
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
         if broken is not None:
             raise zipfile.BadZipFile(f"{broken} does not fit its checksum")
-        content: dict[str, Any] = torch.load(
-            io.BytesIO(data), map_location="cpu", weights_only=True
-        )
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except CORRUPT as error:
         raise CheckpointError(
             f"{path} is corrupt ({type(error).__name__}: {error}); {way_out}"

@@ -119,24 +119,21 @@ class ForwardPass:
             stop: Round after the last.
             first: Result of :meth:`run_mine` for the first of all rounds, if it is known.
         """
-        mine = [
-            first if number == 0 and first is not None else self.run_mine(number)
-            for number in range(start, stop)
-        ]
+        known = [] if start or first is None else [first]
+        mine = [*known, *map(self.run_mine, range(start + len(known), stop))]
         results = gathered([part.cpu() for part in mine]) if self._shared else [mine]
-        return torch.cat([part for beside in zip(*results, strict=True) for part in beside])
+        return torch.cat([part for parts in zip(*results, strict=True) for part in parts])
 
     def steps(self, start: int, stop: int) -> Tensor:
         """Positions ``[k]`` among all steps, row by row, of the log-probs of some rounds."""
         width = self._segments.shape[1:].numel()
-        return torch.cat(
-            [
-                torch.arange(batch.start * width, batch.stop * width)
-                if isinstance(batch, slice)
-                else steps_of(self._sizes, torch.tensor(batch[1]))
-                for batch in self.batches[start * self._world : stop * self._world]
-            ]
-        )
+        parts = [
+            torch.arange(batch.start * width, batch.stop * width)
+            if isinstance(batch, slice)
+            else steps_of(self._sizes, torch.tensor(batch[1]))
+            for batch in self.batches[start * self._world : stop * self._world]
+        ]
+        return torch.cat(parts)
 
     def log_prob(self) -> Tensor:
         """log pi(a|s) of every step, in the layout of the trajectories, float32 or wider.
@@ -152,9 +149,8 @@ class ForwardPass:
         return out.reshape(self._segments.shape).to(self._segments.index.device)
 
     def _log_prob(self, batch: TensorDictBase, shape: torch.Size) -> Tensor:
-        return step_log_prob(
-            self.policy, batch if self.device is None else batch.to(self.device), shape
-        )
+        batch = batch if self.device is None else batch.to(self.device)
+        return step_log_prob(self.policy, batch, shape)
 
     def _chunk(self, chunk: slice) -> Tensor:
         shape = torch.Size((chunk.stop - chunk.start, *self._segments.shape[1:]))

@@ -26,6 +26,7 @@ from iwsft.trajectory import (
     REF_LOG_PROB,
     TRAJ_IDS,
     Segments,
+    fit,
     on_host,
 )
 from iwsft.weights import ImportanceWeights, Weights, exponential, log_ess
@@ -151,7 +152,7 @@ class ImportanceWeightedMLE(PolicyLoss):
             raise ValueError(f"reduction must be 'none', 'mean' or 'sum', not {reduction!r}")
         lagged = proposal == "lagged" and hold_q
         super().__init__(policy, lagged=lagged, functional=functional)
-        self._reads_weights = proposal == "cached" or (proposal == "lagged" and not hold_q)
+        self.reads_weights = proposal == "cached" or (proposal == "lagged" and not hold_q)
         self._in_keys: list[NestedKey] | None = None
         self.importance_weights = importance_weights or ImportanceWeights()
         self.proposal: Proposal = proposal
@@ -179,7 +180,7 @@ class ImportanceWeightedMLE(PolicyLoss):
         reference = None
         if self.tensor_keys.ref_log_prob in batch.keys(include_nested=True):
             reference = self.reference(batch, segments)
-        if self._reads_weights:
+        if self.reads_weights:
             how = "call iwsft.reweight(trajectories, loss) at the start and at every sync"
             weight = self._entry(batch, self.tensor_keys.importance_weight, segments, how)
             log_weight = _where_valid(segments, weight.log())
@@ -290,11 +291,11 @@ class ImportanceWeightedMLE(PolicyLoss):
         lengths = segments.lengths
         if segments.mask is not None and on_host(lengths):
             occupied = torch.bincount(segments.index, minlength=segments.slots) > 0
-            if bool((occupied & (lengths == 0)).any()):
-                row = int((occupied & (lengths == 0)).nonzero()[0])
+            empty = (occupied & (lengths == 0)).nonzero()
+            if len(empty):
                 raise ValueError(
-                    f"trajectory {row} of the batch has every step masked; drop it, or correct "
-                    f"its mask ({self.loss_mask_key!r})"
+                    f"trajectory {int(empty[0])} of the batch has every step masked; drop it, or "
+                    f"correct its mask ({self.loss_mask_key!r})"
                 )
         share = 1.0 / segments.spread(lengths.clamp(min=1)).double()
         if self.tensor_keys.multiplicity in batch.keys(include_nested=True):
@@ -312,13 +313,7 @@ class ImportanceWeightedMLE(PolicyLoss):
             raise KeyError(
                 f"{key!r} is not in the batch, proposal={self.proposal!r} needs it: {how}"
             )
-        if value.shape == (*segments.shape, 1):
-            value = value.squeeze(-1)
-        if value.shape != segments.shape:
-            raise ValueError(
-                f"{key!r} has shape {list(value.shape)}, the batch has {list(segments.shape)} steps"
-            )
-        return value.detach()
+        return fit(value, segments.shape, repr(key)).detach()
 
     # ---- keys ----
 
@@ -333,7 +328,7 @@ class ImportanceWeightedMLE(PolicyLoss):
         if self._in_keys is None:
             keys = [*getattr(self.actor_network, "in_keys", ()), self.tensor_keys.action]
             keys.append(self.tensor_keys.traj_ids)
-            if self._reads_weights:
+            if self.reads_weights:
                 keys.append(self.tensor_keys.importance_weight)
             elif self.proposal != "reference":
                 keys.append(self.tensor_keys.ref_log_prob)

@@ -23,12 +23,13 @@ class Holder(Protocol):
 
 
 class _Updater(TargetNetUpdater):
-    """Moves the pairs of a holder; like TorchRL's updaters, building one sets q to theta.
-
-    Load a checkpoint afterwards.
-    """
+    """Moves the pairs of a holder; like TorchRL's updaters, building one sets q to theta."""
 
     def __init__(self, loss: ImportanceWeightedMLE, holder: Holder | None) -> None:
+        if loss.proposal == "lagged" and loss.reads_weights and holder is None:
+            raise ValueError(
+                "this loss does not hold its q (hold_q=False): pass what holds it as holder=..."
+            )
         self.loss_module = loss
         self.holder: Holder = loss if holder is None else holder
         self.initialized = False
@@ -71,8 +72,8 @@ class HardSync(_Updater):
         holder: Holder of a lagged q, if that is not the loss.
 
     Raises:
-        ValueError: ``every`` is below 1, q of the loss does not follow the policy, or cached
-            weights come without trajectories.
+        ValueError: ``every`` is below 1, q of the loss does not follow the policy, cached weights
+            come without trajectories, or q has no holder.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class EMA(_Updater):
         holder: Holder of q, if that is not the loss.
 
     Raises:
-        ValueError: The decay is out of range, or the loss has no lagged q.
+        ValueError: The decay is out of range, the loss has no lagged q, or q has no holder.
     """
 
     def __init__(

@@ -10,7 +10,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,9 +59,8 @@ def annotate_reference(
     distributed run all processes must call this with the same trajectories: they share the work,
     and all get the result. The model may be sharded by DeepSpeed or FSDP2.
 
-    If ``batches`` are the micro-batches that training begins with, the log-probs of its first
-    update are the same bits as these (for a model without dropout, in float32 or less), so its
-    first weights are exactly 1.
+    If ``batches`` are the micro-batches that training begins with, the first update's weights are
+    exactly 1 (for a model without dropout, in float32 or less).
 
     With ``cache``, the result is stored in that folder under a key of everything it depends on:
     data, batches, weights, settings, precision, versions, and the log-probs of the first batch,
@@ -135,13 +134,15 @@ def reference_log_prob(
     _, world = rank_and_world()
     data = _data_digest(trajectories) if cache is not None or world > 1 else ""
     _check_same(data)
-    with _adapters_off(policy):
+    adapted = isinstance(policy, CausalLMPolicy) and bool(_adapter_tensors(policy))
+    with policy.reference() if adapted else nullcontext():
         head = forward.run_mine(0)
         store = None
         if cache is not None:
             store = _Store(Path(cache), f"{data}-{_rest_digest(forward, head)}")
         log_prob = _run(forward, head, store)
-    _check_adapters(forward, head)
+    if adapted:
+        _check_adapters(forward, head)
     return log_prob, None if store is None else store.key
 
 
@@ -194,7 +195,7 @@ def _run(forward: ForwardPass, head: Tensor, store: _Store | None) -> Tensor:
             _log.info("reference: %d of %d rounds of batches", stop, forward.rounds)
     log_prob = forward.placed(torch.cat(parts)).to(device)
     if store is not None:
-        from_first(lambda: store.finish(log_prob))
+        from_first(lambda: store.write(log_prob))
     return log_prob
 
 
@@ -218,7 +219,7 @@ class _Store:
         return None, [_read_log_prob(self.path(start)) for start in stored]
 
     def write(self, log_prob: Tensor, part: int | None = None) -> None:
-        """Store the whole result or a part as ``.npy`` with a checksum, whole or not at all."""
+        """Store a part, or the whole result, which replaces its parts, as ``.npy`` and checksum."""
         buffer = io.BytesIO()
         np.save(buffer, log_prob.cpu().numpy(), allow_pickle=False)
         body = buffer.getvalue()
@@ -226,12 +227,8 @@ class _Store:
         with written_whole(path) as partial:
             # After the array, where readers of .npy do not look.
             partial.write_bytes(body + _checksum(path, body))
-
-    def finish(self, log_prob: Tensor) -> None:
-        """Store the whole result and remove its parts."""
-        self.write(log_prob)
-        for part in self.folder.glob(self.path("*").name):
-            part.unlink(missing_ok=True)
+        for old in self.folder.glob(self.path("*").name) if part is None else ():
+            old.unlink(missing_ok=True)
 
 
 def _read_log_prob(path: Path, way_out: str = "delete the file and run again") -> Tensor:
@@ -262,11 +259,9 @@ def _data_digest(trajectories: TensorDictBase) -> str:
 
 
 def _rest_digest(forward: ForwardPass, head: Tensor) -> str:
-    """Digest of everything else, the same on all processes.
-
-    The first log-probs show what is not listed: code, kernels, hardware.
-    """
+    """Digest of everything else, the same on all processes."""
     policy = forward.policy
+    # The first log-probs show what is not listed: code, kernels, hardware.
     mine = fingerprint({"weights": _weights_digest(policy), "head": head})
     tensor = next(itertools.chain(policy.parameters(), policy.buffers()), None)
     device = "cpu" if tensor is None else tensor.device.type
@@ -334,10 +329,10 @@ def _local_shard(tensor: Any) -> Tensor:
 # ---- adapters ----
 
 
-def _adapter_tensors(policy: Any) -> set[int]:
+def _adapter_tensors(policy: nn.Module) -> set[int]:
     """Ids of PEFT's own tensors, which the model without adapters does not use."""
     ids: set[int] = set()
-    for module in policy.modules() if isinstance(policy, nn.Module) else ():
+    for module in policy.modules():
         for name in getattr(module, "adapter_layer_names", ()):
             part = getattr(module, name, None)
             if isinstance(part, nn.Module):
@@ -345,19 +340,10 @@ def _adapter_tensors(policy: Any) -> set[int]:
     return ids
 
 
-def _adapters_off(policy: Any) -> AbstractContextManager[Any]:
-    """Within, the model without adapters, if it has some."""
-    if isinstance(policy, CausalLMPolicy) and _adapter_tensors(policy):
-        return policy.reference()
-    return nullcontext()
-
-
 def _check_adapters(forward: ForwardPass, head: Tensor) -> None:
     """Warn of adapters that change the log-probs already."""
-    policy = forward.policy
-    if not (isinstance(policy, CausalLMPolicy) and _adapter_tensors(policy)):
-        return
-    dtypes = {head.dtype, *(p.dtype for p in policy.parameters() if p.is_floating_point())}
+    parameters = forward.policy.parameters()
+    dtypes = {head.dtype, *(p.dtype for p in parameters if p.is_floating_point())}
     # Half the digits, for kernels differ.
     tolerance = max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5
     changed = not torch.allclose(forward.run_mine(0), head, rtol=tolerance, atol=tolerance)

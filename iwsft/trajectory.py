@@ -84,10 +84,10 @@ class Segments:
             mask = batch.get(MASK, default=None)
         ids = batch.get(traj_ids, default=None)
         shape = _layout(batch, ids, mask, traj_ids)
-        device = ids.device if ids is not None else (mask.device if mask is not None else None)
-        device = device if device is not None else _device(batch)
+        known = [x for x in (ids, mask) if x is not None]
+        device = (known or list(batch.values(True, True)))[0].device
         if mask is not None:
-            mask = _fit(mask, shape, "mask").bool().reshape(-1)
+            mask = fit(mask, shape, "mask").bool().reshape(-1)
         steps = shape.numel()
         rows = shape[0] if len(shape) == 2 else 1
         if ids is None:
@@ -95,7 +95,7 @@ class Segments:
             return cls(shape, index, mask, rows)
         if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
             raise ValueError(f"{traj_ids!r} must hold integers, it holds {ids.dtype}")
-        ids = _fit(ids, shape, repr(traj_ids)).reshape(rows, -1)
+        ids = fit(ids, shape, repr(traj_ids)).reshape(rows, -1)
         if len(shape) == 1 and on_host(ids):
             _check_order(ids[0], traj_ids)
         start = torch.ones_like(ids, dtype=torch.bool)
@@ -174,11 +174,12 @@ def _check_order(ids: Tensor, key: NestedKey) -> None:
         )
 
 
-def _device(batch: TensorDictBase) -> torch.device:
-    return next(iter(batch.values(True, True))).device
+def fit(x: Tensor, shape: torch.Size, name: str) -> Tensor:
+    """Check that there is one number a step; a trailing dimension of 1 is dropped.
 
-
-def _fit(x: Tensor, shape: torch.Size, name: str) -> Tensor:
+    Raises:
+        ValueError: The shape is another one.
+    """
     if x.shape == (*shape, 1):
         x = x.squeeze(-1)
     if x.shape != shape:
@@ -188,8 +189,7 @@ def _fit(x: Tensor, shape: torch.Size, name: str) -> Tensor:
 
 def lengths(packed: TensorDictBase) -> Tensor:
     """Number of steps of each trajectory of a packed batch, int64 ``[n]``, in order."""
-    segments = Segments.of(packed)
-    return torch.bincount(segments.index)
+    return torch.bincount(Segments.of(packed).index)
 
 
 def per_trajectory(packed: TensorDictBase, key: NestedKey) -> Tensor:
@@ -273,10 +273,8 @@ def pad(packed: TensorDictBase, length: int | None = None) -> TensorDictBase:
     mask[row, column] = segments.valid
     padded.set(MASK, mask)
     # Padding has its row's id, so that a row is one trajectory by its ids, too.
-    ids = packed.get(TRAJ_IDS)
-    first = ids[starts]
-    padded.set(TRAJ_IDS, first[:, None].expand(-1, length).contiguous())
-    return padded
+    ids = packed.get(TRAJ_IDS)[starts]
+    return padded.set(TRAJ_IDS, ids[:, None].expand(-1, length).contiguous())
 
 
 def pack(padded: TensorDictBase) -> TensorDictBase:
@@ -307,9 +305,8 @@ def pack(padded: TensorDictBase) -> TensorDictBase:
 def from_steps(steps: dict[NestedKey, Tensor], traj_ids: Tensor) -> TensorDict:
     """A packed batch from tensors of one row per step and their trajectory ids (int64 ``[N]``)."""
     packed = TensorDict({}, batch_size=[len(traj_ids)])
-    for key, value in steps.items():
+    for key, value in {**steps, TRAJ_IDS: traj_ids}.items():
         packed.set(key, value)
-    packed.set(TRAJ_IDS, traj_ids)
     return packed
 
 
@@ -348,23 +345,18 @@ def validate(
     if len(segments.shape) == 1:
         _check_order(trajectories.get(TRAJ_IDS), TRAJ_IDS)
     present = set(trajectories.keys(True, True))
+    keys = tuple(keys)
     for key in keys:
         if key not in present:
             raise KeyError(f"{key!r} is missing; there are {sorted(map(str, present))}")
-        value = trajectories.get(key)
-        if not value.is_floating_point():
-            raise ValueError(f"{key!r} must be floating point, it is {value.dtype}")
-        _rows(value, segments, key)
-        _finite(value, segments, key)
-    for key in (REF_LOG_PROB, IMPORTANCE_WEIGHT, REWARD):
+        dtype = trajectories.get(key).dtype
+        if not dtype.is_floating_point:
+            raise ValueError(f"{key!r} must be floating point, it is {dtype}")
+    for key in (*keys, REF_LOG_PROB, IMPORTANCE_WEIGHT, REWARD, MULTIPLICITY):
         if key in present:
-            _rows(trajectories.get(key), segments, key)
-            _finite(trajectories.get(key), segments, key)
-    if MULTIPLICITY in present:
-        multiplicity = trajectories.get(MULTIPLICITY)
-        _rows(multiplicity, segments, MULTIPLICITY)
-        if bool((multiplicity < 0).any()):
-            raise ValueError(f"{MULTIPLICITY!r} counts draws, it can't be negative")
+            _check_values(trajectories.get(key), segments, key)
+    if MULTIPLICITY in present and bool((trajectories.get(MULTIPLICITY) < 0).any()):
+        raise ValueError(f"{MULTIPLICITY!r} counts draws, it can't be negative")
     if segments.mask is not None:
         counts = torch.bincount(segments.index)
         empty = torch.nonzero((segments.lengths[: len(counts)] == 0) & (counts > 0))
@@ -374,15 +366,13 @@ def validate(
             )
 
 
-def _rows(value: Tensor, segments: Segments, key: NestedKey) -> None:
+def _check_values(value: Tensor, segments: Segments, key: NestedKey) -> None:
+    """Refuse what is not one row a step, or not finite on valid steps."""
     if value.shape[: len(segments.shape)] != segments.shape:
         raise ValueError(
             f"{key!r} has shape {list(value.shape)}; it must start with {list(segments.shape)}, "
             "one row per step"
         )
-
-
-def _finite(value: Tensor, segments: Segments, key: NestedKey) -> None:
     rows = value.reshape(segments.shape.numel(), -1).isfinite().all(-1)
     bad = torch.nonzero(~rows & segments.valid.reshape(-1))
     if len(bad):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor
 from iwsft.trajectory import Segments, on_host
 
 LOG_MAX = math.log(torch.finfo(torch.float32).max)
+_MIN_ALPHA = 1e-6
 Place = Literal["step", "trajectory"]
 StepTransform = Callable[[Tensor], Tensor]
 # Log-weights and how much each counts -> log-weights.
@@ -45,11 +46,17 @@ class Weights(NamedTuple):
     clipped: Tensor
 
 
-@dataclass(frozen=True)
-class Temperature:
-    """Step: g(x) = k x (paper, Section 3.4). k = 0 turns the weights off, a large k sharpens."""
-
+class _OfStep:
     place: ClassVar[Place] = "step"
+
+
+class _OfTrajectory:
+    place: ClassVar[Place] = "trajectory"
+
+
+@dataclass(frozen=True)
+class Temperature(_OfStep):
+    """Step: g(x) = k x (paper, Section 3.4). k = 0 turns the weights off, a large k sharpens."""
 
     k: float
 
@@ -61,10 +68,8 @@ class Temperature:
 
 
 @dataclass(frozen=True)
-class Scale:
+class Scale(_OfStep):
     """Step: g(x) = c x, the constant before a clip in the paper's g(x) = 0.1 clip(x, 0.2, 1.8)."""
-
-    place: ClassVar[Place] = "step"
 
     c: float
 
@@ -76,10 +81,9 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class ClipLogRatio:
+class ClipLogRatio(_OfStep):
     """Step: clip the log-ratio to [min, max] (paper, Appendix C)."""
 
-    place: ClassVar[Place] = "step"
     clips: ClassVar[bool] = True
 
     min: float = -math.inf
@@ -111,20 +115,16 @@ class _Range:
 
 
 @dataclass(frozen=True)
-class ClipRatio(_Range):
+class ClipRatio(_Range, _OfStep):
     """Step: clip the ratio q/pi_ref itself to [min, max] (paper, Section 3.4)."""
-
-    place: ClassVar[Place] = "step"
 
     def __call__(self, log_ratio: Tensor) -> Tensor:
         return self._clip(log_ratio)
 
 
 @dataclass(frozen=True)
-class TemperWeight:
+class TemperWeight(_OfTrajectory):
     """Trajectory: w <- w^alpha."""
-
-    place: ClassVar[Place] = "trajectory"
 
     alpha: float
 
@@ -136,20 +136,16 @@ class TemperWeight:
 
 
 @dataclass(frozen=True)
-class ClipWeight(_Range):
+class ClipWeight(_Range, _OfTrajectory):
     """Trajectory: clip the weight to [min, max] (paper, Section 3.4: beta_min, beta_max)."""
-
-    place: ClassVar[Place] = "trajectory"
 
     def __call__(self, log_weight: Tensor, share: Tensor) -> Tensor:
         return self._clip(log_weight)
 
 
 @dataclass(frozen=True)
-class SelfNormalize:
+class SelfNormalize(_OfTrajectory):
     """Trajectory: divide by the mean weight of the batch, so that the mean weight is 1."""
-
-    place: ClassVar[Place] = "trajectory"
 
     compares: ClassVar[bool] = True
 
@@ -158,7 +154,7 @@ class SelfNormalize:
 
 
 @dataclass(frozen=True)
-class TargetESS:
+class TargetESS(_OfTrajectory):
     """Trajectory: w <- w^alpha with alpha >= 0 such that the batch keeps a share of its samples.
 
     alpha solves ESS(w^alpha) = fraction, ESS = (sum m w)^2 / (sum m sum m w^2), by bisection in
@@ -171,12 +167,10 @@ class TargetESS:
         max_alpha: Largest exponent.
     """
 
-    place: ClassVar[Place] = "trajectory"
     compares: ClassVar[bool] = True
 
     fraction: float
     max_alpha: float = 1000.0
-    _min_alpha: float = field(default=1e-6, repr=False)
 
     def __post_init__(self) -> None:
         _require(0 < self.fraction <= 1, f"TargetESS(fraction={self.fraction}) must be in (0, 1]")
@@ -187,7 +181,7 @@ class TargetESS:
         top = torch.where(share > 0, log_weight, -math.inf).amax()
         shifted = torch.where(share > 0, log_weight - top, 0.0).double()
         share = share.double()
-        low = torch.full((), math.log(self._min_alpha), dtype=torch.float64, device=share.device)
+        low = torch.full((), math.log(_MIN_ALPHA), dtype=torch.float64, device=share.device)
         high = torch.full((), math.log(self.max_alpha), dtype=torch.float64, device=share.device)
         for _ in range(25):
             middle = (low + high) / 2
@@ -242,24 +236,13 @@ class ImportanceWeights:
         Returns:
             The weights. On masked steps they have no meaning.
         """
-        clipped = torch.zeros_like(log_ratio, dtype=torch.bool)
-        for g in self.step:
-            before, log_ratio = log_ratio, g(log_ratio)
-            if _declares(g, "clips"):
-                clipped = clipped | (before != log_ratio)
+        log_ratio, clipped = _chained(self.step, log_ratio)
         if self.reduce is None:
-            log_weight = log_ratio
+            log_weight, changed = _chained(self.trajectory, log_ratio, share)
         else:
             along = segments.sum if self.reduce == "sum" else segments.mean
-            log_weight = along(log_ratio)
-            share = segments.sum(share)
-        changed = torch.zeros_like(log_weight, dtype=torch.bool)
-        for transform in self.trajectory:
-            before, log_weight = log_weight, transform(log_weight, share)
-            if _declares(transform, "clips"):
-                changed = changed | (before != log_weight)
-        if self.reduce is not None:
-            log_weight, changed = segments.spread(log_weight), segments.spread(changed)
+            of_trajectory = _chained(self.trajectory, along(log_ratio), segments.sum(share))
+            log_weight, changed = map(segments.spread, of_trajectory)
         return Weights(log_weight, clipped | changed)
 
     def check_overflow(self, longest: int) -> None:
@@ -291,7 +274,7 @@ class ImportanceWeights:
     @classmethod
     def paper_control(cls, k: float) -> ImportanceWeights:
         """g(x) = k x over the length, no clip (paper, Eq. 11 and Table 4, column k / |tau|)."""
-        return cls(step=(Temperature(k),), reduce="mean")
+        return cls(step=(Temperature(k),))
 
     @classmethod
     def paper_llm(cls) -> ImportanceWeights:
@@ -308,15 +291,13 @@ class ImportanceWeights:
         With ``normalize`` their code divides by the sum over the batch and takes a mean again.
         :class:`SelfNormalize` differs from it by the constant 1/B, which Adam undoes.
         """
-        last: tuple[TrajectoryTransform, ...] = (SelfNormalize(),) if normalize else ()
-        return cls(
-            step=(Temperature(k),), reduce="mean", trajectory=(ClipWeight(0.0, 1000.0), *last)
-        )
+        last = (SelfNormalize(),) if normalize else ()
+        return cls(step=(Temperature(k),), trajectory=(ClipWeight(0.0, 1000.0), *last))
 
     @classmethod
     def authors_llm(cls) -> ImportanceWeights:
         """exp(mean log-ratio) clipped to [0, 16], as in the authors' language-model code."""
-        return cls(reduce="mean", trajectory=(ClipWeight(0.0, 16.0),))
+        return cls(trajectory=(ClipWeight(0.0, 16.0),))
 
 
 def exponential(log_weight: Tensor) -> Tensor:
@@ -349,6 +330,18 @@ def log_mean_exp(log_weight: Tensor, share: Tensor) -> Tensor:
 def log_ess(log_weight: Tensor, share: Tensor) -> Tensor:
     """log of ESS / sample size = 2 log E[w] - log E[w^2], E over elements by their share."""
     return 2 * log_mean_exp(log_weight, share) - log_mean_exp(2 * log_weight, share)
+
+
+def _chained(
+    transforms: Sequence[Callable[..., Tensor]], x: Tensor, *share: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Apply transforms one after the other; also whether a clip changed the result."""
+    clipped = torch.zeros_like(x, dtype=torch.bool)
+    for transform in transforms:
+        before, x = x, transform(x, *share)
+        if _declares(transform, "clips"):
+            clipped = clipped | (before != x)
+    return x, clipped
 
 
 def _declares(transform: object, attribute: str) -> bool:

@@ -70,8 +70,7 @@ class TrajectoryDataset(Dataset[TensorDictBase]):
 
     def positions(self, entries: Sequence[int]) -> list[int]:
         """Positions in the data, counted from 0, of the trajectories of some entries."""
-        positions: list[int] = self._trajectory[list(entries)].tolist()
-        return positions
+        return [*self._trajectory[list(entries)].tolist()]
 
     def __getitem__(self, entry: int) -> TensorDictBase:
         """One trajectory, batch size ``[T]``, as a view without multiplicity."""
@@ -285,14 +284,12 @@ class EpochBatches(Sampler[list[int]]):
         sizes = self._sizes.tolist()
         batches: list[list[int]] = []
         for entry in order:
-            if not batches or self._tokens([*batches[-1], entry], sizes) > (self.token_budget or 0):
+            tokens = [sizes[i] for i in (*batches[-1], entry)] if batches else []
+            total = max(tokens, default=0) * len(tokens) if self.padded else sum(tokens)
+            if not batches or total > (self.token_budget or 0):
                 batches.append([])
             batches[-1].append(entry)
         return batches
-
-    def _tokens(self, batch: list[int], sizes: list[int]) -> int:
-        tokens = [sizes[entry] for entry in batch]
-        return max(tokens) * len(tokens) if self.padded else sum(tokens)
 
 
 class EpochSampler:

@@ -23,7 +23,7 @@ from transformers.trainer_utils import (
     rotate_checkpoints,
 )
 
-from iwsft.checkpoint import CORRUPT, CheckpointError, differences
+from iwsft.checkpoint import CheckpointError, differences, read
 from iwsft.files import full_disk_named, written_whole
 
 SEAL = "iwsft.json"
@@ -80,10 +80,10 @@ class CheckpointedTrainer(Trainer):
             resume_from_checkpoint,
             saves=self.args.save_strategy != SaveStrategy.NO,
         )
-        self.reference_key = None
+        checkpoint = self.reference_key = None
         if self._resumed is not None:
+            checkpoint = str(self._resumed)
             self.reference_key = check(self._resumed, self.settings())
-        checkpoint = None if self._resumed is None else str(self._resumed)
         result: TrainOutput = super().train(checkpoint, trial, ignore_keys_for_eval)
         return result
 
@@ -96,14 +96,7 @@ class CheckpointedTrainer(Trainer):
         if self._resumed is None:
             return
         for name, state in (*self.own_states.items(), *self.shared_states.items()):
-            path = self._resumed / self._file(name)
-            try:
-                content = torch.load(path, map_location="cpu", weights_only=True)
-            except CORRUPT as error:
-                raise CheckpointError(
-                    f"{path} is corrupt ({type(error).__name__}: {error}); {_WAY_OUT}"
-                ) from error
-            state.load_state_dict(content)
+            state.load_state_dict(read(self._resumed / self._file(name), _WAY_OUT))
 
     def _file(self, name: str) -> str:
         own = name in self.own_states

@@ -18,11 +18,7 @@ from transformers import TrainerCallback
 from iwsft.fingerprint import fingerprint
 from iwsft.forward_pass import ForwardPass
 from iwsft.language.batches import PLACE, TrajectoryDataset, collate
-from iwsft.language.config import (
-    ImportanceWeightedConfig,
-    check_engine,
-    warn_of_half_precision,
-)
+from iwsft.language.config import ImportanceWeightedConfig, check_engine, warn_of_half_precision
 from iwsft.language.loss import Measures, negative_log_likelihood, token_loss
 from iwsft.language.plan import PlannedLoader, plan_updates
 from iwsft.language.saving import CheckpointedTrainer
@@ -43,15 +39,6 @@ from iwsft.trajectory import (
 from iwsft.weights import ImportanceWeights
 
 REFERENCE = "reference"
-# A resumed run must have the same.
-SETTINGS = (
-    "proposal",
-    "sync_every",
-    "ema_decay",
-    "length_normalize",
-    "layout",
-    "pad_to_multiple_of",
-)
 
 
 class ImportanceWeightedTrainer(CheckpointedTrainer):
@@ -112,7 +99,6 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
                 f"args must be an iwsft.language.ImportanceWeightedConfig, not a "
                 f"{type(args).__name__}; it takes the same settings and a few more"
             )
-        pad_token_id = getattr(processing_class, "pad_token_id", None) or 0
         self._policy = CausalLMPolicy(model)
         for given in (trajectories, eval_trajectories):
             if given is not None:
@@ -123,7 +109,7 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
         self._collate = partial(
             collate,
             layout=args.layout,
-            pad_token_id=pad_token_id,
+            pad_token_id=getattr(processing_class, "pad_token_id", None) or 0,
             multiple_of=args.pad_to_multiple_of,
         )
         if args.proposal != "reference":
@@ -285,7 +271,12 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
     def settings(self) -> dict[str, Any]:
         """Settings that a checkpoint belongs to."""
         return {
-            **{name: getattr(self.args, name) for name in SETTINGS},
+            "proposal": self.args.proposal,
+            "sync_every": self.args.sync_every,
+            "ema_decay": self.args.ema_decay,
+            "length_normalize": self.args.length_normalize,
+            "layout": self.args.layout,
+            "pad_to_multiple_of": self.args.pad_to_multiple_of,
             "importance_weights": repr(self._loss.importance_weights),
             "plan": self._plan.settings(),
             "trajectories": self._fingerprint,

@@ -21,7 +21,7 @@ from iwsft.policies.causal_lm_families import (
     varies_lengths,
 )
 from iwsft.policies.token_log_prob import token_log_prob
-from iwsft.trajectory import ASSISTANT_MASK, ATTENTION_MASK, TOKENS, Segments
+from iwsft.trajectory import ASSISTANT_MASK, ATTENTION_MASK, TOKENS, Segments, fit
 
 # Rows and the states of the output layer come in multiples of this: kernels for a few rows, and for
 # what is left over of a row, differ from the others in the last bits.
@@ -105,7 +105,7 @@ class CausalLMPolicy(nn.Module):
         """
         decoder = check_decoder(self.model)
         tokens = _Tokens.of(trajectories)
-        number, width = _check(tokens, decoder)
+        number, width = _check_tokens(tokens, decoder)
         width = -(-width // _MULTIPLE) * _MULTIPLE
         one_row = fits_one_row(decoder) and varies_lengths(decoder)
         if self.one_row is not None:
@@ -135,7 +135,7 @@ class CausalLMPolicy(nn.Module):
             KeyError: An input key is missing.
             ValueError: As in :meth:`log_prob`.
         """
-        _check(_Tokens.of(trajectories), check_decoder(self.model))
+        _check_tokens(_Tokens.of(trajectories), check_decoder(self.model))
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -201,13 +201,8 @@ class _Tokens(NamedTuple):
             _entry(batch, ATTENTION_MASK)
         mask = torch.ones_like(ids, dtype=torch.bool) if attention is None else attention
         segments = Segments.of(batch, mask=mask)
-        assistant = _entry(batch, ASSISTANT_MASK)
-        for key, value in ((TOKENS, ids), (ASSISTANT_MASK, assistant)):
-            if value.shape != segments.shape:
-                raise ValueError(
-                    f"{key!r} has shape {list(value.shape)}, the batch has "
-                    f"{list(segments.shape)} tokens"
-                )
+        ids = fit(ids, segments.shape, repr(TOKENS))
+        assistant = fit(_entry(batch, ASSISTANT_MASK), segments.shape, repr(ASSISTANT_MASK))
         source = segments.valid.reshape(-1).nonzero().squeeze(1)
         if len(source) == 0:
             raise ValueError(f"{ATTENTION_MASK!r} leaves no token in this batch")
@@ -235,7 +230,7 @@ def _entry(batch: TensorDictBase, key: NestedKey) -> Tensor:
     return value
 
 
-def _check(tokens: _Tokens, decoder: Any) -> tuple[int, int]:
+def _check_tokens(tokens: _Tokens, decoder: Any) -> tuple[int, int]:
     """Number of trajectories and length of the longest; refuse what the model can't read."""
     # Read at once, since reading waits for an accelerator.
     values = (tokens.ids.amin(), tokens.ids.amax(), tokens.position.amax(), tokens.trajectory[-1])

@@ -285,5 +285,9 @@ def test_wrong_settings_are_refused(make_loss: Any, make_batch: Any) -> None:
         HardSync(make_loss("cached"), every=2)
     with pytest.raises(ValueError, match="trajectories"):
         HardSync(make_loss("lagged"), every=2, trajectories=make_batch())
+    held_elsewhere = make_loss("lagged", hold_q=False)
+    for build in (lambda x: EMA(x, decay=0.9), lambda x: HardSync(x, every=2)):
+        with pytest.raises(ValueError, match="holder"):
+            build(held_elsewhere)
     with pytest.raises(TypeError, match="ImportanceWeightedMLE"):
         EMA(nn.Linear(1, 1), decay=0.5)  # type: ignore[arg-type]
