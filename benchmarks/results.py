@@ -97,11 +97,10 @@ def read_runs(folder: str | Path, benchmark: str) -> list[FinishedRun]:
         if not (path / RESULT).exists():
             continue
         result = _read_json(path / RESULT)
-        _check_entries(path / RESULT, result, {"benchmark": str})
         # The entry decides, as folders may be copied under another name.
-        if result["benchmark"] != benchmark:
+        if result.get("benchmark", path.absolute().parts[-4]) != benchmark:
             continue
-        run = _read_run(path, result, root)
+        run = _read_run(path, result, root, benchmark)
         key = run.dataset, run.algo, run.seed
         if key in runs:
             raise ResultsError(
@@ -159,9 +158,9 @@ def _join(variant: str, name: str) -> str:
     return f"{variant}/{name}" if variant else name
 
 
-def _read_run(folder: Path, result: dict[str, Any], root: Path) -> FinishedRun:
+def _read_run(folder: Path, result: dict[str, Any], root: Path, benchmark: str) -> FinishedRun:
     path = folder / RESULT
-    _check_entries(path, result, _REQUIRED[result["benchmark"]])
+    _check_entries(path, result, _REQUIRED[benchmark])
     for key in ("normalized_score", "return_mean", "score"):
         value = result.get(key)
         if value is not None and not (isinstance(value, _NUMBER) and math.isfinite(value)):
@@ -169,10 +168,11 @@ def _read_run(folder: Path, result: dict[str, Any], root: Path) -> FinishedRun:
     rate = result.get("success_rate")
     if rate is not None and not (isinstance(rate, _NUMBER) and 0 <= rate <= 1):
         raise ResultsError(f"{path}: 'success_rate' is {rate!r}, not a share of the episodes")
-    config = _read_config(folder)
-    if (folder / CONFIG).exists():
+    config, rows = _read_config(folder), _read_metrics(folder)
+    # A language run without its command is damaged; control's older runs may lack it.
+    if benchmark == LANGUAGE and (folder / CONFIG).exists():
         _check_entries(folder / CONFIG, config, _CONFIG)
-    return FinishedRun(folder, _variant(folder, root), result, config, _read_metrics(folder))
+    return FinishedRun(folder, _variant(folder, root), result, config, rows)
 
 
 def _check_entries(path: Path, content: dict[str, Any], kinds: _Kinds) -> None:
