@@ -1,4 +1,4 @@
-"""The checks of options that all commands share; each error names the option and the way out."""
+"""The checks of options that all commands share; each raises a ValueError with the way out."""
 
 from __future__ import annotations
 
@@ -14,27 +14,14 @@ def flag(name: str) -> str:
 
 
 def check_at_least(least: int, **numbers: int | None) -> None:
-    """Check options that are numbers; None is an option that was left out.
-
-    Raises:
-        ValueError: A number is below ``least``.
-    """
+    """Check options that are numbers; None is an option that was left out."""
     for name, number in numbers.items():
         if number is not None and number < least:
             raise ValueError(f"{flag(name)} {number}: at least {least}")
 
 
 def check_known(kind: str, name: str, known: Sequence[str]) -> None:
-    """Check a name.
-
-    Args:
-        kind: What the name is a name of, for the error.
-        name: The name.
-        known: All names that there are.
-
-    Raises:
-        ValueError: An unknown name; the error tells the nearest one.
-    """
+    """Check the name of a ``kind`` of things; the error tells the nearest one that is known."""
     if name not in known:
         near = difflib.get_close_matches(name.lower(), known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -42,23 +29,17 @@ def check_known(kind: str, name: str, known: Sequence[str]) -> None:
 
 
 def check_once(**lists: Sequence[object]) -> None:
-    """Check options that are lists.
-
-    Raises:
-        ValueError: A value occurs twice.
-    """
+    """Check options that are lists: at least one value, and none of them twice."""
     for name, values in lists.items():
+        if not values:
+            raise ValueError(f"nothing to run: pass at least one value to {flag(name)}")
         twice = sorted({str(value) for value in values if values.count(value) > 1})
         if twice:
             raise ValueError(f"{flag(name)} {' '.join(twice)}: asked for twice; name each once")
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
-    """Check seeds: whole numbers that NumPy and torch take, each once.
-
-    Raises:
-        ValueError: A seed is out of range or occurs twice.
-    """
+    """Check seeds: whole numbers that NumPy and torch take, each once."""
     for seed in seeds:
         if not 0 <= seed < 2**32:
             raise ValueError(f"--seeds {seed}: a seed lies in 0 ... 2^32 - 1")
@@ -68,25 +49,14 @@ def check_seeds(seeds: Sequence[int]) -> None:
 def check_used(name: str, value: object, used: bool, where: str) -> None:
     """Check that an option has an effect; None is an option that was left out.
 
-    Args:
-        name: Name of the option.
-        value: Its value.
-        used: Whether it has an effect.
-        where: Where it has none, as in "in bc" or "without --think-budget".
-
-    Raises:
-        ValueError: It is given and has none.
+    ``where`` says where it has none, as in "in bc" or "without --think-budget".
     """
     if value is not None and not used:
         raise ValueError(f"{flag(name)} {value} changes nothing {where}; leave it out")
 
 
 def check_device(device: str) -> None:
-    """Check a name of torch's for a device.
-
-    Raises:
-        ValueError: An unknown device, or one that is not there.
-    """
+    """Check that torch knows a device, and that it is there."""
     try:
         torch.ones(1, device=device).item()
     # torch raises these for unknown names and for devices that are not there.

@@ -143,16 +143,15 @@ def compare(options: Options) -> None:
     ]
     for run in {run.algo: run for run in all_runs}.values():
         check_run(run, task)
-    configs = {run.folder: _config_of(run, task) for run in all_runs}
+    configs = {run: _config_of(run, task) for run in all_runs}
     # Another number of episodes would give a result that its config does not describe.
     same = ("settings", "eval_episodes")
     unfinished = runs.claim(options.out / Run.benchmark, configs, same=same, resume=options.resume)
-    for run in all_runs:
-        if run.folder in unfinished:
-            result = train_and_score(run, task)
-            score = result["normalized_score"]
-            what, value = ("return", result["return_mean"]) if score is None else ("score", score)
-            print(f"d3rlpy/{run}: {what} {value:.1f}, {result['cpu_seconds']:.0f} CPU-seconds")
+    for run in unfinished:
+        result = train_and_score(run, task)
+        score = result["normalized_score"]
+        what, value = ("return", result["return_mean"]) if score is None else ("score", score)
+        print(f"d3rlpy/{run}: {what} {value:.1f}, {result['cpu_seconds']:.0f} CPU-seconds")
 
 
 def _config_of(run: Run, task: Task) -> dict[str, Any]:

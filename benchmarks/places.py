@@ -37,17 +37,11 @@ class WorkerLostError(RuntimeError):
 
 @dataclass(frozen=True)
 class Place:
-    """Somewhere to run items.
-
-    Attributes:
-        jobs: Number of items at a time.
-        submit: A function that starts ``work(item)`` and returns its future.
-        lost: Errors of a future whose worker was killed.
-        loss: Description of these errors.
-    """
+    """Somewhere to run ``jobs`` items at a time; ``submit`` starts ``work(item)``."""
 
     jobs: int
     submit: Callable[[Callable[[Any], Any], Any], Future[Any]]
+    # Errors of a future whose worker was killed, and what they mean.
     lost: tuple[type[Exception], ...] = ()
     loss: str = ""
 
@@ -59,11 +53,6 @@ def each(
 
     An item whose worker is killed is run again, up to ``RETRIES`` times, with a line on stderr
     each time. After that its result is the error. What ``work`` itself raises ends everything.
-
-    Args:
-        work: A function that continues what a killed call left.
-        items: Items in the order to start them.
-        place: Where they run.
     """
     waiting = deque((item, RETRIES) for item in items)
     running: dict[Future[Result], tuple[Item, int]] = {}
@@ -113,6 +102,7 @@ def cores() -> int:
 
 
 def _run_here(work: Callable[[Any], Any], item: Any) -> Future[Any]:
+    """Run an item at once, in this process."""
     future: Future[Any] = Future()
     future.set_result(work(item))
     return future
@@ -123,13 +113,14 @@ def _processes(jobs: int) -> Iterator[Place]:
     """Processes of this machine, each a pool of one, because a killed worker breaks its pool."""
     idle: list[ProcessPoolExecutor] = []
     busy: dict[Future[Any], ProcessPoolExecutor] = {}
+    start: Any = {"env": _ONE_THREAD, "initializer": _end_with, "initargs": (os.getpid(),)}
 
     def submit(work: Callable[[Any], Any], item: Any) -> Future[Any]:
         for future in [future for future in busy if future.done()]:
             pool = busy.pop(future)
             if not isinstance(future.exception(), BrokenProcessPool):
                 idle.append(pool)
-        pool = idle.pop() if idle else _pool()
+        pool = idle.pop() if idle else ProcessPoolExecutor(1, **start)
         try:
             future = pool.submit(work, item)
         except BrokenProcessPool:  # killed while it had nothing to do
@@ -143,10 +134,6 @@ def _processes(jobs: int) -> Iterator[Place]:
     finally:
         for pool in (*idle, *busy.values()):
             pool.shutdown(wait=False, kill_workers=True)
-
-
-def _pool() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, env=_ONE_THREAD, initializer=_end_with, initargs=(os.getpid(),))
 
 
 def _end_with(owner: int) -> None:
@@ -179,7 +166,9 @@ def _ray_place(jobs: int | None, device: str) -> Iterator[Place]:
         tell(f"Ray cluster of {nodes} nodes, {int(resources.get('CPU', 0))} cores")
         jobs, gpus = share(resources, jobs, device)
         # each() tries again, and says so.
-        task: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(_call)
+        task: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(
+            lambda work, item: work(item)
+        )
 
         def submit(work: Callable[[Any], Any], item: Any) -> Future[Any]:
             future: Future[Any] = task.options(name=str(item)).remote(work, item).future()
@@ -189,10 +178,6 @@ def _ray_place(jobs: int | None, device: str) -> Iterator[Place]:
         yield Place(jobs, submit, (NodeDiedError, OutOfMemoryError, WorkerCrashedError), loss)
     finally:
         ray.shutdown()
-
-
-def _call(work: Callable[[Item], Result], item: Item) -> Result:
-    return work(item)
 
 
 def _check_address(address: str) -> None:
@@ -209,11 +194,7 @@ def _check_address(address: str) -> None:
 
 
 def share(resources: dict[str, float], jobs: int | None, device: str) -> tuple[int, float]:
-    """Number of items at a time, and the share of a GPU of each.
-
-    Raises:
-        ValueError: The cluster does not have the device.
-    """
+    """Number of items at a time, and the share of a GPU of each."""
     if not device.startswith("cuda"):
         return jobs or max(1, int(resources.get("CPU", 1))), 0.0
     gpus = int(resources.get("GPU", 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,12 +45,17 @@ class RunOptions(Protocol):
     def out(self) -> Path:
         """Folder of all runs."""
 
+
+class Claimable(Protocol):
+    """A run, or whatever else has a folder of its own."""
+
     @property
-    def resume(self) -> bool:
-        """Whether runs that were cut off are continued."""
+    def folder(self) -> Path:
+        """Folder that it writes to."""
 
 
 Options = TypeVar("Options", bound=RunOptions)
+Claimed = TypeVar("Claimed", bound=Claimable)
 
 
 @dataclass(frozen=True)
@@ -85,18 +91,18 @@ class Run(Generic[Options]):
 
 
 def claim(
-    root: Path, configs: Mapping[Path, dict[str, Any]], *, same: Sequence[str], resume: bool
-) -> list[Path]:
+    root: Path, configs: Mapping[Claimed, dict[str, Any]], *, same: Sequence[str], resume: bool
+) -> list[Claimed]:
     """Claim the folders of all runs, or none, by writing ``config.json``.
 
     Args:
         root: A folder above all of them.
-        configs: Content of ``config.json`` by folder.
+        configs: The runs, each with the content of its ``config.json``.
         same: Entries in which a run that is there already must agree.
         resume: Accept runs that are there already.
 
     Returns:
-        The folders of unfinished runs.
+        The unfinished runs.
 
     Raises:
         FileExistsError: Folders contain a run, and ``resume`` is off.
@@ -107,32 +113,31 @@ def claim(
         root.mkdir(parents=True, exist_ok=True)
     # Two commands at once don't both find a folder free.
     with FileLock(root / ".claim.lock"):
-        earlier = {folder: _earlier_config(folder, same) for folder in configs}
-        taken = [str(folder) for folder in configs if earlier[folder] is not None]
+        earlier = {run: _earlier_config(run.folder, same) for run in configs}
+        free = [run for run in configs if earlier[run] is None]
+        taken = [str(run.folder) for run in configs if run not in free]
         if taken and not resume:
             raise FileExistsError(
                 f"{', '.join(taken)}: {'a run is' if len(taken) == 1 else 'runs are'} there "
                 "already; pass --resume to continue and to keep what is finished, or another --out"
             )
-        for folder, config in configs.items():
-            before = earlier[folder]
+        for run, before in earlier.items():
             if before is None:
                 continue
-            differ = differences(before, {name: config[name] for name in same})
+            differ = differences(before, {name: configs[run][name] for name in same})
             if differ:
                 raise CheckpointError(
-                    f"{folder} holds a run with other settings: {differ}; run with those, or "
+                    f"{run.folder} holds a run with other settings: {differ}; run with those, or "
                     "choose another --out"
                 )
-        free = [folder for folder in configs if earlier[folder] is None]
         try:
-            for folder in free:
-                write_json(folder / CONFIG, configs[folder])
+            for run in free:
+                write_json(run.folder / CONFIG, configs[run])
         except OSError:
-            for folder in free:
-                (folder / CONFIG).unlink(missing_ok=True)
+            for run in free:
+                (run.folder / CONFIG).unlink(missing_ok=True)
             raise
-    return [folder for folder in configs if not (folder / RESULT).exists()]
+    return [run for run in configs if not (run.folder / RESULT).exists()]
 
 
 def _earlier_config(folder: Path, same: Sequence[str]) -> dict[str, Any] | None:
@@ -154,12 +159,8 @@ def _earlier_config(folder: Path, same: Sequence[str]) -> dict[str, Any] | None:
 def alone_in(folder: Path, *, wait: bool) -> Iterator[None]:
     """Keep other processes out of a folder, and clear what a killed one left half-way.
 
-    Args:
-        folder: The folder; it is made where it is missing.
-        wait: Wait until another process is done.
-
     Raises:
-        FileExistsError: Another process works there, and ``wait`` is off.
+        FileExistsError: Another process works there, and ``wait`` for its end is off.
     """
     with full_disk_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -192,18 +193,14 @@ def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
 
 def hardware(device: str) -> dict[str, str | int | None]:
     """The machine of a run."""
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()
-    return {"device": device, "name": name, "cpus": os.cpu_count(), "system": platform.system()}
-
-
-def _processor() -> str:
-    """The processor's name where the system tells it, or its architecture."""
     listed = Path("/proc/cpuinfo")
-    if listed.exists():
-        for line in listed.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
+    elif listed.exists() and (names := re.findall(r"model name.*?:(.*)", listed.read_text())):
+        name = names[0].strip()
+    else:
+        name = platform.processor() or platform.machine()
+    return {"device": device, "name": name, "cpus": os.cpu_count(), "system": platform.system()}
 
 
 def tell(line: str) -> None:

@@ -45,8 +45,8 @@ def run_all(
     Args:
         work: A function that can be pickled and continues what a killed call left.
         items: Items in the order to start them; their ``str`` names them in lines on stderr.
-        place: Where they run.
-        summary: Takes the counts and the errors.
+        place: The place where they run.
+        summary: The summary that takes the counts and the errors.
     """
     for item, problem in places.each(partial(_problem, work), items, place):
         if problem is None:

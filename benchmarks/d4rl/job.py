@@ -82,8 +82,7 @@ def _claimed(options: Options, suite: Suite, summary: Summary) -> tuple[list[Run
 
     With ``--suite``, what the data do not allow is left out, with a line on stderr.
     """
-    runs: list[Run] = []
-    configs: dict[Path, dict[str, Any]] = {}
+    configs: dict[Run, dict[str, Any]] = {}
     names: list[str] = []
     for source in suite.datasets:
         try:
@@ -99,16 +98,15 @@ def _claimed(options: Options, suite: Suite, summary: Summary) -> tuple[list[Run
         allowed = _allowed(source, task, options, suite, summary)
         if allowed:
             names.append(task.name)
-        runs += allowed
-        configs |= {run.folder: config_of(run, task) for run in allowed}
-    if not runs:
+        configs |= {run: config_of(run, task) for run in allowed}
+    if not configs:
         raise ValueError("nothing to run is left: " + "; ".join(summary.left_out))
     # Another number of episodes would give a result that its config does not describe.
     same = ("settings", "eval_episodes")
     root = options.out / Run.benchmark
-    unfinished = set(claim(root, configs, same=same, resume=options.resume))
-    summary.finished_before = len(runs) - len(unfinished)
-    return [run for run in runs if run.folder in unfinished], names
+    unfinished = claim(root, configs, same=same, resume=options.resume)
+    summary.finished_before = len(configs) - len(unfinished)
+    return unfinished, names
 
 
 def _allowed(

@@ -73,10 +73,9 @@ def _claim(runs: Sequence[Run], *, first_node: bool = True) -> list[Run]:
             training_arguments(run, run.algorithm)
     if not first_node:
         return list(runs)
-    configs = {run.folder: config_of(run) for run in runs}
+    configs = {run: config_of(run) for run in runs}
     resume = runs[0].options.resume
-    unfinished = claim(runs[0].dataset_folder, configs, same=("settings",), resume=resume)
-    return [run for run in runs if run.folder in unfinished]
+    return claim(runs[0].dataset_folder, configs, same=("settings",), resume=resume)
 
 
 def _run_and_show(run: Run, *, threads: int | None = None) -> None:

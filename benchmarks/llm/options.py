@@ -133,8 +133,6 @@ def parse(words: Sequence[str], description: str | None = None) -> Options:
 
 def _check(options: Options, settings: Settings, changed: dict[str, Any]) -> None:
     """Check all that can be known to be wrong before anything is prepared or trained."""
-    if not options.algo or not options.seeds:
-        raise ValueError("nothing to run: pass at least one name to --algo and one to --seeds")
     for name in options.algo:
         check_known("algorithm", name, NAMES)
     check_once(algo=options.algo)

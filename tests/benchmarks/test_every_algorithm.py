@@ -92,7 +92,7 @@ def start(algo: str, dataset: Path, out: Path, **values: Any) -> tuple[Run, Task
     run = Run(task.name, algo, 0, options, str(dataset))
     task.check_environment()
     check_run(run, task)
-    configs = {run.folder: config_of(run, task)}
+    configs = {run: config_of(run, task)}
     claim(out / "d4rl", configs, same=("settings",), resume=options.resume)
     return run, task
 

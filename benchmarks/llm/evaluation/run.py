@@ -46,8 +46,8 @@ def run(options: Options) -> list[dict[str, Any]]:
         # Fails here, not after hours of generation.
         if any(each.task.kind == "math" for each in sets):
             grader.start()
-        configs = {evaluation.folder: evaluation.config for evaluation in evaluations}
-        for folder in configs:
+        configs = {evaluation: evaluation.config for evaluation in evaluations}
+        for folder in (evaluation.folder for evaluation in evaluations):
             if (folder / GENERATIONS).exists() and not (folder / CONFIG).exists():
                 raise CheckpointError(
                     f"{folder} holds generations without their {CONFIG}; move it away, or choose "
@@ -75,7 +75,7 @@ def run(options: Options) -> list[dict[str, Any]]:
     return results
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Evaluation:
     """A model on a task, with the options that the command was given."""
 
