@@ -129,7 +129,7 @@ def compare(options: Options) -> None:
         out=options.out,
         resume=options.resume,
     )
-    d4rl.check_options(ours, d4rl.chosen_suite(ours))
+    d4rl.check_options(ours, d4rl.choose_suite(ours))
     for algo in options.algo:
         if algo not in APART:
             raise ValueError(f"d3rlpy has no {algo!r} like ours; it has {', '.join(APART)}")

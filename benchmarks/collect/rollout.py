@@ -59,7 +59,7 @@ def load_behaviour(name: str) -> Behaviour:
     if (folder / sac.POLICY).is_dir():
         policy, env_id, env_kwargs = sac.load_policy(folder)
     elif folder.is_dir():
-        from benchmarks.d4rl.policies import load_policy
+        from benchmarks.d4rl.train import load_policy
 
         policy, env_id, env_kwargs = load_policy(folder)
     elif ":" in name:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from baselines import BASELINES
 from benchmarks import places
-from benchmarks.d4rl.options import Options, check_options, chosen_suite
+from benchmarks.d4rl.options import Options, check_options, choose_suite
 from benchmarks.d4rl.run import Run, Task, check_run, config_of
 from benchmarks.d4rl.settings import Suite
 from benchmarks.d4rl.train import train_and_score
@@ -23,6 +23,8 @@ from iwsft.training import Row
 
 _HEADER = f"{'algo':<12} {'seed':>4}  {'stage':<9} {'step':>13} {'loss':>8} {'ESS':>5} {'score':>7}"
 _COLUMN = "dataset"
+# Another number of episodes would give a result that its config does not describe.
+SAME = ("settings", "eval_episodes")
 # The longest runs start first, so that none is left running alone at the end.
 _SLOWEST_FIRST = ("cql", "dt", "iql", "awac", "td3-bc")
 
@@ -32,11 +34,8 @@ def run_job(options: Options) -> Summary:
 
     All options and data are checked before any folder is claimed. A run that fails is reported, and
     the others continue. A suite continues without what its data do not allow.
-
-    Raises:
-        ValueError: The error names what is wrong and the way out; so do the others of ``EXPECTED``.
     """
-    suite = chosen_suite(options)
+    suite = choose_suite(options)
     check_options(options, suite)
     options = replace(
         options,
@@ -52,10 +51,13 @@ def run_job(options: Options) -> Summary:
         jobs=options.jobs,
         device=options.device,
     ) as place:
-        runs, names = _claimed(options, suite, summary)
-        runs = _in_order(runs, several=len(names) > 1)
+        configs = _list_runs(options, suite, summary)
+        names = {run.dataset for run in configs}
+        root = options.out / Run.benchmark
+        runs = _order(claim(root, configs, same=SAME, resume=options.resume), len(names) > 1)
+        summary.finished_before = len(configs) - len(runs)
         if runs:
-            tell(f"{_column(_COLUMN, runs[0].column)}{_HEADER}   seconds")
+            tell(f"{_pad(_COLUMN, runs[0].column)}{_HEADER}   seconds")
         run_all(_train_and_tell, runs, place, summary)
     console = Console()
     finished = [run for run in read_runs(options.out, CONTROL) if run.dataset in names]
@@ -77,13 +79,12 @@ def _absolute(source: str) -> str:
     return str(path.absolute()) if path.suffix and path.is_file() else source
 
 
-def _claimed(options: Options, suite: Suite, summary: Summary) -> tuple[list[Run], list[str]]:
-    """Check the data and claim all runs, or none; the unfinished ones, and all datasets' names.
+def _list_runs(options: Options, suite: Suite, summary: Summary) -> dict[Run, dict[str, Any]]:
+    """Check the data; all runs with the contents of their ``config.json``.
 
     With ``--suite``, what the data do not allow is left out, with a line on stderr.
     """
     configs: dict[Run, dict[str, Any]] = {}
-    names: list[str] = []
     for source in suite.datasets:
         try:
             task = Task.load(source, suite.pretrain_dataset)
@@ -93,47 +94,32 @@ def _claimed(options: Options, suite: Suite, summary: Summary) -> tuple[list[Run
                 raise
             summary.leave_out(f"{source}: {one_line(error)}")
             continue
-        if task.name in names:
+        if any(run.dataset == task.name for run in configs):
             raise ValueError(f"{source}: there is another dataset of the name {task.name}")
-        allowed = _allowed(source, task, options, suite, summary)
-        if allowed:
-            names.append(task.name)
-        configs |= {run: config_of(run, task) for run in allowed}
+        runs: list[Run] = []
+        problems: dict[str, list[str]] = {}
+        for algo in suite.algorithms:
+            path = _absolute(source)
+            several = [Run(task.name, algo, seed, options, path) for seed in suite.seeds]
+            try:
+                if not runs:
+                    task.check_environment()
+                check_run(several[0], task)
+                runs += several
+            except EXPECTED as error:
+                if options.suite is None:
+                    raise
+                problems.setdefault(one_line(error), []).append(algo)
+        for problem, algos in problems.items():
+            which = f" {', '.join(algos)}" if runs or len(problems) > 1 else ""
+            summary.leave_out(f"{source}{which}: {problem}")
+        configs |= {run: config_of(run, task) for run in runs}
     if not configs:
         raise ValueError("nothing to run is left: " + "; ".join(summary.left_out))
-    # Another number of episodes would give a result that its config does not describe.
-    same = ("settings", "eval_episodes")
-    root = options.out / Run.benchmark
-    unfinished = claim(root, configs, same=same, resume=options.resume)
-    summary.finished_before = len(configs) - len(unfinished)
-    return unfinished, names
+    return configs
 
 
-def _allowed(
-    source: str, task: Task, options: Options, suite: Suite, summary: Summary
-) -> list[Run]:
-    """The runs on a dataset that the data allow."""
-    path = _absolute(source)
-    runs: list[Run] = []
-    problems: dict[str, list[str]] = {}
-    for algo in suite.algorithms:
-        several = [Run(task.name, algo, seed, options, path) for seed in suite.seeds]
-        try:
-            if not runs:
-                task.check_environment()
-            check_run(several[0], task)
-            runs += several
-        except EXPECTED as error:
-            if options.suite is None:
-                raise
-            problems.setdefault(one_line(error), []).append(algo)
-    for problem, algos in problems.items():
-        which = f" {', '.join(algos)}" if runs or len(problems) > 1 else ""
-        summary.leave_out(f"{source}{which}: {problem}")
-    return runs
-
-
-def _in_order(runs: Sequence[Run], *, several: bool) -> list[Run]:
+def _order(runs: Sequence[Run], several_datasets: bool) -> list[Run]:
     """The order to start runs in.
 
     First one run for each reference policy, so that runs which share it do not wait for each
@@ -154,11 +140,12 @@ def _in_order(runs: Sequence[Run], *, several: bool) -> list[Run]:
     algos = list(dict.fromkeys(run.algo for run in runs))
     # Sorts are stable: algorithm by algorithm, in each dataset by dataset, in each seed by seed.
     spread = sorted(runs, key=lambda run: algos.index(run.algo))
-    width = max(len(name) for name in (_COLUMN, *(run.dataset for run in runs))) if several else 0
+    width = max(map(len, (_COLUMN, *(run.dataset for run in runs)))) if several_datasets else 0
     return [replace(run, column=width) for run in sorted(spread, key=stage)]
 
 
-def _column(name: str, width: int) -> str:
+def _pad(name: str, width: int) -> str:
+    """A cell of the column of datasets, which has no width where there is one dataset."""
     return f"{name:<{width}} " if width else ""
 
 
@@ -172,7 +159,7 @@ def _train_and_tell(run: Run) -> None:
             loss = f"{row['loss']:8.3f}" if abs(row["loss"]) < 1000 else f"{row['loss']:8.1e}"
             ess = f"{row['ESS']:5.2f}" if "ESS" in row else f"{'-':>5}"
             tell(
-                f"{_column(run.dataset, run.column)}{run.algo:<12} {run.seed:>4}  {stage:<9} "
+                f"{_pad(run.dataset, run.column)}{run.algo:<12} {run.seed:>4}  {stage:<9} "
                 f"{row['step']:>6}/{steps:<6} {loss} {ess} {score:7.1f} {row['wall_seconds']:9.0f}"
             )
 

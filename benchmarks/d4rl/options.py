@@ -106,12 +106,8 @@ class Options:
     """Continue runs that were cut off; finished ones are kept."""
 
 
-def chosen_suite(options: Options) -> paper.Suite:
-    """The suite of a command line, changed by the options that are given.
-
-    Raises:
-        ValueError: There is no such suite.
-    """
+def choose_suite(options: Options) -> paper.Suite:
+    """The suite of a command line, changed by the options that are given."""
     suite = paper.SINGLE
     if options.suite is not None:
         check_known("suite", options.suite, list(paper.SUITES))
@@ -127,22 +123,7 @@ def chosen_suite(options: Options) -> paper.Suite:
 
 
 def check_options(options: Options, suite: paper.Suite) -> None:
-    """Check everything that takes no data.
-
-    Args:
-        options: The command line.
-        suite: What :func:`chosen_suite` returns for it.
-
-    Raises:
-        ValueError: The error names the option, its value and the way out.
-    """
-    for name, values in (
-        ("--dataset", suite.datasets),
-        ("--algo", suite.algorithms),
-        ("--seeds", suite.seeds),
-    ):
-        if not values:
-            raise ValueError(f"nothing to run: pass at least one value to {name}")
+    """Check everything that takes no data; ``suite`` is that of :func:`choose_suite`."""
     algorithms = [paper.find_algorithm(name) for name in suite.algorithms]
     check_once(algo=suite.algorithms, dataset=suite.datasets)
     check_seeds(suite.seeds)
@@ -163,19 +144,18 @@ def check_options(options: Options, suite: paper.Suite) -> None:
     if variant in (".", "..", "d4rl") or set(variant) & set("/\\"):
         raise ValueError(f"--variant {variant}: a name of a folder, without slashes")
     per_trajectory = any(algorithm.per_trajectory for algorithm in algorithms)
-    weighted = any(algorithm.weighted for algorithm in algorithms)
     tuned = any(algorithm.from_reference for algorithm in algorithms)
-    cut = any(algorithm.cuts for algorithm in algorithms)
-    where = f"in {', '.join(suite.algorithms)}"
-    check_used("target_ess", options.target_ess, per_trajectory, where)
-    check_used("temperature", options.temperature, per_trajectory, where)
-    free = options.target_ess is None
-    check_used("temperature", options.temperature, free, f"with --target-ess {options.target_ess}")
-    check_used("alpha", alpha, weighted, where)
-    check_used("ties", options.ties, cut, where)
-    check_used("top", top, tuned, where)
-    check_used("pretrain_dataset", options.pretrain_dataset, tuned, where)
-    baselines = any(name in BASELINES for name in suite.algorithms)
-    without = f"without one of {', '.join(BASELINES)}"
-    check_used("baseline_steps", options.baseline_steps, baselines, without)
+    chosen = f"in {', '.join(suite.algorithms)}"
+    baselines = not set(BASELINES).isdisjoint(suite.algorithms)
+    for name, used, where in (
+        ("target_ess", per_trajectory, chosen),
+        ("temperature", per_trajectory, chosen),
+        ("temperature", options.target_ess is None, f"with --target-ess {options.target_ess}"),
+        ("alpha", any(algorithm.weighted for algorithm in algorithms), chosen),
+        ("ties", any(algorithm.cuts for algorithm in algorithms), chosen),
+        ("top", tuned, chosen),
+        ("pretrain_dataset", tuned, chosen),
+        ("baseline_steps", baselines, f"without one of {', '.join(BASELINES)}"),
+    ):
+        check_used(name, getattr(options, name), used, where)
     check_device(options.device)

@@ -31,14 +31,10 @@ _TO = "--to--"
 
 @dataclass(frozen=True)
 class Run(runs.Run[Options]):
-    """A run of control.
-
-    Attributes:
-        source: Name or path that the dataset is loaded by.
-        column: Width of the dataset's name in lines of progress; 0 leaves it out.
-    """
+    """A run of control, on the dataset that is loaded by the name or path ``source``."""
 
     source: str
+    # Width of the dataset's name in lines of progress; 0 leaves it out.
     column: int = 0
     benchmark = "d4rl"
 
@@ -48,8 +44,8 @@ class Run(runs.Run[Options]):
     @property
     def folder(self) -> Path:
         """Folder that the run writes to."""
-        root = self.options.out / self.options.variant / self.benchmark
-        return root / self.dataset / self.algo / f"seed-{self.seed}"
+        root = self.options.out / self.options.variant
+        return root / super().folder.relative_to(self.options.out)
 
     @property
     def baseline(self) -> Baseline | None:
@@ -85,7 +81,7 @@ class Run(runs.Run[Options]):
     @property
     def fine_tuning(self) -> tuple[paper.FineTuning, str]:
         """Settings of the fine-tuning, and their source in words."""
-        row, source = paper.fine_tuning(self._table_name, self.algorithm)
+        row, source = paper.find_fine_tuning(self._table_name, self.algorithm)
         steps, k, alpha = self.options.steps, self.options.temperature, self.options.alpha
         if steps is not None:
             # A shortened run warms up for the same share of its updates.
@@ -121,7 +117,7 @@ class Run(runs.Run[Options]):
     @property
     def weights(self) -> ImportanceWeights:
         """Importance weights of the fine-tuning."""
-        return paper.importance_weights(
+        return paper.choose_weights(
             self.options.preset,
             self.fine_tuning[0],
             per_step=self.algorithm.per_step,
@@ -146,26 +142,28 @@ class Run(runs.Run[Options]):
         """Name of the dataset in tables of settings."""
         return self.dataset.rpartition(_TO)[2]
 
+    def curate(self, trajectories: TensorDictBase) -> TensorDictBase:
+        """The trajectories that the algorithm trains on."""
+        if not self.algorithm.cuts:
+            return trajectories
+        ties = self.ties or paper.TIES[self.options.preset]
+        try:
+            return curate(trajectories, cuts=self.algorithm.cuts, ties=ties, seed=self.seed)
+        except ValueError as error:
+            raise ValueError(f"{self.algo}, --ties {ties}: {error}") from error
+
 
 @dataclass(frozen=True)
 class Task:
-    """The data of a run, with the environment that policies are scored in.
-
-    Attributes:
-        dataset: Data that the run trains on.
-        pretrain: Data that the reference policy is cloned on; by default ``dataset``.
-    """
+    """The data of a run, with the environment that policies are scored in."""
 
     dataset: OfflineDataset
+    # Data that the reference policy is cloned on; ``dataset`` where there are no others.
     pretrain: OfflineDataset
 
     @classmethod
     def load(cls, source: str, pretrain_source: str | None = None) -> Task:
-        """Load data by names or paths, see :func:`iwsft.datasets.load`.
-
-        Raises:
-            ValueError: The two do not fit each other, or one of them can't be read.
-        """
+        """Load data by names or paths, see :func:`iwsft.datasets.load`."""
         data = datasets.load(source)
         if pretrain_source is None:
             return cls(data, data)
@@ -192,11 +190,7 @@ class Task:
 
     @property
     def env_id(self) -> str:
-        """The environment that policies are scored in.
-
-        Raises:
-            ValueError: The dataset names none.
-        """
+        """The environment that policies are scored in."""
         if self.dataset.env_id is None:
             raise ValueError(
                 f"{self.dataset.name} names no environment to score policies in; write its "
@@ -205,12 +199,7 @@ class Task:
         return self.dataset.env_id
 
     def check_environment(self) -> None:
-        """Check that policies of the data fit the environment.
-
-        Raises:
-            ValueError: Sizes differ; the error names them and the way out.
-            ImportError: A package that the environment needs is not installed.
-        """
+        """Check that policies of the data fit the environment."""
         env = environments.make(self.env_id, **self.dataset.env_kwargs)
         try:
             observation, _ = env.reset(seed=0)
@@ -230,18 +219,11 @@ class Task:
                 "attribute env_id)"
             )
 
-    def score(
-        self, policy: TensorDictModuleBase, *, episodes: int, seed: int, device: str
-    ) -> Evaluation:
-        """Run a policy in the environment of the data."""
+    def score(self, policy: TensorDictModuleBase, **options: Any) -> Evaluation:
+        """Run a policy in the environment of the data, see :func:`iwsft.evaluation.evaluate`."""
+        scores, env_kwargs = self.dataset.reference_scores, self.dataset.env_kwargs
         return evaluate(
-            policy,
-            self.env_id,
-            episodes=episodes,
-            seed=seed,
-            reference_scores=self.dataset.reference_scores,
-            device=device,
-            env_kwargs=self.dataset.env_kwargs,
+            policy, self.env_id, reference_scores=scores, env_kwargs=env_kwargs, **options
         )
 
 
@@ -250,35 +232,13 @@ def sizes(trajectories: TensorDictBase) -> tuple[int, int]:
     return trajectories.get(OBSERVATION).shape[-1], trajectories.get(ACTION).shape[-1]
 
 
-def curated(run: Run, trajectories: TensorDictBase) -> TensorDictBase:
-    """The trajectories that the run's algorithm trains on.
-
-    Raises:
-        ValueError: The cuts leave nothing, or can't be made.
-    """
-    if not run.algorithm.cuts:
-        return trajectories
-    ties = run.ties or paper.TIES[run.options.preset]
-    try:
-        return curate(trajectories, cuts=run.algorithm.cuts, ties=ties, seed=run.seed)
-    except ValueError as error:
-        raise ValueError(f"{run.algo}, --ties {ties}: {error}") from error
-
-
 def check_run(run: Run, task: Task) -> None:
-    """Check that a run fits its data: curated set, weights, critics.
-
-    Raises:
-        KeyError: The data lack an entry that the algorithm learns from.
-        ValueError: Something does not fit; the error names it and the way out.
-        OverflowError: Weights overflow on the longest trajectory.
-        ImportError: A package that the algorithm needs is not installed.
-    """
+    """Check that a run fits its data: curated set, weights, critics."""
     if run.baseline is not None:
         # A baseline checks its data when it is built.
         run.baseline.build(task.dataset.trajectories, run.baseline_settings[0], seed=run.seed)
         return
-    data = curated(run, task.dataset.trajectories)
+    data = run.curate(task.dataset.trajectories)
     if run.algorithm.from_reference:
         run.weights.check_overflow(int(lengths(data).max()))
 
@@ -288,8 +248,7 @@ def settings_of(run: Run, task: Task) -> dict[str, Any]:
     common = {"data": task.dataset.fingerprint, "seed": run.seed}
     if run.baseline is not None:
         settings, source = run.baseline_settings
-        baseline = {"algo": run.algo, "baseline": asdict(settings), "settings_from": source}
-        return {**common, **baseline}
+        return common | {"algo": run.algo, "baseline": asdict(settings), "settings_from": source}
     common |= {
         "preset": run.options.preset,
         "estimator": run.options.estimator,

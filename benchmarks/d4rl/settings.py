@@ -27,17 +27,13 @@ QUALITY_BINS = (90.0, 95.0, 98.0)
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One of the paper's algorithms.
+    """One of the paper's algorithms."""
 
-    Args:
-        cuts: Percentiles of the return that curate the data; without any, all data are used.
-        from_reference: Start at the reference policy (fine-tuning), or from scratch (cloning).
-        weighted: Use importance weights; otherwise all are 1.
-        per_step: Weigh each step's loss by a weight of its own.
-    """
-
+    # Percentiles of the return that curate the data; without any, all data are used.
     cuts: tuple[float, ...] = ()
+    # Start at the reference policy (fine-tuning), or from scratch (cloning).
     from_reference: bool = False
+    # Use importance weights, one a trajectory or one a step; otherwise all are 1.
     weighted: bool = False
     per_step: bool = False
 
@@ -62,11 +58,7 @@ _SHARE = re.compile(r"bc-(\d+(?:\.\d+)?)")
 
 
 def find_algorithm(name: str) -> Algorithm:
-    """The algorithm that has this name; a baseline trains from scratch on all data.
-
-    Raises:
-        ValueError: An unknown name, or BC on a share outside 0 % to 100 %.
-    """
+    """The algorithm that has this name; a baseline trains from scratch on all data."""
     share = _SHARE.fullmatch(name)
     if share is None:
         check_known("algorithm", name, [*ALGORITHMS, *BASELINES])
@@ -78,15 +70,10 @@ def find_algorithm(name: str) -> Algorithm:
 
 @dataclass(frozen=True)
 class FineTuning:
-    """A row of Table 4.
+    """A row of Table 4: Adam's rate after the linear warm-up, decay of q, and the weights.
 
-    Args:
-        lr: Adam's learning rate at the end of the warm-up.
-        warmup: Number of updates of linear warm-up.
-        steps: Number of updates.
-        alpha: Decay of the moving average q.
-        k: Temperature on the mean log-ratio (the column k / |tau|).
-        normalize: Divide weights by their mean over the batch.
+    ``k`` is the temperature of the mean log-ratio (the column k / |tau|). ``normalize`` divides
+    weights by their mean over the batch.
     """
 
     lr: float = 4e-5
@@ -102,15 +89,13 @@ class FineTuning:
         return max(1, round(2 / (1 - self.alpha)) - 1)
 
 
-_REPLAY = {
-    "halfcheetah": FineTuning(lr=4e-5, alpha=0.995, k=1.0),
-    "hopper": FineTuning(lr=1e-4, alpha=0.99, k=1.0, normalize=True),
-    "walker2d": FineTuning(lr=4e-5, steps=2000, alpha=0.9, k=10.0, normalize=True),
-}
-_EXPERT = {
-    "halfcheetah": FineTuning(lr=4e-5, alpha=0.995, k=0.8),
-    "hopper": FineTuning(lr=4e-4, alpha=0.995, k=0.8),
-    "walker2d": FineTuning(lr=4e-5, alpha=0.995, k=0.8),
+_TABLE_4 = {
+    "halfcheetah-medium-replay": FineTuning(lr=4e-5, alpha=0.995, k=1.0),
+    "hopper-medium-replay": FineTuning(lr=1e-4, alpha=0.99, k=1.0, normalize=True),
+    "walker2d-medium-replay": FineTuning(steps=2000, alpha=0.9, k=10.0, normalize=True),
+    "halfcheetah-expert": FineTuning(lr=4e-5, alpha=0.995, k=0.8),
+    "hopper-expert": FineTuning(lr=4e-4, alpha=0.995, k=0.8),
+    "walker2d-expert": FineTuning(lr=4e-5, alpha=0.995, k=0.8),
 }
 # Batches of single steps, or of whole trajectories.
 FINE_TUNING_BATCH: Mapping[Estimator, int] = {"steps": 1024, "trajectories": 256}
@@ -124,25 +109,23 @@ CLONING = Schedule(steps=10_000, lr=1e-3, decay="constant")
 TIES: Mapping[Preset, Ties] = {"paper": ">", "authors": ">="}
 
 
-def fine_tuning(dataset: str, algorithm: Algorithm) -> tuple[FineTuning, str]:
+def find_fine_tuning(dataset: str, algorithm: Algorithm) -> tuple[FineTuning, str]:
     """The row of Table 4 for a dataset, and its source in words.
 
     A dataset that the paper does not use takes the row of its environment and its kind: ``expert``
     where the name says so, medium-replay otherwise. Unweighted runs use the learning rate of the
     paper's SFT(Q): 4e-5, and 4e-4 on hopper-medium-expert.
     """
-    family = dataset.split("-")[0]
     kind = "expert" if "expert" in dataset else "medium-replay"
-    row = (_EXPERT if kind == "expert" else _REPLAY).get(family)
-    if row is None:
+    name = f"{dataset.split('-')[0]}-{kind}"
+    if name not in _TABLE_4:
         return FineTuning(), f"{dataset} is not in the paper: the row of halfcheetah-medium-replay"
     if not algorithm.weighted:
-        expert_hopper = (family, kind) == ("hopper", "expert")
-        return FineTuning(lr=4e-4 if expert_hopper else 4e-5), "SFT(Q) of Appendix F"
-    return row, f"Table 4, {family}-{kind}"
+        return FineTuning(lr=4e-4 if name == "hopper-expert" else 4e-5), "SFT(Q) of Appendix F"
+    return _TABLE_4[name], f"Table 4, {name}"
 
 
-def importance_weights(
+def choose_weights(
     preset: Preset, row: FineTuning, *, per_step: bool, target_ess: float | None
 ) -> ImportanceWeights:
     """The transforms of a preset; ``target_ess`` uses :class:`TargetESS` instead of k."""
@@ -160,22 +143,14 @@ def importance_weights(
 
 @dataclass(frozen=True)
 class Suite:
-    """A table of the paper: every algorithm on every dataset with every seed.
-
-    Attributes:
-        algorithms: Names of algorithms, as in ``--algo``.
-        datasets: Names of datasets, as in ``--dataset``.
-        seeds: Seeds; one run each.
-        pretrain_dataset: Data of the reference policies, where they differ from the dataset.
-        top: Share of the data, in %, that fine-tuning keeps, where it is not 10.
-        ties: How cuts treat equal returns, by dataset, where the preset's way would keep nothing.
-    """
+    """A table of the paper: every algorithm on every dataset with every seed, as in ``Options``."""
 
     algorithms: tuple[str, ...]
     datasets: tuple[str, ...]
     seeds: tuple[int, ...]
     pretrain_dataset: str | None = None
     top: float | None = None
+    # How cuts treat equal returns, by dataset, where the preset's way would keep nothing.
     ties: Mapping[str, Ties] = field(default_factory=dict)
 
 

@@ -1,4 +1,4 @@
-"""From a run's data to a trained and scored policy.
+"""From a run's data to a trained and scored policy, on disk.
 
 A killed run is continued by the same call: training from its last checkpoint, and everything after
 the training again from the trained policy.
@@ -12,6 +12,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,9 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 
-from baselines import Learner
+from baselines import BASELINES, Learner, algorithm
 from benchmarks.d4rl import settings as paper
-from benchmarks.d4rl.policies import save_policy
-from benchmarks.d4rl.run import (
-    Run,
-    Task,
-    curated,
-    reference_settings_of,
-    settings_of,
-    sizes,
-)
+from benchmarks.d4rl.run import Run, Task, reference_settings_of, settings_of, sizes
 from benchmarks.runs import CONFIG, RESULT, alone_in, write_json
 from iwsft import checkpoint, metrics
 from iwsft.diagnostics import diagnose, weighted_mean
@@ -52,21 +45,14 @@ _RETURN = "trajectory_return"
 _CURVE_POINTS = 10
 # Seeds of the learning curve's episodes differ from those of the final score.
 _CURVE_SEED = 10_000
+_SAMPLERS = {"steps": StepSampler, "trajectories": TrajectorySampler}
+POLICY = "policy.pt"
 
 
 def train_and_score(run: Run, report: Report) -> dict[str, Any]:
-    """Train and score one run, and write its policy and its ``result.json``.
+    """Train and score one run whose folder is claimed, and write its policy.
 
-    Args:
-        run: The run; its folder must be claimed.
-        report: Progress callback.
-
-    Returns:
-        The content of ``result.json``.
-
-    Raises:
-        FileNotFoundError: This machine does not see the folder.
-        FileExistsError: Another process works in the folder.
+    Returns the content of ``result.json``, which is written too.
     """
     if not (run.folder / CONFIG).exists():
         raise FileNotFoundError(
@@ -78,9 +64,8 @@ def train_and_score(run: Run, report: Report) -> dict[str, Any]:
     task = Task.load(run.source, run.options.pretrain_dataset)
     with alone_in(run.folder, wait=False):
         policy, cost, reference_cost = _train(run, task, report)
-        save_policy(run, task, policy)
-        since = time.process_time()
-        options = run.options
+        _save_policy(run, task, policy)
+        since, options = time.process_time(), run.options
         final = task.score(
             policy, episodes=options.eval_episodes, seed=run.seed, device=options.device
         )
@@ -101,13 +86,10 @@ def train_and_score(run: Run, report: Report) -> dict[str, Any]:
 def result_of(run: Run, final: Evaluation, **about: Any) -> dict[str, Any]:
     """The part of ``result.json`` that says what the run is and how it scored.
 
-    Args:
-        run: The run.
-        final: Evaluation of the trained policy.
-        about: Further entries that describe the run.
+    ``about`` has further entries that describe the run.
     """
-    successes = final.successes
-    updates, published = run.updates, run.published_updates
+    updates, published, successes = run.updates, run.published_updates, final.successes
+    success = {} if successes is None else {"success_rate": float(np.mean(successes))}
     return {
         "benchmark": run.benchmark,
         "dataset": run.dataset,
@@ -122,8 +104,7 @@ def result_of(run: Run, final: Evaluation, **about: Any) -> dict[str, Any]:
         "episode_returns": final.returns,
         "episode_lengths": final.lengths,
         "return_mean": final.return_mean,
-        **({} if successes is None else {"success_rate": float(np.mean(successes))}),
-        **({} if successes is None else {"episode_successes": successes}),
+        **(success and success | {"episode_successes": successes}),
         "episodes": len(final.returns),
     }
 
@@ -143,10 +124,10 @@ def _train(run: Run, task: Task, report: Report) -> tuple[TensorDictModuleBase, 
             return policy, reference_cost, Cost(0.0, 0.0)
         stage = "tuning"
         annotate_reference(policy, data, cache=folder)
-        learner, probes = _build_fine_tuning(run, curated(run, data), policy)
+        learner, probes = _build_fine_tuning(run, run.curate(data), policy)
     else:
         stage = "cloning"
-        learner = _build_cloning(run, curated(run, data), run.schedule)
+        learner = _build_cloning(run, run.curate(data), run.schedule)
     settings, report = settings_of(run, task), partial(report, stage)
     cost = _fit(run, task, learner, run.updates, run.folder, settings, report, probes)
     return learner.policy, cost, reference_cost
@@ -177,7 +158,8 @@ def _build_cloning(run: Run, data: TensorDictBase, schedule: Schedule) -> Learne
     policy = GaussianPolicy(*sizes(data)).to(run.options.device)
     loss = ImportanceWeightedMLE(policy, proposal="reference")
     batch = paper.CLONING_BATCH[run.options.estimator, run.options.preset]
-    return Learner(policy, loss, _sampler(run, data, batch), schedule)
+    sampler = _SAMPLERS[run.options.estimator](data, batch, seed=run.seed)
+    return Learner(policy, loss, sampler, schedule)
 
 
 def _build_fine_tuning(
@@ -187,11 +169,11 @@ def _build_fine_tuning(
     row, _ = run.fine_tuning
     steps = Segments.of(data)
     data.set(_RETURN, steps.spread(steps.sum(data.get(REWARD))))
-    by_steps = run.options.estimator == "steps"
+    estimator = run.options.estimator
     # q = pi_ref leaves all weights at 1.
     proposal: Proposal = "reference"
     if run.algorithm.weighted:
-        proposal = "cached" if by_steps else "lagged"
+        proposal = "cached" if estimator == "steps" else "lagged"
     loss = ImportanceWeightedMLE(policy, importance_weights=run.weights, proposal=proposal)
     updater: HardSync | EMA | None = None
     probes = []
@@ -202,13 +184,9 @@ def _build_fine_tuning(
     elif proposal == "lagged":
         updater = EMA(loss, decay=row.alpha)
         probes = [weight_probe(loss, max(1, row.steps // 100))]
-    sampler = _sampler(run, data, paper.FINE_TUNING_BATCH[run.options.estimator])
+    batch = paper.FINE_TUNING_BATCH[estimator]
+    sampler = _SAMPLERS[estimator](data, batch, seed=run.seed)
     return Learner(policy, loss, sampler, run.schedule, updater), probes
-
-
-def _sampler(run: Run, data: TensorDictBase, batch: int) -> StepSampler | TrajectorySampler:
-    kind = StepSampler if run.options.estimator == "steps" else TrajectorySampler
-    return kind(data, batch, seed=run.seed)
 
 
 def _fit(
@@ -234,14 +212,9 @@ def _fit(
         folder=folder,
         settings=settings,
         log_every=max(1, steps // 100),
-        checkpoint_every=checkpoint_interval(steps),
+        checkpoint_every=min(500, max(1, steps // 10)),
         report=partial(report, steps),
     )
-
-
-def checkpoint_interval(steps: int) -> int:
-    """Number of updates between checkpoints."""
-    return min(500, max(1, steps // 10))
 
 
 def learning_curve_probe(run: Run, task: Task, policy: TensorDictModuleBase, steps: int) -> Probe:
@@ -263,10 +236,7 @@ def weight_probe(
 ) -> Probe:
     """A probe of the importance weights, and of the mean return of what they choose.
 
-    Args:
-        loss: The loss whose weights are diagnosed.
-        every: Number of updates between two diagnoses.
-        whole: Trajectories to diagnose; None diagnoses the batch.
+    It diagnoses the trajectories ``whole``, or without them the batch.
     """
 
     def look(batch: TensorDictBase) -> Row:
@@ -284,3 +254,56 @@ def _copy_training(source: Path, folder: Path) -> None:
     for path in (state, rows, *(source / metrics.BOARD).iterdir()):
         with written_whole(folder / path.relative_to(source)) as partial_path:
             shutil.copyfile(path, partial_path)
+
+
+def _save_policy(run: Run, task: Task, policy: TensorDictModuleBase) -> None:
+    """Write ``policy.pt``: parameters, and the plain values that :func:`load_policy` needs."""
+    observation_dim, action_dim = sizes(task.dataset.trajectories)
+    content = {
+        "algo": run.algo,
+        "observation_dim": observation_dim,
+        "action_dim": action_dim,
+        "settings": None if run.baseline is None else asdict(run.baseline_settings[0]),
+        "env_id": task.env_id,
+        "env_kwargs": dict(task.dataset.env_kwargs),
+        "state": {key: value.cpu() for key, value in policy.state_dict().items()},
+    }
+    checkpoint.write(run.folder / POLICY, content)
+
+
+def load_policy(folder: str | Path) -> tuple[TensorDictModuleBase, str, dict[str, Any]]:
+    """Load the policy of a finished run.
+
+    Args:
+        folder: Folder of the run, ``OUT/d4rl/DATASET/ALGO/seed-K``.
+
+    Returns:
+        The policy on the CPU, and the id and arguments of its environment.
+
+    Raises:
+        FileNotFoundError: The folder holds no policy.
+        CheckpointError: The file is damaged, or not of a run.
+    """
+    path = Path(folder) / POLICY
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no {POLICY} in {folder}; pass the folder of a finished run, "
+            "OUT/d4rl/DATASET/ALGO/seed-K"
+        )
+    way_out = "run that seed again"
+    content = checkpoint.read(path, way_out)
+    try:
+        dims = content["observation_dim"], content["action_dim"]
+        env_id, env_kwargs = content["env_id"], content["env_kwargs"]
+        if content["algo"] in BASELINES:
+            module = algorithm(content["algo"])
+            policy = module.policy(*dims, module.Settings(**content["settings"]))
+        else:
+            paper.find_algorithm(content["algo"])
+            policy = GaussianPolicy(*dims)
+        policy.load_state_dict(content["state"])
+    except checkpoint.CORRUPT as error:
+        raise checkpoint.CheckpointError(
+            f"{path} does not fit this version ({type(error).__name__}: {error}); {way_out}"
+        ) from error
+    return policy, env_id, env_kwargs

@@ -63,7 +63,9 @@ class Sizes:
     many_draws: int = 4096
     copies: int = 9
     single_steps: int = paper.FINE_TUNING_BATCH["steps"]
-    sync_every: int = paper.fine_tuning("hopper-replay", paper.ALGORITHMS["iw-sft-q"])[0].sync_every
+    sync_every: int = paper.find_fine_tuning("hopper-replay", paper.ALGORITHMS["iw-sft-q"])[
+        0
+    ].sync_every
     cloning_updates: int = 20
     episode: int = 1000
     episodes: int = 10
@@ -152,8 +154,8 @@ def whole_trajectories(options: Options, sizes: Sizes) -> Iterator[Comparison | 
 def single_steps(options: Options, sizes: Sizes) -> Iterator[Comparison]:
     """Cached weights and single steps on hopper-replay's curated set, against cloning."""
     curated = curate(data.hopper_replay(sizes.copies), cuts=paper.QUALITY_BINS, seed=options.seed)
-    row = paper.fine_tuning("hopper-replay", paper.ALGORITHMS["iw-sft-q"])[0]
-    chain = paper.importance_weights("paper", row, per_step=False, target_ess=None)
+    row = paper.find_fine_tuning("hopper-replay", paper.ALGORITHMS["iw-sft-q"])[0]
+    chain = paper.choose_weights("paper", row, per_step=False, target_ess=None)
     torch.manual_seed(options.seed)
     annotate_reference(GaussianPolicy(*widths(curated)), curated)
     loss = ImportanceWeightedMLE(

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from benchmarks.d4rl.options import Options, chosen_suite
+from benchmarks.d4rl.options import Options, choose_suite
 from iwsft import metrics
 from iwsft.datasets import catalog
 
@@ -365,7 +365,7 @@ def test_the_shell_sees_one_line_and_status_1(tmp_path: Path) -> None:
 
 def test_defaults_are_those_of_the_docs() -> None:
     standard = Options()
-    suite = chosen_suite(standard)
+    suite = choose_suite(standard)
     assert (suite.algorithms, suite.datasets, suite.seeds) == (
         ("iw-sft-q",),
         ("hopper-replay-mini",),

@@ -13,9 +13,8 @@ import torch
 from test_every_algorithm import start
 from tracking import write_dataset
 
-from benchmarks.d4rl.policies import load_policy
-from benchmarks.d4rl.run import Task, curated
-from benchmarks.d4rl.train import train_and_score, train_reference
+from benchmarks.d4rl.run import Task
+from benchmarks.d4rl.train import load_policy, train_and_score, train_reference
 from benchmarks.runs import CONFIG
 from iwsft.trajectory import lengths
 
@@ -60,7 +59,7 @@ def test_the_reference_is_that_of_the_data_before_and_the_rest_is_of_the_data_af
         for a, b in zip(trained.parameters(), policy.parameters(), strict=True)
     )
     # 200 episodes, all returns different: the top 5 % are 10.
-    assert len(lengths(curated(tuned, task.dataset.trajectories))) == 10
+    assert len(lengths(tuned.curate(task.dataset.trajectories))) == 10
 
 
 def test_cloning_looks_at_the_data_after_only(folder: Path, tmp_path: Path) -> None:

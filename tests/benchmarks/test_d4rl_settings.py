@@ -19,8 +19,8 @@ from benchmarks.d4rl.settings import (
     FINE_TUNING_BATCH,
     TIES,
     FineTuning,
-    fine_tuning,
-    importance_weights,
+    choose_weights,
+    find_fine_tuning,
 )
 from iwsft.datasets import OfflineDataset
 from iwsft.trajectory import Segments
@@ -41,7 +41,7 @@ SFT_RATES = dict.fromkeys(TABLE_4, 4e-05) | {"hopper-medium-expert-v2": 4e-4}
 @pytest.mark.parametrize("dataset", TABLE_4)
 @pytest.mark.parametrize("algo", [name for name, each in ALGORITHMS.items() if each.weighted])
 def test_weighted_algorithms_take_their_row_of_table_4(dataset: str, algo: str) -> None:
-    row, source = fine_tuning(dataset, ALGORITHMS[algo])
+    row, source = find_fine_tuning(dataset, ALGORITHMS[algo])
     assert (row.lr, row.warmup, row.steps, row.alpha, row.k, row.normalize) == TABLE_4[dataset]
     assert source.startswith("Table 4")
 
@@ -49,7 +49,7 @@ def test_weighted_algorithms_take_their_row_of_table_4(dataset: str, algo: str) 
 @pytest.mark.parametrize("dataset", TABLE_4)
 @pytest.mark.parametrize("algo", ["sft", "sft-q"])
 def test_unweighted_algorithms_take_the_settings_of_sft(dataset: str, algo: str) -> None:
-    row, source = fine_tuning(dataset, ALGORITHMS[algo])
+    row, source = find_fine_tuning(dataset, ALGORITHMS[algo])
     assert (row.lr, row.warmup, row.steps) == (SFT_RATES[dataset], 300, 4500)
     assert "Table 4" not in source
 
@@ -66,7 +66,7 @@ def test_unweighted_algorithms_take_the_settings_of_sft(dataset: str, algo: str)
     ],
 )
 def test_other_datasets_borrow_a_row_and_say_so(dataset: str, like: str) -> None:
-    row, source = fine_tuning(dataset, ALGORITHMS["iw-sft-q"])
+    row, source = find_fine_tuning(dataset, ALGORITHMS["iw-sft-q"])
     assert (row.lr, row.warmup, row.steps, row.alpha, row.k, row.normalize) == TABLE_4[like]
     assert like.removesuffix("-v2").split("-")[0] in source
 
@@ -115,7 +115,7 @@ def weights(preset: Any, row: FineTuning, **settings: Any) -> list[float]:
     ids = torch.arange(3).repeat_interleave(LENGTHS)
     segments = Segments(LOG_RATIO.shape, ids, None, 3)
     options = {"per_step": False, "target_ess": None} | settings
-    log_weight, _ = importance_weights(preset, row, **options)(LOG_RATIO, segments, COUNT)
+    log_weight, _ = choose_weights(preset, row, **options)(LOG_RATIO, segments, COUNT)
     if options["per_step"]:
         return log_weight.exp().tolist()
     return [float(each[0].exp()) for each in log_weight.split(LENGTHS.tolist())]

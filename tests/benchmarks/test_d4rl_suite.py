@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks.d4rl.__main__ import main
-from benchmarks.d4rl.options import Options, chosen_suite
+from benchmarks.d4rl.options import Options, choose_suite
 from benchmarks.d4rl.settings import SUITES
 from iwsft import datasets
 from iwsft.datasets import catalog
@@ -42,14 +42,14 @@ def test_suites_name_known_datasets(name: str) -> None:
 
 
 def test_options_override_the_suite() -> None:
-    assert chosen_suite(Options(suite="paper")) == SUITES["paper"]
-    mine = chosen_suite(
+    assert choose_suite(Options(suite="paper")) == SUITES["paper"]
+    mine = choose_suite(
         Options(suite="kitchen", seeds=(0,), dataset=("kitchen-mixed-v0",), top=20.0)
     )
     assert (mine.seeds, mine.datasets, mine.top) == ((0,), ("kitchen-mixed-v0",), 20.0)
     assert mine.pretrain_dataset == "kitchen-partial-v0"
     assert mine.algorithms == SUITES["kitchen"].algorithms
-    alone = chosen_suite(Options())
+    alone = choose_suite(Options())
     assert (alone.algorithms, alone.datasets) == (("iw-sft-q",), ("hopper-replay-mini",))
     assert alone.seeds == (0,)
 

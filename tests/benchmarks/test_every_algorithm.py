@@ -17,11 +17,10 @@ import torch
 from tracking import BEST, ENV_ID, STANDING, write_dataset
 
 from baselines import BASELINES, Baseline, algorithm
-from benchmarks.d4rl.options import Options, check_options, chosen_suite
-from benchmarks.d4rl.policies import load_policy
+from benchmarks.d4rl.options import Options, check_options, choose_suite
 from benchmarks.d4rl.run import Run, Task, check_run, config_of
 from benchmarks.d4rl.settings import ALGORITHMS
-from benchmarks.d4rl.train import train_and_score
+from benchmarks.d4rl.train import load_policy, train_and_score
 from benchmarks.runs import claim
 from iwsft.evaluation import evaluate
 from iwsft.training import Row
@@ -87,7 +86,7 @@ def start(algo: str, dataset: Path, out: Path, **values: Any) -> tuple[Run, Task
         "curve_episodes": 0,
     }
     options = Options(algo=(algo,), out=out, **standard | values)
-    check_options(options, chosen_suite(options))
+    check_options(options, choose_suite(options))
     task = Task.load(str(dataset), options.pretrain_dataset)
     run = Run(task.name, algo, 0, options, str(dataset))
     task.check_environment()
