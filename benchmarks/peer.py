@@ -33,7 +33,8 @@ from torch import nn
 from baselines.iql import MAX_WEIGHT
 from baselines.rewards import Rewards, clipped_actions
 from benchmarks import runs
-from benchmarks.d4rl import options as d4rl
+from benchmarks.d4rl import settings as d4rl
+from benchmarks.d4rl.job import SAME
 from benchmarks.d4rl.run import Run, Task, check_run, config_of, sizes
 from benchmarks.d4rl.train import learning_curve_probe, result_of
 from iwsft.metrics import MetricsLog
@@ -109,26 +110,18 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Compare; an error that a user can mend ends it in one line."""
+    """Train and score all runs; an error that a user can mend ends it in one line."""
     with runs.ends_in_one_line():
-        compare(options)
+        for run, task in claim_runs(options):
+            result = train_and_score(run, task)
+            score = result["normalized_score"]
+            what, value = ("return", result["return_mean"]) if score is None else ("score", score)
+            print(f"d3rlpy/{run}: {what} {value:.1f}, {result['cpu_seconds']:.0f} CPU-seconds")
 
 
-def compare(options: Options) -> None:
-    """Train and score all runs; options, packages and data are checked before the first.
-
-    Raises:
-        ValueError: The error names what is wrong and the way out; so do the others of
-            ``benchmarks.runs.EXPECTED``.
-    """
-    ours = d4rl.Options(
-        algo=options.algo,
-        seeds=options.seeds,
-        steps=options.steps,
-        eval_episodes=options.eval_episodes,
-        out=options.out,
-        resume=options.resume,
-    )
+def claim_runs(options: Options) -> list[tuple[Run, Task]]:
+    """Check options, packages and data, and claim all runs; the unfinished ones with their data."""
+    ours = d4rl.Options(**vars(options) | {"dataset": (options.dataset,)})
     d4rl.check_options(ours, d4rl.choose_suite(ours))
     for algo in options.algo:
         if algo not in APART:
@@ -144,14 +137,8 @@ def compare(options: Options) -> None:
     for run in {run.algo: run for run in all_runs}.values():
         check_run(run, task)
     configs = {run: _config_of(run, task) for run in all_runs}
-    # Another number of episodes would give a result that its config does not describe.
-    same = ("settings", "eval_episodes")
-    unfinished = runs.claim(options.out / Run.benchmark, configs, same=same, resume=options.resume)
-    for run in unfinished:
-        result = train_and_score(run, task)
-        score = result["normalized_score"]
-        what, value = ("return", result["return_mean"]) if score is None else ("score", score)
-        print(f"d3rlpy/{run}: {what} {value:.1f}, {result['cpu_seconds']:.0f} CPU-seconds")
+    unfinished = runs.claim(options.out / Run.benchmark, configs, same=SAME, resume=options.resume)
+    return [(run, task) for run in unfinished]
 
 
 def _config_of(run: Run, task: Task) -> dict[str, Any]:
@@ -170,10 +157,8 @@ def _config_of(run: Run, task: Task) -> dict[str, Any]:
 def train_and_score(run: Run, task: Task) -> dict[str, Any]:
     """Train and score one run on one thread; its folder must be claimed.
 
-    A run that was cut off starts again, because d3rlpy keeps no state of its generators.
-
-    Returns:
-        The content of ``result.json``.
+    A run that was cut off starts again, because d3rlpy keeps no state of its generators. Returns
+    the content of ``result.json``.
     """
     torch.set_num_threads(1)
     with runs.alone_in(run.folder, wait=False):
@@ -182,7 +167,11 @@ def train_and_score(run: Run, task: Task) -> dict[str, Any]:
         data = d3rlpy_data(run.algo, trajectories)
         config = d3rlpy_config(run.algo, run.baseline_settings[0])
         learner = create_learner(config, *sizes(trajectories), seed=run.seed)
-        policy = policy_of(learner)
+        policy = TensorDictModule(
+            lambda observation: torch.from_numpy(learner.predict(observation.numpy())),
+            in_keys=[OBSERVATION],
+            out_keys=[ACTION],
+        )
         probe = learning_curve_probe(run, task, policy, steps)
         before = 0
         with MetricsLog(run.folder) as log:
@@ -211,11 +200,7 @@ def train_and_score(run: Run, task: Task) -> dict[str, Any]:
 
 
 def import_d3rlpy() -> Any:
-    """Return the package d3rlpy, which then logs only errors.
-
-    Raises:
-        ImportError: It can't be imported; the error says how to install it.
-    """
+    """Return the package d3rlpy, which then logs only errors."""
     try:
         d3rlpy = import_module("d3rlpy")
         structlog = import_module("structlog")
@@ -257,15 +242,6 @@ def train(learner: Any, data: Any, steps: int) -> Iterator[tuple[int, dict[str, 
             yield done, {k: v for k, v in losses.items() if not k.startswith("time_")}
 
 
-def policy_of(learner: Any) -> TensorDictModule:
-    """Return the learner's deterministic policy; it reads ``observation``, writes ``action``."""
-    return TensorDictModule(
-        lambda observation: torch.from_numpy(learner.predict(observation.numpy())),
-        in_keys=[OBSERVATION],
-        out_keys=[ACTION],
-    )
-
-
 def d3rlpy_data(algo: str, trajectories: TensorDictBase) -> Any:
     """Return the trajectories as d3rlpy's ``MDPDataset``; its scalers are part of the learner."""
     d3rlpy = import_d3rlpy()
@@ -283,10 +259,6 @@ def arrays(trajectories: TensorDictBase) -> dict[str, NDArray[np.float32]]:
     episode that did not terminate. So such an episode gets one more row, with the last step's next
     observation, action and reward 0, and the timeout. d3rlpy never draws that row as a step, and so
     learns from all steps of the data with their own next observations.
-
-    Raises:
-        ValueError: Within an episode, a next observation is not the next row's, or steps follow a
-            termination. d3rlpy can't represent either.
     """
     ids = trajectories.get(TRAJ_IDS)
     observation, following = (trajectories.get(key) for key in (OBSERVATION, NEXT_OBSERVATION))
@@ -325,13 +297,8 @@ def arrays(trajectories: TensorDictBase) -> dict[str, NDArray[np.float32]]:
 def d3rlpy_config(algo: str, settings: Any) -> Config:
     """Return d3rlpy's config for the settings of a baseline, an algorithm of ``APART``."""
     kind, params = {"iql": _iql, "awac": _awac, "td3-bc": _td3_bc, "cql": _cql}[algo](settings)
-    common = {
-        "batch_size": settings.batch_size,
-        "gamma": settings.gamma,
-        "tau": settings.tau,
-        "n_critics": 2,
-    }
-    return _typed(kind, **common, **params)
+    common = {name: getattr(settings, name) for name in ("batch_size", "gamma", "tau")}
+    return _typed(kind, **common, n_critics=2, **params)
 
 
 def _iql(settings: Any) -> tuple[str, Config]:

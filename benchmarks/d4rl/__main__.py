@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tyro
 
-from benchmarks.d4rl.options import Options
+from benchmarks.d4rl.settings import Options
 from benchmarks.runs import ends_as_ctrl_c_does, ends_in_one_line
 
 

@@ -11,9 +11,8 @@ from rich.console import Console
 
 from baselines import BASELINES
 from benchmarks import places
-from benchmarks.d4rl.options import Options, check_options, choose_suite
 from benchmarks.d4rl.run import Run, Task, check_run, config_of
-from benchmarks.d4rl.settings import Suite
+from benchmarks.d4rl.settings import Options, Suite, check_options, choose_suite
 from benchmarks.d4rl.train import train_and_score
 from benchmarks.report.tables import score_table
 from benchmarks.results import CONTROL, read_runs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import baselines
 from baselines import Baseline
 from benchmarks import runs
 from benchmarks.d4rl import settings as paper
-from benchmarks.d4rl.options import Options
+from benchmarks.d4rl.settings import Options
 from benchmarks.runs import hardware, versions
 from iwsft import datasets, environments
 from iwsft.curation import Ties, curate
@@ -42,10 +43,9 @@ class Run(runs.Run[Options]):
         return f"{self.dataset} {super().__str__()}" if self.column else super().__str__()
 
     @property
-    def folder(self) -> Path:
-        """Folder that the run writes to."""
-        root = self.options.out / self.options.variant
-        return root / super().folder.relative_to(self.options.out)
+    def dataset_folder(self) -> Path:
+        """Folder of all runs of the variant on the dataset."""
+        return self.options.out / self.options.variant / self.benchmark / self.dataset
 
     @property
     def baseline(self) -> Baseline | None:
@@ -117,11 +117,10 @@ class Run(runs.Run[Options]):
     @property
     def weights(self) -> ImportanceWeights:
         """Importance weights of the fine-tuning."""
+        preset, per_step = self.options.preset, self.algorithm.per_step
+        target = self.options.target_ess if self.algorithm.per_trajectory else None
         return paper.choose_weights(
-            self.options.preset,
-            self.fine_tuning[0],
-            per_step=self.algorithm.per_step,
-            target_ess=self.options.target_ess if self.algorithm.per_trajectory else None,
+            preset, self.fine_tuning[0], per_step=per_step, target_ess=target
         )
 
     @property
@@ -200,13 +199,9 @@ class Task:
 
     def check_environment(self) -> None:
         """Check that policies of the data fit the environment."""
-        env = environments.make(self.env_id, **self.dataset.env_kwargs)
-        try:
-            observation, _ = env.reset(seed=0)
-            given = environments.flattener(env)(observation).shape[-1]
+        with closing(environments.make(self.env_id, **self.dataset.env_kwargs)) as env:
+            given = environments.flattener(env)(env.reset(seed=0)[0]).shape[-1]
             actions = env.action_space
-        finally:
-            env.close()
         observation_dim, action_dim = sizes(self.dataset.trajectories)
         problem = None
         if given != observation_dim:

@@ -56,11 +56,7 @@ def main(arguments: Arguments) -> None:
 
 
 def measure(arguments: Arguments) -> Iterator[Comparison | Check]:
-    """Yield the rows and checks of the subject, the module of its name in this package.
-
-    Raises:
-        ImportError: The peers, which are the oracles of the tests, are not here.
-    """
+    """Yield the rows and checks of the subject, the module of its name in this package."""
     try:
         module = import_module(f"benchmarks.speed.{arguments.subject}")
     except ModuleNotFoundError as error:
@@ -74,11 +70,7 @@ def measure(arguments: Arguments) -> Iterator[Comparison | Check]:
 
 
 def check_writable(path: Path) -> None:
-    """Check that the file can be written, before minutes of measuring.
-
-    Raises:
-        OSError: ``path`` is a folder, or its folder can't be made or written to.
-    """
+    """Check that the file can be written, before minutes of measuring."""
     if path.is_dir():
         raise IsADirectoryError(f"--json {path} is a folder; name a file")
     path.parent.mkdir(parents=True, exist_ok=True)

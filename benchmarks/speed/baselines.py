@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,21 +29,13 @@ _CHECKED = 4
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured.
-
-    Attributes:
-        trajectories: Trajectories of the synthetic dataset.
-        steps: Steps of each of them.
-        batch_size: Transitions of an update.
-        updates: Updates of a repeat.
-        blocks: Repeats for each repeat that the options ask for. They are short, so that both ways
-            see the same machine.
-    """
+    """Size of the synthetic dataset, of an update and of a repeat."""
 
     trajectories: int = 202
     steps: int = 1000
     batch_size: int = 256
     updates: int = 20
+    # Repeats for each that the options ask for, so short that both ways see the same machine.
     blocks: int = 5
 
 
@@ -76,7 +68,7 @@ def updates(
 
     def ways(
         steps: int, trajectories: TensorDictBase
-    ) -> tuple[Callable[[], None], Callable[[], None], Callable[[], float]]:
+    ) -> tuple[Callable[[], object], Callable[[], None], Callable[[], float]]:
         """Return both ways to make ``steps`` updates, and how far their parameters are apart."""
         shortened = replace(settings, steps=steps)
         learner, other = (
@@ -84,14 +76,14 @@ def updates(
         )
         peer = plain(other, shortened)
 
-        def ours() -> None:
-            fit(
-                learner.loss,
-                learner.sampler,
-                learner.schedule,
-                updater=learner.updater,
-                log_every=steps,
-            )
+        ours = partial(
+            fit,
+            learner.loss,
+            learner.sampler,
+            learner.schedule,
+            updater=learner.updater,
+            log_every=steps,
+        )
 
         def theirs() -> None:
             for _ in range(steps):
@@ -100,12 +92,15 @@ def updates(
         return ours, theirs, lambda: disagreement(peer.networks, learner.loss)
 
     # In float32 rounding may switch a ReLU unit, and Adam makes a whole step of the difference.
-    with float64():
+    torch.set_default_dtype(torch.float64)
+    try:
         exact = trajectories.apply(lambda x: x.double() if x.is_floating_point() else x)
         ours, theirs, difference = ways(_CHECKED, exact)
         for way in (ours, theirs):
             torch.manual_seed(options.seed)
             way()
+    finally:
+        torch.set_default_dtype(torch.float32)
     yield checked(
         f"{name}: float64 parameters after {_CHECKED} updates against the plain ones",
         difference(),
@@ -122,17 +117,6 @@ def updates(
         "per update",
         per=sizes.updates,
     )
-
-
-@contextmanager
-def float64() -> Iterator[None]:
-    """Make new parameters and noise float64."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def transitions(options: Options, sizes: Sizes) -> TensorDict:

@@ -41,26 +41,13 @@ _NAIVE = "padded batch of every draw, live q and reference (plain torch)"
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured.
-
-    Attributes:
-        trajectories: Trajectories of the synthetic dataset.
-        steps: Steps of each of them.
-        draws: Trajectories of a batch.
-        many_draws: Trajectories of a large batch.
-        copies: Copies of the bundled data; 9 make the size of the set that it is part of.
-        single_steps: Steps of a batch of single steps.
-        sync_every: Updates between syncs of cached weights.
-        cloning_updates: Updates of a repeat of behaviour cloning.
-        episode: Steps of an evaluation episode.
-        episodes: Episodes of HalfCheetah, and of the peer in Hopper.
-        many_episodes: Episodes of Hopper.
-    """
+    """Sizes of the synthetic dataset, of batches, repeats and episodes."""
 
     trajectories: int = 202
     steps: int = 1000
     draws: int = paper.FINE_TUNING_BATCH["trajectories"]
     many_draws: int = 4096
+    # Copies of the bundled data; 9 make the size of the set that it is part of.
     copies: int = 9
     single_steps: int = paper.FINE_TUNING_BATCH["steps"]
     sync_every: int = paper.find_fine_tuning("hopper-replay", paper.ALGORITHMS["iw-sft-q"])[
@@ -68,6 +55,7 @@ class Sizes:
     ].sync_every
     cloning_updates: int = 20
     episode: int = 1000
+    # Episodes of HalfCheetah, and of the peer in Hopper; then those of Hopper.
     episodes: int = 10
     many_episodes: int = 64
 
@@ -112,10 +100,8 @@ def memory(options: Options, sizes: Sizes) -> Iterator[Comparison]:
     """Peak of a training step, each way in a process of its own; and a dataset in memory."""
     arguments: dict[str, Any] = {
         "file": None if options.dataset is None else str(options.dataset),
-        "trajectories": sizes.trajectories,
-        "steps": sizes.steps,
-        "draws": sizes.draws,
         "seed": options.seed,
+        **{name: getattr(sizes, name) for name in ("trajectories", "steps", "draws")},
     }
     ours, naive = (
         peak_mb_of_child("benchmarks.speed.trajectories", ours=ours, **arguments)
@@ -155,7 +141,7 @@ def single_steps(options: Options, sizes: Sizes) -> Iterator[Comparison]:
     """Cached weights and single steps on hopper-replay's curated set, against cloning."""
     curated = curate(data.hopper_replay(sizes.copies), cuts=paper.QUALITY_BINS, seed=options.seed)
     row = paper.find_fine_tuning("hopper-replay", paper.ALGORITHMS["iw-sft-q"])[0]
-    chain = paper.choose_weights("paper", row, per_step=False, target_ess=None)
+    chain = paper.choose_weights("paper", row)
     torch.manual_seed(options.seed)
     annotate_reference(GaussianPolicy(*widths(curated)), curated)
     loss = ImportanceWeightedMLE(

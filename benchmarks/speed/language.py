@@ -16,15 +16,10 @@ GRADIENT_LIMIT = 1e-5
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured.
-
-    Attributes:
-        tokens: Tokens whose log-prob is taken.
-        vocabulary: Size of the vocabulary; by default Qwen2.5's without its padding.
-        hidden: Width of the hidden states.
-    """
+    """Tokens whose log-prob is taken, and sizes of the last layer."""
 
     tokens: int = 4096
+    # Qwen2.5's without its padding.
     vocabulary: int = 151_669
     hidden: int = 512
 
@@ -33,11 +28,7 @@ SIZES = {"paper": Sizes(), "small": Sizes(tokens=256, vocabulary=16_384, hidden=
 
 
 def measure(options: Options) -> Iterator[Comparison | Check]:
-    """Yield agreement, memory and time of the log-probs, then the updates.
-
-    Raises:
-        ValueError: A dataset was given; the tokens are random.
-    """
+    """Yield agreement, memory and time of the log-probs, then the updates."""
     if options.dataset is not None:
         raise ValueError("language is measured on random tokens; leave --dataset out")
     # Imported here, because a child that measures memory should not load transformers and TRL.
@@ -67,14 +58,7 @@ def log_probs(options: Options, sizes: Sizes) -> Iterator[Comparison | Check]:
 
 
 class LogProbs:
-    """Log-probs of random tokens and their gradients, ours and the plain way.
-
-    Args:
-        tokens: Tokens whose log-prob is taken.
-        vocabulary: Rows of the weight.
-        hidden: Width of the hidden states.
-        seed: Seed of states, weight and tokens.
-    """
+    """Log-probs of random tokens and their gradients, ours and the plain way."""
 
     def __init__(self, tokens: int, vocabulary: int, hidden: int, seed: int) -> None:
         draw = torch.Generator().manual_seed(seed)

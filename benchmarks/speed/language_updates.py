@@ -39,26 +39,18 @@ TRL = None
 
 @dataclass(frozen=True)
 class Sizes:
-    """The decoder and its training.
-
-    Attributes:
-        batch: Trajectories of an update.
-        length: Tokens of each trajectory.
-        trained: Number of the last tokens, which are the assistant's.
-        width: Hidden size of the decoder.
-        layers: Layers of the decoder.
-        vocabulary: Size of its vocabulary.
-        updates: Updates of a block, which is an epoch; also updates between hard syncs.
-        blocks: Blocks for each repeat that the options ask for.
-    """
+    """Sizes of the decoder and its training."""
 
     batch: int = 16
     length: int = 128
+    # The last tokens of each trajectory are the assistant's.
     trained: int = 64
     width: int = 192
     layers: int = 4
     vocabulary: int = 2048
+    # Updates of a block, which is an epoch, and between hard syncs.
     updates: int = 4
+    # Blocks for each repeat that the options ask for.
     blocks: int = 3
 
 
@@ -73,12 +65,10 @@ SIZES = {
 def measure(options: Options, sizes: Sizes) -> Iterator[Comparison | Check]:
     """Yield the agreement with TRL, then the times of all ways in turn, then memory."""
     yield agreement(options, sizes)
+    every = sizes.updates
     proposals: dict[str, dict[str, Any]] = {
         "q = theta": {"proposal": "current"},
-        f"hard sync every {sizes.updates} updates": {
-            "proposal": "cached",
-            "sync_every": sizes.updates,
-        },
+        f"hard sync every {every} updates": {"proposal": "cached", "sync_every": every},
         "EMA": {"proposal": "lagged", "ema_decay": 0.99},
     }
     ways = {"SFT": SFT, "TRL": TRL, **proposals}
@@ -161,17 +151,23 @@ def build_trainer(
     *,
     batches: int | None = None,
 ) -> Trainer:
-    """Return our trainer or TRL's, on random tokens.
+    """Return our trainer, or with the settings ``TRL`` that of TRL, on random tokens.
 
-    Args:
-        folder: Output folder of the trainer.
-        settings: Settings of our trainer besides the common ones; None for TRL's.
-        options: Options of the command; the seed is used.
-        sizes: Sizes of the decoder and its training.
-        batches: Batches in the data; by default one for each update.
+    The data have one batch for each update, or the number ``batches``.
     """
     torch.manual_seed(options.seed)
-    model = decoder(sizes)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=sizes.vocabulary,
+            hidden_size=sizes.width,
+            intermediate_size=4 * sizes.width,
+            num_hidden_layers=sizes.layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=sizes.length,
+            tie_word_embeddings=True,
+        )
+    )
     rows = sizes.batch * (sizes.updates if batches is None else batches)
     draw = torch.Generator().manual_seed(options.seed)
     ids = torch.randint(1, sizes.vocabulary, (rows, sizes.length), generator=draw)
@@ -234,22 +230,6 @@ def build_trl_trainer(
         config,
         train_dataset=datasets.Dataset.from_dict(rows),
         processing_class=tokenizer,
-    )
-
-
-def decoder(sizes: Sizes) -> Qwen2ForCausalLM:
-    """Return a decoder with random weights and tied embeddings."""
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=sizes.vocabulary,
-            hidden_size=sizes.width,
-            intermediate_size=4 * sizes.width,
-            num_hidden_layers=sizes.layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=sizes.length,
-            tie_word_embeddings=True,
-        )
     )
 
 

@@ -67,11 +67,7 @@ class DisagreementError(RuntimeError):
 
 
 def checked(name: str, value: float, limit: float) -> Check:
-    """Return the check.
-
-    Raises:
-        DisagreementError: ``value`` is over ``limit`` or not a number.
-    """
+    """Return the check of a value that may be at most ``limit`` and is not NaN."""
     if not value <= limit:
         raise DisagreementError(
             f"{name} is {value:.3g}, more than {limit:.3g}: the two ways do not compute the same, "
@@ -97,15 +93,10 @@ class Times:
         per: float = 1.0,
         ours_per: float | None = None,
     ) -> Comparison:
-        """Return the medians over the repeats.
+        """Return the medians over the repeats, divided by the updates or steps of a repeat.
 
-        Args:
-            name: Name of the comparison.
-            peer_name: Name of the other way.
-            unit: Unit of the two times.
-            of: What takes the time, for the unit's column, such as "per update".
-            per: Divisor of the seconds: the updates or steps of a repeat.
-            ours_per: The same for our seconds, where it differs.
+        ``of`` says in the unit's column what takes the time, such as "per update". ``ours_per``
+        divides our seconds where it differs.
         """
         factor = {"s": 1.0, "ms": 1e3, "us": 1e6}[unit]
         ours = factor * median(self.ours) / (per if ours_per is None else ours_per)
@@ -122,11 +113,8 @@ def paired(
 ) -> Times:
     """Time two ways in turn (ours, peer, ours, peer, ...), so that both see the same machine.
 
-    Args:
-        ours: One repeat of our way; call it once before, for the costs of a first call.
-        peer: One repeat of the peer's way.
-        repeats: Repeats of each way.
-        before: A call before each repeat of the two that is not timed.
+    ``before`` runs before each repeat of the two and is not timed. Call both ways once before, for
+    the costs of a first call.
     """
     times = Times([], [])
     for _ in range(repeats):
@@ -152,12 +140,7 @@ def peak_bytes() -> int:
 def peak_mb_of_child(module: str, **arguments: object) -> float:
     """Return the MB by which a job raises the peak of a process of its own.
 
-    Args:
-        module: Module whose function ``job`` prepares the job and returns it.
-        arguments: Arguments of that function, as JSON can hold them.
-
-    Raises:
-        OSError: The process failed, most often for lack of memory; with the last line it wrote.
+    The module's function ``job`` prepares the job and returns it. JSON must hold its arguments.
     """
     command = [sys.executable, "-m", "benchmarks.speed.measure", module, json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -42,14 +42,7 @@ K, DECAY, LR = 1.0, 0.995, 4e-5
 
 
 def cheetah_like(file: str | Path | None, trajectories: int, steps: int, seed: int) -> TensorDict:
-    """Return trajectories of equal length with HalfCheetah's sizes (17 observations, 6 actions).
-
-    Args:
-        file: Dataset to read instead of synthetic data.
-        trajectories: Number of trajectories.
-        steps: Steps of each trajectory.
-        seed: Seed of the contents.
-    """
+    """Return the file's trajectories, or random ones of HalfCheetah's sizes and equal length."""
     if file is not None:
         return datasets.load(file).trajectories
     generator = torch.Generator().manual_seed(seed)
@@ -88,17 +81,13 @@ def cut_evenly(trajectories: TensorDict) -> TensorDict:
 
 @dataclass
 class Training:
-    """The updates of ``iwsft.training.fit``, one per call, without its files.
-
-    Attributes:
-        diagnosed: Whether each update also looks at the weights of its batch.
-        batch: The batch of the last update.
-    """
+    """The updates of ``iwsft.training.fit``, one per call, without its files."""
 
     loss: ImportanceWeightedMLE
     sampler: StepSampler | TrajectorySampler
     updater: TargetNetUpdater | None = None
     lr: float = LR
+    # Whether each update also looks at the weights of its batch.
     diagnosed: bool = False
     batch: TensorDictBase | None = None
 
@@ -120,15 +109,7 @@ class Training:
 
 
 class SameDraws:
-    """Ours and the naive way on the curated trajectories of one dataset.
-
-    Args:
-        file: Dataset; synthetic data without one.
-        trajectories: Trajectories of the synthetic data.
-        steps: Steps of each of them.
-        draws: Trajectories of a batch.
-        seed: Seed of data, parameters and sampler.
-    """
+    """Ours and the naive way on the curated part of :func:`cheetah_like`, in batches of draws."""
 
     def __init__(
         self, file: str | Path | None, trajectories: int, steps: int, draws: int, seed: int
@@ -148,15 +129,8 @@ class SameDraws:
         sampler = TrajectorySampler(curated, draws, seed=seed)
         self.ours = Training(loss, sampler, EMA(loss, decay=DECAY))
         padded = pad(curated)
-        self.naive = NaiveIwSft(
-            padded.get(OBSERVATION),
-            padded.get(ACTION),
-            padded.get(MASK),
-            plain,
-            k=K,
-            decay=DECAY,
-            lr=LR,
-        )
+        observation, action, mask = (padded.get(key) for key in (OBSERVATION, ACTION, MASK))
+        self.naive = NaiveIwSft(observation, action, mask, plain, k=K, decay=DECAY, lr=LR)
         self.ids = curated.get(TRAJ_IDS).unique_consecutive()
         self.follow()
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from benchmarks.d4rl.options import Options, choose_suite
+from benchmarks.d4rl.settings import Options, choose_suite
 from iwsft import metrics
 from iwsft.datasets import catalog
 

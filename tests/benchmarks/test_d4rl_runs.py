@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.d4rl.__main__ import main
-from benchmarks.d4rl.options import Options
-from benchmarks.d4rl.settings import ALGORITHMS
+from benchmarks.d4rl.settings import ALGORITHMS, Options
 from benchmarks.report import __main__ as report
 from benchmarks.report.scores import algorithm_label
 from iwsft import datasets, metrics

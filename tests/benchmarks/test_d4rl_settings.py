@@ -10,7 +10,6 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from benchmarks.d4rl.options import Options
 from benchmarks.d4rl.run import Run, Task, reference_settings_of, settings_of
 from benchmarks.d4rl.settings import (
     ALGORITHMS,
@@ -19,6 +18,7 @@ from benchmarks.d4rl.settings import (
     FINE_TUNING_BATCH,
     TIES,
     FineTuning,
+    Options,
     choose_weights,
     find_fine_tuning,
 )

@@ -17,9 +17,8 @@ import torch
 from tracking import BEST, ENV_ID, STANDING, write_dataset
 
 from baselines import BASELINES, Baseline, algorithm
-from benchmarks.d4rl.options import Options, check_options, choose_suite
 from benchmarks.d4rl.run import Run, Task, check_run, config_of
-from benchmarks.d4rl.settings import ALGORITHMS
+from benchmarks.d4rl.settings import ALGORITHMS, Options, check_options, choose_suite
 from benchmarks.d4rl.train import load_policy, train_and_score
 from benchmarks.runs import claim
 from iwsft.evaluation import evaluate

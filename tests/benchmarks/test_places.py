@@ -17,8 +17,8 @@ import pytest
 
 from benchmarks import places
 from benchmarks.d4rl.__main__ import main
-from benchmarks.d4rl.options import Options
 from benchmarks.d4rl.run import Run
+from benchmarks.d4rl.settings import Options
 from benchmarks.d4rl.train import train_and_score
 from benchmarks.runs import ends_as_ctrl_c_does
 from iwsft import metrics
