@@ -50,7 +50,21 @@ def main(arguments: Arguments) -> None:
                 log.print(f"{figure.ratio:8.2f} x  {figure.name}", highlight=False)
         Console().print(table(rows, checks))
         if arguments.json is not None:
-            write_json(arguments.json, report(arguments, rows, checks))
+            content: dict[str, Any] = {
+                "subject": arguments.subject,
+                "seed": arguments.seed,
+                "settings": {
+                    "dataset": arguments.dataset and arguments.dataset.name,
+                    "repeats": arguments.repeats,
+                    "scale": arguments.scale,
+                    "threads": torch.get_num_threads(),
+                },
+                "versions": versions(),
+                "hardware": hardware("cpu"),
+                "rows": [asdict(row) for row in rows],
+                "checks": [asdict(check) for check in checks],
+            }
+            write_json(arguments.json, content)
     except (DisagreementError, ImportError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
 
@@ -76,24 +90,6 @@ def check_writable(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"--json {path}: its folder can't be written to; name another")
-
-
-def report(arguments: Arguments, rows: list[Comparison], checks: list[Check]) -> dict[str, Any]:
-    """Return the contents of the JSON file."""
-    return {
-        "subject": arguments.subject,
-        "seed": arguments.seed,
-        "settings": {
-            "dataset": None if arguments.dataset is None else arguments.dataset.name,
-            "repeats": arguments.repeats,
-            "scale": arguments.scale,
-            "threads": torch.get_num_threads(),
-        },
-        "versions": versions(),
-        "hardware": hardware("cpu"),
-        "rows": [asdict(row) for row in rows],
-        "checks": [asdict(check) for check in checks],
-    }
 
 
 def table(rows: list[Comparison], checks: list[Check]) -> Table:

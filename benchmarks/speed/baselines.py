@@ -76,14 +76,8 @@ def updates(
         )
         peer = plain(other, shortened)
 
-        ours = partial(
-            fit,
-            learner.loss,
-            learner.sampler,
-            learner.schedule,
-            updater=learner.updater,
-            log_every=steps,
-        )
+        parts = learner.loss, learner.sampler, learner.schedule
+        ours = partial(fit, *parts, updater=learner.updater, log_every=steps)
 
         def theirs() -> None:
             for _ in range(steps):

@@ -98,11 +98,8 @@ def measure(options: Options) -> Iterator[Comparison | Check]:
 
 def memory(options: Options, sizes: Sizes) -> Iterator[Comparison]:
     """Peak of a training step, each way in a process of its own; and a dataset in memory."""
-    arguments: dict[str, Any] = {
-        "file": None if options.dataset is None else str(options.dataset),
-        "seed": options.seed,
-        **{name: getattr(sizes, name) for name in ("trajectories", "steps", "draws")},
-    }
+    arguments = {name: getattr(sizes, name) for name in ("trajectories", "steps", "draws")}
+    arguments |= {"file": options.dataset and str(options.dataset), "seed": options.seed}
     ours, naive = (
         peak_mb_of_child("benchmarks.speed.trajectories", ours=ours, **arguments)
         for ours in (True, False)
@@ -158,7 +155,7 @@ def single_steps(options: Options, sizes: Sizes) -> Iterator[Comparison]:
     updates = 2 * sizes.sync_every
     blocks = [min(_BLOCK, updates - start) for start in range(0, updates, _BLOCK)]
     peer()
-    parts = [paired(repeated(ours.step, n), repeated(peer, n), 1) for n in blocks]
+    parts = [paired(ours.step, peer, 1, calls=n) for n in blocks]
     total = Times([sum(p.ours[0] for p in parts)], [sum(p.peer[0] for p in parts)])
     name = f"iw-SFT(Q) update, {sizes.single_steps:,} single steps, syncs included"
     peer_name = "behaviour cloning at the same batch with default Adam (plain torch)"
@@ -169,10 +166,8 @@ def single_steps(options: Options, sizes: Sizes) -> Iterator[Comparison]:
 
 def distinct_steps(options: Options, sizes: Sizes) -> Iterator[Comparison]:
     """Time grows with the distinct steps of a batch, not with its draws or uneven lengths."""
-    top = curate(
-        data.cheetah_like(options.dataset, sizes.trajectories, sizes.steps, options.seed),
-        cuts=paper.TOP_10,
-    )
+    whole = data.cheetah_like(options.dataset, sizes.trajectories, sizes.steps, options.seed)
+    top = curate(whole, cuts=paper.TOP_10)
     ragged = curate(data.hopper_replay(1), cuts=paper.TOP_10, seed=options.seed)
     for name, ours, peer_name, peer in (
         (
@@ -212,19 +207,14 @@ def behaviour_cloning(options: Options, sizes: Sizes) -> Iterator[Comparison]:
         peer = plain_cloning(whole, 256, lr=1e-3, seed=options.seed, fused=fused)
         ours.step()
         peer()
-        times = paired(repeated(ours.step, updates), repeated(peer, updates), 5 * options.repeats)
+        times = paired(ours.step, peer, 5 * options.repeats, calls=updates)
         name = f"behaviour cloning step, 3 x 256, batch 256, against {adam}"
         peer_name = f"behaviour cloning with {adam} (plain torch)"
         yield times.row(name, peer_name, "ms", "per update", per=updates)
 
 
 def plain_cloning(
-    trajectories: TensorDictBase,
-    batch_size: int,
-    *,
-    lr: float,
-    seed: int,
-    fused: bool | None = None,
+    trajectories: TensorDictBase, batch_size: int, lr: float, seed: int, fused: bool | None = None
 ) -> Callable[[], None]:
     """Return one update of behaviour cloning in plain torch, on steps drawn uniformly."""
     observation, action = trajectories.get(OBSERVATION), trajectories.get(ACTION)
@@ -247,8 +237,7 @@ def evaluation(
 ) -> Comparison:
     """Environments side by side with one call of the policy, against one after the other."""
     env_kwargs = {**env_kwargs, "max_episode_steps": sizes.episode}
-    env = environments.make(env_id, **env_kwargs)
-    assert env.observation_space.shape and env.action_space.shape
+    env: Any = environments.make(env_id, **env_kwargs)
     dims = env.observation_space.shape[0], env.action_space.shape[0]
     torch.manual_seed(options.seed)
     policy, peer = GaussianPolicy(*dims), PlainGaussian.of_sizes(*dims)
@@ -279,13 +268,3 @@ def plain_evaluation(policy: PlainGaussian, env: gym.Env, episodes: int) -> None
             action = policy.mean(torch.as_tensor(observation, dtype=torch.float32)).numpy()
             observation, _, terminated, truncated, _ = env.step(action)
             ended = terminated or truncated
-
-
-def repeated(call: Callable[[], object], n: int) -> Callable[[], None]:
-    """Return a function that calls ``call`` n times."""
-
-    def calls() -> None:
-        for _ in range(n):
-            call()
-
-    return calls

@@ -109,19 +109,21 @@ def paired(
     peer: Callable[[], object],
     repeats: int,
     *,
+    calls: int = 1,
     before: Callable[[], object] = lambda: None,
 ) -> Times:
     """Time two ways in turn (ours, peer, ours, peer, ...), so that both see the same machine.
 
-    ``before`` runs before each repeat of the two and is not timed. Call both ways once before, for
-    the costs of a first call.
+    A repeat is a number of calls. ``before`` runs before each repeat of the two and is not timed.
+    Call both ways once before, for the costs of a first call.
     """
     times = Times([], [])
     for _ in range(repeats):
         before()
         for way, seconds in ((ours, times.ours), (peer, times.peer)):
             start = time.process_time()
-            way()
+            for _ in range(calls):
+                way()
             seconds.append(time.process_time() - start)
     return times
 
