@@ -38,7 +38,7 @@ from iwsft.samplers import StepSampler, TrajectorySampler
 from iwsft.training import Cost, Probe, Row, Schedule, fit
 from iwsft.trajectory import REWARD, Segments
 
-# Progress callback: stage, number of updates of the stage, metrics.
+# A function that shows progress: stage, number of updates of the stage, metrics.
 Report = Callable[[str, int, Row], None]
 # Return of a step's trajectory; batches carry it along for the probe of the weights.
 _RETURN = "trajectory_return"
@@ -272,17 +272,9 @@ def _save_policy(run: Run, task: Task, policy: TensorDictModuleBase) -> None:
 
 
 def load_policy(folder: str | Path) -> tuple[TensorDictModuleBase, str, dict[str, Any]]:
-    """Load the policy of a finished run.
+    """Load the policy of a finished run, in the folder ``OUT/d4rl/DATASET/ALGO/seed-K``.
 
-    Args:
-        folder: Folder of the run, ``OUT/d4rl/DATASET/ALGO/seed-K``.
-
-    Returns:
-        The policy on the CPU, and the id and arguments of its environment.
-
-    Raises:
-        FileNotFoundError: The folder holds no policy.
-        CheckpointError: The file is damaged, or not of a run.
+    Returns the policy on the CPU, and the id and arguments of its environment.
     """
     path = Path(folder) / POLICY
     if not path.exists():
