@@ -109,6 +109,10 @@ class ForwardPass:
         batch = self.batches[min(place, len(self.batches) - 1)]
         with torch.no_grad(), evaluating(self.policy):
             log_prob = self._chunk(batch) if isinstance(batch, slice) else self._collated(*batch)
+        if self._segments.mask is not None:
+            # Not a product with the mask, for padding may hold NaN or infinity.
+            valid = self._segments.valid.reshape(-1)[self._positions(batch)]
+            log_prob = torch.where(valid.to(log_prob.device), log_prob, 0.0)
         return log_prob if place < len(self.batches) else log_prob[:0]
 
     def run(self, start: int, stop: int, *, first: Tensor | None = None) -> Tensor:
@@ -126,14 +130,8 @@ class ForwardPass:
 
     def steps(self, start: int, stop: int) -> Tensor:
         """Positions ``[k]`` among all steps, row by row, of the log-probs of some rounds."""
-        width = self._segments.shape[1:].numel()
-        parts = [
-            torch.arange(batch.start * width, batch.stop * width)
-            if isinstance(batch, slice)
-            else steps_of(self._sizes, torch.tensor(batch[1]))
-            for batch in self.batches[start * self._world : stop * self._world]
-        ]
-        return torch.cat(parts)
+        batches = self.batches[start * self._world : stop * self._world]
+        return torch.cat([self._positions(batch) for batch in batches])
 
     def log_prob(self) -> Tensor:
         """log pi(a|s) of every step, in the layout of the trajectories, float32 or wider.
@@ -148,18 +146,20 @@ class ForwardPass:
         out[self.steps(0, self.rounds).to(out.device)] = log_prob
         return out.reshape(self._segments.shape).to(self._segments.index.device)
 
+    def _positions(self, batch: slice | tuple[list[int], list[int]]) -> Tensor:
+        """Positions of a batch's new steps among all steps."""
+        if isinstance(batch, slice):
+            width = self._segments.shape[1:].numel()
+            return torch.arange(batch.start * width, batch.stop * width)
+        return steps_of(self._sizes, torch.tensor(batch[1]))
+
     def _log_prob(self, batch: TensorDictBase, shape: torch.Size) -> Tensor:
         batch = batch if self.device is None else batch.to(self.device)
         return step_log_prob(self.policy, batch, shape)
 
     def _chunk(self, chunk: slice) -> Tensor:
         shape = torch.Size((chunk.stop - chunk.start, *self._segments.shape[1:]))
-        log_prob = self._log_prob(self.trajectories[chunk], shape)
-        if self._segments.mask is not None:
-            # Not a product with the mask, for padding may hold NaN or infinity.
-            valid = self._segments.valid[chunk].to(log_prob.device)
-            log_prob = torch.where(valid, log_prob, 0.0)
-        return log_prob.reshape(-1)
+        return self._log_prob(self.trajectories[chunk], shape).reshape(-1)
 
     def _collated(self, members: list[int], new: list[int]) -> Tensor:
         sizes = self._sizes[members].tolist()

@@ -83,7 +83,6 @@ def annotate_reference(
 
     Raises:
         TypeError: The policy has no ``log_prob``, or is not a module and there is a cache.
-        KeyError: The trajectories lack an entry that the policy reads.
         ValueError: Log-probs are not finite or not one per step; the trajectories are locked, or
             not the same on all processes; or a stored file is corrupt.
         OSError: The cache can't be written; no half-written file stays.
@@ -160,8 +159,9 @@ def cached_reference(trajectories: TensorDictBase, key: str, *, cache: str | Pat
     """
     if _data_digest(trajectories) != key.split("-")[0]:
         raise ValueError(
-            f"the reference {key} of this run belongs to other trajectories; resume with the data, "
-            "tokenizer, template and max_length of the first run"
+            f"the reference {key} of this run belongs to other trajectories, or comes from an "
+            "earlier version of iwsft; resume with the version, data, tokenizer, template and "
+            "max_length of the first run"
         )
     path = _Store(Path(cache), key).path()
     way_out = (
@@ -216,7 +216,11 @@ class _Store:
         if self.path().exists():
             return _read_log_prob(self.path()), []
         stored = itertools.takewhile(lambda start: self.path(start).exists(), starts)
-        return None, [_read_log_prob(self.path(start)) for start in stored]
+        try:
+            return None, [_read_log_prob(self.path(start)) for start in stored]
+        except FileNotFoundError:
+            # Another process has just replaced the parts by the whole result.
+            return _read_log_prob(self.path()), []
 
     def write(self, log_prob: Tensor, part: int | None = None) -> None:
         """Store a part, or the whole result, which replaces its parts, as ``.npy`` and checksum."""

@@ -44,6 +44,7 @@ class Shards:
             overflowed float16); then there are no pairs, and q does not move either.
 
     Raises:
+        ValueError: The model has no trainable parameter.
         NotImplementedError: Parameters or optimizer states are on NVMe, ZeRO++ keeps second copies
             of the shards, or the engine is FSDP1.
     """
@@ -51,7 +52,13 @@ class Shards:
     def __init__(self, model: nn.Module, *, optimizer: Any = None) -> None:
         self.model = model
         self._optimizer = optimizer
+        self._swapped = False
         self._names = [name for name, p in model.named_parameters() if p.requires_grad]
+        if not self._names:
+            raise ValueError(
+                f"{type(model).__name__} has no trainable parameter, so q would never move; set "
+                "requires_grad=True on those that are trained"
+            )
         _refuse(model, dict(model.named_parameters()))
         self._q: dict[str, Tensor] = {}
         for name, part in self._parts().items():
@@ -60,6 +67,8 @@ class Shards:
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Each part of q on this process and the part of theta that it follows."""
+        if self._swapped:
+            raise RuntimeError("within swapped() the parameters are those of q: step after it")
         if getattr(self._optimizer, "step_was_skipped", False):
             return []
         return [(self._q[name], part.theta) for name, part in self._parts().items()]
@@ -74,8 +83,11 @@ class Shards:
         anew. Under ZeRO-1 and 2 all processes exchange their partitions on the way in and out, so
         all must enter together. Theta is restored after an exception, too.
         """
+        if self._swapped:
+            raise RuntimeError("swapped() within swapped(): the parameters are those of q already")
         parts = self._parts()
         theta = {name: part.computed.clone() for name, part in parts.items()}
+        self._swapped = True
         try:
             _write(parts, self._q)
             with torch.no_grad():
@@ -88,6 +100,7 @@ class Shards:
                 _release_gathered(self.model)
             finally:
                 _write(parts, theta)
+                self._swapped = False
 
     def state_dict(self) -> dict[str, Tensor]:
         """This process's part of q (not copied)."""
@@ -100,7 +113,7 @@ class Shards:
         Raises:
             CheckpointError: The parameters or the shapes of the shards are different ones.
         """
-        saved = {(name, tuple(q.shape)) for name, q in state_dict.items()}
+        saved = {(name, tuple(getattr(q, "shape", ()))) for name, q in state_dict.items()}
         differing = saved ^ {(name, tuple(q.shape)) for name, q in self._q.items()}
         if differing:
             raise CheckpointError(
