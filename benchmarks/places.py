@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 
 from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
 
-from benchmarks.runs import tell
+from benchmarks.runs import tell, versions
 
 Cluster = Literal["ray"]
 Item = TypeVar("Item")
@@ -86,7 +86,7 @@ def place(
     Raises:
         ImportError: The cluster's package is not installed.
         ConnectionError: The cluster that the environment names does not answer.
-        ValueError: The cluster does not have the device.
+        ValueError: The cluster does not have the device, or a node has other packages.
     """
     if cluster == "ray":
         return _ray_place(jobs, device)
@@ -160,24 +160,47 @@ def _ray_place(jobs: int | None, device: str) -> Iterator[Place]:
             "--cluster ray needs the package ray: pip install 'iwsft[cluster]'"
         ) from error
     _check_address(os.environ.get("RAY_ADDRESS", ""))
-    ray.init(include_dashboard=False, logging_level=logging.WARNING)
+    # A program that uses Ray already keeps its connection.
+    starts = not ray.is_initialized()
+    if starts:
+        ray.init(include_dashboard=False, logging_level=logging.WARNING)
     try:
         resources, nodes = ray.cluster_resources(), sum(node["Alive"] for node in ray.nodes())
         tell(f"Ray cluster of {nodes} nodes, {int(resources.get('CPU', 0))} cores")
         jobs, gpus = share(resources, jobs, device)
         # each() tries again, and says so.
-        task: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(
-            lambda work, item: work(item)
-        )
+        task: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(run_on_node)
+        packages = versions()
 
         def submit(work: Callable[[Any], Any], item: Any) -> Future[Any]:
-            future: Future[Any] = task.options(name=str(item)).remote(work, item).future()
+            future: Future[Any] = task.options(name=str(item)).remote(work, item, packages).future()
             return future
 
         loss = "its Ray worker was lost, with its node or for lack of memory"
         yield Place(jobs, submit, (NodeDiedError, OutOfMemoryError, WorkerCrashedError), loss)
     finally:
-        ray.shutdown()
+        if starts:
+            ray.shutdown()
+
+
+def run_on_node(work: Callable[[Item], Result], item: Item, packages: dict[str, str]) -> Result:
+    """Run an item on a node of a cluster, if its packages are those of the command.
+
+    Raises:
+        ValueError: The node has other versions, which would give other numbers.
+    """
+    own = versions()
+    differing = [
+        f"{name} {own.get(name)} (not {wanted})"
+        for name, wanted in packages.items()
+        if own.get(name) != wanted
+    ]
+    if differing:
+        raise ValueError(
+            f"node {socket.gethostname()} of the Ray cluster has {', '.join(differing)}; install "
+            "the same packages on every node"
+        )
+    return work(item)
 
 
 def _check_address(address: str) -> None:

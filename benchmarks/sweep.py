@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from benchmarks import places
-from benchmarks.places import Item, Place
-from benchmarks.runs import EXPECTED, one_line, tell
+from benchmarks.places import Place
+from benchmarks.runs import EXPECTED, RESULT, Run, one_line, tell
 
 
 @dataclass
@@ -38,17 +39,19 @@ class Summary:
 
 
 def run_all(
-    work: Callable[[Item], object], items: Sequence[Item], place: Place, summary: Summary
+    work: Callable[[Any], object], runs: Sequence[Run[Any]], place: Place, summary: Summary
 ) -> None:
-    """Run ``work`` on every item at a place and count; an item that fails does not stop others.
+    """Run ``work`` on every run at a place and count; a run that fails does not stop others.
 
     Args:
         work: A function that can be pickled and continues what a killed call left.
-        items: Items in the order to start them; their ``str`` names them in lines on stderr.
+        runs: Runs in the order to start them; their ``str`` names them in lines on stderr.
         place: The place where they run.
         summary: The summary that takes the counts and the errors.
     """
-    for item, problem in places.each(partial(_problem, work), items, place):
+    for item, problem in places.each(partial(_problem, work), runs, place):
+        if problem is None and not (item.folder / RESULT).exists():
+            problem = f"it ended without {item.folder / RESULT}; nodes must share --out"
         if problem is None:
             summary.done += 1
         else:
@@ -56,7 +59,7 @@ def run_all(
             tell(f"error: {item}: {problem}")
 
 
-def _problem(work: Callable[[Item], object], item: Item) -> str | None:
+def _problem(work: Callable[[Any], object], item: Any) -> str | None:
     """Run one item, perhaps in a process of its own; the error that a user can mend, if any."""
     try:
         work(item)

@@ -116,6 +116,16 @@ def test_time_inside_a_one_dimensional_batch(policy: GaussianPolicy) -> None:
     )
 
 
+@pytest.mark.parametrize("batches", [None, [[1, 0], [2]]])
+def test_masked_steps_are_zero_and_may_hold_nan(policy: GaussianPolicy, batches: Any) -> None:
+    data = packed([3, 7, 4])
+    mask = torch.arange(14) % 4 > 0
+    expected = torch.where(mask, policy.log_prob(data.copy()).detach(), 0.0)
+    data["observation"][~mask] = torch.nan
+    data.set(MASK, mask)
+    torch.testing.assert_close(ForwardPass(policy, data, batches).log_prob(), expected)
+
+
 def test_segments_of_another_mask(policy: GaussianPolicy) -> None:
     data = packed([10, 10])
     mask = torch.arange(20) % 3 > 0

@@ -20,7 +20,8 @@ from benchmarks.d4rl.__main__ import main
 from benchmarks.d4rl.run import Run
 from benchmarks.d4rl.settings import Options
 from benchmarks.d4rl.train import train_and_score
-from benchmarks.runs import ends_as_ctrl_c_does
+from benchmarks.places import run_on_node
+from benchmarks.runs import ends_as_ctrl_c_does, versions
 from iwsft import metrics
 
 Job = Callable[..., Path]
@@ -201,6 +202,12 @@ def stopped(tmp_path: Path) -> str:
     assert isinstance(message, str) and "\n" not in message
     assert not (tmp_path / "runs").exists()
     return message
+
+
+def test_a_node_with_other_packages_runs_nothing() -> None:
+    assert run_on_node(len, "item", versions()) == 4
+    with pytest.raises(ValueError, match=r"has torch .* \(not 0\.1\); install the same packages"):
+        run_on_node(pytest.fail, "item", {**versions(), "torch": "0.1"})
 
 
 def test_no_cluster_at_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

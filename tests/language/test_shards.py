@@ -202,6 +202,21 @@ def test_exception_within() -> None:
     _same(values(model), before)
 
 
+def test_q_does_not_move_while_it_is_swapped_in() -> None:
+    shards, q = sharded(decoder())
+    with shards.swapped():
+        with pytest.raises(RuntimeError, match="step after it"):
+            q.step()
+        with pytest.raises(RuntimeError, match="swapped"), shards.swapped():
+            pass
+    q.step()
+
+
+def test_a_model_without_trainable_parameters() -> None:
+    with pytest.raises(ValueError, match="Linear has no trainable parameter"):
+        Shards(nn.Linear(2, 1).requires_grad_(False))
+
+
 def test_skipped_update_moves_nothing() -> None:
     accelerator = Accelerator(cpu=True)
     model = nn.Linear(2, 1, bias=False)
@@ -252,6 +267,10 @@ def _of_more(state: dict[str, Any]) -> None:
     state["model.extra"] = torch.zeros(2)
 
 
+def _of_another_format(state: dict[str, Any]) -> None:
+    state["model.norm.weight"] = 1
+
+
 def _of_another_shape(state: dict[str, Any]) -> None:
     state["model.norm.weight"] = torch.zeros(7)
 
@@ -262,6 +281,7 @@ def _of_another_shape(state: dict[str, Any]) -> None:
         (_of_fewer, "'model.norm.weight' differs"),
         (_of_more, "'model.extra' differs"),
         (_of_another_shape, "'model.norm.weight' differs"),
+        (_of_another_format, "'model.norm.weight' differs"),
     ],
 )
 def test_foreign_state(change: Callable[[dict[str, Any]], None], message: str) -> None:
