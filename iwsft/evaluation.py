@@ -152,7 +152,7 @@ def evaluate(
     if reference_scores is not None:
         normalized_score(0.0, reference_scores)  # refuses a wrong pair before the episodes
     check_keys(policy)
-    device = _device_of(policy, device)
+    device = _evaluation_device(policy, device)
     seeds = episode_seeds(seed, episodes)
 
     start = time.perf_counter()
@@ -249,7 +249,9 @@ def _roll_out(
     return sorted(finished, key=lambda episode: episode.index)
 
 
-def _device_of(policy: TensorDictModuleBase, device: torch.device | str | None) -> torch.device:
+def _evaluation_device(
+    policy: TensorDictModuleBase, device: torch.device | str | None
+) -> torch.device:
     parameter = next(policy.parameters(), None)
     # With its index, where the name has none.
     full = None if device is None else torch.empty(0, device=device).device

@@ -86,7 +86,7 @@ def measure(options: Options) -> Iterator[Comparison | Check]:
         # A file that can't be read ends the command here, not a child process.
         datasets.load(options.dataset)
     yield from memory(options, sizes)
-    yield from whole_trajectories(options, sizes)
+    yield from compare_whole_trajectories(options, sizes)
     yield from single_steps(options, sizes)
     yield from distinct_steps(options, sizes)
     yield from behaviour_cloning(options, sizes)
@@ -113,7 +113,7 @@ def memory(options: Options, sizes: Sizes) -> Iterator[Comparison]:
     )
 
 
-def whole_trajectories(options: Options, sizes: Sizes) -> Iterator[Comparison | Check]:
+def compare_whole_trajectories(options: Options, sizes: Sizes) -> Iterator[Comparison | Check]:
     """The paper's batch against the naive way, then with a diagnosis at every step."""
     pair = SameDraws(options.dataset, sizes.trajectories, sizes.steps, sizes.draws, options.seed)
     ours = pair.ours
