@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress, TextColumn
+from tensordict.nn import TensorDictModuleBase
 
-from benchmarks.collect.online import OnlineRun, collect_replay
-from benchmarks.collect.options import Options, check_options, env_arguments
+from benchmarks.collect import sac
+from benchmarks.collect.options import RANDOM, Options, check_options, env_arguments
 from benchmarks.collect.output import Fields, Output, Parts
-from benchmarks.collect.rollout import (
-    Behaviour,
-    check_behaviour,
-    collect_rollouts,
-    load_behaviour,
-)
-from benchmarks.collect.sac import Settings
-from benchmarks.collect.simulator import Simulator
+from benchmarks.collect.rollout import Behaviour, Simulator, collect_rollouts
 from benchmarks.runs import alone_in, versions
+from iwsft.acting import acting, check_keys, check_sizes
 from iwsft.datasets.write import Provenance
 
 
@@ -49,7 +46,15 @@ def run_job(options: Options) -> None:
     behaviours = [load_behaviour(name) for name in options.policy]
     simulator = Simulator.of(*environment(options, behaviours))
     for behaviour in behaviours:
-        check_behaviour(behaviour, simulator)
+        if behaviour.policy is not None:
+            with acting(behaviour.policy):
+                check_sizes(
+                    behaviour.policy,
+                    np.zeros(simulator.observation_dim, np.float32),
+                    simulator.low.shape,
+                    simulator.env_id,
+                    name=f"--policy {behaviour.name}",
+                )
     unit = "episodes" if options.episodes else "steps"
     settings: dict[str, Any] = {
         "env_id": simulator.env_id,
@@ -65,19 +70,21 @@ def run_job(options: Options) -> None:
             "stochastic": options.stochastic,
         }
     else:
-        steps = options.steps[0] if options.steps else Settings.steps
-        learner = Settings(steps, options.random_steps)
+        steps = options.steps[0] if options.steps else sac.Settings.steps
+        learner = sac.Settings(steps, options.random_steps)
         # No number depends on where checkpoints are, but a resumed run has them at the same steps.
         settings |= {"sac": asdict(learner), "part_steps": options.part_steps}
     with alone_in(output.partial, wait=False):
         parts = Parts(output.partial, settings)
-        with progress_bar(unit) as bar:
+        amount = TextColumn("{task.completed}/{task.total} " + unit + "  {task.fields[note]}")
+        columns = (*Progress.get_default_columns(), amount)
+        with Progress(*columns, console=Console(stderr=True)) as bar:
             if options.online is None:
                 cost = ""
                 sources = collect_rollouts(behaviours, simulator, parts, options, bar)
             else:
-                run = OnlineRun(learner, simulator, parts, output, options)
-                sources, cost = collect_replay(run, bar)
+                run = sac.OnlineRun(learner, simulator, parts, output, options)
+                sources, cost = sac.collect_replay(run, bar)
         fields = parts.fields()
         # After a kill between writing and removing the parts, it exists.
         if not output.path.exists():
@@ -100,17 +107,55 @@ def claimable(output: Output, options: Options) -> bool:
         return begun
     if begun:
         raise FileExistsError(
-            f"{output.partial} holds the beginning of this dataset; pass --resume to continue, or "
-            "delete it"
+            f"{output.partial} holds the beginning of this dataset; pass --resume, or delete it"
         )
     if finished:
         raise FileExistsError(f"{output.path} exists; delete it or choose another --out")
     if options.online is not None and output.run.exists():
         raise FileExistsError(
-            f"{output.run} holds the learning curve of another run; delete it or choose another "
-            "--out"
+            f"{output.run} holds the learning curve of another run; delete it, or change --out"
         )
     return True
+
+
+def load_behaviour(name: str) -> Behaviour:
+    """Load a policy of ``--policy`` on the CPU."""
+    if name == RANDOM:
+        return Behaviour(name, None)
+    folder = Path(name).expanduser()
+    if (folder / sac.POLICY).is_dir():
+        behaviour = Behaviour(name, *sac.load_policy(folder))
+    elif folder.is_dir():
+        from benchmarks.d4rl.train import load_policy
+
+        behaviour = Behaviour(name, *load_policy(folder))
+    elif ":" in name:
+        behaviour = Behaviour(name, called(name))
+    else:
+        raise ValueError(
+            f"--policy {name}: no folder of that name; give the folder of a finished run, "
+            f"MODULE:CALLABLE, or {RANDOM!r}"
+        )
+    assert behaviour.policy is not None
+    check_keys(behaviour.policy.cpu(), name=f"--policy {name}")
+    return behaviour
+
+
+def called(name: str) -> TensorDictModuleBase:
+    """Return the policy that MODULE:CALLABLE makes."""
+    module, _, attribute = name.rpartition(":")
+    try:
+        policy = getattr(importlib.import_module(module), attribute)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"--policy {name}: {error}; MODULE is imported from the current folder or from what is "
+            "installed, and CALLABLE is called without arguments"
+        ) from error
+    if not isinstance(policy, TensorDictModuleBase):
+        raise ValueError(
+            f"--policy {name} gave {type(policy).__name__}; it must return a TensorDictModule"
+        )
+    return policy
 
 
 def environment(options: Options, behaviours: Sequence[Behaviour]) -> tuple[str, dict[str, Any]]:
@@ -132,12 +177,6 @@ def environment(options: Options, behaviours: Sequence[Behaviour]) -> tuple[str,
             f"the policies saw {env_id} with different arguments, {seen}; collect from each apart"
         )
     return env_id, (seen[0] if seen else {}) | env_arguments(options)
-
-
-def progress_bar(unit: str) -> Progress:
-    """Return a progress bar on standard error."""
-    amount = TextColumn("{task.completed}/{task.total} " + unit + "  {task.fields[note]}")
-    return Progress(*Progress.get_default_columns(), amount, console=Console(stderr=True))
 
 
 def summary(fields: Fields) -> str:

@@ -63,9 +63,8 @@ def check_options(options: Options) -> None:
         raise ValueError("give either --policy (one or several) or --online sac")
     check_at_least(0, seed=options.seed)
     check_at_least(1, part_steps=options.part_steps, max_episode_steps=options.max_episode_steps)
-    for name in ("episodes", "steps"):
-        for number in getattr(options, name):
-            check_at_least(1, **{name: number})
+    check_at_least(1, episodes=min(options.episodes, default=1))
+    check_at_least(1, steps=min(options.steps, default=1))
     if not 0 <= options.noise < math.inf:
         raise ValueError(f"--noise {options.noise} must not be negative, nor infinite")
     if options.online is None:
@@ -73,10 +72,8 @@ def check_options(options: Options) -> None:
             raise ValueError("give either --episodes or --steps: how much of each policy")
         amounts = options.episodes or options.steps
         if len(amounts) not in (1, len(options.policy)):
-            raise ValueError(
-                f"{list(amounts)} for {len(options.policy)} policies: one number for all or one "
-                "for each"
-            )
+            many = f"{list(amounts)} for {len(options.policy)} policies"
+            raise ValueError(f"{many}: one number for all or one for each")
         if options.noise and set(options.policy) == {RANDOM}:
             raise ValueError("--noise is for a policy's actions; those of 'random' are uniform")
         return

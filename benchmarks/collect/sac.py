@@ -1,4 +1,4 @@
-"""Soft actor-critic (https://arxiv.org/abs/1812.05905) with TorchRL's loss: networks and updates.
+"""An online run of SAC (https://arxiv.org/abs/1812.05905) whose whole replay is the dataset.
 
 Two layers of 256 units each, two Q-networks, learned temperature with the target entropy -act,
 one update of 256 transitions per step, one Adam for all.
@@ -6,14 +6,16 @@ one update of 256 transitions per step, one Adam for all.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.progress import Progress
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
@@ -21,13 +23,21 @@ from torchrl.modules import MLP, NormalParamExtractor, ProbabilisticActor, TanhN
 from torchrl.objectives import SACLoss, SoftUpdate
 
 from baselines.critics import STATE_ACTION_VALUE, qvalue_networks, values
-from benchmarks.collect.simulator import Simulator
+from benchmarks.collect.options import Options
+from benchmarks.collect.output import Fields, Output, Parts
+from benchmarks.collect.rollout import Instance, Simulator
 from iwsft import checkpoint
+from iwsft.evaluation import episode_seeds
+from iwsft.metrics import MetricsLog
 from iwsft.trajectory import ACTION, DONE, NEXT_OBSERVATION, OBSERVATION, REWARD, TERMINATED
 
 # Folder of the policy within the folder of the run.
 POLICY = "policy"
+# Reports the numbers of steps and episodes so far, and the mean return of the last episodes.
+Report = Callable[[int, int, float], None]
 _HIDDEN = (256, 256)
+_LAST_EPISODES = 10
+_CURVE_POINTS = 400
 
 
 @dataclass(frozen=True)
@@ -88,15 +98,6 @@ class SAC:
         self.optimizer.step()
         self.updater.step()
         return out.detach()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that an update changes."""
-        return {"loss": self.loss.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`."""
-        self.loss.load_state_dict(state["loss"])
-        self.optimizer.load_state_dict(state["optimizer"])
 
 
 class Replay:
@@ -170,3 +171,138 @@ def load_policy(folder: Path) -> tuple[ProbabilisticActor, str, dict[str, Any]]:
     policy = actor(content["observation_dim"], content["low"], content["high"])
     policy.load_state_dict(content["parameters"])
     return policy, content["env_id"], content["env_kwargs"]
+
+
+def collect_replay(run: OnlineRun, bar: Progress) -> tuple[list[dict[str, Any]], str]:
+    """Run SAC to its end; return the source of the data, and lines on its cost and its folder."""
+    steps_before, since = run.steps, time.perf_counter()
+    task = bar.add_task("sac", total=run.settings.steps, completed=run.steps, note="")
+
+    def report(steps: int, episodes: int, mean: float) -> None:
+        speed = (steps - steps_before) / (time.perf_counter() - since)
+        note = f"episode {episodes}, return {mean:.1f}, {speed:.0f}/s"
+        bar.update(task, completed=steps, note=note)
+
+    run.train(report)
+    source = {"policy": "online SAC run", "episodes": run.episodes, **asdict(run.settings)}
+    cost = f"; {1000 * run.cpu_seconds / run.steps:.1f} CPU-ms per step"
+    return [source], f"{cost}\nlearning curve and policy in {run.output.run}"
+
+
+@dataclass
+class OnlineRun:
+    """SAC in one environment, each transition recorded.
+
+    Checkpoints are made only at ends of episodes: the state of a simulator cannot be restored
+    exactly, but an episode starts from its seed, which depends on its number. So a run that was cut
+    off repeats what came after its last checkpoint and ends in the same data, bit for bit.
+
+    The folders of ``output`` get the checkpoint, the learning curve and the policy. Of the command
+    line, the seed and the steps between checkpoints are used.
+    """
+
+    settings: Settings
+    simulator: Simulator
+    parts: Parts
+    output: Output
+    options: Options
+    steps: int = 0
+    episodes: int = 0
+    cpu_seconds: float = 0.0
+    _unwritten: list[Fields] = field(default_factory=list)
+    _returns: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(self.options.seed)
+        self._checkpoint = self.output.partial / checkpoint.FOLDER
+        self._seeds = episode_seeds(self.options.seed, self.settings.steps)
+        self._learner = SAC(self.simulator, self.settings)
+        actions = len(self.simulator.low)
+        self._replay = Replay(self.settings.steps, self.simulator.observation_dim, actions)
+        state = checkpoint.load(self._checkpoint, {})
+        self.parts.keep(0 if state is None else state["parts"])
+        if state is not None:
+            self._restore(state)
+
+    def train(self, report: Report) -> None:
+        """Run to the end, see :func:`collect_replay`."""
+        env = self.simulator.make()
+        every = max(1, self.settings.steps // _CURVE_POINTS)
+        try:
+            with MetricsLog(self.output.run, after=self.steps) as log:
+                while self.steps < self.settings.steps:
+                    self._episode(env, log, every)
+                    report(self.steps, self.episodes, float(np.mean(self._returns)))
+        finally:
+            env.env.close()
+        save_policy(self.output.run, self._learner, self.simulator)
+
+    def _episode(self, env: Instance, log: MetricsLog, every: int) -> None:
+        """Run one episode, or its first steps if the run ends before."""
+        since = time.process_time()
+        env.reset(self._seeds[self.episodes])
+        ended = False
+        low, high = self.simulator.low, self.simulator.high
+        while not ended and self.steps < self.settings.steps:
+            random = self.steps < self.settings.random_steps
+            if random:
+                action = low + (high - low) * torch.rand(len(low)).numpy()
+            else:
+                action = self._learner.act(env.observation)
+            self._check_finite(action)
+            ended, _ = env.step(action)
+            self._replay.extend(*env.transition())
+            self.steps += 1
+            if not random:
+                out = self._learner.update(self._replay.sample(self.settings.batch_size))
+                if self.steps % every == 0:
+                    row = {name: float(value) for name, value in out.items()}
+                    self._check_finite(row["loss_qvalue"])
+                    mean = float(np.mean(self._returns)) if self._returns else float("nan")
+                    spent = self.cpu_seconds + time.process_time() - since
+                    now = {"step": self.steps, "episodes": self.episodes, "return_mean": mean}
+                    log.write(now | row | {"cpu_seconds": spent})
+        episode = env.episode(cut=not ended)
+        self._unwritten.append(episode)
+        self._returns.append(float(episode["rewards"].sum(dtype=np.float64)))
+        self._returns = self._returns[-_LAST_EPISODES:]
+        self.episodes += 1
+        self.cpu_seconds += time.process_time() - since
+        unwritten = sum(len(part["rewards"]) for part in self._unwritten)
+        if unwritten >= self.options.part_steps or self.steps == self.settings.steps:
+            self._save()
+
+    def _save(self) -> None:
+        """Write the part first, then the checkpoint that counts it."""
+        self.parts.append(self._unwritten, {})
+        self._unwritten = []
+        state = {
+            "learner": {
+                "loss": self._learner.loss.state_dict(),
+                "optimizer": self._learner.optimizer.state_dict(),
+            },
+            "draws": torch.get_rng_state(),
+            "parts": len(self.parts),
+            "steps": self.steps,
+            "episodes": self.episodes,
+            "returns": self._returns,
+            "cpu_seconds": self.cpu_seconds,
+        }
+        checkpoint.save(self._checkpoint, state, {})
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self._learner.loss.load_state_dict(state["learner"]["loss"])
+        self._learner.optimizer.load_state_dict(state["learner"]["optimizer"])
+        self.steps, self.episodes = state["steps"], state["episodes"]
+        self._returns, self.cpu_seconds = state["returns"], state["cpu_seconds"]
+        fields = self.parts.fields()
+        columns = ("observations", "actions", "rewards", "terminals", "next_observations")
+        self._replay.extend(*(fields[name] for name in columns))
+        torch.set_rng_state(state["draws"])
+
+    def _check_finite(self, values: NDArray[Any] | float) -> None:
+        if not np.isfinite(values).all():
+            raise FloatingPointError(
+                f"SAC has diverged at step {self.steps}, its last checkpoint is kept: look at the "
+                "rewards of the environment, or choose another --seed"
+            )

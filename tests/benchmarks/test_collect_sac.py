@@ -23,10 +23,9 @@ from torchrl.objectives import SACLoss
 from baselines.critics import qvalue_networks
 from benchmarks.collect import sac
 from benchmarks.collect.__main__ import main
-from benchmarks.collect.online import OnlineRun
 from benchmarks.collect.options import Options
 from benchmarks.collect.output import Output, Parts
-from benchmarks.collect.simulator import Simulator
+from benchmarks.collect.rollout import Simulator
 from iwsft import datasets, metrics
 from iwsft.checkpoint import CheckpointError
 from iwsft.evaluation import episode_seeds
@@ -146,13 +145,13 @@ def test_a_killed_run_continues(tmp_path: Path) -> None:
     assert rows[0] == rows[1]
 
 
-def begin(folder: Path, pendulum: Simulator) -> OnlineRun:
+def begin(folder: Path, pendulum: Simulator) -> sac.OnlineRun:
     """A run of 400 steps with a part about every 100."""
     output = Output.of(str(folder / "a.hdf5"))
     parts = Parts(output.partial, {})
     settings = sac.Settings(steps=400, random_steps=370)
     options = Options(out=output.name, online="sac", seed=2, part_steps=100)
-    return OnlineRun(settings, pendulum, parts, output, options)
+    return sac.OnlineRun(settings, pendulum, parts, output, options)
 
 
 def test_parts_and_checkpoint_that_do_not_fit(tmp_path: Path, pendulum: Simulator) -> None:
