@@ -194,15 +194,9 @@ def main(options: Options) -> dict[Algorithm, list[BanditRun]]:
     figure, file = options.out / "bandit.png", options.out / "bandit.json"
     with written_whole(figure) as partial:
         draw(numbers).savefig(partial, dpi=150, format="png")
-    content = {
-        "benchmark": "bandit",
-        "settings": {**asdict(options), "out": str(options.out)},
-        "versions": versions(),
-        "hardware": hardware("cpu"),
-        "wall_seconds": time.perf_counter() - start,
-        "algorithms": numbers,
-    }
-    write_json(file, content)
+    about = {"benchmark": "bandit", "settings": {**asdict(options), "out": str(options.out)}}
+    about |= {"versions": versions(), "hardware": hardware("cpu")}
+    write_json(file, {**about, "wall_seconds": time.perf_counter() - start, "algorithms": numbers})
     console = Console()
     console.print(table(numbers))
     console.print(f"{figure}\n{file}", soft_wrap=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,14 +128,10 @@ def unfinished_runs(folder: str | Path, benchmark: str) -> list[UnfinishedRun]:
         step = int(rows[-1]["step"]) if rows else 0
         settings = _read_config(path).get("settings", {})
         # Those of the training, without those of its reference policy.
-        parts = [
-            settings[part] for part in ("fine_tuning", "cloning", "baseline") if part in settings
-        ]
-        steps = parts[0].get("steps") if parts else None
-        number = int(seed.removeprefix("seed-"))
-        runs.append(
-            UnfinishedRun(path, variant, dataset, _join(variant, algo), number, step, steps)
-        )
+        parts = ("fine_tuning", "cloning", "baseline")
+        steps = next((settings[part].get("steps") for part in parts if part in settings), None)
+        name, number = _join(variant, algo), int(seed.removeprefix("seed-"))
+        runs.append(UnfinishedRun(path, variant, dataset, name, number, step, steps))
     return runs
 
 
@@ -178,10 +175,8 @@ def _read_run(folder: Path, result: dict[str, Any], root: Path, benchmark: str) 
 def _check_entries(path: Path, content: dict[str, Any], kinds: _Kinds) -> None:
     for key, kind in kinds.items():
         if not isinstance(content.get(key), kind):
-            raise ResultsError(
-                f"{path}: {key!r} is {content.get(key, 'missing')!r}; "
-                "remove the folder and run again"
-            )
+            wrong = f"{key!r} is {content.get(key, 'missing')!r}"
+            raise ResultsError(f"{path}: {wrong}; remove the folder and run again")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -190,12 +185,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ResultsError(
-            f"{path} is not JSON ({error}): remove its folder and run again"
-        ) from error
+    value = _parse(path, lambda path: json.loads(path.read_text()))
     if not isinstance(value, dict):
         raise ResultsError(f"{path} holds no JSON object: remove its folder and run again")
     return value
@@ -203,11 +193,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_metrics(folder: Path) -> list[dict[str, float]]:
     path = folder / metrics.FILE
-    if not path.exists():
-        return []
+    return _parse(path, metrics.read) if path.exists() else []
+
+
+def _parse(path: Path, read: Callable[[Path], Any]) -> Any:
     try:
-        return metrics.read(path)
+        return read(path)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ResultsError(
-            f"{path} has a row that is not JSON ({error}): remove the row, or the folder"
+            f"{path} is not JSON ({error}): mend it, or remove its folder and run again"
         ) from error

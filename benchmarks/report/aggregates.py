@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from benchmarks import statistics
+from benchmarks.report.document import NOTHING, Grid
 from benchmarks.report.figures import (
     TITLE,
     UNIT,
@@ -23,7 +24,6 @@ from benchmarks.report.figures import (
     list_names,
     make_axes,
 )
-from benchmarks.report.grid import NOTHING, Grid
 from benchmarks.report.scores import (
     SCORE,
     Cell,
@@ -96,14 +96,14 @@ def aggregate(group: Sequence[Cell]) -> Aggregates:
         left_out[algo] = "; ".join(
             f"{reason} on {', '.join(names)}" for reason, names in reasons.items() if names
         )
+
+    def metrics(scores: Scores) -> Scores:
+        return 100.0 * np.stack([metric(scores) for metric in METRICS.values()], axis=-1)
+
     alone = {algo: (matrix,) for algo, matrix in matrices.items()}
-    metrics = _bootstrap(
-        lambda scores: 100.0 * np.stack([metric(scores) for metric in METRICS.values()], axis=-1),
-        alone,
-    )
     estimates = {
         algo: [Estimate(*ends) for ends in zip(*estimate, strict=True)]
-        for algo, estimate in metrics.items()
+        for algo, estimate in _bootstrap(metrics, alone).items()
     }
     # The paper's algorithms, or the one with the highest IQM where they do not take part.
     candidates = [name for name in _CANDIDATES if name in matrices]
@@ -143,11 +143,9 @@ def _bootstrap(
 
 
 def _block(complete: Mapping[str, set[str]]) -> list[str]:
-    """Datasets of the block with the most cells in which every algorithm has every dataset.
-
-    Blocks with the paper's algorithm take precedence. Variants do not decide, unless there is
-    nothing else: a sweep on one dataset would outvote the algorithms on many.
-    """
+    """Datasets of the block with the most cells in which every algorithm has every dataset."""
+    # Variants decide only where there is nothing else: a sweep on one dataset would outvote the
+    # algorithms on many.
     able = {algo: tasks for algo, tasks in complete.items() if tasks}
     voters = {algo: tasks for algo, tasks in able.items() if not is_variant(algo)} or able
     blocks: set[frozenset[str]] = set()
@@ -156,13 +154,10 @@ def _block(complete: Mapping[str, set[str]]) -> list[str]:
 
     def worth(block: frozenset[str]) -> tuple[bool, int, int, list[str]]:
         members = [algo for algo, tasks in voters.items() if tasks >= block]
-        # Names decide between equal blocks, as the order of a set is not fixed.
+        # The paper's algorithm takes precedence. Names decide between equal blocks.
         return _CANDIDATES[0] in members, len(members) * len(block), len(block), sorted(block)
 
-    if not blocks:
-        return []
-    best = max(blocks, key=worth)
-    return sorted(best)
+    return sorted(max(blocks, key=worth, default=()))
 
 
 def aggregate_grid(aggregates: Aggregates) -> Grid:
@@ -192,11 +187,9 @@ def _text(estimate: Estimate | None, digits: int) -> str:
     return f"{point} ({low} to {high})"
 
 
-def draw_aggregates(aggregates: Aggregates, group: Sequence[Cell]) -> Figure | None:
+def draw_aggregates(aggregates: Aggregates, group: Sequence[Cell]) -> Figure:
     """Draw the aggregates with 95 % intervals, one panel for each."""
     estimates = aggregates.estimates
-    if not estimates:
-        return None
     figure, axes = make_axes(1, len(METRICS), (11.0, 1.1 + 0.32 * len(estimates)), sharey=True)
     for i, (ax, label) in enumerate(zip(axes.flat, METRICS, strict=True)):
         _intervals(ax, {name: metrics[i] for name, metrics in estimates.items()}, group)
@@ -221,10 +214,8 @@ def draw_improvement(aggregates: Aggregates, group: Sequence[Cell]) -> Figure | 
     return figure
 
 
-def draw_profiles(aggregates: Aggregates, group: Sequence[Cell]) -> Figure | None:
+def draw_profiles(aggregates: Aggregates, group: Sequence[Cell]) -> Figure:
     """Draw the share of runs above each score, variants in a panel of their own."""
-    if not aggregates.profiles:
-        return None
     names, colour = list(aggregates.profiles), choose_colours(group)
     parts = [[name for name in names if is_variant(name) == variant] for variant in (False, True)]
     parts = [part for part in parts if part]

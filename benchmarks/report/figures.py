@@ -96,9 +96,8 @@ def add_legend(figure: Figure, handles: Sequence[Artist], most: int = 6) -> None
 def add_colours(figure: Figure, colour: Mapping[str, str]) -> None:
     """Show the colours of the algorithms below all panels."""
     names = colour.items()
-    add_legend(
-        figure, [Line2D([], [], color=c, lw=2.5, label=algorithm_label(n)) for n, c in names]
-    )
+    lines = [Line2D([], [], color=c, lw=2.5, label=algorithm_label(n)) for n, c in names]
+    add_legend(figure, lines)
 
 
 def plot_score(ax: Axes, y: int, cell: Cell, colour: str) -> None:
@@ -195,21 +194,20 @@ def draw_learning_curves(group: Sequence[Cell]) -> Figure | None:
 
 def draw_training_curves(group: Sequence[Cell]) -> Figure | None:
     """Draw log-probability, critics and effective sample size, one column for each dataset."""
-    metrics = {
-        "log_prob": "log-likelihood of the batches\n(mean over steps)",
-        "pred_value": "critic's mean value Q(s, a)",
-        "ESS": "effective sample size\n(share of the batch)",
-    }
-    members = {key: _logged(group, key) for key in ("log_prob", "pred_value")}
-    members["ESS"] = [cell for cell in group if _weighted(cell)]
-    members = {key: rows for key, rows in members.items() if rows}
-    if not members:
+    likelihood = "log-likelihood of the batches\n(mean over steps)"
+    lines = [
+        ("log_prob", likelihood, _logged(group, "log_prob")),
+        ("pred_value", "critic's mean value Q(s, a)", _logged(group, "pred_value")),
+        ("ESS", "effective sample size\n(share of the batch)", list(filter(_weighted, group))),
+    ]
+    lines = [line for line in lines if line[2]]
+    if not lines:
         return None
-    shown = [cell for rows in members.values() for cell in rows]
+    shown = [cell for *_, rows in lines for cell in rows]
     names, colour = sorted(set(datasets(shown))), choose_colours(group)
-    size = (max(5.0, 3.6 * len(names)), 2.7 * len(members))
-    figure, axes = make_axes(len(members), len(names), size)
-    for row, (key, rows) in zip(axes, members.items(), strict=True):
+    size = (max(5.0, 3.6 * len(names)), 2.7 * len(lines))
+    figure, axes = make_axes(len(lines), len(names), size)
+    for row, (key, label, rows) in zip(axes, lines, strict=True):
         for dataset, ax in zip(names, row, strict=True):
             ax.set_title(dataset_label(dataset), fontsize=TITLE)
             ax.set_xlabel("update")
@@ -218,9 +216,8 @@ def draw_training_curves(group: Sequence[Cell]) -> Figure | None:
             _scale_updates(ax, dataset, rows)
             if key == "ESS":
                 ax.set_ylim(0.0, 1.04)
-        row[0].set_ylabel(metrics[key])
-    present = {cell.algo for cell in shown}
-    add_colours(figure, {name: colour[name] for name in colour if name in present})
+        row[0].set_ylabel(label)
+    add_colours(figure, {name: colour[name] for name in algorithms(shown)})
     return figure
 
 
@@ -238,11 +235,9 @@ def draw_weight_quantiles(group: Sequence[Cell]) -> Figure | None:
         ax, shade = axes[algos.index(cell.algo), names.index(cell.dataset)], colour[cell.algo]
         ax.set_axis_on()
         for low, high, alpha in (("q05", "q95", 0.18), ("q25", "q75", 0.35)):
-            steps, lowest = series(cell.runs, f"weight_{low}")
-            highest = series(cell.runs, f"weight_{high}")[1]
-            ax.fill_between(
-                steps, lowest.mean(axis=0), highest.mean(axis=0), color=shade, alpha=alpha, lw=0
-            )
+            steps, _ = series(cell.runs, f"weight_{low}")
+            ends = [series(cell.runs, f"weight_{q}")[1].mean(axis=0) for q in (low, high)]
+            ax.fill_between(steps, *ends, color=shade, alpha=alpha, lw=0)
         steps, medians = series(cell.runs, "weight_q50")
         ax.plot(steps, medians.mean(axis=0), color=shade)
         ax.axhline(1.0, color="0.3", lw=0.8, ls=":")
@@ -253,11 +248,8 @@ def draw_weight_quantiles(group: Sequence[Cell]) -> Figure | None:
         ax.yaxis.set_major_formatter(_PLAIN)
         # Below a decade the powers of ten alone would leave the axis without numbers.
         ax.yaxis.set_minor_formatter(_PLAIN if high < 10 * low else NullFormatter())
-    grey = [
-        Line2D([], [], color="0.35", label="median"),
-        Line2D([], [], color="0.35", alpha=0.45, lw=8, label="25 to 75 %"),
-        Line2D([], [], color="0.35", alpha=0.2, lw=8, label="5 to 95 %"),
-    ]
+    looks = (("median", 1.0, 1.5), ("25 to 75 %", 0.45, 8.0), ("5 to 95 %", 0.2, 8.0))
+    grey = [Line2D([], [], color="0.35", alpha=a, lw=w, label=text) for text, a, w in looks]
     add_legend(figure, grey)
     return figure
 
@@ -281,10 +273,9 @@ def draw_sweep(rows: Sequence[WeightRow]) -> Figure | None:
             ax.text(0.99, cell.mean, algorithm_label(cell.algo), transform=at, ha="right")
     for setting, cell in weighted:
         ax = axes[cell.dataset]
-        ess = float(np.mean(last_weights(cell, "ESS")))
-        plot_mean(ax, ess, cell, "#1f63a8" if setting.target_ess else "#d1440c")
+        ess, target = float(np.mean(last_weights(cell, "ESS"))), setting.target_ess
+        plot_mean(ax, ess, cell, "#1f63a8" if target else "#d1440c")
         panel = [other for other, c in weighted if c.dataset == cell.dataset]
-        target = setting.target_ess
         words = f"ESS {target:g}" if target else f"k {setting.temperature:g}"
         # The lag is named only where the panel has several.
         if len({other.lag for other in panel}) > 1:

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from rich.console import Group, RenderableType
+from rich.console import Group
 from rich.text import Text
 
+from benchmarks.report.document import NOTHING, Grid, interval_text
 from benchmarks.report.figures import COLOURS, add_legend, list_names, make_axes, plot_score, series
-from benchmarks.report.grid import NOTHING, Grid, interval_text
 from benchmarks.report.scores import Cell, base, cells
 from benchmarks.results import LANGUAGE, FinishedRun, UnfinishedRun, read_runs, unfinished_runs
 from benchmarks.runs import write_json
@@ -85,10 +85,9 @@ def _weights(cell: Cell) -> tuple[float | None, float | None, float | None]:
     trained = [run.result for run in cell.runs if "ESS" in run.result]
     if not trained:
         return None, None, None
-    ess, least, largest = zip(
-        *((row["ESS"], row["ESS_min"], row["weight_max"]) for row in trained), strict=True
-    )
-    return float(np.mean(ess)), min(least), max(largest)
+    ess = float(np.mean([row["ESS"] for row in trained]))
+    least = min(row["ESS_min"] for row in trained)
+    return ess, least, max(row["weight_max"] for row in trained)
 
 
 def _shares(cell: Cell) -> dict[str, float]:
@@ -130,11 +129,9 @@ def _number(value: float | None) -> str:
 
 def recipe_table(recipe: RecipeRuns) -> Group:
     """The tables of a recipe for the terminal."""
-    parts: list[RenderableType] = [recipe_grid(recipe).rich(recipe.name)]
-    shares = share_grid(recipe)
-    if shares.rows:
-        parts += [Text(""), shares.rich(SHARES)]
-    return Group(*parts, Text(recipe.note, style="dim"))
+    scores, shares = recipe_grid(recipe).rich(recipe.name), share_grid(recipe)
+    more = (Text(""), shares.rich(SHARES)) if shares.rows else ()
+    return Group(scores, *more, Text(recipe.note, style="dim"))
 
 
 def write_scores(folder: Path, recipe: RecipeRuns) -> list[Path]:
@@ -171,8 +168,7 @@ def draw_recipe(recipe: RecipeRuns) -> Figure:
         for ax, metric in ((ess, "ESS"), (largest, "weight_max")):
             steps, values = series(cell.runs, metric)
             if len(steps):
-                mean = values.mean(axis=0)
-                ax.plot(steps, mean, color=colour, lw=1.5, label=base(cell.algo))
+                ax.plot(steps, values.mean(axis=0), color=colour, lw=1.5, label=base(cell.algo))
     list_names(scores, [base(cell.algo) for cell in rows])
     scores.set_xlabel(_first(rows[0], "score_name"))
     ess.set(xlabel="update", ylim=(0, 1.03), ylabel="effective share of an update's draws")

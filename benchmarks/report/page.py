@@ -46,8 +46,7 @@ def write_report(folder: Path, out: Path) -> Path:
         begun = len(unfinished) + sum(len(recipe.unfinished) for recipe in recipes)
         raise ResultsError(
             f"no finished run below {folder} ({begun} unfinished): a run is a folder "
-            "d4rl/DATASET/ALGO/seed-K or llm/RECIPE/ALGO/seed-K with a result.json, as "
-            "`python -m benchmarks.d4rl` and `python -m benchmarks.llm` write it"
+            "d4rl/DATASET/ALGO/seed-K or llm/RECIPE/ALGO/seed-K with a result.json"
         )
     document = Document(shareable(f"python -m benchmarks.report {shlex.quote(str(folder))}"))
     group = scores.cells(runs)
@@ -60,10 +59,11 @@ def write_report(folder: Path, out: Path) -> Path:
             section(document, group)
     for recipe in recipes:
         _recipe(document, recipe)
-    _provenance(document, group, recipes)
-    kinds = {"control": runs, "language": recipes}
-    title = " and ".join(kind for kind, present in kinds.items() if present).capitalize()
-    markdown = document.markdown(f"{title} runs")
+    document.section(COMMANDS, runs_of(group))
+    document.table(tables.run_grid(group), "The finished control runs.")
+    document.provenance([*runs_of(group), *every_run[len(runs) :]])
+    kinds = ["control"] * bool(runs) + ["language"] * bool(recipes)
+    markdown = document.markdown(f"{' and '.join(kinds).capitalize()} runs")
     written = {
         **document.images,
         MARKDOWN: markdown.encode(),
@@ -137,9 +137,8 @@ def _aggregates(document: Document, group: Sequence[Cell]) -> None:
     tasks, algorithms = aggregates.datasets, aggregates.estimates
     compared = [cell for cell in group if cell.dataset in tasks and cell.algo in algorithms]
     document.section("Over datasets", runs_of(compared))
-    left_out = [
-        f"{scores.algorithm_label(algo)}: {why}" for algo, why in aggregates.left_out.items()
-    ]
+    reasons = aggregates.left_out.items()
+    left_out = [f"{scores.algorithm_label(algo)}: {reason}" for algo, reason in reasons]
     if algorithms:
         document.text(
             f"Over {', '.join(map(scores.dataset_label, tasks))}: the datasets that all "
@@ -182,16 +181,9 @@ def _aggregates(document: Document, group: Sequence[Cell]) -> None:
 def _curves(document: Document, group: Sequence[Cell]) -> None:
     # Variants have figures of their own, together with the algorithms that they are variants of.
     variants = [cell for cell in group if scores.is_variant(cell.algo)]
-    bases, tasks = (
-        {scores.base(cell.algo) for cell in variants},
-        {cell.dataset for cell in variants},
-    )
-    parts = {
-        "": [cell for cell in group if not scores.is_variant(cell.algo)],
-        "_variants": [
-            cell for cell in group if scores.base(cell.algo) in bases and cell.dataset in tasks
-        ],
-    }
+    bases, tasks = {scores.base(cell.algo) for cell in variants}, scores.datasets(variants)
+    related = [c for c in group if scores.base(c.algo) in bases and c.dataset in tasks]
+    parts = {"": [cell for cell in group if cell not in variants], "_variants": related}
     for end, part in parts.items():
         if part:
             words = "Variants. " if end else ""
@@ -270,10 +262,3 @@ def _recipe(document: Document, recipe: RecipeRuns) -> None:
     if recipe.unfinished:
         document.text("Unfinished runs enter nothing here; `--resume` continues them:")
         document.bullets("/".join(run.folder.absolute().parts[-2:]) for run in recipe.unfinished)
-
-
-def _provenance(document: Document, group: Sequence[Cell], recipes: Sequence[RecipeRuns]) -> None:
-    document.section(COMMANDS, runs_of(group))
-    runs = [*runs_of(group), *(run for recipe in recipes for run in recipe.runs)]
-    document.table(tables.run_grid(group), "The finished control runs.")
-    document.provenance(runs)

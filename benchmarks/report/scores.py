@@ -62,9 +62,7 @@ def algorithm_rank(algo: str) -> tuple[int, list[str | float], str]:
     Numbers in the names of variants count as numbers: k3 is before k10.
     """
     known = list(ALGORITHMS)
-    name = base(algo)
-    if _SHARE.fullmatch(name):
-        name = "bc-10"
+    name = "bc-10" if _SHARE.fullmatch(base(algo)) else base(algo)
     rank = known.index(name) if name in known else len(known)
     # Every second part is a number.
     parts = re.split(r"(\d+(?:\.\d+)?)", algo.removesuffix(name))
@@ -166,11 +164,10 @@ def cells(runs: Sequence[FinishedRun], score_key: str = SCORE) -> list[Cell]:
     for run in sorted(runs, key=lambda run: run.seed):
         groups.setdefault((run.dataset, run.algo), []).append(run)
     without = {run.dataset for run in runs if run.result.get(score_key) is None}
+    names = sorted(groups, key=lambda name: (name[0], algorithm_rank(name[1])))
     return [
-        Cell(
-            dataset, algo, tuple(groups[dataset, algo]), RETURN if dataset in without else score_key
-        )
-        for dataset, algo in sorted(groups, key=lambda name: (name[0], algorithm_rank(name[1])))
+        Cell(*name, tuple(groups[name]), RETURN if name[0] in without else score_key)
+        for name in names
     ]
 
 

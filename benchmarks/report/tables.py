@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Group
 
-from benchmarks.report.grid import NOTHING, Grid, interval_text
+from benchmarks.report.document import NOTHING, Grid, interval_text
 from benchmarks.report.scores import (
     RETURN,
     Cell,

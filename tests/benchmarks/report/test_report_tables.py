@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks.report.aggregates import aggregate
-from benchmarks.report.grid import NOTHING
+from benchmarks.report.document import NOTHING
 from benchmarks.report.scores import cells, dataset_label, uneven
 from benchmarks.report.tables import cost_grid, score_grid, score_table, weight_grid
 from benchmarks.results import CONTROL, FinishedRun, read_runs
