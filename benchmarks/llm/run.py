@@ -1,27 +1,62 @@
-"""A run of a language model: its algorithm, its rows, and its ``config.json``."""
+"""A run of a language model: its rows, training and test, ``config.json`` and ``result.json``.
+
+The same call continues what a kill leaves of a run: training from its last checkpoint. All that
+comes after training is done again.
+"""
 
 from __future__ import annotations
 
+import gc
+import os
 import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from accelerate.utils import patch_environment  # type: ignore[import-untyped]
+from numpy.typing import NDArray
 from tensordict import TensorDictBase
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.utils import logging
 
 from benchmarks import runs
-from benchmarks.llm.algorithms import ALGORITHMS, BASE, Algorithm
-from benchmarks.llm.kept import file_sha256
-from benchmarks.llm.launch import Launch
-from benchmarks.llm.models import load
-from benchmarks.llm.options import Options
+from benchmarks.llm.launch import Launch, assert_engine, launched
+from benchmarks.llm.models import file_sha256, load
+from benchmarks.llm.options import ALGORITHMS, BASE, Algorithm, Options, choose_q
 from benchmarks.llm.recipes import Prepared, load_recipe
-from benchmarks.runs import hardware, versions
+from benchmarks.runs import RESULT, alone_in, hardware, versions, write_json
+from iwsft import checkpoint, metrics
 from iwsft.curation import curate
 from iwsft.datasets.text.tokens import CORRECT, SCORE
 from iwsft.language import check_scores, correct_only, tokenize
-from iwsft.trajectory import MULTIPLICITY
+from iwsft.language.config import ImportanceWeightedConfig
+from iwsft.language.saving import last, written_aside
+from iwsft.language.trainer import ImportanceWeightedTrainer
+from iwsft.trajectory import MULTIPLICITY, TRAJ_IDS, lengths
+
+CHECKPOINTS = "checkpoints"
+# Settings that are arguments of the trainer as they are.
+_SAME_NAME = (
+    "length_normalize",
+    "layout",
+    "learning_rate",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "max_grad_norm",
+)
+# Takes updates so far, updates of the run, and a row of metrics.
+Report = Callable[[int, int, dict[str, float]], None]
+_COST = ("cpu_seconds", "wall_seconds")
 
 
 @dataclass(frozen=True)
@@ -111,3 +146,251 @@ def identity_of(run: Run) -> dict[str, Any]:
 def engine_of(run: Run) -> dict[str, Any]:
     """Return what trains, for ``config.json`` and ``result.json``."""
     return {"engine": run.launch.engine_name, "processes": run.launch.processes}
+
+
+def train_and_score(run: Run, report: Report) -> dict[str, Any] | None:
+    """Train and test one run, whose folder must be claimed.
+
+    Returns the content of ``result.json``; None in all but the first of several processes.
+    """
+    # transformers' bars of every load and every note on padding.
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    # DeepSpeed calls torch by deprecated names at each gather.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    first = os.environ.get("RANK", "0") == "0"
+    with alone_in(run.folder, wait=False) if first else nullcontext():
+        with _in_one_process():
+            prepared = prepare(run)
+        trained: dict[str, Any] = {"steps": 0}
+        model = prepared.model
+        if run.algorithm is not None:
+            progress = Progress(run.folder, report) if first else None
+            trained = _train(run, run.algorithm, prepared, progress)
+            model = str(run.folder / checkpoint.FOLDER)
+        together = run.algorithm is not None and run.launch.processes > 1
+        # All make it together, before one tests alone.
+        group = _patient_group() if together else None
+        result = _test(run, prepared, model, trained) if first else None
+        if together:
+            torch.distributed.barrier(group=group)
+    return result
+
+
+def _test(run: Run, prepared: Prepared, model: str, trained: dict[str, Any]) -> dict[str, Any]:
+    """Test a model as it is saved, in one process, and write ``result.json``."""
+    start = _now()
+    # A model that is trained in shards may be larger than a GPU.
+    sharded = run.launch.engine != "single" and run.launch.device == "cuda"
+    with _in_one_process():
+        tested: Any
+        tested, tokenizer = run.load(model, **({"device_map": "auto"} if sharded else {}))
+        if not sharded:
+            tested.to(run.launch.device)
+        recipe = load_recipe(run.dataset)
+        score = recipe.evaluate(tested.eval(), tokenizer, prepared, seed=run.seed)
+    cpu, wall = (_now() - start).tolist()
+    result = {
+        **identity_of(run),
+        "score_name": prepared.score_name,
+        **score,
+        **trained,
+        "cpu_seconds": trained.get("cpu_seconds", 0.0) + cpu,
+        "wall_seconds": trained.get("wall_seconds", 0.0) + wall,
+        "evaluation_cpu_seconds": cpu,
+        **engine_of(run),
+        "notes": dict(prepared.notes),
+    }
+    write_json(run.folder / RESULT, result)
+    return result
+
+
+@contextmanager
+def _in_one_process() -> Iterator[None]:
+    """Make transformers load and generate as in one process: not in shards and in step.
+
+    The engine's settings of the run before would hold otherwise. The next run's
+    ``TrainingArguments`` set them again.
+    """
+    unset_hf_deepspeed_config()
+    # By FSDP's setting only the first process would have the weights.
+    with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+        yield
+
+
+@lru_cache(maxsize=1)
+def _patient_group() -> Any:
+    """A process group whose barriers wait for the process that tests, however long it takes."""
+    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+
+
+def training_arguments(run: Run, algorithm: Algorithm) -> dict[str, Any]:
+    """Make the arguments of ``ImportanceWeightedConfig``, and check that they fit the processes."""
+    options, settings, processes = run.options, run.options.settings, run.launch.processes
+    own, rest = divmod(settings.batch_size, processes)
+    if rest:
+        raise ValueError(
+            f"--batch-size {settings.batch_size} can't be shared out over {processes} processes; "
+            f"take a multiple of {processes}"
+        )
+    micro = min(settings.micro_batch_size or own, own)
+    accumulation, rest = divmod(own, micro)
+    if rest:
+        raise ValueError(
+            f"--micro-batch-size {micro} does not divide the {own} draws of a process in an update "
+            f"(--batch-size {settings.batch_size}, {processes} processes)"
+        )
+    proposal, sync_every = choose_q(algorithm, settings, accumulation * processes)
+    on_cpu = run.launch.device == "cpu"
+    return {
+        "output_dir": str(run.folder / CHECKPOINTS),
+        "proposal": proposal,
+        "sync_every": sync_every,
+        "ema_decay": settings.ema_decay if proposal == "lagged" else None,
+        "reference_cache": str(run.shared_folder / "reference"),
+        **{name: getattr(settings, name) for name in _SAME_NAME},
+        "lr_scheduler_type": settings.scheduler,
+        "warmup_steps": settings.warmup,
+        "max_steps": settings.max_steps or -1,
+        "num_train_epochs": settings.epochs or 1.0,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": accumulation,
+        # transformers 5 warns of the name, which earlier ones need, wherever it is set.
+        **({"gradient_checkpointing": True} if settings.gradient_checkpointing else {}),
+        "bf16": settings.precision == "bfloat16",
+        "seed": run.seed,
+        "use_cpu": on_cpu,
+        "dataloader_pin_memory": not on_cpu,
+        "logging_steps": options.log_every,
+        "save_strategy": "steps",
+        "save_steps": options.save_every or 0.2,
+        "save_total_limit": 1,
+        "report_to": list(options.report_to),
+        "run_name": f"{run.dataset} {run}",
+        "disable_tqdm": True,
+    }
+
+
+def _train(
+    run: Run, algorithm: Algorithm, prepared: Prepared, progress: Progress | None
+) -> dict[str, Any]:
+    """Train, save the model with its tokenizer, and return what it took for ``result.json``."""
+    # Before the model: under ZeRO-3 it is loaded in shards, which these arguments switch on.
+    args = ImportanceWeightedConfig(**training_arguments(run, algorithm))
+    # DeepSpeed keeps float32 weights of its own.
+    half = args.bf16 and run.launch.engine == "deepspeed"
+    model, tokenizer = run.load(prepared.model, dtype=torch.bfloat16 if half else torch.float32)
+    if "pad_token" in prepared.notes:
+        tokenizer.pad_token = prepared.notes["pad_token"]
+    data = curated(run, algorithm, prepared, tokenizer)
+    trainer = ImportanceWeightedTrainer(
+        model,
+        args,
+        trajectories=data,
+        importance_weights=algorithm.weights(run.options.settings),
+        processing_class=tokenizer,
+        callbacks=[] if progress is None else [progress],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if launched() is not None:
+        assert_engine(trainer.accelerator, run.launch)
+    try:
+        trainer.train(resume_from_checkpoint=last(run.folder / CHECKPOINTS))
+    finally:
+        if progress is not None:
+            progress.close()
+    with written_aside(run.folder):
+        trainer.save_model(str(run.folder / checkpoint.FOLDER))
+    multiplicity = data.get(MULTIPLICITY)[lengths(data).cumsum(0) - 1]
+    trained = {
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "trajectories": len(data.get(TRAJ_IDS).unique()),
+        "draws_an_epoch": int(multiplicity.sum()),
+        "proposal": args.proposal,
+        "sync_every": args.sync_every,
+        "ema_decay": args.ema_decay,
+    }
+    trainer.accelerator.free_memory()
+    del trainer, model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return trained if progress is None else {**trained, **_metrics_summary(run.folder)}
+
+
+def _metrics_summary(folder: Path) -> dict[str, float]:
+    """Means, extremes and cost from the rows of the metrics."""
+    rows = metrics.read(folder / metrics.FILE)
+    summary = {name: value for name, value in rows[0].items() if name != "step"}
+    logged = [row for row in rows if "loss" in row]
+    if not logged:
+        return summary
+    ess = [row["ESS"] for row in logged]
+    return {
+        **summary,
+        "ESS": sum(ess) / len(ess),
+        "ESS_min": min(ess),
+        "weight_max": max(row["weight_max"] for row in logged),
+        **{name: logged[-1][name] for name in _COST},
+    }
+
+
+class Progress(TrainerCallback):
+    """Writes the rows of ``metrics.jsonl`` with the seconds up to each, and reports a few.
+
+    Row 0 holds ``reference_cpu_seconds`` and ``reference_wall_seconds``: before the first update.
+    Seconds of a run that was cut off count up to the checkpoint that it continues from.
+    """
+
+    def __init__(self, folder: Path, report: Report) -> None:
+        self._folder, self._report = folder, report
+        self._log: metrics.MetricsLog | None = None
+        self._since = self._before = np.zeros(2)
+        self._reported = 0
+        self._started = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Cut the metrics back to the checkpoint."""
+        self._since = _now()
+        self._reported = state.global_step
+        # From the start a run writes row 0 again.
+        self._log = metrics.MetricsLog(self._folder, after=state.global_step or -1)
+        rows = [row for row in metrics.read(self._folder / metrics.FILE) if _COST[0] in row]
+        if rows:
+            self._before = np.array([rows[-1][name] for name in _COST])
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the cost of the reference, which the trainer computes before the first epoch."""
+        if self._started:
+            return
+        self._started = True
+        cost, self._since = self._spent("reference_"), _now()
+        if state.global_step == 0 and self._log is not None:
+            self._log.write({"step": 0, **cost})
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write a row."""
+        if "loss" not in kwargs["logs"] or self._log is None:
+            return
+        step, steps = state.global_step, state.max_steps
+        row = {"step": step, **kwargs["logs"], **self._spent()}
+        self._log.write(row)
+        # About four rows a run.
+        if step == steps or (step - self._reported) * 4 >= steps:
+            self._reported = step
+            self._report(step, steps, row)
+
+    def close(self) -> None:
+        """Close the files."""
+        if self._log is not None:
+            self._log.__exit__(None, None, None)
+
+    def _spent(self, prefix: str = "") -> dict[str, float]:
+        seconds = (self._before + _now() - self._since).tolist()
+        return {f"{prefix}{name}": spent for name, spent in zip(_COST, seconds, strict=True)}
+
+
+def _now() -> NDArray[np.float64]:
+    """CPU and wall seconds."""
+    return np.array([time.process_time(), time.perf_counter()])

@@ -20,10 +20,9 @@ from safetensors.torch import load_file
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from benchmarks.llm.algorithms import ALGORITHMS, NAMES
 from benchmarks.llm.evaluation.options import Options as EvaluationOptions
 from benchmarks.llm.evaluation.tasks import TASKS
-from benchmarks.llm.options import parse
+from benchmarks.llm.options import ALGORITHMS, NAMES, parse
 from benchmarks.llm.recipes import RECIPES
 from iwsft import ImportanceWeights
 from iwsft.datasets.text.rows import read

@@ -13,8 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.llm.evaluation.answers import extract_answer, parse_letter
-from benchmarks.llm.evaluation.grading import Grader
+from benchmarks.llm.evaluation.grading import Grader, extract_answer, parse_letter
 from benchmarks.llm.evaluation.tasks import QuestionSet
 from benchmarks.statistics import CONFIDENCE, bootstrap_interval, wilson_interval
 

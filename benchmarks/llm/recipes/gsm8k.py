@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.llm.models import SMOLLM2, locate
+from benchmarks.llm.models import SMOLLM2, locate, mean_log_probs
 from benchmarks.llm.recipes import Evaluation, Prepared, Settings
-from benchmarks.llm.recipes.likelihood import mean_log_probs
 from benchmarks.statistics import bootstrap_interval
 from iwsft.datasets.text.rows import Record, Row, check_text, records, to_row
 

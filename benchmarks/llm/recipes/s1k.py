@@ -8,9 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.llm.models import load_tokenizer, locate
+from benchmarks.llm.models import load_tokenizer, locate, mean_log_probs
 from benchmarks.llm.recipes import Evaluation, Prepared, Settings
-from benchmarks.llm.recipes.likelihood import mean_log_probs
 from benchmarks.statistics import bootstrap_interval
 from iwsft.datasets.text import s1k
 from iwsft.datasets.text.rows import read

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.llm.evaluation.answers import extract_answer, parse_integer, parse_letter
-from benchmarks.llm.evaluation.grading import Grader
+from benchmarks.llm.evaluation.grading import Grader, extract_answer, parse_integer, parse_letter
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,12 @@ import small_job
 import torch
 
 from benchmarks.llm.__main__ import main
-from benchmarks.llm.algorithms import ALGORITHMS, choose_q
 from benchmarks.llm.launch import Launch
 from benchmarks.llm.models import load
-from benchmarks.llm.options import Options, parse
+from benchmarks.llm.options import ALGORITHMS, Options, choose_q, parse
 from benchmarks.llm.recipes import RECIPES, Settings, load_recipe
 from benchmarks.llm.recipes.s1k import AUTHORS, PAPER
-from benchmarks.llm.run import Run, curated
-from benchmarks.llm.train import training_arguments
+from benchmarks.llm.run import Run, curated, training_arguments
 from benchmarks.report.page import write_report
 from benchmarks.results import CONTROL, read_runs, unfinished_runs
 from iwsft.datasets.text.rows import Row

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.llm.kept import file_sha256, kept
+from benchmarks.llm.models import file_sha256, kept
 
 
 def _make(folder: Path) -> Mapping[str, Any]:

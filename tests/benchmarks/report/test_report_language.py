@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from benchmarks.llm.algorithms import NAMES
+from benchmarks.llm.options import NAMES
 from benchmarks.report.__main__ import Report, main
 from benchmarks.report.language import read_recipes
 from benchmarks.report.page import write_report

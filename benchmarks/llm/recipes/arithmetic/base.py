@@ -15,7 +15,7 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from benchmarks.llm.kept import kept
+from benchmarks.llm.models import kept
 from benchmarks.llm.recipes.arithmetic.task import ANSWER, STRATEGIES, mixture, problems
 from iwsft.fingerprint import fingerprint
 
@@ -58,7 +58,7 @@ def base_model(folder: Path, *, seed: int, settings: BaseSettings) -> Path:
     """Train the base model, or find it in the cache; the defaults take 70 seconds of a CPU core.
 
     A model has a folder of its own in the cache, under a key of the settings, the seed, the texts
-    it learns and the versions of torch and transformers. :data:`benchmarks.llm.kept.RECORD` in it
+    it learns and the versions of torch and transformers. :data:`benchmarks.llm.models.RECORD` in it
     has settings, seed, parameters, losses and CPU seconds.
     """
 

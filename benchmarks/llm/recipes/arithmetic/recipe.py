@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.llm.kept import RECORD
-from benchmarks.llm.models import load
+from benchmarks.llm.models import RECORD, load
 from benchmarks.llm.recipes import Evaluation, Prepared, Settings
 from benchmarks.llm.recipes.arithmetic.base import CONTEXT, VOCABULARY, BaseSettings, base_model
 from benchmarks.llm.recipes.arithmetic.task import (

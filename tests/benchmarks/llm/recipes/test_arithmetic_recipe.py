@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from benchmarks.llm.kept import RECORD
+from benchmarks.llm.models import RECORD
 from benchmarks.llm.recipes import Prepared
 from benchmarks.llm.recipes.arithmetic.base import BaseSettings, base_model, config, tokenizer
 from benchmarks.llm.recipes.arithmetic.recipe import (

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.llm.models import mean_log_probs
 from benchmarks.llm.recipes import Prepared, load_recipe
 from benchmarks.llm.recipes.gsm8k import (
     BUNDLED,
@@ -23,7 +24,6 @@ from benchmarks.llm.recipes.gsm8k import (
     rows_of,
     split,
 )
-from benchmarks.llm.recipes.likelihood import mean_log_probs
 from iwsft.datasets.text.rows import Row
 from iwsft.language import correct_only, tokenize
 from iwsft.trajectory import lengths
