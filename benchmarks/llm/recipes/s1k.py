@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.llm.models import load_tokenizer, locate, mean_log_probs
-from benchmarks.llm.recipes import Evaluation, Prepared, Settings
+from benchmarks.llm.recipes import Evaluation, Prepared, Recipe, Settings
 from benchmarks.statistics import bootstrap_interval
 from iwsft.datasets.text import s1k
 from iwsft.datasets.text.rows import read
@@ -45,7 +45,7 @@ _BENCHMARKS = (
 
 
 @dataclass(frozen=True)
-class S1kRecipe:
+class S1kRecipe(Recipe):
     """All rows of s1K-1.1 are D+: the set is curated, and the paper trains on all 1,000.
 
     The default settings are those of the authors' code. The paper's own weights, ``PAPER``, start
@@ -58,12 +58,10 @@ class S1kRecipe:
     """
 
     name: str = "s1k"
-    describe: str = "the paper's run: Qwen2.5-32B-Instruct on the reasoning traces of s1K-1.1"
     defaults: Settings = AUTHORS
     presets: Mapping[str, Settings] = field(
         default_factory=lambda: {"paper_llm": PAPER, "authors_llm": AUTHORS}
     )
-    seeds: tuple[int, ...] = (0,)
     # Rows that the test reads at the most.
     tested: int = 32
 

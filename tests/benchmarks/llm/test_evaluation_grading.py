@@ -52,7 +52,7 @@ def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         ("hang", "no verdict in 1 s", True),
         ("spin", "no verdict in 1 s", True),
         ("crash", "the process crashed", True),
-        ("exit", "the process crashed", True),
+        ("exit", "SystemExit", False),
         ("raise", "RecursionError: too deep", False),
         ("memory", "MemoryError", False),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.llm.models import RECORD, load
-from benchmarks.llm.recipes import Evaluation, Prepared, Settings
+from benchmarks.llm.recipes import Evaluation, Prepared, Recipe, Settings
 from benchmarks.llm.recipes.arithmetic.base import CONTEXT, VOCABULARY, BaseSettings, base_model
 from benchmarks.llm.recipes.arithmetic.task import (
     STRATEGIES,
@@ -40,7 +40,7 @@ _BATCH = 512
 
 
 @dataclass(frozen=True)
-class ArithmeticRecipe:
+class ArithmeticRecipe(Recipe):
     """Sums of six digits, solved by a small decoder that knows three ways to write them down.
 
     One base model serves all seeds: a seed draws the problems that it samples, its samples, the
@@ -48,24 +48,20 @@ class ArithmeticRecipe:
     """
 
     name: str = "arithmetic"
-    describe: str = "a 1M-parameter decoder solves sums by three strategies, tuned on its successes"
-    defaults: Settings = field(
-        default_factory=lambda: Settings(
-            learning_rate=8e-4,
-            batch_size=32,
-            max_steps=80,
-            warmup=10,
-            quality_cuts=(0, 50, 60),
-            sync_every=10,
-            ema_decay=0.9,
-            # The bandit's weight is q / pi_ref of the whole text.
-            reduce="sum",
-            self_normalize=True,
-        )
+    defaults: Settings = Settings(
+        learning_rate=8e-4,
+        batch_size=32,
+        max_steps=80,
+        warmup=10,
+        quality_cuts=(0, 50, 60),
+        sync_every=10,
+        ema_decay=0.9,
+        # The bandit's weight is q / pi_ref of the whole text.
+        reduce="sum",
+        self_normalize=True,
     )
-    presets: Mapping[str, Settings] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
-    base: BaseSettings = field(default_factory=BaseSettings)
+    base: BaseSettings = BaseSettings()
     base_seed: int = 0
     # Problems that the model solves once each; the right ones are D+.
     samples: int = 2000
