@@ -36,7 +36,6 @@ class Algorithm:
     lets each token's ratio weigh its own loss, instead of the trajectory's.
     """
 
-    describe: str
     proposal: Proposal
     quality: bool = False
     per_step: bool = False
@@ -56,13 +55,13 @@ class Algorithm:
 
 
 ALGORITHMS = {
-    "sft": Algorithm("SFT on D+", "reference"),
-    "sft-q": Algorithm("SFT on D_Q+", "reference", quality=True),
-    "iw-sft": Algorithm("iw-SFT, q = theta", "current"),
-    "iw-sft-hard": Algorithm("iw-SFT, q = theta at the last sync", "cached"),
-    "iw-sft-ema": Algorithm("iw-SFT, q = moving average of theta", "lagged"),
-    "iw-sft-q": Algorithm("iw-SFT on D_Q+, q = theta", "current", quality=True),
-    "iw-sft-step": Algorithm("iw-SFT step by step", "current", per_step=True),
+    "sft": Algorithm("reference"),
+    "sft-q": Algorithm("reference", quality=True),
+    "iw-sft": Algorithm("current"),
+    "iw-sft-hard": Algorithm("cached"),
+    "iw-sft-ema": Algorithm("lagged"),
+    "iw-sft-q": Algorithm("current", quality=True),
+    "iw-sft-step": Algorithm("current", per_step=True),
 }
 NAMES = (BASE, *ALGORITHMS)
 DEFAULT = (BASE, "sft", "sft-q", "iw-sft", "iw-sft-hard", "iw-sft-ema", "iw-sft-step")
