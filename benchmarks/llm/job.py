@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import AutoConfig
 
 from benchmarks import places, sweep
-from benchmarks.llm.launch import Hardware, Launch, alone, choose, launched, start
+from benchmarks.llm.launch import Hardware, Launch, choose, launched, start, threads_of
 from benchmarks.llm.memory import DecoderSizes, Setup
 from benchmarks.llm.options import BASE, Options
 from benchmarks.llm.recipes import Prepared
@@ -31,7 +31,7 @@ def run_job(options: Options) -> int:
     A run that fails is reported, and the others continue; with ``--deepspeed`` it ends the job.
     """
     started = launched()
-    launch = started or alone(options.own_device)
+    launch = started or Launch("single", device=options.own_device)
     runs = [
         Run(options.recipe, algo, seed, options, launch)
         for algo in options.algo
@@ -51,10 +51,7 @@ def run_job(options: Options) -> int:
         tell(_HEADER)
         jobs = options.jobs or (1 if options.own_device != "cpu" else places.cores())
         # All cores are used, none twice.
-        given = os.environ.get("OMP_NUM_THREADS", "")
-        fair = max(1, places.cores() // jobs)
-        threads = int(given) if given.isdecimal() and int(given) else fair
-        work = partial(_run_and_show, threads=threads)
+        work = partial(_run_and_show, threads=threads_of(places.cores(), jobs))
         with places.place(None, items=len(unfinished), jobs=jobs) as place:
             sweep.run_all(work, unfinished, place, summary)
     _show(runs[0], summary)

@@ -108,11 +108,11 @@ class Launch:
     """
 
     config: str
-    engine: Engine
-    stage: int | None
-    offload_optimizer: bool
-    device: Literal["cpu", "cuda"]
-    processes: int
+    engine: Engine = "single"
+    stage: int | None = None
+    offload_optimizer: bool = False
+    device: Literal["cpu", "cuda"] = "cpu"
+    processes: int = 1
     threads: int = 1
     options: tuple[str, ...] = ()
 
@@ -197,9 +197,7 @@ def choose(
         settings.machine_rank = hardware.node_rank
         settings.main_process_ip, settings.main_process_port = hardware.address, hardware.port
     nodes = settings.num_machines
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    fair = max(1, hardware.cores // (settings.num_processes // nodes))
-    threads = int(given) if given.isdecimal() else fair
+    threads = threads_of(hardware.cores, settings.num_processes // nodes)
     options: dict[str, Any] = {
         "--config_file": path,
         "--num_processes": settings.num_processes,
@@ -224,6 +222,12 @@ def choose(
         threads=threads,
         options=(*words, *(["--same_network"] if nodes > 1 else [])),
     )
+
+
+def threads_of(cores: int, processes: int) -> int:
+    """Compute the threads of each process: OMP_NUM_THREADS, or a fair share of the cores."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdecimal() and int(given) else max(1, cores // processes)
 
 
 def start(launch: Launch, module: str, arguments: Sequence[str]) -> int:
@@ -256,11 +260,6 @@ def start(launch: Launch, module: str, arguments: Sequence[str]) -> int:
         finally:
             logging.disable(logging.NOTSET)
     return 0
-
-
-def alone(device: Literal["cpu", "cuda"]) -> Launch:
-    """Describe a run in this process, for which nothing is started."""
-    return Launch("single", "single", None, False, device, 1)
 
 
 def launched() -> Launch | None:

@@ -328,22 +328,12 @@ def load_generator(options: Options) -> Generator:
             parallel=max(1, torch.cuda.device_count()),
             trust_remote_code=options.trust_remote_code,
         )
-    spread: dict[str, Any] = {"device_map": "auto"} if options.device == "auto" else {}
-    model: Any
     model, _ = load(
         options.model,
         dtype=options.dtype,
         trust_remote_code=options.trust_remote_code,
-        **spread,
+        device_map=options.device,
     )
-    if not spread:
-        try:
-            model.to(options.device)
-        except RuntimeError as error:
-            raise ValueError(
-                f"--model {options.model} does not fit on --device {options.device}: "
-                f"{first_line(error)}"
-            ) from error
     return TransformersGenerator(model, batch_size=options.batch)
 
 

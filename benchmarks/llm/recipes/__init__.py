@@ -11,7 +11,7 @@ A new recipe is one module with a ``RECIPE``, and one line here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -129,12 +129,14 @@ class Prepared:
         rows: All labelled rows, with ``score`` and ``correct`` where the recipe has them.
         score_name: Name of the test's score, in tables.
         notes: Facts for the report, by name.
+        held_out: What the test asks, where it comes with the rows.
     """
 
     model: str
     rows: list[Row]
     score_name: str
     notes: Mapping[str, Any] = field(default_factory=dict)
+    held_out: Sequence[Any] = ()
 
 
 @dataclass(frozen=True)

@@ -38,13 +38,6 @@ class Question:
 
 
 @dataclass(frozen=True)
-class PreparedSolutions(Prepared):
-    """Model and training rows with the questions of the test, none of them trained on."""
-
-    held_out: Sequence[Question] = ()
-
-
-@dataclass(frozen=True)
 class Gsm8kRecipe(Recipe):
     """Right solutions are D+; a model is tested by how far it prefers right ones to wrong ones.
 
@@ -64,7 +57,7 @@ class Gsm8kRecipe(Recipe):
 
     def prepare(
         self, folder: Path, *, seed: int, model: str | None = None, data: str | None = None
-    ) -> PreparedSolutions:
+    ) -> Prepared:
         """See :meth:`Recipe.prepare`; nothing is drawn, so all seeds have the same rows.
 
         The defaults are SmolLM2-135M and the bundled 400 questions of GSM8K.
@@ -82,7 +75,7 @@ class Gsm8kRecipe(Recipe):
         }
         if data is None:
             notes["caution"] = _CAUTION
-        return PreparedSolutions(
+        return Prepared(
             model=locate(SMOLLM2 if model is None else model, folder),
             rows=rows,
             score_name="right likelier than wrong",
@@ -92,8 +85,6 @@ class Gsm8kRecipe(Recipe):
 
     def evaluate(self, model: Any, tokenizer: Any, prepared: Prepared, *, seed: int) -> Evaluation:
         """Compare log-probs of right and wrong solutions; see :func:`right_against_wrong`."""
-        if not isinstance(prepared, PreparedSolutions):
-            raise TypeError(f"{self.name} tests what its own prepare() gave, not {prepared!r:.60}")
         log_probs = mean_log_probs(
             model, tokenizer, rows_of(prepared.held_out), max_length=self.defaults.max_length
         )
