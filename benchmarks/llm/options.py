@@ -18,6 +18,7 @@ from benchmarks.options import (
     check_known,
     check_once,
     check_seeds,
+    check_used,
     flag,
 )
 from iwsft.objective import Proposal
@@ -213,12 +214,9 @@ def _check(options: Options, settings: Settings, changed: dict[str, Any]) -> Non
     algorithms = [ALGORITHMS[name] for name in options.algo if name != BASE]
     for name, value in changed.items():
         used = _USED.get(name, lambda algorithm, settings: True)
-        if not any(used(algorithm, settings) for algorithm in algorithms):
-            preset = f" with preset {settings.preset!r}" if settings.preset != "recipe" else ""
-            raise ValueError(
-                f"{flag(name)} {value} changes nothing in the algorithms asked for{preset}; leave "
-                "it out"
-            )
+        preset = f" with preset {settings.preset!r}" if settings.preset != "recipe" else ""
+        anywhere = any(used(algorithm, settings) for algorithm in algorithms)
+        check_used(name, value, anywhere, f"in the algorithms asked for{preset}")
     _check_numbers(settings)
 
 

@@ -155,20 +155,18 @@ def show(results: Sequence[dict[str, Any]]) -> None:
     console.print(table)
     for result in results:
         answers, failed = result["questions"] * result["n"], len(result["grading_problems"])
-        for shown, note in (
-            (
-                result["no_answer"],
-                f"{result['no_answer']} of {answers} generations give no final answer",
-            ),
-            (failed, f"{failed} comparisons hung or failed and count as wrong"),
-            (
-                result["private"],
-                "its authors ask that its text is not published; keep the generations, which may "
-                "quote it, to yourself",
-            ),
-        ):
-            if shown:
-                console.print(f"{result['title']}: {note}", markup=False, soft_wrap=True)
+        notes = []
+        if result["no_answer"]:
+            notes.append(f"{result['no_answer']} of {answers} generations give no final answer")
+        if failed:
+            notes.append(f"{failed} comparisons hung or failed and count as wrong")
+        if result["private"]:
+            notes.append(
+                "its authors ask that its text is not published; keep the generations, which "
+                "may quote it, to yourself"
+            )
+        for note in notes:
+            console.print(f"{result['title']}: {note}", markup=False, soft_wrap=True)
     if results[0]["note"]:
         console.print(f"note: {results[0]['note']}", markup=False, soft_wrap=True)
 
