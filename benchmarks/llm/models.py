@@ -120,11 +120,9 @@ def locate(name: str, cache: Path | None = None) -> str:
         if any(name.endswith((".safetensors", ".bin", "adapter_config.json")) for name in files):
             return str(path)
         files = [name for name in files if name.lower().endswith(".gguf")]
-        if len(files) > 1:
-            raise ValueError(f"{path} holds {len(files)} models, {', '.join(files)}: pass one file")
-        if not files:
+        if len(files) != 1:
             raise ValueError(
-                f"{path} holds no model (weights as .safetensors, or a .gguf file); pass a folder "
+                f"{path} holds {', '.join(files) or 'no model'}; pass one .gguf file, or a folder "
                 "that save_pretrained wrote"
             )
         path /= files[0]

@@ -200,12 +200,8 @@ def _check(options: Options, settings: Settings, changed: dict[str, Any]) -> Non
     config = options.deepspeed
     if config is not None and len(config) > 1:
         raise ValueError(f"--deepspeed {' '.join(config)}: one config, or none to choose one")
-    for name, value in (("--jobs", options.jobs), ("--device", options.device)):
-        if config is not None and value is not None:
-            raise ValueError(
-                f"{name} {value} with --deepspeed, which decides itself on what runs where; leave "
-                "one of them out"
-            )
+    for name in ("jobs", "device"):
+        check_used(name, getattr(options, name), config is None, "with --deepspeed")
     if options.device not in (None, "cpu", "cuda"):
         raise ValueError(f"--device {options.device}: cpu or cuda")
     if options.device is not None:

@@ -76,6 +76,17 @@ class Run(runs.Run[Options]):
         """Folder of what the runs of a recipe share: base models, rows, reference log-probs."""
         return self.dataset_folder / "prepared"
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What names the run in ``config.json`` and ``result.json``."""
+        names = ("benchmark", "dataset", "algo", "seed")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        """What trains, for ``config.json`` and ``result.json``."""
+        return {"engine": self.launch.engine_name, "processes": self.launch.processes}
+
     def load(self, model: str, **options: Any) -> tuple[PreTrainedModel, Any]:
         """Load a model and its tokenizer, see :func:`benchmarks.llm.models.load`."""
         trusted = self.options.trust_remote_code
@@ -126,26 +137,15 @@ def config_of(run: Run) -> dict[str, Any]:
     if run.algorithm is not None:
         settings["training"] = asdict(options.settings)
     return {
-        **identity_of(run),
+        **run.identity,
         "settings": settings,
-        **engine_of(run),
+        **run.engine,
         "versions": versions(
             ("torch", "tensordict", "torchrl", "transformers", "accelerate", "numpy")
         ),
         "hardware": hardware(run.launch.device),
         "command": " ".join(["python -m benchmarks.llm", *sys.argv[1:]]),
     }
-
-
-def identity_of(run: Run) -> dict[str, Any]:
-    """Return what names a run in ``config.json`` and ``result.json``."""
-    names = ("benchmark", "dataset", "algo", "seed")
-    return {name: getattr(run, name) for name in names}
-
-
-def engine_of(run: Run) -> dict[str, Any]:
-    """Return what trains, for ``config.json`` and ``result.json``."""
-    return {"engine": run.launch.engine_name, "processes": run.launch.processes}
 
 
 def train_and_score(run: Run, report: Report) -> dict[str, Any] | None:
@@ -191,14 +191,14 @@ def _test(run: Run, prepared: Prepared, model: str, trained: dict[str, Any]) -> 
         score = recipe.evaluate(tested.eval(), tokenizer, prepared, seed=run.seed)
     cpu, wall = (_now() - start).tolist()
     result = {
-        **identity_of(run),
+        **run.identity,
         "score_name": prepared.score_name,
         **score,
         **trained,
         "cpu_seconds": trained.get("cpu_seconds", 0.0) + cpu,
         "wall_seconds": trained.get("wall_seconds", 0.0) + wall,
         "evaluation_cpu_seconds": cpu,
-        **engine_of(run),
+        **run.engine,
         "notes": dict(prepared.notes),
     }
     write_json(run.folder / RESULT, result)
@@ -207,11 +207,7 @@ def _test(run: Run, prepared: Prepared, model: str, trained: dict[str, Any]) -> 
 
 @contextmanager
 def _in_one_process() -> Iterator[None]:
-    """Make transformers load and generate as in one process: not in shards and in step.
-
-    The engine's settings of the run before would hold otherwise. The next run's
-    ``TrainingArguments`` set them again.
-    """
+    """Lift the engine's settings until the next ``TrainingArguments``: no shards, no steps."""
     unset_hf_deepspeed_config()
     # By FSDP's setting only the first process would have the weights.
     with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):

@@ -219,7 +219,7 @@ def test_folders_that_hold_no_one_model(tiny_qwen2: Path, tmp_path: Path):
         locate(str(tmp_path), tmp_path)
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     (tmp_path / "b.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match=r"holds 2 models, a.gguf, b.gguf: pass one file"):
+    with pytest.raises(ValueError, match=r"holds a.gguf, b.gguf; pass one .gguf file"):
         locate(str(tmp_path), tmp_path)
     (tmp_path / "c.gguf").write_bytes(b"<!doctype html>")
     with pytest.raises(ValueError, match=r"c.gguf is not a GGUF file"):
