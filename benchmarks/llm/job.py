@@ -59,10 +59,7 @@ def run_job(options: Options) -> int:
 
 
 def _claim(runs: Sequence[Run], *, first_node: bool = True) -> list[Run]:
-    """Check that batches can be shared out, and claim the folders; the unfinished runs.
-
-    Of several nodes the first one claims.
-    """
+    """Check all batches, claim the folders on the first node, and return the unfinished runs."""
     for run in runs:
         if run.algorithm is not None:
             training_arguments(run, run.algorithm)

@@ -6,7 +6,6 @@ comes after training is done again.
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 import time
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import patch_environment  # type: ignore[import-untyped]
+from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from tensordict import TensorDictBase
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
@@ -309,9 +309,7 @@ def _train(
     }
     trainer.accelerator.free_memory()
     del trainer, model
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    clear_device_cache(garbage_collection=True)
     return trained if progress is None else {**trained, **_metrics_summary(run.folder)}
 
 

@@ -338,10 +338,8 @@ def load_generator(options: Options) -> Generator:
 
 
 def _turn_end(tokenizer: Any) -> set[int]:
-    """Return the special token that the chat template writes after an assistant's turn, if any.
-
-    A model tuned on chats ends with it, also where its tokenizer still names a base model's end.
-    """
+    """Return the special token that the chat template writes after an assistant's turn, if any."""
+    # Tuned models end with it, also where the tokenizer still names a base model's end.
     if tokenizer.chat_template is None:
         return set()
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
@@ -352,10 +350,8 @@ def _turn_end(tokenizer: Any) -> set[int]:
 
 
 def _digest(folder: Path) -> str:
-    """Return the SHA-256 of the weight files' names, sizes and 16 blocks spread over each.
-
-    All of 65 GB would take minutes; training changes every block.
-    """
+    """Return the SHA-256 of the weight files' names, sizes and 16 blocks spread over each."""
+    # All of 65 GB would take minutes; training changes every block.
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix in (".safetensors", ".bin"):

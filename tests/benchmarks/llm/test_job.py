@@ -188,7 +188,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
         ("--jobs 0", "--jobs 0: at least 1"),
         ("--device tpu", "--device tpu: cpu or cuda"),
         ("--deepspeed zero3 zero2", "--deepspeed zero3 zero2: one config"),
-        ("--deepspeed --jobs 2", "--jobs 2 with --deepspeed"),
+        ("--deepspeed --jobs 2", "--jobs 2 changes nothing with --deepspeed"),
         ("--deepspeed zero9", "--deepspeed zero9: unknown config"),
         ("--algo sft --sync-every 5", "--sync-every 5 changes nothing"),
         ("--algo sft iw-sft --ema-decay 0.5", "--ema-decay 0.5 changes nothing"),

@@ -44,12 +44,11 @@ class BaseSettings:
     layers: int = 4
     heads: int = 4
     key_value_heads: int = 2
+    # Updates, each on texts not seen before.
     steps: int = 1300
-    """Updates, each on texts not seen before."""
     batch_size: int = 16
-    """Texts of an update."""
+    # Peak, after the warm-up; then a cosine to 0.
     lr: float = 1.2e-3
-    """Peak, after the warm-up; then a cosine to 0."""
     warmup: int = 30
     weight_decay: float = 0.1
 

@@ -231,13 +231,10 @@ def strategy_probabilities(model: Any, tokenizer: Any, problems: Sequence[Proble
     """
     markers = [tokenizer.convert_tokens_to_ids(way.marker) for way in STRATEGIES.values()]
     prompts = torch.tensor(tokenizer([problem.prompt for problem in problems])["input_ids"])
-    was_training = model.training
-    model.eval()
     logits = [
         model(input_ids=batch.to(model.device), logits_to_keep=1).logits[:, -1].float()
         for batch in prompts.split(_BATCH)
     ]
-    model.train(was_training)
     return torch.cat(logits).softmax(-1)[:, markers].cpu()
 
 
