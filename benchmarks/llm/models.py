@@ -130,8 +130,7 @@ def locate(name: str, cache: Path | None = None) -> str:
         return str(_converted(path, cache))
     if path.is_file():
         raise ValueError(
-            f"{name} is a file that holds no model with its tokenizer; pass its folder, or a .gguf "
-            "file"
+            f"{name} is not a model with its tokenizer; pass its folder, or a .gguf file"
         )
     if not _HUB_ID.fullmatch(name):
         raise FileNotFoundError(f"there is no model folder {name}")
@@ -150,8 +149,7 @@ def check_fit(model: Any, tokenizer: Any) -> None:
     if largest >= rows:
         raise ValueError(
             f"the tokenizer has {token!r} at {largest}, the vocabulary of {name} ends at {rows}: "
-            "take the tokenizer that belongs to the model, or "
-            "model.resize_token_embeddings(len(tokenizer)) and save it"
+            "take the model's own, or model.resize_token_embeddings(len(tokenizer)) and save it"
         )
     if 2 * len(vocabulary) < rows:
         raise ValueError(
@@ -187,8 +185,7 @@ def _check_whole(name: str | Path, report: Mapping[str, Any]) -> None:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(
             f"{name} has no weights for {', '.join(missing[:3])}{more}, which would start at "
-            "random: it is damaged, or was saved without its output layer or as another kind of "
-            "model; take or save the whole causal language model"
+            "random; take or save the whole causal language model"
         )
 
 
@@ -232,9 +229,8 @@ def _convert(file: Path, home: Path) -> Mapping[str, Any]:
     # Readers of binary data stumble in many ways; the one of tokens raises bare Exceptions.
     except Exception as error:
         raise ValueError(
-            f"{file} can't be read ({first_line(error)}): it is damaged, or holds an architecture "
-            "that transformers does not read from GGUF; fetch it again, or take the model in "
-            "safetensors"
+            f"{file} can't be read ({first_line(error)}): it is damaged, or new to transformers; "
+            "fetch it again, or take the model in safetensors"
         ) from error
     model, report = loaded
     _check_whole(file, report)

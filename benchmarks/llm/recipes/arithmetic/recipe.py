@@ -264,7 +264,7 @@ def _load(model: str) -> tuple[Any, Any]:
     if tokenizer.get_vocab() != {token: index for index, token in enumerate(VOCABULARY)}:
         raise ValueError(
             f"the tokenizer of {model} is not that of the arithmetic recipe ({len(VOCABULARY)} "
-            "tokens), which its texts and its test need; pass a model trained on this task, or none"
+            "tokens); pass a model trained on this task, or none"
         )
     return decoder.eval(), tokenizer
 
@@ -287,8 +287,7 @@ def _usable(rows: list[Row]) -> list[Row]:
         raise ValueError(f"all {len(rows)} rows are on held-out problems, on which the test asks")
     if len(usable) < len(rows):
         warnings.warn(
-            f"{len(rows) - len(usable)} of {len(rows)} rows are on held-out problems and left out: "
-            "the test asks those",
+            f"{len(rows) - len(usable)} of {len(rows)} rows are on held-out problems: left out",
             UserWarning,
             stacklevel=3,
         )
