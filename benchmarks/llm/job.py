@@ -17,12 +17,9 @@ from benchmarks.llm.launch import Hardware, Launch, choose, launched, start, thr
 from benchmarks.llm.memory import DecoderSizes, Setup
 from benchmarks.llm.options import BASE, Options
 from benchmarks.llm.recipes import Prepared
-from benchmarks.llm.run import Run, config_of, prepare, train_and_score, training_arguments
+from benchmarks.llm.run import HEADER, Run, config_of, prepare, train_and_score, training_arguments
 from benchmarks.runs import RESULT, claim, tell
 from benchmarks.sweep import Summary
-
-_COLUMNS = "{:<12} {:>4} {:>13} {:>8} {:>5} {:>6} {:>6} {:>7}"
-_HEADER = _COLUMNS.format("algo", "seed", "update", "loss", "ESS", "max w", "score", "seconds")
 
 
 def run_job(options: Options) -> int:
@@ -48,10 +45,10 @@ def run_job(options: Options) -> int:
     if unfinished:
         # What all seeds share, such as a base model, is made once.
         _show_notes(prepare(unfinished[0]))
-        tell(_HEADER)
+        tell(HEADER)
         jobs = options.jobs or (1 if options.own_device != "cpu" else places.cores())
         # All cores are used, none twice.
-        work = partial(_run_and_show, threads=threads_of(places.cores(), jobs))
+        work = partial(_work_on, threads=threads_of(places.cores(), jobs))
         with places.place(None, items=len(unfinished), jobs=jobs) as place:
             sweep.run_all(work, unfinished, place, summary)
     _show(runs[0], summary)
@@ -70,21 +67,11 @@ def _claim(runs: Sequence[Run], *, first_node: bool = True) -> list[Run]:
     return claim(runs[0].dataset_folder, configs, same=("settings",), resume=resume)
 
 
-def _run_and_show(run: Run, *, threads: int | None = None) -> None:
-    """Train and test one run, perhaps in a process of its own, with lines on the terminal."""
-
-    def report(step: int, steps: int, row: dict[str, float]) -> None:
-        weights = f"{row['ESS']:.2f}", f"{row['weight_max']:.2f}"
-        show(row["wall_seconds"], f"{step}/{steps}", f"{row['loss']:.3f}", *weights, "")
-
-    def show(seconds: float, *cells: str) -> None:
-        tell(_COLUMNS.format(run.algo, run.seed, *cells, f"{seconds:.0f}"))
-
+def _work_on(run: Run, *, threads: int | None = None) -> None:
+    """Train and test one run, perhaps in a process of its own."""
     if threads is not None and run.launch.device == "cpu":
         torch.set_num_threads(threads)
-    result = train_and_score(run, report)
-    if result is not None:
-        show(result["wall_seconds"], "tested", "", "", "", f"{result['score']:.3f}")
+    train_and_score(run)
 
 
 def _launch(runs: Sequence[Run], options: Options) -> int:
@@ -131,11 +118,11 @@ def _take_part(runs: Sequence[Run]) -> None:
     first = os.environ.get("RANK", "0") == "0"
     unfinished = [run for run in runs if not (run.folder / RESULT).exists()]
     if first:
-        tell(_HEADER)
+        tell(HEADER)
     # The base is tested by one process alone, when the others have no more work.
     for run in sorted(unfinished, key=lambda run: run.algo == BASE):
         if first or run.algo != BASE:
-            _run_and_show(run)
+            _work_on(run)
     if first and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

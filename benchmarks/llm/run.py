@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -33,7 +33,7 @@ from benchmarks.llm.launch import Launch, assert_engine, launched
 from benchmarks.llm.models import file_sha256, load
 from benchmarks.llm.options import ALGORITHMS, BASE, Algorithm, Options, choose_q
 from benchmarks.llm.recipes import Prepared, load_recipe
-from benchmarks.runs import RESULT, alone_in, hardware, versions, write_json
+from benchmarks.runs import RESULT, alone_in, hardware, tell, versions, write_json
 from iwsft import checkpoint, metrics
 from iwsft.curation import curate
 from iwsft.datasets.text.tokens import CORRECT, SCORE
@@ -54,8 +54,8 @@ _SAME_NAME = (
     "adam_beta2",
     "max_grad_norm",
 )
-# Takes updates so far, updates of the run, and a row of metrics.
-Report = Callable[[int, int, dict[str, float]], None]
+_COLUMNS = "{:<12} {:>4} {:>13} {:>8} {:>5} {:>6} {:>6} {:>7}"
+HEADER = _COLUMNS.format("algo", "seed", "update", "loss", "ESS", "max w", "score", "seconds")
 _COST = ("cpu_seconds", "wall_seconds")
 
 
@@ -86,6 +86,10 @@ class Run(runs.Run[Options]):
     def engine(self) -> dict[str, Any]:
         """What trains, for ``config.json`` and ``result.json``."""
         return {"engine": self.launch.engine_name, "processes": self.launch.processes}
+
+    def tell(self, *cells: str, seconds: float) -> None:
+        """Write a line below :data:`HEADER` to the terminal."""
+        tell(_COLUMNS.format(self.algo, self.seed, *cells, f"{seconds:.0f}"))
 
     def load(self, model: str, **options: Any) -> tuple[PreTrainedModel, Any]:
         """Load a model and its tokenizer, see :func:`benchmarks.llm.models.load`."""
@@ -148,11 +152,8 @@ def config_of(run: Run) -> dict[str, Any]:
     }
 
 
-def train_and_score(run: Run, report: Report) -> dict[str, Any] | None:
-    """Train and test one run, whose folder must be claimed.
-
-    Returns the content of ``result.json``; None in all but the first of several processes.
-    """
+def train_and_score(run: Run) -> None:
+    """Train and test one run, whose folder must be claimed, with lines on the terminal."""
     # transformers' bars of every load and every note on padding.
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -165,19 +166,19 @@ def train_and_score(run: Run, report: Report) -> dict[str, Any] | None:
         trained: dict[str, Any] = {"steps": 0}
         model = prepared.model
         if run.algorithm is not None:
-            progress = Progress(run.folder, report) if first else None
+            progress = Progress(run) if first else None
             trained = _train(run, run.algorithm, prepared, progress)
             model = str(run.folder / checkpoint.FOLDER)
         together = run.algorithm is not None and run.launch.processes > 1
         # All make it together, before one tests alone.
         group = _patient_group() if together else None
-        result = _test(run, prepared, model, trained) if first else None
+        if first:
+            _test(run, prepared, model, trained)
         if together:
             torch.distributed.barrier(group=group)
-    return result
 
 
-def _test(run: Run, prepared: Prepared, model: str, trained: dict[str, Any]) -> dict[str, Any]:
+def _test(run: Run, prepared: Prepared, model: str, trained: dict[str, Any]) -> None:
     """Test a model as it is saved, in one process, and write ``result.json``."""
     start = _now()
     # A model that is trained in shards may be larger than a GPU.
@@ -202,7 +203,7 @@ def _test(run: Run, prepared: Prepared, model: str, trained: dict[str, Any]) -> 
         "notes": dict(prepared.notes),
     }
     write_json(run.folder / RESULT, result)
-    return result
+    run.tell("tested", "", "", "", f"{result['score']:.3f}", seconds=result["wall_seconds"])
 
 
 @contextmanager
@@ -331,26 +332,26 @@ def _metrics_summary(folder: Path) -> dict[str, float]:
 
 
 class Progress(TrainerCallback):
-    """Writes the rows of ``metrics.jsonl`` with the seconds up to each, and reports a few.
+    """Writes the rows of ``metrics.jsonl`` with the seconds up to each, and shows a few.
 
     Row 0 holds ``reference_cpu_seconds`` and ``reference_wall_seconds``: before the first update.
     Seconds of a run that was cut off count up to the checkpoint that it continues from.
     """
 
-    def __init__(self, folder: Path, report: Report) -> None:
-        self._folder, self._report = folder, report
+    def __init__(self, run: Run) -> None:
+        self._run = run
         self._log: metrics.MetricsLog | None = None
         self._since = self._before = np.zeros(2)
-        self._reported = 0
+        self._shown = 0
         self._started = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Cut the metrics back to the checkpoint."""
         self._since = _now()
-        self._reported = state.global_step
+        self._shown = state.global_step
         # From the start a run writes row 0 again.
-        self._log = metrics.MetricsLog(self._folder, after=state.global_step or -1)
-        rows = [row for row in metrics.read(self._folder / metrics.FILE) if _COST[0] in row]
+        self._log = metrics.MetricsLog(self._run.folder, after=state.global_step or -1)
+        rows = [row for row in metrics.read(self._run.folder / metrics.FILE) if _COST[0] in row]
         if rows:
             self._before = np.array([rows[-1][name] for name in _COST])
 
@@ -371,9 +372,11 @@ class Progress(TrainerCallback):
         row = {"step": step, **kwargs["logs"], **self._spent()}
         self._log.write(row)
         # About four rows a run.
-        if step == steps or (step - self._reported) * 4 >= steps:
-            self._reported = step
-            self._report(step, steps, row)
+        if step == steps or (step - self._shown) * 4 >= steps:
+            self._shown = step
+            weights = f"{row['ESS']:.2f}", f"{row['weight_max']:.2f}"
+            loss = f"{row['loss']:.3f}"
+            self._run.tell(f"{step}/{steps}", loss, *weights, "", seconds=row["wall_seconds"])
 
     def close(self) -> None:
         """Close the files."""
