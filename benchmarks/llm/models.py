@@ -56,15 +56,10 @@ def load(
 ) -> tuple[PreTrainedModel, Any]:
     """Load a causal language model and its tokenizer, and check that they fit.
 
-    Args:
-        name: Name of the model, as in the module's text.
-        dtype: Number format of the weights; ``"auto"`` keeps that of the files.
-        trust_remote_code: Run code that comes with the model.
-        cache: Folder for conversions; the cache of the library by default.
-        options: Further arguments of ``AutoModelForCausalLM.from_pretrained``.
-
-    Returns:
-        The model, on the CPU unless ``options`` say otherwise, and its tokenizer.
+    ``name`` is one as in the module's text. ``dtype`` "auto" keeps the number format of the files.
+    ``trust_remote_code`` runs code that comes with the model. ``cache`` is the folder for
+    conversions, by default the library's. ``options`` are further arguments of
+    ``AutoModelForCausalLM.from_pretrained``; unless they say otherwise the model is on the CPU.
 
     Raises:
         ValueError: If no model or tokenizer loads, weights are damaged or lack a part (such as the

@@ -157,33 +157,20 @@ class Recipe(ABC):
 
     @abstractmethod
     def prepare(self, folder: Path, *, seed: int, model: str | None, data: str | None) -> Prepared:
-        """Make or find model and rows; the same seed finds the same files.
+        """Make or find model and rows in the cache ``folder``; the same seed finds the same files.
 
-        Args:
-            folder: The cache.
-            seed: Seed of everything that is drawn.
-            model: Another model than the recipe's own: a hub id or a folder.
-            data: Other rows than the recipe's own: a file, a folder or a hub id.
-
-        Raises:
-            ValueError: If the recipe can't use the model or the rows, or the cache is damaged.
-            OSError: If a file can't be read or written.
+        ``model`` (a hub id or a folder) and ``data`` (a file, a folder or a hub id) replace the
+        recipe's own. Raises ValueError where the recipe can't use them or the cache is damaged, and
+        OSError where a file can't be read or written.
         """
 
     @abstractmethod
     def evaluate(self, model: Any, tokenizer: Any, prepared: Prepared, *, seed: int) -> Evaluation:
-        """Test a model on what it was not trained on.
+        """Test a model, which is on its device, on what it was not trained on.
 
-        Args:
-            model: A causal language model, on its device.
-            tokenizer: The model's tokenizer.
-            prepared: What :meth:`prepare` returned.
-            seed: Seed of everything that is drawn; the same for all models, so that they share
-                their luck.
-
-        Returns:
-            ``score`` in [0, 1], ``interval`` (its 95 % interval, both ends), ``n`` (what the score
-            is a mean over), and further numbers by name.
+        All models are tested with the same ``seed``, so that they share their luck. Returns
+        ``score`` in [0, 1], ``interval`` (its 95 % interval, both ends), ``n`` (what the score is a
+        mean over), and further numbers by name.
         """
 
 

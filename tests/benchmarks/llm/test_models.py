@@ -228,7 +228,7 @@ def test_folders_that_hold_no_one_model(tiny_qwen2: Path, tmp_path: Path):
         locate(str(tmp_path / "d.gguf"), tmp_path)
     with pytest.raises(FileNotFoundError, match=r"there is no model folder .*nowhere"):
         locate(str(tmp_path / "nowhere"), tmp_path)
-    with pytest.raises(ValueError, match=r"config.json is a file .* pass its folder"):
+    with pytest.raises(ValueError, match=r"config.json is not a model .* pass its folder"):
         locate(str(tiny_qwen2 / "config.json"), tmp_path)
 
 
