@@ -30,34 +30,27 @@ class ResultsError(ValueError):
 
 
 @dataclass(frozen=True)
-class FinishedRun:
-    """A run with a result.
+class RunFolder:
+    """A run on disk.
 
     ``variant`` names the folders between the folder that was read and the benchmark's, such as
-    ``authors`` of ``runs/authors/d4rl/...``; it is empty for ``runs/d4rl/...``. ``config`` and
-    ``metrics`` are empty where the file is missing.
+    ``authors`` of ``runs/authors/d4rl/...``; it is empty for ``runs/d4rl/...``.
     """
 
     folder: Path
     variant: str
+    dataset: str  # or the recipe of a language run
+    algo: str  # runs of a variant are an algorithm of their own, ``variant/algo``
+    seed: int
+
+
+@dataclass(frozen=True)
+class FinishedRun(RunFolder):
+    """A run with a result; ``config`` and ``metrics`` are empty where the file is missing."""
+
     result: dict[str, Any]
     config: dict[str, Any]
     metrics: list[dict[str, float]]
-
-    @property
-    def dataset(self) -> str:
-        """The dataset, or the recipe of a language run."""
-        return self.result["dataset"]
-
-    @property
-    def algo(self) -> str:
-        """The algorithm; runs of a variant are an algorithm of their own, ``variant/algo``."""
-        return _join(self.variant, self.result["algo"])
-
-    @property
-    def seed(self) -> int:
-        """The seed."""
-        return self.result["seed"]
 
     @property
     def versions(self) -> dict[str, str]:
@@ -66,20 +59,14 @@ class FinishedRun:
 
 
 @dataclass(frozen=True)
-class UnfinishedRun:
+class UnfinishedRun(RunFolder):
     """A run without a result: it was cut off, it failed, or it is still running.
 
-    Dataset, algorithm and seed are those of the folder's name. ``step`` is the last update that it
-    logged, 0 for none; ``steps`` are those of a whole run, where ``config.json`` says so.
+    Dataset, algorithm and seed are those of the folder's name.
     """
 
-    folder: Path
-    variant: str
-    dataset: str
-    algo: str
-    seed: int
-    step: int
-    steps: int | None
+    step: int  # last update that it logged, 0 for none
+    steps: int | None  # updates of a whole run, where ``config.json`` says so
 
 
 def read_runs(folder: str | Path, benchmark: str) -> list[FinishedRun]:
@@ -121,16 +108,16 @@ def unfinished_runs(folder: str | Path, benchmark: str) -> list[UnfinishedRun]:
     root = Path(folder)
     runs = []
     for path in _folders(root):
-        name, dataset, algo, seed = path.absolute().parts[-4:]
-        if name != benchmark or (path / RESULT).exists():
+        kind, dataset, algo, seed = path.absolute().parts[-4:]
+        if kind != benchmark or (path / RESULT).exists():
             continue
-        variant, rows = _variant(path, root), _read_metrics(path)
+        rows = _read_metrics(path)
         step = int(rows[-1]["step"]) if rows else 0
         settings = _read_config(path).get("settings", {})
         # Those of the training, without those of its reference policy.
         parts = ("fine_tuning", "cloning", "baseline")
         steps = next((settings[part].get("steps") for part in parts if part in settings), None)
-        name, number = _join(variant, algo), int(seed.removeprefix("seed-"))
+        (variant, name), number = _names(path, root, algo), int(seed.removeprefix("seed-"))
         runs.append(UnfinishedRun(path, variant, dataset, name, number, step, steps))
     return runs
 
@@ -147,12 +134,10 @@ def _folders(root: Path) -> list[Path]:
     )
 
 
-def _variant(folder: Path, root: Path) -> str:
-    return "/".join(folder.relative_to(root).parts[:-4])
-
-
-def _join(variant: str, name: str) -> str:
-    return f"{variant}/{name}" if variant else name
+def _names(folder: Path, root: Path, algo: str) -> tuple[str, str]:
+    """The variant of a folder, and the name of its algorithm with the variant in front."""
+    parts = folder.relative_to(root).parts[:-4]
+    return "/".join(parts), "/".join((*parts, algo))
 
 
 def _read_run(folder: Path, result: dict[str, Any], root: Path, benchmark: str) -> FinishedRun:
@@ -169,7 +154,9 @@ def _read_run(folder: Path, result: dict[str, Any], root: Path, benchmark: str) 
     # A language run without its command is damaged; control's older runs may lack it.
     if benchmark == LANGUAGE and (folder / CONFIG).exists():
         _check_entries(folder / CONFIG, config, _CONFIG)
-    return FinishedRun(folder, _variant(folder, root), result, config, rows)
+    variant, name = _names(folder, root, result["algo"])
+    dataset, seed = result["dataset"], result["seed"]
+    return FinishedRun(folder, variant, dataset, name, seed, result, config, rows)
 
 
 def _check_entries(path: Path, content: dict[str, Any], kinds: _Kinds) -> None:

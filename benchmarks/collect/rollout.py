@@ -131,15 +131,10 @@ class Instance:
 
     def episode(self, *, cut: bool = False) -> Fields:
         """Return the record since the reset; with ``cut`` the last step counts as a timeout."""
-        now, actions, rewards, then, terminals, timeouts = zip(*self._steps, strict=True)
-        fields = {
-            "observations": np.stack(now),
-            "actions": np.stack(actions),
-            "rewards": np.asarray(rewards, np.float32),
-            "next_observations": np.stack(then),
-            "terminals": np.asarray(terminals, bool),
-            "timeouts": np.asarray(timeouts, bool),
-        }
+        names = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
+        columns = zip(names, zip(*self._steps, strict=True), strict=True)
+        fields = {name: np.array(column) for name, column in columns}
+        fields["rewards"] = fields["rewards"].astype(np.float32)
         if cut:
             fields["timeouts"][-1] = True
         if len(self._success) == len(self._steps):

@@ -96,7 +96,7 @@ class Grid:
             for i in headings:
                 width = self._widest(i, self.columns[i].split())
                 headings[i] = "\n".join(textwrap.wrap(self.columns[i], width))
-        parts: list[RenderableType] = [Text(title, style="bold"), self._lines(headings, None)]
+        parts: list[RenderableType] = [Text(title, style="bold"), self._lines(headings, [])]
         for first, group in itertools.groupby(self.rows, key=lambda row: row[0]):
             if grouped:
                 parts.append(Text(first, style="bold cyan"))
@@ -135,10 +135,10 @@ class Grid:
         """Width of a line with the smallest gaps."""
         return sum(self._widest(i, heading.split("\n")) + 1 for i, heading in headings.items())
 
-    def _lines(self, headings: dict[int, str], rows: list[list[str]] | None) -> Table:
-        """Some rows, or the headings alone."""
+    def _lines(self, headings: dict[int, str], rows: list[list[str]]) -> Table:
+        """Some rows, or the headings where there are none."""
         gap = 2 if self._width(headings) + len(headings) <= _TERMINAL else 1
-        table = Table(box=None, show_header=rows is None, padding=(0, gap, 0, 0))
+        table = Table(box=None, show_header=not rows, padding=(0, gap, 0, 0))
         for i, heading in headings.items():
             table.add_column(
                 heading,
@@ -147,7 +147,7 @@ class Grid:
                 width=self._widest(i, heading.split("\n")),
                 no_wrap=True,
             )
-        for row in rows or []:
+        for row in rows:
             table.add_row(*(Text(row[i]) for i in headings))
         return table
 
@@ -210,10 +210,9 @@ class Document:
     def provenance(self, runs: Sequence[FinishedRun]) -> None:
         """Add versions, hardware and commands of these runs."""
         commands = distinct(shareable(run.config.get("command", "")) for run in runs)
-        self.text("Versions:")
-        self.bullets(version_lines(runs) or ["not recorded"])
-        self.text("Hardware:")
-        self.bullets(hardware_lines(runs) or ["not recorded"])
+        for title, lines in ("Versions", version_lines(runs)), ("Hardware", hardware_lines(runs)):
+            self.text(f"{title}:")
+            self.bullets(lines or ["not recorded"])
         self.text("Commands, without the folders of absolute paths:")
         self.text("\n".join(["```", *(commands or ["not recorded"]), "```"]))
 

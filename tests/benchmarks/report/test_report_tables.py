@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -225,9 +225,8 @@ def test_names_of_tasks(name: str, label: str) -> None:
 
 
 def weighted_run(seed: int, algo: str, metrics: list[dict[str, float]]) -> FinishedRun:
-    result: dict[str, Any] = {"dataset": "hopper", "algo": algo, "seed": seed}
-    result |= {"normalized_score": 1.0, "return_mean": 1.0, "episodes": 1}
-    return FinishedRun(Path(f"{algo}/seed-{seed}"), "", result, {}, metrics)
+    result = {"normalized_score": 1.0, "return_mean": 1.0, "episodes": 1}
+    return FinishedRun(Path(), "", "hopper", algo, seed, result, {}, metrics)
 
 
 def test_the_last_look_of_each_seed_is_averaged() -> None:
