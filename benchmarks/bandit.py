@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
-from torch import Tensor, nn
+from torch import nn
 from torchrl.modules import OneHotCategorical, ProbabilisticActor
 
 from benchmarks.options import check_at_least
@@ -87,14 +87,8 @@ def successes(pulls: int, seed: int) -> TensorDictBase:
     reward = torch.bernoulli(torch.tensor(ARMS)[arm], generator=generator)
     if not bool(reward.any()):
         raise ValueError(f"none of the {pulls} pulls was rewarded, D+ is empty; raise --pulls")
-    data = from_steps(
-        {
-            "observation": torch.ones(pulls, 1),
-            "action": nn.functional.one_hot(arm, 2),
-            REWARD: reward[:, None],
-        },
-        torch.arange(pulls),
-    )
+    steps = {"observation": torch.ones(pulls, 1), "action": nn.functional.one_hot(arm, 2)}
+    data = from_steps({**steps, REWARD: reward[:, None]}, torch.arange(pulls))
     return select(data, reward.nonzero().squeeze(-1))
 
 
@@ -108,18 +102,15 @@ def train(algorithm: Algorithm, data: TensorDictBase, steps: int, lr: float) -> 
     )
     optimizer = torch.optim.SGD(loss.parameters(), lr=lr)
     (logits,) = policy.parameters()
-
-    def right() -> Tensor:
-        return logits.detach().squeeze(-1).softmax(0)[1]
-
-    curve = [right()]
+    curve = [logits.detach().clone()]
     for _ in range(steps):
         optimizer.zero_grad()
         loss(data)["loss_iw_mle"].backward()
         optimizer.step()
-        curve.append(right())
+        curve.append(logits.detach().clone())
+    right = torch.stack(curve).squeeze(-1).softmax(-1)[:, 1]
     share = data["action"][:, 1].double().mean()
-    return BanditRun(torch.stack(curve).double().numpy(), float(share))
+    return BanditRun(right.double().numpy(), float(share))
 
 
 def summary(runs: dict[Algorithm, list[BanditRun]]) -> dict[Algorithm, dict[str, Any]]:

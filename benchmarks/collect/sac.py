@@ -68,16 +68,11 @@ class SAC:
 
     def __init__(self, simulator: Simulator, settings: Settings) -> None:
         actions = len(simulator.low)
-        self.actor = actor(
-            simulator.observation_dim,
-            torch.from_numpy(simulator.low),
-            torch.from_numpy(simulator.high),
-        )
+        low, high = torch.from_numpy(simulator.low), torch.from_numpy(simulator.high)
+        self.actor = actor(simulator.observation_dim, low, high)
+        qvalues = qvalue_networks(simulator.observation_dim, actions, _HIDDEN)
         self.loss = _SACLoss(
-            self.actor,
-            qvalue_networks(simulator.observation_dim, actions, _HIDDEN),
-            loss_function="l2",
-            target_entropy=-float(actions),
+            self.actor, qvalues, loss_function="l2", target_entropy=-float(actions)
         )
         self.loss.make_value_estimator(gamma=settings.gamma)
         # It copies the networks into their targets, so a checkpoint must be loaded after it.
@@ -120,11 +115,10 @@ class Replay:
         """Draw transitions uniformly, with replacement, from torch's generator."""
         index = torch.randint(self._size, (batch_size,))
         columns = self._rows.index_select(0, index).split(self._widths, 1)
-        now, action, reward, terminal, then = columns
-        terminated = terminal.bool()
-        batch = TensorDict({OBSERVATION: now, ACTION: action}, [batch_size])
-        batch.set(REWARD, reward).set(NEXT_OBSERVATION, then)
+        names = (OBSERVATION, ACTION, REWARD, TERMINATED, NEXT_OBSERVATION)
+        batch = TensorDict(dict(zip(names, columns, strict=True)), [batch_size])
         # Only a terminal stops the bootstrap; after a timeout the episode could continue.
+        terminated = batch[TERMINATED].bool()
         return batch.set(TERMINATED, terminated).set(DONE, terminated)
 
 
@@ -196,9 +190,6 @@ class OnlineRun:
     Checkpoints are made only at ends of episodes: the state of a simulator cannot be restored
     exactly, but an episode starts from its seed, which depends on its number. So a run that was cut
     off repeats what came after its last checkpoint and ends in the same data, bit for bit.
-
-    The folders of ``output`` get the checkpoint, the learning curve and the policy. Of the command
-    line, the seed and the steps between checkpoints are used.
     """
 
     settings: Settings

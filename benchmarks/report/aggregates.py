@@ -48,28 +48,22 @@ _THRESHOLDS = 101
 
 @dataclass(frozen=True)
 class Aggregates:
-    """Aggregates over the datasets that all compared algorithms have.
-
-    ``estimates`` has one for each of ``METRICS``, by algorithm. ``improvement`` has, by candidate
-    and other algorithm, the probability that a run of the candidate scores higher than a run of the
-    other, mean over datasets. ``profiles`` has, by algorithm, the share of runs that score above
-    each of the ``thresholds``.
-    """
+    """Aggregates over the datasets that all compared algorithms have."""
 
     datasets: list[str]
     seeds: dict[str, int]  # number of seeds of a dataset, by algorithm
-    estimates: dict[str, list[Estimate]]
+    estimates: dict[str, list[Estimate]]  # one for each of METRICS, by algorithm
+    # Probability that a run of a candidate scores higher than one of another algorithm.
     improvement: dict[str, dict[str, Estimate]]
     thresholds: NDArray[np.float64]
-    profiles: dict[str, Estimate]
+    profiles: dict[str, Estimate]  # share of runs that score above each of the thresholds
     left_out: dict[str, str]  # why an algorithm is not compared
     datasets_left_out: list[str]  # with scores, but not of all algorithms with three seeds
 
 
 def aggregate(group: Sequence[Cell]) -> Aggregates:
-    """Aggregate over the largest set of datasets on which algorithms have three seeds or more.
+    """Aggregate over the largest full block of datasets and algorithms with three seeds or more.
 
-    Datasets and algorithms are those of the largest full block of the table (see :func:`_block`).
     Each dataset counts with the same number of seeds of an algorithm: where they differ, with the
     first ones.
     """

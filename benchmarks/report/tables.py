@@ -6,7 +6,7 @@ import functools
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -204,8 +204,7 @@ def run_grid(group: Sequence[Cell]) -> Grid:
     return grid
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """Settings with which the weights of a run were made."""
 
     temperature: float  # factor k of the mean log-ratio; 0 where a target ESS decides it
@@ -256,14 +255,11 @@ def swept(group: Sequence[Cell]) -> list[WeightRow]:
                 part = members.get((setting, cell.algo), replace(cell, runs=()))
                 members[setting, cell.algo] = replace(part, runs=(*part.runs, run))
 
-    def order(row: WeightRow) -> tuple[Any, ...]:
-        setting, cell = row
-        return (astuple(setting) if setting else (), algorithm_rank(cell.algo))
-
     rows: list[WeightRow] = []
     for members in sweeps.values():
         if len({setting for setting, _ in members if setting}) > 1:
-            rows += sorted(((setting, cell) for (setting, _), cell in members.items()), key=order)
+            names = sorted(members, key=lambda name: (name[0] or (), algorithm_rank(name[1])))
+            rows += [(name[0], members[name]) for name in names]
     return rows
 
 
