@@ -100,11 +100,9 @@ class Settings:
     gradient_checkpointing: bool = False
 
     def importance_weights(self, *, per_step: bool = False) -> ImportanceWeights:
-        """Build the chain of weights of ``preset``.
+        """Build the chain of weights of ``preset``, or that of the per-step variant.
 
-        Args:
-            per_step: Build that of the per-step variant instead: each step's ratio, clipped to
-                ``step_clip``, weighs its own loss.
+        There each step's ratio, clipped to ``step_clip``, weighs its own loss.
         """
         if per_step:
             return ImportanceWeights(step=(ClipRatio(*self.step_clip),), reduce=None)
@@ -124,12 +122,10 @@ class Settings:
 class Prepared:
     """What a recipe trains: a model and rows.
 
-    Attributes:
-        model: Folder or hub id that ``from_pretrained`` loads.
-        rows: All labelled rows, with ``score`` and ``correct`` where the recipe has them.
-        score_name: Name of the test's score, in tables.
-        notes: Facts for the report, by name.
-        held_out: What the test asks, where it comes with the rows.
+    ``model`` is a folder or hub id that ``from_pretrained`` loads. ``rows`` have ``score`` and
+    ``correct`` where the recipe has them. ``score_name`` names the test's score in tables.
+    ``notes`` are facts for the report, by name. ``held_out`` is what the test asks, where it comes
+    with the rows.
     """
 
     model: str
