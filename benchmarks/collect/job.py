@@ -163,15 +163,12 @@ def environment(options: Options, behaviours: Sequence[Behaviour]) -> tuple[str,
 
     Arguments are those that the policies were trained with, under those of the command line.
     """
-    trained = [b for b in behaviours if b.env_id is not None]
-    env_id = options.env
-    if env_id is None:
-        known = {str(b.env_id) for b in trained}
-        if len(known) != 1:
-            where = " and ".join(sorted(known)) or "nowhere known"
-            raise ValueError(f"pass --env: the policies come from {where}")
-        env_id = known.pop()
-    seen = [dict(b.env_kwargs) for b in trained if b.env_id == env_id]
+    known = sorted({b.env_id for b in behaviours if b.env_id is not None})
+    if options.env is None and len(known) != 1:
+        where = " and ".join(known) or "nowhere known"
+        raise ValueError(f"pass --env: the policies come from {where}")
+    env_id = known[0] if options.env is None else options.env
+    seen = [dict(b.env_kwargs) for b in behaviours if b.env_id == env_id]
     if any(kwargs != seen[0] for kwargs in seen):
         raise ValueError(
             f"the policies saw {env_id} with different arguments, {seen}; collect from each apart"

@@ -105,10 +105,7 @@ class Parts:
         """Delete all parts but the first ``count``."""
         paths = self._paths()
         if len(paths) < count:
-            raise CheckpointError(
-                f"{self._folder} has lost parts: {len(paths)} of {count} are there; delete it and "
-                "start afresh"
-            )
+            raise CheckpointError(f"{self._folder} has lost parts; delete it and start afresh")
         for path in paths[count:]:
             path.unlink()
 
@@ -122,14 +119,10 @@ class Parts:
 
 def joined(episodes: list[Fields]) -> Fields:
     """Return episodes back to back; without a report of success an episode has none."""
-    reported = any("success" in episode for episode in episodes)
-    names = [name for name in episodes[0] if name not in ("progress", "success")]
-    fields = {name: np.concatenate([part[name] for part in episodes]) for name in names}
-    if reported:
-        fields["success"] = np.concatenate(
-            [part.get("success", np.zeros(len(part["rewards"]), bool)) for part in episodes]
-        )
-    return fields
+    if any("success" in part for part in episodes):
+        episodes = [{"success": np.zeros(len(part["rewards"]), bool), **part} for part in episodes]
+    names = [name for name in episodes[0] if name != "progress"]
+    return {name: np.concatenate([part[name] for part in episodes]) for name in names}
 
 
 def _read(path: Path) -> Fields:

@@ -111,13 +111,11 @@ class Grid:
     def markdown(self) -> str:
         """The table and its footnotes; published numbers are in italics."""
         ours = len(self.columns) - self.published
-        lines = [
-            [
-                f"*{_escaped(text)}*" if i >= ours and text != NOTHING else _escaped(text)
-                for i, text in enumerate(row)
-            ]
-            for row in (self.columns, *self.rows)
-        ]
+        lines = []
+        for row in (self.columns, *self.rows):
+            texts = [re.sub(r"([\\`*_<&|])", r"\\\1", text) for text in row]
+            theirs = [text if text == NOTHING else f"*{text}*" for text in texts[ours:]]
+            lines.append(texts[:ours] + theirs)
         lines.insert(1, ["---" if i < self.left else "---:" for i in range(len(self.columns))])
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         notes = "\n".join(f"[{i + 1}] {note}  " for i, note in enumerate(self.notes))
@@ -155,11 +153,6 @@ class Grid:
 def interval_text(interval: tuple[float, float] | None, digits: int = 1) -> str:
     """An interval as ``low to high``."""
     return NOTHING if interval is None else " to ".join(f"{end:.{digits}f}" for end in interval)
-
-
-def _escaped(text: str) -> str:
-    """Text that markdown shows as it is."""
-    return re.sub(r"([\\`*_<&|])", r"\\\1", text)
 
 
 class Document:

@@ -259,12 +259,12 @@ def draw_sweep(rows: Sequence[WeightRow]) -> Figure | None:
 
     The dashed line is the same algorithm without weights; several lines in a panel are named.
     """
-    weighted = [(setting, c) for setting, c in rows if setting and last_weights(c, "ESS")]
+    rows = [(setting, c) for setting, c in rows if not setting or last_weights(c, "ESS")]
+    weighted = [(setting, cell) for setting, cell in rows if setting]
     plain = [cell for setting, cell in rows if not setting]
     if not weighted:
         return None
-    names = datasets(c for setting, c in rows if not setting or last_weights(c, "ESS"))
-    figure, axes = make_panels(names, height=3.4)
+    figure, axes = make_panels(datasets(cell for _, cell in rows), height=3.4)
     for cell in plain:
         ax = axes[cell.dataset]
         ax.axhline(cell.mean, color=choose_colours([cell])[cell.algo], lw=1.2, ls="--")

@@ -8,19 +8,12 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import results
 from benchmarks.report import aggregates as over_datasets
 from benchmarks.report import figures, language, scores, tables
 from benchmarks.report.document import COMMANDS, Document, hardware_lines, shareable, to_html
 from benchmarks.report.language import RecipeRuns, read_recipes
 from benchmarks.report.scores import Cell, runs_of
-from benchmarks.results import (
-    CONTROL,
-    FinishedRun,
-    ResultsError,
-    UnfinishedRun,
-    read_runs,
-    unfinished_runs,
-)
 from benchmarks.statistics import MIN_SEEDS
 from iwsft.files import written_whole
 
@@ -40,11 +33,12 @@ def write_report(folder: Path, out: Path) -> Path:
     Raises:
         ResultsError: There is no finished run, or a file of a run cannot be read.
     """
-    runs, unfinished = read_runs(folder, CONTROL), unfinished_runs(folder, CONTROL)
+    runs = results.read_runs(folder, results.CONTROL)
+    unfinished = results.unfinished_runs(folder, results.CONTROL)
     recipes = read_recipes(folder)
     if not runs and not any(recipe.runs for recipe in recipes):
         begun = len(unfinished) + sum(len(recipe.unfinished) for recipe in recipes)
-        raise ResultsError(
+        raise results.ResultsError(
             f"no finished run below {folder} ({begun} unfinished): a run is a folder "
             "d4rl/DATASET/ALGO/seed-K or llm/RECIPE/ALGO/seed-K with a result.json"
         )
@@ -53,7 +47,13 @@ def write_report(folder: Path, out: Path) -> Path:
     every_run = [*runs, *(run for recipe in recipes for run in recipe.runs)]
     if group:
         _scores(document, group, unfinished)
-    _missing(document, group, unfinished)
+    if unfinished:
+        document.section("Missing runs", runs_of(group))
+        document.text(
+            f"{len(unfinished)} unfinished runs enter nothing on this page: they were cut off, "
+            "failed, or are not done yet. The same command with `--resume` continues them."
+        )
+        document.table(tables.missing_grid(unfinished), "Runs without a result.")
     if group:
         for section in (_aggregates, _curves, _sweep, _cost):
             section(document, group)
@@ -80,7 +80,7 @@ def write_report(folder: Path, out: Path) -> Path:
     return out / PAGE
 
 
-def _record(run: FinishedRun) -> str:
+def _record(run: results.FinishedRun) -> str:
     """The result without its episodes, settings, versions and command, as one line of JSON."""
     record = {
         **({"variant": run.variant} if run.variant else {}),
@@ -93,7 +93,9 @@ def _record(run: FinishedRun) -> str:
     return json.dumps(record)
 
 
-def _scores(document: Document, group: Sequence[Cell], missing: Sequence[UnfinishedRun]) -> None:
+def _scores(
+    document: Document, group: Sequence[Cell], missing: Sequence[results.UnfinishedRun]
+) -> None:
     document.section("Scores", runs_of(group))
     grid = tables.score_grid(group, missing)
     document.text(
@@ -120,16 +122,6 @@ def _scores(document: Document, group: Sequence[Cell], missing: Sequence[Unfinis
         document.bullets(different)
     caption = "Score of each seed (dots), mean (bars) and 95 % interval (lines)."
     document.figure("scores.png", figures.draw_scores(group), caption)
-
-
-def _missing(document: Document, group: Sequence[Cell], missing: Sequence[UnfinishedRun]) -> None:
-    document.section("Missing runs", runs_of(group))
-    if missing:
-        document.text(
-            f"{len(missing)} unfinished runs enter nothing on this page: they were cut off, "
-            "failed, or are not done yet. The same command with `--resume` continues them."
-        )
-        document.table(tables.missing_grid(missing), "Runs without a result.")
 
 
 def _aggregates(document: Document, group: Sequence[Cell]) -> None:

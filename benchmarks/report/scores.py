@@ -149,9 +149,9 @@ class Cell:
         settings = [_shared_settings(run) for run in self.runs]
         lines = []
         for key in dict.fromkeys(itertools.chain(*settings)):
-            texts = [json.dumps(values.get(key), sort_keys=True) for values in settings]
-            if len(set(texts)) > 1:
-                lines.append(f"{key} ({', '.join(dict.fromkeys(texts))})")
+            texts = dict.fromkeys(json.dumps(s.get(key), sort_keys=True) for s in settings)
+            if len(texts) > 1:
+                lines.append(f"{key} ({', '.join(texts)})")
         return lines
 
 
