@@ -155,11 +155,7 @@ def _config_of(run: Run, task: Task) -> dict[str, Any]:
 
 
 def train_and_score(run: Run, task: Task) -> dict[str, Any]:
-    """Train and score one run on one thread; its folder must be claimed.
-
-    A run that was cut off starts again, because d3rlpy keeps no state of its generators. Returns
-    the content of ``result.json``.
-    """
+    """Train and score one run on one thread; its folder must be claimed."""
     torch.set_num_threads(1)
     with runs.alone_in(run.folder, wait=False):
         trajectories, steps = task.dataset.trajectories, run.updates
@@ -255,10 +251,8 @@ def d3rlpy_data(algo: str, trajectories: TensorDictBase) -> Any:
 def arrays(trajectories: TensorDictBase) -> dict[str, NDArray[np.float32]]:
     """Return ``observations``, ``actions``, ``rewards``, ``terminals``, ``timeouts``.
 
-    d3rlpy has no next observations: it takes those of the next row, and drops the last row of an
-    episode that did not terminate. So such an episode gets one more row, with the last step's next
-    observation, action and reward 0, and the timeout. d3rlpy never draws that row as a step, and so
-    learns from all steps of the data with their own next observations.
+    d3rlpy takes next observations from the next row, and drops the last row of an episode that did
+    not terminate. So such an episode gets one more row, which d3rlpy never draws as a step.
     """
     ids = trajectories.get(TRAJ_IDS)
     observation, following = (trajectories.get(key) for key in (OBSERVATION, NEXT_OBSERVATION))

@@ -1,8 +1,4 @@
-"""Where runs run: this process, processes of this machine, or a Ray cluster.
-
-Each item runs in a process of its own, so that a killed worker (for want of memory, or with its
-node) costs its own item and no other. The item is run again and continues from its checkpoint.
-"""
+"""Where runs run: this process, processes of this machine, or a Ray cluster."""
 
 from __future__ import annotations
 
@@ -12,9 +8,8 @@ import os
 import socket
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -27,12 +22,7 @@ Cluster = Literal["ray"]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-RETRIES = 2
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-
-
-class WorkerLostError(RuntimeError):
-    """The process that worked on an item is gone."""
 
 
 @dataclass(frozen=True)
@@ -44,31 +34,6 @@ class Place:
     # Errors of a future whose worker was killed, and what they mean.
     lost: tuple[type[Exception], ...] = ()
     loss: str = ""
-
-
-def each(
-    work: Callable[[Item], Result], items: Sequence[Item], place: Place
-) -> Iterator[tuple[Item, Result | WorkerLostError]]:
-    """Run ``work`` on every item and yield results as they come.
-
-    An item whose worker is killed is run again, up to ``RETRIES`` times, with a line on stderr
-    each time. After that its result is the error. What ``work`` itself raises ends everything.
-    """
-    waiting = deque((item, RETRIES) for item in items)
-    running: dict[Future[Result], tuple[Item, int]] = {}
-    while waiting or running:
-        while waiting and len(running) < place.jobs:
-            item, retries = waiting.popleft()
-            running[place.submit(work, item)] = item, retries
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
-            item, retries = running.pop(future)
-            if not isinstance(future.exception(), place.lost):
-                yield item, future.result()
-            elif retries:
-                tell(f"{item}: {place.loss}; it continues from its last checkpoint")
-                waiting.appendleft((item, retries - 1))
-            else:
-                yield item, WorkerLostError(place.loss)
 
 
 def place(
@@ -168,7 +133,7 @@ def _ray_place(jobs: int | None, device: str) -> Iterator[Place]:
         resources, nodes = ray.cluster_resources(), sum(node["Alive"] for node in ray.nodes())
         tell(f"Ray cluster of {nodes} nodes, {int(resources.get('CPU', 0))} cores")
         jobs, gpus = share(resources, jobs, device)
-        # each() tries again, and says so.
+        # The sweep tries again, and says so.
         task: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(run_on_node)
         packages = versions()
 
@@ -184,11 +149,7 @@ def _ray_place(jobs: int | None, device: str) -> Iterator[Place]:
 
 
 def run_on_node(work: Callable[[Item], Result], item: Item, packages: dict[str, str]) -> Result:
-    """Run an item on a node of a cluster, if its packages are those of the command.
-
-    Raises:
-        ValueError: The node has other versions, which would give other numbers.
-    """
+    """Run an item on a node of a cluster, if its packages are those of the command."""
     own = versions()
     differing = [
         f"{name} {own.get(name)} (not {wanted})"

@@ -80,6 +80,12 @@ class Run(Generic[Options]):
         return f"{self.algo} seed {self.seed}"
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What names the run in ``result.json``."""
+        names = ("benchmark", "dataset", "algo", "seed")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def dataset_folder(self) -> Path:
         """Folder of all runs on the dataset, and of what they share."""
         return self.options.out / self.benchmark / self.dataset
@@ -157,11 +163,7 @@ def _earlier_config(folder: Path, same: Sequence[str]) -> dict[str, Any] | None:
 
 @contextmanager
 def alone_in(folder: Path, *, wait: bool) -> Iterator[None]:
-    """Keep other processes out of a folder, and clear what a killed one left half-way.
-
-    Raises:
-        FileExistsError: Another process works there, and ``wait`` for its end is off.
-    """
+    """Keep other processes out of a folder, and clear what a killed one left half-way."""
     with full_disk_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from benchmarks import places
 from benchmarks.places import Place
 from benchmarks.runs import EXPECTED, RESULT, Run, one_line, tell
+
+RETRIES = 2
 
 
 @dataclass
@@ -43,20 +46,35 @@ def run_all(
 ) -> None:
     """Run ``work`` on every run at a place and count; a run that fails does not stop others.
 
+    A run whose worker is killed is run again, up to ``RETRIES`` times, with a line on stderr.
+
     Args:
         work: A function that can be pickled and continues what a killed call left.
         runs: Runs in the order to start them; their ``str`` names them in lines on stderr.
         place: The place where they run.
         summary: The summary that takes the counts and the errors.
     """
-    for item, problem in places.each(partial(_problem, work), runs, place):
-        if problem is None and not (item.folder / RESULT).exists():
-            problem = f"it ended without {item.folder / RESULT}; nodes must share --out"
-        if problem is None:
-            summary.done += 1
-        else:
-            summary.failed.append(f"{item}: {problem}")
-            tell(f"error: {item}: {problem}")
+    waiting = deque((run, RETRIES) for run in runs)
+    running: dict[Future[str | None], tuple[Run[Any], int]] = {}
+    while waiting or running:
+        while waiting and len(running) < place.jobs:
+            run, retries = waiting.popleft()
+            running[place.submit(partial(_problem, work), run)] = run, retries
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            run, retries = running.pop(future)
+            lost = isinstance(future.exception(), place.lost)
+            if lost and retries:
+                tell(f"{run}: {place.loss}; it continues from its last checkpoint")
+                waiting.appendleft((run, retries - 1))
+                continue
+            problem = place.loss if lost else future.result()
+            if problem is None and not (run.folder / RESULT).exists():
+                problem = f"it ended without {run.folder / RESULT}; nodes must share --out"
+            if problem is None:
+                summary.done += 1
+            else:
+                summary.failed.append(f"{run}: {problem}")
+                tell(f"error: {run}: {problem}")
 
 
 def _problem(work: Callable[[Any], object], item: Any) -> str | None:

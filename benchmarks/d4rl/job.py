@@ -29,11 +29,7 @@ _SLOWEST_FIRST = ("cql", "dt", "iql", "awac", "td3-bc")
 
 
 def run_job(options: Options) -> Summary:
-    """Run a command line; print scores, summary and, of a suite, the report's page.
-
-    All options and data are checked before any folder is claimed. A run that fails is reported, and
-    the others continue. A suite continues without what its data do not allow.
-    """
+    """Run a command line; print scores, summary and, of a suite, the report's page."""
     suite = choose_suite(options)
     check_options(options, suite)
     options = replace(
@@ -79,10 +75,7 @@ def _absolute(source: str) -> str:
 
 
 def _list_runs(options: Options, suite: Suite, summary: Summary) -> dict[Run, dict[str, Any]]:
-    """Check the data; all runs with the contents of their ``config.json``.
-
-    With ``--suite``, what the data do not allow is left out, with a line on stderr.
-    """
+    """Check the data; all runs that they allow, with the contents of their ``config.json``."""
     configs: dict[Run, dict[str, Any]] = {}
     for source in suite.datasets:
         try:
@@ -119,11 +112,7 @@ def _list_runs(options: Options, suite: Suite, summary: Summary) -> dict[Run, di
 
 
 def _order(runs: Sequence[Run], several_datasets: bool) -> list[Run]:
-    """The order to start runs in.
-
-    First one run for each reference policy, so that runs which share it do not wait for each
-    other; then the baselines, which take longest; then the rest, neighbours on different seeds.
-    """
+    """The order to start runs in: one of each reference policy, slow baselines, then the rest."""
     seen: set[tuple[str, int]] = set()
 
     def stage(run: Run) -> tuple[int, int]:

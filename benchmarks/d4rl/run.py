@@ -272,7 +272,7 @@ def reference_settings_of(run: Run, task: Task) -> dict[str, Any]:
         "data": task.pretrain.fingerprint,
         "seed": run.seed,
         "estimator": run.options.estimator,
-        "batch": paper.CLONING_BATCH[run.options.estimator, run.options.preset],
+        "batch": paper.CLONING_BATCH[run.options.estimator][run.options.preset],
         "schedule": _as_recorded(run.reference_schedule),
     }
 

@@ -1,8 +1,4 @@
-"""Settings of control runs: the paper's algorithms and tables as data, and the command line.
-
-Sources: Appendix F and Table 4 of the paper; where the authors' code differs, the preset
-``authors`` follows the code.
-"""
+"""Settings of control runs: algorithms, Appendix F and Table 4 as data, and the command line."""
 
 from __future__ import annotations
 
@@ -110,11 +106,9 @@ _TABLE_4 = {
 }
 # Batches of single steps, or of whole trajectories.
 FINE_TUNING_BATCH: Mapping[Estimator, int] = {"steps": 1024, "trajectories": 256}
-CLONING_BATCH: Mapping[tuple[Estimator, Preset], int] = {
-    ("steps", "paper"): 256,
-    ("steps", "authors"): 256,
-    ("trajectories", "paper"): 32,
-    ("trajectories", "authors"): 128,
+CLONING_BATCH: Mapping[Estimator, Mapping[Preset, int]] = {
+    "steps": {"paper": 256, "authors": 256},
+    "trajectories": {"paper": 32, "authors": 128},
 }
 CLONING = Schedule(steps=10_000, lr=1e-3, decay="constant")
 TIES: Mapping[Preset, Ties] = {"paper": ">", "authors": ">="}

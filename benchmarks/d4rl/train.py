@@ -1,8 +1,4 @@
-"""From a run's data to a trained and scored policy, on disk.
-
-A killed run is continued by the same call: training from its last checkpoint, and everything after
-the training again from the trained policy.
-"""
+"""From a run's data to a trained and scored policy, on disk."""
 
 from __future__ import annotations
 
@@ -50,10 +46,7 @@ POLICY = "policy.pt"
 
 
 def train_and_score(run: Run, report: Report) -> dict[str, Any]:
-    """Train and score one run whose folder is claimed, and write its policy.
-
-    Returns the content of ``result.json``, which is written too.
-    """
+    """Train and score one run whose folder is claimed, or continue it; write policy and result."""
     if not (run.folder / CONFIG).exists():
         raise FileNotFoundError(
             f"{socket.gethostname()} does not see {run.folder}; every node of a cluster needs the "
@@ -84,17 +77,11 @@ def train_and_score(run: Run, report: Report) -> dict[str, Any]:
 
 
 def result_of(run: Run, final: Evaluation, **about: Any) -> dict[str, Any]:
-    """The part of ``result.json`` that says what the run is and how it scored.
-
-    ``about`` has further entries that describe the run.
-    """
+    """The part of ``result.json`` that says what the run is, with ``about``, and how it scored."""
     updates, published, successes = run.updates, run.published_updates, final.successes
     success = {} if successes is None else {"success_rate": float(np.mean(successes))}
     return {
-        "benchmark": run.benchmark,
-        "dataset": run.dataset,
-        "algo": run.algo,
-        "seed": run.seed,
+        **run.identity,
         "env_id": final.env_id,
         **about,
         "steps": updates,
@@ -134,11 +121,7 @@ def _train(run: Run, task: Task, report: Report) -> tuple[TensorDictModuleBase, 
 
 
 def train_reference(run: Run, task: Task, report: Report) -> tuple[GaussianPolicy, Path, Cost]:
-    """Train the reference policy of a seed by behaviour cloning on all data, or load it.
-
-    Its folder is named by its settings, so that runs with the same settings share it; a second
-    process waits for the first.
-    """
+    """Train the reference policy of a seed on all data, or load that of the same settings."""
     settings = reference_settings_of(run, task)
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     root = run.options.out / run.benchmark / task.pretrain.name / "reference"
@@ -157,7 +140,7 @@ def _build_cloning(run: Run, data: TensorDictBase, schedule: Schedule) -> Learne
     torch.manual_seed(run.seed)
     policy = GaussianPolicy(*sizes(data)).to(run.options.device)
     loss = ImportanceWeightedMLE(policy, proposal="reference")
-    batch = paper.CLONING_BATCH[run.options.estimator, run.options.preset]
+    batch = paper.CLONING_BATCH[run.options.estimator][run.options.preset]
     sampler = _SAMPLERS[run.options.estimator](data, batch, seed=run.seed)
     return Learner(policy, loss, sampler, schedule)
 
@@ -234,10 +217,7 @@ def learning_curve_probe(run: Run, task: Task, policy: TensorDictModuleBase, ste
 def weight_probe(
     loss: ImportanceWeightedMLE, every: int, whole: TensorDictBase | None = None
 ) -> Probe:
-    """A probe of the importance weights, and of the mean return of what they choose.
-
-    It diagnoses the trajectories ``whole``, or without them the batch.
-    """
+    """A probe of the importance weights and their mean return, on ``whole`` or the batch."""
 
     def look(batch: TensorDictBase) -> Row:
         trajectories = batch if whole is None else whole

@@ -77,12 +77,6 @@ class Run(runs.Run[Options]):
         return self.dataset_folder / "prepared"
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """What names the run in ``config.json`` and ``result.json``."""
-        names = ("benchmark", "dataset", "algo", "seed")
-        return {name: getattr(self, name) for name in names}
-
-    @property
     def engine(self) -> dict[str, Any]:
         """What trains, for ``config.json`` and ``result.json``."""
         return {"engine": self.launch.engine_name, "processes": self.launch.processes}

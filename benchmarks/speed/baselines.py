@@ -14,7 +14,6 @@ from baselines import algorithm
 from baselines.learner import Learner
 from benchmarks.speed import control
 from benchmarks.speed.measure import Check, Comparison, Options, checked, paired
-from benchmarks.speed.trajectories import cheetah_like
 from iwsft.training import fit
 from iwsft.trajectory import DONE, NEXT_OBSERVATION, OBSERVATION, TERMINATED, TRAJ_IDS, TRUNCATED
 from tests.oracles.critics import PLAIN
@@ -115,7 +114,7 @@ def updates(
 
 def transitions(options: Options, sizes: Sizes) -> TensorDict:
     """Return the file's transitions, or HalfCheetah's shape with every episode truncated."""
-    out = cheetah_like(options.dataset, sizes.trajectories, sizes.steps, options.seed)
+    out = control.cheetah_like(options.dataset, sizes.trajectories, sizes.steps, options.seed)
     if options.dataset is not None:
         return out
     ids = out.get(TRAJ_IDS)

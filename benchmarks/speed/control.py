@@ -1,18 +1,20 @@
-"""Speed of control: training steps, memory, diagnosis, evaluation, behaviour cloning."""
+"""Speed of control: training, memory, diagnosis and evaluation, on data of the paper's shapes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.objectives.utils import TargetNetUpdater
 
 from benchmarks.d4rl import settings as paper
 from benchmarks.d4rl.run import sizes as widths
-from benchmarks.speed import trajectories as data
 from benchmarks.speed.measure import (
     MB,
     Check,
@@ -23,20 +25,36 @@ from benchmarks.speed.measure import (
     paired,
     peak_mb_of_child,
 )
-from benchmarks.speed.trajectories import SameDraws, Training
 from iwsft import datasets, environments
 from iwsft.curation import curate
+from iwsft.diagnostics import diagnose
 from iwsft.evaluation import evaluate
-from iwsft.objective import ImportanceWeightedMLE
+from iwsft.objective import LOSS, ImportanceWeightedMLE
 from iwsft.policies import GaussianPolicy
-from iwsft.proposals import HardSync
+from iwsft.proposals import EMA, HardSync
 from iwsft.reference import annotate_reference
 from iwsft.samplers import StepSampler, TrajectorySampler
-from iwsft.trajectory import ACTION, OBSERVATION, pad
+from iwsft.trajectory import (
+    ACTION,
+    MASK,
+    MULTIPLICITY,
+    OBSERVATION,
+    REWARD,
+    TRAJ_IDS,
+    from_steps,
+    lengths,
+    pad,
+)
+from iwsft.weights import ImportanceWeights
+from tests.oracles.iw_sft import NaiveIwSft
 from tests.oracles.networks import PlainGaussian
 
 GRADIENT_LIMIT = 1e-5
 _NAIVE = "padded batch of every draw, live q and reference (plain torch)"
+
+
+# halfcheetah-medium-replay in Table 4 of the paper.
+K, DECAY, LR = 1.0, 0.995, 4e-5
 
 
 @dataclass(frozen=True)
@@ -79,6 +97,121 @@ SIZES = {
 _BLOCK = 20
 
 
+def cheetah_like(file: str | Path | None, trajectories: int, steps: int, seed: int) -> TensorDict:
+    """Return the file's trajectories, or random ones of HalfCheetah's sizes and equal length."""
+    if file is not None:
+        return datasets.load(file).trajectories
+    generator = torch.Generator().manual_seed(seed)
+    total = trajectories * steps
+    skill = torch.rand(trajectories, 1, generator=generator).repeat_interleave(steps, 0)
+    # Each trajectory has its own corner of the state space, so that weights differ.
+    place = 3 * torch.randn(trajectories, 17, generator=generator).repeat_interleave(steps, 0)
+    return from_steps(
+        {
+            OBSERVATION: place + torch.randn(total, 17, generator=generator),
+            ACTION: 2 * torch.rand(total, 6, generator=generator) - 1,
+            REWARD: 10 * skill + torch.randn(total, 1, generator=generator),
+        },
+        torch.arange(trajectories).repeat_interleave(steps),
+    )
+
+
+def hopper_replay(times: int) -> TensorDict:
+    """Return copies of the bundled data; 9 have as many episodes as the set it is part of."""
+    part = datasets.load(datasets.DEFAULT).trajectories
+    whole: TensorDict = torch.cat([part] * times)
+    steps = lengths(part).repeat(times)
+    whole.set(TRAJ_IDS, torch.arange(len(steps)).repeat_interleave(steps))
+    return whole
+
+
+def cut_evenly(trajectories: TensorDict) -> TensorDict:
+    """Return the same steps cut into as many trajectories of equal length, up to one step."""
+    count, total = len(lengths(trajectories)), len(trajectories)
+    steps = torch.full((count,), total // count)
+    steps[: total % count] += 1
+    even = trajectories.copy()
+    even.set(TRAJ_IDS, torch.arange(count).repeat_interleave(steps))
+    return even
+
+
+@dataclass
+class Training:
+    """The updates of ``iwsft.training.fit``, one per call, without its files."""
+
+    loss: ImportanceWeightedMLE
+    sampler: StepSampler | TrajectorySampler
+    updater: TargetNetUpdater | None = None
+    lr: float = LR
+    # Whether each update also looks at the weights of its batch.
+    diagnosed: bool = False
+    batch: TensorDictBase | None = None
+
+    def __post_init__(self) -> None:
+        self.optimizer = torch.optim.Adam(self.loss.parameters(), lr=self.lr, fused=True)
+
+    def step(self) -> None:
+        """Make one update."""
+        self.batch = self.sampler.sample()
+        terms = self.loss.terms(self.batch)
+        out = self.loss.summary(terms)
+        self.optimizer.zero_grad()
+        out[LOSS].backward()
+        if self.diagnosed:
+            diagnose(self.loss, self.batch, terms)
+        self.optimizer.step()
+        if self.updater is not None:
+            self.updater.step()
+
+
+class SameDraws:
+    """Ours and the naive way on the curated part of :func:`cheetah_like`, in batches of draws."""
+
+    def __init__(
+        self, file: str | Path | None, trajectories: int, steps: int, draws: int, seed: int
+    ) -> None:
+        torch.manual_seed(seed)
+        curated = curate(cheetah_like(file, trajectories, steps, seed), cuts=paper.QUALITY_BINS)
+        observation_dim, action_dim = widths(curated)
+        reference, policy = (GaussianPolicy(observation_dim, action_dim) for _ in range(2))
+        annotate_reference(reference, curated)
+        # The order of the naive policy's parameters, before the loss takes them out of the module.
+        self._names = [tuple(name.split(".")) for name, _ in policy.named_parameters()]
+        plain = PlainGaussian.of_sizes(observation_dim, action_dim)
+        plain.copy_(reference.parameters())
+        loss = ImportanceWeightedMLE(
+            policy, importance_weights=ImportanceWeights.paper_control(K), proposal="lagged"
+        )
+        sampler = TrajectorySampler(curated, draws, seed=seed)
+        self.ours = Training(loss, sampler, EMA(loss, decay=DECAY))
+        padded = pad(curated)
+        observation, action, mask = (padded.get(key) for key in (OBSERVATION, ACTION, MASK))
+        self.naive = NaiveIwSft(observation, action, mask, plain, k=K, decay=DECAY, lr=LR)
+        self.ids = curated.get(TRAJ_IDS).unique_consecutive()
+        self.follow()
+
+    def follow(self) -> None:
+        """Give the naive policy and q the parameters of ours."""
+        loss = self.ours.loss
+        self.naive.policy.copy_(loss.actor_network_params[name] for name in self._names)
+        self.naive.q.copy_(loss.target_actor_network_params[name] for name in self._names)
+
+    def draws(self) -> Tensor:
+        """Return the positions of the trajectories of our last batch, one entry per draw."""
+        assert self.ours.batch is not None
+        ids, steps = self.ours.batch.get(TRAJ_IDS).unique_consecutive(return_counts=True)
+        first = steps.cumsum(0) - steps
+        multiplicity = self.ours.batch.get(MULTIPLICITY)[first]
+        return torch.searchsorted(self.ids, ids).repeat_interleave(multiplicity)
+
+    def disagreement(self) -> float:
+        """Return the largest relative difference of a parameter's last gradient, in the 2-norm."""
+        ours = [self.ours.loss.actor_network_params[name].grad for name in self._names]
+        naive = [p.grad for p in self.naive.policy.parameters() if p.grad is not None]
+        pairs = [(a.double(), b.double()) for a, b in zip(ours, naive, strict=True)]
+        return max(float((a - b).norm() / b.norm()) for a, b in pairs)
+
+
 def measure(options: Options) -> Iterator[Comparison | Check]:
     """Yield all rows of control, as they are measured."""
     sizes = SIZES[options.scale]
@@ -101,12 +234,12 @@ def memory(options: Options, sizes: Sizes) -> Iterator[Comparison]:
     arguments = {name: getattr(sizes, name) for name in ("trajectories", "steps", "draws")}
     arguments |= {"file": options.dataset and str(options.dataset), "seed": options.seed}
     ours, naive = (
-        peak_mb_of_child("benchmarks.speed.trajectories", ours=ours, **arguments)
+        peak_mb_of_child("benchmarks.speed.control", ours=ours, **arguments)
         for ours in (True, False)
     )
     name = f"peak memory of a step above the data, {sizes.draws} trajectories"
     yield Comparison(name, ours, naive, "MB", _NAIVE)
-    ragged = data.hopper_replay(1)
+    ragged = hopper_replay(1)
     packed, padded = (td.bytes(count_duplicates=False) / MB for td in (ragged, pad(ragged)))
     yield Comparison(
         "dataset of hopper-replay's lengths in memory", packed, padded, "MB", "padded copy"
@@ -136,7 +269,7 @@ def compare_whole_trajectories(options: Options, sizes: Sizes) -> Iterator[Compa
 
 def single_steps(options: Options, sizes: Sizes) -> Iterator[Comparison]:
     """Cached weights and single steps on hopper-replay's curated set, against cloning."""
-    curated = curate(data.hopper_replay(sizes.copies), cuts=paper.QUALITY_BINS, seed=options.seed)
+    curated = curate(hopper_replay(sizes.copies), cuts=paper.QUALITY_BINS, seed=options.seed)
     row = paper.find_fine_tuning("hopper-replay", paper.ALGORITHMS["iw-sft-q"])[0]
     chain = paper.choose_weights("paper", row)
     torch.manual_seed(options.seed)
@@ -166,9 +299,9 @@ def single_steps(options: Options, sizes: Sizes) -> Iterator[Comparison]:
 
 def distinct_steps(options: Options, sizes: Sizes) -> Iterator[Comparison]:
     """Time grows with the distinct steps of a batch, not with its draws or uneven lengths."""
-    whole = data.cheetah_like(options.dataset, sizes.trajectories, sizes.steps, options.seed)
+    whole = cheetah_like(options.dataset, sizes.trajectories, sizes.steps, options.seed)
     top = curate(whole, cuts=paper.TOP_10)
-    ragged = curate(data.hopper_replay(1), cuts=paper.TOP_10, seed=options.seed)
+    ragged = curate(hopper_replay(1), cuts=paper.TOP_10, seed=options.seed)
     for name, ours, peer_name, peer in (
         (
             f"SFT step, {sizes.many_draws:,} draws of the same trajectories",
@@ -180,7 +313,7 @@ def distinct_steps(options: Options, sizes: Sizes) -> Iterator[Comparison]:
             "SFT step, trajectories of hopper-replay's lengths",
             sft(ragged, sizes.many_draws),
             "our step on as many steps cut to equal lengths",
-            sft(data.cut_evenly(ragged), sizes.many_draws),
+            sft(cut_evenly(ragged), sizes.many_draws),
         ),
     ):
         ours.step()
@@ -198,7 +331,7 @@ def sft(curated: TensorDictBase, draws: int) -> Training:
 
 def behaviour_cloning(options: Options, sizes: Sizes) -> Iterator[Comparison]:
     """The loss at weight 1 on single steps: the cost of everything around the network."""
-    whole = data.cheetah_like(options.dataset, sizes.trajectories, sizes.steps, options.seed)
+    whole = cheetah_like(options.dataset, sizes.trajectories, sizes.steps, options.seed)
     torch.manual_seed(options.seed)
     loss = ImportanceWeightedMLE(GaussianPolicy(*widths(whole)), proposal="reference")
     ours = Training(loss, StepSampler(whole, 256, seed=options.seed), lr=1e-3)
@@ -268,3 +401,12 @@ def plain_evaluation(policy: PlainGaussian, env: gym.Env, episodes: int) -> None
             action = policy.mean(torch.as_tensor(observation, dtype=torch.float32)).numpy()
             observation, _, terminated, truncated, _ = env.step(action)
             ended = terminated or truncated
+
+
+def job(*, ours: bool, **arguments: Any) -> Callable[[], object]:
+    """Return a step whose memory is measured, ours or the naive one."""
+    pair = SameDraws(**arguments)
+    if ours:
+        return pair.ours.step
+    draws = torch.arange(pair.ours.sampler.batch_size) % len(pair.ids)
+    return lambda: pair.naive.step(draws)

@@ -151,10 +151,7 @@ def build_trainer(
     *,
     batches: int | None = None,
 ) -> Trainer:
-    """Return our trainer, or with the settings ``TRL`` that of TRL, on random tokens.
-
-    The data have one batch for each update, or the number ``batches``.
-    """
+    """Return our trainer, or for ``TRL`` TRL's, on a random batch per update or ``batches``."""
     torch.manual_seed(options.seed)
     model = Qwen2ForCausalLM(
         Qwen2Config(

@@ -93,11 +93,7 @@ class Times:
         per: float = 1.0,
         ours_per: float | None = None,
     ) -> Comparison:
-        """Return the medians over the repeats, divided by the updates or steps of a repeat.
-
-        ``of`` says in the unit's column what takes the time, such as "per update". ``ours_per``
-        divides our seconds where it differs.
-        """
+        """Return the medians, divided by ``per`` (ours by ``ours_per``): the unit's time ``of``."""
         factor = {"s": 1.0, "ms": 1e3, "us": 1e6}[unit]
         ours = factor * median(self.ours) / (per if ours_per is None else ours_per)
         peer = factor * median(self.peer) / per
@@ -112,10 +108,9 @@ def paired(
     calls: int = 1,
     before: Callable[[], object] = lambda: None,
 ) -> Times:
-    """Time two ways in turn (ours, peer, ours, peer, ...), so that both see the same machine.
+    """Time two ways in turn, each repeat a number of calls, so that both see the same machine.
 
-    A repeat is a number of calls. ``before`` runs before each repeat of the two and is not timed.
-    Call both ways once before, for the costs of a first call.
+    ``before`` runs before each repeat, untimed. Call both once before, for costs of a first call.
     """
     times = Times([], [])
     for _ in range(repeats):
@@ -140,10 +135,7 @@ def peak_bytes() -> int:
 
 
 def peak_mb_of_child(module: str, **arguments: object) -> float:
-    """Return the MB by which a job raises the peak of a process of its own.
-
-    The module's function ``job`` prepares the job and returns it. JSON must hold its arguments.
-    """
+    """Return the MB by which the job that ``module.job`` makes raises its own process's peak."""
     command = [sys.executable, "-m", "benchmarks.speed.measure", module, json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:

@@ -21,7 +21,8 @@ from benchmarks.d4rl.run import Run
 from benchmarks.d4rl.settings import Options
 from benchmarks.d4rl.train import train_and_score
 from benchmarks.places import run_on_node
-from benchmarks.runs import ends_as_ctrl_c_does, versions
+from benchmarks.runs import RESULT, ends_as_ctrl_c_does, versions, write_json
+from benchmarks.sweep import RETRIES, Summary, run_all
 from iwsft import metrics
 
 Job = Callable[..., Path]
@@ -146,32 +147,41 @@ def test_a_run_that_kills_its_workers_is_given_up_and_the_others_end(
 ) -> None:
     attempts = tmp_path / "attempts"
 
-    def work(item: str) -> tuple[str, str | None]:
-        if item == "bad":
+    def work(run: Run) -> None:
+        if run.algo == "bad":
             with attempts.open("a") as file:
                 file.write("x")
             os.kill(os.getpid(), signal.SIGKILL)
-        return item.upper(), os.environ.get("OMP_NUM_THREADS")
+        write_json(run.folder / RESULT, {"threads": os.environ.get("OMP_NUM_THREADS")})
 
+    runs, summary = runs_of(tmp_path, "a", "bad", "b", "c"), Summary()
     with places.place(None, items=4, jobs=2) as place:
-        ends = dict(places.each(work, ["a", "bad", "b", "c"], place))
-    lines = capsys.readouterr().err.splitlines()
-    assert {key: ends[key] for key in "abc"} == {key: (key.upper(), "1") for key in "abc"}
-    assert isinstance(ends["bad"], places.WorkerLostError)
-    assert len(attempts.read_text()) == 1 + places.RETRIES and len(lines) == places.RETRIES
-    assert all(line.startswith("bad: its worker was killed") for line in lines)
+        run_all(work, runs, place, summary)
+    *lines, error = capsys.readouterr().err.splitlines()
+    for run in runs:
+        path = run.folder / RESULT
+        assert run.algo == "bad" or json.loads(path.read_text()) == {"threads": "1"}
+    (failed,) = summary.failed
+    assert summary.done == 3 and error == f"error: {failed}"
+    assert len(attempts.read_text()) == 1 + RETRIES and len(lines) == RETRIES
+    assert all(line.startswith("bad seed 0: its worker was killed") for line in (*lines, failed))
+
+
+def runs_of(out: Path, *algos: str) -> list[Run]:
+    """Runs of algorithms with these names."""
+    return [Run("mine", algo, 0, Options(out=out), "mine.hdf5") for algo in algos]
 
 
 def own_workers(folder: Path) -> None:
     """Own two workers that touch a file and sleep."""
 
-    def work(item: str) -> None:
-        (folder / item).touch()
+    def work(run: Run) -> None:
+        (folder / run.algo).touch()
         time.sleep(300)
 
     ends_as_ctrl_c_does()
     with places.place(None, items=2, jobs=2) as place:
-        list(places.each(work, ["a", "b"], place))
+        run_all(work, runs_of(folder, "a", "b"), place, Summary())
 
 
 # Not SIGINT: a suite that runs in the background of a shell ignores it, and so would the owner.

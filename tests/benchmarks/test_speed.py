@@ -13,10 +13,10 @@ import torch
 import tyro
 from torch import Tensor
 
-from benchmarks.speed import trajectories as data
+from benchmarks.speed import control as data
 from benchmarks.speed.__main__ import Arguments, main
+from benchmarks.speed.control import SameDraws
 from benchmarks.speed.measure import Comparison, DisagreementError, Times, checked, paired
-from benchmarks.speed.trajectories import SameDraws
 from iwsft.policies import GaussianPolicy
 from iwsft.trajectory import MULTIPLICITY, OBSERVATION, lengths
 from tests.oracles.networks import PlainGaussian
