@@ -13,9 +13,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.llm.evaluation.grading import Grader, extract_answer, parse_letter
+from benchmarks.llm.evaluation.grading import Grader
 from benchmarks.llm.evaluation.tasks import QuestionSet
 from benchmarks.statistics import CONFIDENCE, bootstrap_interval, wilson_interval
+from iwsft.language.verification import extract_answer, parse_letter
 
 # A line of generations.jsonl.
 Generation = dict[str, Any]

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.llm.evaluation.grading import Grader, extract_answer, parse_integer, parse_letter
+from benchmarks.llm.evaluation.grading import Grader
+from iwsft.language.verification import extract_answer, parse_integer, parse_letter
 
 
 @pytest.mark.parametrize(
