@@ -28,13 +28,6 @@ def run_job(options: Options) -> None:
     """Collect the dataset of a command line, and print a summary.
 
     Everything that can be known before is checked before the first step.
-
-    Raises:
-        ValueError: Options do not fit each other, the policies or the environment.
-        FileExistsError: The dataset exists, or is begun and ``resume`` is off.
-        iwsft.checkpoint.CheckpointError: What was begun has other settings, or is damaged.
-        FloatingPointError: A policy or the simulator has diverged.
-        OSError: The disk is full; what is collected stays.
     """
     # The numbers depend on how many threads there are, and small networks gain nothing from two.
     torch.set_num_threads(1)

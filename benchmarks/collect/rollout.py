@@ -173,9 +173,7 @@ def collect_rollouts(
 
     Episodes are numbered through all policies. Number i starts from seed i of
     :func:`iwsft.evaluation.episode_seeds`, and its noise depends on that seed, too.
-
-    Returns:
-        The sources of the data, one for each policy.
+    Returns the sources of the data, one for each policy.
     """
     before = parts.progress() or {}
     episodes = before.get("episodes", [0] * len(behaviours))

@@ -117,16 +117,10 @@ class DecoderSizes:
 class Setup:
     """How a model is trained.
 
-    Attributes:
-        engine: One process, DeepSpeed's ZeRO-2 or ZeRO-3, or torch's FSDP2.
-        processes: Number of GPUs of all nodes.
-        nodes: Number of nodes, with as many GPUs each.
-        offload_optimizer: Keep ZeRO-3's float32 weights and Adam's moments in host memory.
-        half: Train in bfloat16 (mixed precision) instead of float32.
-        checkpointing: Keep one checkpoint a layer, and compute the rest again.
-        tokens: Tokens of a micro-batch, padding included.
-        proposal: What q is; see :class:`~iwsft.language.config.ImportanceWeightedConfig`.
-        accelerator: False on a CPU, where logits come in smaller blocks.
+    ``processes`` are the GPUs of all ``nodes``. ``half`` is mixed precision in bfloat16, and
+    ``tokens`` are those of a micro-batch, padding included. ``offload_optimizer`` keeps ZeRO-3's
+    float32 weights and Adam's moments on the host. Without ``accelerator``, blocks of logits are
+    smaller.
     """
 
     engine: Literal["single", "zero2", "zero3", "fsdp2"] = "zero3"

@@ -62,10 +62,10 @@ def load(
     ``AutoModelForCausalLM.from_pretrained``; unless they say otherwise the model is on the CPU.
 
     Raises:
-        ValueError: If no model or tokenizer loads, weights are damaged or lack a part (such as the
-            output layer), the model is not a causal decoder, or the tokenizer is another model's.
-        OSError: If there is no such folder or file, or the cache can't be written.
-        ImportError: If a package is missing that contains or reads the model.
+        ValueError: No model or tokenizer loads, a part of the weights is missing, the model is not
+            a causal decoder, or the tokenizer is another model's.
+        OSError: There is no such folder or file, or the cache can't be written.
+        ImportError: A package is missing that contains or reads the model.
     """
     place = locate(name, cache)
     tokenizer = load_tokenizer(place, trust_remote_code=trust_remote_code)

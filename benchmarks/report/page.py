@@ -25,13 +25,8 @@ _EPISODES = ("episode_scores", "episode_returns", "episode_lengths", "episode_su
 def write_report(folder: Path, out: Path) -> Path:
     """Read the runs below ``folder`` and write the pages and the figures into ``out``.
 
-    Figures of an earlier report in ``out`` that the new one does not have are removed.
-
-    Returns:
-        The HTML page.
-
-    Raises:
-        ResultsError: There is no finished run, or a file of a run cannot be read.
+    Returns the HTML page. Figures of an earlier report in ``out`` that the new one does not have
+    are removed. Without a finished run it raises ``ResultsError``.
     """
     runs = results.read_runs(folder, results.CONTROL)
     unfinished = results.unfinished_runs(folder, results.CONTROL)

@@ -222,14 +222,10 @@ def mean_score(shares: Shares, success: Shares) -> float:
 def after_rounds(shares: Shares, success: Shares, rounds: int) -> dict[str, float]:
     """Compute the shares after fitting the successes ``rounds`` times: p_i s_i^rounds, normalised.
 
-    Each strategy i is an arm with share p_i and chance of success s_i. The form holds where a
-    strategy stays as good as it was and only the choice among them moves. A model can do better:
-    right texts also teach it to slip less within a strategy.
-
-    One round is SFT in the limit: it copies D+, whose shares are ``p_i s_i / sum_j p_j s_j``.
-    iw-SFT with q = p copies D+ too as long as q = pi_ref; once q has moved there, D+ weighted by
-    q / pi_ref is what the successes of q would be, so each sync of q after a full fit is one more
-    round. With many rounds the best strategy has all.
+    Each strategy i is an arm with share p_i and chance of success s_i. The form holds where only
+    the choice among them moves. One round is SFT in the limit: it copies D+. Each sync of q after a
+    full fit of iw-SFT is one more round, since D+ weighted by q / pi_ref is what the successes of q
+    would be. With many rounds the best strategy has all.
     """
     if rounds < 0:
         raise ValueError(f"rounds={rounds}; it counts fits, from 0")
