@@ -18,14 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.options import check_known
+from iwsft import ImportanceWeights, weights
 from iwsft.datasets.text.rows import Row
-from iwsft.weights import (
-    ClipRatio,
-    ClipWeight,
-    ImportanceWeights,
-    SelfNormalize,
-    Temperature,
-)
 
 # Name -> the module that holds it as RECIPE; it is imported where it is used.
 RECIPES = {
@@ -105,16 +99,16 @@ class Settings:
         There each step's ratio, clipped to ``step_clip``, weighs its own loss.
         """
         if per_step:
-            return ImportanceWeights(step=(ClipRatio(*self.step_clip),), reduce=None)
+            return ImportanceWeights(step=(weights.ClipRatio(*self.step_clip),), reduce=None)
         if self.preset == "paper_llm":
             return ImportanceWeights.paper_llm()
         if self.preset == "authors_llm":
             return ImportanceWeights.authors_llm()
-        last = (SelfNormalize(),) if self.self_normalize else ()
+        last = (weights.SelfNormalize(),) if self.self_normalize else ()
         return ImportanceWeights(
-            step=(Temperature(self.temperature),),
+            step=(weights.Temperature(self.temperature),),
             reduce=self.reduce,
-            trajectory=(ClipWeight(max=self.max_weight), *last),
+            trajectory=(weights.ClipWeight(max=self.max_weight), *last),
         )
 
 
