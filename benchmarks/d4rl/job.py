@@ -42,7 +42,7 @@ def run_job(options: Options) -> Summary:
     summary = Summary()
     with places.place(
         options.cluster,
-        items=len(suite.datasets) * len(suite.algorithms) * len(suite.seeds),
+        items=len(suite.dataset) * len(suite.algo) * len(suite.seeds),
         jobs=options.jobs,
         device=options.device,
     ) as place:
@@ -77,7 +77,7 @@ def _absolute(source: str) -> str:
 def _list_runs(options: Options, suite: Suite, summary: Summary) -> dict[Run, dict[str, Any]]:
     """Check the data; all runs that they allow, with the contents of their ``config.json``."""
     configs: dict[Run, dict[str, Any]] = {}
-    for source in suite.datasets:
+    for source in suite.dataset:
         try:
             task = Task.load(source, suite.pretrain_dataset)
         # No network, no file, no package. Wrong names and contents are the user's to mend.
@@ -90,7 +90,7 @@ def _list_runs(options: Options, suite: Suite, summary: Summary) -> dict[Run, di
             raise ValueError(f"{source}: there is another dataset of the name {task.name}")
         runs: list[Run] = []
         problems: dict[str, list[str]] = {}
-        for algo in suite.algorithms:
+        for algo in suite.algo:
             path = _absolute(source)
             several = [Run(task.name, algo, seed, options, path) for seed in suite.seeds]
             try:

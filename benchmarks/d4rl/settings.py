@@ -150,8 +150,8 @@ def choose_weights(
 class Suite:
     """A table of the paper: every algorithm on every dataset with every seed, as in ``Options``."""
 
-    algorithms: tuple[str, ...]
-    datasets: tuple[str, ...]
+    algo: tuple[str, ...]
+    dataset: tuple[str, ...]
     seeds: tuple[int, ...]
     pretrain_dataset: str | None = None
     top: float | None = None
@@ -215,7 +215,7 @@ class Options:
         tyro.conf.arg(
             metavar="NAME [NAME ...]",
             help=f"One or several of {', '.join(EVERY_ALGORITHM)}; bc-5 and the like for "
-            f"another share. By default {' '.join(SINGLE.algorithms)}.",
+            f"another share. By default {' '.join(SINGLE.algo)}.",
         ),
     ] = None
     dataset: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME|FILE [...]")] = None
@@ -275,29 +275,18 @@ def choose_suite(options: Options) -> Suite:
     if options.suite is not None:
         check_known("suite", options.suite, list(SUITES))
         suite = SUITES[options.suite]
-    given: dict[str, Any] = {
-        "algorithms": options.algo,
-        "datasets": options.dataset,
-        "seeds": options.seeds,
-        "pretrain_dataset": options.pretrain_dataset,
-        "top": options.top,
-    }
+    names = ("algo", "dataset", "seeds", "pretrain_dataset", "top")
+    given: dict[str, Any] = {name: getattr(options, name) for name in names}
     return replace(suite, **{name: value for name, value in given.items() if value is not None})
 
 
 def check_options(options: Options, suite: Suite) -> None:
     """Check everything that takes no data; ``suite`` is that of :func:`choose_suite`."""
-    algorithms = [find_algorithm(name) for name in suite.algorithms]
-    check_once(algo=suite.algorithms, dataset=suite.datasets)
+    algorithms = [find_algorithm(name) for name in suite.algo]
+    check_once(algo=suite.algo, dataset=suite.dataset)
     check_seeds(suite.seeds)
-    check_at_least(
-        1,
-        steps=options.steps,
-        baseline_steps=options.baseline_steps,
-        reference_steps=options.reference_steps,
-        eval_episodes=options.eval_episodes,
-        jobs=options.jobs,
-    )
+    counts = ("steps", "baseline_steps", "reference_steps", "eval_episodes", "jobs")
+    check_at_least(1, **{name: getattr(options, name) for name in counts})
     check_at_least(0, curve_episodes=options.curve_episodes)
     alpha, top, variant = options.alpha, options.top, options.variant
     if alpha is not None and not 0 <= alpha < 1:
@@ -308,8 +297,8 @@ def check_options(options: Options, suite: Suite) -> None:
         raise ValueError(f"--variant {variant}: a name of a folder, without slashes")
     per_trajectory = any(algorithm.per_trajectory for algorithm in algorithms)
     tuned = any(algorithm.from_reference for algorithm in algorithms)
-    chosen = f"in {', '.join(suite.algorithms)}"
-    baselines = not set(BASELINES).isdisjoint(suite.algorithms)
+    chosen = f"in {', '.join(suite.algo)}"
+    baselines = not set(BASELINES).isdisjoint(suite.algo)
     for name, used, where in (
         ("target_ess", per_trajectory, chosen),
         ("temperature", per_trajectory, chosen),

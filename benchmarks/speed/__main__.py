@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 import tyro
@@ -22,17 +22,7 @@ from benchmarks.runs import hardware, versions, write_json
 from benchmarks.speed.measure import Check, Comparison, DisagreementError, Options
 
 
-@dataclass(frozen=True, kw_only=True)
-class Arguments(Options):
-    """What to measure, and how thoroughly."""
-
-    subject: tyro.conf.Positional[Literal["control", "baselines", "language"]]
-    """Part of the library whose speed is measured."""
-    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """File for the rows, versions, hardware and settings."""
-
-
-def main(arguments: Arguments) -> None:
+def main(options: Options) -> None:
     """Measure, print the table, write the file."""
     # On one thread processor time is wall time, and ratios do not depend on the number of cores.
     torch.set_num_threads(1)
@@ -40,23 +30,23 @@ def main(arguments: Arguments) -> None:
     rows: list[Comparison] = []
     checks: list[Check] = []
     try:
-        if arguments.json is not None:
-            check_writable(arguments.json)
-        for figure in measure(arguments):
+        if options.json is not None:
+            check_writable(options.json)
+        for figure in measure(options):
             if isinstance(figure, Check):
                 checks.append(figure)
             else:
                 rows.append(figure)
                 log.print(f"{figure.ratio:8.2f} x  {figure.name}", highlight=False)
         Console().print(table(rows, checks))
-        if arguments.json is not None:
+        if options.json is not None:
             content: dict[str, Any] = {
-                "subject": arguments.subject,
-                "seed": arguments.seed,
+                "subject": options.subject,
+                "seed": options.seed,
                 "settings": {
-                    "dataset": arguments.dataset and arguments.dataset.name,
-                    "repeats": arguments.repeats,
-                    "scale": arguments.scale,
+                    "dataset": options.dataset and options.dataset.name,
+                    "repeats": options.repeats,
+                    "scale": options.scale,
                     "threads": torch.get_num_threads(),
                 },
                 "versions": versions(),
@@ -64,23 +54,23 @@ def main(arguments: Arguments) -> None:
                 "rows": [asdict(row) for row in rows],
                 "checks": [asdict(check) for check in checks],
             }
-            write_json(arguments.json, content)
+            write_json(options.json, content)
     except (DisagreementError, ImportError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
 
 
-def measure(arguments: Arguments) -> Iterator[Comparison | Check]:
+def measure(options: Options) -> Iterator[Comparison | Check]:
     """Yield the rows and checks of the subject, the module of its name in this package."""
     try:
-        module = import_module(f"benchmarks.speed.{arguments.subject}")
+        module = import_module(f"benchmarks.speed.{options.subject}")
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "tests":
             raise
         raise ImportError(
-            f"{arguments.subject} is compared with the plain versions in tests/oracles: run this "
+            f"{options.subject} is compared with the plain versions in tests/oracles: run this "
             "from the root of a checkout"
         ) from error
-    yield from module.measure(arguments)
+    yield from module.measure(options)
 
 
 def check_writable(path: Path) -> None:
@@ -107,4 +97,4 @@ def table(rows: list[Comparison], checks: list[Check]) -> Table:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, prog="python -m benchmarks.speed", description=__doc__))
+    main(tyro.cli(Options, prog="python -m benchmarks.speed", description=__doc__))

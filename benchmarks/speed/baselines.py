@@ -13,7 +13,7 @@ from tensordict import TensorDict, TensorDictBase
 from baselines import algorithm
 from baselines.learner import Learner
 from benchmarks.speed import control
-from benchmarks.speed.measure import Check, Comparison, Options, checked, paired
+from benchmarks.speed.measure import Check, Comparison, Options, paired
 from iwsft.training import fit
 from iwsft.trajectory import DONE, NEXT_OBSERVATION, OBSERVATION, TERMINATED, TRAJ_IDS, TRUNCATED
 from tests.oracles.critics import PLAIN
@@ -94,7 +94,7 @@ def updates(
             way()
     finally:
         torch.set_default_dtype(torch.float32)
-    yield checked(
+    yield Check(
         f"{name}: float64 parameters after {_CHECKED} updates against the plain ones",
         difference(),
         PARAMETER_LIMIT,

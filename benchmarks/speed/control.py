@@ -21,7 +21,6 @@ from benchmarks.speed.measure import (
     Comparison,
     Options,
     Times,
-    checked,
     paired,
     peak_mb_of_child,
 )
@@ -55,6 +54,7 @@ _NAIVE = "padded batch of every draw, live q and reference (plain torch)"
 
 # halfcheetah-medium-replay in Table 4 of the paper.
 K, DECAY, LR = 1.0, 0.995, 4e-5
+_ROW, _ = paper.find_fine_tuning("hopper-replay", paper.ALGORITHMS["iw-sft-q"])
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,7 @@ class Sizes:
     # Copies of the bundled data; 9 make the size of the set that it is part of.
     copies: int = 9
     single_steps: int = paper.FINE_TUNING_BATCH["steps"]
-    sync_every: int = paper.find_fine_tuning("hopper-replay", paper.ALGORITHMS["iw-sft-q"])[
-        0
-    ].sync_every
+    sync_every: int = _ROW.sync_every
     cloning_updates: int = 20
     episode: int = 1000
     # Episodes of HalfCheetah, and of the peer in Hopper; then those of Hopper.
@@ -254,7 +252,7 @@ def compare_whole_trajectories(options: Options, sizes: Sizes) -> Iterator[Compa
     times = paired(
         ours.step, lambda: pair.naive.step(pair.draws()), options.repeats, before=pair.follow
     )
-    yield checked(
+    yield Check(
         f"gradient of {sizes.draws} trajectories against the naive one, relative difference",
         pair.disagreement(),
         GRADIENT_LIMIT,
@@ -270,8 +268,7 @@ def compare_whole_trajectories(options: Options, sizes: Sizes) -> Iterator[Compa
 def single_steps(options: Options, sizes: Sizes) -> Iterator[Comparison]:
     """Cached weights and single steps on hopper-replay's curated set, against cloning."""
     curated = curate(hopper_replay(sizes.copies), cuts=paper.QUALITY_BINS, seed=options.seed)
-    row = paper.find_fine_tuning("hopper-replay", paper.ALGORITHMS["iw-sft-q"])[0]
-    chain = paper.choose_weights("paper", row)
+    chain = paper.choose_weights("paper", _ROW)
     torch.manual_seed(options.seed)
     annotate_reference(GaussianPolicy(*widths(curated)), curated)
     loss = ImportanceWeightedMLE(
@@ -281,9 +278,9 @@ def single_steps(options: Options, sizes: Sizes) -> Iterator[Comparison]:
         loss,
         StepSampler(curated, sizes.single_steps, seed=options.seed),
         HardSync(loss, every=sizes.sync_every, trajectories=curated),
-        lr=row.lr,
+        lr=_ROW.lr,
     )
-    peer = plain_cloning(curated, sizes.single_steps, lr=row.lr, seed=options.seed)
+    peer = plain_cloning(curated, sizes.single_steps, lr=_ROW.lr, seed=options.seed)
     # Whole windows, so that each update carries its share of a sync; at least 300 of the paper's.
     updates = 2 * sizes.sync_every
     blocks = [min(_BLOCK, updates - start) for start in range(0, updates, _BLOCK)]
@@ -293,8 +290,8 @@ def single_steps(options: Options, sizes: Sizes) -> Iterator[Comparison]:
     name = f"iw-SFT(Q) update, {sizes.single_steps:,} single steps, syncs included"
     peer_name = "behaviour cloning at the same batch with default Adam (plain torch)"
     yield total.row(name, peer_name, "ms", "per update", per=updates)
-    name = f"{row.steps:,} iw-SFT(Q) updates of {sizes.single_steps:,} single steps"
-    yield total.row(name, peer_name, "s", f"(scaled from {updates})", per=updates / row.steps)
+    name = f"{_ROW.steps:,} iw-SFT(Q) updates of {sizes.single_steps:,} single steps"
+    yield total.row(name, peer_name, "s", f"(scaled from {updates})", per=updates / _ROW.steps)
 
 
 def distinct_steps(options: Options, sizes: Sizes) -> Iterator[Comparison]:

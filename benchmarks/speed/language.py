@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.speed.measure import Check, Comparison, Options, checked, paired, peak_mb_of_child
+from benchmarks.speed.measure import Check, Comparison, Options, paired, peak_mb_of_child
 from iwsft.policies.token_log_prob import token_log_prob
 
 GRADIENT_LIMIT = 1e-5
@@ -44,7 +44,7 @@ def log_probs(options: Options, sizes: Sizes) -> Iterator[Comparison | Check]:
     size = f"{sizes.tokens:,} tokens x {sizes.vocabulary:,} vocabulary, hidden {sizes.hidden}"
     peer_name = "full logits, log_softmax, gather (plain torch)"
     pair = LogProbs(**shape)
-    yield checked(
+    yield Check(
         "gradient of log-probs against that of full logits, relative difference",
         pair.disagreement(),
         GRADIENT_LIMIT,

@@ -25,7 +25,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.speed.measure import Check, Comparison, Options, Times, checked, peak_mb_of_child
+from benchmarks.speed.measure import Check, Comparison, Options, Times, peak_mb_of_child
 from iwsft.language.config import ImportanceWeightedConfig
 from iwsft.language.trainer import ImportanceWeightedTrainer
 from iwsft.trajectory import ASSISTANT_MASK, ATTENTION_MASK, TOKENS, from_steps
@@ -74,7 +74,7 @@ def measure(options: Options, sizes: Sizes) -> Iterator[Comparison | Check]:
     ways = {"SFT": SFT, "TRL": TRL, **proposals}
     with tempfile.TemporaryDirectory() as folder:
         runs = {
-            name: TimedRun(build_trainer(Path(folder) / str(i), settings, options, sizes))
+            name: TimedRun(build_trainer(Path(folder) / str(i), settings, options.seed, sizes))
             for i, (name, settings) in enumerate(ways.items())
         }
         seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -114,13 +114,13 @@ def agreement(options: Options, sizes: Sizes) -> Check:
     losses = []
     for settings in (SFT, TRL):
         with tempfile.TemporaryDirectory() as folder:
-            trainer = build_trainer(Path(folder), settings, options, sizes, batches=1)
+            trainer = build_trainer(Path(folder), settings, options.seed, sizes, batches=1)
             trainer.train()
         losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
     pairs = list(zip(*losses, strict=True))
     largest = max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs)
     name = f"losses of {len(pairs)} updates of SFT against TRL's, relative difference"
-    return checked(name, largest, LOSS_LIMIT)
+    return Check(name, largest, LOSS_LIMIT)
 
 
 class TimedRun(TrainerCallback):
@@ -146,13 +146,13 @@ class TimedRun(TrainerCallback):
 def build_trainer(
     folder: Path,
     settings: dict[str, Any] | None,
-    options: Options,
+    seed: int,
     sizes: Sizes,
     *,
     batches: int | None = None,
 ) -> Trainer:
     """Return our trainer, or for ``TRL`` TRL's, on a random batch per update or ``batches``."""
-    torch.manual_seed(options.seed)
+    torch.manual_seed(seed)
     model = Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=sizes.vocabulary,
@@ -166,7 +166,7 @@ def build_trainer(
         )
     )
     rows = sizes.batch * (sizes.updates if batches is None else batches)
-    draw = torch.Generator().manual_seed(options.seed)
+    draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, sizes.vocabulary, (rows, sizes.length), generator=draw)
     common: dict[str, Any] = {
         "output_dir": str(folder),
@@ -180,7 +180,7 @@ def build_trainer(
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "seed": options.seed,
+        "seed": seed,
     }
     trainer: Trainer
     if settings is None:
@@ -233,7 +233,7 @@ def build_trl_trainer(
 def job(settings: dict[str, Any] | None, seed: int, sizes: dict[str, int]) -> Callable[[], object]:
     """Return a block of updates, whose memory is measured, of our trainer or of TRL's."""
     folder = tempfile.TemporaryDirectory()
-    trainer = build_trainer(Path(folder.name), settings, Options(seed=seed), Sizes(**sizes))
+    trainer = build_trainer(Path(folder.name), settings, seed, Sizes(**sizes))
 
     def train() -> None:
         with folder:

@@ -22,7 +22,7 @@ MB = 1e6
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of every subject."""
+    """What to measure, and how thoroughly."""
 
     dataset: Annotated[Path | None, tyro.conf.arg(metavar="FILE.hdf5")] = None
     """Dataset in D4RL's layout; by default synthetic data of the paper's shape."""
@@ -32,6 +32,10 @@ class Options:
     """Sizes of the paper, or small ones that only show that everything runs."""
     seed: int = 0
     """Seed of data, parameters and samplers."""
+    subject: tyro.conf.Positional[Literal["control", "baselines", "language"]]
+    """Part of the library whose speed is measured."""
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """File for the rows, versions, hardware and settings."""
 
     def __post_init__(self) -> None:
         if self.repeats < 1:
@@ -53,27 +57,25 @@ class Comparison:
         object.__setattr__(self, "ratio", self.peer / self.ours)
 
 
+class DisagreementError(RuntimeError):
+    """Ours and the peer do not compute the same."""
+
+
 @dataclass(frozen=True)
 class Check:
-    """A figure that must not pass its limit; otherwise the rows compare different computations."""
+    """A figure that is at most its limit; otherwise the rows compare different computations."""
 
     name: str
     value: float
     limit: float
 
-
-class DisagreementError(RuntimeError):
-    """Ours and the peer do not compute the same."""
-
-
-def checked(name: str, value: float, limit: float) -> Check:
-    """Return the check of a value that may be at most ``limit`` and is not NaN."""
-    if not value <= limit:
-        raise DisagreementError(
-            f"{name} is {value:.3g}, more than {limit:.3g}: the two ways do not compute the same, "
-            "so their times can't be compared; nothing was written"
-        )
-    return Check(name, value, limit)
+    def __post_init__(self) -> None:
+        # NaN does not agree either.
+        if not self.value <= self.limit:
+            raise DisagreementError(
+                f"{self.name} is {self.value:.3g}, more than {self.limit:.3g}: the two ways do not "
+                "compute the same, so their times can't be compared; nothing was written"
+            )
 
 
 @dataclass(frozen=True)

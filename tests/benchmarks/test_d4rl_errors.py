@@ -366,7 +366,7 @@ def test_the_shell_sees_one_line_and_status_1(tmp_path: Path) -> None:
 def test_defaults_are_those_of_the_docs() -> None:
     standard = Options()
     suite = choose_suite(standard)
-    assert (suite.algorithms, suite.datasets, suite.seeds) == (
+    assert (suite.algo, suite.dataset, suite.seeds) == (
         ("iw-sft-q",),
         ("hopper-replay-mini",),
         (0,),

@@ -29,15 +29,15 @@ def published(*tables: str) -> list[dict[str, Any]]:
 
 def test_the_paper_suite_is_tables_2_and_5() -> None:
     suite, rows = SUITES["paper"], published("table_2", "table_5")
-    assert set(suite.datasets) == {row["dataset"] for row in rows}
-    assert {row["algo"] for row in rows} <= set(suite.algorithms)
-    assert len(suite.algorithms) == 12 and suite.seeds == (0, 1, 2, 3, 4)
+    assert set(suite.dataset) == {row["dataset"] for row in rows}
+    assert {row["algo"] for row in rows} <= set(suite.algo)
+    assert len(suite.algo) == 12 and suite.seeds == (0, 1, 2, 3, 4)
 
 
 @pytest.mark.parametrize("name", SUITES)
 def test_suites_name_known_datasets(name: str) -> None:
     suite = SUITES[name]
-    assert {*suite.datasets, suite.pretrain_dataset or datasets.DEFAULT} <= {*datasets.available()}
+    assert {*suite.dataset, suite.pretrain_dataset or datasets.DEFAULT} <= {*datasets.available()}
 
 
 def test_options_override_the_suite() -> None:
@@ -45,11 +45,11 @@ def test_options_override_the_suite() -> None:
     mine = choose_suite(
         Options(suite="kitchen", seeds=(0,), dataset=("kitchen-mixed-v0",), top=20.0)
     )
-    assert (mine.seeds, mine.datasets, mine.top) == ((0,), ("kitchen-mixed-v0",), 20.0)
+    assert (mine.seeds, mine.dataset, mine.top) == ((0,), ("kitchen-mixed-v0",), 20.0)
     assert mine.pretrain_dataset == "kitchen-partial-v0"
-    assert mine.algorithms == SUITES["kitchen"].algorithms
+    assert mine.algo == SUITES["kitchen"].algo
     alone = choose_suite(Options())
-    assert (alone.algorithms, alone.datasets) == (("iw-sft-q",), ("hopper-replay-mini",))
+    assert (alone.algo, alone.dataset) == (("iw-sft-q",), ("hopper-replay-mini",))
     assert alone.seeds == (0,)
 
 

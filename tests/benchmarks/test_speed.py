@@ -14,9 +14,9 @@ import tyro
 from torch import Tensor
 
 from benchmarks.speed import control as data
-from benchmarks.speed.__main__ import Arguments, main
+from benchmarks.speed.__main__ import main
 from benchmarks.speed.control import SameDraws
-from benchmarks.speed.measure import Comparison, DisagreementError, Times, checked, paired
+from benchmarks.speed.measure import Check, Comparison, DisagreementError, Options, Times, paired
 from iwsft.policies import GaussianPolicy
 from iwsft.trajectory import MULTIPLICITY, OBSERVATION, lengths
 from tests.oracles.networks import PlainGaussian
@@ -26,7 +26,7 @@ from tests.oracles.networks import PlainGaussian
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("speed") / "new" / "control.json"
     line = ["control", "--scale", "small", "--repeats", "1", "--json", str(path)]
-    main(tyro.cli(Arguments, args=line))
+    main(tyro.cli(Options, args=line))
     assert [p.name for p in path.parent.iterdir()] == ["control.json"]
     return json.loads(path.read_text())
 
@@ -78,12 +78,12 @@ def test_gradients_differ_where_the_naive_q_is_another() -> None:
     both.naive.step(both.draws())
     assert both.disagreement() > 1e-3
     with pytest.raises(DisagreementError, match="can't be compared"):
-        checked("gradient", both.disagreement(), 1e-5)
+        Check("gradient", both.disagreement(), 1e-5)
 
 
 def test_nan_does_not_agree() -> None:
     with pytest.raises(DisagreementError):
-        checked("gradient", float("nan"), 1e-5)
+        Check("gradient", float("nan"), 1e-5)
 
 
 def test_plain_policy_is_the_library_policy(seed: int = 3) -> None:
@@ -125,11 +125,11 @@ def test_cut_evenly_keeps_steps_and_trajectories() -> None:
 
 def test_bad_settings_end_before_measuring(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--repeats 0: at least 1"):
-        Arguments(subject="control", repeats=0)
+        Options(subject="control", repeats=0)
     with pytest.raises(SystemExit, match="is a folder"):
-        main(Arguments(subject="control", json=tmp_path))
+        main(Options(subject="control", json=tmp_path))
     with pytest.raises(SystemExit, match="nowhere.hdf5"):
-        main(Arguments(subject="control", dataset=tmp_path / "nowhere.hdf5", scale="small"))
+        main(Options(subject="control", dataset=tmp_path / "nowhere.hdf5", scale="small"))
 
 
 def test_without_the_oracles_the_error_asks_for_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,4 +137,4 @@ def test_without_the_oracles_the_error_asks_for_a_checkout(monkeypatch: pytest.M
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tests.oracles.networks", None)
     with pytest.raises(SystemExit, match="tests/oracles: run this from the root of a checkout"):
-        main(Arguments(subject="control"))
+        main(Options(subject="control"))

@@ -11,19 +11,19 @@ import torch
 import tyro
 
 from benchmarks.speed import baselines
-from benchmarks.speed.__main__ import Arguments, main
+from benchmarks.speed.__main__ import main
 from benchmarks.speed.measure import DisagreementError, Options
 from tests.oracles.critics import PLAIN
 from tests.oracles.iql import PlainIQL
 
-SMALL = Options(scale="small", repeats=1)
+SMALL = Options(subject="baselines", scale="small", repeats=1)
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("speed") / "baselines.json"
     line = ["baselines", "--scale", "small", "--repeats", "1", "--json", str(path)]
-    main(tyro.cli(Arguments, args=line))
+    main(tyro.cli(Options, args=line))
     return json.loads(path.read_text())
 
 
@@ -64,4 +64,8 @@ def test_synthetic_transitions_follow_each_other() -> None:
 
 def test_a_file_is_read(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="nowhere.hdf5"):
-        next(baselines.measure(Options(dataset=tmp_path / "nowhere.hdf5", scale="small")))
+        next(
+            baselines.measure(
+                Options(subject="baselines", dataset=tmp_path / "nowhere.hdf5", scale="small")
+            )
+        )

@@ -12,17 +12,17 @@ import torch
 import tyro
 
 from benchmarks.speed import language, language_updates
-from benchmarks.speed.__main__ import Arguments, main
+from benchmarks.speed.__main__ import main
 from benchmarks.speed.measure import DisagreementError, Options
 
-SMALL = Options(scale="small", repeats=1)
+SMALL = Options(subject="language", scale="small", repeats=1)
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("speed") / "language.json"
     line = ["language", "--scale", "small", "--repeats", "1", "--json", str(path)]
-    main(tyro.cli(Arguments, args=line))
+    main(tyro.cli(Options, args=line))
     return json.loads(path.read_text())
 
 
@@ -78,4 +78,4 @@ def test_another_training_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_dataset_is_refused() -> None:
     with pytest.raises(ValueError, match="random tokens; leave --dataset out"):
-        next(language.measure(Options(dataset=Path("x.hdf5"))))
+        next(language.measure(Options(subject="language", dataset=Path("x.hdf5"))))
