@@ -47,10 +47,7 @@ def check_seeds(seeds: Sequence[int]) -> None:
 
 
 def check_used(name: str, value: object, used: bool, where: str) -> None:
-    """Check that an option has an effect; None is an option that was left out.
-
-    ``where`` says where it has none, as in "in bc" or "without --think-budget".
-    """
+    """Check that an option has an effect; ``where`` says where it has none, as in "in bc"."""
     if value is not None and not used:
         raise ValueError(f"{flag(name)} {value} changes nothing {where}; leave it out")
 

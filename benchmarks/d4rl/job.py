@@ -40,12 +40,8 @@ def run_job(options: Options) -> Summary:
         out=options.out if options.cluster is None else options.out.absolute(),
     )
     summary = Summary()
-    with places.place(
-        options.cluster,
-        items=len(suite.dataset) * len(suite.algo) * len(suite.seeds),
-        jobs=options.jobs,
-        device=options.device,
-    ) as place:
+    items, jobs = len(suite.dataset) * len(suite.algo) * len(suite.seeds), options.jobs
+    with places.place(options.cluster, items=items, jobs=jobs, device=options.device) as place:
         configs = _list_runs(options, suite, summary)
         names = {run.dataset for run in configs}
         root = options.out / Run.benchmark

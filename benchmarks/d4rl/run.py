@@ -117,11 +117,9 @@ class Run(runs.Run[Options]):
     @property
     def weights(self) -> ImportanceWeights:
         """Importance weights of the fine-tuning."""
-        preset, per_step = self.options.preset, self.algorithm.per_step
+        row, per_step = self.fine_tuning[0], self.algorithm.per_step
         target = self.options.target_ess if self.algorithm.per_trajectory else None
-        return paper.choose_weights(
-            preset, self.fine_tuning[0], per_step=per_step, target_ess=target
-        )
+        return paper.choose_weights(self.options.preset, row, per_step=per_step, target_ess=target)
 
     @property
     def updates(self) -> int:

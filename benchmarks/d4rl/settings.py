@@ -117,9 +117,8 @@ TIES: Mapping[Preset, Ties] = {"paper": ">", "authors": ">="}
 def find_fine_tuning(dataset: str, algorithm: Algorithm) -> tuple[FineTuning, str]:
     """The row of Table 4 for a dataset, and its source in words.
 
-    A dataset that the paper does not use takes the row of its environment and its kind: ``expert``
-    where the name says so, medium-replay otherwise. Unweighted runs use the learning rate of the
-    paper's SFT(Q): 4e-5, and 4e-4 on hopper-medium-expert.
+    Another dataset takes the row of its environment and kind: ``expert`` where the name says so,
+    medium-replay otherwise. Unweighted runs use the learning rate of the paper's SFT(Q).
     """
     kind = "expert" if "expert" in dataset else "medium-replay"
     name = f"{dataset.split('-')[0]}-{kind}"

@@ -90,8 +90,8 @@ def test_algorithms_are_settings_of_one_path() -> None:
 def test_behaviour_cloning_as_in_appendix_f() -> None:
     assert (CLONING.steps, CLONING.lr, CLONING.warmup) == (10_000, 1e-3, 0)
     assert {CLONING.factor(step) for step in range(0, 10_000, 500)} == {1.0}
-    assert CLONING_BATCH["trajectories", "paper"] == 32
-    assert CLONING_BATCH["trajectories", "authors"] == 128
+    assert CLONING_BATCH["trajectories"]["paper"] == 32
+    assert CLONING_BATCH["trajectories"]["authors"] == 128
     assert FINE_TUNING_BATCH["trajectories"] == 256
     assert TIES == {"paper": ">", "authors": ">="}
 
