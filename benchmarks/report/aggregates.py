@@ -15,15 +15,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from benchmarks import statistics
+from benchmarks.report import figures
 from benchmarks.report.document import NOTHING, Grid
-from benchmarks.report.figures import (
-    TITLE,
-    UNIT,
-    add_colours,
-    choose_colours,
-    list_names,
-    make_axes,
-)
 from benchmarks.report.scores import (
     SCORE,
     Cell,
@@ -184,12 +177,14 @@ def _text(estimate: Estimate | None, digits: int) -> str:
 def draw_aggregates(aggregates: Aggregates, group: Sequence[Cell]) -> Figure:
     """Draw the aggregates with 95 % intervals, one panel for each."""
     estimates = aggregates.estimates
-    figure, axes = make_axes(1, len(METRICS), (11.0, 1.1 + 0.32 * len(estimates)), sharey=True)
+    figure, axes = figures.make_axes(
+        1, len(METRICS), (11.0, 1.1 + 0.32 * len(estimates)), sharey=True
+    )
     for i, (ax, label) in enumerate(zip(axes.flat, METRICS, strict=True)):
         _intervals(ax, {name: metrics[i] for name, metrics in estimates.items()}, group)
         better = "lower" if label == "optimality gap" else "higher"
-        ax.set_title(f"{label}\n({better} is better)", fontsize=TITLE)
-        ax.set_xlabel(UNIT[SCORE])
+        ax.set_title(f"{label}\n({better} is better)", fontsize=figures.TITLE)
+        ax.set_xlabel(figures.UNIT[SCORE])
     return figure
 
 
@@ -199,7 +194,9 @@ def draw_improvement(aggregates: Aggregates, group: Sequence[Cell]) -> Figure | 
     if not improvement:
         return None
     rows = max(map(len, improvement.values()))
-    figure, axes = make_axes(1, len(improvement), (5.6 * len(improvement), 1.1 + 0.32 * rows))
+    figure, axes = figures.make_axes(
+        1, len(improvement), (5.6 * len(improvement), 1.1 + 0.32 * rows)
+    )
     for ax, (candidate, estimates) in zip(axes.flat, improvement.items(), strict=True):
         _intervals(ax, estimates, group)
         ax.axvline(0.5, color="0.3", lw=0.8, ls=":")
@@ -210,26 +207,28 @@ def draw_improvement(aggregates: Aggregates, group: Sequence[Cell]) -> Figure | 
 
 def draw_profiles(aggregates: Aggregates, group: Sequence[Cell]) -> Figure:
     """Draw the share of runs above each score, variants in a panel of their own."""
-    names, colour = list(aggregates.profiles), choose_colours(group)
+    names, colour = list(aggregates.profiles), figures.choose_colours(group)
     parts = [[name for name in names if is_variant(name) == variant] for variant in (False, True)]
     parts = [part for part in parts if part]
-    figure, axes = make_axes(1, len(parts), (5.6 * len(parts), 3.8))
+    figure, axes = figures.make_axes(1, len(parts), (5.6 * len(parts), 3.8))
     for ax, part in zip(axes.flat, parts, strict=True):
         for name in part:
             share, low, high = aggregates.profiles[name]
             x, shade = aggregates.thresholds, colour[name]
             ax.fill_between(x, low, high, step="post", color=shade, alpha=0.15, lw=0)
             ax.step(x, share, where="post", color=shade, lw=1.6)
-        ax.set(ylim=(-0.02, 1.02), xlabel=UNIT[SCORE], ylabel="share of runs that score higher")
-    add_colours(figure, {name: colour[name] for name in names})
+        ax.set(
+            ylim=(-0.02, 1.02), xlabel=figures.UNIT[SCORE], ylabel="share of runs that score higher"
+        )
+    figures.add_colours(figure, {name: colour[name] for name in names})
     return figure
 
 
 def _intervals(ax: Axes, estimates: Mapping[str, Estimate], group: Sequence[Cell]) -> None:
-    colour = choose_colours(group)
+    colour = figures.choose_colours(group)
     for y, (name, (point, low, high)) in enumerate(estimates.items()):
         ax.barh(y, high - low, left=low, height=0.55, lw=0, color=colour[name], alpha=0.5)
         ax.plot([point] * 2, [y - 0.275, y + 0.275], color="black", lw=1.6)
     ax.use_sticky_edges = False
     ax.margins(x=0.06)
-    list_names(ax, map(algorithm_label, estimates))
+    figures.list_names(ax, map(algorithm_label, estimates))

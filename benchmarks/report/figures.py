@@ -15,15 +15,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
-from benchmarks.report.scores import (
-    RETURN,
-    SCORE,
-    Cell,
-    algorithm_label,
-    algorithms,
-    dataset_label,
-    datasets,
-)
+from benchmarks.report import scores
+from benchmarks.report.scores import Cell
 from benchmarks.report.tables import WeightRow, last_weights
 from benchmarks.results import FinishedRun
 from benchmarks.statistics import MIN_SEEDS, bootstrap_interval
@@ -44,7 +37,7 @@ COLOURS = {
     "dt": "#20b5c2",
 }
 TITLE = 11  # font size
-UNIT = {SCORE: "D4RL-normalised score", RETURN: "mean return"}
+UNIT = {scores.SCORE: "D4RL-normalised score", scores.RETURN: "mean return"}
 _POINTS = 150  # longer series are averaged into this many points
 _PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
@@ -74,13 +67,13 @@ def make_panels(
         ax.set_axis_off()
     by_name = dict(zip(names, axes.flat, strict=False))
     for name, ax in by_name.items():
-        ax.set_title(dataset_label(name), fontsize=TITLE)
+        ax.set_title(scores.dataset_label(name), fontsize=TITLE)
     return figure, by_name
 
 
 def choose_colours(group: Sequence[Cell]) -> dict[str, str]:
     """Choose a colour for each algorithm, the same in all figures of the same cells."""
-    names = algorithms(group)
+    names = scores.algorithms(group)
     others = [name for name in names if name not in COLOURS]
     shades = colormaps["viridis"]
     extra = {name: to_hex(shades(0.9 * i / len(others))) for i, name in enumerate(others)}
@@ -96,7 +89,7 @@ def add_legend(figure: Figure, handles: Sequence[Artist], most: int = 6) -> None
 def add_colours(figure: Figure, colour: Mapping[str, str]) -> None:
     """Show the colours of the algorithms below all panels."""
     names = colour.items()
-    lines = [Line2D([], [], color=c, lw=2.5, label=algorithm_label(n)) for n, c in names]
+    lines = [Line2D([], [], color=c, lw=2.5, label=scores.algorithm_label(n)) for n, c in names]
     add_legend(figure, lines)
 
 
@@ -143,14 +136,16 @@ def series(runs: Sequence[FinishedRun], key: str) -> tuple[NDArray, NDArray]:
 
 def draw_scores(group: Sequence[Cell]) -> Figure:
     """Draw the scores of all seeds with means and intervals, one panel for each dataset."""
-    colour, names = choose_colours(group), algorithms(group)
-    figure, axes = make_panels(datasets(group), height=0.75 + 0.34 * len(names), share_rows=True)
+    colour, names = choose_colours(group), scores.algorithms(group)
+    figure, axes = make_panels(
+        scores.datasets(group), height=0.75 + 0.34 * len(names), share_rows=True
+    )
     for cell in group:
         ax = axes[cell.dataset]
         plot_score(ax, names.index(cell.algo), cell, colour[cell.algo])
         ax.set_xlabel(UNIT[cell.score_key])
     for ax in axes.values():
-        list_names(ax, map(algorithm_label, names))
+        list_names(ax, map(scores.algorithm_label, names))
         ax.margins(x=0.04)
         ax.axvline(0.0, color="0.6", lw=0.8)
     return figure
@@ -159,7 +154,7 @@ def draw_scores(group: Sequence[Cell]) -> Figure:
 def draw_cost(group: Sequence[Cell]) -> Figure:
     """Draw scores against CPU seconds of a run with its reference, one panel for each dataset."""
     colour = choose_colours(group)
-    figure, axes = make_panels(datasets(group), height=3.2)
+    figure, axes = make_panels(scores.datasets(group), height=3.2)
     for cell in group:
         ax = axes[cell.dataset]
         plot_mean(ax, cell.cpu_seconds, cell, colour[cell.algo])
@@ -173,7 +168,7 @@ def draw_cost(group: Sequence[Cell]) -> Figure:
 def draw_learning_curves(group: Sequence[Cell]) -> Figure | None:
     """Draw scores over updates, mean over seeds and its interval; the dot is the last policy."""
     colour = choose_colours(group)
-    figure, axes = make_panels(datasets(group), height=3.0)
+    figure, axes = make_panels(scores.datasets(group), height=3.0)
     longest = 0
     for cell in group:
         ax = axes[cell.dataset]
@@ -204,12 +199,12 @@ def draw_training_curves(group: Sequence[Cell]) -> Figure | None:
     if not lines:
         return None
     shown = [cell for *_, rows in lines for cell in rows]
-    names, colour = sorted(set(datasets(shown))), choose_colours(group)
+    names, colour = sorted(set(scores.datasets(shown))), choose_colours(group)
     size = (max(5.0, 3.6 * len(names)), 2.7 * len(lines))
     figure, axes = make_axes(len(lines), len(names), size)
     for row, (key, label, rows) in zip(axes, lines, strict=True):
         for dataset, ax in zip(names, row, strict=True):
-            ax.set_title(dataset_label(dataset), fontsize=TITLE)
+            ax.set_title(scores.dataset_label(dataset), fontsize=TITLE)
             ax.set_xlabel("update")
             for cell in (cell for cell in rows if cell.dataset == dataset):
                 _band(ax, *series(cell.runs, key), colour[cell.algo])
@@ -217,7 +212,7 @@ def draw_training_curves(group: Sequence[Cell]) -> Figure | None:
             if key == "ESS":
                 ax.set_ylim(0.0, 1.04)
         row[0].set_ylabel(label)
-    add_colours(figure, {name: colour[name] for name in algorithms(shown)})
+    add_colours(figure, {name: colour[name] for name in scores.algorithms(shown)})
     return figure
 
 
@@ -226,7 +221,7 @@ def draw_weight_quantiles(group: Sequence[Cell]) -> Figure | None:
     shown = [cell for cell in _logged(group, "weight_q50") if _weighted(cell)]
     if not shown:
         return None
-    colour, names, algos = choose_colours(group), datasets(shown), algorithms(shown)
+    colour, names, algos = choose_colours(group), scores.datasets(shown), scores.algorithms(shown)
     size = (max(5.0, 3.6 * len(names)), 2.6 * len(algos))
     figure, axes = make_axes(len(algos), len(names), size, sharey=True)
     for ax in axes.flat:
@@ -264,13 +259,13 @@ def draw_sweep(rows: Sequence[WeightRow]) -> Figure | None:
     plain = [cell for setting, cell in rows if not setting]
     if not weighted:
         return None
-    figure, axes = make_panels(datasets(cell for _, cell in rows), height=3.4)
+    figure, axes = make_panels(scores.datasets(cell for _, cell in rows), height=3.4)
     for cell in plain:
         ax = axes[cell.dataset]
         ax.axhline(cell.mean, color=choose_colours([cell])[cell.algo], lw=1.2, ls="--")
         if sum(other.dataset == cell.dataset for other in plain) > 1:
             at = ax.get_yaxis_transform()
-            ax.text(0.99, cell.mean, algorithm_label(cell.algo), transform=at, ha="right")
+            ax.text(0.99, cell.mean, scores.algorithm_label(cell.algo), transform=at, ha="right")
     for setting, cell in weighted:
         ax = axes[cell.dataset]
         ess, target = float(np.mean(last_weights(cell, "ESS"))), setting.target_ess

@@ -13,17 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Group
 
+from benchmarks.report import scores
 from benchmarks.report.document import NOTHING, Grid, interval_text
-from benchmarks.report.scores import (
-    RETURN,
-    Cell,
-    algorithm_label,
-    algorithm_rank,
-    base,
-    cells,
-    dataset_label,
-    interval_over_seeds,
-)
+from benchmarks.report.scores import Cell
 from benchmarks.results import FinishedRun, UnfinishedRun
 from benchmarks.statistics import MIN_SEEDS
 
@@ -82,7 +74,7 @@ def published_scores() -> tuple[str, list[PublishedTable]]:
 
 def score_table(runs: Sequence[FinishedRun]) -> Group:
     """Table of the scores of the last policies, for the terminal."""
-    grid = score_grid(cells(runs))
+    grid = score_grid(scores.cells(runs))
     return grid.rich("Scores of the last policies (D4RL-normalised)", SUCCESS_INTERVAL)
 
 
@@ -95,14 +87,16 @@ def score_grid(group: Sequence[Cell], missing: Sequence[UnfinishedRun] = ()) -> 
     """
     cut_off = Counter((run.dataset, run.algo) for run in missing)
     by_name = {(cell.dataset, cell.algo): cell for cell in group}
-    names = sorted(by_name.keys() | cut_off.keys(), key=lambda n: (n[0], algorithm_rank(n[1])))
+    names = sorted(
+        by_name.keys() | cut_off.keys(), key=lambda n: (n[0], scores.algorithm_rank(n[1]))
+    )
     papers = [table for table in published_scores()[1] if table.numbers.keys() & set(names)]
     columns = ["dataset", "algorithm", "seeds", "episodes", "score", "std", "95 % interval"]
     if any(cell.success_rates.size for cell in group):
         columns += ["success", SUCCESS_INTERVAL]
     grid = Grid(columns + [table.label for table in papers], published=len(papers))
     for name in names:
-        row = [dataset_label(name[0]), algorithm_label(name[1])]
+        row = [scores.dataset_label(name[0]), scores.algorithm_label(name[1])]
         if name in by_name:
             row += _measured(grid, by_name[name], cut_off[name])[: len(columns) - 2]
         else:
@@ -122,7 +116,7 @@ def _measured(grid: Grid, cell: Cell, cut_off: int) -> list[str]:
     """Seeds, episodes, score, deviation and interval; share of successful episodes and interval."""
     count = len(cell.runs)
     notes = _shortened(cell)
-    if cell.score_key == RETURN:
+    if cell.score_key == scores.RETURN:
         notes.append("Mean return: the dataset has no D4RL reference scores.")
     notes += [f"Seeds differ in {difference}." for difference in cell.differences()]
     row = [
@@ -137,7 +131,7 @@ def _measured(grid: Grid, cell: Cell, cut_off: int) -> list[str]:
         return [*row, NOTHING, NOTHING]
     few = f"Success of {len(rates)} of the {count} seeds: the others did not record it."
     mean = grid.marked(f"{rates.mean():.2f}", [few] if len(rates) < count else [])
-    return [*row, mean, interval_text(interval_over_seeds(rates), digits=2)]
+    return [*row, mean, interval_text(scores.interval_over_seeds(rates), digits=2)]
 
 
 def _shortened(cell: Cell) -> list[str]:
@@ -147,8 +141,9 @@ def _shortened(cell: Cell) -> list[str]:
         for run in cell.runs
         if run.result.get("published_steps") not in (None, run.result["steps"])
     }
+    label = scores.algorithm_label(cell.algo)
     return [
-        f"{algorithm_label(cell.algo)}: {_count(steps)} of the published {_count(of)} updates."
+        f"{label}: {_count(steps)} of the published {_count(of)} updates."
         for steps, of in sorted(pairs)
     ]
 
@@ -165,7 +160,7 @@ def missing_grid(missing: Sequence[UnfinishedRun]) -> Grid:
     grid = Grid(["dataset", "algorithm", "seed", "last logged update", "of"])
     for run in missing:
         of = NOTHING if run.steps is None else str(run.steps)
-        names = [dataset_label(run.dataset), algorithm_label(run.algo)]
+        names = [scores.dataset_label(run.dataset), scores.algorithm_label(run.algo)]
         grid.rows.append([*names, str(run.seed), str(run.step), of])
     return grid
 
@@ -194,7 +189,7 @@ def run_grid(group: Sequence[Cell]) -> Grid:
     names = ("dataset", "algorithm", "--algo", "environment", "preset", "estimator", "seeds")
     grid = Grid([*names, "settings from"], left=len(names) + 1)
     for cell in group:
-        row = [cell.dataset, algorithm_label(cell.algo), cell.algo]
+        row = [cell.dataset, scores.algorithm_label(cell.algo), cell.algo]
         for key in ("env_id", "preset", "estimator"):
             row.append(", ".join(str(v) for v in cell.distinct(key) if v is not None))
         row.append(" ".join(map(str, cell.seeds)))
@@ -225,7 +220,7 @@ def _setting_of(run: FinishedRun) -> Setting | None:
     """Setting of a run's weights, from its ``config.json``; None where it has none."""
     settings = run.config.get("settings", {})
     row = settings.get("fine_tuning")
-    if base(run.algo) not in _UNWEIGHTED or row is None:
+    if scores.base(run.algo) not in _UNWEIGHTED or row is None:
         return None
     target = settings.get("target_ess") or 0.0
     by_sync = run.result.get("estimator") == "steps"
@@ -246,7 +241,7 @@ def swept(group: Sequence[Cell]) -> list[WeightRow]:
     """
     sweeps: dict[tuple[str, str, str], dict[tuple[Setting | None, str], Cell]] = {}
     for cell in group:
-        name = base(cell.algo)
+        name = scores.base(cell.algo)
         plain = _UNWEIGHTED.get(name, name)
         for run in cell.runs if plain in _UNWEIGHTED.values() else ():
             setting = _setting_of(run)
@@ -258,7 +253,9 @@ def swept(group: Sequence[Cell]) -> list[WeightRow]:
     rows: list[WeightRow] = []
     for members in sweeps.values():
         if len({setting for setting, _ in members if setting}) > 1:
-            names = sorted(members, key=lambda name: (name[0] or (), algorithm_rank(name[1])))
+            names = sorted(
+                members, key=lambda name: (name[0] or (), scores.algorithm_rank(name[1]))
+            )
             rows += [(name[0], members[name]) for name in names]
     return rows
 
