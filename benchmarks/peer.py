@@ -36,9 +36,9 @@ from benchmarks import runs
 from benchmarks.d4rl import settings as d4rl
 from benchmarks.d4rl.job import SAME
 from benchmarks.d4rl.run import Run, Task, check_run, config_of, sizes
-from benchmarks.d4rl.train import learning_curve_probe, result_of
+from benchmarks.d4rl.train import learning_curve_probe, score_policy
 from iwsft.metrics import MetricsLog
-from iwsft.training import Row
+from iwsft.training import Cost, Row
 from iwsft.trajectory import ACTION, NEXT_OBSERVATION, OBSERVATION, REWARD, TERMINATED, TRAJ_IDS
 
 INSTALL = (
@@ -181,18 +181,8 @@ def train_and_score(run: Run, task: Task) -> dict[str, Any]:
                 score = row.get("normalized_score", row.get("return_mean"))
                 shown = "" if score is None else f"  score {score:.1f}"
                 runs.tell(f"{run}  {step}/{steps}  {row['wall_seconds']:.0f} s{shown}")
-        evaluation_since = time.process_time()
-        episodes = run.options.eval_episodes
-        final = task.score(policy, episodes=episodes, seed=run.seed, device="cpu")
-        result = {
-            **result_of(run, final, peer=f"d3rlpy {version('d3rlpy')}"),
-            "wall_seconds": time.perf_counter() - since,
-            "cpu_seconds": time.process_time() - cpu_since,
-            "evaluation_cpu_seconds": time.process_time() - evaluation_since,
-            "versions": final.versions,
-        }
-        runs.write_json(run.folder / runs.RESULT, result)
-    return result
+        cost = Cost(time.perf_counter() - since, time.process_time() - cpu_since)
+        return score_policy(run, task, policy, cost, {"peer": f"d3rlpy {version('d3rlpy')}"})
 
 
 def import_d3rlpy() -> Any:

@@ -7,7 +7,7 @@ import json
 import shutil
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,6 @@ from benchmarks.d4rl.run import Run, Task, reference_settings_of, settings_of, s
 from benchmarks.runs import CONFIG, RESULT, alone_in, write_json
 from iwsft import checkpoint, metrics
 from iwsft.diagnostics import diagnose, weighted_mean
-from iwsft.evaluation import Evaluation
 from iwsft.files import written_whole
 from iwsft.objective import ImportanceWeightedMLE, Proposal
 from iwsft.policies import GaussianPolicy
@@ -58,29 +57,29 @@ def train_and_score(run: Run, report: Report) -> dict[str, Any]:
     with alone_in(run.folder, wait=False):
         policy, cost, reference_cost = _train(run, task, report)
         _save_policy(run, task, policy)
-        since, options = time.process_time(), run.options
-        final = task.score(
-            policy, episodes=options.eval_episodes, seed=run.seed, device=options.device
-        )
-        evaluation_cpu = time.process_time() - since
-        result = {
-            **result_of(run, final, preset=options.preset, estimator=options.estimator),
-            "wall_seconds": cost.wall_seconds + final.wall_seconds,
-            "cpu_seconds": cost.cpu_seconds + evaluation_cpu,
-            "evaluation_cpu_seconds": evaluation_cpu,
+        about = {"preset": run.options.preset, "estimator": run.options.estimator}
+        further = {
             "reference_wall_seconds": reference_cost.wall_seconds,
             "reference_cpu_seconds": reference_cost.cpu_seconds,
-            "versions": final.versions,
         }
-        write_json(run.folder / RESULT, result)
-    return result
+        return score_policy(run, task, policy, cost, about, **further)
 
 
-def result_of(run: Run, final: Evaluation, **about: Any) -> dict[str, Any]:
-    """The part of ``result.json`` that says what the run is, with ``about``, and how it scored."""
+def score_policy(
+    run: Run,
+    task: Task,
+    policy: TensorDictModuleBase,
+    cost: Cost,
+    about: Mapping[str, str],
+    **further: float,
+) -> dict[str, Any]:
+    """Score a run's policy, whose training had a cost; write and return its ``result.json``."""
+    since, options = time.process_time(), run.options
+    final = task.score(policy, episodes=options.eval_episodes, seed=run.seed, device=options.device)
+    evaluation_cpu = time.process_time() - since
     updates, published, successes = run.updates, run.published_updates, final.successes
     success = {} if successes is None else {"success_rate": float(np.mean(successes))}
-    return {
+    result = {
         **run.identity,
         "env_id": final.env_id,
         **about,
@@ -93,7 +92,14 @@ def result_of(run: Run, final: Evaluation, **about: Any) -> dict[str, Any]:
         "return_mean": final.return_mean,
         **(success and success | {"episode_successes": successes}),
         "episodes": len(final.returns),
+        "wall_seconds": cost.wall_seconds + final.wall_seconds,
+        "cpu_seconds": cost.cpu_seconds + evaluation_cpu,
+        "evaluation_cpu_seconds": evaluation_cpu,
+        **further,
+        "versions": final.versions,
     }
+    write_json(run.folder / RESULT, result)
+    return result
 
 
 def _train(run: Run, task: Task, report: Report) -> tuple[TensorDictModuleBase, Cost, Cost]:
