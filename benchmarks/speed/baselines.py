@@ -94,11 +94,8 @@ def updates(
             way()
     finally:
         torch.set_default_dtype(torch.float32)
-    yield Check(
-        f"{name}: float64 parameters after {_CHECKED} updates against the plain ones",
-        difference(),
-        PARAMETER_LIMIT,
-    )
+    what = f"{name}: float64 parameters after {_CHECKED} updates against the plain ones"
+    yield Check(what, difference(), PARAMETER_LIMIT)
 
     ours, theirs, _ = ways(sizes.updates, trajectories)
     ours()

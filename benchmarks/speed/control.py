@@ -252,11 +252,8 @@ def compare_whole_trajectories(options: Options, sizes: Sizes) -> Iterator[Compa
     times = paired(
         ours.step, lambda: pair.naive.step(pair.draws()), options.repeats, before=pair.follow
     )
-    yield Check(
-        f"gradient of {sizes.draws} trajectories against the naive one, relative difference",
-        pair.disagreement(),
-        GRADIENT_LIMIT,
-    )
+    name = f"gradient of {sizes.draws} trajectories against the naive one, relative difference"
+    yield Check(name, pair.disagreement(), GRADIENT_LIMIT)
     name = f"iw-SFT(Q) step, {sizes.draws} whole trajectories"
     yield times.row(name, _NAIVE, "ms", "per update")
     diagnosed = Training(ours.loss, ours.sampler, ours.updater, diagnosed=True)
@@ -378,14 +375,10 @@ def evaluation(
 
     times = paired(ours, lambda: plain_evaluation(peer, env, sizes.episodes), options.repeats)
     env.close()
-    return times.row(
-        f"evaluate: {env_id}, {episodes} episodes of {sizes.episode} steps",
-        f"{sizes.episodes} episodes one by one, a policy call each step",
-        "us",
-        "per step",
-        per=sizes.episodes * sizes.episode,
-        ours_per=episodes * sizes.episode,
-    )
+    name = f"evaluate: {env_id}, {episodes} episodes of {sizes.episode} steps"
+    peer_name = f"{sizes.episodes} episodes one by one, a policy call each step"
+    per, ours_per = sizes.episodes * sizes.episode, episodes * sizes.episode
+    return times.row(name, peer_name, "us", "per step", per=per, ours_per=ours_per)
 
 
 @torch.no_grad()

@@ -44,11 +44,8 @@ def log_probs(options: Options, sizes: Sizes) -> Iterator[Comparison | Check]:
     size = f"{sizes.tokens:,} tokens x {sizes.vocabulary:,} vocabulary, hidden {sizes.hidden}"
     peer_name = "full logits, log_softmax, gather (plain torch)"
     pair = LogProbs(**shape)
-    yield Check(
-        "gradient of log-probs against that of full logits, relative difference",
-        pair.disagreement(),
-        GRADIENT_LIMIT,
-    )
+    name = "gradient of log-probs against that of full logits, relative difference"
+    yield Check(name, pair.disagreement(), GRADIENT_LIMIT)
     ours, plain = (
         peak_mb_of_child("benchmarks.speed.language", ours=ours, **shape) for ours in (True, False)
     )
