@@ -81,7 +81,7 @@ class Run(Generic[Options]):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What names the run in ``result.json``."""
+        """What names the run in its files."""
         names = ("benchmark", "dataset", "algo", "seed")
         return {name: getattr(self, name) for name in names}
 
