@@ -31,22 +31,7 @@ COMMANDS = "How these numbers were made"
 _DPI = 110
 _STYLE = Path(__file__).with_name("document.css")
 # The page loads nothing from elsewhere, and tells the browser so.
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>
-{style}</style>
-</head>
-<body>
-{body}</body>
-</html>
-"""
+_PAGE = Path(__file__).with_name("document.html")
 
 
 @dataclass
@@ -278,7 +263,9 @@ def to_html(markdown: str, images: Mapping[str, bytes]) -> str:
     body = parser.renderer.render(tokens, parser.options, {})
     body = body.replace("<table>", '<div class="scroll"><table>')
     body = body.replace("</table>", "</table></div>")
-    return _PAGE.format(title=escape(tokens[1].content), style=_STYLE.read_text(), body=body)
+    return _PAGE.read_text().format(
+        title=escape(tokens[1].content), style=_STYLE.read_text(), body=body
+    )
 
 
 def _anchor(title: str) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,19 +16,12 @@ from iwsft.datasets.text.rows import records
 
 LETTERS = "ABCD"
 
-_BOXED = "Think step by step, then give the final answer inside \\boxed{}."
-_NUMBER = f"The answer is a whole number from 0 to 999. {_BOXED}"
-_LETTER = (
-    "Think step by step, then end with a line 'Answer: X', where X is the letter of the correct "
-    "choice."
-)
-
 
 @dataclass(frozen=True)
 class Task:
-    """A public benchmark.
+    """A public benchmark of ``tasks.toml``.
 
-    ``dataset`` is a hub id, configuration (or None) and split. ``kind`` tells how answers are
+    ``hub``, ``config`` and ``split`` name its dataset. ``kind`` tells how answers are
     compared: by Math-Verify, as whole numbers, or as letters. ``instruction`` follows the question
     in the prompt. ``id``, ``question``, ``answer`` and ``wrong`` (of multiple choice) are columns;
     a question without an id has its number, and a whole number may follow ``####``. ``private``
@@ -36,51 +30,22 @@ class Task:
 
     name: str
     title: str
-    dataset: tuple[str, str | None, str]
+    hub: str
+    split: str
     kind: AnswerKind
     instruction: str
+    config: str | None = None
     id: str | None = None
     question: str = "problem"
     answer: str = "answer"
-    wrong: tuple[str, ...] = ()
+    wrong: Sequence[str] = ()
     private: bool = False
 
 
-_ALL = (
-    Task(
-        "math-500",
-        "MATH-500",
-        ("HuggingFaceH4/MATH-500", None, "test"),
-        "math",
-        _BOXED,
-        "unique_id",
-    ),
-    Task(
-        "aime-2024",
-        "AIME 2024",
-        ("HuggingFaceH4/aime_2024", None, "train"),
-        "integer",
-        _NUMBER,
-        "id",
-    ),
-    Task("aime-2025", "AIME 2025", ("math-ai/aime25", None, "test"), "integer", _NUMBER, "id"),
-    Task(
-        "gpqa-diamond",
-        "GPQA diamond",
-        ("Idavidrein/gpqa", "gpqa_diamond", "train"),
-        "letter",
-        _LETTER,
-        "Record ID",
-        question="Question",
-        answer="Correct Answer",
-        wrong=("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"),
-        private=True,
-    ),
-    Task(
-        "gsm8k", "GSM8K", ("openai/gsm8k", "main", "test"), "integer", _BOXED, question="question"
-    ),
-)
-TASKS = {task.name: task for task in _ALL}
+TASKS = {
+    name: Task(name, **fields)
+    for name, fields in tomllib.loads(Path(__file__).with_name("tasks.toml").read_text()).items()
+}
 
 
 @dataclass(frozen=True)
@@ -110,8 +75,10 @@ def read_questions(name: str, *, seed: int = 0, limit: int | None = None) -> Que
     name, _, file = name.partition("=")
     check_known("task", name, list(TASKS))
     task = TASKS[name]
-    hub, config, split = task.dataset
-    source, rows = (file, records(Path(file))) if file else (hub, records(hub, split, config))
+    if file:
+        source, rows = file, records(Path(file))
+    else:
+        source, rows = task.hub, records(task.hub, task.split, task.config)
     try:
         questions = tuple(
             _question(task, row, place, number, seed)
@@ -121,8 +88,7 @@ def read_questions(name: str, *, seed: int = 0, limit: int | None = None) -> Que
         if file:
             raise
         terms = (
-            f"; {hub} asks for its terms to be accepted: do so on its page, log in (hf auth login, "
-            "or HF_TOKEN)"
+            f"; accept the terms of {task.hub} on its page and log in (hf auth login, or HF_TOKEN)"
         )
         access = terms if "gated" in str(error) else ""
         raise type(error)(

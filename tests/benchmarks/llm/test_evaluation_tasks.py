@@ -104,7 +104,8 @@ def test_from_the_hub(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert len(read_questions(name).questions) == 1
-    assert asked == [TASKS[name].dataset]
+    task = TASKS[name]
+    assert asked == [(task.hub, task.config, task.split)]
 
 
 def test_a_gated_dataset_says_how_to_get_in(monkeypatch: pytest.MonkeyPatch) -> None:
