@@ -29,18 +29,9 @@ class Estimate(NamedTuple):
 def bootstrap_interval(values: ArrayLike, seed: int = 0) -> tuple[Scores, Scores]:
     """95 % percentile-bootstrap interval of the mean over the first axis (Efron 1979).
 
-    The same values and seed give the same interval.
-
-    Args:
-        values: ``[n, ...]``, one row for each independent measurement: a seed, or a question with
-            its answers averaged.
-        seed: Seed of the resampling.
-
-    Returns:
-        Lower and upper end, ``[...]``. They are equal where all rows are equal.
-
-    Raises:
-        ValueError: There is no row.
+    ``values`` ``[n, ...]`` has one row for each independent measurement: a seed, or a question with
+    its answers averaged. The ends ``[...]`` are equal where all rows are equal. The same values and
+    seed give the same interval. Without a row it raises a ``ValueError``.
     """
     from scipy import stats
 
@@ -63,11 +54,7 @@ def bootstrap_interval(values: ArrayLike, seed: int = 0) -> tuple[Scores, Scores
 
 
 def wilson_interval(right: int, questions: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share (Wilson 1927), for one answer per question.
-
-    Raises:
-        ValueError: There is no question, or there are more right answers than questions.
-    """
+    """Wilson's 95 % interval of a share (Wilson 1927), for one answer per question."""
     from scipy import stats
 
     interval = stats.binomtest(right, questions).proportion_ci(CONFIDENCE, method="wilson")

@@ -57,11 +57,7 @@ class RecipeRuns:
 
 
 def read_recipes(folder: Path) -> list[RecipeRuns]:
-    """Read all recipes with runs at or below ``folder``, by path.
-
-    Raises:
-        ResultsError: A file is not what a run writes.
-    """
+    """Read all recipes with runs at or below ``folder``, by path."""
     recipes: dict[str, RecipeRuns] = {}
     runs: list[FinishedRun | UnfinishedRun] = [*read_runs(folder, LANGUAGE)]
     runs += unfinished_runs(folder, LANGUAGE)
