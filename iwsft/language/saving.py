@@ -50,7 +50,7 @@ class CheckpointedTrainer(Trainer):
         super().__init__(**settings)
 
     def settings(self) -> dict[str, Any]:
-        """Settings that a checkpoint belongs to."""
+        """Settings that a checkpoint belongs to; each trainer says what its own are."""
         raise NotImplementedError
 
     def check_finite(self) -> None:
