@@ -25,7 +25,7 @@ _LABEL, _TEXT = "is_correct", "solution"
 
 
 @dataclass(frozen=True)
-class Question:
+class SolvedQuestion:
     """A prompt and its labelled solutions: a row for each, all with this prompt."""
 
     prompt: str
@@ -63,7 +63,7 @@ class Gsm8kRecipe(Recipe):
         The defaults are SmolLM2-135M and the bundled 400 questions of GSM8K.
         """
         del seed
-        questions = read_questions(BUNDLED if data is None else data)
+        questions = read_solved_questions(BUNDLED if data is None else data)
         training, held_out = split(questions, share=self.share)
         rows = rows_of(training)
         notes: dict[str, Any] = {
@@ -91,7 +91,7 @@ class Gsm8kRecipe(Recipe):
         return right_against_wrong(prepared.held_out, log_probs, seed=seed)
 
 
-def read_questions(source: str | Path) -> list[Question]:
+def read_solved_questions(source: str | Path) -> list[SolvedQuestion]:
     """Read labelled solutions and gather them by question, in the order of first sight.
 
     ``source`` is anything that :func:`iwsft.datasets.text.rows.read` reads. A record is a question
@@ -106,10 +106,12 @@ def read_questions(source: str | Path) -> list[Question]:
             gathered.setdefault(_same(row.prompt), []).append(row)
     if not gathered:
         raise ValueError(f"{source}: there is not a single solution in it")
-    return [Question(rows[0].prompt, tuple(rows)) for rows in gathered.values()]
+    return [SolvedQuestion(rows[0].prompt, tuple(rows)) for rows in gathered.values()]
 
 
-def split(questions: Sequence[Question], *, share: float) -> tuple[list[Question], list[Question]]:
+def split(
+    questions: Sequence[SolvedQuestion], *, share: float
+) -> tuple[list[SolvedQuestion], list[SolvedQuestion]]:
     """Split questions into training and held-out ones.
 
     Only questions that have right and wrong solutions are held out, about ``share`` of them. The
@@ -133,13 +135,13 @@ def split(questions: Sequence[Question], *, share: float) -> tuple[list[Question
     return training, held_out
 
 
-def rows_of(questions: Iterable[Question]) -> list[Row]:
+def rows_of(questions: Iterable[SolvedQuestion]) -> list[Row]:
     """Return all rows, in order."""
     return [row for question in questions for row in question.rows]
 
 
 def right_against_wrong(
-    questions: Sequence[Question], log_probs: NDArray[np.float64], *, seed: int
+    questions: Sequence[SolvedQuestion], log_probs: NDArray[np.float64], *, seed: int
 ) -> Evaluation:
     """How much more likely right solutions are than wrong ones, question by question.
 
@@ -203,7 +205,7 @@ def _labelled(record: Record, where: str) -> Row:
     return row
 
 
-def _mark(question: Question) -> float:
+def _mark(question: SolvedQuestion) -> float:
     """A number in [0, 1) that depends only on the text, spaces aside."""
     digest = hashlib.sha256(_same(question.prompt).encode()).digest()
     return int.from_bytes(digest[:7], "big") / 2**56

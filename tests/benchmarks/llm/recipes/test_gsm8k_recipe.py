@@ -18,8 +18,8 @@ from benchmarks.llm.recipes import load_recipe
 from benchmarks.llm.recipes.gsm8k import (
     BUNDLED,
     Gsm8kRecipe,
-    Question,
-    read_questions,
+    SolvedQuestion,
+    read_solved_questions,
     right_against_wrong,
     rows_of,
     split,
@@ -29,13 +29,13 @@ from iwsft.language import correct_only, tokenize
 from iwsft.trajectory import lengths
 
 
-def _question(number: int, labels: str) -> Question:
+def _question(number: int, labels: str) -> SolvedQuestion:
     prompt = f"Question {number}?\n"
     rows = tuple(
         Row(f"{number}.{k}", prompt=prompt, completion=f"{label} {k}", correct=label == "r")
         for k, label in enumerate(labels)
     )
-    return Question(prompt, rows)
+    return SolvedQuestion(prompt, rows)
 
 
 def test_the_bundled_lines_are_those_of_the_source():
@@ -43,14 +43,14 @@ def test_the_bundled_lines_are_those_of_the_source():
     assert hashlib.sha256(BUNDLED.read_bytes()).hexdigest() == record["sha256"]
     assert BUNDLED.stat().st_size == record["bytes"] < 1_000_000
     assert (BUNDLED.parent / "gsm8k-LICENSE").read_text().startswith("MIT License")
-    questions = read_questions(BUNDLED)
+    questions = read_solved_questions(BUNDLED)
     assert len(questions) == record["questions"] == 400
     assert [len(question.rows) for question in questions] == [4] * 400
 
 
 def test_labels_agree_with_the_last_line_and_the_known_answer():
     lines = [json.loads(line) for line in BUNDLED.read_text().splitlines()]
-    for line, question in zip(lines, read_questions(BUNDLED), strict=True):
+    for line, question in zip(lines, read_solved_questions(BUNDLED), strict=True):
         truth = _last_number(line["ground_truth"])
         for row in question.rows:
             assert row.completion is not None
@@ -66,7 +66,7 @@ def _last_number(text: str) -> float | None:
 
 
 def test_rows_hold_the_solutions_without_the_calculators_marks():
-    first, second = read_questions(BUNDLED)[:2]
+    first, second = read_solved_questions(BUNDLED)[:2]
     assert first.prompt.startswith("Question: Janet’s ducks lay 16 eggs per day.")
     assert first.prompt.endswith("at the farmers' market?\nAnswer:\n")
     assert first.rows[0].completion == (
@@ -88,7 +88,7 @@ def test_own_rows_are_gathered_by_prompt(tmp_path: Path):
         {"prompt": "1+1= ", "completion": "3", "correct": False, "score": 0.0},
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    one, two = read_questions(file)
+    one, two = read_solved_questions(file)
     assert [row.completion for row in one.rows] == ["2", "3"]
     assert [row.score for row in rows_of([one, two])] == [0.5, 0.0, 1.0]
     assert one.labels == {True, False} != two.labels
@@ -136,13 +136,13 @@ def test_records_that_are_not_labelled_solutions(
     file = tmp_path / "x.jsonl"
     file.write_text(json.dumps(record) + "\n")
     with pytest.raises(ValueError, match=message):
-        read_questions(file)
+        read_solved_questions(file)
 
 
 def test_mean_log_probs_are_those_of_the_plain_model(tiny_qwen2: Path):
     model = AutoModelForCausalLM.from_pretrained(tiny_qwen2)
     tokenizer = AutoTokenizer.from_pretrained(tiny_qwen2)
-    rows = rows_of(read_questions(BUNDLED)[:3])
+    rows = rows_of(read_solved_questions(BUNDLED)[:3])
     model.train()
     found = mean_log_probs(model, tokenizer, rows, token_budget=2000)
     assert model.training
