@@ -26,10 +26,7 @@ from iwsft.datasets.text.rows import ASSISTANT, Message
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _PRIVATE_USE = range(0xE000, 0xF900)
-_WAY_OUT = (
-    "train on single-turn rows, drop what the template drops from the data, or pass a template "
-    "that keeps it"
-)
+_WAY_OUT = "pass a template that keeps it, or drop it from the data"
 
 
 class Turn(NamedTuple):
@@ -60,10 +57,6 @@ class ChatEncoder:
         template: Jinja chat template; the tokenizer's own by default.
         template_kwargs: Variables of the template, such as ``enable_thinking``.
 
-    Attributes:
-        template: The template in use.
-        has_markers: Whether the template has generation markers.
-
     Raises:
         TypeError: The tokenizer has no offsets.
         ValueError: There is no template.
@@ -79,9 +72,8 @@ class ChatEncoder:
         check_tokenizer(tokenizer)
         if template is None and not tokenizer.chat_template:
             raise ValueError(
-                "the tokenizer has no chat template, which rows with messages need: take the "
-                "tokenizer of the model's instruction-tuned version, pass template= a Jinja "
-                "template, or give rows with 'prompt' and 'completion'"
+                "the tokenizer has no chat template; pass template=, or give rows with 'prompt' "
+                "and 'completion'"
             )
         self.tokenizer = tokenizer
         self.template: str = tokenizer.get_chat_template(template)
@@ -107,8 +99,8 @@ class ChatEncoder:
         tools = any(message.get("tool_calls") for message in messages)
         if tools and not self.has_markers:
             raise ValueError(
-                f"{where}: tool calls are trained only with a template that has generation "
-                "markers ({% generation %}); pass such a template=, or drop the row"
+                f"{where}: tool calls need a chat template with generation markers; pass such a "
+                "template=, or drop the row"
             )
         text = self._render(messages, where)
         # A template writes a tool call in its own form, so its text can't be looked for.
@@ -121,24 +113,19 @@ class ChatEncoder:
             self.tokenizer, text, [Stretch(turn.start, turn.stop) for turn in turns], where
         )
 
-    def _render(
-        self, messages: Sequence[Message], where: str, *, generation_prompt: bool = False
-    ) -> str:
-        """Render a conversation as text."""
+    def _render(self, messages: Sequence[Message], where: str, **options: bool) -> Any:
+        """Render a conversation as text; ``options`` are those of ``apply_chat_template``."""
         from jinja2 import TemplateError
 
         try:
-            text: str = self.tokenizer.apply_chat_template(
+            return self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 chat_template=self.template,
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
-                **self.template_kwargs,
+                **({"tokenize": False} | options | self.template_kwargs),
             )
         # Templates refuse rows with TemplateError and fail with TypeError.
         except (TemplateError, TypeError) as error:
             raise ValueError(f"{where}: the chat template refuses this row: {error}") from error
-        return text
 
     def _find_turns(self, messages: Sequence[Message], text: str, where: str) -> list[Turn]:
         """Find the assistant's turns in ``text``, the rendered conversation."""
@@ -150,16 +137,13 @@ class ChatEncoder:
             content = _find_content(message["content"].strip(), text, end)
             if content is None or content < last:
                 raise ValueError(
-                    f"{here}: the chat template rewrites this assistant turn (templates of "
-                    f"thinking models remove the thinking of earlier turns); {_WAY_OUT}"
+                    f"{here}: the chat template rewrites this assistant turn; {_WAY_OUT}"
                 )
             start = max(last, self._find_start(messages, index, text, content, where))
             for name in _REASONING:
                 thinking = message.get(name) or ""
                 if squash(thinking) not in squash(text[start:content]):
-                    raise ValueError(
-                        f"{here}: the chat template drops {name!r} of this turn; {_WAY_OUT}"
-                    )
+                    raise ValueError(f"{here}: the chat template drops {name!r}; {_WAY_OUT}")
             last = self._find_stop(text, end, here)
             turns.append(Turn(start, content, end, last))
         return turns
@@ -173,25 +157,19 @@ class ChatEncoder:
                 content = message["content"]
                 marks[index] = f"{sign}{index}{sign}"
                 # Before trailing white space, which a template may trim.
-                stripped = content.rstrip()
-                message = {**message, "content": stripped + marks[index] + content[len(stripped) :]}
+                end = len(content.rstrip())
+                message = {**message, "content": content[:end] + marks[index] + content[end:]}
             marked.append(message)
         rendered = self._render(marked, where)
         ends = {}
         for index, mark in marks.items():
-            before, separator, after = rendered.partition(mark)
-            if not separator:
-                raise ValueError(
-                    f"{where}, message {index}: the chat template drops this assistant turn; "
-                    f"{_WAY_OUT}"
-                )
-            ends[index] = len(before)
-            rendered = before + after
+            ends[index] = rendered.find(mark)
+            if ends[index] < 0:
+                here = f"{where}, message {index}"
+                raise ValueError(f"{here}: the chat template drops this assistant turn; {_WAY_OUT}")
+            rendered = rendered.replace(mark, "", 1)
         if rendered != text:
-            raise ValueError(
-                f"{where}: the chat template rewrites the assistant's text, so the text to train "
-                f"on can't be found; {_WAY_OUT}"
-            )
+            raise ValueError(f"{where}: the chat template rewrites a turn; {_WAY_OUT}")
         return ends
 
     def _find_start(
@@ -201,7 +179,7 @@ class ChatEncoder:
         if index > 0:
             before = messages[:index]
             try:
-                prompt = self._render(before, where, generation_prompt=True)
+                prompt = self._render(before, where, add_generation_prompt=True)
                 closed = self._render(before, where)
             # A template may refuse a conversation that ends here, and yet accept the whole.
             except ValueError:
@@ -220,9 +198,8 @@ class ChatEncoder:
             if text.startswith(token, token_start):
                 return token_start + len(token)
         raise ValueError(
-            f"{here}: the chat template puts no special token behind the assistant's text, so the "
-            f"model would not learn to stop (the next text is {text[end : end + 20]!r}); pass a "
-            "template that ends the turn with one, such as the EOS token"
+            f"{here}: {text[end : end + 20]!r} follows the assistant's text, not a special token; "
+            "pass a template that ends the turn with one"
         )
 
     def _check_end_of_turn(self, messages: Sequence[Message], where: str) -> None:
@@ -236,19 +213,12 @@ class ChatEncoder:
     def _encode_by_markers(
         self, messages: Sequence[Message], turns: list[Turn], text: str, where: str
     ) -> Encoded:
-        encoding = self.tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            chat_template=self.template,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            **self.template_kwargs,
+        encoding = self._render(
+            messages, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         mask = [bool(on) for on in encoding["assistant_masks"]]
         if not any(mask):
-            raise ValueError(
-                f"{where}: the mask of trained tokens is off everywhere; the template's generation "
-                "markers must enclose the assistant's text and its end-of-turn token"
-            )
+            raise ValueError(f"{where}: the template's generation markers enclose nothing; mend it")
         if turns:
             self._check_markers(encoding, mask, turns, text, where)
         return Encoded(list(encoding["input_ids"]), mask)
@@ -265,18 +235,16 @@ class ChatEncoder:
                 what = "end-of-turn token" if all(on) else "text"
                 raise ValueError(
                     f"{where}, assistant turn {number}: the template's generation markers leave "
-                    f"out a part of its {what}; they must enclose both"
+                    f"out a part of its {what}; correct the markers"
                 )
             white = len(text[turn.stop :]) - len(text[turn.stop :].lstrip())
             own = token_range(encoding, turn.start, turn.stop + white)
             allowed[own.start : own.stop] = [True] * len(own)
         outside = [i for i, (on, own) in enumerate(zip(mask, allowed, strict=True)) if on > own]
         if outside:
-            tokens = self.tokenizer.convert_ids_to_tokens(encoding["input_ids"])
             raise ValueError(
-                f"{where}: the template's generation markers train on {len(outside)} tokens that "
-                f"are not the assistant's, the first is token {outside[0]} "
-                f"({tokens[outside[0]]!r}); correct the markers"
+                f"{where}: the template's generation markers enclose {len(outside)} tokens that "
+                f"are not the assistant's, from token {outside[0]} on; correct the markers"
             )
 
 

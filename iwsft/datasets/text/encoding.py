@@ -28,8 +28,8 @@ def check_tokenizer(tokenizer: Any) -> None:
     """
     if not getattr(tokenizer, "is_fast", False):
         raise TypeError(
-            f"{type(tokenizer).__name__} does not tell the characters of a token, which the mask "
-            "of trained tokens needs; load a fast tokenizer (a folder with tokenizer.json)"
+            f"{type(tokenizer).__name__} does not tell the characters of a token; load a fast "
+            "tokenizer (a folder with tokenizer.json)"
         )
 
 
@@ -54,22 +54,16 @@ def encode_stretches(
     cuts = [start for start, stop in stretches if _straddled(whole, start, stop)]
     ids: list[int] = []
     trained: list[bool] = []
-    remaining = iter(stretches)
-    stretch = next(remaining, None)
     for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
         piece = tokenizer(text[begin:end], add_special_tokens=False) if cuts else whole
-        mask = [False] * len(piece["input_ids"])
-        while stretch is not None and stretch.stop <= end:
-            tokens = token_range(piece, stretch.start - begin, stretch.stop - begin)
-            mask[tokens.start : tokens.stop] = [True] * len(tokens)
-            _check_decoded(
-                tokenizer,
-                piece["input_ids"][tokens.start : tokens.stop],
-                text[stretch.start : stretch.stop],
-                where,
-            )
-            stretch = next(remaining, None)
-        ids += piece["input_ids"]
+        mask = [False] * len(piece.input_ids)
+        for start, stop in stretches:
+            if begin <= start < end:
+                tokens = token_range(piece, start - begin, stop - begin)
+                mask[tokens.start : tokens.stop] = [True] * len(tokens)
+                own = piece.input_ids[tokens.start : tokens.stop]
+                _check_decoded(tokenizer, own, text[start:stop], where)
+        ids += piece.input_ids
         trained += mask
     return Encoded(ids, trained)
 
@@ -84,10 +78,7 @@ def encode_completion(tokenizer: Any, prompt: str, completion: str, where: str) 
     """
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise ValueError(
-            f"{where}: the tokenizer has no EOS token, so a completion would have no end; set "
-            "tokenizer.eos_token"
-        )
+        raise ValueError(f"{where}: the tokenizer has no EOS token; set tokenizer.eos_token")
     text = prompt + completion
     ids, trained = encode_stretches(tokenizer, text, [Stretch(len(prompt), len(text))], where)
     if ids[-1] != eos:
@@ -129,16 +120,9 @@ def _check_decoded(tokenizer: Any, ids: list[int], text: str, where: str) -> Non
         return squash(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
     result = decoded(ids)
-    if result == squash(text):
-        return
-    # A tokenizer may normalise text, or not know a character. So the text is also compared by its
-    # own tokens.
-    if result != decoded(tokenizer(text, add_special_tokens=False)["input_ids"]):
+    # A tokenizer may normalise text or not know a character; then its own tokens read otherwise.
+    if result not in (squash(text), decoded(tokenizer(text, add_special_tokens=False).input_ids)):
         raise ValueError(
-            f"{where}: the tokens to train on read {_short(result)}, the assistant's text is "
-            f"{_short(text)}; this tokenizer's offsets can't be relied on"
+            f"{where}: the tokens to train on read {result[:80]!r}, not {text[:80]!r}; take "
+            "another tokenizer"
         )
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 80 else f"{text[:38]} ... {text[-38:]}")

@@ -27,11 +27,10 @@ _SUFFIXES = (".jsonl", ".json", ".parquet")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # The type of an optional column, and its rule for errors.
 _OPTIONAL: dict[str, tuple[type, str]] = {
-    "score": (float, "a finite number (clean the data, or drop the row)"),
+    "score": (float, "a finite number"),
     "weight": (int, "how often the row is drawn, 0, 1, 2, ... (for quality use a 'score')"),
     "correct": (bool, "true or false"),
 }
-_OTHER_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def read(
     make = to_row if make is None else make
     rows = [make(record, where) for where, record in records(source, split, config, cache_dir)]
     if not rows:
-        raise ValueError(f"{source}: there is not a single row in it")
+        raise ValueError(f"{source}: there is no row in it")
     return rows
 
 
@@ -106,8 +105,8 @@ def records(
         return _parquet(path) if path.suffix.lower() == ".parquet" else _json(path)
     if isinstance(source, Path) or path.exists() or not _HUB_NAME.fullmatch(str(source)):
         raise ValueError(
-            f"{source} is not data that can be read: pass a file that ends in "
-            f"{', '.join(_SUFFIXES)}, a folder, or the name of a Hugging Face dataset (OWNER/NAME)"
+            f"{source} is not data that can be read: pass a folder, the name of a Hugging Face "
+            f"dataset, or a file that ends in {', '.join(_SUFFIXES)}"
         )
     return _from_datasets(str(source), split, config, cache_dir)
 
@@ -128,18 +127,12 @@ def to_row(record: Record, where: str) -> Row:
         return replace(row, messages=_messages(record["messages"], where))
     for column in ("prompt", "completion"):
         if record.get(column) is None:
-            hint = ""
-            if "conversations" in record:
-                hint = " ('conversations' holds messages under other names: convert it)"
             raise ValueError(
-                f"{where}: column {column!r} is missing{hint}; a row has 'messages', or 'prompt' "
-                f"and 'completion'. Columns found: {', '.join(map(str, record)) or 'none'}. "
-                "Rename them, or pass make= a function to rows"
+                f"{where}: column {column!r} is missing, and so is 'messages'; rename the columns "
+                f"({', '.join(map(str, record)) or 'none'}), or pass make="
             )
     prompt = check_text(record["prompt"], "prompt", where)
-    completion = check_text(record["completion"], "completion", where)
-    if not completion.strip():
-        raise ValueError(f"{where}: the completion is empty; drop the row, or fill it")
+    completion = check_text(record["completion"], "the completion", where, filled=True)
     return replace(row, prompt=prompt, completion=completion)
 
 
@@ -151,69 +144,59 @@ def check_scores(rows: Sequence[Row]) -> None:
     """
     for row in rows:
         if row.score is None:
-            raise ValueError(
-                f"{row.where}: there is no score, and curation cuts by it; add a column 'score', "
-                "or train on all rows"
-            )
+            raise ValueError(f"{row.where}: there is no score; add it, or train on all rows")
     if len(rows) > 1 and len({row.score for row in rows}) == 1:
         raise ValueError(
-            f"all {len(rows)} scores are {rows[0].score:g} (from {rows[0].where} on), so no row is "
-            "better than another; pass other scores, or train on all rows"
+            f"all {len(rows)} scores are {rows[0].score:g} (from {rows[0].where} on); pass other "
+            "scores, or train on all rows"
         )
 
 
-def check_text(value: Any, name: str, where: str) -> str:
-    """Return a value that is text that can be tokenised.
+def check_text(value: Any, name: str, where: str, *, filled: bool = False) -> str:
+    """Return a value that is text that can be tokenised; with ``filled`` more than white space.
 
     Raises:
         ValueError: It is something else; the error names it.
     """
     if not isinstance(value, str):
         raise ValueError(f"{where}: {name} must be text, it is {_kind(value)}")
+    if filled and not value.strip():
+        raise ValueError(f"{where}: {name} is empty; drop the row, or fill it")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{where}: {name} holds half of a surrogate pair at character {error.start}, which is "
-            "not text; mend or drop the row"
+            f"{where}: {name} has half a surrogate pair at character {error.start}; drop the row"
         ) from error
     return value
 
 
 def _messages(value: Any, where: str) -> tuple[Message, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise ValueError(
-            f"{where}: messages must be a list of {{role, content}}, it is {_kind(value)}"
-        )
-    messages = tuple(_message(message, turn, where) for turn, message in enumerate(value))
+        raise ValueError(f"{where}: messages must be a list, it is {_kind(value)}")
+    messages = tuple(
+        _message(message, f"{where}, message {turn}") for turn, message in enumerate(value)
+    )
     if not any(message["role"] == ASSISTANT for message in messages):
-        roles = ", ".join(message["role"] for message in messages) or "none"
-        raise ValueError(
-            f"{where}: there is no assistant turn to train on (roles: {roles}); drop the row"
-        )
+        raise ValueError(f"{where}: there is no assistant turn to train on; drop the row")
     return messages
 
 
-def _message(value: Any, turn: int, where: str) -> Message:
-    here = f"{where}, message {turn}"
-    if not isinstance(value, Mapping) or "role" not in value:
-        content = sorted(value) if isinstance(value, Mapping) else _kind(value)
-        raise ValueError(f"{here}: a message is {{role, content}}, found {content}")
-    role = value["role"]
+def _message(value: Any, where: str) -> Message:
+    role = value.get("role") if isinstance(value, Mapping) else None
     if role not in ROLES:
-        near = _OTHER_ROLES.get(role) if isinstance(role, str) else None
-        hint = f"did you mean {near!r}? " if near else ""
-        raise ValueError(f"{here}: unknown role {role!r}; {hint}Roles are {', '.join(ROLES)}")
+        raise ValueError(
+            f"{where}: a message is {{role, content}} with a role of {', '.join(ROLES)}, this is "
+            f"{value!r:.60}"
+        )
     # Arrow gives every message all keys of all messages; templates test whether a key exists.
     message = {key: entry for key, entry in value.items() if entry is not None}
-    content = check_text(message.setdefault("content", ""), "content", here)
-    if role == ASSISTANT and not content.strip() and not message.get("tool_calls"):
-        raise ValueError(f"{here}: the assistant's turn is empty; drop the row, or fill it")
+    filled = role == ASSISTANT and not message.get("tool_calls")
+    check_text(message.setdefault("content", ""), "content", where, filled=filled)
     return message
 
 
 def _optional(value: Any, name: str, where: str) -> Any:
-    """Check the value of an optional column."""
     if value is None:
         return None
     kind, rule = _OPTIONAL[name]
@@ -265,8 +248,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Record]]:
                     number += 1
     except pyarrow.ArrowException as error:
         raise ValueError(
-            f"{path}: this file can't be read as Parquet, from row {number} on ({error}); fetch or "
-            "write it again"
+            f"{path} row {number}: the file is not Parquet from here on ({error}); write it again"
         ) from error
 
 
@@ -286,14 +268,12 @@ def _from_datasets(
             cache = None if cache_dir is None else str(cache_dir)
             data = datasets.load_dataset(name, config, split=split, cache_dir=cache)
     except ConnectionError as error:
-        raise ConnectionError(
-            f"the dataset {name!r} can't be reached ({error}); check the network, or pass a file "
-            "or folder"
-        ) from error
+        raise ConnectionError(f"{name!r} can't be reached ({error}); pass a file") from error
     # DatasetNotFoundError and EmptyDatasetError are FileNotFoundErrors.
     except (KeyError, ValueError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
-        part = f"split {split!r}" + (f", configuration {config!r}" if config else "")
-        raise ValueError(f"{name!r} can't be loaded, {part}: {error}") from error
+        raise ValueError(
+            f"{name!r} can't be loaded (split {split!r}, configuration {config!r}): {error}"
+        ) from error
     for number, record in enumerate(data):
         yield f"{name} [{split}] row {number}", record
 

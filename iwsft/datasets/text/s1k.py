@@ -48,11 +48,11 @@ def to_row(record: Record, where: str, *, teacher: Teacher = "deepseek") -> Row:
     else:
         raise ValueError(
             f"{where}: neither {teacher}_thinking_trajectory (s1K-1.1) nor thinking_trajectories "
-            f"(s1K) is a column; columns found: {', '.join(map(str, record))}"
+            f"(s1K) is a column, only {', '.join(map(str, record))}"
         )
-    question = _check_filled(record.get("question"), "question", where)
-    trace = _check_filled(trace, trace_column, where)
-    answer = _check_filled(record.get(answer_column), answer_column, where)
+    question = check_text(record.get("question"), "question", where, filled=True)
+    trace = check_text(trace, trace_column, where, filled=True)
+    answer = check_text(record.get(answer_column), answer_column, where, filled=True)
     messages = (
         {"role": "user", "content": question},
         {"role": ASSISTANT, "content": assistant_text(trace, answer)},
@@ -79,16 +79,8 @@ def set_pad_token(tokenizer: Any) -> int:
     """
     if PAD_TOKEN not in tokenizer.get_vocab():
         raise ValueError(
-            f"this tokenizer has no {PAD_TOKEN}, the padding of the s1K recipe; take the tokenizer "
-            "of a Qwen2.5 model"
+            f"this tokenizer has no {PAD_TOKEN}; take the tokenizer of a Qwen2.5 model"
         )
     tokenizer.pad_token = PAD_TOKEN
     pad: int = tokenizer.pad_token_id
     return pad
-
-
-def _check_filled(value: Any, column: str, where: str) -> str:
-    text = check_text(value, column, where)
-    if not text.strip():
-        raise ValueError(f"{where}: {column} is empty; drop the row")
-    return text

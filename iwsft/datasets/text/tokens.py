@@ -80,7 +80,7 @@ def tokenize(
         TypeError: The tokenizer has no offsets.
     """
     if not rows:
-        raise ValueError("there is not a single row to tokenise")
+        raise ValueError("there is no row to tokenise")
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length={max_length} leaves nothing to train on; it is at least 2")
     columns = _columns(rows)
@@ -89,51 +89,30 @@ def tokenize(
         chat = ChatEncoder(tokenizer, template=template, template_kwargs=template_kwargs)
     else:
         check_tokenizer(tokenizer)
-    ids, masks, truncated = [], [], {}
-    for number, row in enumerate(rows):
-        if row.messages is not None and chat is not None:
-            encoded = chat.encode(row.messages, row.where)
-        elif row.completion is not None:
-            encoded = encode_completion(tokenizer, row.prompt, row.completion, row.where)
-        else:
-            raise ValueError(f"{row.where}: a row has messages, or a prompt and a completion")
-        if max_length is not None and len(encoded.ids) > max_length:
-            truncated[number] = len(encoded.ids) - max_length
-        mask = torch.tensor(encoded.trained[:max_length])
-        mask[0] = False
-        if not bool(mask.any()):
-            if max_length is None or not any(encoded.trained[1:]):
-                raise ValueError(f"{row.where}: there is no token to train on; drop the row")
-            raise ValueError(
-                f"{row.where}: max_length={max_length} cuts off all that is trained (it starts at "
-                f"token {encoded.trained.index(True)} of {len(encoded.ids)}); raise max_length, "
-                "shorten the prompt, or drop the row"
-            )
-        ids.append(torch.tensor(encoded.ids[:max_length]))
-        masks.append(mask)
-
+    ids, masks, cuts = zip(
+        *(_encode(row, tokenizer, chat, max_length) for row in rows), strict=True
+    )
     sizes = torch.tensor([len(row_ids) for row_ids in ids])
-    tokens = torch.cat(ids)
+    mask = torch.cat(masks)
     steps: dict[NestedKey, Tensor] = {
-        TOKENS: tokens,
-        ATTENTION_MASK: torch.ones_like(tokens, dtype=torch.bool),
-        ASSISTANT_MASK: torch.cat(masks),
+        TOKENS: torch.cat(ids),
+        ATTENTION_MASK: torch.ones_like(mask),
+        ASSISTANT_MASK: mask,
         **{key: values.repeat_interleave(sizes) for key, values in columns.items()},
     }
     traj_ids = torch.arange(len(rows)).repeat_interleave(sizes)
+    truncated = {number: cut for number, cut in enumerate(cuts) if cut}
     notes = []
     if truncated:
-        cut = sum(truncated.values())
-        places = [rows[number].where for number in list(truncated)[:5]]
-        more = f" and {len(truncated) - 5} more" if len(truncated) > 5 else ""
+        places = ", ".join(rows[number].where for number in list(truncated)[:5])
         notes.append(
-            f"max_length={max_length} cut {len(truncated)} of {len(rows)} rows and {cut} of "
-            f"{len(tokens) + cut} tokens, ends of turn with them: {', '.join(places)}{more}"
+            f"max_length={max_length} cut {len(truncated)} of {len(rows)} rows and {sum(cuts)} of "
+            f"{len(mask) + sum(cuts)} tokens, ends of turn with them; first: {places}"
         )
     if chat is not None and "strftime_now" in chat.template and not chat.template_kwargs:
         notes.append(
-            "the chat template writes today's date into the rows, so tokens differ from day to "
-            "day; fix it with template_kwargs, often {'date_string': '01 Jan 2025'}"
+            "the chat template writes today's date into the rows; fix it with template_kwargs, "
+            "often {'date_string': '01 Jan 2025'}"
         )
     for note in notes:
         warnings.warn(note, UserWarning, stacklevel=2)
@@ -161,17 +140,34 @@ def correct_only(trajectories: TensorDictBase) -> TensorDictBase:
         ValueError: No trajectory is correct.
     """
     if trajectories.get(CORRECT, default=None) is None:
-        raise KeyError(
-            f"{CORRECT!r} is not in these trajectories; give the rows a column 'correct', or "
-            "curate by another score"
-        )
+        raise KeyError(f"there is no {CORRECT!r} here; give the rows a column 'correct'")
     correct = per_trajectory(trajectories, CORRECT)
-    positions = correct.nonzero().squeeze(-1)
-    if len(positions) == 0:
+    if not bool(correct.any()):
+        raise ValueError(f"none of the {len(correct)} rows is correct; take other rows")
+    return select(trajectories, correct.nonzero().squeeze(-1))
+
+
+def _encode(
+    row: Row, tokenizer: Any, chat: ChatEncoder | None, max_length: int | None
+) -> tuple[Tensor, Tensor, int]:
+    """Return a row's ids, its mask, and the number of tokens cut off."""
+    if row.messages is not None and chat is not None:
+        encoded = chat.encode(row.messages, row.where)
+    elif row.completion is not None:
+        encoded = encode_completion(tokenizer, row.prompt, row.completion, row.where)
+    else:
+        raise ValueError(f"{row.where}: a row has messages, or a prompt and a completion")
+    if not any(encoded.trained[1:]):
+        raise ValueError(f"{row.where}: there is no token to train on; drop the row")
+    if not any(encoded.trained[1:max_length]):
         raise ValueError(
-            f"none of the {len(correct)} rows is correct: there is nothing to train on"
+            f"{row.where}: max_length={max_length} cuts off all that is trained, from token "
+            f"{encoded.trained.index(True)} on; raise max_length, or drop the row"
         )
-    return select(trajectories, positions)
+    mask = torch.tensor(encoded.trained[:max_length])
+    mask[0] = False
+    ids = torch.tensor(encoded.ids[:max_length])
+    return ids, mask, len(encoded.ids) - len(ids)
 
 
 def _columns(rows: Sequence[Row]) -> dict[NestedKey, Tensor]:
@@ -188,10 +184,10 @@ def _columns(rows: Sequence[Row]) -> dict[NestedKey, Tensor]:
             continue
         if lacking:
             raise ValueError(
-                f"{lacking[0]}: there is no {name}, nor in {len(lacking) - 1} other rows, and "
-                f"{len(rows) - len(lacking)} rows have one; give all rows a {name}, or none"
+                f"{lacking[0]}: there is no {name} in {len(lacking)} of {len(rows)} rows; give all "
+                f"rows a {name}, or none"
             )
         columns[key] = torch.tensor(values, dtype=dtype)
-    if MULTIPLICITY in columns and int(columns[MULTIPLICITY].sum()) == 0:
-        raise ValueError("every row has weight 0: there is nothing to train on")
+    if MULTIPLICITY in columns and not bool(columns[MULTIPLICITY].any()):
+        raise ValueError("every row has weight 0; take other rows")
     return columns

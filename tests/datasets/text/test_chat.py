@@ -142,10 +142,10 @@ def test_reasoning_in_a_field_of_its_own():
         (CHATML.replace("m.content", "m.content[:9]"), TALK[:2] + [assistant("x" * 12)], "drops"),
         (CHATML.replace("m.content", "m.content | upper"), TALK, "rewrites"),
         (CHATML.replace("m.content", "m.content + m.content"), TALK, "rewrites"),
-        (WITHOUT_END, TALK[:3], "no special token behind the assistant's text"),
-        (WITHOUT_END, TALK[:4], "no special token behind the assistant's text"),
+        (WITHOUT_END, TALK[:3], "follows the assistant's text, not a special token"),
+        (WITHOUT_END, TALK[:4], "follows the assistant's text, not a special token"),
         (GEMMA, TALK, "file:7: the chat template refuses this row: System role not supported"),
-        (MARKED.replace("assistant' %}", "nobody' %}"), TALK, "off everywhere"),
+        (MARKED.replace("assistant' %}", "nobody' %}"), TALK, "enclose nothing"),
         (
             MARKED.replace(
                 "m.content + '<|im_end|>\n' }}{% endgen", "m.content }}{% endgen"
@@ -157,7 +157,7 @@ def test_reasoning_in_a_field_of_its_own():
         (
             CHATML,
             [user("q"), {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}],
-            "tool calls are trained only with a template that has generation markers",
+            "tool calls need a chat template with generation markers",
         ),
     ],
 )

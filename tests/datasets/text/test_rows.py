@@ -86,22 +86,22 @@ def turn(role: str, content: Any) -> dict[str, Any]:
     [
         ({"question": "a", "answer": "b"}, "column 'prompt' is missing.*question, answer"),
         ({"prompt": "a"}, "column 'completion' is missing"),
-        ({"conversations": []}, "'conversations' holds messages under other names"),
+        ({"conversations": []}, "column 'prompt' is missing.*conversations"),
         ({"prompt": "a", "completion": " \n"}, "the completion is empty"),
         ({"prompt": 3, "completion": "a"}, "prompt must be text, it is of type int"),
-        ({"prompt": "a", "completion": "\ud800"}, "half of a surrogate pair at character 0"),
+        ({"prompt": "a", "completion": "\ud800"}, "half a surrogate pair at character 0"),
         ({"messages": "hello"}, "messages must be a list"),
         ({"messages": []}, "no assistant turn to train on"),
-        ({"messages": [turn("user", "a")]}, r"no assistant turn to train on \(roles: user\)"),
-        ({"messages": [turn("user", "a"), turn("assistant", " ")]}, "message 1: .*turn is empty"),
-        ({"messages": [turn("gpt", "a")]}, "unknown role 'gpt'; did you mean 'assistant'"),
-        ({"messages": [turn("narrator", "a")]}, "unknown role 'narrator'; Roles are system,"),
+        ({"messages": [turn("user", "a")]}, "no assistant turn to train on"),
+        ({"messages": [turn("user", "a"), turn("assistant", " ")]}, "message 1: content is empty"),
+        ({"messages": [turn("gpt", "a")]}, "a role of system, .*this is .*'gpt'"),
+        ({"messages": [turn("narrator", "a")]}, "a role of system, .*this is .*'narrator'"),
         ({"messages": [turn("assistant", [{"text": "a"}])]}, "content must be text, it is of type"),
-        ({"messages": ["a"]}, "a message is {role, content}, found of type str"),
-        ({**PAIR, "score": math.nan}, "score must be a finite number .*it is nan"),
-        ({**PAIR, "score": math.inf}, "score must be a finite number .*it is inf"),
-        ({**PAIR, "score": "good"}, "score must be a finite number .*it is 'good'"),
-        ({**PAIR, "score": True}, "score must be a finite number .*it is True"),
+        ({"messages": ["a"]}, "a message is {role, content} .*this is 'a'"),
+        ({**PAIR, "score": math.nan}, "score must be a finite number, it is nan"),
+        ({**PAIR, "score": math.inf}, "score must be a finite number, it is inf"),
+        ({**PAIR, "score": "good"}, "score must be a finite number, it is 'good'"),
+        ({**PAIR, "score": True}, "score must be a finite number, it is True"),
         ({**PAIR, "weight": 0.5}, "weight must be how often .*it is 0.5"),
         ({**PAIR, "weight": -1}, "weight must be how often .*it is -1"),
         ({**PAIR, "weight": math.inf}, "weight must be how often .*it is inf"),
@@ -128,15 +128,15 @@ def test_files_that_can_not_be_read(tmp_path):
     with pytest.raises(ValueError, match="broken.json: this file is not JSON"):
         read(tmp_path / "broken.json")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and then nothing of the kind PAR1")
-    with pytest.raises(ValueError, match="broken.parquet: this file can't be read as Parquet"):
+    with pytest.raises(ValueError, match="broken.parquet row 0: the file is not Parquet"):
         read(tmp_path / "broken.parquet")
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="empty.jsonl: there is not a single row"):
+    with pytest.raises(ValueError, match="empty.jsonl: there is no row"):
         read(tmp_path / "empty.jsonl")
     with pytest.raises(FileNotFoundError, match="no file .*none.jsonl"):
         read(tmp_path / "none.jsonl")
     (tmp_path / "data.csv").write_text("a,b")
-    with pytest.raises(ValueError, match="data.csv is not data that can be read.*.jsonl"):
+    with pytest.raises(ValueError, match="data.csv is not data that can be read: .*.jsonl"):
         read(tmp_path / "data.csv")
     with pytest.raises(ValueError, match="not data that can be read"):
         read("https://example.org/data set")
