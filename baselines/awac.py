@@ -141,10 +141,7 @@ class AWACLoss(LossModule):
         self.reduction = reduction
         self.convert_to_functional(actor_network, "actor_network")
         self.convert_to_functional(
-            list(qvalue_network),
-            "qvalue_network",
-            len(qvalue_network),
-            create_target_params=True,
+            list(qvalue_network), "qvalue_network", len(qvalue_network), create_target_params=True
         )
 
     def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:

@@ -192,10 +192,7 @@ class ConservativeLoss(CQLLoss):
         ).squeeze(-1)
 
     def _q_and_gap(
-        self,
-        tensordict: TensorDictBase,
-        here: tuple[Tensor, Tensor],
-        there: tuple[Tensor, Tensor],
+        self, tensordict: TensorDictBase, here: tuple[Tensor, Tensor], there: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Return Q(s, a) of the data and the penalty of Eq. 4, ``[2, B]`` each.
 

@@ -53,10 +53,7 @@ def load(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         raise CheckpointError(f"{path} is corrupt (it holds {list(content)}); {way_out}")
     differ = differences(json.loads(content["settings"]), settings)
     if differ:
-        raise CheckpointError(
-            f"{path} belongs to a run with other settings: {differ}; run with those, or choose "
-            "another --out"
-        )
+        raise CheckpointError(f"{path} is of other settings: {differ}; choose another --out")
     state: dict[str, Any] = content["state"]
     return state
 
@@ -88,9 +85,8 @@ def read(path: Path, way_out: str) -> dict[str, Any]:
             raise zipfile.BadZipFile(f"{broken} does not fit its checksum")
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except CORRUPT as error:
-        raise CheckpointError(
-            f"{path} is corrupt ({type(error).__name__}: {error}); {way_out}"
-        ) from error
+        problem = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path} is corrupt ({problem}); {way_out}") from error
     return content
 
 

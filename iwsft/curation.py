@@ -23,6 +23,7 @@ from iwsft.trajectory import (
     TRAJ_IDS,
     Segments,
     check_tensordict,
+    fit,
     lengths,
     pack,
     per_trajectory,
@@ -75,12 +76,7 @@ def curate(
     if ties not in get_args(Ties):
         raise ValueError(f"ties={ties!r} is unknown; it is one of {', '.join(get_args(Ties))}")
     if trajectories.get(MULTIPLICITY, default=None) is not None:
-        raise ValueError(
-            f"these trajectories hold {MULTIPLICITY!r} already; curate the data they come from, or "
-            f"drop the counts with trajectories.exclude({MULTIPLICITY!r})"
-        )
-    if trajectories.batch_size.numel() == 0:
-        raise ValueError("there is not a single step in these trajectories")
+        raise ValueError(f"these hold {MULTIPLICITY!r} already; curate the data they come from")
     padded = len(Segments.of(trajectories).shape) == 2
     packed = pack(trajectories) if padded else trajectories
     sizes = lengths(packed)
@@ -101,15 +97,11 @@ def trajectory_returns(packed: TensorDictBase) -> Tensor:
         KeyError: The trajectories have no rewards.
         ValueError: The rewards are not one number per step.
     """
-    if packed.get(REWARD, default=None) is None:
-        raise KeyError(
-            f"the return needs {REWARD!r}, which these trajectories lack; pass score=KEY of a "
-            "score in the data, score='length', or a function"
-        )
-    reward = packed.get(REWARD)
-    if reward.numel() != len(packed):
-        raise ValueError(f"{REWARD!r} has shape {list(reward.shape)}, not one number per step")
+    reward = packed.get(REWARD, default=None)
+    if reward is None:
+        raise KeyError(f"the return needs {REWARD!r}; pass another score where there is none")
     segments = Segments.of(packed)
+    reward = fit(reward, segments.shape, repr(REWARD))
     return segments.sum(reward.double())[: int(segments.index[-1]) + 1]
 
 
@@ -117,13 +109,12 @@ def trajectory_scores(trajectories: TensorDictBase, score: Score) -> Tensor:
     """Return finite scores of packed trajectories, float64 ``[n]``; see :func:`curate`."""
     sizes = lengths(trajectories)
     if callable(score):
-        scores = torch.as_tensor(score(trajectories))
+        scores = torch.as_tensor(score(trajectories)).detach().double()
         if scores.shape != sizes.shape:
             raise ValueError(
                 f"the score function gave shape {list(scores.shape)}; there are {len(sizes)} "
-                f"trajectories, so it must give [{len(sizes)}]"
+                "trajectories"
             )
-        scores = scores.detach().double()
     elif score == "return":
         scores = trajectory_returns(trajectories)
     elif score == "length":
@@ -133,16 +124,15 @@ def trajectory_scores(trajectories: TensorDictBase, score: Score) -> Tensor:
     else:
         names = ["return", "length", *map(_name, trajectories.keys(True, True))]
         close = difflib.get_close_matches(_name(score), names, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise KeyError(f"score {_name(score)} is unknown; {hint}There are {', '.join(names)}")
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
+        raise KeyError(f"score {_name(score)} is unknown; {hint}")
     bad = (~scores.isfinite()).nonzero()
     if len(bad):
         first = int(bad[0])
         traj_id = int(trajectories.get(TRAJ_IDS)[int(sizes[:first].sum())])
         raise ValueError(
             f"the score ({_name(score)}) of trajectory {first} (id {traj_id}) is "
-            f"{float(scores[first])}, and {len(bad)} of {len(scores)} scores are NaN or infinite; "
-            "clean the data or drop these trajectories"
+            f"{float(scores[first])}, and {len(bad)} of {len(scores)} scores are NaN or infinite"
         )
     return scores
 
@@ -162,14 +152,12 @@ def _count_survived(scores: Tensor, cuts: Sequence[float], ties: Ties, seed: int
         raise ValueError(f"the curated set is empty: {_keeps_none(min(cuts), ties, scores)}")
     for cut, row in zip(cuts, survived, strict=True):
         if not bool(row.any()):
-            warnings.warn(_keeps_none(cut, ties, scores), UserWarning, stacklevel=3)
+            warnings.warn(_keeps_none(cut, ties, scores), stacklevel=3)
         elif ties == ">=" and cut > 0 and len(scores) > 1 and bool(row.all()):
             at_bottom = int((scores == scores.min()).sum())
             warnings.warn(
                 f"cut {cut} with ties='>=' keeps all {len(scores)} trajectories: {at_bottom} of "
-                f"the scores are the minimum ({float(scores.min()):.6g}); pass ties='>' or "
-                "ties='rank'",
-                UserWarning,
+                f"the scores are the minimum; pass ties='>' or ties='rank'",
                 stacklevel=3,
             )
     return survived.sum(0)
@@ -181,7 +169,6 @@ def _cut_by_rank(scores: Tensor, cuts: Sequence[float], seed: int) -> Tensor:
         warnings.warn(
             f"all {count} scores are {float(scores[0]):.6g}: cuts {tuple(cuts)} keep trajectories "
             "by chance; pass cuts=(0,) to keep all, or another score",
-            UserWarning,
             stacklevel=4,
         )
     shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
@@ -197,10 +184,8 @@ def _cut_by_rank(scores: Tensor, cuts: Sequence[float], seed: int) -> Tensor:
         if by_chance < equal < count and 2 * by_chance >= len(survivors) and equal > 2:
             warnings.warn(
                 f"cut {cut} falls among {equal} equal scores ({float(last):.6g}): {by_chance} of "
-                f"the {len(survivors)} trajectories kept are drawn by chance from them. Where "
-                "returns are sparse, ties='>=' keeps all or ties='>' none of the equal ones, or "
-                "pass another score",
-                UserWarning,
+                f"the {len(survivors)} trajectories kept are drawn by chance from them; ties='>=' "
+                "keeps all or ties='>' none of the equal ones",
                 stacklevel=4,
             )
     return survived
@@ -208,11 +193,9 @@ def _cut_by_rank(scores: Tensor, cuts: Sequence[float], seed: int) -> Tensor:
 
 def _keeps_none(cut: float, ties: Ties, scores: Tensor) -> str:
     at_top = int((scores == scores.max()).sum())
-    least, quarter, middle, upper, most = np.percentile(scores.numpy(), (0, 25, 50, 75, 100))
     return (
         f"cut {cut} with ties={ties!r} keeps no trajectory: {at_top} of {len(scores)} scores are "
-        f"the maximum (quantiles 0/25/50/75/100: {least:.6g}, {quarter:.6g}, {middle:.6g}, "
-        f"{upper:.6g}, {most:.6g}); pass ties='rank' or '>=', or lower cuts"
+        "the maximum; pass ties='rank' or '>=', or lower cuts"
     )
 
 
@@ -221,14 +204,11 @@ def _check_cuts(cuts: Sequence[float]) -> None:
         raise TypeError(f"cuts={cuts!r} must be a sequence of percentiles, such as (90,)")
     for cut in cuts:
         if not 0 <= cut < 100:
-            raise ValueError(
-                f"cut {cut} is not a percentile from 0 to below 100; 90 keeps the top 10 %"
-            )
+            raise ValueError(f"cut {cut} is not a percentile in [0, 100); 90 keeps the top 10 %")
     if cuts and 0 < max(cuts) < 1:
         warnings.warn(
             f"cuts={tuple(cuts)} are percentiles and keep nearly everything; did you mean "
             f"{tuple(100 * cut for cut in cuts)}?",
-            UserWarning,
             stacklevel=3,
         )
 

@@ -81,11 +81,6 @@ def bound_gap(log_weight_p: Tensor, log_weight_q: Tensor, share: Tensor) -> dict
     smoothed objective, and with self-normalised weights the KL divergence of q's weighting from the
     policy's.
 
-    Args:
-        log_weight_p: Log-weights of the policy, any shape.
-        log_weight_q: Log-weights of q.
-        share: How much each counts.
-
     Returns:
         Float64 scalars ``importance_sampled_return``, ``surrogate`` and ``bound_gap``, each over
         the mean weight of q, so that 0.1 reads as 10 %.
@@ -124,10 +119,8 @@ def diagnose(
 
     Args:
         loss: Loss whose policy, q and transforms are used.
-        batch: Whole trajectories (single steps have no trajectory weight of their own). The bound
-            needs ``ref_log_prob``.
-        terms: ``loss.terms(batch)``, if known already; computing it takes the forward passes of
-            the loss.
+        batch: Whole trajectories. The bound needs ``ref_log_prob``.
+        terms: ``loss.terms(batch)``, if known already.
 
     Returns:
         ``weight_q05`` to ``weight_q95`` (quantiles, counted by multiplicity), ``pareto_k`` over the
@@ -148,11 +141,7 @@ def diagnose(
         out["pareto_k"] = k
     if terms.reference is not None:
         of_policy = loss.weigh(
-            batch,
-            terms.log_prob,
-            reference=terms.reference,
-            segments=segments,
-            share=terms.share,
+            batch, terms.log_prob, reference=terms.reference, segments=segments, share=terms.share
         )
         gap = bound_gap(of_policy.log_weight, terms.log_weight, terms.share)
         out |= {name: float(x) for name, x in gap.items()}

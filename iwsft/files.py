@@ -48,9 +48,9 @@ def full_disk_named(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _FULL:
+            reason = os.strerror(error.errno)
             raise OSError(
                 error.errno,
-                f"no space left to write {path} ({os.strerror(error.errno)}); earlier contents "
-                "are unchanged; free some space and run again (a training job with --resume)",
+                f"no space left to write {path} ({reason}); free some and run with --resume",
             ) from error
         raise

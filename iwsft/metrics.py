@@ -33,9 +33,7 @@ class MetricsLog:
         try:
             rows = read(self._path) if self._path.exists() else []
         except ValueError as error:
-            raise ValueError(
-                f"{self._path} has a row that is not JSON ({error}); remove that row and run again"
-            ) from error
+            raise ValueError(f"{self._path} has a row that is not JSON: {error}") from error
         lines = [json.dumps(row) + "\n" for row in rows if row["step"] <= after]
         with written_whole(self._path) as partial:
             partial.write_text("".join(lines))

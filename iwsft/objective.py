@@ -1,7 +1,5 @@
 """Importance-weighted maximum likelihood: the one loss of the library.
 
-    loss_iw_mle = - sum_j m_j w_j (sum_i log p_ji) [/ length_j] / sum_j m_j
-
 ``ImportanceWeightedMLE.terms`` gives log p and the weights, and ``summary`` combines them;
 ``weigh`` is the one place where log-ratios become weights. The other methods read a batch.
 """
@@ -65,15 +63,14 @@ class ImportanceWeightedMLE(PolicyLoss):
     q = pi_ref the loss is that of SFT, and on all data that of behaviour cloning.
 
     Args:
-        policy: A TorchRL ``ProbabilisticActor``, or any module with ``log_prob(trajectories)``,
-            one number per step in the layout of the batch.
+        policy: A TorchRL ``ProbabilisticActor``, or any module with ``log_prob(trajectories)``.
         importance_weights: Transforms from per-step log-ratios to weights; by default exp of the
             mean log-ratio of a trajectory.
         proposal: What q is. ``"lagged"``: a copy of the policy that a q-updater moves
             (:class:`~iwsft.HardSync`, :class:`~iwsft.EMA`, or TorchRL's ``SoftUpdate`` and
             ``HardUpdate``). ``"current"``: the policy itself, without a copy. ``"cached"``: the
             policy at the last sync; :func:`~iwsft.reweight` wrote its weights into the data.
-            ``"reference"``: pi_ref, so all weights are those of log-ratio 0: SFT.
+            ``"reference"``: pi_ref, so all log-ratios are 0: SFT.
         length_normalize: Whether to divide the log-probability of a trajectory by its length.
         reduction: ``"mean"`` as above, ``"sum"`` (no division by sum_j m_j), or ``"none"``: the
             terms per step, in the layout of the batch, that add up to ``"sum"``.
@@ -142,8 +139,8 @@ class ImportanceWeightedMLE(PolicyLoss):
     ) -> None:
         if not callable(getattr(policy, "log_prob", None)):
             raise TypeError(
-                f"{type(policy).__name__} needs a method log_prob(trajectories); wrap the "
-                "network into a torchrl.modules.ProbabilisticActor, or use iwsft.GaussianPolicy"
+                f"{type(policy).__name__} needs a method log_prob(trajectories), as "
+                "iwsft.GaussianPolicy or torchrl.modules.ProbabilisticActor have"
             )
         if proposal not in get_args(Proposal):
             raise ValueError(f"proposal must be one of {get_args(Proposal)}, not {proposal!r}")
@@ -183,7 +180,7 @@ class ImportanceWeightedMLE(PolicyLoss):
         if self.reads_weights:
             how = "call iwsft.reweight(trajectories, loss) at the start and at every sync"
             weight = self._entry(batch, self.tensor_keys.importance_weight, segments, how)
-            log_weight = _where_valid(segments, weight.log())
+            log_weight = segments.where_valid(weight.log())
             return Terms(segments, share, log_prob, log_weight, None, reference)
         with torch.no_grad():
             base = reference
@@ -217,9 +214,9 @@ class ImportanceWeightedMLE(PolicyLoss):
         segments = self.segments(batch) if segments is None else segments
         share = self.share(batch, segments) if share is None else share
         reference = self.reference(batch, segments) if reference is None else reference
-        log_ratio = _where_valid(segments, log_q - reference)
+        log_ratio = segments.where_valid(log_q - reference)
         log_weight, clipped = self.importance_weights(log_ratio, segments, share)
-        return Weights(_where_valid(segments, log_weight), clipped)
+        return Weights(segments.where_valid(log_weight), clipped)
 
     def summary(self, terms: Terms) -> TensorDict:
         """Loss and diagnostics of :meth:`terms`, the output of a call."""
@@ -267,7 +264,7 @@ class ImportanceWeightedMLE(PolicyLoss):
             batch = finite_padding(batch, segments, keys)
         with self.network(lagged=lagged) as policy:
             log_prob = step_log_prob(policy, batch, segments.shape)
-        return _where_valid(segments, log_prob)
+        return segments.where_valid(log_prob)
 
     def segments(self, trajectories: TensorDictBase) -> Segments:
         """The trajectories of a batch, as this loss reads its keys and masks."""
@@ -288,19 +285,17 @@ class ImportanceWeightedMLE(PolicyLoss):
 
         Float64, so that the steps of a trajectory add up to its multiplicity.
         """
-        lengths = segments.lengths
-        if segments.mask is not None and on_host(lengths):
-            occupied = torch.bincount(segments.index, minlength=segments.slots) > 0
-            empty = (occupied & (lengths == 0)).nonzero()
+        if segments.mask is not None and on_host(segments.mask):
+            empty = segments.without_valid_step
             if len(empty):
                 raise ValueError(
                     f"trajectory {int(empty[0])} of the batch has every step masked; drop it, or "
                     f"correct its mask ({self.loss_mask_key!r})"
                 )
-        share = 1.0 / segments.spread(lengths.clamp(min=1)).double()
+        share = 1.0 / segments.spread(segments.lengths.clamp(min=1)).double()
         if self.tensor_keys.multiplicity in batch.keys(include_nested=True):
             share = share * self._entry(batch, self.tensor_keys.multiplicity, segments, "")
-        return _where_valid(segments, share)
+        return segments.where_valid(share)
 
     def reference(self, batch: TensorDictBase, segments: Segments) -> Tensor:
         """log pi_ref of each step, as the batch holds it."""
@@ -310,9 +305,7 @@ class ImportanceWeightedMLE(PolicyLoss):
     def _entry(self, batch: TensorDictBase, key: NestedKey, segments: Segments, how: str) -> Tensor:
         value = batch.get(key, default=None)
         if value is None:
-            raise KeyError(
-                f"{key!r} is not in the batch, proposal={self.proposal!r} needs it: {how}"
-            )
+            raise KeyError(f"proposal={self.proposal!r} needs {key!r} in the batch: {how}")
         return fit(value, segments.shape, repr(key)).detach()
 
     # ---- keys ----
@@ -338,8 +331,3 @@ class ImportanceWeightedMLE(PolicyLoss):
     @in_keys.setter
     def in_keys(self, values: list[NestedKey]) -> None:
         self._in_keys = values
-
-
-def _where_valid(segments: Segments, x: Tensor) -> Tensor:
-    """``x`` on valid steps, 0 where masked; not a product, for padding may hold NaN."""
-    return x if segments.mask is None else torch.where(segments.valid, x, 0.0)

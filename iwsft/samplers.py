@@ -66,13 +66,8 @@ class _Sampler(ABC):
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
-        if trajectories.batch_size.numel() == 0:
-            raise ValueError("there is not a single step in these trajectories")
         if len(Segments.of(trajectories).shape) != 1:
-            raise ValueError(
-                "a sampler takes packed trajectories (batch size [N]); these are padded: use "
-                "iwsft.trajectory.pack(trajectories)"
-            )
+            raise ValueError("these trajectories are padded; use trajectory.pack(trajectories)")
         self.trajectories = trajectories
         self.batch_size = batch_size
         self.keys = None if keys is None else tuple(keys)
@@ -97,11 +92,7 @@ class _Sampler(ABC):
         return {"generator": self._generator.get_state(), **self._settings()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict`.
-
-        Raises:
-            ValueError: The state is of a sampler over other trajectories or of another batch size.
-        """
+        """Restore :meth:`state_dict`; other trajectories or another batch size are refused."""
         check_same_settings(state_dict, self._settings())
         self._generator.set_state(state_dict["generator"].cpu())
 
@@ -133,8 +124,7 @@ class TrajectorySampler(_Sampler):
 
     A batch of the paper is ``batch_size`` trajectories, drawn with replacement. This sampler packs
     the distinct ones, in the order of the data, with the number of draws as ``multiplicity``
-    (int64 per step). Loss and gradient are the same, for less work. A batch always has trajectory
-    ids, mask and multiplicity, whatever ``keys`` are.
+    (int64 per step). Loss and gradient are the same, for less work. A batch has ids and mask.
     """
 
     def sample(self) -> TensorDictBase:
@@ -154,8 +144,7 @@ class StepSampler(_Sampler):
     batch costs as much as a batch of behaviour cloning. It always has trajectory ids.
 
     Raises:
-        ValueError: A trajectory with a multiplicity above 0 has no valid step, besides the errors
-            of all samplers.
+        ValueError: A trajectory with a multiplicity above 0 has every step masked.
     """
 
     def __init__(
@@ -174,9 +163,7 @@ class StepSampler(_Sampler):
         self._starts = self._choices.cumsum(0) - self._choices
         empty = ((self._choices == 0) & (self._multiplicity > 0)).nonzero()
         if len(empty):
-            raise ValueError(
-                f"trajectory {int(empty[0])} has no valid step: its mask is all zero; drop it"
-            )
+            raise ValueError(f"trajectory {int(empty[0])} has every step masked; drop it")
 
     def sample(self) -> TensorDictBase:
         """Draw the next batch: ``[batch_size]`` steps, each a trajectory of length 1."""
@@ -195,12 +182,9 @@ class StepSampler(_Sampler):
 class TransitionSampler(_Sampler):
     """Draws single transitions, all with the same probability: batches of a critic.
 
-    By default ``keys`` are observation, action, and the next observation, reward, done and
-    terminated.
-
     Raises:
         KeyError: The trajectories lack an entry of ``keys``.
-        ValueError: No step is valid, besides the errors of all samplers.
+        ValueError: No step is valid.
     """
 
     def __init__(
@@ -214,16 +198,13 @@ class TransitionSampler(_Sampler):
         super().__init__(trajectories, batch_size, seed=seed, keys=keys)
         missing = [key for key in keys if key not in trajectories.keys(True, True)]
         if missing:
-            raise KeyError(
-                f"{', '.join(map(repr, missing))} is missing; a critic learns from transitions: "
-                f"there are {sorted(map(str, trajectories.keys(True, True)))}"
-            )
+            raise KeyError(f"a critic needs {', '.join(map(repr, missing))}, which is missing")
         valid = Segments.of(trajectories).valid.cpu()
         # A step of a trajectory that counts twice has two tickets.
         tickets = self._multiplicity.repeat_interleave(self._lengths) * valid
         self._total = int(tickets.sum())
         if self._total == 0:
-            raise ValueError("there is no step to draw: every step is masked; correct the mask")
+            raise ValueError("there is no step to draw: every step is masked")
         self._until = None if bool((tickets == 1).all()) else tickets.cumsum(0)
 
     def sample(self) -> TensorDictBase:
@@ -244,7 +225,7 @@ def check_same_settings(state_dict: Mapping[str, Any], settings: Mapping[str, An
     for name, value in settings.items():
         if state_dict[name] != value:
             raise ValueError(
-                f"this state belongs to a sampler with {name}={state_dict[name]}, this one has "
+                f"this state is of a sampler with {name}={state_dict[name]}, this one has "
                 f"{name}={value}; resume with the data and settings of the first run"
             )
 
@@ -262,10 +243,7 @@ def multiplicities(trajectories: TensorDictBase, sizes: Tensor) -> Tensor:
         raise ValueError(f"{MULTIPLICITY!r} must hold whole numbers, it holds {stored.dtype}")
     multiplicity = per_trajectory(trajectories, MULTIPLICITY).cpu().long()
     if bool((multiplicity < 0).any()) or int(multiplicity.sum()) == 0:
-        raise ValueError(
-            f"{MULTIPLICITY!r} counts draws: it can't be negative, nor 0 for every trajectory "
-            f"(least {int(multiplicity.min())}, sum {int(multiplicity.sum())})"
-        )
+        raise ValueError(f"{MULTIPLICITY!r} is negative, or 0 for every trajectory")
     return multiplicity
 
 

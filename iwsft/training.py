@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -145,62 +145,31 @@ def fit(
         OSError: The disk is full; the last checkpoint stays.
     """
     schedules = schedule if isinstance(schedule, Mapping) else {"": schedule}
-    groups = _parameter_groups(loss, schedules)
-    steps = next(iter(schedules.values())).steps
-    optimizer = torch.optim.Adam(
-        [
-            {"params": group, "lr": network.lr, "weight_decay": network.weight_decay}
-            for group, network in zip(groups, schedules.values(), strict=True)
-        ],
-        decoupled_weight_decay=True,
-        fused=True,
-    )
+    optimizer = _optimizer(loss, schedules)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, [s.factor for s in schedules.values()])
-    parts: dict[str, Any] = {
-        "loss": loss,
-        "optimizer": optimizer,
-        "rate": rate,
-        "sampler": sampler,
-        **({"updater": updater} if updater is not None else {}),
-    }
-    settings = settings or {}
-    start, wall, cpu = 0, 0.0, 0.0
+    steps = next(iter(schedules.values())).steps
+    parts = {"loss": loss, "optimizer": optimizer, "rate": rate, "sampler": sampler}
+    if updater is not None:
+        parts["updater"] = updater
+    start, before = 0, Cost(0.0, 0.0)
     if folder is not None:
-        state = checkpoint.load(folder / checkpoint.FOLDER, settings)
-        if state is not None:
-            if not state.keys() >= parts.keys():
-                raise checkpoint.CheckpointError(
-                    f"{folder / 'checkpoint'} holds {', '.join(sorted(state))}, this run needs "
-                    f"{', '.join(parts)}; choose another folder"
-                )
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-            start, wall, cpu = state["step"], state["wall_seconds"], state["cpu_seconds"]
-            if start < steps:
-                _set_generators(state["draws"])
+        start, before = _resume(folder, parts, settings or {}, steps)
     if start >= steps:
-        return Cost(wall, cpu)
-
-    wall_start, cpu_start = time.perf_counter(), time.process_time()
+        return before
+    wall = before.wall_seconds - time.perf_counter()
+    cpu = before.cpu_seconds - time.process_time()
 
     def cost() -> Cost:
-        return Cost(wall + time.perf_counter() - wall_start, cpu + time.process_time() - cpu_start)
+        return Cost(wall + time.perf_counter(), cpu + time.process_time())
 
-    with ExitStack() as stack:
-        log = stack.enter_context(MetricsLog(folder, after=start)) if folder is not None else None
+    with MetricsLog(folder, after=start) if folder is not None else nullcontext() as log:
         for step in range(start + 1, steps + 1):
             batch = sampler.sample()
             out = loss(batch)
-            optimizer.zero_grad()
-            losses = [value for name, value in out.items() if name.startswith("loss")]
-            (losses[0] if len(losses) == 1 else torch.stack(losses).sum()).backward()
-            for group, network in zip(groups, schedules.values(), strict=True):
-                if network.clip_norm < math.inf:
-                    nn.utils.clip_grad_norm_(group, network.clip_norm)
-            optimizer.step()
+            _update(optimizer, out, schedules)
             last = step == steps
             due = [probe for probe in probes if step % probe.every == 0 or last]
-            save = folder is not None and (step % checkpoint_every == 0 or last)
+            save = last or (folder is not None and step % checkpoint_every == 0)
             measure = bool(due) or step % log_every == 0 or step == 1 or last
             if measure or save:
                 row = _row(step, out, dict(zip(schedules, rate.get_last_lr(), strict=True)))
@@ -218,13 +187,65 @@ def fit(
             if updater is not None:
                 updater.step()
             # A last gradient can be NaN although its loss was finite.
-            if (save or last) and not all(bool(p.isfinite().all()) for p in loss.parameters()):
+            if save and not all(bool(p.isfinite().all()) for p in loss.parameters()):
                 raise _diverged("the policy is no longer finite", step, schedules)
-            if folder is not None and save:
-                state = {name: part.state_dict() for name, part in parts.items()}
-                state |= {"draws": _generators(), "step": step, **asdict(cost())}
-                checkpoint.save(folder / checkpoint.FOLDER, state, settings)
+            if save and folder is not None:
+                _save(folder, parts, settings or {}, step, cost())
     return cost()
+
+
+def _update(
+    optimizer: torch.optim.Optimizer, out: TensorDictBase, schedules: Mapping[str, Schedule]
+) -> None:
+    """Move the parameters against the gradient of the sum of the losses."""
+    optimizer.zero_grad()
+    losses = [value for name, value in out.items() if name.startswith("loss")]
+    (losses[0] if len(losses) == 1 else torch.stack(losses).sum()).backward()
+    for group, network in zip(optimizer.param_groups, schedules.values(), strict=True):
+        if network.clip_norm < math.inf:
+            nn.utils.clip_grad_norm_(group["params"], network.clip_norm)
+    optimizer.step()
+
+
+def _save(
+    folder: Path, parts: Mapping[str, Any], settings: dict[str, Any], step: int, cost: Cost
+) -> None:
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state |= {"draws": _generators(), "step": step, **asdict(cost)}
+    checkpoint.save(folder / checkpoint.FOLDER, state, settings)
+
+
+def _resume(
+    folder: Path, parts: Mapping[str, Any], settings: dict[str, Any], steps: int
+) -> tuple[int, Cost]:
+    """Load the checkpoint of a run, if it has one; return its update and its cost."""
+    state = checkpoint.load(folder / checkpoint.FOLDER, settings)
+    if state is None:
+        return 0, Cost(0.0, 0.0)
+    if not state.keys() >= parts.keys():
+        raise checkpoint.CheckpointError(
+            f"{folder / checkpoint.FOLDER} holds {', '.join(sorted(state))}, this run needs "
+            f"{', '.join(parts)}; choose another folder"
+        )
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    # A finished run leaves the random numbers of what comes after it alone.
+    if state["step"] < steps:
+        _set_generators(state["draws"])
+    return state["step"], Cost(state["wall_seconds"], state["cpu_seconds"])
+
+
+def _optimizer(loss: LossModule, schedules: Mapping[str, Schedule]) -> torch.optim.Adam:
+    """Return Adam with a group for each schedule."""
+    groups = zip(_parameter_groups(loss, schedules), schedules.values(), strict=True)
+    return torch.optim.Adam(
+        [
+            {"params": group, "lr": network.lr, "weight_decay": network.weight_decay}
+            for group, network in groups
+        ],
+        decoupled_weight_decay=True,
+        fused=True,
+    )
 
 
 def _parameter_groups(
@@ -232,16 +253,13 @@ def _parameter_groups(
 ) -> list[list[nn.Parameter]]:
     """Return the parameters of each schedule; their names start with its name."""
     if len({network.steps for network in schedules.values()}) != 1:
-        raise ValueError(f"all networks train for the same number of steps, not by {schedules}")
+        raise ValueError(f"all networks need the same number of steps: {schedules}")
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in schedules}
     for name, parameter in loss.named_parameters():
         # Functional losses name a network's parameters "NETWORK_params".
         owners = [network for network in schedules if name.startswith(network)]
         if not owners:
-            raise ValueError(
-                f"parameter {name!r} of {type(loss).__name__} has no schedule; there are those of "
-                f"{', '.join(schedules)}"
-            )
+            raise ValueError(f"parameter {name!r} has no schedule (of {', '.join(schedules)})")
         # "log_alpha" is also the start of "log_alpha_prime".
         groups[max(owners, key=len)].append(parameter)
     empty = [name for name, group in groups.items() if not group]
@@ -276,8 +294,8 @@ def _check_limits(row: Row, limits: Mapping[str, float], schedules: Mapping[str,
 def _diverged(problem: str, step: int, schedules: Mapping[str, Schedule]) -> FloatingPointError:
     rates = ", ".join(f"{network.lr:g}" for network in schedules.values())
     return FloatingPointError(
-        f"{problem} at update {step}; lower the learning rate ({rates}), and see in the metrics "
-        "how the loss and other values grew. The last good checkpoint is kept"
+        f"{problem} at update {step}; lower the learning rate ({rates}); the last good checkpoint "
+        "is kept"
     )
 
 

@@ -60,11 +60,7 @@ class Segments:
 
     @classmethod
     def of(
-        cls,
-        batch: TensorDictBase,
-        *,
-        traj_ids: NestedKey = TRAJ_IDS,
-        mask: Tensor | None = None,
+        cls, batch: TensorDictBase, *, traj_ids: NestedKey = TRAJ_IDS, mask: Tensor | None = None
     ) -> Segments:
         """Read the layout of a batch.
 
@@ -77,13 +73,15 @@ class Segments:
 
         Raises:
             KeyError: A packed batch has no trajectory ids.
-            ValueError: The ids are not integers, have another shape, or are out of order (not
-                checked on an accelerator: see :func:`validate`), or the mask has another shape.
+            ValueError: There is no step, the ids are not integers or are out of order (not checked
+                on an accelerator: see :func:`validate`), or ids or mask have another shape.
         """
         if mask is None:
             mask = batch.get(MASK, default=None)
         ids = batch.get(traj_ids, default=None)
         shape = _layout(batch, ids, mask, traj_ids)
+        if shape.numel() == 0:
+            raise ValueError("there is not a single step in these trajectories")
         known = [x for x in (ids, mask) if x is not None]
         device = (known or list(batch.values(True, True)))[0].device
         if mask is not None:
@@ -103,9 +101,9 @@ class Segments:
         index = start.reshape(-1).cumsum(0) - 1
         return cls(shape, index, mask, steps)
 
-    def _flat(self, x: Tensor) -> Tensor:
-        x = x.reshape(-1)
-        return x if self.mask is None else torch.where(self.mask, x, torch.zeros_like(x))
+    def where_valid(self, x: Tensor) -> Tensor:
+        """``x`` on valid steps, 0 where masked; not a product, for padding may hold NaN."""
+        return x if self.mask is None else torch.where(self.valid, x, 0)
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum of ``x`` along each trajectory, accumulated in float64.
@@ -118,7 +116,8 @@ class Segments:
             ``[S]``, in the dtype of ``x`` or float32, whichever is wider.
         """
         total = torch.zeros(self.slots, dtype=torch.float64, device=x.device)
-        total = total.index_add(0, self.index, self._flat(x).double())
+        flat = self.where_valid(x.reshape(self.shape)).reshape(-1)
+        total = total.index_add(0, self.index, flat.double())
         return total.to(torch.promote_types(x.dtype, torch.float32))
 
     def mean(self, x: Tensor) -> Tensor:
@@ -135,6 +134,12 @@ class Segments:
         return per_trajectory[self.index].reshape(self.shape)
 
     @property
+    def without_valid_step(self) -> Tensor:
+        """Slots of the trajectories that have every step masked, int64 ``[k]``."""
+        occupied = torch.bincount(self.index, minlength=self.slots) > 0
+        return (occupied & (self.lengths == 0)).nonzero().squeeze(-1)
+
+    @property
     def valid(self) -> Tensor:
         """Valid steps as bool, in the layout of the batch."""
         if self.mask is None:
@@ -145,46 +150,28 @@ class Segments:
 def _layout(
     batch: TensorDictBase, ids: Tensor | None, mask: Tensor | None, key: NestedKey
 ) -> torch.Size:
-    if batch.batch_dims == 2:
-        return batch.batch_size
-    if batch.batch_dims == 1:
-        if mask is not None and mask.ndim >= 2 and mask.shape[1] != 1:
-            return mask.shape[:2]
-        if ids is not None:
-            return batch.batch_size
-        raise KeyError(
-            f"a packed batch (batch size {list(batch.batch_size)}) needs {key!r}, one integer a "
-            f"step; it has {sorted(map(str, batch.keys(True, True)))}. A padded batch has batch "
-            "size [B, T], or [B] with a mask of shape [B, T]"
-        )
-    raise ValueError(
-        f"trajectories have batch size [N] (packed), [B, T] or [B] (padded), not "
-        f"{list(batch.batch_size)}"
-    )
+    size = batch.batch_size
+    if len(size) not in (1, 2):
+        raise ValueError(f"trajectories have batch size [N], [B, T] or [B], not {list(size)}")
+    if len(size) == 1 and mask is not None and mask.ndim >= 2 and mask.shape[1] != 1:
+        return mask.shape[:2]
+    if len(size) == 1 and ids is None:
+        raise KeyError(f"{key!r} is missing; only padded trajectories ([B, T]) do without")
+    return size
 
 
 def _check_order(ids: Tensor, key: NestedKey) -> None:
     falls = ids[1:] < ids[:-1]
     if bool(falls.any()):
         where = int(falls.nonzero()[0]) + 1
-        raise ValueError(
-            f"{key!r} is out of order at step {where}: {int(ids[where])} follows "
-            f"{int(ids[where - 1])}. Packed trajectories lie back to back with ids that never "
-            "decrease; renumber them, or reshape slices of equal length to [B, T]"
-        )
+        raise ValueError(f"{key!r} is out of order at step {where}; renumber the trajectories")
 
 
 def fit(x: Tensor, shape: torch.Size, name: str) -> Tensor:
-    """Check that there is one number a step; a trailing dimension of 1 is dropped.
-
-    Raises:
-        ValueError: The shape is another one.
-    """
-    if x.shape == (*shape, 1):
-        x = x.squeeze(-1)
-    if x.shape != shape:
+    """Check that there is one number a step; drop a trailing dimension of 1."""
+    if x.shape not in (shape, (*shape, 1)):
         raise ValueError(f"{name} has shape {list(x.shape)}, the batch has {list(shape)} steps")
-    return x
+    return x.reshape(shape)
 
 
 def lengths(packed: TensorDictBase) -> Tensor:
@@ -196,34 +183,23 @@ def per_trajectory(packed: TensorDictBase, key: NestedKey) -> Tensor:
     """Return an entry that is the same on all steps of a trajectory, ``[n]``, in order.
 
     Raises:
-        ValueError: The entry is not one number per step, or changes within a trajectory.
+        ValueError: The entry changes within a trajectory.
     """
-    value, sizes = packed.get(key), lengths(packed)
-    if value.numel() != len(packed):
-        raise ValueError(f"{key!r} has shape {list(value.shape)}, not one number per step")
-    value = value.reshape(-1)
+    value, sizes = fit(packed.get(key), packed.batch_size, repr(key)), lengths(packed)
     first = value[sizes.cumsum(0) - sizes]
     # NaN does not equal itself.
     varies = ((value != first.repeat_interleave(sizes)) & ~value.isnan()).nonzero()
     if len(varies):
-        raise ValueError(
-            f"{key!r} changes within a trajectory, first at step {int(varies[0])}; it must be one "
-            "number per trajectory"
-        )
+        raise ValueError(f"{key!r} changes within a trajectory, first at step {int(varies[0])}")
     return first
 
 
 def select(packed: TensorDictBase, index: Tensor) -> TensorDictBase:
-    """Keep the trajectories at positions ``index`` (int64 ``[k]``, increasing) of a packed batch.
-
-    Raises:
-        ValueError: Positions do not increase, or name no trajectory.
-    """
+    """Keep the trajectories at increasing positions ``index`` (int64 ``[k]``) of a packed batch."""
     sizes = lengths(packed)
-    if len(index) and (int(index.min()) < 0 or int(index.max()) >= len(sizes)):
-        raise ValueError(f"positions run from 0 to {len(sizes) - 1}, got {index.tolist()}")
-    if bool((index[1:] <= index[:-1]).any()):
-        raise ValueError("positions must increase: a packed batch holds each trajectory once")
+    ends = torch.tensor([-1, len(sizes)], device=index.device)
+    if bool((torch.cat([ends[:1], index, ends[1:]]).diff() <= 0).any()):
+        raise ValueError(f"positions must increase and run from 0 to {len(sizes) - 1}")
     steps = steps_of(sizes, index)
     # index_select copies whole rows, several times faster than indexing.
     return packed.apply(lambda x: x.index_select(0, steps), batch_size=[len(steps)])
@@ -311,11 +287,7 @@ def from_steps(steps: dict[NestedKey, Tensor], traj_ids: Tensor) -> TensorDict:
 
 
 def check_tensordict(trajectories: object) -> None:
-    """Refuse anything but a TensorDict, with a hint at an attribute that is one.
-
-    Raises:
-        TypeError: It is not a TensorDict.
-    """
+    """Raise a TypeError for anything but a TensorDict, with a hint at an attribute that is one."""
     if isinstance(trajectories, TensorDictBase):
         return
     inside = getattr(trajectories, "trajectories", None)
@@ -339,8 +311,6 @@ def validate(
         ValueError: An entry has a wrong dtype or shape, NaN or infinity, the ids are out of order,
             a multiplicity is negative, there is no step, or a trajectory has every step masked.
     """
-    if trajectories.batch_size.numel() == 0:
-        raise ValueError("there is not a single step in these trajectories")
     segments = Segments.of(trajectories)
     if len(segments.shape) == 1:
         _check_order(trajectories.get(TRAJ_IDS), TRAJ_IDS)
@@ -357,26 +327,18 @@ def validate(
             _check_values(trajectories.get(key), segments, key)
     if MULTIPLICITY in present and bool((trajectories.get(MULTIPLICITY) < 0).any()):
         raise ValueError(f"{MULTIPLICITY!r} counts draws, it can't be negative")
-    if segments.mask is not None:
-        counts = torch.bincount(segments.index)
-        empty = torch.nonzero((segments.lengths[: len(counts)] == 0) & (counts > 0))
-        if len(empty):
-            raise ValueError(
-                f"trajectory {int(empty[0])} has no valid step: its mask is all zero; drop it"
-            )
+    empty = segments.without_valid_step
+    if len(empty):
+        raise ValueError(f"trajectory {int(empty[0])} has every step masked; drop it")
 
 
 def _check_values(value: Tensor, segments: Segments, key: NestedKey) -> None:
     """Refuse what is not one row a step, or not finite on valid steps."""
     if value.shape[: len(segments.shape)] != segments.shape:
-        raise ValueError(
-            f"{key!r} has shape {list(value.shape)}; it must start with {list(segments.shape)}, "
-            "one row per step"
-        )
+        layout = list(segments.shape)
+        raise ValueError(f"{key!r} has shape {list(value.shape)}; it must start with {layout}")
     rows = value.reshape(segments.shape.numel(), -1).isfinite().all(-1)
     bad = torch.nonzero(~rows & segments.valid.reshape(-1))
     if len(bad):
-        raise ValueError(
-            f"{key!r} is NaN or infinite at {len(bad)} steps, the first at step {int(bad[0])}; "
-            "clean the data before training"
-        )
+        first = int(bad[0])
+        raise ValueError(f"{key!r} is NaN or infinite at {len(bad)} steps, first at step {first}")

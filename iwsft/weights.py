@@ -246,16 +246,13 @@ class ImportanceWeights:
         return Weights(log_weight, clipped | changed)
 
     def check_overflow(self, longest: int) -> None:
-        """Refuse a chain whose least possible weight overflows float32 on a long trajectory.
+        """Refuse a chain whose least weight overflows float32 on a trajectory of ``longest`` steps.
 
         The literal g of the paper does: 0.1 clip(x, 0.2, 1.8) is at least 0.02 per step, so the
         weight is at least e^(0.02 T), beyond float32 for T > 4,436.
 
-        Args:
-            longest: Number of steps of the longest trajectory.
-
         Raises:
-            OverflowError: The chain overflows; the message says what to do.
+            OverflowError: The chain overflows.
         """
         least = torch.full((longest,), -math.inf)
         segments = Segments(least.shape, torch.zeros(longest, dtype=torch.int64), None, 1)
@@ -266,9 +263,8 @@ class ImportanceWeights:
         floor = float(chain(least, segments, one)[0][0])
         if floor > LOG_MAX:
             raise OverflowError(
-                f"{self} gives a trajectory of {longest} steps a weight of at least "
-                f"exp({floor:.4g}), beyond float32; use reduce='mean', shorter trajectories, or "
-                "trajectory=[ClipWeight(max=...)]"
+                f"{self} gives a trajectory of {longest} steps a weight beyond float32, at least "
+                f"exp({floor:.4g}); use reduce='mean' or trajectory=[ClipWeight(max=...)]"
             )
 
     @classmethod
@@ -314,8 +310,7 @@ def exponential(log_weight: Tensor) -> Tensor:
     elif not bool(finite):
         raise OverflowError(
             f"importance weights overflow float32 or are NaN (log-weights reach "
-            f"{float(log_weight.max()):.4g}); use reduce='mean', a lower Temperature, or "
-            "trajectory=[ClipWeight(max=...)] or [..., SelfNormalize()]"
+            f"{float(log_weight.max()):.4g}); use reduce='mean' or trajectory=[ClipWeight(max=...)]"
         )
     return weight
 

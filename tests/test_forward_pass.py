@@ -207,7 +207,7 @@ def test_distribution_that_is_not_independent_is_named() -> None:
     actor = ProbabilisticActor(
         net, in_keys=["loc", "scale"], distribution_class=torch.distributions.Normal
     )
-    with pytest.raises(ValueError, match=r"\[20, 2\].*\[20\] was expected.*Independent"):
+    with pytest.raises(ValueError, match=r"\[20, 2\], not \[20\].*Independent"):
         ForwardPass(actor, packed([20])).log_prob()
 
 

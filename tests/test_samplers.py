@@ -297,7 +297,7 @@ def test_masked_steps_are_not_sampled_and_stay_masked_in_trajectories() -> None:
     whole = TrajectorySampler(data, 50, keys=["step"]).sample()
     assert torch.equal(whole.get(MASK), valid[whole["step"]])
     data[MASK][3] = False
-    with pytest.raises(ValueError, match="trajectory 1 has no valid step"):
+    with pytest.raises(ValueError, match="trajectory 1 has every step masked"):
         StepSampler(data, 4)
 
 
@@ -332,7 +332,7 @@ def test_bad_input(sampler: Any) -> None:
         sampler(data[:0], 4)
     with pytest.raises(ValueError, match="out of order"):
         sampler(data[[5, 1, 0]], 4)
-    with pytest.raises(ValueError, match=r"sum 0"):
+    with pytest.raises(ValueError, match="0 for every trajectory"):
         sampler(dataset(multiplicity=[0] * 6), 4)
     with pytest.raises(ValueError, match="negative"):
         sampler(dataset(multiplicity=[3, 1, 1, -1, 1, 1]), 4)

@@ -197,11 +197,8 @@ def test_select_takes_whole_trajectories(sizes: list[int], data: st.DataObject) 
 
 def test_select_refuses_wrong_positions() -> None:
     packed = packed_of([2, 3, 1])
-    for index in ([3], [-1], [0, 7]):
-        with pytest.raises(ValueError, match="positions run from 0 to 2"):
-            select(packed, torch.tensor(index))
-    for index in ([1, 0], [1, 1]):
-        with pytest.raises(ValueError, match="increase"):
+    for index in ([3], [-1], [0, 7], [1, 0], [1, 1]):
+        with pytest.raises(ValueError, match="must increase and run from 0 to 2"):
             select(packed, torch.tensor(index))
 
 
@@ -240,7 +237,7 @@ def _poke(key: Any, value: float) -> Any:
         (_poke(REWARD, float("nan")), ValueError, "'reward'.*NaN or infinite"),
         (_set(IMPORTANCE_WEIGHT, torch.full((6,), torch.nan)), ValueError, "'importance_weight'"),
         (_poke(MULTIPLICITY, -1), ValueError, "'multiplicity'.*negative"),
-        (_set(TRAJ_IDS, torch.tensor([0, 0, 2, 2, 1, 1])), ValueError, "step 4: 1 follows 2"),
+        (_set(TRAJ_IDS, torch.tensor([0, 0, 2, 2, 1, 1])), ValueError, "out of order at step 4"),
         (_set(TRAJ_IDS, torch.rand(6)), ValueError, "traj_ids.*integers.*float32"),
         (_set(TRAJ_IDS, torch.zeros(6, 2, dtype=torch.int64)), ValueError, "traj_ids.*shape"),
         (

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from iwsft.language.generation import Completion, Generator, Request
@@ -62,9 +63,8 @@ class ThinkingFormat:
         for end, tokens in zip(self.ends, ends, strict=True):
             if len(tokens) != 1 or tokens[0] == tokenizer.unk_token_id:
                 raise ValueError(
-                    f"{end!r} is not a token of this model's tokenizer, so the end of its thinking "
-                    "cannot be recognised; leave out the think budget, or choose the format that "
-                    "the model was trained on"
+                    f"{end!r}, the end of thinking, is not a token of this model; leave out the "
+                    "think budget, or choose the model's own format"
                 )
         newline = encoded("\n")
         return Delimiters(
@@ -138,6 +138,11 @@ class _Thinking:
     rounds: int = 0
     cut: bool = False
 
+    def continued(self, tokens: tuple[int, ...]) -> Request:
+        """Return the request of the next round, which continues after these tokens."""
+        prompt = (*self.request.prompt, *tokens)
+        return replace(self.request, prompt=prompt, seed=self.request.seed + self.rounds)
+
 
 def think_then_answer(
     generator: Generator,
@@ -169,25 +174,20 @@ def think_then_answer(
     Raises:
         ValueError: The generator refuses a request.
     """
+    complete = partial(generator.generate, temperature=temperature, top_p=top_p)
     thinkings = [_Thinking(request) for request in requests]
     unfinished = thinkings
     while unfinished:
-        completions = generator.generate(
-            [
-                replace(
-                    thinking.request,
-                    prompt=(*thinking.request.prompt, *delimiters.start, *thinking.tokens),
-                    max_tokens=think_budget - len(thinking.tokens),
-                    min_tokens=1 if thinking.waits else 0,
-                    seed=thinking.request.seed + thinking.rounds,
-                )
-                for thinking in unfinished
-            ],
-            stop=delimiters.ends | stop,
-            temperature=temperature,
-            top_p=top_p,
-        )
-        continued = []
+        rounds = [
+            replace(
+                thinking.continued((*delimiters.start, *thinking.tokens)),
+                max_tokens=think_budget - len(thinking.tokens),
+                min_tokens=1 if thinking.waits else 0,
+            )
+            for thinking in unfinished
+        ]
+        completions = complete(rounds, stop=delimiters.ends | stop)
+        awaited = []
         for thinking, completion in zip(unfinished, completions, strict=True):
             thinking.tokens += completion.tokens
             thinking.rounds += 1
@@ -196,24 +196,14 @@ def think_then_answer(
             if not thinking.cut and thinking.waits < waits and room >= 1:
                 thinking.tokens += delimiters.wait
                 thinking.waits += 1
-                continued.append(thinking)
-        unfinished = continued
+                awaited.append(thinking)
+        unfinished = awaited
     openings = [
         (*delimiters.start, *thinking.tokens, *_answer_delimiter(thinking, delimiters))
         for thinking in thinkings
     ]
-    answers = generator.generate(
-        [
-            replace(
-                thinking.request,
-                prompt=(*thinking.request.prompt, *opening),
-                seed=thinking.request.seed + thinking.rounds,
-            )
-            for thinking, opening in zip(thinkings, openings, strict=True)
-        ],
-        stop=stop,
-        temperature=temperature,
-        top_p=top_p,
+    answers = complete(
+        [x.continued(opening) for x, opening in zip(thinkings, openings, strict=True)], stop=stop
     )
     return [
         Thought(thinking.tokens, thinking.waits, thinking.cut, answer, (*opening, *answer.tokens))

@@ -1,12 +1,9 @@
 """Token-level generation: one small interface, through transformers or vLLM.
 
-Prompts and completions are token ids; only the caller knows the tokenizer. Each request has its own
-length and seed. :mod:`iwsft.language.budget` and evaluations use :class:`Generator` only.
-
-Reproducibility: the random numbers of a request depend only on its seed and on the position in its
-completion, not on the other requests of its batch. The model's probabilities may differ in their
-last bits between batch sizes and paddings. So the same requests in the same batches give the same
-tokens. In other batches only near-ties may differ (rare in float32, less rare in bfloat16).
+Prompts and completions are token ids; only the caller knows the tokenizer. The random numbers of a
+request depend only on its seed and on the position in its completion. The model's probabilities may
+differ in their last bits between batches, so in other batches near-ties may give other tokens (rare
+in float32, less rare in bfloat16).
 """
 
 from __future__ import annotations
@@ -93,13 +90,12 @@ class Generator(ABC):
             new, prompt = request.max_tokens, len(request.prompt)
             if prompt < 1 or new < 1:
                 raise ValueError(
-                    f"request {number} has {prompt} tokens of prompt and asks for {new} tokens; "
-                    "both must be at least 1"
+                    f"request {number} has {prompt} tokens of prompt and asks for {new}"
                 )
             if self.context is not None and prompt + new > self.context:
                 raise ValueError(
-                    f"request {number} needs {prompt + new} tokens ({prompt} of its prompt, up to "
-                    f"{new} new), the model takes {self.context}; lower max_tokens"
+                    f"request {number} needs {prompt + new} tokens ({prompt} of its prompt), the "
+                    f"model takes {self.context}; lower max_tokens"
                 )
         return self._complete(requests, stop, temperature, top_p)
 
@@ -181,9 +177,7 @@ class TransformersGenerator(Generator):
 
 
 class VLLMGenerator(Generator):
-    """Generates with vLLM, which batches by itself.
-
-    That a request's seed fixes its tokens is a promise of vLLM, which is not tested here.
+    """Generates with vLLM, which batches by itself and promises that a seed fixes the tokens.
 
     Args:
         model: Folder or hub id of a model in transformers' format.
@@ -196,20 +190,12 @@ class VLLMGenerator(Generator):
     """
 
     def __init__(
-        self,
-        model: str,
-        *,
-        dtype: str = "auto",
-        parallel: int = 1,
-        trust_remote_code: bool = False,
+        self, model: str, *, dtype: str = "auto", parallel: int = 1, trust_remote_code: bool = False
     ) -> None:
         try:
             from vllm import LLM, SamplingParams
         except ImportError as error:
-            raise ImportError(
-                f"vLLM does not load ({error}); install it (pip install vllm), or generate "
-                "through transformers"
-            ) from error
+            raise ImportError(f"vLLM does not load ({error}); pip install vllm") from error
         self._settings = SamplingParams
         self._engine = LLM(
             model=model,

@@ -44,10 +44,8 @@ class CausalLMPolicy(nn.Module):
 
     Only the states that predict assistant tokens go through the output layer, and their logits
     are never all in memory (:func:`~iwsft.policies.token_log_prob.token_log_prob`). This happens
-    in the forward call of the output layer itself, within the model's, so that engines that
-    gather parameters around a module's forward (DeepSpeed ZeRO-3, FSDP2) find their hooks run.
-    Scaled and capped logits (Gemma, Cohere, Granite and others) are computed as the model does;
-    a family that changes its logits in another way is refused.
+    within the forward call of the output layer, so the hooks of engines (DeepSpeed ZeRO-3, FSDP2)
+    run. Scaled and capped logits (Gemma, Cohere, Granite) are computed as the model does.
 
     With the loss::
 
@@ -65,11 +63,9 @@ class CausalLMPolicy(nn.Module):
             ``policy.model = engine``.
         one_row: Form of the model's input, for batches of either layout. True: all trajectories in
             one row with positions that restart, kept apart by variable-length attention
-            (``attn_implementation="flash_attention_2"`` and such) or a block-diagonal causal mask.
-            False: a row for each trajectory, padded to the longest. None: one row if attention has
-            variable length and the family is known to keep trajectories apart, else rows. One row
-            costs the square of its length if attention needs the mask; rows cost padding if lengths
-            differ a lot.
+            (``attn_implementation="flash_attention_2"`` and such) or by a mask, at the square of
+            the row's length. False: a row for each trajectory, padded to the longest. None: one row
+            if attention has variable length and the family is known to keep trajectories apart.
 
     Raises:
         TypeError: The model is not a transformers model.
@@ -84,10 +80,8 @@ class CausalLMPolicy(nn.Module):
         super().__init__()
         decoder = check_decoder(model)
         if one_row and not fits_one_row(decoder):
-            raise ValueError(
-                f"{type(decoder).__name__} is not known to keep the trajectories of a row apart; "
-                "use one_row=False"
-            )
+            name = type(decoder).__name__
+            raise ValueError(f"{name} does not keep trajectories of a row apart: one_row=False")
         self.model = model
         self.one_row = one_row
         # Public, so that the key of a cached reference contains it.
@@ -107,9 +101,9 @@ class CausalLMPolicy(nn.Module):
         tokens = _Tokens.of(trajectories)
         number, width = _check_tokens(tokens, decoder)
         width = -(-width // _MULTIPLE) * _MULTIPLE
-        one_row = fits_one_row(decoder) and varies_lengths(decoder)
-        if self.one_row is not None:
-            one_row = self.one_row
+        one_row = self.one_row
+        if one_row is None:
+            one_row = fits_one_row(decoder) and varies_lengths(decoder)
         if one_row:
             place, shape = torch.arange(len(tokens.ids), device=tokens.ids.device), (1, -1)
         else:
@@ -164,10 +158,7 @@ class CausalLMPolicy(nn.Module):
         with _answering(decoder, question):
             logits = self.model(**inputs).logits
         if question.answer is None:
-            raise NotImplementedError(
-                f"{type(decoder).__name__} did not use its output layer, so log-probs can't be "
-                "computed there"
-            )
+            raise NotImplementedError(f"{type(decoder).__name__} did not use its output layer")
         if not self._after_head_checked and len(target) > 0:
             transform.check(question.answer.detach(), logits.detach(), type(decoder).__name__)
             self._after_head_checked = True
@@ -223,10 +214,7 @@ class _Tokens(NamedTuple):
 def _entry(batch: TensorDictBase, key: NestedKey) -> Tensor:
     value = batch.get(key, default=None)
     if value is None:
-        raise KeyError(
-            f"{key!r} is not in the batch; a language model reads {CausalLMPolicy.in_keys}, the "
-            f"batch has {sorted(map(str, batch.keys(True, True)))}"
-        )
+        raise KeyError(f"a language model needs {key!r}, which is not in the batch")
     return value
 
 
@@ -239,16 +227,14 @@ def _check_tokens(tokens: _Tokens, decoder: Any) -> tuple[int, int]:
     name = type(decoder).__name__
     if least < 0 or most >= config.vocab_size:
         raise ValueError(
-            f"token {least if least < 0 else most} is outside the vocabulary of {name}, "
-            f"{config.vocab_size} tokens: use the tokenizer that belongs to the model, or "
-            "model.resize_token_embeddings(len(tokenizer))"
+            f"token {least if least < 0 else most} is outside the vocabulary of {name} "
+            f"({config.vocab_size} tokens); use the model's tokenizer, or resize its embeddings"
         )
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and 0 < limit <= last:
         raise ValueError(
-            f"a trajectory has {last + 1:,} tokens, the context of {name} ends at {limit:,} "
-            "(max_position_embeddings): truncate the trajectories, or raise that number of the "
-            "model's config if its positions reach further"
+            f"a trajectory has {last + 1:,} tokens, {name} reads {limit:,} (its "
+            "max_position_embeddings); truncate the trajectories"
         )
     return trajectory + 1, last + 1
 
@@ -269,9 +255,8 @@ class _Question:
         """Replaces the forward of the output layer."""
         if self.answer is not None or hidden.shape[:-1].numel() != self.states:
             raise NotImplementedError(
-                f"{self.states} states were to go through the output layer once, "
-                f"{hidden.shape[:-1].numel()} did (again): prompt-learning adapters and "
-                "multi-token heads are not supported"
+                "the output layer must see every token once; prompt-learning and multi-token heads "
+                "do otherwise"
             )
         wanted = len(self.target)
         extra = [0, -wanted % _MULTIPLE]

@@ -52,10 +52,7 @@ def decoder_of(model: nn.Module) -> Any:
         unwrap = getattr(inner, "get_base_model", None)
         inner = unwrap() if callable(unwrap) else _inside(inner)
     if inner is None:
-        raise TypeError(
-            f"{type(model).__name__} is not a transformers model; load one with "
-            "transformers.AutoModelForCausalLM"
-        )
+        raise TypeError(f"{type(model).__name__} is not a transformers model")
     return inner
 
 
@@ -70,9 +67,7 @@ def peft_model(model: nn.Module) -> Any:
         inner = _inside(inner)
     # A transformers model with adapters of its own has the attribute, but no way to turn them off.
     if not hasattr(inner, "disable_adapter"):
-        raise TypeError(
-            f"{type(model).__name__} has no adapters; make a model with them by peft.get_peft_model"
-        )
+        raise TypeError(f"{type(model).__name__} has no adapters; use peft.get_peft_model")
     return inner
 
 
@@ -96,15 +91,12 @@ def check_decoder(model: nn.Module) -> Any:
     head = decoder.get_output_embeddings()
     if head is None:
         raise ValueError(
-            f"{name} has no output layer (lm_head), so it gives no token probabilities; load it "
-            "with transformers.AutoModelForCausalLM"
+            f"{name} has no output layer; load it with transformers.AutoModelForCausalLM"
         )
     # BERT and its relatives see both sides by default; causal families have no such setting.
     both_sides = hasattr(config, "add_cross_attention") and not getattr(config, "is_decoder", True)
     if both_sides or config.model_type in _NOT_CAUSAL or not decoder.can_generate():
-        raise ValueError(
-            f"{name} sees tokens on both sides; load a causal decoder (config.is_decoder)"
-        )
+        raise ValueError(f"{name} sees tokens on both sides; load a causal decoder")
     if getattr(config, "unpadded_vocab_size", None) not in (None, config.vocab_size):
         raise ValueError(f"{name} cuts its vocabulary after the output layer: not supported")
     # PEFT puts a layer that is trained as a whole and the original into a container.
@@ -116,9 +108,8 @@ def check_decoder(model: nn.Module) -> Any:
         plain = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
         if not plain or "forward" in vars(layer):
             raise ValueError(
-                f"the output layer of {name} is {type(layer).__name__}, with its own forward; "
-                "log-probs are computed in a plain torch.nn.Linear: leave lm_head out of the "
-                "adapter's target_modules, out of quantization and off another device (offloading)"
+                f"the output layer of {name} ({type(layer).__name__}) has its own forward; leave "
+                "it out of adapters (target_modules), quantization and offloading"
             )
     return decoder
 
@@ -179,6 +170,5 @@ class LogitTransform:
         )
         if not same:
             raise NotImplementedError(
-                f"{name} changes its logits after the output layer in a way that is not known "
-                f"here ({self} was expected), so its log-probs would be wrong"
+                f"{name} changes its logits after the output layer in an unknown way, not by {self}"
             )

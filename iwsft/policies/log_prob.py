@@ -45,15 +45,12 @@ def step_log_prob(policy: Any, batch: TensorDictBase, shape: torch.Size) -> Tens
     name = type(policy).__name__
     if not isinstance(out, Tensor):
         raise TypeError(f"{name}.log_prob must give a tensor, it gave {type(out).__name__}")
-    if out.shape == (*shape, 1):
-        out = out.squeeze(-1)
-    if out.shape != shape:
+    if out.shape not in (shape, (*shape, 1)):
         raise ValueError(
-            f"{name}.log_prob has shape {list(out.shape)}, {list(shape)} was expected, one "
-            "number per step; a distribution over several action dimensions must sum over them "
-            "(torch.distributions.Independent, or torchrl.modules.IndependentNormal)"
+            f"{name}.log_prob has shape {list(out.shape)}, not {list(shape)}, one number per step; "
+            "sum over the action's dimensions (torchrl.modules.IndependentNormal)"
         )
-    return out.to(torch.promote_types(out.dtype, torch.float32))
+    return out.reshape(shape).to(torch.promote_types(out.dtype, torch.float32))
 
 
 def finite_padding(

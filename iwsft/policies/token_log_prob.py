@@ -55,9 +55,8 @@ def token_log_prob(
         or (bias is not None and bias.shape != weight.shape[:1])
     ):
         raise ValueError(
-            "hidden [n, d], weight [V, d], target [n] and bias [V] were expected, not "
-            f"{list(hidden.shape)}, {list(weight.shape)}, {list(target.shape)} and "
-            f"{None if bias is None else list(bias.shape)}"
+            "hidden [n, d], weight [V, d], target [n] and bias [V] must fit together, not "
+            f"{[None if x is None else list(x.shape) for x in (hidden, weight, target, bias)]}"
         )
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap={softcap} must be positive")

@@ -124,7 +124,7 @@ class TestErrors:
             WindowSampler(data([3])[:0])
 
     def test_padded(self) -> None:
-        with pytest.raises(ValueError, match="takes packed trajectories"):
+        with pytest.raises(ValueError, match="trajectories are padded"):
             WindowSampler(pad(data([3, 3])))
 
     def test_reward_that_is_not_finite(self) -> None:

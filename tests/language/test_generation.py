@@ -165,7 +165,7 @@ def test_draw_inverts_the_distribution_function() -> None:
     ("request_", "settings", "message"),
     [
         (Request([], 3), {}, "request 0 has 0 tokens of prompt"),
-        (Request([1], 0), {}, "request 0 .* asks for 0 tokens"),
+        (Request([1], 0), {}, "request 0 .* asks for 0"),
         (Request([1] * 60, 5), {}, r"needs 65 tokens \(60 of its prompt.*takes 64"),
         (Request([1], 3), {"temperature": -1.0}, "temperature=-1.0 must be"),
         (Request([1], 3), {"temperature": 1.0, "top_p": 0.0}, "top_p=0.0 must be"),
@@ -180,7 +180,7 @@ def test_requests_that_cannot_be_met(
 
 def test_vllm_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ImportError, match="pip install vllm.*through transformers"):
+    with pytest.raises(ImportError, match="pip install vllm"):
         VLLMGenerator("a-model")
 
 

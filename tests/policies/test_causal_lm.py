@@ -324,9 +324,9 @@ def test_the_module_does_not_load_transformers() -> None:
         (lambda b: pad(b).exclude(ATTENTION), KeyError, "all_attention_mask.*is not in"),
         (lambda b: b.exclude(("collector", "traj_ids")), KeyError, "traj_ids"),
         (lambda b: b.set(TOKENS, b[TOKENS].float()), ValueError, "must hold integers"),
-        (lambda b: b.set(TOKENS, -b[TOKENS]), ValueError, "outside the vocabulary.*resize_token"),
-        (lambda b: b.set(TOKENS, b[TOKENS] + 90), ValueError, "LlamaForCausalLM, 97 tokens"),
-        (lambda b: packed((65, 3)), ValueError, "has 65 tokens, the context.*ends at 64"),
+        (lambda b: b.set(TOKENS, -b[TOKENS]), ValueError, "outside the vocabulary.*resize"),
+        (lambda b: b.set(TOKENS, b[TOKENS] + 90), ValueError, r"LlamaForCausalLM \(97 tokens"),
+        (lambda b: packed((65, 3)), ValueError, "has 65 tokens, .* reads 64"),
         (lambda b: b.set(ATTENTION, torch.zeros(30, dtype=torch.bool)), ValueError, "no token"),
     ],
 )
