@@ -53,7 +53,8 @@ def load(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         raise CheckpointError(f"{path} is corrupt (it holds {list(content)}); {way_out}")
     differ = differences(json.loads(content["settings"]), settings)
     if differ:
-        raise CheckpointError(f"{path} is of other settings: {differ}; choose another --out")
+        problem = f"belongs to a run with other settings: {differ}"
+        raise CheckpointError(f"{path} {problem}; choose another --out")
     state: dict[str, Any] = content["state"]
     return state
 

@@ -198,7 +198,7 @@ class TransitionSampler(_Sampler):
         super().__init__(trajectories, batch_size, seed=seed, keys=keys)
         missing = [key for key in keys if key not in trajectories.keys(True, True)]
         if missing:
-            raise KeyError(f"a critic needs {', '.join(map(repr, missing))}, which is missing")
+            raise KeyError(f"{', '.join(map(repr, missing))} is missing in the trajectories")
         valid = Segments.of(trajectories).valid.cpu()
         # A step of a trajectory that counts twice has two tickets.
         tickets = self._multiplicity.repeat_interleave(self._lengths) * valid

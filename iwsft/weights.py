@@ -263,8 +263,8 @@ class ImportanceWeights:
         floor = float(chain(least, segments, one)[0][0])
         if floor > LOG_MAX:
             raise OverflowError(
-                f"{self} gives a trajectory of {longest} steps a weight beyond float32, at least "
-                f"exp({floor:.4g}); use reduce='mean' or trajectory=[ClipWeight(max=...)]"
+                f"{self} gives a trajectory of {longest} steps a weight of at least "
+                f"exp({floor:.4g}), beyond float32; use reduce='mean' or ClipWeight(max=...)"
             )
 
     @classmethod
@@ -310,7 +310,7 @@ def exponential(log_weight: Tensor) -> Tensor:
     elif not bool(finite):
         raise OverflowError(
             f"importance weights overflow float32 or are NaN (log-weights reach "
-            f"{float(log_weight.max()):.4g}); use reduce='mean' or trajectory=[ClipWeight(max=...)]"
+            f"{float(log_weight.max()):.4g}); use reduce='mean', a lower Temperature or ClipWeight"
         )
     return weight
 
