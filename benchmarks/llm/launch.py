@@ -1,13 +1,13 @@
 """Start a training command again under accelerate: one process per GPU, or 2 on the CPU.
 
-``choose`` reads a packaged config (``benchmarks/llm/configs``) or the user's, ``start`` starts the
-processes, and ``launched`` tells a process what it was started as. ``assert_engine`` checks that a
-process got the engine that was asked for, because accelerate and transformers fall back to others
-silently.
+``choose`` reads a packaged config (``benchmarks/llm/configs``) or the user's, and ``start`` starts
+the processes. ``assert_engine`` checks that a process got the engine that was asked for, because
+accelerate and transformers fall back to others silently.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -35,6 +35,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from benchmarks.llm.memory import ENGINES, DecoderSizes, Setup, training_memory
+from benchmarks.options import check_known
 from benchmarks.places import cores
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -45,6 +46,7 @@ _USABLE = 0.9
 Engine = Literal["single", "deepspeed", "fsdp2"]
 # accelerate's names.
 _ENGINES: dict[str, Engine] = {"NO": "single", "DEEPSPEED": "deepspeed", "FSDP": "fsdp2"}
+_NODES = "set NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT on each node"
 # Prints the bytes of the smallest GPU.
 _LOOK_AT_GPUS = """
 import torch
@@ -86,15 +88,13 @@ class Hardware:
             return node
         try:
             nodes, rank = int(environ["NNODES"]), int(environ["NODE_RANK"])
+            if rank not in range(nodes):
+                raise ValueError(f"NODE_RANK={rank} of NNODES={nodes}")
             address, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
         except (KeyError, ValueError) as error:
             raise ValueError(
-                f"NNODES={environ['NNODES']}: every node needs NNODES, NODE_RANK, MASTER_ADDR and "
-                "MASTER_PORT in its environment, as in benchmarks/llm/slurm/job.sh; missing or "
-                f"wrong: {error}"
+                f"missing or wrong: {error}; {_NODES}, as benchmarks/llm/slurm/job.sh does"
             ) from error
-        if not 0 <= rank < nodes:
-            raise ValueError(f"NODE_RANK={rank} must be in [0, NNODES={nodes})")
         return replace(node, nodes=nodes, node_rank=rank, address=address, port=port)
 
 
@@ -102,9 +102,8 @@ class Hardware:
 class Launch:
     """What to start: ``config`` is a packaged config's name or the user's file.
 
-    ``stage`` is DeepSpeed's ZeRO stage, None for other engines. ``processes`` are those of all
-    nodes together, ``threads`` those of a process on the CPU, and ``options`` those of ``accelerate
-    launch``.
+    ``stage`` is DeepSpeed's ZeRO stage. ``processes`` are those of all nodes together, ``threads``
+    those of a process on the CPU, and ``options`` those of ``accelerate launch``.
     """
 
     config: str
@@ -157,61 +156,30 @@ def choose(
         config = _fitting_config(hardware, model, setup or Setup())
     path, deepspeed_file = _files(config)
     settings = _read_accelerate_config(path)
-    engine = _ENGINES[_distributed_type(settings)]
+    engine, zero = _ENGINES[_distributed_type(settings)], settings.deepspeed_config
+    packaged, on_cpu = path.parent == CONFIGS, settings.use_cpu or hardware.gpus == 0
     stage, offload = None, False
-    if engine == "deepspeed":
-        zero = settings.deepspeed_config
-        if deepspeed_file is None and "deepspeed_config_file" in zero:
-            # In packaged files the path starts at the root of the checkout.
-            root = CONFIGS.parents[2] if path.parent == CONFIGS else Path()
-            deepspeed_file = Path(root, zero["deepspeed_config_file"]).resolve()
-        if deepspeed_file is None:
-            stage = int(zero.get("zero_stage", 2))
-            offload = str(zero.get("offload_optimizer_device", "none")) != "none"
-        else:
-            stage, offload = _read_deepspeed_config(deepspeed_file)
-    on_cpu = settings.use_cpu or hardware.gpus == 0
-    for refused, problem in (
-        (
-            config == "multi_node" and hardware.nodes < 2,
-            "the environment names only one node; set NNODES, NODE_RANK, MASTER_ADDR and "
-            "MASTER_PORT on each, as benchmarks/llm/slurm/job.sh does, or take zero3",
-        ),
-        (
-            on_cpu and engine == "fsdp2",
-            "FSDP2 under accelerate needs GPUs, and torch sees none (accelerate would train "
-            "without it); on the CPU use cpu_zero3",
-        ),
-        (
-            hardware.gpus == 0 and offload and not settings.use_cpu,
-            "there is no GPU to offload the optimizer from; on the CPU use cpu_zero3",
-        ),
-    ):
-        if refused:
-            raise ValueError(f"--deepspeed {config}: {problem}")
-    if path.parent == CONFIGS or settings.num_processes < 1:
+    if engine == "deepspeed" and deepspeed_file is None and "deepspeed_config_file" in zero:
+        # In packaged files the path starts at the root of the checkout.
+        root = CONFIGS.parents[2] if packaged else Path()
+        deepspeed_file = Path(root, zero["deepspeed_config_file"]).resolve()
+    if deepspeed_file is not None:
+        stage, offload = _read_deepspeed_config(deepspeed_file)
+    elif engine == "deepspeed":
+        stage = int(zero.get("zero_stage", 2))
+        offload = zero.get("offload_optimizer_device", "none") != "none"
+    if config == "multi_node" and hardware.nodes < 2:
+        raise ValueError(f"{config}: there is only one node; {_NODES}, or take zero3")
+    if on_cpu and (engine == "fsdp2" or (offload and not settings.use_cpu)):
+        raise ValueError(f"{config} needs GPUs, and torch sees none; on the CPU use cpu_zero3")
+    if packaged or settings.num_processes < 1:
         single = engine == "single"
         settings.num_machines = 1 if single else hardware.nodes
         local = 1 if single else 2 if on_cpu else hardware.gpus
         settings.num_processes = local * settings.num_machines
         settings.machine_rank = hardware.node_rank
         settings.main_process_ip, settings.main_process_port = hardware.address, hardware.port
-    nodes = settings.num_machines
-    threads = threads_of(hardware.cores, settings.num_processes // nodes)
-    options: dict[str, Any] = {
-        "--config_file": path,
-        "--num_processes": settings.num_processes,
-        "--num_machines": nodes,
-        "--machine_rank": settings.machine_rank,
-        # Port 0 is any that is free.
-        "--main_process_port": settings.main_process_port or 0,
-        "--num_cpu_threads_per_process": threads,
-    }
-    if deepspeed_file is not None:
-        options["--deepspeed_config_file"] = deepspeed_file
-    if nodes > 1:
-        options["--main_process_ip"] = settings.main_process_ip
-    words = [str(word) for option in options.items() for word in option]
+    threads = threads_of(hardware.cores, settings.num_processes // settings.num_machines)
     return Launch(
         config=config,
         engine=engine,
@@ -220,8 +188,25 @@ def choose(
         device="cpu" if on_cpu else "cuda",
         processes=settings.num_processes,
         threads=threads,
-        options=(*words, *(["--same_network"] if nodes > 1 else [])),
+        options=_options(path, deepspeed_file, settings),
     )
+
+
+def _options(path: Path, deepspeed_file: Path | None, settings: Any) -> tuple[str, ...]:
+    """The options of ``accelerate launch``, which reads all others from its file."""
+    options = {
+        "--config_file": path,
+        "--num_processes": settings.num_processes,
+        "--num_machines": settings.num_machines,
+        "--machine_rank": settings.machine_rank,
+        # Port 0 is any that is free.
+        "--main_process_port": settings.main_process_port or 0,
+        "--deepspeed_config_file": deepspeed_file,
+        "--main_process_ip": settings.main_process_ip,
+    }
+    given = [(name, str(value)) for name, value in options.items() if value is not None]
+    several = settings.num_machines > 1
+    return (*itertools.chain(*given), *["--same_network"] * several)
 
 
 def threads_of(cores: int, processes: int) -> int:
@@ -237,21 +222,22 @@ def start(launch: Launch, module: str, arguments: Sequence[str]) -> int:
     """
     if "LOCAL_RANK" in os.environ:
         raise ValueError(
-            f"this is one of several processes already (LOCAL_RANK is set), and {launch.config} "
-            "would start more in each: run the command by plain python, or leave --deepspeed "
-            "out under torchrun or accelerate launch"
+            "LOCAL_RANK is set: this is one of several processes already, and --deepspeed would "
+            "start more in each; run the command by plain python"
         )
     if launch.engine == "deepspeed" and find_spec("deepspeed") is None:
         raise ImportError(f"{launch.config} needs DeepSpeed: pip install deepspeed")
+    words = [module, *arguments]
     with patch_environment(**launch.environment()):
         if launch.engine == "single":
-            command = [sys.executable, "-m", module, *arguments]
-            return _exit_status(subprocess.run(command, check=False).returncode, "the process")
+            done = subprocess.run([sys.executable, "-m", *words], check=False)
+            return _exit_status(done.returncode, "the process")
         # Without torchrun's page about a failed process, which has printed its error itself.
         logging.disable(logging.CRITICAL)
-        words = [*launch.options, "--module", module, *arguments]
         try:
-            launch_command(launch_command_parser().parse_args(words))
+            launch_command(
+                launch_command_parser().parse_args([*launch.options, "--module", *words])
+            )
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             return _exit_status(failure.exitcode, f"process {rank} of {launch.processes}")
@@ -277,21 +263,20 @@ def assert_engine(accelerator: Any, launch: Launch) -> None:
         "processes": accelerator.num_processes,
         "device": accelerator.device.type,
     }
-    if launch.engine == "deepspeed" and actual["engine"] == "deepspeed":
+    if launch.engine == actual["engine"] == "deepspeed":
         plugin = state.deepspeed_plugin
         actual["stage"] = int(plugin.zero_stage)
         offload = plugin.get_value("zero_optimization.offload_optimizer.device") or "none"
         actual["offload_optimizer"] = str(offload) != "none"
-    if actual["engine"] == "fsdp2" and state.fsdp_plugin.fsdp_version != 2:
+    if kind == "FSDP" and state.fsdp_plugin.fsdp_version != 2:
         actual["engine"] = "fsdp1"
-    differ = {name: value for name, value in actual.items() if value != getattr(launch, name)}
+    differ = [name for name, value in actual.items() if value != getattr(launch, name)]
     if differ:
         wanted = ", ".join(f"{name} {getattr(launch, name)}" for name in differ)
-        got = ", ".join(f"{name} {value}" for name, value in differ.items())
+        got = ", ".join(f"{name} {actual[name]}" for name in differ)
         raise ValueError(
-            f"{launch.config} asks for {wanted}, but training would run with {got}: "
-            "TrainingArguments need use_cpu=True on the CPU and no deepspeed or fsdp of their own, "
-            "and ACCELERATE_ variables of the shell must not be set"
+            f"{launch.config} asks for {wanted}, but training would run with {got}: unset the "
+            "ACCELERATE_ variables of the shell"
         )
 
 
@@ -299,14 +284,12 @@ def _files(config: str) -> tuple[Path, Path | None]:
     """accelerate's file of a config, and the DeepSpeed file where the user names one."""
     if config in config_names():
         return CONFIGS / f"{config}.yaml", None
-    if not config.endswith((".yaml", ".yml", ".json")):
-        raise ValueError(
-            f"--deepspeed {config}: unknown config; it is one of {', '.join(config_names())}, or a "
-            ".yaml file of accelerate, or a .json file of DeepSpeed"
-        )
     path = Path(config).resolve()
-    if not path.is_file():
-        raise FileNotFoundError(f"--deepspeed {config}: there is no such file")
+    if path.suffix not in (".yaml", ".yml", ".json") or not path.is_file():
+        raise ValueError(
+            f"--deepspeed {config}: there is no such file; it is one of "
+            f"{', '.join(config_names())}, or a .yaml file of accelerate, or a .json of DeepSpeed"
+        )
     return (CONFIGS / "zero3.yaml", path) if path.suffix == ".json" else (path, None)
 
 
@@ -316,11 +299,7 @@ def _read_accelerate_config(path: Path) -> Any:
     except (AttributeError, TypeError, YAMLError) as error:
         raise ValueError(f"{path} is not a config of accelerate ({error})") from error
     kind = _distributed_type(config)
-    if kind not in _ENGINES:
-        raise ValueError(
-            f"{path}: distributed_type {kind} is none of {', '.join(_ENGINES)}; for plain data "
-            "parallelism take zero2"
-        )
+    check_known("distributed_type", kind, list(_ENGINES))
     if kind == "FSDP" and int(config.fsdp_config.get("fsdp_version", 1)) != 2:
         raise ValueError(f"{path}: fsdp_version must be 2; FSDP1 is not supported")
     return config
@@ -338,9 +317,8 @@ def _read_deepspeed_config(path: Path) -> tuple[int, bool]:
         offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
         return int(zero["stage"]), offload
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is not a DeepSpeed config with a zero_optimization stage ({error!r})"
-        ) from error
+        problem = "is not a DeepSpeed config with a zero_optimization stage"
+        raise ValueError(f"{path} {problem} ({error!r})") from error
 
 
 def _fitting_config(hardware: Hardware, model: DecoderSizes | None, setup: Setup) -> str:
@@ -348,27 +326,21 @@ def _fitting_config(hardware: Hardware, model: DecoderSizes | None, setup: Setup
         return "cpu_zero3"
     if model is None or hardware.gpu_memory is None:
         return "multi_node" if hardware.nodes > 1 else "zero3"
-    processes = hardware.gpus * hardware.nodes
+    setup = replace(setup, processes=hardware.gpus * hardware.nodes, nodes=hardware.nodes)
     names = ["multi_node"] if hardware.nodes > 1 else ["zero2", "zero3"]
     needs = []
     for name in (*names, "zero3_offload"):
-        memory = training_memory(
-            model, replace(setup, processes=processes, nodes=hardware.nodes, **ENGINES[name])
-        )
+        memory = training_memory(model, replace(setup, **ENGINES[name]))
         fits_host = memory.host <= _USABLE * (hardware.host_memory or float("inf"))
         if memory.gpu <= _USABLE * hardware.gpu_memory and fits_host:
             return name
-        needs.append(f"{name} {_gb(memory.gpu)} per GPU and {_gb(memory.host)} of host memory")
+        needs.append(f"{name} {memory.gpu / 1e9:.0f} GB per GPU and {memory.host / 1e9:.0f} GB")
     raise ValueError(
-        f"the model does not fit: {'; '.join(needs)}; there are {processes} GPUs of "
-        f"{_gb(hardware.gpu_memory)} and {_gb(hardware.host_memory or 0)} of host memory per node. "
-        "Take more GPUs or nodes (multi_node), shorter sequences or adapters (docs/scaling.md), or "
-        "name a config to try it anyway"
+        f"the model does not fit: {' of host memory; '.join(needs)} of host memory; there are "
+        f"{setup.processes} GPUs of {hardware.gpu_memory / 1e9:.0f} GB and "
+        f"{(hardware.host_memory or 0) / 1e9:.0f} GB of host memory per node. Take more or shorter "
+        "sequences (docs/scaling.md), or name a config to try it anyway"
     )
-
-
-def _gb(number: float) -> str:
-    return f"{number / 1e9:.0f} GB"
 
 
 def _exit_status(code: int, process: str) -> int:

@@ -29,23 +29,19 @@ ENGINES: dict[str, dict[str, Any]] = {
     "fsdp2": {"engine": "fsdp2"},
     "multi_node": {"engine": "zero3"},
 }
-# Published shapes of Qwen2.5: hidden size, feed-forward size, layers, heads, key heads, vocabulary.
+# Published shapes of Qwen2.5.
+_SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "vocab_size"),
+)
 _SHAPES = {
     "0.5B": (896, 4864, 24, 14, 2, 151_936),
     "7B": (3584, 18_944, 28, 28, 4, 152_064),
     "32B": (5120, 27_648, 64, 40, 8, 152_064),
 }
 QWEN2 = {
-    name: Qwen2Config(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        vocab_size=vocabulary,
-        tie_word_embeddings=name == "0.5B",
-    )
-    for name, (hidden, intermediate, layers, heads, key_heads, vocabulary) in _SHAPES.items()
+    name: Qwen2Config(**dict(zip(_SIZES, shape, strict=True)), tie_word_embeddings=name == "0.5B")
+    for name, shape in _SHAPES.items()
 }
 # Bytes of a float32.
 _WIDE = 4
@@ -112,6 +108,26 @@ class DecoderSizes:
         feed_forward = width * 4 * self.text.intermediate_size
         return 2 * self.norm_activations(width) + attention + feed_forward
 
+    def all_activations(self, setup: Setup) -> tuple[int, int]:
+        """Bytes that all layers keep for backward, and those of a layer or the log-probs at work.
+
+        At work are the gradients inside the feed-forward block, the widest, and what checkpointing
+        computes again. The fused output layer has states and their float32 gradient, a block of
+        logits (with its gradient as a factor of products, and a temporary), and a block of weights.
+        """
+        width, hidden, tokens = setup.width, self.text.hidden_size, setup.tokens
+        again = self.layer_activations(width)
+        saved = self.text.num_hidden_layers * (width * hidden if setup.checkpointing else again)
+        rotations = 2 * width * self.head_width
+        layer = width * (3 * self.text.intermediate_size + hidden)
+        layer += again if setup.checkpointing else 0
+        rows, columns = _ACCELERATOR_BLOCK if setup.accelerator else _CPU_BLOCK
+        rows, columns = min(rows, tokens), min(columns, self.text.vocab_size)
+        blocks = rows * columns * (2 * _WIDE + width) + _WIDE * columns * hidden
+        log_probs = tokens * hidden * (2 * width + _WIDE) + blocks
+        kept = tokens * (saved + self.norm_activations(width) + rotations + 8)
+        return kept, max(tokens * layer, log_probs)
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -132,6 +148,11 @@ class Setup:
     tokens: int = 4096
     proposal: Proposal = "current"
     accelerator: bool = True
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number in the matrix products."""
+        return 2 if self.half else _WIDE
 
 
 @dataclass(frozen=True)
@@ -167,12 +188,10 @@ def training_memory(sizes: DecoderSizes, setup: Setup) -> Memory:
     the packaged configs. Not included: what allocators lose between blocks, and the masks of a
     packed row without variable-length attention (tokens squared).
     """
-    width = 2 if setup.half else _WIDE
-    trained, frozen = sizes.trainable, sizes.parameters - sizes.trainable
-    layers, hidden = sizes.text.num_hidden_layers, sizes.text.hidden_size
-    vocabulary = sizes.text.vocab_size
+    width, trained = setup.width, sizes.trainable
+    frozen, head = sizes.parameters - trained, sizes.text.vocab_size * sizes.text.hidden_size
     # The largest part that is gathered at once.
-    largest = max(sizes.layer, vocabulary * hidden)
+    largest = max(sizes.layer, head)
     part = min(trained, largest)
     local = setup.processes // setup.nodes
     host = buckets = step = shadow = swap = 0
@@ -190,7 +209,7 @@ def training_memory(sizes: DecoderSizes, setup: Setup) -> Memory:
         weights = share(_WIDE * trained + width * frozen)
         gradients, optimizer = share(_WIDE * trained), share(8 * trained)
         # A layer at work, the next one, gradients on their way; the output layer stays gathered.
-        gathered = width * (3 * sizes.layer + vocabulary * hidden + part)
+        gathered = width * (3 * sizes.layer + head + part)
     elif setup.engine == "zero2":
         weights, gradients = width * sizes.parameters, share(width * trained)
         optimizer, step = share(12 * trained), share(_WIDE * trained)
@@ -210,22 +229,8 @@ def training_memory(sizes: DecoderSizes, setup: Setup) -> Memory:
         swap = share((width if setup.engine.startswith("zero") else _WIDE) * trained)
         if setup.offload_optimizer:
             host, shadow = host + local * shadow, 0
-
-    again = sizes.layer_activations(width)
-    saved = width * hidden if setup.checkpointing else again
-    rotations = 2 * width * sizes.head_width
-    activations = layers * saved + sizes.norm_activations(width) + rotations + 8
-    # Gradients inside the feed-forward block, the widest, and what checkpointing computes again.
-    layer = width * (3 * sizes.text.intermediate_size + hidden)
-    layer += again if setup.checkpointing else 0
-    # The fused output layer: states and their float32 gradient, a block of logits (with its
-    # gradient as a factor of products, and a temporary), and a block of weights.
-    rows, columns = _ACCELERATOR_BLOCK if setup.accelerator else _CPU_BLOCK
-    rows, columns = min(rows, setup.tokens), min(columns, vocabulary)
-    blocks = rows * columns * (_WIDE + _WIDE + width) + _WIDE * columns * hidden
-    log_probs = setup.tokens * hidden * (2 * width + _WIDE) + blocks
-    forward = gathered + max(setup.tokens * layer, log_probs)
-    work = max(forward + setup.tokens * activations, step, forward + swap)
+    activations, forward = sizes.all_activations(setup)
+    work = max(gathered + forward + max(activations, swap), step)
     runtime = _RUNTIME if setup.accelerator else 0
     return Memory(weights, gradients, optimizer, shadow, buckets, work + runtime, host)
 

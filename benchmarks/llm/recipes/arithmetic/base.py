@@ -88,7 +88,7 @@ def base_model(folder: Path, *, seed: int, settings: BaseSettings) -> Path:
         }
     )
     home = Path(folder) / f"arithmetic-base-{key[:16]}"
-    return kept(home, make, remake="run again, which trains it anew")
+    return kept(home, make)
 
 
 def train(settings: BaseSettings, seed: int) -> tuple[Qwen2ForCausalLM, list[list[float]]]:
