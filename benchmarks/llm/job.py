@@ -77,20 +77,17 @@ def _work_on(run: Run, *, threads: int | None = None) -> None:
 def _launch(runs: Sequence[Run], options: Options) -> int:
     """Start the job again under accelerate, one run after the other in the same processes."""
     hardware = Hardware.here()
-    prepared: Prepared | None = None
     if not options.deepspeed and hardware.gpus:
         # Which config fits depends on the model.
-        prepared = prepare(runs[0])
-        launch = _fitting_launch(prepared, runs[0], hardware)
+        launch = _fitting_launch(prepare(runs[0]).model, runs[0], hardware)
     else:
         launch = choose(options.deepspeed[0] if options.deepspeed else None, hardware)
     runs = [replace(run, launch=launch) for run in runs]
     unfinished = _claim(runs, first_node=hardware.node_rank == 0)
     if unfinished:
         # Once, and not by all processes at a time.
-        _show_notes(prepared or prepare(runs[0]))
-        for run in {run.seed: run for run in runs}.values():
-            prepare(run)
+        prepared = [prepare(run) for run in {run.seed: run for run in runs}.values()]
+        _show_notes(prepared[0])
         tell(f"{launch.config}: {launch.processes} processes on {launch.device}")
         status = start(launch, "benchmarks.llm", sys.argv[1:])
         if status:
@@ -100,17 +97,16 @@ def _launch(runs: Sequence[Run], options: Options) -> int:
     return 0
 
 
-def _fitting_launch(prepared: Prepared, run: Run, hardware: Hardware) -> Launch:
-    settings = run.options.settings
+def _fitting_launch(model: str, run: Run, hardware: Hardware) -> Launch:
+    settings, trusted = run.options.settings, run.options.trust_remote_code
     setup = Setup(
         half=settings.precision == "bfloat16",
         checkpointing=settings.gradient_checkpointing,
         tokens=(settings.micro_batch_size or 1) * (settings.max_length or 4096),
         proposal="current" if run.algorithm is None else run.algorithm.proposal,
     )
-    trusted = run.options.trust_remote_code
-    config = AutoConfig.from_pretrained(prepared.model, trust_remote_code=trusted)
-    return choose(None, hardware, model=DecoderSizes.of(config), setup=setup)
+    sizes = DecoderSizes.of(AutoConfig.from_pretrained(model, trust_remote_code=trusted))
+    return choose(None, hardware, model=sizes, setup=setup)
 
 
 def _take_part(runs: Sequence[Run]) -> None:

@@ -39,6 +39,7 @@ from benchmarks.options import check_known
 from benchmarks.places import cores
 
 CONFIGS = Path(__file__).parent / "configs"
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 # The variable that tells a process what it was started as.
 VARIABLE = "IWSFT_LAUNCH"
 # The share of a GPU's or host's memory that training may take; allocators and the system lose some.
@@ -48,11 +49,9 @@ Engine = Literal["single", "deepspeed", "fsdp2"]
 _ENGINES: dict[str, Engine] = {"NO": "single", "DEEPSPEED": "deepspeed", "FSDP": "fsdp2"}
 _NODES = "set NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT on each node"
 # Prints the bytes of the smallest GPU.
-_LOOK_AT_GPUS = """
-import torch
-gpus = range(torch.cuda.device_count())
-print(min(torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus))
-"""
+_LOOK_AT_GPUS = """from torch import cuda
+gpus = range(cuda.device_count())
+print(min(cuda.get_device_properties(gpu).total_memory for gpu in gpus))"""
 
 
 @dataclass(frozen=True)
@@ -131,11 +130,6 @@ class Launch:
         return variables
 
 
-def config_names() -> list[str]:
-    """Names of the packaged configs."""
-    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-
-
 def choose(
     config: str | None,
     hardware: Hardware,
@@ -147,10 +141,8 @@ def choose(
 
     ``config`` is the name of a packaged config, an accelerate YAML file, or a DeepSpeed JSON file.
     A YAML file of the user that gives a number of processes keeps it; otherwise there is one
-    process per GPU, or 2 on the CPU. None takes the config that fits: ``cpu_zero3`` without a GPU,
-    ``multi_node`` on several nodes, else the first of ``zero2``, ``zero3`` and ``zero3_offload``
-    that the model fits in (``zero3`` where its sizes are not known). The engine and the processes
-    of ``setup`` are overwritten.
+    process per GPU, or 2 on the CPU. None takes the config that fits, see docs/scaling.md. The
+    engine and the processes of ``setup`` are overwritten.
     """
     if config is None:
         config = _fitting_config(hardware, model, setup or Setup())
@@ -282,13 +274,13 @@ def assert_engine(accelerator: Any, launch: Launch) -> None:
 
 def _files(config: str) -> tuple[Path, Path | None]:
     """accelerate's file of a config, and the DeepSpeed file where the user names one."""
-    if config in config_names():
+    if config in NAMES:
         return CONFIGS / f"{config}.yaml", None
     path = Path(config).resolve()
     if path.suffix not in (".yaml", ".yml", ".json") or not path.is_file():
         raise ValueError(
             f"--deepspeed {config}: there is no such file; it is one of "
-            f"{', '.join(config_names())}, or a .yaml file of accelerate, or a .json of DeepSpeed"
+            f"{', '.join(NAMES)}, or a .yaml file of accelerate, or a .json of DeepSpeed"
         )
     return (CONFIGS / "zero3.yaml", path) if path.suffix == ".json" else (path, None)
 

@@ -8,7 +8,7 @@ python -m benchmarks.llm.memory --model Qwen/Qwen2.5-14B-Instruct --gpus 4 --tok
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -34,7 +34,7 @@ _SIZES = (
     *("hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "vocab_size"),
 )
-_SHAPES = {
+_SHAPES: dict[str, tuple[Any, ...]] = {
     "0.5B": (896, 4864, 24, 14, 2, 151_936),
     "7B": (3584, 18_944, 28, 28, 4, 152_064),
     "32B": (5120, 27_648, 64, 40, 8, 152_064),
@@ -69,20 +69,18 @@ class DecoderSizes:
         """
         text = config.get_text_config()
         if getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None):
-            raise ValueError(
-                f"{text.model_type} is a mixture of experts; memory is computed for dense decoders"
-            )
+            raise ValueError(f"{text.model_type} is a mixture of experts; only dense models work")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         parameters = model.num_parameters()
         if trainable is not None and not 0 < trainable <= parameters:
             raise ValueError(f"trainable={trainable} must be in [1, {parameters}], the parameters")
-        layers = next(
-            module
-            for module in model.modules()
-            if isinstance(module, torch.nn.ModuleList) and len(module) == text.num_hidden_layers
+        layer = max(
+            sum(parameter.numel() for parameter in layer.parameters())
+            for layers in model.modules()
+            if isinstance(layers, torch.nn.ModuleList) and len(layers) == text.num_hidden_layers
+            for layer in layers
         )
-        layer = max(sum(p.numel() for p in one.parameters()) for one in layers)
         return cls(text, parameters, trainable or parameters, layer)
 
     @property
@@ -118,25 +116,22 @@ class DecoderSizes:
         width, hidden, tokens = setup.width, self.text.hidden_size, setup.tokens
         again = self.layer_activations(width)
         saved = self.text.num_hidden_layers * (width * hidden if setup.checkpointing else again)
-        rotations = 2 * width * self.head_width
         layer = width * (3 * self.text.intermediate_size + hidden)
         layer += again if setup.checkpointing else 0
         rows, columns = _ACCELERATOR_BLOCK if setup.accelerator else _CPU_BLOCK
         rows, columns = min(rows, tokens), min(columns, self.text.vocab_size)
         blocks = rows * columns * (2 * _WIDE + width) + _WIDE * columns * hidden
         log_probs = tokens * hidden * (2 * width + _WIDE) + blocks
-        kept = tokens * (saved + self.norm_activations(width) + rotations + 8)
+        kept = tokens * (saved + self.norm_activations(width) + 2 * width * self.head_width + 8)
         return kept, max(tokens * layer, log_probs)
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How a model is trained.
+    """How a model is trained, on the GPUs (``processes``) of all ``nodes``.
 
-    ``processes`` are the GPUs of all ``nodes``. ``half`` is mixed precision in bfloat16, and
-    ``tokens`` are those of a micro-batch, padding included. ``offload_optimizer`` keeps ZeRO-3's
-    float32 weights and Adam's moments on the host. Without ``accelerator``, blocks of logits are
-    smaller.
+    ``half`` is mixed precision in bfloat16, and ``tokens`` are those of a micro-batch, padding
+    included. ``offload_optimizer`` keeps ZeRO-3's float32 weights and Adam's moments on the host.
     """
 
     engine: Literal["single", "zero2", "zero3", "fsdp2"] = "zero3"
@@ -175,18 +170,14 @@ class Memory:
     @property
     def gpu(self) -> int:
         """All of a GPU's memory at the most."""
-        states = self.weights + self.gradients + self.optimizer + self.shadow + self.buckets
-        return states + self.work
+        return sum(astuple(self)) - self.host
 
 
 def training_memory(sizes: DecoderSizes, setup: Setup) -> Memory:
-    """Compute the memory of fine-tuning with AdamW and ``ImportanceWeightedTrainer``.
+    """Compute the memory of fine-tuning with AdamW; docs/scaling.md tells how well it is known.
 
-    Compared with the tensors of tiny models, byte by byte: the states of ZeRO-2 and ZeRO-3, with
-    and without offloading, and what a layer keeps. The most at a time of a single process was
-    within a sixth. FSDP2 follows from what torch shards, and gathered weights follow the limits in
-    the packaged configs. Not included: what allocators lose between blocks, and the masks of a
-    packed row without variable-length attention (tokens squared).
+    Gathered weights follow the limits in the packaged configs. Not included: what allocators lose
+    between blocks, and the masks of a packed row without variable-length attention.
     """
     width, trained = setup.width, sizes.trainable
     frozen, head = sizes.parameters - trained, sizes.text.vocab_size * sizes.text.hidden_size

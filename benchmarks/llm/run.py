@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from transformers.utils import logging
 from benchmarks import runs
 from benchmarks.llm.launch import Launch, assert_engine, launched
 from benchmarks.llm.models import file_sha256, load
-from benchmarks.llm.options import ALGORITHMS, BASE, Algorithm, Options, choose_q
+from benchmarks.llm.options import ALGORITHMS, BASE, Options, Variant, choose_q
 from benchmarks.llm.recipes import Prepared, load_recipe
 from benchmarks.runs import RESULT, alone_in, hardware, tell, versions, write_json
 from iwsft import checkpoint, metrics
@@ -46,14 +46,10 @@ from iwsft.trajectory import MULTIPLICITY, TRAJ_IDS, lengths
 CHECKPOINTS = "checkpoints"
 # Settings that are arguments of the trainer as they are.
 _SAME_NAME = (
-    "length_normalize",
-    "layout",
-    "learning_rate",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "max_grad_norm",
+    *("length_normalize", "layout", "learning_rate", "weight_decay"),
+    *("adam_beta1", "adam_beta2", "max_grad_norm"),
 )
+_PACKAGES = ("torch", "tensordict", "torchrl", "transformers", "accelerate", "numpy")
 _COLUMNS = "{:<12} {:>4} {:>13} {:>8} {:>5} {:>6} {:>6} {:>7}"
 HEADER = _COLUMNS.format("algo", "seed", "update", "loss", "ESS", "max w", "score", "seconds")
 _COST = ("cpu_seconds", "wall_seconds")
@@ -67,7 +63,7 @@ class Run(runs.Run[Options]):
     launch: Launch
 
     @property
-    def algorithm(self) -> Algorithm | None:
+    def algorithm(self) -> Variant | None:
         """The algorithm; None for the base, which is not trained."""
         return None if self.algo == BASE else ALGORITHMS[self.algo]
 
@@ -98,7 +94,7 @@ def prepare(run: Run) -> Prepared:
     )
 
 
-def curated(run: Run, algorithm: Algorithm, prepared: Prepared, tokenizer: Any) -> TensorDictBase:
+def curated(run: Run, algorithm: Variant, prepared: Prepared, tokenizer: Any) -> TensorDictBase:
     """Curate a recipe's rows into D+ (or D_Q+): packed trajectories with their multiplicity.
 
     Rows with a multiplicity count as curated.
@@ -111,7 +107,7 @@ def curated(run: Run, algorithm: Algorithm, prepared: Prepared, tokenizer: Any) 
         trajectories = correct_only(trajectories)
     if trajectories.get(MULTIPLICITY, default=None) is not None:
         return trajectories
-    cuts = algorithm.cuts(settings)
+    cuts = settings.quality_cuts if algorithm.quality else settings.cuts
     if cuts:
         check_scores(prepared.rows)
     # Without a cut no score is looked at.
@@ -138,9 +134,7 @@ def config_of(run: Run) -> dict[str, Any]:
         **run.identity,
         "settings": settings,
         **run.engine,
-        "versions": versions(
-            ("torch", "tensordict", "torchrl", "transformers", "accelerate", "numpy")
-        ),
+        "versions": versions(_PACKAGES),
         "hardware": hardware(run.launch.device),
         "command": " ".join(["python -m benchmarks.llm", *sys.argv[1:]]),
     }
@@ -160,8 +154,7 @@ def train_and_score(run: Run) -> None:
         trained: dict[str, Any] = {"steps": 0}
         model = prepared.model
         if run.algorithm is not None:
-            progress = Progress(run) if first else None
-            trained = _train(run, run.algorithm, prepared, progress)
+            trained = _train(run, run.algorithm, prepared)
             model = str(run.folder / checkpoint.FOLDER)
         together = run.algorithm is not None and run.launch.processes > 1
         # All make it together, before one tests alone.
@@ -209,28 +202,22 @@ def _in_one_process() -> Iterator[None]:
         yield
 
 
-@lru_cache(maxsize=1)
-def _patient_group() -> Any:
-    """A process group whose barriers wait for the process that tests, however long it takes."""
-    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+# A process group whose barriers wait for the process that tests, however long it takes.
+_patient_group = cache(lambda: torch.distributed.new_group(backend="gloo", timeout=timedelta(7)))
 
 
-def training_arguments(run: Run, algorithm: Algorithm) -> dict[str, Any]:
+def training_arguments(run: Run, algorithm: Variant) -> dict[str, Any]:
     """Make the arguments of ``ImportanceWeightedConfig``, and check that they fit the processes."""
     options, settings, processes = run.options, run.options.settings, run.launch.processes
     own, rest = divmod(settings.batch_size, processes)
     if rest:
         raise ValueError(
-            f"--batch-size {settings.batch_size} can't be shared out over {processes} processes; "
-            f"take a multiple of {processes}"
+            f"--batch-size {settings.batch_size}: no multiple of {processes} processes"
         )
     micro = min(settings.micro_batch_size or own, own)
     accumulation, rest = divmod(own, micro)
     if rest:
-        raise ValueError(
-            f"--micro-batch-size {micro} does not divide the {own} draws of a process in an update "
-            f"(--batch-size {settings.batch_size}, {processes} processes)"
-        )
+        raise ValueError(f"--micro-batch-size {micro} does not divide the {own} draws of a process")
     proposal, sync_every = choose_q(algorithm, settings, accumulation * processes)
     on_cpu = run.launch.device == "cpu"
     return {
@@ -262,9 +249,7 @@ def training_arguments(run: Run, algorithm: Algorithm) -> dict[str, Any]:
     }
 
 
-def _train(
-    run: Run, algorithm: Algorithm, prepared: Prepared, progress: Progress | None
-) -> dict[str, Any]:
+def _train(run: Run, algorithm: Variant, prepared: Prepared) -> dict[str, Any]:
     """Train, save the model with its tokenizer, and return what it took for ``result.json``."""
     # Before the model: under ZeRO-3 it is loaded in shards, which these arguments switch on.
     args = ImportanceWeightedConfig(**training_arguments(run, algorithm))
@@ -273,14 +258,14 @@ def _train(
     model, tokenizer = run.load(prepared.model, dtype=torch.bfloat16 if half else torch.float32)
     if "pad_token" in prepared.notes:
         tokenizer.pad_token = prepared.notes["pad_token"]
-    data = curated(run, algorithm, prepared, tokenizer)
+    data, progress = curated(run, algorithm, prepared, tokenizer), Progress(run)
     trainer = ImportanceWeightedTrainer(
         model,
         args,
         trajectories=data,
-        importance_weights=algorithm.weights(run.options.settings),
+        importance_weights=run.options.settings.importance_weights(per_step=algorithm.per_step),
         processing_class=tokenizer,
-        callbacks=[] if progress is None else [progress],
+        callbacks=[progress],
     )
     trainer.remove_callback(PrinterCallback)
     if launched() is not None:
@@ -288,8 +273,7 @@ def _train(
     try:
         trainer.train(resume_from_checkpoint=last(run.folder / CHECKPOINTS))
     finally:
-        if progress is not None:
-            progress.close()
+        progress.close()
     with written_aside(run.folder):
         trainer.save_model(str(run.folder / checkpoint.FOLDER))
     multiplicity = data.get(MULTIPLICITY)[lengths(data).cumsum(0) - 1]
@@ -305,31 +289,15 @@ def _train(
     trainer.accelerator.free_memory()
     del trainer, model
     clear_device_cache(garbage_collection=True)
-    return trained if progress is None else {**trained, **_metrics_summary(run.folder)}
-
-
-def _metrics_summary(folder: Path) -> dict[str, float]:
-    """Means, extremes and cost from the rows of the metrics."""
-    rows = metrics.read(folder / metrics.FILE)
-    summary = {name: value for name, value in rows[0].items() if name != "step"}
-    logged = [row for row in rows if "loss" in row]
-    if not logged:
-        return summary
-    ess = [row["ESS"] for row in logged]
-    return {
-        **summary,
-        "ESS": sum(ess) / len(ess),
-        "ESS_min": min(ess),
-        "weight_max": max(row["weight_max"] for row in logged),
-        **{name: logged[-1][name] for name in _COST},
-    }
+    return {**trained, **progress.summary()}
 
 
 class Progress(TrainerCallback):
     """Writes the rows of ``metrics.jsonl`` with the seconds up to each, and shows a few.
 
-    Row 0 holds ``reference_cpu_seconds`` and ``reference_wall_seconds``: before the first update.
-    Seconds of a run that was cut off count up to the checkpoint that it continues from.
+    Only the first process does. Row 0 holds ``reference_cpu_seconds`` and
+    ``reference_wall_seconds``: before the first update. Seconds of a run that was cut off count up
+    to the checkpoint that it continues from.
     """
 
     def __init__(self, run: Run) -> None:
@@ -343,6 +311,8 @@ class Progress(TrainerCallback):
         """Cut the metrics back to the checkpoint."""
         self._since = _now()
         self._shown = state.global_step
+        if not state.is_world_process_zero:
+            return
         # From the start a run writes row 0 again.
         self._log = metrics.MetricsLog(self._run.folder, after=state.global_step or -1)
         rows = [row for row in metrics.read(self._run.folder / metrics.FILE) if _COST[0] in row]
@@ -351,12 +321,11 @@ class Progress(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the cost of the reference, which the trainer computes before the first epoch."""
-        if self._started:
-            return
-        self._started = True
-        cost, self._since = self._spent("reference_"), _now()
-        if state.global_step == 0 and self._log is not None:
-            self._log.write({"step": 0, **cost})
+        if not self._started:
+            self._started = True
+            cost, self._since = self._spent("reference_"), _now()
+            if state.global_step == 0 and self._log is not None:
+                self._log.write({"step": 0, **cost})
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write a row."""
@@ -376,6 +345,18 @@ class Progress(TrainerCallback):
         """Close the files."""
         if self._log is not None:
             self._log.__exit__(None, None, None)
+
+    def summary(self) -> dict[str, float]:
+        """Compute means, extremes and cost from the rows of the metrics."""
+        rows = [] if self._log is None else metrics.read(self._run.folder / metrics.FILE)
+        summary = {name: value for row in rows[:1] for name, value in row.items() if name != "step"}
+        logged = [row for row in rows if "loss" in row]
+        if logged:
+            ess = [row["ESS"] for row in logged]
+            summary |= {"ESS": sum(ess) / len(ess), "ESS_min": min(ess)}
+            summary["weight_max"] = max(row["weight_max"] for row in logged)
+            summary |= {name: logged[-1][name] for name in _COST}
+        return summary
 
     def _spent(self, prefix: str = "") -> dict[str, float]:
         seconds = (self._before + _now() - self._since).tolist()

@@ -29,9 +29,8 @@ _MATH_VERIFY = "benchmarks.llm.evaluation.grading:compare_by_math_verify"
 class Grader:
     """Compares answers; LaTeX by Math-Verify in a process with a time limit.
 
-    The process starts with the first comparison that needs it, and again after one that was ended.
-    Leaving the grader's context ends it. ``compare`` is ``MODULE:FUNCTION`` that takes the correct
-    answer and a given one. ``problems`` has a line for each comparison that hung or failed.
+    Leaving the grader's context ends the process. ``compare`` is ``MODULE:FUNCTION`` that takes the
+    correct answer and a given one. ``problems`` has a line for each comparison that hung or failed.
     """
 
     def __init__(self, *, seconds: float = 10.0, compare: str = _MATH_VERIFY) -> None:
@@ -69,10 +68,8 @@ class Grader:
                 self._pool.submit(_prepare, self._compare).result()
             except (ImportError, BrokenProcessPool) as error:
                 self.close()
-                raise ImportError(
-                    f"Math-Verify does not load in {self._compare} ({error}); pip install "
-                    "'math-verify[antlr4_13_2]'"
-                ) from error
+                install = "pip install 'math-verify[antlr4_13_2]'"
+                raise ImportError(f"Math-Verify does not load ({error}); {install}") from error
         return self._pool
 
     def close(self) -> None:

@@ -85,16 +85,8 @@ class Options:
 
     def check(self) -> None:
         """Check the values of the options."""
-        if not self.tasks:
-            raise ValueError("nothing to evaluate: pass at least one name to --tasks")
-        check_at_least(
-            1,
-            n=self.n,
-            max_tokens=self.max_tokens,
-            think_budget=self.think_budget,
-            limit=self.limit,
-            batch_size=self.batch_size,
-        )
+        positive = ("n", "max_tokens", "think_budget", "limit", "batch_size")
+        check_at_least(1, **{name: getattr(self, name) for name in positive})
         check_at_least(0, waits=self.waits)
         used = self.think_budget is not None
         check_used("waits", self.waits or None, used, "without --think-budget")
@@ -106,7 +98,4 @@ class Options:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p {self.top_p}: a probability mass in (0, 1]")
         if self.n > 1 and self.temperature == 0:
-            raise ValueError(
-                f"--n {self.n} with --temperature 0 gives the same answer {self.n} times; "
-                "raise the temperature, or leave out --n"
-            )
+            raise ValueError(f"--n {self.n}: --temperature 0 gives the same answer each time")

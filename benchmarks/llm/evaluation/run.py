@@ -20,8 +20,9 @@ from benchmarks.llm.evaluation.grading import Grader
 from benchmarks.llm.evaluation.options import Options
 from benchmarks.llm.evaluation.scores import Generation, grade, score
 from benchmarks.llm.evaluation.tasks import QuestionSet, read_questions
-from benchmarks.llm.models import first_line, load, load_tokenizer, locate
-from benchmarks.runs import CONFIG, RESULT, alone_in, claim, hardware, versions, write_json
+from benchmarks.llm.models import load, load_tokenizer, locate, unloadable
+from benchmarks.options import check_once
+from benchmarks.runs import CONFIG, RESULT, alone_in, claim, hardware, tell, versions, write_json
 from iwsft.checkpoint import CheckpointError
 from iwsft.files import full_disk_named, written_whole
 from iwsft.language.budget import S1, TAGS, Delimiters, overhead, think_then_answer
@@ -40,26 +41,22 @@ def run(options: Options) -> list[dict[str, Any]]:
     """
     options.check()
     sets = [read_questions(name, seed=options.seed, limit=options.limit) for name in options.tasks]
-    if len({each.task.name for each in sets}) < len(sets):
-        raise ValueError(f"--tasks {' '.join(options.tasks)}: name each task once")
+    check_once(tasks=[each.name for each in sets])
     prompter = load_prompter(options)
     evaluations = [_Evaluation(options, each, prompter) for each in sets]
     for evaluation in evaluations:
         evaluation.check_context()
     with Grader() as grader:
         # Fails here, not after hours of generation.
-        if any(each.task.kind == "math" for each in sets):
+        if any(each.kind == "math" for each in sets):
             grader.start()
         configs = {evaluation: evaluation.config for evaluation in evaluations}
         for folder in (evaluation.folder for evaluation in evaluations):
             if (folder / GENERATIONS).exists() and not (folder / CONFIG).exists():
-                raise CheckpointError(
-                    f"{folder} holds generations without their {CONFIG}; move it away, or choose "
-                    "another --out"
-                )
+                raise CheckpointError(f"{folder} holds generations without {CONFIG}; move it away")
         claim(options.out, configs, same=["settings"], resume=options.resume)
         if prompter.note is not None:
-            print(f"note: {prompter.note}", file=sys.stderr)
+            tell(f"note: {prompter.note}")
         model: Generator | None = None
         results = []
         for evaluation in evaluations:
@@ -84,7 +81,7 @@ class _Evaluation:
     """A model on a task, with the options that the command was given."""
 
     options: Options
-    question_set: QuestionSet
+    task: QuestionSet
     prompter: Prompter
 
     @cached_property
@@ -96,7 +93,7 @@ class _Evaluation:
     @cached_property
     def prompts(self) -> dict[str, list[int]]:
         """The prompt of each question in tokens."""
-        return {each.id: self.prompter.prompt(each.prompt) for each in self.question_set.questions}
+        return {each.id: self.prompter.prompt(each.prompt) for each in self.task.questions}
 
     @cached_property
     def keys(self) -> list[tuple[str, int]]:
@@ -107,22 +104,21 @@ class _Evaluation:
     def folder(self) -> Path:
         """The folder of the task's results."""
         model = Path(self.options.model).resolve().name
-        return self.options.out / model / self.question_set.task.name
+        return self.options.out / model / self.task.name
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """The content of ``config.json``."""
-        questions = self.question_set.questions
-        content = [(each.id, self.prompts[each.id], each.answer) for each in questions]
+        content = [(each.id, self.prompts[each.id], each.answer) for each in self.task.questions]
         return {
             "benchmark": BENCHMARK,
             "model": self.options.model,
-            "source": self.question_set.source,
+            "source": self.task.source,
             "note": self.prompter.note,
-            "private": self.question_set.task.private,
+            "private": self.task.private,
             "settings": {
                 "model": self.prompter.identity,
-                "task": self.question_set.task.name,
+                "task": self.task.name,
                 # Covers data, template, tokenizer and order of choices, and reveals no text.
                 "prompts": hashlib.sha256(repr(content).encode()).hexdigest(),
                 "stop": sorted(self.prompter.stop),
@@ -141,17 +137,17 @@ class _Evaluation:
         name, prompt = max(self.prompts.items(), key=lambda item: len(item[1]))
         context = self.prompter.context
         if context is not None and len(prompt) + new > context:
+            lower = "--max-tokens" if budget is None else "--max-tokens or --think-budget"
             raise ValueError(
-                f"{self.question_set.task.title}: question {name} has {len(prompt)} tokens, and "
-                f"{new} new ones do not fit in the model's context of {context}; "
-                f"lower --max-tokens{'' if budget is None else ' or --think-budget'}"
+                f"{self.task.title}: question {name} has {len(prompt)} tokens, and {new} new ones "
+                f"do not fit in the model's context of {context}; lower {lower}"
             )
 
     def generate(self, model: Generator, generations: list[Generation]) -> None:
         """Generate what is missing and add it to the list and the file, batch by batch.
 
-        Batches are the same in every run. A batch that was cut by a kill is generated again as a
-        whole, so that its generations are those of an uninterrupted run, bit for bit.
+        Batches are the same in every run, and one that a kill cut is generated again as a whole,
+        so that the generations are those of an uninterrupted run, bit for bit.
         """
         size = self.options.batch
         for start in range(len(generations) // size * size, len(self.keys), size):
@@ -172,8 +168,7 @@ class _Evaluation:
                 file.flush()
                 os.fsync(file.fileno())
             generations += new
-            name = self.question_set.task.name
-            print(f"{name}  {len(generations)}/{len(self.keys)}", file=sys.stderr)
+            tell(f"{self.task.name}  {len(generations)}/{len(self.keys)}")
 
     def _answer(self, model: Generator, requests: Sequence[Request]) -> list[Generation]:
         options = self.options
@@ -185,23 +180,17 @@ class _Evaluation:
         if options.think_budget is None:
             completions = model.generate(requests, **sampling)
             return [self._generation(each.tokens, each.stop) for each in completions]
-        thoughts = think_then_answer(
-            model,
-            requests,
-            delimiters=self.delimiters,
-            think_budget=options.think_budget,
-            waits=options.waits,
-            **sampling,
-        )
+        sampling |= {"delimiters": self.delimiters, "think_budget": options.think_budget}
+        thoughts = think_then_answer(model, requests, waits=options.waits, **sampling)
         return [
             self._generation(
-                thought.tokens,
-                thought.answer.stop,
-                thinking_tokens=len(thought.thinking),
-                waits=thought.waits,
-                cut=thought.cut,
+                each.tokens,
+                each.answer.stop,
+                thinking_tokens=len(each.thinking),
+                waits=each.waits,
+                cut=each.cut,
             )
-            for thought in thoughts
+            for each in thoughts
         ]
 
     def _generation(self, tokens: Sequence[int], stop: int | None, **thinking: int) -> Generation:
@@ -210,7 +199,7 @@ class _Evaluation:
 
     def _seed(self, name: str, sample: int) -> int:
         """Return the seed of an answer, below 2^62."""
-        text = f"{self.options.seed} {self.question_set.task.name} {name} {sample}"
+        text = f"{self.options.seed} {self.task.name} {name} {sample}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
 
     def score(
@@ -218,11 +207,11 @@ class _Evaluation:
     ) -> dict[str, Any]:
         """Grade the generations, and write grades and scores."""
         grader.problems.clear()
-        grades = grade(self.question_set, generations, grader)
+        grades = grade(self.task, generations, grader)
         result = {
             "benchmark": BENCHMARK,
-            "task": self.question_set.task.name,
-            "title": self.question_set.task.title,
+            "task": self.task.name,
+            "title": self.task.title,
             **{key: self.config[key] for key in ("model", "source", "note", "private", "settings")},
             **score(grades, generations, self.options.seed),
             "grading_problems": list(grader.problems),
@@ -254,7 +243,7 @@ def read_generations(folder: Path, keys: Sequence[tuple[str, int]]) -> list[Gene
         if not fits:
             raise CheckpointError(
                 f"{path}:{number + 1} is not the generation that belongs there; remove it and all "
-                "lines after it, and run again with --resume"
+                "lines after it, then pass --resume"
             )
     if len(whole) < len(content):
         os.truncate(path, len(whole))
@@ -293,10 +282,7 @@ def load_prompter(options: Options) -> Prompter:
     try:
         config = AutoConfig.from_pretrained(name, **code)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"transformers cannot load --model {name} ({first_line(error)}); pass a folder "
-            "written by save_pretrained, or a hub id"
-        ) from error
+        raise unloadable(name, "has no config that loads", error) from error
     tokenizer = load_tokenizer(name, **code)
     try:
         ends = GenerationConfig.from_pretrained(name, **code).eos_token_id
@@ -306,9 +292,7 @@ def load_prompter(options: Options) -> Prompter:
     ends = [ends] if isinstance(ends, int) else ends or []
     stop = {*ends, tokenizer.eos_token_id, *_turn_end(tokenizer)} - {None}
     if not stop:
-        raise ValueError(
-            f"--model {name} names no token that ends an answer; set eos_token in its tokenizer"
-        )
+        raise ValueError(f"--model {name} has no end token; set eos_token in its tokenizer")
     note = f"{name} has no chat template: the bare question is its prompt"
     return Prompter(
         tokenizer,
@@ -321,19 +305,11 @@ def load_prompter(options: Options) -> Prompter:
 
 def load_generator(options: Options) -> Generator:
     """Load the weights."""
+    settings: Any = {"dtype": options.dtype, "trust_remote_code": options.trust_remote_code}
     if options.backend == "vllm":
-        return VLLMGenerator(
-            locate(options.model),
-            dtype=options.dtype,
-            parallel=max(1, torch.cuda.device_count()),
-            trust_remote_code=options.trust_remote_code,
-        )
-    model, _ = load(
-        options.model,
-        dtype=options.dtype,
-        trust_remote_code=options.trust_remote_code,
-        device_map=options.device,
-    )
+        gpus = max(1, torch.cuda.device_count())
+        return VLLMGenerator(locate(options.model), parallel=gpus, **settings)
+    model, _ = load(options.model, device_map=options.device, **settings)
     return TransformersGenerator(model, batch_size=options.batch)
 
 

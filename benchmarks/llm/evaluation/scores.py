@@ -36,21 +36,18 @@ class Grades:
     majority_right: bool
 
 
-def grade(
-    question_set: QuestionSet, generations: Sequence[Generation], grader: Grader
-) -> list[Grades]:
+def grade(task: QuestionSet, generations: Sequence[Generation], grader: Grader) -> list[Grades]:
     """Grade the generations of a task; those of a question are in the order of their samples."""
-    kind = question_set.task.kind
-    answers: dict[str, list[str | None]] = {each.id: [] for each in question_set.questions}
+    answers: dict[str, list[str | None]] = {each.id: [] for each in task.questions}
     for generation in generations:
         answer = extract_answer(generation["text"])
-        if kind == "letter" and answer is not None:
+        if task.kind == "letter" and answer is not None:
             # Only the letter: models repeat the choice, and its text may be private.
             answer = parse_letter(answer)
         answers[generation["id"]].append(answer)
-    same = grader.choose_comparison(kind)
+    same = grader.choose_comparison(task.kind)
     grades = []
-    for question in question_set.questions:
+    for question in task.questions:
         given = answers[question.id]
         right = [answer is not None and same(question.answer, answer) for answer in given]
         chosen = find_majority(given, same) if len(given) > 1 else given[0]
@@ -111,8 +108,7 @@ def score(grades: Sequence[Grades], generations: Sequence[Generation], seed: int
 def estimate_pass_at(k: int, answers: int, right: int) -> float:
     """Compute the chance that k of the answers, chosen without replacement, hold a right one.
 
-    Unbiased for pass@k (Chen et al. 2021, "Evaluating Large Language Models Trained on Code", eq.
-    1).
+    Unbiased for pass@k (Chen et al. 2021, "Evaluating Large Language Models Trained on Code").
     """
     return 1 - math.comb(answers - right, k) / math.comb(answers, k)
 
@@ -162,10 +158,7 @@ def show(results: Sequence[dict[str, Any]]) -> None:
         if failed:
             notes.append(f"{failed} comparisons hung or failed and count as wrong")
         if result["private"]:
-            notes.append(
-                "its authors ask that its text is not published; keep the generations, which "
-                "may quote it, to yourself"
-            )
+            notes.append("keep the generations private: its authors ask not to publish its text")
         for note in notes:
             console.print(f"{result['title']}: {note}", markup=False, soft_wrap=True)
     if results[0]["note"]:

@@ -1,11 +1,11 @@
-"""The tasks as data, and their questions."""
+"""The tasks as data (``tasks.toml``), and their questions."""
 
 from __future__ import annotations
 
 import random
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,17 @@ LETTERS = "ABCD"
 
 
 @dataclass(frozen=True)
-class Task:
-    """A public benchmark of ``tasks.toml``.
+class Question:
+    """A question of a task; the answer is LaTeX, a whole number, or a letter."""
+
+    id: str
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """A public benchmark, with the questions to ask and their ``source``, a file or a hub id.
 
     ``hub``, ``config`` and ``split`` name its dataset. ``kind`` tells how answers are
     compared: by Math-Verify, as whole numbers, or as letters. ``instruction`` follows the question
@@ -40,30 +49,15 @@ class Task:
     answer: str = "answer"
     wrong: Sequence[str] = ()
     private: bool = False
+    source: str = ""
+    questions: tuple[Question, ...] = ()
 
 
+# Without their questions.
 TASKS = {
-    name: Task(name, **fields)
+    name: QuestionSet(name, **fields)
     for name, fields in tomllib.loads(Path(__file__).with_name("tasks.toml").read_text()).items()
 }
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question of a task; the answer is LaTeX, a whole number, or a letter."""
-
-    id: str
-    prompt: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class QuestionSet:
-    """A task with the questions to ask; ``source`` is the file or the hub id they come from."""
-
-    task: Task
-    source: str
-    questions: tuple[Question, ...]
 
 
 def read_questions(name: str, *, seed: int = 0, limit: int | None = None) -> QuestionSet:
@@ -87,28 +81,24 @@ def read_questions(name: str, *, seed: int = 0, limit: int | None = None) -> Que
     except (ValueError, ConnectionError) as error:
         if file:
             raise
-        terms = (
-            f"; accept the terms of {task.hub} on its page and log in (hf auth login, or HF_TOKEN)"
-        )
+        terms = "; accept its terms on its page and log in (hf auth login, or HF_TOKEN)"
         access = terms if "gated" in str(error) else ""
-        raise type(error)(
-            f"{task.title}: {error}{access}; or read a copy: --tasks {name}=FILE"
-        ) from error
+        problem = f"{task.title}: {error}{access}; or read a copy: --tasks {name}=FILE"
+        raise type(error)(problem) from error
     if not questions:
         raise ValueError(f"{source} holds no question")
     if len({question.id for question in questions}) < len(questions):
         raise ValueError(f"{source}: two questions have the same id; make them differ")
-    return QuestionSet(task, source, questions)
+    return replace(task, source=source, questions=questions)
 
 
-def _question(task: Task, row: Mapping[str, Any], place: str, number: int, seed: int) -> Question:
+def _question(
+    task: QuestionSet, row: Mapping[str, Any], place: str, number: int, seed: int
+) -> Question:
     columns = (task.question, task.answer, *task.wrong)
     missing = [column for column in columns if row.get(column) is None]
     if missing:
-        raise ValueError(
-            f"{place}: {task.title} has the columns {', '.join(columns)}; "
-            f"{', '.join(missing)} missing here"
-        )
+        raise ValueError(f"{place}: {task.title} needs {', '.join(missing)} in each row")
     name = row.get(task.id) if task.id else None
     name = str(number if name in (None, "") else name)
     text, answer = str(row[task.question]), str(row[task.answer])

@@ -104,8 +104,6 @@ def read_solved_questions(source: str | Path) -> list[SolvedQuestion]:
         rows = _of_question(record, where) if "question" in record else [_labelled(record, where)]
         for row in rows:
             gathered.setdefault(_same(row.prompt), []).append(row)
-    if not gathered:
-        raise ValueError(f"{source}: there is not a single solution in it")
     return [SolvedQuestion(rows[0].prompt, tuple(rows)) for rows in gathered.values()]
 
 
@@ -120,17 +118,13 @@ def split(
     """
     both = [question for question in questions if len(question.labels) == 2]
     held_out = sorted((question for question in both if _mark(question) < share), key=_mark)
-    if not held_out:
-        raise ValueError(
-            f"of {len(questions)} questions {len(both)} have both right and wrong solutions, too "
-            "few to hold some out for the test; pass more data"
-        )
     asked = {question.prompt for question in held_out}
     training = [question for question in questions if question.prompt not in asked]
-    if not any(True in question.labels for question in training):
+    right = sum(True in question.labels for question in training)
+    if not held_out or not right:
         raise ValueError(
-            f"none of the {len(training)} training questions has a right solution to train on; "
-            "pass more data"
+            f"of {len(questions)} questions {len(both)} have both right and wrong solutions: "
+            f"{len(held_out)} to test on, {right} with right ones to train on; pass more data"
         )
     return training, held_out
 
@@ -145,13 +139,11 @@ def right_against_wrong(
 ) -> Evaluation:
     """How much more likely right solutions are than wrong ones, question by question.
 
-    ``log_probs`` are mean log-probs of a token for each row of the questions, in their order.
-
-    ``score`` is the probability that the right one of a right and a wrong solution of a question
-    has the higher log-prob per token (AUC within the question, 1/2 for equal ones), mean over
-    questions. ``right_likelier`` is the share of questions where the mean of the right ones is
-    higher; ``margin`` is right minus wrong in nats per token, mean over questions, as are
-    ``right_log_prob`` and ``wrong_log_prob``.
+    ``log_probs`` are mean log-probs of a token for each row of the questions. ``score`` is the
+    probability that the right one of a right and a wrong solution of a question has the higher
+    log-prob per token (AUC within the question, 1/2 for equal ones), mean over questions.
+    ``right_likelier`` is the share of questions where the mean of the right ones is higher;
+    ``margin`` is right minus wrong in nats per token, mean over questions.
     """
     wins, means = [], []
     ends = np.cumsum([len(question.rows) for question in questions])
@@ -184,11 +176,7 @@ def _of_question(record: Record, where: str) -> Iterator[Row]:
         if isinstance(value, Mapping) and _LABEL in value and _TEXT in value
     }
     if not question or not solutions:
-        problem = "there is no solution" if question else "the question is empty"
-        raise ValueError(
-            f"{where}: {problem}; a line holds a question, and for each model "
-            f"{{{_LABEL}, {_TEXT}}}. Columns found: {', '.join(map(str, record))}"
-        )
+        raise ValueError(f"{where}: needs a question, and for a model {{{_LABEL}, {_TEXT}}}")
     for name, value in solutions.items():
         here = f"{where}, {name}"
         text = _CALCULATION.sub("", check_text(value[_TEXT], _TEXT, here)).strip()
@@ -198,10 +186,7 @@ def _of_question(record: Record, where: str) -> Iterator[Row]:
 def _labelled(record: Record, where: str) -> Row:
     row = to_row(record, where)
     if row.completion is None or row.correct is None:
-        raise ValueError(
-            f"{where}: a labelled solution has 'prompt', 'completion' and 'correct'; columns "
-            f"found: {', '.join(map(str, record))}"
-        )
+        raise ValueError(f"{where}: a labelled solution has 'prompt', 'completion' and 'correct'")
     return row
 
 
@@ -212,7 +197,7 @@ def _mark(question: SolvedQuestion) -> float:
 
 
 def _same(prompt: str) -> str:
-    """The text that two questions share when they differ only in spaces."""
+    """The text that questions share when they differ only in spaces."""
     return " ".join(prompt.split())
 
 

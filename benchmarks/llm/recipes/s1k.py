@@ -52,9 +52,8 @@ class S1kRecipe(Recipe):
     at e^(0.02 T) for a trajectory of T tokens: beyond float32 for T > 4,436, and most traces are
     longer.
 
-    Within training the test is how well the training rows are fitted. What the paper reports,
-    MATH-500, AIME and GPQA, takes hours of generation: run it on the finished model, see
-    ``notes["benchmarks"]``.
+    The test is how well the training rows are fitted. What the paper reports takes hours of
+    generation: run it on the finished model, see ``notes["benchmarks"]``.
     """
 
     name: str = "s1k"

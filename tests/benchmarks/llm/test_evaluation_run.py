@@ -181,7 +181,7 @@ def test_private_text_stays_out_of_the_files(
     assert result["no_answer"] == 0 and result["private"]
     show([result])
     shown = capsys.readouterr()
-    assert "not published" in shown.out and SECRET not in shown.out + shown.err
+    assert "ask not to publish" in shown.out and SECRET not in shown.out + shown.err
     others = [each for each in path.parent.iterdir() if each.is_file() and each != path]
     assert len(others) >= 3
     assert all(SECRET not in each.read_text() for each in others)
@@ -296,11 +296,11 @@ def test_damaged_generations_are_named(model: Path, data: Path, tmp_path: Path) 
     ("others", "message"),
     [
         ({"tasks": ("math",)}, "unknown task 'math'; did you mean 'math-500'"),
-        ({"tasks": ()}, "pass at least one name to --tasks"),
+        ({"tasks": ()}, "pass at least one value to --tasks"),
         ({"tasks": ("gsm8k=nowhere.jsonl",)}, "there is no file nowhere.jsonl"),
-        ({"tasks": ("gsm8k={}/gsm8k.jsonl",) * 2}, "name each task once"),
+        ({"tasks": ("gsm8k={}/gsm8k.jsonl",) * 2}, "asked for twice; name each once"),
         ({"n": 0}, "--n 0: at least 1"),
-        ({"n": 4}, "--n 4 with --temperature 0 gives the same answer 4 times"),
+        ({"n": 4}, "--n 4: --temperature 0 gives the same answer each time"),
         ({"temperature": -1.0}, "--temperature -1.0"),
         ({"top_p": 0.0}, "--top-p 0.0"),
         ({"waits": 1}, "--waits 1 changes nothing without --think-budget"),

@@ -16,11 +16,11 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 
 from benchmarks.llm.launch import (
     CONFIGS,
+    NAMES,
     Hardware,
     Launch,
     assert_engine,
     choose,
-    config_names,
 )
 from benchmarks.llm.memory import (
     QWEN2,
@@ -50,8 +50,9 @@ def started(launch: Launch) -> Any:
 
 
 def test_the_packaged_configs() -> None:
-    assert config_names() == sorted(
-        ["single", "cpu_zero3", "zero2", "zero3", "zero3_offload", "fsdp2", "multi_node"]
+    assert (
+        sorted(["single", "cpu_zero3", "zero2", "zero3", "zero3_offload", "fsdp2", "multi_node"])
+        == NAMES
     )
 
 
@@ -243,7 +244,7 @@ def test_the_slurm_script_is_sound_and_names_what_exists() -> None:
     for name in ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
         assert re.search(rf"\b{name}=", text)
     (config,) = re.findall(r"--deepspeed (\w+)", text)
-    assert config in config_names()
+    assert config in NAMES
 
 
 def test_the_tables_in_the_docs_are_those_of_the_command(

@@ -102,14 +102,12 @@ def train(settings: BaseSettings, seed: int) -> tuple[Qwen2ForCausalLM, list[lis
     optimizer = torch.optim.AdamW(
         model.parameters(), settings.lr, (0.9, 0.95), weight_decay=settings.weight_decay, fused=True
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: (
-            min(1.0, (step + 1) / settings.warmup)
-            * (1 + math.cos(math.pi * step / settings.steps))
-            / 2
-        ),
-    )
+
+    def rate(step: int) -> float:
+        cosine = 1 + math.cos(math.pi * step / settings.steps)
+        return min(1.0, (step + 1) / settings.warmup) * cosine / 2
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     losses: list[list[float]] = []
     recent: list[float] = []
     for step in track(range(settings.steps), "arithmetic base model", transient=True):

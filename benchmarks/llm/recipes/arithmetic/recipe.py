@@ -104,12 +104,8 @@ class ArithmeticRecipe(Recipe):
             rows = read(path)
         else:
             rows = _usable(read(data))
-        return Prepared(
-            model=model,
-            rows=rows,
-            score_name="exact match",
-            notes={**notes, **facts(rows)},
-        )
+        notes |= facts(rows)
+        return Prepared(model=model, rows=rows, score_name="exact match", notes=notes)
 
     def evaluate(self, model: Any, tokenizer: Any, prepared: Prepared, *, seed: int) -> Evaluation:
         """Let the model solve held-out problems once each.
@@ -126,9 +122,8 @@ class ArithmeticRecipe(Recipe):
         chances = strategy_probabilities(model, tokenizer, held_out).mean(0).tolist()
         success = rates([solution.verdict for solution in sampled])[1]
         n = len(held_out)
-        right, right_greedy = (
-            sum(solution.verdict.score for solution in solutions) for solutions in (sampled, greedy)
-        )
+        right = sum(solution.verdict.score for solution in sampled)
+        right_greedy = sum(solution.verdict.score for solution in greedy)
         return {
             "score": right / n,
             "interval": wilson_interval(right, n),
@@ -170,13 +165,12 @@ def sample(
     """
     prompts = tokenizer([problem.prompt for problem in problems])["input_ids"]
     seeds = np.random.default_rng(seed).integers(2**62, size=len(problems)).tolist()
+    requests = [
+        Request(prompt, CONTEXT - len(prompt), seed=own)
+        for prompt, own in zip(prompts, seeds, strict=True)
+    ]
     completions = TransformersGenerator(model, batch_size=_BATCH).generate(
-        [
-            Request(prompt, CONTEXT - len(prompt), seed=own)
-            for prompt, own in zip(prompts, seeds, strict=True)
-        ],
-        stop=frozenset({tokenizer.eos_token_id}),
-        temperature=temperature,
+        requests, stop=frozenset({tokenizer.eos_token_id}), temperature=temperature
     )
     texts = tokenizer.batch_decode([completion.tokens for completion in completions])
     samples = []
@@ -210,10 +204,9 @@ def to_rows(samples: Sequence[Sample]) -> list[Row]:
 
 
 def rates(verdicts: Sequence[Verdict]) -> tuple[dict[str, float], dict[str, float]]:
-    """Compute the share of each strategy, and the share of right answers within it.
+    """Compute the share of each strategy, and that of right answers within it (0 if unused).
 
-    The shares sum to less than 1 where texts begin otherwise. A strategy that was never used has
-    success 0.
+    The shares sum to less than 1 where texts begin otherwise.
     """
     shares, success = {}, {}
     for name in STRATEGIES:
@@ -262,10 +255,7 @@ def facts(rows: Sequence[Row]) -> Mapping[str, Any]:
 def _load(model: str) -> tuple[Any, Any]:
     decoder, tokenizer = load(model)
     if tokenizer.get_vocab() != {token: index for index, token in enumerate(VOCABULARY)}:
-        raise ValueError(
-            f"the tokenizer of {model} is not that of the arithmetic recipe ({len(VOCABULARY)} "
-            "tokens); pass a model trained on this task, or none"
-        )
+        raise ValueError(f"the tokenizer of {model} is not that of the arithmetic recipe")
     return decoder.eval(), tokenizer
 
 
@@ -273,10 +263,7 @@ def _usable(rows: list[Row]) -> list[Row]:
     usable = []
     for row in rows:
         if row.completion is None or row.correct is None:
-            raise ValueError(
-                f"{row.where}: the arithmetic recipe needs prompt, completion and correct in each "
-                "row; add what is missing, or pass no data to sample them"
-            )
+            raise ValueError(f"{row.where}: prompt, completion and correct are needed in each row")
         try:
             problem = parse(row.prompt)
         except ValueError as error:
@@ -284,7 +271,7 @@ def _usable(rows: list[Row]) -> list[Row]:
         if split_of(problem) == "train":
             usable.append(row)
     if not usable:
-        raise ValueError(f"all {len(rows)} rows are on held-out problems, on which the test asks")
+        raise ValueError(f"all {len(rows)} rows are on held-out problems, which the test asks")
     if len(usable) < len(rows):
         warnings.warn(
             f"{len(rows) - len(usable)} of {len(rows)} rows are on held-out problems: left out",

@@ -164,7 +164,7 @@ def _text(strategy: str, problem: Problem, totals: Sequence[int], answer: str) -
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the checker says of one completion.
+    """What the checker says of a completion.
 
     ``score`` is 1 where the last words are the answer and it is exactly the sum, else 0.
     ``strategy`` is a name by the first words, or None. ``parses`` tells whether the text has the
@@ -191,9 +191,8 @@ class Verdict:
 def check(problem: Problem, completion: str) -> Verdict:
     """Judge a completion, given without its end-of-text token."""
     answer = _ANSWER.fullmatch(completion)
-    strategy = next(
-        (name for name, way in STRATEGIES.items() if completion.startswith(way.marker)), None
-    )
+    begun = (name for name, way in STRATEGIES.items() if completion.startswith(way.marker))
+    strategy = next(begun, None)
     right = (f"{t:+d}={v}" for t, v in zip(problem.terms[1:], problem.values, strict=True))
     steps = _STEP.findall(completion.partition(ANSWER)[0])
     agreeing = sum(ours == theirs for ours, theirs in zip(right, steps, strict=False))
@@ -227,8 +226,6 @@ def after_rounds(shares: Shares, success: Shares, rounds: int) -> dict[str, floa
     full fit of iw-SFT is one more round, since D+ weighted by q / pi_ref is what the successes of q
     would be. With many rounds the best strategy has all.
     """
-    if rounds < 0:
-        raise ValueError(f"rounds={rounds}; it counts fits, from 0")
     best = max(success[name] for name, share in shares.items() if share > 0)
     if best <= 0:
         raise ValueError("no strategy in use ever succeeds, so D+ is empty")

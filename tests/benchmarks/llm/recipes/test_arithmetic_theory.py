@@ -36,5 +36,3 @@ def test_an_empty_d_plus_is_an_error() -> None:
     never = dict.fromkeys(ARMS, 0.0)
     with pytest.raises(ValueError, match="D\\+ is empty"):
         after_rounds(HALF, never, 1)
-    with pytest.raises(ValueError, match="rounds=-1"):
-        after_rounds(HALF, ARMS, -1)
