@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import multiprocessing.forkserver
 import resource
@@ -20,6 +21,12 @@ PRELOADED = [
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen2.modeling_qwen2",
 ]
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported out of garbage collections, which each training runs in full."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

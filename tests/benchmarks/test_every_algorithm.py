@@ -18,7 +18,13 @@ from tracking import BEST, ENV_ID, STANDING, write_dataset
 
 from baselines import BASELINES, Baseline, algorithm
 from benchmarks.d4rl.run import Run, Task, check_run, config_of
-from benchmarks.d4rl.settings import ALGORITHMS, Options, check_options, choose_suite
+from benchmarks.d4rl.settings import (
+    ALGORITHMS,
+    FINE_TUNING_BATCH,
+    Options,
+    check_options,
+    choose_suite,
+)
 from benchmarks.d4rl.train import load_policy, train_and_score
 from benchmarks.runs import claim
 from iwsft.evaluation import evaluate
@@ -51,7 +57,7 @@ SHARE = {"bc": -0.05}
 
 @pytest.fixture(scope="module", autouse=True)
 def smaller() -> Iterator[None]:
-    """Published settings with smaller networks."""
+    """Published settings with smaller networks and batches."""
 
     def of(module: Baseline, changes: dict[str, Any]) -> Any:
         published = module.published
@@ -63,6 +69,7 @@ def smaller() -> Iterator[None]:
         return changed
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FINE_TUNING_BATCH, "steps", 128)
         for name, changes in SMALLER.items():
             module = algorithm(name)
             patch.setattr(module, "published", of(module, changes))
