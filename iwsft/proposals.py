@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from tensordict import TensorDictBase
@@ -12,7 +12,8 @@ from torchrl.objectives.utils import TargetNetUpdater
 
 from iwsft.forward_pass import ForwardPass
 from iwsft.objective import ImportanceWeightedMLE
-from iwsft.weights import exponential
+from iwsft.trajectory import Segments
+from iwsft.weights import Weights, exponential
 
 
 class Holder(Protocol):
@@ -25,13 +26,27 @@ class Holder(Protocol):
 class _Updater(TargetNetUpdater):
     """Moves the pairs of a holder; like TorchRL's updaters, building one sets q to theta."""
 
-    def __init__(self, loss: ImportanceWeightedMLE, holder: Holder | None) -> None:
+    proposals: ClassVar[tuple[str, ...]] = ("lagged",)
+
+    def __init__(
+        self,
+        loss: ImportanceWeightedMLE,
+        holder: Holder | None,
+        trajectories: TensorDictBase | None = None,
+    ) -> None:
+        name = type(self).__name__
+        if not isinstance(loss, ImportanceWeightedMLE):
+            raise TypeError(f"{name} needs an ImportanceWeightedMLE, not a {type(loss).__name__}")
+        if loss.proposal not in self.proposals:
+            allowed = " or ".join(map(repr, self.proposals))
+            raise ValueError(f"{name} needs proposal={allowed}, not proposal={loss.proposal!r}")
+        if (loss.proposal == "cached") != (trajectories is not None):
+            raise ValueError("trajectories=... goes with proposal='cached', and only with it")
         if loss.proposal == "lagged" and loss.reads_weights and holder is None:
-            raise ValueError(
-                "this loss does not hold its q (hold_q=False): pass what holds it as holder=..."
-            )
+            raise ValueError("this loss does not hold its q (hold_q=False): pass holder=...")
         self.loss_module = loss
         self.holder: Holder = loss if holder is None else holder
+        self.trajectories = trajectories
         self.initialized = False
         self.init_()
 
@@ -56,11 +71,6 @@ class _Updater(TargetNetUpdater):
         """Restore :meth:`state_dict`."""
 
 
-def _require_loss(loss: object) -> None:
-    if not isinstance(loss, ImportanceWeightedMLE):
-        raise TypeError(f"expected an ImportanceWeightedMLE, got {type(loss).__name__}")
-
-
 class HardSync(_Updater):
     """theta_q <- theta at every ``every``-th call of :meth:`step` (paper, Algorithm 1).
 
@@ -76,6 +86,8 @@ class HardSync(_Updater):
             come without trajectories, or q has no holder.
     """
 
+    proposals = ("lagged", "cached")
+
     def __init__(
         self,
         loss: ImportanceWeightedMLE,
@@ -84,19 +96,11 @@ class HardSync(_Updater):
         trajectories: TensorDictBase | None = None,
         holder: Holder | None = None,
     ) -> None:
-        _require_loss(loss)
         if every < 1:
             raise ValueError(f"every={every}: a sync needs at least one update before it")
-        if loss.proposal not in ("lagged", "cached"):
-            raise ValueError(
-                f"proposal={loss.proposal!r} has no q to sync; use 'lagged' or 'cached'"
-            )
-        if (loss.proposal == "cached") != (trajectories is not None):
-            raise ValueError("trajectories=... goes with proposal='cached', and only with it")
         self.every = every
-        self.trajectories = trajectories
         self.counter = 0
-        super().__init__(loss, holder)
+        super().__init__(loss, holder, trajectories)
 
     def init_(self) -> None:
         """Set q to theta; with cached weights, write the first ones."""
@@ -148,14 +152,8 @@ class EMA(_Updater):
     def __init__(
         self, loss: ImportanceWeightedMLE, *, decay: float, holder: Holder | None = None
     ) -> None:
-        _require_loss(loss)
         if not 0 <= decay < 1:
             raise ValueError(f"decay={decay} must be in [0, 1)")
-        if loss.proposal != "lagged":
-            raise ValueError(
-                f"EMA moves a lagged q, this loss has proposal={loss.proposal!r}; cached weights "
-                "follow by HardSync"
-            )
         self.decay = decay
         super().__init__(loss, holder)
 
@@ -181,12 +179,10 @@ def reweight(
 ) -> Tensor:
     """Write the weights of the present policy into the trajectories: a sync without a q network.
 
-    The policy runs forward over all trajectories once. Transforms that compare weights
-    (self-normalisation, target ESS) see all of them, each counted by its multiplicity.
+    The policy runs forward over all trajectories once, see :func:`write_weights` for the rest.
 
     Args:
-        trajectories: Training trajectories, with ``ref_log_prob``. ``importance_weight`` (per step,
-            its trajectory's value) is written in place.
+        trajectories: Training trajectories, with ``ref_log_prob``.
         loss: Loss whose policy, keys and transforms are used, whatever its proposal is.
         rows: Steps of a forward pass.
 
@@ -196,13 +192,29 @@ def reweight(
     segments = loss.segments(trajectories)
     with loss.network() as policy:
         log_q = ForwardPass(policy, trajectories, rows=rows, segments=segments).log_prob()
-    log_weight, _ = loss.weigh(trajectories, log_q, segments=segments)
-    weight = exponential(log_weight)
-    key = loss.tensor_keys.importance_weight
+    return write_weights(trajectories, loss, log_q, segments=segments).log_weight
+
+
+@torch.no_grad()
+def write_weights(
+    trajectories: TensorDictBase,
+    loss: ImportanceWeightedMLE,
+    log_q: Tensor,
+    *,
+    segments: Segments | None = None,
+    share: Tensor | None = None,
+) -> Weights:
+    """Write ``importance_weight`` (per step, its trajectory's value) into the trajectories.
+
+    Transforms that compare weights (self-normalisation, target ESS) see all of the trajectories,
+    each counted by its multiplicity. The arguments are those of ``loss.weigh``.
+    """
+    weights = loss.weigh(trajectories, log_q, segments=segments, share=share)
+    weight, key = exponential(weights.log_weight), loss.tensor_keys.importance_weight
     stored = trajectories.get(key, default=None)
     if stored is None:
         trajectories.set(key, weight)
     else:
         # In place: samplers refer to this tensor.
         stored.copy_(weight)
-    return log_weight
+    return weights

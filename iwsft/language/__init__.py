@@ -8,10 +8,7 @@
     for batch in EpochSampler(best, batch_size=8, pad_token_id=tokenizer.pad_token_id):
         ...
 
-Or in transformers' Trainer, on one CPU or under DeepSpeed and FSDP2 (docs/language.md):
-
-    from iwsft.language import ImportanceWeightedConfig, ImportanceWeightedTrainer
-
+``ImportanceWeightedTrainer`` is transformers' Trainer with this loss (docs/language.md).
 transformers and datasets load where they are used.
 """
 

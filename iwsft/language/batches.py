@@ -22,6 +22,7 @@ from iwsft.trajectory import (
     TRAJ_IDS,
     lengths,
     pad,
+    select,
 )
 
 Layout = Literal["padded", "packed"]
@@ -49,10 +50,7 @@ class TrajectoryDataset(Dataset[TensorDictBase]):
         present = set(trajectories.keys(True, True))
         for key in (TOKENS, ATTENTION_MASK, ASSISTANT_MASK, TRAJ_IDS):
             if key not in present:
-                raise KeyError(
-                    f"{key!r} is missing; a language dataset is what "
-                    f"iwsft.language.tokenize makes. There are {sorted(map(str, present))}"
-                )
+                raise KeyError(f"{key!r} is missing: pass what iwsft.language.tokenize makes")
         self.trajectories = trajectories
         sizes = lengths(trajectories).cpu()
         multiplicity = multiplicities(trajectories, sizes)
@@ -71,6 +69,12 @@ class TrajectoryDataset(Dataset[TensorDictBase]):
     def positions(self, entries: Sequence[int]) -> list[int]:
         """Positions in the data, counted from 0, of the trajectories of some entries."""
         return [*self._trajectory[list(entries)].tolist()]
+
+    def drawn(self, entries: Sequence[int]) -> TensorDictBase:
+        """The distinct trajectories of some entries, which count once for each of them."""
+        positions, draws = self._trajectory[list(entries)].unique(return_counts=True)
+        multiplicity = draws.repeat_interleave(self._sizes[positions])
+        return select(self.trajectories, positions).set(MULTIPLICITY, multiplicity)
 
     def __getitem__(self, entry: int) -> TensorDictBase:
         """One trajectory, batch size ``[T]``, as a view without multiplicity."""
@@ -102,9 +106,8 @@ def collate(
     """One batch of trajectories, in the order of their ids.
 
     A trajectory that occurs several times is in the batch once, with its number of occurrences as
-    its multiplicity: the same loss and gradient for less work. The batch holds all other keys of
-    the examples (``ref_log_prob``, ``importance_weight``, ...) too. The function fits a
-    DataLoader's ``collate_fn`` and a transformers Trainer's ``data_collator``.
+    its multiplicity: the same loss and gradient for less work. The function fits a DataLoader's
+    ``collate_fn`` and a transformers Trainer's ``data_collator``.
 
     Args:
         examples: Packed trajectories, one each, with their ids in the dataset. One with a
@@ -118,13 +121,11 @@ def collate(
         The keys of the examples and ``multiplicity``, int64, one number per token.
 
     Raises:
-        ValueError: There is no example, keys differ between examples, two different examples have
-            the same id, one holds several trajectories, or the layout is unknown.
+        ValueError: Keys differ between examples, two different examples have the same id, one
+            holds several trajectories, or the layout is unknown.
     """
-    if layout not in get_args(Layout):
-        raise ValueError(f"layout={layout!r} is unknown; it is one of {get_args(Layout)}")
-    if multiple_of < 1:
-        raise ValueError(f"multiple_of={multiple_of} must be at least 1")
+    if layout not in get_args(Layout) or multiple_of < 1:
+        raise ValueError(f"{layout=} must be one of {get_args(Layout)}, {multiple_of=} at least 1")
     merged = _merged(examples)
     packed = torch.cat([merged[traj_id] for traj_id in sorted(merged)])
     if layout == "packed":
@@ -139,22 +140,16 @@ def collate(
 
 def _merged(examples: Sequence[TensorDictBase]) -> dict[int, TensorDictBase]:
     """Each distinct trajectory once, by id, with its multiplicity."""
-    if not examples:
-        raise ValueError("there is no example to collate")
     keys = set(examples[0].keys(True, True)) - {MULTIPLICITY}
     merged: dict[int, TensorDictBase] = {}
     for example in examples:
         odd = keys ^ (set(example.keys(True, True)) - {MULTIPLICITY})
         if odd:
-            names = ", ".join(sorted(map(str, odd)))
-            raise ValueError(f"examples must have the same entries; only some have {names}")
+            raise ValueError(f"only some examples have {', '.join(sorted(map(str, odd)))}")
         ids = example.get(TRAJ_IDS)
         traj_id = int(ids[0])
         if bool((ids != traj_id).any()):
-            raise ValueError(
-                f"an example is one trajectory, this one holds the ids {ids.unique().tolist()}; "
-                "hand over the trajectories one by one"
-            )
+            raise ValueError(f"an example must be one trajectory, not {ids.unique().tolist()}")
         multiplicity = example.get(MULTIPLICITY, default=None)
         multiplicity = torch.ones_like(ids) if multiplicity is None else multiplicity
         twin = merged.get(traj_id)
@@ -162,10 +157,7 @@ def _merged(examples: Sequence[TensorDictBase]) -> dict[int, TensorDictBase]:
             merged[traj_id] = example.copy().set(MULTIPLICITY, multiplicity)
             continue
         if not torch.equal(twin.get(TOKENS), example.get(TOKENS)):
-            raise ValueError(
-                f"two different examples have the id {traj_id}; number the trajectories "
-                f"({TRAJ_IDS!r}), as iwsft.language.tokenize does"
-            )
+            raise ValueError(f"two different examples have the id {traj_id} ({TRAJ_IDS!r})")
         twin.set(MULTIPLICITY, twin.get(MULTIPLICITY) + multiplicity)
     return merged
 
@@ -203,21 +195,17 @@ class EpochBatches(Sampler[list[int]]):
         seed: int = 0,
     ) -> None:
         if (batch_size is None) == (token_budget is None):
-            raise ValueError(
-                "a batch is as large as batch_size or as token_budget says; pass one of them "
-                f"(batch_size={batch_size}, token_budget={token_budget})"
-            )
-        for name, value in (("batch_size", batch_size), ("token_budget", token_budget)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+            raise ValueError("set batch_size or token_budget, one of them")
+        if (batch_size or token_budget or 0) < 1:
+            raise ValueError(f"{batch_size=} or {token_budget=} must be at least 1")
         if len(sizes) == 0:
             raise ValueError("there is not a single entry to draw from")
         self._sizes = -(-sizes // multiple_of) * multiple_of if padded else sizes
         if token_budget is not None and int(self._sizes.max()) > token_budget:
             entry = int(self._sizes.argmax())
             raise ValueError(
-                f"entry {entry} has {int(sizes[entry])} tokens, more than token_budget="
-                f"{token_budget}; raise it, or tokenise with max_length={token_budget}"
+                f"entry {entry} has {int(sizes[entry])} tokens, more than {token_budget=}; raise "
+                "it, or tokenise with a smaller max_length"
             )
         self.batch_size = batch_size
         self.token_budget = token_budget

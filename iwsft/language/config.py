@@ -59,11 +59,10 @@ class ImportanceWeightedConfig(TrainingArguments):
         if self.layout not in get_args(Layout):
             raise ValueError(f"layout={self.layout!r} must be one of {get_args(Layout)}")
         for name, proposal in (("sync_every", "cached"), ("ema_decay", "lagged")):
-            value = getattr(self, name)
-            if (value is not None) != (self.proposal == proposal):
+            if (getattr(self, name) is not None) != (self.proposal == proposal):
                 raise ValueError(
-                    f"{name}={value} and proposal={self.proposal!r}: {name} goes with "
-                    f"proposal={proposal!r}, and only with it"
+                    f"{name}={getattr(self, name)} and proposal={self.proposal!r} do not fit: "
+                    f"{name} goes with {proposal!r}, and only with it"
                 )
         if self.sync_every is not None and self.sync_every < 1:
             raise ValueError(f"sync_every={self.sync_every}: a sync needs an update before it")
@@ -85,30 +84,29 @@ _REFUSED = {
 }
 
 
-def check_engine(trainer: Trainer, proposal: Proposal, weights: ImportanceWeights) -> None:
+def check_engine(
+    trainer: Trainer, args: ImportanceWeightedConfig, weights: ImportanceWeights
+) -> None:
     """Refuse ways of running that would change the result.
 
     Raises:
         ValueError: One process has several GPUs, trajectories are cut into parts, or transforms
             compare the weights of a batch that no process holds as a whole.
     """
-    args = trainer.args
     if args.n_gpu > 1:
         raise ValueError(
-            f"one process sees {args.n_gpu} GPUs; start one process per GPU (accelerate launch, "
-            "or python -m benchmarks.llm --deepspeed)"
+            f"one process sees {args.n_gpu} GPUs: start one process per GPU (accelerate launch)"
         )
     cut = (trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size())
     if any(size > 1 for size in cut):
         raise ValueError(
-            "tensor, context and sequence parallelism cut a trajectory into parts, which is "
-            "not supported; use ZeRO-3 or FSDP2"
+            "tensor, context and sequence parallelism are not supported: use ZeRO-3 or FSDP2"
         )
     parts = args.gradient_accumulation_steps * trainer.accelerator.num_processes
-    if proposal == "current" and weights.compares and parts > 1:
+    if args.proposal == "current" and weights.compares and parts > 1:
         raise ValueError(
-            f"{weights} compares all weights of an update, which is divided here into {parts} "
-            "micro-batches; use proposal='cached' with sync_every=1, which computes them first"
+            f"{weights} compares the weights of an update, which is divided here into {parts} "
+            "micro-batches; use proposal='cached' with sync_every=1"
         )
 
 

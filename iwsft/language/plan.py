@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -39,8 +40,8 @@ class UpdatePlan(Sampler[list[int]]):
     def __init__(
         self,
         batches: EpochBatches,
-        *,
         accumulation: int,
+        *,
         processes: int = 1,
         process: int = 0,
         epochs: int = 1,
@@ -104,8 +105,8 @@ class UpdatePlan(Sampler[list[int]]):
     def _filled(self, batches: list[list[int]], epoch: int) -> list[list[int]]:
         if len(batches) > self._number:
             raise ValueError(
-                f"epoch {epoch} has {len(batches)} micro-batches, the plan is for {self._number}: "
-                "train for more epochs from the start, or use batch_size in place of token_budget"
+                f"epoch {epoch} has {len(batches)} micro-batches, the plan is for {self._number}; "
+                "plan for more epochs, or use batch_size"
             )
         # If those of the last update suffice, every update holds what it holds on one process.
         width = self.accumulation * self.processes
@@ -142,14 +143,11 @@ def plan_updates(
         multiple_of=args.pad_to_multiple_of,
         seed=args.seed if args.data_seed is None else args.data_seed,
     )
-    shape = {
-        "accumulation": args.gradient_accumulation_steps,
-        "processes": processes,
-        "process": process,
-    }
+    accumulation = args.gradient_accumulation_steps
+    plan_of = partial(UpdatePlan, batches, accumulation, processes=processes, process=process)
     epochs = max(1, math.ceil(args.num_train_epochs))
-    plan = UpdatePlan(batches, epochs=epochs, **shape)
+    plan = plan_of(epochs=epochs)
     while args.max_steps > plan.updates * epochs:
         epochs = math.ceil(args.max_steps / plan.updates)
-        plan = UpdatePlan(batches, epochs=epochs, **shape)
+        plan = plan_of(epochs=epochs)
     return plan

@@ -75,14 +75,19 @@ class CheckpointedTrainer(Trainer):
                 processes.
             FloatingPointError: Loss or weights are no longer finite; checkpoints stay.
         """
-        self._resumed = resumed(
-            Path(str(self.args.output_dir)),
-            resume_from_checkpoint,
-            saves=self.args.save_strategy != SaveStrategy.NO,
-        )
-        checkpoint = self.reference_key = None
-        if self._resumed is not None:
-            checkpoint = str(self._resumed)
+        run = Path(str(self.args.output_dir))
+        newest = last(run)
+        checkpoint = newest if resume_from_checkpoint is True else resume_from_checkpoint or None
+        if resume_from_checkpoint is True and newest is None:
+            raise CheckpointError(f"there is no checkpoint to resume in {run}")
+        if checkpoint is None and newest and self.args.save_strategy != SaveStrategy.NO:
+            raise FileExistsError(
+                f"{newest} is the checkpoint of an earlier run; continue that one with "
+                "train(resume_from_checkpoint=True), or choose another output_dir"
+            )
+        self._resumed = self.reference_key = None
+        if checkpoint is not None:
+            self._resumed = Path(checkpoint)
             self.reference_key = check(self._resumed, self.settings())
         result: TrainOutput = super().train(checkpoint, trial, ignore_keys_for_eval)
         return result
@@ -157,41 +162,14 @@ def written_aside(run: Path) -> Iterator[None]:
             yield
         except (RuntimeError, SafetensorError) as error:
             # Writers of torch and safetensors have errors of their own for a full disk.
-            raise OSError(
-                errno.EIO,
-                f"a checkpoint could not be written in {run} ({error}); earlier ones are as they "
-                "were; see whether there is space left, and resume",
-            ) from error
+            message = f"no checkpoint was written in {run}; is the disk full? ({error})"
+            raise OSError(errno.EIO, message) from error
 
 
 def last(run: Path) -> str | None:
     """The folder of a run's last checkpoint; None without one, or without the run's folder."""
     newest: str | None = get_last_checkpoint(str(run)) if run.is_dir() else None
     return newest
-
-
-def resumed(run: Path, checkpoint: str | bool | None, *, saves: bool) -> Path | None:
-    """The checkpoint that a run continues from, see ``train``; None for a new run.
-
-    Raises:
-        CheckpointError: The run has no checkpoint.
-        FileExistsError: A new run would write among the checkpoints of an earlier one.
-    """
-    newest = last(run)
-    if checkpoint is True:
-        if newest is None:
-            raise CheckpointError(
-                f"there is no checkpoint in {run}; train without resume_from_checkpoint"
-            )
-        return Path(newest)
-    if checkpoint:
-        return Path(checkpoint)
-    if newest is not None and saves:
-        raise FileExistsError(
-            f"{newest} is the checkpoint of an earlier run; continue that one with "
-            "train(resume_from_checkpoint=True), or choose another output_dir"
-        )
-    return None
 
 
 def clear(run: Path) -> None:
@@ -212,27 +190,15 @@ def check(folder: Path, settings: Mapping[str, Any]) -> str | None:
     try:
         record = json.loads((folder / SEAL).read_bytes())
         stored, files, reference = record["settings"], record["files"], record["reference"]
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{folder} is not a checkpoint of this trainer: {SEAL} is missing; {_WAY_OUT}"
+            f"{folder / SEAL}, the mark of a checkpoint of this trainer, is missing or corrupt; "
+            f"{_WAY_OUT}"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / SEAL} is corrupt ({error}); {_WAY_OUT}") from error
     sizes = _sizes(folder)
     for name, size in files.items():
-        if name not in sizes:
-            raise CheckpointError(f"{folder / name} is missing; {_WAY_OUT}")
-        if sizes[name] != size:
-            raise CheckpointError(
-                f"{folder / name} is corrupt ({sizes[name]} bytes, {size} were written); {_WAY_OUT}"
-            )
-    processes = stored["plan"]["processes"]
-    if processes != settings["plan"]["processes"]:
-        raise CheckpointError(
-            f"{folder} was written by {processes} processes, this run has "
-            f"{settings['plan']['processes']}: launch as many as before, or start afresh in "
-            "another output_dir"
-        )
+        if sizes.get(name) != size:
+            raise CheckpointError(f"{folder / name} is missing or corrupt; {_WAY_OUT}")
     differ = differences(stored, settings)
     if differ:
         raise CheckpointError(

@@ -31,9 +31,8 @@ class Shards:
       (the host with ``offload_optimizer``);
     - FSDP2: its local shard, on the shard's device.
 
-    The cost is 4 bytes a trainable parameter (with LoRA those of the adapters alone), divided by
-    the number of processes where the engine divides. Within :meth:`swapped` it is also a copy of
-    this process's shard in the parameters' dtype.
+    The cost is 4 bytes a trainable parameter of this process, and within :meth:`swapped` a copy of
+    its shard in the parameters' dtype.
 
     Frozen parameters and buffers of q are theta's, running statistics included.
 
@@ -55,11 +54,8 @@ class Shards:
         self._swapped = False
         self._names = [name for name, p in model.named_parameters() if p.requires_grad]
         if not self._names:
-            raise ValueError(
-                f"{type(model).__name__} has no trainable parameter, so q would never move; set "
-                "requires_grad=True on those that are trained"
-            )
-        _refuse(model, dict(model.named_parameters()))
+            raise ValueError(f"{type(model).__name__} has no trainable parameter (requires_grad)")
+        _refuse(model)
         self._q: dict[str, Tensor] = {}
         for name, part in self._parts().items():
             wide = torch.promote_types(part.theta.dtype, torch.float32)
@@ -67,24 +63,19 @@ class Shards:
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Each part of q on this process and the part of theta that it follows."""
-        if self._swapped:
-            raise RuntimeError("within swapped() the parameters are those of q: step after it")
+        parts = self._parts()
         if getattr(self._optimizer, "step_was_skipped", False):
             return []
-        return [(self._q[name], part.theta) for name, part in self._parts().items()]
+        return [(self._q[name], part.theta) for name, part in parts.items()]
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """Within, the model's parameters are q, cast to their dtype; after, theta bit for bit.
 
         No gradient is recorded within, and nothing within may change parameters. Whole copies of
-        parameters that an engine holds (ZeRO-3's persistent and prefetched ones, FSDP2's without
-        reshard after forward) are released on the way in and out; the next forward gathers them
-        anew. Under ZeRO-1 and 2 all processes exchange their partitions on the way in and out, so
-        all must enter together. Theta is restored after an exception, too.
+        parameters that an engine holds are released on the way in and out. Under ZeRO-1 and 2 all
+        processes must enter together. Theta is restored after an exception, too.
         """
-        if self._swapped:
-            raise RuntimeError("swapped() within swapped(): the parameters are those of q already")
         parts = self._parts()
         theta = {name: part.computed.clone() for name, part in parts.items()}
         self._swapped = True
@@ -117,15 +108,16 @@ class Shards:
         differing = saved ^ {(name, tuple(q.shape)) for name, q in self._q.items()}
         if differing:
             raise CheckpointError(
-                f"q was saved for other shards than those of this model, {min(differing)[0]!r} "
-                "differs: resume with the model, engine, stage and number of processes that it "
-                "was saved with"
+                f"{min(differing)[0]!r} differs between the saved q and this model's: resume with "
+                "the model, engine, stage and number of processes of the first run"
             )
         for name, q in self._q.items():
             q.copy_(state_dict[name])
 
     def _parts(self) -> dict[str, _Part]:
         """This process's parts of the trainable parameters, without gathered copies."""
+        if self._swapped:
+            raise RuntimeError("within swapped() the parameters are those of q: leave it first")
         _release_gathered(self.model)
         parameters = dict(self.model.named_parameters())
         return {name: _Part.of(parameters[name]) for name in self._names}
@@ -234,20 +226,15 @@ def _fsdp_modules(model: nn.Module) -> list[Any]:
     return [] if fsdp is None else [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
 
 
-def _refuse(model: nn.Module, parameters: Mapping[str, Any]) -> None:
+def _refuse(model: nn.Module) -> None:
     """Raise for engines whose shards can't be swapped here."""
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise NotImplementedError("FSDP1 is not supported: use FSDP2 (fsdp_version: 2)")
-    for name, parameter in parameters.items():
+    parameters: Any = model.parameters()
+    for parameter in parameters:
         if not parameter.requires_grad or not hasattr(parameter, "ds_id"):
             continue
         if parameter.nvme_swapper is not None or parameter._z3_optimizer.swap_optimizer:
-            raise NotImplementedError(
-                f"{name!r} or its optimizer state is on NVMe, where q can't follow it: offload to "
-                "the cpu, or use proposal='current' or 'cached'"
-            )
+            raise NotImplementedError("q can't follow parameters on NVMe: offload to the cpu")
         if parameter.ds_zero_param_process_group is not None:
-            raise NotImplementedError(
-                f"{name!r} has a second copy of its shard in the node (ZeRO++), which would stay "
-                "theta's: set zero_hpz_partition_size to 1"
-            )
+            raise NotImplementedError("q can't follow ZeRO++: set zero_hpz_partition_size to 1")

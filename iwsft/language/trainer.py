@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
@@ -23,13 +24,13 @@ from iwsft.language.loss import Measures, negative_log_likelihood, token_loss
 from iwsft.language.plan import PlannedLoader, plan_updates
 from iwsft.language.saving import CheckpointedTrainer
 from iwsft.language.shards import Shards
-from iwsft.language.weighing import CachedWeights
-from iwsft.objective import LOSS
+from iwsft.objective import LOSS, ImportanceWeightedMLE
 from iwsft.policies.causal_lm import CausalLMPolicy
-from iwsft.proposals import EMA
+from iwsft.proposals import EMA, write_weights
 from iwsft.reference import cached_reference, reference_log_prob
 from iwsft.trajectory import (
     ASSISTANT_MASK,
+    IMPORTANCE_WEIGHT,
     REF_LOG_PROB,
     TOKENS,
     TRAJ_IDS,
@@ -54,10 +55,8 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
     - The reference is the model as it is given (without its adapters, if it has some). Its
       log-probs are computed once at the start, within the engine and in the batches of the first
       epoch, so the first update's weights are exactly those of log-ratio 0. They are cached.
-    - Log lines contain ``ESS``, ``weight_mean``, ``weight_max``, ``clip_fraction``, ``kl_approx``
-      and ``log_prob``, besides the loss.
-    - Checkpoints are written whole. A resumed run gives the same numbers as one that was never
-      stopped, also between two hard syncs.
+    - A resumed run gives the same numbers as one that was never stopped, also between two hard
+      syncs.
 
     Args:
         model: A causal decoder with its output layer, or a PEFT model of one.
@@ -81,6 +80,12 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
     # The loss is divided by the multiplicities of the whole update.
     loss_is_scaled_for_ga = True
     args: ImportanceWeightedConfig
+    # A lagged q, and what moves it.
+    _shards: Shards | None = None
+    _q: EMA | None = None
+    # With "cached" and "lagged": the weights of all tokens, the first update whose weights are not
+    # known (``until``), and ``clip_fraction`` of the window before it.
+    _cached: TensorDict | None = None
 
     def __init__(
         self,
@@ -96,45 +101,31 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
     ) -> None:
         if not isinstance(args, ImportanceWeightedConfig):
             raise TypeError(
-                f"args must be an iwsft.language.ImportanceWeightedConfig, not a "
-                f"{type(args).__name__}; it takes the same settings and a few more"
+                f"args must be an ImportanceWeightedConfig, not a {type(args).__name__}; it takes "
+                "the same settings and a few more"
             )
         self._policy = CausalLMPolicy(model)
-        for given in (trajectories, eval_trajectories):
-            if given is not None:
-                check_tensordict(given)
-                self._policy.check(given)
-        weights = ImportanceWeights() if importance_weights is None else importance_weights
-        self._dataset = _dataset(trajectories)
+        self._trajectories = trajectories
+        self._dataset = self._readable(trajectories)
+        held_out = None if eval_trajectories is None else self._readable(eval_trajectories)
+        self._loss = self._make_loss(args, importance_weights or ImportanceWeights())
         self._collate = partial(
             collate,
             layout=args.layout,
             pad_token_id=getattr(processing_class, "pad_token_id", None) or 0,
             multiple_of=args.pad_to_multiple_of,
         )
-        if args.proposal != "reference":
-            mask = trajectories.get(ASSISTANT_MASK)
-            weights.check_overflow(int(Segments.of(trajectories, mask=mask).lengths.max()))
-        self._trajectories = trajectories
-        self._loss = token_loss(
-            self._policy,
-            importance_weights=weights,
-            proposal=args.proposal,
-            length_normalize=args.length_normalize,
-            reduction="sum",
-            hold_q=False,
-        )
         super().__init__(
             model=model,
             args=args,
             train_dataset=self._dataset,
-            eval_dataset=None if eval_trajectories is None else _dataset(eval_trajectories),
+            eval_dataset=held_out,
             data_collator=self._collate,
             processing_class=processing_class,
             callbacks=[*(callbacks or []), _Hooks(self)],
             optimizers=optimizers,
         )
-        check_engine(self, args.proposal, weights)
+        check_engine(self, args, self._loss.importance_weights)
         warn_of_half_precision(self, model)
         self._plan = plan_updates(
             self._dataset.sizes,
@@ -143,13 +134,34 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
             process=self.accelerator.process_index,
         )
         self._measures = Measures()
-        self._weights: CachedWeights | None = None
-        self._shards: Shards | None = None
-        self._q: EMA | None = None
         self._finite = torch.tensor(True)
         self._parameters = sum(p.numel() for p in model.parameters())
         self._fingerprint = fingerprint(
             {str(key): trajectories.get(key) for key in (TOKENS, ASSISTANT_MASK, TRAJ_IDS)}
+        )
+
+    def _readable(self, trajectories: TensorDictBase) -> TrajectoryDataset:
+        """Trajectories that the model can read, in which each token carries its position."""
+        check_tensordict(trajectories)
+        self._policy.check(trajectories)
+        placed = trajectories.copy()
+        return TrajectoryDataset(placed.set(PLACE, torch.arange(len(placed))))
+
+    def _make_loss(
+        self, args: ImportanceWeightedConfig, weights: ImportanceWeights
+    ) -> ImportanceWeightedMLE:
+        if args.proposal != "reference":
+            if self._trajectories.is_locked:
+                raise ValueError("the trajectories are locked: pass trajectories.copy()")
+            mask = self._trajectories.get(ASSISTANT_MASK)
+            weights.check_overflow(int(Segments.of(self._trajectories, mask=mask).lengths.max()))
+        return token_loss(
+            self._policy,
+            importance_weights=weights,
+            proposal=args.proposal,
+            length_normalize=args.length_normalize,
+            reduction="sum",
+            hold_q=False,
         )
 
     # ---- data ----
@@ -171,16 +183,15 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
     ) -> tuple[list[Any], Tensor]:
         """The micro-batches of the next update, with their weights, and its multiplicities' sum."""
         update = self.state.global_step
-        if self._weights is not None and update >= self._weights.until:
+        cached = self._cached
+        if cached is not None and update >= cached["until"]:
             last = max(self.state.max_steps, update + 1)
-            with nullcontext() if self._shards is None else self._shards.swapped():
-                window = range(update, min(update + (self.args.sync_every or 1), last))
-                self._weights.weigh(window, self._log_q)
+            self._weigh(cached, range(update, min(update + (self.args.sync_every or 1), last)))
         batches = [next(epoch_iterator) for _ in range(num_batches)]
         draws = torch.zeros((), dtype=torch.float64, device=device)
         for batch in batches:
-            if self._weights is not None:
-                self._weights.write(batch)
+            if cached is not None:
+                batch.set(IMPORTANCE_WEIGHT, cached["weights"][batch.get(PLACE)])
             segments = self._loss.segments(batch)
             draws += self._loss.share(batch, segments).sum().to(device)
         self._measures.begin()
@@ -214,35 +225,51 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
         self._policy.model = model
         terms = self._loss.terms(inputs)
         out = self._loss.summary(terms)
-        clipped = math.nan if self._weights is None else self._weights.clip_fraction
-        self._measures.add(terms, clipped)
+        known = math.nan if self._cached is None else float(self._cached["clip_fraction"])
+        self._measures.add(terms, clip_fraction=known)
         draws = terms.share.sum() if num_items_in_batch is None else num_items_in_batch
         loss = out[LOSS] * (self.accelerator.num_processes / draws).to(out[LOSS].dtype)
         self._finite = self._finite.to(loss.device) & loss.detach().isfinite()
         return (loss, out) if return_outputs else loss
 
     def _forward(
-        self, trajectories: TensorDictBase, batches: list[list[int]], *, complete: bool = False
+        self, dataset: TrajectoryDataset, batches: list[list[int]], *, complete: bool = False
     ) -> ForwardPass:
-        """A pass over batches, by the positions of their trajectories."""
+        """A pass over batches of entries."""
         self._policy.model = self.model_wrapped
         return ForwardPass(
             self._policy,
-            trajectories,
-            batches,
+            dataset.trajectories,
+            [dataset.positions(batch) for batch in batches],
             collate=self._collate,
             device=self.accelerator.device,
             complete=complete,
             shared=True,
         )
 
-    def _log_q(self, batches: list[list[int]]) -> Tensor:
-        return self._forward(self._dataset.trajectories, batches).log_prob()
+    def _weigh(self, cached: TensorDict, updates: range) -> None:
+        """Cache the weights of coming updates, by one pass of q over their trajectories.
+
+        q does not move within this window. Transforms that compare weights see the whole of it, on
+        all processes.
+        """
+        batches = [batch for number in updates for batch in self._plan.update(number)]
+        window = self._dataset.drawn([*chain.from_iterable(batches)])
+        with nullcontext() if self._shards is None else self._shards.swapped():
+            log_q = self._forward(self._dataset, batches).log_prob()
+        place = window.get(PLACE)
+        segments = self._loss.segments(window)
+        share = self._loss.share(window, segments)
+        log_q = log_q[place].float()
+        weights = write_weights(window, self._loss, log_q, segments=segments, share=share)
+        cached["weights"][place] = window.get(IMPORTANCE_WEIGHT)
+        cached["clip_fraction"] = (share * weights.clipped).sum() / share.sum()
+        cached["until"] = torch.tensor(updates.stop)
 
     # ---- start ----
 
     def _start(self) -> None:
-        """Prepare what needs the engine, the reference and q, when training begins."""
+        """Prepare the reference and q, which need the engine, when training begins."""
         if self.args.proposal == "reference":
             return
         self._annotate()
@@ -251,9 +278,12 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
             self._q = EMA(self._loss, decay=self.args.ema_decay or 0.0, holder=self._shards)
             self.own_states["q"] = self._shards
         if self.args.proposal != "current":
-            self._weights = CachedWeights(self._loss, self._dataset, self._plan)
-            self._weights.until = self.state.global_step
-            self.shared_states["weights"] = self._weights
+            self._cached = TensorDict(
+                weights=torch.ones(len(self._trajectories)),
+                until=torch.tensor(self.state.global_step),
+                clip_fraction=torch.tensor(math.nan, dtype=torch.float64),
+            )
+            self.shared_states["weights"] = self._cached
         self.restore()
 
     def _annotate(self) -> None:
@@ -262,8 +292,7 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
         if self.reference_key is not None:
             cached_reference(self._trajectories, self.reference_key, cache=cache)
         else:
-            batches = [self._dataset.positions(batch) for batch in self._plan.epoch(0)]
-            forward = self._forward(self._trajectories, batches, complete=True)
+            forward = self._forward(self._dataset, self._plan.epoch(0), complete=True)
             log_prob, self.reference_key = reference_log_prob(forward, cache=cache)
             self._trajectories.set(REF_LOG_PROB, log_prob)
         self._dataset.trajectories.set(REF_LOG_PROB, self._trajectories.get(REF_LOG_PROB))
@@ -294,16 +323,11 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
         super().log(logs, start_time)
 
     def check_finite(self) -> None:
-        """Refuse to continue, or to save, once a loss was not finite.
-
-        Raises:
-            FloatingPointError: A loss was infinite or NaN.
-        """
+        """Raise FloatingPointError once a loss was infinite or NaN."""
         if not bool(self._finite):
             raise FloatingPointError(
-                f"the loss is no longer finite, at update {self.state.global_step} or a little "
-                f"before; lower learning_rate ({self.args.learning_rate:g}) or clip the weights. "
-                "Earlier checkpoints stay"
+                f"the loss is no longer finite, at update {self.state.global_step} or just before: "
+                f"lower learning_rate ({self.args.learning_rate:g}) or clip the weights"
             )
 
     @torch.no_grad()
@@ -328,8 +352,8 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
             raise ValueError("pass held-out trajectories as eval_trajectories=...")
         entries = range(len(held_out))
         width = self.args.per_device_eval_batch_size
-        batches = [held_out.positions(entries[at : at + width]) for at in entries[::width]]
-        log_prob = self._forward(held_out.trajectories, batches).log_prob()
+        batches = [[*entries[at : at + width]] for at in entries[::width]]
+        log_prob = self._forward(held_out, batches).log_prob()
         names = (f"{metric_key_prefix}_loss", f"{metric_key_prefix}_token_loss")
         means = negative_log_likelihood(self._loss, held_out.trajectories, log_prob)
         metrics = dict(zip(names, means, strict=True))
@@ -352,9 +376,3 @@ class _Hooks(TrainerCallback):
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         if self._trainer._q is not None:
             self._trainer._q.step()
-
-
-def _dataset(trajectories: TensorDictBase) -> TrajectoryDataset:
-    """A shallow copy of the trajectories in which each token carries its position."""
-    placed = trajectories.copy()
-    return TrajectoryDataset(placed.set(PLACE, torch.arange(len(placed))))

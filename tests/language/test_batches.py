@@ -115,15 +115,13 @@ def test_examples_that_cannot_be_in_one_batch():
     other.get(TRAJ_IDS).zero_()
     with pytest.raises(ValueError, match="two different examples have the id 0"):
         collate([entries[0], other])
-    with pytest.raises(ValueError, match=r"holds the ids \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"one trajectory, not \[0, 1\]"):
         collate([dataset([3, 4])])
-    with pytest.raises(ValueError, match="only some have ref_log_prob"):
+    with pytest.raises(ValueError, match="only some examples have ref_log_prob"):
         collate([entries[0], entries[1].exclude(REF_LOG_PROB)])
-    with pytest.raises(ValueError, match="no example"):
-        collate([])
-    with pytest.raises(ValueError, match="layout='ragged' is unknown"):
+    with pytest.raises(ValueError, match="layout='ragged' must be one of"):
         collate([entries[0]], layout="ragged")  # type: ignore[arg-type]
-    with pytest.raises(KeyError, match="iwsft.language.tokenize makes"):
+    with pytest.raises(KeyError, match="what iwsft.language.tokenize makes"):
         TrajectoryDataset(dataset([3]).exclude("masks"))
 
 
@@ -216,9 +214,9 @@ def test_a_resumed_sampler_gives_the_remaining_batches(stop):
 def test_settings_of_batches():
     sizes = torch.tensor([3, 9])
     for wrong in ({}, {"batch_size": 1, "token_budget": 9}):
-        with pytest.raises(ValueError, match="pass one of them"):
+        with pytest.raises(ValueError, match="one of them"):
             EpochBatches(sizes, **wrong)
-    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+    with pytest.raises(ValueError, match="batch_size=0 or .* must be at least 1"):
         EpochBatches(sizes, batch_size=0)
     with pytest.raises(ValueError, match="entry 1 has 9 tokens, more than token_budget=8"):
         EpochBatches(sizes, token_budget=8)

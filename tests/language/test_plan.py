@@ -82,7 +82,7 @@ def test_with_a_budget_of_tokens_all_epochs_are_alike(
 def test_more_epochs_than_planned_for() -> None:
     sizes = torch.tensor([9, 5, 4, 4, 3, 7, 6, 2, 8, 1])
     plan = UpdatePlan(EpochBatches(sizes, token_budget=12), accumulation=1, processes=1, epochs=1)
-    with pytest.raises(ValueError, match=r"the plan is for \d+: train for more epochs"):
+    with pytest.raises(ValueError, match=r"the plan is for \d+; plan for more epochs"):
         for epoch in range(200):
             plan.epoch(epoch)
 

@@ -205,7 +205,7 @@ def test_exception_within() -> None:
 def test_q_does_not_move_while_it_is_swapped_in() -> None:
     shards, q = sharded(decoder())
     with shards.swapped():
-        with pytest.raises(RuntimeError, match="step after it"):
+        with pytest.raises(RuntimeError, match="leave it first"):
             q.step()
         with pytest.raises(RuntimeError, match="swapped"), shards.swapped():
             pass

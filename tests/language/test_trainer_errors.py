@@ -26,9 +26,9 @@ SAVED: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps":
     ("settings", "message"),
     [
         ({"proposal": "cached"}, "sync_every=None and proposal='cached'"),
-        ({"proposal": "current", "sync_every": 5}, "sync_every goes with proposal='cached'"),
+        ({"proposal": "current", "sync_every": 5}, "sync_every goes with 'cached'"),
         ({"proposal": "cached", "sync_every": 0}, "sync_every=0"),
-        ({"proposal": "lagged"}, "ema_decay goes with proposal='lagged'"),
+        ({"proposal": "lagged"}, "ema_decay goes with 'lagged'"),
         ({"proposal": "lagged", "ema_decay": 1.0}, "must be in"),
         ({"proposal": "theta"}, "proposal='theta' must be one of"),
         ({"layout": "ragged"}, "layout='ragged' must be one of"),
@@ -78,7 +78,7 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
 
 
 def test_there_is_nothing_to_resume(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="there is no checkpoint in"):
+    with pytest.raises(CheckpointError, match="there is no checkpoint to resume in"):
         trainer(tmp_path).train(resume_from_checkpoint=True)
     # Another process of the run makes the folder.
     run = trainer(tmp_path / "later", **SAVED)

@@ -105,7 +105,7 @@ def test_two_processes_are_one(
             for name, value in row.items():
                 expected = pytest.approx(theirs[update][name], rel=1e-4, abs=1e-5)
                 assert value == expected, (proposal, update, name)
-    with pytest.raises(CheckpointError, match="written by 2 processes, this run has 1"):
+    with pytest.raises(CheckpointError, match="plan.processes=2 .now 1"):
         trainer(tmp_path / "0", **SETTINGS, **SPLIT, **PROPOSALS[0]).train(
             resume_from_checkpoint=True
         )
