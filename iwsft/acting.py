@@ -1,15 +1,7 @@
 """Policies that act in environments: their inputs, and one call of them for all episodes.
 
 :func:`iwsft.evaluation.evaluate` and ``python -m benchmarks.collect`` use this module, so that a
-policy acts the same everywhere::
-
-    check_keys(policy)
-    with acting(policy):
-        check_sizes(policy, observation, (act_dim,), env_id)
-        inputs = PolicyInputs(1, obs_dim)
-        inputs.begin(0, observation, "episode 0")
-        action = act(policy, inputs)[0]
-        inputs.follow(0, following, reward)  # after a step; after the last one, inputs.end(0)
+policy acts the same everywhere.
 """
 
 from __future__ import annotations
@@ -89,10 +81,8 @@ class PolicyInputs:
         wrong = np.flatnonzero(self._running & ~np.isfinite(actions).all(axis=1))
         if wrong.size:
             row = int(wrong[0])
-            raise FloatingPointError(
-                f"{name} gave the action {actions[row].tolist()} at step {self._steps[row]} of "
-                f"{self._episodes[row]}; its parameters, or the observation, are not finite"
-            )
+            at = f"at step {self._steps[row]} of {self._episodes[row]}"
+            raise FloatingPointError(f"{name} gave the action {actions[row].tolist()} {at}")
 
 
 def act(
@@ -142,7 +132,7 @@ def check_keys(policy: TensorDictModuleBase, *, name: str = "the policy") -> Non
     """
     missing = [key for key in unravel_key_list(list(policy.in_keys)) if key not in READABLE]
     if missing:
-        raise ValueError(f"{name} reads {missing}; in an environment it is given only {READABLE}")
+        raise ValueError(f"{name} reads {missing}; an environment gives only {READABLE}")
     if ACTION not in policy.out_keys:
         raise ValueError(f"{name} must write {ACTION!r}, it writes {policy.out_keys}")
 
@@ -174,14 +164,11 @@ def check_sizes(
     try:
         actions = _call(policy, inputs, device)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"{name} cannot act on {env_id}, whose observations have size {observation.size} "
-            f"(was it trained on another environment?): {error}"
-        ) from error
-    if actions.shape != (ROWS, *action_shape):
-        raise ValueError(
-            f"{name} gives actions of shape {actions.shape[1:]}, {env_id} takes {action_shape}"
-        )
+        on = f"{env_id}, whose observations have size {observation.size}"
+        raise ValueError(f"{name} cannot act on {on}: {error}") from error
+    shape = actions.shape[1:]
+    if shape != action_shape:
+        raise ValueError(f"{name} gives actions of shape {shape}, {env_id} takes {action_shape}")
 
 
 def _call(

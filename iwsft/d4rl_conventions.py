@@ -43,10 +43,7 @@ def get_arguments(env_id: str) -> dict[str, Any]:
         return {"continuing_task": False, "maze_map": _maze(env_id)}
     if env_id in _REACH:
         return {"max_episode_steps": 100} if env_id == "AdroitHandPen-v1" else {}
-    raise ValueError(
-        f"conventions='d4rl' does not cover {env_id}; leave it out, or use one of "
-        f"{', '.join(ENV_IDS)}"
-    )
+    raise ValueError(f"conventions='d4rl' does not cover {env_id}, only {', '.join(ENV_IDS)}")
 
 
 def wrap(env: gym.Env[Any, Any], env_id: str) -> gym.Env[Any, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -18,8 +19,9 @@ from numpy.typing import NDArray
 from iwsft import d4rl_conventions
 
 _INSTALL = "pip install 'iwsft[control]' installs the packages of D4RL's tasks"
-# Starts of the ids in gymnasium-robotics that D4RL's tasks use.
-_ROBOTICS = ("AntMaze", "AdroitHand", "FrankaKitchen", "PointMaze")
+_ROBOTICS = "gymnasium_robotics"
+# Starts of its ids that D4RL's tasks use.
+_ROBOTICS_IDS = ("AntMaze", "AdroitHand", "FrankaKitchen", "PointMaze")
 # From an environment's observation to a flat vector [obs].
 Flatten = Callable[[Any], NDArray[Any]]
 
@@ -60,23 +62,19 @@ def _make(env_id: str, kwargs: Mapping[str, Any]) -> gym.Env[Any, Any]:
         )
         try:
             return gym.make(env_id, disable_env_checker=True, **kwargs)
-        except UnregisteredEnv:
-            if importlib.util.find_spec("gymnasium_robotics") is not None:
-                gym.register_envs(importlib.import_module("gymnasium_robotics"))
-            elif env_id.startswith(_ROBOTICS):
-                raise ImportError(
-                    f"environment {env_id!r} needs the package gymnasium-robotics, which is not "
-                    f"installed: {_INSTALL}"
-                ) from None
+        except UnregisteredEnv as error:
+            robotics = importlib.util.find_spec(_ROBOTICS) is not None
+            if robotics and _ROBOTICS not in sys.modules:
+                gym.register_envs(importlib.import_module(_ROBOTICS))
+                return _make(env_id, kwargs)
+            if not robotics and env_id.startswith(_ROBOTICS_IDS):
+                raise ImportError(f"{env_id!r} needs gymnasium-robotics: {_INSTALL}") from None
+            raise ValueError(f"unknown environment {env_id!r}. {_nearest(env_id)}") from error
         except DeprecatedEnv as error:
             raise ValueError(f"{error} {_nearest(env_id)}") from error
         except (DependencyNotInstalled, ImportError) as error:
             hint = _nearest(env_id) if isinstance(error, ImportError) else _INSTALL
             raise ImportError(f"environment {env_id!r} cannot be made: {error} {hint}") from error
-        try:
-            return gym.make(env_id, disable_env_checker=True, **kwargs)
-        except UnregisteredEnv as error:
-            raise ValueError(f"unknown environment {env_id!r}. {_nearest(env_id)}") from error
 
 
 def _nearest(env_id: str) -> str:
@@ -108,10 +106,7 @@ def flattener(env: gym.Env[Any, Any]) -> Flatten:
             return lambda seen: np.concatenate((seen["achieved_goal"], seen["observation"]))
         if env_id.startswith("FrankaKitchen"):
             return _franka_kitchen
-    raise ValueError(
-        f"observations of {env_id} are {space}, not one-dimensional vectors: "
-        "pass observation= a function from such an observation to a vector"
-    )
+    raise ValueError(f"observations of {env_id} are {space}: pass observation=, their flattener")
 
 
 def _franka_kitchen(observation: dict[str, Any]) -> NDArray[Any]:
@@ -150,6 +145,6 @@ def success(info: Mapping[str, Any]) -> bool | None:
 def versions(env: gym.Env[Any, Any]) -> dict[str, str]:
     """Return the versions of the packages that decide the numbers of ``env``."""
     packages = ["gymnasium", "mujoco"]
-    if type(env.unwrapped).__module__.startswith("gymnasium_robotics"):
+    if type(env.unwrapped).__module__.startswith(_ROBOTICS):
         packages.append("gymnasium-robotics")
     return {name: version(name) for name in packages}

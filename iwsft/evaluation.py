@@ -142,13 +142,8 @@ def evaluate(
             limit.
     """
     width = min(episodes, ROWS if num_envs is None else num_envs)
-    for name, value, least in (
-        ("episodes", episodes, 1),
-        ("seed", seed, 0),
-        ("num_envs", width, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{name}={value} must be at least {least}")
+    if min(episodes, width) < 1 or seed < 0:
+        raise ValueError(f"{episodes=} and num_envs={width} must be at least 1, {seed=} at least 0")
     if reference_scores is not None:
         normalized_score(0.0, reference_scores)  # refuses a wrong pair before the episodes
     check_keys(policy)
@@ -158,26 +153,22 @@ def evaluate(
     start = time.perf_counter()
     with ExitStack() as stack:
         stack.enter_context(acting(policy))
-        first = environments.make(env_id, **(env_kwargs or {}))
-        stack.callback(first.close)
+        envs = [stack.enter_context(environments.make(env_id, **(env_kwargs or {})))]
+        first = envs[0]
         flatten = observation or environments.flattener(first)
         full_id, bounds = environments.id_of(first), environments.action_space(first)
         vector = flatten(first.reset(seed=seeds[0])[0])
         if vector.ndim != 1:
             raise ValueError(f"observations of {full_id} must be vectors, got shape {vector.shape}")
         check_sizes(policy, vector, bounds.shape, full_id, device=device)
-        envs = [first]
         for _ in range(1, width):
-            envs.append(environments.make(env_id, **(env_kwargs or {})))
-            stack.callback(envs[-1].close)
+            envs.append(stack.enter_context(environments.make(env_id, **(env_kwargs or {}))))
         finished = _roll_out(policy, envs, seeds, flatten, vector.size, bounds, device)
         versions = environments.versions(first)
 
     returns = [episode.total for episode in finished]
     successes = [episode.success for episode in finished if episode.success is not None]
-    scores = None
-    if reference_scores is not None:
-        scores = normalized_score(returns, reference_scores).tolist()
+    scores = reference_scores and normalized_score(returns, reference_scores).tolist()
     return Evaluation(
         env_id=full_id,
         seed=seed,
@@ -239,11 +230,8 @@ def _roll_out(
                 finished.append(running.pop(row))
                 start(row)
             elif episode.length == _ENDLESS and limit is None:
-                raise RuntimeError(
-                    f"episode {episode.index} (seed {seeds[episode.index]}) of "
-                    f"{environments.id_of(envs[row])} has not ended after {_ENDLESS:,} steps, and "
-                    "the environment sets no limit: pass env_kwargs={'max_episode_steps': ...}"
-                )
+                name = f"episode {episode.index} of {environments.id_of(envs[row])}"
+                raise RuntimeError(f"{name} has no end; pass env_kwargs={{'max_episode_steps': N}}")
             else:
                 inputs.follow(row, flatten(following), float(reward))
     return sorted(finished, key=lambda episode: episode.index)
@@ -258,8 +246,5 @@ def _evaluation_device(
     if parameter is None:
         return full or torch.device("cpu")
     if full not in (None, parameter.device):
-        raise ValueError(
-            f"device={str(device)!r}, but the policy is on {parameter.device}: "
-            f"call policy.to({str(device)!r}) first"
-        )
+        raise ValueError(f"device={str(device)!r}, but the policy is on {parameter.device}")
     return parameter.device

@@ -17,6 +17,7 @@ and optionally ``timeouts`` [N] and ``next_observations`` [N, obs]. Other fields
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 
 from iwsft.datasets import antmaze, catalog
 from iwsft.datasets.dataset import OfflineDataset, fingerprint_of
-from iwsft.datasets.episodes import Flags, Floats, Steps, check_steps, cut_steps, first_row_outside
+from iwsft.datasets.episodes import Flags, Floats, Steps, check_actions, check_steps, cut_steps
 
 if TYPE_CHECKING:
     import h5py
@@ -52,9 +53,7 @@ def read(path: Path, *, name: str | None = None, source: str | None = None) -> O
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: The file is not HDF5, truncated or damaged, a field is missing, the fields do
-            not fit together, values are NaN or infinite, flags are not 0 or 1, actions are out of
-            range, or ``env_kwargs`` is not a JSON object.
+        ValueError: The file is damaged, or cannot be trained on; the error names field and row.
     """
     import h5py
 
@@ -66,14 +65,11 @@ def read(path: Path, *, name: str | None = None, source: str | None = None) -> O
             env_id, env_kwargs = _read_environment(file, name or path.name)
             steps = _read_steps(file, where)
     except OSError as error:
-        raise ValueError(
-            f"{where} ({path.stat().st_size:,} bytes) cannot be read as HDF5: {error}. The file "
-            "is truncated, damaged or of another format; delete it and fetch it again"
-        ) from error
+        raise ValueError(f"{where} cannot be read as HDF5; it is damaged: {error}") from error
     check_steps(steps, where)
     steps, notes = _adapt(steps, env_id)
     trajectories = cut_steps(steps)
-    _check_actions(steps.actions, env_id, where)
+    _check_range(steps.actions, env_id, where)
     return OfflineDataset(
         trajectories=trajectories,
         name=name or path.stem,
@@ -97,10 +93,8 @@ def _read_environment(file: h5py.File, name: str) -> tuple[str | None, Mapping[s
     except (TypeError, ValueError):
         env_kwargs = None
     if not isinstance(env_kwargs, dict):
-        raise ValueError(
-            f"{file.filename}: the attribute 'env_kwargs' is {arguments!r}; it must be a JSON "
-            'object with the arguments of the environment, such as {"max_episode_steps": 200}'
-        )
+        where = f"{file.filename}: the attribute 'env_kwargs'"
+        raise ValueError(f"{where} is {arguments!r}, it must be a JSON object")
     return env_id.decode() if isinstance(env_id, bytes) else str(env_id), env_kwargs
 
 
@@ -121,20 +115,16 @@ def _adapt(steps: Steps, env_id: str | None) -> tuple[Steps, list[str]]:
 def _read_steps(file: h5py.File, where: str) -> Steps:
     for key in REQUIRED:
         if key not in file:
-            raise ValueError(
-                f"{where} has no field {key!r}; D4RL's layout needs {', '.join(REQUIRED)}, and the "
-                f"file has {', '.join(file) or 'nothing'}"
-            )
+            raise ValueError(f"{where} has no field {key!r}, only {', '.join(file) or 'nothing'}")
     terminals = _flags(file, "terminals", where)
+    timeouts = _flags(file, "timeouts", where) if "timeouts" in file else np.zeros_like(terminals)
     following = "next_observations"
     return Steps(
         observations=_floats(file, "observations", where),
         actions=_floats(file, "actions", where),
         rewards=_column(_floats(file, "rewards", where)),
         terminals=terminals,
-        timeouts=(
-            _flags(file, "timeouts", where) if "timeouts" in file else np.zeros_like(terminals)
-        ),
+        timeouts=timeouts,
         next_observations=_floats(file, following, where) if following in file else None,
     )
 
@@ -143,8 +133,7 @@ def _field(file: h5py.File, key: str, where: str) -> h5py.Dataset:
     import h5py
 
     field = file[key]
-    array = isinstance(field, h5py.Dataset) and bool(field.shape)
-    if not array or field.dtype.kind not in "fiub":
+    if not isinstance(field, h5py.Dataset) or not field.shape or field.dtype.kind not in "fiub":
         raise ValueError(f"{where}: {key!r} is {field}, expected numbers with one row per step")
     return field
 
@@ -173,51 +162,34 @@ def _column(values: NDArray[Any]) -> NDArray[Any]:
     return values.reshape(-1) if values.shape[1:] == (1,) else values
 
 
-def _check_actions(actions: Floats, env_id: str | None, where: str) -> None:
-    row = first_row_outside(actions, -1.0, 1.0)
-    if row is None:
-        return
-    rule = "actions must lie in [-1, 1]"
-    if env_id is None:
-        rule += "; for a wider action space, name the environment in the file's attribute 'env_id'"
-    elif env_id not in catalog.ENV_IDS:
+def _check_range(actions: Floats, env_id: str | None, where: str) -> None:
+    """Check actions against [-1, 1], the range of D4RL's tasks, or another environment's."""
+    try:
+        check_actions(actions, -1.0, 1.0, where)
+    except ValueError as beyond:
+        if env_id is None:
+            raise ValueError(f"{beyond}, or name their environment: attribute 'env_id'") from None
+        if env_id in catalog.ENV_IDS:
+            raise
         from iwsft import environments
 
         try:
             env = environments.make(env_id)
         except (ValueError, ImportError) as error:
-            raise ValueError(
-                f"{where}: 'actions' leaves [-1, 1] at row {row}, and {env_id} cannot be made here "
-                f"for its action space ({error}). Install the environment, or rescale the actions"
-            ) from error
+            raise ValueError(f"{beyond}. Or install {env_id} for its range: {error}") from error
         env.close()
         space = environments.action_space(env)
         if space.shape != actions.shape[1:]:
-            raise ValueError(
-                f"{where}: 'actions' has {actions.shape[1]} columns, and the action space of "
-                f"{env_id} is {space}"
-            )
-        row = first_row_outside(actions, space.low, space.high)
-        if row is None:
-            return
-        bounds = f"{space.low.tolist()} to {space.high.tolist()}"
-        rule = f"actions must lie in the action space of {env_id}, {bounds}"
-    raise ValueError(
-        f"{where}: 'actions' is out of range at row {row} ({actions[row].tolist()}); {rule}. "
-        "Rescale or clip the actions"
-    )
+            columns = f"'actions' has {actions.shape[1]} columns"
+            raise ValueError(f"{where}: {columns}, {env_id} takes {space}") from None
+        check_actions(actions, space.low, space.high, where)
 
 
 def _describe_missing(path: Path) -> str:
-    import difflib
-
     if path.is_dir():
         return f"{path} is a folder; pass one of its .hdf5 files"
-    folder = path.parent
-    if not folder.is_dir():
-        return f"no file {path}: there is no folder {folder}"
-    others = sorted(p.name for p in folder.iterdir() if p.suffix in (".hdf5", ".h5"))
+    if not path.parent.is_dir():
+        return f"no file {path}: there is no folder {path.parent}"
+    others = [p.name for p in path.parent.iterdir() if p.suffix in (".hdf5", ".h5")]
     near = difflib.get_close_matches(path.name, others, n=1)
-    if near:
-        return f"no file {path}; did you mean {folder / near[0]}?"
-    return f"no file {path}; HDF5 files in {folder}: {', '.join(others) or 'none'}"
+    return f"no file {path}" + (f"; did you mean {path.parent / near[0]}?" if near else "")

@@ -75,12 +75,8 @@ def fetch(
             for other in parts:
                 other.unlink(missing_ok=True)
             return target
-    raise ConnectionError(
-        f"could not download {target.name}:\n"
-        + "\n".join(failures)
-        + f"\nRun it again to resume, or fetch the file by hand and pass its path (or put it at "
-        f"{target})"
-    )
+    way_out = f"Run it again to resume, or put the file at {target}"
+    raise ConnectionError("\n".join([f"could not download {target.name}:", *failures, way_out]))
 
 
 def _download(url: str, part: Path, size: int | None) -> None:
@@ -91,12 +87,9 @@ def _download(url: str, part: Path, size: int | None) -> None:
             return
         except (OSError, http.client.HTTPException) as error:
             if isinstance(error, OSError) and error.errno in _DISK_FULL:
-                raise OSError(
-                    errno.ENOSPC,
-                    f"the disk is full while downloading to {part.parent} ({error.strerror}); the "
-                    "part so far is kept. Make room and run it again to resume, or choose another "
-                    "cache folder (cache_dir, or the environment variable IWSFT_CACHE)",
-                ) from error
+                full = f"the disk is full while downloading to {part.parent} ({error.strerror})"
+                way_out = "make room and run it again, or set IWSFT_CACHE to another folder"
+                raise OSError(errno.ENOSPC, f"{full}; {way_out}") from error
             if isinstance(error, PermissionError) and error.filename is not None:
                 raise  # a problem of the folder, not of the mirror
             received = _bytes(part)
@@ -112,10 +105,9 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
     headers = {"User-Agent": "iwsft"}
     if received:
         headers["Range"] = f"bytes={received}-"
+    request = urllib.request.Request(url, headers=headers)
     try:
-        response = urllib.request.urlopen(
-            urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS
-        )
+        response = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:
         if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE or not received:
             raise
@@ -129,9 +121,8 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
             received = 0  # the server sends the whole file
         announced = response.headers.get("Content-Length")
         total = received + int(announced) if announced is not None else size
-        free = shutil.disk_usage(part.parent).free
-        if total is not None and total - received > free:
-            missing = total - received
+        missing, free = (total or received) - received, shutil.disk_usage(part.parent).free
+        if missing > free:
             raise OSError(errno.ENOSPC, f"{missing:,} bytes are missing and {free:,} are free")
         columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
         progress = Progress(*columns, console=Console(stderr=True), transient=True)
@@ -144,24 +135,23 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
             file.flush()
             os.fsync(file.fileno())
     if total is not None and _bytes(part) < total:
-        raise http.client.HTTPException(
-            f"the connection closed at {_bytes(part):,} of {total:,} bytes"
-        )
+        cut = f"the connection closed at {_bytes(part):,} of {total:,} bytes"
+        raise http.client.HTTPException(cut)
 
 
 def _check(part: Path, size: int | None, sha256: str | None, signature: bytes) -> None:
     """Check the complete file; a wrong one is deleted, as resuming can't mend it."""
-    fault = None
     with open(part, "rb") as file:
-        if size is not None and _bytes(part) != size:
-            fault = f"the file has {_bytes(part):,} bytes, expected {size:,}"
-        elif file.read(len(signature)) != signature:
-            fault = "the file is of another format (an error page?)"
-        elif sha256 is not None:
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if digest != sha256:
-                fault = f"the file has SHA-256 {digest}, expected {sha256}"
+        start = file.read(len(signature))
+        file.seek(0)
+        digest = sha256 and hashlib.file_digest(file, "sha256").hexdigest()
+    fault = None
+    if size is not None and _bytes(part) != size:
+        fault = f"the file has {_bytes(part):,} bytes, expected {size:,}"
+    elif start != signature:
+        fault = "the file is of another format (an error page?)"
+    elif digest != sha256:
+        fault = f"the file has SHA-256 {digest}, expected {sha256}"
     if fault is not None:
         part.unlink()
         raise _MirrorError(f"{fault}; it was deleted")

@@ -74,23 +74,18 @@ def check_steps(steps: Steps, source: str) -> None:
         shape = getattr(steps, field).shape
         expected = "[steps, features]" if field in ("observations", "actions") else "[steps]"
         if len(shape) != 1 + expected.count(",") or shape[0] != rows or 0 in shape:
-            raise ValueError(
-                f"{source}: {field!r} has shape {list(shape)}, expected {expected} with one row "
-                f"per step; 'observations' has {rows} rows"
-            )
-    following = steps.next_observations
-    if following is not None and following.shape != steps.observations.shape:
-        raise ValueError(
-            f"{source}: 'next_observations' has shape {list(following.shape)} and 'observations' "
-            f"has {list(steps.observations.shape)}; they must be equal"
-        )
+            wrong = f"has shape {list(shape)}, expected {expected} with {rows} rows"
+            raise ValueError(f"{source}: {field!r} {wrong}")
+    following, shape = steps.next_observations, steps.observations.shape
+    if following is not None and following.shape != shape:
+        wrong = f"has shape {list(following.shape)}, expected that of 'observations', {list(shape)}"
+        raise ValueError(f"{source}: 'next_observations' {wrong}")
     for field in ("observations", "actions", "rewards", "next_observations"):
         values = getattr(steps, field)
         row = None if values is None else _first_row(values, lambda chunk: ~np.isfinite(chunk))
         if row is not None:
             raise ValueError(
-                f"{source}: {field!r} is NaN or infinite at row {row} ({values[row].tolist()}); "
-                "drop the episode of that row from the data, or repair it"
+                f"{source}: {field!r} is NaN or infinite at row {row}; repair or drop its episode"
             )
 
 
@@ -121,12 +116,20 @@ def cut_steps(steps: Steps) -> TensorDict:
     )
 
 
-def first_row_outside(
-    actions: Floats, low: float | NDArray[Any], high: float | NDArray[Any]
-) -> int | None:
-    """Return the first row beyond ``[low, high]`` by more than the tolerance, if any."""
-    low, high = low - ACTION_TOLERANCE, high + ACTION_TOLERANCE
-    return _first_row(actions, lambda chunk: (chunk < low) | (chunk > high))
+def check_actions(
+    actions: Floats, low: float | NDArray[Any], high: float | NDArray[Any], source: str
+) -> None:
+    """Check that actions are in ``[low, high]``, up to rounding.
+
+    Raises:
+        ValueError: An action lies outside; the error names its row.
+    """
+    least, most = low - ACTION_TOLERANCE, high + ACTION_TOLERANCE
+    row = _first_row(actions, lambda chunk: (chunk < least) | (chunk > most))
+    if row is not None:
+        bounds = f"{np.asarray(low).tolist()} to {np.asarray(high).tolist()}"
+        at = f"at row {row} ({actions[row].tolist()})"
+        raise ValueError(f"{source}: 'actions' is out of range {at}; clip or scale it to {bounds}")
 
 
 def _first_row(values: Floats, bad: Callable[[Floats], Flags]) -> int | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from iwsft.datasets.dataset import OfflineDataset, fingerprint_of
-from iwsft.datasets.episodes import Floats, Steps, first_row_outside, pack_steps
+from iwsft.datasets.episodes import Floats, Steps, check_actions, pack_steps
 
 if TYPE_CHECKING:
     import gymnasium
@@ -30,9 +30,7 @@ def check_id(dataset_id: str) -> None:
         ImportError: minari is not installed.
     """
     if not ID.fullmatch(dataset_id):
-        raise ValueError(
-            f"{dataset_id!r} is not a Minari id, such as 'namespace/name-v0' or 'name-v0'"
-        )
+        raise ValueError(f"{dataset_id!r} is not a Minari id, such as 'namespace/name-v0'")
     if importlib.util.find_spec("minari") is None:
         raise ImportError(f"{dataset_id!r} needs the package minari: pip install 'minari[hdf5,hf]'")
 
@@ -52,8 +50,7 @@ def read(dataset_id: str) -> OfflineDataset:
     Raises:
         ImportError: minari is not installed.
         ConnectionError: The dataset is not in the local store and could not be downloaded.
-        ValueError: The id is malformed, the file is damaged, a space is not made of boxes, there
-            are no steps, values are NaN or infinite, or actions are outside the action space.
+        ValueError: The id is malformed, the file is damaged, or it cannot be trained on.
     """
     source = f"minari:{dataset_id}"
     check_id(dataset_id)
@@ -63,19 +60,11 @@ def read(dataset_id: str) -> OfflineDataset:
     try:
         steps = _read_steps(data)
     except OSError as error:
-        raise ValueError(
-            f"{source} cannot be read from {data.storage.data_path}: {error}. The file is "
-            "truncated or damaged; delete the folder and load it again"
-        ) from error
+        damaged = f"{source} in {data.storage.data_path} is damaged; delete that folder"
+        raise ValueError(f"{damaged}: {error}") from error
     trajectories = pack_steps(steps, source)
-    low, high = data.action_space.low.reshape(-1), data.action_space.high.reshape(-1)
-    row = first_row_outside(steps.actions, low, high)
-    if row is not None:
-        raise ValueError(
-            f"{source}: 'actions' leaves the dataset's own action space ({low.tolist()} to "
-            f"{high.tolist()}) at row {row} ({steps.actions[row].tolist()}); rescale or clip the "
-            "actions"
-        )
+    space = data.action_space
+    check_actions(steps.actions, space.low.reshape(-1), space.high.reshape(-1), source)
     scores = [data.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max")]
     return OfflineDataset(
         trajectories=trajectories,
@@ -97,6 +86,7 @@ def _open(dataset_id: str) -> MinariDataset:
     except ValueError as error:
         raise ValueError(f"cannot read the Minari dataset {dataset_id!r}: {error}") from error
     from huggingface_hub.errors import HfHubHTTPError
+    from minari.storage.datasets_root_dir import get_dataset_path
 
     # The bases of the hub's error are those of any failed request: OSError, its HTTP client's.
     transport = (base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
@@ -105,26 +95,19 @@ def _open(dataset_id: str) -> MinariDataset:
         return minari.load_dataset(dataset_id, download=True)
     except unavailable as error:
         raise ConnectionError(
-            f"the Minari dataset {dataset_id!r} is not in the local store (MINARI_DATASETS_PATH, "
-            "by default ~/.minari/datasets) and could not be downloaded (`minari list remote` has "
-            f"the names; you can also copy its folder into the local store): {error}"
+            f"the Minari dataset {dataset_id!r} is not in the local store "
+            f"({get_dataset_path(dataset_id)}), and could not be downloaded: {error}"
         ) from error
 
 
 def _require_boxes(space: gymnasium.Space[Any], what: str, source: str) -> None:
     from gymnasium.spaces import Box, Dict, Tuple
 
-    if isinstance(space, Box):
-        return
     if isinstance(space, Dict | Tuple) and what == "observation":
-        parts = space.values() if isinstance(space, Dict) else space
-        for part in parts:
+        for part in space.values() if isinstance(space, Dict) else space:
             _require_boxes(part, what, source)
-        return
-    raise ValueError(
-        f"{source}: the {what} space holds {space}; observations may be boxes, or dictionaries and "
-        "tuples of boxes, and actions one box"
-    )
+    elif not isinstance(space, Box):
+        raise ValueError(f"{source}: the {what} space holds {space}, it must consist of boxes")
 
 
 def _read_steps(data: MinariDataset) -> Steps:

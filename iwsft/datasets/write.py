@@ -25,7 +25,7 @@ from tensordict import TensorDictBase
 
 from iwsft import environments
 from iwsft.datasets.catalog import reference_scores
-from iwsft.datasets.episodes import first_row_outside
+from iwsft.datasets.episodes import check_actions
 from iwsft.datasets.minari_store import check_id
 from iwsft.files import full_disk_named, written_whole
 from iwsft.trajectory import (
@@ -108,20 +108,15 @@ def to_hdf5(
     if path.suffix.lower() not in (".hdf5", ".h5"):
         raise ValueError(f"{path} must end in .hdf5 or .h5, or datasets.load can't read it")
     if path.exists():
-        raise FileExistsError(f"{path} exists; delete it or choose another name")
+        raise FileExistsError(f"{path} exists; choose another name")
     fields = _fields(trajectories)
     fields |= {f"infos/{name}": values for name, values in _check_infos(infos, fields).items()}
     # Through memory: on a full disk, HDF5 ends the process instead of raising.
     image = io.BytesIO()
     with h5py.File(image, "w") as file:
         for name, values in fields.items():
-            file.create_dataset(
-                name,
-                data=values,
-                chunks=(min(_ROWS_A_CHUNK, len(values)), *values.shape[1:]),
-                compression="gzip",
-                shuffle=True,
-            )
+            chunks = (min(_ROWS_A_CHUNK, len(values)), *values.shape[1:])
+            file.create_dataset(name, data=values, chunks=chunks, compression="gzip", shuffle=True)
         file.attrs.update((provenance or Provenance()).attributes())
     with written_whole(path) as partial:
         partial.write_bytes(image.getbuffer())
@@ -159,12 +154,10 @@ def to_minari(
     from minari.namespace import create_namespace, list_local_namespaces
 
     if folder.exists():
-        raise FileExistsError(
-            f"minari:{dataset_id} exists ({folder}); delete that folder or choose another name"
-        )
+        raise FileExistsError(f"minari:{dataset_id} exists ({folder}); choose another name")
     fields = _fields(trajectories)
     sizes = lengths(trajectories).tolist()
-    buffers = _buffers(fields, sizes, _check_infos(infos, fields), dataset_id)
+    buffers = _buffers(fields, sizes, _check_infos(infos, fields))
     store = Path(str(folder).removesuffix(dataset_id))
     partial = store / f".{dataset_id.replace('/', '-')}.{os.getpid()}.partial"
     with full_disk_named(folder):
@@ -197,20 +190,12 @@ def minari_folder(dataset_id: str) -> Path:
 def _fields(trajectories: TensorDictBase) -> Fields:
     """Return D4RL's fields with a row per step, as float32 and bool."""
     if trajectories.batch_dims != 1 or MASK in trajectories.keys(True):
-        raise ValueError(
-            f"only packed trajectories are written, these have batch size "
-            f"{list(trajectories.batch_size)}; iwsft.trajectory.pack makes them packed"
-        )
-    validate(trajectories, keys=(OBSERVATION, ACTION, NEXT_OBSERVATION, REWARD))
-    names = {
-        "observations": OBSERVATION,
-        "actions": ACTION,
-        "rewards": REWARD,
-        "next_observations": NEXT_OBSERVATION,
-    }
-    fields: Fields = {
-        name: trajectories.get(key).float().numpy(force=True) for name, key in names.items()
-    }
+        raise ValueError("only packed trajectories are written; see iwsft.trajectory.pack")
+    keys = (OBSERVATION, ACTION, REWARD, NEXT_OBSERVATION)
+    validate(trajectories, keys=keys)
+    arrays = [trajectories.get(key).float().numpy(force=True) for key in keys]
+    names = ("observations", "actions", "rewards", "next_observations")
+    fields: Fields = dict(zip(names, arrays, strict=True))
     fields["rewards"] = fields["rewards"].reshape(-1)
     ends = np.zeros(len(trajectories), dtype=bool)
     ends[lengths(trajectories).cumsum(0).numpy(force=True) - 1] = True
@@ -218,11 +203,8 @@ def _fields(trajectories: TensorDictBase) -> Fields:
         flags = trajectories.get(key).numpy(force=True).reshape(-1).astype(bool)
         inside = np.flatnonzero(flags & ~ends)
         if len(inside):
-            raise ValueError(
-                f"step {int(inside[0])} has the flag {key[1]!r}, but is not the last of its "
-                "trajectory; a reader would cut there: give the steps after it another "
-                "trajectory id"
-            )
+            flag = f"step {int(inside[0])} has the flag {key[1]!r}"
+            raise ValueError(f"{flag}, but is not the last of its trajectory")
         fields[name] = flags
     fields["timeouts"] = fields["timeouts"] | (ends & ~fields["terminals"])
     return fields
@@ -246,9 +228,7 @@ def _reserve(folder: Path, fields: Fields, episodes: int) -> None:
         (folder / "reserved").unlink()
 
 
-def _buffers(
-    fields: Fields, sizes: list[int], infos: Fields, dataset_id: str
-) -> list[EpisodeBuffer]:
+def _buffers(fields: Fields, sizes: list[int], infos: Fields) -> list[EpisodeBuffer]:
     """Return Minari's episodes: T + 1 observations and infos, T rows of all other fields."""
     from minari.data_collector import EpisodeBuffer
 
@@ -259,9 +239,8 @@ def _buffers(
         differ = (now[start + 1 : stop] != then[start : stop - 1]).any(axis=1)
         if differ.any():
             raise ValueError(
-                f"minari:{dataset_id}: the next observation of step "
-                f"{start + int(differ.argmax())} is not the observation of the step after it, and "
-                "Minari keeps only one of them; write an HDF5 file instead"
+                f"the next observation of step {start + int(differ.argmax())} is not the "
+                "observation of the step after it, as Minari needs; write an HDF5 file instead"
             )
         buffers.append(
             EpisodeBuffer(
@@ -295,12 +274,8 @@ def _create(
         action_space, scores = env.action_space, reference_scores(provenance.env_id)
     with nullcontext() if env is None else env:
         assert isinstance(action_space, gym.spaces.Box)
-        row = first_row_outside(fields["actions"], action_space.low, action_space.high)
-        if row is not None:
-            raise ValueError(
-                f"minari:{dataset_id}: the action of step {row} "
-                f"({fields['actions'][row].tolist()}) lies outside {action_space}"
-            )
+        low, high = action_space.low, action_space.high
+        check_actions(fields["actions"], low, high, f"minari:{dataset_id}")
         with warnings.catch_warnings():
             # Author, permalink and the like are the user's to add.
             warnings.filterwarnings("ignore", message=".* is (set to )?None")

@@ -82,15 +82,10 @@ class _GaussianHead(nn.Module):
     ) -> None:
         super().__init__()
         if observation_dim < 1 or action_dim < 1:
-            raise ValueError(
-                f"sizes must be positive: observation_dim={observation_dim}, "
-                f"action_dim={action_dim}"
-            )
+            raise ValueError(f"{observation_dim=} and {action_dim=} must be positive")
         low, high = log_std_bounds
         if not low <= log_std_init <= high or not math.isfinite(high - low):
-            raise ValueError(
-                f"log_std_init={log_std_init} must lie in log_std_bounds=[{low}, {high}]"
-            )
+            raise ValueError(f"{log_std_init=} must lie in {log_std_bounds=}")
         self.tanh_mean = tanh_mean
         self.log_std_bounds = log_std_bounds
         outputs = 2 * action_dim if state_dependent_std else action_dim

@@ -172,9 +172,9 @@ def test_a_wider_action_space_is_taken_from_the_environment(
     fields["actions"][2] = 1.9
     assert lengths(datasets.load(write(fields, env_id="Pendulum-v1")).trajectories).tolist() == [4]
     fields["actions"][2] = 2.1
-    with pytest.raises(ValueError, match=r"'actions' .* row 2 .*Pendulum-v1, \[-2.0\] to \[2.0\]"):
+    with pytest.raises(ValueError, match=r"'actions' .* at row 2 .* \[-2.0\] to \[2.0\]"):
         datasets.load(write(fields, env_id="Pendulum-v1"))
-    with pytest.raises(ValueError, match=r"row 2, and NoSuchThing-v0 cannot be made"):
+    with pytest.raises(ValueError, match=r"row 2 .*unknown environment 'NoSuchThing-v0'"):
         datasets.load(write(fields, env_id="NoSuchThing-v0"))
 
 
@@ -198,7 +198,7 @@ def at(row: int, value: float) -> Callable[[np.ndarray], np.ndarray]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (without("observations"), "no field 'observations'.*the file has actions, rewards"),
+        (without("observations"), "no field 'observations', only actions, rewards"),
         (without("actions"), "no field 'actions'"),
         (without("rewards"), "no field 'rewards'"),
         (without("terminals"), "no field 'terminals'"),
@@ -207,7 +207,7 @@ def at(row: int, value: float) -> Callable[[np.ndarray], np.ndarray]:
         (put("observations", lambda a: a[:, :0]), r"'observations' has shape \[7, 0\]"),
         (
             put("actions", lambda a: a[:-1]),
-            r"'actions' has shape \[6, 2\].*has 7 rows",
+            r"'actions' has shape \[6, 2\].*with 7 rows",
         ),
         (put("rewards", lambda a: a[:-2]), r"'rewards' has shape \[5\]"),
         (put("rewards", lambda a: np.stack([a, a], 1)), r"'rewards' has shape \[7, 2\]"),
@@ -218,13 +218,13 @@ def at(row: int, value: float) -> Callable[[np.ndarray], np.ndarray]:
         (put("observations", at(2, np.nan)), "'observations' is NaN or infinite at row 2"),
         (put("rewards", at(6, np.inf)), "'rewards' is NaN or infinite at row 6"),
         (put("rewards", at(1, 1e300)), "'rewards' is NaN or infinite at row 1"),
-        (put("actions", at(5, 1.01)), r"'actions' is out of range at row 5.*\[-1, 1\]"),
+        (put("actions", at(5, 1.01)), r"'actions' is out of range at row 5.*-1.0 to 1.0"),
         (put("actions", at(0, -3)), "'actions' is out of range at row 0"),
         (put("observations", lambda a: a.astype("S4")), "'observations' is .*expected numbers"),
         (put("rewards", lambda a: a.sum()), "'rewards' is .*expected numbers"),
         (
             lambda fields: fields.update(next_observations=fields["observations"][:, :2]),
-            r"'next_observations' has shape \[7, 2\] and 'observations' has \[7, 3\]",
+            r"'next_observations' has shape \[7, 2\], expected .* \[7, 3\]",
         ),
     ],
 )
@@ -252,7 +252,7 @@ def test_a_truncated_file(episode_fields: Make, write: Write, keep: float) -> No
     path = write(episode_fields([4000, 4000]))
     whole = path.read_bytes()
     path.write_bytes(whole[: int(keep * len(whole)) if keep < 1 else int(keep)])
-    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}.*truncated, damaged"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))} .*damaged"):
         datasets.load(path)
 
 
@@ -267,7 +267,7 @@ def test_a_damaged_chunk(episode_fields: Make, tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[place.byte_offset : place.byte_offset + place.size] = bytes(place.size)
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"cannot be read as HDF5.*truncated, damaged"):
+    with pytest.raises(ValueError, match="cannot be read as HDF5; it is damaged"):
         datasets.load(path)
 
 

@@ -125,7 +125,7 @@ def test_all_mirrors_down(served: Served, dead_url: str, tmp_path: Path) -> None
     assert f"{dead_url}: " in message
     assert "refused" in message
     assert f"{url}: HTTP Error 404" in message
-    assert "pass its path" in message
+    assert f"put the file at {tmp_path}" in message
     assert not parts(tmp_path)
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iwsft.datasets.episodes import CHUNK, Steps, first_row_outside, pack_steps
+from iwsft.datasets.episodes import CHUNK, Steps, check_actions, pack_steps
 from iwsft.trajectory import (
     ACTION,
     DONE,
@@ -125,16 +125,17 @@ def test_a_value_that_is_not_finite_is_named(field: str, value: float, row: int)
     steps = make([False] * (CHUNK + 5), [False] * (CHUNK + 5), following=True)
     array = getattr(steps, field)
     array[row:] = value
-    with pytest.raises(ValueError, match=rf"here: '{field}' is NaN or infinite at row {row} "):
+    with pytest.raises(ValueError, match=rf"here: '{field}' is NaN or infinite at row {row};"):
         pack_steps(steps, "here")
 
 
-def test_first_row_outside() -> None:
+def test_actions_out_of_range() -> None:
     actions = np.zeros((CHUNK + 10, 2), dtype=np.float32)
     actions[5] = [1.0, -1.0]
     actions[6, 0] = 1.00005  # rounding
-    assert first_row_outside(actions, -1, 1) is None
+    check_actions(actions, -1, 1, "here")
     actions[CHUNK + 2, 1] = -1.001
-    assert first_row_outside(actions, -1, 1) == CHUNK + 2
+    with pytest.raises(ValueError, match=rf"here: 'actions' .* at row {CHUNK + 2} .* -1 to 1$"):
+        check_actions(actions, -1, 1, "here")
     low = np.array([-1, -2], dtype=np.float32)
-    assert first_row_outside(actions, low, -low) is None
+    check_actions(actions, low, -low, "here")

@@ -164,7 +164,7 @@ def test_what_is_refused() -> None:
     minari.create_dataset_from_buffers(
         dataset_id="d-v0", buffer=[episode], observation_space=PLAIN, action_space=ACTIONS
     )
-    with pytest.raises(ValueError, match=r"\[-2.0, -2.0\] to \[2.0, 2.0\]\) at row 1"):
+    with pytest.raises(ValueError, match=r" at row 1 .* \[-2.0, -2.0\] to \[2.0, 2.0\]"):
         datasets.load("minari:d-v0")
     with pytest.raises(ValueError, match="'no version' is not a Minari id"):
         datasets.load("minari:no version")
@@ -174,7 +174,7 @@ def test_a_damaged_store(store: Path) -> None:
     create(PLAIN, [(300, True, False)])
     (file,) = store.rglob("*.hdf5")
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(ValueError, match=r"minari:lab/arm/medium-v0 cannot be read.*delete"):
+    with pytest.raises(ValueError, match=r"minari:lab/arm/medium-v0 in .* is damaged"):
         datasets.load("lab/arm/medium-v0")
 
 

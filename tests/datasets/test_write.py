@@ -217,7 +217,7 @@ def test_what_one_layout_refuses(tmp_path: Path) -> None:
     same(data, datasets.load(tmp_path / "mine.hdf5").trajectories)
     data = random_walks([(4, True)])
     data[ACTION][2, 1] = 1.5
-    with pytest.raises(ValueError, match="the action of step 2"):
+    with pytest.raises(ValueError, match="'actions' is out of range at row 2"):
         write.to_minari("x-v0", data, PROVENANCE)
 
 
