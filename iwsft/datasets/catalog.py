@@ -86,9 +86,8 @@ def reference_scores(name_or_env_id: str) -> tuple[float, float] | None:
     table = _reference_table()
     if name_or_env_id in table:
         return table[name_or_env_id]
-    names = (name for name, entry in CATALOG.items() if entry.env_id == name_or_env_id)
-    name = next(names, None)
-    return None if name is None else table[name]
+    of_env = (table[name] for name, entry in CATALOG.items() if entry.env_id == name_or_env_id)
+    return next(of_env, None)
 
 
 @functools.cache

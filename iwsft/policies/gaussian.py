@@ -88,10 +88,9 @@ class _GaussianHead(nn.Module):
             raise ValueError(f"{log_std_init=} must lie in {log_std_bounds=}")
         self.tanh_mean = tanh_mean
         self.log_std_bounds = log_std_bounds
-        outputs = 2 * action_dim if state_dependent_std else action_dim
         self.net = MLP(
             in_features=observation_dim,
-            out_features=outputs,
+            out_features=2 * action_dim if state_dependent_std else action_dim,
             num_cells=list(hidden),
             activation_class=nn.ReLU,
             # Half the activation memory, and a sixth of the time of a step on long batches.
