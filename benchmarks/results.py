@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,12 @@ class ResultsError(ValueError):
 
 
 @dataclass(frozen=True)
-class RunFolder:
-    """A run on disk.
+class RecordedRun:
+    """A run on disk. ``result``, ``config`` and ``metrics`` are empty where the file is missing.
 
     ``variant`` names the folders between the folder that was read and the benchmark's, such as
-    ``authors`` of ``runs/authors/d4rl/...``; it is empty for ``runs/d4rl/...``.
+    ``authors`` of ``runs/authors/d4rl/...``; it is empty for ``runs/d4rl/...``. Without a result,
+    the folder's name tells dataset, algorithm and seed.
     """
 
     folder: Path
@@ -42,12 +43,6 @@ class RunFolder:
     dataset: str  # or the recipe of a language run
     algo: str  # runs of a variant are an algorithm of their own, ``variant/algo``
     seed: int
-
-
-@dataclass(frozen=True)
-class FinishedRun(RunFolder):
-    """A run with a result; ``config`` and ``metrics`` are empty where the file is missing."""
-
     result: dict[str, Any]
     config: dict[str, Any]
     metrics: list[dict[str, float]]
@@ -57,19 +52,20 @@ class FinishedRun(RunFolder):
         """Packages that trained and scored the run."""
         return {**self.config.get("versions", {}), **self.result.get("versions", {})}
 
+    @property
+    def step(self) -> int:
+        """Last update that it logged, 0 for none."""
+        return int(self.metrics[-1]["step"]) if self.metrics else 0
 
-@dataclass(frozen=True)
-class UnfinishedRun(RunFolder):
-    """A run without a result: it was cut off, it failed, or it is still running.
-
-    Dataset, algorithm and seed are those of the folder's name.
-    """
-
-    step: int  # last update that it logged, 0 for none
-    steps: int | None  # updates of a whole run, where ``config.json`` says so
+    @property
+    def steps(self) -> int | None:
+        """Updates of a whole run without its reference policy, where ``config.json`` says so."""
+        settings = self.config.get("settings", {})
+        parts = ("fine_tuning", "cloning", "baseline")
+        return next((settings[part].get("steps") for part in parts if part in settings), None)
 
 
-def read_runs(folder: str | Path, benchmark: str) -> list[FinishedRun]:
+def read_runs(folder: str | Path, benchmark: str) -> list[RecordedRun]:
     """Read all finished runs of a benchmark below ``folder``, sorted by path.
 
     Args:
@@ -79,47 +75,45 @@ def read_runs(folder: str | Path, benchmark: str) -> list[FinishedRun]:
     Raises:
         ResultsError: A file is not what a run writes, or two folders hold the same run.
     """
-    root = Path(folder)
-    runs: dict[tuple[str, str, int], FinishedRun] = {}
-    for path in _folders(root):
-        if not (path / RESULT).exists():
-            continue
-        result = _read_json(path / RESULT)
-        # The entry decides, as folders may be copied under another name.
-        if result.get("benchmark", path.absolute().parts[-4]) != benchmark:
-            continue
-        run = _read_run(path, result, root, benchmark)
+    runs: dict[tuple[str, str, int], RecordedRun] = {}
+    for run in _read_all(Path(folder), benchmark):
         key = run.dataset, run.algo, run.seed
-        if key in runs:
+        if run.result and key in runs:
             raise ResultsError(
-                f"{path} and {runs[key].folder} hold the same run ({run.dataset}, {run.algo}, "
-                f"seed {run.seed}): remove one of them"
+                f"{run.folder} and {runs[key].folder} hold the same run ({run.dataset}, "
+                f"{run.algo}, seed {run.seed}): remove one of them"
             )
-        runs[key] = run
+        if run.result:
+            runs[key] = run
     return list(runs.values())
 
 
-def unfinished_runs(folder: str | Path, benchmark: str) -> list[UnfinishedRun]:
-    """Read all runs of a benchmark below ``folder`` that have no result, sorted by path.
+def unfinished_runs(folder: str | Path, benchmark: str) -> list[RecordedRun]:
+    """Read all runs below ``folder`` that have no result: cut off, failed, or still running."""
+    return [run for run in _read_all(Path(folder), benchmark) if not run.result]
 
-    Raises:
-        ResultsError: A file is not what a run writes.
-    """
-    root = Path(folder)
-    runs = []
-    for path in _folders(root):
-        kind, dataset, algo, seed = path.absolute().parts[-4:]
-        if kind != benchmark or (path / RESULT).exists():
+
+def _read_all(root: Path, benchmark: str) -> Iterator[RecordedRun]:
+    """Read all runs of a benchmark."""
+    for folder in _folders(root):
+        kind, dataset, algo, seed = folder.absolute().parts[-4:]
+        result = _read_json(folder / RESULT)
+        # The entries decide, as folders may be copied under another name.
+        if result.get("benchmark", kind) != benchmark:
             continue
-        rows = _read_metrics(path)
-        step = int(rows[-1]["step"]) if rows else 0
-        settings = _read_config(path).get("settings", {})
-        # Those of the training, without those of its reference policy.
-        parts = ("fine_tuning", "cloning", "baseline")
-        steps = next((settings[part].get("steps") for part in parts if part in settings), None)
-        (variant, name), number = _names(path, root, algo), int(seed.removeprefix("seed-"))
-        runs.append(UnfinishedRun(path, variant, dataset, name, number, step, steps))
-    return runs
+        number = int(seed.removeprefix("seed-"))
+        if (folder / RESULT).exists():
+            _check_result(folder / RESULT, result, benchmark)
+            dataset, algo, number = result["dataset"], result["algo"], result["seed"]
+        config = _read_json(folder / CONFIG)
+        # A language run without its command is damaged; control's older runs may lack it.
+        if result and benchmark == LANGUAGE and (folder / CONFIG).exists():
+            _check_entries(folder / CONFIG, config, _CONFIG)
+        path = folder / metrics.FILE
+        rows = _parse(path, metrics.read) if path.exists() else []
+        parts = folder.relative_to(root).parts[:-4]
+        variant, name = "/".join(parts), "/".join((*parts, algo))
+        yield RecordedRun(folder, variant, dataset, name, number, result, config, rows)
 
 
 def _folders(root: Path) -> list[Path]:
@@ -134,14 +128,7 @@ def _folders(root: Path) -> list[Path]:
     )
 
 
-def _names(folder: Path, root: Path, algo: str) -> tuple[str, str]:
-    """The variant of a folder, and the name of its algorithm with the variant in front."""
-    parts = folder.relative_to(root).parts[:-4]
-    return "/".join(parts), "/".join((*parts, algo))
-
-
-def _read_run(folder: Path, result: dict[str, Any], root: Path, benchmark: str) -> FinishedRun:
-    path = folder / RESULT
+def _check_result(path: Path, result: dict[str, Any], benchmark: str) -> None:
     _check_entries(path, result, _REQUIRED[benchmark])
     for key in ("normalized_score", "return_mean", "score"):
         value = result.get(key)
@@ -150,13 +137,6 @@ def _read_run(folder: Path, result: dict[str, Any], root: Path, benchmark: str) 
     rate = result.get("success_rate")
     if rate is not None and not (isinstance(rate, _NUMBER) and 0 <= rate <= 1):
         raise ResultsError(f"{path}: 'success_rate' is {rate!r}, not a share of the episodes")
-    config, rows = _read_config(folder), _read_metrics(folder)
-    # A language run without its command is damaged; control's older runs may lack it.
-    if benchmark == LANGUAGE and (folder / CONFIG).exists():
-        _check_entries(folder / CONFIG, config, _CONFIG)
-    variant, name = _names(folder, root, result["algo"])
-    dataset, seed = result["dataset"], result["seed"]
-    return FinishedRun(folder, variant, dataset, name, seed, result, config, rows)
 
 
 def _check_entries(path: Path, content: dict[str, Any], kinds: _Kinds) -> None:
@@ -166,21 +146,12 @@ def _check_entries(path: Path, content: dict[str, Any], kinds: _Kinds) -> None:
             raise ResultsError(f"{path}: {wrong}; remove the folder and run again")
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    return _read_json(path) if path.exists() else {}
-
-
 def _read_json(path: Path) -> dict[str, Any]:
-    value = _parse(path, lambda path: json.loads(path.read_text()))
+    """The object of a file, empty without the file."""
+    value = _parse(path, lambda path: json.loads(path.read_text())) if path.exists() else {}
     if not isinstance(value, dict):
         raise ResultsError(f"{path} holds no JSON object: remove its folder and run again")
     return value
-
-
-def _read_metrics(folder: Path) -> list[dict[str, float]]:
-    path = folder / metrics.FILE
-    return _parse(path, metrics.read) if path.exists() else []
 
 
 def _parse(path: Path, read: Callable[[Path], Any]) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks.results import LANGUAGE, FinishedRun, ResultsError, read_runs
+from benchmarks.results import LANGUAGE, RecordedRun, ResultsError, read_runs
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ def main(options: Options) -> None:
         print(f"{name}: losses {apart:.1e} apart, scores {scores}")
 
 
-def _name(run: FinishedRun) -> str:
+def _name(run: RecordedRun) -> str:
     return f"{run.algo} seed {run.seed}"
 
 
-def _losses(run: FinishedRun, first: int) -> list[float]:
+def _losses(run: RecordedRun, first: int) -> list[float]:
     return [row["loss"] for row in run.metrics if "loss" in row][:first]
 
 

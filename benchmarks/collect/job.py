@@ -20,7 +20,7 @@ from benchmarks.collect.options import RANDOM, Options, check_options, env_argum
 from benchmarks.collect.output import Fields, Output, Parts
 from benchmarks.collect.rollout import Behaviour, Simulator, collect_rollouts
 from benchmarks.runs import alone_in, versions
-from iwsft.acting import acting, check_keys, check_sizes
+from iwsft.acting import check_keys
 from iwsft.datasets.write import Provenance
 
 
@@ -39,58 +39,46 @@ def run_job(options: Options) -> None:
     behaviours = [load_behaviour(name) for name in options.policy]
     simulator = Simulator.of(*environment(options, behaviours))
     for behaviour in behaviours:
-        if behaviour.policy is not None:
-            with acting(behaviour.policy):
-                check_sizes(
-                    behaviour.policy,
-                    np.zeros(simulator.observation_dim, np.float32),
-                    simulator.low.shape,
-                    simulator.env_id,
-                    name=f"--policy {behaviour.name}",
-                )
+        behaviour.check_sizes(simulator)
     unit = "episodes" if options.episodes else "steps"
-    settings: dict[str, Any] = {
-        "env_id": simulator.env_id,
-        "env_kwargs": simulator.kwargs,
-        "seed": options.seed,
-        "versions": simulator.versions,
-    }
-    if options.online is None:
-        settings |= {
-            "policies": [[b.name, b.fingerprint] for b in behaviours],
-            "amounts": [{"episodes": None, "steps": None, unit: n} for n in options.amounts],
-            "noise": options.noise,
-            "stochastic": options.stochastic,
-        }
-    else:
-        steps = options.steps[0] if options.steps else sac.Settings.steps
-        learner = sac.Settings(steps, options.random_steps)
-        # No number depends on where checkpoints are, but a resumed run has them at the same steps.
-        settings |= {"sac": asdict(learner), "part_steps": options.part_steps}
+    amount = TextColumn("{task.completed}/{task.total} " + unit + "  {task.fields[note]}")
+    columns = (*Progress.get_default_columns(), amount)
     with alone_in(output.partial, wait=False):
-        parts = Parts(output.partial, settings)
-        amount = TextColumn("{task.completed}/{task.total} " + unit + "  {task.fields[note]}")
-        columns = (*Progress.get_default_columns(), amount)
+        parts = Parts(output.partial, _settings(options, behaviours, simulator))
         with Progress(*columns, console=Console(stderr=True)) as bar:
             if options.online is None:
                 cost = ""
                 sources = collect_rollouts(behaviours, simulator, parts, options, bar)
             else:
-                run = sac.OnlineRun(learner, simulator, parts, output, options)
-                sources, cost = sac.collect_replay(run, bar)
-        fields = parts.fields()
+                sources, cost = sac.OnlineRun(simulator, parts, output, options).collect(bar)
+        fields, env_id, kwargs = parts.fields(), simulator.env_id, simulator.kwargs
         # After a kill between writing and removing the parts, it exists.
         if not output.path.exists():
-            provenance = Provenance(
-                env_id=simulator.env_id,
-                seed=options.seed,
-                sources=sources,
-                versions=versions() | simulator.versions,
-                env_kwargs=simulator.kwargs,
-            )
-            output.write(fields, provenance)
+            packages = versions() | simulator.versions
+            output.write(fields, Provenance(env_id, options.seed, sources, packages, kwargs))
         shutil.rmtree(output.partial)
     print(f"{summary(fields)}{cost}\nwritten to {output.path}; load it as {output.name}")
+
+
+def _settings(
+    options: Options, behaviours: Sequence[Behaviour], simulator: Simulator
+) -> dict[str, Any]:
+    """The values that decide the data; a collection that is continued must agree with them."""
+    settings: dict[str, Any] = {"env_id": simulator.env_id, "env_kwargs": simulator.kwargs}
+    settings |= {"seed": options.seed, "versions": simulator.versions}
+    if options.online is not None:
+        # No number depends on where checkpoints are, but a resumed run has them at the same steps.
+        return settings | {
+            "sac": asdict(sac.settings_of(options)),
+            "part_steps": options.part_steps,
+        }
+    unit = "episodes" if options.episodes else "steps"
+    return settings | {
+        "policies": [[b.name, b.fingerprint] for b in behaviours],
+        "amounts": [{"episodes": None, "steps": None, unit: n} for n in options.amounts],
+        "noise": options.noise,
+        "stochastic": options.stochastic,
+    }
 
 
 def claimable(output: Output, options: Options) -> bool:
@@ -98,16 +86,14 @@ def claimable(output: Output, options: Options) -> bool:
     begun, finished = output.partial.exists(), output.path.exists()
     if options.resume and (begun or finished):
         return begun
-    if begun:
-        raise FileExistsError(
-            f"{output.partial} holds the beginning of this dataset; pass --resume, or delete it"
-        )
-    if finished:
-        raise FileExistsError(f"{output.path} exists; delete it or choose another --out")
-    if options.online is not None and output.run.exists():
-        raise FileExistsError(
-            f"{output.run} holds the learning curve of another run; delete it, or change --out"
-        )
+    run = options.online is not None and output.run.exists()
+    for path, exists, problem in (
+        (output.partial, begun, "holds the beginning of this dataset; pass --resume, or delete it"),
+        (output.path, finished, "exists; delete it or choose another --out"),
+        (output.run, run, "holds the learning curve of another run; delete it, or change --out"),
+    ):
+        if exists:
+            raise FileExistsError(f"{path} {problem}")
     return True
 
 

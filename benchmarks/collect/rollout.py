@@ -24,7 +24,7 @@ from torchrl.envs.utils import ExplorationType
 from benchmarks.collect.options import Options
 from benchmarks.collect.output import Fields, Parts
 from iwsft import environments
-from iwsft.acting import ROWS, PolicyInputs, act, acting
+from iwsft.acting import ROWS, PolicyInputs, act, acting, check_sizes
 from iwsft.evaluation import episode_seeds
 from iwsft.fingerprint import fingerprint
 
@@ -160,6 +160,14 @@ class Behaviour:
     def fingerprint(self) -> str:
         """Fingerprint of its parameters and buffers."""
         return "" if self.policy is None else fingerprint(dict(self.policy.state_dict()))
+
+    def check_sizes(self, simulator: Simulator) -> None:
+        """Check that the policy fits the environment."""
+        if self.policy is not None:
+            observation = np.zeros(simulator.observation_dim, np.float32)
+            shape, name = simulator.low.shape, f"--policy {self.name}"
+            with acting(self.policy):
+                check_sizes(self.policy, observation, shape, simulator.env_id, name=name)
 
 
 def collect_rollouts(

@@ -33,8 +33,6 @@ from iwsft.trajectory import ACTION, DONE, NEXT_OBSERVATION, OBSERVATION, REWARD
 
 # Folder of the policy within the folder of the run.
 POLICY = "policy"
-# Reports the numbers of steps and episodes so far, and the mean return of the last episodes.
-Report = Callable[[int, int, float], None]
 _HIDDEN = (256, 256)
 _LAST_EPISODES = 10
 _CURVE_POINTS = 400
@@ -167,20 +165,10 @@ def load_policy(folder: Path) -> tuple[ProbabilisticActor, str, dict[str, Any]]:
     return policy, content["env_id"], content["env_kwargs"]
 
 
-def collect_replay(run: OnlineRun, bar: Progress) -> tuple[list[dict[str, Any]], str]:
-    """Run SAC to its end; return the source of the data, and lines on its cost and its folder."""
-    steps_before, since = run.steps, time.perf_counter()
-    task = bar.add_task("sac", total=run.settings.steps, completed=run.steps, note="")
-
-    def report(steps: int, episodes: int, mean: float) -> None:
-        speed = (steps - steps_before) / (time.perf_counter() - since)
-        note = f"episode {episodes}, return {mean:.1f}, {speed:.0f}/s"
-        bar.update(task, completed=steps, note=note)
-
-    run.train(report)
-    source = {"policy": "online SAC run", "episodes": run.episodes, **asdict(run.settings)}
-    cost = f"; {1000 * run.cpu_seconds / run.steps:.1f} CPU-ms per step"
-    return [source], f"{cost}\nlearning curve and policy in {run.output.run}"
+def settings_of(options: Options) -> Settings:
+    """Settings of a command line's run."""
+    steps = options.steps[0] if options.steps else Settings.steps
+    return Settings(steps, options.random_steps)
 
 
 @dataclass
@@ -192,7 +180,6 @@ class OnlineRun:
     off repeats what came after its last checkpoint and ends in the same data, bit for bit.
     """
 
-    settings: Settings
     simulator: Simulator
     parts: Parts
     output: Output
@@ -204,6 +191,7 @@ class OnlineRun:
     _returns: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.settings = settings_of(self.options)
         torch.manual_seed(self.options.seed)
         self._checkpoint = self.output.partial / checkpoint.FOLDER
         self._seeds = episode_seeds(self.options.seed, self.settings.steps)
@@ -215,18 +203,25 @@ class OnlineRun:
         if state is not None:
             self._restore(state)
 
-    def train(self, report: Report) -> None:
-        """Run to the end, see :func:`collect_replay`."""
-        env = self.simulator.make()
+    def collect(self, bar: Progress) -> tuple[list[dict[str, Any]], str]:
+        """Run to the end; return the source of the data, and lines on its cost and its folder."""
+        env, before, since = self.simulator.make(), self.steps, time.perf_counter()
         every = max(1, self.settings.steps // _CURVE_POINTS)
+        task = bar.add_task("sac", total=self.settings.steps, completed=before, note="")
         try:
             with MetricsLog(self.output.run, after=self.steps) as log:
                 while self.steps < self.settings.steps:
                     self._episode(env, log, every)
-                    report(self.steps, self.episodes, float(np.mean(self._returns)))
+                    speed = (self.steps - before) / (time.perf_counter() - since)
+                    mean = f"return {np.mean(self._returns):.1f}"
+                    note = f"episode {self.episodes}, {mean}, {speed:.0f}/s"
+                    bar.update(task, completed=self.steps, note=note)
         finally:
             env.env.close()
         save_policy(self.output.run, self._learner, self.simulator)
+        source = {"policy": "online SAC run", "episodes": self.episodes, **asdict(self.settings)}
+        cost = f"; {1000 * self.cpu_seconds / self.steps:.1f} CPU-ms per step"
+        return [source], f"{cost}\nlearning curve and policy in {self.output.run}"
 
     def _episode(self, env: Instance, log: MetricsLog, every: int) -> None:
         """Run one episode, or its first steps if the run ends before."""

@@ -22,7 +22,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.results import FinishedRun
+from benchmarks.results import RecordedRun
 
 NOTHING = "-"
 _TERMINAL = 80  # characters a line that every terminal has
@@ -150,7 +150,7 @@ class Document:
         self._made = ""
         self.images: dict[str, bytes] = {}
 
-    def section(self, title: str, runs: Sequence[FinishedRun]) -> None:
+    def section(self, title: str, runs: Sequence[RecordedRun]) -> None:
         """Begin or continue a section on these runs; one that stays empty is left out."""
         self._blocks = self._sections.setdefault(title, [])
         about = [
@@ -185,7 +185,7 @@ class Document:
             self.images[name] = image.getvalue()
             self._blocks += [f"![{caption}]({name})", caption, self._made]
 
-    def provenance(self, runs: Sequence[FinishedRun]) -> None:
+    def provenance(self, runs: Sequence[RecordedRun]) -> None:
         """Add versions, hardware and commands of these runs."""
         commands = distinct(shareable(run.config.get("command", "")) for run in runs)
         for title, lines in ("Versions", version_lines(runs)), ("Hardware", hardware_lines(runs)):
@@ -209,12 +209,12 @@ def distinct(texts: Iterable[str | None]) -> list[str]:
     return list(dict.fromkeys(filter(None, texts)))
 
 
-def version_lines(runs: Iterable[FinishedRun]) -> list[str]:
+def version_lines(runs: Iterable[RecordedRun]) -> list[str]:
     """The distinct sets of package versions."""
     return distinct(_listed(run.versions) for run in runs)
 
 
-def hardware_lines(runs: Iterable[FinishedRun]) -> list[str]:
+def hardware_lines(runs: Iterable[RecordedRun]) -> list[str]:
     """The distinct machines."""
     return distinct(_listed(run.config.get("hardware", {})) for run in runs)
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from benchmarks.report import scores
 from benchmarks.report.scores import Cell
 from benchmarks.report.tables import WeightRow, last_weights
-from benchmarks.results import FinishedRun
+from benchmarks.results import RecordedRun
 from benchmarks.statistics import MIN_SEEDS, bootstrap_interval
 
 # Greys: cloning; blues: SFT; oranges: iw-SFT; the rest: offline RL.
@@ -127,7 +127,7 @@ def scale_log(ax: Axes) -> None:
     ax.xaxis.set_major_formatter(_PLAIN)
 
 
-def series(runs: Sequence[FinishedRun], key: str) -> tuple[NDArray, NDArray]:
+def series(runs: Sequence[RecordedRun], key: str) -> tuple[NDArray, NDArray]:
     """Steps ``[T]`` at which every run has a value of ``key``, and the values ``[seeds, T]``."""
     rows = [{row["step"]: row[key] for row in run.metrics if key in row} for run in runs]
     steps = sorted(set.intersection(*(set(row) for row in rows)))

@@ -15,7 +15,7 @@ from rich.text import Text
 from benchmarks.report.document import NOTHING, Grid, interval_text
 from benchmarks.report.figures import COLOURS, add_legend, list_names, make_axes, plot_score, series
 from benchmarks.report.scores import Cell, base, cells
-from benchmarks.results import LANGUAGE, FinishedRun, UnfinishedRun, read_runs, unfinished_runs
+from benchmarks.results import LANGUAGE, RecordedRun, read_runs, unfinished_runs
 from benchmarks.runs import write_json
 from benchmarks.statistics import MIN_SEEDS
 from iwsft.files import written_whole
@@ -38,8 +38,8 @@ class RecipeRuns:
     """The runs of one recipe; its name is ``variant/recipe``, or the recipe alone."""
 
     name: str
-    runs: list[FinishedRun]
-    unfinished: list[UnfinishedRun]
+    runs: list[RecordedRun]
+    unfinished: list[RecordedRun]
 
     @cached_property
     def scores(self) -> list[Cell]:
@@ -59,15 +59,11 @@ class RecipeRuns:
 def read_recipes(folder: Path) -> list[RecipeRuns]:
     """Read all recipes with runs at or below ``folder``, by path."""
     recipes: dict[str, RecipeRuns] = {}
-    runs: list[FinishedRun | UnfinishedRun] = [*read_runs(folder, LANGUAGE)]
-    runs += unfinished_runs(folder, LANGUAGE)
+    runs = [*read_runs(folder, LANGUAGE), *unfinished_runs(folder, LANGUAGE)]
     for run in sorted(runs, key=lambda run: run.folder):
         name = f"{run.variant}/{run.dataset}".lstrip("/")
         recipe = recipes.setdefault(name, RecipeRuns(name, [], []))
-        if isinstance(run, FinishedRun):
-            recipe.runs.append(run)
-        else:
-            recipe.unfinished.append(run)
+        (recipe.runs if run.result else recipe.unfinished).append(run)
     return list(recipes.values())
 
 

@@ -75,7 +75,7 @@ def write_report(folder: Path, out: Path) -> Path:
     return out / PAGE
 
 
-def _record(run: results.FinishedRun) -> str:
+def _record(run: results.RecordedRun) -> str:
     """The result without its episodes, settings, versions and command, as one line of JSON."""
     record = {
         **({"variant": run.variant} if run.variant else {}),
@@ -89,7 +89,7 @@ def _record(run: results.FinishedRun) -> str:
 
 
 def _scores(
-    document: Document, group: Sequence[Cell], missing: Sequence[results.UnfinishedRun]
+    document: Document, group: Sequence[Cell], missing: Sequence[results.RecordedRun]
 ) -> None:
     document.section("Scores", runs_of(group))
     grid = tables.score_grid(group, missing)

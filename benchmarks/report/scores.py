@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.results import FinishedRun
+from benchmarks.results import RecordedRun
 from benchmarks.statistics import MIN_SEEDS, bootstrap_interval
 
 # Name of --algo -> the paper's notation where it has one, in the order of its tables' columns.
@@ -89,7 +89,7 @@ class Cell:
 
     dataset: str
     algo: str
-    runs: tuple[FinishedRun, ...]
+    runs: tuple[RecordedRun, ...]
     score_key: str
 
     @property
@@ -155,12 +155,12 @@ class Cell:
         return lines
 
 
-def cells(runs: Sequence[FinishedRun], score_key: str = SCORE) -> list[Cell]:
+def cells(runs: Sequence[RecordedRun], score_key: str = SCORE) -> list[Cell]:
     """Group runs by dataset (alphabetical) and algorithm (in the paper's order).
 
     The score of a dataset is the mean return where one of its runs has no ``score_key``.
     """
-    groups: dict[tuple[str, str], list[FinishedRun]] = {}
+    groups: dict[tuple[str, str], list[RecordedRun]] = {}
     for run in sorted(runs, key=lambda run: run.seed):
         groups.setdefault((run.dataset, run.algo), []).append(run)
     without = {run.dataset for run in runs if run.result.get(score_key) is None}
@@ -181,7 +181,7 @@ def algorithms(group: Iterable[Cell]) -> list[str]:
     return sorted({cell.algo for cell in group}, key=algorithm_rank)
 
 
-def runs_of(group: Iterable[Cell]) -> list[FinishedRun]:
+def runs_of(group: Iterable[Cell]) -> list[RecordedRun]:
     """All runs of the cells."""
     return [run for cell in group for run in cell.runs]
 
@@ -203,7 +203,7 @@ def interval_over_seeds(values: NDArray[np.float64]) -> tuple[float, float] | No
     return float(low), float(high)
 
 
-def _shared_settings(run: FinishedRun) -> dict[str, object]:
+def _shared_settings(run: RecordedRun) -> dict[str, object]:
     """What the seeds of a cell must have in common."""
     keys = ("preset", "estimator", "steps", "published_steps", "episodes", "env_id")
     shared = {key: run.result.get(key) for key in keys} | {"versions": run.versions}

@@ -16,7 +16,7 @@ from rich.console import Group
 from benchmarks.report import scores
 from benchmarks.report.document import NOTHING, Grid, interval_text
 from benchmarks.report.scores import Cell
-from benchmarks.results import FinishedRun, UnfinishedRun
+from benchmarks.results import RecordedRun
 from benchmarks.statistics import MIN_SEEDS
 
 FEW_SEEDS = (
@@ -72,13 +72,13 @@ def published_scores() -> tuple[str, list[PublishedTable]]:
     return data["source"], list(tables.values())
 
 
-def score_table(runs: Sequence[FinishedRun]) -> Group:
+def score_table(runs: Sequence[RecordedRun]) -> Group:
     """Table of the scores of the last policies, for the terminal."""
     grid = score_grid(scores.cells(runs))
     return grid.rich("Scores of the last policies (D4RL-normalised)", SUCCESS_INTERVAL)
 
 
-def score_grid(group: Sequence[Cell], missing: Sequence[UnfinishedRun] = ()) -> Grid:
+def score_grid(group: Sequence[Cell], missing: Sequence[RecordedRun] = ()) -> Grid:
     """Table of the scores of the last policies and the published numbers of the same datasets.
 
     Mean over seeds; standard deviation and 95 % bootstrap interval only with three seeds or more.
@@ -155,7 +155,7 @@ def _count(n: int) -> str:
     return f"{n:,}"
 
 
-def missing_grid(missing: Sequence[UnfinishedRun]) -> Grid:
+def missing_grid(missing: Sequence[RecordedRun]) -> Grid:
     """Table of the runs without a result, and their last logged updates."""
     grid = Grid(["dataset", "algorithm", "seed", "last logged update", "of"])
     for run in missing:
@@ -216,7 +216,7 @@ class Setting(NamedTuple):
 WeightRow = tuple[Setting | None, Cell]
 
 
-def _setting_of(run: FinishedRun) -> Setting | None:
+def _setting_of(run: RecordedRun) -> Setting | None:
     """Setting of a run's weights, from its ``config.json``; None where it has none."""
     settings = run.config.get("settings", {})
     row = settings.get("fine_tuning")
@@ -260,7 +260,7 @@ def swept(group: Sequence[Cell]) -> list[WeightRow]:
     return rows
 
 
-def _fixed_settings(run: FinishedRun) -> str:
+def _fixed_settings(run: RecordedRun) -> str:
     """Settings that a sweep leaves alone."""
     settings = run.config.get("settings", {})
     fixed = {name: value for name, value in settings.items() if name not in _FREE}

@@ -17,6 +17,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from rich.progress import Progress
 from tensordict import TensorDict
 from torchrl.objectives import SACLoss
 
@@ -149,25 +150,29 @@ def begin(folder: Path, pendulum: Simulator) -> sac.OnlineRun:
     """A run of 400 steps with a part about every 100."""
     output = Output.of(str(folder / "a.hdf5"))
     parts = Parts(output.partial, {})
-    settings = sac.Settings(steps=400, random_steps=370)
-    options = Options(out=output.name, online="sac", seed=2, part_steps=100)
-    return sac.OnlineRun(settings, pendulum, parts, output, options)
+    counts: dict[str, Any] = {"steps": (400,), "random_steps": 370, "part_steps": 100}
+    options = Options(out=output.name, online="sac", seed=2, **counts)
+    return sac.OnlineRun(pendulum, parts, output, options)
+
+
+class Interrupted(Progress):
+    """A progress bar that is stopped after step 250."""
+
+    def update(self, *_: Any, completed: float | None = None, **__: Any) -> None:
+        assert completed is not None
+        if completed > 250:
+            raise KeyboardInterrupt
 
 
 def test_parts_and_checkpoint_that_do_not_fit(tmp_path: Path, pendulum: Simulator) -> None:
     """A part ahead of its checkpoint, as a kill between the two writes leaves it, is dropped."""
-
-    def interrupt(steps: int, episodes: int, mean: float) -> None:
-        if steps > 250:
-            raise KeyboardInterrupt
-
-    begin(tmp_path / "whole", pendulum).train(lambda *_: None)
+    begin(tmp_path / "whole", pendulum).collect(Progress())
     with pytest.raises(KeyboardInterrupt):
-        begin(tmp_path / "cut", pendulum).train(interrupt)
+        begin(tmp_path / "cut", pendulum).collect(Interrupted())
     paths = sorted((tmp_path / "cut" / "a.hdf5.partial").glob("part-*.npz"))
     assert len(paths) == 2
     shutil.copyfile(paths[0], paths[0].with_name("part-000002.npz"))
-    begin(tmp_path / "cut", pendulum).train(lambda *_: None)
+    begin(tmp_path / "cut", pendulum).collect(Progress())
     cut, whole = (
         Parts(tmp_path / name / "a.hdf5.partial", {}).fields() for name in ("cut", "whole")
     )

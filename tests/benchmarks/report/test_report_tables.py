@@ -15,7 +15,7 @@ from benchmarks.report.aggregates import aggregate
 from benchmarks.report.document import NOTHING
 from benchmarks.report.scores import cells, dataset_label, uneven
 from benchmarks.report.tables import cost_grid, score_grid, score_table, weight_grid
-from benchmarks.results import CONTROL, FinishedRun, read_runs
+from benchmarks.results import CONTROL, RecordedRun, read_runs
 
 if TYPE_CHECKING:
     from tests.benchmarks.report.conftest import CellOf, MakeRun
@@ -224,9 +224,9 @@ def test_names_of_tasks(name: str, label: str) -> None:
     assert dataset_label(name) == label
 
 
-def weighted_run(seed: int, algo: str, metrics: list[dict[str, float]]) -> FinishedRun:
+def weighted_run(seed: int, algo: str, metrics: list[dict[str, float]]) -> RecordedRun:
     result = {"normalized_score": 1.0, "return_mean": 1.0, "episodes": 1}
-    return FinishedRun(Path(), "", "hopper", algo, seed, result, {}, metrics)
+    return RecordedRun(Path(), "", "hopper", algo, seed, result, {}, metrics)
 
 
 def test_the_last_look_of_each_seed_is_averaged() -> None:
