@@ -171,11 +171,7 @@ class Behaviour:
 
 
 def collect_rollouts(
-    behaviours: list[Behaviour],
-    simulator: Simulator,
-    parts: Parts,
-    options: Options,
-    bar: Progress,
+    behaviours: list[Behaviour], simulator: Simulator, parts: Parts, options: Options, bar: Progress
 ) -> list[dict[str, Any]]:
     """Collect the episodes of all policies into ``parts``, after those that are there.
 

@@ -17,14 +17,7 @@ from numpy.typing import NDArray
 from benchmarks import statistics
 from benchmarks.report import figures
 from benchmarks.report.document import NOTHING, Grid
-from benchmarks.report.scores import (
-    SCORE,
-    Cell,
-    algorithm_label,
-    algorithms,
-    datasets,
-    is_variant,
-)
+from benchmarks.report.scores import SCORE, Cell, algorithm_label, algorithms, datasets, is_variant
 from benchmarks.statistics import MIN_SEEDS, Estimate, Scores, stratified_bootstrap
 
 # Aggregates of the scores ``[seeds, datasets]`` of an algorithm.

@@ -292,7 +292,7 @@ def sweep_grid(rows: Sequence[WeightRow]) -> Grid:
     """Table with a row for each setting of the weights: its score, and its weights at the end."""
     grid = Grid(
         ["dataset", "algorithm", "temperature k", "target ESS", "q follows", "seeds", "score"]
-        + ["95 % interval", "ESS", "mean return under the weights"],
+        + ["95 % interval", "ESS", "mean return under the weights"]
     )
     for setting, cell in rows:
         numbers = (setting.temperature, setting.target_ess) if setting else (0.0, 0.0)

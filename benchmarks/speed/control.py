@@ -15,15 +15,7 @@ from torchrl.objectives.utils import TargetNetUpdater
 
 from benchmarks.d4rl import settings as paper
 from benchmarks.d4rl.run import sizes as widths
-from benchmarks.speed.measure import (
-    MB,
-    Check,
-    Comparison,
-    Options,
-    Times,
-    paired,
-    peak_mb_of_child,
-)
+from benchmarks.speed.measure import MB, Check, Comparison, Options, Times, paired, peak_mb_of_child
 from iwsft import datasets, environments
 from iwsft.curation import curate
 from iwsft.diagnostics import diagnose

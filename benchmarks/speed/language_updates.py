@@ -223,10 +223,7 @@ def build_trl_trainer(
         tokenizer_object=Tokenizer(WordLevel(words, "0")), pad_token="0", eos_token="0"
     )
     return SFTTrainer(
-        model,
-        config,
-        train_dataset=datasets.Dataset.from_dict(rows),
-        processing_class=tokenizer,
+        model, config, train_dataset=datasets.Dataset.from_dict(rows), processing_class=tokenizer
     )
 
 
