@@ -3,10 +3,7 @@
 python -m benchmarks.peer --algo iql td3-bc --dataset hopper-medium-replay-v2 --seeds 0 1 2
 
 d3rlpy 2.8.1 requires gym and another version of gymnasium. It works with the gymnasium of this
-project when it is installed without its requirements:
-
-pip install --no-deps d3rlpy==2.8.1 gym==0.26.2 gym-notices
-pip install structlog colorama dataclasses-json scikit-learn
+project when it is installed without its requirements; where it is missing, the error says how.
 """
 
 from __future__ import annotations
@@ -66,8 +63,8 @@ APART: Mapping[str, tuple[str, ...]] = {
         "clones is Normal(tanh(mean), std); ours draws from the policy, clamped",
         "d3rlpy's log-std is a sigmoid between -6 and 0, at -3 at the start; ours is clamped to "
         "[-5, 2], 0 at the start",
-        "d3rlpy's critic targets have SAC's entropy at temperature 1, which the paper has not: it "
-        "is set to 0 here",
+        "d3rlpy's critic targets have SAC's entropy at temperature 1; AWAC's paper has no such "
+        "term, so the temperature is 0 here",
     ),
     "td3-bc": (
         _ORDER,
@@ -143,15 +140,14 @@ def claim_runs(options: Options) -> list[tuple[Run, Task]]:
 
 def _config_of(run: Run, task: Task) -> dict[str, Any]:
     """The content of ``config.json``."""
-    ours, peer = config_of(run, task), f"d3rlpy {version('d3rlpy')}"
+    config, release = config_of(run, task), version("d3rlpy")
+    for name in ("preset", "estimator"):
+        del config[name]
     theirs = d3rlpy_config(run.algo, run.baseline_settings[0])
-    return {
-        **{key: value for key, value in ours.items() if key not in ("preset", "estimator")},
-        "settings": {**ours["settings"], "peer": peer, "d3rlpy": theirs},
-        "apart": list(APART[run.algo]),
-        "versions": {**ours["versions"], "d3rlpy": version("d3rlpy")},
-        "command": " ".join(["python -m benchmarks.peer", *sys.argv[1:]]),
-    }
+    config["settings"] |= {"peer": f"d3rlpy {release}", "d3rlpy": theirs}
+    config["versions"]["d3rlpy"] = release
+    command = " ".join(["python -m benchmarks.peer", *sys.argv[1:]])
+    return config | {"apart": list(APART[run.algo]), "command": command}
 
 
 def train_and_score(run: Run, task: Task) -> dict[str, Any]:
@@ -255,10 +251,8 @@ def arrays(trajectories: TensorDictBase) -> dict[str, NDArray[np.float32]]:
         (terminated & ~last, "a termination with further steps behind it"),
     ):
         if bool(wrong.any()):
-            raise ValueError(
-                f"step {int(wrong.nonzero()[0])} of these trajectories has {what} "
-                f"({int(wrong.sum())} steps do); d3rlpy can't hold such data"
-            )
+            where = f"step {int(wrong.nonzero()[0])} has {what} ({int(wrong.sum())} steps do)"
+            raise ValueError(f"{where}; d3rlpy can't hold such data")
     extra = last & ~terminated
     # The row of each step: one further for each row inserted before it.
     row = torch.arange(len(ids)) + extra.cumsum(0) - extra.long()

@@ -121,9 +121,8 @@ def _ray_place(jobs: int | None, device: str) -> Iterator[Place]:
         import ray
         from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
     except ImportError as error:
-        raise ImportError(
-            "--cluster ray needs the package ray: pip install 'iwsft[cluster]'"
-        ) from error
+        way_out = "pip install 'iwsft[cluster]'"
+        raise ImportError(f"--cluster ray needs the package ray: {way_out}") from error
     _check_address(os.environ.get("RAY_ADDRESS", ""))
     # A program that uses Ray already keeps its connection.
     starts = not ray.is_initialized()
@@ -157,10 +156,8 @@ def run_on_node(work: Callable[[Item], Result], item: Item, packages: dict[str, 
         if own.get(name) != wanted
     ]
     if differing:
-        raise ValueError(
-            f"node {socket.gethostname()} of the Ray cluster has {', '.join(differing)}; install "
-            "the same packages on every node"
-        )
+        node = f"node {socket.gethostname()} of the Ray cluster has {', '.join(differing)}"
+        raise ValueError(f"{node}; install the same packages on every node")
     return work(item)
 
 
@@ -171,10 +168,8 @@ def _check_address(address: str) -> None:
         try:
             socket.create_connection((host, int(port)), timeout=10).close()
         except OSError as error:
-            raise ConnectionError(
-                f"no Ray cluster answers at RAY_ADDRESS={address} ({error}); start it, or unset "
-                "RAY_ADDRESS for one of this machine's cores"
-            ) from error
+            problem = f"no Ray cluster answers at RAY_ADDRESS={address} ({error})"
+            raise ConnectionError(f"{problem}; start it, or unset RAY_ADDRESS") from error
 
 
 def share(resources: dict[str, float], jobs: int | None, device: str) -> tuple[int, float]:
@@ -183,9 +178,7 @@ def share(resources: dict[str, float], jobs: int | None, device: str) -> tuple[i
         return jobs or max(1, int(resources.get("CPU", 1))), 0.0
     gpus = int(resources.get("GPU", 0))
     if device != "cuda" or gpus == 0:
-        raise ValueError(
-            f"--device {device}: the Ray cluster has {gpus} GPUs and hands them out itself; "
-            "pass cuda where it has some, or cpu"
-        )
+        problem = f"the Ray cluster has {gpus} GPUs and hands them out itself"
+        raise ValueError(f"--device {device}: {problem}; pass cuda where it has some, or cpu")
     jobs = jobs or gpus
     return jobs, 1 / math.ceil(jobs / gpus)

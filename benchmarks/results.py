@@ -79,10 +79,9 @@ def read_runs(folder: str | Path, benchmark: str) -> list[RecordedRun]:
     for run in _read_all(Path(folder), benchmark):
         key = run.dataset, run.algo, run.seed
         if run.result and key in runs:
-            raise ResultsError(
-                f"{run.folder} and {runs[key].folder} hold the same run ({run.dataset}, "
-                f"{run.algo}, seed {run.seed}): remove one of them"
-            )
+            name = f"{run.dataset}, {run.algo}, seed {run.seed}"
+            folders = f"{run.folder} and {runs[key].folder}"
+            raise ResultsError(f"{folders} hold the same run ({name}): remove one of them")
         if run.result:
             runs[key] = run
     return list(runs.values())
@@ -158,6 +157,5 @@ def _parse(path: Path, read: Callable[[Path], Any]) -> Any:
     try:
         return read(path)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ResultsError(
-            f"{path} is not JSON ({error}): mend it, or remove its folder and run again"
-        ) from error
+        way_out = "mend it, or remove its folder and run again"
+        raise ResultsError(f"{path} is not JSON ({error}): {way_out}") from error

@@ -123,19 +123,16 @@ def claim(
         free = [run for run in configs if earlier[run] is None]
         taken = [str(run.folder) for run in configs if run not in free]
         if taken and not resume:
-            raise FileExistsError(
-                f"{', '.join(taken)}: {'a run is' if len(taken) == 1 else 'runs are'} there "
-                "already; pass --resume to continue and to keep what is finished, or another --out"
-            )
+            there = "a run is there" if len(taken) == 1 else "runs are there"
+            way_out = "pass --resume to continue and to keep what is finished, or another --out"
+            raise FileExistsError(f"{', '.join(taken)}: {there} already; {way_out}")
         for run, before in earlier.items():
             if before is None:
                 continue
             differ = differences(before, {name: configs[run][name] for name in same})
             if differ:
-                raise CheckpointError(
-                    f"{run.folder} holds a run with other settings: {differ}; run with those, or "
-                    "choose another --out"
-                )
+                problem = f"{run.folder} holds a run with other settings: {differ}"
+                raise CheckpointError(f"{problem}; run with those, or choose another --out")
         try:
             for run in free:
                 write_json(run.folder / CONFIG, configs[run])
@@ -155,10 +152,8 @@ def _earlier_config(folder: Path, same: Sequence[str]) -> dict[str, Any] | None:
         config = json.loads(path.read_text())
         return {name: config[name] for name in same}
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} is not what a run writes ({type(error).__name__}: {error}); move {folder} "
-            "away, or choose another --out"
-        ) from error
+        problem = f"{path} is not what a run writes ({type(error).__name__}: {error})"
+        raise CheckpointError(f"{problem}; move {folder} away, or choose another --out") from error
 
 
 @contextmanager
@@ -169,9 +164,8 @@ def alone_in(folder: Path, *, wait: bool) -> Iterator[None]:
     try:
         lock = FileLock(folder / ".lock").acquire(timeout=-1 if wait else 0)
     except Timeout as error:
-        raise FileExistsError(
-            f"another process works in {folder}; wait for it or end it, then pass --resume"
-        ) from error
+        way_out = "wait for it or end it, then pass --resume"
+        raise FileExistsError(f"another process works in {folder}; {way_out}") from error
     with lock:
         for stale in (folder / checkpoint.FOLDER).glob(".*.partial"):
             stale.unlink()

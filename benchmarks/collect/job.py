@@ -111,10 +111,8 @@ def load_behaviour(name: str) -> Behaviour:
     elif ":" in name:
         behaviour = Behaviour(name, called(name))
     else:
-        raise ValueError(
-            f"--policy {name}: no folder of that name; give the folder of a finished run, "
-            f"MODULE:CALLABLE, or {RANDOM!r}"
-        )
+        ways = f"the folder of a finished run, MODULE:CALLABLE, or {RANDOM!r}"
+        raise ValueError(f"--policy {name}: no folder of that name; give {ways}")
     assert behaviour.policy is not None
     check_keys(behaviour.policy.cpu(), name=f"--policy {name}")
     return behaviour
@@ -127,13 +125,12 @@ def called(name: str) -> TensorDictModuleBase:
         policy = getattr(importlib.import_module(module), attribute)()
     except (ImportError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"--policy {name}: {error}; MODULE is imported from the current folder or from what is "
-            "installed, and CALLABLE is called without arguments"
+            f"--policy {name}: {error}; MODULE is imported from here or from what is installed, "
+            "and CALLABLE is called without arguments"
         ) from error
     if not isinstance(policy, TensorDictModuleBase):
-        raise ValueError(
-            f"--policy {name} gave {type(policy).__name__}; it must return a TensorDictModule"
-        )
+        kind = type(policy).__name__
+        raise ValueError(f"--policy {name} gave {kind}; it must return a TensorDictModule")
     return policy
 
 
@@ -149,9 +146,7 @@ def environment(options: Options, behaviours: Sequence[Behaviour]) -> tuple[str,
     env_id = known[0] if options.env is None else options.env
     seen = [dict(b.env_kwargs) for b in behaviours if b.env_id == env_id]
     if any(kwargs != seen[0] for kwargs in seen):
-        raise ValueError(
-            f"the policies saw {env_id} with different arguments, {seen}; collect from each apart"
-        )
+        raise ValueError(f"the policies saw {env_id} with different arguments, {seen}; split them")
     return env_id, (seen[0] if seen else {}) | env_arguments(options)
 
 

@@ -39,9 +39,8 @@ class Output:
             return cls(out, write.minari_folder(out.removeprefix(_MINARI)))
         path = Path(out).expanduser()
         if path.suffix.lower() not in _SUFFIXES:
-            raise ValueError(
-                f"--out {out}: neither a file ending in .hdf5 or .h5, nor minari:NAMESPACE/NAME-v0"
-            )
+            ways = "a file ending in .hdf5 or .h5, nor minari:NAMESPACE/NAME-v0"
+            raise ValueError(f"--out {out}: neither {ways}")
         return cls(str(path), path)
 
     @property
@@ -78,10 +77,8 @@ class Parts:
         if path.exists():
             differ = differences(json.loads(path.read_text()), settings)
             if differ:
-                raise CheckpointError(
-                    f"{folder} holds a collection with other settings: {differ}; continue with "
-                    "those, delete it, or choose another --out"
-                )
+                problem = f"{folder} holds a collection with other settings: {differ}"
+                raise CheckpointError(f"{problem}; use those, delete it, or choose another --out")
         else:
             write_json(path, settings)
 
@@ -130,6 +127,5 @@ def _read(path: Path) -> Fields:
         with np.load(path) as file:
             return dict(file)
     except (EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error}); delete {path.parent} and start afresh"
-        ) from error
+        problem = f"{path} is damaged ({error}); delete {path.parent} and start afresh"
+        raise CheckpointError(problem) from error

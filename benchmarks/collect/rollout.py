@@ -57,10 +57,7 @@ class Simulator:
             if not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
                 raise ValueError(f"the actions of {env_id} have no bounds: {space}; wrap it")
             if env.spec is None or env.spec.max_episode_steps is None:
-                raise ValueError(
-                    f"episodes of {env_id} may never end: it has no limit of steps; pass "
-                    "--max-episode-steps"
-                )
+                raise ValueError(f"episodes of {env_id} may never end; pass --max-episode-steps")
             module = env_id.rpartition(":")[0]
             resolved = environments.id_of(env)
             return cls(
@@ -111,9 +108,9 @@ class Instance:
         reward = float(raw_reward)
         after = self._flat(following)
         if not (np.isfinite(after).all() and np.isfinite(reward)):
+            where = f"at step {len(self._steps)} of the episode of seed {self._seed}"
             raise FloatingPointError(
-                f"{self.simulator.env_id} gave a number that is not finite at step "
-                f"{len(self._steps)} of the episode of seed {self._seed}; its state has diverged"
+                f"{self.simulator.env_id} diverged: it gave inf or NaN {where}"
             )
         # With both, the episode has ended by itself.
         cut = bool(truncated and not terminated)

@@ -288,7 +288,5 @@ class OnlineRun:
 
     def _check_finite(self, values: NDArray[Any] | float) -> None:
         if not np.isfinite(values).all():
-            raise FloatingPointError(
-                f"SAC has diverged at step {self.steps}, its last checkpoint is kept: look at the "
-                "rewards of the environment, or choose another --seed"
-            )
+            way_out = "look at the rewards of the environment, or choose another --seed"
+            raise FloatingPointError(f"SAC has diverged at step {self.steps}; {way_out}")

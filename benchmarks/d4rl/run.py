@@ -168,14 +168,12 @@ class Task:
         for key in (OBSERVATION, ACTION):
             size, needed = (part.trajectories.get(key).shape[-1] for part in (before, data))
             if size != needed:
-                raise ValueError(
-                    f"--pretrain-dataset {before.name} has {key}s of size {size}, {data.name} "
-                    f"of size {needed}; pre-train on data of the same robot"
-                )
+                problem = f"has {key}s of size {size}, {data.name} of size {needed}"
+                way_out = "pre-train on data of the same robot"
+                raise ValueError(f"--pretrain-dataset {before.name} {problem}; {way_out}")
         if before.fingerprint == data.fingerprint:
-            raise ValueError(
-                f"--pretrain-dataset {before.name} holds the same data as --dataset; leave it out"
-            )
+            problem = "holds the same data as --dataset; leave it out"
+            raise ValueError(f"--pretrain-dataset {before.name} {problem}")
         return cls(data, before)
 
     @property
@@ -189,10 +187,8 @@ class Task:
     def env_id(self) -> str:
         """The environment that policies are scored in."""
         if self.dataset.env_id is None:
-            raise ValueError(
-                f"{self.dataset.name} names no environment to score policies in; write its "
-                "gymnasium id into the file's attribute env_id"
-            )
+            way_out = "write its gymnasium id into the file's attribute env_id"
+            raise ValueError(f"{self.dataset.name} names no environment to score in; {way_out}")
         return self.dataset.env_id
 
     def check_environment(self) -> None:
@@ -207,10 +203,8 @@ class Task:
         elif not isinstance(actions, gym.spaces.Box) or actions.shape != (action_dim,):
             problem = f"actions of size {action_dim}, {self.env_id} takes {actions}"
         if problem is not None:
-            raise ValueError(
-                f"{self.dataset.name} has {problem}; score it in its own environment (the file's "
-                "attribute env_id)"
-            )
+            way_out = "score it in its own environment (the file's attribute env_id)"
+            raise ValueError(f"{self.dataset.name} has {problem}; {way_out}")
 
     def score(self, policy: TensorDictModuleBase, **options: Any) -> Evaluation:
         """Run a policy in the environment of the data, see :func:`iwsft.evaluation.evaluate`."""

@@ -48,8 +48,8 @@ def train_and_score(run: Run, report: Report) -> dict[str, Any]:
     """Train and score one run whose folder is claimed, or continue it; write policy and result."""
     if not (run.folder / CONFIG).exists():
         raise FileNotFoundError(
-            f"{socket.gethostname()} does not see {run.folder}; every node of a cluster needs the "
-            "project, the data files and --out at the same paths on a shared file system"
+            f"{socket.gethostname()} does not see {run.folder}; all nodes of a cluster need the "
+            "project, the data and --out at the same paths on a shared file system"
         )
     # With one thread, runs do not disturb each other, and the numbers do not depend on them.
     torch.set_num_threads(1)
@@ -264,10 +264,8 @@ def load_policy(folder: str | Path) -> tuple[TensorDictModuleBase, str, dict[str
     """
     path = Path(folder) / POLICY
     if not path.exists():
-        raise FileNotFoundError(
-            f"no {POLICY} in {folder}; pass the folder of a finished run, "
-            "OUT/d4rl/DATASET/ALGO/seed-K"
-        )
+        way_out = "pass the folder of a finished run, OUT/d4rl/DATASET/ALGO/seed-K"
+        raise FileNotFoundError(f"no {POLICY} in {folder}; {way_out}")
     way_out = "run that seed again"
     content = checkpoint.read(path, way_out)
     try:
@@ -281,7 +279,6 @@ def load_policy(folder: str | Path) -> tuple[TensorDictModuleBase, str, dict[str
             policy = GaussianPolicy(*dims)
         policy.load_state_dict(content["state"])
     except checkpoint.CORRUPT as error:
-        raise checkpoint.CheckpointError(
-            f"{path} does not fit this version ({type(error).__name__}: {error}); {way_out}"
-        ) from error
+        problem = f"does not fit this version ({type(error).__name__}: {error})"
+        raise checkpoint.CheckpointError(f"{path} {problem}; {way_out}") from error
     return policy, env_id, env_kwargs

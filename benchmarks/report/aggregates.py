@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -68,14 +69,18 @@ def aggregate(group: Sequence[Cell]) -> Aggregates:
             n = min(map(len, values))
             matrices[algo] = np.stack([scores[:n] for scores in values], axis=1) / 100.0
             continue
+        none = [task for task in block if (task, algo) not in scored]
         few = [t for t in block or tasks if (t, algo) in scored and t not in complete_tasks]
-        reasons = {
-            "no runs": [task for task in block if (task, algo) not in scored],
-            f"fewer than {MIN_SEEDS} seeds": few,
-        }
+        reasons = ("no runs", none), (f"fewer than {MIN_SEEDS} seeds", few)
         left_out[algo] = "; ".join(
-            f"{reason} on {', '.join(names)}" for reason, names in reasons.items() if names
+            f"{why} on {', '.join(names)}" for why, names in reasons if names
         )
+    others = [task for task in tasks if task not in block]
+    return _compare(block, matrices, left_out=left_out, datasets_left_out=others)
+
+
+def _compare(block: list[str], matrices: Mapping[str, Scores], **left_out: Any) -> Aggregates:
+    """Compute all estimates from the scores of each algorithm, 1 for D4RL's expert."""
 
     def metrics(scores: Scores) -> Scores:
         return 100.0 * np.stack([metric(scores) for metric in METRICS.values()], axis=-1)
@@ -89,25 +94,22 @@ def aggregate(group: Sequence[Cell]) -> Aggregates:
     candidates = [name for name in _CANDIDATES if name in matrices]
     if matrices and not candidates:
         candidates = [max(estimates, key=lambda algo: estimates[algo][0].point)]
-    lowest = min((matrix.min() for matrix in matrices.values()), default=0.0)
-    highest = max((matrix.max() for matrix in matrices.values()), default=0.0)
-    thresholds = np.linspace(min(0.0, lowest), highest, _THRESHOLDS)
+    pairs = {
+        name: {algo: (matrices[name], matrices[algo]) for algo in matrices if algo != name}
+        for name in candidates
+        if len(matrices) > 1
+    }
+    ends = [end for matrix in matrices.values() for end in (matrix.min(), matrix.max())]
+    thresholds = np.linspace(min([0.0, *ends]), max(ends, default=0.0), _THRESHOLDS)
+    better = statistics.probability_of_improvement
     return Aggregates(
         datasets=block,
         seeds={algo: len(matrix) for algo, matrix in matrices.items()},
         estimates=estimates,
-        improvement={
-            name: _bootstrap(
-                statistics.probability_of_improvement,
-                {algo: (matrices[name], matrices[algo]) for algo in matrices if algo != name},
-            )
-            for name in candidates
-            if len(matrices) > 1
-        },
+        improvement={name: _bootstrap(better, others) for name, others in pairs.items()},
         thresholds=100.0 * thresholds,
         profiles=_bootstrap(lambda scores: statistics.share_above(scores, thresholds), alone),
-        left_out=left_out,
-        datasets_left_out=[task for task in tasks if task not in block],
+        **left_out,
     )
 
 

@@ -66,10 +66,8 @@ def measure(options: Options) -> Iterator[Comparison | Check]:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "tests":
             raise
-        raise ImportError(
-            f"{options.subject} is compared with the plain versions in tests/oracles: run this "
-            "from the root of a checkout"
-        ) from error
+        problem = f"{options.subject} is compared with the plain versions in tests/oracles"
+        raise ImportError(f"{problem}: run this from the root of a checkout") from error
     yield from module.measure(options)
 
 

@@ -72,10 +72,8 @@ class Check:
     def __post_init__(self) -> None:
         # NaN does not agree either.
         if not self.value <= self.limit:
-            raise DisagreementError(
-                f"{self.name} is {self.value:.3g}, more than {self.limit:.3g}: the two ways do not "
-                "compute the same, so their times can't be compared; nothing was written"
-            )
+            problem = f"{self.name} is {self.value:.3g}, more than {self.limit:.3g}"
+            raise DisagreementError(f"{problem}: the two ways do not compute the same")
 
 
 @dataclass(frozen=True)
