@@ -109,9 +109,7 @@ class Instance:
         after = self._flat(following)
         if not (np.isfinite(after).all() and np.isfinite(reward)):
             where = f"at step {len(self._steps)} of the episode of seed {self._seed}"
-            raise FloatingPointError(
-                f"{self.simulator.env_id} diverged: it gave inf or NaN {where}"
-            )
+            raise FloatingPointError(f"{self.simulator.env_id} gave a NaN or an infinity {where}")
         # With both, the episode has ended by itself.
         cut = bool(truncated and not terminated)
         self._steps.append((self.observation, taken, reward, after, bool(terminated), cut))
@@ -176,9 +174,9 @@ def collect_rollouts(
     :func:`iwsft.evaluation.episode_seeds`, and its noise depends on that seed, too.
     Returns the sources of the data, one for each policy.
     """
-    before = parts.progress() or {}
-    episodes = before.get("episodes", [0] * len(behaviours))
-    steps = before.get("steps", [0] * len(behaviours))
+    none = [0] * len(behaviours)
+    counts = {"episodes": none, "steps": none.copy()} | (parts.progress() or {})
+    episodes, steps = counts["episodes"], counts["steps"]
     envs: list[Instance] = []
     unwritten: list[Fields] = []
     mode = ExplorationType.RANDOM if options.stochastic else ExplorationType.DETERMINISTIC
@@ -202,12 +200,12 @@ def collect_rollouts(
                 episodes[i] += size
                 steps[i] += sum(len(episode["rewards"]) for episode in group)
                 if sum(len(episode["rewards"]) for episode in unwritten) >= options.part_steps:
-                    parts.append(unwritten, {"episodes": episodes, "steps": steps})
+                    parts.append(unwritten, counts)
                     unwritten = []
                 mean = np.mean([episode["rewards"].sum(dtype=np.float64) for episode in group])
                 bar.update(tasks[i], completed=done[i], note=f"return {mean:.1f}")
         if unwritten:
-            parts.append(unwritten, {"episodes": episodes, "steps": steps})
+            parts.append(unwritten, counts)
     finally:
         for env in envs:
             env.env.close()

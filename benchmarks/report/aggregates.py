@@ -72,9 +72,7 @@ def aggregate(group: Sequence[Cell]) -> Aggregates:
         none = [task for task in block if (task, algo) not in scored]
         few = [t for t in block or tasks if (t, algo) in scored and t not in complete_tasks]
         reasons = ("no runs", none), (f"fewer than {MIN_SEEDS} seeds", few)
-        left_out[algo] = "; ".join(
-            f"{why} on {', '.join(names)}" for why, names in reasons if names
-        )
+        left_out[algo] = "; ".join(f"{why} on {', '.join(on)}" for why, on in reasons if on)
     others = [task for task in tasks if task not in block]
     return _compare(block, matrices, left_out=left_out, datasets_left_out=others)
 
