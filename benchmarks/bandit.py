@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,12 +32,11 @@ from iwsft import ImportanceWeightedMLE, ImportanceWeights, annotate_reference, 
 from iwsft.files import written_whole
 from iwsft.trajectory import REWARD, from_steps, select
 
-Algorithm = Literal["sft", "iw-sft"]
-LABELS: dict[Algorithm, str] = {"sft": "SFT", "iw-sft": "iw-SFT"}
+LABELS = {"sft": "SFT", "iw-sft": "iw-SFT"}
 # Probability of reward 1 of the left and the right arm.
 ARMS = (0.5, 1.0)
 # Limit of the mean reward with D+ of infinite size (paper, Section 3.5).
-LIMITS: dict[Algorithm, float] = {"sft": 5 / 6, "iw-sft": 1.0}
+LIMITS = {"sft": 5 / 6, "iw-sft": 1.0}
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def successes(pulls: int, seed: int) -> TensorDictBase:
     return select(data, reward.nonzero().squeeze(-1))
 
 
-def train(algorithm: Algorithm, data: TensorDictBase, steps: int, lr: float) -> BanditRun:
+def train(algorithm: str, data: TensorDictBase, steps: int, lr: float) -> BanditRun:
     """Train a uniform policy on D+, annotated with pi_ref."""
     policy = uniform_policy()
     loss = ImportanceWeightedMLE(
@@ -113,9 +112,9 @@ def train(algorithm: Algorithm, data: TensorDictBase, steps: int, lr: float) -> 
     return BanditRun(right.double().numpy(), float(share))
 
 
-def summary(runs: dict[Algorithm, list[BanditRun]]) -> dict[Algorithm, dict[str, Any]]:
+def summary(runs: dict[str, list[BanditRun]]) -> dict[str, dict[str, Any]]:
     """Return the numbers of the figure and the table: means over seeds and 95 % intervals."""
-    out: dict[Algorithm, dict[str, Any]] = {}
+    out: dict[str, dict[str, Any]] = {}
     for algorithm, seeds in runs.items():
         rewards = np.stack([run.reward for run in seeds])
         low, high = bootstrap_interval(rewards)
@@ -129,7 +128,7 @@ def summary(runs: dict[Algorithm, list[BanditRun]]) -> dict[Algorithm, dict[str,
     return out
 
 
-def draw(numbers: dict[Algorithm, dict[str, Any]]) -> Figure:
+def draw(numbers: dict[str, dict[str, Any]]) -> Figure:
     """Plot the mean reward over updates: its mean over seeds and the 95 % interval."""
     figure = Figure(figsize=(6.0, 3.8), layout="constrained")
     ax = figure.subplots()
@@ -152,7 +151,7 @@ def draw(numbers: dict[Algorithm, dict[str, Any]]) -> Figure:
     return figure
 
 
-def table(numbers: dict[Algorithm, dict[str, Any]]) -> Table:
+def table(numbers: dict[str, dict[str, Any]]) -> Table:
     """Return a table of the last policies: mean over seeds and 95 % interval."""
     out = Table(title="Two-armed bandit: the last policies")
     for column in ("", "P(right)", "right in D+", "mean reward", "95 % interval", "limit"):
@@ -169,10 +168,10 @@ def table(numbers: dict[Algorithm, dict[str, Any]]) -> Table:
     return out
 
 
-def main(options: Options) -> dict[Algorithm, list[BanditRun]]:
+def main(options: Options) -> dict[str, list[BanditRun]]:
     """Train, write ``bandit.json`` and ``bandit.png``, print the table."""
     start = time.perf_counter()
-    runs: dict[Algorithm, list[BanditRun]] = {algorithm: [] for algorithm in LABELS}
+    runs: dict[str, list[BanditRun]] = {algorithm: [] for algorithm in LABELS}
     try:
         check_at_least(1, seeds=options.seeds, pulls=options.pulls, steps=options.steps)
         for seed in track(range(options.seeds), "bandit", transient=True):

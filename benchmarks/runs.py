@@ -60,21 +60,13 @@ Claimed = TypeVar("Claimed", bound=Claimable)
 
 @dataclass(frozen=True)
 class Run(Generic[Options]):
-    """One algorithm on one dataset with one seed.
+    """One algorithm on one dataset with one seed."""
 
-    Attributes:
-        benchmark: Name of the folder of a command's runs; each command's own class sets it.
-        dataset: Name of the dataset (of language, the recipe) in folders and results.
-        algo: Name of the algorithm.
-        seed: Seed of everything that the run draws.
-        options: The command line; its settings are those of the run.
-    """
-
-    benchmark: ClassVar[str]
-    dataset: str
+    benchmark: ClassVar[str]  # folder of a command's runs; each command's own class sets it
+    dataset: str  # its name in folders and results; of language, the recipe
     algo: str
-    seed: int
-    options: Options
+    seed: int  # of everything that the run draws
+    options: Options  # the command line; its settings are those of the run
 
     def __str__(self) -> str:
         return f"{self.algo} seed {self.seed}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -63,8 +64,8 @@ def check_options(options: Options) -> None:
         raise ValueError("give either --policy (one or several) or --online sac")
     check_at_least(0, seed=options.seed)
     check_at_least(1, part_steps=options.part_steps, max_episode_steps=options.max_episode_steps)
-    check_at_least(1, episodes=min(options.episodes, default=1))
-    check_at_least(1, steps=min(options.steps, default=1))
+    least = {name: min(getattr(options, name), default=1) for name in ("episodes", "steps")}
+    check_at_least(1, **least)
     if not 0 <= options.noise < math.inf:
         raise ValueError(f"--noise {options.noise} must not be negative, nor infinite")
     if options.online is None:
@@ -93,10 +94,9 @@ def env_arguments(options: Options) -> dict[str, Any]:
         name, equals, value = argument.partition("=")
         if not equals or not name.isidentifier():
             raise ValueError(f"--env-arg {argument}: it reads NAME=VALUE")
-        try:
+        arguments[name] = value
+        with suppress(SyntaxError, ValueError):
             arguments[name] = ast.literal_eval(value)
-        except (SyntaxError, ValueError):
-            arguments[name] = value
     if options.max_episode_steps is not None:
         arguments["max_episode_steps"] = options.max_episode_steps
     return arguments

@@ -263,10 +263,8 @@ class OnlineRun:
         self.parts.append(self._unwritten, {})
         self._unwritten = []
         state = {
-            "learner": {
-                "loss": self._learner.loss.state_dict(),
-                "optimizer": self._learner.optimizer.state_dict(),
-            },
+            "loss": self._learner.loss.state_dict(),
+            "optimizer": self._learner.optimizer.state_dict(),
             "draws": torch.get_rng_state(),
             "parts": len(self.parts),
             "steps": self.steps,
@@ -277,8 +275,8 @@ class OnlineRun:
         checkpoint.save(self._checkpoint, state, {})
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self._learner.loss.load_state_dict(state["learner"]["loss"])
-        self._learner.optimizer.load_state_dict(state["learner"]["optimizer"])
+        self._learner.loss.load_state_dict(state["loss"])
+        self._learner.optimizer.load_state_dict(state["optimizer"])
         self.steps, self.episodes = state["steps"], state["episodes"]
         self._returns, self.cpu_seconds = state["returns"], state["cpu_seconds"]
         fields = self.parts.fields()

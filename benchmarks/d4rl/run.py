@@ -277,12 +277,9 @@ def _as_recorded(schedule: Schedule) -> dict[str, Any]:
 def config_of(run: Run, task: Task) -> dict[str, Any]:
     """The content of ``config.json``."""
     return {
-        "benchmark": run.benchmark,
-        "dataset": run.dataset,
+        **run.identity,
         "source": task.dataset.source,
         "notes": list(task.dataset.notes),
-        "algo": run.algo,
-        "seed": run.seed,
         "env_id": task.dataset.env_id,
         "preset": run.options.preset,
         "estimator": run.options.estimator,

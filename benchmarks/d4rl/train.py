@@ -48,8 +48,8 @@ def train_and_score(run: Run, report: Report) -> dict[str, Any]:
     """Train and score one run whose folder is claimed, or continue it; write policy and result."""
     if not (run.folder / CONFIG).exists():
         raise FileNotFoundError(
-            f"{socket.gethostname()} does not see {run.folder}; all nodes of a cluster need the "
-            "project, the data and --out at the same paths on a shared file system"
+            f"{socket.gethostname()} does not see {run.folder}; every node of a cluster needs the "
+            "project, the data files and --out at the same paths on a shared file system"
         )
     # With one thread, runs do not disturb each other, and the numbers do not depend on them.
     torch.set_num_threads(1)
@@ -58,10 +58,7 @@ def train_and_score(run: Run, report: Report) -> dict[str, Any]:
         policy, cost, reference_cost = _train(run, task, report)
         _save_policy(run, task, policy)
         about = {"preset": run.options.preset, "estimator": run.options.estimator}
-        further = {
-            "reference_wall_seconds": reference_cost.wall_seconds,
-            "reference_cpu_seconds": reference_cost.cpu_seconds,
-        }
+        further = {f"reference_{name}": value for name, value in asdict(reference_cost).items()}
         return score_policy(run, task, policy, cost, about, **further)
 
 

@@ -38,21 +38,16 @@ _PAGE = Path(__file__).with_name("document.html")
 class Grid:
     """A table as text: one list of cells per row.
 
-    Attributes:
-        columns: Headings.
-        rows: As many cells as there are columns.
-        notes: Footnotes; note i is marked ``[i + 1]`` in the cells. Notes without a mark belong to
-            the last column.
-        left: Number of the first columns that hold words, not numbers. Where there are two or
-            more, neighbouring rows with the same first cell belong together.
-        published: Number of the last columns that hold published numbers.
+    Note i is marked ``[i + 1]`` in the cells; notes without a mark belong to the last column.
     """
 
     columns: list[str]
     rows: list[list[str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    # Number of the first columns that hold words, not numbers. Where there are two or more,
+    # neighbouring rows with the same first cell belong together.
     left: int = 2
-    published: int = 0
+    published: int = 0  # number of the last columns, which hold published numbers
 
     def marked(self, text: str, notes: Sequence[str]) -> str:
         """A cell's text with the marks of its footnotes, which are added where they are new."""

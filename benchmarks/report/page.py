@@ -33,10 +33,9 @@ def write_report(folder: Path, out: Path) -> Path:
     recipes = read_recipes(folder)
     if not runs and not any(recipe.runs for recipe in recipes):
         begun = len(unfinished) + sum(len(recipe.unfinished) for recipe in recipes)
-        raise results.ResultsError(
-            f"no finished run below {folder} ({begun} unfinished): a run is a folder "
-            "d4rl/DATASET/ALGO/seed-K or llm/RECIPE/ALGO/seed-K with a result.json"
-        )
+        what = "a folder d4rl/DATASET/ALGO/seed-K or llm/RECIPE/ALGO/seed-K with a result.json"
+        problem = f"no finished run below {folder} ({begun} unfinished)"
+        raise results.ResultsError(f"{problem}: a run is {what}")
     document = Document(shareable(f"python -m benchmarks.report {shlex.quote(str(folder))}"))
     group = scores.cells(runs)
     every_run = [*runs, *(run for recipe in recipes for run in recipe.runs)]
@@ -105,10 +104,8 @@ def _scores(
     document.table(grid, caption)
     if grid.published:
         sources, _ = tables.published_scores()
-        document.text(
-            f"Columns named by a paper are its numbers: {sources}. They were not run here, and "
-            "enter no mean, aggregate or figure."
-        )
+        theirs = "They were not run here, and enter no mean, aggregate or figure."
+        document.text(f"Columns named by a paper are its numbers: {sources}. {theirs}")
     else:
         document.text("The paper has no numbers for these datasets and algorithms.")
     different = scores.uneven(group)

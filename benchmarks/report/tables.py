@@ -192,10 +192,9 @@ def run_grid(group: Sequence[Cell]) -> Grid:
         row = [cell.dataset, scores.algorithm_label(cell.algo), cell.algo]
         for key in ("env_id", "preset", "estimator"):
             row.append(", ".join(str(v) for v in cell.distinct(key) if v is not None))
-        row.append(" ".join(map(str, cell.seeds)))
         sources = [run.config.get("settings", {}).get("settings_from") for run in cell.runs]
-        row.append(", ".join(dict.fromkeys(filter(None, sources))) or NOTHING)
-        grid.rows.append(row)
+        source = ", ".join(dict.fromkeys(filter(None, sources))) or NOTHING
+        grid.rows.append([*row, " ".join(map(str, cell.seeds)), source])
     return grid
 
 
@@ -290,22 +289,13 @@ def weight_grid(group: Sequence[Cell]) -> Grid:
 
 def sweep_grid(rows: Sequence[WeightRow]) -> Grid:
     """Table with a row for each setting of the weights: its score, and its weights at the end."""
-    grid = Grid(
-        ["dataset", "algorithm", "temperature k", "target ESS", "q follows", "seeds", "score"]
-        + ["95 % interval", "ESS", "mean return under the weights"]
-    )
+    names = ("dataset", "algorithm", "temperature k", "target ESS", "q follows", "seeds", "score")
+    grid = Grid([*names, "95 % interval", "ESS", "mean return under the weights"])
     for setting, cell in rows:
         numbers = (setting.temperature, setting.target_ess) if setting else (0.0, 0.0)
-        grid.rows.append(
-            [
-                *cell.labels,
-                *(f"{number:g}" if number else NOTHING for number in numbers),
-                setting.lag if setting else "all weights 1",
-                str(len(cell.runs)),
-                f"{cell.mean:.1f}",
-                grid.marked(interval_text(cell.interval), [] if cell.interval else [FEW_SEEDS]),
-                _last_mean(cell, "ESS"),
-                _last_mean(cell, "weighted_return"),
-            ]
-        )
+        row = [*cell.labels, *(f"{number:g}" if number else NOTHING for number in numbers)]
+        row += [setting.lag if setting else "all weights 1", str(len(cell.runs))]
+        interval = grid.marked(interval_text(cell.interval), [FEW_SEEDS] * (not cell.interval))
+        row += [f"{cell.mean:.1f}", interval]
+        grid.rows.append([*row, *(_last_mean(cell, name) for name in ("ESS", "weighted_return"))])
     return grid

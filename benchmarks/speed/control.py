@@ -42,8 +42,6 @@ from tests.oracles.networks import PlainGaussian
 
 GRADIENT_LIMIT = 1e-5
 _NAIVE = "padded batch of every draw, live q and reference (plain torch)"
-
-
 # halfcheetah-medium-replay in Table 4 of the paper.
 K, DECAY, LR = 1.0, 0.995, 4e-5
 _ROW, _ = paper.find_fine_tuning("hopper-replay", paper.ALGORITHMS["iw-sft-q"])

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
+from benchmarks.d4rl.run import Run, Task, config_of
 from benchmarks.d4rl.settings import Options, choose_suite
 from iwsft import metrics
 from iwsft.datasets import catalog
@@ -334,10 +335,14 @@ def test_a_full_disk(
 
 
 def test_a_disk_too_full_to_claim_a_folder_claims_none(
-    fails: Callable[..., str], full_disk: FullDisk, tmp_path: Path
+    fails: Callable[..., str], full_disk: FullDisk, tiny_dataset: Path, tmp_path: Path
 ) -> None:
     """The configuration of bc fits, that of iw-sft-q does not."""
-    with full_disk(1100):
+    task, source = Task.load(str(tiny_dataset)), str(tiny_dataset)
+    options = Options(steps=20, reference_steps=20, eval_episodes=2)
+    runs = [Run(task.name, algo, 0, options, source) for algo in ("bc", "iw-sft-q")]
+    sizes = [len(json.dumps(config_of(run, task), indent=1)) for run in runs]
+    with full_disk(sum(sizes) // 2):
         message = fails(tmp_path / "runs", ["bc", "iw-sft-q"])
     assert "no space left to write" in message and "iw-sft-q/seed-0/config.json" in message
     assert not [*tmp_path.rglob("*.json"), *tmp_path.rglob("*.partial")]
