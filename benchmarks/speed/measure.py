@@ -73,7 +73,7 @@ class Check:
         # NaN does not agree either.
         if not self.value <= self.limit:
             problem = f"{self.name} is {self.value:.3g}, more than {self.limit:.3g}"
-            raise DisagreementError(f"{problem}: the two ways do not compute the same")
+            raise DisagreementError(f"{problem}: two different computations can't be compared")
 
 
 @dataclass(frozen=True)
