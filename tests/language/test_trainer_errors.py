@@ -20,6 +20,7 @@ from iwsft.checkpoint import CheckpointError
 from iwsft.language import ImportanceWeightedTrainer, saving
 
 SAVED: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+CACHED = {**SAVED, "proposal": "cached", "sync_every": 3}
 
 
 @pytest.mark.parametrize(
@@ -87,45 +88,51 @@ def test_there_is_nothing_to_resume(tmp_path: Path) -> None:
     assert (tmp_path / "later" / "checkpoint-4").is_dir()
 
 
-def _saved(folder: Path, **own: Any) -> Path:
-    trainer(folder, **{**SAVED, **own}).train()
-    return folder / "checkpoint-4"
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run with cached weights that saved two checkpoints."""
+    folder = tmp_path_factory.mktemp("finished")
+    trainer(folder, **CACHED).train()
+    return folder
+
+
+@pytest.fixture
+def saved(finished: Path, tmp_path: Path) -> Path:
+    """A copy of ``finished``."""
+    return Path(shutil.copytree(finished, tmp_path, dirs_exist_ok=True))
 
 
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        ({"proposal": "reference"}, "proposal='current' .now 'reference'"),
+        ({"proposal": "current", "sync_every": None}, "proposal='cached' .now 'current'"),
         ({"seed": 3}, "plan.seed=42 .now 3"),
         ({"gradient_accumulation_steps": 2}, "plan.accumulation=1 .now 2"),
         ({"importance_weights": ImportanceWeights(reduce="sum")}, "importance_weights="),
         ({"data": trajectories(seed=1)}, "trajectories="),
     ],
 )
-def test_a_checkpoint_of_another_run(tmp_path: Path, own: dict[str, Any], message: str) -> None:
-    _saved(tmp_path)
+def test_a_checkpoint_of_another_run(saved: Path, own: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        trainer(tmp_path, **{**SAVED, **own}).train(resume_from_checkpoint=True)
+        trainer(saved, **{**CACHED, **own}).train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "weights.pt", "iwsft.json"])
 @pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_a_damaged_checkpoint(tmp_path: Path, name: str, damage: str) -> None:
-    own = {"proposal": "cached", "sync_every": 3}
-    file = _saved(tmp_path, **own) / name
+def test_a_damaged_checkpoint(saved: Path, name: str, damage: str) -> None:
+    file = saved / "checkpoint-4" / name
     if damage == "cut":
         file.write_bytes(file.read_bytes()[:-20])
     else:
         file.unlink()
     with pytest.raises(CheckpointError, match=f"{name}.*resume from an earlier checkpoint"):
-        trainer(tmp_path, **{**SAVED, **own}).train(resume_from_checkpoint=True)
+        trainer(saved, **CACHED).train(resume_from_checkpoint=True)
 
 
-def test_the_reference_is_gone(tmp_path: Path) -> None:
-    _saved(tmp_path)
-    shutil.rmtree(tmp_path / "reference")
+def test_the_reference_is_gone(saved: Path) -> None:
+    shutil.rmtree(saved / "reference")
     with pytest.raises(FileNotFoundError, match="the reference of this run.*is gone"):
-        trainer(tmp_path, **SAVED).train(resume_from_checkpoint=True)
+        trainer(saved, **CACHED).train(resume_from_checkpoint=True)
 
 
 KILLED = {"proposal": "cached", "sync_every": 3, "max_steps": 12, "save_steps": 1}
@@ -161,7 +168,7 @@ def test_a_kill_while_a_checkpoint_is_written(forkserver: Any, tmp_path: Path) -
 
 
 def test_old_checkpoints_go_when_a_new_one_is_whole(tmp_path: Path) -> None:
-    _saved(tmp_path, save_steps=1, save_total_limit=2)
+    trainer(tmp_path, **{**SAVED, "save_steps": 1, "save_total_limit": 2}).train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
         "checkpoint-3",
         "checkpoint-4",
@@ -198,10 +205,9 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
         trainer(tmp_path, model=model().bfloat16())
 
 
-def test_checkpoints_of_an_earlier_run_stay(tmp_path: Path) -> None:
-    _saved(tmp_path)
+def test_checkpoints_of_an_earlier_run_stay(saved: Path) -> None:
     with pytest.raises(FileExistsError, match="checkpoint-4 is the checkpoint of an earlier run"):
-        trainer(tmp_path, **SAVED).train()
+        trainer(saved, **CACHED).train()
 
 
 def test_trajectories_that_the_model_cannot_read(tmp_path: Path) -> None:
@@ -212,5 +218,5 @@ def test_trajectories_that_the_model_cannot_read(tmp_path: Path) -> None:
         trainer(tmp_path, data=data)
     data = trajectories()
     data["collector", "traj_ids"][:] = 0
-    with pytest.raises(ValueError, match="the context of Qwen2ForCausalLM ends at 64"):
+    with pytest.raises(ValueError, match="a trajectory has 149 tokens, Qwen2ForCausalLM reads 64"):
         trainer(tmp_path, eval_trajectories=data)

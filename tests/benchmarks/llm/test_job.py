@@ -158,19 +158,21 @@ def test_code_that_comes_with_a_model_runs_only_when_asked(
 
 
 def test_a_run_that_fails_does_not_stop_the_others(
-    job: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    job: Callable[..., Path],
+    small: tuple[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Rows without a score have no quality bins."""
     data = tmp_path / "plain.jsonl"
-    _, filled = small_job.write(tmp_path / "made")
-    lines = [json.loads(line) for line in Path(filled).read_text().splitlines()]
+    lines = [json.loads(line) for line in Path(small[1]).read_text().splitlines()]
     data.write_text("\n".join(json.dumps({**line, "score": None}) for line in lines))
     with pytest.raises(SystemExit) as end:
         job(tmp_path, "sft-q", "sft", data=str(data), flags=["--max-steps", "2"])
     assert end.value.code == 1
     printed = capsys.readouterr()
     failure = next(line for line in printed.err.splitlines() if "error: sft-q seed 0:" in line)
-    assert "there is no score, and curation cuts by it" in failure
+    assert "there is no score; add it" in failure
     assert "1 done, 1 failed" in printed.out
     assert (tmp_path / "llm" / "small" / "sft" / "seed-0" / "result.json").exists()
 
