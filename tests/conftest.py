@@ -9,8 +9,12 @@ import resource
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from multiprocessing.context import BaseContext
+from typing import Any
 
 import pytest
+import torch
+import torch.multiprocessing
+from tensordict import TensorDictBase
 
 # Loaded once by the server that distributed tests fork their processes from.
 PRELOADED = [
@@ -43,7 +47,6 @@ def forkserver() -> BaseContext:
 @pytest.fixture
 def on_two_processes(forkserver: BaseContext) -> Callable[..., None]:
     """``on_two_processes(work, *args)`` runs ``work(rank, *args)`` on two fresh processes."""
-    import torch.multiprocessing
 
     def run(work: Callable[..., None], *args: object) -> None:
         method = forkserver.get_start_method()
@@ -66,3 +69,35 @@ def full_disk() -> Callable[[int], AbstractContextManager[None]]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     return limit
+
+
+@pytest.fixture(scope="session")
+def gradients() -> Callable[[Any, TensorDictBase], dict[str, torch.Tensor]]:
+    """``gradients(loss, batch)``: of the sum of all losses, by parameter name."""
+
+    def compute(loss: Any, batch: TensorDictBase) -> dict[str, torch.Tensor]:
+        names, parameters = zip(*loss.named_parameters(), strict=True)
+        total = sum(v.sum() for k, v in loss(batch).items() if k.startswith("loss"))
+        return dict(zip(names, torch.autograd.grad(total, parameters), strict=True))
+
+    return compute
+
+
+@pytest.fixture(scope="session")
+def assert_near() -> Callable[..., None]:
+    """``assert_near(a, b, tolerance=2e-6)``: the same entries, NaN where NaN."""
+
+    def check(a: TensorDictBase, b: TensorDictBase, tolerance: float = 2e-6) -> None:
+        assert set(a.keys(True, True)) == set(b.keys(True, True))
+        for key in a.keys(True, True):
+            torch.testing.assert_close(
+                a.get(key), b.get(key), rtol=tolerance, atol=tolerance, equal_nan=True
+            )
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def assert_same(assert_near: Callable[..., None]) -> Callable[..., None]:
+    """``assert_same(a, b)``: the same entries, bit for bit."""
+    return lambda a, b: assert_near(a, b, tolerance=0)

@@ -115,33 +115,3 @@ def run_until() -> Callable[[Learner, Path, int | None], Learner]:
         return learner
 
     return run
-
-
-@pytest.fixture(scope="session")
-def gradients() -> Callable[[Any, TensorDictBase], dict[str, torch.Tensor]]:
-    """``gradients(loss, batch)``: of the sum of all losses, by parameter name."""
-
-    def compute(loss: Any, batch: TensorDictBase) -> dict[str, torch.Tensor]:
-        names, parameters = zip(*loss.named_parameters(), strict=True)
-        total = sum(v.sum() for k, v in loss(batch).items() if k.startswith("loss"))
-        return dict(zip(names, torch.autograd.grad(total, parameters), strict=True))
-
-    return compute
-
-
-@pytest.fixture(scope="session")
-def assert_near() -> Callable[..., None]:
-    """``assert_near(a, b, tolerance=2e-6)``: the same entries, in the same places."""
-
-    def check(a: TensorDictBase, b: TensorDictBase, tolerance: float = 2e-6) -> None:
-        assert set(a.keys(True, True)) == set(b.keys(True, True))
-        for key in a.keys(True, True):
-            torch.testing.assert_close(a.get(key), b.get(key), rtol=tolerance, atol=tolerance)
-
-    return check
-
-
-@pytest.fixture(scope="session")
-def assert_same(assert_near: Callable[..., None]) -> Callable[..., None]:
-    """``assert_same(a, b)``: the same entries, bit for bit."""
-    return lambda a, b: assert_near(a, b, tolerance=0)

@@ -101,20 +101,6 @@ def key_of(
     return key
 
 
-def alone(model: Any, data: TensorDict) -> Tensor:
-    """The truth: each trajectory by itself in float64, full logits, log_softmax, gather."""
-    model = model.double().eval()
-    tokens, mask = data["tokens", "full"], data["masks", "all_assistant_mask"]
-    parts = []
-    for row in data["collector", "traj_ids"].unique():
-        here = data["collector", "traj_ids"] == row
-        ids = tokens[here]
-        logits = model(input_ids=ids[None]).logits[0].log_softmax(-1)
-        log_prob = logits[:-1].gather(1, ids[1:, None]).squeeze(1)
-        parts.append(torch.cat([logits.new_zeros(1), torch.where(mask[here][1:], log_prob, 0.0)]))
-    return torch.cat(parts).detach()
-
-
 class Counting(CausalLMPolicy):
     """Records the batches that it ran, and breaks at one of them."""
 

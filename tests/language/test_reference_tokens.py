@@ -12,7 +12,6 @@ from reference_cases import (
     SIZES,
     VOCABULARY,
     Counting,
-    alone,
     annotate,
     dataset,
     decoder,
@@ -24,6 +23,7 @@ from iwsft import ImportanceWeightedMLE, annotate_reference
 from iwsft.language.batches import EpochBatches, TrajectoryDataset, collate
 from iwsft.language.plan import UpdatePlan
 from iwsft.policies import CausalLMPolicy
+from tests.policies.language_models import alone
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
@@ -34,7 +34,9 @@ def test_is_the_log_prob_of_each_trajectory(layout: Any) -> None:
     assert set(data.keys(True, True)) == {*keys, "ref_log_prob"}
     log_prob = data["ref_log_prob"]
     assert log_prob.dtype == torch.float32 and not log_prob.requires_grad
-    torch.testing.assert_close(log_prob.double(), alone(decoder(), data), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        log_prob.double(), alone(decoder().double().eval(), data), rtol=1e-5, atol=1e-5
+    )
     assert bool((log_prob[~data["masks", "all_assistant_mask"]] == 0).all())
 
 
@@ -83,7 +85,7 @@ def test_trajectories_in_no_batch_come_at_the_end() -> None:
     assert sorted(sum(later, [])) == [2, 3, 4, 6, 7, 8, 9]
     assert all(sum(SIZES[t] for t in batch) <= SIZES[0] + SIZES[5] for batch in later)
     torch.testing.assert_close(
-        data["ref_log_prob"].double(), alone(decoder(), data), rtol=1e-5, atol=1e-5
+        data["ref_log_prob"].double(), alone(decoder().double().eval(), data), rtol=1e-5, atol=1e-5
     )
     plain = dataset()
     annotate_reference(policy(), plain)
@@ -100,7 +102,7 @@ def test_without_batches_they_are_of_similar_length() -> None:
         for n, batch in enumerate(counting._batches)
     )
     torch.testing.assert_close(
-        data["ref_log_prob"].double(), alone(decoder(), data), rtol=1e-5, atol=1e-5
+        data["ref_log_prob"].double(), alone(decoder().double().eval(), data), rtol=1e-5, atol=1e-5
     )
 
 
@@ -126,7 +128,7 @@ def test_mode_and_gradients_are_as_they_were() -> None:
     assert theta.training and theta.model.training and not theta.model.lm_head.training
     assert all(p.requires_grad and p.grad is None for p in theta.parameters())
     torch.testing.assert_close(
-        data["ref_log_prob"].double(), alone(decoder(), data), rtol=1e-5, atol=1e-5
+        data["ref_log_prob"].double(), alone(decoder().double().eval(), data), rtol=1e-5, atol=1e-5
     )
 
 
@@ -149,7 +151,7 @@ def test_not_finite_names_the_trajectory(tmp_path: Path, monkeypatch: pytest.Mon
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="batch 1 holds trajectories 3 to 10; .* from 0 to 9"):
         annotate(policy(), dataset(), [[0], [3, 10]])
-    with pytest.raises(ValueError, match="layout='flat' is unknown"):
+    with pytest.raises(ValueError, match="layout='flat' must be one of"):
         annotate(policy(), dataset(), layout="flat")
     with pytest.raises(ValueError, match=r"must be packed.* batch size \[4, 8\]"):
         annotate(policy(), dataset((8, 8, 8, 8)).reshape(4, 8), [[0]])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict
 
 from iwsft import (
     EMA,
@@ -100,18 +100,6 @@ def make_loss(make_policy: MakePolicy) -> MakeLoss:
 
 
 @pytest.fixture(scope="session")
-def gradients() -> Callable[[ImportanceWeightedMLE, TensorDictBase], dict[str, torch.Tensor]]:
-    """``gradients(loss, batch)``: of the summed loss, by parameter name; adds to no ``.grad``."""
-
-    def compute(loss: ImportanceWeightedMLE, batch: TensorDictBase) -> dict[str, torch.Tensor]:
-        names, parameters = zip(*loss.named_parameters(), strict=True)
-        value = loss(batch)["loss_iw_mle"].sum()
-        return dict(zip(names, torch.autograd.grad(value, parameters), strict=True))
-
-    return compute
-
-
-@pytest.fixture(scope="session")
 def ready(make_loss: MakeLoss, make_batch: MakeBatch) -> Callable[..., Any]:
     """``ready(proposal, functional=True, **settings)``: a loss whose q is served, and a batch."""
 
@@ -126,23 +114,3 @@ def ready(make_loss: MakeLoss, make_batch: MakeBatch) -> Callable[..., Any]:
         return loss, batch
 
     return make
-
-
-@pytest.fixture(scope="session")
-def assert_near() -> Callable[..., None]:
-    """``assert_near(a, b, tolerance=2e-6)``: the same entries, NaN where NaN."""
-
-    def check(a: TensorDictBase, b: TensorDictBase, tolerance: float = 2e-6) -> None:
-        assert set(a.keys(True, True)) == set(b.keys(True, True))
-        for key in a.keys(True, True):
-            torch.testing.assert_close(
-                a.get(key), b.get(key), rtol=tolerance, atol=tolerance, equal_nan=True
-            )
-
-    return check
-
-
-@pytest.fixture(scope="session")
-def assert_same(assert_near: Callable[..., None]) -> Callable[..., None]:
-    """``assert_same(a, b)``: the same entries, bit for bit."""
-    return lambda a, b: assert_near(a, b, tolerance=0)

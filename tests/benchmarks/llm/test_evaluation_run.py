@@ -305,7 +305,10 @@ def test_damaged_generations_are_named(model: Path, data: Path, tmp_path: Path) 
         ({"top_p": 0.0}, "--top-p 0.0"),
         ({"waits": 1}, "--waits 1 changes nothing without --think-budget"),
         ({"think_budget": 0}, "--think-budget 0"),
-        ({"think_budget": 9, "think_format": "tags"}, "'</think>' is not a token of this model"),
+        (
+            {"think_budget": 9, "think_format": "tags"},
+            "'</think>', the end of thinking, is not a token of this model",
+        ),
         (
             {"max_tokens": 690},
             r"question \d has \d+ tokens, and 690 new ones do not fit in the .* context of 700",
