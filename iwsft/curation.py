@@ -90,6 +90,47 @@ def curate(
     return survivors
 
 
+def join(*parts: TensorDictBase) -> TensorDictBase:
+    """Join the curated sets of several datasets into one.
+
+    Each dataset is curated by itself, so scores are compared within it only: the top 5 % of one and
+    the top 5 % of another are not the top 5 % of both.
+
+    Args:
+        parts: Packed or padded trajectories with the same entries. Where a part has no
+            ``multiplicity``, each of its trajectories counts once.
+
+    Returns:
+        Packed TensorDict of the parts in their order, with ``multiplicity``. Trajectory ids count
+        from 0.
+
+    Raises:
+        TypeError: A part is not a TensorDict.
+        ValueError: There is no part, or parts differ in an entry, its size or its dtype.
+    """
+    packed: list[TensorDictBase] = []
+    first = 0
+    for part in parts:
+        check_tensordict(part)
+        part = pack(part)
+        ids = Segments.of(part).index + first
+        first = int(ids[-1]) + 1
+        part.set(TRAJ_IDS, ids)
+        if part.get(MULTIPLICITY, default=None) is None:
+            part.set(MULTIPLICITY, torch.ones_like(ids))
+        packed.append(part)
+    if not packed:
+        raise ValueError("there is nothing to join")
+    entries = [
+        {(key, x.dtype, x.shape[1:], x.device) for key, x in part.items(True, True)}
+        for part in packed
+    ]
+    differ = sorted({_name(key) for key, *_ in set.union(*entries) - set.intersection(*entries)})
+    if differ:
+        raise ValueError(f"these trajectories differ in {', '.join(differ)}; make them alike")
+    return torch.cat(packed)
+
+
 def trajectory_returns(packed: TensorDictBase) -> Tensor:
     """Return the undiscounted sum of ``("next", "reward")`` of each trajectory, float64 ``[n]``.
 
