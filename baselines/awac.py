@@ -18,6 +18,7 @@ from baselines.learner import Learner
 from baselines.normalization import Normalization, NormalizedPolicy, normalized
 from baselines.rewards import Rewards, transformed
 from iwsft.policies import GaussianPolicy
+from iwsft.policy_loss import holding
 from iwsft.samplers import TransitionSampler
 from iwsft.training import Schedule
 
@@ -172,7 +173,7 @@ class AWACLoss(LossModule):
         """Return both losses and the diagnostics of a batch, see the class."""
         keys = self.tensor_keys
         following = tensordict.get("next")
-        with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
+        with holding(self.actor_network_params, self.actor_network):
             with torch.no_grad():
                 next_action = self._draw(self._dist(following))
             dist = self._dist(tensordict)

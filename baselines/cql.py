@@ -14,10 +14,18 @@ from torchrl.modules.distributions.utils import rsample_and_log_prob
 from torchrl.objectives import CQLLoss, ValueEstimators
 from torchrl.objectives.utils import distance_loss
 
-from baselines.critics import TargetUpdate, check_transitions, qvalue_networks, return_limit, values
+from baselines.critics import (
+    CopyableLoss,
+    TargetUpdate,
+    check_transitions,
+    qvalue_networks,
+    return_limit,
+    values,
+)
 from baselines.learner import Learner
 from baselines.normalization import Normalization, NormalizedPolicy, normalized
 from iwsft.policies import GaussianPolicy
+from iwsft.policy_loss import holding
 from iwsft.samplers import TransitionSampler
 from iwsft.training import Schedule
 from iwsft.trajectory import REWARD
@@ -78,7 +86,7 @@ class Settings:
             raise ValueError(f"{self}: min_q_weight can't be negative, reward_scale is positive")
 
 
-class ConservativeLoss(CQLLoss):
+class ConservativeLoss(CopyableLoss, CQLLoss):
     """TorchRL's ``CQLLoss`` with the penalty and the sum of losses of the paper.
 
     Arguments, keys and parameters are TorchRL's. Where 0.14.1 departs from the paper and its
@@ -177,7 +185,7 @@ class ConservativeLoss(CQLLoss):
         return TensorDict(reduced | diagnostics)
 
     def _policy(self, tensordict: TensorDictBase) -> Distribution:
-        with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
+        with holding(self.actor_network_params, self.actor_network):
             return self.actor_network.get_dist(tensordict.select(*self.actor_network.in_keys))
 
     def _target(self, tensordict: TensorDictBase, action: Tensor, log_prob: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase, TensorDictParams
@@ -22,6 +23,7 @@ from iwsft.trajectory import ACTION, NEXT_OBSERVATION, OBSERVATION, REWARD, vali
 
 STATE_ACTION_VALUE: NestedKey = "state_action_value"
 STATE_VALUE: NestedKey = "state_value"
+_CLOSURES = ("_vmap_qvalue_network", "_vmap_actor_network")
 # How many times any return that the rewards allow a critic must reach to count as diverged.
 _MARGIN = 10.0
 
@@ -136,6 +138,24 @@ def values(network: TensorDictModule, inputs: TensorDictBase, params: TensorDict
     layers = [params.get(("module", "layers", str(i))) for i in range(len(mlp.layers))]
     parameters = [layer.get(name) for layer in layers for name in ("weight", "bias")]
     return mlp.evaluate(parameters, *(inputs.get(key) for key in network.in_keys)).squeeze(-1)
+
+
+class CopyableLoss(LossModule):
+    """A TorchRL loss that ``deepcopy`` and ``pickle`` copy whole.
+
+    TorchRL keeps networks that hold the parameters, and closures over its modules. In a copy they
+    would belong to the original; so a copy makes its own.
+    """
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without caches and closures."""
+        state = {name: x for name, x in vars(self).items() if not name.startswith(_CLOSURES)}
+        return state | {"_cache": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`__getstate__`."""
+        super().__setstate__(state)
+        self._make_vmap()
 
 
 class TargetUpdate(SoftUpdate):

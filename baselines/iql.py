@@ -13,6 +13,7 @@ from torchrl.objectives import IQLLoss, ValueEstimators
 from torchrl.objectives.utils import distance_loss
 
 from baselines.critics import (
+    CopyableLoss,
     TargetUpdate,
     check_transitions,
     qvalue_networks,
@@ -23,6 +24,7 @@ from baselines.critics import (
 from baselines.learner import Learner
 from baselines.rewards import Rewards, clipped_actions, transformed
 from iwsft.policies import GaussianPolicy
+from iwsft.policy_loss import holding
 from iwsft.samplers import TransitionSampler
 from iwsft.training import Schedule
 
@@ -67,7 +69,7 @@ class Settings:
             )
 
 
-class SharedIQLLoss(IQLLoss):
+class SharedIQLLoss(CopyableLoss, IQLLoss):
     """TorchRL's ``IQLLoss`` in less time: its three losses share their networks' outputs.
 
     Arguments, keys, parameters and values are TorchRL's; ``loss_function="l2"`` is the paper's.
@@ -95,7 +97,7 @@ class SharedIQLLoss(IQLLoss):
             reward = tensordict.get(("next", self.tensor_keys.reward)).squeeze(-1)
             bootstrap = torch.where(terminated, 0.0, following)
             target = reward + self.value_estimator.gamma * bootstrap
-        with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
+        with holding(self.actor_network_params, self.actor_network):
             dist = self.actor_network.get_dist(tensordict.select(*self.actor_network.in_keys))
         log_prob = dist.log_prob(tensordict.get(self.tensor_keys.action))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -35,6 +36,12 @@ class Learner:
     schedule: Schedule | Mapping[str, Schedule]
     updater: TargetNetUpdater | None = None
     limits: Mapping[str, float] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Learner:
+        """Return a copy whose policy shares its parameters with its loss, as here."""
+        # A TensorDict's own deepcopy clones, without looking at what has been copied already.
+        copied: Learner = pickle.loads(pickle.dumps(self))
+        return copied
 
 
 class Baseline(Protocol):

@@ -13,7 +13,14 @@ from torchrl.modules import MLP
 from torchrl.objectives import TD3BCLoss, ValueEstimators
 from torchrl.objectives.utils import _cache_values, distance_loss
 
-from baselines.critics import TargetUpdate, check_transitions, qvalue_networks, return_limit, values
+from baselines.critics import (
+    CopyableLoss,
+    TargetUpdate,
+    check_transitions,
+    qvalue_networks,
+    return_limit,
+    values,
+)
 from baselines.learner import Learner
 from baselines.normalization import Normalization, NormalizedPolicy, normalized
 from baselines.rewards import Rewards, transformed
@@ -61,7 +68,7 @@ class Settings:
             raise ValueError(f"{self}: alpha and the noise can't be negative")
 
 
-class DelayedTD3BCLoss(TD3BCLoss):
+class DelayedTD3BCLoss(CopyableLoss, TD3BCLoss):
     """TorchRL's ``TD3BCLoss``; a call leaves out the actor's loss when it is not due.
 
     Arguments, keys, parameters, noise and values are TorchRL's; ``loss_function="l2"`` is the

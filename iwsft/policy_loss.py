@@ -6,10 +6,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 
-from tensordict import NestedKey, TensorDictParams
+from tensordict import NestedKey, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
+
+
+@contextmanager
+def holding(params: TensorDictBase, module: nn.Module) -> Iterator[None]:
+    """Within, ``module`` has these parameters; after it its own again, whatever happens.
+
+    Tensordict's own context leaves them there after an error, and makes a Ctrl-C a RuntimeError.
+    """
+    swap = params.to_module(module, preserve_module_state=False)
+    swap.__enter__()
+    try:
+        yield
+    finally:
+        swap.__exit__(None, None, None)
 
 
 class PolicyLoss(LossModule):
@@ -49,7 +63,7 @@ class PolicyLoss(LossModule):
         """The policy, ready to be called; with ``lagged`` the one with q's parameters."""
         if self.functional:
             name = "target_actor_network_params" if lagged else "actor_network_params"
-            with getattr(self, name).to_module(self.actor_network, preserve_module_state=False):
+            with holding(getattr(self, name), self.actor_network):
                 yield self.actor_network
         else:
             yield self.target_actor_network if lagged else self.actor_network

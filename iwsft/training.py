@@ -165,7 +165,7 @@ def fit(
     with MetricsLog(folder, after=start) if folder is not None else nullcontext() as log:
         for step in range(start + 1, steps + 1):
             batch = sampler.sample()
-            out = loss(batch)
+            out = _call(loss, batch)
             _update(optimizer, out, schedules)
             last = step == steps
             due = [probe for probe in probes if step % probe.every == 0 or last]
@@ -192,6 +192,16 @@ def fit(
             if save and folder is not None:
                 _save(folder, parts, settings or {}, step, cost())
     return cost()
+
+
+def _call(loss: LossModule, batch: TensorDictBase) -> TensorDictBase:
+    try:
+        return loss(batch)
+    except RuntimeError as error:
+        # Tensordict makes it of a Ctrl-C while TorchRL's losses swap parameters.
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
+        raise
 
 
 def _update(
