@@ -125,7 +125,7 @@ def join(*parts: TensorDictBase) -> TensorDictBase:
         {(key, x.dtype, x.shape[1:], x.device) for key, x in part.items(True, True)}
         for part in packed
     ]
-    differ = sorted({_name(key) for key, *_ in set.union(*entries) - set.intersection(*entries)})
+    differ = sorted({_name(key) for part in entries for key, *_ in part ^ entries[0]})
     if differ:
         raise ValueError(f"these trajectories differ in {', '.join(differ)}; make them alike")
     return torch.cat(packed)
