@@ -34,8 +34,8 @@ def gathered(value: T) -> list[T]:
 def from_first(work: Callable[[], T]) -> T:
     """Run ``work`` on the first process alone and give its result to all.
 
-    An ``OSError`` or ``ValueError`` that it raises is raised on all of them, so that none waits for
-    the others.
+    An ``OSError``, ``ValueError`` or ``RuntimeError`` that it raises is raised on all of them, so
+    that none waits for the others.
     """
     rank, world = rank_and_world()
     if world == 1:
@@ -44,7 +44,7 @@ def from_first(work: Callable[[], T]) -> T:
     if rank == 0:
         try:
             outcome[0] = work()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             outcome[1] = error
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import itertools
-import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from iwsft import checkpoint
 from iwsft.distributed import from_first, gathered, rank_and_world
-from iwsft.files import written_whole
 from iwsft.fingerprint import fingerprint
 from iwsft.forward_pass import Collate, ForwardPass
 from iwsft.policies.causal_lm import CausalLMPolicy
@@ -40,7 +35,6 @@ from iwsft.trajectory import (
 _log = logging.getLogger(__name__)
 # Rounds of batches after which the progress of a pass is saved.
 _PART = 16
-_CHECKSUM_BYTES = hashlib.sha256().digest_size
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
@@ -57,7 +51,8 @@ def annotate_reference(
 
     The policy runs in eval mode and without gradient, with PEFT adapters turned off. In a
     distributed run all processes must call this with the same trajectories: they share the work,
-    and all get the result. The model may be sharded by DeepSpeed or FSDP2.
+    and all get the result (one that calls alone waits for the others, until its process group times
+    out). The model may be sharded by DeepSpeed or FSDP2.
 
     If ``batches`` are the micro-batches that training begins with, the first update's weights are
     exactly 1 (for a model without dropout, in float32 or less).
@@ -84,7 +79,8 @@ def annotate_reference(
     Raises:
         TypeError: The policy has no ``log_prob``, or is not a module and there is a cache.
         ValueError: Log-probs are not finite or not one per step; the trajectories are locked, or
-            not the same on all processes; or a stored file is corrupt.
+            not the same on all processes.
+        CheckpointError: A stored file is damaged.
         OSError: The cache can't be written; no half-written file stays.
 
     Warns:
@@ -98,17 +94,14 @@ def annotate_reference(
         batches if batches or tokens else None,
         collate=collate,
         rows=rows,
-        complete=True,
         shared=True,
     )
-    log_prob, _ = reference_log_prob(forward, cache=cache)
-    return trajectories.set(REF_LOG_PROB, log_prob)
+    write_reference(forward, cache=cache)
+    return trajectories
 
 
-def reference_log_prob(
-    forward: ForwardPass, *, cache: str | Path | None = None
-) -> tuple[Tensor, str | None]:
-    """log pi_ref of every step, and the key under which it is stored.
+def write_reference(forward: ForwardPass, *, cache: str | Path | None = None) -> str | None:
+    """Write log pi_ref into the trajectories of a pass; the key under which it is stored.
 
     A resumed run, whose model has changed, gets the same log-probs by :func:`cached_reference`.
 
@@ -130,19 +123,26 @@ def reference_log_prob(
             )
         # Before the pass, so that a folder that can't be made costs nothing.
         from_first(lambda: Path(cache).mkdir(parents=True, exist_ok=True))
-    _, world = rank_and_world()
-    data = _data_digest(trajectories) if cache is not None or world > 1 else ""
-    _check_same(data)
-    adapted = isinstance(policy, CausalLMPolicy) and bool(_adapter_tensors(policy))
+    data = _data_digest(trajectories) if cache is not None or rank_and_world()[1] > 1 else ""
+    digests = gathered(data)
+    if set(digests) != {data}:
+        odd = next(rank for rank, other in enumerate(digests) if other != digests[0])
+        raise ValueError(
+            f"process {odd} holds other trajectories than process 0; read and tokenise the same "
+            "data on all of them, in the same order"
+        )
+    adapted = isinstance(policy, CausalLMPolicy) and bool(_adapter_parts(policy))
     with policy.reference() if adapted else nullcontext():
-        head = forward.run_mine(0)
-        store = None
+        first = forward.run(0, 1)
+        key = path = None
         if cache is not None:
-            store = _Store(Path(cache), f"{data}-{_rest_digest(forward, head)}")
-        log_prob = _run(forward, head, store)
+            key = f"{data}-{_rest_digest(forward, first)}"
+            path = _path(cache, key)
+        log_prob = _stored(path, lambda: forward.placed(_run(forward, first, path)))
+    trajectories.set(REF_LOG_PROB, log_prob.to(forward.segments.index.device))
     if adapted:
-        _check_adapters(forward, head)
-    return log_prob, None if store is None else store.key
+        _check_adapters(forward, first)
+    return key
 
 
 def cached_reference(trajectories: TensorDictBase, key: str, *, cache: str | Path) -> None:
@@ -150,12 +150,13 @@ def cached_reference(trajectories: TensorDictBase, key: str, *, cache: str | Pat
 
     Args:
         trajectories: Those that were annotated, changed in place.
-        key: Key from :func:`reference_log_prob`.
+        key: Key from :func:`write_reference`.
         cache: Folder of stored results; the first process reads it.
 
     Raises:
         FileNotFoundError: The stored file is gone.
-        ValueError: It is corrupt, or belongs to other trajectories.
+        CheckpointError: It is damaged.
+        ValueError: It belongs to other trajectories.
     """
     if _data_digest(trajectories) != key.split("-")[0]:
         raise ValueError(
@@ -163,91 +164,68 @@ def cached_reference(trajectories: TensorDictBase, key: str, *, cache: str | Pat
             "earlier version of iwsft; resume with the version, data, tokenizer, template and "
             "max_length of the first run"
         )
-    path = _Store(Path(cache), key).path()
+    path = _path(cache, key)
     way_out = (
         "this run's model has moved, so it can't be computed again from it: put a copy of the file "
         "back, or start afresh with another output folder"
     )
-
-    def read() -> Tensor:
-        if not path.exists():
-            raise FileNotFoundError(f"the reference of this run, {path}, is gone; {way_out}")
-        return _read_log_prob(path, way_out)
-
-    device = Segments.of(trajectories).index.device
-    trajectories.set(REF_LOG_PROB, from_first(read).to(device))
+    log_prob = from_first(lambda: _read(path, way_out))
+    if log_prob is None:
+        raise FileNotFoundError(f"the reference of this run, {path}, is gone; {way_out}")
+    trajectories.set(REF_LOG_PROB, log_prob.to(Segments.of(trajectories).index.device))
 
 
-def _run(forward: ForwardPass, head: Tensor, store: _Store | None) -> Tensor:
-    """Run what is not stored; the log-probs in the layout of the trajectories."""
-    device = Segments.of(forward.trajectories).index.device
-    starts = range(0, forward.rounds, _PART)
-    stored, parts = (None, []) if store is None else from_first(lambda: store.read(starts))
-    if stored is not None:
-        return stored.to(device)
-    for start in starts[len(parts) :]:
-        stop = min(start + _PART, forward.rounds)
-        part = forward.run(start, stop, first=head).float()
-        _check_finite(part, forward.steps(start, stop), forward.trajectories)
-        parts.append(part)
-        if store is not None and stop < forward.rounds:
-            from_first(lambda: store.write(part, start))  # noqa: B023
-            _log.info("reference: %d of %d rounds of batches", stop, forward.rounds)
-    log_prob = forward.placed(torch.cat(parts)).to(device)
-    if store is not None:
-        from_first(lambda: store.write(log_prob))
+def _run(forward: ForwardPass, first: Tensor, path: Path | None) -> Tensor:
+    """Log-probs of all rounds; ``first`` are those of the first one."""
+    parts = [_part(forward, start, path) for start in range(1, forward.rounds, _PART)]
+    return torch.cat([_check_finite(first, 0, forward), *parts])
+
+
+def _part(forward: ForwardPass, start: int, path: Path | None) -> Tensor:
+    """Log-probs of some rounds, stored beside the path of the result."""
+    stop = min(start + _PART, forward.rounds)
+
+    def run() -> Tensor:
+        _log.info("reference: round %d of %d", start, forward.rounds)
+        return _check_finite(forward.run(start, stop), start, forward)
+
+    # The result would replace the last part at once.
+    if path is None or stop == forward.rounds:
+        return run()
+    return _stored(path.with_suffix(f".{start}-{stop}.pt"), run)
+
+
+# ---- files ----
+
+
+def _path(cache: str | Path, key: str) -> Path:
+    return Path(cache) / f"ref_log_prob-{key}.pt"
+
+
+def _stored(path: Path | None, run: Callable[[], Tensor]) -> Tensor:
+    """Log-probs from a file, or computed and stored there, in place of its parts."""
+    if path is None:
+        return run()
+    log_prob = from_first(lambda: _read(path, "delete the file and run again"))
+    if log_prob is None:
+        log_prob = run()
+        content = {"log_prob": log_prob.cpu(), "file": path.name}
+        from_first(lambda: checkpoint.write(path, content))
+    for part in path.parent.glob(f"{path.stem}.*-*.pt"):
+        part.unlink(missing_ok=True)
     return log_prob
 
 
-@dataclass(frozen=True)
-class _Store:
-    """Files of a pass: the whole result, or the parts that are done."""
-
-    folder: Path
-    key: str
-
-    def path(self, part: int | str | None = None) -> Path:
-        """File of the whole result, or of the part that begins at a round."""
-        name = "" if part is None else f".rounds-{part}-of-{_PART}"
-        return self.folder / f"ref_log_prob-{self.key}{name}.npy"
-
-    def read(self, starts: Sequence[int]) -> tuple[Tensor | None, list[Tensor]]:
-        """The whole result; or None, and the parts that are stored, from the first one on."""
-        if self.path().exists():
-            return _read_log_prob(self.path()), []
-        stored = itertools.takewhile(lambda start: self.path(start).exists(), starts)
-        try:
-            return None, [_read_log_prob(self.path(start)) for start in stored]
-        except FileNotFoundError:
-            # Another process has just replaced the parts by the whole result.
-            return _read_log_prob(self.path()), []
-
-    def write(self, log_prob: Tensor, part: int | None = None) -> None:
-        """Store a part, or the whole result, which replaces its parts, as ``.npy`` and checksum."""
-        buffer = io.BytesIO()
-        np.save(buffer, log_prob.cpu().numpy(), allow_pickle=False)
-        body = buffer.getvalue()
-        path = self.path(part)
-        with written_whole(path) as partial:
-            # After the array, where readers of .npy do not look.
-            partial.write_bytes(body + _checksum(path, body))
-        for old in self.folder.glob(self.path("*").name) if part is None else ():
-            old.unlink(missing_ok=True)
-
-
-def _read_log_prob(path: Path, way_out: str = "delete the file and run again") -> Tensor:
-    content = path.read_bytes()
-    body, checksum = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
-    if _checksum(path, body) != checksum:
-        raise ValueError(
-            f"the reference stored in {path} is corrupt or belongs elsewhere (its checksum does "
-            f"not fit); {way_out}"
-        )
-    return torch.from_numpy(np.load(io.BytesIO(body), allow_pickle=False))
-
-
-def _checksum(path: Path, body: bytes) -> bytes:
-    return hashlib.sha256(path.name.encode() + body).digest()
+def _read(path: Path, way_out: str) -> Tensor | None:
+    try:
+        content = checkpoint.read(path, way_out)
+    # Parts vanish when another process stores the result.
+    except FileNotFoundError:
+        return None
+    if content.get("file") != path.name:
+        raise checkpoint.CheckpointError(f"{path} is the copy of another file; {way_out}")
+    log_prob: Tensor = content["log_prob"]
+    return log_prob
 
 
 # ---- the key ----
@@ -262,21 +240,20 @@ def _data_digest(trajectories: TensorDictBase) -> str:
     return fingerprint(dict(inputs.flatten_keys("/").items()))[:16]
 
 
-def _rest_digest(forward: ForwardPass, head: Tensor) -> str:
+def _rest_digest(forward: ForwardPass, first: Tensor) -> str:
     """Digest of everything else, the same on all processes."""
-    policy = forward.policy
-    # The first log-probs show what is not listed: code, kernels, hardware.
-    mine = fingerprint({"weights": _weights_digest(policy), "head": head})
-    tensor = next(itertools.chain(policy.parameters(), policy.buffers()), None)
-    device = "cpu" if tensor is None else tensor.device.type
-    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    device = torch.device(forward.device or "cpu").type
     rest = {
+        # They show what is not listed: code, kernels, hardware.
+        "first": first,
+        "weights": gathered(_weights_digest(forward.policy)),
+        "settings": [*_settings(forward.policy)],
         "batches": forward.batches,
         "collate": _ADDRESS.sub("", repr(forward.collate)),
-        "settings": list(_settings(policy)),
-        "device": [device, torch.get_float32_matmul_precision(), autocast],
+        "precision": torch.get_float32_matmul_precision(),
+        "autocast": torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+        "device": device,
         "torch": torch.__version__,
-        "ranks": gathered(mine),
     }
     return fingerprint(rest)[:48]
 
@@ -291,67 +268,55 @@ def _settings(policy: nn.Module) -> Iterator[str]:
             if not attribute.startswith("_") and attribute != "training":
                 yield f"{attribute}={_ADDRESS.sub('', repr(value))}"
     if isinstance(policy, CausalLMPolicy):
-        import transformers
-
         decoder = decoder_of(policy.model)
-        config = decoder.config.to_dict()
-        for irrelevant in ("_name_or_path", "use_cache"):
-            config.pop(irrelevant, None)
-        yield f"{type(policy.model).__qualname__} {type(decoder).__qualname__}"
-        yield json.dumps(config, sort_keys=True, default=str)
-        yield f"{decoder.config._attn_implementation} {transformers.__version__}"
+        # With transformers' version.
+        config = {**decoder.config.to_dict(), "_name_or_path": "", "use_cache": False}
+        yield f"{type(decoder).__qualname__} {decoder.config._attn_implementation} {config}"
 
 
 def _weights_digest(policy: nn.Module) -> str:
+    """Digest of what this process holds of the weights, without those of adapters."""
     for module in policy.modules():
         # FSDP2 keeps the outermost parameters gathered after a forward without backward.
-        reshard = getattr(module, "reshard", None)
-        if callable(reshard):
-            reshard()
-    adapters = _adapter_tensors(policy)
+        getattr(module, "reshard", lambda: None)()
+    adapters = _adapter_parts(policy)
     named = itertools.chain(policy.named_parameters(), policy.named_buffers())
-    return fingerprint({name: _local_shard(x) for name, x in named if id(x) not in adapters})
+    own = {name: x for name, x in named if adapters.isdisjoint(name.split("."))}
+    return fingerprint({name: _local_shard(x) for name, x in own.items()})
 
 
 def _local_shard(tensor: Any) -> Tensor:
     """What this process holds of a parameter or buffer: a view; all of it if it is not sharded."""
     shard = getattr(tensor, "ds_tensor", None)
-    if shard is not None:
-        if shard.status.name != "AVAILABLE":
-            raise ValueError(
-                "DeepSpeed keeps these parameters on NVMe, so they can't be looked at; pass "
-                "cache=None, or offload parameters to the CPU"
-            )
-        # The last shards end in padding that is never written.
-        left = tensor.ds_numel - shard.ds_numel * tensor.ds_zero_partition_rank
-        return shard.detach().reshape(-1)[: max(left, 0)]
-    # A DTensor (FSDP2) has a local part.
-    local: Tensor = getattr(tensor, "to_local", lambda: tensor)()
-    return local.detach()
+    if shard is None:
+        # A DTensor (FSDP2) has a local part.
+        local: Tensor = getattr(tensor, "to_local", lambda: tensor)()
+        return local.detach()
+    if shard.status.name != "AVAILABLE":
+        raise ValueError(
+            "DeepSpeed keeps these parameters on NVMe, so they can't be looked at; pass "
+            "cache=None, or offload parameters to the CPU"
+        )
+    # The last shards end in padding that is never written.
+    left = tensor.ds_numel - shard.ds_numel * tensor.ds_zero_partition_rank
+    return shard.detach().reshape(-1)[: max(left, 0)]
 
 
-# ---- adapters ----
+def _adapter_parts(policy: nn.Module) -> set[str]:
+    """Names of modules and lists with PEFT's own tensors, which the model alone does not use."""
+    return {part for m in policy.modules() for part in getattr(m, "adapter_layer_names", ())}
 
 
-def _adapter_tensors(policy: nn.Module) -> set[int]:
-    """Ids of PEFT's own tensors, which the model without adapters does not use."""
-    ids: set[int] = set()
-    for module in policy.modules():
-        for name in getattr(module, "adapter_layer_names", ()):
-            part = getattr(module, name, None)
-            if isinstance(part, nn.Module):
-                ids.update(map(id, itertools.chain(part.parameters(), part.buffers())))
-    return ids
+# ---- checks ----
 
 
-def _check_adapters(forward: ForwardPass, head: Tensor) -> None:
+def _check_adapters(forward: ForwardPass, first: Tensor) -> None:
     """Warn of adapters that change the log-probs already."""
     parameters = forward.policy.parameters()
-    dtypes = {head.dtype, *(p.dtype for p in parameters if p.is_floating_point())}
+    dtypes = {first.dtype, *(p.dtype for p in parameters if p.is_floating_point())}
     # Half the digits, for kernels differ.
     tolerance = max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5
-    changed = not torch.allclose(forward.run_mine(0), head, rtol=tolerance, atol=tolerance)
-    if any(gathered(changed)):
+    if not torch.allclose(forward.run(0, 1), first, rtol=tolerance, atol=tolerance):
         warnings.warn(
             "the adapters change the log-probs already; the reference is the model without them, "
             "so the first weights are not 1. To take the model as it is for the reference, "
@@ -361,30 +326,19 @@ def _check_adapters(forward: ForwardPass, head: Tensor) -> None:
         )
 
 
-# ---- checks ----
-
-
-def _check_same(data: str) -> None:
-    everyone = gathered(data)
-    if len(set(everyone)) > 1:
-        odd = next(rank for rank, other in enumerate(everyone) if other != everyone[0])
-        raise ValueError(
-            f"process {odd} holds other trajectories than process 0; read and tokenise the same "
-            "data on all of them, in the same order"
-        )
-
-
-def _check_finite(log_prob: Tensor, steps: Tensor, trajectories: TensorDictBase) -> None:
-    bad = (~log_prob.isfinite()).nonzero().squeeze(1).cpu()
-    if len(bad) == 0:
-        return
-    step = int(steps[bad[0]])
-    index = Segments.of(trajectories).index.cpu()
-    first = int((index == index[step]).nonzero()[0])
-    traj_id = int(trajectories.get(TRAJ_IDS, index).reshape(-1)[step])
+def _check_finite(log_prob: Tensor, start: int, forward: ForwardPass) -> Tensor:
+    """The log-probs from round ``start`` on, as float32."""
+    log_prob = log_prob.float()
+    if bool(log_prob.isfinite().all()):
+        return log_prob
+    placed = forward.placed(log_prob, start).reshape(-1)
+    bad = (~placed.isfinite()).nonzero().squeeze(1)
+    step, index = bad[0], forward.segments.index
+    within = int((index[:step] == index[step]).sum())
+    traj_id = int(forward.trajectories.get(TRAJ_IDS, index).reshape(-1)[step])
     raise ValueError(
-        f"the reference gives log-prob {float(log_prob[bad[0]])} at step {step - first} of "
-        f"trajectory {traj_id}, and {len(bad)} of {len(steps)} log-probs are not finite: look for "
-        "NaN in that trajectory and in the policy's weights; clip actions to where the "
-        "distribution has a density; in float16, use bfloat16 or float32"
+        f"the reference gives log-prob {float(placed[step])} at step {within} of trajectory "
+        f"{traj_id}, and {len(bad)} of {len(log_prob)} log-probs are not finite: look for NaN in "
+        "that trajectory and in the policy's weights; clip actions to where the distribution has "
+        "a density; in float16, use bfloat16 or float32"
     )

@@ -14,7 +14,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.modules import ProbabilisticActor
 
-from iwsft.forward_pass import ForwardPass, whole_trajectories
+from iwsft.forward_pass import ForwardPass
 from iwsft.policies import GaussianPolicy
 from iwsft.trajectory import MASK, TRAJ_IDS, Segments, pack, pad
 
@@ -75,12 +75,11 @@ def test_is_the_density_of_a_normal(policy: GaussianPolicy) -> None:
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(1, 200))
 def test_chunks_are_whole_trajectories_none_tiny(sizes: list[int], rows: int) -> None:
     data = packed(sizes)
-    chunks = list(whole_trajectories(Segments.of(data), rows))
-    ends = {0, *torch.tensor(sizes).cumsum(0).tolist()}
-    assert [c.start for c in chunks] == [0, *(c.stop for c in chunks[:-1])]
-    assert chunks[-1].stop == sum(sizes)
-    assert all(c.stop in ends for c in chunks)
-    lengths = [c.stop - c.start for c in chunks]
+    recorder = Recorder()
+    ForwardPass(recorder, data, rows=rows).log_prob()
+    assert torch.equal(torch.cat([chunk[TRAJ_IDS] for chunk in recorder.seen]), data[TRAJ_IDS])
+    assert sum(len(chunk[TRAJ_IDS].unique()) for chunk in recorder.seen) == len(sizes)
+    lengths = [len(chunk) for chunk in recorder.seen]
     assert min(lengths) >= min(16, sum(sizes))
     # At most a trajectory and a remainder beyond what was asked for.
     assert max(lengths) <= max(rows, 16 + max(sizes)) + 15

@@ -229,7 +229,7 @@ def mean_log_probs(
     """
     trajectories = tokenize(rows, tokenizer, max_length=max_length).trajectories
     log_prob = ForwardPass(
-        CausalLMPolicy(model), trajectories, (), collate=collate, rows=token_budget, complete=True
+        CausalLMPolicy(model), trajectories, (), collate=collate, rows=token_budget
     ).log_prob()
     segments = Segments.of(trajectories, mask=trajectories.get(ASSISTANT_MASK))
     means: NDArray[np.float64] = segments.mean(log_prob.double())[: len(rows)].numpy()

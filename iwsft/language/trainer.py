@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
@@ -27,7 +27,7 @@ from iwsft.language.shards import Shards
 from iwsft.objective import LOSS, ImportanceWeightedMLE
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.proposals import EMA, write_weights
-from iwsft.reference import cached_reference, reference_log_prob
+from iwsft.reference import cached_reference, write_reference
 from iwsft.trajectory import (
     ASSISTANT_MASK,
     IMPORTANCE_WEIGHT,
@@ -233,17 +233,16 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
         return (loss, out) if return_outputs else loss
 
     def _forward(
-        self, dataset: TrajectoryDataset, batches: list[list[int]], *, complete: bool = False
+        self, trajectories: TensorDictBase, batches: Sequence[Sequence[int]]
     ) -> ForwardPass:
-        """A pass over batches of entries."""
+        """A pass over batches, by the positions of their trajectories."""
         self._policy.model = self.model_wrapped
         return ForwardPass(
             self._policy,
-            dataset.trajectories,
-            [dataset.positions(batch) for batch in batches],
+            trajectories,
+            batches,
             collate=self._collate,
             device=self.accelerator.device,
-            complete=complete,
             shared=True,
         )
 
@@ -255,14 +254,15 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
         """
         batches = [batch for number in updates for batch in self._plan.update(number)]
         window = self._dataset.drawn([*chain.from_iterable(batches)])
+        positions = [self._dataset.positions(batch) for batch in batches]
+        place = {t: n for n, t in enumerate(sorted({*chain.from_iterable(positions)}))}
         with nullcontext() if self._shards is None else self._shards.swapped():
-            log_q = self._forward(self._dataset, batches).log_prob()
-        place = window.get(PLACE)
+            forward = self._forward(window, [[place[t] for t in batch] for batch in positions])
+            log_q = forward.log_prob().float()
         segments = self._loss.segments(window)
         share = self._loss.share(window, segments)
-        log_q = log_q[place].float()
         weights = write_weights(window, self._loss, log_q, segments=segments, share=share)
-        cached["weights"][place] = window.get(IMPORTANCE_WEIGHT)
+        cached["weights"][window.get(PLACE)] = window.get(IMPORTANCE_WEIGHT)
         cached["clip_fraction"] = (share * weights.clipped).sum() / share.sum()
         cached["until"] = torch.tensor(updates.stop)
 
@@ -290,12 +290,12 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
         """Write ``ref_log_prob`` into the trajectories; a resumed run reads that of its start."""
         cache = Path(self.args.reference_cache or Path(str(self.args.output_dir)) / REFERENCE)
         if self.reference_key is not None:
-            cached_reference(self._trajectories, self.reference_key, cache=cache)
+            cached_reference(self._dataset.trajectories, self.reference_key, cache=cache)
         else:
-            forward = self._forward(self._dataset, self._plan.epoch(0), complete=True)
-            log_prob, self.reference_key = reference_log_prob(forward, cache=cache)
-            self._trajectories.set(REF_LOG_PROB, log_prob)
-        self._dataset.trajectories.set(REF_LOG_PROB, self._trajectories.get(REF_LOG_PROB))
+            batches = [self._dataset.positions(batch) for batch in self._plan.epoch(0)]
+            forward = self._forward(self._dataset.trajectories, batches)
+            self.reference_key = write_reference(forward, cache=cache)
+        self._trajectories.set(REF_LOG_PROB, self._dataset.trajectories.get(REF_LOG_PROB))
 
     def settings(self) -> dict[str, Any]:
         """Settings that a checkpoint belongs to."""
@@ -352,8 +352,8 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
             raise ValueError("pass held-out trajectories as eval_trajectories=...")
         entries = range(len(held_out))
         width = self.args.per_device_eval_batch_size
-        batches = [[*entries[at : at + width]] for at in entries[::width]]
-        log_prob = self._forward(held_out, batches).log_prob()
+        batches = [held_out.positions(entries[at : at + width]) for at in entries[::width]]
+        log_prob = self._forward(held_out.trajectories, batches).log_prob()
         names = (f"{metric_key_prefix}_loss", f"{metric_key_prefix}_token_loss")
         means = negative_log_likelihood(self._loss, held_out.trajectories, log_prob)
         metrics = dict(zip(names, means, strict=True))

@@ -16,7 +16,7 @@ from iwsft import annotate_reference
 from iwsft.forward_pass import ForwardPass
 from iwsft.language.batches import collate
 from iwsft.policies import CausalLMPolicy
-from iwsft.reference import reference_log_prob
+from iwsft.reference import write_reference
 
 VOCABULARY = 61
 SIZES = (9, 4, 14, 6, 11, 23, 5, 8, 3, 17)
@@ -93,10 +93,8 @@ def key_of(
     theta: Any, data: TensorDict, cache: Path, batches: Sequence[Sequence[int]] = BATCHES
 ) -> str:
     """The key under which :func:`annotate` stores the reference."""
-    forward = ForwardPass(
-        theta, data, batches, collate=partial(collate), complete=True, shared=True
-    )
-    _, key = reference_log_prob(forward, cache=cache)
+    forward = ForwardPass(theta, data, batches, collate=partial(collate), shared=True)
+    key = write_reference(forward, cache=cache)
     assert key is not None
     return key
 

@@ -153,7 +153,7 @@ def _check_errors(rank: int, folder: Path) -> None:
         annotate(broken, data, BATCHES)
     key = key_of(theta, dataset(), folder / "new")
     dist.barrier()
-    (folder / "new" / f"ref_log_prob-{key}.npy").unlink(missing_ok=True)
+    (folder / "new" / f"ref_log_prob-{key}.pt").unlink(missing_ok=True)
     with pytest.raises(FileNotFoundError, match="is gone"):
         cached_reference(dataset(), key, cache=folder / "new")
 
