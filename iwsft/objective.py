@@ -14,7 +14,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import dispatch
 from torch import Tensor, nn
 
-from iwsft.policies.log_prob import finite_padding, step_log_prob
+from iwsft.policies.log_prob import evaluating, finite_padding, noise_watch, step_log_prob
 from iwsft.policy_loss import PolicyLoss
 from iwsft.trajectory import (
     ACTION,
@@ -59,8 +59,9 @@ class ImportanceWeightedMLE(PolicyLoss):
     ``loss_iw_mle = - sum_j m_j w_j (sum_i log p_ji) [/ length_j] / sum_j m_j`` over the
     trajectories j of the batch and their valid steps i. m_j is the multiplicity (how often the
     batch counts the trajectory; 1 without that key), w_j = q(tau_j) / pi_ref(tau_j) the importance
-    weight after the transforms of ``importance_weights``. Weights carry no gradient. With
-    q = pi_ref the loss is that of SFT, and on all data that of behaviour cloning.
+    weight after the transforms of ``importance_weights``. Weights carry no gradient, and q runs in
+    eval mode, without dropout. With q = pi_ref the loss is that of SFT, and on all data that of
+    behaviour cloning.
 
     Args:
         policy: A TorchRL ``ProbabilisticActor``, or any module with ``log_prob(trajectories)``.
@@ -68,8 +69,9 @@ class ImportanceWeightedMLE(PolicyLoss):
             mean log-ratio of a trajectory.
         proposal: What q is. ``"lagged"``: a copy of the policy that a q-updater moves
             (:class:`~iwsft.HardSync`, :class:`~iwsft.EMA`, or TorchRL's ``SoftUpdate`` and
-            ``HardUpdate``). ``"current"``: the policy itself, without a copy. ``"cached"``: the
-            policy at the last sync; :func:`~iwsft.reweight` wrote its weights into the data.
+            ``HardUpdate``). ``"current"``: the policy itself, without a copy; it runs again in eval
+            mode where it has drawn dropout or other noise. ``"cached"``: the policy at the last
+            sync; :func:`~iwsft.reweight` wrote its weights into the data.
             ``"reference"``: pi_ref, so all log-ratios are 0: SFT.
         length_normalize: Whether to divide the log-probability of a trajectory by its length.
         reduction: ``"mean"`` as above, ``"sum"`` (no division by sum_j m_j), or ``"none"``: the
@@ -173,6 +175,7 @@ class ImportanceWeightedMLE(PolicyLoss):
         """
         segments = self.segments(batch)
         share = self.share(batch, segments)
+        noisy = noise_watch(self.actor_network, segments.index.device)
         log_prob = self._log_prob(batch, segments)
         reference = None
         if self.tensor_keys.ref_log_prob in batch.keys(include_nested=True):
@@ -184,10 +187,11 @@ class ImportanceWeightedMLE(PolicyLoss):
             return Terms(segments, share, log_prob, log_weight, None, reference)
         with torch.no_grad():
             base = reference
-            if self.proposal == "current":
+            # q is without dropout, as the reference is.
+            if self.proposal == "lagged" or (self.proposal == "current" and noisy()):
+                log_q = self._log_prob(batch, segments, q=True)
+            elif self.proposal == "current":
                 log_q = log_prob.detach()
-            elif self.proposal == "lagged":
-                log_q = self._log_prob(batch, segments, lagged=True)
             else:
                 log_q = base = torch.zeros_like(log_prob)
             weights = self.weigh(batch, log_q, reference=base, segments=segments, share=share)
@@ -253,16 +257,15 @@ class ImportanceWeightedMLE(PolicyLoss):
         """log p of each step under the policy, in the layout of the batch, 0 where masked."""
         return self._log_prob(trajectories, self.segments(trajectories))
 
-    def _log_prob(
-        self, batch: TensorDictBase, segments: Segments, *, lagged: bool = False
-    ) -> Tensor:
+    def _log_prob(self, batch: TensorDictBase, segments: Segments, *, q: bool = False) -> Tensor:
         if segments.mask is not None:
             read = getattr(self.actor_network, "in_keys", None)
             keys = list(
                 batch.keys(True, True) if read is None else [*read, self.tensor_keys.action]
             )
             batch = finite_padding(batch, segments, keys)
-        with self.network(lagged=lagged) as policy:
+        lagged = q and self.proposal == "lagged"
+        with self.network(lagged=lagged) as policy, evaluating(policy if q else None):
             log_prob = step_log_prob(policy, batch, segments.shape)
         return segments.where_valid(log_prob)
 

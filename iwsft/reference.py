@@ -55,7 +55,7 @@ def annotate_reference(
     out). The model may be sharded by DeepSpeed or FSDP2.
 
     If ``batches`` are the micro-batches that training begins with, the first update's weights are
-    exactly 1 (for a model without dropout, in float32 or less).
+    exactly 1 (in float32 or less).
 
     With ``cache``, the result is stored in that folder under a key of everything it depends on:
     data, batches, weights, settings, precision, versions, and the log-probs of the first batch,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from iwsft.trajectory import Segments
 
@@ -25,6 +27,25 @@ def evaluating(policy: Any) -> Iterator[None]:
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
+
+
+def noise_watch(policy: nn.Module, device: torch.device) -> Callable[[], bool]:
+    """Return a function that says whether noise, such as dropout, was drawn since this call.
+
+    Looking at the generator's state finds all noise, also that of functions and hooks (NEFTune).
+    While a graph is compiled or captured, only dropout layers are found.
+    """
+    if torch.compiler.is_compiling() or (
+        device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    ):
+        drops = any(isinstance(m, _DropoutNd) and m.training and m.p for m in policy.modules())
+        return lambda: drops
+    if device.type == "cpu":
+        state = torch.get_rng_state
+    else:
+        state = partial(torch.get_device_module(device).get_rng_state, device)
+    before = state()
+    return lambda: not torch.equal(before, state())
 
 
 def step_log_prob(policy: Any, batch: TensorDictBase, shape: torch.Size) -> Tensor:

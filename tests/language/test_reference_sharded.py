@@ -16,6 +16,7 @@ from torch import Tensor
 
 from iwsft import reference
 from iwsft.language.batches import TrajectoryDataset, collate
+from iwsft.language.loss import token_loss
 from iwsft.policies import CausalLMPolicy
 from iwsft.reference import cached_reference
 
@@ -115,6 +116,16 @@ def _check(wrap: Callable[[Any], Any], rank: int, folder: Path) -> None:
     log_prob = theta.log_prob(batch)
     assert log_prob.requires_grad and torch.equal(log_prob, batch["ref_log_prob"])
     total = log_prob.sum()
+    engine.backward(total) if hasattr(engine, "backward") else total.backward()
+
+    # Nor does dropout reach the weights: q runs again in eval mode, before the backward.
+    for layer in theta.modules():
+        if hasattr(layer, "attention_dropout"):
+            layer.attention_dropout = 0.5
+    terms = token_loss(theta, proposal="current").terms(batch)
+    assert not torch.equal(terms.log_prob, batch["ref_log_prob"])
+    assert bool((terms.log_weight == 0).all())
+    total = terms.log_prob.sum()
     engine.backward(total) if hasattr(engine, "backward") else total.backward()
 
     again = Breaking(wrap(decoder(**UNEVEN)))

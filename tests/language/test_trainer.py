@@ -117,14 +117,17 @@ def test_transforms_that_look_at_a_batch_see_the_whole_window(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("proposal", PROPOSALS[1:], ids=lambda p: p["proposal"])
-def test_the_first_weights_are_exactly_one(tmp_path: Path, proposal: dict[str, Any]) -> None:
-    run = trainer(tmp_path, max_steps=1, **proposal)
+@pytest.mark.parametrize("noise", [None, 5.0])
+def test_the_first_weights_are_exactly_one(
+    tmp_path: Path, proposal: dict[str, Any], noise: float | None
+) -> None:
+    run = trainer(tmp_path, max_steps=1, neftune_noise_alpha=noise, **proposal)
     run.train()
     # The loss has the proposal that the settings name.
     assert run._loss.proposal == proposal["proposal"]
     first = run.state.log_history[0]
     assert first["weight_mean"] == first["weight_max"] == first["ESS"] == 1.0
-    assert first["kl_approx"] == 0.0
+    assert (first["kl_approx"] == 0.0) == (noise is None)
 
 
 def test_sft_is_the_likelihood_of_the_assistant_tokens(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from tensordict import TensorDict
+from torch import nn
+from torchrl.modules import MLP
 
 from iwsft import (
     EMA,
@@ -57,6 +59,34 @@ def test_weights_are_exactly_one_at_the_start(
                 segments = loss.segments(layout)
                 log_weight = loss.terms(layout).log_weight
                 assert bool((log_weight[segments.valid].exp() == 1.0).all())
+
+
+@pytest.mark.parametrize(
+    ("proposal", "functional", "compiled"),
+    [
+        *((proposal, flag, False) for proposal in ("lagged", "cached") for flag in (True, False)),
+        *(("current", *flags) for flags in ((True, False), (False, False), (True, True))),
+    ],
+)
+def test_q_is_without_dropout(
+    make_batch: Any, make_policy: Any, proposal: Any, functional: bool, compiled: bool
+) -> None:
+    policy = make_policy(hidden=(32, 32))
+    (net,) = [module for module in policy.modules() if isinstance(module, MLP)]
+    net.insert(1, nn.Dropout(0.5))
+    data = annotate_reference(policy, make_batch([5, 8, 12]))
+    loss = ImportanceWeightedMLE(policy, proposal=proposal, functional=functional)
+    if proposal == "lagged":
+        EMA(loss, decay=0.9)
+    if proposal == "cached":
+        reweight(data, loss)
+    call = torch.compile(loss, fullgraph=True, backend="eager") if compiled else loss
+    out = call(data)
+    assert out["weight_mean"] == out["weight_max"] == 1.0
+    # The gradient is of a policy with dropout.
+    assert out["kl_approx"] != 0.0
+    assert all(module.training for module in policy.modules())
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("functional", [True, False], ids=["functional", "module"])

@@ -10,6 +10,7 @@ import torch
 from language_models import alone, decoder, packed
 from tensordict import TensorDict
 from torch import Tensor
+from transformers.integrations.neftune import neftune_post_forward_hook
 
 from iwsft import ImportanceWeightedMLE, ImportanceWeights, annotate_reference, reweight, weights
 from iwsft.policies import CausalLMPolicy
@@ -155,11 +156,18 @@ def test_tied_weights_move_once_an_update(functional: bool) -> None:
 
 
 @pytest.mark.parametrize("proposal", ["current", "lagged", "cached"])
-def test_weights_of_the_first_step_are_exactly_one(proposal: str) -> None:
+@pytest.mark.parametrize("noise", [None, "dropout", "neftune"])
+def test_weights_of_the_first_step_are_exactly_one(proposal: str, noise: str | None) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        policy = CausalLMPolicy(decoder(dtype=torch.float32))
+        policy = CausalLMPolicy(
+            decoder(dtype=torch.float32, attention_dropout=0.5 if noise == "dropout" else 0.0)
+        ).train()
+        if noise == "neftune":
+            embedding = policy.model.get_input_embeddings()
+            embedding.neftune_noise_alpha = 5.0
+            embedding.register_forward_hook(neftune_post_forward_hook)
         data = annotate_reference(policy, packed((9, 4, 14, 6, 33, 5, 60), seed=1), rows=40)
         loss = ImportanceWeightedMLE(policy, proposal=proposal, functional=False)
         loss.loss_mask_key = ASSISTANT
@@ -170,5 +178,6 @@ def test_weights_of_the_first_step_are_exactly_one(proposal: str) -> None:
             out = loss(batch)
             assert float(out["weight_max"]) == float(out["weight_mean"]) == 1.0
             assert float(out["ESS"]) == 1.0
+            assert (out["kl_approx"] == 0) == (noise is None) and policy.model.training
     finally:
         torch.set_num_threads(threads)
