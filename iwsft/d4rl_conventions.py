@@ -14,6 +14,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.utils import RecordConstructorArgs
 from numpy.typing import NDArray
 
 # Row and column of the goal in D4RL's mazes; the ant starts in cell (1, 1) of each.
@@ -51,7 +52,7 @@ def wrap(env: gym.Env[Any, Any], env_id: str) -> gym.Env[Any, Any]:
     return AntMaze(env) if env_id in _GOAL_CELLS else AdroitHand(env, env_id)
 
 
-class AntMaze(gym.Wrapper[Any, Any, Any, Any]):
+class AntMaze(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     """D4RL's AntMaze: its ant, start, goal, coordinates, reward and end.
 
     - Ant: 0.02 s per physics step (0.1 s per action), motors of at most 30 N m, softer contacts;
@@ -68,6 +69,7 @@ class AntMaze(gym.Wrapper[Any, Any, Any, Any]):
     RADIUS = 0.5
 
     def __init__(self, env: gym.Env[Any, Any]) -> None:
+        RecordConstructorArgs.__init__(self)
         super().__init__(env)
         maze: Any = env.unwrapped
         maze.position_noise_range = 0.0
@@ -111,7 +113,7 @@ class AntMaze(gym.Wrapper[Any, Any, Any, Any]):
         }
 
 
-class AdroitHand(gym.Wrapper[Any, Any, Any, Any]):
+class AdroitHand(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     """D4RL's Adroit tasks: reward and end.
 
     - Reward of door, hammer and relocate: minus 0.1 times the distance between the palm and the
@@ -120,6 +122,7 @@ class AdroitHand(gym.Wrapper[Any, Any, Any, Any]):
     """
 
     def __init__(self, env: gym.Env[Any, Any], env_id: str) -> None:
+        RecordConstructorArgs.__init__(self, env_id=env_id)
         super().__init__(env)
         self._reach = _REACH[env_id]
         self._pen = env_id == "AdroitHandPen-v1"

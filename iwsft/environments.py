@@ -5,15 +5,18 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import json
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.error import DependencyNotInstalled, DeprecatedEnv, UnregisteredEnv
+from gymnasium.utils import RecordConstructorArgs
 from numpy.typing import NDArray
 
 from iwsft import d4rl_conventions
@@ -27,9 +30,17 @@ Flatten = Callable[[Any], NDArray[Any]]
 
 
 def make(
-    env_id: str, *, conventions: Literal["d4rl"] | None = None, **kwargs: Any
+    env_id: str,
+    *,
+    conventions: Literal["d4rl"] | None = None,
+    wrappers: Sequence[Mapping[str, Any]] = (),
+    action_bounds: Sequence[Any] | None = None,
+    **kwargs: Any,
 ) -> gym.Env[Any, Any]:
     """Make an environment without gymnasium's checking wrapper, which costs time at each step.
+
+    ``env_id`` and the arguments, which are plain values (JSON), describe an environment completely.
+    A dataset has them as ``env_id`` and ``env_kwargs``.
 
     Ids that gymnasium does not know are looked up in gymnasium-robotics (FrankaKitchen, AntMaze,
     AdroitHand), which is imported only then. D4RL's locomotion scores belong to the ``-v4``
@@ -39,20 +50,29 @@ def make(
         env_id: Id registered with gymnasium, or ``module:id``.
         conventions: ``"d4rl"`` changes AntMaze and AdroitHand into D4RL's tasks, see
             :mod:`iwsft.d4rl_conventions`.
-        kwargs: Arguments of the environment; they override those of the conventions.
+        wrappers: Wrappers from the inside out, each with an ``entry_point`` (``module:Class``) and
+            ``kwargs``, as gymnasium records them.
+        action_bounds: Lower and upper bound of the environment's actions, as numbers or lists. With
+            them, actions are in [-1, 1] and mapped to the bounds, see :class:`ScaledActions`.
+        kwargs: Arguments of the environment, and ``max_episode_steps``; they override those of the
+            conventions.
 
     Raises:
-        ValueError: The id is not registered (the error names the nearest known ids), or the
-            conventions are unknown, or unknown for this environment.
+        ValueError: The id is not registered (the error names the nearest known ids), the
+            conventions are unknown for this environment, or it does not take the arguments.
         ImportError: A package of the environment is not installed, or the environment's code is no
             longer shipped.
     """
-    if conventions is None:
-        return _make(env_id, kwargs)
-    if conventions != "d4rl":
+    if conventions not in (None, "d4rl"):
         raise ValueError(f"conventions={conventions!r} is unknown; there is 'd4rl', or None")
-    env = _make(env_id, {**d4rl_conventions.get_arguments(env_id), **kwargs})
-    return d4rl_conventions.wrap(env, env_id)
+    if conventions is not None:
+        kwargs = {**d4rl_conventions.get_arguments(env_id), **kwargs}
+    env = _make(env_id, kwargs)
+    if conventions is not None:
+        env = d4rl_conventions.wrap(env, env_id)
+    for wrapper in wrappers:
+        env = _wrap(env, **wrapper)
+    return env if action_bounds is None else ScaledActions(env, *action_bounds)
 
 
 def _make(env_id: str, kwargs: Mapping[str, Any]) -> gym.Env[Any, Any]:
@@ -63,11 +83,9 @@ def _make(env_id: str, kwargs: Mapping[str, Any]) -> gym.Env[Any, Any]:
         try:
             return gym.make(env_id, disable_env_checker=True, **kwargs)
         except UnregisteredEnv as error:
-            robotics = importlib.util.find_spec(_ROBOTICS) is not None
-            if robotics and _ROBOTICS not in sys.modules:
-                gym.register_envs(importlib.import_module(_ROBOTICS))
+            if _register_robotics():
                 return _make(env_id, kwargs)
-            if not robotics and env_id.startswith(_ROBOTICS_IDS):
+            if _ROBOTICS not in sys.modules and env_id.startswith(_ROBOTICS_IDS):
                 raise ImportError(f"{env_id!r} needs gymnasium-robotics: {_INSTALL}") from None
             raise ValueError(f"unknown environment {env_id!r}. {_nearest(env_id)}") from error
         except DeprecatedEnv as error:
@@ -75,6 +93,102 @@ def _make(env_id: str, kwargs: Mapping[str, Any]) -> gym.Env[Any, Any]:
         except (DependencyNotInstalled, ImportError) as error:
             hint = _nearest(env_id) if isinstance(error, ImportError) else _INSTALL
             raise ImportError(f"environment {env_id!r} cannot be made: {error} {hint}") from error
+        except Exception as error:  # the constructor may raise anything
+            reason = " ".join(f"{type(error).__name__}: {error.__cause__ or error}".split())
+            given = f" with {dict(kwargs)}" if kwargs else ""
+            raise ValueError(f"{env_id!r} cannot be made{given}: {reason}") from error
+
+
+def _register_robotics() -> bool:
+    """Register gymnasium-robotics; returns False where that is done, or it is not installed."""
+    if _ROBOTICS in sys.modules or importlib.util.find_spec(_ROBOTICS) is None:
+        return False
+    gym.register_envs(importlib.import_module(_ROBOTICS))
+    return True
+
+
+def _wrap(
+    env: gym.Env[Any, Any], entry_point: str, kwargs: Mapping[str, Any] | None, **other: Any
+) -> gym.Env[Any, Any]:
+    if kwargs is None:
+        raise ValueError(f"the arguments of {entry_point} around {id_of(env)} were not recorded")
+    module, _, name = entry_point.partition(":")
+    try:
+        wrapper = getattr(importlib.import_module(module), name, None)
+        if isinstance(wrapper, type) and issubclass(wrapper, gym.Wrapper):
+            return wrapper(env, **kwargs)
+    except Exception as error:  # the constructor may raise anything
+        raise ValueError(f"{entry_point} cannot wrap {id_of(env)}: {error}") from error
+    raise ValueError(f"{entry_point} around {id_of(env)} is not a gymnasium wrapper")
+
+
+class ScaledActions(gym.ActionWrapper[Any, Any, Any], RecordConstructorArgs):
+    """``env`` with actions in [-1, 1]: -1 is the lower bound of each number, 1 the upper one.
+
+    Args:
+        env: Environment whose actions are vectors.
+        low: Lower bounds, ``[act]`` or one number. They must be those of ``env``, unless it has
+            none.
+        high: Upper bounds.
+
+    Raises:
+        ValueError: The bounds are not those of ``env``.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], low: Any, high: Any) -> None:
+        RecordConstructorArgs.__init__(self, low=low, high=high)
+        super().__init__(env)
+        space = action_space(env)
+        for given, own in ((low, space.low), (high, space.high)):
+            finite = np.isfinite(own)
+            if not np.allclose(np.broadcast_to(given, own.shape)[finite], own[finite]):
+                raise ValueError(f"action_bounds={[low, high]}, but {id_of(env)} takes {space}")
+        self._middle = (np.float64(high) + np.float64(low)) / 2
+        self._half = (np.float64(high) - np.float64(low)) / 2
+        self._dtype = space.dtype
+        self.action_space = gym.spaces.Box(-1.0, 1.0, space.shape, np.float32)
+
+    def action(self, action: NDArray[Any]) -> NDArray[Any]:
+        """Map an action in [-1, 1] to the bounds."""
+        return (self._middle + self._half * np.clip(action, -1.0, 1.0)).astype(self._dtype)
+
+
+def arguments_of(spec: EnvSpec) -> tuple[str, dict[str, Any]]:
+    """Return the id and the arguments with which :func:`make` makes a recorded environment.
+
+    Arguments and wrappers that the id is registered with are left out. An id that is not
+    registered gets the module of its entry point: ``module:id``.
+    """
+    env_id, arguments = spec.id, {k: v for k, v in spec.kwargs.items() if k != "render_mode"}
+    if env_id not in gym.registry:
+        _register_robotics()
+    known = gym.registry.get(env_id)
+    if known is None:
+        known = EnvSpec(env_id)
+        env_id = f"{str(spec.entry_point).partition(':')[0]}:{env_id}"
+    registered = json.loads(json.dumps(known.kwargs, default=str))
+    arguments = {k: v for k, v in arguments.items() if k not in registered or registered[k] != v}
+    if spec.max_episode_steps != known.max_episode_steps:
+        arguments["max_episode_steps"] = spec.max_episode_steps or -1  # -1: no limit
+    wrappers = spec.additional_wrappers[len(known.additional_wrappers) :]
+    if wrappers:
+        arguments["wrappers"] = [
+            {"entry_point": wrapper.entry_point, "kwargs": wrapper.kwargs} for wrapper in wrappers
+        ]
+    return env_id, arguments
+
+
+def modules_to_import(env_id: str, env_kwargs: Mapping[str, Any]) -> list[str]:
+    """Return the modules that :func:`make` imports because the id or a wrapper names them.
+
+    Those of gymnasium and of this library, and those already imported, are left out. A program
+    that took ``env_id`` and ``env_kwargs`` from a dataset, and not from its user, must ask before
+    it imports them.
+    """
+    wrappers = [wrapper["entry_point"] for wrapper in env_kwargs.get("wrappers", ())]
+    names = [env_id.rpartition(":")[0], *(point.partition(":")[0] for point in wrappers)]
+    own = ("", "gymnasium", _ROBOTICS, "iwsft")
+    return [name for name in names if name.split(".")[0] not in own and name not in sys.modules]
 
 
 def _nearest(env_id: str) -> str:
