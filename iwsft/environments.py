@@ -178,6 +178,18 @@ def arguments_of(spec: EnvSpec) -> tuple[str, dict[str, Any]]:
     return env_id, arguments
 
 
+def complete(env_id: str, env_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the arguments that the id's registration, its step limit and the conventions imply."""
+    name = env_id.rpartition(":")[2]
+    if name not in gym.registry:
+        _register_robotics()
+    spec = gym.registry.get(name)
+    known = {} if spec is None else {"max_episode_steps": spec.max_episode_steps, **spec.kwargs}
+    if env_kwargs.get("conventions") == "d4rl" and name in d4rl_conventions.ENV_IDS:
+        known |= d4rl_conventions.get_arguments(name)
+    return {**known, **env_kwargs}
+
+
 def modules_to_import(env_id: str, env_kwargs: Mapping[str, Any]) -> list[str]:
     """Return the modules that :func:`make` imports because the id or a wrapper names them.
 

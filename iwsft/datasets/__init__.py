@@ -44,7 +44,12 @@ def available() -> list[str]:
     return [*BUNDLED, *CATALOG]
 
 
-def load(name_or_path: str | Path, *, cache_dir: str | Path | None = None) -> OfflineDataset:
+def load(
+    name_or_path: str | Path,
+    *,
+    cache_dir: str | Path | None = None,
+    trust_env_module: bool = False,
+) -> OfflineDataset:
     """Load an offline dataset as packed trajectories.
 
     Args:
@@ -52,6 +57,8 @@ def load(name_or_path: str | Path, *, cache_dir: str | Path | None = None) -> Of
             ``mujoco/hopper/medium-v0`` (with the prefix ``minari:`` where the id has no slash), or
             a file in D4RL's HDF5 layout.
         cache_dir: Folder of downloads, see :func:`cache_folder`. Minari has its own store.
+        trust_env_module: Whether a file may import the module that its ``env_id`` names
+            (``module:id``), to learn the range of its actions.
 
     Raises:
         ValueError: The name is unknown, or the contents cannot be trained on; the message names
@@ -74,7 +81,7 @@ def load(name_or_path: str | Path, *, cache_dir: str | Path | None = None) -> Of
         download.fetch(entry.urls, path, size=size, sha256=sha256, signature=_HDF5_SIGNATURE)
         return d4rl.read(path, name=name, source=entry.url)
     if isinstance(name_or_path, Path) or name.lower().endswith(_HDF5_SUFFIXES):
-        return d4rl.read(Path(name_or_path).expanduser())
+        return d4rl.read(Path(name_or_path).expanduser(), trust_env_module=trust_env_module)
     minari_id = name.removeprefix(_MINARI_PREFIX)
     if minari_id != name or ("/" in name and minari_store.ID.fullmatch(name)):
         return minari_store.read(minari_id)

@@ -12,11 +12,11 @@ the files. Their arguments make the tasks D4RL's:
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache, partial
 from importlib import resources
 from typing import Any
 
@@ -73,24 +73,33 @@ def find(name: str) -> Entry | None:
     return CATALOG.get(name.removesuffix(".hdf5")) or _BY_FILENAME.get(name)
 
 
-def reference_scores(name_or_env_id: str) -> tuple[float, float] | None:
+def reference_scores(
+    name_or_env_id: str, env_kwargs: Mapping[str, Any] | None = None
+) -> tuple[float, float] | None:
     """Return the returns that D4RL scores as 0 and 100 (https://arxiv.org/abs/2004.07219).
 
     Args:
         name_or_env_id: D4RL's name of a dataset (``hopper-medium-v2``), or the id of a D4RL task's
             environment (``Hopper-v4``).
+        env_kwargs: Arguments of the environment; those of D4RL's task by default.
 
     Returns:
-        The pair (minimum, maximum), or None where D4RL has none.
+        The pair (minimum, maximum), or None where D4RL has none: other arguments make another task.
     """
     table = _reference_table()
     if name_or_env_id in table:
         return table[name_or_env_id]
-    of_env = (table[name] for name, entry in CATALOG.items() if entry.env_id == name_or_env_id)
-    return next(of_env, None)
+    tasks = [entry for entry in CATALOG.values() if entry.env_id == name_or_env_id]
+    if tasks and env_kwargs is not None and all(entry.env_kwargs != env_kwargs for entry in tasks):
+        from iwsft import environments
+
+        given = environments.complete(name_or_env_id, env_kwargs)
+        complete = partial(environments.complete, name_or_env_id)
+        tasks = [entry for entry in tasks if complete(entry.env_kwargs) == given]
+    return table[tasks[0].name] if tasks else None
 
 
-@functools.cache
+@cache
 def _reference_table() -> dict[str, tuple[float, float]]:
     text = (resources.files("iwsft.datasets") / "data" / "d4rl_reference_scores.json").read_text()
     return {name: (low, high) for name, (low, high) in json.loads(text)["scores"].items()}

@@ -19,7 +19,10 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +30,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iwsft.datasets import antmaze, catalog
+from iwsft.datasets.actions import bounds_of, scale_actions
 from iwsft.datasets.dataset import OfflineDataset, fingerprint_of
+from iwsft.datasets.ends import NAMES, find_ends, marked_ends
 from iwsft.datasets.episodes import Flags, Floats, Steps, check_actions, check_steps, cut_steps
 
 if TYPE_CHECKING:
@@ -38,21 +43,30 @@ REQUIRED = ("observations", "actions", "rewards", "terminals")
 _CLIPPING = ("AdroitHand", "FrankaKitchen")
 
 
-def read(path: Path, *, name: str | None = None, source: str | None = None) -> OfflineDataset:
+def read(
+    path: Path,
+    *,
+    name: str | None = None,
+    source: str | None = None,
+    trust_env_module: bool = False,
+) -> OfflineDataset:
     """Read a file into packed float32 trajectories, with each array once in memory.
 
     The environment is the file's attribute ``env_id``, with the arguments in the attribute
     ``env_kwargs`` (a JSON object). A file without them has the environment of ``name``, or of the
-    file's name, if that is D4RL's. Actions must be in [-1, 1], the range of all D4RL tasks here, or
-    in the action space of another environment.
+    file's name, if that is D4RL's. Files that neither D4RL nor :mod:`iwsft.datasets.write` wrote
+    are searched for ends of episodes that are not marked, see :mod:`iwsft.datasets.ends`. Actions
+    of another range than [-1, 1] are mapped, see :mod:`iwsft.datasets.actions`.
 
     Args:
         path: The file.
         name: Name of the dataset; the file's stem by default.
         source: Origin of the file; its path by default.
+        trust_env_module: Whether an ``env_id`` of the form ``module:id`` may import its module.
 
     Raises:
         FileNotFoundError: The file does not exist.
+        OSError: The file cannot be opened.
         ValueError: The file is damaged, or cannot be trained on; the error names field and row.
     """
     import h5py
@@ -60,56 +74,92 @@ def read(path: Path, *, name: str | None = None, source: str | None = None) -> O
     if not path.is_file():
         raise FileNotFoundError(_describe_missing(path))
     where = str(path)
-    try:
-        with h5py.File(path, "r") as file:
-            env_id, env_kwargs = _read_environment(file, name or path.name)
-            steps = _read_steps(file, where)
-    except OSError as error:
-        raise ValueError(f"{where} cannot be read as HDF5; it is damaged: {error}") from error
+    with damage_named(where, "the HDF5 file"):
+        file = h5py.File(path, "r")
+        stored = dict(file.attrs)
+    with file:
+        steps = _read_steps(file, where)
+        marks = _read_marks(file, where, len(steps.rewards))
+    entry = None if "env_id" in stored else catalog.find(name or path.name)
+    env_id, env_kwargs = (entry.env_id, entry.env_kwargs) if entry else _environment(stored, where)
     check_steps(steps, where)
-    steps, notes = _adapt(steps, env_id)
+    notes: list[str] = []
+    columns = steps.observations.shape[1]
+    if env_id is not None and env_id.startswith("AntMaze") and columns == antmaze.COLUMNS:
+        steps, notes = antmaze.until_goal(steps)
+    elif entry is None and "sources" not in stored:
+        steps, notes = find_ends(steps, marks, partial(_limit, env_id, env_kwargs), where)
+    bounds, more = _scale(steps.actions, env_id, env_kwargs, where, trust_env_module)
     trajectories = cut_steps(steps)
-    _check_range(steps.actions, env_id, where)
     return OfflineDataset(
         trajectories=trajectories,
         name=name or path.stem,
         env_id=env_id,
-        reference_scores=catalog.reference_scores(env_id) if env_id is not None else None,
+        reference_scores=catalog.reference_scores(env_id or "", env_kwargs),
         source=source or where,
         fingerprint=fingerprint_of(trajectories),
-        env_kwargs=dict(env_kwargs),
-        notes=tuple(notes),
+        env_kwargs=dict(env_kwargs) | bounds,
+        notes=(*notes, *more),
     )
 
 
-def _read_environment(file: h5py.File, name: str) -> tuple[str | None, Mapping[str, Any]]:
-    """Read the file's environment and its arguments, or take D4RL's of that name."""
-    env_id, arguments = file.attrs.get("env_id"), file.attrs.get("env_kwargs")
-    if env_id is None:
-        entry = catalog.find(name)
-        return (None, {}) if entry is None else (entry.env_id, entry.env_kwargs)
+@contextmanager
+def damage_named(where: str, what: str) -> Iterator[None]:
+    """Name the file and its part in errors of HDF5; with an errno, the system refuses the file."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(f"{where} cannot be opened: {os.strerror(error.errno)}") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{where}: {what} is damaged: {reason}") from error
+
+
+def _environment(stored: Mapping[str, Any], where: str) -> tuple[str | None, Mapping[str, Any]]:
+    """Return the environment and its arguments that a file's attributes name."""
+    env_id, arguments = stored.get("env_id"), stored.get("env_kwargs")
     try:
         env_kwargs = {} if arguments is None else json.loads(arguments)
     except (TypeError, ValueError):
         env_kwargs = None
     if not isinstance(env_kwargs, dict):
-        where = f"{file.filename}: the attribute 'env_kwargs'"
+        where = f"{where}: the attribute 'env_kwargs'"
         raise ValueError(f"{where} is {arguments!r}, it must be a JSON object")
+    if env_id is None:
+        return None, env_kwargs
     return env_id.decode() if isinstance(env_id, bytes) else str(env_id), env_kwargs
 
 
-def _adapt(steps: Steps, env_id: str | None) -> tuple[Steps, list[str]]:
-    """Change steps as the environment's family needs it; returns a note on each change."""
+def _limit(env_id: str | None, env_kwargs: Mapping[str, Any]) -> int | None:
+    from iwsft import environments
+
+    limit = environments.complete(env_id, env_kwargs).get("max_episode_steps") if env_id else None
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def _scale(
+    actions: Floats, env_id: str | None, env_kwargs: Mapping[str, Any], where: str, trusted: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """Map actions to [-1, 1] from the environment's range; without one, they must be in [-1, 1]."""
+    if env_id is not None and env_id.startswith(_CLIPPING):
+        beyond = int((np.abs(actions) > 1).any(axis=-1).sum())
+        np.clip(actions, -1.0, 1.0, out=actions)
+        clipped = f"actions of {beyond:,} rows clipped to [-1, 1], as {env_id} does"
+        return {}, [clipped] if beyond else []
     if env_id is None:
-        return steps, []
-    if env_id.startswith("AntMaze") and steps.observations.shape[1:] == (antmaze.COLUMNS,):
-        return antmaze.until_goal(steps)
-    if env_id.startswith(_CLIPPING):
-        beyond = int((np.abs(steps.actions) > 1).any(axis=-1).sum())
-        if beyond:
-            np.clip(steps.actions, -1.0, 1.0, out=steps.actions)
-            return steps, [f"actions of {beyond:,} rows clipped to [-1, 1], as {env_id} does"]
-    return steps, []
+        unknown = "name their environment in the file's attribute 'env_id'"
+    else:
+        try:
+            low, high = bounds_of(env_id, env_kwargs, actions.shape[1], trusted=trusted)
+        except (ValueError, ImportError) as error:
+            unknown = f"the range of actions is not known: {error}"
+        else:
+            return scale_actions(actions, low, high, where)
+    try:
+        check_actions(actions, -1.0, 1.0, where)
+    except ValueError as beyond:
+        raise ValueError(f"{beyond}, or {unknown}") from None
+    return {}, [] if env_id is None else [unknown]
 
 
 def _read_steps(file: h5py.File, where: str) -> Steps:
@@ -129,60 +179,52 @@ def _read_steps(file: h5py.File, where: str) -> Steps:
     )
 
 
-def _field(file: h5py.File, key: str, where: str) -> h5py.Dataset:
+def _read_marks(file: h5py.File, where: str, rows: int) -> dict[str, Flags]:
+    """Read the other fields, here and in ``infos``, that tell where episodes end."""
+    marks = {}
+    infos = file.get("infos")
+    for group in (file, infos if isinstance(infos, Mapping) else {}):
+        for name in sorted(NAMES.intersection(group)):
+            ends = marked_ends(name, _values(group, name, where), rows)
+            if ends is not None:
+                marks[name] = ends
+    return marks
+
+
+def _values(
+    group: Mapping[str, Any], key: str, where: str, *, floats: bool = False
+) -> NDArray[Any]:
+    """Read a field of numbers, as float32 if ``floats``."""
     import h5py
 
-    field = file[key]
-    if not isinstance(field, h5py.Dataset) or not field.shape or field.dtype.kind not in "fiub":
-        raise ValueError(f"{where}: {key!r} is {field}, expected numbers with one row per step")
-    return field
+    with damage_named(where, repr(key)):
+        field = group[key]
+        if isinstance(field, h5py.Dataset) and field.shape and field.dtype.kind in "fiub":
+            if not floats or field.dtype.kind == "b":
+                return np.asarray(field[()], np.float32 if floats else None)
+            values = np.empty(field.shape, dtype=np.float32)
+            if values.size:
+                field.read_direct(values)  # HDF5 converts, without a second array of another dtype
+            return values
+    raise ValueError(f"{where}: {key!r} is {field}, expected numbers with one row per step")
 
 
 def _floats(file: h5py.File, key: str, where: str) -> Floats:
-    field = _field(file, key, where)
-    values = np.empty(field.shape, dtype=np.float32)
-    if field.dtype.kind == "b":
-        values[...] = field[()]
-    elif values.size:
-        field.read_direct(values)  # HDF5 converts, without a second array of another dtype
-    return values
+    return _values(file, key, where, floats=True)
 
 
 def _flags(file: h5py.File, key: str, where: str) -> Flags:
-    values = _column(_field(file, key, where)[()])
+    values = _column(_values(file, key, where))
     odd = np.argwhere((values != 0) & (values != 1))
     if len(odd):
         row = int(odd[0, 0])
         raise ValueError(f"{where}: {key!r} must be 0 or 1, row {row} is {values[row]}")
-    return values != 0
+    return np.asarray(values != 0)
 
 
 def _column(values: NDArray[Any]) -> NDArray[Any]:
     """Reshape ``[N, 1]`` to ``[N]``; some writers keep the second axis."""
     return values.reshape(-1) if values.shape[1:] == (1,) else values
-
-
-def _check_range(actions: Floats, env_id: str | None, where: str) -> None:
-    """Check actions against [-1, 1], the range of D4RL's tasks, or another environment's."""
-    try:
-        check_actions(actions, -1.0, 1.0, where)
-    except ValueError as beyond:
-        if env_id is None:
-            raise ValueError(f"{beyond}, or name their environment: attribute 'env_id'") from None
-        if env_id in catalog.ENV_IDS:
-            raise
-        from iwsft import environments
-
-        try:
-            env = environments.make(env_id)
-        except (ValueError, ImportError) as error:
-            raise ValueError(f"{beyond}. Or install {env_id} for its range: {error}") from error
-        env.close()
-        space = environments.action_space(env)
-        if space.shape != actions.shape[1:]:
-            columns = f"'actions' has {actions.shape[1]} columns"
-            raise ValueError(f"{where}: {columns}, {env_id} takes {space}") from None
-        check_actions(actions, space.low, space.high, where)
 
 
 def _describe_missing(path: Path) -> str:

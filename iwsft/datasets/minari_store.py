@@ -7,13 +7,16 @@ with D4RL's. They have reference scores only where Minari has them.
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from iwsft.datasets.actions import scale_actions
+from iwsft.datasets.d4rl import damage_named
 from iwsft.datasets.dataset import OfflineDataset, fingerprint_of
-from iwsft.datasets.episodes import Floats, Steps, check_actions, pack_steps
+from iwsft.datasets.episodes import Floats, Steps, check_steps, cut_steps
 
 if TYPE_CHECKING:
     import gymnasium
@@ -57,23 +60,43 @@ def read(dataset_id: str) -> OfflineDataset:
     data = _open(dataset_id)
     for space, what in ((data.observation_space, "observation"), (data.action_space, "action")):
         _require_boxes(space, what, source)
-    try:
-        steps = _read_steps(data)
-    except OSError as error:
-        damaged = f"{source} in {data.storage.data_path} is damaged; delete that folder"
-        raise ValueError(f"{damaged}: {error}") from error
-    trajectories = pack_steps(steps, source)
+    steps = _read_steps(data, source)
+    check_steps(steps, source)
     space = data.action_space
-    check_actions(steps.actions, space.low.reshape(-1), space.high.reshape(-1), source)
+    bounds, notes = scale_actions(steps.actions, space.low, space.high, source)
+    trajectories = cut_steps(steps)
+    env_id, env_kwargs = _environment(data)
     scores = [data.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max")]
     return OfflineDataset(
         trajectories=trajectories,
         name=dataset_id.replace("/", "-"),
-        env_id=data.env_spec.id if data.env_spec is not None else None,
+        env_id=env_id,
         reference_scores=None if None in scores else (float(scores[0]), float(scores[1])),
         source=source,
         fingerprint=fingerprint_of(trajectories),
+        env_kwargs=env_kwargs | bounds,
+        notes=tuple(notes),
     )
+
+
+def _environment(data: MinariDataset) -> tuple[str | None, dict[str, Any]]:
+    """Return the environment to score in: what this library or Minari has recorded, flattened."""
+    from gymnasium.spaces import Box
+
+    from iwsft import environments
+
+    metadata = data.storage.metadata
+    if "env_id" in metadata:  # written by :mod:`iwsft.datasets.write`
+        return str(metadata["env_id"]), json.loads(str(metadata.get("env_kwargs", "{}")))
+    # Minari gives the environment to evaluate in only as something made.
+    spec = getattr(data, "_eval_env_spec", None) or data.env_spec
+    if spec is None:
+        return None, {}
+    env_id, env_kwargs = environments.arguments_of(spec)
+    if not isinstance(data.observation_space, Box):
+        flatten = {"entry_point": "gymnasium.wrappers:FlattenObservation", "kwargs": {}}
+        env_kwargs["wrappers"] = [*env_kwargs.get("wrappers", ()), flatten]
+    return env_id, env_kwargs
 
 
 def _open(dataset_id: str) -> MinariDataset:
@@ -110,7 +133,7 @@ def _require_boxes(space: gymnasium.Space[Any], what: str, source: str) -> None:
         raise ValueError(f"{source}: the {what} space holds {space}, it must consist of boxes")
 
 
-def _read_steps(data: MinariDataset) -> Steps:
+def _read_steps(data: MinariDataset, source: str) -> Steps:
     from gymnasium.spaces.utils import flatdim
 
     rows = int(data.total_steps)
@@ -119,33 +142,41 @@ def _read_steps(data: MinariDataset) -> Steps:
     actions: Floats = np.empty((rows, flatdim(data.action_space)), dtype=np.float32)
     rewards: Floats = np.empty(rows, dtype=np.float32)
     terminals, timeouts = np.zeros(rows, dtype=bool), np.zeros(rows, dtype=bool)
-    start = 0
-    for episode in data.iterate_episodes():
-        stop = start + len(episode)
-        if stop == start:
+    episodes, where = data.iterate_episodes(), f"{source} in {data.storage.data_path}"
+    stop = 0
+    while True:
+        with damage_named(where, f"the episode after step {stop}"):
+            episode = next(episodes, None)
+        if episode is None:
+            break
+        start, steps = stop, np.size(episode.rewards)
+        stop += steps
+        if steps == 0 or stop > rows:
             continue
-        for rows_of, out in ((slice(0, -1), observations), (slice(1, None), following)):
-            _flatten(episode.observations, data.observation_space, rows_of, out[start:stop])
-        _flatten(episode.actions, data.action_space, slice(None), actions[start:stop])
-        rewards[start:stop] = episode.rewards
-        terminals[start:stop] = episode.terminations
-        timeouts[start:stop] = episode.truncations
+        name = f"{source}: episode {episode.id}"
+        seen = _flatten(episode.observations, data.observation_space, steps + 1, name)
+        observations[start:stop], following[start:stop] = seen[:-1], seen[1:]
+        actions[start:stop] = _flatten(episode.actions, data.action_space, steps, name)
+        rewards[start:stop] = np.reshape(episode.rewards, -1)
+        for flags, values in ((terminals, episode.terminations), (timeouts, episode.truncations)):
+            if np.size(values) != steps:
+                raise ValueError(f"{name} has {np.size(values)} flags for {steps} steps")
+            flags[start:stop] = np.reshape(values, -1)
         timeouts[stop - 1] |= not terminals[stop - 1]
-        start = stop
+    if stop != rows:
+        raise ValueError(f"{source}: the episodes have {stop} steps, the metadata say {rows}")
     return Steps(observations, actions, rewards, terminals, timeouts, following)
 
 
-def _flatten(values: Any, space: Any, rows: slice, out: Floats) -> None:
-    """Write these rows of the leaves of ``values`` side by side into ``out`` [T, features]."""
+def _flatten(values: Any, space: Any, rows: int, name: str) -> Floats:
+    """Return the leaves of ``values`` side by side, ``[rows, features]``."""
     from gymnasium.spaces import Box, Dict
-    from gymnasium.spaces.utils import flatdim
 
     if isinstance(space, Box):
-        out[:] = values[rows].reshape(len(out), -1)
-        return
+        leaf = np.asarray(values)
+        if len(leaf) != rows or leaf[0].size != np.prod(space.shape, dtype=int):
+            shape = [rows, *space.shape]
+            raise ValueError(f"{name} has an array of shape {list(leaf.shape)}, expected {shape}")
+        return leaf.reshape(rows, -1).astype(np.float32)
     parts = space.items() if isinstance(space, Dict) else enumerate(space)
-    column = 0
-    for key, part in parts:
-        width = flatdim(part)
-        _flatten(values[key], part, rows, out[:, column : column + width])
-        column += width
+    return np.concatenate([_flatten(values[key], part, rows, name) for key, part in parts], axis=1)

@@ -267,13 +267,13 @@ def _create(
     import minari
 
     columns = fields["observations"].shape[1]
-    action_space: gym.Space[Any] = gym.spaces.Box(-1.0, 1.0, fields["actions"].shape[1:])
+    action_space: gym.spaces.Box = gym.spaces.Box(-1.0, 1.0, fields["actions"].shape[1:])
     env, scores = None, None
     if provenance.env_id is not None:
         env = environments.make(provenance.env_id, **provenance.env_kwargs)
-        action_space, scores = env.action_space, reference_scores(provenance.env_id)
+        action_space = environments.action_space(env)
+        scores = reference_scores(provenance.env_id, provenance.env_kwargs)
     with nullcontext() if env is None else env:
-        assert isinstance(action_space, gym.spaces.Box)
         low, high = action_space.low, action_space.high
         check_actions(fields["actions"], low, high, f"minari:{dataset_id}")
         with warnings.catch_warnings():

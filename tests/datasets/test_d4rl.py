@@ -30,15 +30,14 @@ Make = Callable[..., dict[str, Any]]
 
 def test_locomotion_layout_with_true_next_observations(episode_fields: Make, write: Write) -> None:
     fields = episode_fields([3, 4, 2])
-    fields["next_observations"] = fields["observations"] + 100
+    fields["next_observations"] = np.roll(fields["observations"], -1, axis=0)
+    fields["next_observations"][[2, 6, 8]] += 100
     fields["infos/qpos"] = np.full((9, 1), np.nan)  # not ours to judge
     data = datasets.load(write(fields, env_id="Hopper-v4"))
     assert lengths(data.trajectories).tolist() == [3, 4, 2]
     assert data.trajectories[TERMINATED].flatten().nonzero().flatten().tolist() == [2, 8]
     assert data.trajectories[TRUNCATED].flatten().nonzero().flatten().tolist() == [6]
-    np.testing.assert_array_equal(
-        data.trajectories[NEXT_OBSERVATION], fields["observations"] + np.float32(100)
-    )
+    np.testing.assert_array_equal(data.trajectories[NEXT_OBSERVATION], fields["next_observations"])
     assert (data.env_id, data.name) == ("Hopper-v4", "mine")
     assert data.reference_scores == (-20.272305, 3234.3)
 
@@ -252,7 +251,7 @@ def test_a_truncated_file(episode_fields: Make, write: Write, keep: float) -> No
     path = write(episode_fields([4000, 4000]))
     whole = path.read_bytes()
     path.write_bytes(whole[: int(keep * len(whole)) if keep < 1 else int(keep)])
-    with pytest.raises(ValueError, match=rf"{re.escape(str(path))} .*damaged"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}: .*damaged"):
         datasets.load(path)
 
 
@@ -267,7 +266,7 @@ def test_a_damaged_chunk(episode_fields: Make, tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[place.byte_offset : place.byte_offset + place.size] = bytes(place.size)
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="cannot be read as HDF5; it is damaged"):
+    with pytest.raises(ValueError, match=r"damaged.hdf5: 'actions' is damaged"):
         datasets.load(path)
 
 

@@ -103,7 +103,8 @@ def test_the_subset_script(episode_fields: Make, tmp_path: Path) -> None:
     script = load_script("make_hopper_replay_mini")
     sizes = np.random.default_rng(1).integers(1, 30, size=90).tolist()
     fields = episode_fields(sizes)
-    fields["next_observations"] = fields["observations"] + 1
+    fields["next_observations"] = np.roll(fields["observations"], -1, axis=0)
+    fields["next_observations"][np.cumsum(sizes) - 1] += 1
     source = tmp_path / "source.hdf5"
     with h5py.File(source, "w") as file:
         for key, values in fields.items():
