@@ -95,8 +95,8 @@ def _make(env_id: str, kwargs: Mapping[str, Any]) -> gym.Env[Any, Any]:
             raise ImportError(f"environment {env_id!r} cannot be made: {error} {hint}") from error
         except Exception as error:  # the constructor may raise anything
             reason = " ".join(f"{type(error).__name__}: {error.__cause__ or error}".split())
-            given = f" with {dict(kwargs)}" if kwargs else ""
-            raise ValueError(f"{env_id!r} cannot be made{given}: {reason}") from error
+            fault = "does not take" if isinstance(error, TypeError) else "cannot be made with"
+            raise ValueError(f"{env_id} {fault} {dict(kwargs)}: {reason}") from error
 
 
 def _register_robotics() -> bool:

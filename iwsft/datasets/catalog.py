@@ -87,7 +87,7 @@ def reference_scores(
         The pair (minimum, maximum), or None where D4RL has none: other arguments make another task.
     """
     table = _reference_table()
-    if name_or_env_id in table:
+    if env_kwargs is None and name_or_env_id in table:
         return table[name_or_env_id]
     tasks = [entry for entry in CATALOG.values() if entry.env_id == name_or_env_id]
     if tasks and env_kwargs is not None and all(entry.env_kwargs != env_kwargs for entry in tasks):

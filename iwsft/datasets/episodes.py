@@ -127,8 +127,10 @@ def check_actions(
     least, most = low - ACTION_TOLERANCE, high + ACTION_TOLERANCE
     row = _first_row(actions, lambda chunk: (chunk < least) | (chunk > most))
     if row is not None:
-        bounds = f"{np.asarray(low).tolist()} to {np.asarray(high).tolist()}"
-        at = f"at row {row} ({actions[row].tolist()})"
+        column = int(np.argmax((actions[row] < least) | (actions[row] > most)))
+        sides = (np.broadcast_to(side, actions.shape[1:])[column] for side in (low, high))
+        at = f"at row {row}, column {column} ({actions[row, column]:g})"
+        bounds = " to ".join(f"{side:g}" for side in sides)
         raise ValueError(f"{source}: 'actions' is out of range {at}; clip or scale it to {bounds}")
 
 

@@ -144,7 +144,7 @@ def test_a_truncated_file(fails: Callable[..., str], edited: Edit, tmp_path: Pat
     path = edited()
     path.write_bytes(path.read_bytes()[:4000])
     message = fails(tmp_path / "runs", dataset=str(path))
-    assert f"{path} cannot be read as HDF5" in message
+    assert f"{path}: the HDF5 file is damaged" in message
     assert not (tmp_path / "runs").exists()
 
 

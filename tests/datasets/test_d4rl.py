@@ -171,9 +171,9 @@ def test_a_wider_action_space_is_taken_from_the_environment(
     fields["actions"][2] = 1.9
     assert lengths(datasets.load(write(fields, env_id="Pendulum-v1")).trajectories).tolist() == [4]
     fields["actions"][2] = 2.1
-    with pytest.raises(ValueError, match=r"'actions' .* at row 2 .* \[-2.0\] to \[2.0\]"):
+    with pytest.raises(ValueError, match=r"'actions' .* at row 2, .* -2 to 2"):
         datasets.load(write(fields, env_id="Pendulum-v1"))
-    with pytest.raises(ValueError, match=r"row 2 .*unknown environment 'NoSuchThing-v0'"):
+    with pytest.raises(ValueError, match=r"row 2, .*unknown environment 'NoSuchThing-v0'"):
         datasets.load(write(fields, env_id="NoSuchThing-v0"))
 
 
@@ -217,7 +217,7 @@ def at(row: int, value: float) -> Callable[[np.ndarray], np.ndarray]:
         (put("observations", at(2, np.nan)), "'observations' is NaN or infinite at row 2"),
         (put("rewards", at(6, np.inf)), "'rewards' is NaN or infinite at row 6"),
         (put("rewards", at(1, 1e300)), "'rewards' is NaN or infinite at row 1"),
-        (put("actions", at(5, 1.01)), r"'actions' is out of range at row 5.*-1.0 to 1.0"),
+        (put("actions", at(5, 1.01)), r"'actions' is out of range at row 5.*-1 to 1"),
         (put("actions", at(0, -3)), "'actions' is out of range at row 0"),
         (put("observations", lambda a: a.astype("S4")), "'observations' is .*expected numbers"),
         (put("rewards", lambda a: a.sum()), "'rewards' is .*expected numbers"),

@@ -135,7 +135,9 @@ def test_actions_out_of_range() -> None:
     actions[6, 0] = 1.00005  # rounding
     check_actions(actions, -1, 1, "here")
     actions[CHUNK + 2, 1] = -1.001
-    with pytest.raises(ValueError, match=rf"here: 'actions' .* at row {CHUNK + 2} .* -1 to 1$"):
+    with pytest.raises(
+        ValueError, match=rf"here: 'actions' .* at row {CHUNK + 2}, column 1 .* -1 to 1$"
+    ):
         check_actions(actions, -1, 1, "here")
     low = np.array([-1, -2], dtype=np.float32)
     check_actions(actions, low, -low, "here")

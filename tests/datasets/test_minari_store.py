@@ -165,7 +165,7 @@ def test_what_is_refused() -> None:
     minari.create_dataset_from_buffers(
         dataset_id="d-v0", buffer=[episode], observation_space=PLAIN, action_space=ACTIONS
     )
-    with pytest.raises(ValueError, match=r" at row 1 .* \[-2.0, -2.0\] to \[2.0, 2.0\]"):
+    with pytest.raises(ValueError, match=r" at row 1, column 0 .* -2 to 2"):
         datasets.load("minari:d-v0")
     with pytest.raises(ValueError, match="'no version' is not a Minari id"):
         datasets.load("minari:no version")
