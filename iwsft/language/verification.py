@@ -1,82 +1,183 @@
-"""The final answer in a model's text: a box, a line, a whole number, a letter, LaTeX."""
+r"""The final answer in a model's text, and how whole numbers, letters and LaTeX are read.
+
+A text that can be read in two ways (``5 or 7``, ``x = 3, y = 2``, ``12,5``) is no whole number and
+no letter. A point is a decimal point, and a comma separates thousands: ``1,234`` is 1234, ``1.234``
+is not whole.
+"""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 
 # Where the thinking ends and the answer starts, in the formats of iwsft.language.budget.
 _END_OF_THINKING = ("<|im_start|>answer", "</think>")
-_ANSWER = re.compile(r"\banswer\b\W{0,4}?(?::|\bis\b:?)[ \t*]*(.*)", re.IGNORECASE)
-_HASHES = re.compile(r"####[ \t]*(.*)")
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_SPECIAL = re.compile(r"<\|[^|<>]*\|>|</s>|<s>")
-_NUMBER = re.compile(r"(?<![\w.])[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
-_UNITS = re.compile(r"\\(?:text|mathrm|mbox|textbf)\s*\{[^{}]*\}|\^\s*\{?\\circ\}?|\\?[%$]")
-_LETTER = re.compile(r"(?:(?:option|choice)\s+)?\(?([A-D])(?:\)|[.:,](?=\s|$)|$)", re.IGNORECASE)
+_SPECIAL = re.compile(r"<\|[^|<>]*\|>|</?s>")
+# Minus signs and hyphens, and symbols that LaTeX has commands for.
+_SYMBOLS = str.maketrans(
+    {
+        **dict.fromkeys("\u2010\u2011\u2012\u2013\u2212", "-"),
+        "\u221e": r"\infty ",
+        "\u2264": r"\le ",
+        "\u2265": r"\ge ",
+        "\u00d7": r"\times ",
+        "\u222a": r"\cup ",
+    }
+)
+# Digits that NFKC would add to the number before them: powers, indices, fractions.
+_RAISED = re.compile(
+    "[\u00b2\u00b3\u00b9\u2070-\u2079]+|([\u2080-\u2089]+)|[\u00bc-\u00be\u2150-\u215e]"
+)
+
+_BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*(\{)|\s+(-?\d[\d.,]*|[A-D]\b))")
+# What stands between the boxes of one answer.
+_BETWEEN_BOXES = re.compile(r"(?:[\s,;&$]|\\[()\[\]]|\\text\s*\{\s*(?:and|or)\s*\}|and|or|\w\s*=)*")
+_TAGS = re.compile(r"<answer>((?:(?!<answer>).)*)</answer>", re.IGNORECASE | re.DOTALL)
+_LINES = (
+    re.compile(
+        r"\banswer\b(?:\s+choice)?(?:\s*\([^()\n]*\)|\s+(?:to|for|of)\b[^.:=\n]{0,60}?)?\W{0,4}?"
+        r"(?:[:=]|\b(?:is|(?:should|would|must)\s+be)\b:?)[ \t*]*(.*)",
+        re.IGNORECASE,
+    ),
+    # A heading: the answer is on the next line.
+    re.compile(r"^[ \t#*]*(?:the\s+)?(?:final\s+)?answer[ \t*]*$()", re.IGNORECASE | re.MULTILINE),
+    re.compile(r"####(?![ \t]*\d+[.)]\s)(?=[^\w\n]{0,9}\d)[ \t]*(.*)"),
+)
+# An explanation after an answer.
+_EXPLANATION = re.compile(
+    r"(?<=\S)(?:\s*[-,;:.(\u2014]*\s*(?<![A-Za-z])"
+    r"(?:because|since|as|so|where|which|not|but|instead|rather|hence|thus|given|due)\b"
+    r"|\s*[;\u2014]|[.!?]\s+(?=[A-Z])|\s+\((?!mod|or\b|and\b)(?=[A-Za-z]{2,}[\s,)])).*",
+    re.DOTALL,
+)
+
+_WRAPPERS = re.compile(
+    r"\\(?:text|textbf|textit|textrm|mathbf|mathrm|mathit|mbox|emph|underline|boxed|textcolor\{\w+\}"
+    r"|operatorname)\s*\{([^{}]*)\}"
+)
+_LAYOUT = re.compile(
+    r"\\(?:left|right|displaystyle|large|Large|bf|quad|qquad|color\{\w+\})(?![A-Za-z])|\\[()\[\]!\\]"
+    r"|\\?[%$\u00a3\u20ac]|[*`_]{2}|[*`\u2713\u2705]"
+)
+_SPACES = re.compile(r"\\[, ;:]|~|\^?\{?\\circ\b\}?|\\degree\b|\u00b0")
+_MODULUS = re.compile(r"\s*\(?\s*\\?[pb]?mod(?:ulo)?\s*\d+\s*\)?")
+_SEVERAL = re.compile(
+    r"[,;<>\u00b1\u2260]|\\(?:pm|n?eq?|leq?|geq?|lt|gt)\b|\d\s+(?:of|to|out)\b|\b(?:not|or|less|more|"
+    r"fewer|greater|than|least|most|between|over|under|dozen|hundred|(?:thous|mill|bill|trill)\w+|"
+    r"pi|sqrt|squared|cubed|factorial)\b",
+    re.IGNORECASE,
+)
+_WORDS = r"(?:(?!minus|negative)[A-Za-z']{2,}[.:]?\s+)*"
+_UNITS = r"(?:\s+[A-Za-z]{2,}|\s+[mgshlLNJWVAKCF]\b|[ck]m\b|mm\b|[km]g\b|m[lL]\b|mph\b)"
+_WHOLE = re.compile(
+    rf"{_WORDS}(?:US)?([-+]|minus\s|negative\s)?\s*(\d{{1,99}})(?:\.0*)?"
+    rf"(?:{_UNITS}(?:\^?\d)?(?:/[A-Za-z]+(?:\^?\d)?)?)*\s*[.?]*"
+)
+_LETTER = re.compile(
+    r"(?:(?:the|correct|right|best|final|option|choice|letter|answer|is)[\s:]+)*"
+    r"\(?([A-D])(?:\)|[.:,](?=\s|$)|(?=\s+[-(]\s*|\s+is\b|$))",
+    re.IGNORECASE,
+)
+_ANY_LETTER = re.compile(r"(?<![A-Za-z])[A-D](?![A-Za-z])", re.IGNORECASE)
+_NEXT_LETTER = re.compile(r"\W*(?:(?:and|or)\W+)*\(?[A-D]\b(?!\s+(?!and\b|or\b)\w)")
 
 
-def extract_answer(text: str) -> str | None:
-    """Extract the final answer from a model's text; None where there is none.
+def extract_answer(text: str, *, letter: bool = False) -> str | None:
+    r"""Extract the final answer from a model's text; None where there is none.
 
-    It is the content of the last ``\\boxed{X}``. Without a box, it is the last of ``Answer: X``
-    (``answer is X``; to the end of the line, or the next line) and ``#### X``. The thinking counts
-    only where no answer follows it.
+    It is the content of the last ``\boxed{X}``, or of the last boxes with nothing but commas, "and"
+    or "or" between them (``X, Y``). Without a box, it is the last of ``Answer: X`` or ``answer is
+    X`` (on this line or the next), ``#### X`` and ``<answer>X</answer>``, without an explanation
+    after it. Of a ``letter`` it is the last of all these that names one. Thinking counts only where
+    it has not ended.
     """
     for mark in _END_OF_THINKING:
         text = text.rpartition(mark)[2]
-    text = _SPECIAL.sub("", text)
-    box = _last_box(text)
-    if box is not None:
-        return box.strip() or None
-    matches = [*_ANSWER.finditer(text), *_HASHES.finditer(text)]
-    if not matches:
-        return None
-    last = max(matches, key=lambda match: match.start())
-    lines = [last.group(1), *text[last.end() :].splitlines()]
-    line = next((line.strip() for line in lines if line.strip()), "")
-    # Without emphasis, quotes and the full stop.
-    return line.strip(" \t*`\"'").rstrip(".").strip(" \t*") or None
+    text = _TAGS.sub(r"\nAnswer:\1\n", _SPECIAL.sub("", _plain_characters(text)))
+    boxes, lines = _boxes(text), []
+    for match in (match for pattern in _LINES for match in pattern.finditer(text)):
+        following = [match[1], *text[match.end() :].splitlines()]
+        line = next((line for line in following if line.strip(" \t*`$[\\")), "")
+        line = _EXPLANATION.sub("", " ".join(line.split()).strip("* `\"'")).rstrip(".").strip(" *")
+        lines.append((match.start(), line))
+    answers = boxes or lines
+    if letter:
+        answers = [each for each in boxes + lines if _ANY_LETTER.search(each[1])]
+    return max(answers)[1] or None if answers else None
 
 
 def parse_integer(answer: str) -> int | None:
     """Parse a whole number; None for anything else. Units may follow it, other terms may not.
 
-    After an equals sign the last side counts: ``3 * 6 = 18`` is 18.
+    Of an equation the side that is a number counts: ``3 * 6 = 18`` is 18.
     """
-    text = answer.replace("{,}", ",").replace("\\,", "").replace("\\!", "")
-    text = _UNITS.sub(" ", text).rpartition("=")[2].strip()
-    numbers = list(_NUMBER.finditer(text))
-    if len(numbers) != 1 or "\\" in text:
+    text = _MODULUS.sub("", _without_layout(answer))
+    text = re.sub(r"(?<=\d)[, '](?=\d{3}(?!\d))", "", _EXPLANATION.sub("", text))
+    if _SEVERAL.search(text):
         return None
-    # 5x, 5!, 2e3 and 5^n are not 5.
-    if re.match(r"[\w^!/*]", text[numbers[0].end() :]):
-        return None
-    whole, _, decimals = numbers[0].group().replace(",", "").partition(".")
-    return None if decimals.strip("0") else int(whole)
+    sides = (_WHOLE.fullmatch(side.strip(" ()[]")) for side in re.split(r"=|\\approx|\u2248", text))
+    numbers = {int(side[2]) * (-1 if (side[1] or "+")[0] in "-mn" else 1) for side in sides if side}
+    return numbers.pop() if len(numbers) == 1 else None
 
 
 def parse_letter(answer: str) -> str | None:
-    """Parse a choice (``C``, ``(C)``, ``C) text``, ``\\text{C}``); None for anything else."""
-    text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", answer)
-    match = _LETTER.match(text.strip("$*\\ \t{}[]"))
-    return match.group(1).upper() if match else None
+    r"""Parse a choice (``C``, ``(C)``, ``C) text``, ``\text{C}``); None for anything else."""
+    text = _EXPLANATION.sub("", _without_layout(answer)).strip(" _'\"[]")
+    match = _LETTER.match(text)
+    if match is None or _NEXT_LETTER.match(text, match.end()):
+        return None
+    return match[1].upper()
 
 
 def normalize_latex(latex: str) -> str:
     """Remove from LaTeX what does not change its meaning, so that more equal answers match."""
     text = re.sub(r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\[!,;: ]|\\?\$|~", "", latex)
-    text = re.sub(r"\\[dt]frac", r"\\frac", text)
+    text = re.sub(r"_\{(\w+)\}", r"_\1", re.sub(r"\\[dt]frac", r"\\frac", text))
     return "".join(text.split()).rstrip(".")
 
 
-def _last_box(text: str) -> str | None:
-    """Return the content of the last box that is closed."""
-    for opening in reversed(list(_BOX.finditer(text))):
-        depth = 1
-        for position in range(opening.end(), len(text)):
-            escaped = text[position - 1] == "\\" and text[position - 2] != "\\"
-            if text[position] in "{}" and not escaped:
-                depth += 1 if text[position] == "{" else -1
-            if depth == 0:
-                return text[opening.end() : position]
-    return None
+def _plain_characters(text: str) -> str:
+    """Digits, letters, signs and spaces as in ASCII; powers, roots and fractions as in LaTeX."""
+
+    def latex(match: re.Match[str]) -> str:
+        plain = unicodedata.normalize("NFKC", match[0])
+        if "\u2044" in plain:
+            return r"\frac{" + plain.replace("\u2044", "}{") + "}"
+        return f"{'_' if match[1] else '^'}{{{plain}}}"
+
+    text = unicodedata.normalize("NFKC", _RAISED.sub(latex, text.translate(_SYMBOLS)))
+    return re.sub(r"\u221a\s*(?:\(([^()]*)\)|(\w+))", r"\\sqrt{\1\2}", text)
+
+
+def _without_layout(answer: str) -> str:
+    """Take the commands and braces of LaTeX away that only change how an answer looks."""
+    text = _SPACES.sub(" ", " ".join(_plain_characters(answer).split()))
+    text, before = re.sub(r"\\[{}]", "", text), ""
+    while text != before:
+        before, text = text, _WRAPPERS.sub(r"\1", text)
+    return re.sub(r"[{}]", "", _LAYOUT.sub("", text.replace("{,}", ","))).strip()
+
+
+def _boxes(text: str) -> list[tuple[int, str]]:
+    """The contents of the boxes that are closed, neighbours together, with their places."""
+    opened: list[int] = []
+    closed: dict[int, int] = {}
+    for brace in re.finditer(r"\\[\\{}]|[{}]", text):
+        if brace[0] == "{":
+            opened.append(brace.end())
+        elif brace[0] == "}" and opened:
+            closed[opened.pop()] = brace.end()
+    boxes: list[tuple[int, list[str]]] = []
+    end = 0
+    for box in _BOX.finditer(text):
+        after = box.end() if box[2] else closed.get(box.end(), 0)
+        # Boxes in boxes are only braces.
+        content = box[2] or _BOX.sub("{", text[box.end() : max(after - 1, 0)]).strip()
+        if box.start() < end or not content:
+            continue
+        if not boxes or not _BETWEEN_BOXES.fullmatch(text, end, box.start()):
+            boxes.append((box.start(), []))
+        if content not in boxes[-1][1]:
+            boxes[-1][1].append(content)
+        end = after
+    return [(start, ", ".join(contents)) for start, contents in boxes]

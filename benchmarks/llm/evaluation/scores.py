@@ -16,7 +16,7 @@ from rich.table import Table
 from benchmarks.llm.evaluation.grading import Grader
 from benchmarks.llm.evaluation.tasks import QuestionSet
 from benchmarks.statistics import CONFIDENCE, bootstrap_interval, wilson_interval
-from iwsft.language.verification import extract_answer, parse_letter
+from iwsft.language.verification import extract_answer, parse_integer, parse_letter
 
 # A line of generations.jsonl.
 Generation = dict[str, Any]
@@ -26,6 +26,7 @@ Generation = dict[str, Any]
 class Grades:
     """The answers to a question in the order of their samples; None where a text gives none.
 
+    ``unclear`` are those that are no one whole number or letter, and count as none.
     ``majority_right`` tells whether the most frequent answer is right.
     """
 
@@ -34,21 +35,22 @@ class Grades:
     answers: tuple[str | None, ...]
     right: tuple[bool, ...]
     majority_right: bool
+    unclear: int = 0
 
 
 def grade(task: QuestionSet, generations: Sequence[Generation], grader: Grader) -> list[Grades]:
     """Grade the generations of a task; those of a question are in the order of their samples."""
-    answers: dict[str, list[str | None]] = {each.id: [] for each in task.questions}
+    texts: dict[str, list[str | None]] = {each.id: [] for each in task.questions}
     for generation in generations:
-        answer = extract_answer(generation["text"])
-        if task.kind == "letter" and answer is not None:
-            # Only the letter: models repeat the choice, and its text may be private.
-            answer = parse_letter(answer)
-        answers[generation["id"]].append(answer)
+        text = extract_answer(generation["text"], letter=task.kind == "letter")
+        texts[generation["id"]].append(text)
+    # Models repeat the choice with its letter, and its text may be private.
+    read: Any = {"integer": parse_integer, "letter": parse_letter, "math": str}[task.kind]
     same = grader.choose_comparison(task.kind)
     grades = []
     for question in task.questions:
-        given = answers[question.id]
+        values = [text if text is None else read(text) for text in texts[question.id]]
+        given = [value if value is None else str(value) for value in values]
         right = [answer is not None and same(question.answer, answer) for answer in given]
         chosen = find_majority(given, same) if len(given) > 1 else given[0]
         grades.append(
@@ -58,6 +60,7 @@ def grade(task: QuestionSet, generations: Sequence[Generation], grader: Grader) 
                 tuple(given),
                 tuple(right),
                 chosen is not None and right[given.index(chosen)],
+                given.count(None) - texts[question.id].count(None),
             )
         )
     return grades
@@ -95,6 +98,7 @@ def score(grades: Sequence[Grades], generations: Sequence[Generation], seed: int
             for k in [*subsets, n]
         },
         "no_answer": sum(answer is None for each in grades for answer in each.answers),
+        "unclear": sum(each.unclear for each in grades),
         "unfinished": sum(not each["stopped"] for each in generations),
         "tokens_mean": _mean(generations, "tokens"),
     }
@@ -155,6 +159,8 @@ def show(results: Sequence[dict[str, Any]]) -> None:
         notes = []
         if result["no_answer"]:
             notes.append(f"{result['no_answer']} of {answers} generations give no final answer")
+        if result["unclear"]:
+            notes.append(f"{result['unclear']} of those give none that is one number or letter")
         if failed:
             notes.append(f"{failed} comparisons hung or failed and count as wrong")
         if result["private"]:

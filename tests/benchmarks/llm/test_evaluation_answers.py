@@ -1,4 +1,4 @@
-"""Answers found in a model's words and graded, against tables made by hand."""
+"""Answers compared with the right ones, against a table made by hand."""
 
 from __future__ import annotations
 
@@ -7,100 +7,6 @@ from collections.abc import Iterator
 import pytest
 
 from benchmarks.llm.evaluation.grading import Grader
-from iwsft.language.verification import extract_answer, parse_integer, parse_letter
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        (r"so \boxed{\frac{1}{2}} it is", r"\frac{1}{2}"),
-        (r"first \boxed{3}, no: $\boxed{4}$. I hope it is correct", "4"),
-        (r"\boxed{\{1,2\}} and \fbox {7}", "7"),
-        (r"\boxed{\left\{ x : x > \frac{1}{2} \right\}}", r"\left\{ x : x > \frac{1}{2} \right\}"),
-        (r"the last is not closed: \boxed{5}, \boxed{6", "5"),
-        ("**Answer:** 42.", "42"),
-        ("Final Answer: (3, 4)\nThanks", "(3, 4)"),
-        ("Answer: 3\nWait, that is wrong.\nAnswer: 4", "4"),
-        ("**Final Answer**: C", "C"),
-        ("Therefore the answer is 18 dollars.", "18 dollars"),
-        ("Answer:\n\n 7 apples", "7 apples"),
-        ("2+2=4\n#### 1,234", "1,234"),
-        ("#### 5\nAnswer: 6", "6"),
-        ("Answer: 6\n#### 5", "5"),
-        (r"Answer: 6, that is \boxed{5}", "5"),
-        (r"<think>it may be \boxed{3}</think>Answer: 5", "5"),
-        ("<|im_start|>think\nAnswer: 3\n<|im_start|>answer\nFinal Answer: 10<|im_end|>", "10"),
-        # Cut in its thinking: what it has so far counts.
-        (r"<|im_start|>think\nI get \boxed{9} and", "9"),
-        ("", None),
-        ("I cannot say.", None),
-        (r"\boxed{}", None),
-        ("Answer:", None),
-    ],
-)
-def test_extract(text: str, answer: str | None) -> None:
-    assert extract_answer(text) == answer
-
-
-@pytest.mark.parametrize(
-    ("answer", "number"),
-    [
-        ("18", 18),
-        ("073", 73),
-        ("-5", -5),
-        ("1,234", 1234),
-        ("1{,}234{,}567", 1234567),
-        (r"\$18", 18),
-        ("18 dollars", 18),
-        ("18.00", 18),
-        (r"25\text{ cm}", 25),
-        (r"90^\circ", 90),
-        (r"50\%", 50),
-        ("3 * 6 = 18", 18),
-        ("n = 7", 7),
-        ("12.5", None),
-        ("1/2", None),
-        (r"\frac{1}{2}", None),
-        (r"5\sqrt{2}", None),
-        (r"5\pi", None),
-        ("5x", None),
-        ("5!", None),
-        ("2^{10}", None),
-        ("2e3", None),
-        ("10-5", None),
-        ("1,23", None),
-        ("3 or 4", None),
-        ("eighteen", None),
-        ("", None),
-    ],
-)
-def test_integer(answer: str, number: int | None) -> None:
-    assert parse_integer(answer) == number
-
-
-@pytest.mark.parametrize(
-    ("answer", "choice"),
-    [
-        ("C", "C"),
-        ("(C)", "C"),
-        ("c", "C"),
-        ("C.", "C"),
-        ("C) 12 MeV", "C"),
-        ("(D) none of them", "D"),
-        ("B: the second", "B"),
-        ("**A**", "A"),
-        (r"\text{B}", "B"),
-        (r"$\mathrm{D}$", "D"),
-        ("option A", "A"),
-        ("A proton", None),
-        ("Both A and B", None),
-        ("E", None),
-        ("CD", None),
-        ("12 MeV", None),
-    ],
-)
-def test_letter(answer: str, choice: str | None) -> None:
-    assert parse_letter(answer) == choice
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +50,11 @@ def grader() -> Iterator[Grader]:
         (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix}1\\3\end{pmatrix}", False),
         ("1", r"\frac{", False),
         ("1", "", False),
+        ("123_4", "123_5", False),
+        ("123_4", "123_{4}", True),
+        ("2516_8", r"2516_{\text{eight}}", True),
+        ("5", r"5 \pmod{7}", True),
+        (r"5 \pmod{7}", r"5 \pmod{8}", False),
     ],
 )
 def test_math(grader: Grader, correct: str, answer: str, right: bool) -> None:

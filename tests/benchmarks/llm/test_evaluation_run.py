@@ -135,9 +135,10 @@ def test_scores_of_known_generations(model: Path, data: Path, tmp_path: Path) ->
     for row in rows:
         row["text"] = "nothing"
     # Question 1: 2, 9, 2: right in two of three and by vote. Question 4: 8, 5, 8: in one, not by
-    # vote. Question 6: 0, 7 and none: in one, and the vote is tied, for the first.
+    # vote. Question 6: 0, 7 and unclear: in one, and the vote is tied, for the first.
     said = {("1", 0): "2", ("1", 1): "9", ("1", 2): "2.0"}
     said |= {("4", 0): "8", ("4", 1): "5", ("4", 2): "8", ("6", 0): "0", ("6", 1): "7"}
+    said[("6", 2)] = "7 or 8"
     for row in rows:
         if (row["id"], row["sample"]) in said:
             row["text"] = f"\\boxed{{{said[row['id'], row['sample']]}}}"
@@ -149,7 +150,8 @@ def test_scores_of_known_generations(model: Path, data: Path, tmp_path: Path) ->
     assert result["pass_at"]["1"] == pytest.approx(result["avg"])
     # Of three answers with two right, two drawn always hold one; with one right, in 2 of 3 cases.
     assert result["pass_at"]["2"] == pytest.approx(100 * (1 + 2 / 3 + 2 / 3) / 7)
-    assert result["no_answer"] == 21 - 8 and result["generated_by_this_call"] == 0
+    assert result["no_answer"] == 21 - 8 and result["unclear"] == 1
+    assert result["generated_by_this_call"] == 0
     low, high = result["avg_interval"]
     assert 0 <= low < result["avg"] < high <= 100
     assert result["interval_method"] == "bootstrap over questions"
