@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.llm.evaluation.grading import AnswerKind
 from benchmarks.options import check_known
-from iwsft.datasets.text.rows import records
+from iwsft.datasets.text.sources import records
 
 LETTERS = "ABCD"
 

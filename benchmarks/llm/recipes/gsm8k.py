@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from benchmarks.llm.models import SMOLLM2, locate, mean_log_probs
 from benchmarks.llm.recipes import Evaluation, Prepared, Recipe, Settings
 from benchmarks.statistics import bootstrap_interval
-from iwsft.datasets.text.rows import Record, Row, check_text, records, to_row
+from iwsft.datasets.text.rows import Row, check_text, to_row
+from iwsft.datasets.text.sources import Record, records
 
 BUNDLED = Path(__file__).parent / "data" / "gsm8k-solutions.jsonl"
 _CAUTION = "the questions are from GSM8K's test set: report no GSM8K score of what trains on them"

@@ -3,28 +3,30 @@
     {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
     {"prompt": "2+2=", "completion": "4", "score": 0.7, "weight": 3, "correct": true}
 
-They come from JSON lines, Parquet, a folder, or a Hugging Face dataset by name. Three columns are
-optional: ``score`` (higher is better, for ``iwsft.curate``), ``weight`` (how often the row counts,
-a whole number) and ``correct`` (whether a checker accepted it).
+They come from JSON, Parquet, a folder, or a Hugging Face dataset. Three columns are optional:
+``score`` (higher is better, for ``iwsft.curate``), ``weight`` (how often the row counts, a whole
+number) and ``correct`` (whether a checker accepted it). Rows with ``messages`` may have what the
+chat template reads: ``tools``, ``documents`` and ``chat_template_kwargs``.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from iwsft.datasets.text.sources import Record, records
+
 Message = Mapping[str, Any]
-Record = Mapping[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ASSISTANT = "assistant"
-_SUFFIXES = (".jsonl", ".json", ".parquet")
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+# Columns that a chat template reads, and their types.
+_VARIABLES = {"chat_template_kwargs": Mapping, "tools": Sequence, "documents": Sequence}
 # The type of an optional column, and its rule for errors.
 _OPTIONAL: dict[str, tuple[type, str]] = {
     "score": (float, "a finite number"),
@@ -45,6 +47,7 @@ class Row:
         score: Finite quality, or None.
         weight: How often the row counts, at least 0, or None.
         correct: Whether a checker accepted the row, or None.
+        template_kwargs: The row's own variables of the chat template, such as ``tools``.
     """
 
     where: str
@@ -54,12 +57,13 @@ class Row:
     score: float | None = None
     weight: int | None = None
     correct: bool | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read(
-    source: str | Path,
+    source: str | Path | Iterable[Record],
     *,
-    split: str = "train",
+    split: str | None = None,
     config: str | None = None,
     make: Callable[[Record, str], Row] | None = None,
     cache_dir: str | Path | None = None,
@@ -67,48 +71,23 @@ def read(
     """Read all rows of a source, in their order.
 
     Args:
-        source: A ``.jsonl``, ``.json`` (lines, or one array) or ``.parquet`` file; a folder
-            (written by ``Dataset.save_to_disk``, or with such files); or the name of a Hugging Face
-            dataset, which ``datasets`` downloads and caches.
-        split: Split of a folder or a named dataset; a file has none.
+        source: File, folder, name of a dataset, or records in memory; see
+            :func:`iwsft.datasets.text.sources.records`.
+        split: Split of a folder or dataset that has several, "train" by default.
         config: Configuration of a named dataset, where it has several.
         make: Function from a record and its place to a row, for data with other columns (see
             ``iwsft.datasets.text.s1k``); :func:`to_row` by default.
         cache_dir: Folder in which ``datasets`` caches; its own by default.
 
     Raises:
-        FileNotFoundError: The file does not exist.
-        ValueError: The kind of source, the split or the dataset is unknown, there is no row, or a
-            row can't be trained on; the message names the file and the line.
-        ConnectionError: The named dataset can't be reached.
+        ValueError: There is no row, or a row can't be trained on, besides the errors of
+            ``records``; the message names the file and the row.
     """
     make = to_row if make is None else make
     rows = [make(record, where) for where, record in records(source, split, config, cache_dir)]
     if not rows:
         raise ValueError(f"{source}: there is no row in it")
     return rows
-
-
-def records(
-    source: str | Path,
-    split: str = "train",
-    config: str | None = None,
-    cache_dir: str | Path | None = None,
-) -> Iterator[tuple[str, Record]]:
-    """Iterate over the unchanged records of a source, each with its place; see :func:`read`."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _from_datasets(str(path), split, config, cache_dir)
-    if path.suffix.lower() in _SUFFIXES:
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file {path}")
-        return _parquet(path) if path.suffix.lower() == ".parquet" else _json(path)
-    if isinstance(source, Path) or path.exists() or not _HUB_NAME.fullmatch(str(source)):
-        raise ValueError(
-            f"{source} is not data that can be read: pass a folder, the name of a Hugging Face "
-            f"dataset, or a file that ends in {', '.join(_SUFFIXES)}"
-        )
-    return _from_datasets(str(source), split, config, cache_dir)
 
 
 def to_row(record: Record, where: str) -> Row:
@@ -124,7 +103,8 @@ def to_row(record: Record, where: str) -> Row:
     """
     row = Row(where, **{name: _optional(record.get(name), name, where) for name in _OPTIONAL})
     if record.get("messages") is not None:
-        return replace(row, messages=_messages(record["messages"], where))
+        messages = _messages(record["messages"], where)
+        return replace(row, messages=messages, template_kwargs=_template_kwargs(record, where))
     for column in ("prompt", "completion"):
         if record.get(column) is None:
             raise ValueError(
@@ -189,11 +169,45 @@ def _message(value: Any, where: str) -> Message:
             f"{where}: a message is {{role, content}} with a role of {', '.join(ROLES)}, this is "
             f"{value!r:.60}"
         )
-    # Arrow gives every message all keys of all messages; templates test whether a key exists.
+    # Templates test whether a key exists.
     message = {key: entry for key, entry in value.items() if entry is not None}
-    filled = role == ASSISTANT and not message.get("tool_calls")
+    calls = message.get("tool_calls") or ()
+    filled = role == ASSISTANT and not calls
     check_text(message.setdefault("content", ""), "content", where, filled=filled)
+    for name in message.keys() & set(REASONING):
+        check_text(message[name], name, where)
+    for call in calls if isinstance(calls, Sequence) else [calls]:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        check_text(name, "the name of a tool call", where, filled=True)
+    if message.get("weight", 1) not in (0, 1):
+        raise ValueError(f"{where}: weight must be 0 or 1, it is {message['weight']!r:.60}")
     return message
+
+
+def _template_kwargs(record: Record, where: str) -> dict[str, Any]:
+    """Return what the row's chat template reads beside the messages; JSON text is parsed."""
+    variables: dict[str, Any] = {}
+    for name, kind in _VARIABLES.items():
+        value = _parsed(record.get(name), name, where)
+        if value is None:
+            continue
+        if not isinstance(value, kind):
+            raise ValueError(f"{where}: {name} must be a {kind.__name__}, it is {_kind(value)}")
+        if isinstance(value, Mapping):
+            variables |= value
+        elif value:
+            variables[name] = [_parsed(entry, name, where) for entry in value]
+    return variables
+
+
+def _parsed(value: Any, name: str, where: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"{where}: {name} is not JSON ({error}); mend or drop it") from error
 
 
 def _optional(value: Any, name: str, where: str) -> Any:
@@ -204,78 +218,11 @@ def _optional(value: Any, name: str, where: str) -> Any:
         right = value in (True, False)
     else:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        right = number and math.isfinite(value)
+        right = number and abs(value) <= sys.float_info.max
         right = right and (kind is float or (value >= 0 and value == int(value)))
     if not right:
-        raise ValueError(f"{where}: {name} must be {rule}, it is {value!r}")
+        raise ValueError(f"{where}: {name} must be {rule}, it is {repr(value):.60}")
     return kind(value)
-
-
-def _json(path: Path) -> Iterator[tuple[str, Record]]:
-    with path.open("rb") as file:
-        array = path.suffix.lower() == ".json" and file.read(64).lstrip().startswith(b"[")
-        file.seek(0)
-        values: Iterable[tuple[str, Any]]
-        if array:
-            parsed = _parse(file.read(), f"{path}: this file")
-            values = ((f"{path} row {number}", value) for number, value in enumerate(parsed))
-        else:
-            lines = ((f"{path}:{number}", line) for number, line in enumerate(file, 1))
-            values = ((at, _parse(line, f"{at}: this line")) for at, line in lines if line.strip())
-        for where, value in values:
-            if not isinstance(value, Mapping):
-                raise ValueError(f"{where}: a row is an object of columns, this is {_kind(value)}")
-            yield where, value
-
-
-def _parse(text: bytes, what: str) -> Any:
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{what} is not JSON ({error}); mend or drop it") from error
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, Record]]:
-    import pyarrow  # type: ignore[import-untyped]
-    from pyarrow import parquet
-
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for record in batch.to_pylist():
-                    yield f"{path} row {number}", record
-                    number += 1
-    except pyarrow.ArrowException as error:
-        raise ValueError(
-            f"{path} row {number}: the file is not Parquet from here on ({error}); write it again"
-        ) from error
-
-
-def _from_datasets(
-    name: str, split: str, config: str | None, cache_dir: str | Path | None
-) -> Iterator[tuple[str, Record]]:
-    import datasets  # type: ignore[import-untyped]
-
-    files = (Path(name) / "state.json", Path(name) / "dataset_dict.json")
-    try:
-        # Written by `save_to_disk`.
-        if any(file.exists() for file in files):
-            data = datasets.load_from_disk(name)
-            if isinstance(data, datasets.DatasetDict):
-                data = data[split]
-        else:
-            cache = None if cache_dir is None else str(cache_dir)
-            data = datasets.load_dataset(name, config, split=split, cache_dir=cache)
-    except ConnectionError as error:
-        raise ConnectionError(f"{name!r} can't be reached ({error}); pass a file") from error
-    # DatasetNotFoundError and EmptyDatasetError are FileNotFoundErrors.
-    except (KeyError, ValueError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(
-            f"{name!r} can't be loaded (split {split!r}, configuration {config!r}): {error}"
-        ) from error
-    for number, record in enumerate(data):
-        yield f"{name} [{split}] row {number}", record
 
 
 def _kind(value: Any) -> str:

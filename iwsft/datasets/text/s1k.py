@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from iwsft.datasets.text.rows import ASSISTANT, Record, Row, check_text
+from iwsft.datasets.text.rows import ASSISTANT, Row, check_text
+from iwsft.datasets.text.sources import Record
 
 PAD_TOKEN = "<|fim_pad|>"
 THINK = "<|im_start|>think\n"

@@ -125,10 +125,10 @@ def test_files_that_can_not_be_read(tmp_path):
     with pytest.raises(ValueError, match=r"broken.jsonl:1: this line is not JSON"):
         read(broken)
     (tmp_path / "broken.json").write_text("[1, 2")
-    with pytest.raises(ValueError, match="broken.json: this file is not JSON"):
+    with pytest.raises(ValueError, match="broken.json:1: this line is not JSON"):
         read(tmp_path / "broken.json")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and then nothing of the kind PAR1")
-    with pytest.raises(ValueError, match="broken.parquet row 0: the file is not Parquet"):
+    with pytest.raises(ValueError, match="broken.parquet row 0: the file can.t be read as Parquet"):
         read(tmp_path / "broken.parquet")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="empty.jsonl: there is no row"):

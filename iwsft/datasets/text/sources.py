@@ -1,0 +1,194 @@
+"""Records of data with their places: JSON, Parquet, folders, Hugging Face datasets."""
+
+from __future__ import annotations
+
+import json
+import os.path
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+Record = Mapping[str, Any]
+
+_SUFFIXES = (".jsonl", ".json", ".parquet")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_SPACE = re.compile(r"\s*")
+
+
+def records(
+    source: str | Path | Iterable[Record],
+    split: str | None = None,
+    config: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> Iterator[tuple[str, Record]]:
+    """Iterate over the records of a source, each with its place.
+
+    Arrow, which Parquet files and datasets are, gives every record the keys of all records. So a
+    null inside a column is dropped there, the data's own too. JSON keeps it.
+
+    Args:
+        source: A ``.jsonl`` or ``.json`` file (values one after the other, or one array) or a
+            ``.parquet`` file; a folder (written by ``Dataset.save_to_disk``, or with such files);
+            the name of a Hugging Face dataset, which ``datasets`` downloads and caches; or records
+            in memory, such as a ``Dataset``.
+        split: Split of a folder or dataset that has several, "train" by default.
+        config: Configuration of a named dataset, where it has several.
+        cache_dir: Folder in which ``datasets`` caches; its own by default.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: The kind of source, the split or the dataset is unknown, or the data is damaged;
+            the message names the file and the row.
+        ConnectionError: The named dataset can't be reached.
+    """
+    for where, record in _values(source, split, config, cache_dir):
+        if not isinstance(record, Mapping):
+            raise ValueError(
+                f"{where}: a row is an object of columns, this is of type {type(record).__name__}"
+            )
+        yield where, record
+
+
+def _values(
+    source: str | Path | Iterable[Record],
+    split: str | None,
+    config: str | None,
+    cache_dir: str | Path | None,
+) -> Iterator[tuple[str, Any]]:
+    if not isinstance(source, str | Path):
+        return _from_memory(source, "these records", split)
+    path = Path(os.path.expanduser(source))
+    if path.is_dir():
+        return _from_folder(path, split, config, cache_dir)
+    if path.suffix.lower() in _SUFFIXES:
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {path}")
+        if split is not None or config is not None:
+            raise ValueError(f"{path} is a file without splits and configurations; don't name one")
+        return _parquet(path) if path.suffix.lower() == ".parquet" else _json(path)
+    if isinstance(source, Path) or path.exists() or not _HUB_NAME.fullmatch(source):
+        raise ValueError(
+            f"{source} is not data that can be read: pass a folder, the name of a Hugging Face "
+            f"dataset, or a file that ends in {', '.join(_SUFFIXES)}"
+        )
+    return _from_datasets(source, split or "train", config, cache_dir)
+
+
+def _json(path: Path) -> Iterator[tuple[str, Any]]:
+    data = path.read_bytes()
+    line, last = 1, 0
+    try:
+        text = data.decode(json.detect_encoding(data))
+    except UnicodeDecodeError as error:
+        line += data.count(b"\n", 0, error.start)
+        raise ValueError(f"{path}:{line}: this line is not JSON ({error}); drop it") from error
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
+    end = 0
+    while (start := _after_space(text, end)) < len(text):
+        line += text.count("\n", last, start)
+        last = start
+        try:
+            value, end = decoder.raw_decode(text, start)
+        # A number may have too many digits, and a value may be nested too deeply.
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}:{line}: this line is not JSON ({error}); drop it") from error
+        if isinstance(value, list) and start == _after_space(text, 0):
+            yield from ((f"{path} row {number}", entry) for number, entry in enumerate(value))
+        else:
+            yield f"{path}:{line}", value
+
+
+def _after_space(text: str, position: int) -> int:
+    match = _SPACE.match(text, position)
+    return position if match is None else match.end()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        raise ValueError("an object has a key twice")
+    return result
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Record]]:
+    import pyarrow  # type: ignore[import-untyped]
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for row in range(batch.num_rows):
+                    cells = zip(batch.schema.names, batch.columns, strict=True)
+                    record = {name: _without_nulls(cell[row].as_py()) for name, cell in cells}
+                    yield f"{path} row {number}", record
+                    number += 1
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} row {number}: the file can't be read as Parquet from here on ({error}); write "
+            "it again"
+        ) from error
+
+
+def _from_memory(data: Any, name: str, split: str | None) -> Iterator[tuple[str, Any]]:
+    if isinstance(data, Mapping):
+        split = split or "train"
+        if split not in data:
+            raise ValueError(f"{name} have no split {split!r}, only {', '.join(map(str, data))}")
+        name, data = f"{name} [{split}]", data[split]
+    elif split not in (None, str(getattr(data, "split", None))):
+        raise ValueError(f"{name} have no split {split!r}; leave split= out")
+    arrow = type(data).__module__.startswith("datasets.")
+    for number, record in enumerate(data):
+        if arrow:
+            record = {column: _without_nulls(value) for column, value in record.items()}
+        yield f"{name} row {number}", record
+
+
+def _from_folder(
+    path: Path, split: str | None, config: str | None, cache_dir: str | Path | None
+) -> Iterator[tuple[str, Any]]:
+    import datasets  # type: ignore[import-untyped]
+
+    # Written by `save_to_disk`.
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        if config is not None:
+            raise ValueError(f"{path} has no configurations; leave config= out")
+        return _from_memory(datasets.load_from_disk(path), str(path), split)
+    return _from_datasets(str(path), split or "train", config, cache_dir)
+
+
+def _from_datasets(
+    name: str, split: str, config: str | None, cache_dir: str | Path | None
+) -> Iterator[tuple[str, Record]]:
+    import datasets
+
+    cache = None if cache_dir is None else str(cache_dir)
+    try:
+        if Path(name).is_dir():
+            builder = datasets.load_dataset_builder(name, config, cache_dir=cache)
+            splits = {str(key): files for key, files in (builder.config.data_files or {}).items()}
+            files = [Path(file) for file in splits.get(split, ())]
+            # JSON is read without Arrow, which has one type a column.
+            if files and {file.suffix for file in files} <= {".json", ".jsonl"}:
+                return chain.from_iterable(map(_json, files))
+        data = datasets.load_dataset(name, config, split=split, cache_dir=cache)
+    except ConnectionError as error:
+        raise ConnectionError(f"{name!r} can't be reached ({error}); pass a file") from error
+    # DatasetNotFoundError and EmptyDatasetError are FileNotFoundErrors.
+    except (KeyError, ValueError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(
+            f"{name!r} can't be loaded (split {split!r}, configuration {config!r}): {error}"
+        ) from error
+    return _from_memory(data, f"{name} [{split}]", None)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Drop the keys without a value inside a column."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
+    if isinstance(value, list):
+        return [_without_nulls(entry) for entry in value]
+    return value
