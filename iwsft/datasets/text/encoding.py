@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import unicodedata
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+# Texts in front of a piece, so that a tokenizer adds no space to it. The first that merges with
+# nothing is taken.
+_ANCHORS = ("", "\n", "a", ".", "0")
 
 
 class Encoded(NamedTuple):
@@ -20,6 +26,20 @@ class Stretch(NamedTuple):
     stop: int
 
 
+class _Piece(NamedTuple):
+    """Tokens of a piece of a text.
+
+    Attributes:
+        encoding: What the tokenizer returned.
+        start: Position in the text of the encoding's first character.
+        skip: Number of the encoding's first tokens, which are not the text's.
+    """
+
+    encoding: Any
+    start: int
+    skip: int
+
+
 def check_tokenizer(tokenizer: Any) -> None:
     """Check that a tokenizer has offsets: the characters of each token.
 
@@ -34,38 +54,79 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 
 def encode_stretches(
-    tokenizer: Any, text: str, stretches: Sequence[Stretch], where: str
+    tokenizer: Any,
+    text: str,
+    stretches: Sequence[Stretch],
+    where: str,
+    *,
+    cut: bool = True,
 ) -> Encoded:
     """Tokenise ``text``; the mask is on for the tokens of the stretches.
 
-    Ids are those of the whole text, unless a token would straddle the start of a stretch. There the
-    text is tokenised in two pieces, as when a model continues the prompt.
+    Ids are those of the whole text. A token that spans the start of a stretch is trained on, or
+    with ``cut`` there is none: the text is tokenised in two pieces, as when a model continues the
+    prompt, without the space that some tokenizers put in front of a text.
 
     Args:
         tokenizer: Fast tokenizer; it reads the special tokens of the text and adds none.
         text: Text of the row.
         stretches: Separate stretches in their order.
         where: Place of the row, for errors.
+        cut: Whether no token may span the start of a stretch.
 
     Raises:
-        ValueError: The tokens of a stretch do not decode to its text (white space apart).
+        ValueError: The tokens of a stretch do not decode to its text (white space apart), or those
+            of the pieces to the whole (white space included).
     """
     whole = tokenizer(text, add_special_tokens=False)
-    cuts = [start for start, stop in stretches if _straddled(whole, start, stop)]
+    starts = [start for start, stop in stretches if cut and _straddled(whole, start, stop)]
+    pieces = [_Piece(whole, 0, 0)]
+    if starts:
+        pieces = [_Piece(tokenizer(text[: starts[0]], add_special_tokens=False), 0, 0)]
+        for start, stop in itertools.pairwise([*starts, len(text)]):
+            tail = pieces[-1].encoding.input_ids[-1:]
+            pieces.append(_continue(tokenizer, tail, text, start, stop, where))
     ids: list[int] = []
     trained: list[bool] = []
-    for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
-        piece = tokenizer(text[begin:end], add_special_tokens=False) if cuts else whole
-        mask = [False] * len(piece.input_ids)
+    for piece, (begin, end) in zip(
+        pieces, itertools.pairwise([0, *starts, len(text)]), strict=True
+    ):
+        mask = [False] * len(piece.encoding.input_ids)
         for start, stop in stretches:
             if begin <= start < end:
-                tokens = token_range(piece, start - begin, stop - begin)
+                tokens = token_range(piece.encoding, start - piece.start, stop - piece.start)
                 mask[tokens.start : tokens.stop] = [True] * len(tokens)
-                own = piece.input_ids[tokens.start : tokens.stop]
-                _check_decoded(tokenizer, own, text[start:stop], where)
-        ids += piece.input_ids
-        trained += mask
+                _check_decoded(tokenizer, piece, tokens, text, where)
+        ids += piece.encoding.input_ids[piece.skip :]
+        trained += mask[piece.skip :]
     return Encoded(ids, trained)
+
+
+def _continue(
+    tokenizer: Any, tail: list[int], text: str, start: int, stop: int, where: str
+) -> _Piece:
+    """Tokenise ``text[start:stop]`` so that it reads as it is behind the tokens ``tail``."""
+
+    def read(ids: list[int]) -> str:
+        decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return unicodedata.normalize("NFKC", decoded)
+
+    own = text[start:stop]
+    # A tokenizer may normalise text or not know a character; then its own tokens read otherwise.
+    expected = (
+        unicodedata.normalize("NFKC", own),
+        read(tokenizer(own, add_special_tokens=False).input_ids),
+    )
+    for anchor in _ANCHORS:
+        encoding = tokenizer(anchor + own, add_special_tokens=False)
+        if not anchor or not _straddled(encoding, len(anchor), len(anchor) + 1):
+            skip = token_range(encoding, 0, len(anchor)).stop
+            if read(tail + encoding.input_ids[skip:]).removeprefix(read(tail)) in expected:
+                return _Piece(encoding, start - len(anchor), skip)
+    raise ValueError(
+        f"{where}: this tokenizer can't continue the prompt with {own[:20]!r}; move white space "
+        "between them from one to the other, or drop the row"
+    )
 
 
 def encode_completion(tokenizer: Any, prompt: str, completion: str, where: str) -> Encoded:
@@ -115,14 +176,20 @@ def _straddled(encoding: Any, start: int, stop: int) -> bool:
     return bool(tokens) and encoding.token_to_chars(tokens.start).start < start
 
 
-def _check_decoded(tokenizer: Any, ids: list[int], text: str, where: str) -> None:
-    def decoded(tokens: list[int]) -> str:
-        return squash(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+def _check_decoded(tokenizer: Any, piece: _Piece, tokens: range, text: str, where: str) -> None:
+    """Check that tokens read as the text that their offsets name, white space apart."""
 
-    result = decoded(ids)
+    def read(ids: list[int]) -> str:
+        return squash(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    if not tokens:
+        return
+    first, last = (piece.encoding.token_to_chars(token) for token in (tokens[0], tokens[-1]))
+    own = text[piece.start + first.start : piece.start + last.end]
+    result = read(piece.encoding.input_ids[tokens.start : tokens.stop])
     # A tokenizer may normalise text or not know a character; then its own tokens read otherwise.
-    if result not in (squash(text), decoded(tokenizer(text, add_special_tokens=False).input_ids)):
+    if result not in (squash(own), read(tokenizer(own, add_special_tokens=False).input_ids)):
         raise ValueError(
-            f"{where}: the tokens to train on read {result[:80]!r}, not {text[:80]!r}; take "
-            "another tokenizer"
+            f"{where}: the tokens to train on read {result[:80]!r}, not {own[:80]!r}; take another "
+            "tokenizer"
         )

@@ -152,7 +152,7 @@ def _encode(
 ) -> tuple[Tensor, Tensor, int]:
     """Return a row's ids, its mask, and the number of tokens cut off."""
     if row.messages is not None and chat is not None:
-        encoded = chat.encode(row.messages, row.where)
+        encoded = chat.encode(row.messages, row.where, row.template_kwargs)
     elif row.completion is not None:
         encoded = encode_completion(tokenizer, row.prompt, row.completion, row.where)
     else:

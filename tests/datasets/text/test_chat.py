@@ -153,7 +153,7 @@ def test_reasoning_in_a_field_of_its_own():
             TALK,
             "leave out a part of its end-of-turn token",
         ),
-        (MARKED.replace("== 'assistant'", "!= 'nobody'"), TALK, "are not the assistant's"),
+        (MARKED.replace("== 'assistant'", "!= 'nobody'"), TALK, "that is not the assistant's"),
         (
             CHATML,
             [user("q"), {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}],
