@@ -39,7 +39,8 @@ class TrajectoryDataset(Dataset[TensorDictBase]):
 
     Args:
         trajectories: Packed token trajectories, see ``iwsft.datasets.text.tokens``. The dataset
-            refers to them and copies nothing.
+            refers to them and copies nothing. Their assistant mask is turned off at first tokens,
+            which nothing predicts.
 
     Raises:
         KeyError: Tokens or masks are missing.
@@ -57,6 +58,10 @@ class TrajectoryDataset(Dataset[TensorDictBase]):
         self._trajectory = torch.arange(len(sizes)).repeat_interleave(multiplicity)
         self._stops = sizes.cumsum(0)
         self._sizes = sizes
+        mask = trajectories.get(ASSISTANT_MASK)
+        first = (self._stops - sizes).to(mask.device)
+        if bool(mask[first].any()):
+            trajectories.set(ASSISTANT_MASK, mask.index_fill(0, first, False))
 
     def __len__(self) -> int:
         return len(self._trajectory)

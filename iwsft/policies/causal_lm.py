@@ -100,7 +100,7 @@ class CausalLMPolicy(nn.Module):
         decoder = check_decoder(self.model)
         tokens = _Tokens.of(trajectories)
         number, width = _check_tokens(tokens, decoder)
-        width = -(-width // _MULTIPLE) * _MULTIPLE
+        width = min(-(-width // _MULTIPLE) * _MULTIPLE, _context(decoder) or width + _MULTIPLE)
         one_row = self.one_row
         if one_row is None:
             one_row = fits_one_row(decoder) and varies_lengths(decoder)
@@ -218,6 +218,12 @@ def _entry(batch: TensorDictBase, key: NestedKey) -> Tensor:
     return value
 
 
+def _context(decoder: Any) -> int | None:
+    """Number of positions that a decoder knows, which may be the rows of a table."""
+    limit = getattr(decoder.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
 def _check_tokens(tokens: _Tokens, decoder: Any) -> tuple[int, int]:
     """Number of trajectories and length of the longest; refuse what the model can't read."""
     # Read at once, since reading waits for an accelerator.
@@ -230,8 +236,8 @@ def _check_tokens(tokens: _Tokens, decoder: Any) -> tuple[int, int]:
             f"token {least if least < 0 else most} is outside the vocabulary of {name} "
             f"({config.vocab_size} tokens); use the model's tokenizer, or resize its embeddings"
         )
-    limit = getattr(config, "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit <= last:
+    limit = _context(decoder)
+    if limit is not None and limit <= last:
         raise ValueError(
             f"a trajectory has {last + 1:,} tokens, {name} reads {limit:,} (its "
             "max_position_embeddings); truncate the trajectories"

@@ -28,6 +28,7 @@ from iwsft.trajectory import (
 
 SCORE = "score"
 CORRECT = "correct"
+_MOST_DRAWS = 10_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +188,11 @@ def _columns(rows: Sequence[Row]) -> dict[NestedKey, Tensor]:
                 f"{lacking[0]}: there is no {name} in {len(lacking)} of {len(rows)} rows; give all "
                 f"rows a {name}, or none"
             )
+        # An epoch has an entry for each draw.
+        if name == "weight" and not 0 < sum(values) <= max(_MOST_DRAWS, len(rows)):
+            raise ValueError(
+                f"the rows' weights add up to {sum(values):,}, which must be from 1 to "
+                f"{_MOST_DRAWS:,}; divide them by a common factor, or take other rows"
+            )
         columns[key] = torch.tensor(values, dtype=dtype)
-    if MULTIPLICITY in columns and not bool(columns[MULTIPLICITY].any()):
-        raise ValueError("every row has weight 0; take other rows")
     return columns

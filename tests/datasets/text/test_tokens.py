@@ -136,7 +136,7 @@ def test_columns_that_only_some_rows_have():
     made = rows(3, score=[1.0, None, 2.0])
     with pytest.raises(ValueError, match="f:1: there is no score in 1 of 3 rows"):
         tokenize(made, byte_level())
-    with pytest.raises(ValueError, match="every row has weight 0"):
+    with pytest.raises(ValueError, match="weights add up to 0"):
         tokenize(rows(2, weight=[0, 0]), byte_level())
     with pytest.raises(ValueError, match="no row to tokenise"):
         tokenize([], byte_level())
