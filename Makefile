@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # One thread per process: parallel runs do not compete, and numbers do not depend on the load.
 export OMP_NUM_THREADS = 1
 
-.PHONY: demo test lint peer smollm2
+.PHONY: demo test lint mutants peer smollm2
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Change the algorithm's source in one place at a time, and see whether a test fails. Hours on one core; see --help.
+mutants: $(VENV)/installed
+	$(BIN)/python scripts/mutate.py $(ARGS)
 
 # Install d3rlpy, for `python -m benchmarks.peer` and the tests against it. It requires an older gymnasium,
 # but it works with this one if it is installed without its requirements.
