@@ -160,7 +160,7 @@ def trajectory_scores(trajectories: TensorDictBase, score: Score) -> Tensor:
         scores = trajectory_returns(trajectories)
     elif score == "length":
         scores = Segments.of(trajectories).lengths[: len(sizes)].double()
-    elif score in trajectories.keys(True, True):
+    elif score in set(trajectories.keys(True, True)):
         scores = per_trajectory(trajectories, score).double()
     else:
         names = ["return", "length", *map(_name, trajectories.keys(True, True))]

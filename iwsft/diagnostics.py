@@ -107,8 +107,8 @@ def weighted_mean(value: Tensor, weight: Tensor, share: Tensor) -> Tensor:
     With returns as values it is the return of the data as the loss weighs them. It shows how far
     the weights sharpen what curation has chosen.
     """
-    factor = share.double() * weight.double()
-    return (factor * value.double()).sum() / factor.sum()
+    factor = share.double() * weight
+    return (factor * value).sum() / factor.sum()
 
 
 @torch.no_grad()

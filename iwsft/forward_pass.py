@@ -45,8 +45,8 @@ class ForwardPass:
 
     Raises:
         TypeError: The policy has no ``log_prob``.
-        ValueError: ``rows`` is below 1, there is no step, a batch names a trajectory that does not
-            exist, or trajectories with ``batches`` are not packed.
+        ValueError: ``rows`` is below 1, a batch names a trajectory that does not exist, or
+            trajectories with ``batches`` are not packed.
     """
 
     def __init__(
@@ -68,8 +68,6 @@ class ForwardPass:
             )
         self.segments = Segments.of(trajectories) if segments is None else segments
         shape = self.segments.shape
-        if shape.numel() == 0:
-            raise ValueError("there is not a single step in these trajectories")
         if rows < 1:
             raise ValueError(f"rows={rows} must be at least 1")
         if batches is not None and len(shape) != 1:

@@ -101,7 +101,7 @@ _ARITHMETIC = {
 _LEFT_OUT = {"abs", "clamp", "clone", "copy", "detach", "double"}
 
 # Functions that fail at once, or give the same, if their arguments change places.
-_UNSWAPPED = {"getattr", "hasattr", "isinstance", "max", "min", "setattr"}
+_UNSWAPPED = {"exclude", "getattr", "hasattr", "isinstance", "max", "min", "select", "setattr"}
 
 
 @dataclass(frozen=True)
@@ -215,9 +215,7 @@ def _changes(node: Any) -> list[Any]:
             return [ast.Pass()]
         case ast.Call(func=ast.Attribute(attr=name, value=value)) if name in _LEFT_OUT:
             return [value]
-        case ast.Call(func=func, args=[first, second, *rest]) if ast.unparse(
-            func
-        ) not in _UNSWAPPED and ast.dump(first) != ast.dump(second):
+        case ast.Call(args=[first, second, *rest]) if _order_matters(node):
             return [_with(node, args=[second, first, *rest])]
         case ast.With(items=items):
             fewer = [[*items[:i], *items[i + 1 :]] for i in range(len(items))]
@@ -230,6 +228,11 @@ def _changes(node: Any) -> list[Any]:
             left = [d for d in decorators if "no_grad" not in ast.unparse(d)]
             return [_with(node, decorator_list=left)] if left != decorators else []
     return []
+
+
+def _order_matters(call: ast.Call) -> bool:
+    name = ast.unparse(call.func).split(".")[-1]
+    return name not in _UNSWAPPED and ast.dump(call.args[0]) != ast.dump(call.args[1])
 
 
 def _with(node: Any, **fields: Any) -> Any:

@@ -234,7 +234,9 @@ def test_likely_shares_instead_of_percentiles_warn() -> None:
 
 @pytest.mark.parametrize("ties", ["rank", ">="])
 def test_one_trajectory_is_kept(ties: Any) -> None:
-    assert counts(curate(dataset([3.0], [1]), cuts=(90, 98), ties=ties)) == {0: 2}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert counts(curate(dataset([3.0], [1]), cuts=(90, 98), ties=ties)) == {0: 2}
 
 
 def test_padded_and_packed_agree() -> None:
@@ -294,6 +296,8 @@ def test_invalid_scores_are_refused() -> None:
         curate(data, score="returns")
     with pytest.raises(KeyError, match="next.reward"):
         curate(data, score="value")
+    with pytest.raises(KeyError, match="score next is unknown"):
+        curate(data, score="next")
     with pytest.raises(ValueError, match="changes within a trajectory, first at step 1"):
         curate(data, score="observation")
     with pytest.raises(ValueError, match=r"gave shape \[10\]; there are 4"):
@@ -321,6 +325,8 @@ def test_settings_out_of_range() -> None:
         curate(data, ties=">>")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="curate the data they come from"):
         curate(curate(data, cuts=(0,)))
+    with pytest.raises(TypeError, match="trajectories are a TensorDict, not a dict"):
+        curate(data.to_dict())
     with pytest.raises(ValueError, match="not a single step"):
         curate(data[:0])
     with pytest.raises(ValueError, match="out of order"):
@@ -341,6 +347,8 @@ def test_a_cut_among_equal_scores_says_so() -> None:
 
 def test_a_cut_that_keeps_everything_says_so() -> None:
     """1 of 20 reaches the goal: the 90th percentile is still 0, and all are at least 0."""
+    with pytest.warns(UserWarning, match="cut 50 with ties='>=' keeps all 2 "):
+        curate(dataset([1.0, 1.0]), cuts=(50,), ties=">=")
     sparse = dataset([1.0] + [0.0] * 19)
     with pytest.warns(UserWarning, match=r"cut 90 with ties='>=' keeps all 20 .* 19 of the scores"):
         curate(sparse, cuts=(90,), ties=">=")

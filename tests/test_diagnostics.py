@@ -107,8 +107,14 @@ def test_pareto_k_is_nan_where_there_is_no_tail() -> None:
     assert math.isnan(pareto_k(torch.full((1000,), 1e6)))
     noise = 1 + 1e-7 * torch.randn(1000, generator=torch.Generator().manual_seed(0))
     assert math.isnan(pareto_k(noise))
+    # Of half of the weights, whose size is not that of the least.
+    assert math.isnan(pareto_k(torch.cat([torch.zeros(1000), noise])))
     clipped = torch.rand(1000, generator=torch.Generator().manual_seed(0)).clamp(max=0.5)
     assert math.isnan(pareto_k(clipped))
+
+
+def test_pareto_k_of_a_tail_that_begins_with_equal_weights() -> None:
+    assert math.isfinite(pareto_k(torch.cat([torch.ones(950), torch.linspace(2.0, 9.0, 50)])))
 
 
 LOGS = st.lists(

@@ -85,6 +85,13 @@ def test_chunks_are_whole_trajectories_none_tiny(sizes: list[int], rows: int) ->
     assert max(lengths) <= max(rows, 16 + max(sizes)) + 15
 
 
+def test_chunks_are_cut_where_the_next_trajectory_does_not_fit() -> None:
+    recorder = Recorder()
+    ForwardPass(recorder, packed([16, 16, 4, 12, 15, 16]), rows=16).log_prob()
+    # 15 steps are too few for a chunk.
+    assert [len(chunk) for chunk in recorder.seen] == [16, 16, 16, 31]
+
+
 def test_a_policy_with_memory_sees_whole_trajectories() -> None:
     data = packed([30, 50, 20, 60])
     recorder = Recorder()

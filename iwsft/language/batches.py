@@ -97,7 +97,7 @@ class TrajectoryDataset(Dataset[TensorDictBase]):
         """
         if entries:
             return [self[entry] for entry in entries]
-        filler = self[0].copy()
+        filler = self[0]
         return [filler.set(MULTIPLICITY, torch.zeros(len(filler), dtype=torch.int64))]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import nn
 from torchrl.modules import IndependentNormal, OneHotCategorical, ProbabilisticActor, TanhNormal
@@ -36,6 +36,8 @@ def test_mask_key_auto_named_and_none(
     shifted[0, 4] = False
     shorter = loss(padded.copy().set("shifted_valid", shifted))
     assert shorter["loss_iw_mle"] != expected["loss_iw_mle"]
+    both = mask & (shifted.unsqueeze(-1) if trailing else shifted)
+    assert_near(shorter, loss(padded.copy().set(MASK, both)))
     named = padded.exclude(MASK).set(("my", "mask"), mask)
     loss.loss_mask_key = ("my", "mask")
     assert_near(loss(named), expected)
@@ -43,6 +45,43 @@ def test_mask_key_auto_named_and_none(
     everything = loss(padded)
     assert_same(everything, loss(padded.exclude(MASK)))
     assert everything["loss_iw_mle"] != expected["loss_iw_mle"]
+
+
+def test_nan_in_the_padding_of_nested_entries_does_not_leak() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def log_prob(self, trajectories: TensorDictBase) -> torch.Tensor:
+            return self.scale * trajectories["my", "entry"]
+
+    batch = TensorDict({"my": {"entry": torch.tensor([[1.0, torch.nan]])}}, [1, 2])
+    batch.set(MASK, torch.tensor([[True, False]]))
+    policy = Nested()
+    ImportanceWeightedMLE(policy, proposal="reference", functional=False)(batch)[
+        "loss_iw_mle"
+    ].backward()
+    assert policy.scale.grad == -1.0
+
+
+def test_padding_is_not_the_largest_weight(make_loss: Any, make_batch: Any) -> None:
+    loss, batch = make_loss("current", importance_weights=None), make_batch()
+    batch["ref_log_prob"] += 5.0
+    out, padded = loss(batch), loss(pad(batch))
+    assert 0.0 < out["weight_max"] < 1.0
+    torch.testing.assert_close(padded["weight_max"], out["weight_max"])
+
+
+def test_weigh_reads_what_it_is_not_given(ready: Any) -> None:
+    loss, packed = ready("current")
+    assert ImportanceWeightedMLE(loss.actor_network, proposal="current").functional
+    for batch in (packed, pad(packed)):
+        terms = loss.terms(batch)
+        weighed = loss.weigh(batch, terms.log_prob.detach())
+        assert torch.equal(weighed.log_weight, terms.log_weight)
+        assert torch.equal(weighed.clipped, terms.clipped)
+        assert bool((weighed.log_weight[~loss.segments(batch).valid] == 0).all())
 
 
 @every_proposal

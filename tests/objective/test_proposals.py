@@ -44,6 +44,26 @@ def assert_equal(a: list[Tensor], b: list[Tensor]) -> None:
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def test_ema_of_tensors_of_other_dtypes(make_loss: Any) -> None:
+    """A float32 q of a bfloat16 theta, as shards hold it, and a counter."""
+
+    class Pair:
+        theta = torch.tensor([1.0, 3.0], dtype=torch.bfloat16, requires_grad=True)
+        q, count, seen = torch.zeros(2), torch.tensor(7), torch.tensor(0)
+
+        def pairs(self) -> list[tuple[Tensor, Tensor]]:
+            return [(self.q, self.theta), (self.seen, self.count)]
+
+    pair = Pair()
+    q = EMA(make_loss("lagged", hold_q=False), decay=0.75, holder=pair)
+    assert pair.q.tolist() == [1.0, 3.0] and pair.seen == 7
+    pair.theta.data.copy_(torch.tensor([2.0, 2.0]))
+    pair.count.fill_(8)
+    q.step()
+    assert pair.q.tolist() == [1.25, 2.75] and pair.seen == 8
+    assert not pair.q.requires_grad
+
+
 @both_modes
 @pytest.mark.parametrize("every", [1, 2, 5])
 def test_hard_sync_copies_at_every_qth_update(make_loss: Any, functional: bool, every: int) -> None:
