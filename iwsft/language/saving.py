@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import Trainer
+from transformers import EarlyStoppingCallback, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     SaveStrategy,
@@ -24,11 +28,13 @@ from transformers.trainer_utils import (
 )
 
 from iwsft.checkpoint import CheckpointError, differences, read
+from iwsft.distributed import from_first
 from iwsft.files import full_disk_named, written_whole
 
 SEAL = "iwsft.json"
-# A hidden folder of the run, in which a checkpoint is written before it takes its place.
-ASIDE = ".partial"
+# A folder of the run, in which a checkpoint is written before it takes its place. Uploads to the
+# hub leave out names that begin like this.
+ASIDE = "_partial"
 _WAY_OUT = "resume from an earlier checkpoint, or start afresh in another output_dir"
 
 
@@ -58,25 +64,28 @@ class CheckpointedTrainer(Trainer):
 
     def train(
         self,
-        resume_from_checkpoint: str | bool | None = None,
+        resume_from_checkpoint: str | os.PathLike[str] | bool | None = None,
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
         """Train; see :class:`transformers.Trainer`.
 
         Args:
-            resume_from_checkpoint: Folder of a checkpoint; True for the last in ``output_dir``.
+            resume_from_checkpoint: Folder of a checkpoint; True for the last in ``output_dir``. By
+                default the setting of that name.
             trial: Trial of a search over settings.
             ignore_keys_for_eval: Not used.
 
         Raises:
             FileExistsError: ``output_dir`` holds checkpoints of an earlier run.
-            CheckpointError: The checkpoint is damaged, or has other settings or another number of
-                processes.
+            CheckpointError: The checkpoint is damaged, holds the model alone, or has other settings
+                or another number of processes.
             FloatingPointError: Loss or weights are no longer finite; checkpoints stay.
         """
         run = Path(str(self.args.output_dir))
         newest = last(run)
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
         checkpoint = newest if resume_from_checkpoint is True else resume_from_checkpoint or None
         if resume_from_checkpoint is True and newest is None:
             raise CheckpointError(f"there is no checkpoint to resume in {run}")
@@ -85,10 +94,13 @@ class CheckpointedTrainer(Trainer):
                 f"{newest} is the checkpoint of an earlier run; continue that one with "
                 "train(resume_from_checkpoint=True), or choose another output_dir"
             )
+        if self.args.should_save:
+            clear(run)
         self._resumed = self.reference_key = None
         if checkpoint is not None:
             self._resumed = Path(checkpoint)
             self.reference_key = check(self._resumed, self.settings())
+            checkpoint = str(self._resumed)
         result: TrainOutput = super().train(checkpoint, trial, ignore_keys_for_eval)
         return result
 
@@ -100,12 +112,40 @@ class CheckpointedTrainer(Trainer):
         """
         if self._resumed is None:
             return
+        # The folder of the run may have moved.
+        best = Path(self._get_output_dir(None)) / _name(self.state.best_global_step)
+        if best.is_dir():
+            self.state.best_model_checkpoint = str(best)
         for name, state in (*self.own_states.items(), *self.shared_states.items()):
             state.load_state_dict(read(self._resumed / self._file(name), _WAY_OUT))
 
     def _file(self, name: str) -> str:
         own = name in self.own_states
         return f"{name}_{self.accelerator.process_index}.pt" if own else f"{name}.pt"
+
+    def _load_callback_state(self) -> None:
+        """Restore what callbacks remember, such as how often early stopping saw no progress."""
+        for callback in self.callback_handler.callbacks:
+            saved = self.state.stateful_callbacks.get(type(callback).__name__)
+            if isinstance(callback, ExportableState) and isinstance(saved, dict):
+                vars(callback).update(saved["attributes"])
+
+    def _run_epoch(self, **settings: Any) -> None:
+        """Train an epoch; nothing where the checkpoint is that of a finished run."""
+        # transformers looks at the number of updates only after each.
+        finished = self.state.global_step >= self.state.max_steps
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                tried = callback.early_stopping_patience_counter
+                finished |= tried >= callback.early_stopping_patience
+        self.control.should_training_stop = finished
+        if not finished:
+            super()._run_epoch(**settings)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upload a checkpoint once it is in its place."""
+        if not self._aside:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _get_output_dir(self, trial: Any) -> str:
         run = super()._get_output_dir(trial)
@@ -115,7 +155,8 @@ class CheckpointedTrainer(Trainer):
         """Write a checkpoint aside, with the states, and publish it when it is whole."""
         self.check_finite()
         run = Path(self._get_output_dir(trial))
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        place = run / _name(self.state.global_step)
+        folder = run / ASIDE / place.name
         if self.args.should_save:
             clear(run)
         self.accelerator.wait_for_everyone()
@@ -125,45 +166,60 @@ class CheckpointedTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._aside = False
-            folder = run / ASIDE / name
-            states = dict(self.own_states)
-            if self.args.should_save:
+            states = dict(self.own_states) if not self.args.save_only_model else {}
+            if self.args.should_save and not self.args.save_only_model:
                 states |= self.shared_states
             for state, holder in states.items():
                 # Straight to the disk; a sharded q is large.
                 torch.save(holder.state_dict(), folder / self._file(state))
+            if self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = str(place)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                # The files of a complete checkpoint with their sizes, and what it belongs to.
-                record = {
-                    "settings": self.settings(),
-                    "reference": self.reference_key,
-                    "files": _sizes(folder),
-                }
-                with written_whole(folder / SEAL) as partial:
-                    partial.write_text(json.dumps(record, indent=2, sort_keys=True))
-                if (run / name).exists():
-                    os.replace(run / name, folder.with_name(f"{name}.old"))
-                os.replace(folder, run / name)
-                clear(run)
-                rotate_checkpoints(str(run), save_total_limit=self.args.save_total_limit)
+                self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+                self._publish(folder, place)
+                rotate_checkpoints(
+                    str(run),
+                    save_total_limit=self.args.save_total_limit,
+                    best_model_checkpoint=self.state.best_model_checkpoint,
+                )
         self.accelerator.wait_for_everyone()
+
+    def _publish(self, folder: Path, place: Path) -> None:
+        """Seal a checkpoint and move it to its place."""
+        record = {
+            "settings": self.settings(),
+            "reference": self.reference_key,
+            "model_only": self.args.save_only_model,
+            "files": digests(folder),
+        }
+        with written_whole(folder / SEAL) as partial:
+            partial.write_text(json.dumps(record, indent=2, sort_keys=True))
+        if place.exists():
+            os.replace(place, folder.with_name(f"{place.name}.old"))
+        os.replace(folder, place)
+        clear(place.parent)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(place))
 
 
 @contextmanager
 def written_aside(run: Path) -> Iterator[None]:
-    """Add to errors of writing that earlier checkpoints are as they were.
+    """Name the folder in errors of writing, and leave nothing half written.
 
     Raises:
         OSError: The disk is full, or a writer failed.
     """
-    with full_disk_named(run / ASIDE):
-        try:
+    try:
+        with full_disk_named(run / ASIDE):
             yield
-        except (RuntimeError, SafetensorError) as error:
-            # Writers of torch and safetensors have errors of their own for a full disk.
-            message = f"no checkpoint was written in {run}; is the disk full? ({error})"
-            raise OSError(errno.EIO, message) from error
+    except BaseException as error:
+        clear(run)
+        if not isinstance(error, RuntimeError | SafetensorError):
+            raise
+        # Writers of torch and safetensors have errors of their own for a full disk.
+        message = f"no checkpoint was written in {run}; is the disk full? ({error})"
+        raise OSError(errno.EIO, message) from error
 
 
 def last(run: Path) -> str | None:
@@ -173,9 +229,8 @@ def last(run: Path) -> str | None:
 
 
 def clear(run: Path) -> None:
-    """Remove what a killed run has half written."""
-    if (run / ASIDE).exists():
-        shutil.rmtree(run / ASIDE)
+    """Remove what is half written."""
+    shutil.rmtree(run / ASIDE, ignore_errors=True)
 
 
 def check(folder: Path, settings: Mapping[str, Any]) -> str | None:
@@ -185,32 +240,47 @@ def check(folder: Path, settings: Mapping[str, Any]) -> str | None:
         The key of the reference log-probs of its run.
 
     Raises:
-        CheckpointError: It is missing, damaged, or of other settings; the message says what.
+        CheckpointError: It is missing, damaged, without optimizer, or of other settings.
     """
     try:
         record = json.loads((folder / SEAL).read_bytes())
-        stored, files, reference = record["settings"], record["files"], record["reference"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        stored, files = dict(record["settings"]), dict(record["files"])
+        reference, model_only = record["reference"], record["model_only"]
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{folder / SEAL}, the mark of a checkpoint of this trainer, is missing or corrupt; "
-            f"{_WAY_OUT}"
+            f"{folder / SEAL}, the mark of a checkpoint of this trainer, is missing, corrupt or of "
+            f"an earlier version; {_WAY_OUT}"
         ) from error
-    sizes = _sizes(folder)
-    for name, size in files.items():
-        if sizes.get(name) != size:
-            raise CheckpointError(f"{folder / name} is missing or corrupt; {_WAY_OUT}")
+    if model_only:
+        raise CheckpointError(f"{folder} was saved with save_only_model=True; {_WAY_OUT}")
     differ = differences(stored, settings)
     if differ:
         raise CheckpointError(
             f"{folder} belongs to a run with other settings: {differ}; run with those, or start "
             "afresh in another output_dir"
         )
+    # One process reads all; the others wait.
+    now = from_first(lambda: digests(folder))
+    for name, digest in files.items():
+        if now.get(name) != digest:
+            raise CheckpointError(f"{folder / name} is missing or corrupt; {_WAY_OUT}")
     return None if reference is None else str(reference)
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    return {
-        str(path.relative_to(folder)): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != SEAL
-    }
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a checkpoint, by its path within the folder."""
+
+    def digest(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SEAL]
+    # Files of a large model are many; hashing leaves the interpreter free.
+    with ThreadPoolExecutor(8) as pool:
+        values = [*pool.map(digest, paths)]
+    names = [str(path.relative_to(folder)) for path in paths]
+    return dict(zip(names, values, strict=True))
+
+
+def _name(update: int | None) -> str:
+    return f"{PREFIX_CHECKPOINT_DIR}-{update}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -19,7 +20,12 @@ from transformers import TrainerCallback
 from iwsft.fingerprint import fingerprint
 from iwsft.forward_pass import ForwardPass
 from iwsft.language.batches import PLACE, TrajectoryDataset, collate
-from iwsft.language.config import ImportanceWeightedConfig, check_engine, warn_of_half_precision
+from iwsft.language.config import (
+    OPTIMIZER_SETTINGS,
+    ImportanceWeightedConfig,
+    check_engine,
+    warn_of_half_precision,
+)
 from iwsft.language.loss import Measures, negative_log_likelihood, token_loss
 from iwsft.language.plan import PlannedLoader, plan_updates
 from iwsft.language.saving import CheckpointedTrainer
@@ -30,6 +36,7 @@ from iwsft.proposals import EMA, write_weights
 from iwsft.reference import cached_reference, write_reference
 from iwsft.trajectory import (
     ASSISTANT_MASK,
+    ATTENTION_MASK,
     IMPORTANCE_WEIGHT,
     REF_LOG_PROB,
     TOKENS,
@@ -40,6 +47,7 @@ from iwsft.trajectory import (
 from iwsft.weights import ImportanceWeights
 
 REFERENCE = "reference"
+_LINUX = sys.platform == "linux"
 
 
 class ImportanceWeightedTrainer(CheckpointedTrainer):
@@ -168,14 +176,18 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of this process as planned; accelerate does not distribute them again."""
-        workers = self.args.dataloader_num_workers
+        args, workers = self.args, self.args.dataloader_num_workers
+        # torchrl sets "spawn", with which workers run a script without a main guard again.
+        start = args.dataloader_multiprocessing_context or ("fork" if _LINUX else None)
         return PlannedLoader(
             self._dataset,
             batch_sampler=self._plan,
             collate_fn=self._collate,
             num_workers=workers,
-            persistent_workers=workers > 0 and self.args.dataloader_persistent_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+            multiprocessing_context=start if workers else None,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=workers > 0 and args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor if workers else None,
         )
 
     def get_batch_samples(
@@ -206,7 +218,10 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
         if self.args.include_num_input_tokens_seen != "no":
-            tokens = torch.tensor(inputs.get(TOKENS).numel(), device=self.args.device)
+            counted = torch.ones_like(inputs.get(TOKENS))
+            if self.args.include_num_input_tokens_seen == "non_padding":
+                counted = inputs.get(ATTENTION_MASK)
+            tokens = counted.sum().to(self.args.device)
             self.state.num_input_tokens_seen += int(self.accelerator.reduce(tokens, "sum"))
 
     # ---- loss ----
@@ -270,14 +285,13 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
 
     def _start(self) -> None:
         """Prepare the reference and q, which need the engine, when training begins."""
-        if self.args.proposal == "reference":
-            return
-        self._annotate()
+        if self.args.proposal != "reference":
+            self._annotate()
         if self.args.proposal == "lagged":
             self._shards = Shards(self.model_wrapped, optimizer=self.optimizer)
             self._q = EMA(self._loss, decay=self.args.ema_decay or 0.0, holder=self._shards)
             self.own_states["q"] = self._shards
-        if self.args.proposal != "current":
+        if self.args.proposal in ("cached", "lagged"):
             self._cached = TensorDict(
                 weights=torch.ones(len(self._trajectories)),
                 until=torch.tensor(self.state.global_step),
@@ -307,6 +321,8 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
             "layout": self.args.layout,
             "pad_to_multiple_of": self.args.pad_to_multiple_of,
             "importance_weights": repr(self._loss.importance_weights),
+            # A checkpoint of the optimizer overrides them.
+            "optimizer": {name: str(getattr(self.args, name)) for name in OPTIMIZER_SETTINGS},
             "plan": self._plan.settings(),
             "trajectories": self._fingerprint,
         }
