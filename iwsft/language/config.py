@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Any, get_args
 
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -69,36 +69,44 @@ class ImportanceWeightedConfig(TrainingArguments):
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must be in [0, 1)")
         for name, why in _REFUSED.items():
-            value = getattr(self, name)
-            if value != self.__dataclass_fields__[name].default:
-                raise ValueError(f"{name}={value!r} is not supported here: {why}")
-        distribution = self.accelerator_config
+            if self._is_set(name):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not supported here: {why}")
+        unused = [name for name in _UNUSED if self._is_set(name)]
+        if unused:
+            warnings.warn(f"without effect here: {', '.join(unused)}", UserWarning, stacklevel=3)
+        distribution: Any = self.accelerator_config
         if distribution.split_batches or distribution.dispatch_batches:
             raise ValueError("accelerator_config can't split or dispatch batches that are planned")
         metric = self.metric_for_best_model
         if metric is not None and metric.removeprefix("eval_") not in ("loss", "token_loss"):
             raise ValueError(f"{metric!r} is unknown; metrics are eval_loss and eval_token_loss")
 
+    def _is_set(self, name: str) -> bool:
+        """Whether a setting differs from its default."""
+        return bool(getattr(self, name) != self.__dataclass_fields__[name].default)
+
 
 # Settings that a resumed run has from its checkpoint.
-OPTIMIZER_SETTINGS = ("optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2")
-_LIKELIHOOD = "evaluate computes the likelihood of held-out trajectories, as training does"
+OPTIMIZER_SETTINGS = (
+    *("optim", "optim_args", "learning_rate", "weight_decay"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon"),
+)
+# Settings of transformers' evaluation and of its means over tokens, without effect here.
+_UNUSED = (
+    *("average_tokens_across_devices", "batch_eval_metrics", "eval_accumulation_steps"),
+    *("eval_do_concat_batches", "eval_use_gather_object", "label_names", "prediction_loss_only"),
+)
 _PLANNED = "an update holds the entries that are planned for it, each epoch all of them once"
 _REFUSED = {
     "load_best_model_at_end": "results are those of the last policy; every checkpoint is kept, "
     "so a better one can be chosen from them",
     "ignore_data_skip": "a resumed run continues with the batches that it has not seen",
     "enable_jit_checkpoint": "a run does not resume exactly from the middle of an update",
-    "average_tokens_across_devices": "an update is divided by the draws of all processes",
     "dataloader_drop_last": _PLANNED,
     "dataloader_in_order": _PLANNED,
     "train_sampling_strategy": _PLANNED,
-    "fp16_full_eval": _LIKELIHOOD,
-    "bf16_full_eval": _LIKELIHOOD,
-    "batch_eval_metrics": _LIKELIHOOD,
-    "eval_accumulation_steps": _LIKELIHOOD,
-    "eval_use_gather_object": _LIKELIHOOD,
-    "label_names": "trajectories are labelled by their masks",
+    "fp16_full_eval": "evaluation has the precision of training",
+    "bf16_full_eval": "evaluation has the precision of training",
     "auto_find_batch_size": "batches are planned before training; choose token_budget or "
     "per_device_train_batch_size, and gradient_accumulation_steps",
     "label_smoothing_factor": "the loss is a log-likelihood of the tokens themselves",

@@ -125,22 +125,24 @@ class CheckpointedTrainer(Trainer):
 
     def _load_callback_state(self) -> None:
         """Restore what callbacks remember, such as how often early stopping saw no progress."""
+        states: Any = self.state.stateful_callbacks
         for callback in self.callback_handler.callbacks:
-            saved = self.state.stateful_callbacks.get(type(callback).__name__)
+            saved = states.get(type(callback).__name__)
             if isinstance(callback, ExportableState) and isinstance(saved, dict):
                 vars(callback).update(saved["attributes"])
 
-    def _run_epoch(self, **settings: Any) -> None:
+    def _run_epoch(self, *args: Any, **settings: Any) -> None:
         """Train an epoch; nothing where the checkpoint is that of a finished run."""
-        # transformers looks at the number of updates only after each.
-        finished = self.state.global_step >= self.state.max_steps
+        # transformers looks whether to stop only after each update.
+        finished = self.control.should_training_stop
+        finished |= self.state.global_step >= self.state.max_steps
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):
                 tried = callback.early_stopping_patience_counter
                 finished |= tried >= callback.early_stopping_patience
         self.control.should_training_stop = finished
         if not finished:
-            super()._run_epoch(**settings)
+            super()._run_epoch(*args, **settings)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Upload a checkpoint once it is in its place."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -189,3 +190,88 @@ def test_held_out_likelihood(tmp_path: Path) -> None:
     each = torch.stack([log_prob[mask & (ids == row)].mean() for row in range(ENTRIES)])
     assert metrics["eval_loss"] == pytest.approx(-float(each.mean()), rel=1e-5)
     assert metrics["eval_token_loss"] == pytest.approx(-float(log_prob[mask].mean()), rel=1e-5)
+
+
+def test_a_window_counts_each_draw_of_a_trajectory(tmp_path: Path) -> None:
+    """Cached weights and their logs against a loop over the entries of the window."""
+    chain = ImportanceWeights(
+        step=[weights.Temperature(9.0)],
+        trajectory=[weights.SelfNormalize(), weights.ClipWeight(max=1.1)],
+    )
+    data = trajectories(5, twice=2)
+    own: dict[str, Any] = {
+        "data": data,
+        "proposal": "cached",
+        "sync_every": 2,
+        "importance_weights": chain,
+        "lr_scheduler_type": "constant",
+    }
+    moved = trainer(tmp_path / "moved", max_steps=2, **own)
+    moved.train()
+    run = trainer(tmp_path / "run", max_steps=4, **own)
+    run.train()
+    log_ratio = []
+    for trajectory in range(5):
+        steps = data[data["collector", "traj_ids"] == trajectory].exclude("ref_log_prob")
+        on = steps["masks", "all_assistant_mask"]
+        with torch.no_grad():
+            after, before = (CausalLMPolicy(m).log_prob(steps)[on] for m in (moved.model, model()))
+        log_ratio.append(float((after - before).mean()))
+    # Updates 3 and 4 are the second epoch: its 6 entries, 4 and 2, with one trajectory twice.
+    dataset = TrajectoryDataset(data)
+    batches = EpochBatches(dataset.sizes, batch_size=4, seed=42).of(1)
+    window = [dataset.positions(batch) for batch in batches]
+    ratios = torch.tensor([9.0 * log_ratio[entry] for batch in window for entry in batch]).exp()
+    mean = float(ratios.mean())
+    rows = run.state.log_history[2:4]
+    clipped = 0
+    for row, batch in zip(rows, window, strict=True):
+        raw = [float(torch.tensor(9.0 * log_ratio[entry]).exp()) / mean for entry in batch]
+        expected = [min(weight, 1.1) for weight in raw]
+        assert row["weight_mean"] == pytest.approx(sum(expected) / len(batch), rel=1e-4)
+        assert row["weight_max"] == pytest.approx(max(expected), rel=1e-4)
+        clipped += sum(weight > 1.1 for weight in raw)
+    # Clips of cached weights are counted over the window.
+    assert 0 < clipped < 6
+    for row in rows:
+        assert row["clip_fraction"] == pytest.approx(clipped / 6)
+
+
+def test_a_batch_without_entries_counts_for_nothing(tmp_path: Path) -> None:
+    rows = []
+    for fillers in (0, 2):
+        run = trainer(tmp_path / str(fillers), proposal="current", max_steps=1)
+        run.train()
+        numbers = [[0, 1, 2], *[[] for _ in range(fillers)]]
+        batches = [run._collate(run._dataset.__getitems__(entries)) for entries in numbers]
+        update, draws = run.get_batch_samples(iter(batches), len(batches), torch.device("cpu"))
+        assert float(draws) == 3
+        parts = [float(run.compute_loss(run.model, x, num_items_in_batch=draws)) for x in update]
+        assert parts[1:] == [0.0] * fillers
+        rows.append((parts[0], run._measures.collect(lambda x: x)))
+    assert rows[0] == rows[1]
+
+
+def test_workers_do_not_run_the_script_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a script without a main guard: a process that imports it would end with an error."""
+    script = tmp_path / "script.py"
+    script.write_text("raise SystemExit('run again')")
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script))
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    run, alone = (trainer(tmp_path, max_steps=3, dataloader_num_workers=n) for n in (1, 0))
+    run.train()
+    alone.train()
+    assert losses(run) == losses(alone)
+
+
+def test_tokens_seen(tmp_path: Path) -> None:
+    data, seen = trajectories(), {}
+    for which in ("no", "all", "non_padding"):
+        run = trainer(tmp_path, max_steps=3, include_num_input_tokens_seen=which)
+        run.train()
+        seen[which] = run.state.num_input_tokens_seen
+    # Three updates are an epoch.
+    assert seen["non_padding"] == len(data) < seen["all"]
+    assert seen["no"] == 0

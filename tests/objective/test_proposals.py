@@ -15,7 +15,7 @@ from torchrl.modules import IndependentNormal, ProbabilisticActor
 from torchrl.objectives import HardUpdate, SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
 
-from iwsft import EMA, HardSync, ImportanceWeightedMLE, reweight
+from iwsft import EMA, HardSync, ImportanceWeightedMLE, ImportanceWeights, reweight, weights
 from iwsft.trajectory import MASK, pad
 
 both_modes = pytest.mark.parametrize("functional", [True, False], ids=["functional", "module"])
@@ -288,6 +288,32 @@ def test_reweight_leaves_the_policy_and_the_other_entries_alone(
     padded = pad(make_batch())
     reweight(padded, loss)
     torch.testing.assert_close(padded["importance_weight"][padded[MASK]], data["importance_weight"])
+
+
+def test_a_step_counts_where_all_masks_are_on(make_loss: Any, make_batch: Any) -> None:
+    """Weights of two masks against a loop over the steps that both leave in."""
+    data = make_batch([6, 4, 7])
+    chain = ImportanceWeights(step=[weights.Temperature(2.0)], trajectory=[weights.SelfNormalize()])
+    loss = make_loss("current", functional=False, importance_weights=chain)
+    first = torch.arange(len(data)) % 3 != 0
+    second = torch.arange(len(data)) % 4 != 1
+    # TorchRL's names of masks that a loss combines.
+    data.set(("collector", "mask"), first)
+    data.set("shifted_valid", second)
+    with torch.no_grad():
+        log_ratio = loss.actor_network.log_prob(data) - data["ref_log_prob"]
+    ratios, counts = [], []
+    for trajectory in range(3):
+        steps = [i for i in range(len(data)) if data["collector", "traj_ids"][i] == trajectory]
+        both = [i for i in steps if first[i] and second[i]]
+        assert 0 < len(both) < sum(bool(first[i] or second[i]) for i in steps)
+        ratios.append(torch.stack([2.0 * log_ratio[i] for i in both]).mean().exp())
+        counts.append(data["multiplicity"][steps[0]])
+    mean = sum(m * w for m, w in zip(counts, ratios, strict=True)) / sum(counts)
+    expected = torch.stack(ratios)[data["collector", "traj_ids"]] / mean
+    expected = torch.where(first & second, expected, 1.0)
+    reweight(data, loss)
+    torch.testing.assert_close(data["importance_weight"], expected)
 
 
 def test_wrong_settings_are_refused(make_loss: Any, make_batch: Any) -> None:
