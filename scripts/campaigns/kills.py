@@ -1,0 +1,230 @@
+"""Kills of the commands and of the trainer, at any moment: the resumed run equals an unbroken one."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from benchmarks.collect.__main__ import main as collect_main
+from benchmarks.collect.options import Options as CollectOptions
+from benchmarks.d4rl.__main__ import main as control_main
+from benchmarks.d4rl.settings import Options as ControlOptions
+from benchmarks.runs import ends_as_ctrl_c_does
+from scripts.campaigns.engine import LIMIT, Campaign, Finding, differences, start
+
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+# Exit codes of a command that a signal ended: by itself, or in the way of the shell.
+ENDED = {0, 130, 143, *(-how for how in SIGNALS)}
+# A job runs in the current folder, and with True it continues what is there.
+Job = Callable[[bool], None]
+
+
+def killed(job: Job, whole: Path, random: Random, *, command: bool) -> Iterator[Finding]:
+    """Kill a job up to four times, let it end, and compare its folder with an unbroken one's.
+
+    Args:
+        job: The job.
+        whole: Folder of the unbroken job, with its duration in the file ``seconds``.
+        random: Source of the moments and of the signals.
+        command: Whether the job is a command, which ends in one line and not in a traceback.
+    """
+    duration = float((whole.parent / f"{whole.name}.seconds").read_text())
+    log = Path("..") / f"{Path.cwd().name}.log"
+    for _ in range(random.randint(1, 4)):
+        log.unlink(missing_ok=True)
+        child = start(lambda: job(True), log)
+        if child.wait(random.uniform(0, duration)) is None:
+            how = random.choice(SIGNALS)
+            child.end(how)
+            yield "tried", ""
+            code = child.wait(LIMIT / 2)
+            if code is None:
+                child.end(signal.SIGKILL)
+                child.wait(None)
+                yield "hang", f"{how.name} did not end it in {LIMIT / 2:g} s"
+            yield from _ending(how, code, log.read_text(), command)
+        elif child.code != 0:
+            yield "lost", f"resumed, it ends with {child.code}: {_tail(log)}"
+            return
+        else:
+            break
+    log.unlink(missing_ok=True)
+    child = start(lambda: job(True), log)
+    if child.wait(None) != 0:
+        yield "lost", f"resumed, it ends with {child.code}: {_tail(log)}"
+        return
+    differing = differences(whole, Path.cwd())
+    if differing:
+        yield "different", ", ".join(differing)
+    log.unlink()
+
+
+def _ending(how: signal.Signals, code: int | None, said: str, command: bool) -> Iterator[Finding]:
+    if how == signal.SIGKILL or code is None:
+        return
+    if command and ("Traceback" in said or code not in ENDED):
+        yield "obscure", f"{how.name} ends in {code}: {said.strip()[-300:]}"
+    if not command and how == signal.SIGINT and code == 1 and "\nKeyboardInterrupt" not in said:
+        yield "obscure", f"{how.name} becomes another error: {said.strip()[-300:]}"
+
+
+def _tail(log: Path) -> str:
+    return log.read_text().strip()[-300:]
+
+
+def unbroken(job: Job, folder: Path) -> None:
+    """Run a job in a folder from its start to its end, and write down how long it took."""
+    folder.mkdir()
+    os.chdir(folder)
+    began = time.monotonic()
+    job(False)
+    Path(f"{folder}.seconds").write_text(str(time.monotonic() - began))
+
+
+# ---- the control command
+
+ALGORITHMS = ("bc", "iw-sft-q", "iw-sft-step", "iw-sft", "iql", "td3-bc", "cql")
+
+
+def _control(algo: str, data: Path) -> Job:
+    def job(resume: bool) -> None:
+        ends_as_ctrl_c_does()
+        control_main(
+            ControlOptions(
+                algo=(algo,),
+                dataset=(str(data),),
+                steps=20,
+                reference_steps=10,
+                eval_episodes=2,
+                curve_episodes=1,
+                jobs=1,
+                # Of whole trajectories and a moving average, in half of the cases.
+                estimator="trajectories" if algo == "iw-sft" else "steps",
+                out=Path("runs"),
+                resume=resume,
+            )
+        )
+
+    return job
+
+
+def _prepare_control(shared: Path) -> None:
+    data = shared / "data.hdf5"
+    collect_main(CollectOptions(out=str(data), policy=("random",), env="Hopper-v4", episodes=(30,)))
+    for algo in ALGORITHMS:
+        unbroken(_control(algo, data), shared / algo)
+
+
+def _control_case(shared: Path, random: Random, folder: Path) -> Iterator[Finding]:
+    algo = random.choice(ALGORITHMS)
+    yield from killed(_control(algo, shared / "data.hdf5"), shared / algo, random, command=True)
+
+
+# ---- collect
+
+
+def _collect(kind: str) -> Job:
+    settings: dict[str, Any] = {"policy": ("random",), "env": "Hopper-v4", "episodes": (60,)}
+    if kind == "sac":
+        settings = {"online": "sac", "env": "InvertedPendulum-v4", "steps": (120,)}
+        settings["random_steps"] = 90
+
+    def job(resume: bool) -> None:
+        ends_as_ctrl_c_does()
+        collect_main(CollectOptions(out="out.hdf5", part_steps=30, resume=resume, **settings))
+
+    return job
+
+
+def _prepare_collect(shared: Path) -> None:
+    for kind in ("random", "sac"):
+        unbroken(_collect(kind), shared / kind)
+
+
+def _collect_case(shared: Path, random: Random, folder: Path) -> Iterator[Finding]:
+    kind = random.choice(("random", "sac"))
+    yield from killed(_collect(kind), shared / kind, random, command=True)
+
+
+# ---- the language trainer
+
+PROPOSALS: dict[str, dict[str, Any]] = {
+    "current": {"proposal": "current"},
+    "cached": {"proposal": "cached", "sync_every": 3},
+    "lagged": {"proposal": "lagged", "ema_decay": 0.7},
+}
+
+
+def _trainer(proposal: str) -> Job:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from iwsft.language import ImportanceWeightedConfig, ImportanceWeightedTrainer
+    from iwsft.trajectory import from_steps
+
+    def job(resume: bool) -> None:
+        torch.set_num_threads(1)
+        # The trainer collects garbage; without what is loaded already this takes no time.
+        gc.freeze()
+        torch.manual_seed(0)
+        config = Qwen2Config(vocab_size=31, hidden_size=16, intermediate_size=24)
+        config.num_hidden_layers, config.num_attention_heads = 1, 2
+        config.num_key_value_heads = 1
+        model = Qwen2ForCausalLM(config)
+        generator = torch.Generator().manual_seed(0)
+        sizes = torch.randint(5, 12, (11,), generator=generator)
+        ids = torch.arange(11).repeat_interleave(sizes)
+        position = torch.arange(len(ids)) - (sizes.cumsum(0) - sizes)[ids]
+        data = from_steps(
+            {
+                ("tokens", "full"): torch.randint(3, 31, (len(ids),), generator=generator),
+                ("masks", "all_attention_mask"): torch.ones(len(ids), dtype=torch.bool),
+                ("masks", "all_assistant_mask"): position >= 3,
+            },
+            ids,
+        )
+        arguments = ImportanceWeightedConfig(
+            output_dir="../" + Path.cwd().name + ".trainer",
+            max_steps=10,
+            per_device_train_batch_size=4,
+            learning_rate=3e-3,
+            logging_steps=1,
+            save_strategy="steps",
+            save_steps=1,
+            save_total_limit=3,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            **PROPOSALS[proposal],
+        )
+        run = ImportanceWeightedTrainer(model, arguments, trajectories=data)
+        there = any(Path(arguments.output_dir).glob("checkpoint-*"))
+        run.train(resume_from_checkpoint=True if resume and there else None)
+        rows = [row for row in run.state.log_history if "loss" in row]
+        torch.save({"rows": rows, "model": model.state_dict()}, "outcome.pt")
+
+    return job
+
+
+def _prepare_trainer(shared: Path) -> None:
+    for proposal in PROPOSALS:
+        unbroken(_trainer(proposal), shared / proposal)
+
+
+def _trainer_case(shared: Path, random: Random, folder: Path) -> Iterator[Finding]:
+    proposal = random.choice(list(PROPOSALS))
+    yield from killed(_trainer(proposal), shared / proposal, random, command=False)
+
+
+CAMPAIGNS = (
+    Campaign("control killed", _control_case, _prepare_control),
+    Campaign("collect killed", _collect_case, _prepare_collect),
+    Campaign("trainer killed", _trainer_case, _prepare_trainer),
+)
