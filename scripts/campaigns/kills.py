@@ -72,7 +72,7 @@ def _ending(how: signal.Signals, code: int | None, said: str, command: bool) -> 
         return
     if command and ("Traceback" in said or code not in ENDED):
         yield "obscure", f"{how.name} ends in {code}: {said.strip()[-300:]}"
-    if not command and how == signal.SIGINT and code == 1 and "\nKeyboardInterrupt" not in said:
+    if not command and how == signal.SIGINT and code == 1 and "KeyboardInterrupt" not in said:
         yield "obscure", f"{how.name} becomes another error: {said.strip()[-300:]}"
 
 
@@ -174,9 +174,14 @@ def _trainer(proposal: str) -> Job:
         # The trainer collects garbage; without what is loaded already this takes no time.
         gc.freeze()
         torch.manual_seed(0)
-        config = Qwen2Config(vocab_size=31, hidden_size=16, intermediate_size=24)
-        config.num_hidden_layers, config.num_attention_heads = 1, 2
-        config.num_key_value_heads = 1
+        config = Qwen2Config(
+            vocab_size=31,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
         model = Qwen2ForCausalLM(config)
         generator = torch.Generator().manual_seed(0)
         sizes = torch.randint(5, 12, (11,), generator=generator)
