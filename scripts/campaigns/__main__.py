@@ -16,12 +16,12 @@ from typing import Annotated
 import torch
 import tyro
 
-from scripts.campaigns import inputs, inputs_text, kills
+from scripts.campaigns import failures, inputs, inputs_text, kills
 from scripts.campaigns.engine import KINDS, Campaign, Tally, run
 
 CAMPAIGNS: dict[str, Campaign] = {
     campaign.name: campaign
-    for module in (kills, inputs, inputs_text)
+    for module in (kills, failures, inputs, inputs_text)
     for campaign in module.CAMPAIGNS
 }
 

@@ -187,13 +187,16 @@ def _template(random: Random) -> Template:
     head = f"{{{{ {before} + {role} + {after} }}}}"
     body = f"{{{{ {content} + {end + gap!r} }}}}"
     if random.random() < 0.25:
-        body = f"{{% if m.role == 'assistant' %}}{{% generation %}}{body}{{% endgeneration %}}{{% else %}}{body}{{% endif %}}"
+        marked = f"{{% generation %}}{body}{{% endgeneration %}}"
+        body = f"{{% if m.role == 'assistant' %}}{marked}{{% else %}}{body}{{% endif %}}"
     turn = head + body
     fault = random.choice(["none", "none", "none", "drops", "refuses", "shortens", "upper", "last"])
     if fault == "drops":
-        turn = f"{{% if m.role != {random.choice(['system', 'assistant'])!r} %}}{turn}{{% endif %}}"
+        lost = random.choice(["'system'", "'assistant'"])
+        turn = f"{{% if m.role != {lost} %}}{turn}{{% endif %}}"
     elif fault == "refuses":
-        turn = f"{{% if m.role == 'system' %}}{{{{ raise_exception('no system') }}}}{{% endif %}}{turn}"
+        raised = "{{ raise_exception('no system') }}"
+        turn = f"{{% if m.role == 'system' %}}{raised}{{% endif %}}{turn}"
     elif fault == "shortens":
         turn = turn.replace("m.content", "m.content[:2]")
     elif fault == "upper":

@@ -1,4 +1,4 @@
-"""Kills of the commands and of the trainer, at any moment: the resumed run equals an unbroken one."""
+"""Kills of commands and of the trainer at any moment: what resumes equals an unbroken run."""
 
 from __future__ import annotations
 
