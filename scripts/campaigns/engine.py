@@ -32,9 +32,9 @@ Finding = tuple[str, str]
 class Campaign:
     """Cases of one kind.
 
-    ``prepare`` writes what all cases share into a folder. ``case`` takes that folder, its own source
-    of random numbers and an empty folder. It yields the kind and the text of each problem, and
-    ``("tried", "")`` for each thing that it tried.
+    ``prepare`` writes what all cases share into a folder. ``case`` takes that folder, its own
+    source of random numbers and an empty folder. It yields the kind and the text of each problem,
+    and ``("tried", "")`` for each thing that it tried.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""``fit`` with a failure at one of its calls: an error, a kill or a full disk; then it is resumed."""
+"""``fit`` with failures at its calls: errors, kills, a full disk; then it is resumed."""
 
 from __future__ import annotations
 
@@ -120,10 +120,10 @@ def _case(shared: Path, random: Random, folder: Path) -> Iterator[Finding]:
             yield "hang", f"{how} at call {at}"
         said = log.read_text().strip()
         last = said.splitlines()[-1] if said else ""
-        if child.code == 1 and how != "kill" and not ("run" in last and "Error" in last):
-            # The log itself may be on the full disk.
-            if how != "full" or last:
-                yield "obscure", f"{how} at call {at} of {calls}: {last[:300]}"
+        clear = "run" in last and "Error" in last
+        # The log itself may be on the full disk.
+        if child.code == 1 and how != "kill" and not clear and (how != "full" or last):
+            yield "obscure", f"{how} at call {at} of {calls}: {last[:300]}"
     log.unlink(missing_ok=True)
     child = start(lambda: job(True), log)
     if child.wait(None) != 0:

@@ -1,4 +1,4 @@
-"""Generated HDF5 files, Minari sets and run folders: what is accepted is compared with the truth."""
+"""Generated HDF5 files, Minari sets and run folders: what is accepted must be the truth."""
 
 from __future__ import annotations
 
