@@ -158,11 +158,15 @@ def _rows_case(_: Path, random: Random, folder: Path) -> Iterator[Finding]:
 
 @dataclass
 class Template:
-    """A chat template; ``ends`` are the texts that may follow a trained answer."""
+    """A chat template; ``ends`` are the texts that may follow a trained answer.
+
+    Without a generation prompt the model says the white space before its answer, too.
+    """
 
     text: str
     ends: tuple[str, ...]
-    trims: bool = False
+    trims: bool
+    prompts: bool
 
 
 _HEADERS = (
@@ -211,9 +215,12 @@ def _template(random: Random) -> Template:
         )
     elif random.random() < 0.3:
         text += "{{ '<|endoftext|>' }}"
-    if random.random() < 0.02:
-        text += "{% for i in range(10 ** 9) %}{% endfor %}"
-    return Template(text, ("", end, end + gap, end + "<|endoftext|>", gap), trims)
+    if random.random() < 0.01:
+        # One that takes for ever, or all memory.
+        inner = random.choice(["", "{{ 'x' * 10 ** 9 }}"])
+        loop = "{% for j in range(99999) %}{% endfor %}"
+        text += f"{{% for i in range(99999) %}}{inner}{loop}{{% endfor %}}"
+    return Template(text, ("", end, end + gap, end + "<|endoftext|>", gap), trims, prompt)
 
 
 def _templates_case(_: Path, random: Random, folder: Path) -> Iterator[Finding]:
@@ -237,6 +244,8 @@ def _templates_case(_: Path, random: Random, folder: Path) -> Iterator[Finding]:
     rest = trained
     for answer in (m["content"] for m in messages if m["role"] == "assistant"):
         said = answer.strip() if template.trims else answer
+        if not template.prompts:
+            rest = rest.lstrip()
         ends = [end for end in template.ends if rest.startswith(said + end)]
         if not ends:
             yield "silent", f"{trained!r} is trained of {whole!r} by {template.text!r}"
@@ -311,7 +320,8 @@ def _lines_case(_: Path, random: Random, folder: Path) -> Iterator[Finding]:
     except SystemExit as end:
         # A text of ours names the flag or the value; a number is a box of tyro's, which does too.
         said = end.code
-        if isinstance(said, str) and not any(word.lstrip("-") in said for word in words if word):
+        named = [word.lstrip("-").rstrip("s") for word in words]
+        if isinstance(said, str) and "--" not in said and not any(n in said for n in named if n):
             yield "obscure", f"{' '.join(words)}: {said[:200]}"
     except Exception as error:
         yield "obscure", f"{' '.join(words)}: {type(error).__name__}: {str(error)[:200]}"
