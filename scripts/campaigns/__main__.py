@@ -51,19 +51,26 @@ def main(arguments: Arguments) -> None:
         raise SystemExit(f"error: no campaign {', '.join(unknown)}; one of {', '.join(CAMPAIGNS)}")
     chosen = [CAMPAIGNS[name] for name in arguments.only or CAMPAIGNS]
     tallies: dict[str, Tally] = {}
+    broken: list[str] = []
     for campaign in chosen:
         with tempfile.TemporaryDirectory(prefix="campaign-") as scratch:
-            tallies[campaign.name] = run(
-                campaign,
-                Path(scratch),
-                seconds=arguments.seconds / len(chosen),
-                processes=arguments.processes,
-                seed=arguments.seed,
-                only=arguments.case,
-            )
+            try:
+                tallies[campaign.name] = run(
+                    campaign,
+                    Path(scratch),
+                    seconds=arguments.seconds / len(chosen),
+                    processes=arguments.processes,
+                    seed=arguments.seed,
+                    only=arguments.case,
+                )
+            except RuntimeError as error:
+                broken.append(str(error))
+                continue
         print(f"{campaign.name}: {tallies[campaign.name].counts['tried']} tried", file=sys.stderr)
     print(table(tallies))
     wrong = sum(t.counts[kind] for t in tallies.values() for kind in KINDS if kind != "obscure")
+    if broken:
+        raise SystemExit("\n".join(broken))
     if wrong:
         raise SystemExit(1)
 

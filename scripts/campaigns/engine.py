@@ -12,6 +12,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -32,14 +33,16 @@ Finding = tuple[str, str]
 class Campaign:
     """Cases of one kind.
 
-    ``prepare`` writes what all cases share into a folder. ``case`` takes that folder, its own
-    source of random numbers and an empty folder. It yields the kind and the text of each problem,
-    and ``("tried", "")`` for each thing that it tried.
+    ``warm`` names modules that are loaded once, before any process is forked. ``prepare`` writes
+    what all cases share into a folder. ``case`` takes that folder, its own source of random numbers
+    and an empty folder. It yields the kind and the text of each problem, and ``("tried", "")`` for
+    each thing that it tried.
     """
 
     name: str
     case: Callable[[Path, Random, Path], Iterator[Finding]]
     prepare: Callable[[Path], None] = lambda _: None
+    warm: tuple[str, ...] = ()
 
 
 @dataclass
@@ -71,6 +74,8 @@ def run(
     A process that takes more than ``limit`` seconds for a case is ended with all its children, and
     counts as a hang. The numbers of a case depend on the seed and its number alone.
     """
+    for module in campaign.warm:
+        import_module(module)
     shared = scratch / "shared"
     shared.mkdir(parents=True)
     prepared = start(lambda: campaign.prepare(shared), scratch / "prepare.log")

@@ -341,7 +341,7 @@ def _folders_case(shared: Path, random: Random, folder: Path) -> Iterator[Findin
         row = random.randrange(len(lines))
         content = json.loads(lines[row])
         name = random.choice(sorted(content))
-        content[name] = float("nan") if how == "NaN" else random.choice([None, "x", [1], {}, True])
+        content[name] = float("nan") if how == "NaN" else random.choice([None, 1.5, [1], {}, True])
         how = f"{name} is {content[name]!r}"
         lines[row] = json.dumps(content)
         path.write_text("\n".join(lines) + "\n")

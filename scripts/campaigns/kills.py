@@ -23,6 +23,13 @@ from scripts.campaigns.engine import LIMIT, Campaign, Finding, differences, star
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 # Exit codes of a command that a signal ended: by itself, or in the way of the shell.
 ENDED = {0, 130, 143, *(-how for how in SIGNALS)}
+CONTROL_MODULES = (
+    "benchmarks.collect.sac",
+    "benchmarks.d4rl.job",
+    "gymnasium.envs.mujoco",
+    "torch.utils.tensorboard",
+)
+LANGUAGE_MODULES = ("iwsft.language.trainer", "transformers.models.qwen2.modeling_qwen2")
 # A job runs in the current folder, and with True it continues what is there.
 Job = Callable[[bool], None]
 
@@ -229,7 +236,7 @@ def _trainer_case(shared: Path, random: Random, folder: Path) -> Iterator[Findin
 
 
 CAMPAIGNS = (
-    Campaign("control killed", _control_case, _prepare_control),
-    Campaign("collect killed", _collect_case, _prepare_collect),
-    Campaign("trainer killed", _trainer_case, _prepare_trainer),
+    Campaign("control killed", _control_case, _prepare_control, CONTROL_MODULES),
+    Campaign("collect killed", _collect_case, _prepare_collect, CONTROL_MODULES),
+    Campaign("trainer killed", _trainer_case, _prepare_trainer, LANGUAGE_MODULES),
 )
