@@ -65,7 +65,7 @@ def _failing(folder: Path, at: int, fail: Callable[[str], None]) -> Callable[[],
     calls = 0
     sync = os.fsync
 
-    def audited_sync(number: int) -> None:
+    def audited_sync(number: Any) -> None:
         sys.audit("os.fsync", f"/proc/self/fd/{number}")
         sync(number)
 
@@ -80,7 +80,7 @@ def _failing(folder: Path, at: int, fail: Callable[[str], None]) -> Callable[[],
         if calls == at:
             fail(path)
 
-    os.fsync = audited_sync
+    os.fsync = audited_sync  # type: ignore[assignment]
     sys.addaudithook(look)
     return lambda: calls
 

@@ -273,14 +273,65 @@ _VALUES = (
     "-",
     "99999999999999999999",
 )
-_CONTROL = ("steps", "eval-episodes", "curve-episodes", "temperature", "target-ess", "alpha", "top")
-_CONTROL += ("reference-steps", "baseline-steps", "seeds", "jobs", "preset", "estimator", "ties")
-_CONTROL += ("device", "suite", "algo", "dataset", "pretrain-dataset", "cluster", "variant")
-_LANGUAGE = ("max-steps", "epochs", "batch-size", "learning-rate", "sync-every", "ema-decay")
-_LANGUAGE += ("temperature", "cuts", "quality-cuts", "max-length", "seeds", "jobs", "preset")
-_LANGUAGE += ("micro-batch-size", "scheduler", "warmup", "recipe", "algo", "deepspeed", "device")
-_COLLECT = ("episodes", "steps", "noise", "seed", "env", "env-arg", "max-episode-steps", "online")
-_COLLECT += ("random-steps", "part-steps", "policy", "out")
+_CONTROL = [
+    "steps",
+    "eval-episodes",
+    "curve-episodes",
+    "temperature",
+    "target-ess",
+    "alpha",
+    "top",
+    "reference-steps",
+    "baseline-steps",
+    "seeds",
+    "jobs",
+    "preset",
+    "estimator",
+    "ties",
+    "device",
+    "suite",
+    "algo",
+    "dataset",
+    "pretrain-dataset",
+    "cluster",
+    "variant",
+]
+_LANGUAGE = [
+    "max-steps",
+    "epochs",
+    "batch-size",
+    "learning-rate",
+    "sync-every",
+    "ema-decay",
+    "temperature",
+    "cuts",
+    "quality-cuts",
+    "max-length",
+    "seeds",
+    "jobs",
+    "preset",
+    "micro-batch-size",
+    "scheduler",
+    "warmup",
+    "recipe",
+    "algo",
+    "deepspeed",
+    "device",
+]
+_COLLECT = [
+    "episodes",
+    "steps",
+    "noise",
+    "seed",
+    "env",
+    "env-arg",
+    "max-episode-steps",
+    "online",
+    "random-steps",
+    "part-steps",
+    "policy",
+    "out",
+]
 _NAMES = (*EVERY_ALGORITHM, *ALGORITHMS, *datasets.available()[:4], "bc-5", "paper", "cpu", "sac")
 
 
@@ -301,7 +352,7 @@ def _language_line(words: list[str]) -> None:
         parse(words)
 
 
-_LINES: tuple[tuple[tuple[str, ...], Callable[[list[str]], None]], ...] = (
+_LINES: tuple[tuple[list[str], Callable[[list[str]], None]], ...] = (
     (_CONTROL, _control_line),
     (_LANGUAGE, _language_line),
     (_COLLECT, _collect_line),

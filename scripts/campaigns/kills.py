@@ -202,8 +202,9 @@ def _trainer(proposal: str) -> Job:
             },
             ids,
         )
+        output = Path("..") / f"{Path.cwd().name}.trainer"
         arguments = ImportanceWeightedConfig(
-            output_dir="../" + Path.cwd().name + ".trainer",
+            output_dir=str(output),
             max_steps=10,
             per_device_train_batch_size=4,
             learning_rate=3e-3,
@@ -217,7 +218,7 @@ def _trainer(proposal: str) -> Job:
             **PROPOSALS[proposal],
         )
         run = ImportanceWeightedTrainer(model, arguments, trajectories=data)
-        there = any(Path(arguments.output_dir).glob("checkpoint-*"))
+        there = any(output.glob("checkpoint-*"))
         run.train(resume_from_checkpoint=True if resume and there else None)
         rows = [row for row in run.state.log_history if "loss" in row]
         torch.save({"rows": rows, "model": model.state_dict()}, "outcome.pt")
