@@ -106,8 +106,10 @@ def _open(dataset_id: str) -> MinariDataset:
         return minari.load_dataset(dataset_id)
     except FileNotFoundError:
         pass  # ask the remote store
-    except ValueError as error:
-        raise ValueError(f"cannot read the Minari dataset {dataset_id!r}: {error}") from error
+    # Minari checks its metadata by assertions, or not at all.
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"cannot read the Minari dataset {dataset_id!r}: {reason}") from error
     from huggingface_hub.errors import HfHubHTTPError
     from minari.storage.datasets_root_dir import get_dataset_path
 
@@ -136,14 +138,15 @@ def _require_boxes(space: gymnasium.Space[Any], what: str, source: str) -> None:
 def _read_steps(data: MinariDataset, source: str) -> Steps:
     from gymnasium.spaces.utils import flatdim
 
-    rows = int(data.total_steps)
-    observations: Floats = np.empty((rows, flatdim(data.observation_space)), dtype=np.float32)
+    where = f"{source} in {data.storage.data_path}"
+    with damage_named(where, "total_steps"):
+        rows = int(data.total_steps)
+        observations: Floats = np.empty((rows, flatdim(data.observation_space)), dtype=np.float32)
     following = np.empty_like(observations)
     actions: Floats = np.empty((rows, flatdim(data.action_space)), dtype=np.float32)
     rewards: Floats = np.empty(rows, dtype=np.float32)
     terminals, timeouts = np.zeros(rows, dtype=bool), np.zeros(rows, dtype=bool)
-    episodes, where = data.iterate_episodes(), f"{source} in {data.storage.data_path}"
-    stop = 0
+    episodes, stop = data.iterate_episodes(), 0
     while True:
         with damage_named(where, f"the episode after step {stop}"):
             episode = next(episodes, None)

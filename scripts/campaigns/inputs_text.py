@@ -6,7 +6,7 @@ import json
 import resource
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,6 +18,7 @@ from benchmarks.collect.options import check_options as check_collect
 from benchmarks.d4rl.settings import EVERY_ALGORITHM, check_options, choose_suite
 from benchmarks.d4rl.settings import Options as ControlOptions
 from benchmarks.llm.options import ALGORITHMS, parse
+from benchmarks.llm.recipes import Settings
 from benchmarks.runs import ends_in_one_line
 from iwsft import datasets
 from iwsft.datasets.text.rows import read
@@ -273,65 +274,11 @@ _VALUES = (
     "-",
     "99999999999999999999",
 )
-_CONTROL = [
-    "steps",
-    "eval-episodes",
-    "curve-episodes",
-    "temperature",
-    "target-ess",
-    "alpha",
-    "top",
-    "reference-steps",
-    "baseline-steps",
-    "seeds",
-    "jobs",
-    "preset",
-    "estimator",
-    "ties",
-    "device",
-    "suite",
-    "algo",
-    "dataset",
-    "pretrain-dataset",
-    "cluster",
-    "variant",
-]
-_LANGUAGE = [
-    "max-steps",
-    "epochs",
-    "batch-size",
-    "learning-rate",
-    "sync-every",
-    "ema-decay",
-    "temperature",
-    "cuts",
-    "quality-cuts",
-    "max-length",
-    "seeds",
-    "jobs",
-    "preset",
-    "micro-batch-size",
-    "scheduler",
-    "warmup",
-    "recipe",
-    "algo",
-    "deepspeed",
-    "device",
-]
-_COLLECT = [
-    "episodes",
-    "steps",
-    "noise",
-    "seed",
-    "env",
-    "env-arg",
-    "max-episode-steps",
-    "online",
-    "random-steps",
-    "part-steps",
-    "policy",
-    "out",
-]
+_CONTROL, _COLLECT, _LANGUAGE = (
+    [field.name.replace("_", "-") for field in fields(options)]
+    for options in (ControlOptions, CollectOptions, Settings)
+)
+_LANGUAGE += ["recipe", "preset", "algo", "seeds", "jobs", "device", "deepspeed"]
 _NAMES = (*EVERY_ALGORITHM, *ALGORITHMS, *datasets.available()[:4], "bc-5", "paper", "cpu", "sac")
 
 
