@@ -215,6 +215,7 @@ def start(work: Callable[[], object], log: Path) -> Child:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        sys.stdout = sys.stderr = os.fdopen(output, "w", buffering=1)
         os.write(begins, b".")
         work()
         code = 0

@@ -221,7 +221,9 @@ def _template(random: Random) -> Template:
         inner = random.choice(["", "{{ 'x' * 10 ** 9 }}"])
         loop = "{% for j in range(99999) %}{% endfor %}"
         text += f"{{% for i in range(99999) %}}{inner}{loop}{{% endfor %}}"
-    return Template(text, ("", end, end + gap, end + "<|endoftext|>", gap), trims, prompt)
+    return Template(
+        text, ("", end, end + gap, end + "<|endoftext|>", gap, gap + "<|endoftext|>"), trims, prompt
+    )
 
 
 def _templates_case(_: Path, random: Random, folder: Path) -> Iterator[Finding]:

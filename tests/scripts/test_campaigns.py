@@ -22,7 +22,7 @@ SHARE = ("fit failures", "HDF5 files", "rows", "chat templates", "command lines"
 
 
 def test_a_small_share_finds_nothing(tmp_path: Path) -> None:
-    words = ["--seconds", "5", "--processes", "2", "--only", *SHARE]
+    words = ["--seconds", "3", "--processes", "2", "--only", *SHARE]
     done = subprocess.run(
         [sys.executable, "-m", "scripts.campaigns", *words],
         capture_output=True,
@@ -92,4 +92,4 @@ def test_a_job_that_does_not_resume_is_seen(
     os.chdir(tmp_path / "other")
     found = [kind for kind, _ in killed(job, tmp_path / "whole", Random(0), command=False)]
     wrong = {None: set(), "forgets": {"different"}, "refuses": {"lost"}}
-    assert "tried" in found and set(found) - {"tried"} == wrong[fault]
+    assert "tried" in found and set(found) - {"tried", "obscure"} == wrong[fault]
