@@ -176,14 +176,15 @@ class ImportanceWeightedMLE(PolicyLoss):
         segments = self.segments(batch)
         share = self.share(batch, segments)
         noisy = noise_watch(self.actor_network, segments.index.device)
-        log_prob = self._log_prob(batch, segments)
+        # A trajectory of multiplicity 0 does not count, however extreme it is.
+        log_prob = torch.where(share > 0, self._log_prob(batch, segments), 0)
         reference = None
         if self.tensor_keys.ref_log_prob in batch.keys(include_nested=True):
             reference = self.reference(batch, segments)
         if self.reads_weights:
             how = "call iwsft.reweight(trajectories, loss) at the start and at every sync"
             weight = self._entry(batch, self.tensor_keys.importance_weight, segments, how)
-            log_weight = segments.where_valid(weight.log())
+            log_weight = torch.where(share > 0, weight.log(), 0)
             return Terms(segments, share, log_prob, log_weight, None, reference)
         with torch.no_grad():
             base = reference
@@ -220,13 +221,15 @@ class ImportanceWeightedMLE(PolicyLoss):
         reference = self.reference(batch, segments) if reference is None else reference
         log_ratio = segments.where_valid(log_q - reference)
         log_weight, clipped = self.importance_weights(log_ratio, segments, share)
-        return Weights(segments.where_valid(log_weight), clipped)
+        return Weights(torch.where(share > 0, log_weight, 0), clipped)
 
     def summary(self, terms: Terms) -> TensorDict:
         """Loss and diagnostics of :meth:`terms`, the output of a call."""
         segments, share, log_prob, log_weight, clipped, reference = terms
         weight = exponential(log_weight)
         draws = share.sum(dtype=torch.float64)
+        if self.reduction == "mean" and on_host(draws) and float(draws) == 0:
+            raise ValueError("every trajectory of the batch has multiplicity 0: it has no mean")
         factor = share if self.length_normalize else share * segments.spread(segments.lengths)
         loss = -factor.to(log_prob.dtype) * weight * log_prob
         if self.reduction != "none":

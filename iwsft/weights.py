@@ -38,7 +38,7 @@ class Weights(NamedTuple):
 
     Attributes:
         log_weight: Log-weight of the step's trajectory (of the step with ``reduce=None``), 0 where
-            masked.
+            masked or not counted.
         clipped: Whether a clip changed the weight.
     """
 
@@ -61,7 +61,7 @@ class Temperature(_OfStep):
     k: float
 
     def __post_init__(self) -> None:
-        _require(self.k >= 0, f"Temperature(k={self.k}): k must not be negative")
+        _require(0 <= self.k < math.inf, f"Temperature(k={self.k}): k must be finite, at least 0")
 
     def __call__(self, log_ratio: Tensor) -> Tensor:
         return self.k * log_ratio
@@ -74,7 +74,7 @@ class Scale(_OfStep):
     c: float
 
     def __post_init__(self) -> None:
-        _require(self.c > 0, f"Scale(c={self.c}): c must be positive, g has to increase")
+        _require(0 < self.c < math.inf, f"Scale(c={self.c}): c must be positive and finite")
 
     def __call__(self, log_ratio: Tensor) -> Tensor:
         return self.c * log_ratio
@@ -90,7 +90,8 @@ class ClipLogRatio(_OfStep):
     max: float = math.inf
 
     def __post_init__(self) -> None:
-        _require(self.min <= self.max, f"ClipLogRatio: min {self.min} is above max {self.max}")
+        inside = self.min <= self.max and self.min < math.inf and self.max > -math.inf
+        _require(inside, f"ClipLogRatio: [{self.min}, {self.max}] holds no finite log-ratio")
 
     def __call__(self, log_ratio: Tensor) -> Tensor:
         return log_ratio.clamp(self.min, self.max)
@@ -104,10 +105,9 @@ class _Range:
     max: float = math.inf
 
     def __post_init__(self) -> None:
-        _require(
-            0 <= self.min <= self.max,
-            f"{type(self).__name__}: 0 <= min <= max must hold, got [{self.min}, {self.max}]",
-        )
+        inside = 0 <= self.min <= self.max and self.min < math.inf and self.max > 0
+        name = type(self).__name__
+        _require(inside, f"{name}: [{self.min}, {self.max}] holds no positive, finite number")
 
     def _clip(self, log: Tensor) -> Tensor:
         low, high = (math.log(x) if x > 0 else -math.inf for x in (self.min, self.max))
@@ -129,7 +129,8 @@ class TemperWeight(_OfTrajectory):
     alpha: float
 
     def __post_init__(self) -> None:
-        _require(self.alpha >= 0, f"TemperWeight(alpha={self.alpha}) must not be negative")
+        inside = 0 <= self.alpha < math.inf
+        _require(inside, f"TemperWeight(alpha={self.alpha}) must be finite, at least 0")
 
     def __call__(self, log_weight: Tensor, share: Tensor) -> Tensor:
         return self.alpha * log_weight
@@ -155,12 +156,13 @@ class SelfNormalize(_OfTrajectory):
 
 @dataclass(frozen=True)
 class TargetESS(_OfTrajectory):
-    """Trajectory: w <- w^alpha with alpha >= 0 such that the batch keeps a share of its samples.
+    """Trajectory: w <- w^alpha / mean w^alpha such that the batch keeps a share of its samples.
 
-    alpha solves ESS(w^alpha) = fraction, ESS = (sum m w)^2 / (sum m sum m w^2), by bisection in
-    log alpha to a relative 1e-6. If even ``max_alpha`` leaves the ESS above the fraction (all
+    alpha >= 0 solves ESS(w^alpha) = fraction, ESS = (sum m w)^2 / (sum m sum m w^2), by bisection
+    in log alpha to a relative 1e-6. If even ``max_alpha`` leaves the ESS above the fraction (all
     weights nearly equal, as just after the start), alpha is ``max_alpha``, so that rounding errors
-    are not amplified into weights. Weights that are all 1 stay 1.
+    are not amplified into weights. The mean weight is 1, whatever factor the weights have in
+    common: with a large alpha it would overflow. So equal weights, and a lone one, become 1.
 
     Args:
         fraction: Effective sample size over sample size, in (0, 1].
@@ -174,7 +176,8 @@ class TargetESS(_OfTrajectory):
 
     def __post_init__(self) -> None:
         _require(0 < self.fraction <= 1, f"TargetESS(fraction={self.fraction}) must be in (0, 1]")
-        _require(self.max_alpha > 0, f"TargetESS(max_alpha={self.max_alpha}) must be positive")
+        inside = 0 < self.max_alpha < math.inf
+        _require(inside, f"TargetESS(max_alpha={self.max_alpha}) must be positive and finite")
 
     def __call__(self, log_weight: Tensor, share: Tensor) -> Tensor:
         # Shifting first keeps the products finite; a common factor does not change the ESS.
@@ -187,7 +190,8 @@ class TargetESS(_OfTrajectory):
             middle = (low + high) / 2
             enough = log_ess(middle.exp() * shifted, share) > math.log(self.fraction)
             low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-        return (high.exp() * log_weight.double()).to(log_weight.dtype)
+        tempered = high.exp() * shifted
+        return (tempered - log_mean_exp(tempered, share)).to(log_weight.dtype)
 
 
 @dataclass(frozen=True)

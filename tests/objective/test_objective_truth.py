@@ -40,7 +40,7 @@ def _ess(log_weight: Array, draws: Array) -> float:
 
 def _target_ess(log_weight: Array, draws: Array) -> Array:
     alpha = brentq(lambda a: _ess(a * log_weight, draws) - 0.8, 1e-6, 100.0, xtol=1e-12)
-    return alpha * log_weight
+    return alpha * log_weight - np.log(draws @ np.exp(alpha * log_weight) / draws.sum())
 
 
 TRAJECTORY: dict[str, tuple[Any, Callable[[Array, Array], Array]]] = {
