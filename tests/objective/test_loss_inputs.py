@@ -12,8 +12,8 @@ from torch import nn
 from torchrl.modules import IndependentNormal, OneHotCategorical, ProbabilisticActor, TanhNormal
 from torchrl.objectives import SoftUpdate
 
-from iwsft import EMA, ImportanceWeightedMLE
-from iwsft.trajectory import MASK, TRAJ_IDS, pad
+from iwsft import EMA, ImportanceWeightedMLE, ImportanceWeights, reweight, weights
+from iwsft.trajectory import MASK, TRAJ_IDS, pad, select
 
 PROPOSALS = ("current", "reference", "lagged", "cached")
 every_proposal = pytest.mark.parametrize("proposal", PROPOSALS)
@@ -208,6 +208,37 @@ def test_wrong_input_is_named(ready: Any) -> None:
     wide = _gaussian_actor(torch.distributions.Normal)
     with pytest.raises(ValueError, match="IndependentNormal"):
         ImportanceWeightedMLE(wide, proposal="reference")(batch)
+
+
+@every_proposal
+@pytest.mark.parametrize("chain", [None, ImportanceWeights([weights.Temperature(2.0)], None)])
+def test_multiplicity_zero_does_not_count_however_extreme(
+    ready: Any, gradients: Any, proposal: str, chain: Any, assert_near: Any
+) -> None:
+    """The weight of the third trajectory is beyond float32."""
+    loss, batch = ready(proposal, importance_weights=chain)
+    counted = select(batch, torch.tensor([0, 1, 3]))
+    third = batch[TRAJ_IDS] == 2
+    batch["multiplicity"][third] = 0
+    batch["ref_log_prob"][third] = -1e4
+    if proposal == "cached":
+        reweight(batch, loss)
+        assert bool((batch["importance_weight"][third] == 1).all())
+        batch["importance_weight"][third] = torch.inf
+    assert_near(loss(batch), loss(counted))
+    for mine, other in zip(*(gradients(loss, x).values() for x in (batch, counted)), strict=True):
+        torch.testing.assert_close(mine, other)
+    batch["multiplicity"].zero_()
+    with pytest.raises(ValueError, match="every trajectory of the batch has multiplicity 0"):
+        loss(batch)
+
+
+@every_proposal
+def test_an_empty_batch_is_refused(ready: Any, proposal: str) -> None:
+    loss, batch = ready(proposal)
+    for empty in (batch[:0], pad(batch)[:0], pad(batch)[:, :0]):
+        with pytest.raises(ValueError, match="not a single step"):
+            loss(empty)
 
 
 def test_overflow_is_one_clear_error(make_loss: Any, make_batch: Any) -> None:

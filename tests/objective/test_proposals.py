@@ -286,7 +286,11 @@ def test_reweight_leaves_the_policy_and_the_other_entries_alone(
         data["importance_weight"].max(), loss(data)["weight_max"], rtol=1e-6, atol=0
     )
     padded = pad(make_batch())
-    reweight(padded, loss)
+    padded["ref_log_prob"][~padded[MASK]] = torch.nan
+    padded["observation"][~padded[MASK]] = torch.inf
+    log_weight = reweight(padded, loss)
+    assert bool((log_weight[~padded[MASK]] == 0).all())
+    assert bool((padded["importance_weight"][~padded[MASK]] == 1).all())
     torch.testing.assert_close(padded["importance_weight"][padded[MASK]], data["importance_weight"])
 
 
