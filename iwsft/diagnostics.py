@@ -42,23 +42,27 @@ def pareto_k(weight: Tensor) -> float:
 
     Below 0.5 the variance of the weights is finite, over 0.7 an importance-sampling estimate is
     not to be trusted (Vehtari, Simpson, Gelman, Yao and Gabry, "Pareto smoothed importance
-    sampling", arXiv:1507.02646). The tail is the min(n / 5, 3 sqrt n) largest; the fit is that of
-    Zhang and Stephens (2009) with the prior of the paper's Appendix C.
+    sampling", arXiv:1507.02646). The tail is the min(n / 5, 3 sqrt n) largest, without those that
+    equal the next lower weight; the fit is that of Zhang and Stephens (2009) with the prior of the
+    paper's Appendix C.
 
     Args:
         weight: Weights of the distinct trajectories, ``[n]``.
 
     Returns:
-        k-hat. NaN if the tail has fewer than 5 weights (n < 25), or if they are equal.
+        k-hat. NaN if the tail has fewer than 5 weights.
     """
     ordered = weight.detach().double().reshape(-1).sort().values
     n = len(ordered)
     tail = int(min(0.2 * n, 3 * n**0.5))
     if tail < 5:
         return float("nan")
-    excess = ordered[-tail:] - ordered[-tail - 1]
+    cut = ordered[-tail - 1]
+    excess = ordered[-tail:] - cut
     # Equal up to the rounding of the float32 weights.
-    if float(excess[-1]) <= 1e-6 * float(ordered[-1]):
+    excess = excess[excess > 1e-6 * cut]
+    tail = len(excess)
+    if tail < 5:
         return float("nan")
     grid = 30 + int(tail**0.5)
     quartile = excess[int(tail / 4 + 0.5) - 1].clamp(min=1e-12 * excess[-1])
@@ -133,9 +137,9 @@ def diagnose(
     out = dict(zip(names, weight_quantiles(weight, terms.share).tolist(), strict=True))
     segments = terms.segments
     if loss.importance_weights.reduce is None:
-        distinct = weight[segments.valid]
+        distinct = weight[terms.share > 0]
     else:
-        distinct = segments.mean(weight)[segments.lengths > 0]
+        distinct = segments.mean(weight)[segments.sum(terms.share) > 0]
     k = pareto_k(distinct)
     if not math.isnan(k):
         out["pareto_k"] = k

@@ -113,8 +113,21 @@ def test_pareto_k_is_nan_where_there_is_no_tail() -> None:
     assert math.isnan(pareto_k(clipped))
 
 
-def test_pareto_k_of_a_tail_that_begins_with_equal_weights() -> None:
-    assert math.isfinite(pareto_k(torch.cat([torch.ones(950), torch.linspace(2.0, 9.0, 50)])))
+@pytest.mark.parametrize("tied", [0, 20, 47, 90, 95])
+def test_pareto_k_leaves_out_what_equals_the_cut(tied: int) -> None:
+    """The tail of 1000 is 94 weights; the fit is that of those above the tied ones."""
+    sample = np.sort(np.random.default_rng(0).lognormal(0.0, 1.5, 1000))
+    sample[-95 : -95 + tied] = sample[-95]
+    excess = (sample[sample > sample[-95]] - sample[-95]).tolist()
+    actual = pareto_k(torch.from_numpy(sample))
+    if len(excess) < 5:
+        assert math.isnan(actual)
+    else:
+        expected = (len(excess) * zhang_stephens(excess) + 10 * 0.5) / (len(excess) + 10)
+        assert actual == pytest.approx(expected, rel=1e-9)
+        assert 0 < actual < 1.2
+    in_float32 = pareto_k(torch.from_numpy(sample).float())
+    assert in_float32 == pytest.approx(actual, rel=1e-3, nan_ok=True)
 
 
 LOGS = st.lists(
@@ -213,6 +226,19 @@ def test_diagnose_against_the_loss(layout: str, proposal: Any) -> None:
     else:
         assert out["pareto_k"] == pytest.approx(pareto_k(log_weight.exp()), rel=1e-4)
     assert all(isinstance(value, float) for value in out.values())
+
+
+@pytest.mark.parametrize("reduce", ["mean", None])
+def test_diagnose_does_not_see_multiplicity_zero(reduce: Any) -> None:
+    sizes = [1 + i % 5 for i in range(60)]
+    batch = trajectories(sizes, policy_of(1))
+    uncounted = batch["collector", "traj_ids"] % 3 == 1
+    batch["multiplicity"][uncounted] = 0
+    batch["ref_log_prob"][uncounted] -= 300
+    chain = ImportanceWeights(reduce=reduce)
+    loss = ImportanceWeightedMLE(policy_of(0), proposal="current", importance_weights=chain)
+    counted = batch[~uncounted]
+    assert diagnose(loss, batch) == pytest.approx(diagnose(loss, counted), rel=1e-5, abs=1e-7)
 
 
 def test_diagnose_the_per_step_variant_and_batches_without_reference() -> None:
