@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import errno
+import glob
+import hashlib
 import os
+import secrets
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+_A_DAY = 24 * 60 * 60.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -20,14 +25,21 @@ def written_whole(path: Path) -> Iterator[Path]:
 
     Yields:
         The path of a partial file in the same folder. It replaces ``path`` when the block ends
-        without an error, and is removed otherwise.
+        without an error, and is removed otherwise. Partial files of ``path`` that a kill left
+        behind are removed first.
 
     Raises:
         OSError: No space is left; ``path`` is unchanged.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    machine, process = _writer()
+    # Threads, and processes of containers on a shared disk, may have the same process id.
+    token = f"{machine}-{process}-{secrets.token_hex(4)}"
+    partial = path.with_name(f".{path.name}.{token}.partial")
     with full_disk_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        for other in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+            if _abandoned(other):
+                other.unlink(missing_ok=True)
         try:
             yield partial
             with partial.open("rb") as file:
@@ -35,6 +47,31 @@ def written_whole(path: Path) -> Iterator[Path]:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _writer() -> tuple[str, int]:
+    """Return this machine or container, and the id of this process there."""
+    machine, process = os.uname().nodename, os.getpid()
+    with suppress(OSError):
+        machine += str(os.stat("/proc/self/ns/pid").st_ino)
+        process = int(os.readlink("/proc/self"))
+    return hashlib.blake2s(machine.encode(), digest_size=4).hexdigest(), process
+
+
+def _abandoned(partial: Path) -> bool:
+    """Whether the writer of a partial file is gone; elsewhere, whether it was silent for a day."""
+    machine, _, process = partial.name.split(".")[-2].partition("-")
+    number = process.partition("-")[0]
+    try:
+        if machine != _writer()[0] or not number.isdecimal():
+            return time.time() - partial.stat().st_mtime > _A_DAY
+        os.kill(int(number), 0)
+    except (ProcessLookupError, FileNotFoundError):
+        return True
+    except PermissionError:
+        # A living process of another user.
+        pass
+    return False
 
 
 @contextmanager

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -53,6 +56,7 @@ class MetricsLog:
         row = {name: value for name, value in row.items() if math.isfinite(value)}
         data = (json.dumps(row) + "\n").encode()
         with full_disk_named(self._path):
+            self._find_again(int(row["step"]))
             while data:
                 data = data[self._file.write(data) :]
             if self._board is not None:
@@ -60,6 +64,19 @@ class MetricsLog:
                     if name != "step":
                         self._board.add_scalar(name, value, int(row["step"]))
                 self._board.flush()
+
+    def _find_again(self, step: int) -> None:
+        """Open the file anew where it was removed or replaced: rows would go nowhere."""
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path)):
+                return
+        warnings.warn(
+            f"{self._path} was removed or replaced during the run; rows from step {step} on go "
+            "into a new file",
+            stacklevel=3,
+        )
+        self._file.close()
+        self._file = self._path.open("ab", buffering=0)
 
     def __enter__(self) -> Self:
         return self

@@ -129,7 +129,8 @@ def fit(
             writes nothing. A checkpoint in it is resumed, and the run ends in the same parameters,
             bit for bit, as an uninterrupted one. All random numbers come from the sampler's
             generator and from torch's.
-        settings: Plain values that belong to a checkpoint; one with other values is refused.
+        settings: Plain values that belong to a checkpoint; one with other values is refused. The
+            schedule is compared without them; a constant one may have more steps than before.
         checkpoint_every: Number of updates between checkpoints; there is one at the end.
         log_every: Number of updates between rows of metrics.
         report: Function that is called with every row.
@@ -153,7 +154,7 @@ def fit(
         parts["updater"] = updater
     start, before = 0, Cost(0.0, 0.0)
     if folder is not None:
-        start, before = _resume(folder, parts, settings or {}, steps)
+        start, before = _resume(folder, parts, settings or {}, schedules)
     if start >= steps:
         return before
     wall = before.wall_seconds - time.perf_counter()
@@ -190,7 +191,10 @@ def fit(
             if save and not all(bool(p.isfinite().all()) for p in loss.parameters()):
                 raise _diverged("the policy is no longer finite", step, schedules)
             if save and folder is not None:
-                _save(folder, parts, settings or {}, step, cost())
+                state = {name: part.state_dict() for name, part in parts.items()}
+                state |= {"draws": _generators(), "step": step, **asdict(cost())}
+                state["schedule"] = _course(schedules)
+                checkpoint.save(folder / checkpoint.FOLDER, state, settings or {})
     return cost()
 
 
@@ -217,16 +221,11 @@ def _update(
     optimizer.step()
 
 
-def _save(
-    folder: Path, parts: Mapping[str, Any], settings: dict[str, Any], step: int, cost: Cost
-) -> None:
-    state = {name: part.state_dict() for name, part in parts.items()}
-    state |= {"draws": _generators(), "step": step, **asdict(cost)}
-    checkpoint.save(folder / checkpoint.FOLDER, state, settings)
-
-
 def _resume(
-    folder: Path, parts: Mapping[str, Any], settings: dict[str, Any], steps: int
+    folder: Path,
+    parts: Mapping[str, Any],
+    settings: dict[str, Any],
+    schedules: Mapping[str, Schedule],
 ) -> tuple[int, Cost]:
     """Load the checkpoint of a run, if it has one; return its update and its cost."""
     state = checkpoint.load(folder / checkpoint.FOLDER, settings)
@@ -237,12 +236,29 @@ def _resume(
             f"{folder / checkpoint.FOLDER} holds {', '.join(sorted(state))}, this run needs "
             f"{', '.join(parts)}; choose another folder"
         )
+    course, steps = _course(schedules), next(iter(schedules.values())).steps
+    differ = checkpoint.differences(state.get("schedule", course), course)
+    if state["step"] > steps:
+        differ = f"{state['step']} updates are done, {steps} are asked for"
+    if differ:
+        raise checkpoint.CheckpointError(
+            f"{folder} holds a run with another schedule: {differ}; choose another folder"
+        )
     for name, part in parts.items():
         part.load_state_dict(state[name])
     # A finished run leaves the random numbers of what comes after it alone.
     if state["step"] < steps:
         _set_generators(state["draws"])
     return state["step"], Cost(state["wall_seconds"], state["cpu_seconds"])
+
+
+def _course(schedules: Mapping[str, Schedule]) -> dict[str, Any]:
+    """Return what learning rates depend on: not on the length of a constant schedule."""
+    course = {name or "all": asdict(network) for name, network in schedules.items()}
+    for values in course.values():
+        if values["decay"] == "constant":
+            del values["steps"]
+    return course
 
 
 def _optimizer(loss: LossModule, schedules: Mapping[str, Schedule]) -> torch.optim.Adam:

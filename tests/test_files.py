@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -66,3 +69,64 @@ def test_every_kind_of_full_is_named(number: int) -> None:
 def test_other_errors_of_the_system_pass_as_they_are() -> None:
     with pytest.raises(PermissionError, match="^.Errno 13. no$"), full_disk_named(Path("here")):
         raise PermissionError(errno.EACCES, "no")
+
+
+def write(path: Path, content: bytes, times: int = 30) -> None:
+    for _ in range(times):
+        with written_whole(path) as part:
+            part.write_bytes(content)
+            assert part.read_bytes() == content
+
+
+@pytest.mark.parametrize("pid", [None, 1, 2**22 + 1])
+def test_writers_do_not_share_a_partial_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pid: int | None
+) -> None:
+    """Threads, and processes of one id in their containers, that of a living or a dead one here."""
+    path, contents = tmp_path / "state", [bytes([i]) * 100_000 for i in range(4)]
+    if pid is None:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(partial(write, path), contents))
+    else:
+        monkeypatch.setattr(os, "getpid", lambda: pid)
+        children = []
+        for content in contents:
+            child = os.fork()
+            if child == 0:
+                try:
+                    write(path, content)
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+            children.append(child)
+        assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    assert path.read_bytes() in contents
+    assert os.listdir(tmp_path) == ["state"]
+
+
+def test_partial_files_of_killed_writers_are_removed(tmp_path: Path) -> None:
+    path = tmp_path / "[state].pt"
+    for _ in range(2):
+        child = os.fork()
+        if child == 0:
+            with written_whole(path) as partial_file:
+                partial_file.write_text("half")
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(child, 0)
+    other = tmp_path / ".other.pt.1.partial"
+    elsewhere = [tmp_path / f".[state].pt.{name}.partial" for name in ("0badc0de-7-aa", "77")]
+    for file in (other, *elsewhere):
+        file.write_text("half")
+    assert len(os.listdir(tmp_path)) == 4
+    with written_whole(path) as partial_file:
+        partial_file.write_text("whole")
+        # One that is being written stays.
+        with written_whole(path) as inner:
+            inner.write_text("inner")
+            assert partial_file.exists()
+    # Those of other machines stay for a day.
+    assert {*tmp_path.iterdir()} == {path, other, *elsewhere}
+    for file in (other, *elsewhere):
+        os.utime(file, (0, 0))
+    write(path, b"again", 1)
+    assert {*tmp_path.iterdir()} == {path, other}

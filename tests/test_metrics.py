@@ -73,6 +73,25 @@ def test_another_line_that_is_not_json_is_named(tmp_path: Path) -> None:
     assert (tmp_path / FILE).read_text() == text
 
 
+@pytest.mark.parametrize("how", ["removed", "moved", "replaced"])
+def test_rows_are_written_where_the_file_was_lost(tmp_path: Path, how: str) -> None:
+    path = tmp_path / FILE
+    with MetricsLog(tmp_path) as metrics:
+        for row in rows(1, 3):
+            metrics.write(row)
+        if how == "removed":
+            path.unlink()
+        else:
+            path.rename(tmp_path / "before")
+        if how == "replaced":
+            path.write_text('{"step": 3}\n')
+        with pytest.warns(UserWarning, match=f"{path} was removed or replaced .* from step 4"):
+            metrics.write(rows(4, 4)[0])
+        metrics.write(rows(5, 5)[0])
+    assert read(path) == [{"step": 3}] * (how == "replaced") + rows(4, 5)
+    assert board(tmp_path, "loss") == [(step, float(step)) for step in range(1, 6)]
+
+
 def test_values_that_json_lacks_are_absent(tmp_path: Path) -> None:
     log(tmp_path, [{"step": 1, "loss": 1.0, "kl_approx": math.nan, "bound_gap": math.inf}])
     assert read(tmp_path / FILE) == [{"step": 1, "loss": 1.0}]

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +212,50 @@ def test_killed_anywhere_and_resumed_ends_where_an_uninterrupted_run_ends(
     for key, value in made.loss.state_dict().items():
         if isinstance(value, Tensor):
             assert torch.equal(value, wanted[f".loss.{key}"]), key
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": 0.02}, r"all.lr=0.01 \(now 0.02\)"),
+        ({"warmup": 4}, r"warmup=5 \(now 4\)"),
+        ({"weight_decay": 0.5}, "weight_decay=0.0"),
+        ({"clip_norm": 1.0}, r"clip_norm=inf \(now 1.0\)"),
+        ({"decay": "constant"}, "decay='cosine'"),
+        ({"steps": 30}, r"steps=24 \(now 30\)"),
+        ({"steps": 12}, "24 updates are done, 12 are asked for"),
+    ],
+)
+def test_another_schedule_is_refused_without_settings(
+    uninterrupted: Callable[[str], Path], change: dict[str, Any], message: str
+) -> None:
+    made, folder = JOBS["reference, steps"](), uninterrupted("reference, steps")
+    before = {name: x.clone() for name, x in tensors(dict(made.loss.state_dict())).items()}
+    with pytest.raises(CheckpointError, match=f"another schedule: .*{message}"):
+        fit(
+            made.loss,
+            made.sampler,
+            replace(SCHEDULE, **change),
+            folder=folder,
+            settings={"lr": SCHEDULE.lr},
+        )
+    assert_equal = torch.testing.assert_close
+    assert_equal(tensors(dict(made.loss.state_dict())), before, rtol=0, atol=0)
+
+
+def test_a_constant_schedule_can_be_prolonged(tmp_path: Path) -> None:
+    """It ends where one run of the whole length ends."""
+    states = []
+    for lengths in ((8, 20), (20,)):
+        folder = tmp_path / str(len(lengths))
+        for steps in lengths:
+            made = JOBS["reference, steps"]()
+            course = Schedule(steps=steps, lr=0.01, warmup=3, decay="constant")
+            fit(made.loss, made.sampler, course, folder=folder)
+        states.append(made.loss.state_dict())
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+    with pytest.raises(CheckpointError, match="20 updates are done, 8 are asked for"):
+        fit(made.loss, made.sampler, replace(course, steps=8), folder=folder)
 
 
 def test_a_finished_run_is_not_trained_again(uninterrupted: Callable[[str], Path]) -> None:
