@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 from torchrl.objectives.common import LossModule
 
 from baselines.critics import TargetUpdate, check_transitions, qvalue_networks, return_limit, values
-from baselines.learner import Learner
+from baselines.learner import Learner, check_finite
 from baselines.normalization import Normalization, NormalizedPolicy, normalized
 from baselines.rewards import Rewards, transformed
 from iwsft.policies import GaussianPolicy
@@ -50,6 +50,7 @@ class Settings:
     rewards: Rewards = "as they are"
 
     def __post_init__(self) -> None:
+        check_finite(self, but="max_weight")
         if not 0 <= self.gamma < 1 or not 0 < self.tau <= 1:
             raise ValueError(f"{self}: gamma must be in [0, 1), tau in (0, 1]")
 

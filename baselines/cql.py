@@ -22,7 +22,7 @@ from baselines.critics import (
     return_limit,
     values,
 )
-from baselines.learner import Learner
+from baselines.learner import Learner, check_finite
 from baselines.normalization import Normalization, NormalizedPolicy, normalized
 from iwsft.policies import GaussianPolicy
 from iwsft.policy_loss import holding
@@ -80,6 +80,7 @@ class Settings:
     reward_shift: float = 0.0
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if not 0 <= self.gamma < 1 or not 0 < self.tau <= 1 or self.actions < 1:
             raise ValueError(f"{self}: gamma must be in [0, 1), tau in (0, 1], actions at least 1")
         if not self.min_q_weight >= 0 or not self.reward_scale > 0:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torchrl.modules import DecisionTransformer, DTActor
 from torchrl.objectives import DTLoss
 
-from baselines.learner import Learner
+from baselines.learner import Learner, check_finite
 from baselines.normalization import Normalization
 from baselines.windows import RETURN_TO_GO, WindowSampler, returns_to_go
 from iwsft.acting import IS_INIT, PREVIOUS_REWARD
@@ -72,6 +72,7 @@ class Settings:
     return_scale: float | None = None
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("steps", "batch_size", "context", "layers", "heads", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -81,9 +82,7 @@ class Settings:
             raise ValueError(f"warmup={self.warmup} is a share of the updates, from 0 to 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
-        if self.target_return is not None and not math.isfinite(self.target_return):
-            raise ValueError(f"target_return={self.target_return} must be finite")
-        if self.return_scale is not None and not 0 < self.return_scale < math.inf:
+        if self.return_scale is not None and not self.return_scale > 0:
             raise ValueError(f"return_scale={self.return_scale} must be positive")
 
 

@@ -21,7 +21,7 @@ from baselines.critics import (
     value_network,
     values,
 )
-from baselines.learner import Learner
+from baselines.learner import Learner, check_finite
 from baselines.rewards import Rewards, clipped_actions, transformed
 from iwsft.policies import GaussianPolicy
 from iwsft.policy_loss import holding
@@ -61,6 +61,7 @@ class Settings:
     rewards: Rewards = "return range"
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if not 0 < self.expectile < 1 or not 0 <= self.dropout < 1:
             raise ValueError(f"{self}: expectile must be in (0, 1), dropout in [0, 1)")
         if not 0 <= self.gamma < 1 or not 0 < self.tau <= 1 or not self.temperature >= 0:

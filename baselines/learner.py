@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -42,6 +43,22 @@ class Learner:
         # A TensorDict's own deepcopy clones, without looking at what has been copied already.
         copied: Learner = pickle.loads(pickle.dumps(self))
         return copied
+
+
+def check_finite(settings: Any, *, but: str = "") -> None:
+    """Refuse settings, a dataclass, with a number that is NaN or infinite.
+
+    Args:
+        settings: The settings.
+        but: Name of a setting that may be infinite.
+
+    Raises:
+        ValueError: A number is not finite; the message names it.
+    """
+    for name, value in vars(settings).items():
+        allowed = name == but and value == math.inf
+        if isinstance(value, float) and not math.isfinite(value) and not allowed:
+            raise ValueError(f"{name}={value} must be finite")
 
 
 class Baseline(Protocol):

@@ -21,7 +21,7 @@ from baselines.critics import (
     return_limit,
     values,
 )
-from baselines.learner import Learner
+from baselines.learner import Learner, check_finite
 from baselines.normalization import Normalization, NormalizedPolicy, normalized
 from baselines.rewards import Rewards, transformed
 from iwsft.samplers import TransitionSampler
@@ -60,6 +60,7 @@ class Settings:
     rewards: Rewards = "as they are"
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if not 0 <= self.gamma < 1 or not 0 < self.tau <= 1 or self.policy_delay < 1:
             raise ValueError(
                 f"{self}: gamma must be in [0, 1), tau in (0, 1], policy_delay at least 1"

@@ -198,6 +198,7 @@ class ImportanceWeightedMLE(PolicyLoss):
             weights = self.weigh(batch, log_q, reference=base, segments=segments, share=share)
         return Terms(segments, share, log_prob, *weights, reference)
 
+    @torch.no_grad()
     def weigh(
         self,
         batch: TensorDictBase,
@@ -280,7 +281,7 @@ class ImportanceWeightedMLE(PolicyLoss):
             if valid is not None:
                 if valid.ndim > trajectories.batch_dims and valid.shape[-1] == 1:
                     valid = valid.squeeze(-1)
-                mask = valid if mask is None else mask & valid
+                mask = valid.bool() if mask is None else mask & valid.bool()
         if mask is None:
             # Segments would look for a mask that the user turned off.
             trajectories = trajectories.exclude(MASK)

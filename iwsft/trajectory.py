@@ -187,8 +187,9 @@ def per_trajectory(packed: TensorDictBase, key: NestedKey) -> Tensor:
     """
     value, sizes = fit(packed.get(key), packed.batch_size, repr(key)), lengths(packed)
     first = value[sizes.cumsum(0) - sizes]
+    expected = first.repeat_interleave(sizes)
     # NaN does not equal itself.
-    varies = ((value != first.repeat_interleave(sizes)) & ~value.isnan()).nonzero()
+    varies = ((value != expected) & ~(value.isnan() & expected.isnan())).nonzero()
     if len(varies):
         raise ValueError(f"{key!r} changes within a trajectory, first at step {int(varies[0])}")
     return first
@@ -249,7 +250,7 @@ def pad(packed: TensorDictBase, length: int | None = None) -> TensorDictBase:
     mask[row, column] = segments.valid
     padded.set(MASK, mask)
     # Padding has its row's id, so that a row is one trajectory by its ids, too.
-    ids = packed.get(TRAJ_IDS)[starts]
+    ids = packed.get(TRAJ_IDS).reshape(-1)[starts]
     return padded.set(TRAJ_IDS, ids[:, None].expand(-1, length).contiguous())
 
 

@@ -24,6 +24,7 @@ from iwsft.trajectory import (
     lengths,
     pack,
     pad,
+    per_trajectory,
     select,
     steps_of,
     validate,
@@ -193,6 +194,33 @@ def test_select_takes_whole_trajectories(sizes: list[int], data: st.DataObject) 
     starts = [sum(sizes[:j]) for j in range(len(sizes))]
     expected = [i for j in drawn.tolist() for i in range(starts[j], starts[j] + sizes[j])]
     assert steps_of(torch.tensor(sizes), drawn).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "first"),
+    [
+        ([1, math.nan, 2], 1),
+        ([math.nan, 1, 2], 1),
+        ([1, 1, math.nan], None),
+        ([math.nan] * 3, None),
+    ],
+)
+def test_one_nan_among_numbers_is_a_change(values: list[float], first: int | None) -> None:
+    """Two trajectories, of two steps and of one."""
+    packed = packed_of([2, 1]).set("score", torch.tensor(values)[:, None])
+    if first is None:
+        expected = torch.tensor([values[0], values[2]])
+        torch.testing.assert_close(per_trajectory(packed, "score"), expected, equal_nan=True)
+    else:
+        with pytest.raises(ValueError, match=f"'score' changes .* first at step {first}"):
+            per_trajectory(packed, "score")
+
+
+def test_ids_and_numbers_may_be_columns() -> None:
+    packed = packed_of([2, 3, 1], first_id=4, gap=3)
+    columns = packed.clone().set(TRAJ_IDS, packed[TRAJ_IDS][:, None])
+    assert_same(pad(columns), pad(packed))
+    assert torch.equal(lengths(columns), lengths(packed))
 
 
 def test_select_refuses_wrong_positions() -> None:

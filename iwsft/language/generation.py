@@ -8,6 +8,7 @@ in float32, less rare in bfloat16).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,8 +83,8 @@ class Generator(ABC):
             ValueError: A request exceeds the model's context or is empty, or the temperature or
                 ``top_p`` is out of range.
         """
-        if temperature < 0:
-            raise ValueError(f"temperature={temperature} must be 0 (the likeliest token) or above")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature={temperature} must be a finite number, at least 0")
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p={top_p} must be a probability mass in (0, 1]")
         for number, request in enumerate(requests):

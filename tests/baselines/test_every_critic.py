@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -14,7 +16,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from baselines import Learner, algorithm
+from baselines import BASELINES, Learner, algorithm
 from iwsft import checkpoint
 from iwsft.training import Sampler, fit
 from iwsft.trajectory import (
@@ -348,6 +350,17 @@ class TestBuild:
         learner = build(case, trajectories, **rates(case, 30.0))
         with pytest.raises(FloatingPointError, match="diverged: pred_value"):
             train(learner)
+
+    @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("name", BASELINES)
+    def test_a_setting_that_is_not_finite_is_named(self, name: str, number: float) -> None:
+        settings = algorithm(name).Settings
+        fields = [field.name for field in dataclasses.fields(settings) if "float" in field.type]
+        assert {"lr", "actor_lr"} & set(fields)
+        for field in fields:
+            if (name, field, number) != ("awac", "max_weight", math.inf):
+                with pytest.raises(ValueError, match=f"{field}={number} must be finite"):
+                    settings(**{field: number})
 
     @pytest.mark.parametrize("wrong", [{"gamma": 1.0}, {"gamma": -0.1}, {"tau": 0.0}, {"tau": 1.1}])
     @pytest.mark.parametrize("case", SMALL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import types
 from collections.abc import Sequence
@@ -168,6 +169,8 @@ def test_draw_inverts_the_distribution_function() -> None:
         (Request([1], 0), {}, "request 0 .* asks for 0"),
         (Request([1] * 60, 5), {}, r"needs 65 tokens \(60 of its prompt.*takes 64"),
         (Request([1], 3), {"temperature": -1.0}, "temperature=-1.0 must be"),
+        (Request([1], 3), {"temperature": math.inf}, "temperature=inf must be"),
+        (Request([1], 3), {"temperature": math.nan}, "temperature=nan must be"),
         (Request([1], 3), {"temperature": 1.0, "top_p": 0.0}, "top_p=0.0 must be"),
     ],
 )

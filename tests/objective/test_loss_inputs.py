@@ -233,6 +233,23 @@ def test_multiplicity_zero_does_not_count_however_extreme(
         loss(batch)
 
 
+def test_masks_of_numbers_are_masks(ready: Any, assert_near: Any) -> None:
+    """Of bytes, whose bits do not overlap, and of floats."""
+    loss, packed = ready("current")
+    padded = pad(packed)
+    expected = loss(padded)
+    for number in (torch.tensor(2, dtype=torch.uint8), torch.tensor(0.5)):
+        numbers = padded.clone().set(MASK, number * padded[MASK])
+        numbers.set("shifted_valid", torch.ones_like(padded[MASK], dtype=torch.uint8))
+        assert_near(loss(numbers), expected)
+
+
+def test_weights_carry_no_gradient_when_they_are_asked_for(make_loss: Any, make_batch: Any) -> None:
+    loss, batch = make_loss("current"), make_batch()
+    log_q = loss.log_prob(batch)
+    assert log_q.requires_grad and not loss.weigh(batch, log_q).log_weight.requires_grad
+
+
 @every_proposal
 def test_an_empty_batch_is_refused(ready: Any, proposal: str) -> None:
     loss, batch = ready(proposal)
