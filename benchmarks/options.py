@@ -38,12 +38,12 @@ def check_once(**lists: Sequence[object]) -> None:
             raise ValueError(f"{flag(name)} {' '.join(twice)}: asked for twice; name each once")
 
 
-def check_seeds(seeds: Sequence[int]) -> None:
+def check_seeds(seeds: Sequence[int], name: str = "seeds") -> None:
     """Check seeds: whole numbers that NumPy and torch take, each once."""
     for seed in seeds:
         if not 0 <= seed < 2**32:
-            raise ValueError(f"--seeds {seed}: a seed lies in 0 ... 2^32 - 1")
-    check_once(seeds=seeds)
+            raise ValueError(f"{flag(name)} {seed}: a seed lies in 0 ... 2^32 - 1")
+    check_once(**{name: seeds})
 
 
 def check_used(name: str, value: object, used: bool, where: str) -> None:

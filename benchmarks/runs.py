@@ -206,12 +206,20 @@ def ends_in_one_line() -> Iterator[None]:
         raise SystemExit(f"error: {one_line(error)}") from error
     except KeyboardInterrupt as error:
         print("stopped; the same command with --resume continues", file=sys.stderr)
-        raise SystemExit(130) from error
+        raise SystemExit(128 + (error.args[0] if error.args else signal.SIGINT)) from error
 
 
 def ends_as_ctrl_c_does() -> None:
-    """Make SIGTERM end the process as Ctrl-C does, with its workers and a line on --resume."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Make SIGTERM end the process as Ctrl-C does, with its workers and a line on --resume.
+
+    The exit status tells which it was, as in a shell: 143, or 130 after Ctrl-C.
+    """
+
+    def end(number: int, _: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
 
 
 def one_line(error: BaseException) -> str:
@@ -223,4 +231,6 @@ def one_line(error: BaseException) -> str:
         text = key if isinstance(key, str) and " " in key else f"there is no entry {key!r}"
     if isinstance(error, OSError) and error.strerror is not None:
         text = ": ".join(filter(None, (error.strerror, error.filename)))
-    return " ".join(text.split()) or type(error).__name__
+    text = " ".join(text.split()) or type(error).__name__
+    # Control characters of a name would act on the terminal.
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -12,14 +12,13 @@ python -m benchmarks.llm evaluate --model runs/llm/s1k/iw-sft/seed-0/checkpoint 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import tyro
-
-from benchmarks.llm.evaluation.options import Options
-from benchmarks.llm.options import parse
-from benchmarks.runs import ends_as_ctrl_c_does, ends_in_one_line
+if TYPE_CHECKING:
+    from benchmarks.llm.evaluation.options import Options
 
 _EVALUATION = """Score a language model on MATH-500, AIME, GPQA diamond and GSM8K.
 
@@ -32,7 +31,11 @@ python -m benchmarks.llm evaluate --model Qwen/Qwen2.5-32B-Instruct --backend vl
 
 def main(words: Sequence[str]) -> None:
     """Run the job; an error that a user can mend ends it in one line."""
+    from benchmarks.runs import ends_in_one_line
+
     with ends_in_one_line():
+        from benchmarks.llm.options import parse
+
         options = parse(words, __doc__)
         # Takes seconds to import.
         from benchmarks.llm.job import run_job
@@ -44,6 +47,8 @@ def main(words: Sequence[str]) -> None:
 
 def evaluate(options: Options) -> None:
     """Evaluate and print the table; an error that a user can mend ends it in one line."""
+    from benchmarks.runs import ends_in_one_line
+
     with ends_in_one_line():
         from benchmarks.llm.evaluation.run import run
         from benchmarks.llm.evaluation.scores import show
@@ -53,10 +58,17 @@ def evaluate(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    # Of several processes one has the last word.
+    # Of several processes one has the last word; while it imports, a signal just ends it.
     if os.environ.get("RANK", "0") == "0":
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        from benchmarks.runs import ends_as_ctrl_c_does
+
         ends_as_ctrl_c_does()
     if sys.argv[1:2] == ["evaluate"]:
+        import tyro
+
+        from benchmarks.llm.evaluation.options import Options
+
         prog = "python -m benchmarks.llm evaluate"
         evaluate(tyro.cli(Options, args=sys.argv[2:], prog=prog, description=_EVALUATION))
     else:

@@ -10,11 +10,11 @@ from functools import partial
 
 import torch
 from rich.console import Console
-from transformers import AutoConfig
 
 from benchmarks import places, sweep
 from benchmarks.llm.launch import Hardware, Launch, choose, launched, start, threads_of
 from benchmarks.llm.memory import DecoderSizes, Setup
+from benchmarks.llm.models import load_config
 from benchmarks.llm.options import BASE, Options
 from benchmarks.llm.recipes import Prepared
 from benchmarks.llm.run import HEADER, Run, config_of, prepare, train_and_score, training_arguments
@@ -105,7 +105,7 @@ def _fitting_launch(model: str, run: Run, hardware: Hardware) -> Launch:
         tokens=(settings.micro_batch_size or 1) * (settings.max_length or 4096),
         proposal="current" if run.algorithm is None else run.algorithm.proposal,
     )
-    sizes = DecoderSizes.of(AutoConfig.from_pretrained(model, trust_remote_code=trusted))
+    sizes = DecoderSizes.of(load_config(model, trust_remote_code=trusted))
     return choose(None, hardware, model=sizes, setup=setup)
 
 
@@ -132,8 +132,7 @@ def _show(run: Run, summary: Summary) -> None:
     """Print the table of all finished runs of the recipe, write it as JSON, and draw it."""
     from benchmarks.report.language import read_recipes, recipe_table, write_scores
 
-    console = Console()
-    folder = run.dataset_folder
+    console, folder = Console(), run.dataset_folder
     (recipe,) = read_recipes(folder)
     if recipe.runs:
         console.print(recipe_table(recipe))

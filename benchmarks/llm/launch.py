@@ -58,8 +58,8 @@ print(min(cuda.get_device_properties(gpu).total_memory for gpu in gpus))"""
 class Hardware:
     """GPUs, cores and memory of this node, and its place among the nodes that take part.
 
-    Every node has as many GPUs. Memory is in bytes, that of the smallest GPU, and None where it is
-    not known. ``address`` and ``port`` are those of node 0, as the others reach it.
+    Every node has as many GPUs. Memory is in bytes, that of the smallest GPU. ``address`` and
+    ``port`` are those of node 0, as the others reach it.
     """
 
     gpus: int
@@ -208,10 +208,7 @@ def threads_of(cores: int, processes: int) -> int:
 
 
 def start(launch: Launch, module: str, arguments: Sequence[str]) -> int:
-    """Run ``python -m module ARGUMENTS`` in each process, wait, and return the exit status.
-
-    The processes print their own errors; this prints a line about one that was killed.
-    """
+    """Run ``python -m module ARGUMENTS`` in each process, wait, and return the exit status."""
     if "LOCAL_RANK" in os.environ:
         raise ValueError(
             "LOCAL_RANK is set: this is one of several processes already, and --deepspeed would "
@@ -234,7 +231,7 @@ def start(launch: Launch, module: str, arguments: Sequence[str]) -> int:
             rank, failure = error.get_first_failure()
             return _exit_status(failure.exitcode, f"process {rank} of {launch.processes}")
         except SignalException as error:
-            raise KeyboardInterrupt from error
+            raise KeyboardInterrupt(int(error.sigval)) from error
         finally:
             logging.disable(logging.NOTSET)
     return 0

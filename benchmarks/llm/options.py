@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from transformers import SchedulerType
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from benchmarks.llm.recipes import RECIPES, Settings, load_recipe
 from benchmarks.options import (
@@ -194,6 +196,12 @@ def _check(options: Options, settings: Settings, changed: dict[str, Any]) -> Non
         raise ValueError(f"--deepspeed {' '.join(config)}: one config, or none to choose one")
     for name in ("jobs", "device"):
         check_used(name, getattr(options, name), config is None, "with --deepspeed")
+    for name in ("log_every", "save_every", "report_to"):
+        value = getattr(options, name)
+        changes = None if value == getattr(Options, name) else value
+        check_used(name, changes, set(options.algo) != {BASE}, "in base")
+    for tracker in options.report_to:
+        check_known("installed tracker", tracker, get_available_reporting_integrations())
     if options.device is not None:
         check_known("device", options.device, ("cpu", "cuda"))
         check_device(options.device)
@@ -204,6 +212,8 @@ def _check(options: Options, settings: Settings, changed: dict[str, Any]) -> Non
         preset = f" with preset {settings.preset!r}" if settings.preset != "recipe" else ""
         anywhere = any(used(algorithm, settings) for algorithm in algorithms)
         check_used(name, value, anywhere, f"in the algorithms asked for{preset}")
+    if settings.scheduler == "constant":
+        check_used("warmup", changed.get("warmup"), False, "with --scheduler constant")
     _check_numbers(settings)
 
 
@@ -211,12 +221,13 @@ def _check_numbers(settings: Settings) -> None:
     if settings.max_steps is not None and settings.epochs is not None:
         raise ValueError("--max-steps and --epochs: pass one of them")
     counts = ("batch_size", "micro_batch_size", "max_steps", "sync_every")
-    positive = ("learning_rate", "epochs", "max_grad_norm", "temperature", "max_weight")
+    finite = ("learning_rate", "epochs", "temperature")
     for names, fits, words in (
         (counts, lambda number: number >= 1, "at least 1"),
-        (positive, lambda number: number > 0, "above 0"),
-        (("warmup", "weight_decay"), lambda number: number >= 0, "0 or above"),
-        (("ema_decay",), lambda number: 0 <= number < 1, "a decay lies in [0, 1)"),
+        (finite, lambda number: 0 < number < math.inf, "a finite number above 0"),
+        (("max_grad_norm", "max_weight"), lambda number: number > 0, "above 0"),
+        (("warmup", "weight_decay"), lambda number: 0 <= number < math.inf, "0 or above"),
+        (("ema_decay", "adam_beta1", "adam_beta2"), lambda number: 0 <= number < 1, "in [0, 1)"),
         (("max_length",), lambda number: number >= 2, "at least 2"),
     ):
         for name in names:
@@ -227,5 +238,6 @@ def _check_numbers(settings: Settings) -> None:
         if not 0 <= cut < 100:
             raise ValueError(f"cut {cut}: a percentile from 0 to below 100; 90 keeps the top 10 %")
     check_known("scheduler", settings.scheduler, [scheduler.value for scheduler in SchedulerType])
-    for per_step in (False, True):
-        settings.importance_weights(per_step=per_step)
+    low, high = settings.step_clip
+    if not 0 <= low <= high:
+        raise ValueError(f"--step-clip {low} {high}: from 0 on, the smaller limit first")

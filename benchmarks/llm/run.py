@@ -6,6 +6,7 @@ comes after training is done again.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -30,7 +31,7 @@ from transformers.utils import logging
 
 from benchmarks import runs
 from benchmarks.llm.launch import Launch, assert_engine, launched
-from benchmarks.llm.models import file_sha256, load
+from benchmarks.llm.models import file_sha256, load, load_config, load_tokenizer, locate
 from benchmarks.llm.options import ALGORITHMS, BASE, Options, Variant, choose_q
 from benchmarks.llm.recipes import Prepared, load_recipe
 from benchmarks.runs import RESULT, alone_in, hardware, tell, versions, write_json
@@ -44,6 +45,8 @@ from iwsft.language.trainer import ImportanceWeightedTrainer
 from iwsft.trajectory import MULTIPLICITY, TRAJ_IDS, lengths
 
 CHECKPOINTS = "checkpoints"
+# What training took, once the model is saved; a kill during the test leaves it.
+TRAINED = "trained.json"
 # Settings that are arguments of the trainer as they are.
 _SAME_NAME = (
     *("length_normalize", "layout", "learning_rate", "weight_decay"),
@@ -86,6 +89,13 @@ class Run(runs.Run[Options]):
         trusted = self.options.trust_remote_code
         return load(model, cache=self.shared_folder, trust_remote_code=trusted, **options)
 
+    def tokenizer(self, prepared: Prepared) -> Any:
+        """Load the tokenizer of the model to train, with the recipe's own padding token."""
+        place, trusted = locate(prepared.model, self.shared_folder), self.options.trust_remote_code
+        tokenizer = load_tokenizer(place, trust_remote_code=trusted)
+        tokenizer.pad_token = prepared.notes.get("pad_token", tokenizer.pad_token)
+        return tokenizer
+
 
 def prepare(run: Run) -> Prepared:
     """Make model and rows, or find them in the cache that the runs of a recipe share."""
@@ -114,6 +124,22 @@ def curated(run: Run, algorithm: Variant, prepared: Prepared, tokenizer: Any) ->
     scored = trajectories.get(SCORE, default=None) is not None
     score = SCORE if cuts or scored else "length"
     return curate(trajectories, cuts=cuts, score=score, seed=run.seed)
+
+
+def check_context(run: Run, prepared: Prepared, tokenizer: Any, data: TensorDictBase) -> None:
+    """Check that the rows of training and of the test fit in the model's context."""
+    recipe, trusted = load_recipe(run.dataset), run.options.trust_remote_code
+    config = load_config(prepared.model, trust_remote_code=trusted)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    rows, most = recipe.tested_rows(prepared), recipe.defaults.max_length
+    tested = tokenize(rows, tokenizer, max_length=most).trajectories if rows else data
+    for part, trajectories in {"training": data, "the test": tested}.items():
+        longest = int(lengths(trajectories).max())
+        if context is not None and longest > context:
+            raise ValueError(
+                f"a row of {part} has {longest} tokens, and {prepared.model} reads {context} "
+                "(max_position_embeddings); pass shorter rows, or another model"
+            )
 
 
 def config_of(run: Run) -> dict[str, Any]:
@@ -190,6 +216,7 @@ def _test(run: Run, prepared: Prepared, model: str, trained: dict[str, Any]) -> 
         "notes": dict(prepared.notes),
     }
     write_json(run.folder / RESULT, result)
+    (run.folder / TRAINED).unlink(missing_ok=True)
     run.tell("tested", "", "", "", f"{result['score']:.3f}", seconds=result["wall_seconds"])
 
 
@@ -253,12 +280,17 @@ def _train(run: Run, algorithm: Variant, prepared: Prepared) -> dict[str, Any]:
     """Train, save the model with its tokenizer, and return what it took for ``result.json``."""
     # Before the model: under ZeRO-3 it is loaded in shards, which these arguments switch on.
     args = ImportanceWeightedConfig(**training_arguments(run, algorithm))
+    before = run.folder / TRAINED
+    if before.exists():
+        finished: dict[str, Any] = json.loads(before.read_text())
+        return finished
+    # Rows are checked before the weights, which may take minutes to load.
+    tokenizer = run.tokenizer(prepared)
+    data, progress = curated(run, algorithm, prepared, tokenizer), Progress(run)
+    check_context(run, prepared, tokenizer, data)
     # DeepSpeed keeps float32 weights of its own.
     half = args.bf16 and run.launch.engine == "deepspeed"
-    model, tokenizer = run.load(prepared.model, dtype=torch.bfloat16 if half else torch.float32)
-    if "pad_token" in prepared.notes:
-        tokenizer.pad_token = prepared.notes["pad_token"]
-    data, progress = curated(run, algorithm, prepared, tokenizer), Progress(run)
+    model, _ = run.load(prepared.model, dtype=torch.bfloat16 if half else torch.float32)
     trainer = ImportanceWeightedTrainer(
         model,
         args,
@@ -289,7 +321,10 @@ def _train(run: Run, algorithm: Variant, prepared: Prepared) -> dict[str, Any]:
     trainer.accelerator.free_memory()
     del trainer, model
     clear_device_cache(garbage_collection=True)
-    return {**trained, **progress.summary()}
+    trained |= progress.summary()
+    if args.process_index == 0:
+        write_json(before, trained)
+    return trained
 
 
 class Progress(TrainerCallback):

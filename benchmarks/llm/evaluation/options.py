@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,7 +10,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from benchmarks.options import check_at_least, check_device, check_used
+from benchmarks.options import check_at_least, check_device, check_seeds, check_used
 
 Backend = Literal["transformers", "vllm"]
 # A batch is written as a whole; within it, vLLM schedules by itself.
@@ -88,12 +89,20 @@ class Options:
         positive = ("n", "max_tokens", "think_budget", "limit", "batch_size")
         check_at_least(1, **{name: getattr(self, name) for name in positive})
         check_at_least(0, waits=self.waits)
-        used = self.think_budget is not None
-        check_used("waits", self.waits or None, used, "without --think-budget")
+        check_seeds((self.seed,), "seed")
+        thinks, without = self.think_budget is not None, "without --think-budget"
+        for name, used, where in (
+            ("waits", thinks, without),
+            ("think_format", thinks, without),
+            ("top_p", self.temperature != 0, "with --temperature 0"),
+            ("device", self.backend == "transformers", "with --backend vllm"),
+        ):
+            value = getattr(self, name)
+            check_used(name, None if value == getattr(Options, name) else value, used, where)
         # `auto` is always available.
         if self.device != "auto":
             check_device(self.device)
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"--temperature {self.temperature}: 0 or above")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p {self.top_p}: a probability mass in (0, 1]")

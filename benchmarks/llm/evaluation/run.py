@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from benchmarks.llm.evaluation.grading import Grader
 from benchmarks.llm.evaluation.options import Options
 from benchmarks.llm.evaluation.scores import Generation, grade, score
 from benchmarks.llm.evaluation.tasks import QuestionSet, read_questions
-from benchmarks.llm.models import load, load_tokenizer, locate, unloadable
+from benchmarks.llm.models import load, load_config, load_tokenizer, locate
 from benchmarks.options import check_once
 from benchmarks.runs import CONFIG, RESULT, alone_in, claim, hardware, tell, versions, write_json
 from iwsft.checkpoint import CheckpointError
@@ -152,10 +152,8 @@ class _Evaluation:
         size = self.options.batch
         for start in range(len(generations) // size * size, len(self.keys), size):
             keys = self.keys[start : start + size]
-            requests = [
-                Request(self.prompts[name], self.options.max_tokens, self._seed(name, sample))
-                for name, sample in keys
-            ]
+            most = self.options.max_tokens
+            requests = [Request(self.prompts[key[0]], most, self._seed(*key)) for key in keys]
             answers = zip(keys, requests, self._answer(model, requests), strict=True)
             batch = [
                 {"id": name, "sample": sample, "seed": request.seed, **answer}
@@ -227,8 +225,7 @@ class _Evaluation:
 def read_generations(folder: Path, keys: Sequence[tuple[str, int]]) -> list[Generation]:
     """Read the generations of a task so far; a last line that a kill cut short is removed.
 
-    The file has a line for each generation, in the order of ``keys`` (question, sample), without
-    times. An evaluation that was killed and resumed leaves the same file as one that was not.
+    The file has a line for each generation, in the order of ``keys`` (question, sample).
     """
     path = folder / GENERATIONS
     content = path.read_bytes() if path.exists() else b""
@@ -254,9 +251,9 @@ def read_generations(folder: Path, keys: Sequence[tuple[str, int]]) -> list[Gene
 class Prompter:
     """Questions in a model's tokens.
 
-    ``stop`` are the tokens that end an answer. ``context`` is the most tokens of prompt and
-    completion together. ``note`` is what a reader of the scores must know about the prompts.
-    ``identity`` is the model's commit on the hub, or a digest of its weights.
+    ``stop`` are the tokens that end an answer. ``context`` is the most tokens of prompt and answer.
+    ``note`` is what a reader of the scores must know about the prompts. ``identity`` is the model's
+    commit on the hub, or a digest of its weights.
     """
 
     tokenizer: Any
@@ -279,10 +276,7 @@ def load_prompter(options: Options) -> Prompter:
     """Load the tokenizer and the settings of a model, but not its weights."""
     name = locate(options.model)
     code: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(name, **code)
-    except (OSError, ValueError) as error:
-        raise unloadable(name, "has no config that loads", error) from error
+    config = load_config(name, **code)
     tokenizer = load_tokenizer(name, **code)
     try:
         ends = GenerationConfig.from_pretrained(name, **code).eos_token_id

@@ -69,10 +69,9 @@ def grade(task: QuestionSet, generations: Sequence[Generation], grader: Grader) 
 def score(grades: Sequence[Grades], generations: Sequence[Generation], seed: int) -> dict[str, Any]:
     """Compute scores in percent, their intervals, and statistics of the generations.
 
-    avg@n is the mean over questions of the share of right answers. Its interval is Wilson's for
-    one answer to a question, and a bootstrap over questions otherwise. Where all answers are right,
-    or all wrong, a bootstrap would have no width, so the interval is Wilson's over questions. maj@n
-    has Wilson's interval.
+    avg@n is the mean over questions of the share of right answers. Its interval is a bootstrap over
+    questions, or Wilson's for one answer to a question, and where a bootstrap would have no width.
+    maj@n has Wilson's interval.
     """
     n = len(grades[0].right)
     shares = np.array([np.mean(each.right) for each in grades])
@@ -152,7 +151,8 @@ def show(results: Sequence[dict[str, Any]]) -> None:
             f"{result['tokens_mean']:.0f}",
             f"{result['unfinished'] / (result['questions'] * n):.0%}",
         )
-    console.print(str(results[0]["model"]), markup=False, soft_wrap=True)
+    name = str(results[0]["model"])
+    console.print(name if name.isprintable() else repr(name), markup=False, soft_wrap=True)
     console.print(table)
     for result in results:
         answers, failed = result["questions"] * result["n"], len(result["grading_problems"])

@@ -1,10 +1,5 @@
 """Recipes of ``python -m benchmarks.llm``: model, data, settings and test of a language task.
 
-    from benchmarks.llm.recipes import load_recipe
-
-    recipe = load_recipe("arithmetic")
-    prepared = recipe.prepare(Path("cache"), seed=0, model=None, data=None)
-
 A new recipe is one module with a ``RECIPE``, and one line here.
 """
 
@@ -154,13 +149,16 @@ class Recipe(ABC):
         OSError where a file can't be read or written.
         """
 
+    def tested_rows(self, prepared: Prepared) -> Sequence[Row]:
+        """Return the rows that the test reads, of at most ``defaults.max_length`` tokens."""
+        return ()
+
     @abstractmethod
     def evaluate(self, model: Any, tokenizer: Any, prepared: Prepared, *, seed: int) -> Evaluation:
-        """Test a model, which is on its device, on what it was not trained on.
+        """Test a model, which is on its device; the same ``seed`` gives all models the same luck.
 
-        All models are tested with the same ``seed``, so that they share their luck. Returns
-        ``score`` in [0, 1], ``interval`` (its 95 % interval, both ends), ``n`` (what the score is a
-        mean over), and further numbers by name.
+        Returns ``score`` in [0, 1], ``interval`` (its 95 % interval, both ends), ``n`` (what the
+        score is a mean over), and further numbers by name.
         """
 
 

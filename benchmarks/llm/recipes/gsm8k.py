@@ -84,10 +84,14 @@ class Gsm8kRecipe(Recipe):
             held_out=held_out[: self.tested],
         )
 
+    def tested_rows(self, prepared: Prepared) -> list[Row]:
+        """See :meth:`Recipe.tested_rows`."""
+        return rows_of(prepared.held_out)
+
     def evaluate(self, model: Any, tokenizer: Any, prepared: Prepared, *, seed: int) -> Evaluation:
         """Compare log-probs of right and wrong solutions; see :func:`right_against_wrong`."""
         log_probs = mean_log_probs(
-            model, tokenizer, rows_of(prepared.held_out), max_length=self.defaults.max_length
+            model, tokenizer, self.tested_rows(prepared), max_length=self.defaults.max_length
         )
         return right_against_wrong(prepared.held_out, log_probs, seed=seed)
 
@@ -97,8 +101,7 @@ def read_solved_questions(source: str | Path) -> list[SolvedQuestion]:
 
     ``source`` is anything that :func:`iwsft.datasets.text.rows.read` reads. A record is a question
     of GSM8K's ``example_model_solutions.jsonl`` (``question``, and for each model an object with
-    ``is_correct`` and ``solution``), or one solution: ``prompt``, ``completion``, ``correct``, and
-    perhaps ``score``.
+    ``is_correct`` and ``solution``), or one solution (``prompt``, ``completion``, ``correct``).
     """
     gathered: dict[str, list[Row]] = {}
     for where, record in records(source):
@@ -113,9 +116,8 @@ def split(
 ) -> tuple[list[SolvedQuestion], list[SolvedQuestion]]:
     """Split questions into training and held-out ones.
 
-    Only questions that have right and wrong solutions are held out, about ``share`` of them. The
-    choice and the order of the held-out ones depend only on a question's text, so no seed and no
-    other question moves one from the test into training.
+    Only questions that have right and wrong solutions are held out, about ``share`` of them. Choice
+    and order depend only on a question's text, so no seed moves one from the test into training.
     """
     both = [question for question in questions if len(question.labels) == 2]
     held_out = sorted((question for question in both if _mark(question) < share), key=_mark)

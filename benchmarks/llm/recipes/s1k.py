@@ -12,7 +12,7 @@ from benchmarks.llm.models import load_tokenizer, locate, mean_log_probs
 from benchmarks.llm.recipes import Evaluation, Prepared, Recipe, Settings
 from benchmarks.statistics import bootstrap_interval
 from iwsft.datasets.text import s1k
-from iwsft.datasets.text.rows import read
+from iwsft.datasets.text.rows import Row, read
 
 MODEL = "Qwen/Qwen2.5-32B-Instruct"
 DATA = "simplescaling/s1K-1.1"
@@ -35,8 +35,7 @@ PAPER = Settings(
     precision="bfloat16",
     gradient_checkpointing=True,
 )
-# Their code has other weights than the paper, and divides a trajectory's log-probability by its
-# length.
+# Their code has other weights, and divides a trajectory's log-probability by its length.
 AUTHORS = replace(PAPER, length_normalize=True, preset="authors_llm")
 _BENCHMARKS = (
     "python -m benchmarks.llm evaluate --model RUN --backend vllm --tasks math-500 aime-2024 "
@@ -69,8 +68,7 @@ class S1kRecipe(Recipe):
     ) -> Prepared:
         """See :meth:`Recipe.prepare`; nothing is drawn, so all seeds have the same rows.
 
-        A given model must have Qwen2.5's tokenizer, whose tokens mark the traces. Given rows have
-        the columns of s1K or s1K-1.1, see :func:`iwsft.datasets.text.s1k.to_row`.
+        A given model must have Qwen2.5's tokenizer. Given rows have the columns of s1K or s1K-1.1.
         """
         del seed
         where = locate(MODEL if model is None else model, folder)
@@ -92,13 +90,17 @@ class S1kRecipe(Recipe):
             notes=notes,
         )
 
+    def tested_rows(self, prepared: Prepared) -> list[Row]:
+        """See :meth:`Recipe.tested_rows`."""
+        return prepared.rows[: self.tested]
+
     def evaluate(self, model: Any, tokenizer: Any, prepared: Prepared, *, seed: int) -> Evaluation:
         """Measure how well the first training rows are fitted.
 
         ``score`` is exp of ``log_prob``: the mean over rows of the mean log p of a token, in nats.
         """
         log_probs = mean_log_probs(
-            model, tokenizer, prepared.rows[: self.tested], max_length=self.defaults.max_length
+            model, tokenizer, self.tested_rows(prepared), max_length=self.defaults.max_length
         )
         low, high = bootstrap_interval(log_probs, seed=seed)
         return {

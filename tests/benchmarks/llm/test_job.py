@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +19,13 @@ from benchmarks.llm.launch import Launch
 from benchmarks.llm.models import load
 from benchmarks.llm.options import ALGORITHMS, Options, choose_q, parse
 from benchmarks.llm.recipes import RECIPES, Settings, load_recipe
+from benchmarks.llm.recipes.arithmetic.recipe import ArithmeticRecipe
 from benchmarks.llm.recipes.s1k import AUTHORS, PAPER
 from benchmarks.llm.run import Run, curated, training_arguments
 from benchmarks.report.page import write_report
 from benchmarks.results import CONTROL, read_runs, unfinished_runs
 from iwsft.datasets.text.rows import Row
+from iwsft.language import ImportanceWeightedTrainer
 from iwsft.trajectory import MULTIPLICITY, lengths
 
 SHORT = ("--max-steps", "6", "--sync-every", "2", "--ema-decay", "0.5")
@@ -131,6 +134,65 @@ def test_finished_runs_stay_and_other_settings_are_refused(
     assert "1 done, 1 finished before" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_was_stopped_in_its_test_is_only_tested(
+    job: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt(number)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(ArithmeticRecipe, "evaluate", stopped)
+        job(tmp_path, "iw-sft")
+    assert end.value.code == 128 + number
+    assert capsys.readouterr().err.splitlines()[-1].endswith("with --resume continues")
+    run = tmp_path / "llm" / "small" / "iw-sft" / "seed-0"
+    before = {
+        path: path.read_bytes()
+        for path in run.rglob("*")
+        if path.suffix != ".lock" and path.is_file()
+    }
+    with monkeypatch.context() as patch:
+        # Nothing is trained.
+        patch.setattr(ImportanceWeightedTrainer, "train", None)
+        job(tmp_path, "iw-sft", flags=["--max-steps", "6", "--resume"])
+    result = json.loads((run / "result.json").read_text())
+    whole = job(tmp_path / "whole", "iw-sft") / "iw-sft" / "seed-0"
+    for name, value in json.loads((whole / "result.json").read_text()).items():
+        assert result[name] == value or "seconds" in name, name
+    assert not (run / "trained.json").exists()
+    weights = run / "checkpoint" / "model.safetensors"
+    assert before[weights] == weights.read_bytes()
+    assert weights.read_bytes() == (whole / "checkpoint" / "model.safetensors").read_bytes()
+
+
+def test_rows_that_do_not_fit_the_model_are_refused_before_training(
+    job: Callable[..., Path],
+    small: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refused(context: int) -> str:
+        model = Path(shutil.copytree(small[0], tmp_path / f"reads-{context}"))
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(
+            json.dumps({**config, "max_position_embeddings": context})
+        )
+        with pytest.raises(SystemExit):
+            job(tmp_path / f"out-{context}", "sft", model=str(model))
+        return capsys.readouterr().err
+
+    assert "a row of training has 33 tokens, and" in refused(20)
+    held_out = [Row("a", prompt="1+1=", completion="2" * 60)]
+    monkeypatch.setattr(ArithmeticRecipe, "tested_rows", lambda self, prepared: held_out)
+    assert "a row of the test has 64 tokens, and" in refused(40)
+
+
 def test_code_that_comes_with_a_model_runs_only_when_asked(
     job: Callable[..., Path],
     small: tuple[str, str],
@@ -203,8 +265,16 @@ def test_a_run_that_fails_does_not_stop_the_others(
         ("--algo base --max-steps 5", "--max-steps 5 changes nothing"),
         ("--max-steps 80 --epochs 1", "--max-steps and --epochs: pass one"),
         ("--max-steps 0", "--max-steps 0: at least 1"),
-        ("--learning-rate 0", "--learning-rate 0.0: above 0"),
-        ("--ema-decay 1", "--ema-decay 1.0: a decay lies in [0, 1)"),
+        ("--learning-rate 0", "--learning-rate 0.0: a finite number above 0"),
+        ("--ema-decay 1", "--ema-decay 1.0: in [0, 1)"),
+        ("--adam-beta2 1", "--adam-beta2 1.0: in [0, 1)"),
+        ("--algo iw-sft --temperature -1", "--temperature -1.0: a finite number"),
+        ("--algo iw-sft --temperature inf", "--temperature inf: a finite number"),
+        ("--epochs nan", "--epochs nan: a finite number"),
+        ("--algo iw-sft-step --step-clip 2 1", "--step-clip 2.0 1.0: from 0 on"),
+        ("--scheduler constant --warmup 5", "--warmup 5.0 changes nothing with --scheduler"),
+        ("--algo base --save-every 5", "--save-every 5 changes nothing in base"),
+        ("--report-to wandbb", "unknown installed tracker 'wandbb'"),
         ("--scheduler cosin", "unknown scheduler 'cosin'; did you mean 'cosine'?"),
         ("--quality-cuts 0 100", "cut 100.0: a percentile"),
         ("--micro-batch-size 5", "--micro-batch-size 5 does not divide the 32 draws"),

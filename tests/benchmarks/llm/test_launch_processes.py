@@ -119,7 +119,7 @@ def test_a_signal_to_end_reaches_every_process(
             time.sleep(0.1)
         parent.send_signal(signal.SIGTERM)
         _, said = parent.communicate(timeout=60)
-    assert parent.returncode == 130
+    assert parent.returncode == 143
     assert "the same command with --resume continues" in said and "Traceback" not in said
     for path in tmp_path.glob("*.pid"):
         with pytest.raises(ProcessLookupError):

