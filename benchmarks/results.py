@@ -97,6 +97,7 @@ def _read_all(root: Path, benchmark: str) -> Iterator[RecordedRun]:
     for folder in _folders(root):
         kind, dataset, algo, seed = folder.absolute().parts[-4:]
         result = _read_json(folder / RESULT)
+        _check_entries(folder / RESULT, {"benchmark": kind, **result}, {"benchmark": str})
         # The entries decide, as folders may be copied under another name.
         if result.get("benchmark", kind) != benchmark:
             continue

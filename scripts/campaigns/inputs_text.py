@@ -216,7 +216,7 @@ def _template(random: Random) -> Template:
         )
     elif random.random() < 0.3:
         text += "{{ '<|endoftext|>' }}"
-    if random.random() < 0.01:
+    if random.random() < 0.003:
         # One that takes for ever, or all memory.
         inner = random.choice(["", "{{ 'x' * 10 ** 9 }}"])
         loop = "{% for j in range(99999) %}{% endfor %}"

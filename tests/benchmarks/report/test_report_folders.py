@@ -80,6 +80,7 @@ def test_corrupt_result_names_the_file(runs: Path, content: str) -> None:
     ("key", "value"),
     [
         ("steps", None),
+        ("benchmark", True),
         ("normalized_score", "many"),
         ("normalized_score", float("nan")),
         ("success_rate", 40),
