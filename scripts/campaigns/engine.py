@@ -226,12 +226,13 @@ def start(work: Callable[[], object], log: Path) -> Child:
     except BaseException:
         traceback.print_exc()
     finally:
-        # A second signal must not bring this process back into its parent's code.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        # Neither a second signal nor a full disk brings this process back into its parent's code.
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            sys.stdout.flush()
+        finally:
+            os._exit(code)
 
 
 def differences(whole: Path, other: Path) -> list[str]:
