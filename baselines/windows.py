@@ -12,6 +12,7 @@ from torch import Tensor
 from iwsft.samplers import TransitionSampler
 from iwsft.trajectory import (
     ACTION,
+    DONE,
     MASK,
     MULTIPLICITY,
     OBSERVATION,
@@ -80,7 +81,7 @@ class WindowSampler:
         segments = Segments.of(trajectories)
         device = segments.index.device
         numbers = torch.arange(trajectories.numel(), device=device)
-        steps = trajectories.select(TRAJ_IDS, MULTIPLICITY, strict=False)
+        steps = trajectories.select(TRAJ_IDS, DONE, MULTIPLICITY, strict=False)
         steps.set(_STEP, numbers.reshape(trajectories.shape))
         self._starts = TransitionSampler(steps, batch_size, seed=seed, keys=(_STEP,))
         if not bool(segments.valid.all()):

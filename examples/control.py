@@ -52,7 +52,7 @@ def main(settings: Settings) -> dict[str, float]:
     torch.manual_seed(settings.seed)
 
     # 1. Trajectories: a TensorDict of steps, one trajectory after the other.
-    data = datasets.load(settings.dataset)
+    data = datasets.load(settings.dataset, scale_actions=True)
     trajectories, env_id = data.trajectories, data.env_id
     assert env_id is not None, "the data name no environment to score the policy in"
     print(f"{data.name}: {len(trajectories)} steps of {env_id}")
@@ -69,7 +69,12 @@ def main(settings: Settings) -> dict[str, float]:
 
     def score(name: str) -> float:
         result = evaluate(
-            policy, env_id, episodes=settings.episodes, seed=settings.seed, device="cpu"
+            policy,
+            env_id,
+            env_kwargs=data.env_kwargs,
+            episodes=settings.episodes,
+            seed=settings.seed,
+            device="cpu",
         )
         print(f"{name}: {result}")
         return result.return_mean

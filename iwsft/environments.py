@@ -70,9 +70,12 @@ def make(
     env = _make(env_id, kwargs)
     if conventions is not None:
         env = d4rl_conventions.wrap(env, env_id)
-    for wrapper in wrappers:
-        env = _wrap(env, **wrapper)
-    return env if action_bounds is None else ScaledActions(env, *action_bounds)
+    try:
+        for wrapper in wrappers:
+            env = _wrap(env, wrapper)
+        return env if action_bounds is None else ScaledActions(env, *action_bounds)
+    except TypeError as error:
+        raise ValueError(f"{wrappers=} or {action_bounds=} has another form: {error}") from error
 
 
 def _make(env_id: str, kwargs: Mapping[str, Any]) -> gym.Env[Any, Any]:
@@ -107,19 +110,18 @@ def _register_robotics() -> bool:
     return True
 
 
-def _wrap(
-    env: gym.Env[Any, Any], entry_point: str, kwargs: Mapping[str, Any] | None, **other: Any
-) -> gym.Env[Any, Any]:
-    if kwargs is None:
-        raise ValueError(f"the arguments of {entry_point} around {id_of(env)} were not recorded")
-    module, _, name = entry_point.partition(":")
+def _wrap(env: gym.Env[Any, Any], wrapper: Mapping[str, Any]) -> gym.Env[Any, Any]:
     try:
-        wrapper = getattr(importlib.import_module(module), name, None)
-        if isinstance(wrapper, type) and issubclass(wrapper, gym.Wrapper):
-            return wrapper(env, **kwargs)
+        module, _, name = wrapper["entry_point"].partition(":")
+        kind, kwargs = getattr(importlib.import_module(module), name), wrapper["kwargs"]
+        if kwargs is None:
+            raise ValueError("its arguments were not recorded")
+        if not issubclass(kind, gym.Wrapper):
+            raise ValueError("it is not a wrapper of gymnasium")
+        return kind(env, **kwargs)
     except Exception as error:  # the constructor may raise anything
-        raise ValueError(f"{entry_point} cannot wrap {id_of(env)}: {error}") from error
-    raise ValueError(f"{entry_point} around {id_of(env)} is not a gymnasium wrapper")
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{wrapper} cannot wrap {id_of(env)}: {reason}") from error
 
 
 class ScaledActions(gym.ActionWrapper[Any, Any, Any], RecordConstructorArgs):
@@ -197,8 +199,9 @@ def modules_to_import(env_id: str, env_kwargs: Mapping[str, Any]) -> list[str]:
     that took ``env_id`` and ``env_kwargs`` from a dataset, and not from its user, must ask before
     it imports them.
     """
-    wrappers = [wrapper["entry_point"] for wrapper in env_kwargs.get("wrappers", ())]
-    names = [env_id.rpartition(":")[0], *(point.partition(":")[0] for point in wrappers)]
+    wrappers = env_kwargs.get("wrappers", ())
+    points = [dict(wrapper).get("entry_point") for wrapper in wrappers]
+    names = [env_id.rpartition(":")[0], *(str(point).partition(":")[0] for point in points)]
     own = ("", "gymnasium", _ROBOTICS, "iwsft")
     return [name for name in names if name.split(".")[0] not in own and name not in sys.modules]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -137,7 +138,8 @@ def evaluate(
     Raises:
         ValueError: A setting, the environment or the sizes of the policy do not fit. This is known
             before the first step.
-        FloatingPointError: The policy gave an action that is not finite.
+        FloatingPointError: The policy gave an action, or the environment a reward, that is not
+            finite.
         RuntimeError: An episode has not ended after 100,000 steps, and the environment sets no
             limit.
     """
@@ -223,6 +225,9 @@ def _roll_out(
             following, reward, terminated, truncated, info = envs[row].step(clipped[row])
             episode.total += float(reward)
             episode.length += 1
+            if not math.isfinite(episode.total):
+                name = f"episode {episode.index} of {environments.id_of(envs[row])}"
+                raise FloatingPointError(f"{name} got the reward {reward} at step {episode.length}")
             success = environments.success(info)
             if success is not None:
                 episode.success = bool(episode.success) or bool(success)

@@ -98,6 +98,10 @@ class Segments:
             _check_order(ids[0], traj_ids)
         start = torch.ones_like(ids, dtype=torch.bool)
         start[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        done = batch.get(DONE, default=None)
+        if done is not None and len(shape) == 1:
+            # Neighbours may have equal ids: episodes of two collectors, slices of a replay buffer.
+            start[:, 1:] |= fit(done, shape, repr(DONE)).bool()[:-1]
         index = start.reshape(-1).cumsum(0) - 1
         return cls(shape, index, mask, steps)
 

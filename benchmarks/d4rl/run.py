@@ -161,10 +161,10 @@ class Task:
     @classmethod
     def load(cls, source: str, pretrain_source: str | None = None) -> Task:
         """Load data by names or paths, see :func:`iwsft.datasets.load`."""
-        data = datasets.load(source)
+        data = datasets.load(source, scale_actions=True)
         if pretrain_source is None:
             return cls(data, data)
-        before = datasets.load(pretrain_source)
+        before = datasets.load(pretrain_source, scale_actions=True)
         for key in (OBSERVATION, ACTION):
             size, needed = (part.trajectories.get(key).shape[-1] for part in (before, data))
             if size != needed:

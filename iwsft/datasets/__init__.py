@@ -13,13 +13,15 @@ A new source is one more module here whose ``read`` returns an :class:`OfflineDa
 from __future__ import annotations
 
 import difflib
+import warnings
 from importlib import resources
 from pathlib import Path
 
 from iwsft.datasets import d4rl, minari_store
+from iwsft.datasets.actions import describe, scaled
 from iwsft.datasets.cache import cache_folder
 from iwsft.datasets.catalog import CATALOG, reference_scores
-from iwsft.datasets.dataset import OfflineDataset
+from iwsft.datasets.dataset import WHOLE, OfflineDataset
 
 __all__ = [
     "BUNDLED",
@@ -49,6 +51,7 @@ def load(
     *,
     cache_dir: str | Path | None = None,
     trust_env_module: bool = False,
+    scale_actions: bool = False,
 ) -> OfflineDataset:
     """Load an offline dataset as packed trajectories.
 
@@ -59,14 +62,30 @@ def load(
         cache_dir: Folder of downloads, see :func:`cache_folder`. Minari has its own store.
         trust_env_module: Whether a file may import the module that its ``env_id`` names
             (``module:id``), to learn the range of its actions.
+        scale_actions: Whether to map actions of another range to [-1, 1], in which the policies of
+            this library act. The environment of the dataset then maps them back: its
+            ``env_kwargs`` have the bounds. Without it, a warning tells of another range.
 
     Raises:
         ValueError: The name is unknown, or the contents cannot be trained on; the message names
             the field and the row.
         FileNotFoundError: The file does not exist.
         ConnectionError: A download broke off; its part is kept.
-        OSError: The disk is full.
+        OSError: The disk is full, or a file cannot be opened.
     """
+    data = _read(name_or_path, cache_dir, trust_env_module)
+    if data.action_bounds == WHOLE:
+        return data
+    if scale_actions:
+        return scaled(data)
+    bounds = f"the actions of {data.name} have the bounds {describe(data.action_bounds)}"
+    warnings.warn(f"{bounds}, policies act in [-1, 1]: pass scale_actions=True", stacklevel=2)
+    return data
+
+
+def _read(
+    name_or_path: str | Path, cache_dir: str | Path | None, trust_env_module: bool
+) -> OfflineDataset:
     name = str(name_or_path)
     if name in BUNDLED:
         file = resources.files("iwsft.datasets") / "data" / f"{name}.hdf5"

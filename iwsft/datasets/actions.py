@@ -1,20 +1,23 @@
 """The range of a dataset's actions: known, checked, and mapped to [-1, 1].
 
-All policies of this library act in [-1, 1]. Actions of another range are mapped when data are
-loaded, and mapped back by the environment: its argument ``action_bounds``, see
-:func:`iwsft.environments.make`. Nothing changes where the range is [-1, 1].
+All policies of this library act in [-1, 1]. :func:`scaled` maps actions of another range there, and
+the environment maps them back: its argument ``action_bounds``, see :func:`iwsft.environments.make`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 from iwsft.datasets import catalog
+from iwsft.datasets.dataset import WHOLE, Bounds, OfflineDataset, fingerprint_of
 from iwsft.datasets.episodes import Floats, check_actions
+from iwsft.trajectory import ACTION
 
 
 def bounds_of(
@@ -46,21 +49,17 @@ def bounds_of(
     return space.low, space.high
 
 
-def scale_actions(
-    actions: Floats, low: ArrayLike, high: ArrayLike, source: str
-) -> tuple[dict[str, Any], list[str]]:
-    """Check actions against their bounds, and map them from these to [-1, 1] in place.
-
-    Where there is no bound, and actions leave [-1, 1], the extremes of the data are the bounds.
+def find_bounds(actions: Floats, low: ArrayLike, high: ArrayLike, source: str) -> Bounds:
+    """Check actions against their bounds; without bounds, the extremes of the data are these.
 
     Args:
         actions: Actions, float32 ``[N, act]``.
-        low: Lower bounds, ``[act]``.
+        low: Lower bounds, ``[act]``; those of actions that stay in [-1, 1] may be infinite.
         high: Upper bounds.
         source: Name of the data in errors.
 
     Returns:
-        The argument ``action_bounds`` of the environment, if it needs one, and a note on it.
+        Lower and upper bound, as one number each where all numbers of an action have the same.
 
     Raises:
         ValueError: An action lies outside the bounds.
@@ -73,14 +72,31 @@ def scale_actions(
     for bound, seen, one in ((low, least, -1.0), (high, most, 1.0)):
         open_end = np.where(least < most, seen, seen + one) if beyond else one
         limits.append(np.where(np.isfinite(bound), bound, open_end))
-    low, high = limits
-    if (low == -1).all() and (high == 1).all():
-        return {}, []
-    actions -= np.asarray((high + low) / 2, np.float32)
-    actions /= np.asarray(np.where(high > low, (high - low) / 2, 1.0), np.float32)
-    np.clip(actions, -1.0, 1.0, out=actions)
-    equal = (low == low[0]).all() and (high == high[0]).all()
-    bounds = [x[0].item() if equal else x.tolist() for x in (low, high)]
-    text = " to ".join(f"{x:g}" for x in bounds) if equal else f"{bounds[0]} to {bounds[1]}"
-    reached = f"they reach from {least.min():g} to {most.max():g}"
-    return {"action_bounds": bounds}, [f"actions mapped from {text} to [-1, 1]; {reached}"]
+    if all((limit == limit[0]).all() for limit in limits):
+        return limits[0][0].item(), limits[1][0].item()
+    return limits[0].tolist(), limits[1].tolist()
+
+
+def scaled(data: OfflineDataset) -> OfflineDataset:
+    """Map the actions of a dataset from their bounds to [-1, 1], and its environment with them."""
+    low, high = (np.asarray(bound, np.float32) for bound in data.action_bounds)
+    trajectories = data.trajectories.copy()
+    actions = trajectories.get(ACTION).numpy()
+    half = np.where(high > low, (high - low) / 2, np.float32(1.0))
+    mapped = ((actions - (high + low) / 2) / half).clip(-1.0, 1.0)
+    trajectories.set(ACTION, torch.from_numpy(mapped))
+    reached = f"they reach from {actions.min():g} to {actions.max():g}"
+    note = f"actions mapped from {describe(data.action_bounds)} to [-1, 1]; {reached}"
+    return replace(
+        data,
+        trajectories=trajectories,
+        fingerprint=fingerprint_of(trajectories),
+        env_kwargs={**data.env_kwargs, "action_bounds": list(data.action_bounds)},
+        action_bounds=WHOLE,
+        notes=(*data.notes, note),
+    )
+
+
+def describe(bounds: Bounds) -> str:
+    """Return bounds as text, as those of the smallest and largest number of an action."""
+    return f"[{np.min(bounds[0]):g}, {np.max(bounds[1]):g}]"

@@ -20,7 +20,8 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -30,8 +31,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iwsft.datasets import antmaze, catalog
-from iwsft.datasets.actions import bounds_of, scale_actions
-from iwsft.datasets.dataset import OfflineDataset, fingerprint_of
+from iwsft.datasets.actions import bounds_of, find_bounds
+from iwsft.datasets.dataset import WHOLE, Bounds, OfflineDataset, fingerprint_of
 from iwsft.datasets.ends import NAMES, find_ends, marked_ends
 from iwsft.datasets.episodes import Flags, Floats, Steps, check_actions, check_steps, cut_steps
 
@@ -56,7 +57,7 @@ def read(
     ``env_kwargs`` (a JSON object). A file without them has the environment of ``name``, or of the
     file's name, if that is D4RL's. Files that neither D4RL nor :mod:`iwsft.datasets.write` wrote
     are searched for ends of episodes that are not marked, see :mod:`iwsft.datasets.ends`. Actions
-    of another range than [-1, 1] are mapped, see :mod:`iwsft.datasets.actions`.
+    must be in the environment's range, see :mod:`iwsft.datasets.actions`.
 
     Args:
         path: The file.
@@ -76,10 +77,12 @@ def read(
     where = str(path)
     with damage_named(where, "the HDF5 file"):
         file = h5py.File(path, "r")
-        stored = dict(file.attrs)
+        stored, names = dict(file.attrs), set(file)
+        infos = file.get("infos")
     with file:
-        steps = _read_steps(file, where)
-        marks = _read_marks(file, where, len(steps.rewards))
+        steps = _read_steps(file, names, where)
+        groups = (file, infos) if isinstance(infos, h5py.Group) else (file,)
+        marks = _read_marks(groups, where, len(steps.rewards))
     entry = None if "env_id" in stored else catalog.find(name or path.name)
     env_id, env_kwargs = (entry.env_id, entry.env_kwargs) if entry else _environment(stored, where)
     check_steps(steps, where)
@@ -89,7 +92,9 @@ def read(
         steps, notes = antmaze.until_goal(steps)
     elif entry is None and "sources" not in stored:
         steps, notes = find_ends(steps, marks, partial(_limit, env_id, env_kwargs), where)
-    bounds, more = _scale(steps.actions, env_id, env_kwargs, where, trust_env_module)
+        for note in notes:
+            warnings.warn(f"{where}: {note}", stacklevel=4)
+    bounds, more = _bounds(steps.actions, env_id, env_kwargs, where, trust_env_module)
     trajectories = cut_steps(steps)
     return OfflineDataset(
         trajectories=trajectories,
@@ -98,7 +103,8 @@ def read(
         reference_scores=catalog.reference_scores(env_id or "", env_kwargs),
         source=source or where,
         fingerprint=fingerprint_of(trajectories),
-        env_kwargs=dict(env_kwargs) | bounds,
+        env_kwargs=dict(env_kwargs),
+        action_bounds=bounds,
         notes=(*notes, *more),
     )
 
@@ -137,37 +143,38 @@ def _limit(env_id: str | None, env_kwargs: Mapping[str, Any]) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
-def _scale(
+def _bounds(
     actions: Floats, env_id: str | None, env_kwargs: Mapping[str, Any], where: str, trusted: bool
-) -> tuple[dict[str, Any], list[str]]:
-    """Map actions to [-1, 1] from the environment's range; without one, they must be in [-1, 1]."""
+) -> tuple[Bounds, list[str]]:
+    """Return the bounds of checked actions: the environment's, else [-1, 1]; and notes."""
     if env_id is not None and env_id.startswith(_CLIPPING):
         beyond = int((np.abs(actions) > 1).any(axis=-1).sum())
         np.clip(actions, -1.0, 1.0, out=actions)
         clipped = f"actions of {beyond:,} rows clipped to [-1, 1], as {env_id} does"
-        return {}, [clipped] if beyond else []
+        return WHOLE, [clipped] if beyond else []
     if env_id is None:
         unknown = "name their environment in the file's attribute 'env_id'"
     else:
         try:
             low, high = bounds_of(env_id, env_kwargs, actions.shape[1], trusted=trusted)
-        except (ValueError, ImportError) as error:
+        except (ValueError, TypeError, ImportError) as error:
             unknown = f"the range of actions is not known: {error}"
         else:
-            return scale_actions(actions, low, high, where)
+            return find_bounds(actions, low, high, where), []
     try:
         check_actions(actions, -1.0, 1.0, where)
     except ValueError as beyond:
         raise ValueError(f"{beyond}, or {unknown}") from None
-    return {}, [] if env_id is None else [unknown]
+    return WHOLE, [] if env_id is None else [unknown]
 
 
-def _read_steps(file: h5py.File, where: str) -> Steps:
+def _read_steps(file: h5py.File, names: set[str], where: str) -> Steps:
     for key in REQUIRED:
-        if key not in file:
-            raise ValueError(f"{where} has no field {key!r}, only {', '.join(file) or 'nothing'}")
+        if key not in names:
+            has = ", ".join(sorted(names)) or "nothing"
+            raise ValueError(f"{where} has no field {key!r}, only {has}")
     terminals = _flags(file, "terminals", where)
-    timeouts = _flags(file, "timeouts", where) if "timeouts" in file else np.zeros_like(terminals)
+    timeouts = _flags(file, "timeouts", where) if "timeouts" in names else np.zeros_like(terminals)
     following = "next_observations"
     return Steps(
         observations=_floats(file, "observations", where),
@@ -175,46 +182,53 @@ def _read_steps(file: h5py.File, where: str) -> Steps:
         rewards=_column(_floats(file, "rewards", where)),
         terminals=terminals,
         timeouts=timeouts,
-        next_observations=_floats(file, following, where) if following in file else None,
+        next_observations=_floats(file, following, where) if following in names else None,
     )
 
 
-def _read_marks(file: h5py.File, where: str, rows: int) -> dict[str, Flags]:
+def _read_marks(groups: Sequence[h5py.Group], where: str, rows: int) -> dict[str, Flags]:
     """Read the other fields, here and in ``infos``, that tell where episodes end."""
     marks = {}
-    infos = file.get("infos")
-    for group in (file, infos if isinstance(infos, Mapping) else {}):
+    for group in groups:
         for name in sorted(NAMES.intersection(group)):
-            ends = marked_ends(name, _values(group, name, where), rows)
+            values = _values(group, name, where)
+            ends = None if values is None else marked_ends(name, values, rows)
             if ends is not None:
                 marks[name] = ends
     return marks
 
 
 def _values(
-    group: Mapping[str, Any], key: str, where: str, *, floats: bool = False
-) -> NDArray[Any]:
-    """Read a field of numbers, as float32 if ``floats``."""
+    group: h5py.Group, key: str, where: str, *, floats: bool = False
+) -> NDArray[Any] | None:
+    """Read a field, as float32 if ``floats``; return None if it has no rows of numbers."""
     import h5py
 
     with damage_named(where, repr(key)):
         field = group[key]
-        if isinstance(field, h5py.Dataset) and field.shape and field.dtype.kind in "fiub":
-            if not floats or field.dtype.kind == "b":
-                return np.asarray(field[()], np.float32 if floats else None)
-            values = np.empty(field.shape, dtype=np.float32)
-            if values.size:
-                field.read_direct(values)  # HDF5 converts, without a second array of another dtype
-            return values
-    raise ValueError(f"{where}: {key!r} is {field}, expected numbers with one row per step")
+        if not isinstance(field, h5py.Dataset) or not field.shape or field.dtype.kind not in "fiub":
+            return None
+        if not floats or field.dtype.kind == "b":
+            return np.asarray(field[()], np.float32 if floats else None)
+        values = np.empty(field.shape, dtype=np.float32)
+        if values.size:
+            field.read_direct(values)  # HDF5 converts, without a second array of another dtype
+    return values
+
+
+def _numbers(group: h5py.Group, key: str, where: str, *, floats: bool) -> NDArray[Any]:
+    values = _values(group, key, where, floats=floats)
+    if values is None:
+        raise ValueError(f"{where}: {key!r} is {group[key]}, expected numbers with a row per step")
+    return values
 
 
 def _floats(file: h5py.File, key: str, where: str) -> Floats:
-    return _values(file, key, where, floats=True)
+    return _numbers(file, key, where, floats=True)
 
 
 def _flags(file: h5py.File, key: str, where: str) -> Flags:
-    values = _column(_values(file, key, where))
+    values = _column(_numbers(file, key, where, floats=False))
     odd = np.argwhere((values != 0) & (values != 1))
     if len(odd):
         row = int(odd[0, 0])

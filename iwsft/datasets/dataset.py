@@ -10,6 +10,9 @@ from tensordict import TensorDict
 
 from iwsft.fingerprint import fingerprint
 
+Bounds = tuple[float | list[float], float | list[float]]
+WHOLE: Bounds = (-1.0, 1.0)
+
 
 @dataclass(frozen=True, eq=False)
 class OfflineDataset:
@@ -32,6 +35,8 @@ class OfflineDataset:
         env_kwargs: Arguments of the environment for :func:`iwsft.environments.make`, plain values
             that JSON takes: also ``max_episode_steps``, ``conventions``, ``wrappers``, and
             ``action_bounds``, from which the actions of the data were mapped to [-1, 1].
+        action_bounds: Lower and upper bound of the actions, the environment's or else the data's,
+            as numbers or lists with a number per column. Policies of this library act in [-1, 1].
         notes: A sentence on each thing that the loader changed or left out.
     """
 
@@ -42,6 +47,7 @@ class OfflineDataset:
     source: str
     fingerprint: str
     env_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    action_bounds: Bounds = WHOLE
     notes: tuple[str, ...] = ()
 
 

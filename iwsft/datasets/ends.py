@@ -98,7 +98,7 @@ def find_ends(
         torn = _torn(steps, source)
         end(torn, "where the next observation is not that of the next row")
     end(_beyond(steps.terminals, timeouts, limit), "at the environment's limit of steps")
-    if len(timeouts) > 1 and not (steps.terminals | timeouts)[:-1].any():
+    if len(timeouts) > 1 and not (steps.terminals | timeouts).any():
         notes.append(f"no end of an episode is marked: {len(timeouts):,} rows are one trajectory")
     return steps, notes
 
@@ -166,7 +166,7 @@ def _reset_rows(steps: Steps) -> Flags:
 
     others = np.delete(steps.rewards, after)
     # In data with many rewards of 0, these rows are told by the jump alone.
-    factor = 1.0 if (others == 0).mean() < 0.01 else 3.0
+    factor = 1.0 if (others == 0).mean() < 0.01 else 1.5
     resets[after] = jump(known + 1) > factor * jump(known)
     return resets
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from iwsft.datasets.actions import scale_actions
+from iwsft.datasets.actions import find_bounds
 from iwsft.datasets.d4rl import damage_named
 from iwsft.datasets.dataset import OfflineDataset, fingerprint_of
 from iwsft.datasets.episodes import Floats, Steps, check_steps, cut_steps
@@ -63,7 +63,7 @@ def read(dataset_id: str) -> OfflineDataset:
     steps = _read_steps(data, source)
     check_steps(steps, source)
     space = data.action_space
-    bounds, notes = scale_actions(steps.actions, space.low, space.high, source)
+    bounds = find_bounds(steps.actions, space.low, space.high, source)
     trajectories = cut_steps(steps)
     env_id, env_kwargs = _environment(data)
     scores = [data.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max")]
@@ -74,8 +74,8 @@ def read(dataset_id: str) -> OfflineDataset:
         reference_scores=None if None in scores else (float(scores[0]), float(scores[1])),
         source=source,
         fingerprint=fingerprint_of(trajectories),
-        env_kwargs=env_kwargs | bounds,
-        notes=tuple(notes),
+        env_kwargs=env_kwargs,
+        action_bounds=bounds,
     )
 
 
@@ -106,9 +106,8 @@ def _open(dataset_id: str) -> MinariDataset:
         return minari.load_dataset(dataset_id)
     except FileNotFoundError:
         pass  # ask the remote store
-    # Minari checks its metadata by assertions, or not at all.
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
+    except Exception as error:  # a damaged file of metadata may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"cannot read the Minari dataset {dataset_id!r}: {reason}") from error
     from huggingface_hub.errors import HfHubHTTPError
     from minari.storage.datasets_root_dir import get_dataset_path

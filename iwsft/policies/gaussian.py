@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tensordict import NestedKey
@@ -12,6 +13,23 @@ from torch import Tensor, nn
 from torchrl.modules import MLP, IndependentNormal, ProbabilisticActor, TanhNormal
 
 from iwsft.trajectory import ACTION, OBSERVATION
+
+# Rounding of actions at the bounds.
+_ROUNDING = 1e-5
+
+
+class _SquashedNormal(TanhNormal):
+    """TorchRL's tanh-Normal, which gives actions beyond -1 and 1 the density at the bounds."""
+
+    def log_prob(self, value: Tensor, *args: Any) -> Tensor:
+        """Return the log-density of actions in [-1, 1]; others raise a ValueError."""
+        beyond = value.detach().abs().amax() if value.numel() else 0.0
+        if beyond > 1 + _ROUNDING:
+            raise ValueError(
+                f"the action {beyond:g} has no density under a tanh-Normal, whose actions are in "
+                "[-1, 1]; load the data with scale_actions=True"
+            )
+        return super().log_prob(value, *args)
 
 
 class GaussianPolicy(ProbabilisticActor):
@@ -29,7 +47,8 @@ class GaussianPolicy(ProbabilisticActor):
         observation_dim: Size of the observation.
         action_dim: Size of the action; actions are in [-1, 1].
         hidden: Units of the hidden layers.
-        squash: Whether to use a tanh-Normal: a tanh after sampling, none on the mean.
+        squash: Whether to use a tanh-Normal: a tanh after sampling, none on the mean. The
+            log-density of an action outside of [-1, 1] raises a ValueError.
         state_dependent_std: Whether a second head gives the log-std of each state.
         log_std_bounds: Range to which the log-std is clamped.
         log_std_init: Log-std at the start (the bias of its head when state-dependent).
@@ -63,7 +82,7 @@ class GaussianPolicy(ProbabilisticActor):
             TensorDictModule(head, in_keys=[in_key], out_keys=["loc", "scale"]),
             in_keys=["loc", "scale"],
             out_keys=[out_key],
-            distribution_class=TanhNormal if squash else IndependentNormal,
+            distribution_class=_SquashedNormal if squash else IndependentNormal,
             default_interaction_type=InteractionType.RANDOM,
         )
 

@@ -114,14 +114,14 @@ def test_steps_and_order_of_columns(space: Space[Any]) -> None:
             for key, sample in ((OBSERVATION, now), (NEXT_OBSERVATION, then)):
                 wanted = np.asarray(flatten(space, sample), np.float32)  # gymnasium's own order
                 np.testing.assert_array_equal(packed[key][row], wanted)
-            np.testing.assert_array_equal(packed[ACTION][row], episode.actions[i] / 2)
+            np.testing.assert_array_equal(packed[ACTION][row], episode.actions[i])
             assert packed[REWARD][row].item() == np.float32(episode.rewards[i])
             row += 1
     assert packed[TERMINATED].flatten().int().tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
     assert packed[TRUNCATED].flatten().int().tolist() == [0, 0, 0, 0, 0, 0, 1, 1]
     assert (data.name, data.source) == ("lab-arm-medium-v0", "minari:lab/arm/medium-v0")
     assert (data.env_id, data.reference_scores) == (None, None)
-    assert data.env_kwargs == {"action_bounds": [-2.0, 2.0]}
+    assert data.action_bounds == (-2.0, 2.0)
 
 
 def test_an_end_inside_a_stored_episode_cuts_with_its_true_next_observation() -> None:
