@@ -76,7 +76,9 @@ def test_ends_under_another_name(write: Write, name: str, values: np.ndarray, ze
     data = datasets.load(write({**fields, name: values}))
     assert lengths(data.trajectories).tolist() == SIZES
     assert (data.trajectories == right).all()
-    assert data.notes == (f"2 episodes end where {name.split('/')[-1]!r} says so, without a timeout",)
+    assert data.notes == (
+        f"2 episodes end where {name.split('/')[-1]!r} says so, without a timeout",
+    )
 
 
 @pytest.mark.parametrize(
