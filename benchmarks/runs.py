@@ -202,11 +202,21 @@ def ends_in_one_line() -> Iterator[None]:
     """End the process with one line on an error that a user can mend, or on Ctrl-C."""
     try:
         yield
-    except EXPECTED as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if (interrupt := _interrupt_behind(error)) is not None:
+            print("stopped; the same command with --resume continues", file=sys.stderr)
+            number = interrupt.args[0] if interrupt.args else signal.SIGINT
+            raise SystemExit(128 + number) from error
+        if not isinstance(error, EXPECTED):
+            raise
         raise SystemExit(f"error: {one_line(error)}") from error
-    except KeyboardInterrupt as error:
-        print("stopped; the same command with --resume continues", file=sys.stderr)
-        raise SystemExit(128 + (error.args[0] if error.args else signal.SIGINT)) from error
+
+
+def _interrupt_behind(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The Ctrl-C that an error comes from: code that is interrupted may raise one of its own."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def ends_as_ctrl_c_does() -> None:

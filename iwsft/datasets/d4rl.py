@@ -115,6 +115,8 @@ def damage_named(where: str, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):
+            raise  # h5py's lock turns a Ctrl-C into a SystemError
         if isinstance(error, OSError) and error.errno is not None:
             raise OSError(f"{where} cannot be opened: {os.strerror(error.errno)}") from error
         reason = " ".join(f"{type(error).__name__}: {error}".split())

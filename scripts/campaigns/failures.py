@@ -66,7 +66,7 @@ def _failing(folder: Path, at: int, fail: Callable[[str], None]) -> Callable[[],
     sync = os.fsync
 
     def audited_sync(number: Any) -> None:
-        sys.audit("os.fsync", f"/proc/self/fd/{number}")
+        sys.audit("os.fsync", os.readlink(f"/proc/self/fd/{number}"))
         sync(number)
 
     def look(event: str, arguments: tuple[Any, ...]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -15,11 +16,14 @@ import h5py
 import numpy as np
 import pytest
 from filelock import FileLock
+from tensordict import TensorDict
 
 from benchmarks.d4rl.run import Run, Task, config_of
 from benchmarks.d4rl.settings import Options, choose_suite
+from benchmarks.runs import ends_in_one_line
 from iwsft import metrics
 from iwsft.datasets import catalog
+from iwsft.datasets.d4rl import damage_named
 
 Job = Callable[..., Path]
 Edit = Callable[..., Path]
@@ -378,3 +382,23 @@ def test_defaults_are_those_of_the_docs() -> None:
     )
     assert (standard.preset, standard.estimator, standard.ties) == ("paper", "steps", None)
     assert (standard.reference_steps, standard.eval_episodes) == (10_000, 100)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_error_of_interrupted_code_is_the_interruption(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """tensordict and h5py raise an error of their own where a Ctrl-C interrupts them."""
+    with pytest.raises(SystemExit) as end, ends_in_one_line(), damage_named("a file", "its end"):
+        try:
+            raise KeyboardInterrupt(number)
+        except KeyboardInterrupt as interrupt:
+            raise SystemError("returned a result with an exception set") from interrupt
+    assert end.value.code == 128 + number
+    with pytest.raises(SystemExit) as end, ends_in_one_line():
+        try:
+            raise KeyboardInterrupt(number)
+        finally:
+            bool(TensorDict({}, []))
+    assert end.value.code == 128 + number
+    assert capsys.readouterr().err.count("stopped; the same command with --resume continues") == 2
