@@ -274,7 +274,10 @@ class ImportanceWeightedMLE(PolicyLoss):
         return segments.where_valid(log_prob)
 
     def segments(self, trajectories: TensorDictBase) -> Segments:
-        """The trajectories of a batch, as this loss reads its keys and masks."""
+        """The trajectories of a batch, as this loss reads its keys and masks.
+
+        Steps that the policy can't predict, first tokens, count as masked.
+        """
         mask: Tensor | None = None
         for key in self._loss_mask_keys():
             valid = trajectories.get(key, default=None)
@@ -282,6 +285,9 @@ class ImportanceWeightedMLE(PolicyLoss):
                 if valid.ndim > trajectories.batch_dims and valid.shape[-1] == 1:
                     valid = valid.squeeze(-1)
                 mask = valid.bool() if mask is None else mask & valid.bool()
+        predicted = getattr(self.actor_network, "predicted", None)
+        if mask is not None and predicted is not None:
+            mask = mask & predicted(trajectories)
         if mask is None:
             # Segments would look for a mask that the user turned off.
             trajectories = trajectories.exclude(MASK)

@@ -122,6 +122,17 @@ class CausalLMPolicy(nn.Module):
         out = log_prob.new_zeros(tokens.layout.numel())
         return out.index_copy(0, tokens.source[chosen], log_prob).reshape(tokens.layout)
 
+    def predicted(self, trajectories: TensorDictBase) -> Tensor:
+        """Tokens with a token before them, bool in the layout: a first one has no log-prob."""
+        mask = trajectories.get(ATTENTION_MASK, default=None)
+        if mask is None:
+            mask = torch.ones_like(_entry(trajectories, TOKENS), dtype=torch.bool)
+        segments = Segments.of(trajectories, mask=mask)
+        valid = segments.valid.reshape(-1)
+        until = segments.lengths.double().cumsum(0)[segments.index]
+        earlier = valid.cumsum(0) - 1 > until - segments.spread(segments.lengths).reshape(-1)
+        return (valid & earlier).reshape(segments.shape)
+
     def check(self, trajectories: TensorDictBase) -> None:
         """Refuse trajectories that the model can't read, without running it.
 

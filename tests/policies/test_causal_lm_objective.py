@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 from iwsft import ImportanceWeightedMLE, ImportanceWeights, annotate_reference, reweight, weights
 from iwsft.policies import CausalLMPolicy
 from iwsft.proposals import EMA, HardSync
-from iwsft.trajectory import MULTIPLICITY, REF_LOG_PROB, pad
+from iwsft.trajectory import MASK, MULTIPLICITY, REF_LOG_PROB, pad
 
 ASSISTANT = ("masks", "all_assistant_mask")
 PROPOSALS = ["current", "reference", "lagged", "cached"]
@@ -70,7 +71,9 @@ def by_hand(batch: TensorDict, theta: Any, q: Any, proposal: str) -> Tensor:
         log_q = batch[REF_LOG_PROB].double()
     total, draws = torch.zeros((), dtype=torch.float64), 0
     for row in batch["collector", "traj_ids"].unique():
-        here = (batch["collector", "traj_ids"] == row) & batch[ASSISTANT]
+        inside = batch["collector", "traj_ids"] == row
+        # Nothing predicts the first token.
+        here = inside & batch[ASSISTANT] & (inside.cumsum(0) > 1)
         ratio = (log_q[here] - batch[REF_LOG_PROB][here]).mean()
         weight = (2.0 * ratio).exp().clamp(max=3.0)
         drawn = int(batch[MULTIPLICITY][here][0])
@@ -98,6 +101,31 @@ def test_loss_and_gradient_are_those_of_a_loop(proposal: str, functional: bool) 
             torch.testing.assert_close(
                 trained[name].grad, parameter.grad, rtol=1e-6, atol=1e-9, msg=name
             )
+
+
+@pytest.mark.parametrize("layout", ["packed", "no attention mask", "padded", "padded on the left"])
+def test_first_tokens_do_not_count(layout: str) -> None:
+    """Nothing predicts them, so they are not part of a length either."""
+    loss, batch, _, _ = made("current", functional=False)
+    if layout == "no attention mask":
+        batch = batch.exclude(("masks", "all_attention_mask"))
+    elif layout != "packed":
+        batch = pad(batch)
+    if layout == "padded on the left":
+        mask = batch[MASK]
+        rolled = [
+            row.apply(partial(torch.roll, shifts=int((~m).sum()), dims=0))
+            for row, m in zip(batch.unbind(0), mask, strict=True)
+        ]
+        batch = torch.stack(rolled).exclude(MASK)
+    marked, unmarked = batch.clone(), batch.clone()
+    ids = batch["collector", "traj_ids"].reshape(-1)
+    attended = batch.get(("masks", "all_attention_mask"), torch.ones_like(batch[ASSISTANT]))
+    for row in ids.unique():
+        first = ((ids == row) & attended.reshape(-1)).nonzero()[0]
+        marked[ASSISTANT].view(-1)[first] = True
+        unmarked[ASSISTANT].view(-1)[first] = False
+    torch.testing.assert_close(loss(marked), loss(unmarked), rtol=0, atol=0, equal_nan=True)
 
 
 def test_masked_tokens_count_neither_in_the_loss_nor_in_lengths_nor_in_weights() -> None:
