@@ -81,7 +81,7 @@ def curate(
     packed = pack(trajectories) if padded else trajectories
     sizes = lengths(packed)
     # Scores are few and compared on the host, so that a seed means the same on any device.
-    scores = trajectory_scores(packed, score).cpu()
+    scores = trajectory_scores(packed, score).detach().cpu()
     multiplicity = _count_survived(scores, cuts, ties, seed).to(sizes.device)
     positions = multiplicity.nonzero().squeeze(-1)
     # Selecting copies, so a whole dataset is not selected.
@@ -150,7 +150,7 @@ def trajectory_scores(trajectories: TensorDictBase, score: Score) -> Tensor:
     """Return finite scores of packed trajectories, float64 ``[n]``; see :func:`curate`."""
     sizes = lengths(trajectories)
     if callable(score):
-        scores = torch.as_tensor(score(trajectories)).detach().double()
+        scores = torch.as_tensor(score(trajectories)).double()
         if scores.shape != sizes.shape:
             raise ValueError(
                 f"the score function gave shape {list(scores.shape)}; there are {len(sizes)} "

@@ -402,3 +402,13 @@ def test_what_cannot_be_joined() -> None:
         join([dataset([1.0])])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="not a single step"):
         join(dataset([1.0]), dataset([1.0])[:0])
+
+
+@pytest.mark.parametrize("ties", ["rank", ">", ">="])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int32])
+def test_rewards_of_any_dtype_and_with_gradient(dtype: torch.dtype, ties: Any) -> None:
+    data = dataset([4.0, 1.0, 3.0, 2.0, 5.0])
+    expected = counts(curate(data, cuts=(50, 80), ties=ties))
+    reward = data[REWARD].to(dtype)
+    data[REWARD] = reward.requires_grad_() if dtype.is_floating_point else reward
+    assert counts(curate(data, cuts=(50, 80), ties=ties)) == expected
