@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import h5py
 import numpy as np
 import pytest
 
@@ -256,8 +259,6 @@ def test_a_truncated_file(episode_fields: Make, write: Write, keep: float) -> No
 
 
 def test_a_damaged_chunk(episode_fields: Make, tmp_path: Path) -> None:
-    import h5py
-
     path = tmp_path / "damaged.hdf5"
     with h5py.File(path, "w") as file:
         for key, values in episode_fields([4000, 4000]).items():
@@ -286,3 +287,13 @@ def test_rewards_keep_their_order(episode_fields: Make, write: Write) -> None:
     fields = episode_fields([3, 5])
     data = datasets.load(write(fields))
     np.testing.assert_array_equal(data.trajectories[REWARD][:, 0], fields["rewards"])
+
+
+def test_a_file_that_another_program_writes(episode_fields: Make, write: Write) -> None:
+    """In a process of its own, as HDF5 shares an open file within one."""
+    path = write(episode_fields([3]))
+    code = f"from iwsft import datasets\ndatasets.load({str(path)!r})"
+    with h5py.File(path, "a"):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].startswith(f"OSError: {path} cannot be opened: Resource")
+    assert lengths(datasets.load(path).trajectories).tolist() == [3]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import gymnasium as gym
+import h5py
 import minari
 import numpy as np
 import pytest
@@ -15,7 +19,7 @@ from gymnasium.spaces import Box, Dict, Discrete, Space, Tuple
 from gymnasium.spaces.utils import flatten
 from minari.data_collector import EpisodeBuffer
 
-from iwsft import datasets
+from iwsft import GaussianPolicy, datasets, environments, evaluate
 from iwsft.trajectory import (
     ACTION,
     NEXT_OBSERVATION,
@@ -30,7 +34,10 @@ if TYPE_CHECKING:
     from tests.datasets.conftest import Served
 
 # Minari misses the author, a permalink and the environment.
-pytestmark = pytest.mark.filterwarnings("ignore:.* is (set to )?None")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* is (set to )?None"),
+    pytest.mark.filterwarnings("ignore:.*policies act in"),
+]
 
 ACTIONS = Box(-2, 2, (2,), np.float32)
 
@@ -195,3 +202,63 @@ def test_a_set_that_the_remote_store_does_not_have(server: Served) -> None:
     assert "and could not be downloaded" in message
     assert "404" in message
     assert server.requests
+
+
+def test_the_whole_environment_is_recorded_and_scored_in() -> None:
+    env = gym.wrappers.RescaleAction(gym.make("Pendulum-v1", g=5.0, max_episode_steps=9), -1, 1)
+    other = gym.make("Pendulum-v1", max_episode_steps=4)
+    space = Box(-10, 10, (3,), np.float32)
+    for name, kwargs in (("a-v0", {"env": env}), ("b-v0", {"env": env, "eval_env": other})):
+        actions = Box(-1, 1, (1,), np.float32)
+        create(space, [(3, False, True)], dataset_id=name, actions=actions, **kwargs)
+    data = datasets.load("minari:a-v0")
+    made = environments.make(data.env_id, **data.env_kwargs)
+    assert made.spec.to_json() == environments.make("Pendulum-v1", **data.env_kwargs).spec.to_json()
+    assert (made.unwrapped.g, made.spec.max_episode_steps) == (5.0, 9)
+    assert made.action_space.high == 1
+    for each in (env, made):
+        each.reset(seed=0)
+    assert env.step(np.float32([0.3]))[1] == made.step(np.float32([0.3]))[1]
+    assert datasets.load("minari:b-v0").env_kwargs == {"max_episode_steps": 4}
+
+
+@pytest.mark.filterwarnings("ignore:.*is out of date")
+@pytest.mark.parametrize("env_id", ["PointMaze_UMaze-v3", "FrankaKitchen-v1"])
+def test_policies_of_a_set_of_dictionaries_can_be_scored(env_id: str) -> None:
+    env = environments.make(env_id, max_episode_steps=5)
+    (episode,) = create(
+        env.observation_space,
+        [(5, False, True)],
+        dataset_id="dict-v0",
+        actions=env.action_space,
+        env=env,
+    )
+    data = datasets.load("minari:dict-v0")
+    columns = data.trajectories[OBSERVATION].shape[1]
+    policy = GaussianPolicy(columns, env.action_space.shape[0])
+    assert evaluate(policy, data.env_id, env_kwargs=data.env_kwargs, episodes=1).lengths == [5]
+    flat = environments.make(data.env_id, **data.env_kwargs)
+    seen = flat.observation(one(episode.observations, 0))
+    np.testing.assert_array_equal(data.trajectories[OBSERVATION][0], seen.astype(np.float32))
+
+
+def test_columns_of_one_number_and_wrong_sizes(store: Path) -> None:
+    (episode,) = create(PLAIN, [(3, True, False)], dataset_id="plain-v0")
+    plain = datasets.load("minari:plain-v0").trajectories
+    names = ("rewards", "terminations", "truncations")
+    episode = replace(episode, **{n: np.reshape(getattr(episode, n), (-1, 1)) for n in names})
+    spaces = {"observation_space": PLAIN, "action_space": ACTIONS}
+    minari.create_dataset_from_buffers(dataset_id="tall-v0", buffer=[episode], **spaces)
+    assert (datasets.load("minari:tall-v0").trajectories == plain).all()
+
+    for total in (2, 4):  # metadata of another number of steps
+        file = store / "tall-v0" / "data" / "metadata.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "total_steps": total}))
+        with pytest.raises(ValueError, match=f"3 steps, the metadata say {total}"):
+            datasets.load("minari:tall-v0")
+    with h5py.File(store / "plain-v0" / "data" / "main_data.hdf5", "r+") as data:
+        short = data["episode_0/observations"][:3]
+        del data["episode_0/observations"]
+        data["episode_0/observations"] = short
+    with pytest.raises(ValueError, match=r"episode 0 has an array of shape \[3, 3\], .* \[4, 3\]"):
+        datasets.load("minari:plain-v0")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from iwsft import datasets
+from iwsft import datasets, environments
 from iwsft.datasets import write
 from iwsft.datasets.write import Provenance
 from iwsft.trajectory import (
@@ -233,3 +233,21 @@ def test_a_full_disk_leaves_nothing(
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     to(data)
     assert lengths(datasets.load(name).trajectories).tolist() == [3000]
+
+
+@pytest.mark.parametrize(
+    ("env_id", "sizes"), [("AntMaze_UMaze-v4", (29, 8)), ("AdroitHandDoor-v1", (39, 28))]
+)
+def test_tasks_of_d4rl_keep_their_conventions_in_minari(
+    env_id: str, sizes: tuple[int, int]
+) -> None:
+    data = random_walks([(4, False)])
+    observation, action = (torch.zeros(4, size) for size in sizes)
+    data.set(OBSERVATION, observation).set(NEXT_OBSERVATION, observation).set(ACTION, action)
+    write.to_minari("d4rl-v0", data, Provenance(env_id, env_kwargs={"conventions": "d4rl"}))
+    back = datasets.load("minari:d4rl-v0")
+    assert (back.env_id, back.env_kwargs) == (env_id, {"conventions": "d4rl"})
+    assert back.reference_scores == datasets.reference_scores(env_id)
+    # Minari makes the same environment from its own record of it.
+    own = minari.load_dataset("d4rl-v0").recover_environment()
+    assert type(own) is type(environments.make(env_id, conventions="d4rl"))
