@@ -185,7 +185,6 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
             collate_fn=self._collate,
             num_workers=workers,
             multiprocessing_context=start if workers else None,
-            pin_memory=args.dataloader_pin_memory,
             persistent_workers=workers > 0 and args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
         )
