@@ -131,6 +131,19 @@ def test_the_first_weights_are_exactly_one(
     assert (first["kl_approx"] == 0.0) == (noise is None)
 
 
+@pytest.mark.parametrize("proposal", PROPOSALS[1:], ids=lambda p: p["proposal"])
+def test_noise_of_training_is_not_in_the_weights(tmp_path: Path, proposal: dict[str, Any]) -> None:
+    decoder = model()
+    for layer in decoder.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    run = trainer(tmp_path, model=decoder, max_steps=1, neftune_noise_alpha=5.0, **proposal)
+    run.train()
+    first = run.state.log_history[0]
+    assert first["weight_mean"] == first["weight_max"] == first["ESS"] == 1.0
+    # It is in the log-probs that are trained.
+    assert first["kl_approx"] != 0.0
+
+
 def test_sft_is_the_likelihood_of_the_assistant_tokens(tmp_path: Path) -> None:
     data = trajectories(twice=2)
     run = trainer(
