@@ -113,8 +113,10 @@ class ChatEncoder:
         probe = [{"role": "user", "content": "ask"}, {"role": ASSISTANT, "content": "reply"}]
         for parts in (False, True):
             try:
-                text = self._render(probe, "", self.template_kwargs, parts=parts).text
-            except ValueError:
+                text = self._render(probe, "a probe", self.template_kwargs, parts=parts).text
+            except ValueError as error:
+                if isinstance(error.__cause__, TimeoutError | MemoryError):
+                    raise
                 continue
             if "ask" in text and "reply" in text:
                 return parts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -11,61 +12,45 @@ from pathlib import Path
 from types import FrameType
 
 SECONDS = 10.0
-BYTES = 2**30
+GIBIBYTES = 1.0
 
 
 @contextmanager
-def limited(seconds: float = SECONDS, bytes_: int = BYTES) -> Iterator[None]:
-    """Limit the processor time and the memory of the block.
+def limited() -> Iterator[None]:
+    """Limit the memory that the block adds and, in the main thread, its processor time (Linux).
 
-    Time is limited in the main thread of a Unix process, memory on Linux. A single operation of
-    Python, such as a power of two huge numbers, is not interrupted.
+    A single operation of Python, such as a power of two huge numbers, is not interrupted.
 
     Raises:
-        TimeoutError: The block has computed for more than ``seconds``.
-        MemoryError: The block needs more than ``bytes_`` beyond what the process has.
+        TimeoutError: The block has computed for more than ``SECONDS``.
+        MemoryError: The block needs more than ``GIBIBYTES``.
     """
-    with _limited_memory(bytes_), _limited_time(seconds):
-        yield
-
-
-@contextmanager
-def _limited_time(seconds: float) -> Iterator[None]:
-    if not hasattr(signal, "SIGVTALRM") or threading.current_thread() != threading.main_thread():
-        yield
-        return
-    end = time.thread_time() + seconds
-
-    # The timer counts the time of all threads, so the handler looks at this thread's clock.
-    def check(_signal: int, _frame: FrameType | None) -> None:
-        if time.thread_time() > end:
-            raise TimeoutError(f"it computes for more than {seconds:g} seconds")
-
-    handler = signal.signal(signal.SIGVTALRM, check)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, seconds / 10)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, handler)
-
-
-@contextmanager
-def _limited_memory(bytes_: int) -> Iterator[None]:
-    pages = Path("/proc/self/statm")
-    if not pages.exists():
+    if sys.platform != "linux":
         yield
         return
     import resource
 
+    end = time.thread_time() + SECONDS
+
+    # The timer counts the time of all threads, so the handler looks at this thread's clock.
+    def check(_signal: int, _frame: FrameType | None) -> None:
+        if time.thread_time() > end:
+            raise TimeoutError(f"it computes for more than {SECONDS:g} seconds")
+
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = int(pages.read_text().split()[0]) * resource.getpagesize() + bytes_
-    if soft != resource.RLIM_INFINITY:
-        limit = min(limit, soft)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + int(GIBIBYTES * 2**30)
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main:
+        handler = signal.signal(signal.SIGVTALRM, check)
+        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, 0.1)
+    resource.setrlimit(resource.RLIMIT_AS, (limit if soft < 0 else min(limit, soft), hard))
     try:
         yield
     except MemoryError as error:
-        raise MemoryError(f"it needs more than {bytes_ / 2**30:g} GiB of memory") from error
+        raise MemoryError(f"it needs more than {GIBIBYTES:g} GiB of memory") from error
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        if in_main:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, handler)

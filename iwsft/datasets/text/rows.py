@@ -6,7 +6,7 @@
 They come from JSON, Parquet, a folder, or a Hugging Face dataset. Three columns are optional:
 ``score`` (higher is better, for ``iwsft.curate``), ``weight`` (how often the row counts, a whole
 number) and ``correct`` (whether a checker accepted it). Rows with ``messages`` may have what the
-chat template reads: ``tools``, ``documents`` and ``chat_template_kwargs``.
+chat template reads: ``tools`` and ``chat_template_kwargs``.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ Message = Mapping[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ASSISTANT = "assistant"
 REASONING = ("reasoning_content", "reasoning", "thinking")
-# Columns that a chat template reads, and their types.
-_VARIABLES = {"chat_template_kwargs": Mapping, "tools": Sequence, "documents": Sequence}
 # The type of an optional column, and its rule for errors.
 _OPTIONAL: dict[str, tuple[type, str]] = {
     "score": (float, "a finite number"),
@@ -187,18 +185,14 @@ def _message(value: Any, where: str) -> Message:
 
 def _template_kwargs(record: Record, where: str) -> dict[str, Any]:
     """Return what the row's chat template reads beside the messages; JSON text is parsed."""
-    variables: dict[str, Any] = {}
-    for name, kind in _VARIABLES.items():
-        value = _parsed(record.get(name), name, where)
-        if value is None:
-            continue
-        if not isinstance(value, kind):
-            raise ValueError(f"{where}: {name} must be a {kind.__name__}, it is {_kind(value)}")
-        if isinstance(value, Mapping):
-            variables |= value
-        elif value:
-            variables[name] = [_parsed(entry, name, where) for entry in value]
-    return variables
+    variables = _parsed(record.get("chat_template_kwargs") or {}, "chat_template_kwargs", where)
+    tools = _parsed(record.get("tools") or [], "tools", where)
+    if not isinstance(variables, Mapping) or not isinstance(tools, Sequence):
+        raise ValueError(f"{where}: chat_template_kwargs must be an object, tools a list")
+    tools = [_parsed(tool, "a tool", where) for tool in tools]
+    if not all(isinstance(tool, Mapping) for tool in tools):
+        raise ValueError(f"{where}: a tool must be a JSON schema; correct or drop the tools")
+    return {**variables, "tools": tools} if tools else dict(variables)
 
 
 def _parsed(value: Any, name: str, where: str) -> Any:

@@ -29,10 +29,9 @@ def records(
     null inside a column is dropped there, the data's own too. JSON keeps it.
 
     Args:
-        source: A ``.jsonl`` or ``.json`` file (values one after the other, or one array) or a
-            ``.parquet`` file; a folder (written by ``Dataset.save_to_disk``, or with such files);
-            the name of a Hugging Face dataset, which ``datasets`` downloads and caches; or records
-            in memory, such as a ``Dataset``.
+        source: A ``.jsonl``, ``.json`` or ``.parquet`` file; a folder (written by
+            ``Dataset.save_to_disk``, or with such files); the name of a Hugging Face dataset; or
+            records in memory, such as a ``Dataset``.
         split: Split of a folder or dataset that has several, "train" by default.
         config: Configuration of a named dataset, where it has several.
         cache_dir: Folder in which ``datasets`` caches; its own by default.
@@ -52,16 +51,13 @@ def records(
 
 
 def _values(
-    source: str | Path | Iterable[Record],
-    split: str | None,
-    config: str | None,
-    cache_dir: str | Path | None,
+    source: Any, split: str | None, config: str | None, cache_dir: str | Path | None
 ) -> Iterator[tuple[str, Any]]:
     if not isinstance(source, str | Path):
         return _from_memory(source, "these records", split)
     path = Path(os.path.expanduser(source))
     if path.is_dir():
-        return _from_folder(path, split, config, cache_dir)
+        return _from_datasets(str(path), split, config, cache_dir)
     if path.suffix.lower() in _SUFFIXES:
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path}")
@@ -73,7 +69,7 @@ def _values(
             f"{source} is not data that can be read: pass a folder, the name of a Hugging Face "
             f"dataset, or a file that ends in {', '.join(_SUFFIXES)}"
         )
-    return _from_datasets(source, split or "train", config, cache_dir)
+    return _from_datasets(source, split, config, cache_dir)
 
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
@@ -147,27 +143,21 @@ def _from_memory(data: Any, name: str, split: str | None) -> Iterator[tuple[str,
         yield f"{name} row {number}", record
 
 
-def _from_folder(
-    path: Path, split: str | None, config: str | None, cache_dir: str | Path | None
-) -> Iterator[tuple[str, Any]]:
+def _from_datasets(
+    name: str, split: str | None, config: str | None, cache_dir: str | Path | None
+) -> Iterator[tuple[str, Record]]:
     import datasets  # type: ignore[import-untyped]
 
-    # Written by `save_to_disk`.
-    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        if config is not None:
-            raise ValueError(f"{path} has no configurations; leave config= out")
-        return _from_memory(datasets.load_from_disk(path), str(path), split)
-    return _from_datasets(str(path), split or "train", config, cache_dir)
-
-
-def _from_datasets(
-    name: str, split: str, config: str | None, cache_dir: str | Path | None
-) -> Iterator[tuple[str, Record]]:
-    import datasets
-
     cache = None if cache_dir is None else str(cache_dir)
+    folder = Path(name)
+    # Written by `save_to_disk`.
+    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+        if config is not None:
+            raise ValueError(f"{name} has no configurations; leave config= out")
+        return _from_memory(datasets.load_from_disk(name), name, split)
+    split = split or "train"
     try:
-        if Path(name).is_dir():
+        if folder.is_dir():
             builder = datasets.load_dataset_builder(name, config, cache_dir=cache)
             splits = {str(key): files for key, files in (builder.config.data_files or {}).items()}
             files = [Path(file) for file in splits.get(split, ())]

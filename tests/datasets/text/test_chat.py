@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.normalizers import Prepend, Replace, Sequence
 
 from iwsft.datasets.text.chat import ChatEncoder
 from iwsft.datasets.text.encoding import Encoded, encode_completion
@@ -239,3 +240,21 @@ def test_any_completion_reads_back(prompt, completion):
     encoded = encode_completion(tokenizer, prompt, completion, "row")
     assert trained(tokenizer, encoded) == completion + "<|endoftext|>"
     assert tokenizer.decode(encoded.ids) == prompt + completion + "<|endoftext|>"
+
+
+@pytest.mark.parametrize("by_normalizer", [False, True])
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [("how many marbles: ", "four"), ("the red ", "marbles"), ("two and two", "two"), ("", "two")],
+)
+def test_an_answer_behind_a_space_begins_without_another(prompt, completion, by_normalizer):
+    """A space in front of a text, by the pre-tokenizer or (as Llama 2) by the normalizer."""
+    tokenizer = sentencepiece()
+    if by_normalizer:
+        tokenizer.backend_tokenizer.normalizer = Sequence([Prepend("▁"), Replace(" ", "▁")])
+        tokenizer.backend_tokenizer.pre_tokenizer = None
+    encoded = encode_completion(tokenizer, prompt, completion, "row")
+    assert tokenizer.decode(encoded.ids) == f"{prompt}{completion}</s>"
+    assert trained(tokenizer, encoded) == completion + "</s>"
+    before = encoded.ids[: encoded.trained.index(True)]
+    assert before == tokenizer(prompt, add_special_tokens=False)["input_ids"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import pytest
+from pyarrow import parquet
 
 from iwsft.datasets.text.rows import Row, check_scores, read, to_row
 
@@ -170,3 +171,91 @@ def test_other_columns_by_a_function(tmp_path):
         return to_row({"prompt": record["question"], "completion": record["answer"]}, where)
 
     assert contents(read(path, make=make)) == [(None, "2+2=", "4", None, None, None)]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_json_of_any_layout(tmp_path, encoding, suffix):
+    path = tmp_path / f"data{suffix}"
+    pretty = json.dumps(PAIR, indent=2)
+    for text in (json.dumps([PAIR, PAIR]), f"[{pretty},\n{pretty}]", f"\n{pretty}\n{pretty}\n"):
+        path.write_text(text, encoding=encoding)
+        assert contents(read(path)) == [(None, "2+2=", "4", None, None, None)] * 2
+    assert [row.where for row in read(path)] == [f"{path}:2", f"{path}:6"]
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ('{"prompt": "a", "completion": "good", "completion": "bad"}', "an object has a key twice"),
+        ('{"prompt": "a", "completion": "b", "score": ' + "9" * 5000 + "}", "limit"),
+        ('{"prompt": "a", "completion": "b", "x": ' + "[" * 10**5 + "]" * 10**5 + "}", "recursion"),
+        ('{"prompt": "a", "completion": "b"},', "Expecting value"),
+        (json.dumps({**PAIR, "score": 10**400}), "score must be a finite number"),
+        (json.dumps({**PAIR, "weight": 10**400}), "weight must be"),
+        (
+            json.dumps({"messages": [turn("assistant", "a") | {"reasoning": ["hm"]}]}),
+            "message 0: reasoning must be text",
+        ),
+        (
+            json.dumps({"messages": [turn("assistant", None) | {"tool_calls": [{"f": 1}]}]}),
+            "message 0: the name of a tool call must be text, it is missing",
+        ),
+        (json.dumps({**CHAT, "tools": "look_up"}), "tools is not JSON"),
+        (json.dumps({**CHAT, "tools": [3]}), "a tool must be a JSON schema"),
+        (json.dumps({**CHAT, "chat_template_kwargs": [1]}), "kwargs must be an object"),
+    ],
+)
+def test_damaged_and_odd_json_is_named_with_its_line(tmp_path, text, error):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps(PAIR) + "\n" + text + "\n")
+    with pytest.raises(ValueError, match=f"bad.jsonl:2.*{error}"):
+        read(path)
+
+
+def test_damaged_parquet_is_named_with_its_row(tmp_path):
+    path = tmp_path / "bad.parquet"
+    rows = [{**PAIR, "prompt": "good"}, {**PAIR, "prompt": "the "}]
+    table = datasets.Dataset.from_list(rows).data.table
+    parquet.write_table(table, path, compression="none", use_dictionary=False)
+    path.write_bytes(path.read_bytes().replace(b"the ", b"th\xe9 "))
+    with pytest.raises(ValueError, match="bad.parquet row 1: .*write it again"):
+        read(path)
+
+
+def test_nulls_of_arrow_inside_records_are_absent_and_those_of_json_stay(tmp_path):
+    def calling(**arguments: Any) -> dict[str, Any]:
+        call = {"function": {"name": "f", "arguments": arguments}}
+        return {"messages": [{"role": "assistant", "content": "", "tool_calls": [call]}]}
+
+    def arguments(rows: list[Row]) -> list[Any]:
+        calls = [(row.messages or ())[0]["tool_calls"][0] for row in rows]
+        return [call["function"]["arguments"] for call in calls]
+
+    records = [calling(a=1), calling(b={"c": "x"}), calling(b={"d": 2})]
+    expected = [{"a": 1}, {"b": {"c": "x"}}, {"b": {"d": 2}}]
+    table = datasets.Dataset.from_list(records)
+    table.to_parquet(str(tmp_path / "calls.parquet"))
+    table.save_to_disk(str(tmp_path / "saved"))
+    for source in (table, tmp_path / "calls.parquet", tmp_path / "saved", records):
+        assert arguments(read(source)) == expected
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "calls.jsonl", tmp_path / "folder" / "train.jsonl"):
+        jsonl(path, [calling(a=None), *records])
+    for source in (tmp_path / "calls.jsonl", tmp_path / "folder"):
+        assert arguments(read(source)) == [{"a": None}, *expected]
+
+
+def test_data_in_memory_and_splits_that_would_change_nothing(tmp_path):
+    table = datasets.Dataset.from_list([PAIR])
+    assert read([PAIR])[0].completion == read(table)[0].completion == "4"
+    assert read(datasets.DatasetDict({"good": table}), split="good")[0].where.endswith("row 0")
+    with pytest.raises(ValueError, match="no split 'train', only good"):
+        read(datasets.DatasetDict({"good": table}))
+    path = jsonl(tmp_path / "data.jsonl", [PAIR])
+    table.save_to_disk(str(tmp_path / "saved"))
+    for source in (path, tmp_path / "saved", table):
+        with pytest.raises(ValueError, match="split"):
+            read(source, split="test")
+    with pytest.raises(FileNotFoundError, match="no file ~nobody-of-that-name/data.jsonl"):
+        read("~nobody-of-that-name/data.jsonl")

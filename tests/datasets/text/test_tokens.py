@@ -171,3 +171,9 @@ def test_a_template_with_todays_date_is_noted():
     with pytest.warns(UserWarning, match="writes today's date"):
         data = tokenize(rows(1), byte_level(), template=template)
     assert len(data.notes) == 1
+
+
+@pytest.mark.parametrize("weight", [10**9, 2**62, 2**70])
+def test_weights_of_more_draws_than_an_epoch_can_hold(weight):
+    with pytest.raises(ValueError, match="weights add up to .* divide them"):
+        tokenize(rows(2, weight=[weight, 1]), byte_level())
