@@ -294,3 +294,11 @@ def test_the_loss_is_the_same_in_both_layouts_and_for_repeated_trajectories():
         weight = (log_p - example.get(REF_LOG_PROB)[on]).mean().exp().detach()
         terms.append(-weight * log_p.mean())
     assert losses[0][0] == pytest.approx(torch.stack(terms).mean().item(), rel=1e-5)
+
+
+def test_first_tokens_are_taken_out_of_the_assistant_mask() -> None:
+    data, all_on = dataset([3, 1, 4]), dataset([3, 1, 4])
+    all_on.set(ASSISTANT_MASK, torch.ones(8, dtype=torch.bool))
+    for trajectories in (data, all_on):
+        masks = [TrajectoryDataset(trajectories)[k].get(ASSISTANT_MASK).tolist() for k in range(3)]
+        assert masks == [[False, True, True], [False], [False, True, True, True]]

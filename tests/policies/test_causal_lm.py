@@ -344,5 +344,12 @@ def test_context_is_full_at_its_limit_and_not_that_of_a_packed_batch() -> None:
         torch.testing.assert_close(ours, alone(model, batch), rtol=1e-12, atol=1e-12)
 
 
+def test_a_table_of_learned_positions_may_have_any_number_of_rows() -> None:
+    model, batch = decoder("gpt2", n_positions=50), packed((50, 49))
+    torch.testing.assert_close(
+        CausalLMPolicy(model).log_prob(batch), alone(model, batch), rtol=1e-12, atol=1e-12
+    )
+
+
 def test_in_keys_are_the_entries_that_are_read() -> None:
     assert CausalLMPolicy(decoder()).in_keys == [TOKENS, ATTENTION, ASSISTANT]
