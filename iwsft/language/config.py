@@ -72,6 +72,8 @@ class ImportanceWeightedConfig(TrainingArguments):
             if self._is_set(name):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported here: {why}")
         unused = [name for name in _UNUSED if self._is_set(name)]
+        if self.eval_strategy == "no" and self.metric_for_best_model is not None:
+            unused.append("metric_for_best_model without eval_strategy")
         if unused:
             warnings.warn(f"without effect here: {', '.join(unused)}", UserWarning, stacklevel=3)
         distribution: Any = self.accelerator_config

@@ -54,6 +54,8 @@ def test_settings(tmp_path: Path, settings: dict[str, Any], message: str) -> Non
 def test_settings_without_effect_are_named(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="without effect here: eval_accumulation_steps, label_n"):
         trainer(tmp_path, eval_accumulation_steps=2, label_names=["labels"])
+    with pytest.warns(UserWarning, match="without effect here: metric_for_best_model without"):
+        trainer(tmp_path, metric_for_best_model="loss")
 
 
 def _mixture(family: str, **own: Any) -> Any:
@@ -220,6 +222,7 @@ def test_no_space_for_a_checkpoint(full_disk: Any, tmp_path: Path) -> None:
 
         trainer(tmp_path, callbacks=[Full()], **SAVED).train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not (tmp_path / saving.ASIDE).exists()
     trainer(tmp_path, **SAVED).train(resume_from_checkpoint=True)
     assert (tmp_path / "checkpoint-4").is_dir()
     assert json.loads((tmp_path / "checkpoint-4" / saving.SEAL).read_text())["files"]
