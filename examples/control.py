@@ -68,14 +68,8 @@ def main(settings: Settings) -> dict[str, float]:
         optimizer.step()
 
     def score(name: str) -> float:
-        result = evaluate(
-            policy,
-            env_id,
-            env_kwargs=data.env_kwargs,
-            episodes=settings.episodes,
-            seed=settings.seed,
-            device="cpu",
-        )
+        kwargs, episodes, seed = data.env_kwargs, settings.episodes, settings.seed
+        result = evaluate(policy, env_id, env_kwargs=kwargs, episodes=episodes, seed=seed)
         print(f"{name}: {result}")
         return result.return_mean
 
