@@ -27,13 +27,7 @@ class Stretch(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """Tokens of a piece of a text.
-
-    Attributes:
-        encoding: What the tokenizer returned.
-        start: Position in the text of the encoding's first character.
-        skip: Number of the encoding's first tokens, which are not the text's.
-    """
+    """Tokens of a piece of a text that begins at ``start``, the first ``skip`` not the text's."""
 
     encoding: Any
     start: int
@@ -112,11 +106,10 @@ def _continue(
         return unicodedata.normalize("NFKC", decoded)
 
     own = text[start:stop]
+    white = own[: len(own) - len(own.lstrip())]
     # A tokenizer may normalise text or not know a character; then its own tokens read otherwise.
-    expected = (
-        unicodedata.normalize("NFKC", own),
-        read(tokenizer(own, add_special_tokens=False).input_ids),
-    )
+    alone = read(tokenizer(own, add_special_tokens=False).input_ids).lstrip()
+    expected = [unicodedata.normalize("NFKC", text) for text in (own, white + alone)]
     for anchor in _ANCHORS:
         encoding = tokenizer(anchor + own, add_special_tokens=False)
         if not anchor or not _straddled(encoding, len(anchor), len(anchor) + 1):

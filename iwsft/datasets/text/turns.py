@@ -23,7 +23,7 @@ _WAY_OUT = "pass a template that keeps it, or drop it from the data"
 
 
 class Rendered(NamedTuple):
-    """Text of a conversation, and the stretches between its template's generation markers."""
+    """A conversation's text, and what of it is between generation markers."""
 
     text: str
     marked: list[Stretch]
@@ -35,13 +35,8 @@ Render = Callable[..., Rendered]
 class Conversation:
     """A rendered conversation and the place of each message in it.
 
-    Args:
-        messages: Messages {role, content}.
-        where: Place of the row, for errors.
-        render: Function that renders messages, and with ``prompt=True`` the generation prompt.
-        special: Function from the text and a position to the special token behind it, white space
-            apart, or None.
-        eos: EOS token of the tokenizer.
+    ``render`` renders messages, with ``prompt=True`` and the generation prompt; ``special`` finds
+    the special token behind a position, white space apart.
 
     Raises:
         ValueError: The template refuses the row, or drops or rewrites a message.
@@ -157,13 +152,8 @@ class Conversation:
         sign = next(c for c in map(chr, _SIGNS) if c not in self.text)
         # A template may look at the ends of a text, or for a word in it, and write another one.
         for middle in (True, False):
-            marked, cuts = zip(
-                *(
-                    _marked(message, f"{sign}{index}{sign}", middle)
-                    for index, message in enumerate(self._messages)
-                ),
-                strict=True,
-            )
+            both = [_marked(m, f"{sign}{k}{sign}", middle) for k, m in enumerate(self._messages)]
+            marked, cuts = zip(*both, strict=True)
             pieces = re.split(f"{sign}([0-9]+){sign}", self._render(marked).text)
             unchanged = "".join(pieces[::2]) == self.text
             if unchanged:

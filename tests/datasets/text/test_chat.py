@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.normalizers import Prepend, Replace, Sequence
+from tokenizers.pre_tokenizers import ByteLevel
 
 from iwsft.datasets.text.chat import ChatEncoder
 from iwsft.datasets.text.encoding import Encoded, encode_completion
@@ -258,3 +259,15 @@ def test_an_answer_behind_a_space_begins_without_another(prompt, completion, by_
     assert trained(tokenizer, encoded) == completion + "</s>"
     before = encoded.ids[: encoded.trained.index(True)]
     assert before == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+
+
+def test_a_byte_level_tokenizer_with_a_prefix_space_continues_without_it():
+    tokenizer = byte_level(None)
+    plain = tokenizer.backend_tokenizer.pre_tokenizer
+    tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)
+    try:
+        encoded = encode_completion(tokenizer, "two and t", "wo is", "row")
+        assert trained(tokenizer, encoded) == "wo is<|im_end|>"
+        assert tokenizer.decode(encoded.ids) == " two and two is<|im_end|>"
+    finally:
+        tokenizer.backend_tokenizer.pre_tokenizer = plain
