@@ -57,19 +57,29 @@ def evaluate(options: Options) -> None:
     show(results)
 
 
-if __name__ == "__main__":
+def _run() -> None:
     # Of several processes one has the last word; while it imports, a signal just ends it.
     if os.environ.get("RANK", "0") == "0":
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         from benchmarks.runs import ends_as_ctrl_c_does
 
         ends_as_ctrl_c_does()
-    if sys.argv[1:2] == ["evaluate"]:
-        import tyro
+    if sys.argv[1:2] != ["evaluate"]:
+        return main(sys.argv[1:])
+    import tyro
 
-        from benchmarks.llm.evaluation.options import Options
+    from benchmarks.llm.evaluation.options import Options
 
-        prog = "python -m benchmarks.llm evaluate"
-        evaluate(tyro.cli(Options, args=sys.argv[2:], prog=prog, description=_EVALUATION))
-    else:
-        main(sys.argv[1:])
+    prog = "python -m benchmarks.llm evaluate"
+    return evaluate(tyro.cli(Options, args=sys.argv[2:], prog=prog, description=_EVALUATION))
+
+
+if __name__ == "__main__":
+    try:
+        _run()
+    except SystemExit as end:
+        if end.code in (130, 143):
+            # Python would end by SIGINT where a library was interrupted as it was imported.
+            sys.stderr.flush()
+            os._exit(int(end.code))
+        raise

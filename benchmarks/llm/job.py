@@ -23,10 +23,7 @@ from benchmarks.sweep import Summary
 
 
 def run_job(options: Options) -> int:
-    """Run what the command line asks for, show and write the results; return the exit status.
-
-    A run that fails is reported, and the others continue; with ``--deepspeed`` it ends the job.
-    """
+    """Run what the command line asks for, show the results, and return the exit status."""
     started = launched()
     launch = started or Launch("single", device=options.own_device)
     runs = [

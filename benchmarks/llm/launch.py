@@ -131,13 +131,9 @@ class Launch:
 
 
 def choose(
-    config: str | None,
-    hardware: Hardware,
-    *,
-    model: DecoderSizes | None = None,
-    setup: Setup | None = None,
+    config: str | None, hardware: Hardware, *, model: Any = None, setup: Setup | None = None
 ) -> Launch:
-    """Choose what to start on this hardware.
+    """Choose what to start on this hardware, for a ``model`` of these :class:`DecoderSizes`.
 
     ``config`` is the name of a packaged config, an accelerate YAML file, or a DeepSpeed JSON file.
     A YAML file of the user that gives a number of processes keeps it; otherwise there is one

@@ -145,13 +145,10 @@ def check_fit(model: Any, tokenizer: Any) -> None:
         )
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _unloadable(name: str, problem: str, error: BaseException) -> ValueError:
     """What to tell of an error of transformers: its reason in a line, and the way out."""
-    reason, way_out = _first_line(error), "pass a hub id, or a folder that save_pretrained wrote"
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    way_out = "pass a hub id, or a folder that save_pretrained wrote"
     if "custom code" in str(error):
         reason = "code comes with it"
         way_out = "read that code, then pass --trust-remote-code (trust_remote_code=True)"
@@ -216,8 +213,9 @@ def _convert(file: Path, home: Path) -> Mapping[str, Any]:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **named)
     # The reader of tokens raises bare Exceptions.
     except Exception as error:
-        problem = f"{_first_line(error)}): it is damaged, or new to transformers; fetch it again"
-        raise ValueError(f"{file} can't be read ({problem}") from error
+        reason = str(error).strip().partition("\n")[0]
+        problem = f"can't be read ({reason}): it is damaged, or new to transformers; fetch it again"
+        raise ValueError(f"{file} {problem}") from error
     config = model.config
     del config.quantization_config
     config.name_or_path = ""

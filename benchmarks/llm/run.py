@@ -1,7 +1,6 @@
 """A run of a language model: its rows, training and test, ``config.json`` and ``result.json``.
 
-The same call continues what a kill leaves of a run: training from its last checkpoint. All that
-comes after training is done again.
+The same call continues what a kill leaves of a run, from its last checkpoint or at its test.
 """
 
 from __future__ import annotations
@@ -330,9 +329,8 @@ def _train(run: Run, algorithm: Variant, prepared: Prepared) -> dict[str, Any]:
 class Progress(TrainerCallback):
     """Writes the rows of ``metrics.jsonl`` with the seconds up to each, and shows a few.
 
-    Only the first process does. Row 0 holds ``reference_cpu_seconds`` and
-    ``reference_wall_seconds``: before the first update. Seconds of a run that was cut off count up
-    to the checkpoint that it continues from.
+    Only the first process does. Row 0 has the seconds before the first update. Seconds of a run
+    that was cut off count up to the checkpoint that it continues from.
     """
 
     def __init__(self, run: Run) -> None:

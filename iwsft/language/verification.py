@@ -46,17 +46,17 @@ _LINES = (
 # An explanation after an answer.
 _EXPLANATION = re.compile(
     r"(?<=\S)(?:\s*[-,;:.(\u2014]*\s*(?<![A-Za-z])"
-    r"(?:because|since|as|so|where|which|not|but|instead|rather|hence|thus|given|due)\b"
-    r"|\s*[;\u2014]|[.!?]\s+(?=[A-Z])|\s+\((?!mod|or\b|and\b)(?=[A-Za-z]{2,}[\s,)])).*",
+    r"(?:and\s+)?(?:because|since|as|so|where|which|not|but|instead|rather|hence|thus|given|due)\b"
+    r"|\s*[;\u2014](?=.*[A-Za-z]{2})|[.!?]\s+(?=[A-Z])|\s+\((?!mod|or\b|and\b)(?=[A-Za-z]{2,}[\s,)])).*",
     re.DOTALL,
 )
 
 _WRAPPERS = re.compile(
-    r"\\(?:text|textbf|textit|textrm|mathbf|mathrm|mathit|mbox|emph|underline|boxed|textcolor\{\w+\}"
+    r"\\(?:text(?:bf|it|rm|sf|tt|color\{\w+\})?|math(?:bf|it|rm|sf|tt)|boldsymbol|bm|mbox|emph|underline"
     r"|operatorname)\s*\{([^{}]*)\}"
 )
 _LAYOUT = re.compile(
-    r"\\(?:left|right|displaystyle|large|Large|bf|quad|qquad|color\{\w+\})(?![A-Za-z])|\\[()\[\]!\\]"
+    r"\\(?:left|right|displaystyle|large|Large|bf|rm|quad|qquad|color\{\w+\})(?![A-Za-z])|\\[()\[\]!\\]"
     r"|\\?[%$\u00a3\u20ac]|[*`_]{2}|[*`\u2713\u2705]"
 )
 _SPACES = re.compile(r"\\[, ;:]|~|\^?\{?\\circ\b\}?|\\degree\b|\u00b0")
@@ -74,8 +74,8 @@ _WHOLE = re.compile(
     rf"(?:{_UNITS}(?:\^?\d)?(?:/[A-Za-z]+(?:\^?\d)?)?)*\s*[.?]*"
 )
 _LETTER = re.compile(
-    r"(?:(?:the|correct|right|best|final|option|choice|letter|answer|is)[\s:]+)*"
-    r"\(?([A-D])(?:\)|[.:,](?=\s|$)|(?=\s+[-(]\s*|\s+is\b|$))",
+    r"(?:(?:the|correct|right|best|final|option|choice|letter|answer|is|i|choose)[\s:]+)*"
+    r"\(?([A-D])(?:\)|[.:,!?](?=\s|$)|(?=\s+[-(\u2192]\s*|\s+is\b|$))",
     re.IGNORECASE,
 )
 _ANY_LETTER = re.compile(r"(?<![A-Za-z])[A-D](?![A-Za-z])", re.IGNORECASE)

@@ -70,6 +70,7 @@ INTEGERS: dict[int | None, tuple[str, ...]] = {
     33: (
         *("33", "033", "+33", "33.", "33.00", "(33)", "{33}", r"\(33\)", r"\[33\]", "$33$"),
         *(r"\text{33}", r"\mathbf{33}", r"\underline{\text{ 33 }}", r"\left(33\right)", "**33**"),
+        *(r"\boldsymbol{33}", r"\rm 33"),
         *(r"\displaystyle 33", r"33\quad", "33\\\\", r"\textcolor{red}{33}", r"\{33\}"),
         # Digits of other scripts, fullwidth, bold.
         *("\u0663\u0663", "\uff13\uff13", "\U0001d7d1\U0001d7d1"),
@@ -109,7 +110,7 @@ INTEGERS: dict[int | None, tuple[str, ...]] = {
         *("12.5", "1/2", "3 1/2", "\u00bd", r"\frac{66}{2}", r"5\sqrt{2}", r"5\pi", "5 pi", "5x"),
         *("5 x", "5!", "5^2", "5\u00b2", "2^{10}", "2e3", r"3 \times 10^2", "3\u00d710", "33_4"),
         *("33\u2084", "|-33|", "5 million", "2 dozen", "10-5"),
-        *("thirty-three", "none", "N/A", "?", "no solution", "", "5" * 5000),
+        *("thirty-three", "none", "N/A", "?", "no solution", "", "5" * 5000, "33; 34"),
     ),
 }
 
@@ -150,6 +151,7 @@ LETTERS: dict[str | None, tuple[str, ...]] = {
         *(f"C {EN_DASH} 12 MeV", f"C {DASH} 12 MeV", "C - because 12 MeV", "C because A fails"),
         *("C, not A", "C (not A)", "C. A is wrong.", "C; A is wrong", "C is right, B is not"),
         *("C) A proton", "C) Both A and B", "The correct option is C", "C instead of A"),
+        *("C!", "C and not A", "I choose C"),
     ),
     None: (
         *("A, C", "A and C", "(A) or (C)", "A/C", "A & C", "AC", "A, B, and C", "both A and C"),
