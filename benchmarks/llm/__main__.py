@@ -11,6 +11,7 @@ python -m benchmarks.llm evaluate --model runs/llm/s1k/iw-sft/seed-0/checkpoint 
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -80,6 +81,6 @@ if __name__ == "__main__":
     except SystemExit as end:
         if end.code in (130, 143):
             # Python would end by SIGINT where a library was interrupted as it was imported.
-            sys.stderr.flush()
+            atexit._run_exitfuncs()
             os._exit(int(end.code))
         raise
