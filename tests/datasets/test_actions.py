@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictSequential
 
+from benchmarks.d4rl.run import Task
 from iwsft import datasets, environments, evaluate
 from iwsft.trajectory import ACTION
 
@@ -140,3 +141,14 @@ def test_reference_scores_belong_to_the_task_of_d4rl() -> None:
     assert scores("AntMaze_UMaze-v4", {**maze, "continuing_task": False}) == (0.0, 1.0)
     assert scores("AntMaze_UMaze-v4", {"continuing_task": False}) is None
     assert scores("hopper-medium-v2", {}) is None  # not an environment
+
+
+def test_runs_train_and_score_in_the_range_of_policies(write: Write) -> None:
+    task = Task.load(str(write(fields(-2, 2), env_id="Pendulum-v1")))
+    assert task.dataset.action_bounds == (-1.0, 1.0)
+    policy = TensorDictModule(
+        lambda o: torch.full((len(o), 1), 0.5), in_keys=["observation"], out_keys=[ACTION]
+    )
+    half = TensorDictModule(torch.ones_like, in_keys=[ACTION], out_keys=[ACTION])
+    raw = evaluate(TensorDictSequential(policy, half), "Pendulum-v1", episodes=1)
+    assert task.score(policy, episodes=1).returns == raw.returns
