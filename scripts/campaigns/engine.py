@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import shutil
@@ -216,6 +217,8 @@ def start(work: Callable[[], object], log: Path) -> Child:
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.stdout = sys.stderr = os.fdopen(output, "w", buffering=1)
+        # Where it hangs.
+        faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
         os.write(begins, b".")
         work()
         code = 0

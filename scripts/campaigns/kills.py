@@ -54,9 +54,11 @@ def killed(job: Job, whole: Path, random: Random, *, command: bool) -> Iterator[
             yield "tried", ""
             code = child.wait(LIMIT / 2)
             if code is None:
+                child.end(signal.SIGUSR1)
+                child.wait(1)
                 child.end(signal.SIGKILL)
                 child.wait(None)
-                yield "hang", f"{how.name} did not end it in {LIMIT / 2:g} s"
+                yield "hang", f"{how.name} did not end it in {LIMIT / 2:g} s: {log.read_text()}"
             yield from _ending(how, code, log.read_text(), command)
         elif child.code != 0:
             yield "lost", f"resumed, it ends with {child.code}: {_tail(log)}"
