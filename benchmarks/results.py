@@ -132,7 +132,8 @@ def _check_result(path: Path, result: dict[str, Any], benchmark: str) -> None:
     _check_entries(path, result, _REQUIRED[benchmark])
     for key in ("normalized_score", "return_mean", "score"):
         value = result.get(key)
-        if value is not None and not (isinstance(value, _NUMBER) and math.isfinite(value)):
+        number = isinstance(value, _NUMBER) and not isinstance(value, bool)
+        if value is not None and not (number and math.isfinite(value)):
             raise ResultsError(f"{path}: {key!r} is {value!r}, not a number")
     rate = result.get("success_rate")
     if rate is not None and not (isinstance(rate, _NUMBER) and 0 <= rate <= 1):

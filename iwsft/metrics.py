@@ -81,9 +81,10 @@ class MetricsLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._file.close()
-        if self._board is not None:
+        # Each row is flushed, and a thread whose queue was interrupted ends minutes later.
+        if self._board is not None and kind is None:
             with full_disk_named(self._path):
                 self._board.close()
 

@@ -125,3 +125,11 @@ def test_without_tensorboard_there_are_json_lines(
     log(tmp_path, rows(1, 5))
     assert read(tmp_path / FILE) == rows(1, 5)
     assert not (tmp_path / BOARD).exists()
+
+
+def test_rows_before_an_interruption_are_in_tensorboard(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), MetricsLog(tmp_path) as metrics:
+        for row in rows(1, 3):
+            metrics.write(row)
+        raise KeyboardInterrupt
+    assert [step for step, _ in board(tmp_path, "loss")] == [1, 2, 3]

@@ -82,6 +82,7 @@ def test_corrupt_result_names_the_file(runs: Path, content: str) -> None:
         ("steps", None),
         ("benchmark", True),
         ("normalized_score", "many"),
+        ("normalized_score", True),
         ("normalized_score", float("nan")),
         ("success_rate", 40),
     ],
