@@ -101,7 +101,18 @@ _ARITHMETIC = {
 _LEFT_OUT = {"abs", "clamp", "clone", "copy", "detach", "double"}
 
 # Functions that fail at once, or give the same, if their arguments change places.
-_UNSWAPPED = {"exclude", "getattr", "hasattr", "isinstance", "max", "min", "select", "setattr"}
+_UNSWAPPED = {
+    "equal",
+    "promote_types",
+    "exclude",
+    "getattr",
+    "hasattr",
+    "isinstance",
+    "max",
+    "min",
+    "select",
+    "setattr",
+}
 
 
 @dataclass(frozen=True)
@@ -150,9 +161,9 @@ def mutants_of(file: str) -> list[Mutant]:
     return mutants
 
 
-def source_of(mutant: Mutant) -> str:
-    """The module after the change."""
-    tree = ast.parse((ROOT / mutant.file).read_text())
+def source_of(mutant: Mutant, source: str) -> str:
+    """The source of the module after the change."""
+    tree = ast.parse(source)
     place, change = mutant.place
     target = next(islice(_changeable(tree, ""), place, None))[0]
     after = _changes(target)[change]
@@ -172,8 +183,8 @@ def _changeable(node: ast.AST, where: str) -> Iterator[tuple[Any, str]]:
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "exc", "type_params"):
             continue
-        # An assertion about lengths that are equal by construction.
-        if isinstance(node, ast.keyword) and node.arg == "strict":
+        # Assertions that the source never breaks.
+        if isinstance(node, ast.keyword) and node.arg in ("strict", "frozen"):
             continue
         for child in value if isinstance(value, list) else [value]:
             if not isinstance(child, ast.AST):
@@ -298,11 +309,12 @@ def run(queue: list[Mutant], options: argparse.Namespace, folder: Path) -> Itera
     homes = [folder / str(number) for number in range(options.processes)]
     for home in homes:
         _copy(home)
-    for mutant in queue:
-        digests_of(mutant.file)
+    sources = {mutant.file: (ROOT / mutant.file).read_text() for mutant in queue}
+    for file in sources:
+        digests_of(file)
     end = time.monotonic() + options.seconds
     limits: dict[str, float] = {}
-    for file in dict.fromkeys(mutant.file for mutant in queue):
+    for file in sources:
         began = time.monotonic()
         child = _start(homes[0], TESTS[file])
         if os.waitpid(child, 0)[1] != 0:
@@ -314,7 +326,7 @@ def run(queue: list[Mutant], options: argparse.Namespace, folder: Path) -> Itera
     while running or (queue and time.monotonic() < end):
         while homes and queue and time.monotonic() < end:
             mutant, home = queue.pop(), homes.pop()
-            _write(home, mutant.file, source_of(mutant))
+            _write(home, mutant.file, source_of(mutant, sources[mutant.file]))
             running[_start(home, TESTS[mutant.file])] = mutant, home, time.monotonic()
         time.sleep(0.02)
         for child, (mutant, home, began) in list(running.items()):
@@ -326,7 +338,7 @@ def run(queue: list[Mutant], options: argparse.Namespace, folder: Path) -> Itera
             if not done:
                 continue
             del running[child]
-            _write(home, mutant.file, (ROOT / mutant.file).read_text())
+            _write(home, mutant.file, sources[mutant.file])
             homes.append(home)
             yield {
                 **{key: value for key, value in asdict(mutant).items() if key != "place"},

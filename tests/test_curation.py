@@ -211,6 +211,7 @@ def test_chance_among_equals_is_seeded_and_fair() -> None:
     returns = [0.0] * 10 + [1.0] * 10
     draws = [counts(curate(dataset(returns), cuts=(75,), seed=s)) for s in range(200)]
     assert draws[3] == counts(curate(dataset(returns), cuts=(75,), seed=3))
+    assert draws[0] == counts(curate(dataset(returns), cuts=(75,)))
     often = Counter(i for draw in draws for i in draw)
     assert set(often) == set(range(10, 20))
     # Each of the 10 is kept with chance 1/2: 200 draws, standard deviation 7.07.
@@ -218,8 +219,9 @@ def test_chance_among_equals_is_seeded_and_fair() -> None:
 
 
 def test_equal_scores_warn_and_a_cut_without_survivors_warns() -> None:
-    with pytest.warns(UserWarning, match="all 8 scores are 3: .*by chance"):
+    with pytest.warns(UserWarning, match="all 8 scores are 3: .*by chance") as warned:
         assert len(counts(curate(dataset([3.0] * 8), cuts=(50,)))) == 4
+    assert warned[0].filename == __file__
     with pytest.raises(ValueError, match="8 of 8 scores are the maximum"):
         curate(dataset([3.0] * 8), cuts=(50,), ties=">")
     returns = [0.0] * 8 + [1.0] * 2
@@ -282,10 +284,15 @@ def test_other_scores() -> None:
     flat[TRAJ_IDS] = data[TRAJ_IDS]
     flat["score"] = flat["score"][:, None]
     assert counts(curate(flat, cuts=(50,), score="score")) == {1: 1, 3: 1}
-    assert counts(curate(data, cuts=(50,), score=lambda td: -trajectory_returns(td))) == {
-        0: 1,
-        1: 1,
-    }
+    with_gradient = data["observation"].requires_grad_().sum() * 0
+    for ties in ("rank", ">"):
+        survivors = curate(
+            data,
+            cuts=(50,),
+            score=lambda td: with_gradient - trajectory_returns(td),
+            ties=ties,  # type: ignore[arg-type]
+        )
+        assert counts(survivors) == {0: 1, 1: 1}
 
 
 def test_invalid_scores_are_refused() -> None:
@@ -347,8 +354,9 @@ def test_a_cut_among_equal_scores_says_so() -> None:
 
 def test_a_cut_that_keeps_everything_says_so() -> None:
     """1 of 20 reaches the goal: the 90th percentile is still 0, and all are at least 0."""
-    with pytest.warns(UserWarning, match="cut 50 with ties='>=' keeps all 2 "):
+    with pytest.warns(UserWarning, match="cut 50 with ties='>=' keeps all 2 ") as warned:
         curate(dataset([1.0, 1.0]), cuts=(50,), ties=">=")
+    assert warned[0].filename == __file__
     sparse = dataset([1.0] + [0.0] * 19)
     with pytest.warns(UserWarning, match=r"cut 90 with ties='>=' keeps all 20 .* 19 of the scores"):
         curate(sparse, cuts=(90,), ties=">=")

@@ -90,6 +90,9 @@ def test_chunks_are_cut_where_the_next_trajectory_does_not_fit() -> None:
     ForwardPass(recorder, packed([16, 16, 4, 12, 15, 16]), rows=16).log_prob()
     # 15 steps are too few for a chunk.
     assert [len(chunk) for chunk in recorder.seen] == [16, 16, 16, 31]
+    recorder = Recorder()
+    ForwardPass(recorder, packed([20, 12, 30]), rows=32).log_prob()
+    assert [len(chunk) for chunk in recorder.seen] == [32, 30]
 
 
 def test_a_policy_with_memory_sees_whole_trajectories() -> None:

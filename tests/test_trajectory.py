@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from iwsft.trajectory import (
     REWARD,
     TRAJ_IDS,
     Segments,
+    check_tensordict,
     from_steps,
     lengths,
     pack,
@@ -289,3 +291,24 @@ def test_validate_names_a_row_of_the_wrong_length() -> None:
     padded["action"] = torch.zeros(3, 4, 2)
     with pytest.raises(ValueError, match=r"'action' has shape \[3, 4, 2\].*\[3, 3\]"):
         validate(padded)
+
+
+def test_an_entry_that_is_the_same_on_all_steps_of_a_trajectory() -> None:
+    packed = from_steps({"x": torch.tensor([1.0, 1.0, torch.nan, torch.nan])}, torch.arange(4) // 2)
+    first = per_trajectory(packed, "x")
+    assert first[0] == 1.0 and first[1].isnan() and len(first) == 2
+    packed["x"] = torch.tensor([1.0, 1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match="'x' changes within a trajectory, first at step 3"):
+        per_trajectory(packed, "x")
+    packed["wide"] = torch.zeros(4, 2)
+    with pytest.raises(ValueError, match=r"'wide' has shape \[4, 2\]"):
+        per_trajectory(packed, "wide")
+
+
+def test_what_is_not_a_tensordict_is_named() -> None:
+    packed = from_steps({}, torch.zeros(1, dtype=torch.int64))
+    check_tensordict(packed)
+    with pytest.raises(TypeError, match="a TensorDict, not a list$"):
+        check_tensordict([packed])
+    with pytest.raises(TypeError, match="not a SimpleNamespace; pass its .trajectories"):
+        check_tensordict(SimpleNamespace(trajectories=packed))

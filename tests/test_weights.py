@@ -16,7 +16,7 @@ from torch import Tensor
 
 from iwsft import ImportanceWeights, weights
 from iwsft.trajectory import Segments, from_steps
-from iwsft.weights import log_ess, log_mean_exp
+from iwsft.weights import exponential, log_ess, log_mean_exp
 
 FINITE = st.floats(-5, 5, width=32)
 
@@ -213,7 +213,8 @@ def test_literal_paper_g_overflows_beyond_4436_steps() -> None:
     chain = ImportanceWeights.paper_llm()
     # float32 ends at e^88.7228, and every step adds at least 0.02.
     assert 0.02 * 4436 < math.log(torch.finfo(torch.float32).max) < 0.02 * 4437
-    chain.check_overflow(4436)
+    for longest in (1, 4436):
+        chain.check_overflow(longest)
     with pytest.raises(OverflowError, match="4437 steps.*ClipWeight"):
         chain.check_overflow(4437)
     low = torch.full((4437,), -1.0)
@@ -336,3 +337,17 @@ def test_ess_is_a_share(data: list[tuple[float, int]]) -> None:
     x, m = (torch.tensor(column) for column in zip(*data, strict=True))
     ess = float(log_ess(x, m.double()).exp().float())
     assert 0 < ess <= 1
+
+
+def test_target_ess_does_not_see_what_is_not_counted() -> None:
+    log_weight, share = torch.tensor([0.0, 1.0, 2.0, 5000.0]), torch.tensor([1.0, 1.0, 1.0, 0.0])
+    for transform in (weights.TargetESS(0.5), weights.SelfNormalize()):
+        counted = transform(log_weight[:3], share[:3].double())
+        assert torch.equal(transform(log_weight, share.double())[:3], counted)
+
+
+@pytest.mark.parametrize("log_weight", [89.0, torch.nan, torch.inf])
+def test_weights_beyond_float32_are_refused(log_weight: float) -> None:
+    with pytest.raises(OverflowError, match="overflow float32 or are NaN"):
+        exponential(torch.tensor([0.0, log_weight]))
+    assert exponential(torch.tensor([0.0, 88.0, -torch.inf])).isfinite().all()

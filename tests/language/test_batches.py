@@ -87,7 +87,9 @@ def test_padded_and_packed_hold_the_same(sizes, data, multiple, pad):
         assert own[str(TOKENS)] == source.get(TOKENS).tolist()
         assert own[str(REF_LOG_PROB)] == source.get(REF_LOG_PROB).tolist()
         assert own[str(MULTIPLICITY)] == [counts[traj_id]] * sizes[traj_id]
-    assert collate(examples).batch_size[1] % 8 == 0
+    default = collate(examples)
+    assert default.batch_size[1] % 8 == 0
+    assert bool((default.get(TOKENS)[~default.get(ATTENTION_MASK)] == 0).all())
     longest = max(sizes[number] for number in numbers)
     assert packed.batch_size == (sum(sizes[i] for i in counts),)
     assert padded.batch_size[0] == len(counts)

@@ -15,6 +15,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from iwsft import reference
+from iwsft.forward_pass import ForwardPass
 from iwsft.language.batches import TrajectoryDataset, collate
 from iwsft.language.loss import token_loss
 from iwsft.policies import CausalLMPolicy
@@ -156,6 +157,10 @@ def _check_errors(rank: int, folder: Path) -> None:
         annotate(theta, dataset(), BATCHES, cache=folder / str(rank))
     with pytest.raises(ValueError, match="process 1 holds other trajectories than process 0"):
         annotate(theta, dataset(seed=rank), BATCHES)
+    # A pass that is not shared is each process's own.
+    own = dataset((5, 3, 9), seed=rank)
+    log_prob = ForwardPass(theta, own, [[0, 1, 2]]).log_prob()
+    torch.testing.assert_close(log_prob, theta.log_prob(own).detach())
     broken, data = CausalLMPolicy(decoder()), dataset()
     broken.model.model.embed_tokens.weight.data[VOCABULARY - 1] = torch.nan
     # Trajectory 8, process 1's in the second round, has 3 tokens from 80 on.

@@ -84,6 +84,12 @@ def test_weigh_reads_what_it_is_not_given(ready: Any) -> None:
         assert bool((weighed.log_weight[~loss.segments(batch).valid] == 0).all())
 
 
+def test_weights_of_a_q_held_elsewhere_are_read(make_loss: Any, make_batch: Any) -> None:
+    batch = make_batch().set("importance_weight", torch.full((18,), 2.0))
+    assert make_loss("lagged", hold_q=False)(batch)["weight_mean"] == 2.0
+    assert make_loss("current", hold_q=False)(batch)["weight_mean"] != 2.0
+
+
 @every_proposal
 @both_modes
 @pytest.mark.parametrize("batch_dims", [1, 2])

@@ -16,6 +16,7 @@ from torchrl.objectives import HardUpdate, SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
 
 from iwsft import EMA, HardSync, ImportanceWeightedMLE, ImportanceWeights, reweight, weights
+from iwsft.proposals import write_weights
 from iwsft.trajectory import MASK, pad
 
 both_modes = pytest.mark.parametrize("functional", [True, False], ids=["functional", "module"])
@@ -42,6 +43,13 @@ def nudge(loss: ImportanceWeightedMLE, seed: int) -> None:
 def assert_equal(a: list[Tensor], b: list[Tensor]) -> None:
     assert len(a) == len(b) > 0
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_written_weights_carry_no_gradient(make_loss: Any, make_batch: Any) -> None:
+    loss, batch = make_loss("cached"), make_batch()
+    log_q = batch["ref_log_prob"].clone().requires_grad_()
+    assert not write_weights(batch, loss, log_q).log_weight.requires_grad
+    assert not batch["importance_weight"].requires_grad
 
 
 def test_ema_of_tensors_of_other_dtypes(make_loss: Any) -> None:
