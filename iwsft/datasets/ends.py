@@ -19,13 +19,16 @@ from iwsft.datasets.episodes import CHUNK, Flags, Floats, Steps
 LAST = {"dones", "done", "ends", "last", "is_last", "is_terminal", "timeout", "time_limits"}
 LAST |= {"truncations", "truncateds", "truncated", "TimeLimit.truncated", "episode_terminals"}
 LAST |= {"terminations", "terminateds", "terminated", "episode_dones", "episode_ends"}
+LAST |= {"dones_float"}
 FIRST = {"first", "is_first", "is_init", "starts", "episode_starts", "initials"}
 # Names of a number that an episode's steps share.
 IDS = {"episode", "episodes", "episode_id", "episode_ids", "episode_index", "trajectories"}
 IDS |= {"traj_id", "traj_ids", "trajectory_id", "trajectory_ids"}
+# Names of a number that counts the steps of an episode.
+COUNTERS = {"step", "steps", "step_index", "timestep", "timesteps", "elapsed_steps", "frame_index"}
 # Names of the number of steps of each episode.
 LENGTHS = {"lengths", "episode_lengths", "traj_lengths", "trajectory_lengths"}
-NAMES = LAST | FIRST | IDS | LENGTHS
+NAMES = LAST | FIRST | IDS | COUNTERS | LENGTHS
 
 
 def marked_ends(name: str, values: NDArray[Any], rows: int) -> Flags | None:
@@ -34,7 +37,9 @@ def marked_ends(name: str, values: NDArray[Any], rows: int) -> Flags | None:
     None means that the field has another meaning, as its shape or values show.
     """
     ends = np.zeros(rows, dtype=bool)
-    if values.shape not in ((rows,), (rows, 1)):
+    if values.shape[1:] == (1,):
+        values = values.reshape(-1)
+    if values.shape != (rows,):
         # Lengths, or the positions after the last step of each episode.
         stops = np.cumsum(values) if name in LENGTHS else values
         whole = name in LENGTHS or name == "episode_ends"
@@ -42,7 +47,10 @@ def marked_ends(name: str, values: NDArray[Any], rows: int) -> Flags | None:
             ends[stops.astype(np.int64) - 1] = True
             return ends
         return None
-    values = values.reshape(-1)
+    if name in COUNTERS:
+        ends[:-1] = values[1:] != values[:-1] + 1
+        restarts = values[1:][ends[:-1]] == values[0]
+        return ends if restarts.all() and ends.mean() <= 0.5 else None
     if name in IDS:
         ends[:-1] = values[1:] != values[:-1]
         return ends if ends.mean() <= 0.5 else None  # a number of its own for each row

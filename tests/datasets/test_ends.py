@@ -63,7 +63,10 @@ IDS[6 + 9 :] += 1
         ("is_first", flags([0, *(ENDS[:-1] + 1)])),
         ("episode_ids", np.repeat([4, 5, 6, 7], SIZES)),
         ("traj_ids", IDS),
+        ("timesteps", np.concatenate([np.arange(1, size + 1) for size in SIZES])),
+        ("dones_float", flags(ENDS).astype(np.float32)),
         ("episode_lengths", np.array(SIZES)),
+        ("traj_lengths", np.array(SIZES)[:, None]),
         ("episode_ends", ENDS + 1),
     ],
 )
@@ -88,6 +91,8 @@ def test_ends_under_another_name(write: Write, name: str, values: np.ndarray, ze
         ("dones", np.arange(sum(SIZES)) / 10),  # not flags
         ("dones", np.zeros(5, bool)),  # another number of rows
         ("episode_ids", np.arange(sum(SIZES))),  # ids of rows
+        ("timesteps", np.arange(sum(SIZES))),  # one count for the whole recording
+        ("steps", np.arange(sum(SIZES)) // 2),  # of two environments
         ("episode_lengths", np.array([5, 5])),
         ("truncations", np.array(["no"] * sum(SIZES), "S2")),
     ],

@@ -85,9 +85,11 @@ class ChatEncoder:
             )
         variables = {**self.template_kwargs, **(template_kwargs or {})}
         conversation = self._conversation(messages, where, variables)
-        for tool in variables.get("tools") or ():
-            name = tool.get("function", tool).get("name", "")
-            if name not in conversation.text:
+        tools = variables.get("tools") or ()
+        names = [tool.get("function", tool).get("name", "") for tool in tools]
+        unread = bool(tools) and not self._reads_tools(messages, conversation.text, variables)
+        for name in names:
+            if unread or name not in conversation.text:
                 raise ValueError(
                     f"{where}: the chat template drops the tool {name!r}; pass a template that "
                     "writes tools, or drop them from the data"
@@ -160,6 +162,16 @@ class ChatEncoder:
             if start < stop:
                 stretches.append(Stretch(start, stop))
         return Rendered(text, stretches)
+
+    def _reads_tools(
+        self, messages: Sequence[Message], text: str, variables: Mapping[str, Any]
+    ) -> bool:
+        """Whether a conversation reads otherwise without its tools: messages may name them too."""
+        without = {key: value for key, value in variables.items() if key != "tools"}
+        try:
+            return self._render(messages, "", without, parts=self._reads_parts).text != text
+        except ValueError:
+            return True
 
     def _find_special(self, text: str, position: int) -> Stretch | None:
         """Find the special token behind a position, white space apart."""

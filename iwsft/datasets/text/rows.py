@@ -169,6 +169,8 @@ def _message(value: Any, where: str) -> Message:
         )
     # Templates test whether a key exists.
     message = {key: entry for key, entry in value.items() if entry is not None}
+    if "function_call" in message:
+        raise ValueError(f"{where}: function_call is an old form; write it as tool_calls")
     calls = message.get("tool_calls") or ()
     filled = role == ASSISTANT and not calls
     check_text(message.setdefault("content", ""), "content", where, filled=filled)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from typing import Any
+from unicodedata import normalize
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers.normalizers import Prepend, Replace, Sequence
+from tokenizers.normalizers import NFC, Prepend, Replace, Sequence
 from tokenizers.pre_tokenizers import ByteLevel
 
 from iwsft.datasets.text.chat import ChatEncoder
@@ -259,6 +260,18 @@ def test_an_answer_behind_a_space_begins_without_another(prompt, completion, by_
     assert trained(tokenizer, encoded) == completion + "</s>"
     before = encoded.ids[: encoded.trained.index(True)]
     assert before == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("completion", ["e\u0301te\u0301", "\u1112\u1161\u11ab"])
+def test_composed_characters_at_the_end_are_those_of_the_text(completion):
+    """Qwen's tokenizers compose characters, and their offsets then end before the text does."""
+    tokenizer = byte_level(None)
+    try:
+        tokenizer.backend_tokenizer.normalizer = NFC()
+        encoded = encode_completion(tokenizer, "two ", completion, "row")
+        assert trained(tokenizer, encoded) == normalize("NFC", completion) + "<|im_end|>"
+    finally:
+        tokenizer.backend_tokenizer.normalizer = None
 
 
 def test_a_byte_level_tokenizer_with_a_prefix_space_continues_without_it():

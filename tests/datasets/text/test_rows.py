@@ -201,6 +201,10 @@ def test_json_of_any_layout(tmp_path, encoding, suffix):
             json.dumps({"messages": [turn("assistant", None) | {"tool_calls": [{"f": 1}]}]}),
             "message 0: the name of a tool call must be text, it is missing",
         ),
+        (
+            json.dumps({"messages": [turn("assistant", "a") | {"function_call": {"name": "f"}}]}),
+            "message 0: function_call is an old form; write it as tool_calls",
+        ),
         (json.dumps({**CHAT, "tools": "look_up"}), "tools is not JSON"),
         (json.dumps({**CHAT, "tools": [3]}), "a tool must be a JSON schema"),
         (json.dumps({**CHAT, "chat_template_kwargs": [1]}), "kwargs must be an object"),

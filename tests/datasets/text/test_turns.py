@@ -148,6 +148,8 @@ def test_tools_and_template_variables_of_a_row():
         assert encoded.ids == expected["input_ids"]
     with pytest.raises(ValueError, match="f:1: the chat template drops the tool 'look_up'"):
         encode(CHATML, *messages, tools=tools)
+    with pytest.raises(ValueError, match="f:1: the chat template drops the tool 'look_up'"):
+        encode(CHATML, user("Can you look_up this?"), assistant("hello"), tools=tools)
     mood = CHATML + "{{ mood }}"
     row = to_row({"messages": messages, "chat_template_kwargs": {"mood": "sad"}}, "f:1")
     chat = ChatEncoder(tokenizer, template=mood, template_kwargs={"mood": "glad"})
