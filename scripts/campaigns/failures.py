@@ -123,8 +123,8 @@ def _case(shared: Path, random: Random, folder: Path) -> Iterator[Finding]:
         said = log.read_text().strip()
         last = said.splitlines()[-1] if said else ""
         clear = "run" in last and "Error" in last
-        # The log itself may be on the full disk.
-        if child.code == 1 and how != "kill" and not clear and (how != "full" or last):
+        # The log itself is on the full disk.
+        if child.code == 1 and how == "error" and not clear:
             yield "obscure", f"{how} at call {at} of {calls}: {last[:300]}"
     log.unlink(missing_ok=True)
     child = start(lambda: job(True), log)
