@@ -27,7 +27,7 @@ from torchrl.modules import OneHotCategorical, ProbabilisticActor
 
 from benchmarks.options import check_at_least
 from benchmarks.runs import hardware, versions, write_json
-from benchmarks.statistics import bootstrap_interval
+from benchmarks.statistics import t_interval
 from iwsft import ImportanceWeightedMLE, ImportanceWeights, annotate_reference, weights
 from iwsft.files import written_whole
 from iwsft.trajectory import REWARD, from_steps, select
@@ -117,7 +117,7 @@ def summary(runs: dict[str, list[BanditRun]]) -> dict[str, dict[str, Any]]:
     out: dict[str, dict[str, Any]] = {}
     for algorithm, seeds in runs.items():
         rewards = np.stack([run.reward for run in seeds])
-        low, high = bootstrap_interval(rewards)
+        low, high = t_interval(rewards) if len(seeds) > 1 else (rewards[0], rewards[0])
         out[algorithm] = {
             "limit": LIMITS[algorithm],
             "p_right": [float(run.right[-1]) for run in seeds],

@@ -1,7 +1,7 @@
 """Scores over datasets: aggregates, probability of improvement, performance profiles.
 
 Agarwal et al. 2021, https://arxiv.org/abs/2108.13264. Scores enter as score / 100 (1 is D4RL's
-expert) and leave as scores again. Intervals are from a stratified bootstrap over seeds.
+expert) and leave as scores again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks import statistics
 from benchmarks.report import figures
 from benchmarks.report.document import NOTHING, Grid
 from benchmarks.report.scores import SCORE, Cell, algorithm_label, algorithms, datasets, is_variant
-from benchmarks.statistics import MIN_SEEDS, Estimate, Scores, stratified_bootstrap
+from benchmarks.statistics import MIN_SEEDS, Estimate, Scores, shift_interval, wilson_interval
 
 # Aggregates of the scores ``[seeds, datasets]`` of an algorithm.
 METRICS = {
@@ -86,7 +86,7 @@ def _compare(block: list[str], matrices: Mapping[str, Scores], **left_out: Any) 
     alone = {algo: (matrix,) for algo, matrix in matrices.items()}
     estimates = {
         algo: [Estimate(*ends) for ends in zip(*estimate, strict=True)]
-        for algo, estimate in _bootstrap(metrics, alone).items()
+        for algo, estimate in _estimate(metrics, alone).items()
     }
     # The paper's algorithms, or the one with the highest IQM where they do not take part.
     candidates = [name for name in _CANDIDATES if name in matrices]
@@ -104,22 +104,31 @@ def _compare(block: list[str], matrices: Mapping[str, Scores], **left_out: Any) 
         datasets=block,
         seeds={algo: len(matrix) for algo, matrix in matrices.items()},
         estimates=estimates,
-        improvement={name: _bootstrap(better, others) for name, others in pairs.items()},
+        improvement={name: _estimate(better, others) for name, others in pairs.items()},
         thresholds=100.0 * thresholds,
-        profiles=_bootstrap(lambda scores: statistics.share_above(scores, thresholds), alone),
+        profiles={algo: _profile(matrix, thresholds) for algo, matrix in matrices.items()},
         **left_out,
     )
 
 
-def _bootstrap(
+def _estimate(
     function: Callable[..., Scores], scores: Mapping[str, tuple[Scores, ...]]
 ) -> dict[str, Estimate]:
     """Estimates by algorithm, with draws from one generator."""
-    generator = np.random.RandomState(0)
+    generator = np.random.default_rng(0)
     return {
-        algo: stratified_bootstrap(function, *matrices, generator=generator)
+        algo: shift_interval(function, *matrices, generator=generator)
         for algo, matrices in scores.items()
     }
+
+
+def _profile(matrix: Scores, thresholds: NDArray[np.float64]) -> Estimate:
+    """The share of all runs above each threshold, with Wilson's intervals."""
+    share = statistics.share_above(matrix, thresholds)
+    counts = np.rint(share * matrix.size).astype(int)
+    ends = {count: wilson_interval(count, matrix.size) for count in set(counts.tolist())}
+    low, high = np.transpose([ends[count] for count in counts.tolist()])
+    return Estimate(share, low, high)
 
 
 def _block(complete: Mapping[str, set[str]]) -> list[str]:

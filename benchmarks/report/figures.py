@@ -19,7 +19,7 @@ from benchmarks.report import scores
 from benchmarks.report.scores import Cell
 from benchmarks.report.tables import WeightRow, last_weights
 from benchmarks.results import RecordedRun
-from benchmarks.statistics import MIN_SEEDS, bootstrap_interval
+from benchmarks.statistics import MIN_SEEDS, t_interval
 
 # Greys: cloning; blues: SFT; oranges: iw-SFT; the rest: offline RL.
 COLOURS = {
@@ -288,14 +288,14 @@ def draw_sweep(rows: Sequence[WeightRow]) -> Figure | None:
 
 
 def _band(ax: Axes, steps: NDArray, values: NDArray, colour: str) -> None:
-    """Plot the mean over seeds, and its bootstrap interval for three seeds or more."""
+    """Plot the mean over seeds, and its 95 % interval for three seeds or more."""
     size = len(steps) // _POINTS
     if size > 1:
         whole = len(steps) // size * size
         steps = steps[:whole].reshape(-1, size).mean(axis=1)
         values = values[:, :whole].reshape(len(values), -1, size).mean(axis=2)
     if len(values) >= MIN_SEEDS and len(steps):
-        ax.fill_between(steps, *bootstrap_interval(values), color=colour, alpha=0.2, lw=0)
+        ax.fill_between(steps, *t_interval(values), color=colour, alpha=0.2, lw=0)
     ax.plot(steps, values.mean(axis=0), color=colour, lw=1.6)
 
 

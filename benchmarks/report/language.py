@@ -51,7 +51,7 @@ class RecipeRuns:
         """What the columns of the table of scores mean."""
         return (
             f"Score: {_first(self.scores[0], 'score_name')}, mean over seeds. Intervals (95 %) are "
-            f"over seeds (bootstrap) where they are {MIN_SEEDS} or more, of the test's items for "
+            f"over seeds (Student's t) where they are {MIN_SEEDS} or more, of the test's items for "
             "one seed. ESS: effective share of the draws of an update, its mean and least."
         )
 

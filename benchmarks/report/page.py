@@ -94,9 +94,10 @@ def _scores(
     grid = tables.score_grid(group, missing)
     document.text(
         "Score of the last policy, never of the best one on the way; the mean over episodes is "
-        "taken in each seed, then over seeds. Standard deviation and interval (95 %, percentile "
-        f"bootstrap of the mean) are over seeds, and only given for {MIN_SEEDS} seeds or more; "
-        "with so few seeds the interval is rather too narrow."
+        "taken in each seed, then over seeds. Standard deviation and interval (95 %, Student's t) "
+        f"are over seeds, and only given for {MIN_SEEDS} seeds or more. The interval covers the "
+        "mean in 95 % of all cases for normal scores, in fewer where seeds fall into two groups or "
+        "a few of them lie far out."
     )
     caption = "Scores, D4RL-normalised unless a footnote says otherwise."
     if tables.SUCCESS_INTERVAL in grid.columns:
@@ -126,9 +127,10 @@ def _aggregates(document: Document, group: Sequence[Cell]) -> None:
     if algorithms:
         document.text(
             f"Over {', '.join(map(scores.dataset_label, tasks))}: the datasets that all "
-            f"algorithms of this section have with {MIN_SEEDS} seeds or more. As in rliable "
-            "(<https://arxiv.org/abs/2108.13264>), with 95 % intervals from a stratified "
-            "bootstrap over seeds. The optimality gap is the mean distance below a score of 100. "
+            f"algorithms of this section have with {MIN_SEEDS} seeds or more. The aggregates are "
+            "those of rliable (<https://arxiv.org/abs/2108.13264>). Their intervals hold in 95 % "
+            "of all cases or more for normal scores: each dataset's mean is uncertain by "
+            "Student's t. The optimality gap is the mean distance below a score of 100. "
             "Where an algorithm has more seeds on one dataset than on another, its first ones "
             "enter."
         )
@@ -152,7 +154,7 @@ def _aggregates(document: Document, group: Sequence[Cell]) -> None:
             "profiles.png",
             over_datasets.draw_profiles(aggregates, group),
             "Performance profiles: share of the runs, over all datasets, that score higher than "
-            "the value on the x axis; bands are 95 % intervals. Higher is better.",
+            "the value on the x axis; bands are Wilson's 95 % intervals. Higher is better.",
         )
         few = f"not all of these algorithms have {MIN_SEEDS} seeds there"
         tasks_left_out = map(scores.dataset_label, aggregates.datasets_left_out)
@@ -175,7 +177,7 @@ def _curves(document: Document, group: Sequence[Cell]) -> None:
             document.figure(
                 f"learning_curves{end}.png",
                 figures.draw_learning_curves(part),
-                f"{words}Mean over seeds; the band is the 95 % bootstrap interval ({MIN_SEEDS} "
+                f"{words}Mean over seeds; the band is the 95 % interval ({MIN_SEEDS} "
                 "seeds or more). Points on the way are evaluated on fewer episodes; the dot is the "
                 "last policy's score of the table.",
             )

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.results import RecordedRun
-from benchmarks.statistics import MIN_SEEDS, bootstrap_interval
+from benchmarks.statistics import MIN_SEEDS, t_interval
 
 # Name of --algo -> the paper's notation where it has one, in the order of its tables' columns.
 ALGORITHMS = {
@@ -35,6 +35,7 @@ ALGORITHMS = {
 }
 # Entries of a control run's result that may be its score.
 SCORE, RETURN = "normalized_score", "return_mean"
+Interval = tuple[float, float]
 _SHARE = re.compile(r"bc-(\d+(?:\.\d+)?)")
 
 
@@ -119,7 +120,7 @@ class Cell:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Bootstrap interval of the mean over seeds, None for fewer than three.
+        """95 % interval of the mean over seeds, None for fewer than three.
 
         One seed has the interval over the test's items, where its result gives one.
         """
@@ -195,11 +196,11 @@ def uneven(group: Iterable[Cell]) -> list[str]:
     ]
 
 
-def interval_over_seeds(values: NDArray[np.float64]) -> tuple[float, float] | None:
-    """Bootstrap interval of the mean of ``[seeds]``, None for fewer than three."""
+def interval_over_seeds(values: NDArray[np.float64], *limits: float) -> Interval | None:
+    """95 % interval of the mean of ``[seeds]`` within limits, None for fewer than three."""
     if len(values) < MIN_SEEDS:
         return None
-    low, high = bootstrap_interval(values)
+    low, high = t_interval(values, *limits)
     return float(low), float(high)
 
 

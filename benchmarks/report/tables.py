@@ -81,7 +81,7 @@ def score_table(runs: Sequence[RecordedRun]) -> Group:
 def score_grid(group: Sequence[Cell], missing: Sequence[RecordedRun] = ()) -> Grid:
     """Table of the scores of the last policies and the published numbers of the same datasets.
 
-    Mean over seeds; standard deviation and 95 % bootstrap interval only with three seeds or more.
+    Mean over seeds; standard deviation and 95 % interval only with three seeds or more.
     A published number has its own column, and is shown only where the dataset has exactly its
     name. Algorithms of which no seed is finished have a row without numbers.
     """
@@ -131,7 +131,7 @@ def _measured(grid: Grid, cell: Cell, cut_off: int) -> list[str]:
         return [*row, NOTHING, NOTHING]
     few = f"Success of {len(rates)} of the {count} seeds: the others did not record it."
     mean = grid.marked(f"{rates.mean():.2f}", [few] if len(rates) < count else [])
-    return [*row, mean, interval_text(scores.interval_over_seeds(rates), digits=2)]
+    return [*row, mean, interval_text(scores.interval_over_seeds(rates, 0.0, 1.0), digits=2)]
 
 
 def _shortened(cell: Cell) -> list[str]:

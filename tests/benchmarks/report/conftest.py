@@ -24,10 +24,10 @@ QUANTILES = ("05", "25", "50", "75", "95")
 
 
 @pytest.fixture(autouse=True, scope="package")
-def few_resamples() -> Iterator[None]:
-    """The tests do not depend on the number of resamples."""
+def few_draws() -> Iterator[None]:
+    """The tests do not depend on the number of draws."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("benchmarks.statistics._STRATIFIED_RESAMPLES", 200)
+        patch.setattr("benchmarks.statistics._SHIFTS", 200)
         yield
 
 

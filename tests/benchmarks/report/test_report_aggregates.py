@@ -82,24 +82,24 @@ def test_both_directions_of_a_pair_add_up(runs: Path) -> None:
     assert there.point + back.point == pytest.approx(1.0)
 
 
-def test_intervals_are_those_of_a_stratified_bootstrap_by_hand(runs: Path) -> None:
-    """The draws of rliable: numpy's global generator, one index per seed and dataset."""
+def test_intervals_by_hand(runs: Path) -> None:
+    """Shifts of each dataset's scores by Student's t times the standard error of their mean."""
     group = cells(read_runs(runs, CONTROL))
     scores = np.stack([cell.values for cell in group if cell.algo == "sft-q"], axis=1)
     # The only algorithm, so that no other draws come first.
     aggregates = aggregate([cell for cell in group if cell.algo == "sft-q"])
-    generator = np.random.RandomState(0)
-    rows = [generator.choice(3, (3, 2)) for _ in range(200)]
-    resamples = [np.take_along_axis(scores, row, axis=0) for row in rows]
+    draws = np.random.default_rng(0).standard_t(2, (200, 2))
+    shifted = [scores + t * scipy.stats.sem(scores) for t in draws]
     iqm, mean, *_ = aggregates.estimates["sft-q"]
     for estimate, function in ((iqm, lambda x: scipy.stats.trim_mean(x, 0.25)), (mean, np.mean)):
-        expected = np.percentile([function(draw.ravel()) for draw in resamples], [2.5, 97.5])
+        expected = np.percentile([function(draw.ravel()) for draw in shifted], [2.5, 97.5])
         assert [estimate.low, estimate.high] == pytest.approx(expected)
     profile, thresholds = aggregates.profiles["sft-q"], aggregates.thresholds / 100
-    shares = [[(draw / 100 > t).mean() for t in thresholds] for draw in resamples]
-    low, high = np.percentile(shares, [2.5, 97.5], axis=0)
-    assert profile.low == pytest.approx(low) and profile.high == pytest.approx(high)
-    assert profile.point == pytest.approx([(scores / 100 > t).mean() for t in thresholds])
+    counts = [int((scores / 100 > t).sum()) for t in thresholds]
+    ends = [scipy.stats.binomtest(n, 6).proportion_ci(method="wilson") for n in counts]
+    assert profile.low == pytest.approx([end.low for end in ends])
+    assert profile.high == pytest.approx([end.high for end in ends])
+    assert profile.point == pytest.approx([n / 6 for n in counts])
     assert profile.point[-1] == 0.0 and thresholds[-1] == pytest.approx(scores.max() / 100)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import scipy.stats
 
 from benchmarks.llm.options import NAMES
 from benchmarks.report.__main__ import Report, main
@@ -84,8 +85,9 @@ def test_scores_and_weights_over_seeds(language: Path, capsys: pytest.CaptureFix
     base, sft, weighted = (cells_of(text, algo)[0] for algo in SCORES)
     # One seed: the interval of its test. Two carry none.
     assert base[3:] == ["0.400 to 0.600", "0", "-", "-", "-", "7"]
-    low, high = map(float, sft[3].split(" to "))
-    assert min(SCORES["sft"]) <= low < statistics.mean(SCORES["sft"]) < high <= max(SCORES["sft"])
+    center, scale = statistics.mean(SCORES["sft"]), statistics.stdev(SCORES["sft"]) / 3**0.5
+    low, high = scipy.stats.t.interval(0.95, 2, center, scale)
+    assert sft[3] == f"{low:.3f} to {high:.3f}"
     assert sft[4:] == ["2", "0.70", "0.50", "3.00", "9"]
     assert weighted[3] == "-" and weighted[5] == "0.65"
 

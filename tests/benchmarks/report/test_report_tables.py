@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import scipy.stats
 from rich.console import Console
 
 from benchmarks.report.aggregates import aggregate
@@ -52,8 +53,8 @@ def test_table_numbers(runs: Path) -> None:
         ("hopper-a", "iw-SFT(Q)"),
     ]
     assert rows["hopper-a", "SFT(Q)"][2:6] == ["3", "20", "51.0", "11.5"]
-    low, high = rows["hopper-a", "SFT(Q)"][6].split(" to ")
-    assert 40.0 <= float(low) < 51.0 < float(high) <= 63.0
+    low, high = scipy.stats.t.interval(0.95, 2, 51.0, scipy.stats.sem([40.0, 50.0, 63.0]))
+    assert rows["hopper-a", "SFT(Q)"][6] == f"{low:.1f} to {high:.1f}"
 
 
 def test_cost(runs: Path) -> None:
