@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.runs import CONFIG, RESULT
+from benchmarks.runs import CONFIG, RESULT, one_line
 from iwsft import metrics
 
 CONTROL, LANGUAGE = "d4rl", "llm"
@@ -22,11 +22,14 @@ _REQUIRED: dict[str, _Kinds] = {
     CONTROL: {**_ANY, "episodes": int, "return_mean": _NUMBER, "wall_seconds": _NUMBER},
     LANGUAGE: {**_ANY, "score": _NUMBER, "score_name": str, "interval": list, "n": int},
 }
-_CONFIG: _Kinds = {"versions": dict, "hardware": dict, "command": str}
+# Entries of `config.json` that the report reads; language runs need all but the settings.
+_CONFIG: _Kinds = {"settings": dict, "versions": dict, "hardware": dict, "command": str}
+_CONFIG |= {"env_kwargs": dict}
+_NEEDED = {name: _CONFIG[name] for name in ("versions", "hardware", "command")}
 
 
 class ResultsError(ValueError):
-    """A run folder that cannot be read; the message names the file."""
+    """A folder without runs, or a file that is not what a run writes; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class RecordedRun:
     result: dict[str, Any]
     config: dict[str, Any]
     metrics: list[dict[str, float]]
+    damage: str = ""  # what is wrong with its files; then all three are empty
 
     @property
     def versions(self) -> dict[str, str]:
@@ -69,11 +73,12 @@ def read_runs(folder: str | Path, benchmark: str) -> list[RecordedRun]:
     """Read all finished runs of a benchmark below ``folder``, sorted by path.
 
     Args:
-        folder: Folder that ``--out`` of the runs named, or a part of it.
+        folder: Folder that ``--out`` of the runs named, or a part of it; or the ``runs.json`` of a
+            report.
         benchmark: ``CONTROL`` or ``LANGUAGE``.
 
     Raises:
-        ResultsError: A file is not what a run writes, or two folders hold the same run.
+        ResultsError: There is no such folder, or two folders hold the same run.
     """
     runs: dict[tuple[str, str, int], RecordedRun] = {}
     for run in _read_all(Path(folder), benchmark):
@@ -88,32 +93,67 @@ def read_runs(folder: str | Path, benchmark: str) -> list[RecordedRun]:
 
 
 def unfinished_runs(folder: str | Path, benchmark: str) -> list[RecordedRun]:
-    """Read all runs below ``folder`` that have no result: cut off, failed, or still running."""
+    """Read all runs below ``folder`` without a result: cut off, failed, running, or damaged."""
     return [run for run in _read_all(Path(folder), benchmark) if not run.result]
 
 
 def _read_all(root: Path, benchmark: str) -> Iterator[RecordedRun]:
-    """Read all runs of a benchmark."""
+    """Read all runs of a benchmark; a damaged one is known by its folder's name."""
+    if root.is_file():
+        yield from _read_records(root, benchmark)
+        return
     for folder in _folders(root):
         kind, dataset, algo, seed = folder.absolute().parts[-4:]
-        result = _read_json(folder / RESULT)
-        _check_entries(folder / RESULT, {"benchmark": kind, **result}, {"benchmark": str})
-        # The entries decide, as folders may be copied under another name.
-        if result.get("benchmark", kind) != benchmark:
-            continue
-        number = int(seed.removeprefix("seed-"))
-        if (folder / RESULT).exists():
-            _check_result(folder / RESULT, result, benchmark)
-            dataset, algo, number = result["dataset"], result["algo"], result["seed"]
-        config = _read_json(folder / CONFIG)
-        # A language run without its command is damaged; control's older runs may lack it.
-        if result and benchmark == LANGUAGE and (folder / CONFIG).exists():
-            _check_entries(folder / CONFIG, config, _CONFIG)
-        path = folder / metrics.FILE
-        rows = _parse(path, metrics.read) if path.exists() else []
-        parts = folder.relative_to(root).parts[:-4]
-        variant, name = "/".join(parts), "/".join((*parts, algo))
-        yield RecordedRun(folder, variant, dataset, name, number, result, config, rows)
+        parts, number = folder.relative_to(root).parts[:-4], int(seed.removeprefix("seed-"))
+        result: dict[str, Any] = {}
+        config: dict[str, Any] = {}
+        rows, damage = list[dict[str, float]](), ""
+        try:
+            result = _read_json(folder / RESULT)
+            _check_entries(folder / RESULT, {"benchmark": kind, **result}, {"benchmark": str})
+            # The entries decide, as folders may be copied under another name.
+            if result.get("benchmark", kind) != benchmark:
+                continue
+            if (folder / RESULT).exists():
+                _check_result(folder / RESULT, result, benchmark)
+                dataset, algo, number = result["dataset"], result["algo"], result["seed"]
+            config = _read_json(folder / CONFIG)
+            for name, value in config.items():
+                if name in _CONFIG and not isinstance(value, _CONFIG[name]):
+                    raise ResultsError(f"{folder / CONFIG}: {name!r} is {value!r}")
+            # A language run without its command is damaged; control's older runs may lack it.
+            if result and benchmark == LANGUAGE and (folder / CONFIG).exists():
+                _check_entries(folder / CONFIG, config, _NEEDED)
+            rows = _read_metrics(folder / metrics.FILE)
+        except (ResultsError, OSError) as error:
+            if kind != benchmark:
+                continue
+            result, config, rows, damage = {}, {}, [], printable(one_line(error))
+        variant, name = printable("/".join(parts)), printable("/".join((*parts, algo)))
+        dataset = printable(dataset)
+        yield RecordedRun(folder, variant, dataset, name, number, result, config, rows, damage)
+
+
+def _read_records(path: Path, benchmark: str) -> Iterator[RecordedRun]:
+    """Read the runs that a report recorded; they have no metrics."""
+    for record in _parse(path):
+        if record.get("benchmark") == benchmark:
+            _check_result(path, record, benchmark)
+            variant = record.pop("variant", "")
+            algo = f"{variant}/{record['algo']}".lstrip("/")
+            config = {name: record.pop(name) for name in _CONFIG if record.get(name) is not None}
+            config["versions"] = record.get("versions", {})
+            dataset, seed = record["dataset"], record["seed"]
+            yield RecordedRun(path, variant, dataset, algo, seed, record, config, [])
+
+
+def printable(value: Any) -> Any:
+    """A value whose texts show control characters as a terminal can't obey them."""
+    if isinstance(value, str):
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in value)
+    if isinstance(value, dict):
+        return {printable(key): printable(entry) for key, entry in value.items()}
+    return [printable(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _folders(root: Path) -> list[Path]:
@@ -130,34 +170,56 @@ def _folders(root: Path) -> list[Path]:
 
 def _check_result(path: Path, result: dict[str, Any], benchmark: str) -> None:
     _check_entries(path, result, _REQUIRED[benchmark])
-    for key in ("normalized_score", "return_mean", "score"):
-        value = result.get(key)
-        number = isinstance(value, _NUMBER) and not isinstance(value, bool)
-        if value is not None and not (number and math.isfinite(value)):
-            raise ResultsError(f"{path}: {key!r} is {value!r}, not a number")
+    score = result.get("normalized_score")
+    if score is not None and not _is_number(score):
+        raise ResultsError(f"{path}: 'normalized_score' is {score!r}, not a number")
     rate = result.get("success_rate")
-    if rate is not None and not (isinstance(rate, _NUMBER) and 0 <= rate <= 1):
+    if rate is not None and not (_is_number(rate) and 0 <= rate <= 1):
         raise ResultsError(f"{path}: 'success_rate' is {rate!r}, not a share of the episodes")
+    ends = result.get("interval", [0, 0])
+    if not isinstance(ends, list) or len(ends) != 2 or not all(map(_is_number, ends)):
+        raise ResultsError(f"{path}: 'interval' is {ends!r}, not two numbers")
+
+
+def _is_number(value: object) -> bool:
+    number = isinstance(value, _NUMBER) and not isinstance(value, bool)
+    return number and math.isfinite(value)
 
 
 def _check_entries(path: Path, content: dict[str, Any], kinds: _Kinds) -> None:
     for key, kind in kinds.items():
-        if not isinstance(content.get(key), kind):
-            wrong = f"{key!r} is {content.get(key, 'missing')!r}"
-            raise ResultsError(f"{path}: {wrong}; remove the folder and run again")
+        value = content.get(key, "missing")
+        if not isinstance(value, kind) or (kind == _NUMBER and not _is_number(value)):
+            raise ResultsError(f"{path}: {key!r} is {value!r}; remove the folder and run again")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The object of a file, empty without the file."""
-    value = _parse(path, lambda path: json.loads(path.read_text())) if path.exists() else {}
+    value = _parse(path) if path.exists() else {}
     if not isinstance(value, dict):
         raise ResultsError(f"{path} holds no JSON object: remove its folder and run again")
     return value
 
 
-def _parse(path: Path, read: Callable[[Path], Any]) -> Any:
+def _read_metrics(path: Path) -> list[dict[str, float]]:
+    rows = _parse(path, metrics.read) if path.exists() else []
+    for row in rows:
+        numbers = isinstance(row, dict) and all(isinstance(x, _NUMBER) for x in row.values())
+        if not numbers or not _is_number(row.get("step")):
+            raise ResultsError(f"{path} has a row that is not of numbers with a step: {row!r}")
+    return rows
+
+
+def _load(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def _parse(path: Path, read: Callable[[Path], Any] = _load) -> Any:
+    # A pipe would wait for its writer.
+    if not path.is_file():
+        raise ResultsError(f"{path} is not a file; remove it")
     try:
-        return read(path)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return printable(read(path))
+    except (ValueError, RecursionError) as error:
         way_out = "mend it, or remove its folder and run again"
         raise ResultsError(f"{path} is not JSON ({error}): {way_out}") from error

@@ -11,7 +11,7 @@ from rich.console import Console
 from benchmarks.report.language import read_recipes, recipe_table
 from benchmarks.report.page import write_report
 from benchmarks.report.tables import score_table
-from benchmarks.results import CONTROL, ResultsError, read_runs, unfinished_runs
+from benchmarks.results import CONTROL, ResultsError, printable, read_runs, unfinished_runs
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,10 @@ def main(report: Report) -> None:
             console.print(recipe_table(recipe))
         unfinished += recipe.unfinished
     if unfinished:
-        console.print(f"{len(unfinished)} unfinished runs left out:")
+        console.print(f"{len(unfinished)} unfinished or damaged runs left out:")
         for run in unfinished:
-            console.print(f"  {run.folder}", highlight=False)
+            line = run.damage or printable(str(run.folder))
+            console.print(f"  {line}", highlight=False, markup=False)
     console.print(f"Report: {page}", highlight=False, soft_wrap=True)
 
 

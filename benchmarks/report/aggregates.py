@@ -202,7 +202,7 @@ def draw_improvement(aggregates: Aggregates, group: Sequence[Cell]) -> Figure | 
     for ax, (candidate, estimates) in zip(axes.flat, improvement.items(), strict=True):
         _intervals(ax, estimates, group)
         ax.axvline(0.5, color="0.3", lw=0.8, ls=":")
-        label = f"P({algorithm_label(candidate)} scores higher than the algorithm)"
+        label = f"P({figures.literal(algorithm_label(candidate))} scores higher than the algorithm)"
         ax.set(xlim=(-0.02, 1.02), xlabel=label)
     return figure
 

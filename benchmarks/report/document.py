@@ -93,12 +93,12 @@ class Grid:
         ours = len(self.columns) - self.published
         lines = []
         for row in (self.columns, *self.rows):
-            texts = [re.sub(r"([\\`*_<&|])", r"\\\1", text) for text in row]
+            texts = [escaped(text) for text in row]
             theirs = [text if text == NOTHING else f"*{text}*" for text in texts[ours:]]
             lines.append(texts[:ours] + theirs)
         lines.insert(1, ["---" if i < self.left else "---:" for i in range(len(self.columns))])
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        notes = "\n".join(f"[{i + 1}] {note}  " for i, note in enumerate(self.notes))
+        notes = "\n".join(f"[{i + 1}] {_note(note)}  " for i, note in enumerate(self.notes))
         return f"{table}\n\n{notes}".rstrip()
 
     def _marks(self, columns: Iterable[int]) -> set[str]:
@@ -130,6 +130,17 @@ class Grid:
         return table
 
 
+def escaped(text: str) -> str:
+    """A text whose characters mean nothing to markdown."""
+    return re.sub(r"([\\`*_{}\[\]<>&|#!~$])", r"\\\1", text)
+
+
+def _note(text: str) -> str:
+    """A footnote, whose <https://...> are links."""
+    parts = re.split(r"(<https://[^\s<>]+>)", text)
+    return "".join(part if i % 2 else escaped(part) for i, part in enumerate(parts))
+
+
 def interval_text(interval: tuple[float, float] | None, digits: int = 1) -> str:
     """An interval as ``low to high``."""
     return NOTHING if interval is None else " to ".join(f"{end:.{digits}f}" for end in interval)
@@ -150,9 +161,9 @@ class Document:
         self._blocks = self._sections.setdefault(title, [])
         about = [
             f"{len(runs)} runs, seeds {' '.join(map(str, sorted({run.seed for run in runs})))}",
-            ", ".join(distinct(run.result.get("env_id") for run in runs)),
-            " / ".join(version_lines(runs)) or "versions not recorded",
-            " / ".join(hardware_lines(runs)) or "hardware not recorded",
+            escaped(", ".join(distinct(run.result.get("env_id") for run in runs))),
+            escaped(" / ".join(version_lines(runs))) or "versions not recorded",
+            escaped(" / ".join(hardware_lines(runs))) or "hardware not recorded",
         ]
         self._made = (
             f"*`{self._command}`: {'; '.join(filter(None, about))}. "
@@ -185,7 +196,7 @@ class Document:
         commands = distinct(shareable(run.config.get("command", "")) for run in runs)
         for title, lines in ("Versions", version_lines(runs)), ("Hardware", hardware_lines(runs)):
             self.text(f"{title}:")
-            self.bullets(lines or ["not recorded"])
+            self.bullets(map(escaped, lines or ["not recorded"]))
         self.text("Commands, without the folders of absolute paths:")
         self.text("\n".join(["```", *(commands or ["not recorded"]), "```"]))
 

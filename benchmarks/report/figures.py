@@ -42,6 +42,11 @@ _POINTS = 150  # longer series are averaged into this many points
 _PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
 
+def literal(text: str) -> str:
+    """A text whose dollars do not begin a formula."""
+    return text.replace("$", r"\$")
+
+
 def make_axes(
     rows: int, columns: int, size: tuple[float, float], *, sharey: bool = False
 ) -> tuple[Figure, NDArray[Any]]:
@@ -67,7 +72,7 @@ def make_panels(
         ax.set_axis_off()
     by_name = dict(zip(names, axes.flat, strict=False))
     for name, ax in by_name.items():
-        ax.set_title(scores.dataset_label(name), fontsize=TITLE)
+        ax.set_title(literal(scores.dataset_label(name)), fontsize=TITLE)
     return figure, by_name
 
 
@@ -88,9 +93,8 @@ def add_legend(figure: Figure, handles: Sequence[Artist], most: int = 6) -> None
 
 def add_colours(figure: Figure, colour: Mapping[str, str]) -> None:
     """Show the colours of the algorithms below all panels."""
-    names = colour.items()
-    lines = [Line2D([], [], color=c, lw=2.5, label=scores.algorithm_label(n)) for n, c in names]
-    add_legend(figure, lines)
+    labels = {literal(scores.algorithm_label(name)): c for name, c in colour.items()}
+    add_legend(figure, [Line2D([], [], color=c, lw=2.5, label=n) for n, c in labels.items()])
 
 
 def plot_score(ax: Axes, y: int, cell: Cell, colour: str) -> None:
@@ -104,7 +108,7 @@ def plot_score(ax: Axes, y: int, cell: Cell, colour: str) -> None:
 
 def list_names(ax: Axes, names: Iterable[str]) -> None:
     """Write the names on the y axis, from top to bottom."""
-    labels = list(names)
+    labels = list(map(literal, names))
     ax.set_yticks(range(len(labels)), labels)
     ax.set_ylim(len(labels) - 0.5, -0.5)
     ax.grid(axis="y", visible=False)
@@ -204,7 +208,7 @@ def draw_training_curves(group: Sequence[Cell]) -> Figure | None:
     figure, axes = make_axes(len(lines), len(names), size)
     for row, (key, label, rows) in zip(axes, lines, strict=True):
         for dataset, ax in zip(names, row, strict=True):
-            ax.set_title(scores.dataset_label(dataset), fontsize=TITLE)
+            ax.set_title(literal(scores.dataset_label(dataset)), fontsize=TITLE)
             ax.set_xlabel("update")
             for cell in (cell for cell in rows if cell.dataset == dataset):
                 _band(ax, *series(cell.runs, key), colour[cell.algo])
@@ -237,7 +241,7 @@ def draw_weight_quantiles(group: Sequence[Cell]) -> Figure | None:
         ax.plot(steps, medians.mean(axis=0), color=shade)
         ax.axhline(1.0, color="0.3", lw=0.8, ls=":")
         ax.set(yscale="log", xlabel="update", ylabel="importance weight")
-        ax.set_title(", ".join(cell.labels), fontsize=TITLE)
+        ax.set_title(literal(", ".join(cell.labels)), fontsize=TITLE)
     for ax in axes.flat:
         low, high = ax.get_ylim()
         ax.yaxis.set_major_formatter(_PLAIN)
@@ -265,7 +269,8 @@ def draw_sweep(rows: Sequence[WeightRow]) -> Figure | None:
         ax.axhline(cell.mean, color=choose_colours([cell])[cell.algo], lw=1.2, ls="--")
         if sum(other.dataset == cell.dataset for other in plain) > 1:
             at = ax.get_yaxis_transform()
-            ax.text(0.99, cell.mean, scores.algorithm_label(cell.algo), transform=at, ha="right")
+            name = literal(scores.algorithm_label(cell.algo))
+            ax.text(0.99, cell.mean, name, transform=at, ha="right")
     for setting, cell in weighted:
         ax = axes[cell.dataset]
         ess, target = float(np.mean(last_weights(cell, "ESS"))), setting.target_ess
@@ -277,7 +282,7 @@ def draw_sweep(rows: Sequence[WeightRow]) -> Figure | None:
             words = f"{words}, {setting.lag}"
         # Where the panel has two sweeps, the variant tells which is which.
         if panel.count(setting) > 1:
-            words = cell.algo.rpartition("/")[0] or words
+            words = literal(cell.algo.rpartition("/")[0]) or words
         ax.annotate(words, (ess, cell.mean), xytext=(6, 5), textcoords="offset points", fontsize=8)
         ax.set_xlabel("effective sample size at the end (share of the data)")
         ax.set_ylabel(UNIT[cell.score_key])

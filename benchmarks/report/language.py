@@ -13,7 +13,15 @@ from rich.console import Group
 from rich.text import Text
 
 from benchmarks.report.document import NOTHING, Grid, interval_text
-from benchmarks.report.figures import COLOURS, add_legend, list_names, make_axes, plot_score, series
+from benchmarks.report.figures import (
+    COLOURS,
+    add_legend,
+    list_names,
+    literal,
+    make_axes,
+    plot_score,
+    series,
+)
 from benchmarks.report.scores import Cell, base, cells
 from benchmarks.results import LANGUAGE, RecordedRun, read_runs, unfinished_runs
 from benchmarks.runs import write_json
@@ -160,9 +168,11 @@ def draw_recipe(recipe: RecipeRuns) -> Figure:
         for ax, metric in ((ess, "ESS"), (largest, "weight_max")):
             steps, values = series(cell.runs, metric)
             if len(steps):
-                ax.plot(steps, values.mean(axis=0), color=colour, lw=1.5, label=base(cell.algo))
+                ax.plot(
+                    steps, values.mean(axis=0), color=colour, lw=1.5, label=literal(base(cell.algo))
+                )
     list_names(scores, [base(cell.algo) for cell in rows])
-    scores.set_xlabel(_first(rows[0], "score_name"))
+    scores.set_xlabel(literal(_first(rows[0], "score_name")))
     ess.set(xlabel="update", ylim=(0, 1.03), ylabel="effective share of an update's draws")
     largest.set(xlabel="update", yscale="log", ylabel="largest weight")
     handles, _ = ess.get_legend_handles_labels()

@@ -11,9 +11,16 @@ from pathlib import Path
 from benchmarks import results
 from benchmarks.report import aggregates as over_datasets
 from benchmarks.report import figures, language, scores, tables
-from benchmarks.report.document import COMMANDS, Document, hardware_lines, shareable, to_html
+from benchmarks.report.document import (
+    COMMANDS,
+    Document,
+    escaped,
+    hardware_lines,
+    shareable,
+    to_html,
+)
 from benchmarks.report.language import RecipeRuns, read_recipes
-from benchmarks.report.scores import Cell, runs_of
+from benchmarks.report.scores import Cell, base, runs_of
 from benchmarks.statistics import MIN_SEEDS
 from iwsft.files import written_whole
 
@@ -32,9 +39,10 @@ def write_report(folder: Path, out: Path) -> Path:
     unfinished = results.unfinished_runs(folder, results.CONTROL)
     recipes = read_recipes(folder)
     if not runs and not any(recipe.runs for recipe in recipes):
-        begun = len(unfinished) + sum(len(recipe.unfinished) for recipe in recipes)
+        others = [*unfinished, *(run for recipe in recipes for run in recipe.unfinished)]
+        damages = "".join(f"; {run.damage}" for run in others if run.damage)
         what = "a folder d4rl/DATASET/ALGO/seed-K or llm/RECIPE/ALGO/seed-K with a result.json"
-        problem = f"no finished run below {folder} ({begun} unfinished)"
+        problem = f"no finished run below {folder} ({len(others)} unfinished{damages})"
         raise results.ResultsError(f"{problem}: a run is {what}")
     document = Document(shareable(f"python -m benchmarks.report {shlex.quote(str(folder))}"))
     group = scores.cells(runs)
@@ -45,7 +53,8 @@ def write_report(folder: Path, out: Path) -> Path:
         document.section("Missing runs", runs_of(group))
         document.text(
             f"{len(unfinished)} unfinished runs enter nothing on this page: they were cut off, "
-            "failed, or are not done yet. The same command with `--resume` continues them."
+            "failed, or are not done yet. The same command with `--resume` continues them. Those "
+            "with a footnote are damaged."
         )
         document.table(tables.missing_grid(unfinished), "Runs without a result.")
     if group:
@@ -64,7 +73,7 @@ def write_report(folder: Path, out: Path) -> Path:
         RECORDS: ("[\n" + ",\n".join(map(_record, every_run)) + "\n]\n").encode(),
         PAGE: to_html(markdown, document.images).encode(),
     }
-    earlier = (out / MARKDOWN).read_text() if (out / MARKDOWN).exists() else ""
+    earlier = (out / MARKDOWN).read_text() if (out / MARKDOWN).is_file() else ""
     for name, content in written.items():
         with written_whole(out / name) as partial:
             partial.write_bytes(content)
@@ -112,7 +121,7 @@ def _scores(
     different = scores.uneven(group)
     if different:
         document.text("Read with care: seeds of one row that were not run alike.")
-        document.bullets(different)
+        document.bullets(map(escaped, different))
     caption = "Score of each seed (dots), mean (bars) and 95 % interval (lines)."
     document.figure("scores.png", figures.draw_scores(group), caption)
 
@@ -126,7 +135,7 @@ def _aggregates(document: Document, group: Sequence[Cell]) -> None:
     left_out = [f"{scores.algorithm_label(algo)}: {reason}" for algo, reason in reasons]
     if algorithms:
         document.text(
-            f"Over {', '.join(map(scores.dataset_label, tasks))}: the datasets that all "
+            f"Over {escaped(', '.join(map(scores.dataset_label, tasks)))}: the datasets that all "
             f"algorithms of this section have with {MIN_SEEDS} seeds or more. The aggregates are "
             "those of rliable (<https://arxiv.org/abs/2108.13264>). Their intervals hold in 95 % "
             "of all cases or more for normal scores: each dataset's mean is uncertain by "
@@ -161,7 +170,7 @@ def _aggregates(document: Document, group: Sequence[Cell]) -> None:
         left_out += [f"{task}: {few}" for task in tasks_left_out]
     if left_out:
         document.text("Left out of the aggregates:")
-        document.bullets(left_out)
+        document.bullets(map(escaped, left_out))
 
 
 def _curves(document: Document, group: Sequence[Cell]) -> None:
@@ -247,4 +256,6 @@ def _recipe(document: Document, recipe: RecipeRuns) -> None:
         )
     if recipe.unfinished:
         document.text("Unfinished runs enter nothing here; `--resume` continues them:")
-        document.bullets("/".join(run.folder.absolute().parts[-2:]) for run in recipe.unfinished)
+        names = [f"{base(run.algo)}/seed-{run.seed}" for run in recipe.unfinished]
+        damages = [f": {run.damage}" if run.damage else "" for run in recipe.unfinished]
+        document.bullets(escaped(a + b) for a, b in zip(names, damages, strict=True))

@@ -156,12 +156,13 @@ def _count(n: int) -> str:
 
 
 def missing_grid(missing: Sequence[RecordedRun]) -> Grid:
-    """Table of the runs without a result, and their last logged updates."""
+    """Table of the runs without a result: their last logged updates, or what is damaged."""
     grid = Grid(["dataset", "algorithm", "seed", "last logged update", "of"])
     for run in missing:
         of = NOTHING if run.steps is None else str(run.steps)
         names = [scores.dataset_label(run.dataset), scores.algorithm_label(run.algo)]
-        grid.rows.append([*names, str(run.seed), str(run.step), of])
+        step = grid.marked(str(run.step), [run.damage] if run.damage else [])
+        grid.rows.append([*names, str(run.seed), step, of])
     return grid
 
 
