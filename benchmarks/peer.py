@@ -29,7 +29,7 @@ from torch import nn
 
 from baselines.iql import MAX_WEIGHT
 from baselines.rewards import Rewards, clipped_actions
-from benchmarks import runs
+from benchmarks import runs, stopping
 from benchmarks.d4rl import settings as d4rl
 from benchmarks.d4rl.job import SAME
 from benchmarks.d4rl.run import Run, Task, check_run, config_of, sizes
@@ -127,7 +127,7 @@ def claim_runs(options: Options) -> list[tuple[Run, Task]]:
     task = Task.load(options.dataset)
     task.check_environment()
     all_runs = [
-        Run(task.name, algo, seed, ours, options.dataset)
+        Run(task.name, algo, seed, ours, options.dataset, d4rl.name_in_tables(task.dataset))
         for algo in options.algo
         for seed in options.seeds
     ]
@@ -359,5 +359,5 @@ def _typed(kind: str, **params: Any) -> Config:
 
 
 if __name__ == "__main__":
-    runs.ends_as_ctrl_c_does()
+    stopping.watch()
     main(tyro.cli(Options, prog="python -m benchmarks.peer", description=__doc__))

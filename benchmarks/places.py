@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import socket
 import threading
 import time
@@ -87,9 +88,13 @@ def _processes(jobs: int) -> Iterator[Place]:
                 idle.append(pool)
         pool = idle.pop() if idle else ProcessPoolExecutor(1, **start)
         try:
+            # Ctrl-C reaches this process alone, which then ends its workers: they inherit the mask.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             future = pool.submit(work, item)
         except BrokenProcessPool:  # killed while it had nothing to do
             return submit(work, item)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         busy[future] = pool
         return future
 

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import re
-import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,6 +17,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from filelock import FileLock, Timeout
 
+from benchmarks import stopping
 from iwsft import checkpoint
 from iwsft.checkpoint import CheckpointError, differences
 from iwsft.files import full_disk_named, written_whole
@@ -141,7 +141,8 @@ def _earlier_config(folder: Path, same: Sequence[str]) -> dict[str, Any] | None:
     if not path.exists():
         return {} if (folder / RESULT).exists() else None
     try:
-        config = json.loads(path.read_text())
+        # Runs of earlier releases did not record the environment's arguments.
+        config = {"env_kwargs": {}} | json.loads(path.read_text())
         return {name: config[name] for name in same}
     except (ValueError, KeyError, TypeError) as error:
         problem = f"{path} is not what a run writes ({type(error).__name__}: {error})"
@@ -199,37 +200,13 @@ def tell(line: str) -> None:
 
 @contextmanager
 def ends_in_one_line() -> Iterator[None]:
-    """End the process with one line on an error that a user can mend, or on Ctrl-C."""
-    try:
-        yield
-    except (Exception, KeyboardInterrupt) as error:
-        if (interrupt := _interrupt_behind(error)) is not None:
-            print("stopped; the same command with --resume continues", file=sys.stderr)
-            number = interrupt.args[0] if interrupt.args else signal.SIGINT
-            raise SystemExit(128 + number) from error
-        if not isinstance(error, EXPECTED):
-            raise
-        raise SystemExit(f"error: {one_line(error)}") from error
-
-
-def _interrupt_behind(error: BaseException | None) -> KeyboardInterrupt | None:
-    """The Ctrl-C that an error comes from: code that is interrupted may raise one of its own."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def ends_as_ctrl_c_does() -> None:
-    """Make SIGTERM end the process as Ctrl-C does, with its workers and a line on --resume.
-
-    The exit status tells which it was, as in a shell: 143, or 130 after Ctrl-C.
-    """
-
-    def end(number: int, _: object) -> None:
-        raise KeyboardInterrupt(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end)
+    """End the process with one line on an error that a user can mend, or on a signal."""
+    with stopping.ends_in_one_line():
+        try:
+            yield
+        except EXPECTED as error:
+            stopping.check()
+            raise SystemExit(f"error: {one_line(error)}") from error
 
 
 def one_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from benchmarks import stopping
 from benchmarks.places import Place
 from benchmarks.runs import EXPECTED, RESULT, Run, one_line, tell
 
@@ -82,5 +83,6 @@ def _problem(work: Callable[[Any], object], item: Any) -> str | None:
     try:
         work(item)
     except EXPECTED as error:
+        stopping.check()
         return one_line(error)
     return None

@@ -9,21 +9,34 @@ python -m benchmarks.collect --online sac --env Hopper-v4 --out hopper-replay.hd
 
 from __future__ import annotations
 
-import tyro
+from typing import TYPE_CHECKING
 
-from benchmarks.collect.options import Options
-from benchmarks.runs import ends_as_ctrl_c_does, ends_in_one_line
+from benchmarks import stopping
+
+if TYPE_CHECKING:
+    from benchmarks.collect.options import Options
 
 
 def main(options: Options) -> None:
     """Collect; an error that a user can mend ends it in one line."""
+    from benchmarks.runs import ends_in_one_line
+
     with ends_in_one_line():
-        # Takes seconds to import.
         from benchmarks.collect.job import run_job
 
         run_job(options)
 
 
-if __name__ == "__main__":
-    ends_as_ctrl_c_does()
+def start() -> None:
+    """Read the command line and run the job; imports take seconds."""
+    import tyro
+
+    from benchmarks.collect.options import Options
+
     main(tyro.cli(Options, prog="python -m benchmarks.collect", description=__doc__))
+
+
+if __name__ == "__main__":
+    stopping.watch()
+    with stopping.ends_in_one_line():
+        start()

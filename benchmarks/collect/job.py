@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from benchmarks.collect.rollout import Behaviour, Simulator, collect_rollouts
 from benchmarks.runs import alone_in, versions
 from iwsft.acting import check_keys
 from iwsft.datasets.write import Provenance
+from iwsft.environments import modules_to_import
 
 
 def run_job(options: Options) -> None:
@@ -40,6 +41,9 @@ def run_job(options: Options) -> None:
     simulator = Simulator.of(*environment(options, behaviours))
     for behaviour in behaviours:
         behaviour.check_sizes(simulator)
+    packages = versions() | simulator.versions
+    provenance = Provenance(simulator.env_id, options.seed, (), packages, simulator.kwargs)
+    output.rehearse(simulator.first_step(), provenance)
     unit = "episodes" if options.episodes else "steps"
     amount = TextColumn("{task.completed}/{task.total} " + unit + "  {task.fields[note]}")
     columns = (*Progress.get_default_columns(), amount)
@@ -51,11 +55,10 @@ def run_job(options: Options) -> None:
                 sources = collect_rollouts(behaviours, simulator, parts, options, bar)
             else:
                 sources, cost = sac.OnlineRun(simulator, parts, output, options).collect(bar)
-        fields, env_id, kwargs = parts.fields(), simulator.env_id, simulator.kwargs
+        fields = parts.fields()
         # After a kill between writing and removing the parts, it exists.
         if not output.path.exists():
-            packages = versions() | simulator.versions
-            output.write(fields, Provenance(env_id, options.seed, sources, packages, kwargs))
+            output.write(fields, replace(provenance, sources=sources))
         shutil.rmtree(output.partial)
     print(f"{summary(fields)}{cost}\nwritten to {output.path}; load it as {output.name}")
 
@@ -147,7 +150,12 @@ def environment(options: Options, behaviours: Sequence[Behaviour]) -> tuple[str,
     seen = [dict(b.env_kwargs) for b in behaviours if b.env_id == env_id]
     if any(kwargs != seen[0] for kwargs in seen):
         raise ValueError(f"the policies saw {env_id} with different arguments, {seen}; split them")
-    return env_id, (seen[0] if seen else {}) | env_arguments(options)
+    kwargs = seen[0] if seen else {}
+    modules = modules_to_import(env_id if options.env is None else "", kwargs)
+    if modules and not options.trust_env_module:
+        problem = f"the policies' environment {env_id} imports {', '.join(modules)}"
+        raise ValueError(f"{problem}; pass --env, or --trust-env-module if you trust that")
+    return env_id, kwargs | env_arguments(options)
 
 
 def summary(fields: Fields) -> str:

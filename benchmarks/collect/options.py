@@ -43,6 +43,8 @@ class Options:
     """Arguments of the environment as NAME=VALUE, such as continuing_task=False of AntMaze."""
     max_episode_steps: int | None = None
     """Steps after which episodes are cut; needed where the environment has no limit of its own."""
+    trust_env_module: bool = False
+    """Import the module that the environment of a --policy folder names; it can run any code."""
     random_steps: int = 10_000
     """SAC's first steps, with uniform actions and no updates."""
     part_steps: int = 5_000
@@ -62,7 +64,8 @@ def check_options(options: Options) -> None:
     """Check options that do not need the policies or the environment."""
     if bool(options.policy) == (options.online is not None):
         raise ValueError("give either --policy (one or several) or --online sac")
-    check_at_least(0, seed=options.seed)
+    if not 0 <= options.seed < 2**64:
+        raise ValueError(f"--seed {options.seed}: a seed lies in 0 ... 2^64 - 1")
     check_at_least(1, part_steps=options.part_steps, max_episode_steps=options.max_episode_steps)
     least = {name: min(getattr(options, name), default=1) for name in ("episodes", "steps")}
     check_at_least(1, **least)

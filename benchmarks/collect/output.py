@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import tempfile
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,13 @@ class Output:
         """Folder of the online run's learning curve and policy."""
         stem = self.path.stem if self.path.suffix.lower() in _SUFFIXES else self.path.name
         return self.path.with_name(f"{stem}.sac")
+
+    def rehearse(self, fields: Fields, provenance: write.Provenance) -> None:
+        """Write a few steps elsewhere, so that what can't be written fails before collecting."""
+        with tempfile.TemporaryDirectory() as folder, write.store_at(Path(folder)):
+            minari = self.name.startswith(_MINARI)
+            path = self.path if minari else Path(folder) / self.path.name
+            replace(self, path=path).write(fields, provenance)
 
     def write(self, fields: Fields, provenance: write.Provenance) -> None:
         """Write the dataset, whole or not at all."""

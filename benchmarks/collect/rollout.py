@@ -48,10 +48,7 @@ class Simulator:
     @classmethod
     def of(cls, env_id: str, kwargs: dict[str, Any]) -> Simulator:
         """Describe an environment after making it once."""
-        try:
-            env = environments.make(env_id, **kwargs)
-        except TypeError as error:
-            raise ValueError(f"{env_id} does not take {kwargs}: {error}") from error
+        env = environments.make(env_id, **kwargs)
         try:
             space, flatten = environments.action_space(env), environments.flattener(env)
             if not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
@@ -71,6 +68,16 @@ class Simulator:
             )
         finally:
             env.close()
+
+    def first_step(self) -> Fields:
+        """An episode of one step, which has all fields of the data."""
+        env = self.make()
+        try:
+            env.reset(seed=0)
+            env.step(self.low)
+            return env.episode(cut=True)
+        finally:
+            env.env.close()
 
     def make(self) -> Instance:
         """Make an instance of the environment."""

@@ -9,14 +9,18 @@ python -m benchmarks.d4rl --suite paper --resume
 
 from __future__ import annotations
 
-import tyro
+from typing import TYPE_CHECKING
 
-from benchmarks.d4rl.settings import Options
-from benchmarks.runs import ends_as_ctrl_c_does, ends_in_one_line
+from benchmarks import stopping
+
+if TYPE_CHECKING:
+    from benchmarks.d4rl.settings import Options
 
 
 def main(options: Options) -> None:
     """Run the job; an error that a user can mend ends it in one line."""
+    from benchmarks.runs import ends_in_one_line
+
     with ends_in_one_line():
         from benchmarks.d4rl.job import run_job
 
@@ -25,6 +29,16 @@ def main(options: Options) -> None:
         raise SystemExit(1)
 
 
-if __name__ == "__main__":
-    ends_as_ctrl_c_does()
+def start() -> None:
+    """Read the command line and run the job; imports take seconds."""
+    import tyro
+
+    from benchmarks.d4rl.settings import Options
+
     main(tyro.cli(Options, prog="python -m benchmarks.d4rl", description=__doc__))
+
+
+if __name__ == "__main__":
+    stopping.watch()
+    with stopping.ends_in_one_line():
+        start()

@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 
 from baselines import BASELINES
-from benchmarks import places
+from benchmarks import places, stopping
 from benchmarks.d4rl.run import Run, Task, check_run, config_of
-from benchmarks.d4rl.settings import Options, Suite, check_options, choose_suite
+from benchmarks.d4rl.settings import Options, Suite, check_options, choose_suite, name_in_tables
 from benchmarks.d4rl.train import train_and_score
 from benchmarks.report.tables import score_table
 from benchmarks.results import CONTROL, read_runs
@@ -23,7 +23,7 @@ from iwsft.training import Row
 _HEADER = f"{'algo':<12} {'seed':>4}  {'stage':<9} {'step':>13} {'loss':>8} {'ESS':>5} {'score':>7}"
 _COLUMN = "dataset"
 # Another number of episodes would give a result that its config does not describe.
-SAME = ("settings", "eval_episodes")
+SAME = ("settings", "eval_episodes", "env_id", "env_kwargs")
 # The longest runs start first, so that none is left running alone at the end.
 _SLOWEST_FIRST = ("cql", "dt", "iql", "awac", "td3-bc")
 
@@ -40,7 +40,8 @@ def run_job(options: Options) -> Summary:
         out=options.out if options.cluster is None else options.out.absolute(),
     )
     summary = Summary()
-    items, jobs = len(suite.dataset) * len(suite.algo) * len(suite.seeds), options.jobs
+    kinds = len(suite.dataset) * len(suite.algo) + len(suite.cloned)
+    items, jobs = kinds * len(suite.seeds), options.jobs
     with places.place(options.cluster, items=items, jobs=jobs, device=options.device) as place:
         configs = _list_runs(options, suite, summary)
         names = {run.dataset for run in configs}
@@ -67,15 +68,21 @@ def run_job(options: Options) -> Summary:
 def _absolute(source: str) -> str:
     """A dataset's name, or its absolute path where it is a file."""
     path = Path(source).expanduser()
-    return str(path.absolute()) if path.suffix and path.is_file() else source
+    if path.suffix and path.is_file():
+        return str(path.absolute())
+    return "+".join(map(_absolute, source.split("+"))) if "+" in source else source
 
 
 def _list_runs(options: Options, suite: Suite, summary: Summary) -> dict[Run, dict[str, Any]]:
     """Check the data; all runs that they allow, with the contents of their ``config.json``."""
     configs: dict[Run, dict[str, Any]] = {}
-    for source in suite.dataset:
+    alone = replace(options, pretrain_dataset=None, top=None)
+    rows = [(source, suite.algo, options) for source in suite.dataset]
+    rows += [(source, ("bc",), alone) for source in suite.cloned]
+    for source, names, given in rows:
         try:
-            task = Task.load(source, suite.pretrain_dataset)
+            trust = options.trust_env_module
+            task = Task.load(source, given.pretrain_dataset, trust=trust)
         # No network, no file, no package. Wrong names and contents are the user's to mend.
         except (OSError, ImportError) as error:
             if options.suite is None:
@@ -86,9 +93,9 @@ def _list_runs(options: Options, suite: Suite, summary: Summary) -> dict[Run, di
             raise ValueError(f"{source}: there is another dataset of the name {task.name}")
         runs: list[Run] = []
         problems: dict[str, list[str]] = {}
-        for algo in suite.algo:
-            path = _absolute(source)
-            several = [Run(task.name, algo, seed, options, path) for seed in suite.seeds]
+        path, known = _absolute(source), name_in_tables(task.dataset)
+        for algo in names:
+            several = [Run(task.name, algo, seed, given, path, known) for seed in suite.seeds]
             try:
                 if not runs:
                     task.check_environment()
@@ -101,7 +108,14 @@ def _list_runs(options: Options, suite: Suite, summary: Summary) -> dict[Run, di
         for problem, algos in problems.items():
             which = f" {', '.join(algos)}" if runs or len(problems) > 1 else ""
             summary.leave_out(f"{source}{which}: {problem}")
-        configs |= {run: config_of(run, task) for run in runs}
+        added = {run: config_of(run, task) for run in runs}
+        sources: dict[str, dict[str, None]] = {}
+        for run, config in added.items():
+            origin = config["settings"].get("settings_from", "Appendix F")
+            sources.setdefault(origin, {})[run.algo] = None
+        taken = "; ".join(f"{', '.join(algos)}: {origin}" for origin, algos in sources.items())
+        tell(f"{task.name}: settings of {known}: {taken}")
+        configs |= added
     if not configs:
         raise ValueError("nothing to run is left: " + "; ".join(summary.left_out))
     return configs
@@ -137,6 +151,7 @@ def _train_and_tell(run: Run) -> None:
     """One run, perhaps in a process of its own, with a line for each point of its curve."""
 
     def report(stage: str, steps: int, row: Row) -> None:
+        stopping.check()
         score = row.get("normalized_score", row.get("return_mean"))
         if score is not None:
             # Losses of critics can be large; only weighted runs have an effective sample size.

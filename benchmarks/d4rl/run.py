@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-from tensordict import TensorDictBase
+import torch
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 
 import baselines
@@ -19,11 +22,12 @@ from benchmarks.d4rl import settings as paper
 from benchmarks.d4rl.settings import Options
 from benchmarks.runs import hardware, versions
 from iwsft import datasets, environments
-from iwsft.curation import Ties, curate
+from iwsft.curation import Ties, curate, join
 from iwsft.datasets import OfflineDataset
+from iwsft.datasets.dataset import fingerprint_of
 from iwsft.evaluation import Evaluation, evaluate
 from iwsft.training import Schedule
-from iwsft.trajectory import ACTION, OBSERVATION, lengths
+from iwsft.trajectory import ACTION, MULTIPLICITY, OBSERVATION, lengths, select
 from iwsft.weights import ImportanceWeights
 
 # Between the names of two datasets, of which the first is that of the reference policy.
@@ -35,6 +39,8 @@ class Run(runs.Run[Options]):
     """A run of control, on the dataset that is loaded by the name or path ``source``."""
 
     source: str
+    # Name in tables of settings, where it is not that of the folders.
+    name_in_tables: str | None = None
     # Width of the dataset's name in lines of progress; 0 leaves it out.
     column: int = 0
     benchmark = "d4rl"
@@ -137,17 +143,23 @@ class Run(runs.Run[Options]):
     @property
     def _table_name(self) -> str:
         """Name of the dataset in tables of settings."""
-        return self.dataset.rpartition(_TO)[2]
+        return self.name_in_tables or self.dataset.rpartition(_TO)[2]
 
-    def curate(self, trajectories: TensorDictBase) -> TensorDictBase:
-        """The trajectories that the algorithm trains on."""
-        if not self.algorithm.cuts:
+    def curate(self, trajectories: TensorDictBase, parts: Sequence[int] = ()) -> TensorDictBase:
+        """The trajectories that the algorithm trains on; each of the parts is cut by itself."""
+        cuts = self.algorithm.cuts
+        if not cuts:
             return trajectories
         ties = self.ties or paper.TIES[self.options.preset]
+        chosen = [trajectories]
+        if len(parts) > 1:
+            numbers = torch.arange(sum(parts), device=trajectories.device).split(list(parts))
+            chosen = [select(trajectories, part) for part in numbers]
         try:
-            return curate(trajectories, cuts=self.algorithm.cuts, ties=ties, seed=self.seed)
+            curated = [curate(part, cuts=cuts, ties=ties, seed=self.seed) for part in chosen]
         except ValueError as error:
             raise ValueError(f"{self.algo}, --ties {ties}: {error}") from error
+        return join(*curated) if len(parts) > 1 else curated[0]
 
 
 @dataclass(frozen=True)
@@ -157,14 +169,23 @@ class Task:
     dataset: OfflineDataset
     # Data that the reference policy is cloned on; ``dataset`` where there are no others.
     pretrain: OfflineDataset
+    # Number of trajectories of each dataset that ``dataset`` joins.
+    parts: tuple[int, ...] = ()
 
     @classmethod
-    def load(cls, source: str, pretrain_source: str | None = None) -> Task:
-        """Load data by names or paths, see :func:`iwsft.datasets.load`."""
-        data = datasets.load(source, scale_actions=True)
+    def load(cls, source: str, pretrain_source: str | None = None, *, trust: bool = False) -> Task:
+        """Load data by names or paths, see :func:`iwsft.datasets.load`; ``A+B`` joins two.
+
+        ``trust`` allows files to import the module that their environment's id names.
+        """
+        names = [source] if Path(source).expanduser().exists() else source.split("+")
+        loaded = [datasets.load(name, scale_actions=True, trust_env_module=trust) for name in names]
+        data, parts = loaded[0], tuple(len(lengths(each.trajectories)) for each in loaded)
+        if len(loaded) > 1:
+            data = _joined(loaded)
         if pretrain_source is None:
-            return cls(data, data)
-        before = datasets.load(pretrain_source, scale_actions=True)
+            return cls(data, data, parts)
+        before = datasets.load(pretrain_source, scale_actions=True, trust_env_module=trust)
         for key in (OBSERVATION, ACTION):
             size, needed = (part.trajectories.get(key).shape[-1] for part in (before, data))
             if size != needed:
@@ -174,7 +195,7 @@ class Task:
         if before.fingerprint == data.fingerprint:
             problem = "holds the same data as --dataset; leave it out"
             raise ValueError(f"--pretrain-dataset {before.name} {problem}")
-        return cls(data, before)
+        return cls(data, before, parts)
 
     @property
     def name(self) -> str:
@@ -209,9 +230,30 @@ class Task:
     def score(self, policy: TensorDictModuleBase, **options: Any) -> Evaluation:
         """Run a policy in the environment of the data, see :func:`iwsft.evaluation.evaluate`."""
         scores, env_kwargs = self.dataset.reference_scores, self.dataset.env_kwargs
-        return evaluate(
+        evaluation = evaluate(
             policy, self.env_id, reference_scores=scores, env_kwargs=env_kwargs, **options
         )
+        if not math.isfinite(evaluation.return_mean):
+            raise FloatingPointError(f"{self.env_id} gave rewards that are not finite: no score")
+        return evaluation
+
+
+def _joined(parts: Sequence[OfflineDataset]) -> OfflineDataset:
+    """Several datasets of one environment as one, in their order."""
+    first = parts[0]
+    for part in parts[1:]:
+        if (part.env_id, part.env_kwargs) != (first.env_id, first.env_kwargs):
+            raise ValueError(f"{first.name} and {part.name} are of different environments")
+    whole = join(*(part.trajectories for part in parts)).exclude(MULTIPLICITY)
+    assert isinstance(whole, TensorDict)
+    return replace(
+        first,
+        trajectories=whole,
+        name="+".join(part.name for part in parts),
+        source="+".join(part.source for part in parts),
+        fingerprint=fingerprint_of(whole),
+        notes=tuple(note for part in parts for note in part.notes),
+    )
 
 
 def sizes(trajectories: TensorDictBase) -> tuple[int, int]:
@@ -225,7 +267,7 @@ def check_run(run: Run, task: Task) -> None:
         # A baseline checks its data when it is built.
         run.baseline.build(task.dataset.trajectories, run.baseline_settings[0], seed=run.seed)
         return
-    data = run.curate(task.dataset.trajectories)
+    data = run.curate(task.dataset.trajectories, task.parts)
     if run.algorithm.from_reference:
         run.weights.check_overflow(int(lengths(data).max()))
 
@@ -281,6 +323,7 @@ def config_of(run: Run, task: Task) -> dict[str, Any]:
         "source": task.dataset.source,
         "notes": list(task.dataset.notes),
         "env_id": task.dataset.env_id,
+        "env_kwargs": dict(task.dataset.env_kwargs),
         "preset": run.options.preset,
         "estimator": run.options.estimator,
         "settings": settings_of(run, task),

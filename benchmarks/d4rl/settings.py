@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,8 @@ from benchmarks.options import (
 )
 from benchmarks.places import Cluster
 from iwsft.curation import Ties
-from iwsft.datasets import DEFAULT
+from iwsft.datasets import DEFAULT, OfflineDataset
+from iwsft.datasets.catalog import CATALOG, find
 from iwsft.training import Schedule
 from iwsft.weights import ClipRatio, ImportanceWeights, SelfNormalize, TargetESS
 
@@ -96,7 +98,7 @@ class FineTuning:
         return max(1, round(2 / (1 - self.alpha)) - 1)
 
 
-_TABLE_4 = {
+_TABLE_4: dict[str, FineTuning] = {
     "halfcheetah-medium-replay": FineTuning(lr=4e-5, alpha=0.995, k=1.0),
     "hopper-medium-replay": FineTuning(lr=1e-4, alpha=0.99, k=1.0, normalize=True),
     "walker2d-medium-replay": FineTuning(steps=2000, alpha=0.9, k=10.0, normalize=True),
@@ -112,6 +114,26 @@ CLONING_BATCH: Mapping[Estimator, Mapping[Preset, int]] = {
 }
 CLONING = Schedule(steps=10_000, lr=1e-3, decay="constant")
 TIES: Mapping[Preset, Ties] = {"paper": ">", "authors": ">="}
+
+
+def name_in_tables(data: OfflineDataset) -> str:
+    """The name under which tables of settings know a dataset, whatever its file is called.
+
+    A dataset or file of D4RL has D4RL's name. Another one has the family of its environment in
+    front (``hopper-``), or the name of an environment that D4RL does not have.
+    """
+    entry = find(data.name) or find(Path(data.source).name)
+    if entry is not None and entry.env_id == data.env_id:
+        return entry.name
+    families = {_kind_of(entry.env_id): entry.name.split("-")[0] for entry in CATALOG.values()}
+    kind = _kind_of(data.env_id or "")
+    family = families.get(kind, kind.lower())
+    return data.name if data.name.split("-")[0] == family else f"{family}-{data.name}"
+
+
+def _kind_of(env_id: str) -> str:
+    """The part of an id that tasks of one family share: AntMaze of AntMaze_UMaze-v4."""
+    return re.sub(r"-v\d+$", "", env_id.rpartition(":")[2]).split("_")[0]
 
 
 def find_fine_tuning(dataset: str, algorithm: Algorithm) -> tuple[FineTuning, str]:
@@ -156,6 +178,8 @@ class Suite:
     top: float | None = None
     # How cuts treat equal returns, by dataset, where the preset's way would keep nothing.
     ties: Mapping[str, Ties] = field(default_factory=dict)
+    # Further datasets, each for behaviour cloning on all of it alone.
+    cloned: tuple[str, ...] = ()
 
 
 _ROBOTS = ("halfcheetah", "hopper", "walker2d")
@@ -183,14 +207,16 @@ SUITES: Mapping[str, Suite] = {
         ),
         seeds=(0, 1, 2, 3, 4),
     ),
-    # Table 3, three runs of each. Its "BC (5%)" is "bc-5", its "BC (all data)" is "bc" of the
-    # fine-tuning data.
+    # Table 3, three runs of each. Fine-tuning is on the top 5 % of complete and the top 5 % of
+    # mixed as one set. "BC (5%)" is "bc-5"; "BC (all data)" is "bc" on all of partial, and on all
+    # of complete (section 4.3).
     "kitchen": Suite(
-        ("bc", "bc-5", "sft", "sft-q", "iw-sft-q"),
-        ("kitchen-complete-v0", "kitchen-mixed-v0"),
+        ("bc-5", "sft", "sft-q", "iw-sft-q"),
+        ("kitchen-complete-v0+kitchen-mixed-v0",),
         seeds=(0, 1, 2),
         pretrain_dataset="kitchen-partial-v0",
         top=5.0,
+        cloned=("kitchen-partial-v0", "kitchen-complete-v0"),
     ),
 }
 
@@ -218,8 +244,8 @@ class Options:
         ),
     ] = None
     dataset: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME|FILE [...]")] = None
-    """One or several: bundled or D4RL name, Minari id, or an HDF5 file in D4RL's layout. By default
-    hopper-replay-mini."""
+    """One or several: bundled or D4RL name, Minari id, or an HDF5 file in D4RL's layout. A+B joins
+    two, each cut by its own returns. By default hopper-replay-mini."""
     seeds: Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT [INT ...]")] = None
     """Seeds of initialisation, batches and evaluation; one run each. By default 0."""
     pretrain_dataset: str | None = None
@@ -252,6 +278,8 @@ class Options:
     ties: Ties | None = None
     """How cuts treat equal returns, instead of the preset's ">" (paper) or ">=" (authors): "rank"
     keeps the stated share, ties in random order, which sparse 0/1 returns need."""
+    trust_env_module: bool = False
+    """Import the module that a dataset's env_id or wrappers name. Its code can do anything."""
     device: str = "cpu"
     """Device of the networks and the data."""
     jobs: int | None = None
@@ -275,8 +303,10 @@ def choose_suite(options: Options) -> Suite:
         check_known("suite", options.suite, list(SUITES))
         suite = SUITES[options.suite]
     names = ("algo", "dataset", "seeds", "pretrain_dataset", "top")
-    given: dict[str, Any] = {name: getattr(options, name) for name in names}
-    return replace(suite, **{name: value for name, value in given.items() if value is not None})
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    # The further datasets belong to the table's own rows.
+    changed: dict[str, Any] = given | ({"cloned": ()} if given.keys() - {"seeds", "top"} else {})
+    return replace(suite, **changed)
 
 
 def check_options(options: Options, suite: Suite) -> None:
@@ -288,6 +318,11 @@ def check_options(options: Options, suite: Suite) -> None:
     check_at_least(1, **{name: getattr(options, name) for name in counts})
     check_at_least(0, curve_episodes=options.curve_episodes)
     alpha, top, variant = options.alpha, options.top, options.variant
+    k, ess = options.temperature, options.target_ess
+    if k is not None and not 0 <= k < math.inf:
+        raise ValueError(f"--temperature {k}: a finite number that is not negative")
+    if ess is not None and not 0 < ess <= 1:
+        raise ValueError(f"--target-ess {ess}: a share of the batch, above 0 and at most 1")
     if alpha is not None and not 0 <= alpha < 1:
         raise ValueError(f"--alpha {alpha}: a decay lies in [0, 1)")
     if top is not None and not 0 < top <= 100:

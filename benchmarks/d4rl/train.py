@@ -53,7 +53,8 @@ def train_and_score(run: Run, report: Report) -> dict[str, Any]:
         )
     # With one thread, runs do not disturb each other, and the numbers do not depend on them.
     torch.set_num_threads(1)
-    task = Task.load(run.source, run.options.pretrain_dataset)
+    trust = run.options.trust_env_module
+    task = Task.load(run.source, run.options.pretrain_dataset, trust=trust)
     with alone_in(run.folder, wait=False):
         policy, cost, reference_cost = _train(run, task, report)
         _save_policy(run, task, policy)
@@ -114,10 +115,10 @@ def _train(run: Run, task: Task, report: Report) -> tuple[TensorDictModuleBase, 
             return policy, reference_cost, Cost(0.0, 0.0)
         stage = "tuning"
         annotate_reference(policy, data, cache=folder)
-        learner, probes = _build_fine_tuning(run, run.curate(data), policy)
+        learner, probes = _build_fine_tuning(run, run.curate(data, task.parts), policy)
     else:
         stage = "cloning"
-        learner = _build_cloning(run, run.curate(data), run.schedule)
+        learner = _build_cloning(run, run.curate(data, task.parts), run.schedule)
     settings, report = settings_of(run, task), partial(report, stage)
     cost = _fit(run, task, learner, run.updates, run.folder, settings, report, probes)
     return learner.policy, cost, reference_cost

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import atexit
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from benchmarks import stopping
 
 if TYPE_CHECKING:
     from benchmarks.llm.evaluation.options import Options
@@ -61,10 +62,7 @@ def evaluate(options: Options) -> None:
 def _run() -> None:
     # Of several processes one has the last word; while it imports, a signal just ends it.
     if os.environ.get("RANK", "0") == "0":
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        from benchmarks.runs import ends_as_ctrl_c_does
-
-        ends_as_ctrl_c_does()
+        stopping.watch()
     if sys.argv[1:2] != ["evaluate"]:
         return main(sys.argv[1:])
     import tyro
@@ -77,7 +75,8 @@ def _run() -> None:
 
 if __name__ == "__main__":
     try:
-        _run()
+        with stopping.ends_in_one_line():
+            _run()
     except SystemExit as end:
         if end.code in (130, 143):
             # Python would end by SIGINT where a library was interrupted as it was imported.

@@ -131,8 +131,8 @@ class Grid:
 
 
 def escaped(text: str) -> str:
-    """A text whose characters mean nothing to markdown."""
-    return re.sub(r"([\\`*_{}\[\]<>&|#!~$])", r"\\\1", text)
+    """A text whose characters mean nothing to markdown; marks of footnotes stay ``[1]``."""
+    return re.sub(r"([\\`*_<>&|#~$]|\[(?!\d+\](?!\()))", r"\\\1", text)
 
 
 def _note(text: str) -> str:

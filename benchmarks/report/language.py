@@ -168,9 +168,8 @@ def draw_recipe(recipe: RecipeRuns) -> Figure:
         for ax, metric in ((ess, "ESS"), (largest, "weight_max")):
             steps, values = series(cell.runs, metric)
             if len(steps):
-                ax.plot(
-                    steps, values.mean(axis=0), color=colour, lw=1.5, label=literal(base(cell.algo))
-                )
+                label = literal(base(cell.algo))
+                ax.plot(steps, values.mean(axis=0), color=colour, lw=1.5, label=label)
     list_names(scores, [base(cell.algo) for cell in rows])
     scores.set_xlabel(literal(_first(rows[0], "score_name")))
     ess.set(xlabel="update", ylim=(0, 1.03), ylabel="effective share of an update's draws")

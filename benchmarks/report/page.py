@@ -88,6 +88,7 @@ def _record(run: results.RecordedRun) -> str:
     record = {
         **({"variant": run.variant} if run.variant else {}),
         **{name: value for name, value in run.result.items() if name not in _EPISODES},
+        "env_kwargs": run.config.get("env_kwargs"),
         "settings": run.config.get("settings"),
         "versions": run.versions,
         "hardware": run.config.get("hardware"),

@@ -36,6 +36,7 @@ ALGORITHMS = {
 # Entries of a control run's result that may be its score.
 SCORE, RETURN = "normalized_score", "return_mean"
 Interval = tuple[float, float]
+_VERSION = re.compile(r"-v\d+$")
 _SHARE = re.compile(r"bc-(\d+(?:\.\d+)?)")
 
 
@@ -73,12 +74,18 @@ def algorithm_rank(algo: str) -> tuple[int, list[str | float], str]:
 def dataset_label(dataset: str) -> str:
     """``kitchen-partial -> complete`` for ``kitchen-partial-v0--to--kitchen-complete-v0``.
 
-    Versions that agree and first words that agree are left out after the arrow. Names without
-    pre-training data stay as they are.
+    Versions and first words are left out where all agree. Names without pre-training data stay as
+    they are.
     """
-    unversioned = re.sub(r"(-v\d+)--to--(.*)\1$", r"--to--\2", dataset)
-    before, to, after = unversioned.partition("--to--")
-    return f"{before} -> {after.removeprefix(before.split('-')[0] + '-')}" if to else dataset
+    before, to, after = dataset.partition("--to--")
+    if not to:
+        return dataset
+    names = [before, *after.split("+")]
+    versions = {version[0] if (version := _VERSION.search(name)) else "" for name in names}
+    if len(versions) == 1:
+        names = [name.removesuffix(*versions) for name in names]
+    family = names[0].split("-")[0] + "-"
+    return f"{names[0]} -> {' + '.join(name.removeprefix(family) for name in names[1:])}"
 
 
 @dataclass(frozen=True)
@@ -208,6 +215,7 @@ def _shared_settings(run: RecordedRun) -> dict[str, object]:
     """What the seeds of a cell must have in common."""
     keys = ("preset", "estimator", "steps", "published_steps", "episodes", "env_id")
     shared = {key: run.result.get(key) for key in keys} | {"versions": run.versions}
+    shared["env_kwargs"] = run.config.get("env_kwargs", {})
     settings = run.config.get("settings", {})
     own = {key: value for key, value in settings.items() if key not in (*shared, "seed")}
     return _flat(shared | own)

@@ -163,7 +163,7 @@ def to_minari(
     with full_disk_named(folder):
         try:
             _reserve(partial, fields, len(buffers))
-            with _store_at(partial):
+            with store_at(partial):
                 _create(dataset_id, buffers, fields, provenance or Provenance())
             namespace = parse_dataset_id(dataset_id)[0]
             if namespace is not None and namespace not in list_local_namespaces():
@@ -293,7 +293,7 @@ def _create(
 
 
 @contextmanager
-def _store_at(folder: Path) -> Iterator[None]:
+def store_at(folder: Path) -> Iterator[None]:
     """Make ``folder`` Minari's local store meanwhile, by the only way that Minari has."""
     name = "MINARI_DATASETS_PATH"
     before = os.environ.get(name)

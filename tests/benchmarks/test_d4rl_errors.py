@@ -19,7 +19,7 @@ from filelock import FileLock
 from tensordict import TensorDict
 
 from benchmarks.d4rl.run import Run, Task, config_of
-from benchmarks.d4rl.settings import Options, choose_suite
+from benchmarks.d4rl.settings import _TABLE_4, FineTuning, Options, choose_suite
 from benchmarks.runs import ends_in_one_line
 from iwsft import metrics
 from iwsft.datasets import catalog
@@ -83,8 +83,9 @@ def snapshot(folder: Path) -> dict[Path, bytes]:
         ({"reference_steps": 0}, "--reference-steps 0: at least 1"),
         ({"eval_episodes": 0}, "--eval-episodes 0: at least 1"),
         ({"jobs": 0}, "--jobs 0: at least 1"),
-        ({"temperature": -1.0}, "k=-1.0"),
-        ({"target_ess": 1.5}, "1.5) must be in (0, 1]"),
+        ({"temperature": -1.0}, "--temperature -1.0: a finite number"),
+        ({"temperature": float("inf")}, "--temperature inf"),
+        ({"target_ess": 1.5}, "--target-ess 1.5: a share"),
         ({"algo": ["sft", "bc"], "temperature": 2.0}, "--temperature 2.0 changes nothing in sft"),
         ({"temperature": 2.0, "target_ess": 0.5}, "with --target-ess 0.5; leave it out"),
         ({"algo": ["iw-sft-step"], "target_ess": 0.5}, "--target-ess 0.5 changes nothing"),
@@ -277,8 +278,10 @@ def test_a_folder_that_another_process_works_in(
 
 
 def test_weights_that_overflow(
-    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of a row that does not normalise them."""
+    monkeypatch.setitem(_TABLE_4, "hopper-medium-replay", FineTuning())
     settings = {"estimator": "trajectories", "temperature": 1e9}
     line = run_fails(job, capsys, tmp_path, ["iw-sft-q"], **settings)
     assert "iw-sft-q seed 0: importance weights overflow" in line and "lower Temperature" in line

@@ -37,7 +37,16 @@ def test_the_paper_suite_is_tables_2_and_5() -> None:
 @pytest.mark.parametrize("name", SUITES)
 def test_suites_name_known_datasets(name: str) -> None:
     suite = SUITES[name]
-    assert {*suite.dataset, suite.pretrain_dataset or datasets.DEFAULT} <= {*datasets.available()}
+    names = "+".join((*suite.dataset, *suite.cloned, suite.pretrain_dataset or datasets.DEFAULT))
+    assert set(names.split("+")) <= {*datasets.available()}
+
+
+def test_the_kitchen_suite_is_table_3() -> None:
+    suite = SUITES["kitchen"]
+    rows = [(f"{suite.pretrain_dataset}--to--{suite.dataset[0]}", algo) for algo in suite.algo]
+    rows += [(name, "bc") for name in suite.cloned]
+    assert set(rows) == {(row["dataset"], row["algo"]) for row in published("table_3")}
+    assert all(row["caveats"] for row in published("table_3"))
 
 
 def test_options_override_the_suite() -> None:
@@ -47,7 +56,8 @@ def test_options_override_the_suite() -> None:
     )
     assert (mine.seeds, mine.dataset, mine.top) == ((0,), ("kitchen-mixed-v0",), 20.0)
     assert mine.pretrain_dataset == "kitchen-partial-v0"
-    assert mine.algo == SUITES["kitchen"].algo
+    assert mine.algo == SUITES["kitchen"].algo and mine.cloned == ()
+    assert choose_suite(Options(suite="kitchen", seeds=(0,))).cloned == SUITES["kitchen"].cloned
     alone = choose_suite(Options())
     assert (alone.algo, alone.dataset) == (("iw-sft-q",), ("hopper-replay-mini",))
     assert alone.seeds == (0,)
@@ -149,7 +159,7 @@ def test_an_algorithm_that_the_data_do_not_allow_is_left_out(
     assert "4 done, 2 left out" in printed.out
     assert f"left out: {flat} sft-q: sft-q, --ties >: the curated set is empty" in printed.out
     # Several datasets: lines of progress say which.
-    header, *rows = [line for line in printed.err.splitlines() if not line.startswith("left")]
+    header, *rows = [line for line in printed.err.splitlines() if ": " not in line]
     assert header.split()[0] == "dataset" and {row.split()[0] for row in rows} == {"flat", "mine"}
     assert {len(line) for line in rows} == {len(header)}
 
@@ -227,7 +237,7 @@ def test_references_come_first_and_are_shared(
     algos = ("sft", "bc-10", "td3-bc", "sft-q")
     data = (str(tiny_dataset),)
     main(Options(algo=algos, dataset=data, seeds=(0, 1), out=tmp_path, **FEW))
-    lines = [line.split()[:3] for line in capsys.readouterr().err.splitlines()[1:]]
+    lines = [line.split()[:3] for line in capsys.readouterr().err.splitlines()[2:]]
     order = list(dict.fromkeys((algo, int(seed)) for algo, seed, _ in lines))
     assert order == [
         ("sft", 0),

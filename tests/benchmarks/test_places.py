@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks import places
+from benchmarks import places, stopping
 from benchmarks.d4rl.__main__ import main
 from benchmarks.d4rl.run import Run
 from benchmarks.d4rl.settings import Options
 from benchmarks.d4rl.train import train_and_score
 from benchmarks.places import run_on_node
-from benchmarks.runs import RESULT, ends_as_ctrl_c_does, versions, write_json
+from benchmarks.runs import RESULT, versions, write_json
 from benchmarks.sweep import RETRIES, Summary, run_all
 from iwsft import metrics
 
@@ -179,7 +179,7 @@ def own_workers(folder: Path) -> None:
         (folder / run.algo).touch()
         time.sleep(300)
 
-    ends_as_ctrl_c_does()
+    stopping.watch()
     with places.place(None, items=2, jobs=2) as place:
         run_all(work, runs_of(folder, "a", "b"), place, Summary())
 

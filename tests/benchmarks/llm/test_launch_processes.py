@@ -106,9 +106,10 @@ def test_a_signal_to_end_reaches_every_process(
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[3]}")
     lines = (
-        "from benchmarks.runs import ends_as_ctrl_c_does, ends_in_one_line",
+        "from benchmarks import stopping",
+        "from benchmarks.runs import ends_in_one_line",
         "from benchmarks.llm.launch import Hardware, choose, start",
-        "ends_as_ctrl_c_does()",
+        "stopping.watch()",
         "with ends_in_one_line(): start(choose('cpu_zero3', Hardware(0, 2)), 'waiting', [])",
     )
     command = [sys.executable, "-c", "\n".join(lines)]

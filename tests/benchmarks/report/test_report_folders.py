@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,11 +71,24 @@ def test_other_benchmarks_are_not_read(runs: Path, make_run: MakeRun) -> None:
     assert len(read_runs(runs, CONTROL)) == 12
 
 
-@pytest.mark.parametrize("content", ["", '{"seed": 1', "[1]", "\x00"])
-def test_corrupt_result_names_the_file(runs: Path, content: str) -> None:
-    (runs / "d4rl/hopper-a/sft-q/seed-1/result.json").write_text(content)
-    with pytest.raises(ResultsError, match=r"hopper-a/sft-q/seed-1/result\.json"):
-        read_runs(runs, CONTROL)
+def damage(runs: Path) -> str:
+    """What is wrong with the one damaged run; the others are read, and the report is written."""
+    assert len(read_runs(runs, CONTROL)) == 11
+    (run,) = unfinished_runs(runs, CONTROL)
+    assert run.folder == runs / DAMAGED and (run.algo, run.seed) == ("sft-q", 1)
+    write_report(runs, runs / "report")
+    # The table of missing runs has a mark, and the text below it is the damage.
+    assert "| hopper-a | SFT(Q) | 1 | 0 [1] |" in (runs / "report/report.md").read_text()
+    return run.damage
+
+
+DAMAGED = "d4rl/hopper-a/sft-q/seed-1"
+
+
+@pytest.mark.parametrize("content", ["", '{"seed": 1', "[1]", "\x00", "[" * 100_000])
+def test_a_corrupt_result_is_named_and_left_out(runs: Path, content: str) -> None:
+    (runs / DAMAGED / "result.json").write_text(content)
+    assert f"{DAMAGED}/result.json" in damage(runs)
 
 
 @pytest.mark.parametrize(
@@ -84,20 +99,33 @@ def test_corrupt_result_names_the_file(runs: Path, content: str) -> None:
         ("normalized_score", "many"),
         ("normalized_score", True),
         ("normalized_score", float("nan")),
+        ("return_mean", float("inf")),
         ("success_rate", 40),
     ],
 )
-def test_wrong_entry_names_file_and_key(runs: Path, key: str, value: object) -> None:
-    path = runs / "d4rl/hopper-a/sft-q/seed-1/result.json"
+def test_a_wrong_entry_is_named_with_its_file(runs: Path, key: str, value: object) -> None:
+    path = runs / DAMAGED / "result.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    with pytest.raises(ResultsError, match=rf"result\.json: '{key}'"):
-        read_runs(runs, CONTROL)
+    assert f"result.json: '{key}'" in damage(runs)
 
 
-def test_corrupt_metrics_name_the_file(runs: Path) -> None:
-    (runs / "d4rl/hopper-a/sft-q/seed-1/metrics.jsonl").write_text('{"step": \n{"step": 2}\n')
-    with pytest.raises(ResultsError, match=r"seed-1/metrics\.jsonl"):
-        read_runs(runs, CONTROL)
+@pytest.mark.parametrize("rows", ['{"step": \n{"step": 2}\n', "3\n", '{"loss": 1}\n'])
+def test_corrupt_metrics_are_named(runs: Path, rows: str) -> None:
+    (runs / DAMAGED / "metrics.jsonl").write_text(rows)
+    assert f"{DAMAGED}/metrics.jsonl" in damage(runs)
+
+
+@pytest.mark.parametrize("name", ["result.json", "config.json", "metrics.jsonl"])
+def test_a_pipe_or_a_folder_in_the_place_of_a_file_is_named(runs: Path, name: str) -> None:
+    for make in (os.mkfifo, os.mkdir):
+        shutil.rmtree(runs / "report", ignore_errors=True)
+        path = runs / DAMAGED / name
+        if path.is_dir():
+            path.rmdir()
+        else:
+            path.unlink()
+        make(path)
+        assert f"{DAMAGED}/{name} is not a file" in damage(runs)
 
 
 def test_the_same_run_twice(runs: Path) -> None:

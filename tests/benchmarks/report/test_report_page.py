@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import html
 import io
 import json
 import re
@@ -218,7 +219,7 @@ def test_page_figures_and_what_is_printed(whole: Path, printed: list[str]) -> No
     ):
         assert line in page
     assert "51.0" in printed[0] and f"Report: {out / 'index.html'}" in printed[0]
-    assert "1 unfinished runs left out:" in printed[0] and "dt/seed-0" in printed[0]
+    assert "1 unfinished or damaged runs left out:" in printed[0] and "dt/seed-0" in printed[0]
 
 
 def test_the_records_are_the_runs(tmp_path: Path, make_run: MakeRun) -> None:
@@ -292,3 +293,20 @@ def test_critics_and_long_runs_are_drawn(tmp_path: Path, make_run: MakeRun) -> N
     # Ten updates and a thousand.
     figure = figures.draw_learning_curves(group)
     assert figure is not None and figure.axes[0].get_xscale() == "log"
+
+
+@pytest.mark.parametrize("name", ["a$x^{2$", r"\bad{$ $", "[x](http://a.b) <b>|*_`", "a\x1b[2J\nb"])
+def test_any_name_is_literal_in_page_figures_and_terminal(
+    tmp_path: Path, make_run: MakeRun, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    for dataset in ("plain", "other"):
+        for seed in range(3):
+            folder = make_run(tmp_path, dataset, "bc", seed, 10.0 * seed)
+            path = folder / "result.json"
+            named = {"dataset": name, "algo": name} if dataset == "plain" else {}
+            path.write_text(json.dumps(json.loads(path.read_text()) | named))
+    main(Report(tmp_path))
+    shown = name.replace("\x1b", "\\x1b").replace("\n", "\\n")
+    page, printed = (tmp_path / "report/index.html").read_text(), capsys.readouterr().out
+    assert shown in html.unescape(page) and 'http://a.b"' not in page and "<b>" not in page
+    assert "\x1b" not in page + printed and shown.split("]")[0] in printed

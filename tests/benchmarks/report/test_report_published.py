@@ -75,18 +75,20 @@ def test_a_published_number_is_marked_and_apart_in_both_pages(
 
 
 def test_the_kitchen_experiment(tmp_path: Path, make_run: MakeRun) -> None:
-    task = "kitchen-partial-v0--to--kitchen-complete-v0"
-    for algo in ("bc", "sft", "sft-q", "iw-sft-q"):
+    task = "kitchen-partial-v0--to--kitchen-complete-v0+kitchen-mixed-v0"
+    for algo in ("bc-5", "sft", "sft-q", "iw-sft-q"):
         make_run(tmp_path, task, algo, 0, 1.0)
     make_run(tmp_path, "kitchen-partial-v0", "bc", 0, 1.0)
+    make_run(tmp_path, "kitchen-complete-v0", "bc", 0, 1.0)
     make_run(tmp_path, "my-kitchen--to--kitchen-complete-v0", "sft-q", 0, 1.0)
     grid = score_grid(cells(read_runs(tmp_path, CONTROL)))
     assert grid.columns[7:] == ["paper, Table 3"]
     published_scores = {(row[0], row[1]): row[7].split(" [")[0] for row in grid.rows}
-    name = "kitchen-partial -> complete"
+    name = "kitchen-partial -> complete + mixed"
     assert published_scores == {
         ("kitchen-partial-v0", "BC"): "37.0 ± 4.2",
-        (name, "BC"): "62.5 ± 2.0",
+        ("kitchen-complete-v0", "BC"): "62.5 ± 2.0",
+        (name, "BC-5%"): "28.9 ± 8.4",
         (name, "SFT"): "45.6 ± 8.5",
         (name, "SFT(Q)"): "58.2 ± 6.2",
         (name, "iw-SFT(Q)"): "61.8 ± 4.1",

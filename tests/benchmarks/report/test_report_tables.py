@@ -214,6 +214,7 @@ def test_the_order_is_the_paper_s(tmp_path: Path, make_run: MakeRun) -> None:
     [
         ("hopper-medium-replay-v2", "hopper-medium-replay-v2"),
         ("kitchen-partial-v0--to--kitchen-complete-v0", "kitchen-partial -> complete"),
+        ("kitchen-a-v0--to--kitchen-b-v0+kitchen-c-v0", "kitchen-a -> b + c"),
         ("mine--to--yours", "mine -> yours"),
         ("a-x-v0--to--a-y-v1", "a-x-v0 -> y-v1"),
     ],

@@ -1,0 +1,59 @@
+"""Ctrl-C and SIGTERM end a command in one line, from its first import on; no heavy imports."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_received: list[int] = []
+
+
+def watch() -> None:
+    """Raise KeyboardInterrupt on either signal, and remember it.
+
+    A signal that the shell ignores, as for jobs in the background, stays ignored.
+    """
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _stop)
+
+
+def check() -> None:
+    """Raise KeyboardInterrupt where a signal came and its exception was lost or replaced.
+
+    A library may turn it into another error, or swallow it in a callback.
+    """
+    if _received:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def ends_in_one_line() -> Iterator[None]:
+    """End the process with status 130 or 143 and a line on --resume after a signal."""
+    try:
+        yield
+    except SystemExit:
+        raise
+    except BaseException as error:
+        if not _received and not isinstance(error, KeyboardInterrupt):
+            raise
+        _ignore()
+        print("stopped; the same command with --resume continues", file=sys.stderr)
+        raise SystemExit(128 + (_received or [signal.SIGINT])[0]) from error
+    _ignore()
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    _received.append(number)
+    raise KeyboardInterrupt
+
+
+def _ignore() -> None:
+    """Let no further signal disturb the end of the process, where signals were watched."""
+    for number in _SIGNALS:
+        if signal.getsignal(number) is _stop:
+            signal.signal(number, signal.SIG_IGN)
