@@ -205,7 +205,8 @@ def ends_in_one_line() -> Iterator[None]:
         try:
             yield
         except EXPECTED as error:
-            stopping.check()
+            if stopping.signal_behind(error) is not None:
+                raise
             raise SystemExit(f"error: {one_line(error)}") from error
 
 

@@ -39,17 +39,28 @@ def ends_in_one_line() -> Iterator[None]:
     except SystemExit:
         raise
     except BaseException as error:
-        if not _received and not isinstance(error, KeyboardInterrupt):
+        number = signal_behind(error)
+        if number is None:
             raise
         _ignore()
         print("stopped; the same command with --resume continues", file=sys.stderr)
-        raise SystemExit(128 + (_received or [signal.SIGINT])[0]) from error
+        raise SystemExit(128 + number) from error
     _ignore()
+
+
+def signal_behind(error: BaseException) -> int | None:
+    """The signal that an error comes from: code that is interrupted may raise one of its own."""
+    if _received:
+        return _received[0]
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__cause__ or cause.__context__
+    return None if cause is None else (*cause.args, signal.SIGINT)[0]
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
     _received.append(number)
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt(number)
 
 
 def _ignore() -> None:
