@@ -13,6 +13,7 @@ A new source is one more module here whose ``read`` returns an :class:`OfflineDa
 from __future__ import annotations
 
 import difflib
+import os.path
 import warnings
 from importlib import resources
 from pathlib import Path
@@ -100,7 +101,7 @@ def _read(
         download.fetch(entry.urls, path, size=size, sha256=sha256, signature=_HDF5_SIGNATURE)
         return d4rl.read(path, name=name, source=entry.url)
     if isinstance(name_or_path, Path) or name.lower().endswith(_HDF5_SUFFIXES):
-        return d4rl.read(Path(name_or_path).expanduser(), trust_env_module=trust_env_module)
+        return d4rl.read(Path(os.path.expanduser(name_or_path)), trust_env_module=trust_env_module)
     minari_id = name.removeprefix(_MINARI_PREFIX)
     if minari_id != name or ("/" in name and minari_store.ID.fullmatch(name)):
         return minari_store.read(minari_id)

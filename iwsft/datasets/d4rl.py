@@ -22,7 +22,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,8 +55,9 @@ def read(
 
     The environment is the file's attribute ``env_id``, with the arguments in the attribute
     ``env_kwargs`` (a JSON object). A file without them has the environment of ``name``, or of the
-    file's name, if that is D4RL's. Files that neither D4RL nor :mod:`iwsft.datasets.write` wrote
-    are searched for ends of episodes that are not marked, see :mod:`iwsft.datasets.ends`. Actions
+    file's name, if that is D4RL's. Files that neither D4RL nor :mod:`iwsft.datasets.write` wrote,
+    and those of D4RL without timeouts, are searched for ends of episodes that are not marked, see
+    :mod:`iwsft.datasets.ends`. Actions
     must be in the environment's range, see :mod:`iwsft.datasets.actions`.
 
     Args:
@@ -90,7 +91,7 @@ def read(
     columns = steps.observations.shape[1]
     if env_id is not None and env_id.startswith("AntMaze") and columns == antmaze.COLUMNS:
         steps, notes = antmaze.until_goal(steps)
-    elif entry is None and "sources" not in stored:
+    elif "sources" not in stored and (entry is None or not steps.timeouts.any()):
         steps, notes = find_ends(steps, marks, partial(_limit, env_id, env_kwargs), where)
         for note in notes:
             warnings.warn(f"{where}: {note}", stacklevel=4)
@@ -128,14 +129,16 @@ def _environment(stored: Mapping[str, Any], where: str) -> tuple[str | None, Map
     env_id, arguments = stored.get("env_id"), stored.get("env_kwargs")
     try:
         env_kwargs = {} if arguments is None else json.loads(arguments)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         env_kwargs = None
     if not isinstance(env_kwargs, dict):
         where = f"{where}: the attribute 'env_kwargs'"
-        raise ValueError(f"{where} is {arguments!r}, it must be a JSON object")
-    if env_id is None:
-        return None, env_kwargs
-    return env_id.decode() if isinstance(env_id, bytes) else str(env_id), env_kwargs
+        raise ValueError(f"{where} is {arguments!r:.80}, it must be a JSON object")
+    with suppress(UnicodeDecodeError):
+        env_id = env_id.decode() if isinstance(env_id, bytes) else env_id
+    if not isinstance(env_id, str | None):
+        raise ValueError(f"{where}: the attribute 'env_id' is {env_id!r:.80}, it must be text")
+    return env_id, env_kwargs
 
 
 def _limit(env_id: str | None, env_kwargs: Mapping[str, Any]) -> int | None:

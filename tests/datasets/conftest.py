@@ -42,7 +42,7 @@ def episode_fields() -> Callable[..., Fields]:
 def write(tmp_path: Path) -> Callable[..., Path]:
     """Write fields as an HDF5 file; keywords are attributes."""
 
-    def write(fields: Fields, name: str = "mine.hdf5", **attributes: str) -> Path:
+    def write(fields: Fields, name: str = "mine.hdf5", **attributes: Any) -> Path:
         path = tmp_path / name
         with h5py.File(path, "w") as file:
             for key, values in fields.items():

@@ -105,9 +105,12 @@ def test_arguments_of_the_environment_come_with_the_file(
     # D4RL's arguments belong to D4RL's environment, not to the one that a file names.
     own = datasets.load(write(fields, "door-human-v1.hdf5", env_id="AdroitHandDoor-v1"))
     assert own.env_kwargs == {}
-    for wrong in ("terrain=1", "[1, 2]"):
+    for wrong in ("terrain=1", "[1, 2]", "[" * 9999):
         with pytest.raises(ValueError, match="'env_kwargs' is .*must be a JSON object"):
             datasets.load(write(fields, env_id="Mine-v0", env_kwargs=wrong))
+    for odd in (np.array([b"Hopper-v4"]), np.bytes_(b"\xff\xfe"), 4):
+        with pytest.raises(ValueError, match="'env_id' is .*must be text"):
+            datasets.load(write(fields, env_id=odd))
 
 
 def test_trailing_partial_episode_is_kept_truncated(episode_fields: Make, write: Write) -> None:

@@ -135,6 +135,19 @@ def test_shuffled_transitions_are_refused_and_noise_is_not(write: Write) -> None
     assert noisy.notes == ()
 
 
+@pytest.mark.filterwarnings("ignore:.*episodes end")
+def test_a_file_of_d4rl_without_timeouts_ends_episodes_at_the_limit(write: Write) -> None:
+    rows = 2500
+    fields = {
+        "observations": np.zeros((rows, 11), np.float32),
+        "actions": np.zeros((rows, 3), np.float32),
+        "rewards": np.ones(rows, np.float32),
+        "terminals": np.arange(rows) == 399,
+    }
+    data = datasets.load(write(fields, "hopper_medium-v2.hdf5"))
+    assert lengths(data.trajectories).tolist() == [400, 1000, 1000, 100]
+
+
 @pytest.mark.filterwarnings("ignore:.*limit of steps")
 @pytest.mark.parametrize("kwargs", ["{}", '{"max_episode_steps": 40}'])
 def test_no_episode_is_longer_than_the_environment_s(write: Write, kwargs: str) -> None:
