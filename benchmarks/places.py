@@ -42,12 +42,9 @@ def place(
 ) -> AbstractContextManager[Place]:
     """A place for the time of a ``with`` block, which ends everything that still runs there.
 
-    Args:
-        cluster: ``"ray"``, or None for this machine.
-        items: Number of items, or an upper limit of it.
-        jobs: Number of items at a time; by default one per core, or one per GPU of a cluster. One
-            at a time on this machine runs in this process.
-        device: Device of the runs.
+    It is this machine, or a Ray cluster, and takes at most ``items`` items on ``device``. ``jobs``
+    of them run at a time: by default one per core, or one per GPU of a cluster. One at a time on
+    this machine runs in this process.
 
     Raises:
         ImportError: The cluster's package is not installed.

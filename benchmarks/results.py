@@ -70,15 +70,10 @@ class RecordedRun:
 
 
 def read_runs(folder: str | Path, benchmark: str) -> list[RecordedRun]:
-    """Read all finished runs of a benchmark below ``folder``, sorted by path.
+    """Read all finished runs of a benchmark, ``CONTROL`` or ``LANGUAGE``, sorted by path.
 
-    Args:
-        folder: Folder that ``--out`` of the runs named, or a part of it; or the ``runs.json`` of a
-            report.
-        benchmark: ``CONTROL`` or ``LANGUAGE``.
-
-    Raises:
-        ResultsError: There is no such folder, or two folders hold the same run.
+    ``folder`` is what ``--out`` of the runs named, a part of it, or the ``runs.json`` of a report.
+    It raises a ``ResultsError`` without such a folder, or where two folders hold the same run.
     """
     runs: dict[tuple[str, str, int], RecordedRun] = {}
     for run in _read_all(Path(folder), benchmark):
@@ -182,8 +177,7 @@ def _check_result(path: Path, result: dict[str, Any], benchmark: str) -> None:
 
 
 def _is_number(value: object) -> bool:
-    number = isinstance(value, _NUMBER) and not isinstance(value, bool)
-    return number and math.isfinite(value)
+    return isinstance(value, _NUMBER) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_entries(path: Path, content: dict[str, Any], kinds: _Kinds) -> None:
@@ -210,16 +204,12 @@ def _read_metrics(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def _load(path: Path) -> Any:
-    return json.loads(path.read_text())
-
-
-def _parse(path: Path, read: Callable[[Path], Any] = _load) -> Any:
+def _parse(path: Path, read: Callable[[Path], Any] | None = None) -> Any:
     # A pipe would wait for its writer.
     if not path.is_file():
         raise ResultsError(f"{path} is not a file; remove it")
     try:
-        return printable(read(path))
+        return printable(json.loads(path.read_text()) if read is None else read(path))
     except (ValueError, RecursionError) as error:
         way_out = "mend it, or remove its folder and run again"
         raise ResultsError(f"{path} is not JSON ({error}): {way_out}") from error

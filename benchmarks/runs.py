@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
@@ -38,24 +38,9 @@ EXPECTED = (
 _PACKAGES = ("torch", "tensordict", "torchrl", "gymnasium", "mujoco", "numpy")
 
 
-class RunOptions(Protocol):
-    """What every command line that makes runs has."""
-
-    @property
-    def out(self) -> Path:
-        """Folder of all runs."""
-
-
-class Claimable(Protocol):
-    """A run, or whatever else has a folder of its own."""
-
-    @property
-    def folder(self) -> Path:
-        """Folder that it writes to."""
-
-
-Options = TypeVar("Options", bound=RunOptions)
-Claimed = TypeVar("Claimed", bound=Claimable)
+# A command line with the folder ``out``; something with a ``folder`` of its own.
+Options = TypeVar("Options", bound=Any)
+Claimed = TypeVar("Claimed", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -91,16 +76,10 @@ class Run(Generic[Options]):
 def claim(
     root: Path, configs: Mapping[Claimed, dict[str, Any]], *, same: Sequence[str], resume: bool
 ) -> list[Claimed]:
-    """Claim the folders of all runs, or none, by writing ``config.json``.
+    """Claim the folders of all runs below ``root``, or none, by writing ``config.json``.
 
-    Args:
-        root: A folder above all of them.
-        configs: The runs, each with the content of its ``config.json``.
-        same: Entries in which a run that is there already must agree.
-        resume: Accept runs that are there already.
-
-    Returns:
-        The unfinished runs.
+    ``configs`` has the content of each run's file. With ``resume``, runs that are there already are
+    accepted where they agree in the entries ``same``. Returns the unfinished runs.
 
     Raises:
         FileExistsError: Folders contain a run, and ``resume`` is off.

@@ -31,10 +31,9 @@ def t_interval(
 ) -> tuple[Scores, Scores]:
     """Student's 95 % interval of the mean over the first axis, for a few seeds.
 
-    ``values`` ``[n, ...]`` are of two or more seeds, and lie in ``low ... high``, as the ends
-    ``[...]`` do. For normal values, it covers the mean in 95 % of all cases for any n. The docs
-    tell its coverage for others, which ``scripts/interval_coverage.py`` measures. Where all values
-    are equal, the interval has no width.
+    ``values`` ``[n, ...]`` of two or more seeds and the ends ``[...]`` lie in ``low ... high``. For
+    normal values it covers the mean in 95 % of all cases; ``scripts/interval_coverage.py`` measures
+    the coverage for others.
     """
     from scipy import stats
 
@@ -85,10 +84,9 @@ def shift_interval(
 ) -> Estimate:
     """Value of a function of scores, and its 95 % interval over seeds.
 
-    The function takes one array ``[..., seeds, datasets]`` for each of ``scores``. The mean of each
-    dataset is only known up to Student's t times its standard error. So the interval holds the
-    middle 95 % of the values of the function over draws that shift each dataset's scores by that
-    much, independently. For one dataset's mean it is :func:`t_interval`, up to the draws.
+    The function takes one array ``[..., seeds, datasets]`` for each of ``scores``. The interval has
+    the middle 95 % of its values over draws that shift each dataset's scores by Student's t times
+    their standard error. For one dataset's mean it is :func:`t_interval`, up to the draws.
     """
     shifted = []
     for matrix in scores:

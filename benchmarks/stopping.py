@@ -13,20 +13,14 @@ _received: list[int] = []
 
 
 def watch() -> None:
-    """Raise KeyboardInterrupt on either signal, and remember it.
-
-    A signal that the shell ignores, as for jobs in the background, stays ignored.
-    """
+    """Raise KeyboardInterrupt on either signal, unless the shell ignores it (background jobs)."""
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop)
 
 
 def check() -> None:
-    """Raise KeyboardInterrupt where a signal came and its exception was lost or replaced.
-
-    A library may turn it into another error, or swallow it in a callback.
-    """
+    """Raise KeyboardInterrupt where a library replaced or swallowed that of a signal."""
     if _received:
         raise KeyboardInterrupt
 
@@ -42,10 +36,13 @@ def ends_in_one_line() -> Iterator[None]:
         number = signal_behind(error)
         if number is None:
             raise
-        _ignore()
         print("stopped; the same command with --resume continues", file=sys.stderr)
         raise SystemExit(128 + number) from error
-    _ignore()
+    finally:
+        # No further signal disturbs the end of the process, where signals were watched.
+        for watched in _SIGNALS:
+            if signal.getsignal(watched) is _stop:
+                signal.signal(watched, signal.SIG_IGN)
 
 
 def signal_behind(error: BaseException) -> int | None:
@@ -61,10 +58,3 @@ def signal_behind(error: BaseException) -> int | None:
 def _stop(number: int, frame: FrameType | None) -> None:
     _received.append(number)
     raise KeyboardInterrupt(number)
-
-
-def _ignore() -> None:
-    """Let no further signal disturb the end of the process, where signals were watched."""
-    for number in _SIGNALS:
-        if signal.getsignal(number) is _stop:
-            signal.signal(number, signal.SIG_IGN)

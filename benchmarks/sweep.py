@@ -47,13 +47,9 @@ def run_all(
 ) -> None:
     """Run ``work`` on every run at a place and count; a run that fails does not stop others.
 
-    A run whose worker is killed is run again, up to ``RETRIES`` times, with a line on stderr.
-
-    Args:
-        work: A function that can be pickled and continues what a killed call left.
-        runs: Runs in the order to start them; their ``str`` names them in lines on stderr.
-        place: The place where they run.
-        summary: The summary that takes the counts and the errors.
+    A run whose worker is killed is run again, up to ``RETRIES`` times, with a line on stderr. So
+    ``work`` must continue what a killed call left; it must also be picklable. Runs start in their
+    order, and their ``str`` names them. ``summary`` takes the counts and the errors.
     """
     waiting = deque((run, RETRIES) for run in runs)
     running: dict[Future[str | None], tuple[Run[Any], int]] = {}

@@ -27,16 +27,11 @@ def main(options: Options) -> None:
         run_job(options)
 
 
-def start() -> None:
-    """Read the command line and run the job; imports take seconds."""
-    import tyro
-
-    from benchmarks.collect.options import Options
-
-    main(tyro.cli(Options, prog="python -m benchmarks.collect", description=__doc__))
-
-
 if __name__ == "__main__":
     stopping.watch()
     with stopping.ends_in_one_line():
-        start()
+        import tyro
+
+        from benchmarks.collect.options import Options
+
+        main(tyro.cli(Options, prog="python -m benchmarks.collect", description=__doc__))

@@ -29,16 +29,11 @@ def main(options: Options) -> None:
         raise SystemExit(1)
 
 
-def start() -> None:
-    """Read the command line and run the job; imports take seconds."""
-    import tyro
-
-    from benchmarks.d4rl.settings import Options
-
-    main(tyro.cli(Options, prog="python -m benchmarks.d4rl", description=__doc__))
-
-
 if __name__ == "__main__":
     stopping.watch()
     with stopping.ends_in_one_line():
-        start()
+        import tyro
+
+        from benchmarks.d4rl.settings import Options
+
+        main(tyro.cli(Options, prog="python -m benchmarks.d4rl", description=__doc__))

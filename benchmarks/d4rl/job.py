@@ -109,12 +109,9 @@ def _list_runs(options: Options, suite: Suite, summary: Summary) -> dict[Run, di
             which = f" {', '.join(algos)}" if runs or len(problems) > 1 else ""
             summary.leave_out(f"{source}{which}: {problem}")
         added = {run: config_of(run, task) for run in runs}
-        sources: dict[str, dict[str, None]] = {}
-        for run, config in added.items():
-            origin = config["settings"].get("settings_from", "Appendix F")
-            sources.setdefault(origin, {})[run.algo] = None
-        taken = "; ".join(f"{', '.join(algos)}: {origin}" for origin, algos in sources.items())
-        tell(f"{task.name}: settings of {known}: {taken}")
+        recorded = [config["settings"] for config in added.values()]
+        origins = dict.fromkeys(each.get("settings_from", "Appendix F") for each in recorded)
+        tell(f"{task.name}: settings of {known}: {'; '.join(origins)}")
         configs |= added
     if not configs:
         raise ValueError("nothing to run is left: " + "; ".join(summary.left_out))

@@ -174,10 +174,7 @@ class Task:
 
     @classmethod
     def load(cls, source: str, pretrain_source: str | None = None, *, trust: bool = False) -> Task:
-        """Load data by names or paths, see :func:`iwsft.datasets.load`; ``A+B`` joins two.
-
-        ``trust`` allows files to import the module that their environment's id names.
-        """
+        """Load data by names or paths; ``A+B`` joins two, ``trust`` is ``trust_env_module``."""
         names = [source] if Path(source).expanduser().exists() else source.split("+")
         loaded = [datasets.load(name, scale_actions=True, trust_env_module=trust) for name in names]
         data, parts = loaded[0], tuple(len(lengths(each.trajectories)) for each in loaded)

@@ -119,8 +119,7 @@ TIES: Mapping[Preset, Ties] = {"paper": ">", "authors": ">="}
 def name_in_tables(data: OfflineDataset) -> str:
     """The name under which tables of settings know a dataset, whatever its file is called.
 
-    A dataset or file of D4RL has D4RL's name. Another one has the family of its environment in
-    front (``hopper-``), or the name of an environment that D4RL does not have.
+    It is D4RL's for data of D4RL; others have the family of the environment (``hopper-``) in front.
     """
     entry = find(data.name) or find(Path(data.source).name)
     if entry is not None and entry.env_id == data.env_id:

@@ -125,10 +125,8 @@ def _estimate(
 def _profile(matrix: Scores, thresholds: NDArray[np.float64]) -> Estimate:
     """The share of all runs above each threshold, with Wilson's intervals."""
     share = statistics.share_above(matrix, thresholds)
-    counts = np.rint(share * matrix.size).astype(int)
-    ends = {count: wilson_interval(count, matrix.size) for count in set(counts.tolist())}
-    low, high = np.transpose([ends[count] for count in counts.tolist()])
-    return Estimate(share, low, high)
+    ends = [wilson_interval(round(x * matrix.size), matrix.size) for x in share.tolist()]
+    return Estimate(share, *np.transpose(ends))
 
 
 def _block(complete: Mapping[str, set[str]]) -> list[str]:

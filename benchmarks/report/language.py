@@ -12,16 +12,8 @@ from matplotlib.figure import Figure
 from rich.console import Group
 from rich.text import Text
 
+from benchmarks.report import figures
 from benchmarks.report.document import NOTHING, Grid, interval_text
-from benchmarks.report.figures import (
-    COLOURS,
-    add_legend,
-    list_names,
-    literal,
-    make_axes,
-    plot_score,
-    series,
-)
 from benchmarks.report.scores import Cell, base, cells
 from benchmarks.results import LANGUAGE, RecordedRun, read_runs, unfinished_runs
 from benchmarks.runs import write_json
@@ -32,7 +24,7 @@ SHARES = "Chance of each kind of answer."
 # Prefix of the entries of a result that are chances of kinds of answers.
 _SHARE = "share_"
 _COLOURS = {
-    **COLOURS,
+    **figures.COLOURS,
     "base": "#8c8c8c",
     "iw-sft-hard": "#e0701c",
     "iw-sft-ema": "#b8341b",
@@ -158,23 +150,23 @@ def write_scores(folder: Path, recipe: RecipeRuns) -> list[Path]:
 def draw_recipe(recipe: RecipeRuns) -> Figure:
     """Draw the scores of all algorithms, and the weights over the updates, mean over seeds."""
     rows = recipe.scores
-    figure, axes = make_axes(1, 3, (13.0, 0.9 + max(3.0, 0.42 * len(rows))))
+    figure, axes = figures.make_axes(1, 3, (13.0, 0.9 + max(3.0, 0.42 * len(rows))))
     scores, ess, largest = axes.flat
     for y, cell in enumerate(rows):
         colour = _COLOURS.get(base(cell.algo), _OTHER)
-        plot_score(scores, y, cell, colour)
+        figures.plot_score(scores, y, cell, colour)
         if not _first(cell, "steps"):
             scores.axvline(cell.mean, color="0.6", lw=0.8, ls=":")
         for ax, metric in ((ess, "ESS"), (largest, "weight_max")):
-            steps, values = series(cell.runs, metric)
+            steps, values = figures.series(cell.runs, metric)
             if len(steps):
-                label = literal(base(cell.algo))
+                label = figures.literal(base(cell.algo))
                 ax.plot(steps, values.mean(axis=0), color=colour, lw=1.5, label=label)
-    list_names(scores, [base(cell.algo) for cell in rows])
-    scores.set_xlabel(literal(_first(rows[0], "score_name")))
+    figures.list_names(scores, [base(cell.algo) for cell in rows])
+    scores.set_xlabel(figures.literal(_first(rows[0], "score_name")))
     ess.set(xlabel="update", ylim=(0, 1.03), ylabel="effective share of an update's draws")
     largest.set(xlabel="update", yscale="log", ylabel="largest weight")
     handles, _ = ess.get_legend_handles_labels()
     if handles:
-        add_legend(figure, handles, most=len(handles))
+        figures.add_legend(figure, handles, most=len(handles))
     return figure

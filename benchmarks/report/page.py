@@ -106,8 +106,7 @@ def _scores(
         "Score of the last policy, never of the best one on the way; the mean over episodes is "
         "taken in each seed, then over seeds. Standard deviation and interval (95 %, Student's t) "
         f"are over seeds, and only given for {MIN_SEEDS} seeds or more. The interval covers the "
-        "mean in 95 % of all cases for normal scores, in fewer where seeds fall into two groups or "
-        "a few of them lie far out."
+        "mean in 95 % of all cases for normal scores, in fewer for two groups or skewed ones."
     )
     caption = "Scores, D4RL-normalised unless a footnote says otherwise."
     if tables.SUCCESS_INTERVAL in grid.columns:

@@ -47,11 +47,7 @@ _METRICS = {
 
 
 class PublishedTable(NamedTuple):
-    """A table of the paper, and a note on all its numbers.
-
-    The numbers, by dataset and algorithm, have a ``score`` (D4RL-normalised), ``std`` over training
-    runs where the paper gives it, and ``caveats``, footnotes on the number.
-    """
+    """A table of the paper; by dataset and algorithm it has ``score``, ``std`` and ``caveats``."""
 
     label: str
     note: str

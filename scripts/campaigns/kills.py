@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from benchmarks import stopping
 from benchmarks.collect.__main__ import main as collect_main
 from benchmarks.collect.options import Options as CollectOptions
 from benchmarks.d4rl.__main__ import main as control_main
 from benchmarks.d4rl.settings import Options as ControlOptions
-from benchmarks.runs import ends_as_ctrl_c_does
 from scripts.campaigns.engine import LIMIT, Campaign, Finding, differences, start
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -105,7 +105,7 @@ ALGORITHMS = ("bc", "iw-sft-q", "iw-sft-step", "iw-sft", "iql", "td3-bc", "cql")
 
 def _control(algo: str, data: Path) -> Job:
     def job(resume: bool) -> None:
-        ends_as_ctrl_c_does()
+        stopping.watch()
         control_main(
             ControlOptions(
                 algo=(algo,),
@@ -147,7 +147,7 @@ def _collect(kind: str) -> Job:
         settings["random_steps"] = 90
 
     def job(resume: bool) -> None:
-        ends_as_ctrl_c_does()
+        stopping.watch()
         collect_main(CollectOptions(out="out.hdf5", part_steps=30, resume=resume, **settings))
 
     return job

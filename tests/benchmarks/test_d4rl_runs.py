@@ -178,7 +178,7 @@ def test_progress_is_one_line_a_point(
     job(tmp_path, ["iw-sft-q"], seeds=(3,))
     taken, *lines = capsys.readouterr().err.splitlines()
     # The file's name is not D4RL's, its environment is.
-    assert taken == "mine: settings of hopper-mine: iw-sft-q: Table 4, hopper-medium-replay"
+    assert taken == "mine: settings of hopper-mine: Table 4, hopper-medium-replay"
     assert lines[0].split() == ["algo", "seed", "stage", "step", "loss", "ESS", "score", "seconds"]
     assert len(lines) == 21 and len({len(line) for line in lines}) == 1
     rows = metrics.read(tmp_path / "d4rl" / "mine" / "iw-sft-q" / "seed-3" / metrics.FILE)
