@@ -137,7 +137,6 @@ def _read_records(path: Path, benchmark: str) -> Iterator[RecordedRun]:
             variant = record.pop("variant", "")
             algo = f"{variant}/{record['algo']}".lstrip("/")
             config = {name: record.pop(name) for name in _CONFIG if record.get(name) is not None}
-            config["versions"] = record.get("versions", {})
             dataset, seed = record["dataset"], record["seed"]
             yield RecordedRun(path, variant, dataset, algo, seed, record, config, [])
 
