@@ -100,8 +100,7 @@ def _read_all(root: Path, benchmark: str) -> Iterator[RecordedRun]:
     for folder in _folders(root):
         kind, dataset, algo, seed = folder.absolute().parts[-4:]
         parts, number = folder.relative_to(root).parts[:-4], int(seed.removeprefix("seed-"))
-        result: dict[str, Any] = {}
-        config: dict[str, Any] = {}
+        result, config = dict[str, Any](), dict[str, Any]()
         rows, damage = list[dict[str, float]](), ""
         try:
             result = _read_json(folder / RESULT)
@@ -121,7 +120,7 @@ def _read_all(root: Path, benchmark: str) -> Iterator[RecordedRun]:
                 _check_entries(folder / CONFIG, config, _NEEDED)
             rows = _read_metrics(folder / metrics.FILE)
         except (ResultsError, OSError) as error:
-            if kind != benchmark:
+            if kind in {CONTROL, LANGUAGE} - {benchmark}:
                 continue
             result, config, rows, damage = {}, {}, [], printable(one_line(error))
         variant, name = printable("/".join(parts)), printable("/".join((*parts, algo)))

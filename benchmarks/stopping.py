@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -43,6 +45,20 @@ def ends_in_one_line() -> Iterator[None]:
         for watched in _SIGNALS:
             if signal.getsignal(watched) is _stop:
                 signal.signal(watched, signal.SIG_IGN)
+
+
+@contextmanager
+def command() -> Iterator[None]:
+    """A whole command, imports included, that ends in one line after a signal."""
+    try:
+        with ends_in_one_line():
+            yield
+    except SystemExit as end:
+        if end.code in (130, 143):
+            # Python would end by SIGINT where a library was interrupted as it was imported.
+            atexit._run_exitfuncs()
+            os._exit(int(end.code))
+        raise
 
 
 def signal_behind(error: BaseException) -> int | None:

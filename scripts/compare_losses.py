@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks.results import LANGUAGE, RecordedRun, ResultsError, read_runs
+from benchmarks.results import LANGUAGE, RecordedRun, ResultsError, read_runs, unfinished_runs
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,13 @@ def main(options: Options) -> None:
             {_name(run): run for run in read_runs(f, LANGUAGE)}
             for f in (options.one, options.other)
         )
+        folders = (options.one, options.other)
+        unfinished = [run for folder in folders for run in unfinished_runs(folder, LANGUAGE)]
     except ResultsError as error:
         raise SystemExit(f"error: {error}") from error
+    for run in unfinished:
+        if run.damage:
+            raise SystemExit(f"error: {run.damage}")
     shared = [name for name in one if name in other and one[name].metrics]
     if not shared:
         raise SystemExit(f"error: {options.one} and {options.other} share no trained run")

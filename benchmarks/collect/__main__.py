@@ -29,7 +29,7 @@ def main(options: Options) -> None:
 
 if __name__ == "__main__":
     stopping.watch()
-    with stopping.ends_in_one_line():
+    with stopping.command():
         import tyro
 
         from benchmarks.collect.options import Options

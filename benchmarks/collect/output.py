@@ -58,8 +58,7 @@ class Output:
     def rehearse(self, fields: Fields, provenance: write.Provenance) -> None:
         """Write a few steps elsewhere, so that what can't be written fails before collecting."""
         with tempfile.TemporaryDirectory() as folder, write.store_at(Path(folder)):
-            minari = self.name.startswith(_MINARI)
-            path = self.path if minari else Path(folder) / self.path.name
+            path = self.path if self.name.startswith(_MINARI) else Path(folder) / self.path.name
             replace(self, path=path).write(fields, provenance)
 
     def write(self, fields: Fields, provenance: write.Provenance) -> None:

@@ -31,7 +31,7 @@ def main(options: Options) -> None:
 
 if __name__ == "__main__":
     stopping.watch()
-    with stopping.ends_in_one_line():
+    with stopping.command():
         import tyro
 
         from benchmarks.d4rl.settings import Options

@@ -81,8 +81,7 @@ def _list_runs(options: Options, suite: Suite, summary: Summary) -> dict[Run, di
     rows += [(source, ("bc",), alone) for source in suite.cloned]
     for source, names, given in rows:
         try:
-            trust = options.trust_env_module
-            task = Task.load(source, given.pretrain_dataset, trust=trust)
+            task = Task.load(source, given.pretrain_dataset, trust=options.trust_env_module)
         # No network, no file, no package. Wrong names and contents are the user's to mend.
         except (OSError, ImportError) as error:
             if options.suite is None:

@@ -316,8 +316,7 @@ def check_options(options: Options, suite: Suite) -> None:
     counts = ("steps", "baseline_steps", "reference_steps", "eval_episodes", "jobs")
     check_at_least(1, **{name: getattr(options, name) for name in counts})
     check_at_least(0, curve_episodes=options.curve_episodes)
-    alpha, top, variant = options.alpha, options.top, options.variant
-    k, ess = options.temperature, options.target_ess
+    alpha, top, k, ess = options.alpha, options.top, options.temperature, options.target_ess
     if k is not None and not 0 <= k < math.inf:
         raise ValueError(f"--temperature {k}: a finite number that is not negative")
     if ess is not None and not 0 < ess <= 1:
@@ -326,8 +325,8 @@ def check_options(options: Options, suite: Suite) -> None:
         raise ValueError(f"--alpha {alpha}: a decay lies in [0, 1)")
     if top is not None and not 0 < top <= 100:
         raise ValueError(f"--top {top}: a share of the data in %, above 0 and at most 100")
-    if variant in (".", "..", "d4rl") or set(variant) & set("/\\"):
-        raise ValueError(f"--variant {variant}: a name of a folder, without slashes")
+    if options.variant in (".", "..", "d4rl") or set(options.variant) & set("/\\"):
+        raise ValueError(f"--variant {options.variant}: a name of a folder, without slashes")
     per_trajectory = any(algorithm.per_trajectory for algorithm in algorithms)
     tuned = any(algorithm.from_reference for algorithm in algorithms)
     chosen = f"in {', '.join(suite.algo)}"

@@ -53,8 +53,7 @@ def train_and_score(run: Run, report: Report) -> dict[str, Any]:
         )
     # With one thread, runs do not disturb each other, and the numbers do not depend on them.
     torch.set_num_threads(1)
-    trust = run.options.trust_env_module
-    task = Task.load(run.source, run.options.pretrain_dataset, trust=trust)
+    task = Task.load(run.source, run.options.pretrain_dataset, trust=run.options.trust_env_module)
     with alone_in(run.folder, wait=False):
         policy, cost, reference_cost = _train(run, task, report)
         _save_policy(run, task, policy)

@@ -11,7 +11,6 @@ python -m benchmarks.llm evaluate --model runs/llm/s1k/iw-sft/seed-0/checkpoint 
 
 from __future__ import annotations
 
-import atexit
 import os
 import sys
 from collections.abc import Sequence
@@ -74,12 +73,5 @@ def _run() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        with stopping.ends_in_one_line():
-            _run()
-    except SystemExit as end:
-        if end.code in (130, 143):
-            # Python would end by SIGINT where a library was interrupted as it was imported.
-            atexit._run_exitfuncs()
-            os._exit(int(end.code))
-        raise
+    with stopping.command():
+        _run()

@@ -35,7 +35,6 @@ ALGORITHMS = {
 }
 # Entries of a control run's result that may be its score.
 SCORE, RETURN = "normalized_score", "return_mean"
-Interval = tuple[float, float]
 _VERSION = re.compile(r"-v\d+$")
 _SHARE = re.compile(r"bc-(\d+(?:\.\d+)?)")
 
@@ -203,7 +202,7 @@ def uneven(group: Iterable[Cell]) -> list[str]:
     ]
 
 
-def interval_over_seeds(values: NDArray[np.float64], *limits: float) -> Interval | None:
+def interval_over_seeds(values: NDArray[np.float64], *limits: float) -> tuple[float, float] | None:
     """95 % interval of the mean of ``[seeds]`` within limits, None for fewer than three."""
     if len(values) < MIN_SEEDS:
         return None

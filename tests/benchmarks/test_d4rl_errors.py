@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -21,7 +23,7 @@ from tensordict import TensorDict
 from benchmarks.d4rl.run import Run, Task, config_of
 from benchmarks.d4rl.settings import _TABLE_4, FineTuning, Options, choose_suite
 from benchmarks.runs import ends_in_one_line
-from iwsft import metrics
+from iwsft import GaussianPolicy, evaluate, metrics
 from iwsft.datasets import catalog
 from iwsft.datasets.d4rl import damage_named
 
@@ -405,3 +407,27 @@ def test_an_error_of_interrupted_code_is_the_interruption(
             bool(TensorDict({}, []))
     assert end.value.code == 128 + number
     assert capsys.readouterr().err.count("stopped; the same command with --resume continues") == 2
+
+
+def test_rewards_that_are_not_finite_fail_the_run(
+    tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = Task.load(str(tiny_dataset))
+    score = evaluate(GaussianPolicy(11, 3), "Hopper-v4", episodes=1)
+    for reward in (math.nan, math.inf):
+        given = dataclasses.replace(score, returns=[reward])
+        monkeypatch.setattr("benchmarks.d4rl.run.evaluate", lambda *_, given=given, **__: given)
+        with pytest.raises(FloatingPointError, match="Hopper-v4 gave rewards that are not finite"):
+            task.score(GaussianPolicy(11, 3), episodes=1)
+
+
+def test_another_environment_is_not_resumed(
+    fails: Callable[..., str], edited: Edit, job: Job, tmp_path: Path
+) -> None:
+    path = edited("same")
+    few = {"dataset": str(path), "steps": 2, "eval_episodes": 1}
+    job(tmp_path / "runs", ["bc"], **few)
+    with h5py.File(path, "a") as file:
+        file.attrs["env_kwargs"] = json.dumps({"healthy_reward": 10.0})
+    message = fails(tmp_path / "runs", ["bc"], **few, resume=True, seeds=(0, 1))
+    assert "env_kwargs" in message and "healthy_reward" in message

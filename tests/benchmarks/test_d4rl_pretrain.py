@@ -13,10 +13,11 @@ import torch
 from test_every_algorithm import start
 from tracking import write_dataset
 
-from benchmarks.d4rl.run import Task
+from benchmarks.d4rl.run import Run, Task
+from benchmarks.d4rl.settings import Options
 from benchmarks.d4rl.train import load_policy, train_and_score, train_reference
 from benchmarks.runs import CONFIG
-from iwsft.trajectory import lengths
+from iwsft.trajectory import MULTIPLICITY, OBSERVATION, REWARD, lengths
 
 SHORT: dict[str, Any] = {"steps": 10, "reference_steps": 20, "eval_episodes": 2}
 
@@ -80,3 +81,20 @@ def test_data_of_another_robot_or_the_same_data_are_refused(folder: Path) -> Non
         Task.load(str(folder / "after.hdf5"), str(folder / "wide.hdf5"))
     with pytest.raises(ValueError, match="holds the same data as --dataset"):
         Task.load(str(folder / "after.hdf5"), str(folder / "after.hdf5"))
+
+
+def test_joined_datasets_are_cut_each_by_itself(tiny_dataset: Path, tmp_path: Path) -> None:
+    """The top 10 % of either, though all returns of one are above those of the other."""
+    other = tmp_path / "other.hdf5"
+    shutil.copy(tiny_dataset, other)
+    with h5py.File(other, "a") as file:
+        file["rewards"][...] += 100
+    task = Task.load(f"{tiny_dataset}+{other}")
+    assert task.name == "mine+other" and task.parts == (40, 40)
+    run = Run(task.name, "sft", 0, Options(), "")
+    curated = run.curate(task.dataset.trajectories, task.parts)
+    alone = [
+        run.curate(Task.load(str(path)).dataset.trajectories) for path in (tiny_dataset, other)
+    ]
+    for key in (REWARD, OBSERVATION, MULTIPLICITY):
+        assert torch.equal(curated[key], torch.cat([part[key] for part in alone]))

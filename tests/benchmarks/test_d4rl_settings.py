@@ -21,8 +21,10 @@ from benchmarks.d4rl.settings import (
     Options,
     choose_weights,
     find_fine_tuning,
+    name_in_tables,
 )
 from iwsft.datasets import OfflineDataset
+from iwsft.datasets.catalog import CATALOG, Entry
 from iwsft.trajectory import Segments
 
 # task: lr, warm-up, steps, alpha of the moving average, k / length, normalised weights
@@ -253,3 +255,31 @@ def test_a_share_of_the_data_and_its_bins() -> None:
     assert run(algo="bc", top=5.0).algorithm.cuts == ()
     with pytest.raises(ValueError, match="bc-100"):
         _ = run(algo="bc-100").algorithm.cuts
+
+
+def data_of(name: str, source: str, env_id: str | None) -> OfflineDataset:
+    return OfflineDataset(TensorDict({}, []), name, env_id, None, source, "")
+
+
+@pytest.mark.parametrize("entry", CATALOG.values(), ids=lambda entry: entry.name)
+def test_a_file_of_d4rl_has_d4rls_settings(entry: Entry) -> None:
+    path = f"/somewhere/{entry.filename}"
+    assert name_in_tables(data_of(Path(path).stem, path, entry.env_id)) == entry.name
+
+
+@pytest.mark.parametrize(
+    ("name", "env_id", "expected"),
+    [
+        ("mine", "Hopper-v4", "hopper-mine"),
+        ("hopper-mine", "Hopper-v5", "hopper-mine"),
+        # The name of a file decides nothing where its environment is another.
+        ("hopper-medium-replay-v2", "Walker2d-v4", "walker2d-hopper-medium-replay-v2"),
+        ("hopper-like", "module:Level-v0", "level-hopper-like"),
+        ("big", "AntMaze_Large-v4", "antmaze-big"),
+        ("mujoco-hopper-expert-v0", "Hopper-v5", "hopper-mujoco-hopper-expert-v0"),
+    ],
+)
+def test_other_data_have_the_settings_of_their_environment(
+    name: str, env_id: str, expected: str
+) -> None:
+    assert name_in_tables(data_of(name, f"{name}.hdf5", env_id)) == expected
