@@ -18,7 +18,6 @@ import torch
 from filelock import FileLock, Timeout
 
 from benchmarks import stopping
-from iwsft import checkpoint
 from iwsft.checkpoint import CheckpointError, differences
 from iwsft.files import full_disk_named, written_whole
 
@@ -130,7 +129,7 @@ def _earlier_config(folder: Path, same: Sequence[str]) -> dict[str, Any] | None:
 
 @contextmanager
 def alone_in(folder: Path, *, wait: bool) -> Iterator[None]:
-    """Keep other processes out of a folder, and clear what a killed one left half-way."""
+    """Keep other processes out of a folder."""
     with full_disk_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -139,8 +138,6 @@ def alone_in(folder: Path, *, wait: bool) -> Iterator[None]:
         way_out = "wait for it or end it, then pass --resume"
         raise FileExistsError(f"another process works in {folder}; {way_out}") from error
     with lock:
-        for stale in (folder / checkpoint.FOLDER).glob(".*.partial"):
-            stale.unlink()
         yield
 
 

@@ -31,6 +31,7 @@ Flatten = Callable[[Any], NDArray[Any]]
 
 def make(
     env_id: str,
+    /,
     *,
     conventions: Literal["d4rl"] | None = None,
     wrappers: Sequence[Mapping[str, Any]] = (),
