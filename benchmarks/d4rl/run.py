@@ -177,9 +177,13 @@ class Task:
         """Load data by names or paths; ``A+B`` joins two, ``trust`` is ``trust_env_module``."""
         names = [source] if Path(source).expanduser().exists() else source.split("+")
         loaded = [datasets.load(name, scale_actions=True, trust_env_module=trust) for name in names]
-        data, parts = loaded[0], tuple(len(lengths(each.trajectories)) for each in loaded)
-        if len(loaded) > 1:
-            data = _joined(loaded)
+        parts = tuple(len(lengths(each.trajectories)) for each in loaded)
+        data = loaded[0] if len(loaded) == 1 else _joined(loaded)
+        modules = environments.modules_to_import(data.env_id or "", data.env_kwargs)
+        if modules and not trust:
+            raise ValueError(
+                f"{data.name} imports {modules}; pass --trust-env-module if you trust it"
+            )
         if pretrain_source is None:
             return cls(data, data, parts)
         before = datasets.load(pretrain_source, scale_actions=True, trust_env_module=trust)
@@ -190,8 +194,7 @@ class Task:
                 way_out = "pre-train on data of the same robot"
                 raise ValueError(f"--pretrain-dataset {before.name} {problem}; {way_out}")
         if before.fingerprint == data.fingerprint:
-            problem = "holds the same data as --dataset; leave it out"
-            raise ValueError(f"--pretrain-dataset {before.name} {problem}")
+            raise ValueError(f"--pretrain-dataset {before.name} holds the same data as --dataset")
         return cls(data, before, parts)
 
     @property

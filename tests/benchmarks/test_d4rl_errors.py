@@ -136,6 +136,22 @@ def test_bad_data_is_named_before_anything_is_written(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_module_that_a_file_names_is_imported_only_on_a_flag(
+    fails: Callable[..., str],
+    edited: Edit,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "planted.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = edited()
+    with h5py.File(path, "a") as file:
+        file.attrs["env_id"] = "planted:Hopper-v4"
+    message = fails(tmp_path / "runs", dataset=str(path))
+    assert "['planted']" in message and "--trust-env-module" in message
+    assert "planted" not in sys.modules
+
+
 def test_data_without_an_environment(
     fails: Callable[..., str], edited: Edit, tmp_path: Path
 ) -> None:
