@@ -274,7 +274,7 @@ def test_workers_do_not_run_the_script_again(
     """As in a script without a main guard: a process that imports it would end with an error."""
     script = tmp_path / "script.py"
     script.write_text("raise SystemExit('run again')")
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script))
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script), raising=False)
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     run, alone = (trainer(tmp_path, max_steps=3, dataloader_num_workers=n) for n in (1, 0))
     run.train()
