@@ -118,7 +118,7 @@ def cut_evenly(trajectories: TensorDict) -> TensorDict:
     count, total = len(lengths(trajectories)), len(trajectories)
     steps = torch.full((count,), total // count)
     steps[: total % count] += 1
-    even = trajectories.exclude(("next", "done"))
+    even = trajectories.exclude(("next", "done")).copy()
     even.set(TRAJ_IDS, torch.arange(count).repeat_interleave(steps))
     return even
 
