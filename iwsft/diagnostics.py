@@ -33,7 +33,7 @@ def weight_quantiles(
     total = share[order].cumsum(0)
     # Half a rounding error lower, so that a total of exactly p counts as reached.
     wanted = torch.tensor(probabilities, dtype=torch.float64, device=weight.device) * total[-1]
-    place = torch.searchsorted(total, wanted * (1 - 1e-12)).clamp(max=len(ordered) - 1)
+    place = torch.searchsorted(total, wanted * (1 - 1e-12))
     return ordered[place]
 
 
@@ -65,7 +65,7 @@ def pareto_k(weight: Tensor) -> float:
     if tail < 5:
         return float("nan")
     grid = 30 + int(tail**0.5)
-    quartile = excess[int(tail / 4 + 0.5) - 1].clamp(min=1e-12 * excess[-1])
+    quartile = excess[int(tail / 4 + 0.5) - 1]
     j = torch.arange(1, grid + 1, dtype=torch.float64, device=weight.device)
     b = (1 - (grid / (j - 0.5)).sqrt()) / (3 * quartile) + 1 / excess[-1]
     k = torch.log1p(-b[:, None] * excess).mean(1)
@@ -89,9 +89,11 @@ def bound_gap(log_weight_p: Tensor, log_weight_q: Tensor, share: Tensor) -> dict
         Float64 scalars ``importance_sampled_return``, ``surrogate`` and ``bound_gap``, each over
         the mean weight of q, so that 0.1 reads as 10 %.
     """
-    p, q, m = log_weight_p.double(), log_weight_q.double(), share.double()
+    m = share.double()
+    # What does not count has weight 0, however large it is.
+    p, q = (torch.where(m > 0, x.double(), -torch.inf) for x in (log_weight_p, log_weight_q))
     # A common factor keeps exp finite; dividing by the mean weight cancels it.
-    top = torch.where(m > 0, torch.maximum(p, q), -torch.inf).amax()
+    top = torch.maximum(p, q).amax()
     w_p, w_q = (p - top).exp(), (q - top).exp()
     # Where q = 0 the summand is 0: x log x goes to 0.
     log_ratio = torch.where(w_q > 0, p - q, 0.0)

@@ -192,7 +192,7 @@ class ImportanceWeightedMLE(PolicyLoss):
             if self.proposal == "lagged" or (self.proposal == "current" and noisy()):
                 log_q = self._log_prob(batch, segments, q=True)
             elif self.proposal == "current":
-                log_q = log_prob.detach()
+                log_q = log_prob
             else:
                 log_q = base = torch.zeros_like(log_prob)
             weights = self.weigh(batch, log_q, reference=base, segments=segments, share=share)

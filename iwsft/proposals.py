@@ -47,7 +47,6 @@ class _Updater(TargetNetUpdater):
         self.loss_module = loss
         self.holder: Holder = loss if holder is None else holder
         self.trajectories = trajectories
-        self.initialized = False
         self.init_()
 
     def __repr__(self) -> str:
@@ -61,7 +60,6 @@ class _Updater(TargetNetUpdater):
         if self.loss_module.proposal == "lagged":
             for q, theta in self.holder.pairs():
                 q.copy_(theta)
-        self.initialized = True
 
     def state_dict(self) -> dict[str, Any]:
         """Progress that the holder does not have: the position in the window."""
@@ -173,7 +171,6 @@ class EMA(_Updater):
             torch._foreach_lerp_(qs, thetas, 1 - self.decay)
 
 
-@torch.no_grad()
 def reweight(
     trajectories: TensorDictBase, loss: ImportanceWeightedMLE, *, rows: int = 8192
 ) -> Tensor:
@@ -195,7 +192,6 @@ def reweight(
     return write_weights(trajectories, loss, log_q, segments=segments).log_weight
 
 
-@torch.no_grad()
 def write_weights(
     trajectories: TensorDictBase,
     loss: ImportanceWeightedMLE,

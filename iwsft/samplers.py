@@ -196,7 +196,7 @@ class TransitionSampler(_Sampler):
         keys: Sequence[NestedKey] = TRANSITION,
     ) -> None:
         super().__init__(trajectories, batch_size, seed=seed, keys=keys)
-        missing = [key for key in keys if key not in trajectories.keys(True, True)]
+        missing = [key for key in keys if key not in trajectories.keys(True)]
         if missing:
             raise KeyError(f"{', '.join(map(repr, missing))} is missing in the trajectories")
         valid = Segments.of(trajectories).valid.cpu()

@@ -15,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict, TensorDictBase
 
-from iwsft.curation import curate, join, trajectory_returns
+from iwsft.curation import curate, join, trajectory_returns, trajectory_scores
 from iwsft.samplers import TrajectorySampler
 from iwsft.trajectory import (
     MASK,
@@ -225,13 +225,34 @@ def test_equal_scores_warn_and_a_cut_without_survivors_warns() -> None:
     with pytest.raises(ValueError, match="8 of 8 scores are the maximum"):
         curate(dataset([3.0] * 8), cuts=(50,), ties=">")
     returns = [0.0] * 8 + [1.0] * 2
-    with pytest.warns(UserWarning, match="cut 95 with ties='>' keeps no trajectory"):
+    with pytest.warns(UserWarning, match="cut 95 with ties='>' keeps no trajectory") as warned:
         assert counts(curate(dataset(returns), cuts=(50, 95), ties=">")) == {8: 1, 9: 1}
+    assert warned[0].filename == __file__
+    with pytest.warns(UserWarning, match="all 2 scores are 3"):
+        curate(dataset([3.0] * 2), cuts=(50,))
+    with pytest.warns(UserWarning, match="all 200 scores are 3"):
+        curate(dataset([3.0] * 200), cuts=(1,))
+    with pytest.warns(UserWarning, match="cut 1 with ties='>=' keeps all 8 "):
+        curate(dataset([3.0] * 8), cuts=(1,), ties=">=")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for ties in ("rank", ">="):
+            curate(dataset([3.0] * 8), cuts=(0,), ties=ties)  # type: ignore[arg-type]
 
 
 def test_likely_shares_instead_of_percentiles_warn() -> None:
-    with pytest.warns(UserWarning, match=r"did you mean \(90.0,\)"):
+    with pytest.warns(UserWarning, match=r"did you mean \(90.0,\)") as warned:
         curate(dataset([1.0, 2.0, 3.0]), cuts=(0.9,))
+    assert warned[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        curate(dataset([1.0, 2.0, 3.0]), cuts=(1,))
+
+
+def test_the_top_tenth_is_kept_unless_cuts_are_given() -> None:
+    assert counts(curate(dataset([float(i) for i in range(100)]))) == dict.fromkeys(
+        range(90, 100), 1
+    )
 
 
 @pytest.mark.parametrize("ties", ["rank", ">="])
@@ -284,6 +305,9 @@ def test_other_scores() -> None:
     flat[TRAJ_IDS] = data[TRAJ_IDS]
     flat["score"] = flat["score"][:, None]
     assert counts(curate(flat, cuts=(50,), score="score")) == {1: 1, 3: 1}
+    data["small"] = torch.ones(len(data))
+    for score in ("return", "length", "small", lengths):
+        assert trajectory_scores(data, score).dtype == torch.float64
     with_gradient = data["observation"].requires_grad_().sum() * 0
     for ties in ("rank", ">"):
         survivors = curate(
@@ -303,7 +327,7 @@ def test_invalid_scores_are_refused() -> None:
         curate(data, score="returns")
     with pytest.raises(KeyError, match="next.reward"):
         curate(data, score="value")
-    with pytest.raises(KeyError, match="score next is unknown"):
+    with pytest.raises(KeyError, match="score next is unknown; there are return, length"):
         curate(data, score="next")
     with pytest.raises(ValueError, match="changes within a trajectory, first at step 1"):
         curate(data, score="observation")
@@ -343,12 +367,17 @@ def test_settings_out_of_range() -> None:
 def test_a_cut_among_equal_scores_says_so() -> None:
     """6 of 10 reach the goal: the best 40 % are a random sample of them."""
     sparse = dataset([1.0] * 6 + [0.0] * 4)
-    with pytest.warns(UserWarning, match=r"cut 60 falls among 6 equal scores \(1\): 4 of the 4"):
+    with pytest.warns(UserWarning, match=r"cut 60 falls among 6 .* \(1\): 4 of the 4") as warned:
         curate(sparse, cuts=(60,))
+    assert warned[0].filename == __file__
+    with pytest.warns(UserWarning, match=r"cut 50 falls among 3 equal scores \(1\): 2 of the 2"):
+        curate(dataset([1.0] * 3 + [0.0]), cuts=(50,))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         curate(sparse, cuts=(40,))  # just those that reach it
         curate(sparse, cuts=(60,), ties=">=")
+        # Two of the five that are kept are less than half.
+        curate(dataset([5.0, 4.0, 3.0] + [1.0] * 3 + [0.0] * 4), cuts=(50,))
         curate(dataset([3.0, 2.0, 2.0, 1.0]), cuts=(50,))  # A tie of two does not matter.
 
 
@@ -404,6 +433,8 @@ def test_unlike_parts_are_refused(change: Any, named: str) -> None:
 
 
 def test_what_cannot_be_joined() -> None:
+    lone = join(dataset([1.0, 2.0]))
+    assert lone.get(TRAJ_IDS).unique().tolist() == [0, 1]
     with pytest.raises(ValueError, match="nothing to join"):
         join()
     with pytest.raises(TypeError, match="not a list"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,20 @@ def test_pareto_k_is_the_published_fit(n: int) -> None:
     assert pareto_k(torch.from_numpy(sample)) == pytest.approx(expected, rel=1e-9)
 
 
+def test_pareto_k_over_forty_orders_of_magnitude() -> None:
+    """Weights with a gradient, in float32, whose tail begins near 0."""
+    x = torch.linspace(-95.0, 0.0, 100).exp().requires_grad_()
+    excess = (x.detach().double()[-20:] - x.detach().double()[-21]).tolist()
+    weight = torch.cat([torch.zeros(79), x.detach()[-21:]]).requires_grad_()
+    expected = (20 * zhang_stephens(excess) + 10 * 0.5) / 30
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pareto_k(weight) == pytest.approx(expected, rel=1e-12)
+    wide = torch.cat([torch.zeros(80), torch.linspace(-90.0, 0.0, 20).exp()]).double()
+    expected = (20 * zhang_stephens(wide[80:].tolist()) + 10 * 0.5) / 30
+    assert pareto_k(wide) == pytest.approx(expected, rel=1e-9)
+
+
 def test_pareto_k_is_nan_where_there_is_no_tail() -> None:
     assert math.isnan(pareto_k(torch.rand(24)))
     assert not math.isnan(pareto_k(torch.rand(25, generator=torch.Generator().manual_seed(0))))
@@ -164,6 +179,8 @@ def test_bound_gap_stays_finite_far_out() -> None:
     out = bound_gap(p, q, torch.ones(2))
     # J / S's scale: e^1 against 1 + 1.
     assert float(out["bound_gap"]) == pytest.approx(math.e - 2.0)
+    more = bound_gap(*(torch.cat([x, torch.tensor([1e4])]) for x in (p, q)), torch.arange(3) < 2)
+    assert more == out
 
 
 def trajectories(sizes: list[int], policy: GaussianPolicy) -> Any:
@@ -256,6 +273,16 @@ def test_diagnose_the_per_step_variant_and_batches_without_reference() -> None:
     assert set(bare) == {f"weight_q{round(100 * p):02d}" for p in QUANTILES}
 
 
+def test_diagnose_builds_no_graph() -> None:
+    class Watched(GaussianPolicy):
+        def log_prob(self, batch: Any) -> Any:
+            assert not torch.is_grad_enabled()
+            return super().log_prob(batch)
+
+    policy = Watched(3, 2, hidden=(8,))
+    diagnose(ImportanceWeightedMLE(policy, proposal="current"), trajectories([2], policy_of(1)))
+
+
 def test_ess_counts_like_repetition() -> None:
     log_w = torch.tensor([0.3, -1.0, 2.0])
     repeated = torch.tensor([0.3, 0.3, -1.0, 2.0, 2.0, 2.0]).double().exp()
@@ -270,3 +297,4 @@ def test_weighted_mean_is_that_of_repeated_samples() -> None:
     truth = sum(weight[v] * v for v in repeated) / sum(weight[v] for v in repeated)
     ours = weighted_mean(value, torch.tensor([0.5, 2.0, 1.0]), torch.tensor([1, 3, 2]))
     assert float(ours) == pytest.approx(truth, rel=1e-12)
+    assert ours.dtype == torch.float64

@@ -299,6 +299,9 @@ def test_masked_steps_are_not_sampled_and_stay_masked_in_trajectories() -> None:
     data[MASK][3] = False
     with pytest.raises(ValueError, match="trajectory 1 has every step masked"):
         StepSampler(data, 4)
+    # It does not matter where it is never drawn.
+    data["multiplicity"] = (data.get(TRAJ_IDS) != 7).long()
+    assert bool((StepSampler(data, 100).sample()["step"] != 3).all())
 
 
 @pytest.mark.parametrize("sampler", [TrajectorySampler, StepSampler])
@@ -307,6 +310,7 @@ def test_one_trajectory_and_length_one(sampler: Any) -> None:
     assert set(lone["step"].tolist()) == {0}
     singles = sampler(dataset([1] * 5, None), 100).sample()
     assert set(singles["step"].tolist()) == set(range(5))
+    assert sampler(dataset([1] * 5, None), 1).sample().batch_size == (1,)
 
 
 def test_curated_data_feeds_the_samplers() -> None:

@@ -24,6 +24,7 @@ from iwsft.trajectory import (
     check_tensordict,
     from_steps,
     lengths,
+    on_host,
     pack,
     pad,
     per_trajectory,
@@ -139,6 +140,26 @@ def test_a_padded_row_is_cut_where_its_id_changes() -> None:
     segments = Segments.of(batch)
     assert segments.lengths[:4].tolist() == [2, 2, 3, 1]
     assert segments.sum(batch["x"])[:4].tolist() == [1, 5, 15, 7]
+
+
+def test_slots_that_are_empty_or_masked() -> None:
+    batch = packed_of([3, 1, 2, 1])
+    batch[MASK] = torch.tensor([True, False, True, False, True, True, False])
+    segments = Segments.of(batch)
+    for slots in ([1, 3], [1]):
+        assert segments.without_valid_step.tolist() == slots
+        assert segments.mean(torch.full((7,), 2.0)).tolist()[4:] == [0.0] * 3
+        batch[MASK][6] = True
+        segments = Segments.of(batch)
+
+
+def test_a_padded_batch_of_nested_entries_is_read_where_it_is() -> None:
+    nested = {"next": {"reward": torch.zeros(2, 3, device="meta")}}
+    segments = Segments.of(TensorDict(nested, [2, 3]))
+    assert segments.index.device.type == "meta" and segments.index.shape == (6,)
+    assert on_host(torch.zeros(1)) and not on_host(segments.index)
+    rows = TensorDict({MASK: torch.ones(2, 3, 1, dtype=torch.bool)}, [2])
+    assert Segments.of(rows).shape == (2, 3)
 
 
 def test_a_masked_packed_batch_counts_valid_steps() -> None:
@@ -283,6 +304,11 @@ def _poke(key: Any, value: float) -> Any:
 def test_validate_names_the_error(change: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         validate(change(packed_of([2, 3, 1])))
+
+
+def test_validate_reads_entries_not_groups_of_them() -> None:
+    with pytest.raises(KeyError, match="next.* is missing; there are"):
+        validate(packed_of([2, 3, 1]), keys=["next"])
 
 
 def test_validate_names_a_row_of_the_wrong_length() -> None:

@@ -44,9 +44,11 @@ def test_all_parts_of_a_transition_belong_together() -> None:
     assert torch.equal(batch["action"], -step)
     assert torch.equal(batch["next", "observation"], step + 0.5)
     assert torch.equal(batch["next", "reward"], 2 * step)
+    after = TransitionSampler(dataset(), 64, seed=0, keys=["next"]).sample()
+    assert torch.equal(after["next", "reward"], batch["next", "reward"])
 
 
-@pytest.mark.parametrize("multiplicity", [None, [1, 2, 0, 1], [2, 2, 0, 2]])
+@pytest.mark.parametrize("multiplicity", [None, [1, 2, 0, 1], [2, 2, 0, 2], [2, 2, 2, 2]])
 @pytest.mark.parametrize("masked", [[], [0, 4]])
 def test_steps_are_drawn_by_the_multiplicity_of_their_trajectory(
     multiplicity: list[int] | None, masked: list[int]

@@ -127,7 +127,19 @@ def test_target_ess_ignores_what_does_not_count() -> None:
     alone = weights.TargetESS(0.6)(x, draws)
     for uncounted in (80.0, 2.0, 0.0, -80.0, math.inf, math.nan):
         more = torch.cat([x, torch.tensor([uncounted])]), torch.cat([draws, torch.zeros(1)])
-        torch.testing.assert_close(weights.TargetESS(0.6)(*more)[:3], alone, rtol=0, atol=0)
+        out = weights.TargetESS(0.6)(*more)
+        torch.testing.assert_close(out[:3], alone, rtol=0, atol=0)
+        assert bool(out.isfinite().all())
+
+
+@pytest.mark.parametrize("fraction", [0.3, 0.6, 0.9])
+def test_target_ess_computes_in_float64(fraction: float) -> None:
+    """On numbers that float32 holds exactly, both dtypes give the same up to the last rounding."""
+    x = torch.tensor([0.0, 1.25, -3.5, 2.0, 0.75])
+    draws, transform = torch.tensor([1.0, 2.0, 1.0, 3.0, 1.0]), weights.TargetESS(fraction)
+    wide = transform(x.double(), draws)
+    assert torch.equal(transform(x, draws), wide.float())
+    assert torch.equal(transform(x.double() + 2.0**40, draws), wide)
 
 
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
@@ -195,6 +207,12 @@ def test_presets_follow_their_formulas(name: str) -> None:
     np.testing.assert_allclose(weigh(chain, x, sizes).numpy(), truth, rtol=1e-5)
 
 
+def test_the_authors_language_model_code_clips_at_16() -> None:
+    chain = ImportanceWeights.authors_llm()
+    actual = weigh(chain, torch.tensor([15.9, 16.9]).log(), [1, 1])
+    torch.testing.assert_close(actual, torch.tensor([15.9, 16.0]))
+
+
 def test_authors_normalisation_divides_by_the_mean_of_clipped_weights() -> None:
     sizes = [4, 1, 7, 2]
     x = torch.randn(14, generator=torch.Generator().manual_seed(3)) + 1
@@ -220,6 +238,17 @@ def test_literal_paper_g_overflows_beyond_4436_steps() -> None:
     low = torch.full((4437,), -1.0)
     assert bool(weigh(chain, low, [4437]).isinf())
     assert bool(weigh(chain, low[1:], [4436]).isfinite())
+
+
+def test_the_overflow_check_weighs_one_trajectory() -> None:
+    shares = []
+
+    def look(log_weight: Tensor, share: Tensor) -> Tensor:
+        shares.append(share)
+        return log_weight
+
+    ImportanceWeights(trajectory=[look]).check_overflow(3)
+    torch.testing.assert_close(shares[0], torch.ones(1))
 
 
 def test_chains_that_stay_finite_pass_the_overflow_check() -> None:
@@ -277,6 +306,13 @@ def test_chains_that_stay_finite_pass_the_overflow_check() -> None:
 def test_wrong_settings_are_refused(build: Callable[[], Any]) -> None:
     with pytest.raises(ValueError):
         build()
+
+
+def test_settings_at_the_limit_are_taken() -> None:
+    assert weights.ClipLogRatio(1.0, 1.0)(torch.zeros(1)) == 1.0
+    assert weights.TemperWeight(0.0)(torch.ones(1), torch.ones(1)) == 0.0
+    half = weights.TargetESS(0.01, max_alpha=0.5)(torch.tensor([0.0, 2.0]), torch.ones(2))
+    assert float(half[1] - half[0]) == pytest.approx(1.0)
 
 
 def test_a_transform_in_the_wrong_place_is_named() -> None:
@@ -341,6 +377,8 @@ def test_ess_is_a_share(data: list[tuple[float, int]]) -> None:
 
 def test_target_ess_does_not_see_what_is_not_counted() -> None:
     log_weight, share = torch.tensor([0.0, 1.0, 2.0, 5000.0]), torch.tensor([1.0, 1.0, 1.0, 0.0])
+    unknown = torch.cat([log_weight[:3], torch.tensor([math.nan])])
+    assert log_mean_exp(unknown, share) == log_mean_exp(log_weight[:3], share[:3])
     for transform in (weights.TargetESS(0.5), weights.SelfNormalize()):
         counted = transform(log_weight[:3], share[:3].double())
         assert torch.equal(transform(log_weight, share.double())[:3], counted)
@@ -351,3 +389,12 @@ def test_weights_beyond_float32_are_refused(log_weight: float) -> None:
     with pytest.raises(OverflowError, match="overflow float32 or are NaN"):
         exponential(torch.tensor([0.0, log_weight]))
     assert exponential(torch.tensor([0.0, 88.0, -torch.inf])).isfinite().all()
+
+
+def test_compiled_overflow_is_an_assertion_of_the_device() -> None:
+    assert exponential(torch.zeros(2, device="meta")).shape == (2,)
+    compiled = torch.compile(exponential, backend="eager", fullgraph=True)
+    assert bool((compiled(torch.zeros(2)) == 1).all())
+    with pytest.raises(RuntimeError, match="importance weights overflow float32 or are NaN"):
+        compiled(torch.full((2,), 89.0))
+    torch._dynamo.reset()

@@ -65,6 +65,31 @@ def test_nan_in_the_padding_of_nested_entries_does_not_leak() -> None:
     assert policy.scale.grad == -1.0
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+@every_proposal
+def test_how_often_the_policy_runs(make_batch: Any, proposal: Any, noise: float) -> None:
+    """Once with a gradient; again without one where q is another policy, or where it has noise."""
+    gradients = []
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(3, 1), nn.Dropout(noise))
+
+        def log_prob(self, batch: TensorDictBase) -> torch.Tensor:
+            gradients.append(torch.is_grad_enabled())
+            return self.layers(batch["observation"]).squeeze(-1)
+
+    loss = ImportanceWeightedMLE(Noisy(), proposal=proposal)
+    batch = make_batch().set("importance_weight", torch.ones(18))
+    again = proposal == "lagged" or (proposal == "current" and noise > 0)
+    if proposal == "lagged":
+        EMA(loss, decay=0.5)
+    out = loss(batch)
+    assert gradients == [True, False][: 1 + again]
+    assert (out["weight_max"] == 1.0) == (proposal in ("reference", "cached"))
+
+
 def test_padding_is_not_the_largest_weight(make_loss: Any, make_batch: Any) -> None:
     loss, batch = make_loss("current", importance_weights=None), make_batch()
     batch["ref_log_prob"] += 5.0

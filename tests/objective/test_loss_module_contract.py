@@ -72,7 +72,7 @@ def test_renamed_keys_give_the_same_numbers(
         "action": ("control", "u"),
         "traj_ids": "episode",
         "ref_log_prob": ("old", "lp"),
-        "multiplicity": "draws",
+        "multiplicity": ("counts", "draws"),
         "importance_weight": ("old", "w"),
     }
     other = make_loss(proposal, functional, policy=policy)

@@ -263,13 +263,15 @@ def test_cached_sync_resumes_in_mid_window(make_loss: Any, make_batch: Any) -> N
         nudge(loss, update)
         q.step()
     weights = data["importance_weight"].clone()
-    state = deepcopy((loss.state_dict(), q.state_dict()))
+    state = deepcopy(loss.state_dict()), q.state_dict()
     fresh_data, fresh = make_batch(), make_loss("cached")
     resumed = HardSync(fresh, every=3, trajectories=fresh_data)
     assert not torch.equal(fresh_data["importance_weight"], weights)
+    data["importance_weight"] += 1.0  # A state does not change with the data.
     fresh.load_state_dict(state[0])
     resumed.load_state_dict(state[1])
     assert torch.equal(fresh_data["importance_weight"], weights)
+    data["importance_weight"].copy_(weights)
     steps = []
     for each, updater in ((loss, q), (fresh, resumed)):
         nudge(each, 4)
