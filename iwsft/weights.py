@@ -321,7 +321,7 @@ def exponential(log_weight: Tensor) -> Tensor:
 
 def log_mean_exp(log_weight: Tensor, share: Tensor) -> Tensor:
     """log(sum m w / sum m), m the shares, in float64; elements of share 0 do not count."""
-    log_terms = torch.where(share > 0, log_weight.double() + share.double().log(), -math.inf)
+    log_terms = torch.where(share > 0, log_weight + share.double().log(), -math.inf)
     total = torch.logsumexp(log_terms.reshape(-1), 0) - share.sum(dtype=torch.float64).log()
     return total.to(log_weight.dtype)
 

@@ -191,6 +191,8 @@ def test_pad_refuses_a_length_that_is_too_small() -> None:
 
 
 def test_pack_renumbers_rows_that_would_melt() -> None:
+    falling = TensorDict({TRAJ_IDS: torch.tensor([[1, 1], [3, 3], [2, 2]])}, [3, 2])
+    assert pack(falling)[TRAJ_IDS].tolist() == [0, 0, 1, 1, 2, 2]
     padded = pad(packed_of([3, 2, 2]))
     for ids in ([7, 7, 7], [9, 4, 1]):
         padded[TRAJ_IDS] = torch.tensor(ids)[:, None].expand(3, 3).contiguous()
