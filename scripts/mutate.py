@@ -378,12 +378,8 @@ def report(rows: list[dict[str, Any]], equivalent: dict[str, str]) -> None:
 def main() -> None:
     """Run what is left of the chosen mutants, and report on all of them."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        default=[""],
-        help="parts of the mutants' names",
-    )
+    names = "parts of the mutants' names"
+    parser.add_argument("--only", nargs="+", default=[""], help=names)
     parser.add_argument("--sample", type=int, help="number of mutants drawn; all by default")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="mutants at a time")

@@ -1,8 +1,8 @@
 r"""The final answer in a model's text, and how whole numbers, letters and LaTeX are read.
 
-A text that can be read in two ways (``5 or 7``, ``x = 3, y = 2``, ``12,5``) is no whole number and
-no letter. A point is a decimal point, and a comma separates thousands: ``1,234`` is 1234, ``1.234``
-is not whole.
+A text that can be read in two ways (``5 or 7``, ``x = 3, y = 2``, ``12,5``) is neither a whole
+number nor a letter. A point is a decimal point, and a comma separates thousands: ``1,234`` is 1234,
+``1.234`` is not whole.
 """
 
 from __future__ import annotations

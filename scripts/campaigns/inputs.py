@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from benchmarks.d4rl.__main__ import main as control_main
 from benchmarks.d4rl.settings import Options as ControlOptions
 from benchmarks.report.scores import cells
-from benchmarks.results import CONTROL, read_runs
+from benchmarks.results import CONTROL, read_runs, unfinished_runs
 from benchmarks.runs import EXPECTED
 from iwsft import datasets
 from iwsft.trajectory import ACTION, NEXT_OBSERVATION, OBSERVATION, REWARD, TERMINATED, lengths
@@ -347,15 +347,24 @@ def _folders_case(shared: Path, random: Random, folder: Path) -> Iterator[Findin
         lines[row] = json.dumps(content)
         path.write_text("\n".join(lines) + "\n")
     yield "tried", ""
-    true = {cell.algo: cell.mean for cell in cells(read_runs(shared / "runs", CONTROL))}
     try:
         read = {cell.algo: cell.mean for cell in cells(read_runs(folder / "runs", CONTROL))}
+        damaged = [run for run in unfinished_runs(folder / "runs", CONTROL) if run.damage]
     except Exception as error:
         yield from refusal(error, [str(path.relative_to(folder / "runs")), path.parent.name])
         return
+    left_out = {run.folder.relative_to(folder / "runs") for run in damaged}
+    if left_out - {path.parent.relative_to(folder / "runs")}:
+        yield "lost", f"{path.name}, {how}: {left_out} are left out"
+    for run in damaged:
+        if path.name not in run.damage:
+            yield "obscure", f"{path.name}, {how}: {run.damage}"
+    runs = read_runs(shared / "runs", CONTROL)
+    others = [run for run in runs if run.folder.relative_to(shared / "runs") not in left_out]
+    right = {cell.algo: cell.mean for cell in cells(others)}
     # A run whose result is gone is unfinished.
-    if how not in ("gone", "folder") and read != true and path.name == "result.json":
-        yield "silent", f"{path.name}, {how}: scores {read}, right: {true}"
+    if how not in ("gone", "folder") and read != right and path.name == "result.json":
+        yield "silent", f"{path.name}, {how}: scores {read}, right: {right}"
 
 
 CAMPAIGNS = (

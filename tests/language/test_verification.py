@@ -48,7 +48,7 @@ MINUS, EN_DASH, DASH = "\u2212", "\u2013", "\u2014"
         ("<|im_start|>think\nAnswer: 3\n<|im_start|>answer\nFinal Answer: 10<|im_end|>", "10"),
         # Cut in its thinking: what it has so far counts.
         (r"<|im_start|>think\nI get \boxed{9} and", "9"),
-        # An explanation is no part of the answer.
+        # An explanation is not part of the answer.
         ("Answer: $x^2$, because $x=7$ fails", "$x^2$"),
         (f"Answer: 5 {DASH} 7 fails", "5"),
         ("Answer: (3, 4), as claimed", "(3, 4)"),

@@ -248,7 +248,7 @@ def _place(message: Message, cut: int, position: int, text: str) -> Stretch | No
         start = _find_content(own, text, position)
         return None if start is None else Stretch(start, position)
     front, back = own[:cut], own[cut:]
-    # Where the template rewrites the text, a character at the position stands for it.
+    # Where the template rewrites the text, the character at the position is taken for it.
     start = position - (len(front) if text.endswith(front, 0, position) else not back)
     return Stretch(start, position + (len(back) if text.startswith(back, position) else 1))
 
