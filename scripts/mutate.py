@@ -99,7 +99,6 @@ _ARITHMETIC = {
 }
 # Methods whose call is left out.
 _LEFT_OUT = {"abs", "clamp", "clone", "copy", "detach", "double"}
-
 # Functions that fail at once, or give the same, if their arguments change places.
 _UNSWAPPED = {
     "equal",
@@ -413,7 +412,7 @@ def main() -> None:
             print(f"\r{number} of {len(queue)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     done = [known[mutant.name] for mutant in chosen if is_known(mutant)]
-    listed = tomllib.loads(EQUIVALENT.read_text())["equivalent"] if EQUIVALENT.exists() else {}
+    listed = tomllib.loads(EQUIVALENT.read_text())["equivalent"]
     report(done, listed)
 
 
