@@ -98,8 +98,13 @@ class Run(runs.Run[Options]):
 
 def prepare(run: Run) -> Prepared:
     """Make model and rows, or find them in the cache that the runs of a recipe share."""
+    options = run.options
     return load_recipe(run.dataset).prepare(
-        run.shared_folder, seed=run.seed, model=run.options.model, data=run.options.data
+        run.shared_folder,
+        seed=run.seed,
+        model=options.model,
+        data=options.data,
+        trust_remote_code=options.trust_remote_code,
     )
 
 

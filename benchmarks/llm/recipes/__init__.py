@@ -141,12 +141,21 @@ class Recipe(ABC):
     seeds: tuple[int, ...] = (0,)
 
     @abstractmethod
-    def prepare(self, folder: Path, *, seed: int, model: str | None, data: str | None) -> Prepared:
+    def prepare(
+        self,
+        folder: Path,
+        *,
+        seed: int,
+        model: str | None,
+        data: str | None,
+        trust_remote_code: bool = False,
+    ) -> Prepared:
         """Make or find model and rows in the cache ``folder``; the same seed finds the same files.
 
         ``model`` (a hub id or a folder) and ``data`` (a file, a folder or a hub id) replace the
-        recipe's own. Raises ValueError where the recipe can't use them or the cache is damaged, and
-        OSError where a file can't be read or written.
+        recipe's own. ``trust_remote_code`` runs code that comes with the model. Raises ValueError
+        where the recipe can't use them or the cache is damaged, and OSError where a file can't be
+        read or written.
         """
 
     def tested_rows(self, prepared: Prepared) -> Sequence[Row]:

@@ -57,13 +57,19 @@ class Gsm8kRecipe(Recipe):
     tested: int = 64
 
     def prepare(
-        self, folder: Path, *, seed: int, model: str | None = None, data: str | None = None
+        self,
+        folder: Path,
+        *,
+        seed: int,
+        model: str | None = None,
+        data: str | None = None,
+        trust_remote_code: bool = False,
     ) -> Prepared:
         """See :meth:`Recipe.prepare`; nothing is drawn, so all seeds have the same rows.
 
         The defaults are SmolLM2-135M and the bundled 400 questions of GSM8K.
         """
-        del seed
+        del seed, trust_remote_code
         questions = read_solved_questions(BUNDLED if data is None else data)
         training, held_out = split(questions, share=self.share)
         rows = rows_of(training)

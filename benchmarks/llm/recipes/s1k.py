@@ -64,7 +64,13 @@ class S1kRecipe(Recipe):
     tested: int = 32
 
     def prepare(
-        self, folder: Path, *, seed: int, model: str | None = None, data: str | None = None
+        self,
+        folder: Path,
+        *,
+        seed: int,
+        model: str | None = None,
+        data: str | None = None,
+        trust_remote_code: bool = False,
     ) -> Prepared:
         """See :meth:`Recipe.prepare`; nothing is drawn, so all seeds have the same rows.
 
@@ -72,7 +78,7 @@ class S1kRecipe(Recipe):
         """
         del seed
         where = locate(MODEL if model is None else model, folder)
-        s1k.set_pad_token(load_tokenizer(where))
+        s1k.set_pad_token(load_tokenizer(where, trust_remote_code=trust_remote_code))
         rows = read(DATA if data is None else data, make=s1k.to_row)
         graded = [row.correct for row in rows if row.correct is not None]
         notes: dict[str, Any] = {

@@ -69,7 +69,13 @@ class ArithmeticRecipe(Recipe):
     held_out: int = 1000
 
     def prepare(
-        self, folder: Path, *, seed: int, model: str | None = None, data: str | None = None
+        self,
+        folder: Path,
+        *,
+        seed: int,
+        model: str | None = None,
+        data: str | None = None,
+        trust_remote_code: bool = False,
     ) -> Prepared:
         """See :meth:`Recipe.prepare`.
 
@@ -84,7 +90,7 @@ class ArithmeticRecipe(Recipe):
             notes["base"] = {key: record[key] for key in ("parameters", "seed", "cpu_seconds")}
             model = str(home)
         if data is None:
-            decoder, tokenizer = _load(model)
+            decoder, tokenizer = _load(model, trust_remote_code)
             key = fingerprint(
                 {
                     **decoder.state_dict(),
@@ -248,8 +254,8 @@ def facts(rows: Sequence[Row]) -> Mapping[str, Any]:
     return notes
 
 
-def _load(model: str) -> tuple[Any, Any]:
-    decoder, tokenizer = load(model)
+def _load(model: str, trusted: bool) -> tuple[Any, Any]:
+    decoder, tokenizer = load(model, trust_remote_code=trusted)
     if tokenizer.get_vocab() != {token: index for index, token in enumerate(VOCABULARY)}:
         raise ValueError(f"the tokenizer of {model} is not that of the arithmetic recipe")
     return decoder.eval(), tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -244,6 +245,19 @@ def test_another_model_is_sampled_and_must_know_the_tokens(
     foreign.save_pretrained(tmp_path / "m")
     with pytest.raises(ValueError, match="tokenizer of .* is not that of the arithmetic recipe"):
         RECIPE.prepare(cache, seed=0, model=str(tmp_path / "m"))
+
+
+def test_a_model_with_its_own_code_is_sampled_only_when_trusted(
+    cache: Path, prepared: Prepared, tmp_path: Path, bring_code: Callable[[Path], Path]
+) -> None:
+    model = Path(shutil.copytree(prepared.model, tmp_path / "own"))
+    mark = bring_code(model)
+    with pytest.raises(ValueError, match="--trust-remote-code"):
+        RECIPE.prepare(cache, seed=0, model=str(model))
+    assert not mark.exists()
+    found = RECIPE.prepare(cache, seed=0, model=str(model), trust_remote_code=True)
+    assert mark.exists()
+    assert [row.completion for row in found.rows] == [row.completion for row in prepared.rows]
 
 
 def test_rows_leave_out_empty_completions(decoder: Any) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -124,3 +127,25 @@ def test_data_in_other_columns(tiny_qwen2: Path, tmp_path: Path):
     file.write_text('{"prompt": "1", "completion": "2"}\n')
     with pytest.raises(ValueError, match=r"rows.jsonl:1: neither deepseek_thinking_trajectory"):
         S1kRecipe().prepare(tmp_path, seed=0, model=str(tiny_qwen2), data=str(file))
+
+
+def test_a_tokenizer_with_its_own_code_loads_only_when_trusted(
+    tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
+    model = Path(shutil.copytree(tiny_qwen2, tmp_path / "own"))
+    mark = tmp_path / "ran"
+    (model / "own.py").write_text(
+        f"import os\nos.makedirs({str(mark)!r}, exist_ok=True)\n"
+        "from transformers import PreTrainedTokenizerFast\n"
+        "class Own(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    file = model / "tokenizer_config.json"
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    prepare = partial(S1kRecipe().prepare, tmp_path, seed=0, model=str(model), data=str(ROWS))
+    with pytest.raises(ValueError, match="--trust-remote-code"):
+        prepare()
+    assert not mark.exists()
+    prepare(trust_remote_code=True)
+    assert mark.exists()
