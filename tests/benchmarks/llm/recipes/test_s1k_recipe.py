@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -130,19 +131,15 @@ def test_data_in_other_columns(tiny_qwen2: Path, tmp_path: Path):
 
 
 def test_a_tokenizer_with_its_own_code_loads_only_when_trusted(
-    tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_qwen2: Path, tmp_path: Path, bring_code: Callable[[Path], Path]
 ):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
     model = Path(shutil.copytree(tiny_qwen2, tmp_path / "own"))
-    mark = tmp_path / "ran"
-    (model / "own.py").write_text(
-        f"import os\nos.makedirs({str(mark)!r}, exist_ok=True)\n"
-        "from transformers import PreTrainedTokenizerFast\n"
-        "class Own(PreTrainedTokenizerFast):\n    pass\n"
-    )
-    file = model / "tokenizer_config.json"
-    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
-    file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    mark = bring_code(model)
+    with (model / "own.py").open("a") as file:
+        file.write("from transformers import PreTrainedTokenizerFast as Tokens\n")
+    settings = model / "tokenizer_config.json"
+    own = {"tokenizer_class": "Tokens", "auto_map": {"AutoTokenizer": [None, "own.Tokens"]}}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | own))
     prepare = partial(S1kRecipe().prepare, tmp_path, seed=0, model=str(model), data=str(ROWS))
     with pytest.raises(ValueError, match="--trust-remote-code"):
         prepare()
