@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from iwsft.proposals import HardSync as HardSync
     from iwsft.proposals import reweight as reweight
     from iwsft.reference import annotate_reference as annotate_reference
+    from iwsft.trained_policy import load_policy as load_policy
     from iwsft.weights import ImportanceWeights as ImportanceWeights
 
 # name -> where it lives; a module maps to itself
@@ -34,6 +35,7 @@ _PUBLIC = {
     "curate": "curation",
     "datasets": "datasets",
     "evaluate": "evaluation",
+    "load_policy": "trained_policy",
     "reweight": "proposals",
     "weights": "weights",
 }

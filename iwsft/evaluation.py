@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -17,6 +18,7 @@ from tensordict.nn import TensorDictModuleBase
 
 from iwsft import environments
 from iwsft.acting import ROWS, PolicyInputs, act, acting, check_keys, check_sizes
+from iwsft.video import recorded
 
 # An episode of an environment without a limit may have this many steps.
 _ENDLESS = 100_000
@@ -106,6 +108,7 @@ def evaluate(
     device: torch.device | str | None = None,
     observation: environments.Flatten | None = None,
     env_kwargs: Mapping[str, Any] | None = None,
+    video: str | Path | None = None,
 ) -> Evaluation:
     """Run episodes of a policy, deterministically, in parallel environments.
 
@@ -134,10 +137,12 @@ def evaluate(
         observation: Function from the environment's observation to a vector ``[obs]``; by default
             :func:`iwsft.environments.flattener`, D4RL's columns.
         env_kwargs: Arguments of the environment, such as ``tasks_to_complete`` of FrankaKitchen.
+        video: MP4 file for the first episode, drawn off screen; the numbers stay the same.
 
     Raises:
-        ValueError: A setting, the environment or the sizes of the policy do not fit. This is known
-            before the first step.
+        ValueError: A setting, the environment or the sizes of the policy do not fit, or the machine
+            cannot draw. This is known before the first step.
+        ImportError: The package that writes videos is not installed.
         FloatingPointError: The policy gave an action, or the environment a reward, that is not
             finite.
         RuntimeError: An episode has not ended after 100,000 steps, and the environment sets no
@@ -155,8 +160,12 @@ def evaluate(
     start = time.perf_counter()
     with ExitStack() as stack:
         stack.enter_context(acting(policy))
-        envs = [stack.enter_context(environments.make(env_id, **(env_kwargs or {})))]
-        first = envs[0]
+        kwargs = env_kwargs or {}
+        if video is None:
+            first = stack.enter_context(environments.make(env_id, **kwargs))
+        else:
+            first = stack.enter_context(recorded(Path(video), env_id, kwargs))
+        envs = [first]
         flatten = observation or environments.flattener(first)
         full_id, bounds = environments.id_of(first), environments.action_space(first)
         vector = flatten(first.reset(seed=seeds[0])[0])
@@ -164,7 +173,7 @@ def evaluate(
             raise ValueError(f"observations of {full_id} must be vectors, got shape {vector.shape}")
         check_sizes(policy, vector, bounds.shape, full_id, device=device)
         for _ in range(1, width):
-            envs.append(stack.enter_context(environments.make(env_id, **(env_kwargs or {}))))
+            envs.append(stack.enter_context(environments.make(env_id, **kwargs)))
         finished = _roll_out(policy, envs, seeds, flatten, vector.size, bounds, device)
         versions = environments.versions(first)
 

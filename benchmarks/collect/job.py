@@ -108,9 +108,11 @@ def load_behaviour(name: str) -> Behaviour:
     if (folder / sac.POLICY).is_dir():
         behaviour = Behaviour(name, *sac.load_policy(folder))
     elif folder.is_dir():
-        from benchmarks.d4rl.train import load_policy
+        from iwsft import load_policy
 
-        behaviour = Behaviour(name, *load_policy(folder))
+        # Modules that the environment names are asked about where it is chosen.
+        trained = load_policy(folder, trust_env_module=True)
+        behaviour = Behaviour(name, trained.module, trained.env_id, dict(trained.env_kwargs))
     elif ":" in name:
         behaviour = Behaviour(name, called(name))
     else:

@@ -19,6 +19,7 @@ from benchmarks.results import CONTROL, read_runs
 from benchmarks.runs import EXPECTED, claim, one_line, tell
 from benchmarks.sweep import Summary, run_all
 from iwsft.training import Row
+from iwsft.video import check_recording
 
 _HEADER = f"{'algo':<12} {'seed':>4}  {'stage':<9} {'step':>13} {'loss':>8} {'ESS':>5} {'score':>7}"
 _COLUMN = "dataset"
@@ -98,6 +99,8 @@ def _list_runs(options: Options, suite: Suite, summary: Summary) -> dict[Run, di
             try:
                 if not runs:
                     task.check_environment()
+                    if given.video:
+                        check_recording(task.env_id, task.dataset.env_kwargs)
                 check_run(several[0], task)
                 runs += several
             except EXPECTED as error:

@@ -277,6 +277,8 @@ class Options:
     ties: Ties | None = None
     """How cuts treat equal returns, instead of the preset's ">" (paper) or ">=" (authors): "rank"
     keeps the stated share, ties in random order, which sparse 0/1 returns need."""
+    video: bool = False
+    """Record the first episode of the final score as video.mp4 in the run's folder."""
     trust_env_module: bool = False
     """Import the module that a dataset's env_id or wrappers name. Its code can do anything."""
     device: str = "cpu"

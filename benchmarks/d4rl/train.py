@@ -18,7 +18,7 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 
-from baselines import BASELINES, Learner, algorithm
+from baselines import Learner
 from benchmarks.d4rl import settings as paper
 from benchmarks.d4rl.run import Run, Task, reference_settings_of, settings_of, sizes
 from benchmarks.runs import CONFIG, RESULT, alone_in, write_json
@@ -30,6 +30,7 @@ from iwsft.policies import GaussianPolicy
 from iwsft.proposals import EMA, HardSync
 from iwsft.reference import annotate_reference
 from iwsft.samplers import StepSampler, TrajectorySampler
+from iwsft.trained_policy import TrainedPolicy, save_policy
 from iwsft.training import Cost, Probe, Row, Schedule, fit
 from iwsft.trajectory import REWARD, Segments
 
@@ -41,7 +42,7 @@ _CURVE_POINTS = 10
 # Seeds of the learning curve's episodes differ from those of the final score.
 _CURVE_SEED = 10_000
 _SAMPLERS = {"steps": StepSampler, "trajectories": TrajectorySampler}
-POLICY = "policy.pt"
+VIDEO = "video.mp4"
 
 
 def train_and_score(run: Run, report: Report) -> dict[str, Any]:
@@ -72,7 +73,14 @@ def score_policy(
 ) -> dict[str, Any]:
     """Score a run's policy, whose training had a cost; write and return its ``result.json``."""
     since, options = time.process_time(), run.options
-    final = task.score(policy, episodes=options.eval_episodes, seed=run.seed, device=options.device)
+    video = run.folder / VIDEO if options.video else None
+    final = task.score(
+        policy,
+        episodes=options.eval_episodes,
+        seed=run.seed,
+        device=options.device,
+        video=video,
+    )
     evaluation_cpu = time.process_time() - since
     updates, published, successes = run.updates, run.published_updates, final.successes
     success = {} if successes is None else {"success_rate": float(np.mean(successes))}
@@ -240,42 +248,13 @@ def _copy_training(source: Path, folder: Path) -> None:
 
 
 def _save_policy(run: Run, task: Task, policy: TensorDictModuleBase) -> None:
-    """Write ``policy.pt``: parameters, and the plain values that :func:`load_policy` needs."""
+    """Write ``policy.pt`` for :func:`iwsft.load_policy`."""
     observation_dim, action_dim = sizes(task.dataset.trajectories)
-    content = {
-        "algo": run.algo,
-        "observation_dim": observation_dim,
-        "action_dim": action_dim,
-        "settings": None if run.baseline is None else asdict(run.baseline_settings[0]),
-        "env_id": task.env_id,
-        "env_kwargs": dict(task.dataset.env_kwargs),
-        "state": {key: value.cpu() for key, value in policy.state_dict().items()},
-    }
-    checkpoint.write(run.folder / POLICY, content)
-
-
-def load_policy(folder: str | Path) -> tuple[TensorDictModuleBase, str, dict[str, Any]]:
-    """Load the policy of a finished run, in the folder ``OUT/d4rl/DATASET/ALGO/seed-K``.
-
-    Returns the policy on the CPU, and the id and arguments of its environment.
-    """
-    path = Path(folder) / POLICY
-    if not path.exists():
-        way_out = "pass the folder of a finished run, OUT/d4rl/DATASET/ALGO/seed-K"
-        raise FileNotFoundError(f"no {POLICY} in {folder}; {way_out}")
-    way_out = "run that seed again"
-    content = checkpoint.read(path, way_out)
-    try:
-        dims = content["observation_dim"], content["action_dim"]
-        env_id, env_kwargs = content["env_id"], content["env_kwargs"]
-        if content["algo"] in BASELINES:
-            module = algorithm(content["algo"])
-            policy = module.policy(*dims, module.Settings(**content["settings"]))
-        else:
-            paper.find_algorithm(content["algo"])
-            policy = GaussianPolicy(*dims)
-        policy.load_state_dict(content["state"])
-    except checkpoint.CORRUPT as error:
-        problem = f"does not fit this version ({type(error).__name__}: {error})"
-        raise checkpoint.CheckpointError(f"{path} {problem}; {way_out}") from error
-    return policy, env_id, env_kwargs
+    environment = task.env_id, task.dataset.env_kwargs, task.dataset.reference_scores
+    save_policy(
+        run.folder,
+        TrainedPolicy(policy, *environment, observation_dim),
+        algo=run.algo,
+        action_dim=action_dim,
+        settings=None if run.baseline is None else run.baseline_settings[0],
+    )

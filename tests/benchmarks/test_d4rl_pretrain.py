@@ -15,8 +15,9 @@ from tracking import write_dataset
 
 from benchmarks.d4rl.run import Run, Task
 from benchmarks.d4rl.settings import Options
-from benchmarks.d4rl.train import load_policy, train_and_score, train_reference
+from benchmarks.d4rl.train import train_and_score, train_reference
 from benchmarks.runs import CONFIG
+from iwsft import load_policy
 from iwsft.trajectory import MULTIPLICITY, OBSERVATION, REWARD, lengths
 
 SHORT: dict[str, Any] = {"steps": 10, "reference_steps": 20, "eval_episodes": 2}
@@ -54,7 +55,7 @@ def test_the_reference_is_that_of_the_data_before_and_the_rest_is_of_the_data_af
     for ours, theirs in zip(policy.parameters(), same.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     # A run that changed nothing would act as the reference does.
-    trained = load_policy(where)[0]
+    trained = load_policy(where).module
     assert any(
         not torch.equal(a, b)
         for a, b in zip(trained.parameters(), policy.parameters(), strict=True)
@@ -72,7 +73,7 @@ def test_cloning_looks_at_the_data_after_only(folder: Path, tmp_path: Path) -> N
     shutil.copy(alone.folder / CONFIG, cloned.folder)
     for run in (cloned, alone):
         train_and_score(run, lambda *_: None)
-    states = [load_policy(run.folder)[0].state_dict() for run in (cloned, alone)]
+    states = [load_policy(run.folder).module.state_dict() for run in (cloned, alone)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tracking import BEST, ENV_ID, STANDING, write_dataset
@@ -25,9 +26,10 @@ from benchmarks.d4rl.settings import (
     check_options,
     choose_suite,
 )
-from benchmarks.d4rl.train import load_policy, train_and_score
+from benchmarks.d4rl.train import train_and_score
 from benchmarks.runs import claim
-from iwsft.evaluation import evaluate
+from iwsft import load_policy
+from iwsft.evaluation import episode_seeds
 from iwsft.training import Row
 
 EVERY = [*ALGORITHMS, *BASELINES]
@@ -127,12 +129,31 @@ def test_it_gets_as_near_to_the_optimum_as_its_rule_allows(trained: Any, algo: s
 
 
 @pytest.mark.parametrize("algo", EVERY)
-def test_a_saved_policy_acts_like_the_trained_one(trained: Any, algo: str) -> None:
+def test_a_saved_policy_acts_like_the_trained_one(trained: Any, tmp_path: Path, algo: str) -> None:
     result, folder = trained(algo)
-    policy, env_id, env_kwargs = load_policy(folder)
-    assert (env_id, env_kwargs) == (ENV_ID, {})
-    again = evaluate(policy, env_id, episodes=EPISODES, seed=0)
-    assert again.returns == result["episode_returns"]
+    policy = load_policy(folder)
+    assert (policy.env_id, policy.env_kwargs) == (ENV_ID, {})
+    assert policy.evaluate(episodes=EPISODES, seed=0).returns == result["episode_returns"]
+
+    with policy.make() as env:
+        observation, _ = env.reset(seed=episode_seeds(0, 1)[0])
+        seen, rewards, over = [observation], [0.0], False
+        while not over:
+            action = policy.act(observation, first=len(seen) == 1, reward=rewards[-1])
+            observation, reward, terminated, truncated, _ = env.step(action)
+            seen, rewards = [*seen, observation], [*rewards, float(reward)]
+            over = terminated or truncated
+    assert sum(rewards) == result["episode_returns"][0]
+
+    if policy.has_memory:
+        with pytest.raises(ValueError, match="with a memory can't be exported"):
+            policy.export(tmp_path / "policy.pt2")
+        with pytest.raises(ValueError, match="has a memory"):
+            policy.act(observation)
+        return
+    program = torch.export.load(policy.export(tmp_path / "policy.pt2")).module()
+    exported = program(torch.tensor(np.stack(seen), dtype=torch.float32))
+    torch.testing.assert_close(exported, torch.tensor(policy.act(seen)))
 
 
 @pytest.mark.parametrize("algo", EVERY)
@@ -156,6 +177,6 @@ def test_a_run_that_was_cut_off_ends_in_the_same_numbers(
     resumed = train_and_score(cut, lambda *_: None)
     assert resumed["episode_returns"] == wanted["episode_returns"]
     assert json.loads((cut.folder / "result.json").read_text())["steps"] == 40
-    policies = [load_policy(run.folder)[0] for run in (whole, cut)]
+    policies = [load_policy(run.folder).module for run in (whole, cut)]
     for name, value in policies[0].state_dict().items():
         assert torch.equal(value, policies[1].state_dict()[name]), name

@@ -1,0 +1,283 @@
+"""A trained policy on disk, and what one does with it: act, evaluate, record, export."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+
+from iwsft import checkpoint, environments
+from iwsft.acting import IS_INIT, PolicyInputs, act, acting
+from iwsft.evaluation import Evaluation, evaluate
+from iwsft.files import written_whole
+from iwsft.policies import GaussianPolicy
+from iwsft.trajectory import ACTION, OBSERVATION
+
+FILE = "policy.pt"
+_RUN = "a finished run's folder, OUT/d4rl/DATASET/ALGO/seed-K"
+# Keys of a policy's parameters in a TorchRL loss, functional or not.
+_IN_LOSS = ("actor_network_params.", "actor_network.")
+
+
+@dataclass(frozen=True)
+class TrainedPolicy:
+    """A policy that is ready to act, and the environment that it was trained for.
+
+    Attributes:
+        module: The policy as :func:`iwsft.evaluate` takes it: it reads ``observation`` as the
+            environment gives it (normalisation is part of the policy) and writes ``action`` in
+            [-1, 1]. It is on the CPU.
+        env_id: Id of the environment, see :func:`iwsft.environments.make`; None where unknown.
+        env_kwargs: Arguments of the environment.
+        reference_scores: D4RL's (minimum, maximum) return, or None without a normalised score.
+        observation_dim: Size of an observation; None where unknown.
+    """
+
+    module: TensorDictModuleBase
+    env_id: str | None = None
+    env_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    reference_scores: tuple[float, float] | None = None
+    observation_dim: int | None = None
+
+    @property
+    def action_bounds(self) -> tuple[Any, Any]:
+        """Lower and upper bound of the environment's actions, numbers or lists."""
+        low, high = self.env_kwargs.get("action_bounds", (-1.0, 1.0))
+        return low, high
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether an action depends on earlier steps of its episode, as in ``dt``."""
+        return IS_INIT in self.module.in_keys
+
+    def make(self, **kwargs: Any) -> gym.Env[Any, Any]:
+        """Make the environment, with flat observations and actions in its own range.
+
+        Args:
+            kwargs: Further arguments of the environment, such as ``render_mode="human"``.
+
+        Raises:
+            ValueError: The environment is not known.
+        """
+        known = {name: value for name, value in self.env_kwargs.items() if name != "action_bounds"}
+        env = environments.make(self._known_env_id(), **{**known, **kwargs})
+        if isinstance(env.observation_space, gym.spaces.Box):
+            return env
+        flatten = environments.flattener(env)
+        size = flatten(env.observation_space.sample()).shape
+        space = gym.spaces.Box(-np.inf, np.inf, size, np.float64)
+        return gym.wrappers.TransformObservation(env, flatten, space)
+
+    def act(
+        self, observation: ArrayLike, *, first: bool | None = None, reward: float = 0.0
+    ) -> NDArray[np.float32]:
+        """Return the policy's action (the mean of a Gaussian) in the environment's own range.
+
+        Args:
+            observation: One observation ``[obs]``, or several ``[n, obs]`` of a policy without a
+                memory.
+            first: Whether this is the first step of an episode. Only a policy with a memory needs
+                it, and then sees one episode after the other.
+            reward: Reward of the last action, for a policy with a memory.
+
+        Returns:
+            Action ``[act]``, or actions ``[n, act]``.
+
+        Raises:
+            ValueError: The observation has another size, or a policy with a memory is called
+                without ``first``, or for several rows.
+            FloatingPointError: An action is not finite.
+        """
+        rows = np.atleast_2d(np.asarray(observation, np.float32))
+        if rows.shape[1] != (self.observation_dim or rows.shape[1]):
+            raise ValueError(f"observations have size {self.observation_dim}, got {rows.shape[1]}")
+        if self.has_memory and (first is None or len(rows) > 1):
+            raise ValueError("this policy has a memory: pass one observation, first= and reward=")
+        inputs = PolicyInputs(len(rows), rows.shape[1])
+        for row, values in enumerate(rows):
+            inputs.begin(row, values, f"row {row}")
+        if first is False:
+            inputs.follow(0, rows[0], reward)
+        with acting(self.module):
+            actions = act(self.module, inputs)[: len(rows)]
+        low, high = (np.asarray(bound, np.float64) for bound in self.action_bounds)
+        scaled = (high + low) / 2 + (high - low) / 2 * np.clip(actions, -1.0, 1.0)
+        return scaled.astype(np.float32).reshape(*np.shape(observation)[:-1], -1)
+
+    def evaluate(self, **options: Any) -> Evaluation:
+        """Score the policy in its environment; the options are those of :func:`iwsft.evaluate`."""
+        scores, env_kwargs = self.reference_scores, self.env_kwargs
+        env_id = self._known_env_id()
+        return evaluate(
+            self.module, env_id, reference_scores=scores, env_kwargs=env_kwargs, **options
+        )
+
+    def export(self, path: str | Path, observation_dim: int | None = None) -> Path:
+        """Write the policy as a program of ``torch.export``, which needs torch alone.
+
+        ``torch.export.load(path).module()`` maps observations, float32 ``[n, obs]``, to actions in
+        the environment's own range, float32 ``[n, act]``.
+
+        Args:
+            path: The file, which by custom ends in ``.pt2``.
+            observation_dim: Size of an observation; by default that of the run.
+
+        Raises:
+            ValueError: The policy has a memory, or the size of its observations is not known.
+        """
+        if self.has_memory:
+            raise ValueError("a policy with a memory can't be exported: its history is no input")
+        size = observation_dim or self.observation_dim
+        if size is None:
+            raise ValueError("the checkpoint does not say how large observations are: pass it")
+        rows = {"observation": {0: torch.export.Dim("n")}}
+        program = _Program(self.module, *self.action_bounds)
+        with acting(self.module):
+            exported = torch.export.export(program, (torch.zeros(2, size),), dynamic_shapes=rows)
+        # Through memory: torch gives its archive the name of the file.
+        buffer = io.BytesIO()
+        torch.export.save(exported, buffer)
+        with written_whole(Path(path)) as partial:
+            partial.write_bytes(buffer.getbuffer())
+        return Path(path)
+
+    def _known_env_id(self) -> str:
+        if self.env_id is None:
+            raise ValueError("the checkpoint names no environment; call iwsft.evaluate with one")
+        return self.env_id
+
+
+class _Program(nn.Module):
+    """From observations to actions in the range ``low`` to ``high``."""
+
+    def __init__(self, module: TensorDictModuleBase, low: Any, high: Any) -> None:
+        super().__init__()
+        self.policy = module
+        # In float64, as the environments of data with other bounds compute it.
+        low, high = (torch.as_tensor(bound, dtype=torch.float64) for bound in (low, high))
+        self.register_buffer("middle", (high + low) / 2)
+        self.register_buffer("half_range", (high - low) / 2)
+
+    def forward(self, observation: Tensor) -> Tensor:
+        rows = TensorDict({OBSERVATION: observation}, [observation.shape[0]])
+        action = self.policy(rows)[ACTION].detach().clamp(-1.0, 1.0)
+        return (self.middle + self.half_range * action.double()).float()
+
+
+def save_policy(
+    folder: Path,
+    policy: TrainedPolicy,
+    *,
+    algo: str,
+    action_dim: int,
+    settings: Any = None,
+) -> None:
+    """Write ``policy.pt``: parameters, and the plain values that :func:`load_policy` needs.
+
+    Args:
+        folder: Folder of the run.
+        policy: The policy, with the size of its observations.
+        algo: Name of a baseline where there are ``settings``; the others have a
+            :class:`GaussianPolicy` of the default form.
+        action_dim: Size of an action.
+        settings: Dataclass of a baseline's settings.
+    """
+    content = {
+        "algo": algo,
+        "observation_dim": policy.observation_dim,
+        "action_dim": action_dim,
+        "settings": None if settings is None else asdict(settings),
+        "env_id": policy.env_id,
+        "env_kwargs": dict(policy.env_kwargs),
+        "reference_scores": policy.reference_scores,
+        "state": {key: value.cpu() for key, value in policy.module.state_dict().items()},
+    }
+    checkpoint.write(folder / FILE, content)
+
+
+def load_policy(
+    folder: str | Path,
+    policy: TensorDictModuleBase | None = None,
+    *,
+    trust_env_module: bool = False,
+) -> TrainedPolicy:
+    """Load a trained policy, ready to act, on the CPU.
+
+    Args:
+        folder: Folder of a finished run of ``iwsft d4rl``, ``OUT/d4rl/DATASET/ALGO/seed-K``; or,
+            with ``policy``, the folder of :func:`iwsft.training.fit` or its ``checkpoint``.
+        policy: Policy of the same form as that of the checkpoint, whose parameters are replaced.
+        trust_env_module: Import the module that the policy's environment names, when the
+            environment is made. Its code can do anything.
+
+    Raises:
+        FileNotFoundError: There is no policy, or no checkpoint.
+        iwsft.checkpoint.CheckpointError: The file is damaged, or does not fit.
+        ValueError: The environment imports a module, and that is not trusted.
+    """
+    path = Path(folder).expanduser()
+    if path.name in (FILE, checkpoint.FILE, checkpoint.FOLDER):
+        path = path.parent
+    if path.name == checkpoint.FOLDER:
+        path = path.parent
+    if policy is not None:
+        return TrainedPolicy(_from_checkpoint(path, policy))
+    if (path / checkpoint.FOLDER / "config.json").exists():
+        way_out = "transformers' AutoModelForCausalLM.from_pretrained loads"
+        raise ValueError(f"{path} is of a language model, which {way_out}: {path}/checkpoint")
+    if not (path / FILE).exists():
+        way_out = f"pass {_RUN}, or policy= for the checkpoint of an unfinished one"
+        raise FileNotFoundError(f"no {FILE} in {path}; {way_out}")
+    loaded = _from_run(path / FILE)
+    modules = environments.modules_to_import(loaded.env_id or "", loaded.env_kwargs)
+    if modules and not trust_env_module:
+        raise ValueError(f"{path} imports {modules}; pass trust_env_module=True if you trust that")
+    return loaded
+
+
+def _from_run(path: Path) -> TrainedPolicy:
+    """Build the policy of a run from its file."""
+    way_out = "run that seed again"
+    content = checkpoint.read(path, way_out)
+    try:
+        sizes = content["observation_dim"], content["action_dim"]
+        if content["settings"] is None:
+            module: TensorDictModuleBase = GaussianPolicy(*sizes)
+        else:
+            # The baselines build on this package, which therefore imports them by name.
+            baseline = import_module("baselines").algorithm(content["algo"])
+            module = baseline.policy(*sizes, baseline.Settings(**content["settings"]))
+        module.load_state_dict(content["state"])
+        scores, env_kwargs = content.get("reference_scores"), content["env_kwargs"]
+        return TrainedPolicy(module, content["env_id"], env_kwargs, scores, sizes[0])
+    except checkpoint.CORRUPT as error:
+        problem = f"does not fit this version ({type(error).__name__}: {error})"
+        raise checkpoint.CheckpointError(f"{path} {problem}; {way_out}") from error
+
+
+def _from_checkpoint(folder: Path, policy: TensorDictModuleBase) -> TensorDictModuleBase:
+    """Put the parameters that a training's checkpoint has for its actor into ``policy``."""
+    path = folder / checkpoint.FOLDER / checkpoint.FILE
+    if not path.exists():
+        raise FileNotFoundError(f"no {path}; pass the folder of a training")
+    content = checkpoint.read(path, "train again")
+    try:
+        loss = content["state"]["loss"]
+        prefix = next(each for each in _IN_LOSS if any(key.startswith(each) for key in loss))
+        state = {key.removeprefix(prefix): loss[key] for key in loss if key.startswith(prefix)}
+        policy.load_state_dict(state)
+    except (*checkpoint.CORRUPT, StopIteration) as error:
+        problem = f"holds no policy of this form ({type(error).__name__}: {error})"
+        raise checkpoint.CheckpointError(f"{path} {problem}; pass one that does") from error
+    return policy

@@ -1,0 +1,108 @@
+"""Videos of episodes, drawn off screen."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from iwsft import environments
+from iwsft.files import written_whole
+
+_WRITER = "imageio_ffmpeg"
+# MuJoCo's own choice is a window, which a machine without a screen does not have.
+_BACKEND = "MUJOCO_GL"
+_NO_SCREEN = "egl"
+
+
+class FirstEpisode(gym.Wrapper[Any, Any, Any, Any]):
+    """``env`` that gives a picture of each step of its first episode to ``write``.
+
+    Args:
+        env: Environment with the render mode ``"rgb_array"``.
+        write: Function that takes a picture, uint8 ``[height, width, 3]``.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], write: Callable[[Any], None]) -> None:
+        super().__init__(env)
+        self._write = write
+        self._over = False
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Take a step, and draw it if no episode has ended before."""
+        out = super().step(action)
+        if not self._over:
+            self._write(self.env.render())
+        self._over |= out[2] or out[3]
+        return out
+
+
+@contextmanager
+def recorded(path: Path, env_id: str, env_kwargs: Mapping[str, Any]) -> Iterator[FirstEpisode]:
+    """Make an environment whose first episode is written to ``path``, an MP4 file.
+
+    Args:
+        path: The file, written whole when the block ends without an error.
+        env_id: Id in gymnasium, see :func:`iwsft.environments.make`.
+        env_kwargs: Its arguments.
+
+    Raises:
+        ImportError: The package that writes videos is not installed.
+        ValueError: The environment gives no pictures, or the machine has no graphics library.
+    """
+    env, (height, width, _) = _make(env_id, env_kwargs)
+    fps = env.metadata.get("render_fps", 30)
+    with written_whole(path) as partial, env:
+        # The name of the partial file does not say what it is.
+        kind = ["-f", "mp4"]
+        pictures = import_module(_WRITER).write_frames(
+            partial, (width, height), fps=fps, output_params=kind
+        )
+        with closing(pictures):
+            pictures.send(None)
+            yield FirstEpisode(env, pictures.send)
+
+
+def check_recording(env_id: str, env_kwargs: Mapping[str, Any]) -> None:
+    """Draw one picture of an environment, to see before training that a video can be recorded.
+
+    Raises:
+        ImportError: The package that writes videos is not installed.
+        ValueError: The environment gives no pictures, or the machine has no graphics library.
+    """
+    env, _ = _make(env_id, env_kwargs)
+    with env:
+        env.reset(seed=0)
+
+
+def _make(
+    env_id: str, env_kwargs: Mapping[str, Any]
+) -> tuple[gym.Env[Any, Any], tuple[int, int, int]]:
+    """Return an environment that has drawn a picture, and the shape of its pictures."""
+    if find_spec(_WRITER) is None:
+        raise ImportError(f"a video needs {_WRITER}: pip install 'iwsft[video]'")
+    if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
+        os.environ.setdefault(_BACKEND, _NO_SCREEN)
+    env = environments.make(env_id, **env_kwargs)
+    modes = env.metadata.get("render_modes", [])
+    env.close()
+    if "rgb_array" not in modes:
+        raise ValueError(f"{env_id} draws no pictures for a video; it has the render modes {modes}")
+    try:
+        env = environments.make(env_id, **{**env_kwargs, "render_mode": "rgb_array"})
+        env.reset(seed=0)
+        shape = np.asarray(env.render()).shape
+    # Graphics libraries raise errors of their own, of any kind.
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        way_out = "install libegl1, or libosmesa6 with MUJOCO_GL=osmesa, or leave out the video"
+        raise ValueError(f"this machine cannot draw {env_id}: {way_out} ({reason})") from error
+    return env, shape
