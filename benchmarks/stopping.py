@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _received: list[int] = []
 
 
 def watch() -> None:
-    """Raise KeyboardInterrupt on either signal, unless the shell ignores it (background jobs)."""
+    """Raise KeyboardInterrupt on either signal, unless the shell ignores it (background jobs).
+
+    The signal is raised again where code swallows the exception, until the command ends.
+    """
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop)
+    tell = sys.unraisablehook
+
+    def silent(problem: Any) -> None:
+        if not isinstance(problem.exc_value, _Interrupt):
+            tell(problem)
+
+    sys.unraisablehook = silent
 
 
 def check() -> None:
@@ -57,6 +71,8 @@ def command() -> Iterator[None]:
         if end.code in (130, 143):
             # Python would end by SIGINT where a library was interrupted as it was imported.
             atexit._run_exitfuncs()
+            with suppress(OSError):
+                sys.stdout.flush()
             os._exit(int(end.code))
         raise
 
@@ -73,4 +89,29 @@ def signal_behind(error: BaseException) -> int | None:
 
 def _stop(number: int, frame: FrameType | None) -> None:
     _received.append(number)
-    raise KeyboardInterrupt(number)
+    raise _Interrupt(number)
+
+
+class _Interrupt(KeyboardInterrupt):
+    """The exception of a signal. It dies before the command ends only where code swallows it.
+
+    Python itself does so in callbacks of weak references, in ``__del__`` and in ``copyreg``.
+    """
+
+    process = 0
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.process = os.getpid()
+
+    def __del__(self) -> None:
+        # The handler is gone once the command ends. Forked processes have an end of their own.
+        if signal.getsignal(self.args[0]) is _stop and os.getpid() == self.process:
+            # threading's threads begin under locks, which the code here may hold.
+            _thread.start_new_thread(_raise_again, self.args)
+
+
+def _raise_again(number: int) -> None:
+    # Outside of the code that swallowed it.
+    time.sleep(0.01)
+    signal.pthread_kill(threading.main_thread().ident or 0, number)

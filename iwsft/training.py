@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -163,10 +163,11 @@ def fit(
     def cost() -> Cost:
         return Cost(wall + time.perf_counter(), cpu + time.process_time())
 
-    with MetricsLog(folder, after=start) if folder is not None else nullcontext() as log:
+    metrics = MetricsLog(folder, after=start) if folder is not None else nullcontext()
+    with _interrupts_unmasked(), metrics as log:
         for step in range(start + 1, steps + 1):
             batch = sampler.sample()
-            out = _call(loss, batch)
+            out = loss(batch)
             _update(optimizer, out, schedules)
             last = step == steps
             due = [probe for probe in probes if step % probe.every == 0 or last]
@@ -198,11 +199,15 @@ def fit(
     return cost()
 
 
-def _call(loss: LossModule, batch: TensorDictBase) -> TensorDictBase:
+@contextmanager
+def _interrupts_unmasked() -> Iterator[None]:
+    """Raise KeyboardInterrupt where tensordict made another error of it while swapping parameters.
+
+    It does so wherever a loss, a target or q is computed with parameters of its own.
+    """
     try:
-        return loss(batch)
+        yield
     except RuntimeError as error:
-        # Tensordict makes it of a Ctrl-C while TorchRL's losses swap parameters.
         if isinstance(error.__context__, KeyboardInterrupt):
             raise error.__context__ from None
         raise

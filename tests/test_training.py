@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
 
 from iwsft import (
     EMA,
@@ -437,3 +437,25 @@ def test_the_cost_adds_up_over_resumes(tmp_path: Path) -> None:
     assert cost.cpu_seconds > state["cpu_seconds"] > 0
     seconds = [json.loads(line)["wall_seconds"] for line in (tmp_path / metrics.FILE).open()]
     assert seconds == sorted(seconds)
+
+
+@pytest.mark.parametrize("whose", ["loss", "q"])
+def test_an_interruption_within_a_swap_of_parameters_stays_one(whose: str) -> None:
+    """tensordict makes an error of its own of it where it puts parameters back."""
+    policy, data = small_policy(), trajectories()
+    loss = ImportanceWeightedMLE(policy, proposal="cached")
+    updater = HardSync(loss, every=2, trajectories=data)
+
+    def interrupted(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        # q is computed without gradients.
+        if torch.is_grad_enabled() == (whose == "loss"):
+            try:
+                raise KeyboardInterrupt
+            finally:
+                bool(TensorDict())
+
+    next(m for m in policy.modules() if isinstance(m, nn.Linear)).register_forward_pre_hook(
+        interrupted
+    )
+    with pytest.raises(KeyboardInterrupt):
+        fit(loss, StepSampler(data, 4, seed=0), SCHEDULE, updater=updater)

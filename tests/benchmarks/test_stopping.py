@@ -1,0 +1,58 @@
+"""A signal ends a command also where it arrives in code that swallows exceptions."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+SWALLOWED = {
+    "a weak reference's callback": "thing = Thing(); r = weakref.ref(thing, signalled); del thing",
+    "__del__": "Thing.__del__ = signalled; Thing()",
+    "the garbage collector": "gc.callbacks[:] = [signalled]; gc.collect()",
+    "a bare except": "\n        try: signalled()\n        except: pass",
+    "a callback of C": "ctypes.CFUNCTYPE(ctypes.c_int)(signalled)()",
+    "no such code": "signalled()",
+}
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("code", SWALLOWED.values(), ids=SWALLOWED.keys())
+def test_a_swallowed_signal_is_raised_again(code: str, how: signal.Signals) -> None:
+    program = f"""
+import ctypes, gc, os, signal, time, weakref
+from benchmarks import stopping
+
+class Thing: pass
+
+def signalled(*_):
+    gc.callbacks.clear()
+    os.kill(os.getpid(), {how.value})
+    return 0
+
+# A shell ignores it for what it runs in the background.
+signal.signal({how.value}, signal.SIG_DFL)
+stopping.watch()
+with stopping.command():
+    try:
+        {code}
+        time.sleep(30)
+        print("it has gone on")
+    finally:
+        # Cleaning up takes a while, in which the signal is not raised again.
+        for _ in range(20):
+            time.sleep(0.01)
+        print("clean")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=25,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
+    )
+    assert (done.returncode, done.stdout) == (128 + how, "clean\n")
+    assert done.stderr == "stopped; the same command with --resume continues\n"
