@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ SEAL = "iwsft.json"
 # A folder of the run, in which a checkpoint is written before it takes its place. Uploads to the
 # hub leave out names that begin like this.
 ASIDE = "_partial"
+_REPLACED = ".old"
 _WAY_OUT = "resume from an earlier checkpoint, or start afresh in another output_dir"
 
 
@@ -198,8 +199,8 @@ class CheckpointedTrainer(Trainer):
         with written_whole(folder / SEAL) as partial:
             partial.write_text(json.dumps(record, indent=2, sort_keys=True))
         if place.exists():
-            os.replace(place, folder.with_name(f"{place.name}.old"))
-        os.replace(folder, place)
+            os.replace(place, folder.with_name(f"{place.name}{_REPLACED}"))
+        # After a kill here, the next start does the rest.
         clear(place.parent)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(place))
@@ -226,13 +227,26 @@ def written_aside(run: Path) -> Iterator[None]:
 
 def last(run: Path) -> str | None:
     """The folder of a run's last checkpoint; None without one, or without the run's folder."""
+    _settle(run)
     newest: str | None = get_last_checkpoint(str(run)) if run.is_dir() else None
     return newest
 
 
 def clear(run: Path) -> None:
-    """Remove what is half written."""
+    """Move a whole checkpoint to its place, and remove what is half written or replaced."""
+    _settle(run)
     shutil.rmtree(run / ASIDE, ignore_errors=True)
+
+
+def _settle(run: Path) -> None:
+    """Move a checkpoint that is whole to its place if that is free; else the one it replaces."""
+    for folder in sorted((run / ASIDE).glob(_name("*"))):
+        place = run / folder.name.removesuffix(_REPLACED)
+        whole = folder.suffix == _REPLACED or (folder / SEAL).exists()
+        if whole and not place.exists():
+            # Another process of the run may have moved it.
+            with suppress(FileNotFoundError):
+                os.replace(folder, place)
 
 
 def check(folder: Path, settings: Mapping[str, Any]) -> str | None:
@@ -284,5 +298,5 @@ def digests(folder: Path) -> dict[str, str]:
     return dict(zip(names, values, strict=True))
 
 
-def _name(update: int | None) -> str:
+def _name(update: int | str | None) -> str:
     return f"{PREFIX_CHECKPOINT_DIR}-{update}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -253,3 +255,45 @@ def test_what_a_kill_left_half_written_goes(tmp_path: Path) -> None:
     (half / "model.safetensors").write_bytes(b"half")
     trainer(tmp_path, **SAVED).train(resume_from_checkpoint=True)
     assert not (tmp_path / saving.ASIDE).exists()
+
+
+def test_a_kill_at_any_step_of_a_replacement_leaves_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill in place of each call that moves or removes files, while checkpoint 4 is replaced."""
+    run = trainer(tmp_path / "run", **SAVED)
+    run.train()
+    publish, codes, moved = run._publish, [], []
+    fresh = tmp_path / "run" / "checkpoint-4" / "fresh"
+
+    def killed(folder: Path, place: Path) -> None:
+        (folder / fresh.name).touch()
+        for at in itertools.count(1):
+            calls = itertools.count(1)
+
+            def look(event: str, _: Any, at: int = at, calls: Any = calls) -> None:
+                if event in ("os.rename", "os.remove", "shutil.rmtree") and next(calls) == at:
+                    os._exit(9)
+
+            shutil.copytree(tmp_path / "run", tmp_path / "before")
+            pid = os.fork()
+            if pid == 0:
+                sys.addaudithook(look)
+                publish(folder, place)
+                os._exit(0)
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+            newest = saving.last(tmp_path / "run")
+            assert newest == str(place)
+            saving.check(place, run.settings())
+            moved.append(fresh.exists())
+            if codes[-1] == 0:
+                return
+            shutil.rmtree(tmp_path / "run")
+            shutil.move(tmp_path / "before", tmp_path / "run")
+
+    monkeypatch.setattr(run, "_publish", killed)
+    run.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-2")
+    assert set(codes) == {0, 9}
+    # From some step on it is the new one.
+    assert moved == sorted(moved) and {*moved} == {False, True}
+    assert not (tmp_path / "run" / saving.ASIDE).exists()
