@@ -16,7 +16,9 @@ from iwsft.datasets.text.limits import limited
 from iwsft.datasets.text.rows import ASSISTANT, Message
 from iwsft.datasets.text.turns import Conversation, Rendered
 
-_MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_MARKERS = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
+# Keys of a message with text of their own.
+_MESSAGE_KEYS = ("tools", "functions", "documents")
 
 
 class ChatEncoder:
@@ -83,17 +85,33 @@ class ChatEncoder:
                 f"{where}: tool calls need a chat template with generation markers; pass such a "
                 "template=, or drop the row"
             )
+        for index, message in enumerate(messages):
+            for name in _MESSAGE_KEYS:
+                if message.get(name) and name not in self._keys:
+                    raise ValueError(
+                        f"{where}, message {index}: the chat template drops {name!r}; pass a "
+                        "template that keeps it, or drop it from the data"
+                    )
         variables = {**self.template_kwargs, **(template_kwargs or {})}
         conversation = self._conversation(messages, where, variables)
         tools = variables.get("tools") or ()
-        names = [tool.get("function", tool).get("name", "") for tool in tools]
-        unread = bool(tools) and not self._reads_tools(messages, conversation.text, variables)
+        names = [str(tool.get("function", tool).get("name", "")) for tool in tools]
+        unread = {
+            name
+            for name in ("tools", "documents")
+            if variables.get(name) and not self._reads(name, messages, conversation, variables)
+        }
         for name in names:
-            if unread or name not in conversation.text:
+            if "tools" in unread or name not in conversation.text:
                 raise ValueError(
                     f"{where}: the chat template drops the tool {name!r}; pass a template that "
                     "writes tools, or drop them from the data"
                 )
+        if unread:
+            raise ValueError(
+                f"{where}: the chat template drops the documents; write them into a message, or "
+                "drop the column"
+            )
         if self.has_markers:
             stretches = conversation.check_marked()
         else:
@@ -108,6 +126,32 @@ class ChatEncoder:
     ) -> Conversation:
         render = partial(self._render, where=where, variables=variables, parts=self._reads_parts)
         return Conversation(messages, where, render, self._find_special, self.tokenizer.eos_token)
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """Names of the variables that the template reads."""
+        from jinja2 import meta
+
+        return frozenset(meta.find_undeclared_variables(self._program))
+
+    @cached_property
+    def _keys(self) -> frozenset[str]:
+        """Names of the keys that the template may read."""
+        from jinja2 import nodes
+
+        attributes = self._program.find_all(nodes.Getattr)
+        texts = self._program.find_all(nodes.Const)
+        return frozenset(node.attr for node in attributes) | {str(node.value) for node in texts}
+
+    @cached_property
+    def _program(self) -> Any:
+        from jinja2 import Environment, TemplateSyntaxError
+
+        environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+        try:
+            return environment.parse(_MARKERS.sub("", self.template))
+        except TemplateSyntaxError as error:
+            raise ValueError(f"the chat template is not one ({error}); pass another") from error
 
     @cached_property
     def _reads_parts(self) -> bool:
@@ -163,15 +207,20 @@ class ChatEncoder:
                 stretches.append(Stretch(start, stop))
         return Rendered(text, stretches)
 
-    def _reads_tools(
-        self, messages: Sequence[Message], text: str, variables: Mapping[str, Any]
+    def _reads(
+        self,
+        name: str,
+        messages: Sequence[Message],
+        conversation: Conversation,
+        variables: Mapping[str, Any],
     ) -> bool:
-        """Whether a conversation reads otherwise without its tools: messages may name them too."""
-        without = {key: value for key, value in variables.items() if key != "tools"}
+        """Whether a conversation reads otherwise without a variable: messages may name it too."""
+        without = {key: value for key, value in variables.items() if key != name}
         try:
-            return self._render(messages, "", without, parts=self._reads_parts).text != text
+            text = self._render(messages, "", without, parts=self._reads_parts).text
         except ValueError:
             return True
+        return text != conversation.text
 
     def _find_special(self, text: str, position: int) -> Stretch | None:
         """Find the special token behind a position, white space apart."""

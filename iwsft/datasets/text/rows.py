@@ -6,14 +6,15 @@
 They come from JSON, Parquet, a folder, or a Hugging Face dataset. Three columns are optional:
 ``score`` (higher is better, for ``iwsft.curate``), ``weight`` (how often the row counts, a whole
 number) and ``correct`` (whether a checker accepted it). Rows with ``messages`` may have what the
-chat template reads: ``tools`` and ``chat_template_kwargs``.
+chat template reads: ``tools``, ``documents`` and ``chat_template_kwargs``. Other columns are not
+read, such as ids. A row is refused where one of them would change its text or its training.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,20 @@ Message = Mapping[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ASSISTANT = "assistant"
 REASONING = ("reasoning_content", "reasoning", "thinking")
+# Names by which data says whether a turn or a row is trained on, and the value of those that are.
+_SWITCHES = {"train": True, "training": True, "loss": True, "loss_scale": True, "masked": False}
+_OTHER_SWITCHES = ("mask", "loss_mask", "train_detail")
+# Columns whose text belongs to a conversation.
+_TEXTS = (
+    *("prompt", "completion", "system", "system_prompt", "history", "context", "instruction"),
+    *("input", "documents"),
+)
+_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+# Arguments of a rendering that are not the row's.
+_RESERVED = (
+    *("messages", "add_generation_prompt", "continue_final_message", "chat_template"),
+    *("conversations", "tokenize", "return_assistant_tokens_mask", "return_dict"),
+)
 # The type of an optional column, and its rule for errors.
 _OPTIONAL: dict[str, tuple[type, str]] = {
     "score": (float, "a finite number"),
@@ -46,6 +61,7 @@ class Row:
         weight: How often the row counts, at least 0, or None.
         correct: Whether a checker accepted the row, or None.
         template_kwargs: The row's own variables of the chat template, such as ``tools``.
+        unread: Names of the columns that are not in the row.
     """
 
     where: str
@@ -56,6 +72,7 @@ class Row:
     weight: int | None = None
     correct: bool | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
 
 
 def read(
@@ -92,17 +109,22 @@ def to_row(record: Record, where: str) -> Row:
     """Make a row from a record with ``messages``, or with ``prompt`` and ``completion``.
 
     Args:
-        record: Columns by name; those that :class:`Row` does not have are ignored.
+        record: Columns by name.
         where: Place of the record, for errors.
 
     Raises:
         ValueError: A column is missing, a role is unknown, there is no assistant turn, a completion
-            is empty, a score is NaN, or a weight is not a whole number from 0 on.
+            is empty, a score is NaN, a weight is not a whole number from 0 on, or another column
+            would change the text or the training.
     """
     row = Row(where, **{name: _optional(record.get(name), name, where) for name in _OPTIONAL})
     if record.get("messages") is not None:
         messages = _messages(record["messages"], where)
-        return replace(row, messages=messages, template_kwargs=_template_kwargs(record, where))
+        variables = _template_kwargs(record, where)
+        read = {"messages", "tools", "documents", "chat_template_kwargs", *_OPTIONAL}
+        _check_unread(record, read, messages, where)
+        unread = tuple(name for name, value in record.items() if name not in read and value)
+        return replace(row, messages=messages, template_kwargs=variables, unread=unread)
     for column in ("prompt", "completion"):
         if record.get(column) is None:
             raise ValueError(
@@ -111,6 +133,8 @@ def to_row(record: Record, where: str) -> Row:
             )
     prompt = check_text(record["prompt"], "prompt", where)
     completion = check_text(record["completion"], "the completion", where, filled=True)
+    turns = ({"role": "user", "content": prompt}, {"role": ASSISTANT, "content": completion})
+    _check_unread(record, ("prompt", "completion"), turns, where)
     return replace(row, prompt=prompt, completion=completion)
 
 
@@ -172,6 +196,8 @@ def _message(value: Any, where: str) -> Message:
     if "function_call" in message:
         raise ValueError(f"{where}: function_call is an old form; write it as tool_calls")
     calls = message.get("tool_calls") or ()
+    if calls and role != ASSISTANT:
+        raise ValueError(f"{where}: only the assistant calls tools; drop the message's tool_calls")
     filled = role == ASSISTANT and not calls
     check_text(message.setdefault("content", ""), "content", where, filled=filled)
     for name in message.keys() & set(REASONING):
@@ -180,21 +206,102 @@ def _message(value: Any, where: str) -> Message:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         name = function.get("name") if isinstance(function, Mapping) else None
         check_text(name, "the name of a tool call", where, filled=True)
-    if message.get("weight", 1) not in (0, 1):
-        raise ValueError(f"{where}: weight must be 0 or 1, it is {message['weight']!r:.60}")
-    return message
+    _check_media(message, where)
+    return {**message, "weight": 0} if _is_left_out(message, where) else message
+
+
+def _is_left_out(message: Message, where: str) -> bool:
+    """Whether a message says that it is not trained on, by any of the usual names."""
+    trained = set()
+    for name, on in {"weight": True, **_SWITCHES}.items():
+        if (value := message.get(name)) is None:
+            continue
+        if value not in (True, False):
+            raise ValueError(f"{where}: {name} must be 0 or 1, it is {value!r:.60}")
+        if value == on and name != "weight" and message["role"] != ASSISTANT:
+            raise ValueError(f"{where}: only the assistant's turns are trained on; drop {name!r}")
+        trained.add(value == on)
+    for name in _OTHER_SWITCHES if message["role"] == ASSISTANT else ():
+        if message.get(name) not in (None, []):
+            raise ValueError(f"{where}: {name!r} is not read; write it as a weight of 0 or 1")
+    if len(trained) > 1:
+        raise ValueError(f"{where}: one says that the turn is trained on, another that it is not")
+    return trained == {False}
+
+
+def _check_media(record: Mapping[str, Any], where: str) -> None:
+    for name in _MEDIA:
+        if record.get(name):
+            raise ValueError(f"{where}: {name!r} can't be trained on, only text; drop the row")
+
+
+def _check_unread(
+    record: Record, read: Collection[str], turns: Sequence[Message], where: str
+) -> None:
+    """Check that the columns that are not read change neither the text nor the training."""
+    _check_media(record, where)
+    for name, on in {**_SWITCHES, "mask": False, "unmask": False, "label": True}.items():
+        if record.get(name) in (True, False) and record[name] != on:
+            raise ValueError(
+                f"{where}: column {name!r} is not read; write it as 'weight' or 'correct', or drop "
+                "it"
+            )
+    if "tools" not in read and record.get("tools"):
+        raise ValueError(f"{where}: 'tools' need 'messages'; write the row so, or drop them")
+    place = "messages" if "messages" in read else "prompt"
+    for name in _TEXTS:
+        parts = [] if name in read else [_plain(part) for part in _strings(record.get(name))]
+        text = _plain("".join(_strings(turns))) if parts else ""
+        if any(part not in text for part in parts):
+            raise ValueError(
+                f"{where}: the text of column {name!r} is not in {place!r}; write it there, or "
+                "drop the column"
+            )
+    chosen, rejected = ([*map(_plain, _strings(record.get(n)))] for n in ("chosen", "rejected"))
+    answer = _plain(next(turn["content"] for turn in reversed(turns) if turn["role"] == ASSISTANT))
+    if (chosen and answer not in "".join(chosen)) or answer in rejected[-1:]:
+        raise ValueError(
+            f"{where}: the answer is not that of column 'chosen'; correct it, or drop 'chosen' and "
+            "'rejected'"
+        )
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Iterate over the texts of a value, without the roles of messages."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from () if key in ("role", "from", "type") else _strings(entry)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _strings(entry)
+
+
+def _plain(text: str) -> str:
+    return "".join(text.split()).casefold()
 
 
 def _template_kwargs(record: Record, where: str) -> dict[str, Any]:
     """Return what the row's chat template reads beside the messages; JSON text is parsed."""
     variables = _parsed(record.get("chat_template_kwargs") or {}, "chat_template_kwargs", where)
-    tools = _parsed(record.get("tools") or [], "tools", where)
-    if not isinstance(variables, Mapping) or not isinstance(tools, Sequence):
-        raise ValueError(f"{where}: chat_template_kwargs must be an object, tools a list")
-    tools = [_parsed(tool, "a tool", where) for tool in tools]
-    if not all(isinstance(tool, Mapping) for tool in tools):
-        raise ValueError(f"{where}: a tool must be a JSON schema; correct or drop the tools")
-    return {**variables, "tools": tools} if tools else dict(variables)
+    if not isinstance(variables, Mapping):
+        raise ValueError(f"{where}: chat_template_kwargs must be an object")
+    variables = dict(variables)
+    for name in _RESERVED:
+        if name in variables:
+            raise ValueError(f"{where}: {name!r} can't be in chat_template_kwargs; drop it")
+    for name, kind in {"tools": "a JSON schema", "documents": "an object"}.items():
+        entries = _parsed(record.get(name) or [], name, where)
+        if not isinstance(entries, list | tuple):
+            raise ValueError(f"{where}: {name} must be a list; correct or drop it")
+        entries = [_parsed(entry, f"an entry of {name}", where) for entry in entries]
+        if not all(isinstance(entry, Mapping) for entry in entries):
+            raise ValueError(f"{where}: an entry of {name} must be {kind}; correct or drop it")
+        if entries and variables.get(name) not in (None, [], entries):
+            raise ValueError(f"{where}: chat_template_kwargs has other {name}; drop one of the two")
+        variables.update({name: entries} if entries else {})
+    return variables
 
 
 def _parsed(value: Any, name: str, where: str) -> Any:

@@ -115,6 +115,11 @@ def tokenize(
             "the chat template writes today's date into the rows; fix it with template_kwargs, "
             "often {'date_string': '01 Jan 2025'}"
         )
+    if chat is not None and (unread := _unread_variables(rows, chat)):
+        notes.append(
+            f"the chat template does not read {', '.join(unread)} of the template_kwargs; correct "
+            "the names, or drop them"
+        )
     for note in notes:
         warnings.warn(note, UserWarning, stacklevel=2)
     return TokenDataset(
@@ -153,6 +158,11 @@ def _encode(
 ) -> tuple[Tensor, Tensor, int]:
     """Return a row's ids, its mask, and the number of tokens cut off."""
     if row.messages is not None and chat is not None:
+        if clashes := chat.variables.intersection(row.unread):
+            raise ValueError(
+                f"{row.where}: the chat template reads {min(clashes)!r}, and a column is named so; "
+                "put it into chat_template_kwargs, or rename it"
+            )
         encoded = chat.encode(row.messages, row.where, row.template_kwargs)
     elif row.completion is not None:
         encoded = encode_completion(tokenizer, row.prompt, row.completion, row.where)
@@ -169,6 +179,12 @@ def _encode(
     mask[0] = False
     ids = torch.tensor(encoded.ids[:max_length])
     return ids, mask, len(encoded.ids) - len(ids)
+
+
+def _unread_variables(rows: Sequence[Row], chat: ChatEncoder) -> list[str]:
+    """Return the names of variables that change nothing."""
+    names = set(chat.template_kwargs).union(*(row.template_kwargs for row in rows))
+    return sorted(names - chat.variables)
 
 
 def _columns(rows: Sequence[Row]) -> dict[NestedKey, Tensor]:

@@ -117,6 +117,89 @@ def test_a_bad_row_is_named_with_its_line(tmp_path, record, error):
     assert str(caught.value).startswith(f"{path}:2")
 
 
+@pytest.mark.parametrize(
+    "switch",
+    [
+        *({"train": False}, {"train": 0}, {"training": False}, {"loss": 0.0}, {"masked": True}),
+        {"loss_scale": 0, "train": False, "weight": 0},
+    ],
+)
+def test_turns_that_data_of_other_programs_leaves_out_weigh_0(switch):
+    on = {name: not value for name, value in switch.items()}
+    messages = [turn("user", "q"), turn("assistant", "BAD") | switch, turn("assistant", "b") | on]
+    row = to_row({"messages": [turn("user", "q") | switch, *messages]}, "f:1")
+    assert [message.get("weight", 1) for message in row.messages or ()][2:] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("more", "error"),
+    [
+        ({"train": "false"}, "message 1: train must be 0 or 1, it is 'false'"),
+        ({"loss": 0.5}, "message 1: loss must be 0 or 1"),
+        ({"train": True, "weight": 0}, "message 1: one says that the turn is trained on"),
+        ({"mask": True}, "message 1: 'mask' is not read; write it as a weight of 0 or 1"),
+        (
+            {"train_detail": [{"begin_offset": 0, "train": False}]},
+            "message 1: 'train_detail' is not read",
+        ),
+        ({"images": ["a.png"]}, "message 1: 'images' can't be trained on"),
+    ],
+)
+def test_switches_and_contents_of_a_turn_that_are_not_known(more, error):
+    with pytest.raises(ValueError, match=f"f:1, {error}"):
+        to_row({"messages": [turn("user", "q"), turn("assistant", "a") | more]}, "f:1")
+    with pytest.raises(ValueError, match="message 0: only the assistant's turns are trained on"):
+        to_row({"messages": [turn("user", "q") | {"train": True}, turn("assistant", "a")]}, "f:1")
+
+
+HARMLESS: list[dict[str, Any]] = [
+    {"id": 3, "source": "x", "num_tokens": 9, "category": "math", "train": True, "loss": 1.3},
+    {"prompt": "2+2?", "chosen": CHAT["messages"], "rejected": [turn("assistant", "5")]},
+    {"system": "", "label": True, "images": [], "history": [], "tools": None, "context": 5},
+    {"prompt": [turn("user", "2 + 2?")], "rejected": "5", "label": "arithmetic"},
+]
+
+
+@pytest.mark.parametrize("columns", HARMLESS)
+def test_columns_that_change_nothing_are_not_read(columns):
+    row = to_row({**columns, **CHAT}, "f:1")
+    assert row.messages == tuple(CHAT["messages"]) and not row.template_kwargs
+    pair = to_row({**columns, "prompt": "2+2?", "completion": "vier 😀"}, "f:1")
+    assert (pair.prompt, pair.completion) == ("2+2?", "vier 😀")
+
+
+@pytest.mark.parametrize(
+    ("columns", "error"),
+    [
+        ({"system": "Be brief."}, "the text of column 'system' is not in '(messages|prompt)'"),
+        ({"history": [["a", "b"]]}, "the text of column 'history' is not in"),
+        ({"context": "It is 1999."}, "the text of column 'context' is not in"),
+        ({"chosen": [turn("assistant", "5")]}, "the answer is not that of column 'chosen'"),
+        ({"rejected": "VIER 😀"}, "the answer is not that of column 'chosen'"),
+        ({"label": False}, "column 'label' is not read; write it as 'weight' or 'correct'"),
+        ({"train": False}, "column 'train' is not read"),
+        ({"unmask": True}, "column 'unmask' is not read"),
+        ({"image": {"bytes": "x"}}, "'image' can't be trained on"),
+    ],
+)
+def test_columns_that_would_change_the_text_or_the_training(columns, error):
+    for record in (CHAT, {"prompt": "2+2?", "completion": "vier 😀"}):
+        with pytest.raises(ValueError, match=f"f:1: {error}"):
+            to_row({**columns, **record}, "f:1")
+
+
+def test_columns_of_conversations_beside_another_text():
+    for columns in ({"prompt": "3+3?"}, {"completion": "drei"}):
+        with pytest.raises(ValueError, match="f:1: the text of column .* is not in 'messages'"):
+            to_row({**columns, **CHAT}, "f:1")
+    for columns, error in (
+        ({"tools": [{"name": "f"}]}, "'tools' need 'messages'"),
+        ({"documents": [{"text": "It is 1999."}]}, "column 'documents' is not in 'prompt'"),
+    ):
+        with pytest.raises(ValueError, match=f"f:1: .*{error}"):
+            to_row({**columns, **PAIR}, "f:1")
+
+
 def test_files_that_can_not_be_read(tmp_path):
     broken = tmp_path / "broken.jsonl"
     broken.write_bytes(json.dumps(PAIR).encode() + b'\n{"prompt": "a", ')
@@ -206,8 +289,21 @@ def test_json_of_any_layout(tmp_path, encoding, suffix):
             "message 0: function_call is an old form; write it as tool_calls",
         ),
         (json.dumps({**CHAT, "tools": "look_up"}), "tools is not JSON"),
-        (json.dumps({**CHAT, "tools": [3]}), "a tool must be a JSON schema"),
+        (json.dumps({**CHAT, "tools": [3]}), "an entry of tools must be a JSON schema"),
         (json.dumps({**CHAT, "chat_template_kwargs": [1]}), "kwargs must be an object"),
+        (json.dumps({**CHAT, "documents": 3}), "documents must be a list"),
+        (
+            json.dumps({**CHAT, "chat_template_kwargs": {"add_generation_prompt": True}}),
+            "'add_generation_prompt' can't be in chat_template_kwargs; drop it",
+        ),
+        (
+            json.dumps({**CHAT, "tools": [{"a": 1}], "chat_template_kwargs": {"tools": [{}]}}),
+            "chat_template_kwargs has other tools; drop one of the two",
+        ),
+        (
+            json.dumps({"messages": [turn("user", "a") | {"tool_calls": [{"name": "f"}]}]}),
+            "message 0: only the assistant calls tools",
+        ),
     ],
 )
 def test_damaged_and_odd_json_is_named_with_its_line(tmp_path, text, error):

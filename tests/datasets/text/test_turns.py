@@ -11,6 +11,7 @@ import pytest
 from iwsft.datasets.text import limits
 from iwsft.datasets.text.chat import ChatEncoder
 from iwsft.datasets.text.rows import to_row
+from iwsft.datasets.text.tokens import tokenize
 from tests.datasets.text.chat_tokenizers import (
     CHATML,
     MARKED,
@@ -155,6 +156,37 @@ def test_tools_and_template_variables_of_a_row():
     chat = ChatEncoder(tokenizer, template=mood, template_kwargs={"mood": "glad"})
     assert tokenizer.decode(chat.encode(messages, "f", row.template_kwargs).ids).endswith("sad")
     assert tokenizer.decode(chat.encode(messages).ids).endswith("glad")
+
+
+def test_documents_are_passed_to_templates_that_read_them():
+    documents = [{"title": "Sky", "text": "It is blue."}]
+    messages = [user("hi"), assistant("hello")]
+    template = "{% for d in documents %}{{ d.title + ': ' + d.text }}{% endfor %}" + CHATML
+    row = to_row({"messages": messages, "documents": documents}, "f:1")
+    tokenizer = byte_level(template)
+    encoded = ChatEncoder(tokenizer).encode(messages, "f:1", row.template_kwargs)
+    expected = tokenizer.apply_chat_template(messages, documents=documents, return_dict=True)
+    assert encoded.ids == expected["input_ids"]
+    with pytest.raises(ValueError, match="f:1: the chat template drops the documents"):
+        encode(CHATML, *messages, documents=documents)
+
+
+def test_columns_and_keys_that_a_template_reads_or_drops():
+    talk = [user("hi"), assistant("hello")]
+    mood = to_row({"messages": talk, "mood": "sad", "source": "x"}, "f:1")
+    assert len(tokenize([mood], byte_level()).rows) == 1
+    reads = byte_level("{% if mood is defined %}{{ mood }}{% endif %}" + CHATML)
+    with pytest.raises(ValueError, match="f:1: the chat template reads 'mood', .* rename it"):
+        tokenize([mood], reads)
+    named = to_row({"messages": talk, "chat_template_kwargs": {"mood": "sad"}}, "f:1")
+    assert not tokenize([named], reads).notes
+    with pytest.warns(UserWarning, match="does not read brief, mood of the template_kwargs"):
+        tokenize([named], byte_level(), template_kwargs={"brief": True})
+    tools = [system("Use tools.") | {"tools": [{"name": "look_up"}]}, *talk]
+    with pytest.raises(ValueError, match="f:1, message 0: the chat template drops 'tools'"):
+        encode(CHATML, *tools)
+    written = CHATML.replace("m.content +", "m.content + (m.tools | tojson if m.tools else '') +")
+    assert encode(written, *tools) == "hello<|im_end|>"
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED])
