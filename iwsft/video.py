@@ -40,7 +40,8 @@ class FirstEpisode(gym.Wrapper[Any, Any, Any, Any]):
         """Take a step, and draw it if no episode has ended before."""
         out = super().step(action)
         if not self._over:
-            self._write(self.env.render())
+            # Pictures of MuJoCo are flipped views.
+            self._write(np.ascontiguousarray(self.env.render()))
         self._over |= out[2] or out[3]
         return out
 

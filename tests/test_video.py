@@ -40,7 +40,7 @@ class Slide(gym.Env[Any, Any]):
     def render(self) -> Any:
         if self.broken:
             raise AttributeError("'NoneType' object has no attribute 'glGetError'")
-        return np.full((64, 64, 3), 30 * self.steps, np.uint8)
+        return np.full((64, 64, 3), 30 * self.steps, np.uint8)[::-1]  # as MuJoCo's: a view
 
 
 class Invisible(Slide):
