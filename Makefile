@@ -27,7 +27,7 @@ lint: $(VENV)/installed
 
 # Change the algorithm's source in one place at a time, and see whether a test fails. Hours on one core; see --help.
 mutants: $(VENV)/installed
-	$(BIN)/python scripts/mutate.py $(ARGS)
+	$(BIN)/python -m scripts.mutate $(ARGS)
 
 # Install d3rlpy, for `python -m benchmarks.peer` and the tests against it. It requires an older gymnasium,
 # but it works with this one if it is installed without its requirements.

@@ -1,15 +1,15 @@
 """Mutation testing: change one thing in the source, and see whether a test fails.
 
 ``make mutants`` runs all mutants of :data:`TESTS`, each against the test files of its module, in a
-copy of the tracked files. Results go to a file as they come; a second call continues, and runs
-survivors again once their tests have changed. Mutants that no test can tell from the source are
-named in ``scripts/equivalent_mutants.toml``, with a reason.
+copy of the tracked files. Tests that run the changed lines come first, the fastest of them ahead.
+Results go to a file as they come; a second call continues, and runs survivors again once their
+tests have changed. Mutants that no test can tell from the source are named in
+``scripts/equivalent_mutants.toml``, with a reason.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import hashlib
 import json
 import os
@@ -22,23 +22,34 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from functools import cache
-from itertools import islice
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+import pytest
+
+from scripts.mutants import ROOT, Mutant, mutants_of, source_of
+
 EQUIVALENT = ROOT / "scripts" / "equivalent_mutants.toml"
 # Loaded once, before the processes of the mutants are forked.
-PRELOADED = ("torch", "torchrl.objectives", "transformers", "accelerate", "hypothesis", "pytest")
+PRELOADED = (
+    "torchrl.objectives",
+    "torchrl.envs",
+    "transformers.trainer",
+    "transformers.models.qwen2.modeling_qwen2",
+    "transformers.models.llama.modeling_llama",
+    "accelerate",
+    "datasets",
+    "hypothesis",
+    "peft",
+)
 _OBJECTIVE = "tests/objective"
+_POLICIES = "tests/policies"
 _REFERENCE = ("tests/test_reference.py", "tests/language/test_reference_tokens.py")
-_LANGUAGE = ("tests/language/test_batches.py", "tests/language/test_plan.py")
-_TRAINER = ("tests/language/test_trainer.py", "tests/language/test_trainer_errors.py")
-# Modules and the tests that run against their mutants, the fastest first.
+# Modules and the tests that run against their mutants.
 TESTS: dict[str, tuple[str, ...]] = {
     "iwsft/objective.py": (
         f"{_OBJECTIVE}/test_loss_inputs.py",
@@ -69,188 +80,31 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/language/test_reference_sharded.py",
     ),
     "iwsft/diagnostics.py": ("tests/test_diagnostics.py",),
-    "iwsft/language/plan.py": (*_LANGUAGE[::-1], *_TRAINER),
-    "iwsft/language/batches.py": (*_LANGUAGE, *_TRAINER),
-    "iwsft/language/loss.py": _TRAINER,
-    "iwsft/language/trainer.py": _TRAINER,
-}
-_COMPARISONS = {
-    ast.Lt: ast.LtE,
-    ast.LtE: ast.Lt,
-    ast.Gt: ast.GtE,
-    ast.GtE: ast.Gt,
-    ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq,
-    ast.In: ast.NotIn,
-    ast.NotIn: ast.In,
-    ast.Is: ast.IsNot,
-    ast.IsNot: ast.Is,
-}
-_ARITHMETIC = {
-    ast.Add: ast.Sub,
-    ast.Sub: ast.Add,
-    ast.Mult: ast.Div,
-    ast.Div: ast.Mult,
-    ast.FloorDiv: ast.Mult,
-    ast.Mod: ast.Mult,
-    ast.Pow: ast.Mult,
-    ast.BitAnd: ast.BitOr,
-    ast.BitOr: ast.BitAnd,
-}
-# Methods whose call is left out.
-_LEFT_OUT = {"abs", "clamp", "clone", "copy", "detach", "double"}
-# Functions that fail at once, or give the same, if their arguments change places.
-_UNSWAPPED = {
-    "equal",
-    "promote_types",
-    "exclude",
-    "getattr",
-    "hasattr",
-    "isinstance",
-    "max",
-    "min",
-    "select",
-    "setattr",
+    "iwsft/language/plan.py": ("tests/language/test_plan.py",),
+    "iwsft/language/batches.py": ("tests/language/test_batches.py",),
+    "iwsft/language/loss.py": ("tests/language/test_loss.py",),
+    "iwsft/language/trainer.py": (
+        "tests/language/test_trainer.py",
+        "tests/language/test_trainer_errors.py",
+        "tests/language/test_trainer_saving.py",
+    ),
+    "iwsft/policies/log_prob.py": (
+        "tests/test_forward_pass.py",
+        f"{_OBJECTIVE}/test_loss_inputs.py",
+        f"{_OBJECTIVE}/test_objective_start.py",
+        f"{_POLICIES}/test_causal_lm_objective.py",
+    ),
+    "iwsft/policies/token_log_prob.py": (f"{_POLICIES}/test_token_log_prob.py",),
+    "iwsft/policies/causal_lm.py": (
+        f"{_POLICIES}/test_causal_lm.py",
+        f"{_POLICIES}/test_causal_lm_objective.py",
+        f"{_POLICIES}/test_adapters.py",
+        f"{_POLICIES}/test_causal_lm_families.py",
+    ),
 }
 
 
-@dataclass(frozen=True)
-class Mutant:
-    """A change of one node.
-
-    Attributes:
-        file: The module's path.
-        line: Where the change is.
-        where: Names of the classes and functions around it.
-        before: Source of the changed node.
-        after: Its source after the change.
-        number: Counts equal changes in the same function.
-        place: Which changeable node of the module it is, and which of its changes.
-    """
-
-    file: str
-    line: int
-    where: str
-    before: str
-    after: str
-    number: int
-    place: tuple[int, int]
-
-    @property
-    def name(self) -> str:
-        """What identifies the mutant, also when lines above it change."""
-        return f"{self.file} {self.where}: {self.before} -> {self.after} #{self.number}"
-
-
-# ---- mutants ----
-
-
-def mutants_of(file: str) -> list[Mutant]:
-    """All mutants of a module, in the order of its lines."""
-    tree = ast.parse((ROOT / file).read_text())
-    mutants: list[Mutant] = []
-    seen: Counter[tuple[str, str, str]] = Counter()
-    for place, (node, where) in enumerate(_changeable(tree, "")):
-        for change, after in enumerate(_changes(node)):
-            other = after[0] if isinstance(after, list) else after
-            before, now = (ast.unparse(part).split("\n")[0] for part in (node, other))
-            key = where, before, now
-            seen[key] += 1
-            mutants.append(Mutant(file, node.lineno, *key, seen[key], (place, change)))
-    return mutants
-
-
-def source_of(mutant: Mutant, source: str) -> str:
-    """The source of the module after the change."""
-    tree = ast.parse(source)
-    place, change = mutant.place
-    target = next(islice(_changeable(tree, ""), place, None))[0]
-    after = _changes(target)[change]
-    for parent in ast.walk(tree):
-        for field, value in ast.iter_fields(parent):
-            if value is target:
-                setattr(parent, field, after)
-            elif isinstance(value, list):
-                for at, item in enumerate(value):
-                    if item is target:
-                        value[at : at + 1] = after if isinstance(after, list) else [after]
-    return ast.unparse(ast.fix_missing_locations(tree))
-
-
-def _changeable(node: ast.AST, where: str) -> Iterator[tuple[Any, str]]:
-    """Nodes that run, with the names around them: no annotations, messages or docstrings."""
-    for field, value in ast.iter_fields(node):
-        if field in ("annotation", "returns", "exc", "type_params"):
-            continue
-        # Assertions that the source never breaks.
-        if isinstance(node, ast.keyword) and node.arg in ("strict", "frozen"):
-            continue
-        for child in value if isinstance(value, list) else [value]:
-            if not isinstance(child, ast.AST):
-                continue
-            if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
-                continue
-            inside = where
-            if isinstance(child, ast.ClassDef | ast.FunctionDef):
-                inside = f"{where}.{child.name}".strip(".")
-            if hasattr(child, "lineno"):
-                yield child, inside
-            yield from _changeable(child, inside)
-
-
-def _changes(node: Any) -> list[Any]:
-    """Nodes (or lists of statements) to replace a node by."""
-    match node:
-        case ast.Compare(ops=[op]) if type(op) in _COMPARISONS:
-            return [_with(node, ops=[_COMPARISONS[type(op)]()])]
-        case ast.BinOp(op=op) if type(op) in _ARITHMETIC and not isinstance(
-            node.left, ast.JoinedStr
-        ):
-            return [_with(node, op=_ARITHMETIC[type(op)]())]
-        case ast.BoolOp(op=op):
-            return [_with(node, op=ast.Or() if isinstance(op, ast.And) else ast.And())]
-        case ast.Constant(value=bool() as value):
-            return [_with(node, value=not value)]
-        case ast.Constant(value=int() | float() as value):
-            return [_with(node, value=value + 1)]
-        case ast.UnaryOp(op=ast.Not() | ast.USub() | ast.Invert(), operand=operand):
-            return [operand]
-        case ast.If(test=test) | ast.IfExp(test=test) | ast.While(test=test) if not isinstance(
-            test, ast.Compare | ast.UnaryOp
-        ):
-            return [_with(node, test=ast.UnaryOp(ast.Not(), test))]
-        case ast.Expr(value=ast.Call()) | ast.AugAssign() | ast.Raise():
-            return [ast.Pass()]
-        case ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
-            return [ast.Pass()]
-        case ast.Call(func=ast.Attribute(attr=name, value=value)) if name in _LEFT_OUT:
-            return [value]
-        case ast.Call(args=[first, second, *rest]) if _order_matters(node):
-            return [_with(node, args=[second, first, *rest])]
-        case ast.With(items=items):
-            fewer = [[*items[:i], *items[i + 1 :]] for i in range(len(items))]
-            return [
-                _with(node, items=left) if left else node.body
-                for left, item in zip(fewer, items, strict=True)
-                if item.optional_vars is None
-            ]
-        case ast.FunctionDef(decorator_list=[*decorators]):
-            left = [d for d in decorators if "no_grad" not in ast.unparse(d)]
-            return [_with(node, decorator_list=left)] if left != decorators else []
-    return []
-
-
-def _order_matters(call: ast.Call) -> bool:
-    name = ast.unparse(call.func).split(".")[-1]
-    return name not in _UNSWAPPED and ast.dump(call.args[0]) != ast.dump(call.args[1])
-
-
-def _with(node: Any, **fields: Any) -> Any:
-    other = type(node)(**{**dict(ast.iter_fields(node)), **fields})
-    return ast.copy_location(other, node)
-
-
-# ---- runs ----
+# ---- one run ----
 
 
 def _copy(home: Path) -> None:
@@ -272,7 +126,61 @@ def _write(home: Path, file: str, source: str) -> None:
         compiled.unlink()
 
 
-def _start(home: Path, tests: tuple[str, ...]) -> int:
+class _Recorder:
+    """A plugin of pytest: records the seconds of each test and the lines of a module it runs."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = str(path)
+        self._lines: set[int] = set()
+        self.tests: dict[str, tuple[float, list[int]]] = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        self._lines.clear()
+        began = time.monotonic()
+        sys.settrace(self._trace)
+        try:
+            return (yield)
+        finally:
+            sys.settrace(None)
+            self.tests[item.nodeid] = time.monotonic() - began, sorted(self._lines)
+
+    def _trace(self, frame: FrameType, event: str, arg: object) -> Any:
+        if frame.f_code.co_filename != self._path:
+            return None
+        self._lines.add(frame.f_lineno)
+        return self._trace
+
+
+class _Order:
+    """A plugin of pytest: the tests that run a mutant's lines come first, the fastest ahead.
+
+    Args:
+        tests: What :class:`_Recorder` recorded on the source.
+        mutant: The mutant that runs.
+    """
+
+    def __init__(self, tests: dict[str, tuple[float, list[int]]], mutant: Mutant) -> None:
+        self._tests = tests
+        self._lines = frozenset(range(mutant.line, mutant.last + 1))
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        def rank(item: pytest.Item) -> tuple[bool, float]:
+            seconds, lines = self._tests[item.nodeid]
+            return self._lines.isdisjoint(lines), seconds
+
+        items.sort(key=rank)
+        for item in items:
+            item.add_marker(pytest.mark.timeout(_limit(self._tests[item.nodeid][0])))
+
+
+def _limit(seconds: float) -> float:
+    """Seconds after which a mutant counts as one that does not end."""
+    return 10 + 4 * seconds
+
+
+def _start(home: Path, tests: Sequence[str], plugin: object) -> int:
     """Fork a process that runs the tests in a copy; 0 is its exit status if they pass."""
     child = os.fork()
     if child:
@@ -286,12 +194,17 @@ def _start(home: Path, tests: tuple[str, ...]) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     import hypothesis
-    import pytest
 
     hypothesis.settings.register_profile("mutants", database=None, derandomize=True)
     hypothesis.settings.load_profile("mutants")
     options = ["-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    os._exit(int(pytest.main([*options, f"--basetemp={home}/tmp", *tests])))
+    status = pytest.main([*options, f"--basetemp={home}/tmp", *tests], plugins=[plugin])
+    if isinstance(plugin, _Recorder):
+        (home / "tests.json").write_text(json.dumps(plugin.tests))
+    os._exit(int(status))
+
+
+# ---- all runs ----
 
 
 @cache
@@ -303,30 +216,36 @@ def digests_of(file: str) -> list[str]:
     ]
 
 
+def record(file: str, home: Path, folder: Path) -> dict[str, tuple[float, list[int]]]:
+    """Run the tests of a module on its source, unless this has been done."""
+    recorded = folder / f"mutants-{'-'.join(digests_of(file))}.json"
+    if not recorded.exists():
+        child = _start(home, TESTS[file], _Recorder(home / file))
+        if os.waitpid(child, 0)[1] != 0:
+            log = (home / "pytest.log").read_text()
+            raise SystemExit(f"the tests of {file} fail without a mutant:\n{log[-2000:]}")
+        shutil.copy(home / "tests.json", recorded)
+    tests: dict[str, tuple[float, list[int]]] = json.loads(recorded.read_text())
+    return tests
+
+
 def run(queue: list[Mutant], options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     """Run mutants, as many at a time as there are processes; their results as they come."""
     homes = [folder / str(number) for number in range(options.processes)]
     for home in homes:
         _copy(home)
     sources = {mutant.file: (ROOT / mutant.file).read_text() for mutant in queue}
-    for file in sources:
-        digests_of(file)
     end = time.monotonic() + options.seconds
-    limits: dict[str, float] = {}
-    for file in sources:
-        began = time.monotonic()
-        child = _start(homes[0], TESTS[file])
-        if os.waitpid(child, 0)[1] != 0:
-            log = (homes[0] / "pytest.log").read_text()
-            raise SystemExit(f"the tests of {file} fail without a mutant:\n{log[-2000:]}")
-        limits[file] = 10 + 4 * (time.monotonic() - began)
+    tests = {file: record(file, homes[0], options.out.parent) for file in sources}
+    limits = {file: _limit(sum(s for s, _ in tests[file].values())) for file in sources}
     queue = queue[::-1]
     running: dict[int, tuple[Mutant, Path, float]] = {}
     while running or (queue and time.monotonic() < end):
         while homes and queue and time.monotonic() < end:
             mutant, home = queue.pop(), homes.pop()
             _write(home, mutant.file, source_of(mutant, sources[mutant.file]))
-            running[_start(home, TESTS[mutant.file])] = mutant, home, time.monotonic()
+            plugin = _Order(tests[mutant.file], mutant)
+            running[_start(home, TESTS[mutant.file], plugin)] = mutant, home, time.monotonic()
         time.sleep(0.02)
         for child, (mutant, home, began) in list(running.items()):
             seconds = time.monotonic() - began

@@ -81,19 +81,19 @@ class Measures:
     @torch.no_grad()
     def add(self, terms: Terms, clip_fraction: float) -> None:
         """Add a micro-batch; the terms of cached weights do not know the share of clipped ones."""
-        share = terms.share.double()
+        share = terms.share
 
         def total(x: Tensor) -> Tensor:
             return torch.where(share > 0, share * x, 0.0).sum()
 
         weight = terms.log_weight.double().exp()
         draws = share.sum()
-        clipped = draws * clip_fraction if terms.clipped is None else total(terms.clipped.double())
+        clipped = draws * clip_fraction if terms.clipped is None else total(terms.clipped)
         kl = torch.full_like(draws, math.nan)
         if terms.reference is not None:
-            kl = total((terms.reference - terms.log_prob).double())
+            kl = total(terms.reference - terms.log_prob)
         sums = torch.stack(
-            [draws, total(weight), total(weight**2), total(terms.log_prob.double()), kl, clipped]
+            [draws, total(weight), total(weight**2), total(terms.log_prob), kl, clipped]
         )
         top = torch.where(share > 0, weight, 0.0).amax()
         before = self._updates[-1].to(share.device)

@@ -42,9 +42,9 @@ class UpdatePlan(Sampler[list[int]]):
         batches: EpochBatches,
         accumulation: int,
         *,
-        processes: int = 1,
-        process: int = 0,
-        epochs: int = 1,
+        processes: int,
+        process: int,
+        epochs: int,
     ) -> None:
         self.batches = batches
         self.accumulation = accumulation

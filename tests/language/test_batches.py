@@ -227,6 +227,8 @@ def test_settings_of_batches():
         EpochBatches(sizes, token_budget=10, padded=True, multiple_of=4)
     with pytest.raises(ValueError, match="not a single entry"):
         EpochBatches(sizes[:0], batch_size=1)
+    # The longest entry may fill the budget.
+    assert sorted(EpochBatches(sizes, token_budget=9, padded=True)) == [[0], [1]]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -255,12 +257,13 @@ def test_sampling_with_replacement_is_that_of_the_trajectory_sampler():
     assert set(again.keys(True, True)) == set(batch.keys(True, True))
 
 
-def test_a_batch_without_entries_is_a_trajectory_that_does_not_count():
-    entries = TrajectoryDataset(dataset([3, 4], [2, 1]))
+@pytest.mark.parametrize("sizes", [[3], [3, 4]])
+def test_a_batch_without_entries_is_a_trajectory_that_does_not_count(sizes):
+    entries = TrajectoryDataset(dataset(sizes))
     make = partial(collate, layout="packed")
-    loader = DataLoader(entries, batch_sampler=[[1, 2], []], collate_fn=make)
+    loader = DataLoader(entries, batch_sampler=[[*range(len(sizes))], []], collate_fn=make)
     multiplicity = [batch.get(MULTIPLICITY).tolist() for batch in loader]
-    assert multiplicity == [[1] * 7, [0] * 3]
+    assert multiplicity == [[1] * sum(sizes), [0] * 3]
 
 
 class Unigram(nn.Module):

@@ -15,10 +15,7 @@ from transformers import TrainerCallback, get_linear_schedule_with_warmup
 
 from iwsft import EMA, HardSync, ImportanceWeightedMLE, ImportanceWeights, weights
 from iwsft.language.batches import EpochBatches, TrajectoryDataset, collate
-from iwsft.language.loss import Measures
-from iwsft.objective import Terms
 from iwsft.policies import CausalLMPolicy
-from iwsft.trajectory import Segments
 
 PROPOSALS: list[dict[str, Any]] = [
     {"proposal": "reference"},
@@ -291,32 +288,3 @@ def test_tokens_seen(tmp_path: Path) -> None:
     # Three updates are an epoch.
     assert seen["non_padding"] == len(data) < seen["all"]
     assert seen["no"] == 0
-
-
-def test_measures_are_means_over_what_counts() -> None:
-    nan = torch.nan
-    terms = Terms(
-        segments=Segments(torch.Size([3]), torch.tensor([0, 0, 1]), None, 2),
-        share=torch.tensor([1.0, 2.0, 0.0]),
-        log_prob=torch.tensor([-1.0, -4.0, nan]),
-        log_weight=torch.tensor([0.5, 0.25, 1.0]).log(),
-        clipped=torch.tensor([True, False, True]),
-        reference=torch.tensor([-1.5, -4.0, nan]),
-    )
-    measures = Measures()
-    assert measures.collect(lambda x: x) == {}
-    for known in (None, 0.75):
-        measures.begin()
-        for _ in range(2):
-            measures.add(terms._replace(clipped=None) if known else terms, known or nan)
-        means = measures.collect(lambda x: x)
-        assert means == pytest.approx(
-            {
-                "ESS": (0.5 + 2 * 0.25) ** 2 / (3 * (0.5**2 + 2 * 0.25**2)),
-                "weight_mean": (0.5 + 2 * 0.25) / 3,
-                "weight_max": 0.5,
-                "log_prob": (-1.0 - 2 * 4.0) / 3,
-                "kl_approx": -0.5 / 3,
-                "clip_fraction": known or 1 / 3,
-            }
-        )

@@ -1,0 +1,161 @@
+"""The loss over tokens and the means of its terms, against loops over trajectories."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from tiny import model, trajectories
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from iwsft.language.loss import Measures, negative_log_likelihood, token_loss
+from iwsft.objective import Terms
+from iwsft.policies import CausalLMPolicy
+from iwsft.trajectory import Segments
+
+EXPERTS = {"num_local_experts": 4, "output_router_logits": True}
+DBRX = {
+    "d_model": 32,
+    "n_heads": 4,
+    "n_layers": 1,
+    "max_seq_len": 64,
+    "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+    "output_router_logits": True,
+}
+
+
+def _decoder(family: str, **own: Any) -> Any:
+    """A tiny decoder of a family whose own loss may have more terms."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    if family == "dbrx":
+        sizes, heads = {}, {}
+    config = AutoConfig.for_model(family, **{**sizes, **heads, "vocab_size": 97, **own})
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("family", "own", "coefficient"),
+    [
+        ("mixtral", EXPERTS, "router_aux_loss_coef"),
+        ("jetmoe", EXPERTS, "aux_loss_coef"),
+        ("dbrx", {**DBRX, "ffn_config": {"ffn_hidden_size": 48}}, "moe_loss_weight"),
+        ("qwen2", {"z_loss_coefficient": 0.1}, "z_loss_coefficient"),
+    ],
+)
+def test_a_loss_of_the_model_itself_is_not_left_out(
+    family: str, own: dict[str, Any], coefficient: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{coefficient} adds a term"):
+        token_loss(CausalLMPolicy(_decoder(family, **own)))
+
+
+@pytest.mark.parametrize(
+    ("family", "own"),
+    [
+        ("mixtral", {**EXPERTS, "router_aux_loss_coef": 0.0}),
+        ("mixtral", {**EXPERTS, "output_router_logits": False}),
+        ("dbrx", {**DBRX, "ffn_config": {"ffn_hidden_size": 48, "moe_loss_weight": 0.0}}),
+        # A coefficient that no loss of the family reads.
+        ("qwen2", {"router_aux_loss_coef": 0.1, "z_loss_coefficient": 0.0}),
+    ],
+)
+def test_a_term_that_is_off_is_none(family: str, own: dict[str, Any]) -> None:
+    assert not token_loss(CausalLMPolicy(_decoder(family, **own))).functional
+
+
+@pytest.mark.parametrize("twice", [None, 2])
+def test_likelihood_by_trajectory_and_by_token(twice: int | None) -> None:
+    data = trajectories(5, twice=twice)
+    loss = token_loss(CausalLMPolicy(model()), proposal="reference")
+    log_prob = -torch.rand(len(data), generator=torch.Generator().manual_seed(0)).double()
+    means, tokens = [], []
+    for row in (*range(5), *([] if twice is None else [twice])):
+        here = data["masks", "all_assistant_mask"] & (data["collector", "traj_ids"] == row)
+        means.append(float(log_prob[here].mean()))
+        tokens += log_prob[here].tolist()
+    by_trajectory, by_token = negative_log_likelihood(loss, data, log_prob)
+    assert by_trajectory == pytest.approx(-sum(means) / len(means), rel=1e-12)
+    assert by_token == pytest.approx(-sum(tokens) / len(tokens), rel=1e-12)
+
+
+LENGTHS, COUNTS = [2, 3, 1, 4], [1, 2, 0, 3]
+
+
+def _terms(seed: int, *, cached: bool = False, reference: bool = True) -> Terms:
+    """Random terms of four trajectories, the third of which counts 0 times and holds NaN."""
+    draw = torch.Generator().manual_seed(seed)
+    index = torch.arange(4).repeat_interleave(torch.tensor(LENGTHS))
+    size = torch.tensor(LENGTHS)[index]
+    off = torch.tensor(COUNTS)[index] == 0
+    log_prob = torch.where(off, torch.nan, -torch.rand(10, generator=draw))
+    weight = torch.rand(4, generator=draw)
+    weight[2] = 3.0
+    return Terms(
+        segments=Segments(torch.Size([10]), index, None, 4),
+        share=torch.tensor(COUNTS)[index].double() / size,
+        log_prob=log_prob.requires_grad_(),
+        log_weight=weight.log()[index],
+        clipped=None if cached else off | (torch.rand(10, generator=draw) < 0.5),
+        reference=log_prob.detach() - torch.rand(10, generator=draw) if reference else None,
+    )
+
+
+def _means(parts: list[Terms], clip_fraction: float) -> dict[str, float]:
+    """The measures of one update, by a loop over its draws."""
+    weights: list[float] = []
+    sums = dict.fromkeys(("log_prob", "kl_approx", "clip_fraction"), 0.0)
+    for terms in parts:
+        for row, count in enumerate(COUNTS):
+            steps = [i for i, owner in enumerate(terms.segments.index.tolist()) if owner == row]
+            weights += [math.exp(terms.log_weight[steps[0]].item())] * count
+            for i in steps * count:
+                log_prob, share = terms.log_prob[i].item(), 1 / len(steps)
+                sums["log_prob"] += share * log_prob
+                if terms.reference is not None:
+                    kl = (terms.reference[i] - terms.log_prob[i]).item()
+                    sums["kl_approx"] += share * kl
+                known = clip_fraction if terms.clipped is None else bool(terms.clipped[i])
+                sums["clip_fraction"] += share * known
+    if parts[0].reference is None:
+        del sums["kl_approx"]
+    number = len(weights)
+    return {
+        "ESS": sum(weights) ** 2 / sum(w**2 for w in weights) / number,
+        "weight_mean": sum(weights) / number,
+        "weight_max": max(weights),
+        **{name: total / number for name, total in sums.items()},
+    }
+
+
+@pytest.mark.parametrize("own", [{}, {"cached": True}, {"reference": False}], ids=str)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_measures_are_means_over_what_counts(own: dict[str, Any], processes: int) -> None:
+    """Of two micro-batches an update and process; the log line is the mean of two updates."""
+    # The largest weight is in another micro-batch each time.
+    updates = [[_terms(10 * update + part, **own) for part in range(4)] for update in range(2)]
+    width = 4 // processes
+    measures = [Measures() for _ in range(processes)]
+    assert measures[0].collect(lambda x: x) == {}
+    for parts in updates:
+        for process, each in enumerate(measures):
+            each.begin()
+            for terms in parts[process * width : (process + 1) * width]:
+                each.add(terms, 0.75)
+
+    sums: list[Tensor] = []
+
+    def gather(mine: Tensor) -> Tensor:
+        # A graph behind the sums would hold the activations of all updates.
+        assert not mine.requires_grad
+        sums.append(mine)
+        return torch.cat(sums)
+
+    collected = [each.collect(gather) for each in measures][-1]
+    by_update = [_means(parts, 0.75) for parts in updates]
+    expected = {name: (by_update[0][name] + by_update[1][name]) / 2 for name in by_update[0]}
+    assert collected == pytest.approx(expected, rel=1e-9)
+    assert measures[0].collect(lambda x: x) == {}
