@@ -18,7 +18,6 @@ import tyro
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
@@ -30,6 +29,7 @@ from benchmarks.runs import hardware, versions, write_json
 from benchmarks.statistics import t_interval
 from iwsft import ImportanceWeightedMLE, ImportanceWeights, annotate_reference, weights
 from iwsft.files import written_whole
+from iwsft.progress import Progress
 from iwsft.trajectory import REWARD, from_steps, select
 
 LABELS = {"sft": "SFT", "iw-sft": "iw-SFT"}
@@ -174,10 +174,11 @@ def main(options: Options) -> dict[str, list[BanditRun]]:
     runs: dict[str, list[BanditRun]] = {algorithm: [] for algorithm in LABELS}
     try:
         check_at_least(1, seeds=options.seeds, pulls=options.pulls, steps=options.steps)
-        for seed in track(range(options.seeds), "bandit", transient=True):
-            data = annotate_reference(uniform_policy(), successes(options.pulls, seed))
-            for algorithm, seeds in runs.items():
-                seeds.append(train(algorithm, data, options.steps, options.lr))
+        with Progress() as progress:
+            for seed in progress.track(range(options.seeds), description="bandit, seeds"):
+                data = annotate_reference(uniform_policy(), successes(options.pulls, seed))
+                for algorithm, seeds in runs.items():
+                    seeds.append(train(algorithm, data, options.steps, options.lr))
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
     numbers = summary(runs)

@@ -53,7 +53,7 @@ class Run(Generic[Options]):
     options: Options  # the command line; its settings are those of the run
 
     def __str__(self) -> str:
-        return f"{self.algo} seed {self.seed}"
+        return f"{self.dataset} {self.algo} seed {self.seed}"
 
     @property
     def identity(self) -> dict[str, Any]:

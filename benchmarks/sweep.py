@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -69,9 +70,21 @@ def run_all(
                 problem = f"it ended without {run.folder / RESULT}; nodes must share --out"
             if problem is None:
                 summary.done += 1
+                tell_score(run)
             else:
                 summary.failed.append(f"{run}: {problem}")
                 tell(f"error: {run}: {problem}")
+
+
+def tell_score(run: Run[Any]) -> None:
+    """Write a line on a finished run, with its score or return."""
+    result = json.loads((run.folder / RESULT).read_text())
+    for name in ("score", "normalized_score", "return_mean"):
+        if result.get(name) is not None:
+            kind = "return" if name == "return_mean" else "score"
+            tell(f"{run}: {kind} {result[name]:.4g}, {result['wall_seconds']:.0f} seconds")
+            return
+    tell(f"{run}: done")
 
 
 def _problem(work: Callable[[Any], object], item: Any) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from tensordict.nn import TensorDictModuleBase
 
 from iwsft import environments
 from iwsft.acting import ROWS, PolicyInputs, act, acting, check_keys, check_sizes
+from iwsft.progress import Progress
 from iwsft.video import recorded
 
 # An episode of an environment without a limit may have this many steps.
@@ -109,6 +110,8 @@ def evaluate(
     observation: environments.Flatten | None = None,
     env_kwargs: Mapping[str, Any] | None = None,
     video: str | Path | None = None,
+    report: Callable[[int], None] | None = None,
+    progress: bool = False,
 ) -> Evaluation:
     """Run episodes of a policy, deterministically, in parallel environments.
 
@@ -138,6 +141,8 @@ def evaluate(
             :func:`iwsft.environments.flattener`, D4RL's columns.
         env_kwargs: Arguments of the environment, such as ``tasks_to_complete`` of FrankaKitchen.
         video: MP4 file for the first episode, drawn off screen; the numbers stay the same.
+        report: Function that is called after each episode with the number of those that ended.
+        progress: Whether to show the number of episodes and the time left on stderr.
 
     Raises:
         ValueError: A setting, the environment or the sizes of the policy do not fit, or the machine
@@ -174,7 +179,17 @@ def evaluate(
         check_sizes(policy, vector, bounds.shape, full_id, device=device)
         for _ in range(1, width):
             envs.append(stack.enter_context(environments.make(env_id, **kwargs)))
-        finished = _roll_out(policy, envs, seeds, flatten, vector.size, bounds, device)
+        shown = stack.enter_context(Progress()) if progress else None
+        if shown is not None:
+            task = shown.add_task("episodes", total=episodes)
+
+        def ended(count: int) -> None:
+            if report is not None:
+                report(count)
+            if shown is not None:
+                shown.update(task, completed=count)
+
+        finished = _roll_out(policy, envs, seeds, flatten, vector.size, bounds, device, ended)
         versions = environments.versions(first)
 
     returns = [episode.total for episode in finished]
@@ -208,6 +223,7 @@ def _roll_out(
     size: int,
     bounds: gym.spaces.Box,
     device: torch.device,
+    ended: Callable[[int], None],
 ) -> list[_Episode]:
     """Run an episode per seed; environment i has row i of the batch."""
     inputs = PolicyInputs(len(envs), size)
@@ -242,6 +258,7 @@ def _roll_out(
                 episode.success = bool(episode.success) or bool(success)
             if terminated or truncated:
                 finished.append(running.pop(row))
+                ended(len(finished))
                 start(row)
             elif episode.length == _ENDLESS and limit is None:
                 name = f"episode {episode.index} of {environments.id_of(envs[row])}"

@@ -18,6 +18,7 @@ from torchrl.objectives.utils import TargetNetUpdater
 
 from iwsft import checkpoint
 from iwsft.metrics import MetricsLog
+from iwsft.progress import Progress
 
 Row = dict[str, float]
 
@@ -108,6 +109,7 @@ def fit(
     checkpoint_every: int = 500,
     log_every: int = 50,
     report: Callable[[Row], None] | None = None,
+    progress: bool = False,
 ) -> Cost:
     """Train a loss's networks in place: sample, loss, Adam step, targets (or q) follow.
 
@@ -134,6 +136,7 @@ def fit(
         checkpoint_every: Number of updates between checkpoints; there is one at the end.
         log_every: Number of updates between rows of metrics.
         report: Function that is called with every row.
+        progress: Whether to show rate, time left and loss on stderr.
 
     Returns:
         The cost of the run.
@@ -164,7 +167,10 @@ def fit(
         return Cost(wall + time.perf_counter(), cpu + time.process_time())
 
     metrics = MetricsLog(folder, after=start) if folder is not None else nullcontext()
-    with _interrupts_unmasked(), metrics as log:
+    display = Progress() if progress else nullcontext()
+    with _interrupts_unmasked(), metrics as log, display as shown:
+        if shown is not None:
+            task = shown.add_task("updates", total=steps, completed=start)
         for step in range(start + 1, steps + 1):
             batch = sampler.sample()
             out = loss(batch)
@@ -184,6 +190,10 @@ def fit(
                     log.write(row)
                 if report is not None:
                     report(row)
+                if shown is not None:
+                    shown.update(task, note=f"loss {row['loss']:.4g}")
+            if shown is not None:
+                shown.advance(task)
             rate.step()
             # After the probes, which see the q that weighed the batch.
             if updater is not None:

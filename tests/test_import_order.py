@@ -14,7 +14,14 @@ PACKAGES = ("iwsft", "baselines", "benchmarks", "scripts", "examples")
 # From the lowest floor to the highest. A module belongs to the longest name that it begins with,
 # and imports from its own floor or from those below.
 FLOORS = (
-    ("iwsft", "iwsft.trajectory", "iwsft.weights", "iwsft.files", "iwsft.fingerprint"),
+    (
+        "iwsft",
+        "iwsft.trajectory",
+        "iwsft.weights",
+        "iwsft.files",
+        "iwsft.fingerprint",
+        "iwsft.progress",
+    ),
     ("iwsft.checkpoint", "iwsft.metrics", "iwsft.policies", "iwsft.distributed"),
     ("iwsft.objective", "iwsft.forward_pass"),
     ("iwsft.proposals", "iwsft.reference", "iwsft.diagnostics"),
@@ -25,7 +32,7 @@ FLOORS = (
     ("iwsft.language",),
     ("baselines",),
     ("benchmarks", "benchmarks.runs", "benchmarks.options", "benchmarks.statistics"),
-    ("benchmarks.places", "benchmarks.results"),
+    ("benchmarks.places", "benchmarks.results", "benchmarks.monitor"),
     ("benchmarks.sweep", "benchmarks.report"),
     ("benchmarks.d4rl", "benchmarks.llm", "benchmarks.bandit"),
     ("benchmarks.collect", "benchmarks.peer", "benchmarks.speed"),

@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress, TextColumn
 from tensordict.nn import TensorDictModuleBase
 
 from benchmarks.collect import sac
@@ -23,6 +21,7 @@ from benchmarks.runs import alone_in, versions
 from iwsft.acting import check_keys
 from iwsft.datasets.write import Provenance
 from iwsft.environments import modules_to_import
+from iwsft.progress import Progress
 
 
 def run_job(options: Options) -> None:
@@ -44,12 +43,9 @@ def run_job(options: Options) -> None:
     packages = versions() | simulator.versions
     provenance = Provenance(simulator.env_id, options.seed, (), packages, simulator.kwargs)
     output.rehearse(simulator.first_step(), provenance)
-    unit = "episodes" if options.episodes else "steps"
-    amount = TextColumn("{task.completed}/{task.total} " + unit + "  {task.fields[note]}")
-    columns = (*Progress.get_default_columns(), amount)
     with alone_in(output.partial, wait=False):
         parts = Parts(output.partial, _settings(options, behaviours, simulator))
-        with Progress(*columns, console=Console(stderr=True)) as bar:
+        with Progress() as bar:
             if options.online is None:
                 cost = ""
                 sources = collect_rollouts(behaviours, simulator, parts, options, bar)

@@ -17,7 +17,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.progress import Progress
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs.utils import ExplorationType
 
@@ -27,6 +26,7 @@ from iwsft import environments
 from iwsft.acting import ROWS, PolicyInputs, act, acting, check_sizes
 from iwsft.evaluation import episode_seeds
 from iwsft.fingerprint import fingerprint
+from iwsft.progress import Progress
 
 # Separates the seeds of noise from those of environments.
 _NOISE = 1
@@ -189,8 +189,9 @@ def collect_rollouts(
     mode = ExplorationType.RANDOM if options.stochastic else ExplorationType.DETERMINISTIC
     # Of steps, the least number of episodes that can have those that are missing.
     done, longest = (episodes, 1) if options.episodes else (steps, simulator.max_episode_steps)
+    unit = "episodes" if options.episodes else "steps"
     tasks = [
-        bar.add_task(behaviour.name[-24:], total=amount, completed=count, note="")
+        bar.add_task(f"{behaviour.name[-24:]} {unit}", total=amount, completed=count)
         for behaviour, amount, count in zip(behaviours, options.amounts, done, strict=True)
     ]
     try:

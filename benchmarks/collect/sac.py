@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.progress import Progress
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from benchmarks.collect.rollout import Instance, Simulator
 from iwsft import checkpoint
 from iwsft.evaluation import episode_seeds
 from iwsft.metrics import MetricsLog
+from iwsft.progress import Progress
 from iwsft.trajectory import ACTION, DONE, NEXT_OBSERVATION, OBSERVATION, REWARD, TERMINATED
 
 # Folder of the policy within the folder of the run.
@@ -207,7 +207,7 @@ class OnlineRun:
         """Run to the end; return the source of the data, and lines on its cost and its folder."""
         env, before, since = self.simulator.make(), self.steps, time.perf_counter()
         every = max(1, self.settings.steps // _CURVE_POINTS)
-        task = bar.add_task("sac", total=self.settings.steps, completed=before, note="")
+        task = bar.add_task("sac", total=self.settings.steps, completed=before)
         try:
             with MetricsLog(self.output.run, after=self.steps) as log:
                 while self.steps < self.settings.steps:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from baselines import BASELINES
-from benchmarks import places, stopping
+from benchmarks import monitor, places, stopping
 from benchmarks.d4rl.run import Run, Task, check_run, config_of
 from benchmarks.d4rl.settings import Options, Suite, check_options, choose_suite, name_in_tables
 from benchmarks.d4rl.train import train_and_score
@@ -21,8 +21,6 @@ from benchmarks.sweep import Summary, run_all
 from iwsft.training import Row
 from iwsft.video import check_recording
 
-_HEADER = f"{'algo':<12} {'seed':>4}  {'stage':<9} {'step':>13} {'loss':>8} {'ESS':>5} {'score':>7}"
-_COLUMN = "dataset"
 # Another number of episodes would give a result that its config does not describe.
 SAME = ("settings", "eval_episodes", "env_id", "env_kwargs")
 # The longest runs start first, so that none is left running alone at the end.
@@ -47,11 +45,10 @@ def run_job(options: Options) -> Summary:
         configs = _list_runs(options, suite, summary)
         names = {run.dataset for run in configs}
         root = options.out / Run.benchmark
-        runs = _order(claim(root, configs, same=SAME, resume=options.resume), len(names) > 1)
+        runs = _order(claim(root, configs, same=SAME, resume=options.resume))
         summary.finished_before = len(configs) - len(runs)
-        if runs:
-            tell(f"{_pad(_COLUMN, runs[0].column)}{_HEADER}   seconds")
-        run_all(_train_and_tell, runs, place, summary)
+        with monitor.shown(runs):
+            run_all(_train, runs, place, summary)
     console = Console()
     finished = [run for run in read_runs(options.out, CONTROL) if run.dataset in names]
     if finished:
@@ -120,7 +117,7 @@ def _list_runs(options: Options, suite: Suite, summary: Summary) -> dict[Run, di
     return configs
 
 
-def _order(runs: Sequence[Run], several_datasets: bool) -> list[Run]:
+def _order(runs: Sequence[Run]) -> list[Run]:
     """The order to start runs in: one of each reference policy, slow baselines, then the rest."""
     seen: set[tuple[str, int]] = set()
 
@@ -137,28 +134,18 @@ def _order(runs: Sequence[Run], several_datasets: bool) -> list[Run]:
     algos = list(dict.fromkeys(run.algo for run in runs))
     # Sorts are stable: algorithm by algorithm, in each dataset by dataset, in each seed by seed.
     spread = sorted(runs, key=lambda run: algos.index(run.algo))
-    width = max(map(len, (_COLUMN, *(run.dataset for run in runs)))) if several_datasets else 0
-    return [replace(run, column=width) for run in sorted(spread, key=stage)]
+    return sorted(spread, key=stage)
 
 
-def _pad(name: str, width: int) -> str:
-    """A cell of the column of datasets, which has no width where there is one dataset."""
-    return f"{name:<{width}} " if width else ""
-
-
-def _train_and_tell(run: Run) -> None:
-    """One run, perhaps in a process of its own, with a line for each point of its curve."""
+def _train(run: Run) -> None:
+    """One run, perhaps in a process of its own; it writes how far it is."""
+    shown: Row = {}
 
     def report(stage: str, steps: int, row: Row) -> None:
         stopping.check()
-        score = row.get("normalized_score", row.get("return_mean"))
-        if score is not None:
-            # Losses of critics can be large; only weighted runs have an effective sample size.
-            loss = f"{row['loss']:8.3f}" if abs(row["loss"]) < 1000 else f"{row['loss']:8.1e}"
-            ess = f"{row['ESS']:5.2f}" if "ESS" in row else f"{'-':>5}"
-            tell(
-                f"{_pad(run.dataset, run.column)}{run.algo:<12} {run.seed:>4}  {stage:<9} "
-                f"{row['step']:>6}/{steps:<6} {loss} {ess} {score:7.1f} {row['wall_seconds']:9.0f}"
-            )
+        # A score is measured less often than a loss.
+        shown.update(row)
+        monitor.note(run.folder, stage, row["step"], steps, shown)
 
-    train_and_score(run, report)
+    with monitor.noted(run.folder):
+        train_and_score(run, report)

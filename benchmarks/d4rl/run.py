@@ -41,12 +41,7 @@ class Run(runs.Run[Options]):
     source: str
     # Name in tables of settings, where it is not that of the folders.
     name_in_tables: str | None = None
-    # Width of the dataset's name in lines of progress; 0 leaves it out.
-    column: int = 0
     benchmark = "d4rl"
-
-    def __str__(self) -> str:
-        return f"{self.dataset} {super().__str__()}" if self.column else super().__str__()
 
     @property
     def dataset_folder(self) -> Path:

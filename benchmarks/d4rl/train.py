@@ -60,7 +60,11 @@ def train_and_score(run: Run, report: Report) -> dict[str, Any]:
         _save_policy(run, task, policy)
         about = {"preset": run.options.preset, "estimator": run.options.estimator}
         further = {f"reference_{name}": value for name, value in asdict(reference_cost).items()}
-        return score_policy(run, task, policy, cost, about, **further)
+
+        def ended(episodes: int) -> None:
+            report("scoring", run.options.eval_episodes, {"step": episodes})
+
+        return score_policy(run, task, policy, cost, about, ended, **further)
 
 
 def score_policy(
@@ -69,9 +73,13 @@ def score_policy(
     policy: TensorDictModuleBase,
     cost: Cost,
     about: Mapping[str, str],
+    ended: Callable[[int], None] | None = None,
     **further: float,
 ) -> dict[str, Any]:
-    """Score a run's policy, whose training had a cost; write and return its ``result.json``."""
+    """Score a run's policy, whose training had a cost; write and return its ``result.json``.
+
+    ``ended`` takes the number of episodes after each.
+    """
     since, options = time.process_time(), run.options
     video = run.folder / VIDEO if options.video else None
     final = task.score(
@@ -80,6 +88,7 @@ def score_policy(
         seed=run.seed,
         device=options.device,
         video=video,
+        report=ended,
     )
     evaluation_cpu = time.process_time() - since
     updates, published, successes = run.updates, run.published_updates, final.successes

@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
 import torch
 from rich.console import Console
 
-from benchmarks import places, sweep
+from benchmarks import monitor, places, sweep
 from benchmarks.llm.launch import Hardware, Launch, choose, launched, start, threads_of
 from benchmarks.llm.memory import DecoderSizes, Setup
 from benchmarks.llm.models import load_config
 from benchmarks.llm.options import BASE, Options
 from benchmarks.llm.recipes import Prepared
-from benchmarks.llm.run import HEADER, Run, config_of, prepare, train_and_score, training_arguments
+from benchmarks.llm.run import Run, config_of, prepare, train_and_score, training_arguments
 from benchmarks.runs import RESULT, claim, tell
 from benchmarks.sweep import Summary
 
@@ -42,12 +43,12 @@ def run_job(options: Options) -> int:
     if unfinished:
         # What all seeds share, such as a base model, is made once.
         _show_notes(prepare(unfinished[0]))
-        tell(HEADER)
         jobs = options.jobs or (1 if options.own_device != "cpu" else places.cores())
         # All cores are used, none twice.
         work = partial(_work_on, threads=threads_of(places.cores(), jobs))
-        with places.place(None, items=len(unfinished), jobs=jobs) as place:
-            sweep.run_all(work, unfinished, place, summary)
+        place = places.place(None, items=len(unfinished), jobs=jobs)
+        with place as here, monitor.shown(unfinished):
+            sweep.run_all(work, unfinished, here, summary)
     _show(runs[0], summary)
     return 1 if summary.failed else 0
 
@@ -68,7 +69,8 @@ def _work_on(run: Run, *, threads: int | None = None) -> None:
     """Train and test one run, perhaps in a process of its own."""
     if threads is not None and run.launch.device == "cpu":
         torch.set_num_threads(threads)
-    train_and_score(run)
+    with monitor.noted(run.folder):
+        train_and_score(run)
 
 
 def _launch(runs: Sequence[Run], options: Options) -> int:
@@ -110,12 +112,13 @@ def _take_part(runs: Sequence[Run]) -> None:
     """Do the runs that are not finished, as one of several processes."""
     first = os.environ.get("RANK", "0") == "0"
     unfinished = [run for run in runs if not (run.folder / RESULT).exists()]
-    if first:
-        tell(HEADER)
-    # The base is tested by one process alone, when the others have no more work.
-    for run in sorted(unfinished, key=lambda run: run.algo == BASE):
-        if first or run.algo != BASE:
-            _work_on(run)
+    with monitor.shown(unfinished) if first else nullcontext():
+        # The base is tested by one process alone, when the others have no more work.
+        for run in sorted(unfinished, key=lambda run: run.algo == BASE):
+            if first or run.algo != BASE:
+                _work_on(run)
+            if first:
+                sweep.tell_score(run)
     if first and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

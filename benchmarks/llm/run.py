@@ -28,12 +28,12 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging
 
-from benchmarks import runs
+from benchmarks import monitor, runs
 from benchmarks.llm.launch import Launch, assert_engine, launched
 from benchmarks.llm.models import file_sha256, load, load_config, load_tokenizer, locate
 from benchmarks.llm.options import ALGORITHMS, BASE, Options, Variant, choose_q
 from benchmarks.llm.recipes import Prepared, load_recipe
-from benchmarks.runs import RESULT, alone_in, hardware, tell, versions, write_json
+from benchmarks.runs import RESULT, alone_in, hardware, versions, write_json
 from iwsft import checkpoint, metrics
 from iwsft.curation import curate
 from iwsft.datasets.text.tokens import CORRECT, SCORE
@@ -52,8 +52,6 @@ _SAME_NAME = (
     *("adam_beta1", "adam_beta2", "max_grad_norm"),
 )
 _PACKAGES = ("torch", "tensordict", "torchrl", "transformers", "accelerate", "numpy")
-_COLUMNS = "{:<12} {:>4} {:>13} {:>8} {:>5} {:>6} {:>6} {:>7}"
-HEADER = _COLUMNS.format("algo", "seed", "update", "loss", "ESS", "max w", "score", "seconds")
 _COST = ("cpu_seconds", "wall_seconds")
 
 
@@ -78,10 +76,6 @@ class Run(runs.Run[Options]):
     def engine(self) -> dict[str, Any]:
         """What trains, for ``config.json`` and ``result.json``."""
         return {"engine": self.launch.engine_name, "processes": self.launch.processes}
-
-    def tell(self, *cells: str, seconds: float) -> None:
-        """Write a line below :data:`HEADER` to the terminal."""
-        tell(_COLUMNS.format(self.algo, self.seed, *cells, f"{seconds:.0f}"))
 
     def load(self, model: str, **options: Any) -> tuple[PreTrainedModel, Any]:
         """Load a model and its tokenizer, see :func:`benchmarks.llm.models.load`."""
@@ -179,6 +173,8 @@ def train_and_score(run: Run) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     first = os.environ.get("RANK", "0") == "0"
     with alone_in(run.folder, wait=False) if first else nullcontext():
+        if first:
+            monitor.note(run.folder, "preparing")
         with _in_one_process():
             prepared = prepare(run)
         trained: dict[str, Any] = {"steps": 0}
@@ -190,6 +186,7 @@ def train_and_score(run: Run) -> None:
         # All make it together, before one tests alone.
         group = _patient_group() if together else None
         if first:
+            monitor.note(run.folder, "testing")
             _test(run, prepared, model, trained)
         if together:
             torch.distributed.barrier(group=group)
@@ -221,7 +218,6 @@ def _test(run: Run, prepared: Prepared, model: str, trained: dict[str, Any]) -> 
     }
     write_json(run.folder / RESULT, result)
     (run.folder / TRAINED).unlink(missing_ok=True)
-    run.tell("tested", "", "", "", f"{result['score']:.3f}", seconds=result["wall_seconds"])
 
 
 @contextmanager
@@ -275,7 +271,7 @@ def training_arguments(run: Run, algorithm: Variant) -> dict[str, Any]:
         "save_steps": options.save_every or 0.2,
         "save_total_limit": 1,
         "report_to": list(options.report_to),
-        "run_name": f"{run.dataset} {run}",
+        "run_name": str(run),
         "disable_tqdm": True,
     }
 
@@ -332,7 +328,7 @@ def _train(run: Run, algorithm: Variant, prepared: Prepared) -> dict[str, Any]:
 
 
 class Progress(TrainerCallback):
-    """Writes the rows of ``metrics.jsonl`` with the seconds up to each, and shows a few.
+    """Writes the rows of ``metrics.jsonl`` with the seconds up to each, and notes the updates.
 
     Only the first process does. Row 0 has the seconds before the first update. Seconds of a run
     that was cut off count up to the checkpoint that it continues from.
@@ -342,15 +338,15 @@ class Progress(TrainerCallback):
         self._run = run
         self._log: metrics.MetricsLog | None = None
         self._since = self._before = np.zeros(2)
-        self._shown = 0
+        self._row: dict[str, float] = {}
         self._started = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Cut the metrics back to the checkpoint."""
         self._since = _now()
-        self._shown = state.global_step
         if not state.is_world_process_zero:
             return
+        monitor.note(self._run.folder, "reference")
         # From the start a run writes row 0 again.
         self._log = metrics.MetricsLog(self._run.folder, after=state.global_step or -1)
         rows = [row for row in metrics.read(self._run.folder / metrics.FILE) if _COST[0] in row]
@@ -365,19 +361,19 @@ class Progress(TrainerCallback):
             if state.global_step == 0 and self._log is not None:
                 self._log.write({"step": 0, **cost})
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note how far the run is."""
+        if self._log is not None:
+            steps = state.global_step, state.max_steps
+            monitor.note(self._run.folder, "training", *steps, self._row)
+
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write a row."""
         if "loss" not in kwargs["logs"] or self._log is None:
             return
-        step, steps = state.global_step, state.max_steps
-        row = {"step": step, **kwargs["logs"], **self._spent()}
+        row = {"step": state.global_step, **kwargs["logs"], **self._spent()}
         self._log.write(row)
-        # About four rows a run.
-        if step == steps or (step - self._shown) * 4 >= steps:
-            self._shown = step
-            weights = f"{row['ESS']:.2f}", f"{row['weight_max']:.2f}"
-            loss = f"{row['loss']:.3f}"
-            self._run.tell(f"{step}/{steps}", loss, *weights, "", seconds=row["wall_seconds"])
+        self._row = row
 
     def close(self) -> None:
         """Close the files."""

@@ -95,7 +95,7 @@ def test_a_killed_worker_costs_no_run(
     """SIGKILL half-way, as the kernel sends it: both runs end with the numbers of this process."""
     owners, title, loss = [os.getpid()], b"LokyProcess", "its worker was killed"
     if cluster is not None:
-        owners, title = request.getfixturevalue("raylets"), b"ray::bc-10 seed 0"
+        owners, title = request.getfixturevalue("raylets"), b"ray::mine bc-10 seed 0"
         loss = "its Ray worker was lost"
     out = tmp_path / "runs"
     logs = [out / "d4rl" / "mine" / "bc-10" / f"seed-{seed}" / metrics.FILE for seed in (0, 1)]
@@ -133,7 +133,7 @@ def test_a_killed_worker_costs_no_run(
     assert "2 done" in printed.out.splitlines()
     assert ("Ray cluster of 2 nodes" in printed.err) == (cluster is not None)
     (line,) = (line for line in printed.err.splitlines() if loss in line)
-    assert line.startswith("bc-10 seed ") and "it continues from its last checkpoint" in line
+    assert line.startswith("mine bc-10 seed ") and "it continues from its last checkpoint" in line
     for log in logs:
         results = [
             json.loads((folder / "result.json").read_text())["episode_returns"]
@@ -157,14 +157,17 @@ def test_a_run_that_kills_its_workers_is_given_up_and_the_others_end(
     runs, summary = runs_of(tmp_path, "a", "bad", "b", "c"), Summary()
     with places.place(None, items=4, jobs=2) as place:
         run_all(work, runs, place, summary)
-    *lines, error = capsys.readouterr().err.splitlines()
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.endswith(": done")]
+    error = lines.pop()
     for run in runs:
         path = run.folder / RESULT
         assert run.algo == "bad" or json.loads(path.read_text()) == {"threads": "1"}
     (failed,) = summary.failed
     assert summary.done == 3 and error == f"error: {failed}"
     assert len(attempts.read_text()) == 1 + RETRIES and len(lines) == RETRIES
-    assert all(line.startswith("bad seed 0: its worker was killed") for line in (*lines, failed))
+    assert all(
+        line.startswith("mine bad seed 0: its worker was killed") for line in (*lines, failed)
+    )
 
 
 def runs_of(out: Path, *algos: str) -> list[Run]:

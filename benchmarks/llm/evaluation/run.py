@@ -27,6 +27,7 @@ from iwsft.checkpoint import CheckpointError
 from iwsft.files import full_disk_named, written_whole
 from iwsft.language.budget import S1, TAGS, Delimiters, overhead, think_then_answer
 from iwsft.language.generation import Generator, Request, TransformersGenerator, VLLMGenerator
+from iwsft.progress import Progress
 
 BENCHMARK = "llm-evaluation"
 GENERATIONS, GRADES = "generations.jsonl", "grades.jsonl"
@@ -150,23 +151,27 @@ class _Evaluation:
         so that the generations are those of an uninterrupted run, bit for bit.
         """
         size = self.options.batch
-        for start in range(len(generations) // size * size, len(self.keys), size):
-            keys = self.keys[start : start + size]
-            most = self.options.max_tokens
-            requests = [Request(self.prompts[key[0]], most, self._seed(*key)) for key in keys]
-            answers = zip(keys, requests, self._answer(model, requests), strict=True)
-            batch = [
-                {"id": name, "sample": sample, "seed": request.seed, **answer}
-                for (name, sample), request, answer in answers
-            ]
-            new = batch[len(generations) - start :]
-            path = self.folder / GENERATIONS
-            with full_disk_named(path), path.open("ab") as file:
-                file.write("".join(json.dumps(generation) + "\n" for generation in new).encode())
-                file.flush()
-                os.fsync(file.fileno())
-            generations += new
-            tell(f"{self.task.name}  {len(generations)}/{len(self.keys)}")
+        with Progress() as progress:
+            task = progress.add_task(self.task.name, total=len(self.keys))
+            for start in range(len(generations) // size * size, len(self.keys), size):
+                keys = self.keys[start : start + size]
+                most = self.options.max_tokens
+                requests = [Request(self.prompts[key[0]], most, self._seed(*key)) for key in keys]
+                answers = zip(keys, requests, self._answer(model, requests), strict=True)
+                batch = [
+                    {"id": name, "sample": sample, "seed": request.seed, **answer}
+                    for (name, sample), request, answer in answers
+                ]
+                new = batch[len(generations) - start :]
+                path = self.folder / GENERATIONS
+                with full_disk_named(path), path.open("ab") as file:
+                    file.write(
+                        "".join(json.dumps(generation) + "\n" for generation in new).encode()
+                    )
+                    file.flush()
+                    os.fsync(file.fileno())
+                generations += new
+                progress.update(task, completed=len(generations))
 
     def _answer(self, model: Generator, requests: Sequence[Request]) -> list[Generation]:
         options = self.options

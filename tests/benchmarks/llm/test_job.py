@@ -233,7 +233,9 @@ def test_a_run_that_fails_does_not_stop_the_others(
         job(tmp_path, "sft-q", "sft", data=str(data), flags=["--max-steps", "2"])
     assert end.value.code == 1
     printed = capsys.readouterr()
-    failure = next(line for line in printed.err.splitlines() if "error: sft-q seed 0:" in line)
+    failure = next(
+        line for line in printed.err.splitlines() if "error: small sft-q seed 0:" in line
+    )
     assert "there is no score; add it" in failure
     assert "1 done, 1 failed" in printed.out
     assert (tmp_path / "llm" / "small" / "sft" / "seed-0" / "result.json").exists()

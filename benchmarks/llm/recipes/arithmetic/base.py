@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
@@ -18,6 +17,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
 from benchmarks.llm.models import kept
 from benchmarks.llm.recipes.arithmetic.task import ANSWER, STRATEGIES, mixture, problems
 from iwsft.fingerprint import fingerprint
+from iwsft.progress import Progress
 
 # Tokens of prompt and completion at most; the longest have 33.
 CONTEXT = 64
@@ -110,21 +110,22 @@ def train(settings: BaseSettings, seed: int) -> tuple[Qwen2ForCausalLM, list[lis
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     losses: list[list[float]] = []
     recent: list[float] = []
-    for step in track(range(settings.steps), "arithmetic base model", transient=True):
-        rows = slice(step * settings.batch_size, (step + 1) * settings.batch_size)
-        logits = model(input_ids=tokens[rows]).logits[:, :-1]
-        loss = nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels[rows, 1:].flatten(), ignore_index=_IGNORED
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        recent.append(loss.item())
-        if (step + 1) % 50 == 0 or step + 1 == settings.steps:
-            losses.append([step + 1, sum(recent) / len(recent)])
-            recent.clear()
+    with Progress() as progress:
+        for step in progress.track(range(settings.steps), description="arithmetic base model"):
+            rows = slice(step * settings.batch_size, (step + 1) * settings.batch_size)
+            logits = model(input_ids=tokens[rows]).logits[:, :-1]
+            loss = nn.functional.cross_entropy(
+                logits.flatten(0, 1), labels[rows, 1:].flatten(), ignore_index=_IGNORED
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            recent.append(loss.item())
+            if (step + 1) % 50 == 0 or step + 1 == settings.steps:
+                losses.append([step + 1, sum(recent) / len(recent)])
+                recent.clear()
     model.eval()
     return model, losses
 

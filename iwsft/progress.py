@@ -1,0 +1,80 @@
+"""Progress of long work on stderr: bars on a terminal, elsewhere a line every ten seconds."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from rich import progress
+from rich.console import Console
+from rich.text import Text
+
+INTERVAL = 10.0
+
+
+class _Amount(progress.ProgressColumn):
+    """How much is done, at which rate, what is left, and the task's note."""
+
+    def render(self, task: progress.Task) -> Text:
+        return Text(describe(task))
+
+
+class Progress(progress.Progress):
+    """Progress of named tasks; those that have ended are no longer shown.
+
+    A task's field ``note`` is text that follows its numbers, such as a loss.
+
+    Args:
+        interval: Seconds between two lines where stderr is not a terminal; by default 10.
+
+    Example:
+        >>> with Progress() as shown:
+        ...     task = shown.add_task("training", total=100)
+        ...     for step in range(100):
+        ...         shown.update(task, advance=1, note=f"loss {0.5:.3f}")
+    """
+
+    def __init__(self, *, interval: float | None = None) -> None:
+        console = Console(stderr=True)
+        title = progress.TextColumn("{task.description}", markup=False)
+        columns = (title, progress.BarColumn(20), _Amount())
+        super().__init__(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._interval = INTERVAL if interval is None else interval
+        self._stopped = threading.Event()
+
+    def add_task(
+        self, description: str, *args: Any, note: str = "", **fields: Any
+    ) -> progress.TaskID:
+        """Add a task, with an empty note where there is none."""
+        return super().add_task(description, *args, note=note, **fields)
+
+    def start(self) -> None:
+        """Begin to show the tasks."""
+        super().start()
+        if self.disable:
+            threading.Thread(target=self._print_lines, daemon=True).start()
+
+    def stop(self) -> None:
+        """Stop showing the tasks."""
+        self._stopped.set()
+        super().stop()
+
+    def _print_lines(self) -> None:
+        while not self._stopped.wait(self._interval):
+            for task in self.tasks:
+                if not task.finished:
+                    line = f"{task.description}: {describe(task)}"
+                    self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def describe(task: progress.Task) -> str:
+    """Describe how far a task is: amount, rate per second, time left, note."""
+    parts = []
+    if task.total is not None:
+        parts.append(f"{task.completed:.0f}/{task.total:.0f}")
+        if task.speed:
+            parts.append(f"{task.speed:.3g}/s")
+        if task.time_remaining is not None:
+            minutes, seconds = divmod(int(task.time_remaining), 60)
+            parts.append(f"{minutes}:{seconds:02} left")
+    return "  ".join([*parts, *filter(None, [task.fields["note"]])])

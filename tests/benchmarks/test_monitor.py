@@ -1,0 +1,46 @@
+"""What a command shows of runs that other processes do."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from benchmarks import monitor, runs
+from iwsft import progress
+
+
+@dataclass(frozen=True)
+class Options:
+    out: Path
+
+
+class Run(runs.Run[Options]):
+    benchmark = "control"
+
+
+def test_running_runs_are_shown_and_others_are_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    several = [Run("data", "sft", seed, Options(tmp_path)) for seed in range(4)]
+    for run in several:
+        run.folder.mkdir(parents=True)
+    # What a killed command left is not progress.
+    monitor.note(several[3].folder, "tuning", 7, 9)
+    monkeypatch.setattr(progress, "INTERVAL", 0.1)
+    monkeypatch.setattr(monitor, "SECONDS", 0.01)
+    with monitor.shown(several):
+        monitor.note(several[0].folder, "tuning", 3, 9, {"loss": 0.25, "step": 3, "ESS": 0.5})
+        (several[1].folder / monitor.FILE).write_text('{"stage": "tun')
+        with monitor.noted(several[2].folder):
+            monitor.note(several[2].folder, "reference")
+            time.sleep(0.3)
+        (several[2].folder / runs.RESULT).write_text("{}")
+        capsys.readouterr()
+        time.sleep(0.3)
+    lines = set(capsys.readouterr().err.splitlines())
+    assert "runs: 1/4" in {line[:9] for line in lines}
+    rows = {line for line in lines if not line.startswith("runs")}
+    assert rows == {"data sft seed 0 tuning: 3/9  loss 0.25  ESS 0.50"}
