@@ -9,7 +9,7 @@ export OMP_NUM_THREADS = 1
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all,dev]"
 	touch $@
 
 # Run the main job on the bundled data: reference, fine-tuning, evaluation, table, report.

@@ -32,6 +32,7 @@ from baselines.learner import Learner, check_finite
 from baselines.normalization import Normalization
 from baselines.windows import RETURN_TO_GO, WindowSampler, returns_to_go
 from iwsft.acting import IS_INIT, PREVIOUS_REWARD
+from iwsft.extras import require
 from iwsft.training import Schedule
 from iwsft.trajectory import ACTION, OBSERVATION, lengths
 
@@ -128,6 +129,8 @@ class DTNetwork(nn.Module):
 
     def __init__(self, observation_dim: int, action_dim: int, settings: Settings) -> None:
         super().__init__()
+        # TorchRL's Decision Transformer is a GPT-2 of transformers.
+        require("transformers")
         config = DecisionTransformer.DTConfig(
             n_embd=settings.width,
             n_layer=settings.layers,

@@ -1,11 +1,57 @@
-"""The checks of options that all commands share; each raises a ValueError with the way out."""
+"""Command lines, config files, and the checks of options that all commands share.
+
+Nothing heavy is imported, so that a wrong option is told at once. Checks raise a ValueError with
+the way out.
+"""
 
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
-import torch
+import tyro
+
+Parsed = TypeVar("Parsed")
+
+
+def called_as(command: str) -> str:
+    """The name by which the user called a command, such as ``python -m benchmarks.d4rl``.
+
+    ``benchmarks.__main__`` leaves its own name and that of the command in ``sys.argv[0]``.
+    """
+    name, last = sys.argv[0], command.split()[-1]
+    if not name.startswith(("iwsft ", "python -m ")):
+        return f"python -m benchmarks.{command}"
+    return name if name.endswith(f" {last}") else f"{name} {last}"
+
+
+def option(metavar: str | None = None, default: str | None = None, **rest: Any) -> Any:
+    """Describe an option to the help; ``default`` says in words what None leaves it at."""
+    hint = None if default is None else f"(default: {default})"
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint, **rest)
+
+
+def parse(
+    kind: type[Parsed],
+    command: str,
+    description: str | None,
+    words: Sequence[str] | None = None,
+    default: Parsed | None = None,
+) -> Parsed:
+    """Read a command line into a dataclass; an error ends the process with status 2.
+
+    The examples of ``description`` begin with ``python -m benchmarks.COMMAND``. The help has the
+    name that the user called instead.
+    """
+    prog = called_as(command)
+    text = (description or "").replace(f"python -m benchmarks.{command}", prog)
+    words = sys.argv[1:] if words is None else words
+    # None is no default to tyro.
+    start: Any = default
+    parsed: Parsed = tyro.cli(kind, prog=prog, args=words, description=text, default=start)
+    return parsed
 
 
 def flag(name: str) -> str:
@@ -54,6 +100,8 @@ def check_used(name: str, value: object, used: bool, where: str) -> None:
 
 def check_device(device: str) -> None:
     """Check that torch knows a device, and that it is there."""
+    import torch
+
     try:
         torch.ones(1, device=device).item()
     # torch raises these for unknown names and for devices that are not there.

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
 
 from benchmarks.runs import tell, versions
+from iwsft.extras import require
 
 Cluster = Literal["ray"]
 Item = TypeVar("Item")
@@ -119,12 +120,10 @@ def _ray_place(jobs: int | None, device: str) -> Iterator[Place]:
     """The cluster that RAY_ADDRESS names, one that runs on this machine, or a new one of it."""
     # A cluster that is started here reports to nobody.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-        from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
-    except ImportError as error:
-        way_out = "pip install 'iwsft[cluster]'"
-        raise ImportError(f"--cluster ray needs the package ray: {way_out}") from error
+    require("ray")
+    import ray
+    from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
+
     _check_address(os.environ.get("RAY_ADDRESS", ""))
     # A program that uses Ray already keeps its connection.
     starts = not ray.is_initialized()

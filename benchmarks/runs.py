@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from benchmarks import stopping
 from iwsft.checkpoint import CheckpointError, differences
+from iwsft.extras import named
 from iwsft.files import full_disk_named, written_whole
 
 CONFIG, RESULT = "config.json", "result.json"
@@ -179,7 +180,8 @@ def ends_in_one_line() -> Iterator[None]:
     """End the process with one line on an error that a user can mend, or on a signal."""
     with stopping.ends_in_one_line():
         try:
-            yield
+            with named():
+                yield
         except EXPECTED as error:
             if stopping.signal_behind(error) is not None:
                 raise

@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
+from iwsft.extras import MissingPackageError, named, require
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _received: list[int] = []
 
@@ -62,11 +64,19 @@ def ends_in_one_line() -> Iterator[None]:
 
 
 @contextmanager
-def command() -> Iterator[None]:
-    """A whole command, imports included, that ends in one line after a signal."""
+def command(*packages: str) -> Iterator[None]:
+    """A whole command, imports included, that ends in one line after a signal.
+
+    It also does where one of ``packages`` or another package of an extra is not installed.
+    """
     try:
         with ends_in_one_line():
-            yield
+            try:
+                with named():
+                    require(*packages)
+                    yield
+            except MissingPackageError as error:
+                raise SystemExit(f"error: {error}") from error
     except SystemExit as end:
         if end.code in (130, 143):
             # Python would end by SIGINT where a library was interrupted as it was imported.

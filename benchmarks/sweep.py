@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks import stopping
 from benchmarks.places import Place
 from benchmarks.runs import EXPECTED, RESULT, Run, one_line, tell
+from iwsft.extras import named
 
 RETRIES = 2
 
@@ -90,7 +91,8 @@ def tell_score(run: Run[Any]) -> None:
 def _problem(work: Callable[[Any], object], item: Any) -> str | None:
     """Run one item, perhaps in a process of its own; the error that a user can mend, if any."""
     try:
-        work(item)
+        with named():
+            work(item)
     except EXPECTED as error:
         stopping.check()
         return one_line(error)

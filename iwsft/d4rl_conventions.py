@@ -12,10 +12,14 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
-from gymnasium.utils import RecordConstructorArgs
 from numpy.typing import NDArray
+
+from iwsft.extras import install, named
+
+with named():
+    import gymnasium as gym
+    from gymnasium.utils import RecordConstructorArgs
 
 # Row and column of the goal in D4RL's mazes; the ant starts in cell (1, 1) of each.
 _GOAL_CELLS = {
@@ -142,7 +146,8 @@ def _maze(env_id: str) -> list[list[int | str]]:
     try:
         maps = importlib.import_module("gymnasium_robotics.envs.maze.maps")
     except ImportError as error:
-        raise ImportError(f"{env_id} needs the package gymnasium-robotics") from error
+        problem = f"{env_id} needs the package gymnasium-robotics"
+        raise ImportError(f"{problem}: {install('gymnasium_robotics')}") from error
     name, goal = _GOAL_CELLS[env_id]
     cells: list[list[int | str]] = [list(row) for row in getattr(maps, name)]
     cells[1][1], cells[goal[0]][goal[1]] = maps.RESET, maps.GOAL

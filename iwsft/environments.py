@@ -12,16 +12,18 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Literal
 
-import gymnasium as gym
 import numpy as np
-from gymnasium.envs.registration import EnvSpec
-from gymnasium.error import DependencyNotInstalled, DeprecatedEnv, UnregisteredEnv
-from gymnasium.utils import RecordConstructorArgs
 from numpy.typing import NDArray
 
 from iwsft import d4rl_conventions
+from iwsft.extras import install, named
 
-_INSTALL = "pip install 'iwsft[control]' installs the packages of D4RL's tasks"
+with named():
+    import gymnasium as gym
+    from gymnasium.envs.registration import EnvSpec
+    from gymnasium.error import DependencyNotInstalled, DeprecatedEnv, UnregisteredEnv
+    from gymnasium.utils import RecordConstructorArgs
+
 _ROBOTICS = "gymnasium_robotics"
 # Starts of its ids that D4RL's tasks use.
 _ROBOTICS_IDS = ("AntMaze", "AdroitHand", "FrankaKitchen", "PointMaze")
@@ -90,12 +92,12 @@ def _make(env_id: str, kwargs: Mapping[str, Any]) -> gym.Env[Any, Any]:
             if _register_robotics():
                 return _make(env_id, kwargs)
             if _ROBOTICS not in sys.modules and env_id.startswith(_ROBOTICS_IDS):
-                raise ImportError(f"{env_id!r} needs gymnasium-robotics: {_INSTALL}") from None
+                raise ImportError(f"{env_id!r} needs {_ROBOTICS}: {install(_ROBOTICS)}") from None
             raise ValueError(f"unknown environment {env_id!r}. {_nearest(env_id)}") from error
         except DeprecatedEnv as error:
             raise ValueError(f"{error} {_nearest(env_id)}") from error
         except (DependencyNotInstalled, ImportError) as error:
-            hint = _nearest(env_id) if isinstance(error, ImportError) else _INSTALL
+            hint = _nearest(env_id) if isinstance(error, ImportError) else install("mujoco")
             raise ImportError(f"environment {env_id!r} cannot be made: {error} {hint}") from error
         except Exception as error:  # the constructor may raise anything
             reason = " ".join(f"{type(error).__name__}: {error.__cause__ or error}".split())

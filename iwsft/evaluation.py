@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
@@ -18,8 +17,12 @@ from tensordict.nn import TensorDictModuleBase
 
 from iwsft import environments
 from iwsft.acting import ROWS, PolicyInputs, act, acting, check_keys, check_sizes
+from iwsft.extras import named
 from iwsft.progress import Progress
 from iwsft.video import recorded
+
+with named():
+    import gymnasium as gym
 
 # An episode of an environment without a limit may have this many steps.
 _ENDLESS = 100_000

@@ -7,15 +7,17 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 
 from iwsft import environments
+from iwsft.extras import named, require
 from iwsft.files import written_whole
+
+with named():
+    import gymnasium as gym
 
 _WRITER = "imageio_ffmpeg"
 # MuJoCo's own choice is a window, which a machine without a screen does not have.
@@ -88,8 +90,7 @@ def _make(
     env_id: str, env_kwargs: Mapping[str, Any]
 ) -> tuple[gym.Env[Any, Any], tuple[int, int, int]]:
     """Return an environment that has drawn a picture, and the shape of its pictures."""
-    if find_spec(_WRITER) is None:
-        raise ImportError(f"a video needs {_WRITER}: pip install 'iwsft[video]'")
+    require(_WRITER)
     if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
         os.environ.setdefault(_BACKEND, _NO_SCREEN)
     env = environments.make(env_id, **env_kwargs)

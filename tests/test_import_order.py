@@ -35,7 +35,7 @@ FLOORS = (
     ("benchmarks.places", "benchmarks.results", "benchmarks.monitor"),
     ("benchmarks.sweep", "benchmarks.report"),
     ("benchmarks.d4rl", "benchmarks.llm", "benchmarks.bandit"),
-    ("benchmarks.collect", "benchmarks.peer", "benchmarks.speed"),
+    ("benchmarks.collect", "benchmarks.peer", "benchmarks.speed", "benchmarks.__main__"),
     ("scripts",),
     ("examples",),
 )

@@ -27,11 +27,15 @@ def main(options: Options) -> None:
         run_job(options)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Read the command line and run the job."""
     stopping.watch()
-    with stopping.command():
-        import tyro
-
+    with stopping.command("tyro", "gymnasium", "mujoco"):
         from benchmarks.collect.options import Options
+        from benchmarks.options import parse
 
-        main(tyro.cli(Options, prog="python -m benchmarks.collect", description=__doc__))
+        main(parse(Options, "collect", __doc__))
+
+
+if __name__ == "__main__":
+    run()

@@ -29,11 +29,15 @@ def main(options: Options) -> None:
         raise SystemExit(1)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Read the command line and run the job."""
     stopping.watch()
-    with stopping.command():
-        import tyro
-
+    with stopping.command("tyro", "joblib", "scipy", "gymnasium", "mujoco"):
         from benchmarks.d4rl.settings import Options
+        from benchmarks.options import parse
 
-        main(tyro.cli(Options, prog="python -m benchmarks.d4rl", description=__doc__))
+        main(parse(Options, "d4rl", __doc__))
+
+
+if __name__ == "__main__":
+    run()

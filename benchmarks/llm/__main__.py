@@ -58,20 +58,19 @@ def evaluate(options: Options) -> None:
     show(results)
 
 
-def _run() -> None:
+def run() -> None:
+    """Read the command line and run the job, or the evaluation."""
     # Of several processes one has the last word; while it imports, a signal just ends it.
     if os.environ.get("RANK", "0") == "0":
         stopping.watch()
-    if sys.argv[1:2] != ["evaluate"]:
-        return main(sys.argv[1:])
-    import tyro
+    with stopping.command("tyro", "joblib", "scipy", "matplotlib", "transformers", "accelerate"):
+        if sys.argv[1:2] != ["evaluate"]:
+            return main(sys.argv[1:])
+        from benchmarks.llm.evaluation.options import Options
+        from benchmarks.options import parse
 
-    from benchmarks.llm.evaluation.options import Options
-
-    prog = "python -m benchmarks.llm evaluate"
-    return evaluate(tyro.cli(Options, args=sys.argv[2:], prog=prog, description=_EVALUATION))
+        return evaluate(parse(Options, "llm evaluate", _EVALUATION, sys.argv[2:]))
 
 
 if __name__ == "__main__":
-    with stopping.command():
-        _run()
+    run()

@@ -16,7 +16,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +36,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from benchmarks.llm.memory import ENGINES, DecoderSizes, Setup, training_memory
 from benchmarks.options import check_known
 from benchmarks.places import cores
+from iwsft.extras import require
 
 CONFIGS = Path(__file__).parent / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
@@ -210,8 +210,8 @@ def start(launch: Launch, module: str, arguments: Sequence[str]) -> int:
             "LOCAL_RANK is set: this is one of several processes already, and --deepspeed would "
             "start more in each; run the command by plain python"
         )
-    if launch.engine == "deepspeed" and find_spec("deepspeed") is None:
-        raise ImportError(f"{launch.config} needs DeepSpeed: pip install deepspeed")
+    if launch.engine == "deepspeed":
+        require("deepspeed")
     words = [module, *arguments]
     with patch_environment(**launch.environment()):
         if launch.engine == "single":

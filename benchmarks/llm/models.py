@@ -17,7 +17,6 @@ from base64 import urlsafe_b64encode
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from benchmarks.runs import write_json
 from iwsft.datasets.cache import cache_folder
 from iwsft.datasets.text.rows import Row
 from iwsft.datasets.text.tokens import tokenize
+from iwsft.extras import require
 from iwsft.files import full_disk_named
 from iwsft.forward_pass import ForwardPass
 from iwsft.language.batches import collate
@@ -200,8 +200,7 @@ def _converted(file: Path, cache: Path) -> Path:
     with file.open("rb") as opened:
         if opened.read(4) != b"GGUF":
             raise ValueError(f"{file} is not a GGUF file, or a damaged one; fetch it again")
-    if find_spec("gguf") is None:
-        raise ImportError(f"reading {file.name} needs the package gguf: pip install gguf")
+    require("gguf")
     name = f"gguf-{file_sha256(file)[:16]}-transformers-{version('transformers')}"
     return kept(cache / name, lambda home: _convert(file, home))
 

@@ -13,6 +13,7 @@ import tyro
 from transformers import SchedulerType
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
+from benchmarks import options as command_line
 from benchmarks.llm.recipes import RECIPES, Settings, load_recipe
 from benchmarks.options import (
     check_at_least,
@@ -76,7 +77,6 @@ def choose_q(algorithm: Variant, settings: Settings, parts: int) -> tuple[Propos
     return algorithm.proposal, None
 
 
-_PROG = "python -m benchmarks.llm"
 # Setting -> which algorithms it changes something in, given all settings.
 _USED: dict[str, Callable[[Variant, Settings], bool]] = {
     "cuts": lambda algorithm, _: not algorithm.quality,
@@ -159,18 +159,13 @@ class _Start:
 
 def parse(words: Sequence[str], description: str | None = None) -> Options:
     """Read and check a command line; an error names the option, its value and the way out."""
-    given, _ = tyro.cli(_Start, args=words, prog=_PROG, add_help=False, return_unknown_args=True)
+    given, _ = tyro.cli(_Start, args=words, add_help=False, return_unknown_args=True)
     recipe = load_recipe(given.recipe)
     start = recipe.presets.get(given.preset or "", recipe.defaults)
     # The length of training is set in one of two ways; the one that is given replaces the other.
     blank = replace(start, max_steps=None, epochs=None)
-    options = tyro.cli(
-        Options,
-        args=words,
-        prog=_PROG,
-        description=description,
-        default=Options(recipe=given.recipe, seeds=recipe.seeds, settings=blank),
-    )
+    default = Options(recipe=given.recipe, seeds=recipe.seeds, settings=blank)
+    options = command_line.parse(Options, "llm", description, words, default)
     settings = options.settings
     changed = {
         field.name: getattr(settings, field.name)

@@ -1,35 +1,31 @@
-"""Command line of the report."""
+"""Tables and figures of the runs below a folder, as one HTML page and as markdown.
+
+python -m benchmarks.report runs
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import tyro
-from rich.console import Console
+from benchmarks import stopping
 
-from benchmarks.report.language import read_recipes, recipe_table
-from benchmarks.report.page import write_report
-from benchmarks.report.tables import score_table
-from benchmarks.results import CONTROL, ResultsError, printable, read_runs, unfinished_runs
+if TYPE_CHECKING:
+    from benchmarks.report.options import Options
 
 
-@dataclass(frozen=True)
-class Report:
-    """Tables and figures of the runs below a folder, as one HTML page and as markdown."""
-
-    runs: tyro.conf.Positional[Path]
-    """Folder that --out of the runs named."""
-    out: Path | None = None
-    """Folder of index.html, report.md and its figures; by default `report` inside RUNS."""
-
-
-def main(report: Report) -> None:
+def main(options: Options) -> None:
     """Write the report and print the scores."""
+    from rich.console import Console
+
+    from benchmarks.report.language import read_recipes, recipe_table
+    from benchmarks.report.page import write_report
+    from benchmarks.report.tables import score_table
+    from benchmarks.results import CONTROL, ResultsError, printable, read_runs, unfinished_runs
+
     try:
-        page = write_report(report.runs, report.out or report.runs / "report")
-        runs, unfinished = read_runs(report.runs, CONTROL), unfinished_runs(report.runs, CONTROL)
-        recipes = read_recipes(report.runs)
+        page = write_report(options.runs, options.out or options.runs / "report")
+        runs, unfinished = read_runs(options.runs, CONTROL), unfinished_runs(options.runs, CONTROL)
+        recipes = read_recipes(options.runs)
     except (ResultsError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     console = Console()
@@ -47,5 +43,14 @@ def main(report: Report) -> None:
     console.print(f"Report: {page}", highlight=False, soft_wrap=True)
 
 
+def run() -> None:
+    """Read the command line and write the report."""
+    with stopping.command("tyro", "scipy", "matplotlib", "markdown_it"):
+        from benchmarks.options import parse
+        from benchmarks.report.options import Options
+
+        main(parse(Options, "report", __doc__))
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Report, prog="python -m benchmarks.report"))
+    run()

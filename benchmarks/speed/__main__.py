@@ -6,93 +6,20 @@ python -m benchmarks.speed control --dataset halfcheetah-mixed.hdf5 --json contr
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from dataclasses import asdict
-from importlib import import_module
-from pathlib import Path
-from typing import Any
-
-import torch
-import tyro
-from rich.console import Console
-from rich.table import Table
-
-from benchmarks.runs import hardware, versions, write_json
-from benchmarks.speed.measure import Check, Comparison, DisagreementError, Options
+from benchmarks import stopping
 
 
-def main(options: Options) -> None:
-    """Measure, print the table, write the file."""
-    # On one thread processor time is wall time, and ratios do not depend on the number of cores.
-    torch.set_num_threads(1)
-    log = Console(stderr=True)
-    rows: list[Comparison] = []
-    checks: list[Check] = []
-    try:
-        if options.json is not None:
-            check_writable(options.json)
-        for figure in measure(options):
-            if isinstance(figure, Check):
-                checks.append(figure)
-            else:
-                rows.append(figure)
-                log.print(f"{figure.ratio:8.2f} x  {figure.name}", highlight=False)
-        Console().print(table(rows, checks))
-        if options.json is not None:
-            content: dict[str, Any] = {
-                "subject": options.subject,
-                "seed": options.seed,
-                "settings": {
-                    "dataset": options.dataset and options.dataset.name,
-                    "repeats": options.repeats,
-                    "scale": options.scale,
-                    "threads": torch.get_num_threads(),
-                },
-                "versions": versions(),
-                "hardware": hardware("cpu"),
-                "rows": [asdict(row) for row in rows],
-                "checks": [asdict(check) for check in checks],
-            }
-            write_json(options.json, content)
-    except (DisagreementError, ImportError, OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+def run() -> None:
+    """Read the command line and measure."""
+    with stopping.command("tyro", "gymnasium"):
+        from benchmarks.options import parse
+        from benchmarks.speed.options import Options
 
+        options = parse(Options, "speed", __doc__)
+        from benchmarks.speed.job import main
 
-def measure(options: Options) -> Iterator[Comparison | Check]:
-    """Yield the rows and checks of the subject, the module of its name in this package."""
-    try:
-        module = import_module(f"benchmarks.speed.{options.subject}")
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != "tests":
-            raise
-        problem = f"{options.subject} is compared with the plain versions in tests/oracles"
-        raise ImportError(f"{problem}: run this from the root of a checkout") from error
-    yield from module.measure(options)
-
-
-def check_writable(path: Path) -> None:
-    """Check that the file can be written, before minutes of measuring."""
-    if path.is_dir():
-        raise IsADirectoryError(f"--json {path} is a folder; name a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"--json {path}: its folder can't be written to; name another")
-
-
-def table(rows: list[Comparison], checks: list[Check]) -> Table:
-    """Return the rows for a terminal, with the checks below them."""
-    out = Table(caption="\n".join(f"{c.name}: {c.value:.2g} (limit {c.limit:g})" for c in checks))
-    out.add_column("what, and the peer below")
-    for heading in ("ours", "peer", "peer / ours"):
-        out.add_column(heading, justify="right", no_wrap=True)
-    out.add_column("unit", max_width=12)
-    for row in rows:
-        names = f"{row.name}\n[dim]  {row.peer_name}[/dim]"
-        figures = (f"{row.ours:.4g}", f"{row.peer:.4g}", f"{row.ratio:.2f}")
-        out.add_row(names, *figures, row.unit)
-    return out
+        main(options)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, prog="python -m benchmarks.speed", description=__doc__))
+    run()

@@ -13,7 +13,8 @@ from tensordict import TensorDict, TensorDictBase
 from baselines import algorithm
 from baselines.learner import Learner
 from benchmarks.speed import control
-from benchmarks.speed.measure import Check, Comparison, Options, paired
+from benchmarks.speed.measure import Check, Comparison, paired
+from benchmarks.speed.options import Options
 from iwsft.training import fit
 from iwsft.trajectory import DONE, NEXT_OBSERVATION, OBSERVATION, TERMINATED, TRAJ_IDS, TRUNCATED
 from tests.oracles.critics import PLAIN

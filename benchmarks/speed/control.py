@@ -15,7 +15,8 @@ from torchrl.objectives.utils import TargetNetUpdater
 
 from benchmarks.d4rl import settings as paper
 from benchmarks.d4rl.run import sizes as widths
-from benchmarks.speed.measure import MB, Check, Comparison, Options, Times, paired, peak_mb_of_child
+from benchmarks.speed.measure import MB, Check, Comparison, Times, paired, peak_mb_of_child
+from benchmarks.speed.options import Options
 from iwsft import datasets, environments
 from iwsft.curation import curate
 from iwsft.diagnostics import diagnose

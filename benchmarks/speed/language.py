@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.speed.measure import Check, Comparison, Options, paired, peak_mb_of_child
+from benchmarks.speed.measure import Check, Comparison, paired, peak_mb_of_child
+from benchmarks.speed.options import Options
 from iwsft.policies.token_log_prob import token_log_prob
 
 GRADIENT_LIMIT = 1e-5

@@ -25,7 +25,8 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.speed.measure import Check, Comparison, Options, Times, peak_mb_of_child
+from benchmarks.speed.measure import Check, Comparison, Times, peak_mb_of_child
+from benchmarks.speed.options import Options
 from iwsft.language.config import ImportanceWeightedConfig
 from iwsft.language.trainer import ImportanceWeightedTrainer
 from iwsft.trajectory import ASSISTANT_MASK, ATTENTION_MASK, TOKENS, from_steps

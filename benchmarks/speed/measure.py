@@ -12,34 +12,11 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-import tyro
 
 MB = 1e6
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What to measure, and how thoroughly."""
-
-    dataset: Annotated[Path | None, tyro.conf.arg(metavar="FILE.hdf5")] = None
-    """Dataset in D4RL's layout; by default synthetic data of the paper's shape."""
-    repeats: int = 3
-    """Repeats of each way, in turn; the median counts."""
-    scale: Literal["paper", "small"] = "paper"
-    """Sizes of the paper, or small ones that only show that everything runs."""
-    seed: int = 0
-    """Seed of data, parameters and samplers."""
-    subject: tyro.conf.Positional[Literal["control", "baselines", "language"]]
-    """Part of the library whose speed is measured."""
-    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """File for the rows, versions, hardware and settings."""
-
-    def __post_init__(self) -> None:
-        if self.repeats < 1:
-            raise ValueError(f"--repeats {self.repeats}: at least 1")
 
 
 @dataclass(frozen=True)

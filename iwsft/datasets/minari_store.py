@@ -6,7 +6,6 @@ with D4RL's. They have reference scores only where Minari has them.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from iwsft.datasets.actions import find_bounds
 from iwsft.datasets.d4rl import damage_named
 from iwsft.datasets.dataset import OfflineDataset, fingerprint_of
 from iwsft.datasets.episodes import Floats, Steps, check_steps, cut_steps
+from iwsft.extras import require
 
 if TYPE_CHECKING:
     import gymnasium
@@ -34,8 +34,7 @@ def check_id(dataset_id: str) -> None:
     """
     if not ID.fullmatch(dataset_id):
         raise ValueError(f"{dataset_id!r} is not a Minari id, such as 'namespace/name-v0'")
-    if importlib.util.find_spec("minari") is None:
-        raise ImportError(f"{dataset_id!r} needs the package minari: pip install 'minari[hdf5,hf]'")
+    require("minari")
 
 
 def read(dataset_id: str) -> OfflineDataset:

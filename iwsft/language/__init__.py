@@ -17,6 +17,8 @@ from __future__ import annotations
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
+from iwsft.extras import named
+
 if TYPE_CHECKING:
     from iwsft.datasets.text import s1k as s1k
     from iwsft.datasets.text.chat import ChatEncoder as ChatEncoder
@@ -65,4 +67,5 @@ __all__ = [*_PUBLIC]
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return resolve_name(_PUBLIC[name])
+    with named():
+        return resolve_name(_PUBLIC[name])

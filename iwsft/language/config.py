@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from torch import nn
-from transformers import Trainer, TrainingArguments
 
+from iwsft.extras import named
 from iwsft.language.batches import Layout
 from iwsft.objective import Proposal
 from iwsft.weights import ImportanceWeights
+
+with named():
+    from transformers import Trainer, TrainingArguments
 
 
 @dataclass

@@ -14,22 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import EarlyStoppingCallback, Trainer
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import (
-    PREFIX_CHECKPOINT_DIR,
-    SaveStrategy,
-    TrainOutput,
-    get_last_checkpoint,
-    rotate_checkpoints,
-)
 
 from iwsft.checkpoint import CheckpointError, differences, read
 from iwsft.distributed import from_first
+from iwsft.extras import named
 from iwsft.files import full_disk_named, written_whole
+
+with named():
+    from safetensors import SafetensorError
+    from transformers import EarlyStoppingCallback, Trainer
+    from transformers.trainer import TRAINER_STATE_NAME
+    from transformers.trainer_callback import ExportableState
+    from transformers.trainer_utils import (
+        PREFIX_CHECKPOINT_DIR,
+        SaveStrategy,
+        TrainOutput,
+        get_last_checkpoint,
+        rotate_checkpoints,
+    )
 
 SEAL = "iwsft.json"
 # A folder of the run, in which a checkpoint is written before it takes its place. Uploads to the

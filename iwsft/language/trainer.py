@@ -15,8 +15,8 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
 
+from iwsft.extras import named
 from iwsft.fingerprint import fingerprint
 from iwsft.forward_pass import ForwardPass
 from iwsft.language.batches import PLACE, TrajectoryDataset, collate
@@ -45,6 +45,9 @@ from iwsft.trajectory import (
     check_tensordict,
 )
 from iwsft.weights import ImportanceWeights
+
+with named():
+    from transformers import TrainerCallback
 
 REFERENCE = "reference"
 _LINUX = sys.platform == "linux"

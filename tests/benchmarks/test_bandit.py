@@ -12,16 +12,16 @@ import pytest
 import torch
 import tyro
 
-from benchmarks.bandit import (
+from benchmarks.bandit.experiment import (
     ARMS,
     LIMITS,
     BanditRun,
-    Options,
     main,
     successes,
     train,
     uniform_policy,
 )
+from benchmarks.bandit.options import Options
 from iwsft import annotate_reference
 from iwsft.trajectory import REWARD, lengths
 

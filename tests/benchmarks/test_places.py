@@ -231,7 +231,7 @@ def test_no_cluster_at_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
     message = stopped(tmp_path)
-    assert message == "error: --cluster ray needs the package ray: pip install 'iwsft[cluster]'"
+    assert message == "error: ray is not installed: pip install 'iwsft[cluster]'"
 
 
 @pytest.mark.parametrize(

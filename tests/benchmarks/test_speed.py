@@ -14,9 +14,10 @@ import tyro
 from torch import Tensor
 
 from benchmarks.speed import control as data
-from benchmarks.speed.__main__ import main
 from benchmarks.speed.control import SameDraws
-from benchmarks.speed.measure import Check, Comparison, DisagreementError, Options, Times, paired
+from benchmarks.speed.job import main
+from benchmarks.speed.measure import Check, Comparison, DisagreementError, Times, paired
+from benchmarks.speed.options import Options
 from iwsft.policies import GaussianPolicy
 from iwsft.trajectory import MULTIPLICITY, OBSERVATION, lengths
 from tests.oracles.networks import PlainGaussian

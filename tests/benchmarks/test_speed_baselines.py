@@ -11,8 +11,9 @@ import torch
 import tyro
 
 from benchmarks.speed import baselines
-from benchmarks.speed.__main__ import main
-from benchmarks.speed.measure import DisagreementError, Options
+from benchmarks.speed.job import main
+from benchmarks.speed.measure import DisagreementError
+from benchmarks.speed.options import Options
 from tests.oracles.critics import PLAIN
 from tests.oracles.iql import PlainIQL
 

@@ -12,8 +12,9 @@ import torch
 import tyro
 
 from benchmarks.speed import language, language_updates
-from benchmarks.speed.__main__ import main
-from benchmarks.speed.measure import DisagreementError, Options
+from benchmarks.speed.job import main
+from benchmarks.speed.measure import DisagreementError
+from benchmarks.speed.options import Options
 
 SMALL = Options(subject="language", scale="small", repeats=1)
 

@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Literal, Self
 
+from iwsft.extras import install
 from iwsft.language.verification import normalize_latex, parse_integer, parse_letter
 
 AnswerKind = Literal["math", "integer", "letter"]
@@ -70,8 +71,8 @@ class Grader:
                 self._pool.submit(_prepare, self._compare).result()
             except (ImportError, BrokenProcessPool) as error:
                 self.close()
-                install = "pip install 'math-verify[antlr4_13_2]'"
-                raise ImportError(f"Math-Verify does not load ({error}); {install}") from error
+                way_out = install("math_verify")
+                raise ImportError(f"Math-Verify does not load ({error}); {way_out}") from error
         return self._pool
 
     def close(self) -> None:

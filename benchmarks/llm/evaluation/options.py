@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 
 from benchmarks.options import check_at_least, check_device, check_seeds, check_used
@@ -72,6 +71,8 @@ class Options:
         """The device on which the model runs."""
         if self.backend == "transformers" and self.device != "auto":
             return self.device
+        import torch
+
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     @property

@@ -10,6 +10,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from iwsft.extras import require
+
 Record = Mapping[str, Any]
 
 _SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -109,6 +111,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Record]]:
+    require("pyarrow")
     import pyarrow  # type: ignore[import-untyped]
     from pyarrow import parquet
 
@@ -146,6 +149,7 @@ def _from_memory(data: Any, name: str, split: str | None) -> Iterator[tuple[str,
 def _from_datasets(
     name: str, split: str | None, config: str | None, cache_dir: str | Path | None
 ) -> Iterator[tuple[str, Record]]:
+    require("datasets")
     import datasets  # type: ignore[import-untyped]
 
     cache = None if cache_dir is None else str(cache_dir)

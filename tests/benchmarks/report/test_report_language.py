@@ -12,8 +12,9 @@ import pytest
 import scipy.stats
 
 from benchmarks.llm.options import NAMES
-from benchmarks.report.__main__ import Report, main
+from benchmarks.report.__main__ import main
 from benchmarks.report.language import read_recipes
+from benchmarks.report.options import Options
 from benchmarks.report.page import write_report
 from benchmarks.report.scores import algorithm_rank
 from benchmarks.results import ResultsError
@@ -75,7 +76,7 @@ def cells_of(markdown: str, algo: str) -> list[list[str]]:
 
 
 def test_scores_and_weights_over_seeds(language: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(Report(language))
+    main(Options(language))
     text = (language / "report/report.md").read_text()
     assert text.startswith("# Language runs\n") and "## Language: sums" in text
     for algo, scores in SCORES.items():
@@ -136,7 +137,7 @@ def test_unfinished_runs_are_listed_and_not_counted(
 ) -> None:
     cut_off = language_run(language, "sft-q", 4, 0.9)
     (cut_off / "result.json").unlink()
-    main(Report(language))
+    main(Options(language))
     text = (language / "report/report.md").read_text()
     assert cells_of(text, "sft-q") == [] and "- sft-q/seed-4" in text
     assert str(cut_off) in capsys.readouterr().out.replace("\n", "")

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from benchmarks.report import figures
-from benchmarks.report.__main__ import Report, main
+from benchmarks.report.__main__ import main
 from benchmarks.report.document import shareable
+from benchmarks.report.options import Options
 from benchmarks.report.page import write_report
 from benchmarks.report.scores import cells
 from benchmarks.results import CONTROL, read_runs
@@ -124,7 +125,7 @@ def whole(
             root = runs / f"k{k}"
             make_run(root, "hopper-a", "iw-sft-q", seed, 60.0 + seed, config=config, rows=rows)
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        main(Report(runs))
+        main(Options(runs))
     printed.append(output.getvalue())
     return runs
 
@@ -267,7 +268,7 @@ def test_an_error_leaves_the_last_report_alone(tmp_path: Path, make_run: MakeRun
     before = page.read_bytes()
     (run / "result.json").write_text("{")
     with pytest.raises(SystemExit, match=r"^error: .*seed-1/result\.json"):
-        main(Report(tmp_path))
+        main(Options(tmp_path))
     assert page.read_bytes() == before
 
 
@@ -305,7 +306,7 @@ def test_any_name_is_literal_in_page_figures_and_terminal(
             path = folder / "result.json"
             named = {"dataset": name, "algo": name} if dataset == "plain" else {}
             path.write_text(json.dumps(json.loads(path.read_text()) | named))
-    main(Report(tmp_path))
+    main(Options(tmp_path))
     shown = name.replace("\x1b", "\\x1b").replace("\n", "\\n")
     page, printed = (tmp_path / "report/index.html").read_text(), capsys.readouterr().out
     assert shown in html.unescape(page) and 'http://a.b"' not in page and "<b>" not in page

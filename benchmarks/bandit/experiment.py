@@ -1,20 +1,13 @@
-"""Figure 1 of the paper: on a two-armed bandit SFT stops at 5/6, iw-SFT finds the better arm.
-
-Both train on the successes D+ of a uniform pi_ref. D+ has twice as many pulls of the right arm as
-of the left, and no failures; SFT copies that ratio. With q = p the weights q / pi_ref favour the
-arm that the policy already prefers, until it always pulls the right arm.
-"""
+"""The bandit, its two policies, the figure and the table."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.console import Console
@@ -24,6 +17,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.modules import OneHotCategorical, ProbabilisticActor
 
+from benchmarks.bandit.options import Options
 from benchmarks.options import check_at_least
 from benchmarks.runs import hardware, versions, write_json
 from benchmarks.statistics import t_interval
@@ -37,22 +31,6 @@ LABELS = {"sft": "SFT", "iw-sft": "iw-SFT"}
 ARMS = (0.5, 1.0)
 # Limit of the mean reward with D+ of infinite size (paper, Section 3.5).
 LIMITS = {"sft": 5 / 6, "iw-sft": 1.0}
-
-
-@dataclass(frozen=True)
-class Options:
-    """Train SFT and iw-SFT on the successes of a uniform policy; plot their mean rewards."""
-
-    seeds: int = 5
-    """Number of data sets D, each drawn by pi_ref with a seed of its own."""
-    pulls: int = 1000
-    """Pulls in D."""
-    steps: int = 200
-    """Updates, each on all of D+."""
-    lr: float = 1.0
-    """Step size of gradient descent."""
-    out: Path = Path("runs/bandit")
-    """Folder for bandit.png and bandit.json."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +170,3 @@ def main(options: Options) -> dict[str, list[BanditRun]]:
     console.print(table(numbers))
     console.print(f"{figure}\n{file}", soft_wrap=True)
     return runs
-
-
-if __name__ == "__main__":
-    main(tyro.cli(Options, prog="python -m benchmarks.bandit", description=__doc__))

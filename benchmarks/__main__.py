@@ -1,0 +1,95 @@
+"""The commands of the library: ``iwsft NAME`` and ``python -m benchmarks NAME`` are the same."""
+
+from __future__ import annotations
+
+import difflib
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+from iwsft import __version__
+from iwsft.extras import EXTRAS, install
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: the module whose ``run`` reads ``sys.argv``, and words to put in front of it."""
+
+    module: str
+    help: str
+    words: tuple[str, ...] = ()
+
+
+COMMANDS = {
+    "d4rl": Command("benchmarks.d4rl.__main__", "Train and score algorithms on control data."),
+    "llm": Command("benchmarks.llm.__main__", "Fine-tune a language model on a task and test it."),
+    "evaluate": Command(
+        "benchmarks.llm.__main__", "Score a language model on MATH-500, AIME, ...", ("evaluate",)
+    ),
+    "collect": Command("benchmarks.collect.__main__", "Make a dataset from policies or from SAC."),
+    "report": Command("benchmarks.report.__main__", "Write finished runs to one page."),
+    "bandit": Command("benchmarks.bandit.__main__", "Show what the weights do on a bandit."),
+    "speed": Command("benchmarks.speed.__main__", "Measure time and memory against plain code."),
+    "env": Command("benchmarks.__main__", "Print versions and hardware, for a bug report."),
+}
+# Distributions whose names are not those of their imports.
+_DISTRIBUTIONS = {"markdown_it": "markdown-it-py", "yaml": "pyyaml"}
+
+
+def main() -> None:
+    """Run the command that the command line names."""
+    name = "python -m benchmarks" if sys.argv[0].endswith("__main__.py") else "iwsft"
+    first, rest = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
+    if first in ("-h", "--help"):
+        print("\n".join(_help(name)))
+    elif first == "--version":
+        print(f"iwsft {__version__}")
+    elif first not in COMMANDS:
+        near = difflib.get_close_matches(first.lower(), COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        line = f"error: unknown command {first!r}; {hint}it is one of {', '.join(COMMANDS)}"
+        print(line, file=sys.stderr)
+        raise SystemExit(2)
+    else:
+        command = COMMANDS[first]
+        sys.argv = [f"{name} {first}", *command.words, *rest]
+        import_module(command.module).run()
+
+
+def _help(name: str) -> Iterator[str]:
+    yield f"usage: {name} [-h] [--version] COMMAND ..."
+    yield ""
+    yield "Importance-weighted supervised fine-tuning for control and language models."
+    yield ""
+    for command, about in COMMANDS.items():
+        yield f"  {command:<9} {about.help}"
+    yield ""
+    yield f"`{name} COMMAND --help` prints the options of a command."
+
+
+def run() -> None:
+    """Print the versions of the packages and the hardware."""
+    if sys.argv[1:]:
+        print(f"usage: {sys.argv[0]}\n\n{COMMANDS['env'].help}")
+        raise SystemExit(0 if sys.argv[1] in ("-h", "--help") else 2)
+    import torch
+
+    from benchmarks.runs import hardware
+
+    print(f"iwsft {__version__}")
+    print(f"python {platform.python_version()} on {platform.platform()}")
+    packages = ["torch", "tensordict", "torchrl", "numpy", "h5py", *EXTRAS]
+    for package in packages:
+        try:
+            print(package, version(_DISTRIBUTIONS.get(package, package)))
+        except PackageNotFoundError:
+            print(f"{package} is not installed: {install(package)}")
+    for device in ("cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))):
+        print(", ".join(f"{name} {value}" for name, value in hardware(device).items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""The options of ``python -m benchmarks.bandit``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train SFT and iw-SFT on the successes of a uniform policy; plot their mean rewards."""
+
+    seeds: int = 5
+    """Number of data sets D, each drawn by pi_ref with a seed of its own."""
+    pulls: int = 1000
+    """Pulls in D."""
+    steps: int = 200
+    """Updates, each on all of D+."""
+    lr: float = 1.0
+    """Step size of gradient descent."""
+    out: Path = Path("runs/bandit")
+    """Folder for bandit.png and bandit.json."""

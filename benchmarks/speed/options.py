@@ -1,0 +1,33 @@
+"""The options of ``python -m benchmarks.speed``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from benchmarks.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to measure, and how thoroughly."""
+
+    dataset: Annotated[Path | None, option("FILE.hdf5", "synthetic data")] = None
+    """Dataset in D4RL's layout."""
+    repeats: int = 3
+    """Repeats of each way, in turn; the median counts."""
+    scale: Literal["paper", "small"] = "paper"
+    """Sizes of the paper, or small ones that only show that everything runs."""
+    seed: int = 0
+    """Seed of data, parameters and samplers."""
+    subject: tyro.conf.Positional[Literal["control", "baselines", "language"]]
+    """Part of the library whose speed is measured."""
+    json: Annotated[Path | None, option("FILE", "no file")] = None
+    """File for the rows, versions, hardware and settings."""
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1:
+            raise ValueError(f"--repeats {self.repeats}: at least 1")

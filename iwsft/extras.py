@@ -1,0 +1,75 @@
+"""Optional packages: the extra of iwsft that installs each, and the error where one is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+# Name of the import -> extra.
+EXTRAS = {
+    "accelerate": "language",
+    "datasets": "language",
+    "deepspeed": "deepspeed",
+    "gguf": "language",
+    "gymnasium": "control",
+    "gymnasium_robotics": "robotics",
+    "huggingface_hub": "language",
+    "jinja2": "language",
+    "imageio_ffmpeg": "video",
+    "joblib": "cli",
+    "markdown_it": "cli",
+    "math_verify": "language",
+    "matplotlib": "cli",
+    "minari": "control",
+    "mujoco": "control",
+    "peft": "language",
+    "psutil": "language",
+    "pyarrow": "language",
+    "ray": "cluster",
+    "safetensors": "language",
+    "scipy": "cli",
+    "tensorboard": "tensorboard",
+    "tokenizers": "language",
+    "transformers": "language",
+    "trl": "trl",
+    "tyro": "cli",
+    "yaml": "cli",
+}
+
+
+class MissingPackageError(ImportError):
+    """Packages of ``EXTRAS`` are not installed; the message has the command that installs them."""
+
+
+def install(*packages: str) -> str:
+    """Return the command that installs packages of ``EXTRAS``."""
+    extras = ",".join(dict.fromkeys(EXTRAS[package] for package in packages))
+    return f"pip install 'iwsft[{extras}]'"
+
+
+def require(*packages: str) -> None:
+    """Check that packages of ``EXTRAS`` are installed, without importing them.
+
+    Raises:
+        MissingPackageError: A package is not installed.
+    """
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise MissingPackageError(_message(missing))
+
+
+@contextmanager
+def named() -> Iterator[None]:
+    """Turn the error of an import into that of :func:`require`."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        raise MissingPackageError(_message([error.name])) from error
+
+
+def _message(packages: Sequence[str]) -> str:
+    verb = "is" if len(packages) == 1 else "are"
+    return f"{', '.join(packages)} {verb} not installed: {install(*packages)}"

@@ -1,0 +1,145 @@
+"""The package as pip installs it: its files, its commands from an empty folder, its types."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from tests.datasets.text.chat_tokenizers import byte_level
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("iwsft", "baselines", "benchmarks")
+# Of the shell, without what would lead to the checkout.
+CLEAN = {name: text for name, text in os.environ.items() if not name.startswith("PYTHON")}
+
+
+def run(*words: object, cwd: Path) -> str:
+    """Run a command; what it wrote to the terminal."""
+    done = subprocess.run(list(map(str, words)), cwd=cwd, env=CLEAN, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def build(kind: str, source: Path, out: Path) -> Path:
+    """Build a distribution of a source tree, as pip does, and return its file."""
+    out.mkdir()
+    call = f"from setuptools import build_meta; build_meta.build_{kind}({str(out)!r})"
+    run(sys.executable, "-c", call, cwd=source)
+    (file,) = out.iterdir()
+    return file
+
+
+def install(wheel: Path, home: Path) -> Path:
+    """Install into a fresh environment that has the packages of this one; its programs' folder."""
+    run(sys.executable, "-m", "venv", "--without-pip", home, cwd=home.parent)
+    here, there = (
+        Path(sysconfig.get_path("purelib", vars={"base": base})) for base in (sys.prefix, home)
+    )
+    # Python does not read the .pth files of a folder that is named in one.
+    (there / "installed.pth").write_text(f"{here}\n")
+    pip = [sys.executable, "-m", "pip", "--python", home / "bin/python", "install", "--quiet"]
+    run(*pip, "--no-deps", "--no-index", "--ignore-installed", wheel, cwd=home.parent)
+    return home / "bin"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what distributions are made of; a build writes into it."""
+    folder = tmp_path_factory.mktemp("source")
+    for name in PACKAGES:
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for file in (file for file in ROOT.iterdir() if file.is_file()):
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of the source distribution."""
+    folder = tmp_path_factory.mktemp("built")
+    sdist = build("sdist", source, folder / "sdist")
+    with tarfile.open(sdist) as file:
+        file.extractall(folder / "unpacked", filter="data")
+    (unpacked,) = (folder / "unpacked").iterdir()
+    return build("wheel", unpacked, folder / "wheel")
+
+
+@pytest.fixture(scope="module")
+def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the programs of an environment with the wheel."""
+    return install(wheel, tmp_path_factory.mktemp("installed") / "venv")
+
+
+def test_the_wheel_has_every_file_of_the_packages(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as file:
+        names = set(file.namelist())
+    files = (path for name in PACKAGES for path in (ROOT / name).rglob("*") if path.is_file())
+    expected = {str(path.relative_to(ROOT)) for path in files if "__pycache__" not in path.parts}
+    assert {name for name in names if ".dist-info/" not in name} == expected
+
+
+def test_metadata(programs: Path, tmp_path: Path) -> None:
+    code = "import iwsft; from importlib.metadata import metadata; print(iwsft.__file__)\n"
+    code += "print(iwsft.__version__, metadata('iwsft')['Version'])"
+    file, versions = run(programs / "python", "-c", code, cwd=tmp_path).splitlines()
+    assert Path(file).is_relative_to(programs.parent)
+    one, other = versions.split()
+    assert one == other == run(programs / "iwsft", "--version", cwd=tmp_path).split()[1]
+    assert f"torch {metadata.version('torch')}" in run(programs / "iwsft", "env", cwd=tmp_path)
+
+
+def test_a_job_of_control(programs: Path, tmp_path: Path) -> None:
+    few = ("--reference-steps", 20, "--steps", 10, "--eval-episodes", 1, "--curve-episodes", 0)
+    run(programs / "iwsft", "d4rl", "--algo", "iw-sft-q", *few, cwd=tmp_path)
+    run(programs / "python", "-m", "benchmarks.report", "runs", cwd=tmp_path)
+    run_folder = tmp_path / "runs/d4rl/hopper-replay-mini/iw-sft-q/seed-0"
+    assert json.loads((run_folder / "result.json").read_text())["episodes"] == 1
+    assert "iw-SFT(Q)" in (tmp_path / "runs/report/index.html").read_text()
+
+
+def test_a_job_of_language(programs: Path, tmp_path: Path) -> None:
+    tokenizer = byte_level(pad="<|fim_pad|>")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Qwen2Config(
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        max_position_embeddings=2048,
+        eos_token_id=tokenizer.eos_token_id,
+        **sizes,
+        **heads,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        for number in range(40):
+            for answer in (2 * number, number + 1):
+                row = {"prompt": f"{number} + {number} =", "completion": f" {answer}"}
+                file.write(json.dumps({**row, "correct": answer == 2 * number}) + "\n")
+    job = ("--recipe", "gsm8k", "--algo", "iw-sft", "--model", "model", "--data", "rows.jsonl")
+    run(programs / "python", "-m", "benchmarks.llm", *job, "--max-steps", 2, cwd=tmp_path)
+    result = tmp_path / "runs/llm/gsm8k/iw-sft/seed-0/result.json"
+    assert json.loads(result.read_text())["steps"] == 2
+
+
+def test_mypy_finds_an_editable_install(
+    source: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("editable")
+    programs = install(build("editable", source, folder / "wheel"), folder / "venv")
+    (folder / "own.py").write_text("from iwsft import weights\n\nweights.Temperature(1.0)\n")
+    options = ("--follow-imports=skip", f"--python-executable={programs / 'python'}")
+    run(sys.executable, "-m", "mypy", *options, "own.py", cwd=folder)
