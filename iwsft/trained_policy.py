@@ -9,7 +9,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
@@ -20,9 +19,13 @@ from torch import Tensor, nn
 from iwsft import checkpoint, environments
 from iwsft.acting import IS_INIT, PolicyInputs, act, acting
 from iwsft.evaluation import Evaluation, evaluate
+from iwsft.extras import named
 from iwsft.files import written_whole
 from iwsft.policies import GaussianPolicy
 from iwsft.trajectory import ACTION, OBSERVATION
+
+with named():
+    import gymnasium as gym
 
 FILE = "policy.pt"
 _RUN = "a finished run's folder, OUT/d4rl/DATASET/ALGO/seed-K"
