@@ -45,6 +45,7 @@ _UNSWAPPED = {
     "hasattr",
     "isinstance",
     "max",
+    "maximum",
     "min",
     "select",
     "setattr",

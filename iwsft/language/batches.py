@@ -274,12 +274,13 @@ class EpochBatches(Sampler[list[int]]):
             return [
                 order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)
             ]
+        assert self.token_budget is not None
         sizes = self._sizes.tolist()
-        batches: list[list[int]] = []
+        batches: list[list[int]] = [[]]
         for entry in order:
-            tokens = [sizes[i] for i in (*batches[-1], entry)] if batches else []
-            total = max(tokens, default=0) * len(tokens) if self.padded else sum(tokens)
-            if not batches or total > (self.token_budget or 0):
+            tokens = [sizes[i] for i in (*batches[-1], entry)]
+            total = max(tokens) * len(tokens) if self.padded else sum(tokens)
+            if total > self.token_budget:
                 batches.append([])
             batches[-1].append(entry)
         return batches

@@ -115,7 +115,7 @@ class Measures:
         mine = torch.stack(self._updates)
         self._updates = []
         everyone = gather(mine).reshape(-1, *mine.shape)
-        draws, weight, square, log_prob, kl, clipped = everyone[..., :-1].sum(0).unbind(-1)
+        draws, weight, square, log_prob, kl, clipped = everyone[..., :-1].sum(0).unbind(1)
         by_update = {
             "ESS": weight**2 / (draws * square),
             "weight_mean": weight / draws,

@@ -174,6 +174,7 @@ def test_epochs_differ_seeds_differ_and_the_same_seed_is_the_same():
 
     assert order(0, 0) == order(0, 0)
     assert order(0, 0) != order(0, 1) != order(1, 0)
+    assert len({str(order(0, epoch)) for epoch in range(100)}) == 100
     both = EpochBatches(sizes, batch_size=8)
     assert [list(both), list(both)] == [order(0, 0), order(0, 1)]
     assert [len(batch) for batch in order(0, 0)] == [8] * 6 + [2]
@@ -253,6 +254,7 @@ def test_sampling_with_replacement_is_that_of_the_trajectory_sampler():
     batch = TrajectorySampler(data, 10, seed=0).sample()
     starts = batch.get(TRAJ_IDS).diff(prepend=torch.tensor([-1])) > 0
     assert int(batch.get(MULTIPLICITY)[starts].sum()) == 10
+    assert EpochSampler(data, 4).sample().batch_size == (3, 8)
     again = collate([TrajectoryDataset(data)[0]] * 2, layout="packed")
     assert set(again.keys(True, True)) == set(batch.keys(True, True))
 

@@ -67,6 +67,11 @@ def test_a_term_that_is_off_is_none(family: str, own: dict[str, Any]) -> None:
     assert not token_loss(CausalLMPolicy(_decoder(family, **own))).functional
 
 
+def test_the_keys_of_a_call_are_those_of_token_trajectories() -> None:
+    loss = token_loss(CausalLMPolicy(model()), proposal="reference")
+    assert {*loss.in_keys} == {*trajectories().keys(True, True)}
+
+
 @pytest.mark.parametrize("twice", [None, 2])
 def test_likelihood_by_trajectory_and_by_token(twice: int | None) -> None:
     data = trajectories(5, twice=twice)
