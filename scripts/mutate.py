@@ -10,6 +10,7 @@ tests have changed. Mutants that no test can tell from the source are named in
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import os
@@ -89,6 +90,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/language/test_trainer_saving.py",
     ),
     "iwsft/policies/log_prob.py": (
+        f"{_POLICIES}/test_log_prob.py",
         "tests/test_forward_pass.py",
         f"{_OBJECTIVE}/test_loss_inputs.py",
         f"{_OBJECTIVE}/test_objective_start.py",
@@ -324,6 +326,8 @@ def main() -> None:
     queue = sorted((m for m in chosen if not is_known(m)), key=lambda mutant: mutant.file)
     for module in PRELOADED:
         __import__(module)
+    # Garbage collections of the processes leave out what is loaded.
+    gc.freeze()
     with options.out.open("a") as out, tempfile.TemporaryDirectory() as folder:
         for number, row in enumerate(run(queue, options, Path(folder)), 1):
             known[name_of(row)] = row

@@ -14,9 +14,10 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
-from iwsft.samplers import TransitionSampler
+from iwsft import GaussianPolicy, HardSync, ImportanceWeightedMLE
+from iwsft.samplers import StepSampler, TransitionSampler
 from iwsft.training import Row, Schedule, fit
-from iwsft.trajectory import from_steps
+from iwsft.trajectory import REF_LOG_PROB, from_steps
 
 STEPS = 12
 
@@ -196,3 +197,26 @@ def test_schedules_that_do_not_fit_are_named(schedules: dict[str, Schedule], mes
 def test_a_schedule_out_of_range_is_named(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="weight_decay must not be negative"):
         Schedule(3, 0.1, **wrong)
+
+
+@pytest.mark.parametrize("whose", ["loss", "q"])
+def test_an_interruption_within_a_swap_of_parameters_stays_one(whose: str) -> None:
+    """tensordict makes an error of its own of it where it puts parameters back."""
+    policy, trajectories = GaussianPolicy(3, 2, hidden=(8,)), data()
+    trajectories[REF_LOG_PROB] = torch.zeros(40)
+    loss = ImportanceWeightedMLE(policy, proposal="cached")
+    updater = HardSync(loss, every=2, trajectories=trajectories)
+
+    def interrupted(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        # q is computed without gradients.
+        if torch.is_grad_enabled() == (whose == "loss"):
+            try:
+                raise KeyboardInterrupt
+            finally:
+                bool(TensorDict())
+
+    next(m for m in policy.modules() if isinstance(m, nn.Linear)).register_forward_pre_hook(
+        interrupted
+    )
+    with pytest.raises(KeyboardInterrupt):
+        fit(loss, StepSampler(trajectories, 4), Schedule(STEPS, lr=0.1), updater=updater)

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -18,14 +17,11 @@ import h5py
 import numpy as np
 import pytest
 from filelock import FileLock
-from tensordict import TensorDict
 
 from benchmarks.d4rl.run import Run, Task, config_of
-from benchmarks.d4rl.settings import _TABLE_4, FineTuning, Options, choose_suite
-from benchmarks.runs import ends_in_one_line
+from benchmarks.d4rl.settings import _TABLE_4, FineTuning, Options
 from iwsft import GaussianPolicy, evaluate, metrics
 from iwsft.datasets import catalog
-from iwsft.datasets.d4rl import damage_named
 
 Job = Callable[..., Path]
 Edit = Callable[..., Path]
@@ -94,6 +90,8 @@ def snapshot(folder: Path) -> dict[Path, bytes]:
         ({"algo": ["bc"], "ties": "rank"}, "--ties rank changes nothing in bc;"),
         ({"device": "kuda"}, "--device kuda can't be used here"),
         ({"device": "meta"}, "--device meta can't be used here"),
+        # The hundredth GPU is nowhere.
+        ({"device": "cuda:99"}, "--device cuda:99 can't be used here"),
         ({"dataset": "hopper-medium-reply-v2"}, "did you mean 'hopper-medium-replay-v2'?"),
         ({"dataset": "nowhere/mine.hdf5"}, "nowhere/mine.hdf5"),
     ],
@@ -103,11 +101,6 @@ def test_wrong_settings_are_named_before_anything_is_written(
 ) -> None:
     assert message in fails(tmp_path / "runs", **settings)
     assert not (tmp_path / "runs").exists()
-
-
-def test_a_device_that_is_not_there_is_named(fails: Callable[..., str], tmp_path: Path) -> None:
-    # The hundredth GPU is nowhere.
-    assert "--device cuda:99 can't be used here" in fails(tmp_path / "runs", device="cuda:99")
 
 
 def spoil(row: int, value: float) -> Callable[[Any], Any]:
@@ -391,38 +384,6 @@ def test_the_shell_sees_one_line_and_status_1(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: unknown algorithm") and done.stderr.count("\n") == 1
-
-
-def test_defaults_are_those_of_the_docs() -> None:
-    standard = Options()
-    suite = choose_suite(standard)
-    assert (suite.algo, suite.dataset, suite.seeds) == (
-        ("iw-sft-q",),
-        ("hopper-replay-mini",),
-        (0,),
-    )
-    assert (standard.preset, standard.estimator, standard.ties) == ("paper", "steps", None)
-    assert (standard.reference_steps, standard.eval_episodes) == (10_000, 100)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_error_of_interrupted_code_is_the_interruption(
-    number: signal.Signals, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """tensordict and h5py raise an error of their own where a Ctrl-C interrupts them."""
-    with pytest.raises(SystemExit) as end, ends_in_one_line(), damage_named("a file", "its end"):
-        try:
-            raise KeyboardInterrupt(number)
-        except KeyboardInterrupt as interrupt:
-            raise SystemError("returned a result with an exception set") from interrupt
-    assert end.value.code == 128 + number
-    with pytest.raises(SystemExit) as end, ends_in_one_line():
-        try:
-            raise KeyboardInterrupt(number)
-        finally:
-            bool(TensorDict({}, []))
-    assert end.value.code == 128 + number
-    assert capsys.readouterr().err.count("stopped; the same command with --resume continues") == 2
 
 
 def test_rewards_that_are_not_finite_fail_the_run(

@@ -19,6 +19,7 @@ from benchmarks.d4rl.settings import (
     TIES,
     FineTuning,
     Options,
+    choose_suite,
     choose_weights,
     find_fine_tuning,
     name_in_tables,
@@ -283,3 +284,15 @@ def test_other_data_have_the_settings_of_their_environment(
     name: str, env_id: str, expected: str
 ) -> None:
     assert name_in_tables(data_of(name, f"{name}.hdf5", env_id)) == expected
+
+
+def test_defaults_are_those_of_the_docs() -> None:
+    standard = Options()
+    suite = choose_suite(standard)
+    assert (suite.algo, suite.dataset, suite.seeds) == (
+        ("iw-sft-q",),
+        ("hopper-replay-mini",),
+        (0,),
+    )
+    assert (standard.preset, standard.estimator, standard.ties) == ("paper", "steps", None)
+    assert (standard.reference_steps, standard.eval_episodes) == (10_000, 100)

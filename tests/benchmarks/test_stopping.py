@@ -8,6 +8,10 @@ import subprocess
 import sys
 
 import pytest
+from tensordict import TensorDict
+
+from benchmarks.runs import ends_in_one_line
+from iwsft.datasets.d4rl import damage_named
 
 SWALLOWED = {
     "a weak reference's callback": "thing = Thing(); r = weakref.ref(thing, signalled); del thing",
@@ -56,3 +60,23 @@ with stopping.command():
     )
     assert (done.returncode, done.stdout) == (128 + how, "clean\n")
     assert done.stderr == "stopped; the same command with --resume continues\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_error_of_interrupted_code_is_the_interruption(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """tensordict and h5py raise an error of their own where a Ctrl-C interrupts them."""
+    with pytest.raises(SystemExit) as end, ends_in_one_line(), damage_named("a file", "its end"):
+        try:
+            raise KeyboardInterrupt(number)
+        except KeyboardInterrupt as interrupt:
+            raise SystemError("returned a result with an exception set") from interrupt
+    assert end.value.code == 128 + number
+    with pytest.raises(SystemExit) as end, ends_in_one_line():
+        try:
+            raise KeyboardInterrupt(number)
+        finally:
+            bool(TensorDict({}, []))
+    assert end.value.code == 128 + number
+    assert capsys.readouterr().err.count("stopped; the same command with --resume continues") == 2
