@@ -145,7 +145,10 @@ def _train(run: Run) -> None:
         stopping.check()
         # A score is measured less often than a loss.
         shown.update(row)
+        if "normalized_score" in shown:
+            shown.pop("return_mean", None)
         monitor.note(run.folder, stage, row["step"], steps, shown)
 
     with monitor.noted(run.folder):
+        monitor.note(run.folder, "loading")
         train_and_score(run, report)
