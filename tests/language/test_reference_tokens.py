@@ -109,7 +109,7 @@ def test_without_batches_they_are_of_similar_length() -> None:
 def test_batches_of_a_plan_without_entries_for_some_processes() -> None:
     data = dataset()
     batches = EpochBatches(TrajectoryDataset(data).sizes, batch_size=1)
-    plan = UpdatePlan(batches, accumulation=1, processes=3, epochs=1).epoch(0)
+    plan = UpdatePlan(batches, 1, processes=3, process=0, epochs=1).epoch(0)
     assert [] in plan
     counting = Counting(decoder())
     annotate(counting, data, plan)
