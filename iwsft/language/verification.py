@@ -1,8 +1,8 @@
 r"""The final answer in a model's text, and how whole numbers, letters and LaTeX are read.
 
 A text that can be read in two ways (``5 or 7``, ``x = 3, y = 2``, ``12,5``) is neither a whole
-number nor a letter. A point is a decimal point, and a comma separates thousands: ``1,234`` is 1234,
-``1.234`` is not whole.
+number nor a letter, nor is one that may be a part of a value (``5 times``, ``2 thirds``). A point
+is a decimal point, and a comma separates thousands: ``1,234`` is 1234, ``1.234`` is not whole.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ import unicodedata
 
 # Where the thinking ends and the answer starts, in the formats of iwsft.language.budget.
 _END_OF_THINKING = ("<|im_start|>answer", "</think>")
-_SPECIAL = re.compile(r"<\|[^|<>]*\|>|</?s>")
-# Minus signs and hyphens, and symbols that LaTeX has commands for.
+_SPECIAL = re.compile(r"<\|[^|<>]*\|>|</?s>|<end_of_turn>|<eos>")
+# Minus signs, hyphens and quotes, symbols that LaTeX has commands for, characters without width.
 _SYMBOLS = str.maketrans(
     {
+        **dict.fromkeys("\u201c\u201d\u00ab\u00bb", '"'),
+        **dict.fromkeys("\u2018\u2019", "'"),
+        **dict.fromkeys("\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\u2066\u2067\u2068\u2069\ufeff"),
         **dict.fromkeys("\u2010\u2011\u2012\u2013\u2212", "-"),
         "\u221e": r"\infty ",
         "\u2264": r"\le ",
@@ -43,11 +46,17 @@ _LINES = (
     re.compile(r"^[ \t#*]*(?:the\s+)?(?:final\s+)?answer[ \t*]*$()", re.IGNORECASE | re.MULTILINE),
     re.compile(r"####(?![ \t]*\d+[.)]\s)(?=[^\w\n]{0,9}\d)[ \t]*(.*)"),
 )
+# A sentence that states another answer on the same line.
+_RESTATED = re.compile(
+    r"[.!?]\s+(?=[A-Z][^.!?\n]{0,40}\banswer\s*(?:[:=]|\bis\b)(?!\s*not\b))", re.IGNORECASE
+)
+_CORRECTION = r"(?:No|Wait|Actually|Hmm+|Oops|Sorry|Correction)\b"
 # An explanation after an answer.
 _EXPLANATION = re.compile(
     r"(?<=\S)(?:\s*[-,;:.(\u2014]*\s*(?<![A-Za-z])"
     r"(?:and\s+)?(?:because|since|as|so|where|which|not|but|instead|rather|hence|thus|given|due)\b"
-    r"|\s*[;\u2014](?=.*[A-Za-z]{2})|[.!?]\s+(?=[A-Z])|\s+\((?!mod|or\b|and\b)(?=[A-Za-z]{2,}[\s,)])).*",
+    r"|\s*,\s*(?:that\s+is|i\.e|e\.g|assuming|correct)\b|\s*[;\u2014](?=.*[A-Za-z]{2})"
+    r"|[.!?]\s+(?=[A-Z])(?!" + _CORRECTION + r")|\s+\((?!mod|or\b|and\b)(?=[A-Za-z]{2,}[-\s,)])).*",
     re.DOTALL,
 )
 
@@ -56,30 +65,37 @@ _WRAPPERS = re.compile(
     r"|operatorname)\s*\{([^{}]*)\}"
 )
 _LAYOUT = re.compile(
-    r"\\(?:left|right|displaystyle|large|Large|bf|rm|quad|qquad|color\{\w+\})(?![A-Za-z])|\\[()\[\]!\\]"
+    r"\\(?:left|right|displaystyle|large|Large|bf|rm|quad|qquad|checkmark|color\{\w+\}|tag\{\w+\})"
+    r"(?![A-Za-z])|\\[()\[\]!\\]"
     r"|\\?[%$\u00a3\u20ac]|[*`_]{2}|[*`\u2713\u2705]"
 )
 _SPACES = re.compile(r"\\[, ;:]|~|\^?\{?\\circ\b\}?|\\degree\b|\u00b0")
 _MODULUS = re.compile(r"\s*\(?\s*\\?[pb]?mod(?:ulo)?\s*\d+\s*\)?")
 _SEVERAL = re.compile(
     r"[,;<>\u00b1\u2260]|\\(?:pm|n?eq?|leq?|geq?|lt|gt)\b|\d\s+(?:of|to|out)\b|\b(?:not|or|less|more|"
-    r"fewer|greater|than|least|most|between|over|under|dozen|hundred|(?:thous|mill|bill|trill)\w+|"
-    r"pi|sqrt|squared|cubed|factorial)\b",
+    r"fewer|greater|than|least|most|between|over|under|up\s+to|almost|nearly|one\s+of|dozen|hundred|"
+    r"(?:thous|mill|bill|trill)\w+|pi|sqrt|root|squared|cubed|factorial|(?<!\\)times|twice|double|triple|half|"
+    r"halves|thirds|fourths|fifths|sixths|eighths|tenths|hundredths|plus|if|unless|otherwise|wrong|"
+    r"incorrect|false|impossible|cannot|fails?)\b|\d\s+minus\b|\bis\s*$",
     re.IGNORECASE,
 )
-_WORDS = r"(?:(?!minus|negative)[A-Za-z']{2,}[.:]?\s+)*"
+# What an answer is for: 33 for n = 7.
+_CONDITION = re.compile(r"(?<=[\d\w})])\s+(?:when|for|at|with|using|by|after)\s+[^=\d]*=.*")
+_FUNCTIONS = r"(?:log|ln|sin|cos|tan|cot|exp|gcd|lcm|max|min|floor|ceil)\b"
+_WORDS = rf"(?:(?!minus|negative|{_FUNCTIONS})[A-Za-z']{{2,}}[.:]?\s+)*"
 _UNITS = r"(?:\s+[A-Za-z]{2,}|\s+[mgshlLNJWVAKCF]\b|[ck]m\b|mm\b|[km]g\b|m[lL]\b|mph\b)"
 _WHOLE = re.compile(
     rf"{_WORDS}(?:US)?([-+]|minus\s|negative\s)?\s*(\d{{1,99}})(?:\.0*)?"
-    rf"(?:{_UNITS}(?:\^?\d)?(?:/[A-Za-z]+(?:\^?\d)?)?)*\s*[.?]*"
+    rf"(?:{_UNITS}(?:\^?\d)?(?:/[A-Za-z]+(?:\^?\d)?)?)*\s*[.?]?"
 )
 _LETTER = re.compile(
     r"(?:(?:the|correct|right|best|final|option|choice|letter|answer|is|i|choose)[\s:]+)*"
-    r"\(?([A-D])(?:\)|[.:,!?](?=\s|$)|(?=\s+[-(\u2192]\s*|\s+is\b|$))",
+    r"\(?([A-D])(?:\)|[.:,!](?=\s|$)|\?$"
+    r"|(?=\s+[-(\u2192]\s*|\s+is\s+(?!not|wrong|incorrect|false|impossible)\w|$))",
     re.IGNORECASE,
 )
 _ANY_LETTER = re.compile(r"(?<![A-Za-z])[A-D](?![A-Za-z])", re.IGNORECASE)
-_NEXT_LETTER = re.compile(r"\W*(?:(?:and|or)\W+)*\(?[A-D]\b(?!\s+(?!and\b|or\b)\w)")
+_NEXT_LETTER = re.compile(r"\W*(?:(?:and|or)\W+)*\(?[A-H]\b(?!\s+(?!and\b|or\b|are\b)\w)")
 
 
 def extract_answer(text: str, *, letter: bool = False) -> str | None:
@@ -94,6 +110,7 @@ def extract_answer(text: str, *, letter: bool = False) -> str | None:
     for mark in _END_OF_THINKING:
         text = text.rpartition(mark)[2]
     text = _TAGS.sub(r"\nAnswer:\1\n", _SPECIAL.sub("", _plain_characters(text)))
+    text = _RESTATED.sub(".\n", text)
     boxes, lines = _boxes(text), []
     for match in (match for pattern in _LINES for match in pattern.finditer(text)):
         following = [match[1], *text[match.end() :].splitlines()]
@@ -115,7 +132,10 @@ def parse_integer(answer: str) -> int | None:
     text = re.sub(r"(?<=\d)[, '](?=\d{3}(?!\d))", "", _EXPLANATION.sub("", text))
     if _SEVERAL.search(text):
         return None
-    sides = (_WHOLE.fullmatch(side.strip(" ()[]")) for side in re.split(r"=|\\approx|\u2248", text))
+    text = _CONDITION.sub("", text)
+    sides = (
+        _WHOLE.fullmatch(side.strip(" ()[]\"'")) for side in re.split(r"=|\\approx|\u2248", text)
+    )
     numbers = {int(side[2]) * (-1 if (side[1] or "+")[0] in "-mn" else 1) for side in sides if side}
     return numbers.pop() if len(numbers) == 1 else None
 
@@ -125,6 +145,8 @@ def parse_letter(answer: str) -> str | None:
     text = _EXPLANATION.sub("", _without_layout(answer)).strip(" _'\"[]")
     match = _LETTER.match(text)
     if match is None or _NEXT_LETTER.match(text, match.end()):
+        return None
+    if re.match(rf"\s*{_CORRECTION}", text[match.end() :]):
         return None
     return match[1].upper()
 
@@ -152,6 +174,8 @@ def _plain_characters(text: str) -> str:
 def _without_layout(answer: str) -> str:
     """Take the commands and braces of LaTeX away that only change how an answer looks."""
     text = _SPACES.sub(" ", " ".join(_plain_characters(answer).split()))
+    # Between numbers an asterisk multiplies.
+    text = re.sub(r"(?<=\d)\s*\*{1,2}\s*(?=[\d(])", r"\\cdot ", text)
     text, before = re.sub(r"\\[{}]", "", text), ""
     while text != before:
         before, text = text, _WRAPPERS.sub(r"\1", text)

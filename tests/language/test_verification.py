@@ -81,6 +81,10 @@ INTEGERS: dict[int | None, tuple[str, ...]] = {
         *(r"\$33.00", "$33", "33 dollars", "\u00a333", "33 \u20ac", "US$33"),
         *(r"\text{The answer is } 33", "about 33", "Tom and Ann have 33", "33 (since 7 fails)"),
         *(r"33 \text{ because } x = 7 \text{ fails}", "33, not 7", "33; 7 fails"),
+        *("33\u200b", "33.\u200b", "\ufeff33", "\u206833\u2069", "\u201c33\u201d", r"33\tag{1}"),
+        *(r"33\checkmark", "33 for n = 7", "33 when x = 7", "33 at x = 7", "33 (thirty-three)"),
+        *("33, assuming x = 7", "33, i.e. x = 7", "33, that is, 3 times 11", "33 K", "33 minutes"),
+        *("f(6) = 33", "a_6 = 33", r"3 \times 11 = 33", "3 * 11 = 33", r"\log_2 8 + 30 = 33"),
     ),
     -33: (
         *("-33", f"{MINUS}33", "- 33", f"{EN_DASH}33", "{-}33", "-{33}", r"-\text{33}", "x = - 33"),
@@ -108,6 +112,18 @@ INTEGERS: dict[int | None, tuple[str, ...]] = {
         ),
         # Other terms.
         *("12.5", "1/2", "3 1/2", "\u00bd", r"\frac{66}{2}", r"5\sqrt{2}", r"5\pi", "5 pi", "5x"),
+        *("2*3", "10**2", "2 * 3", "log 6", "sin 6", "ln 6", "33 squared", "33 choose 2", "33..."),
+        # A part of a value, a bound, a condition, a refusal.
+        *("5 times", "5 times as many", "2 thirds", "33 tenths", "33 and half", "half of 33"),
+        *("twice 33", "square root of 33", "one of 33", "up to 33", "almost 33", "33 plus tax"),
+        *(
+            "33 minus one",
+            "33 if even",
+            "33 if x = 7, 34 otherwise",
+            "33 unless odd",
+            "33 is wrong",
+        ),
+        *("33 cannot be", "33 fails", "33 is", "33. No, 34", "33? Wait, 34", "33K", "33rd"),
         *("5 x", "5!", "5^2", "5\u00b2", "2^{10}", "2e3", r"3 \times 10^2", "3\u00d710", "33_4"),
         *("33\u2084", "|-33|", "5 million", "2 dozen", "10-5"),
         *("thirty-three", "none", "N/A", "?", "no solution", "", "5" * 5000, "33; 34"),
@@ -133,6 +149,13 @@ def test_integer(answer: str, number: int | None) -> None:
         ("Answer: 5 (not 7)", 5),
         (r"Answer: \(5\), where 7 was excluded", 5),
         (f"#### {MINUS}$5", -5),
+        ("Answer:\u200b 5", 5),
+        ("Answer: 5? Yes", 5),
+        ("Answer: 5<end_of_turn>", 5),
+        ("The answer is 5. Actually, the answer is 6.", 6),
+        ("The answer is 5. The answer is not 6.", 5),
+        ("Answer: 5. No, 6", None),
+        ("Answer: 5 is not right", None),
         ("The answer is not 5", None),
         ("Answer: 5 (or 7)", None),
         ("Answer: x=5, y=7", None),
@@ -151,12 +174,30 @@ LETTERS: dict[str | None, tuple[str, ...]] = {
         *(f"C {EN_DASH} 12 MeV", f"C {DASH} 12 MeV", "C - because 12 MeV", "C because A fails"),
         *("C, not A", "C (not A)", "C. A is wrong.", "C; A is wrong", "C is right, B is not"),
         *("C) A proton", "C) Both A and B", "The correct option is C", "C instead of A"),
-        *("C!", "C and not A", "I choose C"),
+        *(
+            "C!",
+            "C and not A",
+            "I choose C",
+            "C?",
+            "C\u200b",
+            "\u200bC",
+            "C, D is wrong",
+            "C is best",
+        ),
+        *("C, A proton", "C: A is wrong", "C rather than A", "C. The answer is not A"),
     ),
     None: (
         *("A, C", "A and C", "(A) or (C)", "A/C", "A & C", "AC", "A, B, and C", "both A and C"),
         *("A proton", "Calcium", "C-12", "B cells", "not C", "E", "12 MeV", "none of the above"),
-        *("I don't know", "X", ""),
+        *("I don't know", "X", "", "C, D are wrong", "C, E", "C is wrong", "C is not correct"),
+        *(
+            "C is incorrect, D is correct",
+            "C. No, D",
+            "C? Wait, D",
+            "C isn't right",
+            "C = 5",
+            "C vs D",
+        ),
     ),
 }
 
@@ -174,11 +215,12 @@ def test_the_letter_of_a_text_with_boxed_numbers() -> None:
     assert extract_answer("\\boxed{5.2}\nAnswer: C", letter=True) == "C"
     assert extract_answer(r"Answer: C, as E = \boxed{5.2}", letter=True) == "C"
     assert extract_answer(r"Answer: B. No, it is \boxed{C}", letter=True) == "C"
+    assert extract_answer("The answer is C. So the answer is D.", letter=True) == "D"
     assert parse_letter(extract_answer(r"\boxed{A} or \boxed{C}", letter=True) or "") is None
 
 
 @pytest.mark.parametrize(
-    "piece", ["\\boxed{", "####", " ", "<answer>", "answer to ", "1,234", "(a "]
+    "piece", ["\\boxed{", "####", " ", "<answer>", "answer to ", "1,234", "(a ", ". A", "5 for "]
 )
 def test_long_repetitions_take_no_time(piece: str) -> None:
     """Models repeat themselves; twice the text takes about twice the time."""
