@@ -128,6 +128,9 @@ def _changeable(node: ast.AST, where: str) -> Iterator[tuple[Any, str]]:
                 continue
             if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
                 continue
+            # Imports of packages that are installed here.
+            if isinstance(child, ast.With) and ast.unparse(child.items[0]) == "named()":
+                continue
             inside = where
             if isinstance(child, ast.ClassDef | ast.FunctionDef):
                 inside = f"{where}.{child.name}".strip(".")

@@ -88,6 +88,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/language/test_trainer.py",
         "tests/language/test_trainer_errors.py",
         "tests/language/test_trainer_saving.py",
+        "tests/language/test_trainer_processes.py",
     ),
     "iwsft/policies/log_prob.py": (
         f"{_POLICIES}/test_log_prob.py",

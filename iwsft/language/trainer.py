@@ -233,9 +233,9 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
         model: nn.Module,
         inputs: Any,
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Any = None,
     ) -> Any:
-        """The part of a micro-batch in the loss of its update.
+        """The part of a micro-batch in the loss of its update, divided by ``num_items_in_batch``.
 
         It is multiplied by the number of processes, since engines average gradients over them.
         """
@@ -244,9 +244,9 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
         out = self._loss.summary(terms)
         known = math.nan if self._cached is None else float(self._cached["clip_fraction"])
         self._measures.add(terms, clip_fraction=known)
-        draws = terms.share.sum() if num_items_in_batch is None else num_items_in_batch
-        loss = out[LOSS] * (self.accelerator.num_processes / draws).to(out[LOSS].dtype)
-        self._finite = self._finite.to(loss.device) & loss.detach().isfinite()
+        factor = self.accelerator.num_processes / num_items_in_batch
+        loss = out[LOSS] * factor.to(out[LOSS].dtype)
+        self._finite = self._finite.to(loss.device) & loss.isfinite()
         return (loss, out) if return_outputs else loss
 
     def _forward(
@@ -348,7 +348,6 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
                 f"lower learning_rate ({self.args.learning_rate:g}) or clip the weights"
             )
 
-    @torch.no_grad()
     def evaluate(
         self,
         eval_dataset: Any = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,11 @@ from torch.nn.functional import log_softmax
 from transformers import TrainerCallback, get_linear_schedule_with_warmup
 
 from iwsft import EMA, HardSync, ImportanceWeightedMLE, ImportanceWeights, weights
+from iwsft.forward_pass import ForwardPass
+from iwsft.language import trainer as trainer_module
 from iwsft.language.batches import EpochBatches, TrajectoryDataset, collate
 from iwsft.policies import CausalLMPolicy
+from iwsft.reference import write_reference
 
 PROPOSALS: list[dict[str, Any]] = [
     {"proposal": "reference"},
@@ -193,10 +197,23 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
             assert torch.equal(ours, theirs)
 
 
+def test_q_without_memory_is_synced_at_every_update(tmp_path: Path) -> None:
+    own: dict[str, Any] = {"importance_weights": CHAIN, "max_steps": 4}
+    moving = trainer(tmp_path / "moving", proposal="lagged", ema_decay=0.0, **own)
+    synced = trainer(tmp_path / "synced", proposal="cached", sync_every=1, **own)
+    moving.train()
+    synced.train()
+    assert losses(moving) == pytest.approx(losses(synced), rel=1e-5)
+
+
 def test_held_out_likelihood(tmp_path: Path) -> None:
     held_out = trajectories(seed=5)
     run = trainer(tmp_path, eval_trajectories=held_out, per_device_eval_batch_size=3)
+    rows: list[int] = []
+    log_prob_of = run._policy.log_prob
+    run._policy.log_prob = lambda batch: rows.append(len(batch)) or log_prob_of(batch)
     metrics = run.evaluate()
+    assert rows == [3, 3, 3, 2]
     with torch.no_grad():
         log_prob = CausalLMPolicy(model()).log_prob(held_out)
     mask, ids = held_out["masks", "all_assistant_mask"], held_out["collector", "traj_ids"]
@@ -277,6 +294,55 @@ def test_workers_do_not_run_the_script_again(
     run.train()
     alone.train()
     assert losses(run) == losses(alone)
+
+
+def test_a_loader_has_the_settings_of_the_run(tmp_path: Path) -> None:
+    for persistent, workers in ((True, 1), (False, 1), (True, 0)):
+        loader = trainer(
+            tmp_path,
+            dataloader_num_workers=workers,
+            dataloader_persistent_workers=persistent,
+            dataloader_prefetch_factor=3 if workers else None,
+        ).get_train_dataloader()
+        assert loader.persistent_workers == (persistent and workers > 0)
+        assert loader.prefetch_factor == (3 if workers else None)
+        assert (loader.multiprocessing_context is not None) == (workers > 0)
+
+
+@pytest.mark.parametrize("pad", [None, 5])
+def test_padding_and_operations_of_a_batch(tmp_path: Path, pad: int | None) -> None:
+    data = trajectories()
+    keys = {*data.keys(True, True)}
+    tokenizer = None if pad is None else SimpleNamespace(pad_token_id=pad)
+    run = trainer(tmp_path, data=data, processing_class=tokenizer, proposal="reference")
+    assert {*data.keys(True, True)} == keys
+    parameters = sum(p.numel() for p in model().parameters())
+    loader = iter(run.get_train_dataloader())
+    for _ in range(3):
+        (batch,), draws = run.get_batch_samples(loader, 1, torch.device("cpu"))
+        tokens = batch["tokens", "full"]
+        assert {*tokens[~batch["masks", "all_attention_mask"]].tolist()} == {pad or 0}
+        assert run.floating_point_ops(batch) == 6 * parameters * tokens.numel()
+        loss, out = run.compute_loss(run.model, batch, True, draws)
+        assert float(loss) == pytest.approx(float(-out["log_prob"]), rel=1e-5)
+
+
+def test_the_reference_is_computed_in_the_first_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They then give the same bits on any device, and the first weights are 1."""
+    passes: list[ForwardPass] = []
+
+    def recorded(forward: ForwardPass, **own: Any) -> str | None:
+        passes.append(forward)
+        return write_reference(forward, **own)
+
+    monkeypatch.setattr(trainer_module, "write_reference", recorded)
+    run = trainer(tmp_path, proposal="current", max_steps=1)
+    run.train()
+    assert [members for members, _ in passes[0].batches] == [
+        sorted(entries) for entries in run._plan.epoch(0)
+    ]
 
 
 def test_tokens_seen(tmp_path: Path) -> None:

@@ -84,6 +84,8 @@ def test_a_chain_that_must_overflow(tmp_path: Path) -> None:
 def test_held_out_data_are_missing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="eval_trajectories"):
         trainer(tmp_path).evaluate()
+    with pytest.raises(ValueError, match="eval_trajectories"):
+        trainer(tmp_path, eval_trajectories=trajectories()).evaluate(trajectories())
 
 
 def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
