@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -112,6 +112,14 @@ def claim(
                 (run.folder / CONFIG).unlink(missing_ok=True)
             raise
     return [run for run in configs if not (run.folder / RESULT).exists()]
+
+
+def release(runs: Iterable[Run[Any]]) -> None:
+    """Give up the claim on the folders in which nothing was done yet."""
+    for run in runs:
+        if {path.name for path in run.folder.glob("*")} == {CONFIG}:
+            (run.folder / CONFIG).unlink()
+            run.folder.rmdir()
 
 
 def _earlier_config(folder: Path, same: Sequence[str]) -> dict[str, Any] | None:

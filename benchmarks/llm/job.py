@@ -16,11 +16,12 @@ from benchmarks import monitor, places, sweep
 from benchmarks.llm.launch import Hardware, Launch, choose, launched, start, threads_of
 from benchmarks.llm.memory import DecoderSizes, Setup
 from benchmarks.llm.models import load_config
-from benchmarks.llm.options import BASE, Options
-from benchmarks.llm.recipes import Prepared
+from benchmarks.llm.options import ALGORITHMS, BASE, Options
+from benchmarks.llm.recipes import Settings
 from benchmarks.llm.run import Run, config_of, prepare, train_and_score, training_arguments
-from benchmarks.runs import RESULT, claim, tell
+from benchmarks.runs import EXPECTED, RESULT, claim, release, tell
 from benchmarks.sweep import Summary
+from iwsft.datasets.text.rows import Row, check_scores
 
 
 def run_job(options: Options) -> int:
@@ -42,14 +43,14 @@ def run_job(options: Options) -> int:
     summary = Summary(finished_before=len(runs) - len(unfinished))
     if unfinished:
         # What all seeds share, such as a base model, is made once.
-        _show_notes(prepare(unfinished[0]))
+        _prepare(runs, unfinished[:1])
         jobs = options.jobs or (1 if options.own_device != "cpu" else places.cores())
         # All cores are used, none twice.
         work = partial(_work_on, threads=threads_of(places.cores(), jobs))
         place = places.place(None, items=len(unfinished), jobs=jobs)
         with place as here, monitor.shown(unfinished):
             sweep.run_all(work, unfinished, here, summary)
-    _show(runs[0], summary)
+    _show(runs, summary)
     return 1 if summary.failed else 0
 
 
@@ -63,6 +64,36 @@ def _claim(runs: Sequence[Run], *, first_node: bool = True) -> list[Run]:
     configs = {run: config_of(run) for run in runs}
     resume = runs[0].options.resume
     return claim(runs[0].dataset_folder, configs, same=("settings",), resume=resume)
+
+
+def _prepare(runs: Sequence[Run], seeds: Sequence[Run]) -> None:
+    """Prepare model and rows for a run of each seed, check that they suit all runs, and show notes.
+
+    Where they do not, the folders that the command claimed are free again.
+    """
+    try:
+        prepared = [prepare(run) for run in seeds]
+        for algo in {run.algo for run in runs} - {BASE}:
+            _check_rows(algo, runs[0].options.settings, prepared[0].rows)
+    except EXPECTED:
+        release(runs)
+        raise
+    for name, value in prepared[0].notes.items():
+        tell(f"{name}: {value}")
+
+
+def _check_rows(algo: str, settings: Settings, rows: Sequence[Row]) -> None:
+    """Check that rows have what an algorithm needs of them.
+
+    Raises:
+        ValueError: The scores that it cuts by are missing, or all the same.
+    """
+    cuts = settings.quality_cuts if ALGORITHMS[algo].quality else settings.cuts
+    if cuts and all(row.weight is None for row in rows):
+        try:
+            check_scores([row for row in rows if row.correct is not False])
+        except ValueError as error:
+            raise ValueError(f"{algo} cuts by score, but {error}") from error
 
 
 def _work_on(run: Run, *, threads: int | None = None) -> None:
@@ -85,14 +116,13 @@ def _launch(runs: Sequence[Run], options: Options) -> int:
     unfinished = _claim(runs, first_node=hardware.node_rank == 0)
     if unfinished:
         # Once, and not by all processes at a time.
-        prepared = [prepare(run) for run in {run.seed: run for run in runs}.values()]
-        _show_notes(prepared[0])
+        _prepare(runs, [*{run.seed: run for run in runs}.values()])
         tell(f"{launch.config}: {launch.processes} processes on {launch.device}")
         status = start(launch, "benchmarks.llm", sys.argv[1:])
         if status:
             return status
     if hardware.node_rank == 0:
-        _show(runs[0], Summary(len(unfinished), len(runs) - len(unfinished)))
+        _show(runs, Summary(len(unfinished), len(runs) - len(unfinished)))
     return 0
 
 
@@ -123,19 +153,22 @@ def _take_part(runs: Sequence[Run]) -> None:
         torch.distributed.destroy_process_group()
 
 
-def _show_notes(prepared: Prepared) -> None:
-    for name, value in prepared.notes.items():
-        tell(f"{name}: {value}")
-
-
-def _show(run: Run, summary: Summary) -> None:
-    """Print the table of all finished runs of the recipe, write it as JSON, and draw it."""
+def _show(runs: Sequence[Run], summary: Summary) -> None:
+    """Print the table of all finished runs of the recipe and draw it; write files and cards."""
+    from benchmarks.llm.card import change_line, write_card
     from benchmarks.report.language import read_recipes, recipe_table, write_scores
 
-    console, folder = Console(), run.dataset_folder
+    console, folder = Console(), runs[0].dataset_folder
+
+    def show(*lines: object) -> None:
+        console.print(*map(str, lines), sep="\n", highlight=False, markup=False, soft_wrap=True)
+
     (recipe,) = read_recipes(folder)
     if recipe.runs:
         console.print(recipe_table(recipe))
-        written = map(str, write_scores(folder, recipe))
-        console.print(*written, sep="\n", highlight=False, markup=False, soft_wrap=True)
-    console.print(str(summary), highlight=False, markup=False, soft_wrap=True)
+        results = [run.result for run in recipe.runs]
+        base = next((result for result in results if result["algo"] == BASE), None)
+        trained = [result for result in results if result["algo"] != BASE]
+        show(*filter(None, (change_line(result, base) for result in trained)))
+        show(*write_scores(folder, recipe), *filter(None, (write_card(run.folder) for run in runs)))
+    show(summary)

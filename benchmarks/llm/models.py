@@ -25,7 +25,7 @@ import torch
 from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 
 from benchmarks.runs import write_json
 from iwsft.datasets.cache import cache_folder
@@ -88,6 +88,17 @@ def load_config(place: str, *, trust_remote_code: bool = False) -> Any:
         raise _unloadable(place, "has no config that loads", error) from error
 
 
+def context_of(config: Any) -> int | None:
+    """Most tokens that a model of this config reads; None where it names no limit."""
+    context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return context
+
+
+def shortest(*lengths: int | None) -> int | None:
+    """The least of some limits, of which None is none."""
+    return min((length for length in lengths if length is not None), default=None)
+
+
 def load_tokenizer(place: str, *, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of a model from what :func:`locate` returned."""
     try:
@@ -143,6 +154,20 @@ def check_fit(model: Any, tokenizer: Any) -> None:
             f"the tokenizer has {len(vocabulary)} tokens up to {token!r} at {largest}, and the "
             f"vocabulary of {name} ends at {rows}: it is another model's; take the model's own"
         )
+
+
+def with_adapters(model: Any, rank: int, *, seed: int) -> Any:
+    """Add LoRA adapters to all linear layers but the output layer; they are saved alone."""
+    from peft import LoraConfig, get_peft_model
+
+    set_seed(seed)
+    # What is saved names the base, which must be found from any folder.
+    if (folder := Path(model.name_or_path)).is_dir():
+        model.name_or_path = str(folder.resolve())
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, config)
 
 
 def _unloadable(name: str, problem: str, error: BaseException) -> ValueError:
@@ -237,9 +262,11 @@ def mean_log_probs(
     """Mean of log p over the trained tokens of each row, in nats, ``[len(rows)]``.
 
     Each process runs all rows, in forward passes of ``token_budget`` tokens at the most. A
-    completion's end token counts among its tokens.
+    completion's end token counts among its tokens. Rows are cut to ``max_length`` tokens and to the
+    model's context.
     """
-    trajectories = tokenize(rows, tokenizer, max_length=max_length).trajectories
+    most = shortest(max_length, context_of(model.config))
+    trajectories = tokenize(rows, tokenizer, max_length=most).trajectories
     log_prob = ForwardPass(
         CausalLMPolicy(model), trajectories, (), collate=collate, rows=token_budget
     ).log_prob()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +15,7 @@ from transformers import SchedulerType
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from benchmarks import options as command_line
-from benchmarks.llm.recipes import RECIPES, Settings, load_recipe
+from benchmarks.llm.recipes import RECIPES, Recipe, Settings, load_recipe
 from benchmarks.options import (
     check_at_least,
     check_device,
@@ -59,7 +60,6 @@ ALGORITHMS = {
     "iw-sft-step": Variant("current", per_step=True),
 }
 NAMES = (BASE, *ALGORITHMS)
-DEFAULT = (BASE, "sft", "sft-q", "iw-sft", "iw-sft-hard", "iw-sft-ema", "iw-sft-step")
 
 
 def choose_q(algorithm: Variant, settings: Settings, parts: int) -> tuple[Proposal, int | None]:
@@ -108,7 +108,7 @@ class Options:
     algo: Annotated[
         tuple[str, ...],
         tyro.conf.arg(metavar="NAME [NAME ...]", help=f"One or several of {', '.join(NAMES)}."),
-    ] = DEFAULT
+    ] = Recipe.algos
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]")]
     """Seeds of samples, order of training and test; one run each, but base has one."""
     model: Annotated[str | None, tyro.conf.arg(metavar="ID|DIR")] = None
@@ -116,7 +116,13 @@ class Options:
     trust_remote_code: bool = False
     """Run code that comes with the model."""
     data: Annotated[str | None, tyro.conf.arg(metavar="ID|FILE")] = None
-    """Rows to train on; by default the recipe's own."""
+    """Rows to train on: a file, a folder, or a dataset of the hub as NAME, NAME:SPLIT or
+    NAME:SPLIT:CONFIG; by default the recipe's own."""
+    eval_data: Annotated[str | None, tyro.conf.arg(metavar="ID|FILE")] = None
+    """Rows to test on."""
+    eval_share: float | None = None
+    """Share of the prompts of --data to hold out and test on; by default the recipe's, unless there
+    is --eval-data."""
     deepspeed: Annotated[
         tuple[str, ...] | None,
         tyro.conf.arg(
@@ -155,6 +161,7 @@ class _Start:
 
     recipe: str = Options.recipe
     preset: str | None = None
+    lora_rank: int | None = None
 
 
 def parse(words: Sequence[str], description: str | None = None) -> Options:
@@ -162,10 +169,14 @@ def parse(words: Sequence[str], description: str | None = None) -> Options:
     given, _ = tyro.cli(_Start, args=words, add_help=False, return_unknown_args=True)
     recipe = load_recipe(given.recipe)
     start = recipe.presets.get(given.preset or "", recipe.defaults)
+    if given.lora_rank is not None:
+        start = replace(start, learning_rate=10 * start.learning_rate)
     # The length of training is set in one of two ways; the one that is given replaces the other.
     blank = replace(start, max_steps=None, epochs=None)
-    default = Options(recipe=given.recipe, seeds=recipe.seeds, settings=blank)
+    default = Options(recipe=given.recipe, algo=recipe.algos, seeds=recipe.seeds, settings=blank)
     options = command_line.parse(Options, "llm", description, words, default)
+    if recipe.compares and BASE not in options.algo:
+        options = replace(options, algo=(BASE, *options.algo))
     settings = options.settings
     changed = {
         field.name: getattr(settings, field.name)
@@ -177,6 +188,7 @@ def parse(words: Sequence[str], description: str | None = None) -> Options:
     if settings.max_steps is None and settings.epochs is None:
         settings = replace(settings, max_steps=start.max_steps, epochs=start.epochs)
     _check(options, settings, changed)
+    _check_data(options, recipe)
     return replace(options, settings=settings)
 
 
@@ -212,10 +224,25 @@ def _check(options: Options, settings: Settings, changed: dict[str, Any]) -> Non
     _check_numbers(settings)
 
 
+def _check_data(options: Options, recipe: Recipe) -> None:
+    for name in recipe.needs:
+        if getattr(options, name) is None:
+            raise ValueError(f"--recipe {recipe.name} needs {flag(name)}, which it has no own of")
+    for name in ("eval_data", "eval_share"):
+        check_used(name, getattr(options, name), recipe.holds_out, f"in recipe {recipe.name}")
+    share = options.eval_share
+    if share is not None and options.eval_data is not None:
+        raise ValueError("--eval-data and --eval-share: pass one of them")
+    if share is not None and not 0 < share < 1:
+        raise ValueError(f"--eval-share {share}: above 0 and below 1")
+    if options.settings.lora_rank is not None and find_spec("peft") is None:
+        raise ImportError("--lora-rank needs the package peft: pip install 'iwsft[language]'")
+
+
 def _check_numbers(settings: Settings) -> None:
     if settings.max_steps is not None and settings.epochs is not None:
         raise ValueError("--max-steps and --epochs: pass one of them")
-    counts = ("batch_size", "micro_batch_size", "max_steps", "sync_every")
+    counts = ("batch_size", "micro_batch_size", "max_steps", "sync_every", "lora_rank")
     finite = ("learning_rate", "epochs", "temperature")
     for names, fits, words in (
         (counts, lambda number: number >= 1, "at least 1"),

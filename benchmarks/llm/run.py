@@ -30,14 +30,23 @@ from transformers.utils import logging
 
 from benchmarks import monitor, runs
 from benchmarks.llm.launch import Launch, assert_engine, launched
-from benchmarks.llm.models import file_sha256, load, load_config, load_tokenizer, locate
+from benchmarks.llm.models import (
+    context_of,
+    file_sha256,
+    load,
+    load_config,
+    load_tokenizer,
+    locate,
+    shortest,
+    with_adapters,
+)
 from benchmarks.llm.options import ALGORITHMS, BASE, Options, Variant, choose_q
 from benchmarks.llm.recipes import Prepared, load_recipe
 from benchmarks.runs import RESULT, alone_in, hardware, versions, write_json
 from iwsft import checkpoint, metrics
 from iwsft.curation import curate
 from iwsft.datasets.text.tokens import CORRECT, SCORE
-from iwsft.language import check_scores, correct_only, tokenize
+from iwsft.language import correct_only, tokenize
 from iwsft.language.config import ImportanceWeightedConfig
 from iwsft.language.saving import last, written_aside
 from iwsft.language.trainer import ImportanceWeightedTrainer
@@ -51,6 +60,8 @@ _SAME_NAME = (
     *("length_normalize", "layout", "learning_rate", "weight_decay"),
     *("adam_beta1", "adam_beta2", "max_grad_norm"),
 )
+# Options that say what a recipe prepares.
+_SOURCES = ("model", "data", "eval_data", "eval_share")
 _PACKAGES = ("torch", "tensordict", "torchrl", "transformers", "accelerate", "numpy")
 _COST = ("cpu_seconds", "wall_seconds")
 
@@ -91,15 +102,19 @@ class Run(runs.Run[Options]):
 
 
 def prepare(run: Run) -> Prepared:
-    """Make model and rows, or find them in the cache that the runs of a recipe share."""
+    """Make model and rows, or find them in the cache that the runs of a recipe share.
+
+    Raises:
+        ValueError: The model or the rows can't be found or used, see ``Recipe.prepare``.
+    """
     options = run.options
-    return load_recipe(run.dataset).prepare(
-        run.shared_folder,
-        seed=run.seed,
-        model=options.model,
-        data=options.data,
-        trust_remote_code=options.trust_remote_code,
-    )
+    given: dict[str, Any] = {name: getattr(options, name) for name in _SOURCES}
+    if options.model is not None:
+        # Before rows are read, which may be downloaded.
+        place = locate(options.model, run.shared_folder)
+        load_config(place, trust_remote_code=options.trust_remote_code)
+    given["trust_remote_code"] = options.trust_remote_code
+    return load_recipe(run.dataset).prepare(run.shared_folder, seed=run.seed, **given)
 
 
 def curated(run: Run, algorithm: Variant, prepared: Prepared, tokenizer: Any) -> TensorDictBase:
@@ -116,8 +131,6 @@ def curated(run: Run, algorithm: Variant, prepared: Prepared, tokenizer: Any) ->
     if trajectories.get(MULTIPLICITY, default=None) is not None:
         return trajectories
     cuts = settings.quality_cuts if algorithm.quality else settings.cuts
-    if cuts:
-        check_scores(prepared.rows)
     # Without a cut no score is looked at.
     scored = trajectories.get(SCORE, default=None) is not None
     score = SCORE if cuts or scored else "length"
@@ -125,19 +138,17 @@ def curated(run: Run, algorithm: Variant, prepared: Prepared, tokenizer: Any) ->
 
 
 def check_context(run: Run, prepared: Prepared, tokenizer: Any, data: TensorDictBase) -> None:
-    """Check that the rows of training and of the test fit in the model's context."""
+    """Check that the rows fit in the model's context; those of the test are cut to it."""
     recipe, trusted = load_recipe(run.dataset), run.options.trust_remote_code
     config = load_config(prepared.model, trust_remote_code=trusted)
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    rows, most = recipe.tested_rows(prepared), recipe.defaults.max_length
-    tested = tokenize(rows, tokenizer, max_length=most).trajectories if rows else data
-    for part, trajectories in {"training": data, "the test": tested}.items():
-        longest = int(lengths(trajectories).max())
-        if context is not None and longest > context:
-            raise ValueError(
-                f"a row of {part} has {longest} tokens, and {prepared.model} reads {context} "
-                "(max_position_embeddings); pass shorter rows, or another model"
-            )
+    context, longest = context_of(config), int(lengths(data).max())
+    if context is not None and longest > context:
+        raise ValueError(
+            f"a row of training has {longest} tokens, and {prepared.model} reads {context} "
+            f"(max_position_embeddings); pass --max-length {context}, or another model"
+        )
+    if rows := recipe.tested_rows(prepared):
+        tokenize(rows, tokenizer, max_length=shortest(recipe.defaults.max_length, context))
 
 
 def config_of(run: Run) -> dict[str, Any]:
@@ -147,11 +158,12 @@ def config_of(run: Run) -> dict[str, Any]:
         "recipe": run.dataset,
         "algo": run.algo,
         "seed": run.seed,
-        "model": options.model,
-        "data": options.data,
+        **{name: value for name in _SOURCES if (value := getattr(options, name)) is not None},
     }
-    if options.data is not None and (file := Path(options.data).expanduser()).is_file():
-        settings["data_sha256"] = file_sha256(file)
+    for name in ("data", "eval_data"):
+        source = getattr(options, name)
+        if source is not None and (file := Path(source).expanduser()).is_file():
+            settings[f"{name}_sha256"] = file_sha256(file)
     if run.algorithm is not None:
         settings["training"] = asdict(options.settings)
     return {
@@ -169,8 +181,9 @@ def train_and_score(run: Run) -> None:
     # transformers' bars of every load and every note on padding.
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    # DeepSpeed calls torch by deprecated names at each gather.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # DeepSpeed calls torch by deprecated names at each gather, PEFT calls transformers so.
+    for module in ("torch.distributed", "transformers"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     first = os.environ.get("RANK", "0") == "0"
     with alone_in(run.folder, wait=False) if first else nullcontext():
         if first:
@@ -290,7 +303,10 @@ def _train(run: Run, algorithm: Variant, prepared: Prepared) -> dict[str, Any]:
     check_context(run, prepared, tokenizer, data)
     # DeepSpeed keeps float32 weights of its own.
     half = args.bf16 and run.launch.engine == "deepspeed"
+    model: Any
     model, _ = run.load(prepared.model, dtype=torch.bfloat16 if half else torch.float32)
+    if run.options.settings.lora_rank is not None:
+        model = with_adapters(model, run.options.settings.lora_rank, seed=run.seed)
     trainer = ImportanceWeightedTrainer(
         model,
         args,
@@ -308,6 +324,8 @@ def _train(run: Run, algorithm: Variant, prepared: Prepared) -> dict[str, Any]:
         progress.close()
     with written_aside(run.folder):
         trainer.save_model(str(run.folder / checkpoint.FOLDER))
+        # PEFT's; the card of the run comes with its figures.
+        (run.folder / checkpoint.FOLDER / "README.md").unlink(missing_ok=True)
     multiplicity = data.get(MULTIPLICITY)[lengths(data).cumsum(0) - 1]
     trained = {
         "steps": trainer.state.global_step,

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks.llm.__main__ import main
 from benchmarks.llm.evaluation.options import Options as EvaluationOptions
 from benchmarks.llm.evaluation.tasks import TASKS
 from benchmarks.llm.options import ALGORITHMS, NAMES, parse
@@ -244,6 +245,19 @@ def test_the_same_lines_continue_after_a_kill(
     resumed = load_file(run / "model.safetensors")
     assert space["trainer"].state.global_step == 12
     assert all(torch.equal(resumed[name], value) for name, value in uninterrupted.items())
+
+
+def test_the_first_command_fine_tunes_as_it_stands(
+    folder: Path, names: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = next(words for words in _commands() if "chat" in words)
+    assert PAGE.index(shlex.join(words)) < PAGE.index("```")
+    main([*words[3:], "--jobs", "1"])
+    printed = capsys.readouterr().out
+    places = re.findall(r"`(runs/llm/\S*)`", PAGE)
+    assert places and all((folder / place / "README.md").is_file() for place in places)
+    AutoModelForCausalLM.from_pretrained(places[0])
+    assert "base" in printed and "log-likelihood of a token" in printed
 
 
 def _commands() -> list[list[str]]:

@@ -19,6 +19,7 @@ from iwsft.datasets.text.rows import Row
 # Name -> the module that holds it as RECIPE; it is imported where it is used.
 RECIPES = {
     "arithmetic": "benchmarks.llm.recipes.arithmetic.recipe",
+    "chat": "benchmarks.llm.recipes.chat",
     "gsm8k": "benchmarks.llm.recipes.gsm8k",
     "s1k": "benchmarks.llm.recipes.s1k",
 }
@@ -59,6 +60,8 @@ class Settings:
         layout: Layout of the batches.
         precision: Precision of the matrix products.
         gradient_checkpointing: Recompute activations in the backward pass.
+        lora_rank: Rank of LoRA adapters on all linear layers, which are then trained alone, at ten
+            times the recipe's learning rate; None trains all weights.
     """
 
     learning_rate: float
@@ -87,6 +90,7 @@ class Settings:
     layout: Literal["padded", "packed"] = "padded"
     precision: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
+    lora_rank: int | None = None
 
     def importance_weights(self, *, per_step: bool = False) -> ImportanceWeights:
         """Build the chain of weights of ``preset``, or that of the per-step variant.
@@ -133,12 +137,23 @@ class Recipe(ABC):
         defaults: Settings of its runs, where the command line sets no others.
         presets: Settings by the preset of their weights, where a preset changes others too.
         seeds: Seeds of its runs, where the command line names none.
+        algos: Algorithms of its runs, where the command line names none.
+        needs: Options that it has no default for.
+        holds_out: Whether it takes ``eval_data`` and ``eval_share``.
+        compares: Whether the base is always tested too, so that a result shows the change.
     """
 
     name: str
     defaults: Settings
     presets: Mapping[str, Settings] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
+    algos: tuple[str, ...] = (
+        *("base", "sft", "sft-q", "iw-sft"),
+        *("iw-sft-hard", "iw-sft-ema", "iw-sft-step"),
+    )
+    needs: tuple[str, ...] = ()
+    holds_out: bool = False
+    compares: bool = False
 
     @abstractmethod
     def prepare(
@@ -146,20 +161,23 @@ class Recipe(ABC):
         folder: Path,
         *,
         seed: int,
-        model: str | None,
-        data: str | None,
+        model: str | None = None,
+        data: str | None = None,
+        eval_data: str | None = None,
+        eval_share: float | None = None,
         trust_remote_code: bool = False,
     ) -> Prepared:
         """Make or find model and rows in the cache ``folder``; the same seed finds the same files.
 
         ``model`` (a hub id or a folder) and ``data`` (a file, a folder or a hub id) replace the
-        recipe's own. ``trust_remote_code`` runs code that comes with the model. Raises ValueError
+        recipe's own. ``eval_data`` (as ``data``) or ``eval_share`` (of the prompts) say which rows
+        are held out. ``trust_remote_code`` runs code that comes with the model. Raises ValueError
         where the recipe can't use them or the cache is damaged, and OSError where a file can't be
         read or written.
         """
 
     def tested_rows(self, prepared: Prepared) -> Sequence[Row]:
-        """Return the rows that the test reads, of at most ``defaults.max_length`` tokens."""
+        """Return the rows that the test reads, cut to ``defaults.max_length`` tokens."""
         return ()
 
     @abstractmethod

@@ -188,9 +188,10 @@ def test_rows_that_do_not_fit_the_model_are_refused_before_training(
         return capsys.readouterr().err
 
     assert "a row of training has 33 tokens, and" in refused(20)
-    held_out = [Row("a", prompt="1+1=", completion="2" * 60)]
+    # Rows of the test are cut, but not before what is tested.
+    held_out = [Row("a", prompt="1+" * 60 + "1=", completion="2")]
     monkeypatch.setattr(ArithmeticRecipe, "tested_rows", lambda self, prepared: held_out)
-    assert "a row of the test has 64 tokens, and" in refused(40)
+    assert "a: max_length=40 cuts off all that is trained" in refused(40)
 
 
 def test_code_that_comes_with_a_model_runs_only_when_asked(
@@ -198,14 +199,14 @@ def test_code_that_comes_with_a_model_runs_only_when_asked(
     small: tuple[str, str],
     tmp_path: Path,
     bring_code: Callable[[Path], Path],
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     model = Path(shutil.copytree(small[0], tmp_path / "own"))
     mark = bring_code(model)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="pass --trust-remote-code"):
         job(tmp_path, "sft", model=str(model))
-    assert "--trust-remote-code" in capsys.readouterr().out and not mark.exists()
-    flags = ["--max-steps", "6", "--trust-remote-code", "--resume"]
+    # What was refused before anything was done leaves no run to resume.
+    assert not mark.exists() and not any((tmp_path / "llm").rglob("config.json"))
+    flags = ["--max-steps", "6", "--trust-remote-code"]
     folder = job(tmp_path, "sft", model=str(model), flags=flags)
     assert mark.exists()
     # The same numbers as by transformers' own class, tested from what was saved.
@@ -220,25 +221,19 @@ def test_code_that_comes_with_a_model_runs_only_when_asked(
 
 
 def test_a_run_that_fails_does_not_stop_the_others(
-    job: Callable[..., Path],
-    small: tuple[str, str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    job: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Rows without a score have no quality bins."""
-    data = tmp_path / "plain.jsonl"
-    lines = [json.loads(line) for line in Path(small[1]).read_text().splitlines()]
-    data.write_text("\n".join(json.dumps({**line, "score": None}) for line in lines))
+    folder = job(tmp_path, "sft", flags=["--max-steps", "4"])
+    (folder / "sft" / "seed-0" / "result.json").unlink()
+    shutil.rmtree(folder / "sft" / "seed-0" / "checkpoint")
+    (folder / "sft" / "seed-0" / "trained.json").write_text("{}")
     with pytest.raises(SystemExit) as end:
-        job(tmp_path, "sft-q", "sft", data=str(data), flags=["--max-steps", "2"])
+        job(tmp_path, "sft", "iw-sft", flags=["--max-steps", "4", "--resume"])
     assert end.value.code == 1
     printed = capsys.readouterr()
-    failure = next(
-        line for line in printed.err.splitlines() if "error: small sft-q seed 0:" in line
-    )
-    assert "there is no score; add it" in failure
+    assert any(line.startswith("error: small sft seed 0:") for line in printed.err.splitlines())
     assert "1 done, 1 failed" in printed.out
-    assert (tmp_path / "llm" / "small" / "sft" / "seed-0" / "result.json").exists()
+    assert (folder / "iw-sft" / "seed-0" / "result.json").exists()
 
 
 @pytest.mark.parametrize(

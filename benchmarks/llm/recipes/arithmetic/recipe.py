@@ -76,6 +76,7 @@ class ArithmeticRecipe(Recipe):
         model: str | None = None,
         data: str | None = None,
         trust_remote_code: bool = False,
+        **_: object,
     ) -> Prepared:
         """See :meth:`Recipe.prepare`.
 

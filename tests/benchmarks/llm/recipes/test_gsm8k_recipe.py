@@ -15,27 +15,27 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.llm.models import mean_log_probs
 from benchmarks.llm.recipes import load_recipe
-from benchmarks.llm.recipes.gsm8k import (
-    BUNDLED,
-    Gsm8kRecipe,
-    SolvedQuestion,
-    read_solved_questions,
-    right_against_wrong,
-    rows_of,
-    split,
-)
+from benchmarks.llm.recipes.chat import Group, by_prompt
+from benchmarks.llm.recipes.gsm8k import BUNDLED, RECIPE, Gsm8kRecipe
 from iwsft.datasets.text.rows import Row
 from iwsft.language import correct_only, tokenize
 from iwsft.trajectory import lengths
 
 
-def _question(number: int, labels: str) -> SolvedQuestion:
-    prompt = f"Question {number}?\n"
-    rows = tuple(
-        Row(f"{number}.{k}", prompt=prompt, completion=f"{label} {k}", correct=label == "r")
+def _question(number: int, labels: str) -> Group:
+    return [
+        Row(
+            f"{number}.{k}",
+            prompt=f"Question {number}?\n",
+            completion=f"{label} {k}",
+            correct=label == "r",
+        )
         for k, label in enumerate(labels)
-    )
-    return SolvedQuestion(prompt, rows)
+    ]
+
+
+def _read(source: Path) -> list[Group]:
+    return by_prompt(RECIPE.read(str(source)))
 
 
 def test_the_bundled_lines_are_those_of_the_source():
@@ -43,16 +43,16 @@ def test_the_bundled_lines_are_those_of_the_source():
     assert hashlib.sha256(BUNDLED.read_bytes()).hexdigest() == record["sha256"]
     assert BUNDLED.stat().st_size == record["bytes"] < 1_000_000
     assert (BUNDLED.parent / "gsm8k-LICENSE").read_text().startswith("MIT License")
-    questions = read_solved_questions(BUNDLED)
+    questions = _read(BUNDLED)
     assert len(questions) == record["questions"] == 400
-    assert [len(question.rows) for question in questions] == [4] * 400
+    assert [len(question) for question in questions] == [4] * 400
 
 
 def test_labels_agree_with_the_last_line_and_the_known_answer():
     lines = [json.loads(line) for line in BUNDLED.read_text().splitlines()]
-    for line, question in zip(lines, read_solved_questions(BUNDLED), strict=True):
+    for line, question in zip(lines, _read(BUNDLED), strict=True):
         truth = _last_number(line["ground_truth"])
-        for row in question.rows:
+        for row in question:
             assert row.completion is not None
             if row.correct:
                 assert _last_number(row.completion) == truth
@@ -66,56 +66,30 @@ def _last_number(text: str) -> float | None:
 
 
 def test_rows_hold_the_solutions_without_the_calculators_marks():
-    first, second = read_solved_questions(BUNDLED)[:2]
-    assert first.prompt.startswith("Question: Janet’s ducks lay 16 eggs per day.")
-    assert first.prompt.endswith("at the farmers' market?\nAnswer:\n")
-    assert first.rows[0].completion == (
+    first, second = _read(BUNDLED)[:2]
+    assert first[0].prompt.startswith("Question: Janet’s ducks lay 16 eggs per day.")
+    assert first[0].prompt.endswith("at the farmers' market?\nAnswer:\n")
+    assert first[0].completion == (
         "Janet eats 3 ducks eggs for breakfast every morning and she sells the rest so she has "
         "16 - 3 = 13 ducks eggs left\n"
         "She has 13 ducks eggs and she sells 2 each day so she makes 13 * 2 = $26\nA: 26"
     )
-    assert [row.correct for row in first.rows] == [False, False, False, True]
-    assert [row.correct for row in second.rows] == [True, True, False, True]
-    assert first.rows[3].where.endswith("gsm8k-solutions.jsonl:1, 175b_verification")
-    assert sorted(bool(row.correct) for row in first.rows) == [False, False, False, True]
+    assert [row.correct for row in first] == [False, False, False, True]
+    assert [row.correct for row in second] == [True, True, False, True]
+    assert first[3].where.endswith("gsm8k-solutions.jsonl:1, 175b_verification")
+    assert sorted(bool(row.correct) for row in first) == [False, False, False, True]
 
 
-def test_own_rows_are_gathered_by_prompt(tmp_path: Path):
-    file = tmp_path / "own.jsonl"
-    rows = [
-        {"prompt": "1+1=", "completion": "2", "correct": True, "score": 0.5},
-        {"prompt": "2+2=", "completion": "4", "correct": True, "score": 1.0},
-        {"prompt": "1+1= ", "completion": "3", "correct": False, "score": 0.0},
-    ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    one, two = read_solved_questions(file)
-    assert [row.completion for row in one.rows] == ["2", "3"]
-    assert [row.score for row in rows_of([one, two])] == [0.5, 0.0, 1.0]
-    assert one.labels == {True, False} != two.labels
-
-
-def test_a_split_keeps_questions_whole_and_depends_on_their_texts():
+def test_only_questions_that_tell_apart_are_held_out() -> None:
     questions = [_question(k, ["rw", "rrww", "rr", "ww"][k % 4]) for k in range(400)]
-    training, held_out = split(questions, share=0.25)
-    assert all(question.labels == {True, False} for question in held_out)
-    assert sorted(question.prompt for question in [*training, *held_out]) == sorted(
-        question.prompt for question in questions
-    )
-    # 200 questions tell apart; 50 +- 3 standard deviations.
-    assert 31 <= len(held_out) <= 69
-    # In another order, among others, the same questions are held out.
-    fewer = questions[100:][::-1]
-    again = split(fewer, share=0.25)[1]
-    assert again == [question for question in held_out if question in fewer]
-    assert {q.prompt for q in split(questions, share=0.5)[1]} >= {q.prompt for q in held_out}
-
-
-def test_data_that_can_not_be_split(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"of 8 questions 0 have both right and wrong"):
-        split([_question(k, "rr") for k in range(8)], share=0.25)
-    both = [_question(k, "rw") for k in range(8)]
-    with pytest.raises(ValueError, match=r"8 to test on, 0 with right ones to train on"):
-        split([*both, _question(9, "ww")], share=1.0)
+    training, held_out = RECIPE.split([row for group in questions for row in group], 0.25)
+    assert len(held_out) == 50
+    assert all({row.correct for row in question} == {True, False} for question in held_out)
+    assert {row.prompt for row in training} | {q[0].prompt for q in held_out} == {
+        question[0].prompt for question in questions
+    }
+    with pytest.raises(ValueError, match=r"leaves 0 of 0 prompts to test on, and 16 rows"):
+        RECIPE.split([row for k in range(8) for row in _question(k, "rr")], 0.25)
 
 
 @pytest.mark.parametrize(
@@ -139,13 +113,13 @@ def test_records_that_are_not_labelled_solutions(
     file = tmp_path / "x.jsonl"
     file.write_text(json.dumps(record) + "\n")
     with pytest.raises(ValueError, match=message):
-        read_solved_questions(file)
+        RECIPE.read(str(file))
 
 
 def test_mean_log_probs_are_those_of_the_plain_model(tiny_qwen2: Path):
     model = AutoModelForCausalLM.from_pretrained(tiny_qwen2)
     tokenizer = AutoTokenizer.from_pretrained(tiny_qwen2)
-    rows = rows_of(read_solved_questions(BUNDLED)[:3])
+    rows = RECIPE.read(str(BUNDLED))[:12]
     model.train()
     found = mean_log_probs(model, tokenizer, rows, token_budget=2000)
     assert model.training
@@ -168,44 +142,11 @@ def test_a_log_probability_that_is_not_finite_names_its_row(tiny_qwen2: Path):
     config = AutoConfig.from_pretrained(tiny_qwen2, tie_word_embeddings=False)
     model = AutoModelForCausalLM.from_config(config)
     question = _question(1, "rwrw")
-    rows = [*question.rows[:3], replace(question.rows[3], completion="Z!")]
+    rows = [*question[:3], replace(question[3], completion="Z!")]
     with torch.no_grad():
         model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("Z")] = float("nan")
     with pytest.raises(ValueError, match=r"1\.3: its log-probability is not finite"):
         mean_log_probs(model, tokenizer, rows, token_budget=1)
-
-
-def test_right_against_wrong_by_hand():
-    questions = [_question(0, "rw"), _question(1, "rrw"), _question(2, "wrw")]
-    found = right_against_wrong(
-        questions, np.array([-1.0, -2.0, -1.0, -3.0, -2.0, -1.0, -1.0, -4.0]), seed=0
-    )
-    # Pairs won: 1 of 1, 1 of 2, (1/2 + 1) of 2.
-    assert found["score"] == pytest.approx((1 + 0.5 + 0.75) / 3)
-    # Margins 1, 0 and 1.5.
-    assert found["margin"] == pytest.approx(2.5 / 3)
-    assert found["right_likelier"] == pytest.approx((1 + 0.5 + 1) / 3)
-    assert found["right_log_prob"] == pytest.approx((-1 - 2 - 1) / 3)
-    assert found["wrong_log_prob"] == pytest.approx((-2 - 2 - 2.5) / 3)
-    assert found["n"] == 3
-    # Of three questions drawn with replacement the lowest mean is 0.5, the highest 1.
-    low, high = found["interval"]
-    assert 0.5 <= low < found["score"] < high <= 1
-
-
-def test_auc_is_that_of_pairs_by_brute_force():
-    source = np.random.default_rng(0)
-    questions = [_question(k, "rwrw"[: 2 + k % 3]) for k in range(40)]
-    values = source.normal(size=sum(len(question.rows) for question in questions)).round(1)
-    found = right_against_wrong(questions, values, seed=0)
-    shares, left = [], list(values)
-    for question in questions:
-        mine = [(row.correct, left.pop(0)) for row in question.rows]
-        pairs = [(a, b) for is_right, a in mine if is_right for other, b in mine if not other]
-        shares.append(sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs) / len(pairs))
-    assert found["score"] == pytest.approx(np.mean(shares))
-    assert right_against_wrong(questions, values, seed=0) == found
-    assert right_against_wrong(questions, values, seed=1)["interval"] != found["interval"]
 
 
 def test_the_recipe_prepares_trains_and_tests(tiny_qwen2: Path, tmp_path: Path):
@@ -214,10 +155,15 @@ def test_the_recipe_prepares_trains_and_tests(tiny_qwen2: Path, tmp_path: Path):
     prepared = recipe.prepare(tmp_path, seed=0, model=str(tiny_qwen2), data=None)
     assert prepared.model == str(tiny_qwen2)
     assert prepared.notes["tested"] == prepared.notes["held_out"] == 53
-    assert prepared.notes["questions"] + prepared.notes["held_out"] == 400
+    assert prepared.notes["prompts"] + prepared.notes["held_out"] == 400
     assert prepared == recipe.prepare(tmp_path, seed=1, model=str(tiny_qwen2), data=None)
     asked = {row.prompt for row in prepared.rows}
-    assert not asked & {question.prompt for question in prepared.held_out}
+    assert not asked & {question[0].prompt for question in prepared.held_out}
+    # In another order, among others, the same questions are held out.
+    digest = [
+        hashlib.sha256(" ".join(q[0].prompt.split()).encode()).digest() for q in prepared.held_out
+    ]
+    assert digest == sorted(digest) and max(digest) < b"\x40"
 
     model = AutoModelForCausalLM.from_pretrained(tiny_qwen2)
     tokenizer = AutoTokenizer.from_pretrained(tiny_qwen2)
@@ -240,7 +186,7 @@ def test_training_on_the_held_out_right_solutions_raises_the_score(
     texts = [
         row.prompt + (row.completion or "")
         for question in prepared.held_out
-        for row in question.rows
+        for row in question
         if row.correct
     ]
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)

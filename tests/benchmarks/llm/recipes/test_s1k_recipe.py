@@ -64,7 +64,6 @@ def test_every_row_is_good_whatever_its_grade(tiny_qwen2: Path, tmp_path: Path):
     prepared = S1kRecipe().prepare(tmp_path, seed=0, model=str(tiny_qwen2), data=str(ROWS))
     assert len(prepared.rows) == 20
     assert all(row.correct is None and row.score is None for row in prepared.rows)
-    assert prepared.notes["graded"] == 20 and prepared.notes["graded_right"] == 16
     assert "benchmarks.llm evaluate" in prepared.notes["benchmarks"]
     assert prepared == S1kRecipe().prepare(tmp_path, seed=3, model=str(tiny_qwen2), data=str(ROWS))
 

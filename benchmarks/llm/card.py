@@ -1,0 +1,136 @@
+"""The card of a fine-tuned model: how it was made, its figures, and how to load it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import ModelCardData
+from huggingface_hub.constants import REPOCARD_NAME
+
+from benchmarks.llm.options import ALGORITHMS, BASE
+from benchmarks.runs import CONFIG, RESULT
+from benchmarks.statistics import bootstrap_interval
+from iwsft import checkpoint
+from iwsft.files import written_whole
+
+_Numbers = Mapping[str, Any]
+# What q is, by the name of the proposal.
+_Q = {
+    "reference": "pi_ref: every weight is 1, which is SFT",
+    "current": "the policy itself",
+    "cached": "the policy at the last hard sync",
+    "lagged": "a moving average of the policy",
+}
+
+
+def write_card(run: Path) -> Path | None:
+    """Write the card of a finished run's model, unless there is one or no model.
+
+    Figures come with those of the base, where the same recipe tested it. Returns the card's place.
+    """
+    card = run / checkpoint.FOLDER / REPOCARD_NAME
+    if card.exists() or not card.parent.is_dir() or not (run / RESULT).is_file():
+        return None
+    config, result = (json.loads((run / name).read_text()) for name in (CONFIG, RESULT))
+    bases = sorted((run.parents[1] / BASE).glob(f"*/{RESULT}"))
+    base = json.loads(bases[0].read_text()) if bases else None
+    text = "\n".join(_lines(config, result, base, adapters=_adapted(card.parent)))
+    with written_whole(card) as partial:
+        partial.write_text(text + "\n")
+    return card
+
+
+def change(result: _Numbers, base: _Numbers | None) -> tuple[float, float, float] | None:
+    """Change of the log-likelihood of a token from the base, with its 95 % interval.
+
+    It is paired: the interval is that of the mean over prompts of the difference. None where one of
+    both has no log-probs by prompt.
+    """
+    if base is None or "log_probs" not in result or "log_probs" not in base:
+        return None
+    differences = np.subtract(result["log_probs"], base["log_probs"])
+    low, high = bootstrap_interval(differences, seed=result["seed"])
+    return float(differences.mean()), float(low), float(high)
+
+
+def change_line(result: _Numbers, base: _Numbers | None) -> str | None:
+    """A sentence on :func:`change`, for the terminal."""
+    changed = change(result, base)
+    if base is None or changed is None:
+        return None
+    return (
+        f"{result['algo']} seed {result['seed']}: log-likelihood of a token {base['log_prob']:.3f} "
+        f"-> {result['log_prob']:.3f}, change {changed[0]:+.3f} (95 % interval {changed[1]:+.3f} "
+        f"to {changed[2]:+.3f}, {result['n']} prompts)"
+    )
+
+
+def _adapted(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def _lines(
+    config: _Numbers, result: _Numbers, base: _Numbers | None, *, adapters: bool
+) -> Iterator[str]:
+    settings = config["settings"]
+    training, algo = settings["training"], settings["algo"]
+    model = settings.get("model") or f"the model of the recipe {settings['recipe']}"
+    data = settings.get("data") or f"the data of the recipe {settings['recipe']}"
+    head = ModelCardData(
+        base_model=settings.get("model"),
+        library_name="peft" if adapters else "transformers",
+        pipeline_tag="text-generation",
+        tags=["iwsft", algo],
+    )
+    yield f"---\n{head.to_yaml()}\n---\n"
+    yield f"# {model}, fine-tuned by {algo}\n"
+    yield "## How it was made\n"
+    curated = "D_Q+, in which better rows count several times" if ALGORITHMS[algo].quality else "D+"
+    yield f"- Model: `{model}`{', with LoRA adapters' if adapters else ''}"
+    yield f"- Data: `{data}`; {result['trajectories']} rows are {curated}"
+    yield f"- Algorithm: {algo}, q is {_Q[result['proposal']]}"
+    yield (
+        f"- Training: {result['steps']} updates of {training['batch_size']} rows, learning rate "
+        f"{training['learning_rate']:g}, seed {settings['seed']}"
+    )
+    yield f"- Command: `{config['command']}`"
+    versions = ", ".join(f"{name} {number}" for name, number in config["versions"].items())
+    yield f"- Versions: {versions}\n"
+    yield "## Figures\n"
+    yield f"Score: {result['score_name']}. Intervals are 95 %.\n"
+    yield "| | before | after |\n|---|---|---|"
+    for name, label in (("score", "score"), ("log_prob", "log-likelihood of a token")):
+        if name in result:
+            yield f"| {label} | {_figure(base, name)} | {_figure(result, name)} |"
+    changed = change(result, base)
+    if changed is not None:
+        difference, low, high = changed
+        yield (
+            f"\nThe log-likelihood of a token changed by {difference:+.3f} ({low:+.3f} to "
+            f"{high:+.3f}), paired over {result['n']} prompts."
+        )
+    if "ESS" in result:
+        yield (
+            f"\nThe effective share of an update's draws was {result['ESS']:.2f} on average and "
+            f"{result['ESS_min']:.2f} at least, the largest weight {result['weight_max']:.2f}."
+        )
+    yield "\n## How to load it\n"
+    yield (
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'folder = "."  # this folder\n'
+        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n```"
+    )
+    if adapters:
+        yield "\nThe folder holds the adapters alone; `peft` loads them onto the model."
+
+
+def _figure(result: _Numbers | None, name: str) -> str:
+    if result is None or name not in result:
+        return "not measured"
+    low, high = result["interval" if name == "score" else f"{name}_interval"]
+    return f"{result[name]:.3f} ({low:.3f} to {high:.3f})"

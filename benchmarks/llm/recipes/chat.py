@@ -1,0 +1,262 @@
+"""The chat recipe: any causal language model on anybody's rows, tested on rows that are held out.
+
+Recipes with a model and data of their own build on it; see ``gsm8k`` and ``s1k``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.llm.models import locate, mean_log_probs
+from benchmarks.llm.recipes import Evaluation, Prepared, Recipe, Settings
+from benchmarks.statistics import bootstrap_interval
+from iwsft.datasets.text.rows import ASSISTANT, Row, read
+
+# Rows of one prompt.
+Group = list[Row]
+
+
+@dataclass(frozen=True)
+class ChatRecipe(Recipe):
+    """Rows with messages, or prompt and completion; a prompt is trained on or held out as a whole.
+
+    The test generates nothing: it compares log-probs of held-out answers before and after. Answers
+    that a checker refused do not count in it, but are compared with the right ones.
+
+    Attributes:
+        share: Share of the prompts that are held out; None tests on rows of the training.
+        tested: Prompts that the test reads at the most.
+    """
+
+    name: str = "chat"
+    defaults: Settings = Settings(
+        learning_rate=1e-5, batch_size=8, epochs=3, max_length=4096, self_normalize=True
+    )
+    algos: tuple[str, ...] = ("base", "iw-sft")
+    needs: tuple[str, ...] = ("model", "data")
+    holds_out: bool = True
+    compares: bool = True
+    model: str = ""
+    data: str = ""
+    share: float | None = 0.1
+    tested: int = 512
+
+    def read(self, source: str) -> list[Row]:
+        """Read the rows of a file, a folder or a dataset, see :func:`read_rows`."""
+        return read_rows(source)
+
+    def testable(self, group: Group) -> bool:
+        """Whether the rows of a prompt can be tested on."""
+        return any(row.correct is not False for row in group)
+
+    def prepare(
+        self,
+        folder: Path,
+        *,
+        seed: int,
+        model: str | None = None,
+        data: str | None = None,
+        eval_data: str | None = None,
+        eval_share: float | None = None,
+        trust_remote_code: bool = False,
+    ) -> Prepared:
+        """See :meth:`Recipe.prepare`; nothing is drawn, so all seeds have the same rows."""
+        del seed, trust_remote_code
+        place = locate(model or self.model, folder)
+        rows, share = self.read(data or self.data), eval_share or self.share
+        groups: list[Group] | None = None
+        if eval_data is not None:
+            held_out = self.read(eval_data)
+            check_apart(rows, held_out)
+            groups = sorted(filter(self.testable, by_prompt(held_out)), key=_mark)
+            if not groups:
+                raise ValueError(
+                    f"none of the {len(held_out)} rows of {eval_data} can be tested on"
+                )
+        elif share is not None:
+            rows, groups = self.split(rows, share)
+        tested = by_prompt(rows) if groups is None else groups
+        notes: dict[str, Any] = {"prompts": len(by_prompt(rows)), "rows": len(rows)}
+        graded = [row.correct for row in rows if row.correct is not None]
+        if graded:
+            notes["right"] = sum(graded) / len(graded)
+        if groups is not None:
+            notes["held_out"] = len(groups)
+        notes["tested"] = min(len(tested), self.tested)
+        return Prepared(
+            model=place,
+            rows=rows,
+            score_name=f"token probability, {'held-out' if groups else 'training'} rows",
+            notes=notes,
+            held_out=tested[: self.tested],
+        )
+
+    def split(self, rows: Sequence[Row], share: float) -> tuple[list[Row], list[Group]]:
+        """Split rows into those of training and, by prompt, those that are held out.
+
+        Choice and order depend only on the texts, so no seed moves a prompt from one to the other.
+        """
+        groups = by_prompt(rows)
+        candidates = sorted(filter(self.testable, groups), key=_mark)
+        held_out = candidates[: round(share * len(candidates))]
+        chosen = {id(group) for group in held_out}
+        training = [row for group in groups if id(group) not in chosen for row in group]
+        good = sum(row.correct is not False for row in training)
+        if not held_out or not good:
+            raise ValueError(
+                f"an --eval-share of {share:g} leaves {len(held_out)} of {len(candidates)} prompts "
+                f"to test on, and {good} rows to train on; pass another share, more data, or "
+                "--eval-data"
+            )
+        return training, held_out
+
+    def tested_rows(self, prepared: Prepared) -> list[Row]:
+        """See :meth:`Recipe.tested_rows`."""
+        return [row for group in prepared.held_out for row in group]
+
+    def evaluate(self, model: Any, tokenizer: Any, prepared: Prepared, *, seed: int) -> Evaluation:
+        """Measure how likely the answers of each prompt are, wrong ones left out.
+
+        ``log_probs`` has for each prompt the mean over its answers of the mean log p of a token, in
+        nats; ``log_prob`` is their mean, and ``score`` its exp. Where prompts have right and wrong
+        answers, the figures of :func:`right_against_wrong` come with the prefix ``right_wrong_``.
+        """
+        log_probs = mean_log_probs(
+            model, tokenizer, self.tested_rows(prepared), max_length=self.defaults.max_length
+        )
+        groups = _with_log_probs(prepared.held_out, log_probs)
+        good = [
+            each[[row.correct is not False for row in group]].mean()
+            for group, each in groups
+            if self.testable(group)
+        ]
+        low, high = bootstrap_interval(good, seed=seed)
+        log_prob = float(np.mean(good))
+        return {
+            "score": math.exp(log_prob),
+            "interval": (math.exp(low), math.exp(high)),
+            "n": len(good),
+            "log_prob": log_prob,
+            "log_prob_interval": (float(low), float(high)),
+            "log_probs": [*map(float, good)],
+            **right_against_wrong(groups, seed=seed, prefix="right_wrong_"),
+        }
+
+
+def read_rows(source: str) -> list[Row]:
+    """Read rows; ``source`` is anything that :func:`iwsft.datasets.text.rows.read` reads.
+
+    A folder or the name of a dataset may end in ``:SPLIT`` or ``:SPLIT:CONFIG``.
+    """
+    name, *parts = source.split(":")
+    if not parts or Path(source).expanduser().exists():
+        return read(source)
+    split, config = (*parts, None)[:2]
+    return read(name, split=split or None, config=config)
+
+
+def by_prompt(rows: Iterable[Row]) -> list[Group]:
+    """Gather rows by prompt, in the order of first sight; white space does not tell two apart.
+
+    The prompt of a conversation is what comes before the first answer. A row without one is a group
+    of its own, with rows of the same text.
+    """
+    groups: dict[str, Group] = {}
+    for row in rows:
+        groups.setdefault(_prompt(row), []).append(row)
+    return list(groups.values())
+
+
+def check_apart(training: Iterable[Row], held_out: Iterable[Row]) -> None:
+    """Check that no row is both in training and held out."""
+    places = {_text(row): row.where for row in training}
+    twins = [(row.where, places[_text(row)]) for row in held_out if _text(row) in places]
+    if twins:
+        where, twin = twins[0]
+        raise ValueError(
+            f"{len(twins)} rows of --eval-data are in --data too ({where} is {twin}); drop them "
+            "from one of both"
+        )
+
+
+def right_against_wrong(
+    groups: Iterable[tuple[Group, NDArray[np.float64]]], *, seed: int, prefix: str = ""
+) -> Evaluation:
+    """How much more likely right answers are than wrong ones, prompt by prompt.
+
+    ``groups`` are rows with their mean log-probs of a token; prompts without both right and wrong
+    rows are left out, and without any the result is empty. ``score`` is the probability that the
+    right one of a right and a wrong answer to a prompt has the higher log-prob per token (AUC
+    within the prompt, 1/2 for equal ones), mean over prompts. ``right_likelier`` is the share of
+    prompts where the mean of the right ones is higher; ``margin`` is right minus wrong in nats per
+    token, mean over prompts.
+    """
+    wins, means = [], []
+    for group, log_probs in groups:
+        right = np.array([row.correct is True for row in group])
+        wrong = np.array([row.correct is False for row in group])
+        if right.any() and wrong.any():
+            ahead = log_probs[right][:, None] - log_probs[wrong][None, :]
+            wins.append(((ahead > 0) + (ahead == 0) / 2).mean())
+            means.append((log_probs[right].mean(), log_probs[wrong].mean()))
+    if not wins:
+        return {}
+    good, bad = np.array(means).T
+    margins = good - bad
+    figures = {
+        "score": float(np.mean(wins)),
+        "interval": bootstrap_interval(wins, seed=seed),
+        "n": len(wins),
+        "right_likelier": float(((margins > 0) + (margins == 0) / 2).mean()),
+        "margin": float(margins.mean()),
+        "margin_interval": bootstrap_interval(margins, seed=seed),
+        "right_log_prob": float(good.mean()),
+        "wrong_log_prob": float(bad.mean()),
+    }
+    return {f"{prefix}{name}": value for name, value in figures.items()}
+
+
+def _with_log_probs(
+    groups: Sequence[Group], log_probs: NDArray[np.float64]
+) -> list[tuple[Group, NDArray[np.float64]]]:
+    """Each group with the log-probs of its rows, which are given back to back."""
+    ends = np.cumsum([len(group) for group in groups])
+    return list(zip(groups, np.split(log_probs, ends[:-1]), strict=True))
+
+
+def _mark(group: Group) -> bytes:
+    """Order of a group in the split, which depends only on its prompt."""
+    return hashlib.sha256(_prompt(group[0]).encode()).digest()
+
+
+def _prompt(row: Row) -> str:
+    if row.messages is None:
+        prompt = row.prompt
+    else:
+        roles = [message["role"] for message in row.messages]
+        before = row.messages[: roles.index(ASSISTANT)]
+        # A system message alone says nothing of the row.
+        asked = any(message["role"] == "user" for message in before)
+        prompt = _joined(before) if asked else ""
+    return " ".join(prompt.split()) or _text(row)
+
+
+def _text(row: Row) -> str:
+    whole = row.prompt + (row.completion or "") if row.messages is None else _joined(row.messages)
+    return " ".join(whole.split())
+
+
+def _joined(messages: Iterable[Any]) -> str:
+    return json.dumps([dict(message) for message in messages], sort_keys=True, default=str)
+
+
+RECIPE = ChatRecipe()

@@ -1,0 +1,250 @@
+"""Anybody's rows: what is held out, the figures, the saved model with its card, and bad input."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from torch.nn.functional import log_softmax
+from transformers import AutoModelForCausalLM
+
+from benchmarks.llm.__main__ import main
+from benchmarks.llm.recipes.chat import (
+    RECIPE,
+    Group,
+    by_prompt,
+    read_rows,
+    right_against_wrong,
+)
+from iwsft.datasets.text.rows import Row, to_row
+
+FAST = ("--learning-rate", "0.003", "--max-steps", "6", "--jobs", "1")
+
+
+def chat(a: int, b: int, **more: Any) -> dict[str, Any]:
+    """A conversation on a sum."""
+    messages = [
+        {"role": "system", "content": "Add."},
+        {"role": "user", "content": f"{a}+{b}?"},
+        {"role": "assistant", "content": f"It is {a + b}."},
+    ]
+    return {"messages": messages, **more}
+
+
+def write(path: Path, rows: Iterable[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+SCORED = [chat(k, 3, score=k / 40) for k in range(40)]
+
+
+@pytest.fixture
+def finetune(
+    tiny_qwen2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """``finetune(rows, flag, ...)``: the command on rows or a source; what it prints."""
+
+    def run(rows: Any, *flags: str, model: str = str(tiny_qwen2)) -> str:
+        data = rows if isinstance(rows, str) else write(tmp_path / "rows.jsonl", rows)
+        words = ["--recipe", "chat", "--model", model, "--data", data]
+        main([*words, "--out", str(tmp_path / "runs"), *FAST, *flags])
+        return capsys.readouterr().out
+
+    return run
+
+
+def _mean_log_prob(model: Any, tokenizer: Any, row: dict[str, Any]) -> float:
+    """Mean log p of the tokens of the answer and its end, without a library."""
+    text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+    start = text.index("assistant\n") + len("assistant\n")
+    stop = text.index("<|im_end|>", start) + len("<|im_end|>")
+    prompt, answer = (tokenizer(part)["input_ids"] for part in (text[:start], text[start:stop]))
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + answer])).logits[0].double()
+    log_prob = log_softmax(logits, -1)
+    places = range(len(prompt) - 1, len(prompt) + len(answer) - 1)
+    return float(np.mean([float(log_prob[t, y]) for t, y in zip(places, answer, strict=True)]))
+
+
+@pytest.mark.parametrize("adapters", [(), ("--lora-rank", "4")], ids=["all weights", "lora"])
+def test_it_ends_in_a_model_a_table_a_figure_and_a_card(
+    finetune: Callable[..., str], tiny_qwen2: Path, tmp_path: Path, adapters: tuple[str, ...]
+) -> None:
+    held_out = [chat(k, 50) for k in range(4)]
+    evaluated = write(tmp_path / "held.jsonl", held_out)
+    printed = finetune(SCORED, "--algo", "iw-sft-q", "--eval-data", evaluated, *adapters)
+    folder = tmp_path / "runs" / "llm" / "chat"
+    assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
+    place = folder / "iw-sft-q" / "seed-0" / "checkpoint"
+    assert (place / "adapter_model.safetensors").exists() == bool(adapters)
+
+    # As the card says, from any folder.
+    card = (place / "README.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)[0]
+    space: dict[str, Any] = {}
+    exec(code.replace('"."', repr(str(place))), space)
+    start = AutoModelForCausalLM.from_pretrained(tiny_qwen2)
+    before, after = (
+        np.array([_mean_log_prob(model.eval(), space["tokenizer"], row) for row in held_out])
+        for model in (start, space["model"])
+    )
+    assert after.mean() > before.mean() + 0.1
+    results = [
+        json.loads((folder / algo).read_text())
+        for algo in ("base/seed-0/result.json", "iw-sft-q/seed-0/result.json")
+    ]
+    for result, log_probs in zip(results, (before, after), strict=True):
+        assert sorted(result["log_probs"]) == pytest.approx(sorted(log_probs), abs=1e-5)
+        assert result["log_prob"] == pytest.approx(log_probs.mean(), abs=1e-5)
+        assert result["score"] == pytest.approx(np.exp(log_probs.mean()), rel=1e-5)
+        assert result["interval"][0] <= result["score"] <= result["interval"][1]
+        assert result["n"] == 4
+    change = f"{(after - before).mean():+.3f}"
+    assert f"change {change} (95 % interval" in printed and f"changed by {change}" in card
+    assert all(words in card for words in (str(tiny_qwen2), "D_Q+", "6 updates of 8 rows"))
+    again = finetune(SCORED, "--algo", "iw-sft-q", "--eval-data", evaluated, *adapters, "--resume")
+    assert "0 done, 2 finished before" in again
+
+
+def test_a_prompt_is_held_out_as_a_whole_whatever_the_order() -> None:
+    rows = [
+        Row(f"{k}.{way}", prompt=f" ask  {k}", completion=way, correct=way != "no" or None)
+        for k in range(30)
+        for way in ("yes", "no", "maybe")
+    ]
+    training, held_out = RECIPE.split(rows, 0.2)
+    assert [len(group) for group in held_out] == [3] * 6
+    chosen = {group[0].prompt for group in held_out}
+    assert {row.prompt for row in training} == {row.prompt for row in rows} - chosen
+    again = RECIPE.split(rows[::-1], 0.2)[1]
+    assert [group[0].prompt for group in again] == [group[0].prompt for group in held_out]
+    # Rows without a prompt are apart; conversations that begin alike are not.
+    plain = [Row(str(k), prompt="", completion=f"text {k}") for k in range(4)]
+    talks = [to_row(chat(1, 1), "a"), to_row(chat(1, 1, score=2), "b"), to_row(chat(1, 2), "c")]
+    assert [len(group) for group in by_prompt([*plain, *talks])] == [1, 1, 1, 1, 2, 1]
+
+
+def test_a_source_may_name_its_split(tmp_path: Path) -> None:
+    parts = {name: [{"prompt": name, "completion": "x"}] for name in ("train", "test_sft")}
+    folder = str(tmp_path / "both")
+    DatasetDict({name: Dataset.from_list(part) for name, part in parts.items()}).save_to_disk(
+        folder
+    )
+    assert [row.prompt for row in read_rows(f"{folder}:test_sft")] == ["test_sft"]
+    assert [row.prompt for row in read_rows(folder)] == ["train"]
+
+
+LABELLED = [
+    {"prompt": f"{k}?", "completion": way, "correct": way == "yes"}
+    for k in range(20)
+    for way in ("yes", "no")
+]
+
+
+def test_wrong_answers_are_compared_and_do_not_count(
+    finetune: Callable[..., str], tmp_path: Path
+) -> None:
+    finetune(LABELLED, "--algo", "iw-sft", "--eval-share", "0.2")
+    folder = tmp_path / "runs" / "llm" / "chat"
+    before, after = (
+        json.loads((folder / algo / "seed-0" / "result.json").read_text())
+        for algo in ("base", "iw-sft")
+    )
+    assert after["trajectories"] == 16 and after["n"] == 4
+    assert after["log_prob"] == pytest.approx(after["right_wrong_right_log_prob"])
+    assert after["right_wrong_margin"] > before["right_wrong_margin"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "message"),
+    [
+        ([chat(k, 3) for k in range(20)], "--algo sft-q", "sft-q cuts by score, but .*no score"),
+        ([chat(k, 3, score=1) for k in range(20)], "--algo iw-sft-q", "all .* scores are 1"),
+        (SCORED, "--eval-share 0.01", "0.01 leaves 0 of 40 prompts to test on"),
+        (SCORED, "--eval-share 0.99", "leaves 40 of 40 prompts to test on, and 0 rows"),
+        (SCORED, "--eval-share 1", "--eval-share 1.0: above 0 and below 1"),
+        (SCORED, "--eval-data ROWS", "40 rows of --eval-data are in --data too"),
+        (SCORED, "--eval-data ROWS --eval-share 0.5", "pass one of them"),
+        (SCORED, "--model nowhere/at-all", "nowhere/at-all has no config that loads"),
+        (SCORED, "--model nowhere/at/all", "there is no model folder nowhere/at/all"),
+        ([dict(row, correct=False) for row in SCORED], "", "leaves 0 of 0 prompts to test on"),
+        ([{"text": "a"}], "", "rows.jsonl:1: column 'prompt' is missing"),
+        (SCORED, "--lora-rank 0", "--lora-rank 0: at least 1"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
+    rows: Any,
+    flags: str,
+    message: str,
+    finetune: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    words = flags.replace("ROWS", str(tmp_path / "rows.jsonl")).split()
+    with pytest.raises(SystemExit, match=rf"^error: .*{message}.*") as end:
+        finetune(rows, *words)
+    assert "\n" not in str(end.value)
+    assert not [*tmp_path.rglob("config.json")]
+
+
+def test_what_has_no_default_is_asked_for() -> None:
+    for words, message in (
+        ("--recipe chat --data x.jsonl", "--recipe chat needs --model"),
+        ("--recipe chat --model x", "--recipe chat needs --data"),
+        ("--eval-share 0.5", "--eval-share 0.5 changes nothing in recipe arithmetic"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(words.split())
+
+
+def _question(number: int, labels: str) -> Group:
+    return [
+        Row(str(k), prompt=f"{number}?", completion=f"{label} {k}", correct=label == "r")
+        for k, label in enumerate(labels)
+    ]
+
+
+def _paired(questions: list[Group], values: Any) -> list[tuple[Group, Any]]:
+    ends = np.cumsum([len(question) for question in questions])[:-1]
+    return list(zip(questions, np.split(values, ends), strict=True))
+
+
+def test_right_against_wrong_by_hand():
+    questions = [_question(0, "rw"), _question(1, "rrw"), _question(2, "wrw")]
+    values = np.array([-1.0, -2.0, -1.0, -3.0, -2.0, -1.0, -1.0, -4.0])
+    found = right_against_wrong(_paired(questions, values), seed=0)
+    # Pairs won: 1 of 1, 1 of 2, (1/2 + 1) of 2.
+    assert found["score"] == pytest.approx((1 + 0.5 + 0.75) / 3)
+    # Margins 1, 0 and 1.5.
+    assert found["margin"] == pytest.approx(2.5 / 3)
+    assert found["right_likelier"] == pytest.approx((1 + 0.5 + 1) / 3)
+    assert found["right_log_prob"] == pytest.approx((-1 - 2 - 1) / 3)
+    assert found["wrong_log_prob"] == pytest.approx((-2 - 2 - 2.5) / 3)
+    assert found["n"] == 3
+    # Of three questions drawn with replacement the lowest mean is 0.5, the highest 1.
+    low, high = found["interval"]
+    assert 0.5 <= low < found["score"] < high <= 1
+
+
+def test_auc_is_that_of_pairs_by_brute_force():
+    source = np.random.default_rng(0)
+    questions = [_question(k, "rwrw"[: 2 + k % 3]) for k in range(40)]
+    values = source.normal(size=sum(len(question) for question in questions)).round(1)
+    found = right_against_wrong(_paired(questions, values), seed=0)
+    shares, left = [], list(values)
+    for question in questions:
+        mine = [(row.correct, left.pop(0)) for row in question]
+        pairs = [(a, b) for is_right, a in mine if is_right for other, b in mine if not other]
+        shares.append(sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs) / len(pairs))
+    assert found["score"] == pytest.approx(np.mean(shares))
+    assert right_against_wrong(_paired(questions, values), seed=0) == found
+    assert right_against_wrong(_paired(questions, values), seed=1)["interval"] != found["interval"]
