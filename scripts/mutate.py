@@ -75,11 +75,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/language/test_reference_cache.py",
         "tests/language/test_reference_sharded.py",
     ),
-    "iwsft/forward_pass.py": (
-        "tests/test_forward_pass.py",
-        *_REFERENCE,
-        "tests/language/test_reference_sharded.py",
-    ),
+    "iwsft/forward_pass.py": ("tests/test_forward_pass.py", *_REFERENCE),
     "iwsft/diagnostics.py": ("tests/test_diagnostics.py",),
     "iwsft/language/plan.py": ("tests/language/test_plan.py",),
     "iwsft/language/batches.py": ("tests/language/test_batches.py",),

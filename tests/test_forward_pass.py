@@ -14,6 +14,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.modules import ProbabilisticActor
 
+from iwsft import forward_pass as module
 from iwsft.forward_pass import ForwardPass
 from iwsft.policies import GaussianPolicy
 from iwsft.trajectory import MASK, TRAJ_IDS, Segments, pack, pad
@@ -123,6 +124,63 @@ def test_time_inside_a_one_dimensional_batch(policy: GaussianPolicy) -> None:
         ForwardPass(policy, flat, rows=20).log_prob(),
         ForwardPass(policy, padded, rows=20).log_prob(),
     )
+
+
+def test_a_row_of_several_trajectories_is_not_cut(policy: GaussianPolicy) -> None:
+    data = packed([7, 13, 18, 2, 5, 15])
+    padded = data.reshape(3, 20)
+    recorder = Recorder()
+    got = ForwardPass(recorder, padded, rows=20).log_prob()
+    assert [len(batch) for batch in recorder.seen] == [1, 1, 1]
+    assert got.reshape(-1).tolist() == [float(n) for n in [7, 13, 18, 2, 5, 15] for _ in range(n)]
+    whole = ForwardPass(policy, data).log_prob()
+    torch.testing.assert_close(ForwardPass(policy, padded, rows=20).log_prob().view(-1), whole)
+
+
+def test_batches_go_to_the_device_of_the_policy_or_the_given_one() -> None:
+    class Elsewhere(Recorder):
+        model = nn.Linear(1, 1)
+
+        def log_prob(self, trajectories: TensorDictBase) -> Tensor:
+            self.seen.append(trajectories)
+            return torch.ones(trajectories.batch_size)
+
+    model = nn.Linear(1, 1)
+    model.device = torch.device("meta")
+    for of_model, chosen, expected in (
+        (nn.Linear(1, 1), None, None),
+        (model, None, "meta"),
+        (nn.Linear(1, 1), "meta", "meta"),
+        (model, "cpu", "cpu"),
+    ):
+        policy = Elsewhere()
+        policy.model = of_model
+        got = ForwardPass(policy, packed([3, 4]), device=chosen).log_prob()
+        assert got.tolist() == [1.0] * 7
+        (seen,) = policy.seen
+        assert (None if seen.device is None else seen.device.type) == expected
+
+
+def test_processes_take_turns(policy: GaussianPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them and five batches: the last is run again, and nothing in it is new."""
+    data, batches = packed([3, 5, 2, 9, 4, 6, 1]), [[0], [1, 2], [3, 1], [4], [5, 6]]
+    whole = ForwardPass(policy, data, batches)
+    held: list[list[Tensor]] = []
+    passes = []
+    for rank in range(2):
+        monkeypatch.setattr(module, "rank_and_world", lambda rank=rank: (rank, 2))
+        # One that is not shared runs everything.
+        alone = ForwardPass(policy, data, batches)
+        assert alone.rounds == 5 and torch.equal(alone.log_prob(), whole.log_prob())
+        passes.append(ForwardPass(policy, data, batches, shared=True))
+    for start, stop in ((0, 3), (1, 2), (1, 3)):
+        monkeypatch.setattr(module, "gathered", lambda mine: [held.append(mine) or mine] * 2)
+        passes[1].run(start, stop)
+        monkeypatch.setattr(module, "gathered", lambda mine: [mine, held[-1]])
+        assert passes[0].rounds == 3 and len(held[-1]) == stop - start
+        got = passes[0].placed(passes[0].run(start, stop), start)
+        expected = whole.placed(whole.run(2 * start, min(2 * stop, 5)), 2 * start)
+        assert torch.equal(got, expected) and bool((got != 0).any())
 
 
 @pytest.mark.parametrize("batches", [None, [[1, 0], [2]]])
