@@ -45,9 +45,11 @@ class Counting(nn.Module):
         self.offset = offset
         self.squash: Any = lambda x: x
         self._steps = 0
+        self._trajectories: list[int] = []
 
     def log_prob(self, trajectories: TensorDictBase) -> Tensor:
         self._steps += trajectories.batch_size.numel()
+        self._trajectories += trajectories[TRAJ_IDS].unique().tolist()
         return self.squash(self.offset * self.scale * trajectories["action"].sum(-1))
 
 
@@ -77,7 +79,10 @@ def test_first_log_ratio_is_zero_on_any_batch_of_the_data() -> None:
 def test_padded_is_zero_off_the_mask() -> None:
     data = dataset()
     data[TRAJ_IDS] = torch.arange(300).sqrt().long()
-    padded = pad(data)
+    padded, counting = pad(data), Counting()
+    annotate_reference(counting, data.copy(), rows=30)
+    # Chunks are neighbours in the data, which have lengths of 1 to 35.
+    assert counting._trajectories == [*range(18)]
     annotate_reference(gaussian(), padded)
     annotate_reference(gaussian(), data)
     assert bool((padded["ref_log_prob"][~padded.get(MASK)] == 0).all())
@@ -159,6 +164,21 @@ def test_matmul_precision_and_autocast_are_part_of_the_key(tmp_path: Path) -> No
     with torch.autocast("cpu", torch.bfloat16):
         annotate_reference(gaussian(), dataset(), cache=tmp_path)
     assert len(files(tmp_path)) == 3
+    # Where no log-prob of the first batch shows it.
+    for number, dtype in enumerate((torch.bfloat16, torch.float16), 4):
+        with torch.autocast("cpu", dtype):
+            annotate_reference(Counting(), dataset(), cache=tmp_path)
+        assert len(files(tmp_path)) == number
+
+
+def test_a_module_without_parameters_has_a_key(tmp_path: Path) -> None:
+    class Plain(nn.Module):
+        def log_prob(self, trajectories: TensorDictBase) -> Tensor:
+            return trajectories["action"].sum(-1)
+
+    data = annotate_reference(Plain(), dataset(), cache=tmp_path)
+    assert torch.equal(data["ref_log_prob"], data["action"].sum(-1))
+    assert len(files(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("harm", ["cut", "flip", "empty", "text"])

@@ -154,9 +154,10 @@ def test_interrupted_pass_continues(tmp_path: Path, at: int) -> None:
 
 
 def test_a_part_is_a_fixed_number_of_batches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("iwsft.reference._PART", 3)
+    caplog.set_level("INFO", "iwsft")
     with pytest.raises(InterruptedError):
         annotate(
             Counting(decoder(), breaks_at=8), dataset(), [[n] for n in range(10)], cache=tmp_path
@@ -165,6 +166,8 @@ def test_a_part_is_a_fixed_number_of_batches(
     again = Counting(decoder())
     annotate(again, dataset(), [[n] for n in range(10)], cache=tmp_path)
     assert again._batches == [[0], [7], [8], [9]]
+    rounds = [f"reference: round {number} of 10" for number in (1, 4, 7, 7)]
+    assert [record.getMessage() for record in caplog.records] == rounds
 
 
 def _killed(folder: Path, threads: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from reference_cases import (
 )
 
 from iwsft import ImportanceWeightedMLE, annotate_reference
+from iwsft.forward_pass import ForwardPass
 from iwsft.language.batches import EpochBatches, TrajectoryDataset, collate
 from iwsft.language.plan import UpdatePlan
 from iwsft.policies import CausalLMPolicy
+from iwsft.trajectory import pack, pad
 from tests.policies.language_models import alone
 
 
@@ -87,9 +90,10 @@ def test_trajectories_in_no_batch_come_at_the_end() -> None:
     torch.testing.assert_close(
         data["ref_log_prob"].double(), alone(decoder().double().eval(), data), rtol=1e-5, atol=1e-5
     )
-    plain = dataset()
-    annotate_reference(policy(), plain)
-    torch.testing.assert_close(plain["ref_log_prob"], data["ref_log_prob"])
+    for plain in (dataset(), pad(dataset())):
+        annotate_reference(policy(), plain)
+        plain = plain if plain.ndim == 1 else pack(plain)
+        torch.testing.assert_close(plain["ref_log_prob"], data["ref_log_prob"])
 
 
 def test_without_batches_they_are_of_similar_length() -> None:
@@ -161,7 +165,7 @@ def test_bad_arguments_are_named() -> None:
         annotate_reference(policy(), dataset().exclude(("masks", "all_assistant_mask")))
 
 
-def lora(seed: int, *, moved: bool = False, **settings: Any) -> CausalLMPolicy:
+def lora(seed: int, *, moved: float = 0.0, **settings: Any) -> CausalLMPolicy:
     peft = pytest.importorskip("peft")
     settings = {"target_modules": ["q_proj", "up_proj"], **settings}
     base = decoder()
@@ -170,7 +174,7 @@ def lora(seed: int, *, moved: bool = False, **settings: Any) -> CausalLMPolicy:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if moved and "lora_B" in name:
-                parameter.normal_(std=0.3)
+                parameter.normal_(std=moved)
     return CausalLMPolicy(model)
 
 
@@ -195,8 +199,16 @@ def test_adapters_are_off_and_no_part_of_the_key(tmp_path: Path, saved: Any) -> 
 
 
 def test_adapters_that_do_something_already_are_warned_of() -> None:
-    data, base = dataset(), dataset()
-    with pytest.warns(UserWarning, match="adapters change the log-probs already.*merge_and_unload"):
-        annotate(lora(0, moved=True), data)
+    data, base, theta = dataset(), dataset(), lora(0, moved=0.3)
+    message = "adapters change the log-probs already.*merge_and_unload"
+    with pytest.warns(UserWarning, match=message) as warned:
+        annotate_reference(theta, data, batches=BATCHES, collate=collate)
+    assert warned[0].filename == __file__
     annotate(policy(), base)
     assert torch.equal(data["ref_log_prob"], base["ref_log_prob"])
+    # What other kernels make of the same weights is not a change.
+    theta = lora(0, moved=1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        annotate(theta, data)
+    assert not torch.equal(ForwardPass(theta, data).log_prob(), base["ref_log_prob"])
