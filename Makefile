@@ -12,8 +12,14 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all,dev]"
 	touch $@
 
+# What the demo needs, without engines, clusters and the tools of the tests.
+$(VENV)/demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cli,control,language]"
+	touch $@
+
 # Run the main job on the bundled data: reference, fine-tuning, evaluation, table, report.
-demo: $(VENV)/installed
+demo: $(VENV)/demo
 	$(BIN)/python -m benchmarks.d4rl --algo bc sft-q iw-sft-q --seeds 0 1 --out runs/demo --resume
 	$(BIN)/python -m benchmarks.report runs/demo
 

@@ -14,8 +14,11 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from baselines.learner import Baseline, Learner
+if TYPE_CHECKING:
+    from baselines.learner import Baseline as Baseline
+    from baselines.learner import Learner as Learner
 
 __all__ = ["BASELINES", "Baseline", "Learner", "algorithm"]
 
@@ -39,3 +42,10 @@ def algorithm(name: str) -> Baseline:
         raise ValueError(f"unknown baseline {name!r}; there are {', '.join(BASELINES)}")
     module: Baseline = import_module(BASELINES[name])
     return module
+
+
+def __getattr__(name: str) -> Any:
+    # torch loads with the first use of these.
+    if name in ("Baseline", "Learner"):
+        return getattr(import_module("baselines.learner"), name)
+    raise AttributeError(f"module 'baselines' has no attribute {name!r}")

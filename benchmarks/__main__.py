@@ -72,9 +72,12 @@ def _help(name: str) -> Iterator[str]:
 
 def run() -> None:
     """Print the versions of the packages and the hardware."""
-    if sys.argv[1:]:
+    if sys.argv[1:2] in (["-h"], ["--help"]):
         print(f"usage: {sys.argv[0]}\n\n{COMMANDS['env'].help}")
-        raise SystemExit(0 if sys.argv[1] in ("-h", "--help") else 2)
+        return
+    if sys.argv[1:]:
+        print(f"error: {sys.argv[0]} takes no options", file=sys.stderr)
+        raise SystemExit(2)
     import torch
 
     from benchmarks.runs import hardware

@@ -6,11 +6,16 @@ the way out.
 
 from __future__ import annotations
 
+import argparse
 import difflib
+import json
 import sys
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
 
+import docstring_parser
 import tyro
 
 Parsed = TypeVar("Parsed")
@@ -33,25 +38,149 @@ def option(metavar: str | None = None, default: str | None = None, **rest: Any) 
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint, **rest)
 
 
+_CONFIG = option(
+    "FILE",
+    "none",
+    help="File of options, YAML or JSON: your own, or the config.json of a run. The options of the "
+    "command line override those of the file.",
+)
+
+
 def parse(
-    kind: type[Parsed],
+    kind: type[Parsed], command: str, description: str | None, words: Sequence[str] | None = None
+) -> Parsed:
+    """Read a command line into a dataclass, see :func:`parse_groups`."""
+    groups = groups_of(kind)
+    return kind(**parse_groups(groups, command, description, words, defaults_of(groups)))
+
+
+def groups_of(kind: type) -> list[type]:
+    """The groups of a command's options: the bases of their class, or the class itself."""
+    return [base for base in kind.__bases__ if is_dataclass(base)] or [kind]
+
+
+def defaults_of(groups: Iterable[type]) -> dict[str, Any]:
+    """Defaults of the options of all groups, by name; those that must be given have none."""
+    every = {each.name: each.default for group in groups for each in fields(group)}
+    return {name: value for name, value in every.items() if value is not MISSING}
+
+
+def parse_groups(
+    groups: Sequence[type],
     command: str,
     description: str | None,
-    words: Sequence[str] | None = None,
-    default: Parsed | None = None,
-) -> Parsed:
-    """Read a command line into a dataclass; an error ends the process with status 2.
+    words: Sequence[str] | None,
+    defaults: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Read a command line into the fields of all groups; an error ends it with status 2.
 
     The examples of ``description`` begin with ``python -m benchmarks.COMMAND``. The help has the
-    name that the user called instead.
+    name that the user called instead, and a box for each group, headed by its docstring. A command
+    of several groups also takes ``--config``, see :func:`config_words`.
     """
-    prog = called_as(command)
+    words, prog = sys.argv[1:] if words is None else words, called_as(command)
+    parts: list[Any] = []
+    if len(groups) > 1:
+        try:
+            names = [each.name for group in groups for each in fields(group)]
+            words = [*config_words(words, command, names, defaults), *words]
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"error: {error}") from error
+        parts.append(("config", Annotated[Path | None, _CONFIG], None))
+    for group in groups:
+        title = tyro.conf.arg(name=group.__name__.lower() if len(groups) > 1 else "")
+        parts.append((group.__name__, Annotated[_described(group, defaults), title]))
+    together: Any = make_dataclass("Together", parts, kw_only=True)
     text = (description or "").replace(f"python -m benchmarks.{command}", prog)
-    words = sys.argv[1:] if words is None else words
-    # None is no default to tyro.
-    start: Any = default
-    parsed: Parsed = tyro.cli(kind, prog=prog, args=words, description=text, default=start)
-    return parsed
+    flat = (tyro.conf.OmitArgPrefixes,)
+    parsed: Any = tyro.cli(together, prog=prog, args=words, description=text, config=flat)
+    boxes = [getattr(parsed, group.__name__) for group in groups]
+    return {each.name: getattr(box, each.name) for box in boxes for each in fields(box)}
+
+
+def _described(group: type, defaults: Mapping[str, Any]) -> type:
+    """A group whose options have these defaults, and their docstrings as help without breaks."""
+    documented = docstring_parser.parse_from_object(group).params
+    texts = {each.arg_name: " ".join((each.description or "").split()) for each in documented}
+    hints: Any = get_type_hints(group, include_extras=True)
+    described = []
+    for each in fields(group):
+        kind: Any = Annotated[hints[each.name], tyro.conf.arg(help=texts.get(each.name))]
+        default = (field(default=defaults[each.name]),) if each.name in defaults else ()
+        described.append((each.name, kind, *default))
+    copy = make_dataclass(group.__name__, described, kw_only=True)
+    copy.__doc__ = group.__doc__
+    return copy
+
+
+def config_words(
+    words: Sequence[str], command: str, names: Sequence[str], defaults: Mapping[str, Any]
+) -> list[str]:
+    """Turn the file that ``--config`` names into words of the command line.
+
+    The file is JSON or YAML. It holds options by name, or is the ``config.json`` of a run. ``null``
+    leaves an option at its default, or at None where the default is another.
+
+    Raises:
+        OSError: The file can't be read.
+        ValueError: It is no such file, or it has an option that the command lacks.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    path: Path | None = parser.parse_known_args(list(words))[0].config
+    if path is None:
+        return []
+    out: list[str] = []
+    for name, value in _read_config(path, command).items():
+        known = name.replace("-", "_")
+        if known not in names:
+            near = difflib.get_close_matches(known, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "--help lists the options"
+            raise ValueError(f"{path}: unknown option {name!r}; {hint}")
+        if isinstance(value, bool):
+            out.append(flag(known if value else f"no-{known}"))
+        elif isinstance(value, list) and not any(isinstance(each, (list, dict)) for each in value):
+            out += [flag(known), *map(str, value)]
+        elif isinstance(value, (str, int, float)):
+            out.append(f"{flag(known)}={value}")
+        elif value is not None:
+            raise ValueError(f"{path}: {name!r} is {value!r}; it takes a value or a list of values")
+        elif defaults.get(known) is not None:
+            out.append(f"{flag(known)}=None")
+    return out
+
+
+def _read_config(path: Path, command: str) -> dict[str, Any]:
+    """The options that a file holds, by name."""
+    import yaml  # type: ignore[import-untyped]
+
+    text = path.read_text()
+    try:
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} can't be read as {path.suffix or 'YAML'}: {reason}") from error
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise ValueError(f"{path} holds no options; it reads NAME: VALUE")
+    if "benchmark" not in content:
+        return content
+    if content["benchmark"] != command:
+        other = content["benchmark"]
+        raise ValueError(f"{path} is of a run of {other}; `iwsft {other} --config` takes it")
+    if "options" not in content:
+        raise ValueError(f"{path} is of an earlier release; it has a command, but no options")
+    options: dict[str, Any] = content["options"]
+    return options
+
+
+def to_config(options: Any, without: Collection[str] = ("out", "resume")) -> dict[str, Any]:
+    """The options that differ from their defaults, as plain values for :func:`config_words`."""
+    content = {}
+    for name, default in defaults_of(groups_of(type(options))).items():
+        value = getattr(options, name)
+        if name not in without and value != default:
+            content[name] = list(value) if isinstance(value, tuple) else value
+    return content
 
 
 def flag(name: str) -> str:

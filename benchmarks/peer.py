@@ -30,9 +30,10 @@ from torch import nn
 from baselines.iql import MAX_WEIGHT
 from baselines.rewards import Rewards, clipped_actions
 from benchmarks import runs, stopping
-from benchmarks.d4rl import settings as d4rl
+from benchmarks.d4rl import options as d4rl
 from benchmarks.d4rl.job import SAME
 from benchmarks.d4rl.run import Run, Task, check_run, config_of, sizes
+from benchmarks.d4rl.settings import name_in_tables
 from benchmarks.d4rl.train import learning_curve_probe, score_policy
 from iwsft.metrics import MetricsLog
 from iwsft.training import Cost, Row
@@ -127,7 +128,7 @@ def claim_runs(options: Options) -> list[tuple[Run, Task]]:
     task = Task.load(options.dataset)
     task.check_environment()
     all_runs = [
-        Run(task.name, algo, seed, ours, options.dataset, d4rl.name_in_tables(task.dataset))
+        Run(task.name, algo, seed, ours, options.dataset, name_in_tables(task.dataset))
         for algo in options.algo
         for seed in options.seeds
     ]

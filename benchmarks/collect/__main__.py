@@ -1,10 +1,9 @@
 """Make a dataset: roll policies out, or record the replay of an online SAC run.
 
-python -m benchmarks.collect --policy runs/d4rl/hopper-replay-mini/iw-sft-q/seed-0 --episodes 100
-    --out mine.hdf5
-python -m benchmarks.collect --policy mypackage.policies:expert random --episodes 50 200
-    --env Hopper-v4 --noise 0.1 --out minari:mine/hopper/mixed-v0
-python -m benchmarks.collect --online sac --env Hopper-v4 --out hopper-replay.hdf5
+Examples:
+    python -m benchmarks.collect --policy runs/my-run --episodes 100 --out mine.hdf5
+    python -m benchmarks.collect --policy runs/my-run random --episodes 50 200 --out mixed.hdf5
+    python -m benchmarks.collect --online sac --env Hopper-v4 --out minari:mine/hopper/replay-v0
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ import ast
 import math
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from benchmarks.options import check_at_least
+from benchmarks.options import check_at_least, option
 
 RANDOM = "random"
 
@@ -19,29 +19,31 @@ class Options:
 
     out: str
     """FILE.hdf5 in D4RL's layout, or minari:NAMESPACE/NAME-v0 in Minari's local store."""
-    policy: tuple[str, ...] = ()
+    policy: Annotated[tuple[str, ...], option("POLICY [POLICY ...]", "none, with --online")] = ()
     """Policies to roll out. Each is the folder of a finished run, MODULE:CALLABLE (called without
     arguments, it returns a TensorDictModule from "observation" to "action"), or "random" (uniform
     actions)."""
-    online: Literal["sac"] | None = None
+    online: Annotated[Literal["sac"] | None, option("sac", "none, with --policy")] = None
     """Learner that is trained from scratch in place of --policy; its replay is the dataset. Its
     learning curve and its policy, which --policy takes, are written to OUT's name with .sac."""
-    env: str | None = None
-    """Gymnasium id, or MODULE:ID for one of your own; by default that of the policies' runs."""
-    episodes: tuple[int, ...] = ()
+    env: Annotated[str | None, option("ID", "that of the policies' runs")] = None
+    """Gymnasium id, or MODULE:ID for one of your own."""
+    episodes: Annotated[tuple[int, ...], option("INT [INT ...]", "none, with --steps")] = ()
     """Episodes of each policy: one number for all, or one for each."""
-    steps: tuple[int, ...] = ()
-    """In place of --episodes: least number of steps of each policy, in whole episodes. For SAC, the
-    steps of the run: 400000 by default, as for D4RL's medium-replay sets."""
+    steps: Annotated[
+        tuple[int, ...], option("INT [INT ...]", "400000 of SAC, as in D4RL's medium-replay sets")
+    ] = ()
+    """Least number of steps of each policy, in whole episodes, instead of --episodes; for SAC the
+    steps of the run."""
     noise: float = 0.0
     """Standard deviation of Gaussian noise on the policies' actions, in their unit."""
     stochastic: bool = False
     """Draw actions from the policies; by default they act deterministically."""
     seed: int = 0
     """Seed of everything drawn; episode i starts from seed i of iwsft's episode_seeds."""
-    env_arg: tuple[str, ...] = ()
+    env_arg: Annotated[tuple[str, ...], option("NAME=VALUE [...]", "none")] = ()
     """Arguments of the environment as NAME=VALUE, such as continuing_task=False of AntMaze."""
-    max_episode_steps: int | None = None
+    max_episode_steps: Annotated[int | None, option("INT", "the environment's own")] = None
     """Steps after which episodes are cut; needed where the environment has no limit of its own."""
     trust_env_module: bool = False
     """Import the module that the environment of a --policy folder names; it can run any code."""

@@ -1,10 +1,10 @@
 """Train and score offline algorithms on control data.
 
-python -m benchmarks.d4rl --algo iw-sft-q
-
-python -m benchmarks.d4rl --algo bc sft-q iw-sft-q --dataset hopper-medium-replay-v2 --seeds 0 1 2
-
-python -m benchmarks.d4rl --suite paper --resume
+Examples:
+    python -m benchmarks.d4rl --algo iw-sft-q
+    python -m benchmarks.d4rl --algo bc sft-q iw-sft-q --dataset hopper-medium-replay-v2
+    python -m benchmarks.d4rl --suite paper --resume
+    python -m benchmarks.d4rl --config run.yaml --seeds 0 1 2
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from benchmarks import stopping
 
 if TYPE_CHECKING:
-    from benchmarks.d4rl.settings import Options
+    from benchmarks.d4rl.options import Options
 
 
 def main(options: Options) -> None:
@@ -33,7 +33,7 @@ def run() -> None:
     """Read the command line and run the job."""
     stopping.watch()
     with stopping.command("tyro", "joblib", "scipy", "gymnasium", "mujoco"):
-        from benchmarks.d4rl.settings import Options
+        from benchmarks.d4rl.options import Options
         from benchmarks.options import parse
 
         main(parse(Options, "d4rl", __doc__))

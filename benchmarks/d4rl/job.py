@@ -11,8 +11,9 @@ from rich.console import Console
 
 from baselines import BASELINES
 from benchmarks import monitor, places, stopping
+from benchmarks.d4rl.options import Options, Suite, check_options, choose_suite
 from benchmarks.d4rl.run import Run, Task, check_run, config_of
-from benchmarks.d4rl.settings import Options, Suite, check_options, choose_suite, name_in_tables
+from benchmarks.d4rl.settings import name_in_tables
 from benchmarks.d4rl.train import train_and_score
 from benchmarks.report.tables import score_table
 from benchmarks.results import CONTROL, read_runs

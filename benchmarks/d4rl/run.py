@@ -19,7 +19,8 @@ import baselines
 from baselines import Baseline
 from benchmarks import runs
 from benchmarks.d4rl import settings as paper
-from benchmarks.d4rl.settings import Options
+from benchmarks.d4rl.options import SUITES, Algorithm, Options, find_algorithm, without_effect
+from benchmarks.options import to_config
 from benchmarks.runs import hardware, versions
 from iwsft import datasets, environments
 from iwsft.curation import Ties, curate, join
@@ -54,9 +55,9 @@ class Run(runs.Run[Options]):
         return baselines.algorithm(self.algo) if self.algo in baselines.BASELINES else None
 
     @property
-    def algorithm(self) -> paper.Algorithm:
+    def algorithm(self) -> Algorithm:
         """Description of the algorithm, with the cuts of ``--top``."""
-        algorithm = paper.find_algorithm(self.algo)
+        algorithm = find_algorithm(self.algo)
         top = self.options.top
         if top is None or not algorithm.from_reference:
             return algorithm
@@ -68,7 +69,7 @@ class Run(runs.Run[Options]):
     def ties(self) -> Ties | None:
         """How cuts treat equal returns, where it is not the preset's way."""
         if self.options.ties is None and self.options.suite is not None and self.algorithm.cuts:
-            return paper.SUITES[self.options.suite].ties.get(self.source)
+            return SUITES[self.options.suite].ties.get(self.source)
         return self.options.ties
 
     @property
@@ -311,6 +312,20 @@ def _as_recorded(schedule: Schedule) -> dict[str, Any]:
     return {name: getattr(schedule, name) for name in ("steps", "lr", "warmup", "decay")}
 
 
+def options_of(run: Run) -> dict[str, Any]:
+    """The options of this run alone, which ``--config`` takes back."""
+    alone = replace(
+        run.options,
+        suite=None,
+        algo=(run.algo,),
+        dataset=(run.source,),
+        seeds=(run.seed,),
+        ties=run.ties,
+    )
+    unused = [name for name, _ in without_effect(alone, (run.algo,))]
+    return to_config(alone, without=("out", "resume", *unused))
+
+
 def config_of(run: Run, task: Task) -> dict[str, Any]:
     """The content of ``config.json``."""
     return {
@@ -326,4 +341,5 @@ def config_of(run: Run, task: Task) -> dict[str, Any]:
         "versions": versions(),
         "hardware": hardware(run.options.device),
         "command": " ".join(["python -m benchmarks.d4rl", *sys.argv[1:]]),
+        "options": options_of(run),
     }

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 _EVALUATION = """Score a language model on MATH-500, AIME, GPQA diamond and GSM8K.
 
-python -m benchmarks.llm evaluate --model runs/my-model --tasks math-500 aime-2024
-
-python -m benchmarks.llm evaluate --model Qwen/Qwen2.5-32B-Instruct --backend vllm --n 16
---temperature 0.7 --think-budget 16000 --waits 2
+Examples:
+    python -m benchmarks.llm evaluate --model runs/my-model --tasks math-500 aime-2024
+    python -m benchmarks.llm evaluate --model runs/my-model --n 16 --temperature 0.7
+    python -m benchmarks.llm evaluate --model runs/my-model --backend vllm --think-budget 16000
 """
 
 

@@ -14,9 +14,9 @@ import tyro
 from transformers import SchedulerType
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-from benchmarks import options as command_line
 from benchmarks.llm.recipes import RECIPES, Recipe, Settings, load_recipe
 from benchmarks.options import (
+    called_as,
     check_at_least,
     check_device,
     check_known,
@@ -174,7 +174,9 @@ def parse(words: Sequence[str], description: str | None = None) -> Options:
     # The length of training is set in one of two ways; the one that is given replaces the other.
     blank = replace(start, max_steps=None, epochs=None)
     default = Options(recipe=given.recipe, algo=recipe.algos, seeds=recipe.seeds, settings=blank)
-    options = command_line.parse(Options, "llm", description, words, default)
+    options = tyro.cli(
+        Options, args=words, prog=called_as("llm"), description=description, default=default
+    )
     if recipe.compares and BASE not in options.algo:
         options = replace(options, algo=(BASE, *options.algo))
     settings = options.settings

@@ -1,6 +1,7 @@
 """Tables and figures of the runs below a folder, as one HTML page and as markdown.
 
-python -m benchmarks.report runs
+Example:
+    python -m benchmarks.report runs
 """
 
 from __future__ import annotations

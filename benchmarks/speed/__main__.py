@@ -1,7 +1,8 @@
 """Time and memory against the plain way, in one run: ratio above 1 means faster or smaller.
 
-python -m benchmarks.speed control
-python -m benchmarks.speed control --dataset halfcheetah-mixed.hdf5 --json control.json
+Examples:
+    python -m benchmarks.speed control
+    python -m benchmarks.speed control --dataset halfcheetah-mixed.hdf5 --json control.json
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchrl.objectives.utils import TargetNetUpdater
 
 from benchmarks.d4rl import settings as paper
+from benchmarks.d4rl.options import ALGORITHMS, QUALITY_BINS, TOP_10
 from benchmarks.d4rl.run import sizes as widths
 from benchmarks.speed.measure import MB, Check, Comparison, Times, paired, peak_mb_of_child
 from benchmarks.speed.options import Options
@@ -45,7 +46,7 @@ GRADIENT_LIMIT = 1e-5
 _NAIVE = "padded batch of every draw, live q and reference (plain torch)"
 # halfcheetah-medium-replay in Table 4 of the paper.
 K, DECAY, LR = 1.0, 0.995, 4e-5
-_ROW, _ = paper.find_fine_tuning("hopper-replay", paper.ALGORITHMS["iw-sft-q"])
+_ROW, _ = paper.find_fine_tuning("hopper-replay", ALGORITHMS["iw-sft-q"])
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class SameDraws:
         self, file: str | Path | None, trajectories: int, steps: int, draws: int, seed: int
     ) -> None:
         torch.manual_seed(seed)
-        curated = curate(cheetah_like(file, trajectories, steps, seed), cuts=paper.QUALITY_BINS)
+        curated = curate(cheetah_like(file, trajectories, steps, seed), cuts=QUALITY_BINS)
         observation_dim, action_dim = widths(curated)
         reference, policy = (GaussianPolicy(observation_dim, action_dim) for _ in range(2))
         annotate_reference(reference, curated)
@@ -255,7 +256,7 @@ def compare_whole_trajectories(options: Options, sizes: Sizes) -> Iterator[Compa
 
 def single_steps(options: Options, sizes: Sizes) -> Iterator[Comparison]:
     """Cached weights and single steps on hopper-replay's curated set, against cloning."""
-    curated = curate(hopper_replay(sizes.copies), cuts=paper.QUALITY_BINS, seed=options.seed)
+    curated = curate(hopper_replay(sizes.copies), cuts=QUALITY_BINS, seed=options.seed)
     chain = paper.choose_weights("paper", _ROW)
     torch.manual_seed(options.seed)
     annotate_reference(GaussianPolicy(*widths(curated)), curated)
@@ -285,8 +286,8 @@ def single_steps(options: Options, sizes: Sizes) -> Iterator[Comparison]:
 def distinct_steps(options: Options, sizes: Sizes) -> Iterator[Comparison]:
     """Time grows with the distinct steps of a batch, not with its draws or uneven lengths."""
     whole = cheetah_like(options.dataset, sizes.trajectories, sizes.steps, options.seed)
-    top = curate(whole, cuts=paper.TOP_10)
-    ragged = curate(hopper_replay(1), cuts=paper.TOP_10, seed=options.seed)
+    top = curate(whole, cuts=TOP_10)
+    ragged = curate(hopper_replay(1), cuts=TOP_10, seed=options.seed)
     for name, ours, peer_name, peer in (
         (
             f"SFT step, {sizes.many_draws:,} draws of the same trajectories",

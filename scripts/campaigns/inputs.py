@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.d4rl.__main__ import main as control_main
-from benchmarks.d4rl.settings import Options as ControlOptions
+from benchmarks.d4rl.options import Options as ControlOptions
 from benchmarks.report.scores import cells
 from benchmarks.results import CONTROL, read_runs, unfinished_runs
 from benchmarks.runs import EXPECTED

@@ -15,8 +15,8 @@ import tyro
 
 from benchmarks.collect.options import Options as CollectOptions
 from benchmarks.collect.options import check_options as check_collect
-from benchmarks.d4rl.settings import EVERY_ALGORITHM, check_options, choose_suite
-from benchmarks.d4rl.settings import Options as ControlOptions
+from benchmarks.d4rl.options import EVERY_ALGORITHM, check_options, choose_suite
+from benchmarks.d4rl.options import Options as ControlOptions
 from benchmarks.llm.options import ALGORITHMS, parse
 from benchmarks.llm.recipes import Settings
 from benchmarks.runs import ends_in_one_line

@@ -17,7 +17,7 @@ from benchmarks import stopping
 from benchmarks.collect.__main__ import main as collect_main
 from benchmarks.collect.options import Options as CollectOptions
 from benchmarks.d4rl.__main__ import main as control_main
-from benchmarks.d4rl.settings import Options as ControlOptions
+from benchmarks.d4rl.options import Options as ControlOptions
 from scripts.campaigns.engine import LIMIT, Campaign, Finding, differences, start
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks.d4rl.__main__ import main
-from benchmarks.d4rl.settings import Options
+from benchmarks.d4rl.options import Options
 from iwsft import environments
 
 # Tiny settings of a run that takes about a second.

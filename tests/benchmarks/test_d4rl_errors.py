@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
+from benchmarks.d4rl.options import Options
 from benchmarks.d4rl.run import Run, Task, config_of
-from benchmarks.d4rl.settings import _TABLE_4, FineTuning, Options
+from benchmarks.d4rl.settings import _TABLE_4, FineTuning
 from iwsft import GaussianPolicy, evaluate, metrics
 from iwsft.datasets import catalog
 

@@ -13,8 +13,8 @@ import torch
 from test_every_algorithm import start
 from tracking import write_dataset
 
+from benchmarks.d4rl.options import Options
 from benchmarks.d4rl.run import Run, Task
-from benchmarks.d4rl.settings import Options
 from benchmarks.d4rl.train import train_and_score, train_reference
 from benchmarks.runs import CONFIG
 from iwsft import load_policy

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.d4rl.__main__ import main
-from benchmarks.d4rl.settings import Options
+from benchmarks.d4rl.options import Options
 from iwsft import metrics
 
 STEPS = 120

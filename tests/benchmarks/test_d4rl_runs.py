@@ -13,7 +13,8 @@ from torch import Tensor
 
 from benchmarks.d4rl import settings
 from benchmarks.d4rl.__main__ import main
-from benchmarks.d4rl.settings import ALGORITHMS, FineTuning, Options
+from benchmarks.d4rl.options import ALGORITHMS, Options
+from benchmarks.d4rl.settings import FineTuning
 from benchmarks.report import __main__ as report
 from benchmarks.report.scores import algorithm_label
 from iwsft import datasets, metrics

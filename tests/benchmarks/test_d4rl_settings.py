@@ -10,16 +10,14 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+from benchmarks.d4rl.options import ALGORITHMS, Options, choose_suite
 from benchmarks.d4rl.run import Run, Task, reference_settings_of, settings_of
 from benchmarks.d4rl.settings import (
-    ALGORITHMS,
     CLONING,
     CLONING_BATCH,
     FINE_TUNING_BATCH,
     TIES,
     FineTuning,
-    Options,
-    choose_suite,
     choose_weights,
     find_fine_tuning,
     name_in_tables,

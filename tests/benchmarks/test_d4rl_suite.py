@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks.d4rl.__main__ import main
-from benchmarks.d4rl.settings import SUITES, Options, choose_suite
+from benchmarks.d4rl.options import SUITES, Options, choose_suite
 from iwsft import datasets
 from iwsft.datasets import catalog
 

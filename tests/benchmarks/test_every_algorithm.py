@@ -18,14 +18,9 @@ import torch
 from tracking import BEST, ENV_ID, STANDING, write_dataset
 
 from baselines import BASELINES, Baseline, algorithm
+from benchmarks.d4rl.options import ALGORITHMS, Options, check_options, choose_suite
 from benchmarks.d4rl.run import Run, Task, check_run, config_of
-from benchmarks.d4rl.settings import (
-    ALGORITHMS,
-    FINE_TUNING_BATCH,
-    Options,
-    check_options,
-    choose_suite,
-)
+from benchmarks.d4rl.settings import FINE_TUNING_BATCH
 from benchmarks.d4rl.train import train_and_score
 from benchmarks.runs import claim
 from iwsft import load_policy

@@ -17,8 +17,8 @@ import pytest
 
 from benchmarks import places, stopping
 from benchmarks.d4rl.__main__ import main
+from benchmarks.d4rl.options import Options
 from benchmarks.d4rl.run import Run
-from benchmarks.d4rl.settings import Options
 from benchmarks.d4rl.train import train_and_score
 from benchmarks.places import run_on_node
 from benchmarks.runs import RESULT, versions, write_json

@@ -7,9 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
-
-from benchmarks.options import check_at_least, check_device, check_seeds, check_used
+from benchmarks.options import check_at_least, check_device, check_seeds, check_used, option
 
 Backend = Literal["transformers", "vllm"]
 # A batch is written as a whole; within it, vLLM schedules by itself.
@@ -22,10 +20,10 @@ _NOT_SETTINGS = {"model", "tasks", "batch_size", "device", "trust_remote_code", 
 class Options:
     """Generate answers to the questions of tasks and grade them."""
 
-    model: Annotated[str, tyro.conf.arg(metavar="ID|DIR")]
+    model: Annotated[str, option("ID|DIR")]
     """Model in transformers' format with its tokenizer: a folder or a hub id."""
     # A task may be followed by its file, so that tyro can't list the choices.
-    tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME[=FILE] [...]")] = ("math-500",)
+    tasks: Annotated[tuple[str, ...], option("NAME[=FILE] [...]")] = ("math-500",)
     """One or several of math-500, aime-2024, aime-2025, gpqa-diamond, gsm8k. NAME=FILE reads a
     JSON-lines or Parquet file with the columns of the public dataset."""
     n: int = 1
@@ -36,7 +34,7 @@ class Options:
     """Probability mass of the likeliest tokens to sample from."""
     max_tokens: int = 4096
     """Most tokens of an answer; with --think-budget, of the part after the thinking."""
-    think_budget: int | None = None
+    think_budget: Annotated[int | None, option("INT", "no budget")] = None
     """Most tokens of thinking, by budget forcing (Muennighoff et al. 2025)."""
     waits: int = 0
     """How often "Wait" replaces the end of the thinking."""
@@ -44,12 +42,12 @@ class Options:
     """Delimiters of the model's thinking: <|im_start|>think, or <think>...</think>."""
     seed: int = 0
     """Seed of sampled tokens, of GPQA's order of choices, and of bootstrap intervals."""
-    limit: int | None = None
-    """Number of questions to take from the start of each task; all by default."""
+    limit: Annotated[int | None, option("INT", "all")] = None
+    """Number of questions to take from the start of each task."""
     backend: Backend = "transformers"
     """Library that generates; vllm must be installed."""
-    batch_size: int | None = None
-    """Answers that are generated and written together; 8 by default, 512 with vllm."""
+    batch_size: Annotated[int | None, option("INT", "8, or 512 with vllm")] = None
+    """Answers that are generated and written together."""
     device: str = "cpu"
     """Device for transformers: cpu, cuda, ..., or auto to spread the model over all devices."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from benchmarks.d4rl.settings import find_algorithm
+from benchmarks.d4rl.options import find_algorithm
 from benchmarks.report.aggregates import aggregate
 from benchmarks.report.page import write_report
 from benchmarks.report.scores import cells

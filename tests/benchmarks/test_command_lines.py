@@ -1,0 +1,138 @@
+"""The command lines: names, help, hints, and config files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.__main__ import COMMANDS, main
+from benchmarks.d4rl.options import Options
+from benchmarks.d4rl.run import Run, options_of
+from benchmarks.options import parse
+from iwsft import __version__
+
+WORDS = ["--algo", "iw-sft-q", "iql", "--seeds", "3", "4", "--target-ess", "0.4", "--video"]
+WORDS += ["--baseline-steps", "7", "--variant", "ess"]
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: str, name: str = "bin/iwsft") -> int:
+    """Call a command; its exit status."""
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    try:
+        main()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    return 0
+
+
+@pytest.mark.parametrize("name", ["iwsft", "benchmarks/__main__.py"])
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "llm"])
+def test_help_has_the_name_that_was_called_and_real_defaults(
+    command: str,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert call(monkeypatch, command, "--help", name=name) == 0
+    text = capsys.readouterr().out
+    called = "iwsft" if name == "iwsft" else "python -m benchmarks"
+    assert f"usage: {called} {command}" in text
+    for unclear in ("None", "default: )", "benchmarks."):
+        assert unclear not in text
+
+
+def test_the_list_of_commands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in ((), ("-h",)):
+        assert call(monkeypatch, *words) == 0
+        text = capsys.readouterr().out
+        assert all(f"\n  {name} " in text for name in COMMANDS)
+    assert call(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"iwsft {__version__}\n"
+    assert call(monkeypatch, "reprot") == 2
+    assert "unknown command 'reprot'; did you mean 'report'?" in capsys.readouterr().err
+
+
+def test_a_wrong_option_is_told_before_anything_heavy_is_imported() -> None:
+    code = f"""
+import sys
+from benchmarks.__main__ import main
+for command in {[name for name in COMMANDS if name != "llm"]}:
+    sys.argv = ["iwsft", command, "--seedz", "1"]
+    try:
+        main()
+    except SystemExit as end:
+        heavy = {{"torch", "numpy", "scipy", "matplotlib", "transformers"}} & set(sys.modules)
+        print(command, end.code, *heavy)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    ended = [f"{command} 2" for command in COMMANDS if command != "llm"]
+    assert done.stdout.splitlines() == ended, done.stderr
+    assert "--seeds" in done.stderr
+
+
+def config(folder: Path, text: str, name: str = "run.yaml") -> str:
+    """Write a config file; its path."""
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+def test_the_command_line_overrides_a_config_file(tmp_path: Path) -> None:
+    text = "algo: [sft-q, iw-sft-q]\nseeds: [1, 2]\nsteps: 5\nalpha: 1e-1\nresume: yes\ntop: null\n"
+    path = config(tmp_path, text)
+    read = parse(Options, "d4rl", None, ["--config", path])
+    own = Options(algo=("sft-q", "iw-sft-q"), seeds=(1, 2), steps=5, alpha=0.1, resume=True)
+    assert read == own
+    words = ["--seeds", "0", f"--config={path}", "--no-resume", "--eval-episodes", "9"]
+    changed = parse(Options, "d4rl", None, words)
+    assert changed == replace(own, seeds=(0,), resume=False, eval_episodes=9)
+
+
+@pytest.mark.parametrize("algo", ["iw-sft-q", "iql"])
+def test_a_run_takes_back_its_own_config(algo: str, tmp_path: Path) -> None:
+    """Without the options of the other algorithm, which a command line of one run may not have."""
+    options = parse(Options, "d4rl", None, WORDS)
+    run = Run("hopper", algo, 4, options, source="/data/hopper.hdf5")
+    content = {"benchmark": "d4rl", "algo": algo, "options": options_of(run)}
+    path = config(tmp_path, json.dumps(content), "config.json")
+    again = parse(Options, "d4rl", None, ["--config", path])
+    alone = {"algo": (algo,), "dataset": ("/data/hopper.hdf5",), "seeds": (4,)}
+    unused = {"target_ess": None} if algo == "iql" else {"baseline_steps": None}
+    assert again == replace(options, **alone, **unused)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("run.yaml", "stepps: 3", "unknown option 'stepps'; did you mean 'steps'?"),
+        ("run.yaml", "eval-episode: 3", "unknown option 'eval-episode'; did you mean"),
+        ("run.yaml", "xyz: 3", "unknown option 'xyz'; --help lists the options"),
+        ("run.yaml", "steps: {a: 1}", "'steps' is {'a': 1}; it takes a value or a list of values"),
+        ("run.yaml", "- 3", "holds no options; it reads NAME: VALUE"),
+        ("run.yaml", "steps: [", "can't be read as .yaml"),
+        ("config.json", "{", "can't be read as .json"),
+        (
+            "config.json",
+            '{"benchmark": "llm"}',
+            "is of a run of llm; `iwsft llm --config` takes it",
+        ),
+        ("config.json", '{"benchmark": "d4rl"}', "is of an earlier release"),
+        ("missing.yaml", None, "No such file"),
+    ],
+)
+def test_a_wrong_config_file_ends_in_one_line(
+    name: str, text: str | None, message: str, tmp_path: Path
+) -> None:
+    if text is not None:
+        config(tmp_path, text, name)
+    with pytest.raises(SystemExit) as error:
+        parse(Options, "d4rl", None, ["--config", str(tmp_path / name)])
+    line: Any = error.value.code
+    assert line.startswith("error: ") and message in line and "\n" not in line
