@@ -99,6 +99,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         f"{_POLICIES}/test_causal_lm_objective.py",
         f"{_POLICIES}/test_adapters.py",
         f"{_POLICIES}/test_causal_lm_families.py",
+        f"{_POLICIES}/test_causal_lm_sharded.py",
     ),
 }
 

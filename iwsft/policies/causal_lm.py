@@ -100,7 +100,8 @@ class CausalLMPolicy(nn.Module):
         decoder = check_decoder(self.model)
         tokens = _Tokens.of(trajectories)
         number, width = _check_tokens(tokens, decoder)
-        width = min(-(-width // _MULTIPLE) * _MULTIPLE, _context(decoder) or width + _MULTIPLE)
+        width = -(-width // _MULTIPLE) * _MULTIPLE
+        width = min(width, _context(decoder) or width)
         one_row = self.one_row
         if one_row is None:
             one_row = fits_one_row(decoder) and varies_lengths(decoder)
@@ -171,7 +172,7 @@ class CausalLMPolicy(nn.Module):
         if question.answer is None:
             raise NotImplementedError(f"{type(decoder).__name__} did not use its output layer")
         if not self._after_head_checked and len(target) > 0:
-            transform.check(question.answer.detach(), logits.detach(), type(decoder).__name__)
+            transform.check(question.answer, logits, type(decoder).__name__)
             self._after_head_checked = True
         if logits is question.answer:
             return question.answer

@@ -46,12 +46,11 @@ def token_log_prob(
     Raises:
         ValueError: Shapes do not fit together, or the cap is not positive.
     """
-    tokens, width = hidden.shape if hidden.ndim == 2 else (-1, -1)
     if (
-        tokens < 0
+        hidden.ndim != 2
         or weight.ndim != 2
-        or weight.shape[1] != width
-        or target.shape != (tokens,)
+        or weight.shape[1] != hidden.shape[1]
+        or target.shape != hidden.shape[:1]
         or (bias is not None and bias.shape != weight.shape[:1])
     ):
         raise ValueError(

@@ -34,8 +34,11 @@ def test_reference_is_the_model_without_its_adapter() -> None:
     policy, base = lora()
     batch, before = packed(), flags(policy)
     theta = policy.log_prob(batch)
+    assert not policy.adapters_off
     with policy.reference():
         reference = policy.log_prob(batch)
+        assert policy.adapters_off
+    assert not policy.adapters_off
     assert torch.equal(reference, CausalLMPolicy(base).log_prob(batch))
     assert not torch.allclose(theta, reference)
     assert torch.equal(policy.log_prob(batch), theta)

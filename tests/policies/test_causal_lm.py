@@ -344,6 +344,27 @@ def test_context_is_full_at_its_limit_and_not_that_of_a_packed_batch() -> None:
         torch.testing.assert_close(ours, alone(model, batch), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_model_may_name_no_context(limit: int) -> None:
+    model, batch = decoder(), packed((15, 17))
+    model.config.max_position_embeddings = limit
+    torch.testing.assert_close(
+        CausalLMPolicy(model).log_prob(batch), alone(model, batch), rtol=1e-12, atol=1e-12
+    )
+    model.config.max_position_embeddings = 1
+    with pytest.raises(ValueError, match="has 17 tokens, LlamaForCausalLM reads 1 "):
+        CausalLMPolicy(model).log_prob(batch)
+
+
+def test_the_first_and_the_last_token_of_the_vocabulary() -> None:
+    model, batch = decoder(), packed()
+    batch[TOKENS][3:5] = torch.tensor([0, 96])
+    batch[ASSISTANT][3:5] = True
+    torch.testing.assert_close(
+        CausalLMPolicy(model).log_prob(batch), alone(model, batch), rtol=1e-12, atol=1e-12
+    )
+
+
 def test_a_table_of_learned_positions_may_have_any_number_of_rows() -> None:
     model, batch = decoder("gpt2", n_positions=50), packed((50, 49))
     torch.testing.assert_close(

@@ -80,8 +80,23 @@ def test_an_unknown_change_of_logits_is_refused() -> None:
         return out
 
     model.forward = twice
+    policy, none = CausalLMPolicy(model), batch.clone()
+    none["masks", "all_assistant_mask"].zero_()
+    # There is nothing to compare until a token is predicted.
+    assert not bool(policy.log_prob(none).any())
+    one = none.clone()
+    one["masks", "all_assistant_mask"][4] = True
     with pytest.raises(NotImplementedError, match="LlamaForCausalLM changes its logits"):
-        CausalLMPolicy(model).log_prob(batch)
+        policy.log_prob(one)
+
+
+def test_logits_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks: list[str] = []
+    monkeypatch.setattr(LogitTransform, "check", lambda *args: checks.append(args[-1]))
+    policy = CausalLMPolicy(decoder())
+    for _ in range(2):
+        policy.log_prob(packed())
+    assert checks == ["LlamaForCausalLM"]
 
 
 def test_a_head_that_sees_other_states_is_refused() -> None:
@@ -90,6 +105,9 @@ def test_a_head_that_sees_other_states_is_refused() -> None:
     model.forward = lambda **inputs: real(**inputs, logits_to_keep=1)
     with pytest.raises(NotImplementedError, match="must see every token once"):
         CausalLMPolicy(model, one_row=False).log_prob(batch)
+    model.forward = lambda **inputs: (real(**inputs), real(**inputs))[0]
+    with pytest.raises(NotImplementedError, match="must see every token once"):
+        CausalLMPolicy(model).log_prob(batch)
 
 
 def test_bias_of_the_output_layer_counts() -> None:
