@@ -97,7 +97,7 @@ class _TokenLogProb(torch.autograd.Function):
         blocks = _Blocks(hidden, weight, bias, target, *ctx.settings)
         with torch.autocast(hidden.device.type, enabled=False):
             gradients = _gradients(
-                blocks, total, log_prob, grads[0].to(blocks.wide), ctx.needs_input_grad[:3]
+                blocks, total, log_prob, grads[0].to(blocks.wide), ctx.needs_input_grad[:2]
             )
         return *gradients, None, None, None, None
 
@@ -107,19 +107,19 @@ def _gradients(
     total: Tensor,
     log_prob: Tensor,
     upstream: Tensor,
-    needed: tuple[bool, bool, bool],
+    needed: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients to hidden, weight and bias; None where not needed."""
-    for_hidden, for_weight, for_bias = needed
+    """Gradients to hidden, weight and bias; None where not needed, or where there is no bias."""
+    for_hidden, for_weight = needed
     wide, device = blocks.wide, upstream.device
     # d log p / d logits = onehot - softmax; the factor contains the sign and the scale.
     factor = (-blocks.scale * upstream).unsqueeze(1)
     to_hidden = torch.zeros(blocks.hidden.shape, dtype=wide, device=device) if for_hidden else None
     to_weight = torch.empty_like(blocks.full_weight) if for_weight else None
-    to_bias = torch.empty_like(blocks.bias) if for_bias and blocks.bias is not None else None
+    to_bias = torch.empty_like(blocks.bias) if blocks.bias is not None else None
     for columns in blocks.columns():
         part = blocks.weight(columns)
-        for_part = torch.zeros(part.shape, dtype=wide, device=device) if for_weight else None
+        for_part = torch.zeros(part.shape, dtype=wide, device=device)
         summed = torch.zeros(len(part), dtype=wide, device=device)
         for rows in blocks.rows():
             logits = blocks.logits(rows, columns, part)
@@ -141,9 +141,9 @@ def _gradients(
             grad = grad.to(blocks.dtype)
             if to_hidden is not None:
                 accumulate_(to_hidden[rows], grad, part)
-            if for_part is not None:
+            if to_weight is not None:
                 accumulate_(for_part, grad.t(), blocks.hidden[rows])
-        if to_weight is not None and for_part is not None:
+        if to_weight is not None:
             to_weight[columns] = for_part
         if to_bias is not None:
             to_bias[columns] = summed

@@ -12,7 +12,7 @@ from torch import Tensor
 from iwsft.policies import token_log_prob as module
 from iwsft.policies.token_log_prob import token_log_prob
 
-TRANSFORMS: list[dict[str, Any]] = [{}, {"scale": 0.3}, {"softcap": 0.9, "scale": 1.7}]
+TRANSFORMS: list[dict[str, Any]] = [{}, {"scale": 0.3}, {"softcap": 0.9, "scale": 2.0}]
 
 
 @pytest.fixture(params=[(4, 5), (3, 64), (64, 7), (64, 64)], ids=str)
