@@ -33,8 +33,9 @@ from numpy.typing import NDArray
 from iwsft.datasets import antmaze, catalog
 from iwsft.datasets.actions import bounds_of, find_bounds
 from iwsft.datasets.dataset import WHOLE, Bounds, OfflineDataset, fingerprint_of
-from iwsft.datasets.ends import NAMES, find_ends, marked_ends
+from iwsft.datasets.ends import find_ends, move_time_limits
 from iwsft.datasets.episodes import Flags, Floats, Steps, check_actions, check_steps, cut_steps
+from iwsft.datasets.marks import NAMES, marked_ends
 
 if TYPE_CHECKING:
     import h5py
@@ -92,7 +93,11 @@ def read(
     if env_id is not None and env_id.startswith("AntMaze") and columns == antmaze.COLUMNS:
         steps, notes = antmaze.until_goal(steps)
     elif "sources" not in stored and (entry is None or not steps.timeouts.any()):
-        steps, notes = find_ends(steps, marks, partial(_limit, env_id, env_kwargs), where)
+        limit = partial(_limit, env_id, env_kwargs)
+        steps, notes = find_ends(steps, marks, limit, where)
+        if entry is None:  # terminals of D4RL's kitchen files end demonstrations
+            steps, moved = move_time_limits(steps, limit)
+            notes += moved
         for note in notes:
             warnings.warn(f"{where}: {note}", stacklevel=4)
     bounds, more = _bounds(steps.actions, env_id, env_kwargs, where, trust_env_module)
@@ -197,7 +202,7 @@ def _read_marks(groups: Sequence[h5py.Group], where: str, rows: int) -> dict[str
     for group in groups:
         for name in sorted(NAMES.intersection(group)):
             values = _values(group, name, where)
-            ends = None if values is None else marked_ends(name, values, rows)
+            ends = None if values is None else marked_ends(name, values, rows, where)
             if ends is not None:
                 marks[name] = ends
     return marks

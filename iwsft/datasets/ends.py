@@ -1,7 +1,7 @@
 """Where episodes end: what a recording shows beyond its ``terminals`` and ``timeouts``.
 
-Files often lack ``timeouts``, or keep the ends under another name. Episodes that are read as one
-would have returns that no policy can reach, and curation would prefer them.
+Files often lack ``timeouts``, keep the ends under another name, or mark another row. Episodes that
+are read as one would have returns that no policy can reach, and curation would prefer them.
 """
 
 from __future__ import annotations
@@ -11,62 +11,16 @@ from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from iwsft.datasets.dynamics import Dynamics, column_spread, distance
 from iwsft.datasets.episodes import CHUNK, Flags, Floats, Steps
+from iwsft.datasets.marks import FACTORS, TERMINAL, TRUNCATED
 
-# Names of flags that libraries set at the last step of an episode, or at the first one.
-LAST = {"dones", "done", "ends", "last", "is_last", "is_terminal", "timeout", "time_limits"}
-LAST |= {"truncations", "truncateds", "truncated", "TimeLimit.truncated", "episode_terminals"}
-LAST |= {"terminations", "terminateds", "terminated", "episode_dones", "episode_ends"}
-LAST |= {"dones_float"}
-FIRST = {"first", "is_first", "is_init", "starts", "episode_starts", "initials"}
-# Names of a number that an episode's steps share.
-IDS = {"episode", "episodes", "episode_id", "episode_ids", "episode_index", "trajectories"}
-IDS |= {"traj_id", "traj_ids", "trajectory_id", "trajectory_ids"}
-# Names of a number that counts the steps of an episode.
-COUNTERS = {"step", "steps", "step_index", "timestep", "timesteps", "elapsed_steps", "frame_index"}
-# Names of the number of steps of each episode.
-LENGTHS = {"lengths", "episode_lengths", "traj_lengths", "trajectory_lengths"}
-NAMES = LAST | FIRST | IDS | COUNTERS | LENGTHS
-
-
-def marked_ends(name: str, values: NDArray[Any], rows: int) -> Flags | None:
-    """Return the rows that end an episode by a field of ``NAMES``, bool ``[rows]``.
-
-    None means that the field has another meaning, as its shape or values show.
-    """
-    ends = np.zeros(rows, dtype=bool)
-    if values.shape[1:] == (1,):
-        values = values.reshape(-1)
-    if values.shape != (rows,):
-        # Lengths, or the positions after the last step of each episode.
-        stops = np.cumsum(values) if name in LENGTHS else values
-        whole = name in LENGTHS or name == "episode_ends"
-        if whole and values.ndim == 1 and len(stops) and stops[-1] == rows and stops.min() > 0:
-            ends[stops.astype(np.int64) - 1] = True
-            return ends
-        return None
-    if name in COUNTERS:
-        ends[:-1] = values[1:] != values[:-1] + 1
-        restarts = values[1:][ends[:-1]] == values[0]
-        return ends if restarts.all() and ends.mean() <= 0.5 else None
-    if name in IDS:
-        ends[:-1] = values[1:] != values[:-1]
-        return ends if ends.mean() <= 0.5 else None  # a number of its own for each row
-    if ((values != 0) & (values != 1)).any():
-        return None
-    if name in FIRST:
-        ends[:-1] = values[1:] != 0
-        return ends
-    return values != 0 if name in LAST else None
+Limit = Callable[[], int | None]
 
 
 def find_ends(
-    steps: Steps,
-    marks: Mapping[str, Flags],
-    limit: Callable[[], int | None],
-    source: str,
+    steps: Steps, marks: Mapping[str, Flags], limit: Limit, source: str
 ) -> tuple[Steps, list[str]]:
     """End episodes where the data show it, and drop the rows of a vector environment's resets.
 
@@ -80,35 +34,104 @@ def find_ends(
         The steps, and a note on each change.
 
     Raises:
-        ValueError: The rows are not in the order of recording.
+        ValueError: The rows are not in the order of recording, or fields contradict each other.
     """
-    notes = []
-    timeouts = steps.timeouts.copy()
-
-    def end(at: Flags, where: str) -> None:
-        new = at & ~(steps.terminals | timeouts)
-        new[-1] = False  # the last row ends an episode anyway
-        if new.any():
-            timeouts[new] = True
-            notes.append(f"{int(new.sum()):,} episodes end {where}, without a timeout")
-
-    for name, flags in marks.items():
-        end(flags, f"where {name!r} says so")
-    steps = replace(steps, timeouts=timeouts)
+    steps, notes = _join_marks(steps, marks, source)
+    _check_filling(steps, source)
     resets = _reset_rows(steps)
     if resets.any():
         notes.append(
             f"{int(resets.sum()):,} rows left out: steps in which a vector environment was reset"
         )
         steps = _select(steps, ~resets)
-        timeouts = steps.timeouts
-    if steps.next_observations is not None:
-        torn = _torn(steps, source)
-        end(torn, "where the next observation is not that of the next row")
-    end(_beyond(steps.terminals, timeouts, limit), "at the environment's limit of steps")
-    if len(timeouts) > 1 and not (steps.terminals | timeouts).any():
-        notes.append(f"no end of an episode is marked: {len(timeouts):,} rows are one trajectory")
+    _check_order(steps, source, notes)
+    _check_places(steps, source)
+    if steps.next_observations is None:
+        where = "where the next row is like the first one of an episode"
+        steps = _end(steps, _restarts(steps), where, notes)
+    else:
+        where = "where the next observation is not that of the next row"
+        steps = _end(steps, _torn(steps, source), where, notes)
+    cuts = _beyond(steps, limit)
+    if cuts.any():
+        _check_cuts(steps, cuts, source)
+    steps = _end(steps, cuts, "at the environment's limit of steps", notes)
+    steps = _mend_following(steps, notes)
+    if len(steps.rewards) > 1 and not _ends(steps).any():
+        notes.append(f"no end of an episode is marked: {len(steps.rewards):,} rows are one")
+        notes[-1] += " trajectory"
     return steps, notes
+
+
+def move_time_limits(steps: Steps, limit: Limit) -> tuple[Steps, list[str]]:
+    """Read terminals that a limit of steps has set as timeouts.
+
+    The flag ``done`` of gym before 0.26 is such a terminal. A policy's value after it is not 0.
+
+    Args:
+        steps: Steps whose episodes are found.
+        limit: Function that returns the environment's limit of steps, where known.
+
+    Returns:
+        The steps, and a note on the change.
+    """
+    terminals, timeouts = steps.terminals, steps.timeouts
+    if not terminals.any():
+        return steps, []
+    if timeouts.any():
+        moved = terminals & timeouts & terminals[timeouts].all()
+        reason = "as each timeout is a terminal, too"
+    else:
+        stops = np.flatnonzero(terminals)
+        sizes = np.diff(stops, prepend=-1)
+        most = limit()
+        moved = np.zeros_like(terminals)
+        if most is not None and sizes.max() == most:
+            moved[stops[sizes == most]] = True
+        reason = f"as they are the environment's last ones, of {most}"
+    if not moved.any():
+        return steps, []
+    note = f"{int(moved.sum()):,} terminals are read as timeouts, {reason}"
+    return replace(steps, terminals=terminals & ~moved, timeouts=timeouts | moved), [note]
+
+
+def _join_marks(steps: Steps, marks: Mapping[str, Flags], source: str) -> tuple[Steps, list[str]]:
+    """Add the ends of other fields; those of the environment itself are terminals."""
+    notes: list[str] = []
+    cut = steps.timeouts.copy()
+    for name in TRUNCATED & marks.keys():
+        cut |= marks[name]
+    for name in sorted(marks, key=lambda name: (name not in TERMINAL | FACTORS, name)):
+        flags = marks[name]
+        kind = "terminal" if name in TERMINAL | FACTORS else "timeout"
+        if kind == "terminal":
+            differ = np.flatnonzero(steps.terminals & ~flags & ~cut)
+            if len(differ):
+                both = f"'terminals' and {name!r} differ at row {int(differ[0])}"
+                raise ValueError(f"{source}: {both}; leave out the one that is wrong")
+            padded = np.flatnonzero((flags & ~_ends(steps))[:-1] & flags[1:])
+            if len(padded):
+                row = f"{name!r} ends an episode at row {int(padded[0])} and at the next one"
+                raise ValueError(f"{source}: {row}; leave out rows that are padding")
+        steps = _end(steps, flags, f"where {name!r} says so", notes, kind=kind)
+    return replace(steps, timeouts=steps.timeouts | cut), notes
+
+
+def _ends(steps: Steps) -> Flags:
+    return steps.terminals | steps.timeouts
+
+
+def _end(steps: Steps, at: Flags, where: str, notes: list[str], *, kind: str = "timeout") -> Steps:
+    """End episodes at these rows, and note it."""
+    new = at & ~_ends(steps)
+    if kind == "timeout":
+        new[-1] = False  # the last row ends an episode anyway
+    if not new.any():
+        return steps
+    notes.append(f"{int(new.sum()):,} episodes end {where}, without a {kind}")
+    flags = f"{kind}s"
+    changes: dict[str, Any] = {flags: getattr(steps, flags) | new}
+    return replace(steps, **changes)
 
 
 def _select(steps: Steps, rows: Flags) -> Steps:
@@ -126,9 +149,19 @@ def _differ(first: Floats, second: Floats) -> Flags:
     return differ
 
 
-def _spread(observations: Floats) -> Floats:
-    """Return the standard deviation of each column, of an even subset of the rows."""
-    return np.asarray(observations[:: 1 + len(observations) // CHUNK].std(axis=0) + 1e-9)
+def _check_filling(steps: Steps, source: str) -> None:
+    """Check that no rows fill episodes up: those of padding, or of a last observation alone."""
+    ends, still = _ends(steps), ~steps.actions.any(axis=1) & (steps.rewards == 0)
+    empty = still & ~steps.observations.any(axis=1)
+    padding = np.flatnonzero(ends[:-2] & empty[1:-1] & empty[2:] & ~ends[1:-1])
+    if len(padding):
+        row = f"row {int(padding[0]) + 1} and the next one are 0 after the end of an episode"
+        raise ValueError(f"{source}: {row}; leave out rows that are padding")
+    if ends.sum() > 1 and still[ends].all() and still[~ends].mean() < 0.05:
+        raise ValueError(
+            f"{source}: action and reward are 0 at each last row of an episode, as if it had an "
+            "observation only; leave out these rows, and mark the ones before as the last"
+        )
 
 
 def _torn(steps: Steps, source: str) -> Flags:
@@ -136,11 +169,11 @@ def _torn(steps: Steps, source: str) -> Flags:
     torn = np.zeros(len(steps.rewards), dtype=bool)
     assert steps.next_observations is not None
     following, then = steps.next_observations[:-1], steps.observations[1:]
-    inside = ~(steps.terminals | steps.timeouts)[:-1]
+    inside = ~_ends(steps)[:-1]
     torn[:-1] = _differ(following, then) & inside
     if torn.sum() > max(1, inside.sum() / 2):
         # Noise of a sensor is small compared with the spread of the observations.
-        apart = np.abs(following - then)[torn[:-1]] / _spread(steps.observations)
+        apart = np.abs(following - then)[torn[:-1]] / column_spread(steps.observations)
         far = apart.max(axis=1) > 0.5
         if far.mean() > 0.5:
             raise ValueError(
@@ -151,46 +184,117 @@ def _torn(steps: Steps, source: str) -> Flags:
     return torn
 
 
+def _restarts(steps: Steps) -> Flags:
+    """Return the rows before which no end is marked, though a first observation follows.
+
+    That observation lies among the known first ones in every column, and it surprises as these do.
+    """
+    now, rows = steps.observations, len(steps.rewards)
+    found = np.zeros(rows, dtype=bool)
+    first = np.append(True, _ends(steps)[:-1])
+    dynamics = Dynamics(steps)
+    if first.sum() < 4 or not dynamics.predictable:
+        return found
+    starts = now[first]
+    margin = starts.max(axis=0) - starts.min(axis=0) + 0.01 * column_spread(now)
+    within = (now >= starts.min(axis=0) - margin) & (now <= starts.max(axis=0) + margin)
+    least = 0.7 * float(dynamics.surprise(np.flatnonzero(first[1:])).min())
+    # Were columns independent, so many rows would lie there.
+    expected = rows * float(np.prod(within[~first].mean(axis=0)))
+    if least < 1.3 * dynamics.usual(0.97) and expected > 1e-3:
+        return found
+    near = np.flatnonzero(within.all(axis=1)[1:] & ~first[1:])
+    found[near[dynamics.surprise(near) > least]] = True
+    return found
+
+
+def _check_order(steps: Steps, source: str, notes: list[str]) -> None:
+    """Check that the next row is the next step, and not that of another environment."""
+    now = steps.observations[:8192]
+    if steps.next_observations is not None or _ends(steps).mean() > 0.5:
+        return
+    following = Dynamics(steps).unexplained
+    if not 0.1 < following < np.inf:
+        return
+    centred = (now - now.mean(axis=0)) / (now.std(axis=0) + 1e-6)
+    power = np.abs(np.fft.rfft(centred, 2 * len(now), axis=0)) ** 2
+    alike = np.fft.irfft(power, axis=0)[: len(now) // 4].mean(axis=1)
+    likely = np.argsort(alike[2:])[:-5:-1] + 2
+    for lag in sorted({*range(2, 17), *likely.tolist()}):
+        if Dynamics(steps, lag).unexplained < 0.3 * following:
+            turns = f"rows of {lag} environments take turns, row i + {lag} follows row i"
+            raise ValueError(f"{source}: {turns}; write each one's rows one after the other")
+    if following > 0.9:
+        notes.append("no observation depends on that of the row before, as if rows were shuffled")
+
+
+def _check_places(steps: Steps, source: str) -> None:
+    """Check that the flags are at the last rows of episodes, not one row before or after."""
+    ended = _ends(steps)
+    dynamics = Dynamics(steps) if steps.next_observations is None else None
+    for name in ("terminals", "timeouts"):
+        ends = np.flatnonzero(getattr(steps, name)[1:-2]) + 1
+        if dynamics is not None:
+            wrong = ends
+            if not any(dynamics.end_after(ends, shift) for shift in (-1, 1)):
+                continue
+        else:
+            assert steps.next_observations is not None
+            broken = _differ(steps.next_observations[:-1], steps.observations[1:])
+            wrong = ends[~broken[ends]]  # the flag says that the episode ends, but it continues
+            unmarked = broken & ~ended[:-1]
+            near = unmarked[wrong - 1] | unmarked[wrong + 1]
+            many = len(wrong) > len(ends) / 2 and unmarked.sum() >= len(wrong) / 2
+            if not many and near.sum() <= len(near) / 2:
+                continue
+        if len(wrong):
+            row = f"{name!r} marks row {int(wrong[0])}, which is not the last one of its episode"
+            raise ValueError(f"{source}: {row}, as the observations show; mark the last rows")
+
+
 def _reset_rows(steps: Steps) -> Flags:
     """Return the rows in which gymnasium's vector environments reset themselves.
 
     In the step after an end, such an environment ignores the action and returns the reset's
     observation with reward 0. The row's own observation is still the last one of the old episode.
+    So the reset follows this row, and not the one before.
     """
-    now = steps.observations
-    rows, ends = len(now), steps.terminals | steps.timeouts
-    after = np.flatnonzero(ends[:-1]) + 1
-    resets = np.zeros(rows, dtype=bool)
-    known = after[after + 1 < rows]  # rows whose next row tells where the reset led
-    if len(known) == 0 or steps.rewards[after].any() or ends[after].any():
+    now, rewards = steps.observations, steps.rewards
+    ends = np.flatnonzero(_ends(steps)[:-2])
+    resets = np.zeros(len(now), dtype=bool)
+    likely = ends[(rewards[ends + 1] == 0) & ~_ends(steps)[ends + 1]]
+    if steps.next_observations is not None:
+        linked = ends[~_differ(now[ends + 1], steps.next_observations[ends])]
+        if len(linked) > len(np.intersect1d(likely, linked)):
+            return resets
+        likely = linked
+    elif len(likely) < max(2, len(ends) / 2):
         return resets
-    following = steps.next_observations
-    if following is not None and _differ(now[after], following[after - 1]).any():
+    if len(likely) == 0:
         return resets
-    spread = _spread(now)
-
-    def jump(row: NDArray[np.int64]) -> float:
-        return float(np.median((np.abs(now[row] - now[row - 1]) / spread).max(axis=1)))
-
-    others = np.delete(steps.rewards, after)
-    # In data with many rewards of 0, these rows are told by the jump alone.
-    factor = 1.0 if (others == 0).mean() < 0.01 else 1.5
-    resets[after] = jump(known + 1) > factor * jump(known)
+    zeros = np.delete(rewards, likely + 1) == 0
+    seldom = ((zeros.sum() + 1) / (len(zeros) + 2)) ** len(likely) < 1e-6
+    # Where rewards of 0 are seldom, these rows need less evidence.
+    jumps = [np.median(distance(now[row], now[row + 1])) for row in (likely, likely + 1)]
+    if (seldom and jumps[1] > jumps[0]) or Dynamics(steps).end_after(likely, 1, sure=seldom):
+        resets[likely + 1] = True
+        if not _ends(steps)[-1] and _ends(steps)[-2]:
+            resets[-1] = rewards[-1] == 0
     return resets
 
 
-def _beyond(terminals: Flags, timeouts: Flags, limit: Callable[[], int | None]) -> Flags:
+def _beyond(steps: Steps, limit: Limit) -> Flags:
     """Return the rows at which an episode reaches the limit, though nothing ends it there.
 
     Episodes that a timeout ends show the limit of the recording, where it is longer.
     """
-    cut = np.zeros(len(terminals), dtype=bool)
-    done = terminals | timeouts
+    cut = np.zeros(len(steps.terminals), dtype=bool)
+    done = _ends(steps)
     stops = np.flatnonzero(done) + 1
     if not done[-1]:
         stops = np.append(stops, len(done))
     sizes = np.diff(stops, prepend=0)
-    timed = timeouts[stops - 1] & ~terminals[stops - 1]
+    timed = steps.timeouts[stops - 1] & ~steps.terminals[stops - 1]
     longest = int(sizes[timed].max(initial=0))
     if sizes.max() <= longest:
         return cut
@@ -201,3 +305,39 @@ def _beyond(terminals: Flags, timeouts: Flags, limit: Callable[[], int | None]) 
     for stop, size in zip(stops[sizes > most], sizes[sizes > most], strict=True):
         cut[stop - size + most - 1 : stop - 1 : most] = True
     return cut
+
+
+def _check_cuts(steps: Steps, cuts: Flags, source: str) -> None:
+    """Check that the observations show resets where the limit cuts."""
+    if steps.next_observations is not None:
+        return
+    dynamics, rows = Dynamics(steps), np.flatnonzero(cuts)
+    if dynamics.predictable and np.median(dynamics.surprise(rows)) <= dynamics.usual(0.95):
+        raise ValueError(
+            f"{source}: an episode is longer than the environment's limit, and does not end there "
+            f"(row {int(rows[0])}); mark the ends of episodes in 'timeouts'"
+        )
+
+
+def _mend_following(steps: Steps, notes: list[str]) -> Steps:
+    """Replace next observations that are the first ones of the next episode.
+
+    Vector environments that reset themselves in the step of an end return these.
+    """
+    following = steps.next_observations
+    ends = np.flatnonzero(_ends(steps)[:-1])
+    if following is None or len(ends) == 0:
+        return steps
+    stale = ends[~_differ(following[ends], steps.observations[ends + 1])]
+    if len(stale) < max(1, len(ends) / 2):
+        return steps
+    dynamics = Dynamics(steps)
+    if not dynamics.predictable or np.median(dynamics.surprise(stale)) <= dynamics.usual(0.95):
+        return steps  # the recording continued after these ends
+    notes.append(
+        f"the next observations of {len(stale):,} last steps are the first ones of the next "
+        "episode: the step's own ones are taken"
+    )
+    following = following.copy()
+    following[stale] = steps.observations[stale]
+    return replace(steps, next_observations=following)
