@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # One thread per process: parallel runs do not compete, and numbers do not depend on the load.
 export OMP_NUM_THREADS = 1
 
-.PHONY: demo test lint mutants peer smollm2
+.PHONY: demo test lint docs mutants peer smollm2
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,11 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Build the site of the documentation into build/docs, with the notebooks executed. A warning is an error.
+docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
 
 # Change the algorithm's source in one place at a time, and see whether a test fails. Hours on one core; see --help.
 mutants: $(VENV)/installed

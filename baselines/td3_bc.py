@@ -39,7 +39,7 @@ class Settings:
         lr: Constant learning rate of Adam, for all networks.
         gamma: Discount factor.
         tau: Share of the networks in their targets' moving average.
-        alpha: Weight of Q against behaviour cloning, divided by the batch's mean |Q|.
+        alpha: Weight of Q against behaviour cloning, divided by the batch's mean ``|Q|``.
         policy_noise: Standard deviation of the noise on the target policy's actions.
         noise_clip: Bound of that noise.
         policy_delay: Number of updates for each move of the actor and of all targets.
@@ -127,7 +127,7 @@ class DelayedTD3BCLoss(CopyableLoss, TD3BCLoss):
         }
 
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return ``-lambda Q_1(s, pi(s)) + (pi(s) - a)^2`` with lambda = alpha / mean |Q_1|."""
+        """Return ``-lambda Q_1(s, pi(s)) + (pi(s) - a)^2``, lambda = ``alpha / mean |Q_1|``."""
         keys = self.tensor_keys
         inputs = tensordict.select(*self.actor_network.in_keys)
         self._cached_actor(inputs)

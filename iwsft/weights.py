@@ -273,7 +273,7 @@ class ImportanceWeights:
 
     @classmethod
     def paper_control(cls, k: float) -> ImportanceWeights:
-        """g(x) = k x over the length, no clip (paper, Eq. 11 and Table 4, column k / |tau|)."""
+        """g(x) = k x over the length, no clip (paper, Eq. 11; ``k / |tau|`` of Table 4)."""
         return cls(step=(Temperature(k),))
 
     @classmethod

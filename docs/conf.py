@@ -1,0 +1,77 @@
+"""Sphinx settings of the site: ``make docs`` builds it into build/docs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+# The kernels of the notebooks import the checkout, with one thread each.
+os.environ["PYTHONPATH"] = str(ROOT)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["RL_WARNINGS"] = "False"
+
+_about = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+# Where files outside of docs/ are shown; without it, their names are no links.
+_repository = _about.get("urls", {}).get("Repository")
+
+project = "iwsft"
+author = "The iwsft maintainers"
+copyright = author
+html_title = "iwsft"
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+exclude_patterns = ["results/**"]
+html_theme = "furo"
+html_show_sourcelink = False
+pygments_style, pygments_dark_style = "friendly", "monokai"
+
+myst_heading_anchors = 3
+myst_enable_extensions = ["colon_fence"]
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 120
+nb_merge_streams = True
+# Progress bars and warnings of other libraries.
+nb_output_stderr = "remove"
+
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True, "undoc-members": False, "show-inheritance": False}
+napoleon_use_rtype = False
+napoleon_use_ivar = True
+napoleon_custom_sections = [("Yields", "params_style")]
+
+
+def _follow_links(app: Any, page: str, source: list[str]) -> None:
+    """Links to files outside of docs/, and to pages that are not Sphinx's, lead somewhere."""
+    inside = r"\[([^\]]+)\]\(\.\./([^)]+)\)"
+    link = rf"[\1]({_repository}/blob/main/\2)" if _repository else r"\1"
+    text = re.sub(inside, link, source[0])
+    source[0] = re.sub(
+        r"\[([^\]]+)\]\((results/[\w.]+(?:html|json))\)", r'<a href="\2">\1</a>', text
+    )
+
+
+def _copy_results(app: Any, error: Exception | None) -> None:
+    """Put the report and the recorded results next to the pages."""
+    if error is None:
+        for path in (ROOT / "docs" / "results").iterdir():
+            (Path(app.outdir) / "results").mkdir(exist_ok=True)
+            shutil.copy(path, Path(app.outdir) / "results")
+
+
+def setup(app: Any) -> None:
+    """Register both with Sphinx."""
+    app.connect("source-read", _follow_links)
+    app.connect("build-finished", _copy_results)

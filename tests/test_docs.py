@@ -1,0 +1,56 @@
+"""The Python of the pages for newcomers runs as it is."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from iwsft import GaussianPolicy
+from iwsft.evaluation import Evaluation
+from iwsft.trained_policy import TrainedPolicy, save_policy
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def blocks(page: str) -> list[str]:
+    """The blocks of Python of a page."""
+    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_quickstart_finds_what_it_trained(folder: Path) -> None:
+    (code,) = blocks("quickstart.md")
+    names: dict[str, Any] = {}
+    exec(code.replace("steps=300", "steps=30"), names)
+    trained, loaded = names["policy"].state_dict(), names["again"].state_dict()
+    assert all(torch.equal(trained[name], loaded[name]) for name in trained)
+    assert (folder / "cloned" / "checkpoint" / "state.pt").exists()
+
+
+def test_the_page_after_training_acts_scores_films_and_exports(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    run = folder / "runs" / "d4rl" / "hopper-replay-mini" / "iw-sft-q" / "seed-0"
+    policy = TrainedPolicy(GaussianPolicy(11, 3), "Hopper-v4", {}, (-20.0, 3234.0), 11)
+    save_policy(run, policy, algo="iw-sft-q", action_dim=3)
+    scored: list[Evaluation] = []
+    names: dict[str, Any] = {"print": scored.append}
+    for code in blocks("after_training.md"):
+        if "video=" in code and find_spec("imageio_ffmpeg") is None:
+            continue
+        exec(code, names)
+    assert names["over"]
+    assert len(scored[0].returns) == 20 and scored[0].score is not None
+    assert names["actions"].shape == (1, 3)
+    assert (folder / "hopper.mp4").exists() == (find_spec("imageio_ffmpeg") is not None)
