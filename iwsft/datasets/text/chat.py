@@ -116,7 +116,7 @@ class ChatEncoder:
             stretches = conversation.check_marked()
         else:
             stretches = conversation.find_turns()
-            self._check_end_of_turn(messages, where, variables)
+            self._check_end_of_turn(messages, where, variables, conversation)
         return encode_stretches(
             self.tokenizer, conversation.text, stretches, where, cut=not self.has_markers
         )
@@ -228,10 +228,16 @@ class ChatEncoder:
         return None if match is None else Stretch(*match.span(1))
 
     def _check_end_of_turn(
-        self, messages: Sequence[Message], where: str, variables: Mapping[str, Any]
+        self,
+        messages: Sequence[Message],
+        where: str,
+        variables: Mapping[str, Any],
+        conversation: Conversation,
     ) -> None:
         """Check once that a turn ends with its own token, not with the next turn's header."""
         first = next(i for i, message in enumerate(messages) if message["role"] == ASSISTANT)
         if not self._checked_end and first + 1 < len(messages):
-            self._conversation(messages[: first + 1], where, variables).find_turns()
+            alone = self._conversation(messages[: first + 1], where, variables)
+            alone.find_turns()
+            conversation.check_end(first, alone)
         self._checked_end = True

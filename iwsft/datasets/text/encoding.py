@@ -13,10 +13,14 @@ _ANCHORS = ("", "\n", "a", ".", "0")
 
 
 class Encoded(NamedTuple):
-    """Token ids of a row, and whether each is trained on."""
+    """Token ids of a row, and whether each is trained on.
+
+    ``unknown`` tells whether the text to train on has characters that the tokenizer does not know.
+    """
 
     ids: list[int]
     trained: list[bool]
+    unknown: bool = False
 
 
 class Stretch(NamedTuple):
@@ -82,6 +86,7 @@ def encode_stretches(
             pieces.append(_continue(tokenizer, tail, text, start, stop, where))
     ids: list[int] = []
     trained: list[bool] = []
+    unknown = False
     for piece, (begin, end) in zip(
         pieces, itertools.pairwise([0, *starts, len(text)]), strict=True
     ):
@@ -90,10 +95,11 @@ def encode_stretches(
             if begin <= start < end:
                 tokens = token_range(piece.encoding, start - piece.start, stop - piece.start)
                 mask[tokens.start : tokens.stop] = [True] * len(tokens)
-                _check_decoded(tokenizer, piece, tokens, text, Stretch(start, stop), where)
+                own = Stretch(start, stop)
+                unknown |= not _reads_whole(tokenizer, piece, tokens, text, own, where)
         ids += piece.encoding.input_ids[piece.skip :]
         trained += mask[piece.skip :]
-    return Encoded(ids, trained)
+    return Encoded(ids, trained, unknown)
 
 
 def _continue(
@@ -134,13 +140,14 @@ def encode_completion(tokenizer: Any, prompt: str, completion: str, where: str) 
     if eos is None:
         raise ValueError(f"{where}: the tokenizer has no EOS token; set tokenizer.eos_token")
     text = prompt + completion
-    ids, trained = encode_stretches(tokenizer, text, [Stretch(len(prompt), len(text))], where)
+    stretch = Stretch(len(prompt), len(text))
+    ids, trained, unknown = encode_stretches(tokenizer, text, [stretch], where)
     if ids[-1] != eos:
         ids, trained = [*ids, eos], [*trained, True]
     bos = tokenizer.bos_token_id
     if bos is not None and tokenizer("a")["input_ids"][0] == bos and ids[0] != bos:
         ids, trained = [bos, *ids], [False, *trained]
-    return Encoded(ids, trained)
+    return Encoded(ids, trained, unknown)
 
 
 def token_range(encoding: Any, start: int, stop: int) -> range:
@@ -169,25 +176,35 @@ def _straddled(encoding: Any, start: int, stop: int) -> bool:
     return bool(tokens) and encoding.token_to_chars(tokens.start).start < start
 
 
-def _check_decoded(
+def _reads_whole(
     tokenizer: Any, piece: _Piece, tokens: range, text: str, stretch: Stretch, where: str
-) -> None:
-    """Check that tokens read as their stretch of the text, white space apart."""
+) -> bool:
+    """Whether tokens read as all of their stretch of the text, normalised and white space apart.
+
+    Raises:
+        ValueError: They read as other tokens than the stretch's own.
+    """
 
     def read(ids: list[int]) -> str:
         return squash(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     if not tokens:
-        return
+        return not squash(text[slice(*stretch)])
     first, last = (piece.encoding.token_to_chars(token) for token in (tokens[0], tokens[-1]))
     # The first or last token may reach beyond the stretch. A normaliser that composes characters
     # gives offsets that are too narrow.
     start = min(stretch.start, piece.start + first.start)
     own = text[start : max(stretch.stop, piece.start + last.end)]
     result = read(piece.encoding.input_ids[tokens.start : tokens.stop])
+    if result == squash(own):
+        return True
     # A tokenizer may normalise text or not know a character; then its own tokens read otherwise.
-    if result not in (squash(own), read(tokenizer(own, add_special_tokens=False).input_ids)):
+    if result != read(tokenizer(own, add_special_tokens=False).input_ids):
         raise ValueError(
             f"{where}: the tokens to train on read {result[:80]!r}, not {own[:80]!r}; take another "
             "tokenizer"
         )
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    normal = own if normalizer is None else normalizer.normalize_str(own)
+    # Sentencepiece writes spaces as this sign.
+    return squash(result.replace("\u2581", " ")) == squash(normal.replace("\u2581", " "))

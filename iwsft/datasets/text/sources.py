@@ -126,8 +126,8 @@ def _parquet(path: Path) -> Iterator[tuple[str, Record]]:
                     number += 1
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{path} row {number}: the file can't be read as Parquet from here on ({error}); write "
-            "it again"
+            f"{path} row {number}: the file can't be read as Parquet from here on "
+            f"({_line(error)}); write it again"
         ) from error
 
 
@@ -139,11 +139,21 @@ def _from_memory(data: Any, name: str, split: str | None) -> Iterator[tuple[str,
         name, data = f"{name} [{split}]", data[split]
     elif split not in (None, str(getattr(data, "split", None))):
         raise ValueError(f"{name} have no split {split!r}; leave split= out")
-    arrow = type(data).__module__.startswith("datasets.")
-    for number, record in enumerate(data):
-        if arrow:
-            record = {column: _without_nulls(value) for column, value in record.items()}
-        yield f"{name} row {number}", record
+    if not type(data).__module__.startswith("datasets."):
+        yield from ((f"{name} row {number}", record) for number, record in enumerate(data))
+        return
+    number = 0
+    try:
+        for record in data:
+            cells = {column: _without_nulls(value) for column, value in record.items()}
+            yield f"{name} row {number}", cells
+            number += 1
+    # Arrow's errors of damaged data are of these types.
+    except (ValueError, TypeError, OSError, NotImplementedError) as error:
+        raise ValueError(
+            f"{name} row {number}: the data can't be read from here on ({_line(error)}); write it "
+            "again"
+        ) from error
 
 
 def _from_datasets(
@@ -158,25 +168,39 @@ def _from_datasets(
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
         if config is not None:
             raise ValueError(f"{name} has no configurations; leave config= out")
-        return _from_memory(datasets.load_from_disk(name), name, split)
+        try:
+            saved = datasets.load_from_disk(name)
+        # Files are missing or damaged in many ways.
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{name} is damaged ({_line(error)}); save it again") from error
+        return _from_memory(saved, name, split)
     split = split or "train"
     try:
         if folder.is_dir():
             builder = datasets.load_dataset_builder(name, config, cache_dir=cache)
             splits = {str(key): files for key, files in (builder.config.data_files or {}).items()}
             files = [Path(file) for file in splits.get(split, ())]
+            suffixes = {file.suffix for file in files}
             # JSON is read without Arrow, which has one type a column.
-            if files and {file.suffix for file in files} <= {".json", ".jsonl"}:
+            if files and suffixes <= {".json", ".jsonl"}:
                 return chain.from_iterable(map(_json, files))
+            if suffixes == {".parquet"}:
+                return chain.from_iterable(map(_parquet, files))
         data = datasets.load_dataset(name, config, split=split, cache_dir=cache)
     except ConnectionError as error:
         raise ConnectionError(f"{name!r} can't be reached ({error}); pass a file") from error
     # DatasetNotFoundError and EmptyDatasetError are FileNotFoundErrors.
-    except (KeyError, ValueError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
+    except (KeyError, ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
-            f"{name!r} can't be loaded (split {split!r}, configuration {config!r}): {error}"
+            f"{name!r} can't be loaded (split {split!r}, configuration {config!r}): "
+            f"{_line(error.__cause__ or error)}"
         ) from error
     return _from_memory(data, f"{name} [{split}]", None)
+
+
+def _line(error: BaseException) -> str:
+    """The text of an error in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _without_nulls(value: Any) -> Any:

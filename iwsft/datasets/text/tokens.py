@@ -90,7 +90,7 @@ def tokenize(
         chat = ChatEncoder(tokenizer, template=template, template_kwargs=template_kwargs)
     else:
         check_tokenizer(tokenizer)
-    ids, masks, cuts = zip(
+    ids, masks, cuts, unknown = zip(
         *(_encode(row, tokenizer, chat, max_length) for row in rows), strict=True
     )
     sizes = torch.tensor([len(row_ids) for row_ids in ids])
@@ -109,6 +109,12 @@ def tokenize(
         notes.append(
             f"max_length={max_length} cut {len(truncated)} of {len(rows)} rows and {sum(cuts)} of "
             f"{len(mask) + sum(cuts)} tokens, ends of turn with them; first: {places}"
+        )
+    if any(unknown):
+        first = next(row.where for row, some in zip(rows, unknown, strict=True) if some)
+        notes.append(
+            f"the tokenizer does not know characters of the text to train on in {sum(unknown)} of "
+            f"{len(rows)} rows, and trains them as unknown or leaves them out; first: {first}"
         )
     if chat is not None and "strftime_now" in chat.template and not chat.template_kwargs:
         notes.append(
@@ -155,8 +161,8 @@ def correct_only(trajectories: TensorDictBase) -> TensorDictBase:
 
 def _encode(
     row: Row, tokenizer: Any, chat: ChatEncoder | None, max_length: int | None
-) -> tuple[Tensor, Tensor, int]:
-    """Return a row's ids, its mask, and the number of tokens cut off."""
+) -> tuple[Tensor, Tensor, int, bool]:
+    """Return a row's ids, its mask, the number of tokens cut off, and ``Encoded.unknown``."""
     if row.messages is not None and chat is not None:
         if clashes := chat.variables.intersection(row.unread):
             raise ValueError(
@@ -178,7 +184,7 @@ def _encode(
     mask = torch.tensor(encoded.trained[:max_length])
     mask[0] = False
     ids = torch.tensor(encoded.ids[:max_length])
-    return ids, mask, len(encoded.ids) - len(ids)
+    return ids, mask, len(encoded.ids) - len(ids), encoded.unknown
 
 
 def _unread_variables(rows: Sequence[Row], chat: ChatEncoder) -> list[str]:

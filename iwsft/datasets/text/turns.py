@@ -20,6 +20,7 @@ from iwsft.datasets.text.rows import ASSISTANT, REASONING, Message
 # Letters that templates and JSON write as they are; one that the text lacks begins and ends marks.
 _SIGNS = range(0xA000, 0xA48D)
 _WAY_OUT = "pass a template that keeps it, or drop it from the data"
+_END = "end the turn in the template with a special token of the tokenizer"
 
 
 class Rendered(NamedTuple):
@@ -81,6 +82,18 @@ class Conversation:
             if message.get("weight", 1):
                 turns.append(Stretch(start, last))
         return turns
+
+    def check_end(self, index: int, alone: Conversation) -> None:
+        """Check a turn's end token against a conversation that ends with this turn.
+
+        Raises:
+            ValueError: The token is another one there, and here it is the next message's header.
+        """
+        token, last = self._end_of_turn(index), alone._end_of_turn(index)
+        following = min(place.start for place in self._places.values() if place.start >= token.stop)
+        own = self.text[slice(*token)]
+        if own != alone.text[slice(*last)] and not self.text[token.stop : following].strip():
+            raise self._error(index, f"{own!r} begins the next message", _END)
 
     def check_marked(self) -> list[Stretch]:
         """Check what the generation markers enclose; return it without turns of weight 0.
@@ -216,7 +229,7 @@ class Conversation:
             raise self._error(
                 index,
                 f"{self.text[end : end + 20]!r} follows the assistant's text, not a special token",
-                "end the turn in the template with a special token of the tokenizer",
+                _END,
             )
         return token
 

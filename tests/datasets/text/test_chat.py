@@ -147,6 +147,12 @@ def test_reasoning_in_a_field_of_its_own():
         (CHATML.replace("m.content", "m.content + m.content"), TALK, "rewrites"),
         (WITHOUT_END, TALK[:3], "follows the assistant's text, not a special token"),
         (WITHOUT_END, TALK[:4], "follows the assistant's text, not a special token"),
+        # The next message's header ends all turns but the last, as in GLM's.
+        (
+            PHI.replace("<|end|>\n", ""),
+            TALK[1:],
+            r"message 1: '<\|user\|>' begins the next message",
+        ),
         (GEMMA, TALK, "file:7: the chat template refuses this row: System role not supported"),
         (MARKED.replace("assistant' %}", "nobody' %}"), TALK, "enclose nothing"),
         (

@@ -319,8 +319,25 @@ def test_damaged_parquet_is_named_with_its_row(tmp_path):
     table = datasets.Dataset.from_list(rows).data.table
     parquet.write_table(table, path, compression="none", use_dictionary=False)
     path.write_bytes(path.read_bytes().replace(b"the ", b"th\xe9 "))
-    with pytest.raises(ValueError, match="bad.parquet row 1: .*write it again"):
-        read(path)
+    for source in (path, tmp_path):
+        with pytest.raises(ValueError, match="bad.parquet row 1: .*write it again"):
+            read(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *(("state.json", b""), ("state.json", b"{\n\n\x00"), ("dataset_info.json", b"[]")),
+        *(("data-00000-of-00001.arrow", b"ARROW1\n"), ("data-00000-of-00001.arrow", None)),
+    ],
+)
+def test_a_damaged_saved_dataset_is_named(tmp_path, name, damage):
+    datasets.Dataset.from_list([PAIR]).save_to_disk(str(tmp_path / "saved"))
+    file = tmp_path / "saved" / name
+    file.unlink() if damage is None else file.write_bytes(damage)
+    with pytest.raises(ValueError, match="saved is damaged .*; save it again") as caught:
+        read(tmp_path / "saved")
+    assert "\n" not in str(caught.value)
 
 
 def test_nulls_of_arrow_inside_records_are_absent_and_those_of_json_stay(tmp_path):

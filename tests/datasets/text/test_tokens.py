@@ -20,7 +20,14 @@ from iwsft.trajectory import (
     Segments,
     lengths,
 )
-from tests.datasets.text.chat_tokenizers import CHATML, LLAMA3, assistant, byte_level, user
+from tests.datasets.text.chat_tokenizers import (
+    CHATML,
+    LLAMA3,
+    assistant,
+    byte_level,
+    sentencepiece,
+    user,
+)
 
 
 def rows(count: int = 6, **columns: list[Any]) -> list[Row]:
@@ -164,6 +171,16 @@ def test_the_fingerprint_depends_on_all_that_makes_the_tokens():
         ]
     assert len(set(values)) == len(values)
     assert of() == values[0]
+
+
+@pytest.mark.parametrize(("text", "known"), [("two", True), ("ﬁrst", True), ("two 😀", False)])
+def test_characters_that_the_tokenizer_does_not_know_are_noted(text, known):
+    made = [to_row({"prompt": "😀", "completion": each}, f"f:{each}") for each in ("and", text)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        notes = tokenize(made, sentencepiece()).notes
+    assert len(caught) == len(notes) == (not known)
+    assert known or "in 1 of 2 rows" in notes[0] and notes[0].endswith(f"first: f:{text}")
 
 
 def test_a_template_with_todays_date_is_noted():
