@@ -6,14 +6,18 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks.runs import CONFIG, RESULT, one_line
 from iwsft import metrics
 
 CONTROL, LANGUAGE = "d4rl", "llm"
+SCORE = "normalized_score"  # of a control run's result
+_IDENTITY = ("dataset", "algo", "seed", "preset", "estimator")
 _NUMBER = (int, float)
 _Kinds = dict[str, type | tuple[type, ...]]
 _ANY: _Kinds = {"dataset": str, "algo": str, "seed": int, "steps": int, "cpu_seconds": _NUMBER}
@@ -22,6 +26,7 @@ _REQUIRED: dict[str, _Kinds] = {
     CONTROL: {**_ANY, "episodes": int, "return_mean": _NUMBER, "wall_seconds": _NUMBER},
     LANGUAGE: {**_ANY, "score": _NUMBER, "score_name": str, "interval": list, "n": int},
 }
+_LEAST = {"seed": 0, "steps": 0, "episodes": 1, "n": 1, "cpu_seconds": 0, "wall_seconds": 0}
 # Entries of `config.json` that the report reads; language runs need all but the settings.
 _CONFIG: _Kinds = {"settings": dict, "versions": dict, "hardware": dict, "command": str}
 _CONFIG |= {"env_kwargs": dict}
@@ -57,6 +62,20 @@ class RecordedRun:
         return {**self.config.get("versions", {}), **self.result.get("versions", {})}
 
     @property
+    def published_steps(self) -> int:
+        """Updates of a published run; its own number where it says nothing else."""
+        return int(self.result.get("published_steps") or self.result["steps"])
+
+    @property
+    def late_config(self) -> bool:
+        """Whether ``config.json`` was written after ``result.json``, by more than a minute."""
+        paths = self.folder / CONFIG, self.folder / RESULT
+        if not all(path.is_file() for path in paths):
+            return False
+        config, result = (path.stat().st_mtime for path in paths)
+        return config > result + 60
+
+    @property
     def step(self) -> int:
         """Last update that it logged, 0 for none."""
         return int(self.metrics[-1]["step"]) if self.metrics else 0
@@ -64,9 +83,13 @@ class RecordedRun:
     @property
     def steps(self) -> int | None:
         """Updates of a whole run without its reference policy, where ``config.json`` says so."""
-        settings = self.config.get("settings", {})
-        parts = ("fine_tuning", "cloning", "baseline")
-        return next((settings[part].get("steps") for part in parts if part in settings), None)
+        return _steps(self.config.get("settings", {}))
+
+    @property
+    def at_home(self) -> bool:
+        """Whether the folder's name is that of the run."""
+        names = self.dataset, self.result.get("algo"), f"seed-{self.seed}"
+        return self.folder.absolute().parts[-3:] == names
 
 
 def read_runs(folder: str | Path, benchmark: str) -> list[RecordedRun]:
@@ -76,7 +99,7 @@ def read_runs(folder: str | Path, benchmark: str) -> list[RecordedRun]:
     It raises a ``ResultsError`` without such a folder, or where two folders hold the same run.
     """
     runs: dict[tuple[str, str, int], RecordedRun] = {}
-    for run in _read_all(Path(folder), benchmark):
+    for run in _compared(folder, benchmark):
         key = run.dataset, run.algo, run.seed
         if run.result and key in runs:
             name = f"{run.dataset}, {run.algo}, seed {run.seed}"
@@ -89,7 +112,63 @@ def read_runs(folder: str | Path, benchmark: str) -> list[RecordedRun]:
 
 def unfinished_runs(folder: str | Path, benchmark: str) -> list[RecordedRun]:
     """Read all runs below ``folder`` without a result: cut off, failed, running, or damaged."""
-    return [run for run in _read_all(Path(folder), benchmark) if not run.result]
+    return [run for run in _compared(folder, benchmark) if not run.result]
+
+
+def _compared(root: str | Path, benchmark: str) -> list[RecordedRun]:
+    """Read all runs; those that others show to be wrong are damaged.
+
+    These are copies of another run, and scores in another unit than those of the same dataset.
+    """
+    runs = list(_read_all(Path(root), benchmark))
+    originals: dict[str, RecordedRun] = {}
+    scores: dict[str, list[tuple[float, float]]] = {}
+    # Where a folder's name is not that of the run in it, the folder is the copy.
+    for run in sorted(runs, key=lambda run: not run.at_home):
+        if run.result:
+            # No two trainings take the same seconds to the last digit.
+            content = json.dumps({**run.result, "seed": None}, sort_keys=True)
+            originals.setdefault(content, run)
+            if run.result.get(SCORE) is not None:
+                pair = run.result["return_mean"], run.result[SCORE]
+                scores.setdefault(run.dataset, []).append(pair)
+    lines = {dataset: _line(pairs) for dataset, pairs in scores.items()}
+    checked = []
+    for run in runs:
+        damage = ""
+        if run.result:
+            first = originals[json.dumps({**run.result, "seed": None}, sort_keys=True)]
+            line, score = lines.get(run.dataset), run.result.get(SCORE)
+            if first is not run:
+                damage = f"{run.folder} holds a copy of the run in {first.folder}"
+            elif line and score is not None and not _is_on(line, run.result["return_mean"], score):
+                damage = (
+                    f"{run.folder / RESULT}: 'normalized_score' {score:g} is not that of its return"
+                    ", as the other runs on this dataset convert it"
+                )
+        wrong = replace(run, result={}, config={}, metrics=[], damage=damage)
+        checked.append(wrong if damage else run)
+    return checked
+
+
+def _line(pairs: list[tuple[float, float]]) -> tuple[float, float] | None:
+    """Slope and intercept of the score over the return, where most runs (3 or more) agree."""
+    x, y = np.transpose(pairs)
+    i, j = np.triu_indices(len(x), 1)
+    i, j = i[x[i] != x[j]], j[x[i] != x[j]]
+    if not len(i):
+        return None
+    # Theil and Sen's line leaves up to 29 % of the runs out of account.
+    slope = float(np.median((y[j] - y[i]) / (x[j] - x[i])))
+    intercept = float(np.median(y - slope * x))
+    agree = sum(_is_on((slope, intercept), *pair) for pair in pairs)
+    most = slope > 0 and agree >= 3 and 2 * agree > len(pairs)
+    return (slope, intercept) if most else None
+
+
+def _is_on(line: tuple[float, float], return_mean: float, score: float) -> bool:
+    slope, intercept = line
+    return math.isclose(score, slope * return_mean + intercept, rel_tol=1e-6, abs_tol=1e-6)
 
 
 def _read_all(root: Path, benchmark: str) -> Iterator[RecordedRun]:
@@ -118,6 +197,7 @@ def _read_all(root: Path, benchmark: str) -> Iterator[RecordedRun]:
             # A language run without its command is damaged; control's older runs may lack it.
             if result and benchmark == LANGUAGE and (folder / CONFIG).exists():
                 _check_entries(folder / CONFIG, config, _NEEDED)
+            _check_same_run(folder, result, config)
             rows = _read_metrics(folder / metrics.FILE)
         except (ResultsError, OSError) as error:
             if kind in {CONTROL, LANGUAGE} - {benchmark}:
@@ -163,15 +243,45 @@ def _folders(root: Path) -> list[Path]:
 
 def _check_result(path: Path, result: dict[str, Any], benchmark: str) -> None:
     _check_entries(path, result, _REQUIRED[benchmark])
-    score = result.get("normalized_score")
+    for name, least in _LEAST.items():
+        value = result.get(name, least)
+        if isinstance(value, bool) or not value >= least:
+            raise ResultsError(f"{path}: {name!r} is {value!r}, not a number from {least}")
+    score = result.get(SCORE)
     if score is not None and not _is_number(score):
-        raise ResultsError(f"{path}: 'normalized_score' is {score!r}, not a number")
+        raise ResultsError(f"{path}: {SCORE!r} is {score!r}, not a number")
+    for name, of_episodes in ((SCORE, "episode_scores"), ("return_mean", "episode_returns")):
+        values, mean = result.get(of_episodes), result.get(name)
+        if values is None or mean is None:
+            continue
+        numbers = isinstance(values, list) and all(map(_is_number, values))
+        if not numbers or not math.isclose(sum(values) / len(values), mean, rel_tol=1e-6):
+            raise ResultsError(f"{path}: {name!r} is {mean!r}, not the mean of {of_episodes!r}")
     rate = result.get("success_rate")
     if rate is not None and not (_is_number(rate) and 0 <= rate <= 1):
         raise ResultsError(f"{path}: 'success_rate' is {rate!r}, not a share of the episodes")
     ends = result.get("interval", [0, 0])
     if not isinstance(ends, list) or len(ends) != 2 or not all(map(_is_number, ends)):
         raise ResultsError(f"{path}: 'interval' is {ends!r}, not two numbers")
+    if ends[0] > ends[1]:
+        raise ResultsError(f"{path}: 'interval' is {ends!r}, whose ends are not in order")
+
+
+def _check_same_run(folder: Path, result: dict[str, Any], config: dict[str, Any]) -> None:
+    """Check that a result is of the run that ``config.json`` describes."""
+    settings = config.get("settings", {})
+    pairs = {name: (result.get(name), config.get(name)) for name in _IDENTITY}
+    pairs["steps"] = result.get("steps"), _steps(settings)
+    for name, (ours, theirs) in pairs.items():
+        if None not in (ours, theirs) and ours != theirs:
+            problem = f"{name!r} is {ours!r} in {RESULT} and {theirs!r} in {CONFIG}"
+            raise ResultsError(f"{folder} mixes two runs ({problem}): run it again")
+
+
+def _steps(settings: dict[str, Any]) -> int | None:
+    """Updates that the settings of a control run ask for."""
+    parts = [settings[name] for name in ("fine_tuning", "cloning", "baseline") if name in settings]
+    return parts[0].get("steps") if parts and isinstance(parts[0], dict) else None
 
 
 def _is_number(value: object) -> bool:

@@ -2,25 +2,26 @@
 
 python scripts/interval_coverage.py
 
-Prints the table of docs/results.md: the share of simulated sets of seeds whose interval holds the
-true value. The first part is Student's interval of one dataset's mean, the second the intervals of
-the aggregates over five datasets of different means and deviations. The probability of
-improvement is that of runs which are better by half a deviation.
+Prints the tables of docs/results.md: the share of simulated sets of seeds, or of questions, whose
+interval holds the true value. The aggregates are over five datasets of different means and
+deviations; the probability of improvement is that of runs which are better by 0, 0.5 and 2
+deviations, and of runs which are better on some datasets and worse on others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from benchmarks import statistics
-from benchmarks.statistics import bootstrap_interval, shift_interval, t_interval
+from benchmarks.statistics import Estimate, interval_over_questions, t_interval
 
 Array = NDArray[np.float64]
 SEEDS = (3, 5, 10)
-SETS, SETS_OVER_DATASETS = 20_000, 1_000
+SETS, SETS_OVER_DATASETS = 20_000, 4_000
 # Means and deviations of the five datasets, as shares of D4RL's expert.
 MEANS, DEVIATIONS = np.array([0.3, 0.5, 0.6, 0.9, 0.05]), np.array([0.1, 0.2, 0.05, 0.1, 0.02])
 generator = np.random.default_rng(0)
@@ -43,9 +44,17 @@ SHAPES: dict[str, tuple[Callable[[tuple[int, ...]], Array], float]] = {
 METRICS = {
     "IQM": statistics.interquartile_mean,
     "mean": statistics.mean,
-    "median": statistics.median,
     "optimality gap": statistics.optimality_gap,
 }
+# Gains on the five datasets, in deviations.
+GAINS: dict[str, ArrayLike] = {
+    "0": 0.0,
+    "0.5": 0.5,
+    "2": 2.0,
+    "mixed": np.array([2.0, 2.0, 0.0, -2.0, -2.0]),
+}
+# Beta distributions of the share of a question's answers that are right.
+QUESTIONS = {"any share": (1, 1), "0 or 1": (0.3, 0.3), "all half": (20, 20), "hard": (0.2, 2)}
 
 
 def groups(share: float, size: tuple[int, ...]) -> Array:
@@ -53,10 +62,12 @@ def groups(share: float, size: tuple[int, ...]) -> Array:
     return np.where(generator.random(size) < share, 70.0, 30.0) + generator.normal(0, 5, size)
 
 
-def holds(interval: tuple[Array, Array], truth: float) -> float:
-    """The share of the intervals that hold the truth."""
-    low, high = interval
-    return float(((low <= truth) & (truth <= high)).mean())
+def coverage(intervals: Iterable[Any], truth: float) -> float:
+    """The share of the intervals that hold the truth; without an interval it is not held."""
+    held = [
+        low is not None and high is not None and low <= truth <= high for low, high in intervals
+    ]
+    return float(np.mean(held))
 
 
 def over_datasets(shape: str, seeds: int) -> dict[str, float]:
@@ -64,39 +75,48 @@ def over_datasets(shape: str, seeds: int) -> dict[str, float]:
     draw, mean = SHAPES[shape]
     deviation = draw((200_000,)).std()
 
-    def runs(sets: int, gain: float = 0.0) -> Array:
+    def runs(sets: int, gain: ArrayLike = 0.0) -> Array:
         standard = (draw((sets, seeds, len(MEANS))) - mean) / deviation
         return MEANS + DEVIATIONS * (standard + gain)
 
+    def share(metric: Callable[..., Estimate], *scores: Array) -> float:
+        """Coverage in the first sets, of the mean of all as the truth."""
+        estimates = [metric(*each) for each in zip(*scores, strict=True)]
+        truth = float(np.mean([estimate.point for estimate in estimates]))
+        return coverage((each[1:] for each in estimates[:SETS_OVER_DATASETS]), truth)
+
+    many = 3 * SETS_OVER_DATASETS
+    shares = {name: share(metric, runs(many)) for name, metric in METRICS.items()}
     better = statistics.probability_of_improvement
-    truths = {name: float(metric(runs(20_000)).mean()) for name, metric in METRICS.items()}
-    truth = float(better(runs(20_000, 0.5), runs(20_000)).mean())
-    counts = dict.fromkeys([*METRICS, "improvement"], 0)
-    for x, y in zip(runs(SETS_OVER_DATASETS, 0.5), runs(SETS_OVER_DATASETS), strict=True):
-        for name, metric in METRICS.items():
-            _, low, high = shift_interval(metric, y, generator=generator)
-            counts[name] += low <= truths[name] <= high
-        _, low, high = shift_interval(better, x, y, generator=generator)
-        counts["improvement"] += low <= truth <= high
-    return {name: count / SETS_OVER_DATASETS for name, count in counts.items()}
+    for name, gain in GAINS.items():
+        shares[f"P, {name}"] = share(better, runs(many, gain), runs(many))
+    return shares
+
+
+def over_questions(name: str, questions: int, answers: int) -> float:
+    """Coverage of the interval of the mean share of right answers."""
+    a, b = QUESTIONS[name]
+    chances = generator.beta(a, b, (SETS_OVER_DATASETS, questions))
+    shares = generator.binomial(answers, chances) / answers
+    return coverage((interval_over_questions(each, answers) for each in shares), a / (a + b))
 
 
 def main() -> None:
-    """Print both parts."""
-    print("One dataset: Student's t (percentile bootstrap), by the number of seeds")
+    """Print the three parts."""
+    print("One dataset: Student's t, by the number of seeds")
     for shape, (draw, mean) in SHAPES.items():
-        cells = []
-        for seeds in SEEDS:
-            ours = holds(t_interval(draw((seeds, SETS))), mean)
-            cells.append(
-                f"{ours:6.1%} ({holds(bootstrap_interval(draw((seeds, 200))), mean):4.0%})"
-            )
-        print(f"{shape:<42} {'  '.join(cells)}", flush=True)
+        sets = [np.transpose(t_interval(draw((seeds, SETS)))) for seeds in SEEDS]
+        print(f"{shape:<42} {'  '.join(f'{coverage(ends, mean):6.1%}' for ends in sets)}")
     print("\nAggregates over five datasets, by the number of seeds")
     for shape in SHAPES:
         for seeds in SEEDS:
             parts = [f"{name} {share:.1%}" for name, share in over_datasets(shape, seeds).items()]
             print(f"{shape:<42} {seeds:>2}  {', '.join(parts)}", flush=True)
+    print("\nShare of right answers, by the number of questions and of answers to each")
+    for name in QUESTIONS:
+        for questions in (10, 30, 200):
+            shares = [over_questions(name, questions, answers) for answers in (1, 4, 64)]
+            print(f"{name:<42} {questions:>3}  {'  '.join(f'{share:.1%}' for share in shares)}")
 
 
 if __name__ == "__main__":

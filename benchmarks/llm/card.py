@@ -13,7 +13,7 @@ from huggingface_hub.constants import REPOCARD_NAME
 
 from benchmarks.llm.options import ALGORITHMS, BASE
 from benchmarks.runs import CONFIG, RESULT
-from benchmarks.statistics import bootstrap_interval
+from benchmarks.statistics import t_interval
 from iwsft import checkpoint
 from iwsft.files import written_whole
 
@@ -53,7 +53,7 @@ def change(result: _Numbers, base: _Numbers | None) -> tuple[float, float, float
     if base is None or "log_probs" not in result or "log_probs" not in base:
         return None
     differences = np.subtract(result["log_probs"], base["log_probs"])
-    low, high = bootstrap_interval(differences, seed=result["seed"])
+    low, high = t_interval(differences)
     return float(differences.mean()), float(low), float(high)
 
 

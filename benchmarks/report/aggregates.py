@@ -1,11 +1,11 @@
 """Scores over datasets: aggregates, probability of improvement, performance profiles.
 
-Agarwal et al. 2021, https://arxiv.org/abs/2108.13264. Scores enter as score / 100 (1 is D4RL's
-expert) and leave as scores again.
+Agarwal et al. 2021, https://arxiv.org/abs/2108.13264.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +17,23 @@ from numpy.typing import NDArray
 
 from benchmarks import statistics
 from benchmarks.report import figures
-from benchmarks.report.document import NOTHING, Grid
-from benchmarks.report.scores import SCORE, Cell, algorithm_label, algorithms, datasets, is_variant
-from benchmarks.statistics import MIN_SEEDS, Estimate, Scores, shift_interval, wilson_interval
+from benchmarks.report.document import NOTHING, Grid, interval_text
+from benchmarks.report.scores import (
+    UNDER_TRAINED,
+    Cell,
+    algorithm_label,
+    algorithms,
+    datasets,
+    is_variant,
+)
+from benchmarks.results import SCORE
+from benchmarks.statistics import MIN_SEEDS, Estimate, Scores
 
 # Aggregates of the scores ``[seeds, datasets]`` of an algorithm.
-METRICS = {
+METRICS: dict[str, Callable[[Scores], Estimate]] = {
     "IQM": statistics.interquartile_mean,
     "mean": statistics.mean,
-    "median": statistics.median,
-    "optimality gap": statistics.optimality_gap,
+    "optimality gap": functools.partial(statistics.optimality_gap, goal=100.0),
 }
 # The algorithms whose probability of improvement over the others is shown, where they take part.
 _CANDIDATES = ("iw-sft-q", "sft-q")
@@ -43,7 +50,7 @@ class Aggregates:
     # Probability that a run of a candidate scores higher than one of another algorithm.
     improvement: dict[str, dict[str, Estimate]]
     thresholds: NDArray[np.float64]
-    profiles: dict[str, Estimate]  # share of runs that score above each of the thresholds
+    profiles: dict[str, Scores]  # share of runs that score above each of the thresholds
     left_out: dict[str, str]  # why an algorithm is not compared
     datasets_left_out: list[str]  # with scores, but not of all algorithms with three seeds
 
@@ -51,14 +58,14 @@ class Aggregates:
 def aggregate(group: Sequence[Cell]) -> Aggregates:
     """Aggregate over the largest full block of datasets and algorithms with three seeds or more.
 
-    Each dataset counts with the same number of seeds of an algorithm: where they differ, with the
-    first ones.
+    Under-trained cells do not enter. Each dataset counts with the same number of seeds of an
+    algorithm: where they differ, with the first ones.
     """
     scored = {(cell.dataset, cell.algo): cell for cell in group if cell.score_key == SCORE}
     tasks = datasets(scored.values())
     complete: dict[str, set[str]] = {algo: set() for algo in algorithms(scored.values())}
     for (task, algo), cell in scored.items():
-        if len(cell.runs) >= MIN_SEEDS:
+        if len(cell.runs) >= MIN_SEEDS and not cell.under_trained:
             complete[algo].add(task)
     block = _block(complete)
     matrices: dict[str, Scores] = {}
@@ -67,36 +74,27 @@ def aggregate(group: Sequence[Cell]) -> Aggregates:
         if block and complete_tasks >= set(block):
             values = [scored[task, algo].values for task in block]
             n = min(map(len, values))
-            matrices[algo] = np.stack([scores[:n] for scores in values], axis=1) / 100.0
+            matrices[algo] = np.stack([scores[:n] for scores in values], axis=1)
             continue
         none = [task for task in block if (task, algo) not in scored]
-        few = [t for t in block or tasks if (t, algo) in scored and t not in complete_tasks]
-        reasons = ("no runs", none), (f"fewer than {MIN_SEEDS} seeds", few)
+        others = [t for t in block or tasks if (t, algo) in scored and t not in complete_tasks]
+        short = [task for task in others if scored[task, algo].under_trained]
+        few = [task for task in others if task not in short]
+        reasons = ("no runs", none), (f"fewer than {MIN_SEEDS} seeds", few), (UNDER_TRAINED, short)
         left_out[algo] = "; ".join(f"{why} on {', '.join(on)}" for why, on in reasons if on)
-    others = [task for task in tasks if task not in block]
-    return _compare(block, matrices, left_out=left_out, datasets_left_out=others)
+    beside = [task for task in tasks if task not in block]
+    return _compare(block, matrices, left_out=left_out, datasets_left_out=beside)
 
 
 def _compare(block: list[str], matrices: Mapping[str, Scores], **left_out: Any) -> Aggregates:
-    """Compute all estimates from the scores of each algorithm, 1 for D4RL's expert."""
-
-    def metrics(scores: Scores) -> Scores:
-        return 100.0 * np.stack([metric(scores) for metric in METRICS.values()], axis=-1)
-
-    alone = {algo: (matrix,) for algo, matrix in matrices.items()}
+    """Compute all estimates from the scores ``[seeds, datasets]`` of each algorithm."""
     estimates = {
-        algo: [Estimate(*ends) for ends in zip(*estimate, strict=True)]
-        for algo, estimate in _estimate(metrics, alone).items()
+        algo: [metric(matrix) for metric in METRICS.values()] for algo, matrix in matrices.items()
     }
     # The paper's algorithms, or the one with the highest IQM where they do not take part.
     candidates = [name for name in _CANDIDATES if name in matrices]
     if matrices and not candidates:
         candidates = [max(estimates, key=lambda algo: estimates[algo][0].point)]
-    pairs = {
-        name: {algo: (matrices[name], matrices[algo]) for algo in matrices if algo != name}
-        for name in candidates
-        if len(matrices) > 1
-    }
     ends = [end for matrix in matrices.values() for end in (matrix.min(), matrix.max())]
     thresholds = np.linspace(min([0.0, *ends]), max(ends, default=0.0), _THRESHOLDS)
     better = statistics.probability_of_improvement
@@ -104,29 +102,19 @@ def _compare(block: list[str], matrices: Mapping[str, Scores], **left_out: Any) 
         datasets=block,
         seeds={algo: len(matrix) for algo, matrix in matrices.items()},
         estimates=estimates,
-        improvement={name: _estimate(better, others) for name, others in pairs.items()},
-        thresholds=100.0 * thresholds,
-        profiles={algo: _profile(matrix, thresholds) for algo, matrix in matrices.items()},
+        improvement={
+            name: {
+                algo: better(matrices[name], matrices[algo]) for algo in matrices if algo != name
+            }
+            for name in candidates
+            if len(matrices) > 1
+        },
+        thresholds=thresholds,
+        profiles={
+            algo: statistics.share_above(matrix, thresholds) for algo, matrix in matrices.items()
+        },
         **left_out,
     )
-
-
-def _estimate(
-    function: Callable[..., Scores], scores: Mapping[str, tuple[Scores, ...]]
-) -> dict[str, Estimate]:
-    """Estimates by algorithm, with draws from one generator."""
-    generator = np.random.default_rng(0)
-    return {
-        algo: shift_interval(function, *matrices, generator=generator)
-        for algo, matrices in scores.items()
-    }
-
-
-def _profile(matrix: Scores, thresholds: NDArray[np.float64]) -> Estimate:
-    """The share of all runs above each threshold, with Wilson's intervals."""
-    share = statistics.share_above(matrix, thresholds)
-    ends = [wilson_interval(round(x * matrix.size), matrix.size) for x in share.tolist()]
-    return Estimate(share, *np.transpose(ends))
 
 
 def _block(complete: Mapping[str, set[str]]) -> list[str]:
@@ -170,8 +158,10 @@ def improvement_grid(aggregates: Aggregates) -> Grid:
 def _text(estimate: Estimate | None, digits: int) -> str:
     if estimate is None:
         return NOTHING
-    point, low, high = (f"{value:.{digits}f}" for value in estimate)
-    return f"{point} ({low} to {high})"
+    point = f"{estimate.point:.{digits}f}"
+    if estimate.low is None or estimate.high is None:
+        return f"{point} (no spread)"
+    return f"{point} ({interval_text((estimate.low, estimate.high), digits)})"
 
 
 def draw_aggregates(aggregates: Aggregates, group: Sequence[Cell]) -> Figure:
@@ -213,10 +203,8 @@ def draw_profiles(aggregates: Aggregates, group: Sequence[Cell]) -> Figure:
     figure, axes = figures.make_axes(1, len(parts), (5.6 * len(parts), 3.8))
     for ax, part in zip(axes.flat, parts, strict=True):
         for name in part:
-            share, low, high = aggregates.profiles[name]
-            x, shade = aggregates.thresholds, colour[name]
-            ax.fill_between(x, low, high, step="post", color=shade, alpha=0.15, lw=0)
-            ax.step(x, share, where="post", color=shade, lw=1.6)
+            x, share = aggregates.thresholds, aggregates.profiles[name]
+            ax.step(x, share, where="post", color=colour[name], lw=1.6)
         ax.set(
             ylim=(-0.02, 1.02), xlabel=figures.UNIT[SCORE], ylabel="share of runs that score higher"
         )
@@ -227,7 +215,8 @@ def draw_profiles(aggregates: Aggregates, group: Sequence[Cell]) -> Figure:
 def _intervals(ax: Axes, estimates: Mapping[str, Estimate], group: Sequence[Cell]) -> None:
     colour = figures.choose_colours(group)
     for y, (name, (point, low, high)) in enumerate(estimates.items()):
-        ax.barh(y, high - low, left=low, height=0.55, lw=0, color=colour[name], alpha=0.5)
+        if low is not None and high is not None:
+            ax.barh(y, high - low, left=low, height=0.55, lw=0, color=colour[name], alpha=0.5)
         ax.plot([point] * 2, [y - 0.275, y + 0.275], color="black", lw=1.6)
     ax.use_sticky_edges = False
     ax.margins(x=0.06)

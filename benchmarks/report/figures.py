@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from benchmarks.report import scores
 from benchmarks.report.scores import Cell
 from benchmarks.report.tables import WeightRow, last_weights
-from benchmarks.results import RecordedRun
+from benchmarks.results import SCORE, RecordedRun
 from benchmarks.statistics import MIN_SEEDS, t_interval
 
 # Greys: cloning; blues: SFT; oranges: iw-SFT; the rest: offline RL.
@@ -37,7 +37,7 @@ COLOURS = {
     "dt": "#20b5c2",
 }
 TITLE = 11  # font size
-UNIT = {scores.SCORE: "D4RL-normalised score", scores.RETURN: "mean return"}
+UNIT = {SCORE: "D4RL-normalised score", scores.RETURN: "mean return"}
 _POINTS = 150  # longer series are averaged into this many points
 _PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.results import RecordedRun
+from benchmarks.results import SCORE, RecordedRun
 from benchmarks.statistics import MIN_SEEDS, t_interval
 
 # Name of --algo -> the paper's notation where it has one, in the order of its tables' columns.
@@ -33,8 +34,9 @@ ALGORITHMS = {
     "iw-sft-q": "iw-SFT(Q)",
     "iw-sft-step": "iw-SFT-step",
 }
-# Entries of a control run's result that may be its score.
-SCORE, RETURN = "normalized_score", "return_mean"
+# Entry of a control run that is its score where the dataset has no reference scores.
+RETURN = "return_mean"
+UNDER_TRAINED = "fewer than half of the published updates"
 _VERSION = re.compile(r"-v\d+$")
 _SHARE = re.compile(r"bc-(\d+(?:\.\d+)?)")
 
@@ -76,7 +78,8 @@ def dataset_label(dataset: str) -> str:
     Versions and first words are left out where all agree. Names without pre-training data stay as
     they are.
     """
-    before, to, after = dataset.partition("--to--")
+    plain, apart, difference = dataset.partition(" (")
+    before, to, after = plain.partition("--to--")
     if not to:
         return dataset
     names = [before, *after.split("+")]
@@ -84,20 +87,24 @@ def dataset_label(dataset: str) -> str:
     if len(versions) == 1:
         names = [name.removesuffix(*versions) for name in names]
     family = names[0].split("-")[0] + "-"
-    return f"{names[0]} -> {' + '.join(name.removeprefix(family) for name in names[1:])}"
+    return f"{names[0]} -> {' + '.join(name.removeprefix(family) for name in names[1:])}" + (
+        apart + difference
+    )
 
 
 @dataclass(frozen=True)
 class Cell:
     """The runs of one algorithm on one dataset (or recipe), in the order of their seeds.
 
-    ``score_key`` is the entry of their results that is the score.
+    ``score_key`` is the entry of their results that is the score. All agree in their settings;
+    ``note`` says in what they differ from other runs of the same names.
     """
 
     dataset: str
     algo: str
     runs: tuple[RecordedRun, ...]
     score_key: str
+    note: str = ""
 
     @property
     def labels(self) -> list[str]:
@@ -126,7 +133,7 @@ class Cell:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % interval of the mean over seeds, None for fewer than three.
+        """95 % interval of the mean over seeds, None for fewer than three or without a spread.
 
         One seed has the interval over the test's items, where its result gives one.
         """
@@ -134,6 +141,11 @@ class Cell:
             low, high = self.runs[0].result["interval"]
             return low, high
         return interval_over_seeds(self.values)
+
+    @property
+    def under_trained(self) -> bool:
+        """Whether a run made fewer than half of the published updates."""
+        return any(2 * run.result["steps"] < run.published_steps for run in self.runs)
 
     @property
     def success_rates(self) -> NDArray[np.float64]:
@@ -152,30 +164,70 @@ class Cell:
         return list(dict.fromkeys(run.result.get(key) for run in self.runs))
 
     def differences(self) -> list[str]:
-        """Settings in which the seeds differ, such as ``steps (100, 7)``; empty as a rule."""
-        settings = [_shared_settings(run) for run in self.runs]
-        lines = []
-        for key in dict.fromkeys(itertools.chain(*settings)):
-            texts = dict.fromkeys(json.dumps(s.get(key), sort_keys=True) for s in settings)
-            if len(texts) > 1:
-                lines.append(f"{key} ({', '.join(texts)})")
-        return lines
+        """What only some seeds recorded, and versions in which they differ; empty as a rule."""
+        settings = [_flat({"versions": run.versions}) | _settings(run) for run in self.runs]
+        return [f"{key} ({', '.join(texts)})" for key, texts in _varying(settings).items()]
 
 
 def cells(runs: Sequence[RecordedRun], score_key: str = SCORE) -> list[Cell]:
     """Group runs by dataset (alphabetical) and algorithm (in the paper's order).
 
-    The score of a dataset is the mean return where one of its runs has no ``score_key``.
+    Runs that share a name but not the data, the environment or the unit of the score are of two
+    datasets, and those that do not share the settings are of two algorithms. The name belongs to
+    the larger part; the name of the other says what differs. The score is the mean return where
+    there is no ``score_key``.
     """
-    groups: dict[tuple[str, str], list[RecordedRun]] = {}
-    for run in sorted(runs, key=lambda run: run.seed):
-        groups.setdefault((run.dataset, run.algo), []).append(run)
-    without = {run.dataset for run in runs if run.result.get(score_key) is None}
-    names = sorted(groups, key=lambda name: (name[0], algorithm_rank(name[1])))
-    return [
-        Cell(*name, tuple(groups[name]), RETURN if name[0] in without else score_key)
-        for name in names
-    ]
+    found: list[Cell] = []
+    ordered = sorted(runs, key=lambda run: (run.dataset, run.seed))
+    for dataset, of_dataset in itertools.groupby(ordered, key=lambda run: run.dataset):
+        for of_task, apart, note in _parts(list(of_dataset), _task):
+            task = f"{dataset} ({apart})" if apart else dataset
+            key = RETURN if of_task[0].result.get(score_key) is None else score_key
+            for algo in dict.fromkeys(run.algo for run in of_task):
+                for part, difference, own in _parts(
+                    [r for r in of_task if r.algo == algo], _settings
+                ):
+                    names = (part[0].variant, difference.replace("/", "|"), base(algo))
+                    name = "/".join(filter(None, names))
+                    found.append(Cell(task, name, tuple(part), key, own or note))
+    return sorted(found, key=lambda cell: (cell.dataset, algorithm_rank(cell.algo)))
+
+
+def _parts(
+    runs: list[RecordedRun], view: Callable[[RecordedRun], dict[str, object]]
+) -> Iterator[tuple[list[RecordedRun], str, str]]:
+    """Runs that agree in a view, the most first; how the others differ, short and as a sentence.
+
+    What one of two runs did not record is no difference.
+    """
+    groups: dict[str, list[RecordedRun]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps(view(run), sort_keys=True), []).append(run)
+    parts: dict[str, list[RecordedRun]] = {}
+    texts: dict[str, tuple[str, str]] = {}
+    largest = max(groups.values(), key=len)
+    usual = view(largest[0])
+    for group in groups.values():
+        differ = {
+            key: (value, usual[key])
+            for key, value in view(group[0]).items()
+            if key in usual and value != usual[key]
+        }
+        name = json.dumps(differ, sort_keys=True)
+        parts.setdefault(name, []).extend(group)
+        short = ", ".join(f"{key} {_short(value)}" for key, (value, _) in differ.items())
+        pairs = ", ".join(f"{key} {_short(a)} (not {_short(b)})" for key, (a, b) in differ.items())
+        texts[name] = short, f"Apart from other runs of the same name: {pairs}." if differ else ""
+    for name, part in parts.items():
+        yield sorted(part, key=lambda run: run.seed), *texts[name]
+
+
+def _short(value: object) -> str:
+    """A value as text; the beginning of a fingerprint, and the fingerprint of a long text."""
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    if len(text) > 24 and not re.fullmatch("[0-9a-f]+", text):
+        text = hashlib.sha256(text.encode()).hexdigest()
+    return text if len(text) <= 24 else text[:8]
 
 
 def datasets(group: Iterable[Cell]) -> list[str]:
@@ -194,30 +246,61 @@ def runs_of(group: Iterable[Cell]) -> list[RecordedRun]:
 
 
 def uneven(group: Iterable[Cell]) -> list[str]:
-    """One line for each setting in which the seeds of a cell differ."""
-    return [
-        f"{', '.join(cell.labels)}: seeds differ in {difference}"
-        for cell in group
-        for difference in cell.differences()
-    ]
+    """One line for each difference between seeds of a cell, and for each doubtful config."""
+    late = "config.json was written after result.json, so its settings may be of another run"
+    lines = []
+    for cell in group:
+        name = ", ".join(cell.labels)
+        lines += [f"{name}: seeds differ in {difference}" for difference in cell.differences()]
+        lines += [f"{name}, seed {run.seed}: {late}" for run in cell.runs if run.late_config]
+    return lines
 
 
 def interval_over_seeds(values: NDArray[np.float64], *limits: float) -> tuple[float, float] | None:
-    """95 % interval of the mean of ``[seeds]`` within limits, None for fewer than three."""
-    if len(values) < MIN_SEEDS:
+    """95 % interval of the mean of ``[seeds]`` within limits.
+
+    It is None for fewer than three seeds, and for equal ones, which tell nothing about the spread.
+    """
+    if len(values) < MIN_SEEDS or not np.ptp(values):
         return None
     low, high = t_interval(values, *limits)
     return float(low), float(high)
 
 
-def _shared_settings(run: RecordedRun) -> dict[str, object]:
+def _task(run: RecordedRun) -> dict[str, object]:
+    """What the runs of a dataset must have in common: the data, the test, the score's unit."""
+    settings, result = run.config.get("settings", {}), run.result
+    names = {name: settings[name] for name in ("model", "data") if name in settings}
+    if "data_sha256" in settings:
+        names["data"] = settings["data_sha256"]
+    names |= {name: result[name] for name in ("env_id", "n") if name in result}
+    if "env_kwargs" in run.config:
+        names["env_kwargs"] = run.config["env_kwargs"]
+    unit = RETURN if result.get(SCORE) is None else SCORE
+    return {"score": result.get("score_name", unit), **names}
+
+
+def _settings(run: RecordedRun) -> dict[str, object]:
     """What the seeds of a cell must have in common."""
-    keys = ("preset", "estimator", "steps", "published_steps", "episodes", "env_id")
-    shared = {key: run.result.get(key) for key in keys} | {"versions": run.versions}
-    shared["env_kwargs"] = run.config.get("env_kwargs", {})
+    about = ("preset", "estimator", "steps", "episodes")
     settings = run.config.get("settings", {})
-    own = {key: value for key, value in settings.items() if key not in (*shared, "seed")}
-    return _flat(shared | own)
+    apart = (*about, *_task(run), "data_sha256", "seed", "settings_from")
+    own = _flat({key: value for key, value in settings.items() if key not in apart})
+    return {key: run.result[key] for key in about if key in run.result} | own
+
+
+def _varying(settings: Sequence[dict[str, object]]) -> dict[str, list[str]]:
+    """Keys whose values differ, with the distinct values as text."""
+    texts = {
+        key: list(
+            dict.fromkeys(
+                json.dumps(each[key], sort_keys=True) if key in each else "not recorded"
+                for each in settings
+            )
+        )
+        for key in dict.fromkeys(itertools.chain(*settings))
+    }
+    return {key: values for key, values in texts.items() if len(values) > 1}
 
 
 def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, object]:

@@ -22,6 +22,7 @@ from benchmarks.statistics import MIN_SEEDS
 FEW_SEEDS = (
     f"Fewer than {MIN_SEEDS} seeds carry neither a deviation nor an interval: the mean alone."
 )
+EQUAL_SEEDS = "All seeds have the same value: no interval follows from it."
 SUCCESS_INTERVAL = "interval of success"
 # Key of result.json -> heading.
 _SECONDS = {
@@ -111,23 +112,27 @@ def score_grid(group: Sequence[Cell], missing: Sequence[RecordedRun] = ()) -> Gr
 def _measured(grid: Grid, cell: Cell, cut_off: int) -> list[str]:
     """Seeds, episodes, score, deviation and interval; share of successful episodes and interval."""
     count = len(cell.runs)
+    equal = count >= MIN_SEEDS and cell.interval is None
     notes = _shortened(cell)
     if cell.score_key == scores.RETURN:
         notes.append("Mean return: the dataset has no D4RL reference scores.")
     notes += [f"Seeds differ in {difference}." for difference in cell.differences()]
+    notes += [cell.note] if cell.note else []
     row = [
         f"{count} of {count + cut_off}" if cut_off else str(count),
         "/".join(map(str, cell.distinct("episodes"))),
         grid.marked(f"{cell.mean:.1f}", notes),
         grid.marked(NOTHING, [FEW_SEEDS]) if cell.std is None else f"{cell.std:.1f}",
-        interval_text(cell.interval),
+        grid.marked(interval_text(cell.interval), [EQUAL_SEEDS] * equal),
     ]
     rates = cell.success_rates
     if not rates.size:
         return [*row, NOTHING, NOTHING]
     few = f"Success of {len(rates)} of the {count} seeds: the others did not record it."
     mean = grid.marked(f"{rates.mean():.2f}", [few] if len(rates) < count else [])
-    return [*row, mean, interval_text(scores.interval_over_seeds(rates, 0.0, 1.0), digits=2)]
+    interval = scores.interval_over_seeds(rates, 0.0, 1.0)
+    same = len(rates) >= MIN_SEEDS and interval is None
+    return [*row, mean, grid.marked(interval_text(interval, digits=2), [EQUAL_SEEDS] * same)]
 
 
 def _shortened(cell: Cell) -> list[str]:

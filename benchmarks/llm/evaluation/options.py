@@ -41,7 +41,7 @@ class Options:
     think_format: Literal["s1", "tags"] = "s1"
     """Delimiters of the model's thinking: <|im_start|>think, or <think>...</think>."""
     seed: int = 0
-    """Seed of sampled tokens, of GPQA's order of choices, and of bootstrap intervals."""
+    """Seed of sampled tokens and of GPQA's order of choices."""
     limit: Annotated[int | None, option("INT", "all")] = None
     """Number of questions to take from the start of each task."""
     backend: Backend = "transformers"

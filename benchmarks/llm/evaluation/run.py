@@ -216,7 +216,7 @@ class _Evaluation:
             "task": self.task.name,
             "title": self.task.title,
             **{key: self.config[key] for key in ("model", "source", "note", "private", "settings")},
-            **score(grades, generations, self.options.seed),
+            **score(grades, generations),
             "grading_problems": list(grader.problems),
             **cost,
             "versions": versions(_PACKAGES),

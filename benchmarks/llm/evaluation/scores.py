@@ -15,7 +15,7 @@ from rich.table import Table
 
 from benchmarks.llm.evaluation.grading import Grader
 from benchmarks.llm.evaluation.tasks import QuestionSet
-from benchmarks.statistics import CONFIDENCE, bootstrap_interval, wilson_interval
+from benchmarks.statistics import CONFIDENCE, interval_over_questions, wilson_interval
 from iwsft.language.verification import extract_answer, parse_integer, parse_letter
 
 # A line of generations.jsonl.
@@ -66,20 +66,14 @@ def grade(task: QuestionSet, generations: Sequence[Generation], grader: Grader) 
     return grades
 
 
-def score(grades: Sequence[Grades], generations: Sequence[Generation], seed: int) -> dict[str, Any]:
+def score(grades: Sequence[Grades], generations: Sequence[Generation]) -> dict[str, Any]:
     """Compute scores in percent, their intervals, and statistics of the generations.
 
-    avg@n is the mean over questions of the share of right answers. Its interval is a bootstrap over
-    questions, or Wilson's for one answer to a question, and where a bootstrap would have no width.
-    maj@n has Wilson's interval.
+    avg@n is the mean over questions of the share of right answers; its interval is
+    :func:`~benchmarks.statistics.interval_over_questions`. maj@n has Wilson's interval.
     """
     n = len(grades[0].right)
     shares = np.array([np.mean(each.right) for each in grades])
-    interval: tuple[Any, Any]
-    if n == 1 or shares.max() == 0 or shares.min() == 1:
-        interval, method = wilson_interval(int(shares.sum()), len(grades)), "wilson"
-    else:
-        interval, method = bootstrap_interval(shares, seed=seed), "bootstrap over questions"
     voted = sum(each.majority_right for each in grades)
     right = [sum(each.right) for each in grades]
     subsets = [k for k in (2**power for power in range(n.bit_length())) if k < n]
@@ -87,11 +81,11 @@ def score(grades: Sequence[Grades], generations: Sequence[Generation], seed: int
         "questions": len(grades),
         "n": n,
         "avg": 100 * float(shares.mean()),
-        "avg_interval": [100 * end for end in interval],
-        "interval_method": method,
+        "avg_interval": [100 * end for end in interval_over_questions(shares, n)],
+        "interval_method": "Wilson, effective number of questions",
         "confidence": CONFIDENCE,
         "maj": 100 * voted / len(grades),
-        "maj_interval": [100 * end for end in wilson_interval(voted, len(grades))],
+        "maj_interval": [100 * end for end in wilson_interval(voted / len(grades), len(grades))],
         "pass_at": {
             str(k): 100 * float(np.mean([estimate_pass_at(k, n, count) for count in right]))
             for k in [*subsets, n]

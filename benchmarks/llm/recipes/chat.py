@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from benchmarks.llm.models import locate, mean_log_probs
 from benchmarks.llm.recipes import Evaluation, Prepared, Recipe, Settings
-from benchmarks.statistics import bootstrap_interval
+from benchmarks.statistics import interval_over_questions, t_interval
 from iwsft.datasets.text.rows import ASSISTANT, Row, read
 
 # Rows of one prompt.
@@ -139,16 +139,16 @@ class ChatRecipe(Recipe):
             for group, each in groups
             if self.testable(group)
         ]
-        low, high = bootstrap_interval(good, seed=seed)
+        low, high = t_interval(good, high=0.0)
         log_prob = float(np.mean(good))
         return {
             "score": math.exp(log_prob),
             "interval": (math.exp(low), math.exp(high)),
             "n": len(good),
             "log_prob": log_prob,
-            "log_prob_interval": (float(low), float(high)),
+            "log_prob_interval": (float(low), float(high)) if len(good) > 1 else None,
             "log_probs": [*map(float, good)],
-            **right_against_wrong(groups, seed=seed, prefix="right_wrong_"),
+            **right_against_wrong(groups, prefix="right_wrong_"),
         }
 
 
@@ -189,7 +189,7 @@ def check_apart(training: Iterable[Row], held_out: Iterable[Row]) -> None:
 
 
 def right_against_wrong(
-    groups: Iterable[tuple[Group, NDArray[np.float64]]], *, seed: int, prefix: str = ""
+    groups: Iterable[tuple[Group, NDArray[np.float64]]], *, prefix: str = ""
 ) -> Evaluation:
     """How much more likely right answers are than wrong ones, prompt by prompt.
 
@@ -200,7 +200,7 @@ def right_against_wrong(
     prompts where the mean of the right ones is higher; ``margin`` is right minus wrong in nats per
     token, mean over prompts.
     """
-    wins, means = [], []
+    wins, means, most = [], [], 0
     for group, log_probs in groups:
         right = np.array([row.correct is True for row in group])
         wrong = np.array([row.correct is False for row in group])
@@ -208,17 +208,18 @@ def right_against_wrong(
             ahead = log_probs[right][:, None] - log_probs[wrong][None, :]
             wins.append(((ahead > 0) + (ahead == 0) / 2).mean())
             means.append((log_probs[right].mean(), log_probs[wrong].mean()))
+            most = max(most, len(group))
     if not wins:
         return {}
     good, bad = np.array(means).T
     margins = good - bad
     figures = {
         "score": float(np.mean(wins)),
-        "interval": bootstrap_interval(wins, seed=seed),
+        "interval": interval_over_questions(wins, most),
         "n": len(wins),
         "right_likelier": float(((margins > 0) + (margins == 0) / 2).mean()),
         "margin": float(margins.mean()),
-        "margin_interval": bootstrap_interval(margins, seed=seed),
+        "margin_interval": t_interval(margins) if len(wins) > 1 else None,
         "right_log_prob": float(good.mean()),
         "wrong_log_prob": float(bad.mean()),
     }

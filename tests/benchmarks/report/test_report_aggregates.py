@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from benchmarks.report.aggregates import aggregate
-from benchmarks.report.scores import cells
+from benchmarks.report.aggregates import aggregate, aggregate_grid
+from benchmarks.report.scores import UNDER_TRAINED, cells
 from benchmarks.results import CONTROL, read_runs
 
 if TYPE_CHECKING:
@@ -26,13 +26,18 @@ def test_closed_forms(runs: Path, scores_of_runs: Scores) -> None:
     for algo in ("sft-q", "iw-sft-q"):
         scores = [scores_of_runs[dataset, algo] for dataset in aggregates.datasets]
         everything = np.array(scores).ravel()
-        iqm, mean, median, gap = aggregates.estimates[algo]
+        iqm, mean, gap = aggregates.estimates[algo]
         assert iqm.point == pytest.approx(scipy.stats.trim_mean(everything, 0.25))
         assert mean.point == pytest.approx(everything.mean())
-        assert median.point == pytest.approx(statistics.median(map(statistics.mean, scores)))
         assert gap.point == pytest.approx(100 - np.minimum(everything, 100).mean())
-        for estimate in aggregates.estimates[algo]:
-            assert estimate.low <= estimate.point <= estimate.high
+        for _, low, high in (iqm, mean, gap):
+            assert low is not None and high is not None and low < high
+        # Welch's interval of two datasets, here as that of a difference.
+        welch = scipy.stats.ttest_ind(scores[0], [-x for x in scores[1]], equal_var=False)
+        low, high = welch.confidence_interval(0.95)
+        assert [mean.low, mean.high] == pytest.approx([low / 2, high / 2])
+        share = np.mean(everything[:, None] > aggregates.thresholds, axis=0)
+        assert aggregates.profiles[algo] == pytest.approx(share)
 
 
 def test_probability_of_improvement_by_counting(runs: Path, scores_of_runs: Scores) -> None:
@@ -50,17 +55,14 @@ def test_probability_of_improvement_by_counting(runs: Path, scores_of_runs: Scor
     assert estimate.low <= estimate.point <= estimate.high
 
 
-def test_intervals_are_repeatable_and_leave_numpy_alone(runs: Path) -> None:
-    group = cells(read_runs(runs, CONTROL))
-    np.random.seed(3)
-    state = np.random.get_state()[1].copy()
-    first = aggregate(group)
-    assert np.array_equal(state, np.random.get_state()[1])
-    np.random.seed(4)
-    again = aggregate(group)
-    assert (again.estimates, again.improvement) == (first.estimates, first.improvement)
-    for algo, profile in first.profiles.items():
-        assert np.array_equal(profile.low, again.profiles[algo].low)
+def test_under_trained_runs_do_not_enter(runs: Path, make_run: MakeRun) -> None:
+    for seed in range(3):
+        for dataset, published in (("hopper-a", 200), ("cheetah-b", 201)):
+            make_run(runs, dataset, "iql", seed, 90.0 + seed, published_steps=published)
+    aggregates = aggregate(cells(read_runs(runs, CONTROL)))
+    assert aggregates.datasets == ["cheetah-b", "hopper-a"]
+    assert aggregates.left_out == {"iql": f"{UNDER_TRAINED} on cheetah-b"}
+    assert not any("iql" in names for names in (aggregates.estimates, aggregates.profiles))
 
 
 def test_left_out_with_the_reason(runs: Path, make_run: MakeRun) -> None:
@@ -82,25 +84,12 @@ def test_both_directions_of_a_pair_add_up(runs: Path) -> None:
     assert there.point + back.point == pytest.approx(1.0)
 
 
-def test_intervals_by_hand(runs: Path) -> None:
-    """Shifts of each dataset's scores by Student's t times the standard error of their mean."""
-    group = cells(read_runs(runs, CONTROL))
-    scores = np.stack([cell.values for cell in group if cell.algo == "sft-q"], axis=1)
-    # The only algorithm, so that no other draws come first.
-    aggregates = aggregate([cell for cell in group if cell.algo == "sft-q"])
-    draws = np.random.default_rng(0).standard_t(2, (200, 2))
-    shifted = [scores + t * scipy.stats.sem(scores) for t in draws]
-    iqm, mean, *_ = aggregates.estimates["sft-q"]
-    for estimate, function in ((iqm, lambda x: scipy.stats.trim_mean(x, 0.25)), (mean, np.mean)):
-        expected = np.percentile([function(draw.ravel()) for draw in shifted], [2.5, 97.5])
-        assert [estimate.low, estimate.high] == pytest.approx(expected)
-    profile, thresholds = aggregates.profiles["sft-q"], aggregates.thresholds / 100
-    counts = [int((scores / 100 > t).sum()) for t in thresholds]
-    ends = [scipy.stats.binomtest(n, 6).proportion_ci(method="wilson") for n in counts]
-    assert profile.low == pytest.approx([end.low for end in ends])
-    assert profile.high == pytest.approx([end.high for end in ends])
-    assert profile.point == pytest.approx([n / 6 for n in counts])
-    assert profile.point[-1] == 0.0 and thresholds[-1] == pytest.approx(scores.max() / 100)
+def test_equal_seeds_give_no_interval(tmp_path: Path, make_run: MakeRun) -> None:
+    for seed in range(3):
+        make_run(tmp_path, "a", "bc", seed, 7.0)
+    aggregates = aggregate(cells(read_runs(tmp_path, CONTROL)))
+    assert aggregates.estimates["bc"] == [(7.0, None, None)] * 2 + [(93.0, None, None)]
+    assert aggregate_grid(aggregates).rows[0][2] == "7.0 (no spread)"
 
 
 class TestBlock:

@@ -101,6 +101,10 @@ def test_a_corrupt_result_is_named_and_left_out(runs: Path, content: str) -> Non
         ("normalized_score", float("nan")),
         ("return_mean", float("inf")),
         ("success_rate", 40),
+        ("seed", True),
+        ("steps", -1),
+        ("episodes", 0),
+        ("interval", [0.5, 0.1]),
     ],
 )
 def test_a_wrong_entry_is_named_with_its_file(runs: Path, key: str, value: object) -> None:
@@ -129,10 +133,58 @@ def test_a_pipe_or_a_folder_in_the_place_of_a_file_is_named(runs: Path, name: st
 
 
 def test_the_same_run_twice(runs: Path) -> None:
-    path = runs / "d4rl/hopper-a/sft-q/seed-1/result.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"seed": 0}))
+    folder = runs / "d4rl/hopper-a/sft-q/seed-1"
+    for path in (folder / "result.json", folder / "config.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"seed": 0}))
     with pytest.raises(ResultsError, match=r"seed-1 and .*seed-0 hold the same run"):
         read_runs(runs, CONTROL)
+
+
+@pytest.mark.parametrize("change", [{}, {"seed": 7}])
+@pytest.mark.parametrize(
+    "to", ["d4rl/hopper-a/sft-q/seed-7", "d4rl/a/sft/seed-1", "old/" + DAMAGED]
+)
+def test_a_copied_run_is_named_and_left_out(runs: Path, to: str, change: dict[str, int]) -> None:
+    """Under another name, in another folder, also where its seed was changed."""
+    shutil.copytree(runs / DAMAGED, runs / to)
+    for path in ((runs / to) / "result.json", (runs / to) / "config.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    before = {run.folder for run in read_runs(runs, CONTROL)}
+    (copy,) = unfinished_runs(runs, CONTROL)
+    assert len(before) == 12 and copy.folder == runs / to
+    assert copy.damage == f"{runs / to} holds a copy of the run in {runs / DAMAGED}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("algo", "iql"), ("seed", 4), ("settings", {"baseline": {"steps": 5000}})]
+)
+def test_a_result_of_another_config_is_named(runs: Path, name: str, value: object) -> None:
+    path = runs / DAMAGED / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    assert f"{DAMAGED} mixes two runs" in damage(runs)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalized_score": 0.5},
+        {"normalized_score": 1607.0},
+        {"episode_scores": [50.0, 60.0]},
+        {"episode_returns": [0.0]},
+        {"episode_scores": ["many"]},
+    ],
+)
+def test_a_score_in_another_unit_is_named(runs: Path, change: dict[str, object]) -> None:
+    """Returns and scores of a dataset lie on a line, and a mean is that of its episodes."""
+    for path in runs.glob("d4rl/hopper-a/*/*/result.json"):
+        result = json.loads(path.read_text())
+        path.write_text(
+            json.dumps(result | {"return_mean": 32.0 * result["normalized_score"] - 20})
+        )
+    assert len(read_runs(runs, CONTROL)) == 12
+    path = runs / DAMAGED / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert "result.json: '" in damage(runs)
 
 
 def test_missing_folder_and_no_runs(tmp_path: Path) -> None:

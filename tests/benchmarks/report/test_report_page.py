@@ -303,9 +303,9 @@ def test_any_name_is_literal_in_page_figures_and_terminal(
     for dataset in ("plain", "other"):
         for seed in range(3):
             folder = make_run(tmp_path, dataset, "bc", seed, 10.0 * seed)
-            path = folder / "result.json"
             named = {"dataset": name, "algo": name} if dataset == "plain" else {}
-            path.write_text(json.dumps(json.loads(path.read_text()) | named))
+            for path in (folder / "result.json", folder / "config.json"):
+                path.write_text(json.dumps(json.loads(path.read_text()) | named))
     main(Options(tmp_path))
     shown = name.replace("\x1b", "\\x1b").replace("\n", "\\n")
     page, printed = (tmp_path / "report/index.html").read_text(), capsys.readouterr().out

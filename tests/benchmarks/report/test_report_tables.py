@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import scipy.stats
@@ -33,12 +35,74 @@ def test_mean_and_deviation(runs: Path, cell_of: CellOf, scores_of_runs: Scores)
 
 def test_seeds_that_were_run_differently_are_named(tmp_path: Path, make_run: MakeRun) -> None:
     make_run(tmp_path, "hopper-a", "bc", 0, 1.0)
-    make_run(tmp_path, "hopper-a", "bc", 1, 1.0, steps=7)
-    make_run(tmp_path, "hopper-a", "bc", 2, 1.0, config={"settings": {"lr": 0.5, "seed": 2}})
-    assert uneven(cells(read_runs(tmp_path, CONTROL))) == [
-        "hopper-a, BC: seeds differ in steps (100, 7)",
-        "hopper-a, BC: seeds differ in lr (0.0001, 0.5)",
+    make_run(tmp_path, "hopper-a", "bc", 1, 1.0, versions={"mujoco": "2.3.7"})
+    # What a run did not record is no difference, but it is named.
+    folder = make_run(tmp_path, "hopper-a", "bc", 2, 1.0)
+    (folder / "config.json").unlink()
+    late = make_run(tmp_path, "hopper-a", "bc", 3, 1.0) / "config.json"
+    os.utime(late, (late.stat().st_atime, late.stat().st_mtime + 3600))
+    group = cells(read_runs(tmp_path, CONTROL))
+    assert [line.partition(" (")[0] for line in uneven(group)] == [
+        "hopper-a, BC: seeds differ in versions.torch",
+        "hopper-a, BC: seeds differ in versions.mujoco",
+        "hopper-a, BC: seeds differ in lr",
+        "hopper-a, BC, seed 3: config.json was written after result.json, so its settings may be "
+        "of another run",
     ]
+    assert "Seeds differ in lr (0.0001, not recorded)." in score_grid(group).notes
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"steps": 7}, "steps 7/bc"),
+        ({"episodes": 5}, "episodes 5/bc"),
+        ({"estimator": "trajectories"}, "estimator trajectories/bc"),
+        ({"config": {"settings": {"lr": 0.5}}}, "lr 0.5/bc"),
+        ({"config": {"settings": {"lr": None}}}, "lr null/bc"),
+        ({"config": {"settings": {"lr": 1e-4, "net": {"wide": "a/b"}}}}, "bc"),
+    ],
+)
+def test_runs_of_other_settings_are_not_averaged(
+    tmp_path: Path, make_run: MakeRun, change: dict[str, Any], name: str
+) -> None:
+    for seed in (0, 1, 3):
+        make_run(tmp_path, "hopper-a", "bc", seed, 10.0)
+    make_run(tmp_path, "hopper-a", "bc", 2, 90.0, **change)
+    plain, *others = cells(read_runs(tmp_path, CONTROL))
+    if name == "bc":
+        assert plain.seeds == [0, 1, 2, 3] and not others
+        return
+    assert (plain.algo, plain.mean, plain.note) == ("bc", 10.0, "")
+    assert [(other.algo[: len(name)], other.mean) for other in others] == [(name, 90.0)]
+    assert others[0].note in score_grid([plain, *others]).notes and "(not " in others[0].note
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "mean"),
+    [
+        ({"normalized_score": None}, "hopper-a (score return_mean)", 1002.0),
+        ({"env_id": "Hopper-v5"}, "hopper-a (env_id Hopper-v5)", 90.0),
+        ({"config": {"settings": {"data": "f" * 64}}}, "hopper-a (data ffffffff)", 90.0),
+        ({"config": {"env_kwargs": {"a": 1}}}, 'hopper-a (env_kwargs {"a": 1})', 90.0),
+    ],
+)
+def test_runs_of_other_data_or_units_are_another_dataset(
+    tmp_path: Path, make_run: MakeRun, change: dict[str, Any], name: str, mean: float
+) -> None:
+    data = {"settings": {"data": "0" * 64}, "env_kwargs": {}}
+    for seed in range(3):
+        make_run(tmp_path, "hopper-a", "bc", seed, 10.0 + seed, config=data)
+        make_run(tmp_path, "hopper-a", "sft", seed, 20.0, config=data)
+    folder = make_run(tmp_path, "hopper-a", "iql", 2, 90.0, **change)
+    if "normalized_score" in change:
+        # Also where the entry is missing.
+        result = json.loads((folder / "result.json").read_text())
+        del result["normalized_score"]
+        (folder / "result.json").write_text(json.dumps(result))
+    found = {(cell.dataset, cell.algo): cell.mean for cell in cells(read_runs(tmp_path, CONTROL))}
+    expected = {("hopper-a", "bc"): 11.0, ("hopper-a", "sft"): 20.0, (name, "iql"): mean}
+    assert found == expected
 
 
 def test_table_numbers(runs: Path) -> None:
@@ -115,36 +179,20 @@ def test_statistics_need_three_seeds(
     assert any("Fewer than 3 seeds" in note for note in grid.notes) == (not printed)
 
 
-def test_seeds_of_other_settings_are_marked_where_they_are_averaged(
-    tmp_path: Path, make_run: MakeRun
-) -> None:
-    for seed in range(3):
-        versions = {"torch": "2.13.0" if seed else "2.12.0"}
-        make_run(
-            tmp_path, "hopper-a", "bc", seed, 1.0, episodes=20 + seed % 2,
-            config={"versions": versions, "settings": {"fine_tuning": {"k": 1.0, "lr": seed / 2}}},
-        )  # fmt: skip
-    grid = score_grid(cells(read_runs(tmp_path, CONTROL)))
-    assert grid.rows[0][3:5] == ["20/21", "1.0 [1][2][3]"]
-    assert grid.notes[:3] == [
-        "Seeds differ in episodes (20, 21).",
-        'Seeds differ in versions.torch ("2.12.0", "2.13.0").',
-        "Seeds differ in fine_tuning.lr (0.0, 0.5, 1.0).",
-    ]
-
-
 def test_success_rate_where_results_have_it(tmp_path: Path, make_run: MakeRun) -> None:
     rates = [0.25, 0.5, 1.0]
     for seed, rate in enumerate(rates):
         make_run(tmp_path, "door", "iql", seed, 1.0, success_rate=rate)
         make_run(tmp_path, "door", "bc", seed, 1.0, **({"success_rate": 0.5} if seed else {}))
+        make_run(tmp_path, "door", "dt", seed, rate, success_rate=0.0)
         make_run(tmp_path, "hopper-a", "bc", seed, 1.0)
     grid = score_grid(cells(read_runs(tmp_path, CONTROL)))
     assert grid.columns[7:] == ["success", "interval of success"]
-    bc, iql, none = (row[7:] for row in grid.rows)
+    bc, iql, dt, none = (row[7:] for row in grid.rows)
     # Student's interval is -0.36 to 1.53; a share lies in [0, 1].
     assert iql == ["0.58", "0.00 to 1.00"]
-    assert bc == ["0.50 [1]", "-"] and "2 of the 3 seeds" in grid.notes[0]
+    assert bc == ["0.50 [2]", "-"] and "2 of the 3 seeds" in grid.notes[1]
+    assert dt == ["0.00", "- [1]"] and "same value" in grid.notes[0]
     assert none == ["-", "-"]
 
 
@@ -167,7 +215,7 @@ def test_fewer_updates_than_published_are_noted(
 ) -> None:
     more = {} if published is None else {"published_steps": published}
     for seed in range(3):
-        make_run(tmp_path, "hopper-a", "iql", seed, 1.0, steps=steps, **more)
+        make_run(tmp_path, "hopper-a", "iql", seed, seed, steps=steps, **more)
     group = cells(read_runs(tmp_path, CONTROL))
     notes = [] if words is None else [words]
     mark = "" if words is None else " [1]"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def config(
     k: float, target: float | None = None, sync: int = 199, cut: float = 90.0, lr: float = 1e-4
 ) -> dict[str, Any]:
-    fine_tuning = {"k": k, "alpha": 0.99, "lr": lr, "steps": 4500}
+    fine_tuning = {"k": k, "alpha": 0.99, "lr": lr, "steps": 100}
     weights = {"fine_tuning": fine_tuning, "target_ess": target, "sync_every": sync}
     return {"settings": {"cuts": [cut], **weights}}
 

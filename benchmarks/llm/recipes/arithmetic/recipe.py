@@ -133,10 +133,10 @@ class ArithmeticRecipe(Recipe):
         right_greedy = sum(solution.verdict.score for solution in greedy)
         return {
             "score": right / n,
-            "interval": wilson_interval(right, n),
+            "interval": wilson_interval(right / n, n),
             "n": n,
             "greedy": right_greedy / n,
-            "greedy_interval": wilson_interval(right_greedy, n),
+            "greedy_interval": wilson_interval(right_greedy / n, n),
             **{f"share_{name}": share for name, share in zip(STRATEGIES, chances, strict=True)},
             **{f"success_{name}": share for name, share in success.items()},
             "parses": sum(solution.verdict.parses for solution in sampled) / n,

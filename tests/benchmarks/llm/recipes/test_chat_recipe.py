@@ -23,6 +23,7 @@ from benchmarks.llm.recipes.chat import (
     read_rows,
     right_against_wrong,
 )
+from benchmarks.statistics import interval_over_questions, t_interval
 from iwsft.datasets.text.rows import Row, to_row
 
 FAST = ("--learning-rate", "0.003", "--max-steps", "6", "--jobs", "1")
@@ -221,7 +222,7 @@ def _paired(questions: list[Group], values: Any) -> list[tuple[Group, Any]]:
 def test_right_against_wrong_by_hand():
     questions = [_question(0, "rw"), _question(1, "rrw"), _question(2, "wrw")]
     values = np.array([-1.0, -2.0, -1.0, -3.0, -2.0, -1.0, -1.0, -4.0])
-    found = right_against_wrong(_paired(questions, values), seed=0)
+    found = right_against_wrong(_paired(questions, values))
     # Pairs won: 1 of 1, 1 of 2, (1/2 + 1) of 2.
     assert found["score"] == pytest.approx((1 + 0.5 + 0.75) / 3)
     # Margins 1, 0 and 1.5.
@@ -230,21 +231,18 @@ def test_right_against_wrong_by_hand():
     assert found["right_log_prob"] == pytest.approx((-1 - 2 - 1) / 3)
     assert found["wrong_log_prob"] == pytest.approx((-2 - 2 - 2.5) / 3)
     assert found["n"] == 3
-    # Of three questions drawn with replacement the lowest mean is 0.5, the highest 1.
-    low, high = found["interval"]
-    assert 0.5 <= low < found["score"] < high <= 1
+    assert found["interval"] == interval_over_questions([1, 0.5, 0.75], answers=3)
+    assert found["margin_interval"] == t_interval([1, 0, 1.5])
 
 
 def test_auc_is_that_of_pairs_by_brute_force():
     source = np.random.default_rng(0)
     questions = [_question(k, "rwrw"[: 2 + k % 3]) for k in range(40)]
     values = source.normal(size=sum(len(question) for question in questions)).round(1)
-    found = right_against_wrong(_paired(questions, values), seed=0)
+    found = right_against_wrong(_paired(questions, values))
     shares, left = [], list(values)
     for question in questions:
         mine = [(row.correct, left.pop(0)) for row in question]
         pairs = [(a, b) for is_right, a in mine if is_right for other, b in mine if not other]
         shares.append(sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs) / len(pairs))
     assert found["score"] == pytest.approx(np.mean(shares))
-    assert right_against_wrong(_paired(questions, values), seed=0) == found
-    assert right_against_wrong(_paired(questions, values), seed=1)["interval"] != found["interval"]
