@@ -356,6 +356,19 @@ def test_a_model_may_name_no_context(limit: int) -> None:
         CausalLMPolicy(model).log_prob(batch)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "width"), [((15, 3), 16), ((16,), 16), ((17, 1, 17), 32), ((49, 2), 50)]
+)
+def test_rows_are_hardly_longer_than_a_trajectory(lengths: tuple[int, ...], width: int) -> None:
+    model = decoder(max_position_embeddings=50)
+    shapes: list[tuple[int, ...]] = []
+    model.register_forward_pre_hook(
+        lambda module, args, inputs: shapes.append((*inputs["input_ids"].shape,)), with_kwargs=True
+    )
+    CausalLMPolicy(model, one_row=False).log_prob(packed(lengths))
+    assert shapes == [(len(lengths), width)]
+
+
 def test_the_first_and_the_last_token_of_the_vocabulary() -> None:
     model, batch = decoder(), packed()
     batch[TOKENS][3:5] = torch.tensor([0, 96])
