@@ -130,9 +130,10 @@ class CausalLMPolicy(nn.Module):
             mask = torch.ones_like(_entry(trajectories, TOKENS), dtype=torch.bool)
         segments = Segments.of(trajectories, mask=mask)
         valid = segments.valid.reshape(-1)
-        until = segments.lengths.double().cumsum(0)[segments.index]
-        earlier = valid.cumsum(0) - 1 > until - segments.spread(segments.lengths).reshape(-1)
-        return (valid & earlier).reshape(segments.shape)
+        place = torch.arange(len(valid), device=valid.device)
+        first = place.new_full((segments.slots,), len(place))
+        first.scatter_reduce_(0, segments.index, torch.where(valid, place, len(place)), "amin")
+        return (valid & (place > first[segments.index])).reshape(segments.shape)
 
     def check(self, trajectories: TensorDictBase) -> None:
         """Refuse trajectories that the model can't read, without running it.

@@ -333,8 +333,10 @@ def test_the_module_does_not_load_transformers() -> None:
 def test_bad_batches_are_refused(
     change: Callable[[TensorDict], TensorDict], error: type[Exception], words: str
 ) -> None:
-    with pytest.raises(error, match=words):
-        CausalLMPolicy(decoder()).log_prob(change(packed()))
+    policy = CausalLMPolicy(decoder())
+    for read in (policy.log_prob, policy.check):
+        with pytest.raises(error, match=words):
+            read(change(packed()))
 
 
 def test_context_is_full_at_its_limit_and_not_that_of_a_packed_batch() -> None:
