@@ -19,6 +19,8 @@ PROPOSALS: list[dict[str, Any]] = [
     {"proposal": "cached", "sync_every": 2},
     {"proposal": "lagged", "ema_decay": 0.7},
 ]
+# Weights of the current policy need no model but the one that is trained.
+OF_ENGINE = {"data-parallel": PROPOSALS, "zero3": PROPOSALS[1:]}
 ZERO3 = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
@@ -81,7 +83,7 @@ def _work(rank: int, port: int, folder: Path, engine: str) -> None:
         deepspeed.comm.torch.build_shm_op = lambda: None
         own["deepspeed"] = ZERO3
     rows = []
-    for number, proposal in enumerate(PROPOSALS):
+    for number, proposal in enumerate(OF_ENGINE[engine]):
         run = trainer(folder / str(number), **own, **proposal)
         run.train()
         again = trainer(folder / str(number), **own, **proposal)
@@ -93,19 +95,20 @@ def _work(rank: int, port: int, folder: Path, engine: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("engine", ["data-parallel", "zero3"])
+@pytest.mark.parametrize("engine", OF_ENGINE)
 def test_two_processes_are_one(
     on_two_processes: Any, alone: Any, tmp_path: Path, engine: str
 ) -> None:
     on_two_processes(_work, _port(), tmp_path, engine)
     together = torch.load(tmp_path / "rows.pt", weights_only=True)
-    for proposal, ours, theirs in zip(PROPOSALS, together, alone, strict=True):
+    proposals = OF_ENGINE[engine]
+    for proposal, ours, theirs in zip(proposals, together, alone[-len(proposals) :], strict=True):
         assert len(ours) == len(theirs) == 4
         for update, row in enumerate(ours):
             for name, value in row.items():
                 expected = pytest.approx(theirs[update][name], rel=1e-4, abs=1e-5)
                 assert value == expected, (proposal, update, name)
     with pytest.raises(CheckpointError, match="plan.processes=2 .now 1"):
-        trainer(tmp_path / "0", **SETTINGS, **SPLIT, **PROPOSALS[0]).train(
+        trainer(tmp_path / "0", **SETTINGS, **SPLIT, **proposals[0]).train(
             resume_from_checkpoint=True
         )
