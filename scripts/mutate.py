@@ -1,9 +1,10 @@
 """Mutation testing: change one thing in the source, and see whether a test fails.
 
-``make mutants`` runs all mutants of :data:`TESTS`, each in a copy of the tracked files, against those
-tests of its module that run the changed lines, the fastest first. Results go to a file as they
-come; a second call continues, and runs survivors again once their tests have changed. Mutants that
-no test can tell from the source are named in ``scripts/equivalent_mutants.toml``, with a reason.
+``make mutants`` runs all mutants of :data:`TESTS`, each in a copy of the tracked files, against
+those tests of its module that run the changed lines, the fastest first. Results go to a file as
+they come; a second call continues, and runs survivors again once their tests have changed. Mutants
+that no test can tell from the source are named in ``scripts/equivalent_mutants.toml``, with a
+reason.
 """
 
 from __future__ import annotations
