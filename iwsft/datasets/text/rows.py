@@ -32,7 +32,7 @@ _OTHER_SWITCHES = ("mask", "loss_mask", "train_detail")
 # Columns whose text belongs to a conversation.
 _TEXTS = (
     *("prompt", "completion", "system", "system_prompt", "history", "context", "instruction"),
-    *("input", "documents"),
+    *("input", "documents", *REASONING),
 )
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 # Arguments of a rendering that are not the row's.
@@ -161,7 +161,8 @@ def check_text(value: Any, name: str, where: str, *, filled: bool = False) -> st
         ValueError: It is something else; the error names it.
     """
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {name} must be text, it is {_kind(value)}")
+        parts = "; join its texts, or write 'messages'" if isinstance(value, list) else ""
+        raise ValueError(f"{where}: {name} must be text, it is {_kind(value)}{parts}")
     if filled and not value.strip():
         raise ValueError(f"{where}: {name} is empty; drop the row, or fill it")
     try:

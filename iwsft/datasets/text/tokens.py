@@ -189,7 +189,8 @@ def _encode(
 
 def _unread_variables(rows: Sequence[Row], chat: ChatEncoder) -> list[str]:
     """Return the names of variables that change nothing."""
-    names = set(chat.template_kwargs).union(*(row.template_kwargs for row in rows))
+    given = [chat.template_kwargs, *(row.template_kwargs for row in rows)]
+    names = {name for each in given for name, value in each.items() if value not in (None, "", [])}
     return sorted(names - chat.variables)
 
 

@@ -90,6 +90,7 @@ def turn(role: str, content: Any) -> dict[str, Any]:
         ({"conversations": []}, "column 'prompt' is missing.*conversations"),
         ({"prompt": "a", "completion": " \n"}, "the completion is empty"),
         ({"prompt": 3, "completion": "a"}, "prompt must be text, it is of type int"),
+        ({"prompt": [], "completion": "a"}, "prompt .* type list; join its texts, or write 'mes"),
         ({"prompt": "a", "completion": "\ud800"}, "half a surrogate pair at character 0"),
         ({"messages": "hello"}, "messages must be a list"),
         ({"messages": []}, "no assistant turn to train on"),
@@ -173,6 +174,7 @@ def test_columns_that_change_nothing_are_not_read(columns):
     [
         ({"system": "Be brief."}, "the text of column 'system' is not in '(messages|prompt)'"),
         ({"history": [["a", "b"]]}, "the text of column 'history' is not in"),
+        ({"thinking": "2 and 2"}, "the text of column 'thinking' is not in"),
         ({"context": "It is 1999."}, "the text of column 'context' is not in"),
         ({"chosen": [turn("assistant", "5")]}, "the answer is not that of column 'chosen'"),
         ({"rejected": "VIER 😀"}, "the answer is not that of column 'chosen'"),

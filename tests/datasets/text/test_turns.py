@@ -179,7 +179,7 @@ def test_columns_and_keys_that_a_template_reads_or_drops():
     with pytest.raises(ValueError, match="f:1: the chat template reads 'mood', .* rename it"):
         tokenize([mood], reads)
     named = to_row({"messages": talk, "chat_template_kwargs": {"mood": "sad"}}, "f:1")
-    assert not tokenize([named], reads).notes
+    assert not tokenize([named], reads, template_kwargs={"tone": "", "tools": None}).notes
     with pytest.warns(UserWarning, match="does not read brief, mood of the template_kwargs"):
         tokenize([named], byte_level(), template_kwargs={"brief": True})
     tools = [system("Use tools.") | {"tools": [{"name": "look_up"}]}, *talk]
