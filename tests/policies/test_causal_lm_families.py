@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,6 +106,11 @@ def test_a_head_that_sees_other_states_is_refused() -> None:
     model.forward = lambda **inputs: real(**inputs, logits_to_keep=1)
     with pytest.raises(NotImplementedError, match="must see every token once"):
         CausalLMPolicy(model, one_row=False).log_prob(batch)
+    model.forward = lambda **inputs: SimpleNamespace(
+        logits=model.model(**inputs).last_hidden_state @ model.lm_head.weight.t()
+    )
+    with pytest.raises(NotImplementedError, match="LlamaForCausalLM did not use its output layer"):
+        CausalLMPolicy(model).log_prob(batch)
     model.forward = lambda **inputs: (real(**inputs), real(**inputs))[0]
     with pytest.raises(NotImplementedError, match="must see every token once"):
         CausalLMPolicy(model).log_prob(batch)
