@@ -325,7 +325,11 @@ def test_the_module_does_not_load_transformers() -> None:
         (lambda b: b.exclude(("collector", "traj_ids")), KeyError, "traj_ids"),
         (lambda b: b.set(TOKENS, b[TOKENS].float()), ValueError, "must hold integers"),
         (lambda b: b.set(TOKENS, -b[TOKENS]), ValueError, "outside the vocabulary.*resize"),
-        (lambda b: b.set(TOKENS, b[TOKENS] + 90), ValueError, r"LlamaForCausalLM \(97 tokens"),
+        (
+            lambda b: b.set(TOKENS, torch.full_like(b[TOKENS], 97)),
+            ValueError,
+            r"token 97 is outside the vocabulary of LlamaForCausalLM \(97 tokens",
+        ),
         (lambda b: packed((65, 3)), ValueError, "has 65 tokens, .* reads 64"),
         (lambda b: b.set(ATTENTION, torch.zeros(30, dtype=torch.bool)), ValueError, "no token"),
     ],

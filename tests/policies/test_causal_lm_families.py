@@ -123,6 +123,15 @@ def test_bias_of_the_output_layer_counts() -> None:
     torch.testing.assert_close(ours, alone(model, batch), rtol=1e-12, atol=1e-12)
 
 
+def test_a_certain_token_of_scaled_logits() -> None:
+    model, batch = decoder("granite"), packed()
+    batch["tokens", "full"].fill_(5)
+    model.lm_head.bias = nn.Parameter(1e6 * torch.eye(VOCABULARY, dtype=torch.float64)[5])
+    ours = CausalLMPolicy(model).log_prob(batch)
+    ours.sum().backward()
+    assert not bool(ours.any()) and not bool(model.lm_head.weight.grad.any())
+
+
 class _OwnForward(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input)
