@@ -135,7 +135,9 @@ def test_a_tokenizer_with_its_own_code_loads_only_when_trusted(
     model = Path(shutil.copytree(tiny_qwen2, tmp_path / "own"))
     mark = bring_code(model)
     with (model / "own.py").open("a") as file:
-        file.write("from transformers import PreTrainedTokenizerFast as Tokens\n")
+        file.write("from transformers import PreTrainedTokenizerFast\n")
+        # transformers marks the class, also for later tests.
+        file.write("class Tokens(PreTrainedTokenizerFast): pass\n")
     settings = model / "tokenizer_config.json"
     own = {"tokenizer_class": "Tokens", "auto_map": {"AutoTokenizer": [None, "own.Tokens"]}}
     settings.write_text(json.dumps(json.loads(settings.read_text()) | own))
