@@ -11,6 +11,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import tyro
 
 from benchmarks.collect.options import Options as CollectOptions
@@ -108,6 +110,21 @@ _WRONG: dict[str, Callable[[dict[str, Any], Random], None]] = {
 }
 
 
+def _written_as_parquet(rows: list[dict[str, Any]], path: Path) -> bool:
+    """Write rows as Parquet where its columns, each of one type, can hold them as they are."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    try:
+        table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
+        held = [{k: v for k, v in row.items() if v is not None} for row in table.to_pylist()]
+        if json.dumps(held, sort_keys=True) != json.dumps(rows, sort_keys=True):
+            return False
+        pyarrow.parquet.write_table(table, path)
+    except (pyarrow.ArrowException, UnicodeError, TypeError, ValueError):
+        path.unlink(missing_ok=True)
+        return False
+    return True
+
+
 def _rows_case(_: Path, random: Random, folder: Path) -> Iterator[Finding]:
     made = [_row(random) for _ in range(random.randint(1, 5))]
     rows = [row for row, *_ in made]
@@ -124,12 +141,14 @@ def _rows_case(_: Path, random: Random, folder: Path) -> Iterator[Finding]:
             wrong = None
         else:
             _WRONG[wrong](random.choice(matching), random)
-    path = folder / random.choice(["rows.jsonl", "rows.json", "array.json"])
-    lines = [json.dumps(row, ensure_ascii=random.random() < 0.5) for row in rows]
-    array = path.name == "array.json"
-    text = "[" + ",\n".join(lines) + "]" if array else "\n".join(lines) + "\n"
-    mark = "\ufeff" if random.random() < 0.1 else ""
-    path.write_bytes((mark + text).encode("utf-8", "surrogatepass"))
+    path = folder / random.choice(["rows.jsonl", "rows.json", "array.json", "rows.parquet"])
+    if path.suffix != ".parquet" or not _written_as_parquet(rows, path):
+        path = path.with_suffix(".jsonl") if path.suffix == ".parquet" else path
+        lines = [json.dumps(row, ensure_ascii=random.random() < 0.5) for row in rows]
+        array = path.name == "array.json"
+        text = "[" + ",\n".join(lines) + "]" if array else "\n".join(lines) + "\n"
+        mark = "\ufeff" if random.random() < 0.1 else ""
+        path.write_bytes((mark + text).encode("utf-8", "surrogatepass"))
     cut = wrong is None and random.random() < 0.1
     if cut:
         path.write_bytes(path.read_bytes()[: -random.randint(3, 9)])

@@ -30,6 +30,7 @@ CONTROL_MODULES = (
     "torch.utils.tensorboard",
 )
 LANGUAGE_MODULES = ("iwsft.language.trainer", "transformers.models.qwen2.modeling_qwen2")
+COMMAND_MODULES = (*LANGUAGE_MODULES, "benchmarks.llm.job", "benchmarks.report.language")
 # A job runs in the current folder, and with True it continues what is there.
 Job = Callable[[bool], None]
 
@@ -49,10 +50,12 @@ def killed(job: Job, whole: Path, random: Random, *, command: bool) -> Iterator[
         log.unlink(missing_ok=True)
         child = start(lambda: job(True), log)
         if child.wait(random.uniform(0, duration)) is None:
-            how = random.choice(SIGNALS)
+            how, sent = random.choice(SIGNALS), time.monotonic()
             child.end(how)
             yield "tried", ""
             code = child.wait(LIMIT / 2)
+            if command and code == 0 and time.monotonic() - sent > 1:
+                yield "silent", f"{how.name} is ignored"
             if code is None:
                 child.end(signal.SIGUSR1)
                 child.wait(1)
@@ -140,27 +143,76 @@ def _control_case(shared: Path, random: Random, folder: Path) -> Iterator[Findin
 # ---- collect
 
 
-def _collect(kind: str) -> Job:
-    settings: dict[str, Any] = {"policy": ("random",), "env": "Hopper-v4", "episodes": (60,)}
-    if kind == "sac":
-        settings = {"online": "sac", "env": "InvertedPendulum-v4", "steps": (120,)}
-        settings["random_steps"] = 90
+COLLECTED: dict[str, dict[str, Any]] = {
+    kind: {"out": out, "policy": ("random",), "env": "Hopper-v4", "episodes": (60,)}
+    for kind, out in (("random", "out.hdf5"), ("minari", "minari:made/set-v0"))
+}
+COLLECTED["sac"] = {"out": "out.hdf5", "online": "sac", "env": "InvertedPendulum-v4"}
+COLLECTED["sac"] |= {"steps": (120,), "random_steps": 90}
 
+
+def _collect(kind: str) -> Job:
     def job(resume: bool) -> None:
         stopping.watch()
-        collect_main(CollectOptions(out="out.hdf5", part_steps=30, resume=resume, **settings))
+        os.environ["MINARI_DATASETS_PATH"] = str(Path.cwd())
+        collect_main(CollectOptions(part_steps=30, resume=resume, **COLLECTED[kind]))
 
     return job
 
 
 def _prepare_collect(shared: Path) -> None:
-    for kind in ("random", "sac"):
+    for kind in COLLECTED:
         unbroken(_collect(kind), shared / kind)
 
 
 def _collect_case(shared: Path, random: Random, folder: Path) -> Iterator[Finding]:
-    kind = random.choice(("random", "sac"))
+    kind = random.choice([*COLLECTED])
     yield from killed(_collect(kind), shared / kind, random, command=True)
+
+
+# ---- the language command
+
+LANGUAGE_ALGORITHMS = ("sft", "iw-sft", "iw-sft-hard", "iw-sft-ema", "iw-sft-step")
+
+
+def _language(algo: str, shared: Path) -> Job:
+    from benchmarks.llm.__main__ import main
+    from benchmarks.llm.recipes import RECIPES
+
+    def job(resume: bool) -> None:
+        torch.set_num_threads(1)
+        gc.freeze()
+        stopping.watch()
+        RECIPES["small"] = "tests.benchmarks.llm.small_job"
+        files = ["--model", str(shared / "model"), "--data", str(shared / "rows.jsonl")]
+        words = ["--recipe", "small", "--algo", algo, "--seeds", "0", "--jobs", "1", *files]
+        words += [
+            "--max-steps",
+            "6",
+            "--save-every",
+            "1",
+            "--out",
+            "runs",
+            *(["--resume"] if resume else []),
+        ]
+        if algo == "iw-sft-hard":
+            words += ["--sync-every", "4"]
+        main(words)
+
+    return job
+
+
+def _prepare_language(shared: Path) -> None:
+    from tests.benchmarks.llm import small_job
+
+    small_job.write(shared)
+    for algo in LANGUAGE_ALGORITHMS:
+        unbroken(_language(algo, shared), shared / algo)
+
+
+def _language_case(shared: Path, random: Random, folder: Path) -> Iterator[Finding]:
+    algo = random.choice(LANGUAGE_ALGORITHMS)
+    yield from killed(_language(algo, shared), shared / algo, random, command=True)
 
 
 # ---- the language trainer
@@ -241,5 +293,6 @@ def _trainer_case(shared: Path, random: Random, folder: Path) -> Iterator[Findin
 CAMPAIGNS = (
     Campaign("control killed", _control_case, _prepare_control, CONTROL_MODULES),
     Campaign("collect killed", _collect_case, _prepare_collect, CONTROL_MODULES),
+    Campaign("language killed", _language_case, _prepare_language, COMMAND_MODULES),
     Campaign("trainer killed", _trainer_case, _prepare_trainer, LANGUAGE_MODULES),
 )
