@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from typing import Any, get_args
 
 from torch import nn
@@ -75,8 +75,14 @@ class ImportanceWeightedConfig(TrainingArguments):
             if self._is_set(name):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported here: {why}")
         unused = [name for name in _UNUSED if self._is_set(name)]
-        if self.eval_strategy == "no" and self.metric_for_best_model is not None:
-            unused.append("metric_for_best_model without eval_strategy")
+        for name, where, unread in (
+            ("metric_for_best_model", "without eval_strategy", self.eval_strategy == "no"),
+            ("per_device_train_batch_size", "with token_budget", self.token_budget is not None),
+            ("pad_to_multiple_of", "with layout='packed'", self.layout == "packed"),
+            ("reference_cache", "with proposal='reference'", self.proposal == "reference"),
+        ):
+            if unread and self._is_set(name):
+                unused.append(f"{name} {where}")
         if unused:
             warnings.warn(f"without effect here: {', '.join(unused)}", UserWarning, stacklevel=3)
         distribution: Any = self.accelerator_config
@@ -88,7 +94,9 @@ class ImportanceWeightedConfig(TrainingArguments):
 
     def _is_set(self, name: str) -> bool:
         """Whether a setting differs from its default."""
-        return bool(getattr(self, name) != self.__dataclass_fields__[name].default)
+        setting = self.__dataclass_fields__[name]
+        made = setting.default_factory
+        return bool(getattr(self, name) != (setting.default if made is MISSING else made()))
 
 
 # Settings that a resumed run has from its checkpoint.
@@ -96,10 +104,12 @@ OPTIMIZER_SETTINGS = (
     *("optim", "optim_args", "learning_rate", "weight_decay"),
     *("adam_beta1", "adam_beta2", "adam_epsilon"),
 )
-# Settings of transformers' evaluation and of its means over tokens, without effect here.
+# Settings of transformers' evaluation, of its means over tokens, and of batches that it makes from
+# columns or losses that it replaces; they are without effect here.
 _UNUSED = (
     *("average_tokens_across_devices", "batch_eval_metrics", "eval_accumulation_steps"),
     *("eval_do_concat_batches", "eval_use_gather_object", "label_names", "prediction_loss_only"),
+    *("include_for_metrics", "length_column_name", "liger_kernel_config"),
 )
 _PLANNED = "an update holds the entries that are planned for it, each epoch all of them once"
 _REFUSED = {

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 
 from iwsft.objective import ImportanceWeightedMLE, Terms
 from iwsft.policies.causal_lm import CausalLMPolicy
-from iwsft.policies.causal_lm_families import decoder_of
+from iwsft.policies.causal_lm_families import check_own_loss, decoder_of
 from iwsft.trajectory import ASSISTANT_MASK, TOKENS
 
 _NUMBERS = 7
-# Coefficients of the loss of a mixture's routers, in the configs of transformers.
-_ROUTER_TERMS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
 
 
 def token_loss(policy: nn.Module, **settings: Any) -> ImportanceWeightedMLE:
@@ -30,19 +28,10 @@ def token_loss(policy: nn.Module, **settings: Any) -> ImportanceWeightedMLE:
         settings: Arguments of the loss.
 
     Raises:
-        ValueError: The model adds terms to its own loss, which this loss would leave out.
+        ValueError: The model has a loss of its own, which this loss would leave out.
     """
     if isinstance(policy, CausalLMPolicy):
-        config = decoder_of(policy.model).config.get_text_config()
-        holders = [config] if getattr(config, "output_router_logits", False) else []
-        holders += [holder.ffn_config for holder in holders if hasattr(holder, "ffn_config")]
-        names = [name for name in _ROUTER_TERMS for x in holders if getattr(x, name, 0)]
-        names += ["z_loss_coefficient"] if getattr(config, "z_loss_coefficient", 0) else []
-        if names:
-            raise ValueError(
-                f"{names[0]} adds a term to the model's own loss, which is not trained here: set "
-                f"it to 0 in model.config"
-            )
+        check_own_loss(decoder_of(policy.model))
     loss = ImportanceWeightedMLE(policy, **{"functional": False, **settings})
     loss.loss_mask_key = ASSISTANT_MASK
     loss.set_keys(action=TOKENS)

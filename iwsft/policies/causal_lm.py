@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from iwsft.policies.causal_lm_families import (
     LogitTransform,
     check_decoder,
+    check_own_loss,
     fits_one_row,
     peft_model,
     varies_lengths,
@@ -94,10 +95,13 @@ class CausalLMPolicy(nn.Module):
         Raises:
             KeyError: An input key is missing.
             ValueError: A trajectory is longer than the model's context, a token is outside its
-                vocabulary, there is no token, or entries have a wrong type or shape.
+                vocabulary, there is no token, or entries have a wrong type or shape. With
+                gradients: the model has a loss of its own, such as that of a mixture's routers.
             NotImplementedError: The model changes its logits in an unknown way.
         """
         decoder = check_decoder(self.model)
+        if torch.is_grad_enabled():
+            check_own_loss(decoder)
         tokens = _Tokens.of(trajectories)
         number, width = _check_tokens(tokens, decoder)
         width = -(-width // _MULTIPLE) * _MULTIPLE

@@ -37,6 +37,10 @@ ONE_ROW_FAMILIES = frozenset(
     }
 )
 _NOT_CAUSAL = frozenset({"cpmant", "xlnet"})
+# Coefficients of terms of a model's own loss, in the configs of transformers: those of the routers
+# of a mixture, and those of any model.
+_ROUTER_TERMS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
+_TERMS = ("z_loss_coefficient",)
 # Casts of engines on the way out may have rounded to bfloat16.
 _CAST_TOLERANCE = 1e-2
 
@@ -112,6 +116,35 @@ def check_decoder(model: nn.Module) -> Any:
                 "it out of adapters (target_modules), quantization and offloading"
             )
     return decoder
+
+
+def check_own_loss(decoder: Any) -> None:
+    """Refuse a decoder whose own loss is more than the likelihood of the tokens.
+
+    Raises:
+        ValueError: Its config adds terms, or the model has a loss function that somebody set.
+    """
+    # Loaded with the decoder; its package takes seconds.
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    configs = {id(config): config for config in (decoder.config, decoder.config.get_text_config())}
+    holders = [c for c in configs.values() if getattr(c, "output_router_logits", False)]
+    holders += [config.ffn_config for config in holders if hasattr(config, "ffn_config")]
+    names = [name for name in _ROUTER_TERMS for x in holders if getattr(x, name, 0)]
+    names += [name for name in _TERMS for x in configs.values() if getattr(x, name, 0)]
+    if names:
+        raise ValueError(
+            f"{names[0]} adds a term to the model's own loss, which is not trained here: set it to "
+            "0 in model.config"
+        )
+    chosen = str(getattr(decoder, "loss_type", None))
+    own = vars(decoder).get("_loss_function", LOSS_MAPPING.get(chosen, ForCausalLMLoss))
+    if own is not ForCausalLMLoss:
+        raise ValueError(
+            f"{type(decoder).__name__} has a loss function of its own "
+            f"({getattr(own, '__name__', own)}), which is not trained here; remove it (loss_type, "
+            "loss_function)"
+        )
 
 
 def fits_one_row(decoder: Any) -> bool:

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from tiny import model, trajectories
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from iwsft.language.loss import Measures, negative_log_likelihood, token_loss
-from iwsft.objective import Terms
+from iwsft.objective import ImportanceWeightedMLE, Terms
 from iwsft.policies import CausalLMPolicy
-from iwsft.trajectory import Segments
+from iwsft.trajectory import ASSISTANT_MASK, TOKENS, Segments
 
 EXPERTS = {"num_local_experts": 4, "output_router_logits": True}
 DBRX = {
@@ -49,8 +49,36 @@ def _decoder(family: str, **own: Any) -> Any:
 def test_a_loss_of_the_model_itself_is_not_left_out(
     family: str, own: dict[str, Any], coefficient: str
 ) -> None:
-    with pytest.raises(ValueError, match=f"^{coefficient} adds a term"):
-        token_loss(CausalLMPolicy(_decoder(family, **own)))
+    _is_refused(_decoder(family, **own), f"^{coefficient} adds a term")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("loss_type", "ForMaskedLM", "a loss function of its own .ForMaskedLMLoss"),
+        ("loss_function", nn.functional.cross_entropy, "a loss function of its own .cross_entropy"),
+    ],
+)
+def test_a_loss_function_that_a_user_sets_is_not_left_out(
+    name: str, value: Any, problem: str
+) -> None:
+    decoder = model()
+    setattr(decoder, name, value)
+    _is_refused(decoder, problem)
+
+
+def _is_refused(decoder: Any, problem: str) -> None:
+    policy = CausalLMPolicy(decoder)
+    with pytest.raises(ValueError, match=problem):
+        token_loss(policy)
+    # Nor in a loop of one's own. Log-probs without gradients are right.
+    loss = ImportanceWeightedMLE(policy, proposal="reference", functional=False)
+    loss.loss_mask_key = ASSISTANT_MASK
+    loss.set_keys(action=TOKENS)
+    with pytest.raises(ValueError, match=problem):
+        loss(trajectories(2))
+    with torch.no_grad():
+        policy.log_prob(trajectories(2))
 
 
 @pytest.mark.parametrize(

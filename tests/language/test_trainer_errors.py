@@ -56,6 +56,14 @@ def test_settings_without_effect_are_named(tmp_path: Path) -> None:
         trainer(tmp_path, eval_accumulation_steps=2, label_names=["labels"])
     with pytest.warns(UserWarning, match="without effect here: metric_for_best_model without"):
         trainer(tmp_path, metric_for_best_model="loss")
+    for own, problem in (
+        ({"token_budget": 64, "per_device_train_batch_size": 2}, "per_device_.* with token_budget"),
+        ({"layout": "packed", "pad_to_multiple_of": 16}, "pad_to_multiple_of with layout='packed'"),
+        ({"proposal": "reference", "reference_cache": "x"}, "reference_cache with proposal="),
+        ({"include_for_metrics": ["loss"]}, "include_for_metrics"),
+    ):
+        with pytest.warns(UserWarning, match=f"without effect here: {problem}"):
+            trainer(tmp_path, **own)
 
 
 class _Centred:
