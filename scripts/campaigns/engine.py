@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import io
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import count
@@ -35,9 +37,9 @@ class Campaign:
     """Cases of one kind.
 
     ``warm`` names modules that are loaded once, before any process is forked. ``prepare`` writes
-    what all cases share into a folder. ``case`` takes that folder, its own source of random numbers
-    and an empty folder. It yields the kind and the text of each problem, and ``("tried", "")`` for
-    each thing that it tried.
+    what all cases share into a folder; it runs in the process that is forked. ``case`` takes that
+    folder, its own source of random numbers and an empty folder. It yields the kind and the text of
+    each problem, and ``("tried", "")`` for each thing that it tried.
     """
 
     name: str
@@ -79,9 +81,7 @@ def run(
         import_module(module)
     shared = scratch / "shared"
     shared.mkdir(parents=True)
-    prepared = start(lambda: campaign.prepare(shared), scratch / "prepare.log")
-    if prepared.wait(10 * limit) != 0:
-        raise RuntimeError(f"{campaign.name} can't be prepared:\n{prepared.log.read_text()}")
+    _prepare(campaign, shared)
     until = time.monotonic() + seconds
     tally = Tally()
     workers: dict[int, _Worker] = {}
@@ -110,6 +110,22 @@ def run(
                     )
                 del workers[slot]
     return tally
+
+
+def _prepare(campaign: Campaign, shared: Path) -> None:
+    """Prepare the campaign in this process, whose forks then have all that it has loaded."""
+    here, said = Path.cwd(), io.StringIO()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with redirect_stdout(said), redirect_stderr(said):
+            campaign.prepare(shared)
+    except (Exception, SystemExit) as error:
+        said.write(traceback.format_exc())
+        raise RuntimeError(f"{campaign.name} can't be prepared:\n{said.getvalue()}") from error
+    finally:
+        os.chdir(here)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 class _Worker:

@@ -87,9 +87,18 @@ def _failing(folder: Path, at: int, fail: Callable[[str], None]) -> Callable[[],
 
 def _prepare(shared: Path) -> None:
     for proposal in PROPOSALS:
-        counter = _failing(shared / proposal, -1, lambda _: None)
         unbroken(_train(proposal), shared / proposal)
-        (shared / f"{proposal}.json").write_text(json.dumps(counter()))
+        folder = shared / f"{proposal}.counted"
+
+        def count(proposal: str = proposal, folder: Path = folder) -> None:
+            folder.mkdir()
+            os.chdir(folder)
+            counter = _failing(folder, -1, lambda _: None)
+            _train(proposal)(True)
+            folder.with_suffix(".json").write_text(json.dumps(counter()))
+
+        # The counter can't be taken away again.
+        start(count, folder.with_suffix(".log")).wait(None)
 
 
 def _case(shared: Path, random: Random, folder: Path) -> Iterator[Finding]:

@@ -6,7 +6,8 @@ import gc
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -44,11 +45,12 @@ def killed(job: Job, whole: Path, random: Random, *, command: bool) -> Iterator[
         random: Source of the moments and of the signals.
         command: Whether the job is a command, which ends in one line and not in a traceback.
     """
-    duration = float((whole.parent / f"{whole.name}.seconds").read_text())
+    seconds = whole.with_name(f"{whole.name}.seconds")
+    duration = float(seconds.read_text())
     log = Path("..") / f"{Path.cwd().name}.log"
-    for _ in range(random.randint(1, 4)):
+    for attempt in range(random.randint(1, 4)):
         log.unlink(missing_ok=True)
-        child = start(lambda: job(True), log)
+        began, child = time.monotonic(), start(lambda: job(True), log)
         if child.wait(random.uniform(0, duration)) is None:
             how, sent = random.choice(SIGNALS), time.monotonic()
             child.end(how)
@@ -67,12 +69,17 @@ def killed(job: Job, whole: Path, random: Random, *, command: bool) -> Iterator[
             yield "lost", f"resumed, it ends with {child.code}: {_tail(log)}"
             return
         else:
+            if attempt == 0:
+                # The machine has become faster.
+                seconds.write_text(str(time.monotonic() - began))
             break
     log.unlink(missing_ok=True)
-    child = start(lambda: job(True), log)
+    began, child = time.monotonic(), start(lambda: job(True), log)
     if child.wait(None) != 0:
         yield "lost", f"resumed, it ends with {child.code}: {_tail(log)}"
         return
+    # Or slower.
+    seconds.write_text(str(max(float(seconds.read_text()), time.monotonic() - began)))
     differing = differences(whole, Path.cwd())
     if differing:
         yield "different", ", ".join(differing)
@@ -93,12 +100,56 @@ def _tail(log: Path) -> str:
 
 
 def unbroken(job: Job, folder: Path) -> None:
-    """Run a job in a folder from its start to its end, and write down how long it took."""
+    """Run a job from its start to its end, and write down how long it takes in a fork of this.
+
+    The forks of a process that ran it once need not load anything.
+
+    Raises:
+        RuntimeError: A second run differs.
+    """
     folder.mkdir()
     os.chdir(folder)
-    began = time.monotonic()
     job(False)
-    Path(f"{folder}.seconds").write_text(str(time.monotonic() - began))
+    again = folder.with_name(f"{folder.name}.again")
+    again.mkdir()
+    os.chdir(again)
+    began = time.monotonic()
+    child = start(lambda: job(False), folder.with_name(f"{folder.name}.log"))
+    child.wait(None)
+    folder.with_name(f"{folder.name}.seconds").write_text(str(time.monotonic() - began))
+    differing = differences(folder, again)
+    if child.code or differing:
+        raise RuntimeError(f"{folder.name} differs without a kill: {differing}, {_tail(child.log)}")
+
+
+def campaign(
+    name: str,
+    jobs: Mapping[str, Callable[[Path], Job]],
+    warm: tuple[str, ...],
+    *,
+    command: bool = True,
+    write: Callable[[Path], None] = lambda _: None,
+) -> Campaign:
+    """A campaign that kills one of some jobs in each case.
+
+    Args:
+        name: Name of the campaign.
+        jobs: Functions from the folder of the jobs' inputs to a job, by the job's name.
+        warm: Modules that are loaded before.
+        command: Whether the jobs are commands.
+        write: Function that writes the inputs.
+    """
+
+    def prepare(shared: Path) -> None:
+        write(shared)
+        for kind, make in jobs.items():
+            unbroken(make(shared), shared / kind)
+
+    def case(shared: Path, random: Random, folder: Path) -> Iterator[Finding]:
+        kind = random.choice([*jobs])
+        yield from killed(jobs[kind](shared), shared / kind, random, command=command)
+
+    return Campaign(name, case, prepare, warm)
 
 
 # ---- the control command
@@ -106,16 +157,16 @@ def unbroken(job: Job, folder: Path) -> None:
 ALGORITHMS = ("bc", "iw-sft-q", "iw-sft-step", "iw-sft", "iql", "td3-bc", "cql")
 
 
-def _control(algo: str, data: Path) -> Job:
+def _control(algo: str, shared: Path) -> Job:
     def job(resume: bool) -> None:
         stopping.watch()
         control_main(
             ControlOptions(
                 algo=(algo,),
-                dataset=(str(data),),
-                steps=20,
-                reference_steps=10,
-                eval_episodes=2,
+                dataset=(str(shared / "data.hdf5"),),
+                steps=12,
+                reference_steps=6,
+                eval_episodes=1,
                 curve_episodes=1,
                 jobs=1,
                 # Of whole trajectories and a moving average, in half of the cases.
@@ -128,16 +179,9 @@ def _control(algo: str, data: Path) -> Job:
     return job
 
 
-def _prepare_control(shared: Path) -> None:
-    data = shared / "data.hdf5"
-    collect_main(CollectOptions(out=str(data), policy=("random",), env="Hopper-v4", episodes=(30,)))
-    for algo in ALGORITHMS:
-        unbroken(_control(algo, data), shared / algo)
-
-
-def _control_case(shared: Path, random: Random, folder: Path) -> Iterator[Finding]:
-    algo = random.choice(ALGORITHMS)
-    yield from killed(_control(algo, shared / "data.hdf5"), shared / algo, random, command=True)
+def _write_steps(shared: Path) -> None:
+    data = str(shared / "data.hdf5")
+    collect_main(CollectOptions(out=data, policy=("random",), env="Hopper-v4", episodes=(30,)))
 
 
 # ---- collect
@@ -151,23 +195,13 @@ COLLECTED["sac"] = {"out": "out.hdf5", "online": "sac", "env": "InvertedPendulum
 COLLECTED["sac"] |= {"steps": (120,), "random_steps": 90}
 
 
-def _collect(kind: str) -> Job:
+def _collect(kind: str, _: Path) -> Job:
     def job(resume: bool) -> None:
         stopping.watch()
         os.environ["MINARI_DATASETS_PATH"] = str(Path.cwd())
         collect_main(CollectOptions(part_steps=30, resume=resume, **COLLECTED[kind]))
 
     return job
-
-
-def _prepare_collect(shared: Path) -> None:
-    for kind in COLLECTED:
-        unbroken(_collect(kind), shared / kind)
-
-
-def _collect_case(shared: Path, random: Random, folder: Path) -> Iterator[Finding]:
-    kind = random.choice([*COLLECTED])
-    yield from killed(_collect(kind), shared / kind, random, command=True)
 
 
 # ---- the language command
@@ -202,17 +236,10 @@ def _language(algo: str, shared: Path) -> Job:
     return job
 
 
-def _prepare_language(shared: Path) -> None:
+def _write_language(shared: Path) -> None:
     from tests.benchmarks.llm import small_job
 
     small_job.write(shared)
-    for algo in LANGUAGE_ALGORITHMS:
-        unbroken(_language(algo, shared), shared / algo)
-
-
-def _language_case(shared: Path, random: Random, folder: Path) -> Iterator[Finding]:
-    algo = random.choice(LANGUAGE_ALGORITHMS)
-    yield from killed(_language(algo, shared), shared / algo, random, command=True)
 
 
 # ---- the language trainer
@@ -224,7 +251,7 @@ PROPOSALS: dict[str, dict[str, Any]] = {
 }
 
 
-def _trainer(proposal: str) -> Job:
+def _trainer(proposal: str, _: Path) -> Job:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from iwsft.language import ImportanceWeightedConfig, ImportanceWeightedTrainer
@@ -280,19 +307,26 @@ def _trainer(proposal: str) -> Job:
     return job
 
 
-def _prepare_trainer(shared: Path) -> None:
-    for proposal in PROPOSALS:
-        unbroken(_trainer(proposal), shared / proposal)
-
-
-def _trainer_case(shared: Path, random: Random, folder: Path) -> Iterator[Finding]:
-    proposal = random.choice(list(PROPOSALS))
-    yield from killed(_trainer(proposal), shared / proposal, random, command=False)
-
-
 CAMPAIGNS = (
-    Campaign("control killed", _control_case, _prepare_control, CONTROL_MODULES),
-    Campaign("collect killed", _collect_case, _prepare_collect, CONTROL_MODULES),
-    Campaign("language killed", _language_case, _prepare_language, COMMAND_MODULES),
-    Campaign("trainer killed", _trainer_case, _prepare_trainer, LANGUAGE_MODULES),
+    campaign(
+        "control killed",
+        {algo: partial(_control, algo) for algo in ALGORITHMS},
+        CONTROL_MODULES,
+        write=_write_steps,
+    ),
+    campaign(
+        "collect killed", {kind: partial(_collect, kind) for kind in COLLECTED}, CONTROL_MODULES
+    ),
+    campaign(
+        "language killed",
+        {algo: partial(_language, algo) for algo in LANGUAGE_ALGORITHMS},
+        COMMAND_MODULES,
+        write=_write_language,
+    ),
+    campaign(
+        "trainer killed",
+        {proposal: partial(_trainer, proposal) for proposal in PROPOSALS},
+        LANGUAGE_MODULES,
+        command=False,
+    ),
 )

@@ -89,8 +89,11 @@ def test_a_job_that_does_not_resume_is_seen(
 
     monkeypatch.chdir(tmp_path)
     unbroken(job, tmp_path / "whole")
-    (tmp_path / "other").mkdir()
-    os.chdir(tmp_path / "other")
-    found = [kind for kind, _ in killed(job, tmp_path / "whole", Random(0), command=False)]
+    found: list[str] = []
+    for seed in range(4):
+        (tmp_path / f"other-{seed}").mkdir()
+        os.chdir(tmp_path / f"other-{seed}")
+        cases = killed(job, tmp_path / "whole", Random(seed), command=False)
+        found += [kind for kind, _ in cases]
     wrong = {None: set(), "forgets": {"different"}, "refuses": {"lost"}}
     assert "tried" in found and set(found) - {"tried", "obscure"} == wrong[fault]
