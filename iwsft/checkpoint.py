@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import pickle
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,14 +22,21 @@ FILE = "state.pt"
 # What zipfile and torch raise for damaged archives and for other files of torch's.
 CORRUPT = (
     zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    AttributeError,
     EOFError,
+    IndexError,
     KeyError,
     NotImplementedError,
+    OverflowError,
     RuntimeError,
     TypeError,
     ValueError,
     pickle.UnpicklingError,
 )
+# Bit of an archive's entry, in the way of MS-DOS.
+_FOLDER = 0x10
 
 
 class CheckpointError(RuntimeError):
@@ -82,10 +92,16 @@ def read(path: Path, way_out: str) -> dict[str, Any]:
         # `torch.load` does not compare the entries of its archive with their checksums.
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
-        if broken is not None:
-            raise zipfile.BadZipFile(f"{broken} does not fit its checksum")
+            if broken is not None:
+                raise zipfile.BadZipFile(f"{broken} does not fit its checksum")
+            # Of an entry that is marked as a folder it reads nothing, into memory that is not set.
+            if any(entry.external_attr & _FOLDER for entry in archive.infolist()):
+                raise zipfile.BadZipFile("an entry is marked as a folder")
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except CORRUPT as error:
+    except (*CORRUPT, OSError) as error:
+        # Places outside of the file, not a disk that can't be read.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         problem = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path} is corrupt ({problem}); {way_out}") from error
     return content

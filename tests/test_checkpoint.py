@@ -114,6 +114,25 @@ def test_no_damage_is_read_as_another_state(
     assert torch.equal(found["parameters"], state()["parameters"])
 
 
+def test_no_bit_of_the_directory_is_read_as_another(tmp_path: Path, good: bytes) -> None:
+    """Such as one that makes a folder of an entry, of which torch reads nothing in silence."""
+    path, outcomes = tmp_path / checkpoint.FILE, set()
+    # The last entry, without its name.
+    begin = good.rindex(b"PK\x01\x02")
+    for at in range(8 * begin, 8 * (begin + 46)):
+        broken = bytearray(good)
+        broken[at // 8] ^= 1 << at % 8
+        path.write_bytes(broken)
+        try:
+            found = checkpoint.load(tmp_path, {})
+        except CheckpointError:
+            outcomes.add("refused")
+            continue
+        outcomes.add("read")
+        assert found is not None and torch.equal(found["parameters"], state()["parameters"])
+    assert outcomes == {"refused", "read"}
+
+
 def test_a_file_of_other_content_is_corrupt(tmp_path: Path) -> None:
     torch.save({"weights": torch.ones(3)}, tmp_path / checkpoint.FILE)
     with pytest.raises(CheckpointError, match="corrupt"):

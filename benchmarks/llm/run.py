@@ -394,9 +394,9 @@ class Progress(TrainerCallback):
         self._row = row
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files, and wait for nothing where an exception is on its way."""
         if self._log is not None:
-            self._log.__exit__(None, None, None)
+            self._log.__exit__(*sys.exc_info())
 
     def summary(self) -> dict[str, float]:
         """Compute means, extremes and cost from the rows of the metrics."""
