@@ -65,20 +65,20 @@ def test_a_loss_function_that_a_user_sets_is_not_left_out(
     decoder = model()
     setattr(decoder, name, value)
     _is_refused(decoder, problem)
+    with torch.no_grad():
+        CausalLMPolicy(decoder).log_prob(trajectories(2))
 
 
 def _is_refused(decoder: Any, problem: str) -> None:
     policy = CausalLMPolicy(decoder)
     with pytest.raises(ValueError, match=problem):
         token_loss(policy)
-    # Nor in a loop of one's own. Log-probs without gradients are right.
+    # Nor in a loop of one's own.
     loss = ImportanceWeightedMLE(policy, proposal="reference", functional=False)
     loss.loss_mask_key = ASSISTANT_MASK
     loss.set_keys(action=TOKENS)
     with pytest.raises(ValueError, match=problem):
         loss(trajectories(2))
-    with torch.no_grad():
-        policy.log_prob(trajectories(2))
 
 
 @pytest.mark.parametrize(
