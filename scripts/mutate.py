@@ -80,6 +80,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     "iwsft/language/plan.py": ("tests/language/test_plan.py",),
     "iwsft/language/batches.py": ("tests/language/test_batches.py",),
     "iwsft/language/loss.py": ("tests/language/test_loss.py",),
+    "iwsft/language/weighted.py": (
+        "tests/language/test_trainer.py",
+        "tests/language/test_trl.py",
+    ),
+    "iwsft/language/trl.py": ("tests/language/test_trl.py",),
     "iwsft/language/trainer.py": (
         "tests/language/test_trainer.py",
         "tests/language/test_trainer_errors.py",

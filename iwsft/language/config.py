@@ -36,6 +36,7 @@ class ImportanceWeightedConfig(TrainingArguments):
         token_budget: Most tokens of a micro-batch, padding included, in place of
             ``per_device_train_batch_size``.
         pad_to_multiple_of: Number that the padded length is a multiple of.
+        max_length: Most tokens of a row that is given as text; None cuts nothing.
         reference_cache: Folder of cached reference log-probabilities; by default ``reference`` in
             ``output_dir``.
 
@@ -51,26 +52,16 @@ class ImportanceWeightedConfig(TrainingArguments):
     layout: Layout = field(default="padded", metadata={"help": "padded or packed batches"})
     token_budget: int | None = field(default=None, metadata={"help": "tokens of a micro-batch"})
     pad_to_multiple_of: int = field(default=8, metadata={"help": "divisor of the padded length"})
+    max_length: int | None = field(default=None, metadata={"help": "most tokens of a row of text"})
     reference_cache: str | None = field(
         default=None, metadata={"help": "folder of cached reference log-probabilities"}
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.proposal not in get_args(Proposal):
-            raise ValueError(f"proposal={self.proposal!r} must be one of {get_args(Proposal)}")
         if self.layout not in get_args(Layout):
             raise ValueError(f"layout={self.layout!r} must be one of {get_args(Layout)}")
-        for name, proposal in (("sync_every", "cached"), ("ema_decay", "lagged")):
-            if (getattr(self, name) is not None) != (self.proposal == proposal):
-                raise ValueError(
-                    f"{name}={getattr(self, name)} and proposal={self.proposal!r} do not fit: "
-                    f"{name} goes with {proposal!r}, and only with it"
-                )
-        if self.sync_every is not None and self.sync_every < 1:
-            raise ValueError(f"sync_every={self.sync_every}: a sync needs an update before it")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay} must be in [0, 1)")
+        check_q(self.proposal, self.sync_every, self.ema_decay)
         for name, why in _REFUSED.items():
             if self._is_set(name):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported here: {why}")
@@ -97,6 +88,29 @@ class ImportanceWeightedConfig(TrainingArguments):
         setting = self.__dataclass_fields__[name]
         made = setting.default_factory
         return bool(getattr(self, name) != (setting.default if made is MISSING else made()))
+
+
+def check_q(proposal: str, sync_every: int | None, ema_decay: float | None) -> None:
+    """Check what q is.
+
+    Raises:
+        ValueError: The proposal is unknown, or its settings do not fit it.
+    """
+    if proposal not in get_args(Proposal):
+        raise ValueError(f"proposal={proposal!r} must be one of {get_args(Proposal)}")
+    for name, value, user in (
+        ("sync_every", sync_every, "cached"),
+        ("ema_decay", ema_decay, "lagged"),
+    ):
+        if (value is not None) != (proposal == user):
+            raise ValueError(
+                f"{name}={value} and proposal={proposal!r} do not fit: "
+                f"{name} goes with {user!r}, and only with it"
+            )
+    if sync_every is not None and sync_every < 1:
+        raise ValueError(f"sync_every={sync_every}: a sync needs an update before it")
+    if ema_decay is not None and not 0 <= ema_decay < 1:
+        raise ValueError(f"ema_decay={ema_decay} must be in [0, 1)")
 
 
 # Settings that a resumed run has from its checkpoint.

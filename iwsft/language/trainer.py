@@ -16,6 +16,8 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from iwsft.datasets.text.rows import read
+from iwsft.datasets.text.tokens import CORRECT, correct_only, tokenize
 from iwsft.extras import named
 from iwsft.fingerprint import fingerprint
 from iwsft.forward_pass import ForwardPass
@@ -26,14 +28,12 @@ from iwsft.language.config import (
     check_engine,
     warn_of_half_precision,
 )
-from iwsft.language.loss import Measures, negative_log_likelihood, token_loss
+from iwsft.language.loss import negative_log_likelihood, token_loss
 from iwsft.language.plan import PlannedLoader, plan_updates
-from iwsft.language.saving import CheckpointedTrainer
-from iwsft.language.shards import Shards
-from iwsft.objective import LOSS, ImportanceWeightedMLE
+from iwsft.language.weighted import REFERENCE, WeightedTrainer
+from iwsft.objective import ImportanceWeightedMLE
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.proposals import EMA, write_weights
-from iwsft.reference import cached_reference, write_reference
 from iwsft.trajectory import (
     ASSISTANT_MASK,
     ATTENTION_MASK,
@@ -47,13 +47,12 @@ from iwsft.trajectory import (
 from iwsft.weights import ImportanceWeights
 
 with named():
-    from transformers import TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-REFERENCE = "reference"
 _LINUX = sys.platform == "linux"
 
 
-class ImportanceWeightedTrainer(CheckpointedTrainer):
+class ImportanceWeightedTrainer(WeightedTrainer):
     """Fine-tunes a causal LM on curated trajectories with :class:`~iwsft.ImportanceWeightedMLE`.
 
     Everything around the loss is transformers' own: accelerate, DeepSpeed ZeRO and FSDP2, gradient
@@ -70,15 +69,21 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
       syncs.
 
     Args:
-        model: A causal decoder with its output layer, or a PEFT model of one.
-        args: Settings of the run.
+        model: A causal decoder with its output layer, a PEFT model of one, or the hub id or folder
+            of one, which is loaded in float32.
+        args: Settings of the run; by default those of an ``ImportanceWeightedConfig()``.
         trajectories: Packed token trajectories, curated; see ``iwsft.language.tokenize``.
             ``ref_log_prob`` is written into them.
+        train_dataset: Rows of text instead: records with ``messages``, or ``prompt`` and
+            ``completion``, such as a ``Dataset`` or a list; see :func:`iwsft.language.read`. They
+            are cut to ``args.max_length`` tokens. Those that are not ``correct`` are left out.
         importance_weights: Transforms from per-token log-ratios to weights; by default exp of the
             mean log-ratio of a trajectory.
         eval_trajectories: Held-out trajectories, whose mean negative log-likelihood ``evaluate``
             computes.
+        eval_dataset: Held-out rows of text instead, as ``train_dataset``.
         processing_class: Tokenizer; its pad token fills batches, and it is saved with the model.
+            By default that of the model's hub id or folder.
         callbacks: Further callbacks of transformers.
         optimizers: Optimizer and schedule in place of those that ``args`` names.
 
@@ -88,37 +93,44 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
         OverflowError: The weights must overflow on these trajectories.
     """
 
-    # The loss is divided by the multiplicities of the whole update.
-    loss_is_scaled_for_ga = True
     args: ImportanceWeightedConfig
-    # A lagged q, and what moves it.
-    _shards: Shards | None = None
-    _q: EMA | None = None
     # With "cached" and "lagged": the weights of all tokens, the first update whose weights are not
     # known (``until``), and ``clip_fraction`` of the window before it.
     _cached: TensorDict | None = None
 
     def __init__(
         self,
-        model: nn.Module,
-        args: ImportanceWeightedConfig,
+        model: nn.Module | str,
+        args: ImportanceWeightedConfig | None = None,
         *,
-        trajectories: TensorDictBase,
+        trajectories: TensorDictBase | None = None,
+        train_dataset: Any = None,
         importance_weights: ImportanceWeights | None = None,
         eval_trajectories: TensorDictBase | None = None,
+        eval_dataset: Any = None,
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
+        args = ImportanceWeightedConfig() if args is None else args
         if not isinstance(args, ImportanceWeightedConfig):
             raise TypeError(
                 f"args must be an ImportanceWeightedConfig, not a {type(args).__name__}; it takes "
                 "the same settings and a few more"
             )
+        if isinstance(model, str) and processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(model)
+        encode = partial(_encoded, tokenizer=processing_class, max_length=args.max_length)
+        trajectories = encode("train_dataset", train_dataset, "trajectories", trajectories)
+        if trajectories is None:
+            raise ValueError("there is nothing to train on: pass trajectories= or train_dataset=")
+        held_out = encode("eval_dataset", eval_dataset, "eval_trajectories", eval_trajectories)
+        # After the rows are checked: large weights take minutes to load.
+        if isinstance(model, str):
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         self._policy = CausalLMPolicy(model)
         self._trajectories = trajectories
         self._dataset = self._readable(trajectories)
-        held_out = None if eval_trajectories is None else self._readable(eval_trajectories)
         self._loss = self._make_loss(args, importance_weights or ImportanceWeights())
         self._collate = partial(
             collate,
@@ -130,10 +142,10 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
             model=model,
             args=args,
             train_dataset=self._dataset,
-            eval_dataset=held_out,
+            eval_dataset=None if held_out is None else self._readable(held_out),
             data_collator=self._collate,
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), _Hooks(self)],
+            callbacks=callbacks,
             optimizers=optimizers,
         )
         check_engine(self, args, self._loss.importance_weights)
@@ -144,8 +156,6 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
             processes=self.accelerator.num_processes,
             process=self.accelerator.process_index,
         )
-        self._measures = Measures()
-        self._finite = torch.tensor(True)
         self._parameters = sum(p.numel() for p in model.parameters())
         self._fingerprint = fingerprint(
             {str(key): trajectories.get(key) for key in (TOKENS, ASSISTANT_MASK, TRAJ_IDS)}
@@ -235,19 +245,12 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The part of a micro-batch in the loss of its update, divided by ``num_items_in_batch``.
-
-        It is multiplied by the number of processes, since engines average gradients over them.
-        """
+        """The part of a micro-batch in the loss of its update, see :meth:`_part_of_update`."""
         self._policy.model = model
         terms = self._loss.terms(inputs)
-        out = self._loss.summary(terms)
         known = math.nan if self._cached is None else float(self._cached["clip_fraction"])
-        self._measures.add(terms, clip_fraction=known)
-        factor = self.accelerator.num_processes / num_items_in_batch
-        loss = out[LOSS] * factor.to(out[LOSS].dtype)
-        self._finite = self._finite.to(loss.device) & loss.isfinite()
-        return (loss, out) if return_outputs else loss
+        loss = self._part_of_update(terms, num_items_in_batch, known)
+        return (loss, self._loss.summary(terms)) if return_outputs else loss
 
     def _forward(
         self, trajectories: TensorDictBase, batches: Sequence[Sequence[int]]
@@ -288,11 +291,12 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
     def _start(self) -> None:
         """Prepare the reference and q, which need the engine, when training begins."""
         if self.args.proposal != "reference":
-            self._annotate()
+            cache = Path(self.args.reference_cache or Path(str(self.args.output_dir)) / REFERENCE)
+            self._annotate(self._first_epoch(), cache)
+            log_prob = self._dataset.trajectories.get(REF_LOG_PROB)
+            self._trajectories.set(REF_LOG_PROB, log_prob)
         if self.args.proposal == "lagged":
-            self._shards = Shards(self.model_wrapped, optimizer=self.optimizer)
-            self._q = EMA(self._loss, decay=self.args.ema_decay or 0.0, holder=self._shards)
-            self.own_states["q"] = self._shards
+            self._follow(EMA, decay=self.args.ema_decay or 0.0)
         if self.args.proposal in ("cached", "lagged"):
             self._cached = TensorDict(
                 weights=torch.ones(len(self._trajectories)),
@@ -302,16 +306,9 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
             self.shared_states["weights"] = self._cached
         self.restore()
 
-    def _annotate(self) -> None:
-        """Write ``ref_log_prob`` into the trajectories; a resumed run reads that of its start."""
-        cache = Path(self.args.reference_cache or Path(str(self.args.output_dir)) / REFERENCE)
-        if self.reference_key is not None:
-            cached_reference(self._dataset.trajectories, self.reference_key, cache=cache)
-        else:
-            batches = [self._dataset.positions(batch) for batch in self._plan.epoch(0)]
-            forward = self._forward(self._dataset.trajectories, batches)
-            self.reference_key = write_reference(forward, cache=cache)
-        self._trajectories.set(REF_LOG_PROB, self._dataset.trajectories.get(REF_LOG_PROB))
+    def _first_epoch(self) -> ForwardPass:
+        batches = [self._dataset.positions(batch) for batch in self._plan.epoch(0)]
+        return self._forward(self._dataset.trajectories, batches)
 
     def settings(self) -> dict[str, Any]:
         """Settings that a checkpoint belongs to."""
@@ -329,24 +326,7 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
             "trajectories": self._fingerprint,
         }
 
-    # ---- logs ----
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Write a log line, with the means of the updates since the last one."""
-        if "loss" in logs:
-            self.check_finite()
-            logs |= self._measures.collect(
-                lambda x: self.accelerator.gather(x.to(self.args.device)).cpu()
-            )
-        super().log(logs, start_time)
-
-    def check_finite(self) -> None:
-        """Raise FloatingPointError once a loss was infinite or NaN."""
-        if not bool(self._finite):
-            raise FloatingPointError(
-                f"the loss is no longer finite, at update {self.state.global_step} or just before: "
-                f"lower learning_rate ({self.args.learning_rate:g}) or clip the weights"
-            )
+    # ---- evaluation ----
 
     def evaluate(
         self,
@@ -364,7 +344,7 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
         Raises:
             ValueError: There are no held-out trajectories.
         """
-        held_out = self.eval_dataset
+        held_out: Any = self.eval_dataset
         if not isinstance(held_out, TrajectoryDataset) or eval_dataset is not None:
             raise ValueError("pass held-out trajectories as eval_trajectories=...")
         entries = range(len(held_out))
@@ -381,15 +361,23 @@ class ImportanceWeightedTrainer(CheckpointedTrainer):
         return metrics
 
 
-class _Hooks(TrainerCallback):
-    """Calls the trainer when its engine is ready and after each update."""
-
-    def __init__(self, trainer: ImportanceWeightedTrainer) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._trainer._start()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        if self._trainer._q is not None:
-            self._trainer._q.step()
+def _encoded(
+    rows_name: str,
+    rows: Any,
+    name: str,
+    trajectories: TensorDictBase | None,
+    *,
+    tokenizer: Any,
+    max_length: int | None,
+) -> TensorDictBase | None:
+    """Trajectories as they are given, or those of the rows that are correct."""
+    if rows is None:
+        return trajectories
+    if trajectories is not None:
+        raise ValueError(f"{rows_name} and {name}: pass one of them")
+    if isinstance(rows, TensorDictBase) or hasattr(rows, "trajectories"):
+        raise TypeError(f"{rows_name} takes rows of text; pass token trajectories as {name}=")
+    if tokenizer is None:
+        raise ValueError(f"{rows_name} has rows of text: pass the tokenizer as processing_class=")
+    encoded = tokenize(read(rows), tokenizer, max_length=max_length).trajectories
+    return encoded if encoded.get(CORRECT, default=None) is None else correct_only(encoded)

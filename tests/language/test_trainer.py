@@ -16,7 +16,7 @@ from transformers import TrainerCallback, get_linear_schedule_with_warmup
 
 from iwsft import EMA, HardSync, ImportanceWeightedMLE, ImportanceWeights, weights
 from iwsft.forward_pass import ForwardPass
-from iwsft.language import trainer as trainer_module
+from iwsft.language import weighted
 from iwsft.language.batches import EpochBatches, TrajectoryDataset, collate
 from iwsft.policies import CausalLMPolicy
 from iwsft.reference import write_reference
@@ -337,7 +337,7 @@ def test_the_reference_is_computed_in_the_first_batches(
         passes.append(forward)
         return write_reference(forward, **own)
 
-    monkeypatch.setattr(trainer_module, "write_reference", recorded)
+    monkeypatch.setattr(weighted, "write_reference", recorded)
     run = trainer(tmp_path, proposal="current", max_steps=1)
     run.train()
     assert [members for members, _ in passes[0].batches] == [

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from iwsft import ImportanceWeights, weights
 from iwsft.checkpoint import CheckpointError
-from iwsft.language import ImportanceWeightedTrainer, saving
+from iwsft.language import ImportanceWeightedConfig, ImportanceWeightedTrainer, saving
 
 SAVED: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 CACHED = {**SAVED, "proposal": "cached", "sync_every": 3}
@@ -229,6 +229,16 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
         )
     with pytest.warns(UserWarning, match="torch.bfloat16: small steps"):
         trainer(tmp_path, model=model().bfloat16())
+    rows = [{"prompt": "1+1=", "completion": "2"}]
+    args = ImportanceWeightedConfig(str(tmp_path), use_cpu=True)
+    for own, message in (
+        ({}, "nothing to train on: pass trajectories= or train_dataset="),
+        ({"train_dataset": rows}, "train_dataset has rows of text: pass the tokenizer"),
+        ({"train_dataset": rows, "trajectories": trajectories()}, "pass one of them"),
+        ({"train_dataset": trajectories()}, "pass token trajectories as trajectories="),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            ImportanceWeightedTrainer(model(), args, **own)
 
 
 def test_checkpoints_of_an_earlier_run_stay(saved: Path) -> None:

@@ -43,6 +43,9 @@ def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bring_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
     """``bring_code(folder)``: the Qwen2 model there comes with code; the folder it makes if run."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
+    # Loading sets these, and then all models of the class are saved with code.
+    for kind in (Qwen2Config, Qwen2ForCausalLM):
+        monkeypatch.setattr(kind, "_auto_class", kind._auto_class)
     mark = tmp_path / "ran"
 
     def bring(folder: Path) -> Path:

@@ -1,0 +1,343 @@
+"""TRL's SFTTrainer with the library's loss: SFT and importance-weighted SFT of a causal LM.
+
+from iwsft.language.trl import ImportanceWeightedSFTTrainer
+
+trainer = ImportanceWeightedSFTTrainer("Qwen/Qwen2.5-0.5B", args=SFTConfig("runs/trl"),
+                                       train_dataset=dataset, proposal="current")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from torch import Tensor, nn
+
+from iwsft.extras import named
+from iwsft.fingerprint import fingerprint
+from iwsft.forward_pass import ForwardPass
+from iwsft.language.batches import collate
+from iwsft.language.config import OPTIMIZER_SETTINGS, check_q
+from iwsft.language.loss import token_loss
+from iwsft.language.weighted import REFERENCE, WeightedTrainer
+from iwsft.objective import Proposal, Terms
+from iwsft.policies.causal_lm import CausalLMPolicy
+from iwsft.policies.log_prob import evaluating, noise_watch
+from iwsft.proposals import EMA, HardSync
+from iwsft.trajectory import (
+    ASSISTANT_MASK,
+    ATTENTION_MASK,
+    REF_LOG_PROB,
+    TOKENS,
+    TRAJ_IDS,
+    from_steps,
+    lengths,
+)
+from iwsft.weights import ImportanceWeights
+
+with named():
+    from datasets import Dataset  # type: ignore[import-untyped]
+    from trl import SFTTrainer
+
+# Position of a row's first token among all tokens of the dataset; in a batch, that of each token.
+_PLACE = "place"
+# Label of a token that is not trained.
+_IGNORED = -100
+
+
+class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
+    """TRL's ``SFTTrainer`` with :class:`~iwsft.ImportanceWeightedMLE` as the training loss.
+
+    TRL does everything before the loss: formats, chat templates, masks, truncation, packing, order.
+    It also computes the log-prob of each token. A trajectory is a row before packing, with the
+    tokens that TRL trains. Evaluation is TRL's. The reference is the model as it is given, without
+    its PEFT adapters; its log-probs are computed when training begins, and cached in the output
+    folder. Checkpoints are those of :class:`~iwsft.language.ImportanceWeightedTrainer`.
+
+    Args:
+        model: As for SFTTrainer.
+        args: As for SFTTrainer.
+        proposal: What q is, see :class:`~iwsft.language.ImportanceWeightedConfig`. With
+            ``"cached"``, as with ``"lagged"``, q is a float32 copy of the trained parameters of
+            this process, and each batch runs forward once more.
+        sync_every: Updates between hard syncs; with ``"cached"`` only.
+        ema_decay: Decay of the moving average; with ``"lagged"`` only.
+        length_normalize: Whether to divide the log-probability of a trajectory by its trained
+            tokens.
+        importance_weights: Transforms from per-token log-ratios to weights; by default exp of the
+            mean log-ratio of a trajectory.
+        settings: Further arguments of SFTTrainer, by name.
+
+    Raises:
+        ValueError: Settings of TRL make another loss or cut trajectories into parts, the rows are
+            not all there at the start, or the settings do not fit together.
+        OverflowError: The weights must overflow on these trajectories.
+    """
+
+    args: Any
+    model: Any
+    train_dataset: Any
+    data_collator: Any
+    _signature_columns: Any
+
+    def __init__(
+        self,
+        model: Any,
+        args: Any = None,
+        *,
+        proposal: Proposal = "current",
+        sync_every: int | None = None,
+        ema_decay: float | None = None,
+        length_normalize: bool = True,
+        importance_weights: ImportanceWeights | None = None,
+        **settings: Any,
+    ) -> None:
+        check_q(proposal, sync_every, ema_decay)
+        _check(args, settings)
+        self._proposal, self._sync_every, self._ema_decay = proposal, sync_every, ema_decay
+        super().__init__(model=model, args=args, **settings)
+        self._check_engine(importance_weights or ImportanceWeights())
+        self._policy = _FusedPolicy(self.model)
+        # The weights are computed here, from the log-probs that TRL computes.
+        self._loss = token_loss(
+            self._policy,
+            importance_weights=importance_weights,
+            proposal="lagged",
+            length_normalize=length_normalize,
+            reduction="sum",
+            hold_q=False,
+        )
+        self._read_dataset()
+        self.data_collator = _WithPlaces(self.data_collator)
+
+    def _check_engine(self, weights: ImportanceWeights) -> None:
+        if self._is_vision_dataset:
+            raise ValueError("rows with images are not tokens alone: leave them out")
+        configs: Any = getattr(self.model, "peft_config", {})
+        if any(config.is_prompt_learning for config in configs.values()):
+            raise ValueError("prompt learning adds tokens to a trajectory: use LoRA")
+        if self.accelerator.parallelism_config is not None:
+            raise ValueError("parallelism within a trajectory is not supported: use ZeRO-3")
+        parts = self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        if self._proposal != "reference" and weights.compares and parts > 1:
+            raise ValueError(
+                f"{weights} compares the weights of an update, which is divided here into {parts} "
+                "micro-batches; use one, or iwsft.language.ImportanceWeightedTrainer"
+            )
+
+    def _read_dataset(self) -> None:
+        """Find the trajectories of the prepared dataset, and number its tokens."""
+        ids, labels = self.train_dataset["input_ids"], self.train_dataset["labels"]
+        sizes = [len(row) for row in ids]
+        packed = "seq_lengths" in self.train_dataset.column_names
+        parts = chain.from_iterable(self.train_dataset["seq_lengths"]) if packed else sizes
+        tokens_of = torch.tensor([*parts])
+        trajectory = torch.arange(len(tokens_of)).repeat_interleave(tokens_of)
+        trained = torch.tensor([*chain.from_iterable(labels)]) != _IGNORED
+        # Nothing predicts the first token of a trajectory.
+        trained[tokens_of.cumsum(0) - tokens_of] = False
+        counts = trajectory[trained].bincount(minlength=len(tokens_of))
+        if not bool(trained.any()):
+            raise ValueError("there is no token to train on: all labels are -100")
+        if self._proposal != "reference":
+            self._loss.importance_weights.check_overflow(int(counts.max()))
+        self._trajectory = trajectory
+        # Those of which nothing is trained, as truncation may leave them, have no log-probs.
+        self._known = (counts > 0)[trajectory]
+        tokens = torch.tensor([*chain.from_iterable(ids)])[self._known]
+        steps: dict[NestedKey, Tensor] = {
+            TOKENS: tokens,
+            ATTENTION_MASK: torch.ones_like(tokens, dtype=torch.bool),
+            ASSISTANT_MASK: trained[self._known],
+        }
+        self._trajectories = from_steps(steps, trajectory[self._known])
+        self._reference = torch.zeros(len(trajectory))
+        self._longest = max(sizes)
+        starts = torch.tensor([0, *sizes[:-1]]).cumsum(0).tolist()
+        self.train_dataset = self.train_dataset.add_column(_PLACE, starts)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the column of places in the dataset."""
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*{*self._signature_columns, _PLACE}]
+
+    def settings(self) -> dict[str, Any]:
+        """Settings that a checkpoint belongs to."""
+        return {
+            "proposal": self._proposal,
+            "sync_every": self._sync_every,
+            "ema_decay": self._ema_decay,
+            "length_normalize": self._loss.length_normalize,
+            "importance_weights": repr(self._loss.importance_weights),
+            "optimizer": {name: str(getattr(self.args, name)) for name in OPTIMIZER_SETTINGS},
+            "processes": self.accelerator.num_processes,
+            "trajectories": fingerprint(
+                {
+                    str(key): self._trajectories.get(key)
+                    for key in (TOKENS, ASSISTANT_MASK, TRAJ_IDS)
+                }
+            ),
+        }
+
+    def _start(self) -> None:
+        """Prepare the reference and q, which need the engine, when training begins."""
+        if self._proposal != "reference":
+            self._policy.model = self.model_wrapped
+            sizes = lengths(self._trajectories)
+            # As many tokens as a batch of the training has.
+            width = self.args.per_device_train_batch_size * self._longest // int(sizes.max())
+            forward = ForwardPass(
+                self._policy,
+                self._trajectories,
+                [part.tolist() for part in sizes.argsort(stable=True).split(max(1, width))],
+                collate=partial(collate, pad_token_id=self._tokenizer.pad_token_id or 0),
+                device=self.accelerator.device,
+                shared=True,
+            )
+            self._annotate(forward, Path(self.args.output_dir) / REFERENCE)
+            self._reference[self._known] = self._trajectories.get(REF_LOG_PROB).cpu()
+        if self._proposal == "lagged":
+            self._follow(EMA, decay=self._ema_decay)
+        elif self._proposal == "cached":
+            self._follow(HardSync, every=self._sync_every)
+            self.own_states["sync"] = self._q
+        self.restore()
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Return the micro-batches of the next update, and the number of its trajectories."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        mine = sum(len(_segments(batch, self._trajectory)[1].unique()) for batch in batches)
+        self._measures.begin()
+        draws = torch.tensor(float(mine), device=device)
+        return batches, self.accelerator.reduce(draws, "sum")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Return the part of a micro-batch in our loss of its update; in evaluation TRL's loss."""
+        places = inputs.pop(_PLACE, None)
+        if places is None or not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        noisy = noise_watch(model, places.device)
+        outputs: list[Any] = []
+        hook = model.register_forward_hook(lambda *call: outputs.append(call[-1]))
+        try:
+            # Its metrics are logged; its loss is not used.
+            super().compute_loss(model, inputs, False, num_items_in_batch)
+        finally:
+            hook.remove()
+        log_prob = outputs[0].log_probs
+        mask, ids = _segments({**inputs, _PLACE: places}, self._trajectory)
+        if not len(ids):
+            return 0.0 * log_prob.sum()
+        log_q = log_prob.detach()
+        if self._shards is not None or (self._proposal == "current" and noisy()):
+            log_q = self._log_prob_of_q(model, inputs)
+        terms = self._terms(log_prob[mask].float(), log_q[mask].float(), ids, places[:, 1:][mask])
+        return self._part_of_update(terms, num_items_in_batch, float("nan"))
+
+    @torch.no_grad()
+    def _log_prob_of_q(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Log-probs under q, without dropout and other noise."""
+        swapped = nullcontext() if self._shards is None else self._shards.swapped()
+        with evaluating(model), swapped:
+            log_prob: Tensor = model(**inputs, fused_lm_head=True).log_probs
+        return log_prob
+
+    def _terms(self, log_prob: Tensor, log_q: Tensor, ids: Tensor, places: Tensor) -> Terms:
+        """Terms of the trained tokens of a batch, which are back to back."""
+        steps: dict[NestedKey, Tensor] = {
+            TRAJ_IDS: ids,
+            REF_LOG_PROB: self._reference[places.cpu()].to(log_prob.device),
+        }
+        batch = TensorDict(steps, batch_size=ids.shape)
+        segments = self._loss.segments(batch)
+        share = self._loss.share(batch, segments)
+        if self._proposal == "reference":
+            zero = torch.zeros_like(log_prob)
+            return Terms(segments, share, log_prob, zero, zero.bool(), None)
+        weights = self._loss.weigh(batch, log_q, segments=segments, share=share)
+        return Terms(segments, share, log_prob, *weights, batch.get(REF_LOG_PROB))
+
+
+class _FusedPolicy(CausalLMPolicy):
+    """The model with TRL's output layer, so that the reference is rounded as the training is."""
+
+    def log_prob(self, trajectories: TensorDictBase) -> Tensor:
+        """log p of the trained tokens of a padded batch, ``[B, T]``, 0 elsewhere."""
+        ids = trajectories.get(TOKENS)
+        output = self.model(
+            input_ids=ids,
+            attention_mask=trajectories.get(ATTENTION_MASK),
+            labels=ids.masked_fill(~trajectories.get(ASSISTANT_MASK), _IGNORED),
+            use_cache=False,
+            fused_lm_head=True,
+        )
+        log_prob: Tensor = nn.functional.pad(output.log_probs, (1, 0))
+        return log_prob
+
+
+def _check(args: Any, settings: dict[str, Any]) -> None:
+    """Refuse what changes the loss, or what it can't read, before anything is prepared."""
+    where = "iwsft weighs the log-likelihood of whole trajectories"
+    if getattr(args, "loss_type", "nll") != "nll":
+        raise ValueError(f"loss_type={args.loss_type!r} is another loss: {where}; leave it 'nll'")
+    if settings.get("compute_loss_func") is not None:
+        raise ValueError(f"compute_loss_func is another loss: {where}; leave it out")
+    if getattr(args, "label_smoothing_factor", 0):
+        raise ValueError(f"label_smoothing_factor is another loss: {where}; leave it 0")
+    if getattr(args, "packing", False) and args.packing_strategy != "bfd":
+        raise ValueError(
+            f"packing_strategy={args.packing_strategy!r} cuts trajectories into parts; use 'bfd'"
+        )
+    if getattr(args, "auto_find_batch_size", False):
+        raise ValueError("auto_find_batch_size starts again with another reference; set the size")
+    if not isinstance(settings.get("train_dataset"), Dataset):
+        raise ValueError("the reference needs all rows at the start: pass a datasets.Dataset")
+
+
+def _segments(batch: Any, trajectory: Tensor) -> tuple[Tensor, Tensor]:
+    """The trained tokens of a batch, bool ``[B, T - 1]``, and the number of each one's trajectory.
+
+    ``trajectory`` is that of each token of the dataset. A row that a batch contains twice is two.
+    """
+    places = batch[_PLACE][:, 1:]
+    mask = (batch["labels"][:, 1:] != _IGNORED) & (places >= 0)
+    chosen = places[mask]
+    if not len(chosen):
+        return mask, chosen
+    of = trajectory[chosen.cpu()].to(chosen.device)
+    start = torch.ones_like(chosen, dtype=torch.bool)
+    start[1:] = (of[1:] != of[:-1]) | (chosen[1:] <= chosen[:-1])
+    return mask, start.cumsum(0) - 1
+
+
+@dataclass
+class _WithPlaces:
+    """TRL's collator, which here also places each token among all tokens of the dataset."""
+
+    collator: Any
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = self.collator(rows)
+        if all(_PLACE in row for row in rows):
+            places = [row[_PLACE] + torch.arange(len(row["input_ids"])) for row in rows]
+            batch[_PLACE] = torch.full_like(batch["labels"], -1)
+            if len(batch["labels"]) < len(rows):
+                places = [torch.cat(places)]
+            for number, own in enumerate(places):
+                batch[_PLACE][number, : len(own)] = own
+        return batch

@@ -1,0 +1,102 @@
+"""What trainers with the library's loss share: reference, a q that follows, measures, checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iwsft.extras import named
+from iwsft.forward_pass import ForwardPass
+from iwsft.language.loss import Measures
+from iwsft.language.saving import CheckpointedTrainer
+from iwsft.language.shards import Shards
+from iwsft.objective import LOSS, ImportanceWeightedMLE, Terms
+from iwsft.policies.causal_lm import CausalLMPolicy
+from iwsft.proposals import EMA, HardSync
+from iwsft.reference import cached_reference, write_reference
+
+with named():
+    from transformers import TrainerCallback
+
+REFERENCE = "reference"
+
+
+class WeightedTrainer(CheckpointedTrainer):
+    """A Trainer whose loss is :class:`~iwsft.ImportanceWeightedMLE`; subclasses make the terms."""
+
+    # The loss is divided by the multiplicities of the whole update.
+    loss_is_scaled_for_ga = True
+    _policy: CausalLMPolicy
+    _loss: ImportanceWeightedMLE
+    # A lagged q, and what moves it.
+    _shards: Shards | None = None
+    _q: EMA | HardSync | None = None
+
+    def __init__(self, **settings: Any) -> None:
+        self._measures = Measures()
+        self._finite = torch.tensor(True)
+        callbacks = [*(settings.pop("callbacks", None) or []), _Hooks(self)]
+        super().__init__(callbacks=callbacks, **settings)
+
+    def _start(self) -> None:
+        """Prepare the reference and q, which need the engine, when training begins."""
+        raise NotImplementedError
+
+    def _annotate(self, forward: ForwardPass, cache: Path) -> None:
+        """Write ``ref_log_prob`` into the trajectories; a resumed run reads that of its start."""
+        if self.reference_key is None:
+            self.reference_key = write_reference(forward, cache=cache)
+        else:
+            cached_reference(forward.trajectories, self.reference_key, cache=cache)
+
+    def _follow(self, updater: Callable[..., EMA | HardSync], **settings: Any) -> None:
+        """Begin with q = theta, in shards that an updater moves and that checkpoints contain."""
+        self._shards = Shards(self.model_wrapped, optimizer=self.optimizer)
+        self._q = updater(self._loss, holder=self._shards, **settings)
+        self.own_states["q"] = self._shards
+
+    def _part_of_update(self, terms: Terms, draws: Any, clip_fraction: float) -> Tensor:
+        """Measure a micro-batch; its part in the loss of its update, divided by ``draws``.
+
+        It is multiplied by the number of processes, since engines average gradients over them.
+        """
+        loss = self._loss.summary(terms)[LOSS]
+        self._measures.add(terms, clip_fraction=clip_fraction)
+        loss = loss * (self.accelerator.num_processes / draws).to(loss.dtype)
+        self._finite = self._finite.to(loss.device) & loss.isfinite()
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Write a log line, with the means of the updates since the last one."""
+        if "loss" in logs:
+            self.check_finite()
+            logs |= self._measures.collect(
+                lambda x: self.accelerator.gather(x.to(self.args.device)).cpu()
+            )
+        super().log(logs, start_time)
+
+    def check_finite(self) -> None:
+        """Raise FloatingPointError once a loss was infinite or NaN."""
+        if not bool(self._finite):
+            raise FloatingPointError(
+                f"the loss is no longer finite, at update {self.state.global_step} or just before: "
+                f"lower learning_rate ({self.args.learning_rate:g}) or clip the weights"
+            )
+
+
+class _Hooks(TrainerCallback):
+    """Calls the trainer when its engine is ready and after each update."""
+
+    def __init__(self, trainer: WeightedTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer._start()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if self._trainer._q is not None:
+            self._trainer._q.step()

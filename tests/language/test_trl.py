@@ -1,0 +1,277 @@
+"""TRL's trainer with our loss: the updates of our own, packed or not, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from safetensors.torch import load_file
+from torch.nn.functional import log_softmax
+
+pytest.importorskip("trl")
+
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from trl import SFTConfig, SFTTrainer
+
+from iwsft import ImportanceWeights
+from iwsft.checkpoint import CheckpointError
+from iwsft.language import ImportanceWeightedConfig, ImportanceWeightedTrainer, read, tokenize
+from iwsft.language.trl import ImportanceWeightedSFTTrainer
+from iwsft.weights import ClipWeight, SelfNormalize, Temperature
+from tests.datasets.text.chat_tokenizers import byte_level
+
+ROOT = Path(__file__).parents[2]
+ROWS = [
+    {"prompt": f"{a}+{b}=", "completion": str((a + b) * 10 ** (a % 3))}
+    for a in (1, 4, 8, 9)
+    for b in (2, 3)
+]
+SETTINGS: dict[str, Any] = {
+    "logging_steps": 1,
+    "report_to": "none",
+    "bf16": False,
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "per_device_train_batch_size": len(ROWS),
+    "max_steps": 4,
+    "learning_rate": 0.05,
+    "lr_scheduler_type": "constant",
+    "optim": "sgd",
+    "max_grad_norm": 0.0,
+    "save_strategy": "no",
+}
+OURS = ("proposal", "sync_every", "ema_decay", "importance_weights", "length_normalize")
+PACKED = {"packing": True, "max_length": 32}
+FREE = {"padding_free": True, "max_length": None}
+
+
+@pytest.fixture
+def model() -> Any:
+    torch.manual_seed(0)
+    tokenizer = byte_level()
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def in_trl(folder: Path, model: Any, rows: Any = ROWS, **own: Any) -> ImportanceWeightedSFTTrainer:
+    names = (*OURS, "peft_config", "compute_loss_func", "eval_dataset")
+    of_trainer = {name: own.pop(name) for name in names if name in own}
+    return ImportanceWeightedSFTTrainer(
+        model,
+        SFTConfig(str(folder), gradient_checkpointing=False, **{**SETTINGS, **own}),
+        train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
+        processing_class=byte_level(),
+        **of_trainer,
+    )
+
+
+def trained(trainer: Any, **resume: Any) -> list[dict[str, float]]:
+    trainer.train(**resume)
+    return [row for row in trainer.state.log_history if "loss" in row]
+
+
+def by_us(folder: Path, model: Any, rows: Sequence[Any] = ROWS, **own: Any) -> list[dict[str, Any]]:
+    weights = own.pop("importance_weights", None)
+    settings = {key: value for key, value in own.items() if key not in {**PACKED, **FREE}}
+    return trained(
+        ImportanceWeightedTrainer(
+            model,
+            ImportanceWeightedConfig(str(folder), **{**SETTINGS, **settings}),
+            train_dataset=list(rows),
+            importance_weights=weights,
+            processing_class=byte_level(),
+        )
+    )
+
+
+SUM = ImportanceWeights([Temperature(0.3)], "sum", [ClipWeight(max=30.0), SelfNormalize()])
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"proposal": "reference"},
+        {"proposal": "current"},
+        {"proposal": "current", **PACKED},
+        {"proposal": "current", "importance_weights": SUM, **FREE},
+        {"proposal": "current", "importance_weights": ImportanceWeights(reduce=None), **PACKED},
+        {"proposal": "current", "length_normalize": False, "learning_rate": 0.01, **PACKED},
+        {"proposal": "cached", "sync_every": 2, **PACKED},
+        {"proposal": "lagged", "ema_decay": 0.5, "importance_weights": SUM},
+    ],
+    ids=lambda own: " ".join(map(str, own.values()))[:40],
+)
+def test_updates_are_those_of_our_own_trainer(
+    model: Any, tmp_path: Path, own: dict[str, Any]
+) -> None:
+    ours = by_us(tmp_path / "ours", deepcopy(model), **own)
+    theirs = trained(in_trl(tmp_path / "trl", model, **own))
+    assert [row["loss"] for row in theirs] == pytest.approx([r["loss"] for r in ours], rel=1e-5)
+    for name in ("ESS", "weight_max", "weight_mean", "log_prob", "grad_norm"):
+        found, expected = ([row[name] for row in rows] for rows in (theirs, ours))
+        assert found == pytest.approx(expected, rel=1e-4), name
+    if own["proposal"] != "reference":
+        assert theirs[0]["weight_max"] == pytest.approx(1.0, abs=1e-5)
+        assert abs(theirs[-1]["weight_max"] - 1) > 1e-3
+        assert "entropy" in theirs[0]
+
+
+def test_the_loss_is_the_formula_computed_a_row_at_a_time(model: Any, tmp_path: Path) -> None:
+    tokenizer, copy = byte_level(), deepcopy(model)
+
+    def mean_log_prob(row: dict[str, str]) -> torch.Tensor:
+        asked = tokenizer(row["prompt"])["input_ids"]
+        ids = asked + tokenizer(row["completion"])["input_ids"] + [tokenizer.eos_token_id]
+        log_prob = log_softmax(copy(torch.tensor([ids])).logits[0, :-1], -1)
+        return log_prob.gather(1, torch.tensor(ids[1:])[:, None])[len(asked) - 1 :].mean()
+
+    with torch.no_grad():
+        reference = torch.stack([mean_log_prob(row) for row in ROWS])
+    optimizer, losses = torch.optim.SGD(copy.parameters(), lr=0.05), []
+    for _ in range(4):
+        log_prob = torch.stack([mean_log_prob(row) for row in ROWS])
+        loss = -((log_prob.detach() - reference).exp() * log_prob).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    # In four micro-batches, padded and packed.
+    parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    for name, more in (("padded", {}), ("free", FREE)):
+        found = trained(in_trl(tmp_path / name, deepcopy(model), **parts, **more))
+        assert [row["loss"] for row in found] == pytest.approx(losses, rel=1e-5)
+
+
+def test_turns_of_the_assistant_alone_and_rows_cut_before_their_answer(
+    model: Any, tmp_path: Path
+) -> None:
+    ask = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    chats = [{"messages": ask}, {"messages": [*ask, *ask]}]
+    marked = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}"
+        "<|im_end|>{% endif %}\n{% endfor %}"
+    )
+    template = tmp_path / "marked.jinja"
+    template.write_text(marked)
+    own: dict[str, Any] = {"assistant_only_loss": True, "chat_template_path": str(template)}
+    found = trained(
+        in_trl(tmp_path / "a", deepcopy(model), chats, **own, packing=True, max_length=200)
+    )
+    assert len(found) == 4 and found[0]["weight_max"] == pytest.approx(1.0, abs=1e-5)
+    long = [*ROWS, {"prompt": "9" * 40, "completion": "1"}]
+    expected = trained(in_trl(tmp_path / "b", deepcopy(model), **PACKED))
+    found = trained(in_trl(tmp_path / "c", deepcopy(model), long, **PACKED))
+    assert found[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-5)
+
+
+def test_adapters_are_off_in_the_reference_and_dropout_in_the_weights(
+    model: Any, tmp_path: Path
+) -> None:
+    from peft import LoraConfig
+
+    names = ["q_proj", "v_proj"]
+    lora = LoraConfig(r=4, target_modules=names, lora_dropout=0.5, task_type="CAUSAL_LM")
+    found = trained(in_trl(tmp_path, model, peft_config=lora))
+    assert found[0]["weight_max"] == pytest.approx(1.0, abs=1e-5)
+    assert found[-1]["weight_max"] > 1 + 1e-6
+
+
+@pytest.mark.parametrize("own", [{"sync_every": 3}, {"ema_decay": 0.5}], ids=["cached", "lagged"])
+def test_a_resumed_run_ends_as_one_that_was_not_stopped(
+    model: Any, tmp_path: Path, own: dict[str, Any]
+) -> None:
+    own["proposal"] = "cached" if "sync_every" in own else "lagged"
+    own |= {"save_strategy": "steps", "save_steps": 2, "save_only_model": False}
+    whole = trained(in_trl(tmp_path, deepcopy(model), **own))
+    last = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    resume = {"resume_from_checkpoint": str(tmp_path / "checkpoint-2")}
+    again = trained(in_trl(tmp_path, deepcopy(model), **own), **resume)
+    assert [row["loss"] for row in again[-2:]] == [row["loss"] for row in whole[-2:]]
+    found = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in last.items())
+    with pytest.raises(CheckpointError, match="other settings"):
+        in_trl(tmp_path, model, **own, length_normalize=False).train(**resume)
+
+
+def test_evaluation_is_trls(model: Any, tmp_path: Path) -> None:
+    held_out = Dataset.from_list(ROWS)
+    ours = in_trl(tmp_path / "ours", deepcopy(model), eval_dataset=held_out)
+    args = SFTConfig(str(tmp_path / "trl"), gradient_checkpointing=False, **SETTINGS)
+    theirs = SFTTrainer(
+        model, args, train_dataset=held_out, eval_dataset=held_out, processing_class=byte_level()
+    )
+    assert ours.evaluate()["eval_loss"] == theirs.evaluate()["eval_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"loss_type": "dft"}, "loss_type='dft' is another loss"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is another loss"),
+        ({"compute_loss_func": print}, "compute_loss_func is another loss"),
+        ({**PACKED, "packing_strategy": "wrapped"}, "cuts trajectories into parts; use 'bfd'"),
+        ({**PACKED, "packing_strategy": "bfd_split"}, "cuts trajectories into parts; use 'bfd'"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+        ({"proposal": "cached"}, "sync_every=None and proposal='cached' do not fit"),
+        ({"proposal": "theta"}, "proposal='theta' must be one of"),
+        (
+            {"importance_weights": SUM, "gradient_accumulation_steps": 2},
+            "compares the weights of an update, which is divided here into 2",
+        ),
+        ({"rows": IterableDataset.from_generator(lambda: iter(ROWS))}, r"a datasets\.Dataset"),
+    ],
+)
+def test_what_it_can_not_do_is_refused(
+    model: Any, tmp_path: Path, own: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as refused:
+        in_trl(tmp_path, model, **own)
+    assert "\n" not in str(refused.value)
+
+
+def test_our_own_trainer_takes_a_name_and_rows_of_text(model: Any, tmp_path: Path) -> None:
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    byte_level().save_pretrained(tmp_path / "model")
+    rows = [{**row, "correct": k != 3} for k, row in enumerate(ROWS)]
+    trainer = ImportanceWeightedTrainer(
+        str(tmp_path / "model"),
+        ImportanceWeightedConfig(str(tmp_path / "run"), **SETTINGS, max_length=32),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=rows,
+    )
+    assert trainer.model.dtype == torch.float32
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    encoded = tokenize(read(rows[:3] + rows[4:]), tokenizer, max_length=32).trajectories
+    assert trainer.train_dataset.trajectories["tokens", "full"].equal(encoded["tokens", "full"])
+    before = trainer.evaluate()["eval_loss"]
+    assert len(trained(trainer)) == 4 and trainer.evaluate()["eval_loss"] < before
+
+
+def test_the_example_trains_and_saves(model: Any, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "model")
+    byte_level().save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    example = runpy.run_path(str(ROOT / "examples" / "trl_sft.py"))
+    main, place = example["main"], tmp_path / "model"
+    history = main(str(place), tmp_path / "rows.jsonl", tmp_path / "out", updates=10)
+    assert history[0]["ESS"] > 0.5 and history[0]["log_prob"] < 0
+    Qwen2ForCausalLM.from_pretrained(tmp_path / "out")
