@@ -18,6 +18,10 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import docstring_parser
 import tyro
 
+from iwsft import extras
+
+# Experiment trackers of --report-to; each is the name of its package, too.
+TRACKERS = ("tensorboard", "wandb", "trackio")
 Parsed = TypeVar("Parsed")
 
 
@@ -201,6 +205,13 @@ def check_known(kind: str, name: str, known: Sequence[str]) -> None:
         near = difflib.get_close_matches(name.lower(), known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"unknown {kind} {name!r}; {hint}it is one of {', '.join(known)}")
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Check that experiment trackers are known, and that their packages are installed."""
+    for name in names:
+        check_known("tracker", name, TRACKERS)
+        extras.require(name)
 
 
 def check_once(**lists: Sequence[object]) -> None:

@@ -32,8 +32,10 @@ EXTRAS = {
     "tensorboard": "tensorboard",
     "tokenizers": "language",
     "transformers": "language",
+    "trackio": "trackio",
     "trl": "trl",
     "tyro": "cli",
+    "wandb": "wandb",
     "yaml": "cli",
 }
 

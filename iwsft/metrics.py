@@ -1,4 +1,4 @@
-"""Metrics of a run as JSON lines and in TensorBoard; a resumed run has no row twice."""
+"""Metrics of a run as JSON lines; a resumed run has no row twice."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ from typing import Self
 from iwsft.files import full_disk_named, written_whole
 
 FILE = "metrics.jsonl"
-BOARD = "tensorboard"
 
 
 class MetricsLog:
-    """Appends a JSON object for each row to ``metrics.jsonl``, and its scalars to TensorBoard.
+    """Appends a JSON object for each row to ``metrics.jsonl``.
 
-    A row is on disk when :meth:`write` returns. Without the package tensorboard there is only
-    ``metrics.jsonl``.
+    A row is on disk when :meth:`write` returns.
 
     Args:
         folder: Folder of the run.
@@ -42,14 +40,6 @@ class MetricsLog:
             partial.write_text("".join(lines))
         # Without a buffer, so that a kill loses nothing.
         self._file = self._path.open("ab", buffering=0)
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self._board = None
-        else:
-            # Readers forget what earlier files hold from this step on.
-            with full_disk_named(self._path):
-                self._board = SummaryWriter(str(folder / BOARD), purge_step=after + 1)
 
     def write(self, row: dict[str, float]) -> None:
         """Write a row; it has ``step``. NaN and infinity, which JSON lacks, are left out."""
@@ -59,11 +49,6 @@ class MetricsLog:
             self._find_again(int(row["step"]))
             while data:
                 data = data[self._file.write(data) :]
-            if self._board is not None:
-                for name, value in row.items():
-                    if name != "step":
-                        self._board.add_scalar(name, value, int(row["step"]))
-                self._board.flush()
 
     def _find_again(self, step: int) -> None:
         """Open the file anew where it was removed or replaced: rows would go nowhere."""
@@ -81,12 +66,8 @@ class MetricsLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
-        # Each row is flushed, and a thread whose queue was interrupted ends minutes later.
-        if self._board is not None and kind is None:
-            with full_disk_named(self._path):
-                self._board.close()
 
 
 def read(path: Path) -> list[dict[str, float]]:

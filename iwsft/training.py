@@ -127,7 +127,7 @@ def fit(
         limits: Largest absolute values of outputs of the loss, by name; beyond them the run has
             diverged.
         probes: Measurements during the run.
-        folder: Folder of the run, for ``checkpoint/``, ``metrics.jsonl`` and TensorBoard; None
+        folder: Folder of the run, for ``checkpoint/``, ``metrics.jsonl``; None
             writes nothing. A checkpoint in it is resumed, and the run ends in the same parameters,
             bit for bit, as an uninterrupted one. All random numbers come from the sampler's
             generator and from torch's.

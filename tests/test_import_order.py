@@ -32,7 +32,7 @@ FLOORS = (
     ("iwsft.language",),
     ("baselines",),
     ("benchmarks", "benchmarks.runs", "benchmarks.options", "benchmarks.statistics"),
-    ("benchmarks.places", "benchmarks.results", "benchmarks.monitor"),
+    ("benchmarks.places", "benchmarks.results", "benchmarks.monitor", "benchmarks.trackers"),
     ("benchmarks.sweep", "benchmarks.report"),
     ("benchmarks.d4rl", "benchmarks.llm", "benchmarks.bandit"),
     ("benchmarks.collect", "benchmarks.peer", "benchmarks.speed", "benchmarks.__main__"),

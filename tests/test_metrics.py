@@ -1,24 +1,16 @@
-"""Metrics of a run: JSON lines and TensorBoard agree, also after an interruption and a resume."""
+"""Metrics of a run: JSON lines, also after an interruption and a resume."""
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from iwsft.metrics import BOARD, FILE, MetricsLog, read
-
-
-def board(folder: Path, name: str) -> list[tuple[int, float]]:
-    """What TensorBoard's own reader shows."""
-    events = EventAccumulator(str(folder / BOARD)).Reload()
-    return [(event.step, event.value) for event in events.Scalars(name)]
+from iwsft.metrics import FILE, MetricsLog, read
 
 
 def rows(first: int, last: int, sign: float = 1.0) -> list[dict[str, float]]:
@@ -31,26 +23,21 @@ def log(folder: Path, rows: list[dict[str, float]], *, after: int = 0) -> None:
             metrics.write(row)
 
 
-def test_rows_are_read_back_and_shown(tmp_path: Path) -> None:
+def test_rows_are_read_back(tmp_path: Path) -> None:
     log(tmp_path, rows(1, 5))
     assert read(tmp_path / FILE) == rows(1, 5)
-    assert board(tmp_path, "loss") == [(step, float(step)) for step in range(1, 6)]
-    assert board(tmp_path, "ESS") == [(step, 0.5) for step in range(1, 6)]
 
 
 def test_a_row_is_on_disk_at_once(tmp_path: Path) -> None:
     with MetricsLog(tmp_path) as metrics:
         metrics.write({"step": 1, "loss": 2.0})
         assert read(tmp_path / FILE) == [{"step": 1, "loss": 2.0}]
-        assert board(tmp_path, "loss") == [(1, 2.0)]
 
 
 def test_a_resume_cuts_later_rows_off(tmp_path: Path) -> None:
     log(tmp_path, rows(1, 9))
     log(tmp_path, rows(6, 8, sign=-1), after=5)
     assert read(tmp_path / FILE) == rows(1, 5) + rows(6, 8, sign=-1)
-    steps = board(tmp_path, "loss")
-    assert steps == [(row["step"], row["loss"]) for row in rows(1, 5) + rows(6, 8, sign=-1)]
 
 
 @pytest.mark.parametrize("torn", ['{"st', '{"step": 6, "loss": 1.0}', ""])
@@ -89,7 +76,6 @@ def test_rows_are_written_where_the_file_was_lost(tmp_path: Path, how: str) -> N
             metrics.write(rows(4, 4)[0])
         metrics.write(rows(5, 5)[0])
     assert read(path) == [{"step": 3}] * (how == "replaced") + rows(4, 5)
-    assert board(tmp_path, "loss") == [(step, float(step)) for step in range(1, 6)]
 
 
 def test_values_that_json_lacks_are_absent(tmp_path: Path) -> None:
@@ -97,8 +83,6 @@ def test_values_that_json_lacks_are_absent(tmp_path: Path) -> None:
     assert read(tmp_path / FILE) == [{"step": 1, "loss": 1.0}]
 
 
-# The thread of TensorBoard's writer prints a traceback of its own.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("size", [300, 1000, 3000])
 def test_a_full_disk_is_one_error_and_a_resume_continues(
     tmp_path: Path, full_disk: Callable[[int], AbstractContextManager[None]], size: int
@@ -115,21 +99,3 @@ def test_a_full_disk_is_one_error_and_a_resume_continues(
     assert written == rows(1, len(written))
     log(tmp_path, rows(len(written) + 1, 100), after=len(written))
     assert read(tmp_path / FILE) == rows(1, 100)
-    assert board(tmp_path, "loss")[-1] == (100, 100.0)
-
-
-def test_without_tensorboard_there_are_json_lines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    log(tmp_path, rows(1, 5))
-    assert read(tmp_path / FILE) == rows(1, 5)
-    assert not (tmp_path / BOARD).exists()
-
-
-def test_rows_before_an_interruption_are_in_tensorboard(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), MetricsLog(tmp_path) as metrics:
-        for row in rows(1, 3):
-            metrics.write(row)
-        raise KeyboardInterrupt
-    assert [step for step, _ in board(tmp_path, "loss")] == [1, 2, 3]

@@ -19,6 +19,7 @@ from benchmarks.report.tables import score_table
 from benchmarks.results import CONTROL, read_runs
 from benchmarks.runs import EXPECTED, claim, one_line, tell
 from benchmarks.sweep import Summary, run_all
+from benchmarks.trackers import tracked
 from iwsft.training import Row
 from iwsft.video import check_recording
 
@@ -149,7 +150,9 @@ def _train(run: Run) -> None:
         if "normalized_score" in shown:
             shown.pop("return_mean", None)
         monitor.note(run.folder, stage, row["step"], steps, shown)
+        if stage not in ("reference", "scoring"):
+            write(int(row["step"]), {name: row[name] for name in row if name != "step"})
 
-    with monitor.noted(run.folder):
+    with monitor.noted(run.folder), tracked(run, run.options.report_to) as write:
         monitor.note(run.folder, "loading")
         train_and_score(run, report)

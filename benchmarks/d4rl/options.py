@@ -16,6 +16,7 @@ from benchmarks.options import (
     check_known,
     check_once,
     check_seeds,
+    check_trackers,
     check_used,
     option,
 )
@@ -203,6 +204,8 @@ class Scoring:
     """Episodes of the final score."""
     curve_episodes: int = 10
     """Episodes of each of the ten points of the learning curve; 0 draws no curve."""
+    report_to: Annotated[tuple[str, ...], option("NAME [NAME ...]", "none")] = ()
+    """Send the metrics of each run to tensorboard, wandb or trackio, too."""
     video: bool = False
     """Record the first episode of the final score as video.mp4 in the run's folder."""
 
@@ -260,6 +263,7 @@ def check_options(options: Options, suite: Suite) -> None:
     counts = ("steps", "baseline_steps", "reference_steps", "eval_episodes", "jobs")
     check_at_least(1, **{name: getattr(options, name) for name in counts})
     check_at_least(0, curve_episodes=options.curve_episodes)
+    check_trackers(options.report_to)
     alpha, top, k, ess = options.alpha, options.top, options.temperature, options.target_ess
     if k is not None and not 0 <= k < math.inf:
         raise ValueError(f"--temperature {k}: a finite number that is not negative")

@@ -128,6 +128,8 @@ def _train(run: Run, task: Task, report: Report) -> tuple[TensorDictModuleBase, 
         policy, folder, reference_cost = train_reference(run, task, report)
         if not run.algorithm.from_reference:
             _copy_training(folder, run.folder)
+            for row in metrics.read(run.folder / metrics.FILE):
+                report("cloning", run.updates, row)
             return policy, reference_cost, Cost(0.0, 0.0)
         stage = "tuning"
         annotate_reference(policy, data, cache=folder)
@@ -251,7 +253,7 @@ def weight_probe(
 def _copy_training(source: Path, folder: Path) -> None:
     """Copy what a training left, each file whole, so that a kill leaves nothing that misleads."""
     state, rows = source / checkpoint.FOLDER / checkpoint.FILE, source / metrics.FILE
-    for path in (state, rows, *(source / metrics.BOARD).iterdir()):
+    for path in (state, rows):
         with written_whole(folder / path.relative_to(source)) as partial_path:
             shutil.copyfile(path, partial_path)
 

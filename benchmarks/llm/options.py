@@ -142,8 +142,7 @@ class Options:
     save_every: int | None = None
     """Updates between checkpoints; by default a fifth of the run."""
     report_to: tuple[str, ...] = ()
-    """Also log to these of transformers' trackers, such as wandb; metrics.jsonl and TensorBoard
-    are always written."""
+    """Send the metrics to these of transformers' trackers, too: tensorboard, wandb, trackio, ..."""
     out: Path = Path("runs")
     """Folder of all runs: OUT/llm/RECIPE/ALGO/seed-K/."""
     resume: bool = False
