@@ -240,4 +240,4 @@ class ChatEncoder:
             alone = self._conversation(messages[: first + 1], where, variables)
             alone.find_turns()
             conversation.check_end(first, alone)
-        self._checked_end = True
+            self._checked_end = True

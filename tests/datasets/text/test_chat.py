@@ -176,6 +176,14 @@ def test_templates_that_can_not_be_trained_with_are_named(template, messages, er
     assert str(caught.value).startswith("file:7")
 
 
+def test_a_row_of_one_turn_does_not_spare_the_others_the_check_of_their_ends():
+    chat = ChatEncoder(byte_level(PHI.replace("<|end|>\n", "")))
+    chat.encode(TALK[1:3])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"message 1: '<\|user\|>' begins the next message"):
+            chat.encode(TALK[1:])
+
+
 def test_no_template_and_no_offsets():
     with pytest.raises(ValueError, match="no chat template.*'prompt' and 'completion'"):
         ChatEncoder(byte_level(None))
