@@ -57,15 +57,15 @@ TIES: Mapping[Preset, Ties] = {"paper": ">", "authors": ">="}
 def name_in_tables(data: OfflineDataset) -> str:
     """The name under which tables of settings know a dataset, whatever its file is called.
 
-    It is D4RL's for data of D4RL; others have the family of the environment (``hopper-``) in front.
+    It is D4RL's for data of D4RL, and the family of the environment (``hopper``) for others.
     """
-    entry = find(data.name) or find(Path(data.source).name)
-    if entry is not None and entry.env_id == data.env_id:
-        return entry.name
+    parts = zip(data.name.split("+"), data.source.split("+"), strict=False)
+    entries = [find(name) or find(Path(source).name) for name, source in parts]
+    if all(entry is not None and entry.env_id == data.env_id for entry in entries):
+        return "+".join(entry.name for entry in entries if entry is not None)
     families = {_kind_of(entry.env_id): entry.name.split("-")[0] for entry in CATALOG.values()}
-    kind = _kind_of(data.env_id or "")
-    family = families.get(kind, kind.lower())
-    return data.name if data.name.split("-")[0] == family else f"{family}-{data.name}"
+    kind = _kind_of(data.env_id or "unknown")
+    return families.get(kind, kind.lower())
 
 
 def _kind_of(env_id: str) -> str:
@@ -76,7 +76,7 @@ def _kind_of(env_id: str) -> str:
 def find_fine_tuning(dataset: str, algorithm: Algorithm) -> tuple[FineTuning, str]:
     """The row of Table 4 for a dataset, and its source in words.
 
-    Another dataset takes the row of its environment and kind: ``expert`` where the name says so,
+    Another dataset takes the row of its environment and kind: ``expert`` where D4RL says so,
     medium-replay otherwise. Unweighted runs use the learning rate of the paper's SFT(Q).
     """
     kind = "expert" if "expert" in dataset else "medium-replay"

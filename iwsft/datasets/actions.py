@@ -6,7 +6,9 @@ the environment maps them back: its argument ``action_bounds``, see :func:`iwsft
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -19,34 +21,71 @@ from iwsft.datasets.dataset import WHOLE, Bounds, OfflineDataset, fingerprint_of
 from iwsft.datasets.episodes import Floats, check_actions
 from iwsft.trajectory import ACTION
 
+# Arguments with which the environments of D4RL's tasks have the same spaces.
+_SAME_SPACES = {"conventions", "max_episode_steps", "tasks_to_complete"}
+_SAME_SPACES |= {"robot_noise_ratio", "object_noise_ratio"}
 
-def bounds_of(
-    env_id: str, env_kwargs: Mapping[str, Any], size: int, *, trusted: bool
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return the bounds of an environment's actions.
+
+def spaces_of(
+    env_id: str, env_kwargs: Mapping[str, Any], *, trusted: bool
+) -> tuple[int | None, NDArray[Any], NDArray[Any]]:
+    """Return the columns of an environment's observations, and the bounds of its actions.
 
     Args:
         env_id: Id of the environment, see :func:`iwsft.environments.make`.
         env_kwargs: Its arguments.
-        size: Number of columns of the data's actions.
         trusted: Whether modules that the id names may be imported.
 
+    Returns:
+        Number of columns, or None where no vector is known, and the bounds ``[act]``.
+
     Raises:
-        ValueError: The environment cannot be made, or takes other actions.
+        ValueError: The environment cannot be made, or its actions are not vectors.
         ImportError: A package of the environment is not installed.
     """
-    if env_id in catalog.ENV_IDS and not {"wrappers", "action_bounds"} & env_kwargs.keys():
-        return -np.ones(size), np.ones(size)
+    if env_id in catalog.SIZES and not env_kwargs.keys() - _SAME_SPACES:
+        columns, size = catalog.SIZES[env_id]
+        return columns, -np.ones(size), np.ones(size)
     from iwsft import environments
 
     modules = environments.modules_to_import(env_id, env_kwargs)
     if modules and not trusted:
         raise ValueError(f"{env_id!r} imports {modules}; pass trust_env_module if you trust that")
     with environments.make(env_id, **env_kwargs) as env:
-        space = environments.action_space(env)
-    if space.shape != (size,):
-        raise ValueError(f"{env_id} takes actions of shape {space.shape}")
-    return space.low, space.high
+        bounds = environments.action_space(env)
+        columns = None  # unless policies need the user's flattener
+        with suppress(ValueError):
+            columns = len(environments.flattener(env)(env.observation_space.sample()))
+    return columns, bounds.low, bounds.high
+
+
+def check_fit(
+    columns: tuple[int, int], env_id: str, spaces: tuple[int | None, Any, Any], source: str
+) -> list[str]:
+    """Check that data can be of an environment.
+
+    Args:
+        columns: Columns of the data's observations and actions.
+        env_id: Id of the environment in messages.
+        spaces: The environment's, of :func:`spaces_of`.
+        source: Name of the data in messages.
+
+    Returns:
+        A note, with a warning, where observations differ: a policy can be scored only with a
+        function from the environment's observations to the data's.
+
+    Raises:
+        ValueError: The actions have another number of columns.
+    """
+    expected, low, _ = spaces
+    if low.shape != (columns[1],):
+        problem = f"actions of size {columns[1]}, {env_id} takes size {low.size}"
+        raise ValueError(f"{source} has {problem}; name its own environment as 'env_id'")
+    if expected in (None, columns[0]):
+        return []
+    note = f"observations of size {columns[0]}, {env_id} gives size {expected}"
+    warnings.warn(f"{source} has {note}: it may be the data of another one", stacklevel=5)
+    return [note]
 
 
 def find_bounds(actions: Floats, low: ArrayLike, high: ArrayLike, source: str) -> Bounds:

@@ -203,4 +203,18 @@ def _adroit() -> list[Entry]:
 
 CATALOG = {entry.name: entry for entry in _locomotion() + _antmaze() + _kitchen() + _adroit()}
 _BY_FILENAME = {entry.filename: entry for entry in CATALOG.values()}
-ENV_IDS = frozenset(entry.env_id for entry in CATALOG.values())
+# Columns of observation and action of these environments, with D4RL's arguments.
+SIZES = {
+    "HalfCheetah-v4": (17, 6),
+    "Hopper-v4": (11, 3),
+    "Walker2d-v4": (17, 6),
+    "Ant-v4": (27, 8),
+    "AntMaze_UMaze-v4": (29, 8),
+    "AntMaze_Medium-v4": (29, 8),
+    "AntMaze_Large-v4": (29, 8),
+    "FrankaKitchen-v1": (60, 9),
+    "AdroitHandPen-v1": (45, 24),
+    "AdroitHandHammer-v1": (46, 26),
+    "AdroitHandDoor-v1": (39, 28),
+    "AdroitHandRelocate-v1": (39, 30),
+}

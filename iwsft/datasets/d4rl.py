@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iwsft.datasets import antmaze, catalog
-from iwsft.datasets.actions import bounds_of, find_bounds
+from iwsft.datasets.actions import check_fit, find_bounds, spaces_of
 from iwsft.datasets.dataset import WHOLE, Bounds, OfflineDataset, fingerprint_of
 from iwsft.datasets.ends import find_ends, move_time_limits
 from iwsft.datasets.episodes import Flags, Floats, Steps, check_actions, check_steps, cut_steps
@@ -100,13 +100,14 @@ def read(
             notes += moved
         for note in notes:
             warnings.warn(f"{where}: {note}", stacklevel=4)
-    bounds, more = _bounds(steps.actions, env_id, env_kwargs, where, trust_env_module)
+    bounds, more, fits = _bounds(steps, env_id, env_kwargs, where, trust_env_module)
     trajectories = cut_steps(steps)
+    known = fits or entry is not None
     return OfflineDataset(
         trajectories=trajectories,
         name=name or path.stem,
         env_id=env_id,
-        reference_scores=catalog.reference_scores(env_id or "", env_kwargs),
+        reference_scores=catalog.reference_scores(env_id or "", env_kwargs) if known else None,
         source=source or where,
         fingerprint=fingerprint_of(trajectories),
         env_kwargs=dict(env_kwargs),
@@ -154,28 +155,38 @@ def _limit(env_id: str | None, env_kwargs: Mapping[str, Any]) -> int | None:
 
 
 def _bounds(
-    actions: Floats, env_id: str | None, env_kwargs: Mapping[str, Any], where: str, trusted: bool
-) -> tuple[Bounds, list[str]]:
-    """Return the bounds of checked actions: the environment's, else [-1, 1]; and notes."""
-    if env_id is not None and env_id.startswith(_CLIPPING):
-        beyond = int((np.abs(actions) > 1).any(axis=-1).sum())
-        np.clip(actions, -1.0, 1.0, out=actions)
-        clipped = f"actions of {beyond:,} rows clipped to [-1, 1], as {env_id} does"
-        return WHOLE, [clipped] if beyond else []
+    steps: Steps, env_id: str | None, env_kwargs: Mapping[str, Any], where: str, trusted: bool
+) -> tuple[Bounds, list[str], bool]:
+    """Return the bounds of checked actions, notes, and whether the observations fit, too.
+
+    The bounds are the environment's, else [-1, 1].
+    """
+    actions = steps.actions
+    notes: list[str] = []
+    spaces = None
     if env_id is None:
         unknown = "name their environment in the file's attribute 'env_id'"
     else:
         try:
-            low, high = bounds_of(env_id, env_kwargs, actions.shape[1], trusted=trusted)
+            spaces = spaces_of(env_id, env_kwargs, trusted=trusted)
         except (ValueError, TypeError, ImportError) as error:
             unknown = f"the range of actions is not known: {error}"
-        else:
-            return find_bounds(actions, low, high, where), []
+    if env_id is not None and spaces is not None:
+        columns = steps.observations.shape[1], actions.shape[1]
+        notes = check_fit(columns, env_id, spaces, where)
+    fits = not notes
+    if env_id is not None and env_id.startswith(_CLIPPING):
+        beyond = int((np.abs(actions) > 1).any(axis=-1).sum())
+        np.clip(actions, -1.0, 1.0, out=actions)
+        clipped = f"actions of {beyond:,} rows clipped to [-1, 1], as {env_id} does"
+        return WHOLE, [*notes, clipped] if beyond else notes, fits
+    if spaces is not None:
+        return find_bounds(actions, spaces[1], spaces[2], where), notes, fits
     try:
         check_actions(actions, -1.0, 1.0, where)
     except ValueError as beyond:
         raise ValueError(f"{beyond}, or {unknown}") from None
-    return WHOLE, [] if env_id is None else [unknown]
+    return WHOLE, [] if env_id is None else [unknown], fits
 
 
 def _read_steps(file: h5py.File, names: set[str], where: str) -> Steps:

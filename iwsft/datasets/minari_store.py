@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from iwsft.datasets.actions import find_bounds
+from iwsft.datasets.actions import check_fit, find_bounds, spaces_of
 from iwsft.datasets.d4rl import damage_named
 from iwsft.datasets.dataset import OfflineDataset, fingerprint_of
 from iwsft.datasets.episodes import Floats, Steps, check_steps, cut_steps
@@ -65,6 +66,15 @@ def read(dataset_id: str) -> OfflineDataset:
     bounds = find_bounds(steps.actions, space.low, space.high, source)
     trajectories = cut_steps(steps)
     env_id, env_kwargs = _environment(data)
+    env_spaces = None
+    if env_id is not None:
+        # What cannot be made is named when a policy is scored there.
+        with suppress(ValueError, ImportError):
+            env_spaces = spaces_of(env_id, env_kwargs, trusted=False)
+    notes: list[str] = []
+    if env_id is not None and env_spaces is not None:
+        columns = steps.observations.shape[1], steps.actions.shape[1]
+        notes = check_fit(columns, env_id, env_spaces, source)
     scores = [data.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max")]
     return OfflineDataset(
         trajectories=trajectories,
@@ -75,6 +85,7 @@ def read(dataset_id: str) -> OfflineDataset:
         fingerprint=fingerprint_of(trajectories),
         env_kwargs=env_kwargs,
         action_bounds=bounds,
+        notes=tuple(notes),
     )
 
 

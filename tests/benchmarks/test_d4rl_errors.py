@@ -118,7 +118,7 @@ def spoil(row: int, value: float) -> Callable[[Any], Any]:
         ({"rewards": spoil(7, np.nan)}, "'rewards' is NaN or infinite at row 7"),
         ({"observations": spoil(11, np.inf)}, "'observations' is NaN or infinite at row 11"),
         ({"actions": spoil(3, 1.5)}, "'actions' is out of range at row 3"),
-        ({"env_id": "Humanoid-v4"}, "observations of size 11, Humanoid-v4 gives size 376"),
+        ({"env_id": "Humanoid-v4"}, "actions of size 3, Humanoid-v4 takes size 17"),
         ({"env_id": "Hoper-v4"}, "unknown environment 'Hoper-v4'. Did you mean Hopper-v4"),
         ({"env_id": "CartPole-v1"}, "bad has observations of size 11, CartPole-v1 gives size 4"),
     ],

@@ -269,13 +269,15 @@ def test_a_file_of_d4rl_has_d4rls_settings(entry: Entry) -> None:
 @pytest.mark.parametrize(
     ("name", "env_id", "expected"),
     [
-        ("mine", "Hopper-v4", "hopper-mine"),
-        ("hopper-mine", "Hopper-v5", "hopper-mine"),
-        # The name of a file decides nothing where its environment is another.
-        ("hopper-medium-replay-v2", "Walker2d-v4", "walker2d-hopper-medium-replay-v2"),
-        ("hopper-like", "module:Level-v0", "level-hopper-like"),
-        ("big", "AntMaze_Large-v4", "antmaze-big"),
-        ("mujoco-hopper-expert-v0", "Hopper-v5", "hopper-mujoco-hopper-expert-v0"),
+        ("mine", "Hopper-v4", "hopper"),
+        # The name of a file decides nothing: neither the kind of its data nor the environment.
+        ("expert notes", "Hopper-v5", "hopper"),
+        ("hopper-expert", "Hopper-v4", "hopper"),
+        ("hopper-medium-replay-v2", "Walker2d-v4", "walker2d"),
+        ("hopper-like", "module:Level-v0", "level"),
+        ("big", "AntMaze_Large-v4", "antmaze"),
+        ("hopper-medium-v2+hopper-expert-v2", "Hopper-v4", "hopper-medium-v2+hopper-expert-v2"),
+        ("hopper-medium-v2+expert", "Hopper-v4", "hopper"),
     ],
 )
 def test_other_data_have_the_settings_of_their_environment(

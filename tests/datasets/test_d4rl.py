@@ -32,7 +32,7 @@ Make = Callable[..., dict[str, Any]]
 
 
 def test_locomotion_layout_with_true_next_observations(episode_fields: Make, write: Write) -> None:
-    fields = episode_fields([3, 4, 2])
+    fields = episode_fields([3, 4, 2], obs=11, act=3)
     fields["next_observations"] = np.roll(fields["observations"], -1, axis=0)
     fields["next_observations"][[2, 6, 8]] += 100
     fields["infos/qpos"] = np.full((9, 1), np.nan)  # not ours to judge
@@ -98,7 +98,7 @@ def test_adroit_layout(episode_fields: Make, write: Write) -> None:
 def test_arguments_of_the_environment_come_with_the_file(
     episode_fields: Make, write: Write
 ) -> None:
-    fields = episode_fields([4])
+    fields = episode_fields([4], obs=39, act=28)
     assert datasets.load(write(fields)).env_kwargs == {}
     data = datasets.load(write(fields, env_id="Mine-v0", env_kwargs='{"terrain": [1, 2]}'))
     assert data.env_kwargs == {"terrain": [1, 2]}
@@ -146,7 +146,7 @@ def test_other_dtypes_and_columns_are_taken(episode_fields: Make, write: Write) 
 def test_fingerprint_follows_contents_only(
     episode_fields: Make, write: Write, tmp_path: Path
 ) -> None:
-    fields = episode_fields([4, 3])
+    fields = episode_fields([4, 3], obs=11, act=3)
     first = datasets.load(write(fields, "one.hdf5")).fingerprint
     assert datasets.load(write(fields, "two.hdf5", env_id="Hopper-v4")).fingerprint == first
     for key in ("observations", "actions", "rewards"):
@@ -160,7 +160,7 @@ def test_fingerprint_follows_contents_only(
 
 
 def test_environment_of_a_file(episode_fields: Make, write: Write) -> None:
-    fields = episode_fields([3])
+    fields = episode_fields([3], obs=17, act=6)
     assert datasets.load(write(fields)).env_id is None
     assert datasets.load(write(fields)).reference_scores is None
     named = datasets.load(write(fields, "walker2d_full_replay-v2.hdf5"))
@@ -168,6 +168,27 @@ def test_environment_of_a_file(episode_fields: Make, write: Write) -> None:
     assert named.reference_scores == (1.629008, 4592.3)
     own = datasets.load(write(fields, "walker2d-medium-v2.hdf5", env_id="MyWalker-v0"))
     assert (own.env_id, own.reference_scores) == ("MyWalker-v0", None)
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v4", "Hopper-v5", "InvertedPendulum-v5"])
+def test_data_that_do_not_fit_their_environment(
+    episode_fields: Make, write: Write, env_id: str
+) -> None:
+    columns, actions = {"I": (4, 1), "H": (11, 3)}[env_id[0]]
+    fields = episode_fields([5], obs=columns, act=actions)
+    right = datasets.load(write(fields, env_id=env_id), scale_actions=True)
+    assert not any("size" in note for note in right.notes)
+    other = episode_fields([5], obs=columns, act=actions + 1)
+    takes = f"mine.hdf5 has actions of size {actions + 1}, {env_id} takes size {actions}"
+    with pytest.raises(ValueError, match=takes):
+        datasets.load(write(other, env_id=env_id))
+    # With a function from observations to these columns, such data can be scored.
+    other = episode_fields([5], obs=columns + 1, act=actions)
+    gives = f"observations of size {columns + 1}, {env_id} gives size {columns}"
+    with pytest.warns(UserWarning, match=gives):
+        data = datasets.load(write(other, env_id=env_id), scale_actions=True)
+    assert gives in data.notes
+    assert data.reference_scores is None
 
 
 def test_a_wider_action_space_is_taken_from_the_environment(

@@ -198,7 +198,7 @@ def test_d4rl_by_name(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    path = write(episode_fields([5, 3]))
+    path = write(episode_fields([5, 3], obs=11, act=3))
     server.content = path.read_bytes()
     mirrors = f"{dead_url.removesuffix('/a.bin')}, {server.base}/mirror/"
     monkeypatch.setenv("IWSFT_D4RL_MIRRORS", mirrors)

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 
-from iwsft import datasets
-from iwsft.datasets.catalog import CATALOG, ENV_IDS
+from iwsft import datasets, environments
+from iwsft.datasets.catalog import CATALOG, SIZES
 from iwsft.trajectory import (
     ACTION,
     DONE,
@@ -102,7 +102,7 @@ def load_script(name: str) -> ModuleType:
 def test_the_subset_script(episode_fields: Make, tmp_path: Path) -> None:
     script = load_script("make_hopper_replay_mini")
     sizes = np.random.default_rng(1).integers(1, 30, size=90).tolist()
-    fields = episode_fields(sizes)
+    fields = episode_fields(sizes, obs=11, act=3)
     fields["next_observations"] = np.roll(fields["observations"], -1, axis=0)
     fields["next_observations"][np.cumsum(sizes) - 1] += 1
     source = tmp_path / "source.hdf5"
@@ -242,15 +242,19 @@ def test_files_of_d4rl(name: str, path: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.filterwarnings("ignore:.*is out of date")
-def test_every_environment_of_the_catalogue_exists_with_actions_in_one() -> None:
+def test_every_environment_of_the_catalogue_has_its_sizes_and_actions_in_one() -> None:
     import gymnasium
     import gymnasium_robotics
 
     gymnasium.register_envs(gymnasium_robotics)
-    assert set(gymnasium.registry) >= ENV_IDS
-    for env_id in ("Hopper-v4", "AdroitHandPen-v1"):
-        space = gymnasium.make(env_id).action_space
-        assert isinstance(space, gymnasium.spaces.Box)
+    assert set(gymnasium.registry) >= SIZES.keys()
+    for entry in {entry.env_id: entry for entry in CATALOG.values()}.values():
+        if entry.env_id in ("AntMaze_Medium-v4", "AntMaze_Large-v4"):
+            continue  # another maze
+        with environments.make(entry.env_id, **entry.env_kwargs) as env:
+            space, flatten = environments.action_space(env), environments.flattener(env)
+            columns = len(flatten(env.observation_space.sample()))
+        assert (columns, *space.shape) == SIZES[entry.env_id]
         assert (space.low == -1).all()
         assert (space.high == 1).all()
 

@@ -160,6 +160,21 @@ def test_environment_and_reference_scores() -> None:
     assert data.name == "pendulum-v0"
 
 
+def test_a_set_that_does_not_fit_its_environment() -> None:
+    for size, actions in ((3, 2), (4, 1)):
+        create(
+            Box(-10, 10, (size,), np.float32),
+            [(3, False, True)],
+            dataset_id=f"pendulum{size}-v0",
+            actions=Box(-2, 2, (actions,), np.float32),
+            env="Pendulum-v1",
+        )
+    with pytest.raises(ValueError, match="actions of size 2, Pendulum-v1 takes size 1"):
+        datasets.load("minari:pendulum3-v0")
+    with pytest.warns(UserWarning, match="observations of size 4, Pendulum-v1 gives size 3"):
+        datasets.load("minari:pendulum4-v0")
+
+
 def test_what_is_refused() -> None:
     create(Dict({"a": PLAIN, "n": Discrete(3)}), [(2, True, False)], dataset_id="a-v0")
     with pytest.raises(ValueError, match=r"minari:a-v0: the observation space holds Discrete\(3\)"):
