@@ -18,10 +18,14 @@ $(VENV)/demo: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cli,control,language]"
 	touch $@
 
-# Run the main job on the bundled data: reference, fine-tuning, evaluation, table, report.
+# Show where importance weights help, and why: a bandit, arithmetic, control; ends in runs/demo/index.html.
 demo: $(VENV)/demo
-	$(BIN)/python -m benchmarks.d4rl --algo bc sft-q iw-sft-q --seeds 0 1 --out runs/demo --resume
-	$(BIN)/python -m benchmarks.report runs/demo
+	$(BIN)/python -m benchmarks.demo
+
+$(VENV)/demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cli,control,language]"
+	touch $@
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 from rich import progress
 from rich.console import Console
 from rich.text import Text
 
 INTERVAL = 10.0
+Item = TypeVar("Item")
 
 
 class _Amount(progress.ProgressColumn):
@@ -47,6 +49,14 @@ class Progress(progress.Progress):
     ) -> progress.TaskID:
         """Add a task, with an empty note where there is none."""
         return super().add_task(description, *args, note=note, **fields)
+
+    def track(self, items: Sequence[Item], description: str) -> Iterator[Item]:  # type: ignore[override]
+        """Yield the items, and count those that are done in a task of this name."""
+        # Rich's own counts nothing where it shows no bars.
+        task = self.add_task(description, total=len(items))
+        for item in items:
+            yield item
+            self.advance(task)
 
     def start(self) -> None:
         """Begin to show the tasks."""

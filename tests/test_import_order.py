@@ -35,7 +35,8 @@ FLOORS = (
     ("benchmarks.places", "benchmarks.results", "benchmarks.monitor", "benchmarks.trackers"),
     ("benchmarks.sweep", "benchmarks.report"),
     ("benchmarks.d4rl", "benchmarks.llm", "benchmarks.bandit"),
-    ("benchmarks.collect", "benchmarks.peer", "benchmarks.speed", "benchmarks.__main__"),
+    ("benchmarks.collect", "benchmarks.demo", "benchmarks.peer", "benchmarks.speed"),
+    ("benchmarks.__main__",),
     ("scripts",),
     ("examples",),
 )

@@ -35,6 +35,13 @@ def test_a_line_for_each_unfinished_task_at_every_interval(
     assert set(lines) == {"[odd] name: 2/8  loss 0.5", "endless: waiting"}
 
 
+def test_items_are_counted_where_there_are_no_bars() -> None:
+    with Progress(interval=60) as progress:
+        for number in progress.track(range(3), "items"):
+            assert progress.tasks[0].completed == number
+        assert progress.tasks[0].finished
+
+
 def test_rate_and_time_left_follow_from_the_amounts() -> None:
     clock = [0.0]
     with Progress() as progress:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -79,7 +80,14 @@ def _prepare(runs: Sequence[Run], seeds: Sequence[Run]) -> None:
         release(runs)
         raise
     for name, value in prepared[0].notes.items():
-        tell(f"{name}: {value}")
+        tell(f"{name}: {_in_words(value)}")
+
+
+def _in_words(value: Any) -> str:
+    """A note's value; of several, each with its name."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_in_words(inner)}" for name, inner in value.items())
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _check_rows(algo: str, settings: Settings, rows: Sequence[Row]) -> None:

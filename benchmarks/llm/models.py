@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from base64 import urlsafe_b64encode
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -26,6 +27,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.runs import write_json
 from iwsft.datasets.cache import cache_folder
@@ -38,6 +40,13 @@ from iwsft.language.batches import collate
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.policies.causal_lm_families import check_decoder
 from iwsft.trajectory import ASSISTANT_MASK, Segments
+
+# DeepSpeed warns where it has to find out by itself that there is no accelerator.
+if not torch.accelerator.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# In a file, bars are long lines.
+if not sys.stderr.isatty():
+    disable_progress_bar()
 
 RECORD = "record.json"
 SMOLLM2 = "smollm2-135m"

@@ -1,0 +1,177 @@
+"""Show where importance weights help, and why: a bandit, arithmetic, control; then one page.
+
+Examples:
+    python -m benchmarks.demo
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks import stopping
+
+if TYPE_CHECKING:
+    from benchmarks.report.document import Document
+    from benchmarks.report.scores import Cell
+
+PAGE = "index.html"
+_SEEDS = ("--seeds", "0", "1", "2")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Run three small experiments of SFT and iw-SFT, about five minutes on two cores."""
+
+    out: Path = Path("runs/demo")
+    """Folder of the runs and the page. What is finished there is kept."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """An experiment: a command, what to look at, and the section that it fills."""
+
+    title: str
+    look_at: str
+    command: tuple[str, ...]
+    resumes: bool
+    # Adds tables and figures of the folder of runs, and returns what was seen, in a sentence.
+    show: Callable[[Document, Path], str]
+
+
+def _show_bandit(document: Document, folder: Path) -> str:
+    numbers = json.loads((folder / "bandit" / "bandit.json").read_text())["algorithms"]
+    document.images["bandit.png"] = (folder / "bandit" / "bandit.png").read_bytes()
+    caption = "Mean reward over the updates, mean and 95 % interval over seeds."
+    document.text(f"![{caption}](bandit.png)")
+    right = {name: sum(row["p_right"]) / len(row["p_right"]) for name, row in numbers.items()}
+    return (
+        f"SFT pulls the better arm in {right['sft']:.0%} of the pulls, as the successes do; "
+        f"iw-SFT in {right['iw-sft']:.0%}."
+    )
+
+
+def _show_arithmetic(document: Document, folder: Path) -> str:
+    from benchmarks.report import language
+
+    (recipe,) = language.read_recipes(folder / "llm")
+    for grid in (language.recipe_grid(recipe), language.share_grid(recipe)):
+        document.text(grid.markdown())
+    document.text(recipe.note)
+    document.figure("arithmetic.png", language.draw_recipe(recipe), "Scores and weights.")
+    return compared({cell.algo: cell for cell in recipe.scores}, "sft", "iw-sft", ".3f")
+
+
+def _show_control(document: Document, folder: Path) -> str:
+    from benchmarks import results
+    from benchmarks.report import figures, scores, tables
+
+    group = scores.cells(results.read_runs(folder, results.CONTROL))
+    document.text(tables.score_grid(group).markdown())
+    document.figure("scores.png", figures.draw_scores(group), "Scores of each seed, and means.")
+    return compared({cell.algo: cell for cell in group}, "sft-q", "iw-sft-q", ".1f")
+
+
+def compared(group: dict[str, Cell], one: str, other: str, form: str) -> str:
+    """Say which of two algorithms is better, by the differences of their seeds, or that they tie.
+
+    Runs of one seed share their reference policy, so the differences of the seeds are compared
+    with 0: Student's 95 % interval.
+    """
+    from benchmarks.report.scores import algorithm_label
+    from benchmarks.statistics import t_interval
+
+    differences = group[other].values - group[one].values
+    low, high = (float(end) for end in t_interval(differences))
+    names = algorithm_label(other), algorithm_label(one)
+    verdict = "is above" if low > 0 else "is below" if high < 0 else "ties with"
+    return (
+        f"{names[0]} ({group[other].mean:{form}}) {verdict} {names[1]} ({group[one].mean:{form}}): "
+        f"the difference is {differences.mean():{form}}, with a 95 % interval over "
+        f"{len(differences)} seeds of {low:{form}} to {high:{form}}."
+    )
+
+
+PARTS = (
+    Part(
+        "A bandit: why SFT stops short",
+        "One arm always wins, the other half of the time. SFT copies how often each arm is among "
+        "the wins, 2 to 1, and stops there; iw-SFT goes on to the better arm.",
+        ("benchmarks.bandit", "--out", "{out}/bandit"),
+        False,
+        _show_bandit,
+    ),
+    Part(
+        "Arithmetic: the same in language",
+        "A small language model knows three ways to add up, one of them careful. It trains on its "
+        "own right answers: SFT keeps the mixture of ways, iw-SFT moves on to the careful one.",
+        ("benchmarks.llm", "--algo", "base", "sft", "iw-sft", *_SEEDS, "--out", "{out}"),
+        True,
+        _show_arithmetic,
+    ),
+    Part(
+        "Control: with shortened training",
+        "A hopper learns from the replay of another agent, with the published weights and a "
+        "quarter of the updates. Scores are 0 for random and 100 for expert policies. The weights "
+        "stay near 1 here, and three seeds scatter: expect a small gain or a tie.",
+        (
+            "benchmarks.d4rl",
+            *("--algo", "bc", "sft-q", "iw-sft-q", *_SEEDS),
+            *("--reference-steps", "1200", "--steps", "1200", "--eval-episodes", "30"),
+            *("--curve-episodes", "0", "--out", "{out}"),
+        ),
+        True,
+        _show_control,
+    ),
+)
+
+
+def main(options: Options, parts: Sequence[Part] = PARTS) -> Path:
+    """Run all parts, say what was seen, and return the page."""
+    lines, start = [], time.perf_counter()
+    print(f"{len(parts)} experiments, about five minutes on two cores, then one page.")
+    for number, part in enumerate(parts, 1):
+        words = [word.format(out=options.out) for word in part.command]
+        print(f"\n{number}/{len(parts)} {part.title}\n{part.look_at}", flush=True)
+        print(f"$ python -m {' '.join(words)}\n", flush=True)
+        resume = ["--resume"] * part.resumes
+        status = subprocess.run([sys.executable, "-m", *words, *resume], check=False).returncode
+        if status:
+            raise SystemExit(status)
+    from benchmarks.report.document import Document, to_html
+    from iwsft.files import written_whole
+
+    document = Document("iwsft demo")
+    for part in parts:
+        document.section(part.title, [])
+        document.text(part.look_at)
+        line = part.show(document, options.out)
+        document.text(f"**{line}**")
+        document.text("Command: `python -m " + " ".join(part.command).format(out="runs") + "`")
+        lines.append(line)
+    page = options.out / PAGE
+    text = document.markdown("Where importance weights help")
+    with written_whole(page) as partial:
+        partial.write_text(to_html(text, document.images))
+    print("\nWhat was seen:", *(f"- {line}" for line in lines), sep="\n")
+    print(f"{time.perf_counter() - start:.0f} seconds. Page: {page}")
+    return page
+
+
+def run() -> None:
+    """Read the command line and run the demo."""
+    stopping.watch()
+    with stopping.command("tyro", "scipy", "matplotlib", "markdown_it", "transformers"):
+        from benchmarks.options import parse
+
+        main(parse(Options, "demo", __doc__))
+
+
+if __name__ == "__main__":
+    run()

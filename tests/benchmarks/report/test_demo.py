@@ -1,0 +1,63 @@
+"""The demo: its commands are valid, and what it says follows from the scores."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.bandit.experiment import main as run_bandit
+from benchmarks.bandit.options import Options as BanditOptions
+from benchmarks.d4rl.options import Options as ControlOptions
+from benchmarks.d4rl.options import check_options, choose_suite
+from benchmarks.demo import PARTS
+from benchmarks.llm.options import parse as parse_llm
+from benchmarks.options import parse
+from benchmarks.report.document import Document, to_html
+from tests.benchmarks.report.conftest import MakeRun
+
+BANDIT, ARITHMETIC, CONTROL = PARTS
+
+
+def test_its_commands_are_valid(tmp_path: Path) -> None:
+    words = {part.command[0]: [w.format(out=tmp_path) for w in part.command[1:]] for part in PARTS}
+    assert parse(BanditOptions, "bandit", None, words["benchmarks.bandit"]).out.parent == tmp_path
+    assert parse_llm(words["benchmarks.llm"]).seeds == (0, 1, 2)
+    options = parse(ControlOptions, "d4rl", None, words["benchmarks.d4rl"])
+    check_options(options, choose_suite(options))
+    # Behaviour cloning and the reference are then one training.
+    assert options.steps == options.reference_steps
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"),
+    [
+        # 2 -+ 4.303 * 1 / sqrt(3): Student's quantile of two degrees of freedom is 4.303.
+        ((1, 2, 3), "iw-SFT(Q) (32.0) ties with SFT(Q) (30.0): the difference is 2.0"),
+        ((9, 10, 11), "iw-SFT(Q) (40.0) is above SFT(Q) (30.0): the difference is 10.0"),
+        ((-9, -10, -11), "iw-SFT(Q) (20.0) is below SFT(Q) (30.0): the difference is -10.0"),
+    ],
+)
+def test_it_says_whether_control_ties(
+    make_run: MakeRun, tmp_path: Path, gains: tuple[float, ...], verdict: str
+) -> None:
+    for seed, gain in enumerate(gains):
+        make_run(tmp_path, "hopper-a", "sft-q", seed, 20.0 + 10 * seed)
+        make_run(tmp_path, "hopper-a", "iw-sft-q", seed, 20.0 + 10 * seed + gain)
+    line = CONTROL.show(Document("demo"), tmp_path)
+    assert line.startswith(verdict)
+    low, high = sum(gains) / 3 - 2.484, sum(gains) / 3 + 2.484
+    assert line.endswith(f"over 3 seeds of {low:.1f} to {high:.1f}.")
+
+
+def test_the_page_shows_the_bandit(tmp_path: Path) -> None:
+    run_bandit(BanditOptions(seeds=2, pulls=200, steps=50, out=tmp_path / "bandit"))
+    document = Document("demo")
+    document.section(BANDIT.title, [])
+    line = BANDIT.show(document, tmp_path)
+    # As the successes do: about two in three.
+    share = float(re.findall(r"better arm in (\d+)%", line)[0])
+    assert 55 < share < 75 and "iw-SFT in 9" in line
+    page = to_html(document.markdown("Demo"), document.images)
+    assert BANDIT.title in page and "data:image/png;base64" in page
