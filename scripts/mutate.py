@@ -284,7 +284,10 @@ def name_of(row: dict[str, Any]) -> str:
 
 
 def report(rows: list[dict[str, Any]], equivalent: dict[str, str]) -> None:
-    """Print the survivors, and a table of the modules."""
+    """Print the survivors, and a table of the modules with Wilson's 95 % intervals."""
+    # Not earlier: the processes of the mutants must load iwsft themselves.
+    from benchmarks.statistics import wilson_interval
+
     survivors = [row for row in rows if row["result"] == "survived"]
     for row in survivors:
         if name_of(row) not in equivalent:
@@ -299,7 +302,9 @@ def report(rows: list[dict[str, Any]], equivalent: dict[str, str]) -> None:
         equal = sum(row["result"] == "survived" and name_of(row) in equivalent for row in mine)
         share = killed / max(1, len(mine) - equal)
         left = len(mine) - killed - equal
-        print(f"{file:34}{len(mine):8}{killed:8}{equal:12}{left:10}{share:8.1%}")
+        low, high = wilson_interval(share, max(1, len(mine) - equal))
+        interval = f"{share:8.1%} [{low:.1%}, {high:.1%}]"
+        print(f"{file:34}{len(mine):8}{killed:8}{equal:12}{left:10}{interval}")
 
 
 def main() -> None:
