@@ -178,15 +178,22 @@ class _Order:
         items.sort(key=lambda item: (is_apart(item), self._tests[item.nodeid][0]))
         if not is_apart(items[0]):
             # What the processes of a test run is not recorded.
-            distributed = [x for x in items if "forkserver" in getattr(x, "fixturenames", ())]
-            items[:] = [x for x in items if not is_apart(x) or x in distributed]
+            items[:] = [x for x in items if not is_apart(x) or _is_distributed(x)]
         for item in items:
-            item.add_marker(pytest.mark.timeout(_limit(self._tests[item.nodeid][0])))
+            seconds = self._tests[item.nodeid][0] + 30 * _is_distributed(item)
+            item.add_marker(pytest.mark.timeout(_limit(seconds)))
 
 
 def _limit(seconds: float) -> float:
-    """Seconds after which a mutant counts as one that does not end."""
-    return 10 + 4 * seconds
+    """Seconds after which a test counts as one that does not end.
+
+    The first test that needs a package or a server of processes waits for it.
+    """
+    return 30 + 4 * seconds
+
+
+def _is_distributed(item: pytest.Item) -> bool:
+    return "forkserver" in getattr(item, "fixturenames", ())
 
 
 def _start(home: Path, tests: Sequence[str], plugin: object) -> int:

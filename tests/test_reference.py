@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -255,6 +256,14 @@ def test_locked_data_and_policies_that_are_not_modules(tmp_path: Path) -> None:
     )
     with pytest.raises(TypeError, match="Plain is not a torch.nn.Module; pass cache=None"):
         annotate_reference(Plain(), dataset(), cache=tmp_path)
+
+
+def test_parameters_out_of_reach_are_named(tmp_path: Path) -> None:
+    policy = Counting()
+    # As DeepSpeed marks them.
+    policy.scale.ds_tensor = SimpleNamespace(status=SimpleNamespace(name="NOT_AVAILABLE"))
+    with pytest.raises(ValueError, match="keeps these parameters on NVMe.*pass cache=None"):
+        annotate_reference(policy, dataset(), cache=tmp_path)
 
 
 def test_training_mode_is_as_it_was(tmp_path: Path) -> None:
