@@ -44,16 +44,16 @@ def spaces_of(
         ImportError: A package of the environment is not installed.
     """
     if env_id in catalog.SIZES and not env_kwargs.keys() - _SAME_SPACES:
-        columns, size = catalog.SIZES[env_id]
-        return columns, -np.ones(size), np.ones(size)
+        size = catalog.SIZES[env_id][1]
+        return catalog.SIZES[env_id][0], -np.ones(size), np.ones(size)
     from iwsft import environments
 
     modules = environments.modules_to_import(env_id, env_kwargs)
     if modules and not trusted:
         raise ValueError(f"{env_id!r} imports {modules}; pass trust_env_module if you trust that")
+    columns: int | None = None  # unless policies need the user's flattener
     with environments.make(env_id, **env_kwargs) as env:
         bounds = environments.action_space(env)
-        columns = None  # unless policies need the user's flattener
         with suppress(ValueError):
             columns = len(environments.flattener(env)(env.observation_space.sample()))
     return columns, bounds.low, bounds.high
