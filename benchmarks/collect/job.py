@@ -124,7 +124,7 @@ def called(name: str) -> TensorDictModuleBase:
     module, _, attribute = name.rpartition(":")
     try:
         policy = getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError, TypeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"--policy {name}: {error}; MODULE is imported from here or from what is installed, "
             "and CALLABLE is called without arguments"

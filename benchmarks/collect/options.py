@@ -90,6 +90,9 @@ def check_options(options: Options) -> None:
         raise ValueError("--noise and --stochastic are for --policy; SAC always draws its actions")
     if options.env is None:
         raise ValueError("--online sac needs --env")
+    if options.steps and options.steps[0] <= options.random_steps:
+        drawn = f"the first {options.random_steps} steps are random (--random-steps)"
+        raise ValueError(f"--steps {options.steps[0]}: {drawn}, so SAC would learn nothing")
 
 
 def env_arguments(options: Options) -> dict[str, Any]:
@@ -103,5 +106,7 @@ def env_arguments(options: Options) -> dict[str, Any]:
         with suppress(SyntaxError, ValueError):
             arguments[name] = ast.literal_eval(value)
     if options.max_episode_steps is not None:
+        if "max_episode_steps" in arguments:
+            raise ValueError("give max_episode_steps once: by its flag, or by --env-arg")
         arguments["max_episode_steps"] = options.max_episode_steps
     return arguments

@@ -8,8 +8,8 @@ the same data.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,16 @@ from iwsft.progress import Progress
 
 # Separates the seeds of noise from those of environments.
 _NOISE = 1
+
+
+@contextmanager
+def _failure_named(env_id: str, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Name the environment where it raises an error, as for an argument of a wrong type."""
+    try:
+        yield
+    except Exception as error:
+        problem = f"{env_id} fails at its first step ({type(error).__name__}: {error})"
+        raise ValueError(f"{problem}; its arguments are {kwargs} (--env-arg)") from error
 
 
 @dataclass(frozen=True)
@@ -55,13 +65,15 @@ class Simulator:
                 raise ValueError(f"the actions of {env_id} have no bounds: {space}; wrap it")
             if env.spec is None or env.spec.max_episode_steps is None:
                 raise ValueError(f"episodes of {env_id} may never end; pass --max-episode-steps")
+            with _failure_named(env_id, kwargs):
+                observation, _ = env.reset(seed=0)
             module = env_id.rpartition(":")[0]
             resolved = environments.id_of(env)
             return cls(
                 env_id=f"{module}:{resolved}" if module else resolved,
                 kwargs=kwargs,
                 max_episode_steps=env.spec.max_episode_steps,
-                observation_dim=flatten(env.reset(seed=0)[0]).size,
+                observation_dim=flatten(observation).size,
                 low=space.low.astype(np.float32),
                 high=space.high.astype(np.float32),
                 versions=environments.versions(env),
@@ -73,9 +85,10 @@ class Simulator:
         """An episode of one step, which has all fields of the data."""
         env = self.make()
         try:
-            env.reset(seed=0)
-            env.step(self.low)
-            return env.episode(cut=True)
+            with _failure_named(self.env_id, self.kwargs):
+                env.reset(seed=0)
+                env.step(self.low)
+                return env.episode(cut=True)
         finally:
             env.env.close()
 

@@ -271,6 +271,7 @@ def test_the_replay_is_uniform_over_its_steps() -> None:
         ({"steps": (3, 4)}, "one number of --steps"),
         ({"steps": (0,)}, "--steps 0"),
         ({"random_steps": 0}, "--random-steps 0"),
+        ({"steps": (300,)}, "the first 300 steps are random .--random-steps., so SAC would learn"),
         ({"noise": 0.1}, "--noise and --stochastic are for --policy"),
         ({"env": "CartPole-v1"}, "only vectors"),
     ],
@@ -286,4 +287,4 @@ def test_errors_before_the_first_step(
 def test_the_curve_of_another_run_is_kept(tmp_path: Path) -> None:
     (tmp_path / "a.sac").mkdir()
     with pytest.raises(SystemExit, match="holds the learning curve of another run"):
-        collect(tmp_path / "a.hdf5", steps=(20,))
+        collect(tmp_path / "a.hdf5", steps=(320,))
