@@ -22,11 +22,6 @@ $(VENV)/demo: pyproject.toml constraints.txt
 demo: $(VENV)/demo
 	$(BIN)/python -m benchmarks.demo
 
-$(VENV)/demo: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cli,control,language]"
-	touch $@
-
 test: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 

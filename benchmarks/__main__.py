@@ -26,6 +26,9 @@ class Command:
 COMMANDS = {
     "d4rl": Command("benchmarks.d4rl.__main__", "Train and score algorithms on control data."),
     "llm": Command("benchmarks.llm.__main__", "Fine-tune a language model on a task and test it."),
+    "finetune": Command(
+        "benchmarks.llm.__main__", "Fine-tune a language model on your rows.", ("--recipe", "chat")
+    ),
     "evaluate": Command(
         "benchmarks.llm.__main__", "Score a language model on MATH-500, AIME, ...", ("evaluate",)
     ),

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import docstring_parser
 import tyro
@@ -30,15 +30,24 @@ def called_as(command: str) -> str:
 
     ``benchmarks.__main__`` leaves its own name and that of the command in ``sys.argv[0]``.
     """
-    name, last = sys.argv[0], command.split()[-1]
+    name, (module, *rest) = sys.argv[0], command.split()
     if not name.startswith(("iwsft ", "python -m ")):
         return f"python -m benchmarks.{command}"
-    return name if name.endswith(f" {last}") else f"{name} {last}"
+    return " ".join([name, *rest]) if name.endswith(f" {module}") else name
 
 
-def option(metavar: str | None = None, default: str | None = None, **rest: Any) -> Any:
-    """Describe an option to the help; ``default`` says in words what None leaves it at."""
-    hint = None if default is None else f"(default: {default})"
+def option(
+    metavar: str | None = None, unset: str = "none", source: str = "default", **rest: Any
+) -> Any:
+    """Describe an option to the help.
+
+    ``unset`` says in words what a default of None, or an empty one, leaves the option at.
+    ``source`` says where the default is from.
+    """
+
+    def hint(default: str) -> str:
+        return f"({source}: {unset if default in ('None', '', repr('')) else default})"
+
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint, **rest)
 
 
@@ -75,8 +84,12 @@ def parse_groups(
     description: str | None,
     words: Sequence[str] | None,
     defaults: Mapping[str, Any],
+    unknown: Mapping[str, str] = {},
 ) -> dict[str, Any]:
     """Read a command line into the fields of all groups; an error ends it with status 2.
+
+    ``unknown`` has the options whose defaults are not known, and where these are from. They are
+    None where the command line does not give them.
 
     The examples of ``description`` begin with ``python -m benchmarks.COMMAND``. The help has the
     name that the user called instead, and a box for each group, headed by its docstring. A command
@@ -93,7 +106,7 @@ def parse_groups(
         parts.append(("config", Annotated[Path | None, _CONFIG], None))
     for group in groups:
         title = tyro.conf.arg(name=group.__name__.lower() if len(groups) > 1 else "")
-        parts.append((group.__name__, Annotated[_described(group, defaults), title]))
+        parts.append((group.__name__, Annotated[_described(group, defaults, unknown), title]))
     together: Any = make_dataclass("Together", parts, kw_only=True)
     text = (description or "").replace(f"python -m benchmarks.{command}", prog)
     flat = (tyro.conf.OmitArgPrefixes,)
@@ -102,16 +115,20 @@ def parse_groups(
     return {each.name: getattr(box, each.name) for box in boxes for each in fields(box)}
 
 
-def _described(group: type, defaults: Mapping[str, Any]) -> type:
+def _described(group: type, defaults: Mapping[str, Any], unknown: Mapping[str, str]) -> type:
     """A group whose options have these defaults, and their docstrings as help without breaks."""
     documented = docstring_parser.parse_from_object(group).params
     texts = {each.arg_name: " ".join((each.description or "").split()) for each in documented}
     hints: Any = get_type_hints(group, include_extras=True)
     described = []
     for each in fields(group):
-        kind: Any = Annotated[hints[each.name], tyro.conf.arg(help=texts.get(each.name))]
+        kind, about = hints[each.name], tyro.conf.arg(help=texts.get(each.name))
         default = (field(default=defaults[each.name]),) if each.name in defaults else ()
-        described.append((each.name, kind, *default))
+        if each.name in unknown:
+            source = tyro.conf.arg(help_behavior_hint=f"({unknown[each.name]})")
+            plain, *conf = get_args(kind)
+            kind, default = Annotated[(plain | None, *conf, source)], (field(default=None),)
+        described.append((each.name, Annotated[kind, about], *default))
     copy = make_dataclass(group.__name__, described, kw_only=True)
     copy.__doc__ = group.__doc__
     return copy
@@ -168,7 +185,7 @@ def _read_config(path: Path, command: str) -> dict[str, Any]:
         raise ValueError(f"{path} holds no options; it reads NAME: VALUE")
     if "benchmark" not in content:
         return content
-    if content["benchmark"] != command:
+    if content["benchmark"] != command.split()[0]:
         other = content["benchmark"]
         raise ValueError(f"{path} is of a run of {other}; `iwsft {other} --config` takes it")
     if "options" not in content:

@@ -1,12 +1,13 @@
 """Fine-tune a language model by SFT and iw-SFT, and test it.
 
-python -m benchmarks.llm
+Examples:
+    python -m benchmarks.llm
+    python -m benchmarks.llm --recipe chat --model my-model --data rows.jsonl --algo sft iw-sft
+    python -m benchmarks.llm --recipe s1k --algo iw-sft --deepspeed zero3_offload --resume
+    python -m benchmarks.llm --config run.yaml
+    python -m benchmarks.llm evaluate --model runs/my-model --tasks math-500
 
-python -m benchmarks.llm --recipe gsm8k --algo base sft iw-sft --model smollm2-135m
-
-python -m benchmarks.llm --recipe s1k --algo iw-sft --deepspeed zero3_offload --resume
-
-python -m benchmarks.llm evaluate --model runs/llm/s1k/iw-sft/seed-0/checkpoint --tasks math-500
+The defaults below are those of --recipe; --recipe NAME --help prints another's.
 """
 
 from __future__ import annotations
@@ -21,6 +22,16 @@ from benchmarks import stopping
 if TYPE_CHECKING:
     from benchmarks.llm.evaluation.options import Options
 
+# What the console command `iwsft finetune` puts in front of its words.
+CHAT = ("--recipe", "chat")
+_FINETUNE = """Fine-tune a language model on your own rows, and test it on rows that are held out.
+
+Examples:
+    python -m benchmarks.llm --recipe chat --model my-model --data rows.jsonl
+    python -m benchmarks.llm --recipe chat --model my-model --data rows.jsonl --algo sft iw-sft
+    python -m benchmarks.llm --recipe chat --model my-model --data rows.parquet --lora-rank 16
+    python -m benchmarks.llm --recipe chat --model my-model --data a.jsonl --eval-data b.jsonl
+"""
 _EVALUATION = """Score a language model on MATH-500, AIME, GPQA diamond and GSM8K.
 
 Examples:
@@ -32,12 +43,17 @@ Examples:
 
 def main(words: Sequence[str]) -> None:
     """Run the job; an error that a user can mend ends it in one line."""
+    from benchmarks.llm.options import parse, read_form
+
+    own_rows = tuple(words[:2]) == CHAT
+    command = " ".join(["llm", *CHAT]) if own_rows else "llm"
+    description = _FINETUNE if own_rows else __doc__
+    # A wrong option is told before anything heavy is imported.
+    given = read_form(words, command, description)
     from benchmarks.runs import ends_in_one_line
 
     with ends_in_one_line():
-        from benchmarks.llm.options import parse
-
-        options = parse(words, __doc__)
+        options = parse(words, command, description, given)
         # Takes seconds to import.
         from benchmarks.llm.job import run_job
 

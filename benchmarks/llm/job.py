@@ -18,8 +18,8 @@ from benchmarks.llm.launch import Hardware, Launch, choose, launched, start, thr
 from benchmarks.llm.memory import DecoderSizes, Setup
 from benchmarks.llm.models import load_config
 from benchmarks.llm.options import ALGORITHMS, BASE, Options
-from benchmarks.llm.recipes import Settings
 from benchmarks.llm.run import Run, config_of, prepare, train_and_score, training_arguments
+from benchmarks.llm.settings import Settings
 from benchmarks.runs import EXPECTED, RESULT, claim, release, tell
 from benchmarks.sweep import Summary
 from iwsft.datasets.text.rows import Row, check_scores

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
-import tyro
-from transformers import SchedulerType
-from transformers.integrations.integration_utils import get_available_reporting_integrations
-
-from benchmarks.llm.recipes import RECIPES, Recipe, Settings, load_recipe
+from benchmarks.llm.recipes import RECIPES, Recipe, load_recipe
+from benchmarks.llm.settings import SOURCE, Settings, setting
 from benchmarks.options import (
-    called_as,
     check_at_least,
     check_device,
     check_known,
     check_once,
     check_seeds,
     check_used,
+    defaults_of,
     flag,
+    groups_of,
+    option,
+    parse_groups,
+    to_config,
 )
-from iwsft.objective import Proposal
+from iwsft.extras import require
+
+if TYPE_CHECKING:
+    from iwsft.objective import Proposal
 
 # The model as it is, tested alone.
 BASE = "base"
@@ -77,6 +79,9 @@ def choose_q(algorithm: Variant, settings: Settings, parts: int) -> tuple[Propos
     return algorithm.proposal, None
 
 
+_HELP = {"-h", "--help"}
+# Options that are not settings, and change nothing in the base.
+_OF_TRAINING = ("log_every", "save_every", "report_to")
 # Setting -> which algorithms it changes something in, given all settings.
 _USED: dict[str, Callable[[Variant, Settings], bool]] = {
     "cuts": lambda algorithm, _: not algorithm.quality,
@@ -93,104 +98,163 @@ _USED: dict[str, Callable[[Variant, Settings], bool]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """Fine-tune and test a language model by several algorithms and seeds."""
+class Experiment:
+    """What to run: every algorithm with every seed, on the model and the rows of a recipe."""
 
     recipe: Annotated[
         str,
-        tyro.conf.arg(
-            metavar="NAME",
-            help=f"Model, data, settings and test: one of {', '.join(RECIPES)}. What the command "
-            "line leaves out is the recipe's.",
-        ),
+        option("NAME", help=f"Model, data, settings and test: one of {', '.join(RECIPES)}."),
     ] = "arithmetic"
     # Names are checked by us: tyro would not say which one is near.
     algo: Annotated[
         tuple[str, ...],
-        tyro.conf.arg(metavar="NAME [NAME ...]", help=f"One or several of {', '.join(NAMES)}."),
+        setting("NAME [NAME ...]", help=f"One or several of {', '.join(NAMES)}."),
     ] = Recipe.algos
-    seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]")]
+    seeds: Annotated[tuple[int, ...], setting("INT [INT ...]")] = Recipe.seeds
     """Seeds of samples, order of training and test; one run each, but base has one."""
-    model: Annotated[str | None, tyro.conf.arg(metavar="ID|DIR")] = None
-    """Model to start from; by default the recipe's own."""
+    model: Annotated[str | None, setting("ID|DIR", "its own model; chat has none")] = None
+    """Model to start from."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
-    data: Annotated[str | None, tyro.conf.arg(metavar="ID|FILE")] = None
+    data: Annotated[str | None, setting("ID|FILE", "its own rows; chat has none")] = None
     """Rows to train on: a file, a folder, or a dataset of the hub as NAME, NAME:SPLIT or
-    NAME:SPLIT:CONFIG; by default the recipe's own."""
-    eval_data: Annotated[str | None, tyro.conf.arg(metavar="ID|FILE")] = None
+    NAME:SPLIT:CONFIG."""
+    eval_data: Annotated[str | None, setting("ID|FILE", "a share of --data")] = None
     """Rows to test on."""
-    eval_share: float | None = None
-    """Share of the prompts of --data to hold out and test on; by default the recipe's, unless there
-    is --eval-data."""
+    eval_share: Annotated[float | None, setting("FLOAT", "its own share")] = None
+    """Share of the prompts of --data to hold out and test on, instead of --eval-data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where to run."""
+
     deepspeed: Annotated[
         tuple[str, ...] | None,
-        tyro.conf.arg(
-            metavar="[CONFIG]",
+        option(
+            "[CONFIG]",
+            "one process",
             help="Train under accelerate, with one process per GPU, or 2 on the CPU. CONFIG is a "
             "name in benchmarks/llm/configs, a YAML file of accelerate or a JSON file of "
             "DeepSpeed; without CONFIG the command chooses one that fits.",
         ),
     ] = None
-    settings: Annotated[Settings, tyro.conf.arg(name="")]
-    device: Annotated[str | None, tyro.conf.arg(metavar="cpu|cuda")] = None
-    """Device of a run that is one process; by default a GPU where there is one."""
-    jobs: int | None = None
-    """Runs at a time; by default one per core, or one on a GPU. With --deepspeed one."""
-    log_every: int = 1
-    """Updates between log lines."""
-    save_every: int | None = None
-    """Updates between checkpoints; by default a fifth of the run."""
-    report_to: tuple[str, ...] = ()
-    """Send the metrics to these of transformers' trackers, too: tensorboard, wandb, trackio, ..."""
+    device: Annotated[str | None, option("cpu|cuda", "a GPU where there is one")] = None
+    """Device of a run that is one process."""
+    jobs: Annotated[int | None, option("INT", "one per core; one on a GPU or with --deepspeed")] = (
+        None
+    )
+    """Runs at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """Where results go."""
+
     out: Path = Path("runs")
     """Folder of all runs: OUT/llm/RECIPE/ALGO/seed-K/."""
     resume: bool = False
     """Continue runs that were cut off; finished ones are kept."""
+    log_every: int = 1
+    """Updates between log lines."""
+    save_every: Annotated[int | None, option("INT", "a fifth of the run")] = None
+    """Updates between checkpoints."""
+    report_to: Annotated[tuple[str, ...], option("[NAME ...]")] = ()
+    """Trackers of transformers that get the metrics, too: tensorboard, wandb, trackio, ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Experiment, Machine, Output):
+    """Fine-tune and test a language model by several algorithms and seeds."""
+
+    settings: Settings
 
     @property
     def own_device(self) -> Literal["cpu", "cuda"]:
         """The device of a run that is one process."""
+        import torch
+
         return "cpu" if self.device == "cpu" or not torch.cuda.is_available() else "cuda"
 
 
-@dataclass(frozen=True)
-class _Start:
-    """The options that decide the defaults of the others."""
-
-    recipe: str = Options.recipe
-    preset: str | None = None
-    lora_rank: int | None = None
+_GROUPS = [*groups_of(Options), *groups_of(Settings)]
+_UNKNOWN = dict.fromkeys(("algo", "seeds", *(each.name for each in fields(Settings))), SOURCE)
 
 
-def parse(words: Sequence[str], description: str | None = None) -> Options:
-    """Read and check a command line; an error names the option, its value and the way out."""
-    given, _ = tyro.cli(_Start, args=words, add_help=False, return_unknown_args=True)
-    recipe = load_recipe(given.recipe)
-    start = recipe.presets.get(given.preset or "", recipe.defaults)
-    if given.lora_rank is not None:
-        start = replace(start, learning_rate=10 * start.learning_rate)
+def read_form(words: Sequence[str], command: str, description: str | None) -> dict[str, Any]:
+    """Read a command line without its recipe, whose imports take seconds.
+
+    What a recipe sets is None where the command line does not.
+    """
+    words = [word for word in words if word not in _HELP]
+    return parse_groups(_GROUPS, command, description, words, defaults_of(_GROUPS), _UNKNOWN)
+
+
+def parse(
+    words: Sequence[str],
+    command: str = "llm",
+    description: str | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> Options:
+    """Read and check a command line; an error names the option, its value and the way out.
+
+    ``given`` is what :func:`read_form` has read.
+    """
+    if given is None:
+        given = read_form(words, command, description)
+    recipe = load_recipe(given["recipe"])
+    start = _start(recipe, given["preset"], given["lora_rank"])
     # The length of training is set in one of two ways; the one that is given replaces the other.
     blank = replace(start, max_steps=None, epochs=None)
-    default = Options(recipe=given.recipe, algo=recipe.algos, seeds=recipe.seeds, settings=blank)
-    options = tyro.cli(
-        Options, args=words, prog=called_as("llm"), description=description, default=default
-    )
+    shown = start if _HELP & set(words) else blank
+    defaults = {**defaults_of(_GROUPS), **vars(shown), "recipe": given["recipe"]}
+    defaults |= {"algo": recipe.algos, "seeds": recipe.seeds}
+    values = parse_groups(_GROUPS, command, description, words, defaults)
+    settings = Settings(**{each.name: values.pop(each.name) for each in fields(Settings)})
+    options = Options(**values, settings=settings)
     if recipe.compares and BASE not in options.algo:
         options = replace(options, algo=(BASE, *options.algo))
-    settings = options.settings
-    changed = {
-        field.name: getattr(settings, field.name)
-        for field in fields(settings)
-        if getattr(settings, field.name) != getattr(blank, field.name)
-    }
-    if given.preset is not None:
-        changed["preset"] = given.preset
+    changed = _differences(settings, blank)
+    if given["preset"] is not None:
+        changed["preset"] = given["preset"]
     if settings.max_steps is None and settings.epochs is None:
         settings = replace(settings, max_steps=start.max_steps, epochs=start.epochs)
     _check(options, settings, changed)
     _check_data(options, recipe)
     return replace(options, settings=settings)
+
+
+def _start(recipe: Recipe, preset: str | None, lora_rank: int | None) -> Settings:
+    """The settings that a command line starts from."""
+    start = recipe.presets.get(preset or "", recipe.defaults)
+    if lora_rank is not None:
+        start = replace(start, learning_rate=10 * start.learning_rate)
+    return start
+
+
+def _differences(settings: Settings, others: Settings) -> dict[str, Any]:
+    return {name: value for name, value in vars(settings).items() if value != vars(others)[name]}
+
+
+def to_file(options: Options, algo: str, seed: int) -> dict[str, Any]:
+    """The options of one run alone, which ``--config`` takes back."""
+    settings, recipe = options.settings, load_recipe(options.recipe)
+    content = to_config(options) | {"recipe": options.recipe, "algo": [algo], "seeds": [seed]}
+    if algo == BASE:
+        return {name: value for name, value in content.items() if name not in _OF_TRAINING}
+    changed = _differences(settings, _start(recipe, settings.preset, settings.lora_rank))
+    if settings.preset != recipe.defaults.preset:
+        changed["preset"] = settings.preset
+    for name, value in changed.items():
+        replaced = value is None and name in ("max_steps", "epochs")
+        if not replaced and _uses(name, ALGORITHMS[algo], settings):
+            content[name] = list(value) if isinstance(value, tuple) else value
+    return content
+
+
+def _uses(name: str, algorithm: Variant, settings: Settings) -> bool:
+    """Whether a setting changes something in an algorithm."""
+    return name not in _USED or _USED[name](algorithm, settings)
 
 
 def _check(options: Options, settings: Settings, changed: dict[str, Any]) -> None:
@@ -204,10 +268,15 @@ def _check(options: Options, settings: Settings, changed: dict[str, Any]) -> Non
         raise ValueError(f"--deepspeed {' '.join(config)}: one config, or none to choose one")
     for name in ("jobs", "device"):
         check_used(name, getattr(options, name), config is None, "with --deepspeed")
-    for name in ("log_every", "save_every", "report_to"):
+    for name in _OF_TRAINING:
         value = getattr(options, name)
         changes = None if value == getattr(Options, name) else value
         check_used(name, changes, set(options.algo) != {BASE}, "in base")
+    if options.report_to:
+        from transformers.integrations.integration_utils import (
+            get_available_reporting_integrations,
+        )
+
     for tracker in options.report_to:
         check_known("installed tracker", tracker, get_available_reporting_integrations())
     if options.device is not None:
@@ -216,9 +285,8 @@ def _check(options: Options, settings: Settings, changed: dict[str, Any]) -> Non
     check_at_least(1, jobs=options.jobs, log_every=options.log_every, save_every=options.save_every)
     algorithms = [ALGORITHMS[name] for name in options.algo if name != BASE]
     for name, value in changed.items():
-        used = _USED.get(name, lambda algorithm, settings: True)
         preset = f" with preset {settings.preset!r}" if settings.preset != "recipe" else ""
-        anywhere = any(used(algorithm, settings) for algorithm in algorithms)
+        anywhere = any(_uses(name, algorithm, settings) for algorithm in algorithms)
         check_used(name, value, anywhere, f"in the algorithms asked for{preset}")
     if settings.scheduler == "constant":
         check_used("warmup", changed.get("warmup"), False, "with --scheduler constant")
@@ -236,8 +304,8 @@ def _check_data(options: Options, recipe: Recipe) -> None:
         raise ValueError("--eval-data and --eval-share: pass one of them")
     if share is not None and not 0 < share < 1:
         raise ValueError(f"--eval-share {share}: above 0 and below 1")
-    if options.settings.lora_rank is not None and find_spec("peft") is None:
-        raise ImportError("--lora-rank needs the package peft: pip install 'iwsft[language]'")
+    if options.settings.lora_rank is not None:
+        require("peft")
 
 
 def _check_numbers(settings: Settings) -> None:
@@ -260,6 +328,8 @@ def _check_numbers(settings: Settings) -> None:
     for cut in (*settings.cuts, *settings.quality_cuts):
         if not 0 <= cut < 100:
             raise ValueError(f"cut {cut}: a percentile from 0 to below 100; 90 keeps the top 10 %")
+    from transformers import SchedulerType
+
     check_known("scheduler", settings.scheduler, [scheduler.value for scheduler in SchedulerType])
     low, high = settings.step_clip
     if not 0 <= low <= high:

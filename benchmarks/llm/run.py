@@ -40,7 +40,7 @@ from benchmarks.llm.models import (
     shortest,
     with_adapters,
 )
-from benchmarks.llm.options import ALGORITHMS, BASE, Options, Variant, choose_q
+from benchmarks.llm.options import ALGORITHMS, BASE, Options, Variant, choose_q, to_file
 from benchmarks.llm.recipes import Prepared, load_recipe
 from benchmarks.runs import RESULT, alone_in, hardware, versions, write_json
 from iwsft import checkpoint, metrics
@@ -173,6 +173,7 @@ def config_of(run: Run) -> dict[str, Any]:
         "versions": versions(_PACKAGES),
         "hardware": hardware(run.launch.device),
         "command": " ".join(["python -m benchmarks.llm", *sys.argv[1:]]),
+        "options": to_file(options, run.algo, run.seed),
     }
 
 

@@ -14,11 +14,15 @@ import pytest
 from benchmarks.__main__ import COMMANDS, main
 from benchmarks.d4rl.options import Options
 from benchmarks.d4rl.run import Run, options_of
+from benchmarks.llm.options import parse as language
+from benchmarks.llm.options import to_file
 from benchmarks.options import parse
 from iwsft import __version__
 
 WORDS = ["--algo", "iw-sft-q", "iql", "--seeds", "3", "4", "--target-ess", "0.4", "--video"]
 WORDS += ["--baseline-steps", "7", "--variant", "ess"]
+LANGUAGE = ("base", "sft", "iw-sft", "iw-sft-ema", "iw-sft-step")
+CHAT = "--recipe chat --model m --data d.jsonl --eval-share 0.2 --lora-rank 8 --batch-size 2"
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: str, name: str = "bin/iwsft") -> int:
@@ -32,7 +36,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: str, name: str = "bin/iwsft") 
 
 
 @pytest.mark.parametrize("name", ["iwsft", "benchmarks/__main__.py"])
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "llm"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_the_name_that_was_called_and_real_defaults(
     command: str,
     name: str,
@@ -43,7 +47,7 @@ def test_help_has_the_name_that_was_called_and_real_defaults(
     text = capsys.readouterr().out
     called = "iwsft" if name == "iwsft" else "python -m benchmarks"
     assert f"usage: {called} {command}" in text
-    for unclear in ("None", "default: )", "benchmarks."):
+    for unclear in ("None", "default: )", "recipe: )", "benchmarks.l", "benchmarks.d"):
         assert unclear not in text
 
 
@@ -64,7 +68,7 @@ def test_a_wrong_option_is_told_before_anything_heavy_is_imported() -> None:
     code = f"""
 import sys
 from benchmarks.__main__ import main
-for command in {[name for name in COMMANDS if name != "llm"]}:
+for command in {list(COMMANDS)}:
     sys.argv = ["iwsft", command, "--seedz", "1"]
     try:
         main()
@@ -73,7 +77,7 @@ for command in {[name for name in COMMANDS if name != "llm"]}:
         print(command, end.code, *heavy)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    ended = [f"{command} 2" for command in COMMANDS if command != "llm"]
+    ended = [f"{command} 2" for command in COMMANDS]
     assert done.stdout.splitlines() == ended, done.stderr
     assert "--seeds" in done.stderr
 
@@ -106,6 +110,36 @@ def test_a_run_takes_back_its_own_config(algo: str, tmp_path: Path) -> None:
     alone = {"algo": (algo,), "dataset": ("/data/hopper.hdf5",), "seeds": (4,)}
     unused = {"target_ess": None} if algo == "iql" else {"baseline_steps": None}
     assert again == replace(options, **alone, **unused)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("words", "algo", "alone"),
+    [
+        ("--temperature 0.5 --ema-decay 0.5", "iw-sft", "--temperature 0.5"),
+        (
+            "--epochs 2 --batch-size 4 --log-every 3",
+            "sft",
+            "--epochs 2 --batch-size 4 --log-every 3",
+        ),
+        ("--epochs 2 --log-every 3 --device cpu", "base", "--device cpu"),
+        ("--recipe s1k --preset paper_llm", "iw-sft", "--recipe s1k --preset paper_llm"),
+        (
+            "--recipe s1k --max-length None --deepspeed",
+            "sft",
+            "--recipe s1k --max-length None --deepspeed",
+        ),
+        (CHAT, "iw-sft-step", CHAT),
+    ],
+)
+def test_a_run_of_language_takes_back_its_own_config(
+    words: str, algo: str, alone: str, tmp_path: Path
+) -> None:
+    """Without what its algorithm does not use."""
+    given = [*words.split(), "--algo", *LANGUAGE, "--seeds", "1", "2"]
+    content = {"benchmark": "llm", "options": to_file(language(given), algo, 2)}
+    path = config(tmp_path, json.dumps(content), "config.json")
+    expected = language([*alone.split(), "--algo", algo, "--seeds", "2"])
+    assert language(["--config", path]) == expected
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from benchmarks.llm.settings import Settings
 from benchmarks.options import check_known
-from iwsft import ImportanceWeights, weights
-from iwsft.datasets.text.rows import Row
+
+if TYPE_CHECKING:
+    from iwsft.datasets.text.rows import Row
 
 # Name -> the module that holds it as RECIPE; it is imported where it is used.
 RECIPES = {
@@ -24,91 +26,8 @@ RECIPES = {
     "s1k": "benchmarks.llm.recipes.s1k",
 }
 
-Preset = Literal["recipe", "paper_llm", "authors_llm"]
 # "score", "interval", "n", and further numbers by name.
 Evaluation = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings of the fine-tuning, plain values: a recipe's, or those of a run.
-
-    Attributes:
-        learning_rate: Peak of AdamW's learning rate.
-        batch_size: Rows of an update, over all processes and accumulation steps.
-        max_steps: Number of updates; this, or ``epochs``.
-        epochs: Passes over the curated data.
-        warmup: Updates of the linear warm-up; below 1, their share of all updates.
-        weight_decay: Weight decay of AdamW.
-        adam_beta1: First beta of AdamW.
-        adam_beta2: Second beta of AdamW.
-        scheduler: Schedule after the warm-up, by transformers' name.
-        max_grad_norm: Norm that gradients are clipped to.
-        max_length: Most tokens of a row; None cuts nothing.
-        cuts: Percentiles of the scores of D+ that SFT and iw-SFT keep; empty keeps all once.
-        quality_cuts: Percentiles of D_Q+, for SFT(Q).
-        sync_every: Updates between hard syncs of q.
-        ema_decay: Decay of q as a moving average, an update.
-        length_normalize: Divide a trajectory's log-probability by its length.
-        preset: Preset of the weights; ``"recipe"`` is the chain of the four fields below.
-        temperature: Factor k of g(x) = k x.
-        reduce: Reduction along the trajectory.
-        max_weight: Value that a larger weight is clipped to.
-        self_normalize: Divide the weights by their mean over the batch.
-        step_clip: Limits of the ratio of a step, in the per-step variant.
-        micro_batch_size: Rows of a forward pass on a device; None takes as many as there are.
-        layout: Layout of the batches.
-        precision: Precision of the matrix products.
-        gradient_checkpointing: Recompute activations in the backward pass.
-        lora_rank: Rank of LoRA adapters on all linear layers, which are then trained alone, at ten
-            times the recipe's learning rate; None trains all weights.
-    """
-
-    learning_rate: float
-    batch_size: int
-    max_steps: int | None = None
-    epochs: float | None = None
-    warmup: float = 0.05
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    scheduler: str = "cosine"
-    max_grad_norm: float = 1.0
-    max_length: int | None = None
-    cuts: tuple[float, ...] = ()
-    quality_cuts: tuple[float, ...] = (0, 50, 75)
-    sync_every: int = 50
-    ema_decay: float = 0.99
-    length_normalize: bool = True
-    preset: Preset = "recipe"
-    temperature: float = 1.0
-    reduce: Literal["sum", "mean"] = "mean"
-    max_weight: float = 16.0
-    self_normalize: bool = False
-    step_clip: tuple[float, float] = (0.2, 1.8)
-    micro_batch_size: int | None = None
-    layout: Literal["padded", "packed"] = "padded"
-    precision: Literal["float32", "bfloat16"] = "float32"
-    gradient_checkpointing: bool = False
-    lora_rank: int | None = None
-
-    def importance_weights(self, *, per_step: bool = False) -> ImportanceWeights:
-        """Build the chain of weights of ``preset``, or that of the per-step variant.
-
-        There each step's ratio, clipped to ``step_clip``, weighs its own loss.
-        """
-        if per_step:
-            return ImportanceWeights(step=(weights.ClipRatio(*self.step_clip),), reduce=None)
-        if self.preset == "paper_llm":
-            return ImportanceWeights.paper_llm()
-        if self.preset == "authors_llm":
-            return ImportanceWeights.authors_llm()
-        last = (weights.SelfNormalize(),) if self.self_normalize else ()
-        return ImportanceWeights(
-            step=(weights.Temperature(self.temperature),),
-            reduce=self.reduce,
-            trajectory=(weights.ClipWeight(max=self.max_weight), *last),
-        )
 
 
 @dataclass(frozen=True)

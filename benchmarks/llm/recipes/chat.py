@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.llm.models import locate, mean_log_probs
-from benchmarks.llm.recipes import Evaluation, Prepared, Recipe, Settings
+from benchmarks.llm.recipes import Evaluation, Prepared, Recipe
+from benchmarks.llm.settings import Settings
 from benchmarks.statistics import interval_over_questions, t_interval
 from iwsft.datasets.text.rows import ASSISTANT, Row, read
 

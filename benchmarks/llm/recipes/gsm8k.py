@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.llm.models import SMOLLM2
-from benchmarks.llm.recipes import Evaluation, Prepared, Settings
+from benchmarks.llm.recipes import Evaluation, Prepared
 from benchmarks.llm.recipes.chat import ChatRecipe, Group
+from benchmarks.llm.settings import Settings
 from iwsft.datasets.text.rows import Row, check_text, to_row
 from iwsft.datasets.text.sources import Record, records
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.llm.models import load_tokenizer
-from benchmarks.llm.recipes import Prepared, Settings
+from benchmarks.llm.recipes import Prepared
 from benchmarks.llm.recipes.chat import ChatRecipe
+from benchmarks.llm.settings import Settings
 from iwsft.datasets.text import s1k
 from iwsft.datasets.text.rows import Row, read
 

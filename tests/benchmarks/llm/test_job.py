@@ -18,10 +18,11 @@ from benchmarks.llm.__main__ import main
 from benchmarks.llm.launch import Launch
 from benchmarks.llm.models import load
 from benchmarks.llm.options import ALGORITHMS, Options, choose_q, parse
-from benchmarks.llm.recipes import RECIPES, Settings, load_recipe
+from benchmarks.llm.recipes import RECIPES, load_recipe
 from benchmarks.llm.recipes.arithmetic.recipe import ArithmeticRecipe
 from benchmarks.llm.recipes.s1k import AUTHORS, PAPER
 from benchmarks.llm.run import Run, curated, training_arguments
+from benchmarks.llm.settings import Settings
 from benchmarks.report.page import write_report
 from benchmarks.results import CONTROL, read_runs, unfinished_runs
 from iwsft.datasets.text.rows import Row
@@ -308,7 +309,7 @@ def test_help_shows_the_recipes_own_settings(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         parse(["--recipe", "s1k", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert all(name in shown for name in RECIPES) and "(default: 22000)" in shown
+    assert all(name in shown for name in RECIPES) and "(set by the recipe: 22000)" in shown
 
 
 def a_run(settings: Settings, processes: int = 1) -> Run:
@@ -348,7 +349,7 @@ def test_d_plus_and_its_multiplicity(small: tuple[str, str], tmp_path: Path) -> 
     _, tokenizer = load(small[0])
     prepared = small_job.RECIPE.prepare(tmp_path, seed=0, model=small[0], data=small[1])
     right = [row for row in prepared.rows if row.correct]
-    settings = Settings(1e-3, 4, max_steps=1, quality_cuts=(0, 50))
+    settings = Settings(learning_rate=1e-3, batch_size=4, max_steps=1, quality_cuts=(0, 50))
 
     def counts(algo: str, **changed: Any) -> list[int]:
         data = curated(a_run(settings), ALGORITHMS[algo], replace(prepared, **changed), tokenizer)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.llm.models import RECORD, load
-from benchmarks.llm.recipes import Evaluation, Prepared, Recipe, Settings
+from benchmarks.llm.recipes import Evaluation, Prepared, Recipe
 from benchmarks.llm.recipes.arithmetic.base import CONTEXT, VOCABULARY, BaseSettings, base_model
 from benchmarks.llm.recipes.arithmetic.task import (
     STRATEGIES,
@@ -27,6 +27,7 @@ from benchmarks.llm.recipes.arithmetic.task import (
     problems,
     split_of,
 )
+from benchmarks.llm.settings import Settings
 from benchmarks.statistics import wilson_interval
 from iwsft.datasets.text.rows import Row, read
 from iwsft.files import written_whole

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.llm.recipes import RECIPES, Settings, load_recipe
+from benchmarks.llm.recipes import RECIPES, load_recipe
+from benchmarks.llm.settings import Settings
 from iwsft.trajectory import Segments
 
 

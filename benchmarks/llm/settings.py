@@ -1,0 +1,121 @@
+"""Settings of the fine-tuning, plain values: a recipe's, or those of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from benchmarks.options import option
+
+if TYPE_CHECKING:
+    from iwsft import ImportanceWeights
+
+Preset = Literal["recipe", "paper_llm", "authors_llm"]
+SOURCE = "set by the recipe"
+setting = partial(option, source=SOURCE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimization:
+    """How to optimise."""
+
+    learning_rate: Annotated[float, setting("FLOAT")]
+    """Peak of AdamW's learning rate."""
+    batch_size: Annotated[int, setting("INT")]
+    """Rows of an update, over all processes and accumulation steps."""
+    max_steps: Annotated[int | None, setting("INT", "none, --epochs counts")] = None
+    """Number of updates, instead of --epochs."""
+    epochs: Annotated[float | None, setting("FLOAT", "none, --max-steps counts")] = None
+    """Passes over the curated data, instead of --max-steps."""
+    warmup: Annotated[float, setting("FLOAT")] = 0.05
+    """Updates of the linear warm-up; below 1, their share of all updates."""
+    scheduler: Annotated[str, setting("NAME")] = "cosine"
+    """Schedule after the warm-up, by transformers' name."""
+    weight_decay: Annotated[float, setting("FLOAT")] = 0.0
+    """Weight decay of AdamW."""
+    adam_beta1: Annotated[float, setting("FLOAT")] = 0.9
+    """First beta of AdamW."""
+    adam_beta2: Annotated[float, setting("FLOAT")] = 0.95
+    """Second beta of AdamW."""
+    max_grad_norm: Annotated[float, setting("FLOAT")] = 1.0
+    """Norm that gradients are clipped to."""
+    lora_rank: Annotated[int | None, setting("INT", "none, all weights are trained")] = None
+    """Rank of LoRA adapters on all linear layers, which are then trained alone, at ten times the
+    recipe's learning rate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curation:
+    """Which rows to train on."""
+
+    max_length: Annotated[int | None, setting("INT", "none, nothing is cut")] = None
+    """Most tokens of a row."""
+    cuts: Annotated[tuple[float, ...], setting("[FLOAT ...]", "none, all rows once")] = ()
+    """Percentiles of the scores of D+ that SFT and iw-SFT keep."""
+    quality_cuts: Annotated[tuple[float, ...], setting("[FLOAT ...]")] = (0, 50, 75)
+    """Percentiles of D_Q+, for SFT(Q)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighting:
+    """How importance weights are computed, in algorithms that have them."""
+
+    preset: Annotated[Preset, setting()] = "recipe"
+    """Preset of the weights; "recipe" is the chain of --temperature, --reduce, --max-weight and
+    --self-normalize."""
+    temperature: Annotated[float, setting("FLOAT")] = 1.0
+    """Factor k of g(x) = k x, of a token's log-ratio x."""
+    reduce: Annotated[Literal["sum", "mean"], setting()] = "mean"
+    """Reduction of the log-ratios along the trajectory."""
+    max_weight: Annotated[float, setting("FLOAT")] = 16.0
+    """Value that a larger weight is clipped to."""
+    self_normalize: Annotated[bool, setting()] = False
+    """Divide the weights by their mean over the batch."""
+    step_clip: Annotated[tuple[float, float], setting("FLOAT FLOAT")] = (0.2, 1.8)
+    """Limits of the ratio of a step, in the per-step variant."""
+    sync_every: Annotated[int, setting("INT")] = 50
+    """Updates between hard syncs of q."""
+    ema_decay: Annotated[float, setting("FLOAT")] = 0.99
+    """Decay of q as a moving average, in an update."""
+    length_normalize: Annotated[bool, setting()] = True
+    """Divide a trajectory's log-probability by its length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """How to spend memory."""
+
+    micro_batch_size: Annotated[int | None, setting("INT", "as many as there are")] = None
+    """Rows of a forward pass on a device."""
+    layout: Annotated[Literal["padded", "packed"], setting()] = "padded"
+    """Layout of the batches."""
+    precision: Annotated[Literal["float32", "bfloat16"], setting()] = "float32"
+    """Precision of the matrix products."""
+    gradient_checkpointing: Annotated[bool, setting()] = False
+    """Recompute activations in the backward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Optimization, Curation, Weighting, Memory):
+    """Settings of the fine-tuning."""
+
+    def importance_weights(self, *, per_step: bool = False) -> ImportanceWeights:
+        """Build the chain of weights of ``preset``, or that of the per-step variant.
+
+        There each step's ratio, clipped to ``step_clip``, weighs its own loss.
+        """
+        from iwsft import ImportanceWeights, weights
+
+        if per_step:
+            return ImportanceWeights(step=(weights.ClipRatio(*self.step_clip),), reduce=None)
+        if self.preset == "paper_llm":
+            return ImportanceWeights.paper_llm()
+        if self.preset == "authors_llm":
+            return ImportanceWeights.authors_llm()
+        last = (weights.SelfNormalize(),) if self.self_normalize else ()
+        return ImportanceWeights(
+            step=(weights.Temperature(self.temperature),),
+            reduce=self.reduce,
+            trajectory=(weights.ClipWeight(max=self.max_weight), *last),
+        )
