@@ -11,6 +11,7 @@ EXTRAS = {
     "accelerate": "language",
     "datasets": "language",
     "deepspeed": "deepspeed",
+    "docstring_parser": "cli",
     "gguf": "language",
     "gymnasium": "control",
     "gymnasium_robotics": "robotics",

@@ -24,7 +24,7 @@ from benchmarks.options import (
     parse_groups,
     to_config,
 )
-from iwsft.extras import require
+from iwsft.extras import EXTRAS, require
 
 if TYPE_CHECKING:
     from iwsft.objective import Proposal
@@ -278,6 +278,8 @@ def _check(options: Options, settings: Settings, changed: dict[str, Any]) -> Non
         )
 
     for tracker in options.report_to:
+        if tracker in EXTRAS:
+            require(tracker)
         check_known("installed tracker", tracker, get_available_reporting_integrations())
     if options.device is not None:
         check_known("device", options.device, ("cpu", "cuda"))
