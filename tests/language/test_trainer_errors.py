@@ -96,8 +96,10 @@ def test_held_out_data_are_missing(tmp_path: Path) -> None:
         trainer(tmp_path, eval_trajectories=trajectories()).evaluate(trajectories())
 
 
-def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
-    run = trainer(tmp_path, learning_rate=1e30, proposal="reference", **SAVED)
+@pytest.mark.parametrize("own", [{"max_steps": 4}, {**SAVED, "logging_steps": 100}], ids=str)
+def test_a_loss_that_is_not_finite(tmp_path: Path, own: dict[str, Any]) -> None:
+    """It is seen where a line is logged, and where a checkpoint is saved."""
+    run = trainer(tmp_path, learning_rate=1e30, proposal="reference", **own)
     with pytest.raises(FloatingPointError, match="no longer finite.*lower learning_rate"):
         run.train()
     assert not list(tmp_path.glob("checkpoint-*"))
