@@ -342,7 +342,8 @@ def main() -> None:
         )
         return same_code and (same_tests or row["result"] != "survived")
 
-    queue = sorted((m for m in chosen if not is_known(m)), key=lambda mutant: mutant.file)
+    # In the order of a draw, so that a part of the sample is a sample.
+    queue = [mutant for mutant in chosen if not is_known(mutant)]
     for module in PRELOADED:
         __import__(module)
     # Garbage collections of the processes leave out what is loaded.

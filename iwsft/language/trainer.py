@@ -209,8 +209,8 @@ class ImportanceWeightedTrainer(WeightedTrainer):
         update = self.state.global_step
         cached = self._cached
         if cached is not None and update >= cached["until"]:
-            last = max(self.state.max_steps, update + 1)
-            self._weigh(cached, range(update, min(update + (self.args.sync_every or 1), last)))
+            stop = min(update + (self.args.sync_every or 1), self.state.max_steps)
+            self._weigh(cached, range(update, stop))
         batches = [next(epoch_iterator) for _ in range(num_batches)]
         draws = torch.zeros((), dtype=torch.float64, device=device)
         for batch in batches:

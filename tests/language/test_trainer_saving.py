@@ -131,8 +131,8 @@ def test_a_checkpoint_is_named_in_any_form(
     "own",
     [
         # In the middle of an epoch of three updates, and at the end of one.
-        {"max_steps": 4},
-        {"max_steps": 3},
+        {"max_steps": 4, "proposal": "cached", "sync_every": 3},
+        {"max_steps": 3, **LAGGED},
         {"max_steps": -1, "num_train_epochs": 1},
         {"callbacks": True, **JUDGED},
     ],
