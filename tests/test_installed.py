@@ -129,9 +129,9 @@ def test_a_job_of_language(programs: Path, tmp_path: Path) -> None:
             for answer in (2 * number, number + 1):
                 row = {"prompt": f"{number} + {number} =", "completion": f" {answer}"}
                 file.write(json.dumps({**row, "correct": answer == 2 * number}) + "\n")
-    job = ("--recipe", "gsm8k", "--algo", "iw-sft", "--model", "model", "--data", "rows.jsonl")
-    run(programs / "python", "-m", "benchmarks.llm", *job, "--max-steps", 2, cwd=tmp_path)
-    result = tmp_path / "runs/llm/gsm8k/iw-sft/seed-0/result.json"
+    job = ("--model", "model", "--data", "rows.jsonl", "--max-steps", 2, "--jobs", 1)
+    run(programs / "iwsft", "finetune", *job, cwd=tmp_path)
+    result = tmp_path / "runs/llm/chat/iw-sft/seed-0/result.json"
     assert json.loads(result.read_text())["steps"] == 2
 
 
