@@ -169,7 +169,10 @@ class Training:
     estimator: Estimator = "steps"
     """Batches of single steps with cached weights (q synced hard), or the paper's batches of whole
     trajectories (q a moving average): the same expected loss at a hundredth of the cost."""
-    steps: Annotated[int | None, option("INT", "Table 4, or the baseline's own number")] = None
+    steps: Annotated[
+        int | None,
+        option("INT", "Table 4, or the baseline's own number", aliases=("--max-steps",)),
+    ] = None
     """Updates of the run."""
     baseline_steps: Annotated[int | None, option("INT", "that of --steps")] = None
     """Updates of awac, iql, td3-bc, cql and dt."""

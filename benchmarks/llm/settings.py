@@ -24,7 +24,9 @@ class Optimization:
     """Peak of AdamW's learning rate."""
     batch_size: Annotated[int, setting("INT")]
     """Rows of an update, over all processes and accumulation steps."""
-    max_steps: Annotated[int | None, setting("INT", "none, --epochs counts")] = None
+    max_steps: Annotated[
+        int | None, setting("INT", "none, --epochs counts", aliases=("--steps",))
+    ] = None
     """Number of updates, instead of --epochs."""
     epochs: Annotated[float | None, setting("FLOAT", "none, --max-steps counts")] = None
     """Passes over the curated data, instead of --max-steps."""

@@ -15,6 +15,7 @@ from benchmarks.__main__ import COMMANDS, main
 from benchmarks.d4rl.options import Options
 from benchmarks.d4rl.run import Run, options_of
 from benchmarks.llm.options import parse as language
+from benchmarks.llm.options import parse as parse_llm
 from benchmarks.llm.options import to_file
 from benchmarks.options import parse
 from iwsft import __version__
@@ -170,3 +171,9 @@ def test_a_wrong_config_file_ends_in_one_line(
         parse(Options, "d4rl", None, ["--config", str(tmp_path / name)])
     line: Any = error.value.code
     assert line.startswith("error: ") and message in line and "\n" not in line
+
+
+@pytest.mark.parametrize("flag", ["--steps", "--max-steps"])
+def test_the_number_of_updates_has_the_names_of_both_commands(flag: str) -> None:
+    assert parse(Options, "d4rl", None, [flag, "5"]).steps == 5
+    assert parse_llm(["--algo", "sft", flag, "5"]).settings.max_steps == 5
