@@ -70,7 +70,6 @@ class ImportanceWeightedConfig(TrainingArguments):
             ("metric_for_best_model", "without eval_strategy", self.eval_strategy == "no"),
             ("per_device_train_batch_size", "with token_budget", self.token_budget is not None),
             ("pad_to_multiple_of", "with layout='packed'", self.layout == "packed"),
-            ("reference_cache", "with proposal='reference'", self.proposal == "reference"),
         ):
             if unread and self._is_set(name):
                 unused.append(f"{name} {where}")

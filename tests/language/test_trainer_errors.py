@@ -59,7 +59,6 @@ def test_settings_without_effect_are_named(tmp_path: Path) -> None:
     for own, problem in (
         ({"token_budget": 64, "per_device_train_batch_size": 2}, "per_device_.* with token_budget"),
         ({"layout": "packed", "pad_to_multiple_of": 16}, "pad_to_multiple_of with layout='packed'"),
-        ({"proposal": "reference", "reference_cache": "x"}, "reference_cache with proposal="),
         ({"include_for_metrics": ["loss"]}, "include_for_metrics"),
     ):
         with pytest.warns(UserWarning, match=f"without effect here: {problem}"):
