@@ -15,7 +15,6 @@ from benchmarks.__main__ import COMMANDS, main
 from benchmarks.d4rl.options import Options
 from benchmarks.d4rl.run import Run, options_of
 from benchmarks.llm.options import parse as language
-from benchmarks.llm.options import parse as parse_llm
 from benchmarks.llm.options import to_file
 from benchmarks.options import parse
 from iwsft import __version__
@@ -176,4 +175,4 @@ def test_a_wrong_config_file_ends_in_one_line(
 @pytest.mark.parametrize("flag", ["--steps", "--max-steps"])
 def test_the_number_of_updates_has_the_names_of_both_commands(flag: str) -> None:
     assert parse(Options, "d4rl", None, [flag, "5"]).steps == 5
-    assert parse_llm(["--algo", "sft", flag, "5"]).settings.max_steps == 5
+    assert language(["--algo", "sft", flag, "5"]).settings.max_steps == 5
