@@ -22,6 +22,7 @@ from iwsft.trajectory import (
     REWARD,
     TRAJ_IDS,
     Segments,
+    check_links,
     check_tensordict,
     fit,
     lengths,
@@ -79,6 +80,7 @@ def curate(
         raise ValueError(f"these hold {MULTIPLICITY!r} already; curate the data they come from")
     padded = len(Segments.of(trajectories).shape) == 2
     packed = pack(trajectories) if padded else trajectories
+    check_links(packed)
     sizes = lengths(packed)
     # Scores are few and compared on the host, so that a seed means the same on any device.
     scores = trajectory_scores(packed, score).detach().cpu()

@@ -30,6 +30,7 @@ from iwsft.trajectory import (
     TOKENS,
     TRAJ_IDS,
     Segments,
+    check_links,
 )
 
 _log = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ def annotate_reference(
     Warns:
         UserWarning: Adapters change the log-probs already, so the first weights are not 1.
     """
+    check_links(trajectories)
     # Chunks in the order of the data, unless padding would then be large.
     tokens = TOKENS in trajectories.keys(True) and trajectories.batch_dims == 1
     forward = ForwardPass(

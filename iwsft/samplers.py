@@ -21,6 +21,7 @@ from iwsft.trajectory import (
     TERMINATED,
     TRAJ_IDS,
     Segments,
+    check_links,
     lengths,
     per_trajectory,
     steps_of,
@@ -68,6 +69,7 @@ class _Sampler(ABC):
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         if len(Segments.of(trajectories).shape) != 1:
             raise ValueError("these trajectories are padded; use trajectory.pack(trajectories)")
+        check_links(trajectories)
         self.trajectories = trajectories
         self.batch_size = batch_size
         self.keys = None if keys is None else tuple(keys)

@@ -300,6 +300,35 @@ def check_tensordict(trajectories: object) -> None:
     raise TypeError(f"trajectories are a TensorDict, not a {type(trajectories).__name__}{hint}")
 
 
+def check_links(packed: TensorDictBase) -> None:
+    """Refuse a trajectory that the data show to be two.
+
+    ``torch.cat`` of two collectors' episodes can give neighbours equal ids. Then the next
+    observation of a step is not the observation of the following one, as it is elsewhere.
+
+    Raises:
+        ValueError: It is so in at least half of the steps, but not in all.
+    """
+    present = packed.keys(True, True)
+    if OBSERVATION not in present or NEXT_OBSERVATION not in present:
+        return
+    segments = Segments.of(packed)
+    following, observation = packed.get(NEXT_OBSERVATION)[:-1], packed.get(OBSERVATION)[1:]
+    if len(segments.shape) != 1 or following.shape != observation.shape:
+        return
+    inner = (segments.index[1:] == segments.index[:-1]) & segments.valid[1:] & segments.valid[:-1]
+    linked = (following == observation).flatten(1).all(1)
+    breaks = inner & ~linked
+    # Where most steps break, the next observations follow another convention.
+    if 0 < int(breaks.sum()) <= int(inner.sum()) // 2:
+        step = int(breaks.nonzero()[0]) + 1
+        raise ValueError(
+            f"step {step} does not begin where step {step - 1} of its trajectory ends: "
+            f"{NEXT_OBSERVATION!r} and {OBSERVATION!r} differ; give each episode its own "
+            f"{TRAJ_IDS!r}, or set {DONE!r} at its last step"
+        )
+
+
 def validate(
     trajectories: TensorDictBase, *, keys: Iterable[NestedKey] = (OBSERVATION, ACTION)
 ) -> None:
@@ -314,11 +343,13 @@ def validate(
     Raises:
         KeyError: An entry is missing.
         ValueError: An entry has a wrong dtype or shape, NaN or infinity, the ids are out of order,
-            a multiplicity is negative, there is no step, or a trajectory has every step masked.
+            a trajectory consists of two, a multiplicity is negative, there is no step, or a
+            trajectory has every step masked.
     """
     segments = Segments.of(trajectories)
     if len(segments.shape) == 1:
         _check_order(trajectories.get(TRAJ_IDS), TRAJ_IDS)
+        check_links(trajectories)
     present = set(trajectories.keys(True, True))
     keys = tuple(keys)
     for key in keys:
