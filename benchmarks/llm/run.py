@@ -102,11 +102,7 @@ class Run(runs.Run[Options]):
 
 
 def prepare(run: Run) -> Prepared:
-    """Make model and rows, or find them in the cache that the runs of a recipe share.
-
-    Raises:
-        ValueError: The model or the rows can't be found or used, see ``Recipe.prepare``.
-    """
+    """Make model and rows, or find them in the cache of a recipe's runs; see ``Recipe.prepare``."""
     options = run.options
     given: dict[str, Any] = {name: getattr(options, name) for name in _SOURCES}
     if options.model is not None:
@@ -261,12 +257,13 @@ def training_arguments(run: Run, algorithm: Variant) -> dict[str, Any]:
         raise ValueError(f"--micro-batch-size {micro} does not divide the {own} draws of a process")
     proposal, sync_every = choose_q(algorithm, settings, accumulation * processes)
     on_cpu = run.launch.device == "cpu"
+    reference = None if proposal == "reference" else str(run.shared_folder / "reference")
     return {
         "output_dir": str(run.folder / CHECKPOINTS),
         "proposal": proposal,
         "sync_every": sync_every,
         "ema_decay": settings.ema_decay if proposal == "lagged" else None,
-        "reference_cache": str(run.shared_folder / "reference"),
+        "reference_cache": reference,
         **{name: getattr(settings, name) for name in _SAME_NAME},
         "lr_scheduler_type": settings.scheduler,
         "warmup_steps": settings.warmup,

@@ -285,6 +285,17 @@ def test_errors_that_can_be_known_come_at_once(words: str, message: str, tmp_pat
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "package"), [("--report-to wandb", "wandb"), ("--lora-rank 4", "peft")]
+)
+def test_a_missing_package_is_named(
+    words: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("iwsft.extras.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=f"{package} is not installed: pip install 'iwsft"):
+        parse(words.split())
+
+
 def test_missing_options_are_the_recipes() -> None:
     arithmetic = load_recipe("arithmetic")
     options = parse([])
