@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import shutil
@@ -37,6 +38,8 @@ html_show_sourcelink = False
 pygments_style, pygments_dark_style = "friendly", "monokai"
 
 myst_heading_anchors = 3
+# A line may begin with "% interval".
+myst_disable_syntax = ["myst_line_comment"]
 myst_enable_extensions = ["colon_fence"]
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
@@ -47,7 +50,7 @@ nb_output_stderr = "remove"
 
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "undoc-members": False, "show-inheritance": False}
+autodoc_default_options = {"members": True}
 napoleon_use_rtype = False
 napoleon_use_ivar = True
 napoleon_custom_sections = [("Yields", "params_style")]
@@ -71,7 +74,17 @@ def _copy_results(app: Any, error: Exception | None) -> None:
             shutil.copy(path, Path(app.outdir) / "results")
 
 
+def _own_signature(app: Any, what: str, name: str, thing: Any, *rest: Any) -> Any:
+    """Take the arguments of a class from its constructor where a metaclass hides them."""
+    if what != "class" or rest[1] != "(*args, **kwargs)" or "__init__" not in vars(thing):
+        return None
+    whole = inspect.signature(thing.__init__)
+    plain = [p.replace(annotation=p.empty) for p in list(whole.parameters.values())[1:]]
+    return str(inspect.Signature(plain)), None
+
+
 def setup(app: Any) -> None:
-    """Register both with Sphinx."""
+    """Register the functions above with Sphinx."""
+    app.connect("autodoc-process-signature", _own_signature)
     app.connect("source-read", _follow_links)
     app.connect("build-finished", _copy_results)
