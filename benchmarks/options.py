@@ -151,8 +151,13 @@ def config_words(
     path: Path | None = parser.parse_known_args(list(words))[0].config
     if path is None:
         return []
+    options, fixed = _read_config(path, command), command.split()[1:]
+    for name, value in zip(fixed[::2], fixed[1::2], strict=True):
+        other = options.get(name.removeprefix("--"), value)
+        if other != value:
+            raise ValueError(f"{path} has {name} {other}; `iwsft {command.split()[0]}` takes it")
     out: list[str] = []
-    for name, value in _read_config(path, command).items():
+    for name, value in options.items():
         known = name.replace("-", "_")
         if known not in names:
             near = difflib.get_close_matches(known, names, n=1)

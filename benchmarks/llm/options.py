@@ -182,12 +182,20 @@ _UNKNOWN = dict.fromkeys(("algo", "seeds", *(each.name for each in fields(Settin
 
 
 def read_form(words: Sequence[str], command: str, description: str | None) -> dict[str, Any]:
-    """Read a command line without its recipe, whose imports take seconds.
+    """Read a command line without its recipe, whose imports take seconds; print the help.
 
     What a recipe sets is None where the command line does not.
     """
-    words = [word for word in words if word not in _HELP]
-    return parse_groups(_GROUPS, command, description, words, defaults_of(_GROUPS), _UNKNOWN)
+    asked = [word for word in words if word not in _HELP]
+    given = parse_groups(_GROUPS, command, description, asked, defaults_of(_GROUPS), _UNKNOWN)
+    if len(asked) < len(words):
+        try:
+            recipe = load_recipe(given["recipe"])
+        except ValueError as error:
+            raise SystemExit(f"error: {error}") from error
+        start = _start(recipe, given["preset"], given["lora_rank"])
+        parse_groups(_GROUPS, command, description, ["--help"], _defaults(given, start))
+    return given
 
 
 def parse(
@@ -206,10 +214,7 @@ def parse(
     start = _start(recipe, given["preset"], given["lora_rank"])
     # The length of training is set in one of two ways; the one that is given replaces the other.
     blank = replace(start, max_steps=None, epochs=None)
-    shown = start if _HELP & set(words) else blank
-    defaults = {**defaults_of(_GROUPS), **vars(shown), "recipe": given["recipe"]}
-    defaults |= {"algo": recipe.algos, "seeds": recipe.seeds}
-    values = parse_groups(_GROUPS, command, description, words, defaults)
+    values = parse_groups(_GROUPS, command, description, words, _defaults(given, blank))
     settings = Settings(**{each.name: values.pop(each.name) for each in fields(Settings)})
     options = Options(**values, settings=settings)
     if recipe.compares and BASE not in options.algo:
@@ -222,6 +227,14 @@ def parse(
     _check(options, settings, changed)
     _check_data(options, recipe)
     return replace(options, settings=settings)
+
+
+def _defaults(given: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """Defaults of all options, by name: those of the recipe that is given, with these settings."""
+    name = given["recipe"]
+    recipe = load_recipe(name)
+    own = {"recipe": name, "algo": recipe.algos, "seeds": recipe.seeds}
+    return {**defaults_of(_GROUPS), **vars(settings), **own}
 
 
 def _start(recipe: Recipe, preset: str | None, lora_rank: int | None) -> Settings:

@@ -82,6 +82,26 @@ for command in {list(COMMANDS)}:
     assert "--seeds" in done.stderr
 
 
+def test_the_help_of_fine_tuning_imports_nothing_heavy() -> None:
+    code = """
+import sys
+from benchmarks.__main__ import main
+sys.argv = ["iwsft", "finetune", "--help"]
+try:
+    main()
+except SystemExit:
+    print({"torch", "transformers"} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.endswith("set()\n"), done.stderr
+
+
+def test_fine_tuning_refuses_the_config_of_another_recipe(tmp_path: Path) -> None:
+    path = config(tmp_path, "recipe: gsm8k")
+    with pytest.raises(SystemExit, match="run.yaml has --recipe gsm8k; `iwsft llm` takes it"):
+        language(["--recipe", "chat", "--config", path], command="llm --recipe chat")
+
+
 def config(folder: Path, text: str, name: str = "run.yaml") -> str:
     """Write a config file; its path."""
     (folder / name).write_text(text)

@@ -11,19 +11,20 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.llm.models import locate, mean_log_probs
 from benchmarks.llm.recipes import Evaluation, Prepared, Recipe
 from benchmarks.llm.settings import Settings
 from benchmarks.statistics import interval_over_questions, t_interval
-from iwsft.datasets.text.rows import ASSISTANT, Row, read
+
+if TYPE_CHECKING:
+    from iwsft.datasets.text.rows import Row
 
 # Rows of one prompt.
-Group = list[Row]
+Group: TypeAlias = "list[Row]"
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ class ChatRecipe(Recipe):
     ) -> Prepared:
         """See :meth:`Recipe.prepare`; nothing is drawn, so all seeds have the same rows."""
         del seed, trust_remote_code
+        # The help of a command shows the settings above, without the imports of a run.
+        from benchmarks.llm.models import locate
+
         place = locate(model or self.model, folder)
         rows, share = self.read(data or self.data), eval_share or self.share
         groups: list[Group] | None = None
@@ -131,6 +135,8 @@ class ChatRecipe(Recipe):
         nats; ``log_prob`` is their mean, and ``score`` its exp. Where prompts have right and wrong
         answers, the figures of :func:`right_against_wrong` come with the prefix ``right_wrong_``.
         """
+        from benchmarks.llm.models import mean_log_probs
+
         log_probs = mean_log_probs(
             model, tokenizer, self.tested_rows(prepared), max_length=self.defaults.max_length
         )
@@ -158,6 +164,8 @@ def read_rows(source: str) -> list[Row]:
 
     A folder or the name of a dataset may end in ``:SPLIT`` or ``:SPLIT:CONFIG``.
     """
+    from iwsft.datasets.text.rows import read
+
     name, *parts = source.split(":")
     if not parts or Path(source).expanduser().exists():
         return read(source)
@@ -241,6 +249,8 @@ def _mark(group: Group) -> bytes:
 
 
 def _prompt(row: Row) -> str:
+    from iwsft.datasets.text.rows import ASSISTANT
+
     if row.messages is None:
         prompt = row.prompt
     else:
