@@ -22,7 +22,7 @@ from iwsft.checkpoint import CheckpointError, differences
 from iwsft.extras import named
 from iwsft.files import full_disk_named, written_whole
 
-CONFIG, RESULT = "config.json", "result.json"
+CONFIG, RESULT, VIDEO = "config.json", "result.json", "video.mp4"
 # What settings, data, disk and network can cause. Anything else is a bug and keeps its traceback.
 EXPECTED = (
     CheckpointError,

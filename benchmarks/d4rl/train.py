@@ -21,7 +21,7 @@ from tensordict.nn import TensorDictModuleBase
 from baselines import Learner
 from benchmarks.d4rl import settings as paper
 from benchmarks.d4rl.run import Run, Task, reference_settings_of, settings_of, sizes
-from benchmarks.runs import CONFIG, RESULT, alone_in, write_json
+from benchmarks.runs import CONFIG, RESULT, VIDEO, alone_in, write_json
 from iwsft import checkpoint, metrics
 from iwsft.diagnostics import diagnose, weighted_mean
 from iwsft.files import written_whole
@@ -42,7 +42,6 @@ _CURVE_POINTS = 10
 # Seeds of the learning curve's episodes differ from those of the final score.
 _CURVE_SEED = 10_000
 _SAMPLERS = {"steps": StepSampler, "trajectories": TrajectorySampler}
-VIDEO = "video.mp4"
 
 
 def train_and_score(run: Run, report: Report) -> dict[str, Any]:

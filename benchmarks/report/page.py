@@ -21,6 +21,7 @@ from benchmarks.report.document import (
 )
 from benchmarks.report.language import RecipeRuns, read_recipes
 from benchmarks.report.scores import Cell, base, runs_of
+from benchmarks.report.videos import add_videos
 from benchmarks.statistics import MIN_SEEDS
 from iwsft.files import written_whole
 
@@ -80,6 +81,7 @@ def write_report(folder: Path, out: Path) -> Path:
     for name in re.findall(r"^!\[.*\]\(([\w-]+\.png)\)$", earlier, re.MULTILINE):
         if name not in written:
             (out / name).unlink(missing_ok=True)
+    add_videos(out / PAGE, runs)
     return out / PAGE
 
 
