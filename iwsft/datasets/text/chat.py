@@ -18,7 +18,10 @@ from iwsft.datasets.text.turns import Conversation, Rendered
 
 _MARKERS = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
 # Keys of a message with text of their own.
-_MESSAGE_KEYS = ("tools", "functions", "documents")
+_MESSAGE_KEYS = (
+    *("tools", "functions", "documents", "context", "tool_plan", "tool_call", "thought"),
+    *("thoughts", "rationale", "reasoning_details", "thinking_blocks", "attachments"),
+)
 
 
 class ChatEncoder:

@@ -13,6 +13,7 @@ read, such as ids. A row is refused where one of them would change its text or i
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,10 +30,18 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 # Names by which data says whether a turn or a row is trained on, and the value of those that are.
 _SWITCHES = {"train": True, "training": True, "loss": True, "loss_scale": True, "masked": False}
 _OTHER_SWITCHES = ("mask", "loss_mask", "train_detail")
+# Other names for the same, and for weights; some are on where they are false.
+_SWITCH_NAME = re.compile(
+    r"(?!train(ing)?_loss$)"
+    r"((is|should|use|do|no|compute|apply|in|token|turn|message|sample|loss|train(ing)?)_)?"
+    r"(train(ed|able|ing)?|learn(able)?|loss|masks?|masked|(un)?mask(ed)?|weights?|ignored?"
+    r"|skip(ped)?|supervised)(_(on|turns?|on_turns?|weights?|masks?))?"
+)
+_OFF_WHERE_TRUE = re.compile(r"(is_)?mask|no_|.*(ignore|skip)")
 # Columns whose text belongs to a conversation.
 _TEXTS = (
     *("prompt", "completion", "system", "system_prompt", "history", "context", "instruction"),
-    *("input", "documents", *REASONING),
+    *("input", "documents", "instructions", "system_message", "preamble", *REASONING),
 )
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 # Arguments of a rendering that are not the row's.
@@ -222,12 +231,24 @@ def _is_left_out(message: Message, where: str) -> bool:
         if value == on and name != "weight" and message["role"] != ASSISTANT:
             raise ValueError(f"{where}: only the assistant's turns are trained on; drop {name!r}")
         trained.add(value == on)
-    for name in _OTHER_SWITCHES if message["role"] == ASSISTANT else ():
-        if message.get(name) not in (None, []):
+    for name in message if message["role"] == ASSISTANT else ():
+        other = name in _OTHER_SWITCHES and message[name] != []
+        if other or _counts_less(name, message[name]):
             raise ValueError(f"{where}: {name!r} is not read; write it as a weight of 0 or 1")
     if len(trained) > 1:
         raise ValueError(f"{where}: one says that the turn is trained on, another that it is not")
     return trained == {False}
+
+
+def _counts_less(name: str, value: Any) -> bool:
+    """Whether a name that is not read may say that its text is left out, or has a weight."""
+    if name in {"weight", *_SWITCHES} or not _SWITCH_NAME.fullmatch(str(name)):
+        return False
+    if isinstance(value, list):
+        return bool(value)
+    if "weight" in name:
+        return isinstance(value, int | float) and value != 1
+    return value in (True, False) and value == bool(_OFF_WHERE_TRUE.match(str(name)))
 
 
 def _check_media(record: Mapping[str, Any], where: str) -> None:
@@ -241,12 +262,16 @@ def _check_unread(
 ) -> None:
     """Check that the columns that are not read change neither the text nor the training."""
     _check_media(record, where)
-    for name, on in {**_SWITCHES, "mask": False, "unmask": False, "label": True}.items():
-        if record.get(name) in (True, False) and record[name] != on:
+    switches = {**_SWITCHES, "unmask": False, "label": True}
+    for name, value in record.items():
+        off = name in switches and value in (True, False) and value != switches[name]
+        if off or (name not in switches and _counts_less(name, value)):
             raise ValueError(
                 f"{where}: column {name!r} is not read; write it as 'weight' or 'correct', or drop "
                 "it"
             )
+    if record.get("functions"):
+        raise ValueError(f"{where}: 'functions' is an old form; write them as 'tools'")
     if "tools" not in read and record.get("tools"):
         raise ValueError(f"{where}: 'tools' need 'messages'; write the row so, or drop them")
     place = "messages" if "messages" in read else "prompt"

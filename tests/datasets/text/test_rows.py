@@ -143,6 +143,11 @@ def test_turns_that_data_of_other_programs_leaves_out_weigh_0(switch):
             {"train_detail": [{"begin_offset": 0, "train": False}]},
             "message 1: 'train_detail' is not read",
         ),
+        ({"trainable": False}, "message 1: 'trainable' is not read; write it as a weight of 0"),
+        ({"loss_weight": 0.5}, "message 1: 'loss_weight' is not read"),
+        ({"is_masked": 1}, "message 1: 'is_masked' is not read"),
+        ({"no_loss": True, "weight": 1}, "message 1: 'no_loss' is not read"),
+        ({"token_weights": [0, 1]}, "message 1: 'token_weights' is not read"),
         ({"images": ["a.png"]}, "message 1: 'images' can't be trained on"),
     ],
 )
@@ -156,6 +161,7 @@ def test_switches_and_contents_of_a_turn_that_are_not_known(more, error):
 HARMLESS: list[dict[str, Any]] = [
     {"id": 3, "source": "x", "num_tokens": 9, "category": "math", "train": True, "loss": 1.3},
     {"prompt": "2+2?", "chosen": CHAT["messages"], "rejected": [turn("assistant", "5")]},
+    {"trainable": True, "sample_weight": 1.0, "no_loss": False, "train_loss": 0, "skip": None},
     {"system": "", "label": True, "images": [], "history": [], "tools": None, "context": 5},
     {"prompt": [turn("user", "2 + 2?")], "rejected": "5", "label": "arithmetic"},
 ]
@@ -181,6 +187,10 @@ def test_columns_that_change_nothing_are_not_read(columns):
         ({"label": False}, "column 'label' is not read; write it as 'weight' or 'correct'"),
         ({"train": False}, "column 'train' is not read"),
         ({"unmask": True}, "column 'unmask' is not read"),
+        ({"sample_weight": 0.3}, "column 'sample_weight' is not read"),
+        ({"turn_weights": [0, 1]}, "column 'turn_weights' is not read"),
+        ({"ignore": True}, "column 'ignore' is not read"),
+        ({"functions": [{"name": "f"}]}, "'functions' is an old form; write them as 'tools'"),
         ({"image": {"bytes": "x"}}, "'image' can't be trained on"),
     ],
 )
