@@ -35,12 +35,14 @@ from iwsft.datasets.actions import check_fit, find_bounds, spaces_of
 from iwsft.datasets.dataset import WHOLE, Bounds, OfflineDataset, fingerprint_of
 from iwsft.datasets.ends import find_ends, move_time_limits
 from iwsft.datasets.episodes import Flags, Floats, Steps, check_actions, check_steps, cut_steps
-from iwsft.datasets.marks import NAMES, marked_ends
+from iwsft.datasets.marks import kind_of, marked_ends
 
 if TYPE_CHECKING:
     import h5py
 
 REQUIRED = ("observations", "actions", "rewards", "terminals")
+# Groups in which programs keep what they record beside the steps.
+_BESIDE = ("infos", "info", "env_infos", "meta", "metadata")
 # Environments whose step clips the action to [-1, 1].
 _CLIPPING = ("AdroitHand", "FrankaKitchen")
 
@@ -80,10 +82,10 @@ def read(
     with damage_named(where, "the HDF5 file"):
         file = h5py.File(path, "r")
         stored, names = dict(file.attrs), set(file)
-        infos = file.get("infos")
+        beside = [file.get(name) for name in _BESIDE]
     with file:
         steps = _read_steps(file, names, where)
-        groups = (file, infos) if isinstance(infos, h5py.Group) else (file,)
+        groups = [file, *(group for group in beside if isinstance(group, h5py.Group))]
         marks = _read_marks(groups, where, len(steps.rewards))
     entry = None if "env_id" in stored else catalog.find(name or path.name)
     env_id, env_kwargs = (entry.env_id, entry.env_kwargs) if entry else _environment(stored, where)
@@ -208,10 +210,10 @@ def _read_steps(file: h5py.File, names: set[str], where: str) -> Steps:
 
 
 def _read_marks(groups: Sequence[h5py.Group], where: str, rows: int) -> dict[str, Flags]:
-    """Read the other fields, here and in ``infos``, that tell where episodes end."""
+    """Read the other fields, here and in groups beside, that tell where episodes end."""
     marks = {}
     for group in groups:
-        for name in sorted(NAMES.intersection(group)):
+        for name in sorted(filter(kind_of, group)):
             values = _values(group, name, where)
             ends = None if values is None else marked_ends(name, values, rows, where)
             if ends is not None:

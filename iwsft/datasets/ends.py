@@ -14,7 +14,7 @@ import numpy as np
 
 from iwsft.datasets.dynamics import Dynamics, column_spread, distance
 from iwsft.datasets.episodes import CHUNK, Flags, Floats, Steps
-from iwsft.datasets.marks import FACTORS, TERMINAL, TRUNCATED
+from iwsft.datasets.marks import kind_of
 
 Limit = Callable[[], int | None]
 
@@ -57,9 +57,13 @@ def find_ends(
         _check_cuts(steps, cuts, source)
     steps = _end(steps, cuts, "at the environment's limit of steps", notes)
     steps = _mend_following(steps, notes)
-    if len(steps.rewards) > 1 and not _ends(steps).any():
-        notes.append(f"no end of an episode is marked: {len(steps.rewards):,} rows are one")
-        notes[-1] += " trajectory"
+    rows, ends = len(steps.rewards), _ends(steps)
+    if rows > 1 and not ends.any():
+        notes.append(f"no end of an episode is marked: {rows:,} rows are one trajectory")
+    elif rows / 2 < ends.sum() < rows:
+        notes.append(f"{int(ends.sum()):,} of {rows:,} rows end an episode: are flags inverted?")
+    elif ends[0] and not ends[-1] and ends.sum() > 2 and not (ends[1:] & ends[:-1]).any():
+        notes.append("the first row ends an episode, the last does not: do flags mark first rows?")
     return steps, notes
 
 
@@ -99,11 +103,13 @@ def _join_marks(steps: Steps, marks: Mapping[str, Flags], source: str) -> tuple[
     """Add the ends of other fields; those of the environment itself are terminals."""
     notes: list[str] = []
     cut = steps.timeouts.copy()
-    for name in TRUNCATED & marks.keys():
-        cut |= marks[name]
-    for name in sorted(marks, key=lambda name: (name not in TERMINAL | FACTORS, name)):
+    terminal = {name for name in marks if kind_of(name) in ("terminal", "factor")}
+    for name in marks:
+        if kind_of(name) == "truncated":
+            cut |= marks[name]
+    for name in sorted(marks, key=lambda name: (name not in terminal, name)):
         flags = marks[name]
-        kind = "terminal" if name in TERMINAL | FACTORS else "timeout"
+        kind = "terminal" if name in terminal else "timeout"
         if kind == "terminal":
             differ = np.flatnonzero(steps.terminals & ~flags & ~cut)
             if len(differ):
@@ -169,7 +175,13 @@ def _torn(steps: Steps, source: str) -> Flags:
     torn = np.zeros(len(steps.rewards), dtype=bool)
     assert steps.next_observations is not None
     following, then = steps.next_observations[:-1], steps.observations[1:]
+    own = steps.observations[:-1]
     inside = ~_ends(steps)[:-1]
+    if not _differ(following, own).any() and _differ(own, then).mean() > 0.1:
+        raise ValueError(
+            f"{source}: 'next_observations' are the row's own observations; leave them out, or "
+            "write the next ones"
+        )
     torn[:-1] = _differ(following, then) & inside
     if torn.sum() > max(1, inside.sum() / 2):
         # Noise of a sensor is small compared with the spread of the observations.

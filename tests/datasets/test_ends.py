@@ -68,6 +68,19 @@ IDS[6 + 9 :] += 1
         ("episode_lengths", np.array(SIZES)),
         ("traj_lengths", np.array(SIZES)[:, None]),
         ("episode_ends", ENDS + 1),
+        ("meta/episode_ends", ENDS + 1),
+        ("truncs", flags(ENDS)),
+        ("time_outs", flags(ENDS[[0, 2, 3]])),
+        ("last_step", flags(ENDS)),
+        ("ep_done", flags(ENDS)),
+        ("Episode-Start", flags([0, *(ENDS[:-1] + 1)])),
+        ("traj_idx", np.repeat([4, 5, 6, 7], SIZES)),
+        ("step_num", np.concatenate([np.arange(size) for size in SIZES])),
+        (
+            "timestamp",
+            np.concatenate([np.arange(size) * 33 + (np.arange(size) == 2) for size in SIZES]),
+        ),
+        ("traj_lens", np.array(SIZES)),
     ],
 )
 def test_ends_under_another_name(write: Write, name: str, values: np.ndarray, zeros: bool) -> None:
@@ -90,6 +103,8 @@ def test_ends_under_another_name(write: Write, name: str, values: np.ndarray, ze
         ("dones", flags(ENDS[1])),  # what the terminals say
         ("dones", np.arange(sum(SIZES)) / 10),  # not flags
         ("dones", np.zeros(5, bool)),  # another number of rows
+        ("mask", np.ones(sum(SIZES))),  # of padding, without any
+        ("time", 1e9 + np.arange(sum(SIZES)) ** 1.5),  # of a clock
         ("episode_ids", np.arange(sum(SIZES))),  # ids of rows
         ("timesteps", np.arange(sum(SIZES))),  # one count for the whole recording
         ("steps", np.arange(sum(SIZES)) // 2),  # of two environments
@@ -176,6 +191,19 @@ def test_a_recording_without_any_end_says_so(write: Write) -> None:
     fields["terminals"][:] = fields["timeouts"][:] = False
     data = datasets.load(write(fields))
     assert data.notes == ("no end of an episode is marked: 26 rows are one trajectory",)
+
+
+@pytest.mark.filterwarnings("ignore:.*do flags mark first rows", "ignore:.*are flags inverted")
+def test_flags_that_mark_other_rows_than_the_last(write: Write) -> None:
+    rng = np.random.default_rng(0)  # rows that predict nothing
+    fields = walks(following=False) | {"observations": rng.normal(size=(sum(SIZES), 3))}
+    fields |= {"timeouts": flags([]), "terminals": flags([0, *(ENDS[:-1] + 1)])}
+    assert datasets.load(write(fields)).notes[-1].endswith("do flags mark first rows?")
+    fields["terminals"] = ~flags(ENDS)
+    assert datasets.load(write(fields)).notes[-1].endswith("are flags inverted?")
+    fields |= walks() | {"next_observations": walks()["observations"]}
+    with pytest.raises(ValueError, match="'next_observations' are the row's own observations"):
+        datasets.load(write(fields))
 
 
 def record(env_id: str, steps: int, **kwargs: Any) -> Fields:
