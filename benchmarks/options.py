@@ -194,7 +194,9 @@ def _read_config(path: Path, command: str) -> dict[str, Any]:
         other = content["benchmark"]
         raise ValueError(f"{path} is of a run of {other}; `iwsft {other} --config` takes it")
     if "options" not in content:
-        raise ValueError(f"{path} is of an earlier release; it has a command, but no options")
+        raise ValueError(
+            f"{path} holds no options: an earlier release, or another command, wrote it"
+        )
     options: dict[str, Any] = content["options"]
     return options
 

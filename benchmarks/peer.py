@@ -1,6 +1,7 @@
 """Train and score d3rlpy's IQL, TD3+BC, CQL and AWAC as ours are trained and scored.
 
-python -m benchmarks.peer --algo iql td3-bc --dataset hopper-medium-replay-v2 --seeds 0 1 2
+Example:
+    python -m benchmarks.peer --algo iql td3-bc --dataset hopper-medium-replay-v2 --seeds 0 1 2
 
 d3rlpy 2.8.1 requires gym and another version of gymnasium. It works with the gymnasium of this
 project when it is installed without its requirements; where it is missing, the error says how.
@@ -21,7 +22,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-import tyro
 from numpy.typing import NDArray
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
@@ -35,6 +35,7 @@ from benchmarks.d4rl.job import SAME
 from benchmarks.d4rl.run import Run, Task, check_run, config_of, sizes
 from benchmarks.d4rl.settings import name_in_tables
 from benchmarks.d4rl.train import learning_curve_probe, score_policy
+from benchmarks.options import option, parse
 from iwsft.metrics import MetricsLog
 from iwsft.training import Cost, Row
 from iwsft.trajectory import ACTION, NEXT_OBSERVATION, OBSERVATION, REWARD, TERMINATED, TRAJ_IDS
@@ -90,14 +91,14 @@ Config = dict[str, Any]
 class Options:
     """Runs of d3rlpy, one after the other, on one thread."""
 
-    algo: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")]
+    algo: Annotated[tuple[str, ...], option("NAME [NAME ...]")]
     """One or several of iql, td3-bc, cql and awac."""
-    dataset: Annotated[str, tyro.conf.arg(metavar="NAME|FILE")] = "hopper-replay-mini"
+    dataset: Annotated[str, option("NAME|FILE")] = "hopper-replay-mini"
     """Bundled or D4RL name, Minari id, or an HDF5 file in D4RL's layout."""
-    seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]")] = (0,)
+    seeds: Annotated[tuple[int, ...], option("INT [INT ...]")] = (0,)
     """Seeds, one run each. Evaluation starts from the episodes of our run of the same seed."""
-    steps: int | None = None
-    """Updates; by default the baseline's published number."""
+    steps: Annotated[int | None, option("INT", "the baseline's published number")] = None
+    """Updates."""
     eval_episodes: int = 100
     """Episodes of the final score."""
     out: Path = Path("runs/d3rlpy")
@@ -142,7 +143,7 @@ def claim_runs(options: Options) -> list[tuple[Run, Task]]:
 def _config_of(run: Run, task: Task) -> dict[str, Any]:
     """The content of ``config.json``."""
     config, release = config_of(run, task), version("d3rlpy")
-    for name in ("preset", "estimator"):
+    for name in ("preset", "estimator", "options"):
         del config[name]
     theirs = d3rlpy_config(run.algo, run.baseline_settings[0])
     config["settings"] |= {"peer": f"d3rlpy {release}", "d3rlpy": theirs}
@@ -361,4 +362,4 @@ def _typed(kind: str, **params: Any) -> Config:
 
 if __name__ == "__main__":
     stopping.watch()
-    main(tyro.cli(Options, prog="python -m benchmarks.peer", description=__doc__))
+    main(parse(Options, "peer", __doc__))

@@ -1,8 +1,8 @@
 """Compute how much memory fine-tuning takes, before it is tried: the tables of docs/scaling.md.
 
-python -m benchmarks.llm.memory
-
-python -m benchmarks.llm.memory --model Qwen/Qwen2.5-14B-Instruct --gpus 4 --tokens 8192
+Examples:
+    python -m benchmarks.llm.memory
+    python -m benchmarks.llm.memory --model Qwen/Qwen2.5-14B-Instruct --gpus 4 --tokens 8192
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from dataclasses import astuple, dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
-import tyro
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
-from benchmarks.options import check_at_least
+from benchmarks.options import check_at_least, option, parse
 from benchmarks.runs import ends_in_one_line
 from iwsft.objective import Proposal
 from iwsft.policies.token_log_prob import _ACCELERATOR_BLOCK, _CPU_BLOCK
@@ -229,16 +228,18 @@ def training_memory(sizes: DecoderSizes, setup: Setup) -> Memory:
 class Options:
     """The model and the hardware of the tables."""
 
-    model: Annotated[str | None, tyro.conf.arg(metavar="ID|DIR")] = None
-    """Hub id or folder; by default Qwen2.5 with 0.5B, 7B and 32B parameters."""
+    model: Annotated[str | None, option("ID|DIR", "Qwen2.5 with 0.5B, 7B and 32B parameters")] = (
+        None
+    )
+    """Hub id or folder."""
     gpus: int = 8
     """GPUs of a node."""
     nodes: int = 2
     """Nodes of ``multi_node``."""
     tokens: int = 22_000
     """Tokens of a micro-batch, padding included."""
-    trainable: int | None = None
-    """Parameters that are trained, where adapters are; by default all."""
+    trainable: Annotated[int | None, option("INT", "all")] = None
+    """Parameters that are trained, where adapters are."""
 
 
 def _table(sizes: DecoderSizes, options: Options) -> Iterator[str]:
@@ -272,4 +273,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, prog="python -m benchmarks.llm.memory", description=__doc__))
+    main(parse(Options, "llm.memory", __doc__))

@@ -177,7 +177,7 @@ def test_a_run_of_language_takes_back_its_own_config(
             '{"benchmark": "llm"}',
             "is of a run of llm; `iwsft llm --config` takes it",
         ),
-        ("config.json", '{"benchmark": "d4rl"}', "is of an earlier release"),
+        ("config.json", '{"benchmark": "d4rl"}', "holds no options: an earlier release"),
         ("missing.yaml", None, "No such file"),
     ],
 )
