@@ -257,7 +257,7 @@ def start(work: Callable[[], object], log: Path) -> Child:
 def differences(whole: Path, other: Path) -> list[str]:
     """Name the files of two folders whose numbers differ, bit for bit, or that one folder lacks.
 
-    Times, versions and the machine are left out, and so are TensorBoard's files and locks.
+    Times, versions and the machine are left out, and so are locks.
     """
     ours, theirs = _files(whole), _files(other)
     names = sorted(ours ^ theirs)
@@ -271,7 +271,7 @@ def _files(folder: Path) -> set[str]:
     return {
         str(path.relative_to(folder))
         for path in folder.rglob("*")
-        if path.is_file() and path.suffix != ".lock" and "tensorboard" not in path.parts
+        if path.is_file() and path.suffix != ".lock"
         if path.name != ".lock" and path.suffix not in (".png", ".log")
     }
 

@@ -28,7 +28,6 @@ CONTROL_MODULES = (
     "benchmarks.collect.sac",
     "benchmarks.d4rl.job",
     "gymnasium.envs.mujoco",
-    "torch.utils.tensorboard",
 )
 LANGUAGE_MODULES = ("iwsft.language.trainer", "transformers.models.qwen2.modeling_qwen2")
 COMMAND_MODULES = (*LANGUAGE_MODULES, "benchmarks.llm.job", "benchmarks.report.language")

@@ -286,7 +286,7 @@ def test_a_folder_that_another_process_works_in(
     (folder / "result.json").unlink()
     with FileLock(folder / ".lock"):
         line = run_fails(job, capsys, tmp_path, ["bc"], resume=True)
-    assert f"error: bc seed 0: another process works in {folder}" in line
+    assert f"error: mine bc seed 0: another process works in {folder}" in line
 
 
 def test_weights_that_overflow(
@@ -317,7 +317,7 @@ def test_one_run_that_fails_leaves_the_others(
     assert ended.value.code == 1
     printed = capsys.readouterr()
     errors = [line for line in printed.err.splitlines() if line.startswith("error")]
-    assert len(errors) == 1 and f"error: sft seed 1: {state} is corrupt" in errors[0]
+    assert len(errors) == 1 and f"error: mine sft seed 1: {state} is corrupt" in errors[0]
     assert "\nSFT " in printed.out and "1 done, 1 failed" in printed.out
     finished = data / "sft" / "seed-2" / "result.json"
     before = finished.read_bytes()
@@ -338,7 +338,7 @@ def test_a_full_disk(
     before = snapshot(out)
     with full_disk(500_000):
         line = run_fails(job, capsys, out, ["sft"], **few)
-    assert f"error: sft seed 0: no space left to write {out}" in line and "--resume" in line
+    assert f"error: mine sft seed 0: no space left to write {out}" in line and "--resume" in line
     after = snapshot(out)
     assert {path: after[path] for path in before} == before
     assert not [path for path in after if path.name == "result.json" and path not in before]

@@ -16,6 +16,7 @@ from benchmarks.d4rl.__main__ import main
 from benchmarks.d4rl.options import ALGORITHMS, Options
 from benchmarks.d4rl.settings import FineTuning
 from benchmarks.report import __main__ as report
+from benchmarks.report.options import Options as ReportOptions
 from benchmarks.report.scores import algorithm_label
 from iwsft import datasets, metrics
 from iwsft.evaluation import normalized_score
@@ -165,7 +166,7 @@ def test_the_table_names_all_algorithms(
 def test_the_report_reads_the_runs(
     folder: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report.main(report.Report(runs=out, out=tmp_path))
+    report.main(ReportOptions(runs=out, out=tmp_path))
     page = (tmp_path / "report.md").read_text()
     assert all(f"| {algo} |" in page for algo in ALGORITHMS)
     printed = capsys.readouterr().out
@@ -179,7 +180,7 @@ def test_a_finished_run_is_one_line_with_its_score(
     job(tmp_path, ["iw-sft-q"], seeds=(3,))
     taken, line = capsys.readouterr().err.splitlines()
     # The file's name is not D4RL's, its environment is.
-    assert taken == "mine: settings of hopper-mine: Table 4, hopper-medium-replay"
+    assert taken == "mine: settings of hopper: Table 4, hopper-medium-replay"
     result = read_json(tmp_path / "d4rl" / "mine" / "iw-sft-q" / "seed-3" / "result.json")
     score, seconds = result["normalized_score"], result["wall_seconds"]
     assert line == f"mine iw-sft-q seed 3: score {score:.4g}, {seconds:.0f} seconds"
