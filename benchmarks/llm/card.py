@@ -81,7 +81,8 @@ def _lines(
     model = settings.get("model") or f"the model of the recipe {settings['recipe']}"
     data = settings.get("data") or f"the data of the recipe {settings['recipe']}"
     head = ModelCardData(
-        base_model=settings.get("model"),
+        # The hub takes no paths.
+        base_model=None if Path(model).expanduser().exists() else settings.get("model"),
         library_name="peft" if adapters else "transformers",
         pipeline_tag="text-generation",
         tags=["iwsft", algo],
