@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.runs import CONFIG, RESULT, one_line
 from iwsft import metrics
 
-CONTROL, LANGUAGE = "d4rl", "llm"
+CONTROL, LANGUAGE, EVALUATION = "d4rl", "llm", "llm-evaluation"
 SCORE = "normalized_score"  # of a control run's result
 _IDENTITY = ("dataset", "algo", "seed", "preset", "estimator")
 _NUMBER = (int, float)
@@ -27,6 +27,8 @@ _REQUIRED: dict[str, _Kinds] = {
     LANGUAGE: {**_ANY, "score": _NUMBER, "score_name": str, "interval": list, "n": int},
 }
 _LEAST = {"seed": 0, "steps": 0, "episodes": 1, "n": 1, "cpu_seconds": 0, "wall_seconds": 0}
+_EVALUATED: _Kinds = {"task": str, "title": str, "model": str, "questions": int, "n": int}
+_EVALUATED |= {"avg": _NUMBER, "avg_interval": list, "maj": _NUMBER, "pass_at": dict}
 # Entries of `config.json` that the report reads; language runs need all but the settings.
 _CONFIG: _Kinds = {"settings": dict, "versions": dict, "hardware": dict, "command": str}
 _CONFIG |= {"env_kwargs": dict}
@@ -113,6 +115,28 @@ def read_runs(folder: str | Path, benchmark: str) -> list[RecordedRun]:
 def unfinished_runs(folder: str | Path, benchmark: str) -> list[RecordedRun]:
     """Read all runs below ``folder`` without a result: cut off, failed, running, or damaged."""
     return [run for run in _compared(folder, benchmark) if not run.result]
+
+
+def read_evaluations(folder: str | Path) -> list[dict[str, Any]]:
+    """Read the results of ``benchmarks.llm evaluate`` at or below a folder, by model and task.
+
+    A damaged one has the entry ``damage`` alone.
+    """
+    evaluations = []
+    for path in sorted(Path(folder).rglob(RESULT)):
+        if path.parent.name.startswith("seed-"):
+            continue
+        try:
+            result = _read_json(path)
+            if result.get("benchmark") == EVALUATION:
+                _check_entries(path, result, _EVALUATED)
+                ends = result["avg_interval"]
+                if len(ends) != 2 or not all(map(_is_number, ends)):
+                    raise ResultsError(f"{path}: 'avg_interval' is {ends!r}, not two numbers")
+                evaluations.append(result)
+        except (ResultsError, OSError) as error:
+            evaluations.append({"damage": printable(one_line(error))})
+    return sorted(evaluations, key=lambda e: (e.get("model", ""), e.get("task", "")))
 
 
 def _compared(root: str | Path, benchmark: str) -> list[RecordedRun]:

@@ -165,16 +165,20 @@ def _show(runs: Sequence[Run], summary: Summary) -> None:
     """Print the table of all finished runs of the recipe and draw it; write files and cards."""
     from benchmarks.llm.card import change_line, write_card
     from benchmarks.report.language import read_recipes, recipe_table, write_scores
+    from benchmarks.report.scores import runs_of
 
     console, folder = Console(), runs[0].dataset_folder
 
     def show(*lines: object) -> None:
         console.print(*map(str, lines), sep="\n", highlight=False, markup=False, soft_wrap=True)
 
-    (recipe,) = read_recipes(folder)
-    if recipe.runs:
+    # Runs that were tested on other items are apart; their name is longer.
+    recipe, *others = read_recipes(folder)
+    for other in others:
+        console.print(recipe_table(other))
+    if recipe.scores:
         console.print(recipe_table(recipe))
-        results = [run.result for run in recipe.runs]
+        results = [run.result for run in runs_of(recipe.scores)]
         base = next((result for result in results if result["algo"] == BASE), None)
         trained = [result for result in results if result["algo"] != BASE]
         show(*filter(None, (change_line(result, base) for result in trained)))

@@ -24,7 +24,8 @@ def main(options: Options) -> None:
     from benchmarks.results import CONTROL, ResultsError, printable, read_runs, unfinished_runs
 
     try:
-        page = write_report(options.runs, options.out or options.runs / "report")
+        place = options.runs.parent if options.runs.is_file() else options.runs
+        page = write_report(options.runs, options.out or place / "report")
         runs, unfinished = read_runs(options.runs, CONTROL), unfinished_runs(options.runs, CONTROL)
         recipes = read_recipes(options.runs)
     except (ResultsError, OSError) as error:
@@ -33,7 +34,7 @@ def main(options: Options) -> None:
     if runs:
         console.print(score_table(runs))
     for recipe in recipes:
-        if recipe.runs:
+        if recipe.scores:
             console.print(recipe_table(recipe))
         unfinished += recipe.unfinished
     if unfinished:

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from benchmarks import statistics
 from benchmarks.report import figures
-from benchmarks.report.document import NOTHING, Grid, interval_text
+from benchmarks.report.document import INK, NOTHING, Grid, interval_text
+from benchmarks.report.figures import Panels
 from benchmarks.report.scores import (
     UNDER_TRAINED,
     Cell,
@@ -139,7 +139,7 @@ def aggregate_grid(aggregates: Aggregates) -> Grid:
     """Table of the aggregates with their intervals, in units of the D4RL score."""
     grid = Grid(["algorithm", "seeds", *METRICS], left=1)
     for algo, estimates in aggregates.estimates.items():
-        cells = [_text(estimate, 1) for estimate in estimates]
+        cells = [text(estimate, 1) for estimate in estimates]
         grid.rows.append([algorithm_label(algo), str(aggregates.seeds[algo]), *cells])
     return grid
 
@@ -151,11 +151,12 @@ def improvement_grid(aggregates: Aggregates) -> Grid:
     for algo in aggregates.estimates:
         estimates = [others.get(algo) for others in aggregates.improvement.values()]
         if any(estimates):
-            grid.rows.append([algorithm_label(algo), *(_text(e, 2) for e in estimates)])
+            grid.rows.append([algorithm_label(algo), *(text(e, 2) for e in estimates)])
     return grid
 
 
-def _text(estimate: Estimate | None, digits: int) -> str:
+def text(estimate: Estimate | None, digits: int) -> str:
+    """An estimate with its interval."""
     if estimate is None:
         return NOTHING
     point = f"{estimate.point:.{digits}f}"
@@ -164,52 +165,48 @@ def _text(estimate: Estimate | None, digits: int) -> str:
     return f"{point} ({interval_text((estimate.low, estimate.high), digits)})"
 
 
-def draw_aggregates(aggregates: Aggregates, group: Sequence[Cell]) -> Figure:
+def draw_aggregates(aggregates: Aggregates, group: Sequence[Cell]) -> Panels:
     """Draw the aggregates with 95 % intervals, one panel for each."""
-    estimates = aggregates.estimates
-    figure, axes = figures.make_axes(
-        1, len(METRICS), (11.0, 1.1 + 0.32 * len(estimates)), sharey=True
-    )
-    for i, (ax, label) in enumerate(zip(axes.flat, METRICS, strict=True)):
-        _intervals(ax, {name: metrics[i] for name, metrics in estimates.items()}, group)
+    estimates, panels = aggregates.estimates, {}
+    for i, label in enumerate(METRICS) if estimates else ():
         better = "lower" if label == "optimality gap" else "higher"
-        ax.set_title(f"{label}\n({better} is better)", fontsize=figures.TITLE)
+        ax = figures.make_panel(f"{label} ({better} is better)", 0.8 + 0.22 * len(estimates))
+        _intervals(ax, {name: metrics[i] for name, metrics in estimates.items()}, group)
         ax.set_xlabel(figures.UNIT[SCORE])
-    return figure
+        panels[label] = ax
+    return figures.finish(panels)
 
 
-def draw_improvement(aggregates: Aggregates, group: Sequence[Cell]) -> Figure | None:
+def draw_improvement(aggregates: Aggregates, group: Sequence[Cell]) -> Panels:
     """Draw the probabilities of improvement, one panel for each candidate."""
-    improvement = aggregates.improvement
-    if not improvement:
-        return None
-    rows = max(map(len, improvement.values()))
-    figure, axes = figures.make_axes(
-        1, len(improvement), (5.6 * len(improvement), 1.1 + 0.32 * rows)
-    )
-    for ax, (candidate, estimates) in zip(axes.flat, improvement.items(), strict=True):
+    panels = {}
+    for candidate, estimates in aggregates.improvement.items():
+        label = f"P({algorithm_label(candidate)} scores higher than the algorithm)"
+        ax = figures.make_panel(label, 0.7 + 0.22 * len(estimates))
         _intervals(ax, estimates, group)
-        ax.axvline(0.5, color="0.3", lw=0.8, ls=":")
-        label = f"P({figures.literal(algorithm_label(candidate))} scores higher than the algorithm)"
-        ax.set(xlim=(-0.02, 1.02), xlabel=label)
-    return figure
+        ax.axvline(0.5, color=INK, alpha=0.7, lw=0.8, ls=":")
+        ax.set_xlim(-0.02, 1.02)
+        panels[candidate] = ax
+    return figures.finish(panels)
 
 
-def draw_profiles(aggregates: Aggregates, group: Sequence[Cell]) -> Figure:
+def draw_profiles(aggregates: Aggregates, group: Sequence[Cell]) -> Panels:
     """Draw the share of runs above each score, variants in a panel of their own."""
-    names, colour = list(aggregates.profiles), figures.choose_colours(group)
-    parts = [[name for name in names if is_variant(name) == variant] for variant in (False, True)]
-    parts = [part for part in parts if part]
-    figure, axes = figures.make_axes(1, len(parts), (5.6 * len(parts), 3.8))
-    for ax, part in zip(axes.flat, parts, strict=True):
-        for name in part:
+    panels = {}
+    for part in ("algorithms", "variants"):
+        colour = {
+            name: shade
+            for name, shade in figures.choose_colours(group).items()
+            if name in aggregates.profiles and is_variant(name) == (part == "variants")
+        }
+        ax = figures.make_panel(f"Runs of {part}", 2.6, colour)
+        for name, shade in colour.items():
             x, share = aggregates.thresholds, aggregates.profiles[name]
-            ax.step(x, share, where="post", color=colour[name], lw=1.6)
-        ax.set(
-            ylim=(-0.02, 1.02), xlabel=figures.UNIT[SCORE], ylabel="share of runs that score higher"
-        )
-    figures.add_colours(figure, {name: colour[name] for name in names})
-    return figure
+            ax.step(x, share, where="post", color=shade, lw=1.4)
+        ax.set_ylim(-0.02, 1.02)
+        ax.set(xlabel=figures.UNIT[SCORE], ylabel="share of runs that score higher")
+        panels[part] = ax
+    return figures.finish(panels)
 
 
 def _intervals(ax: Axes, estimates: Mapping[str, Estimate], group: Sequence[Cell]) -> None:
@@ -217,7 +214,7 @@ def _intervals(ax: Axes, estimates: Mapping[str, Estimate], group: Sequence[Cell
     for y, (name, (point, low, high)) in enumerate(estimates.items()):
         if low is not None and high is not None:
             ax.barh(y, high - low, left=low, height=0.55, lw=0, color=colour[name], alpha=0.5)
-        ax.plot([point] * 2, [y - 0.275, y + 0.275], color="black", lw=1.6)
+        ax.plot([point] * 2, [y - 0.275, y + 0.275], color=INK, lw=1.6)
     ax.use_sticky_edges = False
     ax.margins(x=0.06)
     figures.list_names(ax, map(algorithm_label, estimates))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from markdown_it import MarkdownIt
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich.cells import cell_len
 from rich.console import Group, RenderableType
@@ -25,13 +26,13 @@ from rich.text import Text
 from benchmarks.results import RecordedRun
 
 NOTHING = "-"
+# The colour of text and axes of a figure, which becomes that of the page.
+INK = "#010203"
 _TERMINAL = 80  # characters a line that every terminal has
-# Title of the section with the commands of all runs.
-COMMANDS = "How these numbers were made"
-_DPI = 110
 _STYLE = Path(__file__).with_name("document.css")
 # The page loads nothing from elsewhere, and tells the browser so.
 _PAGE = Path(__file__).with_name("document.html")
+_SVG_STYLE = Path(__file__).with_name("image.css")
 
 
 @dataclass
@@ -47,6 +48,7 @@ class Grid:
     # Number of the first columns that hold words, not numbers. Where there are two or more,
     # neighbouring rows with the same first cell belong together.
     left: int = 2
+    bold: set[tuple[int, int]] = field(default_factory=set)  # row and column of marked cells
     published: int = 0  # number of the last columns, which hold published numbers
 
     def marked(self, text: str, notes: Sequence[str]) -> str:
@@ -92,8 +94,9 @@ class Grid:
         """The table and its footnotes; published numbers are in italics."""
         ours = len(self.columns) - self.published
         lines = []
-        for row in (self.columns, *self.rows):
+        for i, row in enumerate((self.columns, *self.rows)):
             texts = [escaped(text) for text in row]
+            texts = [f"**{t}**" if (i - 1, j) in self.bold else t for j, t in enumerate(texts)]
             theirs = [text if text == NOTHING else f"*{text}*" for text in texts[ours:]]
             lines.append(texts[:ours] + theirs)
         lines.insert(1, ["---" if i < self.left else "---:" for i in range(len(self.columns))])
@@ -149,26 +152,14 @@ def interval_text(interval: tuple[float, float] | None, digits: int = 1) -> str:
 class Document:
     """The markdown of a report and its figures; texts may hold `code` and <addresses>."""
 
-    def __init__(self, command: str) -> None:
-        self._command = command
+    def __init__(self) -> None:
         self._sections: dict[str, list[str]] = {}
         self._blocks: list[str] = []
-        self._made = ""
         self.images: dict[str, bytes] = {}
 
-    def section(self, title: str, runs: Sequence[RecordedRun]) -> None:
-        """Begin or continue a section on these runs; one that stays empty is left out."""
+    def section(self, title: str) -> None:
+        """Begin or continue a section; one that stays empty is left out."""
         self._blocks = self._sections.setdefault(title, [])
-        about = [
-            f"{len(runs)} runs, seeds {' '.join(map(str, sorted({run.seed for run in runs})))}",
-            escaped(", ".join(distinct(run.result.get("env_id") for run in runs))),
-            escaped(" / ".join(version_lines(runs))) or "versions not recorded",
-            escaped(" / ".join(hardware_lines(runs))) or "hardware not recorded",
-        ]
-        self._made = (
-            f"*`{self._command}`: {'; '.join(filter(None, about))}. "
-            f"The [commands of the runs](#{_anchor(COMMANDS)}) are below.*"
-        )
 
     def text(self, text: str) -> None:
         """Add a paragraph."""
@@ -181,15 +172,21 @@ class Document:
     def table(self, grid: Grid, caption: str) -> None:
         """Add a table, where it has rows."""
         if grid.rows:
-            self._blocks += [caption, grid.markdown(), self._made]
+            self._blocks += [caption, grid.markdown()]
 
-    def figure(self, name: str, figure: Figure | None, caption: str) -> None:
-        """Add a figure, where there is one; ``name`` is its file."""
-        if figure is not None:
-            image = io.BytesIO()
-            figure.savefig(image, dpi=_DPI, format="png", bbox_inches="tight")
-            self.images[name] = image.getvalue()
-            self._blocks += [f"![{caption}]({name})", caption, self._made]
+    def figure(self, name: str, panels: Mapping[str, Figure], caption: str) -> None:
+        """Add a figure, where it has panels; their files are ``name-PANEL.svg``."""
+        links: list[str] = []
+        for panel, figure in panels.items():
+            # Names are the user's, and the page refers to the file.
+            file = re.sub("[^A-Za-z0-9.+_-]+", "_", f"{name}-{panel}") + ".svg"
+            if file in self.images:
+                file = f"{len(links)}-{file}"
+            self.images[file] = to_svg(figure)
+            alt = escaped(panel).replace("]", "\\]")
+            links.append(f"![{alt}]({file})")
+        if links:
+            self._blocks += [caption, "\n".join(links)]
 
     def provenance(self, runs: Sequence[RecordedRun]) -> None:
         """Add versions, hardware and commands of these runs."""
@@ -201,13 +198,25 @@ class Document:
         self.text("\n".join(["```", *(commands or ["not recorded"]), "```"]))
 
     def markdown(self, title: str) -> str:
-        """The whole page in GitHub's markdown, with its contents."""
-        sections = {name: blocks for name, blocks in self._sections.items() if blocks}
-        contents = "\n".join(f"- [{name}](#{_anchor(name)})" for name in sections)
-        parts = [f"# {title}", contents]
-        for name, blocks in sections.items():
+        """The whole page in GitHub's markdown; its contents follow the first section."""
+        (_, top), *others = self._sections.items()
+        filled = [(name, blocks) for name, blocks in others if blocks]
+        contents = "\n".join(f"- [{name}](#{_anchor(name)})" for name, _ in filled)
+        parts = [f"# {title}", *top, contents]
+        for name, blocks in filled:
             parts += [f"## {name}", *blocks]
         return "\n\n".join(parts) + "\n"
+
+
+def to_svg(figure: Figure) -> bytes:
+    """Make an image whose text and axes have the colour of the page, light or dark."""
+    image = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "iwsft"}):
+        figure.savefig(image, format="svg", transparent=True, metadata={"Date": None})
+    text = image.getvalue().replace(INK, "currentColor")
+    head, tag, body = text[text.index("<svg") :].partition(">")
+    fonts = re.sub(r"(font: [\d. a-z]*?[\d.]+px) [^;\"]+", r"\1 system-ui, sans-serif", body)
+    return f"{head}{tag}<style>{_SVG_STYLE.read_text()}</style>{fonts}".encode()
 
 
 def distinct(texts: Iterable[str | None]) -> list[str]:
@@ -246,7 +255,7 @@ def shareable(command: str) -> str:
 
 
 def to_html(markdown: str, images: Mapping[str, bytes]) -> str:
-    """Make one HTML file of a page of markdown, with its style and its PNG images inside.
+    """Make one HTML file of a page of markdown, with its style and its SVG images inside.
 
     HTML in the page is shown as text.
     """
@@ -259,7 +268,7 @@ def to_html(markdown: str, images: Mapping[str, bytes]) -> str:
         for child in token.children or []:
             if child.type == "image":
                 data = base64.b64encode(images[str(child.attrs["src"])]).decode()
-                child.attrSet("src", f"data:image/png;base64,{data}")
+                child.attrSet("src", f"data:image/svg+xml;base64,{data}")
         # Where two columns hold words, the rows with the same first cell are a group.
         if token.type == "tr_open" and tokens[i + 4].type == "td_open":
             first, second = tokens[i + 2], tokens[i + 4]

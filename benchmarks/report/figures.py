@@ -1,13 +1,16 @@
-"""Figures of control runs: scores, cost, training, weights; what all figures share."""
+"""Figures of control runs: scores, cost, training, weights; what all figures share.
+
+A figure is a set of panels, each an image of its own, so that a page can lay them out for a phone.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.artist import Artist
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -16,30 +19,42 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 from numpy.typing import NDArray
 
 from benchmarks.report import scores
+from benchmarks.report.document import INK
 from benchmarks.report.scores import Cell
 from benchmarks.report.tables import WeightRow, last_weights
 from benchmarks.results import SCORE, RecordedRun
 from benchmarks.statistics import MIN_SEEDS, t_interval
 
-# Greys: cloning; blues: SFT; oranges: iw-SFT; the rest: offline RL.
+# Greys: cloning; blues: SFT; oranges: iw-SFT; the rest: offline RL. All can be seen on white and on
+# a dark page.
 COLOURS = {
-    "bc": "#a6a6a6",
-    "bc-10": "#595959",
-    "sft": "#6db6e8",
-    "sft-q": "#1f63a8",
-    "iw-sft": "#f2a93b",
-    "iw-sft-q": "#d1440c",
-    "iw-sft-step": "#8a5a2b",
+    "bc": "#a0a0a0",
+    "bc-10": "#757575",
+    "sft": "#4ba6dd",
+    "sft-q": "#2f78c4",
+    "iw-sft": "#d9901e",
+    "iw-sft-q": "#e0561d",
+    "iw-sft-step": "#a4703c",
     "awac": "#2a9d6f",
     "td3-bc": "#8b6fc4",
-    "cql": "#b5a300",
+    "cql": "#9c8d00",
     "iql": "#d46aa5",
-    "dt": "#20b5c2",
+    "dt": "#1a9fae",
 }
-TITLE = 11  # font size
 UNIT = {SCORE: "D4RL-normalised score", scores.RETURN: "mean return"}
+_STYLE: Any = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color", "grid.color"), INK),
+    **{"font.size": 8.5, "axes.titlesize": 9.5, "grid.alpha": 0.15, "axes.axisbelow": True},
+    **{"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True},
+}
+_WIDTH = 4.0  # of a panel in inches: that of a phone
 _POINTS = 150  # longer series are averaged into this many points
+# An axis ends where a line leaves the range of the typical one by more than so many times.
+_FAR = 10.0
 _PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
+
+Panels = dict[str, Figure]
 
 
 def literal(text: str) -> str:
@@ -47,33 +62,32 @@ def literal(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def make_axes(
-    rows: int, columns: int, size: tuple[float, float], *, sharey: bool = False
-) -> tuple[Figure, NDArray[Any]]:
-    """Make a figure with axes ``[rows, columns]``, which have a light grid and no frame."""
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=sharey)
-    for ax in axes.flat:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(color="0.9", lw=0.8)
-        ax.set_axisbelow(True)
-    return figure, axes
+def make_panel(title: str, height: float, colour: Mapping[str, str] | None = None) -> Axes:
+    """Make a figure with one panel, and a legend of algorithms and their colours below it."""
+    rows = -(-len(colour or ()) // 3)
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, height + 0.18 * rows), layout="constrained")
+        ax = figure.subplots()
+        ax.set_title(literal(title))
+        if colour:
+            labels = {literal(scores.algorithm_label(name)): c for name, c in colour.items()}
+            handles = [Line2D([], [], color=c, lw=2.5, label=n) for n, c in labels.items()]
+            add_legend(figure, handles)
+    return ax
 
 
-def make_panels(
-    names: list[str], height: float, *, share_rows: bool = False
-) -> tuple[Figure, dict[str, Axes]]:
-    """Make a figure with one panel for each dataset, at most three in a row."""
-    columns = 2 if len(names) == 4 else min(3, len(names))
-    rows = -(-len(names) // columns)
-    size = (max(5.0, 4.0 * columns), height * rows)
-    figure, axes = make_axes(rows, columns, size, sharey=share_rows)
-    for ax in axes.flat[len(names) :]:
-        ax.set_axis_off()
-    by_name = dict(zip(names, axes.flat, strict=False))
-    for name, ax in by_name.items():
-        ax.set_title(literal(scores.dataset_label(name)), fontsize=TITLE)
-    return figure, by_name
+def add_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
+    """Show a legend below the panel."""
+    columns = min(3, len(handles))
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=columns, fontsize=7.5, labelcolor=INK,
+        frameon=False,
+    )  # fmt: skip
+
+
+def finish(panels: Mapping[str, Axes]) -> Panels:
+    """The figures of all panels that show something."""
+    return {name: cast(Figure, ax.figure) for name, ax in panels.items() if ax.has_data()}
 
 
 def choose_colours(group: Sequence[Cell]) -> dict[str, str]:
@@ -81,29 +95,60 @@ def choose_colours(group: Sequence[Cell]) -> dict[str, str]:
     names = scores.algorithms(group)
     others = [name for name in names if name not in COLOURS]
     shades = colormaps["viridis"]
-    extra = {name: to_hex(shades(0.9 * i / len(others))) for i, name in enumerate(others)}
+    extra = {name: to_hex(shades(0.25 + 0.6 * i / len(others))) for i, name in enumerate(others)}
     return {name: COLOURS.get(name) or extra[name] for name in names}
 
 
-def add_legend(figure: Figure, handles: Sequence[Artist], most: int = 6) -> None:
-    """Show a legend below all panels, with at most so many columns."""
-    columns = min(most, len(handles))
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+def clip(ax: Axes, axis: str, *, tight: bool = False) -> None:
+    """End an axis, "x" or "y", where a line leaves all others far behind, and mark that line.
+
+    The mark says how far the line reaches. A tight axis ends with the lines, and cuts their bands.
+    """
+    lines = [line for line in ax.lines if line.get_transform() == ax.transData]
+    if tight:  # the dots are ends of lines
+        lines = [line for line in lines if line.get_marker() != "o"]
+    data = [np.asarray(getattr(line, f"get_{axis}data")(), np.float64) for line in lines]
+    ends = np.array([(x.min(), x.max()) for x in data if x.size and np.isfinite(x).all()])
+    if len(ends) < 2:
+        return
+    # The middle half, of few lines without the one that is far.
+    ordered, last = np.sort(ends, axis=None), ends.size - 1
+    low, high = ordered[math.ceil(last / 4)], ordered[3 * last // 4]
+    reach = _FAR * max(high - low, 0.05 * max(abs(low), abs(high)))
+    limits = low - reach, high + reach
+    near = ends[(ends[:, 0] >= limits[0]) & (ends[:, 1] <= limits[1])]
+    if not len(near) or (len(near) == len(ends) and not tight):
+        return
+    low, high = near[:, 0].min(), near[:, 1].max()
+    pad = (0.2 if tight else 0.06) * (high - low) or 1.0
+    getattr(ax, f"set_{axis}lim")(low - pad, high + pad)
+    for line, values in zip(lines, data, strict=True):
+        across = np.asarray(getattr(line, f"get_{'y' if axis == 'x' else 'x'}data")())
+        for end, beyond, mark in (
+            (high + pad, values > limits[1], "^" if axis == "y" else ">"),
+            (low - pad, values < limits[0], "v" if axis == "y" else "<"),
+        ):
+            if beyond.any():
+                at = (float(across[beyond.argmax()]), float(end))
+                furthest = values[beyond][np.abs(values[beyond]).argmax()]
+                _mark(ax, at if axis == "y" else at[::-1], mark, f"{furthest:.2g}", line)
 
 
-def add_colours(figure: Figure, colour: Mapping[str, str]) -> None:
-    """Show the colours of the algorithms below all panels."""
-    labels = {literal(scores.algorithm_label(name)): c for name, c in colour.items()}
-    add_legend(figure, [Line2D([], [], color=c, lw=2.5, label=n) for n, c in labels.items()])
+def _mark(ax: Axes, place: tuple[float, ...], mark: str, text: str, line: Line2D) -> None:
+    """Mark the place where a line leaves the panel, with a text towards the inside."""
+    x, y = place
+    ax.plot([x], [y], mark, color=line.get_color(), ms=7, clip_on=False, zorder=5)
+    offset, side = ((-6, 5), "right") if mark == ">" else ((6, 5 if mark == "v" else -5), "left")
+    ax.annotate(text, (x, y), offset, textcoords="offset points", fontsize=7, ha=side, color=INK)
 
 
 def plot_score(ax: Axes, y: int, cell: Cell, colour: str) -> None:
     """Plot every seed's score as a dot, the mean as a bar and the interval as a line."""
     values = cell.values
     ax.barh(y, cell.mean, height=0.72, color=colour, alpha=0.35, lw=0)
-    ax.plot(values, [y + 0.14] * len(values), "o", ms=5, mfc=colour, mec="white", mew=0.8)
+    ax.plot(values, [y + 0.14] * len(values), "o", ms=4.5, color=colour)
     if cell.interval is not None:
-        ax.plot(cell.interval, [y - 0.16] * 2, "-|", color="0.15", lw=1.3, ms=5)
+        ax.plot(cell.interval, [y - 0.16] * 2, "-|", color=INK, lw=1.1, ms=5, mew=1.0)
 
 
 def list_names(ax: Axes, names: Iterable[str]) -> None:
@@ -118,7 +163,7 @@ def plot_mean(ax: Axes, x: float, cell: Cell, colour: str) -> None:
     """Plot the mean of a cell, and its interval where it has one."""
     if cell.interval is not None:
         ax.plot([x, x], cell.interval, color=colour, lw=1.4, alpha=0.7)
-    ax.plot(x, cell.mean, "o", ms=6.5, color=colour, mec="white", mew=0.8)
+    ax.plot(x, cell.mean, "o", ms=6, color=colour)
 
 
 def scale_log(ax: Axes) -> None:
@@ -138,158 +183,163 @@ def series(runs: Sequence[RecordedRun], key: str) -> tuple[NDArray, NDArray]:
     return np.array(steps), np.array([[row[step] for step in steps] for row in rows])
 
 
-def draw_scores(group: Sequence[Cell]) -> Figure:
+def _by_dataset(group: Sequence[Cell]) -> dict[str, list[Cell]]:
+    return {name: [c for c in group if c.dataset == name] for name in scores.datasets(group)}
+
+
+def draw_scores(group: Sequence[Cell]) -> Panels:
     """Draw the scores of all seeds with means and intervals, one panel for each dataset."""
-    colour, names = choose_colours(group), scores.algorithms(group)
-    figure, axes = make_panels(
-        scores.datasets(group), height=0.75 + 0.34 * len(names), share_rows=True
-    )
-    for cell in group:
-        ax = axes[cell.dataset]
-        plot_score(ax, names.index(cell.algo), cell, colour[cell.algo])
-        ax.set_xlabel(UNIT[cell.score_key])
-    for ax in axes.values():
-        list_names(ax, map(scores.algorithm_label, names))
+    colour, panels = choose_colours(group), {}
+    for dataset, part in _by_dataset(group).items():
+        ax = make_panel(scores.dataset_label(dataset), 0.8 + 0.25 * len(part))
+        for y, cell in enumerate(part):
+            plot_score(ax, y, cell, colour[cell.algo])
+        marks = [" †" * cell.under_trained for cell in part]
+        names = [scores.algorithm_label(cell.algo) for cell in part]
+        list_names(ax, map(str.__add__, names, marks))
         ax.margins(x=0.04)
-        ax.axvline(0.0, color="0.6", lw=0.8)
-    return figure
+        ax.axvline(0.0, color=INK, alpha=0.4, lw=0.8)
+        ax.set_xlabel(UNIT[part[0].score_key])
+        clip(ax, "x")
+        panels[dataset] = ax
+    return finish(panels)
 
 
-def draw_cost(group: Sequence[Cell]) -> Figure:
+def draw_cost(group: Sequence[Cell]) -> Panels:
     """Draw scores against CPU seconds of a run with its reference, one panel for each dataset."""
-    colour = choose_colours(group)
-    figure, axes = make_panels(scores.datasets(group), height=3.2)
-    for cell in group:
-        ax = axes[cell.dataset]
-        plot_mean(ax, cell.cpu_seconds, cell, colour[cell.algo])
-        ax.set(xlabel="CPU seconds of a run, reference included", ylabel=UNIT[cell.score_key])
-    for ax in axes.values():
+    panels = {}
+    for dataset, part in _by_dataset(group).items():
+        colour = choose_colours(part)
+        ax = make_panel(scores.dataset_label(dataset), 2.6, colour)
+        for cell in part:
+            plot_mean(ax, cell.cpu_seconds, cell, colour[cell.algo])
+        ax.set(xlabel="CPU seconds of a run, with its reference", ylabel=UNIT[part[0].score_key])
         scale_log(ax)
-    add_colours(figure, colour)
-    return figure
+        clip(ax, "y")
+        panels[dataset] = ax
+    return finish(panels)
 
 
-def draw_learning_curves(group: Sequence[Cell]) -> Figure | None:
-    """Draw scores over updates, mean over seeds and its interval; the dot is the last policy."""
-    colour = choose_colours(group)
-    figure, axes = make_panels(scores.datasets(group), height=3.0)
-    longest = 0
-    for cell in group:
-        ax = axes[cell.dataset]
-        steps, values = series(cell.runs, cell.score_key)
-        # The last policy's own score closes the curve.
-        last = max(run.result["steps"] for run in cell.runs)
-        before = steps < last
-        longest = max(longest, int(before.sum()))
-        closed = np.column_stack([values[:, before], cell.values])
-        _band(ax, np.append(steps[before], last), closed, colour[cell.algo])
-        ax.plot(last, cell.mean, "o", ms=6, color=colour[cell.algo], zorder=3)
-        ax.set(ylabel=UNIT[cell.score_key], xlabel="update")
-    for dataset, ax in axes.items():
-        _scale_updates(ax, dataset, group)
-    add_colours(figure, colour)
-    return figure if longest else None
+def draw_learning_curves(group: Sequence[Cell]) -> Panels:
+    """Draw scores over updates, mean over seeds and its interval; the dot is the last policy.
+
+    Algorithms without a point before the last have no curve.
+    """
+    panels = {}
+    for dataset, part in _by_dataset(group).items():
+        curves = {}
+        for cell in part:
+            steps, values = series(cell.runs, cell.score_key)
+            # The last policy's own score closes the curve.
+            last = max(run.result["steps"] for run in cell.runs)
+            before = steps < last
+            if before.any():
+                closed = np.column_stack([values[:, before], cell.values])
+                curves[cell.algo] = np.append(steps[before], last), closed
+        if not curves:
+            continue
+        colour = {name: c for name, c in choose_colours(group).items() if name in curves}
+        ax = make_panel(scores.dataset_label(dataset), 2.5, colour)
+        for algo, (steps, values) in curves.items():
+            _band(ax, steps, values, colour[algo])
+            ax.plot(steps[-1], values[:, -1].mean(), "o", ms=5, color=colour[algo], zorder=3)
+        ax.set(ylabel=UNIT[part[0].score_key], xlabel="update")
+        _scale_updates(ax, part)
+        panels[dataset] = ax
+    return finish(panels)
 
 
-def draw_training_curves(group: Sequence[Cell]) -> Figure | None:
-    """Draw log-probability, critics and effective sample size, one column for each dataset."""
-    likelihood = "log-likelihood of the batches\n(mean over steps)"
+def draw_training_curves(group: Sequence[Cell]) -> Panels:
+    """Draw log-probability, critics and effective sample size, a panel for each and dataset."""
     lines = [
-        ("log_prob", likelihood, _logged(group, "log_prob")),
+        (
+            "log_prob",
+            "log-likelihood of the batches\n(mean over steps)",
+            _logged(group, "log_prob"),
+        ),
         ("pred_value", "critic's mean value Q(s, a)", _logged(group, "pred_value")),
-        ("ESS", "effective sample size\n(share of the batch)", list(filter(_weighted, group))),
+        (
+            "ESS",
+            "effective sample size\n(share of the batch)",
+            list(filter(_weighted, _logged(group, "ESS"))),
+        ),
     ]
-    lines = [line for line in lines if line[2]]
-    if not lines:
-        return None
-    shown = [cell for *_, rows in lines for cell in rows]
-    names, colour = sorted(set(scores.datasets(shown))), choose_colours(group)
-    size = (max(5.0, 3.6 * len(names)), 2.7 * len(lines))
-    figure, axes = make_axes(len(lines), len(names), size)
-    for row, (key, label, rows) in zip(axes, lines, strict=True):
-        for dataset, ax in zip(names, row, strict=True):
-            ax.set_title(literal(scores.dataset_label(dataset)), fontsize=TITLE)
-            ax.set_xlabel("update")
-            for cell in (cell for cell in rows if cell.dataset == dataset):
+    panels = {}
+    for key, label, cells in lines:
+        for dataset, part in _by_dataset(cells).items():
+            colour = {cell.algo: choose_colours(group)[cell.algo] for cell in part}
+            ax = make_panel(scores.dataset_label(dataset), 2.4, colour)
+            for cell in part:
                 _band(ax, *series(cell.runs, key), colour[cell.algo])
-            _scale_updates(ax, dataset, rows)
+            ax.set(xlabel="update", ylabel=label)
+            _scale_updates(ax, part)
             if key == "ESS":
                 ax.set_ylim(0.0, 1.04)
-        row[0].set_ylabel(label)
-    add_colours(figure, {name: colour[name] for name in scores.algorithms(shown)})
-    return figure
+            panels[f"{key}-{dataset}"] = ax
+    return finish(panels)
 
 
-def draw_weight_quantiles(group: Sequence[Cell]) -> Figure | None:
+def draw_weight_quantiles(group: Sequence[Cell]) -> Panels:
     """Draw quantiles of the importance weights over updates, mean over seeds."""
-    shown = [cell for cell in _logged(group, "weight_q50") if _weighted(cell)]
-    if not shown:
-        return None
-    colour, names, algos = choose_colours(group), scores.datasets(shown), scores.algorithms(shown)
-    size = (max(5.0, 3.6 * len(names)), 2.6 * len(algos))
-    figure, axes = make_axes(len(algos), len(names), size, sharey=True)
-    for ax in axes.flat:
-        ax.set_axis_off()
-    for cell in shown:
-        ax, shade = axes[algos.index(cell.algo), names.index(cell.dataset)], colour[cell.algo]
-        ax.set_axis_on()
+    panels = {}
+    looks = (("median", 1.0, 1.5), ("25 to 75 %", 0.45, 8.0), ("5 to 95 %", 0.2, 8.0))
+    for cell in (cell for cell in _logged(group, "weight_q50") if _weighted(cell)):
+        ax, shade = make_panel(", ".join(cell.labels), 2.4), choose_colours(group)[cell.algo]
         for low, high, alpha in (("q05", "q95", 0.18), ("q25", "q75", 0.35)):
             steps, _ = series(cell.runs, f"weight_{low}")
             ends = [series(cell.runs, f"weight_{q}")[1].mean(axis=0) for q in (low, high)]
             ax.fill_between(steps, *ends, color=shade, alpha=alpha, lw=0)
         steps, medians = series(cell.runs, "weight_q50")
         ax.plot(steps, medians.mean(axis=0), color=shade)
-        ax.axhline(1.0, color="0.3", lw=0.8, ls=":")
+        ax.axhline(1.0, color=INK, alpha=0.6, lw=0.8, ls=":")
         ax.set(yscale="log", xlabel="update", ylabel="importance weight")
-        ax.set_title(literal(", ".join(cell.labels)), fontsize=TITLE)
-    for ax in axes.flat:
-        low, high = ax.get_ylim()
+        bottom, top = ax.get_ylim()
         ax.yaxis.set_major_formatter(_PLAIN)
         # Below a decade the powers of ten alone would leave the axis without numbers.
-        ax.yaxis.set_minor_formatter(_PLAIN if high < 10 * low else NullFormatter())
-    looks = (("median", 1.0, 1.5), ("25 to 75 %", 0.45, 8.0), ("5 to 95 %", 0.2, 8.0))
-    grey = [Line2D([], [], color="0.35", alpha=a, lw=w, label=text) for text, a, w in looks]
-    add_legend(figure, grey)
-    return figure
+        ax.yaxis.set_minor_formatter(_PLAIN if top < 10 * bottom else NullFormatter())
+        add_legend(
+            cast(Figure, ax.figure),
+            [Line2D([], [], color=shade, alpha=a, lw=w, label=n) for n, a, w in looks],
+        )
+        panels[f"{cell.dataset}-{cell.algo}"] = ax
+    return finish(panels)
 
 
-def draw_sweep(rows: Sequence[WeightRow]) -> Figure | None:
+def draw_sweep(rows: Sequence[WeightRow]) -> Panels:
     """Draw scores against the effective sample size at the end, one panel for each dataset.
 
     The dashed line is the same algorithm without weights; several lines in a panel are named.
     """
     rows = [(setting, c) for setting, c in rows if not setting or last_weights(c, "ESS")]
-    weighted = [(setting, cell) for setting, cell in rows if setting]
-    plain = [cell for setting, cell in rows if not setting]
-    if not weighted:
-        return None
-    figure, axes = make_panels(scores.datasets(cell for _, cell in rows), height=3.4)
-    for cell in plain:
-        ax = axes[cell.dataset]
-        ax.axhline(cell.mean, color=choose_colours([cell])[cell.algo], lw=1.2, ls="--")
-        if sum(other.dataset == cell.dataset for other in plain) > 1:
-            at = ax.get_yaxis_transform()
-            name = literal(scores.algorithm_label(cell.algo))
-            ax.text(0.99, cell.mean, name, transform=at, ha="right")
-    for setting, cell in weighted:
-        ax = axes[cell.dataset]
-        ess, target = float(np.mean(last_weights(cell, "ESS"))), setting.target_ess
-        plot_mean(ax, ess, cell, "#1f63a8" if target else "#d1440c")
-        panel = [other for other, c in weighted if c.dataset == cell.dataset]
-        words = f"ESS {target:g}" if target else f"k {setting.temperature:g}"
-        # The lag is named only where the panel has several.
-        if len({other.lag for other in panel}) > 1:
-            words = f"{words}, {setting.lag}"
-        # Where the panel has two sweeps, the variant tells which is which.
-        if panel.count(setting) > 1:
-            words = literal(cell.algo.rpartition("/")[0]) or words
-        ax.annotate(words, (ess, cell.mean), xytext=(6, 5), textcoords="offset points", fontsize=8)
-        ax.set_xlabel("effective sample size at the end (share of the data)")
-        ax.set_ylabel(UNIT[cell.score_key])
-    for ax in axes.values():
+    panels = {}
+    for dataset in scores.datasets(cell for setting, cell in rows if setting):
+        ax = make_panel(scores.dataset_label(dataset), 3.0)
+        plain = [cell for setting, cell in rows if not setting and cell.dataset == dataset]
+        for cell in plain:
+            ax.axhline(cell.mean, color=choose_colours([cell])[cell.algo], lw=1.2, ls="--")
+            if len(plain) > 1:
+                at, name = ax.get_yaxis_transform(), literal(scores.algorithm_label(cell.algo))
+                ax.text(0.99, cell.mean, name, transform=at, ha="right", color=INK)
+        weighted = [(setting, c) for setting, c in rows if setting and c.dataset == dataset]
+        settings = [setting for setting, _ in weighted]
+        for setting, cell in weighted:
+            ess, target = float(np.mean(last_weights(cell, "ESS"))), setting.target_ess
+            plot_mean(ax, ess, cell, COLOURS["sft-q"] if target else COLOURS["iw-sft-q"])
+            words = f"ESS {target:g}" if target else f"k {setting.temperature:g}"
+            # The lag is named only where the panel has several.
+            if len({other.lag for other in settings}) > 1:
+                words = f"{words}, {setting.lag}"
+            # Where the panel has two sweeps, the variant tells which is which.
+            if settings.count(setting) > 1:
+                words = literal(cell.algo.rpartition("/")[0]) or words
+            place = (ess, cell.mean)
+            ax.annotate(words, place, (6, 5), textcoords="offset points", fontsize=7.5, color=INK)
+        ax.set(xlabel="effective sample size at the end (share)", ylabel=UNIT[cell.score_key])
         ax.margins(x=0.25)
         scale_log(ax)
-    return figure
+        clip(ax, "y")
+        panels[dataset] = ax
+    return finish(panels)
 
 
 def _band(ax: Axes, steps: NDArray, values: NDArray, colour: str) -> None:
@@ -301,19 +351,25 @@ def _band(ax: Axes, steps: NDArray, values: NDArray, colour: str) -> None:
         values = values[:, :whole].reshape(len(values), -1, size).mean(axis=2)
     if len(values) >= MIN_SEEDS and len(steps):
         ax.fill_between(steps, *t_interval(values), color=colour, alpha=0.2, lw=0)
-    ax.plot(steps, values.mean(axis=0), color=colour, lw=1.6)
+    ax.plot(steps, values.mean(axis=0), color=colour, lw=1.4)
 
 
-def _scale_updates(ax: Axes, dataset: str, group: Sequence[Cell]) -> None:
-    """Make the axis logarithmic where long runs would press the short ones against its start."""
-    updates = [run.result["steps"] for c in group if c.dataset == dataset for run in c.runs]
+def _scale_updates(ax: Axes, group: Sequence[Cell]) -> None:
+    """End the axis where a curve explodes; a logarithmic one keeps long runs beside short ones."""
+    updates = [run.result["steps"] for cell in group for run in cell.runs]
     if updates and max(updates) > 5 * min(updates):
         ax.set_xscale("log")
+    clip(ax, "y", tight=True)
 
 
 def _logged(group: Sequence[Cell], key: str) -> list[Cell]:
     """The cells whose runs all logged a metric more than once."""
     return [cell for cell in group if len(series(cell.runs, key)[0]) > 1]
+
+
+def is_logged(cell: Cell) -> bool:
+    """Whether the runs of a cell logged more than their last step."""
+    return len(series(cell.runs, "step")[0]) > 1
 
 
 def _weighted(cell: Cell) -> bool:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from rich.console import Group
 from rich.text import Text
 
 from benchmarks.report import figures
-from benchmarks.report.document import NOTHING, Grid, interval_text
+from benchmarks.report.document import INK, NOTHING, Grid, interval_text
+from benchmarks.report.figures import Panels
 from benchmarks.report.scores import Cell, base, cells
+from benchmarks.report.tables import published_scores
 from benchmarks.results import LANGUAGE, RecordedRun, read_runs, unfinished_runs
 from benchmarks.runs import write_json
 from benchmarks.statistics import MIN_SEEDS
@@ -35,36 +37,46 @@ _OTHER = "#2a9d6f"
 
 @dataclass(frozen=True)
 class RecipeRuns:
-    """The runs of one recipe; its name is ``variant/recipe``, or the recipe alone."""
+    """The finished runs of one recipe by algorithm, and the others.
+
+    Its name is ``variant/recipe``, or the recipe alone.
+    """
 
     name: str
-    runs: list[RecordedRun]
+    scores: list[Cell]
     unfinished: list[RecordedRun]
-
-    @cached_property
-    def scores(self) -> list[Cell]:
-        """The finished runs by algorithm."""
-        return cells(self.runs, "score")
 
     @property
     def note(self) -> str:
         """What the columns of the table of scores mean."""
+        notes = " ".join(dict.fromkeys(cell.note for cell in self.scores if cell.note))
         return (
             f"Score: {_first(self.scores[0], 'score_name')}, mean over seeds. Intervals (95 %) are "
             f"over seeds (Student's t) where they are {MIN_SEEDS} or more, of the test's items for "
-            "one seed. ESS: effective share of the draws of an update, its mean and least."
-        )
+            "one seed. ESS: effective share of the draws of an update, its mean and least. "
+        ) + notes
 
 
 def read_recipes(folder: Path) -> list[RecipeRuns]:
-    """Read all recipes with runs at or below ``folder``, by path."""
+    """Read all recipes with runs at or below ``folder``, by path.
+
+    Runs of a recipe that were not tested alike are of two recipes.
+    """
     recipes: dict[str, RecipeRuns] = {}
-    runs = [*read_runs(folder, LANGUAGE), *unfinished_runs(folder, LANGUAGE)]
-    for run in sorted(runs, key=lambda run: run.folder):
+    finished = sorted(read_runs(folder, LANGUAGE), key=lambda run: run.variant)
+    for variant, runs in itertools.groupby(finished, key=lambda run: run.variant):
+        for cell in cells(list(runs), "score"):
+            name = f"{variant}/{cell.dataset}".lstrip("/")
+            recipes.setdefault(name, RecipeRuns(name, [], [])).scores.append(cell)
+    for run in unfinished_runs(folder, LANGUAGE):
         name = f"{run.variant}/{run.dataset}".lstrip("/")
-        recipe = recipes.setdefault(name, RecipeRuns(name, [], []))
-        (recipe.runs if run.result else recipe.unfinished).append(run)
-    return list(recipes.values())
+        recipes.setdefault(name, RecipeRuns(name, [], [])).unfinished.append(run)
+    return [recipes[name] for name in sorted(recipes)]
+
+
+def _name(cell: Cell) -> str:
+    """The algorithm, after what tells its runs from others of the name; the variant is known."""
+    return cell.algo.removeprefix(cell.runs[0].variant).lstrip("/")
 
 
 def _first(cell: Cell, key: str) -> Any:
@@ -101,15 +113,28 @@ def recipe_grid(recipe: RecipeRuns) -> Grid:
     for cell in recipe.scores:
         score, interval = f"{cell.mean:.3f}", interval_text(cell.interval, digits=3)
         grid.rows.append(
-            [base(cell.algo), str(len(cell.runs)), score, interval, str(_first(cell, "steps"))]
+            [_name(cell), str(len(cell.runs)), score, interval, str(_first(cell, "steps"))]
             + [*map(_number, _weights(cell)), f"{cell.cpu_seconds:,.0f}"]
         )
     return grid
 
 
+def summary(recipe: RecipeRuns) -> str:
+    """The best algorithms of a recipe in a sentence."""
+    best = sorted(recipe.scores, key=lambda cell: -cell.mean)[:2]
+    plain = [cell for cell in recipe.scores if not _first(cell, "steps") and cell not in best]
+    words = []
+    for cell in [*best, *plain]:
+        interval = "" if cell.interval is None else f" ({interval_text(cell.interval, digits=3)})"
+        words.append(f"{_name(cell)} {cell.mean:.3f}{interval}")
+    runs = sum(len(cell.runs) for cell in recipe.scores)
+    score = _first(recipe.scores[0], "score_name")
+    return f"{runs} runs; best {score}, with 95 % interval: {', then '.join(words)}."
+
+
 def share_grid(recipe: RecipeRuns) -> Grid:
     """Table of the chances of the kinds of answers; without rows where no test has them."""
-    shares = {base(cell.algo): _shares(cell) for cell in recipe.scores}
+    shares = {_name(cell): _shares(cell) for cell in recipe.scores}
     kinds = list(dict.fromkeys(kind for row in shares.values() for kind in row))
     rows = [[algo, *(_number(row.get(kind)) for kind in kinds)] for algo, row in shares.items()]
     return Grid(["algorithm", *kinds], rows if kinds else [], left=1)
@@ -127,11 +152,11 @@ def recipe_table(recipe: RecipeRuns) -> Group:
 
 
 def write_scores(folder: Path, recipe: RecipeRuns) -> list[Path]:
-    """Write ``results.json`` and ``results.png`` of a recipe's runs into ``folder``."""
+    """Write ``results.json`` and the figures ``results*.png`` of a recipe into ``folder``."""
     rows = []
     for cell in recipe.scores:
         row: dict[str, Any] = {
-            "algo": base(cell.algo),
+            "algo": _name(cell),
             "seeds": cell.seeds,
             "scores": cell.values.tolist(),
             "score": cell.mean,
@@ -140,33 +165,63 @@ def write_scores(folder: Path, recipe: RecipeRuns) -> list[Path]:
         row |= {key: _first(cell, key) for key in ("score_name", "steps")}
         row |= zip(("ess", "ess_min", "weight_max"), _weights(cell), strict=True)
         rows.append(row | {"cpu_seconds": cell.cpu_seconds, "shares": _shares(cell)})
-    numbers, picture = folder / "results.json", folder / "results.png"
+    numbers = folder / "results.json"
     write_json(numbers, {"rows": rows})
-    with written_whole(picture) as partial:
-        draw_recipe(recipe).savefig(partial, format="png", dpi=130)
-    return [numbers, picture]
+    pictures = []
+    for name, figure in draw_recipe(recipe).items():
+        pictures.append(folder / ("results.png" if name == "score" else f"results_{name}.png"))
+        with written_whole(pictures[-1]) as partial:
+            figure.savefig(partial, format="png", dpi=200)
+    return [numbers, *pictures]
 
 
-def draw_recipe(recipe: RecipeRuns) -> Figure:
+def draw_recipe(recipe: RecipeRuns) -> Panels:
     """Draw the scores of all algorithms, and the weights over the updates, mean over seeds."""
     rows = recipe.scores
-    figure, axes = figures.make_axes(1, 3, (13.0, 0.9 + max(3.0, 0.42 * len(rows))))
-    scores, ess, largest = axes.flat
+    scores = figures.make_panel("", 0.8 + 0.3 * len(rows))
+    trained = [cell for cell in rows if _first(cell, "steps")]
+    colour = {_name(cell): _COLOURS.get(base(cell.algo), _OTHER) for cell in rows}
+    shown = {_name(cell): colour[_name(cell)] for cell in trained}
     for y, cell in enumerate(rows):
-        colour = _COLOURS.get(base(cell.algo), _OTHER)
-        figures.plot_score(scores, y, cell, colour)
-        if not _first(cell, "steps"):
-            scores.axvline(cell.mean, color="0.6", lw=0.8, ls=":")
-        for ax, metric in ((ess, "ESS"), (largest, "weight_max")):
+        figures.plot_score(scores, y, cell, colour[_name(cell)])
+        if cell not in trained:
+            scores.axvline(cell.mean, color=INK, alpha=0.5, lw=0.8, ls=":")
+    figures.list_names(scores, [_name(cell) for cell in rows])
+    scores.set_xlabel(figures.literal(_first(rows[0], "score_name")))
+    panels = {"score": scores}
+    labels = {"ESS": "effective share of an update's draws", "weight_max": "largest weight"}
+    for metric, label in labels.items():
+        ax = panels[metric] = figures.make_panel("", 2.5, shown)
+        for cell in trained:
             steps, values = figures.series(cell.runs, metric)
             if len(steps):
-                label = figures.literal(base(cell.algo))
-                ax.plot(steps, values.mean(axis=0), color=colour, lw=1.5, label=label)
-    figures.list_names(scores, [base(cell.algo) for cell in rows])
-    scores.set_xlabel(figures.literal(_first(rows[0], "score_name")))
-    ess.set(xlabel="update", ylim=(0, 1.03), ylabel="effective share of an update's draws")
-    largest.set(xlabel="update", yscale="log", ylabel="largest weight")
-    handles, _ = ess.get_legend_handles_labels()
-    if handles:
-        figures.add_legend(figure, handles, most=len(handles))
-    return figure
+                ax.plot(steps, values.mean(axis=0), color=colour[_name(cell)], lw=1.4)
+        ax.set(xlabel="update", ylabel=label)
+    panels["ESS"].set_ylim(0, 1.03)
+    panels["weight_max"].set_yscale("log")
+    return figures.finish(panels)
+
+
+def evaluation_grid(evaluations: Sequence[dict[str, Any]]) -> Grid:
+    """Table of the shares of right answers of models on tasks, in percent."""
+    grid = Grid(["model", "task", "questions", "answers", "avg", "95 % interval", "maj", "pass"])
+    for result in (result for result in evaluations if "damage" not in result):
+        n, interval = result["n"], interval_text(tuple(result["avg_interval"]))
+        row = [Path(result["model"]).name, result["title"], str(result["questions"]), str(n)]
+        row += [f"{result['avg']:.1f}", interval, f"{result['maj']:.1f}"]
+        grid.rows.append([*row, f"{result['pass_at'].get(str(n), result['avg']):.1f}"])
+    return grid
+
+
+def published_grid(evaluations: Sequence[dict[str, Any]]) -> tuple[Grid, str]:
+    """Table of the paper's numbers on the tasks of the evaluations, and its note."""
+    (table,) = (t for t in published_scores()[1] if t.label == "paper, Table 1")
+    known = {task for task, _ in table.numbers}
+    tasks = {e["task"]: e["title"] for e in evaluations if e.get("task") in known}
+    grid = Grid(["model", *tasks.values()], left=1, published=len(tasks))
+    for model in dict.fromkeys(name for _, name in table.numbers) if tasks else ():
+        numbers = [table.numbers.get((task, model)) for task in tasks]
+        notes = [note for number in numbers if number for note in number["caveats"]]
+        cells = [NOTHING if number is None else f"{number['score']:.1f}" for number in numbers]
+        grid.rows.append([grid.marked(model, list(dict.fromkeys(notes))), *cells])
+    return grid, f"{table.label}: {table.note} {published_scores()[0]}."

@@ -7,21 +7,17 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import results
 from benchmarks.report import aggregates as over_datasets
 from benchmarks.report import figures, language, scores, tables
-from benchmarks.report.document import (
-    COMMANDS,
-    Document,
-    escaped,
-    hardware_lines,
-    shareable,
-    to_html,
-)
+from benchmarks.report.aggregates import Aggregates
+from benchmarks.report.document import Document, escaped, hardware_lines, shareable, to_html
 from benchmarks.report.language import RecipeRuns, read_recipes
 from benchmarks.report.scores import Cell, base, runs_of
 from benchmarks.report.videos import add_videos
+from benchmarks.results import RecordedRun
 from benchmarks.statistics import MIN_SEEDS
 from iwsft.files import written_whole
 
@@ -38,51 +34,54 @@ def write_report(folder: Path, out: Path) -> Path:
     """
     runs = results.read_runs(folder, results.CONTROL)
     unfinished = results.unfinished_runs(folder, results.CONTROL)
-    recipes = read_recipes(folder)
-    if not runs and not any(recipe.runs for recipe in recipes):
-        others = [*unfinished, *(run for recipe in recipes for run in recipe.unfinished)]
-        damages = "".join(f"; {run.damage}" for run in others if run.damage)
-        what = "a folder d4rl/DATASET/ALGO/seed-K or llm/RECIPE/ALGO/seed-K with a result.json"
-        problem = f"no finished run below {folder} ({len(others)} unfinished{damages})"
-        raise results.ResultsError(f"{problem}: a run is {what}")
-    document = Document(shareable(f"python -m benchmarks.report {shlex.quote(str(folder))}"))
-    group = scores.cells(runs)
-    every_run = [*runs, *(run for recipe in recipes for run in recipe.runs)]
+    recipes, evaluations = read_recipes(folder), results.read_evaluations(folder)
+    language_runs = [run for recipe in recipes for run in runs_of(recipe.scores)]
+    if not runs and not language_runs and not evaluations:
+        _refuse(folder, [*unfinished, *(run for recipe in recipes for run in recipe.unfinished)])
+    document, group = Document(), scores.cells(runs)
+    document.section("Summary")
     if group:
-        _scores(document, group, unfinished)
-    if unfinished:
-        document.section("Missing runs", runs_of(group))
-        document.text(
-            f"{len(unfinished)} unfinished runs enter nothing on this page: they were cut off, "
-            "failed, or are not done yet. The same command with `--resume` continues them. Those "
-            "with a footnote are damaged."
-        )
-        document.table(tables.missing_grid(unfinished), "Runs without a result.")
-    if group:
-        for section in (_aggregates, _curves, _sweep, _cost):
-            section(document, group)
+        _control(document, group, unfinished)
+    document.section("Summary")
+    for recipe in recipes:
+        if recipe.scores:
+            document.text(f"**{escaped(recipe.name)}.** {escaped(language.summary(recipe))}")
     for recipe in recipes:
         _recipe(document, recipe)
-    document.section(COMMANDS, runs_of(group))
+    _evaluations(document, evaluations)
+    document.section("How these numbers were made")
+    command = shareable(f"python -m benchmarks.report {shlex.quote(str(folder))}")
+    document.text(
+        f"`{command}` made this page. All runs, with their results, settings and commands, are in "
+        f"[{RECORDS}]({RECORDS})."
+    )
     document.table(tables.run_grid(group), "The finished control runs.")
-    document.provenance([*runs_of(group), *every_run[len(runs) :]])
-    kinds = ["control"] * bool(runs) + ["language"] * bool(recipes)
+    document.provenance([*runs, *language_runs])
+    kinds = ["control"] * bool(runs) + ["language"] * bool(recipes or evaluations)
     markdown = document.markdown(f"{' and '.join(kinds).capitalize()} runs")
+    records = ",\n".join(map(_record, [*runs, *language_runs]))
     written = {
         **document.images,
         MARKDOWN: markdown.encode(),
-        RECORDS: ("[\n" + ",\n".join(map(_record, every_run)) + "\n]\n").encode(),
+        RECORDS: f"[\n{records}\n]\n".encode(),
         PAGE: to_html(markdown, document.images).encode(),
     }
     earlier = (out / MARKDOWN).read_text() if (out / MARKDOWN).is_file() else ""
     for name, content in written.items():
         with written_whole(out / name) as partial:
             partial.write_bytes(content)
-    for name in re.findall(r"^!\[.*\]\(([\w-]+\.png)\)$", earlier, re.MULTILINE):
+    for name in re.findall(r"^!\[.*\]\(([\w.+-]+\.(?:png|svg))\)$", earlier, re.MULTILINE):
         if name not in written:
             (out / name).unlink(missing_ok=True)
     add_videos(out / PAGE, runs)
     return out / PAGE
+
+
+def _refuse(folder: Path, others: Sequence[RecordedRun]) -> None:
+    damages = "".join(f"; {run.damage}" for run in others if run.damage)
+    what = "a folder d4rl/DATASET/ALGO/seed-K or llm/RECIPE/ALGO/seed-K with a result.json"
+    problem = f"no finished run below {folder} ({len(others)} unfinished{damages})"
+    raise results.ResultsError(f"{problem}: a run is {what}")
 
 
 def _record(run: results.RecordedRun) -> str:
@@ -99,10 +98,69 @@ def _record(run: results.RecordedRun) -> str:
     return json.dumps(record)
 
 
-def _scores(
-    document: Document, group: Sequence[Cell], missing: Sequence[results.RecordedRun]
-) -> None:
-    document.section("Scores", runs_of(group))
+def _control(document: Document, group: Sequence[Cell], missing: Sequence[RecordedRun]) -> None:
+    """Add what control runs have: the summary first, then all sections."""
+    aggregates = over_datasets.aggregate(group)
+    for line in _summary(group, aggregates, missing):
+        document.text(line)
+    document.table(
+        tables.matrix_grid(group),
+        "Mean scores, D4RL-normalised unless marked; the best of each data set is bold.",
+    )
+    _scores(document, group, missing)
+    if missing:
+        document.section("Missing runs")
+        document.text(
+            f"{len(missing)} unfinished runs enter nothing on this page: they were cut off, "
+            "failed, or are not done yet. The same command with `--resume` continues them. Those "
+            "with a footnote are damaged."
+        )
+        document.table(tables.missing_grid(missing), "Runs without a result.")
+    _aggregates(document, group, aggregates)
+    _curves(document, group)
+    _sweep(document, group)
+    _cost(document, group)
+
+
+def _summary(
+    group: Sequence[Cell], aggregates: Aggregates, missing: Sequence[RecordedRun]
+) -> list[str]:
+    """Three lines: what was run, what is best, and whether the paper's two methods differ."""
+    runs, short = runs_of(group), [cell for cell in group if cell.under_trained]
+    counts = [f"{len(runs)} runs of {len(scores.algorithms(group))} algorithms"]
+    counts[0] += f" on {len(scores.datasets(group))} data sets"
+    if missing:
+        counts.append(f"{len(missing)} more are unfinished or damaged")
+    if short:
+        few = f"{len(runs_of(short))} made {scores.UNDER_TRAINED} and enter no comparison"
+        counts.append(few)
+    lines = [f"**Runs.** {'; '.join(counts)}."]
+    estimates = aggregates.estimates
+    if not estimates:
+        none = f"No two cells can be compared: they need {MIN_SEEDS} seeds or more."
+        return [*lines, f"**Best.** {none}"]
+    best = sorted(estimates, key=lambda algo: -estimates[algo][0].point)[:2]
+    ranks = [
+        f"{scores.algorithm_label(name)} {over_datasets.text(estimates[name][0], 1)}"
+        for name in best
+    ]
+    over = f"over {len(aggregates.datasets)} data sets (interquartile mean, 95 % interval)"
+    lines.append(f"**Best.** {escaped(', then '.join(ranks))} {over}.")
+    pair = aggregates.improvement.get("iw-sft-q", {}).get("sft-q")
+    if pair is not None and pair.low is not None and pair.high is not None:
+        verdict = "they tie: the interval holds 0.5"
+        if not pair.low <= 0.5 <= pair.high:
+            verdict = "it is better" if pair.low > 0.5 else "it is worse"
+        chance = over_datasets.text(pair, 2)
+        lines.append(
+            f"**iw-SFT(Q) against SFT(Q).** A run of the first scores higher with probability "
+            f"{chance}; {verdict}."
+        )
+    return lines
+
+
+def _scores(document: Document, group: Sequence[Cell], missing: Sequence[RecordedRun]) -> None:
+    document.section("Scores")
     grid = tables.score_grid(group, missing)
     document.text(
         "Score of the last policy, never of the best one on the way; the mean over episodes is "
@@ -115,57 +173,50 @@ def _scores(
         caption += " Success is the share of the episodes in which the environment reports it."
     document.table(grid, caption)
     if grid.published:
-        sources, _ = tables.published_scores()
         theirs = "They were not run here, and enter no mean, aggregate or figure."
-        document.text(f"Columns named by a paper are its numbers: {sources}. {theirs}")
-    else:
-        document.text("The paper has no numbers for these datasets and algorithms.")
+        source = tables.published_scores()[0]
+        document.text(f"Columns named by a paper are its numbers: {source}. {theirs}")
     different = scores.uneven(group)
     if different:
         document.text("Read with care: seeds of one row that were not run alike.")
         document.bullets(map(escaped, different))
-    caption = "Score of each seed (dots), mean (bars) and 95 % interval (lines)."
-    document.figure("scores.png", figures.draw_scores(group), caption)
+    caption = (
+        "Score of each seed (dots), mean (bars) and 95 % interval (lines); † is under-trained."
+    )
+    document.figure("scores", figures.draw_scores(group), caption)
 
 
-def _aggregates(document: Document, group: Sequence[Cell]) -> None:
-    aggregates = over_datasets.aggregate(group)
+def _aggregates(document: Document, group: Sequence[Cell], aggregates: Aggregates) -> None:
     tasks, algorithms = aggregates.datasets, aggregates.estimates
-    compared = [cell for cell in group if cell.dataset in tasks and cell.algo in algorithms]
-    document.section("Over datasets", runs_of(compared))
+    document.section("Over datasets")
     reasons = aggregates.left_out.items()
     left_out = [f"{scores.algorithm_label(algo)}: {reason}" for algo, reason in reasons]
     if algorithms:
         document.text(
             f"Over {escaped(', '.join(map(scores.dataset_label, tasks)))}: the datasets that all "
             f"algorithms of this section have with {MIN_SEEDS} seeds or more. The aggregates are "
-            "those of rliable (<https://arxiv.org/abs/2108.13264>). Their intervals hold in 95 % "
-            "of all cases or more for normal scores: each dataset's mean is uncertain by "
-            "Student's t. The optimality gap is the mean distance below a score of 100. "
-            "Where an algorithm has more seeds on one dataset than on another, its first ones "
-            "enter."
+            "those of rliable (<https://arxiv.org/abs/2108.13264>); their intervals are Welch's, "
+            "for datasets of different spread, and cover about 95 % for normal scores. The "
+            "optimality gap is the mean distance below a score of 100. Where an algorithm has more "
+            "seeds on one dataset than on another, its first ones enter."
         )
         document.table(over_datasets.aggregate_grid(aggregates), "Aggregate scores.")
-        document.figure(
-            "aggregates.png",
-            over_datasets.draw_aggregates(aggregates, group),
-            "Aggregate scores: point estimates (lines) and 95 % intervals (bars).",
-        )
+        caption = "Aggregate scores: point estimates (lines) and 95 % intervals (bars)."
+        document.figure("aggregates", over_datasets.draw_aggregates(aggregates, group), caption)
         document.table(
             over_datasets.improvement_grid(aggregates),
             "Probability of improvement: that a run of the column's algorithm scores higher than "
-            "a run of the row's on the same dataset, mean over datasets.",
+            "a run of the row's on the same dataset, mean over datasets. The intervals (Newcombe's)"
+            " cover about 95 % where it is alike on all datasets, and more where it is not.",
         )
+        caption = "Probability of improvement, with 95 % intervals."
+        document.figure("improvement", over_datasets.draw_improvement(aggregates, group), caption)
         document.figure(
-            "improvement.png",
-            over_datasets.draw_improvement(aggregates, group),
-            "Probability of improvement, with 95 % intervals.",
-        )
-        document.figure(
-            "profiles.png",
+            "profiles",
             over_datasets.draw_profiles(aggregates, group),
             "Performance profiles: share of the runs, over all datasets, that score higher than "
-            "the value on the x axis; bands are Wilson's 95 % intervals. Higher is better.",
+            "the value on the x axis. Higher is better. They are drawn without intervals: runs of "
+            "several datasets are no sample of one.",
         )
         few = f"not all of these algorithms have {MIN_SEEDS} seeds there"
         tasks_left_out = map(scores.dataset_label, aggregates.datasets_left_out)
@@ -178,38 +229,37 @@ def _aggregates(document: Document, group: Sequence[Cell]) -> None:
 def _curves(document: Document, group: Sequence[Cell]) -> None:
     # Variants have figures of their own, together with the algorithms that they are variants of.
     variants = [cell for cell in group if scores.is_variant(cell.algo)]
-    bases, tasks = {scores.base(cell.algo) for cell in variants}, scores.datasets(variants)
+    logged = [cell for cell in variants if figures.is_logged(cell)]
+    bases, tasks = {scores.base(cell.algo) for cell in logged}, scores.datasets(logged)
     related = [c for c in group if scores.base(c.algo) in bases and c.dataset in tasks]
     parts = {"": [cell for cell in group if cell not in variants], "_variants": related}
     for end, part in parts.items():
-        if part:
-            words = "Variants. " if end else ""
-            document.section("Learning curves", runs_of(part))
-            document.figure(
-                f"learning_curves{end}.png",
-                figures.draw_learning_curves(part),
-                f"{words}Mean over seeds; the band is the 95 % interval ({MIN_SEEDS} "
-                "seeds or more). Points on the way are evaluated on fewer episodes; the dot is the "
-                "last policy's score of the table.",
-            )
-            document.section("Training and weights", runs_of(part))
-            document.figure(
-                f"training{end}.png",
-                figures.draw_training_curves(part),
-                f"{words}Log-likelihood of the batches, value of the critics, and effective sample "
-                "size of the importance weights where they left 1.",
-            )
+        words = "Variants. " if end else ""
+        document.section("Learning curves")
+        document.figure(
+            f"learning_curves{end}",
+            figures.draw_learning_curves(part),
+            f"{words}Mean over seeds; the band is the 95 % interval ({MIN_SEEDS} seeds or more), "
+            "cut at the frame. Points on the way are evaluated on fewer episodes; the dot is the "
+            "last policy's score of the table. A triangle marks what leaves the frame.",
+        )
+        document.section("Training and weights")
+        document.figure(
+            f"training{end}",
+            figures.draw_training_curves(part),
+            f"{words}Log-likelihood of the batches, value of the critics, and effective sample "
+            "size of the importance weights where they left 1.",
+        )
     weighted = [cell for cell in group if tables.last_weights(cell, "weight_q50")]
-    document.section("Training and weights", runs_of(weighted))
     caption = "Quantiles of the importance weights, mean over seeds."
-    document.figure("weights.png", figures.draw_weight_quantiles(weighted), caption)
+    document.figure("weights", figures.draw_weight_quantiles(weighted), caption)
     caption = "The weights when they were last looked at, mean over seeds."
     document.table(tables.weight_grid(weighted), caption)
 
 
 def _sweep(document: Document, group: Sequence[Cell]) -> None:
     rows = tables.swept(group)
-    document.section("Settings of the weights", runs_of(cell for _, cell in rows))
+    document.section("Settings of the weights")
     document.table(
         tables.sweep_grid(rows),
         "Every setting of the weights that was run, with the score and with the weights at the "
@@ -217,7 +267,7 @@ def _sweep(document: Document, group: Sequence[Cell]) -> None:
         "that it is compared on.",
     )
     document.figure(
-        "sweep.png",
+        "sweep",
         figures.draw_sweep(rows),
         "Score against the effective sample size at the end: temperatures in orange, target ESS "
         "in blue, 95 % intervals, and the same algorithm with all weights 1 (at the learning rate "
@@ -226,7 +276,7 @@ def _sweep(document: Document, group: Sequence[Cell]) -> None:
 
 
 def _cost(document: Document, group: Sequence[Cell]) -> None:
-    document.section("Cost", runs_of(group))
+    document.section("Cost")
     document.text(
         "Of one run, mean over seeds: CPU seconds of training, learning curve and final "
         "evaluation. The reference policy is trained once for all algorithms that start from it, "
@@ -236,7 +286,7 @@ def _cost(document: Document, group: Sequence[Cell]) -> None:
         document.text("The runs are of different hardware: their seconds differ by it.")
     document.table(tables.cost_grid(group), "Cost and score.")
     document.figure(
-        "cost.png",
+        "cost",
         figures.draw_cost(group),
         "Score against CPU seconds of a run, its reference policy included; lines are 95 % "
         "intervals of the score.",
@@ -244,14 +294,13 @@ def _cost(document: Document, group: Sequence[Cell]) -> None:
 
 
 def _recipe(document: Document, recipe: RecipeRuns) -> None:
-    document.section(f"Language: {recipe.name}", recipe.runs)
-    if recipe.runs:
+    document.section(f"Language: {recipe.name}")
+    if recipe.scores:
         document.text(recipe.note)
         document.table(language.recipe_grid(recipe), f"Scores of {recipe.name}.")
         document.table(language.share_grid(recipe), language.SHARES)
         document.figure(
-            # The variant is a folder of the user, and the page refers to the file.
-            f"language_{re.sub('[^A-Za-z0-9_-]+', '_', recipe.name)}.png",
+            f"language_{recipe.name}",
             language.draw_recipe(recipe),
             "Score of each seed (dots), mean (bars) and interval (lines); effective sample size "
             "and largest weight over the updates, mean over seeds.",
@@ -261,3 +310,20 @@ def _recipe(document: Document, recipe: RecipeRuns) -> None:
         names = [f"{base(run.algo)}/seed-{run.seed}" for run in recipe.unfinished]
         damages = [f": {run.damage}" if run.damage else "" for run in recipe.unfinished]
         document.bullets(escaped(a + b) for a, b in zip(names, damages, strict=True))
+
+
+def _evaluations(document: Document, evaluations: Sequence[dict[str, Any]]) -> None:
+    document.section("Language: evaluations")
+    document.table(
+        language.evaluation_grid(evaluations),
+        "Share of right answers in percent, mean over questions, with 95 % intervals over "
+        "questions (Wilson's, for the number of questions that the answers are worth).",
+    )
+    damages = [each["damage"] for each in evaluations if "damage" in each]
+    if damages:
+        document.text("Damaged evaluations, which are left out:")
+        document.bullets(map(escaped, damages))
+    published, note = language.published_grid(evaluations)
+    document.table(published, "Numbers of the paper, which were not run here.")
+    if published.rows:
+        document.text(note)

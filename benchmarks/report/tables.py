@@ -22,6 +22,8 @@ from benchmarks.statistics import MIN_SEEDS
 FEW_SEEDS = (
     f"Fewer than {MIN_SEEDS} seeds carry neither a deviation nor an interval: the mean alone."
 )
+_UNDER_TRAINED = f"Under-trained: {scores.UNDER_TRAINED}; never the best, and in no comparison."
+_RETURN = "Mean return: the dataset has no D4RL reference scores."
 EQUAL_SEEDS = "All seeds have the same value: no interval follows from it."
 SUCCESS_INTERVAL = "interval of success"
 # Key of result.json -> heading.
@@ -109,13 +111,38 @@ def score_grid(group: Sequence[Cell], missing: Sequence[RecordedRun] = ()) -> Gr
     return grid
 
 
+def matrix_grid(group: Sequence[Cell]) -> Grid:
+    """Table of the mean scores, algorithms by datasets, with the best of each dataset in bold.
+
+    Under-trained cells are marked and never the best.
+    """
+    names, tasks = scores.algorithms(group), scores.datasets(group)
+    grid = Grid(["algorithm", *map(scores.dataset_label, tasks)], left=1)
+    by_name = {(cell.dataset, cell.algo): cell for cell in group}
+    for name in names:
+        row = [scores.algorithm_label(name)]
+        for task in tasks:
+            cell = by_name.get((task, name))
+            notes = [_UNDER_TRAINED] if cell and cell.under_trained else []
+            if cell and cell.score_key == scores.RETURN:
+                notes.append(_RETURN)
+            row.append(NOTHING if cell is None else grid.marked(f"{cell.mean:.1f}", notes))
+        grid.rows.append(row)
+    for j, task in enumerate(tasks):
+        fair = [cell for cell in group if cell.dataset == task and not cell.under_trained]
+        if len(fair) > 1:
+            best = max(fair, key=lambda cell: cell.mean)
+            grid.bold.add((names.index(best.algo), j + 1))
+    return grid
+
+
 def _measured(grid: Grid, cell: Cell, cut_off: int) -> list[str]:
     """Seeds, episodes, score, deviation and interval; share of successful episodes and interval."""
     count = len(cell.runs)
     equal = count >= MIN_SEEDS and cell.interval is None
     notes = _shortened(cell)
     if cell.score_key == scores.RETURN:
-        notes.append("Mean return: the dataset has no D4RL reference scores.")
+        notes.append(_RETURN)
     notes += [f"Seeds differ in {difference}." for difference in cell.differences()]
     notes += [cell.note] if cell.note else []
     row = [
@@ -142,9 +169,9 @@ def _shortened(cell: Cell) -> list[str]:
         for run in cell.runs
         if run.result.get("published_steps") not in (None, run.result["steps"])
     }
-    label = scores.algorithm_label(cell.algo)
+    short = " Under-trained: it enters no comparison." if cell.under_trained else ""
     return [
-        f"{label}: {_count(steps)} of the published {_count(of)} updates."
+        f"{_count(steps)} of the published {_count(of)} updates.{short}"
         for steps, of in sorted(pairs)
     ]
 

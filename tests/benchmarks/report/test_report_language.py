@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import statistics
@@ -22,6 +23,7 @@ from benchmarks.results import ResultsError
 if TYPE_CHECKING:
     from tests.benchmarks.report.conftest import MakeRun
 
+_count = itertools.count()
 SCORES = {"base": [0.5], "sft": [0.61, 0.72, 0.74], "iw-sft": [0.8, 0.9]}
 
 
@@ -48,7 +50,8 @@ def language_run(root: Path, algo: str, seed: int, score: float, recipe: str = "
         "n": 40,
         "share_careful": score / 3,
         "steps": 0,
-        "cpu_seconds": 7.0,
+        # No two runs take the same time.
+        "cpu_seconds": 7.0 + 1e-6 * next(_count),
     }
     rows: list[dict[str, float]] = []
     if algo != "base":
@@ -96,10 +99,11 @@ def test_scores_and_weights_over_seeds(language: Path, capsys: pytest.CaptureFix
     page = (language / "report/index.html").read_text()
     assert "0.690" in page and "transformers 5.23.0" in page
     assert "--data rows.jsonl" in page and "/home/me" not in page + text
-    assert (language / "report/language_sums.png").read_bytes().startswith(b"\x89PNG")
+    panels = {path.name for path in (language / "report").glob("language_sums-*.svg")}
+    assert panels == {f"language_sums-{name}.svg" for name in ("score", "ESS", "weight_max")}
     records = json.loads((language / "report/runs.json").read_text())
     assert [(record["algo"], record["seed"]) for record in records] == [
-        ("base", 0), *(("iw-sft", seed) for seed in range(2)), *(("sft", s) for s in range(3))
+        ("base", 0), *(("sft", s) for s in range(3)), *(("iw-sft", seed) for seed in range(2))
     ]  # fmt: skip
     printed = capsys.readouterr().out
     assert "iw-sft" in printed and "0.850" in printed and "D4RL" not in printed
@@ -120,12 +124,68 @@ def test_together_with_control_runs_and_by_folder(language: Path, make_run: Make
         record.get("variant") for record in json.loads((language / "report/runs.json").read_text())
     }
     assert variants == {None, LONGER}
-    assert (language / "report/language_plus_long_sums.png").exists()
-    assert "](language_plus_long_sums.png)" in text
+    assert (language / "report/language_plus_long_sums-score.svg").exists()
+    assert "](language_plus_long_sums-score.svg)" in text
     # The folder of one recipe is a report too, and figures of the other go.
     write_report(language / LONGER, language / "report")
-    assert {path.name for path in (language / "report").glob("*.png")} == {"language_sums.png"}
+    assert {path.name.partition("-")[0] for path in (language / "report").glob("*.svg")} == {
+        "language_sums"
+    }
     assert [recipe.name for recipe in read_recipes(language / LONGER / "llm" / "sums")] == ["sums"]
+
+
+def test_runs_that_were_tested_or_trained_otherwise_are_apart(language: Path) -> None:
+    for seed, change in (
+        (3, {"n": 7}),
+        (4, {"score_name": "token probability"}),
+        (5, {"steps": 9}),
+    ):
+        path = language_run(language, "sft", seed, 0.2) / "result.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    recipes = {recipe.name: recipe for recipe in read_recipes(language)}
+    assert list(recipes) == ["sums", "sums (n 7)", "sums (score token probability)"]
+    means = {cell.algo: cell.mean for cell in recipes["sums"].scores}
+    sft = statistics.mean(SCORES["sft"])
+    assert means == pytest.approx({"base": 0.5, "sft": sft, "steps 9/sft": 0.2, "iw-sft": 0.85})
+    assert "steps 9 (not 2)" in recipes["sums"].note
+
+
+def evaluation(root: Path, model: str, task: str, **change: Any) -> None:
+    folder = root / model / task
+    folder.mkdir(parents=True)
+    result = {
+        "benchmark": "llm-evaluation",
+        "model": f"models/{model}",
+        "task": task,
+        "title": task.upper(),
+        "questions": 30,
+        "n": 4,
+        "avg": 41.5,
+        "avg_interval": [30.0, 54.0],
+        "maj": 50.0,
+        "pass_at": {"1": 41.5, "4": 63.3},
+    }
+    (folder / "result.json").write_text(json.dumps(result | change))
+
+
+def test_evaluations_have_the_papers_numbers_beside_them(tmp_path: Path) -> None:
+    evaluation(tmp_path, "mine", "aime-2024")
+    evaluation(tmp_path, "mine", "gsm8k")
+    write_report(tmp_path, tmp_path / "report")
+    text = (tmp_path / "report/report.md").read_text()
+    row = ["mine", "AIME-2024", "30", "4", "41.5", "30.0 to 54.0", "50.0", "63.3"]
+    assert cells_of(text, "mine")[0] == row
+    # Only the tasks that were run, in a table of their own.
+    assert "| model | *AIME-2024* |" in text
+    assert cells_of(text, "iw-SFT") == [["iw-SFT", "*66.7*"]]
+    assert cells_of(text, "s1.1 w/o BF [1]") == [["s1.1 w/o BF [1]", "*56.7*"]]
+    evaluation(tmp_path, "broken", "gsm8k", avg="many")
+    evaluation(tmp_path, "swapped", "gsm8k", avg_interval=[1])
+    write_report(tmp_path, tmp_path / "report")
+    text = (tmp_path / "report/report.md").read_text()
+    plain = text.replace("\\", "")
+    assert "'avg' is 'many'" in plain and "'avg_interval' is [1]" in plain
+    assert len(cells_of(text, "mine")) == 2
 
 
 def test_the_order_is_that_of_the_language_job() -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tests.benchmarks.report.conftest import CellOf, MakeRun
 
 
+SHORT = " Under-trained: it enters no comparison."
 Scores = dict[tuple[str, str], list[float]]
 
 
@@ -203,9 +204,17 @@ def test_no_success_column_where_no_result_has_one(runs: Path) -> None:
 @pytest.mark.parametrize(
     ("steps", "published", "words"),
     [
-        (20_000, 1_000_000, "IQL: 20k of the published 1M updates."),
-        (1_500, 250_000, "IQL: 1.5k of the published 250k updates."),
-        (1_234, 1_000_000, "IQL: 1,234 of the published 1M updates."),
+        (
+            20_000,
+            1_000_000,
+            "20k of the published 1M updates. Under-trained: it enters no comparison.",
+        ),
+        (
+            1_500,
+            250_000,
+            "1.5k of the published 250k updates. Under-trained: it enters no comparison.",
+        ),
+        (1_234, 2_000, "1,234 of the published 2k updates."),
         (1_000_000, 1_000_000, None),
         (20_000, None, None),
     ],

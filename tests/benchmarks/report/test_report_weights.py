@@ -55,7 +55,7 @@ def test_settings_scores_and_weights_at_the_end(tmp_path: Path, make_run: MakeRu
         ["k10/iw-SFT(Q)", "10", "-", "sync every 199", "3", "60.0", "0.1", "100"],
     ]
     assert sweep_grid(swept(group)).rows[0][7] == "28.5 to 33.5"  # 30, 31, 32
-    (panel,) = draw_sweep(swept(group)).axes
+    (panel,) = draw_sweep(swept(group))["hopper-a"].axes
     assert panel.get_title() == "hopper-a"
     words = {text.get_text() for text in panel.texts}
     assert words == {
@@ -85,7 +85,7 @@ def test_runs_that_differ_in_more_than_weights_are_separate_sweeps(
         *(("top10/sft-q", 30.0), ("top10-k1/iw-sft-q", 31.0), ("top10-k10/iw-sft-q", 40.0)),
         *(("top50/sft-q", 70.0), ("top50-k1/iw-sft-q", 71.0), ("top50-k10/iw-sft-q", 80.0)),
     ]
-    (panel,) = draw_sweep(rows_of_sweep).axes
+    (panel,) = draw_sweep(rows_of_sweep)["hopper-a"].axes
     # Lines and points are named where there are several.
     words = {text.get_text() for text in panel.texts}
     assert {"top10/SFT(Q)", "top50/SFT(Q)", "top50-k10"} <= words
