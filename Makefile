@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # One thread per process: parallel runs do not compete, and numbers do not depend on the load.
 export OMP_NUM_THREADS = 1
 
-.PHONY: demo test lint docs mutants peer smollm2
+.PHONY: demo test lint docs results-page mutants peer smollm2
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,10 @@ lint: $(VENV)/installed
 docs: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
+
+# Build the page of the recorded control results, build/results/index.html.
+results-page: $(VENV)/installed
+	$(BIN)/python -m benchmarks.report docs/results/runs.json --out build/results
 
 # Change the algorithm's source in one place at a time, and see whether a test fails. Hours on one core; see --help.
 mutants: $(VENV)/installed

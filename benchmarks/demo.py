@@ -64,7 +64,7 @@ def _show_arithmetic(document: Document, folder: Path) -> str:
     for grid in (language.recipe_grid(recipe), language.share_grid(recipe)):
         document.text(grid.markdown())
     document.text(recipe.note)
-    document.figure("arithmetic.png", language.draw_recipe(recipe), "Scores and weights.")
+    document.figure("arithmetic", language.draw_recipe(recipe), "Scores and weights.")
     return compared({cell.algo: cell for cell in recipe.scores}, "sft", "iw-sft", ".3f")
 
 
@@ -74,7 +74,7 @@ def _show_control(document: Document, folder: Path) -> str:
 
     group = scores.cells(results.read_runs(folder, results.CONTROL))
     document.text(tables.score_grid(group).markdown())
-    document.figure("scores.png", figures.draw_scores(group), "Scores of each seed, and means.")
+    document.figure("scores", figures.draw_scores(group), "Scores of each seed, and means.")
     return compared({cell.algo: cell for cell in group}, "sft-q", "iw-sft-q", ".1f")
 
 
@@ -147,9 +147,9 @@ def main(options: Options, parts: Sequence[Part] = PARTS) -> Path:
     from benchmarks.report.document import Document, to_html
     from iwsft.files import written_whole
 
-    document = Document("iwsft demo")
+    document = Document()
     for part in parts:
-        document.section(part.title, [])
+        document.section(part.title)
         document.text(part.look_at)
         line = part.show(document, options.out)
         document.text(f"**{line}**")

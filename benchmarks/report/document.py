@@ -198,12 +198,12 @@ class Document:
         self.text("\n".join(["```", *(commands or ["not recorded"]), "```"]))
 
     def markdown(self, title: str) -> str:
-        """The whole page in GitHub's markdown; its contents follow the first section."""
-        (_, top), *others = self._sections.items()
-        filled = [(name, blocks) for name, blocks in others if blocks]
-        contents = "\n".join(f"- [{name}](#{_anchor(name)})" for name, _ in filled)
+        """The whole page in GitHub's markdown; a section without a title is above the contents."""
+        top = self._sections.get("", [])
+        filled = {name: blocks for name, blocks in self._sections.items() if name and blocks}
+        contents = "\n".join(f"- [{name}](#{_anchor(name)})" for name in filled)
         parts = [f"# {title}", *top, contents]
-        for name, blocks in filled:
+        for name, blocks in filled.items():
             parts += [f"## {name}", *blocks]
         return "\n\n".join(parts) + "\n"
 
@@ -255,7 +255,7 @@ def shareable(command: str) -> str:
 
 
 def to_html(markdown: str, images: Mapping[str, bytes]) -> str:
-    """Make one HTML file of a page of markdown, with its style and its SVG images inside.
+    """Make one HTML file of a page of markdown, with its style and its images inside.
 
     HTML in the page is shown as text.
     """
@@ -267,8 +267,10 @@ def to_html(markdown: str, images: Mapping[str, bytes]) -> str:
             token.attrSet("id", _anchor(tokens[i + 1].content))
         for child in token.children or []:
             if child.type == "image":
-                data = base64.b64encode(images[str(child.attrs["src"])]).decode()
-                child.attrSet("src", f"data:image/svg+xml;base64,{data}")
+                name = str(child.attrs["src"])
+                kind = "png" if name.endswith(".png") else "svg+xml"
+                data = base64.b64encode(images[name]).decode()
+                child.attrSet("src", f"data:image/{kind};base64,{data}")
         # Where two columns hold words, the rows with the same first cell are a group.
         if token.type == "tr_open" and tokens[i + 4].type == "td_open":
             first, second = tokens[i + 2], tokens[i + 4]

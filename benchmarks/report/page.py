@@ -39,10 +39,10 @@ def write_report(folder: Path, out: Path) -> Path:
     if not runs and not language_runs and not evaluations:
         _refuse(folder, [*unfinished, *(run for recipe in recipes for run in recipe.unfinished)])
     document, group = Document(), scores.cells(runs)
-    document.section("Summary")
+    document.section("")
     if group:
         _control(document, group, unfinished)
-    document.section("Summary")
+    document.section("")
     for recipe in recipes:
         if recipe.scores:
             document.text(f"**{escaped(recipe.name)}.** {escaped(language.summary(recipe))}")

@@ -45,7 +45,7 @@ def test_it_says_whether_control_ties(
     for seed, gain in enumerate(gains):
         make_run(tmp_path, "hopper-a", "sft-q", seed, 20.0 + 10 * seed)
         make_run(tmp_path, "hopper-a", "iw-sft-q", seed, 20.0 + 10 * seed + gain)
-    line = CONTROL.show(Document("demo"), tmp_path)
+    line = CONTROL.show(Document(), tmp_path)
     assert line.startswith(verdict)
     low, high = sum(gains) / 3 - 2.484, sum(gains) / 3 + 2.484
     assert line.endswith(f"over 3 seeds of {low:.1f} to {high:.1f}.")
@@ -53,8 +53,8 @@ def test_it_says_whether_control_ties(
 
 def test_the_page_shows_the_bandit(tmp_path: Path) -> None:
     run_bandit(BanditOptions(seeds=2, pulls=200, steps=50, out=tmp_path / "bandit"))
-    document = Document("demo")
-    document.section(BANDIT.title, [])
+    document = Document()
+    document.section(BANDIT.title)
     line = BANDIT.show(document, tmp_path)
     # As the successes do: about two in three.
     share = float(re.findall(r"better arm in (\d+)%", line)[0])

@@ -119,7 +119,8 @@ def whole(
         # The rest of the settings is that of all runs here.
         fine_tuning = {"k": k, "alpha": 0.9}
         config = {"settings": {"lr": 1e-4, "fine_tuning": fine_tuning, "sync_every": 19}}
-        rows = [{"step": 100, "ESS": 0.3, "weight_q50": 1.0}]
+        rows = [{"step": s, "ESS": 0.3, "weight_q50": 1.0, "log_prob": -1.0} for s in (50, 100)]
+        rows[0]["normalized_score"] = 30.0
         for seed in range(3):
             root = runs / f"k{k}"
             make_run(root, "hopper-a", "iw-sft-q", seed, 60.0 + seed, config=config, rows=rows)
