@@ -148,7 +148,7 @@ def test_the_html_page_loads_nothing(whole: Path) -> None:
     assert not {"script", "link", "iframe", "object", "embed", "base"} & set(page.tags)
     assert "url(" not in text and "@import" not in text
     # The page tells the browser so too.
-    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in text
+    assert "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'" in text
     folder = whole / "report"
     files = {path.read_bytes() for path in folder.glob("*.svg")}
     embedded = []
