@@ -238,7 +238,8 @@ def test_references_come_first_and_are_shared(
     algos = ("sft", "bc-10", "td3-bc", "sft-q")
     data = (str(tiny_dataset),)
     main(Options(algo=algos, dataset=data, seeds=(0, 1), out=tmp_path, **FEW))
-    lines = [line.split()[1:4] for line in capsys.readouterr().err.splitlines()[1:]]
+    ended = [line for line in capsys.readouterr().err.splitlines() if ": score" in line]
+    lines = [line.split()[1:4] for line in ended]
     assert [(algo, int(seed.rstrip(":"))) for algo, _, seed in lines] == [
         ("sft", 0),
         ("sft", 1),
