@@ -46,10 +46,18 @@ class Part:
 
 
 def _show_bandit(document: Document, folder: Path) -> str:
+    from benchmarks.report import figures
+
     numbers = json.loads((folder / "bandit" / "bandit.json").read_text())["algorithms"]
-    document.images["bandit.png"] = (folder / "bandit" / "bandit.png").read_bytes()
-    caption = "Mean reward over the updates, mean and 95 % interval over seeds."
-    document.text(f"![{caption}](bandit.png)")
+    ax = figures.make_panel("", 2.5, {name: figures.COLOURS[name] for name in numbers})
+    for name, row in numbers.items():
+        curve, colour = row["curve"], figures.COLOURS[name]
+        ax.plot(curve["mean"], color=colour, lw=1.6)
+        updates = range(len(curve["mean"]))
+        ax.fill_between(updates, curve["low"], curve["high"], color=colour, alpha=0.2, lw=0)
+    ax.set(xlabel="update", ylabel="mean reward of the policy")
+    caption = "Mean reward, mean and 95 % interval over seeds."
+    document.figure("bandit", figures.finish({"mean reward": ax}), caption)
     right = {name: sum(row["p_right"]) / len(row["p_right"]) for name, row in numbers.items()}
     return (
         f"SFT pulls the better arm in {right['sft']:.0%} of the pulls, as the successes do; "
@@ -148,6 +156,7 @@ def main(options: Options, parts: Sequence[Part] = PARTS) -> Path:
     from iwsft.files import written_whole
 
     document = Document()
+    document.section("Summary")
     for part in parts:
         document.section(part.title)
         document.text(part.look_at)
@@ -155,6 +164,9 @@ def main(options: Options, parts: Sequence[Part] = PARTS) -> Path:
         document.text(f"**{line}**")
         document.text("Command: `python -m " + " ".join(part.command).format(out="runs") + "`")
         lines.append(line)
+    document.section("Summary")
+    for line in lines:
+        document.text(line)
     page = options.out / PAGE
     text = document.markdown("Where importance weights help")
     with written_whole(page) as partial:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from importlib import import_module
@@ -99,9 +100,12 @@ def _make(
     if "rgb_array" not in modes:
         raise ValueError(f"{env_id} draws no pictures for a video; it has the render modes {modes}")
     try:
-        env = environments.make(env_id, **{**env_kwargs, "render_mode": "rgb_array"})
-        env.reset(seed=0)
-        shape = np.asarray(env.render()).shape
+        # The error says what their warnings say.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            env = environments.make(env_id, **{**env_kwargs, "render_mode": "rgb_array"})
+            env.reset(seed=0)
+            shape = np.asarray(env.render()).shape
     # Graphics libraries raise errors of their own, of any kind.
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -45,7 +45,9 @@ def test_it_says_whether_control_ties(
     for seed, gain in enumerate(gains):
         make_run(tmp_path, "hopper-a", "sft-q", seed, 20.0 + 10 * seed)
         make_run(tmp_path, "hopper-a", "iw-sft-q", seed, 20.0 + 10 * seed + gain)
-    line = CONTROL.show(Document(), tmp_path)
+    document = Document()
+    document.section(CONTROL.title)
+    line = CONTROL.show(document, tmp_path)
     assert line.startswith(verdict)
     low, high = sum(gains) / 3 - 2.484, sum(gains) / 3 + 2.484
     assert line.endswith(f"over 3 seeds of {low:.1f} to {high:.1f}.")
@@ -54,10 +56,11 @@ def test_it_says_whether_control_ties(
 def test_the_page_shows_the_bandit(tmp_path: Path) -> None:
     run_bandit(BanditOptions(seeds=2, pulls=200, steps=50, out=tmp_path / "bandit"))
     document = Document()
+    document.section("Summary")
     document.section(BANDIT.title)
     line = BANDIT.show(document, tmp_path)
     # As the successes do: about two in three.
     share = float(re.findall(r"better arm in (\d+)%", line)[0])
     assert 55 < share < 75 and "iw-SFT in 9" in line
     page = to_html(document.markdown("Demo"), document.images)
-    assert BANDIT.title in page and "data:image/png;base64" in page
+    assert BANDIT.title in page and "data:image/svg+xml;base64" in page
