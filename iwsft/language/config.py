@@ -112,10 +112,11 @@ def check_q(proposal: str, sync_every: int | None, ema_decay: float | None) -> N
         raise ValueError(f"ema_decay={ema_decay} must be in [0, 1)")
 
 
-# Settings that a resumed run has from its checkpoint.
+# Settings of updates that a resumed run has from its checkpoint, or must share with its first part.
 OPTIMIZER_SETTINGS = (
-    *("optim", "optim_args", "learning_rate", "weight_decay"),
-    *("adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("optim", "optim_args", "learning_rate", "weight_decay", "max_grad_norm"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise_alpha"),
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
 )
 # Settings of transformers' evaluation, of its means over tokens, and of batches that it makes from
 # columns or losses that it replaces; they are without effect here.

@@ -320,7 +320,6 @@ class ImportanceWeightedTrainer(WeightedTrainer):
             "layout": self.args.layout,
             "pad_to_multiple_of": self.args.pad_to_multiple_of,
             "importance_weights": repr(self._loss.importance_weights),
-            # A checkpoint of the optimizer overrides them.
             "optimizer": {name: str(getattr(self.args, name)) for name in OPTIMIZER_SETTINGS},
             "plan": self._plan.settings(),
             "trajectories": self._fingerprint,

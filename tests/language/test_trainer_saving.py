@@ -200,9 +200,13 @@ def test_a_flipped_bit_in_any_file_is_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "own", [{"learning_rate": 1e-4}, {"weight_decay": 0.1}, {"adam_beta2": 0.9}, {"optim": "sgd"}]
+    "own",
+    [
+        *({"learning_rate": 1e-4}, {"weight_decay": 0.1}, {"adam_beta2": 0.9}, {"optim": "sgd"}),
+        *({"lr_scheduler_type": "constant"}, {"warmup_steps": 2}, {"max_grad_norm": 0.1}),
+    ],
 )
-def test_settings_that_the_optimizer_has_from_its_checkpoint(
+def test_settings_of_updates_that_a_run_keeps_when_it_is_resumed(
     tmp_path: Path, own: dict[str, Any]
 ) -> None:
     trainer(tmp_path, **SAVED).train()

@@ -99,6 +99,16 @@ def encode_stretches(
                 unknown |= not _reads_whole(tokenizer, piece, tokens, text, own, where)
         ids += piece.encoding.input_ids[piece.skip :]
         trained += mask[piece.skip :]
+    if starts:
+        cut_up, uncut = (
+            tokenizer.decode(each, clean_up_tokenization_spaces=False)
+            for each in (ids, whole.input_ids)
+        )
+        if cut_up != uncut and squash(cut_up) == squash(uncut):
+            raise ValueError(
+                f"{where}: this tokenizer drops white space at the end of a text; move it from the "
+                "prompt to the completion, or take another tokenizer"
+            )
     return Encoded(ids, trained, unknown)
 
 

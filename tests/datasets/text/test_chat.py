@@ -8,7 +8,7 @@ from unicodedata import normalize
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers.normalizers import NFC, Prepend, Replace, Sequence
+from tokenizers.normalizers import NFC, Prepend, Replace, Sequence, Strip
 from tokenizers.pre_tokenizers import ByteLevel
 
 from iwsft.datasets.text.chat import ChatEncoder
@@ -286,6 +286,16 @@ def test_composed_characters_at_the_end_are_those_of_the_text(completion):
         assert trained(tokenizer, encoded) == normalize("NFC", completion) + "<|im_end|>"
     finally:
         tokenizer.backend_tokenizer.normalizer = None
+
+
+def test_a_tokenizer_that_drops_white_space_at_the_end_of_the_prompt():
+    tokenizer = sentencepiece()
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = Strip(left=False, right=True)
+    with pytest.raises(ValueError, match="f:1: this tokenizer drops white space at the end"):
+        encode_completion(tokenizer, "Answer: ", "two", "f:1")
+    encoded = encode_completion(tokenizer, "Answer:", " two", "f:1")
+    assert tokenizer.decode(encoded.ids, skip_special_tokens=True) == "Answer: two"
 
 
 def test_a_byte_level_tokenizer_with_a_prefix_space_continues_without_it():
