@@ -255,7 +255,7 @@ def shareable(command: str) -> str:
 
 
 def to_html(markdown: str, images: Mapping[str, bytes]) -> str:
-    """Make one HTML file of a page of markdown, with its style and its images inside.
+    """Make one HTML file of a page of markdown, with its style and its SVG images inside.
 
     HTML in the page is shown as text.
     """
@@ -267,10 +267,8 @@ def to_html(markdown: str, images: Mapping[str, bytes]) -> str:
             token.attrSet("id", _anchor(tokens[i + 1].content))
         for child in token.children or []:
             if child.type == "image":
-                name = str(child.attrs["src"])
-                kind = "png" if name.endswith(".png") else "svg+xml"
-                data = base64.b64encode(images[name]).decode()
-                child.attrSet("src", f"data:image/{kind};base64,{data}")
+                data = base64.b64encode(images[str(child.attrs["src"])]).decode()
+                child.attrSet("src", f"data:image/svg+xml;base64,{data}")
         # Where two columns hold words, the rows with the same first cell are a group.
         if token.type == "tr_open" and tokens[i + 4].type == "td_open":
             first, second = tokens[i + 2], tokens[i + 4]
