@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = str(ROOT)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["RL_WARNINGS"] = "False"
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 _about = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Where files outside of docs/ are shown; without it, their names are no links.
