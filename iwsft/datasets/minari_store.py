@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +77,7 @@ def read(dataset_id: str) -> OfflineDataset:
     if env_id is not None and env_spaces is not None:
         columns = steps.observations.shape[1], steps.actions.shape[1]
         notes = check_fit(columns, env_id, env_spaces, source)
+    notes += _normalizers(env_kwargs, source)
     scores = [data.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max")]
     return OfflineDataset(
         trajectories=trajectories,
@@ -107,6 +110,17 @@ def _environment(data: MinariDataset) -> tuple[str | None, dict[str, Any]]:
         flatten = {"entry_point": "gymnasium.wrappers:FlattenObservation", "kwargs": {}}
         env_kwargs["wrappers"] = [*env_kwargs.get("wrappers", ()), flatten]
     return env_id, env_kwargs
+
+
+def _normalizers(env_kwargs: Mapping[str, Any], source: str) -> list[str]:
+    """Note wrappers whose running statistics are the recording's, which the data do not hold."""
+    names = [wrapper["entry_point"] for wrapper in env_kwargs.get("wrappers", ())]
+    names = [name.rpartition(":")[2] for name in names if "Normalize" in name]
+    note = "has statistics of its own: scores are not those of the recorded environment"
+    notes = [f"{name} {note}" for name in names]
+    for each in notes:
+        warnings.warn(f"{source}: {each}", stacklevel=4)
+    return notes
 
 
 def _open(dataset_id: str) -> MinariDataset:

@@ -237,6 +237,15 @@ def test_the_whole_environment_is_recorded_and_scored_in() -> None:
     assert datasets.load("minari:b-v0").env_kwargs == {"max_episode_steps": 4}
 
 
+def test_a_wrapper_with_statistics_of_its_own_is_named() -> None:
+    env = gym.wrappers.NormalizeObservation(gym.make("Pendulum-v1"))
+    actions = Box(-1, 1, (1,), np.float32)
+    create(Box(-10, 10, (3,), np.float32), [(3, False, True)], actions=actions, env=env)
+    with pytest.warns(UserWarning, match="NormalizeObservation has statistics of its own"):
+        (note,) = datasets.load("minari:lab/arm/medium-v0").notes
+    assert note.endswith("scores are not those of the recorded environment")
+
+
 @pytest.mark.filterwarnings("ignore:.*is out of date")
 @pytest.mark.parametrize("env_id", ["PointMaze_UMaze-v3", "FrankaKitchen-v1"])
 def test_policies_of_a_set_of_dictionaries_can_be_scored(env_id: str) -> None:

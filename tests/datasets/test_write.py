@@ -210,8 +210,12 @@ def test_what_one_layout_refuses(tmp_path: Path) -> None:
         write.to_hdf5(tmp_path / "mine.npz", data)
     with pytest.raises(ValueError, match="'no version' is not a Minari id"):
         write.to_minari("no version", data)
-    data[NEXT_OBSERVATION][1, 0] += 1
-    with pytest.raises(ValueError, match="next observation of step 1 is not the observation of"):
+    torn = data.clone()
+    torn[NEXT_OBSERVATION][1, 0] += 1
+    with pytest.raises(ValueError, match="step 2 does not begin where step 1 of its trajectory"):
+        write.to_hdf5(tmp_path / "mine.hdf5", torn)
+    data[NEXT_OBSERVATION] += 0.01  # as of a noisy sensor
+    with pytest.raises(ValueError, match="next observation of step 0 is not the observation of"):
         write.to_minari("x-v0", data)
     write.to_hdf5(tmp_path / "mine.hdf5", data)
     same(data, datasets.load(tmp_path / "mine.hdf5").trajectories)
