@@ -38,7 +38,8 @@ def main(options: Options) -> None:
             console.print(recipe_table(recipe))
         unfinished += recipe.unfinished
     if unfinished:
-        console.print(f"{len(unfinished)} unfinished or damaged runs left out:")
+        runs_of = "run" if len(unfinished) == 1 else "runs"
+        console.print(f"{len(unfinished)} unfinished or damaged {runs_of} left out:")
         for run in unfinished:
             line = run.damage or printable(str(run.folder))
             console.print(f"  {line}", highlight=False, markup=False)

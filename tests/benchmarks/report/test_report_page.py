@@ -265,7 +265,7 @@ def test_page_figures_and_what_is_printed(whole: Path, printed: list[str]) -> No
     ):
         assert line in page
     assert "51.0" in printed[0] and f"Report: {out / 'index.html'}" in printed[0]
-    assert "1 unfinished or damaged runs left out:" in printed[0] and "dt/seed-0" in printed[0]
+    assert "1 unfinished or damaged run left out:" in printed[0] and "dt/seed-0" in printed[0]
 
 
 def test_the_records_are_the_runs(tmp_path: Path, make_run: MakeRun) -> None:
