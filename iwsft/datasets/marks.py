@@ -12,7 +12,7 @@ from iwsft.datasets.episodes import Flags
 # Names in their plain form, see :func:`kind_of`, by what the field holds.
 _KINDS = {
     # Flags at a step at which the environment ended the episode.
-    "terminal": "terminal terminated terminateds termination",
+    "terminal": "terminal terminated terminateds termination dw",
     # Factors of the next state's value, which are 0 at such a step.
     "factor": "mask discount not_done nonterminal",
     # Flags at a step after which the episode was cut.
@@ -25,13 +25,16 @@ _KINDS = {
         "done done_float end last final last_step final_step last_flag "
         "episode_terminal episode_done episode_end episode_last"
     ),
-    "first": "first init start begin initial first_step episode_start episode_first episode_begin",
+    "first": (
+        "first init start begin initial first_step reset "
+        "episode_start episode_start_index episode_first episode_begin"
+    ),
     # A number that an episode's steps share.
     "id": "episode episode_id episode_index episode_num env_id env_index",
     # A number that counts the steps of an episode, and its time.
     "counter": (
         "t step step_id step_index step_num step_in_episode timestep timestep_index time_step "
-        "elapsed_step frame_index episode_step"
+        "elapsed_step frame_index episode_step steps_to_go"
     ),
     "time": "time timestamp",
     # The number of steps of each episode.

@@ -81,6 +81,9 @@ IDS[6 + 9 :] += 1
             np.concatenate([np.arange(size) * 33 + (np.arange(size) == 2) for size in SIZES]),
         ),
         ("traj_lens", np.array(SIZES)),
+        ("resets", flags([0, *(ENDS[:-1] + 1)])),
+        ("episode_start_idx", np.array([0, *(ENDS[:-1] + 1)])),
+        ("steps_to_go", np.concatenate([np.arange(size)[::-1] for size in SIZES])),
     ],
 )
 def test_ends_under_another_name(write: Write, name: str, values: np.ndarray, zeros: bool) -> None:
