@@ -98,11 +98,12 @@ def compared(group: dict[str, Cell], one: str, other: str, form: str) -> str:
     differences = group[other].values - group[one].values
     low, high = (float(end) for end in t_interval(differences))
     names = algorithm_label(other), algorithm_label(one)
+    scores = [f"{group[algo].mean:{form}}" for algo in (other, one)]
     verdict = "is above" if low > 0 else "is below" if high < 0 else "ties with"
     return (
-        f"{names[0]} ({group[other].mean:{form}}) {verdict} {names[1]} ({group[one].mean:{form}}): "
-        f"the difference is {differences.mean():{form}}, with a 95 % interval over "
-        f"{len(differences)} seeds of {low:{form}} to {high:{form}}."
+        f"{names[0]} ({scores[0]}) {verdict} {names[1]} ({scores[1]}): the difference is "
+        f"{differences.mean():{form}}, with a 95 % interval over {len(differences)} seeds of "
+        f"{low:{form}} to {high:{form}}."
     )
 
 

@@ -18,6 +18,7 @@ from iwsft import metrics
 CONTROL, LANGUAGE, EVALUATION = "d4rl", "llm", "llm-evaluation"
 SCORE = "normalized_score"  # of a control run's result
 _IDENTITY = ("dataset", "algo", "seed", "preset", "estimator")
+_TEXTS = ("env_id", "preset", "estimator")
 _NUMBER = (int, float)
 _Kinds = dict[str, type | tuple[type, ...]]
 _ANY: _Kinds = {"dataset": str, "algo": str, "seed": int, "steps": int, "cpu_seconds": _NUMBER}
@@ -275,12 +276,16 @@ def _check_result(path: Path, result: dict[str, Any], benchmark: str) -> None:
     if score is not None and not _is_number(score):
         raise ResultsError(f"{path}: {SCORE!r} is {score!r}, not a number")
     for name, of_episodes in ((SCORE, "episode_scores"), ("return_mean", "episode_returns")):
-        values, mean = result.get(of_episodes), result.get(name)
-        if values is None or mean is None:
+        values: Any = result.get(of_episodes)
+        mean: Any = result.get(name)
+        if values is None:
             continue
-        numbers = isinstance(values, list) and all(map(_is_number, values))
+        numbers = isinstance(values, list) and all(map(_is_number, [mean, *values]))
         if not numbers or not math.isclose(sum(values) / len(values), mean, rel_tol=1e-6):
             raise ResultsError(f"{path}: {name!r} is {mean!r}, not the mean of {of_episodes!r}")
+    for name in _TEXTS:
+        if not isinstance(result.get(name, ""), str):
+            raise ResultsError(f"{path}: {name!r} is {result[name]!r}, not a text")
     rate = result.get("success_rate")
     if rate is not None and not (_is_number(rate) and 0 <= rate <= 1):
         raise ResultsError(f"{path}: 'success_rate' is {rate!r}, not a share of the episodes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,15 @@ def change_line(result: _Numbers, base: _Numbers | None) -> str | None:
         return None
     return (
         f"{result['algo']} seed {result['seed']}: log-likelihood of a token {base['log_prob']:.3f} "
-        f"-> {result['log_prob']:.3f}, change {changed[0]:+.3f} (95 % interval {changed[1]:+.3f} "
-        f"to {changed[2]:+.3f}, {result['n']} prompts)"
+        f"-> {result['log_prob']:.3f}, change {changed[0]:+.3f} ({_ends(*changed[1:])}, "
+        f"prompts: {result['n']})"
+    )
+
+
+def _ends(low: float, high: float) -> str:
+    """The ends of a 95 % interval in words; one value has none."""
+    return (
+        f"95 % interval {low:+.3f} to {high:+.3f}" if math.isfinite(high - low) else "no interval"
     )
 
 
@@ -111,8 +119,8 @@ def _lines(
     if changed is not None:
         difference, low, high = changed
         yield (
-            f"\nThe log-likelihood of a token changed by {difference:+.3f} ({low:+.3f} to "
-            f"{high:+.3f}), paired over {result['n']} prompts."
+            f"\nThe log-likelihood of a token changed by {difference:+.3f} ({_ends(low, high)}), "
+            f"paired over the prompts ({result['n']})."
         )
     if "ESS" in result:
         yield (
@@ -133,5 +141,6 @@ def _lines(
 def _figure(result: _Numbers | None, name: str) -> str:
     if result is None or name not in result:
         return "not measured"
-    low, high = result["interval" if name == "score" else f"{name}_interval"]
-    return f"{result[name]:.3f} ({low:.3f} to {high:.3f})"
+    interval = result["interval" if name == "score" else f"{name}_interval"]
+    ends = "no interval" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
+    return f"{result[name]:.3f} ({ends})"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from benchmarks.llm.recipes import RECIPES, Recipe, load_recipe
 from benchmarks.llm.settings import SOURCE, Settings, setting
 from benchmarks.options import (
+    TRACKERS,
     check_at_least,
     check_device,
     check_known,
@@ -293,7 +294,8 @@ def _check(options: Options, settings: Settings, changed: dict[str, Any]) -> Non
     for tracker in options.report_to:
         if tracker in EXTRAS:
             require(tracker)
-        check_known("installed tracker", tracker, get_available_reporting_integrations())
+        known = {*TRACKERS, *get_available_reporting_integrations()}
+        check_known("tracker", tracker, sorted(known))
     if options.device is not None:
         check_known("device", options.device, ("cpu", "cuda"))
         check_device(options.device)

@@ -169,7 +169,7 @@ def _shortened(cell: Cell) -> list[str]:
         for run in cell.runs
         if run.result.get("published_steps") not in (None, run.result["steps"])
     }
-    short = " Under-trained: it enters no comparison." if cell.under_trained else ""
+    short = " Under-trained: left out of aggregates." if cell.under_trained else ""
     return [
         f"{_count(steps)} of the published {_count(of)} updates.{short}"
         for steps, of in sorted(pairs)

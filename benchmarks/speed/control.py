@@ -120,7 +120,8 @@ def cut_evenly(trajectories: TensorDict) -> TensorDict:
     count, total = len(lengths(trajectories)), len(trajectories)
     steps = torch.full((count,), total // count)
     steps[: total % count] += 1
-    even = trajectories.exclude(("next", "done")).copy()
+    # The ends of the episodes, and the observations that follow, are those of other trajectories.
+    even = trajectories.exclude(("next", "done"), ("next", "observation")).copy()
     even.set(TRAJ_IDS, torch.arange(count).repeat_interleave(steps))
     return even
 

@@ -78,7 +78,7 @@ def test_cloning_looks_at_the_data_after_only(folder: Path, tmp_path: Path) -> N
 
 
 def test_data_of_another_robot_or_the_same_data_are_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match="wide has actions of size 2, after of size 1"):
+    with pytest.raises(ValueError, match="has actions of size 2, Tracking-v0 takes size 1"):
         Task.load(str(folder / "after.hdf5"), str(folder / "wide.hdf5"))
     with pytest.raises(ValueError, match="holds the same data as --dataset"):
         Task.load(str(folder / "after.hdf5"), str(folder / "after.hdf5"))

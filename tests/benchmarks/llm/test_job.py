@@ -272,7 +272,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
         ("--algo iw-sft-step --step-clip 2 1", "--step-clip 2.0 1.0: from 0 on"),
         ("--scheduler constant --warmup 5", "--warmup 5.0 changes nothing with --scheduler"),
         ("--algo base --save-every 5", "--save-every 5 changes nothing in base"),
-        ("--report-to wandbb", "unknown installed tracker 'wandbb'"),
+        ("--report-to wandbb", "unknown tracker 'wandbb'; did you mean 'wandb'"),
         ("--scheduler cosin", "unknown scheduler 'cosin'; did you mean 'cosine'?"),
         ("--quality-cuts 0 100", "cut 100.0: a percentile"),
         ("--micro-batch-size 5", "--micro-batch-size 5 does not divide the 32 draws"),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tests.benchmarks.report.conftest import CellOf, MakeRun
 
 
-SHORT = " Under-trained: it enters no comparison."
+SHORT = " Under-trained: left out of aggregates."
 Scores = dict[tuple[str, str], list[float]]
 
 
@@ -207,12 +207,12 @@ def test_no_success_column_where_no_result_has_one(runs: Path) -> None:
         (
             20_000,
             1_000_000,
-            "20k of the published 1M updates. Under-trained: it enters no comparison.",
+            "20k of the published 1M updates. Under-trained: left out of aggregates.",
         ),
         (
             1_500,
             250_000,
-            "1.5k of the published 250k updates. Under-trained: it enters no comparison.",
+            "1.5k of the published 250k updates. Under-trained: left out of aggregates.",
         ),
         (1_234, 2_000, "1,234 of the published 2k updates."),
         (1_000_000, 1_000_000, None),

@@ -164,6 +164,13 @@ def test_wrong_answers_are_compared_and_do_not_count(
     assert after["right_wrong_margin"] > before["right_wrong_margin"]
 
 
+def test_one_prompt_has_no_interval(finetune: Callable[..., str], tmp_path: Path) -> None:
+    printed = finetune([chat(k, 50) for k in range(10)], "--algo", "iw-sft", "--max-steps", "1")
+    assert "no interval, prompts: 1" in printed.replace("\n", " ")
+    (card,) = (tmp_path / "runs").rglob("seed-0/checkpoint/README.md")
+    assert "(no interval)" in card.read_text()
+
+
 @pytest.mark.parametrize(
     ("rows", "flags", "message"),
     [
