@@ -7,6 +7,7 @@ import glob
 import hashlib
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -31,15 +32,9 @@ def written_whole(path: Path) -> Iterator[Path]:
     Raises:
         OSError: No space is left; ``path`` is unchanged.
     """
-    machine, process = _writer()
-    # Threads, and processes of containers on a shared disk, may have the same process id.
-    token = f"{machine}-{process}-{secrets.token_hex(4)}"
-    partial = path.with_name(f".{path.name}.{token}.partial")
     with full_disk_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for other in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-            if _abandoned(other):
-                other.unlink(missing_ok=True)
+        partial = new_partial(path)
         try:
             yield partial
             with partial.open("rb") as file:
@@ -47,6 +42,20 @@ def written_whole(path: Path) -> Iterator[Path]:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def new_partial(path: Path) -> Path:
+    """Return a name beside ``path`` for this writer; remove what killed writers left at theirs."""
+    for other in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        if _abandoned(other):
+            if other.is_dir():
+                shutil.rmtree(other, ignore_errors=True)
+            else:
+                other.unlink(missing_ok=True)
+    machine, process = _writer()
+    # Threads, and processes of containers on a shared disk, may have the same process id.
+    token = f"{machine}-{process}-{secrets.token_hex(4)}"
+    return path.with_name(f".{path.name}.{token}.partial")
 
 
 def _writer() -> tuple[str, int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from iwsft.files import full_disk_named, written_whole
+from iwsft.files import full_disk_named, new_partial, written_whole
 
 
 def test_new_content_appears_at_the_end_and_nothing_else_stays(tmp_path: Path) -> None:
@@ -130,3 +130,16 @@ def test_partial_files_of_killed_writers_are_removed(tmp_path: Path) -> None:
         os.utime(file, (0, 0))
     write(path, b"again", 1)
     assert {*tmp_path.iterdir()} == {path, other}
+
+
+def test_partial_folders_of_killed_writers_are_removed(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    child = os.fork()
+    if child == 0:
+        new_partial(path).mkdir()
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert len(os.listdir(tmp_path)) == 1
+    new_partial(path).mkdir()
+    # That of this process stays.
+    assert new_partial(path).name != os.listdir(tmp_path)[0] and len(os.listdir(tmp_path)) == 1

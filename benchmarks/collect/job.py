@@ -52,9 +52,7 @@ def run_job(options: Options) -> None:
             else:
                 sources, cost = sac.OnlineRun(simulator, parts, output, options).collect(bar)
         fields = parts.fields()
-        # After a kill between writing and removing the parts, it exists.
-        if not output.path.exists():
-            output.write(fields, replace(provenance, sources=sources))
+        output.write(fields, replace(provenance, sources=sources))
         shutil.rmtree(output.partial)
     print(f"{summary(fields)}{cost}\nwritten to {output.path}; load it as {output.name}")
 
@@ -84,7 +82,11 @@ def claimable(output: Output, options: Options) -> bool:
     """Return whether there is something to collect."""
     begun, finished = output.partial.exists(), output.path.exists()
     if options.resume and (begun or finished):
-        return begun
+        if begun and finished:
+            # A kill while the parts were removed may have left some.
+            with alone_in(output.partial, wait=False):
+                shutil.rmtree(output.partial)
+        return not finished
     run = options.online is not None and output.run.exists()
     for path, exists, problem in (
         (output.partial, begun, "holds the beginning of this dataset; pass --resume, or delete it"),

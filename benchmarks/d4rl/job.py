@@ -49,6 +49,7 @@ def run_job(options: Options) -> Summary:
         root = options.out / Run.benchmark
         runs = _order(claim(root, configs, same=SAME, resume=options.resume))
         summary.finished_before = len(configs) - len(runs)
+        monitor.forget(configs)
         with monitor.shown(runs):
             run_all(_train, runs, place, summary)
     console = Console()

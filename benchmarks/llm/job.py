@@ -63,6 +63,7 @@ def _claim(runs: Sequence[Run], *, first_node: bool = True) -> list[Run]:
     if not first_node:
         return list(runs)
     configs = {run: config_of(run) for run in runs}
+    monitor.forget(runs)
     resume = runs[0].options.resume
     return claim(runs[0].dataset_folder, configs, same=("settings",), resume=resume)
 

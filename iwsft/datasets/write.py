@@ -27,7 +27,7 @@ from iwsft import environments
 from iwsft.datasets.catalog import reference_scores
 from iwsft.datasets.episodes import check_actions
 from iwsft.datasets.minari_store import check_id
-from iwsft.files import full_disk_named, written_whole
+from iwsft.files import full_disk_named, new_partial, written_whole
 from iwsft.trajectory import (
     ACTION,
     MASK,
@@ -159,7 +159,7 @@ def to_minari(
     sizes = lengths(trajectories).tolist()
     buffers = _buffers(fields, sizes, _check_infos(infos, fields))
     store = Path(str(folder).removesuffix(dataset_id))
-    partial = store / f".{dataset_id.replace('/', '-')}.{os.getpid()}.partial"
+    partial = new_partial(store / dataset_id.replace("/", "-"))
     with full_disk_named(folder):
         try:
             _reserve(partial, fields, len(buffers))

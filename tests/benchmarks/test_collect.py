@@ -301,6 +301,12 @@ def test_a_killed_collection_continues(tmp_path: Path) -> None:
     collect(whole, *names, episodes=counts, **settings)
     assert killed.read_bytes() == whole.read_bytes()
     assert not (tmp_path / "killed.hdf5.partial").exists()
+    # A kill while the parts are removed, after the dataset is written, leaves some of them.
+    (tmp_path / "killed.hdf5.partial").mkdir()
+    (tmp_path / "killed.hdf5.partial" / "part-000001.npz").write_bytes(b"")
+    collect(killed, *names, episodes=counts, resume=True, **settings)
+    assert killed.read_bytes() == whole.read_bytes()
+    assert not (tmp_path / "killed.hdf5.partial").exists()
 
 
 def test_resume_of_a_finished_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
