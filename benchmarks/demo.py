@@ -111,7 +111,7 @@ PARTS = (
     Part(
         "A bandit: why SFT stops short",
         "One arm always wins, the other half of the time. SFT copies how often each arm is among "
-        "the wins, 2 to 1, and stops there; iw-SFT goes on to the better arm.",
+        "the wins, 2 to 1, and stops there; iw-SFT moves to the better arm.",
         ("benchmarks.bandit", "--out", "{out}/bandit"),
         False,
         _show_bandit,

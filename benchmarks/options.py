@@ -144,7 +144,7 @@ def config_words(
 
     Raises:
         OSError: The file can't be read.
-        ValueError: It is no such file, or it has an option that the command lacks.
+        ValueError: It is not such a file, or it has an option that the command lacks.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)

@@ -52,7 +52,7 @@ def wilson_interval(share: float, questions: float) -> tuple[float, float]:
     from scipy import stats
 
     if not 0 <= share <= 1 or questions <= 0:
-        raise ValueError(f"{share} of {questions} questions is no share")
+        raise ValueError(f"{share}: a share of {questions} questions lies in [0, 1]")
     z = stats.norm.ppf(_UPPER)
     shrink = 1 + z**2 / questions
     middle = (share + z**2 / (2 * questions)) / shrink

@@ -198,7 +198,7 @@ def _parts(
 ) -> Iterator[tuple[list[RecordedRun], str, str]]:
     """Runs that agree in a view, the most first; how the others differ, short and as a sentence.
 
-    What one of two runs did not record is no difference.
+    Entries that one of two runs did not record do not count as different.
     """
     groups: dict[str, list[RecordedRun]] = {}
     for run in runs:

@@ -37,7 +37,7 @@ def test_mean_and_deviation(runs: Path, cell_of: CellOf, scores_of_runs: Scores)
 def test_seeds_that_were_run_differently_are_named(tmp_path: Path, make_run: MakeRun) -> None:
     make_run(tmp_path, "hopper-a", "bc", 0, 1.0)
     make_run(tmp_path, "hopper-a", "bc", 1, 1.0, versions={"mujoco": "2.3.7"})
-    # What a run did not record is no difference, but it is named.
+    # Entries that a run did not record do not count as different, but are named.
     folder = make_run(tmp_path, "hopper-a", "bc", 2, 1.0)
     (folder / "config.json").unlink()
     late = make_run(tmp_path, "hopper-a", "bc", 3, 1.0) / "config.json"
