@@ -201,8 +201,10 @@ PRESETS: dict[str, tuple[ImportanceWeights, Callable[[np.ndarray], float]]] = {
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_follow_their_formulas(name: str) -> None:
     chain, formula = PRESETS[name]
-    sizes = [4, 1, 7, 2]
+    sizes = [4, 1, 7, 2] * 2
     x = torch.randn(14, generator=torch.Generator().manual_seed(3)) * 4
+    # Ratios below 1 as well as above it.
+    x = torch.cat([x, -x])
     truth = [formula(part.double().numpy()) for part in x.split(sizes)]
     np.testing.assert_allclose(weigh(chain, x, sizes).numpy(), truth, rtol=1e-5)
 
