@@ -117,11 +117,16 @@ class CheckpointedTrainer(Trainer):
         if self._resumed is None:
             return
         # The folder of the run may have moved.
-        best = Path(self._get_output_dir(None)) / _name(self.state.best_global_step)
+        run = Path(self._get_output_dir(None))
+        best = run / _name(self.state.best_global_step)
         if best.is_dir():
             self.state.best_model_checkpoint = str(best)
         for name, state in (*self.own_states.items(), *self.shared_states.items()):
             state.load_state_dict(read(self._resumed / self._file(name), _WAY_OUT))
+        newest = last(run)
+        # A kill may have come before older ones were removed, and a finished run saves none again.
+        if self.args.should_save and newest and self._resumed.samefile(newest):
+            self._rotate(run)
 
     def _file(self, name: str) -> str:
         own = name in self.own_states
@@ -184,12 +189,16 @@ class CheckpointedTrainer(Trainer):
             if self.args.should_save:
                 self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
                 self._publish(folder, place)
-                rotate_checkpoints(
-                    str(run),
-                    save_total_limit=self.args.save_total_limit,
-                    best_model_checkpoint=self.state.best_model_checkpoint,
-                )
+                self._rotate(run)
         self.accelerator.wait_for_everyone()
+
+    def _rotate(self, run: Path) -> None:
+        """Remove the oldest checkpoints beyond the limit."""
+        rotate_checkpoints(
+            str(run),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+        )
 
     def _publish(self, folder: Path, place: Path) -> None:
         """Seal a checkpoint and move it to its place."""

@@ -261,6 +261,21 @@ def test_what_a_kill_left_half_written_goes(tmp_path: Path) -> None:
     assert not (tmp_path / saving.ASIDE).exists()
 
 
+def test_a_checkpoint_that_a_kill_kept_from_removal_goes(tmp_path: Path) -> None:
+    trainer(tmp_path, **SAVED).train()
+    earlier = tmp_path / "checkpoint-2"
+    (earlier / saving.SEAL).unlink()
+    trainer(tmp_path, **SAVED, save_total_limit=1).train(resume_from_checkpoint=True)
+    assert _steps(tmp_path) == {4}
+
+
+def test_resumption_from_an_earlier_checkpoint_keeps_it_until_it_saves(tmp_path: Path) -> None:
+    trainer(tmp_path, **SAVED).train()
+    run = trainer(tmp_path, **SAVED, save_total_limit=1, callbacks=[_Stop(3)])
+    run.train(resume_from_checkpoint=tmp_path / "checkpoint-2")
+    assert _steps(tmp_path) == {2, 4}
+
+
 def test_a_kill_at_any_step_of_a_replacement_leaves_a_whole_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
