@@ -18,6 +18,7 @@ from iwsft.policies.log_prob import evaluating, finite_padding, noise_watch, ste
 from iwsft.policy_loss import PolicyLoss
 from iwsft.trajectory import (
     ACTION,
+    DATA_WEIGHT,
     IMPORTANCE_WEIGHT,
     MASK,
     MULTIPLICITY,
@@ -43,6 +44,7 @@ class Terms(NamedTuple):
         log_weight: Log-weight of the step's trajectory, after the transforms.
         clipped: Whether a clip changed the weight; None with cached weights.
         reference: log pi_ref; None where the batch has none.
+        data_weight: Data weight of the step; None where the batch has none.
     """
 
     segments: Segments
@@ -51,17 +53,19 @@ class Terms(NamedTuple):
     log_weight: Tensor
     clipped: Tensor | None
     reference: Tensor | None
+    data_weight: Tensor | None = None
 
 
 class ImportanceWeightedMLE(PolicyLoss):
     """Weighted maximum likelihood of trajectories, the bound of the paper (Eq. 8 and 9).
 
-    ``loss_iw_mle = - sum_j m_j w_j (sum_i log p_ji) [/ length_j] / sum_j m_j`` over the
+    ``loss_iw_mle = - sum_j m_j w_j (sum_i d_ji log p_ji) [/ length_j] / sum_j m_j`` over the
     trajectories j of the batch and their valid steps i. m_j is the multiplicity (how often the
-    batch counts the trajectory; 1 without that key), w_j = q(tau_j) / pi_ref(tau_j) the importance
-    weight after the transforms of ``importance_weights``. Weights carry no gradient, and q runs in
-    eval mode, without dropout. With q = pi_ref the loss is that of SFT, and on all data that of
-    behaviour cloning.
+    batch counts the trajectory), w_j = q(tau_j) / pi_ref(tau_j) the importance weight after the
+    transforms of ``importance_weights``, d_ji the data weight of the step (any float; it counts in
+    the loss alone, not in the diagnostics). m and d are 1 without their keys. Weights carry no
+    gradient, and q runs in eval mode, without dropout. With q = pi_ref the loss is that of SFT, and
+    on all data that of behaviour cloning.
 
     Args:
         policy: A TorchRL ``ProbabilisticActor``, or any module with ``log_prob(trajectories)``.
@@ -76,6 +80,8 @@ class ImportanceWeightedMLE(PolicyLoss):
         length_normalize: Whether to divide the log-probability of a trajectory by its length.
         reduction: ``"mean"`` as above, ``"sum"`` (no division by sum_j m_j), or ``"none"``: the
             terms per step, in the layout of the batch, that add up to ``"sum"``.
+        normalize_data_weights: Whether ``"mean"`` divides by the absolute data weights that were
+            drawn, sum_j m_j (mean_i abs d_ji), instead of by sum_j m_j.
         functional: Whether to hold parameters apart from the module, as TorchRL's losses do. False
             holds the module itself (for engines that shard it) and, with ``"lagged"``, a second
             module.
@@ -84,8 +90,8 @@ class ImportanceWeightedMLE(PolicyLoss):
 
     Input keys: those of the policy, the action, ``("collector", "traj_ids")`` in the packed layout,
     ``ref_log_prob`` with ``"lagged"`` and ``"current"``, ``importance_weight`` if weights are read
-    from the batch; where present, ``multiplicity`` and the masks that ``loss_mask_key`` names (by
-    default ``("collector", "mask")``).
+    from the batch; where present, ``multiplicity``, ``data_weight`` and the masks that
+    ``loss_mask_key`` names (by default ``("collector", "mask")``).
 
     Output: ``loss_iw_mle``, then detached scalars: ``ESS`` (effective over drawn trajectories, in
     (0, 1]), ``kl_approx`` (mean of log pi_ref - log p over steps; NaN without ``ref_log_prob``),
@@ -95,7 +101,8 @@ class ImportanceWeightedMLE(PolicyLoss):
 
     Raises:
         KeyError: The batch lacks an entry that the proposal needs; the message says how to add it.
-        ValueError: Shapes do not fit, or a trajectory has every step masked.
+        ValueError: Shapes do not fit, a trajectory has every step masked, or a data weight is one
+            that :meth:`check_data_weights` refuses.
         OverflowError: A weight is beyond float32. On an accelerator, where looking would cost a
             wait, these two are device-side assertions.
 
@@ -116,6 +123,7 @@ class ImportanceWeightedMLE(PolicyLoss):
             ref_log_prob: log pi_ref of each step.
             multiplicity: Multiplicity of the step's trajectory.
             importance_weight: Cached weight of the step's trajectory.
+            data_weight: Data weight of each step.
         """
 
         action: NestedKey = ACTION
@@ -123,6 +131,7 @@ class ImportanceWeightedMLE(PolicyLoss):
         ref_log_prob: NestedKey = REF_LOG_PROB
         multiplicity: NestedKey = MULTIPLICITY
         importance_weight: NestedKey = IMPORTANCE_WEIGHT
+        data_weight: NestedKey = DATA_WEIGHT
 
     tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys
@@ -136,6 +145,7 @@ class ImportanceWeightedMLE(PolicyLoss):
         proposal: Proposal = "lagged",
         length_normalize: bool = True,
         reduction: Literal["none", "mean", "sum"] | None = None,
+        normalize_data_weights: bool = False,
         functional: bool = True,
         hold_q: bool = True,
     ) -> None:
@@ -157,6 +167,7 @@ class ImportanceWeightedMLE(PolicyLoss):
         self.proposal: Proposal = proposal
         self.length_normalize = length_normalize
         self.reduction = reduction
+        self.normalize_data_weights = normalize_data_weights
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -178,6 +189,7 @@ class ImportanceWeightedMLE(PolicyLoss):
         noisy = noise_watch(self.actor_network, segments.index.device)
         # A trajectory of multiplicity 0 does not count, however extreme it is.
         log_prob = torch.where(share > 0, self._log_prob(batch, segments), 0)
+        data_weight = self.data_weight(batch, segments, share)
         reference = None
         if self.tensor_keys.ref_log_prob in batch.keys(include_nested=True):
             reference = self.reference(batch, segments)
@@ -185,7 +197,7 @@ class ImportanceWeightedMLE(PolicyLoss):
             how = "call iwsft.reweight(trajectories, loss) at the start and at every sync"
             weight = self._entry(batch, self.tensor_keys.importance_weight, segments, how)
             log_weight = torch.where(share > 0, weight.log(), 0)
-            return Terms(segments, share, log_prob, log_weight, None, reference)
+            return Terms(segments, share, log_prob, log_weight, None, reference, data_weight)
         with torch.no_grad():
             base = reference
             # q is without dropout, as the reference is.
@@ -196,7 +208,7 @@ class ImportanceWeightedMLE(PolicyLoss):
             else:
                 log_q = base = torch.zeros_like(log_prob)
             weights = self.weigh(batch, log_q, reference=base, segments=segments, share=share)
-        return Terms(segments, share, log_prob, *weights, reference)
+        return Terms(segments, share, log_prob, *weights, reference, data_weight)
 
     @torch.no_grad()
     def weigh(
@@ -226,16 +238,20 @@ class ImportanceWeightedMLE(PolicyLoss):
 
     def summary(self, terms: Terms) -> TensorDict:
         """Loss and diagnostics of :meth:`terms`, the output of a call."""
-        segments, share, log_prob, log_weight, clipped, reference = terms
+        segments, share, log_prob, log_weight, clipped, reference, data_weight = terms
         weight = exponential(log_weight)
         draws = share.sum(dtype=torch.float64)
         if self.reduction == "mean" and on_host(draws) and float(draws) == 0:
             raise ValueError("every trajectory of the batch has multiplicity 0: it has no mean")
         factor = share if self.length_normalize else share * segments.spread(segments.lengths)
         loss = -factor.to(log_prob.dtype) * weight * log_prob
+        if data_weight is not None:
+            loss = loss * data_weight.to(log_prob.dtype)
         if self.reduction != "none":
             total = loss.sum(dtype=torch.float64)
-            loss = (total / draws if self.reduction == "mean" else total).to(loss.dtype)
+            if self.reduction == "mean":
+                total = total / self.divisor(share, data_weight)
+            loss = total.to(loss.dtype)
 
         with torch.no_grad():
 
@@ -309,6 +325,45 @@ class ImportanceWeightedMLE(PolicyLoss):
         if self.tensor_keys.multiplicity in batch.keys(include_nested=True):
             share = share * self._entry(batch, self.tensor_keys.multiplicity, segments, "")
         return segments.where_valid(share)
+
+    def data_weight(
+        self, batch: TensorDictBase, segments: Segments, share: Tensor
+    ) -> Tensor | None:
+        """Data weight of each step, 0 where the step does not count; None if there are none."""
+        if self.tensor_keys.data_weight not in batch.keys(include_nested=True):
+            return None
+        weight = self._entry(batch, self.tensor_keys.data_weight, segments, "")
+        weight = torch.where(share > 0, weight, 0)
+        if on_host(weight):
+            self.check_data_weights(weight)
+        return weight
+
+    def check_data_weights(self, weight: Tensor) -> None:
+        """Refuse data weights with which this loss can't be minimised.
+
+        Raises:
+            ValueError: One is NaN or infinite, or one is negative and log p falls without end:
+                unless q follows the policy, and its weights are bounded and vanish with it.
+        """
+        name = self.tensor_keys.data_weight
+        if not bool(weight.isfinite().all()):
+            raise ValueError(f"{name!r} is NaN or infinite at a step that counts; correct it")
+        if not bool((weight < 0).any()):
+            return
+        if self.proposal == "reference" or not self.importance_weights.bounded:
+            raise ValueError(
+                f"{name!r} is negative, and this loss then has no lower bound: take a proposal "
+                "other than 'reference' and weights that are bounded and can vanish, such as "
+                "trajectory=[ClipWeight(max=1.0)], or drop these steps"
+            )
+
+    def divisor(self, share: Tensor, data_weight: Tensor | None) -> Tensor:
+        """What ``"mean"`` divides by: the draws, or the absolute data weights of the draws."""
+        if data_weight is None or not self.normalize_data_weights:
+            return share.sum(dtype=torch.float64)
+        total = (share * data_weight.abs()).sum(dtype=torch.float64)
+        # Where all weights of a batch are 0, its loss is 0.
+        return torch.where(total > 0, total, 1.0)
 
     def reference(self, batch: TensorDictBase, segments: Segments) -> Tensor:
         """log pi_ref of each step, as the batch holds it."""

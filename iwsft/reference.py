@@ -24,6 +24,7 @@ from iwsft.policies.causal_lm_families import decoder_of
 from iwsft.trajectory import (
     ASSISTANT_MASK,
     ATTENTION_MASK,
+    DATA_WEIGHT,
     IMPORTANCE_WEIGHT,
     MULTIPLICITY,
     REF_LOG_PROB,
@@ -238,7 +239,8 @@ def _data_digest(trajectories: TensorDictBase) -> str:
     if TOKENS in trajectories.keys(True):
         inputs = trajectories.select(TOKENS, ATTENTION_MASK, ASSISTANT_MASK, TRAJ_IDS, strict=False)
     else:
-        inputs = trajectories.exclude("next", REF_LOG_PROB, MULTIPLICITY, IMPORTANCE_WEIGHT)
+        ours = (REF_LOG_PROB, MULTIPLICITY, IMPORTANCE_WEIGHT, DATA_WEIGHT)
+        inputs = trajectories.exclude("next", *ours)
     return fingerprint(dict(inputs.flatten_keys("/").items()))[:16]
 
 

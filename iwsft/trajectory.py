@@ -2,7 +2,7 @@
 
 *Packed*: batch size ``[N]`` steps, trajectories back to back, with non-decreasing
 ``("collector", "traj_ids")``. *Padded*: batch size ``[B, T]``, or ``[B]`` with time inside; valid
-steps are marked by a mask. Keys follow TorchRL's episode data (TED); three keys are ours.
+steps are marked by a mask. Keys follow TorchRL's episode data (TED); four keys are ours.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ MASK: NestedKey = ("collector", "mask")
 TOKENS: NestedKey = ("tokens", "full")
 ATTENTION_MASK: NestedKey = ("masks", "all_attention_mask")
 ASSISTANT_MASK: NestedKey = ("masks", "all_assistant_mask")
-# Ours: log pi_ref of the step, draws of its trajectory, cached weight of its trajectory.
+# Ours: log pi_ref of the step, draws of its trajectory, cached weight of its trajectory, and the
+# data's own weight of the step.
 REF_LOG_PROB: NestedKey = "ref_log_prob"
 MULTIPLICITY: NestedKey = "multiplicity"
 IMPORTANCE_WEIGHT: NestedKey = "importance_weight"
+DATA_WEIGHT: NestedKey = "data_weight"
 
 
 def on_host(tensor: Tensor) -> bool:
@@ -344,8 +346,8 @@ def validate(
     Raises:
         KeyError: An entry is missing.
         ValueError: An entry has a wrong dtype or shape, NaN or infinity, the ids are out of order,
-            a trajectory consists of two, a multiplicity is negative, there is no step, or a
-            trajectory has every step masked.
+            a trajectory consists of two, a multiplicity is negative, all data weights are 0, there
+            is no step, or a trajectory has every step masked.
     """
     segments = Segments.of(trajectories)
     if len(segments.shape) == 1:
@@ -364,9 +366,22 @@ def validate(
             _check_values(trajectories.get(key), segments, key)
     if MULTIPLICITY in present and bool((trajectories.get(MULTIPLICITY) < 0).any()):
         raise ValueError(f"{MULTIPLICITY!r} counts draws, it can't be negative")
+    if DATA_WEIGHT in present:
+        name = repr(DATA_WEIGHT)
+        weight = fit(trajectories.get(DATA_WEIGHT), segments.shape, name)
+        check_data_weights(segments.where_valid(weight), name)
     empty = segments.without_valid_step
     if len(empty):
         raise ValueError(f"trajectory {int(empty[0])} has every step masked; drop it")
+
+
+def check_data_weights(weight: Tensor, name: str) -> None:
+    """Refuse the data weights of a whole dataset if one is NaN or infinite, or all are 0."""
+    bad = (~weight.isfinite()).nonzero()
+    if len(bad):
+        raise ValueError(f"{name} is NaN or infinite in {len(bad)} places, first {bad[0].tolist()}")
+    if not bool(weight.any()):
+        raise ValueError(f"{name} is 0 everywhere, so there is nothing to train on")
 
 
 def _check_values(value: Tensor, segments: Segments, key: NestedKey) -> None:

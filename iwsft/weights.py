@@ -249,6 +249,15 @@ class ImportanceWeights:
             log_weight, changed = map(segments.spread, of_trajectory)
         return Weights(log_weight, clipped | changed)
 
+    @property
+    def bounded(self) -> bool:
+        """Whether a weight is bounded, and vanishes where q leaves the trajectory."""
+        ends = torch.tensor([-1e30, 1e30])
+        one = Segments(ends.shape, torch.arange(2), None, 2)
+        # A comparison brings a common factor back.
+        low, high = (0.0, 0.0) if self.compares else self(ends, one, torch.ones(2))[0].tolist()
+        return low < -LOG_MAX and high <= LOG_MAX
+
     def check_overflow(self, longest: int) -> None:
         """Refuse a chain whose least weight overflows float32 on a trajectory of ``longest`` steps.
 

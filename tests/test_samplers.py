@@ -129,6 +129,7 @@ def test_both_expectations_through_the_loss_of_the_library(every_ticket: int) ->
     data[TRAJ_IDS] = dataset()[TRAJ_IDS]
     data["multiplicity"] = dataset()["multiplicity"]
     data["action"].tanh_()
+    data["data_weight"] = torch.linspace(0.0, 2.0, len(data))
     torch.manual_seed(0)
     loss = ImportanceWeightedMLE(GaussianPolicy(4, 2, hidden=(8,)), proposal="cached")
     steps = StepSampler(data, every_ticket * sum(MULTIPLICITY)).sample()

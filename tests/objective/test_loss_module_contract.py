@@ -23,6 +23,7 @@ DEFAULT_KEYS: dict[str, NestedKey] = {
     "ref_log_prob": "ref_log_prob",
     "multiplicity": "multiplicity",
     "importance_weight": "importance_weight",
+    "data_weight": "data_weight",
 }
 OUT_KEYS = ["loss_iw_mle", "ESS", "kl_approx", "clip_fraction", "weight_mean", "weight_max"]
 OUT_KEYS += ["log_prob"]
