@@ -18,10 +18,12 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from iwsft.trajectory import (
+    DATA_WEIGHT,
     MULTIPLICITY,
     REWARD,
     TRAJ_IDS,
     Segments,
+    check_data_weights,
     check_links,
     check_tensordict,
     fit,
@@ -33,6 +35,7 @@ from iwsft.trajectory import (
 
 Ties = Literal["rank", ">", ">="]
 Score = str | tuple[str, ...] | Callable[[TensorDictBase], Tensor]
+Weight = Literal["softmax", "linear"] | Callable[[Tensor], Tensor]
 
 
 def curate(
@@ -41,6 +44,8 @@ def curate(
     cuts: Sequence[float] = (90,),
     ties: Ties = "rank",
     score: Score = "return",
+    weight: Weight | None = None,
+    beta: float | None = None,
     seed: int = 0,
 ) -> TensorDictBase:
     """Keep the trajectories that survive at least one cut (paper, Algorithm 2).
@@ -59,25 +64,37 @@ def curate(
         score: ``"return"`` (undiscounted), ``"length"``, a key of the data with one number for each
             trajectory (the same on all its steps), or a function from packed trajectories to
             ``[n]`` numbers. Higher is better.
+        weight: Data weight of each survivor, from the scores s of the survivors: ``"softmax"`` for
+            exp(s / beta), divided by its mean over the draws; ``"linear"`` for s itself; or a
+            function from ``[k]`` scores to ``[k]`` weights. With ``cuts=()``, ``"softmax"`` and
+            ``proposal="reference"`` the loss is that of reward-weighted regression (Peters and
+            Schaal 2007).
+        beta: Temperature of ``"softmax"``, in units of the score.
         seed: Seed of the permutation among equal scores.
 
     Returns:
         Packed TensorDict of the survivors in their order, with ``multiplicity``, int64 per step:
-        the number of cuts that the trajectory survived. It shares memory with ``trajectories``
-        where all survive.
+        the number of cuts that the trajectory survived, and with ``weight`` ``data_weight``,
+        float32 per step. It shares memory with ``trajectories`` where all survive.
 
     Raises:
         TypeError: The trajectories are not a TensorDict.
         KeyError: The score is neither a known name nor a key.
         ValueError: No trajectory survives, a score is NaN or infinite, the trajectories have a
-            multiplicity already, or a setting is out of range.
+            multiplicity already (with ``weight``, a data weight), a weight is NaN or infinite, all
+            are 0, or a setting is out of range.
     """
     check_tensordict(trajectories)
     _check_cuts(cuts)
     if ties not in get_args(Ties):
         raise ValueError(f"ties={ties!r} is unknown; it is one of {', '.join(get_args(Ties))}")
-    if trajectories.get(MULTIPLICITY, default=None) is not None:
-        raise ValueError(f"these hold {MULTIPLICITY!r} already; curate the data they come from")
+    for key in (MULTIPLICITY,) if weight is None else (MULTIPLICITY, DATA_WEIGHT):
+        if trajectories.get(key, default=None) is not None:
+            raise ValueError(f"these hold {key!r} already; curate the data they come from")
+    if (weight == "softmax") != (beta is not None) or (
+        beta is not None and not 0 < beta < math.inf
+    ):
+        raise ValueError(f"beta={beta}: weight='softmax' needs a positive one, others take none")
     padded = len(Segments.of(trajectories).shape) == 2
     packed = pack(trajectories) if padded else trajectories
     check_links(packed)
@@ -88,7 +105,12 @@ def curate(
     positions = multiplicity.nonzero().squeeze(-1)
     # Selecting copies, so a whole dataset is not selected.
     survivors = packed.copy() if len(positions) == len(sizes) else select(packed, positions)
-    survivors.set(MULTIPLICITY, multiplicity[positions].repeat_interleave(sizes[positions]))
+    sizes, multiplicity = sizes[positions], multiplicity[positions]
+    survivors.set(MULTIPLICITY, multiplicity.repeat_interleave(sizes))
+    if weight is not None:
+        scores = scores[positions.cpu()]
+        of_scores = _data_weights(scores, multiplicity.cpu(), weight, beta)
+        survivors.set(DATA_WEIGHT, of_scores.to(sizes.device).repeat_interleave(sizes))
     return survivors
 
 
@@ -100,7 +122,8 @@ def join(*parts: TensorDictBase) -> TensorDictBase:
 
     Args:
         parts: Packed or padded trajectories with the same entries. Where a part has no
-            ``multiplicity``, each of its trajectories counts once.
+            ``multiplicity``, each of its trajectories counts once; where only some have
+            ``data_weight``, it is 1 in the others.
 
     Returns:
         Packed TensorDict of the parts in their order, with ``multiplicity``. Trajectory ids count
@@ -114,12 +137,16 @@ def join(*parts: TensorDictBase) -> TensorDictBase:
     first = 0
     for part in parts:
         check_tensordict(part)
+    weighted = any(part.get(DATA_WEIGHT, default=None) is not None for part in parts)
+    for part in parts:
         part = pack(part)
         ids = Segments.of(part).index + first
         first = int(ids[-1]) + 1
         part.set(TRAJ_IDS, ids)
         if part.get(MULTIPLICITY, default=None) is None:
             part.set(MULTIPLICITY, torch.ones_like(ids))
+        if weighted and part.get(DATA_WEIGHT, default=None) is None:
+            part.set(DATA_WEIGHT, torch.ones_like(ids, dtype=torch.float32))
         packed.append(part)
     if not packed:
         raise ValueError("there is nothing to join")
@@ -232,6 +259,28 @@ def _cut_by_rank(scores: Tensor, cuts: Sequence[float], seed: int) -> Tensor:
                 stacklevel=4,
             )
     return survived
+
+
+def _data_weights(
+    scores: Tensor, multiplicity: Tensor, weight: Weight, beta: float | None
+) -> Tensor:
+    """Data weights of trajectories from their scores, float32 ``[n]``; see :func:`curate`."""
+    if callable(weight):
+        weights = torch.as_tensor(weight(scores))
+        if weights.shape != scores.shape:
+            wrong = f"gave shape {list(weights.shape)}; there are {len(scores)} trajectories"
+            raise ValueError(f"the function of the weights {wrong}")
+    elif weight == "softmax" and beta is not None:
+        # The mean weight is that of the draws.
+        log_draws = multiplicity.double().log()
+        log_total = (scores / beta + log_draws).logsumexp(0) - log_draws.logsumexp(0)
+        weights = (scores / beta - log_total).exp()
+    elif weight == "linear":
+        weights = scores
+    else:
+        raise ValueError(f"weight={weight!r} is neither 'softmax', 'linear' nor a function")
+    check_data_weights(weights.float(), "the data weight of the scores")
+    return weights.float()
 
 
 def _keeps_none(cut: float, ties: Ties, scores: Tensor) -> str:

@@ -17,6 +17,7 @@ import os.path
 import warnings
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from iwsft.datasets import d4rl, minari_store
 from iwsft.datasets.actions import describe, scaled
@@ -53,6 +54,7 @@ def load(
     cache_dir: str | Path | None = None,
     trust_env_module: bool = False,
     scale_actions: bool = False,
+    data_weight: Any = None,
 ) -> OfflineDataset:
     """Load an offline dataset as packed trajectories.
 
@@ -66,6 +68,9 @@ def load(
         scale_actions: Whether to map actions of another range to [-1, 1], in which the policies of
             this library act. The environment of the dataset then maps them back: its
             ``env_kwargs`` have the bounds. Without it, a warning tells of another range.
+        data_weight: Data weight of each step, any float: the name of a field of the file, such as
+            ``infos/quality``, or an array with a number for each row of the file (of Minari, for
+            each step). It becomes the key ``data_weight``, which the loss reads.
 
     Raises:
         ValueError: The name is unknown, or the contents cannot be trained on; the message names
@@ -74,7 +79,7 @@ def load(
         ConnectionError: A download broke off; its part is kept.
         OSError: The disk is full, or a file cannot be opened.
     """
-    data = _read(name_or_path, cache_dir, trust_env_module)
+    data = _read(name_or_path, cache_dir, trust_env_module, data_weight)
     if data.action_bounds == WHOLE:
         return data
     if scale_actions:
@@ -85,13 +90,14 @@ def load(
 
 
 def _read(
-    name_or_path: str | Path, cache_dir: str | Path | None, trust_env_module: bool
+    name_or_path: str | Path, cache_dir: str | Path | None, trust_env_module: bool, weight: Any
 ) -> OfflineDataset:
     name = str(name_or_path)
     if name in BUNDLED:
         file = resources.files("iwsft.datasets") / "data" / f"{name}.hdf5"
         with resources.as_file(file) as path:
-            return d4rl.read(path, name=name, source=f"iwsft.datasets/data/{name}.hdf5")
+            source = f"iwsft.datasets/data/{name}.hdf5"
+            return d4rl.read(path, name=name, source=source, data_weight=weight)
     if name in CATALOG:
         from iwsft.datasets import download  # network and progress code only where it is used
 
@@ -99,12 +105,13 @@ def _read(
         path = cache_folder(cache_dir) / "d4rl" / entry.filename
         size, sha256 = entry.size, entry.sha256
         download.fetch(entry.urls, path, size=size, sha256=sha256, signature=_HDF5_SIGNATURE)
-        return d4rl.read(path, name=name, source=entry.url)
+        return d4rl.read(path, name=name, source=entry.url, data_weight=weight)
     if isinstance(name_or_path, Path) or name.lower().endswith(_HDF5_SUFFIXES):
-        return d4rl.read(Path(os.path.expanduser(name_or_path)), trust_env_module=trust_env_module)
+        path = Path(os.path.expanduser(name_or_path))
+        return d4rl.read(path, trust_env_module=trust_env_module, data_weight=weight)
     minari_id = name.removeprefix(_MINARI_PREFIX)
     if minari_id != name or ("/" in name and minari_store.ID.fullmatch(name)):
-        return minari_store.read(minari_id)
+        return minari_store.read(minari_id, data_weight=weight)
     near = difflib.get_close_matches(name, available(), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     if Path(name).exists():

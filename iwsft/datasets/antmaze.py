@@ -69,6 +69,7 @@ def until_goal(steps: Steps) -> tuple[Steps, list[str]]:
             terminals=goal[used],
             timeouts=ends[used],
             next_observations=following[used],
+            data_weight=None if steps.data_weight is None else steps.data_weight[used],
         ),
         notes,
     )

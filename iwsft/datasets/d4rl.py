@@ -34,7 +34,15 @@ from iwsft.datasets import antmaze, catalog
 from iwsft.datasets.actions import check_fit, find_bounds, spaces_of
 from iwsft.datasets.dataset import WHOLE, Bounds, OfflineDataset, fingerprint_of
 from iwsft.datasets.ends import find_ends, move_time_limits
-from iwsft.datasets.episodes import Flags, Floats, Steps, check_actions, check_steps, cut_steps
+from iwsft.datasets.episodes import (
+    Flags,
+    Floats,
+    Steps,
+    check_actions,
+    check_steps,
+    cut_steps,
+    weigh_steps,
+)
 from iwsft.datasets.marks import kind_of, marked_ends
 
 if TYPE_CHECKING:
@@ -53,6 +61,7 @@ def read(
     name: str | None = None,
     source: str | None = None,
     trust_env_module: bool = False,
+    data_weight: Any = None,
 ) -> OfflineDataset:
     """Read a file into packed float32 trajectories, with each array once in memory.
 
@@ -68,6 +77,7 @@ def read(
         name: Name of the dataset; the file's stem by default.
         source: Origin of the file; its path by default.
         trust_env_module: Whether an ``env_id`` of the form ``module:id`` may import its module.
+        data_weight: Data weight of each row: the name of a field, or an array.
 
     Raises:
         FileNotFoundError: The file does not exist.
@@ -87,9 +97,14 @@ def read(
         steps = _read_steps(file, names, where)
         groups = [file, *(group for group in beside if isinstance(group, h5py.Group))]
         marks = _read_marks(groups, where, len(steps.rewards))
+        if isinstance(data_weight, str):
+            if data_weight not in file:
+                raise ValueError(f"{where} has no field {data_weight!r} for the data weights")
+            data_weight = _floats(file, data_weight, where)
     entry = None if "env_id" in stored else catalog.find(name or path.name)
     env_id, env_kwargs = (entry.env_id, entry.env_kwargs) if entry else _environment(stored, where)
     check_steps(steps, where)
+    steps = weigh_steps(steps, data_weight, where)
     notes: list[str] = []
     columns = steps.observations.shape[1]
     if env_id is not None and env_id.startswith("AntMaze") and columns == antmaze.COLUMNS:

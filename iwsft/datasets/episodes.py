@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,14 @@ from tensordict import TensorDict
 
 from iwsft.trajectory import (
     ACTION,
+    DATA_WEIGHT,
     DONE,
     NEXT_OBSERVATION,
     OBSERVATION,
     REWARD,
     TERMINATED,
     TRUNCATED,
+    check_data_weights,
     from_steps,
 )
 
@@ -45,6 +47,7 @@ class Steps:
         next_observations: Next observations, float32 ``[N, obs]``. None means the observation
             of the trajectory's next row. At its last step, whose successor was not recorded, it is
             the step's own observation, so that a critic that bootstraps there sees a real state.
+        data_weight: Data weights, float32 ``[N]``; None if the data give none.
     """
 
     observations: Floats
@@ -53,6 +56,7 @@ class Steps:
     terminals: Flags
     timeouts: Flags
     next_observations: Floats | None = None
+    data_weight: Floats | None = None
 
 
 def pack_steps(steps: Steps, source: str) -> TensorDict:
@@ -89,6 +93,24 @@ def check_steps(steps: Steps, source: str) -> None:
             )
 
 
+def weigh_steps(steps: Steps, weight: Any, source: str) -> Steps:
+    """Give each step its data weight, from an array with a number for each; None gives none.
+
+    Raises:
+        ValueError: They are not so many numbers, one is NaN or infinite, or all are 0.
+    """
+    if weight is None:
+        return steps
+    name, rows = f"{source}: the data weight", len(steps.rewards)
+    given = np.asarray(weight)
+    if given.dtype.kind not in "fiub" or given.shape not in ((rows,), (rows, 1)):
+        has = f"of type {given.dtype} and shape {list(given.shape)}"
+        raise ValueError(f"{name} is {has}, it must be a number for each of the {rows} steps")
+    values = given.astype(np.float32).reshape(-1)
+    check_data_weights(torch.from_numpy(values), name)
+    return replace(steps, data_weight=values)
+
+
 def cut_steps(steps: Steps) -> TensorDict:
     """Cut checked steps into packed trajectories, without a copy of the arrays.
 
@@ -102,8 +124,10 @@ def cut_steps(steps: Steps) -> TensorDict:
     following = steps.next_observations
     if following is None:
         following = shift_observations(steps.observations, done)
+    weight = steps.data_weight
     return from_steps(
         {
+            **({} if weight is None else {DATA_WEIGHT: torch.from_numpy(weight)}),
             OBSERVATION: torch.from_numpy(steps.observations),
             ACTION: torch.from_numpy(steps.actions),
             NEXT_OBSERVATION: torch.from_numpy(following),

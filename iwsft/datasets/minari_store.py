@@ -18,7 +18,7 @@ import numpy as np
 from iwsft.datasets.actions import check_fit, find_bounds, spaces_of
 from iwsft.datasets.d4rl import damage_named
 from iwsft.datasets.dataset import OfflineDataset, fingerprint_of
-from iwsft.datasets.episodes import Floats, Steps, check_steps, cut_steps
+from iwsft.datasets.episodes import Floats, Steps, check_steps, cut_steps, weigh_steps
 from iwsft.extras import require
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def check_id(dataset_id: str) -> None:
     require("minari")
 
 
-def read(dataset_id: str) -> OfflineDataset:
+def read(dataset_id: str, *, data_weight: Any = None) -> OfflineDataset:
     """Read a Minari dataset into packed trajectories; download it if it is not in the local store.
 
     Minari stores the T + 1 observations of an episode of T steps; the last T are the next
@@ -51,6 +51,7 @@ def read(dataset_id: str) -> OfflineDataset:
     Args:
         dataset_id: Id of the form ``namespace/name-v0``; the local store is the folder
             ``MINARI_DATASETS_PATH``.
+        data_weight: Array with the data weight of each step.
 
     Raises:
         ImportError: minari is not installed.
@@ -64,6 +65,7 @@ def read(dataset_id: str) -> OfflineDataset:
         _require_boxes(space, what, source)
     steps = _read_steps(data, source)
     check_steps(steps, source)
+    steps = weigh_steps(steps, data_weight, source)
     space = data.action_space
     bounds = find_bounds(steps.actions, space.low, space.high, source)
     trajectories = cut_steps(steps)

@@ -63,9 +63,10 @@ def test_a_stay_at_the_goal_is_left_out(
 ) -> None:
     """With timeouts in step with the resets, and without any."""
     made = fields((run(10), [4, 5, 8]), (run(10), []), (run(10), [9]), timeouts=timeouts)
-    data = datasets.load(write(made, name))
+    data = datasets.load(write(made, name), data_weight=range(1, 31))
     packed = data.trajectories
     assert lengths(packed).tolist() == [5, 10, 10]
+    assert packed["data_weight"].tolist() == [*range(1, 6), *range(11, 31)]
     assert packed[TERMINATED].flatten().nonzero().flatten().tolist() == [4, 24]
     assert packed[TRUNCATED].flatten().nonzero().flatten().tolist() == [14]
     assert trajectory_returns(packed).tolist() == [1, 0, 1]

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from iwsft import datasets
 from iwsft.trajectory import (
     ACTION,
+    DATA_WEIGHT,
     NEXT_OBSERVATION,
     OBSERVATION,
     REWARD,
@@ -264,6 +266,38 @@ def test_what_is_refused(
     with pytest.raises(ValueError, match=message) as caught:
         datasets.load(path)
     assert str(path) in str(caught.value)
+
+
+def test_data_weights_are_a_field_or_an_array(episode_fields: Make, write: Write) -> None:
+    fields = episode_fields([3, 4])
+    weight = np.array([0.5, -1, 0, 2, 3, 1, 0.25])
+    fields["infos/quality"] = weight[:, None]
+    path = write(fields)
+    assert datasets.load(path).trajectories.get(DATA_WEIGHT, default=None) is None
+    for given in ("infos/quality", weight, torch.from_numpy(weight), weight.tolist()):
+        data = datasets.load(path, data_weight=given)
+        assert data.trajectories[DATA_WEIGHT].tolist() == weight.tolist()
+        assert data.trajectories[DATA_WEIGHT].dtype == torch.float32
+        assert data.fingerprint != datasets.load(path).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ("quality", "has no field 'quality' for the data weights"),
+        (np.ones(6), r"shape \[6\], it must be a number for each of the 7 steps"),
+        (np.ones((7, 2)), r"shape \[7, 2\], it must be"),
+        (["0.5"] * 7, "the data weight is of type <U3 and"),
+        (np.arange(7) / np.arange(1, 8)[::-1] * np.nan, "is NaN or infinite in 7 places, first"),
+        ([1, 1, 1, np.inf, 1, 1, 1], r"is NaN or infinite in 1 places, first \[3\]"),
+        (np.zeros(7), "the data weight is 0 everywhere"),
+    ],
+)
+def test_data_weights_that_are_refused(
+    episode_fields: Make, write: Write, given: Any, error: str
+) -> None:
+    with pytest.raises(ValueError, match=error):
+        datasets.load(write(episode_fields([4, 3])), data_weight=given)
 
 
 def test_a_field_that_is_a_group(episode_fields: Make, write: Write) -> None:

@@ -137,8 +137,9 @@ def test_an_end_inside_a_stored_episode_cuts_with_its_true_next_observation() ->
     minari.create_dataset_from_buffers(
         dataset_id="arm-v1", buffer=[episode], observation_space=PLAIN, action_space=ACTIONS
     )
-    packed = datasets.load("minari:arm-v1").trajectories
+    packed = datasets.load("minari:arm-v1", data_weight=[1, 2, 3, 4, 5]).trajectories
     assert lengths(packed).tolist() == [2, 3]
+    assert packed["data_weight"].tolist() == [1, 2, 3, 4, 5]
     np.testing.assert_array_equal(
         packed[NEXT_OBSERVATION], np.float32(np.asarray(episode.observations)[1:])
     )
