@@ -27,6 +27,7 @@ BASELINES = {
     "awac": "baselines.awac",
     "iql": "baselines.iql",
     "td3-bc": "baselines.td3_bc",
+    "rebrac": "baselines.rebrac",
     "cql": "baselines.cql",
     "dt": "baselines.dt",
 }

@@ -7,6 +7,7 @@ networks stacked along a first dimension; then it writes ``[E, *, 1]``.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -23,9 +24,13 @@ from iwsft.trajectory import ACTION, NEXT_OBSERVATION, OBSERVATION, REWARD, vali
 
 STATE_ACTION_VALUE: NestedKey = "state_action_value"
 STATE_VALUE: NestedKey = "state_value"
+# Added to the variance; flax's, with which ReBRAC was published.
+_LAYER_NORM_EPS = 1e-6
 _CLOSURES = ("_vmap_qvalue_network", "_vmap_actor_network")
 # How many times any return that the rewards allow a critic must reach to count as diverged.
 _MARGIN = 10.0
+# Parameters of a layer; the last two are those of a layer norm.
+_NAMES = ("weight", "bias", "scale", "shift")
 
 
 class ValueMLP(nn.Module):
@@ -34,45 +39,59 @@ class ValueMLP(nn.Module):
     Args:
         inputs: Size of all inputs together.
         hidden: Units of the hidden layers.
+        layer_norm: Whether a layer norm follows each ReLU.
 
     Raises:
         ValueError: A size is below 1.
     """
 
-    def __init__(self, inputs: int, hidden: Sequence[int] = (256, 256)) -> None:
+    def __init__(
+        self, inputs: int, hidden: Sequence[int] = (256, 256), *, layer_norm: bool = False
+    ) -> None:
         super().__init__()
-        sizes = (inputs, *hidden, 1)
+        sizes = (inputs, *hidden)
         if min(sizes) < 1:
             raise ValueError(f"sizes must be positive: {inputs} inputs, hidden={tuple(hidden)}")
-        self.layers = nn.ModuleList(
-            _Linear(i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True)
-        )
+        layers = [_Linear(i, o, norm=layer_norm) for i, o in itertools.pairwise(sizes)]
+        self.layers = nn.ModuleList([*layers, _Linear(sizes[-1], 1)])
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Return ``[*, 1]``; with stacked parameters, ``[E, *, 1]``."""
-        parameters = [getattr(x, name) for x in self.layers for name in ("weight", "bias")]
-        return self.evaluate(parameters, *inputs)
+        layers = [[getattr(x, name) for name in _NAMES if hasattr(x, name)] for x in self.layers]
+        return self.evaluate(layers, *inputs)
 
     @staticmethod
-    def evaluate(parameters: Sequence[Tensor], *inputs: Tensor) -> Tensor:
-        """Return the same with given parameters: weight, bias, weight, bias, ..."""
+    def evaluate(layers: Sequence[Sequence[Tensor]], *inputs: Tensor) -> Tensor:
+        """Return the same with given parameters of each layer."""
         x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1)
-        shape, stacked = x.shape[:-1], parameters[0].ndim == 3
+        first = layers[0][0]
+        shape, stacked = x.shape[:-1], first.ndim == 3
+        if stacked and len(layers[0]) > 2:
+            # One by one, because torch's layer norm has the parameters of one network.
+            members = [[[p[i] for p in layer] for layer in layers] for i in range(len(first))]
+            return torch.stack([ValueMLP.evaluate(member, x) for member in members])
         if stacked:
             # Features first: a weight's gradient then needs no copy into the weight's layout.
-            x = x.reshape(-1, x.shape[-1]).mT.expand(len(parameters[0]), -1, -1)
-        for i in range(0, len(parameters), 2):
-            weight, bias = parameters[i : i + 2]
-            if i:
-                x = functional.relu(x, inplace=True)
+            x = x.reshape(-1, x.shape[-1]).mT.expand(len(first), -1, -1)
+        for i, (weight, bias, *norm) in enumerate(layers, 1):
             if stacked:
                 x = torch.baddbmm(bias.unsqueeze(-1), weight, x)
             else:
                 x = functional.linear(x, weight, bias)
+            if i < len(layers):
+                x = functional.relu(x, inplace=True)
+            if norm:
+                x = functional.layer_norm(x, x.shape[-1:], norm[0], norm[1], _LAYER_NORM_EPS)
         return x.reshape(-1, *shape, 1) if stacked else x
 
 
 class _Linear(nn.Linear):
+    def __init__(self, inputs: int, outputs: int, *, norm: bool = False) -> None:
+        super().__init__(inputs, outputs)
+        if norm:
+            self.scale = nn.Parameter(torch.ones(outputs))
+            self.shift = nn.Parameter(torch.zeros(outputs))
+
     def reset_parameters(self) -> None:
         """Draw them as ``nn.Linear`` does, for each of stacked networks."""
         bound = 1 / math.sqrt(self.weight.shape[-1])
@@ -81,7 +100,11 @@ class _Linear(nn.Linear):
 
 
 def qvalue_network(
-    observation_dim: int, action_dim: int, hidden: Sequence[int] = (256, 256)
+    observation_dim: int,
+    action_dim: int,
+    hidden: Sequence[int] = (256, 256),
+    *,
+    layer_norm: bool = False,
 ) -> TensorDictModule:
     """Return Q(s, a), which reads ``observation`` and ``action`` and writes ``state_action_value``.
 
@@ -90,17 +113,17 @@ def qvalue_network(
     which is not the layer's own initialisation.
     """
     return TensorDictModule(
-        ValueMLP(observation_dim + action_dim, hidden),
+        ValueMLP(observation_dim + action_dim, hidden, layer_norm=layer_norm),
         in_keys=[OBSERVATION, ACTION],
         out_keys=[STATE_ACTION_VALUE],
     )
 
 
 def qvalue_networks(
-    observation_dim: int, action_dim: int, hidden: Sequence[int] = (256, 256), *, count: int = 2
+    *sizes: Any, count: int = 2, layer_norm: bool = False
 ) -> list[TensorDictModule]:
     """Return independently initialised Q-networks, an ensemble for a loss."""
-    return [qvalue_network(observation_dim, action_dim, hidden) for _ in range(count)]
+    return [qvalue_network(*sizes, layer_norm=layer_norm) for _ in range(count)]
 
 
 def value_network(observation_dim: int, hidden: Sequence[int] = (256, 256)) -> TensorDictModule:
@@ -136,7 +159,9 @@ def values(network: TensorDictModule, inputs: TensorDictBase, params: TensorDict
         )
     # By name, because the order of a TensorDict's entries is not guaranteed.
     layers = [params.get(("module", "layers", str(i))) for i in range(len(mlp.layers))]
-    parameters = [layer.get(name) for layer in layers for name in ("weight", "bias")]
+    parameters = [
+        [x for name in _NAMES if (x := layer.get(name, None)) is not None] for layer in layers
+    ]
     return mlp.evaluate(parameters, *(inputs.get(key) for key in network.in_keys)).squeeze(-1)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from iwsft.trajectory import ACTION, REWARD, Segments
 
-Rewards = Literal["as they are", "return range", "minus one"]
+Rewards = Literal["as they are", "return range", "minus one", "times 100"]
 
 
 def transformed(trajectories: TensorDictBase, rewards: Rewards) -> TensorDictBase:
@@ -22,6 +22,7 @@ def transformed(trajectories: TensorDictBase, rewards: Rewards) -> TensorDictBas
             1000 / (largest - least return of a trajectory), so that the returns of every dataset
             span 1000 (IQL on locomotion). ``"minus one"`` subtracts 1 from each reward: 0 at the
             goal and -1 at every other step, where the data have 1 and 0 (IQL on antmaze).
+            ``"times 100"`` multiplies each by 100 (ReBRAC on antmaze).
 
     Raises:
         ValueError: The name is unknown, or rewards are to be scaled and all returns are equal.
@@ -62,8 +63,13 @@ def _minus_one(trajectories: TensorDictBase) -> Tensor:
     return trajectories.get(REWARD) - 1
 
 
+def _times_100(trajectories: TensorDictBase) -> Tensor:
+    return 100 * trajectories.get(REWARD)
+
+
 _CHANGES: Mapping[str, Callable[[TensorDictBase], Tensor]] = {
     "as they are": _as_they_are,
     "return range": _return_range,
     "minus one": _minus_one,
+    "times 100": _times_100,
 }

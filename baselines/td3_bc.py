@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -112,9 +113,7 @@ class DelayedTD3BCLoss(CopyableLoss, TD3BCLoss):
             self._cached_target_actor(following)
             noisy = following.get(keys.action) + noise
             following.set(keys.action, noisy.clamp(self.min_action, self.max_action))
-            next_value = values(
-                self.qvalue_network, following, self.target_qvalue_network_params
-            ).amin(0)
+            next_value = self.next_value(tensordict, following)
             target = self.value_estimator.value_estimate(
                 tensordict, next_value=next_value.unsqueeze(-1)
             ).squeeze(-1)
@@ -126,13 +125,25 @@ class DelayedTD3BCLoss(CopyableLoss, TD3BCLoss):
             "target_value": target,
         }
 
+    def next_value(self, tensordict: TensorDictBase, following: TensorDictBase) -> Tensor:
+        """Return min Q' at the next states and the target's actions, ``[B]``."""
+        return values(self.qvalue_network, following, self.target_qvalue_network_params).amin(0)
+
+    def actor_value(self, inputs: TensorDictBase) -> Tensor:
+        """Return Q_1 at the states and the actor's actions, ``[B]``."""
+        return values(self.qvalue_network, inputs, self._cached_first_qvalue_params)
+
+    def cloning_loss(self, action: Tensor, data: Tensor) -> Tensor:
+        """Return ``(pi(s) - a)^2``, mean over batch and features."""
+        return nn.functional.mse_loss(action, data)
+
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """Return ``-lambda Q_1(s, pi(s)) + (pi(s) - a)^2``, lambda = ``alpha / mean |Q_1|``."""
         keys = self.tensor_keys
         inputs = tensordict.select(*self.actor_network.in_keys)
         self._cached_actor(inputs)
-        value = values(self.qvalue_network, inputs, self._cached_first_qvalue_params)
-        cloning = nn.functional.mse_loss(inputs.get(keys.action), tensordict.get(keys.action))
+        value = self.actor_value(inputs)
+        cloning = self.cloning_loss(inputs.get(keys.action), tensordict.get(keys.action))
         weight = self.alpha / value.detach().abs().mean()
         loss = self._reduce_loss(-weight * value + cloning, tensordict=tensordict)
         return loss, {
@@ -242,19 +253,33 @@ def build(trajectories: TensorDictBase, settings: Settings, *, seed: int) -> Lea
     loss = DelayedTD3BCLoss(
         acting.to(device).actor,
         [critic.to(device) for critic in critics],
-        bounds=(-1.0, 1.0),
-        policy_noise=settings.policy_noise,
-        noise_clip=settings.noise_clip,
-        alpha=settings.alpha,
-        loss_function="l2",
+        **loss_options(settings),
     )
+    sampler = TransitionSampler(data, settings.batch_size, seed=seed)
+    schedule = Schedule(settings.steps, settings.lr, decay="constant")
+    return assemble(acting, loss, sampler, schedule, settings)
+
+
+def loss_options(settings: Settings) -> dict[str, Any]:
+    """Return the arguments of :class:`DelayedTD3BCLoss` after its networks."""
+    numbers = {name: getattr(settings, name) for name in ("policy_noise", "noise_clip", "alpha")}
+    return {"bounds": (-1.0, 1.0), "loss_function": "l2", **numbers}
+
+
+def assemble(
+    acting: NormalizedPolicy,
+    loss: DelayedTD3BCLoss,
+    sampler: TransitionSampler,
+    schedule: Schedule | Mapping[str, Schedule],
+    settings: Settings,
+) -> Learner:
+    """Return the learner of a policy and the loss of its actor; targets are one-step ones."""
     loss.make_value_estimator(ValueEstimators.TD0, gamma=settings.gamma)
-    updater = DelayedUpdate(loss, tau=settings.tau, every=settings.policy_delay)
     return Learner(
         policy=acting,
         loss=loss,
-        sampler=TransitionSampler(data, settings.batch_size, seed=seed),
-        schedule=Schedule(steps=settings.steps, lr=settings.lr, decay="constant"),
-        updater=updater,
-        limits={"pred_value": return_limit(data, settings.gamma)},
+        sampler=sampler,
+        schedule=schedule,
+        updater=DelayedUpdate(loss, tau=settings.tau, every=settings.policy_delay),
+        limits={"pred_value": return_limit(sampler.trajectories, settings.gamma)},
     )

@@ -26,7 +26,7 @@ from iwsft.video import check_recording
 # Another number of episodes would give a result that its config does not describe.
 SAME = ("settings", "eval_episodes", "env_id", "env_kwargs")
 # The longest runs start first, so that none is left running alone at the end.
-_SLOWEST_FIRST = ("cql", "dt", "iql", "awac", "td3-bc")
+_SLOWEST_FIRST = ("cql", "dt", "rebrac", "iql", "awac", "td3-bc")
 
 
 def run_job(options: Options) -> Summary:

@@ -175,7 +175,7 @@ class Training:
     ] = None
     """Updates of the run."""
     baseline_steps: Annotated[int | None, option("INT", "that of --steps")] = None
-    """Updates of awac, iql, td3-bc, cql and dt."""
+    """Updates of awac, iql, td3-bc, rebrac, cql and dt."""
     reference_steps: int = REFERENCE_STEPS
     """Updates of behaviour cloning for the reference policy."""
     top: Annotated[float | None, option("PERCENT", "10, or that of the suite")] = None

@@ -37,6 +37,7 @@ COLOURS = {
     "iw-sft-step": "#a4703c",
     "awac": "#2a9d6f",
     "td3-bc": "#8b6fc4",
+    "rebrac": "#b5523b",
     "cql": "#9c8d00",
     "iql": "#d46aa5",
     "dt": "#1a9fae",

@@ -22,6 +22,7 @@ ALGORITHMS = {
     "bc-10": "BC-10%",
     "awac": "AWAC",
     "td3-bc": "TD3+BC",
+    "rebrac": "ReBRAC",
     "cql": "CQL",
     "iql": "IQL",
     "dt": "DT",

@@ -23,7 +23,7 @@ from tests.baselines.dt_cases import SMALL as SMALL_DT
 from tests.baselines.test_every_critic import DROPOUT, SMALL, build
 from tests.test_training import small_policy
 
-CRITICS = [*SMALL, *DROPOUT, "cql-antmaze", "td3-bc-undelayed"]
+CRITICS = [*SMALL, *DROPOUT, "cql-antmaze", "td3-bc-undelayed", "rebrac-undelayed"]
 OURS: dict[str, dict[str, Any]] = {
     "lagged": {"proposal": "lagged"},
     "lagged, module itself": {"proposal": "lagged", "functional": False},

@@ -42,10 +42,11 @@ def make_inputs(*shape: int) -> TensorDict:
     return TensorDict(entries, batch_size=shape)
 
 
+@pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("shape", [(7,), (4, 7), (2, 7)])
-def test_values_are_those_of_each_network_alone(shape: tuple[int, ...]) -> None:
+def test_values_are_those_of_each_network_alone(shape: tuple[int, ...], layer_norm: bool) -> None:
     torch.manual_seed(0)
-    networks = qvalue_networks(3, 2, (8, 6), count=3)
+    networks = qvalue_networks(3, 2, (8, 6), count=3, layer_norm=layer_norm)
     policy = GaussianPolicy(3, 2, hidden=(8,))
     loss = IQLLoss(policy, deepcopy(networks), value_network(3), num_qvalue_nets=3)
     params = loss.qvalue_network_params

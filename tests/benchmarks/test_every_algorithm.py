@@ -30,13 +30,14 @@ from iwsft.training import Row
 EVERY = [*ALGORITHMS, *BASELINES]
 EPISODES = 100
 # Updates that suffice here: critics learn a function of state and action first.
-STEPS = {"awac": 400, "iql": 500, "td3-bc": 500, "cql": 500, "dt": 400}
+STEPS = {"awac": 400, "iql": 500, "td3-bc": 500, "rebrac": 500, "cql": 500, "dt": 400}
 # The problem is small, and so are the networks; a tenth of CQL's penalty, whose scale is that of
 # returns of thousands.
 SMALLER: dict[str, dict[str, Any]] = {
     "awac": {"hidden": (64, 64), "lr": 1e-3},
     "iql": {"hidden": (64, 64), "lr": 1e-3},
     "td3-bc": {"hidden": (64, 64), "lr": 1e-3},
+    "rebrac": {"hidden": (64, 64), "batch_size": 128},
     "cql": {
         "actor_hidden": (64, 64),
         "critic_hidden": (64, 64),

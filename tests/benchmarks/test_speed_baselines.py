@@ -30,7 +30,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_a_row_an_algorithm_and_cloning(report: dict[str, Any]) -> None:
     names = [row["name"] for row in report["rows"]]
-    assert [name.split()[0] for name in names] == ["iql", "awac", "td3-bc", "cql"] + [
+    assert [name.split()[0] for name in names] == ["iql", "awac", "td3-bc", "rebrac", "cql"] + [
         "behaviour"
     ] * 2
     for row in report["rows"]:
@@ -38,7 +38,7 @@ def test_a_row_an_algorithm_and_cloning(report: dict[str, Any]) -> None:
 
 
 def test_agreement_is_checked_for_each(report: dict[str, Any]) -> None:
-    assert len(report["checks"]) == len(PLAIN) == 4
+    assert len(report["checks"]) == len(PLAIN) == 5
     for check in report["checks"]:
         assert 0 <= check["value"] <= check["limit"] == 1e-6
 

@@ -71,20 +71,25 @@ def leaves(params: TensorDictParams, member: int | None = None) -> list[Tensor]:
 
 
 def mlp(parameters: Sequence[Tensor], *end: nn.Module) -> nn.Sequential:
-    """Return linear layers with copies of given weights and biases, and ReLU between them.
+    """Return linear layers with copies of given parameters, and ReLU between them.
 
     Args:
-        parameters: Weight, bias, weight, bias, ...
+        parameters: Weight and bias of each layer; those of the layer norm after its ReLU follow,
+            where it has one.
         end: Modules after the last layer.
     """
     modules: list[nn.Module] = []
-    for weight, bias in zip(parameters[::2], parameters[1::2], strict=True):
-        layer = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device)
-        with torch.no_grad():
-            layer.weight.copy_(weight)
-            layer.bias.copy_(bias)
-        modules += [layer, nn.ReLU()]
-    return nn.Sequential(*modules[:-1], *end)
+    for i, weight in enumerate(parameters):
+        if weight.ndim == 2:
+            modules.append(nn.Linear(weight.shape[1], weight.shape[0], device=weight.device))
+            modules.append(nn.ReLU())
+            if i + 2 < len(parameters) and parameters[i + 2].ndim == 1:
+                modules.append(nn.LayerNorm(len(weight), eps=1e-6, device=weight.device))
+    net = nn.Sequential(*modules[:-1], *end)
+    with torch.no_grad():
+        for mine, given in zip(net.parameters(), parameters, strict=True):
+            mine.copy_(given)
+    return net
 
 
 @torch.no_grad()

@@ -37,7 +37,8 @@ class PlainTD3BC:
         }
         self.settings = settings
         self.updates = 0
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=settings.lr)
+        lr = getattr(settings, "actor_lr", settings.lr)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=lr)
         both = [*self.q1.parameters(), *self.q2.parameters()]
         self.q_optimizer = torch.optim.Adam(both, lr=settings.lr)
 
@@ -52,8 +53,7 @@ class PlainTD3BC:
             noise = settings.policy_noise * torch.randn_like(a)
             noise = noise.clamp(-settings.noise_clip, settings.noise_clip)
             next_action = (self.target_actor(following) + noise).clamp(-1, 1)
-            after = torch.cat([following, next_action], -1)
-            bootstrap = torch.min(self.target1(after), self.target2(after))
+            bootstrap = self.next_value(batch, next_action)
             target = r + settings.gamma * continues * bootstrap
         state_action = torch.cat([s, a], -1)
         q1, q2 = self.q1(state_action), self.q2(state_action)
@@ -62,11 +62,7 @@ class PlainTD3BC:
         due = self.updates % settings.policy_delay == 0
         if due:
             # The actor's gradient is taken before the critics move.
-            mine = self.actor(s)
-            q = self.q1(torch.cat([s, mine], -1))
-            weight = settings.alpha / q.abs().mean().detach()
-            actor_loss = -weight * q.mean() + (mine - a).pow(2).mean()
-            gradients = torch.autograd.grad(actor_loss, list(self.actor.parameters()))
+            gradients = torch.autograd.grad(self.actor_loss(s, a), list(self.actor.parameters()))
 
         self.q_optimizer.zero_grad()
         q_loss.backward()
@@ -78,3 +74,15 @@ class PlainTD3BC:
             follow(self.target_actor, self.actor, settings.tau)
             follow(self.target1, self.q1, settings.tau)
             follow(self.target2, self.q2, settings.tau)
+
+    def next_value(self, batch: TensorDictBase, next_action: torch.Tensor) -> torch.Tensor:
+        """The lesser of both targets at the next states, ``[B, 1]``."""
+        after = torch.cat([batch.get(NEXT_OBSERVATION), next_action], -1)
+        return torch.min(self.target1(after), self.target2(after))
+
+    def actor_loss(self, s: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        """Eq. 5 with the normalised Q."""
+        mine = self.actor(s)
+        q = self.q1(torch.cat([s, mine], -1))
+        weight = self.settings.alpha / q.abs().mean().detach()
+        return -weight * q.mean() + (mine - a).pow(2).mean()
