@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import io
 import json
@@ -9,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
@@ -23,6 +25,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 KINDS = ("lost", "different", "silent", "hang", "obscure")
 # Seconds after which a case hangs. A case takes a few, also where all cores are in use.
@@ -77,6 +80,9 @@ def run(
     A process that takes more than ``limit`` seconds for a case is ended with all its children, and
     counts as a hang. The numbers of a case depend on the seed and its number alone.
     """
+    # All forks would share tqdm's own lock, which a killed one never releases.
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0
     for module in campaign.warm:
         import_module(module)
     shared = scratch / "shared"
@@ -114,7 +120,7 @@ def run(
 
 def _prepare(campaign: Campaign, shared: Path) -> None:
     """Prepare the campaign in this process, whose forks then have all that it has loaded."""
-    here, said = Path.cwd(), io.StringIO()
+    here, said, before = Path.cwd(), io.StringIO(), {*threading.enumerate()}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with redirect_stdout(said), redirect_stderr(said):
@@ -126,6 +132,10 @@ def _prepare(campaign: Campaign, shared: Path) -> None:
         os.chdir(here)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    threads = {*threading.enumerate()} - before
+    if threads:
+        # A fork has the locks that they hold, and not the threads that release them.
+        raise RuntimeError(f"{campaign.name} leaves threads behind: {threads}")
 
 
 class _Worker:
@@ -235,6 +245,8 @@ def start(work: Callable[[], object], log: Path) -> Child:
         sys.stdout = sys.stderr = os.fdopen(output, "w", buffering=1)
         # Where it hangs.
         faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
+        # What the parent does at its end, such as to remove its folders, is its own.
+        atexit._clear()
         os.write(begins, b".")
         work()
         code = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -19,7 +20,7 @@ from benchmarks.collect.__main__ import main as collect_main
 from benchmarks.collect.options import Options as CollectOptions
 from benchmarks.d4rl.__main__ import main as control_main
 from benchmarks.d4rl.options import Options as ControlOptions
-from scripts.campaigns.engine import LIMIT, Campaign, Finding, differences, start
+from scripts.campaigns.engine import LIMIT, Campaign, Child, Finding, differences, start
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 # Exit codes of a command that a signal ended: by itself, or in the way of the shell.
@@ -58,11 +59,7 @@ def killed(job: Job, whole: Path, random: Random, *, command: bool) -> Iterator[
             if command and code == 0 and time.monotonic() - sent > 1:
                 yield "silent", f"{how.name} is ignored"
             if code is None:
-                child.end(signal.SIGUSR1)
-                child.wait(1)
-                child.end(signal.SIGKILL)
-                child.wait(None)
-                yield "hang", f"{how.name} did not end it in {LIMIT / 2:g} s: {log.read_text()}"
+                yield "hang", f"{how.name} did not end it: {_stacks(child)}"
             yield from _ending(how, code, log.read_text(), command)
         elif child.code != 0:
             yield "lost", f"resumed, it ends with {child.code}: {_tail(log)}"
@@ -74,7 +71,10 @@ def killed(job: Job, whole: Path, random: Random, *, command: bool) -> Iterator[
             break
     log.unlink(missing_ok=True)
     began, child = time.monotonic(), start(lambda: job(True), log)
-    if child.wait(None) != 0:
+    if child.wait(LIMIT / 2) is None:
+        yield "hang", f"resumed, it does not end: {_stacks(child)}"
+        return
+    if child.code != 0:
         yield "lost", f"resumed, it ends with {child.code}: {_tail(log)}"
         return
     # Or slower.
@@ -92,6 +92,15 @@ def _ending(how: signal.Signals, code: int | None, said: str, command: bool) -> 
         yield "obscure", f"{how.name} ends in {code}: {said.strip()[-300:]}"
     if not command and how == signal.SIGINT and code == 1 and "KeyboardInterrupt" not in said:
         yield "obscure", f"{how.name} becomes another error: {said.strip()[-300:]}"
+
+
+def _stacks(child: Child) -> str:
+    """Kill a process that hangs, and return what its threads do."""
+    child.end(signal.SIGUSR1)
+    child.wait(1)
+    child.end(signal.SIGKILL)
+    child.wait(None)
+    return child.log.read_text()
 
 
 def _tail(log: Path) -> str:
@@ -209,28 +218,20 @@ LANGUAGE_ALGORITHMS = ("sft", "iw-sft", "iw-sft-hard", "iw-sft-ema", "iw-sft-ste
 
 
 def _language(algo: str, shared: Path) -> Job:
-    from benchmarks.llm.__main__ import main
+    from benchmarks.llm.__main__ import run
     from benchmarks.llm.recipes import RECIPES
 
-    def job(resume: bool) -> None:
+    def job(_: bool) -> None:
         torch.set_num_threads(1)
         gc.freeze()
-        stopping.watch()
         RECIPES["small"] = "tests.benchmarks.llm.small_job"
         files = ["--model", str(shared / "model"), "--data", str(shared / "rows.jsonl")]
         words = ["--recipe", "small", "--algo", algo, "--seeds", "0", "--jobs", "1", *files]
-        words += [
-            "--max-steps",
-            "6",
-            "--save-every",
-            "1",
-            "--out",
-            "runs",
-            *(["--resume"] if resume else []),
-        ]
-        if algo == "iw-sft-hard":
-            words += ["--sync-every", "4"]
-        main(words)
+        # The card of the model has the command; it is the same with and without a kill.
+        words += ["--max-steps", "6", "--save-every", "1", "--out", "runs", "--resume"]
+        words += ["--sync-every", "4"] if algo == "iw-sft-hard" else []
+        sys.argv = ["llm", *words]
+        run()
 
     return job
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +14,10 @@ from random import Random
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from scripts.campaigns.__main__ import table
-from scripts.campaigns.engine import Campaign, Finding, differences, run
+from scripts.campaigns.engine import Campaign, Finding, differences, run, start
 from scripts.campaigns.kills import killed, unbroken
 
 # Those whose preparation takes no time; the tests of each part kill the others.
@@ -57,6 +60,26 @@ def test_a_hang_is_counted_and_the_other_cases_run(tmp_path: Path) -> None:
     assert lost in whole.problems and alone.problems == [lost]
     shown = table({"made": whole})
     assert "made, case 1: hang" in shown and "made, case 2: lost" in shown
+
+
+def _bars(shared: Path, random: Random, folder: Path) -> Iterator[Finding]:
+    holder = start(lambda: tqdm.get_lock().acquire() and time.sleep(100), folder / "holder.log")
+    time.sleep(0.1)
+    holder.end(signal.SIGKILL)
+    other = start(lambda: [*tqdm(range(3))], folder / "other.log")
+    yield "tried" if other.wait(5) == 0 else "hang", other.log.read_text()
+
+
+def test_a_process_killed_at_a_progress_bar_holds_up_no_other(tmp_path: Path) -> None:
+    campaign = Campaign("bars", _bars, lambda _: tqdm(range(3)).close())
+    assert run(campaign, tmp_path, seconds=1, processes=1, seed=0, only=0).counts == {"tried": 1}
+
+
+def test_a_preparation_that_leaves_a_thread_is_refused(tmp_path: Path) -> None:
+    """Forks would wait for the locks that the thread holds."""
+    campaign = Campaign("threads", _bars, lambda _: threading.Timer(1, print).start())
+    with pytest.raises(RuntimeError, match="threads leaves threads behind"):
+        run(campaign, tmp_path, seconds=1, processes=1, seed=0)
 
 
 def test_one_bit_and_one_file_are_seen(tmp_path: Path) -> None:
