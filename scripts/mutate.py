@@ -75,6 +75,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         *_REFERENCE,
         "tests/language/test_reference_cache.py",
         "tests/language/test_reference_sharded.py",
+        "tests/test_trajectory.py",
     ),
     "iwsft/forward_pass.py": ("tests/test_forward_pass.py", *_REFERENCE),
     "iwsft/diagnostics.py": ("tests/test_diagnostics.py",),
@@ -90,6 +91,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/language/test_trainer.py",
         "tests/language/test_trainer_errors.py",
         "tests/language/test_trainer_saving.py",
+        "tests/language/test_trl.py",
     ),
     "iwsft/policies/log_prob.py": (
         f"{_POLICIES}/test_log_prob.py",

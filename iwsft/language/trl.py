@@ -196,7 +196,7 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
             forward = ForwardPass(
                 self._policy,
                 self._trajectories,
-                [part.tolist() for part in sizes.argsort(stable=True).split(max(1, width))],
+                [part.tolist() for part in sizes.argsort(stable=True).split(width)],
                 collate=partial(collate, pad_token_id=self._tokenizer.pad_token_id or 0),
                 device=self.accelerator.device,
                 shared=True,

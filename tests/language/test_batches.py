@@ -140,6 +140,9 @@ def test_entries_follow_multiplicity_and_contain_what_is_written_later():
     entries = TrajectoryDataset(data)
     assert [int(entries[k].get(TRAJ_IDS)[0]) for k in range(len(entries))] == [0, 0, 2, 2, 2]
     assert entries.sizes.tolist() == [3, 3, 2, 2, 2]
+    drawn = entries.drawn([4, 0, 3])
+    assert drawn.get(TRAJ_IDS).tolist() == [0, 0, 0, 2, 2]
+    assert drawn.get(MULTIPLICITY).tolist() == [1, 1, 1, 2, 2]
     data.set(IMPORTANCE_WEIGHT, torch.full((9,), 5.0))
     assert entries[0].get(IMPORTANCE_WEIGHT).tolist() == [5.0] * 3
     handed_out = set(entries[0].keys(True, True))

@@ -24,7 +24,7 @@ from iwsft import ImportanceWeights
 from iwsft.checkpoint import CheckpointError
 from iwsft.language import ImportanceWeightedConfig, ImportanceWeightedTrainer, read, tokenize
 from iwsft.language.trl import ImportanceWeightedSFTTrainer
-from iwsft.weights import ClipWeight, SelfNormalize, Temperature
+from iwsft.weights import ClipLogRatio, ClipWeight, SelfNormalize, Temperature
 from tests.datasets.text.chat_tokenizers import byte_level
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +103,9 @@ def by_us(folder: Path, model: Any, rows: Sequence[Any] = ROWS, **own: Any) -> l
 
 
 SUM = ImportanceWeights([Temperature(0.3)], "sum", [ClipWeight(max=30.0), SelfNormalize()])
+
+# Weights of at least exp(50) for each token.
+LARGE = ImportanceWeights([ClipLogRatio(50.0, 60.0)], "sum")
 
 
 @pytest.mark.parametrize(
@@ -237,15 +240,49 @@ def test_evaluation_is_trls(model: Any, tmp_path: Path) -> None:
             {"importance_weights": SUM, "gradient_accumulation_steps": 2},
             "compares the weights of an update, which is divided here into 2",
         ),
+        ({"importance_weights": LARGE}, r"of 5 steps a weight of at least exp\(250\)"),
         ({"rows": IterableDataset.from_generator(lambda: iter(ROWS))}, r"a datasets\.Dataset"),
     ],
 )
 def test_what_it_can_not_do_is_refused(
     model: Any, tmp_path: Path, own: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message) as refused:
+    with pytest.raises((ValueError, OverflowError), match=message) as refused:
         in_trl(tmp_path, model, **own)
     assert "\n" not in str(refused.value)
+
+
+def test_what_only_some_runs_need_is_not_asked_of_others(model: Any, tmp_path: Path) -> None:
+    in_trl(tmp_path, model, proposal="reference", importance_weights=LARGE)
+    # Without settings of TRL, too, it is the rows that are missing.
+    with pytest.raises(ValueError, match=r"a datasets\.Dataset"):
+        ImportanceWeightedSFTTrainer(model)
+
+
+@pytest.mark.parametrize(
+    ("own", "passes"),
+    [
+        ({"proposal": "reference"}, [True]),
+        ({"proposal": "current"}, [True]),
+        ({"proposal": "lagged", "ema_decay": 0.5}, [True, False]),
+    ],
+)
+def test_no_pass_takes_more_memory_than_the_training(
+    model: Any, tmp_path: Path, own: dict[str, Any], passes: list[bool]
+) -> None:
+    """The reference and q have batches of the same size and no graph; a q is held once."""
+    trainer = in_trl(tmp_path, model, per_device_train_batch_size=2, max_steps=2, **own)
+    calls: list[tuple[bool, int]] = []
+
+    def count(_: Any, __: Any, inputs: dict[str, Any]) -> None:
+        calls.append((torch.is_grad_enabled(), len(inputs["input_ids"])))
+
+    trainer.model.register_forward_pre_hook(count, with_kwargs=True)
+    trained(trainer)
+    sweep = [] if own["proposal"] == "reference" else [False] * (len(ROWS) // 2)
+    assert [with_graph for with_graph, _ in calls] == sweep + 2 * passes
+    assert {rows for _, rows in calls} == {2}
+    assert {*trainer._loss.parameters()} == {*trainer.model.parameters()}
 
 
 def test_our_own_trainer_takes_a_name_and_rows_of_text(model: Any, tmp_path: Path) -> None:
