@@ -7,6 +7,7 @@ Examples:
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -69,9 +70,8 @@ def _show_arithmetic(document: Document, folder: Path) -> str:
     from benchmarks.report import language
 
     (recipe,) = language.read_recipes(folder / "llm")
-    for grid in (language.recipe_grid(recipe), language.share_grid(recipe)):
-        document.text(grid.markdown())
-    document.text(recipe.note)
+    document.table(language.recipe_grid(recipe), recipe.note)
+    document.table(language.share_grid(recipe), language.SHARES)
     document.figure("arithmetic", language.draw_recipe(recipe), "Scores and weights.")
     return compared({cell.algo: cell for cell in recipe.scores}, "sft", "iw-sft", ".3f")
 
@@ -81,7 +81,7 @@ def _show_control(document: Document, folder: Path) -> str:
     from benchmarks.report import figures, scores, tables
 
     group = scores.cells(results.read_runs(folder, results.CONTROL))
-    document.text(tables.score_grid(group).markdown())
+    document.table(tables.score_grid(group), "Scores of the last policies (D4RL-normalised).")
     document.figure("scores", figures.draw_scores(group), "Scores of each seed, and means.")
     return compared({cell.algo: cell for cell in group}, "sft-q", "iw-sft-q", ".1f")
 
@@ -153,21 +153,19 @@ def main(options: Options, parts: Sequence[Part] = PARTS) -> Path:
         status = subprocess.run([sys.executable, "-m", *words, *resume], check=False).returncode
         if status:
             raise SystemExit(status)
-    from benchmarks.report.document import Document, to_html
+    from benchmarks.report.document import Document, shareable, to_html
     from iwsft.files import written_whole
 
     document = Document()
-    document.section("Summary")
     for part in parts:
         document.section(part.title)
         document.text(part.look_at)
-        line = part.show(document, options.out)
-        document.text(f"**{line}**")
-        document.text("Command: `python -m " + " ".join(part.command).format(out="runs") + "`")
-        lines.append(line)
-    document.section("Summary")
-    for line in lines:
-        document.text(line)
+        lines.append(part.show(document, options.out))
+        document.text(f"**{lines[-1]}**")
+        words = [word.format(out=options.out) for word in part.command]
+        document.text(f"Command: `{shareable(shlex.join(['python', '-m', *words]))}`")
+    document.section("")
+    document.bullets(lines)
     page = options.out / PAGE
     text = document.markdown("Where importance weights help")
     with written_whole(page) as partial:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from markdown_it import MarkdownIt
+from markdown_it.token import Token
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich.cells import cell_len
@@ -91,7 +92,10 @@ class Grid:
         return Group(*parts)
 
     def markdown(self) -> str:
-        """The table and its footnotes; published numbers are in italics."""
+        """The table and its footnotes; published numbers are in italics.
+
+        Columns of numbers that are empty are left out.
+        """
         ours = len(self.columns) - self.published
         lines = []
         for i, row in enumerate((self.columns, *self.rows)):
@@ -100,6 +104,10 @@ class Grid:
             theirs = [text if text == NOTHING else f"*{text}*" for text in texts[ours:]]
             lines.append(texts[:ours] + theirs)
         lines.insert(1, ["---" if i < self.left else "---:" for i in range(len(self.columns))])
+        empty = {
+            j for j, column in enumerate(zip(*self.rows, strict=True)) if {*column} == {NOTHING}
+        }
+        lines = [[t for j, t in enumerate(line) if j not in empty] for line in lines]
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         notes = "\n".join(f"[{i + 1}] {_note(note)}  " for i, note in enumerate(self.notes))
         return f"{table}\n\n{notes}".rstrip()
@@ -261,7 +269,6 @@ def to_html(markdown: str, images: Mapping[str, bytes]) -> str:
     """
     parser = MarkdownIt("commonmark", {"html": False, "xhtmlOut": False}).enable("table")
     tokens = parser.parse(markdown)
-    group = None
     for i, token in enumerate(tokens):
         if token.type == "heading_open":
             token.attrSet("id", _anchor(tokens[i + 1].content))
@@ -269,18 +276,36 @@ def to_html(markdown: str, images: Mapping[str, bytes]) -> str:
             if child.type == "image":
                 data = base64.b64encode(images[str(child.attrs["src"])]).decode()
                 child.attrSet("src", f"data:image/svg+xml;base64,{data}")
-        # Where two columns hold words, the rows with the same first cell are a group.
-        if token.type == "tr_open" and tokens[i + 4].type == "td_open":
-            first, second = tokens[i + 2], tokens[i + 4]
-            if "style" not in second.attrs and first.content != group:
-                group = first.content
-                token.attrSet("class", "first")
-    body = parser.renderer.render(tokens, parser.options, {})
+    body = parser.renderer.render(_grouped(tokens, parser), parser.options, {})
     body = body.replace("<table>", '<div class="scroll"><table>')
     body = body.replace("</table>", "</table></div>")
+    body = body.replace("<p>[1]", '<p class="notes">[1]')
+    body = re.sub(r" ((?:\[\d+\])+)((?:</\w+>)?</td>)", r" <sup>\1</sup>\2", body)
     return _PAGE.read_text().format(
         title=escape(tokens[1].content), style=_STYLE.read_text(), body=body
     )
+
+
+def _grouped(tokens: Sequence[Token], parser: MarkdownIt) -> list[Token]:
+    """Make headings of rows from the first column of tables that have a second one of words."""
+    grouped: list[Token] = []
+    left_out, name = range(0), ""
+    for i, token in enumerate(tokens):
+        # A column of numbers is aligned to the right, by an attribute.
+        if token.type == "tr_open" and not tokens[i + 4].attrs:
+            left_out = range(i + 1, i + 4)
+            if tokens[i + 1].type == "th_open":
+                name = ""
+            elif tokens[i + 2].content != name:
+                name = tokens[i + 2].content
+                end = next(j for j, t in enumerate(tokens[i:], i) if t.type == "tr_close")
+                shown = parser.renderer.render([tokens[i + 2]], parser.options, {})
+                cell = f'<th colspan="{(end - i) // 3 - 1}" scope="rowgroup"><span>{shown}</span>'
+                row = f'<tr class="group">{cell}</th></tr>\n'
+                grouped.append(Token("html_block", "", 0, content=row))
+        if i not in left_out:
+            grouped.append(token)
+    return grouped
 
 
 def _anchor(title: str) -> str:

@@ -6,6 +6,7 @@ A figure is a set of panels, each an image of its own, so that a page can lay th
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import NDArray
 
 from benchmarks.report import scores
@@ -48,12 +49,12 @@ _STYLE: Any = {
     **dict.fromkeys(("xtick.color", "ytick.color", "grid.color"), INK),
     **{"font.size": 8.5, "axes.titlesize": 9.5, "grid.alpha": 0.15, "axes.axisbelow": True},
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True},
+    **{"axes.formatter.limits": (-2, 5), "axes.formatter.use_mathtext": True},
 }
 _WIDTH = 4.0  # of a panel in inches: that of a phone
 _POINTS = 150  # longer series are averaged into this many points
 # An axis ends where a line leaves the range of the typical one by more than so many times.
 _FAR = 10.0
-_PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
 Panels = dict[str, Figure]
 
@@ -69,7 +70,9 @@ def make_panel(title: str, height: float, colour: Mapping[str, str] | None = Non
     with rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, height + 0.18 * rows), layout="constrained")
         ax = figure.subplots()
-        ax.set_title(literal(title))
+        # The title may be as wide as the figure, which is wider than the axes.
+        figure.suptitle(literal(textwrap.fill(title, 48)), fontsize=9.5)
+        ax.locator_params(axis="x", nbins=6)
         if colour:
             labels = {literal(scores.algorithm_label(name)): c for name, c in colour.items()}
             handles = [Line2D([], [], color=c, lw=2.5, label=n) for n, c in labels.items()]
@@ -87,7 +90,9 @@ def add_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
 
 
 def finish(panels: Mapping[str, Axes]) -> Panels:
-    """The figures of all panels that show something."""
+    """The figures of all panels that show something, with the labels of the y axes in lines."""
+    for ax in panels.values():
+        ax.set_ylabel(textwrap.fill(ax.get_ylabel(), 28))
     return {name: cast(Figure, ax.figure) for name, ax in panels.items() if ax.has_data()}
 
 
@@ -167,14 +172,18 @@ def plot_mean(ax: Axes, x: float, cell: Cell, colour: str) -> None:
     ax.plot(x, cell.mean, "o", ms=6, color=colour)
 
 
-def scale_log(ax: Axes) -> None:
-    """Make the x axis logarithmic, with plain numbers."""
-    ax.set_xscale("log")
-    low, high = ax.get_xlim()
+def scale_log(ax: Axes, axis: str) -> None:
+    """Make an axis, "x" or "y", logarithmic if its data span a decade, with plain numbers."""
+    i = "xy".index(axis)
+    low, high = ax.dataLim.minpos[i], ax.dataLim.max[i]
+    if high < 10 * low:
+        return
+    getattr(ax, f"set_{axis}scale")("log")
     # Below two decades the powers of ten alone would leave the axis almost without numbers.
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(_PLAIN)
+    ticks = LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,))
+    (ax.xaxis, ax.yaxis)[i].set_major_locator(ticks)
+    (ax.xaxis, ax.yaxis)[i].set_major_formatter(lambda value, _: f"{value:,.10g}")
+    (ax.xaxis, ax.yaxis)[i].set_minor_locator(NullLocator())
 
 
 def series(runs: Sequence[RecordedRun], key: str) -> tuple[NDArray, NDArray]:
@@ -215,7 +224,7 @@ def draw_cost(group: Sequence[Cell]) -> Panels:
         for cell in part:
             plot_mean(ax, cell.cpu_seconds, cell, colour[cell.algo])
         ax.set(xlabel="CPU seconds of a run, with its reference", ylabel=UNIT[part[0].score_key])
-        scale_log(ax)
+        ax.set_xlim(left=0.0)
         clip(ax, "y")
         panels[dataset] = ax
     return finish(panels)
@@ -255,13 +264,13 @@ def draw_training_curves(group: Sequence[Cell]) -> Panels:
     lines = [
         (
             "log_prob",
-            "log-likelihood of the batches\n(mean over steps)",
+            "log-likelihood of the batches (mean over steps)",
             _logged(group, "log_prob"),
         ),
         ("pred_value", "critic's mean value Q(s, a)", _logged(group, "pred_value")),
         (
             "ESS",
-            "effective sample size\n(share of the batch)",
+            "effective sample size (share of the batch)",
             list(filter(_weighted, _logged(group, "ESS"))),
         ),
     ]
@@ -293,11 +302,8 @@ def draw_weight_quantiles(group: Sequence[Cell]) -> Panels:
         steps, medians = series(cell.runs, "weight_q50")
         ax.plot(steps, medians.mean(axis=0), color=shade)
         ax.axhline(1.0, color=INK, alpha=0.6, lw=0.8, ls=":")
-        ax.set(yscale="log", xlabel="update", ylabel="importance weight")
-        bottom, top = ax.get_ylim()
-        ax.yaxis.set_major_formatter(_PLAIN)
-        # Below a decade the powers of ten alone would leave the axis without numbers.
-        ax.yaxis.set_minor_formatter(_PLAIN if top < 10 * bottom else NullFormatter())
+        ax.set(xlabel="update", ylabel="importance weight")
+        scale_log(ax, "y")
         add_legend(
             cast(Figure, ax.figure),
             [Line2D([], [], color=shade, alpha=a, lw=w, label=n) for n, a, w in looks],
@@ -336,8 +342,8 @@ def draw_sweep(rows: Sequence[WeightRow]) -> Panels:
             place = (ess, cell.mean)
             ax.annotate(words, place, (6, 5), textcoords="offset points", fontsize=7.5, color=INK)
         ax.set(xlabel="effective sample size at the end (share)", ylabel=UNIT[cell.score_key])
-        ax.margins(x=0.25)
-        scale_log(ax)
+        ax.margins(x=0.25)  # for the words
+        ax.set_xlim(left=0.0)
         clip(ax, "y")
         panels[dataset] = ax
     return finish(panels)
@@ -359,7 +365,7 @@ def _scale_updates(ax: Axes, group: Sequence[Cell]) -> None:
     """End the axis where a curve explodes; a logarithmic one keeps long runs beside short ones."""
     updates = [run.result["steps"] for cell in group for run in cell.runs]
     if updates and max(updates) > 5 * min(updates):
-        ax.set_xscale("log")
+        scale_log(ax, "x")
     clip(ax, "y", tight=True)
 
 

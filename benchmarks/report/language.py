@@ -15,8 +15,8 @@ from rich.text import Text
 from benchmarks.report import figures
 from benchmarks.report.document import INK, NOTHING, Grid, interval_text
 from benchmarks.report.figures import Panels
-from benchmarks.report.scores import Cell, base, cells
-from benchmarks.report.tables import published_scores
+from benchmarks.report.scores import Cell, algorithm_label, base, cells
+from benchmarks.report.tables import published_scores, told_apart
 from benchmarks.results import LANGUAGE, RecordedRun, read_runs, unfinished_runs
 from benchmarks.runs import write_json
 from benchmarks.statistics import MIN_SEEDS
@@ -79,6 +79,10 @@ def _name(cell: Cell) -> str:
     return cell.algo.removeprefix(cell.runs[0].variant).lstrip("/")
 
 
+def _label(cell: Cell) -> str:
+    return algorithm_label(_name(cell))
+
+
 def _first(cell: Cell, key: str) -> Any:
     """An entry of the first seed's result, which the other seeds share."""
     return cell.runs[0].result[key]
@@ -113,28 +117,30 @@ def recipe_grid(recipe: RecipeRuns) -> Grid:
     for cell in recipe.scores:
         score, interval = f"{cell.mean:.3f}", interval_text(cell.interval, digits=3)
         grid.rows.append(
-            [_name(cell), str(len(cell.runs)), score, interval, str(_first(cell, "steps"))]
+            [_label(cell), str(len(cell.runs)), score, interval, str(_first(cell, "steps"))]
             + [*map(_number, _weights(cell)), f"{cell.cpu_seconds:,.0f}"]
         )
     return grid
 
 
 def summary(recipe: RecipeRuns) -> str:
-    """The best algorithms of a recipe in a sentence."""
+    """The highest algorithms of a recipe, and whether the first is the best."""
     best = sorted(recipe.scores, key=lambda cell: -cell.mean)[:2]
     plain = [cell for cell in recipe.scores if not _first(cell, "steps") and cell not in best]
     words = []
     for cell in [*best, *plain]:
         interval = "" if cell.interval is None else f" ({interval_text(cell.interval, digits=3)})"
-        words.append(f"{_name(cell)} {cell.mean:.3f}{interval}")
+        words.append(f"{_label(cell)} {cell.mean:.3f}{interval}")
     runs = sum(len(cell.runs) for cell in recipe.scores)
+    apart = len(best) > 1 and told_apart(*best)
+    order = "Best" if apart else "Highest, without a test that tells the first from the next"
     score = _first(recipe.scores[0], "score_name")
-    return f"{runs} runs; best {score}, with 95 % interval: {', then '.join(words)}."
+    return f"{runs} runs. {order}, by {score} (95 % interval): {', then '.join(words)}."
 
 
 def share_grid(recipe: RecipeRuns) -> Grid:
     """Table of the chances of the kinds of answers; without rows where no test has them."""
-    shares = {_name(cell): _shares(cell) for cell in recipe.scores}
+    shares = {_label(cell): _shares(cell) for cell in recipe.scores}
     kinds = list(dict.fromkeys(kind for row in shares.values() for kind in row))
     rows = [[algo, *(_number(row.get(kind)) for kind in kinds)] for algo, row in shares.items()]
     return Grid(["algorithm", *kinds], rows if kinds else [], left=1)
@@ -180,25 +186,25 @@ def draw_recipe(recipe: RecipeRuns) -> Panels:
     rows = recipe.scores
     scores = figures.make_panel("", 0.8 + 0.3 * len(rows))
     trained = [cell for cell in rows if _first(cell, "steps")]
-    colour = {_name(cell): _COLOURS.get(base(cell.algo), _OTHER) for cell in rows}
-    shown = {_name(cell): colour[_name(cell)] for cell in trained}
+    colour = {_label(cell): _COLOURS.get(base(cell.algo), _OTHER) for cell in rows}
+    shown = {_label(cell): colour[_label(cell)] for cell in trained}
     for y, cell in enumerate(rows):
-        figures.plot_score(scores, y, cell, colour[_name(cell)])
+        figures.plot_score(scores, y, cell, colour[_label(cell)])
         if cell not in trained:
             scores.axvline(cell.mean, color=INK, alpha=0.5, lw=0.8, ls=":")
-    figures.list_names(scores, [_name(cell) for cell in rows])
+    figures.list_names(scores, [_label(cell) for cell in rows])
     scores.set_xlabel(figures.literal(_first(rows[0], "score_name")))
     panels = {"score": scores}
-    labels = {"ESS": "effective share of an update's draws", "weight_max": "largest weight"}
+    labels = {"ESS": "effective sample size (share of the draws)", "weight_max": "largest weight"}
     for metric, label in labels.items():
         ax = panels[metric] = figures.make_panel("", 2.5, shown)
         for cell in trained:
             steps, values = figures.series(cell.runs, metric)
             if len(steps):
-                ax.plot(steps, values.mean(axis=0), color=colour[_name(cell)], lw=1.4)
+                ax.plot(steps, values.mean(axis=0), color=colour[_label(cell)], lw=1.4)
         ax.set(xlabel="update", ylabel=label)
     panels["ESS"].set_ylim(0, 1.03)
-    panels["weight_max"].set_yscale("log")
+    figures.scale_log(panels["weight_max"], "y")
     return figures.finish(panels)
 
 

@@ -56,7 +56,8 @@ def write_report(folder: Path, out: Path) -> Path:
         f"[{RECORDS}]({RECORDS})."
     )
     document.table(tables.run_grid(group), "The finished control runs.")
-    document.provenance([*runs, *language_runs])
+    if runs or language_runs:
+        document.provenance([*runs, *language_runs])
     kinds = ["control"] * bool(runs) + ["language"] * bool(recipes or evaluations)
     markdown = document.markdown(f"{' and '.join(kinds).capitalize()} runs")
     records = ",\n".join(map(_record, [*runs, *language_runs]))
@@ -105,15 +106,14 @@ def _control(document: Document, group: Sequence[Cell], missing: Sequence[Record
         document.text(line)
     document.table(
         tables.matrix_grid(group),
-        "Mean scores, D4RL-normalised unless marked; the best of each data set is bold.",
+        "Mean scores, D4RL-normalised unless marked; the highest of each dataset is bold.",
     )
     _scores(document, group, missing)
     if missing:
         document.section("Missing runs")
         document.text(
-            f"{len(missing)} unfinished runs enter nothing on this page: they were cut off, "
-            "failed, or are not done yet. The same command with `--resume` continues them. Those "
-            "with a footnote are damaged."
+            "These runs enter nothing on this page: they were cut off, failed, or are not done "
+            "yet. The same command with `--resume` continues them. A footnote says what is damaged."
         )
         document.table(tables.missing_grid(missing), "Runs without a result.")
     _aggregates(document, group, aggregates)
@@ -128,7 +128,7 @@ def _summary(
     """Three lines: what was run, what is best, and whether the paper's two methods differ."""
     runs, short = runs_of(group), [cell for cell in group if cell.under_trained]
     counts = [f"{len(runs)} runs of {len(scores.algorithms(group))} algorithms"]
-    counts[0] += f" on {len(scores.datasets(group))} data sets"
+    counts[0] += f" on {len(scores.datasets(group))} datasets"
     if missing:
         counts.append(f"{len(missing)} more are unfinished or damaged")
     if short:
@@ -144,8 +144,11 @@ def _summary(
         f"{scores.algorithm_label(name)} {over_datasets.text(estimates[name][0], 1)}"
         for name in best
     ]
-    over = f"over {len(aggregates.datasets)} data sets (interquartile mean, 95 % interval)"
-    lines.append(f"**Best.** {escaped(', then '.join(ranks))} {over}.")
+    over = f"over {len(aggregates.datasets)} datasets (interquartile mean, 95 % interval)"
+    low, high = estimates[best[0]][0].low, estimates[best[-1]][0].high
+    apart = len(best) > 1 and low is not None and high is not None and low > high
+    title, verdict = ("Best", "") if apart else ("Highest", ": their intervals overlap, a tie")
+    lines.append(f"**{title}.** {escaped(', then '.join(ranks))} {over}{verdict}.")
     pair = aggregates.improvement.get("iw-sft-q", {}).get("sft-q")
     if pair is not None and pair.low is not None and pair.high is not None:
         verdict = "they tie: the interval holds 0.5"

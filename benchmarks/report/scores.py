@@ -30,8 +30,8 @@ ALGORITHMS = {
     "sft": "SFT",
     "sft-q": "SFT(Q)",
     "iw-sft": "iw-SFT",
-    "iw-sft-hard": "iw-sft-hard",
-    "iw-sft-ema": "iw-sft-ema",
+    "iw-sft-hard": "iw-SFT-hard",
+    "iw-sft-ema": "iw-SFT-EMA",
     "iw-sft-q": "iw-SFT(Q)",
     "iw-sft-step": "iw-SFT-step",
 }

@@ -23,6 +23,7 @@ FEW_SEEDS = (
     f"Fewer than {MIN_SEEDS} seeds carry neither a deviation nor an interval: the mean alone."
 )
 _UNDER_TRAINED = f"Under-trained: {scores.UNDER_TRAINED}; never the best, and in no comparison."
+_TIE = "The highest, but a tie: Welch's test (5 %) does not tell it from the next one."
 _RETURN = "Mean return: the dataset has no D4RL reference scores."
 EQUAL_SEEDS = "All seeds have the same value: no interval follows from it."
 SUCCESS_INTERVAL = "interval of success"
@@ -112,13 +113,16 @@ def score_grid(group: Sequence[Cell], missing: Sequence[RecordedRun] = ()) -> Gr
 
 
 def matrix_grid(group: Sequence[Cell]) -> Grid:
-    """Table of the mean scores, algorithms by datasets, with the best of each dataset in bold.
+    """Table of the mean scores, algorithms by datasets, with the highest of each dataset in bold.
 
-    Under-trained cells are marked and never the best.
+    Under-trained cells are marked and never in bold.
     """
     names, tasks = scores.algorithms(group), scores.datasets(group)
     grid = Grid(["algorithm", *map(scores.dataset_label, tasks)], left=1)
     by_name = {(cell.dataset, cell.algo): cell for cell in group}
+    fair = [[c for c in group if c.dataset == task and not c.under_trained] for task in tasks]
+    ranks = [sorted(cells, key=lambda cell: -cell.mean) for cells in fair if len(cells) > 1]
+    highest = {(top.dataset, top.algo): told_apart(top, second) for top, second, *_ in ranks}
     for name in names:
         row = [scores.algorithm_label(name)]
         for task in tasks:
@@ -126,14 +130,25 @@ def matrix_grid(group: Sequence[Cell]) -> Grid:
             notes = [_UNDER_TRAINED] if cell and cell.under_trained else []
             if cell and cell.score_key == scores.RETURN:
                 notes.append(_RETURN)
+            if (task, name) in highest:
+                grid.bold.add((len(grid.rows), len(row)))
+                notes += [_TIE] * (not highest[task, name])
             row.append(NOTHING if cell is None else grid.marked(f"{cell.mean:.1f}", notes))
         grid.rows.append(row)
-    for j, task in enumerate(tasks):
-        fair = [cell for cell in group if cell.dataset == task and not cell.under_trained]
-        if len(fair) > 1:
-            best = max(fair, key=lambda cell: cell.mean)
-            grid.bold.add((names.index(best.algo), j + 1))
     return grid
+
+
+def told_apart(one: Cell, other: Cell) -> bool:
+    """Whether Welch's test tells the means of two cells from each other at 5 %."""
+    from scipy.stats import ttest_ind_from_stats
+
+    if one.std is None or other.std is None:
+        return False
+    summaries = [(cell.mean, cell.std, len(cell.runs)) for cell in (one, other)]
+    with np.errstate(all="ignore"):  # seeds without a spread
+        return bool(
+            ttest_ind_from_stats(*summaries[0], *summaries[1], equal_var=False).pvalue < 0.05
+        )
 
 
 def _measured(grid: Grid, cell: Cell, cut_off: int) -> list[str]:
@@ -215,10 +230,10 @@ def cost_grid(group: Sequence[Cell]) -> Grid:
 
 def run_grid(group: Sequence[Cell]) -> Grid:
     """Table of the environment, settings and seeds of every cell."""
-    names = ("dataset", "algorithm", "--algo", "environment", "preset", "estimator", "seeds")
+    names = ("dataset", "algorithm", "environment", "preset", "estimator", "seeds")
     grid = Grid([*names, "settings from"], left=len(names) + 1)
     for cell in group:
-        row = [cell.dataset, scores.algorithm_label(cell.algo), cell.algo]
+        row = [cell.dataset, scores.algorithm_label(cell.algo)]
         for key in ("env_id", "preset", "estimator"):
             row.append(", ".join(str(v) for v in cell.distinct(key) if v is not None))
         sources = [run.config.get("settings", {}).get("settings_from") for run in cell.runs]

@@ -17,7 +17,7 @@ from benchmarks.report.__main__ import main
 from benchmarks.report.language import read_recipes
 from benchmarks.report.options import Options
 from benchmarks.report.page import write_report
-from benchmarks.report.scores import algorithm_rank
+from benchmarks.report.scores import algorithm_label, algorithm_rank
 from benchmarks.results import ResultsError
 
 if TYPE_CHECKING:
@@ -83,11 +83,11 @@ def test_scores_and_weights_over_seeds(language: Path, capsys: pytest.CaptureFix
     text = (language / "report/report.md").read_text()
     assert text.startswith("# Language runs\n") and "## Language: sums" in text
     for algo, scores in SCORES.items():
-        scored, shares = cells_of(text, algo)
+        scored, shares = cells_of(text, algorithm_label(algo))
         mean = statistics.mean(scores)
         assert scored[1:3] == [str(len(scores)), f"{mean:.3f}"]
         assert shares[1] == f"{mean / 3:.2f}"
-    base, sft, weighted = (cells_of(text, algo)[0] for algo in SCORES)
+    base, sft, weighted = (cells_of(text, algorithm_label(algo))[0] for algo in SCORES)
     # One seed: the interval of its test. Two carry none.
     assert base[3:] == ["0.400 to 0.600", "0", "-", "-", "-", "7"]
     center, scale = statistics.mean(SCORES["sft"]), statistics.stdev(SCORES["sft"]) / 3**0.5
@@ -106,7 +106,7 @@ def test_scores_and_weights_over_seeds(language: Path, capsys: pytest.CaptureFix
         ("base", 0), *(("sft", s) for s in range(3)), *(("iw-sft", seed) for seed in range(2))
     ]  # fmt: skip
     printed = capsys.readouterr().out
-    assert "iw-sft" in printed and "0.850" in printed and "D4RL" not in printed
+    assert "iw-SFT" in printed and "0.850" in printed and "D4RL" not in printed
 
 
 def test_together_with_control_runs_and_by_folder(language: Path, make_run: MakeRun) -> None:
@@ -199,7 +199,7 @@ def test_unfinished_runs_are_listed_and_not_counted(
     (cut_off / "result.json").unlink()
     main(Options(language))
     text = (language / "report/report.md").read_text()
-    assert cells_of(text, "sft-q") == [] and "- sft-q/seed-4" in text
+    assert cells_of(text, "SFT(Q)") == [] and "- sft-q/seed-4" in text
     assert str(cut_off) in capsys.readouterr().out.replace("\n", "")
 
 

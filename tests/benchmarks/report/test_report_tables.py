@@ -15,7 +15,7 @@ from rich.console import Console
 from benchmarks.report.aggregates import aggregate
 from benchmarks.report.document import NOTHING
 from benchmarks.report.scores import cells, dataset_label, uneven
-from benchmarks.report.tables import cost_grid, score_grid, score_table, weight_grid
+from benchmarks.report.tables import cost_grid, matrix_grid, score_grid, score_table, weight_grid
 from benchmarks.results import CONTROL, RecordedRun, read_runs
 
 if TYPE_CHECKING:
@@ -118,6 +118,29 @@ def test_table_numbers(runs: Path) -> None:
     assert rows["hopper-a", "SFT(Q)"][2:6] == ["3", "20", "51.0", "11.5"]
     low, high = scipy.stats.t.interval(0.95, 2, 51.0, scipy.stats.sem([40.0, 50.0, 63.0]))
     assert rows["hopper-a", "SFT(Q)"][6] == f"{low:.1f} to {high:.1f}"
+
+
+@pytest.mark.parametrize(
+    ("others", "marked"),
+    [
+        ([10.0, 12.0, 11.0], "21.0"),
+        ([10.0, 12.0, 30.0], "21.0 [1]"),
+        ([20.0, 22.0, 21.0], "21.0 [1]"),  # the first of two equal means
+        ([10.0, 12.0], "21.0 [1]"),  # too few for a test
+    ],
+)
+def test_the_highest_of_a_dataset_is_marked_and_so_is_a_tie(
+    tmp_path: Path, make_run: MakeRun, others: list[float], marked: str
+) -> None:
+    for algo, values in (("sft", [20.0, 21.0, 22.0]), ("iw-sft", others)):
+        for seed, score in enumerate(values):
+            make_run(tmp_path, "hopper-a", algo, seed, score)
+            # Higher, but under-trained.
+            make_run(tmp_path / "short", "hopper-a", algo, seed, 90.0, published_steps=1000)
+    grid = matrix_grid(cells(read_runs(tmp_path, CONTROL)))
+    p = scipy.stats.ttest_ind([20.0, 21.0, 22.0], others, equal_var=False).pvalue
+    assert len(others) < 3 or (p < 0.05) == (marked == "21.0")
+    assert [grid.rows[i][j] for i, j in grid.bold] == [marked]
 
 
 def test_cost(runs: Path) -> None:

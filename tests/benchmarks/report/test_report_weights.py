@@ -56,7 +56,7 @@ def test_settings_scores_and_weights_at_the_end(tmp_path: Path, make_run: MakeRu
     ]
     assert sweep_grid(swept(group)).rows[0][7] == "28.5 to 33.5"  # 30, 31, 32
     (panel,) = draw_sweep(swept(group))["hopper-a"].axes
-    assert panel.get_title() == "hopper-a"
+    assert panel.figure.get_suptitle() == "hopper-a"
     words = {text.get_text() for text in panel.texts}
     assert words == {
         *("ESS 0.4, sync every 199", "k 1, sync every 50"),
