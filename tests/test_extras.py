@@ -7,7 +7,9 @@ import re
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from functools import cache
+from importlib import metadata
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Their errors name packages that no extra installs.
 OWN_MESSAGE = {"d3rlpy", "gymnasium_robotics", "structlog", "vllm"}
+packages_distributions = cache(metadata.packages_distributions)
 # In a process of its own, HIDDEN packages cannot be found.
 HIDE = """
 import importlib.abc, importlib.util, sys
