@@ -165,7 +165,8 @@ def main(options: Options, parts: Sequence[Part] = PARTS) -> Path:
         words = [word.format(out=options.out) for word in part.command]
         document.text(f"Command: `{shareable(shlex.join(['python', '-m', *words]))}`")
     document.section("")
-    document.bullets(lines)
+    for line in lines:
+        document.text(line)
     page = options.out / PAGE
     text = document.markdown("Where importance weights help")
     with written_whole(page) as partial:

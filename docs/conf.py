@@ -35,6 +35,8 @@ extensions = [
 ]
 exclude_patterns = ["results/**"]
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_show_sourcelink = False
 pygments_style, pygments_dark_style = "friendly", "monokai"
 
@@ -67,12 +69,14 @@ def _follow_links(app: Any, page: str, source: list[str]) -> None:
     )
 
 
-def _copy_results(app: Any, error: Exception | None) -> None:
-    """Put the report and the recorded results next to the pages."""
+def _add_results(app: Any, error: Exception | None) -> None:
+    """Put the recorded results next to the pages, and the report that is made of them."""
     if error is None:
-        for path in (ROOT / "docs" / "results").iterdir():
-            (Path(app.outdir) / "results").mkdir(exist_ok=True)
-            shutil.copy(path, Path(app.outdir) / "results")
+        from benchmarks.report.page import write_report
+
+        out = Path(app.outdir) / "results"
+        write_report(ROOT / "docs" / "results" / "runs.json", out)
+        shutil.copytree(ROOT / "docs" / "results", out, dirs_exist_ok=True)
 
 
 def _own_signature(app: Any, what: str, name: str, thing: Any, *rest: Any) -> Any:
@@ -88,4 +92,4 @@ def setup(app: Any) -> None:
     """Register the functions above with Sphinx."""
     app.connect("autodoc-process-signature", _own_signature)
     app.connect("source-read", _follow_links)
-    app.connect("build-finished", _copy_results)
+    app.connect("build-finished", _add_results)

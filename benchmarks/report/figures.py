@@ -175,7 +175,7 @@ def plot_mean(ax: Axes, x: float, cell: Cell, colour: str) -> None:
 def scale_log(ax: Axes, axis: str) -> None:
     """Make an axis, "x" or "y", logarithmic if its data span a decade, with plain numbers."""
     i = "xy".index(axis)
-    low, high = ax.dataLim.minpos[i], ax.dataLim.max[i]
+    low, high = (ax.dataLim.minposx, ax.dataLim.minposy)[i], ax.dataLim.max[i]
     if high < 10 * low:
         return
     getattr(ax, f"set_{axis}scale")("log")

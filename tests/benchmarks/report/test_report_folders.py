@@ -45,7 +45,7 @@ def test_unfinished_runs_are_listed_with_how_far_they_came(runs: Path, make_run:
     assert len(read_runs(runs, CONTROL)) == 11
     write_report(runs, runs / "report")
     page = (runs / "report/report.md").read_text()
-    assert "3 unfinished runs" in page
+    assert "These runs enter nothing" in page and "3 more are unfinished" in page
     assert "| hopper-a | lag50/IQL | 1 | 70 | 5000 |" in page
     # In the table of scores they are missing, with no number.
     assert "| hopper-a | SFT(Q) | 2 of 3 |" in page
