@@ -141,6 +141,13 @@ PARTS = (
 )
 
 
+def _typed(words: Sequence[str]) -> str:
+    """A command as the user would type it."""
+    from benchmarks.options import program
+
+    return shlex.join([*program(words[0].removeprefix("benchmarks.")).split(), *words[1:]])
+
+
 def main(options: Options, parts: Sequence[Part] = PARTS) -> Path:
     """Run all parts, say what was seen, and return the page."""
     lines, start = [], time.perf_counter()
@@ -148,7 +155,7 @@ def main(options: Options, parts: Sequence[Part] = PARTS) -> Path:
     for number, part in enumerate(parts, 1):
         words = [word.format(out=options.out) for word in part.command]
         print(f"\n{number}/{len(parts)} {part.title}\n{part.look_at}", flush=True)
-        print(f"$ python -m {' '.join(words)}\n", flush=True)
+        print(f"$ {_typed(words)}\n", flush=True)
         resume = ["--resume"] * part.resumes
         status = subprocess.run([sys.executable, "-m", *words, *resume], check=False).returncode
         if status:
@@ -163,7 +170,7 @@ def main(options: Options, parts: Sequence[Part] = PARTS) -> Path:
         lines.append(part.show(document, options.out))
         document.text(f"**{lines[-1]}**")
         words = [word.format(out=options.out) for word in part.command]
-        document.text(f"Command: `{shareable(shlex.join(['python', '-m', *words]))}`")
+        document.text(f"Command: `{shareable(_typed(words))}`")
     document.section("")
     for line in lines:
         document.text(line)

@@ -7,33 +7,62 @@ the way out.
 from __future__ import annotations
 
 import argparse
-import difflib
+import io
 import json
+import shlex
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import docstring_parser
 import tyro
 
+from benchmarks.faults import find_fault, find_missing, flag, forms, nearest
+from benchmarks.stopping import one_line
 from iwsft import extras
 
 # Experiment trackers of --report-to; each is the name of its package, too.
 TRACKERS = ("tensorboard", "wandb", "trackio")
+_PROGRAMS = ("iwsft", "python -m benchmarks")
 Parsed = TypeVar("Parsed")
 
 
-def called_as(command: str) -> str:
-    """The name by which the user called a command, such as ``python -m benchmarks.d4rl``.
+def program(command: str) -> str:
+    """How to call a command the way the user called this one: ``iwsft d4rl``, for example.
 
     ``benchmarks.__main__`` leaves its own name and that of the command in ``sys.argv[0]``.
     """
-    name, (module, *rest) = sys.argv[0], command.split()
-    if not name.startswith(("iwsft ", "python -m ")):
-        return f"python -m benchmarks.{command}"
-    return " ".join([name, *rest]) if name.endswith(f" {module}") else name
+    name, space, _ = sys.argv[0].rpartition(" ")
+    return f"{name} {command}" if name in _PROGRAMS and space else f"python -m benchmarks.{command}"
+
+
+def called_as(command: str) -> str:
+    """The name by which the user called this command, with the words that belong to it."""
+    name, module = sys.argv[0], command.split()[0]
+    other = name.startswith(tuple(f"{each} " for each in _PROGRAMS)) and not name.endswith(module)
+    return name if other else program(command)
+
+
+def typed(module: str) -> str:
+    """The command line as the user typed it, for records; its command is that of a module."""
+    name, words = called_as(module), sys.argv[1:]
+    if name.rpartition(" ")[0] in _PROGRAMS:
+        from benchmarks.__main__ import COMMANDS
+
+        words = words[len(COMMANDS[name.split()[-1]].words) :]
+    return shlex.join([*name.split(), *words])
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """End the process with one line on a wrong option; nothing heavy is imported."""
+    try:
+        yield
+    except (ImportError, OSError, ValueError) as error:
+        raise SystemExit(f"error: {one_line(error)}") from error
 
 
 def option(
@@ -64,7 +93,9 @@ def parse(
 ) -> Parsed:
     """Read a command line into a dataclass, see :func:`parse_groups`."""
     groups = groups_of(kind)
-    return kind(**parse_groups(groups, command, description, words, defaults_of(groups)))
+    values = parse_groups(groups, command, description, words, defaults_of(groups))
+    with told():
+        return kind(**values)
 
 
 def groups_of(kind: type) -> list[type]:
@@ -84,54 +115,72 @@ def parse_groups(
     description: str | None,
     words: Sequence[str] | None,
     defaults: Mapping[str, Any],
-    unknown: Mapping[str, str] = {},
 ) -> dict[str, Any]:
-    """Read a command line into the fields of all groups; an error ends it with status 2.
-
-    ``unknown`` has the options whose defaults are not known, and where these are from. They are
-    None where the command line does not give them.
+    """Read a command line into the fields of all groups; an error is a line and status 2.
 
     The examples of ``description`` begin with ``python -m benchmarks.COMMAND``. The help has the
     name that the user called instead, and a box for each group, headed by its docstring. A command
     of several groups also takes ``--config``, see :func:`config_words`.
     """
-    words, prog = sys.argv[1:] if words is None else words, called_as(command)
+    words, prog = sys.argv[1:] if words is None else list(words), called_as(command)
     parts: list[Any] = []
+    configured: list[str] = []
     if len(groups) > 1:
-        try:
-            names = [each.name for group in groups for each in fields(group)]
-            words = [*config_words(words, command, names, defaults), *words]
-        except (OSError, ValueError) as error:
-            raise SystemExit(f"error: {error}") from error
+        names = [each.name for group in groups for each in fields(group)]
+        with told():
+            configured = config_words(words, command, names, defaults)
         parts.append(("config", Annotated[Path | None, _CONFIG], None))
-    for group in groups:
+    copies = [_described(group, defaults) for group in groups]
+    for group in copies:
         title = tyro.conf.arg(name=group.__name__.lower() if len(groups) > 1 else "")
-        parts.append((group.__name__, Annotated[_described(group, defaults, unknown), title]))
+        parts.append((group.__name__, Annotated[group, title]))
     together: Any = make_dataclass("Together", parts, kw_only=True)
     text = (description or "").replace(f"python -m benchmarks.{command}", prog)
     flat = (tyro.conf.OmitArgPrefixes,)
-    parsed: Any = tyro.cli(together, prog=prog, args=words, description=text, config=flat)
+    try:
+        with redirect_stderr(io.StringIO()):
+            parsed: Any = tyro.cli(
+                together, prog=prog, args=[*configured, *words], description=text, config=flat
+            )
+    except SystemExit as end:
+        if end.code:
+            options = [each for group in (together, *copies) for each in forms(group)]
+            fault = find_fault(configured, options)
+            fault = f"{config_of(words)}: {fault}" if fault else find_fault(words, options)
+            fault = fault or find_missing([*configured, *words], options)
+            print(f"error: {fault}; {prog} --help lists the options", file=sys.stderr)
+        raise
     boxes = [getattr(parsed, group.__name__) for group in groups]
     return {each.name: getattr(box, each.name) for box in boxes for each in fields(box)}
 
 
-def _described(group: type, defaults: Mapping[str, Any], unknown: Mapping[str, str]) -> type:
+def _described(group: type, defaults: Mapping[str, Any]) -> type:
     """A group whose options have these defaults, and their docstrings as help without breaks."""
     documented = docstring_parser.parse_from_object(group).params
     texts = {each.arg_name: " ".join((each.description or "").split()) for each in documented}
     hints: Any = get_type_hints(group, include_extras=True)
     described = []
     for each in fields(group):
-        kind, about = hints[each.name], tyro.conf.arg(help=texts.get(each.name))
+        about = tyro.conf.arg(help=texts.get(each.name))
         default = (field(default=defaults[each.name]),) if each.name in defaults else ()
-        if each.name in unknown:
-            source = tyro.conf.arg(help_behavior_hint=f"({unknown[each.name]})")
-            plain, *conf = get_args(kind)
-            kind, default = Annotated[(plain | None, *conf, source)], (field(default=None),)
-        described.append((each.name, Annotated[kind, about], *default))
+        described.append((each.name, Annotated[hints[each.name], about], *default))
     copy = make_dataclass(group.__name__, described, kw_only=True)
     copy.__doc__ = group.__doc__
     return copy
+
+
+def peek(words: Sequence[str], *names: str) -> dict[str, str | None]:
+    """The words of some options of a command line, which is not checked."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        parser.add_argument(*{flag(name), f"--{name}"}, dest=name, nargs="?")
+    return vars(parser.parse_known_args(list(words))[0])
+
+
+def config_of(words: Sequence[str]) -> Path | None:
+    """The file of ``--config``."""
+    name = peek(words, "config")["config"]
+    return None if name is None else Path(name)
 
 
 def config_words(
@@ -146,12 +195,8 @@ def config_words(
         OSError: The file can't be read.
         ValueError: It is not such a file, or it has an option that the command lacks.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path)
-    path: Path | None = parser.parse_known_args(list(words))[0].config
-    if path is None:
-        return []
-    options, fixed = _read_config(path, command), command.split()[1:]
+    path, fixed = config_of(words), command.split()[1:]
+    options = _read_config(path, command) if path else {}
     for name, value in zip(fixed[::2], fixed[1::2], strict=True):
         other = options.get(name.removeprefix("--"), value)
         if other != value:
@@ -160,8 +205,8 @@ def config_words(
     for name, value in options.items():
         known = name.replace("-", "_")
         if known not in names:
-            near = difflib.get_close_matches(known, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "--help lists the options"
+            near = nearest(known, names)
+            hint = f"did you mean {near!r}?" if near else "--help lists the options"
             raise ValueError(f"{path}: unknown option {name!r}; {hint}")
         if isinstance(value, bool):
             out.append(flag(known if value else f"no-{known}"))
@@ -211,11 +256,6 @@ def to_config(options: Any, without: Collection[str] = ("out", "resume")) -> dic
     return content
 
 
-def flag(name: str) -> str:
-    """The flag of an option."""
-    return f"--{name.replace('_', '-')}"
-
-
 def check_at_least(least: int, **numbers: int | None) -> None:
     """Check options that are numbers; None is an option that was left out."""
     for name, number in numbers.items():
@@ -226,8 +266,8 @@ def check_at_least(least: int, **numbers: int | None) -> None:
 def check_known(kind: str, name: str, known: Sequence[str]) -> None:
     """Check the name of a ``kind`` of things; the error tells the nearest one that is known."""
     if name not in known:
-        near = difflib.get_close_matches(name.lower(), known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        near = nearest(name, known)
+        hint = f"did you mean {near!r}? " if near else ""
         raise ValueError(f"unknown {kind} {name!r}; {hint}it is one of {', '.join(known)}")
 
 
@@ -264,6 +304,8 @@ def check_used(name: str, value: object, used: bool, where: str) -> None:
 
 def check_device(device: str) -> None:
     """Check that torch knows a device, and that it is there."""
+    if device == "cpu":
+        return
     import torch
 
     try:

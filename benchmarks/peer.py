@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from benchmarks.d4rl.job import SAME
 from benchmarks.d4rl.run import Run, Task, check_run, config_of, sizes
 from benchmarks.d4rl.settings import name_in_tables
 from benchmarks.d4rl.train import learning_curve_probe, score_policy
-from benchmarks.options import option, parse
+from benchmarks.options import option, parse, typed
 from iwsft.metrics import MetricsLog
 from iwsft.training import Cost, Row
 from iwsft.trajectory import ACTION, NEXT_OBSERVATION, OBSERVATION, REWARD, TERMINATED, TRAJ_IDS
@@ -136,7 +135,8 @@ def claim_runs(options: Options) -> list[tuple[Run, Task]]:
     for run in {run.algo: run for run in all_runs}.values():
         check_run(run, task)
     configs = {run: _config_of(run, task) for run in all_runs}
-    unfinished = runs.claim(options.out / Run.benchmark, configs, same=SAME, resume=options.resume)
+    resume = configs if options.resume else ()
+    unfinished = runs.claim(options.out / Run.benchmark, configs, same=SAME, resume=resume)
     return [(run, task) for run in unfinished]
 
 
@@ -148,7 +148,7 @@ def _config_of(run: Run, task: Task) -> dict[str, Any]:
     theirs = d3rlpy_config(run.algo, run.baseline_settings[0])
     config["settings"] |= {"peer": f"d3rlpy {release}", "d3rlpy": theirs}
     config["versions"]["d3rlpy"] = release
-    command = " ".join(["python -m benchmarks.peer", *sys.argv[1:]])
+    command = typed("peer")
     return config | {"apart": list(APART[run.algo]), "command": command}
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.runs import CONFIG, RESULT, one_line
+from benchmarks.runs import CONFIG, RESULT
+from benchmarks.stopping import one_line
 from iwsft import metrics
 
 CONTROL, LANGUAGE, EVALUATION = "d4rl", "llm", "llm-evaluation"

@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +18,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from benchmarks import stopping
+from benchmarks.stopping import one_line
 from iwsft.checkpoint import CheckpointError, differences
 from iwsft.extras import named
 from iwsft.files import full_disk_named, written_whole
@@ -74,16 +75,20 @@ class Run(Generic[Options]):
 
 
 def claim(
-    root: Path, configs: Mapping[Claimed, dict[str, Any]], *, same: Sequence[str], resume: bool
+    root: Path,
+    configs: Mapping[Claimed, dict[str, Any]],
+    *,
+    same: Sequence[str],
+    resume: Collection[Claimed],
 ) -> list[Claimed]:
     """Claim the folders of all runs below ``root``, or none, by writing ``config.json``.
 
-    ``configs`` has the content of each run's file. With ``resume``, runs that are there already are
+    ``configs`` has the content of each run's file. Runs of ``resume`` that are there already are
     accepted where they agree in the entries ``same``. Returns the unfinished runs.
 
     Raises:
-        FileExistsError: Folders contain a run, and ``resume`` is off.
-        CheckpointError: ``resume`` is on, and folders contain a run of other settings.
+        FileExistsError: Folders contain a run that is not one of ``resume``.
+        CheckpointError: Folders contain a run of ``resume`` with other settings.
         OSError: ``root`` can't be written.
     """
     with full_disk_named(root):
@@ -92,8 +97,8 @@ def claim(
     with FileLock(root / ".claim.lock"):
         earlier = {run: _earlier_config(run.folder, same) for run in configs}
         free = [run for run in configs if earlier[run] is None]
-        taken = [str(run.folder) for run in configs if run not in free]
-        if taken and not resume:
+        taken = [str(run.folder) for run in configs if run not in (*free, *resume)]
+        if taken:
             there = "a run is there" if len(taken) == 1 else "runs are there"
             way_out = "pass --resume to continue and to keep what is finished, or another --out"
             raise FileExistsError(f"{', '.join(taken)}: {there} already; {way_out}")
@@ -112,14 +117,6 @@ def claim(
                 (run.folder / CONFIG).unlink(missing_ok=True)
             raise
     return [run for run in configs if not (run.folder / RESULT).exists()]
-
-
-def release(runs: Iterable[Run[Any]]) -> None:
-    """Give up the claim on the folders in which nothing was done yet."""
-    for run in runs:
-        if {path.name for path in run.folder.glob("*")} == {CONFIG}:
-            (run.folder / CONFIG).unlink()
-            run.folder.rmdir()
 
 
 def _earlier_config(folder: Path, same: Sequence[str]) -> dict[str, Any] | None:
@@ -194,17 +191,3 @@ def ends_in_one_line() -> Iterator[None]:
             if stopping.signal_behind(error) is not None:
                 raise
             raise SystemExit(f"error: {one_line(error)}") from error
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error, without what Python puts around it."""
-    text = str(error)
-    if isinstance(error, KeyError) and error.args:
-        # Its text is the repr of its argument: a sentence of ours, or a mere key.
-        key = error.args[0]
-        text = key if isinstance(key, str) and " " in key else f"there is no entry {key!r}"
-    if isinstance(error, OSError) and error.strerror is not None:
-        text = ": ".join(filter(None, (error.strerror, error.filename)))
-    text = " ".join(text.split()) or type(error).__name__
-    # Control characters of a name would act on the terminal.
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -87,6 +87,20 @@ def command(*packages: str) -> Iterator[None]:
         raise
 
 
+def one_line(error: BaseException) -> str:
+    """The message of an error, without what Python puts around it."""
+    text = str(error)
+    if isinstance(error, KeyError) and error.args:
+        # Its text is the repr of its argument: a sentence of ours, or a mere key.
+        key = error.args[0]
+        text = key if isinstance(key, str) and " " in key else f"there is no entry {key!r}"
+    if isinstance(error, OSError) and error.strerror is not None:
+        text = ": ".join(filter(None, (error.strerror, error.filename)))
+    text = " ".join(text.split()) or type(error).__name__
+    # Control characters of a name would act on the terminal.
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
 def signal_behind(error: BaseException) -> int | None:
     """The signal that an error comes from: code that is interrupted may raise one of its own."""
     if _received:

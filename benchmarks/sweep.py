@@ -12,7 +12,8 @@ from typing import Any
 
 from benchmarks import stopping
 from benchmarks.places import Place
-from benchmarks.runs import EXPECTED, RESULT, Run, one_line, tell
+from benchmarks.runs import EXPECTED, RESULT, Run, tell
+from benchmarks.stopping import one_line
 from iwsft.extras import named
 
 RETRIES = 2
@@ -80,10 +81,10 @@ def run_all(
 def tell_score(run: Run[Any]) -> None:
     """Write a line on a finished run, with its score or return."""
     result = json.loads((run.folder / RESULT).read_text())
-    for name in ("score", "normalized_score", "return_mean"):
+    for name, form in (("score", ".3f"), ("normalized_score", ".1f"), ("return_mean", ".1f")):
         if result.get(name) is not None:
             kind = "return" if name == "return_mean" else "score"
-            tell(f"{run}: {kind} {result[name]:.4g}, {result['wall_seconds']:.0f} seconds")
+            tell(f"{run}: {kind} {result[name]:{form}}, {result['wall_seconds']:.0f} seconds")
             return
     tell(f"{run}: done")
 

@@ -18,7 +18,6 @@ from torch import nn
 from torchrl.modules import OneHotCategorical, ProbabilisticActor
 
 from benchmarks.bandit.options import Options
-from benchmarks.options import check_at_least
 from benchmarks.runs import hardware, versions, write_json
 from benchmarks.statistics import t_interval
 from iwsft import ImportanceWeightedMLE, ImportanceWeights, annotate_reference, weights
@@ -151,13 +150,12 @@ def main(options: Options) -> dict[str, list[BanditRun]]:
     start = time.perf_counter()
     runs: dict[str, list[BanditRun]] = {algorithm: [] for algorithm in LABELS}
     try:
-        check_at_least(1, seeds=options.seeds, pulls=options.pulls, steps=options.steps)
         with Progress() as progress:
             for seed in progress.track(range(options.seeds), description="bandit, seeds"):
                 data = annotate_reference(uniform_policy(), successes(options.pulls, seed))
                 for algorithm, seeds in runs.items():
                     seeds.append(train(algorithm, data, options.steps, options.lr))
-    except ValueError as error:
+    except (OverflowError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     numbers = summary(runs)
     figure, file = options.out / "bandit.png", options.out / "bandit.json"

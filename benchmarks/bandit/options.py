@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+
+from benchmarks.options import check_at_least
 
 
 @dataclass(frozen=True)
@@ -20,3 +23,8 @@ class Options:
     """Step size of gradient descent."""
     out: Path = Path("runs/bandit")
     """Folder for bandit.png and bandit.json."""
+
+    def __post_init__(self) -> None:
+        check_at_least(1, seeds=self.seeds, pulls=self.pulls, steps=self.steps)
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"--lr {self.lr}: a finite number above 0")

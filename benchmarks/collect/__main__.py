@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 def main(options: Options) -> None:
     """Collect; an error that a user can mend ends it in one line."""
+    from benchmarks.collect.options import check_options
+    from benchmarks.options import told
+
+    with told():
+        check_options(options)
     from benchmarks.runs import ends_in_one_line
 
     with ends_in_one_line():

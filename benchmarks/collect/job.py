@@ -14,7 +14,7 @@ import torch
 from tensordict.nn import TensorDictModuleBase
 
 from benchmarks.collect import sac
-from benchmarks.collect.options import RANDOM, Options, check_options, env_arguments
+from benchmarks.collect.options import RANDOM, Options, env_arguments
 from benchmarks.collect.output import Fields, Output, Parts
 from benchmarks.collect.rollout import Behaviour, Simulator, collect_rollouts
 from benchmarks.runs import alone_in, versions
@@ -25,21 +25,22 @@ from iwsft.progress import Progress
 
 
 def run_job(options: Options) -> None:
-    """Collect the dataset of a command line, and print a summary.
+    """Collect the dataset of a checked command line, and print a summary.
 
     Everything that can be known before is checked before the first step.
     """
     # The numbers depend on how many threads there are, and small networks gain nothing from two.
     torch.set_num_threads(1)
-    check_options(options)
     output = Output.of(options.out)
-    if not claimable(output, options):
+    if options.resume and not claimable(output, options):
         print(f"{output.name} is finished; nothing to do")
         return
     behaviours = [load_behaviour(name) for name in options.policy]
     simulator = Simulator.of(*environment(options, behaviours))
     for behaviour in behaviours:
         behaviour.check_sizes(simulator)
+    if not options.resume:
+        claimable(output, options)
     packages = versions() | simulator.versions
     provenance = Provenance(simulator.env_id, options.seed, (), packages, simulator.kwargs)
     output.rehearse(simulator.first_step(), provenance)

@@ -19,12 +19,18 @@ if TYPE_CHECKING:
 
 def main(options: Options) -> None:
     """Run the job; an error that a user can mend ends it in one line."""
+    from benchmarks.d4rl.options import check_options, choose_suite
+    from benchmarks.options import told
+
+    with told():
+        suite = choose_suite(options)
+        check_options(options, suite)
     from benchmarks.runs import ends_in_one_line
 
     with ends_in_one_line():
         from benchmarks.d4rl.job import run_job
 
-        summary = run_job(options)
+        summary = run_job(options, suite)
     if summary.failed:
         raise SystemExit(1)
 

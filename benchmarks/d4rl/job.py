@@ -11,13 +11,14 @@ from rich.console import Console
 
 from baselines import BASELINES
 from benchmarks import monitor, places, stopping
-from benchmarks.d4rl.options import Options, Suite, check_options, choose_suite
+from benchmarks.d4rl.options import Options, Suite
 from benchmarks.d4rl.run import Run, Task, check_run, config_of
 from benchmarks.d4rl.settings import name_in_tables
 from benchmarks.d4rl.train import train_and_score
 from benchmarks.report.tables import score_table
 from benchmarks.results import CONTROL, read_runs
-from benchmarks.runs import EXPECTED, claim, one_line, tell
+from benchmarks.runs import EXPECTED, claim, tell
+from benchmarks.stopping import one_line
 from benchmarks.sweep import Summary, run_all
 from benchmarks.trackers import tracked
 from iwsft.training import Row
@@ -29,10 +30,8 @@ SAME = ("settings", "eval_episodes", "env_id", "env_kwargs")
 _SLOWEST_FIRST = ("cql", "dt", "rebrac", "iql", "awac", "td3-bc")
 
 
-def run_job(options: Options) -> Summary:
-    """Run a command line; print scores, summary and, of a suite, the report's page."""
-    suite = choose_suite(options)
-    check_options(options, suite)
+def run_job(options: Options, suite: Suite) -> Summary:
+    """Run a checked command line; print scores, summary and, of a suite, the report's page."""
     options = replace(
         options,
         pretrain_dataset=suite.pretrain_dataset and _absolute(suite.pretrain_dataset),
@@ -47,7 +46,8 @@ def run_job(options: Options) -> Summary:
         configs = _list_runs(options, suite, summary)
         names = {run.dataset for run in configs}
         root = options.out / Run.benchmark
-        runs = _order(claim(root, configs, same=SAME, resume=options.resume))
+        resume = configs if options.resume else ()
+        runs = _order(claim(root, configs, same=SAME, resume=resume))
         summary.finished_before = len(configs) - len(runs)
         monitor.forget(configs)
         with monitor.shown(runs):

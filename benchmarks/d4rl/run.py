@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +19,7 @@ from baselines import Baseline
 from benchmarks import runs
 from benchmarks.d4rl import settings as paper
 from benchmarks.d4rl.options import SUITES, Algorithm, Options, find_algorithm, without_effect
-from benchmarks.options import to_config
+from benchmarks.options import to_config, typed
 from benchmarks.runs import hardware, versions
 from iwsft import datasets, environments
 from iwsft.curation import Ties, curate, join
@@ -340,6 +339,6 @@ def config_of(run: Run, task: Task) -> dict[str, Any]:
         "eval_episodes": run.options.eval_episodes,
         "versions": versions(),
         "hardware": hardware(run.options.device),
-        "command": " ".join(["python -m benchmarks.d4rl", *sys.argv[1:]]),
+        "command": typed("d4rl"),
         "options": options_of(run),
     }

@@ -43,17 +43,16 @@ Examples:
 
 def main(words: Sequence[str]) -> None:
     """Run the job; an error that a user can mend ends it in one line."""
-    from benchmarks.llm.options import parse, read_form
+    from benchmarks.llm.options import parse
+    from benchmarks.options import told
 
     own_rows = tuple(words[:2]) == CHAT
     command = " ".join(["llm", *CHAT]) if own_rows else "llm"
-    description = _FINETUNE if own_rows else __doc__
-    # A wrong option is told before anything heavy is imported.
-    given = read_form(words, command, description)
+    with told():
+        options = parse(words, command, _FINETUNE if own_rows else __doc__)
     from benchmarks.runs import ends_in_one_line
 
     with ends_in_one_line():
-        options = parse(words, command, description, given)
         # Takes seconds to import.
         from benchmarks.llm.job import run_job
 
@@ -64,6 +63,10 @@ def main(words: Sequence[str]) -> None:
 
 def evaluate(options: Options) -> None:
     """Evaluate and print the table; an error that a user can mend ends it in one line."""
+    from benchmarks.options import told
+
+    with told():
+        options.check()
     from benchmarks.runs import ends_in_one_line
 
     with ends_in_one_line():

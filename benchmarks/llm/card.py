@@ -109,6 +109,19 @@ def _lines(
     yield f"- Command: `{config['command']}`"
     versions = ", ".join(f"{name} {number}" for name, number in config["versions"].items())
     yield f"- Versions: {versions}\n"
+    yield from _figures(result, base)
+    yield "\n## How to load it\n"
+    yield (
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'folder = "."  # this folder\n'
+        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n```"
+    )
+    if adapters:
+        yield "\nThe folder holds the adapters alone; `peft` loads them onto the model."
+
+
+def _figures(result: _Numbers, base: _Numbers | None) -> Iterator[str]:
     yield "## Figures\n"
     yield f"Score: {result['score_name']}. Intervals are 95 %.\n"
     yield "| | before | after |\n|---|---|---|"
@@ -127,15 +140,6 @@ def _lines(
             f"\nThe effective share of an update's draws was {result['ESS']:.2f} on average and "
             f"{result['ESS_min']:.2f} at least, the largest weight {result['weight_max']:.2f}."
         )
-    yield "\n## How to load it\n"
-    yield (
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'folder = "."  # this folder\n'
-        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n```"
-    )
-    if adapters:
-        yield "\nThe folder holds the adapters alone; `peft` loads them onto the model."
 
 
 def _figure(result: _Numbers | None, name: str) -> str:

@@ -18,9 +18,17 @@ from benchmarks.llm.launch import Hardware, Launch, choose, launched, start, thr
 from benchmarks.llm.memory import DecoderSizes, Setup
 from benchmarks.llm.models import load_config
 from benchmarks.llm.options import ALGORITHMS, BASE, Options
-from benchmarks.llm.run import Run, config_of, prepare, train_and_score, training_arguments
+from benchmarks.llm.run import (
+    Run,
+    check_rows,
+    config_of,
+    prepare,
+    train_and_score,
+    training_arguments,
+)
 from benchmarks.llm.settings import Settings
-from benchmarks.runs import EXPECTED, RESULT, claim, release, tell
+from benchmarks.options import program
+from benchmarks.runs import RESULT, claim, tell
 from benchmarks.sweep import Summary
 from iwsft.datasets.text.rows import Row, check_scores
 
@@ -40,11 +48,11 @@ def run_job(options: Options) -> int:
         return 0
     if options.deepspeed is not None:
         return _launch(runs, options)
+    # What all seeds share, such as a base model, is made once.
+    _prepare(runs, _open(runs)[:1])
     unfinished = _claim(runs)
     summary = Summary(finished_before=len(runs) - len(unfinished))
     if unfinished:
-        # What all seeds share, such as a base model, is made once.
-        _prepare(runs, unfinished[:1])
         jobs = options.jobs or (1 if options.own_device != "cpu" else places.cores())
         # All cores are used, none twice.
         work = partial(_work_on, threads=threads_of(places.cores(), jobs))
@@ -55,32 +63,34 @@ def run_job(options: Options) -> int:
     return 1 if summary.failed else 0
 
 
-def _claim(runs: Sequence[Run], *, first_node: bool = True) -> list[Run]:
-    """Check all batches, claim the folders on the first node, and return the unfinished runs."""
-    for run in runs:
-        if run.algorithm is not None:
-            training_arguments(run, run.algorithm)
-    if not first_node:
-        return list(runs)
-    configs = {run: config_of(run) for run in runs}
-    monitor.forget(runs)
+def _open(runs: Sequence[Run]) -> list[Run]:
+    """The runs that need model and rows: those that ``--resume`` does not find finished."""
     resume = runs[0].options.resume
+    return [run for run in runs if not resume or not (run.folder / RESULT).exists()]
+
+
+def _claim(runs: Sequence[Run]) -> list[Run]:
+    """Claim the folders, and return the unfinished runs; one of the same base is taken as it is."""
+    configs, base = {run: config_of(run) for run in runs}, {run for run in runs if run.algo == BASE}
+    monitor.forget(runs)
+    resume = set(runs) if runs[0].options.resume else base
     return claim(runs[0].dataset_folder, configs, same=("settings",), resume=resume)
 
 
 def _prepare(runs: Sequence[Run], seeds: Sequence[Run]) -> None:
-    """Prepare model and rows for a run of each seed, check that they suit all runs, and show notes.
+    """Prepare model and rows for a run of each seed, and check that they suit all runs.
 
-    Where they do not, the folders that the command claimed are free again.
+    Nothing is claimed before, so that a folder that is taken hides no other problem.
     """
-    try:
-        prepared = [prepare(run) for run in seeds]
-        for algo in {run.algo for run in runs} - {BASE}:
-            _check_rows(algo, runs[0].options.settings, prepared[0].rows)
-    except EXPECTED:
-        release(runs)
-        raise
-    for name, value in prepared[0].notes.items():
+    for run in runs:
+        if run.algorithm is not None:
+            training_arguments(run, run.algorithm)
+    prepared = [prepare(run) for run in seeds]
+    for algo in {run.algo for run in runs if seeds} - {BASE}:
+        _check_scores(algo, runs[0].options.settings, prepared[0].rows)
+    for run in [run for run in runs if run.algorithm is not None and seeds][:1]:
+        check_rows(run, prepared[0])
+    for name, value in prepared[0].notes.items() if seeds else ():
         tell(f"{name}: {_in_words(value)}")
 
 
@@ -91,7 +101,7 @@ def _in_words(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _check_rows(algo: str, settings: Settings, rows: Sequence[Row]) -> None:
+def _check_scores(algo: str, settings: Settings, rows: Sequence[Row]) -> None:
     """Check that rows have what an algorithm needs of them.
 
     Raises:
@@ -122,10 +132,10 @@ def _launch(runs: Sequence[Run], options: Options) -> int:
     else:
         launch = choose(options.deepspeed[0] if options.deepspeed else None, hardware)
     runs = [replace(run, launch=launch) for run in runs]
-    unfinished = _claim(runs, first_node=hardware.node_rank == 0)
+    # Once, and not by all processes at a time.
+    _prepare(runs, [*{run.seed: run for run in _open(runs)}.values()])
+    unfinished = _claim(runs) if hardware.node_rank == 0 else list(runs)
     if unfinished:
-        # Once, and not by all processes at a time.
-        _prepare(runs, [*{run.seed: run for run in runs}.values()])
         tell(f"{launch.config}: {launch.processes} processes on {launch.device}")
         status = start(launch, "benchmarks.llm", sys.argv[1:])
         if status:
@@ -143,7 +153,8 @@ def _fitting_launch(model: str, run: Run, hardware: Hardware) -> Launch:
         tokens=(settings.micro_batch_size or 1) * (settings.max_length or 4096),
         proposal="current" if run.algorithm is None else run.algorithm.proposal,
     )
-    sizes = DecoderSizes.of(load_config(model, trust_remote_code=trusted))
+    config = load_config(model, trust_remote_code=trusted)
+    sizes = DecoderSizes.of(config, lora_rank=settings.lora_rank)
     return choose(None, hardware, model=sizes, setup=setup)
 
 
@@ -183,5 +194,8 @@ def _show(runs: Sequence[Run], summary: Summary) -> None:
         base = next((result for result in results if result["algo"] == BASE), None)
         trained = [result for result in results if result["algo"] != BASE]
         show(*filter(None, (change_line(result, base) for result in trained)))
-        show(*write_scores(folder, recipe), *filter(None, (write_card(run.folder) for run in runs)))
-    show(summary)
+        show(*write_scores(folder, recipe))
+    cards = [card for run in runs if (card := write_card(run.folder))]
+    show(summary, *(f"Model, with its card: {card.parent}" for card in cards))
+    if cards:
+        show(f"Next: {program('llm evaluate')} --model {cards[-1].parent}")

@@ -61,17 +61,24 @@ class DecoderSizes:
     layer: int
 
     @classmethod
-    def of(cls, config: Any, *, trainable: int | None = None) -> DecoderSizes:
+    def of(
+        cls, config: Any, *, trainable: int | None = None, lora_rank: int | None = None
+    ) -> DecoderSizes:
         """Count the parameters of a transformers config on a model without memory.
 
-        With adapters, ``trainable`` is less than all, which is the default.
+        With adapters, ``trainable`` is less than all, which is the default. A ``lora_rank`` is that
+        of LoRA on all linear layers but the output layer.
         """
         text = config.get_text_config()
         if getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None):
             raise ValueError(f"{text.model_type} is a mixture of experts; only dense models work")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        parameters = model.num_parameters()
+        parameters, head = model.num_parameters(), model.get_output_embeddings()
+        if lora_rank is not None:
+            linear = (each for each in model.modules() if isinstance(each, torch.nn.Linear))
+            sizes = (each.in_features + each.out_features for each in linear if each is not head)
+            trainable = lora_rank * sum(sizes)
         if trainable is not None and not 0 < trainable <= parameters:
             raise ValueError(f"trainable={trainable} must be in [1, {parameters}], the parameters")
         layer = max(

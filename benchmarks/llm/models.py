@@ -7,6 +7,7 @@ carries, so that it needs no network.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import hashlib
 import json
@@ -24,6 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import RepositoryNotFoundError
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
@@ -85,7 +88,7 @@ def load(
             raise ValueError(f"{file} is damaged ({error}); fetch or write it again") from error
     model = _load_whole(name, place, **options)
     check_decoder(model)
-    check_fit(model, tokenizer)
+    check_fit(name, model.config, tokenizer)
     return model, tokenizer
 
 
@@ -144,24 +147,52 @@ def locate(name: str, cache: Path | None = None) -> str:
         return str(_converted(path, cache))
     if path.is_file():
         raise ValueError(f"{name} is not a model; pass its folder, or a .gguf file")
-    if not _HUB_ID.fullmatch(name):
-        raise FileNotFoundError(f"there is no model folder {name}")
+    if not _HUB_ID.fullmatch(name) or ("/" in name and path.parent.is_dir()):
+        names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, names, n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise FileNotFoundError(f"there is no model folder {name}{hint}")
+    _check_hub(name)
     return name
 
 
-def check_fit(model: Any, tokenizer: Any) -> None:
-    """Check that a tokenizer can be the model's own.
+def _check_hub(name: str) -> None:
+    """Check that the hub has a model, by one short request; from_pretrained repeats many."""
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        HfApi().model_info(name, timeout=10)
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"there is no folder {name}, and no such model on the hub that you may read"
+        ) from error
+    # Each release has its own errors of the network.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ConnectionError(
+            f"there is no folder {name}, and the hub can't be reached ({reason}); pass a folder"
+        ) from error
 
-    Rows of the embedding beyond the tokenizer are usual, as sizes are rounded up, but not half.
+
+def check_fit(name: str, config: Any, tokenizer: Any) -> None:
+    """Check that a tokenizer can be that of the model ``name``, whose config this is.
+
+    The embedding may have more rows than the tokenizer has tokens, as sizes are rounded up, or
+    fewer, where tokens are never used. So what decides is the tokens that every text uses.
     """
-    rows = model.config.get_text_config().vocab_size
-    vocabulary = tokenizer.get_vocab()
-    token, largest = max(vocabulary.items(), key=lambda item: item[1])
-    name = type(model).__name__
-    if largest >= rows or 2 * len(vocabulary) < rows:
+    text, ids = config.get_text_config(), set(tokenizer.get_vocab().values())
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id >= text.vocab_size:
         raise ValueError(
-            f"the tokenizer has {len(vocabulary)} tokens up to {token!r} at {largest}, and the "
-            f"vocabulary of {name} ends at {rows}: it is another model's; take the model's own"
+            f"the tokenizer of {name} ends texts with {tokenizer.eos_token!r}, which is token "
+            f"{tokenizer.eos_token_id}, and the model's embedding has {text.vocab_size} rows: "
+            "resize it (resize_token_embeddings), or save the model's own tokenizer there"
+        )
+    ends = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
+    known = [end for end in ends if end is not None and 0 <= end < text.vocab_size]
+    if 2 * len(ids) < text.vocab_size and known and ids.isdisjoint(known):
+        raise ValueError(
+            f"{name} ends texts with token {known[0]}, and its tokenizer has {len(ids)} tokens "
+            "without that one: it is another model's; save the model's own there"
         )
 
 

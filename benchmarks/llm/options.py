@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from benchmarks.faults import flag
 from benchmarks.llm.recipes import RECIPES, Recipe, load_recipe
-from benchmarks.llm.settings import SOURCE, Settings, setting
+from benchmarks.llm.settings import Settings, setting
 from benchmarks.options import (
     TRACKERS,
     check_at_least,
@@ -18,12 +19,14 @@ from benchmarks.options import (
     check_once,
     check_seeds,
     check_used,
+    config_words,
     defaults_of,
-    flag,
     groups_of,
     option,
     parse_groups,
+    peek,
     to_config,
+    told,
 )
 from iwsft.extras import EXTRAS, require
 
@@ -179,69 +182,47 @@ class Options(Experiment, Machine, Output):
 
 
 _GROUPS = [*groups_of(Options), *groups_of(Settings)]
-_UNKNOWN = dict.fromkeys(("algo", "seeds", *(each.name for each in fields(Settings))), SOURCE)
 
 
-def read_form(words: Sequence[str], command: str, description: str | None) -> dict[str, Any]:
-    """Read a command line without its recipe, whose imports take seconds; print the help.
-
-    What a recipe sets is None where the command line does not.
-    """
-    asked = [word for word in words if word not in _HELP]
-    given = parse_groups(_GROUPS, command, description, asked, defaults_of(_GROUPS), _UNKNOWN)
-    if len(asked) < len(words):
-        try:
-            recipe = load_recipe(given["recipe"])
-        except ValueError as error:
-            raise SystemExit(f"error: {error}") from error
-        start = _start(recipe, given["preset"], given["lora_rank"])
-        parse_groups(_GROUPS, command, description, ["--help"], _defaults(given, start))
-    return given
-
-
-def parse(
-    words: Sequence[str],
-    command: str = "llm",
-    description: str | None = None,
-    given: Mapping[str, Any] | None = None,
-) -> Options:
+def parse(words: Sequence[str], command: str = "llm", description: str | None = None) -> Options:
     """Read and check a command line; an error names the option, its value and the way out.
 
-    ``given`` is what :func:`read_form` has read.
+    Settings that are not given are those of the recipe and the preset. The help shows them.
     """
-    if given is None:
-        given = read_form(words, command, description)
-    recipe = load_recipe(given["recipe"])
+    names = [each.name for group in _GROUPS for each in fields(group)]
+    with told():
+        configured = config_words(words, command, names, {})
+    given = peek([*configured, *words], "recipe", "preset", "lora_rank")
+    recipe = load_recipe(given["recipe"] or Experiment.recipe)
     start = _start(recipe, given["preset"], given["lora_rank"])
     # The length of training is set in one of two ways; the one that is given replaces the other.
     blank = replace(start, max_steps=None, epochs=None)
-    values = parse_groups(_GROUPS, command, description, words, _defaults(given, blank))
+    shown = blank if _HELP.isdisjoint(words) else start
+    values = parse_groups(_GROUPS, command, description, words, _defaults(recipe, shown))
     settings = Settings(**{each.name: values.pop(each.name) for each in fields(Settings)})
     options = Options(**values, settings=settings)
     if recipe.compares and BASE not in options.algo:
         options = replace(options, algo=(BASE, *options.algo))
     changed = _differences(settings, blank)
     if given["preset"] is not None:
-        changed["preset"] = given["preset"]
+        changed["preset"] = settings.preset
     if settings.max_steps is None and settings.epochs is None:
         settings = replace(settings, max_steps=start.max_steps, epochs=start.epochs)
-    _check(options, settings, changed)
     _check_data(options, recipe)
+    _check(options, settings, changed)
     return replace(options, settings=settings)
 
 
-def _defaults(given: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    """Defaults of all options, by name: those of the recipe that is given, with these settings."""
-    name = given["recipe"]
-    recipe = load_recipe(name)
-    own = {"recipe": name, "algo": recipe.algos, "seeds": recipe.seeds}
+def _defaults(recipe: Recipe, settings: Settings) -> dict[str, Any]:
+    """Defaults of all options, by name: those of a recipe, with these settings."""
+    own = {"recipe": recipe.name, "algo": recipe.algos, "seeds": recipe.seeds}
     return {**defaults_of(_GROUPS), **vars(settings), **own}
 
 
-def _start(recipe: Recipe, preset: str | None, lora_rank: int | None) -> Settings:
+def _start(recipe: Recipe, preset: str | None, lora_rank: Any) -> Settings:
     """The settings that a command line starts from."""
     start = recipe.presets.get(preset or "", recipe.defaults)
-    if lora_rank is not None:
+    if lora_rank not in (None, "None"):
         start = replace(start, learning_rate=10 * start.learning_rate)
     return start
 
@@ -286,19 +267,8 @@ def _check(options: Options, settings: Settings, changed: dict[str, Any]) -> Non
         value = getattr(options, name)
         changes = None if value == getattr(Options, name) else value
         check_used(name, changes, set(options.algo) != {BASE}, "in base")
-    if options.report_to:
-        from transformers.integrations.integration_utils import (
-            get_available_reporting_integrations,
-        )
-
-    for tracker in options.report_to:
-        if tracker in EXTRAS:
-            require(tracker)
-        known = {*TRACKERS, *get_available_reporting_integrations()}
-        check_known("tracker", tracker, sorted(known))
     if options.device is not None:
         check_known("device", options.device, ("cpu", "cuda"))
-        check_device(options.device)
     check_at_least(1, jobs=options.jobs, log_every=options.log_every, save_every=options.save_every)
     algorithms = [ALGORITHMS[name] for name in options.algo if name != BASE]
     for name, value in changed.items():
@@ -308,12 +278,34 @@ def _check(options: Options, settings: Settings, changed: dict[str, Any]) -> Non
     if settings.scheduler == "constant":
         check_used("warmup", changed.get("warmup"), False, "with --scheduler constant")
     _check_numbers(settings)
+    _check_elsewhere(options, settings.scheduler)
+
+
+def _check_elsewhere(options: Options, scheduler: str) -> None:
+    """Check what torch and transformers know; they take seconds to import."""
+    if unknown := set(options.report_to) - set(TRACKERS):
+        from transformers.integrations.integration_utils import (
+            get_available_reporting_integrations,
+        )
+
+        known = sorted({*TRACKERS, *get_available_reporting_integrations()})
+        for tracker in unknown:
+            check_known("tracker", tracker, known)
+    for tracker in set(options.report_to) & set(EXTRAS):
+        require(tracker)
+    if scheduler not in ("constant", "cosine", "linear"):
+        from transformers import SchedulerType
+
+        check_known("scheduler", scheduler, [each.value for each in SchedulerType])
+    check_device(options.device or "cpu")
 
 
 def _check_data(options: Options, recipe: Recipe) -> None:
     for name in recipe.needs:
         if getattr(options, name) is None:
-            raise ValueError(f"--recipe {recipe.name} needs {flag(name)}, which it has no own of")
+            raise ValueError(
+                f"{flag(name)} is missing; the recipe {recipe.name} has none of its own"
+            )
     for name in ("eval_data", "eval_share"):
         check_used(name, getattr(options, name), recipe.holds_out, f"in recipe {recipe.name}")
     share = options.eval_share
@@ -345,9 +337,6 @@ def _check_numbers(settings: Settings) -> None:
     for cut in (*settings.cuts, *settings.quality_cuts):
         if not 0 <= cut < 100:
             raise ValueError(f"cut {cut}: a percentile from 0 to below 100; 90 keeps the top 10 %")
-    from transformers import SchedulerType
-
-    check_known("scheduler", settings.scheduler, [scheduler.value for scheduler in SchedulerType])
     low, high = settings.step_clip
     if not 0 <= low <= high:
         raise ValueError(f"--step-clip {low} {high}: from 0 on, the smaller limit first")

@@ -7,30 +7,27 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import patch_environment  # type: ignore[import-untyped]
 from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
-from numpy.typing import NDArray
 from tensordict import TensorDictBase
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging
 
 from benchmarks import monitor, runs
 from benchmarks.llm.launch import Launch, assert_engine, launched
 from benchmarks.llm.models import (
+    check_fit,
     context_of,
     file_sha256,
     load,
@@ -41,9 +38,11 @@ from benchmarks.llm.models import (
     with_adapters,
 )
 from benchmarks.llm.options import ALGORITHMS, BASE, Options, Variant, choose_q, to_file
-from benchmarks.llm.recipes import Prepared, load_recipe
+from benchmarks.llm.progress import Progress, now
+from benchmarks.llm.recipes import Prepared, Sources, load_recipe
+from benchmarks.options import typed
 from benchmarks.runs import RESULT, alone_in, hardware, versions, write_json
-from iwsft import checkpoint, metrics
+from iwsft import checkpoint
 from iwsft.curation import curate
 from iwsft.datasets.text.tokens import CORRECT, SCORE
 from iwsft.language import correct_only, tokenize
@@ -63,7 +62,6 @@ _SAME_NAME = (
 # Options that say what a recipe prepares.
 _SOURCES = ("model", "data", "eval_data", "eval_share")
 _PACKAGES = ("torch", "tensordict", "torchrl", "transformers", "accelerate", "numpy")
-_COST = ("cpu_seconds", "wall_seconds")
 
 
 @dataclass(frozen=True)
@@ -104,13 +102,13 @@ class Run(runs.Run[Options]):
 def prepare(run: Run) -> Prepared:
     """Make model and rows, or find them in the cache of a recipe's runs; see ``Recipe.prepare``."""
     options = run.options
-    given: dict[str, Any] = {name: getattr(options, name) for name in _SOURCES}
     if options.model is not None:
         # Before rows are read, which may be downloaded.
-        place = locate(options.model, run.shared_folder)
-        load_config(place, trust_remote_code=options.trust_remote_code)
-    given["trust_remote_code"] = options.trust_remote_code
-    return load_recipe(run.dataset).prepare(run.shared_folder, seed=run.seed, **given)
+        place, trusted = locate(options.model, run.shared_folder), options.trust_remote_code
+        config = load_config(place, trust_remote_code=trusted)
+        check_fit(options.model, config, load_tokenizer(place, trust_remote_code=trusted))
+    sources = Sources(**{each.name: getattr(options, each.name) for each in fields(Sources)})
+    return load_recipe(run.dataset).prepare(run.shared_folder, sources, seed=run.seed)
 
 
 def curated(run: Run, algorithm: Variant, prepared: Prepared, tokenizer: Any) -> TensorDictBase:
@@ -133,9 +131,15 @@ def curated(run: Run, algorithm: Variant, prepared: Prepared, tokenizer: Any) ->
     return curate(trajectories, cuts=cuts, score=score, seed=run.seed)
 
 
-def check_context(run: Run, prepared: Prepared, tokenizer: Any, data: TensorDictBase) -> None:
-    """Check that the rows fit in the model's context; those of the test are cut to it."""
+def check_rows(run: Run, prepared: Prepared) -> None:
+    """Check that the rows of training fit in the model's context, and all have its tokens.
+
+    Those of the test are cut to it.
+    """
+    assert run.algorithm is not None
     recipe, trusted = load_recipe(run.dataset), run.options.trust_remote_code
+    tokenizer = run.tokenizer(prepared)
+    data = curated(run, run.algorithm, prepared, tokenizer)
     config = load_config(prepared.model, trust_remote_code=trusted)
     context, longest = context_of(config), int(lengths(data).max())
     if context is not None and longest > context:
@@ -168,7 +172,7 @@ def config_of(run: Run) -> dict[str, Any]:
         **run.engine,
         "versions": versions(_PACKAGES),
         "hardware": hardware(run.launch.device),
-        "command": " ".join(["python -m benchmarks.llm", *sys.argv[1:]]),
+        "command": typed("llm"),
         "options": to_file(options, run.algo, run.seed),
     }
 
@@ -204,7 +208,7 @@ def train_and_score(run: Run) -> None:
 
 def _test(run: Run, prepared: Prepared, model: str, trained: dict[str, Any]) -> None:
     """Test a model as it is saved, in one process, and write ``result.json``."""
-    start = _now()
+    start = now()
     # A model that is trained in shards may be larger than a GPU.
     sharded = run.launch.engine != "single" and run.launch.device == "cuda"
     with _in_one_process():
@@ -214,7 +218,7 @@ def _test(run: Run, prepared: Prepared, model: str, trained: dict[str, Any]) -> 
             tested.to(run.launch.device)
         recipe = load_recipe(run.dataset)
         score = recipe.evaluate(tested.eval(), tokenizer, prepared, seed=run.seed)
-    cpu, wall = (_now() - start).tolist()
+    cpu, wall = (now() - start).tolist()
     result = {
         **run.identity,
         "score_name": prepared.score_name,
@@ -287,6 +291,32 @@ def training_arguments(run: Run, algorithm: Variant) -> dict[str, Any]:
     }
 
 
+def _trainer(
+    run: Run, args: Any, name: str, tokenizer: Any, data: TensorDictBase, progress: Progress
+) -> ImportanceWeightedTrainer:
+    """Load the model of a name, and make its trainer."""
+    settings, algorithm = run.options.settings, run.algorithm
+    assert algorithm is not None
+    # DeepSpeed keeps float32 weights of its own.
+    half = args.bf16 and run.launch.engine == "deepspeed"
+    model: Any
+    model, _ = run.load(name, dtype=torch.bfloat16 if half else torch.float32)
+    if settings.lora_rank is not None:
+        model = with_adapters(model, settings.lora_rank, seed=run.seed)
+    trainer = ImportanceWeightedTrainer(
+        model,
+        args,
+        trajectories=data,
+        importance_weights=settings.importance_weights(per_step=algorithm.per_step),
+        processing_class=tokenizer,
+        callbacks=[progress],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if launched() is not None:
+        assert_engine(trainer.accelerator, run.launch)
+    return trainer
+
+
 def _train(run: Run, algorithm: Variant, prepared: Prepared) -> dict[str, Any]:
     """Train, save the model with its tokenizer, and return what it took for ``result.json``."""
     # Before the model: under ZeRO-3 it is loaded in shards, which these arguments switch on.
@@ -298,24 +328,7 @@ def _train(run: Run, algorithm: Variant, prepared: Prepared) -> dict[str, Any]:
     # Rows are checked before the weights, which may take minutes to load.
     tokenizer = run.tokenizer(prepared)
     data, progress = curated(run, algorithm, prepared, tokenizer), Progress(run)
-    check_context(run, prepared, tokenizer, data)
-    # DeepSpeed keeps float32 weights of its own.
-    half = args.bf16 and run.launch.engine == "deepspeed"
-    model: Any
-    model, _ = run.load(prepared.model, dtype=torch.bfloat16 if half else torch.float32)
-    if run.options.settings.lora_rank is not None:
-        model = with_adapters(model, run.options.settings.lora_rank, seed=run.seed)
-    trainer = ImportanceWeightedTrainer(
-        model,
-        args,
-        trajectories=data,
-        importance_weights=run.options.settings.importance_weights(per_step=algorithm.per_step),
-        processing_class=tokenizer,
-        callbacks=[progress],
-    )
-    trainer.remove_callback(PrinterCallback)
-    if launched() is not None:
-        assert_engine(trainer.accelerator, run.launch)
+    trainer = _trainer(run, args, prepared.model, tokenizer, data, progress)
     try:
         trainer.train(resume_from_checkpoint=last(run.folder / CHECKPOINTS))
     finally:
@@ -335,84 +348,9 @@ def _train(run: Run, algorithm: Variant, prepared: Prepared) -> dict[str, Any]:
         "ema_decay": args.ema_decay,
     }
     trainer.accelerator.free_memory()
-    del trainer, model
+    del trainer
     clear_device_cache(garbage_collection=True)
     trained |= progress.summary()
     if args.process_index == 0:
         write_json(before, trained)
     return trained
-
-
-class Progress(TrainerCallback):
-    """Writes the rows of ``metrics.jsonl`` with the seconds up to each, and notes the updates.
-
-    Only the first process does. Row 0 has the seconds before the first update. Seconds of a run
-    that was cut off count up to the checkpoint that it continues from.
-    """
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._log: metrics.MetricsLog | None = None
-        self._since = self._before = np.zeros(2)
-        self._row: dict[str, float] = {}
-        self._started = False
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Cut the metrics back to the checkpoint."""
-        self._since = _now()
-        if not state.is_world_process_zero:
-            return
-        monitor.note(self._run.folder, "reference")
-        # From the start a run writes row 0 again.
-        self._log = metrics.MetricsLog(self._run.folder, after=state.global_step or -1)
-        rows = [row for row in metrics.read(self._run.folder / metrics.FILE) if _COST[0] in row]
-        if rows:
-            self._before = np.array([rows[-1][name] for name in _COST])
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the cost of the reference, which the trainer computes before the first epoch."""
-        if not self._started:
-            self._started = True
-            cost, self._since = self._spent("reference_"), _now()
-            if state.global_step == 0 and self._log is not None:
-                self._log.write({"step": 0, **cost})
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note how far the run is."""
-        if self._log is not None:
-            steps = state.global_step, state.max_steps
-            monitor.note(self._run.folder, "training", *steps, self._row)
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write a row."""
-        if "loss" not in kwargs["logs"] or self._log is None:
-            return
-        row = {"step": state.global_step, **kwargs["logs"], **self._spent()}
-        self._log.write(row)
-        self._row = row
-
-    def close(self) -> None:
-        """Close the files, and wait for nothing where an exception is on its way."""
-        if self._log is not None:
-            self._log.__exit__(*sys.exc_info())
-
-    def summary(self) -> dict[str, float]:
-        """Compute means, extremes and cost from the rows of the metrics."""
-        rows = [] if self._log is None else metrics.read(self._run.folder / metrics.FILE)
-        summary = {name: value for row in rows[:1] for name, value in row.items() if name != "step"}
-        logged = [row for row in rows if "loss" in row]
-        if logged:
-            ess = [row["ESS"] for row in logged]
-            summary |= {"ESS": sum(ess) / len(ess), "ESS_min": min(ess)}
-            summary["weight_max"] = max(row["weight_max"] for row in logged)
-            summary |= {name: logged[-1][name] for name in _COST}
-        return summary
-
-    def _spent(self, prefix: str = "") -> dict[str, float]:
-        seconds = (self._before + _now() - self._since).tolist()
-        return {f"{prefix}{name}": spent for name, spent in zip(_COST, seconds, strict=True)}
-
-
-def _now() -> NDArray[np.float64]:
-    """CPU and wall seconds."""
-    return np.array([time.process_time(), time.perf_counter()])

@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from iwsft import ImportanceWeights
 
 Preset = Literal["recipe", "paper_llm", "authors_llm"]
-SOURCE = "set by the recipe"
-setting = partial(option, source=SOURCE)
+setting = partial(option, source="set by the recipe")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
+from benchmarks.options import program
 from benchmarks.report import aggregates as over_datasets
 from benchmarks.report import figures, language, scores, tables
 from benchmarks.report.aggregates import Aggregates
@@ -50,7 +51,7 @@ def write_report(folder: Path, out: Path) -> Path:
         _recipe(document, recipe)
     _evaluations(document, evaluations)
     document.section("How these numbers were made")
-    command = shareable(f"python -m benchmarks.report {shlex.quote(str(folder))}")
+    command = shareable(shlex.join([*program("report").split(), str(folder)]))
     document.text(
         f"`{command}` made this page. All runs, with their results, settings and commands, are in "
         f"[{RECORDS}]({RECORDS})."

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from benchmarks.options import option
+from benchmarks.options import check_at_least, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,5 +29,4 @@ class Options:
     """File for the rows, versions, hardware and settings."""
 
     def __post_init__(self) -> None:
-        if self.repeats < 1:
-            raise ValueError(f"--repeats {self.repeats}: at least 1")
+        check_at_least(1, repeats=self.repeats)

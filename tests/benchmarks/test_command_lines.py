@@ -64,36 +64,68 @@ def test_the_list_of_commands(
     assert "unknown command 'reprot'; did you mean 'report'?" in capsys.readouterr().err
 
 
-def test_a_wrong_option_is_told_before_anything_heavy_is_imported() -> None:
+WRONG = {
+    "d4rl --steps abc": "--steps abc: it takes a whole number; iwsft d4rl --help",
+    "d4rl --seeds 0 a": "--seeds 0 a: it takes values, each a whole number",
+    "d4rl --preset foo": "--preset foo: it takes one of paper, authors",
+    "d4rl --resume yes": "--resume yes: it takes no value",
+    "d4rl extra": "unexpected 'extra': options begin with --",
+    "d4rl --episodes 3": "unknown option --episodes; did you mean --eval-episodes?",
+    "d4rl --algo sftq": "unknown algorithm 'sftq'; did you mean 'sft-q'?",
+    "d4rl --steps 0": "--steps 0: at least 1",
+    "llm --lr 1e-4": "unknown option --lr; did you mean --learning-rate?",
+    "llm --step-clip 1": "--step-clip 1: it takes 2 values, each a number",
+    "llm --recipe gsm8k --algo sftq": "unknown algorithm 'sftq'",
+    "llm --self-normalize yes": "--self-normalize yes: it takes no value",
+    "llm --config nowhere.yaml": "No such file or directory: nowhere.yaml",
+    "llm --recipe": "--recipe: it takes a value",
+    "finetune --model m": "--data is missing",
+    "evaluate": "--model is missing: it takes a value",
+    "evaluate --model m --n 0": "--n 0: at least 1",
+    "evaluate --model m --backend vllm": "vllm is not installed",
+    "collect --out a.hdf5": "give either --policy",
+    "speed": "SUBJECT is missing: it takes one of control, baselines, language",
+    "speed contrl": "SUBJECT contrl: it takes one of control, baselines, language",
+    "speed control --repeats 0": "--repeats 0: at least 1",
+    "report": "RUNS is missing: it takes a value",
+    "bandit --lr nan": "--lr nan: a finite number above 0",
+}
+
+
+def test_a_wrong_command_line_is_told_in_a_line_before_anything_heavy_is_imported() -> None:
+    """So is the help."""
     code = f"""
 import sys
 from benchmarks.__main__ import main
-for command in {list(COMMANDS)}:
-    sys.argv = ["iwsft", command, "--seedz", "1"]
+for words in {[*WRONG, *(f"{command} --help" for command in COMMANDS)]}:
+    sys.argv = ["iwsft", *words.split()]
     try:
         main()
     except SystemExit as end:
-        heavy = {{"torch", "numpy", "scipy", "matplotlib", "transformers"}} & set(sys.modules)
-        print(command, end.code, *heavy)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    ended = [f"{command} 2" for command in COMMANDS]
-    assert done.stdout.splitlines() == ended, done.stderr
-    assert "--seeds" in done.stderr
-
-
-def test_the_help_of_fine_tuning_imports_nothing_heavy() -> None:
-    code = """
-import sys
-from benchmarks.__main__ import main
-sys.argv = ["iwsft", "finetune", "--help"]
-try:
-    main()
-except SystemExit:
-    print({"torch", "transformers"} & set(sys.modules))
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+print({{"torch", "numpy", "scipy", "matplotlib", "transformers"}} & set(sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.endswith("set()\n"), done.stderr
+    lines = done.stderr.splitlines()
+    for (words, message), line in zip(WRONG.items(), lines, strict=True):
+        assert line.startswith(f"error: {message}"), words
+
+
+def test_a_wrong_value_in_a_config_file_is_told_with_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = config(tmp_path, "learning-rate: fast")
+    with pytest.raises(SystemExit):
+        language(["--config", path])
+    assert f"{path}: --learning-rate fast: it takes a number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("word", "value"), [("", True), ("no-", False)])
+def test_switches_of_a_recipe_are_flags(word: str, value: bool) -> None:
+    settings = language(["--algo", "iw-sft", f"--{word}length-normalize"]).settings
+    assert settings.length_normalize is value
 
 
 def test_fine_tuning_refuses_the_config_of_another_recipe(tmp_path: Path) -> None:

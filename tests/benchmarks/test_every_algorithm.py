@@ -96,7 +96,7 @@ def start(algo: str, dataset: Path, out: Path, **values: Any) -> tuple[Run, Task
     task.check_environment()
     check_run(run, task)
     configs = {run: config_of(run, task)}
-    claim(out / "d4rl", configs, same=("settings",), resume=options.resume)
+    claim(out / "d4rl", configs, same=("settings",), resume=configs if options.resume else ())
     return run, task
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -98,12 +99,14 @@ class Options:
         ):
             value = getattr(self, name)
             check_used(name, None if value == getattr(Options, name) else value, used, where)
-        # `auto` is always available.
-        if self.device != "auto":
-            check_device(self.device)
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"--temperature {self.temperature}: 0 or above")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p {self.top_p}: a probability mass in (0, 1]")
         if self.n > 1 and self.temperature == 0:
             raise ValueError(f"--n {self.n}: --temperature 0 gives the same answer each time")
+        if self.backend == "vllm" and find_spec("vllm") is None:
+            raise ImportError("vllm is not installed: pip install vllm, which no extra brings")
+        # `auto` is always available.
+        if self.device != "auto":
+            check_device(self.device)

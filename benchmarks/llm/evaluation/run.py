@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,9 +19,9 @@ from benchmarks.llm.evaluation.grading import Grader
 from benchmarks.llm.evaluation.options import Options
 from benchmarks.llm.evaluation.scores import Generation, grade, score
 from benchmarks.llm.evaluation.tasks import QuestionSet, read_questions
-from benchmarks.llm.models import load, load_config, load_tokenizer, locate
-from benchmarks.options import check_once
-from benchmarks.runs import CONFIG, RESULT, alone_in, claim, hardware, tell, versions, write_json
+from benchmarks.llm.models import check_fit, load, load_config, load_tokenizer, locate
+from benchmarks.options import check_once, typed
+from benchmarks.runs import CONFIG, RESULT, alone_in, claim, hardware, versions, write_json
 from iwsft.checkpoint import CheckpointError
 from iwsft.files import full_disk_named, written_whole
 from iwsft.language.budget import S1, TAGS, Delimiters, overhead, think_then_answer
@@ -40,10 +39,9 @@ def run(options: Options) -> list[dict[str, Any]]:
 
     Returns the content of each task's ``result.json``.
     """
-    options.check()
+    prompter = load_prompter(options)
     sets = [read_questions(name, seed=options.seed, limit=options.limit) for name in options.tasks]
     check_once(tasks=[each.name for each in sets])
-    prompter = load_prompter(options)
     evaluations = [_Evaluation(options, each, prompter) for each in sets]
     for evaluation in evaluations:
         evaluation.check_context()
@@ -55,9 +53,8 @@ def run(options: Options) -> list[dict[str, Any]]:
         for folder in (evaluation.folder for evaluation in evaluations):
             if (folder / GENERATIONS).exists() and not (folder / CONFIG).exists():
                 raise CheckpointError(f"{folder} holds generations without {CONFIG}; move it away")
-        claim(options.out, configs, same=["settings"], resume=options.resume)
-        if prompter.note is not None:
-            tell(f"note: {prompter.note}")
+        resume = configs if options.resume else ()
+        claim(options.out, configs, same=["settings"], resume=resume)
         model: Generator | None = None
         results = []
         for evaluation in evaluations:
@@ -127,7 +124,7 @@ class _Evaluation:
             },
             "versions": versions(_PACKAGES),
             "hardware": hardware(self.options.used_device),
-            "command": " ".join(["python -m benchmarks.llm", *sys.argv[1:]]),
+            "command": typed("llm"),
         }
 
     def check_context(self) -> None:
@@ -283,6 +280,7 @@ def load_prompter(options: Options) -> Prompter:
     code: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     config = load_config(name, **code)
     tokenizer = load_tokenizer(name, **code)
+    check_fit(options.model, config, tokenizer)
     try:
         ends = GenerationConfig.from_pretrained(name, **code).eos_token_id
     # It is optional.

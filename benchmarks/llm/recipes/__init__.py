@@ -1,6 +1,7 @@
 """Recipes of ``python -m benchmarks.llm``: model, data, settings and test of a language task.
 
-A new recipe is one module with a ``RECIPE``, and one line here.
+A new recipe is one module with a ``RECIPE``, and one line here. The command line shows its
+settings, so the module imports what takes long in the functions that use it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,25 @@ RECIPES = {
 
 # "score", "interval", "n", and further numbers by name.
 Evaluation = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Model and rows that a command line names; a recipe has its own for None.
+
+    ``model`` is a hub id or a folder, ``data`` a file, a folder or a hub id. ``eval_data`` (as
+    ``data``) or ``eval_share`` (of the prompts) say which rows are held out. ``trust_remote_code``
+    runs code that comes with the model.
+    """
+
+    model: str | None = None
+    data: str | None = None
+    eval_data: str | None = None
+    eval_share: float | None = None
+    trust_remote_code: bool = False
+
+
+OWN = Sources()
 
 
 @dataclass(frozen=True)
@@ -75,24 +95,11 @@ class Recipe(ABC):
     compares: bool = False
 
     @abstractmethod
-    def prepare(
-        self,
-        folder: Path,
-        *,
-        seed: int,
-        model: str | None = None,
-        data: str | None = None,
-        eval_data: str | None = None,
-        eval_share: float | None = None,
-        trust_remote_code: bool = False,
-    ) -> Prepared:
+    def prepare(self, folder: Path, sources: Sources = OWN, *, seed: int) -> Prepared:
         """Make or find model and rows in the cache ``folder``; the same seed finds the same files.
 
-        ``model`` (a hub id or a folder) and ``data`` (a file, a folder or a hub id) replace the
-        recipe's own. ``eval_data`` (as ``data``) or ``eval_share`` (of the prompts) say which rows
-        are held out. ``trust_remote_code`` runs code that comes with the model. Raises ValueError
-        where the recipe can't use them or the cache is damaged, and OSError where a file can't be
-        read or written.
+        Raises ValueError where the recipe can't use the sources or the cache is damaged, and
+        OSError where a file can't be read or written.
         """
 
     def tested_rows(self, prepared: Prepared) -> Sequence[Row]:

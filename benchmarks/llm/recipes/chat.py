@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
-
-from benchmarks.llm.recipes import Evaluation, Prepared, Recipe
+from benchmarks.llm.recipes import OWN, Evaluation, Prepared, Recipe, Sources
 from benchmarks.llm.settings import Settings
-from benchmarks.statistics import interval_over_questions, t_interval
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from iwsft.datasets.text.rows import Row
 
 # Rows of one prompt.
@@ -60,33 +59,21 @@ class ChatRecipe(Recipe):
         """Whether the rows of a prompt can be tested on."""
         return any(row.correct is not False for row in group)
 
-    def prepare(
-        self,
-        folder: Path,
-        *,
-        seed: int,
-        model: str | None = None,
-        data: str | None = None,
-        eval_data: str | None = None,
-        eval_share: float | None = None,
-        trust_remote_code: bool = False,
-    ) -> Prepared:
+    def prepare(self, folder: Path, sources: Sources = OWN, *, seed: int) -> Prepared:
         """See :meth:`Recipe.prepare`; nothing is drawn, so all seeds have the same rows."""
-        del seed, trust_remote_code
-        # The help of a command shows the settings above, without the imports of a run.
+        del seed
         from benchmarks.llm.models import locate
 
-        place = locate(model or self.model, folder)
-        rows, share = self.read(data or self.data), eval_share or self.share
+        place = locate(sources.model or self.model, folder)
+        rows, share = self.read(sources.data or self.data), sources.eval_share or self.share
         groups: list[Group] | None = None
-        if eval_data is not None:
-            held_out = self.read(eval_data)
+        if sources.eval_data is not None:
+            held_out = self.read(sources.eval_data)
             check_apart(rows, held_out)
             groups = sorted(filter(self.testable, by_prompt(held_out)), key=_mark)
             if not groups:
-                raise ValueError(
-                    f"none of the {len(held_out)} rows of {eval_data} can be tested on"
-                )
+                name = sources.eval_data
+                raise ValueError(f"none of the {len(held_out)} rows of {name} can be tested on")
         elif share is not None:
             rows, groups = self.split(rows, share)
         tested = by_prompt(rows) if groups is None else groups
@@ -135,7 +122,10 @@ class ChatRecipe(Recipe):
         nats; ``log_prob`` is their mean, and ``score`` its exp. Where prompts have right and wrong
         answers, the figures of :func:`right_against_wrong` come with the prefix ``right_wrong_``.
         """
+        import numpy as np
+
         from benchmarks.llm.models import mean_log_probs
+        from benchmarks.statistics import t_interval
 
         log_probs = mean_log_probs(
             model, tokenizer, self.tested_rows(prepared), max_length=self.defaults.max_length
@@ -209,6 +199,10 @@ def right_against_wrong(
     prompts where the mean of the right ones is higher; ``margin`` is right minus wrong in nats per
     token, mean over prompts.
     """
+    import numpy as np
+
+    from benchmarks.statistics import interval_over_questions, t_interval
+
     wins, means, most = [], [], 0
     for group, log_probs in groups:
         right = np.array([row.correct is True for row in group])
@@ -239,6 +233,8 @@ def _with_log_probs(
     groups: Sequence[Group], log_probs: NDArray[np.float64]
 ) -> list[tuple[Group, NDArray[np.float64]]]:
     """Each group with the log-probs of its rows, which are given back to back."""
+    import numpy as np
+
     ends = np.cumsum([len(group) for group in groups])
     return list(zip(groups, np.split(log_probs, ends[:-1]), strict=True))
 

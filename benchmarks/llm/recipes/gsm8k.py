@@ -6,14 +6,15 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.llm.models import SMOLLM2
-from benchmarks.llm.recipes import Evaluation, Prepared
+from benchmarks.llm.recipes import OWN, Evaluation, Prepared, Sources
 from benchmarks.llm.recipes.chat import ChatRecipe, Group
 from benchmarks.llm.settings import Settings
-from iwsft.datasets.text.rows import Row, check_text, to_row
-from iwsft.datasets.text.sources import Record, records
+
+if TYPE_CHECKING:
+    from iwsft.datasets.text.rows import Row
+    from iwsft.datasets.text.sources import Record
 
 BUNDLED = Path(__file__).parent / "data" / "gsm8k-solutions.jsonl"
 _CAUTION = "the questions are from GSM8K's test set: report no GSM8K score of what trains on them"
@@ -41,7 +42,7 @@ class Gsm8kRecipe(ChatRecipe):
     algos: tuple[str, ...] = ("base", "sft", "iw-sft", "iw-sft-hard", "iw-sft-ema", "iw-sft-step")
     needs: tuple[str, ...] = ()
     compares: bool = False
-    model: str = SMOLLM2
+    model: str = "smollm2-135m"
     data: str = str(BUNDLED)
     # 53 of the 208 bundled questions that have right and wrong solutions.
     share: float | None = 0.255
@@ -54,6 +55,8 @@ class Gsm8kRecipe(ChatRecipe):
         each model an object with ``is_correct`` and ``solution``), or one solution (``prompt``,
         ``completion``, ``correct``).
         """
+        from iwsft.datasets.text.sources import records
+
         return [
             row
             for where, record in records(source)
@@ -66,10 +69,10 @@ class Gsm8kRecipe(ChatRecipe):
         """Whether a question has right and wrong solutions."""
         return len({row.correct for row in group}) == 2
 
-    def prepare(self, folder: Path, *, data: str | None = None, **options: Any) -> Prepared:
+    def prepare(self, folder: Path, sources: Sources = OWN, *, seed: int) -> Prepared:
         """See :meth:`ChatRecipe.prepare`."""
-        prepared = super().prepare(folder, data=data, **options)
-        notes = {**prepared.notes, **({} if data else {"caution": _CAUTION})}
+        prepared = super().prepare(folder, sources, seed=seed)
+        notes = {**prepared.notes, **({} if sources.data else {"caution": _CAUTION})}
         return replace(prepared, score_name="right likelier than wrong", notes=notes)
 
     def evaluate(self, model: Any, tokenizer: Any, prepared: Prepared, *, seed: int) -> Evaluation:
@@ -83,6 +86,8 @@ class Gsm8kRecipe(ChatRecipe):
 
 
 def _of_question(record: Record, where: str) -> Iterator[Row]:
+    from iwsft.datasets.text.rows import check_text
+
     question = check_text(record["question"], "question", where).strip()
     prompt = f"Question: {question}\nAnswer:\n"
     solutions = {
@@ -99,6 +104,8 @@ def _of_question(record: Record, where: str) -> Iterator[Row]:
 
 
 def _labelled(record: Record, where: str) -> Row:
+    from iwsft.datasets.text.rows import to_row
+
     row = to_row(record, where)
     if row.completion is None or row.correct is None:
         raise ValueError(f"{where}: a labelled solution has 'prompt', 'completion' and 'correct'")

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from benchmarks.llm.models import load_tokenizer
-from benchmarks.llm.recipes import Prepared
+from benchmarks.llm.recipes import OWN, Prepared, Sources
 from benchmarks.llm.recipes.chat import ChatRecipe
 from benchmarks.llm.settings import Settings
-from iwsft.datasets.text import s1k
-from iwsft.datasets.text.rows import Row, read
+from benchmarks.options import program
+
+if TYPE_CHECKING:
+    from iwsft.datasets.text.rows import Row
 
 MODEL = "Qwen/Qwen2.5-32B-Instruct"
 DATA = "simplescaling/s1K-1.1"
@@ -38,8 +39,7 @@ PAPER = Settings(
 # Their code has other weights, and divides a trajectory's log-probability by its length.
 AUTHORS = replace(PAPER, length_normalize=True, preset="authors_llm")
 _BENCHMARKS = (
-    "python -m benchmarks.llm evaluate --model RUN --backend vllm --tasks math-500 aime-2024 "
-    "gpqa-diamond --max-tokens 32000"
+    "--model RUN --backend vllm --tasks math-500 aime-2024 gpqa-diamond --max-tokens 32000"
 )
 
 
@@ -72,13 +72,24 @@ class S1kRecipe(ChatRecipe):
 
     def read(self, source: str) -> list[Row]:
         """Read traces; a grade would make D+ of the right rows alone, so it is left out."""
+        from iwsft.datasets.text import s1k
+        from iwsft.datasets.text.rows import read
+
         return [replace(row, correct=None) for row in read(source, make=s1k.to_row)]
 
-    def prepare(self, folder: Path, *, trust_remote_code: bool = False, **options: Any) -> Prepared:
+    def prepare(self, folder: Path, sources: Sources = OWN, *, seed: int) -> Prepared:
         """See :meth:`ChatRecipe.prepare`."""
-        prepared = super().prepare(folder, **options)
-        s1k.set_pad_token(load_tokenizer(prepared.model, trust_remote_code=trust_remote_code))
-        notes = {**prepared.notes, "pad_token": s1k.PAD_TOKEN, "benchmarks": _BENCHMARKS}
+        from benchmarks.llm.models import load_tokenizer
+        from iwsft.datasets.text import s1k
+
+        prepared = super().prepare(folder, sources, seed=seed)
+        trusted = sources.trust_remote_code
+        s1k.set_pad_token(load_tokenizer(prepared.model, trust_remote_code=trusted))
+        notes = {
+            **prepared.notes,
+            "pad_token": s1k.PAD_TOKEN,
+            "benchmarks": f"{program('llm evaluate')} {_BENCHMARKS}",
+        }
         return replace(prepared, notes=notes)
 
 

@@ -207,9 +207,8 @@ def test_without_a_template_the_prompt_is_bare_with_a_warning(
     bare = save_model(tmp_path / "bare", template=None)
     (result,) = run(settings(bare, data, tmp_path / "out", limit=2))
     assert "no chat template" in result["note"]
-    assert "no chat template" in capsys.readouterr().err
     show([result])
-    assert "no chat template" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("no chat template") == 1
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -329,7 +328,9 @@ def test_bad_settings(
     if "tasks" in others:
         others = {**others, "tasks": tuple(each.format(data) for each in others["tasks"])}
     with pytest.raises(EXPECTED, match=message):
-        run(settings(model, data, tmp_path, **others))
+        options = settings(model, data, tmp_path, **others)
+        options.check()
+        run(options)
     assert not (tmp_path / "tiny" / "gsm8k" / "generations.jsonl").exists()
 
 

@@ -18,7 +18,7 @@ from benchmarks.llm.__main__ import main
 from benchmarks.llm.launch import Launch
 from benchmarks.llm.models import load
 from benchmarks.llm.options import ALGORITHMS, Options, choose_q, parse
-from benchmarks.llm.recipes import RECIPES, load_recipe
+from benchmarks.llm.recipes import RECIPES, Sources, load_recipe
 from benchmarks.llm.recipes.arithmetic.recipe import ArithmeticRecipe
 from benchmarks.llm.recipes.s1k import AUTHORS, PAPER
 from benchmarks.llm.run import Run, curated, training_arguments
@@ -89,7 +89,7 @@ def test_every_algorithm_writes_its_files(
         assert moved == (algorithm.proposal != "reference")
         # What is saved is what was tested, and not what was started from.
         model, tokenizer = load(str(run / "checkpoint"))
-        prepared = small_job.RECIPE.prepare(tmp_path, seed=0, model=small[0], data=small[1])
+        prepared = small_job.RECIPE.prepare(tmp_path, Sources(*small), seed=0)
         again = small_job.RECIPE.evaluate(model, tokenizer, prepared, seed=0)
         assert again["share_careful"] == pytest.approx(result["share_careful"], abs=1e-6)
         start, _ = load(small[0])
@@ -112,8 +112,18 @@ def test_every_algorithm_writes_its_files(
         assert f"| {row['algo']} | 1 | {row['score']:.3f} |" in report
 
 
+def write_rows(path: Path, source: str, drop: int, **more: Any) -> str:
+    """Copy rows but the first ones, with changed columns; the new file."""
+    rows = [json.loads(line) | more for line in Path(source).read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[drop:]))
+    return str(path)
+
+
 def test_finished_runs_stay_and_other_settings_are_refused(
-    job: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    job: Callable[..., Path],
+    small: tuple[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = job(tmp_path, "sft") / "sft" / "seed-0"
     before = (run / "result.json").read_bytes()
@@ -127,12 +137,23 @@ def test_finished_runs_stay_and_other_settings_are_refused(
     assert not (tmp_path / "llm" / "small" / "iw-sft").exists()
     refused = stopped("sft", steps=7, flags=["--resume"])
     assert "holds a run with other settings: settings.training.max_steps=6 (now 7)" in refused
-    other = str(run / "metrics.jsonl")
+    other = write_rows(tmp_path / "other.jsonl", small[1], drop=1)
     assert "settings.data_sha256" in stopped("sft", flags=["--resume"], data=other)
+    # A folder that is taken hides nothing else that is wrong.
+    unscored = write_rows(tmp_path / "unscored.jsonl", small[1], drop=0, score=None)
+    assert "sft-q cuts by score, but" in stopped("sft", "sft-q", data=unscored)
+    assert "there is no model folder a/b/c" in stopped("sft", model="a/b/c")
 
     job(tmp_path, "sft", "iw-sft", flags=["--max-steps", "6", "--resume"])
     assert (run / "result.json").read_bytes() == before
     assert "1 done, 1 finished before" in capsys.readouterr().out
+
+    # The base is the same for a further algorithm.
+    job(tmp_path, "base", flags=())
+    job(tmp_path, "base", "iw-sft-hard")
+    assert "1 done, 1 finished before" in capsys.readouterr().out
+    refused = stopped("base", "iw-sft-ema", data=other)
+    assert "base/seed-0 holds a run with other settings: settings.data" in refused
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -184,9 +205,9 @@ def test_rows_that_do_not_fit_the_model_are_refused_before_training(
         (model / "config.json").write_text(
             json.dumps({**config, "max_position_embeddings": context})
         )
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as end:
             job(tmp_path / f"out-{context}", "sft", model=str(model))
-        return capsys.readouterr().err
+        return str(end.value.code)
 
     assert "a row of training has 33 tokens, and" in refused(20)
     # Rows of the test are cut, but not before what is tested.
@@ -358,7 +379,7 @@ def test_weights_that_are_compared_are_known_before_a_divided_update() -> None:
 def test_d_plus_and_its_multiplicity(small: tuple[str, str], tmp_path: Path) -> None:
     """Right rows alone; with quality cuts each cut that a row survives is one copy of it."""
     _, tokenizer = load(small[0])
-    prepared = small_job.RECIPE.prepare(tmp_path, seed=0, model=small[0], data=small[1])
+    prepared = small_job.RECIPE.prepare(tmp_path, Sources(*small), seed=0)
     right = [row for row in prepared.rows if row.correct]
     settings = Settings(learning_rate=1e-3, batch_size=4, max_steps=1, quality_cuts=(0, 50))
 

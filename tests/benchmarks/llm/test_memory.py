@@ -10,7 +10,13 @@ import torch
 from tensordict import TensorDict
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from benchmarks.llm.memory import (
     QWEN2,
@@ -20,6 +26,7 @@ from benchmarks.llm.memory import (
     main,
     training_memory,
 )
+from benchmarks.llm.models import with_adapters
 from iwsft.language.shards import Shards
 from iwsft.policies import CausalLMPolicy
 
@@ -174,6 +181,8 @@ def test_adapters_need_states_of_their_own_alone() -> None:
     few = training_memory(DecoderSizes.of(config, trainable=1000), Setup("zero3", 2))
     assert few.weights == whole.parameters
     assert (few.gradients, few.optimizer) == (1000, 6000)
+    counted = with_adapters(Qwen2ForCausalLM(config), 4, seed=0).get_nb_trainable_parameters()[0]
+    assert DecoderSizes.of(config, lora_rank=4).trainable == counted
 
 
 def test_more_tokens_take_more_and_checkpoints_less() -> None:

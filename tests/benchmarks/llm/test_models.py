@@ -45,8 +45,30 @@ def test_a_folder_loads_as_it_is(tiny_qwen2: Path, tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_hub_id_is_left_to_transformers(tmp_path: Path):
+def test_a_hub_id_is_left_to_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: None)
     assert locate("Qwen/Qwen2.5-32B-Instruct", tmp_path) == "Qwen/Qwen2.5-32B-Instruct"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nowhere", "there is no model folder ./nowhere$"),
+        ("~/nowhere/model", "there is no model folder ~/nowhere/model$"),
+        ("a/b/c", "there is no model folder a/b/c$"),
+        ("mine/modle", "there is no model folder mine/modle; did you mean mine/model\\?$"),
+        ("nowhere/at-all", "there is no folder nowhere/at-all, and the hub can't be reached"),
+        ("my-model", "there is no folder my-model, and the hub can't be reached"),
+    ],
+)
+def test_a_model_that_is_nowhere_is_told_at_once(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    with pytest.raises(OSError, match=message):
+        locate(name)
 
 
 @pytest.fixture(scope="session")
@@ -318,18 +340,21 @@ def test_a_tokenizer_that_is_missing_or_another_models(tiny_qwen2: Path, tmp_pat
     with pytest.raises(ValueError, match=r"mute has no tokenizer that loads"):
         load(str(folder))
 
+
+def test_the_embedding_may_have_more_or_fewer_rows_than_tokens(tiny_qwen2: Path) -> None:
     model, tokenizer = load(str(tiny_qwen2))
-    check_fit(model, tokenizer)
-    model.resize_token_embeddings(len(tokenizer))
-    check_fit(model, tokenizer)
-    model.resize_token_embeddings(len(tokenizer) - 1)
-    with pytest.raises(ValueError, match=r"'</s>' at \d+, and the vocabulary of Qwen2.* ends at"):
-        check_fit(model, tokenizer)
-    model.resize_token_embeddings(2 * len(tokenizer))
-    check_fit(model, tokenizer)
-    model.resize_token_embeddings(2 * len(tokenizer) + 1)
-    with pytest.raises(ValueError, match=r"it is another model's"):
-        check_fit(model, tokenizer)
+    end, tokens = tokenizer.eos_token_id, len(tokenizer)
+    for rows in (tokens, tokens - 1, 2 * tokens, 9 * tokens):
+        model.config.vocab_size = rows
+        model.config.eos_token_id = end
+        if end < rows:
+            check_fit("it", model.config, tokenizer)
+    model.config.vocab_size = end
+    with pytest.raises(ValueError, match=rf"which is token {end}, and .* embedding has {end} rows"):
+        check_fit("it", model.config, tokenizer)
+    model.config.vocab_size, model.config.eos_token_id = 9 * tokens, [8 * tokens]
+    with pytest.raises(ValueError, match=r"its tokenizer has .* it is another model's"):
+        check_fit("it", model.config, tokenizer)
 
 
 def test_the_package_that_holds_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from benchmarks.llm.models import kept
+from benchmarks.llm.recipes.arithmetic.recipe import BaseSettings
 from benchmarks.llm.recipes.arithmetic.task import ANSWER, STRATEGIES, mixture, problems
 from iwsft.fingerprint import fingerprint
 from iwsft.progress import Progress
@@ -33,24 +34,6 @@ _CHAT_TEMPLATE = (
     "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
 )
 _IGNORED = -100
-
-
-@dataclass(frozen=True)
-class BaseSettings:
-    """Size and training of the base model; the defaults have 1.09M parameters."""
-
-    hidden_size: int = 128
-    intermediate_size: int = 576
-    layers: int = 4
-    heads: int = 4
-    key_value_heads: int = 2
-    # Updates, each on texts not seen before.
-    steps: int = 1300
-    batch_size: int = 16
-    # Peak, after the warm-up; then a cosine to 0.
-    lr: float = 1.2e-3
-    warmup: int = 30
-    weight_decay: float = 0.1
 
 
 def base_model(folder: Path, *, seed: int, settings: BaseSettings) -> Path:

@@ -3,41 +3,30 @@
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from benchmarks.llm.models import RECORD, load
-from benchmarks.llm.recipes import Evaluation, Prepared, Recipe
-from benchmarks.llm.recipes.arithmetic.base import CONTEXT, VOCABULARY, BaseSettings, base_model
-from benchmarks.llm.recipes.arithmetic.task import (
-    STRATEGIES,
-    Problem,
-    Verdict,
-    after_rounds,
-    check,
-    mean_score,
-    parse,
-    problems,
-    split_of,
-)
+from benchmarks.llm.recipes import OWN, Evaluation, Prepared, Recipe, Sources
 from benchmarks.llm.settings import Settings
-from benchmarks.statistics import wilson_interval
-from iwsft.datasets.text.rows import Row, read
-from iwsft.files import written_whole
-from iwsft.fingerprint import fingerprint
-from iwsft.language.generation import Request, TransformersGenerator
 
-# Settings were chosen on the held-out problems of seed 0; the test is on others.
-TEST_SEED = 1
-# The KV cache of so many rows is a few MB.
-_BATCH = 512
+
+@dataclass(frozen=True)
+class BaseSettings:
+    """Size and training of the base model; the defaults have 1.09M parameters."""
+
+    hidden_size: int = 128
+    intermediate_size: int = 576
+    layers: int = 4
+    heads: int = 4
+    key_value_heads: int = 2
+    # Updates, each on texts not seen before.
+    steps: int = 1300
+    batch_size: int = 16
+    # Peak, after the warm-up; then a cosine to 0.
+    lr: float = 1.2e-3
+    warmup: int = 30
+    weight_decay: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -69,50 +58,30 @@ class ArithmeticRecipe(Recipe):
     # Problems of the test, the same for all seeds.
     held_out: int = 1000
 
-    def prepare(
-        self,
-        folder: Path,
-        *,
-        seed: int,
-        model: str | None = None,
-        data: str | None = None,
-        trust_remote_code: bool = False,
-        **_: object,
-    ) -> Prepared:
+    def prepare(self, folder: Path, sources: Sources = OWN, *, seed: int) -> Prepared:
         """See :meth:`Recipe.prepare`.
 
         The cache holds the base model, and the rows of each seed as JSON lines. A given model must
         have this recipe's tokenizer; it is sampled instead. With given rows nothing is sampled, and
         those on held-out problems are left out with a warning.
         """
+        from benchmarks.llm.recipes.arithmetic import base, samples
+
         notes: dict[str, Any] = {}
+        model = sources.model
         if model is None:
-            home = base_model(folder, seed=self.base_seed, settings=self.base)
-            record = json.loads((home / RECORD).read_text())
+            home = base.base_model(folder, seed=self.base_seed, settings=self.base)
+            record = json.loads((home / "record.json").read_text())
             notes["base"] = {key: record[key] for key in ("parameters", "seed", "cpu_seconds")}
             model = str(home)
-        if data is None:
-            decoder, tokenizer = _load(model, trust_remote_code)
-            key = fingerprint(
-                {
-                    **decoder.state_dict(),
-                    "config": decoder.config.to_json_string(),
-                    "drawn": (seed, self.samples),
-                }
+        if sources.data is None:
+            trusted = sources.trust_remote_code
+            rows = samples.drawn(
+                model, folder, seed=seed, number=self.samples, trust_remote_code=trusted
             )
-            path = Path(folder) / f"arithmetic-rows-{key[:16]}.jsonl"
-            if not path.exists():
-                # The base model's texts are drawn with small seeds.
-                examples = problems(self.samples, 1_000_000 + seed, "train")
-                columns = ("prompt", "completion", "score", "correct")
-                with written_whole(path) as partial, partial.open("w") as file:
-                    for row in to_rows(sample(decoder, tokenizer, examples, seed=seed)):
-                        values = {name: getattr(row, name) for name in columns}
-                        file.write(json.dumps(values) + "\n")
-            rows = read(path)
         else:
-            rows = _usable(read(data))
-        notes |= facts(rows)
+            rows = samples.usable(sources.data)
+        notes |= samples.facts(rows)
         return Prepared(model=model, rows=rows, score_name="exact match", notes=notes)
 
     def evaluate(self, model: Any, tokenizer: Any, prepared: Prepared, *, seed: int) -> Evaluation:
@@ -124,165 +93,9 @@ class ArithmeticRecipe(Recipe):
         share of right answers within it, ``parses`` the share of texts in their strategy's form.
         """
         del prepared
-        held_out = problems(self.held_out, TEST_SEED, "held-out")
-        sampled = sample(model, tokenizer, held_out, seed=seed)
-        greedy = sample(model, tokenizer, held_out, seed=seed, temperature=0.0)
-        chances = strategy_probabilities(model, tokenizer, held_out).mean(0).tolist()
-        success = rates([solution.verdict for solution in sampled])[1]
-        n = len(held_out)
-        right = sum(solution.verdict.score for solution in sampled)
-        right_greedy = sum(solution.verdict.score for solution in greedy)
-        return {
-            "score": right / n,
-            "interval": wilson_interval(right / n, n),
-            "n": n,
-            "greedy": right_greedy / n,
-            "greedy_interval": wilson_interval(right_greedy / n, n),
-            **{f"share_{name}": share for name, share in zip(STRATEGIES, chances, strict=True)},
-            **{f"success_{name}": share for name, share in success.items()},
-            "parses": sum(solution.verdict.parses for solution in sampled) / n,
-            "tokens": sum(solution.tokens for solution in sampled) / n,
-        }
+        from benchmarks.llm.recipes.arithmetic import samples
 
-
-@dataclass(frozen=True)
-class Sample:
-    """A solution of a model; a text that did not end is wrong and does not parse."""
-
-    problem: Problem
-    completion: str
-    tokens: int
-    verdict: Verdict
-
-
-def sample(
-    model: Any,
-    tokenizer: Any,
-    problems: Sequence[Problem],
-    *,
-    seed: int,
-    temperature: float = 1.0,
-) -> list[Sample]:
-    """Let a model solve each problem once; temperature 0 takes the likeliest tokens.
-
-    Each solution has a generator of its own, so it does not depend on the others in its batch,
-    except for rounding.
-    """
-    prompts = tokenizer([problem.prompt for problem in problems])["input_ids"]
-    seeds = np.random.default_rng(seed).integers(2**62, size=len(problems)).tolist()
-    requests = [
-        Request(prompt, CONTEXT - len(prompt), seed=own)
-        for prompt, own in zip(prompts, seeds, strict=True)
-    ]
-    completions = TransformersGenerator(model, batch_size=_BATCH).generate(
-        requests, stop=frozenset({tokenizer.eos_token_id}), temperature=temperature
-    )
-    texts = tokenizer.batch_decode([completion.tokens for completion in completions])
-    samples = []
-    for problem, text, completion in zip(problems, texts, completions, strict=True):
-        verdict = check(problem, text)
-        ended = completion.stop is not None
-        if not ended:
-            verdict = Verdict(0, verdict.strategy, False, verdict.shown)
-        samples.append(Sample(problem, text, len(completion.tokens) + ended, verdict))
-    return samples
-
-
-def to_rows(samples: Sequence[Sample]) -> list[Row]:
-    """Make rows with ``score`` = quality and ``correct`` = right.
-
-    ``correct`` cuts D+ out of them. Of D+ the score makes the quality bins of D_Q+: see
-    ``Verdict.quality``; wrong rows have 0, right ones 1/2 to 1. Empty completions are left out, as
-    there is nothing to train on.
-    """
-    return [
-        Row(
-            where=f"sample {number}",
-            prompt=solution.problem.prompt,
-            completion=solution.completion,
-            score=solution.verdict.quality,
-            correct=bool(solution.verdict.score),
-        )
-        for number, solution in enumerate(samples)
-        if solution.completion
-    ]
-
-
-def rates(verdicts: Sequence[Verdict]) -> tuple[dict[str, float], dict[str, float]]:
-    """Compute the share of each strategy, and that of right answers within it (0 if unused).
-
-    The shares sum to less than 1 where texts begin otherwise.
-    """
-    shares, success = {}, {}
-    for name in STRATEGIES:
-        scores = [verdict.score for verdict in verdicts if verdict.strategy == name]
-        shares[name] = len(scores) / len(verdicts)
-        success[name] = sum(scores) / len(scores) if scores else 0.0
-    return shares, success
-
-
-@torch.no_grad()
-def strategy_probabilities(model: Any, tokenizer: Any, problems: Sequence[Problem]) -> Tensor:
-    """Compute the exact chance that a model begins with each strategy's words.
-
-    ``[problems, strategies]``, for problems of the same number of terms.
-    """
-    markers = [tokenizer.convert_tokens_to_ids(way.marker) for way in STRATEGIES.values()]
-    prompts = torch.tensor(tokenizer([problem.prompt for problem in problems])["input_ids"])
-    logits = [
-        model(input_ids=batch.to(model.device), logits_to_keep=1).logits[:, -1].float()
-        for batch in prompts.split(_BATCH)
-    ]
-    return torch.cat(logits).softmax(-1)[:, markers].cpu()
-
-
-def facts(rows: Sequence[Row]) -> Mapping[str, Any]:
-    """Compute what the rows say of their policy, and what theory predicts of tuning on them.
-
-    ``predicted`` is the mean score of SFT in the limit and of the best strategy alone.
-    """
-    shares, success = rates([check(parse(row.prompt), row.completion or "") for row in rows])
-    notes: dict[str, Any] = {
-        "rows": len(rows),
-        "right": sum(bool(row.correct) for row in rows) / len(rows),
-        "shares": shares,
-        "success": success,
-    }
-    if any(share * success[name] > 0 for name, share in shares.items()):
-        notes["predicted"] = {
-            "sft": mean_score(after_rounds(shares, success, 1), success),
-            "best strategy": max(success.values()),
-        }
-    return notes
-
-
-def _load(model: str, trusted: bool) -> tuple[Any, Any]:
-    decoder, tokenizer = load(model, trust_remote_code=trusted)
-    if tokenizer.get_vocab() != {token: index for index, token in enumerate(VOCABULARY)}:
-        raise ValueError(f"the tokenizer of {model} is not that of the arithmetic recipe")
-    return decoder.eval(), tokenizer
-
-
-def _usable(rows: list[Row]) -> list[Row]:
-    usable = []
-    for row in rows:
-        if row.completion is None or row.correct is None:
-            raise ValueError(f"{row.where}: prompt, completion and correct are needed in each row")
-        try:
-            problem = parse(row.prompt)
-        except ValueError as error:
-            raise ValueError(f"{row.where}: {error}") from error
-        if split_of(problem) == "train":
-            usable.append(row)
-    if not usable:
-        raise ValueError(f"all {len(rows)} rows are on held-out problems, which the test asks")
-    if len(usable) < len(rows):
-        warnings.warn(
-            f"{len(rows) - len(usable)} of {len(rows)} rows are on held-out problems: left out",
-            UserWarning,
-            stacklevel=3,
-        )
-    return usable
+        return samples.solve_held_out(model, tokenizer, self.held_out, seed=seed)
 
 
 RECIPE = ArithmeticRecipe()

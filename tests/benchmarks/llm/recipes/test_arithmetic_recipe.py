@@ -17,11 +17,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.llm.models import RECORD
-from benchmarks.llm.recipes import Prepared
+from benchmarks.llm.recipes import Prepared, Sources
 from benchmarks.llm.recipes.arithmetic.base import BaseSettings, base_model, config, tokenizer
-from benchmarks.llm.recipes.arithmetic.recipe import (
+from benchmarks.llm.recipes.arithmetic.recipe import ArithmeticRecipe
+from benchmarks.llm.recipes.arithmetic.samples import (
     TEST_SEED,
-    ArithmeticRecipe,
     facts,
     sample,
     strategy_probabilities,
@@ -215,27 +215,27 @@ def test_own_rows_replace_samples(cache: Path, prepared: Prepared, tmp_path: Pat
     asked = {"prompt": problems(1, 0, "held-out")[0].prompt, "completion": "Guess: Answer: 11"}
     path = write(tmp_path / "rows.jsonl", {**ours, "correct": True}, {**asked, "correct": True})
     with pytest.warns(UserWarning, match="1 of 2 rows are on held-out problems"):
-        found = RECIPE.prepare(cache, seed=0, data=path)
+        found = RECIPE.prepare(cache, Sources(data=path), seed=0)
     assert [row.prompt for row in found.rows] == [ours["prompt"]]
 
     only = write(tmp_path / "only.jsonl", {**asked, "correct": True})
     with pytest.raises(ValueError, match="all 1 rows are on held-out problems"):
-        RECIPE.prepare(cache, seed=0, data=only)
+        RECIPE.prepare(cache, Sources(data=only), seed=0)
     unjudged = write(tmp_path / "unjudged.jsonl", ours)
     with pytest.raises(ValueError, match="unjudged.jsonl:1: .*correct"):
-        RECIPE.prepare(cache, seed=0, data=unjudged)
+        RECIPE.prepare(cache, Sources(data=unjudged), seed=0)
     other = write(tmp_path / "other.jsonl", {**ours, "prompt": "What is 2+2?", "correct": True})
     with pytest.raises(ValueError, match="other.jsonl:1: 'What is 2"):
-        RECIPE.prepare(cache, seed=0, data=other)
+        RECIPE.prepare(cache, Sources(data=other), seed=0)
 
 
 def test_another_model_is_sampled_and_must_know_the_tokens(
     cache: Path, prepared: Prepared, tmp_path: Path
 ) -> None:
-    found = RECIPE.prepare(cache, seed=0, model=prepared.model)
+    found = RECIPE.prepare(cache, Sources(model=prepared.model), seed=0)
     assert (found.model, found.rows) == (prepared.model, prepared.rows)
     with pytest.raises(FileNotFoundError, match="no model folder .*nowhere"):
-        RECIPE.prepare(cache, seed=0, model=str(tmp_path / "nowhere"))
+        RECIPE.prepare(cache, Sources(model=str(tmp_path / "nowhere")), seed=0)
 
     foreign = AutoTokenizer.from_pretrained(prepared.model)
     foreign.add_tokens(["!"])
@@ -244,7 +244,7 @@ def test_another_model_is_sampled_and_must_know_the_tokens(
     Qwen2ForCausalLM(Qwen2Config(vocab_size=36, **shape, **heads)).save_pretrained(tmp_path / "m")
     foreign.save_pretrained(tmp_path / "m")
     with pytest.raises(ValueError, match="tokenizer of .* is not that of the arithmetic recipe"):
-        RECIPE.prepare(cache, seed=0, model=str(tmp_path / "m"))
+        RECIPE.prepare(cache, Sources(model=str(tmp_path / "m")), seed=0)
 
 
 def test_a_model_with_its_own_code_is_sampled_only_when_trusted(
@@ -253,9 +253,9 @@ def test_a_model_with_its_own_code_is_sampled_only_when_trusted(
     model = Path(shutil.copytree(prepared.model, tmp_path / "own"))
     mark = bring_code(model)
     with pytest.raises(ValueError, match="--trust-remote-code"):
-        RECIPE.prepare(cache, seed=0, model=str(model))
+        RECIPE.prepare(cache, Sources(model=str(model)), seed=0)
     assert not mark.exists()
-    found = RECIPE.prepare(cache, seed=0, model=str(model), trust_remote_code=True)
+    found = RECIPE.prepare(cache, Sources(model=str(model), trust_remote_code=True), seed=0)
     assert mark.exists()
     assert [row.completion for row in found.rows] == [row.completion for row in prepared.rows]
 

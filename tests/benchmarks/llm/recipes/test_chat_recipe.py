@@ -181,7 +181,7 @@ def test_one_prompt_has_no_interval(finetune: Callable[..., str], tmp_path: Path
         (SCORED, "--eval-share 1", "--eval-share 1.0: above 0 and below 1"),
         (SCORED, "--eval-data ROWS", "40 rows of --eval-data are in --data too"),
         (SCORED, "--eval-data ROWS --eval-share 0.5", "pass one of them"),
-        (SCORED, "--model nowhere/at-all", "nowhere/at-all has no config that loads"),
+        (SCORED, "--model nowhere/at-all", "there is no folder nowhere/at-all"),
         (SCORED, "--model nowhere/at/all", "there is no model folder nowhere/at/all"),
         ([dict(row, correct=False) for row in SCORED], "", "leaves 0 of 0 prompts to test on"),
         ([{"text": "a"}], "", "rows.jsonl:1: column 'prompt' is missing"),
@@ -206,8 +206,8 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
 
 def test_what_has_no_default_is_asked_for() -> None:
     for words, message in (
-        ("--recipe chat --data x.jsonl", "--recipe chat needs --model"),
-        ("--recipe chat --model x", "--recipe chat needs --data"),
+        ("--recipe chat --data x.jsonl", "--model is missing; the recipe chat has none"),
+        ("--recipe chat --model x", "--data is missing; the recipe chat has none"),
         ("--eval-share 0.5", "--eval-share 0.5 changes nothing in recipe arithmetic"),
     ):
         with pytest.raises(SystemExit, match=message):

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.llm.models import mean_log_probs
-from benchmarks.llm.recipes import load_recipe
+from benchmarks.llm.recipes import Sources, load_recipe
 from benchmarks.llm.recipes.chat import Group, by_prompt
 from benchmarks.llm.recipes.gsm8k import BUNDLED, RECIPE, Gsm8kRecipe
 from iwsft.datasets.text.rows import Row
@@ -152,11 +152,11 @@ def test_a_log_probability_that_is_not_finite_names_its_row(tiny_qwen2: Path):
 def test_the_recipe_prepares_trains_and_tests(tiny_qwen2: Path, tmp_path: Path):
     recipe = load_recipe("gsm8k")
     assert recipe.name == "gsm8k"
-    prepared = recipe.prepare(tmp_path, seed=0, model=str(tiny_qwen2), data=None)
+    prepared = recipe.prepare(tmp_path, Sources(model=str(tiny_qwen2)), seed=0)
     assert prepared.model == str(tiny_qwen2)
     assert prepared.notes["tested"] == prepared.notes["held_out"] == 53
     assert prepared.notes["prompts"] + prepared.notes["held_out"] == 400
-    assert prepared == recipe.prepare(tmp_path, seed=1, model=str(tiny_qwen2), data=None)
+    assert prepared == recipe.prepare(tmp_path, Sources(model=str(tiny_qwen2)), seed=1)
     asked = {row.prompt for row in prepared.rows}
     assert not asked & {question[0].prompt for question in prepared.held_out}
     # In another order, among others, the same questions are held out.
@@ -179,7 +179,7 @@ def test_training_on_the_held_out_right_solutions_raises_the_score(
     tiny_qwen2: Path, tmp_path: Path
 ):
     recipe = Gsm8kRecipe(tested=4)
-    prepared = recipe.prepare(tmp_path, seed=0, model=str(tiny_qwen2))
+    prepared = recipe.prepare(tmp_path, Sources(model=str(tiny_qwen2)), seed=0)
     model = AutoModelForCausalLM.from_pretrained(tiny_qwen2)
     tokenizer = AutoTokenizer.from_pretrained(tiny_qwen2)
     before = recipe.evaluate(model, tokenizer, prepared, seed=0)

@@ -6,14 +6,14 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.llm.recipes import load_recipe
+from benchmarks.llm.recipes import Sources, load_recipe
 from benchmarks.llm.recipes.s1k import AUTHORS, PAPER, S1kRecipe
 from iwsft import CausalLMPolicy, ImportanceWeightedMLE
 from iwsft.language import EpochSampler, tokenize
@@ -61,17 +61,18 @@ def test_both_presets_weigh_as_documented():
 
 
 def test_every_row_is_good_whatever_its_grade(tiny_qwen2: Path, tmp_path: Path):
-    prepared = S1kRecipe().prepare(tmp_path, seed=0, model=str(tiny_qwen2), data=str(ROWS))
+    given = Sources(model=str(tiny_qwen2), data=str(ROWS))
+    prepared = S1kRecipe().prepare(tmp_path, given, seed=0)
     assert len(prepared.rows) == 20
     assert all(row.correct is None and row.score is None for row in prepared.rows)
     assert "benchmarks.llm evaluate" in prepared.notes["benchmarks"]
-    assert prepared == S1kRecipe().prepare(tmp_path, seed=3, model=str(tiny_qwen2), data=str(ROWS))
+    assert prepared == S1kRecipe().prepare(tmp_path, given, seed=3)
 
 
 @pytest.mark.parametrize("defaults", [PAPER, AUTHORS], ids=["paper", "authors"])
 def test_a_step_of_training_on_its_rows(defaults, tiny_qwen2: Path, tmp_path: Path):
     recipe = S1kRecipe(defaults=defaults)
-    prepared = recipe.prepare(tmp_path, seed=0, model=str(tiny_qwen2), data=str(ROWS))
+    prepared = recipe.prepare(tmp_path, Sources(model=str(tiny_qwen2), data=str(ROWS)), seed=0)
     model = AutoModelForCausalLM.from_pretrained(prepared.model)
     tokenizer = AutoTokenizer.from_pretrained(prepared.model)
     assert tokenizer.pad_token == prepared.notes["pad_token"] == "<|fim_pad|>"
@@ -119,14 +120,14 @@ def test_a_model_without_the_tokens_of_the_recipe(tiny_qwen2: Path, tmp_path: Pa
         (tiny_qwen2 / "tokenizer_config.json").read_text().replace("fim_pad", "elsewhere")
     )
     with pytest.raises(ValueError, match=r"no <\|fim_pad\|>.* take the tokenizer"):
-        S1kRecipe().prepare(tmp_path, seed=0, model=str(folder), data=str(ROWS))
+        S1kRecipe().prepare(tmp_path, Sources(model=str(folder), data=str(ROWS)), seed=0)
 
 
 def test_data_in_other_columns(tiny_qwen2: Path, tmp_path: Path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "1", "completion": "2"}\n')
     with pytest.raises(ValueError, match=r"rows.jsonl:1: neither deepseek_thinking_trajectory"):
-        S1kRecipe().prepare(tmp_path, seed=0, model=str(tiny_qwen2), data=str(file))
+        S1kRecipe().prepare(tmp_path, Sources(model=str(tiny_qwen2), data=str(file)), seed=0)
 
 
 def test_a_tokenizer_with_its_own_code_loads_only_when_trusted(
@@ -141,9 +142,9 @@ def test_a_tokenizer_with_its_own_code_loads_only_when_trusted(
     settings = model / "tokenizer_config.json"
     own = {"tokenizer_class": "Tokens", "auto_map": {"AutoTokenizer": [None, "own.Tokens"]}}
     settings.write_text(json.dumps(json.loads(settings.read_text()) | own))
-    prepare = partial(S1kRecipe().prepare, tmp_path, seed=0, model=str(model), data=str(ROWS))
+    given = Sources(model=str(model), data=str(ROWS))
     with pytest.raises(ValueError, match="--trust-remote-code"):
-        prepare()
+        S1kRecipe().prepare(tmp_path, given, seed=0)
     assert not mark.exists()
-    prepare(trust_remote_code=True)
+    S1kRecipe().prepare(tmp_path, replace(given, trust_remote_code=True), seed=0)
     assert mark.exists()
