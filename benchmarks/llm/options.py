@@ -15,6 +15,7 @@ from benchmarks.options import (
     TRACKERS,
     check_at_least,
     check_device,
+    check_folder,
     check_known,
     check_once,
     check_seeds,
@@ -306,6 +307,8 @@ def _check_data(options: Options, recipe: Recipe) -> None:
             raise ValueError(
                 f"{flag(name)} is missing; the recipe {recipe.name} has none of its own"
             )
+    if options.model is not None:
+        check_folder(options.model)
     for name in ("eval_data", "eval_share"):
         check_used(name, getattr(options, name), recipe.holds_out, f"in recipe {recipe.name}")
     share = options.eval_share

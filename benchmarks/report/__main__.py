@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 def main(options: Options) -> None:
     """Write the report and print the scores."""
+    if not options.runs.exists():
+        raise SystemExit(f"error: {options.runs} is not a folder: pass that of --out of the runs")
     from rich.console import Console
 
     from benchmarks.report.language import read_recipes, recipe_table

@@ -8,7 +8,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from benchmarks.options import check_at_least, check_device, check_seeds, check_used, option
+from benchmarks.options import (
+    check_at_least,
+    check_device,
+    check_folder,
+    check_seeds,
+    check_used,
+    option,
+)
 
 Backend = Literal["transformers", "vllm"]
 # A batch is written as a whole; within it, vLLM schedules by itself.
@@ -86,6 +93,7 @@ class Options:
 
     def check(self) -> None:
         """Check the values of the options."""
+        check_folder(self.model)
         positive = ("n", "max_tokens", "think_budget", "limit", "batch_size")
         check_at_least(1, **{name: getattr(self, name) for name in positive})
         check_at_least(0, waits=self.waits)
