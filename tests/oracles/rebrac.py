@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from tensordict import TensorDictBase
 
+from baselines.rebrac import Settings
 from tests.oracles.td3_bc import PlainTD3BC
 
 
 class PlainReBRAC(PlainTD3BC):
     """TD3 with Eq. 2 and 3: a penalty for the actor, and one in the critics' target."""
+
+    settings: Settings
 
     def next_value(self, batch: TensorDictBase, next_action: torch.Tensor) -> torch.Tensor:
         """The lesser of both targets less the squared distance to the data's next action."""
