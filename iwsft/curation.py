@@ -21,6 +21,7 @@ from iwsft.trajectory import (
     DATA_WEIGHT,
     MULTIPLICITY,
     REWARD,
+    STANDARD_SCORE,
     TRAJ_IDS,
     Segments,
     check_data_weights,
@@ -74,8 +75,10 @@ def curate(
 
     Returns:
         Packed TensorDict of the survivors in their order, with ``multiplicity``, int64 per step:
-        the number of cuts that the trajectory survived, and with ``weight`` ``data_weight``,
-        float32 per step. It shares memory with ``trajectories`` where all survive.
+        the number of cuts that the trajectory survived, and ``standard_score``, float32 per step:
+        how far its score is above the mean of all scores, in their standard deviations (0 if all
+        are equal); with ``weight`` also ``data_weight``, float32 per step. It shares memory with
+        ``trajectories`` where all survive.
 
     Raises:
         TypeError: The trajectories are not a TensorDict.
@@ -106,7 +109,9 @@ def curate(
     # Selecting copies, so a whole dataset is not selected.
     survivors = packed.copy() if len(positions) == len(sizes) else select(packed, positions)
     sizes, multiplicity = sizes[positions], multiplicity[positions]
+    standard = _standard_scores(scores)[positions.cpu()].to(sizes.device)
     survivors.set(MULTIPLICITY, multiplicity.repeat_interleave(sizes))
+    survivors.set(STANDARD_SCORE, standard.repeat_interleave(sizes))
     if weight is not None:
         scores = scores[positions.cpu()]
         of_scores = _data_weights(scores, multiplicity.cpu(), weight, beta)
@@ -126,8 +131,8 @@ def join(*parts: TensorDictBase) -> TensorDictBase:
             ``data_weight``, it is 1 in the others.
 
     Returns:
-        Packed TensorDict of the parts in their order, with ``multiplicity``. Trajectory ids count
-        from 0.
+        Packed TensorDict of the parts in their order, with ``multiplicity``, and with
+        ``standard_score`` (within its part) if all have it. Trajectory ids count from 0.
 
     Raises:
         TypeError: A part is not a TensorDict.
@@ -150,6 +155,9 @@ def join(*parts: TensorDictBase) -> TensorDictBase:
         packed.append(part)
     if not packed:
         raise ValueError("there is nothing to join")
+    if any(part.get(STANDARD_SCORE, default=None) is None for part in packed):
+        # Parts that are not curated have none.
+        packed = [part.exclude(STANDARD_SCORE) for part in packed]
     entries = [
         {(key, x.dtype, x.shape[1:], x.device) for key, x in part.items(True, True)}
         for part in packed
@@ -205,6 +213,14 @@ def trajectory_scores(trajectories: TensorDictBase, score: Score) -> Tensor:
             f"{float(scores[first])}, and {len(bad)} of {len(scores)} scores are NaN or infinite"
         )
     return scores
+
+
+def _standard_scores(scores: Tensor) -> Tensor:
+    """How many standard deviations each score is above the mean, float32 ``[n]``."""
+    above = scores - scores.mean()
+    spread = above.square().mean().sqrt()
+    equal = bool((scores == scores[0]).all())
+    return (torch.zeros_like(above) if equal else above / spread).float()
 
 
 def _count_survived(scores: Tensor, cuts: Sequence[float], ties: Ties, seed: int) -> Tensor:

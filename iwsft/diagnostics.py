@@ -131,7 +131,9 @@ def diagnose(
     Returns:
         ``weight_q05`` to ``weight_q95`` (quantiles, counted by multiplicity), ``pareto_k`` over the
         distinct trajectories (left out if it is NaN), and, with ``ref_log_prob``,
-        ``importance_sampled_return``, ``surrogate`` and ``bound_gap``.
+        ``importance_sampled_return``, ``surrogate`` and ``bound_gap``. Where the scores choose an
+        exponent, what they choose for the policy as it is (:class:`iwsft.weights.Choice`): a sync
+        at this moment takes it.
     """
     terms = loss.terms(batch) if terms is None else terms
     weight = terms.log_weight.exp()
@@ -150,5 +152,6 @@ def diagnose(
             batch, terms.log_prob, reference=terms.reference, segments=segments, share=terms.share
         )
         gap = bound_gap(of_policy.log_weight, terms.log_weight, terms.share)
-        out |= {name: float(x) for name, x in gap.items()}
+        choice = {} if of_policy.choice is None else of_policy.choice._asdict()
+        out |= {name: float(x) for name, x in (gap | choice).items()}
     return out

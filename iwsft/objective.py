@@ -23,6 +23,7 @@ from iwsft.trajectory import (
     MASK,
     MULTIPLICITY,
     REF_LOG_PROB,
+    STANDARD_SCORE,
     TRAJ_IDS,
     Segments,
     fit,
@@ -124,6 +125,7 @@ class ImportanceWeightedMLE(PolicyLoss):
             multiplicity: Multiplicity of the step's trajectory.
             importance_weight: Cached weight of the step's trajectory.
             data_weight: Data weight of each step.
+            standard_score: Standard score of the step's trajectory, which some weights read.
         """
 
         action: NestedKey = ACTION
@@ -132,6 +134,7 @@ class ImportanceWeightedMLE(PolicyLoss):
         multiplicity: NestedKey = MULTIPLICITY
         importance_weight: NestedKey = IMPORTANCE_WEIGHT
         data_weight: NestedKey = DATA_WEIGHT
+        standard_score: NestedKey = STANDARD_SCORE
 
     tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys
@@ -208,7 +211,7 @@ class ImportanceWeightedMLE(PolicyLoss):
             else:
                 log_q = base = torch.zeros_like(log_prob)
             weights = self.weigh(batch, log_q, reference=base, segments=segments, share=share)
-        return Terms(segments, share, log_prob, *weights, reference, data_weight)
+        return Terms(segments, share, log_prob, *weights[:2], reference, data_weight)
 
     @torch.no_grad()
     def weigh(
@@ -233,8 +236,12 @@ class ImportanceWeightedMLE(PolicyLoss):
         share = self.share(batch, segments) if share is None else share
         reference = self.reference(batch, segments) if reference is None else reference
         log_ratio = segments.where_valid(log_q - reference)
-        log_weight, clipped = self.importance_weights(log_ratio, segments, share)
-        return Weights(torch.where(share > 0, log_weight, 0), clipped)
+        score = None
+        if self.importance_weights.scored:
+            how = "iwsft.curate(trajectories) writes it"
+            score = self._entry(batch, self.tensor_keys.standard_score, segments, how)
+        weights = self.importance_weights(log_ratio, segments, share, score)
+        return weights._replace(log_weight=torch.where(share > 0, weights.log_weight, 0))
 
     def summary(self, terms: Terms) -> TensorDict:
         """Loss and diagnostics of :meth:`terms`, the output of a call."""
@@ -393,6 +400,8 @@ class ImportanceWeightedMLE(PolicyLoss):
                 keys.append(self.tensor_keys.importance_weight)
             elif self.proposal != "reference":
                 keys.append(self.tensor_keys.ref_log_prob)
+            if self.importance_weights.scored and not self.reads_weights:
+                keys.append(self.tensor_keys.standard_score)
             self._in_keys = list(dict.fromkeys(keys))
         return self._in_keys
 

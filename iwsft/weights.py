@@ -11,6 +11,7 @@ is by class attributes, all of them optional:
 - ``place``: ``"step"`` or ``"trajectory"``; a chain refuses it in the other place.
 - ``clips``: if its output differs from its input, the weight counts as clipped.
 - ``compares``: it compares all weights of a batch, so it needs the whole batch at once.
+- ``scored``: it takes the trajectories' scores, too, and returns a :class:`Choice` as well.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -27,10 +28,20 @@ from iwsft.trajectory import Segments, on_host
 
 LOG_MAX = math.log(torch.finfo(torch.float32).max)
 _MIN_ALPHA = 1e-6
+# Exponents that LowerBound chooses from: none of the weights to the largest one alone.
+EXPONENTS = (0.0, *(2 ** (quarter / 4) for quarter in range(-16, 33)))
 Place = Literal["step", "trajectory"]
 StepTransform = Callable[[Tensor], Tensor]
 # Log-weights and how much each counts -> log-weights.
-TrajectoryTransform = Callable[[Tensor, Tensor], Tensor]
+TrajectoryTransform = Callable[..., Any]
+
+
+class Choice(NamedTuple):
+    """What :class:`LowerBound` has chosen: its alpha, its n, and the bound; float64 scalars."""
+
+    exponent: Tensor
+    effective_trajectories: Tensor
+    score_bound: Tensor
 
 
 class Weights(NamedTuple):
@@ -40,10 +51,12 @@ class Weights(NamedTuple):
         log_weight: Log-weight of the step's trajectory (of the step with ``reduce=None``), 0 where
             masked or not counted.
         clipped: Whether a clip changed the weight.
+        choice: What a transform has chosen by the scores, if there is one that does.
     """
 
     log_weight: Tensor
     clipped: Tensor
+    choice: Choice | None = None
 
 
 class _OfStep:
@@ -180,10 +193,7 @@ class TargetESS(_OfTrajectory):
         _require(inside, f"TargetESS(max_alpha={self.max_alpha}) must be positive and finite")
 
     def __call__(self, log_weight: Tensor, share: Tensor) -> Tensor:
-        # Shifting first keeps the products finite; a common factor does not change the ESS.
-        top = torch.where(share > 0, log_weight, -math.inf).amax()
-        shifted = torch.where(share > 0, log_weight - top, 0.0).double()
-        share = share.double()
+        shifted, share = _shifted(log_weight, share), share.double()
         low = torch.full((), math.log(_MIN_ALPHA), dtype=torch.float64, device=share.device)
         high = torch.full((), math.log(self.max_alpha), dtype=torch.float64, device=share.device)
         for _ in range(25):
@@ -192,6 +202,31 @@ class TargetESS(_OfTrajectory):
             low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
         tempered = high.exp() * shifted
         return (tempered - log_mean_exp(tempered, share)).to(log_weight.dtype)
+
+
+@dataclass(frozen=True)
+class LowerBound(_OfTrajectory):
+    """Trajectory: w <- w^alpha / mean w^alpha, where alpha promises the best score.
+
+    Of the :data:`EXPONENTS` alpha takes the one with the largest lower bound of the score,
+    sum_j p_j z_j - 1 / sqrt(n), with p_j = m_j w_j^alpha / sum m w^alpha, standard scores z_j, and
+    n = 1 / sum_j p_j^2 (docs/algorithm.md derives it). If all scores are equal, it is 0.
+    """
+
+    compares: ClassVar[bool] = True
+    scored: ClassVar[bool] = True
+
+    def __call__(self, log_weight: Tensor, share: Tensor, score: Tensor) -> tuple[Tensor, Choice]:
+        shifted, share = _shifted(log_weight, share), share.double()
+        score = torch.where(share > 0, score, score[share.argmax()]).double()
+        exponents = torch.tensor(EXPONENTS, dtype=torch.float64, device=share.device)
+        p = torch.softmax(exponents[:, None] * shifted + share.log(), 1)
+        count = 1 / p.square().sum(1)
+        bound = (p * score).sum(1) - count.rsqrt()
+        best = torch.where(score.amax() > score.amin(), bound.argmax(), 0)
+        tempered = exponents[best] * shifted
+        log = torch.where(best > 0, tempered - log_mean_exp(tempered, share), 0.0)
+        return log.to(log_weight.dtype), Choice(exponents[best], count[best], bound[best])
 
 
 @dataclass(frozen=True)
@@ -222,13 +257,21 @@ class ImportanceWeights:
             for transform in getattr(self, here):
                 place = getattr(transform, "place", here)
                 _require(place == here, f"{transform} belongs to {place}=[...]")
+        _require(bool(self.reduce) or not self.scored, "steps have no scores: set reduce")
+
+    @property
+    def scored(self) -> bool:
+        """Whether a transform reads the scores of the trajectories."""
+        return any(_declares(t, "scored") for t in self.trajectory)
 
     @property
     def compares(self) -> bool:
         """Whether a transform compares all weights of a batch."""
         return any(_declares(t, "compares") for t in (*self.step, *self.trajectory))
 
-    def __call__(self, log_ratio: Tensor, segments: Segments, share: Tensor) -> Weights:
+    def __call__(
+        self, log_ratio: Tensor, segments: Segments, share: Tensor, score: Tensor | None = None
+    ) -> Weights:
         """Weigh a batch.
 
         Args:
@@ -236,18 +279,20 @@ class ImportanceWeights:
             segments: Trajectories of the batch.
             share: How much each step counts, in the layout of the batch: the multiplicity of its
                 trajectory over its length, 0 where masked.
+            score: Standard score of each step's trajectory; needed where a transform reads it.
 
         Returns:
             The weights. On masked steps they have no meaning.
         """
-        log_ratio, clipped = _chained(self.step, log_ratio)
+        log_ratio, clipped, _ = _chained(self.step, log_ratio)
         if self.reduce is None:
-            log_weight, changed = _chained(self.trajectory, log_ratio, share)
-        else:
-            along = segments.sum if self.reduce == "sum" else segments.mean
-            of_trajectory = _chained(self.trajectory, along(log_ratio), segments.sum(share))
-            log_weight, changed = map(segments.spread, of_trajectory)
-        return Weights(log_weight, clipped | changed)
+            log_weight, changed, _ = _chained(self.trajectory, log_ratio, share)
+            return Weights(log_weight, clipped | changed)
+        along = segments.sum if self.reduce == "sum" else segments.mean
+        score = None if score is None else segments.mean(score)
+        x, share = along(log_ratio), segments.sum(share)
+        log_weight, changed, choice = _chained(self.trajectory, x, share, score=score)
+        return Weights(segments.spread(log_weight), clipped | segments.spread(changed), choice)
 
     @property
     def bounded(self) -> bool:
@@ -279,6 +324,11 @@ class ImportanceWeights:
                 f"{self} gives a trajectory of {longest} steps a weight of at least "
                 f"exp({floor:.4g}), beyond float32; use reduce='mean' or ClipWeight(max=...)"
             )
+
+    @classmethod
+    def auto(cls) -> ImportanceWeights:
+        """exp(alpha mean log-ratio), where the scores of the data choose alpha: LowerBound."""
+        return cls(trajectory=(LowerBound(),))
 
     @classmethod
     def paper_control(cls, k: float) -> ImportanceWeights:
@@ -341,15 +391,24 @@ def log_ess(log_weight: Tensor, share: Tensor) -> Tensor:
 
 
 def _chained(
-    transforms: Sequence[Callable[..., Tensor]], x: Tensor, *share: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Apply transforms one after the other; also whether a clip changed the result."""
-    clipped = torch.zeros_like(x, dtype=torch.bool)
+    transforms: Sequence[Callable[..., Any]], x: Tensor, *share: Tensor, score: Tensor | None = None
+) -> tuple[Tensor, Tensor, Choice | None]:
+    """Apply transforms in their order; also whether a clip changed the result, and the choice."""
+    clipped, choice = torch.zeros_like(x, dtype=torch.bool), None
     for transform in transforms:
+        if _declares(transform, "scored"):
+            x, choice = transform(x, *share, score)
+            continue
         before, x = x, transform(x, *share)
         if _declares(transform, "clips"):
             clipped = clipped | (before != x)
-    return x, clipped
+    return x, clipped, choice
+
+
+def _shifted(log: Tensor, share: Tensor) -> Tensor:
+    """Log-weights over the largest that counts, float64: their powers stay finite."""
+    top = torch.where(share > 0, log, -math.inf).amax().double()
+    return torch.where(share > 0, log.double() - top, 0.0)
 
 
 def _declares(transform: object, attribute: str) -> bool:

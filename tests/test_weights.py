@@ -30,7 +30,7 @@ def weigh(chain: ImportanceWeights, log_ratio: Tensor, sizes: list[int]) -> Tens
     """Weight of each trajectory (its first step's), all drawn once."""
     segments = segments_of(sizes)
     count = 1 / segments.spread(segments.lengths)
-    log_weight, _ = chain(log_ratio, segments, count)
+    log_weight = chain(log_ratio, segments, count).log_weight
     assert all(len(part.unique()) == 1 for part in log_weight.split(sizes))
     return torch.stack([part[0] for part in log_weight.split(sizes)]).exp()
 
@@ -160,7 +160,7 @@ def test_reduction_and_order_of_the_chain(reduce: Any) -> None:
     truth = [min(math.exp(r.sum() if reduce == "sum" else r.mean()), 5.0) ** 0.5 for r in rho]
     np.testing.assert_allclose(weigh(chain, x, sizes).numpy(), truth, rtol=1e-6)
     segments = segments_of(sizes)
-    _, clipped = chain(x, segments, 1 / segments.spread(segments.lengths))
+    clipped = chain(x, segments, 1 / segments.spread(segments.lengths)).clipped
     step_clipped = [abs(2 * v) > 0 and not -1 <= 2 * v <= 3 for v in x.tolist()]
     too_large = [(r.sum() if reduce == "sum" else r.mean()) > math.log(5.0) for r in rho]
     late = torch.repeat_interleave(torch.tensor(too_large), torch.tensor(sizes))
@@ -171,7 +171,7 @@ def test_per_step_variant_weighs_each_step() -> None:
     segments = segments_of([3, 2])
     x = torch.tensor([-3.0, 0.0, 3.0, 0.1, -0.1])
     chain = ImportanceWeights(step=[weights.ClipRatio(0.2, 1.8)], reduce=None)
-    log_weight, clipped = chain(x, segments, torch.ones(5))
+    log_weight, clipped, _ = chain(x, segments, torch.ones(5))
     np.testing.assert_allclose(
         log_weight.exp().numpy(), [0.2, 1.0, 1.8, math.exp(0.1), math.exp(-0.1)], rtol=1e-6
     )
@@ -303,6 +303,7 @@ def test_chains_that_stay_finite_pass_the_overflow_check() -> None:
         partial(weights.ClipLogRatio, max=math.nan),
         partial(weights.ClipWeight, max=math.nan),
         lambda: ImportanceWeights(reduce="max"),  # type: ignore[arg-type]
+        lambda: ImportanceWeights(reduce=None, trajectory=[weights.LowerBound()]),
     ],
 )
 def test_wrong_settings_are_refused(build: Callable[[], Any]) -> None:
@@ -346,7 +347,7 @@ class _Centred:
 def test_a_transform_declares_what_it_is() -> None:
     segments, x = segments_of([2, 1]), torch.tensor([0.5, 1.5, 0.1])
     share = 1 / segments.spread(segments.lengths)
-    log_weight, clipped = ImportanceWeights(trajectory=[_Halved()])(x, segments, share)
+    log_weight, clipped, _ = ImportanceWeights(trajectory=[_Halved()])(x, segments, share)
     halved = 1 - math.log(2)
     np.testing.assert_allclose(log_weight.numpy(), [halved, halved, 0.1], rtol=1e-6)
     assert clipped.tolist() == [True, True, False]
@@ -354,9 +355,9 @@ def test_a_transform_declares_what_it_is() -> None:
         ImportanceWeights(step=[_Halved()])  # type: ignore[list-item]
     # Plain functions declare nothing: they neither clip nor compare, and go where they are put.
     plain = ImportanceWeights(step=[torch.tanh], trajectory=[lambda x, share: x.clamp(max=0)])
-    log_weight, clipped = plain(x, segments, share)
+    log_weight, clipped, _ = plain(x, segments, share)
     assert not plain.compares and not bool(clipped.any()) and bool((log_weight == 0).all())
-    ours = (weights.SelfNormalize(), weights.TargetESS(0.5))
+    ours = (weights.SelfNormalize(), weights.TargetESS(0.5), weights.LowerBound())
     assert all(ImportanceWeights(trajectory=[t]).compares for t in (_Centred(), *ours))
     assert not ImportanceWeights(trajectory=[_Halved(), weights.ClipWeight()]).compares
     # A comparison makes a lone trajectory's weight 1, which would hide its overflow.

@@ -190,6 +190,9 @@ class Training:
 class Weighting:
     """How importance weights are computed, in algorithms that have them."""
 
+    q: Annotated[Literal["auto"] | None, option("auto", "none, k is fixed")] = None
+    """Let the returns of the data choose the temperature, at each batch or sync; the same setting
+    for all tasks."""
     temperature: Annotated[float | None, option("FLOAT", "Table 4")] = None
     """Factor k of the mean log-ratio."""
     target_ess: Annotated[float | None, option("FLOAT", "none, k is fixed")] = None
@@ -291,8 +294,11 @@ def without_effect(options: Options, algo: Sequence[str]) -> Iterator[tuple[str,
     baselines = not set(BASELINES).isdisjoint(algo)
     chosen = f"in {', '.join(algo)}"
     for name, used, where in (
+        ("q", per_trajectory, chosen),
         ("target_ess", per_trajectory, chosen),
+        ("target_ess", options.q is None, f"with --q {options.q}"),
         ("temperature", per_trajectory, chosen),
+        ("temperature", options.q is None, f"with --q {options.q}"),
         ("temperature", options.target_ess is None, f"with --target-ess {options.target_ess}"),
         ("alpha", any(algorithm.weighted for algorithm in algorithms), chosen),
         ("ties", any(algorithm.cuts for algorithm in algorithms), chosen),

@@ -20,14 +20,21 @@ from benchmarks import runs
 from benchmarks.d4rl import settings as paper
 from benchmarks.d4rl.options import SUITES, Algorithm, Options, find_algorithm, without_effect
 from benchmarks.options import to_config, typed
-from benchmarks.runs import hardware, versions
+from benchmarks.runs import hardware, tell, versions
 from iwsft import datasets, environments
 from iwsft.curation import Ties, curate, join
 from iwsft.datasets import OfflineDataset
 from iwsft.datasets.dataset import fingerprint_of
 from iwsft.evaluation import Evaluation, evaluate
 from iwsft.training import Schedule
-from iwsft.trajectory import ACTION, MULTIPLICITY, OBSERVATION, lengths, select
+from iwsft.trajectory import (
+    ACTION,
+    MULTIPLICITY,
+    OBSERVATION,
+    STANDARD_SCORE,
+    lengths,
+    select,
+)
 from iwsft.weights import ImportanceWeights
 
 # Between the names of two datasets, of which the first is that of the reference policy.
@@ -119,8 +126,14 @@ class Run(runs.Run[Options]):
     def weights(self) -> ImportanceWeights:
         """Importance weights of the fine-tuning."""
         row, per_step = self.fine_tuning[0], self.algorithm.per_step
-        target = self.options.target_ess if self.algorithm.per_trajectory else None
-        return paper.choose_weights(self.options.preset, row, per_step=per_step, target_ess=target)
+        names = ("q", "target_ess") if self.algorithm.per_trajectory else ()
+        chosen = {name: getattr(self.options, name) for name in names}
+        return paper.choose_weights(self.options.preset, row, per_step=per_step, **chosen)
+
+    @property
+    def chooses_q(self) -> bool:
+        """Whether the returns of the data choose the weights."""
+        return self.algorithm.per_trajectory and self.options.q is not None
 
     @property
     def updates(self) -> int:
@@ -265,6 +278,19 @@ def check_run(run: Run, task: Task) -> None:
     data = run.curate(task.dataset.trajectories, task.parts)
     if run.algorithm.from_reference:
         run.weights.check_overflow(int(lengths(data).max()))
+    if run.chooses_q and (reason := why_unweighted(data)):
+        tell(f"{task.name} {run.algo}: {reason}")
+
+
+def why_unweighted(curated: TensorDictBase) -> str | None:
+    """Why ``--q auto`` leaves all weights of a curated set at 1, in words; None if it does not."""
+    scores, count = curated.get(STANDARD_SCORE), len(lengths(curated))
+    if bool((scores != scores[0]).any()):
+        return None
+    which = f"all {count} curated trajectories have the same return"
+    if count == 1:
+        which = "the curated set is one trajectory"
+    return f"{which}, so --q auto leaves all weights at 1, as in SFT"
 
 
 def settings_of(run: Run, task: Task) -> dict[str, Any]:
@@ -290,6 +316,7 @@ def settings_of(run: Run, task: Task) -> dict[str, Any]:
         "settings_from": source,
         "reference": _as_recorded(run.reference_schedule),
         **({} if task.pretrain is task.dataset else {"pretrain": task.pretrain.fingerprint}),
+        **({"q": run.options.q} if run.chooses_q else {}),
         "target_ess": run.options.target_ess if run.algorithm.per_trajectory else None,
         "sync_every": row.sync_every if run.options.estimator == "steps" else 1,
     }

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from benchmarks.d4rl.options import REFERENCE_STEPS, Algorithm, Estimator, Preset
 from iwsft.curation import Ties
@@ -89,13 +90,20 @@ def find_fine_tuning(dataset: str, algorithm: Algorithm) -> tuple[FineTuning, st
 
 
 def choose_weights(
-    preset: Preset, row: FineTuning, *, per_step: bool = False, target_ess: float | None = None
+    preset: Preset,
+    row: FineTuning,
+    *,
+    per_step: bool = False,
+    q: Literal["auto"] | None = None,
+    target_ess: float | None = None,
 ) -> ImportanceWeights:
-    """The transforms of a preset; ``target_ess`` uses :class:`TargetESS` instead of k."""
+    """The transforms of a preset; ``q`` and ``target_ess`` choose the temperature instead of k."""
     if per_step:
         # Ratio clips of the per-step variant: 1 -+ 0.8 (paper, 3.4), [0, 2] (authors' control).
         clip = ClipRatio(0.2, 1.8) if preset == "paper" else ClipRatio(0.0, 2.0)
         return ImportanceWeights(step=(clip,), reduce=None)
+    if q is not None:
+        return ImportanceWeights.auto()
     if target_ess is not None:
         return ImportanceWeights(trajectory=(TargetESS(target_ess), SelfNormalize()))
     if preset == "authors":

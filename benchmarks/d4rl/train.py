@@ -20,7 +20,14 @@ from tensordict.nn import TensorDictModuleBase
 
 from baselines import Learner
 from benchmarks.d4rl import settings as paper
-from benchmarks.d4rl.run import Run, Task, reference_settings_of, settings_of, sizes
+from benchmarks.d4rl.run import (
+    Run,
+    Task,
+    reference_settings_of,
+    settings_of,
+    sizes,
+    why_unweighted,
+)
 from benchmarks.runs import CONFIG, RESULT, VIDEO, alone_in, write_json
 from iwsft import checkpoint, metrics
 from iwsft.diagnostics import diagnose, weighted_mean
@@ -33,6 +40,7 @@ from iwsft.samplers import StepSampler, TrajectorySampler
 from iwsft.trained_policy import TrainedPolicy, save_policy
 from iwsft.training import Cost, Probe, Row, Schedule, fit
 from iwsft.trajectory import REWARD, Segments
+from iwsft.weights import Choice
 
 # A function that shows progress: stage, number of updates of the stage, metrics.
 Report = Callable[[str, int, Row], None]
@@ -59,6 +67,8 @@ def train_and_score(run: Run, report: Report) -> dict[str, Any]:
         _save_policy(run, task, policy)
         about = {"preset": run.options.preset, "estimator": run.options.estimator}
         further = {f"reference_{name}": value for name, value in asdict(reference_cost).items()}
+        if run.chooses_q:
+            further |= _last_choice(run, task)
 
         def ended(episodes: int) -> None:
             report("scoring", run.options.eval_episodes, {"step": episodes})
@@ -73,7 +83,7 @@ def score_policy(
     cost: Cost,
     about: Mapping[str, str],
     ended: Callable[[int], None] | None = None,
-    **further: float,
+    **further: Any,
 ) -> dict[str, Any]:
     """Score a run's policy, whose training had a cost; write and return its ``result.json``.
 
@@ -113,6 +123,14 @@ def score_policy(
     }
     write_json(run.folder / RESULT, result)
     return result
+
+
+def _last_choice(run: Run, task: Task) -> dict[str, Any]:
+    """What the returns of the data choose for the last policy, and why they could not choose."""
+    row = metrics.read(run.folder / metrics.FILE)[-1]
+    reason = why_unweighted(run.curate(task.dataset.trajectories, task.parts))
+    note = {} if reason is None else {"note": reason}
+    return {"q": {"rule": run.options.q, **{name: row[name] for name in Choice._fields}, **note}}
 
 
 def _train(run: Run, task: Task, report: Report) -> tuple[TensorDictModuleBase, Cost, Cost]:

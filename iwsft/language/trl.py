@@ -270,7 +270,7 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
             zero = torch.zeros_like(log_prob)
             return Terms(segments, share, log_prob, zero, zero.bool(), None)
         weights = self._loss.weigh(batch, log_q, segments=segments, share=share)
-        return Terms(segments, share, log_prob, *weights, batch.get(REF_LOG_PROB))
+        return Terms(segments, share, log_prob, *weights[:2], batch.get(REF_LOG_PROB))
 
 
 class _FusedPolicy(CausalLMPolicy):

@@ -88,6 +88,8 @@ def snapshot(folder: Path) -> dict[Path, bytes]:
         ({"algo": ["sft", "bc"], "temperature": 2.0}, "--temperature 2.0 changes nothing in sft"),
         ({"temperature": 2.0, "target_ess": 0.5}, "with --target-ess 0.5; leave it out"),
         ({"algo": ["iw-sft-step"], "target_ess": 0.5}, "--target-ess 0.5 changes nothing"),
+        ({"algo": ["iw-sft-step"], "q": "auto"}, "--q auto changes nothing in iw-sft-step"),
+        ({"temperature": 2.0, "q": "auto"}, "with --q auto; leave it out"),
         ({"algo": ["bc"], "ties": "rank"}, "--ties rank changes nothing in bc;"),
         ({"device": "kuda"}, "--device kuda can't be used here"),
         ({"device": "meta"}, "--device meta can't be used here"),
@@ -178,7 +180,12 @@ def test_a_download_that_breaks(
 
 
 def test_an_empty_curated_set_names_a_way_out_that_works(
-    job: Job, fails: Callable[..., str], edited: Edit, tmp_path: Path
+    job: Job,
+    fails: Callable[..., str],
+    edited: Edit,
+    tmp_path: Path,
+    read_json: Any,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """All returns equal, as with sparse rewards: > keeps none of them."""
     path = edited("sparse", rewards=lambda values: np.zeros_like(values))
@@ -186,19 +193,31 @@ def test_an_empty_curated_set_names_a_way_out_that_works(
     assert "sft-q, --ties >: the curated set is empty" in message and "ties='rank'" in message
     assert not (tmp_path / "runs").exists()
     with pytest.warns(UserWarning, match="scores are 0"):
-        job(tmp_path / "runs", ["sft-q"], dataset=str(path), ties="rank")
+        settings = {"dataset": str(path), "ties": "rank", "q": "auto", "resume": True}
+        job(tmp_path / "runs", ["sft-q", "iw-sft-q"], **settings)
+    reason = "curated trajectories have the same return, so --q auto leaves all weights at 1"
+    assert reason in capsys.readouterr().err
+    folder = tmp_path / "runs" / "d4rl" / "sparse"
+    q = read_json(folder / "iw-sft-q" / "seed-0" / "result.json")["q"]
+    assert reason in q.pop("note") and q["rule"] == "auto" and q["exponent"] == 0
 
 
 def test_one_trajectory_only(
-    job: Job, fails: Callable[..., str], edited: Edit, tmp_path: Path, tiny_dataset: Path
+    job: Job,
+    fails: Callable[..., str],
+    edited: Edit,
+    tmp_path: Path,
+    tiny_dataset: Path,
+    read_json: Any,
 ) -> None:
     with h5py.File(tiny_dataset) as file:
         first = int(np.flatnonzero(file["terminals"][...])[0]) + 1
     path = edited("lone", first)
     assert "1 of 1 scores" in fails(tmp_path / "runs", dataset=str(path))
-    folder = job(tmp_path / "runs", ["iw-sft-q"], dataset=str(path), preset="authors")
-    rows = metrics.read(folder / "iw-sft-q" / "seed-0" / metrics.FILE)
-    assert [row["ESS"] for row in rows] == [1.0] * 20
+    settings = {"dataset": str(path), "preset": "authors", "q": "auto"}
+    folder = job(tmp_path / "runs", ["iw-sft-q"], **settings) / "iw-sft-q" / "seed-0"
+    assert [row["ESS"] for row in metrics.read(folder / metrics.FILE)] == [1.0] * 20
+    assert "the curated set is one trajectory" in read_json(folder / "result.json")["q"]["note"]
 
 
 @pytest.mark.parametrize("estimator", ["steps", "trajectories"])

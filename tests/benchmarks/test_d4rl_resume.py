@@ -28,18 +28,19 @@ SETTINGS: dict[str, Any] = {
     "curve_episodes": 1,
     "jobs": 1,
 }
+# Syncs q every 19 updates; checkpoints fall in between, every 12.
+WEIGHTED = SETTINGS | {"alpha": 0.9, "q": "auto"}
 Job = Callable[..., Path]
 
 
 @pytest.fixture
 def dataset(tiny_dataset: Path, tmp_path: Path) -> Path:
-    """The row of walker2d syncs q every 19 updates; checkpoints fall in between, every 12."""
-    return Path(shutil.copy(tiny_dataset, tmp_path / "walker2d-like.hdf5"))
+    return Path(shutil.copy(tiny_dataset, tmp_path / "hopper-like.hdf5"))
 
 
 def start(dataset: Path, out: Path, algo: str) -> BaseProcess:
     """The job in a process of its own."""
-    options = Options(algo=(algo,), dataset=(str(dataset),), out=out, resume=True, **SETTINGS)
+    options = Options(algo=(algo,), dataset=(str(dataset),), out=out, resume=True, **WEIGHTED)
     process = multiprocessing.get_context("fork").Process(target=main, args=(options,))
     process.start()
     return process
@@ -105,9 +106,9 @@ def test_killed_in_reference_tuning_and_evaluation(job: Job, dataset: Path, tmp_
     kill_when(start(dataset, out, "iw-sft-q"), reached(run, STEPS // 2))
     assert not (run / "result.json").exists()
     kill_when(start(dataset, out, "iw-sft-q"), reached(run, STEPS))
-    main(Options(algo=("iw-sft-q",), dataset=(str(dataset),), out=out, resume=True, **SETTINGS))
+    main(Options(algo=("iw-sft-q",), dataset=(str(dataset),), out=out, resume=True, **WEIGHTED))
 
-    whole = job(tmp_path / "whole", ["iw-sft-q"], dataset=str(dataset), **SETTINGS)
+    whole = job(tmp_path / "whole", ["iw-sft-q"], dataset=str(dataset), **WEIGHTED)
     check_equal(run, whole / "iw-sft-q" / "seed-0")
     assert not list(out.rglob("*.partial"))
 

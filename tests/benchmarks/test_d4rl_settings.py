@@ -116,7 +116,7 @@ def weights(preset: Any, row: FineTuning, **settings: Any) -> list[float]:
     ids = torch.arange(3).repeat_interleave(LENGTHS)
     segments = Segments(LOG_RATIO.shape, ids, None, 3)
     options = {"per_step": False, "target_ess": None} | settings
-    log_weight, _ = choose_weights(preset, row, **options)(LOG_RATIO, segments, COUNT)
+    log_weight = choose_weights(preset, row, **options)(LOG_RATIO, segments, COUNT).log_weight
     if options["per_step"]:
         return log_weight.exp().tolist()
     return [float(each[0].exp()) for each in log_weight.split(LENGTHS.tolist())]
@@ -212,6 +212,7 @@ def test_the_folder_says_what_the_run_is() -> None:
         {"reference_steps": 9_999},
         {"temperature": 2.0},
         {"target_ess": 0.5},
+        {"q": "auto"},
         {"ties": "rank"},
         {"top": 5.0},
     ],
@@ -237,7 +238,7 @@ def test_whatever_does_not_is_not(replay: Task, other: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("algo", ["sft-q", "iw-sft-step", "bc-10", "iql"])
-@pytest.mark.parametrize("other", [{"temperature": 2.0}, {"target_ess": 0.5}])
+@pytest.mark.parametrize("other", [{"temperature": 2.0}, {"target_ess": 0.5}, {"q": "auto"}])
 def test_the_weights_settings_are_not_in_those_of_runs_without_them(
     replay: Task, algo: str, other: dict[str, Any]
 ) -> None:

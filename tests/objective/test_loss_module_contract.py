@@ -24,6 +24,7 @@ DEFAULT_KEYS: dict[str, NestedKey] = {
     "multiplicity": "multiplicity",
     "importance_weight": "importance_weight",
     "data_weight": "data_weight",
+    "standard_score": "standard_score",
 }
 OUT_KEYS = ["loss_iw_mle", "ESS", "kl_approx", "clip_fraction", "weight_mean", "weight_max"]
 OUT_KEYS += ["log_prob"]

@@ -1,0 +1,212 @@
+"""The exponent that the scores choose, against a plain loop in float64, and its invariances."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from tensordict import TensorDict
+from torch import Tensor
+
+from iwsft import (
+    GaussianPolicy,
+    HardSync,
+    ImportanceWeightedMLE,
+    ImportanceWeights,
+    annotate_reference,
+    curate,
+)
+from iwsft.curation import join
+from iwsft.diagnostics import diagnose
+from iwsft.samplers import StepSampler, TrajectorySampler
+from iwsft.training import Schedule, fit
+from iwsft.trajectory import REWARD, STANDARD_SCORE, from_steps
+from iwsft.weights import EXPONENTS, Choice, LowerBound
+
+Array = NDArray[np.float64]
+# Log-weight, multiplicity and score of each trajectory.
+TRAJECTORIES = st.lists(
+    st.tuples(st.floats(-20, 20, width=32), st.integers(1, 3), st.floats(-3, 5, width=32)),
+    min_size=2,
+    max_size=12,
+)
+
+
+def choose(log_weight: Any, m: Any, score: Any) -> tuple[Array, Choice]:
+    """Weights and choice of the library."""
+    columns = torch.tensor(log_weight), torch.tensor(m, dtype=torch.float64), torch.tensor(score)
+    log, choice = LowerBound()(*columns)
+    return log.double().exp().numpy(), choice
+
+
+def bounds(log_weight: Any, m: Any, score: Any) -> list[tuple[float, float, Array]]:
+    """Bound, n and weights of every exponent, trajectory by trajectory."""
+    out = []
+    for alpha in EXPONENTS:
+        powers = [np.exp(np.float64(alpha) * (x - max(log_weight))) for x in log_weight]
+        total = sum(count * w for count, w in zip(m, powers, strict=True))
+        p = [count * w / total for count, w in zip(m, powers, strict=True)]
+        n = 1 / sum(x * x for x in p)
+        mean = sum(x * z for x, z in zip(p, score, strict=True))
+        out.append((mean - n**-0.5, n, np.array(powers) * sum(m) / total))
+    return out
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=TRAJECTORIES)
+def test_it_is_the_best_of_a_plain_loop(data: list[tuple[float, int, float]]) -> None:
+    columns = [list(column) for column in zip(*data, strict=True)]
+    weight, choice = choose(*columns)
+    table = bounds(*columns)
+    alpha = float(choice.exponent)
+    if len(set(columns[2])) == 1:
+        assert alpha == 0
+    else:
+        assert float(choice.score_bound) >= max(bound for bound, *_ in table) - 1e-12
+    bound, n, truth = table[EXPONENTS.index(alpha)]
+    np.testing.assert_allclose(choice[1:], [n, bound], rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(weight, truth, rtol=2e-3, atol=1e-30)
+
+
+def test_it_sharpens_where_likely_trajectories_are_good() -> None:
+    log_weight, m = np.linspace(-2, 2, 100, dtype=np.float32), np.ones(100)
+    good, bad = (choose(log_weight, m, sign * log_weight)[1] for sign in (1, -1))
+    assert float(good.exponent) > 0 and float(bad.exponent) == 0
+    assert float(bad.effective_trajectories) == pytest.approx(100)
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=TRAJECTORIES, factor=st.sampled_from([-64.0, 8.0, 512.0]))
+def test_a_common_factor_of_the_weights_changes_nothing(
+    data: list[tuple[float, int, float]], factor: float
+) -> None:
+    # Quarters, so that sums with the factor are exact.
+    log_weight = [round(4 * x) / 4 for x, *_ in data]
+    m, score = ([row[i] for row in data] for i in (1, 2))
+    ours, theirs = choose(log_weight, m, score), choose([x + factor for x in log_weight], m, score)
+    assert ours[1] == theirs[1]
+    np.testing.assert_array_equal(ours[0], theirs[0])
+
+
+def test_copies_count_as_draws_but_not_as_other_trajectories() -> None:
+    log_weight, score = [0.0, 0.25, 0.5], [1.0, 2.0, 4.0]
+    once = choose(log_weight, [2, 2, 2], score)[1]
+    assert once == choose(log_weight, [1, 1, 1], score)[1]
+    copies = choose(2 * log_weight, [1] * 6, 2 * score)[1]
+    # At the same exponent twice as many trajectories: the mean is the same, its error smaller.
+    place = EXPONENTS.index(float(once.exponent))
+    (bound, n, _), (bound_of_copies, n_of_copies, _) = (
+        bounds(k * log_weight, [1] * 3 * k, k * score)[place] for k in (1, 2)
+    )
+    assert n_of_copies == pytest.approx(2 * n)
+    assert bound + n**-0.5 == pytest.approx(bound_of_copies + n_of_copies**-0.5)
+    assert float(copies.score_bound) >= bound_of_copies - 1e-12
+
+
+def trajectories(returns: Any, length: int = 4) -> TensorDict:
+    """Random steps, annotated; the reward of every step is the trajectory's return."""
+    count, generator = len(returns), torch.Generator().manual_seed(3)
+    steps = {
+        "observation": torch.randn(count * length, 3, generator=generator),
+        "action": torch.randn(count * length, 2, generator=generator).tanh(),
+        REWARD: torch.as_tensor(returns).double().repeat_interleave(length)[:, None],
+    }
+    data = from_steps(steps, torch.arange(count).repeat_interleave(length))
+    torch.manual_seed(9)
+    return annotate_reference(GaussianPolicy(3, 2), data)
+
+
+def standard_scores(data: Any) -> Tensor:
+    return data.get(STANDARD_SCORE)[::4]
+
+
+def test_scores_are_standardised_over_all_data() -> None:
+    returns = np.random.default_rng(0).normal(size=40)
+    best = curate(trajectories(returns), cuts=(80,))
+    truth = (returns - returns.mean()) / returns.std()
+    survivors = returns >= np.sort(returns)[-8]
+    np.testing.assert_allclose(standard_scores(best), truth[survivors], rtol=1e-5)
+    # Shift and scale of the returns change nothing.
+    other = curate(trajectories(1000 * returns - 7), cuts=(80,))
+    np.testing.assert_allclose(standard_scores(other), standard_scores(best), rtol=1e-5)
+    assert bool((standard_scores(curate(trajectories(np.full(5, 0.1)), cuts=(0,))) == 0).all())
+    # Each part of a joined set has its own; a part that is not curated has none.
+    assert standard_scores(join(best, other)).tolist() == [
+        *standard_scores(best).tolist(),
+        *standard_scores(other).tolist(),
+    ]
+    assert STANDARD_SCORE not in join(best, trajectories([1.0, 2.0]))
+
+
+def test_data_without_scores_name_the_way_out() -> None:
+    loss = ImportanceWeightedMLE(
+        GaussianPolicy(3, 2), importance_weights=ImportanceWeights.auto(), proposal="current"
+    )
+    assert "standard_score" in loss.in_keys
+    with pytest.raises(KeyError, match=r"standard_score.*curate"):
+        loss(trajectories([1.0, 2.0]))
+
+
+AUTO: dict[str, Any] = {"importance_weights": ImportanceWeights.auto(), "proposal": "cached"}
+
+
+def train(
+    data: TensorDict, folder: Path | None = None, steps: int = 40, **settings: Any
+) -> GaussianPolicy:
+    """Fine-tune a policy on steps of a curated set."""
+    torch.manual_seed(9)
+    policy = GaussianPolicy(3, 2)
+    loss = ImportanceWeightedMLE(policy, **settings)
+    updater = HardSync(loss, every=7, trajectories=data) if loss.proposal == "cached" else None
+    sampler, schedule = StepSampler(data, 32, seed=1), Schedule(steps, lr=3e-3, decay="constant")
+    fit(loss, sampler, schedule, updater=updater, folder=folder, checkpoint_every=10)
+    return policy
+
+
+def assert_equal(ours: GaussianPolicy, theirs: GaussianPolicy) -> None:
+    pairs = zip(ours.parameters(), theirs.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def exponent(policy: GaussianPolicy, data: TensorDict) -> float:
+    """The exponent that a sync would choose."""
+    loss = ImportanceWeightedMLE(policy, **AUTO | {"proposal": "current"})
+    return diagnose(loss, data)["exponent"]
+
+
+def test_without_a_choice_training_is_that_of_sft_to_the_bit() -> None:
+    data = curate(trajectories(np.full(20, 1.0)), cuts=(0,))
+    policy = train(data, **AUTO)
+    assert_equal(policy, train(data, proposal="reference"))
+    assert exponent(policy, data) == 0
+
+
+def test_a_resumed_run_chooses_the_same(tmp_path: Path) -> None:
+    data = curate(trajectories(np.arange(30.0)), cuts=(0, 50))
+    whole = train(data.clone(), **AUTO)
+    # 20 updates end in the middle of a window.
+    train(data.clone(), tmp_path, 20, **AUTO)
+    assert_equal(train(data.clone(), tmp_path, **AUTO), whole)
+    assert exponent(whole, data) > 0
+
+
+def test_a_batch_of_trajectories_chooses_for_itself() -> None:
+    data = curate(trajectories(np.arange(30.0)), cuts=(0, 50))
+    policy = train(data, **AUTO)
+    loss = ImportanceWeightedMLE(policy, **AUTO | {"proposal": "current"})
+    batch = TrajectorySampler(data, 16, seed=0).sample()
+    ratio = (loss.log_prob(batch) - batch["ref_log_prob"]).detach().double().split(4)
+    columns = (
+        [float(part.mean()) for part in ratio],
+        batch["multiplicity"][::4].tolist(),
+        standard_scores(batch).tolist(),
+    )
+    _, _, truth = max(bounds(*columns), key=lambda row: row[0])
+    weight = loss.terms(batch).log_weight.exp()[::4]
+    np.testing.assert_allclose(weight.numpy(), truth, rtol=1e-3, atol=1e-30)
