@@ -24,6 +24,7 @@ from benchmarks.llm.recipes.s1k import AUTHORS, PAPER
 from benchmarks.llm.run import Run, curated, training_arguments
 from benchmarks.llm.settings import Settings
 from benchmarks.report.page import write_report
+from benchmarks.report.scores import algorithm_label
 from benchmarks.results import CONTROL, read_runs, unfinished_runs
 from iwsft.datasets.text.rows import Row
 from iwsft.language import ImportanceWeightedTrainer
@@ -99,8 +100,13 @@ def test_every_algorithm_writes_its_files(
 
     printed = capsys.readouterr()
     assert "8 done" in printed.out and "exact match" in printed.out
-    shown = [line.split()[0] for line in printed.out.splitlines() if line.split()]
-    assert [name for name in shown if name in ("base", *ALGORITHMS)] == 2 * ["base", *ALGORITHMS]
+    labels = [algorithm_label(name) for name in ("base", *ALGORITHMS)]
+    lines = [f"{line.strip()} " for line in printed.out.splitlines()]
+    shown = [
+        max((each for each in labels if line.startswith(f"{each} ")), key=len, default="")
+        for line in lines
+    ]
+    assert [*filter(None, shown)] == 2 * labels
     assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
     table = json.loads((folder / "results.json").read_text())["rows"]
     assert [row["algo"] for row in table] == ["base", *ALGORITHMS]
@@ -109,7 +115,7 @@ def test_every_algorithm_writes_its_files(
     assert read_runs(tmp_path, CONTROL) == [] and unfinished_runs(tmp_path, CONTROL) == []
     report = write_report(tmp_path, tmp_path / "report").with_name("report.md").read_text()
     for row in table:
-        assert f"| {row['algo']} | 1 | {row['score']:.3f} |" in report
+        assert f"| {algorithm_label(row['algo'])} | 1 | {row['score']:.3f} |" in report
 
 
 def write_rows(path: Path, source: str, drop: int, **more: Any) -> str:
