@@ -4,8 +4,8 @@ python scripts/interval_coverage.py
 
 Prints the tables of docs/results.md: the share of simulated sets of seeds, or of questions, whose
 interval holds the true value. The aggregates are over five datasets of different means and
-deviations; the probability of improvement is that of runs which are better by 0, 0.5 and 2
-deviations, and of runs which are better on some datasets and worse on others.
+deviations. The differences are those of two algorithms on one dataset, of the same deviation or of
+deviations 1 : 3, whose scores of a seed are correlated.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from benchmarks import statistics
 from benchmarks.statistics import Estimate, interval_over_questions, t_interval
@@ -46,13 +46,7 @@ METRICS = {
     "mean": statistics.mean,
     "optimality gap": statistics.optimality_gap,
 }
-# Gains on the five datasets, in deviations.
-GAINS: dict[str, ArrayLike] = {
-    "0": 0.0,
-    "0.5": 0.5,
-    "2": 2.0,
-    "mixed": np.array([2.0, 2.0, 0.0, -2.0, -2.0]),
-}
+CORRELATIONS = (0.0, 0.3, 0.6, 0.9, -0.3)
 # Beta distributions of the share of a question's answers that are right.
 QUESTIONS = {"any share": (1, 1), "0 or 1": (0.3, 0.3), "all half": (20, 20), "hard": (0.2, 2)}
 
@@ -75,22 +69,27 @@ def over_datasets(shape: str, seeds: int) -> dict[str, float]:
     draw, mean = SHAPES[shape]
     deviation = draw((200_000,)).std()
 
-    def runs(sets: int, gain: ArrayLike = 0.0) -> Array:
-        standard = (draw((sets, seeds, len(MEANS))) - mean) / deviation
-        return MEANS + DEVIATIONS * (standard + gain)
-
-    def share(metric: Callable[..., Estimate], *scores: Array) -> float:
+    def share(metric: Callable[[Array], Estimate]) -> float:
         """Coverage in the first sets, of the mean of all as the truth."""
-        estimates = [metric(*each) for each in zip(*scores, strict=True)]
+        standard = (draw((3 * SETS_OVER_DATASETS, seeds, len(MEANS))) - mean) / deviation
+        estimates = [metric(scores) for scores in MEANS + DEVIATIONS * standard]
         truth = float(np.mean([estimate.point for estimate in estimates]))
         return coverage((each[1:] for each in estimates[:SETS_OVER_DATASETS]), truth)
 
-    many = 3 * SETS_OVER_DATASETS
-    shares = {name: share(metric, runs(many)) for name, metric in METRICS.items()}
-    better = statistics.probability_of_improvement
-    for name, gain in GAINS.items():
-        shares[f"P, {name}"] = share(better, runs(many, gain), runs(many))
-    return shares
+    return {name: share(metric) for name, metric in METRICS.items()}
+
+
+def of_differences(correlation: float, ratio: float, seeds: int) -> str:
+    """Coverage and mean width of the paired and of Welch's interval, in deviations."""
+    x, noise = generator.normal(size=(2, SETS_OVER_DATASETS, seeds, 1))
+    y = ratio * (correlation * x + np.sqrt(1 - correlation**2) * noise)
+    parts = []
+    for paired in (True, False):
+        pairs = zip(x, y, strict=True)
+        ends = [statistics.difference(a, b, paired=paired).estimate[1:] for a, b in pairs]
+        width = np.mean(np.diff(np.array(ends, np.float64)))
+        parts.append(f"{'paired' if paired else 'Welch'} {coverage(ends, 0.0):.1%} ({width:.2f})")
+    return ", ".join(parts)
 
 
 def over_questions(name: str, questions: int, answers: int) -> float:
@@ -102,7 +101,7 @@ def over_questions(name: str, questions: int, answers: int) -> float:
 
 
 def main() -> None:
-    """Print the three parts."""
+    """Print the four parts."""
     print("One dataset: Student's t, by the number of seeds")
     for shape, (draw, mean) in SHAPES.items():
         sets = [np.transpose(t_interval(draw((seeds, SETS)))) for seeds in SEEDS]
@@ -112,6 +111,12 @@ def main() -> None:
         for seeds in SEEDS:
             parts = [f"{name} {share:.1%}" for name, share in over_datasets(shape, seeds).items()]
             print(f"{shape:<42} {seeds:>2}  {', '.join(parts)}", flush=True)
+    print("\nDifferences on one dataset (mean width), by correlation, deviations, seeds")
+    for correlation in CORRELATIONS:
+        for ratio in (1, 3):
+            for seeds in SEEDS:
+                name = f"{correlation:>4} 1:{ratio} {seeds:>2}"
+                print(f"{name}  {of_differences(correlation, ratio, seeds)}", flush=True)
     print("\nShare of right answers, by the number of questions and of answers to each")
     for name in QUESTIONS:
         for questions in (10, 30, 200):

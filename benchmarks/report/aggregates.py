@@ -1,6 +1,6 @@
-"""Scores over datasets: aggregates, probability of improvement, performance profiles.
+"""Scores over datasets, and differences between algorithms.
 
-Agarwal et al. 2021, https://arxiv.org/abs/2108.13264.
+Aggregates: Agarwal et al. 2021, https://arxiv.org/abs/2108.13264.
 """
 
 from __future__ import annotations
@@ -8,11 +8,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from numpy.typing import NDArray
 
 from benchmarks import statistics
 from benchmarks.report import figures
@@ -23,11 +21,12 @@ from benchmarks.report.scores import (
     Cell,
     algorithm_label,
     algorithms,
+    dataset_label,
     datasets,
     is_variant,
 )
 from benchmarks.results import SCORE
-from benchmarks.statistics import MIN_SEEDS, Estimate, Scores
+from benchmarks.statistics import MIN_SEEDS, Difference, Estimate, Scores
 
 # Aggregates of the scores ``[seeds, datasets]`` of an algorithm.
 METRICS: dict[str, Callable[[Scores], Estimate]] = {
@@ -35,9 +34,9 @@ METRICS: dict[str, Callable[[Scores], Estimate]] = {
     "mean": statistics.mean,
     "optimality gap": functools.partial(statistics.optimality_gap, goal=100.0),
 }
-# The algorithms whose probability of improvement over the others is shown, where they take part.
-_CANDIDATES = ("iw-sft-q", "sft-q")
-_THRESHOLDS = 101
+# The paper's algorithm, and the one that all others are compared with.
+PAPER, BASIS = "iw-sft-q", "sft-q"
+_PAIRED = "Paired: both have the same seeds, and start from the reference policy of each."
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,6 @@ class Aggregates:
     datasets: list[str]
     seeds: dict[str, int]  # number of seeds of a dataset, by algorithm
     estimates: dict[str, list[Estimate]]  # one for each of METRICS, by algorithm
-    # Probability that a run of a candidate scores higher than one of another algorithm.
-    improvement: dict[str, dict[str, Estimate]]
-    thresholds: NDArray[np.float64]
-    profiles: dict[str, Scores]  # share of runs that score above each of the thresholds
     left_out: dict[str, str]  # why an algorithm is not compared
     datasets_left_out: list[str]  # with scores, but not of all algorithms with three seeds
 
@@ -68,13 +63,14 @@ def aggregate(group: Sequence[Cell]) -> Aggregates:
         if len(cell.runs) >= MIN_SEEDS and not cell.under_trained:
             complete[algo].add(task)
     block = _block(complete)
-    matrices: dict[str, Scores] = {}
+    seeds: dict[str, int] = {}
+    estimates: dict[str, list[Estimate]] = {}
     left_out: dict[str, str] = {}
     for algo, complete_tasks in complete.items():
         if block and complete_tasks >= set(block):
-            values = [scored[task, algo].values for task in block]
-            n = min(map(len, values))
-            matrices[algo] = np.stack([scores[:n] for scores in values], axis=1)
+            matrix = stack([scored[task, algo] for task in block])
+            seeds[algo] = len(matrix)
+            estimates[algo] = [metric(matrix) for metric in METRICS.values()]
             continue
         none = [task for task in block if (task, algo) not in scored]
         others = [t for t in block or tasks if (t, algo) in scored and t not in complete_tasks]
@@ -83,38 +79,24 @@ def aggregate(group: Sequence[Cell]) -> Aggregates:
         reasons = ("no runs", none), (f"fewer than {MIN_SEEDS} seeds", few), (UNDER_TRAINED, short)
         left_out[algo] = "; ".join(f"{why} on {', '.join(on)}" for why, on in reasons if on)
     beside = [task for task in tasks if task not in block]
-    return _compare(block, matrices, left_out=left_out, datasets_left_out=beside)
+    return Aggregates(block, seeds, estimates, left_out, beside)
 
 
-def _compare(block: list[str], matrices: Mapping[str, Scores], **left_out: Any) -> Aggregates:
-    """Compute all estimates from the scores ``[seeds, datasets]`` of each algorithm."""
-    estimates = {
-        algo: [metric(matrix) for metric in METRICS.values()] for algo, matrix in matrices.items()
-    }
-    # The paper's algorithms, or the one with the highest IQM where they do not take part.
-    candidates = [name for name in _CANDIDATES if name in matrices]
-    if matrices and not candidates:
-        candidates = [max(estimates, key=lambda algo: estimates[algo][0].point)]
-    ends = [end for matrix in matrices.values() for end in (matrix.min(), matrix.max())]
-    thresholds = np.linspace(min([0.0, *ends]), max(ends, default=0.0), _THRESHOLDS)
-    better = statistics.probability_of_improvement
-    return Aggregates(
-        datasets=block,
-        seeds={algo: len(matrix) for algo, matrix in matrices.items()},
-        estimates=estimates,
-        improvement={
-            name: {
-                algo: better(matrices[name], matrices[algo]) for algo in matrices if algo != name
-            }
-            for name in candidates
-            if len(matrices) > 1
-        },
-        thresholds=thresholds,
-        profiles={
-            algo: statistics.share_above(matrix, thresholds) for algo, matrix in matrices.items()
-        },
-        **left_out,
-    )
+def stack(row: Sequence[Cell]) -> Scores:
+    """Scores ``[seeds, datasets]`` of an algorithm; each dataset has the seeds that all have."""
+    n = min(len(cell.runs) for cell in row)
+    return np.stack([cell.values[:n] for cell in row], axis=1)
+
+
+def compare(ours: Sequence[Cell], others: Sequence[Cell]) -> tuple[Difference, bool]:
+    """Difference of two algorithms on the same datasets, and whether their seeds are paired.
+
+    They are where both start from a reference policy, which is that of the seed. Then the interval
+    of Welch would hold the truth too often (``scripts/interval_coverage.py``).
+    """
+    alike = all(a.seeds == b.seeds for a, b in zip(ours, others, strict=True))
+    paired = alike and all(cell.has_reference for cell in (*ours, *others))
+    return statistics.difference(stack(ours), stack(others), paired=paired), paired
 
 
 def _block(complete: Mapping[str, set[str]]) -> list[str]:
@@ -130,7 +112,7 @@ def _block(complete: Mapping[str, set[str]]) -> list[str]:
     def worth(block: frozenset[str]) -> tuple[bool, int, int, list[str]]:
         members = [algo for algo, tasks in voters.items() if tasks >= block]
         # The paper's algorithm takes precedence. Names decide between equal blocks.
-        return _CANDIDATES[0] in members, len(members) * len(block), len(block), sorted(block)
+        return PAPER in members, len(members) * len(block), len(block), sorted(block)
 
     return sorted(max(blocks, key=worth, default=()))
 
@@ -144,15 +126,53 @@ def aggregate_grid(aggregates: Aggregates) -> Grid:
     return grid
 
 
-def improvement_grid(aggregates: Aggregates) -> Grid:
-    """Table of the probabilities that a candidate's run scores higher than the row's algorithm."""
-    columns = [f"P({algorithm_label(name)} scores higher)" for name in aggregates.improvement]
-    grid = Grid(["against", *columns], left=1)
-    for algo in aggregates.estimates:
-        estimates = [others.get(algo) for others in aggregates.improvement.values()]
-        if any(estimates):
-            grid.rows.append([algorithm_label(algo), *(text(e, 2) for e in estimates)])
+def difference_grid(group: Sequence[Cell], aggregates: Aggregates) -> Grid:
+    """Table of the differences to SFT(Q) and to the highest mean, and what is open.
+
+    For each dataset, then over all of the aggregates: differences of means with 95 % intervals, and
+    the number of seeds of both algorithms that would settle an open one in 80 % of all cases, if it
+    is as large as it seems. Under-trained cells and those of fewer than three seeds do not enter.
+    """
+    columns = [f"less {algorithm_label(BASIS)}", "verdict", "less the highest", "verdict"]
+    grid = Grid(["dataset", "algorithm", *columns])
+    fair = [cell for cell in group if len(cell.runs) >= MIN_SEEDS and not cell.under_trained]
+    parts = {name: [[c] for c in fair if c.dataset == name] for name in datasets(fair)}
+    if len(aggregates.datasets) > 1:
+        block = [c for c in fair if c.dataset in aggregates.datasets and c.score_key == SCORE]
+        rows = {algo: [c for c in block if c.algo == algo] for algo in aggregates.estimates}
+        parts[f"all {len(aggregates.datasets)} datasets"] = list(rows.values())
+    for name, members in parts.items():
+        if len(members) < 2:
+            continue
+        by_algo = {row[0].algo: row for row in members}
+        highest = max(members, key=lambda row: float(stack(row).mean()))
+        for algo, row in by_algo.items():
+            cells = [dataset_label(name), algorithm_label(algo)]
+            for other in (by_algo.get(BASIS), highest):
+                cells += _against(grid, row, other)
+            grid.rows.append(cells)
     return grid
+
+
+def _against(grid: Grid, row: Sequence[Cell], other: Sequence[Cell] | None) -> list[str]:
+    """A difference with its interval, and its verdict."""
+    if other is None or other is row:
+        return [NOTHING, NOTHING]
+    found, paired = compare(row, other)
+    return [grid.marked(signed(found), [_PAIRED] * paired), verdict(found)]
+
+
+def signed(found: Difference) -> str:
+    """A difference with its sign and its interval."""
+    sign = "+" * (found.estimate.point >= 0)
+    return sign + text(found.estimate, 1)
+
+
+def verdict(found: Difference) -> str:
+    """Whether the interval leaves 0 out; else how many seeds would settle it."""
+    if found.settled:
+        return "higher" if found.estimate.point > 0 else "lower"
+    return "open" if found.seeds is None else f"open: {found.seeds:,} seeds"
 
 
 def text(estimate: Estimate | None, digits: int) -> str:
@@ -174,38 +194,6 @@ def draw_aggregates(aggregates: Aggregates, group: Sequence[Cell]) -> Panels:
         _intervals(ax, {name: metrics[i] for name, metrics in estimates.items()}, group)
         ax.set_xlabel(figures.UNIT[SCORE])
         panels[label] = ax
-    return figures.finish(panels)
-
-
-def draw_improvement(aggregates: Aggregates, group: Sequence[Cell]) -> Panels:
-    """Draw the probabilities of improvement, one panel for each candidate."""
-    panels = {}
-    for candidate, estimates in aggregates.improvement.items():
-        label = f"P({algorithm_label(candidate)} scores higher than the algorithm)"
-        ax = figures.make_panel(label, 0.7 + 0.22 * len(estimates))
-        _intervals(ax, estimates, group)
-        ax.axvline(0.5, color=INK, alpha=0.7, lw=0.8, ls=":")
-        ax.set_xlim(-0.02, 1.02)
-        panels[candidate] = ax
-    return figures.finish(panels)
-
-
-def draw_profiles(aggregates: Aggregates, group: Sequence[Cell]) -> Panels:
-    """Draw the share of runs above each score, variants in a panel of their own."""
-    panels = {}
-    for part in ("algorithms", "variants"):
-        colour = {
-            name: shade
-            for name, shade in figures.choose_colours(group).items()
-            if name in aggregates.profiles and is_variant(name) == (part == "variants")
-        }
-        ax = figures.make_panel(f"Runs of {part}", 2.6, colour)
-        for name, shade in colour.items():
-            x, share = aggregates.thresholds, aggregates.profiles[name]
-            ax.step(x, share, where="post", color=shade, lw=1.4)
-        ax.set_ylim(-0.02, 1.02)
-        ax.set(xlabel=figures.UNIT[SCORE], ylabel="share of runs that score higher")
-        panels[part] = ax
     return figures.finish(panels)
 
 

@@ -43,6 +43,7 @@ COLOURS = {
     "iql": "#d46aa5",
     "dt": "#1a9fae",
 }
+OTHER = "#808080"
 UNIT = {SCORE: "D4RL-normalised score", scores.RETURN: "mean return"}
 _STYLE: Any = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), INK),

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks import results
 from benchmarks.options import program
 from benchmarks.report import aggregates as over_datasets
-from benchmarks.report import figures, language, scores, tables
+from benchmarks.report import figures, language, scores, tables, tuning
 from benchmarks.report.aggregates import Aggregates
 from benchmarks.report.document import Document, escaped, hardware_lines, shareable, to_html
 from benchmarks.report.language import RecipeRuns, read_recipes
@@ -87,10 +87,15 @@ def _refuse(folder: Path, others: Sequence[RecordedRun]) -> None:
 
 
 def _record(run: results.RecordedRun) -> str:
-    """The result without its episodes, settings, versions and command, as one line of JSON."""
+    """The result, settings, versions and command, as one line of JSON.
+
+    Episodes and metrics are in it as far as the report needs them.
+    """
+    small = {"episode_groups": tuning.episode_groups(run), "curve": scores.curve_of(run)}
     record = {
         **({"variant": run.variant} if run.variant else {}),
         **{name: value for name, value in run.result.items() if name not in _EPISODES},
+        **{name: value for name, value in small.items() if value},
         "env_kwargs": run.config.get("env_kwargs"),
         "settings": run.config.get("settings"),
         "versions": run.versions,
@@ -117,9 +122,11 @@ def _control(document: Document, group: Sequence[Cell], missing: Sequence[Record
             "yet. The same command with `--resume` continues them. A footnote says what is damaged."
         )
         document.table(tables.missing_grid(missing), "Runs without a result.")
+    _differences(document, group, aggregates)
     _aggregates(document, group, aggregates)
     _curves(document, group)
     _sweep(document, group)
+    _tuning(document, group)
     _cost(document, group)
 
 
@@ -135,6 +142,9 @@ def _summary(
     if short:
         few = f"{len(runs_of(short))} made {scores.UNDER_TRAINED} and enter no comparison"
         counts.append(few)
+    moving = [cell for cell in group if cell.moving]
+    if moving:
+        counts.append(f"critics of {len(runs_of(moving))} have not levelled off")
     lines = [f"**Runs.** {'; '.join(counts)}."]
     estimates = aggregates.estimates
     if not estimates:
@@ -150,15 +160,18 @@ def _summary(
     apart = len(best) > 1 and low is not None and high is not None and low > high
     title, verdict = ("Best", "") if apart else ("Highest", ": their intervals overlap, a tie")
     lines.append(f"**{title}.** {escaped(', then '.join(ranks))} {over}{verdict}.")
-    pair = aggregates.improvement.get("iw-sft-q", {}).get("sft-q")
-    if pair is not None and pair.low is not None and pair.high is not None:
-        verdict = "they tie: the interval holds 0.5"
-        if not pair.low <= 0.5 <= pair.high:
-            verdict = "it is better" if pair.low > 0.5 else "it is worse"
-        chance = over_datasets.text(pair, 2)
+    pair = over_datasets.PAPER, over_datasets.BASIS
+    if estimates.keys() >= {*pair}:
+        inside = [cell for cell in group if cell.dataset in aggregates.datasets]
+        rows = [[cell for cell in inside if cell.algo == algo] for algo in pair]
+        found, _ = over_datasets.compare(*rows)
+        words = "it is better" if found.estimate.point > 0 else "it is worse"
+        if not found.settled:
+            need = "" if found.seeds is None else f"; {found.seeds:,} seeds would settle this"
+            words = f"they tie: the interval holds 0{need}"
         lines.append(
-            f"**iw-SFT(Q) against SFT(Q).** A run of the first scores higher with probability "
-            f"{chance}; {verdict}."
+            f"**iw-SFT(Q) less SFT(Q).** {over_datasets.signed(found)} points, mean over these "
+            f"datasets; {words}."
         )
     return lines
 
@@ -190,6 +203,22 @@ def _scores(document: Document, group: Sequence[Cell], missing: Sequence[Recorde
     document.figure("scores", figures.draw_scores(group), caption)
 
 
+def _differences(document: Document, group: Sequence[Cell], aggregates: Aggregates) -> None:
+    document.section("Differences")
+    grid = over_datasets.difference_grid(group, aggregates)
+    if grid.rows:
+        document.text(
+            "Differences of mean scores with 95 % intervals. *higher* and *lower* are those whose "
+            "interval leaves 0 out; all others are *open*: nothing is shown. The number says with "
+            "how many seeds of both algorithms the interval would leave 0 out in 80 % of all "
+            "cases, if difference and spread are as measured. It is a rough number where few seeds "
+            "measured them. The highest mean is that of the same runs, so differences to it look "
+            "larger than they are; and of 20 comparisons of equal algorithms one is not open, by "
+            "chance."
+        )
+    document.table(grid, "Differences of mean scores.")
+
+
 def _aggregates(document: Document, group: Sequence[Cell], aggregates: Aggregates) -> None:
     tasks, algorithms = aggregates.datasets, aggregates.estimates
     document.section("Over datasets")
@@ -207,21 +236,6 @@ def _aggregates(document: Document, group: Sequence[Cell], aggregates: Aggregate
         document.table(over_datasets.aggregate_grid(aggregates), "Aggregate scores.")
         caption = "Aggregate scores: point estimates (lines) and 95 % intervals (bars)."
         document.figure("aggregates", over_datasets.draw_aggregates(aggregates, group), caption)
-        document.table(
-            over_datasets.improvement_grid(aggregates),
-            "Probability of improvement: that a run of the column's algorithm scores higher than "
-            "a run of the row's on the same dataset, mean over datasets. The intervals (Newcombe's)"
-            " cover about 95 % where it is alike on all datasets, and more where it is not.",
-        )
-        caption = "Probability of improvement, with 95 % intervals."
-        document.figure("improvement", over_datasets.draw_improvement(aggregates, group), caption)
-        document.figure(
-            "profiles",
-            over_datasets.draw_profiles(aggregates, group),
-            "Performance profiles: share of the runs, over all datasets, that score higher than "
-            "the value on the x axis. Higher is better. They are drawn without intervals: runs of "
-            "several datasets are no sample of one.",
-        )
         few = f"not all of these algorithms have {MIN_SEEDS} seeds there"
         tasks_left_out = map(scores.dataset_label, aggregates.datasets_left_out)
         left_out += [f"{task}: {few}" for task in tasks_left_out]
@@ -277,6 +291,28 @@ def _sweep(document: Document, group: Sequence[Cell]) -> None:
         "in blue, 95 % intervals, and the same algorithm with all weights 1 (at the learning rate "
         "published for it) as the dashed line.",
     )
+
+
+def _tuning(document: Document, group: Sequence[Cell]) -> None:
+    settings = tuning.find_settings(group)
+    document.section("Cost of choosing a setting")
+    grid = tuning.tuning_grid(settings)
+    if not grid.rows:
+        return
+    document.text(
+        "Where an algorithm has several settings, one must be chosen, by episodes in the "
+        "environment. A bandit (UCB1) plays them with the policies of one seed of each setting. "
+        "The score is that of the policy whose mean is highest so far, expected over 1,000 trials "
+        "with recorded episodes (<https://arxiv.org/abs/2504.11453>). It has no interval."
+    )
+    document.table(grid, "Expected score of the chosen policy, by online episodes.")
+    caption = "Expected score of the chosen policy over the online episodes spent on choosing."
+    document.figure("tuning", tuning.draw_tuning(settings), caption)
+    single = {algo for (_, algo), cells in settings.items() if len(cells) == 1}
+    single -= {algo for (_, algo), cells in settings.items() if len(cells) > 1}
+    if single:
+        names = ", ".join(map(scores.algorithm_label, sorted(single, key=scores.algorithm_rank)))
+        document.text(f"One setting each, which costs no episode: {escaped(names)}.")
 
 
 def _cost(document: Document, group: Sequence[Cell]) -> None:

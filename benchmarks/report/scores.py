@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,11 @@ ALGORITHMS = {
 # Entry of a control run that is its score where the dataset has no reference scores.
 RETURN = "return_mean"
 UNDER_TRAINED = "fewer than half of the published updates"
+# Metrics of a learning curve, and the equal parts of the updates over which they are averaged.
+_CURVES = {"score": SCORE, "Q": "pred_value"}
+_PARTS = 10
+_THIRD = 4  # the last part less this one from the end spans the last third
+_LEAST_CHANGE = 0.01  # of the value
 _VERSION = re.compile(r"-v\d+$")
 _SHARE = re.compile(r"bc-(\d+(?:\.\d+)?)")
 
@@ -149,6 +155,32 @@ class Cell:
         return any(2 * run.result["steps"] < run.published_steps for run in self.runs)
 
     @property
+    def moving(self) -> dict[str, tuple[float, float]]:
+        """Intervals of the changes of score and Q of a critic that has not levelled off.
+
+        The change is that over the last third of the updates, and its 95 % interval over seeds
+        leaves 0 out. Changes of less than 1 % do not count. Without a critic, and with fewer than
+        three seeds, there is none.
+        """
+        curves = [curve_of(run) for run in self.runs]
+        found = {}
+        for name in _CURVES if all("Q" in curve for curve in curves) else ():
+            ends = [[c.get(name, [None] * _PARTS)[i] for i in (-_THIRD, -1)] for c in curves]
+            if any(None in pair for pair in ends):
+                continue
+            before, after = np.array(ends, np.float64).T
+            low, high = map(float, t_interval(after - before))
+            large = abs(after.mean() - before.mean()) > _LEAST_CHANGE * abs(after.mean())
+            if len(ends) >= MIN_SEEDS and large and not low <= 0 <= high:
+                found[name] = low, high
+        return found
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether all runs start from a reference policy."""
+        return all(run.result.get("reference_cpu_seconds", 0) > 0 for run in self.runs)
+
+    @property
     def success_rates(self) -> NDArray[np.float64]:
         """Share of successful episodes of each seed that recorded it ``[at most seeds]``."""
         rates = [run.result.get("success_rate") for run in self.runs]
@@ -168,6 +200,25 @@ class Cell:
         """What only some seeds recorded, and versions in which they differ; empty as a rule."""
         settings = [_flat({"versions": run.versions}) | _settings(run) for run in self.runs]
         return [f"{key} ({', '.join(texts)})" for key, texts in _varying(settings).items()]
+
+
+def curve_of(run: RecordedRun) -> dict[str, list[float | None]]:
+    """Score and Q of a run over ten equal parts of its updates, each where it was logged.
+
+    A part has the mean of its rows, None without any.
+    """
+    recorded: dict[str, list[float | None]] | None = run.result.get("curve")
+    if recorded is not None:
+        return recorded
+    curve: dict[str, list[float | None]] = {}
+    for name, key in _CURVES.items():
+        rows: list[list[float]] = [[] for _ in range(_PARTS)]
+        for row in run.metrics:
+            if key in row and 0 < row["step"] <= run.result["steps"]:
+                rows[math.ceil(_PARTS * row["step"] / run.result["steps"]) - 1].append(row[key])
+        if any(rows):
+            curve[name] = [float(f"{np.mean(part):.5g}") if part else None for part in rows]
+    return curve
 
 
 def cells(runs: Sequence[RecordedRun], score_key: str = SCORE) -> list[Cell]:

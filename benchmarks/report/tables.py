@@ -24,6 +24,7 @@ FEW_SEEDS = (
 )
 _UNDER_TRAINED = f"Under-trained: {scores.UNDER_TRAINED}; never the best, and in no comparison."
 _TIE = "The highest, but a tie: Welch's test (5 %) does not tell it from the next one."
+_MOVING = "Not levelled off: score or Q still changes over the last third of the updates."
 _RETURN = "Mean return: the dataset has no D4RL reference scores."
 EQUAL_SEEDS = "All seeds have the same value: no interval follows from it."
 SUCCESS_INTERVAL = "interval of success"
@@ -128,6 +129,7 @@ def matrix_grid(group: Sequence[Cell]) -> Grid:
         for task in tasks:
             cell = by_name.get((task, name))
             notes = [_UNDER_TRAINED] if cell and cell.under_trained else []
+            notes += [_MOVING] if cell and cell.moving else []
             if cell and cell.score_key == scores.RETURN:
                 notes.append(_RETURN)
             if (task, name) in highest:
@@ -156,6 +158,10 @@ def _measured(grid: Grid, cell: Cell, cut_off: int) -> list[str]:
     count = len(cell.runs)
     equal = count >= MIN_SEEDS and cell.interval is None
     notes = _shortened(cell)
+    notes += [
+        f"Not levelled off: {name} changes by {interval_text(ends)} over the last third."
+        for name, ends in cell.moving.items()
+    ]
     if cell.score_key == scores.RETURN:
         notes.append(_RETURN)
     notes += [f"Seeds differ in {difference}." for difference in cell.differences()]

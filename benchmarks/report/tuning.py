@@ -1,0 +1,125 @@
+"""What choosing a setting costs: the score of the chosen one against online episodes.
+
+Jackson et al. 2025, A Clean Slate for Offline Reinforcement Learning,
+https://arxiv.org/abs/2504.11453.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.report import figures
+from benchmarks.report.document import Grid
+from benchmarks.report.figures import Panels
+from benchmarks.report.scores import (
+    Cell,
+    algorithm_label,
+    base,
+    dataset_label,
+    datasets,
+)
+from benchmarks.results import SCORE, RecordedRun
+from benchmarks.statistics import Scores
+
+EPISODES = 200
+_TRIALS = 1_000
+_SHOWN = (0, 10, 50, 200)  # episodes in the table
+# A run's episodes are recorded as the means of so many groups of like scores.
+_GROUPS = 20
+_UNIT = 100.0  # the score of an expert, as which the bandit takes a reward of 1
+# Settings of an algorithm on a dataset, by the names of both.
+Settings = Mapping[tuple[str, str], Sequence[Cell]]
+
+
+def episode_groups(run: RecordedRun) -> list[float]:
+    """Scores of a run's episodes in order, averaged into at most twenty groups of equal size."""
+    recorded: list[float] | None = run.result.get("episode_groups")
+    if recorded is not None:
+        return recorded
+    episodes = np.sort(np.array(run.result.get("episode_scores") or [], np.float64))
+    groups = np.array_split(episodes, min(_GROUPS, len(episodes)) or 1)
+    return [round(float(group.mean()), 2) for group in groups if group.size]
+
+
+def find_settings(group: Sequence[Cell]) -> Settings:
+    """The settings of each algorithm on each dataset, of those whose episodes are recorded.
+
+    Under-trained cells and runs of another library are left out.
+    """
+    found: dict[tuple[str, str], list[Cell]] = {}
+    for cell in group:
+        usable = cell.score_key == SCORE and not cell.under_trained
+        if usable and all(episode_groups(r) and "peer" not in r.result for r in cell.runs):
+            found.setdefault((cell.dataset, base(cell.algo)), []).append(cell)
+    return found
+
+
+def tune(cells: Sequence[Cell]) -> tuple[Scores, float]:
+    """Expected score of the setting that a bandit chooses, by the number of online episodes.
+
+    In a trial each setting has one trained policy, that of a seed drawn at random. UCB1 chooses
+    whose episode is played next; its score is drawn from the recorded ones of that policy. After
+    each episode the policy of the highest mean so far would be deployed, and its score is the mean
+    of all its recorded episodes. Without any episode one is chosen at random.
+
+    The reading of the paper's protocol: its policies are of hyperparameters drawn from a range;
+    here they are of the settings that were run.
+
+    Returns:
+        The score after 0 ... ``EPISODES`` episodes, mean over 1,000 trials; and the mean score of
+        the best policy of each trial, which no tuning can exceed.
+    """
+    generator = np.random.default_rng(0)
+    arms = np.zeros((_TRIALS, len(cells), _GROUPS))
+    for k, cell in enumerate(cells):
+        # Fewer episodes are repeated.
+        runs = [np.resize(episode_groups(run), _GROUPS) for run in cell.runs]
+        arms[:, k] = np.stack(runs)[generator.integers(len(runs), size=_TRIALS)]
+    means, trial = arms.mean(axis=2), np.arange(_TRIALS)
+    totals, counts = np.zeros_like(means), np.zeros_like(means)
+    expected = [float(means.mean())]
+    for played in range(1, EPISODES + 1):
+        seen = np.divide(totals, counts, out=np.full_like(means, np.inf), where=counts > 0)
+        bonus = np.sqrt(2 * np.log(played) / np.maximum(counts, 1)) * _UNIT
+        # Each setting is played once, in random order.
+        first = generator.random(means.shape)
+        upper = np.where(counts > 0, seen + bonus, 1e9 * (1 + first))
+        arm = upper.argmax(axis=1)
+        totals[trial, arm] += arms[trial, arm, generator.integers(_GROUPS, size=_TRIALS)]
+        counts[trial, arm] += 1
+        seen = np.divide(totals, counts, out=np.full_like(means, -np.inf), where=counts > 0)
+        expected.append(float(means[trial, seen.argmax(axis=1)].mean()))
+    return np.array(expected), float(means.max(axis=1).mean())
+
+
+def tuning_grid(settings: Settings) -> Grid:
+    """Table of the expected score after some numbers of episodes."""
+    columns = [f"{n} episodes" for n in _SHOWN]
+    grid = Grid(["dataset", "algorithm", "settings", *columns, "best policy"])
+    for (dataset, algo), cells in settings.items():
+        if len(cells) > 1:
+            scores, best = tune(cells)
+            row = [dataset_label(dataset), algorithm_label(algo), str(len(cells))]
+            grid.rows.append([*row, *(f"{score:.1f}" for score in (*scores[[*_SHOWN]], best))])
+    return grid
+
+
+def draw_tuning(settings: Settings) -> Panels:
+    """Draw the expected score over the number of episodes, one panel for each dataset."""
+    panels = {}
+    several = {names: cells for names, cells in settings.items() if len(cells) > 1}
+    for dataset in datasets(cells[0] for cells in several.values()):
+        curves: dict[str, NDArray] = {
+            algo: tune(cells)[0] for (name, algo), cells in several.items() if name == dataset
+        }
+        colour = {algo: figures.COLOURS.get(algo, figures.OTHER) for algo in curves}
+        ax = figures.make_panel(dataset_label(dataset), 2.5, colour)
+        for algo, scores in curves.items():
+            ax.plot(np.arange(1, EPISODES + 1), scores[1:], color=colour[algo], lw=1.4)
+        ax.set(xlabel="online episodes spent on choosing", ylabel=figures.UNIT[SCORE])
+        figures.scale_log(ax, "x")
+        panels[dataset] = ax
+    return figures.finish(panels)
