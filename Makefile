@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # One thread per process: parallel runs do not compete, and numbers do not depend on the load.
 export OMP_NUM_THREADS = 1
 
-.PHONY: demo test lint docs results-page mutants peer smollm2
+.PHONY: demo data test lint docs results-page mutants peer smollm2
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,10 @@ $(VENV)/demo: pyproject.toml constraints.txt
 # Show where importance weights help, and why: a bandit, arithmetic, control; ends in runs/demo/index.html.
 demo: $(VENV)/demo
 	$(BIN)/python -m benchmarks.demo
+
+# Build the data sets of the results, ARGS="NAME ..." for some; see docs/data.md. Continues where it was cut off.
+data: $(VENV)/demo
+	$(BIN)/python -m benchmarks.collect sets $(ARGS)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile

@@ -4,10 +4,12 @@ Examples:
     python -m benchmarks.collect --policy runs/my-run --episodes 100 --out mine.hdf5
     python -m benchmarks.collect --policy runs/my-run random --episodes 50 200 --out mixed.hdf5
     python -m benchmarks.collect --online sac --env Hopper-v4 --out minari:mine/hopper/replay-v0
+    python -m benchmarks.collect sets hopper-medium-expert
 """
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from benchmarks import stopping
@@ -31,10 +33,28 @@ def main(options: Options) -> None:
         run_job(options)
 
 
+def build_sets() -> None:
+    """Build the sets that the command line names."""
+    from benchmarks.collect import sets
+    from benchmarks.options import check_known, parse, told
+
+    description = f"{sets.__doc__}{', '.join(sets.SETS)}"
+    options = parse(sets.Options, "collect sets", description, sys.argv[2:])
+    with told():
+        for name in options.names:
+            check_known("set", name, list(sets.SETS))
+    from benchmarks.runs import ends_in_one_line
+
+    with ends_in_one_line():
+        sets.build(options)
+
+
 def run() -> None:
     """Read the command line and run the job."""
     stopping.watch()
     with stopping.command("tyro", "gymnasium", "mujoco"):
+        if sys.argv[1:2] == ["sets"]:
+            return build_sets()
         from benchmarks.collect.options import Options
         from benchmarks.options import parse
 

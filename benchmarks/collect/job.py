@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import importlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tensordict.nn import TensorDictModuleBase
 
-from benchmarks.collect import sac
+from benchmarks.collect import policy_file, sac
 from benchmarks.collect.options import RANDOM, Options, env_arguments
 from benchmarks.collect.output import Fields, Output, Parts
 from benchmarks.collect.rollout import Behaviour, Simulator, collect_rollouts
@@ -22,6 +23,8 @@ from iwsft.acting import check_keys
 from iwsft.datasets.write import Provenance
 from iwsft.environments import modules_to_import
 from iwsft.progress import Progress
+
+QUANTILES = (0, 25, 50, 75, 90, 95, 98, 100)
 
 
 def run_job(options: Options) -> None:
@@ -35,7 +38,7 @@ def run_job(options: Options) -> None:
     if options.resume and not claimable(output, options):
         print(f"{output.name} is finished; nothing to do")
         return
-    behaviours = [load_behaviour(name) for name in options.policy]
+    behaviours = [load_behaviour(name, stochastic=options.stochastic) for name in options.policy]
     simulator = Simulator.of(*environment(options, behaviours))
     for behaviour in behaviours:
         behaviour.check_sizes(simulator)
@@ -55,7 +58,7 @@ def run_job(options: Options) -> None:
         fields = parts.fields()
         output.write(fields, replace(provenance, sources=sources))
         shutil.rmtree(output.partial)
-    print(f"{summary(fields)}{cost}\nwritten to {output.path}; load it as {output.name}")
+    print(f"{summary(fields, sources)}{cost}\nwritten to {output.path}; load it as {output.name}")
 
 
 def _settings(
@@ -74,7 +77,7 @@ def _settings(
     return settings | {
         "policies": [[b.name, b.fingerprint] for b in behaviours],
         "amounts": [{"episodes": None, "steps": None, unit: n} for n in options.amounts],
-        "noise": options.noise,
+        "noise": list(options.noises),
         "stochastic": options.stochastic,
     }
 
@@ -99,7 +102,7 @@ def claimable(output: Output, options: Options) -> bool:
     return True
 
 
-def load_behaviour(name: str) -> Behaviour:
+def load_behaviour(name: str, *, stochastic: bool) -> Behaviour:
     """Load a policy of ``--policy`` on the CPU."""
     if name == RANDOM:
         return Behaviour(name, None)
@@ -112,10 +115,13 @@ def load_behaviour(name: str) -> Behaviour:
         # Modules that the environment names are asked about where it is chosen.
         trained = load_policy(folder, trust_env_module=True)
         behaviour = Behaviour(name, trained.module, trained.env_id, dict(trained.env_kwargs))
+    elif folder.suffix == policy_file.SUFFIX:
+        # The name alone, so that the data do not depend on where the file is.
+        behaviour = Behaviour(folder.name, policy_file.load(folder, stochastic=stochastic))
     elif ":" in name:
         behaviour = Behaviour(name, called(name))
     else:
-        ways = f"the folder of a finished run, MODULE:CALLABLE, or {RANDOM!r}"
+        ways = f"the folder of a finished run, FILE.npz, MODULE:CALLABLE, or {RANDOM!r}"
         raise ValueError(f"--policy {name}: no folder of that name; give {ways}")
     assert behaviour.policy is not None
     check_keys(behaviour.policy.cpu(), name=f"--policy {name}")
@@ -159,16 +165,22 @@ def environment(options: Options, behaviours: Sequence[Behaviour]) -> tuple[str,
     return env_id, kwargs | env_arguments(options)
 
 
-def summary(fields: Fields) -> str:
-    """Return the number of episodes and steps, the spread of returns, and the rate of success."""
+def summary(fields: Fields, sources: Sequence[Mapping[str, Any]]) -> str:
+    """Return the profile of returns of each source and of all, and the rate of success."""
     ends = np.flatnonzero(fields["terminals"] | fields["timeouts"])
     starts = np.concatenate(([0], ends[:-1] + 1))
     returns = np.add.reduceat(fields["rewards"].astype(np.float64), starts)
-    low, middle, high = np.percentile(returns, (0, 50, 100))
-    text = (
-        f"{len(ends)} episodes, {len(fields['rewards'])} steps; returns {low:.1f} to {high:.1f}, "
-        f"median {middle:.1f}"
-    )
+    last = np.cumsum([source["episodes"] for source in sources])[:-1]
+    parts = zip(sources, np.split(returns, last), strict=True) if len(sources) > 1 else ()
+    lines = [f"{source['policy']}: {_profile(part)}" for source, part in parts]
+    text = f"{len(ends)} episodes, {len(fields['rewards'])} steps; {_profile(returns)}"
     if "success" in fields:
         text += f"; success {np.mean(np.logical_or.reduceat(fields['success'], starts)):.0%}"
-    return text
+    return "\n".join([*lines, text])
+
+
+def _profile(returns: NDArray[np.float64]) -> str:
+    percents = "/".join(map(str, QUANTILES))
+    quantiles = ", ".join(f"{value:.1f}" for value in np.percentile(returns, QUANTILES))
+    spread = f"mean {returns.mean():.1f}, deviation {returns.std():.1f}"
+    return f"returns: {spread}, quantiles {percents} %: {quantiles}"

@@ -6,11 +6,12 @@ import ast
 import math
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from benchmarks.options import check_at_least, option
 
 RANDOM = "random"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +21,9 @@ class Options:
     out: str
     """FILE.hdf5 in D4RL's layout, or minari:NAMESPACE/NAME-v0 in Minari's local store."""
     policy: Annotated[tuple[str, ...], option("POLICY [POLICY ...]", "none, with --online")] = ()
-    """Policies to roll out. Each is the folder of a finished run, MODULE:CALLABLE (called without
-    arguments, it returns a TensorDictModule from "observation" to "action"), or "random" (uniform
-    actions)."""
+    """Policies to roll out. Each is the folder of a finished run, FILE.npz (plain arrays, see
+    benchmarks/collect/policies), MODULE:CALLABLE (called without arguments, it returns a
+    TensorDictModule from "observation" to "action"), or "random" (uniform actions)."""
     online: Annotated[Literal["sac"] | None, option("sac", "none, with --policy")] = None
     """Learner that is trained from scratch in place of --policy; its replay is the dataset. Its
     learning curve and its policy, which --policy takes, are written to OUT's name with .sac."""
@@ -35,8 +36,9 @@ class Options:
     ] = ()
     """Least number of steps of each policy, in whole episodes, instead of --episodes; for SAC the
     steps of the run."""
-    noise: float = 0.0
-    """Standard deviation of Gaussian noise on the policies' actions, in their unit."""
+    noise: Annotated[tuple[float, ...], option("FLOAT [FLOAT ...]")] = (0.0,)
+    """Standard deviation of Gaussian noise on the policies' actions, in their unit: one number for
+    all policies, or one for each."""
     stochastic: bool = False
     """Draw actions from the policies; by default they act deterministically."""
     seed: int = 0
@@ -58,8 +60,16 @@ class Options:
     @property
     def amounts(self) -> tuple[int, ...]:
         """Episodes of each policy, or with ``--steps`` its least number of steps."""
-        amounts = self.episodes or self.steps
-        return amounts * len(self.policy) if len(amounts) == 1 else amounts
+        return self._for_each(self.episodes or self.steps)
+
+    @property
+    def noises(self) -> tuple[float, ...]:
+        """Standard deviation of the noise of each policy; uniform actions get none."""
+        pairs = zip(self.policy, self._for_each(self.noise), strict=True)
+        return tuple(0.0 if name == RANDOM else noise for name, noise in pairs)
+
+    def _for_each(self, values: tuple[T, ...]) -> tuple[T, ...]:
+        return values * len(self.policy) if len(values) == 1 else values
 
 
 def check_options(options: Options) -> None:
@@ -71,22 +81,23 @@ def check_options(options: Options) -> None:
     check_at_least(1, part_steps=options.part_steps, max_episode_steps=options.max_episode_steps)
     least = {name: min(getattr(options, name), default=1) for name in ("episodes", "steps")}
     check_at_least(1, **least)
-    if not 0 <= options.noise < math.inf:
-        raise ValueError(f"--noise {options.noise} must not be negative, nor infinite")
+    for noise in options.noise:
+        if not 0 <= noise < math.inf:
+            raise ValueError(f"--noise {noise} must not be negative, nor infinite")
     if options.online is None:
         if bool(options.episodes) == bool(options.steps):
             raise ValueError("give either --episodes or --steps: how much of each policy")
-        amounts = options.episodes or options.steps
-        if len(amounts) not in (1, len(options.policy)):
-            many = f"{list(amounts)} for {len(options.policy)} policies"
-            raise ValueError(f"{many}: one number for all or one for each")
-        if options.noise and set(options.policy) == {RANDOM}:
+        for values in (options.episodes or options.steps, options.noise):
+            if len(values) not in (1, len(options.policy)):
+                many = f"{list(values)} for {len(options.policy)} policies"
+                raise ValueError(f"{many}: one number for all or one for each")
+        if any(options.noise) and set(options.policy) == {RANDOM}:
             raise ValueError("--noise is for a policy's actions; those of 'random' are uniform")
         return
     check_at_least(1, random_steps=options.random_steps)
     if options.episodes or len(options.steps) > 1:
         raise ValueError("--online sac runs for one number of --steps, not for --episodes")
-    if options.noise or options.stochastic:
+    if any(options.noise) or options.stochastic:
         raise ValueError("--noise and --stochastic are for --policy; SAC always draws its actions")
     if options.env is None:
         raise ValueError("--online sac needs --env")

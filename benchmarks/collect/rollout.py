@@ -216,7 +216,7 @@ def collect_rollouts(
                 seeds = episode_seeds(options.seed, first + size)[first:]
                 policy = behaviour.policy
                 with nullcontext() if policy is None else acting(policy, mode):
-                    group = roll_out(behaviour, envs[:size], seeds, noise=options.noise)
+                    group = roll_out(behaviour, envs[:size], seeds, noise=options.noises[i])
                 unwritten += group
                 episodes[i] += size
                 steps[i] += sum(len(episode["rewards"]) for episode in group)
@@ -233,11 +233,11 @@ def collect_rollouts(
     return [
         {
             "policy": behaviour.name,
-            "noise": options.noise if behaviour.policy is not None else 0.0,
+            "noise": noise,
             "stochastic": options.stochastic or behaviour.policy is None,
             "episodes": count,
         }
-        for behaviour, count in zip(behaviours, episodes, strict=True)
+        for behaviour, noise, count in zip(behaviours, options.noises, episodes, strict=True)
     ]
 
 

@@ -1,8 +1,9 @@
-"""Offline datasets: bundled ones, D4RL by name or file, Minari.
+"""Offline datasets: bundled ones, those of the results, D4RL by name or file, Minari.
 
     from iwsft import datasets
 
     data = datasets.load("hopper-replay-mini")            # bundled, no network; or "door-human"
+    data = datasets.load("hopper-medium-expert")          # built by `iwsft collect sets`
     data = datasets.load("hopper-medium-replay-v2")       # D4RL: downloaded, checked and cached
     data = datasets.load("runs/mine.hdf5")                # a file in D4RL's layout
     data = datasets.load("mujoco/hopper/medium-v0")       # Minari (or "minari:NAME-v0")
@@ -27,16 +28,27 @@ from iwsft.datasets.dataset import WHOLE, OfflineDataset
 
 __all__ = [
     "BUNDLED",
+    "COLLECTED",
     "DEFAULT",
     "OfflineDataset",
     "available",
     "cache_folder",
+    "collected_file",
     "load",
     "reference_scores",
 ]
 
 DEFAULT = "hopper-replay-mini"
 BUNDLED = (DEFAULT, "door-human")
+# Those of the results; ``python -m benchmarks.collect sets`` builds them.
+COLLECTED = (
+    "hopper-replay",
+    "halfcheetah-replay",
+    "walker2d-replay",
+    "hopper-medium-expert",
+    "halfcheetah-medium-expert",
+    "walker2d-medium-expert",
+)
 
 _HDF5_SUFFIXES = (".hdf5", ".h5")
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -44,8 +56,13 @@ _MINARI_PREFIX = "minari:"
 
 
 def available() -> list[str]:
-    """Return the names of the bundled datasets, then those of D4RL."""
-    return [*BUNDLED, *CATALOG]
+    """Return the names of the bundled datasets, of those of the results, then those of D4RL."""
+    return [*BUNDLED, *COLLECTED, *CATALOG]
+
+
+def collected_file(name: str, cache_dir: str | Path | None = None) -> Path:
+    """Return the file of one of ``COLLECTED`` in the cache folder, where it may not exist yet."""
+    return cache_folder(cache_dir) / "collected" / f"{name}.hdf5"
 
 
 def load(
@@ -59,7 +76,7 @@ def load(
     """Load an offline dataset as packed trajectories.
 
     Args:
-        name_or_path: Name of a bundled dataset or of D4RL, a Minari id such as
+        name_or_path: Name of a bundled dataset, of the results or of D4RL, a Minari id such as
             ``mujoco/hopper/medium-v0`` (with the prefix ``minari:`` where the id has no slash), or
             a file in D4RL's HDF5 layout.
         cache_dir: Folder of downloads, see :func:`cache_folder`. Minari has its own store.
@@ -75,7 +92,7 @@ def load(
     Raises:
         ValueError: The name is unknown, or the contents cannot be trained on; the message names
             the field and the row.
-        FileNotFoundError: The file does not exist.
+        FileNotFoundError: The file does not exist, or the set of the results is not built yet.
         ConnectionError: A download broke off; its part is kept.
         OSError: The disk is full, or a file cannot be opened.
     """
@@ -98,6 +115,13 @@ def _read(
         with resources.as_file(file) as path:
             source = f"iwsft.datasets/data/{name}.hdf5"
             return d4rl.read(path, name=name, source=source, data_weight=weight)
+    if name in COLLECTED:
+        path = collected_file(name, cache_dir)
+        if not path.is_file():
+            command = f"`python -m benchmarks.collect sets {name}` builds it"
+            raise FileNotFoundError(f"{name} is not at {path} yet; {command}")
+        source = f"collected/{path.name}"
+        return d4rl.read(path, name=name, source=source, data_weight=weight)
     if name in CATALOG:
         from iwsft.datasets import download  # network and progress code only where it is used
 

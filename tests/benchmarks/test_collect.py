@@ -193,8 +193,8 @@ def test_policies_with_a_memory_or_in_bfloat16_act_as_evaluated(tmp_path: Path, 
 def test_several_policies_and_minari(tmp_path: Path) -> None:
     """The same numbers in both layouts; sources are in the order of the episodes."""
     names = ("mine_of_tests:hopper", "random", "mine_of_tests:other")
-    collect(tmp_path / "a.hdf5", *names, episodes=(3, 2, 1), noise=0.2)
-    collect("minari:lab/hop/x-v0", *names, episodes=(3, 2, 1), noise=0.2)
+    collect(tmp_path / "a.hdf5", *names, episodes=(3, 2, 1), noise=(0.2,))
+    collect("minari:lab/hop/x-v0", *names, episodes=(3, 2, 1), noise=(0.2,))
     assert [(s["policy"], s["noise"], s["episodes"]) for s in sources(tmp_path / "a.hdf5")] == [
         ("mine_of_tests:hopper", 0.2, 3),
         ("random", 0.0, 2),
@@ -219,7 +219,7 @@ def test_noise_and_sampled_actions(tmp_path: Path) -> None:
     import mine_of_tests
 
     policy = mine_of_tests.hopper()
-    for name, kind in (("noise", {"noise": 0.1}), ("draws", {"stochastic": True})):
+    for name, kind in (("noise", {"noise": (0.1,)}), ("draws", {"stochastic": True})):
         collect(tmp_path / f"{name}.hdf5", "mine_of_tests:hopper", episodes=(40,), **kind)
         collect(tmp_path / f"{name}-few.hdf5", "mine_of_tests:hopper", episodes=(3,), **kind)
         data, few = fields(tmp_path / f"{name}.hdf5"), fields(tmp_path / f"{name}-few.hdf5")
@@ -279,7 +279,7 @@ def test_antmaze_and_kitchen(tmp_path: Path) -> None:
 
 def test_a_killed_collection_continues(tmp_path: Path) -> None:
     """A SIGKILL in the middle: --resume ends in the bytes of a collection without one."""
-    settings: dict[str, Any] = {"noise": 0.1, "stochastic": True, "seed": 2}
+    settings: dict[str, Any] = {"noise": (0.1,), "stochastic": True, "seed": 2}
     names, counts = ("mine_of_tests:hopper", "mine_of_tests:killed"), (40, 200)
     killed, whole = tmp_path / "killed.hdf5", tmp_path / "whole.hdf5"
     command = "--env Hopper-v4 --episodes 40 200 --noise 0.1 --stochastic --seed 2 --part-steps 500"
@@ -295,8 +295,10 @@ def test_a_killed_collection_continues(tmp_path: Path) -> None:
     assert len(list((tmp_path / "killed.hdf5.partial").glob("part-*.npz"))) >= 2
     with pytest.raises(SystemExit, match="holds the beginning of this dataset; pass --resume"):
         collect(killed, *names, episodes=counts, **settings)
-    with pytest.raises(SystemExit, match=r"with other settings: noise=0.1 \(now 0.3\)"):
-        collect(killed, *names, episodes=counts, resume=True, **{**settings, "noise": 0.3})
+    with pytest.raises(
+        SystemExit, match=r"with other settings: noise=\[0.1, 0.1\] \(now \[0.3, 0.3\]\)"
+    ):
+        collect(killed, *names, episodes=counts, resume=True, **{**settings, "noise": (0.3,)})
     collect(killed, *names, episodes=counts, resume=True, part_steps=900, **settings)
     collect(whole, *names, episodes=counts, **settings)
     assert killed.read_bytes() == whole.read_bytes()
@@ -344,9 +346,9 @@ H = "mine_of_tests:hopper"
         ((H,), {"steps": (9,)}, "give either --episodes or --steps"),
         ((H,), {"episodes": (1, 2)}, r"\[1, 2\] for 1 policies"),
         ((H,), {"episodes": (0,)}, "at least 1"),
-        ((H,), {"noise": -0.1}, "--noise -0.1 must not be negative"),
-        ((H,), {"noise": float("nan")}, "--noise nan"),
-        (("random",), {"noise": 0.1}, "those of 'random' are uniform"),
+        ((H,), {"noise": (-0.1,)}, "--noise -0.1 must not be negative"),
+        ((H,), {"noise": (float("nan"),)}, "--noise nan"),
+        (("random",), {"noise": (0.1,)}, "those of 'random' are uniform"),
         ((H,), {"seed": -1}, "--seed -1"),
         ((H,), {"part_steps": 0}, "--part-steps 0"),
         ((H,), {"max_episode_steps": 0}, "--max-episode-steps 0"),

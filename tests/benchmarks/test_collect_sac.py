@@ -272,7 +272,7 @@ def test_the_replay_is_uniform_over_its_steps() -> None:
         ({"steps": (0,)}, "--steps 0"),
         ({"random_steps": 0}, "--random-steps 0"),
         ({"steps": (300,)}, "the first 300 steps are random .--random-steps., so SAC would learn"),
-        ({"noise": 0.1}, "--noise and --stochastic are for --policy"),
+        ({"noise": (0.1,)}, "--noise and --stochastic are for --policy"),
         ({"env": "CartPole-v1"}, "only vectors"),
     ],
 )

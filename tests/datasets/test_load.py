@@ -193,7 +193,7 @@ def test_the_demonstrations_script(tmp_path: Path) -> None:
 def test_available_and_unknown_names() -> None:
     names = datasets.available()
     assert names[0] == datasets.DEFAULT
-    assert len(names) == len(set(names)) == 2 + 24 + 12 + 3 + 24
+    assert len(names) == len(set(names)) == 2 + 6 + 24 + 12 + 3 + 24
     with pytest.raises(ValueError, match="did you mean 'hopper-medium-replay-v2'") as caught:
         datasets.load("hoper-medium-replay-v2")
     for name in names:

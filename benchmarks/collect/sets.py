@@ -1,0 +1,95 @@
+"""Build the data sets of the results, and compare them with their checksums.
+
+Examples:
+    python -m benchmarks.collect sets
+    python -m benchmarks.collect sets hopper-medium-expert walker2d-medium-expert
+    python -m benchmarks.d4rl --dataset hopper-medium-expert
+
+What was cut off continues, and what is finished is only compared. Another version of a package, or
+another processor, may give other bytes: a warning tells. These are the sets:
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from benchmarks.collect import options
+from benchmarks.options import check_known, option
+
+_FOLDER = Path(__file__).parent
+_RECORD: dict[str, Any] = tomllib.loads((_FOLDER / "sets.toml").read_text())
+SETS: dict[str, dict[str, Any]] = _RECORD["sets"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to build."""
+
+    names: Annotated[tyro.conf.Positional[tuple[str, ...]], option("NAME", "all")] = ()
+    """Sets to build."""
+    out: Annotated[Path | None, option("DIR", "~/.cache/iwsft/collected")] = None
+    """Folder of the files. Of the default one, --dataset and datasets.load take the names."""
+    resume: bool = True
+    """Continue sets that were cut off, and keep finished ones."""
+
+
+def recipe(name: str, out: Path | None, resume: bool = True) -> options.Options:
+    """Return the command line that collects a set."""
+    from iwsft.datasets import collected_file
+
+    path = collected_file(name) if out is None else out.expanduser() / f"{name}.hdf5"
+    given: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in SETS[name]["options"].items()
+    }
+    given["policy"] = tuple(str(_FOLDER / "policies" / file) for file in given.get("policy", ()))
+    return options.Options(out=str(path), resume=resume, **given)
+
+
+def build(given: Options) -> None:
+    """Build sets one after the other.
+
+    Raises:
+        ValueError: A name is unknown, or a set differs from the recorded one though all versions
+            are the same; the others are built before.
+    """
+    from benchmarks.collect.job import run_job
+
+    for name in given.names:
+        check_known("set", name, list(SETS))
+    problems = []
+    for name in given.names or SETS:
+        options = recipe(name, given.out, given.resume)
+        run_job(options)
+        problems += compare(name, Path(options.out))
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def compare(name: str, path: Path) -> list[str]:
+    """Print how a file compares with the recorded set; return what should not be."""
+    import h5py
+
+    from benchmarks.runs import hardware, tell, versions
+    from iwsft.checkpoint import differences
+
+    with path.open("rb") as content:
+        sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+    if sha256 == SETS[name]["sha256"]:
+        print(f"{name} has the recorded bytes")
+        return []
+    with h5py.File(path) as file:
+        made = json.loads(file.attrs.get("versions", "{}"))
+    made |= versions(["h5py"]) | {"processor": hardware("cpu")["name"]}
+    differ = differences(_RECORD["made-with"], made)
+    if not differ:
+        return [f"{path} has SHA-256 {sha256}, not the recorded one, though versions are the same"]
+    tell(f"warning: {name} differs from the recorded set; it was made with {differ}")
+    return []
