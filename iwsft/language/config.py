@@ -143,29 +143,34 @@ _REFUSED = {
 }
 
 
-def check_engine(
-    trainer: Trainer, args: ImportanceWeightedConfig, weights: ImportanceWeights
-) -> None:
+def check_engine(trainer: Trainer, weights: ImportanceWeights, *, whole: bool) -> None:
     """Refuse ways of running that would change the result.
+
+    Args:
+        trainer: Trainer with its engine.
+        weights: Transforms of the weights.
+        whole: Whether the weights of an update are computed together, or do not depend on q.
 
     Raises:
         ValueError: One process has several GPUs, trajectories are cut into parts, or transforms
             compare the weights of a batch that no process holds as a whole.
     """
-    if args.n_gpu > 1:
+    if trainer.args.n_gpu > 1:
         raise ValueError(
-            f"one process sees {args.n_gpu} GPUs: start one process per GPU (accelerate launch)"
+            f"one process sees {trainer.args.n_gpu} GPUs: start one process per GPU (accelerate "
+            "launch)"
         )
     cut = (trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size())
     if any(size > 1 for size in cut):
         raise ValueError(
             "tensor, context and sequence parallelism are not supported: use ZeRO-3 or FSDP2"
         )
-    parts = args.gradient_accumulation_steps * trainer.accelerator.num_processes
-    if args.proposal == "current" and weights.compares and parts > 1:
+    parts = trainer.args.gradient_accumulation_steps * trainer.accelerator.num_processes
+    if not whole and weights.compares and parts > 1:
         raise ValueError(
             f"{weights} compares the weights of an update, which is divided here into {parts} "
-            "micro-batches; use proposal='cached' with sync_every=1"
+            "micro-batches; use one, or ImportanceWeightedTrainer with proposal='cached' and "
+            "sync_every=1"
         )
 
 

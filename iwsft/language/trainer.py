@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 from iwsft.datasets.text.rows import read
 from iwsft.datasets.text.tokens import CORRECT, correct_only, tokenize
 from iwsft.extras import named
-from iwsft.fingerprint import fingerprint
 from iwsft.forward_pass import ForwardPass
 from iwsft.language.batches import PLACE, TrajectoryDataset, collate
 from iwsft.language.config import (
@@ -30,7 +29,7 @@ from iwsft.language.config import (
 )
 from iwsft.language.loss import negative_log_likelihood, token_loss
 from iwsft.language.plan import PlannedLoader, plan_updates
-from iwsft.language.weighted import REFERENCE, WeightedTrainer
+from iwsft.language.weighted import REFERENCE, WeightedTrainer, fingerprint_of_tokens
 from iwsft.objective import ImportanceWeightedMLE
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.proposals import EMA, write_weights
@@ -40,7 +39,6 @@ from iwsft.trajectory import (
     IMPORTANCE_WEIGHT,
     REF_LOG_PROB,
     TOKENS,
-    TRAJ_IDS,
     Segments,
     check_tensordict,
 )
@@ -148,7 +146,7 @@ class ImportanceWeightedTrainer(WeightedTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        check_engine(self, args, self._loss.importance_weights)
+        check_engine(self, self._loss.importance_weights, whole=args.proposal != "current")
         warn_of_half_precision(self, model)
         self._plan = plan_updates(
             self._dataset.sizes,
@@ -157,9 +155,7 @@ class ImportanceWeightedTrainer(WeightedTrainer):
             process=self.accelerator.process_index,
         )
         self._parameters = sum(p.numel() for p in model.parameters())
-        self._fingerprint = fingerprint(
-            {str(key): trajectories.get(key) for key in (TOKENS, ASSISTANT_MASK, TRAJ_IDS)}
-        )
+        self._fingerprint = fingerprint_of_tokens(trajectories)
 
     def _readable(self, trajectories: TensorDictBase) -> TrajectoryDataset:
         """Trajectories that the model can read, in which each token carries its position."""

@@ -21,12 +21,11 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from iwsft.extras import named
-from iwsft.fingerprint import fingerprint
 from iwsft.forward_pass import ForwardPass
 from iwsft.language.batches import collate
-from iwsft.language.config import OPTIMIZER_SETTINGS, check_q
+from iwsft.language.config import OPTIMIZER_SETTINGS, check_engine, check_q
 from iwsft.language.loss import token_loss
-from iwsft.language.weighted import REFERENCE, WeightedTrainer
+from iwsft.language.weighted import REFERENCE, WeightedTrainer, fingerprint_of_tokens
 from iwsft.objective import Proposal, Terms
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.policies.log_prob import evaluating, noise_watch
@@ -64,15 +63,13 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
     Args:
         model: As for SFTTrainer.
         args: As for SFTTrainer.
-        proposal: What q is, see :class:`~iwsft.language.ImportanceWeightedConfig`. With
-            ``"cached"``, as with ``"lagged"``, q is a float32 copy of the trained parameters of
-            this process, and each batch runs forward once more.
+        proposal: What q is; it, the next three and ``importance_weights`` are as for
+            :class:`~iwsft.language.ImportanceWeightedTrainer`. With ``"cached"``, too, q is a
+            float32 copy of the trained parameters, and each batch runs forward once more.
         sync_every: Updates between hard syncs; with ``"cached"`` only.
         ema_decay: Decay of the moving average; with ``"lagged"`` only.
-        length_normalize: Whether to divide the log-probability of a trajectory by its trained
-            tokens.
-        importance_weights: Transforms from per-token log-ratios to weights; by default exp of the
-            mean log-ratio of a trajectory.
+        length_normalize: Whether log-probabilities are divided by the number of trained tokens.
+        importance_weights: Transforms from per-token log-ratios to weights.
         settings: Further arguments of SFTTrainer, by name.
 
     Raises:
@@ -84,7 +81,6 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
     args: Any
     model: Any
     train_dataset: Any
-    data_collator: Any
     _signature_columns: Any
 
     def __init__(
@@ -103,7 +99,11 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
         _check(args, settings)
         self._proposal, self._sync_every, self._ema_decay = proposal, sync_every, ema_decay
         super().__init__(model=model, args=args, **settings)
-        self._check_engine(importance_weights or ImportanceWeights())
+        if self._is_vision_dataset:
+            raise ValueError("rows with images are not tokens alone: leave them out")
+        configs: Any = getattr(self.model, "peft_config", {})
+        if any(config.is_prompt_learning for config in configs.values()):
+            raise ValueError("prompt learning adds tokens to a trajectory: use LoRA")
         self._policy = _FusedPolicy(self.model)
         # The weights are computed here, from the log-probs that TRL computes.
         self._loss = token_loss(
@@ -114,23 +114,9 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
             reduction="sum",
             hold_q=False,
         )
+        check_engine(self, self._loss.importance_weights, whole=proposal == "reference")
         self._read_dataset()
-        self.data_collator = _WithPlaces(self.data_collator)
-
-    def _check_engine(self, weights: ImportanceWeights) -> None:
-        if self._is_vision_dataset:
-            raise ValueError("rows with images are not tokens alone: leave them out")
-        configs: Any = getattr(self.model, "peft_config", {})
-        if any(config.is_prompt_learning for config in configs.values()):
-            raise ValueError("prompt learning adds tokens to a trajectory: use LoRA")
-        if self.accelerator.parallelism_config is not None:
-            raise ValueError("parallelism within a trajectory is not supported: use ZeRO-3")
-        parts = self.args.gradient_accumulation_steps * self.accelerator.num_processes
-        if self._proposal != "reference" and weights.compares and parts > 1:
-            raise ValueError(
-                f"{weights} compares the weights of an update, which is divided here into {parts} "
-                "micro-batches; use one, or iwsft.language.ImportanceWeightedTrainer"
-            )
+        self.data_collator: Any = _WithPlaces(self.data_collator)
 
     def _read_dataset(self) -> None:
         """Find the trajectories of the prepared dataset, and number its tokens."""
@@ -143,22 +129,17 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
         trained = torch.tensor([*chain.from_iterable(labels)]) != _IGNORED
         # Nothing predicts the first token of a trajectory.
         trained[tokens_of.cumsum(0) - tokens_of] = False
-        counts = trajectory[trained].bincount(minlength=len(tokens_of))
         if not bool(trained.any()):
             raise ValueError("there is no token to train on: all labels are -100")
         if self._proposal != "reference":
-            self._loss.importance_weights.check_overflow(int(counts.max()))
-        self._trajectory = trajectory
-        # Those of which nothing is trained, as truncation may leave them, have no log-probs.
-        self._known = (counts > 0)[trajectory]
-        tokens = torch.tensor([*chain.from_iterable(ids)])[self._known]
+            self._loss.importance_weights.check_overflow(int(trajectory[trained].bincount().max()))
+        tokens = torch.tensor([*chain.from_iterable(ids)])
         steps: dict[NestedKey, Tensor] = {
             TOKENS: tokens,
             ATTENTION_MASK: torch.ones_like(tokens, dtype=torch.bool),
-            ASSISTANT_MASK: trained[self._known],
+            ASSISTANT_MASK: trained,
         }
-        self._trajectories = from_steps(steps, trajectory[self._known])
-        self._reference = torch.zeros(len(trajectory))
+        self._trajectories = from_steps(steps, trajectory)
         self._longest = max(sizes)
         starts = torch.tensor([0, *sizes[:-1]]).cumsum(0).tolist()
         self.train_dataset = self.train_dataset.add_column(_PLACE, starts)
@@ -178,12 +159,7 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
             "importance_weights": repr(self._loss.importance_weights),
             "optimizer": {name: str(getattr(self.args, name)) for name in OPTIMIZER_SETTINGS},
             "processes": self.accelerator.num_processes,
-            "trajectories": fingerprint(
-                {
-                    str(key): self._trajectories.get(key)
-                    for key in (TOKENS, ASSISTANT_MASK, TRAJ_IDS)
-                }
-            ),
+            "trajectories": fingerprint_of_tokens(self._trajectories),
         }
 
     def _start(self) -> None:
@@ -202,7 +178,6 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
                 shared=True,
             )
             self._annotate(forward, Path(self.args.output_dir) / REFERENCE)
-            self._reference[self._known] = self._trajectories.get(REF_LOG_PROB).cpu()
         if self._proposal == "lagged":
             self._follow(EMA, decay=self._ema_decay)
         elif self._proposal == "cached":
@@ -215,7 +190,7 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
     ) -> tuple[list[Any], Any]:
         """Return the micro-batches of the next update, and the number of its trajectories."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        mine = sum(len(_segments(batch, self._trajectory)[1].unique()) for batch in batches)
+        mine = sum(len(self._segments(batch)[1].unique()) for batch in batches)
         self._measures.begin()
         draws = torch.tensor(float(mine), device=device)
         return batches, self.accelerator.reduce(draws, "sum")
@@ -240,7 +215,7 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
         finally:
             hook.remove()
         log_prob = outputs[0].log_probs
-        mask, ids = _segments({**inputs, _PLACE: places}, self._trajectory)
+        mask, ids = self._segments({**inputs, _PLACE: places})
         if not len(ids):
             return 0.0 * log_prob.sum()
         log_q = log_prob.detach()
@@ -248,6 +223,19 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
             log_q = self._log_prob_of_q(model, inputs)
         terms = self._terms(log_prob[mask].float(), log_q[mask].float(), ids, places[:, 1:][mask])
         return self._part_of_update(terms, num_items_in_batch, float("nan"))
+
+    def _segments(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """The trained tokens of a batch, bool ``[B, T - 1]``, and the number of each one's row.
+
+        A row that a batch contains twice is two.
+        """
+        places = batch[_PLACE][:, 1:]
+        mask = (batch["labels"][:, 1:] != _IGNORED) & (places >= 0)
+        chosen = places[mask]
+        of = self._trajectories.get(TRAJ_IDS)[chosen.cpu()].to(chosen.device)
+        start = torch.ones_like(chosen, dtype=torch.bool)
+        start[1:] = (of[1:] != of[:-1]) | (chosen[1:] <= chosen[:-1])
+        return mask, start.cumsum(0) - 1
 
     @torch.no_grad()
     def _log_prob_of_q(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -259,18 +247,17 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
 
     def _terms(self, log_prob: Tensor, log_q: Tensor, ids: Tensor, places: Tensor) -> Terms:
         """Terms of the trained tokens of a batch, which are back to back."""
-        steps: dict[NestedKey, Tensor] = {
-            TRAJ_IDS: ids,
-            REF_LOG_PROB: self._reference[places.cpu()].to(log_prob.device),
-        }
-        batch = TensorDict(steps, batch_size=ids.shape)
+        batch = TensorDict({}, batch_size=ids.shape).set(TRAJ_IDS, ids)
         segments = self._loss.segments(batch)
         share = self._loss.share(batch, segments)
         if self._proposal == "reference":
             zero = torch.zeros_like(log_prob)
             return Terms(segments, share, log_prob, zero, zero.bool(), None)
-        weights = self._loss.weigh(batch, log_q, segments=segments, share=share)
-        return Terms(segments, share, log_prob, *weights[:2], batch.get(REF_LOG_PROB))
+        reference = self._trajectories.get(REF_LOG_PROB)[places.cpu()].to(log_prob.device)
+        weights = self._loss.weigh(
+            batch, log_q, reference=reference, segments=segments, share=share
+        )
+        return Terms(segments, share, log_prob, *weights[:2], reference)
 
 
 class _FusedPolicy(CausalLMPolicy):
@@ -292,13 +279,14 @@ class _FusedPolicy(CausalLMPolicy):
 
 def _check(args: Any, settings: dict[str, Any]) -> None:
     """Refuse what changes the loss, or what it can't read, before anything is prepared."""
-    where = "iwsft weighs the log-likelihood of whole trajectories"
-    if getattr(args, "loss_type", "nll") != "nll":
-        raise ValueError(f"loss_type={args.loss_type!r} is another loss: {where}; leave it 'nll'")
-    if settings.get("compute_loss_func") is not None:
-        raise ValueError(f"compute_loss_func is another loss: {where}; leave it out")
-    if getattr(args, "label_smoothing_factor", 0):
-        raise ValueError(f"label_smoothing_factor is another loss: {where}; leave it 0")
+    for name, value, usual in (
+        ("loss_type", getattr(args, "loss_type", "nll"), "nll"),
+        ("compute_loss_func", settings.get("compute_loss_func"), None),
+        ("label_smoothing_factor", getattr(args, "label_smoothing_factor", 0), 0),
+    ):
+        if value != usual:
+            why = "iwsft weighs the log-likelihood of whole trajectories"
+            raise ValueError(f"{name}={value!r} is another loss: {why}; leave it {usual!r}")
     if getattr(args, "packing", False) and args.packing_strategy != "bfd":
         raise ValueError(
             f"packing_strategy={args.packing_strategy!r} cuts trajectories into parts; use 'bfd'"
@@ -307,22 +295,6 @@ def _check(args: Any, settings: dict[str, Any]) -> None:
         raise ValueError("auto_find_batch_size starts again with another reference; set the size")
     if not isinstance(settings.get("train_dataset"), Dataset):
         raise ValueError("the reference needs all rows at the start: pass a datasets.Dataset")
-
-
-def _segments(batch: Any, trajectory: Tensor) -> tuple[Tensor, Tensor]:
-    """The trained tokens of a batch, bool ``[B, T - 1]``, and the number of each one's trajectory.
-
-    ``trajectory`` is that of each token of the dataset. A row that a batch contains twice is two.
-    """
-    places = batch[_PLACE][:, 1:]
-    mask = (batch["labels"][:, 1:] != _IGNORED) & (places >= 0)
-    chosen = places[mask]
-    if not len(chosen):
-        return mask, chosen
-    of = trajectory[chosen.cpu()].to(chosen.device)
-    start = torch.ones_like(chosen, dtype=torch.bool)
-    start[1:] = (of[1:] != of[:-1]) | (chosen[1:] <= chosen[:-1])
-    return mask, start.cumsum(0) - 1
 
 
 @dataclass
@@ -334,10 +306,10 @@ class _WithPlaces:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = self.collator(rows)
         if all(_PLACE in row for row in rows):
-            places = [row[_PLACE] + torch.arange(len(row["input_ids"])) for row in rows]
-            batch[_PLACE] = torch.full_like(batch["labels"], -1)
+            own = [row[_PLACE] + torch.arange(len(row["input_ids"])) for row in rows]
             if len(batch["labels"]) < len(rows):
-                places = [torch.cat(places)]
-            for number, own in enumerate(places):
-                batch[_PLACE][number, : len(own)] = own
+                own = [torch.cat(own)]
+            places = nn.utils.rnn.pad_sequence(own, batch_first=True, padding_value=-1)
+            spare = batch["labels"].shape[1] - places.shape[1]
+            batch[_PLACE] = nn.functional.pad(places, (0, spare), value=-1)
         return batch

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor
 
 from iwsft.extras import named
+from iwsft.fingerprint import fingerprint
 from iwsft.forward_pass import ForwardPass
 from iwsft.language.loss import Measures
 from iwsft.language.saving import CheckpointedTrainer
@@ -18,6 +20,7 @@ from iwsft.objective import LOSS, ImportanceWeightedMLE, Terms
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.proposals import EMA, HardSync
 from iwsft.reference import cached_reference, write_reference
+from iwsft.trajectory import ASSISTANT_MASK, TOKENS, TRAJ_IDS
 
 with named():
     from transformers import TrainerCallback
@@ -100,3 +103,9 @@ class _Hooks(TrainerCallback):
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         if self._trainer._q is not None:
             self._trainer._q.step()
+
+
+def fingerprint_of_tokens(trajectories: TensorDictBase) -> str:
+    """Fingerprint of the tokens, of which are trained, and of where trajectories begin."""
+    keys = (TOKENS, ASSISTANT_MASK, TRAJ_IDS)
+    return fingerprint({str(key): trajectories.get(key) for key in keys})
