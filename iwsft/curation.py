@@ -189,10 +189,8 @@ def trajectory_scores(trajectories: TensorDictBase, score: Score) -> Tensor:
     if callable(score):
         scores = torch.as_tensor(score(trajectories)).double()
         if scores.shape != sizes.shape:
-            raise ValueError(
-                f"the score function gave shape {list(scores.shape)}; there are {len(sizes)} "
-                "trajectories"
-            )
+            shape = list(scores.shape)
+            raise ValueError(f"the score function gave {shape} for {len(sizes)} trajectories")
     elif score == "return":
         scores = trajectory_returns(trajectories)
     elif score == "length":
@@ -208,10 +206,9 @@ def trajectory_scores(trajectories: TensorDictBase, score: Score) -> Tensor:
     if len(bad):
         first = int(bad[0])
         traj_id = int(trajectories.get(TRAJ_IDS)[int(sizes[:first].sum())])
-        raise ValueError(
-            f"the score ({_name(score)}) of trajectory {first} (id {traj_id}) is "
-            f"{float(scores[first])}, and {len(bad)} of {len(scores)} scores are NaN or infinite"
-        )
+        name = f"the score ({_name(score)}) of trajectory {first} (id {traj_id})"
+        others = f"{len(bad)} of {len(scores)} scores are NaN or infinite"
+        raise ValueError(f"{name} is {float(scores[first])}, and {others}")
     return scores
 
 

@@ -62,19 +62,15 @@ class ForwardPass:
         shared: bool = False,
     ) -> None:
         if not callable(getattr(policy, "log_prob", None)):
-            raise TypeError(
-                f"{type(policy).__name__} has no log_prob(trajectories); pass a GaussianPolicy, a "
-                "TorchRL ProbabilisticActor, or any object with that method"
-            )
+            way_out = "pass a GaussianPolicy, a ProbabilisticActor, or any object with that method"
+            raise TypeError(f"{type(policy).__name__} has no log_prob(trajectories); {way_out}")
         self.segments = Segments.of(trajectories) if segments is None else segments
         shape = self.segments.shape
         if rows < 1:
             raise ValueError(f"rows={rows} must be at least 1")
         if batches is not None and len(shape) != 1:
-            raise ValueError(
-                "the trajectories must be packed, one batch dimension over all steps; these have "
-                f"batch size {list(trajectories.batch_size)}"
-            )
+            size = list(trajectories.batch_size)
+            raise ValueError(f"the trajectories must be packed, [N]; these have batch size {size}")
         self.policy = policy
         self.trajectories = trajectories
         self.device = _device_of(policy) if device is None else device
@@ -175,10 +171,8 @@ def _micro_batches(
     for place, batch in enumerate(batches):
         members = sorted(set(batch))
         if members and not 0 <= members[0] <= members[-1] < len(sizes):
-            raise ValueError(
-                f"batch {place} holds trajectories {members[0]} to {members[-1]}; the data has "
-                f"those from 0 to {len(sizes) - 1}"
-            )
+            range_ = f"{members[0]} to {members[-1]}; the data has those from 0 to {len(sizes) - 1}"
+            raise ValueError(f"batch {place} holds trajectories {range_}")
         new = [trajectory for trajectory in members if trajectory not in seen]
         if new:
             planned.append((members, new))

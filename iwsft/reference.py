@@ -114,26 +114,19 @@ def write_reference(forward: ForwardPass, *, cache: str | Path | None = None) ->
     """
     policy, trajectories = forward.policy, forward.trajectories
     if trajectories.is_locked:
-        raise ValueError(
-            "these trajectories are locked, so ref_log_prob can't be written into them; pass "
-            "trajectories.copy(), which shares their memory"
-        )
+        raise ValueError("the trajectories are locked: pass trajectories.copy()")
     if cache is not None:
         if not isinstance(policy, nn.Module):
-            raise TypeError(
-                f"the key of a cached reference contains a module's weights, and "
-                f"{type(policy).__name__} is not a torch.nn.Module; pass cache=None"
-            )
+            kind = type(policy).__name__
+            raise TypeError(f"{kind} is not a torch.nn.Module with weights; pass cache=None")
         # Before the pass, so that a folder that can't be made costs nothing.
         from_first(lambda: Path(cache).mkdir(parents=True, exist_ok=True))
     data = _data_digest(trajectories) if cache is not None or rank_and_world()[1] > 1 else ""
     digests = gathered(data)
     if set(digests) != {data}:
         odd = next(rank for rank, other in enumerate(digests) if other != digests[0])
-        raise ValueError(
-            f"process {odd} holds other trajectories than process 0; read and tokenise the same "
-            "data on all of them, in the same order"
-        )
+        way_out = "read and tokenise the same data on all of them, in the same order"
+        raise ValueError(f"process {odd} holds other trajectories than process 0; {way_out}")
     adapted = isinstance(policy, CausalLMPolicy) and bool(_adapter_parts(policy))
     with policy.reference() if adapted else nullcontext():
         first = forward.run(0, 1)
@@ -297,10 +290,8 @@ def _local_shard(tensor: Any) -> Tensor:
         local: Tensor = getattr(tensor, "to_local", lambda: tensor)()
         return local.detach()
     if shard.status.name != "AVAILABLE":
-        raise ValueError(
-            "DeepSpeed keeps these parameters on NVMe, so they can't be looked at; pass "
-            "cache=None, or offload parameters to the CPU"
-        )
+        way_out = "pass cache=None, or offload them to the CPU"
+        raise ValueError(f"DeepSpeed keeps these parameters on NVMe, out of reach; {way_out}")
     # The last shards end in padding that is never written.
     left = tensor.ds_numel - shard.ds_numel * tensor.ds_zero_partition_rank
     return shard.detach().reshape(-1)[: max(left, 0)]
@@ -342,7 +333,6 @@ def _check_finite(log_prob: Tensor, start: int, forward: ForwardPass) -> Tensor:
     traj_id = int(forward.trajectories.get(TRAJ_IDS, index).reshape(-1)[step])
     raise ValueError(
         f"the reference gives log-prob {float(placed[step])} at step {within} of trajectory "
-        f"{traj_id}, and {len(bad)} of {len(log_prob)} log-probs are not finite: look for NaN in "
-        "that trajectory and in the policy's weights; clip actions to where the distribution has "
-        "a density; in float16, use bfloat16 or float32"
+        f"{traj_id}, and {len(bad)} of {len(log_prob)} log-probs are not finite: look for NaN "
+        "there and in the policy's weights, for actions without a density, and for float16"
     )

@@ -226,10 +226,8 @@ def check_same_settings(state_dict: Mapping[str, Any], settings: Mapping[str, An
     """
     for name, value in settings.items():
         if state_dict[name] != value:
-            raise ValueError(
-                f"this state is of a sampler with {name}={state_dict[name]}, this one has "
-                f"{name}={value}; resume with the data and settings of the first run"
-            )
+            other = f"this state is of a sampler with {name}={state_dict[name]}, not {value}"
+            raise ValueError(f"{other}; resume with the data and settings of the first run")
 
 
 def multiplicities(trajectories: TensorDictBase, sizes: Tensor) -> Tensor:

@@ -247,18 +247,15 @@ def _resume(
     if state is None:
         return 0, Cost(0.0, 0.0)
     if not state.keys() >= parts.keys():
-        raise checkpoint.CheckpointError(
-            f"{folder / checkpoint.FOLDER} holds {', '.join(sorted(state))}, this run needs "
-            f"{', '.join(parts)}; choose another folder"
-        )
+        problem = f"holds {', '.join(sorted(state))}, this run needs {', '.join(parts)}"
+        raise checkpoint.CheckpointError(f"{folder} {problem}; choose another folder")
     course, steps = _course(schedules), next(iter(schedules.values())).steps
     differ = checkpoint.differences(state.get("schedule", course), course)
     if state["step"] > steps:
         differ = f"{state['step']} updates are done, {steps} are asked for"
     if differ:
-        raise checkpoint.CheckpointError(
-            f"{folder} holds a run with another schedule: {differ}; choose another folder"
-        )
+        problem = f"holds a run with another schedule: {differ}"
+        raise checkpoint.CheckpointError(f"{folder} {problem}; choose another folder")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     # A finished run leaves the random numbers of what comes after it alone.

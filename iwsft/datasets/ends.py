@@ -164,10 +164,8 @@ def _check_filling(steps: Steps, source: str) -> None:
         row = f"row {int(padding[0]) + 1} and the next one are 0 after the end of an episode"
         raise ValueError(f"{source}: {row}; leave out rows that are padding")
     if ends.sum() > 1 and still[ends].all() and still[~ends].mean() < 0.05:
-        raise ValueError(
-            f"{source}: action and reward are 0 at each last row of an episode, as if it had an "
-            "observation only; leave out these rows, and mark the ones before as the last"
-        )
+        problem = "action and reward are 0 at each last row of an episode"
+        raise ValueError(f"{source}: {problem}; leave out these rows, mark the ones before as last")
 
 
 def _torn(steps: Steps, source: str) -> Flags:
@@ -178,20 +176,19 @@ def _torn(steps: Steps, source: str) -> Flags:
     own = steps.observations[:-1]
     inside = ~_ends(steps)[:-1]
     if not _differ(following, own).any() and _differ(own, then).mean() > 0.1:
-        raise ValueError(
-            f"{source}: 'next_observations' are the row's own observations; leave them out, or "
-            "write the next ones"
-        )
+        problem = "'next_observations' are the row's own observations"
+        raise ValueError(f"{source}: {problem}; leave them out, or write the next ones")
     torn[:-1] = _differ(following, then) & inside
     if torn.sum() > max(1, inside.sum() / 2):
         # Noise of a sensor is small compared with the spread of the observations.
         apart = np.abs(following - then)[torn[:-1]] / column_spread(steps.observations)
         far = apart.max(axis=1) > 0.5
         if far.mean() > 0.5:
-            raise ValueError(
-                f"{source}: 'next_observations' of {int(torn.sum()):,} of {int(inside.sum()):,} "
-                "steps is not the next row's observation; put the rows in the order of recording"
+            steps_torn = (
+                f"'next_observations' of {int(torn.sum()):,} of {int(inside.sum()):,} steps"
             )
+            problem = f"{steps_torn} is not the next row's observation"
+            raise ValueError(f"{source}: {problem}; put the rows in the order of recording")
         torn[np.flatnonzero(torn)] = far
     return torn
 
@@ -325,10 +322,9 @@ def _check_cuts(steps: Steps, cuts: Flags, source: str) -> None:
         return
     dynamics, rows = Dynamics(steps), np.flatnonzero(cuts)
     if dynamics.predictable and np.median(dynamics.surprise(rows)) <= dynamics.usual(0.95):
-        raise ValueError(
-            f"{source}: an episode is longer than the environment's limit, and does not end there "
-            f"(row {int(rows[0])}); mark the ends of episodes in 'timeouts'"
-        )
+        problem = "an episode is longer than the environment's limit, and does not end there"
+        way_out = "mark the ends of episodes in 'timeouts'"
+        raise ValueError(f"{source}: {problem} (row {int(rows[0])}); {way_out}")
 
 
 def _mend_following(steps: Steps, notes: list[str]) -> Steps:

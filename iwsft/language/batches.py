@@ -208,10 +208,8 @@ class EpochBatches(Sampler[list[int]]):
         self._sizes = -(-sizes // multiple_of) * multiple_of if padded else sizes
         if token_budget is not None and int(self._sizes.max()) > token_budget:
             entry = int(self._sizes.argmax())
-            raise ValueError(
-                f"entry {entry} has {int(sizes[entry])} tokens, more than {token_budget=}; raise "
-                "it, or tokenise with a smaller max_length"
-            )
+            problem = f"entry {entry} has {int(sizes[entry])} tokens, more than {token_budget=}"
+            raise ValueError(f"{problem}; raise it, or tokenise with a smaller max_length")
         self.batch_size = batch_size
         self.token_budget = token_budget
         self.padded = padded

@@ -62,10 +62,9 @@ class ThinkingFormat:
         ends = [encoded(end) for end in self.ends]
         for end, tokens in zip(self.ends, ends, strict=True):
             if len(tokens) != 1 or tokens[0] == tokenizer.unk_token_id:
-                raise ValueError(
-                    f"{end!r}, the end of thinking, is not a token of this model; leave out the "
-                    "think budget, or choose the model's own format"
-                )
+                way_out = "leave out the think budget, or choose the model's own format"
+                problem = f"{end!r}, the end of thinking, is not a token of this model"
+                raise ValueError(f"{problem}; {way_out}")
         newline = encoded("\n")
         return Delimiters(
             start=encoded(self.start),

@@ -102,10 +102,8 @@ def check_q(proposal: str, sync_every: int | None, ema_decay: float | None) -> N
         ("ema_decay", ema_decay, "lagged"),
     ):
         if (value is not None) != (proposal == user):
-            raise ValueError(
-                f"{name}={value} and proposal={proposal!r} do not fit: "
-                f"{name} goes with {user!r}, and only with it"
-            )
+            rule = f"{name} goes with {user!r}, and only with it"
+            raise ValueError(f"{name}={value} and proposal={proposal!r} do not fit: {rule}")
     if sync_every is not None and sync_every < 1:
         raise ValueError(f"sync_every={sync_every}: a sync needs an update before it")
     if ema_decay is not None and not 0 <= ema_decay < 1:
@@ -156,22 +154,17 @@ def check_engine(trainer: Trainer, weights: ImportanceWeights, *, whole: bool) -
             compare the weights of a batch that no process holds as a whole.
     """
     if trainer.args.n_gpu > 1:
-        raise ValueError(
-            f"one process sees {trainer.args.n_gpu} GPUs: start one process per GPU (accelerate "
-            "launch)"
-        )
+        way_out = "start one process per GPU (accelerate launch)"
+        raise ValueError(f"one process sees {trainer.args.n_gpu} GPUs: {way_out}")
     cut = (trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size())
     if any(size > 1 for size in cut):
-        raise ValueError(
-            "tensor, context and sequence parallelism are not supported: use ZeRO-3 or FSDP2"
-        )
+        cuts = "tensor, context and sequence parallelism"
+        raise ValueError(f"{cuts} are not supported: use ZeRO-3 or FSDP2")
     parts = trainer.args.gradient_accumulation_steps * trainer.accelerator.num_processes
     if not whole and weights.compares and parts > 1:
-        raise ValueError(
-            f"{weights} compares the weights of an update, which is divided here into {parts} "
-            "micro-batches; use one, or ImportanceWeightedTrainer with proposal='cached' and "
-            "sync_every=1"
-        )
+        problem = f"{weights} compares the weights of an update, divided here into {parts}"
+        way_out = "use one, or ImportanceWeightedTrainer with proposal='cached', sync_every=1"
+        raise ValueError(f"{problem} micro-batches; {way_out}")
 
 
 def warn_of_half_precision(trainer: Trainer, model: nn.Module) -> None:

@@ -90,14 +90,12 @@ class Generator(ABC):
         for number, request in enumerate(requests):
             new, prompt = request.max_tokens, len(request.prompt)
             if prompt < 1 or new < 1:
-                raise ValueError(
-                    f"request {number} has {prompt} tokens of prompt and asks for {new}"
-                )
+                sizes = f"{prompt} tokens of prompt and asks for {new}"
+                raise ValueError(f"request {number} has {sizes}")
             if self.context is not None and prompt + new > self.context:
-                raise ValueError(
-                    f"request {number} needs {prompt + new} tokens ({prompt} of its prompt), the "
-                    f"model takes {self.context}; lower max_tokens"
-                )
+                needs = f"{prompt + new} tokens ({prompt} of its prompt)"
+                limit = f"the model takes {self.context}; lower max_tokens"
+                raise ValueError(f"request {number} needs {needs}, {limit}")
         return self._complete(requests, stop, temperature, top_p)
 
     @abstractmethod

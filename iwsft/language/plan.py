@@ -104,10 +104,8 @@ class UpdatePlan(Sampler[list[int]]):
 
     def _filled(self, batches: list[list[int]], epoch: int) -> list[list[int]]:
         if len(batches) > self._number:
-            raise ValueError(
-                f"epoch {epoch} has {len(batches)} micro-batches, the plan is for {self._number}; "
-                "plan for more epochs, or use batch_size"
-            )
+            problem = f"epoch {epoch} has {len(batches)} batches, the plan is for {self._number}"
+            raise ValueError(f"{problem}; plan for more epochs, or use batch_size")
         # If those of the last update suffice, every update holds what it holds on one process.
         width = self.accumulation * self.processes
         for start in ((len(batches) - 1) // width * width, 0):

@@ -107,10 +107,11 @@ class Shards:
         saved = {(name, tuple(getattr(q, "shape", ()))) for name, q in state_dict.items()}
         differing = saved ^ {(name, tuple(q.shape)) for name, q in self._q.items()}
         if differing:
-            raise CheckpointError(
-                f"{min(differing)[0]!r} differs between the saved q and this model's: resume with "
-                "the model, engine, stage and number of processes of the first run"
+            problem = f"{min(differing)[0]!r} differs between the saved q and this model's"
+            way_out = (
+                "resume with the model, engine, stage and number of processes of the first run"
             )
+            raise CheckpointError(f"{problem}: {way_out}")
         for name, q in self._q.items():
             q.copy_(state_dict[name])
 

@@ -112,10 +112,7 @@ class ImportanceWeightedTrainer(WeightedTrainer):
     ) -> None:
         args = ImportanceWeightedConfig() if args is None else args
         if not isinstance(args, ImportanceWeightedConfig):
-            raise TypeError(
-                f"args must be an ImportanceWeightedConfig, not a {type(args).__name__}; it takes "
-                "the same settings and a few more"
-            )
+            raise TypeError(f"args must be ImportanceWeightedConfig, not {type(args).__name__}")
         if isinstance(model, str) and processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model)
         encode = partial(_encoded, tokenizer=processing_class, max_length=args.max_length)

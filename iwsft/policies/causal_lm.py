@@ -277,10 +277,8 @@ class _Question:
     def forward(self, head: nn.Linear, hidden: Tensor) -> Tensor:
         """Replaces the forward of the output layer."""
         if self.answer is not None or hidden.shape[:-1].numel() != self.states:
-            raise NotImplementedError(
-                "the output layer must see every token once; prompt-learning and multi-token heads "
-                "do otherwise"
-            )
+            others = "prompt-learning and multi-token heads do otherwise"
+            raise NotImplementedError(f"the output layer must see every token once; {others}")
         wanted = len(self.target)
         extra = [0, -wanted % _MULTIPLE]
         states = hidden.reshape(-1, hidden.shape[-1])

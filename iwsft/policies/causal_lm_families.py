@@ -94,9 +94,7 @@ def check_decoder(model: nn.Module) -> Any:
         raise ValueError(f"{name} has an encoder and a decoder; only decoders are policies here")
     head = decoder.get_output_embeddings()
     if head is None:
-        raise ValueError(
-            f"{name} has no output layer; load it with transformers.AutoModelForCausalLM"
-        )
+        raise ValueError(f"{name} has no output layer; load it with AutoModelForCausalLM")
     # BERT and its relatives see both sides by default; causal families have no such setting.
     both_sides = hasattr(config, "add_cross_attention") and not getattr(config, "is_decoder", True)
     if both_sides or config.model_type in _NOT_CAUSAL or not decoder.can_generate():
@@ -133,18 +131,14 @@ def check_own_loss(decoder: Any) -> None:
     names = [name for name in _ROUTER_TERMS for x in holders if getattr(x, name, 0)]
     names += [name for name in _TERMS for x in configs.values() if getattr(x, name, 0)]
     if names:
-        raise ValueError(
-            f"{names[0]} adds a term to the model's own loss, which is not trained here: set it to "
-            "0 in model.config"
-        )
+        problem = f"{names[0]} adds a term to the model's own loss, which is not trained here"
+        raise ValueError(f"{problem}: set it to 0 in model.config")
     chosen = str(getattr(decoder, "loss_type", None))
     own = vars(decoder).get("_loss_function", LOSS_MAPPING.get(chosen, ForCausalLMLoss))
     if own is not ForCausalLMLoss:
-        raise ValueError(
-            f"{type(decoder).__name__} has a loss function of its own "
-            f"({getattr(own, '__name__', own)}), which is not trained here; remove it (loss_type, "
-            "loss_function)"
-        )
+        name = f"{type(decoder).__name__} has a loss function of its own"
+        problem = f"{name} ({getattr(own, '__name__', own)}), which is not trained here"
+        raise ValueError(f"{problem}; remove it (loss_type, loss_function)")
 
 
 def fits_one_row(decoder: Any) -> bool:

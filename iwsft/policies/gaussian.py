@@ -25,10 +25,8 @@ class _SquashedNormal(TanhNormal):
         """Return the log-density of actions in [-1, 1]; others raise a ValueError."""
         beyond = value.detach().abs().amax() if value.numel() else 0.0
         if beyond > 1 + _ROUNDING:
-            raise ValueError(
-                f"the action {beyond:g} has no density under a tanh-Normal, whose actions are in "
-                "[-1, 1]; load the data with scale_actions=True"
-            )
+            problem = f"the action {beyond:g} has no density under a tanh-Normal, in [-1, 1]"
+            raise ValueError(f"{problem}; load the data with scale_actions=True")
         return super().log_prob(value, *args)
 
 

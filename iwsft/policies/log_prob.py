@@ -67,10 +67,9 @@ def step_log_prob(policy: Any, batch: TensorDictBase, shape: torch.Size) -> Tens
     if not isinstance(out, Tensor):
         raise TypeError(f"{name}.log_prob must give a tensor, it gave {type(out).__name__}")
     if out.shape not in (shape, (*shape, 1)):
-        raise ValueError(
-            f"{name}.log_prob has shape {list(out.shape)}, not {list(shape)}, one number per step; "
-            "sum over the action's dimensions (torchrl.modules.IndependentNormal)"
-        )
+        problem = f"{name}.log_prob has shape {list(out.shape)}, not {list(shape)}"
+        way_out = "sum over the action's dimensions (torchrl.modules.IndependentNormal)"
+        raise ValueError(f"{problem}, one number per step; {way_out}")
     return out.reshape(shape).to(torch.promote_types(out.dtype, torch.float32))
 
 

@@ -53,10 +53,9 @@ def token_log_prob(
         or target.shape != hidden.shape[:1]
         or (bias is not None and bias.shape != weight.shape[:1])
     ):
-        raise ValueError(
-            "hidden [n, d], weight [V, d], target [n] and bias [V] must fit together, not "
-            f"{[None if x is None else list(x.shape) for x in (hidden, weight, target, bias)]}"
-        )
+        shapes = [None if x is None else list(x.shape) for x in (hidden, weight, target, bias)]
+        rule = "hidden [n, d], weight [V, d], target [n] and bias [V] must fit together"
+        raise ValueError(f"{rule}, not {shapes}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap={softcap} must be positive")
     device = hidden.device.type

@@ -238,7 +238,7 @@ def test_evaluation_is_trls(model: Any, tmp_path: Path) -> None:
         ({"proposal": "theta"}, "proposal='theta' must be one of"),
         (
             {"importance_weights": SUM, "gradient_accumulation_steps": 2},
-            "compares the weights of an update, which is divided here into 2",
+            "compares the weights of an update, divided here into 2",
         ),
         ({"importance_weights": LARGE}, r"of 5 steps a weight of at least exp\(250\)"),
         ({"rows": IterableDataset.from_generator(lambda: iter(ROWS))}, r"a datasets\.Dataset"),

@@ -87,8 +87,10 @@ class Gsm8kRecipe(ChatRecipe):
 
 def _of_question(record: Record, where: str) -> Iterator[Row]:
     from iwsft.datasets.text.rows import check_text
+    from iwsft.datasets.text.sources import row_named
 
-    question = check_text(record["question"], "question", where).strip()
+    with row_named(where):
+        question = check_text(record["question"], "question").strip()
     prompt = f"Question: {question}\nAnswer:\n"
     solutions = {
         name: value
@@ -99,7 +101,8 @@ def _of_question(record: Record, where: str) -> Iterator[Row]:
         raise ValueError(f"{where}: needs a question, and for a model {{{_LABEL}, {_TEXT}}}")
     for name, value in solutions.items():
         here = f"{where}, {name}"
-        text = _CALCULATION.sub("", check_text(value[_TEXT], _TEXT, here)).strip()
+        with row_named(here):
+            text = _CALCULATION.sub("", check_text(value[_TEXT], _TEXT)).strip()
         yield _labelled({"prompt": prompt, "completion": text, "correct": value[_LABEL]}, here)
 
 

@@ -14,7 +14,8 @@ from typing import Any
 from iwsft.datasets.text.encoding import Encoded, Stretch, check_tokenizer, encode_stretches
 from iwsft.datasets.text.limits import limited
 from iwsft.datasets.text.rows import ASSISTANT, Message
-from iwsft.datasets.text.turns import Conversation, Rendered
+from iwsft.datasets.text.sources import row_named
+from iwsft.datasets.text.turns import WAY_OUT, Conversation, Rendered
 
 _MARKERS = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
 # Keys of a message with text of their own.
@@ -49,10 +50,8 @@ class ChatEncoder:
     ) -> None:
         check_tokenizer(tokenizer)
         if template is None and not tokenizer.chat_template:
-            raise ValueError(
-                "the tokenizer has no chat template; pass template=, or give rows with 'prompt' "
-                "and 'completion'"
-            )
+            way_out = "pass template=, or give rows with 'prompt' and 'completion'"
+            raise ValueError(f"the tokenizer has no chat template; {way_out}")
         self.tokenizer = tokenizer
         self.template: str = tokenizer.get_chat_template(template)
         self.template_kwargs = dict(template_kwargs or {})
@@ -83,52 +82,51 @@ class ChatEncoder:
                 message, a tool or a tool call, rewrites an assistant's text (white space apart),
                 has no end-of-turn token, or marks other text than the assistant's or nothing.
         """
+        variables = {**self.template_kwargs, **(template_kwargs or {})}
+        with row_named(where):
+            self._check_keys(messages)
+            conversation = self._conversation(messages, variables)
+            self._check_variables(conversation, variables)
+            if self.has_markers:
+                stretches = conversation.check_marked()
+            else:
+                stretches = conversation.find_turns()
+                self._check_end_of_turn(conversation, variables)
+            cut = not self.has_markers
+            return encode_stretches(self.tokenizer, conversation.text, stretches, cut=cut)
+
+    def _check_keys(self, messages: Sequence[Message]) -> None:
+        """Check that the template reads what the messages hold beside their contents."""
         if not self.has_markers and any(message.get("tool_calls") for message in messages):
-            raise ValueError(
-                f"{where}: tool calls need a chat template with generation markers; pass such a "
-                "template=, or drop the row"
-            )
+            way_out = "pass such a template=, or drop the row"
+            raise ValueError(f"tool calls need a chat template with generation markers; {way_out}")
         for index, message in enumerate(messages):
             for name in _MESSAGE_KEYS:
                 if message.get(name) and name not in self._keys:
-                    raise ValueError(
-                        f"{where}, message {index}: the chat template drops {name!r}; pass a "
-                        "template that keeps it, or drop it from the data"
-                    )
-        variables = {**self.template_kwargs, **(template_kwargs or {})}
-        conversation = self._conversation(messages, where, variables)
-        tools = variables.get("tools") or ()
-        names = [str(tool.get("function", tool).get("name", "")) for tool in tools]
+                    drops = f"message {index}: the chat template drops {name!r}"
+                    raise ValueError(f"{drops}; {WAY_OUT}")
+
+    def _check_variables(self, conversation: Conversation, variables: Mapping[str, Any]) -> None:
+        """Check that the template writes the tools and the documents of a row."""
         unread = {
             name
             for name in ("tools", "documents")
-            if variables.get(name) and not self._reads(name, messages, conversation, variables)
+            if variables.get(name) and not self._reads(name, conversation, variables)
         }
-        for name in names:
+        for tool in variables.get("tools") or ():
+            name = str(tool.get("function", tool).get("name", ""))
             if "tools" in unread or name not in conversation.text:
-                raise ValueError(
-                    f"{where}: the chat template drops the tool {name!r}; pass a template that "
-                    "writes tools, or drop them from the data"
-                )
+                way_out = "pass a template that writes tools, or drop them from the data"
+                raise ValueError(f"the chat template drops the tool {name!r}; {way_out}")
         if unread:
-            raise ValueError(
-                f"{where}: the chat template drops the documents; write them into a message, or "
-                "drop the column"
-            )
-        if self.has_markers:
-            stretches = conversation.check_marked()
-        else:
-            stretches = conversation.find_turns()
-            self._check_end_of_turn(messages, where, variables, conversation)
-        return encode_stretches(
-            self.tokenizer, conversation.text, stretches, where, cut=not self.has_markers
-        )
+            way_out = "write them into a message, or drop the column"
+            raise ValueError(f"the chat template drops the documents; {way_out}")
 
     def _conversation(
-        self, messages: Sequence[Message], where: str, variables: Mapping[str, Any]
+        self, messages: Sequence[Message], variables: Mapping[str, Any]
     ) -> Conversation:
-        render = partial(self._render, where=where, variables=variables, parts=self._reads_parts)
-        return Conversation(messages, where, render, self._find_special, self.tokenizer.eos_token)
+        render = partial(self._render, variables=variables, parts=self._reads_parts)
+        return Conversation(messages, render, self._find_special, self.tokenizer.eos_token)
 
     @cached_property
     def variables(self) -> frozenset[str]:
@@ -162,7 +160,7 @@ class ChatEncoder:
         probe = [{"role": "user", "content": "ask"}, {"role": ASSISTANT, "content": "reply"}]
         for parts in (False, True):
             try:
-                text = self._render(probe, "a probe", self.template_kwargs, parts=parts).text
+                text = self._render(probe, self.template_kwargs, parts=parts).text
             except ValueError as error:
                 if isinstance(error.__cause__, TimeoutError | MemoryError):
                     raise
@@ -174,7 +172,6 @@ class ChatEncoder:
     def _render(
         self,
         messages: Sequence[Message],
-        where: str,
         variables: Mapping[str, Any],
         *,
         parts: bool,
@@ -198,9 +195,9 @@ class ChatEncoder:
                 )
         # A template is a program: it may refuse a row with TemplateError, or fail in any way.
         except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
-            raise ValueError(f"{where}: the chat template refuses this row: {error}") from error
+            raise ValueError(f"the chat template refuses this row: {error}") from error
         except (ValueError, RecursionError, MemoryError, TimeoutError) as error:
-            raise ValueError(f"{where}: the chat template fails on this row: {error}") from error
+            raise ValueError(f"the chat template fails on this row: {error}") from error
         (text,), marked = rendered
         stretches: list[Stretch] = []
         for start, stop in marked[0] if marked else ():
@@ -210,17 +207,11 @@ class ChatEncoder:
                 stretches.append(Stretch(start, stop))
         return Rendered(text, stretches)
 
-    def _reads(
-        self,
-        name: str,
-        messages: Sequence[Message],
-        conversation: Conversation,
-        variables: Mapping[str, Any],
-    ) -> bool:
+    def _reads(self, name: str, conversation: Conversation, variables: Mapping[str, Any]) -> bool:
         """Whether a conversation reads otherwise without a variable: messages may name it too."""
         without = {key: value for key, value in variables.items() if key != name}
         try:
-            text = self._render(messages, "", without, parts=self._reads_parts).text
+            text = self._render(conversation.messages, without, parts=self._reads_parts).text
         except ValueError:
             return True
         return text != conversation.text
@@ -230,17 +221,12 @@ class ChatEncoder:
         match = self._special.match(text, position)
         return None if match is None else Stretch(*match.span(1))
 
-    def _check_end_of_turn(
-        self,
-        messages: Sequence[Message],
-        where: str,
-        variables: Mapping[str, Any],
-        conversation: Conversation,
-    ) -> None:
+    def _check_end_of_turn(self, conversation: Conversation, variables: Mapping[str, Any]) -> None:
         """Check once that a turn ends with its own token, not with the next turn's header."""
+        messages = conversation.messages
         first = next(i for i, message in enumerate(messages) if message["role"] == ASSISTANT)
         if not self._checked_end and first + 1 < len(messages):
-            alone = self._conversation(messages[: first + 1], where, variables)
+            alone = self._conversation(messages[: first + 1], variables)
             alone.find_turns()
             conversation.check_end(first, alone)
             self._checked_end = True

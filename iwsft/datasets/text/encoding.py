@@ -45,19 +45,13 @@ def check_tokenizer(tokenizer: Any) -> None:
         TypeError: It has none.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise TypeError(
-            f"{type(tokenizer).__name__} does not tell the characters of a token; load a fast "
-            "tokenizer (a folder with tokenizer.json)"
-        )
+        way_out = "load a fast tokenizer (a folder with tokenizer.json)"
+        kind = type(tokenizer).__name__
+        raise TypeError(f"{kind} does not tell the characters of a token; {way_out}")
 
 
 def encode_stretches(
-    tokenizer: Any,
-    text: str,
-    stretches: Sequence[Stretch],
-    where: str,
-    *,
-    cut: bool = True,
+    tokenizer: Any, text: str, stretches: Sequence[Stretch], *, cut: bool = True
 ) -> Encoded:
     """Tokenise ``text``; the mask is on for the tokens of the stretches.
 
@@ -69,7 +63,6 @@ def encode_stretches(
         tokenizer: Fast tokenizer; it reads the special tokens of the text and adds none.
         text: Text of the row.
         stretches: Separate stretches in their order.
-        where: Place of the row, for errors.
         cut: Whether no token may span the start of a stretch.
 
     Raises:
@@ -83,20 +76,18 @@ def encode_stretches(
         pieces = [_Piece(tokenizer(text[: starts[0]], add_special_tokens=False), 0, 0)]
         for start, stop in itertools.pairwise([*starts, len(text)]):
             tail = pieces[-1].encoding.input_ids[-1:]
-            pieces.append(_continue(tokenizer, tail, text, start, stop, where))
+            pieces.append(_continue(tokenizer, tail, text[start:stop], start))
     ids: list[int] = []
     trained: list[bool] = []
     unknown = False
-    for piece, (begin, end) in zip(
-        pieces, itertools.pairwise([0, *starts, len(text)]), strict=True
-    ):
+    bounds = itertools.pairwise([0, *starts, len(text)])
+    for piece, (begin, end) in zip(pieces, bounds, strict=True):
         mask = [False] * len(piece.encoding.input_ids)
         for start, stop in stretches:
             if begin <= start < end:
                 tokens = token_range(piece.encoding, start - piece.start, stop - piece.start)
                 mask[tokens.start : tokens.stop] = [True] * len(tokens)
-                own = Stretch(start, stop)
-                unknown |= not _reads_whole(tokenizer, piece, tokens, text, own, where)
+                unknown |= not _reads_whole(tokenizer, piece, tokens, text, Stretch(start, stop))
         ids += piece.encoding.input_ids[piece.skip :]
         trained += mask[piece.skip :]
     if starts:
@@ -105,23 +96,18 @@ def encode_stretches(
             for each in (ids, whole.input_ids)
         )
         if cut_up != uncut and squash(cut_up) == squash(uncut):
-            raise ValueError(
-                f"{where}: this tokenizer drops white space at the end of a text; move it from the "
-                "prompt to the completion, or take another tokenizer"
-            )
+            way_out = "move it from the prompt to the completion, or take another tokenizer"
+            raise ValueError(f"this tokenizer drops white space at the end of a text; {way_out}")
     return Encoded(ids, trained, unknown)
 
 
-def _continue(
-    tokenizer: Any, tail: list[int], text: str, start: int, stop: int, where: str
-) -> _Piece:
-    """Tokenise ``text[start:stop]`` so that it reads as it is behind the tokens ``tail``."""
+def _continue(tokenizer: Any, tail: list[int], own: str, start: int) -> _Piece:
+    """Tokenise the text ``own`` from ``start`` on so that it reads as it is behind ``tail``."""
 
     def read(ids: list[int]) -> str:
         decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         return unicodedata.normalize("NFKC", decoded)
 
-    own = text[start:stop]
     white = own[: len(own) - len(own.lstrip())]
     # A tokenizer may normalise text or not know a character; then its own tokens read otherwise.
     alone = read(tokenizer(own, add_special_tokens=False).input_ids).lstrip()
@@ -132,13 +118,11 @@ def _continue(
             skip = token_range(encoding, 0, len(anchor)).stop
             if read(tail + encoding.input_ids[skip:]).removeprefix(read(tail)) in expected:
                 return _Piece(encoding, start - len(anchor), skip)
-    raise ValueError(
-        f"{where}: this tokenizer can't continue the prompt with {own[:20]!r}; move white space "
-        "between them from one to the other, or drop the row"
-    )
+    way_out = "move white space between them from one to the other, or drop the row"
+    raise ValueError(f"this tokenizer can't continue the prompt with {own[:20]!r}; {way_out}")
 
 
-def encode_completion(tokenizer: Any, prompt: str, completion: str, where: str) -> Encoded:
+def encode_completion(tokenizer: Any, prompt: str, completion: str) -> Encoded:
     """Tokenise a prompt and its completion; the completion and an EOS after it are trained on.
 
     BOS comes first where the tokenizer adds it. EOS is not doubled.
@@ -148,10 +132,10 @@ def encode_completion(tokenizer: Any, prompt: str, completion: str, where: str) 
     """
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise ValueError(f"{where}: the tokenizer has no EOS token; set tokenizer.eos_token")
+        raise ValueError("the tokenizer has no EOS token; set tokenizer.eos_token")
     text = prompt + completion
     stretch = Stretch(len(prompt), len(text))
-    ids, trained, unknown = encode_stretches(tokenizer, text, [stretch], where)
+    ids, trained, unknown = encode_stretches(tokenizer, text, [stretch])
     if ids[-1] != eos:
         ids, trained = [*ids, eos], [*trained, True]
     bos = tokenizer.bos_token_id
@@ -186,9 +170,7 @@ def _straddled(encoding: Any, start: int, stop: int) -> bool:
     return bool(tokens) and encoding.token_to_chars(tokens.start).start < start
 
 
-def _reads_whole(
-    tokenizer: Any, piece: _Piece, tokens: range, text: str, stretch: Stretch, where: str
-) -> bool:
+def _reads_whole(tokenizer: Any, piece: _Piece, tokens: range, text: str, stretch: Stretch) -> bool:
     """Whether tokens read as all of their stretch of the text, normalised and white space apart.
 
     Raises:
@@ -210,10 +192,8 @@ def _reads_whole(
         return True
     # A tokenizer may normalise text or not know a character; then its own tokens read otherwise.
     if result != read(tokenizer(own, add_special_tokens=False).input_ids):
-        raise ValueError(
-            f"{where}: the tokens to train on read {result[:80]!r}, not {own[:80]!r}; take another "
-            "tokenizer"
-        )
+        problem = f"the tokens to train on read {result[:80]!r}, not {own[:80]!r}"
+        raise ValueError(f"{problem}; take another tokenizer")
     normalizer = tokenizer.backend_tokenizer.normalizer
     normal = own if normalizer is None else normalizer.normalize_str(own)
     # Sentencepiece writes spaces as this sign.

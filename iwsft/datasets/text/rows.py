@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from iwsft.datasets.text.sources import Record, records
+from iwsft.datasets.text.sources import Record, records, row_named
 
 Message = Mapping[str, Any]
 
@@ -126,25 +126,25 @@ def to_row(record: Record, where: str) -> Row:
             is empty, a score is NaN, a weight is not a whole number from 0 on, or another column
             would change the text or the training.
     """
-    row = Row(where, **{name: _optional(record.get(name), name, where) for name in _OPTIONAL})
-    if record.get("messages") is not None:
-        messages = _messages(record["messages"], where)
-        variables = _template_kwargs(record, where)
-        read = {"messages", "tools", "documents", "chat_template_kwargs", *_OPTIONAL}
-        _check_unread(record, read, messages, where)
-        unread = tuple(name for name, value in record.items() if name not in read and value)
-        return replace(row, messages=messages, template_kwargs=variables, unread=unread)
-    for column in ("prompt", "completion"):
-        if record.get(column) is None:
-            raise ValueError(
-                f"{where}: column {column!r} is missing, and so is 'messages'; rename the columns "
-                f"({', '.join(map(str, record)) or 'none'}), or pass make="
-            )
-    prompt = check_text(record["prompt"], "prompt", where)
-    completion = check_text(record["completion"], "the completion", where, filled=True)
-    turns = ({"role": "user", "content": prompt}, {"role": ASSISTANT, "content": completion})
-    _check_unread(record, ("prompt", "completion"), turns, where)
-    return replace(row, prompt=prompt, completion=completion)
+    with row_named(where):
+        row = Row(where, **{name: _optional(record.get(name), name) for name in _OPTIONAL})
+        if record.get("messages") is not None:
+            messages = _messages(record["messages"])
+            variables = _template_kwargs(record)
+            read = {"messages", "tools", "documents", "chat_template_kwargs", *_OPTIONAL}
+            _check_unread(record, read, messages)
+            unread = tuple(name for name, value in record.items() if name not in read and value)
+            return replace(row, messages=messages, template_kwargs=variables, unread=unread)
+        for column in ("prompt", "completion"):
+            if record.get(column) is None:
+                columns = ", ".join(map(str, record)) or "none"
+                problem = f"column {column!r} is missing, and so is 'messages'"
+                raise ValueError(f"{problem}; rename the columns ({columns}), or pass make=")
+        prompt = check_text(record["prompt"], "prompt")
+        completion = check_text(record["completion"], "the completion", filled=True)
+        turns = ({"role": "user", "content": prompt}, {"role": ASSISTANT, "content": completion})
+        _check_unread(record, ("prompt", "completion"), turns)
+        return replace(row, prompt=prompt, completion=completion)
 
 
 def check_scores(rows: Sequence[Row]) -> None:
@@ -157,13 +157,11 @@ def check_scores(rows: Sequence[Row]) -> None:
         if row.score is None:
             raise ValueError(f"{row.where}: there is no score; add it, or train on all rows")
     if len(rows) > 1 and len({row.score for row in rows}) == 1:
-        raise ValueError(
-            f"all {len(rows)} scores are {rows[0].score:g} (from {rows[0].where} on); pass other "
-            "scores, or train on all rows"
-        )
+        equal = f"all {len(rows)} scores are {rows[0].score:g} (from {rows[0].where} on)"
+        raise ValueError(f"{equal}; pass other scores, or train on all rows")
 
 
-def check_text(value: Any, name: str, where: str, *, filled: bool = False) -> str:
+def check_text(value: Any, name: str, *, filled: bool = False) -> str:
     """Return a value that is text that can be tokenised; with ``filled`` more than white space.
 
     Raises:
@@ -171,72 +169,70 @@ def check_text(value: Any, name: str, where: str, *, filled: bool = False) -> st
     """
     if not isinstance(value, str):
         parts = "; join its texts, or write 'messages'" if isinstance(value, list) else ""
-        raise ValueError(f"{where}: {name} must be text, it is {_kind(value)}{parts}")
+        raise ValueError(f"{name} must be text, it is {_kind(value)}{parts}")
     if filled and not value.strip():
-        raise ValueError(f"{where}: {name} is empty; drop the row, or fill it")
+        raise ValueError(f"{name} is empty; drop the row, or fill it")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where}: {name} has half a surrogate pair at character {error.start}; drop the row"
-        ) from error
+        half = f"{name} has half a surrogate pair at character {error.start}"
+        raise ValueError(f"{half}; drop the row") from error
     return value
 
 
-def _messages(value: Any, where: str) -> tuple[Message, ...]:
+def _messages(value: Any) -> tuple[Message, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise ValueError(f"{where}: messages must be a list, it is {_kind(value)}")
-    messages = tuple(
-        _message(message, f"{where}, message {turn}") for turn, message in enumerate(value)
-    )
+        raise ValueError(f"messages must be a list, it is {_kind(value)}")
+    messages = []
+    for turn, message in enumerate(value):
+        with row_named(f"message {turn}"):
+            messages.append(_message(message))
     if not any(message["role"] == ASSISTANT for message in messages):
-        raise ValueError(f"{where}: there is no assistant turn to train on; drop the row")
-    return messages
+        raise ValueError("there is no assistant turn to train on; drop the row")
+    return tuple(messages)
 
 
-def _message(value: Any, where: str) -> Message:
+def _message(value: Any) -> Message:
     role = value.get("role") if isinstance(value, Mapping) else None
     if role not in ROLES:
-        raise ValueError(
-            f"{where}: a message is {{role, content}} with a role of {', '.join(ROLES)}, this is "
-            f"{value!r:.60}"
-        )
+        form = f"{{role, content}} with a role of {', '.join(ROLES)}"
+        raise ValueError(f"a message is {form}, this is {value!r:.60}")
     # Templates test whether a key exists.
     message = {key: entry for key, entry in value.items() if entry is not None}
     if "function_call" in message:
-        raise ValueError(f"{where}: function_call is an old form; write it as tool_calls")
+        raise ValueError("function_call is an old form; write it as tool_calls")
     calls = message.get("tool_calls") or ()
     if calls and role != ASSISTANT:
-        raise ValueError(f"{where}: only the assistant calls tools; drop the message's tool_calls")
+        raise ValueError("only the assistant calls tools; drop the message's tool_calls")
     filled = role == ASSISTANT and not calls
-    check_text(message.setdefault("content", ""), "content", where, filled=filled)
+    check_text(message.setdefault("content", ""), "content", filled=filled)
     for name in message.keys() & set(REASONING):
-        check_text(message[name], name, where)
+        check_text(message[name], name)
     for call in calls if isinstance(calls, Sequence) else [calls]:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         name = function.get("name") if isinstance(function, Mapping) else None
-        check_text(name, "the name of a tool call", where, filled=True)
-    _check_media(message, where)
-    return {**message, "weight": 0} if _is_left_out(message, where) else message
+        check_text(name, "the name of a tool call", filled=True)
+    _check_media(message)
+    return {**message, "weight": 0} if _is_left_out(message) else message
 
 
-def _is_left_out(message: Message, where: str) -> bool:
+def _is_left_out(message: Message) -> bool:
     """Whether a message says that it is not trained on, by any of the usual names."""
     trained = set()
     for name, on in {"weight": True, **_SWITCHES}.items():
         if (value := message.get(name)) is None:
             continue
         if value not in (True, False):
-            raise ValueError(f"{where}: {name} must be 0 or 1, it is {value!r:.60}")
+            raise ValueError(f"{name} must be 0 or 1, it is {value!r:.60}")
         if value == on and name != "weight" and message["role"] != ASSISTANT:
-            raise ValueError(f"{where}: only the assistant's turns are trained on; drop {name!r}")
+            raise ValueError(f"only the assistant's turns are trained on; drop {name!r}")
         trained.add(value == on)
     for name in message if message["role"] == ASSISTANT else ():
         other = name in _OTHER_SWITCHES and message[name] != []
         if other or _counts_less(name, message[name]):
-            raise ValueError(f"{where}: {name!r} is not read; write it as a weight of 0 or 1")
+            raise ValueError(f"{name!r} is not read; write it as a weight of 0 or 1")
     if len(trained) > 1:
-        raise ValueError(f"{where}: one says that the turn is trained on, another that it is not")
+        raise ValueError("one says that the turn is trained on, another that it is not")
     return trained == {False}
 
 
@@ -251,45 +247,37 @@ def _counts_less(name: str, value: Any) -> bool:
     return value in (True, False) and value == bool(_OFF_WHERE_TRUE.match(str(name)))
 
 
-def _check_media(record: Mapping[str, Any], where: str) -> None:
+def _check_media(record: Mapping[str, Any]) -> None:
     for name in _MEDIA:
         if record.get(name):
-            raise ValueError(f"{where}: {name!r} can't be trained on, only text; drop the row")
+            raise ValueError(f"{name!r} can't be trained on, only text; drop the row")
 
 
-def _check_unread(
-    record: Record, read: Collection[str], turns: Sequence[Message], where: str
-) -> None:
+def _check_unread(record: Record, read: Collection[str], turns: Sequence[Message]) -> None:
     """Check that the columns that are not read change neither the text nor the training."""
-    _check_media(record, where)
+    _check_media(record)
     switches = {**_SWITCHES, "unmask": False, "label": True}
     for name, value in record.items():
         off = name in switches and value in (True, False) and value != switches[name]
         if off or (name not in switches and _counts_less(name, value)):
-            raise ValueError(
-                f"{where}: column {name!r} is not read; write it as 'weight' or 'correct', or drop "
-                "it"
-            )
+            way_out = "write it as 'weight' or 'correct', or drop it"
+            raise ValueError(f"column {name!r} is not read; {way_out}")
     if record.get("functions"):
-        raise ValueError(f"{where}: 'functions' is an old form; write them as 'tools'")
+        raise ValueError("'functions' is an old form; write them as 'tools'")
     if "tools" not in read and record.get("tools"):
-        raise ValueError(f"{where}: 'tools' need 'messages'; write the row so, or drop them")
+        raise ValueError("'tools' need 'messages'; write the row so, or drop them")
     place = "messages" if "messages" in read else "prompt"
     for name in _TEXTS:
         parts = [] if name in read else [_plain(part) for part in _strings(record.get(name))]
         text = _plain("".join(_strings(turns))) if parts else ""
         if any(part not in text for part in parts):
-            raise ValueError(
-                f"{where}: the text of column {name!r} is not in {place!r}; write it there, or "
-                "drop the column"
-            )
+            problem = f"the text of column {name!r} is not in {place!r}"
+            raise ValueError(f"{problem}; write it there, or drop the column")
     chosen, rejected = ([*map(_plain, _strings(record.get(n)))] for n in ("chosen", "rejected"))
     answer = _plain(next(turn["content"] for turn in reversed(turns) if turn["role"] == ASSISTANT))
     if (chosen and answer not in "".join(chosen)) or answer in rejected[-1:]:
-        raise ValueError(
-            f"{where}: the answer is not that of column 'chosen'; correct it, or drop 'chosen' and "
-            "'rejected'"
-        )
+        way_out = "correct it, or drop 'chosen' and 'rejected'"
+        raise ValueError(f"the answer is not that of column 'chosen'; {way_out}")
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -308,38 +296,36 @@ def _plain(text: str) -> str:
     return "".join(text.split()).casefold()
 
 
-def _template_kwargs(record: Record, where: str) -> dict[str, Any]:
+def _template_kwargs(record: Record) -> dict[str, Any]:
     """Return what the row's chat template reads beside the messages; JSON text is parsed."""
-    variables = _parsed(record.get("chat_template_kwargs") or {}, "chat_template_kwargs", where)
+    variables = _parsed(record.get("chat_template_kwargs") or {}, "chat_template_kwargs")
     if not isinstance(variables, Mapping):
-        raise ValueError(f"{where}: chat_template_kwargs must be an object")
+        raise ValueError("chat_template_kwargs must be an object")
     variables = dict(variables)
     for name in _RESERVED:
         if name in variables:
-            raise ValueError(f"{where}: {name!r} can't be in chat_template_kwargs; drop it")
+            raise ValueError(f"{name!r} can't be in chat_template_kwargs; drop it")
     for name, kind in {"tools": "a JSON schema", "documents": "an object"}.items():
-        entries = _parsed(record.get(name) or [], name, where)
+        entries = _parsed(record.get(name) or [], name)
         if not isinstance(entries, list | tuple):
-            raise ValueError(f"{where}: {name} must be a list; correct or drop it")
-        entries = [_parsed(entry, f"an entry of {name}", where) for entry in entries]
+            raise ValueError(f"{name} must be a list; correct or drop it")
+        entries = [_parsed(entry, f"an entry of {name}") for entry in entries]
         if not all(isinstance(entry, Mapping) for entry in entries):
-            raise ValueError(f"{where}: an entry of {name} must be {kind}; correct or drop it")
+            raise ValueError(f"an entry of {name} must be {kind}; correct or drop it")
         if entries and variables.get(name) not in (None, [], entries):
-            raise ValueError(f"{where}: chat_template_kwargs has other {name}; drop one of the two")
+            raise ValueError(f"chat_template_kwargs has other {name}; drop one of the two")
         variables.update({name: entries} if entries else {})
     return variables
 
 
-def _parsed(value: Any, name: str, where: str) -> Any:
-    if not isinstance(value, str):
-        return value
+def _parsed(value: Any, name: str) -> Any:
     try:
-        return json.loads(value)
+        return json.loads(value) if isinstance(value, str) else value
     except ValueError as error:
-        raise ValueError(f"{where}: {name} is not JSON ({error}); mend or drop it") from error
+        raise ValueError(f"{name} is not JSON ({error}); mend or drop it") from error
 
 
-def _optional(value: Any, name: str, where: str) -> Any:
+def _optional(value: Any, name: str) -> Any:
     if value is None:
         return None
     kind, rule = _OPTIONAL[name]
@@ -350,7 +336,7 @@ def _optional(value: Any, name: str, where: str) -> Any:
         right = number and abs(value) <= sys.float_info.max
         right = right and (kind is float or (value >= 0 and value == int(value)))
     if not right:
-        raise ValueError(f"{where}: {name} must be {rule}, it is {repr(value):.60}")
+        raise ValueError(f"{name} must be {rule}, it is {repr(value):.60}")
     return kind(value)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from iwsft.datasets.text.rows import ASSISTANT, Row, check_text
-from iwsft.datasets.text.sources import Record
+from iwsft.datasets.text.sources import Record, row_named
 
 PAD_TOKEN = "<|fim_pad|>"
 THINK = "<|im_start|>think\n"
@@ -39,29 +39,27 @@ def to_row(record: Record, where: str, *, teacher: Teacher = "deepseek") -> Row:
     Raises:
         ValueError: A column is missing or empty, or a grade is neither Yes nor No.
     """
-    if f"{teacher}_thinking_trajectory" in record:
+    with row_named(where):
         trace_column, answer_column = f"{teacher}_thinking_trajectory", f"{teacher}_attempt"
-        trace = record[trace_column]
-    elif "thinking_trajectories" in record:
-        trace_column, answer_column = "thinking_trajectories", "attempt"
-        traces = record[trace_column]
-        trace = traces[0] if isinstance(traces, list) and traces else None
-    else:
-        raise ValueError(
-            f"{where}: neither {teacher}_thinking_trajectory (s1K-1.1) nor thinking_trajectories "
-            f"(s1K) is a column, only {', '.join(map(str, record))}"
-        )
-    question = check_text(record.get("question"), "question", where, filled=True)
-    trace = check_text(trace, trace_column, where, filled=True)
-    answer = check_text(record.get(answer_column), answer_column, where, filled=True)
+        trace = record.get(trace_column)
+        if trace_column not in record:
+            trace_column, answer_column = "thinking_trajectories", "attempt"
+            traces = record.get(trace_column)
+            trace = traces[0] if isinstance(traces, list) and traces else None
+        if trace_column not in record:
+            names = f"{teacher}_thinking_trajectory (s1K-1.1) nor thinking_trajectories (s1K)"
+            raise ValueError(f"neither {names} is a column, only {', '.join(map(str, record))}")
+        question = check_text(record.get("question"), "question", filled=True)
+        trace = check_text(trace, trace_column, filled=True)
+        answer = check_text(record.get(answer_column), answer_column, filled=True)
+        grade = record.get(f"{teacher}_grade")
+        answered = None if grade is None else str(grade).strip().lower()
+        if answered not in _GRADES:
+            raise ValueError(f"the grade is {grade!r}, neither Yes nor No")
     messages = (
         {"role": "user", "content": question},
         {"role": ASSISTANT, "content": assistant_text(trace, answer)},
     )
-    grade = record.get(f"{teacher}_grade")
-    answered = None if grade is None else str(grade).strip().lower()
-    if answered not in _GRADES:
-        raise ValueError(f"{where}: the grade is {grade!r}, neither Yes nor No")
     return Row(where, messages, correct=_GRADES[answered])
 
 
@@ -79,9 +77,7 @@ def set_pad_token(tokenizer: Any) -> int:
         ValueError: The tokenizer has no ``<|fim_pad|>``, so it is not Qwen2.5's.
     """
     if PAD_TOKEN not in tokenizer.get_vocab():
-        raise ValueError(
-            f"this tokenizer has no {PAD_TOKEN}; take the tokenizer of a Qwen2.5 model"
-        )
+        raise ValueError(f"there is no {PAD_TOKEN}: take the tokenizer of a Qwen2.5 model")
     tokenizer.pad_token = PAD_TOKEN
     pad: int = tokenizer.pad_token_id
     return pad

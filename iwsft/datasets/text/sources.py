@@ -6,6 +6,7 @@ import json
 import os.path
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,18 @@ def records(
     """
     for where, record in _values(source, split, config, cache_dir):
         if not isinstance(record, Mapping):
-            raise ValueError(
-                f"{where}: a row is an object of columns, this is of type {type(record).__name__}"
-            )
+            kind = type(record).__name__
+            raise ValueError(f"{where}: a row is an object of columns, this is of type {kind}")
         yield where, record
+
+
+@contextmanager
+def row_named(where: str) -> Iterator[None]:
+    """Name the place of a row in a ValueError of the block."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _values(
@@ -76,26 +85,25 @@ def _values(
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
     data = path.read_bytes()
-    line, last = 1, 0
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
+    line, last, end = 1, 0, 0
     try:
         text = data.decode(json.detect_encoding(data))
-    except UnicodeDecodeError as error:
-        line += data.count(b"\n", 0, error.start)
-        raise ValueError(f"{path}:{line}: this line is not JSON ({error}); drop it") from error
-    decoder = json.JSONDecoder(object_pairs_hook=_object)
-    end = 0
-    while (start := _after_space(text, end)) < len(text):
-        line += text.count("\n", last, start)
-        last = start
-        try:
+        first = end = _after_space(text, 0)
+        while end < len(text):
+            start, line = end, line + text.count("\n", last, end)
+            last = start
             value, end = decoder.raw_decode(text, start)
-        # A number may have too many digits, and a value may be nested too deeply.
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}:{line}: this line is not JSON ({error}); drop it") from error
-        if isinstance(value, list) and start == _after_space(text, 0):
-            yield from ((f"{path} row {number}", entry) for number, entry in enumerate(value))
-        else:
-            yield f"{path}:{line}", value
+            end = _after_space(text, end)
+            if isinstance(value, list) and start == first:
+                yield from ((f"{path} row {number}", entry) for number, entry in enumerate(value))
+            else:
+                yield f"{path}:{line}", value
+    # A number may have too many digits, and a value may be nested too deeply.
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            line += data.count(b"\n", 0, error.start)
+        raise ValueError(f"{path}:{line}: this line is not JSON ({error}); drop it") from error
 
 
 def _after_space(text: str, position: int) -> int:
@@ -112,23 +120,28 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _parquet(path: Path) -> Iterator[tuple[str, Record]]:
     require("pyarrow")
-    import pyarrow  # type: ignore[import-untyped]
-    from pyarrow import parquet
+    from pyarrow import parquet  # type: ignore[import-untyped]
 
-    number = 0
-    try:
+    def rows() -> Iterator[Record]:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches():
                 for row in range(batch.num_rows):
-                    cells = zip(batch.schema.names, batch.columns, strict=True)
-                    record = {name: _without_nulls(cell[row].as_py()) for name, cell in cells}
-                    yield f"{path} row {number}", record
-                    number += 1
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} row {number}: the file can't be read as Parquet from here on "
-            f"({_line(error)}); write it again"
-        ) from error
+                    yield batch.slice(row, 1).to_pylist()[0]
+
+    return _of_arrow(rows(), str(path))
+
+
+def _of_arrow(rows: Iterable[Record], name: str) -> Iterator[tuple[str, Record]]:
+    number = 0
+    try:
+        for record in rows:
+            cells = {column: _without_nulls(value) for column, value in record.items()}
+            yield f"{name} row {number}", cells
+            number += 1
+    # Arrow's errors of damaged data are of these types, or derive from them.
+    except (ValueError, TypeError, OSError, LookupError, NotImplementedError) as error:
+        damage = f"the data can't be read from here on ({_line(error)})"
+        raise ValueError(f"{name} row {number}: {damage}; write it again") from error
 
 
 def _from_memory(data: Any, name: str, split: str | None) -> Iterator[tuple[str, Any]]:
@@ -139,21 +152,9 @@ def _from_memory(data: Any, name: str, split: str | None) -> Iterator[tuple[str,
         name, data = f"{name} [{split}]", data[split]
     elif split not in (None, str(getattr(data, "split", None))):
         raise ValueError(f"{name} have no split {split!r}; leave split= out")
-    if not type(data).__module__.startswith("datasets."):
-        yield from ((f"{name} row {number}", record) for number, record in enumerate(data))
-        return
-    number = 0
-    try:
-        for record in data:
-            cells = {column: _without_nulls(value) for column, value in record.items()}
-            yield f"{name} row {number}", cells
-            number += 1
-    # Arrow's errors of damaged data are of these types.
-    except (ValueError, TypeError, OSError, NotImplementedError) as error:
-        raise ValueError(
-            f"{name} row {number}: the data can't be read from here on ({_line(error)}); write it "
-            "again"
-        ) from error
+    if type(data).__module__.startswith("datasets."):
+        return _of_arrow(data, name)
+    return ((f"{name} row {number}", record) for number, record in enumerate(data))
 
 
 def _from_datasets(
@@ -191,10 +192,8 @@ def _from_datasets(
         raise ConnectionError(f"{name!r} can't be reached ({error}); pass a file") from error
     # DatasetNotFoundError and EmptyDatasetError are FileNotFoundErrors.
     except (KeyError, ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(
-            f"{name!r} can't be loaded (split {split!r}, configuration {config!r}): "
-            f"{_line(error.__cause__ or error)}"
-        ) from error
+        part, reason = f"split {split!r}, configuration {config!r}", error.__cause__ or error
+        raise ValueError(f"{name!r} can't be loaded ({part}): {_line(reason)}") from error
     return _from_memory(data, f"{name} [{split}]", None)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from iwsft.datasets.text.chat import ChatEncoder
 from iwsft.datasets.text.encoding import check_tokenizer, encode_completion
 from iwsft.datasets.text.rows import Row
+from iwsft.datasets.text.sources import row_named
 from iwsft.fingerprint import fingerprint
 from iwsft.trajectory import (
     ASSISTANT_MASK,
@@ -165,22 +166,20 @@ def _encode(
     """Return a row's ids, its mask, the number of tokens cut off, and ``Encoded.unknown``."""
     if row.messages is not None and chat is not None:
         if clashes := chat.variables.intersection(row.unread):
-            raise ValueError(
-                f"{row.where}: the chat template reads {min(clashes)!r}, and a column is named so; "
-                "put it into chat_template_kwargs, or rename it"
-            )
+            problem = f"{row.where}: the chat template reads {min(clashes)!r}, as a column is named"
+            raise ValueError(f"{problem}; put it into chat_template_kwargs, or rename it")
         encoded = chat.encode(row.messages, row.where, row.template_kwargs)
-    elif row.completion is not None:
-        encoded = encode_completion(tokenizer, row.prompt, row.completion, row.where)
-    else:
-        raise ValueError(f"{row.where}: a row has messages, or a prompt and a completion")
-    if not any(encoded.trained[1:]):
-        raise ValueError(f"{row.where}: there is no token to train on; drop the row")
-    if not any(encoded.trained[1:max_length]):
-        raise ValueError(
-            f"{row.where}: max_length={max_length} cuts off all that is trained, from token "
-            f"{encoded.trained.index(True)} on; raise max_length, or drop the row"
-        )
+    with row_named(row.where):
+        if row.messages is None and row.completion is None:
+            raise ValueError("a row has messages, or a prompt and a completion")
+        if row.completion is not None:
+            encoded = encode_completion(tokenizer, row.prompt, row.completion)
+        if not any(encoded.trained[1:]):
+            raise ValueError("there is no token to train on; drop the row")
+        if not any(encoded.trained[1:max_length]):
+            first = encoded.trained.index(True)
+            problem = f"max_length={max_length} cuts off all that is trained, from token {first} on"
+            raise ValueError(f"{problem}; raise max_length, or drop the row")
     mask = torch.tensor(encoded.trained[:max_length])
     mask[0] = False
     ids = torch.tensor(encoded.ids[:max_length])
@@ -207,15 +206,11 @@ def _columns(rows: Sequence[Row]) -> dict[NestedKey, Tensor]:
         if len(lacking) == len(rows):
             continue
         if lacking:
-            raise ValueError(
-                f"{lacking[0]}: there is no {name} in {len(lacking)} of {len(rows)} rows; give all "
-                f"rows a {name}, or none"
-            )
+            problem = f"{lacking[0]}: there is no {name} in {len(lacking)} of {len(rows)} rows"
+            raise ValueError(f"{problem}; give all rows a {name}, or none")
         # An epoch has an entry for each draw.
         if name == "weight" and not 0 < sum(values) <= max(_MOST_DRAWS, len(rows)):
-            raise ValueError(
-                f"the rows' weights add up to {sum(values):,}, which must be from 1 to "
-                f"{_MOST_DRAWS:,}; divide them by a common factor, or take other rows"
-            )
+            problem = f"the rows' weights add up to {sum(values):,}, not to 1 to {_MOST_DRAWS:,}"
+            raise ValueError(f"{problem}; divide them by a common factor, or take other rows")
         columns[key] = torch.tensor(values, dtype=dtype)
     return columns

@@ -19,7 +19,7 @@ from iwsft.datasets.text.rows import ASSISTANT, REASONING, Message
 
 # Letters that templates and JSON write as they are; one that the text lacks begins and ends marks.
 _SIGNS = range(0xA000, 0xA48D)
-_WAY_OUT = "pass a template that keeps it, or drop it from the data"
+WAY_OUT = "pass a template that keeps it, or drop it from the data"
 _END = "end the turn in the template with a special token of the tokenizer"
 
 
@@ -46,12 +46,11 @@ class Conversation:
     def __init__(
         self,
         messages: Sequence[Message],
-        where: str,
         render: Render,
         special: Callable[[str, int], Stretch | None],
         eos: str,
     ) -> None:
-        self._messages, self._where, self._render = messages, where, render
+        self.messages, self._render = messages, render
         self._special, self._eos = special, eos
         self.text, self.marked = render(messages)
         self._places = self._find_places()
@@ -103,9 +102,9 @@ class Conversation:
                 leave out the end of a turn or a tool call.
         """
         if not self.marked:
-            raise ValueError(f"{self._where}: the template's generation markers enclose nothing")
+            raise ValueError("the template's generation markers enclose nothing")
         untrained: set[Stretch] = set()
-        for index, message in enumerate(self._messages):
+        for index, message in enumerate(self.messages):
             place = self._places.get(index)
             if message["role"] == ASSISTANT:
                 own = self._check_own(index, place)
@@ -118,7 +117,7 @@ class Conversation:
 
     def _check_own(self, index: int, place: Stretch | None) -> list[Stretch]:
         """Check the marked stretches of an assistant's message, if there are any; return them."""
-        places, calls = self._places.items(), self._messages[index].get("tool_calls")
+        places, calls = self._places.items(), self.messages[index].get("tool_calls")
         low = max((stop for other, (_, stop) in places if other < index), default=0)
         high = min((start for other, (start, _) in places if other > index), default=len(self.text))
         own = [part for part in self.marked if low <= part.start and part.stop <= high]
@@ -142,7 +141,7 @@ class Conversation:
 
     def _check_calls(self, index: int, text: str) -> None:
         """Check that a template writes the name and the arguments of each tool call."""
-        message = self._messages[index]
+        message = self.messages[index]
         for name in REASONING:
             if message.get(name):
                 text = text.replace(message[name].strip(), "")
@@ -157,7 +156,7 @@ class Conversation:
 
     def _check_reasoning(self, index: int, text: str) -> None:
         for name in REASONING:
-            if squash(self._messages[index].get(name) or "") not in squash(text):
+            if squash(self.messages[index].get(name) or "") not in squash(text):
                 raise self._error(index, f"the chat template drops {name!r}")
 
     def _find_places(self) -> dict[int, Stretch]:
@@ -165,7 +164,7 @@ class Conversation:
         sign = next(c for c in map(chr, _SIGNS) if c not in self.text)
         # A template may look at the ends of a text, or for a word in it, and write another one.
         for middle in (True, False):
-            both = [_marked(m, f"{sign}{k}{sign}", middle) for k, m in enumerate(self._messages)]
+            both = [_marked(m, f"{sign}{k}{sign}", middle) for k, m in enumerate(self.messages)]
             marked, cuts = zip(*both, strict=True)
             pieces = re.split(f"{sign}([0-9]+){sign}", self._render(marked).text)
             unchanged = "".join(pieces[::2]) == self.text
@@ -181,18 +180,18 @@ class Conversation:
         for index, cut in enumerate(cuts):
             if cut is None:
                 continue
-            role = self._messages[index]["role"]
+            role = self.messages[index]["role"]
             turn = "assistant turn" if role == ASSISTANT else f"{role} message"
             if index not in positions:
                 raise self._error(index, f"the chat template drops this {turn}")
-            place = _place(self._messages[index], cut, positions[index][0], self.text)
+            place = _place(self.messages[index], cut, positions[index][0], self.text)
             twice = role == ASSISTANT and len(positions[index]) > 1
             if place is None or twice or (role == ASSISTANT and place.start < last):
                 raise self._error(index, f"the chat template rewrites this {turn}")
             last = place.stop if role == ASSISTANT else last
             places[index] = place
         if not unchanged:
-            raise ValueError(f"{self._where}: the chat template rewrites a message; {_WAY_OUT}")
+            raise ValueError(f"the chat template rewrites a message; {WAY_OUT}")
         return places
 
     def _find_start(self, index: int) -> int:
@@ -208,7 +207,7 @@ class Conversation:
 
     def _prompt(self, index: int) -> str:
         """Return the generation prompt behind a message with the role of the one before."""
-        before = self._messages[:index]
+        before = self.messages[:index]
         if not before:
             return ""
         role = before[-1]["role"]
@@ -226,21 +225,18 @@ class Conversation:
         end = self._places[index].stop
         token = self._special(self.text, end)
         if token is None:
-            raise self._error(
-                index,
-                f"{self.text[end : end + 20]!r} follows the assistant's text, not a special token",
-                _END,
-            )
+            behind = f"{self.text[end : end + 20]!r} follows the assistant's text"
+            raise self._error(index, f"{behind}, not a special token", _END)
         return token
 
     def _assistant(self) -> Iterator[tuple[int, Message]]:
-        return ((k, m) for k, m in enumerate(self._messages) if m["role"] == ASSISTANT)
+        return ((k, m) for k, m in enumerate(self.messages) if m["role"] == ASSISTANT)
 
     def _marker_error(self, index: int, what: str) -> ValueError:
         return self._error(index, f"the generation markers {what}", "correct the markers")
 
-    def _error(self, index: int, what: str, way_out: str = _WAY_OUT) -> ValueError:
-        return ValueError(f"{self._where}, message {index}: {what}; {way_out}")
+    def _error(self, index: int, what: str, way_out: str = WAY_OUT) -> ValueError:
+        return ValueError(f"message {index}: {what}; {way_out}")
 
 
 def _marked(message: Message, mark: str, middle: bool) -> tuple[Message, int | None]:

@@ -129,18 +129,18 @@ def test_reasoning_in_a_field_of_its_own():
     )
     messages = [user("q"), assistant("a", reasoning_content="deep"), user("r"), assistant("b")]
     assert read_back(template, messages) == ("<think>\ndeep\n</think>\n\na<|im_end|>b<|im_end|>")
-    with pytest.raises(ValueError, match="file:3, message 1: .*drops 'reasoning_content'"):
+    with pytest.raises(ValueError, match="file:3: message 1: .*drops 'reasoning_content'"):
         ChatEncoder(byte_level(CHATML)).encode(messages, "file:3")
 
 
 @pytest.mark.parametrize(
     ("template", "messages", "error"),
     [
-        (DROPS, TALK, "file:7, message 2: the chat template drops this assistant turn"),
+        (DROPS, TALK, "file:7: message 2: the chat template drops this assistant turn"),
         (
             THINKING,
             [user("q"), assistant("<think>hm</think>a"), user("r"), assistant("b")],
-            "file:7, message 1: the chat template rewrites this assistant turn",
+            "file:7: message 1: the chat template rewrites this assistant turn",
         ),
         (CHATML.replace("m.content", "m.content[:9]"), TALK[:2] + [assistant("x" * 12)], "drops"),
         (CHATML.replace("m.content", "m.content | upper"), TALK, "rewrites"),
@@ -197,18 +197,18 @@ def test_no_template_and_no_offsets():
 
 def test_completions_end_in_one_eos_and_start_with_bos_where_the_tokenizer_has_one():
     tokenizer = byte_level(None, eos="<|endoftext|>")
-    plain = encode_completion(tokenizer, "two and", " two", "row")
+    plain = encode_completion(tokenizer, "two and", " two")
     assert trained(tokenizer, plain) == " two<|endoftext|>"
     assert tokenizer.decode(plain.ids) == "two and two<|endoftext|>"
-    assert encode_completion(tokenizer, "two and", " two<|endoftext|>", "row") == plain
+    assert encode_completion(tokenizer, "two and", " two<|endoftext|>") == plain
     with_bos = sentencepiece()
     with_bos.backend_tokenizer.post_processor = _bos_in_front(with_bos)
-    encoded = encode_completion(with_bos, "two and", " two", "row")
+    encoded = encode_completion(with_bos, "two and", " two")
     assert with_bos.convert_ids_to_tokens(encoded.ids)[0] == "<s>"
     assert not encoded.trained[0]
-    assert encode_completion(with_bos, "<s>two and", " two", "row").ids.count(encoded.ids[0]) == 1
-    with pytest.raises(ValueError, match="row: the tokenizer has no EOS token"):
-        encode_completion(byte_level(None, eos=None, pad="<|fim_pad|>"), "a", "b", "row")
+    assert encode_completion(with_bos, "<s>two and", " two").ids.count(encoded.ids[0]) == 1
+    with pytest.raises(ValueError, match="the tokenizer has no EOS token"):
+        encode_completion(byte_level(None, eos=None, pad="<|fim_pad|>"), "a", "b")
 
 
 def _bos_in_front(tokenizer: Any) -> Any:
@@ -253,7 +253,7 @@ def test_any_conversation_reads_back(prompt, turns, template):
 @given(prompt=TEXT, completion=SAID)
 def test_any_completion_reads_back(prompt, completion):
     tokenizer = byte_level(None, eos="<|endoftext|>")
-    encoded = encode_completion(tokenizer, prompt, completion, "row")
+    encoded = encode_completion(tokenizer, prompt, completion)
     assert trained(tokenizer, encoded) == completion + "<|endoftext|>"
     assert tokenizer.decode(encoded.ids) == prompt + completion + "<|endoftext|>"
 
@@ -269,7 +269,7 @@ def test_an_answer_behind_a_space_begins_without_another(prompt, completion, by_
     if by_normalizer:
         tokenizer.backend_tokenizer.normalizer = Sequence([Prepend("▁"), Replace(" ", "▁")])
         tokenizer.backend_tokenizer.pre_tokenizer = None
-    encoded = encode_completion(tokenizer, prompt, completion, "row")
+    encoded = encode_completion(tokenizer, prompt, completion)
     assert tokenizer.decode(encoded.ids) == f"{prompt}{completion}</s>"
     assert trained(tokenizer, encoded) == completion + "</s>"
     before = encoded.ids[: encoded.trained.index(True)]
@@ -282,7 +282,7 @@ def test_composed_characters_at_the_end_are_those_of_the_text(completion):
     tokenizer = byte_level(None)
     try:
         tokenizer.backend_tokenizer.normalizer = NFC()
-        encoded = encode_completion(tokenizer, "two ", completion, "row")
+        encoded = encode_completion(tokenizer, "two ", completion)
         assert trained(tokenizer, encoded) == normalize("NFC", completion) + "<|im_end|>"
     finally:
         tokenizer.backend_tokenizer.normalizer = None
@@ -292,9 +292,9 @@ def test_a_tokenizer_that_drops_white_space_at_the_end_of_the_prompt():
     tokenizer = sentencepiece()
     backend = tokenizer.backend_tokenizer
     backend.normalizer = Strip(left=False, right=True)
-    with pytest.raises(ValueError, match="f:1: this tokenizer drops white space at the end"):
-        encode_completion(tokenizer, "Answer: ", "two", "f:1")
-    encoded = encode_completion(tokenizer, "Answer:", " two", "f:1")
+    with pytest.raises(ValueError, match="this tokenizer drops white space at the end"):
+        encode_completion(tokenizer, "Answer: ", "two")
+    encoded = encode_completion(tokenizer, "Answer:", " two")
     assert tokenizer.decode(encoded.ids, skip_special_tokens=True) == "Answer: two"
 
 
@@ -303,7 +303,7 @@ def test_a_byte_level_tokenizer_with_a_prefix_space_continues_without_it():
     plain = tokenizer.backend_tokenizer.pre_tokenizer
     tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)
     try:
-        encoded = encode_completion(tokenizer, "two and t", "wo is", "row")
+        encoded = encode_completion(tokenizer, "two and t", "wo is")
         assert trained(tokenizer, encoded) == "wo is<|im_end|>"
         assert tokenizer.decode(encoded.ids) == " two and two is<|im_end|>"
     finally:

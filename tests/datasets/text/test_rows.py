@@ -152,7 +152,7 @@ def test_turns_that_data_of_other_programs_leaves_out_weigh_0(switch):
     ],
 )
 def test_switches_and_contents_of_a_turn_that_are_not_known(more, error):
-    with pytest.raises(ValueError, match=f"f:1, {error}"):
+    with pytest.raises(ValueError, match=f"f:1: {error}"):
         to_row({"messages": [turn("user", "q"), turn("assistant", "a") | more]}, "f:1")
     with pytest.raises(ValueError, match="message 0: only the assistant's turns are trained on"):
         to_row({"messages": [turn("user", "q") | {"train": True}, turn("assistant", "a")]}, "f:1")
@@ -224,7 +224,7 @@ def test_files_that_can_not_be_read(tmp_path):
     with pytest.raises(ValueError, match="broken.json:1: this line is not JSON"):
         read(tmp_path / "broken.json")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and then nothing of the kind PAR1")
-    with pytest.raises(ValueError, match="broken.parquet row 0: the file can.t be read as Parquet"):
+    with pytest.raises(ValueError, match="broken.parquet row 0: the data can.t be read"):
         read(tmp_path / "broken.parquet")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="empty.jsonl: there is no row"):

@@ -183,9 +183,9 @@ def test_columns_and_keys_that_a_template_reads_or_drops():
     with pytest.warns(UserWarning, match="does not read brief, mood of the template_kwargs"):
         tokenize([named], byte_level(), template_kwargs={"brief": True})
     tools = [system("Use tools.") | {"tools": [{"name": "look_up"}]}, *talk]
-    with pytest.raises(ValueError, match="f:1, message 0: the chat template drops 'tools'"):
+    with pytest.raises(ValueError, match="f:1: message 0: the chat template drops 'tools'"):
         encode(CHATML, *tools)
-    with pytest.raises(ValueError, match="f:1, message 1: the chat template drops 'tool_plan'"):
+    with pytest.raises(ValueError, match="f:1: message 1: the chat template drops 'tool_plan'"):
         encode(CHATML, user("hi"), assistant("hello") | {"tool_plan": "I greet."})
     written = CHATML.replace("m.content +", "m.content + (m.tools | tojson if m.tools else '') +")
     assert encode(written, *tools) == "hello<|im_end|>"
