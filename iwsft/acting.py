@@ -35,11 +35,8 @@ class PolicyInputs:
     """The inputs of a policy at a step, with a row for each parallel episode.
 
     A row is the same environment from step to step. At the start no row has an episode. The policy
-    gets the rows without an episode too, as first steps.
-
-    Args:
-        episodes: Number of parallel episodes; the number of rows is the next multiple of ``ROWS``.
-        observation_dim: Size of an observation.
+    gets the rows without an episode too, as first steps. The number of rows is the next multiple
+    of ``ROWS``.
 
     Attributes:
         observation: Observations, float32 ``[rows, obs]``.
@@ -92,13 +89,7 @@ def act(
     device: torch.device | str = "cpu",
     name: str = "the policy",
 ) -> NDArray[Any]:
-    """Call the policy once for all rows, within :func:`acting`.
-
-    Args:
-        policy: Policy that reads some of ``READABLE`` and writes ``action`` ``[rows, act]``.
-        inputs: The policy's inputs; it gets a copy, which it may keep.
-        device: Device of the policy.
-        name: Name of the policy in errors.
+    """Call the policy once for all rows, within :func:`acting`; errors call it ``name``.
 
     Returns:
         Its actions ``[rows, act]``, not clipped: float32, or float64 where the policy gives that.
@@ -148,13 +139,8 @@ def check_sizes(
 ) -> None:
     """Call the policy once on ``ROWS`` rows without an episode, within :func:`acting`.
 
-    Args:
-        policy: Policy, see :func:`act`.
-        observation: An observation of the environment, ``[obs]``; all rows get it.
-        action_shape: Shape of the environment's actions, ``(act,)``.
-        env_id: Name of the environment in errors.
-        device: Device of the policy.
-        name: Name of the policy in errors.
+    All rows get ``observation`` ``[obs]``; actions must have ``action_shape``, ``(act,)``. Errors
+    name the environment and the policy.
 
     Raises:
         ValueError: The call fails, or its actions have another shape.

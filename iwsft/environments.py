@@ -43,14 +43,12 @@ def make(
     """Make an environment without gymnasium's checking wrapper, which costs time at each step.
 
     ``env_id`` and the arguments, which are plain values (JSON), describe an environment completely.
-    A dataset has them as ``env_id`` and ``env_kwargs``.
-
-    Ids that gymnasium does not know are looked up in gymnasium-robotics (FrankaKitchen, AntMaze,
-    AdroitHand), which is imported only then. D4RL's locomotion scores belong to the ``-v4``
-    environments (v5 changed physics and rewards), so gymnasium's advice to upgrade is not shown.
+    A dataset has them as ``env_id`` and ``env_kwargs``. Ids that gymnasium does not know are looked
+    up in gymnasium-robotics (FrankaKitchen, AntMaze, AdroitHand), which is imported only then.
 
     Args:
-        env_id: Id registered with gymnasium, or ``module:id``.
+        env_id: Id registered with gymnasium, or ``module:id``. D4RL's locomotion scores belong to
+            the ``-v4`` environments, so gymnasium's advice to upgrade is not shown.
         conventions: ``"d4rl"`` changes AntMaze and AdroitHand into D4RL's tasks, see
             :mod:`iwsft.d4rl_conventions`.
         wrappers: Wrappers from the inside out, each with an ``entry_point`` (``module:Class``) and
@@ -61,10 +59,9 @@ def make(
             conventions.
 
     Raises:
-        ValueError: The id is not registered (the error names the nearest known ids), the
-            conventions are unknown for this environment, or it does not take the arguments.
-        ImportError: A package of the environment is not installed, or the environment's code is no
-            longer shipped.
+        ValueError: The id is not registered (the error names the nearest known ids), or the
+            environment does not take the arguments.
+        ImportError: A package of the environment is not installed, or does not ship it any more.
     """
     if conventions not in (None, "d4rl"):
         raise ValueError(f"conventions={conventions!r} is unknown; there is 'd4rl', or None")
@@ -130,14 +127,7 @@ def _wrap(env: gym.Env[Any, Any], wrapper: Mapping[str, Any]) -> gym.Env[Any, An
 class ScaledActions(gym.ActionWrapper[Any, Any, Any], RecordConstructorArgs):
     """``env`` with actions in [-1, 1]: -1 is the lower bound of each number, 1 the upper one.
 
-    Args:
-        env: Environment whose actions are vectors.
-        low: Lower bounds, ``[act]`` or one number. They must be those of ``env``, unless it has
-            none.
-        high: Upper bounds.
-
-    Raises:
-        ValueError: The bounds are not those of ``env``.
+    The bounds, numbers or ``[act]``, must be those of ``env``, unless it has none (ValueError).
     """
 
     def __init__(self, env: gym.Env[Any, Any], low: Any, high: Any) -> None:

@@ -127,9 +127,8 @@ def evaluate(
     A policy may keep a history. Row i of the batch is the same environment from call to call. The
     policy may read ``is_init`` (bool ``[n, 1]``, TorchRL's mark of an episode's first step) and
     ``reward`` (float32 ``[n, 1]``, the reward of the row's last action, 0 at the first step). Rows
-    without an episode are computed too, as first steps. So are all rows in a call before the
-    first episode, which checks sizes. A policy that forgets a row where ``is_init`` is set carries
-    nothing from one episode, or one evaluation, to the next.
+    without an episode are computed too, as first steps, as are all rows in a first call that checks
+    sizes. So a policy must forget a row where ``is_init`` is set.
 
     Args:
         policy: Policy that reads ``observation`` ``[n, obs]`` float32, and optionally ``is_init``
@@ -151,10 +150,8 @@ def evaluate(
         ValueError: A setting, the environment or the sizes of the policy do not fit, or the machine
             cannot draw. This is known before the first step.
         ImportError: The package that writes videos is not installed.
-        FloatingPointError: The policy gave an action, or the environment a reward, that is not
-            finite.
-        RuntimeError: An episode has not ended after 100,000 steps, and the environment sets no
-            limit.
+        FloatingPointError: An action or a reward is not finite.
+        RuntimeError: An episode has not ended after 100,000 steps, without a limit.
     """
     width = min(episodes, ROWS if num_envs is None else num_envs)
     if min(episodes, width) < 1 or seed < 0:

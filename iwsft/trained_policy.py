@@ -67,11 +67,7 @@ class TrainedPolicy:
     def make(self, **kwargs: Any) -> gym.Env[Any, Any]:
         """Make the environment, with flat observations and actions in its own range.
 
-        Args:
-            kwargs: Further arguments of the environment, such as ``render_mode="human"``.
-
-        Raises:
-            ValueError: The environment is not known.
+        ``kwargs`` are further arguments of the environment, such as ``render_mode="human"``.
         """
         known = {name: value for name, value in self.env_kwargs.items() if name != "action_bounds"}
         env = environments.make(self._known_env_id(), **{**known, **kwargs})
@@ -91,11 +87,8 @@ class TrainedPolicy:
             observation: One observation ``[obs]``, or several ``[n, obs]`` of a policy without a
                 memory.
             first: Whether this is the first step of an episode. Only a policy with a memory needs
-                it, and then sees one episode after the other.
-            reward: Reward of the last action, for a policy with a memory.
-
-        Returns:
-            Action ``[act]``, or actions ``[n, act]``.
+                it, and ``reward``, and then sees one episode after the other.
+            reward: Reward of the last action.
 
         Raises:
             ValueError: The observation has another size, or a policy with a memory is called
@@ -130,11 +123,7 @@ class TrainedPolicy:
         """Write the policy as a program of ``torch.export``, which needs torch alone.
 
         ``torch.export.load(path).module()`` maps observations, float32 ``[n, obs]``, to actions in
-        the environment's own range, float32 ``[n, act]``.
-
-        Args:
-            path: The file, which by custom ends in ``.pt2``.
-            observation_dim: Size of an observation; by default that of the run.
+        the environment's own range, float32 ``[n, act]``. The file ends in ``.pt2`` by custom.
 
         Raises:
             ValueError: The policy has a memory, or the size of its observations is not known.
@@ -188,13 +177,8 @@ def save_policy(
 ) -> None:
     """Write ``policy.pt``: parameters, and the plain values that :func:`load_policy` needs.
 
-    Args:
-        folder: Folder of the run.
-        policy: The policy, with the size of its observations.
-        algo: Name of a baseline where there are ``settings``; the others have a
-            :class:`GaussianPolicy` of the default form.
-        action_dim: Size of an action.
-        settings: Dataclass of a baseline's settings.
+    ``settings`` are the dataclass of the settings of a baseline, which ``algo`` names; without
+    them the policy is a :class:`GaussianPolicy` of the default form.
     """
     content = {
         "algo": algo,

@@ -127,19 +127,15 @@ def fit(
         limits: Largest absolute values of outputs of the loss, by name; beyond them the run has
             diverged.
         probes: Measurements during the run.
-        folder: Folder of the run, for ``checkpoint/``, ``metrics.jsonl``; None
-            writes nothing. A checkpoint in it is resumed, and the run ends in the same parameters,
-            bit for bit, as an uninterrupted one. All random numbers come from the sampler's
-            generator and from torch's.
+        folder: Folder of the run, for ``checkpoint/`` and ``metrics.jsonl``; None writes nothing. A
+            checkpoint in it is resumed, and the run ends in the same parameters, bit for bit, as an
+            uninterrupted one, if all random numbers come from the sampler and from torch.
         settings: Plain values that belong to a checkpoint; one with other values is refused. The
             schedule is compared without them; a constant one may have more steps than before.
         checkpoint_every: Number of updates between checkpoints; there is one at the end.
         log_every: Number of updates between rows of metrics.
         report: Function that is called with every row.
         progress: Whether to show rate, time left and loss on stderr.
-
-    Returns:
-        The cost of the run.
 
     Raises:
         ValueError: The schedules do not fit the networks of the loss.

@@ -328,7 +328,7 @@ def test_invalid_scores_are_refused() -> None:
         curate(data, score="next")
     with pytest.raises(ValueError, match="changes within a trajectory, first at step 1"):
         curate(data, score="observation")
-    with pytest.raises(ValueError, match=r"gave shape \[10\]; there are 4"):
+    with pytest.raises(ValueError, match=r"gave \[10\] for 4"):
         curate(data, score=lambda td: td["observation"][:, 0])
     with pytest.raises(KeyError, match="the return needs"):
         curate(data.exclude("next"))

@@ -29,15 +29,10 @@ _SAME_SPACES |= {"robot_noise_ratio", "object_noise_ratio"}
 def spaces_of(
     env_id: str, env_kwargs: Mapping[str, Any], *, trusted: bool
 ) -> tuple[int | None, NDArray[Any], NDArray[Any]]:
-    """Return the columns of an environment's observations, and the bounds of its actions.
+    """Return the columns of an environment's observations, and the bounds ``[act]`` of its actions.
 
-    Args:
-        env_id: Id of the environment, see :func:`iwsft.environments.make`.
-        env_kwargs: Its arguments.
-        trusted: Whether modules that the id names may be imported.
-
-    Returns:
-        Number of columns, or None where no vector is known, and the bounds ``[act]``.
+    The columns are None where the observations are not known as vectors. Modules that the id names
+    are imported only if they are ``trusted``.
 
     Raises:
         ValueError: The environment cannot be made, or its actions are not vectors.
@@ -62,17 +57,11 @@ def spaces_of(
 def check_fit(
     columns: tuple[int, int], env_id: str, spaces: tuple[int | None, Any, Any], source: str
 ) -> list[str]:
-    """Check that data can be of an environment.
-
-    Args:
-        columns: Columns of the data's observations and actions.
-        env_id: Id of the environment in messages.
-        spaces: The environment's, of :func:`spaces_of`.
-        source: Name of the data in messages.
+    """Check that data with these columns of observation and action can be of an environment.
 
     Returns:
-        A note, with a warning, where observations differ: a policy can be scored only with a
-        function from the environment's observations to the data's.
+        A note, with a warning, where observations differ from the environment's (``spaces``, see
+        :func:`spaces_of`): a policy can be scored only with a function from these to the data's.
 
     Raises:
         ValueError: The actions have another number of columns.
@@ -89,16 +78,10 @@ def check_fit(
 
 
 def find_bounds(actions: Floats, low: ArrayLike, high: ArrayLike, source: str) -> Bounds:
-    """Check actions against their bounds; without bounds, the extremes of the data are these.
+    """Check actions ``[N, act]`` against their bounds ``[act]``; return the bounds.
 
-    Args:
-        actions: Actions, float32 ``[N, act]``.
-        low: Lower bounds, ``[act]``; those of actions that stay in [-1, 1] may be infinite.
-        high: Upper bounds.
-        source: Name of the data in errors.
-
-    Returns:
-        Lower and upper bound, as one number each where all numbers of an action have the same.
+    Each is one number where all numbers of an action have the same. Infinite bounds are replaced by
+    the extremes of the data, or by those of [-1, 1] where the data stay inside.
 
     Raises:
         ValueError: An action lies outside the bounds.

@@ -30,13 +30,7 @@ def until_goal(steps: Steps) -> tuple[Steps, list[str]]:
     Without that field (D4RL's files), it was reset if x and y jump by more than 1 or if row i + 1
     has the joints of a reset. An episode ends at resets and at timeouts. A stay ends only at
     resets, as the timeouts of the v0 files do not always match them. The next observation of a
-    goal step is the observation that reached the goal.
-
-    Args:
-        steps: Recorded steps with 29 columns of observation.
-
-    Returns:
-        The remaining steps, and notes on the changes.
+    goal step is the observation that reached the goal. Notes on the changes are returned, too.
     """
     reset = np.append(_reset_after(steps), True)
     ends = steps.timeouts | reset

@@ -30,13 +30,9 @@ _D4RL = {"conventions": "d4rl"}
 class Entry:
     """A dataset of D4RL.
 
-    Attributes:
-        name: D4RL's name, such as ``hopper-medium-replay-v2``.
-        path: Path of the file below Berkeley's download root; mirrors have only its last part.
-        env_id: Id of the gymnasium environment.
-        env_kwargs: Arguments of the environment, for :func:`iwsft.environments.make`.
-        size: Size of the file in bytes, where known.
-        sha256: SHA-256 of the file, where known.
+    ``path`` is that of the file below Berkeley's download root; mirrors have only its last part.
+    ``env_kwargs`` are for :func:`iwsft.environments.make`. Size (bytes) and SHA-256 of the file are
+    None where they are not known.
     """
 
     name: str
@@ -76,15 +72,13 @@ def find(name: str) -> Entry | None:
 def reference_scores(
     name_or_env_id: str, env_kwargs: Mapping[str, Any] | None = None
 ) -> tuple[float, float] | None:
-    """Return the returns that D4RL scores as 0 and 100 (https://arxiv.org/abs/2004.07219).
+    """Return the returns that D4RL scores as 0 and 100 (https://arxiv.org/abs/2004.07219), or None.
 
     Args:
         name_or_env_id: D4RL's name of a dataset (``hopper-medium-v2``), or the id of a D4RL task's
             environment (``Hopper-v4``).
-        env_kwargs: Arguments of the environment; those of D4RL's task by default.
-
-    Returns:
-        The pair (minimum, maximum), or None where D4RL has none: other arguments make another task.
+        env_kwargs: Arguments of the environment; those of D4RL's task by default. Others make
+            another task, which has no such returns.
     """
     table = _reference_table()
     if env_kwargs is None and name_or_env_id in table:

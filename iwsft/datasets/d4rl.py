@@ -69,8 +69,7 @@ def read(
     ``env_kwargs`` (a JSON object). A file without them has the environment of ``name``, or of the
     file's name, if that is D4RL's. Files that neither D4RL nor :mod:`iwsft.datasets.write` wrote,
     and those of D4RL without timeouts, are searched for ends of episodes that are not marked, see
-    :mod:`iwsft.datasets.ends`. Actions
-    must be in the environment's range, see :mod:`iwsft.datasets.actions`.
+    :mod:`iwsft.datasets.ends`. Actions must be in the environment's range.
 
     Args:
         path: The file.
@@ -80,8 +79,7 @@ def read(
         data_weight: Data weight of each row: the name of a field, or an array.
 
     Raises:
-        FileNotFoundError: The file does not exist.
-        OSError: The file cannot be opened.
+        OSError: The file does not exist or cannot be opened.
         ValueError: The file is damaged, or cannot be trained on; the error names field and row.
     """
     import h5py

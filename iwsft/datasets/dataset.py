@@ -25,16 +25,13 @@ class OfflineDataset:
             ``[N, 1]`` bool, ``("collector", "traj_ids")`` ``[N]`` int64.
         name: Name without a slash, fit for a folder.
         env_id: Gymnasium environment of the data, where known. Only ``env_id`` and ``env_kwargs``
-            together say which environment it is: ``environments.make(env_id, **env_kwargs)`` and
-            ``evaluate(policy, env_id, env_kwargs=env_kwargs)``. A program that compares or records
-            runs must compare and record both. Before it makes an environment that its user has not
-            named, it must ask where :func:`iwsft.environments.modules_to_import` is not empty.
+            together say which environment it is; compare and record both. Before a program makes
+            an environment that its user has not named, it must ask where
+            :func:`iwsft.environments.modules_to_import` is not empty.
         reference_scores: D4RL's (minimum, maximum) return in the environment, where known.
         source: File, URL or Minari id that was read.
         fingerprint: SHA-256 of the contents, independent of the path.
-        env_kwargs: Arguments of the environment for :func:`iwsft.environments.make`, plain values
-            that JSON takes: also ``max_episode_steps``, ``conventions``, ``wrappers``, and
-            ``action_bounds``, from which the actions of the data were mapped to [-1, 1].
+        env_kwargs: Arguments of :func:`iwsft.environments.make`, plain values that JSON takes.
         action_bounds: Lower and upper bound of the actions, the environment's or else the data's,
             as numbers or lists with a number per column. Policies of this library act in [-1, 1].
         notes: A sentence on each thing that the loader changed or left out.

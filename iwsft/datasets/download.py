@@ -34,7 +34,7 @@ def fetch(
     sha256: str | None = None,
     signature: bytes = b"",
 ) -> Path:
-    """Download a file unless it is there already.
+    """Download a file unless it is there already; return its path.
 
     The bytes go to ``<target>.<hash of the URL>.part``. They stay there if the transfer breaks off,
     and the next attempt, in this call or a later one, asks for the rest only. The complete file is
@@ -46,9 +46,6 @@ def fetch(
         size: Number of bytes that the file must have, besides the number that the server announces.
         sha256: SHA-256 (hex) that the file must have.
         signature: First bytes that the file must have, which an error page does not have.
-
-    Returns:
-        ``target``.
 
     Raises:
         ConnectionError: No mirror delivered the file. The message names each URL, the bytes it

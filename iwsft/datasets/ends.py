@@ -68,16 +68,9 @@ def find_ends(
 
 
 def move_time_limits(steps: Steps, limit: Limit) -> tuple[Steps, list[str]]:
-    """Read terminals that a limit of steps has set as timeouts.
+    """Read terminals that a limit of steps has set as timeouts; return a note on the change, too.
 
     The flag ``done`` of gym before 0.26 is such a terminal. A policy's value after it is not 0.
-
-    Args:
-        steps: Steps whose episodes are found.
-        limit: Function that returns the environment's limit of steps, where known.
-
-    Returns:
-        The steps, and a note on the change.
     """
     terminals, timeouts = steps.terminals, steps.timeouts
     if not terminals.any():

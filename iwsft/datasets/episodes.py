@@ -35,19 +35,15 @@ CHUNK = 65_536
 
 @dataclass(frozen=True)
 class Steps:
-    """The fields of ``N`` steps in the order of recording.
+    """Fields of ``N`` steps in the order of recording: float32 ``[N, ...]``, flags bool ``[N]``.
 
-    Attributes:
-        observations: Observations, float32 ``[N, obs]``.
-        actions: Actions, float32 ``[N, act]``.
-        rewards: Rewards, float32 ``[N]``.
-        terminals: Whether the environment ended the episode at this step, bool ``[N]``.
-        timeouts: Whether the episode was cut after this step, bool ``[N]``. A step with both flags
-            counts as terminated only.
-        next_observations: Next observations, float32 ``[N, obs]``. None means the observation
-            of the trajectory's next row. At its last step, whose successor was not recorded, it is
-            the step's own observation, so that a critic that bootstraps there sees a real state.
-        data_weight: Data weights, float32 ``[N]``; None if the data give none.
+    ``terminals`` tells where the environment ended the episode, ``timeouts`` after which step it
+    was cut. A step with both flags counts as terminated only.
+
+    Without ``next_observations`` they are those of the trajectory's next row. At its last step,
+    whose successor was not recorded, it is the step's own observation, so that a critic that
+    bootstraps there sees a real state. ``data_weight``, float32 ``[N]``, is None if the data give
+    none.
     """
 
     observations: Floats

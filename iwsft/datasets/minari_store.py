@@ -46,12 +46,8 @@ def read(dataset_id: str, *, data_weight: Any = None) -> OfflineDataset:
     Minari stores the T + 1 observations of an episode of T steps; the last T are the next
     observations. Dictionaries and tuples of boxes become one vector, joined in the order of the
     space, as by gymnasium's ``FlattenObservation``. An episode whose last step has neither flag
-    ends truncated.
-
-    Args:
-        dataset_id: Id of the form ``namespace/name-v0``; the local store is the folder
-            ``MINARI_DATASETS_PATH``.
-        data_weight: Array with the data weight of each step.
+    ends truncated. The local store is the folder ``MINARI_DATASETS_PATH``. ``data_weight`` is an
+    array with the data weight of each step.
 
     Raises:
         ImportError: minari is not installed.

@@ -56,10 +56,9 @@ class Provenance:
     Attributes:
         env_id: Gymnasium environment to score policies in.
         seed: Seed of the recording.
-        sources: Origins of the episodes, in their order: plain values such as policy, noise and
-            number of episodes; stored as JSON.
-        versions: Versions of the packages that decided the numbers; stored as JSON.
-        env_kwargs: Arguments of the environment; stored as JSON where there are any.
+        sources: Plain values of each part, in their order, such as policy, noise and episodes.
+        versions: Versions of the packages that decided the numbers.
+        env_kwargs: Arguments of the environment.
     """
 
     env_id: str | None = None
@@ -89,19 +88,17 @@ def to_hdf5(
 ) -> None:
     """Write a file in D4RL's layout (see :mod:`iwsft.datasets.d4rl`), compressed.
 
-    A trajectory whose last step has neither flag gets a timeout there, as it was cut.
-
     Args:
         path: New file that ends in ``.hdf5`` or ``.h5``.
-        trajectories: Packed trajectories with the keys of a loader.
+        trajectories: Packed trajectories with the keys of a loader. One whose last step has neither
+            flag gets a timeout there, as it was cut.
         provenance: Attributes of the file.
         infos: Further fields with a row per step; they are stored as ``infos/NAME``.
 
     Raises:
-        FileExistsError: The file exists.
+        OSError: The file exists, or the disk is full.
         ValueError: The suffix is another one, there are no steps, values are NaN or infinite, a
             flag is set inside a trajectory, or ``infos`` have another length.
-        OSError: The disk is full.
     """
     import h5py
 
@@ -142,12 +139,10 @@ def to_minari(
         infos: Further fields with a row per step. Minari has T + 1 rows; an episode's first is 0.
 
     Raises:
-        FileExistsError: The store has this dataset already.
         ImportError: minari is not installed.
-        ValueError: The id is malformed, there are no steps, values are NaN or infinite, a flag is
-            set inside a trajectory, actions are outside the space, or a next observation is not the
-            observation of the next step (Minari stores the T + 1 observations of an episode once).
-        OSError: The disk is full.
+        ValueError: As for :func:`to_hdf5`; or the id is malformed, actions are outside the space,
+            or a next observation is not the observation of the next step (Minari stores it once).
+        OSError: The store has this dataset already, or the disk is full.
     """
     folder = minari_folder(dataset_id)
     from minari.dataset.minari_dataset import parse_dataset_id
@@ -175,12 +170,7 @@ def to_minari(
 
 
 def minari_folder(dataset_id: str) -> Path:
-    """Return the folder of a dataset in Minari's local store.
-
-    Raises:
-        ValueError: The id is malformed.
-        ImportError: minari is not installed.
-    """
+    """Return the folder of a dataset in Minari's local store; the errors are those of its id."""
     check_id(dataset_id)
     from minari.storage.datasets_root_dir import get_dataset_path
 

@@ -154,7 +154,7 @@ def think_then_answer(
     temperature: float = 0.0,
     top_p: float = 1.0,
 ) -> list[Thought]:
-    """Let a model think within a budget and answer.
+    """Let a model think within a budget and answer; see the module.
 
     Args:
         generator: Generator of the model.
@@ -166,12 +166,6 @@ def think_then_answer(
         stop: Tokens that end the answer, and the thinking too.
         temperature: Temperature, see :meth:`Generator.generate`.
         top_p: Probability mass, see :meth:`Generator.generate`.
-
-    Returns:
-        A thought for each request, in their order.
-
-    Raises:
-        ValueError: The generator refuses a request.
     """
     complete = partial(generator.generate, temperature=temperature, top_p=top_p)
     thinkings = [_Thinking(request) for request in requests]

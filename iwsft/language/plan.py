@@ -19,22 +19,14 @@ if TYPE_CHECKING:
 class UpdatePlan(Sampler[list[int]]):
     """The micro-batches of every update, known beforehand and the same on every process.
 
-    An update takes ``accumulation * processes`` micro-batches in the order of
-    :class:`~iwsft.language.batches.EpochBatches`; process r runs every ``processes``-th of them,
-    beginning with the r-th. An update therefore holds the same entries whether it consists of large
-    batches, of small ones that are accumulated, or of those of several processes. All epochs have
-    the same number of micro-batches, a multiple of the processes. Where an epoch has fewer, its
-    micro-batches are split, and where none can be split, micro-batches without entries fill it up.
+    An update takes ``accumulation * processes`` micro-batches in the order of ``batches``; process
+    r runs every ``processes``-th of them, beginning with the r-th. An update therefore holds the
+    same entries however it is divided. All epochs have the same number of micro-batches, a multiple
+    of the processes. Where an epoch has fewer, its micro-batches are split, and where none can be
+    split, micro-batches without entries fill it up. The run has at least ``epochs`` epochs.
 
     As a DataLoader's ``batch_sampler`` it yields the micro-batches of this process in the epoch
     that :meth:`set_epoch` named last.
-
-    Args:
-        batches: Entries of the micro-batches, epoch by epoch.
-        accumulation: Micro-batches of a process in an update.
-        processes: Number of processes that train together.
-        process: Number of this process, from 0.
-        epochs: Least number of epochs of the training run, at least 1.
     """
 
     def __init__(

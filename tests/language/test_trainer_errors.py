@@ -226,7 +226,7 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
         trainer(tmp_path, data=Held())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"the trajectories are locked: pass trajectories.copy"):
         trainer(tmp_path, data=trajectories().lock_())
-    with pytest.raises(TypeError, match="ImportanceWeightedConfig, not a TrainingArguments"):
+    with pytest.raises(TypeError, match="ImportanceWeightedConfig, not TrainingArguments"):
         ImportanceWeightedTrainer(
             model(), TrainingArguments(str(tmp_path), use_cpu=True), trajectories=trajectories()
         )

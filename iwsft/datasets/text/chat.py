@@ -70,10 +70,9 @@ class ChatEncoder:
     ) -> Encoded:
         """Encode a conversation; each assistant's turn and its end are trained on.
 
-        A turn with ``"weight": 0`` is not trained on.
-
         Args:
-            messages: Messages {role, content}, at least one of the assistant.
+            messages: Messages {role, content}, at least one of the assistant, whose turns with
+                ``"weight": 0`` are not trained on.
             where: Place of the row, for errors.
             template_kwargs: The row's own variables of the template, such as ``tools``.
 

@@ -95,8 +95,8 @@ def read(
     """Read all rows of a source, in their order.
 
     Args:
-        source: File, folder, name of a dataset, or records in memory; see
-            :func:`iwsft.datasets.text.sources.records`.
+        source: File, folder, name of a dataset, or records in memory; for this, ``split``,
+            ``config`` and ``cache_dir`` see :func:`iwsft.datasets.text.sources.records`.
         split: Split of a folder or dataset that has several, "train" by default.
         config: Configuration of a named dataset, where it has several.
         make: Function from a record and its place to a row, for data with other columns (see
@@ -117,14 +117,10 @@ def read(
 def to_row(record: Record, where: str) -> Row:
     """Make a row from a record with ``messages``, or with ``prompt`` and ``completion``.
 
-    Args:
-        record: Columns by name.
-        where: Place of the record, for errors.
-
     Raises:
         ValueError: A column is missing, a role is unknown, there is no assistant turn, a completion
             is empty, a score is NaN, a weight is not a whole number from 0 on, or another column
-            would change the text or the training.
+            would change the text or the training. The error names ``where``, the record's place.
     """
     with row_named(where):
         row = Row(where, **{name: _optional(record.get(name), name) for name in _OPTIONAL})

@@ -27,14 +27,8 @@ Teacher = Literal["deepseek", "gemini"]
 def to_row(record: Record, where: str, *, teacher: Teacher = "deepseek") -> Row:
     """Make a conversation of one question and its answer from a record of s1K or s1K-1.1.
 
-    Args:
-        record: Columns by name.
-        where: Place of the record, for errors.
-        teacher: Teacher whose trace in s1K-1.1 is used; s1K has only one.
-
-    Returns:
-        A row with ``messages``; ``correct`` is the grade of s1K-1.1 (Yes or No), where there is
-        one.
+    ``teacher`` is the one whose trace in s1K-1.1 is used; s1K has only one. ``correct`` is the
+    grade of s1K-1.1 (Yes or No), where there is one. Errors name ``where``, the record's place.
 
     Raises:
         ValueError: A column is missing or empty, or a grade is neither Yes nor No.

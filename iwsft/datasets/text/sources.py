@@ -40,10 +40,9 @@ def records(
         cache_dir: Folder in which ``datasets`` caches; its own by default.
 
     Raises:
-        FileNotFoundError: The file does not exist.
+        OSError: The file does not exist, or the named dataset can't be reached.
         ValueError: The kind of source, the split or the dataset is unknown, or the data is damaged;
             the message names the file and the row.
-        ConnectionError: The named dataset can't be reached.
     """
     for where, record in _values(source, split, config, cache_dir):
         if not isinstance(record, Mapping):
