@@ -6,39 +6,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 
-# Name of the import -> extra.
-EXTRAS = {
-    "accelerate": "language",
-    "datasets": "language",
+_PACKAGES = {
+    "cli": "docstring_parser joblib markdown_it matplotlib scipy tyro yaml",
+    "cluster": "ray",
+    "control": "gymnasium minari mujoco",
     "deepspeed": "deepspeed",
-    "docstring_parser": "cli",
-    "gguf": "language",
-    "gymnasium": "control",
-    "gymnasium_robotics": "robotics",
-    "huggingface_hub": "language",
-    "jinja2": "language",
-    "imageio_ffmpeg": "video",
-    "joblib": "cli",
-    "markdown_it": "cli",
-    "math_verify": "language",
-    "matplotlib": "cli",
-    "minari": "control",
-    "mujoco": "control",
-    "peft": "language",
-    "psutil": "language",
-    "pyarrow": "language",
-    "ray": "cluster",
-    "safetensors": "language",
-    "scipy": "cli",
+    "language": (
+        "accelerate datasets gguf huggingface_hub jinja2 math_verify peft psutil pyarrow "
+        "safetensors tokenizers transformers"
+    ),
+    "robotics": "gymnasium_robotics",
     "tensorboard": "tensorboard",
-    "tokenizers": "language",
-    "transformers": "language",
     "trackio": "trackio",
     "trl": "trl",
-    "tyro": "cli",
+    "video": "imageio_ffmpeg",
     "wandb": "wandb",
-    "yaml": "cli",
 }
+# Name of the import -> extra.
+EXTRAS = {package: extra for extra, names in _PACKAGES.items() for package in sorted(names.split())}
 
 
 class MissingPackageError(ImportError):

@@ -100,78 +100,67 @@ def _reference_table() -> dict[str, tuple[float, float]]:
 
 
 def _locomotion() -> list[Entry]:
-    tasks = {
-        "halfcheetah": "HalfCheetah-v4",
-        "hopper": "Hopper-v4",
-        "walker2d": "Walker2d-v4",
-        "ant": "Ant-v4",
-    }
+    tasks = ("HalfCheetah", "Hopper", "Walker2d", "Ant")
     kinds = ("random", "medium", "expert", "medium-replay", "medium-expert", "full-replay")
+    files = [(task, kind, kind.replace("-", "_")) for task in tasks for kind in kinds]
     return [
         Entry(
-            f"{task}-{kind}-v2",
-            f"gym_mujoco_v2/{task}_{kind.replace('-', '_')}-v2.hdf5",
-            env_id,
+            f"{task.lower()}-{kind}-v2",
+            f"gym_mujoco_v2/{task.lower()}_{words}-v2.hdf5",
+            f"{task}-v4",
         )
-        for task, env_id in tasks.items()
-        for kind in kinds
+        for task, kind, words in files
     ]
 
 
 def _antmaze() -> list[Entry]:
     mazes = {
-        "umaze": ("u-maze", False, False, "AntMaze_UMaze-v4"),
-        "umaze-diverse": ("u-maze", True, True, "AntMaze_UMaze-v4"),
-        "medium-play": ("big-maze", True, False, "AntMaze_Medium-v4"),
-        "medium-diverse": ("big-maze", True, True, "AntMaze_Medium-v4"),
-        "large-play": ("hardest-maze", True, False, "AntMaze_Large-v4"),
-        "large-diverse": ("hardest-maze", True, True, "AntMaze_Large-v4"),
+        "umaze": ("u-maze", False, False, "UMaze"),
+        "umaze-diverse": ("u-maze", True, True, "UMaze"),
+        "medium-play": ("big-maze", True, False, "Medium"),
+        "medium-diverse": ("big-maze", True, True, "Medium"),
+        "large-play": ("hardest-maze", True, False, "Large"),
+        "large-diverse": ("hardest-maze", True, True, "Large"),
     }
     return [
         Entry(
             f"antmaze-{maze}-{version}",
             f"{folder}/Ant_maze_{file}_noisy_multistart_{starts}_multigoal_{goals}_sparse{tail}.hdf5",
-            env_id,
+            f"AntMaze_{size}-v4",
             _D4RL,
         )
         for version, folder, tail in (("v0", "ant_maze_new", ""), ("v2", "ant_maze_v2", "_fixed"))
-        for maze, (file, starts, goals, env_id) in mazes.items()
+        for maze, (file, starts, goals, size) in mazes.items()
     ]
 
 
 def _kitchen() -> list[Entry]:
     files = {
         "complete": (
-            "mini_kitchen_microwave_kettle_light_slider",
-            556_544,
+            *("mini_kitchen_microwave_kettle_light_slider", "slide cabinet", 556_544),
             "cd797c38cd52dfbe3f960cef73935cc724847abd189e47a703a7a2315ed60a81",
         ),
         "partial": (
-            "kitchen_microwave_kettle_light_slider",
-            19_558_459,
+            *("kitchen_microwave_kettle_light_slider", "slide cabinet", 19_558_459),
             "57bfd9c5fe88a7cf702bbaf8b7cd800d30cd869e7f73416007238d26cd859800",
         ),
         "mixed": (
-            "kitchen_microwave_kettle_bottomburner_light",
-            19_560_760,
+            *("kitchen_microwave_kettle_bottomburner_light", "bottom burner", 19_560_760),
             "a30382a50278fdaea2e2d88e5f2836a95bcf9b581d252617872fd6537302721b",
         ),
     }
-    fourth = {"complete": "slide cabinet", "partial": "slide cabinet", "mixed": "bottom burner"}
+    noise = {"robot_noise_ratio": 0.1, "object_noise_ratio": 0.1}
+    tasks = ["microwave", "kettle", "light switch"]
     return [
         Entry(
             f"kitchen-{kind}-v0",
             f"kitchen/{file}-v0.hdf5",
             "FrankaKitchen-v1",
-            {
-                "tasks_to_complete": ["microwave", "kettle", "light switch", fourth[kind]],
-                "robot_noise_ratio": 0.1,
-                "object_noise_ratio": 0.1,
-            },
+            {"tasks_to_complete": [*tasks, fourth], **noise},
             size,
             sha256,
         )
-        for kind, (file, size, sha256) in files.items()
+        for kind, (file, fourth, size, sha256) in files.items()
     ]
 
 
@@ -199,16 +188,9 @@ CATALOG = {entry.name: entry for entry in _locomotion() + _antmaze() + _kitchen(
 _BY_FILENAME = {entry.filename: entry for entry in CATALOG.values()}
 # Columns of observation and action of these environments, with D4RL's arguments.
 SIZES = {
-    "HalfCheetah-v4": (17, 6),
-    "Hopper-v4": (11, 3),
-    "Walker2d-v4": (17, 6),
-    "Ant-v4": (27, 8),
-    "AntMaze_UMaze-v4": (29, 8),
-    "AntMaze_Medium-v4": (29, 8),
-    "AntMaze_Large-v4": (29, 8),
+    **{"HalfCheetah-v4": (17, 6), "Hopper-v4": (11, 3), "Walker2d-v4": (17, 6), "Ant-v4": (27, 8)},
+    **dict.fromkeys(("AntMaze_UMaze-v4", "AntMaze_Medium-v4", "AntMaze_Large-v4"), (29, 8)),
+    **{"AdroitHandPen-v1": (45, 24), "AdroitHandHammer-v1": (46, 26)},
+    **{"AdroitHandDoor-v1": (39, 28), "AdroitHandRelocate-v1": (39, 30)},
     "FrankaKitchen-v1": (60, 9),
-    "AdroitHandPen-v1": (45, 24),
-    "AdroitHandHammer-v1": (46, 26),
-    "AdroitHandDoor-v1": (39, 28),
-    "AdroitHandRelocate-v1": (39, 30),
 }

@@ -41,25 +41,20 @@ if TYPE_CHECKING:
 
     annotate_tokens = annotate_reference
 
-_PUBLIC = {
-    "ChatEncoder": "iwsft.datasets.text.chat:ChatEncoder",
-    "EpochBatches": "iwsft.language.batches:EpochBatches",
-    "EpochSampler": "iwsft.language.batches:EpochSampler",
-    "ImportanceWeightedConfig": "iwsft.language.config:ImportanceWeightedConfig",
-    "ImportanceWeightedTrainer": "iwsft.language.trainer:ImportanceWeightedTrainer",
-    "Row": "iwsft.datasets.text.rows:Row",
-    "TokenDataset": "iwsft.datasets.text.tokens:TokenDataset",
-    "TrajectoryDataset": "iwsft.language.batches:TrajectoryDataset",
+_NAMES = {
+    "iwsft.datasets.text.chat": "ChatEncoder",
+    "iwsft.datasets.text.rows": "Row check_scores read to_row",
+    "iwsft.datasets.text.tokens": "TokenDataset correct_only tokenize",
+    "iwsft.language.batches": "EpochBatches EpochSampler TrajectoryDataset collate",
+    "iwsft.language.config": "ImportanceWeightedConfig",
+    "iwsft.language.loss": "token_loss",
+    "iwsft.language.trainer": "ImportanceWeightedTrainer",
+    "iwsft.reference": "cached_reference",
+}
+_PUBLIC = {name: f"{where}:{name}" for where, names in _NAMES.items() for name in names.split()}
+_PUBLIC |= {
     "annotate_tokens": "iwsft.reference:annotate_reference",
-    "cached_reference": "iwsft.reference:cached_reference",
-    "check_scores": "iwsft.datasets.text.rows:check_scores",
-    "collate": "iwsft.language.batches:collate",
-    "correct_only": "iwsft.datasets.text.tokens:correct_only",
-    "read": "iwsft.datasets.text.rows:read",
-    "s1k": "iwsft.datasets.text.s1k:",
-    "to_row": "iwsft.datasets.text.rows:to_row",
-    "token_loss": "iwsft.language.loss:token_loss",
-    "tokenize": "iwsft.datasets.text.tokens:tokenize",
+    "s1k": "iwsft.datasets.text.s1k",
 }
 __all__ = [*_PUBLIC]
 
