@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,36 +161,31 @@ def evaluate(
         normalized_score(0.0, reference_scores)  # refuses a wrong pair before the episodes
     check_keys(policy)
     device = _evaluation_device(policy, device)
-    seeds = episode_seeds(seed, episodes)
+    seeds, kwargs = episode_seeds(seed, episodes), env_kwargs or {}
 
     start = time.perf_counter()
     with ExitStack() as stack:
         stack.enter_context(acting(policy))
-        kwargs = env_kwargs or {}
-        if video is None:
-            first = stack.enter_context(environments.make(env_id, **kwargs))
-        else:
-            first = stack.enter_context(recorded(Path(video), env_id, kwargs))
-        envs = [first]
+        make = partial(environments.make, env_id, **kwargs)
+        opened: Any = make() if video is None else recorded(Path(video), env_id, kwargs)
+        first = stack.enter_context(opened)
         flatten = observation or environments.flattener(first)
         full_id, bounds = environments.id_of(first), environments.action_space(first)
         vector = flatten(first.reset(seed=seeds[0])[0])
         if vector.ndim != 1:
             raise ValueError(f"observations of {full_id} must be vectors, got shape {vector.shape}")
         check_sizes(policy, vector, bounds.shape, full_id, device=device)
-        for _ in range(1, width):
-            envs.append(stack.enter_context(environments.make(env_id, **kwargs)))
-        shown = stack.enter_context(Progress()) if progress else None
-        if shown is not None:
-            task = shown.add_task("episodes", total=episodes)
+        envs = [first, *(stack.enter_context(make()) for _ in range(1, width))]
+        display = stack.enter_context(Progress(shown=progress))
+        task = display.add_task("episodes", total=episodes)
 
         def ended(count: int) -> None:
             if report is not None:
                 report(count)
-            if shown is not None:
-                shown.update(task, completed=count)
+            display.update(task, completed=count)
 
-        finished = _roll_out(policy, envs, seeds, flatten, vector.size, bounds, device, ended)
+        inputs = PolicyInputs(width, vector.size)
+        finished = _roll_out(policy, inputs, envs, seeds, flatten, device, ended)
         versions = environments.versions(first)
 
     returns = [episode.total for episode in finished]
@@ -217,16 +213,15 @@ class _Episode:
 
 def _roll_out(
     policy: TensorDictModuleBase,
+    inputs: PolicyInputs,
     envs: Sequence[gym.Env[Any, Any]],
     seeds: Sequence[int],
     flatten: environments.Flatten,
-    size: int,
-    bounds: gym.spaces.Box,
     device: torch.device,
     ended: Callable[[int], None],
 ) -> list[_Episode]:
     """Run an episode per seed; environment i has row i of the batch."""
-    inputs = PolicyInputs(len(envs), size)
+    bounds = environments.action_space(envs[0])
     limit = envs[0].spec.max_episode_steps if envs[0].spec is not None else None
     waiting = iter(range(len(seeds)))
     running: dict[int, _Episode] = {}

@@ -28,6 +28,7 @@ class Progress(progress.Progress):
 
     Args:
         interval: Seconds between two lines where stderr is not a terminal; by default 10.
+        shown: Whether to show anything.
 
     Example:
         >>> with Progress() as shown:
@@ -36,11 +37,12 @@ class Progress(progress.Progress):
         ...         shown.update(task, advance=1, note=f"loss {0.5:.3f}")
     """
 
-    def __init__(self, *, interval: float | None = None) -> None:
-        console = Console(stderr=True)
+    def __init__(self, *, interval: float | None = None, shown: bool = True) -> None:
+        console = Console(stderr=True, quiet=not shown)
         title = progress.TextColumn("{task.description}", markup=False)
         columns = (title, progress.BarColumn(20), _Amount())
-        super().__init__(*columns, console=console, transient=True, disable=not console.is_terminal)
+        hidden = not (shown and console.is_terminal)
+        super().__init__(*columns, console=console, transient=True, disable=hidden)
         self._interval = INTERVAL if interval is None else interval
         self._stopped = threading.Event()
 
@@ -61,7 +63,7 @@ class Progress(progress.Progress):
     def start(self) -> None:
         """Begin to show the tasks."""
         super().start()
-        if self.disable:
+        if self.disable and not self.console.quiet:
             threading.Thread(target=self._print_lines, daemon=True).start()
 
     def stop(self) -> None:

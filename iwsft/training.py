@@ -151,9 +151,8 @@ def fit(
     parts = {"loss": loss, "optimizer": optimizer, "rate": rate, "sampler": sampler}
     if updater is not None:
         parts["updater"] = updater
-    start, before = 0, Cost(0.0, 0.0)
-    if folder is not None:
-        start, before = _resume(folder, parts, settings or {}, schedules)
+    run = _Run(folder, parts, settings or {}, schedules)
+    start, before = run.resume()
     if start >= steps:
         return before
     wall = before.wall_seconds - time.perf_counter()
@@ -163,10 +162,8 @@ def fit(
         return Cost(wall + time.perf_counter(), cpu + time.process_time())
 
     metrics = MetricsLog(folder, after=start) if folder is not None else nullcontext()
-    display = Progress() if progress else nullcontext()
-    with _interrupts_unmasked(), metrics as log, display as shown:
-        if shown is not None:
-            task = shown.add_task("updates", total=steps, completed=start)
+    with _interrupts_unmasked(), metrics as log, Progress(shown=progress) as display:
+        task = display.add_task("updates", total=steps, completed=start)
         for step in range(start + 1, steps + 1):
             batch = sampler.sample()
             out = loss(batch)
@@ -186,10 +183,9 @@ def fit(
                     log.write(row)
                 if report is not None:
                     report(row)
-                if shown is not None:
-                    shown.update(task, note=f"loss {row['loss']:.4g}")
-            if shown is not None:
-                shown.advance(task)
+                display.update(task, completed=step, note=f"loss {row['loss']:.4g}")
+            elif progress:
+                display.advance(task)
             rate.step()
             # After the probes, which see the q that weighed the batch.
             if updater is not None:
@@ -197,11 +193,8 @@ def fit(
             # A last gradient can be NaN although its loss was finite.
             if save and not all(bool(p.isfinite().all()) for p in loss.parameters()):
                 raise _diverged("the policy is no longer finite", step, schedules)
-            if save and folder is not None:
-                state = {name: part.state_dict() for name, part in parts.items()}
-                state |= {"draws": _generators(), "step": step, **asdict(cost())}
-                state["schedule"] = _course(schedules)
-                checkpoint.save(folder / checkpoint.FOLDER, state, settings or {})
+            if save:
+                run.save(step, cost())
     return cost()
 
 
@@ -232,32 +225,48 @@ def _update(
     optimizer.step()
 
 
-def _resume(
-    folder: Path,
-    parts: Mapping[str, Any],
-    settings: dict[str, Any],
-    schedules: Mapping[str, Schedule],
-) -> tuple[int, Cost]:
-    """Load the checkpoint of a run, if it has one; return its update and its cost."""
-    state = checkpoint.load(folder / checkpoint.FOLDER, settings)
-    if state is None:
-        return 0, Cost(0.0, 0.0)
-    if not state.keys() >= parts.keys():
-        problem = f"holds {', '.join(sorted(state))}, this run needs {', '.join(parts)}"
-        raise checkpoint.CheckpointError(f"{folder} {problem}; choose another folder")
-    course, steps = _course(schedules), next(iter(schedules.values())).steps
-    differ = checkpoint.differences(state.get("schedule", course), course)
-    if state["step"] > steps:
-        differ = f"{state['step']} updates are done, {steps} are asked for"
-    if differ:
-        problem = f"holds a run with another schedule: {differ}"
-        raise checkpoint.CheckpointError(f"{folder} {problem}; choose another folder")
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    # A finished run leaves the random numbers of what comes after it alone.
-    if state["step"] < steps:
-        _set_generators(state["draws"])
-    return state["step"], Cost(state["wall_seconds"], state["cpu_seconds"])
+@dataclass(frozen=True)
+class _Run:
+    """What a checkpoint in ``folder`` holds; without a folder there is none."""
+
+    folder: Path | None
+    parts: Mapping[str, Any]
+    settings: dict[str, Any]
+    schedules: Mapping[str, Schedule]
+
+    def save(self, step: int, cost: Cost) -> None:
+        if self.folder is None:
+            return
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"draws": _generators(), "step": step, **asdict(cost)}
+        state["schedule"] = _course(self.schedules)
+        checkpoint.save(self.folder / checkpoint.FOLDER, state, self.settings)
+
+    def resume(self) -> tuple[int, Cost]:
+        """Load the checkpoint, if there is one; return its update and its cost."""
+        state = self.folder and checkpoint.load(self.folder / checkpoint.FOLDER, self.settings)
+        if not state:
+            return 0, Cost(0.0, 0.0)
+        if not state.keys() >= self.parts.keys():
+            needs = ", ".join(self.parts)
+            raise self._other(f"{', '.join(sorted(state))}, this run needs {needs}")
+        course, steps = _course(self.schedules), next(iter(self.schedules.values())).steps
+        differ = checkpoint.differences(state.get("schedule", course), course)
+        if state["step"] > steps:
+            differ = f"{state['step']} updates are done, {steps} are asked for"
+        if differ:
+            raise self._other(f"a run with another schedule: {differ}")
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        # A finished run leaves the random numbers of what comes after it alone.
+        if state["step"] < steps:
+            torch.set_rng_state(state["draws"]["cpu"])
+            if "cuda" in state["draws"]:
+                torch.cuda.set_rng_state(state["draws"]["cuda"])
+        return state["step"], Cost(state["wall_seconds"], state["cpu_seconds"])
+
+    def _other(self, contents: str) -> checkpoint.CheckpointError:
+        return checkpoint.CheckpointError(f"{self.folder} holds {contents}; choose another folder")
 
 
 def _course(schedules: Mapping[str, Schedule]) -> dict[str, Any]:
@@ -270,36 +279,24 @@ def _course(schedules: Mapping[str, Schedule]) -> dict[str, Any]:
 
 
 def _optimizer(loss: LossModule, schedules: Mapping[str, Schedule]) -> torch.optim.Adam:
-    """Return Adam with a group for each schedule."""
-    groups = zip(_parameter_groups(loss, schedules), schedules.values(), strict=True)
-    return torch.optim.Adam(
-        [
-            {"params": group, "lr": network.lr, "weight_decay": network.weight_decay}
-            for group, network in groups
-        ],
-        decoupled_weight_decay=True,
-        fused=True,
-    )
-
-
-def _parameter_groups(
-    loss: LossModule, schedules: Mapping[str, Schedule]
-) -> list[list[nn.Parameter]]:
-    """Return the parameters of each schedule; their names start with its name."""
+    """Return Adam with a group for each schedule, whose parameters' names start with its name."""
     if len({network.steps for network in schedules.values()}) != 1:
         raise ValueError(f"all networks need the same number of steps: {schedules}")
-    groups: dict[str, list[nn.Parameter]] = {name: [] for name in schedules}
+    groups: dict[str, dict[str, Any]] = {
+        name: {"params": [], "lr": network.lr, "weight_decay": network.weight_decay}
+        for name, network in schedules.items()
+    }
     for name, parameter in loss.named_parameters():
         # Functional losses name a network's parameters "NETWORK_params".
         owners = [network for network in schedules if name.startswith(network)]
         if not owners:
             raise ValueError(f"parameter {name!r} has no schedule (of {', '.join(schedules)})")
         # "log_alpha" is also the start of "log_alpha_prime".
-        groups[max(owners, key=len)].append(parameter)
-    empty = [name for name, group in groups.items() if not group]
+        groups[max(owners, key=len)]["params"].append(parameter)
+    empty = [name for name, group in groups.items() if not group["params"]]
     if empty:
         raise ValueError(f"{type(loss).__name__} has no parameters under {', '.join(empty)}")
-    return list(groups.values())
+    return torch.optim.Adam([*groups.values()], decoupled_weight_decay=True, fused=True)
 
 
 def _row(step: int, out: TensorDictBase, rates: Mapping[str, Any]) -> Row:
@@ -339,9 +336,3 @@ def _generators() -> dict[str, torch.Tensor]:
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
-
-
-def _set_generators(states: Mapping[str, torch.Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])
