@@ -81,12 +81,8 @@ def write(path: Path, content: dict[str, Any]) -> None:
 def read(path: Path, way_out: str) -> dict[str, Any]:
     """Read a file that :func:`write` wrote, onto the CPU.
 
-    Args:
-        path: The file.
-        way_out: What to do about a damaged file, for the error.
-
     Raises:
-        CheckpointError: The file is damaged, or of another kind.
+        CheckpointError: The file is damaged, or of another kind; ``way_out`` says what to do.
     """
     try:
         # `torch.load` does not compare the entries of its archive with their checksums.

@@ -81,7 +81,6 @@ def curate(
         ``trajectories`` where all survive.
 
     Raises:
-        TypeError: The trajectories are not a TensorDict.
         KeyError: The score is neither a known name nor a key.
         ValueError: No trajectory survives, a score is NaN or infinite, the trajectories have a
             multiplicity already (with ``weight``, a data weight), a weight is NaN or infinite, all
@@ -120,22 +119,15 @@ def curate(
 
 
 def join(*parts: TensorDictBase) -> TensorDictBase:
-    """Join the curated sets of several datasets into one.
+    """Join the curated sets of several datasets into one; trajectory ids count from 0.
 
     Each dataset is curated by itself, so scores are compared within it only: the top 5 % of one and
-    the top 5 % of another are not the top 5 % of both.
-
-    Args:
-        parts: Packed or padded trajectories with the same entries. Where a part has no
-            ``multiplicity``, each of its trajectories counts once; where only some have
-            ``data_weight``, it is 1 in the others.
-
-    Returns:
-        Packed TensorDict of the parts in their order, with ``multiplicity``, and with
-        ``standard_score`` (within its part) if all have it. Trajectory ids count from 0.
+    the top 5 % of another are not the top 5 % of both. The parts are packed or padded. Where one
+    has no ``multiplicity``, each of its trajectories counts once; where only some have
+    ``data_weight``, it is 1 in the others. The
+    result has ``standard_score`` (within its part) if all have it.
 
     Raises:
-        TypeError: A part is not a TensorDict.
         ValueError: There is no part, or parts differ in an entry, its size or its dtype.
     """
     packed: list[TensorDictBase] = []

@@ -21,13 +21,9 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def written_whole(path: Path) -> Iterator[Path]:
     """Write a file so that ``path`` has the old content or the new one, never a part.
 
-    Args:
-        path: The file; its folder is made where it is missing.
-
-    Yields:
-        The path of a partial file in the same folder. It replaces ``path`` when the block ends
-        without an error, and is removed otherwise. Partial files of ``path`` that a kill left
-        behind are removed first.
+    Its folder is made where it is missing. The block gets the path of a partial file in the same
+    folder, which replaces ``path`` when the block ends without an error, and is removed otherwise.
+    Partial files of ``path`` that a kill left behind are removed first.
 
     Raises:
         OSError: No space is left; ``path`` is unchanged.

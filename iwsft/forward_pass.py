@@ -45,8 +45,7 @@ class ForwardPass:
 
     Raises:
         TypeError: The policy has no ``log_prob``.
-        ValueError: ``rows`` is below 1, a batch names a trajectory that does not exist, or
-            trajectories with ``batches`` are not packed.
+        ValueError: ``rows`` or a batch is out of range, or the trajectories are not packed.
     """
 
     def __init__(

@@ -65,7 +65,8 @@ def annotate_reference(
 
     Args:
         policy: pi_ref, an object with ``log_prob(trajectories)``; with a cache, a module.
-        trajectories: Packed or padded trajectories, changed in place.
+        trajectories: Packed or padded trajectories, changed in place and returned; the entry is
+            float32, one number per step, 0 off the mask.
         batches: Positions of the trajectories of each batch, with those of all processes in turns.
             Trajectories that are in none follow in batches of similar length. Without batches,
             chunks in the order of the data are run, or for tokens batches of similar length.
@@ -74,9 +75,6 @@ def annotate_reference(
         cache: Folder of stored results, made if it is missing; None stores nothing.
         rows: Steps of a chunk, or of a batch of similar length, at most; a longer trajectory is
             not cut.
-
-    Returns:
-        ``trajectories``, with ``ref_log_prob`` float32, one number per step, 0 off the mask.
 
     Raises:
         TypeError: The policy has no ``log_prob``, or is not a module and there is a cache.
@@ -104,13 +102,10 @@ def annotate_reference(
 
 
 def write_reference(forward: ForwardPass, *, cache: str | Path | None = None) -> str | None:
-    """Write log pi_ref into the trajectories of a pass; the key under which it is stored.
+    """Write log pi_ref into the trajectories of a shared pass; the key under which it is stored.
 
     A resumed run, whose model has changed, gets the same log-probs by :func:`cached_reference`.
-
-    Args:
-        forward: Pass of pi_ref over the trajectories, shared by all processes.
-        cache: As for :func:`annotate_reference`, which also lists the errors.
+    The errors are those of :func:`annotate_reference`.
     """
     policy, trajectories = forward.policy, forward.trajectories
     if trajectories.is_locked:
@@ -144,10 +139,7 @@ def write_reference(forward: ForwardPass, *, cache: str | Path | None = None) ->
 def cached_reference(trajectories: TensorDictBase, key: str, *, cache: str | Path) -> None:
     """Write a stored reference into the trajectories, for a resumed run, whose model has changed.
 
-    Args:
-        trajectories: Those that were annotated, changed in place.
-        key: Key from :func:`write_reference`.
-        cache: Folder of stored results; the first process reads it.
+    The key is that of :func:`write_reference`; the first process reads the file.
 
     Raises:
         FileNotFoundError: The stored file is gone.

@@ -214,11 +214,9 @@ def select(packed: TensorDictBase, index: Tensor) -> TensorDictBase:
 
 
 def steps_of(sizes: Tensor, index: Tensor) -> Tensor:
-    """Positions of all steps of the trajectories ``index``, int64, back to back.
+    """Positions of all steps of the trajectories ``index`` (int64 ``[k]``), int64, back to back.
 
-    Args:
-        sizes: int64 ``[n]``, steps of each trajectory of the packed data.
-        index: int64 ``[k]``, which trajectories.
+    ``sizes``, int64 ``[n]``, are the steps of each trajectory of the packed data.
     """
     starts = torch.cumsum(sizes, 0) - sizes
     taken = sizes[index]
@@ -230,12 +228,7 @@ def steps_of(sizes: Tensor, index: Tensor) -> Tensor:
 def pad(packed: TensorDictBase, length: int | None = None) -> TensorDictBase:
     """Packed ``[N]`` to padded ``[B, T]``, with ``("collector", "mask")``; padding is 0.
 
-    Args:
-        packed: Packed trajectories.
-        length: T; the longest trajectory by default.
-
-    Raises:
-        ValueError: A trajectory is longer than ``length``.
+    T is ``length``, or the longest trajectory's; a ValueError says that one is longer.
     """
     segments = Segments.of(packed)
     sizes = torch.bincount(segments.index)

@@ -27,12 +27,7 @@ _NO_SCREEN = "egl"
 
 
 class FirstEpisode(gym.Wrapper[Any, Any, Any, Any]):
-    """``env`` that gives a picture of each step of its first episode to ``write``.
-
-    Args:
-        env: Environment with the render mode ``"rgb_array"``.
-        write: Function that takes a picture, uint8 ``[height, width, 3]``.
-    """
+    """``env`` that gives ``write`` a picture of each step of its first episode."""
 
     def __init__(self, env: gym.Env[Any, Any], write: Callable[[Any], None]) -> None:
         super().__init__(env)
@@ -53,10 +48,7 @@ class FirstEpisode(gym.Wrapper[Any, Any, Any, Any]):
 def recorded(path: Path, env_id: str, env_kwargs: Mapping[str, Any]) -> Iterator[FirstEpisode]:
     """Make an environment whose first episode is written to ``path``, an MP4 file.
 
-    Args:
-        path: The file, written whole when the block ends without an error.
-        env_id: Id in gymnasium, see :func:`iwsft.environments.make`.
-        env_kwargs: Its arguments.
+    The file is written whole when the block ends without an error.
 
     Raises:
         ImportError: The package that writes videos is not installed.

@@ -185,8 +185,7 @@ class EpochBatches(Sampler[list[int]]):
         seed: Seed of the order.
 
     Raises:
-        ValueError: Both or none of ``batch_size`` and ``token_budget`` are set, one is below 1,
-            there is no entry, or an entry is larger than the budget.
+        ValueError: Settings are out of range, or an entry is larger than the budget.
     """
 
     def __init__(
@@ -288,16 +287,8 @@ class EpochSampler:
     """Endless iterator over collated batches: epochs without replacement, as SFT users expect.
 
     An epoch holds each trajectory as often as its multiplicity says. For draws with replacement,
-    use ``iwsft.samplers.TrajectorySampler``, which takes token trajectories as they are.
-
-    Args:
-        trajectories: Packed token trajectories, see :class:`TrajectoryDataset`.
-        batch_size: Entries of a batch; set this or ``token_budget``.
-        token_budget: Largest number of tokens of a batch, see :class:`EpochBatches`.
-        layout: ``"padded"`` or ``"packed"``, see :func:`collate`.
-        pad_token_id: Token in the padding.
-        multiple_of: Number that the padded length is a multiple of.
-        seed: Seed of the order.
+    use ``iwsft.samplers.TrajectorySampler``, which takes token trajectories as they are. Arguments
+    are those of :class:`TrajectoryDataset`, :class:`EpochBatches` and :func:`collate`.
     """
 
     def __init__(

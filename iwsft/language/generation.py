@@ -67,17 +67,14 @@ class Generator(ABC):
         temperature: float = 0.0,
         top_p: float = 1.0,
     ) -> list[Completion]:
-        """Complete the requests.
+        """Complete the requests, in their order; several samples of a prompt are several requests.
 
         Args:
-            requests: Prompts; several samples of one prompt are several requests.
+            requests: Prompts.
             stop: Tokens that end a completion; no other token does.
             temperature: Temperature of the softmax that tokens are sampled from; 0 takes the
                 likeliest token.
             top_p: Probability mass of the likeliest tokens to sample from (Holtzman et al. 2020).
-
-        Returns:
-            A completion for each request, in their order.
 
         Raises:
             ValueError: A request exceeds the model's context or is empty, or the temperature or

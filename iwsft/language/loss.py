@@ -21,11 +21,7 @@ _NUMBERS = 7
 def token_loss(policy: nn.Module, **settings: Any) -> ImportanceWeightedMLE:
     """:class:`~iwsft.ImportanceWeightedMLE` that reads tokens and the assistant mask.
 
-    It holds the model itself (``functional=False``), as engines that shard it need.
-
-    Args:
-        policy: A :class:`~iwsft.CausalLMPolicy`.
-        settings: Arguments of the loss.
+    It holds the model of the policy itself (``functional=False``), as engines that shard it need.
 
     Raises:
         ValueError: The model has a loss of its own, which this loss would leave out.

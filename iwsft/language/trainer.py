@@ -328,13 +328,8 @@ class ImportanceWeightedTrainer(WeightedTrainer):
     ) -> dict[str, float]:
         """Mean negative log-likelihood of the held-out trajectories, by trajectory and by token.
 
-        Args:
-            eval_dataset: Not supported; see ``eval_trajectories``.
-            ignore_keys: Not used.
-            metric_key_prefix: Prefix of the metrics' names.
-
         Raises:
-            ValueError: There are no held-out trajectories.
+            ValueError: There are no held-out trajectories, or ``eval_dataset`` names other ones.
         """
         held_out: Any = self.eval_dataset
         if not isinstance(held_out, TrajectoryDataset) or eval_dataset is not None:

@@ -39,24 +39,17 @@ class CausalLMPolicy(nn.Module):
     model, whether they are on the left or on the right.
 
     The same trajectory in another batch or layout has the same log-probs up to rounding (1e-6 in
-    float32), so the weights against a reference from this policy start at 1 up to that. They are
-    exactly 1 if both ran in batches of the same shape. On one CPU thread, with ``one_row=False``
-    and trajectories below 192 tokens, they are exactly 1 in any batches.
+    float32). They are exactly equal in batches of the same shape, and on one CPU thread, with
+    ``one_row=False`` and trajectories below 192 tokens, in any batches.
 
     Only the states that predict assistant tokens go through the output layer, and their logits
     are never all in memory (:func:`~iwsft.policies.token_log_prob.token_log_prob`). This happens
     within the forward call of the output layer, so the hooks of engines (DeepSpeed ZeRO-3, FSDP2)
     run. Scaled and capped logits (Gemma, Cohere, Granite) are computed as the model does.
 
-    With the loss::
-
-        loss = ImportanceWeightedMLE(CausalLMPolicy(model), proposal="current", functional=False)
-        loss.loss_mask_key = ("masks", "all_assistant_mask")
-        loss.set_keys(action=("tokens", "full"))
-
     Input keys: ``("tokens", "full")`` int64, ``("masks", "all_assistant_mask")`` bool,
     ``("masks", "all_attention_mask")`` bool (may be absent in a packed batch), and in a packed
-    batch ``("collector", "traj_ids")``.
+    batch ``("collector", "traj_ids")``. :func:`iwsft.language.token_loss` is the loss of it.
 
     Args:
         model: A causal decoder with its output layer (``AutoModelForCausalLM``), possibly with
@@ -71,8 +64,7 @@ class CausalLMPolicy(nn.Module):
     Raises:
         TypeError: The model is not a transformers model.
         ValueError: The model is not a causal decoder, its output layer is not a plain
-            ``torch.nn.Linear``, or its family can't keep the trajectories of one row apart
-            although ``one_row=True``.
+            ``torch.nn.Linear``, or its family can't keep the trajectories of one row apart.
     """
 
     in_keys: list[NestedKey] = [TOKENS, ATTENTION_MASK, ASSISTANT_MASK]

@@ -12,29 +12,11 @@ from torch import Tensor, nn
 # Others leak although they read positions (gpt_oss, granitemoe and opt do in transformers 5.23), or
 # carry a state over (state spaces, convolutions, linear attention).
 ONE_ROW_FAMILIES = frozenset(
-    {
-        "cohere",
-        "cohere2",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "glm4",
-        "gpt2",
-        "gpt_neox",
-        "granite",
-        "llama",
-        "mistral",
-        "mixtral",
-        "olmo2",
-        "olmo3",
-        "phi3",
-        "qwen2",
-        "qwen2_moe",
-        "qwen3",
-        "qwen3_moe",
-        "smollm3",
-        "starcoder2",
-    }
+    (
+        *("cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_neox"),
+        *("granite", "llama", "mistral", "mixtral", "olmo2", "olmo3", "phi3", "qwen2"),
+        *("qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "starcoder2"),
+    )
 )
 _NOT_CAUSAL = frozenset({"cpmant", "xlnet"})
 # Coefficients of terms of a model's own loss, in the configs of transformers: those of the routers
@@ -84,8 +66,7 @@ def check_decoder(model: nn.Module) -> Any:
 
     Raises:
         TypeError: The model is not a transformers model.
-        ValueError: It has an encoder too, no output layer, or one that is not a plain
-            ``torch.nn.Linear``, or it is not a causal decoder.
+        ValueError: It is not a causal decoder whose output layer is a plain ``torch.nn.Linear``.
     """
     decoder = decoder_of(model)
     name = type(decoder).__name__

@@ -52,11 +52,7 @@ def step_log_prob(policy: Any, batch: TensorDictBase, shape: torch.Size) -> Tens
     """``policy.log_prob`` of a batch, checked to be one number per step, float32 or wider.
 
     The policy reads a shallow copy, so entries that it writes (loc, scale) do not reach the batch.
-
-    Args:
-        policy: An object with ``log_prob(trajectories)``.
-        batch: Packed or padded trajectories.
-        shape: Layout of the batch.
+    ``shape`` is the layout of the batch.
 
     Raises:
         TypeError: The policy does not return a tensor.
@@ -78,12 +74,8 @@ def finite_padding(
 ) -> TensorDictBase:
     """A shallow copy with 0 for NaN and infinity on masked steps, where a gradient would meet them.
 
-    Other values stay, because a masked step may be context of a step that counts.
-
-    Args:
-        batch: Trajectories with a mask.
-        segments: Layout of the batch.
-        keys: Entries that the policy reads.
+    Only ``keys``, which the policy reads, are changed. Other values stay, because a masked step may
+    be context of a step that counts.
     """
     batch = batch.copy()
     layout = segments.shape
