@@ -21,19 +21,8 @@ FOLDER = "checkpoint"
 FILE = "state.pt"
 # What zipfile and torch raise for damaged archives and for other files of torch's.
 CORRUPT = (
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    AttributeError,
-    EOFError,
-    IndexError,
-    KeyError,
-    NotImplementedError,
-    OverflowError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    pickle.UnpicklingError,
+    *(zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError, EOFError),
+    *(AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError),
 )
 # Bit of an archive's entry, in the way of MS-DOS.
 _FOLDER = 0x10

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -113,11 +114,9 @@ class TrainedPolicy:
 
     def evaluate(self, **options: Any) -> Evaluation:
         """Score the policy in its environment; the options are those of :func:`iwsft.evaluate`."""
-        scores, env_kwargs = self.reference_scores, self.env_kwargs
-        env_id = self._known_env_id()
-        return evaluate(
-            self.module, env_id, reference_scores=scores, env_kwargs=env_kwargs, **options
-        )
+        known: dict[str, Any] = {"env_kwargs": self.env_kwargs}
+        known["reference_scores"] = self.reference_scores
+        return evaluate(self.module, self._known_env_id(), **known, **options)
 
     def export(self, path: str | Path, observation_dim: int | None = None) -> Path:
         """Write the policy as a program of ``torch.export``, which needs torch alone.
@@ -233,11 +232,20 @@ def load_policy(
     return loaded
 
 
-def _from_run(path: Path) -> TrainedPolicy:
-    """Build the policy of a run from its file."""
-    way_out = "run that seed again"
+@contextmanager
+def _fitting(path: Path, problem: str, way_out: str) -> Iterator[dict[str, Any]]:
+    """Read a file; errors in its use say that it does not fit."""
     content = checkpoint.read(path, way_out)
     try:
+        yield content
+    except checkpoint.CORRUPT as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise checkpoint.CheckpointError(f"{path} {problem} ({reason}); {way_out}") from error
+
+
+def _from_run(path: Path) -> TrainedPolicy:
+    """Build the policy of a run from its file."""
+    with _fitting(path, "does not fit this version", "run that seed again") as content:
         sizes = content["observation_dim"], content["action_dim"]
         if content["settings"] is None:
             module: TensorDictModuleBase = GaussianPolicy(*sizes)
@@ -248,9 +256,6 @@ def _from_run(path: Path) -> TrainedPolicy:
         module.load_state_dict(content["state"])
         scores, env_kwargs = content.get("reference_scores"), content["env_kwargs"]
         return TrainedPolicy(module, content["env_id"], env_kwargs, scores, sizes[0])
-    except checkpoint.CORRUPT as error:
-        problem = f"does not fit this version ({type(error).__name__}: {error})"
-        raise checkpoint.CheckpointError(f"{path} {problem}; {way_out}") from error
 
 
 def _from_checkpoint(folder: Path, policy: TensorDictModuleBase) -> TensorDictModuleBase:
@@ -258,13 +263,10 @@ def _from_checkpoint(folder: Path, policy: TensorDictModuleBase) -> TensorDictMo
     path = folder / checkpoint.FOLDER / checkpoint.FILE
     if not path.exists():
         raise FileNotFoundError(f"no {path}; pass the folder of a training")
-    content = checkpoint.read(path, "train again")
-    try:
+    with _fitting(path, "holds no policy of this form", "pass one that does") as content:
         loss = content["state"]["loss"]
-        prefix = next(each for each in _IN_LOSS if any(key.startswith(each) for key in loss))
+        prefixes = (each for each in _IN_LOSS if any(key.startswith(each) for key in loss))
+        prefix = next(prefixes, _IN_LOSS[0])
         state = {key.removeprefix(prefix): loss[key] for key in loss if key.startswith(prefix)}
         policy.load_state_dict(state)
-    except (*checkpoint.CORRUPT, StopIteration) as error:
-        problem = f"holds no policy of this form ({type(error).__name__}: {error})"
-        raise checkpoint.CheckpointError(f"{path} {problem}; pass one that does") from error
     return policy

@@ -36,7 +36,6 @@ from iwsft.datasets.dataset import WHOLE, Bounds, OfflineDataset, fingerprint_of
 from iwsft.datasets.ends import find_ends, move_time_limits
 from iwsft.datasets.episodes import (
     Flags,
-    Floats,
     Steps,
     check_actions,
     check_steps,
@@ -98,7 +97,7 @@ def read(
         if isinstance(data_weight, str):
             if data_weight not in file:
                 raise ValueError(f"{where} has no field {data_weight!r} for the data weights")
-            data_weight = _floats(file, data_weight, where)
+            data_weight = _numbers(file, data_weight, where)
     entry = None if "env_id" in stored else catalog.find(name or path.name)
     env_id, env_kwargs = (entry.env_id, entry.env_kwargs) if entry else _environment(stored, where)
     check_steps(steps, where)
@@ -213,12 +212,12 @@ def _read_steps(file: h5py.File, names: set[str], where: str) -> Steps:
     timeouts = _flags(file, "timeouts", where) if "timeouts" in names else np.zeros_like(terminals)
     following = "next_observations"
     return Steps(
-        observations=_floats(file, "observations", where),
-        actions=_floats(file, "actions", where),
-        rewards=_column(_floats(file, "rewards", where)),
+        observations=_numbers(file, "observations", where),
+        actions=_numbers(file, "actions", where),
+        rewards=_column(_numbers(file, "rewards", where)),
         terminals=terminals,
         timeouts=timeouts,
-        next_observations=_floats(file, following, where) if following in names else None,
+        next_observations=_numbers(file, following, where) if following in names else None,
     )
 
 
@@ -252,15 +251,11 @@ def _values(
     return values
 
 
-def _numbers(group: h5py.Group, key: str, where: str, *, floats: bool) -> NDArray[Any]:
+def _numbers(group: h5py.Group, key: str, where: str, *, floats: bool = True) -> NDArray[Any]:
     values = _values(group, key, where, floats=floats)
     if values is None:
         raise ValueError(f"{where}: {key!r} is {group[key]}, expected numbers with a row per step")
     return values
-
-
-def _floats(file: h5py.File, key: str, where: str) -> Floats:
-    return _numbers(file, key, where, floats=True)
 
 
 def _flags(file: h5py.File, key: str, where: str) -> Flags:

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 _ROWS_A_CHUNK = 8192
 # HDF5's overhead for the seven arrays of a Minari episode, and its last observation.
 _BYTES_AN_EPISODE = 24_000
+_INFOS = "infos/"
 Fields = dict[str, NDArray[Any]]
 
 
@@ -69,13 +70,10 @@ class Provenance:
 
     def attributes(self) -> dict[str, str | int]:
         """Return the attributes of the file; unknown ones are left out."""
-        values: dict[str, str | int | None] = {
-            "env_id": self.env_id,
-            "seed": self.seed,
-            "sources": json.dumps([dict(source) for source in self.sources]),
-            "versions": json.dumps(dict(self.versions)),
-            "env_kwargs": json.dumps(dict(self.env_kwargs)) if self.env_kwargs else None,
-        }
+        values: dict[str, str | int | None] = {"env_id": self.env_id, "seed": self.seed}
+        values["sources"] = json.dumps([*map(dict, self.sources)])
+        values["versions"] = json.dumps(dict(self.versions))
+        values["env_kwargs"] = json.dumps(dict(self.env_kwargs)) if self.env_kwargs else None
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -106,8 +104,7 @@ def to_hdf5(
         raise ValueError(f"{path} must end in .hdf5 or .h5, or datasets.load can't read it")
     if path.exists():
         raise FileExistsError(f"{path} exists; choose another name")
-    fields = _fields(trajectories)
-    fields |= {f"infos/{name}": values for name, values in _check_infos(infos, fields).items()}
+    fields = _fields(trajectories, infos or {})
     # Through memory: on a full disk, HDF5 ends the process instead of raising.
     image = io.BytesIO()
     with h5py.File(image, "w") as file:
@@ -150,9 +147,8 @@ def to_minari(
 
     if folder.exists():
         raise FileExistsError(f"minari:{dataset_id} exists ({folder}); choose another name")
-    fields = _fields(trajectories)
-    sizes = lengths(trajectories).tolist()
-    buffers = _buffers(fields, sizes, _check_infos(infos, fields))
+    fields = _fields(trajectories, infos or {})
+    buffers = _buffers(fields, lengths(trajectories).tolist())
     store = Path(str(folder).removesuffix(dataset_id))
     partial = new_partial(store / dataset_id.replace("/", "-"))
     with full_disk_named(folder):
@@ -177,8 +173,8 @@ def minari_folder(dataset_id: str) -> Path:
     return Path(get_dataset_path(dataset_id))
 
 
-def _fields(trajectories: TensorDictBase) -> Fields:
-    """Return D4RL's fields with a row per step, as float32 and bool."""
+def _fields(trajectories: TensorDictBase, infos: Mapping[str, NDArray[Any]]) -> Fields:
+    """Return D4RL's fields with a row per step, as float32 and bool, and those of infos."""
     if trajectories.batch_dims != 1 or MASK in trajectories.keys(True):
         raise ValueError("only packed trajectories are written; see iwsft.trajectory.pack")
     keys = (OBSERVATION, ACTION, REWARD, NEXT_OBSERVATION)
@@ -197,15 +193,11 @@ def _fields(trajectories: TensorDictBase) -> Fields:
             raise ValueError(f"{flag}, but is not the last of its trajectory")
         fields[name] = flags
     fields["timeouts"] = fields["timeouts"] | (ends & ~fields["terminals"])
-    return fields
-
-
-def _check_infos(infos: Mapping[str, NDArray[Any]] | None, fields: Fields) -> Fields:
-    infos, rows = infos or {}, len(fields["rewards"])
     for name, values in infos.items():
-        if len(values) != rows:
-            raise ValueError(f"infos {name!r} has {len(values)} rows, the data {rows} steps")
-    return {name: np.asarray(values) for name, values in infos.items()}
+        if len(values) != len(ends):
+            raise ValueError(f"infos {name!r} has {len(values)} rows, the data {len(ends)} steps")
+        fields[_INFOS + name] = np.asarray(values)
+    return fields
 
 
 def _reserve(folder: Path, fields: Fields, episodes: int) -> None:
@@ -218,20 +210,20 @@ def _reserve(folder: Path, fields: Fields, episodes: int) -> None:
         (folder / "reserved").unlink()
 
 
-def _buffers(fields: Fields, sizes: list[int], infos: Fields) -> list[EpisodeBuffer]:
+def _buffers(fields: Fields, sizes: list[int]) -> list[EpisodeBuffer]:
     """Return Minari's episodes: T + 1 observations and infos, T rows of all other fields."""
     from minari.data_collector import EpisodeBuffer
 
     now, then = fields["observations"], fields["next_observations"]
+    infos = {k.removeprefix(_INFOS): x for k, x in fields.items() if k.startswith(_INFOS)}
     buffers, start = [], 0
     for size in sizes:
         stop = start + size
         differ = (now[start + 1 : stop] != then[start : stop - 1]).any(axis=1)
         if differ.any():
-            raise ValueError(
-                f"the next observation of step {start + int(differ.argmax())} is not the "
-                "observation of the step after it, as Minari needs; write an HDF5 file instead"
-            )
+            step = f"the next observation of step {start + int(differ.argmax())}"
+            rule = "is not the observation of the step after it, as Minari needs"
+            raise ValueError(f"{step} {rule}; write an HDF5 file instead")
         buffers.append(
             EpisodeBuffer(
                 observations=np.concatenate((now[start:stop], then[stop - 1 : stop])),
@@ -239,15 +231,15 @@ def _buffers(fields: Fields, sizes: list[int], infos: Fields) -> list[EpisodeBuf
                 rewards=fields["rewards"][start:stop],
                 terminations=fields["terminals"][start:stop],
                 truncations=fields["timeouts"][start:stop],
-                infos={
-                    name: np.concatenate((np.zeros_like(values[:1]), values[start:stop]))
-                    for name, values in infos.items()
-                }
-                or None,
+                infos={name: _led_by_0(x[start:stop]) for name, x in infos.items()} or None,
             )
         )
         start = stop
     return buffers
+
+
+def _led_by_0(values: NDArray[Any]) -> NDArray[Any]:
+    return np.concatenate((np.zeros_like(values[:1]), values))
 
 
 def _create(

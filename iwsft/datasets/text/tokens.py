@@ -104,29 +104,12 @@ def tokenize(
     }
     traj_ids = torch.arange(len(rows)).repeat_interleave(sizes)
     truncated = {number: cut for number, cut in enumerate(cuts) if cut}
-    notes = []
+    notes = _notes(rows, chat, unknown)
     if truncated:
         places = ", ".join(rows[number].where for number in list(truncated)[:5])
-        notes.append(
-            f"max_length={max_length} cut {len(truncated)} of {len(rows)} rows and {sum(cuts)} of "
-            f"{len(mask) + sum(cuts)} tokens, ends of turn with them; first: {places}"
-        )
-    if any(unknown):
-        first = next(row.where for row, some in zip(rows, unknown, strict=True) if some)
-        notes.append(
-            f"the tokenizer does not know characters of the text to train on in {sum(unknown)} of "
-            f"{len(rows)} rows, and trains them as unknown or leaves them out; first: {first}"
-        )
-    if chat is not None and "strftime_now" in chat.template and not chat.template_kwargs:
-        notes.append(
-            "the chat template writes today's date into the rows; fix it with template_kwargs, "
-            "often {'date_string': '01 Jan 2025'}"
-        )
-    if chat is not None and (unread := _unread_variables(rows, chat)):
-        notes.append(
-            f"the chat template does not read {', '.join(unread)} of the template_kwargs; correct "
-            "the names, or drop them"
-        )
+        of_rows = f"max_length={max_length} cut {len(truncated)} of {len(rows)} rows"
+        of_tokens = f"{sum(cuts)} of {len(mask) + sum(cuts)} tokens, ends of turn with them"
+        notes.insert(0, f"{of_rows} and {of_tokens}; first: {places}")
     for note in notes:
         warnings.warn(note, UserWarning, stacklevel=2)
     return TokenDataset(
@@ -186,11 +169,30 @@ def _encode(
     return ids, mask, len(encoded.ids) - len(ids), encoded.unknown
 
 
-def _unread_variables(rows: Sequence[Row], chat: ChatEncoder) -> list[str]:
-    """Return the names of variables that change nothing."""
+def _notes(rows: Sequence[Row], chat: ChatEncoder | None, unknown: Sequence[bool]) -> list[str]:
+    """Return a sentence on each thing of the tokenizer or the template to know of."""
+    notes = []
+    if any(unknown):
+        first = next(row.where for row, some in zip(rows, unknown, strict=True) if some)
+        notes.append(
+            f"the tokenizer does not know characters of the text to train on in {sum(unknown)} of "
+            f"{len(rows)} rows, and trains them as unknown or leaves them out; first: {first}"
+        )
+    if chat is None:
+        return notes
+    if "strftime_now" in chat.template and not chat.template_kwargs:
+        notes.append(
+            "the chat template writes today's date into the rows; fix it with template_kwargs, "
+            "often {'date_string': '01 Jan 2025'}"
+        )
     given = [chat.template_kwargs, *(row.template_kwargs for row in rows)]
     names = {name for each in given for name, value in each.items() if value not in (None, "", [])}
-    return sorted(names - chat.variables)
+    if unread := sorted(names - chat.variables):
+        notes.append(
+            f"the chat template does not read {', '.join(unread)} of the template_kwargs; correct "
+            "the names, or drop them"
+        )
+    return notes
 
 
 def _columns(rows: Sequence[Row]) -> dict[NestedKey, Tensor]:
