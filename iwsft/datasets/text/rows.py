@@ -90,25 +90,23 @@ def read(
     split: str | None = None,
     config: str | None = None,
     make: Callable[[Record, str], Row] | None = None,
-    cache_dir: str | Path | None = None,
 ) -> list[Row]:
     """Read all rows of a source, in their order.
 
     Args:
-        source: File, folder, name of a dataset, or records in memory; for this, ``split``,
-            ``config`` and ``cache_dir`` see :func:`iwsft.datasets.text.sources.records`.
+        source: File, folder, name of a dataset, or records in memory; for this, ``split``
+            and ``config`` see :func:`iwsft.datasets.text.sources.records`.
         split: Split of a folder or dataset that has several, "train" by default.
         config: Configuration of a named dataset, where it has several.
         make: Function from a record and its place to a row, for data with other columns (see
             ``iwsft.datasets.text.s1k``); :func:`to_row` by default.
-        cache_dir: Folder in which ``datasets`` caches; its own by default.
 
     Raises:
         ValueError: There is no row, or a row can't be trained on, besides the errors of
             ``records``; the message names the file and the row.
     """
     make = to_row if make is None else make
-    rows = [make(record, where) for where, record in records(source, split, config, cache_dir)]
+    rows = [make(record, where) for where, record in records(source, split, config)]
     if not rows:
         raise ValueError(f"{source}: there is no row in it")
     return rows

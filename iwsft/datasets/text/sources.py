@@ -24,7 +24,6 @@ def records(
     source: str | Path | Iterable[Record],
     split: str | None = None,
     config: str | None = None,
-    cache_dir: str | Path | None = None,
 ) -> Iterator[tuple[str, Record]]:
     """Iterate over the records of a source, each with its place.
 
@@ -37,14 +36,13 @@ def records(
             records in memory, such as a ``Dataset``.
         split: Split of a folder or dataset that has several, "train" by default.
         config: Configuration of a named dataset, where it has several.
-        cache_dir: Folder in which ``datasets`` caches; its own by default.
 
     Raises:
         OSError: The file does not exist, or the named dataset can't be reached.
         ValueError: The kind of source, the split or the dataset is unknown, or the data is damaged;
             the message names the file and the row.
     """
-    for where, record in _values(source, split, config, cache_dir):
+    for where, record in _values(source, split, config):
         if not isinstance(record, Mapping):
             kind = type(record).__name__
             raise ValueError(f"{where}: a row is an object of columns, this is of type {kind}")
@@ -60,14 +58,12 @@ def row_named(where: str) -> Iterator[None]:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _values(
-    source: Any, split: str | None, config: str | None, cache_dir: str | Path | None
-) -> Iterator[tuple[str, Any]]:
+def _values(source: Any, split: str | None, config: str | None) -> Iterator[tuple[str, Any]]:
     if not isinstance(source, str | Path):
         return _from_memory(source, "these records", split)
     path = Path(os.path.expanduser(source))
     if path.is_dir():
-        return _from_datasets(str(path), split, config, cache_dir)
+        return _from_datasets(str(path), split, config)
     if path.suffix.lower() in _SUFFIXES:
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path}")
@@ -79,7 +75,7 @@ def _values(
             f"{source} is not data that can be read: pass a folder, the name of a Hugging Face "
             f"dataset, or a file that ends in {', '.join(_SUFFIXES)}"
         )
-    return _from_datasets(source, split, config, cache_dir)
+    return _from_datasets(source, split, config)
 
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
@@ -157,12 +153,11 @@ def _from_memory(data: Any, name: str, split: str | None) -> Iterator[tuple[str,
 
 
 def _from_datasets(
-    name: str, split: str | None, config: str | None, cache_dir: str | Path | None
+    name: str, split: str | None, config: str | None
 ) -> Iterator[tuple[str, Record]]:
     require("datasets")
     import datasets  # type: ignore[import-untyped]
 
-    cache = None if cache_dir is None else str(cache_dir)
     folder = Path(name)
     # Written by `save_to_disk`.
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
@@ -177,7 +172,7 @@ def _from_datasets(
     split = split or "train"
     try:
         if folder.is_dir():
-            builder = datasets.load_dataset_builder(name, config, cache_dir=cache)
+            builder = datasets.load_dataset_builder(name, config)
             splits = {str(key): files for key, files in (builder.config.data_files or {}).items()}
             files = [Path(file) for file in splits.get(split, ())]
             suffixes = {file.suffix for file in files}
@@ -186,7 +181,7 @@ def _from_datasets(
                 return chain.from_iterable(map(_json, files))
             if suffixes == {".parquet"}:
                 return chain.from_iterable(map(_parquet, files))
-        data = datasets.load_dataset(name, config, split=split, cache_dir=cache)
+        data = datasets.load_dataset(name, config, split=split)
     except ConnectionError as error:
         raise ConnectionError(f"{name!r} can't be reached ({error}); pass a file") from error
     # DatasetNotFoundError and EmptyDatasetError are FileNotFoundErrors.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -15,13 +14,11 @@ from iwsft.datasets.text.chat import ChatEncoder
 from iwsft.datasets.text.encoding import check_tokenizer, encode_completion
 from iwsft.datasets.text.rows import Row
 from iwsft.datasets.text.sources import row_named
-from iwsft.fingerprint import fingerprint
 from iwsft.trajectory import (
     ASSISTANT_MASK,
     ATTENTION_MASK,
     MULTIPLICITY,
     TOKENS,
-    TRAJ_IDS,
     from_steps,
     per_trajectory,
     select,
@@ -32,9 +29,8 @@ CORRECT = "correct"
 _MOST_DRAWS = 10_000_000
 
 
-@dataclass(frozen=True, eq=False)
-class TokenDataset:
-    """Tokenised rows and their origin.
+class TokenDataset(NamedTuple):
+    """Tokenised rows.
 
     Attributes:
         trajectories: Packed trajectories, one per row and in the order of the rows, of batch size
@@ -42,16 +38,12 @@ class TokenDataset:
             "all_assistant_mask")`` bool, ``("collector", "traj_ids")`` int64 (the row's number).
             Where the rows have them: ``score`` float64, ``correct`` bool and ``multiplicity`` int64
             (the row's weight), with the row's value on each of its tokens.
-        rows: Place of each row.
         truncated: Number of tokens cut off, by number of the row; uncut rows are not in it.
-        fingerprint: SHA-256 of the tokens and masks, the vocabulary, the template and max_length.
         notes: A sentence on each change.
     """
 
     trajectories: TensorDict
-    rows: tuple[str, ...]
     truncated: Mapping[int, int]
-    fingerprint: str
     notes: tuple[str, ...] = ()
 
 
@@ -112,20 +104,7 @@ def tokenize(
         notes.insert(0, f"{of_rows} and {of_tokens}; first: {places}")
     for note in notes:
         warnings.warn(note, UserWarning, stacklevel=2)
-    return TokenDataset(
-        trajectories=from_steps(steps, traj_ids),
-        rows=tuple(row.where for row in rows),
-        truncated=truncated,
-        fingerprint=fingerprint(
-            {str(key): value for key, value in [*steps.items(), (TRAJ_IDS, traj_ids)]}
-            | {
-                "vocabulary": sorted(tokenizer.get_vocab().items()),
-                "template": None if chat is None else (chat.template, chat.template_kwargs),
-                "max_length": max_length,
-            }
-        ),
-        notes=tuple(notes),
-    )
+    return TokenDataset(from_steps(steps, traj_ids), truncated, tuple(notes))
 
 
 def correct_only(trajectories: TensorDictBase) -> TensorDictBase:

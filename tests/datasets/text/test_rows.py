@@ -46,7 +46,7 @@ def test_json_lines_name_their_line(tmp_path):
     assert [row.where for row in rows] == [f"{path}:1", f"{path}:4"]
 
 
-def test_json_arrays_parquet_folders_and_saved_datasets_hold_the_same_rows(tmp_path):
+def test_json_arrays_parquet_folders_and_saved_datasets_hold_the_same_rows(tmp_path, monkeypatch):
     array = tmp_path / "data.json"
     array.write_text(json.dumps(SCORED))
     # Parquet and Arrow have one type a column.
@@ -57,17 +57,17 @@ def test_json_arrays_parquet_folders_and_saved_datasets_hold_the_same_rows(tmp_p
     datasets.DatasetDict({"good": table}).save_to_disk(str(tmp_path / "splits"))
     (tmp_path / "folder").mkdir()
     jsonl(tmp_path / "folder" / "train.jsonl", typed)
-    cache = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     assert contents(read(array)) == EXPECTED
     assert contents(read(tmp_path / "data.parquet")) == EXPECTED
     assert contents(read(str(tmp_path / "saved"))) == EXPECTED
     assert contents(read(tmp_path / "splits", split="good")) == EXPECTED
-    assert contents(read(tmp_path / "folder", cache_dir=cache)) == EXPECTED
+    assert contents(read(tmp_path / "folder")) == EXPECTED
     assert read(tmp_path / "data.parquet")[1].where.endswith("data.parquet row 1")
     with pytest.raises(ValueError, match="split 'train'"):
         read(tmp_path / "splits")
     with pytest.raises(ValueError, match="split 'test'"):
-        read(tmp_path / "folder", split="test", cache_dir=cache)
+        read(tmp_path / "folder", split="test")
 
 
 def test_keys_that_arrow_fills_with_none_are_absent_from_messages(tmp_path):

@@ -174,7 +174,7 @@ def test_documents_are_passed_to_templates_that_read_them():
 def test_columns_and_keys_that_a_template_reads_or_drops():
     talk = [user("hi"), assistant("hello")]
     mood = to_row({"messages": talk, "mood": "sad", "source": "x"}, "f:1")
-    assert len(tokenize([mood], byte_level()).rows) == 1
+    assert len(tokenize([mood], byte_level()).trajectories["collector", "traj_ids"].unique()) == 1
     reads = byte_level("{% if mood is defined %}{{ mood }}{% endif %}" + CHATML)
     with pytest.raises(ValueError, match="f:1: the chat template reads 'mood', .* rename it"):
         tokenize([mood], reads)
