@@ -70,11 +70,7 @@ class PolicyInputs:
         self.first[row], self.reward[row], self._running[row] = True, 0.0, False
 
     def check_finite(self, actions: NDArray[Any], name: str) -> None:
-        """Check the actions ``[rows, act]`` of the rows that have an episode.
-
-        Raises:
-            FloatingPointError: An action is not finite; the error names its step and episode.
-        """
+        """Check the actions ``[rows, act]`` of the rows that have an episode."""
         wrong = np.flatnonzero(self._running & ~np.isfinite(actions).all(axis=1))
         if wrong.size:
             row = int(wrong[0])

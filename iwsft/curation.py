@@ -230,22 +230,19 @@ def _count_survived(scores: Tensor, cuts: Sequence[float], ties: Ties, seed: int
             warnings.warn(_keeps_none(cut, ties, scores), stacklevel=3)
         elif ties == ">=" and cut > 0 and len(scores) > 1 and bool(row.all()):
             at_bottom = int((scores == scores.min()).sum())
-            warnings.warn(
-                f"cut {cut} with ties='>=' keeps all {len(scores)} trajectories: {at_bottom} of "
-                f"the scores are the minimum; pass ties='>' or ties='rank'",
-                stacklevel=3,
-            )
+            why = f"{at_bottom} of the scores are the minimum; pass ties='>' or ties='rank'"
+            all_kept = f"cut {cut} with ties='>=' keeps all {len(scores)} trajectories"
+            warnings.warn(f"{all_kept}: {why}", stacklevel=3)
     return survived.sum(0)
 
 
 def _cut_by_rank(scores: Tensor, cuts: Sequence[float], seed: int) -> Tensor:
     count = len(scores)
     if count > 1 and max(cuts) > 0 and bool((scores == scores[0]).all()):
-        warnings.warn(
-            f"all {count} scores are {float(scores[0]):.6g}: cuts {tuple(cuts)} keep trajectories "
-            "by chance; pass cuts=(0,) to keep all, or another score",
-            stacklevel=4,
-        )
+        equal_scores = f"all {count} scores are {float(scores[0]):.6g}"
+        way_out = "pass cuts=(0,) to keep all, or another score"
+        chance = f"cuts {tuple(cuts)} keep trajectories by chance"
+        warnings.warn(f"{equal_scores}: {chance}; {way_out}", stacklevel=4)
     shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     best = shuffled[scores[shuffled].argsort(descending=True, stable=True)]
     survived = torch.zeros(len(cuts), count, dtype=torch.bool)
@@ -289,11 +286,9 @@ def _data_weights(
 
 
 def _keeps_none(cut: float, ties: Ties, scores: Tensor) -> str:
-    at_top = int((scores == scores.max()).sum())
-    return (
-        f"cut {cut} with ties={ties!r} keeps no trajectory: {at_top} of {len(scores)} scores are "
-        "the maximum; pass ties='rank' or '>=', or lower cuts"
-    )
+    why = f"{int((scores == scores.max()).sum())} of {len(scores)} scores are the maximum"
+    problem = f"cut {cut} with ties={ties!r} keeps no trajectory"
+    return f"{problem}: {why}; pass ties='rank' or '>=', or lower cuts"
 
 
 def _check_cuts(cuts: Sequence[float]) -> None:
@@ -303,11 +298,9 @@ def _check_cuts(cuts: Sequence[float]) -> None:
         if not 0 <= cut < 100:
             raise ValueError(f"cut {cut} is not a percentile in [0, 100); 90 keeps the top 10 %")
     if cuts and 0 < max(cuts) < 1:
-        warnings.warn(
-            f"cuts={tuple(cuts)} are percentiles and keep nearly everything; did you mean "
-            f"{tuple(100 * cut for cut in cuts)}?",
-            stacklevel=3,
-        )
+        meant = f"did you mean {tuple(100 * cut for cut in cuts)}?"
+        problem = f"cuts={tuple(cuts)} are percentiles and keep nearly everything"
+        warnings.warn(f"{problem}; {meant}", stacklevel=3)
 
 
 def _name(score: Score) -> str:

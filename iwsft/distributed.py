@@ -18,11 +18,7 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def gathered(value: T) -> list[T]:
-    """Every process's value, in the order of the ranks, on all of them.
-
-    Args:
-        value: An object that can be pickled, with its tensors on the CPU.
-    """
+    """Every process's value, in the order of the ranks, on all of them; tensors are on the CPU."""
     _, world = rank_and_world()
     if world == 1:
         return [value]

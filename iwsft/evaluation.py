@@ -84,12 +84,8 @@ def normalized_score(
 ) -> NDArray[np.float64]:
     """Return 100 * (return - minimum) / (maximum - minimum), https://arxiv.org/abs/2004.07219.
 
-    Args:
-        returns: Undiscounted returns of any shape.
-        reference_scores: Returns of D4RL's random and expert policies in the environment.
-
-    Raises:
-        ValueError: The second reference is not above the first.
+    The reference scores are the returns of D4RL's random and expert policies in the environment;
+    a ValueError says that the second is not above the first.
     """
     low, high = reference_scores
     if not low < high:

@@ -16,13 +16,10 @@ FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends a JSON object for each row to ``metrics.jsonl``.
+    """Appends a JSON object for each row to ``metrics.jsonl`` of a run's folder.
 
-    A row is on disk when :meth:`write` returns.
-
-    Args:
-        folder: Folder of the run.
-        after: Last step to keep; a resumed run writes the later rows again.
+    A row is on disk when :meth:`write` returns. ``after`` is the last step to keep: a resumed run
+    writes the later rows again.
 
     Raises:
         ValueError: A row on disk is not JSON; a last row that a kill cut short is removed.

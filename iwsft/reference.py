@@ -147,11 +147,9 @@ def cached_reference(trajectories: TensorDictBase, key: str, *, cache: str | Pat
         ValueError: It belongs to other trajectories.
     """
     if _data_digest(trajectories) != key.split("-")[0]:
-        raise ValueError(
-            f"the reference {key} of this run belongs to other trajectories, or comes from an "
-            "earlier version of iwsft; resume with the version, data, tokenizer, template and "
-            "max_length of the first run"
-        )
+        problem = f"the reference {key} of this run belongs to other trajectories or another iwsft"
+        way_out = "the version, data, tokenizer, template and max_length of the first run"
+        raise ValueError(f"{problem}; resume with {way_out}")
     path = _path(cache, key)
     way_out = (
         "this run's model has moved, so it can't be computed again from it: put a copy of the file "
@@ -304,13 +302,9 @@ def _check_adapters(forward: ForwardPass, first: Tensor) -> None:
     # Half the digits, for kernels differ.
     tolerance = max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5
     if not torch.allclose(forward.run(0, 1), first, rtol=tolerance, atol=tolerance):
-        warnings.warn(
-            "the adapters change the log-probs already; the reference is the model without them, "
-            "so the first weights are not 1. To take the model as it is for the reference, "
-            "merge them into it (merge_and_unload()) and add new ones",
-            UserWarning,
-            stacklevel=4,
-        )
+        problem = "the adapters change the log-probs already, so the first weights are not 1"
+        way_out = "to make them part of the reference, merge_and_unload() them and add new ones"
+        warnings.warn(f"{problem}; {way_out}", UserWarning, stacklevel=4)
 
 
 def _check_finite(log_prob: Tensor, start: int, forward: ForwardPass) -> Tensor:

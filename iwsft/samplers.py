@@ -219,11 +219,7 @@ class TransitionSampler(_Sampler):
 
 
 def check_same_settings(state_dict: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Check that a sampler's state was saved with these settings.
-
-    Raises:
-        ValueError: One has another value.
-    """
+    """Check that a sampler's state was saved with these settings; a ValueError names another."""
     for name, value in settings.items():
         if state_dict[name] != value:
             other = f"this state is of a sampler with {name}={state_dict[name]}, not {value}"

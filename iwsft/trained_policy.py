@@ -204,8 +204,8 @@ def load_policy(
         folder: Folder of a finished run of ``iwsft d4rl``, ``OUT/d4rl/DATASET/ALGO/seed-K``; or,
             with ``policy``, the folder of :func:`iwsft.training.fit` or its ``checkpoint``.
         policy: Policy of the same form as that of the checkpoint, whose parameters are replaced.
-        trust_env_module: Import the module that the policy's environment names, when the
-            environment is made. Its code can do anything.
+        trust_env_module: Whether the module that the policy's environment names may be imported
+            when the environment is made. Its code can do anything.
 
     Raises:
         FileNotFoundError: There is no policy, or no checkpoint.

@@ -113,14 +113,10 @@ class Segments:
         return x if self.mask is None else torch.where(self.valid, x, 0)
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sum of ``x`` along each trajectory, accumulated in float64.
+        """Sum of ``x`` along each trajectory, ``[S]``, accumulated in float64.
 
-        Args:
-            x: One number per step, in the layout of the batch. Masked steps count as 0, also
-                if they are NaN.
-
-        Returns:
-            ``[S]``, in the dtype of ``x`` or float32, whichever is wider.
+        ``x`` has one number per step, in the layout of the batch. Masked steps count as 0, also if
+        they are NaN. The result has the dtype of ``x`` or float32, whichever is wider.
         """
         total = torch.zeros(self.slots, dtype=torch.float64, device=x.device)
         flat = self.where_valid(x.reshape(self.shape)).reshape(-1)

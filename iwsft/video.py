@@ -70,9 +70,7 @@ def recorded(path: Path, env_id: str, env_kwargs: Mapping[str, Any]) -> Iterator
 def check_recording(env_id: str, env_kwargs: Mapping[str, Any]) -> None:
     """Draw one picture of an environment, to see before training that a video can be recorded.
 
-    Raises:
-        ImportError: The package that writes videos is not installed.
-        ValueError: The environment gives no pictures, or the machine has no graphics library.
+    The errors are those of :func:`recorded`.
     """
     env, _ = _make(env_id, env_kwargs)
     with env:

@@ -139,11 +139,7 @@ def cut_steps(steps: Steps) -> TensorDict:
 def check_actions(
     actions: Floats, low: float | NDArray[Any], high: float | NDArray[Any], source: str
 ) -> None:
-    """Check that actions are in ``[low, high]``, up to rounding.
-
-    Raises:
-        ValueError: An action lies outside; the error names its row.
-    """
+    """Check that actions are in ``[low, high]``, up to rounding; the error names a row outside."""
     least, most = low - ACTION_TOLERANCE, high + ACTION_TOLERANCE
     row = _first_row(actions, lambda chunk: (chunk < least) | (chunk > most))
     if row is not None:

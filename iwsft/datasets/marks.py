@@ -64,10 +64,8 @@ def kind_of(name: str) -> str | None:
 def marked_ends(name: str, values: NDArray[np.number], rows: int, source: str) -> Flags | None:
     """Return the rows that end an episode by a field of a known kind, bool ``[rows]``.
 
-    None means that the field has another meaning, as its shape or values show.
-
-    Raises:
-        ValueError: The rows of several episodes take turns.
+    None means that the field has another meaning, as its shape or values show. A ValueError says
+    that the rows of several episodes take turns.
     """
     kind = kind_of(name)
     if values.shape[1:] == (1,):

@@ -34,13 +34,9 @@ class TrajectoryDataset(Dataset[TensorDictBase]):
     """Whole trajectories of a packed dataset; each is as many entries as its multiplicity says.
 
     An epoch of any sampler (torch's, transformers' or :class:`EpochBatches`) therefore holds the
-    trajectories in proportion to their multiplicity. Entries show values that are written into the
-    trajectories later, such as those of ``reweight``.
-
-    Args:
-        trajectories: Packed token trajectories, see ``iwsft.datasets.text.tokens``. The dataset
-            refers to them and copies nothing. Their assistant mask is turned off at first tokens,
-            which nothing predicts.
+    trajectories in proportion to their multiplicity. The dataset refers to ``trajectories``, and
+    copies nothing, so entries show values that are written into them later, such as those of
+    ``reweight``. Their assistant mask is turned off at first tokens, which nothing predicts.
 
     Raises:
         KeyError: Tokens or masks are missing.
@@ -127,7 +123,7 @@ def collate(
 
     Raises:
         ValueError: Keys differ between examples, two different examples have the same id, one
-            holds several trajectories, or the layout is unknown.
+            holds several trajectories, or a setting is out of range.
     """
     if layout not in get_args(Layout) or multiple_of < 1:
         raise ValueError(f"{layout=} must be one of {get_args(Layout)}, {multiple_of=} at least 1")

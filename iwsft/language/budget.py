@@ -80,8 +80,8 @@ class ThinkingFormat:
 class Delimiters:
     """A :class:`ThinkingFormat` in tokens.
 
-    ``newline`` is the token of a line break; None where a line break is not one token. A cut
-    thinking that ends in ``newline`` gets no second one from ``cut``.
+    ``newline`` is the token of a line break, where that is one token. A cut thinking that ends in
+    it gets no second one from ``cut``.
     """
 
     start: tuple[int, ...]

@@ -144,10 +144,7 @@ _REFUSED = {
 def check_engine(trainer: Trainer, weights: ImportanceWeights, *, whole: bool) -> None:
     """Refuse ways of running that would change the result.
 
-    Args:
-        trainer: Trainer with its engine.
-        weights: Transforms of the weights.
-        whole: Whether the weights of an update are computed together, or do not depend on q.
+    ``whole`` tells whether the weights of an update are computed together, or do not depend on q.
 
     Raises:
         ValueError: One process has several GPUs, trajectories are cut into parts, or transforms
@@ -175,9 +172,6 @@ def warn_of_half_precision(trainer: Trainer, model: nn.Module) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     half = {str(p.dtype) for p in trained if p.itemsize < 4}
     if half:
-        warnings.warn(
-            f"the weights are {', '.join(sorted(half))}: small steps of the optimizer are "
-            "rounded away; load the model with dtype='float32' and set bf16=True",
-            UserWarning,
-            stacklevel=4,
-        )
+        problem = f"the weights are {', '.join(sorted(half))}, which round small steps away"
+        way_out = "load the model with dtype='float32' and set bf16=True"
+        warnings.warn(f"{problem}: {way_out}", UserWarning, stacklevel=4)

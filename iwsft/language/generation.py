@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -106,10 +107,6 @@ class TransformersGenerator(Generator):
     """Generates with a transformers decoder: in batches, padded on the left, with its KV cache.
 
     The model's own generation settings (temperature, repetition penalty, ...) are not used.
-
-    Args:
-        model: Causal language model on its device; it is called in eval mode.
-        batch_size: Number of requests in a batch.
     """
 
     def __init__(self, model: PreTrainedModel, *, batch_size: int = 8) -> None:
@@ -126,11 +123,10 @@ class TransformersGenerator(Generator):
     def _complete(
         self, requests: Sequence[Request], stop: frozenset[int], temperature: float, top_p: float
     ) -> list[Completion]:
-        completions: list[Completion] = []
-        for start in range(0, len(requests), self._batch_size):
-            batch = requests[start : start + self._batch_size]
-            completions += self._batch(batch, stop, temperature, top_p)
-        return completions
+        size = self._batch_size
+        batches = [requests[at : at + size] for at in range(0, len(requests), size)]
+        answers = (self._batch(batch, stop, temperature, top_p) for batch in batches)
+        return [*chain.from_iterable(answers)]
 
     def _batch(
         self, requests: Sequence[Request], stop: frozenset[int], temperature: float, top_p: float
@@ -175,14 +171,9 @@ class TransformersGenerator(Generator):
 class VLLMGenerator(Generator):
     """Generates with vLLM, which batches by itself and promises that a seed fixes the tokens.
 
-    Args:
-        model: Folder or hub id of a model in transformers' format.
-        dtype: Number format of the weights by torch's name, or ``"auto"``.
-        parallel: Number of GPUs that share one copy of the model.
-        trust_remote_code: Whether to run code that comes with the model.
-
-    Raises:
-        ImportError: vLLM is not installed.
+    ``model`` is a folder or hub id, ``dtype`` torch's name of a number format or ``"auto"``, and
+    ``parallel`` the number of GPUs that share one copy of the model. With ``trust_remote_code``,
+    code that comes with the model is run.
     """
 
     def __init__(
@@ -233,14 +224,9 @@ class VLLMGenerator(Generator):
 def draw(logits: Tensor, uniform: Tensor, *, temperature: float, top_p: float = 1.0) -> Tensor:
     """Sample a token for each row by inverting the distribution function, likeliest token first.
 
-    Args:
-        logits: Logits ``[rows, vocabulary]``.
-        uniform: Uniform random numbers in [0, 1), float64 ``[rows]``.
-        temperature: Temperature above 0.
-        top_p: Least probability mass, in (0, 1], of the likeliest tokens to sample from.
-
-    Returns:
-        Token ids ``[rows]``.
+    Logits are ``[rows, vocabulary]``, ``uniform`` numbers in [0, 1), float64 ``[rows]``, as is the
+    result. The temperature is above 0; ``top_p`` in (0, 1] is the least probability mass of the
+    likeliest tokens to sample from.
     """
     probability = (logits.double() / temperature).softmax(-1)
     probability, order = probability.sort(dim=-1, descending=True, stable=True)

@@ -87,13 +87,10 @@ class Measures:
     def collect(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Means over the updates since the last call; empty if there was none.
 
-        Args:
-            gather: From ``[n, numbers]`` of this process to ``[processes * n, numbers]`` of all.
-
-        Returns:
-            ``ESS`` (effective over drawn trajectories), ``weight_mean``, ``weight_max``,
-            ``log_prob`` (mean over tokens), ``kl_approx`` (mean of log pi_ref - log p) and
-            ``clip_fraction``; those that are not known are left out.
+        They are ``ESS`` (effective over drawn trajectories), ``weight_mean``, ``weight_max``,
+        ``log_prob`` (mean over tokens), ``kl_approx`` (mean of log pi_ref - log p) and
+        ``clip_fraction``; those that are not known are left out. ``gather`` makes ``[processes * n,
+        numbers]`` of all from ``[n, numbers]`` of this process.
         """
         if not self._updates:
             return {}

@@ -76,11 +76,7 @@ class UpdatePlan(Sampler[list[int]]):
         return self._cached[1]
 
     def update(self, number: int) -> list[list[int]]:
-        """The micro-batches of an update on all processes; process r runs ``[r::processes]``.
-
-        Args:
-            number: Number of the update, counted from 0 over all epochs.
-        """
+        """The micro-batches of update ``number``, from 0 over all epochs, on all processes."""
         epoch, within = divmod(number, self.updates)
         width = self.accumulation * self.processes
         return self.epoch(epoch)[within * width : (within + 1) * width]

@@ -32,15 +32,9 @@ class Shards:
     - FSDP2: its local shard, on the shard's device.
 
     The cost is 4 bytes a trainable parameter of this process, and within :meth:`swapped` a copy of
-    its shard in the parameters' dtype.
-
-    Frozen parameters and buffers of q are theta's, running statistics included.
-
-    Args:
-        model: Model that the engine returned (``accelerator.prepare``,
-            ``deepspeed.initialize``, ``fully_shard``).
-        optimizer: Optimizer of accelerate, which knows when it skipped an update (gradients that
-            overflowed float16); then there are no pairs, and q does not move either.
+    its shard in the parameters' dtype. Frozen parameters and buffers of q are theta's, running
+    statistics included. ``model`` is what the engine returned. ``optimizer`` is accelerate's, which
+    knows when it skipped an update (gradients that overflowed float16); q does not move then.
 
     Raises:
         ValueError: The model has no trainable parameter.

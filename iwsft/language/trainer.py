@@ -285,9 +285,10 @@ class ImportanceWeightedTrainer(WeightedTrainer):
         """Prepare the reference and q, which need the engine, when training begins."""
         if self.args.proposal != "reference":
             cache = Path(self.args.reference_cache or Path(str(self.args.output_dir)) / REFERENCE)
-            self._annotate(self._first_epoch(), cache)
-            log_prob = self._dataset.trajectories.get(REF_LOG_PROB)
-            self._trajectories.set(REF_LOG_PROB, log_prob)
+            first_epoch = [self._dataset.positions(batch) for batch in self._plan.epoch(0)]
+            annotated = self._dataset.trajectories
+            self._annotate(self._forward(annotated, first_epoch), cache)
+            self._trajectories.set(REF_LOG_PROB, annotated.get(REF_LOG_PROB))
         if self.args.proposal == "lagged":
             self._follow(EMA, decay=self.args.ema_decay or 0.0)
         if self.args.proposal in ("cached", "lagged"):
@@ -298,10 +299,6 @@ class ImportanceWeightedTrainer(WeightedTrainer):
             )
             self.shared_states["weights"] = self._cached
         self.restore()
-
-    def _first_epoch(self) -> ForwardPass:
-        batches = [self._dataset.positions(batch) for batch in self._plan.epoch(0)]
-        return self._forward(self._dataset.trajectories, batches)
 
     def settings(self) -> dict[str, Any]:
         """Settings that a checkpoint belongs to."""

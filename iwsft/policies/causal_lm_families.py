@@ -30,8 +30,7 @@ _CAST_TOLERANCE = 1e-2
 def decoder_of(model: nn.Module) -> Any:
     """The transformers model in its wrappings (PEFT, engines, data parallelism, a compiler).
 
-    Raises:
-        TypeError: There is none.
+    A TypeError says that there is none.
     """
     inner: Any = model
     while inner is not None and not hasattr(type(inner), "get_output_embeddings"):
@@ -45,8 +44,7 @@ def decoder_of(model: nn.Module) -> Any:
 def peft_model(model: nn.Module) -> Any:
     """The PEFT model in its wrappings (engines, data parallelism, a compiler).
 
-    Raises:
-        TypeError: There is none.
+    A TypeError says that there is none.
     """
     inner: Any = model
     while inner is not None and not hasattr(inner, "peft_config"):
@@ -90,10 +88,9 @@ def check_decoder(model: nn.Module) -> Any:
     for layer in heads:
         plain = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
         if not plain or "forward" in vars(layer):
-            raise ValueError(
-                f"the output layer of {name} ({type(layer).__name__}) has its own forward; leave "
-                "it out of adapters (target_modules), quantization and offloading"
-            )
+            problem = f"the output layer of {name} ({type(layer).__name__}) has its own forward"
+            places = "adapters (target_modules), quantization and offloading"
+            raise ValueError(f"{problem}; leave it out of {places}")
     return decoder
 
 

@@ -230,7 +230,7 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
         ImportanceWeightedTrainer(
             model(), TrainingArguments(str(tmp_path), use_cpu=True), trajectories=trajectories()
         )
-    with pytest.warns(UserWarning, match="torch.bfloat16: small steps"):
+    with pytest.warns(UserWarning, match="torch.bfloat16, which round small steps"):
         trainer(tmp_path, model=model().bfloat16())
     rows = [{"prompt": "1+1=", "completion": "2"}]
     args = ImportanceWeightedConfig(str(tmp_path), use_cpu=True)

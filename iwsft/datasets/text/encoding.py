@@ -39,11 +39,7 @@ class _Piece(NamedTuple):
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Check that a tokenizer has offsets: the characters of each token.
-
-    Raises:
-        TypeError: It has none.
-    """
+    """Check that a tokenizer has offsets, the characters of each token (TypeError)."""
     if not getattr(tokenizer, "is_fast", False):
         way_out = "load a fast tokenizer (a folder with tokenizer.json)"
         kind = type(tokenizer).__name__
