@@ -87,11 +87,8 @@ def act(
 ) -> NDArray[Any]:
     """Call the policy once for all rows, within :func:`acting`; errors call it ``name``.
 
-    Returns:
-        Its actions ``[rows, act]``, not clipped: float32, or float64 where the policy gives that.
-
-    Raises:
-        FloatingPointError: The action of an episode is not finite.
+    Its actions ``[rows, act]`` are not clipped: float32, or float64 where the policy gives that. A
+    FloatingPointError names the episode whose action is not finite.
     """
     actions = _call(policy, inputs, device)
     inputs.check_finite(actions, name)
@@ -112,11 +109,7 @@ def acting(
 
 
 def check_keys(policy: TensorDictModuleBase, *, name: str = "the policy") -> None:
-    """Check the keys that a policy reads and writes; errors call it ``name``.
-
-    Raises:
-        ValueError: It reads more than ``READABLE``, or writes no ``action``.
-    """
+    """Check that a policy reads only ``READABLE`` and writes ``action``; ``name`` is its name."""
     missing = [key for key in unravel_key_list(list(policy.in_keys)) if key not in READABLE]
     if missing:
         raise ValueError(f"{name} reads {missing}; an environment gives only {READABLE}")
@@ -135,11 +128,8 @@ def check_sizes(
 ) -> None:
     """Call the policy once on ``ROWS`` rows without an episode, within :func:`acting`.
 
-    All rows get ``observation`` ``[obs]``; actions must have ``action_shape``, ``(act,)``. Errors
-    name the environment and the policy.
-
-    Raises:
-        ValueError: The call fails, or its actions have another shape.
+    All rows get ``observation`` ``[obs]``; actions must have ``action_shape``, ``(act,)``. A
+    ValueError names the environment and the policy where the call fails, or they have not.
     """
     inputs = PolicyInputs(ROWS, observation.size)
     inputs.observation[:] = observation

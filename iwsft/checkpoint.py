@@ -40,8 +40,7 @@ def save(folder: Path, state: dict[str, Any], settings: dict[str, Any]) -> None:
 def load(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """Read a state that :func:`save` wrote; None where there is no checkpoint.
 
-    Raises:
-        CheckpointError: The file is corrupt, or of other settings, which the error names.
+    A CheckpointError says that it is corrupt, or which settings differ.
     """
     path = folder / FILE
     if not path.exists():

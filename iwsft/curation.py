@@ -161,12 +161,7 @@ def join(*parts: TensorDictBase) -> TensorDictBase:
 
 
 def trajectory_returns(packed: TensorDictBase) -> Tensor:
-    """Return the undiscounted sum of ``("next", "reward")`` of each trajectory, float64 ``[n]``.
-
-    Raises:
-        KeyError: The trajectories have no rewards.
-        ValueError: The rewards are not one number per step.
-    """
+    """Return the undiscounted sum of ``("next", "reward")`` of each trajectory, float64 ``[n]``."""
     reward = packed.get(REWARD, default=None)
     if reward is None:
         raise KeyError(f"the return needs {REWARD!r}; pass another score where there is none")

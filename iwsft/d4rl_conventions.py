@@ -38,12 +38,7 @@ ENV_IDS = (*_GOAL_CELLS, *_REACH)
 
 
 def get_arguments(env_id: str) -> dict[str, Any]:
-    """Return the arguments of the environment by D4RL's conventions.
-
-    Raises:
-        ValueError: No conventions are known for this environment.
-        ImportError: gymnasium-robotics is not installed.
-    """
+    """Return the arguments of the environment by D4RL's conventions, if there are any for it."""
     if env_id in _GOAL_CELLS:
         return {"continuing_task": False, "maze_map": _maze(env_id)}
     if env_id in _REACH:

@@ -247,11 +247,7 @@ def id_of(env: gym.Env[Any, Any]) -> str:
 
 
 def action_space(env: gym.Env[Any, Any]) -> gym.spaces.Box:
-    """Return the action space of ``env``, a vector between bounds.
-
-    Raises:
-        ValueError: The action space is of another kind.
-    """
+    """Return the action space of ``env``, a vector between bounds; others are refused."""
     space = env.action_space
     if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
         raise ValueError(f"{id_of(env)} has the action space {space}; only vectors (Box) are taken")

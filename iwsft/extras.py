@@ -37,11 +37,7 @@ def install(*packages: str) -> str:
 
 
 def require(*packages: str) -> None:
-    """Check that packages of ``EXTRAS`` are installed, without importing them.
-
-    Raises:
-        MissingPackageError: A package is not installed.
-    """
+    """Check that packages of ``EXTRAS`` are installed, without importing them."""
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         raise MissingPackageError(_message(missing))

@@ -29,11 +29,9 @@ def holding(params: TensorDictBase, module: nn.Module) -> Iterator[None]:
 class PolicyLoss(LossModule):
     """Holds theta and q in either way, so that nothing else has to ask which.
 
-    Args:
-        policy: The policy.
-        lagged: Whether to hold a copy of it, q, that an updater moves.
-        functional: Whether to hold parameters apart from the module, as TorchRL's losses do. False
-            holds the module itself and, with ``lagged``, a second one.
+    With ``lagged`` it holds a copy of the policy, q, that an updater moves. With ``functional``,
+    parameters are held apart from the module, as TorchRL's losses do; otherwise it holds the module
+    itself and, with ``lagged``, a second one.
     """
 
     actor_network: TensorDictModule

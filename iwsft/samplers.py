@@ -182,12 +182,7 @@ class StepSampler(_Sampler):
 
 
 class TransitionSampler(_Sampler):
-    """Draws single transitions, all with the same probability: batches of a critic.
-
-    Raises:
-        KeyError: The trajectories lack an entry of ``keys``.
-        ValueError: No step is valid.
-    """
+    """Draws single transitions with entries ``keys``, all with the same probability."""
 
     def __init__(
         self,
@@ -229,8 +224,7 @@ def check_same_settings(state_dict: Mapping[str, Any], settings: Mapping[str, An
 def multiplicities(trajectories: TensorDictBase, sizes: Tensor) -> Tensor:
     """Return the multiplicity of each trajectory, int64 ``[n]`` on the host; 1 without any.
 
-    Raises:
-        ValueError: Not one whole number from 0 on for each trajectory, or all are 0.
+    They must be whole numbers from 0 on, not all 0.
     """
     stored = trajectories.get(MULTIPLICITY, default=None)
     if stored is None:

@@ -36,16 +36,16 @@ _IN_LOSS = ("actor_network_params.", "actor_network.")
 
 @dataclass(frozen=True)
 class TrainedPolicy:
-    """A policy that is ready to act, and the environment that it was trained for.
+    """A policy that is ready to act, and the environment that it was trained for, where known.
 
     Attributes:
         module: The policy as :func:`iwsft.evaluate` takes it: it reads ``observation`` as the
             environment gives it (normalisation is part of the policy) and writes ``action`` in
             [-1, 1]. It is on the CPU.
-        env_id: Id of the environment, see :func:`iwsft.environments.make`; None where unknown.
+        env_id: Id of the environment, see :func:`iwsft.environments.make`.
         env_kwargs: Arguments of the environment.
         reference_scores: D4RL's (minimum, maximum) return, or None without a normalised score.
-        observation_dim: Size of an observation; None where unknown.
+        observation_dim: Size of an observation.
     """
 
     module: TensorDictModuleBase

@@ -183,11 +183,7 @@ def lengths(packed: TensorDictBase) -> Tensor:
 
 
 def per_trajectory(packed: TensorDictBase, key: NestedKey) -> Tensor:
-    """Return an entry that is the same on all steps of a trajectory, ``[n]``, in order.
-
-    Raises:
-        ValueError: The entry changes within a trajectory.
-    """
+    """Return an entry ``[n]`` that must be the same on all steps of a trajectory, in order."""
     value, sizes = fit(packed.get(key), packed.batch_size, repr(key)), lengths(packed)
     first = value[sizes.cumsum(0) - sizes]
     expected = first.repeat_interleave(sizes)
@@ -296,10 +292,8 @@ def check_links(packed: TensorDictBase) -> None:
     """Refuse a trajectory that the data show to be two.
 
     ``torch.cat`` of two collectors' episodes can give neighbours equal ids. Then the next
-    observation of a step is not the observation of the following one, as it is elsewhere.
-
-    Raises:
-        ValueError: It is so in at least half of the steps, but not in all.
+    observation of a step is not the observation of the following one, as it is elsewhere. Where
+    most steps break so, the next observations follow another convention.
     """
     present = packed.keys(True, True)
     if OBSERVATION not in present or NEXT_OBSERVATION not in present:

@@ -32,11 +32,8 @@ def spaces_of(
     """Return the columns of an environment's observations, and the bounds ``[act]`` of its actions.
 
     The columns are None where the observations are not known as vectors. Modules that the id names
-    are imported only if they are ``trusted``.
-
-    Raises:
-        ValueError: The environment cannot be made, or its actions are not vectors.
-        ImportError: A package of the environment is not installed.
+    are imported only if they are ``trusted``. The errors are those of
+    :func:`iwsft.environments.make`.
     """
     if env_id in catalog.SIZES and not env_kwargs.keys() - _SAME_SPACES:
         size = catalog.SIZES[env_id][1]
@@ -59,12 +56,9 @@ def check_fit(
 ) -> list[str]:
     """Check that data with these columns of observation and action can be of an environment.
 
-    Returns:
-        A note, with a warning, where observations differ from the environment's (``spaces``, see
-        :func:`spaces_of`): a policy can be scored only with a function from these to the data's.
-
-    Raises:
-        ValueError: The actions have another number of columns.
+    Actions must have as many columns as the environment's (ValueError). Where observations have
+    others, a note is returned, with a warning: a policy can be scored only with a function from the
+    environment's observations to the data's.
     """
     expected, low, _ = spaces
     if low.shape != (columns[1],):
@@ -82,9 +76,6 @@ def find_bounds(actions: Floats, low: ArrayLike, high: ArrayLike, source: str) -
 
     Each is one number where all numbers of an action have the same. Infinite bounds are replaced by
     the extremes of the data, or by those of [-1, 1] where the data stay inside.
-
-    Raises:
-        ValueError: An action lies outside the bounds.
     """
     low, high = np.asarray(low, np.float64).reshape(-1), np.asarray(high, np.float64).reshape(-1)
     check_actions(actions, low, high, source)

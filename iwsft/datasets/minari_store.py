@@ -29,12 +29,7 @@ ID = re.compile(r"([\w-]+/)*[\w-]+-v\d+")
 
 
 def check_id(dataset_id: str) -> None:
-    """Check the form of an id, and that minari is installed.
-
-    Raises:
-        ValueError: The id is malformed.
-        ImportError: minari is not installed.
-    """
+    """Check the form of an id (ValueError), and that minari is installed (ImportError)."""
     if not ID.fullmatch(dataset_id):
         raise ValueError(f"{dataset_id!r} is not a Minari id, such as 'namespace/name-v0'")
     require("minari")

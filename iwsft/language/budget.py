@@ -49,12 +49,7 @@ class ThinkingFormat:
     wait: str = "Wait"
 
     def tokens(self, tokenizer: PreTrainedTokenizerBase) -> Delimiters:
-        """Encode the format in a tokenizer's tokens.
-
-        Raises:
-            ValueError: An end is not a single token of the tokenizer, so the tokenizer is not of
-                this family.
-        """
+        """Encode the format in a tokenizer's tokens; each end must be a single token."""
 
         def encoded(text: str) -> tuple[int, ...]:
             return tuple(tokenizer.encode(text, add_special_tokens=False))

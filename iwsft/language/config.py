@@ -90,11 +90,7 @@ class ImportanceWeightedConfig(TrainingArguments):
 
 
 def check_q(proposal: str, sync_every: int | None, ema_decay: float | None) -> None:
-    """Check what q is.
-
-    Raises:
-        ValueError: The proposal is unknown, or its settings do not fit it.
-    """
+    """Check that the proposal is known, and that its settings fit it."""
     if proposal not in get_args(Proposal):
         raise ValueError(f"proposal={proposal!r} must be one of {get_args(Proposal)}")
     for name, value, user in (

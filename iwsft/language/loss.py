@@ -21,10 +21,8 @@ _NUMBERS = 7
 def token_loss(policy: nn.Module, **settings: Any) -> ImportanceWeightedMLE:
     """:class:`~iwsft.ImportanceWeightedMLE` that reads tokens and the assistant mask.
 
-    It holds the model of the policy itself (``functional=False``), as engines that shard it need.
-
-    Raises:
-        ValueError: The model has a loss of its own, which this loss would leave out.
+    It holds the model of the policy itself (``functional=False``), as engines that shard it need. A
+    model with a loss of its own, which this loss would leave out, is refused.
     """
     if isinstance(policy, CausalLMPolicy):
         check_own_loss(decoder_of(policy.model))

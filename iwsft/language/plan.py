@@ -66,11 +66,7 @@ class UpdatePlan(Sampler[list[int]]):
         return math.ceil(len(self) / self.accumulation)
 
     def epoch(self, epoch: int) -> list[list[int]]:
-        """The micro-batches of an epoch on all processes; process r runs ``[r::processes]``.
-
-        Raises:
-            ValueError: The epoch has more micro-batches than the epochs that the plan is for.
-        """
+        """The micro-batches of an epoch on all processes; process r runs ``[r::processes]``."""
         if self._cached is None or self._cached[0] != epoch:
             self._cached = epoch, self._filled(self.batches.of(epoch), epoch)
         return self._cached[1]

@@ -93,11 +93,7 @@ class Shards:
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Restore :meth:`state_dict` of the same process of the same engine.
-
-        Raises:
-            CheckpointError: The parameters or the shapes of the shards are different ones.
-        """
+        """Restore :meth:`state_dict` of the same process of the same engine; others are refused."""
         saved = {(name, tuple(getattr(q, "shape", ()))) for name, q in state_dict.items()}
         differing = saved ^ {(name, tuple(q.shape)) for name, q in self._q.items()}
         if differing:

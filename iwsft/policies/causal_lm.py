@@ -132,12 +132,7 @@ class CausalLMPolicy(nn.Module):
         return (valid & (place > first[segments.index])).reshape(segments.shape)
 
     def check(self, trajectories: TensorDictBase) -> None:
-        """Refuse trajectories that the model can't read, without running it.
-
-        Raises:
-            KeyError: An input key is missing.
-            ValueError: As in :meth:`log_prob`.
-        """
+        """Refuse trajectories that the model can't read, as :meth:`log_prob` would."""
         _check_tokens(_Tokens.of(trajectories), check_decoder(self.model))
 
     @contextmanager

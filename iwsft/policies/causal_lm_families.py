@@ -97,8 +97,7 @@ def check_decoder(model: nn.Module) -> Any:
 def check_own_loss(decoder: Any) -> None:
     """Refuse a decoder whose own loss is more than the likelihood of the tokens.
 
-    Raises:
-        ValueError: Its config adds terms, or the model has a loss function that somebody set.
+    Its config adds terms then, or somebody set a loss function.
     """
     # Loaded with the decoder; its package takes seconds.
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
@@ -157,11 +156,7 @@ class LogitTransform:
         return cls(float(scale), None if cap is None else float(cap))
 
     def check(self, before: Tensor, after: Tensor, name: str) -> None:
-        """Refuse a model ``name`` that makes logits in another way of its output layer's.
-
-        Raises:
-            NotImplementedError: ``after`` is not this transform of ``before``.
-        """
+        """Refuse a model ``name`` whose logits ``after`` are not this transform of ``before``."""
         expected = before * self.scale
         if self.softcap is not None:
             expected = self.softcap * torch.tanh(expected / self.softcap)

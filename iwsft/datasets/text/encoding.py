@@ -121,10 +121,7 @@ def _continue(tokenizer: Any, tail: list[int], own: str, start: int) -> _Piece:
 def encode_completion(tokenizer: Any, prompt: str, completion: str) -> Encoded:
     """Tokenise a prompt and its completion; the completion and an EOS after it are trained on.
 
-    BOS comes first where the tokenizer adds it. EOS is not doubled.
-
-    Raises:
-        ValueError: The tokenizer has no EOS token.
+    BOS comes first where the tokenizer adds it. EOS is not doubled, and there must be one.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
@@ -169,8 +166,7 @@ def _straddled(encoding: Any, start: int, stop: int) -> bool:
 def _reads_whole(tokenizer: Any, piece: _Piece, tokens: range, text: str, stretch: Stretch) -> bool:
     """Whether tokens read as all of their stretch of the text, normalised and white space apart.
 
-    Raises:
-        ValueError: They read as other tokens than the stretch's own.
+    If they read as other tokens than the stretch's own, that is a ValueError.
     """
 
     def read(ids: list[int]) -> str:

@@ -142,11 +142,7 @@ def to_row(record: Record, where: str) -> Row:
 
 
 def check_scores(rows: Sequence[Row]) -> None:
-    """Check that rows can be ranked; call it before they are tokenised and curated.
-
-    Raises:
-        ValueError: A row has no score, or all scores are equal.
-    """
+    """Check that all rows have a score, not all the same; call it before they are tokenised."""
     for row in rows:
         if row.score is None:
             raise ValueError(f"{row.where}: there is no score; add it, or train on all rows")
@@ -156,11 +152,7 @@ def check_scores(rows: Sequence[Row]) -> None:
 
 
 def check_text(value: Any, name: str, *, filled: bool = False) -> str:
-    """Return a value that is text that can be tokenised; with ``filled`` more than white space.
-
-    Raises:
-        ValueError: It is something else; the error names it.
-    """
+    """Return a value that is text that can be tokenised; with ``filled`` more than white space."""
     if not isinstance(value, str):
         parts = "; join its texts, or write 'messages'" if isinstance(value, list) else ""
         raise ValueError(f"{name} must be text, it is {_kind(value)}{parts}")

@@ -65,11 +65,7 @@ def assistant_text(trace: str, answer: str) -> str:
 
 
 def set_pad_token(tokenizer: Any) -> int:
-    """Pad with a token that no text contains, never with EOS; returns its id.
-
-    Raises:
-        ValueError: The tokenizer has no ``<|fim_pad|>``, so it is not Qwen2.5's.
-    """
+    """Pad with Qwen2.5's ``<|fim_pad|>``, which no text contains, never with EOS; return its id."""
     if PAD_TOKEN not in tokenizer.get_vocab():
         raise ValueError(f"there is no {PAD_TOKEN}: take the tokenizer of a Qwen2.5 model")
     tokenizer.pad_token = PAD_TOKEN

@@ -108,12 +108,7 @@ def tokenize(
 
 
 def correct_only(trajectories: TensorDictBase) -> TensorDictBase:
-    """Keep the packed trajectories that a checker accepted: the paper's D+.
-
-    Raises:
-        KeyError: The trajectories have no ``correct``.
-        ValueError: No trajectory is correct.
-    """
+    """Keep the packed trajectories that a checker accepted, at least one: the paper's D+."""
     if trajectories.get(CORRECT, default=None) is None:
         raise KeyError(f"there is no {CORRECT!r} here; give the rows a column 'correct'")
     correct = per_trajectory(trajectories, CORRECT)

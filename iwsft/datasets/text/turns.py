@@ -37,10 +37,8 @@ class Conversation:
     """A rendered conversation and the place of each message in it.
 
     ``render`` renders messages, with ``prompt=True`` and the generation prompt; ``special`` finds
-    the special token behind a position, white space apart.
-
-    Raises:
-        ValueError: The template refuses the row, or drops or rewrites a message.
+    the special token behind a position, white space apart. A ValueError says what the template
+    refuses, drops or rewrites.
     """
 
     def __init__(
@@ -61,10 +59,7 @@ class Conversation:
         """Find the assistant's turns with their ends, without those of weight 0.
 
         A turn starts behind the generation prompt, so the template's text in front of the content
-        (such as an empty think block) is trained on too.
-
-        Raises:
-            ValueError: The template drops a thought, or a turn has no end-of-turn token.
+        (such as an empty think block) is trained on too. Thoughts and ends of turns must be there.
         """
         turns = []
         last = 0
@@ -83,11 +78,7 @@ class Conversation:
         return turns
 
     def check_end(self, index: int, alone: Conversation) -> None:
-        """Check a turn's end token against a conversation that ends with this turn.
-
-        Raises:
-            ValueError: The token is another one there, and here it is the next message's header.
-        """
+        """Check that a turn's end token is the same where the conversation ends with this turn."""
         token, last = self._end_of_turn(index), alone._end_of_turn(index)
         following = min(place.start for place in self._places.values() if place.start >= token.stop)
         own = self.text[slice(*token)]
@@ -97,9 +88,7 @@ class Conversation:
     def check_marked(self) -> list[Stretch]:
         """Check what the generation markers enclose; return it without turns of weight 0.
 
-        Raises:
-            ValueError: They enclose another message's text, a part of an answer, or nothing, or
-                leave out the end of a turn or a tool call.
+        They must enclose all of an answer, its end and its tool calls, and no other message's text.
         """
         if not self.marked:
             raise ValueError("the template's generation markers enclose nothing")
