@@ -53,20 +53,8 @@ def until_goal(steps: Steps) -> tuple[Steps, list[str]]:
     unmarked = int((reset & ~steps.timeouts & ~goal & used)[:-1].sum())
     if unmarked:
         notes.append(f"{unmarked:,} episodes end where the ant was put back without a timeout")
-    if not left_out:
-        return replace(steps, timeouts=ends, next_observations=following), notes
-    return (
-        Steps(
-            observations=steps.observations[used],
-            actions=steps.actions[used],
-            rewards=steps.rewards[used],
-            terminals=goal[used],
-            timeouts=ends[used],
-            next_observations=following[used],
-            data_weight=None if steps.data_weight is None else steps.data_weight[used],
-        ),
-        notes,
-    )
+    steps = replace(steps, timeouts=ends, next_observations=following)
+    return steps.select(used) if left_out else steps, notes
 
 
 def _reset_after(steps: Steps) -> Flags:

@@ -7,7 +7,7 @@ are read as one would have returns that no policy can reach, and curation would 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,7 @@ def find_ends(
         notes.append(
             f"{int(resets.sum()):,} rows left out: steps in which a vector environment was reset"
         )
-        steps = _select(steps, ~resets)
+        steps = steps.select(~resets)
     _check_order(steps, source, notes)
     _check_places(steps, source)
     if steps.next_observations is None:
@@ -131,12 +131,6 @@ def _end(steps: Steps, at: Flags, where: str, notes: list[str], *, kind: str = "
     flags = f"{kind}s"
     changes: dict[str, Any] = {flags: getattr(steps, flags) | new}
     return replace(steps, **changes)
-
-
-def _select(steps: Steps, rows: Flags) -> Steps:
-    arrays = ((field.name, getattr(steps, field.name)) for field in fields(steps))
-    selected: dict[str, Any] = {name: x if x is None else x[rows] for name, x in arrays}
-    return Steps(**selected)
 
 
 def _differ(first: Floats, second: Floats) -> Flags:

@@ -54,6 +54,13 @@ class Steps:
     next_observations: Floats | None = None
     data_weight: Floats | None = None
 
+    def select(self, rows: Flags) -> Steps:
+        """Return the steps of these rows."""
+        fields: dict[str, Any] = {
+            name: x if x is None else x[rows] for name, x in vars(self).items()
+        }
+        return Steps(**fields)
+
 
 def pack_steps(steps: Steps, source: str) -> TensorDict:
     """Check steps of this origin, and cut them, see :func:`check_steps` and :func:`cut_steps`."""
@@ -62,11 +69,7 @@ def pack_steps(steps: Steps, source: str) -> TensorDict:
 
 
 def check_steps(steps: Steps, source: str) -> None:
-    """Check that the fields fit together and are finite.
-
-    Raises:
-        ValueError: There are no rows, the shapes do not fit, or values are NaN or infinite.
-    """
+    """Check that there are steps, and that their fields fit together and are finite."""
     rows = len(steps.observations)
     if rows == 0:
         raise ValueError(f"{source} holds no steps: 'observations' has 0 rows")
