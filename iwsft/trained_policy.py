@@ -92,8 +92,7 @@ class TrainedPolicy:
             reward: Reward of the last action.
 
         Raises:
-            ValueError: The observation has another size, or a policy with a memory is called
-                without ``first``, or for several rows.
+            ValueError: The observation does not fit the policy, or a memory lacks ``first``.
             FloatingPointError: An action is not finite.
         """
         rows = np.atleast_2d(np.asarray(observation, np.float32))

@@ -48,11 +48,8 @@ class FirstEpisode(gym.Wrapper[Any, Any, Any, Any]):
 def recorded(path: Path, env_id: str, env_kwargs: Mapping[str, Any]) -> Iterator[FirstEpisode]:
     """Make an environment whose first episode is written to ``path``, an MP4 file.
 
-    The file is written whole when the block ends without an error.
-
-    Raises:
-        ImportError: The package that writes videos is not installed.
-        ValueError: The environment gives no pictures, or the machine has no graphics library.
+    The file is written whole when the block ends without an error. An ImportError or a ValueError
+    says that the environment gives no pictures, or this machine can't draw or write them.
     """
     env, (height, width, _) = _make(env_id, env_kwargs)
     fps = env.metadata.get("render_fps", 30)

@@ -68,18 +68,9 @@ def read(
     ``env_kwargs`` (a JSON object). A file without them has the environment of ``name``, or of the
     file's name, if that is D4RL's. Files that neither D4RL nor :mod:`iwsft.datasets.write` wrote,
     and those of D4RL without timeouts, are searched for ends of episodes that are not marked, see
-    :mod:`iwsft.datasets.ends`. Actions must be in the environment's range.
-
-    Args:
-        path: The file.
-        name: Name of the dataset; the file's stem by default.
-        source: Origin of the file; its path by default.
-        trust_env_module: Whether an ``env_id`` of the form ``module:id`` may import its module.
-        data_weight: Data weight of each row: the name of a field, or an array.
-
-    Raises:
-        OSError: The file does not exist or cannot be opened.
-        ValueError: The file is damaged, or cannot be trained on; the error names field and row.
+    :mod:`iwsft.datasets.ends`. Actions must be in the environment's range. ``name`` and ``source``
+    are those of the result; by default the file's stem and path. The other arguments and the errors
+    are those of :func:`iwsft.datasets.load`.
     """
     import h5py
 

@@ -38,14 +38,9 @@ def fetch(
 
     The bytes go to ``<target>.<hash of the URL>.part``. They stay there if the transfer breaks off,
     and the next attempt, in this call or a later one, asks for the rest only. The complete file is
-    checked and then moved to ``target``. Processes that want the same file wait for each other.
-
-    Args:
-        urls: Mirrors, in the order to try.
-        target: Path of the file.
-        size: Number of bytes that the file must have, besides the number that the server announces.
-        sha256: SHA-256 (hex) that the file must have.
-        signature: First bytes that the file must have, which an error page does not have.
+    checked (size, SHA-256, and the first bytes, which an error page does not have), and then moved
+    to ``target``. Processes that want the same file wait for each other. ``urls`` are mirrors, in
+    the order to try.
 
     Raises:
         ConnectionError: No mirror delivered the file. The message names each URL, the bytes it

@@ -24,17 +24,10 @@ def find_ends(
 ) -> tuple[Steps, list[str]]:
     """End episodes where the data show it, and drop the rows of a vector environment's resets.
 
-    Args:
-        steps: Checked steps.
-        marks: Further flags of last steps by the name of their field, bool ``[N]`` each.
-        limit: Function that returns the environment's limit of steps, where known.
-        source: Name of the data in errors.
-
-    Returns:
-        The steps, and a note on each change.
-
-    Raises:
-        ValueError: The rows are not in the order of recording, or fields contradict each other.
+    ``marks`` are further flags of last steps by the name of their field, bool ``[N]`` each;
+    ``limit`` returns the environment's limit of steps, where known. The steps are returned with a
+    note on each change. A ValueError names ``source``, and rows that are not in the order of
+    recording, or fields that contradict each other.
     """
     steps, notes = _join_marks(steps, marks, source)
     _check_filling(steps, source)

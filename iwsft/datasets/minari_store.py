@@ -41,13 +41,8 @@ def read(dataset_id: str, *, data_weight: Any = None) -> OfflineDataset:
     Minari stores the T + 1 observations of an episode of T steps; the last T are the next
     observations. Dictionaries and tuples of boxes become one vector, joined in the order of the
     space, as by gymnasium's ``FlattenObservation``. An episode whose last step has neither flag
-    ends truncated. The local store is the folder ``MINARI_DATASETS_PATH``. ``data_weight`` is an
-    array with the data weight of each step.
-
-    Raises:
-        ImportError: minari is not installed.
-        ConnectionError: The dataset is not in the local store and could not be downloaded.
-        ValueError: The id is malformed, the file is damaged, or it cannot be trained on.
+    ends truncated. The local store is the folder ``MINARI_DATASETS_PATH``. The arguments and the
+    errors are those of :func:`iwsft.datasets.load`.
     """
     source = f"minari:{dataset_id}"
     check_id(dataset_id)

@@ -237,11 +237,7 @@ class EpochBatches(Sampler[list[int]]):
         return {"epoch": self.epoch, "handed_out": self._handed_out, **self.settings()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict`.
-
-        Raises:
-            ValueError: The state belongs to other data or settings.
-        """
+        """Restore :meth:`state_dict` of the same data and settings."""
         check_same_settings(state_dict, self.settings())
         self.epoch, self._handed_out = state_dict["epoch"], state_dict["handed_out"]
 

@@ -63,8 +63,7 @@ class ImportanceWeightedTrainer(WeightedTrainer):
     - The reference is the model as it is given (without its adapters, if it has some). Its
       log-probs are computed once at the start, within the engine and in the batches of the first
       epoch, so the first update's weights are exactly those of log-ratio 0. They are cached.
-    - A resumed run gives the same numbers as one that was never stopped, also between two hard
-      syncs.
+    - A resumed run gives the same numbers as one that was never stopped.
 
     Args:
         model: A causal decoder with its output layer, a PEFT model of one, or the hub id or folder
@@ -77,11 +76,10 @@ class ImportanceWeightedTrainer(WeightedTrainer):
             are cut to ``args.max_length`` tokens. Those that are not ``correct`` are left out.
         importance_weights: Transforms from per-token log-ratios to weights; by default exp of the
             mean log-ratio of a trajectory.
-        eval_trajectories: Held-out trajectories, whose mean negative log-likelihood ``evaluate``
-            computes.
+        eval_trajectories: Held-out trajectories, for ``evaluate``.
         eval_dataset: Held-out rows of text instead, as ``train_dataset``.
-        processing_class: Tokenizer; its pad token fills batches, and it is saved with the model.
-            By default that of the model's hub id or folder.
+        processing_class: Tokenizer, which is saved with the model; by default that of its hub id or
+            folder. Its pad token fills batches.
         callbacks: Further callbacks of transformers.
         optimizers: Optimizer and schedule in place of those that ``args`` names.
 
@@ -116,10 +114,11 @@ class ImportanceWeightedTrainer(WeightedTrainer):
         if isinstance(model, str) and processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model)
         encode = partial(_encoded, tokenizer=processing_class, max_length=args.max_length)
-        trajectories = encode("train_dataset", train_dataset, "trajectories", trajectories)
+        names = ("train_dataset", "trajectories"), ("eval_dataset", "eval_trajectories")
+        trajectories = encode(names[0], train_dataset, trajectories)
         if trajectories is None:
             raise ValueError("there is nothing to train on: pass trajectories= or train_dataset=")
-        held_out = encode("eval_dataset", eval_dataset, "eval_trajectories", eval_trajectories)
+        held_out = encode(names[1], eval_dataset, eval_trajectories)
         # After the rows are checked: large weights take minutes to load.
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -346,22 +345,17 @@ class ImportanceWeightedTrainer(WeightedTrainer):
 
 
 def _encoded(
-    rows_name: str,
-    rows: Any,
-    name: str,
-    trajectories: TensorDictBase | None,
-    *,
-    tokenizer: Any,
-    max_length: int | None,
+    names: tuple[str, str], rows: Any, trajectories: Any, tokenizer: Any, max_length: int | None
 ) -> TensorDictBase | None:
     """Trajectories as they are given, or those of the rows that are correct."""
     if rows is None:
         return trajectories
+    name, instead = names
     if trajectories is not None:
-        raise ValueError(f"{rows_name} and {name}: pass one of them")
+        raise ValueError(f"{name} and {instead}: pass one of them")
     if isinstance(rows, TensorDictBase) or hasattr(rows, "trajectories"):
-        raise TypeError(f"{rows_name} takes rows of text; pass token trajectories as {name}=")
+        raise TypeError(f"{name} takes rows of text; pass token trajectories as {instead}=")
     if tokenizer is None:
-        raise ValueError(f"{rows_name} has rows of text: pass the tokenizer as processing_class=")
+        raise ValueError(f"{name} has rows of text: pass the tokenizer as processing_class=")
     encoded = tokenize(read(rows), tokenizer, max_length=max_length).trajectories
     return encoded if encoded.get(CORRECT, default=None) is None else correct_only(encoded)

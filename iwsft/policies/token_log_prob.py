@@ -38,13 +38,10 @@ def token_log_prob(
         target: Target tokens, int64 ``[n]``, in ``[0, V)`` (not checked).
         bias: Bias of the output layer, ``[V]``.
         scale: Factor on the logits.
-        softcap: Bound of the capped logits.
+        softcap: Bound of the capped logits, above 0.
 
     Returns:
         ``[n]``, float32 (float64 for float64 inputs), differentiable once in hidden, weight, bias.
-
-    Raises:
-        ValueError: Shapes do not fit together, or the cap is not positive.
     """
     if (
         hidden.ndim != 2

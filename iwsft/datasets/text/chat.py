@@ -35,10 +35,6 @@ class ChatEncoder:
         tokenizer: Fast tokenizer of transformers.
         template: Jinja chat template; the tokenizer's own by default.
         template_kwargs: Variables of the template, such as ``enable_thinking``.
-
-    Raises:
-        TypeError: The tokenizer has no offsets.
-        ValueError: There is no template.
     """
 
     def __init__(

@@ -49,17 +49,12 @@ def check_tokenizer(tokenizer: Any) -> None:
 def encode_stretches(
     tokenizer: Any, text: str, stretches: Sequence[Stretch], *, cut: bool = True
 ) -> Encoded:
-    """Tokenise ``text``; the mask is on for the tokens of the stretches.
+    """Tokenise ``text``; the mask is on for the tokens of the stretches, in their order.
 
-    Ids are those of the whole text. A token that spans the start of a stretch is trained on, or
-    with ``cut`` there is none: the text is tokenised in two pieces, as when a model continues the
-    prompt, without the space that some tokenizers put in front of a text.
-
-    Args:
-        tokenizer: Fast tokenizer; it reads the special tokens of the text and adds none.
-        text: Text of the row.
-        stretches: Separate stretches in their order.
-        cut: Whether no token may span the start of a stretch.
+    Ids are those of the whole text; its special tokens are read, and none added. A token that spans
+    the start of a stretch is trained on, or with ``cut`` there is none: the text is tokenised in
+    two pieces, as when a model continues the prompt, without the space that some tokenizers put in
+    front of a text.
 
     Raises:
         ValueError: The tokens of a stretch do not decode to its text (white space apart), or those
