@@ -249,12 +249,10 @@ def _cut_by_rank(scores: Tensor, cuts: Sequence[float], seed: int) -> Tensor:
         last = scores[survivors[-1]]
         by_chance, equal = int((scores[survivors] == last).sum()), int((scores == last).sum())
         if by_chance < equal < count and 2 * by_chance >= len(survivors) and equal > 2:
-            warnings.warn(
-                f"cut {cut} falls among {equal} equal scores ({float(last):.6g}): {by_chance} of "
-                f"the {len(survivors)} trajectories kept are drawn by chance from them; ties='>=' "
-                "keeps all or ties='>' none of the equal ones",
-                stacklevel=4,
-            )
+            among = f"cut {cut} falls among {equal} equal scores ({float(last):.6g})"
+            chance = f"{by_chance} of the {len(survivors)} trajectories kept are drawn by chance"
+            way_out = "ties='>=' keeps all or ties='>' none of the equal ones"
+            warnings.warn(f"{among}: {chance} from them; {way_out}", stacklevel=4)
     return survived
 
 

@@ -43,14 +43,8 @@ class _Sampler(ABC):
     """Endless iterator over batches of one packed dataset, which it holds by reference.
 
     Each batch reads the dataset's entries anew, so it contains what was written into the dataset
-    later (by ``reweight``, for example). Lengths and multiplicities are read once, at the start.
-
-    Args:
-        trajectories: Packed trajectories; each is drawn in proportion to its ``multiplicity``,
-            where there is one.
-        batch_size: Number of trajectories or steps drawn for a batch.
-        seed: Seed of the sampler's generator.
-        keys: Entries of a batch; all but ``next`` by default.
+    later (by ``reweight``, for example). Lengths and multiplicities are read once, at the start. A
+    batch has the entries ``keys``, or all but ``next``.
 
     Raises:
         ValueError: The trajectories are padded or have no step, ``batch_size < 1``, or a
@@ -143,10 +137,8 @@ class StepSampler(_Sampler):
 
     The expected loss and gradient are those of the length-normalised loss over whole trajectories,
     as long as a step's weight does not depend on the rest of the batch (cached weights, SFT). A
-    batch costs as much as a batch of behaviour cloning. It always has trajectory ids.
-
-    Raises:
-        ValueError: A trajectory with a multiplicity above 0 has every step masked.
+    batch costs as much as a batch of behaviour cloning. It always has trajectory ids. Trajectories
+    that are drawn must have a valid step.
     """
 
     def __init__(

@@ -65,10 +65,10 @@ class Segments:
     def of(
         cls, batch: TensorDictBase, *, traj_ids: NestedKey = TRAJ_IDS, mask: Tensor | None = None
     ) -> Segments:
-        """Read the layout of a batch.
+        """Read the layout of a packed or padded batch.
 
         Args:
-            batch: A packed or padded batch.
+            batch: The batch.
             traj_ids: Key of the trajectory ids; needed in the packed layout. In the padded layout
                 it may be absent (a row is a trajectory); if present, a row is cut where it changes.
             mask: Valid steps, bool, in the layout of the batch (a trailing 1 is dropped). By
@@ -309,11 +309,10 @@ def check_links(packed: TensorDictBase) -> None:
     # Where most steps break, the next observations follow another convention.
     if 0 < int(breaks.sum()) <= int(inner.sum()) // 2:
         step = int(breaks.nonzero()[0]) + 1
-        raise ValueError(
-            f"step {step} does not begin where step {step - 1} of its trajectory ends: "
-            f"{NEXT_OBSERVATION!r} and {OBSERVATION!r} differ; give each episode its own "
-            f"{TRAJ_IDS!r}, or set {DONE!r} at its last step"
-        )
+        problem = f"step {step} does not begin where step {step - 1} of its trajectory ends"
+        differ = f"{NEXT_OBSERVATION!r} and {OBSERVATION!r} differ"
+        way_out = f"give each episode its own {TRAJ_IDS!r}, or set {DONE!r} at its last step"
+        raise ValueError(f"{problem}: {differ}; {way_out}")
 
 
 def validate(
@@ -321,17 +320,13 @@ def validate(
 ) -> None:
     """Check a batch or a whole dataset once, before training time is spent.
 
-    It reads the values, so it waits for an accelerator.
-
-    Args:
-        trajectories: Packed or padded trajectories.
-        keys: Floating-point entries that must exist, one row per step, finite on valid steps.
+    It reads the values, so it waits for an accelerator. ``keys`` are the floating-point entries
+    that must exist, one row per step, finite on valid steps. Ids must be in order, a trajectory
+    must not consist of two or have every step masked, and a multiplicity must not be negative.
 
     Raises:
         KeyError: An entry is missing.
-        ValueError: An entry has a wrong dtype or shape, NaN or infinity, the ids are out of order,
-            a trajectory consists of two, a multiplicity is negative, all data weights are 0, there
-            is no step, or a trajectory has every step masked.
+        ValueError: Anything else is wrong; the error names the entry and the step.
     """
     segments = Segments.of(trajectories)
     if len(segments.shape) == 1:

@@ -144,7 +144,7 @@ def _check_filling(steps: Steps, source: str) -> None:
         row = f"row {int(padding[0]) + 1} and the next one are 0 after the end of an episode"
         raise ValueError(f"{source}: {row}; leave out rows that are padding")
     if ends.sum() > 1 and still[ends].all() and still[~ends].mean() < 0.05:
-        problem = "action and reward are 0 at each last row of an episode"
+        problem = "action and reward are 0 at each last row, as if it had an observation only"
         raise ValueError(f"{source}: {problem}; leave out these rows, mark the ones before as last")
 
 
@@ -322,10 +322,8 @@ def _mend_following(steps: Steps, notes: list[str]) -> Steps:
     dynamics = Dynamics(steps)
     if not dynamics.predictable or np.median(dynamics.surprise(stale)) <= dynamics.usual(0.95):
         return steps  # the recording continued after these ends
-    notes.append(
-        f"the next observations of {len(stale):,} last steps are the first ones of the next "
-        "episode: the step's own ones are taken"
-    )
+    wrong = f"the next observations of {len(stale):,} last steps are the first ones of the next"
+    notes.append(f"{wrong} episode: the step's own ones are taken")
     following = following.copy()
     following[stale] = steps.observations[stale]
     return replace(steps, next_observations=following)

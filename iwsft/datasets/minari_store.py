@@ -130,10 +130,9 @@ def _open(dataset_id: str) -> MinariDataset:
     try:
         return minari.load_dataset(dataset_id, download=True)
     except unavailable as error:
-        raise ConnectionError(
-            f"the Minari dataset {dataset_id!r} is not in the local store "
-            f"({get_dataset_path(dataset_id)}), and could not be downloaded: {error}"
-        ) from error
+        place = f"the local store ({get_dataset_path(dataset_id)})"
+        problem = f"the Minari dataset {dataset_id!r} is not in {place}"
+        raise ConnectionError(f"{problem}, and could not be downloaded: {error}") from error
 
 
 def _require_boxes(space: gymnasium.Space[Any], what: str, source: str) -> None:

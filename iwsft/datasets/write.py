@@ -127,13 +127,8 @@ def to_minari(
 
     Observations are flat float32 boxes, as the library's policies need them. The action space, the
     environment's description and D4RL's reference scores are those of ``provenance.env_id``;
-    without it, the action space is [-1, 1]. Minari's metadata contain ``provenance``.
-
-    Args:
-        dataset_id: Id of the form ``namespace/name-v0``.
-        trajectories: Packed trajectories with the keys of a loader.
-        provenance: Origin of the data.
-        infos: Further fields with a row per step. Minari has T + 1 rows; an episode's first is 0.
+    without it, the action space is [-1, 1]. Minari's metadata contain ``provenance``. Its ``infos``
+    have T + 1 rows; an episode's first is 0.
 
     Raises:
         ImportError: minari is not installed.

@@ -121,8 +121,7 @@ _UNUSED = (
 )
 _PLANNED = "an update holds the entries that are planned for it, each epoch all of them once"
 _REFUSED = {
-    "load_best_model_at_end": "results are those of the last policy; every checkpoint is kept, "
-    "so a better one can be chosen from them",
+    "load_best_model_at_end": "results are those of the last policy; checkpoints are kept",
     "ignore_data_skip": "a resumed run continues with the batches that it has not seen",
     "enable_jit_checkpoint": "a run does not resume exactly from the middle of an update",
     "dataloader_drop_last": _PLANNED,
@@ -130,8 +129,7 @@ _REFUSED = {
     "train_sampling_strategy": _PLANNED,
     "fp16_full_eval": "evaluation has the precision of training",
     "bf16_full_eval": "evaluation has the precision of training",
-    "auto_find_batch_size": "batches are planned before training; choose token_budget or "
-    "per_device_train_batch_size, and gradient_accumulation_steps",
+    "auto_find_batch_size": "batches are planned before training; choose their size",
     "label_smoothing_factor": "the loss is a log-likelihood of the tokens themselves",
     "use_liger_kernel": "log-probabilities are computed in chunks already",
 }

@@ -236,16 +236,13 @@ def _check_tokens(tokens: _Tokens, decoder: Any) -> tuple[int, int]:
     config = decoder.config.get_text_config()
     name = type(decoder).__name__
     if least < 0 or most >= config.vocab_size:
-        raise ValueError(
-            f"token {least if least < 0 else most} is outside the vocabulary of {name} "
-            f"({config.vocab_size} tokens); use the model's tokenizer, or resize its embeddings"
-        )
+        token = f"token {least if least < 0 else most} is outside the vocabulary of {name}"
+        way_out = "use the model's tokenizer, or resize its embeddings"
+        raise ValueError(f"{token} ({config.vocab_size} tokens); {way_out}")
     limit = _context(decoder)
     if limit is not None and limit <= last:
-        raise ValueError(
-            f"a trajectory has {last + 1:,} tokens, {name} reads {limit:,} (its "
-            "max_position_embeddings); truncate the trajectories"
-        )
+        problem = f"a trajectory has {last + 1:,} tokens, {name} reads {limit:,}"
+        raise ValueError(f"{problem} (its max_position_embeddings); truncate the trajectories")
     return trajectory + 1, last + 1
 
 

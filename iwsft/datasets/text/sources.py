@@ -71,10 +71,9 @@ def _values(source: Any, split: str | None, config: str | None) -> Iterator[tupl
             raise ValueError(f"{path} is a file without splits and configurations; don't name one")
         return _parquet(path) if path.suffix.lower() == ".parquet" else _json(path)
     if isinstance(source, Path) or path.exists() or not _HUB_NAME.fullmatch(source):
-        raise ValueError(
-            f"{source} is not data that can be read: pass a folder, the name of a Hugging Face "
-            f"dataset, or a file that ends in {', '.join(_SUFFIXES)}"
-        )
+        files = f"a file that ends in {', '.join(_SUFFIXES)}"
+        way_out = f"pass a folder, the name of a Hugging Face dataset, or {files}"
+        raise ValueError(f"{source} is not data that can be read: {way_out}")
     return _from_datasets(source, split, config)
 
 
