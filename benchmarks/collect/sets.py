@@ -75,20 +75,23 @@ def compare(name: str, path: Path) -> list[str]:
     """Print how a file compares with the recorded set; return what should not be."""
     import h5py
 
+    from benchmarks.collect.job import summary
     from benchmarks.runs import hardware, tell, versions
     from iwsft.checkpoint import differences
 
     with path.open("rb") as content:
         sha256 = hashlib.file_digest(content, "sha256").hexdigest()
     recorded = SETS[name].get("sha256")
-    if recorded is None:
-        tell(f"warning: no checksum of {name} is recorded yet; this one has SHA-256 {sha256}")
-        return []
     if recorded == sha256:
         print(f"{name} has the recorded bytes")
         return []
     with h5py.File(path) as file:
-        made = json.loads(file.attrs.get("versions", "{}"))
+        fields = {key: file[key][()] for key in ("rewards", "terminals", "timeouts")}
+        sources, made = (json.loads(file.attrs[key]) for key in ("sources", "versions"))
+    print(f"{name}: {summary(fields, sources)}")
+    if recorded is None:
+        tell(f"warning: no checksum of {name} is recorded yet; this one has SHA-256 {sha256}")
+        return []
     made |= versions(["h5py"]) | {"processor": hardware("cpu")["name"]}
     differ = differences(_RECORD["made-with"], made)
     if not differ:

@@ -159,9 +159,14 @@ def test_a_set_is_built_checked_and_found(
     build(monkeypatch, "hopper-replay")
     whole = (tiny / "hopper-replay.hdf5").read_bytes()
     sha256 = hashlib.sha256(whole).hexdigest()
-    assert f"no checksum of hopper-replay is recorded yet; this one has SHA-256 {sha256}" in (
-        capsys.readouterr().err
-    )
+    out, err = capsys.readouterr()
+    assert f"no checksum of hopper-replay is recorded yet; this one has SHA-256 {sha256}" in err
+    # Once where it is collected, and once where it is compared.
+    (profile,) = {line for line in out.splitlines() if line.startswith("34 episodes, 850 steps")}
+    with h5py.File(tiny / "hopper-replay.hdf5") as file:
+        returns = file["rewards"][()].reshape(34, 25).sum(axis=1, dtype=np.float64)
+    assert profile.split(": ")[2].startswith(f"{returns.min():.1f}, ")
+    assert f"mean {returns.mean():.1f}, deviation {returns.std():.1f}, " in profile
     monkeypatch.setitem(sets.SETS["hopper-replay"], "sha256", "0" * 64)
     # Other bytes than recorded are an error only if nothing explains them.
     made = versions() | versions(["h5py"]) | {"processor": hardware("cpu")["name"]}
