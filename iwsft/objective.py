@@ -370,7 +370,7 @@ class ImportanceWeightedMLE(PolicyLoss):
             return share.sum(dtype=torch.float64)
         total = (share * data_weight.abs()).sum(dtype=torch.float64)
         # Where all weights of a batch are 0, its loss is 0.
-        return torch.where(total > 0, total, 1.0)
+        return total.clamp(min=torch.finfo(torch.float64).tiny)
 
     def reference(self, batch: TensorDictBase, segments: Segments) -> Tensor:
         """log pi_ref of each step, as the batch holds it."""

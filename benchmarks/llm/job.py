@@ -108,7 +108,7 @@ def _check_scores(algo: str, settings: Settings, rows: Sequence[Row]) -> None:
         ValueError: The scores that it cuts by are missing, or all the same.
     """
     cuts = settings.quality_cuts if ALGORITHMS[algo].quality else settings.cuts
-    if cuts and all(row.weight is None for row in rows):
+    if cuts and all(row.count is None for row in rows):
         try:
             check_scores([row for row in rows if row.correct is not False])
         except ValueError as error:

@@ -32,6 +32,8 @@ class ImportanceWeightedConfig(TrainingArguments):
         ema_decay: The paper's alpha, in [0, 1); with ``"lagged"`` only.
         length_normalize: Whether to divide the log-probability of a trajectory by its trained
             tokens.
+        normalize_data_weights: Whether an update is divided by the absolute data weights of its
+            trajectories instead of by their number.
         layout: Layout of a batch, ``"padded"`` or ``"packed"``; both give the same loss.
         token_budget: Most tokens of a micro-batch, padding included, in place of
             ``per_device_train_batch_size``.
@@ -49,6 +51,9 @@ class ImportanceWeightedConfig(TrainingArguments):
     sync_every: int | None = field(default=None, metadata={"help": "updates between hard syncs"})
     ema_decay: float | None = field(default=None, metadata={"help": "decay of the moving average"})
     length_normalize: bool = field(default=True, metadata={"help": "divide by the length"})
+    normalize_data_weights: bool = field(
+        default=False, metadata={"help": "divide by the absolute data weights"}
+    )
     layout: Layout = field(default="padded", metadata={"help": "padded or packed batches"})
     token_budget: int | None = field(default=None, metadata={"help": "tokens of a micro-batch"})
     pad_to_multiple_of: int = field(default=8, metadata={"help": "divisor of the padded length"})

@@ -36,10 +36,12 @@ from iwsft.proposals import EMA, write_weights
 from iwsft.trajectory import (
     ASSISTANT_MASK,
     ATTENTION_MASK,
+    DATA_WEIGHT,
     IMPORTANCE_WEIGHT,
     REF_LOG_PROB,
     TOKENS,
     Segments,
+    check_data_weights,
     check_tensordict,
 )
 from iwsft.weights import ImportanceWeights
@@ -168,14 +170,20 @@ class ImportanceWeightedTrainer(WeightedTrainer):
                 raise ValueError("the trajectories are locked: pass trajectories.copy()")
             mask = self._trajectories.get(ASSISTANT_MASK)
             weights.check_overflow(int(Segments.of(self._trajectories, mask=mask).lengths.max()))
-        return token_loss(
+        loss = token_loss(
             self._policy,
             importance_weights=weights,
             proposal=args.proposal,
             length_normalize=args.length_normalize,
             reduction="sum",
+            normalize_data_weights=args.normalize_data_weights,
             hold_q=False,
         )
+        data_weight = self._trajectories.get(DATA_WEIGHT, default=None)
+        if data_weight is not None:
+            check_data_weights(data_weight, repr(DATA_WEIGHT))
+            loss.check_data_weights(data_weight)
+        return loss
 
     # ---- data ----
 
@@ -197,7 +205,7 @@ class ImportanceWeightedTrainer(WeightedTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
-        """The micro-batches of the next update, with their weights, and its multiplicities' sum."""
+        """The micro-batches of the next update, with their weights, and what it is divided by."""
         update = self.state.global_step
         cached = self._cached
         if cached is not None and update >= cached["until"]:
@@ -209,7 +217,9 @@ class ImportanceWeightedTrainer(WeightedTrainer):
             if cached is not None:
                 batch.set(IMPORTANCE_WEIGHT, cached["weights"][batch.get(PLACE)])
             segments = self._loss.segments(batch)
-            draws += self._loss.share(batch, segments).sum().to(device)
+            share = self._loss.share(batch, segments)
+            weight = self._loss.data_weight(batch, segments, share)
+            draws += self._loss.divisor(share, weight).to(device)
         self._measures.begin()
         return batches, self.accelerator.reduce(draws, "sum")
 
@@ -306,6 +316,7 @@ class ImportanceWeightedTrainer(WeightedTrainer):
             "sync_every": self.args.sync_every,
             "ema_decay": self.args.ema_decay,
             "length_normalize": self.args.length_normalize,
+            **({"normalize_data_weights": True} if self.args.normalize_data_weights else {}),
             "layout": self.args.layout,
             "pad_to_multiple_of": self.args.pad_to_multiple_of,
             "importance_weights": repr(self._loss.importance_weights),

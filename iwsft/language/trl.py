@@ -20,6 +20,7 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor, nn
 
+from iwsft.datasets.text.rows import ASSISTANT, is_number, turn_weight
 from iwsft.extras import named
 from iwsft.forward_pass import ForwardPass
 from iwsft.language.batches import collate
@@ -33,9 +34,11 @@ from iwsft.proposals import EMA, HardSync
 from iwsft.trajectory import (
     ASSISTANT_MASK,
     ATTENTION_MASK,
+    DATA_WEIGHT,
     REF_LOG_PROB,
     TOKENS,
     TRAJ_IDS,
+    check_data_weights,
     from_steps,
     lengths,
 )
@@ -43,10 +46,12 @@ from iwsft.weights import ImportanceWeights
 
 with named():
     from datasets import Dataset  # type: ignore[import-untyped]
-    from trl import SFTTrainer
+    from trl import SFTTrainer, pack_dataset
 
 # Position of a row's first token among all tokens of the dataset; in a batch, that of each token.
 _PLACE = "place"
+# Column with the data weight of a row.
+_WEIGHT = "weight"
 # Label of a token that is not trained.
 _IGNORED = -100
 
@@ -109,7 +114,7 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
         self._loss = token_loss(
             self._policy,
             importance_weights=importance_weights,
-            proposal="lagged",
+            proposal="reference" if proposal == "reference" else "lagged",
             length_normalize=length_normalize,
             reduction="sum",
             hold_q=False,
@@ -117,6 +122,19 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
         check_engine(self, self._loss.importance_weights, whole=proposal == "reference")
         self._read_dataset()
         self.data_collator: Any = _WithPlaces(self.data_collator)
+
+    def _prepare_dataset(
+        self, dataset: Any, tokenizer: Any, args: Any, packing: bool, make: Any, name: str
+    ) -> Any:
+        """Prepare a dataset as TRL does; packed rows keep their weights, one for each token."""
+        prepare = partial(super()._prepare_dataset, dataset, tokenizer, args)
+        if name != "train" or not packing or _WEIGHT not in dataset.column_names:
+            return prepare(packing, make, name)
+        rows = prepare(False, make, name)
+        rows = rows.map(lambda row: {DATA_WEIGHT: [row[_WEIGHT]] * len(row["input_ids"])})
+        rows = rows.select_columns(["input_ids", "labels", DATA_WEIGHT])
+        rows = pack_dataset(rows, args.max_length, args.packing_strategy)
+        return rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows
 
     def _read_dataset(self) -> None:
         """Find the trajectories of the prepared dataset, and number its tokens."""
@@ -139,6 +157,16 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
             ATTENTION_MASK: torch.ones_like(tokens, dtype=torch.bool),
             ASSISTANT_MASK: trained,
         }
+        columns = self.train_dataset.column_names
+        if DATA_WEIGHT in columns or _WEIGHT in columns:
+            if DATA_WEIGHT in columns:
+                weight = torch.tensor([*chain.from_iterable(self.train_dataset[DATA_WEIGHT])])
+            else:
+                weight = torch.tensor([*self.train_dataset[_WEIGHT]])
+                weight = weight.repeat_interleave(torch.tensor(sizes))
+            steps[DATA_WEIGHT] = weight.float() * trained
+            check_data_weights(steps[DATA_WEIGHT], "the column 'weight'")
+            self._loss.check_data_weights(steps[DATA_WEIGHT])
         self._trajectories = from_steps(steps, trajectory)
         self._longest = max(sizes)
         starts = torch.tensor([0, *sizes[:-1]]).cumsum(0).tolist()
@@ -250,14 +278,17 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
         batch = TensorDict({}, batch_size=ids.shape).set(TRAJ_IDS, ids)
         segments = self._loss.segments(batch)
         share = self._loss.share(batch, segments)
+        weight = self._trajectories.get(DATA_WEIGHT, default=None)
+        if weight is not None:
+            weight = weight[places.cpu()].to(log_prob.device)
         if self._proposal == "reference":
             zero = torch.zeros_like(log_prob)
-            return Terms(segments, share, log_prob, zero, zero.bool(), None)
+            return Terms(segments, share, log_prob, zero, zero.bool(), None, weight)
         reference = self._trajectories.get(REF_LOG_PROB)[places.cpu()].to(log_prob.device)
         weights = self._loss.weigh(
             batch, log_q, reference=reference, segments=segments, share=share
         )
-        return Terms(segments, share, log_prob, *weights[:2], reference)
+        return Terms(segments, share, log_prob, *weights[:2], reference, weight)
 
 
 class _FusedPolicy(CausalLMPolicy):
@@ -295,6 +326,24 @@ def _check(args: Any, settings: dict[str, Any]) -> None:
         raise ValueError("auto_find_batch_size starts again with another reference; set the size")
     if not isinstance(settings.get("train_dataset"), Dataset):
         raise ValueError("the reference needs all rows at the start: pass a datasets.Dataset")
+    _check_weights(settings["train_dataset"])
+
+
+def _check_weights(rows: Dataset) -> None:
+    """Refuse a row's weight that is not a number, and weights of turns, which TRL does not read."""
+    for number, weight in enumerate(rows[_WEIGHT] if _WEIGHT in rows.column_names else ()):
+        if not is_number(weight):
+            raise ValueError(f"row {number}: weight must be a finite number, it is {weight!r:.60}")
+    for column in {"messages", "completion"} & {*rows.column_names}:
+        for number, turns in enumerate(rows[column]):
+            if not isinstance(turns, list) or turns[0].keys() <= {"role", "content"}:
+                # A column has one type, with the same keys in all rows.
+                break
+            if any(turn_weight(turn) != 1 for turn in turns if turn["role"] == ASSISTANT):
+                raise ValueError(
+                    f"row {number}: TRL does not read the weights of turns; use "
+                    "ImportanceWeightedTrainer, or give the row a 'weight'"
+                )
 
 
 @dataclass

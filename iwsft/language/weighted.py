@@ -20,7 +20,7 @@ from iwsft.objective import LOSS, ImportanceWeightedMLE, Terms
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.proposals import EMA, HardSync
 from iwsft.reference import cached_reference, write_reference
-from iwsft.trajectory import ASSISTANT_MASK, TOKENS, TRAJ_IDS
+from iwsft.trajectory import ASSISTANT_MASK, DATA_WEIGHT, TOKENS, TRAJ_IDS
 
 with named():
     from transformers import TrainerCallback
@@ -106,6 +106,7 @@ class _Hooks(TrainerCallback):
 
 
 def fingerprint_of_tokens(trajectories: TensorDictBase) -> str:
-    """Fingerprint of the tokens, of which are trained, and of where trajectories begin."""
-    keys = (TOKENS, ASSISTANT_MASK, TRAJ_IDS)
+    """Fingerprint of the tokens, which are trained, their weights, and where trajectories begin."""
+    weighted = trajectories.get(DATA_WEIGHT, default=None) is not None
+    keys = (TOKENS, ASSISTANT_MASK, TRAJ_IDS, *((DATA_WEIGHT,) if weighted else ()))
     return fingerprint({str(key): trajectories.get(key) for key in keys})

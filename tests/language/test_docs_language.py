@@ -174,10 +174,10 @@ def test_held_out_rows_are_scored_without_weights(
 def test_rows_are_read_as_the_page_writes_them(tmp_path: Path) -> None:
     (lines,) = re.findall(r"```json\n(.*?)```", PAGE, flags=re.DOTALL)
     (tmp_path / "rows.jsonl").write_text(lines)
-    chat, checked, counted = read(tmp_path / "rows.jsonl")
+    chat, checked, weighted = read(tmp_path / "rows.jsonl")
     assert chat.messages is not None and chat.score == 0.9
     assert (checked.completion, checked.correct) == ("4", True)
-    assert (counted.prompt, counted.weight) == ("2+3=", 3)
+    assert (weighted.prompt, weighted.weight) == ("2+3=", 0.5)
 
 
 def test_thoughts_are_padded_and_trained_as_in_the_paper(names: dict[str, Any]) -> None:

@@ -67,8 +67,8 @@ class ChatEncoder:
         """Encode a conversation; each assistant's turn and its end are trained on.
 
         Args:
-            messages: Messages {role, content}, at least one of the assistant, whose turns with
-                ``"weight": 0`` are not trained on.
+            messages: Messages {role, content}, at least one of the assistant, whose turns have the
+                data weight ``weight``; those of 0 are not trained on.
             where: Place of the row, for errors.
             template_kwargs: The row's own variables of the template, such as ``tools``.
 

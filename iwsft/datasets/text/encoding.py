@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 # Texts in front of a piece, so that a tokenizer adds no space to it. The first that merges with
@@ -13,13 +13,13 @@ _ANCHORS = ("", "\n", "a", ".", "0")
 
 
 class Encoded(NamedTuple):
-    """Token ids of a row, and whether each is trained on.
+    """Token ids of a row, and the data weight of each, 0 where it is not trained on.
 
     ``unknown`` tells whether the text to train on has characters that the tokenizer does not know.
     """
 
     ids: list[int]
-    trained: list[bool]
+    weights: list[float]
     unknown: bool = False
 
 
@@ -47,9 +47,9 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 
 def encode_stretches(
-    tokenizer: Any, text: str, stretches: Sequence[Stretch], *, cut: bool = True
+    tokenizer: Any, text: str, stretches: Mapping[Stretch, float], *, cut: bool = True
 ) -> Encoded:
-    """Tokenise ``text``; the mask is on for the tokens of the stretches, in their order.
+    """Tokenise ``text``; its tokens have the weights of their stretches, which are in order.
 
     Ids are those of the whole text; its special tokens are read, and none added. A token that spans
     the start of a stretch is trained on, or with ``cut`` there is none: the text is tokenised in
@@ -69,18 +69,18 @@ def encode_stretches(
             tail = pieces[-1].encoding.input_ids[-1:]
             pieces.append(_continue(tokenizer, tail, text[start:stop], start))
     ids: list[int] = []
-    trained: list[bool] = []
+    weights: list[float] = []
     unknown = False
     bounds = itertools.pairwise([0, *starts, len(text)])
     for piece, (begin, end) in zip(pieces, bounds, strict=True):
-        mask = [False] * len(piece.encoding.input_ids)
-        for start, stop in stretches:
+        own = [0.0] * len(piece.encoding.input_ids)
+        for (start, stop), weight in stretches.items():
             if begin <= start < end:
                 tokens = token_range(piece.encoding, start - piece.start, stop - piece.start)
-                mask[tokens.start : tokens.stop] = [True] * len(tokens)
+                own[tokens.start : tokens.stop] = [weight] * len(tokens)
                 unknown |= not _reads_whole(tokenizer, piece, tokens, text, Stretch(start, stop))
         ids += piece.encoding.input_ids[piece.skip :]
-        trained += mask[piece.skip :]
+        weights += own[piece.skip :]
     if starts:
         cut_up, uncut = (
             tokenizer.decode(each, clean_up_tokenization_spaces=False)
@@ -89,7 +89,7 @@ def encode_stretches(
         if cut_up != uncut and squash(cut_up) == squash(uncut):
             way_out = "move it from the prompt to the completion, or take another tokenizer"
             raise ValueError(f"this tokenizer drops white space at the end of a text; {way_out}")
-    return Encoded(ids, trained, unknown)
+    return Encoded(ids, weights, unknown)
 
 
 def _continue(tokenizer: Any, tail: list[int], own: str, start: int) -> _Piece:
@@ -123,13 +123,13 @@ def encode_completion(tokenizer: Any, prompt: str, completion: str) -> Encoded:
         raise ValueError("the tokenizer has no EOS token; set tokenizer.eos_token")
     text = prompt + completion
     stretch = Stretch(len(prompt), len(text))
-    ids, trained, unknown = encode_stretches(tokenizer, text, [stretch])
+    ids, weights, unknown = encode_stretches(tokenizer, text, {stretch: 1.0})
     if ids[-1] != eos:
-        ids, trained = [*ids, eos], [*trained, True]
+        ids, weights = [*ids, eos], [*weights, 1.0]
     bos = tokenizer.bos_token_id
     if bos is not None and tokenizer("a")["input_ids"][0] == bos and ids[0] != bos:
-        ids, trained = [bos, *ids], [False, *trained]
-    return Encoded(ids, trained, unknown)
+        ids, weights = [bos, *ids], [0.0, *weights]
+    return Encoded(ids, weights, unknown)
 
 
 def token_range(encoding: Any, start: int, stop: int) -> range:

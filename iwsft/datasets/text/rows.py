@@ -1,13 +1,15 @@
 """Rows of text for fine-tuning: chat messages, or a prompt and its completion.
 
     {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
-    {"prompt": "2+2=", "completion": "4", "score": 0.7, "weight": 3, "correct": true}
+    {"prompt": "2+2=", "completion": "4", "score": 0.7, "weight": 0.5, "correct": true}
 
-They come from JSON, Parquet, a folder, or a Hugging Face dataset. Three columns are optional:
-``score`` (higher is better, for ``iwsft.curate``), ``weight`` (how often the row counts, a whole
-number) and ``correct`` (whether a checker accepted it). Rows with ``messages`` may have what the
-chat template reads: ``tools``, ``documents`` and ``chat_template_kwargs``. Other columns are not
-read, such as ids. A row is refused where one of them would change its text or its training.
+They come from JSON, Parquet, a folder, or a Hugging Face dataset. Four columns are optional:
+``score`` (higher is better, for ``iwsft.curate``), ``weight`` (data weight, any number, or a list
+with one for each token), ``count`` (how often the row counts, a whole number) and ``correct``
+(whether a checker accepted it). An assistant's message may have a ``weight``, too. Rows with
+``messages`` may have what the chat template reads: ``tools``, ``documents`` and
+``chat_template_kwargs``. Other columns are not read, such as ids. A row is refused where one of
+them would change its text or its training.
 """
 
 from __future__ import annotations
@@ -27,8 +29,10 @@ Message = Mapping[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ASSISTANT = "assistant"
 REASONING = ("reasoning_content", "reasoning", "thinking")
+# Names of a turn's data weight.
+_WEIGHTS = ("weight", "loss_weight", "loss_scale")
 # Names by which data says whether a turn or a row is trained on, and the value of those that are.
-_SWITCHES = {"train": True, "training": True, "loss": True, "loss_scale": True, "masked": False}
+_SWITCHES = {"train": True, "training": True, "loss": True, "masked": False}
 _OTHER_SWITCHES = ("mask", "loss_mask", "train_detail")
 # Other names for the same, and for weights; some are on where they are false.
 _SWITCH_NAME = re.compile(
@@ -52,7 +56,8 @@ _RESERVED = (
 # The type of an optional column, and its rule for errors.
 _OPTIONAL: dict[str, tuple[type, str]] = {
     "score": (float, "a finite number"),
-    "weight": (int, "how often the row is drawn, 0, 1, 2, ... (for quality use a 'score')"),
+    "weight": (float, "a finite number, or a list with one for each token"),
+    "count": (int, "how often the row is drawn, 0, 1, 2, ..."),
     "correct": (bool, "true or false"),
 }
 
@@ -67,7 +72,8 @@ class Row:
         prompt: Text that is not trained on; it may be empty.
         completion: Text that is trained on, or None where there are messages.
         score: Finite quality, or None.
-        weight: How often the row counts, at least 0, or None.
+        weight: Data weight of the row, or of each of its tokens, or None.
+        count: How often the row counts, at least 0, or None.
         correct: Whether a checker accepted the row, or None.
         template_kwargs: The row's own variables of the chat template, such as ``tools``.
         unread: Names of the columns that are not in the row.
@@ -78,7 +84,8 @@ class Row:
     prompt: str = ""
     completion: str | None = None
     score: float | None = None
-    weight: int | None = None
+    weight: float | tuple[float, ...] | None = None
+    count: int | None = None
     correct: bool | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
@@ -199,27 +206,38 @@ def _message(value: Any) -> Message:
         name = function.get("name") if isinstance(function, Mapping) else None
         check_text(name, "the name of a tool call", filled=True)
     _check_media(message)
-    return {**message, "weight": 0} if _is_left_out(message) else message
+    weight = turn_weight(message)
+    return message if weight == 1 else {**message, "weight": weight}
 
 
-def _is_left_out(message: Message) -> bool:
-    """Whether a message says that it is not trained on, by any of the usual names."""
-    trained = set()
-    for name, on in {"weight": True, **_SWITCHES}.items():
+def turn_weight(message: Message) -> float:
+    """Data weight of a message's turn by any of the usual names; 0 where it is not trained on."""
+    weights, trained = set(), set()
+    for name in (*_WEIGHTS, *_SWITCHES):
         if (value := message.get(name)) is None:
             continue
-        if value not in (True, False):
+        if name in _WEIGHTS:
+            if not is_number(value) and value not in (True, False):
+                raise ValueError(f"{name} must be a finite number, it is {value!r:.60}")
+            weight = float(value)
+            weights.add(weight)
+        elif value in (True, False):
+            weight = float(value == _SWITCHES[name])
+        else:
             raise ValueError(f"{name} must be 0 or 1, it is {value!r:.60}")
-        if value == on and name != "weight" and message["role"] != ASSISTANT:
+        tolerated = (0.0, 1.0) if name in ("weight", "loss_weight") else (0.0,)
+        if message["role"] != ASSISTANT and weight not in tolerated:
             raise ValueError(f"only the assistant's turns are trained on; drop {name!r}")
-        trained.add(value == on)
+        trained.add(weight != 0)
     for name in message if message["role"] == ASSISTANT else ():
         other = name in _OTHER_SWITCHES and message[name] != []
-        if other or _counts_less(name, message[name]):
-            raise ValueError(f"{name!r} is not read; write it as a weight of 0 or 1")
+        if other or (name not in _WEIGHTS and _counts_less(name, message[name])):
+            raise ValueError(f"{name!r} is not read; write it as a 'weight'")
     if len(trained) > 1:
         raise ValueError("one says that the turn is trained on, another that it is not")
-    return trained == {False}
+    if len(weights) > 1:
+        raise ValueError(f"the turn has the weights {sorted(weights)}; keep one of them")
+    return 0.0 if trained == {False} else (weights or {1.0}).pop()
 
 
 def _counts_less(name: str, value: Any) -> bool:
@@ -245,6 +263,7 @@ def _check_unread(record: Record, read: Collection[str], turns: Sequence[Message
     switches = {**_SWITCHES, "unmask": False, "label": True}
     for name, value in record.items():
         off = name in switches and value in (True, False) and value != switches[name]
+        off |= name == "loss_scale" and value not in (None, 1, [])
         if off or (name not in switches and _counts_less(name, value)):
             way_out = "write it as 'weight' or 'correct', or drop it"
             raise ValueError(f"column {name!r} is not read; {way_out}")
@@ -315,15 +334,21 @@ def _optional(value: Any, name: str) -> Any:
     if value is None:
         return None
     kind, rule = _OPTIONAL[name]
-    if kind is bool:
+    if name == "weight" and isinstance(value, list | tuple):
+        kind, right = tuple, all(map(is_number, value))
+    elif kind is bool:
         right = value in (True, False)
     else:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        right = number and abs(value) <= sys.float_info.max
-        right = right and (kind is float or (value >= 0 and value == int(value)))
+        right = is_number(value) and (kind is float or (value >= 0 and value == int(value)))
     if not right:
         raise ValueError(f"{name} must be {rule}, it is {repr(value):.60}")
     return kind(value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max
 
 
 def _kind(value: Any) -> str:

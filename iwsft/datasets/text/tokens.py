@@ -17,8 +17,10 @@ from iwsft.datasets.text.sources import row_named
 from iwsft.trajectory import (
     ASSISTANT_MASK,
     ATTENTION_MASK,
+    DATA_WEIGHT,
     MULTIPLICITY,
     TOKENS,
+    check_data_weights,
     from_steps,
     per_trajectory,
     select,
@@ -37,7 +39,8 @@ class TokenDataset(NamedTuple):
             ``[N]`` tokens: ``("tokens", "full")`` int64, ``("masks", "all_attention_mask" |
             "all_assistant_mask")`` bool, ``("collector", "traj_ids")`` int64 (the row's number).
             Where the rows have them: ``score`` float64, ``correct`` bool and ``multiplicity`` int64
-            (the row's weight), with the row's value on each of its tokens.
+            (the row's count), with the row's value on each of its tokens; and ``data_weight``
+            float32 (the row's weight times the turn's and the token's, 0 off the mask).
         truncated: Number of tokens cut off, by number of the row; uncut rows are not in it.
         notes: A sentence on each change.
     """
@@ -57,9 +60,9 @@ def tokenize(
 ) -> TokenDataset:
     """Tokenise rows and mark the tokens to train on: the assistant's turns, or the completion.
 
-    The first token of a row is never trained on, as nothing predicts it. A row's ``weight`` becomes
-    its multiplicity, so such data counts as curated. ``max_length`` cuts a row at its end; warnings
-    and ``truncated`` report the cuts.
+    The first token of a row is never trained on, as nothing predicts it, nor is a turn or token of
+    weight 0. A row's ``count`` becomes its multiplicity, so such data counts as curated.
+    ``max_length`` cuts a row at its end; warnings and ``truncated`` report the cuts.
 
     Args:
         rows: All rows, see ``iwsft.datasets.text.rows``.
@@ -83,17 +86,21 @@ def tokenize(
         chat = ChatEncoder(tokenizer, template=template, template_kwargs=template_kwargs)
     else:
         check_tokenizer(tokenizer)
-    ids, masks, cuts, unknown = zip(
+    ids, weights, cuts, unknown = zip(
         *(_encode(row, tokenizer, chat, max_length) for row in rows), strict=True
     )
     sizes = torch.tensor([len(row_ids) for row_ids in ids])
-    mask = torch.cat(masks)
+    weight = torch.cat(weights)
+    mask = weight != 0
     steps: dict[NestedKey, Tensor] = {
         TOKENS: torch.cat(ids),
         ATTENTION_MASK: torch.ones_like(mask),
         ASSISTANT_MASK: mask,
         **{key: values.repeat_interleave(sizes) for key, values in columns.items()},
     }
+    if DATA_WEIGHT in columns or bool((mask & (weight != 1)).any()):
+        steps[DATA_WEIGHT] = (weight * steps.get(DATA_WEIGHT, 1.0)).float()
+        check_data_weights(steps[DATA_WEIGHT], "the weight of the tokens")
     traj_ids = torch.arange(len(rows)).repeat_interleave(sizes)
     truncated = {number: cut for number, cut in enumerate(cuts) if cut}
     notes = _notes(rows, chat, unknown)
@@ -120,7 +127,10 @@ def correct_only(trajectories: TensorDictBase) -> TensorDictBase:
 def _encode(
     row: Row, tokenizer: Any, chat: ChatEncoder | None, max_length: int | None
 ) -> tuple[Tensor, Tensor, int, bool]:
-    """Return a row's ids, its mask, the number of tokens cut off, and ``Encoded.unknown``."""
+    """Return a row's ids, their weights, the number of tokens cut off, and ``Encoded.unknown``.
+
+    Weights are 0 where a token is not trained on; those of the whole row are not in them.
+    """
     if row.messages is not None and chat is not None:
         if clashes := chat.variables.intersection(row.unread):
             problem = f"{row.where}: the chat template reads {min(clashes)!r}, as a column is named"
@@ -131,16 +141,30 @@ def _encode(
             raise ValueError("a row has messages, or a prompt and a completion")
         if row.completion is not None:
             encoded = encode_completion(tokenizer, row.prompt, row.completion)
-        if not any(encoded.trained[1:]):
+        weights = _weights_of_tokens(row, encoded.weights)
+        if not any(weights[1:]):
             raise ValueError("there is no token to train on; drop the row")
-        if not any(encoded.trained[1:max_length]):
-            first = encoded.trained.index(True)
+        if not any(weights[1:max_length]):
+            first = next(number for number, weight in enumerate(weights) if weight)
             problem = f"max_length={max_length} cuts off all that is trained, from token {first} on"
             raise ValueError(f"{problem}; raise max_length, or drop the row")
-    mask = torch.tensor(encoded.trained[:max_length])
-    mask[0] = False
+    weight = torch.tensor([0.0, *weights[1:max_length]], dtype=torch.float64)
     ids = torch.tensor(encoded.ids[:max_length])
-    return ids, mask, len(encoded.ids) - len(ids), encoded.unknown
+    return ids, weight, len(encoded.ids) - len(ids), encoded.unknown
+
+
+def _weights_of_tokens(row: Row, weights: list[float]) -> list[float]:
+    """Return the weights of a row's turns times its list of weights, where it has one."""
+    if not isinstance(row.weight, tuple):
+        return weights
+    if len(row.weight) != len(weights):
+        problem = f"weight has {len(row.weight)} numbers, and the row {len(weights)} tokens"
+        raise ValueError(f"{problem}; give one for each, those of the template and EOS included")
+    for number, given in enumerate(row.weight):
+        if given and not weights[number]:
+            problem = f"weight {number} is {given}, and this token is not trained on"
+            raise ValueError(f"{problem}; write 0 there")
+    return [given * own for given, own in zip(row.weight, weights, strict=True)]
 
 
 def _notes(rows: Sequence[Row], chat: ChatEncoder | None, unknown: Sequence[bool]) -> list[str]:
@@ -174,7 +198,8 @@ def _columns(rows: Sequence[Row]) -> dict[NestedKey, Tensor]:
     columns: dict[NestedKey, Tensor] = {}
     for name, key, dtype in (
         ("score", SCORE, torch.float64),
-        ("weight", MULTIPLICITY, torch.int64),
+        ("weight", DATA_WEIGHT, torch.float64),
+        ("count", MULTIPLICITY, torch.int64),
         ("correct", CORRECT, torch.bool),
     ):
         values = [getattr(row, name) for row in rows]
@@ -185,8 +210,10 @@ def _columns(rows: Sequence[Row]) -> dict[NestedKey, Tensor]:
             problem = f"{lacking[0]}: there is no {name} in {len(lacking)} of {len(rows)} rows"
             raise ValueError(f"{problem}; give all rows a {name}, or none")
         # An epoch has an entry for each draw.
-        if name == "weight" and not 0 < sum(values) <= max(_MOST_DRAWS, len(rows)):
-            problem = f"the rows' weights add up to {sum(values):,}, not to 1 to {_MOST_DRAWS:,}"
+        if name == "count" and not 0 < sum(values) <= max(_MOST_DRAWS, len(rows)):
+            problem = f"the rows' counts add up to {sum(values):,}, not to 1 to {_MOST_DRAWS:,}"
             raise ValueError(f"{problem}; divide them by a common factor, or take other rows")
+        # A list is of tokens, not of the row.
+        values = [1.0 if isinstance(value, tuple) else value for value in values]
         columns[key] = torch.tensor(values, dtype=dtype)
     return columns

@@ -55,13 +55,13 @@ class Conversation:
         self._stops = sorted(place.stop for place in self._places.values())
         self._prompts: dict[str, str] = {}
 
-    def find_turns(self) -> list[Stretch]:
-        """Find the assistant's turns with their ends, without those of weight 0.
+    def find_turns(self) -> dict[Stretch, float]:
+        """Find the assistant's turns with their ends and their weights.
 
         A turn starts behind the generation prompt, so the template's text in front of the content
         (such as an empty think block) is trained on too. Thoughts and ends of turns must be there.
         """
-        turns = []
+        turns = {}
         last = 0
         for index, message in self._assistant():
             place = self._places[index]
@@ -73,8 +73,7 @@ class Conversation:
             if behind and self._eos == self.text[slice(*behind)] != self.text[slice(*token)]:
                 token = behind
             last = token.stop
-            if message.get("weight", 1):
-                turns.append(Stretch(start, last))
+            turns[Stretch(start, last)] = float(message.get("weight", 1))
         return turns
 
     def check_end(self, index: int, alone: Conversation) -> None:
@@ -85,24 +84,28 @@ class Conversation:
         if own != alone.text[slice(*last)] and not self.text[token.stop : following].strip():
             raise self._error(index, f"{own!r} begins the next message", _END)
 
-    def check_marked(self) -> list[Stretch]:
-        """Check what the generation markers enclose; return it without turns of weight 0.
+    def check_marked(self) -> dict[Stretch, float]:
+        """Check what the generation markers enclose; return it with the weights of the turns.
 
         They must enclose all of an answer, its end and its tool calls, and no other message's text.
         """
         if not self.marked:
             raise ValueError("the template's generation markers enclose nothing")
-        untrained: set[Stretch] = set()
+        turns = dict.fromkeys(self.marked, 1.0)
         for index, message in enumerate(self.messages):
             place = self._places.get(index)
             if message["role"] == ASSISTANT:
                 own = self._check_own(index, place)
-                untrained.update(() if message.get("weight", 1) else own)
-            elif place and any(
+                turns |= dict.fromkeys(own, float(message.get("weight", 1)))
+                if own or message.get("weight", 1) == 1:
+                    continue
+            if place and any(
                 part.start < place.stop and place.start < part.stop for part in self.marked
             ):
-                raise self._marker_error(index, "enclose text that is not the assistant's")
-        return [part for part in self.marked if part not in untrained]
+                joined = message["role"] == ASSISTANT
+                what = "the weights of two turns" if joined else "text that is not the assistant's"
+                raise self._marker_error(index, f"enclose {what}")
+        return turns
 
     def _check_own(self, index: int, place: Stretch | None) -> list[Stretch]:
         """Check the marked stretches of an assistant's message, if there are any; return them."""

@@ -399,5 +399,5 @@ def test_d_plus_and_its_multiplicity(small: tuple[str, str], tmp_path: Path) -> 
     best = sorted((row.score for row in right), reverse=True)[: len(right) // 2]
     twice = [row.score for row, n in zip(right, found, strict=True) if n == 2]
     assert min(twice) >= min(best)
-    weighted = [Row("a", prompt="1+1=", completion="2", weight=3)]
+    weighted = [Row("a", prompt="1+1=", completion="2", count=3)]
     assert counts("sft-q", rows=weighted) == counts("sft", rows=weighted) == [3]

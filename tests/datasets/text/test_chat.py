@@ -41,7 +41,7 @@ TALK = [
 
 
 def trained(tokenizer: Any, encoded: Encoded) -> str:
-    ids = [i for i, on in zip(encoded.ids, encoded.trained, strict=True) if on]
+    ids = [i for i, on in zip(encoded.ids, encoded.weights, strict=True) if on]
     return tokenizer.decode(ids)
 
 
@@ -118,7 +118,7 @@ def test_a_token_that_would_straddle_the_prompt_is_split_as_in_generation():
     prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False)
     assert len(tokenizer("\n\n")["input_ids"]) == 1, "the tokenizer must merge line ends"
     encoded = ChatEncoder(tokenizer).encode(messages)
-    start = encoded.trained.index(True)
+    start = encoded.weights.index(True)
     assert encoded.ids[:start] == tokenizer(prompt)["input_ids"]
     assert trained(tokenizer, encoded) == "\nfour<|im_end|>\n\n\nfive<|im_end|>"
 
@@ -205,7 +205,7 @@ def test_completions_end_in_one_eos_and_start_with_bos_where_the_tokenizer_has_o
     with_bos.backend_tokenizer.post_processor = _bos_in_front(with_bos)
     encoded = encode_completion(with_bos, "two and", " two")
     assert with_bos.convert_ids_to_tokens(encoded.ids)[0] == "<s>"
-    assert not encoded.trained[0]
+    assert not encoded.weights[0]
     assert encode_completion(with_bos, "<s>two and", " two").ids.count(encoded.ids[0]) == 1
     with pytest.raises(ValueError, match="the tokenizer has no EOS token"):
         encode_completion(byte_level(None, eos=None, pad="<|fim_pad|>"), "a", "b")
@@ -272,7 +272,7 @@ def test_an_answer_behind_a_space_begins_without_another(prompt, completion, by_
     encoded = encode_completion(tokenizer, prompt, completion)
     assert tokenizer.decode(encoded.ids) == f"{prompt}{completion}</s>"
     assert trained(tokenizer, encoded) == completion + "</s>"
-    before = encoded.ids[: encoded.trained.index(True)]
+    before = encoded.ids[: encoded.weights.index(True)]
     assert before == tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
 

@@ -18,8 +18,8 @@ CHAT = {
 }
 PAIR = {"prompt": "2+2=", "completion": "4"}
 SCORED = [
-    {**PAIR, "score": 0.5, "weight": 2, "correct": True},
-    {**PAIR, "score": -1, "weight": 0.0, "correct": 0},
+    {**PAIR, "score": 0.5, "weight": -0.5, "count": 2, "correct": True},
+    {**PAIR, "score": -1, "weight": 3, "count": 0.0, "correct": 0},
 ]
 
 
@@ -29,12 +29,14 @@ def jsonl(path: Path, records: list[Any]) -> Path:
 
 
 def contents(rows: list[Row]) -> list[tuple[Any, ...]]:
-    return [(r.messages, r.prompt, r.completion, r.score, r.weight, r.correct) for r in rows]
+    return [
+        (r.messages, r.prompt, r.completion, r.score, r.weight, r.count, r.correct) for r in rows
+    ]
 
 
 EXPECTED = [
-    (None, "2+2=", "4", 0.5, 2, True),
-    (None, "2+2=", "4", -1.0, 0, False),
+    (None, "2+2=", "4", 0.5, -0.5, 2, True),
+    (None, "2+2=", "4", -1.0, 3.0, 0, False),
 ]
 
 
@@ -50,7 +52,8 @@ def test_json_arrays_parquet_folders_and_saved_datasets_hold_the_same_rows(tmp_p
     array = tmp_path / "data.json"
     array.write_text(json.dumps(SCORED))
     # Parquet and Arrow have one type a column.
-    typed = [{**SCORED[0]}, {**SCORED[1], "score": -1.0, "weight": 0, "correct": False}]
+    more = {"score": -1.0, "weight": 3.0, "count": 0, "correct": False}
+    typed = [{**SCORED[0]}, {**SCORED[1], **more}]
     table = datasets.Dataset.from_list(typed)
     table.to_parquet(str(tmp_path / "data.parquet"))
     table.save_to_disk(str(tmp_path / "saved"))
@@ -104,9 +107,12 @@ def turn(role: str, content: Any) -> dict[str, Any]:
         ({**PAIR, "score": math.inf}, "score must be a finite number, it is inf"),
         ({**PAIR, "score": "good"}, "score must be a finite number, it is 'good'"),
         ({**PAIR, "score": True}, "score must be a finite number, it is True"),
-        ({**PAIR, "weight": 0.5}, "weight must be how often .*it is 0.5"),
-        ({**PAIR, "weight": -1}, "weight must be how often .*it is -1"),
-        ({**PAIR, "weight": math.inf}, "weight must be how often .*it is inf"),
+        ({**PAIR, "count": 0.5}, "count must be how often .*it is 0.5"),
+        ({**PAIR, "count": -1}, "count must be how often .*it is -1"),
+        ({**PAIR, "weight": math.inf}, "weight must be a finite number, or a list .*it is inf"),
+        ({**PAIR, "weight": math.nan}, "weight must be a finite number, .*it is nan"),
+        ({**PAIR, "weight": "0.5"}, "weight must be a finite number, .*it is '0.5'"),
+        ({**PAIR, "weight": [1, "a"]}, "weight must be .*it is .1, 'a'"),
         ({**PAIR, "correct": "yes"}, "correct must be true or false, it is 'yes'"),
         ([1], "a row is an object of columns, this is of type list"),
     ],
@@ -133,18 +139,37 @@ def test_turns_that_data_of_other_programs_leaves_out_weigh_0(switch):
 
 
 @pytest.mark.parametrize(
+    ("more", "weight"),
+    [
+        *(({name: x}, x) for name in ("weight", "loss_weight", "loss_scale") for x in (0.5, -2, 3)),
+        ({"weight": True, "train": 1}, 1),
+        ({"weight": 0.25, "loss_scale": 0.25, "loss": True, "masked": False}, 0.25),
+    ],
+)
+def test_weights_of_a_turn_by_the_names_of_other_programs(more, weight):
+    row = to_row({"messages": [turn("user", "q"), turn("assistant", "a") | more]}, "f:1")
+    assert row.messages[1].get("weight", 1) == weight
+    with pytest.raises(ValueError, match="message 0: only the assistant's turns are trained on"):
+        to_row({"messages": [turn("user", "q") | {"weight": 0.5}, *row.messages]}, "f:1")
+
+
+@pytest.mark.parametrize(
     ("more", "error"),
     [
+        ({"weight": "0.5"}, "message 1: weight must be a finite number, it is '0.5'"),
+        ({"loss_scale": math.nan}, "message 1: loss_scale must be a finite number, it is nan"),
+        ({"loss_weight": [1, 0]}, "message 1: loss_weight must be a finite number"),
+        ({"weight": 0.5, "loss_scale": 2}, r"message 1: the turn has the weights \[0.5, 2.0\]"),
+        ({"weight": 0.5, "train": False}, "message 1: one says that the turn is trained on"),
         ({"train": "false"}, "message 1: train must be 0 or 1, it is 'false'"),
         ({"loss": 0.5}, "message 1: loss must be 0 or 1"),
         ({"train": True, "weight": 0}, "message 1: one says that the turn is trained on"),
-        ({"mask": True}, "message 1: 'mask' is not read; write it as a weight of 0 or 1"),
+        ({"mask": True}, "message 1: 'mask' is not read; write it as a 'weight'"),
         (
             {"train_detail": [{"begin_offset": 0, "train": False}]},
             "message 1: 'train_detail' is not read",
         ),
-        ({"trainable": False}, "message 1: 'trainable' is not read; write it as a weight of 0"),
-        ({"loss_weight": 0.5}, "message 1: 'loss_weight' is not read"),
+        ({"trainable": False}, "message 1: 'trainable' is not read; write it"),
         ({"is_masked": 1}, "message 1: 'is_masked' is not read"),
         ({"no_loss": True, "weight": 1}, "message 1: 'no_loss' is not read"),
         ({"token_weights": [0, 1]}, "message 1: 'token_weights' is not read"),
@@ -188,6 +213,9 @@ def test_columns_that_change_nothing_are_not_read(columns):
         ({"train": False}, "column 'train' is not read"),
         ({"unmask": True}, "column 'unmask' is not read"),
         ({"sample_weight": 0.3}, "column 'sample_weight' is not read"),
+        ({"loss_weight": 0.3}, "column 'loss_weight' is not read; write it as 'weight'"),
+        ({"loss_scale": 0.3}, "column 'loss_scale' is not read; write it as 'weight'"),
+        ({"loss_scale": [0.3]}, "column 'loss_scale' is not read"),
         ({"turn_weights": [0, 1]}, "column 'turn_weights' is not read"),
         ({"ignore": True}, "column 'ignore' is not read"),
         ({"functions": [{"name": "f"}]}, "'functions' is an old form; write them as 'tools'"),
@@ -265,7 +293,7 @@ def test_other_columns_by_a_function(tmp_path):
     def make(record: Any, where: str) -> Row:
         return to_row({"prompt": record["question"], "completion": record["answer"]}, where)
 
-    assert contents(read(path, make=make)) == [(None, "2+2=", "4", None, None, None)]
+    assert contents(read(path, make=make)) == [(None, "2+2=", "4", None, None, None, None)]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
@@ -275,7 +303,7 @@ def test_json_of_any_layout(tmp_path, encoding, suffix):
     pretty = json.dumps(PAIR, indent=2)
     for text in (json.dumps([PAIR, PAIR]), f"[{pretty},\n{pretty}]", f"\n{pretty}\n{pretty}\n"):
         path.write_text(text, encoding=encoding)
-        assert contents(read(path)) == [(None, "2+2=", "4", None, None, None)] * 2
+        assert contents(read(path)) == [(None, "2+2=", "4", None, None, None, None)] * 2
     assert [row.where for row in read(path)] == [f"{path}:2", f"{path}:6"]
 
 

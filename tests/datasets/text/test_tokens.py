@@ -14,6 +14,7 @@ from iwsft.datasets.text.tokens import correct_only, tokenize
 from iwsft.trajectory import (
     ASSISTANT_MASK,
     ATTENTION_MASK,
+    DATA_WEIGHT,
     MULTIPLICITY,
     TOKENS,
     TRAJ_IDS,
@@ -22,6 +23,7 @@ from iwsft.trajectory import (
 )
 from tests.datasets.text.chat_tokenizers import (
     CHATML,
+    MARKED,
     assistant,
     byte_level,
     sentencepiece,
@@ -29,9 +31,9 @@ from tests.datasets.text.chat_tokenizers import (
 )
 
 
-def rows(count: int = 6, **columns: list[Any]) -> list[Row]:
+def rows(size: int = 6, **columns: list[Any]) -> list[Row]:
     made = []
-    for k in range(count):
+    for k in range(size):
         messages = [user("how many?" + " and" * k), assistant("two " * (k + 1) + str(k))]
         values = {name: column[k] for name, column in columns.items()}
         made.append(to_row({"messages": messages, **values}, f"f:{k}"))
@@ -82,13 +84,13 @@ def test_scores_feed_curation():
         assert top.get(TRAJ_IDS).unique().tolist() == [3]
 
 
-def test_correct_filters_and_weight_counts():
+def test_correct_filters_and_count_counts():
     tokenizer = byte_level(CHATML)
     data = tokenize(rows(correct=[True, False, True, True, False, True]), tokenizer)
     kept = correct_only(data.trajectories)
     assert kept.get(TRAJ_IDS).unique().tolist() == [0, 2, 3, 5]
     assert texts(kept, tokenizer) == [f"{'two ' * (k + 1)}{k}<|im_end|>" for k in (0, 2, 3, 5)]
-    weighted = tokenize(rows(weight=[1, 0, 2, 1, 1, 3]), tokenizer).trajectories
+    weighted = tokenize(rows(count=[1, 0, 2, 1, 1, 3]), tokenizer).trajectories
     starts = lengths(weighted).cumsum(0) - lengths(weighted)
     assert weighted.get(MULTIPLICITY)[starts].tolist() == [1, 0, 2, 1, 1, 3]
     with pytest.raises(ValueError, match="curate the data they come from"):
@@ -142,7 +144,11 @@ def test_columns_that_only_some_rows_have():
     made = rows(3, score=[1.0, None, 2.0])
     with pytest.raises(ValueError, match="f:1: there is no score in 1 of 3 rows"):
         tokenize(made, byte_level())
-    with pytest.raises(ValueError, match="weights add up to 0"):
+    with pytest.raises(ValueError, match="f:1: there is no weight in 1 of 3 rows"):
+        tokenize(rows(3, weight=[1.0, None, 2.0]), byte_level())
+    with pytest.raises(ValueError, match="counts add up to 0"):
+        tokenize(rows(2, count=[0, 0]), byte_level())
+    with pytest.raises(ValueError, match="the weight of the tokens is 0 everywhere"):
         tokenize(rows(2, weight=[0, 0]), byte_level())
     with pytest.raises(ValueError, match="no row to tokenise"):
         tokenize([], byte_level())
@@ -167,7 +173,51 @@ def test_a_template_with_todays_date_is_noted():
     assert len(data.notes) == 1
 
 
-@pytest.mark.parametrize("weight", [10**9, 2**62, 2**70])
-def test_weights_of_more_draws_than_an_epoch_can_hold(weight):
-    with pytest.raises(ValueError, match="weights add up to .* divide them"):
-        tokenize(rows(2, weight=[weight, 1]), byte_level())
+@pytest.mark.parametrize("count", [10**9, 2**62, 2**70])
+def test_counts_of_more_draws_than_an_epoch_can_hold(count):
+    with pytest.raises(ValueError, match="counts add up to .* divide them"):
+        tokenize(rows(2, count=[count, 1]), byte_level())
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_weights_of_rows_turns_and_tokens_multiply(template):
+    tokenizer = byte_level(template)
+    talk = [user("q"), assistant("two"), user("no"), assistant("and") | {"weight": 0}]
+    talk += [user("q"), assistant("two and two") | {"loss_scale": -0.5}]
+    plain, weighted = (
+        tokenize([to_row({"messages": talk, **more}, "f:1")], tokenizer).trajectories
+        for more in ({}, {"weight": 3})
+    )
+    mask, weight = plain.get(ASSISTANT_MASK), plain.get(DATA_WEIGHT)
+    assert torch.equal(mask, weight != 0) and weight.dtype == torch.float32
+    values, sizes = weight[mask].unique_consecutive(return_counts=True)
+    assert values.tolist() == [1.0, -0.5] and sizes[0] < sizes[1]
+    assert torch.equal(weighted.get(DATA_WEIGHT), 3 * weight)
+    assert tokenize(rows(), tokenizer).trajectories.get(DATA_WEIGHT, default=None) is None
+    # A list has a number for each token of the row, those of the template included.
+    numbers = torch.where(mask, torch.linspace(-1, 1, len(mask)), 0).round(decimals=3)
+    numbers[-2] = 0
+    listed = tokenize(
+        [to_row({"messages": talk, "weight": numbers.tolist()}, "f:1")], tokenizer
+    ).trajectories
+    assert torch.equal(listed.get(DATA_WEIGHT), numbers * weight)
+    assert torch.equal(listed.get(ASSISTANT_MASK), mask & (numbers != 0))
+    for wrong, error in (
+        (numbers[1:], f"weight has {len(mask) - 1} numbers, and the row {len(mask)} tokens"),
+        (numbers + 1, "weight 0 is 1.0, and this token is not trained on; write 0 there"),
+        (0 * numbers, "there is no token to train on"),
+    ):
+        row = to_row({"messages": talk, "weight": wrong.tolist()}, "f:1")
+        with pytest.raises(ValueError, match=f"f:1: {error}"):
+            tokenize([row], tokenizer)
+
+
+def test_a_row_weighs_what_it_says_and_is_drawn_once():
+    made = [
+        to_row({"prompt": "two and", "completion": " two", "weight": w}, "f") for w in (3, -0.5)
+    ]
+    batch = tokenize(made, byte_level()).trajectories
+    mask, weight = batch.get(ASSISTANT_MASK), batch.get(DATA_WEIGHT)
+    assert batch.get(MULTIPLICITY, default=None) is None
+    for number, expected in enumerate((3.0, -0.5)):
+        assert bool((weight[mask & (batch.get(TRAJ_IDS) == number)] == expected).all())
