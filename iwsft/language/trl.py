@@ -336,7 +336,7 @@ def _check_weights(rows: Dataset) -> None:
             raise ValueError(f"row {number}: weight must be a finite number, it is {weight!r:.60}")
     for column in {"messages", "completion"} & {*rows.column_names}:
         for number, turns in enumerate(rows[column]):
-            if not isinstance(turns, list) or turns[0].keys() <= {"role", "content"}:
+            if isinstance(turns, str) or not turns or turns[0].keys() <= {"role", "content"}:
                 # A column has one type, with the same keys in all rows.
                 break
             if any(turn_weight(turn) != 1 for turn in turns if turn["role"] == ASSISTANT):

@@ -83,10 +83,12 @@ def test_training_is_that_of_a_plain_loop(
 
 @pytest.mark.parametrize("proposal", PROPOSALS, ids=lambda p: p["proposal"])
 def test_an_update_may_be_accumulated(tmp_path: Path, proposal: dict[str, Any]) -> None:
-    whole = trainer(tmp_path / "whole", **proposal)
+    proposal = {**proposal, "normalize_data_weights": True}
+    whole = trainer(tmp_path / "whole", data=trajectories(weighted=True), **proposal)
     whole.train()
     parts = trainer(
         tmp_path / "parts",
+        data=trajectories(weighted=True),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=4,
         **proposal,
@@ -148,8 +150,9 @@ def test_noise_of_training_is_not_in_the_weights(tmp_path: Path, proposal: dict[
     assert first["kl_approx"] != 0.0
 
 
-def test_sft_is_the_likelihood_of_the_assistant_tokens(tmp_path: Path) -> None:
-    data = trajectories(twice=2)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sft_is_the_likelihood_of_the_assistant_tokens(tmp_path: Path, weighted: bool) -> None:
+    data = trajectories(twice=2, weighted=weighted)
     run = trainer(
         tmp_path, data=data, proposal="reference", max_steps=1, per_device_train_batch_size=12
     )
@@ -160,6 +163,8 @@ def test_sft_is_the_likelihood_of_the_assistant_tokens(tmp_path: Path) -> None:
         ids = steps["tokens", "full"]
         log_prob = log_softmax(decoder(input_ids=ids[None]).logits[0, :-1], -1)
         own = log_prob[torch.arange(len(ids) - 1), ids[1:]]
+        if weighted:
+            own = own * steps["data_weight"][1:]
         mask = steps["masks", "all_assistant_mask"][1:]
         total -= float(own[mask].mean()) * (2 if trajectory == 2 else 1)
     assert losses(run)[0] == pytest.approx(total / (ENTRIES + 1), rel=1e-5)

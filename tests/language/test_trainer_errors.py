@@ -224,6 +224,14 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
 
     with pytest.raises(TypeError, match="not a Held; pass its .trajectories"):
         trainer(tmp_path, data=Held())  # type: ignore[arg-type]
+    for weight, message in (
+        (torch.nan, "'data_weight' is NaN or infinite"),
+        (0.0, "'data_weight' is 0 everywhere"),
+        (-1.0, "'data_weight' is negative, and this loss then has no lower bound"),
+    ):
+        data = trajectories()
+        with pytest.raises(ValueError, match=message):
+            trainer(tmp_path, data=data.set("data_weight", torch.full((len(data),), weight)))
     with pytest.raises(ValueError, match=r"the trajectories are locked: pass trajectories.copy"):
         trainer(tmp_path, data=trajectories().lock_())
     with pytest.raises(TypeError, match="ImportanceWeightedConfig, not TrainingArguments"):

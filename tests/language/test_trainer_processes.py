@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import losses, trainer
+from tiny import losses, trainer, trajectories
 
 from iwsft import ImportanceWeights, weights
 from iwsft.checkpoint import CheckpointError
@@ -31,6 +31,8 @@ ZERO3 = {
 # The third update is cut short: of its 3 entries, the fourth micro-batch has none. The checkpoint
 # is written within a window of cached weights.
 SETTINGS: dict[str, Any] = {
+    "data": trajectories(weighted=True),
+    "normalize_data_weights": True,
     "importance_weights": ImportanceWeights(trajectory=[weights.ClipWeight(max=3.0)]),
     "max_steps": 4,
     "save_strategy": "steps",

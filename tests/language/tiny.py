@@ -11,7 +11,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from iwsft.language.config import ImportanceWeightedConfig
 from iwsft.language.trainer import ImportanceWeightedTrainer
-from iwsft.trajectory import MULTIPLICITY, from_steps
+from iwsft.trajectory import DATA_WEIGHT, MULTIPLICITY, from_steps
 
 VOCABULARY = 97
 ENTRIES = 11
@@ -35,13 +35,16 @@ def model(seed: int = 0) -> Qwen2ForCausalLM:
     ).eval()
 
 
-def trajectories(entries: int = ENTRIES, seed: int = 0, *, twice: int | None = None) -> TensorDict:
+def trajectories(
+    entries: int = ENTRIES, seed: int = 0, *, twice: int | None = None, weighted: bool = False
+) -> TensorDict:
     """Random token trajectories of 5 to 19 tokens, the first three of each a prompt.
 
     Args:
         entries: Number of trajectories.
         seed: Seed of the tokens.
         twice: Trajectory that an epoch contains twice.
+        weighted: Whether tokens have data weights, in [0, 2).
     """
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.randint(5, 20, (entries,), generator=generator)
@@ -54,6 +57,8 @@ def trajectories(entries: int = ENTRIES, seed: int = 0, *, twice: int | None = N
     }
     if twice is not None:
         steps[MULTIPLICITY] = 1 + (ids == twice).long()
+    if weighted:
+        steps[DATA_WEIGHT] = 2 * torch.rand(len(ids), generator=generator)
     return from_steps(steps, ids)
 
 
