@@ -7,6 +7,7 @@ the way out.
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import json
 import re
@@ -21,7 +22,6 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import docstring_parser
 import tyro
 
-from benchmarks.faults import find_fault, find_missing, flag, forms, nearest
 from benchmarks.stopping import one_line
 from iwsft import extras
 
@@ -139,21 +139,31 @@ def parse_groups(
     together: Any = make_dataclass("Together", parts, kw_only=True)
     text = (description or "").replace(f"python -m benchmarks.{command}", prog)
     flat = (tyro.conf.OmitArgPrefixes,)
+    said = io.StringIO()
     try:
-        with redirect_stderr(io.StringIO()):
+        with redirect_stderr(said):
             parsed: Any = tyro.cli(
                 together, prog=prog, args=[*configured, *words], description=text, config=flat
             )
     except SystemExit as end:
         if end.code:
-            options = [each for group in (together, *copies) for each in forms(group)]
-            fault = find_fault(configured, options)
-            fault = f"{config_of(words)}: {fault}" if fault else find_fault(words, options)
-            fault = fault or find_missing([*configured, *words], options)
-            print(f"error: {fault}; {prog} --help lists the options", file=sys.stderr)
+            where = f" (with the options of {config_of(words)})" if configured else ""
+            print(
+                f"error: {_condensed(said.getvalue())}{where}; see {prog} --help", file=sys.stderr
+            )
         raise
     boxes = [getattr(parsed, group.__name__) for group in groups]
     return {each.name: getattr(box, each.name) for box in boxes for each in fields(box)}
+
+
+def _condensed(box: str) -> str:
+    """What tyro writes into a box, in a line, without its title and its hint at the help."""
+    lines = [" ".join(line.split()) for line in re.sub("[│╰╯]", " ", box).splitlines()]
+    inside = [line for line in lines if line and not re.search("╭|full helptext|--help", line)]
+    text = " ".join(";" if set(line) == {"─"} else line for line in inside).replace(" ; ", "; ")
+    return re.sub("Error parsing ([^:]+): .*Argument helptext:", r"can't read \1:", text).strip(
+        " ;."
+    )
 
 
 def _described(group: type, defaults: Mapping[str, Any]) -> type:
@@ -256,6 +266,18 @@ def to_config(options: Any, without: Collection[str] = ("out", "resume")) -> dic
         if name not in without and value != default:
             content[name] = list(value) if isinstance(value, tuple) else value
     return content
+
+
+def flag(name: str) -> str:
+    """The flag of an option."""
+    return f"--{name.replace('_', '-')}"
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The name that is spelt most like another; None if none is."""
+    plain = {each.replace("_", "-"): each for each in names}
+    near = difflib.get_close_matches(name.replace("_", "-").lower(), plain, n=1)
+    return plain[near[0]] if near else None
 
 
 def check_at_least(least: int, **numbers: int | None) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from benchmarks.faults import flag
 from benchmarks.llm.recipes import RECIPES, Recipe, load_recipe
 from benchmarks.llm.settings import Settings, setting
 from benchmarks.options import (
@@ -22,6 +21,7 @@ from benchmarks.options import (
     check_used,
     config_words,
     defaults_of,
+    flag,
     groups_of,
     option,
     parse_groups,

@@ -19,7 +19,7 @@ setting = partial(option, source="set by the recipe")
 class Optimization:
     """How to optimise."""
 
-    learning_rate: Annotated[float, setting("FLOAT")]
+    learning_rate: Annotated[float, setting("FLOAT", aliases=("--lr",))]
     """Peak of AdamW's learning rate."""
     batch_size: Annotated[int, setting("INT")]
     """Rows of an update, over all processes and accumulation steps."""

@@ -65,29 +65,28 @@ def test_the_list_of_commands(
 
 
 WRONG = {
-    "d4rl --steps abc": "--steps abc: it takes a whole number; iwsft d4rl --help",
-    "d4rl --seeds 0 a": "--seeds 0 a: it takes values, each a whole number",
-    "d4rl --preset foo": "--preset foo: it takes one of paper, authors",
-    "d4rl --resume yes": "--resume yes: it takes no value",
-    "d4rl extra": "unexpected 'extra': options begin with --",
-    "d4rl --episodes 3": "unknown option --episodes; did you mean --eval-episodes?",
+    "d4rl --steps abc": "can't read --max-steps/--steps: --max-steps INT, --steps INT Updates",
+    "d4rl --seeds 0 a": "can't read --seeds: --seeds INT [INT ...] Seeds",
+    "d4rl --preset foo": "invalid choice 'foo' for argument '--preset'. Expected one of ('paper'",
+    "d4rl --resume yes": "Unrecognized options: yes; see iwsft d4rl --help",
+    "d4rl extra": "Unrecognized options: extra; see iwsft d4rl --help",
+    "d4rl --episodes 3": "Unrecognized options: --episodes, 3; Perhaps you meant: --curve-episodes",
     "d4rl --algo sftq": "unknown algorithm 'sftq'; did you mean 'sft-q'?",
     "d4rl --steps 0": "--steps 0: at least 1",
-    "llm --lr 1e-4": "unknown option --lr; did you mean --learning-rate?",
-    "llm --step-clip 1": "--step-clip 1: it takes 2 values, each a number",
+    "llm --step-clip 1": "Missing value for argument '--step-clip'. Expected 2 values",
     "llm --recipe gsm8k --algo sftq": "unknown algorithm 'sftq'",
-    "llm --self-normalize yes": "--self-normalize yes: it takes no value",
+    "llm --self-normalize yes": "Unrecognized options: yes; see iwsft llm --help",
     "llm --config nowhere.yaml": "No such file or directory: nowhere.yaml",
-    "llm --recipe": "--recipe: it takes a value",
+    "llm --recipe": "Missing value for argument '--recipe'",
     "finetune --model m": "--data is missing",
-    "evaluate": "--model is missing: it takes a value",
+    "evaluate": "Missing from iwsft evaluate: --model ID|DIR Model in transformers' format",
     "evaluate --model m --n 0": "--n 0: at least 1",
     "evaluate --model m --backend vllm": "vllm is not installed",
     "collect --out a.hdf5": "give either --policy",
-    "speed": "SUBJECT is missing: it takes one of control, baselines, language",
-    "speed contrl": "SUBJECT contrl: it takes one of control, baselines, language",
+    "speed": "Missing from iwsft speed: {control,baselines,language} Part of the library",
+    "speed contrl": "invalid choice 'contrl' for argument 'Options.subject'. Expected one of (",
     "speed control --repeats 0": "--repeats 0: at least 1",
-    "report": "RUNS is missing: it takes a value",
+    "report": "Missing from iwsft report: PATH Folder that --out of the runs named",
     "bandit --lr nan": "--lr nan: a finite number above 0",
 }
 
@@ -119,7 +118,9 @@ def test_a_wrong_value_in_a_config_file_is_told_with_the_file(
     path = config(tmp_path, "learning-rate: fast")
     with pytest.raises(SystemExit):
         language(["--config", path])
-    assert f"{path}: --learning-rate fast: it takes a number" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "can't read --lr/--learning-rate: --lr FLOAT" in error
+    assert f"(with the options of {path})" in error
 
 
 @pytest.mark.parametrize(("word", "value"), [("", True), ("no-", False)])
