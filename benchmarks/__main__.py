@@ -6,39 +6,13 @@ import difflib
 import platform
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
+from benchmarks.commands import COMMANDS
 from iwsft import __version__
 from iwsft.extras import EXTRAS, install
 
-
-@dataclass(frozen=True)
-class Command:
-    """A command: the module whose ``run`` reads ``sys.argv``, and words to put in front of it."""
-
-    module: str
-    help: str
-    words: tuple[str, ...] = ()
-
-
-COMMANDS = {
-    "d4rl": Command("benchmarks.d4rl.__main__", "Train and score algorithms on control data."),
-    "llm": Command("benchmarks.llm.__main__", "Fine-tune a language model on a task and test it."),
-    "finetune": Command(
-        "benchmarks.llm.__main__", "Fine-tune a language model on your rows.", ("--recipe", "chat")
-    ),
-    "evaluate": Command(
-        "benchmarks.llm.__main__", "Score a language model on MATH-500, AIME, ...", ("evaluate",)
-    ),
-    "collect": Command("benchmarks.collect.__main__", "Make a dataset from policies or from SAC."),
-    "report": Command("benchmarks.report.__main__", "Write finished runs to one page."),
-    "bandit": Command("benchmarks.bandit.__main__", "Show what the weights do on a bandit."),
-    "demo": Command("benchmarks.demo", "Show where the weights help, and why, in five minutes."),
-    "speed": Command("benchmarks.speed.__main__", "Measure time and memory against plain code."),
-    "env": Command("benchmarks.__main__", "Print versions and hardware, for a bug report."),
-}
 # Distributions whose names are not those of their imports.
 _DISTRIBUTIONS = {"markdown_it": "markdown-it-py", "yaml": "pyyaml"}
 # What extras are for; those that are not here are trackers.

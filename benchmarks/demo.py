@@ -143,7 +143,7 @@ PARTS = (
 
 def _typed(words: Sequence[str]) -> str:
     """A command as the user would type it."""
-    from benchmarks.options import program
+    from benchmarks.commands import program
 
     return shlex.join([*program(words[0].removeprefix("benchmarks.")).split(), *words[1:]])
 

@@ -11,7 +11,6 @@ import difflib
 import io
 import json
 import re
-import shlex
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -22,40 +21,14 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import docstring_parser
 import tyro
 
+from benchmarks.commands import called_as
 from benchmarks.stopping import one_line
 from iwsft import extras
 
 # Experiment trackers of --report-to; each is the name of its package, too.
 TRACKERS = ("tensorboard", "wandb", "trackio")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_PROGRAMS = ("iwsft", "python -m benchmarks")
 Parsed = TypeVar("Parsed")
-
-
-def program(command: str) -> str:
-    """How to call a command the way the user called this one: ``iwsft d4rl``, for example.
-
-    ``benchmarks.__main__`` leaves its own name and that of the command in ``sys.argv[0]``.
-    """
-    name, space, _ = sys.argv[0].rpartition(" ")
-    return f"{name} {command}" if name in _PROGRAMS and space else f"python -m benchmarks.{command}"
-
-
-def called_as(command: str) -> str:
-    """The name by which the user called this command, with the words that belong to it."""
-    name, module = sys.argv[0], command.split()[0]
-    other = name.startswith(tuple(f"{each} " for each in _PROGRAMS)) and not name.endswith(module)
-    return name if other else program(command)
-
-
-def typed(module: str) -> str:
-    """The command line as the user typed it, for records; its command is that of a module."""
-    name, words = called_as(module), sys.argv[1:]
-    if name.rpartition(" ")[0] in _PROGRAMS:
-        from benchmarks.__main__ import COMMANDS
-
-        words = words[len(COMMANDS[name.split()[-1]].words) :]
-    return shlex.join([*name.split(), *words])
 
 
 @contextmanager

@@ -29,12 +29,13 @@ from torch import nn
 from baselines.iql import MAX_WEIGHT
 from baselines.rewards import Rewards, clipped_actions
 from benchmarks import runs, stopping
+from benchmarks.commands import typed
 from benchmarks.d4rl import options as d4rl
 from benchmarks.d4rl.job import SAME
 from benchmarks.d4rl.run import Run, Task, check_run, config_of, sizes
 from benchmarks.d4rl.settings import name_in_tables
 from benchmarks.d4rl.train import learning_curve_probe, score_policy
-from benchmarks.options import option, parse, typed
+from benchmarks.options import option, parse
 from iwsft.metrics import MetricsLog
 from iwsft.training import Cost, Row
 from iwsft.trajectory import ACTION, NEXT_OBSERVATION, OBSERVATION, REWARD, TERMINATED, TRAJ_IDS

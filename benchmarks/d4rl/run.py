@@ -17,9 +17,10 @@ from tensordict.nn import TensorDictModuleBase
 import baselines
 from baselines import Baseline
 from benchmarks import runs
+from benchmarks.commands import typed
 from benchmarks.d4rl import settings as paper
 from benchmarks.d4rl.options import SUITES, Algorithm, Options, find_algorithm, without_effect
-from benchmarks.options import to_config, typed
+from benchmarks.options import to_config
 from benchmarks.runs import hardware, tell, versions
 from iwsft import datasets, environments
 from iwsft.curation import Ties, curate, join

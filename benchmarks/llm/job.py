@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import monitor, places, sweep
+from benchmarks.commands import program
 from benchmarks.llm.launch import Hardware, Launch, choose, launched, start, threads_of
 from benchmarks.llm.memory import DecoderSizes, Setup
 from benchmarks.llm.models import load_config
@@ -27,7 +28,6 @@ from benchmarks.llm.run import (
     training_arguments,
 )
 from benchmarks.llm.settings import Settings
-from benchmarks.options import program
 from benchmarks.runs import RESULT, claim, tell
 from benchmarks.sweep import Summary
 from iwsft.datasets.text.rows import Row, check_scores

@@ -25,6 +25,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging
 
 from benchmarks import monitor, runs
+from benchmarks.commands import typed
 from benchmarks.llm.launch import Launch, assert_engine, launched
 from benchmarks.llm.models import (
     check_fit,
@@ -40,7 +41,6 @@ from benchmarks.llm.models import (
 from benchmarks.llm.options import ALGORITHMS, BASE, Options, Variant, choose_q, to_file
 from benchmarks.llm.progress import Progress, now
 from benchmarks.llm.recipes import Prepared, Sources, load_recipe
-from benchmarks.options import typed
 from benchmarks.runs import RESULT, alone_in, hardware, versions, write_json
 from iwsft import checkpoint
 from iwsft.curation import curate

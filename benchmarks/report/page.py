@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
-from benchmarks.options import program
+from benchmarks.commands import program
 from benchmarks.report import aggregates as over_datasets
 from benchmarks.report import figures, language, scores, tables, tuning
 from benchmarks.report.aggregates import Aggregates

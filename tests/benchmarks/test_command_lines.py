@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.__main__ import COMMANDS, main
+from benchmarks.__main__ import main
+from benchmarks.commands import COMMANDS
 from benchmarks.d4rl.options import Options
 from benchmarks.d4rl.run import Run, options_of
 from benchmarks.llm.options import parse as language

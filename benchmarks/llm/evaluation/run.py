@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from benchmarks.commands import typed
 from benchmarks.llm.evaluation.grading import Grader
 from benchmarks.llm.evaluation.options import Options
 from benchmarks.llm.evaluation.scores import Generation, grade, score
 from benchmarks.llm.evaluation.tasks import QuestionSet, read_questions
 from benchmarks.llm.models import check_fit, load, load_config, load_tokenizer, locate
-from benchmarks.options import check_once, typed
+from benchmarks.options import check_once
 from benchmarks.runs import CONFIG, RESULT, alone_in, claim, hardware, versions, write_json
 from iwsft.checkpoint import CheckpointError
 from iwsft.files import full_disk_named, written_whole

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.commands import program
 from benchmarks.llm.recipes import OWN, Prepared, Sources
 from benchmarks.llm.recipes.chat import ChatRecipe
 from benchmarks.llm.settings import Settings
-from benchmarks.options import program
 
 if TYPE_CHECKING:
     from iwsft.datasets.text.rows import Row

@@ -6,8 +6,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.llm.recipes.arithmetic import BaseSettings
 from benchmarks.llm.recipes.arithmetic.base import tokenizer, train
-from benchmarks.llm.recipes.arithmetic.recipe import ArithmeticRecipe, BaseSettings
+from benchmarks.llm.recipes.arithmetic.recipe import ArithmeticRecipe
 from benchmarks.llm.recipes.arithmetic.task import check, mixture, problems
 
 RECIPE = replace(ArithmeticRecipe(), name="small", held_out=40)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from benchmarks.llm.models import kept
-from benchmarks.llm.recipes.arithmetic.recipe import BaseSettings
+from benchmarks.llm.recipes.arithmetic import BaseSettings
 from benchmarks.llm.recipes.arithmetic.task import ANSWER, STRATEGIES, mixture, problems
 from iwsft.fingerprint import fingerprint
 from iwsft.progress import Progress

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 
 from benchmarks.llm.models import RECORD
 from benchmarks.llm.recipes import Prepared, Sources
-from benchmarks.llm.recipes.arithmetic.base import BaseSettings, base_model, config, tokenizer
+from benchmarks.llm.recipes.arithmetic import BaseSettings
+from benchmarks.llm.recipes.arithmetic.base import base_model, config, tokenizer
 from benchmarks.llm.recipes.arithmetic.recipe import ArithmeticRecipe
 from benchmarks.llm.recipes.arithmetic.samples import (
     TEST_SEED,
