@@ -37,11 +37,11 @@ TrajectoryTransform = Callable[..., Any]
 
 
 class Choice(NamedTuple):
-    """What :class:`LowerBound` has chosen: its alpha, its n, and the bound; float64 scalars."""
+    """What :class:`LowerBound` has chosen: alpha, 1 / sum p^2, the bound; float64 scalars."""
 
     exponent: Tensor
     effective_trajectories: Tensor
-    score_bound: Tensor
+    gain_bound: Tensor
 
 
 class Weights(NamedTuple):
@@ -208,9 +208,9 @@ class TargetESS(_OfTrajectory):
 class LowerBound(_OfTrajectory):
     """Trajectory: w <- w^alpha / mean w^alpha, where alpha promises the best score.
 
-    Of the :data:`EXPONENTS` alpha takes the one with the largest lower bound of the score,
-    sum_j p_j z_j - 1 / sqrt(n), with p_j = m_j w_j^alpha / sum m w^alpha, standard scores z_j, and
-    n = 1 / sum_j p_j^2 (docs/algorithm.md derives it). If all scores are equal, it is 0.
+    alpha is the one of :data:`EXPONENTS` with the largest lower bound of the gain over alpha = 0,
+    sum_j d_j z_j - sqrt(sum_j d_j^2). d is the change of m_j w_j^alpha / sum m w^alpha from
+    alpha = 0, z the standard score (docs/algorithm.md derives it). With equal scores it is 0.
     """
 
     compares: ClassVar[bool] = True
@@ -221,12 +221,12 @@ class LowerBound(_OfTrajectory):
         score = torch.where(share > 0, score, score[share.argmax()]).double()
         exponents = torch.tensor(EXPONENTS, dtype=torch.float64, device=share.device)
         p = torch.softmax(exponents[:, None] * shifted + share.log(), 1)
-        count = 1 / p.square().sum(1)
-        bound = (p * score).sum(1) - count.rsqrt()
+        change = p - p[0]
+        bound = (change * score).sum(1) - change.square().sum(1).sqrt()
         best = torch.where(score.amax() > score.amin(), bound.argmax(), 0)
-        tempered = exponents[best] * shifted
-        log = torch.where(best > 0, tempered - log_mean_exp(tempered, share), 0.0)
-        return log.to(log_weight.dtype), Choice(exponents[best], count[best], bound[best])
+        alpha = exponents[best]
+        log = torch.where(alpha > 0, alpha * shifted - log_mean_exp(alpha * shifted, share), 0.0)
+        return log.to(log_weight.dtype), Choice(alpha, 1 / p[best].square().sum(), bound[best])
 
 
 @dataclass(frozen=True)

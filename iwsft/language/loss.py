@@ -56,6 +56,8 @@ class Measures:
 
     def __init__(self) -> None:
         self._updates: list[Tensor] = []
+        # What the scores have chosen for the window of the update.
+        self.choice: dict[str, float] = {}
 
     def begin(self) -> None:
         """A new update begins."""
@@ -87,8 +89,8 @@ class Measures:
 
         They are ``ESS`` (effective over drawn trajectories), ``weight_mean``, ``weight_max``,
         ``log_prob`` (mean over tokens), ``kl_approx`` (mean of log pi_ref - log p) and
-        ``clip_fraction``; those that are not known are left out. ``gather`` makes ``[processes * n,
-        numbers]`` of all from ``[n, numbers]`` of this process.
+        ``clip_fraction``; those that are not known are left out, and ``choice`` is added.
+        ``gather`` makes ``[processes * n, numbers]`` of all from ``[n, numbers]`` of this process.
         """
         if not self._updates:
             return {}
@@ -105,4 +107,5 @@ class Measures:
             "clip_fraction": clipped / draws,
         }
         means = {name: float(value.mean()) for name, value in by_update.items()}
-        return {name: value for name, value in means.items() if not math.isnan(value)}
+        known = {name: value for name, value in means.items() if not math.isnan(value)}
+        return known | self.choice

@@ -39,6 +39,7 @@ from iwsft.trajectory import (
     DATA_WEIGHT,
     IMPORTANCE_WEIGHT,
     REF_LOG_PROB,
+    STANDARD_SCORE,
     TOKENS,
     Segments,
     check_data_weights,
@@ -170,6 +171,13 @@ class ImportanceWeightedTrainer(WeightedTrainer):
                 raise ValueError("the trajectories are locked: pass trajectories.copy()")
             mask = self._trajectories.get(ASSISTANT_MASK)
             weights.check_overflow(int(Segments.of(self._trajectories, mask=mask).lengths.max()))
+            scores = self._trajectories.get(STANDARD_SCORE, default=None)
+            if weights.scored and (scores is None or bool((scores == scores[0]).all())):
+                raise ValueError(
+                    "these weights choose by the scores of the trajectories, which are missing or "
+                    "all equal, as those of right answers alone are: curate by graded scores, or "
+                    "set a Temperature"
+                )
         loss = token_loss(
             self._policy,
             importance_weights=weights,
@@ -287,6 +295,8 @@ class ImportanceWeightedTrainer(WeightedTrainer):
         cached["weights"][window.get(PLACE)] = window.get(IMPORTANCE_WEIGHT)
         cached["clip_fraction"] = (share * weights.clipped).sum() / share.sum()
         cached["until"] = torch.tensor(updates.stop)
+        choice = {} if weights.choice is None else weights.choice._asdict()
+        self._measures.choice = {name: float(x) for name, x in choice.items()}
 
     # ---- start ----
 

@@ -20,6 +20,7 @@ from iwsft.language import weighted
 from iwsft.language.batches import EpochBatches, TrajectoryDataset, collate
 from iwsft.policies import CausalLMPolicy
 from iwsft.reference import write_reference
+from iwsft.trajectory import STANDARD_SCORE
 
 PROPOSALS: list[dict[str, Any]] = [
     {"proposal": "reference"},
@@ -225,6 +226,18 @@ def test_held_out_likelihood(tmp_path: Path) -> None:
     each = torch.stack([log_prob[mask & (ids == row)].mean() for row in range(ENTRIES)])
     assert metrics["eval_loss"] == pytest.approx(-float(each.mean()), rel=1e-5)
     assert metrics["eval_token_loss"] == pytest.approx(-float(log_prob[mask].mean()), rel=1e-5)
+
+
+def test_graded_scores_choose_the_weights(tmp_path: Path) -> None:
+    data = trajectories(twice=2)
+    # The policy learns most about what it sees twice.
+    best = data["collector", "traj_ids"] == 2
+    data.set(STANDARD_SCORE, torch.where(best, 50.0, 0.0))
+    auto = ImportanceWeights.auto()
+    run = trainer(tmp_path, data=data, proposal="cached", sync_every=3, importance_weights=auto)
+    run.train()
+    chosen = [row["exponent"] for row in run.state.log_history if "exponent" in row]
+    assert len(chosen) == 7 and chosen[:3] == [0.0] * 3 and chosen[3] > 0
 
 
 def test_a_window_counts_each_draw_of_a_trajectory(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainingArguments
 from iwsft import ImportanceWeights, weights
 from iwsft.checkpoint import CheckpointError
 from iwsft.language import ImportanceWeightedConfig, ImportanceWeightedTrainer, saving
+from iwsft.trajectory import STANDARD_SCORE
 
 SAVED: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 CACHED = {**SAVED, "proposal": "cached", "sync_every": 3}
@@ -80,6 +81,15 @@ def test_a_transform_that_compares_needs_the_whole_update(tmp_path: Path, transf
     trainer(tmp_path, **own)
     with pytest.raises(ValueError, match="into 2 micro-batches; use one, or .* proposal='cached'"):
         trainer(tmp_path, gradient_accumulation_steps=2, **own)
+
+
+@pytest.mark.parametrize("scores", [None, 0.5])
+def test_scores_that_choose_nothing(tmp_path: Path, scores: float | None) -> None:
+    data = trajectories()
+    if scores is not None:
+        data.set(STANDARD_SCORE, torch.full((len(data),), scores))
+    with pytest.raises(ValueError, match=r"missing or all equal.*graded scores"):
+        trainer(tmp_path, data=data, importance_weights=ImportanceWeights.auto())
 
 
 def test_a_chain_that_must_overflow(tmp_path: Path) -> None:
