@@ -56,8 +56,11 @@ def test_packed(make_loss: Any, make_batch: Any, proposal: str) -> None:
 
 
 def test_packed_batches_of_other_sizes(make_loss: Any, make_batch: Any) -> None:
-    loss = make_loss("current", importance_weights=None)
-    compare(loss, [make_batch([4, 9]), make_batch([3, 8, 2, 9], seed=1)], backend="eager")
+    loss = make_loss("current", importance_weights=None, normalize_data_weights=True)
+    batches = [make_batch([4, 9]), make_batch([3, 8, 2, 9], seed=1)]
+    for batch in batches:
+        batch["data_weight"] = torch.linspace(0.0, 2.0, len(batch))
+    compare(loss, batches, backend="eager")
 
 
 @pytest.mark.parametrize("functional", [True, False], ids=["functional", "module"])
