@@ -361,7 +361,7 @@ class ImportanceWeightedMLE(PolicyLoss):
             raise ValueError(
                 f"{name!r} is negative, and this loss then has no lower bound: take a proposal "
                 "other than 'reference' and weights that are bounded and can vanish, such as "
-                "trajectory=[ClipWeight(max=1.0)], or drop these steps"
+                "trajectory=[ClipWeight(max=1.0)] alone, or drop these steps"
             )
 
     def divisor(self, share: Tensor, data_weight: Tensor | None) -> Tensor:
