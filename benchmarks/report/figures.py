@@ -331,9 +331,9 @@ def draw_sweep(rows: Sequence[WeightRow]) -> Panels:
         weighted = [(setting, c) for setting, c in rows if setting and c.dataset == dataset]
         settings = [setting for setting, _ in weighted]
         for setting, cell in weighted:
-            ess, target = float(np.mean(last_weights(cell, "ESS"))), setting.target_ess
-            plot_mean(ax, ess, cell, COLOURS["sft-q"] if target else COLOURS["iw-sft-q"])
-            words = f"ESS {target:g}" if target else f"k {setting.temperature:g}"
+            ess = float(np.mean(last_weights(cell, "ESS")))
+            plot_mean(ax, ess, cell, COLOURS["iw-sft-q" if setting.temperature else "sft-q"])
+            words = setting.words
             # The lag is named only where the panel has several.
             if len({other.lag for other in settings}) > 1:
                 words = f"{words}, {setting.lag}"

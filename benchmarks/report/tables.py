@@ -39,7 +39,7 @@ _SECONDS = {
 _UNWEIGHTED = {"iw-sft": "sft", "iw-sft-q": "sft-q"}
 # What may differ within a sweep: the seed, the weights, and the learning rate, which is published
 # for each algorithm.
-_FREE = ("algo", "seed", "target_ess", "sync_every", "fine_tuning", "settings_from")
+_FREE = ("algo", "seed", "q", "target_ess", "sync_every", "fine_tuning", "settings_from")
 # Metric of a row of metrics.jsonl -> heading.
 _METRICS = {
     "ESS": "ESS",
@@ -251,10 +251,18 @@ def run_grid(group: Sequence[Cell]) -> Grid:
 class Setting(NamedTuple):
     """Settings with which the weights of a run were made."""
 
-    temperature: float  # factor k of the mean log-ratio; 0 where a target ESS decides it
+    temperature: float  # factor k of the mean log-ratio; 0 where something else decides it
     target_ess: float  # effective sample size as a share of the batch; 0 for none
     sync_every: int  # updates between hard syncs of q; 0 for a moving average
     alpha: float  # decay of the moving average; 0 for hard syncs
+    auto: bool  # whether the returns decide the temperature
+
+    @property
+    def words(self) -> str:
+        """What decides how sharp the weights are."""
+        if self.auto:
+            return "auto"
+        return f"ESS {self.target_ess:g}" if self.target_ess else f"k {self.temperature:g}"
 
     @property
     def lag(self) -> str:
@@ -271,13 +279,14 @@ def _setting_of(run: RecordedRun) -> Setting | None:
     row = settings.get("fine_tuning")
     if scores.base(run.algo) not in _UNWEIGHTED or row is None:
         return None
-    target = settings.get("target_ess") or 0.0
+    target, auto = settings.get("target_ess") or 0.0, "q" in settings
     by_sync = run.result.get("estimator") == "steps"
     return Setting(
-        temperature=0.0 if target else row["k"],
+        temperature=0.0 if target or auto else row["k"],
         target_ess=target,
         sync_every=settings["sync_every"] if by_sync else 0,
         alpha=0.0 if by_sync else row["alpha"],
+        auto=auto,
     )
 
 
@@ -344,6 +353,8 @@ def sweep_grid(rows: Sequence[WeightRow]) -> Grid:
     for setting, cell in rows:
         numbers = (setting.temperature, setting.target_ess) if setting else (0.0, 0.0)
         row = [*cell.labels, *(f"{number:g}" if number else NOTHING for number in numbers)]
+        if setting and setting.auto:
+            row[-2] = setting.words
         row += [setting.lag if setting else "all weights 1", str(len(cell.runs))]
         interval = grid.marked(interval_text(cell.interval), [FEW_SEEDS] * (not cell.interval))
         row += [f"{cell.mean:.1f}", interval]

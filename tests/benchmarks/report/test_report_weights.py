@@ -41,6 +41,7 @@ def test_settings_scores_and_weights_at_the_end(tmp_path: Path, make_run: MakeRu
             ("k10", config(10.0), 0.1 * seed),
             ("ess40", config(1.0, 0.4), 0.4),
             ("lag50", config(1.0, sync=50), 0.8),
+            ("auto", {"settings": config(1.0)["settings"] | {"q": "auto"}}, 0.6),
         ):
             root = tmp_path / name
             make_run(root, "hopper-a", "iw-sft-q", seed, 60.0, config=settings, rows=rows(ess))
@@ -49,6 +50,7 @@ def test_settings_scores_and_weights_at_the_end(tmp_path: Path, make_run: MakeRu
     group = cells(read_runs(tmp_path, CONTROL))
     assert [[row[1], *row[2:7], *row[8:]] for row in sweep_grid(swept(group)).rows] == [
         ["SFT(Q)", "-", "-", "all weights 1", "3", "31.0", "-", "-"],
+        ["auto/iw-SFT(Q)", "auto", "-", "sync every 199", "3", "60.0", "0.6", "600"],
         ["ess40/iw-SFT(Q)", "-", "0.4", "sync every 199", "3", "60.0", "0.4", "400"],
         ["lag50/iw-SFT(Q)", "1", "-", "sync every 50", "3", "60.0", "0.8", "800"],
         ["iw-SFT(Q)", "1", "-", "sync every 199", "3", "41.0", "0.9", "900"],
@@ -60,7 +62,7 @@ def test_settings_scores_and_weights_at_the_end(tmp_path: Path, make_run: MakeRu
     words = {text.get_text() for text in panel.texts}
     assert words == {
         *("ESS 0.4, sync every 199", "k 1, sync every 50"),
-        *("k 1, sync every 199", "k 10, sync every 199"),
+        *("k 1, sync every 199", "k 10, sync every 199", "auto, sync every 199"),
     }
 
 
