@@ -73,7 +73,7 @@ def _show_arithmetic(document: Document, folder: Path) -> str:
     document.table(language.recipe_grid(recipe), recipe.note)
     document.table(language.share_grid(recipe), language.SHARES)
     document.figure("arithmetic", language.draw_recipe(recipe), "Scores and weights.")
-    return compared({cell.algo: cell for cell in recipe.scores}, "sft", "iw-sft", ".3f")
+    return compared({cell.algo: cell for cell in recipe.scores}, "sft", "iw-sft", 3)
 
 
 def _show_control(document: Document, folder: Path) -> str:
@@ -83,27 +83,23 @@ def _show_control(document: Document, folder: Path) -> str:
     group = scores.cells(results.read_runs(folder, results.CONTROL))
     document.table(tables.score_grid(group), "Scores of the last policies (D4RL-normalised).")
     document.figure("scores", figures.draw_scores(group), "Scores of each seed, and means.")
-    return compared({cell.algo: cell for cell in group}, "sft-q", "iw-sft-q", ".1f")
+    return compared({cell.algo: cell for cell in group}, "sft-q", "iw-sft-q", 1)
 
 
-def compared(group: dict[str, Cell], one: str, other: str, form: str) -> str:
-    """Say which of two algorithms is better, by the differences of their seeds, or that they tie.
+def compared(group: dict[str, Cell], one: str, other: str, digits: int) -> str:
+    """Say which of two algorithms is better, or that they tie."""
+    from benchmarks.report.aggregates import text
+    from benchmarks.report.scores import algorithm_label, compare
 
-    Runs of one seed share their reference policy, so the differences of the seeds are compared
-    with 0: Student's 95 % interval.
-    """
-    from benchmarks.report.scores import algorithm_label
-    from benchmarks.statistics import t_interval
-
-    differences = group[other].values - group[one].values
-    low, high = (float(end) for end in t_interval(differences))
-    names = algorithm_label(other), algorithm_label(one)
-    scores = [f"{group[algo].mean:{form}}" for algo in (other, one)]
-    verdict = "is above" if low > 0 else "is below" if high < 0 else "ties with"
+    ours, others = [group[other]], [group[one]]
+    found, verdict = compare(ours, others), "ties with"
+    if found is not None and found.settled:
+        verdict = "is above" if found.estimate.point > 0 else "is below"
+    estimate = text(None if found is None else found.estimate, digits)
+    names = [f"{algorithm_label(c.algo)} ({c.mean:.{digits}f})" for c in (*ours, *others)]
     return (
-        f"{names[0]} ({scores[0]}) {verdict} {names[1]} ({scores[1]}): the difference is "
-        f"{differences.mean():{form}}, with a 95 % interval over {len(differences)} seeds of "
-        f"{low:{form}} to {high:{form}}."
+        f"{f' {verdict} '.join(names)}: the difference is {estimate}, with its 95 % interval over "
+        f"{len(group[one].runs)} seeds."
     )
 
 

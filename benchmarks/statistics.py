@@ -134,6 +134,7 @@ class Difference(NamedTuple):
     estimate: Estimate
     # Seeds of each algorithm that settle it, see :func:`seeds_to_settle`; None for no number.
     seeds: int | None
+    paired: bool
 
     @property
     def settled(self) -> bool:
@@ -150,7 +151,7 @@ def difference(x: Scores, y: Scores, *, paired: bool) -> Difference:
     """
     groups = [x - y] if paired else [x, y]
     estimate = _welch(float(x.mean() - y.mean()), *groups)
-    return Difference(estimate, seeds_to_settle(estimate.point, *map(_variances, groups)))
+    return Difference(estimate, seeds_to_settle(estimate.point, *map(_variances, groups)), paired)
 
 
 def seeds_to_settle(gap: float, *variances: Scores) -> int | None:

@@ -9,7 +9,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from matplotlib.axes import Axes
 
 from benchmarks import statistics
@@ -21,9 +20,11 @@ from benchmarks.report.scores import (
     Cell,
     algorithm_label,
     algorithms,
+    compare,
     dataset_label,
     datasets,
     is_variant,
+    stack,
 )
 from benchmarks.results import SCORE
 from benchmarks.statistics import MIN_SEEDS, Difference, Estimate, Scores
@@ -44,7 +45,7 @@ class Aggregates:
     """Aggregates over the datasets that all compared algorithms have."""
 
     datasets: list[str]
-    seeds: dict[str, int]  # number of seeds of a dataset, by algorithm
+    rows: dict[str, list[Cell]]  # the cells of the datasets, by algorithm
     estimates: dict[str, list[Estimate]]  # one for each of METRICS, by algorithm
     left_out: dict[str, str]  # why an algorithm is not compared
     datasets_left_out: list[str]  # with scores, but not of all algorithms with three seeds
@@ -63,14 +64,13 @@ def aggregate(group: Sequence[Cell]) -> Aggregates:
         if len(cell.runs) >= MIN_SEEDS and not cell.under_trained:
             complete[algo].add(task)
     block = _block(complete)
-    seeds: dict[str, int] = {}
+    rows: dict[str, list[Cell]] = {}
     estimates: dict[str, list[Estimate]] = {}
     left_out: dict[str, str] = {}
     for algo, complete_tasks in complete.items():
         if block and complete_tasks >= set(block):
-            matrix = stack([scored[task, algo] for task in block])
-            seeds[algo] = len(matrix)
-            estimates[algo] = [metric(matrix) for metric in METRICS.values()]
+            rows[algo] = [scored[task, algo] for task in block]
+            estimates[algo] = [metric(stack(rows[algo])) for metric in METRICS.values()]
             continue
         none = [task for task in block if (task, algo) not in scored]
         others = [t for t in block or tasks if (t, algo) in scored and t not in complete_tasks]
@@ -79,24 +79,7 @@ def aggregate(group: Sequence[Cell]) -> Aggregates:
         reasons = ("no runs", none), (f"fewer than {MIN_SEEDS} seeds", few), (UNDER_TRAINED, short)
         left_out[algo] = "; ".join(f"{why} on {', '.join(on)}" for why, on in reasons if on)
     beside = [task for task in tasks if task not in block]
-    return Aggregates(block, seeds, estimates, left_out, beside)
-
-
-def stack(row: Sequence[Cell]) -> Scores:
-    """Scores ``[seeds, datasets]`` of an algorithm; each dataset has the seeds that all have."""
-    n = min(len(cell.runs) for cell in row)
-    return np.stack([cell.values[:n] for cell in row], axis=1)
-
-
-def compare(ours: Sequence[Cell], others: Sequence[Cell]) -> tuple[Difference, bool]:
-    """Difference of two algorithms on the same datasets, and whether their seeds are paired.
-
-    They are where both start from a reference policy, which is that of the seed. Then the interval
-    of Welch would hold the truth too often (``scripts/interval_coverage.py``).
-    """
-    alike = all(a.seeds == b.seeds for a, b in zip(ours, others, strict=True))
-    paired = alike and all(cell.has_reference for cell in (*ours, *others))
-    return statistics.difference(stack(ours), stack(others), paired=paired), paired
+    return Aggregates(block, rows, estimates, left_out, beside)
 
 
 def _block(complete: Mapping[str, set[str]]) -> list[str]:
@@ -122,7 +105,8 @@ def aggregate_grid(aggregates: Aggregates) -> Grid:
     grid = Grid(["algorithm", "seeds", *METRICS], left=1)
     for algo, estimates in aggregates.estimates.items():
         cells = [text(estimate, 1) for estimate in estimates]
-        grid.rows.append([algorithm_label(algo), str(aggregates.seeds[algo]), *cells])
+        seeds = len(stack(aggregates.rows[algo]))
+        grid.rows.append([algorithm_label(algo), str(seeds), *cells])
     return grid
 
 
@@ -138,9 +122,7 @@ def difference_grid(group: Sequence[Cell], aggregates: Aggregates) -> Grid:
     fair = [cell for cell in group if len(cell.runs) >= MIN_SEEDS and not cell.under_trained]
     parts = {name: [[c] for c in fair if c.dataset == name] for name in datasets(fair)}
     if len(aggregates.datasets) > 1:
-        block = [c for c in fair if c.dataset in aggregates.datasets and c.score_key == SCORE]
-        rows = {algo: [c for c in block if c.algo == algo] for algo in aggregates.estimates}
-        parts[f"all {len(aggregates.datasets)} datasets"] = list(rows.values())
+        parts[f"all {len(aggregates.datasets)} datasets"] = [*aggregates.rows.values()]
     for name, members in parts.items():
         if len(members) < 2:
             continue
@@ -156,10 +138,10 @@ def difference_grid(group: Sequence[Cell], aggregates: Aggregates) -> Grid:
 
 def _against(grid: Grid, row: Sequence[Cell], other: Sequence[Cell] | None) -> list[str]:
     """A difference with its interval, and its verdict."""
-    if other is None or other is row:
+    found = None if other is None or other is row else compare(row, other)
+    if found is None:
         return [NOTHING, NOTHING]
-    found, paired = compare(row, other)
-    return [grid.marked(signed(found), [_PAIRED] * paired), verdict(found)]
+    return [grid.marked(signed(found), [_PAIRED] * found.paired), verdict(found)]
 
 
 def signed(found: Difference) -> str:

@@ -15,8 +15,8 @@ from rich.text import Text
 from benchmarks.report import figures
 from benchmarks.report.document import INK, NOTHING, Grid, interval_text
 from benchmarks.report.figures import Panels
-from benchmarks.report.scores import Cell, algorithm_label, base, cells
-from benchmarks.report.tables import published_scores, told_apart
+from benchmarks.report.scores import Cell, algorithm_label, base, cells, is_higher
+from benchmarks.report.tables import published_scores
 from benchmarks.results import LANGUAGE, RecordedRun, read_runs, unfinished_runs
 from benchmarks.runs import write_json
 from benchmarks.statistics import MIN_SEEDS
@@ -132,8 +132,8 @@ def summary(recipe: RecipeRuns) -> str:
         interval = "" if cell.interval is None else f" ({interval_text(cell.interval, digits=3)})"
         words.append(f"{_label(cell)} {cell.mean:.3f}{interval}")
     runs = sum(len(cell.runs) for cell in recipe.scores)
-    apart = len(best) > 1 and told_apart(*best)
-    order = "Best" if apart else "Highest, without a test that tells the first from the next"
+    apart = len(best) > 1 and is_higher(best[:1], best[1:])
+    order = "Best" if apart else "Highest, but the difference of the first to the next may be 0"
     score = _first(recipe.scores[0], "score_name")
     return f"{runs} runs. {order}, by {score} (95 % interval): {', then '.join(words)}."
 

@@ -156,15 +156,13 @@ def _summary(
         for name in best
     ]
     over = f"over {len(aggregates.datasets)} datasets (interquartile mean, 95 % interval)"
-    low, high = estimates[best[0]][0].low, estimates[best[-1]][0].high
-    apart = len(best) > 1 and low is not None and high is not None and low > high
-    title, verdict = ("Best", "") if apart else ("Highest", ": their intervals overlap, a tie")
+    apart = len(best) > 1 and scores.is_higher(*(aggregates.rows[name] for name in best))
+    title, verdict = ("Best", "") if apart else ("Highest", ": their means may be equal, a tie")
     lines.append(f"**{title}.** {escaped(', then '.join(ranks))} {over}{verdict}.")
     pair = over_datasets.PAPER, over_datasets.BASIS
-    if estimates.keys() >= {*pair}:
-        inside = [cell for cell in group if cell.dataset in aggregates.datasets]
-        rows = [[cell for cell in inside if cell.algo == algo] for algo in pair]
-        found, _ = over_datasets.compare(*rows)
+    rows = [aggregates.rows[algo] for algo in pair if algo in estimates]
+    found = scores.compare(*rows) if len(rows) == 2 else None
+    if found is not None:
         words = "it is better" if found.estimate.point > 0 else "it is worse"
         if not found.settled:
             need = "" if found.seeds is None else f"; {found.seeds:,} seeds would settle this"

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks import statistics
 from benchmarks.results import SCORE, RecordedRun
-from benchmarks.statistics import MIN_SEEDS, t_interval
+from benchmarks.statistics import MIN_SEEDS, Difference, Scores, t_interval
 
 # Name of --algo -> the paper's notation where it has one, in the order of its tables' columns.
 ALGORITHMS = {
@@ -306,6 +307,32 @@ def uneven(group: Iterable[Cell]) -> list[str]:
         lines += [f"{name}: seeds differ in {difference}" for difference in cell.differences()]
         lines += [f"{name}, seed {run.seed}: {late}" for run in cell.runs if run.late_config]
     return lines
+
+
+def stack(row: Sequence[Cell]) -> Scores:
+    """Scores ``[seeds, datasets]`` of an algorithm; each dataset has the seeds that all have."""
+    n = min(len(cell.runs) for cell in row)
+    return np.stack([cell.values[:n] for cell in row], axis=1)
+
+
+def compare(ours: Sequence[Cell], others: Sequence[Cell]) -> Difference | None:
+    """Difference of two algorithms on the same datasets; None for fewer than three seeds.
+
+    Their seeds are paired where both start from a reference policy, which is that of the seed. Then
+    the interval of Welch would hold the truth too often (``scripts/interval_coverage.py``).
+    """
+    scores = stack(ours), stack(others)
+    if min(map(len, scores)) < MIN_SEEDS:
+        return None
+    alike = all(a.seeds == b.seeds for a, b in zip(ours, others, strict=True))
+    paired = alike and all(cell.has_reference for cell in (*ours, *others))
+    return statistics.difference(*scores, paired=paired)
+
+
+def is_higher(ours: Sequence[Cell], others: Sequence[Cell]) -> bool:
+    """Whether the interval of the difference of two algorithms lies above 0."""
+    found = compare(ours, others)
+    return found is not None and found.settled and found.estimate.point > 0
 
 
 def interval_over_seeds(values: NDArray[np.float64], *limits: float) -> tuple[float, float] | None:

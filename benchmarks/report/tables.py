@@ -23,7 +23,7 @@ FEW_SEEDS = (
     f"Fewer than {MIN_SEEDS} seeds carry neither a deviation nor an interval: the mean alone."
 )
 _UNDER_TRAINED = f"Under-trained: {scores.UNDER_TRAINED}; never the best, and in no comparison."
-_TIE = "The highest, but a tie: Welch's test (5 %) does not tell it from the next one."
+_TIE = "The highest, but a tie: the interval of the difference to the next one holds 0."
 _MOVING = "Not levelled off: score or Q still changes over the last third of the updates."
 _RETURN = "Mean return: the dataset has no D4RL reference scores."
 EQUAL_SEEDS = "All seeds have the same value: no interval follows from it."
@@ -123,7 +123,7 @@ def matrix_grid(group: Sequence[Cell]) -> Grid:
     by_name = {(cell.dataset, cell.algo): cell for cell in group}
     fair = [[c for c in group if c.dataset == task and not c.under_trained] for task in tasks]
     ranks = [sorted(cells, key=lambda cell: -cell.mean) for cells in fair if len(cells) > 1]
-    highest = {(top.dataset, top.algo): told_apart(top, second) for top, second, *_ in ranks}
+    highest = {(a.dataset, a.algo): scores.is_higher([a], [b]) for a, b, *_ in ranks}
     for name in names:
         row = [scores.algorithm_label(name)]
         for task in tasks:
@@ -138,19 +138,6 @@ def matrix_grid(group: Sequence[Cell]) -> Grid:
             row.append(NOTHING if cell is None else grid.marked(f"{cell.mean:.1f}", notes))
         grid.rows.append(row)
     return grid
-
-
-def told_apart(one: Cell, other: Cell) -> bool:
-    """Whether Welch's test tells the means of two cells from each other at 5 %."""
-    from scipy.stats import ttest_ind_from_stats
-
-    if one.std is None or other.std is None:
-        return False
-    summaries = [(cell.mean, cell.std, len(cell.runs)) for cell in (one, other)]
-    with np.errstate(all="ignore"):  # seeds without a spread
-        return bool(
-            ttest_ind_from_stats(*summaries[0], *summaries[1], equal_var=False).pvalue < 0.05
-        )
 
 
 def _measured(grid: Grid, cell: Cell, cut_off: int) -> list[str]:

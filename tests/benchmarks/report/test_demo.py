@@ -43,14 +43,14 @@ def test_it_says_whether_control_ties(
     make_run: MakeRun, tmp_path: Path, gains: tuple[float, ...], verdict: str
 ) -> None:
     for seed, gain in enumerate(gains):
-        make_run(tmp_path, "hopper-a", "sft-q", seed, 20.0 + 10 * seed)
-        make_run(tmp_path, "hopper-a", "iw-sft-q", seed, 20.0 + 10 * seed + gain)
+        for algo, score in (("sft-q", 20.0 + 10 * seed), ("iw-sft-q", 20.0 + 10 * seed + gain)):
+            make_run(tmp_path, "hopper-a", algo, seed, score, reference_cpu_seconds=3.0)
     document = Document()
     document.section(CONTROL.title)
     line = CONTROL.show(document, tmp_path)
     assert line.startswith(verdict)
     low, high = sum(gains) / 3 - 2.484, sum(gains) / 3 + 2.484
-    assert line.endswith(f"over 3 seeds of {low:.1f} to {high:.1f}.")
+    assert line.endswith(f" ({low:.1f} to {high:.1f}), with its 95 % interval over 3 seeds.")
 
 
 def test_the_page_shows_the_bandit(tmp_path: Path) -> None:
