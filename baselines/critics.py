@@ -20,6 +20,7 @@ from torch.nn import functional
 from torchrl.objectives import SoftUpdate
 from torchrl.objectives.common import LossModule
 
+from baselines.learner import check_unweighted
 from iwsft.trajectory import ACTION, NEXT_OBSERVATION, OBSERVATION, REWARD, validate
 
 STATE_ACTION_VALUE: NestedKey = "state_action_value"
@@ -208,8 +209,9 @@ def check_transitions(trajectories: TensorDictBase) -> tuple[tuple[int, int], to
 
     Raises:
         KeyError: An entry of a transition is missing.
-        ValueError: Entries are not finite.
+        ValueError: Entries are not finite, or the data have weights.
     """
+    check_unweighted(trajectories)
     validate(trajectories, keys=(OBSERVATION, ACTION, NEXT_OBSERVATION, REWARD))
     observation, action = trajectories.get(OBSERVATION), trajectories.get(ACTION)
     return (observation.shape[-1], action.shape[-1]), observation.device

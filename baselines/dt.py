@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torchrl.modules import DecisionTransformer, DTActor
 from torchrl.objectives import DTLoss
 
-from baselines.learner import Learner, check_finite
+from baselines.learner import Learner, check_finite, check_unweighted
 from baselines.normalization import Normalization
 from baselines.windows import RETURN_TO_GO, WindowSampler, returns_to_go
 from iwsft.acting import IS_INIT, PREVIOUS_REWARD
@@ -285,10 +285,11 @@ def build(trajectories: TensorDictBase, settings: Settings, *, seed: int) -> Lea
     Raises:
         ImportError: transformers is not installed.
         KeyError: Observation, action or reward is missing.
-        ValueError: :class:`baselines.windows.WindowSampler` refuses the trajectories, or all
-            rewards are 0, so that there is no return to condition actions on.
+        ValueError: :class:`baselines.windows.WindowSampler` refuses the trajectories, they have
+            data weights, or all rewards are 0, so that there is no return to condition actions on.
     """
     torch.manual_seed(seed)
+    check_unweighted(trajectories)
     sampler = WindowSampler(trajectories, settings.batch_size, context=settings.context, seed=seed)
     observation, action = trajectories.get(OBSERVATION), trajectories.get(ACTION)
     acting = policy(observation.shape[-1], action.shape[-1], settings).to(observation.device)

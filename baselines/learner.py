@@ -14,6 +14,7 @@ from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import TargetNetUpdater
 
 from iwsft.training import Sampler, Schedule
+from iwsft.trajectory import DATA_WEIGHT
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,12 @@ def check_finite(settings: Any, *, but: str = "") -> None:
         allowed = name == but and value == math.inf
         if isinstance(value, float) and not math.isfinite(value) and not allowed:
             raise ValueError(f"{name}={value} must be finite")
+
+
+def check_unweighted(trajectories: TensorDictBase) -> None:
+    """Refuse data weights, which no baseline reads."""
+    if trajectories.get(DATA_WEIGHT, default=None) is not None:
+        raise ValueError(f"a baseline does not read {DATA_WEIGHT!r}; load the data without it")
 
 
 class Baseline(Protocol):

@@ -58,8 +58,11 @@ TIES: Mapping[Preset, Ties] = {"paper": ">", "authors": ">="}
 def name_in_tables(data: OfflineDataset) -> str:
     """The name under which tables of settings know a dataset, whatever its file is called.
 
-    It is D4RL's for data of D4RL, and the family of the environment (``hopper``) for others.
+    It is D4RL's for data of D4RL, that of the D4RL set which it resembles for a set of
+    ``benchmarks.collect sets``, and the family of the environment (``hopper``) for others.
     """
+    if data.source == f"collected/{data.name}.hdf5":
+        return f"{data.name.replace('-replay', '-medium-replay')}-v2"
     parts = zip(data.name.split("+"), data.source.split("+"), strict=False)
     entries = [find(name) or find(Path(source).name) for name, source in parts]
     if all(entry is not None and entry.env_id == data.env_id for entry in entries):

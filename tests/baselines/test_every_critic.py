@@ -21,6 +21,7 @@ from iwsft import checkpoint
 from iwsft.training import Sampler, fit
 from iwsft.trajectory import (
     ACTION,
+    DATA_WEIGHT,
     NEXT_OBSERVATION,
     OBSERVATION,
     REWARD,
@@ -353,6 +354,13 @@ class TestBuild:
         with pytest.raises(ValueError) as raised:
             build(case, trajectories)
         assert f"{key!r} is NaN" in str(raised.value) and "step 3" in str(raised.value)
+
+    @pytest.mark.parametrize("name", BASELINES)
+    def test_data_weights_are_refused(self, trajectories: TensorDict, name: str) -> None:
+        baseline = algorithm(name)
+        trajectories[DATA_WEIGHT] = torch.ones(len(trajectories))
+        with pytest.raises(ValueError, match="does not read 'data_weight'"):
+            baseline.build(trajectories, baseline.Settings(), seed=0)
 
     @pytest.mark.parametrize("case", SMALL)
     def test_a_critic_that_diverges_is_stopped(self, trajectories: TensorDict, case: str) -> None:

@@ -287,6 +287,22 @@ def test_other_data_have_the_settings_of_their_environment(
     assert name_in_tables(data_of(name, f"{name}.hdf5", env_id)) == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "env_id"),
+    [("hopper-replay", "Hopper-v4"), ("walker2d-medium-expert", "Walker2d-v4")],
+)
+def test_a_set_of_the_results_has_the_settings_of_the_one_it_resembles(
+    name: str, env_id: str
+) -> None:
+    """A file of a user that has its name does not."""
+    expected = f"{name.replace('-replay', '-medium-replay')}-v2"
+    assert expected in CATALOG
+    assert name_in_tables(data_of(name, f"collected/{name}.hdf5", env_id)) == expected
+    assert (
+        name_in_tables(data_of(name, f"data/{name}.hdf5", env_id)) == env_id.split("-")[0].lower()
+    )
+
+
 def test_defaults_are_those_of_the_docs() -> None:
     standard = Options()
     suite = choose_suite(standard)
