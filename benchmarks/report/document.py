@@ -262,10 +262,10 @@ def shareable(command: str) -> str:
     )
 
 
-def to_html(markdown: str, images: Mapping[str, bytes]) -> str:
+def to_html(markdown: str, images: Mapping[str, bytes], end: str = "") -> str:
     """Make one HTML file of a page of markdown, with its style and its SVG images inside.
 
-    HTML in the page is shown as text.
+    HTML in the page is shown as text. ``end`` is HTML that follows it.
     """
     parser = MarkdownIt("commonmark", {"html": False, "xhtmlOut": False}).enable("table")
     tokens = parser.parse(markdown)
@@ -282,7 +282,7 @@ def to_html(markdown: str, images: Mapping[str, bytes]) -> str:
     body = body.replace("<p>[1]", '<p class="notes">[1]')
     body = re.sub(r" ((?:\[\d+\])+)((?:</\w+>)?</td>)", r" <sup>\1</sup>\2", body)
     return _PAGE.read_text().format(
-        title=escape(tokens[1].content), style=_STYLE.read_text(), body=body
+        title=escape(tokens[1].content), style=_STYLE.read_text(), body=body + end
     )
 
 

@@ -17,7 +17,7 @@ from benchmarks.report.aggregates import Aggregates
 from benchmarks.report.document import Document, escaped, hardware_lines, shareable, to_html
 from benchmarks.report.language import RecipeRuns, read_recipes
 from benchmarks.report.scores import Cell, base, runs_of
-from benchmarks.report.videos import add_videos
+from benchmarks.report.videos import video_section
 from benchmarks.results import RecordedRun
 from benchmarks.statistics import MIN_SEEDS
 from iwsft.files import written_whole
@@ -66,7 +66,7 @@ def write_report(folder: Path, out: Path) -> Path:
         **document.images,
         MARKDOWN: markdown.encode(),
         RECORDS: f"[\n{records}\n]\n".encode(),
-        PAGE: to_html(markdown, document.images).encode(),
+        PAGE: to_html(markdown, document.images, video_section(runs)).encode(),
     }
     earlier = (out / MARKDOWN).read_text() if (out / MARKDOWN).is_file() else ""
     for name, content in written.items():
@@ -75,7 +75,6 @@ def write_report(folder: Path, out: Path) -> Path:
     for name in re.findall(r"^!\[.*\]\(([\w.+-]+\.(?:png|svg))\)$", earlier, re.MULTILINE):
         if name not in written:
             (out / name).unlink(missing_ok=True)
-    add_videos(out / PAGE, runs)
     return out / PAGE
 
 
@@ -191,10 +190,6 @@ def _scores(document: Document, group: Sequence[Cell], missing: Sequence[Recorde
         theirs = "They were not run here, and enter no mean, aggregate or figure."
         source = tables.published_scores()[0]
         document.text(f"Columns named by a paper are its numbers: {source}. {theirs}")
-    different = scores.uneven(group)
-    if different:
-        document.text("Read with care: seeds of one row that were not run alike.")
-        document.bullets(map(escaped, different))
     caption = (
         "Score of each seed (dots), mean (bars) and 95 % interval (lines); † is under-trained."
     )

@@ -298,17 +298,6 @@ def runs_of(group: Iterable[Cell]) -> list[RecordedRun]:
     return [run for cell in group for run in cell.runs]
 
 
-def uneven(group: Iterable[Cell]) -> list[str]:
-    """One line for each difference between seeds of a cell, and for each doubtful config."""
-    late = "config.json was written after result.json, so its settings may be of another run"
-    lines = []
-    for cell in group:
-        name = ", ".join(cell.labels)
-        lines += [f"{name}: seeds differ in {difference}" for difference in cell.differences()]
-        lines += [f"{name}, seed {run.seed}: {late}" for run in cell.runs if run.late_config]
-    return lines
-
-
 def stack(row: Sequence[Cell]) -> Scores:
     """Scores ``[seeds, datasets]`` of an algorithm; each dataset has the seeds that all have."""
     n = min(len(cell.runs) for cell in row)

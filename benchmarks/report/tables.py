@@ -25,6 +25,7 @@ FEW_SEEDS = (
 _UNDER_TRAINED = f"Under-trained: {scores.UNDER_TRAINED}; never the best, and in no comparison."
 _TIE = "The highest, but a tie: the interval of the difference to the next one holds 0."
 _MOVING = "Not levelled off: score or Q still changes over the last third of the updates."
+_LATE = "config.json is newer than result.json, so its settings may be of another run."
 _RETURN = "Mean return: the dataset has no D4RL reference scores."
 EQUAL_SEEDS = "All seeds have the same value: no interval follows from it."
 SUCCESS_INTERVAL = "interval of success"
@@ -152,6 +153,7 @@ def _measured(grid: Grid, cell: Cell, cut_off: int) -> list[str]:
     if cell.score_key == scores.RETURN:
         notes.append(_RETURN)
     notes += [f"Seeds differ in {difference}." for difference in cell.differences()]
+    notes += [f"Seed {run.seed}: {_LATE}" for run in cell.runs if run.late_config]
     notes += [cell.note] if cell.note else []
     row = [
         f"{count} of {count + cut_off}" if cut_off else str(count),

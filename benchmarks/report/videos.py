@@ -5,27 +5,22 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 
 from benchmarks.report.scores import algorithm_label, dataset_label
 from benchmarks.results import RecordedRun
 from benchmarks.runs import VIDEO
-from iwsft.files import written_whole
 
-_END = "</body>"
 # A page with larger videos would be slow to load.
 _LARGEST = 4_000_000
 
 
-def add_videos(page: Path, runs: Sequence[RecordedRun]) -> None:
-    """Embed one video of each algorithm and dataset at the end of an HTML page, where there are."""
+def video_section(runs: Sequence[RecordedRun]) -> str:
+    """HTML with one video of each algorithm and dataset; empty without any."""
     first: dict[tuple[str, str], RecordedRun] = {}
     for run in sorted(runs, key=lambda run: run.seed):
         file = run.folder / VIDEO
         if file.is_file() and file.stat().st_size <= _LARGEST:
             first.setdefault((run.dataset, run.algo), run)
-    if not first:
-        return
     parts = ['<h2 id="videos">Videos</h2>', "<p>The first episode of the final score.</p>"]
     for (dataset, algo), run in first.items():
         data = base64.b64encode((run.folder / VIDEO).read_bytes()).decode()
@@ -34,6 +29,4 @@ def add_videos(page: Path, runs: Sequence[RecordedRun]) -> None:
             f'<figure><video controls style="max-width: 100%" src="data:video/mp4;base64,{data}">'
             f"</video><figcaption>{words}</figcaption></figure>"
         )
-    body, _, rest = page.read_text().rpartition(_END)
-    with written_whole(page) as partial:
-        partial.write_text(body + "\n".join([*parts, _END]) + rest)
+    return "\n".join([*parts, ""]) if first else ""
