@@ -8,7 +8,6 @@ import itertools
 import json
 import re
 import shlex
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -20,7 +19,7 @@ from markdown_it.token import Token
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich.cells import cell_len
-from rich.console import Group, RenderableType
+from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -65,29 +64,25 @@ class Grid:
         are left out too, and the title says so.
         """
         grouped = self.left > 1
-        headings = {
-            i: name.replace(", ", ",\n")
+        # Headings are wrapped to the widths of the cells.
+        widths = {
+            i: max(map(cell_len, [*name.split(), *(row[i] for row in self.rows)]))
             for i, name in enumerate(self.columns)
-            if name != leave_out and i >= grouped
+            if name != leave_out and i >= grouped and i not in self._empty
         }
-        if self.published and self._width(headings) > _TERMINAL:
-            for i in range(len(self.columns) - self.published, len(self.columns)):
-                del headings[i]
+        if self.published and sum(widths.values()) + len(widths) > _TERMINAL:
+            ours = len(self.columns) - self.published
+            widths = {i: width for i, width in widths.items() if i < ours}
             title += ", published numbers in the report"
-        if self._width(headings) > _TERMINAL:
-            # Each in as many lines as its column needs to be no wider than its cells.
-            for i in headings:
-                width = self._widest(i, self.columns[i].split())
-                headings[i] = "\n".join(textwrap.wrap(self.columns[i], width))
-        parts: list[RenderableType] = [Text(title, style="bold"), self._lines(headings, [])]
+        parts: list[RenderableType] = [Text(title, style="bold"), self._lines(widths, [])]
         for first, group in itertools.groupby(self.rows, key=lambda row: row[0]):
             if grouped:
                 parts.append(Text(first, style="bold cyan"))
-            parts.append(self._lines(headings, list(group)))
-        shown, marked = self._marks(headings), self._marks(range(len(self.columns)))
+            parts.append(self._lines(widths, list(group)))
+        shown, marked = self._marks(widths), self._marks(range(len(self.columns)))
         for i, note in enumerate(self.notes):
             mark = f"[{i + 1}]"
-            if mark in shown or (mark not in marked and len(self.columns) - 1 in headings):
+            if mark in shown or (mark not in marked and len(self.columns) - 1 in widths):
                 parts.append(Text(f"{mark} {note}", style="dim"))
         return Group(*parts)
 
@@ -104,10 +99,7 @@ class Grid:
             theirs = [text if text == NOTHING else f"*{text}*" for text in texts[ours:]]
             lines.append(texts[:ours] + theirs)
         lines.insert(1, ["---" if i < self.left else "---:" for i in range(len(self.columns))])
-        empty = {
-            j for j, column in enumerate(zip(*self.rows, strict=True)) if {*column} == {NOTHING}
-        }
-        lines = [[t for j, t in enumerate(line) if j not in empty] for line in lines]
+        lines = [[t for j, t in enumerate(line) if j not in self._empty] for line in lines]
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         notes = "\n".join(f"[{i + 1}] {_note(note)}  " for i, note in enumerate(self.notes))
         return f"{table}\n\n{notes}".rstrip()
@@ -116,28 +108,21 @@ class Grid:
         """The marks of footnotes in these columns."""
         return {m for i in columns for row in self.rows for m in re.findall(r"\[\d+\]", row[i])}
 
-    def _widest(self, i: int, heading: list[str]) -> int:
-        """Width of a column under a heading of these lines."""
-        return max(map(cell_len, [*heading, *(row[i] for row in self.rows)]))
+    @property
+    def _empty(self) -> set[int]:
+        """The columns without any number or word."""
+        columns = enumerate(zip(*self.rows, strict=True))
+        return {i for i, column in columns if {*column} == {NOTHING}}
 
-    def _width(self, headings: dict[int, str]) -> int:
-        """Width of a line with the smallest gaps."""
-        return sum(self._widest(i, heading.split("\n")) + 1 for i, heading in headings.items())
-
-    def _lines(self, headings: dict[int, str], rows: list[list[str]]) -> Table:
+    def _lines(self, widths: dict[int, int], rows: list[list[str]]) -> Table:
         """Some rows, or the headings where there are none."""
-        gap = 2 if self._width(headings) + len(headings) <= _TERMINAL else 1
+        gap = 2 if sum(widths.values()) + 2 * len(widths) <= _TERMINAL else 1
         table = Table(box=None, show_header=not rows, padding=(0, gap, 0, 0))
-        for i, heading in headings.items():
-            table.add_column(
-                heading,
-                justify="left" if i < self.left else "right",
-                vertical="bottom",
-                width=self._widest(i, heading.split("\n")),
-                no_wrap=True,
-            )
+        for i, width in widths.items():
+            justify: JustifyMethod = "left" if i < self.left else "right"
+            table.add_column(self.columns[i], justify=justify, vertical="bottom", width=width)
         for row in rows:
-            table.add_row(*(Text(row[i]) for i in headings))
+            table.add_row(*(Text(row[i]) for i in widths))
         return table
 
 

@@ -209,13 +209,28 @@ def draw_recipe(recipe: RecipeRuns) -> Panels:
 
 
 def evaluation_grid(evaluations: Sequence[dict[str, Any]]) -> Grid:
-    """Table of the shares of right answers of models on tasks, in percent."""
-    grid = Grid(["model", "task", "questions", "answers", "avg", "95 % interval", "maj", "pass"])
+    """Table of the shares of right answers of models on tasks, in percent.
+
+    ``tokens`` are those of an answer, mean; ``cut off`` is the share of answers without an end.
+    """
+    names = ("model", "task", "questions", "answers", "avg", "95 % interval", "maj", "pass")
+    grid = Grid([*names, "tokens", "cut off"])
     for result in (result for result in evaluations if "damage" not in result):
         n, interval = result["n"], interval_text(tuple(result["avg_interval"]))
         row = [Path(result["model"]).name, result["title"], str(result["questions"]), str(n)]
-        row += [f"{result['avg']:.1f}", interval, f"{result['maj']:.1f}"]
-        grid.rows.append([*row, f"{result['pass_at'].get(str(n), result['avg']):.1f}"])
+        row += [f"{result['avg']:.1f}", interval]
+        row += (
+            [NOTHING] * 2
+            if n == 1
+            else [
+                f"{each:.1f}"
+                for each in (result["maj"], result["pass_at"].get(str(n), result["avg"]))
+            ]
+        )
+        row.append(f"{result['tokens_mean']:.0f}" if "tokens_mean" in result else NOTHING)
+        cut_off = result.get("unfinished")
+        row.append(NOTHING if cut_off is None else f"{cut_off / (result['questions'] * n):.0%}")
+        grid.rows.append(row)
     return grid
 
 

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.llm.evaluation.grading import Grader
 from benchmarks.llm.evaluation.tasks import QuestionSet
+from benchmarks.results import printable
 from benchmarks.statistics import CONFIDENCE, interval_over_questions, wilson_interval
 from iwsft.language.verification import extract_answer, parse_integer, parse_letter
 
@@ -128,26 +127,10 @@ def find_majority(answers: Sequence[str | None], same: Callable[[str, str], bool
 
 def show(results: Sequence[dict[str, Any]]) -> None:
     """Print scores with their 95 % intervals, and notes on them."""
+    from benchmarks.report.language import evaluation_grid
+
     console = Console()
-    n = results[0]["n"]
-    several = (f"maj@{n}", f"pass@{n}") if n > 1 else ()
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    for name in ("task", "items", f"avg@{n}", "95 %", *several, "tokens", "cut off"):
-        table.add_column(name, justify="left" if name == "task" else "right", no_wrap=True)
-    for result in results:
-        low, high = result["avg_interval"]
-        table.add_row(
-            result["title"],
-            str(result["questions"]),
-            f"{result['avg']:.1f}",
-            f"{low:.1f} - {high:.1f}",
-            *(f"{result['maj']:.1f}", f"{result['pass_at'][str(n)]:.1f}")[: len(several)],
-            f"{result['tokens_mean']:.0f}",
-            f"{result['unfinished'] / (result['questions'] * n):.0%}",
-        )
-    name = str(results[0]["model"])
-    console.print(name if name.isprintable() else repr(name), markup=False, soft_wrap=True)
-    console.print(table)
+    console.print(evaluation_grid(printable(list(results))).rich("Right answers in percent"))
     for result in results:
         answers, failed = result["questions"] * result["n"], len(result["grading_problems"])
         notes = []
