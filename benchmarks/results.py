@@ -132,9 +132,7 @@ def read_evaluations(folder: str | Path) -> list[dict[str, Any]]:
             result = _read_json(path)
             if result.get("benchmark") == EVALUATION:
                 _check_entries(path, result, _EVALUATED)
-                ends = result["avg_interval"]
-                if len(ends) != 2 or not all(map(_is_number, ends)):
-                    raise ResultsError(f"{path}: 'avg_interval' is {ends!r}, not two numbers")
+                _check_interval(path, result, "avg_interval")
                 evaluations.append(result)
         except (ResultsError, OSError) as error:
             evaluations.append({"damage": printable(one_line(error))})
@@ -290,11 +288,14 @@ def _check_result(path: Path, result: dict[str, Any], benchmark: str) -> None:
     rate = result.get("success_rate")
     if rate is not None and not (_is_number(rate) and 0 <= rate <= 1):
         raise ResultsError(f"{path}: 'success_rate' is {rate!r}, not a share of the episodes")
-    ends = result.get("interval", [0, 0])
-    if not isinstance(ends, list) or len(ends) != 2 or not all(map(_is_number, ends)):
-        raise ResultsError(f"{path}: 'interval' is {ends!r}, not two numbers")
-    if ends[0] > ends[1]:
-        raise ResultsError(f"{path}: 'interval' is {ends!r}, whose ends are not in order")
+    _check_interval(path, result, "interval")
+
+
+def _check_interval(path: Path, result: dict[str, Any], name: str) -> None:
+    ends = result.get(name, [0, 0])
+    numbers = isinstance(ends, list) and len(ends) == 2 and all(map(_is_number, ends))
+    if not numbers or ends[0] > ends[1]:
+        raise ResultsError(f"{path}: {name!r} is {ends!r}, not two numbers in order")
 
 
 def _check_same_run(folder: Path, result: dict[str, Any], config: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import NamedTuple
 
 import numpy as np
@@ -180,12 +181,6 @@ def seeds_to_settle(gap: float, *variances: Scores) -> int | None:
         ends = stats.nct.sf(limit, freedom, shift), stats.nct.cdf(-limit, freedom, shift)
         return float(sum(ends))
 
-    few, many = MIN_SEEDS - 1, MIN_SEEDS
-    while power(many) < POWER:
-        few, many = many, 2 * many
-        if few > _MOST_SEEDS:
-            return None
-    while many - few > 1:
-        middle = (few + many) // 2
-        few, many = (middle, many) if power(middle) < POWER else (few, middle)
-    return many
+    counts = range(MIN_SEEDS, _MOST_SEEDS + 1)
+    place = bisect_left(counts, POWER, key=power)
+    return counts[place] if place < len(counts) else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,46 +38,30 @@ def write_card(run: Path) -> Path | None:
     config, result = (json.loads((run / name).read_text()) for name in (CONFIG, RESULT))
     bases = sorted((run.parents[1] / BASE).glob(f"*/{RESULT}"))
     base = json.loads(bases[0].read_text()) if bases else None
-    text = "\n".join(_lines(config, result, base, adapters=_adapted(card.parent)))
+    text = "\n".join(
+        _lines(config, result, base, adapters=(card.parent / "adapter_config.json").is_file())
+    )
     with written_whole(card) as partial:
         partial.write_text(text + "\n")
     return card
 
 
-def change(result: _Numbers, base: _Numbers | None) -> tuple[float, float, float] | None:
-    """Change of the log-likelihood of a token from the base, with its 95 % interval.
+def change_line(result: _Numbers, base: _Numbers | None) -> str | None:
+    """How the log-likelihood of a token changed from the base, in a sentence.
 
-    It is paired: the interval is that of the mean over prompts of the difference. None where one of
-    both has no log-probs by prompt.
+    It is paired: the 95 % interval is that of the mean over prompts of the difference. None where
+    one of both has no log-probs by prompt.
     """
     if base is None or "log_probs" not in result or "log_probs" not in base:
         return None
     differences = np.subtract(result["log_probs"], base["log_probs"])
     low, high = t_interval(differences)
-    return float(differences.mean()), float(low), float(high)
-
-
-def change_line(result: _Numbers, base: _Numbers | None) -> str | None:
-    """A sentence on :func:`change`, for the terminal."""
-    changed = change(result, base)
-    if base is None or changed is None:
-        return None
+    interval = f"95 % interval {low:+.3f} to {high:+.3f}" if len(differences) > 1 else "no interval"
     return (
         f"{result['algo']} seed {result['seed']}: log-likelihood of a token {base['log_prob']:.3f} "
-        f"-> {result['log_prob']:.3f}, change {changed[0]:+.3f} ({_ends(*changed[1:])}, "
+        f"-> {result['log_prob']:.3f}, change {differences.mean():+.3f} ({interval}, "
         f"prompts: {result['n']})"
     )
-
-
-def _ends(low: float, high: float) -> str:
-    """The ends of a 95 % interval in words; one value has none."""
-    return (
-        f"95 % interval {low:+.3f} to {high:+.3f}" if math.isfinite(high - low) else "no interval"
-    )
-
-
-def _adapted(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file()
 
 
 def _lines(
@@ -128,13 +111,8 @@ def _figures(result: _Numbers, base: _Numbers | None) -> Iterator[str]:
     for name, label in (("score", "score"), ("log_prob", "log-likelihood of a token")):
         if name in result:
             yield f"| {label} | {_figure(base, name)} | {_figure(result, name)} |"
-    changed = change(result, base)
-    if changed is not None:
-        difference, low, high = changed
-        yield (
-            f"\nThe log-likelihood of a token changed by {difference:+.3f} ({_ends(low, high)}), "
-            f"paired over the prompts ({result['n']})."
-        )
+    if changed := change_line(result, base):
+        yield f"\nPaired over the prompts: {changed}."
     if "ESS" in result:
         yield (
             f"\nThe effective share of an update's draws was {result['ESS']:.2f} on average and "

@@ -184,7 +184,8 @@ class Document:
     def provenance(self, runs: Sequence[RecordedRun]) -> None:
         """Add versions, hardware and commands of these runs."""
         commands = distinct(shareable(run.config.get("command", "")) for run in runs)
-        for title, lines in ("Versions", version_lines(runs)), ("Hardware", hardware_lines(runs)):
+        versions = distinct(_listed(run.versions) for run in runs)
+        for title, lines in ("Versions", versions), ("Hardware", hardware_lines(runs)):
             self.text(f"{title}:")
             self.bullets(map(escaped, lines or ["not recorded"]))
         self.text("Commands, without the folders of absolute paths:")
@@ -215,11 +216,6 @@ def to_svg(figure: Figure) -> bytes:
 def distinct(texts: Iterable[str | None]) -> list[str]:
     """Texts that are not empty, without repetition, in order."""
     return list(dict.fromkeys(filter(None, texts)))
-
-
-def version_lines(runs: Iterable[RecordedRun]) -> list[str]:
-    """The distinct sets of package versions."""
-    return distinct(_listed(run.versions) for run in runs)
 
 
 def hardware_lines(runs: Iterable[RecordedRun]) -> list[str]:

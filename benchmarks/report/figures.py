@@ -29,12 +29,15 @@ from benchmarks.statistics import MIN_SEEDS, t_interval
 # Greys: cloning; blues: SFT; oranges: iw-SFT; the rest: offline RL. All can be seen on white and on
 # a dark page.
 COLOURS = {
+    "base": "#8c8c8c",
     "bc": "#a0a0a0",
     "bc-10": "#757575",
     "sft": "#4ba6dd",
     "sft-q": "#2f78c4",
     "iw-sft": "#d9901e",
     "iw-sft-q": "#e0561d",
+    "iw-sft-hard": "#c2671c",
+    "iw-sft-ema": "#b8341b",
     "iw-sft-step": "#a4703c",
     "awac": "#2a9d6f",
     "td3-bc": "#8b6fc4",
@@ -262,21 +265,14 @@ def draw_learning_curves(group: Sequence[Cell]) -> Panels:
 
 def draw_training_curves(group: Sequence[Cell]) -> Panels:
     """Draw log-probability, critics and effective sample size, a panel for each and dataset."""
-    lines = [
-        (
-            "log_prob",
-            "log-likelihood of the batches (mean over steps)",
-            _logged(group, "log_prob"),
-        ),
-        ("pred_value", "critic's mean value Q(s, a)", _logged(group, "pred_value")),
-        (
-            "ESS",
-            "effective sample size (share of the batch)",
-            list(filter(_weighted, _logged(group, "ESS"))),
-        ),
-    ]
+    labels = {
+        "log_prob": "log-likelihood of the batches (mean over steps)",
+        "pred_value": "critic's mean value Q(s, a)",
+        "ESS": "effective sample size (share of the batch)",
+    }
     panels = {}
-    for key, label, cells in lines:
+    for key, label in labels.items():
+        cells = [c for c in logged(group, key) if key != "ESS" or _weighted(c)]
         for dataset, part in _by_dataset(cells).items():
             colour = {cell.algo: choose_colours(group)[cell.algo] for cell in part}
             ax = make_panel(scores.dataset_label(dataset), 2.4, colour)
@@ -294,7 +290,7 @@ def draw_weight_quantiles(group: Sequence[Cell]) -> Panels:
     """Draw quantiles of the importance weights over updates, mean over seeds."""
     panels = {}
     looks = (("median", 1.0, 1.5), ("25 to 75 %", 0.45, 8.0), ("5 to 95 %", 0.2, 8.0))
-    for cell in (cell for cell in _logged(group, "weight_q50") if _weighted(cell)):
+    for cell in (cell for cell in logged(group, "weight_q50") if _weighted(cell)):
         ax, shade = make_panel(", ".join(cell.labels), 2.4), choose_colours(group)[cell.algo]
         for low, high, alpha in (("q05", "q95", 0.18), ("q25", "q75", 0.35)):
             steps, _ = series(cell.runs, f"weight_{low}")
@@ -370,14 +366,9 @@ def _scale_updates(ax: Axes, group: Sequence[Cell]) -> None:
     clip(ax, "y", tight=True)
 
 
-def _logged(group: Sequence[Cell], key: str) -> list[Cell]:
+def logged(group: Sequence[Cell], key: str) -> list[Cell]:
     """The cells whose runs all logged a metric more than once."""
     return [cell for cell in group if len(series(cell.runs, key)[0]) > 1]
-
-
-def is_logged(cell: Cell) -> bool:
-    """Whether the runs of a cell logged more than their last step."""
-    return len(series(cell.runs, "step")[0]) > 1
 
 
 def _weighted(cell: Cell) -> bool:

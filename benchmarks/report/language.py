@@ -25,14 +25,6 @@ from iwsft.files import written_whole
 SHARES = "Chance of each kind of answer."
 # Prefix of the entries of a result that are chances of kinds of answers.
 _SHARE = "share_"
-_COLOURS = {
-    **figures.COLOURS,
-    "base": "#8c8c8c",
-    "iw-sft-hard": "#e0701c",
-    "iw-sft-ema": "#b8341b",
-    "iw-sft-q": "#d46aa5",
-}
-_OTHER = "#2a9d6f"
 
 
 @dataclass(frozen=True)
@@ -186,7 +178,7 @@ def draw_recipe(recipe: RecipeRuns) -> Panels:
     rows = recipe.scores
     scores = figures.make_panel("", 0.8 + 0.3 * len(rows))
     trained = [cell for cell in rows if _first(cell, "steps")]
-    colour = {_label(cell): _COLOURS.get(base(cell.algo), _OTHER) for cell in rows}
+    colour = {_label(cell): figures.COLOURS.get(base(cell.algo), figures.OTHER) for cell in rows}
     shown = {_label(cell): colour[_label(cell)] for cell in trained}
     for y, cell in enumerate(rows):
         figures.plot_score(scores, y, cell, colour[_label(cell)])

@@ -240,7 +240,7 @@ def _aggregates(document: Document, group: Sequence[Cell], aggregates: Aggregate
 def _curves(document: Document, group: Sequence[Cell]) -> None:
     # Variants have figures of their own, together with the algorithms that they are variants of.
     variants = [cell for cell in group if scores.is_variant(cell.algo)]
-    logged = [cell for cell in variants if figures.is_logged(cell)]
+    logged = figures.logged(variants, "step")
     bases, tasks = {scores.base(cell.algo) for cell in logged}, scores.datasets(logged)
     related = [c for c in group if scores.base(c.algo) in bases and c.dataset in tasks]
     parts = {"": [cell for cell in group if cell not in variants], "_variants": related}

@@ -109,7 +109,7 @@ def test_it_ends_in_a_model_a_table_a_figure_and_a_card(
         assert result["interval"][0] <= result["score"] <= result["interval"][1]
         assert result["n"] == 4
     change = f"{(after - before).mean():+.3f}"
-    assert f"change {change} (95 % interval" in printed and f"changed by {change}" in card
+    assert f"change {change} (95 % interval" in printed and f"change {change}" in card
     assert all(words in card for words in (str(tiny_qwen2), "D_Q+", "6 updates of 8 rows"))
     again = finetune(SCORED, "--algo", "iw-sft-q", "--eval-data", evaluated, *adapters, "--resume")
     assert "0 done, 2 finished before" in again
