@@ -96,27 +96,33 @@ class RecordedRun:
         return self.folder.absolute().parts[-3:] == names
 
 
-def read_runs(folder: str | Path, benchmark: str) -> list[RecordedRun]:
-    """Read all finished runs of a benchmark, ``CONTROL`` or ``LANGUAGE``, sorted by path.
+def read_all(folder: str | Path, benchmark: str) -> tuple[list[RecordedRun], list[RecordedRun]]:
+    """Read the runs of a benchmark, ``CONTROL`` or ``LANGUAGE``, sorted by path.
 
     ``folder`` is what ``--out`` of the runs named, a part of it, or the ``runs.json`` of a report.
     It raises a ``ResultsError`` without such a folder, or where two folders hold the same run.
+
+    Returns:
+        The finished runs; and those without a result: cut off, failed, running, or damaged.
     """
-    runs: dict[tuple[str, str, int], RecordedRun] = {}
+    finished: dict[tuple[str, str, int], RecordedRun] = {}
+    others = []
     for run in _compared(folder, benchmark):
         key = run.dataset, run.algo, run.seed
-        if run.result and key in runs:
+        if not run.result:
+            others.append(run)
+        elif key in finished:
             name = f"{run.dataset}, {run.algo}, seed {run.seed}"
-            folders = f"{run.folder} and {runs[key].folder}"
+            folders = f"{run.folder} and {finished[key].folder}"
             raise ResultsError(f"{folders} hold the same run ({name}): remove one of them")
-        if run.result:
-            runs[key] = run
-    return list(runs.values())
+        else:
+            finished[key] = run
+    return list(finished.values()), others
 
 
-def unfinished_runs(folder: str | Path, benchmark: str) -> list[RecordedRun]:
-    """Read all runs below ``folder`` without a result: cut off, failed, running, or damaged."""
-    return [run for run in _compared(folder, benchmark) if not run.result]
+def read_runs(folder: str | Path, benchmark: str) -> list[RecordedRun]:
+    """Read the finished runs of a benchmark, see :func:`read_all`."""
+    return read_all(folder, benchmark)[0]
 
 
 def read_evaluations(folder: str | Path) -> list[dict[str, Any]]:

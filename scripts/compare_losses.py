@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks.results import LANGUAGE, RecordedRun, ResultsError, read_runs, unfinished_runs
+from benchmarks.results import LANGUAGE, RecordedRun, ResultsError, read_all
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,13 @@ def main(options: Options) -> None:
     if options.first < 1:
         raise SystemExit(f"error: --first {options.first}: at least 1")
     try:
-        one, other = (
-            {_name(run): run for run in read_runs(f, LANGUAGE)}
-            for f in (options.one, options.other)
-        )
-        folders = (options.one, options.other)
-        unfinished = [run for folder in folders for run in unfinished_runs(folder, LANGUAGE)]
+        folders = [read_all(folder, LANGUAGE) for folder in (options.one, options.other)]
     except ResultsError as error:
         raise SystemExit(f"error: {error}") from error
-    for run in unfinished:
+    for run in (run for _, unfinished in folders for run in unfinished):
         if run.damage:
             raise SystemExit(f"error: {run.damage}")
+    one, other = ({_name(run): run for run in finished} for finished, _ in folders)
     shared = [name for name in one if name in other and one[name].metrics]
     if not shared:
         raise SystemExit(f"error: {options.one} and {options.other} share no trained run")

@@ -23,12 +23,12 @@ def main(options: Options) -> None:
     from benchmarks.report.language import read_recipes, recipe_table
     from benchmarks.report.page import write_report
     from benchmarks.report.tables import score_table
-    from benchmarks.results import CONTROL, ResultsError, printable, read_runs, unfinished_runs
+    from benchmarks.results import CONTROL, ResultsError, printable, read_all
 
     try:
         place = options.runs.parent if options.runs.is_file() else options.runs
         page = write_report(options.runs, options.out or place / "report")
-        runs, unfinished = read_runs(options.runs, CONTROL), unfinished_runs(options.runs, CONTROL)
+        runs, unfinished = read_all(options.runs, CONTROL)
         recipes = read_recipes(options.runs)
     except (ResultsError, OSError) as error:
         raise SystemExit(f"error: {error}") from error

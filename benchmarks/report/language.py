@@ -17,7 +17,7 @@ from benchmarks.report.document import INK, NOTHING, Grid, interval_text
 from benchmarks.report.figures import Panels
 from benchmarks.report.scores import Cell, algorithm_label, base, cells, is_higher
 from benchmarks.report.tables import published_scores
-from benchmarks.results import LANGUAGE, RecordedRun, read_runs, unfinished_runs
+from benchmarks.results import LANGUAGE, RecordedRun, read_all
 from benchmarks.runs import write_json
 from benchmarks.statistics import MIN_SEEDS
 from iwsft.files import written_whole
@@ -55,12 +55,13 @@ def read_recipes(folder: Path) -> list[RecipeRuns]:
     Runs of a recipe that were not tested alike are of two recipes.
     """
     recipes: dict[str, RecipeRuns] = {}
-    finished = sorted(read_runs(folder, LANGUAGE), key=lambda run: run.variant)
+    finished, others = read_all(folder, LANGUAGE)
+    finished.sort(key=lambda run: run.variant)
     for variant, runs in itertools.groupby(finished, key=lambda run: run.variant):
         for cell in cells(list(runs), "score"):
             name = f"{variant}/{cell.dataset}".lstrip("/")
             recipes.setdefault(name, RecipeRuns(name, [], [])).scores.append(cell)
-    for run in unfinished_runs(folder, LANGUAGE):
+    for run in others:
         name = f"{run.variant}/{run.dataset}".lstrip("/")
         recipes.setdefault(name, RecipeRuns(name, [], [])).unfinished.append(run)
     return [recipes[name] for name in sorted(recipes)]

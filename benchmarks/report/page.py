@@ -33,8 +33,7 @@ def write_report(folder: Path, out: Path) -> Path:
     Returns the HTML page. Figures of an earlier report in ``out`` that the new one does not have
     are removed. Without a finished run it raises ``ResultsError``.
     """
-    runs = results.read_runs(folder, results.CONTROL)
-    unfinished = results.unfinished_runs(folder, results.CONTROL)
+    runs, unfinished = results.read_all(folder, results.CONTROL)
     recipes, evaluations = read_recipes(folder), results.read_evaluations(folder)
     language_runs = [run for recipe in recipes for run in runs_of(recipe.scores)]
     if not runs and not language_runs and not evaluations:

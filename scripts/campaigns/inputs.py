@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from benchmarks.d4rl.__main__ import main as control_main
 from benchmarks.d4rl.options import Options as ControlOptions
 from benchmarks.report.scores import cells
-from benchmarks.results import CONTROL, read_runs, unfinished_runs
+from benchmarks.results import CONTROL, read_all, read_runs
 from benchmarks.runs import EXPECTED
 from iwsft import datasets
 from iwsft.trajectory import ACTION, NEXT_OBSERVATION, OBSERVATION, REWARD, TERMINATED, lengths
@@ -348,8 +348,9 @@ def _folders_case(shared: Path, random: Random, folder: Path) -> Iterator[Findin
         path.write_text("\n".join(lines) + "\n")
     yield "tried", ""
     try:
-        read = {cell.algo: cell.mean for cell in cells(read_runs(folder / "runs", CONTROL))}
-        damaged = [run for run in unfinished_runs(folder / "runs", CONTROL) if run.damage]
+        finished, others = read_all(folder / "runs", CONTROL)
+        read = {cell.algo: cell.mean for cell in cells(finished)}
+        damaged = [run for run in others if run.damage]
     except Exception as error:
         yield from refusal(error, [str(path.relative_to(folder / "runs")), path.parent.name])
         return

@@ -25,7 +25,7 @@ from benchmarks.llm.run import Run, curated, training_arguments
 from benchmarks.llm.settings import Settings
 from benchmarks.report.page import write_report
 from benchmarks.report.scores import algorithm_label
-from benchmarks.results import CONTROL, read_runs, unfinished_runs
+from benchmarks.results import CONTROL, read_all
 from iwsft.datasets.text.rows import Row
 from iwsft.language import ImportanceWeightedTrainer
 from iwsft.trajectory import MULTIPLICITY, lengths
@@ -112,7 +112,7 @@ def test_every_algorithm_writes_its_files(
     assert [row["algo"] for row in table] == ["base", *ALGORITHMS]
     assert table[0]["score"] == base["score"] and table[0]["interval"] == base["interval"]
     # A report of the folder above contains them; they are not control runs.
-    assert read_runs(tmp_path, CONTROL) == [] and unfinished_runs(tmp_path, CONTROL) == []
+    assert read_all(tmp_path, CONTROL) == ([], [])
     report = write_report(tmp_path, tmp_path / "report").with_name("report.md").read_text()
     for row in table:
         assert f"| {algorithm_label(row['algo'])} | 1 | {row['score']:.3f} |" in report

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.report.page import write_report
 from benchmarks.report.scores import cells
-from benchmarks.results import CONTROL, ResultsError, read_runs, unfinished_runs
+from benchmarks.results import CONTROL, ResultsError, read_all, read_runs
 
 if TYPE_CHECKING:
     from tests.benchmarks.report.conftest import MakeRun
@@ -35,7 +35,7 @@ def test_unfinished_runs_are_listed_with_how_far_they_came(runs: Path, make_run:
     (other / "config.json").write_text("{}")
     unfinished = [
         (run.folder, run.dataset, run.algo, run.seed, run.step, run.steps)
-        for run in unfinished_runs(runs, CONTROL)
+        for run in read_all(runs, CONTROL)[1]
     ]
     assert unfinished == [
         (runs / "d4rl/hopper-a/sft-q/seed-1", "hopper-a", "sft-q", 1, 100, None),
@@ -73,8 +73,8 @@ def test_other_benchmarks_are_not_read(runs: Path, make_run: MakeRun) -> None:
 
 def damage(runs: Path) -> str:
     """What is wrong with the one damaged run; the others are read."""
-    assert len(read_runs(runs, CONTROL)) == 11
-    (run,) = unfinished_runs(runs, CONTROL)
+    finished, (run,) = read_all(runs, CONTROL)
+    assert len(finished) == 11
     assert run.folder == runs / DAMAGED and (run.algo, run.seed) == ("sft-q", 1)
     return run.damage
 
@@ -153,9 +153,8 @@ def test_a_copied_run_is_named_and_left_out(runs: Path, to: str, change: dict[st
     shutil.copytree(runs / DAMAGED, runs / to)
     for path in ((runs / to) / "result.json", (runs / to) / "config.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    before = {run.folder for run in read_runs(runs, CONTROL)}
-    (copy,) = unfinished_runs(runs, CONTROL)
-    assert len(before) == 12 and copy.folder == runs / to
+    finished, (copy,) = read_all(runs, CONTROL)
+    assert len(finished) == 12 and copy.folder == runs / to
     assert copy.damage == f"{runs / to} holds a copy of the run in {runs / DAMAGED}"
 
 
