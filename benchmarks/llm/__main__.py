@@ -82,7 +82,8 @@ def run() -> None:
     # Of several processes one has the last word; while it imports, a signal just ends it.
     if os.environ.get("RANK", "0") == "0":
         stopping.watch()
-    with stopping.command("tyro", "joblib", "scipy", "matplotlib", "transformers", "accelerate"):
+    plots = "scipy", "matplotlib", "markdown_it"
+    with stopping.command("tyro", "joblib", *plots, "transformers", "accelerate"):
         if sys.argv[1:2] != ["evaluate"]:
             return main(sys.argv[1:])
         from benchmarks.llm.evaluation.options import Options

@@ -174,9 +174,10 @@ def _take_part(runs: Sequence[Run]) -> None:
 
 
 def _show(runs: Sequence[Run], summary: Summary) -> None:
-    """Print the table of all finished runs of the recipe and draw it; write files and cards."""
+    """Print the table of all finished runs of the recipe; write their report and the cards."""
     from benchmarks.llm.card import change_line, write_card
-    from benchmarks.report.language import read_recipes, recipe_table, write_scores
+    from benchmarks.report.language import read_recipes, recipe_table
+    from benchmarks.report.page import write_report
     from benchmarks.report.scores import runs_of
 
     console, folder = Console(), runs[0].dataset_folder
@@ -194,7 +195,7 @@ def _show(runs: Sequence[Run], summary: Summary) -> None:
         base = next((result for result in results if result["algo"] == BASE), None)
         trained = [result for result in results if result["algo"] != BASE]
         show(*filter(None, (change_line(result, base) for result in trained)))
-        show(*write_scores(folder, recipe))
+        show(f"Report: {write_report(folder, folder / 'report')}")
     cards = [card for run in runs if (card := write_card(run.folder))]
     show(summary, *(f"Model, with its card: {card.parent}" for card in cards))
     if cards:

@@ -1,4 +1,4 @@
-"""Language runs of a recipe over their seeds: tables, figure, and the files of their scores."""
+"""Language runs of a recipe over their seeds: tables and figure."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from benchmarks.report.figures import Panels
 from benchmarks.report.scores import Cell, algorithm_label, base, cells, is_higher
 from benchmarks.report.tables import published_scores
 from benchmarks.results import LANGUAGE, RecordedRun, read_all
-from benchmarks.runs import write_json
 from benchmarks.statistics import MIN_SEEDS
-from iwsft.files import written_whole
 
 SHARES = "Chance of each kind of answer."
 # Prefix of the entries of a result that are chances of kinds of answers.
@@ -148,30 +146,6 @@ def recipe_table(recipe: RecipeRuns) -> Group:
     scores, shares = recipe_grid(recipe).rich(recipe.name), share_grid(recipe)
     more = (Text(""), shares.rich(SHARES)) if shares.rows else ()
     return Group(scores, *more, Text(recipe.note, style="dim"))
-
-
-def write_scores(folder: Path, recipe: RecipeRuns) -> list[Path]:
-    """Write ``results.json`` and the figures ``results*.png`` of a recipe into ``folder``."""
-    rows = []
-    for cell in recipe.scores:
-        row: dict[str, Any] = {
-            "algo": _name(cell),
-            "seeds": cell.seeds,
-            "scores": cell.values.tolist(),
-            "score": cell.mean,
-            "interval": cell.interval,
-        }
-        row |= {key: _first(cell, key) for key in ("score_name", "steps")}
-        row |= zip(("ess", "ess_min", "weight_max"), _weights(cell), strict=True)
-        rows.append(row | {"cpu_seconds": cell.cpu_seconds, "shares": _shares(cell)})
-    numbers = folder / "results.json"
-    write_json(numbers, {"rows": rows})
-    pictures = []
-    for name, figure in draw_recipe(recipe).items():
-        pictures.append(folder / ("results.png" if name == "score" else f"results_{name}.png"))
-        with written_whole(pictures[-1]) as partial:
-            figure.savefig(partial, format="png", dpi=200)
-    return [numbers, *pictures]
 
 
 def draw_recipe(recipe: RecipeRuns) -> Panels:

@@ -83,7 +83,7 @@ def test_it_ends_in_a_model_a_table_a_figure_and_a_card(
     evaluated = write(tmp_path / "held.jsonl", held_out)
     printed = finetune(SCORED, "--algo", "iw-sft-q", "--eval-data", evaluated, *adapters)
     folder = tmp_path / "runs" / "llm" / "chat"
-    assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "report" / "index.html").exists()
     place = folder / "iw-sft-q" / "seed-0" / "checkpoint"
     assert (place / "adapter_model.safetensors").exists() == bool(adapters)
 
