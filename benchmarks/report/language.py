@@ -65,13 +65,9 @@ def read_recipes(folder: Path) -> list[RecipeRuns]:
     return [recipes[name] for name in sorted(recipes)]
 
 
-def _name(cell: Cell) -> str:
-    """The algorithm, after what tells its runs from others of the name; the variant is known."""
-    return cell.algo.removeprefix(cell.runs[0].variant).lstrip("/")
-
-
 def _label(cell: Cell) -> str:
-    return algorithm_label(_name(cell))
+    """The algorithm, after what tells its runs from others of the name; the variant is known."""
+    return algorithm_label(cell.algo.removeprefix(cell.runs[0].variant).lstrip("/"))
 
 
 def _first(cell: Cell, key: str) -> Any:

@@ -20,7 +20,7 @@ from benchmarks.llm.evaluation.grading import Grader
 from benchmarks.llm.evaluation.options import Options
 from benchmarks.llm.evaluation.scores import Generation, grade, score
 from benchmarks.llm.evaluation.tasks import QuestionSet, read_questions
-from benchmarks.llm.models import check_fit, load, load_config, load_tokenizer, locate
+from benchmarks.llm.models import check_fit, context_of, load, load_config, load_tokenizer, locate
 from benchmarks.options import check_once
 from benchmarks.runs import CONFIG, RESULT, alone_in, claim, hardware, versions, write_json
 from iwsft.checkpoint import CheckpointError
@@ -295,7 +295,7 @@ def load_prompter(options: Options) -> Prompter:
     return Prompter(
         tokenizer,
         frozenset(stop),
-        getattr(config.get_text_config(), "max_position_embeddings", None),
+        context_of(config),
         f"{note}, which suits only base models" if tokenizer.chat_template is None else None,
         getattr(config, "_commit_hash", None) or _digest(Path(name)),
     )
