@@ -22,7 +22,7 @@ $(VENV)/demo: pyproject.toml constraints.txt
 demo: $(VENV)/demo
 	$(BIN)/python -m benchmarks.demo
 
-# Build the data sets of the results, ARGS="NAME ..." for some; see docs/data.md. Continues where it was cut off.
+# Build the datasets of the results, ARGS="NAME ..." for some; see docs/data.md. Continues where it was cut off.
 data: $(VENV)/demo
 	$(BIN)/python -m benchmarks.collect sets $(ARGS)
 

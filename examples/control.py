@@ -1,4 +1,4 @@
-"""The whole method for control in one file: iw-SFT(Q) on a bundled MuJoCo data set.
+"""The whole method for control in one file: iw-SFT(Q) on a bundled MuJoCo dataset.
 
 The library's parts appear in the order in which data pass through them. Run it with
 ``python examples/control.py``. It takes about a minute on one core.
@@ -30,7 +30,7 @@ class Settings:
     """Settings of the example."""
 
     dataset: str = datasets.DEFAULT
-    """Name of a data set, or path of an HDF5 file, see ``iwsft.datasets.load``."""
+    """Name of a dataset, or path of an HDF5 file, see ``iwsft.datasets.load``."""
     reference_updates: int = 2000
     """Updates of behaviour cloning, which gives the reference policy."""
     updates: int = 500

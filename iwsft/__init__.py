@@ -1,6 +1,6 @@
 """iwsft: importance-weighted supervised fine-tuning, for control and for language models.
 
-``import iwsft`` is light; data sets, evaluation and training load with their first use.
+``import iwsft`` is light; datasets, evaluation and training load with their first use.
 """
 
 from __future__ import annotations

@@ -361,7 +361,7 @@ def chain(lengths: list[int], ids: list[int], more: dict[Any, Tensor] | None = N
 
 
 def use(trajectories: TensorDict) -> None:
-    """Every door that whole data sets enter by."""
+    """Every door that whole datasets enter by."""
     curate(trajectories, cuts=(0,), ties=">=")
     StepSampler(trajectories, 2)
     annotate_reference(GaussianPolicy(2, 1, hidden=(4,)), trajectories.clone())

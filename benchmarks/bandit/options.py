@@ -14,7 +14,7 @@ class Options:
     """Train SFT and iw-SFT on the successes of a uniform policy; plot their mean rewards."""
 
     seeds: int = 5
-    """Number of data sets D, each drawn by pi_ref with a seed of its own."""
+    """Number of datasets D, each drawn by pi_ref with a seed of its own."""
     pulls: int = 1000
     """Pulls in D."""
     steps: int = 200

@@ -1,4 +1,4 @@
-"""Build the data sets of the results, and compare them with their checksums.
+"""Build the datasets of the results, and compare them with their checksums.
 
 Examples:
     python -m benchmarks.collect sets

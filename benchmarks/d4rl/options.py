@@ -150,8 +150,8 @@ class Experiment:
     dataset: Annotated[
         tuple[str, ...] | None, option("NAME|FILE [...]", " ".join(SINGLE.dataset))
     ] = None
-    """One or several: bundled or D4RL name, Minari id, or an HDF5 file in D4RL's layout. A+B joins
-    two, each cut by its own returns."""
+    """One or several: bundled name, D4RL name, name of "collect sets", Minari id, or HDF5 file
+    in D4RL's layout. A+B joins two, each cut by its own returns."""
     seeds: Annotated[tuple[int, ...] | None, option("INT [INT ...]", "0")] = None
     """Seeds of initialisation, batches and evaluation; one run each."""
     pretrain_dataset: Annotated[str | None, option("NAME|FILE", "that of --dataset")] = None

@@ -270,7 +270,7 @@ def test_reference_scores() -> None:
     for (
         name,
         entry,
-    ) in CATALOG.items():  # the scores of an environment do not depend on the data set
+    ) in CATALOG.items():  # the scores of an environment do not depend on the dataset
         assert datasets.reference_scores(name) == datasets.reference_scores(entry.env_id)
 
 

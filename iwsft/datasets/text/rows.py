@@ -124,8 +124,9 @@ def to_row(record: Record, where: str) -> Row:
 
     Raises:
         ValueError: A column is missing, a role is unknown, there is no assistant turn, a completion
-            is empty, a score is NaN, a weight is not a whole number from 0 on, or another column
-            would change the text or the training. The error names ``where``, the record's place.
+            is empty, a score or a weight is not finite, a count is not a whole number from 0 on, or
+            another column would change the text or the training. The error names ``where``, the
+            record's place.
     """
     with row_named(where):
         row = Row(where, **{name: _optional(record.get(name), name) for name in _OPTIONAL})
