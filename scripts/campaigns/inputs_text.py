@@ -101,7 +101,7 @@ def _drop(row: dict[str, Any], random: Random) -> None:
 
 _WRONG: dict[str, Callable[[dict[str, Any], Random], None]] = {
     "score": _put("score", float("nan"), float("inf"), "0.5", True, [1]),
-    "weight": _put("weight", -1, 0.5, "2", True, [1]),
+    "weight": _put("weight", float("nan"), float("-inf"), "2", True, [1]),
     "correct": _put("correct", "yes", 2, 0.5, [True]),
     "messages": _put("messages", "x", 3, [], {}, [[]]),
     "completion": _put("completion", "", "  ", 3, ["x"]),
@@ -128,7 +128,10 @@ def _written_as_parquet(rows: list[dict[str, Any]], path: Path) -> bool:
 def _rows_case(_: Path, random: Random, folder: Path) -> Iterator[Finding]:
     made = [_row(random) for _ in range(random.randint(1, 5))]
     rows = [row for row, *_ in made]
-    for name, draw in (("score", lambda: random.randrange(9) / 8), ("weight", lambda: 2)):
+    for name, draw in (
+        ("score", lambda: random.randrange(9) / 8),
+        ("weight", lambda: random.choice([2, 0.5, -1])),
+    ):
         if random.random() < 0.4:
             for row in rows:
                 row[name] = draw()
