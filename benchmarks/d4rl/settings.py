@@ -61,7 +61,7 @@ def name_in_tables(data: OfflineDataset) -> str:
     It is D4RL's for data of D4RL, that of the D4RL set which it resembles for a set of
     ``benchmarks.collect sets``, and the family of the environment (``hopper``) for others.
     """
-    if data.source == f"collected/{data.name}.hdf5":
+    if data.source == f"the set {data.name} of benchmarks.collect":
         return f"{data.name.replace('-replay', '-medium-replay')}-v2"
     parts = zip(data.name.split("+"), data.source.split("+"), strict=False)
     entries = [find(name) or find(Path(source).name) for name, source in parts]

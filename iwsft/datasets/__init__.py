@@ -120,7 +120,7 @@ def _read(
         if not path.is_file():
             command = f"`python -m benchmarks.collect sets {name}` builds it"
             raise FileNotFoundError(f"{name} is not at {path} yet; {command}")
-        source = f"collected/{path.name}"
+        source = f"the set {name} of benchmarks.collect"
         return d4rl.read(path, name=name, source=source, data_weight=weight)
     if name in CATALOG:
         from iwsft.datasets import download  # network and progress code only where it is used

@@ -76,5 +76,5 @@ def test_returns_all_equal_are_refused(make_trajectories: Any) -> None:
 
 
 def test_an_unknown_name(trajectories: Any) -> None:
-    with pytest.raises(ValueError, match="as they are, return range, minus one, not 'plus one'"):
+    with pytest.raises(ValueError, match="minus one, times 100, not 'plus one'"):
         transformed(trajectories, "plus one")  # type: ignore[arg-type]

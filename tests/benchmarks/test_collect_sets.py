@@ -200,7 +200,10 @@ def test_a_set_is_built_checked_and_found(
     assert "hopper-replay has the recorded bytes" in out and "warning" not in err
 
     loaded = datasets.load("hopper-replay")
-    assert (loaded.name, loaded.source) == ("hopper-replay", "collected/hopper-replay.hdf5")
+    assert (loaded.name, loaded.source) == (
+        "hopper-replay",
+        "the set hopper-replay of benchmarks.collect",
+    )
     with h5py.File(tiny / "hopper-replay.hdf5") as file:
         parts = json.loads(file.attrs["sources"])
     assert [part["policy"] for part in parts] == ["hopper-sac.npz", "hopper-tqc.npz"]

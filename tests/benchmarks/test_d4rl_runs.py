@@ -168,7 +168,7 @@ def test_the_report_reads_the_runs(
 ) -> None:
     report.main(ReportOptions(runs=out, out=tmp_path))
     page = (tmp_path / "report.md").read_text()
-    assert all(f"| {algo} |" in page for algo in ALGORITHMS)
+    assert all(f"| {algorithm_label(algo)} |" in page for algo in ALGORITHMS)
     printed = capsys.readouterr().out
     # The reference policy is not a run, finished or not.
     assert "unfinished" not in printed and "seed-0" not in page
@@ -183,7 +183,7 @@ def test_a_finished_run_is_one_line_with_its_score(
     assert taken == "mine: settings of hopper: Table 4, hopper-medium-replay"
     result = read_json(tmp_path / "d4rl" / "mine" / "iw-sft-q" / "seed-3" / "result.json")
     score, seconds = result["normalized_score"], result["wall_seconds"]
-    assert line == f"mine iw-sft-q seed 3: score {score:.4g}, {seconds:.0f} seconds"
+    assert line == f"mine iw-sft-q seed 3: score {score:.1f}, {seconds:.0f} seconds"
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(

@@ -297,9 +297,12 @@ def test_a_set_of_the_results_has_the_settings_of_the_one_it_resembles(
     """A file of a user that has its name does not."""
     expected = f"{name.replace('-replay', '-medium-replay')}-v2"
     assert expected in CATALOG
-    assert name_in_tables(data_of(name, f"collected/{name}.hdf5", env_id)) == expected
     assert (
-        name_in_tables(data_of(name, f"data/{name}.hdf5", env_id)) == env_id.split("-")[0].lower()
+        name_in_tables(data_of(name, f"the set {name} of benchmarks.collect", env_id)) == expected
+    )
+    assert (
+        name_in_tables(data_of(name, f"collected/{name}.hdf5", env_id))
+        == env_id.split("-")[0].lower()
     )
 
 

@@ -37,7 +37,7 @@ _OTHER_SWITCHES = ("mask", "loss_mask", "train_detail")
 # Other names for the same, and for weights; some are on where they are false.
 _SWITCH_NAME = re.compile(
     r"(?!train(ing)?_loss$)"
-    r"((is|should|use|do|no|compute|apply|in|token|turn|message|sample|loss|train(ing)?)_)?"
+    r"((is|should|use|do|no|compute|apply|in|token|turn|message|sample|data|loss|train(ing)?)_)?"
     r"(train(ed|able|ing)?|learn(able)?|loss|masks?|masked|(un)?mask(ed)?|weights?|ignored?"
     r"|skip(ped)?|supervised)(_(on|turns?|on_turns?|weights?|masks?))?"
 )
@@ -47,6 +47,8 @@ _TEXTS = (
     *("prompt", "completion", "system", "system_prompt", "history", "context", "instruction"),
     *("input", "documents", "instructions", "system_message", "preamble", *REASONING),
 )
+# Other names of a row's count.
+_REPEATS = ("multiplicity", "repeat", "repeats")
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 # Arguments of a rendering that are not the row's.
 _RESERVED = (
@@ -265,8 +267,9 @@ def _check_unread(record: Record, read: Collection[str], turns: Sequence[Message
     for name, value in record.items():
         off = name in switches and value in (True, False) and value != switches[name]
         off |= name == "loss_scale" and value not in (None, 1, [])
-        if off or (name not in switches and _counts_less(name, value)):
-            way_out = "write it as 'weight' or 'correct', or drop it"
+        repeats = name in _REPEATS and value not in (None, 1)
+        if off or repeats or (name not in switches and _counts_less(name, value)):
+            way_out = f"write it as {'count' if repeats else 'weight or correct'}, or drop it"
             raise ValueError(f"column {name!r} is not read; {way_out}")
     if record.get("functions"):
         raise ValueError("'functions' is an old form; write them as 'tools'")
