@@ -69,7 +69,11 @@ TESTS: dict[str, tuple[str, ...]] = {
         f"{_OBJECTIVE}/test_proposals.py",
         f"{_OBJECTIVE}/test_objective_start.py",
     ),
-    "iwsft/curation.py": ("tests/test_curation.py",),
+    "iwsft/curation.py": (
+        "tests/test_curation.py",
+        "tests/test_curation_weights.py",
+        "tests/test_join.py",
+    ),
     "iwsft/samplers.py": ("tests/test_samplers.py", "tests/test_transition_sampler.py"),
     "iwsft/reference.py": (
         *_REFERENCE,

@@ -15,19 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict, TensorDictBase
 
-from iwsft import GaussianPolicy, ImportanceWeightedMLE
-from iwsft.curation import curate, join, trajectory_returns, trajectory_scores
-from iwsft.samplers import TrajectorySampler
+from iwsft.curation import curate, trajectory_returns, trajectory_scores
 from iwsft.trajectory import (
-    DATA_WEIGHT,
     MASK,
-    MULTIPLICITY,
     REWARD,
     TRAJ_IDS,
     lengths,
     pack,
     pad,
-    per_trajectory,
 )
 
 
@@ -361,61 +356,6 @@ def test_settings_out_of_range() -> None:
         curate(data[[2, 1, 0]])
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_joined_parts_keep_what_each_cut_left(padded: bool) -> None:
-    """Top 20 % of each: the second dataset's scores are all above the first's."""
-    low, high = dataset([1.0, 5.0, 2.0, 4.0, 3.0]), dataset([70.0, 60.0, 90.0, 80.0, 50.0])
-    high["observation"] += 1000
-    parts = [curate(low, cuts=(40, 80)), curate(high, cuts=(80,)), low.clone()]
-    joined = join(*(pad(part) if padded else part for part in parts))
-    expected = torch.cat([part["observation"] for part in parts])
-    assert torch.equal(joined["observation"], expected)
-    # Best, second and third of the low; best of the high; all of the low, which has no counts.
-    assert per_trajectory(joined, MULTIPLICITY).tolist() == [2, 1, 1, 1, *[1] * 5]
-    assert per_trajectory(joined, TRAJ_IDS).tolist() == list(range(9))
-    assert lengths(joined).tolist() == [int(n) for part in parts for n in lengths(part)]
-    assert parts[2].get(MULTIPLICITY, default=None) is None
-    assert TrajectorySampler(joined, 4).state_dict()["multiplicity"] == 10
-    # Absent means 1.
-    weighted = curate(high, cuts=(), weight="linear")
-    weights = per_trajectory(join(low, weighted), DATA_WEIGHT).tolist()
-    assert weights == [1, 1, 1, 1, 1, 70, 60, 90, 80, 50]
-
-
-def test_a_batch_of_joined_parts_never_mixes_their_trajectories() -> None:
-    """Both parts have the ids 0, 3, 6; the last of one and the first of the other are one each."""
-    one = dataset([1.0, 2.0, 3.0], [2, 3, 1])
-    joined = join(one[3:], one[:2])
-    assert lengths(joined).tolist() == [2, 1, 2]
-    assert trajectory_returns(joined).tolist() == [2.0, 3.0, 1.0]
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        (lambda x: x.exclude("action"), "action"),
-        (lambda x: x.set("value", x["observation"]), "value"),
-        (lambda x: x.set("observation", x["observation"].expand(-1, 2)), "observation"),
-        (lambda x: x.set(REWARD, x[REWARD].float()), "next.reward"),
-        (lambda x: x.set(MULTIPLICITY, torch.ones(len(x))), "multiplicity"),
-    ],
-)
-def test_unlike_parts_are_refused(change: Any, named: str) -> None:
-    with pytest.raises(ValueError, match=f"differ in {named};"):
-        join(dataset([1.0, 2.0]), change(dataset([3.0, 4.0])))
-
-
-def test_what_cannot_be_joined() -> None:
-    lone = join(dataset([1.0, 2.0]))
-    assert lone.get(TRAJ_IDS).unique().tolist() == [0, 1]
-    with pytest.raises(ValueError, match="nothing to join"):
-        join()
-    with pytest.raises(TypeError, match="not a list"):
-        join([dataset([1.0])])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="not a single step"):
-        join(dataset([1.0]), dataset([1.0])[:0])
-
-
 @pytest.mark.parametrize("ties", ["rank", ">", ">="])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int32])
 def test_rewards_of_any_dtype_and_with_gradient(dtype: torch.dtype, ties: Any) -> None:
@@ -424,66 +364,3 @@ def test_rewards_of_any_dtype_and_with_gradient(dtype: torch.dtype, ties: Any) -
     reward = data[REWARD].to(dtype)
     data[REWARD] = reward.requires_grad_() if dtype.is_floating_point else reward
     assert counts(curate(data, cuts=(50, 80), ties=ties)) == expected
-
-
-def test_softmax_weights_give_reward_weighted_regression() -> None:
-    """Loss and gradient are those of a plain one: sum_j softmax(R / beta)_j (-log p(tau_j))."""
-    returns = torch.tensor([1.0, -2.0, 0.5, 3.0])
-    data = dataset(returns.tolist())
-    data = data.float().set(TRAJ_IDS, data[TRAJ_IDS])
-    policy = GaussianPolicy(1, 1, hidden=(4,))
-    loss = ImportanceWeightedMLE(
-        policy, proposal="reference", length_normalize=False, functional=False
-    )
-    weighted = curate(data, cuts=(), weight="softmax", beta=1.5)
-    log_prob = policy.log_prob(data.copy())
-    sizes = lengths(data).tolist()
-    of_trajectory = torch.stack([part.sum() for part in log_prob.split(sizes)])
-    plain = -((returns / 1.5).softmax(0) * of_trajectory).sum()
-    ours = loss(weighted)["loss_iw_mle"]
-    for a, b in zip(
-        (ours, *torch.autograd.grad(ours, [*policy.parameters()])),
-        (plain, *torch.autograd.grad(plain, [*policy.parameters()])),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b)
-
-
-def test_weights_of_the_survivors() -> None:
-    data = dataset([1.0, 4.0, 2.0, 3.0])
-    assert curate(data).get(DATA_WEIGHT, default=None) is None
-    best = curate(data, cuts=(0, 50), weight="softmax", beta=2.0)
-    weight, draws = (per_trajectory(best, key).double() for key in (DATA_WEIGHT, MULTIPLICITY))
-    ratio = torch.tensor([0.0, 1.5, 0.5, 1.0], dtype=torch.float64).exp()
-    torch.testing.assert_close(weight / weight[0], ratio, rtol=1e-6, atol=0)
-    assert (weight * draws).sum().item() == pytest.approx(draws.sum().item())
-    assert weight.min() > 0 and best[DATA_WEIGHT].dtype == torch.float32
-    # Scores of any size.
-    huge = curate(dataset([1e6, 0.0]), cuts=(), weight="softmax", beta=1e-3)
-    assert per_trajectory(huge, DATA_WEIGHT).tolist() == [2.0, 0.0]
-    linear = curate(data, cuts=(50,), weight="linear")
-    assert per_trajectory(linear, DATA_WEIGHT).tolist() == [4.0, 3.0]
-    centred = curate(data, cuts=(), weight=lambda scores: scores - scores.mean())
-    assert per_trajectory(centred, DATA_WEIGHT).tolist() == [-1.5, 1.5, -0.5, 0.5]
-
-
-@pytest.mark.parametrize(
-    ("settings", "error"),
-    [
-        ({"weight": "softmax"}, "beta=None: weight='softmax' needs a positive one"),
-        ({"weight": "softmax", "beta": 0.0}, "beta=0.0"),
-        ({"weight": "linear", "beta": 1.0}, "beta=1.0"),
-        ({"beta": 1.0}, "beta=1.0"),
-        ({"weight": "square"}, "weight='square' is neither"),
-        ({"weight": lambda scores: scores[:1]}, r"gave shape \[1\]; there are 3 trajectories"),
-        ({"weight": lambda scores: scores / 0}, "is NaN or infinite in 3 places"),
-        ({"weight": lambda scores: 0 * scores}, "is 0 everywhere"),
-    ],
-)
-def test_weights_that_are_refused(settings: Any, error: str) -> None:
-    with pytest.raises(ValueError, match=error):
-        curate(dataset([1.0, 2.0, 3.0]), cuts=(), **settings)
-    weighted = curate(dataset([1.0, 2.0]), cuts=(), weight="linear").exclude(MULTIPLICITY)
-    assert torch.equal(curate(weighted, cuts=())[DATA_WEIGHT], weighted[DATA_WEIGHT])
-    with pytest.raises(ValueError, match="these hold 'data_weight' already"):
-        curate(weighted, cuts=(), weight="linear")

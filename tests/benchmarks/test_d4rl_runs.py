@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,12 @@ from torch import Tensor
 from benchmarks.d4rl import settings
 from benchmarks.d4rl.__main__ import main
 from benchmarks.d4rl.options import ALGORITHMS, Options
+from benchmarks.d4rl.run import Task
 from benchmarks.d4rl.settings import FineTuning
 from benchmarks.report import __main__ as report
 from benchmarks.report.options import Options as ReportOptions
 from benchmarks.report.scores import algorithm_label
-from iwsft import datasets, metrics
+from iwsft import GaussianPolicy, datasets, evaluate, metrics
 from iwsft.evaluation import normalized_score
 
 Job = Callable[..., Path]
@@ -239,3 +242,15 @@ def test_the_bundled_data_runs_by_default(tmp_path: Path, read_json: Read) -> No
     assert read_json(run / "config.json")["settings"]["fine_tuning"]["lr"] == 1e-4
     row = first_row(run)
     assert row["weight_mean"] == 1.0 and row["weight_max"] == 1.0 and row["ESS"] == 1.0
+
+
+def test_rewards_that_are_not_finite_fail_the_run(
+    tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = Task.load(str(tiny_dataset))
+    score = evaluate(GaussianPolicy(11, 3), "Hopper-v4", episodes=1)
+    for reward in (math.nan, math.inf):
+        given = dataclasses.replace(score, returns=[reward])
+        monkeypatch.setattr("benchmarks.d4rl.run.evaluate", lambda *_, given=given, **__: given)
+        with pytest.raises(FloatingPointError, match="Hopper-v4 gave rewards that are not finite"):
+            task.score(GaussianPolicy(11, 3), episodes=1)

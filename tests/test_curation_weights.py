@@ -1,0 +1,76 @@
+"""Data weights that curation makes of scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from iwsft import GaussianPolicy, ImportanceWeightedMLE
+from iwsft.curation import curate
+from iwsft.trajectory import DATA_WEIGHT, MULTIPLICITY, TRAJ_IDS, lengths, per_trajectory
+from tests.test_curation import dataset
+
+
+def test_softmax_weights_give_reward_weighted_regression() -> None:
+    """Loss and gradient are those of a plain one: sum_j softmax(R / beta)_j (-log p(tau_j))."""
+    returns = torch.tensor([1.0, -2.0, 0.5, 3.0])
+    data = dataset(returns.tolist())
+    data = data.float().set(TRAJ_IDS, data[TRAJ_IDS])
+    policy = GaussianPolicy(1, 1, hidden=(4,))
+    loss = ImportanceWeightedMLE(
+        policy, proposal="reference", length_normalize=False, functional=False
+    )
+    weighted = curate(data, cuts=(), weight="softmax", beta=1.5)
+    log_prob = policy.log_prob(data.copy())
+    sizes = lengths(data).tolist()
+    of_trajectory = torch.stack([part.sum() for part in log_prob.split(sizes)])
+    plain = -((returns / 1.5).softmax(0) * of_trajectory).sum()
+    ours = loss(weighted)["loss_iw_mle"]
+    for a, b in zip(
+        (ours, *torch.autograd.grad(ours, [*policy.parameters()])),
+        (plain, *torch.autograd.grad(plain, [*policy.parameters()])),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_weights_of_the_survivors() -> None:
+    data = dataset([1.0, 4.0, 2.0, 3.0])
+    assert curate(data).get(DATA_WEIGHT, default=None) is None
+    best = curate(data, cuts=(0, 50), weight="softmax", beta=2.0)
+    weight, draws = (per_trajectory(best, key).double() for key in (DATA_WEIGHT, MULTIPLICITY))
+    ratio = torch.tensor([0.0, 1.5, 0.5, 1.0], dtype=torch.float64).exp()
+    torch.testing.assert_close(weight / weight[0], ratio, rtol=1e-6, atol=0)
+    assert (weight * draws).sum().item() == pytest.approx(draws.sum().item())
+    assert weight.min() > 0 and best[DATA_WEIGHT].dtype == torch.float32
+    # Scores of any size.
+    huge = curate(dataset([1e6, 0.0]), cuts=(), weight="softmax", beta=1e-3)
+    assert per_trajectory(huge, DATA_WEIGHT).tolist() == [2.0, 0.0]
+    linear = curate(data, cuts=(50,), weight="linear")
+    assert per_trajectory(linear, DATA_WEIGHT).tolist() == [4.0, 3.0]
+    centred = curate(data, cuts=(), weight=lambda scores: scores - scores.mean())
+    assert per_trajectory(centred, DATA_WEIGHT).tolist() == [-1.5, 1.5, -0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"weight": "softmax"}, "beta=None: weight='softmax' needs a positive one"),
+        ({"weight": "softmax", "beta": 0.0}, "beta=0.0"),
+        ({"weight": "linear", "beta": 1.0}, "beta=1.0"),
+        ({"beta": 1.0}, "beta=1.0"),
+        ({"weight": "square"}, "weight='square' is neither"),
+        ({"weight": lambda scores: scores[:1]}, r"gave shape \[1\]; there are 3 trajectories"),
+        ({"weight": lambda scores: scores / 0}, "is NaN or infinite in 3 places"),
+        ({"weight": lambda scores: 0 * scores}, "is 0 everywhere"),
+    ],
+)
+def test_weights_that_are_refused(settings: Any, error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        curate(dataset([1.0, 2.0, 3.0]), cuts=(), **settings)
+    weighted = curate(dataset([1.0, 2.0]), cuts=(), weight="linear").exclude(MULTIPLICITY)
+    assert torch.equal(curate(weighted, cuts=())[DATA_WEIGHT], weighted[DATA_WEIGHT])
+    with pytest.raises(ValueError, match="these hold 'data_weight' already"):
+        curate(weighted, cuts=(), weight="linear")
