@@ -128,13 +128,18 @@ def _control(document: Document, group: Sequence[Cell], missing: Sequence[Record
     _cost(document, group)
 
 
+def _counted(number: int, name: str) -> str:
+    return f"{number} {name}{'' if number == 1 else 's'}"
+
+
 def _summary(
     group: Sequence[Cell], aggregates: Aggregates, missing: Sequence[RecordedRun]
 ) -> list[str]:
     """Three lines: what was run, what is best, and whether the paper's two methods differ."""
     runs, short = runs_of(group), [cell for cell in group if cell.under_trained]
-    counts = [f"{len(runs)} runs of {len(scores.algorithms(group))} algorithms"]
-    counts[0] += f" on {len(scores.datasets(group))} datasets"
+    of = _counted(len(scores.algorithms(group)), "algorithm")
+    on = _counted(len(scores.datasets(group)), "dataset")
+    counts = [f"{_counted(len(runs), 'run')} of {of} on {on}"]
     if missing:
         counts.append(f"{len(missing)} more are unfinished or damaged")
     if short:
@@ -153,7 +158,8 @@ def _summary(
         f"{scores.algorithm_label(name)} {over_datasets.text(estimates[name][0], 1)}"
         for name in best
     ]
-    over = f"over {len(aggregates.datasets)} datasets (interquartile mean, 95 % interval)"
+    many = _counted(len(aggregates.datasets), "dataset")
+    over = f"over {many} (interquartile mean, 95 % interval)"
     apart = len(best) > 1 and scores.is_higher(*(aggregates.rows[name] for name in best))
     title, verdict = ("Best", "") if apart else ("Highest", ": their means may be equal, a tie")
     lines.append(f"**{title}.** {escaped(', then '.join(ranks))} {over}{verdict}.")
