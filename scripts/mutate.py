@@ -56,10 +56,15 @@ TESTS: dict[str, tuple[str, ...]] = {
         f"{_OBJECTIVE}/test_loss_inputs.py",
         f"{_OBJECTIVE}/test_objective_truth.py",
         f"{_OBJECTIVE}/test_objective_start.py",
+        f"{_OBJECTIVE}/test_data_weights.py",
         f"{_OBJECTIVE}/test_loss_module_contract.py",
         f"{_POLICIES}/test_causal_lm_objective.py",
     ),
-    "iwsft/weights.py": ("tests/test_weights.py", f"{_OBJECTIVE}/test_objective_truth.py"),
+    "iwsft/weights.py": (
+        "tests/test_weights.py",
+        "tests/test_lower_bound.py",
+        f"{_OBJECTIVE}/test_objective_truth.py",
+    ),
     "iwsft/trajectory.py": (
         "tests/test_trajectory.py",
         f"{_OBJECTIVE}/test_loss_inputs.py",
