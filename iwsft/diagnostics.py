@@ -132,8 +132,8 @@ def diagnose(
         ``weight_q05`` to ``weight_q95`` (quantiles, counted by multiplicity), ``pareto_k`` over the
         distinct trajectories (left out if it is NaN), and, with ``ref_log_prob``,
         ``importance_sampled_return``, ``surrogate`` and ``bound_gap``. Where the scores choose an
-        exponent, what they choose for the policy as it is (:class:`iwsft.weights.Choice`): a sync
-        at this moment takes it.
+        exponent, what they choose for the policy as it is (:class:`iwsft.lower_bound.Choice`): a
+        sync at this moment takes it.
     """
     terms = loss.terms(batch) if terms is None else terms
     weight = terms.log_weight.exp()

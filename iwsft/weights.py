@@ -11,7 +11,8 @@ is by class attributes, all of them optional:
 - ``place``: ``"step"`` or ``"trajectory"``; a chain refuses it in the other place.
 - ``clips``: if its output differs from its input, the weight counts as clipped.
 - ``compares``: it compares all weights of a batch, so it needs the whole batch at once.
-- ``scored``: it takes the trajectories' scores, too, and returns a :class:`Choice` as well.
+- ``scored``: it takes the trajectories' scores, too, and returns a
+  :class:`~iwsft.lower_bound.Choice` as well.
 """
 
 from __future__ import annotations
@@ -24,24 +25,15 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from iwsft.lower_bound import Choice, LowerBound
 from iwsft.trajectory import Segments, on_host
 
 LOG_MAX = math.log(torch.finfo(torch.float32).max)
 _MIN_ALPHA = 1e-6
-# Exponents that LowerBound chooses from: none of the weights to the largest one alone.
-EXPONENTS = (0.0, *(2 ** (quarter / 4) for quarter in range(-16, 33)))
 Place = Literal["step", "trajectory"]
 StepTransform = Callable[[Tensor], Tensor]
 # Log-weights and how much each counts -> log-weights.
 TrajectoryTransform = Callable[..., Any]
-
-
-class Choice(NamedTuple):
-    """What :class:`LowerBound` has chosen: alpha, 1 / sum p^2, the bound; float64 scalars."""
-
-    exponent: Tensor
-    effective_trajectories: Tensor
-    gain_bound: Tensor
 
 
 class Weights(NamedTuple):
@@ -202,31 +194,6 @@ class TargetESS(_OfTrajectory):
             low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
         tempered = high.exp() * shifted
         return (tempered - log_mean_exp(tempered, share)).to(log_weight.dtype)
-
-
-@dataclass(frozen=True)
-class LowerBound(_OfTrajectory):
-    """Trajectory: w <- w^alpha / mean w^alpha, where alpha promises the best score.
-
-    alpha is the one of :data:`EXPONENTS` with the largest lower bound of the gain over alpha = 0,
-    sum_j d_j z_j - sqrt(sum_j d_j^2). d is the change of m_j w_j^alpha / sum m w^alpha from
-    alpha = 0, z the standard score (docs/algorithm.md derives it). With equal scores it is 0.
-    """
-
-    compares: ClassVar[bool] = True
-    scored: ClassVar[bool] = True
-
-    def __call__(self, log_weight: Tensor, share: Tensor, score: Tensor) -> tuple[Tensor, Choice]:
-        shifted, share = _shifted(log_weight, share), share.double()
-        score = torch.where(share > 0, score, score[share.argmax()]).double()
-        exponents = torch.tensor(EXPONENTS, dtype=torch.float64, device=share.device)
-        p = torch.softmax(exponents[:, None] * shifted + share.log(), 1)
-        change = p - p[0]
-        bound = (change * score).sum(1) - change.square().sum(1).sqrt()
-        best = torch.where(score.amax() > score.amin(), bound.argmax(), 0)
-        alpha = exponents[best]
-        log = torch.where(alpha > 0, alpha * shifted - log_mean_exp(alpha * shifted, share), 0.0)
-        return log.to(log_weight.dtype), Choice(alpha, 1 / p[best].square().sum(), bound[best])
 
 
 @dataclass(frozen=True)

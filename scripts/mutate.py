@@ -62,9 +62,9 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "iwsft/weights.py": (
         "tests/test_weights.py",
-        "tests/test_lower_bound.py",
         f"{_OBJECTIVE}/test_objective_truth.py",
     ),
+    "iwsft/lower_bound.py": ("tests/test_lower_bound.py",),
     "iwsft/trajectory.py": (
         "tests/test_trajectory.py",
         f"{_OBJECTIVE}/test_loss_inputs.py",

@@ -24,10 +24,10 @@ from iwsft import (
 )
 from iwsft.curation import join
 from iwsft.diagnostics import diagnose
+from iwsft.lower_bound import EXPONENTS, Choice, LowerBound
 from iwsft.samplers import StepSampler, TrajectorySampler
 from iwsft.training import Schedule, fit
 from iwsft.trajectory import REWARD, STANDARD_SCORE, from_steps
-from iwsft.weights import EXPONENTS, Choice, LowerBound
 
 Array = NDArray[np.float64]
 # Log-weight, multiplicity and score of each trajectory.

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from iwsft import ImportanceWeights, weights
+from iwsft.lower_bound import LowerBound
 from iwsft.trajectory import Segments, from_steps
 from iwsft.weights import exponential, log_ess, log_mean_exp
 
@@ -303,7 +304,7 @@ def test_chains_that_stay_finite_pass_the_overflow_check() -> None:
         partial(weights.ClipLogRatio, max=math.nan),
         partial(weights.ClipWeight, max=math.nan),
         lambda: ImportanceWeights(reduce="max"),  # type: ignore[arg-type]
-        lambda: ImportanceWeights(reduce=None, trajectory=[weights.LowerBound()]),
+        lambda: ImportanceWeights(reduce=None, trajectory=[LowerBound()]),
     ],
 )
 def test_wrong_settings_are_refused(build: Callable[[], Any]) -> None:
@@ -357,7 +358,7 @@ def test_a_transform_declares_what_it_is() -> None:
     plain = ImportanceWeights(step=[torch.tanh], trajectory=[lambda x, share: x.clamp(max=0)])
     log_weight, clipped, _ = plain(x, segments, share)
     assert not plain.compares and not bool(clipped.any()) and bool((log_weight == 0).all())
-    ours = (weights.SelfNormalize(), weights.TargetESS(0.5), weights.LowerBound())
+    ours = (weights.SelfNormalize(), weights.TargetESS(0.5), LowerBound())
     assert all(ImportanceWeights(trajectory=[t]).compares for t in (_Centred(), *ours))
     assert not ImportanceWeights(trajectory=[_Halved(), weights.ClipWeight()]).compares
     # A comparison makes a lone trajectory's weight 1, which would hide its overflow.

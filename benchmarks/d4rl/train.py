@@ -32,6 +32,7 @@ from benchmarks.runs import CONFIG, RESULT, VIDEO, alone_in, write_json
 from iwsft import checkpoint, metrics
 from iwsft.diagnostics import diagnose, weighted_mean
 from iwsft.files import written_whole
+from iwsft.lower_bound import Choice
 from iwsft.objective import ImportanceWeightedMLE, Proposal
 from iwsft.policies import GaussianPolicy
 from iwsft.proposals import EMA, HardSync
@@ -40,7 +41,6 @@ from iwsft.samplers import StepSampler, TrajectorySampler
 from iwsft.trained_policy import TrainedPolicy, save_policy
 from iwsft.training import Cost, Probe, Row, Schedule, fit
 from iwsft.trajectory import REWARD, Segments
-from iwsft.weights import Choice
 
 # A function that shows progress: stage, number of updates of the stage, metrics.
 Report = Callable[[str, int, Row], None]

@@ -1,0 +1,49 @@
+"""Importance weights whose sharpness the scores of the data choose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Exponents to choose from: none of the weights to the largest one alone.
+EXPONENTS = (0.0, *(2 ** (quarter / 4) for quarter in range(-16, 33)))
+
+
+class Choice(NamedTuple):
+    """What :class:`LowerBound` has chosen: alpha, 1 / sum p^2, the bound; float64 scalars."""
+
+    exponent: Tensor
+    effective_trajectories: Tensor
+    gain_bound: Tensor
+
+
+@dataclass(frozen=True)
+class LowerBound:
+    """Trajectory: w <- w^alpha / mean w^alpha, where alpha promises the best score.
+
+    alpha is the one of :data:`EXPONENTS` with the largest lower bound of the gain over alpha = 0,
+    sum_j d_j z_j - sqrt(sum_j d_j^2). d is the change of m_j w_j^alpha / sum m w^alpha from
+    alpha = 0, z the standard score (docs/algorithm.md derives it). With equal scores it is 0.
+    """
+
+    place: ClassVar[Literal["trajectory"]] = "trajectory"
+    compares: ClassVar[bool] = True
+    scored: ClassVar[bool] = True
+
+    def __call__(self, log_weight: Tensor, share: Tensor, score: Tensor) -> tuple[Tensor, Choice]:
+        counts = share > 0
+        top = torch.where(counts, log_weight, -torch.inf).amax()
+        # Over the largest, so that a common factor changes no bit.
+        shifted = torch.where(counts, log_weight.double() - top, 0.0)
+        score = torch.where(counts, score, score[share.argmax()]).double()
+        exponents = torch.tensor(EXPONENTS, dtype=torch.float64, device=share.device)
+        log_p = torch.log_softmax(exponents[:, None] * shifted + share.double().log(), 1)
+        p = log_p.exp()
+        change = p - p[0]
+        bound = (change * score).sum(1) - change.square().sum(1).sqrt()
+        best = torch.where(score.amax() > score.amin(), bound.argmax(), 0)
+        log = torch.where(counts, log_p[best] - log_p[0], 0.0).to(log_weight.dtype)
+        return log, Choice(exponents[best], 1 / p[best].square().sum(), bound[best])
