@@ -8,6 +8,7 @@ import multiprocessing.forkserver
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -45,14 +46,20 @@ def forkserver() -> BaseContext:
 
 
 @pytest.fixture
-def on_two_processes(forkserver: BaseContext) -> Callable[..., None]:
-    """``on_two_processes(work, *args)`` runs ``work(rank, *args)`` on two fresh processes."""
+def on_processes(forkserver: BaseContext) -> Callable[..., None]:
+    """``on_processes(n, work, *args)`` runs ``work(rank, *args)`` on n fresh processes."""
 
-    def run(work: Callable[..., None], *args: object) -> None:
+    def run(n: int, work: Callable[..., None], *args: object) -> None:
         method = forkserver.get_start_method()
-        torch.multiprocessing.start_processes(work, args, nprocs=2, start_method=method)
+        torch.multiprocessing.start_processes(work, args, nprocs=n, start_method=method)
 
     return run
+
+
+@pytest.fixture
+def on_two_processes(on_processes: Callable[..., None]) -> Callable[..., None]:
+    """``on_two_processes(work, *args)`` runs ``work(rank, *args)`` on two fresh processes."""
+    return partial(on_processes, 2)
 
 
 @pytest.fixture

@@ -111,7 +111,7 @@ def run(
                 worker.read(tally)
                 if worker.child.code != 0:
                     raise RuntimeError(
-                        f"case {worker.number} of {campaign.name} is broken:\n"
+                        f"case {worker.number} of {campaign.name} ends with {worker.child.code}:\n"
                         + worker.child.log.read_text()[-3000:]
                     )
                 del workers[slot]

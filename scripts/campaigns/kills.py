@@ -127,7 +127,10 @@ def unbroken(job: Job, folder: Path) -> None:
     folder.with_name(f"{folder.name}.seconds").write_text(str(time.monotonic() - began))
     differing = differences(folder, again)
     if child.code or differing:
-        raise RuntimeError(f"{folder.name} differs without a kill: {differing}, {_tail(child.log)}")
+        raise RuntimeError(
+            f"{folder.name} differs without a kill: {differing}, "
+            f"it ends with {child.code}: {_tail(child.log)}"
+        )
 
 
 def campaign(

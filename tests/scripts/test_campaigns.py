@@ -1,4 +1,7 @@
-"""The campaigns see what goes wrong; a small share of them finds nothing."""
+"""The campaigns see what goes wrong; a small share of them finds nothing.
+
+They fork, so they run in fresh processes: a fork has all that earlier tests left in its parent.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
@@ -48,10 +51,10 @@ def _case(shared: Path, random: Random, folder: Path) -> Iterator[Finding]:
         yield "lost", f"{random.random():.3f} of {(shared / 'there').read_text()}"
 
 
-def test_a_hang_is_counted_and_the_other_cases_run(tmp_path: Path) -> None:
+def _hang(_rank: int, folder: Path) -> None:
     campaign = Campaign("made", _case, lambda shared: (shared / "there").write_text("all") and None)
     tallies = [
-        run(campaign, tmp_path / str(n), seconds=1, processes=3, seed=4, limit=0.8, only=only)
+        run(campaign, folder / str(n), seconds=1, processes=3, seed=4, limit=0.8, only=only)
         for n, only in enumerate((None, 2))
     ]
     whole, alone = tallies
@@ -62,6 +65,12 @@ def test_a_hang_is_counted_and_the_other_cases_run(tmp_path: Path) -> None:
     assert "made, case 1: hang" in shown and "made, case 2: lost" in shown
 
 
+def test_a_hang_is_counted_and_the_other_cases_run(
+    tmp_path: Path, on_processes: Callable[..., None]
+) -> None:
+    on_processes(1, _hang, tmp_path)
+
+
 def _bars(shared: Path, random: Random, folder: Path) -> Iterator[Finding]:
     holder = start(lambda: tqdm.get_lock().acquire() and time.sleep(100), folder / "holder.log")
     time.sleep(0.1)
@@ -70,9 +79,15 @@ def _bars(shared: Path, random: Random, folder: Path) -> Iterator[Finding]:
     yield "tried" if other.wait(5) == 0 else "hang", other.log.read_text()
 
 
-def test_a_process_killed_at_a_progress_bar_holds_up_no_other(tmp_path: Path) -> None:
+def _killed_at_a_bar(_rank: int, folder: Path) -> None:
     campaign = Campaign("bars", _bars, lambda _: tqdm(range(3)).close())
-    assert run(campaign, tmp_path, seconds=1, processes=1, seed=0, only=0).counts == {"tried": 1}
+    assert run(campaign, folder, seconds=1, processes=1, seed=0, only=0).counts == {"tried": 1}
+
+
+def test_a_process_killed_at_a_progress_bar_holds_up_no_other(
+    tmp_path: Path, on_processes: Callable[..., None]
+) -> None:
+    on_processes(1, _killed_at_a_bar, tmp_path)
 
 
 def test_a_preparation_that_leaves_a_thread_is_refused(tmp_path: Path) -> None:
@@ -94,11 +109,8 @@ def test_one_bit_and_one_file_are_seen(tmp_path: Path) -> None:
     assert found == {"same": [], "bit": ["state.pt"], "file": [".state.pt.7.partial"]}
 
 
-@pytest.mark.parametrize("fault", [None, "forgets", "refuses"])
-def test_a_job_that_does_not_resume_is_seen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str | None
-) -> None:
-    """A job of ten lines that continues after the last, or with a fault does not."""
+def _job_with(_rank: int, folder: Path, fault: str | None) -> None:
+    """Kill a job of ten lines that continues after the last, or with a fault does not."""
 
     def job(resume: bool) -> None:
         path = Path("lines.jsonl")
@@ -110,13 +122,19 @@ def test_a_job_that_does_not_resume_is_seen(
                 file.write(f"{number}\n")
                 time.sleep(0.01)
 
-    monkeypatch.chdir(tmp_path)
-    unbroken(job, tmp_path / "whole")
+    unbroken(job, folder / "whole")
     found: list[str] = []
     for seed in range(4):
-        (tmp_path / f"other-{seed}").mkdir()
-        os.chdir(tmp_path / f"other-{seed}")
-        cases = killed(job, tmp_path / "whole", Random(seed), command=False)
+        (folder / f"other-{seed}").mkdir()
+        os.chdir(folder / f"other-{seed}")
+        cases = killed(job, folder / "whole", Random(seed), command=False)
         found += [kind for kind, _ in cases]
     wrong = {None: set(), "forgets": {"different"}, "refuses": {"lost"}}
     assert "tried" in found and set(found) - {"tried", "obscure"} == wrong[fault]
+
+
+@pytest.mark.parametrize("fault", [None, "forgets", "refuses"])
+def test_a_job_that_does_not_resume_is_seen(
+    tmp_path: Path, on_processes: Callable[..., None], fault: str | None
+) -> None:
+    on_processes(1, _job_with, tmp_path, fault)
