@@ -25,8 +25,9 @@ class LowerBound:
     """Trajectory: w <- w^alpha / mean w^alpha, where alpha promises the best score.
 
     alpha is the one of :data:`EXPONENTS` with the largest lower bound of the gain over alpha = 0,
-    sum_j d_j z_j - sqrt(sum_j d_j^2). d is the change of m_j w_j^alpha / sum m w^alpha from
-    alpha = 0, z the standard score (docs/algorithm.md derives it). With equal scores it is 0.
+    sum_j d_j z_j - sqrt(sum_j o_j^2). With p_j = m_j w_j^alpha / sum m w^alpha, d is the change of
+    p and o that of p / (1 - p) from alpha = 0. z is the standard score, and the root is the
+    jackknife's standard error (docs/algorithm.md derives it). With equal scores alpha is 0.
     """
 
     place: ClassVar[Literal["trajectory"]] = "trajectory"
@@ -42,8 +43,10 @@ class LowerBound:
         exponents = torch.tensor(EXPONENTS, dtype=torch.float64, device=share.device)
         log_p = torch.log_softmax(exponents[:, None] * shifted + share.double().log(), 1)
         p = log_p.exp()
-        change = p - p[0]
-        bound = (change * score).sum(1) - change.square().sum(1).sqrt()
+        odds = p / -torch.expm1(log_p)
+        # A lone trajectory has infinite odds, which no exponent changes.
+        error = torch.where(p == p[0], 0.0, odds - odds[0]).square().sum(1).sqrt()
+        bound = ((p - p[0]) * score).sum(1) - error
         best = torch.where(score.amax() > score.amin(), bound.argmax(), 0)
         log = torch.where(counts, log_p[best] - log_p[0], 0.0).to(log_weight.dtype)
         return log, Choice(exponents[best], 1 / p[best].square().sum(), bound[best])

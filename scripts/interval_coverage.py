@@ -5,7 +5,8 @@ python scripts/interval_coverage.py
 Prints the tables of docs/results.md: the share of simulated sets of seeds, or of questions, whose
 interval holds the true value. The aggregates are over five datasets of different means and
 deviations. The differences are those of two algorithms on one dataset, of the same deviation or of
-deviations 1 : 3, whose scores of a seed are correlated.
+deviations 1 : 3, whose scores of a seed are correlated. Last, how often --q auto takes weights
+where returns are noise (docs/algorithm.md).
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from benchmarks import statistics
 from benchmarks.statistics import Estimate, interval_over_questions, t_interval
+from iwsft.lower_bound import LowerBound
 
 Array = NDArray[np.float64]
 SEEDS = (3, 5, 10)
@@ -100,8 +103,16 @@ def over_questions(name: str, questions: int, answers: int) -> float:
     return coverage((interval_over_questions(each, answers) for each in shares), a / (a + b))
 
 
+def false_choices(trajectories: int) -> float:
+    """How often LowerBound chooses weights where returns tell nothing."""
+    choose, share = LowerBound(), torch.ones(trajectories, dtype=torch.float64)
+    log_weight, score = torch.from_numpy(generator.normal(size=(2, 2_000, trajectories)))
+    choices = [choose(0.02 * x, share, z)[1] for x, z in zip(log_weight, score, strict=True)]
+    return float(np.mean([float(choice.exponent) > 0 for choice in choices]))
+
+
 def main() -> None:
-    """Print the four parts."""
+    """Print the five parts."""
     print("One dataset: Student's t, by the number of seeds")
     for shape, (draw, mean) in SHAPES.items():
         sets = [np.transpose(t_interval(draw((seeds, SETS)))) for seeds in SEEDS]
@@ -122,6 +133,9 @@ def main() -> None:
         for questions in (10, 30, 200):
             shares = [over_questions(name, questions, answers) for answers in (1, 4, 64)]
             print(f"{name:<42} {questions:>3}  {'  '.join(f'{share:.1%}' for share in shares)}")
+    print("\nSets on which --q auto takes weights although returns are noise, by trajectories")
+    for trajectories in (10, 20, 50, 150):
+        print(f"{trajectories:>4}  {false_choices(trajectories):.1%}")
 
 
 if __name__ == "__main__":
