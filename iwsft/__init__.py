@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from iwsft.objective import ImportanceWeightedMLE as ImportanceWeightedMLE
     from iwsft.policies import CausalLMPolicy as CausalLMPolicy
     from iwsft.policies import GaussianPolicy as GaussianPolicy
+    from iwsft.presets import ImportanceWeights as ImportanceWeights
     from iwsft.proposals import EMA as EMA
     from iwsft.proposals import HardSync as HardSync
     from iwsft.proposals import reweight as reweight
     from iwsft.reference import annotate_reference as annotate_reference
     from iwsft.trained_policy import load_policy as load_policy
-    from iwsft.weights import ImportanceWeights as ImportanceWeights
 
 # name -> where it lives; a module maps to itself
 _PUBLIC = {
@@ -32,7 +32,7 @@ _PUBLIC = {
     "GaussianPolicy": "policies",
     "HardSync": "proposals",
     "ImportanceWeightedMLE": "objective",
-    "ImportanceWeights": "weights",
+    "ImportanceWeights": "presets",
     "annotate_reference": "reference",
     "curate": "curation",
     "datasets": "datasets",

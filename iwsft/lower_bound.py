@@ -32,7 +32,7 @@ class LowerBound:
 
     place: ClassVar[Literal["trajectory"]] = "trajectory"
     compares: ClassVar[bool] = True
-    scored: ClassVar[bool] = True
+    reads: ClassVar[str] = "standard_score"
 
     def __call__(self, log_weight: Tensor, share: Tensor, score: Tensor) -> tuple[Tensor, Choice]:
         counts = share > 0

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -14,8 +14,10 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import dispatch
 from torch import Tensor, nn
 
+from iwsft.chain import Chain, Reference, Weights
 from iwsft.policies.log_prob import evaluating, finite_padding, noise_watch, step_log_prob
 from iwsft.policy_loss import PolicyLoss
+from iwsft.presets import ImportanceWeights
 from iwsft.trajectory import (
     ACTION,
     DATA_WEIGHT,
@@ -29,7 +31,7 @@ from iwsft.trajectory import (
     fit,
     on_host,
 )
-from iwsft.weights import ImportanceWeights, Weights, exponential, log_ess
+from iwsft.weights import exponential, log_ess
 
 Proposal = Literal["current", "reference", "lagged", "cached"]
 LOSS = "loss_iw_mle"
@@ -78,6 +80,8 @@ class ImportanceWeightedMLE(PolicyLoss):
             mode where it has drawn dropout or other noise. ``"cached"``: the policy at the last
             sync; :func:`~iwsft.reweight` wrote its weights into the data.
             ``"reference"``: pi_ref, so all log-ratios are 0: SFT.
+        reference: What q is divided by, in place of what ``importance_weights`` say:
+            ``"fixed"``, ``"synced"`` or ``"none"``, see :class:`~iwsft.chain.Chain`.
         length_normalize: Whether to divide the log-probability of a trajectory by its length.
         reduction: ``"mean"`` as above, ``"sum"`` (no division by sum_j m_j), or ``"none"``: the
             terms per step, in the layout of the batch, that add up to ``"sum"``.
@@ -144,8 +148,9 @@ class ImportanceWeightedMLE(PolicyLoss):
         self,
         policy: nn.Module,
         *,
-        importance_weights: ImportanceWeights | None = None,
+        importance_weights: Chain | None = None,
         proposal: Proposal = "lagged",
+        reference: Reference | None = None,
         length_normalize: bool = True,
         reduction: Literal["none", "mean", "sum"] | None = None,
         normalize_data_weights: bool = False,
@@ -166,11 +171,21 @@ class ImportanceWeightedMLE(PolicyLoss):
         super().__init__(policy, lagged=lagged, functional=functional)
         self.reads_weights = proposal == "cached" or (proposal == "lagged" and not hold_q)
         self._in_keys: list[NestedKey] | None = None
-        self.importance_weights = importance_weights or ImportanceWeights()
+        chain = importance_weights or ImportanceWeights()
+        self.importance_weights = (
+            chain if reference is None else replace(chain, reference=reference)
+        )
+        self.importance_weights.check_proposal(proposal)
+        self.awaits_sync = self.importance_weights.reference == "synced"
         self.proposal: Proposal = proposal
         self.length_normalize = length_normalize
         self.reduction = reduction
         self.normalize_data_weights = normalize_data_weights
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether batches must have log pi_ref."""
+        return self.proposal != "reference" and self.importance_weights.reference != "none"
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -234,13 +249,21 @@ class ImportanceWeightedMLE(PolicyLoss):
         """
         segments = self.segments(batch) if segments is None else segments
         share = self.share(batch, segments) if share is None else share
-        reference = self.reference(batch, segments) if reference is None else reference
+        chain, read = self.importance_weights, {}
+        if self.awaits_sync:
+            raise ValueError(
+                "reference='synced' needs a sync: make HardSync(loss, every=...) first"
+            )
+        if chain.reference == "none":
+            reference = torch.zeros_like(log_q)
+        elif reference is None:
+            reference = self.reference(batch, segments)
         log_ratio = segments.where_valid(log_q - reference)
-        score = None
-        if self.importance_weights.scored:
+        if chain.scored:
             how = "iwsft.curate(trajectories) writes it"
             score = self._entry(batch, self.tensor_keys.standard_score, segments, how)
-        weights = self.importance_weights(log_ratio, segments, share, score)
+            read["standard_score"] = score
+        weights = chain(log_ratio, segments, share, read)
         return weights._replace(log_weight=torch.where(share > 0, weights.log_weight, 0))
 
     def summary(self, terms: Terms) -> TensorDict:
@@ -346,23 +369,9 @@ class ImportanceWeightedMLE(PolicyLoss):
         return weight
 
     def check_data_weights(self, weight: Tensor) -> None:
-        """Refuse data weights with which this loss can't be minimised.
-
-        Raises:
-            ValueError: One is NaN or infinite, or one is negative and log p falls without end:
-                unless q follows the policy, and its weights are bounded and vanish with it.
-        """
-        name = self.tensor_keys.data_weight
-        if not bool(weight.isfinite().all()):
-            raise ValueError(f"{name!r} is NaN or infinite at a step that counts; correct it")
-        if not bool((weight < 0).any()):
-            return
-        if self.proposal == "reference" or not self.importance_weights.bounded:
-            raise ValueError(
-                f"{name!r} is negative, and this loss then has no lower bound: take a proposal "
-                "other than 'reference' and weights that are bounded and can vanish, such as "
-                "trajectory=[ClipWeight(max=1.0)] alone, or drop these steps"
-            )
+        """Refuse data weights with which this loss can't be minimised; raises ValueError."""
+        name = repr(self.tensor_keys.data_weight)
+        self.importance_weights.check_data_weights(weight, name, proposal=self.proposal)
 
     def divisor(self, share: Tensor, data_weight: Tensor | None) -> Tensor:
         """What ``"mean"`` divides by: the draws, or the absolute data weights of the draws."""
@@ -398,7 +407,7 @@ class ImportanceWeightedMLE(PolicyLoss):
             keys.append(self.tensor_keys.traj_ids)
             if self.reads_weights:
                 keys.append(self.tensor_keys.importance_weight)
-            elif self.proposal != "reference":
+            elif self.needs_reference:
                 keys.append(self.tensor_keys.ref_log_prob)
             if self.importance_weights.scored and not self.reads_weights:
                 keys.append(self.tensor_keys.standard_score)

@@ -6,14 +6,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 from torchrl.objectives.utils import TargetNetUpdater
 
+from iwsft.chain import Weights
 from iwsft.forward_pass import ForwardPass
 from iwsft.objective import ImportanceWeightedMLE
 from iwsft.trajectory import Segments
-from iwsft.weights import Weights, exponential
+from iwsft.weights import exponential
 
 
 class Holder(Protocol):
@@ -27,6 +28,8 @@ class _Updater(TargetNetUpdater):
     """Moves the pairs of a holder; like TorchRL's updaters, building one sets q to theta."""
 
     proposals: ClassVar[tuple[str, ...]] = ("lagged",)
+    # Whether it can move a reference, too.
+    reannotates: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -37,11 +40,13 @@ class _Updater(TargetNetUpdater):
         name = type(self).__name__
         if not isinstance(loss, ImportanceWeightedMLE):
             raise TypeError(f"{name} needs an ImportanceWeightedMLE, not a {type(loss).__name__}")
-        if loss.proposal not in self.proposals:
+        self.moves_reference = loss.importance_weights.reference == "synced"
+        if loss.proposal not in self.proposals and not (self.moves_reference and self.reannotates):
             allowed = " or ".join(map(repr, self.proposals))
             raise ValueError(f"{name} needs proposal={allowed}, not proposal={loss.proposal!r}")
-        if (loss.proposal == "cached") != (trajectories is not None):
-            raise ValueError("trajectories=... goes with proposal='cached', and only with it")
+        if (loss.proposal == "cached" or self.moves_reference) != (trajectories is not None):
+            who = "proposal='cached' or reference='synced'"
+            raise ValueError(f"trajectories=... goes with {who}, and only with it")
         if loss.proposal == "lagged" and loss.reads_weights and holder is None:
             raise ValueError("this loss does not hold its q (hold_q=False): pass holder=...")
         self.loss_module = loss
@@ -74,17 +79,20 @@ class HardSync(_Updater):
 
     Args:
         loss: Loss with ``proposal="lagged"``, or with ``"cached"``: then a sync runs
-            :func:`reweight` on ``trajectories``, and there is no q network.
+            :func:`reweight` on ``trajectories``, and there is no q network. With
+            ``reference="synced"`` a sync writes log p into their ``ref_log_prob``.
         every: Q, the number of updates between syncs.
-        trajectories: Annotated trajectories whose weights are cached; needed with ``"cached"``.
+        trajectories: Trajectories of the training, whose weights are cached or whose reference
+            moves; needed in these two cases.
         holder: Holder of a lagged q, if that is not the loss.
 
     Raises:
         ValueError: ``every`` is below 1, q of the loss does not follow the policy, cached weights
-            come without trajectories, or q has no holder.
+            or a moving reference come without trajectories, or q has no holder.
     """
 
     proposals = ("lagged", "cached")
+    reannotates = True
 
     def __init__(
         self,
@@ -101,9 +109,13 @@ class HardSync(_Updater):
         super().__init__(loss, holder, trajectories)
 
     def init_(self) -> None:
-        """Set q to theta; with cached weights, write the first ones."""
+        """Set q, or the reference, to theta; with cached weights, write the first ones."""
         super().init_()
-        if self.trajectories is not None:
+        if self.moves_reference:
+            assert self.trajectories is not None
+            _write(self.trajectories, self._key, _log_prob(self.trajectories, self.loss_module))
+            self.loss_module.awaits_sync = False
+        elif self.trajectories is not None:
             reweight(self.trajectories, self.loss_module)
 
     def step(self) -> bool:
@@ -120,19 +132,27 @@ class HardSync(_Updater):
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Updates since the last sync, and the cached weights where there are any."""
+        """Updates since the last sync, and what it wrote into the trajectories."""
         state: dict[str, Any] = {"counter": self.counter}
         if self.trajectories is not None:
-            key = self.loss_module.tensor_keys.importance_weight
-            state["importance_weight"] = self.trajectories.get(key).clone()
+            state[self._written] = self.trajectories.get(self._key).clone()
         return state
+
+    @property
+    def _written(self) -> str:
+        """What a sync writes into the trajectories."""
+        return "ref_log_prob" if self.moves_reference else "importance_weight"
+
+    @property
+    def _key(self) -> NestedKey:
+        key: NestedKey = getattr(self.loss_module.tensor_keys, self._written)
+        return key
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`, also in the middle of a window."""
         self.counter = state_dict["counter"]
         if self.trajectories is not None:
-            key = self.loss_module.tensor_keys.importance_weight
-            self.trajectories.get(key).copy_(state_dict["importance_weight"])
+            self.trajectories.get(self._key).copy_(state_dict[self._written])
 
 
 class EMA(_Updater):
@@ -187,8 +207,7 @@ def reweight(
         Log-weights per step, in the layout of the trajectories.
     """
     segments = loss.segments(trajectories)
-    with loss.network() as policy:
-        log_q = ForwardPass(policy, trajectories, rows=rows, segments=segments).log_prob()
+    log_q = _log_prob(trajectories, loss, rows=rows)
     return write_weights(trajectories, loss, log_q, segments=segments).log_weight
 
 
@@ -206,11 +225,23 @@ def write_weights(
     each counted by its multiplicity. The arguments are those of ``loss.weigh``.
     """
     weights = loss.weigh(trajectories, log_q, segments=segments, share=share)
-    weight, key = exponential(weights.log_weight), loss.tensor_keys.importance_weight
+    _write(trajectories, loss.tensor_keys.importance_weight, exponential(weights.log_weight))
+    return weights
+
+
+def _log_prob(
+    trajectories: TensorDictBase, loss: ImportanceWeightedMLE, *, rows: int = 8192
+) -> Tensor:
+    """log p of each step under the present policy."""
+    segments = loss.segments(trajectories)
+    with loss.network() as policy:
+        return ForwardPass(policy, trajectories, rows=rows, segments=segments).log_prob()
+
+
+def _write(trajectories: TensorDictBase, key: NestedKey, value: Tensor) -> None:
     stored = trajectories.get(key, default=None)
     if stored is None:
-        trajectories.set(key, weight)
+        trajectories.set(key, value)
     else:
         # In place: samplers refer to this tensor.
-        stored.copy_(weight)
-    return weights
+        stored.copy_(value)

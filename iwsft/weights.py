@@ -1,9 +1,9 @@
 """Importance weights: small transforms, chained from per-step log-ratios to one weight each.
 
 With rho_i = log q(a_i|s_i) - log pi_ref(a_i|s_i) the weight of a trajectory is
-w = exp(sum_i g(rho_i)) (paper, Eq. 11). A chain has three places: on the step (g), the reduction
-along the trajectory, on the trajectory. Everything stays in log space until the one exponential at
-the end (:func:`exponential`).
+w = exp(sum_i g(rho_i)) (paper, Eq. 11). A chain (:class:`~iwsft.chain.Chain`) has three places: on
+the step (g), the reduction along the trajectory, on the trajectory. Everything stays in log space
+until the one exponential at the end (:func:`exponential`).
 
 A transform is a callable, :data:`StepTransform` or :data:`TrajectoryTransform`. It declares what it
 is by class attributes, all of them optional:
@@ -11,44 +11,29 @@ is by class attributes, all of them optional:
 - ``place``: ``"step"`` or ``"trajectory"``; a chain refuses it in the other place.
 - ``clips``: if its output differs from its input, the weight counts as clipped.
 - ``compares``: it compares all weights of a batch, so it needs the whole batch at once.
-- ``scored``: it takes the trajectories' scores, too, and returns a
-  :class:`~iwsft.lower_bound.Choice` as well.
+- ``of``: ``"ratio"`` if it means something for q / pi_ref alone, ``"probability"`` if for q alone.
+- ``reads``: a further quantity that it takes as its last argument, ``"standard_score"`` (such a
+  transform returns a :class:`~iwsft.lower_bound.Choice` as well).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from iwsft.lower_bound import Choice, LowerBound
-from iwsft.trajectory import Segments, on_host
+from iwsft.trajectory import on_host
 
-LOG_MAX = math.log(torch.finfo(torch.float32).max)
 _MIN_ALPHA = 1e-6
 Place = Literal["step", "trajectory"]
-StepTransform = Callable[[Tensor], Tensor]
+Quantity = Literal["ratio", "probability"]
+StepTransform = Callable[..., Tensor]
 # Log-weights and how much each counts -> log-weights.
 TrajectoryTransform = Callable[..., Any]
-
-
-class Weights(NamedTuple):
-    """Weights of the steps of a batch, in its layout.
-
-    Attributes:
-        log_weight: Log-weight of the step's trajectory (of the step with ``reduce=None``), 0 where
-            masked or not counted.
-        clipped: Whether a clip changed the weight.
-        choice: What a transform has chosen by the scores, if there is one that does.
-    """
-
-    log_weight: Tensor
-    clipped: Tensor
-    choice: Choice | None = None
 
 
 class _OfStep:
@@ -90,6 +75,7 @@ class ClipLogRatio(_OfStep):
     """Step: clip the log-ratio to [min, max] (paper, Appendix C)."""
 
     clips: ClassVar[bool] = True
+    of: ClassVar[Quantity] = "ratio"
 
     min: float = -math.inf
     max: float = math.inf
@@ -123,8 +109,30 @@ class _Range:
 class ClipRatio(_Range, _OfStep):
     """Step: clip the ratio q/pi_ref itself to [min, max] (paper, Section 3.4)."""
 
+    of: ClassVar[Quantity] = "ratio"
+
     def __call__(self, log_ratio: Tensor) -> Tensor:
         return self._clip(log_ratio)
+
+
+@dataclass(frozen=True)
+class MaskRatio(_Range, _OfStep):
+    """Step: weight 0 where the ratio is outside [min, max], as the gradient of PPO's clip has."""
+
+    of: ClassVar[Quantity] = "ratio"
+
+    def __call__(self, log_ratio: Tensor) -> Tensor:
+        return torch.where(self._clip(log_ratio) == log_ratio, log_ratio, -math.inf)
+
+
+@dataclass(frozen=True)
+class Uncertainty(_OfStep):
+    """Step: p(1 - p), where q gives the action the probability p; not for densities."""
+
+    of: ClassVar[Quantity] = "probability"
+
+    def __call__(self, log_prob: Tensor) -> Tensor:
+        return log_prob + torch.log(-torch.expm1(log_prob))
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,21 @@ class TemperWeight(_OfTrajectory):
 
     def __call__(self, log_weight: Tensor, share: Tensor) -> Tensor:
         return self.alpha * log_weight
+
+
+@dataclass(frozen=True)
+class Sigmoid(_OfTrajectory):
+    """Trajectory: w <- 1 / (1 + w^beta), which falls as q prefers the trajectory to pi_ref."""
+
+    of: ClassVar[Quantity] = "ratio"
+
+    beta: float
+
+    def __post_init__(self) -> None:
+        _require(0 < self.beta < math.inf, f"Sigmoid(beta={self.beta}) must be positive and finite")
+
+    def __call__(self, log_weight: Tensor, share: Tensor) -> Tensor:
+        return torch.nn.functional.logsigmoid(-self.beta * log_weight)
 
 
 @dataclass(frozen=True)
@@ -196,136 +219,6 @@ class TargetESS(_OfTrajectory):
         return (tempered - log_mean_exp(tempered, share)).to(log_weight.dtype)
 
 
-@dataclass(frozen=True)
-class ImportanceWeights:
-    """A chain from per-step log-ratios to log-weights.
-
-    Args:
-        step: Transforms g of a step's log-ratio, applied in order; increasing functions.
-        reduce: Reduction along the trajectory: ``"sum"`` (Eq. 11), ``"mean"`` (Eq. 11 with
-            k / length), or None: each step weighs its own loss (the paper's per-step variant).
-        trajectory: Transforms of the log-weight of a trajectory (of a step with ``reduce=None``),
-            applied in order.
-
-    Raises:
-        ValueError: The reduction is unknown, or a transform is in the wrong place.
-    """
-
-    step: Sequence[StepTransform] = ()
-    reduce: Literal["sum", "mean"] | None = "mean"
-    trajectory: Sequence[TrajectoryTransform] = ()
-
-    def __post_init__(self) -> None:
-        _require(
-            self.reduce in ("sum", "mean", None),
-            f"reduce must be 'sum', 'mean' or None, not {self.reduce!r}",
-        )
-        for here in get_args(Place):
-            for transform in getattr(self, here):
-                place = getattr(transform, "place", here)
-                _require(place == here, f"{transform} belongs to {place}=[...]")
-        _require(bool(self.reduce) or not self.scored, "steps have no scores: set reduce")
-
-    @property
-    def scored(self) -> bool:
-        """Whether a transform reads the scores of the trajectories."""
-        return any(_declares(t, "scored") for t in self.trajectory)
-
-    @property
-    def compares(self) -> bool:
-        """Whether a transform compares all weights of a batch."""
-        return any(_declares(t, "compares") for t in (*self.step, *self.trajectory))
-
-    def __call__(
-        self, log_ratio: Tensor, segments: Segments, share: Tensor, score: Tensor | None = None
-    ) -> Weights:
-        """Weigh a batch.
-
-        Args:
-            log_ratio: log q - log pi_ref of each step, in the layout of the batch.
-            segments: Trajectories of the batch.
-            share: How much each step counts, in the layout of the batch: the multiplicity of its
-                trajectory over its length, 0 where masked.
-            score: Standard score of each step's trajectory; needed where a transform reads it.
-
-        Returns:
-            The weights. On masked steps they have no meaning.
-        """
-        log_ratio, clipped, _ = _chained(self.step, log_ratio)
-        if self.reduce is None:
-            log_weight, changed, _ = _chained(self.trajectory, log_ratio, share)
-            return Weights(log_weight, clipped | changed)
-        along = segments.sum if self.reduce == "sum" else segments.mean
-        score = None if score is None else segments.mean(score)
-        x, share = along(log_ratio), segments.sum(share)
-        log_weight, changed, choice = _chained(self.trajectory, x, share, score=score)
-        return Weights(segments.spread(log_weight), clipped | segments.spread(changed), choice)
-
-    @property
-    def bounded(self) -> bool:
-        """Whether a weight is bounded, and vanishes where q leaves the trajectory."""
-        ends = torch.tensor([-1e30, 1e30])
-        one = Segments(ends.shape, torch.arange(2), None, 2)
-        # A comparison brings a common factor back.
-        low, high = (0.0, 0.0) if self.compares else self(ends, one, torch.ones(2))[0].tolist()
-        return low < -LOG_MAX and high <= LOG_MAX
-
-    def check_overflow(self, longest: int) -> None:
-        """Refuse a chain whose least weight overflows float32 on a trajectory of ``longest`` steps.
-
-        The literal g of the paper does: 0.1 clip(x, 0.2, 1.8) is at least 0.02 per step, so the
-        weight is at least e^(0.02 T), beyond float32 for T > 4,436.
-
-        Raises:
-            OverflowError: The chain overflows.
-        """
-        least = torch.full((longest,), -math.inf)
-        segments = Segments(least.shape, torch.zeros(longest, dtype=torch.int64), None, 1)
-        one = torch.full((longest,), 1.0 / longest)
-        # A comparison would hide the overflow of a lone trajectory, so it is left out.
-        alone = [t for t in self.trajectory if not _declares(t, "compares")]
-        chain = ImportanceWeights(self.step, self.reduce, alone)
-        floor = float(chain(least, segments, one)[0][0])
-        if floor > LOG_MAX:
-            raise OverflowError(
-                f"{self} gives a trajectory of {longest} steps a weight of at least "
-                f"exp({floor:.4g}), beyond float32; use reduce='mean' or ClipWeight(max=...)"
-            )
-
-    @classmethod
-    def auto(cls) -> ImportanceWeights:
-        """exp(alpha mean log-ratio), where the scores of the data choose alpha: LowerBound."""
-        return cls(trajectory=(LowerBound(),))
-
-    @classmethod
-    def paper_control(cls, k: float) -> ImportanceWeights:
-        """g(x) = k x over the length, no clip (paper, Eq. 11; ``k / |tau|`` of Table 4)."""
-        return cls(step=(Temperature(k),))
-
-    @classmethod
-    def paper_llm(cls) -> ImportanceWeights:
-        """g(x) = 0.1 clip(x, 0.2, 1.8), summed (paper, Appendix C); see :meth:`check_overflow`.
-
-        g(0) = 0.02, so weights do not start at 1.
-        """
-        return cls(step=(ClipLogRatio(0.2, 1.8), Scale(0.1)), reduce="sum")
-
-    @classmethod
-    def authors_control(cls, k: float, normalize: bool) -> ImportanceWeights:
-        """exp(k mean log-ratio), clipped to [0, 1000], as in the authors' control code.
-
-        With ``normalize`` their code divides by the sum over the batch and takes a mean again.
-        :class:`SelfNormalize` differs from it by the constant 1/B, which Adam undoes.
-        """
-        last = (SelfNormalize(),) if normalize else ()
-        return cls(step=(Temperature(k),), trajectory=(ClipWeight(0.0, 1000.0), *last))
-
-    @classmethod
-    def authors_llm(cls) -> ImportanceWeights:
-        """exp(mean log-ratio) clipped to [0, 16], as in the authors' language-model code."""
-        return cls(trajectory=(ClipWeight(0.0, 16.0),))
-
-
 def exponential(log_weight: Tensor) -> Tensor:
     """The weights themselves.
 
@@ -357,29 +250,10 @@ def log_ess(log_weight: Tensor, share: Tensor) -> Tensor:
     return 2 * log_mean_exp(log_weight, share) - log_mean_exp(2 * log_weight, share)
 
 
-def _chained(
-    transforms: Sequence[Callable[..., Any]], x: Tensor, *share: Tensor, score: Tensor | None = None
-) -> tuple[Tensor, Tensor, Choice | None]:
-    """Apply transforms in their order; also whether a clip changed the result, and the choice."""
-    clipped, choice = torch.zeros_like(x, dtype=torch.bool), None
-    for transform in transforms:
-        if _declares(transform, "scored"):
-            x, choice = transform(x, *share, score)
-            continue
-        before, x = x, transform(x, *share)
-        if _declares(transform, "clips"):
-            clipped = clipped | (before != x)
-    return x, clipped, choice
-
-
 def _shifted(log: Tensor, share: Tensor) -> Tensor:
     """Log-weights over the largest that counts, float64: their powers stay finite."""
     top = torch.where(share > 0, log, -math.inf).amax().double()
     return torch.where(share > 0, log.double() - top, 0.0)
-
-
-def _declares(transform: object, attribute: str) -> bool:
-    return bool(getattr(transform, attribute, False))
 
 
 def _require(condition: bool, message: str) -> None:

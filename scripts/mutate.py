@@ -57,14 +57,23 @@ TESTS: dict[str, tuple[str, ...]] = {
         f"{_OBJECTIVE}/test_objective_truth.py",
         f"{_OBJECTIVE}/test_objective_start.py",
         f"{_OBJECTIVE}/test_data_weights.py",
+        f"{_OBJECTIVE}/test_family.py",
         f"{_OBJECTIVE}/test_loss_module_contract.py",
         f"{_POLICIES}/test_causal_lm_objective.py",
     ),
     "iwsft/weights.py": (
         "tests/test_weights.py",
+        f"{_OBJECTIVE}/test_family.py",
         f"{_OBJECTIVE}/test_objective_truth.py",
     ),
     "iwsft/lower_bound.py": ("tests/test_lower_bound.py",),
+    "iwsft/chain.py": (
+        "tests/test_weights.py",
+        "tests/test_lower_bound.py",
+        f"{_OBJECTIVE}/test_family.py",
+        f"{_OBJECTIVE}/test_data_weights.py",
+    ),
+    "iwsft/presets.py": ("tests/test_weights.py", f"{_OBJECTIVE}/test_family.py"),
     "iwsft/trajectory.py": (
         "tests/test_trajectory.py",
         f"{_OBJECTIVE}/test_loss_inputs.py",
@@ -73,6 +82,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "iwsft/proposals.py": (
         f"{_OBJECTIVE}/test_proposals.py",
         f"{_OBJECTIVE}/test_objective_start.py",
+        f"{_OBJECTIVE}/test_family.py",
     ),
     "iwsft/curation.py": (
         "tests/test_curation.py",
@@ -98,6 +108,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "iwsft/language/trl.py": ("tests/language/test_trl.py",),
     "iwsft/language/trainer.py": (
         "tests/language/test_trainer.py",
+        "tests/language/test_trainer_family.py",
         "tests/language/test_trainer_errors.py",
         "tests/language/test_trainer_saving.py",
         "tests/language/test_trl.py",

@@ -27,6 +27,7 @@ from iwsft.curation import Ties, curate, join
 from iwsft.datasets import OfflineDataset
 from iwsft.datasets.dataset import fingerprint_of
 from iwsft.evaluation import Evaluation, evaluate
+from iwsft.presets import ImportanceWeights
 from iwsft.training import Schedule
 from iwsft.trajectory import (
     ACTION,
@@ -36,7 +37,6 @@ from iwsft.trajectory import (
     lengths,
     select,
 )
-from iwsft.weights import ImportanceWeights
 
 # Between the names of two datasets, of which the first is that of the reference policy.
 _TO = "--to--"

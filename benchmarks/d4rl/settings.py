@@ -12,8 +12,9 @@ from benchmarks.d4rl.options import REFERENCE_STEPS, Algorithm, Estimator, Prese
 from iwsft.curation import Ties
 from iwsft.datasets import OfflineDataset
 from iwsft.datasets.catalog import CATALOG, find
+from iwsft.presets import ImportanceWeights
 from iwsft.training import Schedule
-from iwsft.weights import ClipRatio, ImportanceWeights, SelfNormalize, TargetESS
+from iwsft.weights import ClipRatio, SelfNormalize, TargetESS
 
 
 @dataclass(frozen=True)

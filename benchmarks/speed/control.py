@@ -24,6 +24,7 @@ from iwsft.diagnostics import diagnose
 from iwsft.evaluation import evaluate
 from iwsft.objective import LOSS, ImportanceWeightedMLE
 from iwsft.policies import GaussianPolicy
+from iwsft.presets import ImportanceWeights
 from iwsft.proposals import EMA, HardSync
 from iwsft.reference import annotate_reference
 from iwsft.samplers import StepSampler, TrajectorySampler
@@ -38,7 +39,6 @@ from iwsft.trajectory import (
     lengths,
     pad,
 )
-from iwsft.weights import ImportanceWeights
 from tests.oracles.iw_sft import NaiveIwSft
 from tests.oracles.networks import PlainGaussian
 

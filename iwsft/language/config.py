@@ -8,10 +8,10 @@ from typing import Any, get_args
 
 from torch import nn
 
+from iwsft.chain import Chain, Reference
 from iwsft.extras import named
 from iwsft.language.batches import Layout
 from iwsft.objective import Proposal
-from iwsft.weights import ImportanceWeights
 
 with named():
     from transformers import Trainer, TrainingArguments
@@ -28,7 +28,10 @@ class ImportanceWeightedConfig(TrainingArguments):
             trajectories of the coming updates forward once and keeps their weights, so there is no
             second model. ``"lagged"``: an exponential moving average of theta (Section 4.2), kept
             in float32 shard by shard; each batch runs forward once more.
-        sync_every: Q, updates between hard syncs; with ``"cached"`` only.
+        reference: What q is divided by, in place of what the importance weights say. ``"fixed"``:
+            the model as it is given. ``"synced"``: theta at the last sync, every ``sync_every``
+            updates (PSFT). ``"none"``: nothing, so weights are functions of q itself (DFT).
+        sync_every: Q, updates between hard syncs; with ``"cached"`` or ``reference="synced"`` only.
         ema_decay: The paper's alpha, in [0, 1); with ``"lagged"`` only.
         length_normalize: Whether to divide the log-probability of a trajectory by its trained
             tokens.
@@ -48,6 +51,7 @@ class ImportanceWeightedConfig(TrainingArguments):
 
     logging_steps: float = field(default=10, metadata={"help": "updates between log lines"})
     proposal: Proposal = field(default="current", metadata={"help": "what q is"})
+    reference: Reference | None = field(default=None, metadata={"help": "what q is divided by"})
     sync_every: int | None = field(default=None, metadata={"help": "updates between hard syncs"})
     ema_decay: float | None = field(default=None, metadata={"help": "decay of the moving average"})
     length_normalize: bool = field(default=True, metadata={"help": "divide by the length"})
@@ -66,7 +70,7 @@ class ImportanceWeightedConfig(TrainingArguments):
         super().__post_init__()
         if self.layout not in get_args(Layout):
             raise ValueError(f"layout={self.layout!r} must be one of {get_args(Layout)}")
-        check_q(self.proposal, self.sync_every, self.ema_decay)
+        check_q(self.proposal, self.sync_every, self.ema_decay, self.reference)
         for name, why in _REFUSED.items():
             if self._is_set(name):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported here: {why}")
@@ -94,16 +98,26 @@ class ImportanceWeightedConfig(TrainingArguments):
         return bool(getattr(self, name) != (setting.default if made is MISSING else made()))
 
 
-def check_q(proposal: str, sync_every: int | None, ema_decay: float | None) -> None:
-    """Check that the proposal is known, and that its settings fit it."""
-    if proposal not in get_args(Proposal):
-        raise ValueError(f"proposal={proposal!r} must be one of {get_args(Proposal)}")
-    for name, value, user in (
-        ("sync_every", sync_every, "cached"),
-        ("ema_decay", ema_decay, "lagged"),
+def check_q(
+    proposal: str,
+    sync_every: int | None,
+    ema_decay: float | None,
+    reference: Reference | None = None,
+) -> None:
+    """Check that proposal and reference are known, and that their settings fit them."""
+    for name, chosen, known in (
+        ("proposal", proposal, get_args(Proposal)),
+        ("reference", reference, (None, *get_args(Reference))),
     ):
-        if (value is not None) != (proposal == user):
-            rule = f"{name} goes with {user!r}, and only with it"
+        if chosen not in known:
+            raise ValueError(f"{name}={chosen!r} must be one of {known}")
+    syncs = proposal == "cached" or reference == "synced"
+    for name, value, uses, user in (
+        ("sync_every", sync_every, syncs, "'cached' or reference='synced'"),
+        ("ema_decay", ema_decay, proposal == "lagged", "'lagged'"),
+    ):
+        if (value is not None) != uses:
+            rule = f"{name} goes with {user}, and only with it"
             raise ValueError(f"{name}={value} and proposal={proposal!r} do not fit: {rule}")
     if sync_every is not None and sync_every < 1:
         raise ValueError(f"sync_every={sync_every}: a sync needs an update before it")
@@ -140,7 +154,7 @@ _REFUSED = {
 }
 
 
-def check_engine(trainer: Trainer, weights: ImportanceWeights, *, whole: bool) -> None:
+def check_engine(trainer: Trainer, weights: Chain, *, whole: bool) -> None:
     """Refuse ways of running that would change the result.
 
     ``whole`` tells whether the weights of an update are computed together, or do not depend on q.

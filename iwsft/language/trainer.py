@@ -32,6 +32,7 @@ from iwsft.language.plan import PlannedLoader, plan_updates
 from iwsft.language.weighted import REFERENCE, WeightedTrainer, fingerprint_of_tokens
 from iwsft.objective import ImportanceWeightedMLE
 from iwsft.policies.causal_lm import CausalLMPolicy
+from iwsft.presets import ImportanceWeights
 from iwsft.proposals import EMA, write_weights
 from iwsft.trajectory import (
     ASSISTANT_MASK,
@@ -45,7 +46,6 @@ from iwsft.trajectory import (
     check_data_weights,
     check_tensordict,
 )
-from iwsft.weights import ImportanceWeights
 
 with named():
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -93,8 +93,8 @@ class ImportanceWeightedTrainer(WeightedTrainer):
     """
 
     args: ImportanceWeightedConfig
-    # With "cached" and "lagged": the weights of all tokens, the first update whose weights are not
-    # known (``until``), and ``clip_fraction`` of the window before it.
+    # With "cached" and "lagged" the weights of all tokens, with a synced reference its log-probs;
+    # the first update for which they are not known (``until``), and ``clip_fraction`` before it.
     _cached: TensorDict | None = None
 
     def __init__(
@@ -156,6 +156,11 @@ class ImportanceWeightedTrainer(WeightedTrainer):
         self._parameters = sum(p.numel() for p in model.parameters())
         self._fingerprint = fingerprint_of_tokens(trajectories)
 
+    @property
+    def _syncs_reference(self) -> bool:
+        """Whether the reference is theta at the last sync."""
+        return self._loss.importance_weights.reference == "synced"
+
     def _readable(self, trajectories: TensorDictBase) -> TrajectoryDataset:
         """Trajectories that the model can read, in which each token carries its position."""
         check_tensordict(trajectories)
@@ -169,6 +174,8 @@ class ImportanceWeightedTrainer(WeightedTrainer):
         if args.proposal != "reference":
             if self._trajectories.is_locked:
                 raise ValueError("the trajectories are locked: pass trajectories.copy()")
+            if weights.reference == "synced" and args.reference is None:
+                raise ValueError(f"{weights} need a sync: set reference='synced' and sync_every")
             mask = self._trajectories.get(ASSISTANT_MASK)
             weights.check_overflow(int(Segments.of(self._trajectories, mask=mask).lengths.max()))
             scores = self._trajectories.get(STANDARD_SCORE, default=None)
@@ -182,6 +189,7 @@ class ImportanceWeightedTrainer(WeightedTrainer):
             self._policy,
             importance_weights=weights,
             proposal=args.proposal,
+            reference=args.reference,
             length_normalize=args.length_normalize,
             reduction="sum",
             normalize_data_weights=args.normalize_data_weights,
@@ -223,7 +231,8 @@ class ImportanceWeightedTrainer(WeightedTrainer):
         draws = torch.zeros((), dtype=torch.float64, device=device)
         for batch in batches:
             if cached is not None:
-                batch.set(IMPORTANCE_WEIGHT, cached["weights"][batch.get(PLACE)])
+                key = REF_LOG_PROB if self._syncs_reference else IMPORTANCE_WEIGHT
+                batch.set(key, cached["weights"][batch.get(PLACE)])
             segments = self._loss.segments(batch)
             share = self._loss.share(batch, segments)
             weight = self._loss.data_weight(batch, segments, share)
@@ -279,8 +288,9 @@ class ImportanceWeightedTrainer(WeightedTrainer):
     def _weigh(self, cached: TensorDict, updates: range) -> None:
         """Cache the weights of coming updates, by one pass of q over their trajectories.
 
-        q does not move within this window. Transforms that compare weights see the whole of it, on
-        all processes.
+        q does not move within this window. A synced reference does not either: then the pass is
+        its own, and its log-probs are cached. Transforms that compare weights see the whole of the
+        window, on all processes.
         """
         batches = [batch for number in updates for batch in self._plan.update(number)]
         window = self._dataset.drawn([*chain.from_iterable(batches)])
@@ -289,12 +299,15 @@ class ImportanceWeightedTrainer(WeightedTrainer):
         with nullcontext() if self._shards is None else self._shards.swapped():
             forward = self._forward(window, [[place[t] for t in batch] for batch in positions])
             log_q = forward.log_prob().float()
+        cached["until"] = torch.tensor(updates.stop)
+        if self._syncs_reference:
+            cached["weights"][window.get(PLACE)] = log_q
+            return
         segments = self._loss.segments(window)
         share = self._loss.share(window, segments)
         weights = write_weights(window, self._loss, log_q, segments=segments, share=share)
         cached["weights"][window.get(PLACE)] = window.get(IMPORTANCE_WEIGHT)
         cached["clip_fraction"] = (share * weights.clipped).sum() / share.sum()
-        cached["until"] = torch.tensor(updates.stop)
         choice = {} if weights.choice is None else weights.choice._asdict()
         self._measures.choice = {name: float(x) for name, x in choice.items()}
 
@@ -302,7 +315,7 @@ class ImportanceWeightedTrainer(WeightedTrainer):
 
     def _start(self) -> None:
         """Prepare the reference and q, which need the engine, when training begins."""
-        if self.args.proposal != "reference":
+        if self._loss.needs_reference and not self._syncs_reference:
             cache = Path(self.args.reference_cache or Path(str(self.args.output_dir)) / REFERENCE)
             first_epoch = [self._dataset.positions(batch) for batch in self._plan.epoch(0)]
             annotated = self._dataset.trajectories
@@ -310,7 +323,8 @@ class ImportanceWeightedTrainer(WeightedTrainer):
             self._trajectories.set(REF_LOG_PROB, annotated.get(REF_LOG_PROB))
         if self.args.proposal == "lagged":
             self._follow(EMA, decay=self.args.ema_decay or 0.0)
-        if self.args.proposal in ("cached", "lagged"):
+        if self.args.proposal in ("cached", "lagged") or self._syncs_reference:
+            self._loss.awaits_sync = False
             self._cached = TensorDict(
                 weights=torch.ones(len(self._trajectories)),
                 until=torch.tensor(self.state.global_step),

@@ -30,6 +30,7 @@ from iwsft.language.weighted import REFERENCE, WeightedTrainer, fingerprint_of_t
 from iwsft.objective import Proposal, Terms
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.policies.log_prob import evaluating, noise_watch
+from iwsft.presets import ImportanceWeights
 from iwsft.proposals import EMA, HardSync
 from iwsft.trajectory import (
     ASSISTANT_MASK,
@@ -42,7 +43,6 @@ from iwsft.trajectory import (
     from_steps,
     lengths,
 )
-from iwsft.weights import ImportanceWeights
 
 with named():
     from datasets import Dataset  # type: ignore[import-untyped]
@@ -102,6 +102,10 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
     ) -> None:
         check_q(proposal, sync_every, ema_decay)
         _check(args, settings)
+        if importance_weights is not None:
+            importance_weights.check_proposal(proposal)
+            if importance_weights.reference == "synced":
+                raise ValueError("a synced reference (PSFT) needs ImportanceWeightedTrainer")
         self._proposal, self._sync_every, self._ema_decay = proposal, sync_every, ema_decay
         super().__init__(model=model, args=args, **settings)
         if self._is_vision_dataset:
@@ -192,7 +196,7 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
 
     def _start(self) -> None:
         """Prepare the reference and q, which need the engine, when training begins."""
-        if self._proposal != "reference":
+        if self._loss.needs_reference:
             self._policy.model = self.model_wrapped
             sizes = lengths(self._trajectories)
             # As many tokens as a batch of the training has.
@@ -284,7 +288,9 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
         if self._proposal == "reference":
             zero = torch.zeros_like(log_prob)
             return Terms(segments, share, log_prob, zero, zero.bool(), None, weight)
-        reference = self._trajectories.get(REF_LOG_PROB)[places.cpu()].to(log_prob.device)
+        reference = None
+        if self._loss.needs_reference:
+            reference = self._trajectories.get(REF_LOG_PROB)[places.cpu()].to(log_prob.device)
         weights = self._loss.weigh(
             batch, log_q, reference=reference, segments=segments, share=share
         )

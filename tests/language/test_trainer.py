@@ -27,7 +27,9 @@ PROPOSALS: list[dict[str, Any]] = [
     {"proposal": "current"},
     {"proposal": "cached", "sync_every": 3},
     {"proposal": "lagged", "ema_decay": 0.7},
+    {"proposal": "current", "reference": "synced", "sync_every": 3},
 ]
+NONE = {"proposal": "current", "reference": "none"}
 CHAIN = ImportanceWeights(step=[weights.Temperature(0.5)], trajectory=[weights.ClipWeight(max=3.0)])
 
 
@@ -40,17 +42,19 @@ def _plain_loop(
         CausalLMPolicy(theta),
         importance_weights=chain,
         proposal=proposal["proposal"].replace("cached", "lagged"),
+        reference=proposal.get("reference"),
         functional=False,
     )
     loss.loss_mask_key = ("masks", "all_assistant_mask")
     loss.set_keys(action=("tokens", "full"))
-    q = None
-    if "sync_every" in proposal:
-        q = HardSync(loss, every=proposal["sync_every"])
-    if "ema_decay" in proposal:
-        q = EMA(loss, decay=proposal["ema_decay"])
     with torch.no_grad():
         data.set("ref_log_prob", CausalLMPolicy(deepcopy(theta)).log_prob(data))
+    q = None
+    if "sync_every" in proposal:
+        synced = data if loss.awaits_sync else None
+        q = HardSync(loss, every=proposal["sync_every"], trajectories=synced)
+    if "ema_decay" in proposal:
+        q = EMA(loss, decay=proposal["ema_decay"])
     batches = EpochBatches(torch.ones(ENTRIES, dtype=torch.int64), batch_size=4, seed=42)
     dataset = TrajectoryDataset(data)
     optimizer = torch.optim.AdamW(theta.parameters(), lr=3e-3, weight_decay=0.0)
@@ -70,7 +74,9 @@ def _plain_loop(
     return values[:updates]
 
 
-@pytest.mark.parametrize("proposal", PROPOSALS, ids=lambda p: p["proposal"])
+@pytest.mark.parametrize(
+    "proposal", [*PROPOSALS, NONE], ids=lambda p: p["proposal"] + p.get("reference", "")
+)
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_training_is_that_of_a_plain_loop(
     tmp_path: Path, proposal: dict[str, Any], layout: str

@@ -108,6 +108,7 @@ SIGNED = [{**row, "weight": (-0.5) ** number} for number, row in enumerate(ROWS)
 BOUNDED = ImportanceWeights(trajectory=[ClipWeight(max=1.0)])
 SUM = ImportanceWeights([Temperature(0.3)], "sum", [ClipWeight(max=30.0), SelfNormalize()])
 
+DFT = ImportanceWeights.dft()
 # Weights of at least exp(50) for each token.
 LARGE = ImportanceWeights([ClipLogRatio(50.0, 60.0)], "sum")
 
@@ -120,6 +121,7 @@ LARGE = ImportanceWeights([ClipLogRatio(50.0, 60.0)], "sum")
         {"proposal": "current", **PACKED},
         {"proposal": "current", "importance_weights": SUM, **FREE},
         {"proposal": "current", "importance_weights": ImportanceWeights(reduce=None), **PACKED},
+        {"proposal": "current", "importance_weights": DFT},
         {"proposal": "current", "length_normalize": False, "learning_rate": 0.01, **PACKED},
         {"proposal": "cached", "sync_every": 2, **PACKED},
         {"proposal": "lagged", "ema_decay": 0.5, "importance_weights": SUM},
@@ -138,10 +140,39 @@ def test_updates_are_those_of_our_own_trainer(
     for name in ("ESS", "weight_max", "weight_mean", "log_prob", "grad_norm"):
         found, expected = ([row[name] for row in rows] for rows in (theirs, ours))
         assert found == pytest.approx(expected, rel=1e-4), name
-    if own["proposal"] != "reference":
+    if own["proposal"] != "reference" and own.get("importance_weights") is not DFT:
         assert theirs[0]["weight_max"] == pytest.approx(1.0, abs=1e-5)
         assert theirs[-1]["weight_max"] - theirs[-1]["weight_mean"] > 1e-3
         assert "entropy" in theirs[0]
+
+
+@pytest.mark.parametrize("trainer", [by_us, in_trl])
+def test_dft_is_that_of_trl(model: Any, tmp_path: Path, trainer: Any) -> None:
+    """TRL divides by the tokens of an update, and we by its rows."""
+    config = SFTConfig(
+        str(tmp_path / "trl"), loss_type="dft", gradient_checkpointing=False, **SETTINGS
+    )
+    theirs = SFTTrainer(
+        deepcopy(model),
+        config,
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=byte_level(),
+    )
+    tokens = sum(label != -100 for row in theirs.train_dataset["labels"] for label in row)
+    truth = trained(theirs)
+    own = {
+        "learning_rate": SETTINGS["learning_rate"] * len(ROWS) / tokens,
+        "length_normalize": False,
+        "proposal": "current",
+        "importance_weights": DFT,
+    }
+    made = trainer(tmp_path / "ours", model, **own)
+    rows = made if isinstance(made, list) else trained(made)
+    for name in ("loss", "grad_norm"):
+        ours = [row[name] * len(ROWS) / tokens for row in rows]
+        assert ours == pytest.approx([row[name] for row in truth], rel=1e-5), name
+    for name, parameter in model.state_dict().items():
+        torch.testing.assert_close(parameter, theirs.model.state_dict()[name], rtol=1e-5, atol=1e-6)
 
 
 def test_the_loss_is_the_formula_computed_a_row_at_a_time(model: Any, tmp_path: Path) -> None:

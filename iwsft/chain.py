@@ -1,0 +1,220 @@
+"""A chain of transforms, from the log-ratios of steps to importance weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from iwsft.lower_bound import Choice
+from iwsft.trajectory import Segments
+from iwsft.weights import Place, StepTransform, TrajectoryTransform
+
+LOG_MAX = math.log(torch.finfo(torch.float32).max)
+Reference = Literal["fixed", "synced", "none"]
+
+
+class Weights(NamedTuple):
+    """Weights of the steps of a batch, in its layout.
+
+    Attributes:
+        log_weight: Log-weight of the step's trajectory (of the step with ``reduce=None``), 0 where
+            masked or not counted.
+        clipped: Whether a clip changed the weight.
+        choice: What a transform has chosen by the scores, if there is one that does.
+    """
+
+    log_weight: Tensor
+    clipped: Tensor
+    choice: Choice | None = None
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A chain from per-step log-ratios to log-weights.
+
+    Args:
+        step: Transforms g of a step's log-ratio, applied in order; increasing functions.
+        reduce: Reduction along the trajectory: ``"sum"`` (Eq. 11), ``"mean"`` (Eq. 11 with
+            k / length), or None: each step weighs its own loss (the paper's per-step variant).
+        trajectory: Transforms of the log-weight of a trajectory (of a step with ``reduce=None``),
+            applied in order.
+        reference: What q is divided by. ``"fixed"``: pi_ref, as ``annotate_reference`` wrote it.
+            ``"synced"``: the policy at the last sync (:class:`~iwsft.HardSync`). ``"none"``:
+            nothing, so the log-ratio of a step is log q, and its weight a function of its
+            probability.
+
+    Raises:
+        ValueError: The reduction or the reference is unknown, a transform is in the wrong place, or
+            it means nothing with this reference.
+    """
+
+    step: Sequence[StepTransform] = ()
+    reduce: Literal["sum", "mean"] | None = "mean"
+    trajectory: Sequence[TrajectoryTransform] = ()
+    reference: Reference = "fixed"
+
+    def __post_init__(self) -> None:
+        for name, known in (("reduce", ("sum", "mean", None)), ("reference", get_args(Reference))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, not {getattr(self, name)!r}")
+        for here in get_args(Place):
+            for transform in getattr(self, here):
+                place = getattr(transform, "place", here)
+                if place != here:
+                    raise ValueError(f"{transform} belongs to {place}=[...]")
+        if self.scored and not self.reduce:
+            raise ValueError("steps have no scores: set reduce")
+        self._check_reference()
+
+    def _check_reference(self) -> None:
+        """Refuse what means nothing with this reference."""
+        none = self.reference == "none"
+        if none and self.reduce == "sum":
+            raise ValueError(
+                "reference='none' and reduce='sum' weigh by the probability of whole trajectories, "
+                "which underflows; use reduce=None or 'mean'"
+            )
+        for transform in self._transforms:
+            of = getattr(transform, "of", None)
+            if none and of == "ratio":
+                raise ValueError(
+                    f"{transform} is for q / pi_ref, and reference='none' has no ratio"
+                )
+            if not none and of == "probability":
+                raise ValueError(f"{transform} is for probabilities: it needs reference='none'")
+
+    def check_proposal(self, proposal: str) -> None:
+        """Refuse a q that does not go with what it is divided by."""
+        if self.reference == "none" and proposal == "reference":
+            raise ValueError(
+                "reference='none' has no pi_ref, which proposal='reference' (SFT) needs"
+            )
+        if self.reference == "synced" and proposal != "current":
+            raise ValueError(f"reference='synced' needs proposal='current', not {proposal!r}")
+
+    def check_data_weights(self, weight: Tensor, name: str, *, proposal: str) -> None:
+        """Refuse data weights with which a loss of these importance weights can't be minimised.
+
+        Raises:
+            ValueError: One is NaN or infinite, or one is negative and log p falls without end:
+                unless q follows the policy, and its weights are bounded and vanish with it.
+        """
+        if not bool(weight.isfinite().all()):
+            raise ValueError(f"{name} is NaN or infinite at a step that counts; correct it")
+        if bool((weight < 0).any()) and (proposal == "reference" or not self.bounded):
+            raise ValueError(
+                f"{name} is negative, and this loss then has no lower bound: take a proposal "
+                "other than 'reference' and weights that are bounded and can vanish, such as "
+                "trajectory=[ClipWeight(max=1.0)] alone, or drop these steps"
+            )
+
+    def __repr__(self) -> str:
+        # Fields with a default that the first three had not: what is recorded stays comparable.
+        later = [f for f in fields(self)[3:] if getattr(self, f.name) != f.default]
+        shown = [f"{f.name}={getattr(self, f.name)!r}" for f in (*fields(self)[:3], *later)]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    @property
+    def _transforms(self) -> tuple[Callable[..., Any], ...]:
+        return (*self.step, *self.trajectory)
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Names of the further quantities that transforms read."""
+        named = (getattr(transform, "reads", None) for transform in self._transforms)
+        return frozenset(name for name in named if name is not None)
+
+    @property
+    def scored(self) -> bool:
+        """Whether a transform reads the scores of the trajectories."""
+        return "standard_score" in self.reads
+
+    @property
+    def compares(self) -> bool:
+        """Whether a transform compares all weights of a batch."""
+        return any(_compares(transform) for transform in self._transforms)
+
+    def __call__(
+        self,
+        log_ratio: Tensor,
+        segments: Segments,
+        share: Tensor,
+        read: Mapping[str, Tensor] | None = None,
+    ) -> Weights:
+        """Weigh a batch.
+
+        Args:
+            log_ratio: log q - log pi_ref of each step, in the layout of the batch.
+            segments: Trajectories of the batch.
+            share: How much each step counts, in the layout of the batch: the multiplicity of its
+                trajectory over its length, 0 where masked.
+            read: The quantities of :attr:`reads`, in the layout of the batch.
+
+        Returns:
+            The weights. On masked steps they have no meaning.
+        """
+        read = read or {}
+        log_ratio, clipped, _ = _chained(self.step, log_ratio, read=read)
+        if self.reduce is None:
+            log_weight, changed, _ = _chained(self.trajectory, log_ratio, share, read=read)
+            return Weights(log_weight, clipped | changed)
+        along = segments.sum if self.reduce == "sum" else segments.mean
+        read = {name: segments.mean(value) for name, value in read.items()}
+        x, share = along(log_ratio), segments.sum(share)
+        log_weight, changed, choice = _chained(self.trajectory, x, share, read=read)
+        return Weights(segments.spread(log_weight), clipped | segments.spread(changed), choice)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether a weight is bounded, and vanishes where q leaves the trajectory."""
+        # log p of a token is at most 0.
+        ends = torch.tensor([-1e30, 0.0 if self.reference == "none" else 1e30])
+        one = Segments(ends.shape, torch.arange(2), None, 2)
+        # A comparison brings a common factor back.
+        low, high = (0.0, 0.0) if self.compares else self(ends, one, torch.ones(2))[0].tolist()
+        return low < -LOG_MAX and high <= LOG_MAX
+
+    def check_overflow(self, longest: int) -> None:
+        """Refuse a chain whose least weight overflows float32 on a trajectory of ``longest`` steps.
+
+        The literal g of the paper does: 0.1 clip(x, 0.2, 1.8) is at least 0.02 per step, so the
+        weight is at least e^(0.02 T), beyond float32 for T > 4,436.
+
+        Raises:
+            OverflowError: The chain overflows.
+        """
+        least = torch.full((longest,), -math.inf)
+        segments = Segments(least.shape, torch.zeros(longest, dtype=torch.int64), None, 1)
+        one = torch.full((longest,), 1.0 / longest)
+        # A comparison would hide the overflow of a lone trajectory, so it is left out.
+        alone = replace(self, trajectory=[t for t in self.trajectory if not _compares(t)])
+        floor = float(alone(least, segments, one)[0][0])
+        if floor > LOG_MAX:
+            raise OverflowError(
+                f"{self} gives a trajectory of {longest} steps a weight of at least "
+                f"exp({floor:.4g}), beyond float32; use reduce='mean' or ClipWeight(max=...)"
+            )
+
+
+def _chained(
+    transforms: Sequence[Callable[..., Any]], x: Tensor, *share: Tensor, read: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor, Choice | None]:
+    """Apply transforms in their order; also whether a clip changed the result, and the choice."""
+    clipped, choice = torch.zeros_like(x, dtype=torch.bool), None
+    for transform in transforms:
+        name = getattr(transform, "reads", None)
+        before, x = x, transform(x, *share, *(() if name is None else (read[name],)))
+        if isinstance(x, tuple):
+            x, choice = x
+        if getattr(transform, "clips", False):
+            clipped = clipped | (before != x)
+    return x, clipped, choice
+
+
+def _compares(transform: Callable[..., Any]) -> bool:
+    return bool(getattr(transform, "compares", False))

@@ -1,0 +1,109 @@
+"""Importance weights of the paper, of its authors' code, and of related methods, by name.
+
+A preset is a composition of transforms, and nothing else: each can be written out, and changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from iwsft.chain import Chain
+from iwsft.lower_bound import LowerBound
+from iwsft.weights import (
+    ClipLogRatio,
+    ClipWeight,
+    MaskRatio,
+    Scale,
+    SelfNormalize,
+    Sigmoid,
+    Temperature,
+    Uncertainty,
+)
+
+
+@dataclass(frozen=True, repr=False)
+class ImportanceWeights(Chain):
+    """A :class:`~iwsft.chain.Chain`, and those that have a name.
+
+    Of the related methods, log p is that of a token (a step), w its weight with the gradient
+    stopped, and q the policy itself (``proposal="current"``).
+    """
+
+    @classmethod
+    def auto(cls) -> ImportanceWeights:
+        """exp(alpha mean log-ratio), where the scores of the data choose alpha: LowerBound."""
+        return cls(trajectory=(LowerBound(),))
+
+    @classmethod
+    def paper_control(cls, k: float) -> ImportanceWeights:
+        """g(x) = k x over the length, no clip (paper, Eq. 11; ``k / |tau|`` of Table 4)."""
+        return cls(step=(Temperature(k),))
+
+    @classmethod
+    def paper_llm(cls) -> ImportanceWeights:
+        """g(x) = 0.1 clip(x, 0.2, 1.8), summed (paper, Appendix C); see :meth:`check_overflow`.
+
+        g(0) = 0.02, so weights do not start at 1.
+        """
+        return cls(step=(ClipLogRatio(0.2, 1.8), Scale(0.1)), reduce="sum")
+
+    @classmethod
+    def authors_control(cls, k: float, normalize: bool) -> ImportanceWeights:
+        """exp(k mean log-ratio), clipped to [0, 1000], as in the authors' control code.
+
+        With ``normalize`` their code divides by the sum over the batch and takes a mean again.
+        :class:`SelfNormalize` differs from it by the constant 1/B, which Adam undoes.
+        """
+        last = (SelfNormalize(),) if normalize else ()
+        return cls(step=(Temperature(k),), trajectory=(ClipWeight(0.0, 1000.0), *last))
+
+    @classmethod
+    def authors_llm(cls) -> ImportanceWeights:
+        """exp(mean log-ratio) clipped to [0, 16], as in the authors' language-model code."""
+        return cls(trajectory=(ClipWeight(0.0, 16.0),))
+
+    @classmethod
+    def dft(cls) -> ImportanceWeights:
+        """Dynamic fine-tuning (arXiv 2508.05629): -sg(p) log p, so w = p.
+
+        TRL: ``loss_type="dft"``; ms-swift: ``--enable_dft_loss``; LLaMA-Factory: ``use_dft_loss``.
+        """
+        return cls.power(1.0)
+
+    @classmethod
+    def power(cls, k: float) -> ImportanceWeights:
+        """Probability-based objectives (arXiv 2510.00526): (1 - p^k) / k, so w = p^k.
+
+        The gradient is that of the formula; the value of the loss is -sg(p^k) log p. The limit of
+        k = 0 is SFT, k = 1 is DFT. Authors' code: ``trainer.objective_trans=GeneralFamily-k``.
+        """
+        return cls(step=(Temperature(k),), reduce=None, reference="none")
+
+    @classmethod
+    def chord_phi(cls) -> ImportanceWeights:
+        """The weight of CHORD (arXiv 2508.11408) for its part of SFT: w = p (1 - p).
+
+        Trinity-RFT: ``sft_phi``. ms-swift (``chord_enable_phi_function``) does not stop the
+        gradient of w, which the paper's code and this one do.
+        """
+        return cls(step=(Uncertainty(),), reduce=None, reference="none")
+
+    @classmethod
+    def psft(cls, epsilon: float = 0.2) -> ImportanceWeights:
+        """Proximal SFT (arXiv 2508.17784): -min(r, clip(r, 1 - epsilon, 1 + epsilon)).
+
+        r = p / p_old is the ratio to the policy at the last sync. So w = r, and 0 where
+        r > 1 + epsilon. Authors' code: verl with ``clip_ratio`` and advantages of 1.
+        """
+        if not epsilon > 0:
+            raise ValueError(f"psft(epsilon={epsilon}): epsilon must be above 0")
+        return cls(step=(MaskRatio(max=1.0 + epsilon),), reduce=None, reference="synced")
+
+    @classmethod
+    def minor_sft(cls, beta: float = 0.1) -> ImportanceWeights:
+        """MinorSFT (arXiv 2408.10642): w = sigmoid(-beta log(p / pi_ref)) of the whole answer.
+
+        Its gradient is that of -logsigmoid(beta log(p / pi_ref)) / beta. TorchRL:
+        ``SFTLoss(loss_function="minor_sft")``.
+        """
+        return cls(reduce="sum", trajectory=(Sigmoid(beta),))

@@ -1,0 +1,213 @@
+"""Presets of related methods against the equations of their papers, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+
+from iwsft import EMA, HardSync, ImportanceWeightedMLE, ImportanceWeights, weights
+from iwsft.trajectory import REF_LOG_PROB, TRAJ_IDS, from_steps
+from tests.oracles import family
+
+SIZES = (5, 1, 9, 3)
+STATES, ACTIONS = 6, 7
+Equation = Callable[[Tensor, TensorDict], Tensor]
+
+
+class Table(nn.Module):
+    """A policy with its own logits for each state, as a language model has after each prefix."""
+
+    in_keys = ["observation"]
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(seed)
+        logits = 2 * torch.randn(STATES, ACTIONS, generator=draw, dtype=torch.float64)
+        self.logits = nn.Parameter(logits)
+
+    def log_prob(self, batch: TensorDictBase) -> Tensor:
+        every = self.logits[batch["observation"]].log_softmax(-1)
+        return every.gather(1, batch["action"][:, None]).squeeze(1)
+
+
+def make_batch(seed: int = 0) -> TensorDict:
+    """Trajectories whose reference is near the policy: ratios on both sides of 1."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.arange(len(SIZES)).repeat_interleave(torch.tensor(SIZES))
+    batch = from_steps(
+        {
+            "observation": torch.randint(STATES, ids.shape, generator=draw),
+            "action": torch.randint(ACTIONS, ids.shape, generator=draw),
+        },
+        ids,
+    )
+    noise = 0.3 * torch.randn(len(ids), generator=draw, dtype=torch.float64)
+    return batch.set(REF_LOG_PROB, (Table().log_prob(batch) + noise).detach())
+
+
+def make_loss(policy: Table, chain: Any, **settings: Any) -> ImportanceWeightedMLE:
+    loss = ImportanceWeightedMLE(
+        policy,
+        importance_weights=chain,
+        functional=False,
+        **{"proposal": "current", "reduction": "sum"} | settings,
+    )
+    loss.awaits_sync = False
+    return loss
+
+
+def parts(batch: TensorDict) -> list[TensorDict]:
+    return [batch[batch[TRAJ_IDS] == j] for j in range(len(SIZES))]
+
+
+CASES: dict[str, tuple[ImportanceWeights, Equation]] = {
+    "dft": (ImportanceWeights.dft(), lambda log_p, _: family.dft(log_p)),
+    "power": (ImportanceWeights.power(3.0), lambda log_p, _: family.power(log_p, 3.0)),
+    "power 1": (ImportanceWeights.power(1.0), lambda log_p, _: family.power(log_p, 1.0)),
+    "chord_phi": (ImportanceWeights.chord_phi(), lambda log_p, _: family.chord_phi(log_p)),
+    "psft": (
+        ImportanceWeights.psft(0.2),
+        lambda log_p, part: family.psft(log_p, part[REF_LOG_PROB], 0.2),
+    ),
+    "minor_sft": (
+        ImportanceWeights.minor_sft(0.5),
+        lambda log_p, part: family.minor_sft(log_p, part[REF_LOG_PROB], 0.5) * len(log_p),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("normalized", [True, False])
+def test_gradient_and_loss_are_those_of_the_equation(name: str, normalized: bool) -> None:
+    """The loss is -sum w log p, with w what the equation's gradient gives log p."""
+    chain, equation = CASES[name]
+    policy, batch = Table(), make_batch()
+    truth, value = torch.zeros((), dtype=torch.float64), 0.0
+    for part in parts(batch):
+        log_p = policy.log_prob(part)
+        divisor = len(log_p) if normalized else 1
+        of_part = equation(log_p, part).sum() / divisor
+        (slope,) = torch.autograd.grad(of_part, log_p, retain_graph=True)
+        truth, value = truth + of_part, value + float((slope * log_p.detach()).sum())
+    ours = make_loss(policy, chain, length_normalize=normalized)(batch)["loss_iw_mle"]
+    torch.testing.assert_close(ours.item(), value, rtol=1e-12, atol=1e-12)
+    expected, actual = (torch.autograd.grad(x, policy.logits)[0] for x in (truth, ours))
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_the_cases_clip_and_do_not() -> None:
+    """Each branch of an equation is met."""
+    batch = make_batch()
+    ratio = (Table().log_prob(batch) - batch[REF_LOG_PROB]).exp()
+    assert bool((ratio > 1.2).any()) and bool((ratio < 0.8).any()) and bool((ratio < 1.2).any())
+
+
+def test_without_a_reference_none_is_read() -> None:
+    policy, batch = Table(), make_batch()
+    loss = make_loss(policy, ImportanceWeights.dft())
+    alone = loss(batch.exclude(REF_LOG_PROB))
+    assert torch.equal(alone["loss_iw_mle"], loss(batch)["loss_iw_mle"])
+    assert REF_LOG_PROB not in loss.in_keys
+    # Only the diagnostic looks at it.
+    assert bool(alone["kl_approx"].isnan()) and not bool(loss(batch)["kl_approx"].isnan())
+
+
+def test_the_argument_replaces_the_reference_of_the_chain() -> None:
+    policy, batch = Table(), make_batch()
+    plain = ImportanceWeights(step=[weights.Temperature(1.0)], reduce=None)
+    ours, dft = (
+        make_loss(policy, chain, reference="none")(batch)["loss_iw_mle"]
+        for chain in (plain, ImportanceWeights.dft())
+    )
+    assert torch.equal(ours, dft)
+    assert make_loss(policy, ImportanceWeights.dft(), reference="fixed").needs_reference
+
+
+def test_a_synced_reference_is_the_policy_at_the_last_sync() -> None:
+    policy, batch = Table(), make_batch()
+    loss = ImportanceWeightedMLE(
+        policy, importance_weights=ImportanceWeights.psft(0.2), proposal="current"
+    )
+    with pytest.raises(ValueError, match="reference='synced' needs a sync"):
+        loss(batch)
+    stored = batch[REF_LOG_PROB]
+    sync = HardSync(loss, every=2, trajectories=batch)
+    before = stored.clone()
+    torch.testing.assert_close(before, Table().log_prob(batch).detach())
+    for step in range(4):
+        synced = step % 2 == 0
+        torch.testing.assert_close(stored, loss.log_prob(batch).detach() if synced else before)
+        assert (loss(batch)["weight_max"] == 1) == synced
+        before = stored.clone()
+        with torch.no_grad():
+            loss.actor_network_params["logits"].add_(0.1 * torch.randn(STATES, ACTIONS))
+        state = dict(sync.state_dict())
+        assert sync.step() == (step % 2 == 1)
+    now = stored.clone()
+    sync.load_state_dict(state)
+    assert sync.counter == 1 and torch.equal(stored, before) and not torch.equal(stored, now)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: ImportanceWeights(reference="moving"), "reference must be one of"),
+        (
+            lambda: ImportanceWeights([weights.ClipRatio(0.2, 1.8)], None, reference="none"),
+            "ClipRatio.* is for q / pi_ref",
+        ),
+        (
+            lambda: make_loss(Table(), ImportanceWeights.paper_llm(), reference="none"),
+            "reduce='sum' weigh by the probability of whole trajectories",
+        ),
+        (
+            lambda: make_loss(Table(), ImportanceWeights.minor_sft(), reference="none"),
+            "underflows",
+        ),
+        (
+            lambda: make_loss(Table(), ImportanceWeights.psft(), reference="none"),
+            "MaskRatio.* is for q / pi_ref",
+        ),
+        (
+            lambda: make_loss(Table(), ImportanceWeights.chord_phi(), reference="fixed"),
+            "Uncertainty.* is for probabilities: it needs reference='none'",
+        ),
+        (
+            lambda: make_loss(Table(), ImportanceWeights.dft(), proposal="reference"),
+            "reference='none' has no pi_ref",
+        ),
+        (
+            lambda: make_loss(Table(), ImportanceWeights.psft(), proposal="lagged"),
+            "reference='synced' needs proposal='current'",
+        ),
+        (
+            lambda: HardSync(make_loss(Table(), ImportanceWeights.psft()), every=2),
+            "trajectories=... goes with proposal='cached' or reference='synced'",
+        ),
+        (
+            lambda: EMA(make_loss(Table(), ImportanceWeights.psft()), decay=0.9),
+            "EMA needs proposal='lagged'",
+        ),
+        (lambda: ImportanceWeights.minor_sft(0.0), "Sigmoid"),
+        (lambda: ImportanceWeights.psft(0.0), r"psft\(epsilon=0.0\): epsilon must be above 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused(build: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_negative_data_need_weights_that_vanish() -> None:
+    """p and p(1 - p) do; sigmoid(-log ratio) grows as q leaves the answer."""
+    for chain, bounded in (
+        (ImportanceWeights.dft(), True),
+        (ImportanceWeights.chord_phi(), True),
+        (ImportanceWeights.psft(), True),
+        (ImportanceWeights.minor_sft(), False),
+    ):
+        assert chain.bounded == bounded, chain

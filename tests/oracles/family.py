@@ -1,0 +1,38 @@
+"""Losses of the papers that reweight SFT, as they print them, on log p of the data.
+
+Each takes log p ``[T]`` of the steps of one trajectory, with its gradient, and gives the loss of
+each step ``[T]``, or of the trajectory divided by T. Gradients pass where the paper lets them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+def dft(log_p: Tensor) -> Tensor:
+    """arXiv 2508.05629, Eq. 9: -sg(p) log p."""
+    return -log_p.exp().detach() * log_p
+
+
+def power(log_p: Tensor, k: float) -> Tensor:
+    """arXiv 2510.00526: (1 - p^k) / k."""
+    return (1 - log_p.exp() ** k) / k
+
+
+def chord_phi(log_p: Tensor) -> Tensor:
+    """arXiv 2508.11408: -sg(p (1 - p)) log p."""
+    p = log_p.exp().detach()
+    return -p * (1 - p) * log_p
+
+
+def psft(log_p: Tensor, old: Tensor, epsilon: float) -> Tensor:
+    """arXiv 2508.17784: -min(r, clip(r, 1 - epsilon, 1 + epsilon)), r = p / p_old."""
+    ratio = (log_p - old).exp()
+    return -torch.minimum(ratio, ratio.clamp(1 - epsilon, 1 + epsilon))
+
+
+def minor_sft(log_p: Tensor, reference: Tensor, beta: float) -> Tensor:
+    """arXiv 2408.10642: the gradient of -log p times sigmoid(-beta log(p / pi_ref))."""
+    return -logsigmoid(beta * (log_p - reference).sum()) / beta / len(log_p)
