@@ -12,8 +12,8 @@ import io
 import json
 import re
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
@@ -22,22 +22,13 @@ import docstring_parser
 import tyro
 
 from benchmarks.commands import called_as
-from benchmarks.stopping import one_line
+from benchmarks.stopping import ends_in_one_line
 from iwsft import extras
 
 # Experiment trackers of --report-to; each is the name of its package, too.
 TRACKERS = ("tensorboard", "wandb", "trackio")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 Parsed = TypeVar("Parsed")
-
-
-@contextmanager
-def told() -> Iterator[None]:
-    """End the process with one line on a wrong option; nothing heavy is imported."""
-    try:
-        yield
-    except (ImportError, OSError, ValueError) as error:
-        raise SystemExit(f"error: {one_line(error)}") from error
 
 
 def option(
@@ -69,7 +60,7 @@ def parse(
     """Read a command line into a dataclass, see :func:`parse_groups`."""
     groups = groups_of(kind)
     values = parse_groups(groups, command, description, words, defaults_of(groups))
-    with told():
+    with ends_in_one_line():
         return kind(**values)
 
 
@@ -102,7 +93,7 @@ def parse_groups(
     configured: list[str] = []
     if len(groups) > 1:
         names = [each.name for group in groups for each in fields(group)]
-        with told():
+        with ends_in_one_line():
             configured = config_words(words, command, names, defaults)
         parts.append(("config", Annotated[Path | None, _CONFIG], None))
     copies = [_described(group, defaults) for group in groups]

@@ -36,6 +36,7 @@ from benchmarks.d4rl.run import Run, Task, check_run, config_of, sizes
 from benchmarks.d4rl.settings import name_in_tables
 from benchmarks.d4rl.train import learning_curve_probe, score_policy
 from benchmarks.options import option, parse
+from benchmarks.sweep import tell_score
 from iwsft.metrics import MetricsLog
 from iwsft.training import Cost, Row
 from iwsft.trajectory import ACTION, NEXT_OBSERVATION, OBSERVATION, REWARD, TERMINATED, TRAJ_IDS
@@ -108,14 +109,12 @@ class Options:
     """Keep finished runs; those that were cut off start again."""
 
 
+@stopping.ends_in_one_line()
 def main(options: Options) -> None:
     """Train and score all runs; an error that a user can mend ends it in one line."""
-    with runs.ends_in_one_line():
-        for run, task in claim_runs(options):
-            result = train_and_score(run, task)
-            score = result["normalized_score"]
-            what, value = ("return", result["return_mean"]) if score is None else ("score", score)
-            print(f"d3rlpy/{run}: {what} {value:.1f}, {result['cpu_seconds']:.0f} CPU-seconds")
+    for run, task in claim_runs(options):
+        train_and_score(run, task)
+        tell_score(run)
 
 
 def claim_runs(options: Options) -> list[tuple[Run, Task]]:
@@ -363,4 +362,5 @@ def _typed(kind: str, **params: Any) -> Config:
 
 if __name__ == "__main__":
     stopping.watch()
-    main(parse(Options, "peer", __doc__))
+    with stopping.command():
+        main(parse(Options, "peer", __doc__))

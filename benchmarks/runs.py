@@ -1,4 +1,4 @@
-"""A run on disk: its folder, the claim on it, its files, and errors in one line."""
+"""A run on disk: its folder, the claim on it, and its files."""
 
 from __future__ import annotations
 
@@ -17,25 +17,10 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from filelock import FileLock, Timeout
 
-from benchmarks import stopping
-from benchmarks.stopping import one_line
 from iwsft.checkpoint import CheckpointError, differences
-from iwsft.extras import named
 from iwsft.files import full_disk_named, written_whole
 
 CONFIG, RESULT, VIDEO = "config.json", "result.json", "video.mp4"
-# What settings, data, disk and network can cause. Anything else is a bug and keeps its traceback.
-EXPECTED = (
-    CheckpointError,
-    FloatingPointError,
-    ImportError,
-    KeyError,
-    MemoryError,
-    OSError,
-    OverflowError,
-    ValueError,
-    torch.OutOfMemoryError,
-)
 _PACKAGES = ("torch", "tensordict", "torchrl", "gymnasium", "mujoco", "numpy")
 
 
@@ -178,16 +163,3 @@ def tell(line: str) -> None:
     """Write a line to stderr in one go, so that those of several processes do not mix."""
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
-
-
-@contextmanager
-def ends_in_one_line() -> Iterator[None]:
-    """End the process with one line on an error that a user can mend, or on a signal."""
-    with stopping.ends_in_one_line():
-        try:
-            with named():
-                yield
-        except EXPECTED as error:
-            if stopping.signal_behind(error) is not None:
-                raise
-            raise SystemExit(f"error: {one_line(error)}") from error

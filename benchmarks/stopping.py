@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM end a command in one line, from its first import on; no heavy imports."""
+"""Errors that a user can mend, Ctrl-C and SIGTERM end a command in one line.
+
+They do so from its first import on, so nothing heavy is imported here.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,13 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-from iwsft.extras import MissingPackageError, named, require
+from iwsft.extras import named, require
 
+# What settings, data, disk and network can cause. Anything else is a bug and keeps its traceback.
+_EXPECTED = (
+    *(FloatingPointError, ImportError, KeyError, MemoryError),
+    *(OSError, OverflowError, ValueError),
+)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _received: list[int] = []
 
@@ -43,40 +51,47 @@ def check() -> None:
         raise KeyboardInterrupt
 
 
+def expected() -> tuple[type[BaseException], ...]:
+    """The errors that a user can mend."""
+    # Its base is that of most bugs.
+    out_of_memory = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
+    return (*_EXPECTED, out_of_memory)
+
+
 @contextmanager
 def ends_in_one_line() -> Iterator[None]:
-    """End the process with status 130 or 143 and a line on --resume after a signal."""
+    """End the process with one line on an error that a user can mend.
+
+    After a signal the status is 130 or 143, and the line tells of --resume.
+    """
     try:
-        yield
+        with named():
+            yield
     except SystemExit:
         raise
     except BaseException as error:
         number = signal_behind(error)
-        if number is None:
-            raise
-        print("stopped; the same command with --resume continues", file=sys.stderr)
-        raise SystemExit(128 + number) from error
-    finally:
-        # No further signal disturbs the end of the process, where signals were watched.
-        for watched in _SIGNALS:
-            if signal.getsignal(watched) is _stop:
-                signal.signal(watched, signal.SIG_IGN)
+        if number is not None:
+            print("stopped; the same command with --resume continues", file=sys.stderr)
+            raise SystemExit(128 + number) from error
+        if isinstance(error, expected()):
+            raise SystemExit(f"error: {one_line(error)}") from error
+        raise
 
 
 @contextmanager
 def command(*packages: str) -> Iterator[None]:
-    """A whole command, imports included, that ends in one line after a signal.
-
-    It also does where one of ``packages`` or another package of an extra is not installed.
-    """
+    """A whole command, imports included, that ends in one line; it needs ``packages``."""
     try:
-        with ends_in_one_line():
-            try:
-                with named():
-                    require(*packages)
-                    yield
-            except MissingPackageError as error:
-                raise SystemExit(f"error: {error}") from error
+        try:
+            with ends_in_one_line():
+                require(*packages)
+                yield
+        finally:
+            # No further signal disturbs the end of the process, where signals were watched.
+            for watched in _SIGNALS:
+                if signal.getsignal(watched) is _stop:
+                    signal.signal(watched, signal.SIG_IGN)
     except SystemExit as end:
         if end.code in (130, 143):
             # Python would end by SIGINT where a library was interrupted as it was imported.

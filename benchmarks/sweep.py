@@ -12,8 +12,8 @@ from typing import Any
 
 from benchmarks import stopping
 from benchmarks.places import Place
-from benchmarks.runs import EXPECTED, RESULT, Run, tell
-from benchmarks.stopping import one_line
+from benchmarks.runs import RESULT, Run, tell
+from benchmarks.stopping import expected, one_line
 from iwsft.extras import named
 
 RETRIES = 2
@@ -94,7 +94,7 @@ def _problem(work: Callable[[Any], object], item: Any) -> str | None:
     try:
         with named():
             work(item)
-    except EXPECTED as error:
+    except expected() as error:
         stopping.check()
         return one_line(error)
     return None

@@ -28,7 +28,7 @@ CORRUPT = (
 _FOLDER = 0x10
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ValueError):
     """A checkpoint or a folder of a run is corrupt, or belongs to other settings."""
 
 

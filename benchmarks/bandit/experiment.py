@@ -149,14 +149,11 @@ def main(options: Options) -> dict[str, list[BanditRun]]:
     """Train, write ``bandit.json`` and ``bandit.png``, print the table."""
     start = time.perf_counter()
     runs: dict[str, list[BanditRun]] = {algorithm: [] for algorithm in LABELS}
-    try:
-        with Progress() as progress:
-            for seed in progress.track(range(options.seeds), description="bandit, seeds"):
-                data = annotate_reference(uniform_policy(), successes(options.pulls, seed))
-                for algorithm, seeds in runs.items():
-                    seeds.append(train(algorithm, data, options.steps, options.lr))
-    except (OverflowError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+    with Progress() as progress:
+        for seed in progress.track(range(options.seeds), description="bandit, seeds"):
+            data = annotate_reference(uniform_policy(), successes(options.pulls, seed))
+            for algorithm, seeds in runs.items():
+                seeds.append(train(algorithm, data, options.steps, options.lr))
     numbers = summary(runs)
     figure, file = options.out / "bandit.png", options.out / "bandit.json"
     with written_whole(figure) as partial:

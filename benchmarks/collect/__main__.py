@@ -18,35 +18,28 @@ if TYPE_CHECKING:
     from benchmarks.collect.options import Options
 
 
+@stopping.ends_in_one_line()
 def main(options: Options) -> None:
     """Collect; an error that a user can mend ends it in one line."""
     from benchmarks.collect.options import check_options
-    from benchmarks.options import told
 
-    with told():
-        check_options(options)
-    from benchmarks.runs import ends_in_one_line
+    check_options(options)
+    from benchmarks.collect.job import run_job
 
-    with ends_in_one_line():
-        from benchmarks.collect.job import run_job
-
-        run_job(options)
+    run_job(options)
 
 
+@stopping.ends_in_one_line()
 def build_sets() -> None:
     """Build the sets that the command line names."""
     from benchmarks.collect import sets
-    from benchmarks.options import check_known, parse, told
+    from benchmarks.options import check_known, parse
 
     description = f"{sets.__doc__}{', '.join(sets.SETS)}"
     options = parse(sets.Options, "collect sets", description, sys.argv[2:])
-    with told():
-        for name in options.names:
-            check_known("set", name, list(sets.SETS))
-    from benchmarks.runs import ends_in_one_line
-
-    with ends_in_one_line():
-        sets.build(options)
+    for name in options.names:
+        check_known("set", name, list(sets.SETS))
+    sets.build(options)
 
 
 def run() -> None:

@@ -17,21 +17,17 @@ if TYPE_CHECKING:
     from benchmarks.d4rl.options import Options
 
 
+@stopping.ends_in_one_line()
 def main(options: Options) -> None:
     """Run the job; an error that a user can mend ends it in one line."""
     from benchmarks.d4rl.options import check_options, choose_suite
-    from benchmarks.options import told
 
-    with told():
-        suite = choose_suite(options)
-        check_options(options, suite)
-    from benchmarks.runs import ends_in_one_line
+    suite = choose_suite(options)
+    check_options(options, suite)
+    # Takes seconds to import.
+    from benchmarks.d4rl.job import run_job
 
-    with ends_in_one_line():
-        from benchmarks.d4rl.job import run_job
-
-        summary = run_job(options, suite)
-    if summary.failed:
+    if run_job(options, suite).failed:
         raise SystemExit(1)
 
 

@@ -17,8 +17,8 @@ from benchmarks.d4rl.settings import name_in_tables
 from benchmarks.d4rl.train import train_and_score
 from benchmarks.report.tables import score_table
 from benchmarks.results import CONTROL, read_runs
-from benchmarks.runs import EXPECTED, claim, tell
-from benchmarks.stopping import one_line
+from benchmarks.runs import claim, tell
+from benchmarks.stopping import expected, one_line
 from benchmarks.sweep import Summary, run_all
 from benchmarks.trackers import tracked
 from iwsft.training import Row
@@ -61,7 +61,7 @@ def run_job(options: Options, suite: Suite) -> Summary:
         # Draws figures; its imports take seconds.
         from benchmarks.report.page import write_report
 
-        page = write_report(options.out, options.out / "report")
+        page = write_report(options.out, options.out / "report").page
         console.print(f"Report: {page}", highlight=False, soft_wrap=True)
     return summary
 
@@ -103,7 +103,7 @@ def _list_runs(options: Options, suite: Suite, summary: Summary) -> dict[Run, di
                         check_recording(task.env_id, task.dataset.env_kwargs)
                 check_run(several[0], task)
                 runs += several
-            except EXPECTED as error:
+            except expected() as error:
                 if options.suite is None:
                     raise
                 problems.setdefault(one_line(error), []).append(algo)

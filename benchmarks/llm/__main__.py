@@ -41,40 +41,29 @@ Examples:
 """
 
 
+@stopping.ends_in_one_line()
 def main(words: Sequence[str]) -> None:
     """Run the job; an error that a user can mend ends it in one line."""
     from benchmarks.llm.options import parse
-    from benchmarks.options import told
 
     own_rows = tuple(words[:2]) == CHAT
     command = " ".join(["llm", *CHAT]) if own_rows else "llm"
-    with told():
-        options = parse(words, command, _FINETUNE if own_rows else __doc__)
-    from benchmarks.runs import ends_in_one_line
+    options = parse(words, command, _FINETUNE if own_rows else __doc__)
+    # Takes seconds to import.
+    from benchmarks.llm.job import run_job
 
-    with ends_in_one_line():
-        # Takes seconds to import.
-        from benchmarks.llm.job import run_job
-
-        status = run_job(options)
-    if status:
+    if status := run_job(options):
         raise SystemExit(status)
 
 
+@stopping.ends_in_one_line()
 def evaluate(options: Options) -> None:
     """Evaluate and print the table; an error that a user can mend ends it in one line."""
-    from benchmarks.options import told
+    options.check()
+    from benchmarks.llm.evaluation.run import run
+    from benchmarks.llm.evaluation.scores import show
 
-    with told():
-        options.check()
-    from benchmarks.runs import ends_in_one_line
-
-    with ends_in_one_line():
-        from benchmarks.llm.evaluation.run import run
-        from benchmarks.llm.evaluation.scores import show
-
-        results = run(options)
-    show(results)
+    show(run(options))
 
 
 def run() -> None:

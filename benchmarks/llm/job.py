@@ -195,7 +195,7 @@ def _show(runs: Sequence[Run], summary: Summary) -> None:
         base = next((result for result in results if result["algo"] == BASE), None)
         trained = [result for result in results if result["algo"] != BASE]
         show(*filter(None, (change_line(result, base) for result in trained)))
-        show(f"Report: {write_report(folder, folder / 'report')}")
+        show(f"Report: {write_report(folder, folder / 'report').page}")
     cards = [card for run in runs if (card := write_card(run.folder))]
     show(summary, *(f"Model, with its card: {card.parent}" for card in cards))
     if cards:

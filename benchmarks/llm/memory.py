@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from benchmarks.options import check_at_least, option, parse
-from benchmarks.runs import ends_in_one_line
+from benchmarks.stopping import ends_in_one_line
 from iwsft.objective import Proposal
 from iwsft.policies.token_log_prob import _ACCELERATOR_BLOCK, _CPU_BLOCK
 
@@ -266,17 +266,17 @@ def _table(sizes: DecoderSizes, options: Options) -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
+@ends_in_one_line()
 def main(options: Options) -> None:
     """Print a table for each model."""
-    with ends_in_one_line():
-        check_at_least(1, gpus=options.gpus, nodes=options.nodes, tokens=options.tokens)
-        configs: dict[str, Any] = dict(QWEN2)
-        if options.model is not None:
-            configs = {options.model: AutoConfig.from_pretrained(options.model)}
-        for name, config in configs.items():
-            sizes = DecoderSizes.of(config, trainable=options.trainable)
-            print(f"{name}, {sizes.parameters:,} parameters:\n")
-            print("\n".join(_table(sizes, options)), end="\n\n")
+    check_at_least(1, gpus=options.gpus, nodes=options.nodes, tokens=options.tokens)
+    configs: dict[str, Any] = dict(QWEN2)
+    if options.model is not None:
+        configs = {options.model: AutoConfig.from_pretrained(options.model)}
+    for name, config in configs.items():
+        sizes = DecoderSizes.of(config, trainable=options.trainable)
+        print(f"{name}, {sizes.parameters:,} parameters:\n")
+        print("\n".join(_table(sizes, options)), end="\n\n")
 
 
 if __name__ == "__main__":

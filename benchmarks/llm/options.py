@@ -27,7 +27,6 @@ from benchmarks.options import (
     parse_groups,
     peek,
     to_config,
-    told,
 )
 from iwsft.extras import EXTRAS, require
 
@@ -191,8 +190,7 @@ def parse(words: Sequence[str], command: str = "llm", description: str | None = 
     Settings that are not given are those of the recipe and the preset. The help shows them.
     """
     names = [each.name for group in _GROUPS for each in fields(group)]
-    with told():
-        configured = config_words(words, command, names, {})
+    configured = config_words(words, command, names, {})
     given = peek([*configured, *words], "recipe", "preset", "lora_rank")
     recipe = load_recipe(given["recipe"] or Experiment.recipe)
     start = _start(recipe, given["preset"], given["lora_rank"])

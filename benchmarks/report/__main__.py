@@ -14,38 +14,33 @@ if TYPE_CHECKING:
     from benchmarks.report.options import Options
 
 
+@stopping.ends_in_one_line()
 def main(options: Options) -> None:
-    """Write the report and print the scores."""
+    """Write the report and print the scores; an error that a user can mend is one line."""
     if not options.runs.exists():
-        raise SystemExit(f"error: {options.runs} is not a folder: pass that of --out of the runs")
+        raise ValueError(f"{options.runs} is not a folder: pass that of --out of the runs")
     from rich.console import Console
 
-    from benchmarks.report.language import read_recipes, recipe_table
+    from benchmarks.report.language import recipe_table
     from benchmarks.report.page import write_report
     from benchmarks.report.tables import score_table
-    from benchmarks.results import CONTROL, ResultsError, printable, read_all
+    from benchmarks.results import printable
 
-    try:
-        place = options.runs.parent if options.runs.is_file() else options.runs
-        page = write_report(options.runs, options.out or place / "report")
-        runs, unfinished = read_all(options.runs, CONTROL)
-        recipes = read_recipes(options.runs)
-    except (ResultsError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+    place = options.runs.parent if options.runs.is_file() else options.runs
+    report = write_report(options.runs, options.out or place / "report")
     console = Console()
-    if runs:
-        console.print(score_table(runs))
-    for recipe in recipes:
+    if report.runs:
+        console.print(score_table(report.runs))
+    for recipe in report.recipes:
         if recipe.scores:
             console.print(recipe_table(recipe))
-        unfinished += recipe.unfinished
-    if unfinished:
-        runs_of = "run" if len(unfinished) == 1 else "runs"
-        console.print(f"{len(unfinished)} unfinished or damaged {runs_of} left out:")
-        for run in unfinished:
+    if report.unfinished:
+        runs_of = "run" if len(report.unfinished) == 1 else "runs"
+        console.print(f"{len(report.unfinished)} unfinished or damaged {runs_of} left out:")
+        for run in report.unfinished:
             line = run.damage or printable(str(run.folder))
             console.print(f"  {line}", highlight=False, markup=False)
-    console.print(f"Report: {page}", highlight=False, soft_wrap=True)
+    console.print(f"Report: {report.page}", highlight=False, soft_wrap=True)
 
 
 def run() -> None:

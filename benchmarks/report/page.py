@@ -7,7 +7,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import results
 from benchmarks.commands import program
@@ -27,17 +27,27 @@ PAGE, MARKDOWN, RECORDS = "index.html", "report.md", "runs.json"
 _EPISODES = ("episode_scores", "episode_returns", "episode_lengths", "episode_successes")
 
 
-def write_report(folder: Path, out: Path) -> Path:
+class Report(NamedTuple):
+    """The HTML page of a report, and what was read for it."""
+
+    page: Path
+    runs: list[RecordedRun]  # of control
+    recipes: list[RecipeRuns]
+    unfinished: list[RecordedRun]  # all of them
+
+
+def write_report(folder: Path, out: Path) -> Report:
     """Read the runs below ``folder`` and write the pages and the figures into ``out``.
 
-    Returns the HTML page. Figures of an earlier report in ``out`` that the new one does not have
-    are removed. Without a finished run it raises ``ResultsError``.
+    Figures of an earlier report in ``out`` that the new one does not have are removed. Without a
+    finished run it raises ``ResultsError``.
     """
     runs, unfinished = results.read_all(folder, results.CONTROL)
     recipes, evaluations = read_recipes(folder), results.read_evaluations(folder)
     language_runs = [run for recipe in recipes for run in runs_of(recipe.scores)]
+    others = [*unfinished, *(run for recipe in recipes for run in recipe.unfinished)]
     if not runs and not language_runs and not evaluations:
-        _refuse(folder, [*unfinished, *(run for recipe in recipes for run in recipe.unfinished)])
+        _refuse(folder, others)
     document, group = Document(), scores.cells(runs)
     document.section("")
     if group:
@@ -74,7 +84,7 @@ def write_report(folder: Path, out: Path) -> Path:
     for name in re.findall(r"^!\[.*\]\(([\w.+-]+\.(?:png|svg))\)$", earlier, re.MULTILINE):
         if name not in written:
             (out / name).unlink(missing_ok=True)
-    return out / PAGE
+    return Report(out / PAGE, runs, recipes, others)
 
 
 def _refuse(folder: Path, others: Sequence[RecordedRun]) -> None:
@@ -294,8 +304,8 @@ def _sweep(document: Document, group: Sequence[Cell]) -> None:
 def _tuning(document: Document, group: Sequence[Cell]) -> None:
     settings = tuning.find_settings(group)
     document.section("Cost of choosing a setting")
-    grid = tuning.tuning_grid(settings)
-    if not grid.rows:
+    tuned = tuning.tune_all(settings)
+    if not tuned:
         return
     document.text(
         "Where an algorithm has several settings, one must be chosen, by episodes in the "
@@ -303,11 +313,13 @@ def _tuning(document: Document, group: Sequence[Cell]) -> None:
         "The score is that of the policy whose mean is highest so far, expected over 1,000 trials "
         "with recorded episodes (<https://arxiv.org/abs/2504.11453>). It has no interval."
     )
-    document.table(grid, "Expected score of the chosen policy, by online episodes.")
+    document.table(
+        tuning.tuning_grid(tuned), "Expected score of the chosen policy, by online episodes."
+    )
     caption = "Expected score of the chosen policy over the online episodes spent on choosing."
-    document.figure("tuning", tuning.draw_tuning(settings), caption)
+    document.figure("tuning", tuning.draw_tuning(tuned), caption)
     single = {algo for (_, algo), cells in settings.items() if len(cells) == 1}
-    single -= {algo for (_, algo), cells in settings.items() if len(cells) > 1}
+    single -= {algo for _, algo in tuned}
     if single:
         names = ", ".join(map(scores.algorithm_label, sorted(single, key=scores.algorithm_rank)))
         document.text(f"One setting each, which costs no episode: {escaped(names)}.")

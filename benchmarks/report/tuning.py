@@ -7,9 +7,9 @@ https://arxiv.org/abs/2504.11453.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from benchmarks.report import figures
 from benchmarks.report.document import Grid
@@ -19,7 +19,6 @@ from benchmarks.report.scores import (
     algorithm_label,
     base,
     dataset_label,
-    datasets,
 )
 from benchmarks.results import SCORE, RecordedRun
 from benchmarks.statistics import Scores
@@ -32,6 +31,14 @@ _GROUPS = 20
 _UNIT = 100.0  # the score of an expert, as which the bandit takes a reward of 1
 # Settings of an algorithm on a dataset, by the names of both.
 Settings = Mapping[tuple[str, str], Sequence[Cell]]
+
+
+class Tuned(NamedTuple):
+    """Number of settings of an algorithm on a dataset, and what :func:`tune` returns for them."""
+
+    settings: int
+    scores: Scores
+    best: float
 
 
 def episode_groups(run: RecordedRun) -> list[float]:
@@ -95,26 +102,27 @@ def tune(cells: Sequence[Cell]) -> tuple[Scores, float]:
     return np.array(expected), float(means.max(axis=1).mean())
 
 
-def tuning_grid(settings: Settings) -> Grid:
+def tune_all(settings: Settings) -> Mapping[tuple[str, str], Tuned]:
+    """Tune each algorithm on each dataset where it has several settings."""
+    several = {names: cells for names, cells in settings.items() if len(cells) > 1}
+    return {names: Tuned(len(cells), *tune(cells)) for names, cells in several.items()}
+
+
+def tuning_grid(tuned: Mapping[tuple[str, str], Tuned]) -> Grid:
     """Table of the expected score after some numbers of episodes."""
     columns = [f"{n} episodes" for n in _SHOWN]
     grid = Grid(["dataset", "algorithm", "settings", *columns, "best policy"])
-    for (dataset, algo), cells in settings.items():
-        if len(cells) > 1:
-            scores, best = tune(cells)
-            row = [dataset_label(dataset), algorithm_label(algo), str(len(cells))]
-            grid.rows.append([*row, *(f"{score:.1f}" for score in (*scores[[*_SHOWN]], best))])
+    for (dataset, algo), (count, scores, best) in tuned.items():
+        row = [dataset_label(dataset), algorithm_label(algo), str(count)]
+        grid.rows.append([*row, *(f"{score:.1f}" for score in (*scores[[*_SHOWN]], best))])
     return grid
 
 
-def draw_tuning(settings: Settings) -> Panels:
+def draw_tuning(tuned: Mapping[tuple[str, str], Tuned]) -> Panels:
     """Draw the expected score over the number of episodes, one panel for each dataset."""
     panels = {}
-    several = {names: cells for names, cells in settings.items() if len(cells) > 1}
-    for dataset in datasets(cells[0] for cells in several.values()):
-        curves: dict[str, NDArray] = {
-            algo: tune(cells)[0] for (name, algo), cells in several.items() if name == dataset
-        }
+    for dataset in dict.fromkeys(dataset for dataset, _ in tuned):
+        curves = {algo: each.scores for (name, algo), each in tuned.items() if name == dataset}
         colour = {algo: figures.COLOURS.get(algo, figures.OTHER) for algo in curves}
         ax = figures.make_panel(dataset_label(dataset), 2.5, colour)
         for algo, scores in curves.items():

@@ -19,7 +19,7 @@ from benchmarks.d4rl.__main__ import main as control_main
 from benchmarks.d4rl.options import Options as ControlOptions
 from benchmarks.report.scores import cells
 from benchmarks.results import CONTROL, read_all, read_runs
-from benchmarks.runs import EXPECTED
+from benchmarks.stopping import expected
 from iwsft import datasets
 from iwsft.trajectory import ACTION, NEXT_OBSERVATION, OBSERVATION, REWARD, TERMINATED, lengths
 from scripts.campaigns.engine import Campaign, Finding
@@ -61,7 +61,7 @@ def draw_episodes(random: Random) -> list[Episode]:
 def refusal(error: Exception, names: Sequence[str]) -> Iterator[Finding]:
     """An error must be one that a user can mend, and name one of ``names``."""
     text = str(error)
-    if not isinstance(error, (*EXPECTED, TypeError)) or not any(name in text for name in names):
+    if not isinstance(error, (*expected(), TypeError)) or not any(name in text for name in names):
         yield "obscure", f"{type(error).__name__}: {text[:300]}"
 
 

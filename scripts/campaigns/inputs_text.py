@@ -21,7 +21,7 @@ from benchmarks.d4rl.options import EVERY_ALGORITHM, check_options, choose_suite
 from benchmarks.d4rl.options import Options as ControlOptions
 from benchmarks.llm.options import ALGORITHMS, parse
 from benchmarks.llm.settings import Settings
-from benchmarks.runs import ends_in_one_line
+from benchmarks.stopping import ends_in_one_line
 from iwsft import datasets
 from iwsft.datasets.text.rows import read
 from iwsft.datasets.text.tokens import tokenize

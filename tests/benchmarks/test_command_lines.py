@@ -132,7 +132,7 @@ def test_switches_of_a_recipe_are_flags(word: str, value: bool) -> None:
 
 def test_fine_tuning_refuses_the_config_of_another_recipe(tmp_path: Path) -> None:
     path = config(tmp_path, "recipe: gsm8k")
-    with pytest.raises(SystemExit, match="run.yaml has --recipe gsm8k; `iwsft llm` takes it"):
+    with pytest.raises(ValueError, match="run.yaml has --recipe gsm8k; `iwsft llm` takes it"):
         language(["--recipe", "chat", "--config", path], command="llm --recipe chat")
 
 

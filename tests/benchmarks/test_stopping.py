@@ -10,7 +10,7 @@ import sys
 import pytest
 from tensordict import TensorDict
 
-from benchmarks.runs import ends_in_one_line
+from benchmarks.stopping import ends_in_one_line
 from iwsft.datasets.d4rl import damage_named
 
 SWALLOWED = {

@@ -21,7 +21,7 @@ from benchmarks.llm.__main__ import evaluate as main
 from benchmarks.llm.evaluation.options import Options
 from benchmarks.llm.evaluation.run import run
 from benchmarks.llm.evaluation.scores import show
-from benchmarks.runs import EXPECTED
+from benchmarks.stopping import expected
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
@@ -327,7 +327,7 @@ def test_bad_settings(
 ) -> None:
     if "tasks" in others:
         others = {**others, "tasks": tuple(each.format(data) for each in others["tasks"])}
-    with pytest.raises(EXPECTED, match=message):
+    with pytest.raises(expected(), match=message):
         options = settings(model, data, tmp_path, **others)
         options.check()
         run(options)

@@ -109,7 +109,7 @@ def test_every_algorithm_writes_its_files(
     assert [*filter(None, shown)] == 2 * labels
     # A report of the folder above contains them, too; they are not control runs.
     assert read_all(tmp_path, CONTROL) == ([], [])
-    above = write_report(tmp_path, tmp_path / "report").parent
+    above = write_report(tmp_path, tmp_path / "report").page.parent
     for report in (folder / "report", above):
         records = {each["algo"]: each for each in json.loads((report / "runs.json").read_text())}
         assert records.keys() == {"base", *ALGORITHMS} and records["base"]["score"] == base["score"]

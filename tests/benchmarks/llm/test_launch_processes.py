@@ -107,10 +107,9 @@ def test_a_signal_to_end_reaches_every_process(
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[3]}")
     lines = (
         "from benchmarks import stopping",
-        "from benchmarks.runs import ends_in_one_line",
         "from benchmarks.llm.launch import Hardware, choose, start",
         "stopping.watch()",
-        "with ends_in_one_line(): start(choose('cpu_zero3', Hardware(0, 2)), 'waiting', [])",
+        "with stopping.command(): start(choose('cpu_zero3', Hardware(0, 2)), 'waiting', [])",
     )
     command = [sys.executable, "-c", "\n".join(lines)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as parent:

@@ -254,7 +254,7 @@ def test_folders_of_the_machine_are_not_passed_on(whole: Path) -> None:
 
 def test_names_that_look_like_markup_stay_text(tmp_path: Path, make_run: MakeRun) -> None:
     make_run(tmp_path, "<img src=x>&b|c*d*_e_", "bc", 0, 1.0)
-    page = Page(write_report(tmp_path, tmp_path / "report").read_text())
+    page = Page(write_report(tmp_path, tmp_path / "report").page.read_text())
     assert page.tables[0][0][1] == page.tables[1][1][0] == "<img src=x>&b|c*d*_e_"
     assert all(image.startswith("data:") for image in page.images)
 
@@ -321,7 +321,7 @@ def test_one_seed_has_no_aggregates_and_drops_older_figures(
 
 def test_an_error_leaves_the_last_report_alone(tmp_path: Path, make_run: MakeRun) -> None:
     run = make_run(tmp_path, "hopper-a", "bc", 1, 5.0)
-    page = write_report(tmp_path, tmp_path / "report")
+    page = write_report(tmp_path, tmp_path / "report").page
     before = page.read_bytes()
     (run / "result.json").write_text("{")
     with pytest.raises(SystemExit, match=r"^error: .*seed-1/result\.json"):

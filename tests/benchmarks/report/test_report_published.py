@@ -66,7 +66,7 @@ def test_a_published_number_is_marked_and_apart_in_both_pages(
     tmp_path: Path, make_run: MakeRun
 ) -> None:
     make_run(tmp_path, "hopper-medium-replay-v2", "iw-sft-q", 0, 12.5)
-    html = write_report(tmp_path, tmp_path / "report").read_text()
+    html = write_report(tmp_path, tmp_path / "report").page.read_text()
     assert re.search(r"<td[^>]*><em>85\.0 ± 4\.1 <sup>\[", html)
     assert re.search(r"<td[^>]*>12\.5</td>", html)
     page = (tmp_path / "report/report.md").read_text()

@@ -14,7 +14,7 @@ def test_a_page_plays_one_video_of_each_algorithm(make_run: MakeRun, tmp_path: P
             folder = make_run(runs, "hopper-a", algo, seed, 50.0 + seed)
             if algo != "bc":
                 (folder / "video.mp4").write_bytes(f"{algo} {seed}".encode())
-    page = write_report(runs, tmp_path / "report").read_text()
+    page = write_report(runs, tmp_path / "report").page.read_text()
     for algo in ("sft-q", "iw-sft-q"):
         for seed in (1, 2, 3):
             data = base64.b64encode(f"{algo} {seed}".encode()).decode()
@@ -24,4 +24,4 @@ def test_a_page_plays_one_video_of_each_algorithm(make_run: MakeRun, tmp_path: P
     assert "media-src data:" in page
     for video in runs.rglob("video.mp4"):
         video.unlink()
-    assert "<video" not in write_report(runs, tmp_path / "report").read_text()
+    assert "<video" not in write_report(runs, tmp_path / "report").page.read_text()
