@@ -6,7 +6,7 @@ import itertools
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from iwsft import checkpoint
 from iwsft.distributed import from_first, gathered, rank_and_world
 from iwsft.fingerprint import fingerprint
-from iwsft.forward_pass import Collate, ForwardPass
+from iwsft.forward_pass import ForwardPass
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.policies.causal_lm_families import decoder_of
 from iwsft.trajectory import (
@@ -44,8 +44,6 @@ def annotate_reference(
     policy: Any,
     trajectories: TensorDictBase,
     *,
-    batches: Sequence[Sequence[int]] = (),
-    collate: Collate = torch.cat,  # type: ignore[assignment]
     cache: str | Path | None = None,
     rows: int = 8192,
 ) -> TensorDictBase:
@@ -56,9 +54,6 @@ def annotate_reference(
     and all get the result (one that calls alone waits for the others, until its process group times
     out). The model may be sharded by DeepSpeed or FSDP2.
 
-    If ``batches`` are the micro-batches that training begins with, the first update's weights are
-    exactly 1 (in float32 or less).
-
     With ``cache``, the result is stored in that folder under a key of everything it depends on:
     data, batches, weights, settings, precision, versions, and the log-probs of the first batch,
     which therefore runs in any case. Progress is stored too, so that a killed pass continues.
@@ -67,14 +62,9 @@ def annotate_reference(
         policy: pi_ref, an object with ``log_prob(trajectories)``; with a cache, a module.
         trajectories: Packed or padded trajectories, changed in place and returned; the entry is
             float32, one number per step, 0 off the mask.
-        batches: Positions of the trajectories of each batch, with those of all processes in turns.
-            Trajectories that are in none follow in batches of similar length. Without batches,
-            chunks in the order of the data are run, or for tokens batches of similar length.
-        collate: Makes one of the ``batches`` of packed trajectories, see
-            :class:`~iwsft.forward_pass.ForwardPass`.
         cache: Folder of stored results, made if it is missing; None stores nothing.
-        rows: Steps of a chunk, or of a batch of similar length, at most; a longer trajectory is
-            not cut.
+        rows: Most steps of a batch: a chunk in the order of the data, or tokens of trajectories of
+            similar length. A longer trajectory is not cut.
 
     Raises:
         TypeError: The policy has no ``log_prob``, or is not a module and there is a cache.
@@ -89,15 +79,8 @@ def annotate_reference(
     check_links(trajectories)
     # Chunks in the order of the data, unless padding would then be large.
     tokens = TOKENS in trajectories.keys(True) and trajectories.batch_dims == 1
-    forward = ForwardPass(
-        policy,
-        trajectories,
-        batches if batches or tokens else None,
-        collate=collate,
-        rows=rows,
-        shared=True,
-    )
-    write_reference(forward, cache=cache)
+    batches = () if tokens else None
+    write_reference(ForwardPass(policy, trajectories, batches, rows=rows, shared=True), cache=cache)
     return trajectories
 
 

@@ -36,10 +36,8 @@ if TYPE_CHECKING:
     from iwsft.language.config import ImportanceWeightedConfig as ImportanceWeightedConfig
     from iwsft.language.loss import token_loss as token_loss
     from iwsft.language.trainer import ImportanceWeightedTrainer as ImportanceWeightedTrainer
-    from iwsft.reference import annotate_reference
     from iwsft.reference import cached_reference as cached_reference
 
-    annotate_tokens = annotate_reference
 
 _NAMES = {
     "iwsft.datasets.text.chat": "ChatEncoder",
@@ -52,10 +50,7 @@ _NAMES = {
     "iwsft.reference": "cached_reference",
 }
 _PUBLIC = {name: f"{where}:{name}" for where, names in _NAMES.items() for name in names.split()}
-_PUBLIC |= {
-    "annotate_tokens": "iwsft.reference:annotate_reference",
-    "s1k": "iwsft.datasets.text.s1k",
-}
+_PUBLIC["s1k"] = "iwsft.datasets.text.s1k"
 __all__ = [*_PUBLIC]
 
 

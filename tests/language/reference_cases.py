@@ -12,7 +12,6 @@ import transformers
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
-from iwsft import annotate_reference
 from iwsft.forward_pass import ForwardPass
 from iwsft.language.batches import collate
 from iwsft.policies import CausalLMPolicy
@@ -83,20 +82,10 @@ def annotate(
     *,
     cache: Path | None = None,
     **how: Any,
-) -> None:
-    """Annotate in batches that are collated as training does it."""
-    make = partial(collate, **how)
-    annotate_reference(theta, data, batches=batches, collate=make, cache=cache)
-
-
-def key_of(
-    theta: Any, data: TensorDict, cache: Path, batches: Sequence[Sequence[int]] = BATCHES
-) -> str:
-    """The key under which :func:`annotate` stores the reference."""
-    forward = ForwardPass(theta, data, batches, collate=partial(collate), shared=True)
-    key = write_reference(forward, cache=cache)
-    assert key is not None
-    return key
+) -> str | None:
+    """Annotate in batches that are collated as training does it; the key of what is stored."""
+    forward = ForwardPass(theta, data, batches, collate=partial(collate, **how), shared=True)
+    return write_reference(forward, cache=cache)
 
 
 class Counting(CausalLMPolicy):

@@ -19,7 +19,6 @@ from reference_cases import (
     dataset,
     decoder,
     files,
-    key_of,
     policy,
 )
 from tensordict import TensorDict
@@ -54,8 +53,8 @@ def test_other_entries_do_not_change_the_key(tmp_path: Path) -> None:
     model = decoder()
     model.config._name_or_path = "elsewhere"
     model.config.use_cache = False
-    other = key_of(CausalLMPolicy(model.eval()), data, tmp_path)
-    assert key_of(policy(), dataset(), tmp_path) == other
+    other = annotate(CausalLMPolicy(model.eval()), data, cache=tmp_path)
+    assert annotate(policy(), dataset(), cache=tmp_path) == other
 
 
 def late_weight(theta: CausalLMPolicy, data: TensorDict, how: dict[str, Any]) -> None:
@@ -251,7 +250,7 @@ def test_a_resumed_run_reads_the_reference_that_its_model_can_no_longer_give(
 ) -> None:
     data, resumed = dataset(), dataset()
     annotate(policy(), data, cache=tmp_path)
-    key = key_of(policy(), dataset(), tmp_path)
+    key = annotate(policy(), dataset(), cache=tmp_path)
     cached_reference(resumed, key, cache=tmp_path)
     assert torch.equal(resumed["ref_log_prob"], data["ref_log_prob"])
     with pytest.raises(ValueError, match=f"reference {key} .*belongs to other trajectories"):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from reference_cases import VOCABULARY, annotate, dataset, decoder, key_of
+from reference_cases import VOCABULARY, annotate, dataset, decoder
 from tensordict import TensorDictBase
 from torch import Tensor
 
@@ -130,7 +130,7 @@ def _check(wrap: Callable[[Any], Any], rank: int, folder: Path) -> None:
     engine.backward(total) if hasattr(engine, "backward") else total.backward()
 
     again = Breaking(wrap(decoder(**UNEVEN)))
-    key = key_of(again, dataset(), cache, BATCHES)
+    key = annotate(again, dataset(), BATCHES, cache=cache)
     assert again._forwards == 1
     keys: list[Any] = [None, None]
     dist.all_gather_object(keys, key)
@@ -144,7 +144,7 @@ def _check(wrap: Callable[[Any], Any], rank: int, folder: Path) -> None:
         moved = decoder(**UNEVEN)
         with torch.no_grad():
             moved.model.embed_tokens.weight[end] += 1e-6
-        other = key_of(Breaking(wrap(moved)), dataset(), cache, BATCHES)
+        other = annotate(Breaking(wrap(moved)), dataset(), BATCHES, cache=cache)
         assert other not in keys
         keys.append(other)
 
@@ -167,7 +167,7 @@ def _check_errors(rank: int, folder: Path) -> None:
     data["tokens", "full"][80] = VOCABULARY - 1
     with pytest.raises(ValueError, match="log-prob nan at step 1 of trajectory 8, and 2 of"):
         annotate(broken, data, BATCHES)
-    key = key_of(theta, dataset(), folder / "new")
+    key = annotate(theta, dataset(), cache=folder / "new")
     dist.barrier()
     (folder / "new" / f"ref_log_prob-{key}.pt").unlink(missing_ok=True)
     with pytest.raises(FileNotFoundError, match="is gone"):

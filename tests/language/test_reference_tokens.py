@@ -202,13 +202,13 @@ def test_adapters_that_do_something_already_are_warned_of() -> None:
     data, base, theta = dataset(), dataset(), lora(0, moved=0.3)
     message = "adapters change the log-probs already.*merge_and_unload"
     with pytest.warns(UserWarning, match=message) as warned:
-        annotate_reference(theta, data, batches=BATCHES, collate=collate)
+        annotate_reference(theta, data)
     assert warned[0].filename == __file__
-    annotate(policy(), base)
+    annotate_reference(policy(), base)
     assert torch.equal(data["ref_log_prob"], base["ref_log_prob"])
     # What other kernels make of the same weights is not a change.
     theta = lora(0, moved=1e-6)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        annotate(theta, data)
+        annotate_reference(theta, data)
     assert not torch.equal(ForwardPass(theta, data).log_prob(), base["ref_log_prob"])

@@ -22,6 +22,7 @@ from benchmarks.llm.evaluation.options import Options
 from benchmarks.llm.evaluation.run import run
 from benchmarks.llm.evaluation.scores import show
 from benchmarks.stopping import expected
+from iwsft.checkpoint import CheckpointError
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
@@ -260,7 +261,7 @@ def test_other_settings_are_not_mixed(model: Path, data: Path, tmp_path: Path) -
     kept = (tmp_path / "out" / "tiny" / "gsm8k" / "generations.jsonl").read_bytes()
 
     def refused(match: str, **others: Any) -> None:
-        with pytest.raises(RuntimeError, match=match):
+        with pytest.raises(CheckpointError, match=match):
             run(settings(others.pop("model", model), data, tmp_path / "out", resume=True, **others))
 
     refused(r"max_tokens=40 \(now 41\)", max_tokens=41)
@@ -287,7 +288,7 @@ def test_damaged_generations_are_named(model: Path, data: Path, tmp_path: Path) 
     good = path.read_text().splitlines(keepends=True)
     for damaged in ([good[0], "{\n", *good[2:]], [good[0], *good[2:]], [*good, good[-1]]):
         path.write_text("".join(damaged))
-        with pytest.raises(RuntimeError, match=r"generations.jsonl:\d is not the generation"):
+        with pytest.raises(CheckpointError, match=r"generations.jsonl:\d is not the generation"):
             run(settings(model, data, tmp_path, resume=True))
 
 
