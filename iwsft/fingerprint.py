@@ -1,9 +1,11 @@
-"""SHA-256 of tensors and plain values."""
+"""SHA-256 of tensors and plain values, and of files."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,3 +27,18 @@ def fingerprint(entries: Mapping[str, Any]) -> str:
         # As bytes: numpy has no bfloat16.
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_sha256(folder: Path, *, without: str) -> dict[str, str]:
+    """Return the SHA-256 of each file below a folder, by its path there, but for one name."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != without]
+    # Files of a large model are many; hashing leaves the interpreter free.
+    with ThreadPoolExecutor(8) as pool:
+        digests = [*pool.map(file_sha256, paths)]
+    return dict(zip((str(path.relative_to(folder)) for path in paths), digests, strict=True))

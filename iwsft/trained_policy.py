@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -268,4 +270,14 @@ def _from_checkpoint(folder: Path, policy: TensorDictModuleBase) -> TensorDictMo
         prefix = next(prefixes, _IN_LOSS[0])
         state = {key.removeprefix(prefix): loss[key] for key in loss if key.startswith(prefix)}
         policy.load_state_dict(state)
+    settings = json.loads(content["settings"])
+    algo, own = settings.get("algo"), settings.get("baseline")
+    baselines = import_module("baselines")
+    # The normalisation is fitted to the data and belongs to policy.pt alone.
+    if own is not None and algo in baselines.BASELINES and own.get("normalize", True):
+        baseline = baselines.algorithm(algo)
+        if hasattr(baseline.policy(1, 1, baseline.Settings(**own)), "normalization"):
+            problem = f"{algo} was trained on normalised observations"
+            way_out = "give the policy baselines.normalization, or finish the run"
+            warnings.warn(f"{problem}; {way_out}", stacklevel=3)
     return policy

@@ -11,7 +11,6 @@ another processor, may give other bytes: a warning tells. These are the sets:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tomllib
 from dataclasses import dataclass
@@ -78,10 +77,9 @@ def compare(name: str, path: Path) -> list[str]:
     from benchmarks.collect.job import summary
     from benchmarks.runs import hardware, tell, versions
     from iwsft.checkpoint import differences
+    from iwsft.fingerprint import file_sha256
 
-    with path.open("rb") as content:
-        sha256 = hashlib.file_digest(content, "sha256").hexdigest()
-    recorded = SETS[name].get("sha256")
+    sha256, recorded = file_sha256(path), SETS[name].get("sha256")
     if recorded == sha256:
         print(f"{name} has the recorded bytes")
         return []

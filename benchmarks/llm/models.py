@@ -8,7 +8,6 @@ carries, so that it needs no network.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -37,6 +36,7 @@ from iwsft.datasets.text.rows import Row
 from iwsft.datasets.text.tokens import tokenize
 from iwsft.extras import require
 from iwsft.files import full_disk_named
+from iwsft.fingerprint import file_sha256, folder_sha256
 from iwsft.forward_pass import ForwardPass
 from iwsft.language.batches import collate
 from iwsft.policies.causal_lm import CausalLMPolicy
@@ -332,7 +332,9 @@ def kept(home: Path, make: Callable[[Path], Mapping[str, Any]]) -> Path:
             with full_disk_named(home):
                 partial.mkdir()
                 notes = make(partial)
-                write_json(partial / RECORD, {**notes, "sha256": _sums(partial)})
+                write_json(
+                    partial / RECORD, {**notes, "sha256": folder_sha256(partial, without=RECORD)}
+                )
                 partial.rename(home)
         # Its own error of a full disk.
         except SafetensorError as error:
@@ -343,23 +345,13 @@ def kept(home: Path, make: Callable[[Path], Mapping[str, Any]]) -> Path:
     return home
 
 
-def file_sha256(path: Path) -> str:
-    """Compute the SHA-256 of a file's content, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _check_sums(home: Path) -> None:
     try:
         recorded = json.loads((home / RECORD).read_text())["sha256"]
-        changed = sorted(name for name, _ in recorded.items() ^ _sums(home).items())
+        sums = folder_sha256(home, without=RECORD)
+        changed = sorted(name for name, _ in recorded.items() ^ sums.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         changed = [RECORD]
     if changed:
         names = ", ".join(dict.fromkeys(changed))
         raise ValueError(f"{home} is damaged: {names} changed; delete the folder and run again")
-
-
-def _sums(home: Path) -> dict[str, str]:
-    files = (path for path in home.rglob("*") if path.is_file() and path != home / RECORD)
-    return {str(path.relative_to(home)): file_sha256(path) for path in sorted(files)}

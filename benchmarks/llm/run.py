@@ -30,7 +30,6 @@ from benchmarks.llm.launch import Launch, assert_engine, launched
 from benchmarks.llm.models import (
     check_fit,
     context_of,
-    file_sha256,
     load,
     load_config,
     load_tokenizer,
@@ -45,6 +44,7 @@ from benchmarks.runs import RESULT, alone_in, hardware, versions, write_json
 from iwsft import checkpoint
 from iwsft.curation import curate
 from iwsft.datasets.text.tokens import CORRECT, SCORE
+from iwsft.fingerprint import file_sha256
 from iwsft.language import correct_only, tokenize
 from iwsft.language.config import ImportanceWeightedConfig
 from iwsft.language.saving import last, written_aside

@@ -45,6 +45,8 @@ _CURVES = {"score": SCORE, "Q": "pred_value"}
 _PARTS = 10
 _THIRD = 4  # the last part less this one from the end spans the last third
 _LEAST_CHANGE = 0.01  # of the value
+# Settings that are recorded only where they are given.
+_UNSET = {"q": None, "target_ess": None, "ties": None}
 _VERSION = re.compile(r"-v\d+$")
 _SHARE = re.compile(r"bc-(\d+(?:\.\d+)?)")
 
@@ -200,6 +202,7 @@ class Cell:
     def differences(self) -> list[str]:
         """What only some seeds recorded, and versions in which they differ; empty as a rule."""
         settings = [_flat({"versions": run.versions}) | _settings(run) for run in self.runs]
+        settings = [{k: v for k, v in each.items() if v is not None} for each in settings]
         return [f"{key} ({', '.join(texts)})" for key, texts in _varying(settings).items()]
 
 
@@ -352,6 +355,8 @@ def _settings(run: RecordedRun) -> dict[str, object]:
     """What the seeds of a cell must have in common."""
     about = ("preset", "estimator", "steps", "episodes")
     settings = run.config.get("settings", {})
+    if settings:
+        settings = _UNSET | settings
     apart = (*about, *_task(run), "data_sha256", "seed", "settings_from")
     own = _flat({key: value for key, value in settings.items() if key not in apart})
     return {key: run.result[key] for key in about if key in run.result} | own

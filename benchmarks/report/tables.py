@@ -321,17 +321,21 @@ def last_weights(cell: Cell, metric: str) -> list[float]:
     return [probes[-1][metric] for probes in rows if probes and metric in probes[-1]]
 
 
-def _last_mean(cell: Cell, metric: str) -> str:
-    values = last_weights(cell, metric)
-    return f"{np.mean(values):.4g}" if values else NOTHING
+def _last_mean(grid: Grid, cell: Cell, metric: str) -> str:
+    """The mean over the seeds of :func:`last_weights`, with a note where some have none."""
+    values, count = last_weights(cell, metric), len(cell.runs)
+    few = f"Mean of {len(values)} of the {count} seeds: the others have no such number."
+    notes = [few] if len(values) < count else []
+    return grid.marked(f"{np.mean(values):.4g}", notes) if values else NOTHING
 
 
 def weight_grid(group: Sequence[Cell]) -> Grid:
-    """Table of the last measured weights: means over the seeds that have the metric."""
+    """Table of the last measured weights, means over seeds."""
     grid = Grid(["dataset", "algorithm", *_METRICS.values()])
     for cell in group:
         if last_weights(cell, "weight_q50"):
-            grid.rows.append([*cell.labels, *(_last_mean(cell, metric) for metric in _METRICS)])
+            numbers = [_last_mean(grid, cell, metric) for metric in _METRICS]
+            grid.rows.append([*cell.labels, *numbers])
     return grid
 
 
@@ -347,5 +351,6 @@ def sweep_grid(rows: Sequence[WeightRow]) -> Grid:
         row += [setting.lag if setting else "all weights 1", str(len(cell.runs))]
         interval = grid.marked(interval_text(cell.interval), [FEW_SEEDS] * (not cell.interval))
         row += [f"{cell.mean:.1f}", interval]
-        grid.rows.append([*row, *(_last_mean(cell, name) for name in ("ESS", "weighted_return"))])
+        ends = [_last_mean(grid, cell, name) for name in ("ESS", "weighted_return")]
+        grid.rows.append([*row, *ends])
     return grid

@@ -16,6 +16,8 @@ from filelock import FileLock
 from rich.console import Console
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
+from iwsft.fingerprint import file_sha256
+
 ATTEMPTS = 3
 TIMEOUT_SECONDS = 30
 BLOCK = 1 << 20
@@ -135,8 +137,7 @@ def _check(part: Path, size: int | None, sha256: str | None, signature: bytes) -
     """Check the complete file; a wrong one is deleted, as resuming can't mend it."""
     with open(part, "rb") as file:
         start = file.read(len(signature))
-        file.seek(0)
-        digest = sha256 and hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256 and file_sha256(part)
     fault = None
     if size is not None and _bytes(part) != size:
         fault = f"the file has {_bytes(part):,} bytes, expected {size:,}"

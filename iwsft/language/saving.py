@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from iwsft.checkpoint import CheckpointError, differences, read
 from iwsft.distributed import from_first
 from iwsft.extras import named
 from iwsft.files import full_disk_named, written_whole
+from iwsft.fingerprint import folder_sha256
 
 with named():
     from safetensors import SafetensorError
@@ -206,7 +206,7 @@ class CheckpointedTrainer(Trainer):
             "settings": self.settings(),
             "reference": self.reference_key,
             "model_only": self.args.save_only_model,
-            "files": digests(folder),
+            "files": folder_sha256(folder, without=SEAL),
         }
         with written_whole(folder / SEAL) as partial:
             partial.write_text(json.dumps(record, indent=2, sort_keys=True))
@@ -288,26 +288,15 @@ def check(folder: Path, settings: Mapping[str, Any]) -> str | None:
             "afresh in another output_dir"
         )
     # One process reads all; the others wait.
-    now = from_first(lambda: digests(folder))
+    now = from_first(lambda: folder_sha256(folder, without=SEAL))
     for name, digest in files.items():
         if now.get(name) != digest:
             raise CheckpointError(f"{folder / name} is missing or corrupt; {_WAY_OUT}")
+    own = _name(json.loads((folder / TRAINER_STATE_NAME).read_bytes())["global_step"])
+    # It would be found, kept and removed as the checkpoint of another update.
+    if re.fullmatch(_name(r"\d+"), folder.name) and folder.name != own:
+        raise CheckpointError(f"{folder} is {own} under another name; rename it")
     return None if reference is None else str(reference)
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file of a checkpoint, by its path within the folder."""
-
-    def digest(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SEAL]
-    # Files of a large model are many; hashing leaves the interpreter free.
-    with ThreadPoolExecutor(8) as pool:
-        values = [*pool.map(digest, paths)]
-    names = [str(path.relative_to(folder)) for path in paths]
-    return dict(zip(names, values, strict=True))
 
 
 def _name(update: int | str | None) -> str:

@@ -196,7 +196,11 @@ def test_a_flipped_bit_in_any_file_is_seen(tmp_path: Path) -> None:
             with pytest.raises(CheckpointError, match=f"{name} is missing or corrupt"):
                 run.train(resume_from_checkpoint=True)
         file.write_bytes(content)
-    run.train(resume_from_checkpoint=True)
+    (tmp_path / "checkpoint-2").rename(tmp_path / "checkpoint-7")
+    with pytest.raises(CheckpointError, match="checkpoint-7 is checkpoint-2 under another name"):
+        run.train(resume_from_checkpoint=True)
+    best = (tmp_path / "checkpoint-7").rename(tmp_path / "best")
+    run.train(resume_from_checkpoint=str(best))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -247,11 +248,20 @@ def _counts_less(name: str, value: Any) -> bool:
     """Whether a name that is not read may say that its text is left out, or has a weight."""
     if name in {"weight", *_SWITCHES} or not _SWITCH_NAME.fullmatch(str(name)):
         return False
+    value = _unquoted(value)
     if isinstance(value, list):
         return bool(value)
     if "weight" in name:
         return isinstance(value, int | float) and value != 1
     return value in (True, False) and value == bool(_OFF_WHERE_TRUE.match(str(name)))
+
+
+def _unquoted(value: Any) -> Any:
+    """A number or truth value that a column keeps as text, as that value."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return json.loads(value.lower())
+    return value
 
 
 def _check_media(record: Mapping[str, Any]) -> None:
@@ -265,6 +275,8 @@ def _check_unread(record: Record, read: Collection[str], turns: Sequence[Message
     _check_media(record)
     switches = {**_SWITCHES, "unmask": False, "label": True}
     for name, value in record.items():
+        # A label may be the text of a class.
+        value = value if name == "label" else _unquoted(value)
         off = name in switches and value in (True, False) and value != switches[name]
         off |= name == "loss_scale" and value not in (None, 1, [])
         repeats = name in _REPEATS and value not in (None, 1)

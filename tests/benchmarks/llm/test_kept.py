@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.llm.models import file_sha256, kept
+from benchmarks.llm.models import kept
 
 
 def _make(folder: Path) -> Mapping[str, Any]:
@@ -46,7 +46,6 @@ def test_a_folder_is_made_once_and_recorded(tmp_path: Path):
             "inner/b": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
         },
     }
-    assert file_sha256(home / "a").startswith("ba7816bf")
 
 
 @pytest.mark.parametrize("change", ["other", "missing", "new", "record", "no record"])

@@ -62,6 +62,9 @@ def test_seeds_that_were_run_differently_are_named(tmp_path: Path, make_run: Mak
         ({"config": {"settings": {"lr": 0.5}}}, "lr 0.5/bc"),
         ({"config": {"settings": {"lr": None}}}, "lr null/bc"),
         ({"config": {"settings": {"lr": 1e-4, "net": {"wide": "a/b"}}}}, "bc"),
+        # Recorded only where they are given.
+        ({"config": {"settings": {"lr": 1e-4, "q": "auto"}}}, "q auto/bc"),
+        ({"config": {"settings": {"lr": 1e-4, "target_ess": 0.5}}}, "target_ess 0.5/bc"),
     ],
 )
 def test_runs_of_other_settings_are_not_averaged(
@@ -321,7 +324,8 @@ def test_the_last_look_of_each_seed_is_averaged() -> None:
         weighted_run(1, "iw-sft", second),
         weighted_run(0, "sft", [{"step": 1}]),
     ]
-    # The seed without a k-hat does not count in its mean; runs without weights have no row.
+    # The seed without a k-hat does not count in its mean, which says so; runs without weights have
+    # no row.
     assert weight_grid(cells(runs)).rows == [
-        ["hopper", "iw-SFT", "0.6", "0.5", "0.7", "2", "0.3", NOTHING]
+        ["hopper", "iw-SFT", "0.6", "0.5", "0.7", "2", "0.3 [1]", NOTHING]
     ]

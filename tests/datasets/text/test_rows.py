@@ -186,6 +186,7 @@ def test_switches_and_contents_of_a_turn_that_are_not_known(more, error):
 HARMLESS: list[dict[str, Any]] = [
     {"id": 3, "source": "x", "num_tokens": 9, "category": "math", "train": True, "loss": 1.3},
     {"prompt": "2+2?", "chosen": CHAT["messages"], "rejected": [turn("assistant", "5")]},
+    {"sample_weight": "1", "train": "true", "label": "0", "weights": "heavy", "repeats": "1"},
     {"trainable": True, "sample_weight": 1.0, "no_loss": False, "train_loss": 0, "skip": None},
     {"system": "", "label": True, "images": [], "history": [], "tools": None, "context": 5},
     {"prompt": [turn("user", "2 + 2?")], "rejected": "5", "label": "arithmetic"},
@@ -213,6 +214,9 @@ def test_columns_that_change_nothing_are_not_read(columns):
         ({"train": False}, "column 'train' is not read"),
         ({"unmask": True}, "column 'unmask' is not read"),
         ({"sample_weight": 0.3}, "column 'sample_weight' is not read"),
+        ({"weights": "2"}, "column 'weights' is not read"),
+        ({"train": "False"}, "column 'train' is not read"),
+        ({"repeats": "3"}, "column 'repeats' is not read; write it as count"),
         ({"data_weight": 0.5}, "column 'data_weight' is not read; write it as weight"),
         ({"multiplicity": 2}, "column 'multiplicity' is not read; write it as count"),
         ({"loss_weight": 0.3}, "column 'loss_weight' is not read; write it as weight"),
