@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from iwsft.objective import ImportanceWeightedMLE as ImportanceWeightedMLE
     from iwsft.policies import CausalLMPolicy as CausalLMPolicy
     from iwsft.policies import GaussianPolicy as GaussianPolicy
+    from iwsft.policies import MixturePolicy as MixturePolicy
     from iwsft.presets import ImportanceWeights as ImportanceWeights
     from iwsft.proposals import EMA as EMA
     from iwsft.proposals import HardSync as HardSync
@@ -33,6 +34,7 @@ _PUBLIC = {
     "HardSync": "proposals",
     "ImportanceWeightedMLE": "objective",
     "ImportanceWeights": "presets",
+    "MixturePolicy": "policies",
     "annotate_reference": "reference",
     "curate": "curation",
     "datasets": "datasets",

@@ -24,7 +24,7 @@ from iwsft.acting import IS_INIT, PolicyInputs, act, acting
 from iwsft.evaluation import Evaluation, evaluate
 from iwsft.extras import named
 from iwsft.files import written_whole
-from iwsft.policies import GaussianPolicy
+from iwsft.policies import GaussianPolicy, MixturePolicy
 from iwsft.trajectory import ACTION, OBSERVATION
 
 with named():
@@ -178,13 +178,14 @@ def save_policy(
     """Write ``policy.pt``: parameters, and the plain values that :func:`load_policy` needs.
 
     ``settings`` are the dataclass of the settings of a baseline, which ``algo`` names; without
-    them the policy is a :class:`GaussianPolicy` of the default form.
+    them the policy is a :class:`GaussianPolicy` or :class:`MixturePolicy` of the default form.
     """
     content = {
         "algo": algo,
         "observation_dim": policy.observation_dim,
         "action_dim": action_dim,
         "settings": None if settings is None else asdict(settings),
+        "components": getattr(policy.module, "components", None),
         "env_id": policy.env_id,
         "env_kwargs": dict(policy.env_kwargs),
         "reference_scores": policy.reference_scores,
@@ -248,8 +249,10 @@ def _from_run(path: Path) -> TrainedPolicy:
     """Build the policy of a run from its file."""
     with _fitting(path, "does not fit this version", "run that seed again") as content:
         sizes = content["observation_dim"], content["action_dim"]
-        if content["settings"] is None:
-            module: TensorDictModuleBase = GaussianPolicy(*sizes)
+        if content.get("components") is not None:
+            module: TensorDictModuleBase = MixturePolicy(*sizes, components=content["components"])
+        elif content["settings"] is None:
+            module = GaussianPolicy(*sizes)
         else:
             # The baselines build on this package, which therefore imports them by name.
             baseline = import_module("baselines").algorithm(content["algo"])

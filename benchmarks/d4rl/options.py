@@ -24,6 +24,7 @@ from benchmarks.options import (
 Preset = Literal["paper", "authors"]
 Estimator = Literal["steps", "trajectories"]
 Ties = Literal["rank", ">", ">="]
+_FORMS = "gaussian|mixture"
 
 # Updates of behaviour cloning (Appendix F).
 REFERENCE_STEPS = 10_000
@@ -176,6 +177,8 @@ class Training:
     """Updates of the run."""
     baseline_steps: Annotated[int | None, option("INT", "that of --steps")] = None
     """Updates of awac, iql, td3-bc, rebrac, cql and dt."""
+    policy: Annotated[Literal["gaussian", "mixture"] | None, option(_FORMS, "gaussian")] = None
+    """Form of the policy: one Gaussian, or a mixture of five. Baselines have their own."""
     reference_steps: int = REFERENCE_STEPS
     """Updates of behaviour cloning for the reference policy."""
     top: Annotated[float | None, option("PERCENT", "10, or that of the suite")] = None
@@ -304,6 +307,7 @@ def without_effect(options: Options, algo: Sequence[str]) -> Iterator[tuple[str,
         ("ties", any(algorithm.cuts for algorithm in algorithms), chosen),
         ("top", tuned, chosen),
         ("pretrain_dataset", tuned, chosen),
+        ("policy", not set(BASELINES).issuperset(algo), chosen),
         ("baseline_steps", baselines, f"without one of {', '.join(BASELINES)}"),
     ):
         if not used:

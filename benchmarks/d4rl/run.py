@@ -307,6 +307,7 @@ def settings_of(run: Run, task: Task) -> dict[str, Any]:
         "cuts": list(run.algorithm.cuts),
         # The preset decides otherwise.
         **({} if run.ties is None else {"ties": run.ties}),
+        **_form_of(run),
     }
     if not run.algorithm.from_reference:
         return {**common, "cloning": _as_recorded(run.schedule)}
@@ -331,7 +332,13 @@ def reference_settings_of(run: Run, task: Task) -> dict[str, Any]:
         "estimator": run.options.estimator,
         "batch": paper.CLONING_BATCH[run.options.estimator][run.options.preset],
         "schedule": _as_recorded(run.reference_schedule),
+        **_form_of(run),
     }
+
+
+def _form_of(run: Run) -> dict[str, str]:
+    """The form of the policy, where it is not a Gaussian."""
+    return {"policy": "mixture"} if run.options.policy == "mixture" else {}
 
 
 def _as_recorded(schedule: Schedule) -> dict[str, Any]:

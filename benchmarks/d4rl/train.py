@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from torchrl.modules import ProbabilisticActor
 
 from baselines import Learner
 from benchmarks.d4rl import settings as paper
@@ -34,7 +35,7 @@ from iwsft.diagnostics import diagnose, weighted_mean
 from iwsft.files import written_whole
 from iwsft.lower_bound import Choice
 from iwsft.objective import ImportanceWeightedMLE, Proposal
-from iwsft.policies import GaussianPolicy
+from iwsft.policies import GaussianPolicy, MixturePolicy
 from iwsft.proposals import EMA, HardSync
 from iwsft.reference import annotate_reference
 from iwsft.samplers import StepSampler, TrajectorySampler
@@ -159,7 +160,7 @@ def _train(run: Run, task: Task, report: Report) -> tuple[TensorDictModuleBase, 
     return learner.policy, cost, reference_cost
 
 
-def train_reference(run: Run, task: Task, report: Report) -> tuple[GaussianPolicy, Path, Cost]:
+def train_reference(run: Run, task: Task, report: Report) -> tuple[ProbabilisticActor, Path, Cost]:
     """Train the reference policy of a seed on all data, or load that of the same settings."""
     settings = reference_settings_of(run, task)
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
@@ -177,7 +178,8 @@ def train_reference(run: Run, task: Task, report: Report) -> tuple[GaussianPolic
 def _build_cloning(run: Run, data: TensorDictBase, schedule: Schedule) -> Learner:
     """Build behaviour cloning from scratch: the mean over trajectories of -log p / length."""
     torch.manual_seed(run.seed)
-    policy = GaussianPolicy(*sizes(data)).to(run.options.device)
+    form = MixturePolicy if run.options.policy == "mixture" else GaussianPolicy
+    policy = form(*sizes(data)).to(run.options.device)
     loss = ImportanceWeightedMLE(policy, proposal="reference")
     batch = paper.CLONING_BATCH[run.options.estimator][run.options.preset]
     sampler = _SAMPLERS[run.options.estimator](data, batch, seed=run.seed)
@@ -185,7 +187,7 @@ def _build_cloning(run: Run, data: TensorDictBase, schedule: Schedule) -> Learne
 
 
 def _build_fine_tuning(
-    run: Run, data: TensorDictBase, policy: GaussianPolicy
+    run: Run, data: TensorDictBase, policy: ProbabilisticActor
 ) -> tuple[Learner, list[Probe]]:
     """Build (iw-)SFT from the reference policy, on curated and annotated trajectories."""
     row, _ = run.fine_tuning

@@ -2,5 +2,6 @@
 
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.policies.gaussian import GaussianPolicy
+from iwsft.policies.mixture import MixturePolicy
 
-__all__ = ["CausalLMPolicy", "GaussianPolicy"]
+__all__ = ["CausalLMPolicy", "GaussianPolicy", "MixturePolicy"]

@@ -21,7 +21,7 @@ from benchmarks.d4rl.settings import FineTuning
 from benchmarks.report import __main__ as report
 from benchmarks.report.options import Options as ReportOptions
 from benchmarks.report.scores import algorithm_label
-from iwsft import GaussianPolicy, datasets, evaluate, metrics
+from iwsft import GaussianPolicy, MixturePolicy, datasets, evaluate, load_policy, metrics
 from iwsft.evaluation import normalized_score
 
 Job = Callable[..., Path]
@@ -227,6 +227,14 @@ def test_temperature_0_is_sft_bit_for_bit(
 def test_other_weights_end_in_another_policy(variants: dict[str, Path]) -> None:
     data = variants["trajectories"]
     assert not same(data / "iw-sft-q" / "seed-0", data / "sft-q" / "seed-0")
+
+
+def test_a_mixture_is_trained_and_loaded(job: Job, tmp_path: Path, read_json: Read) -> None:
+    run = job(tmp_path, ["iw-sft-q"], policy="mixture") / "iw-sft-q" / "seed-0"
+    policy, result = load_policy(run), read_json(run / "result.json")
+    assert isinstance(policy.module, MixturePolicy)
+    assert policy.evaluate(episodes=2, seed=0).returns == result["episode_returns"]
+    assert read_json(run / "config.json")["settings"]["policy"] == "mixture"
 
 
 def test_bc_of_another_length_is_trained_by_itself(job: Job, tmp_path: Path) -> None:

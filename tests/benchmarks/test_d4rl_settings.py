@@ -215,6 +215,7 @@ def test_the_folder_says_what_the_run_is() -> None:
         {"q": "auto"},
         {"ties": "rank"},
         {"top": 5.0},
+        {"policy": "mixture"},
     ],
 )
 def test_whatever_changes_the_numbers_is_in_the_settings(

@@ -178,6 +178,7 @@ def test_an_algorithm_that_the_data_do_not_allow_is_left_out(
         ({"dataset": ("DATA", "FLAT")}, "sft-q, --ties >: the curated set is empty"),
         ({"algo": ("iql",), "baseline_steps": 0}, "--baseline-steps 0: at least 1"),
         ({"baseline_steps": 9}, "--baseline-steps 9 changes nothing"),
+        ({"algo": ("iql",), "policy": "mixture"}, "--policy mixture changes nothing in iql"),
         ({"top": 0.0}, "--top 0.0: a share"),
     ],
 )

@@ -1,0 +1,102 @@
+"""A mixture of Gaussians over continuous actions, for data with several ways to act in a state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tensordict import NestedKey
+from tensordict.nn import InteractionType, TensorDictModule
+from torch import Tensor, nn
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+from torchrl.modules import MLP, ProbabilisticActor
+
+from iwsft.trajectory import ACTION, OBSERVATION
+
+_LOG_STD_BOUNDS = (-5.0, 2.0)
+
+
+class _NormalMixture(MixtureSameFamily):
+    """Mixture of Normals ``[*, components, act]`` with logits ``[*, components]``."""
+
+    def __init__(self, logits: Tensor, loc: Tensor, scale: Tensor) -> None:
+        parts = Independent(Normal(loc, scale, validate_args=False), 1, validate_args=False)
+        mixture = Categorical(logits=logits, validate_args=False)
+        super().__init__(mixture, parts, validate_args=False)
+
+    @property
+    def deterministic_sample(self) -> Tensor:
+        """Mean of the heaviest component."""
+        means, logits = self.component_distribution.mean, self.mixture_distribution.logits
+        best = logits.argmax(-1)[..., None, None].expand(*means.shape[:-2], 1, means.shape[-1])
+        return means.gather(-2, best).squeeze(-2)
+
+
+class MixturePolicy(ProbabilisticActor):
+    """pi(a|s) = sum_k weight_k(s) Normal(mean_k(s), std_k), an alternative to GaussianPolicy.
+
+    Layers, bounds of means and log-stds are those of :class:`~iwsft.GaussianPolicy`, and so is the
+    use. The net also gives the weights of the components. Under ``ExplorationType.DETERMINISTIC``
+    the action is the mean of the heaviest component.
+
+    Args:
+        observation_dim: Size of the observation.
+        action_dim: Size of the action; actions are in [-1, 1].
+        components: Number of Gaussians.
+        hidden: Units of the hidden layers.
+        in_key: Key of the observation.
+        out_key: Key of the action.
+
+    Raises:
+        ValueError: A size or the number of components is not positive.
+    """
+
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        *,
+        components: int = 5,
+        hidden: Sequence[int] = (256, 256, 256),
+        in_key: NestedKey = OBSERVATION,
+        out_key: NestedKey = ACTION,
+    ) -> None:
+        if min(observation_dim, action_dim, components) < 1:
+            given = f"{observation_dim=}, {action_dim=} and {components=}"
+            raise ValueError(f"{given} must be positive")
+        head = _MixtureHead(observation_dim, action_dim, components, hidden)
+        keys = ["logits", "loc", "scale"]
+        super().__init__(
+            TensorDictModule(head, in_keys=[in_key], out_keys=keys),
+            in_keys=keys,
+            out_keys=[out_key],
+            distribution_class=_NormalMixture,
+            default_interaction_type=InteractionType.RANDOM,
+        )
+        self.components = components
+
+
+class _MixtureHead(nn.Module):
+    def __init__(
+        self, observation_dim: int, action_dim: int, components: int, hidden: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.net = MLP(
+            in_features=observation_dim,
+            out_features=components * (1 + action_dim),
+            num_cells=list(hidden),
+            activation_class=nn.ReLU,
+            activation_kwargs={"inplace": True},
+        )
+        self.log_std = nn.Parameter(torch.zeros(components, action_dim))
+
+    def reset_parameters(self) -> None:
+        """Set the log-stds back to their start; the layers of the net reset themselves."""
+        nn.init.zeros_(self.log_std)
+
+    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        components = len(self.log_std)
+        out = self.net(observation)
+        logits, mean = out[..., :components], out[..., components:].tanh()
+        mean = mean.unflatten(-1, self.log_std.shape)
+        return logits, mean, self.log_std.clamp(*_LOG_STD_BOUNDS).exp().expand_as(mean)
