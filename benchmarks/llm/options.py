@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from benchmarks.llm.recipes import RECIPES, Recipe, load_recipe
-from benchmarks.llm.settings import Settings, setting
+from benchmarks.llm.settings import METHOD_SETTINGS, Related, Settings, setting
 from benchmarks.options import (
     TRACKERS,
     check_at_least,
@@ -31,6 +31,7 @@ from benchmarks.options import (
 from iwsft.extras import EXTRAS, require
 
 if TYPE_CHECKING:
+    from iwsft import ImportanceWeights
     from iwsft.objective import Proposal
 
 # The model as it is, tested alone.
@@ -43,17 +44,28 @@ class Variant:
 
     ``proposal`` is what q is, see :class:`iwsft.language.config.ImportanceWeightedConfig`.
     ``quality`` trains on D_Q+, where better rows count several times, instead of D+. ``per_step``
-    lets each token's ratio weigh its own loss, instead of the trajectory's.
+    lets each token's ratio weigh its own loss, instead of the trajectory's. ``related`` is a preset
+    of :class:`iwsft.ImportanceWeights` that has settings of its own.
     """
 
     proposal: Proposal
     quality: bool = False
     per_step: bool = False
+    related: str | None = None
 
     @property
     def weighted(self) -> bool:
-        """Whether trajectories are weighed as wholes."""
-        return self.proposal != "reference" and not self.per_step
+        """Whether trajectories are weighed as wholes, by the settings of all such algorithms."""
+        return self.proposal != "reference" and not self.per_step and self.related is None
+
+    @property
+    def syncs_reference(self) -> bool:
+        """Whether q is divided by the policy at the last sync."""
+        return self.related == "psft"
+
+    def importance_weights(self, settings: Settings) -> ImportanceWeights:
+        """Build its chain of weights."""
+        return settings.importance_weights(per_step=self.per_step, related=self.related)
 
 
 ALGORITHMS = {
@@ -64,6 +76,10 @@ ALGORITHMS = {
     "iw-sft-ema": Variant("lagged"),
     "iw-sft-q": Variant("current", quality=True),
     "iw-sft-step": Variant("current", per_step=True),
+    **{
+        name: Variant("current", related=name.replace("-", "_"))
+        for name in ("dft", "power", "chord-phi", "psft", "minor-sft")
+    },
 }
 NAMES = (BASE, *ALGORITHMS)
 
@@ -75,9 +91,9 @@ def choose_q(algorithm: Variant, settings: Settings, parts: int) -> tuple[Propos
     whole update. Where an update has several micro-batches (``parts``, over all processes), its
     weights are therefore computed before it; q is still theta.
     """
-    if algorithm.proposal == "cached":
-        return "cached", settings.sync_every
-    weights = settings.importance_weights(per_step=algorithm.per_step)
+    weights = algorithm.importance_weights(settings)
+    if algorithm.proposal == "cached" or algorithm.syncs_reference:
+        return algorithm.proposal, settings.sync_every
     if algorithm.proposal == "current" and parts > 1 and weights.compares:
         return "cached", 1
     return algorithm.proposal, None
@@ -86,14 +102,23 @@ def choose_q(algorithm: Variant, settings: Settings, parts: int) -> tuple[Propos
 _HELP = {"-h", "--help"}
 # Options that are not settings, and change nothing in the base.
 _OF_TRAINING = ("log_every", "save_every", "report_to")
+
+
+def _of_method(name: str) -> Callable[[Variant, Settings], bool]:
+    """Whether a setting is that of an algorithm's related method."""
+    return lambda algorithm, _: name.startswith(f"{algorithm.related}_")
+
+
 # Setting -> which algorithms it changes something in, given all settings.
 _USED: dict[str, Callable[[Variant, Settings], bool]] = {
     "cuts": lambda algorithm, _: not algorithm.quality,
     "quality_cuts": lambda algorithm, _: algorithm.quality,
-    "sync_every": lambda algorithm, _: algorithm.proposal == "cached",
+    "sync_every": lambda algorithm, _: algorithm.proposal == "cached" or algorithm.syncs_reference,
     "ema_decay": lambda algorithm, _: algorithm.proposal == "lagged",
     "preset": lambda algorithm, _: algorithm.weighted,
     "step_clip": lambda algorithm, _: algorithm.per_step,
+    "reference": lambda algorithm, _: algorithm.weighted or algorithm.per_step,
+    **{name: _of_method(name) for name in METHOD_SETTINGS},
     **dict.fromkeys(
         ("temperature", "reduce", "max_weight", "self_normalize"),
         lambda algorithm, settings: algorithm.weighted and settings.preset == "recipe",
@@ -251,6 +276,15 @@ def _uses(name: str, algorithm: Variant, settings: Settings) -> bool:
     return name not in _USED or _USED[name](algorithm, settings)
 
 
+def recorded(settings: Settings, algorithm: Variant) -> dict[str, Any]:
+    """Settings for ``config.json``, without those of related methods that change nothing."""
+    names = [each.name for each in fields(Related)]
+    unused = [
+        name for name in names if not (getattr(settings, name) and _uses(name, algorithm, settings))
+    ]
+    return {name: value for name, value in asdict(settings).items() if name not in unused}
+
+
 def _check(options: Options, settings: Settings, changed: dict[str, Any]) -> None:
     """Check all that can be known to be wrong before anything is prepared or trained."""
     for name in options.algo:
@@ -322,7 +356,7 @@ def _check_numbers(settings: Settings) -> None:
     if settings.max_steps is not None and settings.epochs is not None:
         raise ValueError("--max-steps and --epochs: pass one of them")
     counts = ("batch_size", "micro_batch_size", "max_steps", "sync_every", "lora_rank")
-    finite = ("learning_rate", "epochs", "temperature")
+    finite = ("learning_rate", "epochs", "temperature", *METHOD_SETTINGS)
     for names, fits, words in (
         (counts, lambda number: number >= 1, "at least 1"),
         (finite, lambda number: 0 < number < math.inf, "a finite number above 0"),

@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -37,7 +37,15 @@ from benchmarks.llm.models import (
     shortest,
     with_adapters,
 )
-from benchmarks.llm.options import ALGORITHMS, BASE, Options, Variant, choose_q, to_file
+from benchmarks.llm.options import (
+    ALGORITHMS,
+    BASE,
+    Options,
+    Variant,
+    choose_q,
+    recorded,
+    to_file,
+)
 from benchmarks.llm.progress import Progress, now
 from benchmarks.llm.recipes import Prepared, Sources, load_recipe
 from benchmarks.runs import RESULT, alone_in, hardware, versions, write_json
@@ -49,14 +57,15 @@ from iwsft.language import correct_only, tokenize
 from iwsft.language.config import ImportanceWeightedConfig
 from iwsft.language.saving import last, written_aside
 from iwsft.language.trainer import ImportanceWeightedTrainer
-from iwsft.trajectory import MULTIPLICITY, TRAJ_IDS, lengths
+from iwsft.trajectory import DATA_WEIGHT, MULTIPLICITY, TRAJ_IDS, lengths
 
 CHECKPOINTS = "checkpoints"
 # What training took, once the model is saved; a kill during the test leaves it.
 TRAINED = "trained.json"
 # Settings that are arguments of the trainer as they are.
 _SAME_NAME = (
-    *("length_normalize", "layout", "learning_rate", "weight_decay"),
+    *("length_normalize", "normalize_data_weights", "layout"),
+    *("learning_rate", "weight_decay"),
     *("adam_beta1", "adam_beta2", "max_grad_norm"),
 )
 # Options that say what a recipe prepares.
@@ -140,6 +149,8 @@ def check_rows(run: Run, prepared: Prepared) -> None:
     recipe, trusted = load_recipe(run.dataset), run.options.trust_remote_code
     tokenizer = run.tokenizer(prepared)
     data = curated(run, run.algorithm, prepared, tokenizer)
+    if run.options.settings.normalize_data_weights and data.get(DATA_WEIGHT, default=None) is None:
+        raise ValueError("--normalize-data-weights changes nothing: no row has a weight")
     config = load_config(prepared.model, trust_remote_code=trusted)
     context, longest = context_of(config), int(lengths(data).max())
     if context is not None and longest > context:
@@ -165,7 +176,7 @@ def config_of(run: Run) -> dict[str, Any]:
         if source is not None and (file := Path(source).expanduser()).is_file():
             settings[f"{name}_sha256"] = file_sha256(file)
     if run.algorithm is not None:
-        settings["training"] = asdict(options.settings)
+        settings["training"] = recorded(options.settings, run.algorithm)
     return {
         **run.identity,
         "settings": settings,
@@ -261,13 +272,14 @@ def training_arguments(run: Run, algorithm: Variant) -> dict[str, Any]:
         raise ValueError(f"--micro-batch-size {micro} does not divide the {own} draws of a process")
     proposal, sync_every = choose_q(algorithm, settings, accumulation * processes)
     on_cpu = run.launch.device == "cpu"
-    reference = None if proposal == "reference" else str(run.shared_folder / "reference")
+    cache = None if proposal == "reference" else str(run.shared_folder / "reference")
     return {
         "output_dir": str(run.folder / CHECKPOINTS),
         "proposal": proposal,
+        "reference": algorithm.importance_weights(settings).reference,
         "sync_every": sync_every,
         "ema_decay": settings.ema_decay if proposal == "lagged" else None,
-        "reference_cache": reference,
+        "reference_cache": cache,
         **{name: getattr(settings, name) for name in _SAME_NAME},
         "lr_scheduler_type": settings.scheduler,
         "warmup_steps": settings.warmup,
@@ -307,7 +319,7 @@ def _trainer(
         model,
         args,
         trajectories=data,
-        importance_weights=settings.importance_weights(per_step=algorithm.per_step),
+        importance_weights=algorithm.importance_weights(settings),
         processing_class=tokenizer,
         callbacks=[progress],
     )

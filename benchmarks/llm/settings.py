@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -84,6 +84,31 @@ class Weighting:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Related:
+    """How the related methods weigh, each by its own options, and what else changes weights."""
+
+    reference: Annotated[Literal["none"] | None, setting("none", "pi_ref, the model")] = None
+    """What q is divided by in iw-sft and its variants; "none" weighs by q itself."""
+    normalize_data_weights: Annotated[bool, setting()] = False
+    """Divide an update by the absolute data weights of its rows, instead of by their number."""
+    power_k: Annotated[float, setting("FLOAT")] = 10.0
+    """Exponent k of the token weight p^k of power."""
+    psft_epsilon: Annotated[float, setting("FLOAT")] = 0.2
+    """How far a token's ratio may rise above 1 between syncs, in psft."""
+    minor_sft_beta: Annotated[float, setting("FLOAT")] = 0.1
+    """Factor beta of the answer's log-ratio in minor-sft."""
+
+    def arguments(self, method: str) -> dict[str, float]:
+        """The arguments of a method's preset."""
+        own = [name for name in METHOD_SETTINGS if name.startswith(f"{method}_")]
+        return {name.removeprefix(f"{method}_"): getattr(self, name) for name in own}
+
+
+# Settings METHOD_ARGUMENT, each of one related method's preset.
+METHOD_SETTINGS = tuple(each.name for each in fields(Related) if isinstance(each.default, float))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Memory:
     """How to spend memory."""
 
@@ -98,14 +123,27 @@ class Memory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Optimization, Curation, Weighting, Memory):
+class Settings(Optimization, Curation, Weighting, Related, Memory):
     """Settings of the fine-tuning."""
 
-    def importance_weights(self, *, per_step: bool = False) -> ImportanceWeights:
-        """Build the chain of weights of ``preset``, or that of the per-step variant.
+    def importance_weights(
+        self, *, per_step: bool = False, related: str | None = None
+    ) -> ImportanceWeights:
+        """Build the chain of weights of ``preset``, of the per-step variant or a related method.
 
-        There each step's ratio, clipped to ``step_clip``, weighs its own loss.
+        In the per-step variant each step's ratio, clipped to ``step_clip``, weighs its own loss.
         """
+        from iwsft import ImportanceWeights
+
+        if related is not None:
+            chain: ImportanceWeights = getattr(ImportanceWeights, related)(
+                **self.arguments(related)
+            )
+            return chain
+        chain = self._chain(per_step)
+        return chain if self.reference is None else replace(chain, reference=self.reference)
+
+    def _chain(self, per_step: bool) -> ImportanceWeights:
         from iwsft import ImportanceWeights, weights
 
         if per_step:

@@ -26,8 +26,8 @@ from benchmarks.report.tables import WeightRow, last_weights
 from benchmarks.results import SCORE, RecordedRun
 from benchmarks.statistics import MIN_SEEDS, t_interval
 
-# Greys: cloning; blues: SFT; oranges: iw-SFT; the rest: offline RL. All can be seen on white and on
-# a dark page.
+# Greys: cloning; blues: SFT; oranges: iw-SFT; greens: other weights of SFT; the rest: offline RL.
+# All can be seen on white and on a dark page.
 COLOURS = {
     "base": "#8c8c8c",
     "bc": "#a0a0a0",
@@ -39,6 +39,11 @@ COLOURS = {
     "iw-sft-hard": "#c2671c",
     "iw-sft-ema": "#b8341b",
     "iw-sft-step": "#a4703c",
+    "dft": "#5b8c3a",
+    "power": "#7fa650",
+    "chord-phi": "#3f7d5a",
+    "psft": "#6f8f2f",
+    "minor-sft": "#4f9b78",
     "awac": "#2a9d6f",
     "td3-bc": "#8b6fc4",
     "rebrac": "#b5523b",

@@ -36,6 +36,11 @@ ALGORITHMS = {
     "iw-sft-ema": "iw-SFT-EMA",
     "iw-sft-q": "iw-SFT(Q)",
     "iw-sft-step": "iw-SFT-step",
+    "dft": "DFT",
+    "power": "power of p",
+    "chord-phi": "CHORD-phi",
+    "psft": "PSFT",
+    "minor-sft": "MinorSFT",
 }
 # Entry of a control run that is its score where the dataset has no reference scores.
 RETURN = "return_mean"
