@@ -1,5 +1,6 @@
-"""How far the weights are from 1, and how tight the bound is.
+"""What the weights do: how far they are from 1, whom they favour, how tight the bound is.
 
+A weight is the importance weight of the loss, after its transforms and without data weights.
 Weights and shares have the same shape, whichever it is: the weight of a step (or trajectory), and
 how much it counts (the multiplicity of a trajectory, spread evenly over its steps). The effective
 sample size is :func:`iwsft.weights.log_ess`.
@@ -8,6 +9,7 @@ sample size is :func:`iwsft.weights.log_ess`.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from tensordict import TensorDictBase
@@ -52,13 +54,13 @@ def pareto_k(weight: Tensor) -> float:
     Returns:
         k-hat. NaN if the tail has fewer than 5 weights.
     """
-    ordered = weight.detach().double().reshape(-1).sort().values
-    n = len(ordered)
+    n = weight.numel()
     tail = int(min(0.2 * n, 3 * n**0.5))
     if tail < 5:
         return float("nan")
-    cut = ordered[-tail - 1]
-    excess = ordered[-tail:] - cut
+    largest = weight.detach().reshape(-1).topk(tail + 1).values.double().flip(0)
+    cut = largest[0]
+    excess = largest[1:] - cut
     # Equal up to the rounding of the float32 weights.
     excess = excess[excess > 1e-6 * cut]
     tail = len(excess)
@@ -117,6 +119,116 @@ def weighted_mean(value: Tensor, weight: Tensor, share: Tensor) -> Tensor:
     return (factor * value).sum() / factor.sum()
 
 
+def top_share(weight: Tensor, share: Tensor, fraction: float = 0.01) -> Tensor:
+    """Share of the total weight that the heaviest trajectories have, float64.
+
+    They are ``fraction`` of the draws, rounded up to a whole number, at least one. With equal
+    weights it is their share of the draws.
+    """
+    ordered, order = weight.double().sort(descending=True)
+    count = share.double()[order]
+    # The shares of the steps of a trajectory add up to its multiplicity but for rounding.
+    heaviest = math.ceil(fraction * float(count.sum()) - 1e-6)
+    before = count.cumsum(0) - count
+    taken = torch.minimum((max(1, heaviest) - before).clamp(min=0), count)
+    return (taken * ordered).sum() / (count * ordered).sum()
+
+
+def rank_correlation(x: Tensor, y: Tensor, share: Tensor) -> Tensor:
+    """Spearman's rank correlation of two quantities of trajectories, float64.
+
+    Equal values share their mean rank. NaN where all values of a quantity are equal, or one is
+    NaN.
+    """
+    # The variance of equal ranks would be a rounding error.
+    if any(bool(each.isnan().any() or (each == each[0]).all()) for each in (x, y)):
+        return torch.full((), torch.nan, dtype=torch.float64)
+    share = share.double()
+    a, b = (_ranks(each, share) for each in (x, y))
+    a, b = (each - (share * each).sum() / share.sum() for each in (a, b))
+    return (share * a * b).sum() / ((share * a * a).sum() * (share * b * b).sum()).sqrt()
+
+
+def _ranks(x: Tensor, share: Tensor) -> Tensor:
+    """Mean rank of each value among values that are counted by their share, up to a constant."""
+    _, place = x.unique(return_inverse=True)
+    count = torch.zeros_like(share).index_add_(0, place, share)
+    return (count.cumsum(0) - count / 2)[place]
+
+
+class Weighed(NamedTuple):
+    """The trajectories of a batch that count, ``[n]``, on the CPU.
+
+    Attributes:
+        log_weight: Log-weight; with ``reduce=None``, of the mean weight of its steps.
+        draws: Multiplicity.
+        length: Number of valid steps.
+        score: Standard score, see :func:`iwsft.curate`; NaN where the batch has none.
+        units: Weights of what has one: the trajectories, or with ``reduce=None`` the steps.
+        unit_share: How much each of them counts.
+    """
+
+    log_weight: Tensor
+    draws: Tensor
+    length: Tensor
+    score: Tensor
+    units: Tensor
+    unit_share: Tensor
+
+
+@torch.no_grad()
+def weighed(
+    loss: ImportanceWeightedMLE, terms: Terms, score: Tensor | None = None
+) -> tuple[Weighed, Tensor]:
+    """The trajectories of ``loss.terms(batch)``, and the place of a step of each.
+
+    ``score`` is the standard score of each step's trajectory, in the layout of the batch.
+    """
+    segments, share = terms.segments, terms.share.reshape(-1)
+    counts = (share > 0).nonzero().squeeze(-1)
+    slot, size = segments.index[counts].unique_consecutive(return_counts=True)
+    first = counts[size.cumsum(0) - size]
+    draws, log_weight = segments.sum(terms.share)[slot], terms.log_weight.reshape(-1)
+    if loss.importance_weights.reduce is None:
+        units, unit_share = log_weight[counts].exp(), share[counts]
+        of_trajectory = (segments.sum(terms.share * terms.log_weight.exp())[slot] / draws).log()
+    else:
+        of_trajectory = log_weight[first]
+        units, unit_share = of_trajectory.exp(), draws
+    unknown = torch.full_like(draws, torch.nan)
+    score = unknown if score is None else score.reshape(-1)[first]
+    entries = of_trajectory, draws, size, score, units, unit_share
+    return Weighed(*(entry.cpu() for entry in entries)), first
+
+
+def describe(*batches: Weighed) -> dict[str, float]:
+    """What the weights of some batches' trajectories do; what is NaN is left out.
+
+    Returns:
+        ``weight_top1`` (:func:`top_share` of the heaviest 1 %), ``weight_length_corr`` and
+        ``weight_score_corr`` (:func:`rank_correlation` of the weight with length and score, where
+        the weights are not all equal), and ``pareto_k`` of the distinct trajectories (with
+        ``reduce=None``, steps). Empty without a batch.
+    """
+    if not batches:
+        return {}
+    log_weight, draws, length, score, units, _ = map(torch.cat, zip(*batches, strict=True))
+    top = log_weight.amax()
+    numbers = {"weight_top1": float(top_share((log_weight - top).exp(), draws))}
+    # Equal up to the rounding of float32.
+    if float(top - log_weight.amin()) > 1e-6:
+        for name, other in (("length", length), ("score", score)):
+            corr = rank_correlation(log_weight, other, draws)
+            numbers[f"weight_{name}_corr"] = float(corr)
+    numbers["pareto_k"] = pareto_k(units)
+    return {name: number for name, number in numbers.items() if not math.isnan(number)}
+
+
+def unweighted_loss(loss: ImportanceWeightedMLE, terms: Terms) -> Tensor:
+    """The loss if all importance weights were 1; data weights stay."""
+    return loss.value(terms, torch.ones_like(terms.log_prob)).detach().sum()
+
+
 @torch.no_grad()
 def diagnose(
     loss: ImportanceWeightedMLE, batch: TensorDictBase, terms: Terms | None = None
@@ -125,33 +237,36 @@ def diagnose(
 
     Args:
         loss: Loss whose policy, q and transforms are used.
-        batch: Whole trajectories. The bound needs ``ref_log_prob``.
+        batch: Whole trajectories. The bound needs ``ref_log_prob``, the correlation with the score
+            ``standard_score``.
         terms: ``loss.terms(batch)``, if known already.
 
     Returns:
-        ``weight_q05`` to ``weight_q95`` (quantiles, counted by multiplicity), ``pareto_k`` over the
-        distinct trajectories (left out if it is NaN), and, with ``ref_log_prob``,
+        ``unweighted_loss``, the numbers of :func:`describe`, ``weight_q05`` to ``weight_q95``
+        (quantiles, counted by multiplicity) and, with ``ref_log_prob``,
         ``importance_sampled_return``, ``surrogate`` and ``bound_gap``. Where the scores choose an
         exponent, what they choose for the policy as it is (:class:`iwsft.lower_bound.Choice`): a
         sync at this moment takes it.
     """
     terms = loss.terms(batch) if terms is None else terms
-    weight = terms.log_weight.exp()
+    trajectories, first = weighed(loss, terms, batch.get(loss.tensor_keys.standard_score, None))
+    quantiles = weight_quantiles(trajectories.units, trajectories.unit_share).tolist()
     names = [f"weight_q{round(100 * p):02d}" for p in QUANTILES]
-    out = dict(zip(names, weight_quantiles(weight, terms.share).tolist(), strict=True))
-    segments = terms.segments
-    if loss.importance_weights.reduce is None:
-        distinct = weight[terms.share > 0]
-    else:
-        distinct = segments.mean(weight)[segments.sum(terms.share) > 0]
-    k = pareto_k(distinct)
-    if not math.isnan(k):
-        out["pareto_k"] = k
+    out = {"unweighted_loss": float(unweighted_loss(loss, terms)), **describe(trajectories)}
+    out |= dict(zip(names, quantiles, strict=True))
     if terms.reference is not None:
         of_policy = loss.weigh(
-            batch, terms.log_prob, reference=terms.reference, segments=segments, share=terms.share
+            batch,
+            terms.log_prob,
+            reference=terms.reference,
+            segments=terms.segments,
+            share=terms.share,
         )
-        gap = bound_gap(of_policy.log_weight, terms.log_weight, terms.share)
+        log_p, log_q, share = of_policy.log_weight, terms.log_weight, terms.share
+        if loss.importance_weights.reduce is not None:
+            log_p, log_q = (x.reshape(-1)[first].cpu() for x in (log_p, log_q))
+            share = trajectories.draws
+        gap = bound_gap(log_p, log_q, share)
         choice = {} if of_policy.choice is None else of_policy.choice._asdict()
         out |= {name: float(x) for name, x in (gap | choice).items()}
     return out

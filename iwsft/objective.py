@@ -266,22 +266,28 @@ class ImportanceWeightedMLE(PolicyLoss):
         weights = chain(log_ratio, segments, share, read)
         return weights._replace(log_weight=torch.where(share > 0, weights.log_weight, 0))
 
-    def summary(self, terms: Terms) -> TensorDict:
-        """Loss and diagnostics of :meth:`terms`, the output of a call."""
-        segments, share, log_prob, log_weight, clipped, reference, data_weight = terms
-        weight = exponential(log_weight)
-        draws = share.sum(dtype=torch.float64)
-        if self.reduction == "mean" and on_host(draws) and float(draws) == 0:
-            raise ValueError("every trajectory of the batch has multiplicity 0: it has no mean")
+    def value(self, terms: Terms, weight: Tensor) -> Tensor:
+        """The loss of :meth:`terms` with these importance weights."""
+        segments, share, log_prob, data_weight = terms[0], terms[1], terms[2], terms.data_weight
         factor = share if self.length_normalize else share * segments.spread(segments.lengths)
         loss = -factor.to(log_prob.dtype) * weight * log_prob
         if data_weight is not None:
             loss = loss * data_weight.to(log_prob.dtype)
-        if self.reduction != "none":
-            total = loss.sum(dtype=torch.float64)
-            if self.reduction == "mean":
-                total = total / self.divisor(share, data_weight)
-            loss = total.to(loss.dtype)
+        if self.reduction == "none":
+            return loss
+        total = loss.sum(dtype=torch.float64)
+        if self.reduction == "mean":
+            total = total / self.divisor(share, data_weight)
+        return total.to(loss.dtype)
+
+    def summary(self, terms: Terms) -> TensorDict:
+        """Loss and diagnostics of :meth:`terms`, the output of a call."""
+        _, share, log_prob, log_weight, clipped, reference, _ = terms
+        weight = exponential(log_weight)
+        draws = share.sum(dtype=torch.float64)
+        if self.reduction == "mean" and on_host(draws) and float(draws) == 0:
+            raise ValueError("every trajectory of the batch has multiplicity 0: it has no mean")
+        loss = self.value(terms, weight)
 
         with torch.no_grad():
 

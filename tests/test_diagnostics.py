@@ -19,6 +19,8 @@ from iwsft.diagnostics import (
     bound_gap,
     diagnose,
     pareto_k,
+    rank_correlation,
+    top_share,
     weight_quantiles,
     weighted_mean,
 )
@@ -47,6 +49,31 @@ def test_weight_quantiles_are_those_of_the_repeated_sample(
         ours = weight_quantiles(w, count, probabilities)
         assert ours.tolist()[1:] == truth.tolist()[1:]
         assert ours.dtype == torch.float32
+
+
+PAIRS = st.tuples(st.integers(-3, 3), st.integers(-3, 3), st.integers(0, 90))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.lists(PAIRS, min_size=2, max_size=12))
+def test_rank_correlation_and_heaviest_share_are_those_of_the_repeated_sample(
+    data: list[tuple[int, int, int]],
+) -> None:
+    assume(any(m for *_, m in data))
+    x, y, m = (torch.tensor(column) for column in zip(*data, strict=True))
+    counted = m > 0
+    repeated = [np.repeat(each.numpy(), m.numpy()) for each in (x, y)]
+    ours = float(rank_correlation(x[counted], y[counted].float(), m[counted] / 1.0))
+    if any((each == each[0]).all() for each in repeated):
+        assert math.isnan(ours)
+    else:
+        assert ours == pytest.approx(stats.spearmanr(*repeated).statistic, abs=1e-12)
+    weight = np.sort(np.exp(repeated[0]))[::-1]
+    heaviest = math.ceil(len(weight) / 100)
+    truth = weight[:heaviest].sum() / weight.sum()
+    # Shares of the steps add up to whole numbers but for rounding.
+    for error in (0.0, 1e-12):
+        assert float(top_share(x.exp(), m + error * counted)) == pytest.approx(truth, rel=1e-6)
 
 
 @pytest.mark.parametrize("k", [0.1, 0.5, 0.7, 1.0, 1.5])
@@ -196,6 +223,8 @@ def trajectories(sizes: list[int], policy: GaussianPolicy) -> Any:
     )
     batch["ref_log_prob"] = policy.log_prob(batch.copy()).detach()
     batch["multiplicity"] = torch.randint(1, 4, (len(sizes),), generator=generator)[ids]
+    batch["standard_score"] = torch.randint(-2, 3, (len(sizes),), generator=generator)[ids].float()
+    batch["data_weight"] = torch.rand(n, generator=generator)
     return batch
 
 
@@ -240,8 +269,19 @@ def test_diagnose_against_the_loss(layout: str, proposal: Any) -> None:
         assert out["bound_gap"] > 0
     if proposal == "reference":
         assert "pareto_k" not in out and out["weight_q05"] == out["weight_q95"] == 1
+        assert "weight_score_corr" not in out and out["weight_top1"] == pytest.approx(
+            1 / float(m.sum())
+        )
     else:
         assert out["pareto_k"] == pytest.approx(pareto_k(log_weight.exp()), rel=1e-4)
+        heaviest = np.sort(repeated)[::-1][: math.ceil(len(repeated) / 100)].sum()
+        assert out["weight_top1"] == pytest.approx(heaviest / repeated.sum(), rel=1e-5)
+        of = {"length": torch.tensor(sizes), "score": batch["standard_score"][first]}
+        for name, values in of.items():
+            truth = stats.spearmanr(repeated, np.repeat(values, m.long())).statistic
+            assert out[f"weight_{name}_corr"] == pytest.approx(truth, abs=1e-9)
+    plain = ImportanceWeightedMLE(policy, proposal="reference")(given_batch)["loss_iw_mle"]
+    assert out["unweighted_loss"] == pytest.approx(float(plain.detach()), rel=1e-6)
     assert all(isinstance(value, float) for value in out.values())
 
 
@@ -267,10 +307,16 @@ def test_diagnose_the_per_step_variant_and_batches_without_reference() -> None:
     out = diagnose(loss, batch)
     rho = loss.log_prob(batch).detach() - batch["ref_log_prob"]
     assert out["pareto_k"] == pytest.approx(pareto_k(rho.exp()), rel=1e-4)
+    of_trajectory = rho.exp().reshape(20, 3).mean(1).repeat_interleave(batch["multiplicity"][::3])
+    score = batch["standard_score"][::3].repeat_interleave(batch["multiplicity"][::3])
+    truth = stats.spearmanr(of_trajectory, score).statistic
+    assert out["weight_score_corr"] == pytest.approx(truth, abs=1e-9)
+    assert "weight_length_corr" not in out
     bare = diagnose(
         ImportanceWeightedMLE(policy_of(0), proposal="reference"), batch.exclude("ref_log_prob")
     )
-    assert set(bare) == {f"weight_q{round(100 * p):02d}" for p in QUANTILES}
+    names = {f"weight_q{round(100 * p):02d}" for p in QUANTILES}
+    assert set(bare) == names | {"unweighted_loss", "weight_top1"}
 
 
 def test_diagnose_builds_no_graph() -> None:

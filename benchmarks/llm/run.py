@@ -134,10 +134,10 @@ def curated(run: Run, algorithm: Variant, prepared: Prepared, tokenizer: Any) ->
     if trajectories.get(MULTIPLICITY, default=None) is not None:
         return trajectories
     cuts = settings.quality_cuts if algorithm.quality else settings.cuts
-    # Without a cut no score is looked at.
-    scored = trajectories.get(SCORE, default=None) is not None
-    score = SCORE if cuts or scored else "length"
-    return curate(trajectories, cuts=cuts, score=score, seed=run.seed)
+    if not cuts and trajectories.get(SCORE, default=None) is None:
+        # Equal scores, so that nothing is correlated with them.
+        return curate(trajectories, cuts=(), score=lambda data: torch.zeros(len(lengths(data))))
+    return curate(trajectories, cuts=cuts, score=SCORE, seed=run.seed)
 
 
 def check_rows(run: Run, prepared: Prepared) -> None:

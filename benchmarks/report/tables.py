@@ -47,6 +47,9 @@ _METRICS = {
     "weight_q05": "weight, 5 %",
     "weight_q50": "50 %",
     "weight_q95": "95 %",
+    "weight_top1": "share of the heaviest 1 %",
+    "weight_score_corr": "rank correlation with the return",
+    "weight_length_corr": "with the length",
     "pareto_k": "Pareto k-hat",
     "weighted_return": "mean return under the weights",
 }

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from iwsft.diagnostics import Weighed, describe, unweighted_loss, weighed
 from iwsft.objective import ImportanceWeightedMLE, Terms
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.policies.causal_lm_families import check_own_loss, decoder_of
@@ -56,16 +58,22 @@ class Measures:
 
     def __init__(self) -> None:
         self._updates: list[Tensor] = []
+        # Micro-batches of the last update, with the scores of their trajectories.
+        self._last: list[tuple[Terms, Tensor | None]] = []
         # What the scores have chosen for the window of the update.
         self.choice: dict[str, float] = {}
 
     def begin(self) -> None:
         """A new update begins."""
         self._updates.append(torch.zeros(_NUMBERS, dtype=torch.float64))
+        self._last = []
 
     @torch.no_grad()
-    def add(self, terms: Terms, clip_fraction: float) -> None:
-        """Add a micro-batch; the terms of cached weights do not know the share of clipped ones."""
+    def add(self, terms: Terms, clip_fraction: float, score: Tensor | None = None) -> None:
+        """Add a micro-batch; the terms of cached weights do not know the share of clipped ones.
+
+        ``score`` is the standard score of each token's trajectory.
+        """
         share = terms.share
 
         def total(x: Tensor) -> Tensor:
@@ -83,20 +91,26 @@ class Measures:
         top = torch.where(share > 0, weight, 0.0).amax()
         before = self._updates[-1].to(share.device)
         self._updates[-1] = torch.cat([before[:-1] + sums, torch.maximum(before[-1], top)[None]])
+        # Without the graph, which holds the activations.
+        self._last.append((terms._replace(log_prob=terms.log_prob.detach()), score))
 
-    def collect(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    def collect(
+        self, loss: ImportanceWeightedMLE, gather: Callable[[Any], list[Any]]
+    ) -> dict[str, float]:
         """Means over the updates since the last call; empty if there was none.
 
         They are ``ESS`` (effective over drawn trajectories), ``weight_mean``, ``weight_max``,
         ``log_prob`` (mean over tokens), ``kl_approx`` (mean of log pi_ref - log p) and
-        ``clip_fraction``; those that are not known are left out, and ``choice`` is added.
-        ``gather`` makes ``[processes * n, numbers]`` of all from ``[n, numbers]`` of this process.
+        ``clip_fraction``. Of the last update alone come the numbers of
+        :func:`~iwsft.diagnostics.describe` and ``unweighted_loss``. Those that are not known are
+        left out, and ``choice`` is added. ``gather`` lists the values of all processes.
         """
         if not self._updates:
             return {}
-        mine = torch.stack(self._updates)
-        self._updates = []
-        everyone = gather(mine).reshape(-1, *mine.shape)
+        mine = torch.stack(self._updates).cpu(), *_last_update(loss, self._last)
+        self._updates, self._last = [], []
+        sums, unweighted, parts = zip(*gather(mine), strict=True)
+        everyone = torch.stack(sums)
         draws, weight, square, log_prob, kl, clipped = everyone[..., :-1].sum(0).unbind(1)
         by_update = {
             "ESS": weight**2 / (draws * square),
@@ -107,5 +121,18 @@ class Measures:
             "clip_fraction": clipped / draws,
         }
         means = {name: float(value.mean()) for name, value in by_update.items()}
+        total, divisor = torch.stack(unweighted).sum(0)
+        means["unweighted_loss"] = float(total / divisor)
         known = {name: value for name, value in means.items() if not math.isnan(value)}
-        return known | self.choice
+        return known | describe(*chain.from_iterable(parts)) | self.choice
+
+
+def _last_update(
+    loss: ImportanceWeightedMLE, parts: list[tuple[Terms, Tensor | None]]
+) -> tuple[Tensor, list[Weighed]]:
+    """The unweighted loss of micro-batches before its division, its divisor; the trajectories."""
+    unweighted = torch.zeros(2, dtype=torch.float64)
+    for terms, _ in parts:
+        divisor = loss.divisor(terms.share, terms.data_weight)
+        unweighted += torch.stack([unweighted_loss(loss, terms).double(), divisor]).cpu()
+    return unweighted, [weighed(loss, *part)[0] for part in parts]

@@ -268,7 +268,8 @@ class ImportanceWeightedTrainer(WeightedTrainer):
         self._policy.model = model
         terms = self._loss.terms(inputs)
         known = math.nan if self._cached is None else float(self._cached["clip_fraction"])
-        loss = self._part_of_update(terms, num_items_in_batch, known)
+        score = inputs.get(STANDARD_SCORE, default=None)
+        loss = self._part_of_update(terms, num_items_in_batch, known, score)
         return (loss, self._loss.summary(terms)) if return_outputs else loss
 
     def _forward(

@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from iwsft.distributed import gathered
 from iwsft.extras import named
 from iwsft.fingerprint import fingerprint
 from iwsft.forward_pass import ForwardPass
@@ -62,13 +63,16 @@ class WeightedTrainer(CheckpointedTrainer):
         self._q = updater(self._loss, holder=self._shards, **settings)
         self.own_states["q"] = self._shards
 
-    def _part_of_update(self, terms: Terms, draws: Any, clip_fraction: float) -> Tensor:
+    def _part_of_update(
+        self, terms: Terms, draws: Any, clip_fraction: float, score: Tensor | None = None
+    ) -> Tensor:
         """Measure a micro-batch; its part in the loss of its update, divided by ``draws``.
 
         It is multiplied by the number of processes, since engines average gradients over them.
+        ``clip_fraction`` and ``score`` are those of :meth:`Measures.add`.
         """
         loss = self._loss.summary(terms)[LOSS]
-        self._measures.add(terms, clip_fraction=clip_fraction)
+        self._measures.add(terms, clip_fraction, score)
         loss = loss * (self.accelerator.num_processes / draws).to(loss.dtype)
         self._finite = self._finite.to(loss.device) & loss.isfinite()
         return loss
@@ -77,9 +81,7 @@ class WeightedTrainer(CheckpointedTrainer):
         """Write a log line, with the means of the updates since the last one."""
         if "loss" in logs:
             self.check_finite()
-            logs |= self._measures.collect(
-                lambda x: self.accelerator.gather(x.to(self.args.device)).cpu()
-            )
+            logs |= self._measures.collect(self._loss, gathered)
         super().log(logs, start_time)
 
     def check_finite(self) -> None:

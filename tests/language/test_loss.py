@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from scipy import stats
 from tiny import model, trajectories
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from iwsft.language.loss import Measures, negative_log_likelihood, token_loss
@@ -124,7 +125,8 @@ def _terms(seed: int, *, cached: bool = False, reference: bool = True) -> Terms:
     index = torch.arange(4).repeat_interleave(torch.tensor(LENGTHS))
     size = torch.tensor(LENGTHS)[index]
     off = torch.tensor(COUNTS)[index] == 0
-    log_prob = torch.where(off, torch.nan, -torch.rand(10, generator=draw))
+    log_prob = torch.where(off, 0.0, -torch.rand(10, generator=draw))
+    log_reference = torch.where(off, torch.nan, log_prob - torch.rand(10, generator=draw))
     weight = torch.rand(4, generator=draw)
     weight[2] = 3.0
     return Terms(
@@ -133,18 +135,25 @@ def _terms(seed: int, *, cached: bool = False, reference: bool = True) -> Terms:
         log_prob=log_prob.requires_grad_(),
         log_weight=weight.log()[index],
         clipped=None if cached else off | (torch.rand(10, generator=draw) < 0.5),
-        reference=log_prob.detach() - torch.rand(10, generator=draw) if reference else None,
+        reference=log_reference if reference else None,
+        data_weight=torch.rand(10, generator=draw),
     )
 
 
 def _means(parts: list[Terms], clip_fraction: float) -> dict[str, float]:
     """The measures of one update, by a loop over its draws."""
     weights: list[float] = []
+    lengths: list[int] = []
+    unweighted = 0.0
     sums = dict.fromkeys(("log_prob", "kl_approx", "clip_fraction"), 0.0)
     for terms in parts:
         for row, count in enumerate(COUNTS):
             steps = [i for i, owner in enumerate(terms.segments.index.tolist()) if owner == row]
             weights += [math.exp(terms.log_weight[steps[0]].item())] * count
+            lengths += [len(steps)] * count
+            assert terms.data_weight is not None
+            for i in steps:
+                unweighted -= count * (terms.data_weight[i] * terms.log_prob[i]).item() / len(steps)
             for i in steps * count:
                 log_prob, share = terms.log_prob[i].item(), 1 / len(steps)
                 sums["log_prob"] += share * log_prob
@@ -161,7 +170,15 @@ def _means(parts: list[Terms], clip_fraction: float) -> dict[str, float]:
         "weight_mean": sum(weights) / number,
         "weight_max": max(weights),
         **{name: total / number for name, total in sums.items()},
+        "unweighted_loss": unweighted / number,
+        "weight_top1": max(weights) / sum(weights),
+        "weight_length_corr": stats.spearmanr(weights, lengths).statistic,
+        "weight_score_corr": stats.spearmanr(weights, weights).statistic,
     }
+
+
+# Of the last update alone.
+LAST = ("unweighted_loss", "weight_top1", "weight_length_corr", "weight_score_corr")
 
 
 @pytest.mark.parametrize("own", [{}, {"cached": True}, {"reference": False}], ids=str)
@@ -172,23 +189,25 @@ def test_measures_are_means_over_what_counts(own: dict[str, Any], processes: int
     updates = [[_terms(10 * update + part, **own) for part in range(4)] for update in range(2)]
     width = 4 // processes
     measures = [Measures() for _ in range(processes)]
-    assert measures[0].collect(lambda x: x) == {}
+    loss = token_loss(CausalLMPolicy(model()), reduction="sum")
+    assert measures[0].collect(loss, lambda x: [x]) == {}
     for parts in updates:
         for process, each in enumerate(measures):
             each.begin()
             for terms in parts[process * width : (process + 1) * width]:
-                each.add(terms, 0.75)
+                each.add(terms, 0.75, terms.log_weight)
 
-    sums: list[Tensor] = []
+    values: list[Any] = []
 
-    def gather(mine: Tensor) -> Tensor:
+    def gather(mine: Any) -> list[Any]:
         # A graph behind the sums would hold the activations of all updates.
-        assert not mine.requires_grad
-        sums.append(mine)
-        return torch.cat(sums)
+        assert not any(x.requires_grad for x in (*mine[:2], *mine[2][0]))
+        values.append(mine)
+        return values
 
-    collected = [each.collect(gather) for each in measures][-1]
+    collected = [each.collect(loss, gather) for each in measures][-1]
     by_update = [_means(parts, 0.75) for parts in updates]
     expected = {name: (by_update[0][name] + by_update[1][name]) / 2 for name in by_update[0]}
-    assert collected == pytest.approx(expected, rel=1e-9)
-    assert measures[0].collect(lambda x: x) == {}
+    expected |= {name: by_update[1][name] for name in LAST}
+    assert collected == pytest.approx(expected, rel=1e-6)
+    assert measures[0].collect(loss, lambda x: [x]) == {}

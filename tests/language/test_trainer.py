@@ -302,7 +302,7 @@ def test_a_batch_without_entries_counts_for_nothing(tmp_path: Path) -> None:
         assert float(draws) == 3
         parts = [float(run.compute_loss(run.model, x, num_items_in_batch=draws)) for x in update]
         assert parts[1:] == [0.0] * fillers
-        rows.append((parts[0], run._measures.collect(lambda x: x)))
+        rows.append((parts[0], run._measures.collect(run._loss, lambda x: [x])))
     assert rows[0] == rows[1]
 
 
