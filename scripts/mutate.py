@@ -78,6 +78,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/test_trajectory.py",
         f"{_OBJECTIVE}/test_loss_inputs.py",
         f"{_OBJECTIVE}/test_objective_truth.py",
+        "tests/test_curation_weights.py",
     ),
     "iwsft/proposals.py": (
         f"{_OBJECTIVE}/test_proposals.py",

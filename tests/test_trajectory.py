@@ -16,6 +16,7 @@ from torch import Tensor
 from iwsft import GaussianPolicy, annotate_reference, curate
 from iwsft.samplers import StepSampler
 from iwsft.trajectory import (
+    DATA_WEIGHT,
     DONE,
     IMPORTANCE_WEIGHT,
     MASK,
@@ -294,6 +295,12 @@ def _poke(key: Any, value: float) -> Any:
         (_poke(REWARD, float("nan")), ValueError, "'reward'.*NaN or infinite"),
         (_set(IMPORTANCE_WEIGHT, torch.full((6,), torch.nan)), ValueError, "'importance_weight'"),
         (_poke(MULTIPLICITY, -1), ValueError, "'multiplicity'.*negative"),
+        (
+            _set(DATA_WEIGHT, torch.full((6,), torch.inf)),
+            ValueError,
+            "^'data_weight' is NaN or inf",
+        ),
+        (_set(DATA_WEIGHT, torch.zeros(6)), ValueError, "^'data_weight' is 0 everywhere"),
         (_set(TRAJ_IDS, torch.tensor([0, 0, 2, 2, 1, 1])), ValueError, "out of order at step 4"),
         (_set(TRAJ_IDS, torch.rand(6)), ValueError, "traj_ids.*integers.*float32"),
         (_set(TRAJ_IDS, torch.zeros(6, 2, dtype=torch.int64)), ValueError, "traj_ids.*shape"),
