@@ -28,6 +28,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_rows_of_tables_have_the_cells_of_their_headings() -> None:
+    for path in (DOCS.parent / "README.md", *sorted(DOCS.rglob("*.md"))):
+        text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+        for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+            cells = [len(re.split(r"(?<!\\)\|", line)) for line in table.splitlines()]
+            assert len(set(cells)) == 1, f"{path.name}: {table.splitlines()[0]}"
+
+
 def test_the_quickstart_finds_what_it_trained(folder: Path) -> None:
     (code,) = blocks("quickstart.md")
     names: dict[str, Any] = {}
