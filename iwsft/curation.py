@@ -88,15 +88,10 @@ def curate(
     """
     check_tensordict(trajectories)
     _check_cuts(cuts)
-    if ties not in get_args(Ties):
-        raise ValueError(f"ties={ties!r} is unknown; it is one of {', '.join(get_args(Ties))}")
+    _check_settings(ties, weight, beta)
     for key in (MULTIPLICITY,) if weight is None else (MULTIPLICITY, DATA_WEIGHT):
         if trajectories.get(key, default=None) is not None:
             raise ValueError(f"these hold {key!r} already; curate the data they come from")
-    if (weight == "softmax") != (beta is not None) or (
-        beta is not None and not 0 < beta < math.inf
-    ):
-        raise ValueError(f"beta={beta}: weight='softmax' needs a positive one, others take none")
     padded = len(Segments.of(trajectories).shape) == 2
     packed = pack(trajectories) if padded else trajectories
     check_links(packed)
@@ -124,8 +119,8 @@ def join(*parts: TensorDictBase) -> TensorDictBase:
     Each dataset is curated by itself, so scores are compared within it only: the top 5 % of one and
     the top 5 % of another are not the top 5 % of both. The parts are packed or padded. Where one
     has no ``multiplicity``, each of its trajectories counts once; where only some have
-    ``data_weight``, it is 1 in the others. The
-    result has ``standard_score`` (within its part) if all have it.
+    ``data_weight``, it is 1 in the others. The result has ``standard_score`` (within its part) if
+    all have it.
 
     Raises:
         ValueError: There is no part, or parts differ in an entry, its size or its dtype.
@@ -294,6 +289,14 @@ def _check_cuts(cuts: Sequence[float]) -> None:
         meant = f"did you mean {tuple(100 * cut for cut in cuts)}?"
         problem = f"cuts={tuple(cuts)} are percentiles and keep nearly everything"
         warnings.warn(f"{problem}; {meant}", stacklevel=3)
+
+
+def _check_settings(ties: Ties, weight: Weight | None, beta: float | None) -> None:
+    if ties not in get_args(Ties):
+        raise ValueError(f"ties={ties!r} is unknown; it is one of {', '.join(get_args(Ties))}")
+    positive = beta is not None and 0 < beta < math.inf
+    if positive != (weight == "softmax") or (beta is not None and not positive):
+        raise ValueError(f"beta={beta}: weight='softmax' needs a positive one, others take none")
 
 
 def _name(score: Score) -> str:

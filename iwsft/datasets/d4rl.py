@@ -72,23 +72,8 @@ def read(
     are those of the result; by default the file's stem and path. The other arguments and the errors
     are those of :func:`iwsft.datasets.load`.
     """
-    import h5py
-
-    if not path.is_file():
-        raise FileNotFoundError(_describe_missing(path))
     where = str(path)
-    with damage_named(where, "the HDF5 file"):
-        file = h5py.File(path, "r")
-        stored, names = dict(file.attrs), set(file)
-        beside = [file.get(name) for name in _BESIDE]
-    with file:
-        steps = _read_steps(file, names, where)
-        groups = [file, *(group for group in beside if isinstance(group, h5py.Group))]
-        marks = _read_marks(groups, where, len(steps.rewards))
-        if isinstance(data_weight, str):
-            if data_weight not in file:
-                raise ValueError(f"{where} has no field {data_weight!r} for the data weights")
-            data_weight = _numbers(file, data_weight, where)
+    stored, steps, marks, data_weight = _read_file(path, data_weight)
     entry = None if "env_id" in stored else catalog.find(name or path.name)
     env_id, env_kwargs = (entry.env_id, entry.env_kwargs) if entry else _environment(stored, where)
     check_steps(steps, where)
@@ -119,6 +104,28 @@ def read(
         action_bounds=bounds,
         notes=(*notes, *more),
     )
+
+
+def _read_file(path: Path, data_weight: Any) -> tuple[dict[str, Any], Steps, dict[str, Flags], Any]:
+    """Read a file's attributes, steps, further marks of ends, and data weights if in a field."""
+    import h5py
+
+    if not path.is_file():
+        raise FileNotFoundError(_describe_missing(path))
+    where = str(path)
+    with damage_named(where, "the HDF5 file"):
+        file = h5py.File(path, "r")
+        stored, names = dict(file.attrs), set(file)
+        beside = [file.get(name) for name in _BESIDE]
+    with file:
+        steps = _read_steps(file, names, where)
+        groups = [file, *(group for group in beside if isinstance(group, h5py.Group))]
+        marks = _read_marks(groups, where, len(steps.rewards))
+        if isinstance(data_weight, str):
+            if data_weight not in file:
+                raise ValueError(f"{where} has no field {data_weight!r} for the data weights")
+            data_weight = _numbers(file, data_weight, where)
+    return stored, steps, marks, data_weight
 
 
 @contextmanager
