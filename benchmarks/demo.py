@@ -92,10 +92,10 @@ def compared(group: dict[str, Cell], one: str, other: str, digits: int) -> str:
     from benchmarks.report.scores import algorithm_label, compare
 
     ours, others = [group[other]], [group[one]]
-    found, verdict = compare(ours, others), "ties with"
-    if found is not None and found.settled:
-        verdict = "is above" if found.estimate.point > 0 else "is below"
-    estimate = text(None if found is None else found.estimate, digits)
+    difference, verdict = compare(ours, others), "ties with"
+    if difference is not None and difference.settled:
+        verdict = "is above" if difference.estimate.point > 0 else "is below"
+    estimate = text(None if difference is None else difference.estimate, digits)
     names = [f"{algorithm_label(c.algo)} ({c.mean:.{digits}f})" for c in (*ours, *others)]
     return (
         f"{f' {verdict} '.join(names)}: the difference is {estimate}, with its 95 % interval over "

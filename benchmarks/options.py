@@ -103,9 +103,9 @@ def parse_groups(
     together: Any = make_dataclass("Together", parts, kw_only=True)
     text = (description or "").replace(f"python -m benchmarks.{command}", prog)
     flat = (tyro.conf.OmitArgPrefixes,)
-    said = io.StringIO()
+    errors = io.StringIO()
     try:
-        with redirect_stderr(said):
+        with redirect_stderr(errors):
             parsed: Any = tyro.cli(
                 together, prog=prog, args=[*configured, *words], description=text, config=flat
             )
@@ -113,7 +113,7 @@ def parse_groups(
         if end.code:
             where = f" (with the options of {config_of(words)})" if configured else ""
             print(
-                f"error: {_condensed(said.getvalue())}{where}; see {prog} --help", file=sys.stderr
+                f"error: {_condensed(errors.getvalue())}{where}; see {prog} --help", file=sys.stderr
             )
         raise
     boxes = [getattr(parsed, group.__name__) for group in groups]

@@ -129,7 +129,7 @@ class TrainedPolicy:
             ValueError: The policy has a memory, or the size of its observations is not known.
         """
         if self.has_memory:
-            raise ValueError("a policy with a memory can't be exported: its history is no input")
+            raise ValueError("a policy with a memory can't be exported: it needs the history")
         size = observation_dim or self.observation_dim
         if size is None:
             raise ValueError("the checkpoint does not say how large observations are: pass it")

@@ -128,8 +128,8 @@ class DecoderSizes:
         rows, columns = min(rows, tokens), min(columns, self.text.vocab_size)
         blocks = rows * columns * (2 * _WIDE + width) + _WIDE * columns * hidden
         log_probs = tokens * hidden * (2 * width + _WIDE) + blocks
-        kept = tokens * (saved + self.norm_activations(width) + 2 * width * self.head_width + 8)
-        return kept, max(tokens * layer, log_probs)
+        stored = tokens * (saved + self.norm_activations(width) + 2 * width * self.head_width + 8)
+        return stored, max(tokens * layer, log_probs)
 
 
 @dataclass(frozen=True)

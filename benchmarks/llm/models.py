@@ -138,8 +138,8 @@ def locate(name: str, cache: Path | None = None) -> str:
             return str(path)
         files = [name for name in files if name.lower().endswith(".gguf")]
         if len(files) != 1:
-            held = ", ".join(files) or "no model"
-            raise ValueError(f"{path} holds {held}; pass one .gguf file, or another folder")
+            content = ", ".join(files) or "no model"
+            raise ValueError(f"{path} holds {content}; pass one .gguf file, or another folder")
         path /= files[0]
     if path.suffix.lower() == ".gguf":
         return str(_converted(path, cache))
@@ -261,7 +261,7 @@ def _converted(file: Path, cache: Path) -> Path:
             raise ValueError(f"{file} is not a GGUF file, or a damaged one; fetch it again")
     require("gguf")
     name = f"gguf-{file_sha256(file)[:16]}-transformers-{version('transformers')}"
-    return kept(cache / name, lambda home: _convert(file, home))
+    return make_once(cache / name, lambda home: _convert(file, home))
 
 
 def _convert(file: Path, home: Path) -> Mapping[str, Any]:
@@ -312,7 +312,7 @@ def mean_log_probs(
     return means
 
 
-def kept(home: Path, make: Callable[[Path], Mapping[str, Any]]) -> Path:
+def make_once(home: Path, make: Callable[[Path], Mapping[str, Any]]) -> Path:
     """Make the folder ``home``, unless it is there and undamaged.
 
     Several processes may call this at a time: one makes the folder, the others wait. Its name must

@@ -264,7 +264,7 @@ def training_arguments(run: Run, algorithm: Variant) -> dict[str, Any]:
     own, rest = divmod(settings.batch_size, processes)
     if rest:
         raise ValueError(
-            f"--batch-size {settings.batch_size}: no multiple of {processes} processes"
+            f"--batch-size {settings.batch_size}: not a multiple of {processes} processes"
         )
     micro = min(settings.micro_batch_size or own, own)
     accumulation, rest = divmod(own, micro)

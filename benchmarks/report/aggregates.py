@@ -138,23 +138,23 @@ def difference_grid(group: Sequence[Cell], aggregates: Aggregates) -> Grid:
 
 def _against(grid: Grid, row: Sequence[Cell], other: Sequence[Cell] | None) -> list[str]:
     """A difference with its interval, and its verdict."""
-    found = None if other is None or other is row else compare(row, other)
-    if found is None:
+    difference = None if other is None or other is row else compare(row, other)
+    if difference is None:
         return [NOTHING, NOTHING]
-    return [grid.marked(signed(found), [_PAIRED] * found.paired), verdict(found)]
+    return [grid.marked(signed(difference), [_PAIRED] * difference.paired), verdict(difference)]
 
 
-def signed(found: Difference) -> str:
+def signed(difference: Difference) -> str:
     """A difference with its sign and its interval."""
-    sign = "+" * (found.estimate.point >= 0)
-    return sign + text(found.estimate, 1)
+    sign = "+" * (difference.estimate.point >= 0)
+    return sign + text(difference.estimate, 1)
 
 
-def verdict(found: Difference) -> str:
+def verdict(difference: Difference) -> str:
     """Whether the interval leaves 0 out; else how many seeds would settle it."""
-    if found.settled:
-        return "higher" if found.estimate.point > 0 else "lower"
-    return "open" if found.seeds is None else f"open: {found.seeds:,} seeds"
+    if difference.settled:
+        return "higher" if difference.estimate.point > 0 else "lower"
+    return "open" if difference.seeds is None else f"open: {difference.seeds:,} seeds"
 
 
 def text(estimate: Estimate | None, digits: int) -> str:

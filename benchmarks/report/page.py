@@ -175,16 +175,15 @@ def _summary(
     lines.append(f"**{title}.** {escaped(', then '.join(ranks))} {over}{verdict}.")
     pair = over_datasets.PAPER, over_datasets.BASIS
     rows = [aggregates.rows[algo] for algo in pair if algo in estimates]
-    found = scores.compare(*rows) if len(rows) == 2 else None
-    if found is not None:
-        words = "it is better" if found.estimate.point > 0 else "it is worse"
-        if not found.settled:
-            need = "" if found.seeds is None else f"; {found.seeds:,} seeds would settle this"
+    difference = scores.compare(*rows) if len(rows) == 2 else None
+    if difference is not None:
+        words = "it is better" if difference.estimate.point > 0 else "it is worse"
+        if not difference.settled:
+            seeds = difference.seeds
+            need = "" if seeds is None else f"; {seeds:,} seeds would settle this"
             words = f"they tie: the interval holds 0{need}"
-        lines.append(
-            f"**iw-SFT(Q) less SFT(Q).** {over_datasets.signed(found)} points, mean over these "
-            f"datasets; {words}."
-        )
+        points = f"{over_datasets.signed(difference)} points, mean over these datasets"
+        lines.append(f"**iw-SFT(Q) less SFT(Q).** {points}; {words}.")
     return lines
 
 

@@ -171,7 +171,7 @@ class Cell:
         three seeds, there is none.
         """
         curves = [curve_of(run) for run in self.runs]
-        found = {}
+        changes = {}
         for name in _CURVES if all("Q" in curve for curve in curves) else ():
             ends = [[c.get(name, [None] * _PARTS)[i] for i in (-_THIRD, -1)] for c in curves]
             if any(None in pair for pair in ends):
@@ -180,8 +180,8 @@ class Cell:
             low, high = map(float, t_interval(after - before))
             large = abs(after.mean() - before.mean()) > _LEAST_CHANGE * abs(after.mean())
             if len(ends) >= MIN_SEEDS and large and not low <= 0 <= high:
-                found[name] = low, high
-        return found
+                changes[name] = low, high
+        return changes
 
     @property
     def has_reference(self) -> bool:
@@ -238,7 +238,7 @@ def cells(runs: Sequence[RecordedRun], score_key: str = SCORE) -> list[Cell]:
     the larger part; the name of the other says what differs. The score is the mean return where
     there is no ``score_key``.
     """
-    found: list[Cell] = []
+    grouped: list[Cell] = []
     ordered = sorted(runs, key=lambda run: (run.dataset, run.seed))
     for dataset, of_dataset in itertools.groupby(ordered, key=lambda run: run.dataset):
         for of_task, apart, note in _parts(list(of_dataset), _task):
@@ -250,8 +250,8 @@ def cells(runs: Sequence[RecordedRun], score_key: str = SCORE) -> list[Cell]:
                 ):
                     names = (part[0].variant, difference.replace("/", "|"), base(algo))
                     name = "/".join(filter(None, names))
-                    found.append(Cell(task, name, tuple(part), key, own or note))
-    return sorted(found, key=lambda cell: (cell.dataset, algorithm_rank(cell.algo)))
+                    grouped.append(Cell(task, name, tuple(part), key, own or note))
+    return sorted(grouped, key=lambda cell: (cell.dataset, algorithm_rank(cell.algo)))
 
 
 def _parts(
@@ -328,8 +328,8 @@ def compare(ours: Sequence[Cell], others: Sequence[Cell]) -> Difference | None:
 
 def is_higher(ours: Sequence[Cell], others: Sequence[Cell]) -> bool:
     """Whether the interval of the difference of two algorithms lies above 0."""
-    found = compare(ours, others)
-    return found is not None and found.settled and found.estimate.point > 0
+    difference = compare(ours, others)
+    return difference is not None and difference.settled and difference.estimate.point > 0
 
 
 def interval_over_seeds(values: NDArray[np.float64], *limits: float) -> tuple[float, float] | None:

@@ -56,12 +56,12 @@ def find_settings(group: Sequence[Cell]) -> Settings:
 
     Under-trained cells and runs of another library are left out.
     """
-    found: dict[tuple[str, str], list[Cell]] = {}
+    settings: dict[tuple[str, str], list[Cell]] = {}
     for cell in group:
         usable = cell.score_key == SCORE and not cell.under_trained
         if usable and all(episode_groups(r) and "peer" not in r.result for r in cell.runs):
-            found.setdefault((cell.dataset, base(cell.algo)), []).append(cell)
-    return found
+            settings.setdefault((cell.dataset, base(cell.algo)), []).append(cell)
+    return settings
 
 
 def tune(cells: Sequence[Cell]) -> tuple[Scores, float]:

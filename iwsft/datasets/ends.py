@@ -179,11 +179,11 @@ def _restarts(steps: Steps) -> Flags:
     That observation lies among the known first ones in every column, and it surprises as these do.
     """
     now, rows = steps.observations, len(steps.rewards)
-    found = np.zeros(rows, dtype=bool)
+    restarts = np.zeros(rows, dtype=bool)
     first = np.append(True, _ends(steps)[:-1])
     dynamics = Dynamics(steps)
     if first.sum() < 4 or not dynamics.predictable:
-        return found
+        return restarts
     starts = now[first]
     margin = starts.max(axis=0) - starts.min(axis=0) + 0.01 * column_spread(now)
     within = (now >= starts.min(axis=0) - margin) & (now <= starts.max(axis=0) + margin)
@@ -191,10 +191,10 @@ def _restarts(steps: Steps) -> Flags:
     # Were columns independent, so many rows would lie there.
     expected = rows * float(np.prod(within[~first].mean(axis=0)))
     if least < 1.3 * dynamics.usual(0.97) and expected > 1e-3:
-        return found
+        return restarts
     near = np.flatnonzero(within.all(axis=1)[1:] & ~first[1:])
-    found[near[dynamics.surprise(near) > least]] = True
-    return found
+    restarts[near[dynamics.surprise(near) > least]] = True
+    return restarts
 
 
 def _check_order(steps: Steps, source: str, notes: list[str]) -> None:

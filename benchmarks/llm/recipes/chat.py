@@ -253,8 +253,8 @@ def _prompt(row: Row) -> str:
         roles = [message["role"] for message in row.messages]
         before = row.messages[: roles.index(ASSISTANT)]
         # A system message alone says nothing of the row.
-        asked = any(message["role"] == "user" for message in before)
-        prompt = _joined(before) if asked else ""
+        has_question = any(message["role"] == "user" for message in before)
+        prompt = _joined(before) if has_question else ""
     return " ".join(prompt.split()) or _text(row)
 
 

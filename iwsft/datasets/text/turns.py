@@ -191,9 +191,9 @@ class Conversation:
         place = self._places[index]
         low = [0, *self._stops][bisect(self._stops, place.start)]
         prompt = self._prompt(index)
-        found = self.text.find(prompt, low, place.start) if prompt else -1
-        if found >= 0:
-            return found + len(prompt)
+        begin = self.text.find(prompt, low, place.start) if prompt else -1
+        if begin >= 0:
+            return begin + len(prompt)
         # Without a generation prompt, the space before the text belongs to its first token.
         return len(self.text[: place.start].rstrip(" "))
 
@@ -285,7 +285,7 @@ def _call_forms(call: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """Iterate over the keys and values of an argument that are no objects or arrays."""
+    """Iterate over the keys and values of an argument that are neither objects nor arrays."""
     if isinstance(value, Mapping):
         for key, entry in value.items():
             yield key

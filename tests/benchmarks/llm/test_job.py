@@ -373,7 +373,7 @@ def test_a_batch_is_shared_out() -> None:
     arguments = training_arguments(a_run(settings, 16), ALGORITHMS["sft"])
     assert arguments["per_device_train_batch_size"] == 1
     assert arguments["gradient_accumulation_steps"] == 1
-    with pytest.raises(ValueError, match="--batch-size 16: no multiple of 3 processes"):
+    with pytest.raises(ValueError, match="--batch-size 16: not a multiple of 3 processes"):
         training_arguments(a_run(settings, 3), ALGORITHMS["sft"])
 
 

@@ -14,7 +14,7 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from benchmarks.llm.models import kept
+from benchmarks.llm.models import make_once
 from benchmarks.llm.recipes.arithmetic import BaseSettings
 from benchmarks.llm.recipes.arithmetic.task import ANSWER, STRATEGIES, mixture, problems
 from iwsft.fingerprint import fingerprint
@@ -71,7 +71,7 @@ def base_model(folder: Path, *, seed: int, settings: BaseSettings) -> Path:
         }
     )
     home = Path(folder) / f"arithmetic-base-{key[:16]}"
-    return kept(home, make)
+    return make_once(home, make)
 
 
 def train(settings: BaseSettings, seed: int) -> tuple[Qwen2ForCausalLM, list[list[float]]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.llm.models import kept
+from benchmarks.llm.models import make_once
 
 
 def _make(folder: Path) -> Mapping[str, Any]:
@@ -32,7 +32,9 @@ def test_a_folder_is_made_once_and_recorded(tmp_path: Path):
 
     home = tmp_path / "deep" / "home"
     found: list[Path] = []
-    threads = [threading.Thread(target=lambda: found.append(kept(home, make))) for _ in range(3)]
+    threads = [
+        threading.Thread(target=lambda: found.append(make_once(home, make))) for _ in range(3)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -50,7 +52,7 @@ def test_a_folder_is_made_once_and_recorded(tmp_path: Path):
 
 @pytest.mark.parametrize("change", ["other", "missing", "new", "record", "no record"])
 def test_a_change_is_noticed_and_the_remedy_named(change: str, tmp_path: Path):
-    home = kept(tmp_path / "home", _make)
+    home = make_once(tmp_path / "home", _make)
     if change == "other":
         (home / "inner" / "b").write_bytes(b"x")
     elif change == "missing":
@@ -63,7 +65,7 @@ def test_a_change_is_noticed_and_the_remedy_named(change: str, tmp_path: Path):
         (home / "record.json").unlink()
     named = "record.json" if "record" in change else "inner/c" if change == "new" else "inner/b"
     with pytest.raises(ValueError, match=rf"{named}.*delete the folder and run again"):
-        kept(home, _make)
+        make_once(home, _make)
 
 
 def test_a_failed_or_killed_call_leaves_no_folder(tmp_path: Path):
@@ -73,12 +75,12 @@ def test_a_failed_or_killed_call_leaves_no_folder(tmp_path: Path):
 
     home = tmp_path / "home"
     with pytest.raises(OSError, match=r"no space left to write .*home"):
-        kept(home, fails)
+        make_once(home, fails)
     assert not home.exists()
     assert [path.name for path in tmp_path.iterdir()] == [".home.lock"]
     # A kill midway leaves such a folder.
     (tmp_path / ".home.partial").mkdir()
     (tmp_path / ".home.partial" / "stale").touch()
-    kept(home, _make)
+    make_once(home, _make)
     assert sorted(path.name for path in home.iterdir()) == ["a", "inner", "record.json"]
     assert not (tmp_path / ".home.partial").exists()
