@@ -181,7 +181,7 @@ def main(options: Options, parts: Sequence[Part] = PARTS) -> Path:
 
 def run() -> None:
     """Read the command line and run the demo."""
-    stopping.watch()
+    stopping.watch("the same command continues")
     with stopping.command("tyro", "scipy", "matplotlib", "markdown_it", "transformers"):
         from benchmarks.options import parse
 

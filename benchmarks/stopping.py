@@ -26,13 +26,17 @@ _EXPECTED = (
 )
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _received: list[int] = []
+# How to continue what a signal stops.
+_way_out: list[str] = []
 
 
-def watch() -> None:
+def watch(way_out: str = "the same command with --resume continues") -> None:
     """Raise KeyboardInterrupt on either signal, unless the shell ignores it (background jobs).
 
-    The signal is raised again where code swallows the exception, until the command ends.
+    The signal is raised again where code swallows the exception, until the command ends. Then a
+    line says that it is stopped, and the way out.
     """
+    _way_out[:] = [way_out]
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop)
@@ -62,7 +66,7 @@ def expected() -> tuple[type[BaseException], ...]:
 def ends_in_one_line() -> Iterator[None]:
     """End the process with one line on an error that a user can mend.
 
-    After a signal the status is 130 or 143, and the line tells of --resume.
+    After a signal the status is 130 or 143.
     """
     try:
         with named():
@@ -72,7 +76,7 @@ def ends_in_one_line() -> Iterator[None]:
     except BaseException as error:
         number = signal_behind(error)
         if number is not None:
-            print("stopped; the same command with --resume continues", file=sys.stderr)
+            print("; ".join(["stopped", *_way_out]), file=sys.stderr)
             raise SystemExit(128 + number) from error
         if isinstance(error, expected()):
             raise SystemExit(f"error: {one_line(error)}") from error

@@ -79,4 +79,5 @@ def test_an_error_of_interrupted_code_is_the_interruption(
         finally:
             bool(TensorDict({}, []))
     assert end.value.code == 128 + number
-    assert capsys.readouterr().err.count("stopped; the same command with --resume continues") == 2
+    # Nothing was watched, so there may be nothing to continue.
+    assert capsys.readouterr().err == "stopped\nstopped\n"

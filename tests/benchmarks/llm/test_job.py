@@ -180,7 +180,7 @@ def test_a_run_that_was_stopped_in_its_test_is_only_tested(
         patch.setattr(ArithmeticRecipe, "evaluate", stopped)
         job(tmp_path, "iw-sft")
     assert end.value.code == 128 + number
-    assert capsys.readouterr().err.splitlines()[-1].endswith("with --resume continues")
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped"
     run = tmp_path / "llm" / "small" / "iw-sft" / "seed-0"
     before = {
         path: path.read_bytes()
