@@ -28,6 +28,9 @@ COMMANDS = {
         "benchmarks.llm.__main__", "Score a language model on MATH-500, AIME, ...", ("evaluate",)
     ),
     "collect": Command("benchmarks.collect.__main__", "Make a dataset from policies or from SAC."),
+    "weights": Command(
+        "benchmarks.weights.__main__", "Show what the importance weights of a run do."
+    ),
     "report": Command("benchmarks.report.__main__", "Write finished runs to one page."),
     "bandit": Command("benchmarks.bandit.__main__", "Show what the weights do on a bandit."),
     "demo": Command("benchmarks.demo", "Show where the weights help, and why, in five minutes."),

@@ -208,6 +208,11 @@ class TargetESS(_OfTrajectory):
         _require(inside, f"TargetESS(max_alpha={self.max_alpha}) must be positive and finite")
 
     def __call__(self, log_weight: Tensor, share: Tensor) -> Tensor:
+        tempered = self.exponent(log_weight, share) * _shifted(log_weight, share)
+        return (tempered - log_mean_exp(tempered, share.double())).to(log_weight.dtype)
+
+    def exponent(self, log_weight: Tensor, share: Tensor) -> Tensor:
+        """alpha, a float64 scalar."""
         shifted, share = _shifted(log_weight, share), share.double()
         low = torch.full((), math.log(_MIN_ALPHA), dtype=torch.float64, device=share.device)
         high = torch.full((), math.log(self.max_alpha), dtype=torch.float64, device=share.device)
@@ -215,8 +220,7 @@ class TargetESS(_OfTrajectory):
             middle = (low + high) / 2
             enough = log_ess(middle.exp() * shifted, share) > math.log(self.fraction)
             low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-        tempered = high.exp() * shifted
-        return (tempered - log_mean_exp(tempered, share)).to(log_weight.dtype)
+        return high.exp()
 
 
 def exponential(log_weight: Tensor) -> Tensor:

@@ -162,11 +162,7 @@ def _train(run: Run, task: Task, report: Report) -> tuple[TensorDictModuleBase, 
 
 def train_reference(run: Run, task: Task, report: Report) -> tuple[ProbabilisticActor, Path, Cost]:
     """Train the reference policy of a seed on all data, or load that of the same settings."""
-    settings = reference_settings_of(run, task)
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    root = run.options.out / run.benchmark / task.pretrain.name / "reference"
-    # A name "seed-..." would be that of a run's folder.
-    folder = root / f"{key}-seed-{run.seed}"
+    settings, folder = reference_settings_of(run, task), reference_folder(run, task)
     before, schedule = Task(task.pretrain, task.pretrain), run.reference_schedule
     learner = _build_cloning(run, task.pretrain.trajectories.to(run.options.device), schedule)
     with alone_in(folder, wait=True):
@@ -175,11 +171,25 @@ def train_reference(run: Run, task: Task, report: Report) -> tuple[Probabilistic
     return learner.policy, folder, cost
 
 
+def reference_folder(run: Run, task: Task) -> Path:
+    """Folder of the reference policy of a run, which runs of the same settings and seed share."""
+    settings = json.dumps(reference_settings_of(run, task), sort_keys=True)
+    key = hashlib.sha256(settings.encode()).hexdigest()[:8]
+    root = run.options.out / run.benchmark / task.pretrain.name / "reference"
+    # A name "seed-..." would be that of a run's folder.
+    return root / f"{key}-seed-{run.seed}"
+
+
+def make_policy(run: Run, data: TensorDictBase) -> ProbabilisticActor:
+    """Make an untrained policy of the form that a run names, for data of these sizes."""
+    form = MixturePolicy if run.options.policy == "mixture" else GaussianPolicy
+    return form(*sizes(data)).to(run.options.device)
+
+
 def _build_cloning(run: Run, data: TensorDictBase, schedule: Schedule) -> Learner:
     """Build behaviour cloning from scratch: the mean over trajectories of -log p / length."""
     torch.manual_seed(run.seed)
-    form = MixturePolicy if run.options.policy == "mixture" else GaussianPolicy
-    policy = form(*sizes(data)).to(run.options.device)
+    policy = make_policy(run, data)
     loss = ImportanceWeightedMLE(policy, proposal="reference")
     batch = paper.CLONING_BATCH[run.options.estimator][run.options.preset]
     sampler = _SAMPLERS[run.options.estimator](data, batch, seed=run.seed)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from datetime import timedelta
@@ -51,6 +51,7 @@ from benchmarks.llm.recipes import Prepared, Sources, load_recipe
 from benchmarks.runs import RESULT, alone_in, hardware, versions, write_json
 from iwsft import checkpoint
 from iwsft.curation import curate
+from iwsft.datasets.text.rows import Row
 from iwsft.datasets.text.tokens import CORRECT, SCORE
 from iwsft.fingerprint import file_sha256
 from iwsft.language import correct_only, tokenize
@@ -121,23 +122,28 @@ def prepare(run: Run) -> Prepared:
 
 
 def curated(run: Run, algorithm: Variant, prepared: Prepared, tokenizer: Any) -> TensorDictBase:
-    """Curate a recipe's rows into D+ (or D_Q+): packed trajectories with their multiplicity.
+    """Curate a recipe's rows into D+ (or D_Q+), see :func:`curated_rows`."""
+    settings = run.options.settings
+    cuts = settings.quality_cuts if algorithm.quality else settings.cuts
+    return curated_rows(prepared.rows, tokenizer, settings.max_length, cuts, seed=run.seed)
+
+
+def curated_rows(
+    rows: Sequence[Row], tokenizer: Any, max_length: int | None, cuts: Sequence[float], *, seed: int
+) -> TensorDictBase:
+    """Curate rows into packed trajectories with their multiplicity; wrong ones are left out.
 
     Rows with a multiplicity count as curated.
     """
-    settings = run.options.settings
-    trajectories: TensorDictBase = tokenize(
-        prepared.rows, tokenizer, max_length=settings.max_length
-    ).trajectories
+    trajectories: TensorDictBase = tokenize(rows, tokenizer, max_length=max_length).trajectories
     if trajectories.get(CORRECT, default=None) is not None:
         trajectories = correct_only(trajectories)
     if trajectories.get(MULTIPLICITY, default=None) is not None:
         return trajectories
-    cuts = settings.quality_cuts if algorithm.quality else settings.cuts
     if not cuts and trajectories.get(SCORE, default=None) is None:
         # Equal scores, so that nothing is correlated with them.
         return curate(trajectories, cuts=(), score=lambda data: torch.zeros(len(lengths(data))))
-    return curate(trajectories, cuts=cuts, score=SCORE, seed=run.seed)
+    return curate(trajectories, cuts=cuts, score=SCORE, seed=seed)
 
 
 def check_rows(run: Run, prepared: Prepared) -> None:
