@@ -31,7 +31,7 @@ from iwsft.trajectory import (
     fit,
     on_host,
 )
-from iwsft.weights import exponential, log_ess
+from iwsft.weights import exponential
 
 Proposal = Literal["current", "reference", "lagged", "cached"]
 LOSS = "loss_iw_mle"
@@ -204,22 +204,23 @@ class ImportanceWeightedMLE(PolicyLoss):
         """
         segments = self.segments(batch)
         share = self.share(batch, segments)
-        noisy = noise_watch(self.actor_network, segments.index.device)
-        # A trajectory of multiplicity 0 does not count, however extreme it is.
-        log_prob = torch.where(share > 0, self._log_prob(batch, segments), 0)
+        noisy = None
+        if self.proposal == "current":
+            noisy = noise_watch(self.actor_network, segments.index.device)
+        log_prob = self._counted(batch, segments, share, self._log_prob(batch, segments))
         data_weight = self.data_weight(batch, segments, share)
         reference = None
-        if self.tensor_keys.ref_log_prob in batch.keys(include_nested=True):
+        if batch.get(self.tensor_keys.ref_log_prob, default=None) is not None:
             reference = self.reference(batch, segments)
         if self.reads_weights:
             how = "call iwsft.reweight(trajectories, loss) at the start and at every sync"
             weight = self._entry(batch, self.tensor_keys.importance_weight, segments, how)
-            log_weight = torch.where(share > 0, weight.log(), 0)
+            log_weight = self._counted(batch, segments, share, weight.log())
             return Terms(segments, share, log_prob, log_weight, None, reference, data_weight)
         with torch.no_grad():
             base = reference
             # q is without dropout, as the reference is.
-            if self.proposal == "lagged" or (self.proposal == "current" and noisy()):
+            if self.proposal == "lagged" or (noisy is not None and noisy()):
                 log_q = self._log_prob(batch, segments, q=True)
             elif self.proposal == "current":
                 log_q = log_prob
@@ -227,6 +228,14 @@ class ImportanceWeightedMLE(PolicyLoss):
                 log_q = base = torch.zeros_like(log_prob)
             weights = self.weigh(batch, log_q, reference=base, segments=segments, share=share)
         return Terms(segments, share, log_prob, *weights[:2], reference, data_weight)
+
+    def _counted(
+        self, batch: TensorDictBase, segments: Segments, share: Tensor, x: Tensor
+    ) -> Tensor:
+        """``x``, 0 where the step does not count: a multiplicity of 0, however extreme it is."""
+        if segments.mask is None and batch.get(self.tensor_keys.multiplicity, default=None) is None:
+            return x
+        return torch.where(share > 0, x, 0)
 
     @torch.no_grad()
     def weigh(
@@ -264,15 +273,16 @@ class ImportanceWeightedMLE(PolicyLoss):
             score = self._entry(batch, self.tensor_keys.standard_score, segments, how)
             read["standard_score"] = score
         weights = chain(log_ratio, segments, share, read)
-        return weights._replace(log_weight=torch.where(share > 0, weights.log_weight, 0))
+        log_weight = self._counted(batch, segments, share, weights.log_weight)
+        return weights._replace(log_weight=log_weight)
 
     def value(self, terms: Terms, weight: Tensor) -> Tensor:
         """The loss of :meth:`terms` with these importance weights."""
         segments, share, log_prob, data_weight = terms[0], terms[1], terms[2], terms.data_weight
         factor = share if self.length_normalize else share * segments.spread(segments.lengths)
-        loss = -factor.to(log_prob.dtype) * weight * log_prob
         if data_weight is not None:
-            loss = loss * data_weight.to(log_prob.dtype)
+            factor = factor * data_weight
+        loss = (-factor).to(log_prob.dtype) * weight * log_prob
         if self.reduction == "none":
             return loss
         total = loss.sum(dtype=torch.float64)
@@ -282,32 +292,30 @@ class ImportanceWeightedMLE(PolicyLoss):
 
     def summary(self, terms: Terms) -> TensorDict:
         """Loss and diagnostics of :meth:`terms`, the output of a call."""
-        _, share, log_prob, log_weight, clipped, reference, _ = terms
-        weight = exponential(log_weight)
-        draws = share.sum(dtype=torch.float64)
+        weight, draws = exponential(terms.log_weight), terms.share.sum()
         if self.reduction == "mean" and on_host(draws) and float(draws) == 0:
             raise ValueError("every trajectory of the batch has multiplicity 0: it has no mean")
-        loss = self.value(terms, weight)
-
-        with torch.no_grad():
-
-            def mean(x: Tensor) -> Tensor:
-                return ((share * x).sum(dtype=torch.float64) / draws).float()
-
-            unknown = torch.full_like(draws, torch.nan, dtype=torch.float32)
-            kl = unknown
-            if reference is not None:
-                kl = mean(torch.where(share > 0, reference - log_prob, 0.0))
-            out = {
-                LOSS: loss,
-                "ESS": log_ess(log_weight, share).exp().float(),
-                "kl_approx": kl,
-                "clip_fraction": unknown if clipped is None else mean(clipped.float()),
-                "weight_mean": mean(weight),
-                "weight_max": torch.where(share > 0, weight, 0.0).amax().float(),
-                "log_prob": mean(log_prob),
-            }
+        out = {LOSS: self.value(terms, weight), **self._diagnostics(terms, weight, draws)}
         return TensorDict(out, batch_size=[])
+
+    @torch.no_grad()
+    def _diagnostics(self, terms: Terms, weight: Tensor, draws: Tensor) -> dict[str, Tensor]:
+        """The outputs beside the loss: float32, from sums in float64."""
+        share, counts = terms.share, terms.share > 0
+        unknown = torch.full_like(weight, torch.nan)
+        kl = unknown
+        if terms.reference is not None:
+            kl = torch.where(counts, terms.reference - terms.log_prob, 0)
+        top = torch.where(counts, terms.log_weight, -torch.inf).amax()
+        # Over the largest weight, so that squares neither overflow nor all vanish.
+        relative = (terms.log_weight - top).clamp(max=0).exp()
+        clipped = unknown if terms.clipped is None else terms.clipped
+        columns = (relative, relative.square(), kl, clipped, weight, terms.log_prob)
+        means = torch.stack(columns).flatten(1).double() @ share.flatten() / draws
+        first, second, kl, clipped, mean, log_prob = means.unbind()
+        names = ("ESS", "kl_approx", "clip_fraction", "weight_mean", "weight_max", "log_prob")
+        values = torch.stack((first.square() / second, kl, clipped, mean, top.exp(), log_prob))
+        return dict(zip(names, values.float().unbind(), strict=True))
 
     def log_prob(self, trajectories: TensorDictBase) -> Tensor:
         """log p of each step under the policy, in the layout of the batch, 0 where masked."""
@@ -340,8 +348,8 @@ class ImportanceWeightedMLE(PolicyLoss):
         predicted = getattr(self.actor_network, "predicted", None)
         if mask is not None and predicted is not None:
             mask = mask & predicted(trajectories)
-        if mask is None:
-            # Segments would look for a mask that the user turned off.
+        if mask is None and trajectories.get(MASK, default=None) is not None:
+            # Segments would read the mask that the user turned off.
             trajectories = trajectories.exclude(MASK)
         return Segments.of(trajectories, traj_ids=self.tensor_keys.traj_ids, mask=mask)
 
@@ -358,7 +366,7 @@ class ImportanceWeightedMLE(PolicyLoss):
                     f"correct its mask ({self.loss_mask_key!r})"
                 )
         share = 1.0 / segments.spread(segments.lengths.clamp(min=1)).double()
-        if self.tensor_keys.multiplicity in batch.keys(include_nested=True):
+        if batch.get(self.tensor_keys.multiplicity, default=None) is not None:
             share = share * self._entry(batch, self.tensor_keys.multiplicity, segments, "")
         return segments.where_valid(share)
 
@@ -366,7 +374,7 @@ class ImportanceWeightedMLE(PolicyLoss):
         self, batch: TensorDictBase, segments: Segments, share: Tensor
     ) -> Tensor | None:
         """Data weight of each step, 0 where the step does not count; None if there are none."""
-        if self.tensor_keys.data_weight not in batch.keys(include_nested=True):
+        if batch.get(self.tensor_keys.data_weight, default=None) is None:
             return None
         weight = self._entry(batch, self.tensor_keys.data_weight, segments, "")
         weight = torch.where(share > 0, weight, 0)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 
+import torch
 from tensordict import NestedKey, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
@@ -24,6 +25,18 @@ def holding(params: TensorDictBase, module: nn.Module) -> Iterator[None]:
         yield
     finally:
         swap.__exit__(None, None, None)
+
+
+def _are_own(params: TensorDictBase, module: nn.Module) -> bool:
+    """Whether ``module`` has these parameters already."""
+    for name, value in params.items():
+        own = getattr(module, name, None)
+        if isinstance(own, nn.Module) and isinstance(value, TensorDictBase):
+            if not _are_own(value, own):
+                return False
+        elif own is not value:
+            return False
+    return True
 
 
 class PolicyLoss(LossModule):
@@ -61,7 +74,10 @@ class PolicyLoss(LossModule):
         """The policy, ready to be called; with ``lagged`` the one with q's parameters."""
         if self.functional:
             name = "target_actor_network_params" if lagged else "actor_network_params"
-            with holding(getattr(self, name), self.actor_network):
+            params = getattr(self, name)
+            # A swap costs more than a small network.
+            own = not torch.compiler.is_compiling() and _are_own(params, self.actor_network)
+            with nullcontext() if own else holding(params, self.actor_network):
                 yield self.actor_network
         else:
             yield self.target_actor_network if lagged else self.actor_network

@@ -54,12 +54,14 @@ class Segments:
         index: Slot of each step, int64 ``[prod(shape)]``.
         mask: Valid steps, bool ``[prod(shape)]``, or None if all are valid.
         slots: Number of slots ``S``.
+        single_steps: Whether each slot is known to be one valid step, so that sums change nothing.
     """
 
     shape: torch.Size
     index: Tensor
     mask: Tensor | None
     slots: int
+    single_steps: bool = False
 
     @classmethod
     def of(
@@ -98,6 +100,8 @@ class Segments:
             raise ValueError(f"{traj_ids!r} must hold integers, it holds {ids.dtype}")
         ids = fit(ids, shape, repr(traj_ids)).reshape(rows, -1)
         if len(shape) == 1 and on_host(ids):
+            if bool((ids[0, 1:] > ids[0, :-1]).all()):
+                return cls(shape, torch.arange(steps), mask, steps, single_steps=mask is None)
             _check_order(ids[0], traj_ids)
         start = torch.ones_like(ids, dtype=torch.bool)
         start[:, 1:] = ids[:, 1:] != ids[:, :-1]
@@ -118,10 +122,12 @@ class Segments:
         ``x`` has one number per step, in the layout of the batch. Masked steps count as 0, also if
         they are NaN. The result has the dtype of ``x`` or float32, whichever is wider.
         """
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if self.single_steps:
+            return x.reshape(-1).to(dtype)
         total = torch.zeros(self.slots, dtype=torch.float64, device=x.device)
         flat = self.where_valid(x.reshape(self.shape)).reshape(-1)
-        total = total.index_add(0, self.index, flat.double())
-        return total.to(torch.promote_types(x.dtype, torch.float32))
+        return total.index_add(0, self.index, flat.double()).to(dtype)
 
     def mean(self, x: Tensor) -> Tensor:
         """Mean of ``x`` over the valid steps of each trajectory, ``[S]``; 0 in an empty slot."""
@@ -134,7 +140,9 @@ class Segments:
 
     def spread(self, per_trajectory: Tensor) -> Tensor:
         """Write a number per trajectory ``[S]`` onto its steps, in the layout of the batch."""
-        return per_trajectory[self.index].reshape(self.shape)
+        return (per_trajectory if self.single_steps else per_trajectory[self.index]).reshape(
+            self.shape
+        )
 
     @property
     def without_valid_step(self) -> Tensor:

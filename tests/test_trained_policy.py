@@ -48,7 +48,8 @@ def test_actions_are_in_the_range_of_the_environment(saved: Path, tmp_path: Path
         np.testing.assert_array_equal(policy.act(row), wanted)
     program = torch.export.load(policy.export(tmp_path / "policy.pt2")).module()
     for n in (1, 2, 50):
-        np.testing.assert_allclose(program(rows[:n]).numpy(), action[:n], rtol=1e-6)
+        # The program has matrix products of its own: equal to the rounding of float32.
+        np.testing.assert_allclose(program(rows[:n]).numpy(), action[:n], rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="observations have size 3, got 4"):
         policy.act(np.zeros(4))
 

@@ -241,12 +241,15 @@ def compare_whole_trajectories(options: Options, sizes: Sizes) -> Iterator[Compa
     """The paper's batch against the naive way, then with a diagnosis at every step."""
     pair = SameDraws(options.dataset, sizes.trajectories, sizes.steps, sizes.draws, options.seed)
     ours = pair.ours
-    ours.step()
+    # Products that round alike: else an activation at the kink of a ReLU decides the difference.
+    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=False):
+        ours.step()
+        pair.naive.step(pair.draws())
+    name = f"gradient of {sizes.draws} trajectories against the naive one, relative difference"
+    yield Check(name, pair.disagreement(), GRADIENT_LIMIT)
     times = paired(
         ours.step, lambda: pair.naive.step(pair.draws()), options.repeats, before=pair.follow
     )
-    name = f"gradient of {sizes.draws} trajectories against the naive one, relative difference"
-    yield Check(name, pair.disagreement(), GRADIENT_LIMIT)
     name = f"iw-SFT(Q) step, {sizes.draws} whole trajectories"
     yield times.row(name, _NAIVE, "ms", "per update")
     diagnosed = Training(ours.loss, ours.sampler, ours.updater, diagnosed=True)

@@ -7,13 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tensordict import NestedKey
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import InteractionType, TensorDictModule
 from torch import Tensor, nn
 from torchrl.modules import MLP, IndependentNormal, ProbabilisticActor, TanhNormal
 
-from iwsft.trajectory import ACTION, OBSERVATION
+from iwsft.policies.linear import Linear
+from iwsft.trajectory import ACTION, OBSERVATION, on_host
 
+_LOG_SQRT_2_PI = 0.5 * math.log(2 * math.pi)
+# Steps whose activations fit into a processor's cache, forward and backward.
+_ROWS = 1024
 # Rounding of actions at the bounds.
 _ROUNDING = 1e-5
 
@@ -71,7 +75,7 @@ class GaussianPolicy(ProbabilisticActor):
             observation_dim,
             action_dim,
             hidden=hidden,
-            tanh_mean=not squash,
+            squash=squash,
             state_dependent_std=state_dependent_std,
             log_std_bounds=log_std_bounds,
             log_std_init=log_std_init,
@@ -84,6 +88,20 @@ class GaussianPolicy(ProbabilisticActor):
             default_interaction_type=InteractionType.RANDOM,
         )
 
+        self._observation, self._action = in_key, out_key
+
+    def log_prob(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> Tensor:
+        """Log-density of the action of each step, as TorchRL's actors have it."""
+        if args or kwargs or self.head.squash:
+            return super().log_prob(tensordict, *args, **kwargs)
+        # The same, without a distribution and entries for its parameters.
+        return self.head.log_prob(tensordict[self._observation], tensordict[self._action])
+
+    @property
+    def head(self) -> _GaussianHead:
+        """Network from observations to the parameters of the distribution."""
+        return self.module[0].module
+
 
 class _GaussianHead(nn.Module):
     def __init__(
@@ -92,7 +110,7 @@ class _GaussianHead(nn.Module):
         action_dim: int,
         *,
         hidden: Sequence[int],
-        tanh_mean: bool,
+        squash: bool,
         state_dependent_std: bool,
         log_std_bounds: tuple[float, float],
         log_std_init: float,
@@ -103,12 +121,13 @@ class _GaussianHead(nn.Module):
         low, high = log_std_bounds
         if not low <= log_std_init <= high or not math.isfinite(high - low):
             raise ValueError(f"{log_std_init=} must lie in {log_std_bounds=}")
-        self.tanh_mean = tanh_mean
+        self.squash = squash
         self.log_std_bounds = log_std_bounds
         self.net = MLP(
             in_features=observation_dim,
             out_features=2 * action_dim if state_dependent_std else action_dim,
             num_cells=list(hidden),
+            layer_class=Linear,
             activation_class=nn.ReLU,
             # Half the activation memory, and a sixth of the time of a step on long batches.
             activation_kwargs={"inplace": True},
@@ -124,11 +143,28 @@ class _GaussianHead(nn.Module):
             nn.init.constant_(self.log_std, self.log_std_init)
 
     def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        out = self.net(observation)
+        mean, log_std = self._mean_and_log_std(observation)
+        return mean, log_std.exp().expand_as(mean)
+
+    def log_prob(self, observation: Tensor, action: Tensor) -> Tensor:
+        """Log-density of actions ``[*, act]`` under the Normal, ``[*]``."""
+        mean, log_std = self._mean_and_log_std(observation)
+        squares = ((action - mean) * (-log_std).exp()).square().sum(-1)
+        return -0.5 * squares - (log_std + _LOG_SQRT_2_PI).sum(-1)
+
+    def _mean_and_log_std(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        # One row per step, in any layout.
+        steps = observation.reshape(-1, observation.shape[-1])
+        if on_host(steps) and len(steps) > _ROWS:
+            # In equal parts: the last bits of a product with a single row differ.
+            parts = steps.tensor_split(math.ceil(len(steps) / _ROWS))
+            out = torch.cat([self.net(part) for part in parts])
+        else:
+            out = self.net(steps)
+        out = out.reshape(*observation.shape[:-1], out.shape[-1])
         if self.log_std is None:
             out, log_std = out.chunk(2, -1)
             log_std = log_std + self.log_std_init
         else:
-            log_std = self.log_std.expand_as(out)
-        mean = torch.tanh(out) if self.tanh_mean else out
-        return mean, log_std.clamp(*self.log_std_bounds).exp()
+            log_std = self.log_std
+        return out if self.squash else torch.tanh(out), log_std.clamp(*self.log_std_bounds)

@@ -174,3 +174,26 @@ def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> N
 def test_empty_spaces_are_refused(sizes: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="positive"):
         GaussianPolicy(*sizes)
+
+
+@pytest.mark.parametrize("steps_of_batch", [1025, 2500])
+def test_a_long_batch_is_its_steps(steps_of_batch: int) -> None:
+    """To the bit in the log-probs, although a long batch runs in parts."""
+    policy, batch = policy_of(), steps(steps_of_batch)
+    whole = policy.log_prob(batch.copy())
+    parts = batch.split([3, 1020, steps_of_batch - 1023])
+    assert torch.equal(torch.cat([policy.log_prob(part.copy()) for part in parts]), whole)
+    ours = torch.autograd.grad(whole.sum(), list(policy.parameters()))
+    double = policy_of().double()
+    truth = double.log_prob(batch.double()).sum()
+    for gradient, exact in zip(
+        ours, torch.autograd.grad(truth, list(double.parameters())), strict=True
+    ):
+        assert float((gradient - exact).norm() / exact.norm()) < 1e-5
+
+
+def test_log_prob_is_that_of_the_distribution() -> None:
+    for settings in VARIANTS.values():
+        policy, batch = policy_of(**settings), steps(2, 4)
+        truth = policy.get_dist(batch.copy()).log_prob(batch["action"])
+        torch.testing.assert_close(policy.log_prob(batch.copy()), truth)

@@ -1,0 +1,78 @@
+"""A linear layer that takes oneDNN's matrix products on a CPU.
+
+Torch multiplies float32 matrices on a CPU with MKL, which leaves AVX-512 unused on AMD processors.
+oneDNN uses it and is twice as fast there. Its rows also have the same bits in batches of any size
+from 2 rows on, while MKL's last bits depend on the size and the alignment of a batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+
+class Linear(nn.Linear):
+    """``torch.nn.Linear`` with the same parameters and gradients, up to the rounding of float32.
+
+    Inputs that are not ``[N, in_features]``, other devices and dtypes, compilers, tracers and
+    function transforms get torch's own layer, as does all within
+    ``torch.backends.mkldnn.flags(enabled=False)``.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``input @ weight.T + bias``."""
+        if self.bias is None or not (_is_eager() and _suits(input) and _suits(self.weight)):
+            return super().forward(input)
+        if input.ndim != 2 or input.shape[1] != self.weight.shape[1]:
+            # A view, which can't be changed in place after this; or an error that names the shapes.
+            return super().forward(input)
+        out: Tensor = _Product.apply(input, self.weight, self.bias)
+        return out
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _multiply(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        (gradient,) = gradients
+        # A second derivative needs operations that have one.
+        multiply = F.linear if torch.is_grad_enabled() else _multiply
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        along_x = multiply(gradient, weight.t()) if of_x else None
+        along_weight = multiply(gradient.t(), x.t()) if of_weight else None
+        return along_x, along_weight, gradient.sum(0) if of_bias else None
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` by oneDNN, without a derivative."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
+
+
+def _suits(tensor: Tensor) -> bool:
+    """Whether oneDNN multiplies this tensor on the host, in float32."""
+    is_float = tensor.dtype is torch.float32 and tensor.device.type == "cpu"
+    return is_float and tensor.layout is torch.strided and tensor.numel() > 0
+
+
+def _is_eager() -> bool:
+    """Whether operations run one by one as they are, and torch may use oneDNN."""
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch.backends.mkldnn.is_available()
+        and bool(torch.backends.mkldnn.enabled)
+        and not torch._C._is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.is_autocast_enabled("cpu")
+        and forward_ad._current_level < 0
+    )

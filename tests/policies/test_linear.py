@@ -1,0 +1,108 @@
+"""The linear layer of oneDNN is torch's linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from iwsft.policies.linear import Linear
+
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN"
+)
+
+
+def gradients(layer: nn.Linear, x: Tensor, along: Tensor) -> list[Tensor]:
+    x = x.detach().clone().requires_grad_()
+    # In place, as in the policies.
+    out = layer(x).relu_()
+    return [out.detach(), *torch.autograd.grad(out, (x, *layer.parameters()), along)]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5, 1024, 2500])
+@pytest.mark.parametrize("sizes", [(17, 256), (256, 6), (1, 1)])
+def test_values_and_gradients_are_those_of_float64(rows: int, sizes: tuple[int, int]) -> None:
+    torch.manual_seed(rows)
+    layer, truth = Linear(*sizes), nn.Linear(*sizes).double()
+    truth.load_state_dict(layer.state_dict())
+    x, along = torch.randn(rows, sizes[0]), torch.randn(rows, sizes[1])
+    # Away from the kink of the ReLU, where rounding would decide.
+    near = (truth(x.double()).abs() < 1e-5).any(1)
+    x, along = x[~near], along[~near]
+    expected = gradients(truth, x.double(), along.double())
+    for ours, exact in zip(gradients(layer, x, along), expected, strict=True):
+        assert ours.dtype == torch.float32
+        scale = max(1.0, float(exact.abs().max())) if exact.numel() else 1.0
+        torch.testing.assert_close(ours.double(), exact, rtol=0, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("sizes", [(11, 256), (17, 1), (256, 3)])
+def test_a_row_has_the_same_bits_in_every_batch(sizes: tuple[int, int]) -> None:
+    """So log-probs of a step agree, in whichever batch it is, and first weights are exactly 1."""
+    torch.manual_seed(0)
+    layer, x = Linear(*sizes), torch.randn(3000, sizes[0])
+    whole = layer(x)
+    for rows in (torch.arange(2), torch.arange(1, 8), torch.randperm(3000)[:256], slice(5, 2053)):
+        assert torch.equal(layer(x[rows]), whole[rows])
+
+
+def test_second_derivatives() -> None:
+    torch.manual_seed(0)
+    layer, twin = Linear(3, 2), nn.Linear(3, 2)
+    twin.load_state_dict(layer.state_dict())
+    x = torch.randn(4, 3, requires_grad=True)
+
+    def second(of: nn.Linear) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(of(x).tanh().sum(), (x, of.weight), create_graph=True)
+        total = sum(g.square().sum() for g in first)
+        return torch.autograd.grad(total, (x, *of.parameters()))
+
+    for ours, truth in zip(second(layer), second(twin), strict=True):
+        torch.testing.assert_close(ours, truth)
+
+
+def _mapped(layer: nn.Linear, x: Tensor) -> Any:
+    return torch.func.vmap(torch.func.jacrev(layer))(x)
+
+
+def _traced(layer: nn.Linear, x: Tensor) -> Any:
+    return torch.jit.trace(layer, x)(x)
+
+
+def _forward_mode(layer: nn.Linear, x: Tensor) -> Any:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(layer(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+def _lower_precision(layer: nn.Linear, x: Tensor) -> Any:
+    with torch.autocast("cpu"):
+        return layer(x)
+
+
+@pytest.mark.parametrize("way", [_mapped, _traced, _forward_mode, _lower_precision])
+def test_what_needs_the_layer_of_torch_gets_it(way: Callable[..., Any]) -> None:
+    layer, twin = Linear(3, 2), nn.Linear(3, 2)
+    twin.load_state_dict(layer.state_dict())
+    x = torch.randn(5, 3)
+    ours, truth = way(layer, x), way(twin, x)
+    assert torch.equal(ours, truth) and ours.dtype == truth.dtype
+
+
+def test_other_inputs_and_a_switch() -> None:
+    layer, twin = Linear(3, 2), nn.Linear(3, 2)
+    twin.load_state_dict(layer.state_dict())
+    for x in (torch.randn(3), torch.randn(2, 5, 3)):
+        assert torch.equal(layer(x), twin(x))
+    with pytest.raises(RuntimeError, match="7x4 and 3x2"):
+        layer(torch.randn(7, 4))
+    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=False):
+        x = torch.randn(7, 3)
+        assert torch.equal(layer(x), twin(x))
+        assert type(layer(x).grad_fn) is type(twin(x).grad_fn)
+    assert layer(x).grad_fn.name() != twin(x).grad_fn.name()
+    assert Linear(3, 2, bias=False)(x).shape == (7, 2)
