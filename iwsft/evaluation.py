@@ -160,17 +160,12 @@ def evaluate(
     seeds, kwargs = episode_seeds(seed, episodes), env_kwargs or {}
 
     start = time.perf_counter()
-    with ExitStack() as stack:
-        stack.enter_context(acting(policy))
+    with acting(policy), ExitStack() as stack:
         make = partial(environments.make, env_id, **kwargs)
         opened: Any = make() if video is None else recorded(Path(video), env_id, kwargs)
         first = stack.enter_context(opened)
         flatten = observation or environments.flattener(first)
-        full_id, bounds = environments.id_of(first), environments.action_space(first)
-        vector = flatten(first.reset(seed=seeds[0])[0])
-        if vector.ndim != 1:
-            raise ValueError(f"observations of {full_id} must be vectors, got shape {vector.shape}")
-        check_sizes(policy, vector, bounds.shape, full_id, device=device)
+        size = _check_fit(policy, first, flatten, seeds[0], device)
         envs = [first, *(stack.enter_context(make()) for _ in range(1, width))]
         display = stack.enter_context(Progress(shown=progress))
         task = display.add_task("episodes", total=episodes)
@@ -180,23 +175,39 @@ def evaluate(
                 report(count)
             display.update(task, completed=count)
 
-        inputs = PolicyInputs(width, vector.size)
+        inputs = PolicyInputs(width, size)
         finished = _roll_out(policy, inputs, envs, seeds, flatten, device, ended)
-        versions = environments.versions(first)
 
     returns = [episode.total for episode in finished]
     successes = [episode.success for episode in finished if episode.success is not None]
     scores = reference_scores and normalized_score(returns, reference_scores).tolist()
     return Evaluation(
-        env_id=full_id,
+        env_id=environments.id_of(first),
         seed=seed,
         returns=returns,
         lengths=[episode.length for episode in finished],
         normalized_scores=scores,
         successes=successes if len(successes) == episodes else None,
-        versions=versions,
+        versions=environments.versions(first),
         wall_seconds=time.perf_counter() - start,
     )
+
+
+def _check_fit(
+    policy: TensorDictModuleBase,
+    env: gym.Env[Any, Any],
+    flatten: environments.Flatten,
+    seed: int,
+    device: torch.device,
+) -> int:
+    """Check that a policy fits an environment; return the size of the observations."""
+    env_id, bounds = environments.id_of(env), environments.action_space(env)
+    observation = flatten(env.reset(seed=seed)[0])
+    if observation.ndim != 1:
+        shape = observation.shape
+        raise ValueError(f"observations of {env_id} must be vectors, got shape {shape}")
+    check_sizes(policy, observation, bounds.shape, env_id, device=device)
+    return observation.size
 
 
 @dataclass
