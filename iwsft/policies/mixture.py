@@ -14,6 +14,8 @@ from torchrl.modules import MLP, ProbabilisticActor
 from iwsft.trajectory import ACTION, OBSERVATION
 
 _LOG_STD_BOUNDS = (-5.0, 2.0)
+# Largest offset of a mean before the tanh: 0.9 after it.
+_SPREAD = 1.5
 
 
 class _NormalMixture(MixtureSameFamily):
@@ -36,8 +38,9 @@ class MixturePolicy(ProbabilisticActor):
     """pi(a|s) = sum_k weight_k(s) Normal(mean_k(s), std_k), an alternative to GaussianPolicy.
 
     Layers, bounds of means and log-stds are those of :class:`~iwsft.GaussianPolicy`, and so is the
-    use. The net also gives the weights of the components. Under ``ExplorationType.DETERMINISTIC``
-    the action is the mean of the heaviest component.
+    use. The net also gives the weights of the components. At the start their means are spread over
+    the actions and their stds are 0.37: equal components would stay equal for long. Under
+    ``ExplorationType.DETERMINISTIC`` the action is the mean of the heaviest component.
 
     Args:
         observation_dim: Size of the observation.
@@ -88,15 +91,18 @@ class _MixtureHead(nn.Module):
             activation_class=nn.ReLU,
             activation_kwargs={"inplace": True},
         )
-        self.log_std = nn.Parameter(torch.zeros(components, action_dim))
+        self.offset = nn.Parameter(torch.empty(components, action_dim))
+        self.log_std = nn.Parameter(torch.empty(components, action_dim))
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the log-stds back to their start; the layers of the net reset themselves."""
-        nn.init.zeros_(self.log_std)
+        """Draw the offsets, set the log-stds; the layers of the net reset themselves."""
+        nn.init.uniform_(self.offset, -_SPREAD, _SPREAD)
+        nn.init.constant_(self.log_std, -1.0)
 
     def forward(self, observation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         components = len(self.log_std)
         out = self.net(observation)
-        logits, mean = out[..., :components], out[..., components:].tanh()
-        mean = mean.unflatten(-1, self.log_std.shape)
+        logits, mean = out[..., :components], out[..., components:]
+        mean = (mean.unflatten(-1, self.log_std.shape) + self.offset).tanh()
         return logits, mean, self.log_std.clamp(*_LOG_STD_BOUNDS).exp().expand_as(mean)
