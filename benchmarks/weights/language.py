@@ -30,6 +30,8 @@ from iwsft.trajectory import TOKENS, lengths
 
 # Tokens of a forward pass.
 _TOKENS = 4096
+# Settings of a run that its loss has, too.
+_LOSS = ("length_normalize", "normalize_data_weights")
 
 
 def of_run(options: Options, config: dict[str, Any]) -> Source:
@@ -52,8 +54,8 @@ def of_run(options: Options, config: dict[str, Any]) -> Source:
     if options.data is None:
         data, of = curated(run, run.algorithm, prepared, tokenizer), "that the run trained on"
     else:
-        rows, most = read_rows(options.data), given.settings.max_length
-        data, of = curated_rows(rows, tokenizer, most, (), seed=run.seed), f"of {options.data}"
+        rows, of = read_rows(options.data), f"of {_short(options.data)}"
+        data = curated_rows(rows, tokenizer, given.settings.max_length, (), seed=run.seed)
     _check_rows(prepared.model, data, trusted=given.trust_remote_code)
     weighted = run.algorithm.proposal != "reference"
     notes = () if weighted else (f"{algo} has no weights; these are those of k = 1.",)
@@ -63,7 +65,13 @@ def of_run(options: Options, config: dict[str, Any]) -> Source:
         run.load,
         data,
         chain if weighted else ImportanceWeights(),
-        (f"The data are the rows {of}: {counted(data)}.", *notes),
+        (
+            "q is the model that the run saved.",
+            f"pi_ref is the model that it began with, {_short(prepared.model)}.",
+            f"The data are the rows {of}: {counted(data)}.",
+            *notes,
+        ),
+        **{name: getattr(given.settings, name) for name in _LOSS},
     )
 
 
@@ -82,12 +90,16 @@ def of_models(options: Options) -> Source:
     data = curated_rows(read_rows(options.data), tokenizers[0], None, (), seed=0)
     _check_rows(names[1], data, trusted=trusted)
     return _weigh(
-        f"{Path(options.data).name}, {Path(options.model).name}",
+        f"{_short(options.data)}, {_short(options.model)}",
         (options.model, options.base),
         partial(models.load, trust_remote_code=trusted),
         data,
         ImportanceWeights(),
-        (f"The data are the rows of {options.data}: {counted(data)}.",),
+        (
+            f"q is {_short(options.model)}.",
+            f"pi_ref is {_short(options.base)}.",
+            f"The data are the rows of {_short(options.data)}: {counted(data)}.",
+        ),
     )
 
 
@@ -98,8 +110,9 @@ def _weigh(
     data: TensorDictBase,
     chain: Chain,
     notes: tuple[str, ...],
+    **settings: Any,
 ) -> Source:
-    """Weigh rows by a model and its base, which are loaded one after the other."""
+    """Weigh rows by a model and its base, loaded in turns; ``settings`` are those of the loss."""
     tell_scores(data)
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -110,12 +123,19 @@ def _weigh(
     q = policy(places[0])
     return Source(
         name=name,
-        notes=(f"q is {places[0]}.", f"pi_ref is {places[1]}.", *notes),
+        notes=notes,
         chain=chain,
-        make_loss=lambda chain: token_loss(q, importance_weights=chain, proposal="current"),
+        make_loss=lambda chain: token_loss(
+            q, importance_weights=chain, proposal="current", **settings
+        ),
         trajectories=data,
         log_q=ForwardPass(q, data, (), rows=_TOKENS).log_prob().float(),
     )
+
+
+def _short(place: str) -> str:
+    """The name of a model without the folders of a machine."""
+    return Path(place).name if Path(place).is_absolute() else place
 
 
 def _check_rows(place: str, data: TensorDictBase, *, trusted: bool) -> None:

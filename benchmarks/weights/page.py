@@ -86,7 +86,8 @@ def write_page(source: Source, measured: dict[str, Any], folder: Path) -> Path:
     """Write the page and the numbers into a folder; returns the page."""
     document, (whole, by_k, asked) = Document(), tables(measured).values()
     document.section("")
-    document.bullets(map(escaped, (*source.notes, f"Weights: {source.chain!r}.")))
+    document.bullets(map(escaped, source.notes))
+    document.text(f"Weights: `{source.chain!r}`.")
     document.section("What the weights do")
     document.table(whole, "Each trajectory counts by its multiplicity.")
     caption = "Log-weights after all transforms, with the number of draws that have them."
@@ -95,7 +96,8 @@ def write_page(source: Source, measured: dict[str, Any], folder: Path) -> Path:
     document.table(
         by_k,
         "Weights exp(k log-ratio). The log-ratio of a trajectory is the mean or sum of its steps', "
-        "as the weights take it, without clips and other transforms.",
+        "as the weights above take it, without clips and other transforms. Where each step has a "
+        "weight of its own, it is that of the step.",
     )
     document.table(asked, "The temperature that `TargetESS` takes, once for all of the data.")
     caption = "Effective sample size over the temperature; the dots are the targets."
