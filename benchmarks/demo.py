@@ -47,18 +47,10 @@ class Part:
 
 
 def _show_bandit(document: Document, folder: Path) -> str:
-    from benchmarks.report import figures
+    from benchmarks.bandit.experiment import draw
 
     numbers = json.loads((folder / "bandit" / "bandit.json").read_text())["algorithms"]
-    ax = figures.make_panel("", 2.5, {name: figures.COLOURS[name] for name in numbers})
-    for name, row in numbers.items():
-        curve, colour = row["curve"], figures.COLOURS[name]
-        ax.plot(curve["mean"], color=colour, lw=1.6)
-        updates = range(len(curve["mean"]))
-        ax.fill_between(updates, curve["low"], curve["high"], color=colour, alpha=0.2, lw=0)
-    ax.set(xlabel="update", ylabel="mean reward of the policy")
-    caption = "Mean reward, mean and 95 % interval over seeds."
-    document.figure("bandit", figures.finish({"mean reward": ax}), caption)
+    document.figure("bandit", draw(numbers), "Mean reward, mean and 95 % interval over seeds.")
     right = {name: sum(row["p_right"]) / len(row["p_right"]) for name, row in numbers.items()}
     return (
         f"SFT pulls the better arm in {right['sft']:.0%} of the pulls, as the successes do; "

@@ -8,16 +8,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.modules import OneHotCategorical, ProbabilisticActor
 
 from benchmarks.bandit.options import Options
+from benchmarks.report import figures
+from benchmarks.report.document import INK, Grid, interval_text
+from benchmarks.report.figures import Panels
+from benchmarks.report.scores import algorithm_label
 from benchmarks.runs import hardware, versions, write_json
 from benchmarks.statistics import t_interval
 from iwsft import ImportanceWeightedMLE, ImportanceWeights, annotate_reference, weights
@@ -25,7 +27,6 @@ from iwsft.files import written_whole
 from iwsft.progress import Progress
 from iwsft.trajectory import REWARD, from_steps, select
 
-LABELS = {"sft": "SFT", "iw-sft": "iw-SFT"}
 # Probability of reward 1 of the left and the right arm.
 ARMS = (0.5, 1.0)
 # Limit of the mean reward with D+ of infinite size (paper, Section 3.5).
@@ -105,50 +106,42 @@ def summary(runs: dict[str, list[BanditRun]]) -> dict[str, dict[str, Any]]:
     return out
 
 
-def draw(numbers: dict[str, dict[str, Any]]) -> Figure:
-    """Plot the mean reward over updates: its mean over seeds and the 95 % interval."""
-    figure = Figure(figsize=(6.0, 3.8), layout="constrained")
-    ax = figure.subplots()
-    for (algorithm, row), colour in zip(numbers.items(), ("#0072b2", "#d55e00"), strict=True):
-        curve, seeds = row["curve"], len(row["p_right"])
-        updates = np.arange(len(curve["mean"]))
-        ax.plot(updates, curve["mean"], color=colour, lw=2, label=LABELS[algorithm])
-        ax.fill_between(updates, curve["low"], curve["high"], color=colour, alpha=0.25, lw=0)
+def draw(numbers: dict[str, dict[str, Any]]) -> Panels:
+    """Draw the mean reward over updates: its mean over seeds, the 95 % interval, and the limit."""
+    seeds = len(numbers["sft"]["p_right"])
+    colours = {algorithm: figures.COLOURS[algorithm] for algorithm in numbers}
+    ax = figures.make_panel(f"Two-armed bandit, successes only ({seeds} seeds)", 2.5, colours)
+    for algorithm, row in numbers.items():
+        curve, colour = row["curve"], colours[algorithm]
+        updates = range(len(curve["mean"]))
+        ax.plot(updates, curve["mean"], color=colour, lw=1.6)
+        ax.fill_between(updates, curve["low"], curve["high"], color=colour, alpha=0.2, lw=0)
         ax.axhline(row["limit"], color=colour, ls=":", lw=1.2)
+    style: Any = {"ha": "right", "va": "top", "fontsize": 7.5, "color": INK}
     where = ("axes fraction", "data")
     for height, name in ((5 / 6, "5/6: P(right) = 2/3"), (1.0, "1: always right")):
-        ax.annotate(
-            name, (1, height), (-4, -4), where, "offset points", ha="right", va="top", fontsize=9
-        )
-    ax.set(xlabel="update", ylabel="mean reward of the policy")
-    ax.set(xlim=(0, len(updates) - 1), ylim=(0.74, 1.02))
-    ax.set_title(f"Two-armed bandit, successes only ({seeds} seeds)", fontsize=11)
-    ax.legend(loc="center right", frameon=False)
-    ax.spines[["top", "right"]].set_visible(False)
-    return figure
+        ax.annotate(name, (1, height), (-4, -4), where, "offset points", **style)
+    ax.set(xlabel="update", ylabel="mean reward of the policy", ylim=(0.74, 1.02))
+    return figures.finish({"reward": ax})
 
 
-def table(numbers: dict[str, dict[str, Any]]) -> Table:
-    """Return a table of the last policies: mean over seeds and 95 % interval."""
-    out = Table(title="Two-armed bandit: the last policies")
-    for column in ("", "P(right)", "right in D+", "mean reward", "95 % interval", "limit"):
-        out.add_column(column, justify="left" if not column else "right")
+def table(numbers: dict[str, dict[str, Any]]) -> Grid:
+    """Table of the last policies: mean over seeds and 95 % interval."""
+    columns = ["algorithm", "P(right)", "right in D+", "mean reward", "95 % interval", "limit"]
+    grid = Grid(columns, left=1)
     for algorithm, row in numbers.items():
         keys = ("p_right", "right_share_of_successes", "mean_reward")
-        low, high = row["curve"]["low"][-1], row["curve"]["high"][-1]
-        out.add_row(
-            LABELS[algorithm],
-            *(f"{np.mean(row[key]):.4f}" for key in keys),
-            f"[{low:.4f}, {high:.4f}]",
-            f"{row['limit']:.4f}",
-        )
-    return out
+        ends = row["curve"]["low"][-1], row["curve"]["high"][-1]
+        means = [f"{np.mean(row[key]):.4f}" for key in keys]
+        limit = f"{row['limit']:.4f}"
+        grid.rows.append([algorithm_label(algorithm), *means, interval_text(ends, 4), limit])
+    return grid
 
 
 def main(options: Options) -> dict[str, list[BanditRun]]:
     """Train, write ``bandit.json`` and ``bandit.png``, print the table."""
     start = time.perf_counter()
-    runs: dict[str, list[BanditRun]] = {algorithm: [] for algorithm in LABELS}
+    runs: dict[str, list[BanditRun]] = {algorithm: [] for algorithm in LIMITS}
     with Progress() as progress:
         for seed in progress.track(range(options.seeds), description="bandit, seeds"):
             data = annotate_reference(uniform_policy(), successes(options.pulls, seed))
@@ -156,12 +149,13 @@ def main(options: Options) -> dict[str, list[BanditRun]]:
                 seeds.append(train(algorithm, data, options.steps, options.lr))
     numbers = summary(runs)
     figure, file = options.out / "bandit.png", options.out / "bandit.json"
+    (image,) = draw(numbers).values()
     with written_whole(figure) as partial:
-        draw(numbers).savefig(partial, dpi=150, format="png")
+        image.savefig(partial, dpi=150, format="png")
     about = {"benchmark": "bandit", "settings": {**asdict(options), "out": str(options.out)}}
     about |= {"versions": versions(), "hardware": hardware("cpu")}
     write_json(file, {**about, "wall_seconds": time.perf_counter() - start, "algorithms": numbers})
     console = Console()
-    console.print(table(numbers))
+    console.print(table(numbers).rich("Two-armed bandit: the last policies"))
     console.print(f"{figure}\n{file}", soft_wrap=True)
     return runs
