@@ -45,9 +45,9 @@ def of_run(options: Options, config: dict[str, Any]) -> Source:
     q, what = _read_policy(options.run, run, task, f"{options.run} has no checkpoint yet")
     reference, _ = _read_policy(home, run, task, f"{home} has no reference policy any more")
     chosen = task if options.data is None else _other(options.data, task, trust=trusted)
-    whole = annotate_reference(reference, chosen.dataset.trajectories)
-    data = run.curate(whole, chosen.parts)
+    data = run.curate(chosen.dataset.trajectories, chosen.parts)
     tell_scores(data)
+    annotate_reference(reference, data)
     weighted = run.algorithm.weighted
     chain = run.weights if weighted else ImportanceWeights()
     check_chain(chain, name)

@@ -89,7 +89,11 @@ def write_page(source: Source, measured: dict[str, Any], folder: Path) -> Path:
     document.bullets(map(escaped, source.notes))
     document.text(f"Weights: `{source.chain!r}`.")
     document.section("What the weights do")
-    document.table(whole, "Each trajectory counts by its multiplicity.")
+    document.table(
+        whole,
+        "Importance weights after all transforms. A trajectory counts by its multiplicity; data "
+        "weights count in the two losses alone.",
+    )
     caption = "Log-weights after all transforms, with the number of draws that have them."
     document.figure("weights", _draw_weights(source), caption)
     document.section("Temperatures")
