@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.runs import CONFIG, RESULT
-from benchmarks.stopping import one_line
+from benchmarks.stopping import one_line, printable_text
 from iwsft import metrics
 
 CONTROL, LANGUAGE, EVALUATION = "d4rl", "llm", "llm-evaluation"
@@ -141,7 +141,7 @@ def read_evaluations(folder: str | Path) -> list[dict[str, Any]]:
                 _check_interval(path, result, "avg_interval")
                 evaluations.append(result)
         except (ResultsError, OSError) as error:
-            evaluations.append({"damage": printable(one_line(error))})
+            evaluations.append({"damage": one_line(error)})
     return sorted(evaluations, key=lambda e: (e.get("model", ""), e.get("task", "")))
 
 
@@ -151,23 +151,22 @@ def _compared(root: str | Path, benchmark: str) -> list[RecordedRun]:
     These are copies of another run, and scores in another unit than those of the same dataset.
     """
     runs = list(_read_all(Path(root), benchmark))
+    # No two trainings take the same seconds to the last digit.
+    contents = [json.dumps({**run.result, "seed": None}, sort_keys=True) for run in runs]
     originals: dict[str, RecordedRun] = {}
     scores: dict[str, list[tuple[float, float]]] = {}
     # Where a folder's name is not that of the run in it, the folder is the copy.
-    for run in sorted(runs, key=lambda run: not run.at_home):
-        if run.result:
-            # No two trainings take the same seconds to the last digit.
-            content = json.dumps({**run.result, "seed": None}, sort_keys=True)
-            originals.setdefault(content, run)
-            if run.result.get(SCORE) is not None:
-                pair = run.result["return_mean"], run.result[SCORE]
-                scores.setdefault(run.dataset, []).append(pair)
+    for content, run in sorted(zip(contents, runs, strict=True), key=lambda x: not x[1].at_home):
+        originals.setdefault(content, run)
+        if run.result.get(SCORE) is not None:
+            pair = run.result["return_mean"], run.result[SCORE]
+            scores.setdefault(run.dataset, []).append(pair)
     lines = {dataset: _line(pairs) for dataset, pairs in scores.items()}
     checked = []
-    for run in runs:
+    for content, run in zip(contents, runs, strict=True):
         damage = ""
         if run.result:
-            first = originals[json.dumps({**run.result, "seed": None}, sort_keys=True)]
+            first = originals[content]
             line, score = lines.get(run.dataset), run.result.get(SCORE)
             if first is not run:
                 damage = f"{run.folder} holds a copy of the run in {first.folder}"
@@ -232,7 +231,7 @@ def _read_all(root: Path, benchmark: str) -> Iterator[RecordedRun]:
         except (ResultsError, OSError) as error:
             if kind in {CONTROL, LANGUAGE} - {benchmark}:
                 continue
-            result, config, rows, damage = {}, {}, [], printable(one_line(error))
+            result, config, rows, damage = {}, {}, [], one_line(error)
         variant, name = printable("/".join(parts)), printable("/".join((*parts, algo)))
         dataset = printable(dataset)
         yield RecordedRun(folder, variant, dataset, name, number, result, config, rows, damage)
@@ -251,9 +250,9 @@ def _read_records(path: Path, benchmark: str) -> Iterator[RecordedRun]:
 
 
 def printable(value: Any) -> Any:
-    """A value whose texts show control characters as a terminal can't obey them."""
+    """A value whose texts are those of :func:`printable_text`."""
     if isinstance(value, str):
-        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in value)
+        return printable_text(value)
     if isinstance(value, dict):
         return {printable(key): printable(entry) for key, entry in value.items()}
     return [printable(entry) for entry in value] if isinstance(value, list) else value

@@ -115,9 +115,12 @@ def one_line(error: BaseException) -> str:
         text = key if isinstance(key, str) and " " in key else f"there is no entry {key!r}"
     if isinstance(error, OSError) and error.strerror is not None:
         text = ": ".join(filter(None, (error.strerror, error.filename)))
-    text = " ".join(text.split()) or type(error).__name__
-    # Control characters of a name would act on the terminal.
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    return printable_text(" ".join(text.split()) or type(error).__name__)
+
+
+def printable_text(text: str) -> str:
+    """A text that shows control characters as a terminal can't obey them."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def signal_behind(error: BaseException) -> int | None:

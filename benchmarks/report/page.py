@@ -27,7 +27,7 @@ PAGE, MARKDOWN, RECORDS = "index.html", "report.md", "runs.json"
 _EPISODES = ("episode_scores", "episode_returns", "episode_lengths", "episode_successes")
 
 
-class Report(NamedTuple):
+class WrittenReport(NamedTuple):
     """The HTML page of a report, and what was read for it."""
 
     page: Path
@@ -36,7 +36,7 @@ class Report(NamedTuple):
     unfinished: list[RecordedRun]  # all of them
 
 
-def write_report(folder: Path, out: Path) -> Report:
+def write_report(folder: Path, out: Path) -> WrittenReport:
     """Read the runs below ``folder`` and write the pages and the figures into ``out``.
 
     Figures of an earlier report in ``out`` that the new one does not have are removed. Without a
@@ -84,7 +84,7 @@ def write_report(folder: Path, out: Path) -> Report:
     for name in re.findall(r"^!\[.*\]\(([\w.+-]+\.(?:png|svg))\)$", earlier, re.MULTILINE):
         if name not in written:
             (out / name).unlink(missing_ok=True)
-    return Report(out / PAGE, runs, recipes, others)
+    return WrittenReport(out / PAGE, runs, recipes, others)
 
 
 def _refuse(folder: Path, others: Sequence[RecordedRun]) -> None:

@@ -19,7 +19,7 @@ from benchmarks.results import SCORE, RecordedRun
 from benchmarks.statistics import MIN_SEEDS, Difference, Scores, t_interval
 
 # Name of --algo -> the paper's notation where it has one, in the order of its tables' columns.
-ALGORITHMS = {
+_LABELS = {
     "bc": "BC",
     "bc-10": "BC-10%",
     "awac": "AWAC",
@@ -70,7 +70,7 @@ def algorithm_label(algo: str) -> str:
     """The paper's notation for an algorithm, its variant in front; unknown names as they are."""
     name = base(algo)
     share = _SHARE.fullmatch(name)
-    label = f"BC-{share[1]}%" if share else ALGORITHMS.get(name, name)
+    label = f"BC-{share[1]}%" if share else _LABELS.get(name, name)
     return algo.removesuffix(name) + label
 
 
@@ -79,7 +79,7 @@ def algorithm_rank(algo: str) -> tuple[int, list[str | float], str]:
 
     Numbers in the names of variants count as numbers: k3 is before k10.
     """
-    known = list(ALGORITHMS)
+    known = list(_LABELS)
     name = "bc-10" if _SHARE.fullmatch(base(algo)) else base(algo)
     rank = known.index(name) if name in known else len(known)
     # Every second part is a number.
