@@ -20,6 +20,7 @@ import torch
 from accelerate.utils import patch_environment  # type: ignore[import-untyped]
 from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
 from tensordict import TensorDictBase
+from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging
@@ -138,12 +139,19 @@ def curated_rows(
     trajectories: TensorDictBase = tokenize(rows, tokenizer, max_length=max_length).trajectories
     if trajectories.get(CORRECT, default=None) is not None:
         trajectories = correct_only(trajectories)
-    if trajectories.get(MULTIPLICITY, default=None) is not None:
-        return trajectories
+    counts = trajectories.get(MULTIPLICITY, default=None)
+    if counts is not None:
+        cuts, trajectories = (), trajectories.exclude(MULTIPLICITY)
+    score: Any = SCORE
     if not cuts and trajectories.get(SCORE, default=None) is None:
         # Equal scores, so that nothing is correlated with them.
-        return curate(trajectories, cuts=(), score=lambda data: torch.zeros(len(lengths(data))))
-    return curate(trajectories, cuts=cuts, score=SCORE, seed=seed)
+        score = _no_score
+    trajectories = curate(trajectories, cuts=cuts, score=score, seed=seed)
+    return trajectories if counts is None else trajectories.set(MULTIPLICITY, counts)
+
+
+def _no_score(trajectories: TensorDictBase) -> Tensor:
+    return torch.zeros(len(lengths(trajectories)))
 
 
 def check_rows(run: Run, prepared: Prepared) -> None:

@@ -7,12 +7,15 @@ import shutil
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import small_job
 import torch
+from scipy import stats
+from tensordict import NestedKey
 
 from benchmarks.llm.__main__ import main
 from benchmarks.llm.launch import Launch
@@ -28,7 +31,7 @@ from benchmarks.report.scores import algorithm_label
 from benchmarks.results import CONTROL, read_all
 from iwsft.datasets.text.rows import Row
 from iwsft.language import ImportanceWeightedTrainer
-from iwsft.trajectory import MULTIPLICITY, lengths
+from iwsft.trajectory import MULTIPLICITY, STANDARD_SCORE, lengths
 
 SHORT = ("--max-steps", "6", "--sync-every", "2", "--ema-decay", "0.5")
 
@@ -397,9 +400,11 @@ def test_d_plus_and_its_multiplicity(small: tuple[str, str], tmp_path: Path) -> 
     right = [row for row in prepared.rows if row.correct]
     settings = Settings(learning_rate=1e-3, batch_size=4, max_steps=1, quality_cuts=(0, 50))
 
-    def counts(algo: str, **changed: Any) -> list[int]:
+    def column(key: NestedKey, algo: str, **changed: Any) -> list[float]:
         data = curated(a_run(settings), ALGORITHMS[algo], replace(prepared, **changed), tokenizer)
-        return data.get(MULTIPLICITY)[lengths(data).cumsum(0) - 1].tolist()
+        return data.get(key)[lengths(data).cumsum(0) - 1].tolist()
+
+    counts = partial(column, MULTIPLICITY)
 
     assert counts("sft") == [1] * len(right)
     found = counts("sft-q")
@@ -407,5 +412,11 @@ def test_d_plus_and_its_multiplicity(small: tuple[str, str], tmp_path: Path) -> 
     best = sorted((row.score for row in right), reverse=True)[: len(right) // 2]
     twice = [row.score for row, n in zip(right, found, strict=True) if n == 2]
     assert min(twice) >= min(best)
-    weighted = [Row("a", prompt="1+1=", completion="2", count=3)]
-    assert counts("sft-q", rows=weighted) == counts("sft", rows=weighted) == [3]
+    counted = [Row("a", prompt="1+1=", completion="2", count=n, score=n / 2) for n in (3, 0, 3)]
+    assert counts("sft-q", rows=counted) == counts("sft", rows=counted) == [3, 0, 3]
+    # Their scores, which cut nothing, are still those that weights correlate with.
+    expected = stats.zscore([row.score for row in counted])
+    assert column(STANDARD_SCORE, "sft", rows=counted) == pytest.approx(expected)
+    # Without scores there are none, not even the lengths.
+    bare = [Row("a", prompt="1+1=", completion="2" * n, count=1) for n in (1, 2)]
+    assert column(STANDARD_SCORE, "sft", rows=bare) == [0, 0]
