@@ -39,14 +39,11 @@ SETTINGS: dict[str, Any] = {
     "save_steps": 3,
 }
 SPLIT = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+LOGGED = "loss", "ESS", "weight_max", "kl_approx", "unweighted_loss", "weight_top1"
 
 
 def _rows(run: Any) -> list[dict[str, float]]:
-    return [
-        {name: row[name] for name in ("loss", "ESS", "weight_max", "kl_approx")}
-        for row in run.state.log_history
-        if "loss" in row
-    ]
+    return [{name: row[name] for name in LOGGED} for row in run.state.log_history if "loss" in row]
 
 
 @pytest.fixture(scope="module")
