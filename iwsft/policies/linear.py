@@ -48,7 +48,12 @@ class _Product(torch.autograd.Function):
         multiply = F.linear if torch.is_grad_enabled() else _multiply
         of_x, of_weight, of_bias = ctx.needs_input_grad
         along_x = multiply(gradient, weight.t()) if of_x else None
-        along_weight = multiply(gradient.t(), x.t()) if of_weight else None
+        along_weight = None
+        if of_weight and x.shape[1] < gradient.shape[1]:
+            # oneDNN copies the first matrix where it is transposed: here the narrower one.
+            along_weight = multiply(x.t(), gradient.t()).t()
+        elif of_weight:
+            along_weight = multiply(gradient.t(), x.t())
         return along_x, along_weight, gradient.sum(0) if of_bias else None
 
 
