@@ -204,23 +204,19 @@ class ImportanceWeightedMLE(PolicyLoss):
         """
         segments = self.segments(batch)
         share = self.share(batch, segments)
-        noisy = None
-        if self.proposal == "current":
-            noisy = noise_watch(self.actor_network, segments.index.device)
+        noisy = self.proposal == "current" and noise_watch(self.actor_network, share.device)
         log_prob = self._counted(batch, segments, share, self._log_prob(batch, segments))
         data_weight = self.data_weight(batch, segments, share)
-        reference = None
-        if batch.get(self.tensor_keys.ref_log_prob, default=None) is not None:
-            reference = self.reference(batch, segments)
+        reference = self._entry(batch, self.tensor_keys.ref_log_prob, segments)
         if self.reads_weights:
             how = "call iwsft.reweight(trajectories, loss) at the start and at every sync"
-            weight = self._entry(batch, self.tensor_keys.importance_weight, segments, how)
+            weight = self._needed(batch, self.tensor_keys.importance_weight, segments, how)
             log_weight = self._counted(batch, segments, share, weight.log())
             return Terms(segments, share, log_prob, log_weight, None, reference, data_weight)
         with torch.no_grad():
             base = reference
             # q is without dropout, as the reference is.
-            if self.proposal == "lagged" or (noisy is not None and noisy()):
+            if self.proposal == "lagged" or (noisy and noisy()):
                 log_q = self._log_prob(batch, segments, q=True)
             elif self.proposal == "current":
                 log_q = log_prob
@@ -233,9 +229,8 @@ class ImportanceWeightedMLE(PolicyLoss):
         self, batch: TensorDictBase, segments: Segments, share: Tensor, x: Tensor
     ) -> Tensor:
         """``x``, 0 where the step does not count: a multiplicity of 0, however extreme it is."""
-        if segments.mask is None and batch.get(self.tensor_keys.multiplicity, default=None) is None:
-            return x
-        return torch.where(share > 0, x, 0)
+        uniform = batch.get(self.tensor_keys.multiplicity, default=None) is None
+        return x if uniform and segments.mask is None else torch.where(share > 0, x, 0)
 
     @torch.no_grad()
     def weigh(
@@ -260,9 +255,8 @@ class ImportanceWeightedMLE(PolicyLoss):
         share = self.share(batch, segments) if share is None else share
         chain, read = self.importance_weights, {}
         if self.awaits_sync:
-            raise ValueError(
-                "reference='synced' needs a sync: make HardSync(loss, every=...) first"
-            )
+            way_out = "make HardSync(loss, every=...) first"
+            raise ValueError(f"reference='synced' needs a sync: {way_out}")
         if chain.reference == "none":
             reference = torch.zeros_like(log_q)
         elif reference is None:
@@ -270,7 +264,7 @@ class ImportanceWeightedMLE(PolicyLoss):
         log_ratio = segments.where_valid(log_q - reference)
         if chain.scored:
             how = "iwsft.curate(trajectories) writes it"
-            score = self._entry(batch, self.tensor_keys.standard_score, segments, how)
+            score = self._needed(batch, self.tensor_keys.standard_score, segments, how)
             read["standard_score"] = score
         weights = chain(log_ratio, segments, share, read)
         log_weight = self._counted(batch, segments, share, weights.log_weight)
@@ -301,17 +295,16 @@ class ImportanceWeightedMLE(PolicyLoss):
     @torch.no_grad()
     def _diagnostics(self, terms: Terms, weight: Tensor, draws: Tensor) -> dict[str, Tensor]:
         """The outputs beside the loss: float32, from sums in float64."""
-        share, counts = terms.share, terms.share > 0
+        counts = terms.share > 0
         unknown = torch.full_like(weight, torch.nan)
-        kl = unknown
-        if terms.reference is not None:
-            kl = torch.where(counts, terms.reference - terms.log_prob, 0)
+        reference = unknown if terms.reference is None else terms.reference
+        kl = torch.where(counts, reference - terms.log_prob, 0)
         top = torch.where(counts, terms.log_weight, -torch.inf).amax()
         # Over the largest weight, so that squares neither overflow nor all vanish.
         relative = (terms.log_weight - top).clamp(max=0).exp()
         clipped = unknown if terms.clipped is None else terms.clipped
         columns = (relative, relative.square(), kl, clipped, weight, terms.log_prob)
-        means = torch.stack(columns).flatten(1).double() @ share.flatten() / draws
+        means = torch.stack(columns).flatten(1).double() @ terms.share.flatten() / draws
         first, second, kl, clipped, mean, log_prob = means.unbind()
         names = ("ESS", "kl_approx", "clip_fraction", "weight_mean", "weight_max", "log_prob")
         values = torch.stack((first.square() / second, kl, clipped, mean, top.exp(), log_prob))
@@ -324,9 +317,7 @@ class ImportanceWeightedMLE(PolicyLoss):
     def _log_prob(self, batch: TensorDictBase, segments: Segments, *, q: bool = False) -> Tensor:
         if segments.mask is not None:
             read = getattr(self.actor_network, "in_keys", None)
-            keys = list(
-                batch.keys(True, True) if read is None else [*read, self.tensor_keys.action]
-            )
+            keys = [*batch.keys(True, True)] if read is None else [*read, self.tensor_keys.action]
             batch = finite_padding(batch, segments, keys)
         lagged = q and self.proposal == "lagged"
         with self.network(lagged=lagged) as policy, evaluating(policy if q else None):
@@ -361,25 +352,23 @@ class ImportanceWeightedMLE(PolicyLoss):
         if segments.mask is not None and on_host(segments.mask):
             empty = segments.without_valid_step
             if len(empty):
+                problem = f"trajectory {int(empty[0])} of the batch has every step masked"
                 raise ValueError(
-                    f"trajectory {int(empty[0])} of the batch has every step masked; drop it, or "
-                    f"correct its mask ({self.loss_mask_key!r})"
+                    f"{problem}; drop it, or correct its mask ({self.loss_mask_key!r})"
                 )
         share = 1.0 / segments.spread(segments.lengths.clamp(min=1)).double()
-        if batch.get(self.tensor_keys.multiplicity, default=None) is not None:
-            share = share * self._entry(batch, self.tensor_keys.multiplicity, segments, "")
-        return segments.where_valid(share)
+        multiplicity = self._entry(batch, self.tensor_keys.multiplicity, segments)
+        return segments.where_valid(share if multiplicity is None else share * multiplicity)
 
     def data_weight(
         self, batch: TensorDictBase, segments: Segments, share: Tensor
     ) -> Tensor | None:
         """Data weight of each step, 0 where the step does not count; None if there are none."""
-        if batch.get(self.tensor_keys.data_weight, default=None) is None:
-            return None
-        weight = self._entry(batch, self.tensor_keys.data_weight, segments, "")
-        weight = torch.where(share > 0, weight, 0)
-        if on_host(weight):
-            self.check_data_weights(weight)
+        weight = self._entry(batch, self.tensor_keys.data_weight, segments)
+        if weight is not None:
+            weight = torch.where(share > 0, weight, 0)
+            if on_host(weight):
+                self.check_data_weights(weight)
         return weight
 
     def check_data_weights(self, weight: Tensor) -> None:
@@ -398,15 +387,19 @@ class ImportanceWeightedMLE(PolicyLoss):
     def reference(self, batch: TensorDictBase, segments: Segments) -> Tensor:
         """log pi_ref of each step, as the batch holds it."""
         how = "run iwsft.annotate_reference(reference_policy, trajectories) first"
-        return self._entry(batch, self.tensor_keys.ref_log_prob, segments, how)
+        return self._needed(batch, self.tensor_keys.ref_log_prob, segments, how)
 
-    def _entry(self, batch: TensorDictBase, key: NestedKey, segments: Segments, how: str) -> Tensor:
-        value = batch.get(key, default=None)
+    def _needed(
+        self, batch: TensorDictBase, key: NestedKey, segments: Segments, how: str
+    ) -> Tensor:
+        value = self._entry(batch, key, segments)
         if value is None:
             raise KeyError(f"proposal={self.proposal!r} needs {key!r} in the batch: {how}")
-        return fit(value, segments.shape, repr(key)).detach()
+        return value
 
-    # ---- keys ----
+    def _entry(self, batch: TensorDictBase, key: NestedKey, segments: Segments) -> Tensor | None:
+        value = batch.get(key, default=None)
+        return None if value is None else fit(value, segments.shape, repr(key)).detach()
 
     def set_keys(self, **kwargs: NestedKey) -> None:
         """Set key names, see ``_AcceptedKeys``."""

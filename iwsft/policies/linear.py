@@ -19,8 +19,8 @@ class Linear(nn.Linear):
     """``torch.nn.Linear`` with the same parameters and gradients, up to the rounding of float32.
 
     Inputs that are not ``[N, in_features]``, other devices and dtypes, compilers, tracers and
-    function transforms get torch's own layer, as does all within
-    ``torch.backends.mkldnn.flags(enabled=False)``.
+    function transforms get torch's own layer, as does everything after
+    ``torch.backends.mkldnn.enabled = False``.
     """
 
     def forward(self, input: Tensor) -> Tensor:
