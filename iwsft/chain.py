@@ -91,11 +91,13 @@ class Chain:
     def check_proposal(self, proposal: str) -> None:
         """Refuse a q that does not go with what it is divided by."""
         if self.reference == "none" and proposal == "reference":
-            raise ValueError(
-                "reference='none' has no pi_ref, which proposal='reference' (SFT) needs"
-            )
-        if self.reference == "synced" and proposal != "current":
-            raise ValueError(f"reference='synced' needs proposal='current', not {proposal!r}")
+            raise ValueError("reference='none' has no pi_ref for proposal='reference' (SFT)")
+        for name, needs in (
+            ("reference='synced'", self.reference == "synced"),
+            ("the entropy of q", self.top_k is not None),
+        ):
+            if needs and proposal != "current":
+                raise ValueError(f"{name} needs proposal='current', not {proposal!r}")
 
     def check_data_weights(self, weight: Tensor, name: str, *, proposal: str) -> None:
         """Refuse data weights with which a loss of these importance weights can't be minimised.
@@ -133,6 +135,12 @@ class Chain:
     def scored(self) -> bool:
         """Whether a transform reads the scores of the trajectories."""
         return "standard_score" in self.reads
+
+    @property
+    def top_k(self) -> int | None:
+        """Number of actions of the entropy that a transform reads; None if none does."""
+        read = (t for t in self._transforms if getattr(t, "reads", None) == "entropy")
+        return next((getattr(transform, "top_k", None) for transform in read), None)
 
     @property
     def compares(self) -> bool:
@@ -176,7 +184,10 @@ class Chain:
         ends = torch.tensor([-1e30, 0.0 if self.reference == "none" else 1e30])
         one = Segments(ends.shape, torch.arange(2), None, 2)
         # A comparison brings a common factor back.
-        low, high = (0.0, 0.0) if self.compares else self(ends, one, torch.ones(2))[0].tolist()
+        if self.compares:
+            return False
+        read = dict.fromkeys(self.reads, torch.ones(2))
+        low, high = self(ends, one, torch.ones(2), read)[0].tolist()
         return low < -LOG_MAX and high <= LOG_MAX
 
     def check_overflow(self, longest: int) -> None:
@@ -193,7 +204,8 @@ class Chain:
         one = torch.full((longest,), 1.0 / longest)
         # A comparison would hide the overflow of a lone trajectory, so it is left out.
         alone = replace(self, trajectory=[t for t in self.trajectory if not _compares(t)])
-        floor = float(alone(least, segments, one)[0][0])
+        read = dict.fromkeys(alone.reads, torch.ones(longest))
+        floor = float(alone(least, segments, one, read)[0][0])
         if floor > LOG_MAX:
             raise OverflowError(
                 f"{self} gives a trajectory of {longest} steps a weight of at least "

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -15,18 +15,16 @@ from tensordict.nn import dispatch
 from torch import Tensor, nn
 
 from iwsft.chain import Chain, Reference, Weights
-from iwsft.policies.log_prob import evaluating, finite_padding, noise_watch, step_log_prob
-from iwsft.policy_loss import PolicyLoss
+from iwsft.policies.log_prob import (
+    evaluating,
+    finite_padding,
+    noise_watch,
+    step_log_prob_and_entropy,
+)
+from iwsft.policy_loss import Keys, PolicyLoss
 from iwsft.presets import ImportanceWeights
 from iwsft.trajectory import (
-    ACTION,
-    DATA_WEIGHT,
-    IMPORTANCE_WEIGHT,
     MASK,
-    MULTIPLICITY,
-    REF_LOG_PROB,
-    STANDARD_SCORE,
-    TRAJ_IDS,
     Segments,
     fit,
     on_host,
@@ -118,30 +116,9 @@ class ImportanceWeightedMLE(PolicyLoss):
         >>> loss(batch)["loss_iw_mle"].backward(); optimizer.step(); q.step()
     """
 
-    @dataclass
-    class _AcceptedKeys:
-        """Keys that :meth:`set_keys` can change.
-
-        Attributes:
-            action: Action of each step.
-            traj_ids: Number of the trajectory of each step.
-            ref_log_prob: log pi_ref of each step.
-            multiplicity: Multiplicity of the step's trajectory.
-            importance_weight: Cached weight of the step's trajectory.
-            data_weight: Data weight of each step.
-            standard_score: Standard score of the step's trajectory, which some weights read.
-        """
-
-        action: NestedKey = ACTION
-        traj_ids: NestedKey = TRAJ_IDS
-        ref_log_prob: NestedKey = REF_LOG_PROB
-        multiplicity: NestedKey = MULTIPLICITY
-        importance_weight: NestedKey = IMPORTANCE_WEIGHT
-        data_weight: NestedKey = DATA_WEIGHT
-        standard_score: NestedKey = STANDARD_SCORE
-
-    tensor_keys: _AcceptedKeys
-    default_keys = _AcceptedKeys
+    _AcceptedKeys = Keys
+    tensor_keys: Keys
+    default_keys = Keys
     out_keys = [LOSS, "ESS", "kl_approx", "clip_fraction", "weight_mean", "weight_max", "log_prob"]
 
     def __init__(
@@ -172,11 +149,12 @@ class ImportanceWeightedMLE(PolicyLoss):
         self.reads_weights = proposal == "cached" or (proposal == "lagged" and not hold_q)
         self._in_keys: list[NestedKey] | None = None
         chain = importance_weights or ImportanceWeights()
-        self.importance_weights = (
-            chain if reference is None else replace(chain, reference=reference)
-        )
-        self.importance_weights.check_proposal(proposal)
-        self.awaits_sync = self.importance_weights.reference == "synced"
+        chain = chain if reference is None else replace(chain, reference=reference)
+        chain.check_proposal(proposal)
+        if chain.top_k and not hasattr(policy, "log_prob_and_entropy"):
+            raise TypeError(f"{type(policy).__name__} gives no entropy, which {chain} needs")
+        self.importance_weights = chain
+        self.awaits_sync = chain.reference == "synced"
         self.proposal: Proposal = proposal
         self.length_normalize = length_normalize
         self.reduction = reduction
@@ -205,7 +183,8 @@ class ImportanceWeightedMLE(PolicyLoss):
         segments = self.segments(batch)
         share = self.share(batch, segments)
         noisy = self.proposal == "current" and noise_watch(self.actor_network, share.device)
-        log_prob = self._counted(batch, segments, share, self._log_prob(batch, segments))
+        log_prob, entropy = self._log_prob(batch, segments)
+        log_prob = self._counted(batch, segments, share, log_prob)
         data_weight = self.data_weight(batch, segments, share)
         reference = self._entry(batch, self.tensor_keys.ref_log_prob, segments)
         if self.reads_weights:
@@ -217,12 +196,14 @@ class ImportanceWeightedMLE(PolicyLoss):
             base = reference
             # q is without dropout, as the reference is.
             if self.proposal == "lagged" or (noisy and noisy()):
-                log_q = self._log_prob(batch, segments, q=True)
+                log_q, entropy = self._log_prob(batch, segments, q=True)
             elif self.proposal == "current":
                 log_q = log_prob
             else:
                 log_q = base = torch.zeros_like(log_prob)
-            weights = self.weigh(batch, log_q, reference=base, segments=segments, share=share)
+            weights = self.weigh(
+                batch, log_q, reference=base, entropy=entropy, segments=segments, share=share
+            )
         return Terms(segments, share, log_prob, *weights[:2], reference, data_weight)
 
     def _counted(
@@ -239,6 +220,7 @@ class ImportanceWeightedMLE(PolicyLoss):
         log_q: Tensor,
         *,
         reference: Tensor | None = None,
+        entropy: Tensor | None = None,
         segments: Segments | None = None,
         share: Tensor | None = None,
     ) -> Weights:
@@ -248,12 +230,13 @@ class ImportanceWeightedMLE(PolicyLoss):
             batch: A packed or padded batch.
             log_q: log q of each step, in the layout of the batch.
             reference: log pi_ref of each step; by default the batch's.
+            entropy: Entropy of q at each step, which some weights read.
             segments: Trajectories of the batch, if known already.
             share: :meth:`share` of the batch, if known already.
         """
         segments = self.segments(batch) if segments is None else segments
         share = self.share(batch, segments) if share is None else share
-        chain, read = self.importance_weights, {}
+        chain, read = self.importance_weights, {} if entropy is None else {"entropy": entropy}
         if self.awaits_sync:
             way_out = "make HardSync(loss, every=...) first"
             raise ValueError(f"reference='synced' needs a sync: {way_out}")
@@ -312,17 +295,21 @@ class ImportanceWeightedMLE(PolicyLoss):
 
     def log_prob(self, trajectories: TensorDictBase) -> Tensor:
         """log p of each step under the policy, in the layout of the batch, 0 where masked."""
-        return self._log_prob(trajectories, self.segments(trajectories))
+        return self._log_prob(trajectories, self.segments(trajectories))[0]
 
-    def _log_prob(self, batch: TensorDictBase, segments: Segments, *, q: bool = False) -> Tensor:
+    def _log_prob(
+        self, batch: TensorDictBase, segments: Segments, *, q: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """log p or log q of each step, and its entropy where weights read it."""
         if segments.mask is not None:
             read = getattr(self.actor_network, "in_keys", None)
             keys = [*batch.keys(True, True)] if read is None else [*read, self.tensor_keys.action]
             batch = finite_padding(batch, segments, keys)
         lagged = q and self.proposal == "lagged"
         with self.network(lagged=lagged) as policy, evaluating(policy if q else None):
-            log_prob = step_log_prob(policy, batch, segments.shape)
-        return segments.where_valid(log_prob)
+            top_k = self.importance_weights.top_k
+            log_prob, entropy = step_log_prob_and_entropy(policy, batch, segments.shape, top_k)
+        return segments.where_valid(log_prob), entropy
 
     def segments(self, trajectories: TensorDictBase) -> Segments:
         """The trajectories of a batch, as this loss reads its keys and masks.
@@ -402,7 +389,7 @@ class ImportanceWeightedMLE(PolicyLoss):
         return None if value is None else fit(value, segments.shape, repr(key)).detach()
 
     def set_keys(self, **kwargs: NestedKey) -> None:
-        """Set key names, see ``_AcceptedKeys``."""
+        """Set key names, see :class:`~iwsft.policy_loss.Keys`."""
         super().set_keys(**kwargs)
         self._in_keys = None
 

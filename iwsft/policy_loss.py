@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from dataclasses import dataclass
 
 import torch
 from tensordict import NestedKey, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
+
+from iwsft.trajectory import (
+    ACTION,
+    DATA_WEIGHT,
+    IMPORTANCE_WEIGHT,
+    MULTIPLICITY,
+    REF_LOG_PROB,
+    STANDARD_SCORE,
+    TRAJ_IDS,
+)
 
 
 @contextmanager
@@ -37,6 +48,29 @@ def _are_own(params: TensorDictBase, module: nn.Module) -> bool:
         elif own is not value:
             return False
     return True
+
+
+@dataclass
+class Keys:
+    """Keys of a batch, which ``set_keys`` of a loss can change.
+
+    Attributes:
+        action: Action of each step.
+        traj_ids: Number of the trajectory of each step.
+        ref_log_prob: log pi_ref of each step.
+        multiplicity: Multiplicity of the step's trajectory.
+        importance_weight: Cached weight of the step's trajectory.
+        data_weight: Data weight of each step.
+        standard_score: Standard score of the step's trajectory, which some weights read.
+    """
+
+    action: NestedKey = ACTION
+    traj_ids: NestedKey = TRAJ_IDS
+    ref_log_prob: NestedKey = REF_LOG_PROB
+    multiplicity: NestedKey = MULTIPLICITY
+    importance_weight: NestedKey = IMPORTANCE_WEIGHT
+    data_weight: NestedKey = DATA_WEIGHT
+    standard_score: NestedKey = STANDARD_SCORE
 
 
 class PolicyLoss(LossModule):

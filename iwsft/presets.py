@@ -12,6 +12,7 @@ from iwsft.lower_bound import LowerBound
 from iwsft.weights import (
     ClipLogRatio,
     ClipWeight,
+    EntropyGate,
     MaskRatio,
     Scale,
     SelfNormalize,
@@ -98,6 +99,16 @@ class ImportanceWeights(Chain):
         if not epsilon > 0:
             raise ValueError(f"psft(epsilon={epsilon}): epsilon must be above 0")
         return cls(step=(MaskRatio(max=1.0 + epsilon),), reduce=None, reference="synced")
+
+    @classmethod
+    def eaft(cls, alpha: float = 1.0, top_k: int = 20) -> ImportanceWeights:
+        """Entropy-adaptive fine-tuning (arXiv 2601.02151): w = (H / log top_k)^alpha.
+
+        H is the entropy of the ``top_k`` likeliest tokens, with probabilities that sum to 1. It
+        needs a policy that gives it (:class:`~iwsft.CausalLMPolicy`). LLaMA-Factory:
+        ``use_eaft_loss`` (divides by 3.0 for log 20); axolotl: ``use_eaft`` (does not divide).
+        """
+        return cls(step=(EntropyGate(alpha, top_k),), reduce=None, reference="none")
 
     @classmethod
     def minor_sft(cls, beta: float = 0.1) -> ImportanceWeights:

@@ -12,8 +12,8 @@ is by class attributes, all of them optional:
 - ``clips``: if its output differs from its input, the weight counts as clipped.
 - ``compares``: it compares all weights of a batch, so it needs the whole batch at once.
 - ``of``: ``"ratio"`` if it means something for q / pi_ref alone, ``"probability"`` if for q alone.
-- ``reads``: a further quantity that it takes as its last argument, ``"standard_score"`` (such a
-  transform returns a :class:`~iwsft.lower_bound.Choice` as well).
+- ``reads``: a further quantity that it takes as its last argument: ``"entropy"`` of q, or
+  ``"standard_score"`` (such a transform returns a :class:`~iwsft.lower_bound.Choice` as well).
 """
 
 from __future__ import annotations
@@ -133,6 +133,27 @@ class Uncertainty(_OfStep):
 
     def __call__(self, log_prob: Tensor) -> Tensor:
         return log_prob + torch.log(-torch.expm1(log_prob))
+
+
+@dataclass(frozen=True)
+class EntropyGate(_OfStep):
+    """Step: H^alpha, H the entropy of q's ``top_k`` likeliest actions over its maximum log top_k.
+
+    It takes the place of the log-ratio, which it does not read.
+    """
+
+    reads: ClassVar[str] = "entropy"
+
+    alpha: float = 1.0
+    top_k: int = 20
+
+    def __post_init__(self) -> None:
+        inside = 0 < self.alpha < math.inf
+        _require(inside, f"EntropyGate(alpha={self.alpha}) must be positive and finite")
+        _require(self.top_k >= 2, f"EntropyGate(top_k={self.top_k}) must be at least 2")
+
+    def __call__(self, log_ratio: Tensor, entropy: Tensor) -> Tensor:
+        return self.alpha * entropy.log().to(log_ratio.dtype)
 
 
 @dataclass(frozen=True)

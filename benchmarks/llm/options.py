@@ -78,7 +78,7 @@ ALGORITHMS = {
     "iw-sft-step": Variant("current", per_step=True),
     **{
         name: Variant("current", related=name.replace("-", "_"))
-        for name in ("dft", "power", "chord-phi", "psft", "minor-sft")
+        for name in ("dft", "power", "chord-phi", "psft", "eaft", "minor-sft")
     },
 }
 NAMES = (BASE, *ALGORITHMS)
@@ -363,7 +363,7 @@ def _check_numbers(settings: Settings) -> None:
         (("max_grad_norm", "max_weight"), lambda number: number > 0, "above 0"),
         (("warmup", "weight_decay"), lambda number: 0 <= number < math.inf, "0 or above"),
         (("ema_decay", "adam_beta1", "adam_beta2"), lambda number: 0 <= number < 1, "in [0, 1)"),
-        (("max_length",), lambda number: number >= 2, "at least 2"),
+        (("max_length", "eaft_top_k"), lambda number: number >= 2, "at least 2"),
     ):
         for name in names:
             number = getattr(settings, name)

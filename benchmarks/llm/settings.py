@@ -95,6 +95,10 @@ class Related:
     """Exponent k of the token weight p^k of power."""
     psft_epsilon: Annotated[float, setting("FLOAT")] = 0.2
     """How far a token's ratio may rise above 1 between syncs, in psft."""
+    eaft_alpha: Annotated[float, setting("FLOAT")] = 1.0
+    """Exponent of the entropy that weighs a token in eaft."""
+    eaft_top_k: Annotated[int, setting("INT")] = 20
+    """Number of likeliest tokens that the entropy of eaft is of."""
     minor_sft_beta: Annotated[float, setting("FLOAT")] = 0.1
     """Factor beta of the answer's log-ratio in minor-sft."""
 
@@ -105,7 +109,7 @@ class Related:
 
 
 # Settings METHOD_ARGUMENT, each of one related method's preset.
-METHOD_SETTINGS = tuple(each.name for each in fields(Related) if isinstance(each.default, float))
+METHOD_SETTINGS = tuple(each.name for each in fields(Related) if type(each.default) in (float, int))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,7 @@ COLOURS = {
     "power": "#7fa650",
     "chord-phi": "#3f7d5a",
     "psft": "#6f8f2f",
+    "eaft": "#93a83d",
     "minor-sft": "#4f9b78",
     "awac": "#2a9d6f",
     "td3-bc": "#8b6fc4",

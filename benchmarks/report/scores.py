@@ -40,6 +40,7 @@ _LABELS = {
     "power": "power of p",
     "chord-phi": "CHORD-phi",
     "psft": "PSFT",
+    "eaft": "EAFT",
     "minor-sft": "MinorSFT",
 }
 # Entry of a control run that is its score where the dataset has no reference scores.

@@ -1,4 +1,4 @@
-"""Updates of a small decoder: iw-SFT against SFT, and our SFT against TRL's SFTTrainer."""
+"""Updates of a small decoder: weighted ones against SFT, and our SFT against TRL's SFTTrainer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import datasets  # type: ignore[import-untyped]
 import torch
-from tensordict import TensorDict
+from tensordict import NestedKey, TensorDict
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
@@ -29,7 +29,8 @@ from benchmarks.speed.measure import Check, Comparison, Times, peak_mb_of_child
 from benchmarks.speed.options import Options
 from iwsft.language.config import ImportanceWeightedConfig
 from iwsft.language.trainer import ImportanceWeightedTrainer
-from iwsft.trajectory import ASSISTANT_MASK, ATTENTION_MASK, TOKENS, from_steps
+from iwsft.presets import ImportanceWeights
+from iwsft.trajectory import ASSISTANT_MASK, ATTENTION_MASK, DATA_WEIGHT, TOKENS, from_steps
 
 # Largest relative difference of the losses of the first updates, both in float32.
 LOSS_LIMIT = 1e-5
@@ -67,12 +68,18 @@ def measure(options: Options, sizes: Sizes) -> Iterator[Comparison | Check]:
     """Yield the agreement with TRL, then the times of all ways in turn, then memory."""
     yield agreement(options, sizes)
     every = sizes.updates
-    proposals: dict[str, dict[str, Any]] = {
-        "q = theta": {"proposal": "current"},
-        f"hard sync every {every} updates": {"proposal": "cached", "sync_every": every},
-        "EMA": {"proposal": "lagged", "ema_decay": 0.99},
+    others: dict[str, dict[str, Any]] = {
+        "iw-SFT update, q = theta": {"proposal": "current"},
+        f"iw-SFT update, hard sync every {every} updates": {
+            "proposal": "cached",
+            "sync_every": every,
+        },
+        "iw-SFT update, EMA": {"proposal": "lagged", "ema_decay": 0.99},
+        "SFT update with data weights": {**SFT, "weighted": True},
+        "DFT update": {"importance_weights": ImportanceWeights.dft()},
+        "EAFT update": {"importance_weights": ImportanceWeights.eaft()},
     }
-    ways = {"SFT": SFT, "TRL": TRL, **proposals}
+    ways = {"SFT": SFT, "TRL": TRL, **others}
     with tempfile.TemporaryDirectory() as folder:
         runs = {
             name: TimedRun(build_trainer(Path(folder) / str(i), settings, options.seed, sizes))
@@ -93,9 +100,9 @@ def measure(options: Options, sizes: Sizes) -> Iterator[Comparison | Check]:
         "per token",
         per=sizes.updates * sizes.batch * sizes.length,
     )
-    for name in proposals:
+    for name in others:
         yield Times(seconds[name], seconds["SFT"]).row(
-            f"iw-SFT update, {name}, {shape}", "our SFT", "ms", "per update", per=sizes.updates
+            f"{name}, {shape}", "our SFT", "ms", "per update", per=sizes.updates
         )
     ours, peer = (
         peak_mb_of_child(
@@ -187,21 +194,31 @@ def build_trainer(
     if settings is None:
         trainer = build_trl_trainer(model, ids, common, sizes)
     else:
-        config = ImportanceWeightedConfig(**common, **settings)
-        trainer = ImportanceWeightedTrainer(model, config, trajectories=packed(ids, sizes))
+        own = dict(settings)
+        weights, weighted = own.pop("importance_weights", None), own.pop("weighted", False)
+        trainer = ImportanceWeightedTrainer(
+            model,
+            ImportanceWeightedConfig(**common, **own),
+            trajectories=packed(ids, sizes, weighted=weighted),
+            importance_weights=weights,
+        )
     # Its lines would mix with those of the table.
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def packed(ids: Tensor, sizes: Sizes) -> TensorDict:
-    """Return trajectories made of tokens ``[rows, length]``."""
+def packed(ids: Tensor, sizes: Sizes, *, weighted: bool = False) -> TensorDict:
+    """Return trajectories made of tokens ``[rows, length]``, perhaps with data weights."""
     number = torch.arange(ids.numel())
-    steps = {
+    steps: dict[NestedKey, Tensor] = {
         TOKENS: ids.reshape(-1),
         ATTENTION_MASK: torch.ones(ids.numel(), dtype=torch.bool),
         ASSISTANT_MASK: number % sizes.length >= sizes.length - sizes.trained,
     }
+    if weighted:
+        steps[DATA_WEIGHT] = torch.rand(
+            ids.numel(), generator=torch.Generator().manual_seed(len(ids))
+        )
     return from_steps(steps, number // sizes.length)
 
 

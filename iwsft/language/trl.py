@@ -104,8 +104,8 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
         _check(args, settings)
         if importance_weights is not None:
             importance_weights.check_proposal(proposal)
-            if importance_weights.reference == "synced":
-                raise ValueError("a synced reference (PSFT) needs ImportanceWeightedTrainer")
+            if importance_weights.reference == "synced" or importance_weights.top_k:
+                raise ValueError(f"{importance_weights} need ImportanceWeightedTrainer")
         self._proposal, self._sync_every, self._ema_decay = proposal, sync_every, ema_decay
         super().__init__(model=model, args=args, **settings)
         if self._is_vision_dataset:

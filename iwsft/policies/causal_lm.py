@@ -21,7 +21,7 @@ from iwsft.policies.causal_lm_families import (
     peft_model,
     varies_lengths,
 )
-from iwsft.policies.token_log_prob import token_log_prob
+from iwsft.policies.token_log_prob import token_log_prob_and_entropy
 from iwsft.trajectory import ASSISTANT_MASK, ATTENTION_MASK, TOKENS, Segments, fit
 
 # Rows and the states of the output layer come in multiples of this: kernels for a few rows, and for
@@ -43,7 +43,7 @@ class CausalLMPolicy(nn.Module):
     ``one_row=False`` and trajectories below 192 tokens, in any batches.
 
     Only the states that predict assistant tokens go through the output layer, and their logits
-    are never all in memory (:func:`~iwsft.policies.token_log_prob.token_log_prob`). This happens
+    are never all in memory (:mod:`iwsft.policies.token_log_prob`). This happens
     within the forward call of the output layer, so the hooks of engines (DeepSpeed ZeRO-3, FSDP2)
     run. Scaled and capped logits (Gemma, Cohere, Granite) are computed as the model does.
 
@@ -84,6 +84,19 @@ class CausalLMPolicy(nn.Module):
     def log_prob(self, trajectories: TensorDictBase) -> Tensor:
         """log p of each assistant token, in the layout of the batch, 0 elsewhere.
 
+        Raises as :meth:`log_prob_and_entropy` does.
+        """
+        return self.log_prob_and_entropy(trajectories, top_k=0)[0]
+
+    def log_prob_and_entropy(
+        self, trajectories: TensorDictBase, *, top_k: int
+    ) -> tuple[Tensor, Tensor]:
+        """log p of each assistant token, and the entropy of the distribution that it is from.
+
+        Both are in the layout of the batch and 0 elsewhere, and of one pass. The entropy, in
+        [0, 1] and without gradient, is that of the ``top_k`` likeliest tokens, see
+        :func:`~iwsft.policies.token_log_prob.token_log_prob_and_entropy`.
+
         Raises:
             KeyError: An input key is missing.
             ValueError: A trajectory is longer than the model's context, a token is outside its
@@ -115,9 +128,13 @@ class CausalLMPolicy(nn.Module):
             inputs["use_cache"] = False
         if one_row:
             inputs["position_ids"] = tokens.position.unsqueeze(0)
-        log_prob = self._ask(decoder, inputs, place[chosen - 1], tokens.ids[chosen])
-        out = log_prob.new_zeros(tokens.layout.numel())
-        return out.index_copy(0, tokens.source[chosen], log_prob).reshape(tokens.layout)
+        answers = self._ask(decoder, inputs, place[chosen - 1], tokens.ids[chosen], top_k)
+
+        def placed(of_token: Tensor) -> Tensor:
+            out = of_token.new_zeros(tokens.layout.numel())
+            return out.index_copy(0, tokens.source[chosen], of_token).reshape(tokens.layout)
+
+        return placed(answers[0]), placed(answers[1])
 
     def predicted(self, trajectories: TensorDictBase) -> Tensor:
         """Tokens with a token before them, bool in the layout: a first one has no log-prob."""
@@ -155,23 +172,25 @@ class CausalLMPolicy(nn.Module):
             for parameter, requires in required:
                 parameter.requires_grad_(requires)
 
-    def _ask(self, decoder: Any, inputs: dict[str, Any], index: Tensor, target: Tensor) -> Tensor:
-        """Run the model; log p of ``target`` from the states at ``index`` of its rows."""
+    def _ask(
+        self, decoder: Any, inputs: dict[str, Any], index: Tensor, target: Tensor, top_k: int
+    ) -> tuple[Tensor, Tensor]:
+        """Run the model; log p of ``target``, and entropy, from the states at ``index``."""
         transform = LogitTransform.of(decoder)
-        question = _Question(index, target, inputs["input_ids"].numel(), transform)
+        question = _Question(index, target, inputs["input_ids"].numel(), transform, top_k)
         with _answering(decoder, question):
             logits = self.model(**inputs).logits
-        if question.answer is None:
+        if question.answer is None or question.entropy is None:
             raise NotImplementedError(f"{type(decoder).__name__} did not use its output layer")
         if not self._after_head_checked and len(target) > 0:
             transform.check(question.answer, logits, type(decoder).__name__)
             self._after_head_checked = True
         if logits is question.answer:
-            return question.answer
+            return question.answer, question.entropy
         # The model has scaled, capped or cast its output like logits, so it is not used. But hooks
         # of engines wait for its gradient, and with this they run before the output layer's
         # backward.
-        return question.answer + 0.0 * logits.to(question.answer.dtype)
+        return question.answer + 0.0 * logits.to(question.answer.dtype), question.entropy
 
 
 class _Tokens(NamedTuple):
@@ -256,7 +275,9 @@ class _Question:
     # Number of states that must reach the output layer.
     states: int
     transform: LogitTransform
+    top_k: int
     answer: Tensor | None = None
+    entropy: Tensor | None = None
 
     def forward(self, head: nn.Linear, hidden: Tensor) -> Tensor:
         """Replaces the forward of the output layer."""
@@ -266,16 +287,17 @@ class _Question:
         wanted = len(self.target)
         extra = [0, -wanted % _MULTIPLE]
         states = hidden.reshape(-1, hidden.shape[-1])
-        log_prob = token_log_prob(
+        log_prob, entropy = token_log_prob_and_entropy(
             states.index_select(0, nn.functional.pad(self.index, extra)),
             head.weight,
             nn.functional.pad(self.target, extra),
+            top_k=self.top_k,
             bias=head.bias,
             scale=self.transform.scale,
             softcap=self.transform.softcap,
         )
         # A copy and not a view, because FSDP2 attaches a hook to it.
-        self.answer = log_prob[:wanted].clone()
+        self.answer, self.entropy = log_prob[:wanted].clone(), entropy[:wanted]
         return self.answer
 
 

@@ -58,7 +58,20 @@ def step_log_prob(policy: Any, batch: TensorDictBase, shape: torch.Size) -> Tens
         TypeError: The policy does not return a tensor.
         ValueError: The tensor has another shape.
     """
-    out = policy.log_prob(batch.copy())
+    return _checked(policy.log_prob(batch.copy()), policy, shape)
+
+
+def step_log_prob_and_entropy(
+    policy: Any, batch: TensorDictBase, shape: torch.Size, top_k: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`step_log_prob`, and the entropy of the ``top_k`` likeliest actions; None for None."""
+    if top_k is None:
+        return step_log_prob(policy, batch, shape), None
+    log_prob, entropy = policy.log_prob_and_entropy(batch.copy(), top_k=top_k)
+    return _checked(log_prob, policy, shape), _checked(entropy, policy, shape)
+
+
+def _checked(out: Any, policy: Any, shape: torch.Size) -> Tensor:
     name = type(policy).__name__
     if not isinstance(out, Tensor):
         raise TypeError(f"{name}.log_prob must give a tensor, it gave {type(out).__name__}")

@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
-from iwsft import EMA, HardSync, ImportanceWeightedMLE, ImportanceWeights, weights
+from iwsft import EMA, GaussianPolicy, HardSync, ImportanceWeightedMLE, ImportanceWeights, weights
 from iwsft.trajectory import REF_LOG_PROB, TRAJ_IDS, from_steps
 from tests.oracles import family
 
@@ -33,6 +33,11 @@ class Table(nn.Module):
     def log_prob(self, batch: TensorDictBase) -> Tensor:
         every = self.logits[batch["observation"]].log_softmax(-1)
         return every.gather(1, batch["action"][:, None]).squeeze(1)
+
+    def log_prob_and_entropy(self, batch: TensorDictBase, *, top_k: int) -> tuple[Tensor, Tensor]:
+        p = self.logits[batch["observation"]].detach().softmax(1).topk(top_k).values
+        p = p / p.sum(1, keepdim=True)
+        return self.log_prob(batch), -(p * p.log()).sum(1) / torch.tensor(top_k).log()
 
 
 def make_batch(seed: int = 0) -> TensorDict:
@@ -193,6 +198,12 @@ def test_a_synced_reference_is_the_policy_at_the_last_sync() -> None:
             lambda: EMA(make_loss(Table(), ImportanceWeights.psft()), decay=0.9),
             "EMA needs proposal='lagged'",
         ),
+        (
+            lambda: make_loss(Table(), ImportanceWeights.eaft(), proposal="lagged"),
+            "the entropy of q needs proposal='current'",
+        ),
+        (lambda: ImportanceWeights.eaft(0.0), r"EntropyGate\(alpha=0.0\)"),
+        (lambda: ImportanceWeights.eaft(top_k=1), r"EntropyGate\(top_k=1\)"),
         (lambda: ImportanceWeights.minor_sft(0.0), "Sigmoid"),
         (lambda: ImportanceWeights.psft(0.0), r"psft\(epsilon=0.0\): epsilon must be above 0"),
     ],
@@ -203,11 +214,23 @@ def test_what_does_not_fit_is_refused(build: Callable[[], Any], message: str) ->
 
 
 def test_negative_data_need_weights_that_vanish() -> None:
-    """p and p(1 - p) do; sigmoid(-log ratio) grows as q leaves the answer."""
+    """p and p(1 - p) do; sigmoid(-log ratio) grows as q leaves the answer, and an entropy stays."""
     for chain, bounded in (
         (ImportanceWeights.dft(), True),
         (ImportanceWeights.chord_phi(), True),
         (ImportanceWeights.psft(), True),
         (ImportanceWeights.minor_sft(), False),
+        (ImportanceWeights.eaft(), False),
     ):
         assert chain.bounded == bounded, chain
+
+
+@pytest.mark.parametrize("alpha", [1.0, 2.5])
+def test_the_entropy_gate_reads_the_policy(alpha: float) -> None:
+    policy, batch = Table(), make_batch()
+    terms = make_loss(policy, ImportanceWeights.eaft(alpha, top_k=4)).terms(batch)
+    _, entropy = policy.log_prob_and_entropy(batch, top_k=4)
+    torch.testing.assert_close(terms.log_weight.exp(), entropy**alpha)
+    gaussian = GaussianPolicy(3, 2)
+    with pytest.raises(TypeError, match="GaussianPolicy gives no entropy"):
+        make_loss(gaussian, ImportanceWeights.eaft())  # type: ignore[arg-type]

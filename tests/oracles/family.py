@@ -6,6 +6,8 @@ each step ``[T]``, or of the trajectory divided by T. Gradients pass where the p
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -36,3 +38,15 @@ def psft(log_p: Tensor, old: Tensor, epsilon: float) -> Tensor:
 def minor_sft(log_p: Tensor, reference: Tensor, beta: float) -> Tensor:
     """arXiv 2408.10642: the gradient of -log p times sigmoid(-beta log(p / pi_ref))."""
     return -logsigmoid(beta * (log_p - reference).sum()) / beta / len(log_p)
+
+
+def eaft(logits: Tensor, target: Tensor, alpha: float, top_k: int) -> Tensor:
+    """arXiv 2601.02151: -sg(H / log K)^alpha log p, on all logits ``[T, V]``.
+
+    H is the entropy of the K largest probabilities, normalised to sum to 1.
+    """
+    p = logits.softmax(1).topk(top_k).values.detach()
+    p = p / p.sum(1, keepdim=True)
+    entropy = -(p * p.log()).sum(1) / math.log(top_k)
+    log_p = logits.log_softmax(1).gather(1, target[:, None]).squeeze(1)
+    return -(entropy**alpha) * log_p

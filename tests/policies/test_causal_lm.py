@@ -126,13 +126,13 @@ def test_only_assistant_tokens_reach_the_logits(monkeypatch: pytest.MonkeyPatch)
     from iwsft.policies import causal_lm
 
     seen: list[int] = []
-    real = causal_lm.token_log_prob
+    real = causal_lm.token_log_prob_and_entropy
 
-    def counted(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def counted(hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         seen.append(len(hidden))
         return real(hidden, *args, **kwargs)
 
-    monkeypatch.setattr(causal_lm, "token_log_prob", counted)
+    monkeypatch.setattr(causal_lm, "token_log_prob_and_entropy", counted)
     batch = packed((60, 50, 60))
     batch[ASSISTANT].zero_()
     batch[ASSISTANT][40:60] = True

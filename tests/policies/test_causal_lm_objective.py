@@ -14,9 +14,11 @@ from torch import Tensor
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from iwsft import ImportanceWeightedMLE, ImportanceWeights, annotate_reference, reweight, weights
+from iwsft.language import token_loss
 from iwsft.policies import CausalLMPolicy
 from iwsft.proposals import EMA, HardSync
 from iwsft.trajectory import MASK, MULTIPLICITY, REF_LOG_PROB, pad
+from tests.oracles.family import eaft
 
 ASSISTANT = ("masks", "all_assistant_mask")
 PROPOSALS = ["current", "reference", "lagged", "cached"]
@@ -209,3 +211,37 @@ def test_weights_of_the_first_step_are_exactly_one(proposal: str, noise: str | N
             assert (out["kl_approx"] == 0) == (noise is None) and policy.model.training
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_eaft_is_its_equation_on_all_logits(layout: str) -> None:
+    """Loss and gradient of whole models, with the entropy from the chunked pass."""
+    theta = decoder(tie_word_embeddings=True)
+    batch = packed((9, 4, 14, 6))
+    loss = token_loss(
+        CausalLMPolicy(theta),
+        importance_weights=ImportanceWeights.eaft(1.5, top_k=8),
+        proposal="current",
+    )
+    ours = loss(batch if layout == "packed" else pad(batch))["loss_iw_mle"]
+    truth, ids = torch.zeros((), dtype=torch.float64), batch["collector", "traj_ids"]
+    for row in ids.unique():
+        tokens, mask = batch["tokens", "full"][ids == row], batch[ASSISTANT][ids == row][1:]
+        logits = theta(tokens[None]).logits[0, :-1]
+        truth = truth + eaft(logits[mask], tokens[1:][mask], 1.5, 8).mean() / len(ids.unique())
+    parameters = list(theta.parameters())
+    torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10)
+    for a, b in zip(
+        torch.autograd.grad(ours, parameters), torch.autograd.grad(truth, parameters), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_eaft_with_noise_takes_the_entropy_of_the_quiet_pass() -> None:
+    theta = decoder(tie_word_embeddings=True, attention_dropout=0.5).train()
+    policy, batch = CausalLMPolicy(theta), packed((9, 4))
+    chain = ImportanceWeights.eaft(top_k=8)
+    terms = token_loss(policy, importance_weights=chain, proposal="current").terms(batch)
+    _, quiet = CausalLMPolicy(theta.eval()).log_prob_and_entropy(batch, top_k=8)
+    counts = terms.share > 0
+    torch.testing.assert_close(terms.log_weight.exp()[counts], quiet[counts])

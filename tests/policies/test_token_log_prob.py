@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from iwsft.policies import token_log_prob as module
-from iwsft.policies.token_log_prob import token_log_prob
+from iwsft.policies.token_log_prob import token_log_prob, token_log_prob_and_entropy
 
 TRANSFORMS: list[dict[str, Any]] = [{}, {"scale": 0.3}, {"softcap": 0.9, "scale": 2.0}]
 
@@ -67,6 +67,31 @@ def test_values_and_gradients_are_those_of_full_logits(
         gradients(ours, upstream, to), gradients(truth, upstream, to), strict=True
     ):
         torch.testing.assert_close(mine, true, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+@pytest.mark.parametrize("top_k", [2, 7, 23])
+def test_entropy_of_the_likeliest_is_that_of_full_logits(
+    block: None, transform: dict[str, Any], top_k: int
+) -> None:
+    hidden, weight, bias, target = inputs()
+    inner = {"bias": bias, **transform}
+    log_prob, entropy = token_log_prob_and_entropy(hidden, weight, target, top_k=top_k, **inner)
+    logits = torch.stack(
+        [naive(hidden, weight, torch.full_like(target, v), **inner) for v in range(len(weight))], 1
+    )
+    top = logits.topk(top_k).values.softmax(1)
+    truth = -(top * top.log()).sum(1) / torch.tensor(top_k).double().log()
+    torch.testing.assert_close(entropy, truth.detach(), rtol=1e-12, atol=1e-12)
+    assert torch.equal(log_prob, token_log_prob(hidden, weight, target, **inner))
+    assert not entropy.requires_grad and float(entropy.max()) <= 1
+
+
+@pytest.mark.parametrize("top_k", [1, 24, -1])
+def test_an_entropy_of_more_tokens_than_there_are_is_refused(top_k: int) -> None:
+    hidden, weight, _, target = inputs()
+    with pytest.raises(ValueError, match=f"top_k={top_k}: an entropy of 2 to 23 tokens"):
+        token_log_prob_and_entropy(hidden, weight, target, top_k=top_k)
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
