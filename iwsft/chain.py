@@ -47,16 +47,22 @@ class Chain:
             ``"synced"``: the policy at the last sync (:class:`~iwsft.HardSync`). ``"none"``:
             nothing, so the log-ratio of a step is log q, and its weight a function of its
             probability.
+        negative: Chain of the steps whose data weight is negative; by default this one. Its weights
+            must be bounded.
+        kl: Coefficient of a KL divergence from log pi_ref of the data, which the loss adds.
 
     Raises:
-        ValueError: The reduction or the reference is unknown, a transform is in the wrong place, or
-            it means nothing with this reference.
+        ValueError: The reduction or the reference is unknown, a transform is in the wrong place, it
+            means nothing with this reference, ``negative`` is unbounded, or ``kl`` is negative or
+            infinite.
     """
 
     step: Sequence[StepTransform] = ()
     reduce: Literal["sum", "mean"] | None = "mean"
     trajectory: Sequence[TrajectoryTransform] = ()
     reference: Reference = "fixed"
+    negative: Chain | None = None
+    kl: float = 0.0
 
     def __post_init__(self) -> None:
         for name, known in (("reduce", ("sum", "mean", None)), ("reference", get_args(Reference))):
@@ -69,7 +75,18 @@ class Chain:
                     raise ValueError(f"{transform} belongs to {place}=[...]")
         if self.scored and not self.reduce:
             raise ValueError("steps have no scores: set reduce")
+        if not 0 <= self.kl < math.inf:
+            raise ValueError(f"kl={self.kl} must be finite, at least 0")
         self._check_reference()
+        if self.negative is not None:
+            if self.negative.reference != self.reference:
+                other = replace(self.negative, reference=self.reference)
+                object.__setattr__(self, "negative", other)
+            if self.negative.compares or self.negative._ends[1] > LOG_MAX:
+                raise ValueError(
+                    f"negative={self.negative} has no bound, so this loss has none below: clip it, "
+                    "as trajectory=[ClipWeight(max=1.0)] does"
+                )
 
     def _check_reference(self) -> None:
         """Refuse what means nothing with this reference."""
@@ -79,7 +96,7 @@ class Chain:
                 "reference='none' and reduce='sum' weigh by the probability of whole trajectories, "
                 "which underflows; use reduce=None or 'mean'"
             )
-        for transform in self._transforms:
+        for transform in (*self.step, *self.trajectory):
             of = getattr(transform, "of", None)
             if none and of == "ratio":
                 raise ValueError(
@@ -88,8 +105,8 @@ class Chain:
             if not none and of == "probability":
                 raise ValueError(f"{transform} is for probabilities: it needs reference='none'")
 
-    def check_proposal(self, proposal: str) -> None:
-        """Refuse a q that does not go with what it is divided by."""
+    def check_proposal(self, proposal: str, policy: object) -> None:
+        """Refuse a q that does not go with what it is divided by, or gives no entropy."""
         if self.reference == "none" and proposal == "reference":
             raise ValueError("reference='none' has no pi_ref for proposal='reference' (SFT)")
         for name, needs in (
@@ -98,21 +115,40 @@ class Chain:
         ):
             if needs and proposal != "current":
                 raise ValueError(f"{name} needs proposal='current', not {proposal!r}")
+        if self.top_k and not hasattr(policy, "log_prob_and_entropy"):
+            raise TypeError(f"{type(policy).__name__} gives no entropy, which {self} needs")
 
-    def check_data_weights(self, weight: Tensor, name: str, *, proposal: str) -> None:
+    def check_data_weights(
+        self, weight: Tensor, name: str, proposal: str, share: Tensor | None = None
+    ) -> None:
         """Refuse data weights with which a loss of these importance weights can't be minimised.
+
+        ``share`` says how much each step of a whole dataset counts.
 
         Raises:
             ValueError: One is NaN or infinite, or one is negative and log p falls without end:
-                unless q follows the policy, and its weights are bounded and vanish with it.
+                unless q follows the policy, and its weights are bounded and vanish with it. With a
+                chain of their own that does not vanish, their mean must be above 0.
         """
         if not bool(weight.isfinite().all()):
             raise ValueError(f"{name} is NaN or infinite at a step that counts; correct it")
-        if bool((weight < 0).any()) and (proposal == "reference" or not self.bounded):
+        if not bool((weight < 0).any()):
+            return
+        low, high = (self.negative or self)._ends
+        vanishes = low < -LOG_MAX and high <= LOG_MAX
+        if self.negative is None:
+            if proposal == "reference" or not vanishes or self.compares:
+                raise ValueError(
+                    f"{name} is negative, and this loss then has no lower bound: take a proposal "
+                    "other than 'reference' and weights that are bounded and can vanish, such as "
+                    "trajectory=[ClipWeight(max=1.0)] alone, or drop these steps"
+                )
+        elif vanishes and proposal == "reference":
+            raise ValueError(f"proposal='reference' does not compute {self.negative}: take another")
+        elif not vanishes and share is not None and float((share * weight).sum()) <= 0:
             raise ValueError(
-                f"{name} is negative, and this loss then has no lower bound: take a proposal "
-                "other than 'reference' and weights that are bounded and can vanish, such as "
-                "trajectory=[ClipWeight(max=1.0)] alone, or drop these steps"
+                f"{name} has a mean of at most 0, and these weights of negative data do not "
+                "vanish: subtract a baseline below the mean score, or take ImportanceWeights.topr()"
             )
 
     def __repr__(self) -> str:
@@ -123,13 +159,19 @@ class Chain:
 
     @property
     def _transforms(self) -> tuple[Callable[..., Any], ...]:
-        return (*self.step, *self.trajectory)
+        own = (*self.step, *self.trajectory)
+        return own if self.negative is None else (*own, *self.negative._transforms)
 
     @property
     def reads(self) -> frozenset[str]:
         """Names of the further quantities that transforms read."""
         named = (getattr(transform, "reads", None) for transform in self._transforms)
         return frozenset(name for name in named if name is not None)
+
+    @property
+    def from_batch(self) -> list[str]:
+        """Those of :attr:`reads` that are entries of the batch."""
+        return sorted(self.reads - {"entropy"})
 
     @property
     def scored(self) -> bool:
@@ -153,6 +195,7 @@ class Chain:
         segments: Segments,
         share: Tensor,
         read: Mapping[str, Tensor] | None = None,
+        negative: Tensor | None = None,
     ) -> Weights:
         """Weigh a batch.
 
@@ -162,11 +205,26 @@ class Chain:
             share: How much each step counts, in the layout of the batch: the multiplicity of its
                 trajectory over its length, 0 where masked.
             read: The quantities of :attr:`reads`, in the layout of the batch.
+            negative: Steps whose data weight is negative, if there are some.
 
         Returns:
             The weights. On masked steps they have no meaning.
         """
         read = read or {}
+        if self.negative is None or negative is None:
+            return self._weigh(log_ratio, segments, share, read)
+        # Weights are compared with those of their own sign.
+        ours = self._weigh(log_ratio, segments, torch.where(negative, 0.0, share), read)
+        others = self.negative._weigh(log_ratio, segments, share, read)
+        return Weights(
+            torch.where(negative, others.log_weight, ours.log_weight),
+            torch.where(negative, others.clipped, ours.clipped),
+            ours.choice,
+        )
+
+    def _weigh(
+        self, log_ratio: Tensor, segments: Segments, share: Tensor, read: Mapping[str, Tensor]
+    ) -> Weights:
         log_ratio, clipped, _ = _chained(self.step, log_ratio, read=read)
         if self.reduce is None:
             log_weight, changed, _ = _chained(self.trajectory, log_ratio, share, read=read)
@@ -178,17 +236,21 @@ class Chain:
         return Weights(segments.spread(log_weight), clipped | segments.spread(changed), choice)
 
     @property
-    def bounded(self) -> bool:
-        """Whether a weight is bounded, and vanishes where q leaves the trajectory."""
+    def _ends(self) -> tuple[float, float]:
+        """Log-weights of a lone step that q leaves, and of one that it prefers without end."""
         # log p of a token is at most 0.
         ends = torch.tensor([-1e30, 0.0 if self.reference == "none" else 1e30])
         one = Segments(ends.shape, torch.arange(2), None, 2)
-        # A comparison brings a common factor back.
-        if self.compares:
-            return False
         read = dict.fromkeys(self.reads, torch.ones(2))
-        low, high = self(ends, one, torch.ones(2), read)[0].tolist()
-        return low < -LOG_MAX and high <= LOG_MAX
+        # A comparison brings a common factor back, so it promises nothing.
+        alone = [t for t in self.trajectory if not _compares(t)]
+        chain = replace(self, trajectory=alone, negative=None)
+        low, high = chain(ends, one, torch.ones(2), read)[0].tolist()
+        return low, high
+
+    def anchor(self, log_ratio: Tensor) -> Tensor:
+        """kl (r - 1 - log r), log r = log pi_ref - log p: an estimator of KL(p, pi_ref)."""
+        return self.kl * (torch.expm1(log_ratio) - log_ratio)
 
     def check_overflow(self, longest: int) -> None:
         """Refuse a chain whose least weight overflows float32 on a trajectory of ``longest`` steps.

@@ -150,9 +150,7 @@ class ImportanceWeightedMLE(PolicyLoss):
         self._in_keys: list[NestedKey] | None = None
         chain = importance_weights or ImportanceWeights()
         chain = chain if reference is None else replace(chain, reference=reference)
-        chain.check_proposal(proposal)
-        if chain.top_k and not hasattr(policy, "log_prob_and_entropy"):
-            raise TypeError(f"{type(policy).__name__} gives no entropy, which {chain} needs")
+        chain.check_proposal(proposal, policy)
         self.importance_weights = chain
         self.awaits_sync = chain.reference == "synced"
         self.proposal: Proposal = proposal
@@ -163,7 +161,8 @@ class ImportanceWeightedMLE(PolicyLoss):
     @property
     def needs_reference(self) -> bool:
         """Whether batches must have log pi_ref."""
-        return self.proposal != "reference" and self.importance_weights.reference != "none"
+        chain = self.importance_weights
+        return chain.kl > 0 or (self.proposal != "reference" and chain.reference != "none")
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -187,6 +186,8 @@ class ImportanceWeightedMLE(PolicyLoss):
         log_prob = self._counted(batch, segments, share, log_prob)
         data_weight = self.data_weight(batch, segments, share)
         reference = self._entry(batch, self.tensor_keys.ref_log_prob, segments)
+        if reference is None and self.importance_weights.kl:
+            reference = self.reference(batch, segments)
         if self.reads_weights:
             how = "call iwsft.reweight(trajectories, loss) at the start and at every sync"
             weight = self._needed(batch, self.tensor_keys.importance_weight, segments, how)
@@ -238,28 +239,29 @@ class ImportanceWeightedMLE(PolicyLoss):
         share = self.share(batch, segments) if share is None else share
         chain, read = self.importance_weights, {} if entropy is None else {"entropy": entropy}
         if self.awaits_sync:
-            way_out = "make HardSync(loss, every=...) first"
-            raise ValueError(f"reference='synced' needs a sync: {way_out}")
+            raise ValueError("reference='synced' needs a sync: HardSync(loss, every=...)")
         if chain.reference == "none":
             reference = torch.zeros_like(log_q)
         elif reference is None:
             reference = self.reference(batch, segments)
         log_ratio = segments.where_valid(log_q - reference)
-        if chain.scored:
-            how = "iwsft.curate(trajectories) writes it"
-            score = self._needed(batch, self.tensor_keys.standard_score, segments, how)
-            read["standard_score"] = score
-        weights = chain(log_ratio, segments, share, read)
-        log_weight = self._counted(batch, segments, share, weights.log_weight)
-        return weights._replace(log_weight=log_weight)
+        for name in chain.from_batch:
+            key = getattr(self.tensor_keys, name)
+            read[name] = self._needed(batch, key, segments, "curate or weigh_correct writes it")
+        signs = None if chain.negative is None else self.data_weight(batch, segments, share)
+        weights = chain(log_ratio, segments, share, read, None if signs is None else signs < 0)
+        log_weight = weights.log_weight
+        return weights._replace(log_weight=self._counted(batch, segments, share, log_weight))
 
     def value(self, terms: Terms, weight: Tensor) -> Tensor:
         """The loss of :meth:`terms` with these importance weights."""
-        segments, share, log_prob, data_weight = terms[0], terms[1], terms[2], terms.data_weight
-        factor = share if self.length_normalize else share * segments.spread(segments.lengths)
-        if data_weight is not None:
-            factor = factor * data_weight
+        segments, share, log_prob, *_, data_weight = terms
+        count = share if self.length_normalize else share * segments.spread(segments.lengths)
+        factor = count if data_weight is None else count * data_weight
         loss = (-factor).to(log_prob.dtype) * weight * log_prob
+        if self.importance_weights.kl and terms.reference is not None:
+            x = torch.where(share > 0, terms.reference - log_prob, 0)
+            loss = loss + count.to(x.dtype) * self.importance_weights.anchor(x)
         if self.reduction == "none":
             return loss
         total = loss.sum(dtype=torch.float64)
@@ -358,10 +360,10 @@ class ImportanceWeightedMLE(PolicyLoss):
                 self.check_data_weights(weight)
         return weight
 
-    def check_data_weights(self, weight: Tensor) -> None:
+    def check_data_weights(self, weight: Tensor, share: Tensor | None = None) -> None:
         """Refuse data weights with which this loss can't be minimised; raises ValueError."""
         name = repr(self.tensor_keys.data_weight)
-        self.importance_weights.check_data_weights(weight, name, proposal=self.proposal)
+        self.importance_weights.check_data_weights(weight, name, self.proposal, share)
 
     def divisor(self, share: Tensor, data_weight: Tensor | None) -> Tensor:
         """What ``"mean"`` divides by: the draws, or the absolute data weights of the draws."""
@@ -403,8 +405,8 @@ class ImportanceWeightedMLE(PolicyLoss):
                 keys.append(self.tensor_keys.importance_weight)
             elif self.needs_reference:
                 keys.append(self.tensor_keys.ref_log_prob)
-            if self.importance_weights.scored and not self.reads_weights:
-                keys.append(self.tensor_keys.standard_score)
+            read = [] if self.reads_weights else self.importance_weights.from_batch
+            keys += [getattr(self.tensor_keys, name) for name in read]
             self._in_keys = list(dict.fromkeys(keys))
         return self._in_keys
 

@@ -20,6 +20,7 @@ from iwsft.trajectory import (
     MULTIPLICITY,
     REF_LOG_PROB,
     STANDARD_SCORE,
+    SUCCESS_RATE,
     TRAJ_IDS,
 )
 
@@ -62,6 +63,7 @@ class Keys:
         importance_weight: Cached weight of the step's trajectory.
         data_weight: Data weight of each step.
         standard_score: Standard score of the step's trajectory, which some weights read.
+        success_rate: Share of right answers to the prompt of the step, which some weights read.
     """
 
     action: NestedKey = ACTION
@@ -71,6 +73,7 @@ class Keys:
     importance_weight: NestedKey = IMPORTANCE_WEIGHT
     data_weight: NestedKey = DATA_WEIGHT
     standard_score: NestedKey = STANDARD_SCORE
+    success_rate: NestedKey = SUCCESS_RATE
 
 
 class PolicyLoss(LossModule):

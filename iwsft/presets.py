@@ -5,7 +5,8 @@ A preset is a composition of transforms, and nothing else: each can be written o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from iwsft.chain import Chain
 from iwsft.lower_bound import LowerBound
@@ -14,6 +15,7 @@ from iwsft.weights import (
     ClipWeight,
     EntropyGate,
     MaskRatio,
+    RefuteRatio,
     Scale,
     SelfNormalize,
     Sigmoid,
@@ -109,6 +111,60 @@ class ImportanceWeights(Chain):
         ``use_eaft_loss`` (divides by 3.0 for log 20); axolotl: ``use_eaft`` (does not divide).
         """
         return cls(step=(EntropyGate(alpha, top_k),), reduce=None, reference="none")
+
+    @classmethod
+    def asft(cls, alpha: float = 0.1) -> ImportanceWeights:
+        """Anchored SFT (arXiv 2509.23753): DFT, and ``alpha`` times a KL divergence from pi_ref.
+
+        The paper has KL(pi_ref, p) over the whole vocabulary, which needs the logits of pi_ref.
+        This is the estimator r - 1 - log r of KL(p, pi_ref), with r = pi_ref / p of the data's own
+        tokens, as in NeMo-RL (``sft.asft``), so that the stored log pi_ref is enough. Its gradient
+        passes. LLaMA-Factory: ``use_asft_loss``, ``asft_alpha``, of the paper's form.
+        """
+        return replace(cls.dft(), kl=alpha)
+
+    @classmethod
+    def by_sign(
+        cls, *, positive: Chain | None = None, negative: Chain | None = None
+    ) -> ImportanceWeights:
+        """One chain for steps of positive data weight, and one for negative; None: weights of 1.
+
+        The weights of negative data must be bounded.
+        """
+        one = cls(step=(Temperature(0.0),))
+        first = positive or replace(one, reference=(negative or one).reference)
+        own = (first.step, first.reduce, first.trajectory, first.reference)
+        return cls(*own, negative=negative or one, kl=first.kl)
+
+    @classmethod
+    def topr(cls) -> ImportanceWeights:
+        """Tapered off-policy REINFORCE (arXiv 2503.14286), with the reward R as data weight.
+
+        R >= 0: w = 1. R < 0: w = clip(p / pi_ref, 0, 1) of the whole answer. Sums over tokens need
+        ``length_normalize=False``. Trinity-RFT: ``topr``.
+        """
+        return cls.by_sign(negative=cls(reduce="sum", trajectory=(ClipWeight(0.0, 1.0),)))
+
+    @classmethod
+    def asymre(cls) -> ImportanceWeights:
+        """Asymmetric REINFORCE (arXiv 2506.20520): w = 1, with R - V as data weight.
+
+        V is a baseline below the mean reward; with a larger one the trainer refuses the data. The
+        loss has no lower bound: log p of wrong answers falls without end. Trinity-RFT: ``asymre``.
+        """
+        return cls.by_sign()
+
+    @classmethod
+    def nft(cls, epsilon: float = 1.0) -> ImportanceWeights:
+        """Negative-aware fine-tuning (arXiv 2505.18116), with data weights of 1 and -1.
+
+        Right answers: -log r, so w = 1. Wrong: -log max((1 - c r) / (1 - c), epsilon), with
+        r = p / pi_ref of a token and c the ``success_rate`` of its prompt, so
+        w = c r / max(1 - c r, epsilon (1 - c)). The maximum passes the gradient. w is 0 where
+        log r > 10, as in the authors' code (where ``clamp_negative`` is epsilon).
+        """
+        step = (MaskRatio(max=math.exp(10.0)), RefuteRatio(epsilon))
+        return cls.by_sign(negative=cls(step=step, reduce=None))
 
     @classmethod
     def minor_sft(cls, beta: float = 0.1) -> ImportanceWeights:

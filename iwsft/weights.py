@@ -12,8 +12,9 @@ is by class attributes, all of them optional:
 - ``clips``: if its output differs from its input, the weight counts as clipped.
 - ``compares``: it compares all weights of a batch, so it needs the whole batch at once.
 - ``of``: ``"ratio"`` if it means something for q / pi_ref alone, ``"probability"`` if for q alone.
-- ``reads``: a further quantity that it takes as its last argument: ``"entropy"`` of q, or
-  ``"standard_score"`` (such a transform returns a :class:`~iwsft.lower_bound.Choice` as well).
+- ``reads``: a further quantity that it takes as its last argument: ``"entropy"`` of q, an entry of
+  the batch such as ``"success_rate"``, or ``"standard_score"`` (such a transform returns a
+  :class:`~iwsft.lower_bound.Choice` as well).
 """
 
 from __future__ import annotations
@@ -154,6 +155,29 @@ class EntropyGate(_OfStep):
 
     def __call__(self, log_ratio: Tensor, entropy: Tensor) -> Tensor:
         return self.alpha * entropy.log().to(log_ratio.dtype)
+
+
+@dataclass(frozen=True)
+class RefuteRatio(_OfStep):
+    """Step: c r / max(1 - c r, epsilon (1 - c)), r the ratio, c the success rate of the prompt.
+
+    It is what the gradient of -log max((1 - c r) / (1 - c), epsilon), the likelihood of a wrong
+    answer, gives log q (arXiv 2505.18116). c is clipped to [0.02, 0.98], as in its authors' code.
+    """
+
+    of: ClassVar[Quantity] = "ratio"
+    reads: ClassVar[str] = "success_rate"
+
+    epsilon: float = 1.0
+
+    def __post_init__(self) -> None:
+        inside = 0 < self.epsilon <= 1
+        _require(inside, f"RefuteRatio(epsilon={self.epsilon}) must be in (0, 1]")
+
+    def __call__(self, log_ratio: Tensor, success_rate: Tensor) -> Tensor:
+        c = success_rate.clamp(0.02, 0.98).to(log_ratio.dtype)
+        rest = torch.maximum(1 - c * log_ratio.exp(), self.epsilon * (1 - c))
+        return c.log() + log_ratio - rest.log()
 
 
 @dataclass(frozen=True)

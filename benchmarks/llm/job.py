@@ -105,8 +105,16 @@ def _check_scores(algo: str, settings: Settings, rows: Sequence[Row]) -> None:
     """Check that rows have what an algorithm needs of them.
 
     Raises:
-        ValueError: The scores that it cuts by are missing, or all the same.
+        ValueError: The scores that it cuts by are missing, or all the same; or it learns from right
+            and wrong answers, and the rows are not both.
     """
+    if ALGORITHMS[algo].signed:
+        if {row.correct for row in rows} != {False, True}:
+            raise ValueError(
+                f"{algo} learns from right and wrong answers: the rows need a column 'correct' "
+                "with both"
+            )
+        return
     cuts = settings.quality_cuts if ALGORITHMS[algo].quality else settings.cuts
     if cuts and all(row.count is None for row in rows):
         try:

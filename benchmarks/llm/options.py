@@ -59,6 +59,11 @@ class Variant:
         return self.proposal != "reference" and not self.per_step and self.related is None
 
     @property
+    def signed(self) -> bool:
+        """Whether it learns from wrong answers, too, by the sign of their data weights."""
+        return self.related in ("topr", "asymre", "nft")
+
+    @property
     def syncs_reference(self) -> bool:
         """Whether q is divided by the policy at the last sync."""
         return self.related == "psft"
@@ -78,8 +83,12 @@ ALGORITHMS = {
     "iw-sft-step": Variant("current", per_step=True),
     **{
         name: Variant("current", related=name.replace("-", "_"))
-        for name in ("dft", "power", "chord-phi", "psft", "eaft", "minor-sft")
+        for name in (
+            *("dft", "power", "chord-phi", "psft", "eaft", "asft", "minor-sft", "topr", "nft"),
+        )
     },
+    # Its weights are 1.
+    "asymre": Variant("reference", related="asymre"),
 }
 NAMES = (BASE, *ALGORITHMS)
 
@@ -111,7 +120,7 @@ def _of_method(name: str) -> Callable[[Variant, Settings], bool]:
 
 # Setting -> which algorithms it changes something in, given all settings.
 _USED: dict[str, Callable[[Variant, Settings], bool]] = {
-    "cuts": lambda algorithm, _: not algorithm.quality,
+    "cuts": lambda algorithm, _: not algorithm.quality and not algorithm.signed,
     "quality_cuts": lambda algorithm, _: algorithm.quality,
     "sync_every": lambda algorithm, _: algorithm.proposal == "cached" or algorithm.syncs_reference,
     "ema_decay": lambda algorithm, _: algorithm.proposal == "lagged",
@@ -119,6 +128,7 @@ _USED: dict[str, Callable[[Variant, Settings], bool]] = {
     "step_clip": lambda algorithm, _: algorithm.per_step,
     "reference": lambda algorithm, _: algorithm.weighted or algorithm.per_step,
     **{name: _of_method(name) for name in METHOD_SETTINGS},
+    "baseline_margin": lambda algorithm, _: algorithm.related == "asymre",
     **dict.fromkeys(
         ("temperature", "reduce", "max_weight", "self_normalize"),
         lambda algorithm, settings: algorithm.weighted and settings.preset == "recipe",

@@ -55,11 +55,11 @@ from iwsft.curation import curate
 from iwsft.datasets.text.rows import Row
 from iwsft.datasets.text.tokens import CORRECT, SCORE
 from iwsft.fingerprint import file_sha256
-from iwsft.language import correct_only, tokenize
+from iwsft.language import correct_only, tokenize, weigh_correct
 from iwsft.language.config import ImportanceWeightedConfig
 from iwsft.language.saving import last, written_aside
 from iwsft.language.trainer import ImportanceWeightedTrainer
-from iwsft.trajectory import DATA_WEIGHT, MULTIPLICITY, TRAJ_IDS, lengths
+from iwsft.trajectory import DATA_WEIGHT, MULTIPLICITY, SUCCESS_RATE, TRAJ_IDS, lengths
 
 CHECKPOINTS = "checkpoints"
 # What training took, once the model is saved; a kill during the test leaves it.
@@ -125,6 +125,9 @@ def prepare(run: Run) -> Prepared:
 def curated(run: Run, algorithm: Variant, prepared: Prepared, tokenizer: Any) -> TensorDictBase:
     """Curate a recipe's rows into D+ (or D_Q+), see :func:`curated_rows`."""
     settings = run.options.settings
+    if algorithm.signed:
+        data = tokenize(prepared.rows, tokenizer, max_length=settings.max_length).trajectories
+        return _signed(algorithm, data, margin=settings.baseline_margin)
     cuts = settings.quality_cuts if algorithm.quality else settings.cuts
     return curated_rows(prepared.rows, tokenizer, settings.max_length, cuts, seed=run.seed)
 
@@ -152,6 +155,17 @@ def curated_rows(
 
 def _no_score(trajectories: TensorDictBase) -> Tensor:
     return torch.zeros(len(lengths(trajectories)))
+
+
+def _signed(algorithm: Variant, trajectories: TensorDictBase, *, margin: float) -> TensorDictBase:
+    """Weigh right answers 1 and wrong ones -1; in AsymRE 1 and 0, less a baseline."""
+    weighed = weigh_correct(trajectories)
+    if algorithm.related == "asymre":
+        baseline = float(weighed.get(SUCCESS_RATE)[0]) - margin
+        weighed = weigh_correct(trajectories, right=1 - baseline, wrong=-baseline)
+    if weighed.get(MULTIPLICITY, default=None) is not None:
+        return weighed
+    return curate(weighed, cuts=(), score="length")
 
 
 def check_rows(run: Run, prepared: Prepared) -> None:

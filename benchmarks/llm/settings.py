@@ -99,6 +99,12 @@ class Related:
     """Exponent of the entropy that weighs a token in eaft."""
     eaft_top_k: Annotated[int, setting("INT")] = 20
     """Number of likeliest tokens that the entropy of eaft is of."""
+    asft_alpha: Annotated[float, setting("FLOAT")] = 0.1
+    """Coefficient of the KL divergence from pi_ref in asft."""
+    nft_epsilon: Annotated[float, setting("FLOAT")] = 1.0
+    """Least likelihood of a wrong token in nft, in (0, 1]."""
+    baseline_margin: Annotated[float, setting("FLOAT")] = 0.1
+    """How far the baseline of asymre is below the share of right answers."""
     minor_sft_beta: Annotated[float, setting("FLOAT")] = 0.1
     """Factor beta of the answer's log-ratio in minor-sft."""
 

@@ -41,7 +41,11 @@ _LABELS = {
     "chord-phi": "CHORD-phi",
     "psft": "PSFT",
     "eaft": "EAFT",
+    "asft": "ASFT",
     "minor-sft": "MinorSFT",
+    "topr": "TOPR",
+    "nft": "NFT",
+    "asymre": "AsymRE",
 }
 # Entry of a control run that is its score where the dataset has no reference scores.
 RETURN = "return_mean"

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from iwsft.datasets.text.tokens import TokenDataset as TokenDataset
     from iwsft.datasets.text.tokens import correct_only as correct_only
     from iwsft.datasets.text.tokens import tokenize as tokenize
+    from iwsft.datasets.text.tokens import weigh_correct as weigh_correct
     from iwsft.language.batches import EpochBatches as EpochBatches
     from iwsft.language.batches import EpochSampler as EpochSampler
     from iwsft.language.batches import TrajectoryDataset as TrajectoryDataset
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "iwsft.datasets.text.chat": "ChatEncoder",
     "iwsft.datasets.text.rows": "Row check_scores read to_row",
-    "iwsft.datasets.text.tokens": "TokenDataset correct_only tokenize",
+    "iwsft.datasets.text.tokens": "TokenDataset correct_only tokenize weigh_correct",
     "iwsft.language.batches": "EpochBatches EpochSampler TrajectoryDataset collate",
     "iwsft.language.config": "ImportanceWeightedConfig",
     "iwsft.language.loss": "token_loss",

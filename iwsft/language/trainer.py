@@ -171,7 +171,7 @@ class ImportanceWeightedTrainer(WeightedTrainer):
     def _make_loss(
         self, args: ImportanceWeightedConfig, weights: ImportanceWeights
     ) -> ImportanceWeightedMLE:
-        if args.proposal != "reference":
+        if args.proposal != "reference" or weights.kl:
             if self._trajectories.is_locked:
                 raise ValueError("the trajectories are locked: pass trajectories.copy()")
             if weights.reference == "synced" and args.reference is None:
@@ -198,7 +198,9 @@ class ImportanceWeightedTrainer(WeightedTrainer):
         data_weight = self._trajectories.get(DATA_WEIGHT, default=None)
         if data_weight is not None:
             check_data_weights(data_weight, repr(DATA_WEIGHT))
-            loss.check_data_weights(data_weight)
+            segments = loss.segments(self._trajectories)
+            share = loss.share(self._trajectories, segments)
+            loss.check_data_weights(data_weight, share)
         return loss
 
     # ---- data ----

@@ -102,10 +102,9 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
     ) -> None:
         check_q(proposal, sync_every, ema_decay)
         _check(args, settings)
-        if importance_weights is not None:
-            importance_weights.check_proposal(proposal)
-            if importance_weights.reference == "synced" or importance_weights.top_k:
-                raise ValueError(f"{importance_weights} need ImportanceWeightedTrainer")
+        weights = importance_weights
+        if weights is not None and (weights.reference == "synced" or weights.reads):
+            raise ValueError(f"{weights} need ImportanceWeightedTrainer")
         self._proposal, self._sync_every, self._ema_decay = proposal, sync_every, ema_decay
         super().__init__(model=model, args=args, **settings)
         if self._is_vision_dataset:
@@ -285,6 +284,7 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
         weight = self._trajectories.get(DATA_WEIGHT, default=None)
         if weight is not None:
             weight = weight[places.cpu()].to(log_prob.device)
+            batch.set(DATA_WEIGHT, weight)
         if self._proposal == "reference":
             zero = torch.zeros_like(log_prob)
             return Terms(segments, share, log_prob, zero, zero.bool(), None, weight)

@@ -21,7 +21,7 @@ from iwsft.objective import LOSS, ImportanceWeightedMLE, Terms
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.proposals import EMA, HardSync
 from iwsft.reference import cached_reference, write_reference
-from iwsft.trajectory import ASSISTANT_MASK, DATA_WEIGHT, TOKENS, TRAJ_IDS
+from iwsft.trajectory import ASSISTANT_MASK, DATA_WEIGHT, SUCCESS_RATE, TOKENS, TRAJ_IDS
 
 with named():
     from transformers import TrainerCallback
@@ -109,6 +109,8 @@ class _Hooks(TrainerCallback):
 
 def fingerprint_of_tokens(trajectories: TensorDictBase) -> str:
     """Fingerprint of the tokens, which are trained, their weights, and where trajectories begin."""
-    weighted = trajectories.get(DATA_WEIGHT, default=None) is not None
-    keys = (TOKENS, ASSISTANT_MASK, TRAJ_IDS, *((DATA_WEIGHT,) if weighted else ()))
+    further = [
+        x for x in (DATA_WEIGHT, SUCCESS_RATE) if trajectories.get(x, default=None) is not None
+    ]
+    keys = (TOKENS, ASSISTANT_MASK, TRAJ_IDS, *further)
     return fingerprint({str(key): trajectories.get(key) for key in keys})

@@ -33,12 +33,13 @@ def test_rows_of_memory_time_and_steps(report: dict[str, Any]) -> None:
         "peak memory of log-prob and gradient",
         "log-prob and gradient",
         "SFT",
-        "iw-SFT update",
-        "iw-SFT update",
-        "iw-SFT update",
+        *3 * ["iw-SFT update"],
+        "SFT update with data weights",
+        "DFT update",
+        "EAFT update",
         "peak memory of SFT",
     ]
-    assert len(set(names)) == 7
+    assert len(set(names)) == 10
     for row in report["rows"]:
         assert row["ours"] > 0 and row["ratio"] == pytest.approx(row["peer"] / row["ours"])
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from iwsft import ImportanceWeights, weights
-from iwsft.trajectory import REF_LOG_PROB
-from tests.language.tiny import losses, trainer
+from iwsft.trajectory import DATA_WEIGHT, REF_LOG_PROB, SUCCESS_RATE
+from tests.language.tiny import losses, trainer, trajectories
 
 DFT: dict[str, Any] = {"proposal": "current", "importance_weights": ImportanceWeights.dft()}
 PSFT: dict[str, Any] = {
@@ -73,3 +74,45 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("name", ["topr", "nft", "asft"])
+def test_layouts_and_parts_of_an_update_change_nothing(tmp_path: Path, name: str) -> None:
+    """Signs, success rates and the reference reach each token of any micro-batch."""
+    signed = trajectories()
+    ids = signed["collector", "traj_ids"]
+    sign = torch.where(ids % 3 == 0, -1.0, 1.0) * signed["masks", "all_assistant_mask"]
+    signed.set(DATA_WEIGHT, sign).set(SUCCESS_RATE, 0.1 + 0.08 * ids)
+    runs = [
+        trainer(
+            tmp_path / str(number),
+            data=signed.copy(),
+            importance_weights=getattr(ImportanceWeights, name)(),
+            learning_rate=1e-3,
+            **own,
+        )
+        for number, own in enumerate(
+            (
+                {},
+                {"layout": "packed"},
+                {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+            )
+        )
+    ]
+    for run in runs:
+        run.train()
+    for other in runs[1:]:
+        assert losses(other) == pytest.approx(losses(runs[0]), rel=1e-4, abs=1e-5)
+
+
+def test_a_baseline_above_the_mean_reward_is_refused(tmp_path: Path) -> None:
+    data = trajectories()
+    signs = torch.where(data["collector", "traj_ids"] < 2, 1.0, -1.0)
+    data.set(DATA_WEIGHT, signs * data["masks", "all_assistant_mask"])
+    with pytest.raises(ValueError, match="mean of at most 0"):
+        trainer(
+            tmp_path,
+            data=data,
+            proposal="reference",
+            importance_weights=ImportanceWeights.asymre(),
+        )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from iwsft import EMA, GaussianPolicy, HardSync, ImportanceWeightedMLE, ImportanceWeights, weights
-from iwsft.trajectory import REF_LOG_PROB, TRAJ_IDS, from_steps
+from iwsft.trajectory import DATA_WEIGHT, REF_LOG_PROB, SUCCESS_RATE, TRAJ_IDS, from_steps
 from tests.oracles import family
 
 SIZES = (5, 1, 9, 3)
@@ -205,6 +207,20 @@ def test_a_synced_reference_is_the_policy_at_the_last_sync() -> None:
         (lambda: ImportanceWeights.eaft(0.0), r"EntropyGate\(alpha=0.0\)"),
         (lambda: ImportanceWeights.eaft(top_k=1), r"EntropyGate\(top_k=1\)"),
         (lambda: ImportanceWeights.minor_sft(0.0), "Sigmoid"),
+        (lambda: ImportanceWeights.nft(0.0), "RefuteRatio"),
+        (lambda: ImportanceWeights.asft(-0.1), "kl=-0.1 must be finite"),
+        (lambda: ImportanceWeights.asft(float("inf")), "kl=inf must be finite"),
+        (lambda: ImportanceWeights.by_sign(negative=ImportanceWeights()), "has no bound"),
+        (
+            lambda: ImportanceWeights.by_sign(
+                negative=ImportanceWeights(trajectory=[weights.SelfNormalize()])
+            ),
+            "has no bound",
+        ),
+        (
+            lambda: make_loss(Table(), ImportanceWeights.topr(), reference="none"),
+            "reduce='sum' weigh by the probability",
+        ),
         (lambda: ImportanceWeights.psft(0.0), r"psft\(epsilon=0.0\): epsilon must be above 0"),
     ],
 )
@@ -215,14 +231,115 @@ def test_what_does_not_fit_is_refused(build: Callable[[], Any], message: str) ->
 
 def test_negative_data_need_weights_that_vanish() -> None:
     """p and p(1 - p) do; sigmoid(-log ratio) grows as q leaves the answer, and an entropy stays."""
-    for chain, bounded in (
+    for chain, fits in (
         (ImportanceWeights.dft(), True),
         (ImportanceWeights.chord_phi(), True),
         (ImportanceWeights.psft(), True),
         (ImportanceWeights.minor_sft(), False),
         (ImportanceWeights.eaft(), False),
     ):
-        assert chain.bounded == bounded, chain
+        with nullcontext() if fits else pytest.raises(ValueError, match="d is negative"):
+            chain.check_data_weights(torch.tensor([-1.0]), "d", proposal="current")
+
+
+REWARD = torch.tensor([1.0, -1.0, -1.0, 1.0])
+SUCCESS = torch.tensor([0.5, 0.3, 0.8, 0.01], dtype=torch.float64)
+BASELINE = -0.25
+# Data weight of each trajectory, and its loss as the paper prints it.
+SIGNED: dict[str, tuple[ImportanceWeights, Tensor, Callable[[Tensor, Tensor, int], Tensor]]] = {
+    "topr": (
+        ImportanceWeights.topr(),
+        REWARD,
+        lambda log_p, old, j: family.topr(log_p, old, float(REWARD[j])),
+    ),
+    "asymre": (
+        ImportanceWeights.asymre(),
+        REWARD - BASELINE,
+        lambda log_p, old, j: family.asymre(log_p, float(REWARD[j]), BASELINE),
+    ),
+    **{
+        f"nft {epsilon}": (
+            ImportanceWeights.nft(epsilon),
+            REWARD,
+            lambda log_p, old, j, epsilon=epsilon: family.nft(
+                log_p, old, bool(REWARD[j] > 0), float(SUCCESS[j].clamp(0.02, 0.98)), epsilon
+            ).sum(),
+        )
+        for epsilon in (1.0, 0.2)
+    },
+    "asft": (
+        ImportanceWeights.asft(0.3),
+        torch.ones(4),
+        lambda log_p, old, j: family.asft(log_p, old, 0.3).sum(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIGNED)
+def test_the_gradient_of_right_and_wrong_answers_is_that_of_the_equation(name: str) -> None:
+    chain, data_weight, equation = SIGNED[name]
+    policy, batch = Table(), make_batch()
+    ids = batch[TRAJ_IDS]
+    batch.set(DATA_WEIGHT, data_weight[ids]).set(SUCCESS_RATE, SUCCESS[ids])
+    proposal = "reference" if name == "asymre" else "current"
+    loss = make_loss(policy, chain, length_normalize=False, proposal=proposal)
+    truth = torch.zeros((), dtype=torch.float64)
+    for j, part in enumerate(parts(batch)):
+        truth = truth + equation(policy.log_prob(part), part[REF_LOG_PROB], j)
+    ours = loss(batch)["loss_iw_mle"]
+    expected, actual = (torch.autograd.grad(x, policy.logits)[0] for x in (truth, ours))
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+    if not name.startswith("nft"):
+        # Their losses, too, are -d w log p; NFT's is the logarithm of another ratio.
+        torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-11)
+
+
+def test_each_sign_has_its_own_chain_clips_and_comparisons() -> None:
+    policy, batch = Table(), make_batch()
+    batch.set(DATA_WEIGHT, REWARD[batch[TRAJ_IDS]])
+    negative = ImportanceWeights(trajectory=[weights.ClipWeight(max=0.5)])
+    both = ImportanceWeights.by_sign(
+        positive=ImportanceWeights(trajectory=[weights.SelfNormalize()]), negative=negative
+    )
+    terms = make_loss(policy, both).terms(batch)
+    alone = make_loss(policy, negative).terms(batch)
+    wrong = batch[DATA_WEIGHT] < 0
+    assert torch.equal(terms.log_weight[wrong], alone.log_weight[wrong])
+    assert torch.equal(terms.clipped[wrong], alone.clipped[wrong])
+    assert bool(terms.clipped[wrong].any()) and not bool(terms.clipped[~wrong].any())
+    # The mean of the positive weights is 1, whatever the negative ones are.
+    weight = terms.log_weight.exp()
+    mean = (terms.share * weight)[~wrong].sum() / terms.share[~wrong].sum()
+    assert float(mean) == pytest.approx(1.0)
+    # Without a negative weight in the batch the first chain weighs all.
+    right = make_loss(policy, both).terms(batch.copy().set(DATA_WEIGHT, torch.ones(len(batch))))
+    only = make_loss(policy, replace(both, negative=None)).terms(batch.exclude(DATA_WEIGHT))
+    assert torch.equal(right.log_weight, only.log_weight)
+
+
+def test_what_a_chain_reads_is_an_input_of_the_loss() -> None:
+    loss = make_loss(Table(), ImportanceWeights.nft())
+    assert {SUCCESS_RATE, REF_LOG_PROB} <= set(loss.in_keys)
+    batch = make_batch()
+    with pytest.raises(KeyError, match="needs 'success_rate' in the batch"):
+        loss(batch.set(DATA_WEIGHT, -torch.ones(len(batch))))
+    with pytest.raises(KeyError, match="needs 'ref_log_prob' in the batch"):
+        make_loss(Table(), ImportanceWeights.asft())(batch.exclude(REF_LOG_PROB))
+    assert make_loss(Table(), ImportanceWeights.asft()).needs_reference
+
+
+def test_baselines_above_the_mean_reward_are_refused() -> None:
+    share = torch.tensor([0.5, 0.5, 1.0])
+    asymre, topr = ImportanceWeights.asymre(), ImportanceWeights.topr()
+    for chain, weight, refused in (
+        (asymre, [1.0, 1.0, -0.9], False),
+        (asymre, [1.0, 1.0, -1.0], True),
+        (topr, [1.0, 1.0, -2.0], False),
+    ):
+        with pytest.raises(ValueError, match="mean of at most 0") if refused else nullcontext():
+            chain.check_data_weights(torch.tensor(weight), "d", proposal="current", share=share)
+    with pytest.raises(ValueError, match="proposal='reference' does not compute"):
+        topr.check_data_weights(torch.tensor([-1.0]), "d", proposal="reference")
 
 
 @pytest.mark.parametrize("alpha", [1.0, 2.5])

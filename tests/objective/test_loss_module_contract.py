@@ -25,6 +25,7 @@ DEFAULT_KEYS: dict[str, NestedKey] = {
     "importance_weight": "importance_weight",
     "data_weight": "data_weight",
     "standard_score": "standard_score",
+    "success_rate": "success_rate",
 }
 OUT_KEYS = ["loss_iw_mle", "ESS", "kl_approx", "clip_fraction", "weight_mean", "weight_max"]
 OUT_KEYS += ["log_prob"]

@@ -50,3 +50,32 @@ def eaft(logits: Tensor, target: Tensor, alpha: float, top_k: int) -> Tensor:
     entropy = -(p * p.log()).sum(1) / math.log(top_k)
     log_p = logits.log_softmax(1).gather(1, target[:, None]).squeeze(1)
     return -(entropy**alpha) * log_p
+
+
+def asft(log_p: Tensor, reference: Tensor, alpha: float) -> Tensor:
+    """arXiv 2509.23753: DFT + alpha KL, estimated from the tokens of the data as NeMo-RL does."""
+    ratio = (reference - log_p).exp()
+    return dft(log_p) + alpha * (ratio - 1 - ratio.log())
+
+
+def topr(log_p: Tensor, behaviour: Tensor, reward: float) -> Tensor:
+    """arXiv 2503.14286: -R sg(rho) log p of the answer; rho = 1, if R < 0 clip(p / mu, 0, 1)."""
+    ratio = (log_p - behaviour).sum().exp().clamp(0, 1).detach() if reward < 0 else 1.0
+    return -reward * ratio * log_p.sum()
+
+
+def asymre(log_p: Tensor, reward: float, baseline: float) -> Tensor:
+    """arXiv 2506.20520: -(R - V) log p of the whole answer."""
+    return -(reward - baseline) * log_p.sum()
+
+
+def nft(log_p: Tensor, old: Tensor, right: bool, success: float, epsilon: float) -> Tensor:
+    """arXiv 2505.18116, Eq. 10: -log r, or -log max_v((1 - c r) / (1 - c), epsilon) if wrong.
+
+    max_v has the value of the maximum, and the gradient of its first argument.
+    """
+    ratio = (log_p - old).exp()
+    if right:
+        return -ratio.log()
+    wrong = (1 - success * ratio) / (1 - success)
+    return -(wrong + (wrong.clamp(min=epsilon) - wrong).detach()).log()

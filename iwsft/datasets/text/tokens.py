@@ -19,6 +19,7 @@ from iwsft.trajectory import (
     ATTENTION_MASK,
     DATA_WEIGHT,
     MULTIPLICITY,
+    SUCCESS_RATE,
     TOKENS,
     check_data_weights,
     from_steps,
@@ -122,6 +123,31 @@ def correct_only(trajectories: TensorDictBase) -> TensorDictBase:
     if not bool(correct.any()):
         raise ValueError(f"none of the {len(correct)} rows is correct; take other rows")
     return select(trajectories, correct.nonzero().squeeze(-1))
+
+
+def weigh_correct(
+    trajectories: TensorDictBase, *, right: float = 1.0, wrong: float = -1.0
+) -> TensorDictBase:
+    """Weigh packed trajectories by whether a checker accepted them: ``right``, or ``wrong``.
+
+    None is left out. The weight multiplies their ``data_weight``. ``success_rate`` becomes the
+    share of accepted ones among all. The result shares memory with ``trajectories``.
+
+    Raises:
+        KeyError: There is no ``correct``.
+        ValueError: All are right, or all wrong.
+    """
+    if trajectories.get(CORRECT, default=None) is None:
+        raise KeyError(f"there is no {CORRECT!r} here; give the rows a column 'correct'")
+    correct = per_trajectory(trajectories, CORRECT)
+    if bool(correct.all()) or not bool(correct.any()):
+        kind = "right" if bool(correct.all()) else "wrong"
+        raise ValueError(f"all {len(correct)} rows are {kind}; take right and wrong answers")
+    mask = trajectories.get(ASSISTANT_MASK)
+    weight = torch.where(trajectories.get(CORRECT), right, wrong) * mask
+    weight = weight * trajectories.get(DATA_WEIGHT, default=torch.ones_like(weight))
+    rate = torch.full_like(weight, float(correct.float().mean()))
+    return trajectories.copy().set(DATA_WEIGHT, weight).set(SUCCESS_RATE, rate)
 
 
 def _encode(

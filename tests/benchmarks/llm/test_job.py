@@ -20,7 +20,7 @@ from tensordict import NestedKey
 from benchmarks.llm.__main__ import main
 from benchmarks.llm.launch import Launch
 from benchmarks.llm.models import load
-from benchmarks.llm.options import ALGORITHMS, Options, choose_q, parse
+from benchmarks.llm.options import ALGORITHMS, Options, choose_q, parse, recorded
 from benchmarks.llm.recipes import RECIPES, Sources, load_recipe
 from benchmarks.llm.recipes.arithmetic.recipe import ArithmeticRecipe
 from benchmarks.llm.recipes.s1k import AUTHORS, PAPER
@@ -31,7 +31,8 @@ from benchmarks.report.scores import algorithm_label
 from benchmarks.results import CONTROL, read_all
 from iwsft.datasets.text.rows import Row
 from iwsft.language import ImportanceWeightedTrainer
-from iwsft.trajectory import MULTIPLICITY, STANDARD_SCORE, lengths
+from iwsft.presets import ImportanceWeights
+from iwsft.trajectory import DATA_WEIGHT, MULTIPLICITY, STANDARD_SCORE, SUCCESS_RATE, lengths
 
 SHORT = ("--max-steps", "6", "--sync-every", "2", "--ema-decay", "0.5")
 
@@ -66,11 +67,19 @@ def rows(folder: Path) -> list[dict[str, float]]:
     return [row for row in map(json.loads, lines) if "loss" in row]
 
 
+# The others differ from these in their weights alone.
+TRAINED = {
+    name: algorithm
+    for name, algorithm in ALGORITHMS.items()
+    if algorithm.related in (None, "dft", "psft", "nft", "asymre")
+}
+
+
 def test_every_algorithm_writes_its_files(
     job: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], small: Any
 ) -> None:
-    folder = job(tmp_path, "base", *ALGORITHMS, flags=SHORT)
-    for algo, algorithm in ALGORITHMS.items():
+    folder = job(tmp_path, "base", *TRAINED, flags=SHORT)
+    for algo, algorithm in TRAINED.items():
         run = folder / algo / "seed-0"
         result = json.loads((run / "result.json").read_text())
         config = json.loads((run / "config.json").read_text())
@@ -90,7 +99,7 @@ def test_every_algorithm_writes_its_files(
             assert logged[0]["loss"] == pytest.approx(
                 rows(folder / same / "seed-0")[0]["loss"], rel=1e-6
             )
-        else:
+        elif not algorithm.signed:
             assert logged[0]["weight_max"] < 1
         moved = max(abs(row["weight_max"] - 1) for row in logged) > 1e-4
         assert moved == (algorithm.proposal != "reference")
@@ -105,8 +114,8 @@ def test_every_algorithm_writes_its_files(
     assert base["steps"] == 0 and "ESS" not in base
 
     printed = capsys.readouterr()
-    assert f"{1 + len(ALGORITHMS)} done" in printed.out and "exact match" in printed.out
-    labels = [algorithm_label(name) for name in ("base", *ALGORITHMS)]
+    assert f"{1 + len(TRAINED)} done" in printed.out and "exact match" in printed.out
+    labels = [algorithm_label(name) for name in ("base", *TRAINED)]
     lines = [f"{line.strip()} " for line in printed.out.splitlines()]
     shown = [
         max((each for each in labels if line.startswith(f"{each} ")), key=len, default="")
@@ -118,7 +127,7 @@ def test_every_algorithm_writes_its_files(
     above = write_report(tmp_path, tmp_path / "report").page.parent
     for report in (folder / "report", above):
         records = {each["algo"]: each for each in json.loads((report / "runs.json").read_text())}
-        assert records.keys() == {"base", *ALGORITHMS} and records["base"]["score"] == base["score"]
+        assert records.keys() == {"base", *TRAINED} and records["base"]["score"] == base["score"]
         for algo, record in records.items():
             row = f"| {algorithm_label(algo)} | 1 | {record['score']:.3f} |"
             assert row in (report / "report.md").read_text()
@@ -298,6 +307,10 @@ def test_a_run_that_fails_does_not_stop_the_others(
         ("--algo sft dft --reference none", "--reference none changes nothing"),
         ("--algo iw-sft --reference none", "reference='none' and reduce='sum' weigh by"),
         ("--algo iw-sft-step --reference none", "ClipRatio(min=0.2, max=1.8) is for q / pi_ref"),
+        ("--algo topr --cuts 50", "--cuts (50.0,) changes nothing"),
+        ("--algo nft --nft-epsilon 2", "RefuteRatio(epsilon=2.0) must be in (0, 1]"),
+        ("--algo topr --baseline-margin 0.2", "--baseline-margin 0.2 changes nothing"),
+        ("--algo eaft --eaft-top-k 1", "--eaft-top-k 1: at least 2"),
         ("--algo base --max-steps 5", "--max-steps 5 changes nothing"),
         ("--max-steps 80 --epochs 1", "--max-steps and --epochs: pass one"),
         ("--max-steps 0", "--max-steps 0: at least 1"),
@@ -393,6 +406,31 @@ def test_weights_that_are_compared_are_known_before_a_divided_update() -> None:
     assert choose_q(ALGORITHMS["iw-sft-ema"], compared, 2) == ("lagged", None)
 
 
+def test_each_related_method_has_the_chain_of_its_settings() -> None:
+    settings = Settings(
+        learning_rate=1e-3, batch_size=4, power_k=3.0, psft_epsilon=0.3, eaft_alpha=2.0
+    )
+    chains = ImportanceWeights
+    expected = {
+        "dft": chains.dft(),
+        "power": chains.power(3.0),
+        "chord-phi": chains.chord_phi(),
+        "psft": chains.psft(0.3),
+        "eaft": chains.eaft(2.0, 20),
+        "asft": chains.asft(0.1),
+        "minor-sft": chains.minor_sft(0.1),
+        "topr": chains.topr(),
+        "nft": chains.nft(1.0),
+        "asymre": chains.asymre(),
+    }
+    related = {name: each for name, each in ALGORITHMS.items() if each.related is not None}
+    assert {n: each.importance_weights(settings) for n, each in related.items()} == expected
+    # What changes nothing is not recorded.
+    assert "power_k" not in recorded(settings, ALGORITHMS["psft"])
+    assert recorded(settings, ALGORITHMS["power"])["power_k"] == 3.0
+    assert not {"reference", "psft_epsilon"} & recorded(settings, ALGORITHMS["iw-sft"]).keys()
+
+
 def test_d_plus_and_its_multiplicity(small: tuple[str, str], tmp_path: Path) -> None:
     """Right rows alone; with quality cuts each cut that a row survives is one copy of it."""
     _, tokenizer = load(small[0])
@@ -407,6 +445,15 @@ def test_d_plus_and_its_multiplicity(small: tuple[str, str], tmp_path: Path) -> 
     counts = partial(column, MULTIPLICITY)
 
     assert counts("sft") == [1] * len(right)
+    # Wrong rows count where their sign does.
+    assert counts("topr") == [1] * len(prepared.rows)
+    rate, first = len(right) / len(prepared.rows), prepared.rows[0].correct
+    for algo, weights in (("nft", (1, -1)), ("asymre", (1.1 - rate, 0.1 - rate))):
+        data = curated(a_run(settings), ALGORITHMS[algo], prepared, tokenizer)
+        trained = data.get(DATA_WEIGHT)[data.get(DATA_WEIGHT) != 0]
+        assert sorted(trained.unique().tolist()) == pytest.approx(sorted(weights))
+        assert float(trained[0]) == pytest.approx(weights[0] if first else weights[1])
+        assert float(data.get(SUCCESS_RATE)[0]) == pytest.approx(rate)
     found = counts("sft-q")
     assert len(found) == len(right) and sum(n == 2 for n in found) == -(-len(right) // 2)
     best = sorted((row.score for row in right), reverse=True)[: len(right) // 2]
