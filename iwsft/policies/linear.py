@@ -25,13 +25,13 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``input @ weight.T + bias``."""
-        if self.bias is None or not (_is_eager() and _suits(input) and _suits(self.weight)):
+        weight, bias = self.weight, self.bias
+        # Others would give a view, which can't be changed in place, or need torch's error.
+        fits = input.ndim == 2 and input.shape[1] == weight.shape[1]
+        if bias is None or not (fits and _is_eager() and _suits(input) and _suits(weight)):
             return super().forward(input)
-        if input.ndim != 2 or input.shape[1] != self.weight.shape[1]:
-            # A view, which can't be changed in place after this; or an error that names the shapes.
-            return super().forward(input)
-        out: Tensor = _Product.apply(input, self.weight, self.bias)
-        return out
+        multiply = _Product.apply if torch.is_grad_enabled() else _multiply
+        return multiply(input, weight, bias)
 
 
 class _Product(torch.autograd.Function):
