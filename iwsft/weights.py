@@ -168,7 +168,7 @@ class RefuteRatio(_OfStep):
     of: ClassVar[Quantity] = "ratio"
     reads: ClassVar[str] = "success_rate"
 
-    epsilon: float = 1.0
+    epsilon: float
 
     def __post_init__(self) -> None:
         inside = 0 < self.epsilon <= 1

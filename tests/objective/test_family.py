@@ -208,6 +208,7 @@ def test_a_synced_reference_is_the_policy_at_the_last_sync() -> None:
         (lambda: ImportanceWeights.eaft(top_k=1), r"EntropyGate\(top_k=1\)"),
         (lambda: ImportanceWeights.minor_sft(0.0), "Sigmoid"),
         (lambda: ImportanceWeights.nft(0.0), "RefuteRatio"),
+        (lambda: ImportanceWeights.nft(1.5), "RefuteRatio"),
         (lambda: ImportanceWeights.asft(-0.1), "kl=-0.1 must be finite"),
         (lambda: ImportanceWeights.asft(float("inf")), "kl=inf must be finite"),
         (lambda: ImportanceWeights.by_sign(negative=ImportanceWeights()), "has no bound"),
@@ -243,7 +244,7 @@ def test_negative_data_need_weights_that_vanish() -> None:
 
 
 REWARD = torch.tensor([1.0, -1.0, -1.0, 1.0])
-SUCCESS = torch.tensor([0.5, 0.3, 0.8, 0.01], dtype=torch.float64)
+SUCCESS = torch.tensor([0.5, 0.005, 0.995, 0.4], dtype=torch.float64)
 BASELINE = -0.25
 # Data weight of each trajectory, and its loss as the paper prints it.
 SIGNED: dict[str, tuple[ImportanceWeights, Tensor, Callable[[Tensor, Tensor, int], Tensor]]] = {
