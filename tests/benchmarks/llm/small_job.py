@@ -6,10 +6,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.llm.launch import Launch
+from benchmarks.llm.options import Options
 from benchmarks.llm.recipes.arithmetic import BaseSettings
 from benchmarks.llm.recipes.arithmetic.base import tokenizer, train
 from benchmarks.llm.recipes.arithmetic.recipe import ArithmeticRecipe
 from benchmarks.llm.recipes.arithmetic.task import check, mixture, problems
+from benchmarks.llm.run import Run
+from benchmarks.llm.settings import Settings
 
 RECIPE = replace(ArithmeticRecipe(), name="small", held_out=40)
 ROWS = 200
@@ -28,3 +32,9 @@ def write(folder: Path) -> tuple[str, str]:
             row = {"prompt": problem.prompt, "completion": text, "score": verdict.quality}
             file.write(json.dumps({**row, "correct": bool(verdict.score)}) + "\n")
     return str(folder / "model"), str(folder / "rows.jsonl")
+
+
+def run(settings: Settings, processes: int = 1) -> Run:
+    """A run of SFT with these settings, on processes that each have a GPU."""
+    launch = Launch("zero3", "deepspeed", 3, False, "cuda", processes)
+    return Run("small", "sft", 0, Options(seeds=(0,), settings=settings), launch)

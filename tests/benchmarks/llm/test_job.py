@@ -18,20 +18,17 @@ from scipy import stats
 from tensordict import NestedKey
 
 from benchmarks.llm.__main__ import main
-from benchmarks.llm.launch import Launch
 from benchmarks.llm.models import load
-from benchmarks.llm.options import ALGORITHMS, Options, choose_q, parse, recorded
-from benchmarks.llm.recipes import RECIPES, Sources, load_recipe
+from benchmarks.llm.options import ALGORITHMS
+from benchmarks.llm.recipes import RECIPES, Sources
 from benchmarks.llm.recipes.arithmetic.recipe import ArithmeticRecipe
-from benchmarks.llm.recipes.s1k import AUTHORS, PAPER
-from benchmarks.llm.run import Run, curated, training_arguments
+from benchmarks.llm.run import curated
 from benchmarks.llm.settings import Settings
 from benchmarks.report.page import write_report
 from benchmarks.report.scores import algorithm_label
 from benchmarks.results import CONTROL, read_all
 from iwsft.datasets.text.rows import Row
 from iwsft.language import ImportanceWeightedTrainer
-from iwsft.presets import ImportanceWeights
 from iwsft.trajectory import DATA_WEIGHT, MULTIPLICITY, STANDARD_SCORE, SUCCESS_RATE, lengths
 
 SHORT = ("--max-steps", "6", "--sync-every", "2", "--ema-decay", "0.5")
@@ -279,158 +276,6 @@ def test_a_run_that_fails_does_not_stop_the_others(
     assert (folder / "iw-sft" / "seed-0" / "result.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--algo iwsft", "unknown algorithm 'iwsft'; did you mean 'iw-sft'?"),
-        ("--recipe aritmetic", "unknown recipe 'aritmetic'; did you mean 'arithmetic'?"),
-        ("--algo", "nothing to run"),
-        ("--seeds", "nothing to run"),
-        ("--algo sft sft", "--algo sft: asked for twice"),
-        ("--seeds 1 1", "--seeds 1: asked for twice"),
-        ("--seeds -1", "--seeds -1: a seed lies in"),
-        ("--jobs 0", "--jobs 0: at least 1"),
-        ("--device tpu", "unknown device 'tpu'; did you mean 'cpu'?"),
-        ("--deepspeed zero3 zero2", "--deepspeed zero3 zero2: one config"),
-        ("--deepspeed --jobs 2", "--jobs 2 changes nothing with --deepspeed"),
-        ("--deepspeed zero9", "--deepspeed zero9: there is no such file; it is one of cpu_zero3"),
-        ("--algo sft --sync-every 5", "--sync-every 5 changes nothing"),
-        ("--algo sft iw-sft --ema-decay 0.5", "--ema-decay 0.5 changes nothing"),
-        ("--algo sft iw-sft-step --temperature 2", "--temperature 2.0 changes nothing"),
-        (
-            "--algo iw-sft --temperature 2 --preset authors_llm",
-            "--temperature 2.0 changes nothing in the algorithms asked for with preset 'authors",
-        ),
-        ("--algo sft --preset recipe", "--preset recipe changes nothing"),
-        ("--algo dft --psft-epsilon 0.3", "--psft-epsilon 0.3 changes nothing"),
-        ("--algo power --power-k 0", "--power-k 0.0: a finite number above 0"),
-        ("--algo sft dft --reference none", "--reference none changes nothing"),
-        ("--algo iw-sft --reference none", "reference='none' and reduce='sum' weigh by"),
-        ("--algo iw-sft-step --reference none", "ClipRatio(min=0.2, max=1.8) is for q / pi_ref"),
-        ("--algo topr --cuts 50", "--cuts (50.0,) changes nothing"),
-        ("--algo nft --nft-epsilon 2", "RefuteRatio(epsilon=2.0) must be in (0, 1]"),
-        ("--algo topr --baseline-margin 0.2", "--baseline-margin 0.2 changes nothing"),
-        ("--algo eaft --eaft-top-k 1", "--eaft-top-k 1: at least 2"),
-        ("--algo base --max-steps 5", "--max-steps 5 changes nothing"),
-        ("--max-steps 80 --epochs 1", "--max-steps and --epochs: pass one"),
-        ("--max-steps 0", "--max-steps 0: at least 1"),
-        ("--learning-rate 0", "--learning-rate 0.0: a finite number above 0"),
-        ("--ema-decay 1", "--ema-decay 1.0: in [0, 1)"),
-        ("--adam-beta2 1", "--adam-beta2 1.0: in [0, 1)"),
-        ("--algo iw-sft --temperature -1", "--temperature -1.0: a finite number"),
-        ("--algo iw-sft --temperature inf", "--temperature inf: a finite number"),
-        ("--epochs nan", "--epochs nan: a finite number"),
-        ("--algo iw-sft-step --step-clip 2 1", "--step-clip 2.0 1.0: from 0 on"),
-        ("--scheduler constant --warmup 5", "--warmup 5.0 changes nothing with --scheduler"),
-        ("--algo base --save-every 5", "--save-every 5 changes nothing in base"),
-        ("--report-to wandbb", "unknown tracker 'wandbb'; did you mean 'wandb'"),
-        ("--scheduler cosin", "unknown scheduler 'cosin'; did you mean 'cosine'?"),
-        ("--quality-cuts 0 100", "cut 100.0: a percentile"),
-        ("--micro-batch-size 5", "--micro-batch-size 5 does not divide the 32 draws"),
-    ],
-)
-def test_errors_that_can_be_known_come_at_once(words: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit) as end:
-        main([*words.split(), "--out", str(tmp_path / "runs")])
-    assert f"error: {message}" in str(end.value)
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("words", "package"), [("--report-to wandb", "wandb"), ("--lora-rank 4", "peft")]
-)
-def test_a_missing_package_is_named(
-    words: str, package: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("iwsft.extras.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=f"{package} is not installed: pip install 'iwsft"):
-        parse(words.split())
-
-
-def test_missing_options_are_the_recipes() -> None:
-    arithmetic = load_recipe("arithmetic")
-    options = parse([])
-    assert (options.seeds, options.settings) == ((0, 1, 2), arithmetic.defaults)
-    assert parse(["--seeds", "7"]).seeds == (7,)
-    options = parse(["--recipe=s1k", "--algo", "iw-sft"])
-    assert (options.seeds, options.settings) == ((0,), AUTHORS)
-    # A preset brings its own settings, and the other flags come after.
-    options = parse(
-        ["--recipe", "s1k", "--algo", "iw-sft", "--preset", "paper_llm", "--warmup", "7"]
-    )
-    assert options.settings == replace(PAPER, warmup=7)
-    settings = parse(
-        ["--recipe", "s1k", "--algo", "iw-sft", "--max-steps", "10", "--cuts", "50"]
-    ).settings
-    assert (settings.max_steps, settings.epochs, settings.cuts) == (10, None, (50.0,))
-    settings = parse(["--epochs", "2"]).settings
-    assert (settings.max_steps, settings.epochs) == (None, 2.0)
-
-
-def test_help_shows_the_recipes_own_settings(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse(["--recipe", "s1k", "--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    assert all(name in shown for name in RECIPES) and "(set by the recipe: 22000)" in shown
-
-
-def a_run(settings: Settings, processes: int = 1) -> Run:
-    launch = Launch("zero3", "deepspeed", 3, False, "cuda", processes)
-    return Run("small", "sft", 0, Options(seeds=(0,), settings=settings), launch)
-
-
-def test_a_batch_is_shared_out() -> None:
-    settings = Settings(learning_rate=1e-3, batch_size=16, max_steps=3, micro_batch_size=2)
-    for processes, accumulation in ((1, 8), (4, 2), (8, 1)):
-        arguments = training_arguments(a_run(settings, processes), ALGORITHMS["sft"])
-        assert arguments["per_device_train_batch_size"] == 2
-        assert arguments["gradient_accumulation_steps"] == accumulation
-    # A micro-batch is never more than there is.
-    arguments = training_arguments(a_run(settings, 16), ALGORITHMS["sft"])
-    assert arguments["per_device_train_batch_size"] == 1
-    assert arguments["gradient_accumulation_steps"] == 1
-    with pytest.raises(ValueError, match="--batch-size 16: not a multiple of 3 processes"):
-        training_arguments(a_run(settings, 3), ALGORITHMS["sft"])
-
-
-def test_weights_that_are_compared_are_known_before_a_divided_update() -> None:
-    compared = Settings(learning_rate=1e-3, batch_size=4, max_steps=3, self_normalize=True)
-    alone = Settings(learning_rate=1e-3, batch_size=4, max_steps=3)
-    current = ALGORITHMS["iw-sft"]
-    assert choose_q(current, compared, 1) == ("current", None)
-    assert choose_q(current, compared, 2) == ("cached", 1)
-    assert choose_q(current, alone, 2) == ("current", None)
-    assert choose_q(ALGORITHMS["iw-sft-step"], compared, 2) == ("current", None)
-    assert choose_q(ALGORITHMS["iw-sft-hard"], compared, 2) == ("cached", compared.sync_every)
-    assert choose_q(ALGORITHMS["sft"], compared, 2) == ("reference", None)
-    assert choose_q(ALGORITHMS["iw-sft-ema"], compared, 2) == ("lagged", None)
-
-
-def test_each_related_method_has_the_chain_of_its_settings() -> None:
-    settings = Settings(
-        learning_rate=1e-3, batch_size=4, power_k=3.0, psft_epsilon=0.3, eaft_alpha=2.0
-    )
-    chains = ImportanceWeights
-    expected = {
-        "dft": chains.dft(),
-        "power": chains.power(3.0),
-        "chord-phi": chains.chord_phi(),
-        "psft": chains.psft(0.3),
-        "eaft": chains.eaft(2.0, 20),
-        "asft": chains.asft(0.1),
-        "minor-sft": chains.minor_sft(0.1),
-        "topr": chains.topr(),
-        "nft": chains.nft(1.0),
-        "asymre": chains.asymre(),
-    }
-    related = {name: each for name, each in ALGORITHMS.items() if each.related is not None}
-    assert {n: each.importance_weights(settings) for n, each in related.items()} == expected
-    # What changes nothing is not recorded.
-    assert "power_k" not in recorded(settings, ALGORITHMS["psft"])
-    assert recorded(settings, ALGORITHMS["power"])["power_k"] == 3.0
-    assert not {"reference", "psft_epsilon"} & recorded(settings, ALGORITHMS["iw-sft"]).keys()
-
-
 def test_d_plus_and_its_multiplicity(small: tuple[str, str], tmp_path: Path) -> None:
     """Right rows alone; with quality cuts each cut that a row survives is one copy of it."""
     _, tokenizer = load(small[0])
@@ -439,7 +284,9 @@ def test_d_plus_and_its_multiplicity(small: tuple[str, str], tmp_path: Path) -> 
     settings = Settings(learning_rate=1e-3, batch_size=4, max_steps=1, quality_cuts=(0, 50))
 
     def column(key: NestedKey, algo: str, **changed: Any) -> list[float]:
-        data = curated(a_run(settings), ALGORITHMS[algo], replace(prepared, **changed), tokenizer)
+        data = curated(
+            small_job.run(settings), ALGORITHMS[algo], replace(prepared, **changed), tokenizer
+        )
         return data.get(key)[lengths(data).cumsum(0) - 1].tolist()
 
     counts = partial(column, MULTIPLICITY)
@@ -449,7 +296,7 @@ def test_d_plus_and_its_multiplicity(small: tuple[str, str], tmp_path: Path) -> 
     assert counts("topr") == [1] * len(prepared.rows)
     rate, first = len(right) / len(prepared.rows), prepared.rows[0].correct
     for algo, weights in (("nft", (1, -1)), ("asymre", (1.1 - rate, 0.1 - rate))):
-        data = curated(a_run(settings), ALGORITHMS[algo], prepared, tokenizer)
+        data = curated(small_job.run(settings), ALGORITHMS[algo], prepared, tokenizer)
         trained = data.get(DATA_WEIGHT)[data.get(DATA_WEIGHT) != 0]
         assert sorted(trained.unique().tolist()) == pytest.approx(sorted(weights))
         assert float(trained[0]) == pytest.approx(weights[0] if first else weights[1])
