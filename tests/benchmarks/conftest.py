@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,24 @@ import h5py
 import numpy as np
 import pytest
 
+from benchmarks import stopping
 from benchmarks.d4rl.__main__ import main
 from benchmarks.d4rl.options import Options
 from iwsft import environments
 
 # Tiny settings of a run that takes about a second.
 TINY: dict[str, Any] = {"steps": 20, "reference_steps": 20, "eval_episodes": 2, "jobs": 1}
+
+
+@pytest.fixture(autouse=True)
+def unwatched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A command that runs in the process of the tests leaves its watch of signals to no other."""
+    monkeypatch.setattr(stopping, "_way_out", [])
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -69,8 +69,8 @@ def test_another_computation_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_another_training_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def untrained(ids: torch.Tensor, sizes: language_updates.Sizes) -> Any:
-        return packed(ids, replace(sizes, trained=sizes.trained - 1))
+    def untrained(ids: torch.Tensor, sizes: language_updates.Sizes, **how: Any) -> Any:
+        return packed(ids, replace(sizes, trained=sizes.trained - 1), **how)
 
     packed = language_updates.packed
     monkeypatch.setattr(language_updates, "packed", untrained)
