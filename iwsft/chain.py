@@ -151,6 +151,20 @@ class Chain:
                 "vanish: subtract a baseline below the mean score, or take ImportanceWeights.topr()"
             )
 
+    def check_signs(self, data_weight: Tensor | None) -> None:
+        """Refuse the data weights of a whole dataset if ``negative`` would change nothing.
+
+        Raises:
+            ValueError: This chain has one for negative data weights, and none is negative.
+        """
+        if self.negative is None:
+            return
+        if data_weight is None or not bool((data_weight < 0).any()):
+            raise ValueError(
+                "these importance weights have a chain for negative data weights, and no row has "
+                "one: pass trajectories that weigh_correct has weighed, wrong answers included"
+            )
+
     def __repr__(self) -> str:
         # Fields with a default that the first three had not: what is recorded stays comparable.
         later = [f for f in fields(self)[3:] if getattr(self, f.name) != f.default]

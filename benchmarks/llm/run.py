@@ -161,7 +161,13 @@ def _signed(algorithm: Variant, trajectories: TensorDictBase, *, margin: float) 
     """Weigh right answers 1 and wrong ones -1; in AsymRE 1 and 0, less a baseline."""
     weighed = weigh_correct(trajectories)
     if algorithm.related == "asymre":
-        baseline = float(weighed.get(SUCCESS_RATE)[0]) - margin
+        rate = float(weighed.get(SUCCESS_RATE)[0])
+        baseline = rate - margin
+        if baseline <= 0:
+            raise ValueError(
+                f"--baseline-margin {margin:g} must be below the share of right rows, {rate:.3g}: "
+                "with a baseline of at most 0, wrong answers count as right ones do"
+            )
         weighed = weigh_correct(trajectories, right=1 - baseline, wrong=-baseline)
     if weighed.get(MULTIPLICITY, default=None) is not None:
         return weighed

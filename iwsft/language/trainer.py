@@ -196,6 +196,7 @@ class ImportanceWeightedTrainer(WeightedTrainer):
             hold_q=False,
         )
         data_weight = self._trajectories.get(DATA_WEIGHT, default=None)
+        loss.importance_weights.check_signs(data_weight)
         if data_weight is not None:
             check_data_weights(data_weight, repr(DATA_WEIGHT))
             segments = loss.segments(self._trajectories)

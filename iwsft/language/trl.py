@@ -170,6 +170,7 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
             steps[DATA_WEIGHT] = weight.float() * trained
             check_data_weights(steps[DATA_WEIGHT], "the column 'weight'")
             self._loss.check_data_weights(steps[DATA_WEIGHT])
+        self._loss.importance_weights.check_signs(steps.get(DATA_WEIGHT))
         self._trajectories = from_steps(steps, trajectory)
         self._longest = max(sizes)
         starts = torch.tensor([0, *sizes[:-1]]).cumsum(0).tolist()

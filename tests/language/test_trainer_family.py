@@ -67,6 +67,11 @@ def test_psft_masks_what_left_its_limit_since_the_sync(tmp_path: Path) -> None:
             {**PSFT, "proposal": "cached"},
             "reference='synced' needs proposal='current', not 'cached'",
         ),
+        ({"importance_weights": ImportanceWeights.topr()}, "and no row has one: pass"),
+        (
+            {"importance_weights": ImportanceWeights.asymre(), "proposal": "reference"},
+            "and no row has one: pass",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(

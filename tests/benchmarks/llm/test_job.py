@@ -301,6 +301,9 @@ def test_d_plus_and_its_multiplicity(small: tuple[str, str], tmp_path: Path) -> 
         assert sorted(trained.unique().tolist()) == pytest.approx(sorted(weights))
         assert float(trained[0]) == pytest.approx(weights[0] if first else weights[1])
         assert float(data.get(SUCCESS_RATE)[0]) == pytest.approx(rate)
+    settings = replace(settings, baseline_margin=rate)
+    with pytest.raises(ValueError, match="must be below the share of right rows"):
+        curated(small_job.run(settings), ALGORITHMS["asymre"], prepared, tokenizer)
     found = counts("sft-q")
     assert len(found) == len(right) and sum(n == 2 for n in found) == -(-len(right) // 2)
     best = sorted((row.score for row in right), reverse=True)[: len(right) // 2]
