@@ -4,33 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+from row_records import CHAT, PAIR, contents, jsonl, turn
 
 from iwsft.datasets.text.rows import Row, check_scores, read, to_row
 
-CHAT = {
-    "messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "vier 😀"}]
-}
-PAIR = {"prompt": "2+2=", "completion": "4"}
 SCORED = [
     {**PAIR, "score": 0.5, "weight": -0.5, "count": 2, "correct": True},
     {**PAIR, "score": -1, "weight": 3, "count": 0.0, "correct": 0},
 ]
-
-
-def jsonl(path: Path, records: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-def contents(rows: list[Row]) -> list[tuple[Any, ...]]:
-    return [
-        (r.messages, r.prompt, r.completion, r.score, r.weight, r.count, r.correct) for r in rows
-    ]
 
 
 EXPECTED = [
@@ -78,10 +63,6 @@ def test_keys_that_arrow_fills_with_none_are_absent_from_messages(tmp_path):
     rows = read(tmp_path / "chat.parquet")
     assert [dict(m) for m in rows[0].messages or ()] == CHAT["messages"]
     assert rows[1].messages == ({"role": "assistant", "content": "a", "thinking": "t"},)
-
-
-def turn(role: str, content: Any) -> dict[str, Any]:
-    return {"role": role, "content": content}
 
 
 @pytest.mark.parametrize(
