@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,27 +11,31 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import GenerationConfig
-
 from benchmarks.commands import typed
-from benchmarks.llm.evaluation.grading import Grader
 from benchmarks.llm.evaluation.options import Options
-from benchmarks.llm.evaluation.scores import Generation, grade, score
+from benchmarks.llm.evaluation.scores import score
 from benchmarks.llm.evaluation.tasks import QuestionSet, read_questions
-from benchmarks.llm.models import check_fit, context_of, load, load_config, load_tokenizer, locate
+from benchmarks.llm.generators import load_generator, load_prompter
 from benchmarks.options import check_once
 from benchmarks.runs import CONFIG, RESULT, alone_in, claim, hardware, versions, write_json
 from iwsft.checkpoint import CheckpointError
-from iwsft.files import full_disk_named, written_whole
+from iwsft.files import written_whole
 from iwsft.language.budget import S1, TAGS, Delimiters, overhead, think_then_answer
-from iwsft.language.generation import Generator, Request, TransformersGenerator, VLLMGenerator
-from iwsft.progress import Progress
+from iwsft.language.generation import Generator, Request
+from iwsft.language.generations import (
+    GENERATIONS,
+    Generation,
+    Key,
+    Prompter,
+    generate_missing,
+    read_generations,
+    seed_of,
+)
+from iwsft.language.grading import Grader, grade
 
 BENCHMARK = "llm-evaluation"
-GENERATIONS, GRADES = "generations.jsonl", "grades.jsonl"
+GRADES = "grades.jsonl"
 _PACKAGES = ("torch", "transformers", "vllm", "math-verify", "sympy", "latex2sympy2_extended")
-_ANSWER = "<<<ANSWER>>>"
 
 
 def run(options: Options) -> list[dict[str, Any]]:
@@ -40,7 +43,7 @@ def run(options: Options) -> list[dict[str, Any]]:
 
     Returns the content of each task's ``result.json``.
     """
-    prompter = load_prompter(options)
+    prompter = load_prompter(options.model, trust_remote_code=options.trust_remote_code)
     sets = [read_questions(name, seed=options.seed, limit=options.limit) for name in options.tasks]
     check_once(tasks=[each.name for each in sets])
     evaluations = [_Evaluation(options, each, prompter) for each in sets]
@@ -61,10 +64,10 @@ def run(options: Options) -> list[dict[str, Any]]:
         for evaluation in evaluations:
             with alone_in(evaluation.folder, wait=False):
                 wall, cpu = time.perf_counter(), time.process_time()
-                generations = read_generations(evaluation.folder, evaluation.keys)
+                generations = read_generations(evaluation.folder / GENERATIONS, evaluation.keys)
                 missing = len(evaluation.keys) - len(generations)
                 if missing:
-                    model = load_generator(options) if model is None else model
+                    model = _load(options) if model is None else model
                     evaluation.generate(model, generations)
                 cost = {
                     "generated_by_this_call": missing,
@@ -143,33 +146,16 @@ class _Evaluation:
             )
 
     def generate(self, model: Generator, generations: list[Generation]) -> None:
-        """Generate what is missing and add it to the list and the file, batch by batch.
+        """Generate what is missing, see :func:`iwsft.language.generations.generate_missing`."""
 
-        Batches are the same in every run, and one that a kill cut is generated again as a whole,
-        so that the generations are those of an uninterrupted run, bit for bit.
-        """
-        size = self.options.batch
-        with Progress() as progress:
-            task = progress.add_task(self.task.name, total=len(self.keys))
-            for start in range(len(generations) // size * size, len(self.keys), size):
-                keys = self.keys[start : start + size]
-                most = self.options.max_tokens
-                requests = [Request(self.prompts[key[0]], most, self._seed(*key)) for key in keys]
-                answers = zip(keys, requests, self._answer(model, requests), strict=True)
-                batch = [
-                    {"id": name, "sample": sample, "seed": request.seed, **answer}
-                    for (name, sample), request, answer in answers
-                ]
-                new = batch[len(generations) - start :]
-                path = self.folder / GENERATIONS
-                with full_disk_named(path), path.open("ab") as file:
-                    file.write(
-                        "".join(json.dumps(generation) + "\n" for generation in new).encode()
-                    )
-                    file.flush()
-                    os.fsync(file.fileno())
-                generations += new
-                progress.update(task, completed=len(generations))
+        def answer(keys: Sequence[Key]) -> list[Generation]:
+            most = self.options.max_tokens
+            requests = [Request(self.prompts[key[0]], most, self._seed(*key)) for key in keys]
+            answers = zip(requests, self._answer(model, requests), strict=True)
+            return [{"seed": request.seed, **own} for request, own in answers]
+
+        path, batch = self.folder / GENERATIONS, self.options.batch
+        generate_missing(path, self.keys, generations, answer, batch=batch, title=self.task.name)
 
     def _answer(self, model: Generator, requests: Sequence[Request]) -> list[Generation]:
         options = self.options
@@ -199,16 +185,14 @@ class _Evaluation:
         return {"tokens": len(tokens), "stopped": stop is not None, **thinking, "text": text}
 
     def _seed(self, name: str, sample: int) -> int:
-        """Return the seed of an answer, below 2^62."""
-        text = f"{self.options.seed} {self.task.name} {name} {sample}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
+        return seed_of(self.options.seed, self.task.name, name, sample)
 
     def score(
         self, generations: Sequence[Generation], grader: Grader, cost: dict[str, Any]
     ) -> dict[str, Any]:
         """Grade the generations, and write grades and scores."""
         grader.problems.clear()
-        grades = grade(self.task, generations, grader)
+        grades = grade(self.task.kind, self.task.questions, generations, grader)
         result = {
             "benchmark": BENCHMARK,
             "task": self.task.name,
@@ -225,114 +209,13 @@ class _Evaluation:
         return result
 
 
-def read_generations(folder: Path, keys: Sequence[tuple[str, int]]) -> list[Generation]:
-    """Read the generations of a task so far; a last line that a kill cut short is removed.
-
-    The file has a line for each generation, in the order of ``keys`` (question, sample).
-    """
-    path = folder / GENERATIONS
-    content = path.read_bytes() if path.exists() else b""
-    whole = content[: content.rfind(b"\n") + 1]
-    generations: list[Generation] = []
-    for number, line in enumerate(whole.splitlines()):
-        try:
-            generations.append(json.loads(line))
-            fits = (generations[-1]["id"], generations[-1]["sample"]) == keys[number]
-        except (ValueError, LookupError, TypeError):
-            fits = False
-        if not fits:
-            raise CheckpointError(
-                f"{path}:{number + 1} is not the generation that belongs there; remove it and all "
-                "lines after it, then pass --resume"
-            )
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    return generations
-
-
-@dataclass(frozen=True)
-class Prompter:
-    """Questions in a model's tokens.
-
-    ``stop`` are the tokens that end an answer. ``context`` is the most tokens of prompt and answer.
-    ``note`` is what a reader of the scores must know about the prompts. ``identity`` is the model's
-    commit on the hub, or a digest of its weights.
-    """
-
-    tokenizer: Any
-    stop: frozenset[int]
-    context: int | None
-    note: str | None
-    identity: str
-
-    def prompt(self, text: str) -> list[int]:
-        """Encode a user's text as the prompt that the model answers."""
-        if self.tokenizer.chat_template is None:
-            return list(self.tokenizer.encode(f"{text}\n\n"))
-        chat = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-        )
-        return list(self.tokenizer.encode(chat, add_special_tokens=False))
-
-
-def load_prompter(options: Options) -> Prompter:
-    """Load the tokenizer and the settings of a model, but not its weights."""
-    name = locate(options.model)
-    code: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
-    config = load_config(name, **code)
-    tokenizer = load_tokenizer(name, **code)
-    check_fit(options.model, config, tokenizer)
-    try:
-        ends = GenerationConfig.from_pretrained(name, **code).eos_token_id
-    # It is optional.
-    except (OSError, ValueError):
-        ends = config.eos_token_id
-    ends = [ends] if isinstance(ends, int) else ends or []
-    stop = {*ends, tokenizer.eos_token_id, *_turn_end(tokenizer)} - {None}
-    if not stop:
-        raise ValueError(f"--model {name} has no end token; set eos_token in its tokenizer")
-    note = f"{name} has no chat template: the bare question is its prompt"
-    return Prompter(
-        tokenizer,
-        frozenset(stop),
-        context_of(config),
-        f"{note}, which suits only base models" if tokenizer.chat_template is None else None,
-        getattr(config, "_commit_hash", None) or _digest(Path(name)),
-    )
-
-
-def load_generator(options: Options) -> Generator:
+def _load(options: Options) -> Generator:
     """Load the weights."""
-    settings: Any = {"dtype": options.dtype, "trust_remote_code": options.trust_remote_code}
-    if options.backend == "vllm":
-        gpus = max(1, torch.cuda.device_count())
-        return VLLMGenerator(locate(options.model), parallel=gpus, **settings)
-    model, _ = load(options.model, device_map=options.device, **settings)
-    return TransformersGenerator(model, batch_size=options.batch)
-
-
-def _turn_end(tokenizer: Any) -> set[int]:
-    """Return the special token that the chat template writes after an assistant's turn, if any."""
-    # Tuned models end with it, also where the tokenizer still names a base model's end.
-    if tokenizer.chat_template is None:
-        return set()
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
-    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(_ANSWER)[2]
-    tokens = tokenizer.encode(after, add_special_tokens=False)
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    return set(tokens[:1]) & special
-
-
-def _digest(folder: Path) -> str:
-    """Return the SHA-256 of the weight files' names, sizes and 16 blocks spread over each."""
-    # All of 65 GB would take minutes; training changes every block.
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".bin"):
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}\n".encode())
-            with path.open("rb") as file:
-                for number in range(16):
-                    file.seek(max(0, size - 2**16) * number // 15)
-                    digest.update(file.read(2**16))
-    return digest.hexdigest()
+    return load_generator(
+        options.model,
+        backend=options.backend,
+        batch=options.batch,
+        device=options.device,
+        dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+    )

@@ -1,68 +1,18 @@
-"""From generations to grades, from grades to scores, from scores to the printed table."""
+"""From grades to scores, from scores to the printed table."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from benchmarks.llm.evaluation.grading import Grader
-from benchmarks.llm.evaluation.tasks import QuestionSet
 from benchmarks.results import printable
 from benchmarks.statistics import CONFIDENCE, interval_over_questions, wilson_interval
-from iwsft.language.verification import extract_answer, parse_integer, parse_letter
-
-# A line of generations.jsonl.
-Generation = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Grades:
-    """The answers to a question in the order of their samples; None where a text gives none.
-
-    ``unclear`` are those that are no one whole number or letter, and count as none.
-    ``majority_right`` tells whether the most frequent answer is right.
-    """
-
-    id: str
-    correct: str
-    answers: tuple[str | None, ...]
-    right: tuple[bool, ...]
-    majority_right: bool
-    unclear: int = 0
-
-
-def grade(task: QuestionSet, generations: Sequence[Generation], grader: Grader) -> list[Grades]:
-    """Grade the generations of a task; those of a question are in the order of their samples."""
-    texts: dict[str, list[str | None]] = {each.id: [] for each in task.questions}
-    for generation in generations:
-        text = extract_answer(generation["text"], letter=task.kind == "letter")
-        texts[generation["id"]].append(text)
-    # Models repeat the choice with its letter, and its text may be private.
-    read: Any = {"integer": parse_integer, "letter": parse_letter, "math": str}[task.kind]
-    same = grader.choose_comparison(task.kind)
-    grades = []
-    for question in task.questions:
-        values = [text if text is None else read(text) for text in texts[question.id]]
-        given = [value if value is None else str(value) for value in values]
-        right = [answer is not None and same(question.answer, answer) for answer in given]
-        chosen = find_majority(given, same) if len(given) > 1 else given[0]
-        grades.append(
-            Grades(
-                question.id,
-                question.answer,
-                tuple(given),
-                tuple(right),
-                chosen is not None and right[given.index(chosen)],
-                given.count(None) - texts[question.id].count(None),
-            )
-        )
-    return grades
+from iwsft.language.generations import Generation
+from iwsft.language.grading import Grades
 
 
 def score(grades: Sequence[Grades], generations: Sequence[Generation]) -> dict[str, Any]:
@@ -107,22 +57,6 @@ def estimate_pass_at(k: int, answers: int, right: int) -> float:
     Unbiased for pass@k (Chen et al. 2021, "Evaluating Large Language Models Trained on Code").
     """
     return 1 - math.comb(answers - right, k) / math.comb(answers, k)
-
-
-def find_majority(answers: Sequence[str | None], same: Callable[[str, str], bool]) -> str | None:
-    """Return the most frequent answer in its first wording; of several, the one that comes first.
-
-    ``same`` tells whether two answers mean the same. None has no vote.
-    """
-    votes: Counter[str] = Counter()
-    wordings: dict[str, str] = {}
-    for answer in (answer for answer in answers if answer is not None):
-        if answer not in wordings:
-            equals = (first for first in votes if same(first, answer))
-            wordings[answer] = next(equals, answer)
-        votes[wordings[answer]] += 1
-    # Of equal counts the first one counted comes first.
-    return votes.most_common(1)[0][0] if votes else None
 
 
 def show(results: Sequence[dict[str, Any]]) -> None:

@@ -10,20 +10,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from benchmarks.llm.evaluation.grading import AnswerKind
 from benchmarks.options import check_known
 from iwsft.datasets.text.sources import records
+from iwsft.language.grading import AnswerKind, Question
 
 LETTERS = "ABCD"
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question of a task; the answer is LaTeX, a whole number, or a letter."""
-
-    id: str
-    prompt: str
-    answer: str
 
 
 @dataclass(frozen=True)

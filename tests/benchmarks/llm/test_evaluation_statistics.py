@@ -7,7 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from benchmarks.llm.evaluation.scores import estimate_pass_at, find_majority
+from benchmarks.llm.evaluation.scores import estimate_pass_at
+from iwsft.language.grading import find_majority
 
 
 @pytest.mark.parametrize(("answers", "right"), [(5, 0), (5, 2), (6, 5), (4, 4)])

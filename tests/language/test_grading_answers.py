@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.llm.evaluation.grading import Grader
+from iwsft.language.grading import Grader
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.llm.evaluation.grading import Grader
+from iwsft.language.grading import Grader
 
 COMPARE = """
 import os, pathlib
@@ -74,7 +74,7 @@ def test_failures_count_as_wrong_and_grading_continues(compare: str, tmp_path: P
 def test_the_process_ends_with_its_parent(compare: str, tmp_path: Path) -> None:
     """Killed by SIGKILL, a parent can't end it: it ends because its input does."""
     script = (
-        "from benchmarks.llm.evaluation.grading import Grader\n"
+        "from iwsft.language.grading import Grader\n"
         f"grader = Grader(compare={compare!r})\n"
         "grader.compare_math('A', 'a')\n"
         "print('ready', flush=True)\n"

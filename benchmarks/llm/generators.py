@@ -1,0 +1,73 @@
+"""A model that generates: how it is asked, and its weights in one of the engines."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from benchmarks.llm.models import check_fit, context_of, load, load_config, load_tokenizer, locate
+from iwsft.language.generation import Generator, TransformersGenerator, VLLMGenerator
+from iwsft.language.generations import Prompter, turn_end
+
+
+def load_prompter(model: str, *, trust_remote_code: bool = False) -> Prompter:
+    """Load the tokenizer and the settings of a model, but not its weights."""
+    name = locate(model)
+    code: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    config = load_config(name, **code)
+    tokenizer = load_tokenizer(name, **code)
+    check_fit(model, config, tokenizer)
+    try:
+        ends = GenerationConfig.from_pretrained(name, **code).eos_token_id
+    # It is optional.
+    except (OSError, ValueError):
+        ends = config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else ends or []
+    stop = {*ends, tokenizer.eos_token_id, *turn_end(tokenizer)} - {None}
+    if not stop:
+        raise ValueError(f"--model {name} has no end token; set eos_token in its tokenizer")
+    note = f"{name} has no chat template: the bare question is its prompt"
+    return Prompter(
+        tokenizer,
+        frozenset(stop),
+        context_of(config),
+        f"{note}, which suits only base models" if tokenizer.chat_template is None else None,
+        getattr(config, "_commit_hash", None) or _digest(Path(name)),
+    )
+
+
+def load_generator(
+    model: str,
+    *,
+    backend: str,
+    batch: int,
+    device: str,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> Generator:
+    """Load the weights of a model into an engine, ``transformers`` or ``vllm``."""
+    settings: Any = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if backend == "vllm":
+        gpus = max(1, torch.cuda.device_count())
+        return VLLMGenerator(locate(model), parallel=gpus, **settings)
+    decoder, _ = load(model, device_map=device, **settings)
+    return TransformersGenerator(decoder, batch_size=batch)
+
+
+def _digest(folder: Path) -> str:
+    """Return the SHA-256 of the weight files' names, sizes and 16 blocks spread over each."""
+    # All of 65 GB would take minutes; training changes every block.
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".bin"):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}\n".encode())
+            with path.open("rb") as file:
+                for number in range(16):
+                    file.seek(max(0, size - 2**16) * number // 15)
+                    digest.update(file.read(2**16))
+    return digest.hexdigest()

@@ -1,0 +1,285 @@
+"""Whether an answer is right.
+
+Math-Verify, and functions of the user, run in a process of their own, so that a call can be ended.
+Comparisons that hang or crash count as wrong and are counted.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import pkgutil
+import re
+import resource
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from iwsft.extras import install
+from iwsft.language.generations import Generation
+from iwsft.language.verification import (
+    extract_answer,
+    normalize_latex,
+    parse_integer,
+    parse_letter,
+)
+
+AnswerKind = Literal["math", "integer", "letter", "text"]
+_READ: Mapping[str, Callable[[str], Any]] = {
+    "integer": parse_integer,
+    "letter": parse_letter,
+    "text": lambda text: " ".join(text.split()),
+}
+
+_MATH_VERIFY = "iwsft.language.grading:compare_by_math_verify"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its right answer: LaTeX, a whole number, a letter or a text."""
+
+    id: str
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Grades:
+    """The answers to a question in the order of their samples; None where a text gives none.
+
+    ``unclear`` are those that are no one whole number or letter, and count as none.
+    ``majority_right`` tells whether the most frequent answer is right.
+    """
+
+    id: str
+    correct: str
+    answers: tuple[str | None, ...]
+    right: tuple[bool, ...]
+    majority_right: bool
+    unclear: int = 0
+
+
+class TimedFunction:
+    """A function that runs in a process of its own, with a time limit for each call.
+
+    ``place`` is ``MODULE:FUNCTION``; it takes plain values and returns a number, or true or false.
+    Leaving the context ends the process. ``trial`` are arguments of a first call, which loads what the function needs.
+    """
+
+    def __init__(self, place: str, *, seconds: float = 10.0, trial: Sequence[Any] = ()) -> None:
+        self._place, self._seconds, self._trial = place, seconds, trial
+        self._pool: ProcessPoolExecutor | None = None
+
+    def start(self) -> ProcessPoolExecutor:
+        """Start the process where it does not run, and wait until it is ready.
+
+        Raises:
+            ImportError: The function, or what it needs, does not load.
+        """
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+            try:
+                self._pool.submit(_prepare, self._place, self._trial).result()
+            except (ImportError, BrokenProcessPool) as error:
+                self.close()
+                raise ImportError(f"{self._place} does not load ({error})") from error
+        return self._pool
+
+    def __call__(self, *arguments: Any) -> tuple[float | None, str | None]:
+        """Call the function; returns its number, or None and the problem in a line."""
+        pool, start = self.start(), time.monotonic()
+        try:
+            task = pool.submit(_call_in_time, self._place, arguments, self._seconds)
+            return task.result()
+        except BrokenProcessPool:
+            self.close()
+            late = time.monotonic() - start >= self._seconds
+            return None, f"no verdict in {self._seconds:g} s" if late else "the process crashed"
+
+    def close(self) -> None:
+        """End the process, at the latest when its call has used up its time."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        self._pool = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Grader:
+    """Compares answers; LaTeX by Math-Verify in a process with a time limit.
+
+    Leaving the grader's context ends the process. ``compare`` is ``MODULE:FUNCTION`` that takes the
+    correct answer and a given one. ``problems`` has a line for each comparison that hung or failed.
+    """
+
+    def __init__(self, *, seconds: float = 10.0, compare: str = _MATH_VERIFY) -> None:
+        self._compare = TimedFunction(compare, seconds=seconds, trial=("1", "1"))
+        self._verdicts: dict[tuple[str, str], bool] = {}
+        self.problems: list[str] = []
+
+    def choose_comparison(self, kind: AnswerKind) -> Callable[[str, str], bool]:
+        """Return a function that says whether an answer equals the correct answer, or another."""
+        if kind == "math":
+            return self.compare_math
+        parse = _READ[kind]
+
+        def equal(correct: str, answer: str) -> bool:
+            value = parse(answer)
+            return value is not None and value == parse(correct)
+
+        return equal
+
+    def compare_math(self, correct: str, answer: str) -> bool:
+        """Return whether two expressions are equal; equal text needs no comparison."""
+        plain = normalize_latex(correct), normalize_latex(answer)
+        # Math-Verify leaves indices out; numbers in bases are equal only as text.
+        if plain[0] == plain[1] or all(re.fullmatch(r"\w+_\w+", each) for each in plain):
+            return plain[0] == plain[1]
+        pair = (correct, answer)
+        if pair not in self._verdicts:
+            self.start()
+            equal, problem = self._compare(correct, answer)
+            self._verdicts[pair] = bool(equal)
+            if problem is not None:
+                self.problems.append(f"{answer[:60]!r} against {correct[:60]!r}: {problem}")
+        return self._verdicts[pair]
+
+    def start(self) -> None:
+        """Start the process that compares LaTeX where it does not run; wait until it is ready."""
+        try:
+            self._compare.start()
+        except ImportError as error:
+            raise ImportError(f"{error}; {install('math_verify')}") from error
+
+    def close(self) -> None:
+        """End the process, at the latest when its comparison has used up its time."""
+        self._compare.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def grade(
+    kind: AnswerKind,
+    questions: Sequence[Question],
+    generations: Sequence[Generation],
+    grader: Grader,
+) -> list[Grades]:
+    """Grade generations; those of a question are in the order of their samples."""
+    texts: dict[str, list[str | None]] = {each.id: [] for each in questions}
+    for generation in generations:
+        text = extract_answer(generation["text"], letter=kind == "letter")
+        texts[generation["id"]].append(text)
+    # Models repeat the choice with its letter, and its text may be private.
+    read: Any = str if kind == "math" else _READ[kind]
+    same = grader.choose_comparison(kind)
+    grades = []
+    for question in questions:
+        values = [text if text is None else read(text) for text in texts[question.id]]
+        given = [value if value is None else str(value) for value in values]
+        right = [answer is not None and same(question.answer, answer) for answer in given]
+        chosen = find_majority(given, same) if len(given) > 1 else given[0]
+        grades.append(
+            Grades(
+                question.id,
+                question.answer,
+                tuple(given),
+                tuple(right),
+                chosen is not None and right[given.index(chosen)],
+                given.count(None) - texts[question.id].count(None),
+            )
+        )
+    return grades
+
+
+def find_majority(answers: Sequence[str | None], same: Callable[[str, str], bool]) -> str | None:
+    """Return the most frequent answer in its first wording; of several, the one that comes first.
+
+    ``same`` tells whether two answers mean the same. None has no vote.
+    """
+    votes: Counter[str] = Counter()
+    wordings: dict[str, str] = {}
+    for answer in (answer for answer in answers if answer is not None):
+        if answer not in wordings:
+            equals = (first for first in votes if same(first, answer))
+            wordings[answer] = next(equals, answer)
+        votes[wordings[answer]] += 1
+    # Of equal counts the first one counted comes first.
+    return votes.most_common(1)[0][0] if votes else None
+
+
+def compare_by_math_verify(correct: str, answer: str) -> bool:
+    """Return whether Math-Verify finds two LaTeX expressions equal.
+
+    Its own time limits are off: they need the alarm of the process, which is set already.
+    """
+    from math_verify import parse, verify
+
+    def parsed(text: str) -> Any:
+        # Dollars, where nothing in the text marks the mathematics.
+        marked = text if re.search(r"(?<!\\)\$|\\[(\[]", text) else f"${text}$"
+        return parse(marked, parsing_timeout=None)
+
+    if "mod" not in correct:
+        answer = re.sub(r"\\[pb]?mod\b\s*(?:\{\d+\}|\d+)", "", answer)
+    return bool(verify(parsed(correct), parsed(answer), timeout_seconds=None))
+
+
+def _prepare(place: str, trial: Sequence[Any]) -> None:
+    """Set the process of a :class:`TimedFunction` up, and load what the function needs."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Whatever libraries print.
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    function = _function(place)
+    if trial:
+        function(*trial)
+    resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
+
+
+def _function(place: str) -> Callable[..., Any]:
+    try:
+        function: Callable[..., Any] = pkgutil.resolve_name(place)
+    except (AttributeError, ValueError) as error:
+        raise ImportError(str(error)) from error
+    return function
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _call_in_time(
+    place: str, arguments: Sequence[Any], seconds: float
+) -> tuple[float | None, str | None]:
+    """Return a number and its problem; without one in time the alarm ends the process."""
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        result = _function(place)(*arguments)
+        number = math.nan if isinstance(result, str) else float(result)
+        if math.isfinite(number):
+            return number, None
+        return None, f"{result!r:.60} is no finite number"
+    # A model's text may make a call raise anything; the next one is made as well.
+    except (Exception, SystemExit) as error:
+        return None, f"{type(error).__name__}: {error}"[:200]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
