@@ -70,7 +70,8 @@ class TimedFunction:
     """A function that runs in a process of its own, with a time limit for each call.
 
     ``place`` is ``MODULE:FUNCTION``; it takes plain values and returns a number, or true or false.
-    Leaving the context ends the process. ``trial`` are arguments of a first call, which loads what the function needs.
+    Leaving the context ends the process. ``trial`` are arguments of a first call, which loads what
+    the function needs.
     """
 
     def __init__(self, place: str, *, seconds: float = 10.0, trial: Sequence[Any] = ()) -> None:
