@@ -1,4 +1,4 @@
-"""Value networks that the critics share: Q(s, a), V(s), and ensembles of them in one product.
+"""Value networks that the critics share: Q(s, a), V(s), and ensembles of them in one call.
 
 A network follows TorchRL's conventions: it reads ``observation`` (and ``action``), and writes
 ``state_action_value`` (``state_value``) ``[*, 1]``. It uses its own parameters, or those of E
@@ -21,6 +21,7 @@ from torchrl.objectives import SoftUpdate
 from torchrl.objectives.common import LossModule
 
 from baselines.learner import check_unweighted
+from iwsft.policies.linear import linear, suit_onednn
 from iwsft.trajectory import ACTION, NEXT_OBSERVATION, OBSERVATION, REWARD, validate
 
 STATE_ACTION_VALUE: NestedKey = "state_action_value"
@@ -65,25 +66,32 @@ class ValueMLP(nn.Module):
     def evaluate(layers: Sequence[Sequence[Tensor]], *inputs: Tensor) -> Tensor:
         """Return the same with given parameters of each layer."""
         x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1)
+        rows, shape = x.reshape(-1, x.shape[-1]), x.shape[:-1]
         first = layers[0][0]
-        shape, stacked = x.shape[:-1], first.ndim == 3
-        if stacked and len(layers[0]) > 2:
-            # One by one, because torch's layer norm has the parameters of one network.
-            members = [[[p[i] for p in layer] for layer in layers] for i in range(len(first))]
-            return torch.stack([ValueMLP.evaluate(member, x) for member in members])
-        if stacked:
-            # Features first: a weight's gradient then needs no copy into the weight's layout.
-            x = x.reshape(-1, x.shape[-1]).mT.expand(len(first), -1, -1)
-        for i, (weight, bias, *norm) in enumerate(layers, 1):
-            if stacked:
-                x = torch.baddbmm(bias.unsqueeze(-1), weight, x)
-            else:
-                x = functional.linear(x, weight, bias)
-            if i < len(layers):
-                x = functional.relu(x, inplace=True)
+        if first.ndim == 2:
+            return ValueMLP._one(layers, rows).reshape(*shape, 1)
+        if len(layers[0]) > 2 or suit_onednn(rows):
+            # One by one: torch's layer norm and oneDNN's product take one network.
+            unstacked = [zip(*(p.unbind() for p in layer), strict=True) for layer in layers]
+            members = [ValueMLP._one(member, rows) for member in zip(*unstacked, strict=True)]
+            return torch.stack(members).reshape(len(first), *shape, 1)
+        # Features first: a weight's gradient then needs no copy into the weight's layout.
+        x = rows.mT.expand(len(first), -1, -1)
+        for i, (weight, bias) in enumerate(layers, 1):
+            x = torch.baddbmm(bias.unsqueeze(-1), weight, x)
+            x = functional.relu(x, inplace=True) if i < len(layers) else x
+        return x.reshape(len(first), *shape, 1)
+
+    @staticmethod
+    def _one(layers: Sequence[Sequence[Tensor]], x: Tensor) -> Tensor:
+        """Return the output ``[N, 1]`` of one network for rows ``[N, inputs]``."""
+        *hidden, last = layers
+        for weight, bias, *norm in hidden:
+            x = functional.relu(linear(x, weight, bias), inplace=True)
             if norm:
                 x = functional.layer_norm(x, x.shape[-1:], norm[0], norm[1], _LAYER_NORM_EPS)
-        return x.reshape(-1, *shape, 1) if stacked else x
+        # MKL is faster for a single output.
+        return functional.linear(x, *last)
 
 
 class _Linear(nn.Linear):
@@ -138,8 +146,8 @@ def values(network: TensorDictModule, inputs: TensorDictBase, params: TensorDict
     """Return the output of a network with given parameters, without its last dimension 1.
 
     The numbers are those of ``params.to_module(network)`` and a call, or of TorchRL's ``vmap`` over
-    stacked parameters. This takes a fraction of the time: no module is touched, and E networks are
-    one batched product.
+    stacked parameters. This takes a fraction of the time: no module is touched, and the products
+    of E networks are oneDNN's on a CPU and one batched product elsewhere.
 
     Args:
         network: A network of this file.

@@ -75,8 +75,8 @@ class SharedIQLLoss(CopyableLoss, IQLLoss):
 
     Arguments, keys, parameters and values are TorchRL's; ``loss_function="l2"`` is the paper's.
     min Q of the targets and V(s), which two losses need, are computed once, and all Q-networks run
-    in one batched product. So both critics must be networks of :mod:`baselines.critics`. The output
-    also has ``pred_value``, the mean Q(s, a). Nothing is written into the batch (no priorities).
+    in one call. So both critics must be networks of :mod:`baselines.critics`. The output also has
+    ``pred_value``, the mean Q(s, a). Nothing is written into the batch (no priorities).
 
     All losses are taken at the same parameters; the authors' code moves V first.
     """

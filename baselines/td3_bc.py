@@ -25,6 +25,7 @@ from baselines.critics import (
 from baselines.learner import Learner, check_finite
 from baselines.normalization import Normalization, NormalizedPolicy, normalized
 from baselines.rewards import Rewards, transformed
+from iwsft.policies.linear import Linear
 from iwsft.samplers import TransitionSampler
 from iwsft.training import Schedule
 from iwsft.trajectory import ACTION, OBSERVATION
@@ -76,8 +77,8 @@ class DelayedTD3BCLoss(CopyableLoss, TD3BCLoss):
     Arguments, keys, parameters, noise and values are TorchRL's; ``loss_function="l2"`` is the
     paper's. The targets' noise is drawn from torch's own generator, whether the actor is due or
     not, and nothing else is drawn. All Q-networks, which must be of :mod:`baselines.critics`, run
-    in one batched product; the actor's loss evaluates only the first. Nothing is written into the
-    batch (no priorities).
+    in one call; the actor's loss evaluates only the first. Nothing is written into the batch (no
+    priorities).
 
     Both losses are taken at the same parameters; the authors' code updates the critics first.
 
@@ -228,6 +229,7 @@ def policy(observation_dim: int, action_dim: int, settings: Settings) -> Normali
             in_features=observation_dim,
             out_features=action_dim,
             num_cells=list(settings.hidden),
+            layer_class=Linear,
             activation_class=nn.ReLU,
             activation_kwargs={"inplace": True},
         ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -31,6 +31,10 @@ def holding(params: TensorDictBase, module: nn.Module) -> Iterator[None]:
 
     Tensordict's own context leaves them there after an error, and makes a Ctrl-C a RuntimeError.
     """
+    # A swap costs more than a small network.
+    if not torch.compiler.is_compiling() and _are_own(params, module):
+        yield
+        return
     swap = params.to_module(module, preserve_module_state=False)
     swap.__enter__()
     try:
@@ -111,10 +115,7 @@ class PolicyLoss(LossModule):
         """The policy, ready to be called; with ``lagged`` the one with q's parameters."""
         if self.functional:
             name = "target_actor_network_params" if lagged else "actor_network_params"
-            params = getattr(self, name)
-            # A swap costs more than a small network.
-            own = not torch.compiler.is_compiling() and _are_own(params, self.actor_network)
-            with nullcontext() if own else holding(params, self.actor_network):
+            with holding(getattr(self, name), self.actor_network):
                 yield self.actor_network
         else:
             yield self.target_actor_network if lagged else self.actor_network

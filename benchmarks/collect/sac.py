@@ -51,7 +51,7 @@ class Settings:
 
 
 class _SACLoss(SACLoss):
-    """TorchRL's loss with both Q-networks in one batched product: the same numbers, faster."""
+    """TorchRL's loss with both Q-networks in one call: the same numbers, faster."""
 
     def _make_vmap(self) -> None:
         def both(inputs: TensorDictBase, params: TensorDictParams) -> TensorDictBase:

@@ -16,22 +16,37 @@ from torch.nn import functional as F
 
 
 class Linear(nn.Linear):
-    """``torch.nn.Linear`` with the same parameters and gradients, up to the rounding of float32.
-
-    Inputs that are not ``[N, in_features]``, other devices and dtypes, compilers, tracers and
-    function transforms get torch's own layer, as does everything after
-    ``torch.backends.mkldnn.enabled = False``.
-    """
+    """``torch.nn.Linear`` whose product is :func:`linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``input @ weight.T + bias``."""
-        weight, bias = self.weight, self.bias
-        # Others would give a view, which can't be changed in place, or need torch's error.
-        fits = input.ndim == 2 and input.shape[1] == weight.shape[1]
-        if bias is None or not (fits and _is_eager() and _suits(input) and _suits(weight)):
-            return super().forward(input)
-        multiply = _Product.apply if torch.is_grad_enabled() else _multiply
-        return multiply(input, weight, bias)
+        return linear(input, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``x @ weight.T + bias``, as ``torch.nn.functional.linear`` up to float32's rounding.
+
+    Inputs that are not ``[N, in_features]``, other devices and dtypes, compilers, tracers and
+    function transforms get torch's own function, as does everything after
+    ``torch.backends.mkldnn.enabled = False``.
+    """
+    # Others would give a view, which can't be changed in place, or need torch's error.
+    fits = x.ndim == 2 and x.shape[1] == weight.shape[-1]
+    if bias is None or not (fits and suit_onednn(x, weight)):
+        return F.linear(x, weight, bias)
+    multiply = _Product.apply if torch.is_grad_enabled() else _multiply
+    return multiply(x, weight, bias)
+
+
+def suit_onednn(*tensors: Tensor) -> bool:
+    """Return whether oneDNN may multiply these tensors: in float32, on the host, step by step."""
+    return _is_eager() and all(
+        tensor.dtype is torch.float32
+        and tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
+        and tensor.numel() > 0
+        for tensor in tensors
+    )
 
 
 class _Product(torch.autograd.Function):
@@ -61,12 +76,6 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias`` by oneDNN, without a derivative."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return product
-
-
-def _suits(tensor: Tensor) -> bool:
-    """Whether oneDNN multiplies this tensor on the host, in float32."""
-    is_float = tensor.dtype is torch.float32 and tensor.device.type == "cpu"
-    return is_float and tensor.layout is torch.strided and tensor.numel() > 0
 
 
 def _is_eager() -> bool:

@@ -1,4 +1,4 @@
-"""The shared value networks: ensembles in one product, their start, targets and limit."""
+"""The shared value networks: ensembles in one call, their start, targets and limit."""
 
 from __future__ import annotations
 
@@ -42,15 +42,20 @@ def make_inputs(*shape: int) -> TensorDict:
     return TensorDict(entries, batch_size=shape)
 
 
+# In float64 the members are one batched product, in float32 each is a product of oneDNN.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("layer_norm", [False, True])
-@pytest.mark.parametrize("shape", [(7,), (4, 7), (2, 7)])
-def test_values_are_those_of_each_network_alone(shape: tuple[int, ...], layer_norm: bool) -> None:
+@pytest.mark.parametrize("shape", [(7,), (4, 7), (2, 7), (0,)])
+def test_values_are_those_of_each_network_alone(
+    shape: tuple[int, ...], layer_norm: bool, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
     networks = qvalue_networks(3, 2, (8, 6), count=3, layer_norm=layer_norm)
+    networks = [network.to(dtype) for network in networks]
     policy = GaussianPolicy(3, 2, hidden=(8,))
     loss = IQLLoss(policy, deepcopy(networks), value_network(3), num_qvalue_nets=3)
     params = loss.qvalue_network_params
-    inputs = make_inputs(*shape)
+    inputs = make_inputs(*shape).to(dtype)
     out = values(loss.qvalue_network, inputs, params)
     alone = [network(inputs.copy())["state_action_value"].squeeze(-1) for network in networks]
     assert out.shape == (3, *shape)
