@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from iwsft.lower_bound import Choice
+from iwsft.lower_bound import Choice, LowerBound
 from iwsft.trajectory import Segments
 from iwsft.weights import Place, StepTransform, TrajectoryTransform
 
@@ -248,6 +248,23 @@ class Chain:
         x, share = along(log_ratio), segments.sum(share)
         log_weight, changed, choice = _chained(self.trajectory, x, share, read=read)
         return Weights(segments.spread(log_weight), clipped | segments.spread(changed), choice)
+
+    def judge(self, log_ratio: Tensor, segments: Segments, share: Tensor, score: Tensor) -> Chain:
+        """Return the chain whose exponent other trajectories choose, which it does not weigh.
+
+        ``score`` is the standard score of each step's trajectory; the other arguments are those of
+        a call.
+        """
+        (place, transform), *_ = (
+            (i, x) for i, x in enumerate(self.trajectory) if isinstance(x, LowerBound)
+        )
+        before, after = self.trajectory[:place], self.trajectory[place + 1 :]
+        log_ratio, *_ = _chained(self.step, log_ratio, read={})
+        x = (segments.sum if self.reduce == "sum" else segments.mean)(log_ratio)
+        share = segments.sum(share)
+        x, *_ = _chained(before, x, share, read={})
+        judged = transform.judge(x, share, segments.mean(score))
+        return replace(self, trajectory=(*before, judged, *after))
 
     @property
     def _ends(self) -> tuple[float, float]:

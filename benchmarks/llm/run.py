@@ -122,58 +122,6 @@ def prepare(run: Run) -> Prepared:
     return load_recipe(run.dataset).prepare(run.shared_folder, sources, seed=run.seed)
 
 
-def curated(run: Run, algorithm: Variant, prepared: Prepared, tokenizer: Any) -> TensorDictBase:
-    """Curate a recipe's rows into D+ (or D_Q+), see :func:`curated_rows`."""
-    settings = run.options.settings
-    if algorithm.signed:
-        data = tokenize(prepared.rows, tokenizer, max_length=settings.max_length).trajectories
-        return _signed(algorithm, data, margin=settings.baseline_margin)
-    cuts = settings.quality_cuts if algorithm.quality else settings.cuts
-    return curated_rows(prepared.rows, tokenizer, settings.max_length, cuts, seed=run.seed)
-
-
-def curated_rows(
-    rows: Sequence[Row], tokenizer: Any, max_length: int | None, cuts: Sequence[float], *, seed: int
-) -> TensorDictBase:
-    """Curate rows into packed trajectories with their multiplicity; wrong ones are left out.
-
-    Rows with a multiplicity count as curated.
-    """
-    trajectories: TensorDictBase = tokenize(rows, tokenizer, max_length=max_length).trajectories
-    if trajectories.get(CORRECT, default=None) is not None:
-        trajectories = correct_only(trajectories)
-    counts = trajectories.get(MULTIPLICITY, default=None)
-    if counts is not None:
-        cuts, trajectories = (), trajectories.exclude(MULTIPLICITY)
-    score: Any = SCORE
-    if not cuts and trajectories.get(SCORE, default=None) is None:
-        # Equal scores, so that nothing is correlated with them.
-        score = _no_score
-    trajectories = curate(trajectories, cuts=cuts, score=score, seed=seed)
-    return trajectories if counts is None else trajectories.set(MULTIPLICITY, counts)
-
-
-def _no_score(trajectories: TensorDictBase) -> Tensor:
-    return torch.zeros(len(lengths(trajectories)))
-
-
-def _signed(algorithm: Variant, trajectories: TensorDictBase, *, margin: float) -> TensorDictBase:
-    """Weigh right answers 1 and wrong ones -1; in AsymRE 1 and 0, less a baseline."""
-    weighed = weigh_correct(trajectories)
-    if algorithm.related == "asymre":
-        rate = float(weighed.get(SUCCESS_RATE)[0])
-        baseline = rate - margin
-        if baseline <= 0:
-            raise ValueError(
-                f"--baseline-margin {margin:g} must be below the share of right rows, {rate:.3g}: "
-                "with a baseline of at most 0, wrong answers count as right ones do"
-            )
-        weighed = weigh_correct(trajectories, right=1 - baseline, wrong=-baseline)
-    if weighed.get(MULTIPLICITY, default=None) is not None:
-        return weighed
-    return curate(weighed, cuts=(), score="length")
-
-
 def check_rows(run: Run, prepared: Prepared) -> None:
     """Check that the rows of training fit in the model's context, and all have its tokens.
 
@@ -182,7 +130,9 @@ def check_rows(run: Run, prepared: Prepared) -> None:
     assert run.algorithm is not None
     recipe, trusted = load_recipe(run.dataset), run.options.trust_remote_code
     tokenizer = run.tokenizer(prepared)
-    data = curated(run, run.algorithm, prepared, tokenizer)
+    data, reason = curated_of(run, prepared, tokenizer)
+    if reason is not None:
+        monitor.tell(f"{run}: {reason}")
     if run.options.settings.normalize_data_weights and data.get(DATA_WEIGHT, default=None) is None:
         raise ValueError("--normalize-data-weights changes nothing: no row has a weight")
     config = load_config(prepared.model, trust_remote_code=trusted)
@@ -373,7 +323,7 @@ def _train(run: Run, algorithm: Variant, prepared: Prepared) -> dict[str, Any]:
         return finished
     # Rows are checked before the weights, which may take minutes to load.
     tokenizer = run.tokenizer(prepared)
-    data, progress = curated(run, algorithm, prepared, tokenizer), Progress(run)
+    (data, _), progress = curated_of(run, prepared, tokenizer), Progress(run)
     trainer = _trainer(run, args, prepared.model, tokenizer, data, progress)
     try:
         trainer.train(resume_from_checkpoint=last(run.folder / CHECKPOINTS))

@@ -77,6 +77,18 @@ class TrajectoryDataset(Dataset[TensorDictBase]):
         multiplicity = draws.repeat_interleave(self._sizes[positions])
         return select(self.trajectories, positions).set(MULTIPLICITY, multiplicity)
 
+    @property
+    def undrawn(self) -> Tensor:
+        """Positions in the data of the trajectories with multiplicity 0, int64."""
+        drawn = self._trajectory.bincount(minlength=len(self._sizes))
+        return (drawn == 0).nonzero().flatten()
+
+    @property
+    def judges(self) -> TensorDictBase:
+        """The trajectories with multiplicity 0, each of which counts once here."""
+        judges = select(self.trajectories, self.undrawn)
+        return judges.set(MULTIPLICITY, torch.ones(len(judges), dtype=torch.int64))
+
     def __getitem__(self, entry: int) -> TensorDictBase:
         """One trajectory, batch size ``[T]``, as a view without multiplicity."""
         (trajectory,) = self.positions([entry])

@@ -15,7 +15,7 @@ from iwsft.diagnostics import Weighed, describe, unweighted_loss, weighed
 from iwsft.objective import ImportanceWeightedMLE, Terms
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.policies.causal_lm_families import check_own_loss, decoder_of
-from iwsft.trajectory import ASSISTANT_MASK, TOKENS
+from iwsft.trajectory import ASSISTANT_MASK, STANDARD_SCORE, TOKENS, select
 
 _NUMBERS = 7
 
@@ -46,6 +46,30 @@ def negative_log_likelihood(
     tokens = share * segments.spread(segments.lengths)
     by_trajectory, by_token = ((m * log_prob).sum() / m.sum() for m in (share, tokens))
     return -float(by_trajectory), -float(by_token)
+
+
+def check_scores(trajectories: TensorDictBase, judges: Tensor) -> None:
+    """Refuse trajectories whose scores can't choose an exponent.
+
+    ``judges`` are the positions of those that choose it; without any, all of them do.
+    """
+    scores = trajectories.get(STANDARD_SCORE, default=None)
+    if scores is not None and len(judges):
+        scores = select(trajectories, judges).get(STANDARD_SCORE)
+    if scores is None or bool((scores == scores[0]).all()):
+        raise ValueError(
+            "these weights choose by the scores of the trajectories, which are missing or all "
+            "equal, as those of right answers alone are: curate by graded scores, add right and "
+            "wrong answers of multiplicity 0, or set a Temperature"
+        )
+
+
+def judge(loss: ImportanceWeightedMLE, judges: TensorDictBase, log_q: Tensor) -> None:
+    """Let trajectories that are not trained on choose the exponent of the weights."""
+    segments = loss.segments(judges)
+    log_ratio = segments.where_valid(log_q - loss.reference(judges, segments))
+    share, score = loss.share(judges, segments), judges.get(STANDARD_SCORE)
+    loss.importance_weights = loss.importance_weights.judge(log_ratio, segments, share, score)
 
 
 class Measures:

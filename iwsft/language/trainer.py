@@ -27,7 +27,7 @@ from iwsft.language.config import (
     check_engine,
     warn_of_half_precision,
 )
-from iwsft.language.loss import negative_log_likelihood, token_loss
+from iwsft.language.loss import check_scores, judge, negative_log_likelihood, token_loss
 from iwsft.language.plan import PlannedLoader, plan_updates
 from iwsft.language.weighted import REFERENCE, WeightedTrainer, fingerprint_of_tokens
 from iwsft.objective import ImportanceWeightedMLE
@@ -45,6 +45,7 @@ from iwsft.trajectory import (
     Segments,
     check_data_weights,
     check_tensordict,
+    lengths,
 )
 
 with named():
@@ -73,7 +74,9 @@ class ImportanceWeightedTrainer(WeightedTrainer):
             of one, which is loaded in float32.
         args: Settings of the run; by default those of an ``ImportanceWeightedConfig()``.
         trajectories: Packed token trajectories, curated; see ``iwsft.language.tokenize``.
-            ``ref_log_prob`` is written into them.
+            ``ref_log_prob`` is written into them. Those of multiplicity 0 are not trained on.
+            Weights that choose by scores judge by these, if there are some
+            (:class:`~iwsft.lower_bound.LowerBound`).
         train_dataset: Rows of text instead: records with ``messages``, or ``prompt`` and
             ``completion``, such as a ``Dataset`` or a list; see :func:`iwsft.language.read`. They
             are cut to ``args.max_length`` tokens. Those that are not ``correct`` are left out.
@@ -178,13 +181,8 @@ class ImportanceWeightedTrainer(WeightedTrainer):
                 raise ValueError(f"{weights} need a sync: set reference='synced' and sync_every")
             mask = self._trajectories.get(ASSISTANT_MASK)
             weights.check_overflow(int(Segments.of(self._trajectories, mask=mask).lengths.max()))
-            scores = self._trajectories.get(STANDARD_SCORE, default=None)
-            if weights.scored and (scores is None or bool((scores == scores[0]).all())):
-                raise ValueError(
-                    "these weights choose by the scores of the trajectories, which are missing or "
-                    "all equal, as those of right answers alone are: curate by graded scores, or "
-                    "set a Temperature"
-                )
+            if weights.scored:
+                check_scores(self._trajectories, self._dataset.undrawn)
         loss = token_loss(
             self._policy,
             importance_weights=weights,
@@ -300,20 +298,35 @@ class ImportanceWeightedTrainer(WeightedTrainer):
         window = self._dataset.drawn([*chain.from_iterable(batches)])
         positions = [self._dataset.positions(batch) for batch in batches]
         place = {t: n for n, t in enumerate(sorted({*chain.from_iterable(positions)}))}
-        with nullcontext() if self._shards is None else self._shards.swapped():
-            forward = self._forward(window, [[place[t] for t in batch] for batch in positions])
-            log_q = forward.log_prob().float()
+        log_q = self._log_q(window, [[place[t] for t in batch] for batch in positions])
         cached["until"] = torch.tensor(updates.stop)
         if self._syncs_reference:
             cached["weights"][window.get(PLACE)] = log_q
             return
         segments = self._loss.segments(window)
         share = self._loss.share(window, segments)
+        if self._loss.importance_weights.scored and len(self._dataset.undrawn):
+            self._judge()
         weights = write_weights(window, self._loss, log_q, segments=segments, share=share)
         cached["weights"][window.get(PLACE)] = window.get(IMPORTANCE_WEIGHT)
         cached["clip_fraction"] = (share * weights.clipped).sum() / share.sum()
         choice = {} if weights.choice is None else weights.choice._asdict()
         self._measures.choice = {name: float(x) for name, x in choice.items()}
+
+    def _log_q(self, trajectories: TensorDictBase, batches: Sequence[Sequence[int]]) -> Tensor:
+        """log q of each token."""
+        with nullcontext() if self._shards is None else self._shards.swapped():
+            return self._forward(trajectories, batches).log_prob().float()
+
+    def _judge(self) -> None:
+        """Let the trajectories of multiplicity 0 choose the exponent of the coming window."""
+        judges = self._dataset.judges
+        log_q = self._log_q(judges, self._in_batches(range(len(lengths(judges)))))
+        judge(self._loss, judges, log_q)
+
+    def _in_batches(self, positions: Sequence[int]) -> list[list[int]]:
+        width = self.args.per_device_eval_batch_size
+        return [list(positions[at : at + width]) for at in range(0, len(positions), width)]
 
     # ---- start ----
 
@@ -321,9 +334,11 @@ class ImportanceWeightedTrainer(WeightedTrainer):
         """Prepare the reference and q, which need the engine, when training begins."""
         if self._loss.needs_reference and not self._syncs_reference:
             cache = Path(self.args.reference_cache or Path(str(self.args.output_dir)) / REFERENCE)
-            first_epoch = [self._dataset.positions(batch) for batch in self._plan.epoch(0)]
+            batches = [self._dataset.positions(batch) for batch in self._plan.epoch(0)]
+            if self._loss.importance_weights.scored:
+                batches += self._in_batches(self._dataset.undrawn.tolist())
             annotated = self._dataset.trajectories
-            self._annotate(self._forward(annotated, first_epoch), cache)
+            self._annotate(self._forward(annotated, batches), cache)
             self._trajectories.set(REF_LOG_PROB, annotated.get(REF_LOG_PROB))
         if self.args.proposal == "lagged":
             self._follow(EMA, decay=self.args.ema_decay or 0.0)
@@ -369,9 +384,7 @@ class ImportanceWeightedTrainer(WeightedTrainer):
         held_out: Any = self.eval_dataset
         if not isinstance(held_out, TrajectoryDataset) or eval_dataset is not None:
             raise ValueError("pass held-out trajectories as eval_trajectories=...")
-        entries = range(len(held_out))
-        width = self.args.per_device_eval_batch_size
-        batches = [held_out.positions(entries[at : at + width]) for at in entries[::width]]
+        batches = self._in_batches(held_out.positions(range(len(held_out))))
         log_prob = self._forward(held_out.trajectories, batches).log_prob()
         names = (f"{metric_key_prefix}_loss", f"{metric_key_prefix}_token_loss")
         means = negative_log_likelihood(self._loss, held_out.trajectories, log_prob)

@@ -1,0 +1,106 @@
+"""Which rows of a recipe an algorithm trains on, and how often each one counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from benchmarks.llm.options import Variant
+from benchmarks.llm.recipes.chat import by_prompt
+from benchmarks.llm.settings import Settings
+from iwsft.curation import curate, join
+from iwsft.datasets.text.rows import Row
+from iwsft.datasets.text.tokens import CORRECT, SCORE
+from iwsft.language import correct_only, tokenize, weigh_correct
+from iwsft.trajectory import MULTIPLICITY, SUCCESS_RATE, lengths
+
+# With --q auto, the rows of every fifth prompt choose the exponent and are not trained on.
+_EVERY = 5
+
+
+def curated(
+    rows: Sequence[Row], tokenizer: Any, algorithm: Variant, settings: Settings, *, seed: int
+) -> TensorDictBase:
+    """Curate rows into D+ (or D_Q+), see :func:`curated_rows`.
+
+    With ``q="auto"`` the rows that choose the exponent are in it with multiplicity 0.
+    """
+    if algorithm.signed:
+        data = tokenize(rows, tokenizer, max_length=settings.max_length).trajectories
+        return _signed(algorithm, data, margin=settings.baseline_margin)
+    cuts = settings.quality_cuts if algorithm.quality else settings.cuts
+    if settings.q is None:
+        return curated_rows(rows, tokenizer, settings.max_length, cuts, seed=seed)
+    training, judges = _apart(rows)
+    trained = curated_rows(training, tokenizer, settings.max_length, cuts, seed=seed)
+    judged = tokenize(judges, tokenizer, max_length=settings.max_length).trajectories
+    score = judged.get(CORRECT if judges[0].correct is not None else SCORE).float()
+    of_trajectory = score[lengths(judged).cumsum(0) - 1]
+    judged = curate(judged, cuts=(), score=lambda _: of_trajectory, seed=seed)
+    judged.set(MULTIPLICITY, torch.zeros_like(judged.get(MULTIPLICITY)))
+    return join(*(part.exclude(CORRECT, SCORE) for part in (trained, judged)))
+
+
+def why_unweighted(rows: Sequence[Row]) -> str | None:
+    """Why ``--q auto`` leaves all weights at 1, in words; None if it does not."""
+    _, judges = _apart(rows)
+    scores = {row.score if row.correct is None else float(row.correct) for row in judges}
+    if len(scores) > 1:
+        return None
+    which = "have no score" if scores <= {None} else "are all right, or have the same score"
+    return (
+        f"the {len(judges)} rows that choose {which}, so --q auto leaves all weights at 1, as in SFT"
+    )
+
+
+def _apart(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Rows to train on, and those of other prompts that choose the exponent."""
+    groups = by_prompt(rows)
+    chosen = {id(row) for group in groups[_EVERY - 1 :: _EVERY] for row in group}
+    return [x for x in rows if id(x) not in chosen], [x for x in rows if id(x) in chosen]
+
+
+def curated_rows(
+    rows: Sequence[Row], tokenizer: Any, max_length: int | None, cuts: Sequence[float], *, seed: int
+) -> TensorDictBase:
+    """Curate rows into packed trajectories with their multiplicity; wrong ones are left out.
+
+    Rows with a multiplicity count as curated.
+    """
+    trajectories: TensorDictBase = tokenize(rows, tokenizer, max_length=max_length).trajectories
+    if trajectories.get(CORRECT, default=None) is not None:
+        trajectories = correct_only(trajectories)
+    counts = trajectories.get(MULTIPLICITY, default=None)
+    if counts is not None:
+        cuts, trajectories = (), trajectories.exclude(MULTIPLICITY)
+    score: Any = SCORE
+    if not cuts and trajectories.get(SCORE, default=None) is None:
+        # Equal scores, so that nothing is correlated with them.
+        score = _no_score
+    trajectories = curate(trajectories, cuts=cuts, score=score, seed=seed)
+    return trajectories if counts is None else trajectories.set(MULTIPLICITY, counts)
+
+
+def _no_score(trajectories: TensorDictBase) -> Tensor:
+    return torch.zeros(len(lengths(trajectories)))
+
+
+def _signed(algorithm: Variant, trajectories: TensorDictBase, *, margin: float) -> TensorDictBase:
+    """Weigh right answers 1 and wrong ones -1; in AsymRE 1 and 0, less a baseline."""
+    weighed = weigh_correct(trajectories)
+    if algorithm.related == "asymre":
+        rate = float(weighed.get(SUCCESS_RATE)[0])
+        baseline = rate - margin
+        if baseline <= 0:
+            raise ValueError(
+                f"--baseline-margin {margin:g} must be below the share of right rows, {rate:.3g}: "
+                "with a baseline of at most 0, wrong answers count as right ones do"
+            )
+        weighed = weigh_correct(trajectories, right=1 - baseline, wrong=-baseline)
+    if weighed.get(MULTIPLICITY, default=None) is not None:
+        return weighed
+    return curate(weighed, cuts=(), score="length")
