@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,16 +46,22 @@ def curated(
     return join(*(part.exclude(CORRECT, SCORE) for part in (trained, judged)))
 
 
+def effective(settings: Settings, rows: Sequence[Row]) -> Settings:
+    """The settings, or those of weights 1 where the rows can't choose an exponent."""
+    if settings.q is None or why_unweighted(rows) is None:
+        return settings
+    return replace(settings, q=None, temperature=0.0, preset="recipe")
+
+
 def why_unweighted(rows: Sequence[Row]) -> str | None:
     """Why ``--q auto`` leaves all weights at 1, in words; None if it does not."""
     _, judges = _apart(rows)
     scores = {row.score if row.correct is None else float(row.correct) for row in judges}
     if len(scores) > 1:
         return None
-    which = "have no score" if scores <= {None} else "are all right, or have the same score"
-    return (
-        f"the {len(judges)} rows that choose {which}, so --q auto leaves all weights at 1, as in SFT"
-    )
+    which = "have no score" if scores <= {None} else "have the same score"
+    many = f"the {len(judges)} rows that choose it {which}"
+    return f"{many}, so --q auto leaves all weights at 1, as in SFT"
 
 
 def _apart(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:

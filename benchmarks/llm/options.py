@@ -124,14 +124,18 @@ _USED: dict[str, Callable[[Variant, Settings], bool]] = {
     "quality_cuts": lambda algorithm, _: algorithm.quality,
     "sync_every": lambda algorithm, _: algorithm.proposal == "cached" or algorithm.syncs_reference,
     "ema_decay": lambda algorithm, _: algorithm.proposal == "lagged",
-    "preset": lambda algorithm, _: algorithm.weighted,
+    "q": lambda algorithm, _: algorithm.proposal == "cached",
+    "preset": lambda algorithm, settings: algorithm.weighted and not settings.q,
+    "reduce": lambda algorithm, settings: algorithm.weighted and settings.preset == "recipe",
     "step_clip": lambda algorithm, _: algorithm.per_step,
     "reference": lambda algorithm, _: algorithm.weighted or algorithm.per_step,
     **{name: _of_method(name) for name in METHOD_SETTINGS},
     "baseline_margin": lambda algorithm, _: algorithm.related == "asymre",
     **dict.fromkeys(
-        ("temperature", "reduce", "max_weight", "self_normalize"),
-        lambda algorithm, settings: algorithm.weighted and settings.preset == "recipe",
+        ("temperature", "max_weight", "self_normalize"),
+        lambda algorithm, settings: (
+            algorithm.weighted and settings.preset == "recipe" and not settings.q
+        ),
     ),
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from datetime import timedelta
@@ -20,13 +20,13 @@ import torch
 from accelerate.utils import patch_environment  # type: ignore[import-untyped]
 from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
 from tensordict import TensorDictBase
-from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging
 
 from benchmarks import monitor, runs
 from benchmarks.commands import typed
+from benchmarks.llm.curation import curated, effective, why_unweighted
 from benchmarks.llm.launch import Launch, assert_engine, launched
 from benchmarks.llm.models import (
     check_fit,
@@ -51,15 +51,13 @@ from benchmarks.llm.progress import Progress, now
 from benchmarks.llm.recipes import Prepared, Sources, load_recipe
 from benchmarks.runs import RESULT, alone_in, hardware, versions, write_json
 from iwsft import checkpoint
-from iwsft.curation import curate
-from iwsft.datasets.text.rows import Row
-from iwsft.datasets.text.tokens import CORRECT, SCORE
 from iwsft.fingerprint import file_sha256
-from iwsft.language import correct_only, tokenize, weigh_correct
+from iwsft.language import tokenize
 from iwsft.language.config import ImportanceWeightedConfig
 from iwsft.language.saving import last, written_aside
 from iwsft.language.trainer import ImportanceWeightedTrainer
-from iwsft.trajectory import DATA_WEIGHT, MULTIPLICITY, SUCCESS_RATE, TRAJ_IDS, lengths
+from iwsft.lower_bound import Choice
+from iwsft.trajectory import DATA_WEIGHT, MULTIPLICITY, lengths
 
 CHECKPOINTS = "checkpoints"
 # What training took, once the model is saved; a kill during the test leaves it.
@@ -122,6 +120,14 @@ def prepare(run: Run) -> Prepared:
     return load_recipe(run.dataset).prepare(run.shared_folder, sources, seed=run.seed)
 
 
+def curated_of(run: Run, prepared: Prepared, tokenizer: Any) -> TensorDictBase:
+    """Curate a recipe's rows for a run, see :func:`benchmarks.llm.curation.curated`."""
+    assert run.algorithm is not None
+    rows = prepared.rows
+    settings = effective(run.options.settings, rows)
+    return curated(rows, tokenizer, run.algorithm, settings, seed=run.seed)
+
+
 def check_rows(run: Run, prepared: Prepared) -> None:
     """Check that the rows of training fit in the model's context, and all have its tokens.
 
@@ -130,9 +136,9 @@ def check_rows(run: Run, prepared: Prepared) -> None:
     assert run.algorithm is not None
     recipe, trusted = load_recipe(run.dataset), run.options.trust_remote_code
     tokenizer = run.tokenizer(prepared)
-    data, reason = curated_of(run, prepared, tokenizer)
-    if reason is not None:
-        monitor.tell(f"{run}: {reason}")
+    data = curated_of(run, prepared, tokenizer)
+    if run.options.settings.q and (reason := why_unweighted(prepared.rows)):
+        runs.tell(f"{run}: {reason}")
     if run.options.settings.normalize_data_weights and data.get(DATA_WEIGHT, default=None) is None:
         raise ValueError("--normalize-data-weights changes nothing: no row has a weight")
     config = load_config(prepared.model, trust_remote_code=trusted)
@@ -288,22 +294,27 @@ def training_arguments(run: Run, algorithm: Variant) -> dict[str, Any]:
 
 
 def _trainer(
-    run: Run, args: Any, name: str, tokenizer: Any, data: TensorDictBase, progress: Progress
+    run: Run,
+    args: Any,
+    prepared: Prepared,
+    tokenizer: Any,
+    data: TensorDictBase,
+    progress: Progress,
 ) -> ImportanceWeightedTrainer:
-    """Load the model of a name, and make its trainer."""
+    """Load the model to train, and make its trainer."""
     settings, algorithm = run.options.settings, run.algorithm
     assert algorithm is not None
     # DeepSpeed keeps float32 weights of its own.
     half = args.bf16 and run.launch.engine == "deepspeed"
     model: Any
-    model, _ = run.load(name, dtype=torch.bfloat16 if half else torch.float32)
+    model, _ = run.load(prepared.model, dtype=torch.bfloat16 if half else torch.float32)
     if settings.lora_rank is not None:
         model = with_adapters(model, settings.lora_rank, seed=run.seed)
     trainer = ImportanceWeightedTrainer(
         model,
         args,
         trajectories=data,
-        importance_weights=algorithm.importance_weights(settings),
+        importance_weights=algorithm.importance_weights(effective(settings, prepared.rows)),
         processing_class=tokenizer,
         callbacks=[progress],
     )
@@ -311,6 +322,15 @@ def _trainer(
     if launched() is not None:
         assert_engine(trainer.accelerator, run.launch)
     return trainer
+
+
+def _last_choice(run: Run, prepared: Prepared, rows: list[dict[str, float]]) -> dict[str, Any]:
+    """What the judged rows chose last, or why they could not choose."""
+    reason = why_unweighted(prepared.rows)
+    if reason is not None:
+        return {"rule": run.options.settings.q, "exponent": 0.0, "note": reason}
+    last_row = next(row for row in reversed(rows) if "exponent" in row)
+    return {"rule": run.options.settings.q, **{name: last_row[name] for name in Choice._fields}}
 
 
 def _train(run: Run, algorithm: Variant, prepared: Prepared) -> dict[str, Any]:
@@ -323,8 +343,8 @@ def _train(run: Run, algorithm: Variant, prepared: Prepared) -> dict[str, Any]:
         return finished
     # Rows are checked before the weights, which may take minutes to load.
     tokenizer = run.tokenizer(prepared)
-    (data, _), progress = curated_of(run, prepared, tokenizer), Progress(run)
-    trainer = _trainer(run, args, prepared.model, tokenizer, data, progress)
+    data, progress = curated_of(run, prepared, tokenizer), Progress(run)
+    trainer = _trainer(run, args, prepared, tokenizer, data, progress)
     try:
         trainer.train(resume_from_checkpoint=last(run.folder / CHECKPOINTS))
     finally:
@@ -337,12 +357,14 @@ def _train(run: Run, algorithm: Variant, prepared: Prepared) -> dict[str, Any]:
     trained = {
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
-        "trajectories": len(data.get(TRAJ_IDS).unique()),
+        "trajectories": int((multiplicity > 0).sum()),
         "draws_an_epoch": int(multiplicity.sum()),
         "proposal": args.proposal,
         "sync_every": args.sync_every,
         "ema_decay": args.ema_decay,
     }
+    if run.options.settings.q is not None:
+        trained["q"] = _last_choice(run, prepared, trainer.state.log_history)
     trainer.accelerator.free_memory()
     del trainer
     clear_device_cache(garbage_collection=True)

@@ -89,6 +89,9 @@ class Related:
 
     reference: Annotated[Literal["none"] | None, setting("none", "pi_ref, the model")] = None
     """What q is divided by in iw-sft and its variants; "none" weighs by q itself."""
+    q: Annotated[Literal["auto"] | None, setting("auto", "none, k is fixed")] = None
+    """Rule that chooses the temperature at each sync: "auto" takes the one that promises the most
+    right answers, or the best score, on the rows of every fifth prompt, which are not trained."""
     normalize_data_weights: Annotated[bool, setting()] = False
     """Divide an update by the absolute data weights of its rows, instead of by their number."""
     power_k: Annotated[float, setting("FLOAT")] = 10.0
@@ -156,6 +159,8 @@ class Settings(Optimization, Curation, Weighting, Related, Memory):
     def _chain(self, per_step: bool) -> ImportanceWeights:
         from iwsft import ImportanceWeights, weights
 
+        if self.q is not None:
+            return replace(ImportanceWeights.auto(), reduce=self.reduce)
         if per_step:
             return ImportanceWeights(step=(weights.ClipRatio(*self.step_clip),), reduce=None)
         if self.preset == "paper_llm":

@@ -12,10 +12,11 @@ import torch
 from tensordict import TensorDictBase
 
 from benchmarks.llm import models
+from benchmarks.llm.curation import curated_rows
 from benchmarks.llm.launch import Launch
 from benchmarks.llm.options import BASE, parse
 from benchmarks.llm.recipes.chat import read_rows
-from benchmarks.llm.run import Run, curated, curated_rows, prepare
+from benchmarks.llm.run import Run, curated_of, prepare
 from benchmarks.runs import CONFIG
 from benchmarks.weights.options import Options
 from benchmarks.weights.source import Source, check_chain, counted, root_of, tell_scores
@@ -52,7 +53,7 @@ def of_run(options: Options, config: dict[str, Any]) -> Source:
     prepared = prepare(run)
     tokenizer = run.tokenizer(prepared)
     if options.data is None:
-        data, of = curated(run, run.algorithm, prepared, tokenizer), "that the run trained on"
+        data, of = curated_of(run, prepared, tokenizer), "that the run trained on"
     else:
         rows, of = read_rows(options.data), f"of {_short(options.data)}"
         data = curated_rows(rows, tokenizer, given.settings.max_length, (), seed=run.seed)
