@@ -49,9 +49,9 @@ def odds(p: float) -> float:
     return p / (1 - p) if p < 1 else np.inf
 
 
-def bounds(log_weight: Any, m: Any, score: Any) -> list[tuple[float, float, Array]]:
-    """Bound, n and weights of every exponent, trajectory by trajectory."""
-    out: list[tuple[float, float, Array]] = []
+def promises(log_weight: Any, m: Any, score: Any) -> list[tuple[float, float, float, Array]]:
+    """Gain, variance, n and weights of every exponent, trajectory by trajectory."""
+    out: list[tuple[float, float, float, Array]] = []
     p0 = [count / sum(m) for count in m]
     for alpha in EXPONENTS:
         powers = [np.exp(np.float64(alpha) * (x - max(log_weight))) for x in log_weight]
@@ -59,9 +59,14 @@ def bounds(log_weight: Any, m: Any, score: Any) -> list[tuple[float, float, Arra
         p = [count * w / total for count, w in zip(m, powers, strict=True)]
         n = 1 / sum(x * x for x in p)
         gain = sum((x - y) * z for x, y, z in zip(p, p0, score, strict=True))
-        error = sum((odds(x) - odds(y)) ** 2 for x, y in zip(p, p0, strict=True)) ** 0.5
-        out.append((gain - error, n, np.array(powers) * sum(m) / total))
+        variance = sum((odds(x) - odds(y)) ** 2 for x, y in zip(p, p0, strict=True))
+        out.append((gain, variance, n, np.array(powers) * sum(m) / total))
     return out
+
+
+def bounds(log_weight: Any, m: Any, score: Any) -> list[tuple[float, float, Array]]:
+    """Bound, n and weights of every exponent."""
+    return [(gain - v**0.5, n, w) for gain, v, n, w in promises(log_weight, m, score)]
 
 
 @settings(max_examples=100, deadline=None)
@@ -166,6 +171,29 @@ def test_scores_are_standardised_over_all_data() -> None:
         *standard_scores(other).tolist(),
     ]
     assert STANDARD_SCORE not in join(best, trajectories([1.0, 2.0]))
+
+
+def test_others_judge_in_place_of_the_weighed() -> None:
+    """Right and wrong answers choose the exponent of right ones, whose scores are equal."""
+    generator = np.random.default_rng(3)
+    right = generator.random(200) < 0.5
+    judges = generator.normal(np.where(right, 1.0, -1.0), 0.5)
+    score = (right - right.mean()) / right.std()
+    # The last one is likelier than any judge.
+    own, m = np.append(np.linspace(-1.0, 1.0, 49), 30.0), [1, 2] * 25
+    columns = (torch.tensor(x, dtype=torch.float64) for x in (judges, np.ones(200), score))
+    judged = LowerBound().judge(*columns)
+    log, choice = judged(*(torch.tensor(x, dtype=torch.float64) for x in (own, m, np.ones(50))))
+    promised = promises(judges.tolist(), [1] * 200, score.tolist())
+    weighed = promises(np.minimum(own, judges.max()).tolist(), m, [1.0] * 50)
+    bound = [j[0] - (j[1] + w[1]) ** 0.5 for j, w in zip(promised, weighed, strict=True)]
+    best = int(np.argmax(bound))
+    assert best > 0 and float(choice.exponent) == EXPONENTS[best]
+    np.testing.assert_allclose(float(choice.gain_bound), bound[best], rtol=1e-9)
+    np.testing.assert_allclose(log.exp().numpy(), weighed[best][3], rtol=1e-9)
+    # Judges that are all right promise nothing.
+    level = LowerBound().judge(*(torch.tensor(x) for x in (judges, np.ones(200), np.ones(200))))
+    assert float(level(*(torch.tensor(x) for x in (own, m, np.ones(50))))[1].exponent) == 0
 
 
 def test_data_without_scores_name_the_way_out() -> None:

@@ -18,6 +18,7 @@ from iwsft import EMA, HardSync, ImportanceWeightedMLE, ImportanceWeights, weigh
 from iwsft.forward_pass import ForwardPass
 from iwsft.language import weighted
 from iwsft.language.batches import EpochBatches, TrajectoryDataset, collate
+from iwsft.lower_bound import LowerBound
 from iwsft.policies import CausalLMPolicy
 from iwsft.reference import write_reference
 from iwsft.trajectory import STANDARD_SCORE
@@ -244,6 +245,40 @@ def test_graded_scores_choose_the_weights(tmp_path: Path) -> None:
     run.train()
     chosen = [row["exponent"] for row in run.state.log_history if "exponent" in row]
     assert len(chosen) == 7 and chosen[:3] == [0.0] * 3 and chosen[3] > 0
+
+
+def test_trajectories_that_are_not_drawn_judge_the_weights(tmp_path: Path) -> None:
+    """The exponent and the weights of the second window against the models of both syncs."""
+    data = trajectories(9)
+    ids = data["collector", "traj_ids"]
+    data.set("multiplicity", (ids < 6).long())
+    # The scores of those that are drawn say nothing.
+    data.set(STANDARD_SCORE, torch.where(ids == 7, 60.0, 0.0))
+    own: dict[str, Any] = {"proposal": "cached", "sync_every": 2, "lr_scheduler_type": "constant"}
+    own |= {"importance_weights": ImportanceWeights.auto(), "data": data}
+    moved = trainer(tmp_path / "moved", max_steps=2, **own)
+    moved.train()
+    log_ratio = []
+    for trajectory in range(9):
+        steps = data[ids == trajectory].exclude("ref_log_prob")
+        on = steps["masks", "all_assistant_mask"]
+        with torch.no_grad():
+            after, before = (CausalLMPolicy(m).log_prob(steps)[on] for m in (moved.model, model()))
+        log_ratio.append((after - before).mean())
+    x, one = torch.stack(log_ratio), torch.ones(3)
+    best = 6 + int(x[6:].argmax())
+    data.set(STANDARD_SCORE, torch.where(ids == best, 60.0, 0.0))
+    judged = LowerBound().judge(x[6:], one, torch.tensor([60.0 * (i == best) for i in (6, 7, 8)]))
+    run = trainer(tmp_path / "run", max_steps=4, **own)
+    run.train()
+    rows = [row for row in run.state.log_history if "exponent" in row]
+    # Updates 3 and 4 are an epoch: each of the six once.
+    log_weight, choice = judged(x[:6], torch.ones(6), torch.zeros(6))
+    assert rows[1]["exponent"] == 0
+    assert rows[2]["exponent"] == float(choice.exponent) > 0
+    assert rows[2]["gain_bound"] == pytest.approx(float(choice.gain_bound), rel=1e-3)
+    largest = max(row["weight_max"] for row in rows[2:])
+    assert largest == pytest.approx(float(log_weight.exp().max()), rel=1e-3)
 
 
 def test_a_window_counts_each_draw_of_a_trajectory(tmp_path: Path) -> None:

@@ -18,11 +18,11 @@ from scipy import stats
 from tensordict import NestedKey
 
 from benchmarks.llm.__main__ import main
+from benchmarks.llm.curation import curated
 from benchmarks.llm.models import load
 from benchmarks.llm.options import ALGORITHMS
 from benchmarks.llm.recipes import RECIPES, Sources
 from benchmarks.llm.recipes.arithmetic.recipe import ArithmeticRecipe
-from benchmarks.llm.run import curated
 from benchmarks.llm.settings import Settings
 from benchmarks.report.page import write_report
 from benchmarks.report.scores import algorithm_label
@@ -174,6 +174,37 @@ def test_finished_runs_stay_and_other_settings_are_refused(
     assert "base/seed-0 holds a run with other settings: settings.data" in refused
 
 
+def test_rows_of_other_prompts_choose_the_temperature(
+    job: Callable[..., Path],
+    small: tuple[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = ["--max-steps", "6", "--sync-every", "2", "--q", "auto"]
+    lines = [json.loads(line) for line in Path(small[1]).read_text().splitlines()]
+    judged = write_rows(tmp_path / "judged.jsonl", small[1], drop=0)
+    Path(judged).write_text(
+        "".join(json.dumps(row | {"correct": i % 3 > 0}) + "\n" for i, row in enumerate(lines))
+    )
+    run = job(tmp_path / "one", "iw-sft-hard", data=judged, flags=flags) / "iw-sft-hard" / "seed-0"
+    result = json.loads((run / "result.json").read_text())
+    prompts = dict.fromkeys(row["prompt"] for row in lines)
+    training = {*prompts} - {*[*prompts][4::5]}
+    right = [row for i, row in enumerate(lines) if row["prompt"] in training and i % 3]
+    assert result["trajectories"] == len(right)
+    assert result["q"]["rule"] == "auto" and "note" not in result["q"]
+    # Without wrong answers nothing can choose: the run is SFT on all rows, and says so.
+    plain = write_rows(tmp_path / "right.jsonl", small[1], drop=0, correct=True)
+    folder = job(tmp_path / "two", "iw-sft-hard", data=plain, flags=flags)
+    reason = "have the same score, so --q auto leaves all weights at 1, as in SFT"
+    assert reason in capsys.readouterr().err
+    result = json.loads((folder / "iw-sft-hard" / "seed-0" / "result.json").read_text())
+    assert reason in result["q"]["note"] and result["trajectories"] == len(lines)
+    weighed = rows(folder / "iw-sft-hard" / "seed-0")
+    sft = job(tmp_path / "two", "sft", data=plain) / "sft" / "seed-0"
+    assert [row["loss"] for row in weighed] == [row["loss"] for row in rows(sft)]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_was_stopped_in_its_test_is_only_tested(
     job: Callable[..., Path],
@@ -284,9 +315,8 @@ def test_d_plus_and_its_multiplicity(small: tuple[str, str], tmp_path: Path) -> 
     settings = Settings(learning_rate=1e-3, batch_size=4, max_steps=1, quality_cuts=(0, 50))
 
     def column(key: NestedKey, algo: str, **changed: Any) -> list[float]:
-        data = curated(
-            small_job.run(settings), ALGORITHMS[algo], replace(prepared, **changed), tokenizer
-        )
+        rows = replace(prepared, **changed).rows
+        data = curated(rows, tokenizer, ALGORITHMS[algo], settings, seed=0)
         return data.get(key)[lengths(data).cumsum(0) - 1].tolist()
 
     counts = partial(column, MULTIPLICITY)
@@ -296,14 +326,14 @@ def test_d_plus_and_its_multiplicity(small: tuple[str, str], tmp_path: Path) -> 
     assert counts("topr") == [1] * len(prepared.rows)
     rate, first = len(right) / len(prepared.rows), prepared.rows[0].correct
     for algo, weights in (("nft", (1, -1)), ("asymre", (1.1 - rate, 0.1 - rate))):
-        data = curated(small_job.run(settings), ALGORITHMS[algo], prepared, tokenizer)
+        data = curated(prepared.rows, tokenizer, ALGORITHMS[algo], settings, seed=0)
         trained = data.get(DATA_WEIGHT)[data.get(DATA_WEIGHT) != 0]
         assert sorted(trained.unique().tolist()) == pytest.approx(sorted(weights))
         assert float(trained[0]) == pytest.approx(weights[0] if first else weights[1])
         assert float(data.get(SUCCESS_RATE)[0]) == pytest.approx(rate)
     settings = replace(settings, baseline_margin=rate)
     with pytest.raises(ValueError, match="must be below the share of right rows"):
-        curated(small_job.run(settings), ALGORITHMS["asymre"], prepared, tokenizer)
+        curated(prepared.rows, tokenizer, ALGORITHMS["asymre"], settings, seed=0)
     found = counts("sft-q")
     assert len(found) == len(right) and sum(n == 2 for n in found) == -(-len(right) // 2)
     best = sorted((row.score for row in right), reverse=True)[: len(right) // 2]
