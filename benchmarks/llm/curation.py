@@ -34,10 +34,11 @@ def curated(
         data = tokenize(rows, tokenizer, max_length=settings.max_length).trajectories
         return _signed(algorithm, data, margin=settings.baseline_margin)
     cuts = settings.quality_cuts if algorithm.quality else settings.cuts
+    beta = settings.rwr_beta if algorithm.by_score else None
+    training, judges = (rows, []) if settings.q is None else _apart(rows)
+    trained = curated_rows(training, tokenizer, settings.max_length, cuts, beta=beta, seed=seed)
     if settings.q is None:
-        return curated_rows(rows, tokenizer, settings.max_length, cuts, seed=seed)
-    training, judges = _apart(rows)
-    trained = curated_rows(training, tokenizer, settings.max_length, cuts, seed=seed)
+        return trained
     judged = tokenize(judges, tokenizer, max_length=settings.max_length).trajectories
     score = judged.get(CORRECT if judges[0].correct is not None else SCORE).float()
     of_trajectory = score[lengths(judged).cumsum(0) - 1]
@@ -72,11 +73,18 @@ def _apart(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def curated_rows(
-    rows: Sequence[Row], tokenizer: Any, max_length: int | None, cuts: Sequence[float], *, seed: int
+    rows: Sequence[Row],
+    tokenizer: Any,
+    max_length: int | None,
+    cuts: Sequence[float],
+    *,
+    beta: float | None = None,
+    seed: int,
 ) -> TensorDictBase:
     """Curate rows into packed trajectories with their multiplicity; wrong ones are left out.
 
-    Rows with a multiplicity count as curated.
+    Rows with a multiplicity count as curated. With ``beta`` a row has the data weight
+    exp(score / beta), see :func:`iwsft.curation.curate`.
     """
     trajectories: TensorDictBase = tokenize(rows, tokenizer, max_length=max_length).trajectories
     if trajectories.get(CORRECT, default=None) is not None:
@@ -85,10 +93,11 @@ def curated_rows(
     if counts is not None:
         cuts, trajectories = (), trajectories.exclude(MULTIPLICITY)
     score: Any = SCORE
-    if not cuts and trajectories.get(SCORE, default=None) is None:
+    if not cuts and beta is None and trajectories.get(SCORE, default=None) is None:
         # Equal scores, so that nothing is correlated with them.
         score = _no_score
-    trajectories = curate(trajectories, cuts=cuts, score=score, seed=seed)
+    weight: Any = None if beta is None else "softmax"
+    trajectories = curate(trajectories, cuts=cuts, score=score, weight=weight, beta=beta, seed=seed)
     return trajectories if counts is None else trajectories.set(MULTIPLICITY, counts)
 
 

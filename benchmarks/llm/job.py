@@ -105,7 +105,7 @@ def _check_scores(algo: str, settings: Settings, rows: Sequence[Row]) -> None:
     """Check that rows have what an algorithm needs of them.
 
     Raises:
-        ValueError: The scores that it cuts by are missing, or all the same; or it learns from right
+        ValueError: The scores that it reads are missing, or all the same; or it learns from right
             and wrong answers, and the rows are not both.
     """
     if ALGORITHMS[algo].signed:
@@ -116,11 +116,13 @@ def _check_scores(algo: str, settings: Settings, rows: Sequence[Row]) -> None:
             )
         return
     cuts = settings.quality_cuts if ALGORITHMS[algo].quality else settings.cuts
-    if cuts and all(row.count is None for row in rows):
+    weighs = ALGORITHMS[algo].by_score
+    if weighs or (cuts and all(row.count is None for row in rows)):
         try:
             check_scores([row for row in rows if row.correct is not False])
         except ValueError as error:
-            raise ValueError(f"{algo} cuts by score, but {error}") from error
+            verb = "weighs" if weighs else "cuts"
+            raise ValueError(f"{algo} {verb} by score, but {error}") from error
 
 
 def _work_on(run: Run, *, threads: int | None = None) -> None:

@@ -45,11 +45,13 @@ class Variant:
     ``proposal`` is what q is, see :class:`iwsft.language.config.ImportanceWeightedConfig`.
     ``quality`` trains on D_Q+, where better rows count several times, instead of D+. ``per_step``
     lets each token's ratio weigh its own loss, instead of the trajectory's. ``related`` is a preset
-    of :class:`iwsft.ImportanceWeights` that has settings of its own.
+    of :class:`iwsft.ImportanceWeights` that has settings of its own. ``by_score`` weighs rows by
+    exp(score / rwr_beta), which are data weights.
     """
 
     proposal: Proposal
     quality: bool = False
+    by_score: bool = False
     per_step: bool = False
     related: str | None = None
 
@@ -76,6 +78,7 @@ class Variant:
 ALGORITHMS = {
     "sft": Variant("reference"),
     "sft-q": Variant("reference", quality=True),
+    "rwr": Variant("reference", by_score=True),
     "iw-sft": Variant("current"),
     "iw-sft-hard": Variant("cached"),
     "iw-sft-ema": Variant("lagged"),
@@ -130,6 +133,7 @@ _USED: dict[str, Callable[[Variant, Settings], bool]] = {
     "step_clip": lambda algorithm, _: algorithm.per_step,
     "reference": lambda algorithm, _: algorithm.weighted or algorithm.per_step,
     **{name: _of_method(name) for name in METHOD_SETTINGS},
+    "rwr_beta": lambda algorithm, _: algorithm.by_score,
     "baseline_margin": lambda algorithm, _: algorithm.related == "asymre",
     **dict.fromkeys(
         ("temperature", "max_weight", "self_normalize"),

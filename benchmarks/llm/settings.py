@@ -94,6 +94,8 @@ class Related:
     right answers, or the best score, on the rows of every fifth prompt, which are not trained."""
     normalize_data_weights: Annotated[bool, setting()] = False
     """Divide an update by the absolute data weights of its rows, instead of by their number."""
+    rwr_beta: Annotated[float, setting("FLOAT")] = 1.0
+    """Temperature of rwr, in units of the score; a row weighs exp(score / beta)."""
     power_k: Annotated[float, setting("FLOAT")] = 10.0
     """Exponent k of the token weight p^k of power."""
     psft_epsilon: Annotated[float, setting("FLOAT")] = 0.2
@@ -117,7 +119,7 @@ class Related:
         return {name.removeprefix(f"{method}_"): getattr(self, name) for name in own}
 
 
-# Settings METHOD_ARGUMENT, each of one related method's preset.
+# Settings METHOD_ARGUMENT, each of one related method.
 METHOD_SETTINGS = tuple(each.name for each in fields(Related) if type(each.default) in (float, int))
 
 

@@ -34,6 +34,7 @@ COLOURS = {
     "bc-10": "#757575",
     "sft": "#4ba6dd",
     "sft-q": "#2f78c4",
+    "rwr": "#5566b8",
     "iw-sft": "#d9901e",
     "iw-sft-q": "#e0561d",
     "iw-sft-hard": "#c2671c",

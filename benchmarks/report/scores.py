@@ -31,6 +31,7 @@ _LABELS = {
     "base": "base",
     "sft": "SFT",
     "sft-q": "SFT(Q)",
+    "rwr": "RWR",
     "iw-sft": "iw-SFT",
     "iw-sft-hard": "iw-SFT-hard",
     "iw-sft-ema": "iw-SFT-EMA",

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import small_job
 import torch
@@ -93,9 +94,8 @@ def test_every_algorithm_writes_its_files(
         same = "sft-q" if algorithm.quality else "sft"
         if algorithm.related in (None, "psft"):
             assert logged[0]["weight_max"] == 1.0 and logged[0]["ESS"] == pytest.approx(1.0)
-            assert logged[0]["loss"] == pytest.approx(
-                rows(folder / same / "seed-0")[0]["loss"], rel=1e-6
-            )
+            of_sft = rows(folder / same / "seed-0")[0]["loss"]
+            assert (logged[0]["loss"] == pytest.approx(of_sft, rel=1e-6)) != algorithm.by_score
         elif not algorithm.signed:
             assert logged[0]["weight_max"] < 1
         moved = max(abs(row["weight_max"] - 1) for row in logged) > 1e-4
@@ -160,6 +160,7 @@ def test_finished_runs_stay_and_other_settings_are_refused(
     # A folder that is taken hides nothing else that is wrong.
     unscored = write_rows(tmp_path / "unscored.jsonl", small[1], drop=0, score=None)
     assert "sft-q cuts by score, but" in stopped("sft", "sft-q", data=unscored)
+    assert "rwr weighs by score, but" in stopped("rwr", data=unscored)
     assert "there is no model folder a/b/c" in stopped("sft", model="a/b/c")
 
     job(tmp_path, "sft", "iw-sft", flags=["--max-steps", "6", "--resume"])
@@ -334,6 +335,8 @@ def test_d_plus_and_its_multiplicity(small: tuple[str, str], tmp_path: Path) -> 
     settings = replace(settings, baseline_margin=rate)
     with pytest.raises(ValueError, match="must be below the share of right rows"):
         curated(prepared.rows, tokenizer, ALGORITHMS["asymre"], settings, seed=0)
+    weight = np.exp([row.score / settings.rwr_beta for row in right])
+    assert column(DATA_WEIGHT, "rwr") == pytest.approx(weight / weight.mean())
     found = counts("sft-q")
     assert len(found) == len(right) and sum(n == 2 for n in found) == -(-len(right) // 2)
     best = sorted((row.score for row in right), reverse=True)[: len(right) // 2]

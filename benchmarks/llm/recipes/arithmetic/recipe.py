@@ -32,6 +32,7 @@ class ArithmeticRecipe(Recipe):
         # The bandit's weight is q / pi_ref of the whole text.
         reduce="sum",
         self_normalize=True,
+        rwr_beta=0.2,
     )
     seeds: tuple[int, ...] = (0, 1, 2)
     base: BaseSettings = BaseSettings()
@@ -74,6 +75,7 @@ class ArithmeticRecipe(Recipe):
         the objective has it and the closed forms of ``task.py`` predict it; ``greedy`` that
         of the likeliest tokens. ``share_*`` is the exact chance of each strategy, ``success_*`` the
         share of right answers within it, ``parses`` the share of texts in their strategy's form.
+        ``validation`` is the score on problems that the test does not ask, to choose settings by.
         """
         del prepared
         from benchmarks.llm.recipes.arithmetic import samples
