@@ -2,7 +2,8 @@
 
 Both train on the successes D+ of a uniform pi_ref. D+ has twice as many pulls of the right arm as
 of the left, and no failures; SFT copies that ratio. With q = p the weights q / pi_ref favour the
-arm that the policy already prefers, until it always pulls the right arm.
+arm that the policy already prefers, until it always pulls the right arm. ``--algo`` trains other
+methods, too; those that learn from failures get them.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,21 +17,33 @@ from torch import nn
 from torchrl.modules import OneHotCategorical, ProbabilisticActor
 
 from benchmarks.bandit.options import Options
+from benchmarks.llm.options import ALGORITHMS, Variant
+from benchmarks.llm.settings import Settings
 from benchmarks.report import figures
-from benchmarks.report.document import INK, Grid, interval_text
+from benchmarks.report.document import INK, NOTHING, Grid, interval_text
 from benchmarks.report.figures import Panels
 from benchmarks.report.scores import algorithm_label
 from benchmarks.runs import hardware, versions, write_json
 from benchmarks.statistics import t_interval
-from iwsft import ImportanceWeightedMLE, ImportanceWeights, annotate_reference, weights
+from iwsft import EMA, HardSync, ImportanceWeightedMLE, annotate_reference
 from iwsft.files import written_whole
 from iwsft.progress import Progress
-from iwsft.trajectory import REWARD, from_steps, select
+from iwsft.trajectory import DATA_WEIGHT, REWARD, SUCCESS_RATE, from_steps, select
 
 # Probability of reward 1 of the left and the right arm.
 ARMS = (0.5, 1.0)
-# Limit of the mean reward with D+ of infinite size (paper, Section 3.5).
-LIMITS = {"sft": 5 / 6, "iw-sft": 1.0}
+# The weights are q / pi_ref, and the clips of language models are out of reach.
+SETTINGS = Settings(learning_rate=1.0, batch_size=1, reduce="sum", sync_every=10, ema_decay=0.9)
+
+
+def limits(right: float) -> dict[str, float]:
+    """Limits of the mean reward with D of infinite size, from P(right) of pi_ref.
+
+    SFT copies D+ (paper, Section 3.5).
+    """
+    copied = ARMS[1] * right / (ARMS[0] * (1 - right) + ARMS[1] * right)
+    best = dict.fromkeys(("iw-sft", "iw-sft-hard", "iw-sft-ema"), max(ARMS))
+    return {"sft": ARMS[0] * (1 - copied) + ARMS[1] * copied, **best}
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,7 @@ class BanditRun:
 
     right: NDArray[np.float64]  # P(right) before each update and after the last ``[steps + 1]``
     successes: float  # share of right pulls in D+, which SFT copies
+    ESS: float  # effective share of the pulls at the last update
 
     @property
     def reward(self) -> NDArray[np.float64]:
@@ -46,10 +60,11 @@ class BanditRun:
         return ARMS[0] * (1 - self.right) + ARMS[1] * self.right
 
 
-def uniform_policy() -> ProbabilisticActor:
-    """Return a TorchRL actor of two logits, both 0."""
+def reference_policy(right: float = 0.5) -> ProbabilisticActor:
+    """Return a TorchRL actor of two logits that pulls the right arm with this chance."""
     logits = nn.Linear(1, 2, bias=False)
-    nn.init.zeros_(logits.weight)
+    with torch.no_grad():
+        logits.weight.copy_(torch.tensor([[0.0], [math.log(right / (1 - right))]]))
     return ProbabilisticActor(
         TensorDictModule(logits, in_keys=["observation"], out_keys=["logits"]),
         in_keys=["logits"],
@@ -57,50 +72,81 @@ def uniform_policy() -> ProbabilisticActor:
     )
 
 
-def successes(pulls: int, seed: int) -> TensorDictBase:
-    """Return D+: the rewarded ones of ``pulls`` uniform pulls, packed trajectories of one step."""
+def draw_pulls(pulls: int, seed: int, right: float = 0.5) -> TensorDictBase:
+    """Return D: ``pulls`` pulls of pi_ref, packed trajectories of one step."""
     generator = torch.Generator().manual_seed(seed)
-    arm = torch.randint(2, (pulls,), generator=generator)
+    arm = (torch.rand(pulls, generator=generator) < right).long()
     reward = torch.bernoulli(torch.tensor(ARMS)[arm], generator=generator)
     if not bool(reward.any()):
         raise ValueError(f"none of the {pulls} pulls was rewarded, D+ is empty; raise --pulls")
     steps = {"observation": torch.ones(pulls, 1), "action": nn.functional.one_hot(arm, 2)}
     data = from_steps({**steps, REWARD: reward[:, None]}, torch.arange(pulls))
-    return select(data, reward.nonzero().squeeze(-1))
+    return annotate_reference(reference_policy(right), data)
 
 
-def train(algorithm: str, data: TensorDictBase, steps: int, lr: float) -> BanditRun:
-    """Train a uniform policy on D+, annotated with pi_ref."""
-    policy = uniform_policy()
+def training_data(method: Variant, data: TensorDictBase) -> TensorDictBase:
+    """Return D+, the successes of D; or D with its signs as data weights, less a baseline."""
+    reward = data[REWARD].squeeze(-1)
+    if not method.signed:
+        return select(data, reward.nonzero().squeeze(-1))
+    rate = reward.mean()
+    weight = 2 * reward - 1
+    if method.related == "asymre":
+        weight = reward - (rate - SETTINGS.baseline_margin)
+    return data.copy().set(DATA_WEIGHT, weight).set(SUCCESS_RATE, rate.expand_as(reward).clone())
+
+
+def train(
+    algorithm: str, pulls: TensorDictBase, steps: int, lr: float, right: float = 0.5
+) -> BanditRun:
+    """Train pi_ref, which pulls the right arm with chance ``right``, on its pulls D."""
+    method, policy = ALGORITHMS[algorithm], reference_policy(right)
+    data = training_data(method, pulls)
     loss = ImportanceWeightedMLE(
         policy,
-        proposal="reference" if algorithm == "sft" else "current",
-        importance_weights=ImportanceWeights(step=[weights.Temperature(1.0)], reduce="sum"),
+        proposal=method.proposal,
+        importance_weights=method.importance_weights(SETTINGS),
     )
+    follow = _updater(method, loss, data)
     optimizer = torch.optim.SGD(loss.parameters(), lr=lr)
     (logits,) = policy.parameters()
     curve = [logits.detach().clone()]
     for _ in range(steps):
         optimizer.zero_grad()
-        loss(data)["loss_iw_mle"].backward()
+        out = loss(data)
+        out["loss_iw_mle"].backward()
         optimizer.step()
+        if follow is not None:
+            follow.step()
         curve.append(logits.detach().clone())
-    right = torch.stack(curve).squeeze(-1).softmax(-1)[:, 1]
-    share = data["action"][:, 1].double().mean()
-    return BanditRun(right.double().numpy(), float(share))
+    chances = torch.stack(curve).squeeze(-1).softmax(-1)[:, 1]
+    share = training_data(ALGORITHMS["sft"], pulls)["action"][:, 1].double().mean()
+    return BanditRun(chances.double().numpy(), float(share), float(out["ESS"]))
 
 
-def summary(runs: dict[str, list[BanditRun]]) -> dict[str, dict[str, Any]]:
+def _updater(
+    method: Variant, loss: ImportanceWeightedMLE, data: TensorDictBase
+) -> EMA | HardSync | None:
+    """What moves q, or what q is divided by."""
+    if method.proposal == "lagged":
+        return EMA(loss, decay=SETTINGS.ema_decay)
+    if method.proposal == "cached" or method.syncs_reference:
+        return HardSync(loss, every=SETTINGS.sync_every, trajectories=data)
+    return None
+
+
+def summary(runs: dict[str, list[BanditRun]], right: float) -> dict[str, dict[str, Any]]:
     """Return the numbers of the figure and the table: means over seeds and 95 % intervals."""
     out: dict[str, dict[str, Any]] = {}
     for algorithm, seeds in runs.items():
         rewards = np.stack([run.reward for run in seeds])
         low, high = t_interval(rewards) if len(seeds) > 1 else (rewards[0], rewards[0])
         out[algorithm] = {
-            "limit": LIMITS[algorithm],
+            "limit": limits(right).get(algorithm),
             "p_right": [float(run.right[-1]) for run in seeds],
             "right_share_of_successes": [run.successes for run in seeds],
             "mean_reward": [float(run.reward[-1]) for run in seeds],
+            "ESS": [run.ESS for run in seeds],
             "curve": {"mean": rewards.mean(0).tolist(), "low": low.tolist(), "high": high.tolist()},
         }
     return out
@@ -108,46 +154,55 @@ def summary(runs: dict[str, list[BanditRun]]) -> dict[str, dict[str, Any]]:
 
 def draw(numbers: dict[str, dict[str, Any]]) -> Panels:
     """Draw the mean reward over updates: its mean over seeds, the 95 % interval, and the limit."""
-    seeds = len(numbers["sft"]["p_right"])
+    seeds = len(next(iter(numbers.values()))["p_right"])
     colours = {algorithm: figures.COLOURS[algorithm] for algorithm in numbers}
-    ax = figures.make_panel(f"Two-armed bandit, successes only ({seeds} seeds)", 2.5, colours)
+    ax = figures.make_panel(f"Two-armed bandit ({seeds} seeds)", 2.5, colours)
     for algorithm, row in numbers.items():
         curve, colour = row["curve"], colours[algorithm]
         updates = range(len(curve["mean"]))
         ax.plot(updates, curve["mean"], color=colour, lw=1.6)
         ax.fill_between(updates, curve["low"], curve["high"], color=colour, alpha=0.2, lw=0)
-        ax.axhline(row["limit"], color=colour, ls=":", lw=1.2)
+        if row["limit"] is not None:
+            ax.axhline(row["limit"], color=colour, ls=":", lw=1.2)
     style: Any = {"ha": "right", "va": "top", "fontsize": 7.5, "color": INK}
     where = ("axes fraction", "data")
-    for height, name in ((5 / 6, "5/6: P(right) = 2/3"), (1.0, "1: always right")):
+    for height in sorted({row["limit"] for row in numbers.values()} - {None}):
+        right = (height - ARMS[0]) / (ARMS[1] - ARMS[0])
+        name = "1: always right" if right == 1 else f"{height:.3f}: P(right) = {right:.2f}"
         ax.annotate(name, (1, height), (-4, -4), where, "offset points", **style)
-    ax.set(xlabel="update", ylabel="mean reward of the policy", ylim=(0.74, 1.02))
+    least = min(min(row["curve"]["mean"]) for row in numbers.values())
+    ax.set(xlabel="update", ylabel="mean reward of the policy", ylim=(least - 0.01, 1.02))
     return figures.finish({"reward": ax})
 
 
 def table(numbers: dict[str, dict[str, Any]]) -> Grid:
     """Table of the last policies: mean over seeds and 95 % interval."""
     columns = ["algorithm", "P(right)", "right in D+", "mean reward", "95 % interval", "limit"]
+    columns.append("ESS")
     grid = Grid(columns, left=1)
     for algorithm, row in numbers.items():
         keys = ("p_right", "right_share_of_successes", "mean_reward")
         ends = row["curve"]["low"][-1], row["curve"]["high"][-1]
         means = [f"{np.mean(row[key]):.4f}" for key in keys]
-        limit = f"{row['limit']:.4f}"
-        grid.rows.append([algorithm_label(algorithm), *means, interval_text(ends, 4), limit])
+        limit = NOTHING if row["limit"] is None else f"{row['limit']:.4f}"
+        row_of = [algorithm_label(algorithm), *means, interval_text(ends, 4), limit]
+        grid.rows.append([*row_of, f"{np.mean(row['ESS']):.2f}"])
     return grid
 
 
 def main(options: Options) -> dict[str, list[BanditRun]]:
     """Train, write ``bandit.json`` and ``bandit.png``, print the table."""
     start = time.perf_counter()
-    runs: dict[str, list[BanditRun]] = {algorithm: [] for algorithm in LIMITS}
+    runs: dict[str, list[BanditRun]] = {algorithm: [] for algorithm in options.algo}
     with Progress() as progress:
         for seed in progress.track(range(options.seeds), description="bandit, seeds"):
-            data = annotate_reference(uniform_policy(), successes(options.pulls, seed))
+            pulls = draw_pulls(options.pulls, seed, options.right)
             for algorithm, seeds in runs.items():
-                seeds.append(train(algorithm, data, options.steps, options.lr))
-    numbers = summary(runs)
+                # A sync writes into the data.
+                seeds.append(
+                    train(algorithm, pulls.clone(), options.steps, options.lr, options.right)
+                )
+    numbers = summary(runs, options.right)
     figure, file = options.out / "bandit.png", options.out / "bandit.json"
     (image,) = draw(numbers).values()
     with written_whole(figure) as partial:
