@@ -144,10 +144,10 @@ def _against(grid: Grid, row: Sequence[Cell], other: Sequence[Cell] | None) -> l
     return [grid.marked(signed(difference), [_PAIRED] * difference.paired), verdict(difference)]
 
 
-def signed(difference: Difference) -> str:
+def signed(difference: Difference, digits: int = 1) -> str:
     """A difference with its sign and its interval."""
     sign = "+" * (difference.estimate.point >= 0)
-    return sign + text(difference.estimate, 1)
+    return sign + text(difference.estimate, digits)
 
 
 def verdict(difference: Difference) -> str:

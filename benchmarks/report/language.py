@@ -13,14 +13,19 @@ from rich.console import Group
 from rich.text import Text
 
 from benchmarks.report import figures
+from benchmarks.report.aggregates import signed, verdict
 from benchmarks.report.document import INK, NOTHING, Grid, interval_text
 from benchmarks.report.figures import Panels
-from benchmarks.report.scores import Cell, algorithm_label, base, cells, is_higher
+from benchmarks.report.scores import Cell, algorithm_label, base, cells, compare, is_higher
 from benchmarks.report.tables import published_scores
 from benchmarks.results import LANGUAGE, RecordedRun, read_all
 from benchmarks.statistics import MIN_SEEDS
 
 SHARES = "Chance of each kind of answer."
+LESS_SFT = (
+    "Learning rates, scores less that of SFT with 95 % intervals, and CPU seconds of training and "
+    "reference, in those of SFT."
+)
 # Prefix of the entries of a result that are chances of kinds of answers.
 _SHARE = "share_"
 
@@ -110,6 +115,30 @@ def recipe_grid(recipe: RecipeRuns) -> Grid:
     return grid
 
 
+def difference_grid(recipe: RecipeRuns) -> Grid:
+    """Table of differences to SFT and of the cost; without rows where SFT has too few seeds."""
+    grid = Grid(["algorithm", "learning rate", "less SFT", "verdict", "cost"], left=1)
+    own = {cell.algo: cell for cell in recipe.scores if cell.algo == base(cell.algo)}
+    for cell in recipe.scores:
+        sft = own.get("sft", cell)
+        difference = compare([cell], [sft])
+        if cell is sft or difference is None:
+            continue
+        training = cell.runs[0].config.get("settings", {}).get("training", {})
+        rate = training.get("learning_rate")
+        grid.rows.append(
+            [_label(cell), NOTHING if rate is None else f"{rate:g}", signed(difference, 3)]
+            + [verdict(difference), _number(_seconds(cell) / _seconds(sft))]
+        )
+    return grid
+
+
+def _seconds(cell: Cell) -> float:
+    """CPU seconds of training and reference, mean over seeds."""
+    tests = [run.result.get("evaluation_cpu_seconds", 0.0) for run in cell.runs]
+    return cell.cpu_seconds - float(np.mean(tests))
+
+
 def summary(recipe: RecipeRuns) -> str:
     """The highest algorithms of a recipe, and whether the first is the best."""
     best = sorted(recipe.scores, key=lambda cell: -cell.mean)[:2]
@@ -139,8 +168,9 @@ def _number(value: float | None) -> str:
 
 def recipe_table(recipe: RecipeRuns) -> Group:
     """The tables of a recipe for the terminal."""
-    scores, shares = recipe_grid(recipe).rich(recipe.name), share_grid(recipe)
-    more = (Text(""), shares.rich(SHARES)) if shares.rows else ()
+    scores = recipe_grid(recipe).rich(recipe.name)
+    tables = ((difference_grid(recipe), LESS_SFT), (share_grid(recipe), SHARES))
+    more = [part for grid, title in tables if grid.rows for part in (Text(""), grid.rich(title))]
     return Group(scores, *more, Text(recipe.note, style="dim"))
 
 

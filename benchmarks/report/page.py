@@ -347,6 +347,7 @@ def _recipe(document: Document, recipe: RecipeRuns) -> None:
     if recipe.scores:
         document.text(recipe.note)
         document.table(language.recipe_grid(recipe), f"Scores of {recipe.name}.")
+        document.table(language.difference_grid(recipe), language.LESS_SFT)
         document.table(language.share_grid(recipe), language.SHARES)
         document.figure(
             f"language_{recipe.name}",

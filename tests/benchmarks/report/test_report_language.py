@@ -14,7 +14,7 @@ import scipy.stats
 
 from benchmarks.llm.options import NAMES
 from benchmarks.report.__main__ import main
-from benchmarks.report.language import read_recipes
+from benchmarks.report.language import difference_grid, read_recipes
 from benchmarks.report.options import Options
 from benchmarks.report.page import write_report
 from benchmarks.report.scores import algorithm_label, algorithm_rank
@@ -107,6 +107,28 @@ def test_scores_and_weights_over_seeds(language: Path, capsys: pytest.CaptureFix
     ]  # fmt: skip
     printed = capsys.readouterr().out
     assert "iw-SFT" in printed and "0.850" in printed and "D4RL" not in printed
+
+
+def test_methods_are_compared_with_sft(language: Path) -> None:
+    for seed, score in enumerate((0.8, 0.9, 0.95)):
+        folder = language_run(language, "dft", seed, score)
+        for name, change in (
+            ("config.json", {"settings": {"training": {"learning_rate": 3e-4}}}),
+            ("result.json", {"cpu_seconds": 13.0 + seed / 10, "evaluation_cpu_seconds": 2.0}),
+        ):
+            content = json.loads((folder / name).read_text())
+            (folder / name).write_text(json.dumps(content | change))
+    (recipe,) = read_recipes(language)
+    # Seeds are paired; iw-SFT has too few, and the base none.
+    gaps = [0.8 - 0.61, 0.9 - 0.72, 0.95 - 0.74]
+    center, scale = statistics.mean(gaps), statistics.stdev(gaps) / 3**0.5
+    low, high = scipy.stats.t.interval(0.95, 2, center, scale)
+    difference = f"+{center:.3f} ({low:.3f} to {high:.3f})"
+    assert difference_grid(recipe).rows == [
+        ["DFT", "0.0003", difference, "higher", f"{(13.1 - 2 + 2) / (7 + 2):.2f}"]
+    ]
+    write_report(language, language / "report")
+    assert cells_of((language / "report/report.md").read_text(), "DFT")[1][2] == difference
 
 
 def test_together_with_control_runs_and_by_folder(language: Path, make_run: MakeRun) -> None:
