@@ -32,8 +32,9 @@ class Options:
     """Model in transformers' format with its tokenizer: a folder or a hub id."""
     # A task may be followed by its file, so that tyro can't list the choices.
     tasks: Annotated[tuple[str, ...], option("NAME[=FILE] [...]")] = ("math-500",)
-    """One or several of math-500, aime-2024, aime-2025, gpqa-diamond, gsm8k. NAME=FILE reads a
-    JSON-lines or Parquet file with the columns of the public dataset."""
+    """One or several of math-500, aime-2024, aime-2025, gpqa-diamond, gsm8k, minerva-math,
+    olympiadbench, amc-2023. NAME=FILE reads a JSON-lines or Parquet file with the columns of the
+    public dataset."""
     n: int = 1
     """Answers to each question; several need a --temperature above 0."""
     temperature: float = 0.0

@@ -92,7 +92,9 @@ def _question(
         raise ValueError(f"{place}: {task.title} needs {', '.join(missing)} in each row")
     name = row.get(task.id) if task.id else None
     name = str(number if name in (None, "") else name)
-    text, answer = str(row[task.question]), str(row[task.answer])
+    text, answer = str(row[task.question]), row[task.answer]
+    # OlympiadBench lists what belongs to an answer.
+    answer = ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
     if task.kind == "integer":
         answer = answer.rpartition("####")[2].strip().replace(",", "")
         if not answer.lstrip("-").isdigit():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +157,8 @@ def read_rows(source: str) -> list[Row]:
     """
     from iwsft.datasets.text.rows import read
 
-    name, *parts = source.split(":")
+    # A split may be a slice, such as train[:1000].
+    name, *parts = re.split(r":(?![^\[]*\])", source)
     if not parts or Path(source).expanduser().exists():
         return read(source)
     split, config = (*parts, None)[:2]

@@ -37,12 +37,18 @@ ROWS: dict[str, dict[str, Any]] = {
     "aime-2025": {"id": "0", "problem": "Find $n$.", "answer": "70"},
     "gpqa-diamond": GPQA,
     "gsm8k": {"question": "How many?", "answer": "It is <<600*2=1200>>1200.\n#### 1,200"},
+    "minerva-math": {"question": "How far, in parsecs?", "answer": "20"},
+    "olympiadbench": {"id": 1606, "question": "Find $x$.", "final_answer": ["2", "5"]},
+    "amc-2023": {"id": 0, "question": "Find $x$.", "answer": "27.0"},
 }
 EXPECTED = {
     "math-500": ("test/prealgebra/1.json", "2"),
     "aime-2024": ("60", "073"),
     "aime-2025": ("0", "70"),
     "gsm8k": ("0", "1200"),
+    "minerva-math": ("0", "20"),
+    "olympiadbench": ("0", "2, 5"),
+    "amc-2023": ("0", "27.0"),
 }
 
 

@@ -9,11 +9,14 @@ import pytest
 import small_job
 
 from benchmarks.llm.__main__ import main
+from benchmarks.llm.evaluation.options import Options as EvaluationOptions
+from benchmarks.llm.evaluation.tasks import TASKS
 from benchmarks.llm.options import ALGORITHMS, choose_q, parse, recorded
 from benchmarks.llm.recipes import RECIPES, load_recipe
 from benchmarks.llm.recipes.s1k import AUTHORS, PAPER
 from benchmarks.llm.run import training_arguments
 from benchmarks.llm.settings import Settings
+from benchmarks.options import parse as parse_command
 from iwsft.presets import ImportanceWeights
 
 
@@ -162,3 +165,16 @@ def test_each_related_method_has_the_chain_of_its_settings() -> None:
     assert "power_k" not in recorded(settings, ALGORITHMS["psft"])
     assert recorded(settings, ALGORITHMS["power"])["power_k"] == 3.0
     assert not {"reference", "psft_epsilon"} & recorded(settings, ALGORITHMS["iw-sft"]).keys()
+
+
+def test_the_protocol_of_the_dft_paper_is_a_command() -> None:
+    file = Path(__file__).parents[3] / "examples" / "numina_dft.yaml"
+    options = parse(["--config", str(file)])
+    assert options.algo == ("base", "sft", "dft", "iw-sft") and options.deepspeed == ("zero2",)
+    used = options.settings
+    assert (used.learning_rate, used.batch_size, used.epochs, used.warmup) == (5e-5, 256, 1, 0.1)
+    # The comment has the command of the test.
+    comment = " ".join(line[1:] for line in file.read_text().splitlines() if line[:1] == "#")
+    command = comment.replace("\\", "").partition("llm evaluate ")[2].partition(" It was")[0]
+    tested = parse_command(EvaluationOptions, "llm evaluate", None, command.split())
+    assert set(tested.tasks) <= set(TASKS) and (tested.n, tested.max_tokens) == (16, 4096)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -141,6 +142,13 @@ def test_a_source_may_name_its_split(tmp_path: Path) -> None:
     )
     assert [row.prompt for row in read_rows(f"{folder}:test_sft")] == ["test_sft"]
     assert [row.prompt for row in read_rows(folder)] == ["train"]
+
+
+def test_a_split_may_be_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Mock()
+    monkeypatch.setattr("iwsft.datasets.text.rows.read", read)
+    read_rows("a/b:train[:10]:main")
+    read.assert_called_once_with("a/b", split="train[:10]", config="main")
 
 
 LABELLED = [
