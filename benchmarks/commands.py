@@ -27,6 +27,9 @@ COMMANDS = {
     "evaluate": Command(
         "benchmarks.llm.__main__", "Score a language model on MATH-500, AIME, ...", ("evaluate",)
     ),
+    "loop": Command(
+        "benchmarks.llm.__main__", "Sample, verify, fine-tune a language model, again.", ("loop",)
+    ),
     "collect": Command("benchmarks.collect.__main__", "Make a dataset from policies or from SAC."),
     "weights": Command(
         "benchmarks.weights.__main__", "Show what the importance weights of a run do."

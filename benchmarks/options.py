@@ -28,6 +28,8 @@ from iwsft import extras
 # Experiment trackers of --report-to; each is the name of its package, too.
 TRACKERS = ("tensorboard", "wandb", "trackio")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+# Options that belong to a command.
+_FIXED = re.compile(r"--(\S+) (\S+)")
 Parsed = TypeVar("Parsed")
 
 
@@ -132,7 +134,10 @@ def _condensed(box: str) -> str:
 
 def _described(group: type, defaults: Mapping[str, Any]) -> type:
     """A group whose options have these defaults, and their docstrings as help without breaks."""
-    documented = docstring_parser.parse_from_object(group).params
+    kinds = [kind for kind in reversed(group.__mro__) if is_dataclass(kind)]
+    documented = [
+        each for kind in kinds for each in docstring_parser.parse_from_object(kind).params
+    ]
     texts = {each.arg_name: " ".join((each.description or "").split()) for each in documented}
     hints: Any = get_type_hints(group, include_extras=True)
     described = []
@@ -171,12 +176,12 @@ def config_words(
         OSError: The file can't be read.
         ValueError: It is not such a file, or it has an option that the command lacks.
     """
-    path, fixed = config_of(words), command.split()[1:]
+    path = config_of(words)
     options = _read_config(path, command) if path else {}
-    for name, value in zip(fixed[::2], fixed[1::2], strict=True):
-        other = options.get(name.removeprefix("--"), value)
+    for name, value in _FIXED.findall(command):
+        other = options.get(name, value)
         if other != value:
-            raise ValueError(f"{path} has {name} {other}; `iwsft {command.split()[0]}` takes it")
+            raise ValueError(f"{path} has --{name} {other}; `iwsft {_benchmark(command)}` takes it")
     out: list[str] = []
     for name, value in options.items():
         known = name.replace("-", "_")
@@ -197,6 +202,11 @@ def config_words(
     return out
 
 
+def _benchmark(command: str) -> str:
+    """What the runs of a command are of: d4rl, llm, or loop."""
+    return _FIXED.sub("", command).split()[-1]
+
+
 def _read_config(path: Path, command: str) -> dict[str, Any]:
     """The options that a file holds, by name."""
     import yaml  # type: ignore[import-untyped]
@@ -211,7 +221,7 @@ def _read_config(path: Path, command: str) -> dict[str, Any]:
         raise ValueError(f"{path} holds no options; it reads NAME: VALUE")
     if "benchmark" not in content:
         return content
-    if content["benchmark"] != command.split()[0]:
+    if content["benchmark"] != _benchmark(command):
         other = content["benchmark"]
         raise ValueError(f"{path} is of a run of {other}; `iwsft {other} --config` takes it")
     if "options" not in content:

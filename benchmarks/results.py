@@ -266,6 +266,8 @@ def _folders(root: Path) -> list[Path]:
         for path in (root, *root.rglob("seed-*"))
         # The reference policies of the runs are in folders seed-<k>-<key>.
         if re.fullmatch(r"seed-\d+", path.name)
+        # The rounds of a loop are in its own table.
+        and not any(re.fullmatch(r"round-\d+", part) for part in path.relative_to(root).parts)
         and any((path / name).exists() for name in (CONFIG, RESULT, metrics.FILE))
     )
 

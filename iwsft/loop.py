@@ -136,7 +136,8 @@ def run_loop(
         stages: What a round does.
         start: Policy that the first round generates with.
         rounds: Number of rounds. With ``resume`` it may be larger than before.
-        settings: Plain values that decide the result; a resumed loop must have the same ones.
+        settings: Plain values that decide the result, such as a digest of the start; a resumed loop
+            must have the same ones.
         resume: Whether to continue the loop that is in the folder.
         early_stop: Whether to end after a round whose score is below the interval of the best one.
         about: Further entries of ``config.json``, such as versions.
@@ -152,7 +153,7 @@ def run_loop(
     """
     folder = Path(folder)
     with _alone_in(folder):
-        _claim(folder, {"start": start, **settings}, resume, about or {})
+        _claim(folder, settings, resume, about or {})
         for number in range(rounds + 1):
             one = Round(number, folder, start)
             for name in NAMES if number else NAMES[-1:]:

@@ -25,6 +25,7 @@ from iwsft.trajectory import (
     ASSISTANT_MASK,
     ATTENTION_MASK,
     DATA_WEIGHT,
+    GIVEN_REF_LOG_PROB,
     IMPORTANCE_WEIGHT,
     MULTIPLICITY,
     REF_LOG_PROB,
@@ -53,6 +54,9 @@ def annotate_reference(
     distributed run all processes must call this with the same trajectories: they share the work,
     and all get the result (one that calls alone waits for the others, until its process group times
     out). The model may be sharded by DeepSpeed or FSDP2.
+
+    Where the trajectories have ``given_ref_log_prob``, such as that of another policy that made a
+    part of the data, it counts; steps where it is NaN get that of the policy.
 
     With ``cache``, the result is stored in that folder under a key of everything it depends on:
     data, batches, weights, settings, precision, versions, and the log-probs of the first batch,
@@ -113,7 +117,7 @@ def write_reference(forward: ForwardPass, *, cache: str | Path | None = None) ->
             key = f"{data}-{_rest_digest(forward, first)}"
             path = _path(cache, key)
         log_prob = _stored(path, lambda: forward.placed(_run(forward, first, path)))
-    trajectories.set(REF_LOG_PROB, log_prob.to(forward.segments.index.device))
+    _set(trajectories, log_prob.to(forward.segments.index.device))
     if adapted:
         _check_adapters(forward, first)
     return key
@@ -141,7 +145,15 @@ def cached_reference(trajectories: TensorDictBase, key: str, *, cache: str | Pat
     log_prob = from_first(lambda: _read(path, way_out))
     if log_prob is None:
         raise FileNotFoundError(f"the reference of this run, {path}, is gone; {way_out}")
-    trajectories.set(REF_LOG_PROB, log_prob.to(Segments.of(trajectories).index.device))
+    _set(trajectories, log_prob.to(Segments.of(trajectories).index.device))
+
+
+def _set(trajectories: TensorDictBase, log_prob: Tensor) -> None:
+    """Write the reference; where the data give their own, that one counts."""
+    given = trajectories.get(GIVEN_REF_LOG_PROB, default=None)
+    if given is not None:
+        log_prob = torch.where(given.isnan(), log_prob, given)
+    trajectories.set(REF_LOG_PROB, log_prob)
 
 
 def _run(forward: ForwardPass, first: Tensor, path: Path | None) -> Tensor:
@@ -205,7 +217,7 @@ def _data_digest(trajectories: TensorDictBase) -> str:
     if TOKENS in trajectories.keys(True):
         inputs = trajectories.select(TOKENS, ATTENTION_MASK, ASSISTANT_MASK, TRAJ_IDS, strict=False)
     else:
-        ours = (REF_LOG_PROB, MULTIPLICITY, IMPORTANCE_WEIGHT, DATA_WEIGHT)
+        ours = (REF_LOG_PROB, GIVEN_REF_LOG_PROB, MULTIPLICITY, IMPORTANCE_WEIGHT, DATA_WEIGHT)
         inputs = trajectories.exclude("next", *ours)
     return fingerprint(dict(inputs.flatten_keys("/").items()))[:16]
 

@@ -2,7 +2,7 @@
 
 *Packed*: batch size ``[N]`` steps, trajectories back to back, with non-decreasing
 ``("collector", "traj_ids")``. *Padded*: batch size ``[B, T]``, or ``[B]`` with time inside; valid
-steps are marked by a mask. Keys follow TorchRL's episode data (TED); six keys are ours.
+steps are marked by a mask. Keys follow TorchRL's episode data (TED); seven keys are ours.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ MASK: NestedKey = ("collector", "mask")
 TOKENS: NestedKey = ("tokens", "full")
 ATTENTION_MASK: NestedKey = ("masks", "all_attention_mask")
 ASSISTANT_MASK: NestedKey = ("masks", "all_assistant_mask")
-# Ours: log pi_ref of the step; draws, cached weight and standard score of its trajectory; the
-# data's own weight of the step; and how often its prompt is answered rightly, in [0, 1].
+# Ours: log pi_ref of the step, and the one that the data give (NaN where they give none); draws,
+# cached weight and standard score of its trajectory; the data's own weight of the step; and how
+# often its prompt is answered rightly, in [0, 1].
 REF_LOG_PROB: NestedKey = "ref_log_prob"
+GIVEN_REF_LOG_PROB: NestedKey = "given_ref_log_prob"
 MULTIPLICITY: NestedKey = "multiplicity"
 IMPORTANCE_WEIGHT: NestedKey = "importance_weight"
 STANDARD_SCORE: NestedKey = "standard_score"

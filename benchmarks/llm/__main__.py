@@ -6,6 +6,7 @@ Examples:
     python -m benchmarks.llm --recipe s1k --algo iw-sft --deepspeed zero3_offload --resume
     python -m benchmarks.llm --config run.yaml
     python -m benchmarks.llm evaluate --model runs/my-model --tasks math-500
+    python -m benchmarks.llm loop --model my-model --prompts prompts.jsonl --verifier math
 
 The defaults below are those of --recipe; --recipe NAME --help prints another's.
 """
@@ -41,6 +42,17 @@ Examples:
 """
 
 
+_LOOP = """Sample answers of a language model, verify them, train on the right ones, and again.
+
+Examples:
+    python -m benchmarks.llm loop --model my-model --prompts prompts.jsonl --verifier math
+    python -m benchmarks.llm loop --model my-model --prompts openai/gsm8k:train:main \\
+        --verifier integer --eval-prompts openai/gsm8k:test:main --rounds 3 --out runs/gsm8k
+    python -m benchmarks.llm loop --model my-model --prompts prompts.jsonl \\
+        --verifier my_module:score --algo sft-q --keep-rounds 1 --start-from base
+"""
+
+
 @stopping.ends_in_one_line()
 def main(words: Sequence[str]) -> None:
     """Run the job; an error that a user can mend ends it in one line."""
@@ -66,13 +78,27 @@ def evaluate(options: Options) -> None:
     show(run(options))
 
 
+@stopping.ends_in_one_line()
+def loop(words: Sequence[str]) -> None:
+    """Run the loop and print its table; an error that a user can mend ends it in one line."""
+    from benchmarks.llm.loop.options import find_modules_here, parse
+
+    find_modules_here()
+    options = parse(words, _LOOP)
+    from benchmarks.llm.loop.job import run_rounds
+
+    run_rounds(options)
+
+
 def run() -> None:
-    """Read the command line and run the job, or the evaluation."""
+    """Read the command line and run the job, the evaluation or the loop."""
     # Of several processes one has the last word; while it imports, a signal just ends it.
     if os.environ.get("RANK", "0") == "0":
         stopping.watch()
     plots = "scipy", "matplotlib", "markdown_it"
     with stopping.command("tyro", "joblib", *plots, "transformers", "accelerate"):
+        if sys.argv[1:2] == ["loop"]:
+            return loop(sys.argv[2:])
         if sys.argv[1:2] != ["evaluate"]:
             return main(sys.argv[1:])
         from benchmarks.llm.evaluation.options import Options

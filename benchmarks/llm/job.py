@@ -15,10 +15,11 @@ from rich.console import Console
 
 from benchmarks import monitor, places, sweep
 from benchmarks.commands import program
+from benchmarks.llm.card import change_line, write_card
 from benchmarks.llm.launch import Hardware, Launch, choose, launched, start, threads_of
 from benchmarks.llm.memory import DecoderSizes, Setup
 from benchmarks.llm.models import load_config
-from benchmarks.llm.options import ALGORITHMS, BASE, Options
+from benchmarks.llm.options import ALGORITHMS, BASE, Options, to_file
 from benchmarks.llm.run import (
     Run,
     check_rows,
@@ -28,7 +29,7 @@ from benchmarks.llm.run import (
     training_arguments,
 )
 from benchmarks.llm.settings import Settings
-from benchmarks.runs import RESULT, claim, tell
+from benchmarks.runs import RESULT, claim, tell, write_json
 from benchmarks.sweep import Summary
 from iwsft.datasets.text.rows import Row, check_scores
 
@@ -47,7 +48,7 @@ def run_job(options: Options) -> int:
         _take_part(runs)
         return 0
     if options.deepspeed is not None:
-        return _launch(runs, options)
+        return _launch(runs, options, sys.argv[1:])
     # What all seeds share, such as a base model, is made once.
     _prepare(runs, _open(runs)[:1])
     unfinished = _claim(runs)
@@ -61,6 +62,29 @@ def run_job(options: Options) -> int:
             sweep.run_all(work, unfinished, here, summary)
     _show(runs, summary)
     return 1 if summary.failed else 0
+
+
+def fine_tune(options: Options) -> Run:
+    """Do the one run of the options, or what is missing of it, and write the model's card.
+
+    With ``--deepspeed`` it is started under accelerate, by a file of its options.
+    """
+    launch = Launch("single", device=options.own_device)
+    run = Run(options.recipe, options.algo[0], options.seeds[0], options, launch)
+    if options.deepspeed is not None:
+        file = run.dataset_folder / "options.json"
+        write_json(file, to_file(options, run.algo, run.seed))
+        words = ["--config", str(file), "--out", str(options.out), "--resume"]
+        if status := _launch([run], options, words, show=False):
+            raise SystemExit(status)
+    else:
+        _prepare([run], _open([run]))
+        unfinished = _claim([run])
+        with monitor.shown(unfinished):
+            for each in unfinished:
+                _work_on(each, threads=threads_of(places.cores(), 1))
+    write_card(run.folder)
+    return run
 
 
 def _open(runs: Sequence[Run]) -> list[Run]:
@@ -133,8 +157,13 @@ def _work_on(run: Run, *, threads: int | None = None) -> None:
         train_and_score(run)
 
 
-def _launch(runs: Sequence[Run], options: Options) -> int:
-    """Start the job again under accelerate, one run after the other in the same processes."""
+def _launch(
+    runs: Sequence[Run], options: Options, words: Sequence[str], *, show: bool = True
+) -> int:
+    """Start the job again under accelerate, one run after the other in the same processes.
+
+    ``words`` are its command line.
+    """
     hardware = Hardware.here()
     if not options.deepspeed and hardware.gpus:
         # Which config fits depends on the model.
@@ -147,10 +176,10 @@ def _launch(runs: Sequence[Run], options: Options) -> int:
     unfinished = _claim(runs) if hardware.node_rank == 0 else list(runs)
     if unfinished:
         tell(f"{launch.config}: {launch.processes} processes on {launch.device}")
-        status = start(launch, "benchmarks.llm", sys.argv[1:])
+        status = start(launch, "benchmarks.llm", words)
         if status:
             return status
-    if hardware.node_rank == 0:
+    if show and hardware.node_rank == 0:
         _show(runs, Summary(len(unfinished), len(runs) - len(unfinished)))
     return 0
 
@@ -185,7 +214,6 @@ def _take_part(runs: Sequence[Run]) -> None:
 
 def _show(runs: Sequence[Run], summary: Summary) -> None:
     """Print the table of all finished runs of the recipe; write their report and the cards."""
-    from benchmarks.llm.card import change_line, write_card
     from benchmarks.report.language import read_recipes, recipe_table
     from benchmarks.report.page import write_report
     from benchmarks.report.scores import runs_of

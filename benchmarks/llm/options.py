@@ -173,8 +173,8 @@ class Experiment:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine:
-    """Where to run."""
+class Engine:
+    """Where to train."""
 
     deepspeed: Annotated[
         tuple[str, ...] | None,
@@ -187,7 +187,13 @@ class Machine:
         ),
     ] = None
     device: Annotated[str | None, option("cpu|cuda", "a GPU where there is one")] = None
-    """Device of a run that is one process."""
+    """Device of what is one process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine(Engine):
+    """Where to run."""
+
     jobs: Annotated[int | None, option("INT", "one per core; one on a GPU or with --deepspeed")] = (
         None
     )
@@ -195,19 +201,25 @@ class Machine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Output:
-    """Where results go."""
+class Saving:
+    """What to write while it trains."""
 
-    out: Path = Path("runs")
-    """Folder of all runs: OUT/llm/RECIPE/ALGO/seed-K/."""
     resume: bool = False
-    """Continue runs that were cut off; finished ones are kept."""
+    """Continue what was cut off; what is finished is kept."""
     log_every: int = 1
     """Updates between log lines."""
     save_every: Annotated[int | None, option("INT", "a fifth of the run")] = None
     """Updates between checkpoints."""
     report_to: Annotated[tuple[str, ...], option("[NAME ...]")] = ()
     """Trackers of transformers that get the metrics, too: tensorboard, wandb, trackio, ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output(Saving):
+    """Where results go."""
+
+    out: Path = Path("runs")
+    """Folder of all runs: OUT/llm/RECIPE/ALGO/seed-K/."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,41 +236,53 @@ class Options(Experiment, Machine, Output):
         return "cpu" if self.device == "cpu" or not torch.cuda.is_available() else "cuda"
 
 
-_GROUPS = [*groups_of(Options), *groups_of(Settings)]
-
-
 def parse(words: Sequence[str], command: str = "llm", description: str | None = None) -> Options:
     """Read and check a command line; an error names the option, its value and the way out.
 
     Settings that are not given are those of the recipe and the preset. The help shows them.
     """
-    names = [each.name for group in _GROUPS for each in fields(group)]
+    values, settings, changed = parse_values(groups_of(Options), words, command, description)
+    options = Options(**values, settings=settings)
+    recipe = load_recipe(options.recipe)
+    if recipe.compares and BASE not in options.algo:
+        options = replace(options, algo=(BASE, *options.algo))
+    check(options, changed)
+    return options
+
+
+def parse_values(
+    groups: Sequence[type],
+    words: Sequence[str],
+    command: str,
+    description: str | None,
+    recipe: str | None = None,
+) -> tuple[dict[str, Any], Settings, dict[str, Any]]:
+    """Read a command line into the options of ``groups``, by name, and the settings of training.
+
+    ``recipe`` has the defaults of the settings, by default the one that the command line names.
+    The last value is the settings that differ from those, for :func:`check`.
+    """
+    every = [*groups, *groups_of(Settings)]
+    names = [each.name for group in every for each in fields(group)]
     configured = config_words(words, command, names, {})
     given = peek([*configured, *words], "recipe", "preset", "lora_rank")
-    recipe = load_recipe(given["recipe"] or Experiment.recipe)
-    start = _start(recipe, given["preset"], given["lora_rank"])
+    found = load_recipe(recipe or given["recipe"] or Experiment.recipe)
+    start = _start(found, given["preset"], given["lora_rank"])
     # The length of training is set in one of two ways; the one that is given replaces the other.
     blank = replace(start, max_steps=None, epochs=None)
     shown = blank if _HELP.isdisjoint(words) else start
-    values = parse_groups(_GROUPS, command, description, words, _defaults(recipe, shown))
+    own = (
+        {"recipe": found.name, "algo": found.algos, "seeds": found.seeds} if recipe is None else {}
+    )
+    defaults = {**defaults_of(every), **vars(shown), **own}
+    values = parse_groups(every, command, description, words, defaults)
     settings = Settings(**{each.name: values.pop(each.name) for each in fields(Settings)})
-    options = Options(**values, settings=settings)
-    if recipe.compares and BASE not in options.algo:
-        options = replace(options, algo=(BASE, *options.algo))
     changed = _differences(settings, blank)
     if given["preset"] is not None:
         changed["preset"] = settings.preset
     if settings.max_steps is None and settings.epochs is None:
         settings = replace(settings, max_steps=start.max_steps, epochs=start.epochs)
-    _check_data(options, recipe)
-    _check(options, settings, changed)
-    return replace(options, settings=settings)
-
-
-def _defaults(recipe: Recipe, settings: Settings) -> dict[str, Any]:
-    """Defaults of all options, by name: those of a recipe, with these settings."""
-    own = {"recipe": recipe.name, "algo": recipe.algos, "seeds": recipe.seeds}
-    return {**defaults_of(_GROUPS), **vars(settings), **own}
+    return values, settings, changed
 
 
 def _start(recipe: Recipe, preset: str | None, lora_rank: Any) -> Settings:
@@ -303,8 +327,13 @@ def recorded(settings: Settings, algorithm: Variant) -> dict[str, Any]:
     return {name: value for name, value in asdict(settings).items() if name not in unused}
 
 
-def _check(options: Options, settings: Settings, changed: dict[str, Any]) -> None:
-    """Check all that can be known to be wrong before anything is prepared or trained."""
+def check(options: Options, changed: dict[str, Any]) -> None:
+    """Check all that can be known to be wrong before anything is prepared or trained.
+
+    ``changed`` are the settings that the command line sets.
+    """
+    settings = options.settings
+    _check_data(options, load_recipe(options.recipe))
     for name in options.algo:
         check_known("algorithm", name, NAMES)
     check_once(algo=options.algo)

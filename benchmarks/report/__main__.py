@@ -22,6 +22,7 @@ def main(options: Options) -> None:
     from rich.console import Console
 
     from benchmarks.report.language import recipe_table
+    from benchmarks.report.loops import loop_grid
     from benchmarks.report.page import write_report
     from benchmarks.report.tables import score_table
     from benchmarks.results import printable
@@ -34,6 +35,8 @@ def main(options: Options) -> None:
     for recipe in report.recipes:
         if recipe.scores:
             console.print(recipe_table(recipe))
+    for loop in report.loops:
+        console.print(loop_grid(loop.rows).rich(loop.name))
     if report.unfinished:
         runs_of = "run" if len(report.unfinished) == 1 else "runs"
         console.print(f"{len(report.unfinished)} unfinished or damaged {runs_of} left out:")

@@ -16,6 +16,7 @@ from benchmarks.report import figures, language, scores, tables, tuning
 from benchmarks.report.aggregates import Aggregates
 from benchmarks.report.document import Document, escaped, hardware_lines, shareable, to_html
 from benchmarks.report.language import RecipeRuns, read_recipes
+from benchmarks.report.loops import RecordedLoop, add_loops, read_loops
 from benchmarks.report.scores import Cell, base, runs_of
 from benchmarks.report.videos import video_section
 from benchmarks.results import RecordedRun
@@ -34,6 +35,7 @@ class WrittenReport(NamedTuple):
     runs: list[RecordedRun]  # of control
     recipes: list[RecipeRuns]
     unfinished: list[RecordedRun]  # all of them
+    loops: list[RecordedLoop]
 
 
 def write_report(folder: Path, out: Path) -> WrittenReport:
@@ -46,7 +48,8 @@ def write_report(folder: Path, out: Path) -> WrittenReport:
     recipes, evaluations = read_recipes(folder), results.read_evaluations(folder)
     language_runs = [run for recipe in recipes for run in runs_of(recipe.scores)]
     others = [*unfinished, *(run for recipe in recipes for run in recipe.unfinished)]
-    if not runs and not language_runs and not evaluations:
+    loops = read_loops(folder)
+    if not runs and not language_runs and not evaluations and not loops:
         _refuse(folder, others)
     document, group = Document(), scores.cells(runs)
     document.section("")
@@ -59,6 +62,7 @@ def write_report(folder: Path, out: Path) -> WrittenReport:
     for recipe in recipes:
         _recipe(document, recipe)
     _evaluations(document, evaluations)
+    add_loops(document, loops)
     document.section("How these numbers were made")
     command = shareable(shlex.join([*program("report").split(), str(folder)]))
     document.text(
@@ -69,6 +73,7 @@ def write_report(folder: Path, out: Path) -> WrittenReport:
     if runs or language_runs:
         document.provenance([*runs, *language_runs])
     kinds = ["control"] * bool(runs) + ["language"] * bool(recipes or evaluations)
+    kinds += ["loop"] * bool(loops and not kinds)
     markdown = document.markdown(f"{' and '.join(kinds).capitalize()} runs")
     records = ",\n".join(map(_record, [*runs, *language_runs]))
     written = {
@@ -84,7 +89,7 @@ def write_report(folder: Path, out: Path) -> WrittenReport:
     for name in re.findall(r"^!\[.*\]\(([\w.+-]+\.(?:png|svg))\)$", earlier, re.MULTILINE):
         if name not in written:
             (out / name).unlink(missing_ok=True)
-    return WrittenReport(out / PAGE, runs, recipes, others)
+    return WrittenReport(out / PAGE, runs, recipes, others, loops)
 
 
 def _refuse(folder: Path, others: Sequence[RecordedRun]) -> None:

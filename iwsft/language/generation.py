@@ -96,6 +96,9 @@ class Generator(ABC):
                 raise ValueError(f"request {number} needs {needs}, {limit}")
         return self._complete(requests, stop, temperature, top_p)
 
+    def close(self) -> None:  # noqa: B027
+        """End what the engine has started; it generates nothing any more."""
+
     @abstractmethod
     def _complete(
         self, requests: Sequence[Request], stop: frozenset[int], temperature: float, top_p: float
@@ -195,6 +198,12 @@ class VLLMGenerator(Generator):
     def context(self) -> int | None:
         """``max_model_len`` of the engine."""
         return int(self._engine.llm_engine.model_config.max_model_len)
+
+    def close(self) -> None:
+        """End the engine's process, which has the weights, where it is one of its own."""
+        core = getattr(self._engine.llm_engine, "engine_core", None)
+        getattr(core, "shutdown", lambda: None)()
+        del self._engine
 
     def _complete(
         self, requests: Sequence[Request], stop: frozenset[int], temperature: float, top_p: float

@@ -66,7 +66,8 @@ class ImportanceWeightedTrainer(WeightedTrainer):
       trajectory as often as its ``multiplicity`` says.
     - The reference is the model as it is given (without its adapters, if it has some). Its
       log-probs are computed once at the start, within the engine and in the batches of the first
-      epoch, so the first update's weights are exactly those of log-ratio 0. They are cached.
+      epoch, so the first update's weights are exactly those of log-ratio 0. They are cached. Rows
+      that come with ``ref_log_probs``, of the policy that wrote them, have those instead.
     - A resumed run gives the same numbers as one that was never stopped.
 
     Args:

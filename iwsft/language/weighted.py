@@ -21,7 +21,14 @@ from iwsft.objective import LOSS, ImportanceWeightedMLE, Terms
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.proposals import EMA, HardSync
 from iwsft.reference import cached_reference, write_reference
-from iwsft.trajectory import ASSISTANT_MASK, DATA_WEIGHT, SUCCESS_RATE, TOKENS, TRAJ_IDS
+from iwsft.trajectory import (
+    ASSISTANT_MASK,
+    DATA_WEIGHT,
+    GIVEN_REF_LOG_PROB,
+    SUCCESS_RATE,
+    TOKENS,
+    TRAJ_IDS,
+)
 
 with named():
     from transformers import TrainerCallback
@@ -109,8 +116,7 @@ class _Hooks(TrainerCallback):
 
 def fingerprint_of_tokens(trajectories: TensorDictBase) -> str:
     """Fingerprint of the tokens, which are trained, their weights, and where trajectories begin."""
-    further = [
-        x for x in (DATA_WEIGHT, SUCCESS_RATE) if trajectories.get(x, default=None) is not None
-    ]
+    optional = (DATA_WEIGHT, SUCCESS_RATE, GIVEN_REF_LOG_PROB)
+    further = [x for x in optional if trajectories.get(x, default=None) is not None]
     keys = (TOKENS, ASSISTANT_MASK, TRAJ_IDS, *further)
     return fingerprint({str(key): trajectories.get(key) for key in keys})

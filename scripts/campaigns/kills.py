@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
 import sys
@@ -245,6 +246,43 @@ def _write_language(shared: Path) -> None:
     small_job.write(shared)
 
 
+# ---- the loop
+
+LOOPS = {
+    "last": ("--algo", "iw-sft", "--keep-rounds", "1"),
+    "base": ("--algo", "iw-sft", "--start-from", "base"),
+    "sft": ("--algo", "sft"),
+}
+
+
+def _loop(kind: str, shared: Path) -> Job:
+    from benchmarks.llm.__main__ import run
+
+    def job(_: bool) -> None:
+        torch.set_num_threads(1)
+        gc.freeze()
+        files = {"model": "model", "prompts": "prompts.jsonl", "eval-prompts": "held-out.jsonl"}
+        words = [word for name, file in files.items() for word in (f"--{name}", str(shared / file))]
+        words += ["--verifier", "integer", "--rounds", "2", "--samples-per-prompt", "4"]
+        words += ["--max-tokens", "40", "--sampling-batch", "8", "--batch-size", "4"]
+        words += ["--epochs", "1", "--save-every", "1", "--no-stop-early", "--resume"]
+        sys.argv = ["llm", "loop", *words, *LOOPS[kind]]
+        run()
+
+    return job
+
+
+def _write_loop(shared: Path) -> None:
+    from benchmarks.llm.recipes.arithmetic.task import problems
+
+    _write_language(shared)
+    prompts, held_out = problems(20, 1, "train"), problems(6, 1, "held-out")
+    for name, asked in (("prompts", prompts), ("held-out", held_out)):
+        rows = [{"prompt": each.prompt, "answer": str(each.answer)} for each in asked]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (shared / f"{name}.jsonl").write_text(text)
+
+
 # ---- the language trainer
 
 PROPOSALS: dict[str, dict[str, Any]] = {
@@ -325,6 +363,12 @@ CAMPAIGNS = (
         {algo: partial(_language, algo) for algo in LANGUAGE_ALGORITHMS},
         COMMAND_MODULES,
         write=_write_language,
+    ),
+    campaign(
+        "loop killed",
+        {kind: partial(_loop, kind) for kind in LOOPS},
+        (*COMMAND_MODULES, "benchmarks.llm.loop.job"),
+        write=_write_loop,
     ),
     campaign(
         "trainer killed",

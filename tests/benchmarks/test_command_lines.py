@@ -83,6 +83,8 @@ WRONG = {
     "evaluate": "Missing from iwsft evaluate: --model ID|DIR Model in transformers' format",
     "evaluate --model m --n 0": "--n 0: at least 1",
     "evaluate --model m --backend vllm": "vllm is not installed",
+    "loop": "Missing from iwsft loop: --model ID|DIR Model to start from",
+    "loop --model m --prompts p --verifier integral": "unknown verifier 'integral'; did you mean",
     "collect --out a.hdf5": "give either --policy",
     "speed": "Missing from iwsft speed: {control,baselines,language} Part of the library",
     "speed contrl": "invalid choice 'contrl' for argument 'Options.subject'. Expected one of (",

@@ -124,6 +124,18 @@ def test_batches_of_a_plan_without_entries_for_some_processes() -> None:
     assert torch.equal(twice["ref_log_prob"], data["ref_log_prob"])
 
 
+def test_what_the_data_give_counts(tmp_path: Path) -> None:
+    """Of two trajectories; of the others it is the policy's own, also from the cache."""
+    data, given = dataset(), dataset()
+    annotate(policy(), data)
+    own = data["ref_log_prob"]
+    mine = torch.where(data["collector", "traj_ids"] < 2, own - 1, torch.nan)
+    given["given_ref_log_prob"] = mine
+    for _ in range(2):
+        annotate(policy(), given, cache=tmp_path)
+        assert torch.equal(given["ref_log_prob"], torch.where(mine.isnan(), own, mine))
+
+
 def test_mode_and_gradients_are_as_they_were() -> None:
     theta = policy(attention_dropout=0.5)
     theta.model.lm_head.eval()

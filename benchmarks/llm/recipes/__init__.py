@@ -25,6 +25,7 @@ RECIPES = {
     "chat": "benchmarks.llm.recipes.chat",
     "gsm8k": "benchmarks.llm.recipes.gsm8k",
     "s1k": "benchmarks.llm.recipes.s1k",
+    "round": "benchmarks.llm.recipes.round",
 }
 
 # "score", "interval", "n", and further numbers by name.

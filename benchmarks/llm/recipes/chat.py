@@ -157,12 +157,18 @@ def read_rows(source: str) -> list[Row]:
     """
     from iwsft.datasets.text.rows import read
 
+    name, split, config = split_source(source)
+    return read(name, split=split, config=config)
+
+
+def split_source(source: str) -> tuple[str, str | None, str | None]:
+    """Split the name of data into itself, a split and a configuration, None where it has none."""
     # A split may be a slice, such as train[:1000].
     name, *parts = re.split(r":(?![^\[]*\])", source)
     if not parts or Path(source).expanduser().exists():
-        return read(source)
+        return source, None, None
     split, config = (*parts, None)[:2]
-    return read(name, split=split or None, config=config)
+    return name, split or None, config
 
 
 def by_prompt(rows: Iterable[Row]) -> list[Group]:

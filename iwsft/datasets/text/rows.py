@@ -3,13 +3,14 @@
     {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
     {"prompt": "2+2=", "completion": "4", "score": 0.7, "weight": 0.5, "correct": true}
 
-They come from JSON, Parquet, a folder, or a Hugging Face dataset. Four columns are optional:
+They come from JSON, Parquet, a folder, or a Hugging Face dataset. Five columns are optional:
 ``score`` (higher is better, for ``iwsft.curate``), ``weight`` (data weight, any number, or a list
-with one for each token), ``count`` (how often the row counts, a whole number) and ``correct``
-(whether a checker accepted it). An assistant's message may have a ``weight``, too. Rows with
-``messages`` may have what the chat template reads: ``tools``, ``documents`` and
-``chat_template_kwargs``. Other columns are not read, such as ids. A row is refused where one of
-them would change its text or its training.
+with one for each token), ``count`` (how often the row counts, a whole number), ``correct`` (whether
+a checker accepted it) and ``ref_log_probs`` (log-probability of each token under the policy that
+wrote the row, which is then its reference; 0 where a token is not trained on). An assistant's
+message may have a ``weight``, too. Rows with ``messages`` may have what the chat template reads:
+``tools``, ``documents`` and ``chat_template_kwargs``. Other columns are not read, such as ids. A
+row is refused where one of them would change its text or its training.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ _OPTIONAL: dict[str, tuple[type, str]] = {
     "weight": (float, "a finite number, or a list with one for each token"),
     "count": (int, "how often the row is drawn, 0, 1, 2, ..."),
     "correct": (bool, "true or false"),
+    "ref_log_probs": (tuple, "a list with a finite number for each token"),
 }
 
 
@@ -78,6 +80,7 @@ class Row:
         weight: Data weight of the row, or of each of its tokens, or None.
         count: How often the row counts, at least 0, or None.
         correct: Whether a checker accepted the row, or None.
+        ref_log_probs: log pi_ref of each of its tokens, or None for the model to train.
         template_kwargs: The row's own variables of the chat template, such as ``tools``.
         unread: Names of the columns that are not in the row.
     """
@@ -90,6 +93,7 @@ class Row:
     weight: float | tuple[float, ...] | None = None
     count: int | None = None
     correct: bool | None = None
+    ref_log_probs: tuple[float, ...] | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
 
@@ -350,8 +354,10 @@ def _optional(value: Any, name: str) -> Any:
     if value is None:
         return None
     kind, rule = _OPTIONAL[name]
-    if name == "weight" and isinstance(value, list | tuple):
+    if name in ("weight", "ref_log_probs") and isinstance(value, list | tuple):
         kind, right = tuple, all(map(is_number, value))
+    elif kind is tuple:
+        right = False
     elif kind is bool:
         right = value in (True, False)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from iwsft.trajectory import (
     ASSISTANT_MASK,
     ATTENTION_MASK,
     DATA_WEIGHT,
+    GIVEN_REF_LOG_PROB,
     MULTIPLICITY,
     SUCCESS_RATE,
     TOKENS,
@@ -40,8 +42,9 @@ class TokenDataset(NamedTuple):
             ``[N]`` tokens: ``("tokens", "full")`` int64, ``("masks", "all_attention_mask" |
             "all_assistant_mask")`` bool, ``("collector", "traj_ids")`` int64 (the row's number).
             Where the rows have them: ``score`` float64, ``correct`` bool and ``multiplicity`` int64
-            (the row's count), with the row's value on each of its tokens; and ``data_weight``
-            float32 (the row's weight times the turn's and the token's, 0 off the mask).
+            (the row's count), with the row's value on each of its tokens; ``data_weight``
+            float32 (the row's weight times the turn's and the token's, 0 off the mask); and
+            ``given_ref_log_prob`` float32, NaN for rows that do not give it.
         truncated: Number of tokens cut off, by number of the row; uncut rows are not in it.
         notes: A sentence on each change.
     """
@@ -87,7 +90,7 @@ def tokenize(
         chat = ChatEncoder(tokenizer, template=template, template_kwargs=template_kwargs)
     else:
         check_tokenizer(tokenizer)
-    ids, weights, cuts, unknown = zip(
+    ids, weights, given, cuts, unknown = zip(
         *(_encode(row, tokenizer, chat, max_length) for row in rows), strict=True
     )
     sizes = torch.tensor([len(row_ids) for row_ids in ids])
@@ -102,6 +105,8 @@ def tokenize(
     if DATA_WEIGHT in columns or bool((mask & (weight != 1)).any()):
         steps[DATA_WEIGHT] = (weight * steps.get(DATA_WEIGHT, 1.0)).float()
         check_data_weights(steps[DATA_WEIGHT], "the weight of the tokens")
+    if any(row.ref_log_probs is not None for row in rows):
+        steps[GIVEN_REF_LOG_PROB] = torch.cat(given)
     traj_ids = torch.arange(len(rows)).repeat_interleave(sizes)
     truncated = {number: cut for number, cut in enumerate(cuts) if cut}
     notes = _notes(rows, chat, unknown)
@@ -152,8 +157,8 @@ def weigh_correct(
 
 def _encode(
     row: Row, tokenizer: Any, chat: ChatEncoder | None, max_length: int | None
-) -> tuple[Tensor, Tensor, int, bool]:
-    """Return a row's ids, their weights, the number of tokens cut off, and ``Encoded.unknown``.
+) -> tuple[Tensor, Tensor, Tensor, int, bool]:
+    """Return a row's ids, weights, given log pi_ref, cut-off tokens, and ``Encoded.unknown``.
 
     Weights are 0 where a token is not trained on; those of the whole row are not in them.
     """
@@ -176,16 +181,25 @@ def _encode(
             raise ValueError(f"{problem}; raise max_length, or drop the row")
     weight = torch.tensor([0.0, *weights[1:max_length]], dtype=torch.float64)
     ids = torch.tensor(encoded.ids[:max_length])
-    return ids, weight, len(encoded.ids) - len(ids), encoded.unknown
+    given = torch.full_like(weight, math.nan, dtype=torch.float32)
+    if row.ref_log_probs is not None:
+        with row_named(row.where):
+            _check_length("ref_log_probs", row.ref_log_probs, encoded.ids)
+        given = torch.tensor(row.ref_log_probs[:max_length], dtype=torch.float32)
+    return ids, weight, given, len(encoded.ids) - len(ids), encoded.unknown
+
+
+def _check_length(name: str, given: Sequence[float], tokens: Sequence[object]) -> None:
+    if len(given) != len(tokens):
+        problem = f"{name} has {len(given)} numbers, and the row {len(tokens)} tokens"
+        raise ValueError(f"{problem}; give one for each, those of the template and EOS included")
 
 
 def _weights_of_tokens(row: Row, weights: list[float]) -> list[float]:
     """Return the weights of a row's turns times its list of weights, where it has one."""
     if not isinstance(row.weight, tuple):
         return weights
-    if len(row.weight) != len(weights):
-        problem = f"weight has {len(row.weight)} numbers, and the row {len(weights)} tokens"
-        raise ValueError(f"{problem}; give one for each, those of the template and EOS included")
+    _check_length("weight", row.weight, weights)
     for number, given in enumerate(row.weight):
         if given and not weights[number]:
             problem = f"weight {number} is {given}, and this token is not trained on"

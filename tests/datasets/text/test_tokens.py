@@ -221,3 +221,23 @@ def test_a_row_weighs_what_it_says_and_is_drawn_once():
     assert batch.get(MULTIPLICITY, default=None) is None
     for number, expected in enumerate((3.0, -0.5)):
         assert bool((weight[mask & (batch.get(TRAJ_IDS) == number)] == expected).all())
+
+
+def test_log_probs_of_the_policy_that_wrote_a_row():
+    """In all or some rows, one for each token; cut with the row, and NaN where there are none."""
+    tokenizer = byte_level()
+    pair = {"prompt": "2+2=", "completion": "four, I think"}
+    number = len(tokenize([to_row(pair, "f:1")], tokenizer).trajectories)
+    logs = [-0.5 * token for token in range(number)]
+    rows = [to_row({**pair, "ref_log_probs": logs}, "f:1"), to_row(pair, "f:2")]
+    assert "given_ref_log_prob" not in tokenize(rows[1:], tokenizer).trajectories
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data = tokenize(rows, tokenizer, max_length=number - 2).trajectories
+    first, second = data["given_ref_log_prob"].split(number - 2)
+    assert first.tolist() == logs[:-2] and bool(second.isnan().all())
+    with pytest.raises(ValueError, match=f"f:1: ref_log_probs has {number - 1} numbers, and the"):
+        tokenize([to_row({**pair, "ref_log_probs": logs[1:]}, "f:1")], tokenizer)
+    for wrong in (-0.5, [0.0, None], "0"):
+        with pytest.raises(ValueError, match="ref_log_probs must be a list with a finite number"):
+            to_row({**pair, "ref_log_probs": wrong}, "f:1")

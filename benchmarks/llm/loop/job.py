@@ -1,0 +1,119 @@
+"""The whole loop: checks before anything is generated, the rounds, their table."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.commands import program, typed
+from benchmarks.llm.generators import load_prompter
+from benchmarks.llm.loop.options import LoopOptions
+from benchmarks.llm.loop.stages import LanguageLoop
+from benchmarks.llm.loop.verifiers import Prompt, Verifier, read_prompts
+from benchmarks.llm.models import locate, shortest
+from benchmarks.report.loops import LOOP, loop_grid
+from benchmarks.runs import hardware, tell, versions
+from iwsft.language.generations import Prompter
+from iwsft.loop import Round, best, run_loop
+
+_PACKAGES = ("torch", "transformers", "vllm", "accelerate", "math-verify")
+
+
+def run_rounds(options: LoopOptions) -> list[dict[str, Any]]:
+    """Run the loop of a command line, or what is missing of it, and print the table."""
+    start = locate(options.model)
+    prompter = load_prompter(start, trust_remote_code=options.trust_remote_code)
+    prompts = _read(options, options.prompts, prompter, limit=options.limit)
+    held_out = _read(options, options.eval_prompts, prompter) if options.eval_prompts else []
+    _check_apart(prompts, held_out)
+    settings = {
+        "model": prompter.identity,
+        "stop": sorted(prompter.stop),
+        "prompts": _digest(prompts),
+        "eval_prompts": _digest(held_out),
+        **options.settings,
+    }
+    about = {
+        "benchmark": LOOP,
+        "prompts": options.prompts,
+        "algo": options.algo,
+        "seed": options.seed,
+        "model": options.model,
+        "command": typed("llm loop"),
+        "versions": versions(_PACKAGES),
+        "hardware": hardware(options.job.own_device),
+        "options": options.file,
+    }
+    # Rows may be a token longer than what was generated, by the end of the template.
+    most = shortest(options.job.settings.max_length, prompter.context)
+    job = replace(options.job, settings=replace(options.job.settings, max_length=most))
+    with Verifier(options.verifier) as verifier:
+        # What is missing is told before anything is generated.
+        verifier.start()
+        loop = LanguageLoop(replace(options, job=job), prompter, verifier, prompts, held_out)
+        rows = run_loop(
+            options.out,
+            loop.stages(),
+            start=start,
+            rounds=options.rounds,
+            settings=settings,
+            resume=options.resume,
+            early_stop=options.stop_early,
+            about=about,
+            tell=tell,
+        )
+    _show(options, rows, start)
+    return rows
+
+
+def _read(
+    options: LoopOptions, source: str, prompter: Prompter, *, limit: int | None = None
+) -> list[Prompt]:
+    """Read prompts, and check that they leave room for an answer."""
+    prompts = read_prompts(source, options.verifier, instruction=options.instruction, limit=limit)
+    sizes = [len(prompt.tokens(prompter)) for prompt in prompts]
+    context, new = prompter.context, options.max_tokens
+    long = [n for n, size in enumerate(sizes) if context is not None and size + new > context]
+    if long:
+        first = long[0]
+        raise ValueError(
+            f"{prompts[first].where}: the prompt has {sizes[first]} tokens, and {new} new ones do "
+            f"not fit in the model's context of {context} (so in {len(long)} of {len(sizes)} "
+            "prompts); lower --max-tokens, or drop them"
+        )
+    return prompts
+
+
+def _check_apart(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
+    places = {repr(prompt.content): prompt.where for prompt in prompts}
+    twins = [prompt for prompt in held_out if repr(prompt.content) in places]
+    if twins:
+        first = twins[0]
+        raise ValueError(
+            f"{len(twins)} of --eval-prompts are in --prompts too ({first.where} is "
+            f"{places[repr(first.content)]}); drop them from one of both"
+        )
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    """Digest of prompts with all that a verifier reads."""
+    content = [(prompt.content, prompt.answer, sorted(prompt.row.items())) for prompt in prompts]
+    return hashlib.sha256(repr(content).encode()).hexdigest()
+
+
+def _show(options: LoopOptions, rows: list[dict[str, Any]], start: str) -> None:
+    console = Console()
+    console.print(loop_grid(rows).rich(f"{options.algo}, {options.prompts}"))
+    last, top = rows[-1]["round"], best(rows)
+    models = {"Model": Round(last, options.out, start).trained}
+    if top is not None and top["round"] != last:
+        models[f"Best model (round {top['round']})"] = Round(
+            top["round"], options.out, start
+        ).trained
+    lines = [f"{name}: {model}" for name, model in models.items()]
+    lines.append(f"Report: {program('report')} {options.out}")
+    console.print(*lines, sep="\n", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,410 @@
+"""The five stages of a round of the language loop."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
+
+from benchmarks.llm.generators import load_generator
+from benchmarks.llm.job import fine_tune
+from benchmarks.llm.loop.options import LoopOptions, verifier_digest
+from benchmarks.llm.loop.verifiers import Prompt, Verifier
+from benchmarks.llm.models import load
+from benchmarks.llm.options import ALGORITHMS
+from benchmarks.runs import RESULT, tell
+from benchmarks.statistics import interval_over_questions
+from iwsft import checkpoint
+from iwsft.datasets.text.rows import to_row
+from iwsft.datasets.text.tokens import tokenize
+from iwsft.files import written_whole
+from iwsft.language.generation import Generator, Request
+from iwsft.language.generations import (
+    GENERATIONS,
+    Generation,
+    Key,
+    Prompter,
+    generate_missing,
+    read_generations,
+    seed_of,
+)
+from iwsft.loop import Round, Stages
+from iwsft.policies.causal_lm import CausalLMPolicy
+from iwsft.reference import annotate_reference
+from iwsft.trajectory import REF_LOG_PROB, lengths
+
+SCORES, CURATED, TRAINED_ON = "scores.jsonl", "curated.jsonl", "rows.jsonl"
+TRAINING, EVALUATION = "training", "evaluation"
+# Verdicts that are written together.
+_BATCH = 64
+# A verifier that fails on all of so many answers is broken.
+_FIRST = 20
+
+
+@dataclass(frozen=True)
+class LanguageLoop:
+    """The stages for a model, prompts and a verifier; ``held_out`` are those of the test."""
+
+    options: LoopOptions
+    prompter: Prompter
+    verifier: Verifier
+    prompts: Sequence[Prompt]
+    held_out: Sequence[Prompt] = ()
+
+    def stages(self) -> Stages:
+        """The five stages."""
+        return Stages(self.generate, self.score, self.curate, self.fine_tune, self.evaluate)
+
+    # ---- generate and score, also of the test ----
+
+    def generate(self, one: Round) -> dict[str, Any]:
+        """Sample answers to all prompts."""
+        keys = _keys(self.prompts, self.options.samples_per_prompt)
+        return self._generate(one.folder, one.policy, self.prompts, keys, one.number)
+
+    def score(self, one: Round) -> dict[str, Any]:
+        """Verify the answers; of one that has no end the score is 0."""
+        keys = _keys(self.prompts, self.options.samples_per_prompt)
+        verdicts = self._score(one.folder, self.prompts, keys)
+        shares = self._right(verdicts, self.options.samples_per_prompt)
+        answers = [[each["answer"] for each in group] for group in _groups(verdicts)]
+        distinct = [len({answer for answer in own if answer is not None}) for own in answers]
+        return {
+            "pass_rate": float(shares.mean()),
+            "solved": float((shares > 0).mean()),
+            "distinct": float(np.mean(distinct)),
+            "verifier_failed": sum("problem" in each for each in verdicts),
+            "verifier_code": verifier_digest(self.options.verifier),
+        }
+
+    def evaluate(self, one: Round) -> dict[str, Any]:
+        """Answer the held-out prompts, and score them; the luck is the same in all rounds."""
+        if not self.held_out:
+            return {}
+        folder, samples = one.folder / EVALUATION, self.options.eval_samples
+        folder.mkdir(exist_ok=True)
+        keys = _keys(self.held_out, samples)
+        facts = self._generate(folder, one.trained, self.held_out, keys, EVALUATION)
+        shares = self._right(self._score(folder, self.held_out, keys), samples)
+        return {
+            "score": float(shares.mean()),
+            "interval": [float(end) for end in interval_over_questions(shares, samples)],
+            "tested": len(shares),
+            "test_length": facts["length"],
+        }
+
+    def _generate(
+        self,
+        folder: Path,
+        model: str,
+        prompts: Sequence[Prompt],
+        keys: Sequence[Key],
+        purpose: object,
+    ) -> dict[str, Any]:
+        """Generate what is missing; ``purpose`` makes seeds differ, a round or the test."""
+        path = folder / GENERATIONS
+        generations = read_generations(path, keys)
+        if len(generations) < len(keys):
+            tokens = {prompt.id: prompt.tokens(self.prompter) for prompt in prompts}
+            with self._generator(model) as generator:
+                generate_missing(
+                    path,
+                    keys,
+                    generations,
+                    lambda names: self._answer(generator, tokens, names, purpose),
+                    batch=self.options.batch,
+                    title=f"{folder.name}: samples",
+                )
+        return {
+            "samples": len(generations),
+            "length": float(np.mean([each["tokens"] for each in generations])),
+            "unfinished": sum(not each["stopped"] for each in generations),
+        }
+
+    def _answer(
+        self,
+        generator: Generator,
+        tokens: Mapping[str, Sequence[int]],
+        names: Sequence[Key],
+        purpose: object,
+    ) -> list[Generation]:
+        """Answers of a batch; those of a test with one answer are the likeliest."""
+        options = self.options
+        greedy = purpose == EVALUATION and options.eval_samples == 1
+        seeds = [seed_of(options.seed, purpose, *name) for name in names]
+        completions = generator.generate(
+            [
+                Request(tokens[name], options.max_tokens, seed)
+                for (name, _), seed in zip(names, seeds, strict=True)
+            ],
+            stop=self.prompter.stop,
+            temperature=0.0 if greedy else options.sampling_temperature,
+            top_p=1.0 if greedy else options.top_p,
+        )
+        return [
+            {
+                "seed": seed,
+                "tokens": len(each.tokens),
+                "stopped": each.stop is not None,
+                "text": self.prompter.tokenizer.decode(each.tokens),
+            }
+            for seed, each in zip(seeds, completions, strict=True)
+        ]
+
+    @contextmanager
+    def _generator(self, model: str) -> Iterator[Generator]:
+        """The engine, whose memory is free again after the block."""
+        options = self.options
+        # A model that is trained in shards may be larger than a GPU.
+        device: str = options.job.own_device
+        if options.deepspeed is not None and device == "cuda":
+            device = "auto"
+        generator = load_generator(
+            model,
+            backend=options.backend,
+            batch=options.batch,
+            device=device,
+            trust_remote_code=options.trust_remote_code,
+        )
+        try:
+            yield generator
+        finally:
+            generator.close()
+            del generator
+            clear_device_cache(garbage_collection=True)
+
+    def _score(
+        self, folder: Path, prompts: Sequence[Prompt], keys: Sequence[Key]
+    ) -> list[Generation]:
+        """Verdicts on all answers: ``score``, ``answer``, and ``problem`` where a call failed."""
+        texts = dict(zip(keys, read_generations(folder / GENERATIONS, keys), strict=True))
+        verdicts = read_generations(folder / SCORES, keys)
+        by_id = {prompt.id: prompt for prompt in prompts}
+
+        def verify(names: Sequence[Key]) -> list[dict[str, Any]]:
+            entries = []
+            for name in names:
+                generation = texts[name]
+                verdict = self.verifier.verify(by_id[name[0]], generation["text"])
+                score = verdict.score if generation["stopped"] else 0.0
+                problem = {} if verdict.problem is None else {"problem": verdict.problem}
+                entries.append({"score": score, "answer": verdict.answer, **problem})
+            broken = _broken([*verdicts, *entries], len(keys))
+            if broken is not None:
+                # A verifier that is mended scores all answers again.
+                (folder / SCORES).unlink(missing_ok=True)
+                raise ValueError(broken)
+            return entries
+
+        title = f"{folder.name}: scores"
+        generate_missing(folder / SCORES, keys, verdicts, verify, batch=_BATCH, title=title)
+        return verdicts
+
+    def _right(self, verdicts: Sequence[Generation], samples: int) -> Any:
+        """Share of right answers to each prompt."""
+        right = np.array([each["score"] >= self.options.min_score for each in verdicts])
+        return right.reshape(-1, samples).mean(1)
+
+    # ---- curate ----
+
+    def curate(self, one: Round) -> dict[str, Any]:
+        """Keep the answers to train on, as rows, and count what is left out and why."""
+        keys = _keys(self.prompts, self.options.samples_per_prompt)
+        generations = read_generations(one.folder / GENERATIONS, keys)
+        verdicts = read_generations(one.folder / SCORES, keys)
+        left_out: Counter[str] = Counter()
+        rows: list[dict[str, Any]] = []
+        pairs = zip(self.prompts, _groups(generations), _groups(verdicts), strict=True)
+        for prompt, texts, scores in pairs:
+            rows += self._rows(prompt, texts, scores, left_out)
+        rows = self._trainable(rows, left_out)
+        right = sum(row["correct"] for row in rows)
+        facts = {
+            "rows": len(rows),
+            "kept": len(rows) / len(generations),
+            "left_out": dict(sorted(left_out.items())),
+        }
+        tell(f"round {one.number}: {len(rows)} of {len(generations)} answers kept{_listed(facts)}")
+        if not right or (ALGORITHMS[self.options.algo].signed and right == len(rows)):
+            _write_rows(one.folder / CURATED, [])
+            return {**facts, "stop": _nothing(right, self.options.algo)}
+        if self.options.needs_reference:
+            self._annotate(rows, one.policy)
+        _write_rows(one.folder / CURATED, rows)
+        return facts
+
+    def _rows(
+        self,
+        prompt: Prompt,
+        texts: Sequence[Generation],
+        scores: Sequence[Generation],
+        left_out: Counter[str],
+    ) -> list[dict[str, Any]]:
+        """The rows of a prompt."""
+        options, chat = self.options, self.prompter.tokenizer.chat_template is not None
+        right = [each["score"] >= options.min_score for each in scores]
+        for name, dropped in (("all-wrong", not any(right)), ("all-right", all(right))):
+            if dropped and name in options.drop:
+                left_out[f"{name} prompts"] += 1
+                left_out[f"answers to {name} prompts"] += len(texts)
+                return []
+        signed = ALGORITHMS[options.algo].signed
+        seen: set[str] = set()
+        taken: Counter[bool] = Counter()
+        rows = []
+        for text, score, good in zip(texts, scores, right, strict=True):
+            reason = None
+            if not good and not signed:
+                reason = "wrong answers"
+            elif not text["text"].strip() or not text["stopped"]:
+                reason = "answers without text or end"
+            elif options.deduplicate and text["text"] in seen:
+                reason = "duplicates"
+            elif taken[good] == options.max_per_prompt:
+                reason = "answers above --max-per-prompt"
+            if reason is not None:
+                left_out[reason] += 1
+                continue
+            seen.add(text["text"])
+            taken[good] += 1
+            rare = options.quality == "pass-rate"
+            quality = 1 - sum(right) / len(right) if rare else score["score"]
+            row = prompt.to_row(text["text"], chat=chat)
+            rows.append({**row, "score": quality, "correct": good})
+        return rows
+
+    def _trainable(
+        self, rows: list[dict[str, Any]], left_out: Counter[str]
+    ) -> list[dict[str, Any]]:
+        """The rows that the tokenizer and the template can write as they are."""
+        most = self.options.job.settings.max_length
+
+        def encodes(some: Sequence[dict[str, Any]]) -> bool:
+            made = [to_row(row, "") for row in some]
+            try:
+                tokenize(made, self.prompter.tokenizer, max_length=most)
+            except ValueError:
+                return False
+            return True
+
+        if not rows or encodes(rows):
+            return rows
+        fitting = [row for row in rows if encodes([row])]
+        left_out["answers that the tokenizer or the chat template changes"] += len(rows) - len(
+            fitting
+        )
+        return fitting
+
+    def _annotate(self, rows: list[dict[str, Any]], policy: str) -> None:
+        """Write the log-probs of the model that wrote the rows into them."""
+        settings, device = self.options.job.settings, self.options.job.own_device
+        code = self.options.trust_remote_code
+        model: Any = load(policy, dtype=torch.float32, trust_remote_code=code)[0]
+        model.to(device)
+        half = settings.precision == "bfloat16"
+        data = tokenize(
+            [to_row(row, "") for row in rows],
+            self.prompter.tokenizer,
+            max_length=settings.max_length,
+        )
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            annotate_reference(CausalLMPolicy(model), data.trajectories, rows=4096)
+        del model
+        clear_device_cache(garbage_collection=True)
+        sizes = lengths(data.trajectories).tolist()
+        parts = data.trajectories.get(REF_LOG_PROB).split(sizes)
+        for number, (row, part) in enumerate(zip(rows, parts, strict=True)):
+            # Nine digits are all of a float32; what is cut off is never read.
+            known = [float(f"{value:.9g}") for value in part.tolist()]
+            row["ref_log_probs"] = known + [0.0] * data.truncated.get(number, 0)
+
+    # ---- fine-tune ----
+
+    def fine_tune(self, one: Round) -> dict[str, Any]:
+        """Train on the rows of this round and of the last ones, by the job of ``finetune``."""
+        options = self.options
+        rows = _read_rows(one.folder / CURATED)
+        if options.start_from == "last":
+            # Training computes it in its own batches, so that the first weights are exactly 1.
+            rows = [_without_reference(row) for row in rows]
+        earlier = [
+            row
+            for before in one.earlier(options.keep_rounds)
+            for row in _read_rows(before.folder / CURATED)
+        ]
+        _write_rows(one.folder / TRAINED_ON, [*rows, *earlier])
+        model = one.policy if options.start_from == "last" else one.start
+        job = replace(
+            options.job,
+            model=model,
+            data=str(one.folder / TRAINED_ON),
+            out=one.folder / TRAINING,
+            resume=True,
+        )
+        run = fine_tune(job)
+        result = json.loads((run.folder / RESULT).read_text())
+        policy = (run.folder / checkpoint.FOLDER).relative_to(one.root)
+        names = ("steps", "ESS", "ESS_min", "weight_max")
+        return {
+            "policy": str(policy),
+            "replayed": len(earlier),
+            **{name: result[name] for name in names if name in result},
+        }
+
+
+def _keys(prompts: Iterable[Prompt], samples: int) -> list[Key]:
+    return [(prompt.id, sample) for prompt in prompts for sample in range(samples)]
+
+
+def _groups(entries: Sequence[Generation]) -> list[list[Generation]]:
+    """The entries of each prompt, which are back to back."""
+    groups: dict[str, list[Generation]] = {}
+    for entry in entries:
+        groups.setdefault(entry["id"], []).append(entry)
+    return list(groups.values())
+
+
+def _broken(verdicts: Sequence[Mapping[str, Any]], total: int) -> str | None:
+    """What to tell where the verifier is broken, rather than the answers wrong."""
+    problems = [each["problem"] for each in verdicts if "problem" in each]
+    if 2 * len(problems) <= total and (len(problems) < len(verdicts) or len(verdicts) < _FIRST):
+        return None
+    return (
+        f"the verifier failed on {len(problems)} of {len(verdicts)} answers, lately: "
+        f"{problems[-1]}; mend it, and --resume continues"
+    )
+
+
+def _listed(facts: Mapping[str, Any]) -> str:
+    """What was left out, in words."""
+    parts = [f"{count} {reason}" for reason, count in facts["left_out"].items()]
+    return f"; left out: {', '.join(parts)}" if parts else ""
+
+
+def _nothing(right: int, algo: str) -> str:
+    """Why nothing can be trained on, and what helps."""
+    ways = "a higher --samples-per-prompt, easier prompts, a lower --min-score, or another model"
+    if right:
+        return f"no wrong answer is left, and {algo} learns from both; pass another --algo"
+    return f"no prompt has a right answer to train on, so the model stays as it is; take {ways}"
+
+
+def _without_reference(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name != "ref_log_probs"}
+
+
+def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    with written_whole(path) as partial, partial.open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,0 +1,107 @@
+"""Loops over rounds: the table and the figure, for language and for control."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import figures
+from benchmarks.report.document import NOTHING, Document, Grid, escaped, interval_text
+from benchmarks.report.figures import Panels
+from benchmarks.results import printable
+from iwsft.loop import CONFIG, table
+
+LOOP = "loop"
+# Facts of a round that are shown where its stages return them: heading and format.
+COLUMNS = {
+    "pass_rate": ("pass rate", ".3f"),
+    "solved": ("solved", ".3f"),
+    "kept": ("kept", ".1%"),
+    "length": ("length", ".1f"),
+    "distinct": ("distinct", ".2f"),
+    "ESS": ("ESS", ".2f"),
+}
+_CAPTION = (
+    "Rounds. Score: held-out, with its 95 % interval; pass rate: share of right answers among "
+    "the samples; solved: prompts with a right one; kept: share of the samples that was trained "
+    "on; length: mean of a sample; distinct: different final answers to a prompt; ESS: effective "
+    "share of the draws of an update. Round 0 is the start."
+)
+
+
+@dataclass(frozen=True)
+class RecordedLoop:
+    """A loop on disk: its folder below the one that was read, its config, a row a round."""
+
+    name: str
+    config: Mapping[str, Any]
+    rows: list[dict[str, Any]]
+
+    @property
+    def algo(self) -> str:
+        """Algorithm that a round trains by."""
+        return str(self.config.get("algo", ""))
+
+
+def read_loops(folder: Path) -> list[RecordedLoop]:
+    """Read all loops at or below a folder, by path."""
+    loops = []
+    # The start tells a loop from other folders with a config.
+    for first in sorted(Path(folder).rglob("round-0")):
+        home = first.parent
+        if not (home / CONFIG).is_file():
+            continue
+        config = json.loads((home / CONFIG).read_text())
+        if config.get("benchmark") == LOOP:
+            name = home.relative_to(folder).as_posix()
+            name = home.absolute().name if name == "." else name
+            loops.append(RecordedLoop(printable(name), config, table(home)))
+    return loops
+
+
+def loop_grid(rows: Sequence[Mapping[str, Any]]) -> Grid:
+    """Table of the rounds of a loop, with what its stages return."""
+    names = [name for name, _ in COLUMNS.values()]
+    grid = Grid(["round", "score", "95 % interval", *names], left=1)
+    for row in rows:
+        interval = interval_text(row.get("interval"), digits=3)
+        cells = [_cell(row.get(key), form) for key, (_, form) in COLUMNS.items()]
+        grid.rows.append([str(row["round"]), _cell(row.get("score"), ".3f"), interval, *cells])
+    return grid
+
+
+def _cell(value: float | None, form: str) -> str:
+    return NOTHING if value is None else format(value, form)
+
+
+def draw_loops(loops: Sequence[RecordedLoop]) -> Panels:
+    """Draw the facts of all loops over their rounds, a line a loop, coloured by its algorithm."""
+    colour = {loop.algo: figures.COLOURS.get(loop.algo, figures.OTHER) for loop in loops}
+    panels = {}
+    labels = {"score": "held-out score", **{key: name for key, (name, _) in COLUMNS.items()}}
+    for key, label in labels.items():
+        ax = panels[key] = figures.make_panel("", 2.5, colour)
+        for loop in loops:
+            rows = [row for row in loop.rows if row.get(key) is not None]
+            x, shade = [row["round"] for row in rows], colour[loop.algo]
+            if rows:
+                ax.plot(x, [row[key] for row in rows], color=shade, marker="o", ms=3, lw=1.4)
+            ends = [row["interval"] for row in rows if row.get("interval") is not None]
+            if key == "score" and rows and len(ends) == len(rows):
+                low, high = zip(*ends, strict=True)
+                ax.fill_between(x, low, high, color=shade, alpha=0.15, lw=0)
+        ax.set(xlabel="round", ylabel=label)
+        ax.locator_params(axis="x", integer=True)
+    return figures.finish(panels)
+
+
+def add_loops(document: Document, loops: Sequence[RecordedLoop]) -> None:
+    """Add a table for each loop, and a figure of all."""
+    document.section("Loops")
+    for loop in loops:
+        document.table(loop_grid(loop.rows), f"**{escaped(loop.name)}**, by round.")
+    if loops:
+        document.figure("loops", draw_loops(loops), _CAPTION)

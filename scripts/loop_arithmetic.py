@@ -1,0 +1,111 @@
+"""The loop on the arithmetic task, from its base: exact match and diversity by round.
+
+python scripts/loop_arithmetic.py --out runs/loop-arithmetic
+python scripts/loop_arithmetic.py --out runs/loop-arithmetic --algo sft iw-sft --seeds 0 --rounds 2
+
+Writes the prompts, runs a loop for each algorithm and seed by the command `iwsft loop`, and prints
+the table of docs/loop.md: the mean over seeds of each round, with its 95 % interval. The same call
+continues what a kill leaves.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.llm.__main__ import loop
+from benchmarks.llm.recipes.arithmetic import BaseSettings
+from benchmarks.llm.recipes.arithmetic.base import base_model
+from benchmarks.llm.recipes.arithmetic.task import Split, problems
+from benchmarks.options import parse
+from benchmarks.report.document import Grid, interval_text
+from benchmarks.report.page import write_report
+from benchmarks.statistics import t_interval
+from iwsft.files import written_whole
+from iwsft.loop import table
+
+# Those of the arithmetic recipe, for 80 updates a round.
+TRAINING = (
+    *("--learning-rate", "8e-4", "--batch-size", "32", "--max-steps", "80", "--warmup", "10"),
+    *("--reduce", "sum"),
+)
+WEIGHTED = ("iw-sft", "iw-sft-hard", "iw-sft-ema", "iw-sft-q")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compare algorithms in the loop."""
+
+    out: Path = Path("runs/loop-arithmetic")
+    """Folder of base model, prompts and loops."""
+    algo: tuple[str, ...] = ("sft", "iw-sft", "iw-sft-step", "dft")
+    """Algorithms of a round."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of samples and training."""
+    rounds: int = 4
+    """Number of rounds."""
+    prompts: int = 500
+    """Number of problems to solve in a round."""
+    samples: int = 4
+    """Answers to each problem."""
+    held_out: int = 1000
+    """Number of problems of the test."""
+
+
+def main(options: Options) -> None:
+    """Run all loops and print their table."""
+    model = base_model(options.out, seed=0, settings=BaseSettings())
+    prompts = _write(options.out / "prompts.jsonl", options.prompts, 1_000_000, "train")
+    held_out = _write(options.out / "held-out.jsonl", options.held_out, 1, "held-out")
+    for algo in options.algo:
+        for seed in options.seeds:
+            words = [
+                *("--model", str(model), "--prompts", str(prompts), "--verifier", "integer"),
+                *("--eval-prompts", str(held_out), "--eval-samples", "2", "--no-stop-early"),
+                *("--rounds", str(options.rounds), "--algo", algo, "--seed", str(seed)),
+                *("--samples-per-prompt", str(options.samples), "--no-deduplicate"),
+                *("--max-tokens", "40", "--sampling-batch", "512"),
+                *(TRAINING if algo in WEIGHTED else TRAINING[:-2]),
+                *("--out", str(options.out / algo / f"seed-{seed}"), "--resume"),
+            ]
+            print("iwsft loop", shlex.join(words), file=sys.stderr)
+            loop(words)
+    console = Console()
+    titles = {"score": "Exact match, held out", "distinct": "Distinct answers of a problem"}
+    for key, title in titles.items():
+        console.print(_grid(options, key).rich(title))
+    console.print(f"Report: {write_report(options.out, options.out / 'report').page}")
+
+
+def _write(path: Path, count: int, seed: int, split: Split) -> Path:
+    with written_whole(path) as partial, partial.open("w") as file:
+        for problem in problems(count, seed, split):
+            row = {"prompt": problem.prompt, "answer": str(problem.answer)}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def _grid(options: Options, key: str) -> Grid:
+    """Table of a fact by algorithm and round: mean over seeds and interval."""
+    grid = Grid(["algorithm", *(f"round {number}" for number in range(options.rounds + 1))], left=1)
+    for algo in options.algo:
+        tables = [table(options.out / algo / f"seed-{seed}") for seed in options.seeds]
+        cells = []
+        for number in range(options.rounds + 1):
+            values = [rows[number][key] for rows in tables if key in rows[number]]
+            mean = f"{sum(values) / len(values):.3f}" if values else "-"
+            if len(values) > 1:
+                low, high = map(float, t_interval(values))
+                mean += f" ({interval_text((low, high), digits=3)})"
+            cells.append(mean)
+        grid.rows.append([algo, *cells])
+    return grid
+
+
+if __name__ == "__main__":
+    main(parse(Options, "loop_arithmetic", __doc__))

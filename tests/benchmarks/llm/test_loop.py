@@ -1,0 +1,388 @@
+"""The language loop: files, first weights, replayed references, kills, verifiers, bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
+
+from benchmarks.llm.__main__ import loop, main
+from benchmarks.llm.loop.options import parse
+from benchmarks.llm.loop.verifiers import Prompt, Verifier, read_prompts
+from benchmarks.llm.recipes.arithmetic import BaseSettings
+from benchmarks.llm.recipes.arithmetic.base import config, tokenizer
+from benchmarks.llm.recipes.arithmetic.task import problems
+from benchmarks.report.loops import loop_grid, read_loops
+from benchmarks.report.page import write_report
+from benchmarks.results import LANGUAGE, read_all
+from iwsft.loop import Round, table
+
+# Half of all texts are right, which a model that has learned nothing can be.
+VERIFIERS = """
+import math, time
+
+def parity(text, row):
+    return (sum(map(ord, text)) + len(row["prompt"])) % 2
+
+def broken(text, row):
+    raise KeyError("no such column")
+
+def never(text, row):
+    return 0
+
+def odd(text, row):
+    if text == "hang":
+        time.sleep(60)
+    return {"none": None, "nan": math.nan, "text": "1", "true": True}.get(text, 0.5)
+"""
+SAMPLES = 6
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model of random weights, prompts, and a module of verifiers."""
+    folder = tmp_path_factory.mktemp("loop")
+    torch.manual_seed(0)
+    sizes = BaseSettings(hidden_size=32, intermediate_size=48, layers=2)
+    Qwen2ForCausalLM(config(sizes)).save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    for name, count, split in (("prompts", 8, "train"), ("held-out", 5, "held-out")):
+        asked = problems(count, 1, split)  # type: ignore[arg-type]
+        rows = [{"prompt": each.prompt, "answer": str(each.answer)} for each in asked]
+        write(folder / f"{name}.jsonl", rows)
+    (folder / "scripted_verifiers.py").write_text(VERIFIERS)
+    return folder
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def run(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., list[dict[str, Any]]]:
+    """``run(flag, ...)``: the command in a folder of its own; its table."""
+    monkeypatch.syspath_prepend(place)
+
+    def call(*flags: str, out: str = "loop", verifier: str = "parity") -> list[dict[str, Any]]:
+        words = words_of(place, verifier)
+        loop([*words, "--out", str(tmp_path / out), *flags])
+        return table(tmp_path / out)
+
+    return call
+
+
+def words_of(place: Path, verifier: str = "parity") -> list[str]:
+    name = f"scripted_verifiers:{verifier}" if verifier in VERIFIERS else verifier
+    return [
+        *("--model", str(place / "model"), "--prompts", str(place / "prompts.jsonl")),
+        *("--verifier", name, "--samples-per-prompt", str(SAMPLES), "--max-tokens", "24"),
+        *("--sampling-batch", "16", "--learning-rate", "0.003", "--batch-size", "4"),
+        *("--epochs", "1", "--rounds", "1"),
+    ]
+
+
+def score(text: str, prompt: str) -> int:
+    return (sum(map(ord, text)) + len(prompt)) % 2
+
+
+def test_a_round_is_what_its_files_say(
+    run: Callable[..., list[dict[str, Any]]], place: Path, tmp_path: Path
+) -> None:
+    """Counts against a plain loop over the samples, and the first weights are exactly 1."""
+    held_out = str(place / "held-out.jsonl")
+    options = ("--rounds", "2", "--max-per-prompt", "2", "--eval-prompts", held_out)
+    rows = run(*options, "--eval-samples", "2", "--no-stop-early")
+    prompts = [row["prompt"] for row in lines(place / "prompts.jsonl")]
+    for number in (1, 2):
+        folder = tmp_path / "loop" / f"round-{number}"
+        samples = lines(folder / "generations.jsonl")
+        assert len(samples) == SAMPLES * len(prompts)
+        right, kept = Counter[int](), list[tuple[str, str]]()
+        for each in samples:
+            question = int(each["id"])
+            if each["stopped"] and score(each["text"], prompts[question]):
+                right[question] += 1
+                pair = prompts[question], each["text"]
+                mine = [text for prompt, text in kept if prompt == prompts[question]]
+                if each["text"] and pair not in kept and len(mine) < 2:
+                    kept.append(pair)
+        trained = lines(folder / "rows.jsonl")
+        found = [(r["messages"][0]["content"], r["messages"][1]["content"]) for r in trained]
+        assert found == kept
+        row = rows[number]
+        assert row["pass_rate"] == pytest.approx(sum(right.values()) / len(samples))
+        assert row["solved"] == len(right) / len(prompts)
+        assert row["kept"] == len(kept) / len(samples)
+        assert row["length"] == sum(each["tokens"] for each in samples) / len(samples)
+        (metrics,) = folder.glob("training/llm/round/iw-sft/seed-0/metrics.jsonl")
+        first = next(each for each in lines(metrics) if "loss" in each)
+        assert (first["ESS"], first["weight_max"], first["weight_mean"]) == (1, 1, 1)
+        # Held-out answers, with the same luck in each round.
+        tests = lines(folder / "evaluation" / "scores.jsonl")
+        assert row["score"] == sum(each["score"] for each in tests) / 10
+        seeds = [each["seed"] for each in lines(folder / "evaluation" / "generations.jsonl")]
+        start = tmp_path / "loop" / "round-0" / "evaluation" / "generations.jsonl"
+        assert seeds == [each["seed"] for each in lines(start)]
+    # The report has the loop, and does not take its rounds for runs.
+    (recorded,) = read_loops(tmp_path)
+    assert recorded.rows == rows and len(loop_grid(rows).rows) == 3
+    assert read_all(tmp_path, LANGUAGE) == ([], [])
+    assert "pass rate" in write_report(tmp_path, tmp_path / "report").page.read_text()
+    # Its own options give the same loop.
+    again = parse(["--config", str(tmp_path / "loop" / "config.json")], None)
+    settings = recorded.config["settings"]
+    assert settings | json.loads(json.dumps(again.settings)) == settings
+
+
+def test_a_round_of_sft_is_finetune_on_its_rows(
+    run: Callable[..., list[dict[str, Any]]], place: Path, tmp_path: Path
+) -> None:
+    (_, row) = run("--algo", "sft")
+    data = str(tmp_path / "loop" / "round-1" / "rows.jsonl")
+    other = tmp_path / "other.jsonl"
+    write(other, [{"prompt": "1+1=", "completion": "2"}])
+    main(
+        [
+            *("--recipe", "chat", "--model", str(place / "model"), "--data", data, "--algo", "sft"),
+            *("--eval-data", str(other), "--learning-rate", "0.003", "--batch-size", "4"),
+            *("--max-length", "64", "--epochs", "1", "--out", str(tmp_path / "plain")),
+            *("--jobs", "1"),
+        ]
+    )
+    (plain,) = (tmp_path / "plain").glob("llm/chat/sft/seed-0/checkpoint/model.safetensors")
+    ours = load_file(tmp_path / "loop" / row["policy"] / "model.safetensors")
+    theirs = load_file(plain)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("start_from", ["last", "base"])
+def test_replayed_rows_have_the_reference_of_their_own_round(
+    run: Callable[..., list[dict[str, Any]]], place: Path, tmp_path: Path, start_from: str
+) -> None:
+    """By hand: log-probs of the model that wrote a row, and the weights of the first update."""
+    options = ("--rounds", "2", "--keep-rounds", "1", "--start-from", start_from)
+    rows = run(*options, "--batch-size", "100", "--no-self-normalize")
+    second, home = Round(2, tmp_path / "loop", str(place / "model")), tmp_path / "loop"
+    own = lines(home / "round-2" / "curated.jsonl")
+    trained = lines(home / "round-2" / "rows.jsonl")
+    first_model, second_model = str(place / "model"), second.policy
+    start = second_model if start_from == "last" else first_model
+    assert rows[2]["replayed"] == len(trained) - len(own) > 0
+    weights = []
+    for number, row in enumerate(trained):
+        writer = second_model if number < len(own) else first_model
+        given, logs = row.get("ref_log_probs"), log_probs(writer, row)
+        # Training computes that of its own start.
+        assert (given is None) == (start_from == "last" and number < len(own))
+        if given is not None:
+            torch.testing.assert_close(torch.tensor(given), logs, rtol=1e-4, atol=1e-5)
+        ratio = log_probs(start, row) - logs
+        weights.append(math.exp(ratio[logs != 0].mean()))
+    (metrics,) = (home / "round-2").glob("training/llm/round/iw-sft/seed-0/metrics.jsonl")
+    first = next(each for each in lines(metrics) if "loss" in each)
+    assert first["weight_max"] == pytest.approx(max(weights), rel=1e-4)
+    assert first["weight_mean"] == pytest.approx(sum(weights) / len(weights), rel=1e-4)
+
+
+def log_probs(model: str, row: dict[str, Any]) -> torch.Tensor:
+    """log p of the tokens of an answer and its end, 0 for those of the prompt."""
+    words, decoder = (
+        AutoTokenizer.from_pretrained(model),
+        AutoModelForCausalLM.from_pretrained(model),
+    )
+    prompt, answer = (message["content"] for message in row["messages"])
+    ids = words.encode(prompt) + [*words.encode(answer), words.eos_token_id]
+    with torch.no_grad():
+        logits = decoder(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    logs = logits.gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
+    logs[: len(words.encode(prompt)) - 1] = 0
+    return torch.cat([torch.zeros(1), logs])
+
+
+def test_kills_while_files_are_written_change_nothing(
+    run: Callable[..., list[dict[str, Any]]],
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At more and more files, a kill just before or just after one has its name."""
+    options = ("--eval-prompts", str(place / "held-out.jsonl"), "--save-every", "2")
+    run(*options, out="whole")
+    replace, calls, kills = os.replace, 0, 0
+
+    def killing(source: Any, target: Any) -> None:
+        nonlocal calls
+        calls += 1
+        now = calls == 2 + kills * (kills + 5) // 2
+        if now and kills % 2:
+            raise KeyboardInterrupt
+        replace(source, target)
+        if now:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killing)
+    while True:
+        try:
+            run(*options, "--resume", out="killed")
+            break
+        except SystemExit as end:
+            assert end.code == 130
+            kills += 1
+    assert kills >= 3
+    monkeypatch.undo()
+    whole, killed = (contents(tmp_path / name) for name in ("whole", "killed"))
+    assert whole.keys() == killed.keys()
+    assert [name for name in whole if whole[name] != killed[name]] == []
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """What a loop computes: all samples, scores, rows and facts without seconds, and weights."""
+    files: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".jsonl" and path.name != "metrics.jsonl":
+            files[name] = lines(path)
+        elif path.name == "model.safetensors":
+            files[name] = path.read_bytes()
+        elif path.parent.name.startswith("round-") and path.suffix == ".json":
+            files[name] = json.loads(path.read_text())["facts"]
+    return files
+
+
+def test_a_loop_without_a_right_answer_keeps_the_model(
+    run: Callable[..., list[dict[str, Any]]],
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = run(verifier="never")
+    assert "no prompt has a right answer" in rows[1]["stop"]
+    assert rows[1]["left_out"] == {"all-wrong prompts": 8, "answers to all-wrong prompts": 48}
+    said = capsys.readouterr()
+    assert "so the model stays as it is; take" in said.err and str(place / "model") in said.out
+
+
+def test_a_broken_verifier_stops_the_loop_and_is_mended(
+    run: Callable[..., list[dict[str, Any]]], place: Path, tmp_path: Path
+) -> None:
+    code = (place / "scripted_verifiers.py").read_text()
+    with pytest.raises(SystemExit, match="the verifier failed on .* KeyError: 'no such column'"):
+        run(verifier="broken")
+    samples = (tmp_path / "loop" / "round-1" / "generations.jsonl").read_bytes()
+    try:
+        mended = code.replace('raise KeyError("no such column")', "return 0")
+        (place / "scripted_verifiers.py").write_text(mended)
+        assert run("--resume", verifier="broken")[1]["verifier_failed"] == 0
+    finally:
+        (place / "scripted_verifiers.py").write_text(code)
+    assert (tmp_path / "loop" / "round-1" / "generations.jsonl").read_bytes() == samples
+
+
+def test_what_a_verifier_of_the_users_own_may_return(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(place)
+    prompt = Prompt("0", "", "1+1=", {"prompt": "1+1="})
+    with Verifier("scripted_verifiers:odd", seconds=1) as verifier:
+        for text, expected, problem in (
+            ("half", 0.5, None),
+            ("true", 1.0, None),
+            ("none", 0.0, "TypeError"),
+            ("nan", 0.0, "no finite number"),
+            ("text", 0.0, "no finite number"),
+            ("hang", 0.0, "no verdict in 1 s"),
+            ("half", 0.5, None),
+        ):
+            verdict = verifier.verify(prompt, text)
+            assert verdict.score == expected
+            assert (verdict.problem is None) if problem is None else problem in str(verdict.problem)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "text", "expected"),
+    [
+        ("integer", "18", "So 9 + 9. Answer: 18.", (1, "18")),
+        ("integer", "#### 1,018", "The answer is 18", (0, "18")),
+        ("integer", "18", "I do not know", (0, None)),
+        ("choice", "B", "Answer: (B)", (1, "B")),
+        ("exact", "to be", " to  be ", (1, " to  be ")),
+        ("exact", "to be", "not to be", (0, "not to be")),
+        ("math", r"\frac{1}{2}", r"\boxed{\dfrac{1}{2}}", (1, r"\dfrac{1}{2}")),
+    ],
+)
+def test_named_verifiers(
+    tmp_path: Path, name: str, answer: str, text: str, expected: tuple[int, str | None]
+) -> None:
+    write(tmp_path / "rows.jsonl", [{"problem": "?", "answer": answer}])
+    (prompt,) = read_prompts(str(tmp_path / "rows.jsonl"), name)
+    with Verifier(name) as verifier:
+        assert verifier.verify(prompt, text)[:2] == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max-tokens", "60"], "the prompt has .* 60 new ones do not fit .* context of 64"),
+        (["--verifier", "integral"], "unknown verifier 'integral'; did you mean 'integer'"),
+        (["--verifier", "no_module:f"], "there is no module no_module"),
+        (["--verifier", "scripted_verifiers:gone"], "scripted_verifiers:gone does not load"),
+        (["--algo", "iwsft"], "unknown algorithm 'iwsft'; did you mean 'iw-sft'"),
+        (["--algo", "sft-q", "--verifier", "integer"], "pass --quality pass-rate"),
+        (["--lora-rank", "4"], "pass --start-from base"),
+        (["--eval-samples", "4"], "--eval-samples 4 changes nothing without --eval-prompts"),
+        (["--sampling-temperature", "0"], "--sampling-temperature 0.0: a finite number above 0"),
+        (["--step-clip", "0.5", "2"], "--step-clip .* changes nothing in the algorithms"),
+    ],
+)
+def test_bad_input_is_told_before_anything_is_generated(
+    run: Callable[..., list[dict[str, Any]]], tmp_path: Path, flags: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit, match=message):
+        run(*flags)
+    assert not (tmp_path / "loop").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "1+1="}, "jsonl.*there is no answer"),
+        ({"prompt": "1+1=", "answer": "two"}, "the answer is 'two'; --verifier wants a whole"),
+        ({"text": "1+1=", "answer": "2"}, "a prompt is text or messages, in a column"),
+        ({"messages": [{"role": "assistant", "content": "2"}]}, "ends with an assistant's"),
+        ({"prompt": " ", "answer": "2"}, "the prompt is empty"),
+    ],
+)
+def test_rows_that_are_no_prompts(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    write(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(ValueError, match=message):
+        read_prompts(str(tmp_path / "rows.jsonl"), "integer")
+
+
+def test_held_out_prompts_and_settings_of_another_loop(
+    run: Callable[..., list[dict[str, Any]]], place: Path
+) -> None:
+    with pytest.raises(SystemExit, match=r"8 of --eval-prompts are in --prompts too"):
+        run("--eval-prompts", str(place / "prompts.jsonl"))
+    run("--algo", "sft", verifier="never")
+    with pytest.raises(SystemExit, match=r"other settings: algo='sft' \(now 'iw-sft'\)"):
+        run("--resume", verifier="never")
+    with pytest.raises(SystemExit, match=r"other settings: samples_per_prompt=6 \(now 7\)"):
+        run("--algo", "sft", "--resume", "--samples-per-prompt", "7", verifier="never")
+    with pytest.raises(SystemExit, match="a loop is there already; pass --resume"):
+        run("--algo", "sft", verifier="never")
