@@ -137,6 +137,14 @@ class LoopOptions(Repetition, Sampling, Selection, Engine, Output):
         return self.sampling_batch or (512 if self.backend == "vllm" else 32)
 
     @property
+    def cuts(self) -> tuple[float, ...]:
+        """Percentiles of the quality that the algorithm cuts by."""
+        algorithm, settings = ALGORITHMS[self.algo], self.job.settings
+        if algorithm.signed:
+            return ()
+        return settings.quality_cuts if algorithm.quality else settings.cuts
+
+    @property
     def needs_reference(self) -> bool:
         """Whether rows need log-probs of the model that wrote them, beside those of training."""
         weights = ALGORITHMS[self.algo].importance_weights(self.job.settings)
@@ -183,15 +191,12 @@ class LoopOptions(Repetition, Sampling, Selection, Engine, Output):
         check_used("eval_samples", several, held_out, "without --eval-prompts")
         if self.backend == "vllm" and find_spec("vllm") is None:
             raise ImportError("vllm is not installed: pip install vllm, which no extra brings")
-        algorithm, settings = ALGORITHMS[self.algo], self.job.settings
-        cuts = settings.quality_cuts if algorithm.quality else settings.cuts
-        equal = self.verifier in VERIFIERS and self.quality == "score"
-        if equal and cuts and not algorithm.signed:
+        if self.cuts and self.verifier in VERIFIERS and self.quality == "score":
             raise ValueError(
                 f"{self.algo} cuts by score, and --verifier {self.verifier} gives all right "
                 "answers the same; pass --quality pass-rate, or a verifier of your own"
             )
-        if settings.lora_rank is not None and self.start_from == "last":
+        if self.job.settings.lora_rank is not None and self.start_from == "last":
             raise ValueError(
                 "--lora-rank would put adapters on those of the last round; pass --start-from base"
             )

@@ -11,20 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
 
 from benchmarks.llm.generators import load_generator
 from benchmarks.llm.job import fine_tune
+from benchmarks.llm.loop.curation import annotate, select_answers, trainable, unusable
 from benchmarks.llm.loop.options import LoopOptions, verifier_digest
 from benchmarks.llm.loop.verifiers import Prompt, Verifier
-from benchmarks.llm.models import load
-from benchmarks.llm.options import ALGORITHMS
 from benchmarks.runs import RESULT, tell
 from benchmarks.statistics import interval_over_questions
 from iwsft import checkpoint
-from iwsft.datasets.text.rows import to_row
-from iwsft.datasets.text.tokens import tokenize
 from iwsft.files import written_whole
 from iwsft.language.generation import Generator, Request
 from iwsft.language.generations import (
@@ -37,9 +33,6 @@ from iwsft.language.generations import (
     seed_of,
 )
 from iwsft.loop import Round, Stages
-from iwsft.policies.causal_lm import CausalLMPolicy
-from iwsft.reference import annotate_reference
-from iwsft.trajectory import REF_LOG_PROB, lengths
 
 SCORES, CURATED, TRAINED_ON = "scores.jsonl", "curated.jsonl", "rows.jsonl"
 TRAINING, EVALUATION = "training", "evaluation"
@@ -220,111 +213,31 @@ class LanguageLoop:
         keys = _keys(self.prompts, self.options.samples_per_prompt)
         generations = read_generations(one.folder / GENERATIONS, keys)
         verdicts = read_generations(one.folder / SCORES, keys)
-        left_out: Counter[str] = Counter()
+        tokenizer, left_out = self.prompter.tokenizer, Counter[str]()
+        chat = tokenizer.chat_template is not None
         rows: list[dict[str, Any]] = []
         pairs = zip(self.prompts, _groups(generations), _groups(verdicts), strict=True)
         for prompt, texts, scores in pairs:
-            rows += self._rows(prompt, texts, scores, left_out)
-        rows = self._trainable(rows, left_out)
-        right = sum(row["correct"] for row in rows)
+            rows += select_answers(self.options, prompt, texts, scores, left_out, chat=chat)
+        rows = trainable(rows, tokenizer, self.options.job.settings.max_length, left_out)
         facts = {
             "rows": len(rows),
             "kept": len(rows) / len(generations),
             "left_out": dict(sorted(left_out.items())),
         }
         tell(f"round {one.number}: {len(rows)} of {len(generations)} answers kept{_listed(facts)}")
-        if not right or (ALGORITHMS[self.options.algo].signed and right == len(rows)):
+        if reason := unusable(self.options, rows, self._replayed(one)):
             _write_rows(one.folder / CURATED, [])
-            return {**facts, "stop": _nothing(right, self.options.algo)}
+            return {**facts, "stop": f"{reason}, so the model stays as it is"}
         if self.options.needs_reference:
-            self._annotate(rows, one.policy)
+            annotate(self.options, rows, one.policy, tokenizer)
         _write_rows(one.folder / CURATED, rows)
         return facts
 
-    def _rows(
-        self,
-        prompt: Prompt,
-        texts: Sequence[Generation],
-        scores: Sequence[Generation],
-        left_out: Counter[str],
-    ) -> list[dict[str, Any]]:
-        """The rows of a prompt."""
-        options, chat = self.options, self.prompter.tokenizer.chat_template is not None
-        right = [each["score"] >= options.min_score for each in scores]
-        for name, dropped in (("all-wrong", not any(right)), ("all-right", all(right))):
-            if dropped and name in options.drop:
-                left_out[f"{name} prompts"] += 1
-                left_out[f"answers to {name} prompts"] += len(texts)
-                return []
-        signed = ALGORITHMS[options.algo].signed
-        seen: set[str] = set()
-        taken: Counter[bool] = Counter()
-        rows = []
-        for text, score, good in zip(texts, scores, right, strict=True):
-            reason = None
-            if not good and not signed:
-                reason = "wrong answers"
-            elif not text["text"].strip() or not text["stopped"]:
-                reason = "answers without text or end"
-            elif options.deduplicate and text["text"] in seen:
-                reason = "duplicates"
-            elif taken[good] == options.max_per_prompt:
-                reason = "answers above --max-per-prompt"
-            if reason is not None:
-                left_out[reason] += 1
-                continue
-            seen.add(text["text"])
-            taken[good] += 1
-            rare = options.quality == "pass-rate"
-            quality = 1 - sum(right) / len(right) if rare else score["score"]
-            row = prompt.to_row(text["text"], chat=chat)
-            rows.append({**row, "score": quality, "correct": good})
-        return rows
-
-    def _trainable(
-        self, rows: list[dict[str, Any]], left_out: Counter[str]
-    ) -> list[dict[str, Any]]:
-        """The rows that the tokenizer and the template can write as they are."""
-        most = self.options.job.settings.max_length
-
-        def encodes(some: Sequence[dict[str, Any]]) -> bool:
-            made = [to_row(row, "") for row in some]
-            try:
-                tokenize(made, self.prompter.tokenizer, max_length=most)
-            except ValueError:
-                return False
-            return True
-
-        if not rows or encodes(rows):
-            return rows
-        fitting = [row for row in rows if encodes([row])]
-        left_out["answers that the tokenizer or the chat template changes"] += len(rows) - len(
-            fitting
-        )
-        return fitting
-
-    def _annotate(self, rows: list[dict[str, Any]], policy: str) -> None:
-        """Write the log-probs of the model that wrote the rows into them."""
-        settings, device = self.options.job.settings, self.options.job.own_device
-        code = self.options.trust_remote_code
-        model: Any = load(policy, dtype=torch.float32, trust_remote_code=code)[0]
-        model.to(device)
-        half = settings.precision == "bfloat16"
-        data = tokenize(
-            [to_row(row, "") for row in rows],
-            self.prompter.tokenizer,
-            max_length=settings.max_length,
-        )
-        with torch.autocast(device, torch.bfloat16, enabled=half):
-            annotate_reference(CausalLMPolicy(model), data.trajectories, rows=4096)
-        del model
-        clear_device_cache(garbage_collection=True)
-        sizes = lengths(data.trajectories).tolist()
-        parts = data.trajectories.get(REF_LOG_PROB).split(sizes)
-        for number, (row, part) in enumerate(zip(rows, parts, strict=True)):
-            # Nine digits are all of a float32; what is cut off is never read.
-            known = [float(f"{value:.9g}") for value in part.tolist()]
-            row["ref_log_probs"] = known + [0.0] * data.truncated.get(number, 0)
+    def _replayed(self, one: Round) -> list[dict[str, Any]]:
+        """The rows of earlier rounds that are trained on again."""
+        rounds = one.earlier(self.options.keep_rounds)
+        return [row for before in rounds for row in _read_rows(before.folder / CURATED)]
 
     # ---- fine-tune ----
 
@@ -335,11 +248,7 @@ class LanguageLoop:
         if options.start_from == "last":
             # Training computes it in its own batches, so that the first weights are exactly 1.
             rows = [_without_reference(row) for row in rows]
-        earlier = [
-            row
-            for before in one.earlier(options.keep_rounds)
-            for row in _read_rows(before.folder / CURATED)
-        ]
+        earlier = self._replayed(one)
         _write_rows(one.folder / TRAINED_ON, [*rows, *earlier])
         model = one.policy if options.start_from == "last" else one.start
         job = replace(
@@ -387,14 +296,6 @@ def _listed(facts: Mapping[str, Any]) -> str:
     """What was left out, in words."""
     parts = [f"{count} {reason}" for reason, count in facts["left_out"].items()]
     return f"; left out: {', '.join(parts)}" if parts else ""
-
-
-def _nothing(right: int, algo: str) -> str:
-    """Why nothing can be trained on, and what helps."""
-    ways = "a higher --samples-per-prompt, easier prompts, a lower --min-score, or another model"
-    if right:
-        return f"no wrong answer is left, and {algo} learns from both; pass another --algo"
-    return f"no prompt has a right answer to train on, so the model stays as it is; take {ways}"
 
 
 def _without_reference(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -275,7 +275,7 @@ def test_a_loop_without_a_right_answer_keeps_the_model(
     assert "no prompt has a right answer" in rows[1]["stop"]
     assert rows[1]["left_out"] == {"all-wrong prompts": 8, "answers to all-wrong prompts": 48}
     said = capsys.readouterr()
-    assert "so the model stays as it is; take" in said.err and str(place / "model") in said.out
+    assert "so the model stays as it is" in said.err and str(place / "model") in said.out
 
 
 def test_a_broken_verifier_stops_the_loop_and_is_mended(
