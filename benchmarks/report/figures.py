@@ -59,7 +59,7 @@ COLOURS = {
 }
 OTHER = "#808080"
 UNIT = {SCORE: "D4RL-normalised score", scores.RETURN: "mean return"}
-_STYLE: Any = {
+STYLE: Any = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), INK),
     **dict.fromkeys(("xtick.color", "ytick.color", "grid.color"), INK),
     **{"font.size": 8.5, "axes.titlesize": 9.5, "grid.alpha": 0.15, "axes.axisbelow": True},
@@ -82,7 +82,7 @@ def literal(text: str) -> str:
 def make_panel(title: str, height: float, colour: Mapping[str, str] | None = None) -> Axes:
     """Make a figure with one panel, and a legend of algorithms and their colours below it."""
     rows = -(-len(colour or ()) // 3)
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH, height + 0.18 * rows), layout="constrained")
         ax = figure.subplots()
         # The title may be as wide as the figure, which is wider than the axes.

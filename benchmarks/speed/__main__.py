@@ -1,8 +1,12 @@
 """Time and memory against the plain way, in one run: ratio above 1 means faster or smaller.
 
+``scaling`` has no peer: it measures cost over the size of the data. ``--json FILE.json`` also
+writes its plot, ``FILE.svg``.
+
 Examples:
     python -m benchmarks.speed control
     python -m benchmarks.speed control --dataset halfcheetah-mixed.hdf5 --json control.json
+    python -m benchmarks.speed scaling --json scaling.json
 """
 
 from __future__ import annotations

@@ -14,16 +14,28 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.runs import hardware, versions, write_json
-from benchmarks.speed.measure import Check, Comparison, DisagreementError
+from benchmarks.speed.measure import Check, Comparison, Cost, DisagreementError
 from benchmarks.speed.options import Options
 
 
 def main(options: Options) -> None:
-    """Measure, print the table, write the file."""
+    """Measure, print the table, write the file, whose rows are there as soon as they are known."""
     # On one thread processor time is wall time, and ratios do not depend on the number of cores.
     torch.set_num_threads(1)
     log = Console(stderr=True)
-    rows: list[Comparison] = []
+    content: dict[str, Any] = {
+        "subject": options.subject,
+        "seed": options.seed,
+        "settings": {
+            "dataset": options.dataset and options.dataset.name,
+            "repeats": options.repeats,
+            "scale": options.scale,
+            "threads": torch.get_num_threads(),
+        },
+        "versions": versions(),
+        "hardware": hardware("cpu"),
+    }
+    rows: list[Any] = []
     checks: list[Check] = []
     try:
         if options.json is not None:
@@ -33,29 +45,31 @@ def main(options: Options) -> None:
                 checks.append(figure)
             else:
                 rows.append(figure)
-                log.print(f"{figure.ratio:8.2f} x  {figure.name}", highlight=False)
-        Console().print(table(rows, checks))
-        if options.json is not None:
-            content: dict[str, Any] = {
-                "subject": options.subject,
-                "seed": options.seed,
-                "settings": {
-                    "dataset": options.dataset and options.dataset.name,
-                    "repeats": options.repeats,
-                    "scale": options.scale,
-                    "threads": torch.get_num_threads(),
-                },
-                "versions": versions(),
-                "hardware": hardware("cpu"),
-                "rows": [asdict(row) for row in rows],
-                "checks": [asdict(check) for check in checks],
-            }
-            write_json(options.json, content)
+                log.print(figure.line, highlight=False)
+            content |= {"rows": [asdict(row) for row in rows]}
+            content |= {"checks": [asdict(check) for check in checks]}
+            if options.json is not None:
+                write_json(options.json, content)
+        if options.subject == "scaling":
+            finish_scaling(rows, content, options.json)
+        else:
+            Console().print(table(rows, checks))
     except (DisagreementError, ImportError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
 
 
-def measure(options: Options) -> Iterator[Comparison | Check]:
+def finish_scaling(rows: list[Cost], content: dict[str, Any], path: Path | None) -> None:
+    """Print the slopes, and write them into the file and as a plot beside it."""
+    from benchmarks.report.document import to_svg
+    from benchmarks.speed import scaling
+
+    Console().print(scaling.table(rows))
+    if path is not None:
+        write_json(path, content | {"slopes": [asdict(each) for each in scaling.growth(rows)]})
+        path.with_suffix(".svg").write_bytes(to_svg(scaling.plot(rows)))
+
+
+def measure(options: Options) -> Iterator[Comparison | Check | Cost]:
     """Yield the rows and checks of the subject, the module of its name in this package."""
     try:
         module = import_module(f"benchmarks.speed.{options.subject}")

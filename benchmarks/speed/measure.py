@@ -1,22 +1,26 @@
-"""Rows of a speed table: how time and memory of two ways are measured against each other."""
+"""Rows of a speed table: time and memory of two ways, or of one way on data of several sizes."""
 
 from __future__ import annotations
 
+import ctypes
 import json
+import math
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from statistics import median
-from typing import Literal
+from statistics import linear_regression, median
+from typing import Literal, TypeVar
 
 import torch
 
 MB = 1e6
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,11 @@ class Comparison:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ratio", self.peer / self.ours)
+
+    @property
+    def line(self) -> str:
+        """The ratio in a line."""
+        return f"{self.ratio:8.2f} x  {self.name}"
 
 
 class DisagreementError(RuntimeError):
@@ -51,6 +60,57 @@ class Check:
         if not self.value <= self.limit:
             problem = f"{self.name} is {self.value:.3g}, more than {self.limit:.3g}"
             raise DisagreementError(f"{problem}: two different computations can't be compared")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Processor seconds of a stage on data of one size, and the MB by which it raises the peak.
+
+    The memory is None where the system does not let a process reset its peak (Linux does).
+    """
+
+    stage: str
+    size: int
+    of: str
+    seconds: float
+    mb: float | None
+
+    @property
+    def line(self) -> str:
+        """The cost in a line."""
+        memory = "" if self.mb is None else f"{self.mb:10.1f} MB"
+        return f"{self.seconds:10.4g} s {memory}  {self.stage}, {self.size:,} {self.of}"
+
+
+def measured(
+    stage: str, *, size: int, of: str, run: Callable[[], Result], repeats: int
+) -> tuple[Cost, Result]:
+    """Return the cost of a stage, with the median of ``repeats`` times, and the stage's result.
+
+    A repeat makes as many calls as take about 20 ms. A stage of a second or more is called once.
+    """
+
+    def seconds(calls: int) -> float:
+        start = time.process_time()
+        for _ in range(calls):
+            run()
+        return (time.process_time() - start) / calls
+
+    resettable = _reset_peak()
+    before, start = peak_bytes(), time.process_time()
+    result = run()
+    times = [time.process_time() - start]
+    mb = (peak_bytes() - before) / MB if resettable else None
+    if times[0] < 1:
+        calls = math.ceil(0.02 / max(times[0], 1e-4))
+        times = [seconds(calls) for _ in range(repeats)]
+    return Cost(stage, size, of, median(times), mb), result
+
+
+def slope(sizes: Sequence[float], costs: Sequence[float]) -> float:
+    """Return the exponent of the power law closest to costs over sizes, in logs: 1 is linear."""
+    logs = ([math.log(value) for value in values] for values in (sizes, costs))
+    return linear_regression(*logs).slope
 
 
 @dataclass(frozen=True)
@@ -109,6 +169,16 @@ def peak_bytes() -> int:
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _reset_peak() -> bool:
+    """Set this process's peak memory to what it holds now; return whether the system can."""
+    with suppress(OSError, AttributeError):
+        # Memory that was freed, but not returned, would hide what is taken next.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        return True
+    return False
 
 
 def peak_mb_of_child(module: str, **arguments: object) -> float:

@@ -19,14 +19,17 @@ class Options:
     """Dataset in D4RL's layout."""
     repeats: int = 3
     """Repeats of each way, in turn; the median counts."""
-    scale: Literal["paper", "small"] = "paper"
-    """Sizes of the paper, or small ones that only show that everything runs."""
+    scale: Literal["paper", "small", "large"] = "paper"
+    """Sizes of the paper, small ones that only show that everything runs, or large ones (scaling
+    only)."""
     seed: int = 0
     """Seed of data, parameters and samplers."""
-    subject: tyro.conf.Positional[Literal["control", "baselines", "language"]]
+    subject: tyro.conf.Positional[Literal["control", "baselines", "language", "scaling"]]
     """Part of the library whose speed is measured."""
     json: Annotated[Path | None, option("FILE", "no file")] = None
     """File for the rows, versions, hardware and settings."""
 
     def __post_init__(self) -> None:
         check_at_least(1, repeats=self.repeats)
+        if self.scale == "large" and self.subject != "scaling":
+            raise ValueError(f"--scale large is for scaling; {self.subject} has paper and small")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -71,14 +72,15 @@ def encode_stretches(
     ids: list[int] = []
     weights: list[float] = []
     unknown = False
-    bounds = itertools.pairwise([0, *starts, len(text)])
-    for piece, (begin, end) in zip(pieces, bounds, strict=True):
+    ordered, begins = list(stretches), [stretch.start for stretch in stretches]
+    numbers = itertools.pairwise(bisect_left(begins, at) for at in (0, *starts, len(text)))
+    for piece, (first, last) in zip(pieces, numbers, strict=True):
         own = [0.0] * len(piece.encoding.input_ids)
-        for (start, stop), weight in stretches.items():
-            if begin <= start < end:
-                tokens = token_range(piece.encoding, start - piece.start, stop - piece.start)
-                own[tokens.start : tokens.stop] = [weight] * len(tokens)
-                unknown |= not _reads_whole(tokenizer, piece, tokens, text, Stretch(start, stop))
+        for stretch in ordered[first:last]:
+            start, stop = stretch
+            tokens = token_range(piece.encoding, start - piece.start, stop - piece.start)
+            own[tokens.start : tokens.stop] = [stretches[stretch]] * len(tokens)
+            unknown |= not _reads_whole(tokenizer, piece, tokens, text, stretch)
         ids += piece.encoding.input_ids[piece.skip :]
         weights += own[piece.skip :]
     if starts:
@@ -100,14 +102,18 @@ def _continue(tokenizer: Any, tail: list[int], own: str, start: int) -> _Piece:
         return unicodedata.normalize("NFKC", decoded)
 
     white = own[: len(own) - len(own.lstrip())]
-    # A tokenizer may normalise text or not know a character; then its own tokens read otherwise.
-    alone = read(tokenizer(own, add_special_tokens=False).input_ids).lstrip()
-    expected = [unicodedata.normalize("NFKC", text) for text in (own, white + alone)]
+    alone = tokenizer(own, add_special_tokens=False)
+    before, expected = read(tail), [unicodedata.normalize("NFKC", own)]
     for anchor in _ANCHORS:
-        encoding = tokenizer(anchor + own, add_special_tokens=False)
+        encoding = tokenizer(anchor + own, add_special_tokens=False) if anchor else alone
         if not anchor or not _straddled(encoding, len(anchor), len(anchor) + 1):
             skip = token_range(encoding, 0, len(anchor)).stop
-            if read(tail + encoding.input_ids[skip:]).removeprefix(read(tail)) in expected:
+            result = read(tail + encoding.input_ids[skip:]).removeprefix(before)
+            if result not in expected:
+                # A tokenizer may normalise text or not know a character; so do its own tokens.
+                own_text = white + read(alone.input_ids).lstrip()
+                expected[1:] = [unicodedata.normalize("NFKC", own_text)]
+            if result in expected:
                 return _Piece(encoding, start - len(anchor), skip)
     way_out = "move white space between them from one to the other, or drop the row"
     raise ValueError(f"this tokenizer can't continue the prompt with {own[:20]!r}; {way_out}")

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from bisect import bisect
+from bisect import bisect, bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from os.path import commonprefix
 from typing import Any, NamedTuple
 
@@ -52,7 +53,7 @@ class Conversation:
         self._special, self._eos = special, eos
         self.text, self.marked = render(messages)
         self._places = self._find_places()
-        self._stops = sorted(place.stop for place in self._places.values())
+        self._stops = [0, *sorted(place.stop for place in self._places.values())]
         self._prompts: dict[str, str] = {}
 
     def find_turns(self) -> dict[Stretch, float]:
@@ -92,35 +93,46 @@ class Conversation:
         if not self.marked:
             raise ValueError("the template's generation markers enclose nothing")
         turns = dict.fromkeys(self.marked, 1.0)
-        for index, message in enumerate(self.messages):
+        starts, reached = [part.start for part in self.marked], [0]
+        reached += accumulate((part.stop for part in self.marked), max)
+        for index, (message, gap) in enumerate(zip(self.messages, self._gaps(), strict=True)):
             place = self._places.get(index)
             if message["role"] == ASSISTANT:
-                own = self._check_own(index, place)
+                inside = self.marked[bisect_left(starts, gap.start) : bisect(starts, gap.stop)]
+                own = [part for part in inside if part.stop <= gap.stop]
+                self._check_own(index, place, own, gap)
                 turns |= dict.fromkeys(own, float(message.get("weight", 1)))
                 if own or message.get("weight", 1) == 1:
                     continue
-            if place and any(
-                part.start < place.stop and place.start < part.stop for part in self.marked
-            ):
+            if place and reached[bisect_left(starts, place.stop)] > place.start:
                 joined = message["role"] == ASSISTANT
                 what = "the weights of two turns" if joined else "text that is not the assistant's"
                 raise self._marker_error(index, f"enclose {what}")
         return turns
 
-    def _check_own(self, index: int, place: Stretch | None) -> list[Stretch]:
-        """Check the marked stretches of an assistant's message, if there are any; return them."""
-        places, calls = self._places.items(), self.messages[index].get("tool_calls")
-        low = max((stop for other, (_, stop) in places if other < index), default=0)
-        high = min((start for other, (start, _) in places if other > index), default=len(self.text))
-        own = [part for part in self.marked if low <= part.start and part.stop <= high]
-        begin, end = (place.start, place.stop) if place else (high, low)
+    def _gaps(self) -> Iterator[Stretch]:
+        """Iterate over the stretches between the texts of the messages before and after each."""
+        places = [self._places.get(index) for index in range(len(self.messages))]
+        whole = len(self.text)
+        lows = accumulate((place.stop if place else 0 for place in places), max, initial=0)
+        highs = accumulate(
+            (place.start if place else whole for place in reversed(places)), min, initial=whole
+        )
+        return map(Stretch, lows, [*highs][-2::-1])
+
+    def _check_own(
+        self, index: int, place: Stretch | None, own: Sequence[Stretch], gap: Stretch
+    ) -> None:
+        """Check the marked stretches ``own`` of an assistant's message, if there are any."""
+        calls = self.messages[index].get("tool_calls")
+        begin, end = place or (gap.stop, gap.start)
         if own and place:
             if not any(part.start <= begin and end <= part.stop for part in own):
                 raise self._marker_error(index, "leave out a part of its text")
             token = self._end_of_turn(index) if not calls else place
             if not any(part.start <= begin and token.stop <= part.stop for part in own):
                 raise self._marker_error(index, "leave out a part of its end-of-turn token")
-        parts = own or [Stretch(low, high)]
+        parts = own or [gap]
         self._check_reasoning(index, "".join(self.text[slice(*part)] for part in parts))
         if calls:
             self._check_calls(
@@ -129,7 +141,6 @@ class Conversation:
             behind = self._special(self.text, parts[-1].stop)
             if own and behind and self.text[slice(*behind)] == self._eos:
                 raise self._marker_error(index, "leave out a part of its end-of-turn token")
-        return own
 
     def _check_calls(self, index: int, text: str) -> None:
         """Check that a template writes the name and the arguments of each tool call."""
@@ -189,13 +200,16 @@ class Conversation:
     def _find_start(self, index: int) -> int:
         """Find the end of the generation prompt in front of an assistant's text."""
         place = self._places[index]
-        low = [0, *self._stops][bisect(self._stops, place.start)]
+        low = self._stops[bisect(self._stops, place.start) - 1]
         prompt = self._prompt(index)
         begin = self.text.find(prompt, low, place.start) if prompt else -1
         if begin >= 0:
             return begin + len(prompt)
         # Without a generation prompt, the space before the text belongs to its first token.
-        return len(self.text[: place.start].rstrip(" "))
+        start = place.start
+        while self.text[start - 1 : start] == " ":
+            start -= 1
+        return start
 
     def _prompt(self, index: int) -> str:
         """Return the generation prompt behind a message with the role of the one before."""
