@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from benchmarks.llm.recipes import RECIPES, Recipe, load_recipe
-from benchmarks.llm.settings import METHOD_SETTINGS, Related, Settings, setting
+from benchmarks.llm.settings import METHOD_SETTINGS, Engine, Related, Saving, Settings, setting
 from benchmarks.options import (
     TRACKERS,
     check_at_least,
@@ -173,24 +173,6 @@ class Experiment:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Engine:
-    """Where to train."""
-
-    deepspeed: Annotated[
-        tuple[str, ...] | None,
-        option(
-            "[CONFIG]",
-            "one process",
-            help="Train under accelerate, with one process per GPU, or 2 on the CPU. CONFIG is a "
-            "name in benchmarks/llm/configs, a YAML file of accelerate or a JSON file of "
-            "DeepSpeed; without CONFIG the command chooses one that fits.",
-        ),
-    ] = None
-    device: Annotated[str | None, option("cpu|cuda", "a GPU where there is one")] = None
-    """Device of what is one process."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Machine(Engine):
     """Where to run."""
 
@@ -198,20 +180,6 @@ class Machine(Engine):
         None
     )
     """Runs at a time."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Saving:
-    """What to write while it trains."""
-
-    resume: bool = False
-    """Continue what was cut off; what is finished is kept."""
-    log_every: int = 1
-    """Updates between log lines."""
-    save_every: Annotated[int | None, option("INT", "a fifth of the run")] = None
-    """Updates between checkpoints."""
-    report_to: Annotated[tuple[str, ...], option("[NAME ...]")] = ()
-    """Trackers of transformers that get the metrics, too: tensorboard, wandb, trackio, ..."""
 
 
 @dataclass(frozen=True, kw_only=True)

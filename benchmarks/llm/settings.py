@@ -1,4 +1,4 @@
-"""Settings of the fine-tuning, plain values: a recipe's, or those of a run."""
+"""Settings of the fine-tuning, plain values: a recipe's, or those of a run; where it trains."""
 
 from __future__ import annotations
 
@@ -175,3 +175,35 @@ class Settings(Optimization, Curation, Weighting, Related, Memory):
             reduce=self.reduce,
             trajectory=(weights.ClipWeight(max=self.max_weight), *last),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """Where to train."""
+
+    deepspeed: Annotated[
+        tuple[str, ...] | None,
+        option(
+            "[CONFIG]",
+            "one process",
+            help="Train under accelerate, with one process per GPU, or 2 on the CPU. CONFIG is a "
+            "name in benchmarks/llm/configs, a YAML file of accelerate or a JSON file of "
+            "DeepSpeed; without CONFIG the command chooses one that fits.",
+        ),
+    ] = None
+    device: Annotated[str | None, option("cpu|cuda", "a GPU where there is one")] = None
+    """Device of what is one process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    """What to write while it trains."""
+
+    resume: bool = False
+    """Continue what was cut off; what is finished is kept."""
+    log_every: int = 1
+    """Updates between log lines."""
+    save_every: Annotated[int | None, option("INT", "a fifth of the run")] = None
+    """Updates between checkpoints."""
+    report_to: Annotated[tuple[str, ...], option("[NAME ...]")] = ()
+    """Trackers of transformers that get the metrics, too: tensorboard, wandb, trackio, ..."""

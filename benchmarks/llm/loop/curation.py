@@ -98,9 +98,9 @@ def unusable(
         return f"no prompt has a right answer to train on (try a higher {ways})"
     if ALGORITHMS[algo].signed and len(right) == len(rows):
         return f"no wrong answer is left, and {algo} learns from both (try another --algo)"
-    if options.cuts and len(right) > 1 and len({row["score"] for row in right}) == 1:
+    if options.by_quality and len(right) > 1 and len({row["score"] for row in right}) == 1:
         ways = "try --algo sft or iw-sft, or another --quality"
-        return f"all right answers have the same quality, and {algo} cuts by it ({ways})"
+        return f"all right answers have the same quality, and {algo} learns by it ({ways})"
     return None
 
 

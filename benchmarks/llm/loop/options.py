@@ -13,15 +13,13 @@ from typing import Annotated, Any, Literal
 
 from benchmarks.llm.options import (
     ALGORITHMS,
-    Engine,
     Options,
-    Saving,
     check,
     parse_values,
     recorded,
     to_file,
 )
-from benchmarks.llm.settings import Settings
+from benchmarks.llm.settings import Engine, Saving, Settings
 from benchmarks.options import (
     check_at_least,
     check_folder,
@@ -137,12 +135,11 @@ class LoopOptions(Repetition, Sampling, Selection, Engine, Output):
         return self.sampling_batch or (512 if self.backend == "vllm" else 32)
 
     @property
-    def cuts(self) -> tuple[float, ...]:
-        """Percentiles of the quality that the algorithm cuts by."""
+    def by_quality(self) -> bool:
+        """Whether the algorithm cuts or weighs right answers by their quality."""
         algorithm, settings = ALGORITHMS[self.algo], self.job.settings
-        if algorithm.signed:
-            return ()
-        return settings.quality_cuts if algorithm.quality else settings.cuts
+        cuts = settings.quality_cuts if algorithm.quality else settings.cuts
+        return algorithm.by_score or (bool(cuts) and not algorithm.signed)
 
     @property
     def needs_reference(self) -> bool:
@@ -191,9 +188,9 @@ class LoopOptions(Repetition, Sampling, Selection, Engine, Output):
         check_used("eval_samples", several, held_out, "without --eval-prompts")
         if self.backend == "vllm" and find_spec("vllm") is None:
             raise ImportError("vllm is not installed: pip install vllm, which no extra brings")
-        if self.cuts and self.verifier in VERIFIERS and self.quality == "score":
+        if self.by_quality and self.verifier in VERIFIERS and self.quality == "score":
             raise ValueError(
-                f"{self.algo} cuts by score, and --verifier {self.verifier} gives all right "
+                f"{self.algo} learns by quality, and --verifier {self.verifier} gives all right "
                 "answers the same; pass --quality pass-rate, or a verifier of your own"
             )
         if self.job.settings.lora_rank is not None and self.start_from == "last":
