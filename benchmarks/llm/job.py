@@ -67,7 +67,8 @@ def run_job(options: Options) -> int:
 def fine_tune(options: Options) -> Run:
     """Do the one run of the options, or what is missing of it, and write the model's card.
 
-    With ``--deepspeed`` it is started under accelerate, by a file of its options.
+    Its rows must have been checked. With ``--deepspeed`` it is started under accelerate, by a file
+    of its options.
     """
     launch = Launch("single", device=options.own_device)
     run = Run(options.recipe, options.algo[0], options.seeds[0], options, launch)
@@ -78,7 +79,6 @@ def fine_tune(options: Options) -> Run:
         if status := _launch([run], options, words, show=False):
             raise SystemExit(status)
     else:
-        _prepare([run], _open([run]))
         unfinished = _claim([run])
         with monitor.shown(unfinished):
             for each in unfinished:

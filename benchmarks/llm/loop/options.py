@@ -193,6 +193,9 @@ class LoopOptions(Repetition, Sampling, Selection, Engine, Output):
                 f"{self.algo} learns by quality, and --verifier {self.verifier} gives all right "
                 "answers the same; pass --quality pass-rate, or a verifier of your own"
             )
+        normalized = self.job.settings.normalize_data_weights or None
+        weighted = ALGORITHMS[self.algo].signed or ALGORITHMS[self.algo].by_score
+        check_used("normalize_data_weights", normalized, weighted, f"in {self.algo} of the loop")
         if self.job.settings.lora_rank is not None and self.start_from == "last":
             raise ValueError(
                 "--lora-rank would put adapters on those of the last round; pass --start-from base"
