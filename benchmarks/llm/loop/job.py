@@ -11,10 +11,13 @@ from rich.console import Console
 
 from benchmarks.commands import program, typed
 from benchmarks.llm.generators import load_prompter
+from benchmarks.llm.launch import Launch
 from benchmarks.llm.loop.options import LoopOptions
 from benchmarks.llm.loop.stages import LanguageLoop
 from benchmarks.llm.loop.verifiers import Prompt, Verifier, read_prompts
 from benchmarks.llm.models import locate, shortest
+from benchmarks.llm.options import ALGORITHMS
+from benchmarks.llm.run import Run, training_arguments
 from benchmarks.report.loops import LOOP, loop_grid
 from benchmarks.runs import hardware, tell, versions
 from iwsft.language.generations import Prompter
@@ -25,6 +28,11 @@ _PACKAGES = ("torch", "transformers", "vllm", "accelerate", "math-verify")
 
 def run_rounds(options: LoopOptions) -> list[dict[str, Any]]:
     """Run the loop of a command line, or what is missing of it, and print the table."""
+    job = options.job
+    if options.deepspeed is None:
+        launch = Launch("single", device=job.own_device)
+        run = Run(job.recipe, options.algo, options.seed, job, launch)
+        training_arguments(run, ALGORITHMS[options.algo])
     start = locate(options.model)
     prompter = load_prompter(start, trust_remote_code=options.trust_remote_code)
     prompts = _read(options, options.prompts, prompter, limit=options.limit)
@@ -45,12 +53,12 @@ def run_rounds(options: LoopOptions) -> list[dict[str, Any]]:
         "model": options.model,
         "command": typed("llm loop"),
         "versions": versions(_PACKAGES),
-        "hardware": hardware(options.job.own_device),
+        "hardware": hardware(job.own_device),
         "options": options.file,
     }
     # Rows may be a token longer than what was generated, by the end of the template.
-    most = shortest(options.job.settings.max_length, prompter.context)
-    job = replace(options.job, settings=replace(options.job.settings, max_length=most))
+    most = shortest(job.settings.max_length, prompter.context)
+    job = replace(job, settings=replace(job.settings, max_length=most))
     with Verifier(options.verifier) as verifier:
         # What is missing is told before anything is generated.
         verifier.start()

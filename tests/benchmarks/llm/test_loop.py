@@ -345,6 +345,7 @@ def test_named_verifiers(
         (["--algo", "iwsft"], "unknown algorithm 'iwsft'; did you mean 'iw-sft'"),
         (["--algo", "sft-q", "--verifier", "integer"], "pass --quality pass-rate"),
         (["--normalize-data-weights"], "--normalize-data-weights True changes nothing in iw-sft"),
+        (["--micro-batch-size", "3"], "--micro-batch-size 3 does not divide the 4 draws"),
         (["--lora-rank", "4"], "pass --start-from base"),
         (["--eval-samples", "4"], "--eval-samples 4 changes nothing without --eval-prompts"),
         (["--sampling-temperature", "0"], "--sampling-temperature 0.0: a finite number above 0"),
