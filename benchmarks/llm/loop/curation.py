@@ -38,13 +38,12 @@ def select_answers(
             left_out[f"{name} prompts"] += 1
             left_out[f"answers to {name} prompts"] += len(texts)
             return []
-    signed = ALGORITHMS[options.algo].signed
     seen: set[str] = set()
     taken: Counter[bool] = Counter()
     rows = []
     for text, score, good in zip(texts, scores, right, strict=True):
         reason = None
-        if not good and not signed:
+        if not good and not options.keeps_wrong:
             reason = "wrong answers"
         elif not text["text"].strip() or not text["stopped"]:
             reason = "answers without text or end"

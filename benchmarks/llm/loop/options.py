@@ -135,6 +135,11 @@ class LoopOptions(Repetition, Sampling, Selection, Engine, Output):
         return self.sampling_batch or (512 if self.backend == "vllm" else 32)
 
     @property
+    def keeps_wrong(self) -> bool:
+        """Whether wrong answers are rows, too: the algorithm, or --q auto, learns from them."""
+        return ALGORITHMS[self.algo].signed or self.job.settings.q is not None
+
+    @property
     def by_quality(self) -> bool:
         """Whether the algorithm cuts or weighs right answers by their quality."""
         algorithm, settings = ALGORITHMS[self.algo], self.job.settings

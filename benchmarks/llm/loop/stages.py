@@ -260,6 +260,8 @@ class LanguageLoop:
         )
         run = fine_tune(job)
         result = json.loads((run.folder / RESULT).read_text())
+        if note := result.get("q", {}).get("note"):
+            tell(f"round {one.number}: {note}")
         policy = (run.folder / checkpoint.FOLDER).relative_to(one.root)
         names = ("steps", "ESS", "ESS_min", "weight_max")
         return {

@@ -215,6 +215,19 @@ def log_probs(model: str, row: dict[str, Any]) -> torch.Tensor:
     return torch.cat([torch.zeros(1), logs])
 
 
+@pytest.mark.parametrize("flags", [("nft", "--drop"), ("iw-sft-hard", "--q", "auto")])
+def test_wrong_answers_are_rows_where_they_are_learned_from(
+    run: Callable[..., list[dict[str, Any]]], tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    row = run("--algo", *flags)[1]
+    rows = lines(tmp_path / "loop" / "round-1" / "rows.jsonl")
+    judged = lines(tmp_path / "loop" / "round-1" / "scores.jsonl")
+    right = sum(each["score"] for each in judged)
+    assert 0 < sum(each["correct"] for each in rows) <= right
+    assert any(not each["correct"] for each in rows) and row["steps"] > 0
+    assert all(each["score"] == float(each["correct"]) for each in rows)
+
+
 def test_kills_while_files_are_written_change_nothing(
     run: Callable[..., list[dict[str, Any]]],
     place: Path,
