@@ -27,6 +27,10 @@ from iwsft import extras
 
 # Experiment trackers of --report-to; each is the name of its package, too.
 TRACKERS = ("tensorboard", "wandb", "trackio")
+# tyro's heading of the help of an option that it can't read.
+_OF_ARGUMENT = "Argument helptext:"
+# Endings of the files that commands read.
+_FILES = (".jsonl", ".json", ".parquet", ".hdf5", ".h5", ".npz")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # Options that belong to a command.
 _FIXED = re.compile(r"--(\S+) (\S+)")
@@ -91,6 +95,8 @@ def parse_groups(
     of several groups also takes ``--config``, see :func:`config_words`.
     """
     words, prog = sys.argv[1:] if words is None else list(words), called_as(command)
+    with ends_in_one_line():
+        _check_repeated(words, groups, command.split()[1:])
     parts: list[Any] = []
     configured: list[str] = []
     if len(groups) > 1:
@@ -126,10 +132,20 @@ def _condensed(box: str) -> str:
     """What tyro writes into a box, in a line, without its title and its hint at the help."""
     lines = [" ".join(line.split()) for line in re.sub("[│╰╯]", " ", box).splitlines()]
     inside = [line for line in lines if line and not re.search("╭|full helptext|--help", line)]
+    if _OF_ARGUMENT in inside:
+        return _unreadable(inside[: inside.index(_OF_ARGUMENT)], *inside)
     text = " ".join(";" if set(line) == {"─"} else line for line in inside).replace(" ; ", "; ")
-    return re.sub("Error parsing ([^:]+): .*Argument helptext:", r"can't read \1:", text).strip(
-        " ;."
-    )
+    # The command line leaves an option out instead.
+    return re.sub(r"'None', |, 'None'", "", text).strip(" ;.")
+
+
+def _unreadable(problem: Sequence[str], *lines: str) -> str:
+    """An option whose words can't be read: its names, the words, and what it takes."""
+    text, usage = " ".join(problem), lines[len(problem) + 1]
+    names = text.removeprefix("Error parsing ").partition(":")[0]
+    words = re.search(r"\[('.*?')\]|(?:base 10|float): ('.*?')(?: |$)", text)
+    given = "" if words is None else (words[1] or words[2]).strip("'").replace("', '", " ")
+    return f"{names} {given}: it takes {usage.partition(',')[0].partition(' ')[2]}"
 
 
 def _described(group: type, defaults: Mapping[str, Any]) -> type:
@@ -148,6 +164,29 @@ def _described(group: type, defaults: Mapping[str, Any]) -> type:
     copy = make_dataclass(group.__name__, described, kw_only=True)
     copy.__doc__ = group.__doc__
     return copy
+
+
+def _check_repeated(words: Sequence[str], groups: Iterable[type], fixed: Sequence[str]) -> None:
+    """Check that no option is given twice, of which the last would win silently.
+
+    ``fixed`` are words that the command itself puts in front.
+    """
+    names = {}
+    for group in groups:
+        for name, hint in get_type_hints(group, include_extras=True).items():
+            for about in getattr(hint, "__metadata__", ()):
+                names.update(dict.fromkeys(getattr(about, "aliases", None) or (), flag(name)))
+    before: dict[str, str] = {}
+    for word in [word.partition("=")[0] for word in words if word.startswith("--")]:
+        option = flag(word.removeprefix("--").removeprefix("no-"))
+        option = names.get(option, option)
+        if option in before:
+            if option in fixed:
+                raise ValueError(f"this command sets {option} itself: leave it out")
+            same = word == before[option]
+            twice = f"{word} is given twice" if same else f"{before[option]} and {word} are one"
+            raise ValueError(f"{twice}: pass one of them")
+        before[option] = word
 
 
 def peek(words: Sequence[str], *names: str) -> dict[str, str | None]:
@@ -305,10 +344,21 @@ def check_folder(name: str) -> None:
     path = Path(name).expanduser()
     around = path.parent.is_dir() and "/" in name
     if not path.exists() and (around or not _HUB_ID.fullmatch(name)):
-        names = [other.name for other in path.parent.iterdir()] if around else []
-        near = nearest(path.name, names)
-        hint = f"; did you mean {path.parent / near}?" if near else ""
-        raise FileNotFoundError(f"there is no model folder {name}{hint}")
+        raise FileNotFoundError(f"there is no model folder {name}{_neighbour(path)}")
+
+
+def check_file(name: str) -> None:
+    """Check that data or a policy is there where its name ends as that of a file."""
+    path = Path(name).expanduser()
+    if path.suffix.lower() in _FILES and not path.exists():
+        raise FileNotFoundError(f"there is no file {name}{_neighbour(path)}")
+
+
+def _neighbour(path: Path) -> str:
+    """A hint at what is there, in the same folder, under nearly the same name."""
+    names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = nearest(path.name, names)
+    return f"; did you mean {path.parent / near}?" if near else ""
 
 
 def check_device(device: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from iwsft.lower_bound import Choice, LowerBound
 from iwsft.trajectory import Segments
-from iwsft.weights import Place, StepTransform, TrajectoryTransform
+from iwsft.weights import Place, StepTransform, TrajectoryTransform, check_number
 
 LOG_MAX = math.log(torch.finfo(torch.float32).max)
 Reference = Literal["fixed", "synced", "none"]
@@ -75,9 +75,11 @@ class Chain:
                     raise ValueError(f"{transform} belongs to {place}=[...]")
         if self.scored and not self.reduce:
             raise ValueError("steps have no scores: set reduce")
+        check_number(f"kl={self.kl!r}", self.kl)
         if not 0 <= self.kl < math.inf:
             raise ValueError(f"kl={self.kl} must be finite, at least 0")
         self._check_reference()
+        check_chain("negative", self.negative)
         if self.negative is not None:
             if self.negative.reference != self.reference:
                 other = replace(self.negative, reference=self.reference)
@@ -304,6 +306,12 @@ class Chain:
                 f"{self} gives a trajectory of {longest} steps a weight of at least "
                 f"exp({floor:.4g}), beyond float32; use reduce='mean' or ClipWeight(max=...)"
             )
+
+
+def check_chain(name: str, value: object) -> None:
+    """Refuse what is neither a chain nor None, such as a lone transform."""
+    if not isinstance(value, Chain | None):
+        raise TypeError(f"{name}={value!r} must be a chain: ImportanceWeights(trajectory=[...])")
 
 
 def _chained(

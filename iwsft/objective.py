@@ -33,6 +33,11 @@ from iwsft.weights import exponential
 
 Proposal = Literal["current", "reference", "lagged", "cached"]
 LOSS = "loss_iw_mle"
+# Entries of a batch that weights read, and the function that writes them.
+WRITTEN_BY = {
+    "standard_score": "iwsft.curate",
+    "success_rate": "iwsft.language.weigh_correct",
+}
 
 
 class Terms(NamedTuple):
@@ -103,7 +108,7 @@ class ImportanceWeightedMLE(PolicyLoss):
     its multiplicity and give its steps equal shares.
 
     Raises:
-        KeyError: The batch lacks an entry that the proposal needs; the message says how to add it.
+        KeyError: The batch lacks an entry that the loss needs; the message says how to add it.
         ValueError: Shapes do not fit, a trajectory has every step masked, or a data weight is one
             that :meth:`check_data_weights` refuses.
         OverflowError: A weight is beyond float32. On an accelerator, where looking would cost a
@@ -247,7 +252,7 @@ class ImportanceWeightedMLE(PolicyLoss):
         log_ratio = segments.where_valid(log_q - reference)
         for name in chain.from_batch:
             key = getattr(self.tensor_keys, name)
-            read[name] = self._needed(batch, key, segments, "curate or weigh_correct writes it")
+            read[name] = self._needed(batch, key, segments, f"{WRITTEN_BY[name]} writes it")
         signs = None if chain.negative is None else self.data_weight(batch, segments, share)
         weights = chain(log_ratio, segments, share, read, None if signs is None else signs < 0)
         log_weight = weights.log_weight
@@ -383,7 +388,7 @@ class ImportanceWeightedMLE(PolicyLoss):
     ) -> Tensor:
         value = self._entry(batch, key, segments)
         if value is None:
-            raise KeyError(f"proposal={self.proposal!r} needs {key!r} in the batch: {how}")
+            raise KeyError(f"this loss needs {key!r} in the batch: {how}")
         return value
 
     def _entry(self, batch: TensorDictBase, key: NestedKey, segments: Segments) -> Tensor | None:

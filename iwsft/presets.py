@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from iwsft.chain import Chain
+from iwsft.chain import Chain, check_chain
 from iwsft.lower_bound import LowerBound
 from iwsft.weights import (
     ClipLogRatio,
@@ -21,6 +21,7 @@ from iwsft.weights import (
     Sigmoid,
     Temperature,
     Uncertainty,
+    check_number,
 )
 
 
@@ -77,8 +78,8 @@ class ImportanceWeights(Chain):
     def power(cls, k: float) -> ImportanceWeights:
         """Probability-based objectives (arXiv 2510.00526): (1 - p^k) / k, so w = p^k.
 
-        The gradient is that of the formula; the value of the loss is -sg(p^k) log p. The limit of
-        k = 0 is SFT, k = 1 is DFT. Authors' code: ``trainer.objective_trans=GeneralFamily-k``.
+        The gradient is that of the formula; the value of the loss is -sg(p^k) log p. k = 0 is SFT
+        (weights of 1), k = 1 is DFT. Authors' code: ``trainer.objective_trans=GeneralFamily-k``.
         """
         return cls(step=(Temperature(k),), reduce=None, reference="none")
 
@@ -98,6 +99,7 @@ class ImportanceWeights(Chain):
         r = p / p_old is the ratio to the policy at the last sync. So w = r, and 0 where
         r > 1 + epsilon. Authors' code: verl with ``clip_ratio`` and advantages of 1.
         """
+        check_number(f"psft(epsilon={epsilon!r})", epsilon)
         if not epsilon > 0:
             raise ValueError(f"psft(epsilon={epsilon}): epsilon must be above 0")
         return cls(step=(MaskRatio(max=1.0 + epsilon),), reduce=None, reference="synced")
@@ -116,10 +118,11 @@ class ImportanceWeights(Chain):
     def asft(cls, alpha: float = 0.1) -> ImportanceWeights:
         """Anchored SFT (arXiv 2509.23753): DFT, and ``alpha`` times a KL divergence from pi_ref.
 
-        The paper has KL(pi_ref, p) over the whole vocabulary, which needs the logits of pi_ref.
-        This is the estimator r - 1 - log r of KL(p, pi_ref), with r = pi_ref / p of the data's own
-        tokens, as in NeMo-RL (``sft.asft``), so that the stored log pi_ref is enough. Its gradient
-        passes. LLaMA-Factory: ``use_asft_loss``, ``asft_alpha``, of the paper's form.
+        The paper and its authors' code have KL(pi_ref, p) over the whole vocabulary, which needs
+        the logits of pi_ref. This is r - 1 - log r, with r = pi_ref / p of the data's own tokens,
+        as in NeMo-RL (``sft.asft``), for which the stored log pi_ref is enough. Its gradient
+        passes. Its mean is KL(p, pi_ref) for tokens drawn from p; those of the data are not.
+        LLaMA-Factory: ``use_asft_loss``, ``asft_alpha``, of the paper's form.
         """
         return replace(cls.dft(), kl=alpha)
 
@@ -131,6 +134,8 @@ class ImportanceWeights(Chain):
 
         The weights of negative data must be bounded.
         """
+        check_chain("positive", positive)
+        check_chain("negative", negative)
         one = cls(step=(Temperature(0.0),))
         first = positive or replace(one, reference=(negative or one).reference)
         own = (first.step, first.reduce, first.trajectory, first.reference)
@@ -168,9 +173,9 @@ class ImportanceWeights(Chain):
 
     @classmethod
     def minor_sft(cls, beta: float = 0.1) -> ImportanceWeights:
-        """MinorSFT (arXiv 2408.10642): w = sigmoid(-beta log(p / pi_ref)) of the whole answer.
+        """MinorSFT (arXiv 2408.10642): w = 2 sigmoid(-beta log(p / pi_ref)) of the whole answer.
 
-        Its gradient is that of -logsigmoid(beta log(p / pi_ref)) / beta. TorchRL:
-        ``SFTLoss(loss_function="minor_sft")``.
+        Its gradient is that of -logsigmoid(beta log(p / pi_ref)) 2 / beta, and at first that of
+        SFT. TorchRL: ``SFTLoss(loss_function="minor_sft")``, whose loss is beta / 2 times this one.
         """
         return cls(reduce="sum", trajectory=(Sigmoid(beta),))

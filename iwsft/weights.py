@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -37,11 +38,21 @@ StepTransform = Callable[..., Tensor]
 TrajectoryTransform = Callable[..., Any]
 
 
-class _OfStep:
+class _Transform:
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            check_number(f"{type(self).__name__}({name}={value!r})", value)
+        self._check()
+
+    def _check(self) -> None:
+        """Check the values of numbers."""
+
+
+class _OfStep(_Transform):
     place: ClassVar[Place] = "step"
 
 
-class _OfTrajectory:
+class _OfTrajectory(_Transform):
     place: ClassVar[Place] = "trajectory"
 
 
@@ -51,7 +62,7 @@ class Temperature(_OfStep):
 
     k: float
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         _require(0 <= self.k < math.inf, f"Temperature(k={self.k}): k must be finite, at least 0")
 
     def __call__(self, log_ratio: Tensor) -> Tensor:
@@ -64,7 +75,7 @@ class Scale(_OfStep):
 
     c: float
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         _require(0 < self.c < math.inf, f"Scale(c={self.c}): c must be positive and finite")
 
     def __call__(self, log_ratio: Tensor) -> Tensor:
@@ -81,7 +92,7 @@ class ClipLogRatio(_OfStep):
     min: float = -math.inf
     max: float = math.inf
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         inside = self.min <= self.max and self.min < math.inf and self.max > -math.inf
         _require(inside, f"ClipLogRatio: [{self.min}, {self.max}] holds no finite log-ratio")
 
@@ -96,7 +107,7 @@ class _Range:
     min: float = 0.0
     max: float = math.inf
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         inside = 0 <= self.min <= self.max and self.min < math.inf and self.max > 0
         name = type(self).__name__
         _require(inside, f"{name}: [{self.min}, {self.max}] holds no positive, finite number")
@@ -148,10 +159,11 @@ class EntropyGate(_OfStep):
     alpha: float = 1.0
     top_k: int = 20
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         inside = 0 < self.alpha < math.inf
         _require(inside, f"EntropyGate(alpha={self.alpha}) must be positive and finite")
-        _require(self.top_k >= 2, f"EntropyGate(top_k={self.top_k}) must be at least 2")
+        whole = self.top_k >= 2 and self.top_k % 1 == 0
+        _require(whole, f"EntropyGate(top_k={self.top_k}) must be a whole number from 2 on")
 
     def __call__(self, log_ratio: Tensor, entropy: Tensor) -> Tensor:
         return self.alpha * entropy.log().to(log_ratio.dtype)
@@ -170,7 +182,7 @@ class RefuteRatio(_OfStep):
 
     epsilon: float
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         inside = 0 < self.epsilon <= 1
         _require(inside, f"RefuteRatio(epsilon={self.epsilon}) must be in (0, 1]")
 
@@ -186,7 +198,7 @@ class TemperWeight(_OfTrajectory):
 
     alpha: float
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         inside = 0 <= self.alpha < math.inf
         _require(inside, f"TemperWeight(alpha={self.alpha}) must be finite, at least 0")
 
@@ -196,17 +208,17 @@ class TemperWeight(_OfTrajectory):
 
 @dataclass(frozen=True)
 class Sigmoid(_OfTrajectory):
-    """Trajectory: w <- 1 / (1 + w^beta), which falls as q prefers the trajectory to pi_ref."""
+    """Trajectory: w <- 2 / (1 + w^beta): 1 at first, less where q prefers the trajectory."""
 
     of: ClassVar[Quantity] = "ratio"
 
     beta: float
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         _require(0 < self.beta < math.inf, f"Sigmoid(beta={self.beta}) must be positive and finite")
 
     def __call__(self, log_weight: Tensor, share: Tensor) -> Tensor:
-        return torch.nn.functional.logsigmoid(-self.beta * log_weight)
+        return math.log(2.0) + torch.nn.functional.logsigmoid(-self.beta * log_weight)
 
 
 @dataclass(frozen=True)
@@ -247,7 +259,7 @@ class TargetESS(_OfTrajectory):
     fraction: float
     max_alpha: float = 1000.0
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         _require(0 < self.fraction <= 1, f"TargetESS(fraction={self.fraction}) must be in (0, 1]")
         inside = 0 < self.max_alpha < math.inf
         _require(inside, f"TargetESS(max_alpha={self.max_alpha}) must be positive and finite")
@@ -303,6 +315,12 @@ def _shifted(log: Tensor, share: Tensor) -> Tensor:
     """Log-weights over the largest that counts, float64: their powers stay finite."""
     top = torch.where(share > 0, log, -math.inf).amax().double()
     return torch.where(share > 0, log.double() - top, 0.0)
+
+
+def check_number(name: str, value: object) -> None:
+    """Refuse an argument that is not a number, such as a text."""
+    if not isinstance(value, Real | Tensor):
+        raise TypeError(f"{name} must be a number")
 
 
 def _require(condition: bool, message: str) -> None:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from benchmarks.options import check_at_least, option
+from benchmarks.options import check_at_least, check_file, option
 
 RANDOM = "random"
 T = TypeVar("T")
@@ -76,6 +76,8 @@ def check_options(options: Options) -> None:
     """Check options that do not need the policies or the environment."""
     if bool(options.policy) == (options.online is not None):
         raise ValueError("give either --policy (one or several) or --online sac")
+    for name in options.policy:
+        check_file(name)
     if not 0 <= options.seed < 2**64:
         raise ValueError(f"--seed {options.seed}: a seed lies in 0 ... 2^64 - 1")
     check_at_least(1, part_steps=options.part_steps, max_episode_steps=options.max_episode_steps)

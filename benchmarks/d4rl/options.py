@@ -13,6 +13,7 @@ from baselines import BASELINES
 from benchmarks.options import (
     check_at_least,
     check_device,
+    check_file,
     check_known,
     check_once,
     check_seeds,
@@ -35,7 +36,7 @@ QUALITY_BINS = (90.0, 95.0, 98.0)
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One of the paper's algorithms."""
+    """One of the paper's algorithms, or of a related method that starts at the reference policy."""
 
     # Percentiles of the return that curate the data; without any, all data are used.
     cuts: tuple[float, ...] = ()
@@ -44,11 +45,23 @@ class Algorithm:
     # Use importance weights, one per trajectory or one per step; otherwise all are 1.
     weighted: bool = False
     per_step: bool = False
+    # Preset of iwsft.ImportanceWeights, in place of the paper's weights.
+    related: str | None = None
 
     @property
     def per_trajectory(self) -> bool:
         """Whether each trajectory has one weight."""
         return self.weighted and not self.per_step
+
+    @property
+    def signed(self) -> bool:
+        """Whether all data have data weights, negative where the return is low."""
+        return self.related in ("topr", "asymre")
+
+    @property
+    def syncs(self) -> bool:
+        """Whether weights are computed from the policy of an earlier update."""
+        return self.weighted and not self.signed
 
 
 # Any share of the data has a name like "bc-10": "bc-5" is behaviour cloning on the top 5 %.
@@ -61,6 +74,12 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     "iw-sft-q": Algorithm(QUALITY_BINS, from_reference=True, weighted=True),
     "iw-sft-step": Algorithm(TOP_10, from_reference=True, weighted=True, per_step=True),
 }
+RELATED: Mapping[str, Algorithm] = {
+    "psft": Algorithm(TOP_10, True, weighted=True, per_step=True, related="psft"),
+    "minor-sft": Algorithm(TOP_10, True, weighted=True, related="minor_sft"),
+    "topr": Algorithm((), True, weighted=True, per_step=True, related="topr"),
+    "asymre": Algorithm((), True, related="asymre"),
+}
 EVERY_ALGORITHM = (*ALGORITHMS, *BASELINES)
 _SHARE = re.compile(r"bc-(\d+(?:\.\d+)?)")
 
@@ -69,8 +88,8 @@ def find_algorithm(name: str) -> Algorithm:
     """The algorithm that has this name; a baseline trains from scratch on all data."""
     share = _SHARE.fullmatch(name)
     if share is None:
-        check_known("algorithm", name, [*ALGORITHMS, *BASELINES])
-        return ALGORITHMS.get(name, Algorithm())
+        check_known("algorithm", name, [*ALGORITHMS, *RELATED, *BASELINES])
+        return {**ALGORITHMS, **RELATED}.get(name, Algorithm())
     if not 0 < float(share[1]) < 100:
         raise ValueError(f"{name}: behaviour cloning on the top 0 % to 100 %, as in bc-10")
     return replace(ALGORITHMS["bc-10"], cuts=(100 - float(share[1]),))
@@ -144,8 +163,8 @@ class Experiment:
         option(
             "NAME [NAME ...]",
             " ".join(SINGLE.algo),
-            help=f"One or several of {', '.join(EVERY_ALGORITHM)}; bc-5 and the like for another "
-            "share.",
+            help=f"One or several of {', '.join((*EVERY_ALGORITHM, *RELATED))}; bc-5 and the like "
+            "for another share.",
         ),
     ] = None
     dataset: Annotated[
@@ -268,6 +287,9 @@ def check_options(options: Options, suite: Suite) -> None:
     for name in suite.algo:
         find_algorithm(name)
     check_once(algo=suite.algo, dataset=suite.dataset)
+    for source in (*suite.dataset, *suite.cloned, suite.pretrain_dataset or ""):
+        for part in [source] if Path(source).expanduser().exists() else source.split("+"):
+            check_file(part)
     check_seeds(suite.seeds)
     counts = ("steps", "baseline_steps", "reference_steps", "eval_episodes", "jobs")
     check_at_least(1, **{name: getattr(options, name) for name in counts})
@@ -293,20 +315,21 @@ def without_effect(options: Options, algo: Sequence[str]) -> Iterator[tuple[str,
     """Options that change nothing in these algorithms, each with where it is so."""
     algorithms = [find_algorithm(name) for name in algo]
     per_trajectory = any(algorithm.per_trajectory for algorithm in algorithms)
-    tuned = any(algorithm.from_reference for algorithm in algorithms)
+    chosen_q = any(each.per_trajectory and each.related is None for each in algorithms)
+    tuned = any(algorithm.from_reference and algorithm.cuts for algorithm in algorithms)
     baselines = not set(BASELINES).isdisjoint(algo)
     chosen = f"in {', '.join(algo)}"
     for name, used, where in (
-        ("q", per_trajectory, chosen),
-        ("target_ess", per_trajectory, chosen),
+        ("q", chosen_q, chosen),
+        ("target_ess", chosen_q, chosen),
         ("target_ess", options.q is None, f"with --q {options.q}"),
         ("temperature", per_trajectory, chosen),
         ("temperature", options.q is None, f"with --q {options.q}"),
         ("temperature", options.target_ess is None, f"with --target-ess {options.target_ess}"),
-        ("alpha", any(algorithm.weighted for algorithm in algorithms), chosen),
+        ("alpha", any(algorithm.syncs for algorithm in algorithms), chosen),
         ("ties", any(algorithm.cuts for algorithm in algorithms), chosen),
         ("top", tuned, chosen),
-        ("pretrain_dataset", tuned, chosen),
+        ("pretrain_dataset", any(each.from_reference for each in algorithms), chosen),
         ("policy", not set(BASELINES).issuperset(algo), chosen),
         ("baseline_steps", baselines, f"without one of {', '.join(BASELINES)}"),
     ):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,15 +127,24 @@ class Run(runs.Run[Options]):
     @property
     def weights(self) -> ImportanceWeights:
         """Importance weights of the fine-tuning."""
-        row, per_step = self.fine_tuning[0], self.algorithm.per_step
-        names = ("q", "target_ess") if self.algorithm.per_trajectory else ()
-        chosen = {name: getattr(self.options, name) for name in names}
-        return paper.choose_weights(self.options.preset, row, per_step=per_step, **chosen)
+        row, algorithm = self.fine_tuning[0], self.algorithm
+        if algorithm.related is not None or not algorithm.per_trajectory:
+            chosen: dict[str, Any] = {"related": algorithm.related, "per_step": algorithm.per_step}
+        else:
+            chosen = {name: getattr(self.options, name) for name in ("q", "target_ess")}
+        return paper.choose_weights(self.options.preset, row, **chosen)
+
+    @property
+    def margin(self) -> float:
+        """How far the baseline of signed data weights is below the mean return."""
+        return paper.MARGIN if self.algorithm.related == "asymre" else 0.0
 
     @property
     def chooses_q(self) -> bool:
         """Whether the returns of the data choose the weights."""
-        return self.algorithm.per_trajectory and self.options.q is not None
+        algorithm = self.algorithm
+        chooses = algorithm.per_trajectory and algorithm.related is None
+        return chooses and self.options.q is not None
 
     @property
     def updates(self) -> int:
@@ -156,18 +166,22 @@ class Run(runs.Run[Options]):
 
     def curate(self, trajectories: TensorDictBase, parts: Sequence[int] = ()) -> TensorDictBase:
         """The trajectories that the algorithm trains on; each of the parts is cut by itself."""
-        cuts = self.algorithm.cuts
-        if not cuts:
+        cuts, signed = self.algorithm.cuts, self.algorithm.signed
+        if not cuts and not signed:
             return trajectories
+        weight = partial(paper.weigh_returns, margin=self.margin) if signed else None
         ties = self.ties or paper.TIES[self.options.preset]
         chosen = [trajectories]
         if len(parts) > 1:
             numbers = torch.arange(sum(parts), device=trajectories.device).split(list(parts))
             chosen = [select(trajectories, part) for part in numbers]
         try:
-            curated = [curate(part, cuts=cuts, ties=ties, seed=self.seed) for part in chosen]
+            curated = [
+                curate(part, cuts=cuts, ties=ties, weight=weight, seed=self.seed) for part in chosen
+            ]
         except ValueError as error:
-            raise ValueError(f"{self.algo}, --ties {ties}: {error}") from error
+            how = self.algo if signed else f"{self.algo}, --ties {ties}"
+            raise ValueError(f"{how}: {error}") from error
         return join(*curated) if len(parts) > 1 else curated[0]
 
 
@@ -312,6 +326,7 @@ def settings_of(run: Run, task: Task) -> dict[str, Any]:
     if not run.algorithm.from_reference:
         return {**common, "cloning": _as_recorded(run.schedule)}
     row, source = run.fine_tuning
+    hard = run.options.estimator == "steps" or run.weights.reference == "synced"
     return {
         **common,
         "fine_tuning": asdict(row),
@@ -319,8 +334,9 @@ def settings_of(run: Run, task: Task) -> dict[str, Any]:
         "reference": _as_recorded(run.reference_schedule),
         **({} if task.pretrain is task.dataset else {"pretrain": task.pretrain.fingerprint}),
         **({"q": run.options.q} if run.chooses_q else {}),
+        **({"weights": repr(run.weights), "margin": run.margin} if run.algorithm.related else {}),
         "target_ess": run.options.target_ess if run.algorithm.per_trajectory else None,
-        "sync_every": row.sync_every if run.options.estimator == "steps" else 1,
+        "sync_every": row.sync_every if hard else 1,
     }
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from torch import Tensor
+
 from benchmarks.d4rl.options import REFERENCE_STEPS, Algorithm, Estimator, Preset
 from iwsft.curation import Ties
 from iwsft.datasets import OfflineDataset
@@ -53,6 +55,8 @@ CLONING_BATCH: Mapping[Estimator, Mapping[Preset, int]] = {
     "trajectories": {"paper": 32, "authors": 128},
 }
 CLONING = Schedule(steps=REFERENCE_STEPS, lr=1e-3, decay="constant")
+# V of asymre is so far below the mean return, in standard deviations of the returns.
+MARGIN = 0.1
 TIES: Mapping[Preset, Ties] = {"paper": ">", "authors": ">="}
 
 
@@ -93,15 +97,34 @@ def find_fine_tuning(dataset: str, algorithm: Algorithm) -> tuple[FineTuning, st
     return _TABLE_4[name], f"Table 4, {name}"
 
 
+def weigh_returns(returns: Tensor, margin: float = 0.0) -> Tensor:
+    """Data weights from returns: standard deviations above their mean, and ``margin``."""
+    above = returns - returns.mean()
+    if not bool(above.any()):
+        raise ValueError(f"all {len(returns)} returns are equal, so none is better than the rest")
+    return above / above.square().mean().sqrt() + margin
+
+
 def choose_weights(
     preset: Preset,
     row: FineTuning,
     *,
     per_step: bool = False,
+    related: str | None = None,
     q: Literal["auto"] | None = None,
     target_ess: float | None = None,
 ) -> ImportanceWeights:
-    """The transforms of a preset; ``q`` and ``target_ess`` choose the temperature instead of k."""
+    """The transforms of a preset; ``q`` and ``target_ess`` choose the temperature instead of k.
+
+    A ``related`` method weighs single steps, and minor_sft the mean log-ratio, as the paper's k
+    does: over a whole episode a density ratio is 0 or infinite.
+    """
+    if related is not None:
+        arguments = (row.k,) if related == "minor_sft" else ()
+        chain: ImportanceWeights = getattr(ImportanceWeights, related)(*arguments)
+        if chain.negative is not None:
+            return replace(chain, negative=replace(chain.negative, reduce=None))
+        return chain if per_step else replace(chain, reduce="mean")
     if per_step:
         # Ratio clips of the per-step variant: 1 -+ 0.8 (paper, 3.4), [0, 2] (authors' control).
         clip = ClipRatio(0.2, 1.8) if preset == "paper" else ClipRatio(0.0, 2.0)

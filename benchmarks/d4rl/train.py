@@ -206,18 +206,20 @@ def _build_fine_tuning(
     estimator = run.options.estimator
     # q = pi_ref leaves all weights at 1.
     proposal: Proposal = "reference"
-    if run.algorithm.weighted:
+    if run.algorithm.related is not None and run.algorithm.per_step:
+        proposal = "current"
+    elif run.algorithm.weighted:
         proposal = "cached" if estimator == "steps" else "lagged"
     loss = ImportanceWeightedMLE(policy, importance_weights=run.weights, proposal=proposal)
     updater: HardSync | EMA | None = None
-    probes = []
-    if proposal == "cached":
+    probes = [weight_probe(loss, max(1, row.steps // 100))] if run.algorithm.weighted else []
+    if proposal == "cached" or loss.awaits_sync:
         updater = HardSync(loss, every=row.sync_every, trajectories=data)
-        # A batch of single steps has no trajectory weights, so the probe takes the curated set.
-        probes = [weight_probe(loss, row.sync_every, data)]
     elif proposal == "lagged":
         updater = EMA(loss, decay=row.alpha)
-        probes = [weight_probe(loss, max(1, row.steps // 100))]
+    if proposal == "cached":
+        # A batch of single steps has no trajectory weights, so the probe takes the curated set.
+        probes = [weight_probe(loss, row.sync_every, data)]
     batch = paper.FINE_TUNING_BATCH[estimator]
     sampler = _SAMPLERS[estimator](data, batch, seed=run.seed)
     return Learner(policy, loss, sampler, run.schedule, updater), probes

@@ -17,7 +17,7 @@ from iwsft.curation import curate, join
 from iwsft.datasets.text.rows import Row
 from iwsft.datasets.text.tokens import CORRECT, SCORE
 from iwsft.language import correct_only, tokenize, weigh_correct
-from iwsft.trajectory import MULTIPLICITY, SUCCESS_RATE, lengths
+from iwsft.trajectory import MULTIPLICITY, lengths, per_trajectory
 
 # With --q auto, the rows of every fifth prompt choose the exponent and are not trained on.
 _EVERY = 5
@@ -109,7 +109,7 @@ def _signed(algorithm: Variant, trajectories: TensorDictBase, *, margin: float) 
     """Weigh right answers 1 and wrong ones -1; in AsymRE 1 and 0, less a baseline."""
     weighed = weigh_correct(trajectories)
     if algorithm.related == "asymre":
-        rate = float(weighed.get(SUCCESS_RATE)[0])
+        rate = float(per_trajectory(trajectories, CORRECT).float().mean())
         baseline = rate - margin
         if baseline <= 0:
             raise ValueError(

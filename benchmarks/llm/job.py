@@ -20,10 +20,12 @@ from benchmarks.llm.launch import Hardware, Launch, choose, launched, start, thr
 from benchmarks.llm.memory import DecoderSizes, Setup
 from benchmarks.llm.models import load_config
 from benchmarks.llm.options import ALGORITHMS, BASE, Options, to_file
+from benchmarks.llm.recipes import Prepared
 from benchmarks.llm.run import (
     Run,
     check_rows,
     config_of,
+    curated_of,
     prepare,
     train_and_score,
     training_arguments,
@@ -32,6 +34,7 @@ from benchmarks.llm.settings import Settings
 from benchmarks.runs import RESULT, claim, tell, write_json
 from benchmarks.sweep import Summary
 from iwsft.datasets.text.rows import Row, check_scores
+from iwsft.trajectory import DATA_WEIGHT
 
 
 def run_job(options: Options) -> int:
@@ -114,6 +117,8 @@ def _prepare(runs: Sequence[Run], seeds: Sequence[Run]) -> None:
         _check_scores(algo, runs[0].options.settings, prepared[0].rows)
     for run in [run for run in runs if run.algorithm is not None and seeds][:1]:
         check_rows(run, prepared[0])
+    for run in {run.algo: run for run in runs if seeds}.values():
+        _check_weights(run, prepared[0])
     for name, value in prepared[0].notes.items() if seeds else ():
         tell(f"{name}: {_in_words(value)}")
 
@@ -147,6 +152,29 @@ def _check_scores(algo: str, settings: Settings, rows: Sequence[Row]) -> None:
         except ValueError as error:
             verb = "weighs" if weighs else "cuts"
             raise ValueError(f"{algo} {verb} by score, but {error}") from error
+
+
+def _check_weights(run: Run, prepared: Prepared) -> None:
+    """Check that the loss of a run has a minimum with the rows' negative weights, if there are."""
+    negative = next((row.where for row in prepared.rows if _has_negative_weight(row)), None)
+    if run.algorithm is None or negative is None:
+        return
+    data = curated_of(run, prepared, run.tokenizer(prepared))
+    weight = data.get(DATA_WEIGHT, default=torch.ones(()))
+    chain = run.algorithm.importance_weights(run.options.settings)
+    try:
+        chain.check_data_weights(weight, "weight", run.algorithm.proposal)
+    except ValueError as error:
+        raise ValueError(
+            f"{negative}: the weight is negative, and the loss of {run.algo} then has no lower "
+            "bound; drop such rows, or take --algo dft, or iw-sft with --no-self-normalize and a "
+            "finite --max-weight"
+        ) from error
+
+
+def _has_negative_weight(row: Row) -> bool:
+    of_row = row.weight if isinstance(row.weight, tuple) else (row.weight or 0.0,)
+    return min(0.0, *of_row, *(turn.get("weight", 0.0) for turn in row.messages or ())) < 0
 
 
 def _work_on(run: Run, *, threads: int | None = None) -> None:

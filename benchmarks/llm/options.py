@@ -14,6 +14,7 @@ from benchmarks.options import (
     TRACKERS,
     check_at_least,
     check_device,
+    check_file,
     check_folder,
     check_known,
     check_once,
@@ -356,6 +357,8 @@ def _check_data(options: Options, recipe: Recipe) -> None:
             )
     if options.model is not None:
         check_folder(options.model)
+    for source in filter(None, (options.data, options.eval_data)):
+        check_file(source)
     for name in ("eval_data", "eval_share"):
         check_used(name, getattr(options, name), recipe.holds_out, f"in recipe {recipe.name}")
     share = options.eval_share
@@ -379,6 +382,7 @@ def _check_numbers(settings: Settings) -> None:
         (("warmup", "weight_decay"), lambda number: 0 <= number < math.inf, "0 or above"),
         (("ema_decay", "adam_beta1", "adam_beta2"), lambda number: 0 <= number < 1, "in [0, 1)"),
         (("max_length", "eaft_top_k"), lambda number: number >= 2, "at least 2"),
+        (("nft_epsilon",), lambda number: number <= 1, "at most 1"),
     ):
         for name in names:
             number = getattr(settings, name)

@@ -48,7 +48,7 @@ def of_run(options: Options, config: dict[str, Any]) -> Source:
     data = run.curate(chosen.dataset.trajectories, chosen.parts)
     tell_scores(data)
     annotate_reference(reference, data)
-    weighted = run.algorithm.weighted
+    weighted = run.algorithm.weighted or run.algorithm.related is not None
     chain = run.weights if weighted else ImportanceWeights()
     check_chain(chain, name)
     return Source(

@@ -9,7 +9,9 @@ from typing import Annotated
 
 import tyro
 
-from benchmarks.options import check_used, option
+from benchmarks.options import check_file, check_folder, check_used, option
+
+RUN = "OUT/d4rl/DATASET/ALGO/seed-K or OUT/llm/RECIPE/ALGO/seed-K"
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ class Options:
         models = {"model": self.model, "base": self.base}
         for name, value in models.items():
             check_used(name, value, self.run is None, "with a run, which has its own")
+        for model in filter(None, models.values()):
+            check_folder(model)
+        check_file(self.data or "")
+        if self.run is not None and not (self.run / "config.json").is_file():
+            raise FileNotFoundError(f"there is no {self.run / 'config.json'}; a run is {RUN}")
         if self.run is None:
             missing = [f"--{name}" for name, value in models.items() if value is None]
             missing += ["--data"] * (self.data is None)

@@ -13,14 +13,13 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from benchmarks.runs import CONFIG, tell
+from benchmarks.weights.options import RUN
 from iwsft.chain import Chain
 from iwsft.checkpoint import CheckpointError
 from iwsft.diagnostics import Weighed, top_share, weighed
 from iwsft.objective import ImportanceWeightedMLE, Terms
 from iwsft.trajectory import DATA_WEIGHT, STANDARD_SCORE, lengths
 from iwsft.weights import log_ess
-
-_RUN = "OUT/d4rl/DATASET/ALGO/seed-K or OUT/llm/RECIPE/ALGO/seed-K"
 
 
 @dataclass(frozen=True)
@@ -96,9 +95,7 @@ class Source:
 
 def read_config(run: Path) -> dict[str, Any]:
     """Read the ``config.json`` of a run."""
-    path, way_out = run / CONFIG, f"a run is {_RUN}"
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}; {way_out}")
+    path = run / CONFIG
     try:
         config: dict[str, Any] = json.loads(path.read_text())
         benchmark = config["benchmark"], config["options"]
@@ -106,7 +103,7 @@ def read_config(run: Path) -> dict[str, Any]:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path} is not what a run writes ({reason})") from error
     if benchmark[0] not in ("d4rl", "llm"):
-        raise ValueError(f"{run} is a run of {benchmark[0]}; {way_out}")
+        raise ValueError(f"{run} is a run of {benchmark[0]}; a run is {RUN}")
     return config
 
 

@@ -105,20 +105,25 @@ def check_q(
     reference: Reference | None = None,
 ) -> None:
     """Check that proposal and reference are known, and that their settings fit them."""
-    for name, chosen, known in (
+    for name, kind, known in (
         ("proposal", proposal, get_args(Proposal)),
         ("reference", reference, (None, *get_args(Reference))),
     ):
-        if chosen not in known:
-            raise ValueError(f"{name}={chosen!r} must be one of {known}")
-    syncs = proposal == "cached" or reference == "synced"
-    for name, value, uses, user in (
-        ("sync_every", sync_every, syncs, "'cached' or reference='synced'"),
-        ("ema_decay", ema_decay, proposal == "lagged", "'lagged'"),
+        if kind not in known:
+            raise ValueError(f"{name}={kind!r} must be one of {known}")
+    syncing = {
+        "proposal='cached'": proposal == "cached",
+        "reference='synced'": reference == "synced",
+    }
+    for name, value, users in (
+        ("sync_every", sync_every, syncing),
+        ("ema_decay", ema_decay, {"proposal='lagged'": proposal == "lagged"}),
     ):
-        if (value is not None) != uses:
-            rule = f"{name} goes with {user}, and only with it"
-            raise ValueError(f"{name}={value} and proposal={proposal!r} do not fit: {rule}")
+        used = [user for user, uses in users.items() if uses]
+        if value is None and used:
+            raise ValueError(f"{used[0]} needs {name}: pass it, too")
+        if value is not None and not used:
+            raise ValueError(f"{name}={value} changes nothing without {' or '.join(users)}")
     if sync_every is not None and sync_every < 1:
         raise ValueError(f"sync_every={sync_every}: a sync needs an update before it")
     if ema_decay is not None and not 0 <= ema_decay < 1:

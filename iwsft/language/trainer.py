@@ -30,7 +30,7 @@ from iwsft.language.config import (
 from iwsft.language.loss import check_scores, judge, negative_log_likelihood, token_loss
 from iwsft.language.plan import PlannedLoader, plan_updates
 from iwsft.language.weighted import REFERENCE, WeightedTrainer, fingerprint_of_tokens
-from iwsft.objective import ImportanceWeightedMLE
+from iwsft.objective import WRITTEN_BY, ImportanceWeightedMLE
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.presets import ImportanceWeights
 from iwsft.proposals import EMA, write_weights
@@ -179,11 +179,16 @@ class ImportanceWeightedTrainer(WeightedTrainer):
             if self._trajectories.is_locked:
                 raise ValueError("the trajectories are locked: pass trajectories.copy()")
             if weights.reference == "synced" and args.reference is None:
-                raise ValueError(f"{weights} need a sync: set reference='synced' and sync_every")
+                needs = "reference='synced' and a sync_every, such as 50, in args"
+                raise ValueError(f"{weights} divide by the policy at the last sync: set {needs}")
             mask = self._trajectories.get(ASSISTANT_MASK)
             weights.check_overflow(int(Segments.of(self._trajectories, mask=mask).lengths.max()))
             if weights.scored:
                 check_scores(self._trajectories, self._dataset.undrawn)
+            for name in weights.from_batch:
+                if self._trajectories.get(name, default=None) is None:
+                    missing = f"{weights} read {name!r}, which the trajectories lack"
+                    raise ValueError(f"{missing}: {WRITTEN_BY[name]} writes it")
         loss = token_loss(
             self._policy,
             importance_weights=weights,

@@ -23,7 +23,7 @@ from iwsft import __version__
 WORDS = ["--algo", "iw-sft-q", "iql", "--seeds", "3", "4", "--target-ess", "0.4", "--video"]
 WORDS += ["--baseline-steps", "7", "--variant", "ess"]
 LANGUAGE = ("base", "sft", "iw-sft", "iw-sft-ema", "iw-sft-step")
-CHAT = "--recipe chat --model m --data d.jsonl --eval-share 0.2 --lora-rank 8 --batch-size 2"
+CHAT = "--recipe chat --model m --data d --eval-share 0.2 --lora-rank 8 --batch-size 2"
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: str, name: str = "bin/iwsft") -> int:
@@ -66,8 +66,15 @@ def test_the_list_of_commands(
 
 
 WRONG = {
-    "d4rl --steps abc": "can't read --max-steps/--steps: --max-steps INT, --steps INT Updates",
-    "d4rl --seeds 0 a": "can't read --seeds: --seeds INT [INT ...] Seeds",
+    "d4rl --steps abc": "--max-steps/--steps abc: it takes INT; see iwsft d4rl --help",
+    "d4rl --seeds 0 a": "--seeds 0 a: it takes INT [INT ...]; see",
+    "d4rl --eval-episodes 1.5": "--eval-episodes 1.5: it takes INT; see",
+    "d4rl --q autoo": "invalid choice 'autoo' for argument '--q'. Expected one of ('auto'); see",
+    "d4rl --seeds 0 --seeds=1": "--seeds is given twice: pass one of them",
+    "d4rl --steps 5 --max-steps 4": "--steps and --max-steps are one: pass one of them",
+    "d4rl --resume --no-resume": "--resume and --no-resume are one: pass one of them",
+    "d4rl --dataset nowhere.hdf5": "there is no file nowhere.hdf5",
+    "d4rl --dataset door-human+no.hdf5": "there is no file no.hdf5",
     "d4rl --preset foo": "invalid choice 'foo' for argument '--preset'. Expected one of ('paper'",
     "d4rl --resume yes": "Unrecognized options: yes; see iwsft d4rl --help",
     "d4rl extra": "Unrecognized options: extra; see iwsft d4rl --help",
@@ -79,13 +86,21 @@ WRONG = {
     "llm --self-normalize yes": "Unrecognized options: yes; see iwsft llm --help",
     "llm --config nowhere.yaml": "No such file or directory: nowhere.yaml",
     "llm --recipe": "Missing value for argument '--recipe'",
+    "llm --step-clip 1 a": "--step-clip 1 a: it takes FLOAT FLOAT; see",
+    "llm --algo nft --nft-epsilon 2": "--nft-epsilon 2.0: at most 1",
     "finetune --model m": "--data is missing",
+    "finetune --model m --data nowhere.jsonl": "there is no file nowhere.jsonl",
+    "finetune --recipe gsm8k": "this command sets --recipe itself: leave it out",
     "evaluate": "Missing from iwsft evaluate: --model ID|DIR Model in transformers' format",
+    "evaluate --model m --tasks gsm8k=no.jsonl": "there is no file no.jsonl",
     "evaluate --model m --n 0": "--n 0: at least 1",
     "evaluate --model m --backend vllm": "vllm is not installed",
     "loop": "Missing from iwsft loop: --model ID|DIR Model to start from",
     "loop --model m --prompts p --verifier integral": "unknown verifier 'integral'; did you mean",
     "collect --out a.hdf5": "give either --policy",
+    "collect --out a.hdf5 --policy no.npz --steps 5": "there is no file no.npz",
+    "weights nowhere": "there is no nowhere/config.json; a run is OUT/d4rl/",
+    "weights --model ./m --base b --data c": "there is no model folder ./m",
     "speed": "Missing from iwsft speed: {control,baselines,language} Part of the library",
     "speed contrl": "invalid choice 'contrl' for argument 'Options.subject'. Expected one of (",
     "speed control --repeats 0": "--repeats 0: at least 1",
@@ -122,7 +137,7 @@ def test_a_wrong_value_in_a_config_file_is_told_with_the_file(
     with pytest.raises(SystemExit):
         language(["--config", path])
     error = capsys.readouterr().err
-    assert "can't read --lr/--learning-rate: --lr FLOAT" in error
+    assert "--lr/--learning-rate fast: it takes FLOAT" in error
     assert f"(with the options of {path})" in error
 
 

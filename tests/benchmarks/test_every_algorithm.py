@@ -18,7 +18,7 @@ import torch
 from tracking import BEST, ENV_ID, STANDING, write_dataset
 
 from baselines import BASELINES, Baseline, algorithm
-from benchmarks.d4rl.options import ALGORITHMS, Options, check_options, choose_suite
+from benchmarks.d4rl.options import ALGORITHMS, RELATED, Options, check_options, choose_suite
 from benchmarks.d4rl.run import Run, Task, check_run, config_of
 from benchmarks.d4rl.settings import FINE_TUNING_BATCH
 from benchmarks.d4rl.train import train_and_score
@@ -27,7 +27,7 @@ from iwsft import load_policy
 from iwsft.evaluation import episode_seeds
 from iwsft.training import Row
 
-EVERY = [*ALGORITHMS, *BASELINES]
+EVERY = [*ALGORITHMS, *RELATED, *BASELINES]
 EPISODES = 100
 # Updates that suffice here: critics learn a function of state and action first.
 STEPS = {"awac": 400, "iql": 500, "td3-bc": 500, "rebrac": 500, "cql": 500, "dt": 400}

@@ -27,10 +27,10 @@ CACHED = {**SAVED, "proposal": "cached", "sync_every": 3}
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"proposal": "cached"}, "sync_every=None and proposal='cached'"),
-        ({"proposal": "current", "sync_every": 5}, "sync_every goes with 'cached'"),
+        ({"proposal": "cached"}, "proposal='cached' needs sync_every"),
+        ({"proposal": "current", "sync_every": 5}, "sync_every=5 changes nothing"),
         ({"proposal": "cached", "sync_every": 0}, "sync_every=0"),
-        ({"proposal": "lagged"}, "ema_decay goes with 'lagged'"),
+        ({"proposal": "lagged"}, "proposal='lagged' needs ema_decay"),
         ({"proposal": "lagged", "ema_decay": 1.0}, "must be in"),
         ({"proposal": "theta"}, "proposal='theta' must be one of"),
         ({"layout": "ragged"}, "layout='ragged' must be one of"),

@@ -55,8 +55,16 @@ def test_psft_masks_what_left_its_limit_since_the_sync(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"importance_weights": ImportanceWeights.psft()}, "set reference='synced' and sync_every"),
-        ({"reference": "synced"}, "sync_every=None .* reference='synced'"),
+        (
+            {"importance_weights": ImportanceWeights.psft()},
+            "set reference='synced' and a sync_every, such as 50, in args",
+        ),
+        ({"reference": "synced"}, "reference='synced' needs sync_every"),
+        ({"sync_every": 5}, "sync_every=5 changes nothing without .* reference='synced'"),
+        (
+            {"importance_weights": ImportanceWeights.nft()},
+            "read 'success_rate', which the trajectories lack: iwsft.language.weigh_correct",
+        ),
         ({"reference": "gone"}, "reference='gone' must be one of"),
         ({"reference": "none", "proposal": "reference"}, "reference='none' has no pi_ref"),
         (

@@ -272,7 +272,7 @@ def test_evaluation_is_trls(model: Any, tmp_path: Path) -> None:
         ({**PACKED, "packing_strategy": "wrapped"}, "cuts trajectories into parts; use 'bfd'"),
         ({**PACKED, "packing_strategy": "bfd_split"}, "cuts trajectories into parts; use 'bfd'"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
-        ({"proposal": "cached"}, "sync_every=None and proposal='cached' do not fit"),
+        ({"proposal": "cached"}, "proposal='cached' needs sync_every"),
         ({"proposal": "theta"}, "proposal='theta' must be one of"),
         (
             {"importance_weights": SUM, "gradient_accumulation_steps": 2},

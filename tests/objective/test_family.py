@@ -206,6 +206,7 @@ def test_a_synced_reference_is_the_policy_at_the_last_sync() -> None:
         ),
         (lambda: ImportanceWeights.eaft(0.0), r"EntropyGate\(alpha=0.0\)"),
         (lambda: ImportanceWeights.eaft(top_k=1), r"EntropyGate\(top_k=1\)"),
+        (lambda: ImportanceWeights.eaft(top_k=2.5), r"EntropyGate\(top_k=2.5\)"),
         (lambda: ImportanceWeights.minor_sft(0.0), "Sigmoid"),
         (lambda: ImportanceWeights.nft(0.0), "RefuteRatio"),
         (lambda: ImportanceWeights.nft(1.5), "RefuteRatio"),
@@ -228,6 +229,36 @@ def test_a_synced_reference_is_the_policy_at_the_last_sync() -> None:
 def test_what_does_not_fit_is_refused(build: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: ImportanceWeights.power("2"),  # type: ignore[arg-type]
+        lambda: ImportanceWeights.psft("0.2"),  # type: ignore[arg-type]
+        lambda: ImportanceWeights.asft("0.1"),  # type: ignore[arg-type]
+        lambda: ImportanceWeights.eaft(top_k="20"),  # type: ignore[arg-type]
+        lambda: ImportanceWeights.authors_control(None, normalize=False),  # type: ignore[arg-type]
+        lambda: weights.ClipRatio(max="1"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_number_is_told(build: Callable[[], Any]) -> None:
+    with pytest.raises(TypeError, match=r"=('\d.*'|None)\)? must be a number"):
+        build()
+
+
+@pytest.mark.parametrize("sign", ["positive", "negative"])
+def test_a_transform_alone_is_no_chain(sign: str) -> None:
+    lone: Any = {sign: weights.ClipWeight(max=1.0)}
+    with pytest.raises(TypeError, match=f"{sign}=ClipWeight.* must be a chain"):
+        ImportanceWeights.by_sign(**lone)
+
+
+def test_power_0_is_sft() -> None:
+    policy, batch = Table(), make_batch()
+    ours = make_loss(policy, ImportanceWeights.power(0.0))(batch)
+    sft = make_loss(policy, ImportanceWeights(), proposal="reference")(batch)
+    assert torch.equal(ours["loss_iw_mle"], sft["loss_iw_mle"])
 
 
 def test_negative_data_need_weights_that_vanish() -> None:

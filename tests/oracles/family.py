@@ -36,8 +36,8 @@ def psft(log_p: Tensor, old: Tensor, epsilon: float) -> Tensor:
 
 
 def minor_sft(log_p: Tensor, reference: Tensor, beta: float) -> Tensor:
-    """arXiv 2408.10642: the gradient of -log p times sigmoid(-beta log(p / pi_ref))."""
-    return -logsigmoid(beta * (log_p - reference).sum()) / beta / len(log_p)
+    """arXiv 2408.10642: the gradient of -log p times 2 sigmoid(-beta log(p / pi_ref)) / length."""
+    return -2 * logsigmoid(beta * (log_p - reference).sum()) / beta / len(log_p)
 
 
 def eaft(logits: Tensor, target: Tensor, alpha: float, top_k: int) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from benchmarks.options import (
     check_at_least,
     check_device,
+    check_file,
     check_folder,
     check_seeds,
     check_used,
@@ -95,6 +96,8 @@ class Options:
     def check(self) -> None:
         """Check the values of the options."""
         check_folder(self.model)
+        for task in self.tasks:
+            check_file(task.partition("=")[2])
         positive = ("n", "max_tokens", "think_budget", "limit", "batch_size")
         check_at_least(1, **{name: getattr(self, name) for name in positive})
         check_at_least(0, waits=self.waits)

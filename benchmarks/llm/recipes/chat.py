@@ -105,10 +105,11 @@ class ChatRecipe(Recipe):
         training = [row for group in groups if id(group) not in chosen for row in group]
         good = sum(row.correct is not False for row in training)
         if not held_out or not good:
+            wrong = f", {len(training) - good} wrong ones aside" if len(training) > good else ""
             raise ValueError(
                 f"an --eval-share of {share:g} leaves {len(held_out)} of {len(candidates)} prompts "
-                f"to test on, and {good} rows to train on; pass another share, more data, or "
-                "--eval-data"
+                f"to test on, and {good} rows to train on{wrong}; pass another share, more data, "
+                "or --eval-data"
             )
         return training, held_out
 

@@ -10,7 +10,8 @@ a checker accepted it) and ``ref_log_probs`` (log-probability of each token unde
 wrote the row, which is then its reference; 0 where a token is not trained on). An assistant's
 message may have a ``weight``, too. Rows with ``messages`` may have what the chat template reads:
 ``tools``, ``documents`` and ``chat_template_kwargs``. Other columns are not read, such as ids. A
-row is refused where one of them would change its text or its training.
+row is refused where one of them would change its text or its training. A warning names columns that
+look like scores.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from __future__ import annotations
 import json
 import re
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,8 @@ _TEXTS = (
     *("prompt", "completion", "system", "system_prompt", "history", "context", "instruction"),
     *("input", "documents", "instructions", "system_message", "preamble", *REASONING),
 )
+# Names of columns that may have been meant as a score or a weight, if they hold numbers.
+_SCORE_NAME = re.compile(r"(.+_)?(rewards?|advantages?|returns?|scores?|ratings?|quality)(_.+)?")
 # Other names of a row's count.
 _REPEATS = ("multiplicity", "repeat", "repeats")
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
@@ -119,11 +124,27 @@ def read(
         ValueError: There is no row, or a row can't be trained on, besides the errors of
             ``records``; the message names the file and the row.
     """
-    make = to_row if make is None else make
-    rows = [make(record, where) for where, record in records(source, split, config)]
+    rows: list[Row] = []
+    unread: dict[str, None] = {}
+    for where, record in records(source, split, config):
+        rows.append((make or to_row)(record, where))
+        if make is None and rows[-1].score is None and rows[-1].weight is None:
+            unread.update(dict.fromkeys(filter(partial(_like_a_score, record), record)))
     if not rows:
         raise ValueError(f"{source}: there is no row in it")
+    if unread:
+        names = ", ".join(map(repr, unread))
+        way_out = "call one 'score' to curate by it, or 'weight' to multiply the loss by it"
+        warnings.warn(f"{rows[0].where}: the columns {names} are not read; {way_out}", stacklevel=2)
     return rows
+
+
+def _like_a_score(record: Record, name: str) -> bool:
+    """Whether a column that is not read may have been meant as the row's score or weight."""
+    if not _SCORE_NAME.fullmatch(str(name)):
+        return False
+    value = _unquoted(record[name])
+    return all(map(is_number, value)) if isinstance(value, list) and value else is_number(value)
 
 
 def to_row(record: Record, where: str) -> Row:

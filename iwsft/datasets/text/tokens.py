@@ -25,6 +25,7 @@ from iwsft.trajectory import (
     TOKENS,
     check_data_weights,
     from_steps,
+    lengths,
     per_trajectory,
     select,
 )
@@ -94,6 +95,7 @@ def tokenize(
         *(_encode(row, tokenizer, chat, max_length) for row in rows), strict=True
     )
     sizes = torch.tensor([len(row_ids) for row_ids in ids])
+    traj_ids = torch.arange(len(rows)).repeat_interleave(sizes)
     weight = torch.cat(weights)
     mask = weight != 0
     steps: dict[NestedKey, Tensor] = {
@@ -104,10 +106,13 @@ def tokenize(
     }
     if DATA_WEIGHT in columns or bool((mask & (weight != 1)).any()):
         steps[DATA_WEIGHT] = (weight * steps.get(DATA_WEIGHT, 1.0)).float()
+        beyond = traj_ids[~steps[DATA_WEIGHT].isfinite()]
+        if len(beyond):
+            where = rows[int(beyond[0])].where
+            raise ValueError(f"{where}: the weight is beyond float32; divide all by one factor")
         check_data_weights(steps[DATA_WEIGHT], "the weight of the tokens")
     if any(row.ref_log_probs is not None for row in rows):
         steps[GIVEN_REF_LOG_PROB] = torch.cat(given)
-    traj_ids = torch.arange(len(rows)).repeat_interleave(sizes)
     truncated = {number: cut for number, cut in enumerate(cuts) if cut}
     notes = _notes(rows, chat, unknown)
     if truncated:
@@ -136,7 +141,9 @@ def weigh_correct(
     """Weigh packed trajectories by whether a checker accepted them: ``right``, or ``wrong``.
 
     None is left out. The weight multiplies their ``data_weight``. ``success_rate`` becomes the
-    share of accepted ones among all. The result shares memory with ``trajectories``.
+    share of accepted ones among the rows of the same prompt, the tokens before the first that is
+    trained, or among all rows where a prompt has one row. The result shares memory with
+    ``trajectories``.
 
     Raises:
         KeyError: There is no ``correct``.
@@ -151,8 +158,24 @@ def weigh_correct(
     mask = trajectories.get(ASSISTANT_MASK)
     weight = torch.where(trajectories.get(CORRECT), right, wrong) * mask
     weight = weight * trajectories.get(DATA_WEIGHT, default=torch.ones_like(weight))
-    rate = torch.full_like(weight, float(correct.float().mean()))
-    return trajectories.copy().set(DATA_WEIGHT, weight).set(SUCCESS_RATE, rate)
+    weighed: TensorDictBase = trajectories.copy().set(DATA_WEIGHT, weight)
+    rate = _success_rates(trajectories, correct)
+    return weighed.set(SUCCESS_RATE, rate.repeat_interleave(lengths(trajectories)))
+
+
+def _success_rates(trajectories: TensorDictBase, correct: Tensor) -> Tensor:
+    """Share of right rows of each row's prompt, or of all rows, float32 ``[n]``."""
+    sizes = lengths(trajectories).tolist()
+    tokens, masks = (trajectories.get(key).split(sizes) for key in (TOKENS, ASSISTANT_MASK))
+    prompts: dict[tuple[int, ...], list[int]] = {}
+    for row, (ids, mask) in enumerate(zip(tokens, masks, strict=True)):
+        prompts.setdefault(tuple(ids[: int(mask.int().argmax())].tolist()), []).append(row)
+    right = correct.float()
+    rates = right.mean().repeat(len(right))
+    for rows in prompts.values():
+        if len(rows) > 1:
+            rates[rows] = right[rows].mean()
+    return rates
 
 
 def _encode(

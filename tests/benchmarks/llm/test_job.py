@@ -331,7 +331,10 @@ def test_d_plus_and_its_multiplicity(small: tuple[str, str], tmp_path: Path) -> 
         trained = data.get(DATA_WEIGHT)[data.get(DATA_WEIGHT) != 0]
         assert sorted(trained.unique().tolist()) == pytest.approx(sorted(weights))
         assert float(trained[0]) == pytest.approx(weights[0] if first else weights[1])
-        assert float(data.get(SUCCESS_RATE)[0]) == pytest.approx(rate)
+        asked = [row.prompt for row in prepared.rows]
+        once = torch.tensor([asked.count(prompt) == 1 for prompt in asked])
+        rates = data.get(SUCCESS_RATE)[lengths(data).cumsum(0) - 1]
+        torch.testing.assert_close(rates[once], torch.full_like(rates[once], rate))
     settings = replace(settings, baseline_margin=rate)
     with pytest.raises(ValueError, match="must be below the share of right rows"):
         curated(prepared.rows, tokenizer, ALGORITHMS["asymre"], settings, seed=0)

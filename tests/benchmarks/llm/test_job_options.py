@@ -49,7 +49,6 @@ from iwsft.presets import ImportanceWeights
         ("--algo iw-sft --reference none", "reference='none' and reduce='sum' weigh by"),
         ("--algo iw-sft-step --reference none", "ClipRatio(min=0.2, max=1.8) is for q / pi_ref"),
         ("--algo topr --cuts 50", "--cuts (50.0,) changes nothing"),
-        ("--algo nft --nft-epsilon 2", "RefuteRatio(epsilon=2.0) must be in (0, 1]"),
         ("--algo topr --baseline-margin 0.2", "--baseline-margin 0.2 changes nothing"),
         ("--algo eaft --eaft-top-k 1", "--eaft-top-k 1: at least 2"),
         ("--algo base --max-steps 5", "--max-steps 5 changes nothing"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from typing import Any
 
 import datasets
@@ -179,6 +180,25 @@ def test_columns_that_change_nothing_are_not_read(columns):
     assert row.messages == tuple(CHAT["messages"]) and not row.template_kwargs
     pair = to_row({**columns, "prompt": "2+2?", "completion": "vier 😀"}, "f:1")
     assert (pair.prompt, pair.completion) == ("2+2?", "vier 😀")
+
+
+@pytest.mark.parametrize(
+    ("columns", "named"),
+    [
+        ({"reward": 1.5}, "'reward'"),
+        ({"advantage": "-0.5", "returns": 2}, "'advantage', 'returns'"),
+        ({"token_rewards": [0.5, 1], "quality_score": 0}, "'token_rewards', 'quality_score'"),
+        ({"reward": 1.5, "score": 2}, None),
+        ({"advantage": 1.5, "weight": 2}, None),
+        ({"reward": "high", "scores": None, "rewards": [], "no_scorers": 3}, None),
+    ],
+)
+def test_a_column_like_a_score_is_told_once(columns, named):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rows = read([{**CHAT, **columns}, {**CHAT, **columns}])
+    assert len(rows) == 2 and len(caught) == (named is not None)
+    assert all(f"the columns {named} are not read; call one 's" in str(w.message) for w in caught)
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,13 @@ import torch
 
 from iwsft import curate
 from iwsft.datasets.text.rows import Row, to_row
-from iwsft.datasets.text.tokens import correct_only, tokenize
+from iwsft.datasets.text.tokens import correct_only, tokenize, weigh_correct
 from iwsft.trajectory import (
     ASSISTANT_MASK,
     ATTENTION_MASK,
     DATA_WEIGHT,
     MULTIPLICITY,
+    SUCCESS_RATE,
     TOKENS,
     TRAJ_IDS,
     Segments,
@@ -150,6 +151,8 @@ def test_columns_that_only_some_rows_have():
         tokenize(rows(2, count=[0, 0]), byte_level())
     with pytest.raises(ValueError, match="the weight of the tokens is 0 everywhere"):
         tokenize(rows(2, weight=[0, 0]), byte_level())
+    with pytest.raises(ValueError, match="f:1: the weight is beyond float32"):
+        tokenize(rows(2, weight=[1, -1e40]), byte_level())
     with pytest.raises(ValueError, match="no row to tokenise"):
         tokenize([], byte_level())
     with pytest.raises(ValueError, match="max_length=1 leaves nothing"):
@@ -241,3 +244,18 @@ def test_log_probs_of_the_policy_that_wrote_a_row():
     for wrong in (-0.5, [0.0, None], "0"):
         with pytest.raises(ValueError, match="ref_log_probs must be a list with a finite number"):
             to_row({**pair, "ref_log_probs": wrong}, "f:1")
+
+
+def test_the_success_rate_is_that_of_the_prompt_where_it_has_several_rows():
+    asked = [("two and", True), ("how", False), ("two and", False), ("two and", True), ("2", True)]
+    made = [
+        to_row({"prompt": prompt, "completion": " two", "correct": right}, "f")
+        for prompt, right in (*asked, ("two", False), ("two", False))
+    ]
+    batch = tokenize(made, byte_level()).trajectories
+    weighed = weigh_correct(batch)
+    ends = lengths(batch).cumsum(0) - 1
+    expected = [2 / 3, 3 / 7, 2 / 3, 2 / 3, 3 / 7, 0, 0]
+    assert weighed.get(SUCCESS_RATE)[ends].tolist() == pytest.approx(expected)
+    assert weighed.get(DATA_WEIGHT)[ends].tolist() == [1, -1, -1, 1, 1, -1, -1]
+    assert batch.get(SUCCESS_RATE, default=None) is None

@@ -27,7 +27,7 @@ from benchmarks.llm.recipes.chat import (
 from benchmarks.statistics import interval_over_questions, t_interval
 from iwsft.datasets.text.rows import Row, to_row
 
-FAST = ("--learning-rate", "0.003", "--max-steps", "6", "--jobs", "1")
+FAST = {"--learning-rate": "0.003", "--max-steps": "6", "--jobs": "1"}
 
 
 def chat(a: int, b: int, **more: Any) -> dict[str, Any]:
@@ -45,6 +45,7 @@ def write(path: Path, rows: Iterable[dict[str, Any]]) -> str:
     return str(path)
 
 
+NEGATIVE = [chat(k, 3) | {"weight": -0.5 if k else 1} for k in range(20)]
 SCORED = [chat(k, 3, score=k / 40) for k in range(40)]
 
 
@@ -54,10 +55,12 @@ def finetune(
 ) -> Callable[..., str]:
     """``finetune(rows, flag, ...)``: the command on rows or a source; what it prints."""
 
-    def run(rows: Any, *flags: str, model: str = str(tiny_qwen2)) -> str:
+    def run(rows: Any, *flags: str) -> str:
         data = rows if isinstance(rows, str) else write(tmp_path / "rows.jsonl", rows)
-        words = ["--recipe", "chat", "--model", model, "--data", data]
-        main([*words, "--out", str(tmp_path / "runs"), *FAST, *flags])
+        words = {"--recipe": "chat", "--model": str(tiny_qwen2), "--data": data, **FAST}
+        words["--out"] = str(tmp_path / "runs")
+        own = [word for pair in words.items() if pair[0] not in flags for word in pair]
+        main([*own, *flags])
         return capsys.readouterr().out
 
     return run
@@ -194,6 +197,13 @@ def test_one_prompt_has_no_interval(finetune: Callable[..., str], tmp_path: Path
         ([dict(row, correct=False) for row in SCORED], "", "leaves 0 of 0 prompts to test on"),
         ([{"text": "a"}], "", "rows.jsonl:1: column 'prompt' is missing"),
         (SCORED, "--lora-rank 0", "--lora-rank 0: at least 1"),
+        (NEGATIVE, "--algo iw-sft", "rows.jsonl:2: the weight is negative, .* --no-self-normalize"),
+        (NEGATIVE, "--algo dft sft", "rows.jsonl:2: the weight is negative, and the loss of sft"),
+        (
+            [dict(row, correct=row == SCORED[0]) for row in SCORED],
+            "--eval-share 0.9",
+            "and 0 rows to train on, 39 wrong ones aside",
+        ),
     ],
 )
 def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
