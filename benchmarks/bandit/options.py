@@ -22,7 +22,7 @@ class Options:
     """Train methods on the pulls of a policy, most on its successes; plot their mean rewards."""
 
     algo: tuple[str, ...] = ("sft", "iw-sft")
-    """Methods, by their names in benchmarks.llm."""
+    """Methods, by their names in the language job."""
     right: float = 0.5
     """P(right) of pi_ref, which pulls D, and which training starts at."""
     seeds: int = 5

@@ -51,6 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         _model(found / MODEL)
         _rows(found / "mine.jsonl", 64, seed=0)
         _rows(found / "held-out.jsonl", 6, seed=1)
+        (found / "math.jsonl").touch()
         lines = (
             Path(__file__).parents[1] / "datasets" / "text" / "data" / "s1k-1.1-synthetic.jsonl"
         ).read_text()

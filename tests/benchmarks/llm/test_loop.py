@@ -80,7 +80,9 @@ def run(
 
     def call(*flags: str, out: str = "loop", verifier: str = "parity") -> list[dict[str, Any]]:
         words = words_of(place, verifier)
-        loop([*words, "--out", str(tmp_path / out), *flags])
+        pairs = zip(words[::2], words[1::2], strict=True)
+        own = [word for pair in pairs if pair[0] not in flags for word in pair]
+        loop([*own, "--out", str(tmp_path / out), *flags])
         return table(tmp_path / out)
 
     return call
