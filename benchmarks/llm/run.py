@@ -354,7 +354,7 @@ def _train(run: Run, algorithm: Variant, prepared: Prepared) -> dict[str, Any]:
         # PEFT's; the card of the run comes with its figures.
         (run.folder / checkpoint.FOLDER / "README.md").unlink(missing_ok=True)
     multiplicity = data.get(MULTIPLICITY)[lengths(data).cumsum(0) - 1]
-    trained = {
+    trained: dict[str, Any] = {
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "trajectories": int((multiplicity > 0).sum()),
