@@ -11,6 +11,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
 from torch import Tensor
 from torch.distributions import Distribution
+from torchrl.modules import IndependentNormal
 from torchrl.objectives.common import LossModule
 
 from baselines.critics import TargetUpdate, check_transitions, qvalue_networks, return_limit, values
@@ -21,6 +22,7 @@ from iwsft.policies import GaussianPolicy
 from iwsft.policy_loss import holding
 from iwsft.samplers import TransitionSampler
 from iwsft.training import Schedule
+from iwsft.update import NOISE
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ class AWACLoss(LossModule):
 
     Output: ``loss_actor``, ``loss_qvalue``, then detached scalars: ``entropy`` (mean of
     -log pi(a|s) over the data's actions), ``weight_mean``, ``pred_value`` (mean Q(s, a)).
-    Actions are drawn from torch's own generator, first a', then a''.
+    Actions come from the batch's entry ``noise``, the result of :meth:`draw_noise`, or else from
+    torch's own generator, first a', then a''.
 
     Raises:
         ValueError: Settings are out of range.
@@ -169,14 +172,27 @@ class AWACLoss(LossModule):
     def in_keys(self, values: list[NestedKey]) -> None:
         self._in_keys = values
 
+    def draw_noise(
+        self, batch: TensorDictBase, generator: torch.Generator | None
+    ) -> TensorDict | None:
+        """Draw standard normal noise for a' and a''; None unless the policy is a plain Normal."""
+        if self.actor_network[-1].distribution_class is not IndependentNormal:
+            return None
+        action = batch.get(self.tensor_keys.action)
+        drawn = {
+            name: torch.empty_like(action).normal_(generator=generator)
+            for name in ("following", "here")
+        }
+        return TensorDict(drawn, batch.batch_size)
+
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Return both losses and the diagnostics of a batch, see the class."""
         keys = self.tensor_keys
-        following = tensordict.get("next")
+        following, noise = tensordict.get("next"), tensordict.get(NOISE, default={})
         with holding(self.actor_network_params, self.actor_network):
             with torch.no_grad():
-                next_action = self._draw(self._dist(following))
+                next_action = self._draw(self._dist(following), noise.get("following"))
             dist = self._dist(tensordict)
         log_prob = dist.log_prob(tensordict.get(keys.action))
         qvalues = values(self.qvalue_network, tensordict, self.qvalue_network_params)
@@ -186,7 +202,9 @@ class AWACLoss(LossModule):
             terminated = tensordict.get(_next(keys.terminated)).squeeze(-1)
             reward = tensordict.get(_next(keys.reward)).squeeze(-1)
             target = reward + self.gamma * torch.where(terminated, 0.0, bootstrap)
-            value = self._least(tensordict, self._draw(dist), self.qvalue_network_params)
+            value = self._least(
+                tensordict, self._draw(dist, noise.get("here")), self.qvalue_network_params
+            )
             advantage = qvalues.amin(0) - value
             weight = (advantage / self.temperature).exp().clamp_max(self.max_weight)
 
@@ -213,8 +231,10 @@ class AWACLoss(LossModule):
     def _dist(self, batch: TensorDictBase) -> Distribution:
         return self.actor_network.get_dist(batch.select(*self.actor_network.in_keys))
 
-    def _draw(self, dist: Distribution) -> Tensor:
-        return dist.sample().clamp(*self.action_range)
+    def _draw(self, dist: Distribution, noise: Tensor | None) -> Tensor:
+        if noise is None:
+            return dist.sample().clamp(*self.action_range)
+        return (dist.mean + noise * dist.stddev).clamp(*self.action_range)
 
     def _least(self, batch: TensorDictBase, action: Tensor, params: TensorDictParams) -> Tensor:
         """Return the least Q of the ensemble at given actions ``[B]``."""

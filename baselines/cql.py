@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -29,6 +30,7 @@ from iwsft.policy_loss import holding
 from iwsft.samplers import TransitionSampler
 from iwsft.training import Schedule
 from iwsft.trajectory import REWARD
+from iwsft.update import NOISE
 
 # Upper limit of the penalty's multiplier, as in the authors' code.
 _MAX_MULTIPLIER = 1e6
@@ -104,7 +106,8 @@ class ConservativeLoss(CopyableLoss, CQLLoss):
     states and once at the next ones; nothing is written into the batch (no priorities). The
     critics are those of :mod:`baselines.critics`, actions are in [-1, 1].
 
-    It draws from torch's own generator, in this order: 1 + ``num_random`` actions at the states,
+    Actions come from the batch's entry ``noise``, the result of :meth:`draw_noise`, or else from
+    torch's own generator, in this order: 1 + ``num_random`` actions at the states,
     1 + ``num_random`` at the next states (2 ``num_random`` with ``max_q_backup``), uniform actions.
 
     Args:
@@ -143,17 +146,43 @@ class ConservativeLoss(CopyableLoss, CQLLoss):
             numbers.append("multiplier")
         return losses + numbers
 
+    @property
+    def _alpha(self) -> Tensor:
+        # TorchRL's reads ``data``, which a function transform does not allow.
+        if self.min_log_alpha is None and self.max_log_alpha is None:
+            alpha: Tensor = self.log_alpha.detach().exp()
+        else:
+            alpha = super()._alpha
+        return alpha
+
+    def draw_noise(
+        self, batch: TensorDictBase, generator: torch.Generator | None
+    ) -> TensorDict | None:
+        """Draw the noise of all actions; None for a policy that takes none."""
+        if not hasattr(self.actor_network[-1].distribution_class, "from_noise"):
+            return None
+        action, n = batch.get(self.tensor_keys.action), self.num_random
+        counts = {"mine": 1, "here": n, "after": n if self.max_q_backup else 1, "there": n}
+        drawn = {
+            name: action.new_empty(count, *action.shape).normal_(generator=generator)
+            for name, count in counts.items()
+        }
+        drawn["uniform"] = action.new_empty(n, *action.shape).uniform_(-1, 1, generator=generator)
+        # States first, as in every entry of a batch.
+        return TensorDict({name: x.movedim(0, 1) for name, x in drawn.items()}, batch.batch_size)
+
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Return all losses at the same parameters, as in the authors' code."""
         n = self.num_random
+        noise = _Noise(tensordict.get(NOISE, default=None))
         dist = self._policy(tensordict)
-        mine, log_prob = rsample_and_log_prob(dist)
+        mine, log_prob = (x.squeeze(0) for x in noise.act("mine", dist, 1))
         with torch.no_grad():
-            here = rsample_and_log_prob(dist, (n,))
+            here = noise.act("here", dist, n)
             next_dist = self._policy(tensordict.get("next"))
-            after = rsample_and_log_prob(next_dist, (n if self.max_q_backup else 1,))
-            there = rsample_and_log_prob(next_dist, (n,))
+            after = noise.act("after", next_dist, n if self.max_q_backup else 1)
+            there = noise.act("there", next_dist, n)
             target = self._target(tensordict, *after)
         q_data, gap = self._q_and_gap(tensordict, here, there)
 
@@ -209,7 +238,7 @@ class ConservativeLoss(CopyableLoss, CQLLoss):
         ``log(3 n)``: ``log sum_i exp Q(s, a_i) / density(a_i) - Q(s, a)``.
         """
         data = tensordict.get(self.tensor_keys.action)
-        uniform = torch.empty_like(here[0]).uniform_(-1, 1)
+        uniform = _Noise(tensordict.get(NOISE, default=None)).uniform(here[0])
         actions = torch.cat([data.unsqueeze(0), uniform, there[0], here[0]])
         q = self._values(tensordict, actions, self.qvalue_network_params)
         log_uniform = torch.full_like(here[1], -data.shape[-1] * math.log(2))
@@ -232,6 +261,26 @@ class ConservativeLoss(CopyableLoss, CQLLoss):
             inputs.set(self.tensor_keys.action, part)
             parts.append(values(self.qvalue_network, inputs, params))
         return torch.cat(parts, 1)
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """Actions from the noise of a batch; without noise they are drawn."""
+
+    of_batch: TensorDictBase | None
+
+    def act(self, name: str, dist: Any, count: int) -> tuple[Tensor, Tensor]:
+        """Return ``count`` actions for each state and their log-density, ``[count, B, ...]``."""
+        if self.of_batch is None:
+            return rsample_and_log_prob(dist, (count,))
+        actions: tuple[Tensor, Tensor] = dist.from_noise(self.of_batch.get(name).movedim(1, 0))
+        return actions
+
+    def uniform(self, like: Tensor) -> Tensor:
+        """Return uniform actions in [-1, 1]."""
+        if self.of_batch is None:
+            return torch.empty_like(like).uniform_(-1, 1)
+        return self.of_batch.get("uniform").movedim(1, 0)
 
 
 def published(dataset: str) -> tuple[Settings, str]:

@@ -193,7 +193,7 @@ class CopyableLoss(LossModule):
 
 
 class TargetUpdate(SoftUpdate):
-    """TorchRL's ``SoftUpdate``, one tensor at a time: a third of its time on small networks.
+    """TorchRL's ``SoftUpdate`` without TensorDicts: a third of its time on small networks.
 
     Args:
         loss: The loss whose ``target_..._params`` follow.
@@ -205,8 +205,9 @@ class TargetUpdate(SoftUpdate):
 
     @torch.no_grad()
     def _step(self, p_source: TensorDictBase, p_target: TensorDictBase) -> None:
-        for key, target in p_target.items(include_nested=True, leaves_only=True):
-            target.lerp_(p_source.get(key), 1 - self.eps)
+        pairs = p_target.items(include_nested=True, leaves_only=True)
+        targets, sources = zip(*[(x, p_source.get(key)) for key, x in pairs], strict=True)
+        torch._foreach_lerp_(targets, sources, 1 - self.eps)
 
 
 def check_transitions(trajectories: TensorDictBase) -> tuple[tuple[int, int], torch.device]:

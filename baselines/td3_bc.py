@@ -29,6 +29,7 @@ from iwsft.policies.linear import Linear
 from iwsft.samplers import TransitionSampler
 from iwsft.training import Schedule
 from iwsft.trajectory import ACTION, OBSERVATION
+from iwsft.update import NOISE
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,10 @@ class DelayedTD3BCLoss(CopyableLoss, TD3BCLoss):
     """TorchRL's ``TD3BCLoss``; a call leaves out the actor's loss when it is not due.
 
     Arguments, keys, parameters, noise and values are TorchRL's; ``loss_function="l2"`` is the
-    paper's. The targets' noise is drawn from torch's own generator, whether the actor is due or
-    not, and nothing else is drawn. All Q-networks, which must be of :mod:`baselines.critics`, run
-    in one call; the actor's loss evaluates only the first. Nothing is written into the batch (no
-    priorities).
+    paper's. The targets' noise is the batch's entry ``noise``, the result of :meth:`draw_noise`, or
+    else it is drawn from torch's own generator, whether the actor is due or not. All Q-networks,
+    which must be of :mod:`baselines.critics`, run in one call; the actor's loss
+    evaluates only the first. Nothing is written into the batch (no priorities).
 
     Both losses are taken at the same parameters; the authors' code updates the critics first.
 
@@ -91,6 +92,22 @@ class DelayedTD3BCLoss(CopyableLoss, TD3BCLoss):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.actor_due = True
+
+    @property
+    def phase(self) -> bool:
+        """Which of its two computations the next call makes, see :func:`iwsft.training.fit`."""
+        return self.actor_due
+
+    @phase.setter
+    def phase(self, actor_due: bool) -> None:
+        self.actor_due = actor_due
+
+    def draw_noise(
+        self, batch: TensorDictBase, generator: torch.Generator | None
+    ) -> TensorDictBase:
+        """Draw standard normal noise for the actions of the target policy."""
+        noise = torch.empty_like(batch.get(self.tensor_keys.action)).normal_(generator=generator)
+        return TensorDict({"action": noise}, batch.batch_size)
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -106,9 +123,9 @@ class DelayedTD3BCLoss(CopyableLoss, TD3BCLoss):
         """Return the squared error of each Q to r + gamma min Q' at the target's noisy action."""
         keys = self.tensor_keys
         action = tensordict.get(keys.action)
-        noise = (torch.randn_like(action) * self.policy_noise).clamp(
-            -self.noise_clip, self.noise_clip
-        )
+        noise = tensordict.get((NOISE, "action"), default=None)
+        noise = torch.randn_like(action) if noise is None else noise
+        noise = (noise * self.policy_noise).clamp(-self.noise_clip, self.noise_clip)
         with torch.no_grad():
             following = tensordict.get("next").select(*self.actor_network.in_keys)
             self._cached_target_actor(following)

@@ -45,8 +45,22 @@ class Summary:
         return "\n".join([", ".join(counts), *lines])
 
 
+@dataclass(frozen=True)
+class Stack:
+    """Runs that one call works on; its result is the error of each, None where there is none."""
+
+    runs: tuple[Run[Any], ...]
+
+    def __str__(self) -> str:
+        *others, last = (str(run.seed) for run in self.runs)
+        return f"{self.runs[0].dataset} {self.runs[0].algo} seeds {', '.join(others)} and {last}"
+
+
 def run_all(
-    work: Callable[[Any], object], runs: Sequence[Run[Any]], place: Place, summary: Summary
+    work: Callable[[Any], object],
+    runs: Sequence[Run[Any] | Stack],
+    place: Place,
+    summary: Summary,
 ) -> None:
     """Run ``work`` on every run at a place and count; a run that fails does not stop others.
 
@@ -55,11 +69,11 @@ def run_all(
     order, and their ``str`` names them. ``summary`` takes the counts and the errors.
     """
     waiting = deque((run, RETRIES) for run in runs)
-    running: dict[Future[str | None], tuple[Run[Any], int]] = {}
+    running: dict[Future[list[str | None]], tuple[Run[Any] | Stack, int]] = {}
     while waiting or running:
         while waiting and len(running) < place.jobs:
             run, retries = waiting.popleft()
-            running[place.submit(partial(_problem, work), run)] = run, retries
+            running[place.submit(partial(_problems, work), run)] = run, retries
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             run, retries = running.pop(future)
             lost = isinstance(future.exception(), place.lost)
@@ -67,15 +81,26 @@ def run_all(
                 tell(f"{run}: {place.loss}; it continues from its last checkpoint")
                 waiting.appendleft((run, retries - 1))
                 continue
-            problem = place.loss if lost else future.result()
-            if problem is None and not (run.folder / RESULT).exists():
-                problem = f"it ended without {run.folder / RESULT}; nodes must share --out"
-            if problem is None:
-                summary.done += 1
-                tell_score(run)
-            else:
-                summary.failed.append(f"{run}: {problem}")
-                tell(f"error: {run}: {problem}")
+            parts = _parts(run)
+            problems = [place.loss] * len(parts) if lost else future.result()
+            for part, problem in zip(parts, problems, strict=True):
+                _count(part, problem, summary)
+
+
+def _parts(run: Run[Any] | Stack) -> tuple[Run[Any], ...]:
+    return run.runs if isinstance(run, Stack) else (run,)
+
+
+def _count(run: Run[Any], problem: str | None, summary: Summary) -> None:
+    """Count a run that has ended, and write its score or its problem."""
+    if problem is None and not (run.folder / RESULT).exists():
+        problem = f"it ended without {run.folder / RESULT}; nodes must share --out"
+    if problem is None:
+        summary.done += 1
+        tell_score(run)
+    else:
+        summary.failed.append(f"{run}: {problem}")
+        tell(f"error: {run}: {problem}")
 
 
 def tell_score(run: Run[Any]) -> None:
@@ -89,12 +114,15 @@ def tell_score(run: Run[Any]) -> None:
     tell(f"{run}: done")
 
 
-def _problem(work: Callable[[Any], object], item: Any) -> str | None:
-    """Run one item, perhaps in a process of its own; the error that a user can mend, if any."""
+def _problems(work: Callable[[Any], object], item: Run[Any] | Stack) -> list[str | None]:
+    """Run one item, perhaps in a process of its own; of each run the error that can be mended."""
     try:
         with named():
-            work(item)
+            result = work(item)
     except expected() as error:
         stopping.check()
-        return one_line(error)
-    return None
+        return [one_line(error)] * len(_parts(item))
+    if isinstance(item, Stack):
+        assert isinstance(result, list)
+        return [None if error is None else one_line(error) for error in result]
+    return [None]

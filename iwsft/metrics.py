@@ -1,4 +1,4 @@
-"""Metrics of a run as JSON lines; a resumed run has no row twice."""
+"""Rows of metrics, and a run's log of them as JSON lines; a resumed run has no row twice."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
+
+from tensordict import TensorDictBase
 
 from iwsft.files import full_disk_named, written_whole
+from iwsft.schedule import Schedule
 
 FILE = "metrics.jsonl"
+Row = dict[str, float]
 
 
 class MetricsLog:
@@ -71,3 +76,34 @@ def read(path: Path) -> list[dict[str, float]]:
     """Read the rows of a ``metrics.jsonl``, without a last line that a kill cut short."""
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1]]
+
+
+def row_of(step: int, out: TensorDictBase, rates: Mapping[str, Any]) -> Row:
+    """Return a row of metrics: the sum of the losses, learning rates, and all outputs."""
+    scalars = {name: float(value.float().mean()) for name, value in out.detach().items()}
+    losses = [name for name in scalars if name.startswith("loss")]
+    row: Row = {"step": step, "loss": sum(scalars[name] for name in losses)}
+    row |= {f"lr_{name}" if name else "lr": float(lr) for name, lr in rates.items()}
+    # A single loss equals the sum.
+    omitted = losses if len(rates) == len(losses) == 1 else []
+    return row | {name: value for name, value in scalars.items() if name not in omitted}
+
+
+def check_limits(row: Row, limits: Mapping[str, float], schedules: Mapping[str, Schedule]) -> None:
+    """Refuse a loss that is not finite, and an output beyond its limit."""
+    step = int(row["step"])
+    if not math.isfinite(row["loss"]):
+        raise diverged("the loss is no longer finite", step, schedules)
+    for name, limit in limits.items():
+        # A loss may leave out the outputs of a network that is not due.
+        if name in row and not abs(row[name]) <= limit:
+            value = f"{name} is {row[name]:.4g}, beyond its limit ({limit:.4g})"
+            raise diverged(f"training has diverged: {value}", step, schedules)
+
+
+def diverged(problem: str, step: int, schedules: Mapping[str, Schedule]) -> FloatingPointError:
+    rates = ", ".join(f"{network.lr:g}" for network in schedules.values())
+    return FloatingPointError(
+        f"{problem} at update {step}; lower the learning rate ({rates}); the last good checkpoint "
+        "is kept"
+    )

@@ -132,7 +132,33 @@ class TrajectorySampler(_Sampler):
         return batch
 
 
-class StepSampler(_Sampler):
+class _StepSampler(_Sampler):
+    """Draws the same number of steps for each batch.
+
+    Drawing and reading are apart: a CUDA graph reads at positions that are drawn outside of it.
+    """
+
+    @abstractmethod
+    def draw(self) -> Tensor:
+        """Draw the positions of the next batch's steps, int64 ``[batch_size]`` on the host."""
+
+    @abstractmethod
+    def take(self, steps: Tensor) -> TensorDictBase:
+        """Read the batch of these positions, which are on the device of the trajectories."""
+
+    def sample(self) -> TensorDictBase:
+        """Draw the next batch: ``[batch_size]`` steps."""
+        # The host does not wait for the device that it copies to.
+        return self.take(self.draw().to(self.device, non_blocking=True))
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the trajectories."""
+        device: torch.device = self.trajectories.get(TRAJ_IDS).device
+        return device
+
+
+class StepSampler(_StepSampler):
     """Draws single steps: a trajectory, then one of its valid steps, uniformly.
 
     The expected loss and gradient are those of the length-normalised loss over whole trajectories,
@@ -159,21 +185,24 @@ class StepSampler(_Sampler):
         if len(empty):
             raise ValueError(f"trajectory {int(empty[0])} has every step masked; drop it")
 
-    def sample(self) -> TensorDictBase:
-        """Draw the next batch: ``[batch_size]`` steps, each a trajectory of length 1."""
+    def draw(self) -> Tensor:
+        """Draw the positions of the next batch's steps."""
         positions = self._draw()
         uniform = torch.rand(self.batch_size, generator=self._generator, dtype=torch.float64)
         steps = self._starts[positions] + (uniform * self._choices[positions]).long()
         if self._positions is not None:
             steps = self._positions[steps]
+        return steps
+
+    def take(self, steps: Tensor) -> TensorDictBase:
+        """Read the steps at these positions, each a trajectory of length 1."""
         # All steps are valid, and each counts once.
         batch = self._gather(steps).exclude(MASK, MULTIPLICITY)
-        device = batch.get(TRAJ_IDS).device
-        batch.set(TRAJ_IDS, torch.arange(self.batch_size, device=device))
+        batch.set(TRAJ_IDS, torch.arange(self.batch_size, device=steps.device))
         return batch
 
 
-class TransitionSampler(_Sampler):
+class TransitionSampler(_StepSampler):
     """Draws single transitions with entries ``keys``, all with the same probability."""
 
     def __init__(
@@ -196,12 +225,15 @@ class TransitionSampler(_Sampler):
             raise ValueError("there is no step to draw: every step is masked")
         self._until = None if bool((tickets == 1).all()) else tickets.cumsum(0)
 
-    def sample(self) -> TensorDictBase:
-        """Draw the next batch: ``[batch_size]`` steps."""
+    def draw(self) -> Tensor:
+        """Draw the positions of the next batch's steps."""
         steps = torch.randint(self._total, (self.batch_size,), generator=self._generator)
         if self._until is not None:
             steps = torch.searchsorted(self._until, steps, right=True)
-        steps = steps.to(self.trajectories.get(TRAJ_IDS).device)
+        return steps
+
+    def take(self, steps: Tensor) -> TensorDictBase:
+        """Read the steps at these positions."""
         return _take(self.trajectories.select(*(self.keys or ())), steps)
 
 

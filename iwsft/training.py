@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
-from tensordict import TensorDictBase
-from torch import nn
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import TargetNetUpdater
 
 from iwsft import checkpoint
-from iwsft.metrics import MetricsLog
+from iwsft.metrics import MetricsLog, check_limits, diverged, row_of
+from iwsft.metrics import Row as Row
 from iwsft.progress import Progress
+from iwsft.schedule import Schedule as Schedule
+from iwsft.schedule import course_of, make_optimizer, set_rates
+from iwsft.update import NOISE, Learning, Update, check_static
 
-Row = dict[str, float]
+_STEPS = "steps"
 
 
 class Sampler(Protocol):
@@ -34,47 +39,6 @@ class Sampler(Protocol):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Updates and their learning rate (paper, Appendix F).
-
-    Args:
-        steps: Number of updates.
-        lr: Peak of Adam's learning rate.
-        warmup: Number of updates of linear warm-up from 0.
-        decay: Learning rate after the warm-up: ``"cosine"`` to 0, or ``"constant"``.
-        weight_decay: Weight decay, decoupled from the gradient as in AdamW.
-        clip_norm: Largest norm of the gradient; a longer one is scaled down to it.
-
-    Raises:
-        ValueError: A value is out of range.
-    """
-
-    steps: int
-    lr: float
-    warmup: int = 0
-    decay: Literal["cosine", "constant"] = "cosine"
-    weight_decay: float = 0.0
-    clip_norm: float = math.inf
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or not 0 < self.lr < math.inf or self.warmup < 0:
-            raise ValueError(f"{self}: steps and lr must be positive, warmup not negative")
-        if not (0 <= self.weight_decay < math.inf and self.clip_norm > 0):
-            raise ValueError(f"{self}: weight_decay must not be negative, clip_norm positive")
-        if self.decay not in ("cosine", "constant"):
-            raise ValueError(f"{self}: decay must be 'cosine' or 'constant'")
-
-    def factor(self, step: int) -> float:
-        """Return the share of ``lr`` at update ``step`` (from 0)."""
-        if step < self.warmup:
-            return step / self.warmup
-        if self.decay == "constant":
-            return 1.0
-        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 @dataclass(frozen=True)
@@ -96,6 +60,35 @@ class Cost:
     cpu_seconds: float
 
 
+def _generators() -> dict[str, torch.Tensor]:
+    """Return the state of torch's own generators, which losses with noise draw from."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+@dataclass(frozen=True)
+class Training:
+    """The arguments of :func:`fit` that belong to one seed of :func:`fit_stack`.
+
+    Attributes:
+        draws: State of torch's generators when this is made, from which the noise of the loss
+            continues where there are several seeds.
+    """
+
+    loss: LossModule
+    sampler: Sampler
+    schedule: Schedule | Mapping[str, Schedule]
+    updater: TargetNetUpdater | None = None
+    limits: Mapping[str, float] = field(default_factory=dict)
+    probes: Sequence[Probe] = ()
+    folder: Path | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    report: Callable[[Row], None] | None = None
+    draws: dict[str, Tensor] = field(default_factory=_generators)
+
+
 def fit(
     loss: LossModule,
     sampler: Sampler,
@@ -110,6 +103,7 @@ def fit(
     log_every: int = 50,
     report: Callable[[Row], None] | None = None,
     progress: bool = False,
+    graph: bool = False,
 ) -> Cost:
     """Train a loss's networks in place: sample, loss, Adam step, targets (or q) follow.
 
@@ -136,66 +130,229 @@ def fit(
         log_every: Number of updates between rows of metrics.
         report: Function that is called with every row.
         progress: Whether to show rate, time left and loss on stderr.
+        graph: Whether to capture the update, from the reading of the batch to Adam, as a CUDA
+            graph. Loss and data are on the GPU then, and only rows and checkpoints wait for it. The
+            parameters are those without a graph, bit for bit. What a loss computes must not depend
+            on values of tensors; it draws noise in a method ``draw_noise(batch, generator)``, whose
+            TensorDict is the batch's entry ``noise``, and names different computations by
+            ``phase``.
 
     Raises:
-        ValueError: The schedules do not fit the networks of the loss.
+        ValueError: The schedules do not fit the networks of the loss, or a graph is asked for on
+            another device than a GPU, or of whole trajectories, whose batches differ in shape.
         FloatingPointError: Loss or parameters are no longer finite, or an output exceeds its limit;
             the last good checkpoint stays.
         iwsft.checkpoint.CheckpointError: The checkpoint is corrupt, or of other settings.
         OSError: The disk is full; the last checkpoint stays.
     """
-    schedules = schedule if isinstance(schedule, Mapping) else {"": schedule}
-    optimizer = _optimizer(loss, schedules)
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, [s.factor for s in schedules.values()])
-    steps = next(iter(schedules.values())).steps
-    parts = {"loss": loss, "optimizer": optimizer, "rate": rate, "sampler": sampler}
-    if updater is not None:
-        parts["updater"] = updater
-    run = _Run(folder, parts, settings or {}, schedules)
-    start, before = run.resume()
-    if start >= steps:
-        return before
-    wall = before.wall_seconds - time.perf_counter()
-    cpu = before.cpu_seconds - time.process_time()
+    parts: Any = updater, limits or {}, probes, folder, settings or {}, report
+    training = Training(loss, sampler, schedule, *parts)
+    options = {"checkpoint_every": checkpoint_every, "log_every": log_every}
+    (outcome,) = fit_stack([training], **options, progress=progress, graph=graph)
+    if isinstance(outcome, FloatingPointError):
+        raise outcome
+    return outcome
 
-    def cost() -> Cost:
-        return Cost(wall + time.perf_counter(), cpu + time.process_time())
 
-    metrics = MetricsLog(folder, after=start) if folder is not None else nullcontext()
-    with _interrupts_unmasked(), metrics as log, Progress(shown=progress) as display:
-        task = display.add_task("updates", total=steps, completed=start)
-        for step in range(start + 1, steps + 1):
-            batch = sampler.sample()
-            out = loss(batch)
-            _update(optimizer, out, schedules)
-            last = step == steps
-            due = [probe for probe in probes if step % probe.every == 0 or last]
-            save = last or (folder is not None and step % checkpoint_every == 0)
-            measure = bool(due) or step % log_every == 0 or step == 1 or last
-            if measure or save:
-                row = _row(step, out, dict(zip(schedules, rate.get_last_lr(), strict=True)))
-                _check_limits(row, limits or {}, schedules)
-            if measure:
-                for probe in due:
-                    row |= probe.look(batch)
-                row["wall_seconds"] = cost().wall_seconds
-                if log is not None:
-                    log.write(row)
-                if report is not None:
-                    report(row)
-                display.update(task, completed=step, note=f"loss {row['loss']:.4g}")
-            elif progress:
-                display.advance(task)
-            rate.step()
-            # After the probes, which see the q that weighed the batch.
-            if updater is not None:
-                updater.step()
-            # A last gradient can be NaN although its loss was finite.
-            if save and not all(bool(p.isfinite().all()) for p in loss.parameters()):
-                raise _diverged("the policy is no longer finite", step, schedules)
-            if save:
-                run.save(step, cost())
-    return cost()
+def fit_stack(
+    trainings: Sequence[Training],
+    *,
+    checkpoint_every: int = 500,
+    log_every: int = 50,
+    progress: bool = False,
+    graph: bool = False,
+) -> list[Cost | FloatingPointError]:
+    """Train several seeds of one algorithm at once, as one stacked batch of networks.
+
+    Each seed has the random numbers, the parameters up to rounding, and the files of a run of its
+    own, and can be resumed alone. Seeds with checkpoints of different updates are trained one after
+    another; one that diverges leaves the stack.
+
+    Args:
+        trainings: What to train, with the same sizes and schedules. Samplers draw single steps.
+        checkpoint_every: As in :func:`fit`, and so are the others.
+        log_every: Number of updates between rows.
+        progress: Whether to show the progress of the first seed.
+        graph: Whether to capture the update as a CUDA graph.
+
+    Returns:
+        For each the cost, a share of the processor's time, or the error by which it diverged.
+    """
+    seeds = [_Seed(each, graph=graph, alone=len(trainings) == 1) for each in trainings]
+    groups: dict[int, list[_Seed]] = {}
+    for seed in seeds:
+        if seed.start < seed.steps:
+            groups.setdefault(seed.start, []).append(seed)
+    for start, group in groups.items():
+        with _interrupts_unmasked(), ExitStack() as files, Progress(shown=progress) as display:
+            task = display.add_task("updates", total=group[0].steps, completed=start)
+            for seed in group:
+                seed.open(files, share=1 / len(group))
+            for step in _updates(group, log_every, checkpoint_every, graph=graph):
+                row = group[0].row
+                if row.get("step") == step:
+                    display.update(task, completed=step, note=f"loss {row['loss']:.4g}")
+                elif progress:
+                    display.advance(task)
+    return [seed.outcome for seed in seeds]
+
+
+def _updates(
+    seeds: Sequence[_Seed], log_every: int, checkpoint_every: int, *, graph: bool
+) -> Iterator[int]:
+    """Make the updates of seeds that start at the same one; yield their numbers."""
+    first, last = seeds[0].start + 1, seeds[0].steps
+    update = Update([seed.learning for seed in seeds], graph=graph)
+    try:
+        for step in range(first, last + 1):
+            for seed in seeds:
+                seed.set_rates(step)
+            results = update([seed.draw() for seed in seeds])
+            measure = step % log_every == 0 or step in (1, last)
+            save = step % checkpoint_every == 0 or step == last
+            for seed, out, batch in zip(seeds, *results, strict=True):
+                seed.follow(step, out, batch, measure=measure, save=save)
+            yield step
+            if any(seed.diverged for seed in seeds):
+                update.close()
+                seeds = [seed for seed in seeds if not seed.diverged]
+                if not seeds:
+                    return
+                update = Update([seed.learning for seed in seeds], graph=graph)
+    finally:
+        update.close()
+
+
+class _Seed:
+    """A training that is under way: its optimizer, its random numbers, its files."""
+
+    def __init__(self, training: Training, *, graph: bool, alone: bool) -> None:
+        self._training = training
+        loss, sampler, schedule = training.loss, training.sampler, training.schedule
+        self._schedules = schedule if isinstance(schedule, Mapping) else {"": schedule}
+        self.steps = next(iter(self._schedules.values())).steps
+        self._device = next(loss.parameters()).device
+        if graph or not alone:
+            check_static(loss, sampler, graph=graph, stacked=not alone)
+        optimizer = make_optimizer(loss, self._schedules, capturable=graph)
+        clip_norms = [network.clip_norm for network in self._schedules.values()]
+        self._graph = graph
+        self.learning = Learning(loss, optimizer, clip_norms, self._read if graph else _as_drawn)
+        # Without one, the noise of the loss comes from torch's own generator.
+        self._noise: torch.Generator | None = None
+        if not alone:
+            self._noise = torch.Generator(self._device)
+            self._noise.set_state(training.draws[self._device.type])
+        parts = {"loss": loss, "optimizer": optimizer, "sampler": sampler}
+        if training.updater is not None:
+            parts["updater"] = training.updater
+        self._run = _Run(training.folder, parts, training.settings, self._schedules, self._noise)
+        self.start, self._before = self._run.resume()
+        for group in optimizer.param_groups:
+            group["capturable"] = graph
+        self._rates: list[float] = []
+        self._log: MetricsLog | None = None
+        self.row: Row = {}
+        self.outcome: Cost | FloatingPointError = self._before
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the training has ended by an error of its numbers."""
+        return isinstance(self.outcome, FloatingPointError)
+
+    def open(self, files: ExitStack, *, share: float) -> None:
+        """Open the log until ``files`` close; ``share`` is that of the processor's time."""
+        if self._training.folder is not None:
+            log = MetricsLog(self._training.folder, after=self.start)
+            self._log = files.enter_context(log)
+        self._share = share
+        self._since = time.perf_counter(), time.process_time()
+
+    def cost(self) -> Cost:
+        """Cost up to now."""
+        wall, cpu = self._since
+        return Cost(
+            self._before.wall_seconds + time.perf_counter() - wall,
+            self._before.cpu_seconds + self._share * (time.process_time() - cpu),
+        )
+
+    def set_rates(self, step: int) -> None:
+        """Set the learning rates of an update."""
+        rates = [network.lr * network.factor(step - 1) for network in self._schedules.values()]
+        if rates != self._rates:
+            set_rates(self.learning.optimizer, rates)
+        self._rates = rates
+
+    def draw(self) -> TensorDictBase:
+        """Draw all random numbers of an update: a batch with noise, or what it is read from."""
+        sampler: Any = self._training.sampler
+        if self._graph:
+            drawn: TensorDictBase = TensorDict({_STEPS: sampler.draw()}, [sampler.batch_size])
+        else:
+            drawn = sampler.sample()
+        draw_noise = getattr(self._training.loss, "draw_noise", None)
+        if draw_noise is not None:
+            noise = draw_noise(self._shape if self._graph else drawn, self._noise)
+            drawn = drawn if noise is None else drawn.copy().set(NOISE, noise)
+        return drawn
+
+    @cached_property
+    def _shape(self) -> TensorDictBase:
+        """A batch of the shape, dtype and device of all batches."""
+        sampler: Any = self._training.sampler
+        steps = torch.zeros(sampler.batch_size, dtype=torch.int64, device=self._device)
+        batch: TensorDictBase = sampler.take(steps)
+        return batch
+
+    def _read(self, drawn: TensorDictBase) -> TensorDictBase:
+        sampler: Any = self._training.sampler
+        batch: TensorDictBase = sampler.take(drawn.get(_STEPS))
+        noise = drawn.get(NOISE, default=None)
+        return batch if noise is None else batch.set(NOISE, noise)
+
+    def follow(
+        self, step: int, out: TensorDictBase, batch: TensorDictBase, *, measure: bool, save: bool
+    ) -> None:
+        """Do what follows an update: measurements, targets or q, checkpoint."""
+        try:
+            self._follow(step, out, batch, measure=measure, save=save)
+        except FloatingPointError as error:
+            self.outcome = error
+        else:
+            if step == self.steps:
+                self.outcome = self.cost()
+
+    def _follow(
+        self, step: int, out: TensorDictBase, batch: TensorDictBase, *, measure: bool, save: bool
+    ) -> None:
+        training, schedules = self._training, self._schedules
+        last = step == self.steps
+        due = [probe for probe in training.probes if step % probe.every == 0 or last]
+        save = save and (last or training.folder is not None)
+        if measure or due or save:
+            row = row_of(step, out, dict(zip(schedules, self._rates, strict=True)))
+            check_limits(row, training.limits, schedules)
+        if measure or due:
+            for probe in due:
+                row |= probe.look(batch)
+            row["wall_seconds"] = self.cost().wall_seconds
+            if self._log is not None:
+                self._log.write(row)
+            if training.report is not None:
+                training.report(row)
+            self.row = row
+        # After the probes, which see the q that weighed the batch.
+        if training.updater is not None:
+            training.updater.step()
+        # A last gradient can be NaN although its loss was finite.
+        if save and not all(bool(p.isfinite().all()) for p in training.loss.parameters()):
+            raise diverged("the policy is no longer finite", step, schedules)
+        if save:
+            self._run.save(step, self.cost())
+
+
+def _as_drawn(batch: TensorDictBase) -> TensorDictBase:
+    return batch
 
 
 @contextmanager
@@ -212,19 +369,6 @@ def _interrupts_unmasked() -> Iterator[None]:
         raise
 
 
-def _update(
-    optimizer: torch.optim.Optimizer, out: TensorDictBase, schedules: Mapping[str, Schedule]
-) -> None:
-    """Move the parameters against the gradient of the sum of the losses."""
-    optimizer.zero_grad()
-    losses = [value for name, value in out.items() if name.startswith("loss")]
-    (losses[0] if len(losses) == 1 else torch.stack(losses).sum()).backward()
-    for group, network in zip(optimizer.param_groups, schedules.values(), strict=True):
-        if network.clip_norm < math.inf:
-            nn.utils.clip_grad_norm_(group["params"], network.clip_norm)
-    optimizer.step()
-
-
 @dataclass(frozen=True)
 class _Run:
     """What a checkpoint in ``folder`` holds; without a folder there is none."""
@@ -233,13 +377,20 @@ class _Run:
     parts: Mapping[str, Any]
     settings: dict[str, Any]
     schedules: Mapping[str, Schedule]
+    # Generator of the noise, where it is not torch's own.
+    noise: torch.Generator | None = None
 
     def save(self, step: int, cost: Cost) -> None:
         if self.folder is None:
             return
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"draws": _generators(), "step": step, **asdict(cost)}
-        state["schedule"] = _course(self.schedules)
+        draws = _generators()
+        if self.noise is not None:
+            # A view of a stack would be written with all of it.
+            state = tree_map_only(Tensor, torch.clone, state)
+            draws[self.noise.device.type] = self.noise.get_state()
+        state |= {"draws": draws, "step": step, **asdict(cost)}
+        state["schedule"] = course_of(self.schedules)
         checkpoint.save(self.folder / checkpoint.FOLDER, state, self.settings)
 
     def resume(self) -> tuple[int, Cost]:
@@ -250,7 +401,7 @@ class _Run:
         if not state.keys() >= self.parts.keys():
             needs = ", ".join(self.parts)
             raise self._other(f"{', '.join(sorted(state))}, this run needs {needs}")
-        course, steps = _course(self.schedules), next(iter(self.schedules.values())).steps
+        course, steps = course_of(self.schedules), next(iter(self.schedules.values())).steps
         differ = checkpoint.differences(state.get("schedule", course), course)
         if state["step"] > steps:
             differ = f"{state['step']} updates are done, {steps} are asked for"
@@ -259,7 +410,9 @@ class _Run:
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         # A finished run leaves the random numbers of what comes after it alone.
-        if state["step"] < steps:
+        if state["step"] < steps and self.noise is not None:
+            self.noise.set_state(state["draws"][self.noise.device.type])
+        elif state["step"] < steps:
             torch.set_rng_state(state["draws"]["cpu"])
             if "cuda" in state["draws"]:
                 torch.cuda.set_rng_state(state["draws"]["cuda"])
@@ -267,72 +420,3 @@ class _Run:
 
     def _other(self, contents: str) -> checkpoint.CheckpointError:
         return checkpoint.CheckpointError(f"{self.folder} holds {contents}; choose another folder")
-
-
-def _course(schedules: Mapping[str, Schedule]) -> dict[str, Any]:
-    """Return what learning rates depend on: not on the length of a constant schedule."""
-    course = {name or "all": asdict(network) for name, network in schedules.items()}
-    for values in course.values():
-        if values["decay"] == "constant":
-            del values["steps"]
-    return course
-
-
-def _optimizer(loss: LossModule, schedules: Mapping[str, Schedule]) -> torch.optim.Adam:
-    """Return Adam with a group for each schedule, whose parameters' names start with its name."""
-    if len({network.steps for network in schedules.values()}) != 1:
-        raise ValueError(f"all networks need the same number of steps: {schedules}")
-    groups: dict[str, dict[str, Any]] = {
-        name: {"params": [], "lr": network.lr, "weight_decay": network.weight_decay}
-        for name, network in schedules.items()
-    }
-    for name, parameter in loss.named_parameters():
-        # Functional losses name a network's parameters "NETWORK_params".
-        owners = [network for network in schedules if name.startswith(network)]
-        if not owners:
-            raise ValueError(f"parameter {name!r} has no schedule (of {', '.join(schedules)})")
-        # "log_alpha" is also the start of "log_alpha_prime".
-        groups[max(owners, key=len)]["params"].append(parameter)
-    empty = [name for name, group in groups.items() if not group["params"]]
-    if empty:
-        raise ValueError(f"{type(loss).__name__} has no parameters under {', '.join(empty)}")
-    return torch.optim.Adam([*groups.values()], decoupled_weight_decay=True, fused=True)
-
-
-def _row(step: int, out: TensorDictBase, rates: Mapping[str, Any]) -> Row:
-    """Return a row of metrics: the sum of the losses, learning rates, and all outputs."""
-    scalars = {name: float(value.float().mean()) for name, value in out.detach().items()}
-    losses = [name for name in scalars if name.startswith("loss")]
-    row: Row = {"step": step, "loss": sum(scalars[name] for name in losses)}
-    row |= {f"lr_{name}" if name else "lr": float(lr) for name, lr in rates.items()}
-    # A single loss equals the sum.
-    omitted = losses if len(rates) == len(losses) == 1 else []
-    return row | {name: value for name, value in scalars.items() if name not in omitted}
-
-
-def _check_limits(row: Row, limits: Mapping[str, float], schedules: Mapping[str, Schedule]) -> None:
-    """Refuse a loss that is not finite, and an output beyond its limit."""
-    step = int(row["step"])
-    if not math.isfinite(row["loss"]):
-        raise _diverged("the loss is no longer finite", step, schedules)
-    for name, limit in limits.items():
-        # A loss may leave out the outputs of a network that is not due.
-        if name in row and not abs(row[name]) <= limit:
-            value = f"{name} is {row[name]:.4g}, beyond its limit ({limit:.4g})"
-            raise _diverged(f"training has diverged: {value}", step, schedules)
-
-
-def _diverged(problem: str, step: int, schedules: Mapping[str, Schedule]) -> FloatingPointError:
-    rates = ", ".join(f"{network.lr:g}" for network in schedules.values())
-    return FloatingPointError(
-        f"{problem} at update {step}; lower the learning rate ({rates}); the last good checkpoint "
-        "is kept"
-    )
-
-
-def _generators() -> dict[str, torch.Tensor]:
-    """Return the state of torch's own generators, which losses with noise draw from."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states

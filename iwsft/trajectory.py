@@ -41,7 +41,9 @@ SUCCESS_RATE: NestedKey = "success_rate"
 
 def on_host(tensor: Tensor) -> bool:
     """Whether reading the values of ``tensor`` is free: not compiling, not on an accelerator."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return tensor.device.type == "cpu"
 
 
 @dataclass(frozen=True)

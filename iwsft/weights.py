@@ -285,9 +285,12 @@ def exponential(log_weight: Tensor) -> Tensor:
 
     Raises:
         OverflowError: A weight is beyond float32, or NaN. On an accelerator, where looking would
-            cost a wait, this is a device-side assertion.
+            cost a wait, this is a device-side assertion. Within ``torch.vmap``, which has neither,
+            the weights, and then the loss, are infinite or NaN.
     """
     weight = log_weight.exp()
+    if torch._C._are_functorch_transforms_active():
+        return weight
     finite = weight.isfinite().all()
     if not on_host(weight):
         torch._assert_async(finite, "importance weights overflow float32 or are NaN")

@@ -21,6 +21,7 @@ FLOORS = (
         "iwsft.files",
         "iwsft.fingerprint",
         "iwsft.progress",
+        "iwsft.schedule",
     ),
     ("iwsft.checkpoint", "iwsft.metrics", "iwsft.policies", "iwsft.distributed"),
     ("iwsft.objective", "iwsft.forward_pass"),
@@ -28,6 +29,7 @@ FLOORS = (
     ("iwsft.curation", "iwsft.samplers"),
     (
         "iwsft.training",
+        "iwsft.update",
         "iwsft.environments",
         "iwsft.acting",
         "iwsft.d4rl_conventions",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -402,3 +404,16 @@ def test_compiled_overflow_is_an_assertion_of_the_device() -> None:
     with pytest.raises(RuntimeError, match="importance weights overflow float32 or are NaN"):
         compiled(torch.full((2,), 89.0))
     torch._dynamo.reset()
+
+
+@pytest.mark.gpu
+def test_an_overflow_on_a_gpu_is_an_assertion_of_the_device() -> None:
+    """In a process of its own, whose device can't be used after it."""
+    lines = (
+        "import torch",
+        "from iwsft.weights import exponential",
+        "exponential(torch.full((3,), 200.0, device='cuda'))",
+        "torch.cuda.synchronize()",
+    )
+    done = subprocess.run([sys.executable, "-c", "; ".join(lines)], capture_output=True, text=True)
+    assert done.returncode != 0 and "importance weights overflow" in done.stderr + done.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ from benchmarks import monitor, places, stopping
 from benchmarks.d4rl.options import Options, Suite
 from benchmarks.d4rl.run import Run, Task, check_run, config_of
 from benchmarks.d4rl.settings import name_in_tables
-from benchmarks.d4rl.train import train_and_score
+from benchmarks.d4rl.train import Report, train_and_score
 from benchmarks.report.tables import score_table
 from benchmarks.results import CONTROL, read_runs
 from benchmarks.runs import claim, tell
 from benchmarks.stopping import expected, one_line
-from benchmarks.sweep import Summary, run_all
-from benchmarks.trackers import tracked
+from benchmarks.sweep import Stack, Summary, run_all
+from benchmarks.trackers import Write, tracked
 from iwsft.training import Row
 from iwsft.video import check_recording
 
@@ -41,7 +42,7 @@ def run_job(options: Options, suite: Suite) -> Summary:
     )
     summary = Summary()
     kinds = len(suite.dataset) * len(suite.algo) + len(suite.cloned)
-    items, jobs = kinds * len(suite.seeds), options.jobs
+    items, jobs = kinds if options.stack_seeds else kinds * len(suite.seeds), options.jobs
     with places.place(options.cluster, items=items, jobs=jobs, device=options.device) as place:
         configs = _list_runs(options, suite, summary)
         names = {run.dataset for run in configs}
@@ -51,7 +52,7 @@ def run_job(options: Options, suite: Suite) -> Summary:
         summary.finished_before = len(configs) - len(runs)
         monitor.forget(configs)
         with monitor.shown(runs):
-            run_all(_train, runs, place, summary)
+            run_all(_train, _stacks(runs) if options.stack_seeds else runs, place, summary)
     console = Console()
     finished = [run for run in read_runs(options.out, CONTROL) if run.dataset in names]
     if finished:
@@ -140,8 +141,35 @@ def _order(runs: Sequence[Run]) -> list[Run]:
     return sorted(spread, key=stage)
 
 
-def _train(run: Run) -> None:
-    """One run, perhaps in a process of its own; it writes how far it is."""
+def _stacks(runs: Sequence[Run]) -> list[Run | Stack]:
+    """Runs that differ in their seed alone, together, in the order of their first."""
+    alike: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        alike.setdefault((run.dataset, run.algo, run.options), []).append(run)
+    return [Stack(tuple(group)) if len(group) > 1 else group[0] for group in alike.values()]
+
+
+def _train(item: Run | Stack) -> list[Exception | None]:
+    """One run or stack, perhaps in a process of its own; each run writes how far it is."""
+    runs: Any = item.runs if isinstance(item, Stack) else (item,)
+    with ExitStack() as stack:
+        reports = []
+        for run in runs:
+            stack.enter_context(monitor.noted(run.folder))
+            write = stack.enter_context(tracked(run, run.options.report_to))
+            monitor.note(run.folder, "loading")
+            reports.append(_report(run, write))
+        outcomes = train_and_score(runs, reports)
+    errors: list[Exception | None] = [
+        each if isinstance(each, Exception) else None for each in outcomes
+    ]
+    if not isinstance(item, Stack) and errors[0] is not None:
+        raise errors[0]
+    return errors
+
+
+def _report(run: Run, write: Write) -> Report:
+    """A function that shows the progress of a run, and sends its metrics to its trackers."""
     shown: Row = {}
 
     def report(stage: str, steps: int, row: Row) -> None:
@@ -154,6 +182,4 @@ def _train(run: Run) -> None:
         if stage not in ("reference", "scoring"):
             write(int(row["step"]), {name: row[name] for name in row if name != "step"})
 
-    with monitor.noted(run.folder), tracked(run, run.options.report_to) as write:
-        monitor.note(run.folder, "loading")
-        train_and_score(run, report)
+    return report

@@ -244,6 +244,11 @@ class Machine:
 
     device: str = "cpu"
     """Device of the networks and the data."""
+    graph: bool = False
+    """Capture an update as a CUDA graph, with --device cuda."""
+    stack_seeds: bool = False
+    """Train the seeds of an algorithm at once, as one stacked batch of networks in one process.
+    Each leaves the files of a run of its own; its cpu_seconds are a share."""
     jobs: Annotated[int | None, option("INT", "one per core")] = None
     """Number of runs at a time."""
     cluster: Annotated[Literal["ray"] | None, option("ray", "none")] = None
@@ -309,6 +314,19 @@ def check_options(options: Options, suite: Suite) -> None:
     for name, where in without_effect(options, suite.algo):
         check_used(name, getattr(options, name), False, where)
     check_device(options.device)
+    if options.graph and not options.device.startswith("cuda"):
+        raise ValueError(f"--graph needs a GPU, and --device is {options.device}")
+    for name in ("graph", "stack_seeds"):
+        if getattr(options, name):
+            _check_shapes(f"--{name.replace('_', '-')}", options, suite.algo)
+
+
+def _check_shapes(option: str, options: Options, algo: Sequence[str]) -> None:
+    """Check that all batches of an algorithm have the same shape, which ``option`` needs."""
+    if options.estimator == "trajectories" and not set(BASELINES).issuperset(algo):
+        raise ValueError(f"{option} needs batches of one shape: --estimator steps")
+    if "dt" in algo:
+        raise ValueError(f"{option} is not for dt, whose batches are windows; run it without")
 
 
 def without_effect(options: Options, algo: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -373,7 +373,7 @@ def options_of(run: Run) -> dict[str, Any]:
         ties=run.ties,
     )
     unused = [name for name, _ in without_effect(alone, (run.algo,))]
-    return to_config(alone, without=("out", "resume", *unused))
+    return to_config(alone, without=("out", "resume", "stack_seeds", *unused))
 
 
 def config_of(run: Run, task: Task) -> dict[str, Any]:

@@ -8,7 +8,8 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from iwsft.proposals import EMA, HardSync
 from iwsft.reference import annotate_reference
 from iwsft.samplers import StepSampler, TrajectorySampler
 from iwsft.trained_policy import TrainedPolicy, save_policy
-from iwsft.training import Cost, Probe, Row, Schedule, fit
+from iwsft.training import Cost, Probe, Row, Schedule, Training, fit_stack
 from iwsft.trajectory import REWARD, Segments
 
 # A function that shows progress: stage, number of updates of the stage, metrics.
@@ -53,28 +54,63 @@ _CURVE_SEED = 10_000
 _SAMPLERS = {"steps": StepSampler, "trajectories": TrajectorySampler}
 
 
-def train_and_score(run: Run, report: Report) -> dict[str, Any]:
-    """Train and score one run whose folder is claimed, or continue it; write policy and result."""
-    if not (run.folder / CONFIG).exists():
-        raise FileNotFoundError(
-            f"{socket.gethostname()} does not see {run.folder}; every node of a cluster needs the "
-            "project, the data files and --out at the same paths on a shared file system"
-        )
+@dataclass(frozen=True)
+class Trained:
+    """A policy, and what its training and that of its reference have cost."""
+
+    policy: TensorDictModuleBase
+    cost: Cost
+    reference_cost: Cost = Cost(0.0, 0.0)
+
+
+def train_and_score(
+    runs: Sequence[Run], reports: Sequence[Report]
+) -> list[dict[str, Any] | FloatingPointError]:
+    """Train and score runs that differ in their seed alone, as one stack; write their results.
+
+    Their folders are claimed. What is there of them is continued. A run that diverges ends alone:
+    its error is in the place of its result.
+    """
+    for run in runs:
+        if not (run.folder / CONFIG).exists():
+            raise FileNotFoundError(
+                f"{socket.gethostname()} does not see {run.folder}; every node of a cluster needs "
+                "the project, the data files and --out at the same paths on a shared file system"
+            )
     # With one thread, runs do not disturb each other, and the numbers do not depend on them.
     torch.set_num_threads(1)
-    task = Task.load(run.source, run.options.pretrain_dataset, trust=run.options.trust_env_module)
-    with alone_in(run.folder, wait=False):
-        policy, cost, reference_cost = _train(run, task, report)
-        _save_policy(run, task, policy)
-        about = {"preset": run.options.preset, "estimator": run.options.estimator}
-        further = {f"reference_{name}": value for name, value in asdict(reference_cost).items()}
-        if run.chooses_q:
-            further |= _last_choice(run, task)
+    options, outcomes = runs[0].options, []
+    task = Task.load(runs[0].source, options.pretrain_dataset, trust=options.trust_env_module)
+    with ExitStack() as locks:
+        for run in runs:
+            locks.enter_context(alone_in(run.folder, wait=False))
+        for run, report, trained in zip(runs, reports, _train(runs, task, reports), strict=True):
+            outcome: dict[str, Any] | FloatingPointError
+            try:
+                outcome = _score(run, task, trained, report)
+            except FloatingPointError as error:
+                outcome = error
+            outcomes.append(outcome)
+    return outcomes
 
-        def ended(episodes: int) -> None:
-            report("scoring", run.options.eval_episodes, {"step": episodes})
 
-        return score_policy(run, task, policy, cost, about, ended, **further)
+def _score(
+    run: Run, task: Task, trained: Trained | FloatingPointError, report: Report
+) -> dict[str, Any]:
+    """Save and score what a run has trained; raise the error that its training has ended with."""
+    if isinstance(trained, FloatingPointError):
+        raise trained
+    _save_policy(run, task, trained.policy)
+    about = {"preset": run.options.preset, "estimator": run.options.estimator}
+    cost = asdict(trained.reference_cost)
+    further: dict[str, Any] = {f"reference_{name}": value for name, value in cost.items()}
+    if run.chooses_q:
+        further |= _last_choice(run, task)
+
+    def ended(episodes: int) -> None:
+        report("scoring", run.options.eval_episodes, {"step": episodes})
+
+    return score_policy(run, task, trained.policy, trained.cost, about, ended, **further)
 
 
 def score_policy(
@@ -134,41 +170,81 @@ def _last_choice(run: Run, task: Task) -> dict[str, Any]:
     return {"q": {"rule": run.options.q, **{name: row[name] for name in Choice._fields}, **note}}
 
 
-def _train(run: Run, task: Task, report: Report) -> tuple[TensorDictModuleBase, Cost, Cost]:
-    """Train a run's policy; its cost, and the cost of its reference."""
-    data: TensorDictBase = task.dataset.trajectories.to(run.options.device)
-    reference_cost = Cost(0.0, 0.0)
-    probes: list[Probe] = []
-    if run.baseline is not None:
-        stage = run.algo
-        learner = run.baseline.build(data, run.baseline_settings[0], seed=run.seed)
-    elif run.uses_reference:
-        policy, folder, reference_cost = train_reference(run, task, report)
-        if not run.algorithm.from_reference:
+def _train(
+    runs: Sequence[Run], task: Task, reports: Sequence[Report]
+) -> list[Trained | FloatingPointError]:
+    """Train the policies of runs, each with the cost of its reference, or its error."""
+    first, data = runs[0], task.dataset.trajectories.to(runs[0].options.device)
+    outcomes: dict[Run, Trained | FloatingPointError] = {}
+    references: dict[Run, tuple[Trained, Path]] = {}
+    stage = "cloning" if first.baseline is None else first.algo
+    if first.uses_reference:
+        stage = "tuning"
+        for run, outcome in zip(runs, train_references(runs, task, reports), strict=True):
+            if isinstance(outcome, FloatingPointError):
+                outcomes[run] = outcome
+            else:
+                references[run] = outcome, reference_folder(run, task)
+    jobs: dict[Run, tuple[Learner, Training]] = {}
+    for run, report in zip(runs, reports, strict=True):
+        probes: list[Probe] = []
+        if run in outcomes:
+            continue
+        if run.baseline is not None:
+            learner = run.baseline.build(data, run.baseline_settings[0], seed=run.seed)
+        elif run not in references:
+            learner = _build_cloning(run, run.curate(data, task.parts), run.schedule)
+        elif run.algorithm.from_reference:
+            reference, folder = references[run]
+            # The log-probs of each seed are its own.
+            own = data.copy()
+            annotate_reference(reference.policy, own, cache=folder)
+            learner, probes = _build_fine_tuning(run, run.curate(own, task.parts), reference.policy)
+        else:
+            reference, folder = references[run]
             _copy_training(folder, run.folder)
             for row in metrics.read(run.folder / metrics.FILE):
                 report("cloning", run.updates, row)
-            return policy, reference_cost, Cost(0.0, 0.0)
-        stage = "tuning"
-        annotate_reference(policy, data, cache=folder)
-        learner, probes = _build_fine_tuning(run, run.curate(data, task.parts), policy)
-    else:
-        stage = "cloning"
-        learner = _build_cloning(run, run.curate(data, task.parts), run.schedule)
-    settings, report = settings_of(run, task), partial(report, stage)
-    cost = _fit(run, task, learner, run.updates, run.folder, settings, report, probes)
-    return learner.policy, cost, reference_cost
+            outcomes[run] = replace(reference, cost=Cost(0.0, 0.0), reference_cost=reference.cost)
+            continue
+        report = partial(report, stage)
+        settings = settings_of(run, task)
+        jobs[run] = (
+            learner,
+            _training(run, task, learner, run.updates, run.folder, settings, report, probes),
+        )
+    costs = _fit(first, first.updates, [training for _, training in jobs.values()])
+    for (run, (learner, _)), cost in zip(jobs.items(), costs, strict=True):
+        before = references[run][0].cost if run in references else Cost(0.0, 0.0)
+        if isinstance(cost, FloatingPointError):
+            outcomes[run] = cost
+        else:
+            outcomes[run] = Trained(learner.policy, cost, before)
+    return [outcomes[run] for run in runs]
 
 
-def train_reference(run: Run, task: Task, report: Report) -> tuple[ProbabilisticActor, Path, Cost]:
-    """Train the reference policy of a seed on all data, or load that of the same settings."""
-    settings, folder = reference_settings_of(run, task), reference_folder(run, task)
-    before, schedule = Task(task.pretrain, task.pretrain), run.reference_schedule
-    learner = _build_cloning(run, task.pretrain.trajectories.to(run.options.device), schedule)
-    with alone_in(folder, wait=True):
+def train_references(
+    runs: Sequence[Run], task: Task, reports: Sequence[Report]
+) -> list[Trained | FloatingPointError]:
+    """Train the reference policies of seeds on all data, or load those of the same settings."""
+    before, schedule = Task(task.pretrain, task.pretrain), runs[0].reference_schedule
+    data = task.pretrain.trajectories.to(runs[0].options.device)
+    trainings, policies = [], []
+    for run, report in zip(runs, reports, strict=True):
+        learner = _build_cloning(run, data, schedule)
+        policies.append(learner.policy)
+        settings, folder = reference_settings_of(run, task), reference_folder(run, task)
         report = partial(report, "reference")
-        cost = _fit(run, before, learner, schedule.steps, folder, settings, report)
-    return learner.policy, folder, cost
+        trainings.append(_training(run, before, learner, schedule.steps, folder, settings, report))
+    with ExitStack() as locks:
+        # In one order, so that no two commands wait for each other.
+        for folder in sorted(reference_folder(run, task) for run in runs):
+            locks.enter_context(alone_in(folder, wait=True))
+        costs = _fit(runs[0], schedule.steps, trainings)
+    return [
+        cost if isinstance(cost, FloatingPointError) else Trained(policy, cost)
+        for policy, cost in zip(policies, costs, strict=True)
+    ]
 
 
 def reference_folder(run: Run, task: Task) -> Path:
@@ -225,7 +301,7 @@ def _build_fine_tuning(
     return Learner(policy, loss, sampler, run.schedule, updater), probes
 
 
-def _fit(
+def _training(
     run: Run,
     task: Task,
     learner: Learner,
@@ -234,11 +310,11 @@ def _fit(
     settings: dict[str, Any],
     report: Callable[[int, Row], None],
     probes: Sequence[Probe] = (),
-) -> Cost:
-    """Train a learner with the log, the checkpoints and the learning curve of all runs."""
+) -> Training:
+    """The training of a learner, with the learning curve of all runs."""
     if run.options.curve_episodes:
         probes = [learning_curve_probe(run, task, learner.policy, steps), *probes]
-    return fit(
+    return Training(
         learner.loss,
         learner.sampler,
         learner.schedule,
@@ -247,9 +323,17 @@ def _fit(
         probes=probes,
         folder=folder,
         settings=settings,
+        report=partial(report, steps),
+    )
+
+
+def _fit(run: Run, steps: int, trainings: Sequence[Training]) -> list[Cost | FloatingPointError]:
+    """Train with the log and the checkpoints of all runs."""
+    return fit_stack(
+        trainings,
         log_every=max(1, steps // 100),
         checkpoint_every=min(500, max(1, steps // 10)),
-        report=partial(report, steps),
+        graph=run.options.graph,
     )
 
 

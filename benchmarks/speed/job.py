@@ -33,7 +33,7 @@ def main(options: Options) -> None:
             "threads": torch.get_num_threads(),
         },
         "versions": versions(),
-        "hardware": hardware("cpu"),
+        "hardware": hardware(options.device if options.subject == "gpu" else "cpu"),
     }
     rows: list[Any] = []
     checks: list[Check] = []

@@ -48,6 +48,8 @@ class Sizes:
     # The last tokens of each trajectory are the assistant's.
     trained: int = 64
     width: int = 192
+    inner: int = 768
+    heads: int = 4
     layers: int = 4
     vocabulary: int = 2048
     # Updates of a block, which is an epoch, and between hard syncs.
@@ -59,7 +61,15 @@ class Sizes:
 SIZES = {
     "paper": Sizes(),
     "small": Sizes(
-        batch=2, length=16, trained=8, width=32, layers=1, vocabulary=64, updates=2, blocks=1
+        batch=2,
+        length=16,
+        trained=8,
+        width=32,
+        inner=128,
+        layers=1,
+        vocabulary=64,
+        updates=2,
+        blocks=1,
     ),
 }
 
@@ -132,19 +142,22 @@ def agreement(options: Options, sizes: Sizes) -> Check:
 
 
 class TimedRun(TrainerCallback):
-    """A call trains for a block of updates and returns the processor seconds of its updates."""
+    """A call trains for a block of updates and returns the processor seconds of its updates.
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
+    ``now`` is another clock.
+    """
+
+    def __init__(self, trainer: Trainer, now: Callable[[], float] = time.process_time) -> None:
+        self._trainer, self._now = trainer, now
         self._start = self._stop = 0.0
         # The last callback: the reference has been computed when its training begins.
         trainer.add_callback(self)
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._start = time.process_time()
+        self._start = self._now()
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self._stop = time.process_time()
+        self._stop = self._now()
 
     def __call__(self) -> float:
         self._trainer.train()
@@ -158,6 +171,7 @@ def build_trainer(
     sizes: Sizes,
     *,
     batches: int | None = None,
+    device: str = "cpu",
 ) -> Trainer:
     """Return our trainer, or for ``TRL`` TRL's, on a random batch per update or ``batches``."""
     torch.manual_seed(seed)
@@ -165,9 +179,9 @@ def build_trainer(
         Qwen2Config(
             vocab_size=sizes.vocabulary,
             hidden_size=sizes.width,
-            intermediate_size=4 * sizes.width,
+            intermediate_size=sizes.inner,
             num_hidden_layers=sizes.layers,
-            num_attention_heads=4,
+            num_attention_heads=sizes.heads,
             num_key_value_heads=2,
             max_position_embeddings=sizes.length,
             tie_word_embeddings=True,
@@ -182,8 +196,8 @@ def build_trainer(
         "max_steps": sizes.updates,
         "learning_rate": 1e-4,
         "lr_scheduler_type": "constant",
-        "bf16": False,
-        "use_cpu": True,
+        "bf16": device != "cpu",
+        "use_cpu": device == "cpu",
         "logging_steps": 1 if batches == 1 else 10**6,
         "save_strategy": "no",
         "report_to": "none",

@@ -33,6 +33,18 @@ class _SquashedNormal(TanhNormal):
             raise ValueError(f"{problem}; load the data with scale_actions=True")
         return super().log_prob(value, *args)
 
+    def from_noise(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the actions that standard normal noise gives, and their log-density.
+
+        They are those of ``rsample_and_log_prob``, which draws the noise itself.
+        """
+        normal = self.base_dist.base_dist
+        before = normal.loc + noise * normal.scale
+        (squash,) = self.transforms
+        action = squash(before)
+        change = squash.log_abs_det_jacobian(before, action).sum(-1)
+        return action, self.base_dist.log_prob(before) - change
+
 
 class GaussianPolicy(ProbabilisticActor):
     """pi(a|s) = Normal(mean(s), std), the policy of the paper's control runs (Appendix F).

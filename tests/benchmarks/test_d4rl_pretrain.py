@@ -15,7 +15,7 @@ from tracking import write_dataset
 
 from benchmarks.d4rl.options import Options
 from benchmarks.d4rl.run import Run, Task
-from benchmarks.d4rl.train import train_and_score, train_reference
+from benchmarks.d4rl.train import reference_folder, train_and_score, train_references
 from benchmarks.runs import CONFIG
 from iwsft import load_policy
 from iwsft.trajectory import MULTIPLICITY, OBSERVATION, REWARD, lengths
@@ -37,6 +37,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def trained_reference(run: Run, task: Task) -> tuple[torch.nn.Module, Path]:
+    (trained,) = train_references([run], task, [lambda *_: None])
+    return trained.policy, reference_folder(run, task)
+
+
 def test_the_reference_is_that_of_the_data_before_and_the_rest_is_of_the_data_after(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -44,13 +49,13 @@ def test_the_reference_is_that_of_the_data_before_and_the_rest_is_of_the_data_af
     tuned, task = start("iw-sft-q", folder / "after.hdf5", tmp_path, **values)
     where = tuned.folder
     assert where == tmp_path / "d4rl" / "before--to--after" / "iw-sft-q" / "seed-0"
-    result = train_and_score(tuned, lambda *_: None)
+    (result,) = train_and_score([tuned], [lambda *_: None])
     assert result["dataset"] == "before--to--after"
 
-    policy, reference, _ = train_reference(tuned, task, lambda *_: None)
+    policy, reference = trained_reference(tuned, task)
     assert reference.parent == tmp_path / "d4rl" / "before" / "reference"
     alone, before = start("bc", folder / "before.hdf5", tmp_path, **SHORT, resume=True)
-    same, other, _ = train_reference(alone, before, lambda *_: None)
+    same, other = trained_reference(alone, before)
     assert other == reference
     for ours, theirs in zip(policy.parameters(), same.parameters(), strict=True):
         assert torch.equal(ours, theirs)
@@ -72,7 +77,7 @@ def test_cloning_looks_at_the_data_after_only(folder: Path, tmp_path: Path) -> N
     cloned.folder.mkdir(parents=True)
     shutil.copy(alone.folder / CONFIG, cloned.folder)
     for run in (cloned, alone):
-        train_and_score(run, lambda *_: None)
+        train_and_score([run], [lambda *_: None])
     states = [load_policy(run.folder).module.state_dict() for run in (cloned, alone)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 

@@ -109,7 +109,7 @@ def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     def of(algo: str) -> tuple[dict[str, Any], Path]:
         if algo not in done:
             run, _ = start(algo, dataset, out)
-            done[algo] = train_and_score(run, lambda *_: None), run.folder
+            done[algo] = train_and_score([run], [lambda *_: None])[0], run.folder
         return done[algo]
 
     return of
@@ -158,7 +158,7 @@ def test_a_run_that_was_cut_off_ends_in_the_same_numbers(
 ) -> None:
     short = {"steps": 40, "reference_steps": 5, "eval_episodes": 3}
     whole, _ = start(algo, dataset, tmp_path / "whole", **short)
-    wanted = train_and_score(whole, lambda *_: None)
+    (wanted,) = train_and_score([whole], [lambda *_: None])
 
     def kill(stage: str, steps: int, row: Row) -> None:
         if steps == 40 and row["step"] == 17:
@@ -166,11 +166,11 @@ def test_a_run_that_was_cut_off_ends_in_the_same_numbers(
 
     cut, _ = start(algo, dataset, tmp_path / "cut", **short, resume=True)
     with pytest.raises(KeyboardInterrupt):
-        train_and_score(cut, kill)
+        train_and_score([cut], [kill])
     assert not (cut.folder / "result.json").exists()
     # Another state of torch's own generator.
     torch.manual_seed(123)
-    resumed = train_and_score(cut, lambda *_: None)
+    (resumed,) = train_and_score([cut], [lambda *_: None])
     assert resumed["episode_returns"] == wanted["episode_returns"]
     assert json.loads((cut.folder / "result.json").read_text())["steps"] == 40
     policies = [load_policy(run.folder).module for run in (whole, cut)]

@@ -204,7 +204,7 @@ def test_workers_end_with_their_owner(tmp_path: Path, how: signal.Signals) -> No
 def test_a_node_that_does_not_see_the_folder_is_named(tmp_path: Path) -> None:
     run = Run("mine", "bc", 0, Options(out=tmp_path), "mine.hdf5")
     with pytest.raises(FileNotFoundError, match=f"does not see {run.folder}; every node"):
-        train_and_score(run, lambda *_: None)
+        train_and_score([run], [lambda *_: None])
     assert not run.folder.exists()
 
 

@@ -46,9 +46,12 @@ def test_is_the_log_prob_of_each_trajectory(layout: Any) -> None:
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("one_row", [True, False])
-def test_first_weights_are_exactly_one(layout: Any, dtype: torch.dtype, one_row: bool) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_first_weights_are_exactly_one(
+    layout: Any, dtype: torch.dtype, one_row: bool, device: str
+) -> None:
     """In all batches of the first epoch, in training mode and with gradient."""
-    model = decoder(dtype=dtype)
+    model = decoder(dtype=dtype).to(device)
     theta = CausalLMPolicy(model, one_row=one_row)
     data = dataset(multiplicity=[1] * len(SIZES))
     entries = TrajectoryDataset(data)
@@ -59,7 +62,7 @@ def test_first_weights_are_exactly_one(layout: Any, dtype: torch.dtype, one_row:
     loss.set_keys(action=("tokens", "full"))
     assert model.training
     for numbers in batches.of(0):
-        batch = collate([entries[number] for number in numbers], layout=layout)
+        batch = collate([entries[number] for number in numbers], layout=layout).to(device)
         terms = loss.terms(batch)
         assert terms.log_prob.requires_grad
         assert torch.equal(terms.log_weight, torch.zeros_like(terms.log_weight))

@@ -1,0 +1,236 @@
+"""One update of one or several seeds: losses, gradients and Adam, perhaps as a CUDA graph."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+from torchrl.objectives.common import LossModule
+
+# Random numbers that a loss reads from a batch: the result of its method ``draw_noise``.
+NOISE = "noise"
+# Plain updates before a capture, as torch's documentation of CUDA graphs asks for.
+_WARM_UP = 2
+Results = tuple[list[TensorDictBase], list[TensorDictBase]]
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What an update of one seed changes.
+
+    Attributes:
+        loss: Loss whose outputs ``loss...`` are minimised.
+        optimizer: Optimizer with a group of parameters for each network.
+        clip_norms: Largest norm of the gradient of each group.
+        read: Function from what was drawn to a batch.
+    """
+
+    loss: LossModule
+    optimizer: torch.optim.Optimizer
+    clip_norms: Sequence[float]
+    read: Callable[[TensorDictBase], TensorDictBase]
+
+    def descend(self) -> None:
+        """Move the parameters against their gradients."""
+        for group, limit in zip(self.optimizer.param_groups, self.clip_norms, strict=True):
+            if limit < math.inf:
+                nn.utils.clip_grad_norm_(group["params"], limit)
+        self.optimizer.step()
+
+
+class Update:
+    """Updates the parameters of all seeds at once: outputs of the losses, and the batches.
+
+    Several seeds are one stacked batch of networks, see :class:`Stack`. With ``graph`` the update
+    is captured as a CUDA graph, one for each ``phase`` of a loss that computes different things in
+    turn.
+    """
+
+    def __init__(self, seeds: Sequence[Learning], *, graph: bool) -> None:
+        self._seeds = seeds
+        self._stack = Stack([seed.loss for seed in seeds]) if len(seeds) > 1 else None
+        self._graphs: dict[Any, _Graph] | None = {} if graph else None
+
+    def __call__(self, drawn: Sequence[TensorDictBase]) -> Results:
+        """Make an update with what was drawn for each seed."""
+        if self._graphs is None:
+            return self._compute(drawn)
+        phase = getattr(self._seeds[0].loss, "phase", None)
+        if phase not in self._graphs:
+            device = next(self._seeds[0].loss.parameters()).device
+            self._graphs[phase] = _Graph(self._compute, device)
+        return self._graphs[phase](drawn)
+
+    def _compute(self, drawn: Sequence[TensorDictBase]) -> Results:
+        batches = [seed.read(one) for seed, one in zip(self._seeds, drawn, strict=True)]
+        if self._stack is None:
+            (seed,), (batch,) = self._seeds, batches
+            seed.optimizer.zero_grad()
+            out = seed.loss(batch)
+            _total(out).backward()
+            outputs = [out.detach()]
+        else:
+            outputs = self._stack.backward(batches)
+        for seed in self._seeds:
+            seed.descend()
+        return outputs, batches
+
+    def close(self) -> None:
+        """Give each loss tensors of its own again."""
+        if self._stack is not None:
+            self._stack.close()
+
+
+def check_static(loss: LossModule, sampler: Any, *, graph: bool, stacked: bool) -> None:
+    """Check that updates of a loss can be captured (``graph``) or ``stacked`` with others.
+
+    Raises:
+        ValueError: Batches differ in shape, a graph would not be on a GPU, or a stack would draw
+            dropout, whose numbers are not those of a seed alone.
+    """
+    if graph:
+        elsewhere = {next(loss.parameters()).device, getattr(sampler, "device", None)}
+        for device in elsewhere - {None}:
+            if device.type != "cuda":
+                raise ValueError(f"graph=True needs networks and data on a GPU, not on {device}")
+    if not hasattr(sampler, "draw"):
+        raise ValueError(
+            f"batches of {type(sampler).__name__} differ in shape, so there is no CUDA graph and "
+            "no stack of seeds: draw single steps"
+        )
+    if not stacked:
+        return
+    if not getattr(loss, "functional", True):
+        raise ValueError("only a loss with functional=True can be stacked")
+    # A functional loss keeps its networks out of its children.
+    networks = [part for part in vars(loss).values() if isinstance(part, nn.Module)]
+    for module in [inner for network in networks for inner in network.modules()]:
+        if isinstance(module, nn.Dropout) and module.p:
+            raise ValueError("networks with dropout can't be stacked; train one seed at a time")
+
+
+class Stack:
+    """Losses of several seeds, computed as one whose networks are stacked.
+
+    The tensors of each loss become views of stacked ones ``[S, ...]``, which ``torch.vmap`` maps
+    the loss over. So everything else works on each loss as if it were alone: its optimizer, target
+    networks, probes. Numbers are those of each seed alone, to rounding.
+
+    Args:
+        losses: Losses that differ in their tensors alone.
+    """
+
+    def __init__(self, losses: Sequence[LossModule]) -> None:
+        self._losses = losses
+        # Holds the slices of the mapped call, so that no loss has to.
+        self._template = pickle.loads(pickle.dumps(losses[0]))
+        own = [_tensors(loss) for loss in losses]
+        self._params = TensorDict(
+            {name: torch.stack([one[name].data for one in own]) for name in own[0]}, [len(losses)]
+        )
+        trained = {id(parameter) for parameter in losses[0].parameters()}
+        self._trained: list[tuple[Tensor, list[Tensor]]] = []
+        self._members: list[Tensor] = []
+        for key, stacked in self._params.items(True, True):
+            name, *rest = key if isinstance(key, tuple) else (key,)
+            members = [one[name].get(tuple(rest)) if rest else one[name] for one in own]
+            self._members += members
+            for member, view in zip(members, stacked.unbind(), strict=True):
+                member.data = view
+            if id(members[0]) in trained:
+                self._trained.append((stacked.requires_grad_(), members))
+        self._forget()
+
+    def backward(self, batches: Sequence[TensorDictBase]) -> list[TensorDictBase]:
+        """Compute the losses of a batch for each, and the gradients of their parameters."""
+        for stacked, _ in self._trained:
+            stacked.grad = None
+        phase = getattr(self._losses[0], "phase", None)
+        if phase is not None:
+            self._template.phase = phase
+        out = torch.vmap(self._call)(self._params, torch.stack(list(batches)))
+        _total(out).sum().backward()
+        for stacked, members in self._trained:
+            gradients = [None] * len(members) if stacked.grad is None else stacked.grad.unbind()
+            for member, gradient in zip(members, gradients, strict=True):
+                member.grad = gradient
+        return [out[i].detach() for i in range(len(batches))]
+
+    def _call(self, params: TensorDictBase, batch: TensorDictBase) -> TensorDictBase:
+        loss = self._template
+        for name, value in params.items():
+            (loss._modules if name in loss._modules else loss._parameters)[name] = value
+        # Parts of the networks that TorchRL keeps between calls.
+        loss._cache = {}
+        out: TensorDictBase = loss(batch)
+        return out
+
+    def close(self) -> None:
+        """Give each loss tensors of its own again."""
+        for member in self._members:
+            member.data = member.data.clone()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Empty caches of tensors that no longer are the networks'."""
+        for loss in self._losses:
+            if hasattr(loss, "_cache"):
+                loss._cache = {}
+
+
+def _tensors(loss: LossModule) -> dict[str, Any]:
+    """Parameters and targets of a loss, by the names of its attributes."""
+    networks = {name: part for name, part in loss.named_children() if name.endswith("_params")}
+    single = {name: part for name, part in loss._parameters.items() if part is not None}
+    return {**networks, **single}
+
+
+class _Graph:
+    """Calls of a function with static shapes, captured after two plain ones.
+
+    A replay waits for nothing: tensordict's ``CudaGraphModule`` synchronizes with the device before
+    each, and copies the results.
+    """
+
+    def __init__(
+        self, function: Callable[[Sequence[TensorDictBase]], Results], device: torch.device
+    ) -> None:
+        self._function = function
+        self._device = device
+        self._inputs: list[TensorDictBase] = []
+        self._calls = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._results: Results = [], []
+
+    def __call__(self, drawn: Sequence[TensorDictBase]) -> Results:
+        """Compute the results, which the next call overwrites."""
+        if not self._inputs:
+            self._inputs = [one.to(self._device).clone() for one in drawn]
+        for static, one in zip(self._inputs, drawn, strict=True):
+            static.update_(one, non_blocking=True)
+        self._calls += 1
+        if self._calls <= _WARM_UP:
+            stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                results = self._function(self._inputs)
+            current.wait_stream(stream)
+            return results
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._results = self._function(self._inputs)
+        self._graph.replay()
+        return self._results
+
+
+def _total(out: TensorDictBase) -> Tensor:
+    """Sum of the losses among the outputs."""
+    losses = [value for name, value in out.items() if name.startswith("loss")]
+    return losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
