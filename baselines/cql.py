@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 from torchrl.modules.distributions.utils import rsample_and_log_prob
 from torchrl.objectives import CQLLoss, ValueEstimators
 from torchrl.objectives.utils import distance_loss
@@ -176,11 +176,12 @@ class ConservativeLoss(CopyableLoss, CQLLoss):
         """Return all losses at the same parameters, as in the authors' code."""
         n = self.num_random
         noise = _Noise(tensordict.get(NOISE, default=None))
-        dist = self._policy(tensordict)
+        noisy = noise.of_batch is not None
+        dist = self._policy(tensordict, noisy=noisy)
         mine, log_prob = (x.squeeze(0) for x in noise.act("mine", dist, 1))
         with torch.no_grad():
             here = noise.act("here", dist, n)
-            next_dist = self._policy(tensordict.get("next"))
+            next_dist = self._policy(tensordict.get("next"), noisy=noisy)
             after = noise.act("after", next_dist, n if self.max_q_backup else 1)
             there = noise.act("there", next_dist, n)
             target = self._target(tensordict, *after)
@@ -214,9 +215,15 @@ class ConservativeLoss(CopyableLoss, CQLLoss):
             return TensorDict(reduced, tensordict.batch_size)
         return TensorDict(reduced | diagnostics)
 
-    def _policy(self, tensordict: TensorDictBase) -> Distribution:
-        with holding(self.actor_network_params, self.actor_network):
-            return self.actor_network.get_dist(tensordict.select(*self.actor_network.in_keys))
+    def _policy(self, tensordict: TensorDictBase, *, noisy: bool = False) -> Any:
+        """Return the distribution of the actions; if noisy, a function of noise to actions."""
+        actor, states = self.actor_network, tensordict.select(*self.actor_network.in_keys)
+        with holding(self.actor_network_params, actor):
+            if not noisy:
+                return actor.get_dist(states)
+            params = actor.get_dist_params(states)
+        from_noise = actor[-1].distribution_class.from_noise
+        return partial(from_noise, params.get("loc"), params.get("scale"))
 
     def _target(self, tensordict: TensorDictBase, action: Tensor, log_prob: Tensor) -> Tensor:
         """Return r + gamma min Q'(s', a') ``[B]``; with ``max_q_backup`` each Q' at its best."""
@@ -269,11 +276,11 @@ class _Noise:
 
     of_batch: TensorDictBase | None
 
-    def act(self, name: str, dist: Any, count: int) -> tuple[Tensor, Tensor]:
+    def act(self, name: str, policy: Any, count: int) -> tuple[Tensor, Tensor]:
         """Return ``count`` actions for each state and their log-density, ``[count, B, ...]``."""
         if self.of_batch is None:
-            return rsample_and_log_prob(dist, (count,))
-        actions: tuple[Tensor, Tensor] = dist.from_noise(self.of_batch.get(name).movedim(1, 0))
+            return rsample_and_log_prob(policy, (count,))
+        actions: tuple[Tensor, Tensor] = policy(self.of_batch.get(name).movedim(1, 0))
         return actions
 
     def uniform(self, like: Tensor) -> Tensor:

@@ -118,9 +118,8 @@ def updates(name: str, build: Build, options: Options, sizes: Sizes) -> Iterator
     alone = seconds_per_update(build, 1, many, graph=graph)
     stacked = seconds_per_update(build, count, sizes.updates, graph=graph)
     each, together = ("ms per update", f"ms per update of {count} seeds")
-    yield Comparison(
-        f"{name}: update as a CUDA graph", 1e3 * alone, 1e3 * plain, each, "without a graph"
-    )
+    how = "as a CUDA graph" if graph else "on the CPU, which has no graphs"
+    yield Comparison(f"{name}: update {how}", 1e3 * alone, 1e3 * plain, each, "without a graph")
     yield Comparison(
         f"{name}: update of {count} stacked seeds",
         1e3 * stacked,
@@ -235,11 +234,12 @@ def decoder(options: Options) -> Iterator[Comparison]:
             del trainer, run
         gc.collect()
     shape = f"{sizes.batch} x {sizes.length} tokens, {sizes.trained} trained"
+    model = "decoder of 0.5B" if options.scale == "paper" else "tiny decoder"
     sft = taken.pop("SFT")
     others = {"SFT": (sft, taken.pop("TRL's SFTTrainer"), "TRL's SFTTrainer")}
     others |= {name: (seconds, sft, "our SFT") for name, seconds in taken.items()}
     for name, (ours, peer, peer_name) in others.items():
-        what = f"{name}, decoder of 0.5B, {shape}: {1 / ours:,.0f} tokens/s"
+        what = f"{name}, {model}, {shape}: {1 / ours:,.0f} tokens/s"
         yield Comparison(what, 1e6 * ours, 1e6 * peer, "us per token", peer_name)
 
 

@@ -10,7 +10,9 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import InteractionType, TensorDictModule
 from torch import Tensor, nn
+from torch.distributions import Normal
 from torchrl.modules import MLP, IndependentNormal, ProbabilisticActor, TanhNormal
+from torchrl.modules.distributions.continuous import SafeTanhTransform
 
 from iwsft.policies.linear import Linear
 from iwsft.trajectory import ACTION, OBSERVATION, on_host
@@ -33,17 +35,17 @@ class _SquashedNormal(TanhNormal):
             raise ValueError(f"{problem}; load the data with scale_actions=True")
         return super().log_prob(value, *args)
 
-    def from_noise(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def from_noise(loc: Tensor, scale: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return the actions that standard normal noise gives, and their log-density.
 
-        They are those of ``rsample_and_log_prob``, which draws the noise itself.
+        They are those of ``rsample_and_log_prob``, which draws the noise itself. A distribution
+        reads its bounds from the device when it is made; this reads nothing.
         """
-        normal = self.base_dist.base_dist
-        before = normal.loc + noise * normal.scale
-        (squash,) = self.transforms
+        before, squash = loc + noise * scale, SafeTanhTransform()
         action = squash(before)
-        change = squash.log_abs_det_jacobian(before, action).sum(-1)
-        return action, self.base_dist.log_prob(before) - change
+        density = Normal(loc, scale, validate_args=False).log_prob(before)
+        return action, (density - squash.log_abs_det_jacobian(before, action)).sum(-1)
 
 
 class GaussianPolicy(ProbabilisticActor):

@@ -38,7 +38,11 @@ def test_a_rehearsal_measures_everything_and_skips_the_tests(tmp_path: Path) -> 
     for part in ("iw-SFT(Q)", "iql", "awac", "td3-bc", "cql"):
         assert sum(name.startswith(part) for name in names) == 2
     assert "a million IQL updates" in names
-    for part in ("log-prob and gradient, bfloat16", "SFT, decoder", "iw-SFT, EMA, decoder"):
+    for part in (
+        "log-prob and gradient, bfloat16",
+        "SFT, tiny decoder",
+        "iw-SFT, EMA, tiny decoder",
+    ):
         assert any(part in name for name in names)
 
 
