@@ -163,7 +163,7 @@ def environment(options: Options, behaviours: Sequence[Behaviour]) -> tuple[str,
     if modules and not options.trust_env_module:
         problem = f"the policies' environment {env_id} imports {', '.join(modules)}"
         raise ValueError(f"{problem}; pass --env, or --trust-env-module if you trust that")
-    return env_id, kwargs | env_arguments(options)
+    return env_id, kwargs | env_arguments(options.env_arg, options.max_episode_steps)
 
 
 def summary(fields: Fields, sources: Sequence[Mapping[str, Any]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
@@ -108,18 +109,18 @@ def check_options(options: Options) -> None:
         raise ValueError(f"--steps {options.steps[0]}: {drawn}, so SAC would learn nothing")
 
 
-def env_arguments(options: Options) -> dict[str, Any]:
+def env_arguments(env_arg: Sequence[str], max_episode_steps: int | None) -> dict[str, Any]:
     """Return the environment's keyword arguments; a VALUE that is not a literal is a string."""
     arguments: dict[str, Any] = {}
-    for argument in options.env_arg:
+    for argument in env_arg:
         name, equals, value = argument.partition("=")
         if not equals or not name.isidentifier():
             raise ValueError(f"--env-arg {argument}: it reads NAME=VALUE")
         arguments[name] = value
         with suppress(SyntaxError, ValueError):
             arguments[name] = ast.literal_eval(value)
-    if options.max_episode_steps is not None:
+    if max_episode_steps is not None:
         if "max_episode_steps" in arguments:
             raise ValueError("give max_episode_steps once: by its flag, or by --env-arg")
-        arguments["max_episode_steps"] = options.max_episode_steps
+        arguments["max_episode_steps"] = max_episode_steps
     return arguments

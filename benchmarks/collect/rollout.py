@@ -92,10 +92,10 @@ class Simulator:
         finally:
             env.env.close()
 
-    def make(self) -> Instance:
-        """Make an instance of the environment."""
+    def make(self, *, as_drawn: bool = False) -> Instance:
+        """Make an instance of the environment; see :class:`Instance` for ``as_drawn``."""
         env = environments.make(self.env_id, **self.kwargs)
-        return Instance(env, environments.flattener(env), self)
+        return Instance(env, environments.flattener(env), self, as_drawn)
 
 
 @dataclass
@@ -105,6 +105,8 @@ class Instance:
     env: gym.Env[Any, Any]
     flatten: environments.Flatten
     simulator: Simulator
+    # Whether the record has actions as the policy drew them, not as they were clipped.
+    as_drawn: bool = False
     observation: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
     _seed: int = 0
     _steps: list[tuple[Any, ...]] = field(default_factory=list)
@@ -118,8 +120,8 @@ class Instance:
     def step(self, action: NDArray[np.float32]) -> tuple[bool, float]:
         """Take one step with the action clipped to the bounds.
 
-        The environment gets the float32 action that is recorded, so that replaying the record gives
-        the same rewards. Return whether the episode ended, and the reward.
+        The environment gets the float32 action that is recorded, clipped, so that replaying the
+        record gives the same rewards. Return whether the episode ended, and the reward.
         """
         taken = np.clip(action, self.simulator.low, self.simulator.high)
         following, raw_reward, terminated, truncated, info = self.env.step(
@@ -132,7 +134,8 @@ class Instance:
             raise FloatingPointError(f"{self.simulator.env_id} gave a NaN or an infinity {where}")
         # With both, the episode has ended by itself.
         cut = bool(truncated and not terminated)
-        self._steps.append((self.observation, taken, reward, after, bool(terminated), cut))
+        recorded = action if self.as_drawn else taken
+        self._steps.append((self.observation, recorded, reward, after, bool(terminated), cut))
         success = environments.success(info)
         if success is not None:
             self._success.append(bool(success))
@@ -170,6 +173,8 @@ class Behaviour:
     # The environment that it was trained in, if known.
     env_id: str | None = None
     env_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    # The option that names it.
+    flag: str = "--policy"
 
     @property
     def fingerprint(self) -> str:
@@ -180,7 +185,7 @@ class Behaviour:
         """Check that the policy fits the environment."""
         if self.policy is not None:
             observation = np.zeros(simulator.observation_dim, np.float32)
-            shape, name = simulator.low.shape, f"--policy {self.name}"
+            shape, name = simulator.low.shape, f"{self.flag} {self.name}"
             with acting(self.policy):
                 check_sizes(self.policy, observation, shape, simulator.env_id, name=name)
 
@@ -260,7 +265,7 @@ def roll_out(
     while running:
         if behaviour.policy is not None:
             # Recorded as float32.
-            name = f"--policy {behaviour.name}"
+            name = f"{behaviour.flag} {behaviour.name}"
             actions = act(behaviour.policy, seen, name=name).astype(np.float32)
         for row in tuple(running):
             if behaviour.policy is None:

@@ -5,16 +5,27 @@ Examples:
     python -m benchmarks.d4rl --algo bc sft-q iw-sft-q --dataset hopper-medium-replay-v2
     python -m benchmarks.d4rl --suite paper --resume
     python -m benchmarks.d4rl --config run.yaml --seeds 0 1 2
+    python -m benchmarks.d4rl loop --env Hopper-v4 --start bc:hopper-replay-mini
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from benchmarks import stopping
 
 if TYPE_CHECKING:
     from benchmarks.d4rl.options import Options
+
+_LOOP = """Roll out a policy, keep the best episodes, fine-tune on them, score it, and again.
+
+Examples:
+    python -m benchmarks.d4rl loop --start bc:hopper-replay-mini
+    python -m benchmarks.d4rl loop --env Hopper-v4 --start runs/d4rl/hopper-replay-mini/bc/seed-0
+    python -m benchmarks.d4rl loop --start bc:hopper-replay-mini --algo sft --keep-rounds 2
+"""
 
 
 @stopping.ends_in_one_line()
@@ -31,14 +42,27 @@ def main(options: Options) -> None:
         raise SystemExit(1)
 
 
+@stopping.ends_in_one_line()
+def loop(words: Sequence[str]) -> None:
+    """Run the loop and print its table; an error that a user can mend ends it in one line."""
+    from benchmarks.d4rl.loop_options import parse_loop
+
+    options = parse_loop(words, _LOOP)
+    from benchmarks.d4rl.loop import run_rounds
+
+    run_rounds(options)
+
+
 def run() -> None:
-    """Read the command line and run the job."""
+    """Read the command line and run the job, or the loop."""
     stopping.watch()
     with stopping.command("tyro", "joblib", "scipy", "gymnasium", "mujoco"):
+        if sys.argv[1:2] == ["loop"]:
+            return loop(sys.argv[2:])
         from benchmarks.d4rl.options import Options
         from benchmarks.options import parse
 
-        main(parse(Options, "d4rl", __doc__))
+        return main(parse(Options, "d4rl", __doc__))
 
 
 if __name__ == "__main__":

@@ -72,8 +72,13 @@ def name_in_tables(data: OfflineDataset) -> str:
     entries = [find(name) or find(Path(source).name) for name, source in parts]
     if all(entry is not None and entry.env_id == data.env_id for entry in entries):
         return "+".join(entry.name for entry in entries if entry is not None)
+    return family_of(data.env_id or "unknown")
+
+
+def family_of(env_id: str) -> str:
+    """The family of an environment, by which tables of settings know its data: ``hopper``."""
     families = {_kind_of(entry.env_id): entry.name.split("-")[0] for entry in CATALOG.values()}
-    kind = _kind_of(data.env_id or "unknown")
+    kind = _kind_of(env_id)
     return families.get(kind, kind.lower())
 
 

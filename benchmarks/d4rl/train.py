@@ -193,13 +193,13 @@ def _train(
         if run.baseline is not None:
             learner = run.baseline.build(data, run.baseline_settings[0], seed=run.seed)
         elif run not in references:
-            learner = _build_cloning(run, run.curate(data, task.parts), run.schedule)
+            learner = build_cloning(run, run.curate(data, task.parts), run.schedule)
         elif run.algorithm.from_reference:
             reference, folder = references[run]
             # The log-probs of each seed are its own.
             own = data.copy()
             annotate_reference(reference.policy, own, cache=folder)
-            learner, probes = _build_fine_tuning(run, run.curate(own, task.parts), reference.policy)
+            learner, probes = build_fine_tuning(run, run.curate(own, task.parts), reference.policy)
         else:
             reference, folder = references[run]
             _copy_training(folder, run.folder)
@@ -231,7 +231,7 @@ def train_references(
     data = task.pretrain.trajectories.to(runs[0].options.device)
     trainings, policies = [], []
     for run, report in zip(runs, reports, strict=True):
-        learner = _build_cloning(run, data, schedule)
+        learner = build_cloning(run, data, schedule)
         policies.append(learner.policy)
         settings, folder = reference_settings_of(run, task), reference_folder(run, task)
         report = partial(report, "reference")
@@ -262,7 +262,7 @@ def make_policy(run: Run, data: TensorDictBase) -> ProbabilisticActor:
     return form(*sizes(data)).to(run.options.device)
 
 
-def _build_cloning(run: Run, data: TensorDictBase, schedule: Schedule) -> Learner:
+def build_cloning(run: Run, data: TensorDictBase, schedule: Schedule) -> Learner:
     """Build behaviour cloning from scratch: the mean over trajectories of -log p / length."""
     torch.manual_seed(run.seed)
     policy = make_policy(run, data)
@@ -272,7 +272,7 @@ def _build_cloning(run: Run, data: TensorDictBase, schedule: Schedule) -> Learne
     return Learner(policy, loss, sampler, schedule)
 
 
-def _build_fine_tuning(
+def build_fine_tuning(
     run: Run, data: TensorDictBase, policy: ProbabilisticActor
 ) -> tuple[Learner, list[Probe]]:
     """Build (iw-)SFT from the reference policy, on curated and annotated trajectories."""

@@ -17,6 +17,7 @@ from iwsft.loop import CONFIG, table
 LOOP = "loop"
 # Facts of a round that are shown where its stages return them: heading and format.
 COLUMNS = {
+    "return": ("return", ".1f"),
     "pass_rate": ("pass rate", ".3f"),
     "solved": ("solved", ".3f"),
     "kept": ("kept", ".1%"),
@@ -25,10 +26,10 @@ COLUMNS = {
     "ESS": ("ESS", ".2f"),
 }
 _CAPTION = (
-    "Rounds. Score: held-out, with its 95 % interval; pass rate: share of right answers among "
-    "the samples; solved: prompts with a right one; kept: share of the samples that was trained "
-    "on; length: mean of a sample; distinct: different final answers to a prompt; ESS: effective "
-    "share of the draws of an update. Round 0 is the start."
+    "Rounds. Score: held-out, with its 95 % interval; return: mean of the sampled episodes; pass "
+    "rate: share of right answers among the samples; solved: prompts with a right one; kept: share "
+    "of the samples that was trained on; length: mean of a sample; distinct: different final "
+    "answers to a prompt; ESS: effective share of the draws of an update. Round 0 is the start."
 )
 
 
@@ -83,6 +84,8 @@ def draw_loops(loops: Sequence[RecordedLoop]) -> Panels:
     panels = {}
     labels = {"score": "held-out score", **{key: name for key, (name, _) in COLUMNS.items()}}
     for key, label in labels.items():
+        if all(row.get(key) is None for loop in loops for row in loop.rows):
+            continue
         ax = panels[key] = figures.make_panel("", 2.5, colour)
         for loop in loops:
             rows = [row for row in loop.rows if row.get(key) is not None]

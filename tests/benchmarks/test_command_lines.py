@@ -81,6 +81,8 @@ WRONG = {
     "d4rl --episodes 3": "Unrecognized options: --episodes, 3; Perhaps you meant: --curve-episodes",
     "d4rl --algo sftq": "unknown algorithm 'sftq'; did you mean 'sft-q'?",
     "d4rl --steps 0": "--steps 0: at least 1",
+    "d4rl loop": "Missing from iwsft d4rl loop: --start FOLDER|bc:DATASET Policy to start from",
+    "d4rl loop --start x --algo bc": "unknown algorithm 'bc'; it is one of sft, sft-q",
     "llm --step-clip 1": "Missing value for argument '--step-clip'. Expected 2 values",
     "llm --recipe gsm8k --algo sftq": "unknown algorithm 'sftq'",
     "llm --self-normalize yes": "Unrecognized options: yes; see iwsft llm --help",

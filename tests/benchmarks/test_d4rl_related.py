@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.d4rl.options import RELATED, Estimator, Options, check_options, choose_suite
 from benchmarks.d4rl.run import Run
 from benchmarks.d4rl.settings import MARGIN
-from benchmarks.d4rl.train import _build_fine_tuning
+from benchmarks.d4rl.train import build_fine_tuning
 from iwsft import GaussianPolicy, ImportanceWeights
 from iwsft.trajectory import (
     ACTION,
@@ -71,7 +71,7 @@ def test_the_gradient_is_that_of_the_equation(algo: str, estimator: Estimator) -
     # Ratios on both sides of 1.
     before = policy.get_dist(data).log_prob(data[ACTION]).detach()
     data[REF_LOG_PROB].copy_(before + 0.3 * torch.randn(len(data), dtype=torch.float64))
-    loss = _build_fine_tuning(run, data, policy)[0].loss
+    loss = build_fine_tuning(run, data, policy)[0].loss
     if algo == "psft":
         # The reference is the policy at the sync, from which it moves.
         torch.testing.assert_close(data[REF_LOG_PROB], before)
