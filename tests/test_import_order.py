@@ -42,9 +42,8 @@ FLOORS = (
     ("benchmarks", "benchmarks.runs", "benchmarks.options", "benchmarks.statistics"),
     ("benchmarks.places", "benchmarks.results", "benchmarks.monitor", "benchmarks.trackers"),
     ("benchmarks.sweep", "benchmarks.report"),
-    ("benchmarks.d4rl", "benchmarks.llm", "benchmarks.bandit"),
+    ("benchmarks.d4rl", "benchmarks.llm", "benchmarks.bandit", "benchmarks.collect"),
     (
-        "benchmarks.collect",
         "benchmarks.demo",
         "benchmarks.peer",
         "benchmarks.speed",

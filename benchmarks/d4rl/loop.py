@@ -202,10 +202,10 @@ class ControlLoop:
         content = checkpoint.read(Path(one.policy) / FILE, _DAMAGED)
         state = {name: value.cpu() for name, value in policy.module.state_dict().items()}
         environment = {"env_id": self.simulator.env_id, "env_kwargs": self.simulator.kwargs}
-        scores = {"reference_scores": self.reference_scores}
-        checkpoint.write(one.folder / FILE, {**content, **environment, **scores, "state": state})
+        content |= {**environment, "reference_scores": self.reference_scores, "state": state}
+        checkpoint.write(one.folder / FILE, content)
         last = metrics.read(folder / metrics.FILE)[-1]
-        shown = {name: last[name] for name in ("ESS", "weight_max") if name in last}
+        shown: dict[str, Any] = {name: last[name] for name in ("ESS", "weight_max") if name in last}
         return {"policy": one.folder.name, "updates": self.options.steps, **shown}
 
     def evaluate(self, one: Round) -> dict[str, Any]:

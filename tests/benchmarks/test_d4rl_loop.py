@@ -113,9 +113,9 @@ def test_episodes_and_references_are_those_of_the_policy(run: Run, tmp_path: Pat
             env.reset(seed=seed)
             steps = data["collector/traj_ids"] == episode
             taken = 2 * drawn[steps].clamp(-1, 1).numpy()
-            rewards = [env.step(action)[1] for action in taken]
+            rewards = [float(env.step(action)[1]) for action in taken]
             np.testing.assert_allclose(data["next/reward"][steps][:, 0], rewards, rtol=1e-5)
-            returns.append(sum(map(float, rewards)))
+            returns.append(sum(rewards))
         scores = json.loads((one.folder / "scores.json").read_text())
         np.testing.assert_allclose(scores["returns"], returns, rtol=1e-5)
         assert scores["lengths"] == [5] * 6
