@@ -51,10 +51,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds on the clock and on the processor over all resumes, probes included.
-
-    Updates that a kill lost, those since the last checkpoint, are not included.
-    """
+    """Seconds on the clock and the processor over all resumes, without updates that a kill lost."""
 
     wall_seconds: float
     cpu_seconds: float

@@ -15,7 +15,7 @@ from benchmarks.results import CONTROL, read_runs
 from iwsft.samplers import TrajectorySampler
 
 ROOT = Path(__file__).parents[1]
-ALGORITHMS = ("bc", "bc-10", "sft", "sft-q", "iw-sft", "iw-sft-q", "iw-sft-step", "ess0.4/iw-sft-q")
+ALGORITHMS = ("sft-q", "k0/iw-sft-q", "iw-sft-q", "auto/iw-sft-q")
 
 
 def test_the_lines_of_python_train_and_score_a_policy(capsys: pytest.CaptureFixture[str]) -> None:
