@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,12 @@ TINY = ("--rounds", "2", "--episodes-per-round", "6", "--steps", "4", "--eval-ep
 Run = Callable[..., list[dict[str, Any]]]
 
 
+def merged(*defaults: str, flags: Sequence[str]) -> list[str]:
+    """Pairs of option and value that ``flags`` do not give, and the flags."""
+    pairs = zip(defaults[::2], defaults[1::2], strict=True)
+    return [word for pair in pairs if pair[0] not in flags for word in pair] + [*flags]
+
+
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """``run(flag, ...)``: the command on a start of random weights; its table."""
@@ -71,9 +77,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     )
 
     def call(*flags: str, env: str = ENV, out: str = "loop") -> list[dict[str, Any]]:
-        given = [*(["--start", str(tmp_path / "start")] if "--start" not in flags else [])]
-        given += ["--env", env] if env else []
-        loop([*given, *TINY, "--out", str(tmp_path / out), *flags])
+        given = ["--start", str(tmp_path / "start"), *(["--env", env] if env else [])]
+        loop(merged(*given, *TINY, "--out", str(tmp_path / out), flags=flags))
         return table(tmp_path / out)
 
     return call
@@ -213,7 +218,7 @@ def test_kills_at_every_stage_end_in_the_same_files(
     flags = ["--start", f"bc:{tiny_dataset}", "--start-steps", "5", "--keep-rounds", "1"]
     flags += ["--episodes-per-round", "33", "--rounds", "1", "--max-episode-steps", "9"]
     run(*flags, env="", out="whole")
-    words = [*TINY, "--out", str(tmp_path / "killed"), *flags, "--resume"]
+    words = merged(*TINY, "--out", str(tmp_path / "killed"), flags=[*flags, "--resume"])
     fork = multiprocessing.get_context("fork")
     kills = 0
     for _ in range(30):
