@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -205,7 +205,7 @@ def _train(
             _copy_training(folder, run.folder)
             for row in metrics.read(run.folder / metrics.FILE):
                 report("cloning", run.updates, row)
-            outcomes[run] = replace(reference, cost=Cost(0.0, 0.0), reference_cost=reference.cost)
+            outcomes[run] = reference
             continue
         report = partial(report, stage)
         settings = settings_of(run, task)

@@ -103,7 +103,7 @@ WRONG = {
     "collect --out a.hdf5 --policy no.npz --steps 5": "there is no file no.npz",
     "weights nowhere": "there is no nowhere/config.json; a run is OUT/d4rl/",
     "weights --model ./m --base b --data c": "there is no model folder ./m",
-    "speed": "Missing from iwsft speed: {control,baselines,language,scaling} Part of the library",
+    "speed": "Missing from iwsft speed: {control,baselines,language,scaling,gpu} Part of the",
     "speed contrl": "invalid choice 'contrl' for argument 'Options.subject'. Expected one of (",
     "speed control --repeats 0": "--repeats 0: at least 1",
     "report": "Missing from iwsft report: PATH Folder that --out of the runs named",
