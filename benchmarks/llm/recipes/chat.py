@@ -206,7 +206,8 @@ def right_against_wrong(
     right one of a right and a wrong answer to a prompt has the higher log-prob per token (AUC
     within the prompt, 1/2 for equal ones), mean over prompts. ``right_likelier`` is the share of
     prompts where the mean of the right ones is higher; ``margin`` is right minus wrong in nats per
-    token, mean over prompts.
+    token, mean over prompts. ``of_prompts`` has score and margin of each prompt, in their order,
+    to compare models on the same prompts.
     """
     import numpy as np
 
@@ -234,6 +235,7 @@ def right_against_wrong(
         "margin_interval": t_interval(margins) if len(wins) > 1 else None,
         "right_log_prob": float(good.mean()),
         "wrong_log_prob": float(bad.mean()),
+        "of_prompts": {"score": [*map(float, wins)], "margin": margins.tolist()},
     }
     return {f"{prefix}{name}": value for name, value in figures.items()}
 

@@ -258,6 +258,7 @@ def test_right_against_wrong_by_hand():
     assert found["n"] == 3
     assert found["interval"] == interval_over_questions([1, 0.5, 0.75], answers=3)
     assert found["margin_interval"] == t_interval([1, 0, 1.5])
+    assert found["of_prompts"] == {"score": [1, 0.5, 0.75], "margin": [1, 0, 1.5]}
 
 
 def test_auc_is_that_of_pairs_by_brute_force():
