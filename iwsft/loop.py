@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -185,7 +185,7 @@ def table(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def best(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+def best(rows: Sequence[Facts]) -> Facts | None:
     """Return the row with the highest score, of several the first; None where none has a score."""
     scored = [row for row in rows if row.get(SCORE) is not None]
     return max(scored, key=lambda row: row[SCORE]) if scored else None

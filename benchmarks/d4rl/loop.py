@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from tensordict import TensorDict, TensorDictBase
 from torchrl.envs.utils import ExplorationType
 
@@ -19,13 +18,13 @@ from benchmarks import stopping
 from benchmarks.collect.options import env_arguments
 from benchmarks.collect.output import Fields
 from benchmarks.collect.rollout import Behaviour, Simulator, roll_out
-from benchmarks.commands import program, typed
+from benchmarks.commands import typed
 from benchmarks.d4rl.loop_options import CLONE, LoopOptions
 from benchmarks.d4rl.run import Run, sizes
 from benchmarks.d4rl.settings import family_of
 from benchmarks.d4rl.train import build_cloning, build_fine_tuning
 from benchmarks.options import to_config
-from benchmarks.report.loops import LOOP, loop_grid
+from benchmarks.report.loops import LOOP, show_loop
 from benchmarks.runs import hardware, tell, versions, write_json
 from benchmarks.statistics import t_interval
 from iwsft import checkpoint, datasets, environments, metrics
@@ -36,7 +35,7 @@ from iwsft.datasets.catalog import reference_scores
 from iwsft.datasets.episodes import Steps, pack_steps
 from iwsft.evaluation import episode_seeds, evaluate
 from iwsft.fingerprint import fingerprint
-from iwsft.loop import Round, Stages, best, run_loop
+from iwsft.loop import Round, Stages, run_loop
 from iwsft.policies import GaussianPolicy
 from iwsft.reference import annotate_reference
 from iwsft.trained_policy import FILE, TrainedPolicy, load_policy, save_policy
@@ -45,7 +44,7 @@ from iwsft.trajectory import MULTIPLICITY, REF_LOG_PROB, lengths, per_trajectory
 
 # Files of a round, beside those of its stages.
 SCORES, CURATED, EVALUATION = "scores.json", "curated.pt", "evaluation.json"
-TRAINING = "training"
+TRAINING, REFERENCE = "training", "reference"
 # Entries of curated steps: the round and the return of their episode.
 ROUND, SCORE = "round", "score"
 _DAMAGED = "put a copy of it back, or remove its folder, and --resume makes it again"
@@ -158,8 +157,7 @@ class ControlLoop:
 
     def curate(self, one: Round) -> dict[str, Any]:
         """Keep the top share of the episodes of this round and the last ones together."""
-        pool = join(*map(_scored, [*one.earlier(self.options.keep_rounds), one]))
-        pool = pool.exclude(MULTIPLICITY)
+        pool = self._pool(one)
         scores, cuts = per_trajectory(pool, SCORE), self._run(one).algorithm.cuts
         if max(cuts) > 0 and bool((scores == scores[0]).all()):
             same = f"all {len(scores)} episodes have the return {float(scores[0]):.4g}"
@@ -184,6 +182,11 @@ class ControlLoop:
         tell(f"round {one.number}: {kept} {least}{replayed}")
         return facts
 
+    def _pool(self, one: Round) -> TensorDictBase:
+        """All episodes of this round and the last ones."""
+        rounds = [*one.earlier(self.options.keep_rounds), one]
+        return join(*map(_scored, rounds)).exclude(MULTIPLICITY)
+
     def fine_tune(self, one: Round) -> dict[str, Any]:
         """Train the round's policy on the curated episodes, by the pieces of a run."""
         folder = one.folder / TRAINING
@@ -191,6 +194,11 @@ class ControlLoop:
         data = curated_data(one, policy)
         run = self._run(one)
         run.weights.check_overflow(int(lengths(data).max()))
+        if steps := self.options.reference_steps:
+            schedule = replace(run.reference_schedule, steps=steps)
+            clone = build_cloning(run, self._pool(one), schedule)
+            self._fit(clone, one.folder / REFERENCE, steps)
+            annotate_reference(clone.policy, data)
         # Layers with noise draw the same after a kill.
         torch.manual_seed(run.seed)
         learner, probes = build_fine_tuning(run, data, policy.module)
@@ -315,16 +323,8 @@ def run_rounds(options: LoopOptions) -> list[dict[str, Any]]:
         about=about,
         tell=tell,
     )
-    console, top = Console(), best(rows)
-    console.print(loop_grid(rows).rich(f"{options.algo}, {loop.simulator.env_id}"))
-    rounds = {"Policy": rows[-1]} | ({} if top is None else {"Best policy": top})
-    folders = {
-        name: Round(row["round"], options.out, str(start.folder)).trained
-        for name, row in rounds.items()
-    }
-    lines = [f"{name}: {folder}" for name, folder in folders.items()]
-    lines.append(f"Report: {program('report')} {options.out}")
-    console.print(*lines, sep="\n", highlight=False, markup=False, soft_wrap=True)
+    title = f"{options.algo}, {loop.simulator.env_id}"
+    show_loop(rows, title, "policy", options.out, str(start.folder))
     return rows
 
 

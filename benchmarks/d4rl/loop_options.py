@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from benchmarks.d4rl.options import ALGORITHMS, Options, Weighting, check_options, choose_suite
-from benchmarks.options import check_at_least, check_known, check_seeds, option, parse
+from benchmarks.options import (
+    check_at_least,
+    check_known,
+    check_seeds,
+    check_used,
+    option,
+    parse,
+)
 
 # Prefix of --start before the name of a dataset.
 CLONE = "bc:"
@@ -70,6 +77,9 @@ class Training:
     """Peak of the learning rate of a round."""
     start_steps: Annotated[int | None, option("INT", "1000, with bc:DATASET")] = None
     """Updates of the clone of bc:DATASET; few give a weak start."""
+    reference_steps: Annotated[int | None, option("INT", "none, the reference is exact")] = None
+    """Updates of a reference that each round clones from its episodes, as offline data need it; the
+    exact one is the policy that acted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,13 +132,18 @@ class LoopOptions(Repetition, Selection, Training, Weighting, Scoring, Output):
         """Check the values of the options."""
         check_known("algorithm", self.algo, TUNED)
         check_seeds((self.seed,), "seed")
-        counts = ("rounds", "episodes_per_round", "start_steps", "max_episode_steps")
+        counts = (
+            *("rounds", "episodes_per_round", "max_episode_steps"),
+            *("start_steps", "reference_steps"),
+        )
         check_at_least(1, **{name: getattr(self, name) for name in counts})
         check_at_least(0, keep_rounds=self.keep_rounds)
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise ValueError(f"--learning-rate {self.learning_rate}: a finite number above 0")
         if self.start_steps is not None and self.dataset is None:
             raise ValueError(f"--start-steps {self.start_steps} is for --start {CLONE}DATASET")
+        weighted = ALGORITHMS[self.algo].weighted
+        check_used("reference_steps", self.reference_steps, weighted, f"in {self.algo}")
         check_options(self.training, choose_suite(self.training))
 
 

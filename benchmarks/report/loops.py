@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from benchmarks.commands import program
 from benchmarks.report import figures
 from benchmarks.report.document import NOTHING, Document, Grid, escaped, interval_text
 from benchmarks.report.figures import Panels
 from benchmarks.results import printable
-from iwsft.loop import CONFIG, table
+from iwsft.loop import CONFIG, Round, best, table
 
 LOOP = "loop"
 # Facts of a round that are shown where its stages return them: heading and format.
@@ -72,6 +75,21 @@ def loop_grid(rows: Sequence[Mapping[str, Any]]) -> Grid:
         cells = [_cell(row.get(key), form) for key, (_, form) in COLUMNS.items()]
         grid.rows.append([str(row["round"]), _cell(row.get("score"), ".3f"), interval, *cells])
     return grid
+
+
+def show_loop(
+    rows: Sequence[Mapping[str, Any]], title: str, noun: str, folder: Path, start: str
+) -> None:
+    """Print the rounds of a loop, and the folders of its last and its best policy or model."""
+    last, top = rows[-1]["round"], best(rows)
+    rounds = {noun.capitalize(): last}
+    if top is not None and top["round"] != last:
+        rounds[f"Best {noun} (round {top['round']})"] = top["round"]
+    lines = [f"{name}: {Round(n, folder, start).trained}" for name, n in rounds.items()]
+    lines.append(f"Report: {program('report')} {folder}")
+    console = Console()
+    console.print(loop_grid(rows).rich(title))
+    console.print(*lines, sep="\n", highlight=False, markup=False, soft_wrap=True)
 
 
 def _cell(value: float | None, form: str) -> str:

@@ -215,9 +215,12 @@ def flat(tree: Any) -> Any:
 def test_kills_at_every_stage_end_in_the_same_files(
     run: Run, tmp_path: Path, tiny_dataset: Path
 ) -> None:
-    flags = ["--start", f"bc:{tiny_dataset}", "--start-steps", "5", "--keep-rounds", "1"]
+    flags = ["--start", f"bc:{tiny_dataset}", "--start-steps", "5", "--reference-steps", "5"]
     flags += ["--episodes-per-round", "33", "--rounds", "1", "--max-episode-steps", "9"]
     run(*flags, env="", out="whole")
+    # A clone is another policy than the one that acted.
+    first = metrics.read(tmp_path / "whole/round-1/training" / metrics.FILE)[0]
+    assert first["ESS"] < 1 < first["weight_max"]
     words = merged(*TINY, "--out", str(tmp_path / "killed"), flags=[*flags, "--resume"])
     fork = multiprocessing.get_context("fork")
     kills = 0
@@ -244,6 +247,7 @@ def test_kills_at_every_stage_end_in_the_same_files(
         (("--algo", "iql"), ENV, "unknown algorithm 'iql'; .*one of sft, sft-q, iw-sft"),
         (("--start-steps", "3"), ENV, "--start-steps 3 is for --start bc:DATASET"),
         (("--algo", "sft", "--alpha", "0.5"), ENV, "--alpha 0.5 changes nothing in sft"),
+        (("--algo", "sft", "--reference-steps", "5"), ENV, "5 changes nothing in sft"),
         (("--keep-rounds", "-1"), ENV, "--keep-rounds -1: at least 0"),
     ],
 )

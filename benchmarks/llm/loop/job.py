@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from rich.console import Console
-
-from benchmarks.commands import program, typed
+from benchmarks.commands import typed
 from benchmarks.llm.generators import load_prompter
 from benchmarks.llm.launch import Launch
 from benchmarks.llm.loop.options import LoopOptions
@@ -18,10 +16,10 @@ from benchmarks.llm.loop.verifiers import Prompt, Verifier, read_prompts
 from benchmarks.llm.models import locate, shortest
 from benchmarks.llm.options import ALGORITHMS
 from benchmarks.llm.run import Run, training_arguments
-from benchmarks.report.loops import LOOP, loop_grid
+from benchmarks.report.loops import LOOP, show_loop
 from benchmarks.runs import hardware, tell, versions
 from iwsft.language.generations import Prompter
-from iwsft.loop import Round, best, run_loop
+from iwsft.loop import run_loop
 
 _PACKAGES = ("torch", "transformers", "vllm", "accelerate", "math-verify")
 
@@ -74,7 +72,7 @@ def run_rounds(options: LoopOptions) -> list[dict[str, Any]]:
             about=about,
             tell=tell,
         )
-    _show(options, rows, start)
+    show_loop(rows, f"{options.algo}, {options.prompts}", "model", options.out, start)
     return rows
 
 
@@ -111,17 +109,3 @@ def _digest(prompts: Sequence[Prompt]) -> str:
     """Digest of prompts with all that a verifier reads."""
     content = [(prompt.content, prompt.answer, sorted(prompt.row.items())) for prompt in prompts]
     return hashlib.sha256(repr(content).encode()).hexdigest()
-
-
-def _show(options: LoopOptions, rows: list[dict[str, Any]], start: str) -> None:
-    console = Console()
-    console.print(loop_grid(rows).rich(f"{options.algo}, {options.prompts}"))
-    last, top = rows[-1]["round"], best(rows)
-    models = {"Model": Round(last, options.out, start).trained}
-    if top is not None and top["round"] != last:
-        models[f"Best model (round {top['round']})"] = Round(
-            top["round"], options.out, start
-        ).trained
-    lines = [f"{name}: {model}" for name, model in models.items()]
-    lines.append(f"Report: {program('report')} {options.out}")
-    console.print(*lines, sep="\n", highlight=False, markup=False, soft_wrap=True)
