@@ -14,47 +14,40 @@ from torch.distributions import Distribution
 from torchrl.modules import IndependentNormal
 from torchrl.objectives.common import LossModule
 
-from baselines.critics import TargetUpdate, check_transitions, qvalue_networks, return_limit, values
-from baselines.learner import Learner, check_finite
+from baselines.critics import (
+    CriticSettings,
+    check_transitions,
+    critic_learner,
+    qvalue_networks,
+    values,
+)
+from baselines.learner import Learner
 from baselines.normalization import Normalization, NormalizedPolicy, normalized
 from baselines.rewards import Rewards, transformed
 from iwsft.policies import GaussianPolicy
 from iwsft.policy_loss import holding
-from iwsft.samplers import TransitionSampler
-from iwsft.training import Schedule
 from iwsft.update import NOISE
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(CriticSettings):
     """Settings of a run; the defaults are CORL's for locomotion.
 
     Args:
-        steps: Number of updates.
-        batch_size: Transitions of an update.
-        lr: Constant learning rate of Adam, for all networks.
-        gamma: Discount factor.
-        tau: Share of the Q-networks in their targets' moving average.
+        lr: Learning rate of Adam, for all networks.
         temperature: lambda, the divisor of advantages.
-        max_weight: Upper limit of the weight exp(advantage / lambda).
+        max_weight: Upper limit of the weight exp(advantage / lambda), which may be infinite.
         hidden: Units of the hidden layers of all networks.
         rewards: Change of the rewards, see :func:`baselines.rewards.transformed`.
     """
 
-    steps: int = 1_000_000
-    batch_size: int = 256
+    unlimited = "max_weight"
+
     lr: float = 3e-4
-    gamma: float = 0.99
-    tau: float = 0.005
     temperature: float = 1 / 3
     max_weight: float = 100.0
     hidden: tuple[int, ...] = (256, 256, 256)
     rewards: Rewards = "as they are"
-
-    def __post_init__(self) -> None:
-        check_finite(self, but="max_weight")
-        if not 0 <= self.gamma < 1 or not 0 < self.tau <= 1:
-            raise ValueError(f"{self}: gamma must be in [0, 1), tau in (0, 1]")
 
 
 class AWACLoss(LossModule):
@@ -138,7 +131,6 @@ class AWACLoss(LossModule):
                 f"temperature={temperature} and max_weight={max_weight} must be positive"
             )
         super().__init__()
-        self._in_keys: list[NestedKey] | None = None
         self.gamma = gamma
         self.temperature = temperature
         self.max_weight = max_weight
@@ -148,29 +140,15 @@ class AWACLoss(LossModule):
         self.convert_to_functional(
             list(qvalue_network), "qvalue_network", len(qvalue_network), create_target_params=True
         )
+        self.set_keys()
 
     def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
-        """Do nothing: there is no value estimator."""
-
-    def set_keys(self, **kwargs: NestedKey) -> None:
-        """Set key names, see ``_AcceptedKeys``."""
-        super().set_keys(**kwargs)
-        self._in_keys = None
-
-    @property
-    def in_keys(self) -> list[NestedKey]:
-        """The keys that a call needs, in the order of a call without TensorDict."""
-        if self._in_keys is None:
-            action = self.tensor_keys.action
-            read = [*self.actor_network.in_keys, *self.qvalue_network.in_keys]
-            states = [key for key in dict.fromkeys(read) if key != action]
-            after = [*states, self.tensor_keys.reward, self.tensor_keys.terminated]
-            self._in_keys = [*states, action, *map(_next, after)]
-        return self._in_keys
-
-    @in_keys.setter
-    def in_keys(self, values: list[NestedKey]) -> None:
-        self._in_keys = values
+        """Set the keys that a call needs, in the order of a call without TensorDict."""
+        action = self.tensor_keys.action
+        read = [*self.actor_network.in_keys, *self.qvalue_network.in_keys]
+        states = [key for key in dict.fromkeys(read) if key != action]
+        after = [*states, self.tensor_keys.reward, self.tensor_keys.terminated]
+        self.in_keys = [*states, action, *map(_next, after)]
 
     def draw_noise(
         self, batch: TensorDictBase, generator: torch.Generator | None
@@ -275,12 +253,7 @@ def policy(observation_dim: int, action_dim: int, settings: Settings) -> Normali
 
 
 def build(trajectories: TensorDictBase, settings: Settings, *, seed: int) -> Learner:
-    """Return networks, loss and sampler for packed trajectories with actions in [-1, 1].
-
-    Raises:
-        KeyError: An entry of a transition is missing.
-        ValueError: Settings are out of range, or entries are not finite.
-    """
+    """Return the parts of a training, see :class:`baselines.learner.Baseline`."""
     torch.manual_seed(seed)
     sizes, device = check_transitions(trajectories)
     acting = policy(*sizes, settings)
@@ -293,11 +266,4 @@ def build(trajectories: TensorDictBase, settings: Settings, *, seed: int) -> Lea
         temperature=settings.temperature,
         max_weight=settings.max_weight,
     )
-    return Learner(
-        policy=acting,
-        loss=loss,
-        sampler=TransitionSampler(data, settings.batch_size, seed=seed),
-        schedule=Schedule(settings.steps, settings.lr, decay="constant"),
-        updater=TargetUpdate(loss, tau=settings.tau),
-        limits={"pred_value": return_limit(data, settings.gamma)},
-    )
+    return critic_learner(acting, loss, data, settings, seed=seed, rates={"": settings.lr})

@@ -17,18 +17,16 @@ from torchrl.objectives.utils import distance_loss
 
 from baselines.critics import (
     CopyableLoss,
-    TargetUpdate,
+    CriticSettings,
     check_transitions,
+    critic_learner,
     qvalue_networks,
-    return_limit,
     values,
 )
-from baselines.learner import Learner, check_finite
+from baselines.learner import Learner
 from baselines.normalization import Normalization, NormalizedPolicy, normalized
 from iwsft.policies import GaussianPolicy
 from iwsft.policy_loss import holding
-from iwsft.samplers import TransitionSampler
-from iwsft.training import Schedule
 from iwsft.trajectory import REWARD
 from iwsft.update import NOISE
 
@@ -40,16 +38,12 @@ _CACHED_ROWS = 1024
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(CriticSettings):
     """Settings of a run; the defaults are the published ones for locomotion.
 
     Args:
-        steps: Number of updates.
-        batch_size: Transitions of an update.
         actor_lr: Learning rate of Adam for the actor and for the entropy's temperature.
         critic_lr: Learning rate of Adam for the critics and for the penalty's multiplier.
-        gamma: Discount factor.
-        tau: Share of the critics in their targets' moving average.
         min_q_weight: alpha, the weight of the conservative penalty.
         actions: Number of actions per state from each of three distributions: uniform, the policy
             at the state, the policy at the next state.
@@ -64,12 +58,8 @@ class Settings:
         reward_shift: Number added to the rewards after that.
     """
 
-    steps: int = 1_000_000
-    batch_size: int = 256
     actor_lr: float = 3e-5
     critic_lr: float = 3e-4
-    gamma: float = 0.99
-    tau: float = 0.005
     min_q_weight: float = 10.0
     actions: int = 10
     lagrange_threshold: float | None = None
@@ -82,11 +72,10 @@ class Settings:
     reward_shift: float = 0.0
 
     def __post_init__(self) -> None:
-        check_finite(self)
-        if not 0 <= self.gamma < 1 or not 0 < self.tau <= 1 or self.actions < 1:
-            raise ValueError(f"{self}: gamma must be in [0, 1), tau in (0, 1], actions at least 1")
-        if not self.min_q_weight >= 0 or not self.reward_scale > 0:
-            raise ValueError(f"{self}: min_q_weight can't be negative, reward_scale is positive")
+        super().__post_init__()
+        if self.actions < 1 or not self.min_q_weight >= 0 or not self.reward_scale > 0:
+            problem = "actions must be at least 1, min_q_weight not negative, reward_scale positive"
+            raise ValueError(f"{self}: {problem}")
 
 
 class ConservativeLoss(CopyableLoss, CQLLoss):
@@ -341,12 +330,7 @@ def policy(observation_dim: int, action_dim: int, settings: Settings) -> Normali
 
 
 def build(trajectories: TensorDictBase, settings: Settings, *, seed: int) -> Learner:
-    """Return networks, loss and sampler for packed trajectories with actions in [-1, 1].
-
-    Raises:
-        KeyError: An entry of a transition is missing.
-        ValueError: Settings are out of range, or entries are not finite.
-    """
+    """Return the parts of a training, see :class:`baselines.learner.Baseline`."""
     torch.manual_seed(seed)
     sizes, device = check_transitions(trajectories)
     acting = policy(*sizes, settings).to(device)
@@ -373,17 +357,7 @@ def build(trajectories: TensorDictBase, settings: Settings, *, seed: int) -> Lea
     }
     if settings.lagrange_threshold is not None:
         rates["log_multiplier"] = settings.critic_lr
-    return Learner(
-        policy=acting,
-        loss=loss,
-        sampler=TransitionSampler(data, settings.batch_size, seed=seed),
-        schedule={
-            name: Schedule(steps=settings.steps, lr=lr, decay="constant")
-            for name, lr in rates.items()
-        },
-        updater=TargetUpdate(loss, tau=settings.tau),
-        limits={"pred_value": return_limit(data, settings.gamma)},
-    )
+    return critic_learner(acting, loss, data, settings, seed=seed, rates=rates)
 
 
 def _start(critic: TensorDictModule) -> TensorDictModule:

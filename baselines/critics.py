@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from tensordict import NestedKey, TensorDictBase, TensorDictParams
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
 from torch.nn import functional
 from torchrl.objectives import SoftUpdate
 from torchrl.objectives.common import LossModule
+from torchrl.objectives.utils import TargetNetUpdater
 
-from baselines.learner import check_unweighted
+from baselines.learner import Learner, check_finite, check_unweighted
 from iwsft.policies.linear import linear, suit_onednn
+from iwsft.samplers import TRANSITION, TransitionSampler
+from iwsft.training import Schedule
 from iwsft.trajectory import ACTION, NEXT_OBSERVATION, OBSERVATION, REWARD, validate
 
 STATE_ACTION_VALUE: NestedKey = "state_action_value"
@@ -33,6 +37,31 @@ _CLOSURES = ("_vmap_qvalue_network", "_vmap_actor_network")
 _MARGIN = 10.0
 # Parameters of a layer; the last two are those of a layer norm.
 _NAMES = ("weight", "bias", "scale", "shift")
+
+
+@dataclass(frozen=True)
+class CriticSettings:
+    """Settings of a run that algorithms with a critic share.
+
+    Args:
+        steps: Number of updates.
+        batch_size: Transitions of an update.
+        gamma: Discount factor.
+        tau: Share of the networks in their targets' moving average.
+    """
+
+    # The setting that may be infinite.
+    unlimited: ClassVar[str] = ""
+
+    steps: int = 1_000_000
+    batch_size: int = 256
+    gamma: float = 0.99
+    tau: float = 0.005
+
+    def __post_init__(self) -> None:
+        check_finite(self, but=self.unlimited)
+        if not 0 <= self.gamma < 1 or not 0 < self.tau <= 1:
+            raise ValueError(f"{self}: gamma must be in [0, 1), tau in (0, 1]")
 
 
 class ValueMLP(nn.Module):
@@ -224,6 +253,36 @@ def check_transitions(trajectories: TensorDictBase) -> tuple[tuple[int, int], to
     validate(trajectories, keys=(OBSERVATION, ACTION, NEXT_OBSERVATION, REWARD))
     observation, action = trajectories.get(OBSERVATION), trajectories.get(ACTION)
     return (observation.shape[-1], action.shape[-1]), observation.device
+
+
+def critic_learner(
+    policy: TensorDictModuleBase,
+    loss: LossModule,
+    data: TensorDictBase,
+    settings: CriticSettings,
+    *,
+    seed: int,
+    rates: Mapping[str, float],
+    cosine: Sequence[str] = (),
+    updater: TargetNetUpdater | None = None,
+    keys: Sequence[NestedKey] = TRANSITION,
+) -> Learner:
+    """Return the learner of a loss with ``pred_value`` on single transitions.
+
+    ``rates`` are the learning rates of the networks; those of ``cosine`` fall to 0, the others are
+    constant. Targets follow at every update if there is no ``updater``.
+    """
+    return Learner(
+        policy=policy,
+        loss=loss,
+        sampler=TransitionSampler(data, settings.batch_size, seed=seed, keys=keys),
+        schedule={
+            name: Schedule(settings.steps, lr, decay="cosine" if name in cosine else "constant")
+            for name, lr in rates.items()
+        },
+        updater=TargetUpdate(loss, tau=settings.tau) if updater is None else updater,
+        limits={"pred_value": return_limit(data, settings.gamma)},
+    )
 
 
 def return_limit(trajectories: TensorDictBase, gamma: float) -> float:

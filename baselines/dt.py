@@ -280,13 +280,9 @@ def policy(observation_dim: int, action_dim: int, settings: Settings) -> DTPolic
 
 
 def build(trajectories: TensorDictBase, settings: Settings, *, seed: int) -> Learner:
-    """Return network, loss and sampler for packed trajectories, on their device.
+    """Return the parts of a training, see :class:`baselines.learner.Baseline`.
 
-    Raises:
-        ImportError: transformers is not installed.
-        KeyError: Observation, action or reward is missing.
-        ValueError: :class:`baselines.windows.WindowSampler` refuses the trajectories, they have
-            data weights, or all rewards are 0, so that there is no return to condition actions on.
+    A ValueError also says that all rewards are 0, so that no return conditions the actions.
     """
     torch.manual_seed(seed)
     check_unweighted(trajectories)

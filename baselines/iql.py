@@ -14,34 +14,28 @@ from torchrl.objectives.utils import distance_loss
 
 from baselines.critics import (
     CopyableLoss,
-    TargetUpdate,
+    CriticSettings,
     check_transitions,
+    critic_learner,
     qvalue_networks,
-    return_limit,
     value_network,
     values,
 )
-from baselines.learner import Learner, check_finite
+from baselines.learner import Learner
 from baselines.rewards import Rewards, clipped_actions, transformed
 from iwsft.policies import GaussianPolicy
 from iwsft.policy_loss import holding
-from iwsft.samplers import TransitionSampler
-from iwsft.training import Schedule
 
 # Upper limit of the weight in the actor's loss, in TorchRL and in the authors' code.
 MAX_WEIGHT = 100.0
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(CriticSettings):
     """Settings of a run; the defaults are the published ones for locomotion.
 
     Args:
-        steps: Number of updates.
-        batch_size: Transitions of an update.
         lr: Learning rate of Adam, for all networks; the actor's falls to 0 along a cosine.
-        gamma: Discount factor.
-        tau: Share of the Q-networks in their targets' moving average.
         expectile: Expectile of Q over the data's actions that V estimates; 0.5 is the mean.
         temperature: beta, the factor of advantages (an inverse temperature).
         hidden: Units of the hidden layers of all networks.
@@ -49,11 +43,7 @@ class Settings:
         rewards: Change of the rewards, see :func:`baselines.rewards.transformed`.
     """
 
-    steps: int = 1_000_000
-    batch_size: int = 256
     lr: float = 3e-4
-    gamma: float = 0.99
-    tau: float = 0.005
     expectile: float = 0.7
     temperature: float = 3.0
     hidden: tuple[int, ...] = (256, 256)
@@ -61,12 +51,10 @@ class Settings:
     rewards: Rewards = "return range"
 
     def __post_init__(self) -> None:
-        check_finite(self)
-        if not 0 < self.expectile < 1 or not 0 <= self.dropout < 1:
-            raise ValueError(f"{self}: expectile must be in (0, 1), dropout in [0, 1)")
-        if not 0 <= self.gamma < 1 or not 0 < self.tau <= 1 or not self.temperature >= 0:
+        super().__post_init__()
+        if not 0 < self.expectile < 1 or not 0 <= self.dropout < 1 or not self.temperature >= 0:
             raise ValueError(
-                f"{self}: gamma must be in [0, 1), tau in (0, 1], temperature not negative"
+                f"{self}: expectile must be in (0, 1), dropout in [0, 1), temperature not negative"
             )
 
 
@@ -153,13 +141,7 @@ def policy(observation_dim: int, action_dim: int, settings: Settings) -> Gaussia
 
 
 def build(trajectories: TensorDictBase, settings: Settings, *, seed: int) -> Learner:
-    """Return networks, loss and sampler for packed trajectories with actions in [-1, 1].
-
-    Raises:
-        KeyError: An entry of a transition is missing.
-        ValueError: Entries are not finite, or rewards are to be scaled by the range of returns and
-            all returns are equal.
-    """
+    """Return the parts of a training, see :class:`baselines.learner.Baseline`."""
     torch.manual_seed(seed)
     sizes, device = check_transitions(trajectories)
     data = clipped_actions(transformed(trajectories, settings.rewards))
@@ -173,16 +155,13 @@ def build(trajectories: TensorDictBase, settings: Settings, *, seed: int) -> Lea
         expectile=settings.expectile,
     )
     loss.make_value_estimator(ValueEstimators.TD0, gamma=settings.gamma)
-    constant = Schedule(settings.steps, settings.lr, decay="constant")
-    return Learner(
-        policy=actor,
-        loss=loss,
-        sampler=TransitionSampler(data, settings.batch_size, seed=seed),
-        schedule={
-            "actor_network": Schedule(settings.steps, settings.lr, decay="cosine"),
-            "qvalue_network": constant,
-            "value_network": constant,
-        },
-        updater=TargetUpdate(loss, tau=settings.tau),
-        limits={"pred_value": return_limit(data, settings.gamma)},
+    names = ("actor_network", "qvalue_network", "value_network")
+    return critic_learner(
+        actor,
+        loss,
+        data,
+        settings,
+        seed=seed,
+        rates=dict.fromkeys(names, settings.lr),
+        cosine=("actor_network",),
     )

@@ -10,13 +10,12 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from baselines import td3_bc
-from baselines.critics import check_transitions, qvalue_networks, values
+from baselines.critics import check_transitions, critic_learner, qvalue_networks, values
 from baselines.learner import Learner
 from baselines.normalization import NormalizedPolicy
 from baselines.rewards import Rewards, transformed
 from baselines.td3_bc import DelayedTD3BCLoss
-from iwsft.samplers import TRANSITION, TransitionSampler
-from iwsft.training import Schedule
+from iwsft.samplers import TRANSITION
 from iwsft.trajectory import ACTION, MASK, TERMINATED, Segments
 
 NEXT_ACTION = ("next", ACTION)
@@ -66,18 +65,7 @@ class Settings(td3_bc.Settings):
     """Settings of a run, those of TD3+BC and three more; the defaults are locomotion's.
 
     Args:
-        steps: Number of updates of the critics.
-        batch_size: Transitions of an update.
-        lr: Constant learning rate of Adam for the critics.
-        gamma: Discount factor.
-        tau: Share of the networks in their targets' moving average.
-        alpha: Weight of Q against the actor's penalty, divided by the batch's mean ``|Q|``.
-        policy_noise: Standard deviation of the noise on the target policy's actions.
-        noise_clip: Bound of that noise.
-        policy_delay: Number of updates for each move of the actor and of all targets.
-        hidden: Units of the hidden layers of all networks.
-        rewards: Change of the rewards, see :func:`baselines.rewards.transformed`.
-        actor_lr: Constant learning rate of Adam for the actor.
+        actor_lr: Learning rate of Adam for the actor; ``lr`` is that of the critics.
         actor_penalty: beta_1, weight of the squared distance of the actor's action to the data's.
         critic_penalty: beta_2, weight of the squared distance of the target policy's next action
             to the data's, which is subtracted from the next state's value.
@@ -157,12 +145,7 @@ def policy(observation_dim: int, action_dim: int, settings: Settings) -> Normali
 
 
 def build(trajectories: TensorDictBase, settings: Settings, *, seed: int) -> Learner:
-    """Return networks, loss and sampler for packed trajectories with actions in [-1, 1].
-
-    Raises:
-        KeyError: An entry of a transition is missing.
-        ValueError: Settings are out of range, entries are not finite, or no step has a next one.
-    """
+    """Return the parts of a training, see :class:`baselines.learner.Baseline`."""
     torch.manual_seed(seed)
     sizes, device = check_transitions(trajectories)
     data = with_next_actions(transformed(trajectories, settings.rewards))
@@ -177,11 +160,16 @@ def build(trajectories: TensorDictBase, settings: Settings, *, seed: int) -> Lea
         critic_penalty=settings.critic_penalty,
         **td3_bc.loss_options(settings),
     )
-    rates = {"actor_network": settings.actor_lr, "qvalue_network": settings.lr}
-    schedule = {name: Schedule(settings.steps, lr, decay="constant") for name, lr in rates.items()}
-    keys = (*TRANSITION, NEXT_ACTION)
-    sampler = TransitionSampler(data, settings.batch_size, seed=seed, keys=keys)
-    return td3_bc.assemble(acting, loss, sampler, schedule, settings)
+    return critic_learner(
+        acting,
+        loss,
+        data,
+        settings,
+        seed=seed,
+        rates={"actor_network": settings.actor_lr, "qvalue_network": settings.lr},
+        updater=td3_bc.one_step_targets(loss, settings),
+        keys=(*TRANSITION, NEXT_ACTION),
+    )
 
 
 def with_next_actions(trajectories: TensorDictBase) -> TensorDictBase:

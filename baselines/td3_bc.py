@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,32 +15,27 @@ from torchrl.objectives.utils import _cache_values, distance_loss
 
 from baselines.critics import (
     CopyableLoss,
+    CriticSettings,
     TargetUpdate,
     check_transitions,
+    critic_learner,
     qvalue_networks,
-    return_limit,
     values,
 )
-from baselines.learner import Learner, check_finite
+from baselines.learner import Learner
 from baselines.normalization import Normalization, NormalizedPolicy, normalized
 from baselines.rewards import Rewards, transformed
 from iwsft.policies.linear import Linear
-from iwsft.samplers import TransitionSampler
-from iwsft.training import Schedule
 from iwsft.trajectory import ACTION, OBSERVATION
 from iwsft.update import NOISE
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(CriticSettings):
     """Settings of a run; the defaults are the published ones for locomotion.
 
     Args:
-        steps: Number of updates of the critics.
-        batch_size: Transitions of an update.
-        lr: Constant learning rate of Adam, for all networks.
-        gamma: Discount factor.
-        tau: Share of the networks in their targets' moving average.
+        lr: Learning rate of Adam, for all networks.
         alpha: Weight of Q against behaviour cloning, divided by the batch's mean ``|Q|``.
         policy_noise: Standard deviation of the noise on the target policy's actions.
         noise_clip: Bound of that noise.
@@ -50,11 +44,7 @@ class Settings:
         rewards: Change of the rewards, see :func:`baselines.rewards.transformed`.
     """
 
-    steps: int = 1_000_000
-    batch_size: int = 256
     lr: float = 3e-4
-    gamma: float = 0.99
-    tau: float = 0.005
     alpha: float = 2.5
     policy_noise: float = 0.2
     noise_clip: float = 0.5
@@ -63,13 +53,10 @@ class Settings:
     rewards: Rewards = "as they are"
 
     def __post_init__(self) -> None:
-        check_finite(self)
-        if not 0 <= self.gamma < 1 or not 0 < self.tau <= 1 or self.policy_delay < 1:
-            raise ValueError(
-                f"{self}: gamma must be in [0, 1), tau in (0, 1], policy_delay at least 1"
-            )
-        if min(self.alpha, self.policy_noise, self.noise_clip) < 0:
-            raise ValueError(f"{self}: alpha and the noise can't be negative")
+        super().__post_init__()
+        if self.policy_delay < 1 or min(self.alpha, self.policy_noise, self.noise_clip) < 0:
+            problem = "policy_delay must be at least 1, alpha and the noise not negative"
+            raise ValueError(f"{self}: {problem}")
 
 
 class DelayedTD3BCLoss(CopyableLoss, TD3BCLoss):
@@ -257,26 +244,17 @@ def policy(observation_dim: int, action_dim: int, settings: Settings) -> Normali
 
 
 def build(trajectories: TensorDictBase, settings: Settings, *, seed: int) -> Learner:
-    """Return networks, loss and sampler for packed trajectories with actions in [-1, 1].
-
-    Raises:
-        KeyError: An entry of a transition is missing.
-        ValueError: Settings are out of range, or entries are not finite.
-    """
+    """Return the parts of a training, see :class:`baselines.learner.Baseline`."""
     torch.manual_seed(seed)
     sizes, device = check_transitions(trajectories)
     acting = policy(*sizes, settings)
     acting.normalization = Normalization.of(trajectories)
     data = normalized(transformed(trajectories, settings.rewards), acting.normalization)
-    critics = qvalue_networks(*sizes, settings.hidden)
-    loss = DelayedTD3BCLoss(
-        acting.to(device).actor,
-        [critic.to(device) for critic in critics],
-        **loss_options(settings),
-    )
-    sampler = TransitionSampler(data, settings.batch_size, seed=seed)
-    schedule = Schedule(settings.steps, settings.lr, decay="constant")
-    return assemble(acting, loss, sampler, schedule, settings)
+    critics = [critic.to(device) for critic in qvalue_networks(*sizes, settings.hidden)]
+    loss = DelayedTD3BCLoss(acting.to(device).actor, critics, **loss_options(settings))
+    updater = one_step_targets(loss, settings)
+    rates = {"": settings.lr}
+    return critic_learner(acting, loss, data, settings, seed=seed, rates=rates, updater=updater)
 
 
 def loss_options(settings: Settings) -> dict[str, Any]:
@@ -285,20 +263,7 @@ def loss_options(settings: Settings) -> dict[str, Any]:
     return {"bounds": (-1.0, 1.0), "loss_function": "l2", **numbers}
 
 
-def assemble(
-    acting: NormalizedPolicy,
-    loss: DelayedTD3BCLoss,
-    sampler: TransitionSampler,
-    schedule: Schedule | Mapping[str, Schedule],
-    settings: Settings,
-) -> Learner:
-    """Return the learner of a policy and the loss of its actor; targets are one-step ones."""
+def one_step_targets(loss: DelayedTD3BCLoss, settings: Settings) -> DelayedUpdate:
+    """Give a loss its one-step targets; return the updater that moves them."""
     loss.make_value_estimator(ValueEstimators.TD0, gamma=settings.gamma)
-    return Learner(
-        policy=acting,
-        loss=loss,
-        sampler=sampler,
-        schedule=schedule,
-        updater=DelayedUpdate(loss, tau=settings.tau, every=settings.policy_delay),
-        limits={"pred_value": return_limit(sampler.trajectories, settings.gamma)},
-    )
+    return DelayedUpdate(loss, tau=settings.tau, every=settings.policy_delay)
