@@ -168,17 +168,17 @@ def train_and_score(run: Run, task: Task) -> dict[str, Any]:
         )
         probe = learning_curve_probe(run, task, policy, steps)
         before = 0
-        with MetricsLog(run.folder) as log:
-            for step, losses in train(learner, data, steps):
-                row: Row = {"step": step, **losses}
-                if step // probe.every > before // probe.every or step == steps:
-                    row |= probe.look(TensorDict())
-                row["wall_seconds"] = time.perf_counter() - since
-                before = step
-                log.write(row)
-                score = row.get("normalized_score", row.get("return_mean"))
-                shown = "" if score is None else f"  score {score:.1f}"
-                runs.tell(f"{run}  {step}/{steps}  {row['wall_seconds']:.0f} s{shown}")
+        log = MetricsLog(run.folder)
+        for step, losses in train(learner, data, steps):
+            row: Row = {"step": step, **losses}
+            if step // probe.every > before // probe.every or step == steps:
+                row |= probe.look(TensorDict())
+            row["wall_seconds"] = time.perf_counter() - since
+            before = step
+            log.write(row)
+            score = row.get("normalized_score", row.get("return_mean"))
+            shown = "" if score is None else f"  score {score:.1f}"
+            runs.tell(f"{run}  {step}/{steps}  {row['wall_seconds']:.0f} s{shown}")
         cost = Cost(time.perf_counter() - since, time.process_time() - cpu_since)
         return score_policy(run, task, policy, cost, {"peer": f"d3rlpy {version('d3rlpy')}"})
 

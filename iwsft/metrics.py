@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import warnings
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from tensordict import TensorDictBase
 
@@ -40,36 +37,12 @@ class MetricsLog:
         lines = [json.dumps(row) + "\n" for row in rows if row["step"] <= after]
         with written_whole(self._path) as partial:
             partial.write_text("".join(lines))
-        # Without a buffer, so that a kill loses nothing.
-        self._file = self._path.open("ab", buffering=0)
 
-    def write(self, row: dict[str, float]) -> None:
+    def write(self, row: Row) -> None:
         """Write a row; it has ``step``. NaN and infinity, which JSON lacks, are left out."""
         row = {name: value for name, value in row.items() if math.isfinite(value)}
-        data = (json.dumps(row) + "\n").encode()
-        with full_disk_named(self._path):
-            self._find_again(int(row["step"]))
-            while data:
-                data = data[self._file.write(data) :]
-
-    def _find_again(self, step: int) -> None:
-        """Open the file anew where it was removed or replaced: rows would go nowhere."""
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path)):
-                return
-        warnings.warn(
-            f"{self._path} was removed or replaced during the run; rows from step {step} on go "
-            "into a new file",
-            stacklevel=3,
-        )
-        self._file.close()
-        self._file = self._path.open("ab", buffering=0)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with full_disk_named(self._path), self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def read(path: Path) -> list[dict[str, float]]:

@@ -152,7 +152,6 @@ class ImportanceWeightedMLE(PolicyLoss):
         lagged = proposal == "lagged" and hold_q
         super().__init__(policy, lagged=lagged, functional=functional)
         self.reads_weights = proposal == "cached" or (proposal == "lagged" and not hold_q)
-        self._in_keys: list[NestedKey] | None = None
         chain = importance_weights or ImportanceWeights()
         chain = chain if reference is None else replace(chain, reference=reference)
         chain.check_proposal(proposal, policy)
@@ -162,6 +161,7 @@ class ImportanceWeightedMLE(PolicyLoss):
         self.length_normalize = length_normalize
         self.reduction = reduction
         self.normalize_data_weights = normalize_data_weights
+        self.set_keys()
 
     @property
     def needs_reference(self) -> bool:
@@ -395,26 +395,14 @@ class ImportanceWeightedMLE(PolicyLoss):
         value = batch.get(key, default=None)
         return None if value is None else fit(value, segments.shape, repr(key)).detach()
 
-    def set_keys(self, **kwargs: NestedKey) -> None:
-        """Set key names, see :class:`~iwsft.policy_loss.Keys`."""
-        super().set_keys(**kwargs)
-        self._in_keys = None
-
-    @property
-    def in_keys(self) -> list[NestedKey]:
-        """Keys that a call needs; positional order of a call without TensorDict."""
-        if self._in_keys is None:
-            keys = [*getattr(self.actor_network, "in_keys", ()), self.tensor_keys.action]
-            keys.append(self.tensor_keys.traj_ids)
-            if self.reads_weights:
-                keys.append(self.tensor_keys.importance_weight)
-            elif self.needs_reference:
-                keys.append(self.tensor_keys.ref_log_prob)
-            read = [] if self.reads_weights else self.importance_weights.from_batch
-            keys += [getattr(self.tensor_keys, name) for name in read]
-            self._in_keys = list(dict.fromkeys(keys))
-        return self._in_keys
-
-    @in_keys.setter
-    def in_keys(self, values: list[NestedKey]) -> None:
-        self._in_keys = values
+    def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
+        """Set the keys that a call needs, in the order of a call without TensorDict."""
+        keys = [*getattr(self.actor_network, "in_keys", ()), self.tensor_keys.action]
+        keys.append(self.tensor_keys.traj_ids)
+        if self.reads_weights:
+            keys.append(self.tensor_keys.importance_weight)
+        elif self.needs_reference:
+            keys.append(self.tensor_keys.ref_log_prob)
+        read = [] if self.reads_weights else self.importance_weights.from_batch
+        keys += [getattr(self.tensor_keys, name) for name in read]
+        self.in_keys = list(dict.fromkeys(keys))

@@ -153,6 +153,3 @@ class PolicyLoss(LossModule):
             self.actor_network.reset_parameters_recursive()
             if hasattr(self, "target_actor_network"):
                 self.target_actor_network.reset_parameters_recursive()
-
-    def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
-        """There is no value estimator."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -181,10 +181,10 @@ def fit_stack(
         if seed.start < seed.steps:
             groups.setdefault(seed.start, []).append(seed)
     for start, group in groups.items():
-        with _interrupts_unmasked(), ExitStack() as files, Progress(shown=progress) as display:
+        with _interrupts_unmasked(), Progress(shown=progress) as display:
             task = display.add_task("updates", total=group[0].steps, completed=start)
             for seed in group:
-                seed.open(files, share=1 / len(group))
+                seed.begin(share=1 / len(group))
             for step in _updates(group, log_every, checkpoint_every, graph=graph):
                 row = group[0].row
                 if row.get("step") == step:
@@ -210,11 +210,12 @@ def _updates(
             for seed, out, batch in zip(seeds, *results, strict=True):
                 seed.follow(step, out, batch, measure=measure, save=save)
             yield step
-            if any(seed.diverged for seed in seeds):
+            healthy = [seed for seed in seeds if not isinstance(seed.outcome, FloatingPointError)]
+            if not healthy:
+                return
+            if len(healthy) < len(seeds):
                 update.close()
-                seeds = [seed for seed in seeds if not seed.diverged]
-                if not seeds:
-                    return
+                seeds = healthy
                 update = Update([seed.learning for seed in seeds], graph=graph)
     finally:
         update.close()
@@ -234,17 +235,17 @@ class _Seed:
         optimizer = make_optimizer(loss, self._schedules, capturable=graph)
         clip_norms = [network.clip_norm for network in self._schedules.values()]
         self._graph = graph
-        self.learning = Learning(loss, optimizer, clip_norms, self._read if graph else _as_drawn)
+        read = self._read if graph else lambda batch: batch
+        self.learning = Learning(loss, optimizer, clip_norms, read)
         # Without one, the noise of the loss comes from torch's own generator.
         self._noise: torch.Generator | None = None
         if not alone:
             self._noise = torch.Generator(self._device)
             self._noise.set_state(training.draws[self._device.type])
-        parts = {"loss": loss, "optimizer": optimizer, "sampler": sampler}
+        self._parts: dict[str, Any] = {"loss": loss, "optimizer": optimizer, "sampler": sampler}
         if training.updater is not None:
-            parts["updater"] = training.updater
-        self._run = _Run(training.folder, parts, training.settings, self._schedules, self._noise)
-        self.start, self._before = self._run.resume()
+            self._parts["updater"] = training.updater
+        self.start, self._before = self._resume()
         for group in optimizer.param_groups:
             group["capturable"] = graph
         self._rates: list[float] = []
@@ -252,16 +253,10 @@ class _Seed:
         self.row: Row = {}
         self.outcome: Cost | FloatingPointError = self._before
 
-    @property
-    def diverged(self) -> bool:
-        """Whether the training has ended by an error of its numbers."""
-        return isinstance(self.outcome, FloatingPointError)
-
-    def open(self, files: ExitStack, *, share: float) -> None:
-        """Open the log until ``files`` close; ``share`` is that of the processor's time."""
+    def begin(self, *, share: float) -> None:
+        """Start the clock and the log; ``share`` is that of the processor's time."""
         if self._training.folder is not None:
-            log = MetricsLog(self._training.folder, after=self.start)
-            self._log = files.enter_context(log)
+            self._log = MetricsLog(self._training.folder, after=self.start)
         self._share = share
         self._since = time.perf_counter(), time.process_time()
 
@@ -344,12 +339,45 @@ class _Seed:
         # A last gradient can be NaN although its loss was finite.
         if save and not all(bool(p.isfinite().all()) for p in training.loss.parameters()):
             raise diverged("the policy is no longer finite", step, schedules)
-        if save:
-            self._run.save(step, self.cost())
+        if save and training.folder is not None:
+            self._save(step, training.folder / checkpoint.FOLDER)
 
+    def _save(self, step: int, folder: Path) -> None:
+        state = {name: part.state_dict() for name, part in self._parts.items()}
+        draws = _generators()
+        if self._noise is not None:
+            # A view of a stack would be written with all of it.
+            state = tree_map_only(Tensor, torch.clone, state)
+            draws[self._device.type] = self._noise.get_state()
+        state |= {"draws": draws, "step": step, **asdict(self.cost())}
+        state["schedule"] = course_of(self._schedules)
+        checkpoint.save(folder, state, self._training.settings)
 
-def _as_drawn(batch: TensorDictBase) -> TensorDictBase:
-    return batch
+    def _resume(self) -> tuple[int, Cost]:
+        """Load the checkpoint, if there is one; return its update and its cost."""
+        folder = self._training.folder
+        state = folder and checkpoint.load(folder / checkpoint.FOLDER, self._training.settings)
+        if not state:
+            return 0, Cost(0.0, 0.0)
+        course = course_of(self._schedules)
+        differ = checkpoint.differences(state.get("schedule", course), course)
+        if state["step"] > self.steps:
+            differ = f"{state['step']} updates are done, {self.steps} are asked for"
+        contents = f"a run with another schedule: {differ}" if differ else ""
+        if not state.keys() >= self._parts.keys():
+            contents = f"{', '.join(sorted(state))}, this run needs {', '.join(self._parts)}"
+        if contents:
+            raise checkpoint.CheckpointError(f"{folder} holds {contents}; choose another folder")
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
+        # A finished run leaves the random numbers of what comes after it alone.
+        if state["step"] < self.steps and self._noise is not None:
+            self._noise.set_state(state["draws"][self._device.type])
+        elif state["step"] < self.steps:
+            torch.set_rng_state(state["draws"]["cpu"])
+            if "cuda" in state["draws"]:
+                torch.cuda.set_rng_state(state["draws"]["cuda"])
+        return state["step"], Cost(state["wall_seconds"], state["cpu_seconds"])
 
 
 @contextmanager
@@ -364,56 +392,3 @@ def _interrupts_unmasked() -> Iterator[None]:
         if isinstance(error.__context__, KeyboardInterrupt):
             raise error.__context__ from None
         raise
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What a checkpoint in ``folder`` holds; without a folder there is none."""
-
-    folder: Path | None
-    parts: Mapping[str, Any]
-    settings: dict[str, Any]
-    schedules: Mapping[str, Schedule]
-    # Generator of the noise, where it is not torch's own.
-    noise: torch.Generator | None = None
-
-    def save(self, step: int, cost: Cost) -> None:
-        if self.folder is None:
-            return
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        draws = _generators()
-        if self.noise is not None:
-            # A view of a stack would be written with all of it.
-            state = tree_map_only(Tensor, torch.clone, state)
-            draws[self.noise.device.type] = self.noise.get_state()
-        state |= {"draws": draws, "step": step, **asdict(cost)}
-        state["schedule"] = course_of(self.schedules)
-        checkpoint.save(self.folder / checkpoint.FOLDER, state, self.settings)
-
-    def resume(self) -> tuple[int, Cost]:
-        """Load the checkpoint, if there is one; return its update and its cost."""
-        state = self.folder and checkpoint.load(self.folder / checkpoint.FOLDER, self.settings)
-        if not state:
-            return 0, Cost(0.0, 0.0)
-        if not state.keys() >= self.parts.keys():
-            needs = ", ".join(self.parts)
-            raise self._other(f"{', '.join(sorted(state))}, this run needs {needs}")
-        course, steps = course_of(self.schedules), next(iter(self.schedules.values())).steps
-        differ = checkpoint.differences(state.get("schedule", course), course)
-        if state["step"] > steps:
-            differ = f"{state['step']} updates are done, {steps} are asked for"
-        if differ:
-            raise self._other(f"a run with another schedule: {differ}")
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        # A finished run leaves the random numbers of what comes after it alone.
-        if state["step"] < steps and self.noise is not None:
-            self.noise.set_state(state["draws"][self.noise.device.type])
-        elif state["step"] < steps:
-            torch.set_rng_state(state["draws"]["cpu"])
-            if "cuda" in state["draws"]:
-                torch.cuda.set_rng_state(state["draws"]["cuda"])
-        return state["step"], Cost(state["wall_seconds"], state["cpu_seconds"])
-
-    def _other(self, contents: str) -> checkpoint.CheckpointError:
-        return checkpoint.CheckpointError(f"{self.folder} holds {contents}; choose another folder")

@@ -209,13 +209,13 @@ class OnlineRun:
         every = max(1, self.settings.steps // _CURVE_POINTS)
         task = bar.add_task("sac", total=self.settings.steps, completed=before)
         try:
-            with MetricsLog(self.output.run, after=self.steps) as log:
-                while self.steps < self.settings.steps:
-                    self._episode(env, log, every)
-                    speed = (self.steps - before) / (time.perf_counter() - since)
-                    mean = f"return {np.mean(self._returns):.1f}"
-                    note = f"episode {self.episodes}, {mean}, {speed:.0f}/s"
-                    bar.update(task, completed=self.steps, note=note)
+            log = MetricsLog(self.output.run, after=self.steps)
+            while self.steps < self.settings.steps:
+                self._episode(env, log, every)
+                speed = (self.steps - before) / (time.perf_counter() - since)
+                mean = f"return {np.mean(self._returns):.1f}"
+                note = f"episode {self.episodes}, {mean}, {speed:.0f}/s"
+                bar.update(task, completed=self.steps, note=note)
         finally:
             env.env.close()
         save_policy(self.output.run, self._learner, self.simulator)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
@@ -64,11 +63,6 @@ class Progress(TrainerCallback):
         row = {"step": state.global_step, **kwargs["logs"], **self._spent()}
         self._log.write(row)
         self._row = row
-
-    def close(self) -> None:
-        """Close the files, and wait for nothing where an exception is on its way."""
-        if self._log is not None:
-            self._log.__exit__(*sys.exc_info())
 
     def summary(self) -> dict[str, float]:
         """Compute means, extremes and cost from the rows of the metrics."""

@@ -345,10 +345,7 @@ def _train(run: Run, algorithm: Variant, prepared: Prepared) -> dict[str, Any]:
     tokenizer = run.tokenizer(prepared)
     data, progress = curated_of(run, prepared, tokenizer), Progress(run)
     trainer = _trainer(run, args, prepared, tokenizer, data, progress)
-    try:
-        trainer.train(resume_from_checkpoint=last(run.folder / CHECKPOINTS))
-    finally:
-        progress.close()
+    trainer.train(resume_from_checkpoint=last(run.folder / CHECKPOINTS))
     with written_aside(run.folder):
         trainer.save_model(str(run.folder / checkpoint.FOLDER))
         # PEFT's; the card of the run comes with its figures.
