@@ -3,9 +3,10 @@
     python -m scripts.compare_methods --out runs/methods
 
 Each method trains with the tuning seeds at every rate, in OUT/lr-RATE. Its rate is the one with the
-largest share of right answers to problems of validation, which no test asks. The seeds that are
-reported train at that rate, in OUT/llm/arithmetic. ``python -m benchmarks.report OUT`` makes tables
-and figures of all. A second call continues what was cut off.
+largest share of right answers to problems of validation, which no test asks. While that is the
+smallest or the largest rate tried, one more is tried beyond it, at most ``--more`` times. The seeds
+that are reported train at the rate, in OUT/llm/arithmetic. A second call continues what was cut
+off. OUT/report has the figures, and all runs as runs.json, which ``scripts.method_tables`` reads.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import tyro
 
 from benchmarks.llm.options import ALGORITHMS, BASE
 from benchmarks.options import check_known
+from benchmarks.report.page import write_report
 from benchmarks.report.scores import base
 from benchmarks.results import LANGUAGE, RecordedRun, read_runs
 
@@ -34,7 +36,9 @@ class Arguments:
     algo: tuple[str, ...] = tuple(name for name in ALGORITHMS if name != "iw-sft-q")
     """Methods, by their names in benchmarks.llm."""
     rates: tuple[float, ...] = (1e-4, 3e-4, 8e-4)
-    """Learning rates to choose from, in ascending order."""
+    """Learning rates to choose from, in ascending order; at least two."""
+    more: int = 2
+    """Rates to add, at most, beyond a smallest or largest one that is best."""
     tuning_seeds: tuple[int, ...] = (5,)
     """Seeds that choose the rate."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -55,36 +59,55 @@ def main(arguments: Arguments) -> None:
     _job(arguments, out, [BASE], arguments.seeds[:1])
     # All start from one base model, which is trained once.
     (model,) = (out / LANGUAGE / "arithmetic" / "prepared").glob("arithmetic-base-*/")
-    for rate in arguments.rates:
-        more = ("--lr", str(rate), "--model", str(model))
-        _job(arguments, out / f"lr-{rate}", arguments.algo, arguments.tuning_seeds, *more)
-    chosen = choose(read_runs(out, LANGUAGE), arguments.rates, arguments.tuning_seeds)
-    for rate in arguments.rates:
+    chosen = tune(arguments, model)
+    for rate in sorted(set(chosen.values())):
         methods = [name for name in arguments.algo if chosen.get(name) == rate]
-        if methods:
-            _job(arguments, out, methods, arguments.seeds, "--lr", str(rate))
+        _job(arguments, out, methods, arguments.seeds, "--lr", str(rate))
+    write_report(out, out / "report")
     for name, rate in chosen.items():
         print(f"{name}: {rate}")
 
 
+def tune(arguments: Arguments, model: Path) -> Mapping[str, float]:
+    """Try the rates, and more of them for a method whose best is at an end; choose one of each."""
+    tried = dict.fromkeys(arguments.algo, arguments.rates)
+    new: Mapping[str, Sequence[float]] = tried
+    for left in range(arguments.more, -1, -1):
+        for rate in sorted({rate for rates in new.values() for rate in rates}):
+            methods = [name for name, rates in new.items() if rate in rates]
+            folder, seeds = arguments.out / f"lr-{rate}", arguments.tuning_seeds
+            _job(arguments, folder, methods, seeds, "--lr", str(rate), "--model", str(model))
+        runs = read_runs(arguments.out, LANGUAGE)
+        chosen = choose(runs, tried, arguments.tuning_seeds)
+        new = {name: beyond(tried[name], rate) for name, rate in chosen.items()} if left else {}
+        tried = {name: tuple(sorted({*rates, *new.get(name, ())})) for name, rates in tried.items()}
+    return chosen
+
+
+def beyond(rates: Sequence[float], best: float) -> tuple[float, ...]:
+    """The next rate where the best is the first or the last: as far as its neighbour, one digit."""
+    neighbour = {rates[0]: rates[1], rates[-1]: rates[-2]}.get(best)
+    return () if neighbour is None else (float(f"{best * best / neighbour:.0e}"),)
+
+
 def choose(
-    runs: Sequence[RecordedRun], rates: Sequence[float], seeds: Collection[int]
+    runs: Sequence[RecordedRun], tried: Mapping[str, Sequence[float]], seeds: Collection[int]
 ) -> Mapping[str, float]:
     """Choose the rate of each method: the best mean on the problems of validation over the seeds.
 
     Of equal ones it is the smallest. A rate without a result for each seed is not chosen.
     """
-    shares: dict[str, dict[float, list[float]]] = {}
-    for rate in rates:
-        for run in runs:
-            if run.variant == f"lr-{rate}" and run.seed in seeds:
-                of_method = shares.setdefault(base(run.algo), {})
-                of_method.setdefault(rate, []).append(run.result["validation"])
-    means = {
-        name: {rate: fmean(each) for rate, each in of_method.items() if len(each) == len(seeds)}
-        for name, of_method in shares.items()
-    }
-    return {name: max(each, key=lambda rate: each[rate]) for name, each in means.items() if each}
+    shares: dict[tuple[str, str], list[float]] = {}
+    for run in runs:
+        if run.variant and run.seed in seeds:
+            shares.setdefault((base(run.algo), run.variant), []).append(run.result["validation"])
+    chosen = {}
+    for name, rates in tried.items():
+        each = {rate: shares.get((name, f"lr-{rate}"), []) for rate in rates}
+        means = {rate: fmean(own) for rate, own in each.items() if len(own) == len(seeds)}
+        if means:
+            chosen[name] = max(means, key=lambda rate: means[rate])
+    return chosen
 
 
 def _job(

@@ -128,12 +128,12 @@ def difference_grid(recipe: RecipeRuns) -> Grid:
         rate = training.get("learning_rate")
         grid.rows.append(
             [_label(cell), NOTHING if rate is None else f"{rate:g}", signed(difference, 3)]
-            + [verdict(difference), _number(_seconds(cell) / _seconds(sft))]
+            + [verdict(difference), _number(training_seconds(cell) / training_seconds(sft))]
         )
     return grid
 
 
-def _seconds(cell: Cell) -> float:
+def training_seconds(cell: Cell) -> float:
     """CPU seconds of training and reference, mean over seeds."""
     tests = [run.result.get("evaluation_cpu_seconds", 0.0) for run in cell.runs]
     return cell.cpu_seconds - float(np.mean(tests))

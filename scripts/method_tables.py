@@ -1,0 +1,140 @@
+"""Write the tables of docs/methods.md from the records in docs/results.
+
+    python -m scripts.method_tables
+
+A table follows the line that names its records: ``<!-- methods.json -->``. The commands on the page
+write them: bandit.json of ``benchmarks.bandit``, and runs.json of a report.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.llm.options import BASE
+from benchmarks.report.aggregates import signed
+from benchmarks.report.document import NOTHING, Grid, interval_text
+from benchmarks.report.language import (
+    RecipeRuns,
+    difference_grid,
+    read_recipes,
+    recipe_grid,
+    share_grid,
+    training_seconds,
+)
+from benchmarks.report.scores import Cell, algorithm_label, algorithm_rank
+from benchmarks.statistics import difference, t_interval
+
+DOCS = Path(__file__).parents[1] / "docs"
+_BANDIT = "methods-bandit"
+
+
+def main() -> None:
+    """Replace the tables of the page."""
+    page = DOCS / "methods.md"
+    page.write_text(with_tables(page.read_text(), DOCS / "results"))
+
+
+def with_tables(text: str, results: Path) -> str:
+    """The text of a page with the table of each record that it names."""
+
+    def table(match: re.Match[str]) -> str:
+        name = match[1]
+        if name == f"{_BANDIT}.json":
+            grid = bandit_grid(*(_bandit(results, end) for end in ("", "-quarter")))
+        else:
+            (recipe,) = (r for r in read_recipes(results / name) if "/" not in r.name)
+            grid = gsm8k_grid(recipe) if recipe.name == "gsm8k" else arithmetic_grid(recipe)
+        return f"<!-- {name} -->\n\n{grid.markdown()}\n"
+
+    return re.sub(r"<!-- (\S+\.json) -->\n\n(?:\|.*\n)*", table, text)
+
+
+def _bandit(results: Path, end: str) -> Mapping[str, Mapping[str, Any]]:
+    numbers: dict[str, Any] = json.loads((results / f"{_BANDIT}{end}.json").read_text())
+    return numbers["algorithms"]  # type: ignore[no-any-return]
+
+
+def bandit_grid(*numbers: Mapping[str, Mapping[str, Any]]) -> Grid:
+    """Mean rewards of the last policies and their ESS, with P(right) of 1/2 and of 1/4."""
+    rewards = [f"mean reward, P(right) = {share}" for share in ("1/2", "1/4")]
+    grid = Grid(["method", rewards[0], "ESS", rewards[1], "ESS"], left=1)
+    for algo in sorted(numbers[0], key=algorithm_rank):
+        row = [algorithm_label(algo)]
+        for each in numbers:
+            row += [_over(each[algo]["mean_reward"]), f"{np.mean(each[algo]['ESS']):.2f}"]
+        grid.rows.append(row)
+    return grid
+
+
+def arithmetic_grid(recipe: RecipeRuns) -> Grid:
+    """Exact match, its difference to SFT, and the chances of the ways to solve a problem."""
+    scores, differences, shares = (
+        _by_method(grid)
+        for grid in (recipe_grid(recipe), difference_grid(recipe), share_grid(recipe))
+    )
+    kinds = list(next(iter(shares.values())))
+    columns = ["learning rate", "exact match", "less SFT", "greedy", "ESS", "cost", *kinds]
+    grid = Grid(["method", *columns], left=1)
+    for cell in recipe.scores:
+        name = algorithm_label(cell.algo)
+        own, against = scores[name], differences.get(name, {})
+        greedy = [run.result["greedy"] for run in cell.runs]
+        interval = cell.runs[0].result["greedy_interval"]
+        row = [name, _rate(cell), f"{own['score']} ({own['95 % interval']})"]
+        row += [against.get("less SFT", NOTHING), _over(greedy, interval), own["ESS"]]
+        row += [against.get("cost", NOTHING), *(shares[name][kind] for kind in kinds)]
+        grid.rows.append(row)
+    return grid
+
+
+def gsm8k_grid(recipe: RecipeRuns) -> Grid:
+    """How far models tell right from wrong solutions, and the differences by question.
+
+    AUC is less that of the base model, the margin (in nats a token) also less that of SFT.
+    """
+    columns = ["AUC", "less base", "margin", "less base", "less SFT", "log p, right", "ESS", "cost"]
+    grid = Grid(["method", *columns], left=1)
+    scores, cells = _by_method(recipe_grid(recipe)), {cell.algo: cell for cell in recipe.scores}
+    for algo, cell in cells.items():
+        own, result = scores[algorithm_label(algo)], cell.runs[0].result
+        row = [algorithm_label(algo), f"{own['score']} ({own['95 % interval']})"]
+        for key, other in (("score", BASE), ("margin", BASE), ("margin", "sft")):
+            if other == BASE and key == "margin":
+                row.append(f"{result['margin']:.3f}")
+            row.append(NOTHING if other == algo else _less(cell, cells[other], key))
+        cost = training_seconds(cell) / training_seconds(cells["sft"])
+        row += [f"{result['right_log_prob']:.2f}", own["ESS"]]
+        grid.rows.append([*row, f"{cost:.1f}" if result["steps"] else NOTHING])
+    return grid
+
+
+def _less(cell: Cell, other: Cell, key: str) -> str:
+    """A difference of two models, paired by question."""
+    ours, theirs = (np.array(c.runs[0].result["of_prompts"][key]) for c in (cell, other))
+    return signed(difference(ours[:, None], theirs[:, None], paired=True), 3)
+
+
+def _by_method(grid: Grid) -> dict[str, dict[str, str]]:
+    """The rows of a table by their first cell, each by column."""
+    return {row[0]: dict(zip(grid.columns[1:], row[1:], strict=True)) for row in grid.rows}
+
+
+def _rate(cell: Cell) -> str:
+    training = cell.runs[0].config["settings"].get("training")
+    return NOTHING if training is None else f"{training['learning_rate']:g}"
+
+
+def _over(values: Sequence[float], interval: tuple[float, float] | None = None) -> str:
+    """The mean over seeds with its interval; a single seed has that of its test."""
+    ends = interval if len(values) == 1 else tuple(map(float, t_interval(values)))
+    return f"{np.mean(values):.3f} ({interval_text(ends, 3)})"
+
+
+if __name__ == "__main__":
+    main()
