@@ -57,7 +57,7 @@ def with_tables(text: str, results: Path) -> str:
 
 def _bandit(results: Path, end: str) -> Mapping[str, Mapping[str, Any]]:
     numbers: dict[str, Any] = json.loads((results / f"{_BANDIT}{end}.json").read_text())
-    return numbers["algorithms"]  # type: ignore[no-any-return]
+    return numbers["algorithms"]
 
 
 def bandit_grid(*numbers: Mapping[str, Mapping[str, Any]]) -> Grid:
@@ -132,8 +132,10 @@ def _rate(cell: Cell) -> str:
 
 def _over(values: Sequence[float], interval: tuple[float, float] | None = None) -> str:
     """The mean over seeds with its interval; a single seed has that of its test."""
-    ends = interval if len(values) == 1 else tuple(map(float, t_interval(values)))
-    return f"{np.mean(values):.3f} ({interval_text(ends, 3)})"
+    if len(values) > 1:
+        low, high = t_interval(values)
+        interval = float(low), float(high)
+    return f"{np.mean(values):.3f} ({interval_text(interval, 3)})"
 
 
 if __name__ == "__main__":

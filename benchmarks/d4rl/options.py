@@ -56,7 +56,7 @@ class Algorithm:
     @property
     def signed(self) -> bool:
         """Whether all data have data weights, negative where the return is low."""
-        return self.related in ("topr", "asymre")
+        return self.related == "topr"
 
     @property
     def syncs(self) -> bool:
@@ -78,7 +78,6 @@ RELATED: Mapping[str, Algorithm] = {
     "psft": Algorithm(TOP_10, True, weighted=True, per_step=True, related="psft"),
     "minor-sft": Algorithm(TOP_10, True, weighted=True, related="minor_sft"),
     "topr": Algorithm((), True, weighted=True, per_step=True, related="topr"),
-    "asymre": Algorithm((), True, related="asymre"),
 }
 EVERY_ALGORITHM = (*ALGORITHMS, *BASELINES)
 _SHARE = re.compile(r"bc-(\d+(?:\.\d+)?)")
@@ -303,6 +302,8 @@ def check_options(options: Options, suite: Suite) -> None:
     alpha, top, k, ess = options.alpha, options.top, options.temperature, options.target_ess
     if k is not None and not 0 <= k < math.inf:
         raise ValueError(f"--temperature {k}: a finite number that is not negative")
+    if k == 0 and "minor-sft" in suite.algo:
+        raise ValueError("--temperature 0: minor-sft needs one above 0; sft is its limit at 0")
     if ess is not None and not 0 < ess <= 1:
         raise ValueError(f"--target-ess {ess}: a share of the batch, above 0 and at most 1")
     if alpha is not None and not 0 <= alpha < 1:

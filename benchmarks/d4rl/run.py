@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,11 +134,6 @@ class Run(runs.Run[Options]):
         return paper.choose_weights(self.options.preset, row, **chosen)
 
     @property
-    def margin(self) -> float:
-        """How far the baseline of signed data weights is below the mean return."""
-        return paper.MARGIN if self.algorithm.related == "asymre" else 0.0
-
-    @property
     def chooses_q(self) -> bool:
         """Whether the returns of the data choose the weights."""
         algorithm = self.algorithm
@@ -169,7 +163,7 @@ class Run(runs.Run[Options]):
         cuts, signed = self.algorithm.cuts, self.algorithm.signed
         if not cuts and not signed:
             return trajectories
-        weight = partial(paper.weigh_returns, margin=self.margin) if signed else None
+        weight = paper.weigh_returns if signed else None
         ties = self.ties or paper.TIES[self.options.preset]
         chosen = [trajectories]
         if len(parts) > 1:
@@ -334,7 +328,7 @@ def settings_of(run: Run, task: Task) -> dict[str, Any]:
         "reference": _as_recorded(run.reference_schedule),
         **({} if task.pretrain is task.dataset else {"pretrain": task.pretrain.fingerprint}),
         **({"q": run.options.q} if run.chooses_q else {}),
-        **({"weights": repr(run.weights), "margin": run.margin} if run.algorithm.related else {}),
+        **({"weights": repr(run.weights)} if run.algorithm.related else {}),
         "target_ess": run.options.target_ess if run.algorithm.per_trajectory else None,
         "sync_every": row.sync_every if hard else 1,
     }

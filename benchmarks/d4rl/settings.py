@@ -55,8 +55,6 @@ CLONING_BATCH: Mapping[Estimator, Mapping[Preset, int]] = {
     "trajectories": {"paper": 32, "authors": 128},
 }
 CLONING = Schedule(steps=REFERENCE_STEPS, lr=1e-3, decay="constant")
-# V of asymre is so far below the mean return, in standard deviations of the returns.
-MARGIN = 0.1
 TIES: Mapping[Preset, Ties] = {"paper": ">", "authors": ">="}
 
 
@@ -102,12 +100,12 @@ def find_fine_tuning(dataset: str, algorithm: Algorithm) -> tuple[FineTuning, st
     return _TABLE_4[name], f"Table 4, {name}"
 
 
-def weigh_returns(returns: Tensor, margin: float = 0.0) -> Tensor:
-    """Data weights from returns: standard deviations above their mean, and ``margin``."""
+def weigh_returns(returns: Tensor) -> Tensor:
+    """Data weights from returns: standard deviations above their mean."""
     above = returns - returns.mean()
     if not bool(above.any()):
         raise ValueError(f"all {len(returns)} returns are equal, so none is better than the rest")
-    return above / above.square().mean().sqrt() + margin
+    return above / above.square().mean().sqrt()
 
 
 def choose_weights(
