@@ -21,6 +21,7 @@ from iwsft.policies.causal_lm_families import (
     peft_model,
     varies_lengths,
 )
+from iwsft.policies.linear import onednn_layers
 from iwsft.policies.token_log_prob import token_log_prob_and_entropy
 from iwsft.trajectory import ASSISTANT_MASK, ATTENTION_MASK, TOKENS, Segments, fit
 
@@ -178,7 +179,7 @@ class CausalLMPolicy(nn.Module):
         """Run the model; log p of ``target``, and entropy, from the states at ``index``."""
         transform = LogitTransform.of(decoder)
         question = _Question(index, target, inputs["input_ids"].numel(), transform, top_k)
-        with _answering(decoder, question):
+        with _answering(decoder, question), onednn_layers(self.model):
             logits = self.model(**inputs).logits
         if question.answer is None or question.entropy is None:
             raise NotImplementedError(f"{type(decoder).__name__} did not use its output layer")

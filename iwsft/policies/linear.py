@@ -1,4 +1,4 @@
-"""A linear layer that takes oneDNN's matrix products on a CPU.
+"""Linear layers that take oneDNN's matrix products on a CPU.
 
 Torch multiplies float32 matrices on a CPU with MKL, which leaves AVX-512 unused on AMD processors.
 oneDNN uses it and is twice as fast there. Its rows also have the same bits in batches of any size
@@ -7,12 +7,24 @@ from 2 rows on, while MKL's last bits depend on the size and the alignment of a 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+# Attributes of modules with activation checkpointing (transformers, torch) or a compiled call.
+_RUN_OUTSIDE = (
+    "gradient_checkpointing",
+    "_checkpoint_wrapped_module",
+    "_compiled_call_impl",
+    "_orig_mod",
+)
 
 
 class Linear(nn.Linear):
@@ -26,16 +38,46 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``x @ weight.T + bias``, as ``torch.nn.functional.linear`` up to float32's rounding.
 
-    Inputs that are not ``[N, in_features]``, other devices and dtypes, compilers, tracers and
-    function transforms get torch's own function, as does everything after
-    ``torch.backends.mkldnn.enabled = False``.
+    Vectors, other devices and dtypes, compilers, tracers and function transforms get torch's own
+    function, as does everything after ``torch.backends.mkldnn.enabled = False``.
     """
-    # Others would give a view, which can't be changed in place, or need torch's error.
-    fits = x.ndim == 2 and x.shape[1] == weight.shape[-1]
-    if bias is None or not (fits and suit_onednn(x, weight)):
+    # Sizes that do not fit get torch's error.
+    if x.ndim < 2 or x.shape[-1] != weight.shape[-1] or not suit_onednn(x, weight):
         return F.linear(x, weight, bias)
     multiply = _Product.apply if torch.is_grad_enabled() else _multiply
-    return multiply(x, weight, bias)
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    product: Tensor = multiply(rows, weight, bias)
+    return product if x.ndim == 2 else product.reshape(*x.shape[:-1], -1)
+
+
+@contextmanager
+def onednn_layers(model: nn.Module) -> Iterator[None]:
+    """Within, the linear layers of a model, float32 on a CPU, multiply with :func:`linear`.
+
+    Torch multiplies sharded and quantized weights, and all layers where a backward pass may run
+    them again, which happens outside of this (activation checkpointing), or a compiler has them.
+    """
+    first = next(model.parameters(), None)
+    modules = list(model.modules()) if first is not None and suit_onednn(first) else []
+    if any(getattr(module, name, None) for module in modules for name in _RUN_OUTSIDE):
+        modules = []
+    plain = [
+        m for m in modules if type(m).forward is nn.Linear.forward and "forward" not in vars(m)
+    ]
+    layers = [layer for layer in plain if not is_traceable_wrapper_subclass(layer.weight)]
+    # On the instance, so that hooks around a call stay.
+    for layer in layers:
+        layer.forward = partial(Linear.forward, layer)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a @ b`` of two matrices, by oneDNN where it may, without a derivative."""
+    return _multiply(a, b.t()) if suit_onednn(a, b) else torch.mm(a, b)
 
 
 def suit_onednn(*tensors: Tensor) -> bool:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from iwsft.policies.linear import matmul, suit_onednn
+
 # Logits at a time. Measured on the CPU, where both products run at full speed from 256 x 1024 on
 # and larger blocks only leave the cache; accelerators want more work per launch.
 _CPU_BLOCK = (1024, 1024)
@@ -260,12 +262,12 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in float32 or wider."""
     if a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a, b)
+    return matmul(a, b)
 
 
 def accumulate_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, total in float32 or wider."""
-    if a.dtype == total.dtype:
+    if a.dtype == total.dtype and not suit_onednn(a, b):
         total.addmm_(a, b)
     else:
         total += product(a, b)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from iwsft.policies.linear import Linear
+from iwsft.policies.linear import Linear, onednn_layers
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN"
@@ -96,8 +97,10 @@ def test_what_needs_the_layer_of_torch_gets_it(way: Callable[..., Any]) -> None:
 def test_other_inputs_and_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, twin = Linear(3, 2), nn.Linear(3, 2)
     twin.load_state_dict(layer.state_dict())
-    for x in (torch.randn(3), torch.randn(2, 5, 3)):
-        assert torch.equal(layer(x), twin(x))
+    x = torch.randn(3)
+    assert torch.equal(layer(x), twin(x))
+    deep = torch.randn(2, 5, 3)
+    assert torch.equal(layer(deep), layer(deep.flatten(0, 1)).unflatten(0, (2, 5)))
     with pytest.raises(RuntimeError, match="7x4 and 3x2"):
         layer(torch.randn(7, 4))
     x = torch.randn(7, 3)
@@ -106,3 +109,53 @@ def test_other_inputs_and_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert layer(x).grad_fn.name() == twin(x).grad_fn.name()
     assert torch.equal(layer(x), twin(x))
     assert Linear(3, 2, bias=False)(x).shape == (7, 2)
+
+
+def _checkpointed(model: nn.Module) -> nn.Module:
+    model.gradient_checkpointing = True
+    return model
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    model.compile(backend="eager")
+    return model
+
+
+def _own_forward(model: nn.Sequential) -> nn.Module:
+    model[0].forward = torch.neg
+    return nn.Sequential(model[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "layers"),
+    [
+        (lambda model: model, 2),
+        (lambda model: model.double(), 0),
+        (_checkpointed, 0),
+        (checkpoint_wrapper, 0),
+        (_compiled, 0),
+        (torch.compile, 0),
+        (_own_forward, 0),
+        (lambda model: torch.nn.utils.parametrizations.weight_norm(model[0]), 1),
+    ],
+)
+def test_layers_of_a_model_multiply_with_onednn(
+    change: Callable[[nn.Module], nn.Module], layers: int
+) -> None:
+    model = change(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2, bias=False)))
+    before = [dict(vars(module)) for module in model.modules()]
+    with onednn_layers(model):
+        ours = [getattr(m.forward, "func", None) is Linear.forward for m in model.modules()]
+    assert sum(ours) == layers
+    assert [vars(module) for module in model.modules()] == before
+
+
+def test_values_and_gradients_of_a_model_are_those_of_float64() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2, bias=False))
+    x, along = torch.randn(2, 5, 3), torch.randn(2, 5, 2)
+    with onednn_layers(model):
+        ours = torch.autograd.grad(model(x), [*model.parameters()], along)
+    truth = torch.autograd.grad(model.double()(x.double()), [*model.parameters()], along.double())
+    for a, b in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-6)
