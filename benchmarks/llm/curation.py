@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from torch import Tensor
 
 from benchmarks.llm.options import Variant
 from benchmarks.llm.recipes.chat import by_prompt
@@ -26,10 +25,7 @@ _EVERY = 5
 def curated(
     rows: Sequence[Row], tokenizer: Any, algorithm: Variant, settings: Settings, *, seed: int
 ) -> TensorDictBase:
-    """Curate rows into D+ (or D_Q+), see :func:`curated_rows`.
-
-    With ``q="auto"`` the rows that choose the exponent are in it with multiplicity 0.
-    """
+    """Curate rows into D+ (or D_Q+), with ``q="auto"`` its judges too, of multiplicity 0."""
     if algorithm.signed:
         data = tokenize(rows, tokenizer, max_length=settings.max_length).trajectories
         return _signed(algorithm, data, margin=settings.baseline_margin)
@@ -92,17 +88,13 @@ def curated_rows(
     counts = trajectories.get(MULTIPLICITY, default=None)
     if counts is not None:
         cuts, trajectories = (), trajectories.exclude(MULTIPLICITY)
-    score: Any = SCORE
-    if not cuts and beta is None and trajectories.get(SCORE, default=None) is None:
-        # Equal scores, so that nothing is correlated with them.
-        score = _no_score
+    scored = cuts or beta is not None or trajectories.get(SCORE, default=None) is not None
+    # Nothing is correlated with equal scores.
+    equal = torch.zeros(len(lengths(trajectories)))
+    score: Any = SCORE if scored else lambda _: equal
     weight: Any = None if beta is None else "softmax"
     trajectories = curate(trajectories, cuts=cuts, score=score, weight=weight, beta=beta, seed=seed)
     return trajectories if counts is None else trajectories.set(MULTIPLICITY, counts)
-
-
-def _no_score(trajectories: TensorDictBase) -> Tensor:
-    return torch.zeros(len(lengths(trajectories)))
 
 
 def _signed(algorithm: Variant, trajectories: TensorDictBase, *, margin: float) -> TensorDictBase:
@@ -117,6 +109,5 @@ def _signed(algorithm: Variant, trajectories: TensorDictBase, *, margin: float) 
                 "with a baseline of at most 0, wrong answers count as right ones do"
             )
         weighed = weigh_correct(trajectories, right=1 - baseline, wrong=-baseline)
-    if weighed.get(MULTIPLICITY, default=None) is not None:
-        return weighed
-    return curate(weighed, cuts=(), score="length")
+    counted = weighed.get(MULTIPLICITY, default=None) is not None
+    return weighed if counted else curate(weighed, cuts=(), score="length")

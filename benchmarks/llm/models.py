@@ -65,15 +65,9 @@ def load(
 ) -> tuple[PreTrainedModel, Any]:
     """Load a causal language model and its tokenizer, and check that they fit.
 
-    ``name`` is one as in the module's text. ``dtype`` "auto" keeps the number format of the files.
-    ``trust_remote_code`` runs code that comes with the model. ``cache`` is the folder for
-    conversions. ``options`` are further arguments of ``AutoModelForCausalLM.from_pretrained``.
-
-    Raises:
-        ValueError: No model or tokenizer loads, a part of the weights is missing, the model is not
-            a causal decoder, or the tokenizer is another model's.
-        OSError: There is no such folder or file, or the cache can't be written.
-        ImportError: A package is missing that contains or reads the model.
+    ``dtype`` "auto" keeps the number format of the files. ``trust_remote_code`` runs code of the
+    model. ``cache`` is the folder for conversions. ``options`` are further arguments of
+    ``AutoModelForCausalLM.from_pretrained``.
     """
     place = locate(name, cache)
     tokenizer = load_tokenizer(place, trust_remote_code=trust_remote_code)

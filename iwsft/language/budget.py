@@ -2,12 +2,8 @@
 
 Muennighoff et al. 2025, "s1: Simple test-time scaling" (arXiv 2501.19393), section 3.1. Where a
 model ends its thinking early, the end is suppressed and "Wait" is appended, up to ``waits`` times.
-Where it has used up its budget, the end of thinking is appended and it must answer::
-
-    thoughts = think_then_answer(generator, requests, delimiters=S1.tokens(tokenizer),
-                                 think_budget=4096, waits=2, stop=frozenset({im_end}))
-
-This implementation reads the paper as follows:
+Where it has used up its budget, the end of thinking is appended and it must answer. This
+implementation reads the paper as follows:
 
 - All rounds of thinking share one budget, the appended "Wait"s included. (The authors' evaluation
   gives each round the whole budget and cuts afterwards.)
@@ -103,34 +99,27 @@ TAGS = ThinkingFormat(
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Thought:
     """A thinking and its answer.
 
     Attributes:
+        request: Prompt without the opening of the thinking.
         thinking: Tokens between the delimiters, the appended "Wait"s included.
         waits: Number of "Wait"s that were appended.
+        rounds: Number of times that the model was asked to think.
         cut: Whether the budget ended the thinking.
         answer: Completion after the thinking.
         tokens: All tokens that follow the prompt, the delimiters included.
     """
 
-    thinking: tuple[int, ...]
-    waits: int
-    cut: bool
-    answer: Completion
-    tokens: tuple[int, ...]
-
-
-@dataclass
-class _Thinking:
-    """A thinking in progress; ``tokens`` are those of all rounds so far."""
-
     request: Request
-    tokens: tuple[int, ...] = ()
+    thinking: tuple[int, ...] = ()
     waits: int = 0
     rounds: int = 0
     cut: bool = False
+    answer: Completion = Completion((), None)
+    tokens: tuple[int, ...] = ()
 
     def continued(self, tokens: tuple[int, ...]) -> Request:
         """Return the request of the next round, which continues after these tokens."""
@@ -163,40 +152,35 @@ def think_then_answer(
         top_p: Probability mass, see :meth:`Generator.generate`.
     """
     complete = partial(generator.generate, temperature=temperature, top_p=top_p)
-    thinkings = [_Thinking(request) for request in requests]
-    unfinished = thinkings
+    thoughts = unfinished = [Thought(request) for request in requests]
     while unfinished:
         rounds = [
             replace(
-                thinking.continued((*delimiters.start, *thinking.tokens)),
-                max_tokens=think_budget - len(thinking.tokens),
-                min_tokens=1 if thinking.waits else 0,
+                thought.continued((*delimiters.start, *thought.thinking)),
+                max_tokens=think_budget - len(thought.thinking),
+                min_tokens=1 if thought.waits else 0,
             )
-            for thinking in unfinished
+            for thought in unfinished
         ]
         completions = complete(rounds, stop=delimiters.ends | stop)
         awaited = []
-        for thinking, completion in zip(unfinished, completions, strict=True):
-            thinking.tokens += completion.tokens
-            thinking.rounds += 1
-            thinking.cut = completion.stop is None
-            room = think_budget - len(thinking.tokens) - len(delimiters.wait)
-            if not thinking.cut and thinking.waits < waits and room >= 1:
-                thinking.tokens += delimiters.wait
-                thinking.waits += 1
-                awaited.append(thinking)
+        for thought, completion in zip(unfinished, completions, strict=True):
+            thought.thinking += completion.tokens
+            thought.rounds += 1
+            thought.cut = completion.stop is None
+            room = think_budget - len(thought.thinking) - len(delimiters.wait)
+            if not thought.cut and thought.waits < waits and room >= 1:
+                thought.thinking += delimiters.wait
+                thought.waits += 1
+                awaited.append(thought)
         unfinished = awaited
-    openings = [
-        (*delimiters.start, *thinking.tokens, *_answer_delimiter(thinking, delimiters))
-        for thinking in thinkings
-    ]
-    answers = complete(
-        [x.continued(opening) for x, opening in zip(thinkings, openings, strict=True)], stop=stop
-    )
-    return [
-        Thought(thinking.tokens, thinking.waits, thinking.cut, answer, (*opening, *answer.tokens))
-        for thinking, opening, answer in zip(thinkings, openings, answers, strict=True)
-    ]
+    for thought in thoughts:
+        opening = _answer_delimiter(thought, delimiters)
+        thought.tokens = (*delimiters.start, *thought.thinking, *opening)
+    answers = complete([thought.continued(thought.tokens) for thought in thoughts], stop=stop)
+    for thought, thought.answer in zip(thoughts, answers, strict=True):
+        thought.tokens += thought.answer.tokens
+    return thoughts
 
 
 def overhead(delimiters: Delimiters) -> int:
@@ -204,10 +188,7 @@ def overhead(delimiters: Delimiters) -> int:
     return len(delimiters.start) + max(len(delimiters.answer), len(delimiters.cut))
 
 
-def _answer_delimiter(thinking: _Thinking, delimiters: Delimiters) -> tuple[int, ...]:
-    if not thinking.cut:
-        return delimiters.answer
-    starts_line = delimiters.newline is not None and delimiters.cut[:1] == (delimiters.newline,)
-    if starts_line and thinking.tokens[-1:] == (delimiters.newline,):
-        return delimiters.cut[1:]
-    return delimiters.cut
+def _answer_delimiter(thought: Thought, delimiters: Delimiters) -> tuple[int, ...]:
+    newline = (delimiters.newline,)
+    twice = thought.thinking[-1:] == newline == delimiters.cut[:1]
+    return delimiters.cut[twice:] if thought.cut else delimiters.answer

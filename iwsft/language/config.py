@@ -163,10 +163,6 @@ def check_engine(trainer: Trainer, weights: Chain, *, whole: bool) -> None:
     """Refuse ways of running that would change the result.
 
     ``whole`` tells whether the weights of an update are computed together, or do not depend on q.
-
-    Raises:
-        ValueError: One process has several GPUs, trajectories are cut into parts, or transforms
-            compare the weights of a batch that no process holds as a whole.
     """
     if trainer.args.n_gpu > 1:
         way_out = "start one process per GPU (accelerate launch)"

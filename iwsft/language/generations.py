@@ -77,18 +77,12 @@ def generate_missing(
     batch: int,
     title: str,
 ) -> None:
-    """Generate what is missing and add it to the list and the file, batch by batch.
+    """Generate what is missing of ``keys``, and add it to the list and the file, batch by batch.
 
     Batches are the same in every run, and one that a kill cut is generated again as a whole, so
-    that the generations are those of an uninterrupted run, bit for bit.
-
-    Args:
-        path: File with a line for each generation, in the order of ``keys``.
-        keys: Question and number of each sample.
-        generations: Content of the file, as :func:`read_generations` returns it.
-        answer: Function from the keys of a batch to their entries, without ``id`` and ``sample``.
-        batch: Generations of a batch.
-        title: Name of the work on the progress bar.
+    that the generations are those of an uninterrupted run, bit for bit. ``generations`` is what
+    :func:`read_generations` returned. ``answer`` makes the entries of the keys of a batch, without
+    ``id`` and ``sample``. ``title`` is on the progress bar.
     """
     with Progress() as progress:
         task = progress.add_task(title, total=len(keys))

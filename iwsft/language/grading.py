@@ -117,15 +117,15 @@ class TimedFunction:
         self.close()
 
 
-class Grader:
+class Grader(TimedFunction):
     """Compares answers; LaTeX by Math-Verify in a process with a time limit.
 
-    Leaving the grader's context ends the process. ``compare`` is ``MODULE:FUNCTION`` that takes the
-    correct answer and a given one. ``problems`` has a line for each comparison that hung or failed.
+    ``compare`` is ``MODULE:FUNCTION`` that takes the correct answer and a given one. ``problems``
+    has a line for each comparison that hung or failed.
     """
 
     def __init__(self, *, seconds: float = 10.0, compare: str = _MATH_VERIFY) -> None:
-        self._compare = TimedFunction(compare, seconds=seconds, trial=("1", "1"))
+        super().__init__(compare, seconds=seconds, trial=("1", "1"))
         self._verdicts: dict[tuple[str, str], bool] = {}
         self.problems: list[str] = []
 
@@ -149,29 +149,18 @@ class Grader:
             return plain[0] == plain[1]
         pair = (correct, answer)
         if pair not in self._verdicts:
-            self.start()
-            equal, problem = self._compare(correct, answer)
+            equal, problem = self(correct, answer)
             self._verdicts[pair] = bool(equal)
             if problem is not None:
                 self.problems.append(f"{answer[:60]!r} against {correct[:60]!r}: {problem}")
         return self._verdicts[pair]
 
-    def start(self) -> None:
-        """Start the process that compares LaTeX where it does not run; wait until it is ready."""
+    def start(self) -> ProcessPoolExecutor:
+        """Start the process, as every timed function does; an error names what to install."""
         try:
-            self._compare.start()
+            return super().start()
         except ImportError as error:
             raise ImportError(f"{error}; {install('math_verify')}") from error
-
-    def close(self) -> None:
-        """End the process, at the latest when its comparison has used up its time."""
-        self._compare.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def grade(

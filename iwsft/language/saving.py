@@ -74,11 +74,8 @@ class CheckpointedTrainer(Trainer):
     ) -> TrainOutput:
         """Train; see :class:`transformers.Trainer`.
 
-        Args:
-            resume_from_checkpoint: Folder of a checkpoint; True for the last in ``output_dir``. By
-                default the setting of that name.
-            trial: Trial of a search over settings.
-            ignore_keys_for_eval: Not used.
+        ``resume_from_checkpoint`` is the folder of a checkpoint, or True for the last one in
+        ``output_dir``; by default it is the setting of that name.
 
         Raises:
             FileExistsError: ``output_dir`` holds checkpoints of an earlier run.
@@ -109,11 +106,7 @@ class CheckpointedTrainer(Trainer):
         return result
 
     def restore(self) -> None:
-        """Load the states of the checkpoint that the run continues from, if it does.
-
-        Raises:
-            CheckpointError: A file is damaged.
-        """
+        """Load the states of the checkpoint that the run continues from, if it does."""
         if self._resumed is None:
             return
         # The folder of the run may have moved.
@@ -220,11 +213,7 @@ class CheckpointedTrainer(Trainer):
 
 @contextmanager
 def written_aside(run: Path) -> Iterator[None]:
-    """Name the folder in errors of writing, and leave nothing half written.
-
-    Raises:
-        OSError: The disk is full, or a writer failed.
-    """
+    """Name the folder in errors of writing, such as a full disk, and leave nothing half written."""
     try:
         with full_disk_named(run / ASIDE):
             yield
@@ -262,14 +251,7 @@ def _settle(run: Path) -> None:
 
 
 def check(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """Check that a checkpoint is whole and belongs to a run with these settings.
-
-    Returns:
-        The key of the reference log-probs of its run.
-
-    Raises:
-        CheckpointError: It is missing, damaged, without optimizer, or of other settings.
-    """
+    """Check that a checkpoint is whole and of these settings; return its reference's key."""
     try:
         record = json.loads((folder / SEAL).read_bytes())
         stored, files = dict(record["settings"]), dict(record["files"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -13,9 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from iwsft.checkpoint import CheckpointError
-
-# Bytes that go into one all-reduce, unless a single parameter has more.
-_BUCKET = 2**28
 
 
 class Shards:
@@ -36,10 +32,8 @@ class Shards:
     statistics included. ``model`` is what the engine returned. ``optimizer`` is accelerate's, which
     knows when it skipped an update (gradients that overflowed float16); q does not move then.
 
-    Raises:
-        ValueError: The model has no trainable parameter.
-        NotImplementedError: Parameters or optimizer states are on NVMe, ZeRO++ keeps second copies
-            of the shards, or the engine is FSDP1.
+    Parameters or optimizer states on NVMe, second copies of the shards (ZeRO++) and FSDP1 are
+    refused.
     """
 
     def __init__(self, model: nn.Module, *, optimizer: Any = None) -> None:
@@ -97,11 +91,11 @@ class Shards:
         saved = {(name, tuple(getattr(q, "shape", ()))) for name, q in state_dict.items()}
         differing = saved ^ {(name, tuple(q.shape)) for name, q in self._q.items()}
         if differing:
-            problem = f"{min(differing)[0]!r} differs between the saved q and this model's"
-            way_out = (
-                "resume with the model, engine, stage and number of processes of the first run"
+            name = min(differing)[0]
+            raise CheckpointError(
+                f"{name!r} differs between the saved q and this model's: resume with the model, "
+                "engine, stage and number of processes of the first run"
             )
-            raise CheckpointError(f"{problem}: {way_out}")
         for name, q in self._q.items():
             q.copy_(state_dict[name])
 
@@ -161,34 +155,21 @@ def _write(parts: Mapping[str, _Part], values: Mapping[str, Tensor]) -> None:
     """Make these the model's parameters, on all processes."""
     for name, part in parts.items():
         part.computed.copy_(values[name])
-    pieces = [(part.replica, part.computed) for part in parts.values() if part.replica is not None]
-    _exchange([piece for piece in pieces if dist.get_world_size(piece[0].group) > 1])
+        if part.replica is not None and dist.get_world_size(part.replica.group) > 1:
+            _exchange(part.replica, part.computed)
     if torch.accelerator.is_available():
         # ZeRO-3 gathers on a stream of its own that does not wait for this one.
         torch.accelerator.synchronize()
 
 
-def _exchange(pieces: list[tuple[_Replica, Tensor]]) -> None:
-    """Give each process the pieces of the others, bit for bit."""
-    buckets: dict[Any, list[list[tuple[_Replica, Tensor]]]] = defaultdict(list)
-    for replica, computed in pieces:
-        filled = buckets[replica.group]
-        size = replica.whole.nbytes
-        if not filled or sum(r.whole.nbytes for r, _ in filled[-1]) + size > _BUCKET:
-            filled.append([])
-        filled[-1].append((replica, computed))
-    for group, filled in buckets.items():
-        for bucket in filled:
-            # Added up as bytes of which all processes but one have 0, so nothing is rounded.
-            wholes = [replica.whole.view(torch.uint8) for replica, _ in bucket]
-            flat = torch.zeros(sum(map(len, wholes)), dtype=torch.uint8, device=wholes[0].device)
-            places = flat.split([len(whole) for whole in wholes])
-            for place, (replica, computed) in zip(places, bucket, strict=True):
-                start = replica.start * computed.element_size()
-                place[start:][: computed.nbytes] = computed.view(torch.uint8)
-            dist.all_reduce(flat, group=group)
-            for place, whole in zip(places, wholes, strict=True):
-                whole.copy_(place)
+def _exchange(replica: _Replica, computed: Tensor) -> None:
+    """Give each process the parts of a parameter that the others have, bit for bit."""
+    # Added up as bytes of which all processes but one have 0, so nothing is rounded.
+    whole = replica.whole.view(torch.uint8)
+    own = torch.zeros_like(whole)
+    own[replica.start * computed.element_size() :][: computed.nbytes] = computed.view(torch.uint8)
+    dist.all_reduce(own, group=replica.group)
+    whole.copy_(own)
 
 
 def _release_gathered(model: nn.Module) -> None:

@@ -19,27 +19,12 @@ _CPU_BLOCK = (1024, 1024)
 _ACCELERATOR_BLOCK = (2048, 16384)
 
 
-def token_log_prob(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    *,
-    bias: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-) -> Tensor:
-    """log softmax(logits)[target]: the first of :func:`token_log_prob_and_entropy`."""
-    return token_log_prob_and_entropy(
-        hidden, weight, target, top_k=0, bias=bias, scale=scale, softcap=softcap
-    )[0]
-
-
 def token_log_prob_and_entropy(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
     *,
-    top_k: int,
+    top_k: int = 0,
     bias: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
@@ -68,18 +53,6 @@ def token_log_prob_and_entropy(
         hidden, weight and bias. The entropy is that of the ``top_k`` largest probabilities,
         divided by their sum, over its maximum log ``top_k``; without gradient.
     """
-    if (
-        hidden.ndim != 2
-        or weight.ndim != 2
-        or weight.shape[1] != hidden.shape[1]
-        or target.shape != hidden.shape[:1]
-        or (bias is not None and bias.shape != weight.shape[:1])
-    ):
-        shapes = [None if x is None else list(x.shape) for x in (hidden, weight, target, bias)]
-        rule = "hidden [n, d], weight [V, d], target [n] and bias [V] must fit together"
-        raise ValueError(f"{rule}, not {shapes}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap={softcap} must be positive")
     if top_k and not 2 <= top_k <= len(weight):
         raise ValueError(f"top_k={top_k}: an entropy of 2 to {len(weight)} tokens, the vocabulary")
     device = hidden.device.type

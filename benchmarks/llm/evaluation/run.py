@@ -67,7 +67,14 @@ def run(options: Options) -> list[dict[str, Any]]:
                 generations = read_generations(evaluation.folder / GENERATIONS, evaluation.keys)
                 missing = len(evaluation.keys) - len(generations)
                 if missing:
-                    model = _load(options) if model is None else model
+                    model = model or load_generator(
+                        options.model,
+                        backend=options.backend,
+                        batch=options.batch,
+                        device=options.device,
+                        dtype=options.dtype,
+                        trust_remote_code=options.trust_remote_code,
+                    )
                     evaluation.generate(model, generations)
                 cost = {
                     "generated_by_this_call": missing,
@@ -150,7 +157,9 @@ class _Evaluation:
 
         def answer(keys: Sequence[Key]) -> list[Generation]:
             most = self.options.max_tokens
-            requests = [Request(self.prompts[key[0]], most, self._seed(*key)) for key in keys]
+            seeds = [seed_of(self.options.seed, self.task.name, *key) for key in keys]
+            pairs = zip(keys, seeds, strict=True)
+            requests = [Request(self.prompts[key[0]], most, seed) for key, seed in pairs]
             answers = zip(requests, self._answer(model, requests), strict=True)
             return [{"seed": request.seed, **own} for request, own in answers]
 
@@ -184,9 +193,6 @@ class _Evaluation:
         text = self.prompter.tokenizer.decode(tokens)
         return {"tokens": len(tokens), "stopped": stop is not None, **thinking, "text": text}
 
-    def _seed(self, name: str, sample: int) -> int:
-        return seed_of(self.options.seed, self.task.name, name, sample)
-
     def score(
         self, generations: Sequence[Generation], grader: Grader, cost: dict[str, Any]
     ) -> dict[str, Any]:
@@ -207,15 +213,3 @@ class _Evaluation:
             partial.write_text("".join(json.dumps(asdict(each)) + "\n" for each in grades))
         write_json(self.folder / RESULT, result)
         return result
-
-
-def _load(options: Options) -> Generator:
-    """Load the weights."""
-    return load_generator(
-        options.model,
-        backend=options.backend,
-        batch=options.batch,
-        device=options.device,
-        dtype=options.dtype,
-        trust_remote_code=options.trust_remote_code,
-    )

@@ -57,9 +57,8 @@ def encode_stretches(
     two pieces, as when a model continues the prompt, without the space that some tokenizers put in
     front of a text.
 
-    Raises:
-        ValueError: The tokens of a stretch do not decode to its text (white space apart), or those
-            of the pieces to the whole (white space included).
+    A ValueError says that the tokens of a stretch do not decode to its text (white space apart), or
+    those of the pieces to the whole (white space included).
     """
     whole = tokenizer(text, add_special_tokens=False)
     starts = [start for start, stop in stretches if cut and _straddled(whole, start, stop)]

@@ -127,9 +127,7 @@ def tokenize(
 
 def correct_only(trajectories: TensorDictBase) -> TensorDictBase:
     """Keep the packed trajectories that a checker accepted, at least one: the paper's D+."""
-    if trajectories.get(CORRECT, default=None) is None:
-        raise KeyError(f"there is no {CORRECT!r} here; give the rows a column 'correct'")
-    correct = per_trajectory(trajectories, CORRECT)
+    correct = _correct(trajectories)
     if not bool(correct.any()):
         raise ValueError(f"none of the {len(correct)} rows is correct; take other rows")
     return select(trajectories, correct.nonzero().squeeze(-1))
@@ -149,9 +147,7 @@ def weigh_correct(
         KeyError: There is no ``correct``.
         ValueError: All are right, or all wrong.
     """
-    if trajectories.get(CORRECT, default=None) is None:
-        raise KeyError(f"there is no {CORRECT!r} here; give the rows a column 'correct'")
-    correct = per_trajectory(trajectories, CORRECT)
+    correct = _correct(trajectories)
     if bool(correct.all()) or not bool(correct.any()):
         kind = "right" if bool(correct.all()) else "wrong"
         raise ValueError(f"all {len(correct)} rows are {kind}; take right and wrong answers")
@@ -161,6 +157,12 @@ def weigh_correct(
     weighed: TensorDictBase = trajectories.copy().set(DATA_WEIGHT, weight)
     rate = _success_rates(trajectories, correct)
     return weighed.set(SUCCESS_RATE, rate.repeat_interleave(lengths(trajectories)))
+
+
+def _correct(trajectories: TensorDictBase) -> Tensor:
+    if trajectories.get(CORRECT, default=None) is None:
+        raise KeyError(f"there is no {CORRECT!r} here; give the rows a column 'correct'")
+    return per_trajectory(trajectories, CORRECT)
 
 
 def _success_rates(trajectories: TensorDictBase, correct: Tensor) -> Tensor:
