@@ -45,7 +45,6 @@ from iwsft.trajectory import (
     Segments,
     check_data_weights,
     check_tensordict,
-    lengths,
 )
 
 with named():
@@ -311,8 +310,11 @@ class ImportanceWeightedTrainer(WeightedTrainer):
             return
         segments = self._loss.segments(window)
         share = self._loss.share(window, segments)
-        if self._loss.importance_weights.scored and len(self._dataset.undrawn):
-            self._judge()
+        undrawn = self._dataset.undrawn
+        if self._loss.importance_weights.scored and len(undrawn):
+            # They choose the exponent of the window.
+            judges, batches = self._dataset.judges, self._in_batches(range(len(undrawn)))
+            judge(self._loss, judges, self._log_q(judges, batches))
         weights = write_weights(window, self._loss, log_q, segments=segments, share=share)
         cached["weights"][window.get(PLACE)] = window.get(IMPORTANCE_WEIGHT)
         cached["clip_fraction"] = (share * weights.clipped).sum() / share.sum()
@@ -323,12 +325,6 @@ class ImportanceWeightedTrainer(WeightedTrainer):
         """log q of each token."""
         with nullcontext() if self._shards is None else self._shards.swapped():
             return self._forward(trajectories, batches).log_prob().float()
-
-    def _judge(self) -> None:
-        """Let the trajectories of multiplicity 0 choose the exponent of the coming window."""
-        judges = self._dataset.judges
-        log_q = self._log_q(judges, self._in_batches(range(len(lengths(judges)))))
-        judge(self._loss, judges, log_q)
 
     def _in_batches(self, positions: Sequence[int]) -> list[list[int]]:
         width = self.args.per_device_eval_batch_size
@@ -382,11 +378,7 @@ class ImportanceWeightedTrainer(WeightedTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Mean negative log-likelihood of the held-out trajectories, by trajectory and by token.
-
-        Raises:
-            ValueError: There are no held-out trajectories, or ``eval_dataset`` names other ones.
-        """
+        """Mean negative log-likelihood of the held-out trajectories, by trajectory and by token."""
         held_out: Any = self.eval_dataset
         if not isinstance(held_out, TrajectoryDataset) or eval_dataset is not None:
             raise ValueError("pass held-out trajectories as eval_trajectories=...")

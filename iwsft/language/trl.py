@@ -65,17 +65,10 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
     its PEFT adapters; its log-probs are computed when training begins, and cached in the output
     folder. Checkpoints are those of :class:`~iwsft.language.ImportanceWeightedTrainer`.
 
-    Args:
-        model: As for SFTTrainer.
-        args: As for SFTTrainer.
-        proposal: What q is; it, the next three and ``importance_weights`` are as for
-            :class:`~iwsft.language.ImportanceWeightedTrainer`. With ``"cached"``, too, q is a
-            float32 copy of the trained parameters, and each batch runs forward once more.
-        sync_every: Updates between hard syncs; with ``"cached"`` only.
-        ema_decay: Decay of the moving average; with ``"lagged"`` only.
-        length_normalize: Whether log-probabilities are divided by the number of trained tokens.
-        importance_weights: Transforms from per-token log-ratios to weights.
-        settings: Further arguments of SFTTrainer, by name.
+    ``proposal``, ``sync_every``, ``ema_decay``, ``length_normalize`` and ``importance_weights`` are
+    as for :class:`~iwsft.language.ImportanceWeightedTrainer`. With ``"cached"``, too, q is a
+    float32 copy of the trained parameters, and each batch runs forward once more. All other
+    arguments are those of SFTTrainer.
 
     Raises:
         ValueError: Settings of TRL make another loss or cut trajectories into parts, the rows are

@@ -83,10 +83,7 @@ class CausalLMPolicy(nn.Module):
         self._after_head_checked = False
 
     def log_prob(self, trajectories: TensorDictBase) -> Tensor:
-        """log p of each assistant token, in the layout of the batch, 0 elsewhere.
-
-        Raises as :meth:`log_prob_and_entropy` does.
-        """
+        """log p of each assistant token, see :meth:`log_prob_and_entropy`."""
         return self.log_prob_and_entropy(trajectories, top_k=0)[0]
 
     def log_prob_and_entropy(
@@ -157,10 +154,8 @@ class CausalLMPolicy(nn.Module):
     def reference(self) -> Iterator[None]:
         """PEFT: within, log-probs are those of the model without its adapters, pi_ref.
 
-        ``requires_grad`` of all parameters is restored at the end.
-
-        Raises:
-            TypeError: The model has no adapters.
+        ``requires_grad`` of all parameters is restored at the end. A model without adapters is a
+        TypeError.
         """
         peft = peft_model(self.model)
         required = [(parameter, parameter.requires_grad) for parameter in peft.parameters()]

@@ -28,10 +28,7 @@ _CAST_TOLERANCE = 1e-2
 
 
 def decoder_of(model: nn.Module) -> Any:
-    """The transformers model in its wrappings (PEFT, engines, data parallelism, a compiler).
-
-    A TypeError says that there is none.
-    """
+    """The transformers model in its wrappings (PEFT, engines, data parallelism, a compiler)."""
     inner: Any = model
     while inner is not None and not hasattr(type(inner), "get_output_embeddings"):
         unwrap = getattr(inner, "get_base_model", None)
@@ -42,10 +39,7 @@ def decoder_of(model: nn.Module) -> Any:
 
 
 def peft_model(model: nn.Module) -> Any:
-    """The PEFT model in its wrappings (engines, data parallelism, a compiler).
-
-    A TypeError says that there is none.
-    """
+    """The PEFT model in its wrappings (engines, data parallelism, a compiler)."""
     inner: Any = model
     while inner is not None and not hasattr(inner, "peft_config"):
         inner = _inside(inner)
@@ -60,12 +54,7 @@ def _inside(wrapper: Any) -> Any:
 
 
 def check_decoder(model: nn.Module) -> Any:
-    """The decoder in ``model``, if log-probs can be computed in its output layer.
-
-    Raises:
-        TypeError: The model is not a transformers model.
-        ValueError: It is not a causal decoder whose output layer is a plain ``torch.nn.Linear``.
-    """
+    """The decoder in ``model``, if its output layer can compute log-probs; else a ValueError."""
     decoder = decoder_of(model)
     name = type(decoder).__name__
     config = decoder.config.get_text_config()

@@ -97,11 +97,7 @@ class Recipe(ABC):
 
     @abstractmethod
     def prepare(self, folder: Path, sources: Sources = OWN, *, seed: int) -> Prepared:
-        """Make or find model and rows in the cache ``folder``; the same seed finds the same files.
-
-        Raises ValueError where the recipe can't use the sources or the cache is damaged, and
-        OSError where a file can't be read or written.
-        """
+        """Make or find model and rows in the cache ``folder``, the same ones for the same seed."""
 
     def tested_rows(self, prepared: Prepared) -> Sequence[Row]:
         """Return the rows that the test reads, cut to ``defaults.max_length`` tokens."""

@@ -132,7 +132,9 @@ class ChatRecipe(Recipe):
         log_probs = mean_log_probs(
             model, tokenizer, self.tested_rows(prepared), max_length=self.defaults.max_length
         )
-        groups = _with_log_probs(prepared.held_out, log_probs)
+        ends = np.cumsum([len(group) for group in prepared.held_out])
+        of_groups = np.split(log_probs, ends[:-1])
+        groups = list(zip(prepared.held_out, of_groups, strict=True))
         good = [
             each[[row.correct is not False for row in group]].mean()
             for group, each in groups
@@ -238,16 +240,6 @@ def right_against_wrong(
         "of_prompts": {"score": [*map(float, wins)], "margin": margins.tolist()},
     }
     return {f"{prefix}{name}": value for name, value in figures.items()}
-
-
-def _with_log_probs(
-    groups: Sequence[Group], log_probs: NDArray[np.float64]
-) -> list[tuple[Group, NDArray[np.float64]]]:
-    """Each group with the log-probs of its rows, which are given back to back."""
-    import numpy as np
-
-    ends = np.cumsum([len(group) for group in groups])
-    return list(zip(groups, np.split(log_probs, ends[:-1]), strict=True))
 
 
 def _mark(group: Group) -> bytes:

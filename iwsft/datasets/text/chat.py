@@ -66,11 +66,9 @@ class ChatEncoder:
     ) -> Encoded:
         """Encode a conversation; each assistant's turn and its end are trained on.
 
-        Args:
-            messages: Messages {role, content}, at least one of the assistant, whose turns have the
-                data weight ``weight``; those of 0 are not trained on.
-            where: Place of the row, for errors.
-            template_kwargs: The row's own variables of the template, such as ``tools``.
+        The data weight of an assistant's message is its ``weight``, and turns of 0 are not trained
+        on. ``where`` is the row's place, for errors, and ``template_kwargs`` are the row's own
+        variables of the template, such as ``tools``.
 
         Raises:
             ValueError: The template refuses the row, takes too long or too much memory, drops a

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import unicodedata
-from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -71,15 +70,14 @@ def encode_stretches(
     ids: list[int] = []
     weights: list[float] = []
     unknown = False
-    ordered, begins = list(stretches), [stretch.start for stretch in stretches]
-    numbers = itertools.pairwise(bisect_left(begins, at) for at in (0, *starts, len(text)))
-    for piece, (first, last) in zip(pieces, numbers, strict=True):
+    for piece, (low, high) in zip(pieces, itertools.pairwise([0, *starts, len(text)]), strict=True):
         own = [0.0] * len(piece.encoding.input_ids)
-        for stretch in ordered[first:last]:
-            start, stop = stretch
-            tokens = token_range(piece.encoding, start - piece.start, stop - piece.start)
-            own[tokens.start : tokens.stop] = [stretches[stretch]] * len(tokens)
-            unknown |= not _reads_whole(tokenizer, piece, tokens, text, stretch)
+        for stretch, weight in stretches.items():
+            if low <= stretch.start < high:
+                begin, end = stretch.start - piece.start, stretch.stop - piece.start
+                tokens = token_range(piece.encoding, begin, end)
+                own[tokens.start : tokens.stop] = [weight] * len(tokens)
+                unknown |= not _reads_whole(tokenizer, piece, tokens, text, stretch)
         ids += piece.encoding.input_ids[piece.skip :]
         weights += own[piece.skip :]
     if starts:

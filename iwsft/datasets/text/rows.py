@@ -62,14 +62,6 @@ _RESERVED = (
     *("messages", "add_generation_prompt", "continue_final_message", "chat_template"),
     *("conversations", "tokenize", "return_assistant_tokens_mask", "return_dict"),
 )
-# The type of an optional column, and its rule for errors.
-_OPTIONAL: dict[str, tuple[type, str]] = {
-    "score": (float, "a finite number"),
-    "weight": (float, "a finite number, or a list with one for each token"),
-    "count": (int, "how often the row is drawn, 0, 1, 2, ..."),
-    "correct": (bool, "true or false"),
-    "ref_log_probs": (tuple, "a list with a finite number for each token"),
-}
 
 
 @dataclass(frozen=True)
@@ -371,27 +363,32 @@ def _parsed(value: Any, name: str) -> Any:
         raise ValueError(f"{name} is not JSON ({error}); mend or drop it") from error
 
 
-def _optional(value: Any, name: str) -> Any:
-    if value is None:
-        return None
-    kind, rule = _OPTIONAL[name]
-    if name in ("weight", "ref_log_probs") and isinstance(value, list | tuple):
-        kind, right = tuple, all(map(is_number, value))
-    elif kind is tuple:
-        right = False
-    elif kind is bool:
-        right = value in (True, False)
-    else:
-        right = is_number(value) and (kind is float or (value >= 0 and value == int(value)))
-    if not right:
-        raise ValueError(f"{name} must be {rule}, it is {repr(value):.60}")
-    return kind(value)
-
-
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and abs(value) <= sys.float_info.max
+
+
+_COUNT = "how often the row is drawn, 0, 1, 2, ..."
+# The type of an optional column, what fits it, and that in words.
+_OPTIONAL: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+    "score": (float, is_number, "a finite number"),
+    "weight": (float, is_number, "a finite number, or a list with one for each token"),
+    "count": (int, lambda x: is_number(x) and x >= 0 and x == int(x), _COUNT),
+    "correct": (bool, lambda x: x in (True, False), "true or false"),
+    "ref_log_probs": (tuple, lambda _: False, "a list with a finite number for each token"),
+}
+
+
+def _optional(value: Any, name: str) -> Any:
+    if value is None:
+        return None
+    kind, fits, rule = _OPTIONAL[name]
+    if name in ("weight", "ref_log_probs") and isinstance(value, list | tuple):
+        kind, fits = tuple, lambda numbers: all(map(is_number, numbers))
+    if not fits(value):
+        raise ValueError(f"{name} must be {rule}, it is {repr(value):.60}")
+    return kind(value)
 
 
 def _kind(value: Any) -> str:

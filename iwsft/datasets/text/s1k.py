@@ -50,18 +50,13 @@ def to_row(record: Record, where: str, *, teacher: Teacher = "deepseek") -> Row:
         answered = None if grade is None else str(grade).strip().lower()
         if answered not in _GRADES:
             raise ValueError(f"the grade is {grade!r}, neither Yes nor No")
-    messages = (
-        {"role": "user", "content": question},
-        {"role": ASSISTANT, "content": assistant_text(trace, answer)},
-    )
-    return Row(where, messages, correct=_GRADES[answered])
-
-
-def assistant_text(trace: str, answer: str) -> str:
-    """Return the text that the model learns to write."""
     if _ANSWER_WORD not in answer:
         answer = f"{_ANSWER_WORD} {answer}"
-    return f"{THINK}{trace}\n{ANSWER}{answer}"
+    messages = (
+        {"role": "user", "content": question},
+        {"role": ASSISTANT, "content": f"{THINK}{trace}\n{ANSWER}{answer}"},
+    )
+    return Row(where, messages, correct=_GRADES[answered])
 
 
 def set_pad_token(tokenizer: Any) -> int:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from bisect import bisect, bisect_left
+from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import accumulate
 from os.path import commonprefix
 from typing import Any, NamedTuple
 
@@ -64,7 +63,9 @@ class Conversation:
         """
         turns = {}
         last = 0
-        for index, message in self._assistant():
+        for index, message in enumerate(self.messages):
+            if message["role"] != ASSISTANT:
+                continue
             place = self._places[index]
             start = max(last, self._find_start(index))
             self._check_reasoning(index, self.text[start : place.start])
@@ -93,32 +94,25 @@ class Conversation:
         if not self.marked:
             raise ValueError("the template's generation markers enclose nothing")
         turns = dict.fromkeys(self.marked, 1.0)
-        starts, reached = [part.start for part in self.marked], [0]
-        reached += accumulate((part.stop for part in self.marked), max)
-        for index, (message, gap) in enumerate(zip(self.messages, self._gaps(), strict=True)):
-            place = self._places.get(index)
+        for index, message in enumerate(self.messages):
+            place, gap = self._places.get(index), self._gap(index)
             if message["role"] == ASSISTANT:
-                inside = self.marked[bisect_left(starts, gap.start) : bisect(starts, gap.stop)]
-                own = [part for part in inside if part.stop <= gap.stop]
+                own = [x for x in self.marked if gap.start <= x.start and x.stop <= gap.stop]
                 self._check_own(index, place, own, gap)
                 turns |= dict.fromkeys(own, float(message.get("weight", 1)))
                 if own or message.get("weight", 1) == 1:
                     continue
-            if place and reached[bisect_left(starts, place.stop)] > place.start:
+            if place and any(x.start < place.stop and place.start < x.stop for x in self.marked):
                 joined = message["role"] == ASSISTANT
                 what = "the weights of two turns" if joined else "text that is not the assistant's"
                 raise self._marker_error(index, f"enclose {what}")
         return turns
 
-    def _gaps(self) -> Iterator[Stretch]:
-        """Iterate over the stretches between the texts of the messages before and after each."""
-        places = [self._places.get(index) for index in range(len(self.messages))]
-        whole = len(self.text)
-        lows = accumulate((place.stop if place else 0 for place in places), max, initial=0)
-        highs = accumulate(
-            (place.start if place else whole for place in reversed(places)), min, initial=whole
-        )
-        return map(Stretch, lows, [*highs][-2::-1])
+    def _gap(self, index: int) -> Stretch:
+        """The stretch between the texts of the messages before and after one."""
+        before = (place.stop for other, place in self._places.items() if other < index)
+        after = (place.start for other, place in self._places.items() if other > index)
+        return Stretch(max(before, default=0), min(after, default=len(self.text)))
 
     def _check_own(
         self, index: int, place: Stretch | None, own: Sequence[Stretch], gap: Stretch
@@ -234,9 +228,6 @@ class Conversation:
             behind = f"{self.text[end : end + 20]!r} follows the assistant's text"
             raise self._error(index, f"{behind}, not a special token", _END)
         return token
-
-    def _assistant(self) -> Iterator[tuple[int, Message]]:
-        return ((k, m) for k, m in enumerate(self.messages) if m["role"] == ASSISTANT)
 
     def _marker_error(self, index: int, what: str) -> ValueError:
         return self._error(index, f"the generation markers {what}", "correct the markers")

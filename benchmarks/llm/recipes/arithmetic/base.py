@@ -39,9 +39,8 @@ _IGNORED = -100
 def base_model(folder: Path, *, seed: int, settings: BaseSettings) -> Path:
     """Train the base model, or find it in the cache; the defaults take 70 seconds of a CPU core.
 
-    A model has a folder of its own in the cache, under a key of the settings, the seed, the texts
-    it learns and the versions of torch and transformers. :data:`benchmarks.llm.models.RECORD` in it
-    has settings, seed, parameters, losses and CPU seconds.
+    Its folder is named by a key of the settings, the seed, the texts and the versions of torch and
+    transformers. ``record.json`` there says how it was trained.
     """
 
     def make(home: Path) -> dict[str, Any]:

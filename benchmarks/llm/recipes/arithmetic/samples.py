@@ -43,7 +43,10 @@ def drawn(
     model: str, folder: Path, *, seed: int, number: int, trust_remote_code: bool
 ) -> list[Row]:
     """Let a model solve problems of the training once each, or find its solutions in the cache."""
-    decoder, tokenizer = _load(model, trust_remote_code)
+    decoder, tokenizer = load(model, trust_remote_code=trust_remote_code)
+    if tokenizer.get_vocab() != {token: index for index, token in enumerate(VOCABULARY)}:
+        raise ValueError(f"the tokenizer of {model} is not that of the arithmetic recipe")
+    decoder.eval()
     key = fingerprint(
         {
             **decoder.state_dict(),
@@ -199,13 +202,6 @@ def facts(rows: Sequence[Row]) -> Mapping[str, Any]:
             "best strategy": max(success.values()),
         }
     return notes
-
-
-def _load(model: str, trusted: bool) -> tuple[Any, Any]:
-    decoder, tokenizer = load(model, trust_remote_code=trusted)
-    if tokenizer.get_vocab() != {token: index for index, token in enumerate(VOCABULARY)}:
-        raise ValueError(f"the tokenizer of {model} is not that of the arithmetic recipe")
-    return decoder.eval(), tokenizer
 
 
 def usable(source: str) -> list[Row]:
