@@ -4,8 +4,8 @@ python scripts/loop_arithmetic.py --out runs/loop-arithmetic
 python scripts/loop_arithmetic.py --out runs/loop-arithmetic --algo sft iw-sft --seeds 0 --rounds 2
 
 Writes the prompts, runs a loop for each algorithm and seed by the command `iwsft loop`, and prints
-the table of docs/loop.md: the mean over seeds of each round, with its 95 % interval. The same call
-continues what a kill leaves.
+the tables of docs/loop.md: means over seeds and their differences by round, with 95 % intervals.
+The same call continues what a kill leaves.
 """
 
 from __future__ import annotations
@@ -23,11 +23,9 @@ from benchmarks.llm.recipes.arithmetic import BaseSettings
 from benchmarks.llm.recipes.arithmetic.base import base_model
 from benchmarks.llm.recipes.arithmetic.task import Split, problems
 from benchmarks.options import parse
-from benchmarks.report.document import Grid, interval_text
+from benchmarks.report.loops import seed_grids
 from benchmarks.report.page import write_report
-from benchmarks.statistics import t_interval
 from iwsft.files import written_whole
-from iwsft.loop import table
 
 # Those of the arithmetic recipe, for 80 updates a round.
 TRAINING = (
@@ -75,11 +73,10 @@ def main(options: Options) -> None:
             ]
             print("iwsft loop", shlex.join(words), file=sys.stderr)
             loop(words)
-    console = Console()
-    titles = {"score": "Exact match, held out", "distinct": "Distinct answers of a problem"}
-    for key, title in titles.items():
-        console.print(_grid(options, key).rich(title))
-    console.print(f"Report: {write_report(options.out, options.out / 'report').page}")
+    report = write_report(options.out, options.out / "report")
+    for title, grid in seed_grids(report.loops).items():
+        Console().print(grid.rich(title))
+    print(f"Report: {report.page}")
 
 
 def _write(path: Path, count: int, seed: int, split: Split) -> Path:
@@ -88,23 +85,6 @@ def _write(path: Path, count: int, seed: int, split: Split) -> Path:
             row = {"prompt": problem.prompt, "answer": str(problem.answer)}
             file.write(json.dumps(row) + "\n")
     return path
-
-
-def _grid(options: Options, key: str) -> Grid:
-    """Table of a fact by algorithm and round: mean over seeds and interval."""
-    grid = Grid(["algorithm", *(f"round {number}" for number in range(options.rounds + 1))], left=1)
-    for algo in options.algo:
-        tables = [table(options.out / algo / f"seed-{seed}") for seed in options.seeds]
-        cells = []
-        for number in range(options.rounds + 1):
-            values = [rows[number][key] for rows in tables if key in rows[number]]
-            mean = f"{sum(values) / len(values):.3f}" if values else "-"
-            if len(values) > 1:
-                low, high = map(float, t_interval(values))
-                mean += f" ({interval_text((low, high), digits=3)})"
-            cells.append(mean)
-        grid.rows.append([algo, *cells])
-    return grid
 
 
 if __name__ == "__main__":

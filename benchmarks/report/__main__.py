@@ -22,7 +22,7 @@ def main(options: Options) -> None:
     from rich.console import Console
 
     from benchmarks.report.language import recipe_table
-    from benchmarks.report.loops import loop_grid
+    from benchmarks.report.loops import loop_grid, seed_grids
     from benchmarks.report.page import write_report
     from benchmarks.report.tables import score_table
     from benchmarks.results import printable
@@ -37,6 +37,8 @@ def main(options: Options) -> None:
             console.print(recipe_table(recipe))
     for loop in report.loops:
         console.print(loop_grid(loop.rows).rich(loop.name))
+    for title, grid in seed_grids(report.loops).items():
+        console.print(grid.rich(title))
     if report.unfinished:
         runs_of = "run" if len(report.unfinished) == 1 else "runs"
         console.print(f"{len(report.unfinished)} unfinished or damaged {runs_of} left out:")

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from benchmarks.commands import program
 from benchmarks.report import figures
-from benchmarks.report.document import NOTHING, Document, Grid, escaped, interval_text
+from benchmarks.report.document import (
+    NOTHING,
+    Document,
+    Grid,
+    escaped,
+    interval_text,
+    shareable,
+)
 from benchmarks.report.figures import Panels
 from benchmarks.results import printable
+from benchmarks.statistics import MIN_SEEDS, difference, t_interval
 from iwsft.loop import CONFIG, Round, best, table
 
 LOOP = "loop"
@@ -28,6 +38,13 @@ COLUMNS = {
     "distinct": ("distinct", ".2f"),
     "ESS": ("ESS", ".2f"),
 }
+# Facts that are compared over seeds, and their titles.
+_COMPARED = {
+    "score": "Held-out score over seeds",
+    "return": "Return of the sampled episodes over seeds",
+    "distinct": "Distinct answers to a prompt over seeds",
+}
+_SEED = "/seed-"
 _CAPTION = (
     "Rounds. Score: held-out, with its 95 % interval; return: mean of the sampled episodes; pass "
     "rate: share of right answers among the samples; solved: prompts with a right one; kept: share "
@@ -48,6 +65,14 @@ class RecordedLoop:
     def algo(self) -> str:
         """Algorithm that a round trains by."""
         return str(self.config.get("algo", ""))
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The loop as one entry of the report's records."""
+        kept = ("benchmark", "algo", "seed", "settings", "versions", "hardware", "command")
+        about = {name: self.config.get(name) for name in kept}
+        about["command"] = shareable(about["command"] or "")
+        return {"loop": self.name, **about, "rounds": self.rows}
 
 
 def read_loops(folder: Path) -> list[RecordedLoop]:
@@ -75,6 +100,60 @@ def loop_grid(rows: Sequence[Mapping[str, Any]]) -> Grid:
         cells = [_cell(row.get(key), form) for key, (_, form) in COLUMNS.items()]
         grid.rows.append([str(row["round"]), _cell(row.get("score"), ".3f"), interval, *cells])
     return grid
+
+
+def seed_grids(loops: Sequence[RecordedLoop]) -> dict[str, Grid]:
+    """Tables by title: means over the loops NAME/seed-K of each name by round, and differences.
+
+    Each has its 95 % interval; that of a difference is paired by seed.
+    """
+    groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for loop in loops:
+        name, _, seed = loop.name.rpartition(_SEED)
+        if name:
+            groups.setdefault(name, {})[seed] = loop.rows
+    groups = {name: own for name, own in groups.items() if len(own) >= MIN_SEEDS}
+    most = max((len(rows) for own in groups.values() for rows in own.values()), default=0)
+    grids = {}
+    for key, title in _COMPARED.items():
+        digits = int(COLUMNS.get(key, ("", ".3f"))[1][1])
+        grid = Grid(["", *(f"round {number}" for number in range(most))], left=1)
+        for name, own in groups.items():
+            cells = [_mean(list(_values(own, key, n).values()), digits) for n in range(most)]
+            grid.rows.append([f"{name} ({len(own)} seeds)", *cells])
+        for one, other in itertools.combinations(groups, 2):
+            cells = [
+                _less(_values(groups[other], key, n), _values(groups[one], key, n), digits)
+                for n in range(most)
+            ]
+            grid.rows.append([f"{other} less {one}", *cells])
+        if any(cell != NOTHING for row in grid.rows for cell in row[1:]):
+            grids[title] = grid
+    return grids
+
+
+def _values(own: Mapping[str, list[dict[str, Any]]], key: str, number: int) -> dict[str, float]:
+    """A fact of a round by seed, of the seeds that have it."""
+    rounds = {seed: rows[number] for seed, rows in own.items() if number < len(rows)}
+    return {seed: row[key] for seed, row in rounds.items() if row.get(key) is not None}
+
+
+def _mean(values: Sequence[float], digits: int) -> str:
+    if len(values) < MIN_SEEDS:
+        return NOTHING
+    low, high = map(float, t_interval(values))
+    return f"{np.mean(values):.{digits}f} ({interval_text((low, high), digits)})"
+
+
+def _less(first: Mapping[str, float], second: Mapping[str, float], digits: int) -> str:
+    """The mean difference of the seeds that both have."""
+    seeds = sorted(first.keys() & second.keys())
+    if len(seeds) < MIN_SEEDS:
+        return NOTHING
+    x, y = (np.array([[own[seed]] for seed in seeds]) for own in (first, second))
+    point, low, high = difference(x, y, paired=True).estimate
+    ends = "" if low is None or high is None else f" ({interval_text((low, high), digits)})"
+    return f"{point:+.{digits}f}{ends}"
 
 
 def show_loop(
@@ -124,5 +203,7 @@ def add_loops(document: Document, loops: Sequence[RecordedLoop]) -> None:
     document.section("Loops")
     for loop in loops:
         document.table(loop_grid(loop.rows), f"**{escaped(loop.name)}**, by round.")
+    for title, grid in seed_grids(loops).items():
+        document.table(grid, f"{title}: mean or paired difference, with its 95 % interval.")
     if loops:
         document.figure("loops", draw_loops(loops), _CAPTION)

@@ -75,7 +75,8 @@ def write_report(folder: Path, out: Path) -> WrittenReport:
     kinds = ["control"] * bool(runs) + ["language"] * bool(recipes or evaluations)
     kinds += ["loop"] * bool(loops and not kinds)
     markdown = document.markdown(f"{' and '.join(kinds).capitalize()} runs")
-    records = ",\n".join(map(_record, [*runs, *language_runs]))
+    entries = [*map(_record, [*runs, *language_runs]), *(json.dumps(x.record) for x in loops)]
+    records = ",\n".join(entries)
     written = {
         **document.images,
         MARKDOWN: markdown.encode(),

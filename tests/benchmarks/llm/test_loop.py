@@ -145,6 +145,8 @@ def test_a_round_is_what_its_files_say(
     assert recorded.rows == rows and len(loop_grid(rows).rows) == 3
     assert read_all(tmp_path, LANGUAGE) == ([], [])
     assert "pass rate" in write_report(tmp_path, tmp_path / "report").page.read_text()
+    (record,) = json.loads((tmp_path / "report" / "runs.json").read_text())
+    assert record["rounds"] == rows and record["algo"] == "iw-sft"
     # Its own options give the same loop.
     again = parse(["--config", str(tmp_path / "loop" / "config.json")], None)
     settings = recorded.config["settings"]

@@ -1,0 +1,44 @@
+"""Loops over seeds: means and paired differences against scipy."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmarks.report.loops import RecordedLoop, seed_grids
+
+
+def numbers(cell: str) -> list[float]:
+    return [float(part) for part in re.findall(r"[+-]?\d+\.\d+", cell)]
+
+
+def test_means_and_paired_differences_over_seeds() -> None:
+    scores = np.random.default_rng(0).normal(0.5, 0.1, (2, 4, 2))
+    # Round 2 is missing in the second loop of one seed, and a fact in the rounds 0.
+    loops = [
+        RecordedLoop(
+            f"{name}/seed-{seed}",
+            {},
+            [
+                {"round": n, "score": score, **({"distinct": 2 * score} if n else {})}
+                for n, score in enumerate(values[: 1 if (name, seed) == ("b", 3) else 2])
+            ],
+        )
+        for name, own in zip("ab", scores, strict=True)
+        for seed, values in enumerate(own)
+    ]
+    grids = seed_grids([*loops, RecordedLoop("alone", {}, loops[0].rows)])
+    assert [*grids] == ["Held-out score over seeds", "Distinct answers to a prompt over seeds"]
+    grid = grids["Held-out score over seeds"]
+    assert [row[0] for row in grid.rows] == ["a (4 seeds)", "b (4 seeds)", "b less a"]
+    a, b = scores[..., 1]
+    interval = stats.t.interval(0.95, 2, b[:3].mean(), stats.sem(b[:3]))
+    assert numbers(grid.rows[1][2]) == pytest.approx([b[:3].mean(), *interval], abs=6e-4)
+    paired = stats.ttest_rel(b[:3], a[:3]).confidence_interval()
+    expected = [(b[:3] - a[:3]).mean(), *paired]
+    assert numbers(grid.rows[2][2]) == pytest.approx(expected, abs=6e-4)
+    assert grids["Distinct answers to a prompt over seeds"].rows[0][1] == "-"
+    assert seed_grids(loops[:2]) == {}
