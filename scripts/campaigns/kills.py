@@ -272,6 +272,25 @@ def _loop(kind: str, shared: Path) -> Job:
     return job
 
 
+CONTROL_LOOPS = {
+    "replay": ("--keep-rounds", "1"),
+    "cloned": ("--algo", "iw-sft", "--reference-steps", "6"),
+}
+
+
+def _control_loop(kind: str, shared: Path) -> Job:
+    from benchmarks.d4rl.__main__ import run
+
+    def job(_: bool) -> None:
+        words = ["--start", f"bc:{shared / 'data.hdf5'}", "--start-steps", "6", "--rounds", "2"]
+        words += ["--episodes-per-round", "40", "--max-episode-steps", "12", "--steps", "6"]
+        sys.argv = ["d4rl", "loop", *words, "--eval-episodes", "2", "--resume"]
+        sys.argv += CONTROL_LOOPS[kind]
+        run()
+
+    return job
+
+
 def _write_loop(shared: Path) -> None:
     from benchmarks.llm.recipes.arithmetic.task import problems
 
@@ -369,6 +388,12 @@ CAMPAIGNS = (
         {kind: partial(_loop, kind) for kind in LOOPS},
         (*COMMAND_MODULES, "benchmarks.llm.loop.job"),
         write=_write_loop,
+    ),
+    campaign(
+        "control loop killed",
+        {kind: partial(_control_loop, kind) for kind in CONTROL_LOOPS},
+        (*CONTROL_MODULES, "benchmarks.d4rl.loop"),
+        write=_write_steps,
     ),
     campaign(
         "trainer killed",
