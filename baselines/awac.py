@@ -75,27 +75,11 @@ class AWACLoss(LossModule):
     -log pi(a|s) over the data's actions), ``weight_mean``, ``pred_value`` (mean Q(s, a)).
     Actions come from the batch's entry ``noise``, the result of :meth:`draw_noise`, or else from
     torch's own generator, first a', then a''.
-
-    Raises:
-        ValueError: Settings are out of range.
-        TypeError: A Q-network is not of :mod:`baselines.critics`.
-
-    Examples:
-        >>> loss = AWACLoss(policy, qvalue_networks(17, 6))
-        >>> targets = TargetUpdate(loss, tau=0.005)
-        >>> out = loss(batch)
-        >>> (out["loss_actor"] + out["loss_qvalue"]).backward(); optimizer.step(); targets.step()
     """
 
     @dataclass
     class _AcceptedKeys:
-        """Keys that ``set_keys`` can change.
-
-        Attributes:
-            action: The action taken, which is also the entry that the Q-networks read.
-            reward: The reward of the step, under ``next``.
-            terminated: Whether the episode terminated in the step, under ``next``.
-        """
+        """Keys that ``set_keys`` can change; reward and termination are under ``next``."""
 
         action: NestedKey = "action"
         reward: NestedKey = "reward"

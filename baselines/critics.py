@@ -172,22 +172,12 @@ def value_network(observation_dim: int, hidden: Sequence[int] = (256, 256)) -> T
 
 
 def values(network: TensorDictModule, inputs: TensorDictBase, params: TensorDictParams) -> Tensor:
-    """Return the output of a network with given parameters, without its last dimension 1.
+    """Return the output ``[*]`` of a network of this file with given parameters.
 
-    The numbers are those of ``params.to_module(network)`` and a call, or of TorchRL's ``vmap`` over
-    stacked parameters. This takes a fraction of the time: no module is touched, and the products
-    of E networks are oneDNN's on a CPU and one batched product elsewhere.
-
-    Args:
-        network: A network of this file.
-        inputs: The network's inputs, with batch size ``[*]``.
-        params: Parameters of one network, or of E networks with batch size ``[E]``.
-
-    Returns:
-        ``[*]``, or ``[E, *]``.
-
-    Raises:
-        TypeError: The network is not of this file.
+    With the parameters of E networks, of batch size ``[E]``, it is ``[E, *]``. The numbers are
+    those of ``params.to_module(network)`` and a call, or of TorchRL's ``vmap``. This takes a
+    fraction of the time: no module is touched, and the products of E networks are oneDNN's on a CPU
+    and one batched product elsewhere.
     """
     mlp = network.module
     if not isinstance(mlp, ValueMLP):
@@ -222,12 +212,7 @@ class CopyableLoss(LossModule):
 
 
 class TargetUpdate(SoftUpdate):
-    """TorchRL's ``SoftUpdate`` without TensorDicts: a third of its time on small networks.
-
-    Args:
-        loss: The loss whose ``target_..._params`` follow.
-        tau: Share of the networks in the moving average.
-    """
+    """TorchRL's ``SoftUpdate`` without TensorDicts: a third of its time on small networks."""
 
     def __init__(self, loss: LossModule, *, tau: float) -> None:
         super().__init__(loss, tau=tau)
@@ -244,10 +229,6 @@ def check_transitions(trajectories: TensorDictBase) -> tuple[tuple[int, int], to
 
     Returns:
         The sizes of observation and action, and the device.
-
-    Raises:
-        KeyError: An entry of a transition is missing.
-        ValueError: Entries are not finite, or the data have weights.
     """
     check_unweighted(trajectories)
     validate(trajectories, keys=(OBSERVATION, ACTION, NEXT_OBSERVATION, REWARD))

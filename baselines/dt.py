@@ -115,14 +115,6 @@ class DTNetwork(nn.Module):
 
     Mean and standard deviation of the observations and the scale are buffers, so that a saved
     network has them.
-
-    Args:
-        observation_dim: Size of the observation.
-        action_dim: Size of the action; actions are in [-1, 1].
-        settings: Settings of the transformer, and the return scale.
-
-    Raises:
-        ImportError: transformers is not installed.
     """
 
     return_scale: Tensor
@@ -150,15 +142,9 @@ class DTNetwork(nn.Module):
         self.register_buffer("return_scale", torch.tensor(settings.return_scale or 1.0))
 
     def forward(self, observation: Tensor, action: Tensor, return_to_go: Tensor) -> Tensor:
-        """Predict the action of every step from earlier steps and from its own observation.
+        """Predict the action ``[n, T, act]`` of every step from earlier ones and its observation.
 
-        Args:
-            observation: Observations ``[n, T, obs]``.
-            action: Actions ``[n, T, act]``; only later steps see that of a step.
-            return_to_go: Returns-to-go ``[n, T, 1]``, not yet scaled.
-
-        Returns:
-            The actions ``[n, T, act]``.
+        Only later steps see the action of a step. Returns-to-go ``[n, T, 1]`` are not yet scaled.
         """
         observation = self.normalization(observation)
         return torch.tanh(self.actor(observation, action, return_to_go / self.return_scale))
@@ -220,8 +206,7 @@ class DTPolicy(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Append a step to the history of each row, and write its action.
 
-        Raises:
-            ValueError: There is no target return, or a row continues that has no history here.
+        A ValueError says that there is no target return, or that a row has no history to continue.
         """
         observation = tensordict.get(OBSERVATION)
         first = tensordict.get(IS_INIT).reshape(-1, 1)
@@ -270,11 +255,7 @@ class DTPolicy(TensorDictModuleBase):
 
 
 def policy(observation_dim: int, action_dim: int, settings: Settings) -> DTPolicy:
-    """Return an untrained policy, which can load the ``state_dict`` of a trained one.
-
-    Raises:
-        ImportError: transformers is not installed.
-    """
+    """Return an untrained policy; an ImportError says that transformers is not installed."""
     network = DTNetwork(observation_dim, action_dim, settings)
     return DTPolicy(network, settings.context, settings.target_return)
 

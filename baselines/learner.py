@@ -47,15 +47,7 @@ class Learner:
 
 
 def check_finite(settings: Any, *, but: str = "") -> None:
-    """Refuse settings, a dataclass, with a number that is NaN or infinite.
-
-    Args:
-        settings: The settings.
-        but: Name of a setting that may be infinite.
-
-    Raises:
-        ValueError: A number is not finite; the message names it.
-    """
+    """Refuse settings, a dataclass, with a NaN or infinite number; ``but`` may be infinite."""
     for name, value in vars(settings).items():
         allowed = name == but and value == math.inf
         if isinstance(value, float) and not math.isfinite(value) and not allowed:

@@ -21,9 +21,6 @@ class Normalization(nn.Module):
     """``(observation - mean) / std`` of each feature; mean and std are in the state_dict.
 
     A new one has mean 0 and std 1, and so changes nothing.
-
-    Args:
-        observation_dim: Size of the observation.
     """
 
     mean: Tensor
@@ -51,10 +48,7 @@ class Normalization(nn.Module):
 
 
 def normalized(trajectories: TensorDictBase, normalization: Normalization) -> TensorDictBase:
-    """Return a shallow copy with normalised observations and next observations.
-
-    The trajectories given stay as they are.
-    """
+    """Return a shallow copy with normalised observations and next observations."""
     out = trajectories.copy()
     for key in (OBSERVATION, NEXT_OBSERVATION):
         out.set(key, normalization(trajectories.get(key)))

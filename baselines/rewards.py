@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 from tensordict import TensorDictBase
-from torch import Tensor
 
 from iwsft.trajectory import ACTION, REWARD, Segments
 
@@ -27,10 +25,16 @@ def transformed(trajectories: TensorDictBase, rewards: Rewards) -> TensorDictBas
     Raises:
         ValueError: The name is unknown, or rewards are to be scaled and all returns are equal.
     """
-    if rewards not in _CHANGES:
-        raise ValueError(f"rewards must be one of {', '.join(_CHANGES)}, not {rewards!r}")
-    out = trajectories.copy()
-    out.set(REWARD, _CHANGES[rewards](trajectories))
+    out, reward = trajectories.copy(), trajectories.get(REWARD)
+    if rewards == "return range":
+        out.set(REWARD, reward * (1000 / _range_of_returns(trajectories)))
+    elif rewards == "minus one":
+        out.set(REWARD, reward - 1)
+    elif rewards == "times 100":
+        out.set(REWARD, 100 * reward)
+    elif rewards != "as they are":
+        names = ", ".join(get_args(Rewards))
+        raise ValueError(f"rewards must be one of {names}, not {rewards!r}")
     return out
 
 
@@ -41,35 +45,14 @@ def clipped_actions(trajectories: TensorDictBase, margin: float = 1e-5) -> Tenso
     return out
 
 
-def _as_they_are(trajectories: TensorDictBase) -> Tensor:
-    return trajectories.get(REWARD)
-
-
-def _return_range(trajectories: TensorDictBase) -> Tensor:
-    reward = trajectories.get(REWARD)
+def _range_of_returns(trajectories: TensorDictBase) -> float:
     segments = Segments.of(trajectories)
     # Slots past the last trajectory are empty.
-    returns = segments.sum(reward)[: int(segments.index[-1]) + 1].double()
+    returns = segments.sum(trajectories.get(REWARD))[: int(segments.index[-1]) + 1].double()
     spread = float(returns.max() - returns.min())
     if not spread > 0:
         raise ValueError(
             f"all {len(returns)} trajectories have the return {float(returns[0]):g}, so rewards "
             "can't be scaled by the range of returns; set rewards='as they are', or check the data"
         )
-    return reward * (1000 / spread)
-
-
-def _minus_one(trajectories: TensorDictBase) -> Tensor:
-    return trajectories.get(REWARD) - 1
-
-
-def _times_100(trajectories: TensorDictBase) -> Tensor:
-    return 100 * trajectories.get(REWARD)
-
-
-_CHANGES: Mapping[str, Callable[[TensorDictBase], Tensor]] = {
-    "as they are": _as_they_are,
-    "return range": _return_range,
-    "minus one": _minus_one,
-    "times 100": _times_100,
-}
+    return spread

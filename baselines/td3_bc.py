@@ -182,10 +182,7 @@ class DelayedTD3BCLoss(CopyableLoss, TD3BCLoss):
 class DelayedUpdate(TargetUpdate):
     """Targets follow at every ``every``-th update, the one in which the actor is due.
 
-    Args:
-        loss: The loss whose targets follow; its ``actor_due`` is set before each update.
-        tau: Share of the networks in the moving average.
-        every: Updates for each move; 2 moves the targets at the 2nd, 4th, ... update.
+    With ``every=2`` it is the 2nd, 4th, ... update. The loss's ``actor_due`` is set before each.
     """
 
     def __init__(self, loss: DelayedTD3BCLoss, *, tau: float, every: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 
-from iwsft.samplers import TransitionSampler
+from iwsft.samplers import TransitionSampler, check_same_settings
 from iwsft.trajectory import (
     ACTION,
     DONE,
@@ -31,12 +31,7 @@ def returns_to_go(trajectories: TensorDictBase) -> Tensor:
     """Return the sum of rewards from each step to the end of its trajectory, sum_{u >= t} r_u.
 
     A trajectory that was cut off, for example at a time limit, counts as ending there.
-
-    Args:
-        trajectories: Packed trajectories ``[N]`` with ``("next", "reward")``.
-
-    Returns:
-        ``[N, 1]``, float32 (added up in float64).
+    Trajectories are packed; the result is float32 ``[N, 1]``, added up in float64.
     """
     index = Segments.of(trajectories).index
     rewards = trajectories.get(REWARD).reshape(-1).double()
@@ -102,11 +97,7 @@ class WindowSampler:
         self._offsets = torch.arange(context, device=device)
 
     def sample(self) -> TensorDictBase:
-        """Draw the next batch, ``[batch_size, context]``.
-
-        It has ``observation``, ``action``, ``return_to_go`` ``[batch_size, context, 1]``, and
-        ``("collector", "mask")`` ``[batch_size, context]``.
-        """
+        """Draw a batch ``[batch_size, context]`` of observation, action, return-to-go and mask."""
         start = self._starts.sample().get(_STEP)
         steps = start[:, None] + self._offsets
         mask = steps < self._ends[start][:, None]
@@ -133,12 +124,7 @@ class WindowSampler:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`.
 
-        Raises:
-            ValueError: The state is that of other trajectories, batch size or context.
+        A ValueError says that it is of other trajectories, or of another batch size or context.
         """
-        if state_dict["context"] != self.context:
-            raise ValueError(
-                f"this state belongs to a sampler with context={state_dict['context']}, this one "
-                f"has context={self.context}; resume with the settings of the first run"
-            )
+        check_same_settings(state_dict, {"context": self.context})
         self._starts.load_state_dict(state_dict)

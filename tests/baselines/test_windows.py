@@ -141,7 +141,7 @@ class TestErrors:
 
     def test_state_of_other_settings(self) -> None:
         state = WindowSampler(data([9]), 4, context=3).state_dict()
-        with pytest.raises(ValueError, match="context=3, this one has context=5"):
+        with pytest.raises(ValueError, match="context=3, not 5"):
             WindowSampler(data([9]), 4, context=5).load_state_dict(state)
         with pytest.raises(ValueError, match=r"steps=9, not 8"):
             WindowSampler(data([8]), 4, context=3).load_state_dict(state)
