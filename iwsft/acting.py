@@ -87,8 +87,8 @@ def act(
 ) -> NDArray[Any]:
     """Call the policy once for all rows, within :func:`acting`; errors call it ``name``.
 
-    Its actions ``[rows, act]`` are not clipped: float32, or float64 where the policy gives that. A
-    FloatingPointError names the episode whose action is not finite.
+    Its actions ``[rows, act]`` are not clipped. A FloatingPointError names the episode whose action
+    is not finite.
     """
     actions = _call(policy, inputs, device)
     inputs.check_finite(actions, name)

@@ -52,9 +52,8 @@ class Chain:
         kl: Coefficient of a KL divergence from log pi_ref of the data, which the loss adds.
 
     Raises:
-        ValueError: The reduction or the reference is unknown, a transform is in the wrong place, it
-            means nothing with this reference, ``negative`` is unbounded, or ``kl`` is negative or
-            infinite.
+        ValueError: An argument is unknown or out of range, a transform is in the wrong place or
+            means nothing with this reference, or ``negative`` is unbounded.
     """
 
     step: Sequence[StepTransform] = ()
@@ -154,14 +153,9 @@ class Chain:
             )
 
     def check_signs(self, data_weight: Tensor | None) -> None:
-        """Refuse the data weights of a whole dataset if ``negative`` would change nothing.
-
-        Raises:
-            ValueError: This chain has one for negative data weights, and none is negative.
-        """
-        if self.negative is None:
-            return
-        if data_weight is None or not bool((data_weight < 0).any()):
+        """Refuse the data weights of a whole dataset if ``negative`` would change nothing."""
+        changes = data_weight is not None and bool((data_weight < 0).any())
+        if self.negative is not None and not changes:
             raise ValueError(
                 "these importance weights have a chain for negative data weights, and no row has "
                 "one: pass trajectories that weigh_correct has weighed, wrong answers included"
@@ -213,18 +207,14 @@ class Chain:
         read: Mapping[str, Tensor] | None = None,
         negative: Tensor | None = None,
     ) -> Weights:
-        """Weigh a batch.
+        """Weigh a batch; on masked steps the weights have no meaning.
 
         Args:
             log_ratio: log q - log pi_ref of each step, in the layout of the batch.
             segments: Trajectories of the batch.
-            share: How much each step counts, in the layout of the batch: the multiplicity of its
-                trajectory over its length, 0 where masked.
+            share: How much each step counts, see :meth:`ImportanceWeightedMLE.share`.
             read: The quantities of :attr:`reads`, in the layout of the batch.
             negative: Steps whose data weight is negative, if there are some.
-
-        Returns:
-            The weights. On masked steps they have no meaning.
         """
         read = read or {}
         if self.negative is None or negative is None:
@@ -290,9 +280,6 @@ class Chain:
 
         The literal g of the paper does: 0.1 clip(x, 0.2, 1.8) is at least 0.02 per step, so the
         weight is at least e^(0.02 T), beyond float32 for T > 4,436.
-
-        Raises:
-            OverflowError: The chain overflows.
         """
         least = torch.full((longest,), -math.inf)
         segments = Segments(least.shape, torch.zeros(longest, dtype=torch.int64), None, 1)

@@ -82,9 +82,8 @@ def curate(
 
     Raises:
         KeyError: The score is neither a known name nor a key.
-        ValueError: No trajectory survives, a score is NaN or infinite, the trajectories have a
-            multiplicity already (with ``weight``, a data weight), a weight is NaN or infinite, all
-            are 0, or a setting is out of range.
+        ValueError: No trajectory survives, a score or weight is NaN or infinite, all weights are 0,
+            the trajectories have a multiplicity or data weight already, or a setting is wrong.
     """
     check_tensordict(trajectories)
     _check_cuts(cuts)

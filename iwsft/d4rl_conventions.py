@@ -83,7 +83,6 @@ class AntMaze(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        """Start an episode and draw its goal."""
         observation, info = self.env.reset(seed=seed, options=options)
         random = self._maze.np_random
         # Without position noise, the goal is still the middle of its cell.
@@ -94,7 +93,6 @@ class AntMaze(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     def step(
         self, action: Any
     ) -> tuple[dict[str, NDArray[Any]], float, bool, bool, dict[str, Any]]:
-        """Take an action; see the class."""
         observation, _, _, truncated, info = self.env.step(action)
         reached = self._reached(observation)
         info = {**info, "success": reached}
@@ -127,7 +125,6 @@ class AdroitHand(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         self._pen = env_id == "AdroitHandPen-v1"
 
     def step(self, action: Any) -> tuple[NDArray[Any], float, bool, bool, dict[str, Any]]:
-        """Take an action; see the class."""
         observation, env_reward, terminated, truncated, info = self.env.step(action)
         reward = float(env_reward)
         if self._reach is not None:

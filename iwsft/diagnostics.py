@@ -23,13 +23,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 def weight_quantiles(
     weight: Tensor, share: Tensor, probabilities: tuple[float, ...] = QUANTILES
 ) -> Tensor:
-    """Quantiles of the weights, each counted by its share.
-
-    The p-quantile is the smallest weight at which the shares add up to p times their total.
-
-    Returns:
-        One number per probability, in the dtype of ``weight``.
-    """
+    """Quantiles of the weights: the smallest at which the shares add up to p times their total."""
     weight, share = weight.reshape(-1), share.reshape(-1).double()
     ordered, order = weight.sort()
     total = share[order].cumsum(0)
@@ -40,19 +34,13 @@ def weight_quantiles(
 
 
 def pareto_k(weight: Tensor) -> float:
-    """Shape k of a generalised Pareto distribution fitted to the largest weights.
+    """Shape k of a generalised Pareto distribution fitted to the largest weights ``[n]``.
 
     Below 0.5 the variance of the weights is finite, over 0.7 an importance-sampling estimate is
     not to be trusted (Vehtari, Simpson, Gelman, Yao and Gabry, "Pareto smoothed importance
     sampling", arXiv:1507.02646). The tail is the min(n / 5, 3 sqrt n) largest, without those that
     equal the next lower weight; the fit is that of Zhang and Stephens (2009) with the prior of the
-    paper's Appendix C.
-
-    Args:
-        weight: Weights of the distinct trajectories, ``[n]``.
-
-    Returns:
-        k-hat. NaN if the tail has fewer than 5 weights.
+    paper's Appendix C. NaN if the tail has fewer than 5 weights.
     """
     n = weight.numel()
     tail = int(min(0.2 * n, 3 * n**0.5))
@@ -112,8 +100,7 @@ def bound_gap(log_weight_p: Tensor, log_weight_q: Tensor, share: Tensor) -> dict
 def weighted_mean(value: Tensor, weight: Tensor, share: Tensor) -> Tensor:
     """Mean of ``value`` under the weights, sum m w v / sum m w, in float64.
 
-    With returns as values it is the return of the data as the loss weighs them. It shows how far
-    the weights sharpen what curation has chosen.
+    With returns as values it is the return of the data as the loss weighs them.
     """
     factor = share.double() * weight
     return (factor * value).sum() / factor.sum()
@@ -204,11 +191,10 @@ def weighed(
 def describe(*batches: Weighed) -> dict[str, float]:
     """What the weights of some batches' trajectories do; what is NaN is left out.
 
-    Returns:
-        ``weight_top1`` (:func:`top_share` of the heaviest 1 %), ``weight_length_corr`` and
-        ``weight_score_corr`` (:func:`rank_correlation` of the weight with length and score, where
-        the weights are not all equal), and ``pareto_k`` of the distinct trajectories (with
-        ``reduce=None``, steps). Empty without a batch.
+    It has ``weight_top1`` (:func:`top_share` of the heaviest 1 %), ``weight_length_corr`` and
+    ``weight_score_corr`` (:func:`rank_correlation` of the weight with length and score, where the
+    weights are not all equal), and ``pareto_k`` of the distinct trajectories (with ``reduce=None``,
+    steps). It is empty without a batch.
     """
     if not batches:
         return {}

@@ -42,9 +42,9 @@ def make(
 ) -> gym.Env[Any, Any]:
     """Make an environment without gymnasium's checking wrapper, which costs time at each step.
 
-    ``env_id`` and the arguments, which are plain values (JSON), describe an environment completely.
-    A dataset has them as ``env_id`` and ``env_kwargs``. Ids that gymnasium does not know are looked
-    up in gymnasium-robotics (FrankaKitchen, AntMaze, AdroitHand), which is imported only then.
+    A dataset has the arguments, plain values (JSON), as ``env_id`` and ``env_kwargs``. Ids that
+    gymnasium does not know are looked up in gymnasium-robotics (FrankaKitchen, AntMaze,
+    AdroitHand), which is imported only then.
 
     Args:
         env_id: Id registered with gymnasium, or ``module:id``. D4RL's locomotion scores belong to
@@ -144,7 +144,6 @@ class ScaledActions(gym.ActionWrapper[Any, Any, Any], RecordConstructorArgs):
         self.action_space = gym.spaces.Box(-1.0, 1.0, space.shape, np.float32)
 
     def action(self, action: NDArray[Any]) -> NDArray[Any]:
-        """Map an action in [-1, 1] to the bounds."""
         return (self._middle + self._half * np.clip(action, -1.0, 1.0)).astype(self._dtype)
 
 

@@ -84,8 +84,7 @@ def normalized_score(
 ) -> NDArray[np.float64]:
     """Return 100 * (return - minimum) / (maximum - minimum), https://arxiv.org/abs/2004.07219.
 
-    The reference scores are the returns of D4RL's random and expert policies in the environment;
-    a ValueError says that the second is not above the first.
+    The reference scores are the returns of D4RL's random and expert policies in the environment.
     """
     low, high = reference_scores
     if not low < high:
@@ -115,11 +114,10 @@ def evaluate(
 ) -> Evaluation:
     """Run episodes of a policy, deterministically, in parallel environments.
 
-    At every step the policy is called once for all running episodes, under ``no_grad``, in eval
-    mode and with TorchRL's deterministic exploration type (the mean of a Gaussian). Actions are
-    clipped to the bounds of the action space. Episode i starts from seed i of
-    :func:`episode_seeds`; its return does not depend on ``num_envs``. An environment whose episode
-    has ended takes the next episode.
+    At every step the policy is called once for all running episodes, see
+    :func:`iwsft.acting.acting`. Actions are clipped to the bounds of the action space. Episode i
+    starts from seed i of :func:`episode_seeds`; its return does not depend on ``num_envs``. An
+    environment whose episode has ended takes the next episode.
 
     A policy may keep a history. Row i of the batch is the same environment from call to call. The
     policy may read ``is_init`` (bool ``[n, 1]``, TorchRL's mark of an episode's first step) and
@@ -165,7 +163,11 @@ def evaluate(
         opened: Any = make() if video is None else recorded(Path(video), env_id, kwargs)
         first = stack.enter_context(opened)
         flatten = observation or environments.flattener(first)
-        size = _check_fit(policy, first, flatten, seeds[0], device)
+        name, actions = environments.id_of(first), environments.action_space(first)
+        vector = flatten(first.reset(seed=seeds[0])[0])
+        if vector.ndim != 1:
+            raise ValueError(f"observations of {name} must be vectors, got shape {vector.shape}")
+        check_sizes(policy, vector, actions.shape, name, device=device)
         envs = [first, *(stack.enter_context(make()) for _ in range(1, width))]
         display = stack.enter_context(Progress(shown=progress))
         task = display.add_task("episodes", total=episodes)
@@ -175,14 +177,14 @@ def evaluate(
                 report(count)
             display.update(task, completed=count)
 
-        inputs = PolicyInputs(width, size)
+        inputs = PolicyInputs(width, vector.size)
         finished = _roll_out(policy, inputs, envs, seeds, flatten, device, ended)
 
     returns = [episode.total for episode in finished]
     successes = [episode.success for episode in finished if episode.success is not None]
     scores = reference_scores and normalized_score(returns, reference_scores).tolist()
     return Evaluation(
-        env_id=environments.id_of(first),
+        env_id=name,
         seed=seed,
         returns=returns,
         lengths=[episode.length for episode in finished],
@@ -191,23 +193,6 @@ def evaluate(
         versions=environments.versions(first),
         wall_seconds=time.perf_counter() - start,
     )
-
-
-def _check_fit(
-    policy: TensorDictModuleBase,
-    env: gym.Env[Any, Any],
-    flatten: environments.Flatten,
-    seed: int,
-    device: torch.device,
-) -> int:
-    """Check that a policy fits an environment; return the size of the observations."""
-    env_id, bounds = environments.id_of(env), environments.action_space(env)
-    observation = flatten(env.reset(seed=seed)[0])
-    if observation.ndim != 1:
-        shape = observation.shape
-        raise ValueError(f"observations of {env_id} must be vectors, got shape {shape}")
-    check_sizes(policy, observation, bounds.shape, env_id, device=device)
-    return observation.size
 
 
 @dataclass
@@ -273,11 +258,8 @@ def _roll_out(
 def _evaluation_device(
     policy: TensorDictModuleBase, device: torch.device | str | None
 ) -> torch.device:
-    parameter = next(policy.parameters(), None)
+    parameter = next(policy.parameters(), torch.empty(0, device=device))
     # With its index, where the name has none.
-    full = None if device is None else torch.empty(0, device=device).device
-    if parameter is None:
-        return full or torch.device("cpu")
-    if full not in (None, parameter.device):
+    if device is not None and torch.empty(0, device=device).device != parameter.device:
         raise ValueError(f"device={str(device)!r}, but the policy is on {parameter.device}")
     return parameter.device

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""The cache folder, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,6 +15,18 @@ from pathlib import Path
 
 _A_DAY = 24 * 60 * 60.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
+    """Return the folder of downloaded and computed files, which may not exist yet.
+
+    It is ``cache_dir``, else the environment variable ``IWSFT_CACHE``, else ``iwsft`` in the user's
+    cache (``$XDG_CACHE_HOME`` or ``~/.cache``).
+    """
+    chosen = cache_dir or os.environ.get("IWSFT_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "iwsft"
 
 
 @contextmanager
@@ -81,18 +93,11 @@ def _abandoned(partial: Path) -> bool:
 
 @contextmanager
 def full_disk_named(path: Path) -> Iterator[None]:
-    """Make the error of a full disk, quota or file-size limit name the file and the way out.
-
-    Raises:
-        OSError: The error, with the same number.
-    """
+    """Make the error of a full disk, quota or file-size limit name the file and the way out."""
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
-            reason = os.strerror(error.errno)
-            raise OSError(
-                error.errno,
-                f"no space left to write {path} ({reason}); free some and run with --resume",
-            ) from error
-        raise
+        if error.errno not in _FULL:
+            raise
+        problem = f"no space left to write {path} ({os.strerror(error.errno)})"
+        raise OSError(error.errno, f"{problem}; free some and run with --resume") from error

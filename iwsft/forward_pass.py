@@ -43,9 +43,6 @@ class ForwardPass:
         shared: Whether the processes of a distributed run share the pass. All of them must then
             take part with the same trajectories.
 
-    Raises:
-        TypeError: The policy has no ``log_prob``.
-        ValueError: ``rows`` or a batch is out of range, or the trajectories are not packed.
     """
 
     def __init__(
@@ -94,19 +91,13 @@ class ForwardPass:
         return math.ceil(len(self.batches) / self._world)
 
     def run(self, start: int, stop: int) -> Tensor:
-        """Log-probs ``[k]`` of the new steps of rounds ``start`` to ``stop - 1``, on all processes.
-
-        They are float32 or wider, and 0 off the mask.
-        """
+        """Log-probs of the new steps of rounds ``start`` to ``stop - 1``; 0 off the mask."""
         mine = [self._run_batch(number) for number in range(start, stop)]
         results = gathered([part.cpu() for part in mine]) if self._shared else [mine]
         return torch.cat([part for parts in zip(*results, strict=True) for part in parts])
 
     def placed(self, log_prob: Tensor, start: int = 0) -> Tensor:
-        """Log-probs of :meth:`run` from round ``start`` on, in the layout of the trajectories.
-
-        They are on the device of the trajectories, with 0 for steps of other rounds.
-        """
+        """Log-probs of :meth:`run` from ``start`` on, in the data's layout; other steps have 0."""
         new = [trajectory for _, new in self.batches[start * self._world :] for trajectory in new]
         steps = steps_of(self._sizes, torch.tensor(new))[: len(log_prob)]
         out = log_prob.new_zeros(self.segments.shape.numel())

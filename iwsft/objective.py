@@ -23,21 +23,13 @@ from iwsft.policies.log_prob import (
 )
 from iwsft.policy_loss import Keys, PolicyLoss
 from iwsft.presets import ImportanceWeights
-from iwsft.trajectory import (
-    MASK,
-    Segments,
-    fit,
-    on_host,
-)
+from iwsft.trajectory import MASK, Segments, fit, on_host
 from iwsft.weights import exponential
 
 Proposal = Literal["current", "reference", "lagged", "cached"]
 LOSS = "loss_iw_mle"
 # Entries of a batch that weights read, and the function that writes them.
-WRITTEN_BY = {
-    "standard_score": "iwsft.curate",
-    "success_rate": "iwsft.language.weigh_correct",
-}
+WRITTEN_BY = {"standard_score": "iwsft.curate", "success_rate": "iwsft.language.weigh_correct"}
 
 
 class Terms(NamedTuple):
@@ -179,11 +171,7 @@ class ImportanceWeightedMLE(PolicyLoss):
         return result
 
     def terms(self, batch: TensorDictBase) -> Terms:
-        """Log-probabilities and weights of a batch: what :meth:`forward` is a summary of.
-
-        ``terms = loss.terms(batch); out = loss.summary(terms)`` is ``loss(batch)``, and
-        ``diagnose(loss, batch, terms)`` then needs no forward pass of its own.
-        """
+        """Log-probabilities and weights of a batch: ``loss.summary(terms)`` is ``loss(batch)``."""
         segments = self.segments(batch)
         share = self.share(batch, segments)
         noisy = self.proposal == "current" and noise_watch(self.actor_network, share.device)
@@ -237,8 +225,8 @@ class ImportanceWeightedMLE(PolicyLoss):
             log_q: log q of each step, in the layout of the batch.
             reference: log pi_ref of each step; by default the batch's.
             entropy: Entropy of q at each step, which some weights read.
-            segments: Trajectories of the batch, if known already.
-            share: :meth:`share` of the batch, if known already.
+            segments: Result of :meth:`segments`, if known already, as :meth:`share` is.
+            share: How much each step counts.
         """
         segments = self.segments(batch) if segments is None else segments
         share = self.share(batch, segments) if share is None else share
@@ -319,10 +307,7 @@ class ImportanceWeightedMLE(PolicyLoss):
         return segments.where_valid(log_prob), entropy
 
     def segments(self, trajectories: TensorDictBase) -> Segments:
-        """The trajectories of a batch, as this loss reads its keys and masks.
-
-        Steps that the policy can't predict, first tokens, count as masked.
-        """
+        """The trajectories of a batch; first tokens, which nothing predicts, count as masked."""
         mask: Tensor | None = None
         for key in self._loss_mask_keys():
             valid = trajectories.get(key, default=None)
@@ -347,9 +332,8 @@ class ImportanceWeightedMLE(PolicyLoss):
             empty = segments.without_valid_step
             if len(empty):
                 problem = f"trajectory {int(empty[0])} of the batch has every step masked"
-                raise ValueError(
-                    f"{problem}; drop it, or correct its mask ({self.loss_mask_key!r})"
-                )
+                way_out = f"drop it, or correct its mask ({self.loss_mask_key!r})"
+                raise ValueError(f"{problem}; {way_out}")
         share = 1.0 / segments.spread(segments.lengths.clamp(min=1)).double()
         multiplicity = self._entry(batch, self.tensor_keys.multiplicity, segments)
         return segments.where_valid(share if multiplicity is None else share * multiplicity)

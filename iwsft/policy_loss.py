@@ -57,18 +57,7 @@ def _are_own(params: TensorDictBase, module: nn.Module) -> bool:
 
 @dataclass
 class Keys:
-    """Keys of a batch, which ``set_keys`` of a loss can change.
-
-    Attributes:
-        action: Action of each step.
-        traj_ids: Number of the trajectory of each step.
-        ref_log_prob: log pi_ref of each step.
-        multiplicity: Multiplicity of the step's trajectory.
-        importance_weight: Cached weight of the step's trajectory.
-        data_weight: Data weight of each step.
-        standard_score: Standard score of the step's trajectory, which some weights read.
-        success_rate: Share of right answers to the prompt of the step, which some weights read.
-    """
+    """Keys of a batch, which ``set_keys`` of a loss can change; see :mod:`iwsft.trajectory`."""
 
     action: NestedKey = ACTION
     traj_ids: NestedKey = TRAJ_IDS

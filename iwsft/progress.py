@@ -49,7 +49,6 @@ class Progress(progress.Progress):
     def add_task(
         self, description: str, *args: Any, note: str = "", **fields: Any
     ) -> progress.TaskID:
-        """Add a task, with an empty note where there is none."""
         return super().add_task(description, *args, note=note, **fields)
 
     def track(self, items: Sequence[Item], description: str) -> Iterator[Item]:  # type: ignore[override]
@@ -61,13 +60,11 @@ class Progress(progress.Progress):
             self.advance(task)
 
     def start(self) -> None:
-        """Begin to show the tasks."""
         super().start()
         if self.disable and not self.console.quiet:
             threading.Thread(target=self._print_lines, daemon=True).start()
 
     def stop(self) -> None:
-        """Stop showing the tasks."""
         self._stopped.set()
         super().stop()
 

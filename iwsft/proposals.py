@@ -87,8 +87,7 @@ class HardSync(_Updater):
         holder: Holder of a lagged q, if that is not the loss.
 
     Raises:
-        ValueError: ``every`` is below 1, q of the loss does not follow the policy, cached weights
-            or a moving reference come without trajectories, or q has no holder.
+        ValueError: ``every`` is below 1, or the other arguments do not fit the loss.
     """
 
     proposals = ("lagged", "cached")
@@ -119,11 +118,7 @@ class HardSync(_Updater):
             reweight(self.trajectories, self.loss_module)
 
     def step(self) -> bool:
-        """Count an update, and sync if it is the ``every``-th since the last sync.
-
-        Returns:
-            Whether it synced.
-        """
+        """Count an update; sync at the ``every``-th since the last sync, and return whether."""
         self.counter += 1
         if self.counter < self.every:
             return False
@@ -135,24 +130,24 @@ class HardSync(_Updater):
         """Updates since the last sync, and what it wrote into the trajectories."""
         state: dict[str, Any] = {"counter": self.counter}
         if self.trajectories is not None:
-            state[self._written] = self.trajectories.get(self._key).clone()
+            state[self._entry] = self.trajectories.get(self._key).clone()
         return state
-
-    @property
-    def _written(self) -> str:
-        """What a sync writes into the trajectories."""
-        return "ref_log_prob" if self.moves_reference else "importance_weight"
-
-    @property
-    def _key(self) -> NestedKey:
-        key: NestedKey = getattr(self.loss_module.tensor_keys, self._written)
-        return key
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`, also in the middle of a window."""
         self.counter = state_dict["counter"]
         if self.trajectories is not None:
-            self.trajectories.get(self._key).copy_(state_dict[self._written])
+            self.trajectories.get(self._key).copy_(state_dict[self._entry])
+
+    @property
+    def _entry(self) -> str:
+        """What a sync writes into the trajectories."""
+        return "ref_log_prob" if self.moves_reference else "importance_weight"
+
+    @property
+    def _key(self) -> NestedKey:
+        key: NestedKey = getattr(self.loss_module.tensor_keys, self._entry)
+        return key
 
 
 class EMA(_Updater):
@@ -164,7 +159,7 @@ class EMA(_Updater):
         holder: Holder of q, if that is not the loss.
 
     Raises:
-        ValueError: The decay is out of range, the loss has no lagged q, or q has no holder.
+        ValueError: The decay is out of range, or the other arguments do not fit the loss.
     """
 
     def __init__(

@@ -91,7 +91,6 @@ def annotate_reference(
 def write_reference(forward: ForwardPass, *, cache: str | Path | None = None) -> str | None:
     """Write log pi_ref into the trajectories of a shared pass; the key under which it is stored.
 
-    A resumed run, whose model has changed, gets the same log-probs by :func:`cached_reference`.
     The errors are those of :func:`annotate_reference`.
     """
     policy, trajectories = forward.policy, forward.trajectories
@@ -138,10 +137,7 @@ def cached_reference(trajectories: TensorDictBase, key: str, *, cache: str | Pat
         way_out = "the version, data, tokenizer, template and max_length of the first run"
         raise ValueError(f"{problem}; resume with {way_out}")
     path = _path(cache, key)
-    way_out = (
-        "this run's model has moved, so it can't be computed again from it: put a copy of the file "
-        "back, or start afresh with another output folder"
-    )
+    way_out = "the model has moved: put a copy of the file back, or start afresh in another folder"
     log_prob = from_first(lambda: _read(path, way_out))
     if log_prob is None:
         raise FileNotFoundError(f"the reference of this run, {path}, is gone; {way_out}")
@@ -176,9 +172,6 @@ def _part(forward: ForwardPass, start: int, path: Path | None) -> Tensor:
     return _stored(path.with_suffix(f".{start}-{stop}.pt"), run)
 
 
-# ---- files ----
-
-
 def _path(cache: str | Path, key: str) -> Path:
     return Path(cache) / f"ref_log_prob-{key}.pt"
 
@@ -207,9 +200,6 @@ def _read(path: Path, way_out: str) -> Tensor | None:
         raise checkpoint.CheckpointError(f"{path} is the copy of another file; {way_out}")
     log_prob: Tensor = content["log_prob"]
     return log_prob
-
-
-# ---- the key ----
 
 
 def _data_digest(trajectories: TensorDictBase) -> str:
@@ -285,9 +275,6 @@ def _local_shard(tensor: Any) -> Tensor:
 def _adapter_parts(policy: nn.Module) -> set[str]:
     """Names of modules and lists with PEFT's own tensors, which the model alone does not use."""
     return {part for m in policy.modules() for part in getattr(m, "adapter_layer_names", ())}
-
-
-# ---- checks ----
 
 
 def _check_adapters(forward: ForwardPass, first: Tensor) -> None:

@@ -28,14 +28,8 @@ from iwsft.trajectory import (
 )
 
 # What a critic learns from.
-TRANSITION: tuple[NestedKey, ...] = (
-    OBSERVATION,
-    ACTION,
-    NEXT_OBSERVATION,
-    REWARD,
-    DONE,
-    TERMINATED,
-)
+TRANSITION: tuple[NestedKey, ...]
+TRANSITION = (OBSERVATION, ACTION, NEXT_OBSERVATION, REWARD, DONE, TERMINATED)
 _NEXT = "next"
 
 
@@ -186,7 +180,6 @@ class StepSampler(_StepSampler):
             raise ValueError(f"trajectory {int(empty[0])} has every step masked; drop it")
 
     def draw(self) -> Tensor:
-        """Draw the positions of the next batch's steps."""
         positions = self._draw()
         uniform = torch.rand(self.batch_size, generator=self._generator, dtype=torch.float64)
         steps = self._starts[positions] + (uniform * self._choices[positions]).long()
@@ -195,8 +188,7 @@ class StepSampler(_StepSampler):
         return steps
 
     def take(self, steps: Tensor) -> TensorDictBase:
-        """Read the steps at these positions, each a trajectory of length 1."""
-        # All steps are valid, and each counts once.
+        # Each is a trajectory of length 1, all are valid, and each counts once.
         batch = self._gather(steps).exclude(MASK, MULTIPLICITY)
         batch.set(TRAJ_IDS, torch.arange(self.batch_size, device=steps.device))
         return batch
@@ -226,14 +218,12 @@ class TransitionSampler(_StepSampler):
         self._until = None if bool((tickets == 1).all()) else tickets.cumsum(0)
 
     def draw(self) -> Tensor:
-        """Draw the positions of the next batch's steps."""
         steps = torch.randint(self._total, (self.batch_size,), generator=self._generator)
         if self._until is not None:
             steps = torch.searchsorted(self._until, steps, right=True)
         return steps
 
     def take(self, steps: Tensor) -> TensorDictBase:
-        """Read the steps at these positions."""
         return _take(self.trajectories.select(*(self.keys or ())), steps)
 
 

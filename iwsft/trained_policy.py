@@ -92,10 +92,6 @@ class TrainedPolicy:
             first: Whether this is the first step of an episode. Only a policy with a memory needs
                 it, and ``reward``, and then sees one episode after the other.
             reward: Reward of the last action.
-
-        Raises:
-            ValueError: The observation does not fit the policy, or a memory lacks ``first``.
-            FloatingPointError: An action is not finite.
         """
         rows = np.atleast_2d(np.asarray(observation, np.float32))
         if rows.shape[1] != (self.observation_dim or rows.shape[1]):
@@ -125,8 +121,7 @@ class TrainedPolicy:
         ``torch.export.load(path).module()`` maps observations, float32 ``[n, obs]``, to actions in
         the environment's own range, float32 ``[n, act]``. The file ends in ``.pt2`` by custom.
 
-        Raises:
-            ValueError: The policy has a memory, or the size of its observations is not known.
+        A policy with a memory can't be exported.
         """
         if self.has_memory:
             raise ValueError("a policy with a memory can't be exported: it needs the history")

@@ -83,8 +83,8 @@ class Segments:
 
         Raises:
             KeyError: A packed batch has no trajectory ids.
-            ValueError: There is no step, the ids are not integers or are out of order (not checked
-                on an accelerator: see :func:`validate`), or ids or mask have another shape.
+            ValueError: There is no step, or ids or mask are wrong. Whether ids are in order is not
+                checked on an accelerator: see :func:`validate`.
         """
         if mask is None:
             mask = batch.get(MASK, default=None)
@@ -305,8 +305,7 @@ def check_links(packed: TensorDictBase) -> None:
     """Refuse a trajectory that the data show to be two.
 
     ``torch.cat`` of two collectors' episodes can give neighbours equal ids. Then the next
-    observation of a step is not the observation of the following one, as it is elsewhere. Where
-    most steps break so, the next observations follow another convention.
+    observation of a step is not the observation of the following one, as it is elsewhere.
     """
     present = packed.keys(True, True)
     if OBSERVATION not in present or NEXT_OBSERVATION not in present:

@@ -58,7 +58,6 @@ class Update:
         self._graphs: dict[Any, _Graph] | None = {} if graph else None
 
     def __call__(self, drawn: Sequence[TensorDictBase]) -> Results:
-        """Make an update with what was drawn for each seed."""
         if self._graphs is None:
             return self._compute(drawn)
         phase = getattr(self._seeds[0].loss, "phase", None)
@@ -90,9 +89,7 @@ class Update:
 def check_static(loss: LossModule, sampler: Any, *, graph: bool, stacked: bool) -> None:
     """Check that updates of a loss can be captured (``graph``) or ``stacked`` with others.
 
-    Raises:
-        ValueError: Batches differ in shape, a graph would not be on a GPU, or a stack would draw
-            dropout, whose numbers are not those of a seed alone.
+    A stack does not draw dropout, whose numbers would not be those of a seed alone.
     """
     if graph:
         elsewhere = {next(loss.parameters()).device, getattr(sampler, "device", None)}
@@ -116,14 +113,11 @@ def check_static(loss: LossModule, sampler: Any, *, graph: bool, stacked: bool) 
 
 
 class Stack:
-    """Losses of several seeds, computed as one whose networks are stacked.
+    """Losses that differ in their tensors alone, computed as one whose networks are stacked.
 
     The tensors of each loss become views of stacked ones ``[S, ...]``, which ``torch.vmap`` maps
     the loss over. So everything else works on each loss as if it were alone: its optimizer, target
     networks, probes. Numbers are those of each seed alone, to rounding.
-
-    Args:
-        losses: Losses that differ in their tensors alone.
     """
 
     def __init__(self, losses: Sequence[LossModule]) -> None:

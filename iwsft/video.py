@@ -35,7 +35,6 @@ class FirstEpisode(gym.Wrapper[Any, Any, Any, Any]):
         self._over = False
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Take a step, and draw it if no episode has ended before."""
         out = super().step(action)
         if not self._over:
             # Pictures of MuJoCo are flipped views.

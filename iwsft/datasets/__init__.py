@@ -22,9 +22,9 @@ from typing import Any
 
 from iwsft.datasets import d4rl, minari_store
 from iwsft.datasets.actions import describe, scaled
-from iwsft.datasets.cache import cache_folder
 from iwsft.datasets.catalog import CATALOG, reference_scores
 from iwsft.datasets.dataset import WHOLE, OfflineDataset
+from iwsft.files import cache_folder
 
 __all__ = [
     "BUNDLED",

@@ -100,17 +100,13 @@ def _reference_table() -> dict[str, tuple[float, float]]:
 
 
 def _locomotion() -> list[Entry]:
-    tasks = ("HalfCheetah", "Hopper", "Walker2d", "Ant")
     kinds = ("random", "medium", "expert", "medium-replay", "medium-expert", "full-replay")
-    files = [(task, kind, kind.replace("-", "_")) for task in tasks for kind in kinds]
-    return [
-        Entry(
-            f"{task.lower()}-{kind}-v2",
-            f"gym_mujoco_v2/{task.lower()}_{words}-v2.hdf5",
-            f"{task}-v4",
-        )
-        for task, kind, words in files
-    ]
+    entries = []
+    for task in ("HalfCheetah", "Hopper", "Walker2d", "Ant"):
+        for kind in kinds:
+            path = f"gym_mujoco_v2/{task.lower()}_{kind.replace('-', '_')}-v2.hdf5"
+            entries.append(Entry(f"{task.lower()}-{kind}-v2", path, f"{task}-v4"))
+    return entries
 
 
 def _antmaze() -> list[Entry]:

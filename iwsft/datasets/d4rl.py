@@ -34,14 +34,7 @@ from iwsft.datasets import antmaze, catalog
 from iwsft.datasets.actions import check_fit, find_bounds, spaces_of
 from iwsft.datasets.dataset import WHOLE, Bounds, OfflineDataset, fingerprint_of
 from iwsft.datasets.ends import find_ends, move_time_limits
-from iwsft.datasets.episodes import (
-    Flags,
-    Steps,
-    check_actions,
-    check_steps,
-    cut_steps,
-    weigh_steps,
-)
+from iwsft.datasets.episodes import Flags, Steps, check_actions, check_steps, cut_steps, weigh_steps
 from iwsft.datasets.marks import kind_of, marked_ends
 
 if TYPE_CHECKING:

@@ -36,7 +36,7 @@ class Dynamics:
 
     def __init__(self, steps: Steps, lag: int = 1) -> None:
         self._steps, self._lag = steps, lag
-        now, ends = steps.observations, steps.terminals | steps.timeouts
+        now, ends = steps.observations, steps.ends
         self._spread = column_spread(now)
         self._columns = self._spread > 1e-6
         self._mean = now[:: 1 + len(now) // CHUNK].mean(axis=0)
@@ -89,6 +89,10 @@ class Dynamics:
     def usual(self, share: float) -> float:
         """Return the surprise that this share of the usual steps does not exceed."""
         return float(np.quantile(self._usual, share))
+
+    def as_usual(self, rows: NDArray[np.int64]) -> bool:
+        """Return whether steps from most of these rows surprise no more than usual ones."""
+        return bool(np.median(self.surprise(rows)) <= self.usual(0.95))
 
     def end_after(self, rows: NDArray[np.int64], shift: int, *, sure: bool = False) -> bool:
         """Return whether resets follow the rows ``shift`` after these, and not these.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -33,9 +32,8 @@ def find_ends(
     _check_filling(steps, source)
     resets = _reset_rows(steps)
     if resets.any():
-        notes.append(
-            f"{int(resets.sum()):,} rows left out: steps in which a vector environment was reset"
-        )
+        reason = "steps in which a vector environment was reset"
+        notes.append(f"{int(resets.sum()):,} rows left out: {reason}")
         steps = steps.select(~resets)
     _check_order(steps, source, notes)
     _check_places(steps, source)
@@ -50,7 +48,7 @@ def find_ends(
         _check_cuts(steps, cuts, source)
     steps = _end(steps, cuts, "at the environment's limit of steps", notes)
     steps = _mend_following(steps, notes)
-    rows, ends = len(steps.rewards), _ends(steps)
+    rows, ends = len(steps.rewards), steps.ends
     if rows > 1 and not ends.any():
         notes.append(f"no end of an episode is marked: {rows:,} rows are one trajectory")
     elif rows / 2 < ends.sum() < rows:
@@ -88,11 +86,9 @@ def move_time_limits(steps: Steps, limit: Limit) -> tuple[Steps, list[str]]:
 def _join_marks(steps: Steps, marks: Mapping[str, Flags], source: str) -> tuple[Steps, list[str]]:
     """Add the ends of other fields; those of the environment itself are terminals."""
     notes: list[str] = []
-    cut = steps.timeouts.copy()
     terminal = {name for name in marks if kind_of(name) in ("terminal", "factor")}
-    for name in marks:
-        if kind_of(name) == "truncated":
-            cut |= marks[name]
+    truncated = [flags for name, flags in marks.items() if kind_of(name) == "truncated"]
+    cut = np.logical_or.reduce([steps.timeouts, *truncated])
     for name in sorted(marks, key=lambda name: (name not in terminal, name)):
         flags = marks[name]
         kind = "terminal" if name in terminal else "timeout"
@@ -101,7 +97,7 @@ def _join_marks(steps: Steps, marks: Mapping[str, Flags], source: str) -> tuple[
             if len(differ):
                 both = f"'terminals' and {name!r} differ at row {int(differ[0])}"
                 raise ValueError(f"{source}: {both}; leave out the one that is wrong")
-            padded = np.flatnonzero((flags & ~_ends(steps))[:-1] & flags[1:])
+            padded = np.flatnonzero((flags & ~steps.ends)[:-1] & flags[1:])
             if len(padded):
                 row = f"{name!r} ends an episode at row {int(padded[0])} and at the next one"
                 raise ValueError(f"{source}: {row}; leave out rows that are padding")
@@ -109,21 +105,17 @@ def _join_marks(steps: Steps, marks: Mapping[str, Flags], source: str) -> tuple[
     return replace(steps, timeouts=steps.timeouts | cut), notes
 
 
-def _ends(steps: Steps) -> Flags:
-    return steps.terminals | steps.timeouts
-
-
 def _end(steps: Steps, at: Flags, where: str, notes: list[str], *, kind: str = "timeout") -> Steps:
     """End episodes at these rows, and note it."""
-    new = at & ~_ends(steps)
+    new = at & ~steps.ends
     if kind == "timeout":
         new[-1] = False  # the last row ends an episode anyway
     if not new.any():
         return steps
     notes.append(f"{int(new.sum()):,} episodes end {where}, without a {kind}")
-    flags = f"{kind}s"
-    changes: dict[str, Any] = {flags: getattr(steps, flags) | new}
-    return replace(steps, **changes)
+    if kind == "timeout":
+        return replace(steps, timeouts=steps.timeouts | new)
+    return replace(steps, terminals=steps.terminals | new)
 
 
 def _differ(first: Floats, second: Floats) -> Flags:
@@ -137,7 +129,7 @@ def _differ(first: Floats, second: Floats) -> Flags:
 
 def _check_filling(steps: Steps, source: str) -> None:
     """Check that no rows fill episodes up: those of padding, or of a last observation alone."""
-    ends, still = _ends(steps), ~steps.actions.any(axis=1) & (steps.rewards == 0)
+    ends, still = steps.ends, ~steps.actions.any(axis=1) & (steps.rewards == 0)
     empty = still & ~steps.observations.any(axis=1)
     padding = np.flatnonzero(ends[:-2] & empty[1:-1] & empty[2:] & ~ends[1:-1])
     if len(padding):
@@ -154,7 +146,7 @@ def _torn(steps: Steps, source: str) -> Flags:
     assert steps.next_observations is not None
     following, then = steps.next_observations[:-1], steps.observations[1:]
     own = steps.observations[:-1]
-    inside = ~_ends(steps)[:-1]
+    inside = ~steps.ends[:-1]
     if not _differ(following, own).any() and _differ(own, then).mean() > 0.1:
         problem = "'next_observations' are the row's own observations"
         raise ValueError(f"{source}: {problem}; leave them out, or write the next ones")
@@ -164,10 +156,8 @@ def _torn(steps: Steps, source: str) -> Flags:
         apart = np.abs(following - then)[torn[:-1]] / column_spread(steps.observations)
         far = apart.max(axis=1) > 0.5
         if far.mean() > 0.5:
-            steps_torn = (
-                f"'next_observations' of {int(torn.sum()):,} of {int(inside.sum()):,} steps"
-            )
-            problem = f"{steps_torn} is not the next row's observation"
+            many = f"'next_observations' of {int(torn.sum()):,} of {int(inside.sum()):,} steps"
+            problem = f"{many} is not the next row's observation"
             raise ValueError(f"{source}: {problem}; put the rows in the order of recording")
         torn[np.flatnonzero(torn)] = far
     return torn
@@ -180,7 +170,7 @@ def _restarts(steps: Steps) -> Flags:
     """
     now, rows = steps.observations, len(steps.rewards)
     restarts = np.zeros(rows, dtype=bool)
-    first = np.append(True, _ends(steps)[:-1])
+    first = np.append(True, steps.ends[:-1])
     dynamics = Dynamics(steps)
     if first.sum() < 4 or not dynamics.predictable:
         return restarts
@@ -200,7 +190,7 @@ def _restarts(steps: Steps) -> Flags:
 def _check_order(steps: Steps, source: str, notes: list[str]) -> None:
     """Check that the next row is the next step, and not that of another environment."""
     now = steps.observations[:8192]
-    if steps.next_observations is not None or _ends(steps).mean() > 0.5:
+    if steps.next_observations is not None or steps.ends.mean() > 0.5:
         return
     following = Dynamics(steps).unexplained
     if not 0.1 < following < np.inf:
@@ -219,7 +209,7 @@ def _check_order(steps: Steps, source: str, notes: list[str]) -> None:
 
 def _check_places(steps: Steps, source: str) -> None:
     """Check that the flags are at the last rows of episodes, not one row before or after."""
-    ended = _ends(steps)
+    ended = steps.ends
     dynamics = Dynamics(steps) if steps.next_observations is None else None
     for name in ("terminals", "timeouts"):
         ends = np.flatnonzero(getattr(steps, name)[1:-2]) + 1
@@ -249,9 +239,9 @@ def _reset_rows(steps: Steps) -> Flags:
     So the reset follows this row, and not the one before.
     """
     now, rewards = steps.observations, steps.rewards
-    ends = np.flatnonzero(_ends(steps)[:-2])
+    ends = np.flatnonzero(steps.ends[:-2])
     resets = np.zeros(len(now), dtype=bool)
-    likely = ends[(rewards[ends + 1] == 0) & ~_ends(steps)[ends + 1]]
+    likely = ends[(rewards[ends + 1] == 0) & ~steps.ends[ends + 1]]
     if steps.next_observations is not None:
         linked = ends[~_differ(now[ends + 1], steps.next_observations[ends])]
         if len(linked) > len(np.intersect1d(likely, linked)):
@@ -267,7 +257,7 @@ def _reset_rows(steps: Steps) -> Flags:
     jumps = [np.median(distance(now[row], now[row + 1])) for row in (likely, likely + 1)]
     if (seldom and jumps[1] > jumps[0]) or Dynamics(steps).end_after(likely, 1, sure=seldom):
         resets[likely + 1] = True
-        if not _ends(steps)[-1] and _ends(steps)[-2]:
+        if not steps.ends[-1] and steps.ends[-2]:
             resets[-1] = rewards[-1] == 0
     return resets
 
@@ -278,7 +268,7 @@ def _beyond(steps: Steps, limit: Limit) -> Flags:
     Episodes that a timeout ends show the limit of the recording, where it is longer.
     """
     cut = np.zeros(len(steps.terminals), dtype=bool)
-    done = _ends(steps)
+    done = steps.ends
     stops = np.flatnonzero(done) + 1
     if not done[-1]:
         stops = np.append(stops, len(done))
@@ -301,7 +291,7 @@ def _check_cuts(steps: Steps, cuts: Flags, source: str) -> None:
     if steps.next_observations is not None:
         return
     dynamics, rows = Dynamics(steps), np.flatnonzero(cuts)
-    if dynamics.predictable and np.median(dynamics.surprise(rows)) <= dynamics.usual(0.95):
+    if dynamics.predictable and dynamics.as_usual(rows):
         problem = "an episode is longer than the environment's limit, and does not end there"
         way_out = "mark the ends of episodes in 'timeouts'"
         raise ValueError(f"{source}: {problem} (row {int(rows[0])}); {way_out}")
@@ -313,14 +303,14 @@ def _mend_following(steps: Steps, notes: list[str]) -> Steps:
     Vector environments that reset themselves in the step of an end return these.
     """
     following = steps.next_observations
-    ends = np.flatnonzero(_ends(steps)[:-1])
+    ends = np.flatnonzero(steps.ends[:-1])
     if following is None or len(ends) == 0:
         return steps
     stale = ends[~_differ(following[ends], steps.observations[ends + 1])]
     if len(stale) < max(1, len(ends) / 2):
         return steps
     dynamics = Dynamics(steps)
-    if not dynamics.predictable or np.median(dynamics.surprise(stale)) <= dynamics.usual(0.95):
+    if not dynamics.predictable or dynamics.as_usual(stale):
         return steps  # the recording continued after these ends
     wrong = f"the next observations of {len(stale):,} last steps are the first ones of the next"
     notes.append(f"{wrong} episode: the step's own ones are taken")

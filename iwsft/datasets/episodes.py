@@ -54,11 +54,14 @@ class Steps:
     next_observations: Floats | None = None
     data_weight: Floats | None = None
 
+    @property
+    def ends(self) -> Flags:
+        """Whether a row ends an episode, bool ``[N]``."""
+        return self.terminals | self.timeouts
+
     def select(self, rows: Flags) -> Steps:
         """Return the steps of these rows."""
-        fields: dict[str, Any] = {
-            name: x if x is None else x[rows] for name, x in vars(self).items()
-        }
+        fields: Any = {name: x if x is None else x[rows] for name, x in vars(self).items()}
         return Steps(**fields)
 
 
@@ -93,11 +96,7 @@ def check_steps(steps: Steps, source: str) -> None:
 
 
 def weigh_steps(steps: Steps, weight: Any, source: str) -> Steps:
-    """Give each step its data weight, from an array with a number for each; None gives none.
-
-    Raises:
-        ValueError: They are not so many numbers, one is NaN or infinite, or all are 0.
-    """
+    """Give each step its data weight, from an array with a number for each; None gives none."""
     if weight is None:
         return steps
     name, rows = f"{source}: the data weight", len(steps.rewards)

@@ -95,8 +95,8 @@ def to_hdf5(
 
     Raises:
         OSError: The file exists, or the disk is full.
-        ValueError: The suffix is another one, there are no steps, values are NaN or infinite, a
-            flag is set inside a trajectory, or ``infos`` have another length.
+        ValueError: The suffix is another one, the trajectories are not valid, a flag is set inside
+            one, or ``infos`` have another length.
     """
     import h5py
 

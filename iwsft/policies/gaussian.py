@@ -85,15 +85,8 @@ class GaussianPolicy(ProbabilisticActor):
         in_key: NestedKey = OBSERVATION,
         out_key: NestedKey = ACTION,
     ) -> None:
-        head = _GaussianHead(
-            observation_dim,
-            action_dim,
-            hidden=hidden,
-            squash=squash,
-            state_dependent_std=state_dependent_std,
-            log_std_bounds=log_std_bounds,
-            log_std_init=log_std_init,
-        )
+        stds = (state_dependent_std, log_std_bounds, log_std_init)
+        head = _GaussianHead(observation_dim, action_dim, hidden, squash, *stds)
         super().__init__(
             TensorDictModule(head, in_keys=[in_key], out_keys=["loc", "scale"]),
             in_keys=["loc", "scale"],
@@ -122,7 +115,6 @@ class _GaussianHead(nn.Module):
         self,
         observation_dim: int,
         action_dim: int,
-        *,
         hidden: Sequence[int],
         squash: bool,
         state_dependent_std: bool,

@@ -49,14 +49,10 @@ def noise_watch(policy: nn.Module, device: torch.device) -> Callable[[], bool]:
 
 
 def step_log_prob(policy: Any, batch: TensorDictBase, shape: torch.Size) -> Tensor:
-    """``policy.log_prob`` of a batch, checked to be one number per step, float32 or wider.
+    """``policy.log_prob`` of a batch of this layout, checked to be one number per step.
 
     The policy reads a shallow copy, so entries that it writes (loc, scale) do not reach the batch.
-    ``shape`` is the layout of the batch.
-
-    Raises:
-        TypeError: The policy does not return a tensor.
-        ValueError: The tensor has another shape.
+    The numbers are float32 or wider.
     """
     return _checked(policy.log_prob(batch.copy()), policy, shape)
 

@@ -49,9 +49,6 @@ class MixturePolicy(ProbabilisticActor):
         hidden: Units of the hidden layers.
         in_key: Key of the observation.
         out_key: Key of the action.
-
-    Raises:
-        ValueError: A size or the number of components is not positive.
     """
 
     def __init__(
