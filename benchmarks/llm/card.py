@@ -28,10 +28,7 @@ _Q = {
 
 
 def write_card(run: Path) -> Path | None:
-    """Write the card of a finished run's model, unless there is one or no model.
-
-    Figures come with those of the base, where the same recipe tested it. Returns the card's place.
-    """
+    """Write the card of a finished run's model, unless it has one, and return its place."""
     card = run / checkpoint.FOLDER / REPOCARD_NAME
     if card.exists() or not card.parent.is_dir() or not (run / RESULT).is_file():
         return None
@@ -47,10 +44,9 @@ def write_card(run: Path) -> Path | None:
 
 
 def change_line(result: _Numbers, base: _Numbers | None) -> str | None:
-    """How the log-likelihood of a token changed from the base, in a sentence.
+    """How the log-likelihood of a token changed from the base, paired by prompt, in a sentence.
 
-    It is paired: the 95 % interval is that of the mean over prompts of the difference. None where
-    one of both has no log-probs by prompt.
+    None where one of both has no log-probs by prompt.
     """
     if base is None or "log_probs" not in result or "log_probs" not in base:
         return None

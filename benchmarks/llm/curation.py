@@ -79,8 +79,7 @@ def curated_rows(
 ) -> TensorDictBase:
     """Curate rows into packed trajectories with their multiplicity; wrong ones are left out.
 
-    Rows with a multiplicity count as curated. With ``beta`` a row has the data weight
-    exp(score / beta), see :func:`iwsft.curation.curate`.
+    Rows with a multiplicity count as curated. With ``beta`` they weigh exp(score / beta).
     """
     trajectories: TensorDictBase = tokenize(rows, tokenizer, max_length=max_length).trajectories
     if trajectories.get(CORRECT, default=None) is not None:

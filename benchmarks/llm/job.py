@@ -68,11 +68,7 @@ def run_job(options: Options) -> int:
 
 
 def fine_tune(options: Options) -> Run:
-    """Do the one run of the options, or what is missing of it, and write the model's card.
-
-    Its rows must have been checked. With ``--deepspeed`` it is started under accelerate, by a file
-    of its options.
-    """
+    """Do the one run of the options, whose rows must have been checked, and write its card."""
     launch = Launch("single", device=options.own_device)
     run = Run(options.recipe, options.algo[0], options.seeds[0], options, launch)
     if options.deepspeed is not None:
@@ -131,12 +127,7 @@ def _in_words(value: Any) -> str:
 
 
 def _check_scores(algo: str, settings: Settings, rows: Sequence[Row]) -> None:
-    """Check that rows have what an algorithm needs of them.
-
-    Raises:
-        ValueError: The scores that it reads are missing, or all the same; or it learns from right
-            and wrong answers, and the rows are not both.
-    """
+    """Check that rows have what an algorithm reads: scores that differ, or right and wrong ones."""
     if ALGORITHMS[algo].signed:
         if {row.correct for row in rows} != {False, True}:
             raise ValueError(
@@ -188,10 +179,7 @@ def _work_on(run: Run, *, threads: int | None = None) -> None:
 def _launch(
     runs: Sequence[Run], options: Options, words: Sequence[str], *, show: bool = True
 ) -> int:
-    """Start the job again under accelerate, one run after the other in the same processes.
-
-    ``words`` are its command line.
-    """
+    """Start the job again under accelerate by ``words``, one run after the other."""
     hardware = Hardware.here()
     if not options.deepspeed and hardware.gpus:
         # Which config fits depends on the model.

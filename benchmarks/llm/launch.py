@@ -56,10 +56,10 @@ print(min(cuda.get_device_properties(gpu).total_memory for gpu in gpus))"""
 
 @dataclass(frozen=True)
 class Hardware:
-    """GPUs, cores and memory of this node, and its place among the nodes that take part.
+    """GPUs, cores and memory in bytes of this node, and its place among the nodes.
 
-    Every node has as many GPUs. Memory is in bytes, that of the smallest GPU. ``address`` and
-    ``port`` are those of node 0, as the others reach it.
+    Every node has as many GPUs. ``address`` and ``port`` are those of node 0, as the others reach
+    it.
     """
 
     gpus: int
@@ -101,8 +101,7 @@ class Hardware:
 class Launch:
     """What to start: ``config`` is a packaged config's name or the user's file.
 
-    ``stage`` is DeepSpeed's ZeRO stage. ``processes`` are those of all nodes together, ``threads``
-    those of a process on the CPU, and ``options`` those of ``accelerate launch``.
+    ``stage`` is ZeRO's, ``processes`` are those of all nodes, ``options`` those of accelerate.
     """
 
     config: str

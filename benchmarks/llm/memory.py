@@ -66,8 +66,8 @@ class DecoderSizes:
     ) -> DecoderSizes:
         """Count the parameters of a transformers config on a model without memory.
 
-        With adapters, ``trainable`` is less than all, which is the default. A ``lora_rank`` is that
-        of LoRA on all linear layers but the output layer.
+        ``trainable`` is less than all with adapters, such as LoRA of ``lora_rank`` on all linear
+        layers.
         """
         text = config.get_text_config()
         if getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None):
@@ -100,11 +100,10 @@ class DecoderSizes:
         return 4 * self.text.hidden_size + 4 + 2 * width * self.text.hidden_size
 
     def layer_activations(self, width: int) -> int:
-        """Bytes per token that a layer keeps for backward, with numbers of ``width`` bytes.
+        """Bytes per token that a layer of Llama and its like keeps for backward, attention fused.
 
-        This applies to Llama and similar models (Qwen2, Mistral, ...) with fused attention: two
-        norms, rotated queries and keys, values, attention's output and log-normalisers, and four
-        tensors of the feed-forward block.
+        Two norms, rotated queries and keys, values, attention's output and log-normalisers, and
+        four tensors of the feed-forward block; numbers have ``width`` bytes.
         """
         heads = self.text.num_attention_heads
         key_heads = getattr(self.text, "num_key_value_heads", None) or heads
@@ -136,8 +135,7 @@ class DecoderSizes:
 class Setup:
     """How a model is trained, on the GPUs (``processes``) of all ``nodes``.
 
-    ``half`` is mixed precision in bfloat16, and ``tokens`` are those of a micro-batch, padding
-    included. ``offload_optimizer`` keeps ZeRO-3's float32 weights and Adam's moments on the host.
+    ``half`` is bfloat16; ``tokens`` are those of a micro-batch. ``offload_optimizer`` is ZeRO-3's.
     """
 
     engine: Literal["single", "zero2", "zero3", "fsdp2"] = "zero3"

@@ -117,10 +117,7 @@ def load_tokenizer(place: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def locate(name: str, cache: Path | None = None) -> str:
-    """Find what ``from_pretrained`` loads: a folder, or a hub id, which is left as it is.
-
-    A GGUF file is converted once, into ``cache`` or the cache of the library.
-    """
+    """Find what ``from_pretrained`` loads: a folder, a converted GGUF file, or a hub id."""
     cache = cache_folder(cache)
     if name == SMOLLM2:
         return str(_converted(_packaged_file(), cache))
@@ -242,10 +239,10 @@ def _packaged_file() -> Path:
 
 
 def _converted(file: Path, cache: Path) -> Path:
-    """A folder with the model and tokenizer of a GGUF file, in float32 safetensors.
+    """A folder with the model and tokenizer of a GGUF file, in float32, which dequantises exactly.
 
-    Quantised weights are dequantised, which float32 holds without rounding. The folder's name has
-    the content of the file and the version of transformers, which may convert otherwise.
+    Its name has the content of the file and the version of transformers, which may convert
+    otherwise.
     """
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")
@@ -288,9 +285,8 @@ def mean_log_probs(
 ) -> NDArray[np.float64]:
     """Mean of log p over the trained tokens of each row, in nats, ``[len(rows)]``.
 
-    Each process runs all rows, in forward passes of ``token_budget`` tokens at the most. A
-    completion's end token counts among its tokens. Rows are cut to ``max_length`` tokens and to the
-    model's context.
+    A forward pass has ``token_budget`` tokens at the most. Rows are cut to ``max_length`` and to
+    the context; a completion's end token counts.
     """
     most = shortest(max_length, context_of(model.config))
     trajectories = tokenize(rows, tokenizer, max_length=most).trajectories
@@ -306,11 +302,10 @@ def mean_log_probs(
 
 
 def make_once(home: Path, make: Callable[[Path], Mapping[str, Any]]) -> Path:
-    """Make the folder ``home``, unless it is there and undamaged.
+    """Make the folder ``home``, whose name tells its content, unless it is there and undamaged.
 
-    Several processes may call this at a time: one makes the folder, the others wait. Its name must
-    tell apart what decides its content. ``make`` fills an empty folder and returns what is worth
-    noting, for ``record.json``, which also has the SHA-256 of every file.
+    Of several processes one makes it, the others wait. ``make`` fills an empty folder and returns
+    what is worth noting, for ``record.json``, which also has the SHA-256 of every file.
     """
     with full_disk_named(home):
         home.parent.mkdir(parents=True, exist_ok=True)

@@ -100,9 +100,8 @@ NAMES = (BASE, *ALGORITHMS)
 def choose_q(algorithm: Variant, settings: Settings, parts: int) -> tuple[Proposal, int | None]:
     """Choose what q is, and how many updates follow a hard sync.
 
-    Weights that are compared with each other (divided by their mean, say) have to be known for the
-    whole update. Where an update has several micro-batches (``parts``, over all processes), its
-    weights are therefore computed before it; q is still theta.
+    Weights that are compared with each other have to be known for the whole update. In several
+    micro-batches (``parts``, of all processes) they are computed before it; q is still theta.
     """
     weights = algorithm.importance_weights(settings)
     if algorithm.proposal == "cached" or algorithm.syncs_reference:
@@ -206,10 +205,7 @@ class Options(Experiment, Machine, Output):
 
 
 def parse(words: Sequence[str], command: str = "llm", description: str | None = None) -> Options:
-    """Read and check a command line; an error names the option, its value and the way out.
-
-    Settings that are not given are those of the recipe and the preset. The help shows them.
-    """
+    """Read and check a command line; other settings are those of the recipe and the preset."""
     values, settings, changed = parse_values(groups_of(Options), words, command, description)
     options = Options(**values, settings=settings)
     recipe = load_recipe(options.recipe)
@@ -297,10 +293,7 @@ def recorded(settings: Settings, algorithm: Variant) -> dict[str, Any]:
 
 
 def check(options: Options, changed: dict[str, Any]) -> None:
-    """Check all that can be known to be wrong before anything is prepared or trained.
-
-    ``changed`` are the settings that the command line sets.
-    """
+    """Check what can be wrong before anything is prepared; ``changed`` settings were given."""
     settings = options.settings
     _check_data(options, load_recipe(options.recipe))
     for name in options.algo:

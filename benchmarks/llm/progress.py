@@ -19,8 +19,7 @@ COST = ("cpu_seconds", "wall_seconds")
 class Progress(TrainerCallback):
     """Writes the rows of ``metrics.jsonl`` with the seconds up to each, and notes the updates.
 
-    Only the first process does. Row 0 has the seconds before the first update. Seconds of a run
-    that was cut off count up to the checkpoint that it continues from.
+    Only the first process does. Row 0 has the seconds before the first update.
     """
 
     def __init__(self, run: Run[Any]) -> None:

@@ -129,10 +129,7 @@ def curated_of(run: Run, prepared: Prepared, tokenizer: Any) -> TensorDictBase:
 
 
 def check_rows(run: Run, prepared: Prepared) -> None:
-    """Check that the rows of training fit in the model's context, and all have its tokens.
-
-    Those of the test are cut to it.
-    """
+    """Check that the rows of training fit in the context; those of the test are cut to it."""
     assert run.algorithm is not None
     recipe, trusted = load_recipe(run.dataset), run.options.trust_remote_code
     tokenizer = run.tokenizer(prepared)

@@ -98,11 +98,7 @@ class TrajectoryDataset(Dataset[TensorDictBase]):
         return steps.exclude(MULTIPLICITY, SCORE, CORRECT)
 
     def __getitems__(self, entries: Sequence[int]) -> list[TensorDictBase]:
-        """The examples of a DataLoader's batch.
-
-        No entries give one trajectory with multiplicity 0, so that a process without entries runs
-        the model together with the others.
-        """
+        """The examples of a batch; without entries one of multiplicity 0, for the model to run."""
         if entries:
             return [self[entry] for entry in entries]
         filler = self[0]

@@ -140,16 +140,9 @@ def think_then_answer(
 ) -> list[Thought]:
     """Let a model think within a budget and answer; see the module.
 
-    Args:
-        generator: Generator of the model.
-        requests: Prompts without the opening of a thinking; ``max_tokens`` limits the answer, and
-            ``seed + r`` is the seed of the r-th round.
-        delimiters: Delimiters of the thinking.
-        think_budget: Most tokens of thinking, at least 1.
-        waits: How often the end of the thinking is suppressed.
-        stop: Tokens that end the answer, and the thinking too.
-        temperature: Temperature, see :meth:`Generator.generate`.
-        top_p: Probability mass, see :meth:`Generator.generate`.
+    ``requests`` are prompts without the opening of a thinking. Their ``max_tokens`` limits the
+    answer, and ``seed + r`` is the seed of the r-th round. The end of the thinking is suppressed
+    ``waits`` times at the most. ``stop`` tokens end the answer, and the thinking too.
     """
     complete = partial(generator.generate, temperature=temperature, top_p=top_p)
     thoughts = unfinished = [Thought(request) for request in requests]

@@ -174,9 +174,8 @@ class TransformersGenerator(Generator):
 class VLLMGenerator(Generator):
     """Generates with vLLM, which batches by itself and promises that a seed fixes the tokens.
 
-    ``model`` is a folder or hub id, ``dtype`` torch's name of a number format or ``"auto"``, and
-    ``parallel`` the number of GPUs that share one copy of the model. With ``trust_remote_code``,
-    code that comes with the model is run.
+    ``dtype`` is torch's name of a number format or ``"auto"``. ``parallel`` GPUs share one copy of
+    the model, a folder or hub id.
     """
 
     def __init__(

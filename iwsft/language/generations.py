@@ -100,10 +100,7 @@ def generate_missing(
 
 
 def read_generations(path: Path, keys: Sequence[Key]) -> list[Generation]:
-    """Read the generations so far; a last line that a kill cut short is removed.
-
-    The file has a line for each generation, in the order of ``keys`` (question, sample).
-    """
+    """Read the generations so far, in the order of ``keys``; a line that a kill cut is removed."""
     content = path.read_bytes() if path.exists() else b""
     whole = content[: content.rfind(b"\n") + 1]
     generations: list[Generation] = []

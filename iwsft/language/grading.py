@@ -79,11 +79,7 @@ class TimedFunction:
         self._pool: ProcessPoolExecutor | None = None
 
     def start(self) -> ProcessPoolExecutor:
-        """Start the process where it does not run, and wait until it is ready.
-
-        Raises:
-            ImportError: The function, or what it needs, does not load.
-        """
+        """Start the process where it does not run, until it is ready; or an ImportError."""
         if self._pool is None:
             self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
             try:
@@ -197,10 +193,7 @@ def grade(
 
 
 def find_majority(answers: Sequence[str | None], same: Callable[[str, str], bool]) -> str | None:
-    """Return the most frequent answer in its first wording; of several, the one that comes first.
-
-    ``same`` tells whether two answers mean the same. None has no vote.
-    """
+    """Return the most frequent answer in its first wording; of equal counts, the first."""
     votes: Counter[str] = Counter()
     wordings: dict[str, str] = {}
     for answer in (answer for answer in answers if answer is not None):
@@ -213,10 +206,7 @@ def find_majority(answers: Sequence[str | None], same: Callable[[str, str], bool
 
 
 def compare_by_math_verify(correct: str, answer: str) -> bool:
-    """Return whether Math-Verify finds two LaTeX expressions equal.
-
-    Its own time limits are off: they need the alarm of the process, which is set already.
-    """
+    """Whether Math-Verify finds two LaTeX expressions equal; its own alarm is off, ours is set."""
     from math_verify import parse, verify
 
     def parsed(text: str) -> Any:

@@ -61,8 +61,8 @@ class Shards:
         """Within, the model's parameters are q, cast to their dtype; after, theta bit for bit.
 
         No gradient is recorded within, and nothing within may change parameters. Whole copies of
-        parameters that an engine holds are released on the way in and out. Under ZeRO-1 and 2 all
-        processes must enter together. Theta is restored after an exception, too.
+        parameters that an engine holds are released. Under ZeRO-1 and 2 all processes must enter
+        together.
         """
         parts = self._parts()
         theta = {name: part.computed.clone() for name, part in parts.items()}

@@ -295,9 +295,8 @@ class ImportanceWeightedTrainer(WeightedTrainer):
     def _weigh(self, cached: TensorDict, updates: range) -> None:
         """Cache the weights of coming updates, by one pass of q over their trajectories.
 
-        q does not move within this window. A synced reference does not either: then the pass is
-        its own, and its log-probs are cached. Transforms that compare weights see the whole of the
-        window, on all processes.
+        They are those of the whole window, in which q does not move. A synced reference does not
+        either: then the pass is its own, and its log-probs are cached.
         """
         batches = [batch for number in updates for batch in self._plan.update(number)]
         window = self._dataset.drawn([*chain.from_iterable(batches)])

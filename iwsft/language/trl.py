@@ -250,10 +250,7 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
         return self._part_of_update(terms, num_items_in_batch, float("nan"))
 
     def _segments(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """The trained tokens of a batch, bool ``[B, T - 1]``, and the number of each one's row.
-
-        A row that a batch contains twice is two.
-        """
+        """The trained tokens of a batch, bool ``[B, T - 1]``, and the number of each one's row."""
         places = batch[_PLACE][:, 1:]
         mask = (batch["labels"][:, 1:] != _IGNORED) & (places >= 0)
         chosen = places[mask]

@@ -76,7 +76,6 @@ class WeightedTrainer(CheckpointedTrainer):
         """Measure a micro-batch; its part in the loss of its update, divided by ``draws``.
 
         It is multiplied by the number of processes, since engines average gradients over them.
-        ``clip_fraction`` and ``score`` are those of :meth:`Measures.add`.
         """
         loss = self._loss.summary(terms)[LOSS]
         self._measures.add(terms, clip_fraction, score)

@@ -39,10 +39,7 @@ _PACKAGES = ("torch", "transformers", "vllm", "math-verify", "sympy", "latex2sym
 
 
 def run(options: Options) -> list[dict[str, Any]]:
-    """Evaluate a model on the tasks; all checks come before its weights are loaded.
-
-    Returns the content of each task's ``result.json``.
-    """
+    """Evaluate a model on the tasks, after all checks, and return each ``result.json``."""
     prompter = load_prompter(options.model, trust_remote_code=options.trust_remote_code)
     sets = [read_questions(name, seed=options.seed, limit=options.limit) for name in options.tasks]
     check_once(tasks=[each.name for each in sets])

@@ -52,10 +52,9 @@ TASKS = {
 
 
 def read_questions(name: str, *, seed: int = 0, limit: int | None = None) -> QuestionSet:
-    """Read the questions of a task from the hub, or from a file; the first ``limit`` of them.
+    """Read the questions of a task, ``NAME`` or ``NAME=FILE``; the first ``limit`` of them.
 
-    ``name`` is ``NAME`` or ``NAME=FILE``, as on the command line. The order of GPQA's choices is
-    drawn by ``seed`` and is the same for all answers to a question.
+    ``seed`` draws the order of GPQA's choices, which is the same for all answers to a question.
     """
     name, _, file = name.partition("=")
     check_known("task", name, list(TASKS))

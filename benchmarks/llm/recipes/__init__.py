@@ -53,12 +53,10 @@ OWN = Sources()
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a recipe trains: a model and rows.
+    """What a recipe trains: a model (a folder or hub id) and rows.
 
-    ``model`` is a folder or hub id that ``from_pretrained`` loads. ``rows`` have ``score`` and
-    ``correct`` where the recipe has them. ``score_name`` names the test's score in tables.
-    ``notes`` are facts for the report, by name. ``held_out`` is what the test asks, where it comes
-    with the rows.
+    ``score_name`` names the test's score in tables, ``notes`` are facts for the report, and
+    ``held_out`` is what the test asks, where it comes with the rows.
     """
 
     model: str

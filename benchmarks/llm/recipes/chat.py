@@ -121,8 +121,8 @@ class ChatRecipe(Recipe):
         """Measure how likely the answers of each prompt are, wrong ones left out.
 
         ``log_probs`` has for each prompt the mean over its answers of the mean log p of a token, in
-        nats; ``log_prob`` is their mean, and ``score`` its exp. Where prompts have right and wrong
-        answers, the figures of :func:`right_against_wrong` come with the prefix ``right_wrong_``.
+        nats; ``log_prob`` is their mean, and ``score`` its exp. The figures of
+        :func:`right_against_wrong` have the prefix ``right_wrong_``.
         """
         import numpy as np
 
@@ -154,10 +154,7 @@ class ChatRecipe(Recipe):
 
 
 def read_rows(source: str) -> list[Row]:
-    """Read rows; ``source`` is anything that :func:`iwsft.datasets.text.rows.read` reads.
-
-    A folder or the name of a dataset may end in ``:SPLIT`` or ``:SPLIT:CONFIG``.
-    """
+    """Read rows from ``NAME``, or ``NAME:SPLIT`` or ``NAME:SPLIT:CONFIG``, see ``rows.read``."""
     from iwsft.datasets.text.rows import read
 
     name, split, config = split_source(source)
@@ -177,8 +174,7 @@ def split_source(source: str) -> tuple[str, str | None, str | None]:
 def by_prompt(rows: Iterable[Row]) -> list[Group]:
     """Gather rows by prompt, in the order of first sight; white space does not tell two apart.
 
-    The prompt of a conversation is what comes before the first answer. A row without one is a group
-    of its own, with rows of the same text.
+    That of a conversation is what comes before its first answer, else the text of the whole row.
     """
     groups: dict[str, Group] = {}
     for row in rows:

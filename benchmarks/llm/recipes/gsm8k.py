@@ -28,10 +28,9 @@ _COMPARED = "right_wrong_"
 class Gsm8kRecipe(ChatRecipe):
     """Right solutions are D+; a model is tested by how far it prefers right ones to wrong ones.
 
-    On held-out questions the test compares the log-probs of solutions that others wrote, right
-    against wrong, which a model of any size can tell apart to a degree, where exact match is 0 for
-    small ones. The settings are for a model as small as SmolLM2-135M; large ones want a lower
-    learning rate. The defaults are SmolLM2-135M and the bundled 400 questions of GSM8K.
+    Those are solutions to held-out questions that others wrote: a model of any size can tell them
+    apart to a degree, where exact match is 0 for small ones. The defaults are SmolLM2-135M and 400
+    bundled questions; larger models want a lower learning rate.
     """
 
     name: str = "gsm8k"

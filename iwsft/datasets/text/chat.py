@@ -66,14 +66,9 @@ class ChatEncoder:
     ) -> Encoded:
         """Encode a conversation; each assistant's turn and its end are trained on.
 
-        The data weight of an assistant's message is its ``weight``, and turns of 0 are not trained
-        on. ``where`` is the row's place, for errors, and ``template_kwargs`` are the row's own
-        variables of the template, such as ``tools``.
-
-        Raises:
-            ValueError: The template refuses the row, takes too long or too much memory, drops a
-                message, a tool or a tool call, rewrites an assistant's text (white space apart),
-                has no end-of-turn token, or marks other text than the assistant's or nothing.
+        The data weight of an assistant's message is its ``weight``; turns of 0 are not trained on.
+        ``template_kwargs`` are the row's own variables of the template, such as ``tools``. A
+        ValueError names ``where`` and what the template refuses, drops, rewrites or marks wrongly.
         """
         variables = {**self.template_kwargs, **(template_kwargs or {})}
         with row_named(where):

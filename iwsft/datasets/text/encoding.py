@@ -15,7 +15,7 @@ _ANCHORS = ("", "\n", "a", ".", "0")
 class Encoded(NamedTuple):
     """Token ids of a row, and the data weight of each, 0 where it is not trained on.
 
-    ``unknown`` tells whether the text to train on has characters that the tokenizer does not know.
+    With ``unknown`` the tokenizer does not know all characters to train on.
     """
 
     ids: list[int]
@@ -162,10 +162,7 @@ def _straddled(encoding: Any, start: int, stop: int) -> bool:
 
 
 def _reads_whole(tokenizer: Any, piece: _Piece, tokens: range, text: str, stretch: Stretch) -> bool:
-    """Whether tokens read as all of their stretch of the text, normalised and white space apart.
-
-    If they read as other tokens than the stretch's own, that is a ValueError.
-    """
+    """Whether tokens read as all of their stretch, normalised; a ValueError if as other text."""
 
     def read(ids: list[int]) -> str:
         return squash(tokenizer.decode(ids, clean_up_tokenization_spaces=False))

@@ -19,11 +19,8 @@ GIBIBYTES = 1.0
 def limited() -> Iterator[None]:
     """Limit the memory that the block adds and, in the main thread, its processor time (Linux).
 
-    A single operation of Python, such as a power of two huge numbers, is not interrupted.
-
-    Raises:
-        TimeoutError: The block has computed for more than ``SECONDS``.
-        MemoryError: The block needs more than ``GIBIBYTES``.
+    More than ``SECONDS`` are a TimeoutError, more than ``GIBIBYTES`` a MemoryError. A single
+    operation of Python, such as a power of two huge numbers, is not interrupted.
     """
     if sys.platform != "linux":
         yield

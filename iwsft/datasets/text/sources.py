@@ -25,22 +25,12 @@ def records(
     split: str | None = None,
     config: str | None = None,
 ) -> Iterator[tuple[str, Record]]:
-    """Iterate over the records of a source, each with its place.
+    """Iterate over the records of a source, each with its place, see :func:`iwsft.language.read`.
 
-    Arrow, which Parquet files and datasets are, gives every record the keys of all records. So a
-    null inside a column is dropped there, the data's own too. JSON keeps it.
-
-    Args:
-        source: A ``.jsonl``, ``.json`` or ``.parquet`` file; a folder (written by
-            ``Dataset.save_to_disk``, or with such files); the name of a Hugging Face dataset; or
-            records in memory, such as a ``Dataset``.
-        split: Split of a folder or dataset that has several, "train" by default.
-        config: Configuration of a named dataset, where it has several.
-
-    Raises:
-        OSError: The file does not exist, or the named dataset can't be reached.
-        ValueError: The kind of source, the split or the dataset is unknown, or the data is damaged;
-            the message names the file and the row.
+    ``source`` is a ``.jsonl``, ``.json`` or ``.parquet`` file; a folder (written by
+    ``Dataset.save_to_disk``, or with such files); the name of a Hugging Face dataset; or records in
+    memory. Arrow, which Parquet files and datasets are, gives every record the keys of all records.
+    So a null inside a column is dropped there, the data's own too. JSON keeps it.
     """
     for where, record in _values(source, split, config):
         if not isinstance(record, Mapping):

@@ -185,7 +185,7 @@ def _encode(
 ) -> tuple[Tensor, Tensor, Tensor, int, bool]:
     """Return a row's ids, weights, given log pi_ref, cut-off tokens, and ``Encoded.unknown``.
 
-    Weights are 0 where a token is not trained on; those of the whole row are not in them.
+    The weights do not have that of the whole row in them.
     """
     if row.messages is not None and chat is not None:
         if clashes := chat.variables.intersection(row.unread):

@@ -56,11 +56,7 @@ class Conversation:
         self._prompts: dict[str, str] = {}
 
     def find_turns(self) -> dict[Stretch, float]:
-        """Find the assistant's turns with their ends and their weights.
-
-        A turn starts behind the generation prompt, so the template's text in front of the content
-        (such as an empty think block) is trained on too. Thoughts and ends of turns must be there.
-        """
+        """Find the assistant's turns, from the generation prompt to their ends, and the weights."""
         turns = {}
         last = 0
         for index, message in enumerate(self.messages):

@@ -111,11 +111,7 @@ def sample(
     seed: int,
     temperature: float = 1.0,
 ) -> list[Sample]:
-    """Let a model solve each problem once; temperature 0 takes the likeliest tokens.
-
-    Each solution has a generator of its own, so it does not depend on the others in its batch,
-    except for rounding.
-    """
+    """Let a model solve each problem once, with a generator of its own; temperature 0 is greedy."""
     prompts = tokenizer([problem.prompt for problem in problems])["input_ids"]
     seeds = np.random.default_rng(seed).integers(2**62, size=len(problems)).tolist()
     requests = [
@@ -137,11 +133,9 @@ def sample(
 
 
 def to_rows(samples: Sequence[Sample]) -> list[Row]:
-    """Make rows with ``score`` = quality and ``correct`` = right.
+    """Make rows with ``score`` = quality, for the bins of D_Q+, and ``correct`` = right, for D+.
 
-    ``correct`` cuts D+ out of them. Of D+ the score makes the quality bins of D_Q+: see
-    ``Verdict.quality``; wrong rows have 0, right ones 1/2 to 1. Empty completions are left out, as
-    there is nothing to train on.
+    Empty completions are left out, as there is nothing to train on.
     """
     return [
         Row(
@@ -157,10 +151,7 @@ def to_rows(samples: Sequence[Sample]) -> list[Row]:
 
 
 def rates(verdicts: Sequence[Verdict]) -> tuple[dict[str, float], dict[str, float]]:
-    """Compute the share of each strategy, and that of right answers within it (0 if unused).
-
-    The shares sum to less than 1 where texts begin otherwise.
-    """
+    """Compute the share of each strategy, and that of right answers within it (0 if unused)."""
     shares, success = {}, {}
     for name in STRATEGIES:
         scores = [verdict.score for verdict in verdicts if verdict.strategy == name]
