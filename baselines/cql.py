@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
 from torch import Tensor, nn
-from torchrl.modules.distributions.utils import rsample_and_log_prob
 from torchrl.objectives import CQLLoss, ValueEstimators
 from torchrl.objectives.utils import distance_loss
 
@@ -96,11 +95,10 @@ class ConservativeLoss(CopyableLoss, CQLLoss):
     critics are those of :mod:`baselines.critics`, actions are in [-1, 1].
 
     Actions come from the batch's entry ``noise``, the result of :meth:`draw_noise`, or else from
-    torch's own generator, in this order: 1 + ``num_random`` actions at the states,
-    1 + ``num_random`` at the next states (2 ``num_random`` with ``max_q_backup``), uniform actions.
+    torch's own generator.
 
     Args:
-        actor: The policy, as in ``CQLLoss``.
+        actor: A :class:`~iwsft.GaussianPolicy` with ``squash``.
         critics: The Q-networks, as in ``CQLLoss``.
         lagrange_threshold: Threshold of the multiplier; None for no multiplier.
         least_gap: Lower limit of a state's penalty, before its weight.
@@ -144,12 +142,8 @@ class ConservativeLoss(CopyableLoss, CQLLoss):
             alpha = super()._alpha
         return alpha
 
-    def draw_noise(
-        self, batch: TensorDictBase, generator: torch.Generator | None
-    ) -> TensorDict | None:
-        """Draw the noise of all actions; None for a policy that takes none."""
-        if not hasattr(self.actor_network[-1].distribution_class, "from_noise"):
-            return None
+    def draw_noise(self, batch: TensorDictBase, generator: torch.Generator | None) -> TensorDict:
+        """Draw the noise of all actions."""
         action, n = batch.get(self.tensor_keys.action), self.num_random
         counts = {"mine": 1, "here": n, "after": n if self.max_q_backup else 1, "there": n}
         drawn = {
@@ -163,18 +157,17 @@ class ConservativeLoss(CopyableLoss, CQLLoss):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Return all losses at the same parameters, as in the authors' code."""
-        n = self.num_random
-        noise = _Noise(tensordict.get(NOISE, default=None))
-        noisy = noise.of_batch is not None
-        dist = self._policy(tensordict, noisy=noisy)
-        mine, log_prob = (x.squeeze(0) for x in noise.act("mine", dist, 1))
+        drawn = tensordict.get(NOISE, default=None)
+        drawn = self.draw_noise(tensordict, None) if drawn is None else drawn
+        noise = {name: x.movedim(1, 0) for name, x in drawn.items()}
+        policy = self._policy(tensordict)
+        mine, log_prob = (x.squeeze(0) for x in policy(noise["mine"]))
         with torch.no_grad():
-            here = noise.act("here", dist, n)
-            next_dist = self._policy(tensordict.get("next"), noisy=noisy)
-            after = noise.act("after", next_dist, n if self.max_q_backup else 1)
-            there = noise.act("there", next_dist, n)
-            target = self._target(tensordict, *after)
-        q_data, gap = self._q_and_gap(tensordict, here, there)
+            here = policy(noise["here"])
+            next_policy = self._policy(tensordict.get("next"))
+            target = self._target(tensordict, *next_policy(noise["after"]))
+            there = next_policy(noise["there"])
+        q_data, gap = self._q_and_gap(tensordict, noise["uniform"], here, there)
 
         alpha = self._alpha
         q_mine = self._values(tensordict, mine.unsqueeze(0), self._cached_detach_qvalue_params)
@@ -204,12 +197,10 @@ class ConservativeLoss(CopyableLoss, CQLLoss):
             return TensorDict(reduced, tensordict.batch_size)
         return TensorDict(reduced | diagnostics)
 
-    def _policy(self, tensordict: TensorDictBase, *, noisy: bool = False) -> Any:
-        """Return the distribution of the actions; if noisy, a function of noise to actions."""
+    def _policy(self, tensordict: TensorDictBase) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """Return the function from noise to actions and their log-density."""
         actor, states = self.actor_network, tensordict.select(*self.actor_network.in_keys)
         with holding(self.actor_network_params, actor):
-            if not noisy:
-                return actor.get_dist(states)
             params = actor.get_dist_params(states)
         from_noise = actor[-1].distribution_class.from_noise
         return partial(from_noise, params.get("loc"), params.get("scale"))
@@ -226,7 +217,11 @@ class ConservativeLoss(CopyableLoss, CQLLoss):
         ).squeeze(-1)
 
     def _q_and_gap(
-        self, tensordict: TensorDictBase, here: tuple[Tensor, Tensor], there: tuple[Tensor, Tensor]
+        self,
+        tensordict: TensorDictBase,
+        uniform: Tensor,
+        here: tuple[Tensor, Tensor],
+        there: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Return Q(s, a) of the data and the penalty of Eq. 4, ``[2, B]`` each.
 
@@ -234,7 +229,6 @@ class ConservativeLoss(CopyableLoss, CQLLoss):
         ``log(3 n)``: ``log sum_i exp Q(s, a_i) / density(a_i) - Q(s, a)``.
         """
         data = tensordict.get(self.tensor_keys.action)
-        uniform = _Noise(tensordict.get(NOISE, default=None)).uniform(here[0])
         actions = torch.cat([data.unsqueeze(0), uniform, there[0], here[0]])
         q = self._values(tensordict, actions, self.qvalue_network_params)
         log_uniform = torch.full_like(here[1], -data.shape[-1] * math.log(2))
@@ -257,26 +251,6 @@ class ConservativeLoss(CopyableLoss, CQLLoss):
             inputs.set(self.tensor_keys.action, part)
             parts.append(values(self.qvalue_network, inputs, params))
         return torch.cat(parts, 1)
-
-
-@dataclass(frozen=True)
-class _Noise:
-    """Actions from the noise of a batch; without noise they are drawn."""
-
-    of_batch: TensorDictBase | None
-
-    def act(self, name: str, policy: Any, count: int) -> tuple[Tensor, Tensor]:
-        """Return ``count`` actions for each state and their log-density, ``[count, B, ...]``."""
-        if self.of_batch is None:
-            return rsample_and_log_prob(policy, (count,))
-        actions: tuple[Tensor, Tensor] = policy(self.of_batch.get(name).movedim(1, 0))
-        return actions
-
-    def uniform(self, like: Tensor) -> Tensor:
-        """Return uniform actions in [-1, 1]."""
-        if self.of_batch is None:
-            return torch.empty_like(like).uniform_(-1, 1)
-        return self.of_batch.get("uniform").movedim(1, 0)
 
 
 def published(dataset: str) -> tuple[Settings, str]:

@@ -137,31 +137,24 @@ class _Linear(nn.Linear):
         nn.init.uniform_(self.bias, -bound, bound)
 
 
-def qvalue_network(
+def qvalue_networks(
     observation_dim: int,
     action_dim: int,
     hidden: Sequence[int] = (256, 256),
     *,
+    count: int = 2,
     layer_norm: bool = False,
-) -> TensorDictModule:
-    """Return Q(s, a), which reads ``observation`` and ``action`` and writes ``state_action_value``.
-
-    A loss should get a *list* of independently made networks (:func:`qvalue_networks`). From a
-    single network TorchRL makes the others by drawing each parameter uniformly over its range,
-    which is not the layer's own initialisation.
-    """
-    return TensorDictModule(
-        ValueMLP(observation_dim + action_dim, hidden, layer_norm=layer_norm),
-        in_keys=[OBSERVATION, ACTION],
-        out_keys=[STATE_ACTION_VALUE],
-    )
-
-
-def qvalue_networks(
-    *sizes: Any, count: int = 2, layer_norm: bool = False
 ) -> list[TensorDictModule]:
-    """Return independently initialised Q-networks, an ensemble for a loss."""
-    return [qvalue_network(*sizes, layer_norm=layer_norm) for _ in range(count)]
+    """Return independent Q(s, a), which read ``observation`` and ``action``, for a loss.
+
+    They write ``state_action_value``. From a single network TorchRL makes the others by drawing
+    each parameter uniformly over its range, which is not the layer's own initialisation.
+    """
+    networks = [
+        ValueMLP(observation_dim + action_dim, hidden, layer_norm=layer_norm) for _ in range(count)
+    ]
+    keys = {"in_keys": [OBSERVATION, ACTION], "out_keys": [STATE_ACTION_VALUE]}
+    return [TensorDictModule(network, **keys) for network in networks]
 
 
 def value_network(observation_dim: int, hidden: Sequence[int] = (256, 256)) -> TensorDictModule:

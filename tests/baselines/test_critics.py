@@ -15,7 +15,6 @@ from torchrl.objectives import IQLLoss, SoftUpdate
 
 from baselines.critics import (
     TargetUpdate,
-    qvalue_network,
     qvalue_networks,
     return_limit,
     value_network,
@@ -164,7 +163,7 @@ def test_limit_is_ten_times_any_discounted_return(trajectories: Any) -> None:
 
 
 def test_network_keys() -> None:
-    network = qvalue_network(3, 2)
+    network = qvalue_networks(3, 2)[0]
     assert (network.in_keys, network.out_keys) == (
         ["observation", "action"],
         ["state_action_value"],
