@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -113,26 +114,17 @@ def _normalizers(env_kwargs: Mapping[str, Any], source: str) -> list[str]:
 
 def _open(dataset_id: str) -> MinariDataset:
     import minari
-
-    try:
-        return minari.load_dataset(dataset_id)
-    except FileNotFoundError:
-        pass  # ask the remote store
-    except Exception as error:  # a damaged file of metadata may raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"cannot read the Minari dataset {dataset_id!r}: {reason}") from error
-    from huggingface_hub.errors import HfHubHTTPError
     from minari.storage.datasets_root_dir import get_dataset_path
 
-    # The bases of the hub's error are those of any failed request: OSError, its HTTP client's.
-    transport = (base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
-    unavailable: tuple[type[Exception], ...] = (ValueError, ImportError, OSError, *transport)
     try:
         return minari.load_dataset(dataset_id, download=True)
-    except unavailable as error:
-        place = f"the local store ({get_dataset_path(dataset_id)})"
-        problem = f"the Minari dataset {dataset_id!r} is not in {place}"
-        raise ConnectionError(f"{problem}, and could not be downloaded: {error}") from error
+    except Exception as error:  # a damaged file and a request that fails may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        folder = get_dataset_path(dataset_id)
+        if (Path(folder) / "data").exists():
+            raise ValueError(f"cannot read the Minari dataset {dataset_id!r}: {reason}") from error
+        problem = f"the Minari dataset {dataset_id!r} is not in the local store ({folder})"
+        raise ConnectionError(f"{problem}, and could not be downloaded: {reason}") from error
 
 
 def _require_boxes(space: gymnasium.Space[Any], what: str, source: str) -> None:

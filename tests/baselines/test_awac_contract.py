@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
 import torch
-from tensordict import NestedKey, TensorDict
+from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
-from torchrl.objectives import LossModule
 
 from baselines.awac import AWACLoss
 from baselines.critics import TargetUpdate, ValueMLP, qvalue_networks
 from iwsft.policies import GaussianPolicy
 
-DEFAULT_KEYS: dict[str, NestedKey] = {
-    "action": "action",
-    "reward": "reward",
-    "terminated": "terminated",
-}
 OUT_KEYS = ["loss_actor", "loss_qvalue", "entropy", "weight_mean", "pred_value"]
 LOSSES = OUT_KEYS[:2]
 
@@ -41,20 +34,6 @@ def call(loss: AWACLoss, *args: Any, **kwargs: Any) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(7)
         return loss(*args, **kwargs)
-
-
-def test_is_a_loss_module_whose_keys_can_be_set() -> None:
-    loss = make_loss()
-    assert isinstance(loss, LossModule) and loss.functional
-    with pytest.raises(ValueError, match="unknown"):
-        loss.set_keys(unknown="key")
-    assert {k: getattr(loss.tensor_keys, k) for k in DEFAULT_KEYS} == DEFAULT_KEYS
-    assert set(loss.default_keys.__dataclass_fields__) == set(DEFAULT_KEYS)
-    for name in DEFAULT_KEYS:
-        loss.set_keys(**{name: ("a", name)})
-        assert getattr(loss.tensor_keys, name) == ("a", name)
-        loss.set_keys(**{name: None})
-    assert {k: getattr(loss.tensor_keys, k) for k in DEFAULT_KEYS} == DEFAULT_KEYS
 
 
 def test_renamed_keys_give_the_same_numbers(trajectories: Any, assert_same: Any) -> None:
@@ -158,33 +137,6 @@ def test_masked_steps_do_not_count(trajectories: Any) -> None:
     out = call(loss, masked)
     for name in LOSSES:
         torch.testing.assert_close(out[name], each[name][keep].sum())
-
-
-def test_silent_once_targets_are_served(trajectories: Any) -> None:
-    loss = make_loss()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        out = loss(trajectories)
-        (out["loss_actor"] + out["loss_qvalue"]).backward()
-
-
-def test_without_updater_warns_as_torchrl_does(trajectories: Any) -> None:
-    with pytest.warns(UserWarning, match="No target network updater"):
-        make_loss(served=False)(trajectories)
-
-
-def test_reset_draws_new_parameters(trajectories: Any) -> None:
-    loss = make_loss()
-    state = {k: v for k, v in loss.state_dict().items() if v.is_floating_point()}
-    with torch.no_grad():
-        for value in state.values():
-            value += 1000
-    old = {k: v.clone() for k, v in state.items()}
-    loss.reset_parameters_recursive()
-    new = loss.state_dict()
-    assert set(new) == set(old)
-    assert all((new[k] != old[k]).all() for k in old)
-    loss(trajectories)
 
 
 def test_parameters_are_policy_and_critics_but_no_targets() -> None:
