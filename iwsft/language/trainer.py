@@ -19,17 +19,15 @@ from torch.utils.data import DataLoader
 from iwsft.datasets.text.rows import read
 from iwsft.datasets.text.tokens import CORRECT, correct_only, tokenize
 from iwsft.extras import named
-from iwsft.forward_pass import ForwardPass
 from iwsft.language.batches import PLACE, TrajectoryDataset, collate
 from iwsft.language.config import (
-    OPTIMIZER_SETTINGS,
     ImportanceWeightedConfig,
     check_engine,
     warn_of_half_precision,
 )
 from iwsft.language.loss import check_scores, judge, negative_log_likelihood, token_loss
 from iwsft.language.plan import PlannedLoader, plan_updates
-from iwsft.language.weighted import REFERENCE, WeightedTrainer, fingerprint_of_tokens
+from iwsft.language.weighted import REFERENCE, WeightedTrainer
 from iwsft.objective import WRITTEN_BY, ImportanceWeightedMLE
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.presets import ImportanceWeights
@@ -129,6 +127,8 @@ class ImportanceWeightedTrainer(WeightedTrainer):
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         self._policy = CausalLMPolicy(model)
+        self._proposal = args.proposal
+        self._sync_every, self._ema_decay = args.sync_every, args.ema_decay
         self._trajectories = trajectories
         self._dataset = self._readable(trajectories)
         self._loss = self._make_loss(args, importance_weights or ImportanceWeights())
@@ -157,7 +157,6 @@ class ImportanceWeightedTrainer(WeightedTrainer):
             process=self.accelerator.process_index,
         )
         self._parameters = sum(p.numel() for p in model.parameters())
-        self._fingerprint = fingerprint_of_tokens(trajectories)
 
     @property
     def _syncs_reference(self) -> bool:
@@ -278,20 +277,6 @@ class ImportanceWeightedTrainer(WeightedTrainer):
         loss = self._part_of_update(terms, num_items_in_batch, known, score)
         return (loss, self._loss.summary(terms)) if return_outputs else loss
 
-    def _forward(
-        self, trajectories: TensorDictBase, batches: Sequence[Sequence[int]]
-    ) -> ForwardPass:
-        """A pass over batches, by the positions of their trajectories."""
-        self._policy.model = self.model_wrapped
-        return ForwardPass(
-            self._policy,
-            trajectories,
-            batches,
-            collate=self._collate,
-            device=self.accelerator.device,
-            shared=True,
-        )
-
     def _weigh(self, cached: TensorDict, updates: range) -> None:
         """Cache the weights of coming updates, by one pass of q over their trajectories.
 
@@ -356,17 +341,11 @@ class ImportanceWeightedTrainer(WeightedTrainer):
     def settings(self) -> dict[str, Any]:
         """Settings that a checkpoint belongs to."""
         return {
-            "proposal": self.args.proposal,
-            "sync_every": self.args.sync_every,
-            "ema_decay": self.args.ema_decay,
-            "length_normalize": self.args.length_normalize,
+            **super().settings(),
             **({"normalize_data_weights": True} if self.args.normalize_data_weights else {}),
             "layout": self.args.layout,
             "pad_to_multiple_of": self.args.pad_to_multiple_of,
-            "importance_weights": repr(self._loss.importance_weights),
-            "optimizer": {name: str(getattr(self.args, name)) for name in OPTIMIZER_SETTINGS},
             "plan": self._plan.settings(),
-            "trajectories": self._fingerprint,
         }
 
     # ---- evaluation ----

@@ -22,11 +22,10 @@ from torch import Tensor, nn
 
 from iwsft.datasets.text.rows import ASSISTANT, is_number, turn_weight
 from iwsft.extras import named
-from iwsft.forward_pass import ForwardPass
 from iwsft.language.batches import collate
-from iwsft.language.config import OPTIMIZER_SETTINGS, check_engine, check_q
+from iwsft.language.config import check_engine, check_q
 from iwsft.language.loss import token_loss
-from iwsft.language.weighted import REFERENCE, WeightedTrainer, fingerprint_of_tokens
+from iwsft.language.weighted import REFERENCE, WeightedTrainer
 from iwsft.objective import Proposal, Terms
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.policies.log_prob import evaluating, noise_watch
@@ -116,6 +115,7 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
             hold_q=False,
         )
         check_engine(self, self._loss.importance_weights, whole=proposal == "reference")
+        self._collate = partial(collate, pad_token_id=self._tokenizer.pad_token_id or 0)
         self._read_dataset()
         self.data_collator: Any = _WithPlaces(self.data_collator)
 
@@ -176,33 +176,18 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
 
     def settings(self) -> dict[str, Any]:
         """Settings that a checkpoint belongs to."""
-        return {
-            "proposal": self._proposal,
-            "sync_every": self._sync_every,
-            "ema_decay": self._ema_decay,
-            "length_normalize": self._loss.length_normalize,
-            "importance_weights": repr(self._loss.importance_weights),
-            "optimizer": {name: str(getattr(self.args, name)) for name in OPTIMIZER_SETTINGS},
-            "processes": self.accelerator.num_processes,
-            "trajectories": fingerprint_of_tokens(self._trajectories),
-        }
+        return {**super().settings(), "processes": self.accelerator.num_processes}
 
     def _start(self) -> None:
         """Prepare the reference and q, which need the engine, when training begins."""
         if self._loss.needs_reference:
-            self._policy.model = self.model_wrapped
             sizes = lengths(self._trajectories)
             # As many tokens as a batch of the training has.
             width = self.args.per_device_train_batch_size * self._longest // int(sizes.max())
-            forward = ForwardPass(
-                self._policy,
-                self._trajectories,
-                [part.tolist() for part in sizes.argsort(stable=True).split(width)],
-                collate=partial(collate, pad_token_id=self._tokenizer.pad_token_id or 0),
-                device=self.accelerator.device,
-                shared=True,
+            batches = [part.tolist() for part in sizes.argsort(stable=True).split(width)]
+            self._annotate(
+                self._forward(self._trajectories, batches), Path(self.args.output_dir) / REFERENCE
             )
-            self._annotate(forward, Path(self.args.output_dir) / REFERENCE)
         if self._proposal == "lagged":
             self._follow(EMA, decay=self._ema_decay)
         elif self._proposal == "cached":

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from iwsft.distributed import gathered
 from iwsft.extras import named
 from iwsft.fingerprint import fingerprint
 from iwsft.forward_pass import ForwardPass
+from iwsft.language.config import OPTIMIZER_SETTINGS
 from iwsft.language.loss import Measures
 from iwsft.language.saving import CheckpointedTrainer
 from iwsft.language.shards import Shards
-from iwsft.objective import LOSS, ImportanceWeightedMLE, Terms
+from iwsft.objective import LOSS, ImportanceWeightedMLE, Proposal, Terms
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.proposals import EMA, HardSync
 from iwsft.reference import cached_reference, write_reference
@@ -43,6 +45,12 @@ class WeightedTrainer(CheckpointedTrainer):
     loss_is_scaled_for_ga = True
     _policy: CausalLMPolicy
     _loss: ImportanceWeightedMLE
+    _trajectories: TensorDictBase
+    # What makes a batch of trajectories.
+    _collate: Callable[..., TensorDict]
+    _proposal: Proposal
+    _sync_every: int | None
+    _ema_decay: float | None
     # A lagged q, and what moves it.
     _shards: Shards | None = None
     _q: EMA | HardSync | None = None
@@ -56,6 +64,36 @@ class WeightedTrainer(CheckpointedTrainer):
     def _start(self) -> None:
         """Prepare the reference and q, which need the engine, when training begins."""
         raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """Settings that a checkpoint belongs to."""
+        return {
+            "proposal": self._proposal,
+            "sync_every": self._sync_every,
+            "ema_decay": self._ema_decay,
+            "length_normalize": self._loss.length_normalize,
+            "importance_weights": repr(self._loss.importance_weights),
+            "optimizer": {name: str(getattr(self.args, name)) for name in OPTIMIZER_SETTINGS},
+            "trajectories": self._fingerprint,
+        }
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Fingerprint of the tokens, which are trained, their weights, where trajectories begin."""
+        optional = (DATA_WEIGHT, SUCCESS_RATE, GIVEN_REF_LOG_PROB)
+        further = [x for x in optional if self._trajectories.get(x, default=None) is not None]
+        keys = (TOKENS, ASSISTANT_MASK, TRAJ_IDS, *further)
+        return fingerprint({str(key): self._trajectories.get(key) for key in keys})
+
+    def _forward(
+        self, trajectories: TensorDictBase, batches: Sequence[Sequence[int]]
+    ) -> ForwardPass:
+        """A pass over batches, by the positions of their trajectories."""
+        self._policy.model = self.model_wrapped
+        device, collate = self.accelerator.device, self._collate
+        return ForwardPass(
+            self._policy, trajectories, batches, collate=collate, device=device, shared=True
+        )
 
     def _annotate(self, forward: ForwardPass, cache: Path) -> None:
         """Write ``ref_log_prob`` into the trajectories; a resumed run reads that of its start."""
@@ -111,11 +149,3 @@ class _Hooks(TrainerCallback):
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         if self._trainer._q is not None:
             self._trainer._q.step()
-
-
-def fingerprint_of_tokens(trajectories: TensorDictBase) -> str:
-    """Fingerprint of the tokens, which are trained, their weights, and where trajectories begin."""
-    optional = (DATA_WEIGHT, SUCCESS_RATE, GIVEN_REF_LOG_PROB)
-    further = [x for x in optional if trajectories.get(x, default=None) is not None]
-    keys = (TOKENS, ASSISTANT_MASK, TRAJ_IDS, *further)
-    return fingerprint({str(key): trajectories.get(key) for key in keys})
