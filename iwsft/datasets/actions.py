@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from iwsft.datasets import catalog
 from iwsft.datasets.dataset import WHOLE, Bounds, OfflineDataset, fingerprint_of
-from iwsft.datasets.episodes import Floats, check_actions
+from iwsft.datasets.episodes import Floats, Steps, check_actions
 from iwsft.trajectory import ACTION
 
 # Arguments with which the environments of D4RL's tasks have the same spaces.
@@ -52,23 +52,29 @@ def spaces_of(
 
 
 def check_fit(
-    columns: tuple[int, int], env_id: str, spaces: tuple[int | None, Any, Any], source: str
-) -> list[str]:
-    """Check that data with these columns of observation and action can be of an environment.
+    steps: Steps, env_id: str | None, env_kwargs: Mapping[str, Any], source: str, *, trusted: bool
+) -> tuple[tuple[NDArray[Any], NDArray[Any]] | None, list[str], str]:
+    """Check that steps can be of an environment; return its bounds, notes, and why none are known.
 
     Actions must have as many columns as the environment's (ValueError). Where observations have
     others, a note is returned, with a warning: a policy can be scored only with a function from the
     environment's observations to the data's.
     """
-    expected, low, _ = spaces
-    if low.shape != (columns[1],):
-        problem = f"actions of size {columns[1]}, {env_id} takes size {low.size}"
+    if env_id is None:
+        return None, [], "name their environment in the file's attribute 'env_id'"
+    try:
+        expected, low, high = spaces_of(env_id, env_kwargs, trusted=trusted)
+    except (ValueError, TypeError, ImportError) as error:
+        return None, [], f"the range of actions is not known: {error}"
+    columns, size = steps.observations.shape[1], steps.actions.shape[1]
+    if low.shape != (size,):
+        problem = f"actions of size {size}, {env_id} takes size {low.size}"
         raise ValueError(f"{source} has {problem}; name its own environment as 'env_id'")
-    if expected in (None, columns[0]):
-        return []
-    note = f"observations of size {columns[0]}, {env_id} gives size {expected}"
+    if expected in (None, columns):
+        return (low, high), [], ""
+    note = f"observations of size {columns}, {env_id} gives size {expected}"
     warnings.warn(f"{source} has {note}: it may be the data of another one", stacklevel=5)
-    return [note]
+    return (low, high), [note], ""
 
 
 def find_bounds(actions: Floats, low: ArrayLike, high: ArrayLike, source: str) -> Bounds:

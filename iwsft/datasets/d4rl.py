@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iwsft.datasets import antmaze, catalog
-from iwsft.datasets.actions import check_fit, find_bounds, spaces_of
+from iwsft.datasets.actions import check_fit, find_bounds
 from iwsft.datasets.dataset import WHOLE, Bounds, OfflineDataset, fingerprint_of
 from iwsft.datasets.ends import find_ends, move_time_limits
 from iwsft.datasets.episodes import Flags, Steps, check_actions, check_steps, cut_steps, weigh_steps
@@ -167,26 +167,15 @@ def _bounds(
     The bounds are the environment's, else [-1, 1].
     """
     actions = steps.actions
-    notes: list[str] = []
-    spaces = None
-    if env_id is None:
-        unknown = "name their environment in the file's attribute 'env_id'"
-    else:
-        try:
-            spaces = spaces_of(env_id, env_kwargs, trusted=trusted)
-        except (ValueError, TypeError, ImportError) as error:
-            unknown = f"the range of actions is not known: {error}"
-    if env_id is not None and spaces is not None:
-        columns = steps.observations.shape[1], actions.shape[1]
-        notes = check_fit(columns, env_id, spaces, where)
+    known, notes, unknown = check_fit(steps, env_id, env_kwargs, where, trusted=trusted)
     fits = not notes
     if env_id is not None and env_id.startswith(_CLIPPING):
         beyond = int((np.abs(actions) > 1).any(axis=-1).sum())
         np.clip(actions, -1.0, 1.0, out=actions)
         clipped = f"actions of {beyond:,} rows clipped to [-1, 1], as {env_id} does"
         return WHOLE, [*notes, clipped] if beyond else notes, fits
-    if spaces is not None:
-        return find_bounds(actions, spaces[1], spaces[2], where), notes, fits
+    if known is not None:
+        return find_bounds(actions, *known, where), notes, fits
     try:
         check_actions(actions, -1.0, 1.0, where)
     except ValueError as beyond:

@@ -10,13 +10,12 @@ import json
 import re
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from iwsft.datasets.actions import check_fit, find_bounds, spaces_of
+from iwsft.datasets.actions import check_fit, find_bounds
 from iwsft.datasets.d4rl import damage_named
 from iwsft.datasets.dataset import OfflineDataset, fingerprint_of
 from iwsft.datasets.episodes import Floats, Steps, check_steps, cut_steps, weigh_steps
@@ -57,15 +56,8 @@ def read(dataset_id: str, *, data_weight: Any = None) -> OfflineDataset:
     bounds = find_bounds(steps.actions, space.low, space.high, source)
     trajectories = cut_steps(steps)
     env_id, env_kwargs = _environment(data)
-    env_spaces = None
-    if env_id is not None:
-        # What cannot be made is named when a policy is scored there.
-        with suppress(ValueError, ImportError):
-            env_spaces = spaces_of(env_id, env_kwargs, trusted=False)
-    notes: list[str] = []
-    if env_id is not None and env_spaces is not None:
-        columns = steps.observations.shape[1], steps.actions.shape[1]
-        notes = check_fit(columns, env_id, env_spaces, source)
+    # An environment that can't be made is named when a policy is scored there.
+    _, notes, _ = check_fit(steps, env_id, env_kwargs, source, trusted=False)
     notes += _normalizers(env_kwargs, source)
     scores = [data.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max")]
     return OfflineDataset(
