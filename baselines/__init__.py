@@ -1,12 +1,11 @@
 """The algorithms that iw-SFT is compared with: a file each, and one line here.
 
     from baselines import algorithm
-    from iwsft.training import fit
 
     iql = algorithm("iql")
     settings, source = iql.published("hopper-medium-replay-v2")
     learner = iql.build(dataset.trajectories, settings, seed=0)
-    fit(learner.loss, learner.sampler, learner.schedule, updater=learner.updater)
+    learner.fit()
 
 ``docs/extending.md`` says how to add one.
 """

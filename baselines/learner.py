@@ -13,7 +13,7 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import TargetNetUpdater
 
-from iwsft.training import Sampler, Schedule
+from iwsft.training import Cost, Sampler, Schedule, fit
 from iwsft.trajectory import DATA_WEIGHT
 
 
@@ -38,6 +38,11 @@ class Learner:
     schedule: Schedule | Mapping[str, Schedule]
     updater: TargetNetUpdater | None = None
     limits: Mapping[str, float] = field(default_factory=dict)
+
+    def fit(self, **options: Any) -> Cost:
+        """Train the policy; the options are the further ones of :func:`iwsft.training.fit`."""
+        own: dict[str, Any] = {"updater": self.updater, "limits": self.limits}
+        return fit(self.loss, self.sampler, self.schedule, **own, **options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Learner:
         """Return a copy whose policy shares its parameters with its loss, as here."""

@@ -11,7 +11,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 
 from baselines import Learner
-from iwsft.training import Sampler, fit
+from iwsft.training import Sampler
 from iwsft.trajectory import from_steps
 
 OBSERVATION_DIM, ACTION_DIM = 3, 2
@@ -102,16 +102,7 @@ def run_until() -> Callable[[Learner, Path, int | None], Learner]:
             if row["step"] == stop:
                 raise KeyboardInterrupt
 
-        fit(
-            learner.loss,
-            learner.sampler,
-            learner.schedule,
-            updater=learner.updater,
-            folder=folder,
-            checkpoint_every=1,
-            log_every=1,
-            report=report,
-        )
+        learner.fit(folder=folder, checkpoint_every=1, log_every=1, report=report)
         return learner
 
     return run

@@ -16,7 +16,7 @@ from torchrl.objectives.common import LossModule
 from baselines import Learner, dt
 from iwsft import HardSync, ImportanceWeightedMLE
 from iwsft.samplers import TrajectorySampler
-from iwsft.training import Schedule, fit
+from iwsft.training import Schedule
 from iwsft.trajectory import REF_LOG_PROB
 from tests.baselines.conftest import MakeTrajectories
 from tests.baselines.dt_cases import SMALL as SMALL_DT
@@ -53,8 +53,8 @@ def fresh(request: Any, make_trajectories: MakeTrajectories) -> Fresh:
     return make
 
 
-def trained(learner: Learner, **options: Any) -> Learner:
-    fit(learner.loss, learner.sampler, learner.schedule, updater=learner.updater, **options)
+def trained(learner: Learner) -> Learner:
+    learner.fit()
     return learner
 
 

@@ -17,7 +17,6 @@ from torchrl.objectives import CQLLoss, SoftUpdate
 from baselines import algorithm, cql
 from baselines.critics import qvalue_networks
 from iwsft.policies import GaussianPolicy
-from iwsft.training import fit
 from iwsft.trajectory import ACTION, NEXT_OBSERVATION, OBSERVATION, REWARD, TERMINATED
 from tests.oracles.networks import leaves, mlp
 
@@ -136,7 +135,7 @@ class TestPenalty:
         def lead(weight: float) -> float:
             settings = replace(SMALL, steps=25, critic_lr=1e-2, min_q_weight=weight)
             learner = cql.build(data, settings, seed=0)
-            fit(learner.loss, learner.sampler, learner.schedule, updater=learner.updater)
+            learner.fit()
             states = learner.sampler.trajectories
             actions = torch.stack([data.get(ACTION), -data.get(ACTION)])
             q = learner.loss._values(states, actions, learner.loss.qvalue_network_params)
@@ -161,7 +160,7 @@ class TestLagrange:
     ) -> None:
         settings = replace(SMALL, lagrange_threshold=threshold)
         learner = cql.build(make_trajectories(), settings, seed=0)
-        fit(learner.loss, learner.sampler, learner.schedule, updater=learner.updater)
+        learner.fit()
         assert (learner.loss.log_multiplier.item() > 0) is grows
 
     def test_it_scales_the_penalty(self, make_trajectories: MakeTrajectories) -> None:

@@ -10,7 +10,7 @@ from dt_cases import SIZES, SMALL, data
 from torch import Tensor
 
 from baselines import algorithm, dt
-from iwsft.training import Probe, fit
+from iwsft.training import Probe
 
 
 def network(settings: dt.Settings = SMALL) -> dt.DTNetwork:
@@ -149,14 +149,7 @@ class TestBuild:
     def test_resumes_bit_for_bit_with_dropout(self, tmp_path: Path) -> None:
         def run(folder: Path, probes: list[Probe]) -> dict[str, Tensor]:
             learner = dt.build(data(SIZES), SMALL, seed=0)
-            fit(
-                learner.loss,
-                learner.sampler,
-                learner.schedule,
-                folder=folder,
-                checkpoint_every=2,
-                probes=probes,
-            )
+            learner.fit(folder=folder, checkpoint_every=2, probes=probes)
             return learner.policy.state_dict()
 
         def killed(_: Any) -> dict[str, float]:

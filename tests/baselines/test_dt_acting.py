@@ -15,7 +15,6 @@ from tensordict import TensorDict
 
 from baselines import dt
 from iwsft.evaluation import evaluate
-from iwsft.training import fit
 from iwsft.trajectory import from_steps
 
 
@@ -166,7 +165,7 @@ def test_reaches_its_target_return() -> None:
         steps=400, lr=2e-3, context=4, layers=1, width=32, dropout=0.0, batch_size=64
     )
     learner = dt.build(trajectories, settings, seed=0)
-    fit(learner.loss, learner.sampler, learner.schedule)
+    learner.fit()
     gym.register("Wish-v0", entry_point=Wish)
     try:
         # The default is the best return of the data. Levels are 1.2 apart: nearer to the

@@ -97,18 +97,6 @@ def build(case: str, trajectories: TensorDictBase, *, seed: int = 0, **more: Any
     return algorithm(name).build(trajectories, small(case, **more), seed=seed)
 
 
-def train(learner: Learner) -> None:
-    """With the critic watched at each update."""
-    fit(
-        learner.loss,
-        learner.sampler,
-        learner.schedule,
-        updater=learner.updater,
-        limits=learner.limits,
-        log_every=1,
-    )
-
-
 def normalization(learner: Learner) -> Callable[[Tensor], Tensor]:
     """Of the states; IQL's stay as they are."""
     return getattr(learner.policy, "normalization", lambda x: x)
@@ -309,7 +297,7 @@ class TestBuild:
         self, trajectories: TensorDict, assert_same: Any, case: str
     ) -> None:
         before = trajectories.clone()
-        train(build(case, trajectories, steps=2))
+        build(case, trajectories, steps=2).fit(log_every=1)
         assert_same(trajectories, before)
 
     @pytest.mark.parametrize("case", ["awac", "iql", "td3-bc", "rebrac", "cql", "cql-kitchen"])
@@ -319,7 +307,7 @@ class TestBuild:
         """It takes raw states, and so does a fresh one with its state."""
         learner = build(case, trajectories)
         before = [parameter.detach().clone() for parameter in learner.policy.parameters()]
-        train(learner)
+        learner.fit(log_every=1)
         after = list(learner.policy.parameters())
         assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         fresh = algorithm(CASES[case][0]).policy(3, 2, small(case))
@@ -366,7 +354,7 @@ class TestBuild:
     def test_a_critic_that_diverges_is_stopped(self, trajectories: TensorDict, case: str) -> None:
         learner = build(case, trajectories, **rates(case, 30.0))
         with pytest.raises(FloatingPointError, match="diverged: pred_value"):
-            train(learner)
+            learner.fit(log_every=1)
 
     @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
     @pytest.mark.parametrize("name", BASELINES)

@@ -71,15 +71,7 @@ def training(learner: Learner, folder: Path, **options: Any) -> Training:
 
 def run_alone(learner: Learner, folder: Path) -> dict[str, torch.Tensor]:
     """Parameters after a training alone."""
-    fit(
-        learner.loss,
-        learner.sampler,
-        learner.schedule,
-        updater=learner.updater,
-        folder=folder,
-        log_every=2,
-        checkpoint_every=2,
-    )
+    learner.fit(folder=folder, log_every=2, checkpoint_every=2)
     return learner.loss.state_dict()
 
 
@@ -222,15 +214,7 @@ def test_a_graph_changes_no_bit_and_a_stack_of_graphs_rounds(
     states = []
     for graph in (False, True):
         learner = build(name, 3)
-        fit(
-            learner.loss,
-            learner.sampler,
-            learner.schedule,
-            updater=learner.updater,
-            folder=tmp_path / str(graph),
-            graph=graph,
-            **steps,
-        )
+        learner.fit(folder=tmp_path / str(graph), graph=graph, **steps)
         states.append(learner.loss.state_dict())
     for key, value in states[0].items():
         assert torch.equal(value, states[1][key]), key

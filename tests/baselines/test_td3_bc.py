@@ -14,7 +14,7 @@ from torchrl.objectives import SoftUpdate, TD3BCLoss
 from baselines import algorithm, td3_bc
 from baselines.critics import qvalue_networks
 from baselines.learner import Learner
-from iwsft.training import Probe, fit
+from iwsft.training import Probe
 
 MakeTrajectories = Callable[..., TensorDict]
 SMALL = td3_bc.Settings(steps=8, batch_size=16, hidden=(16, 16))
@@ -68,13 +68,7 @@ class TestDelay:
             return {}
 
         start = {name: parameters(learner, name) for name in (*names, "qvalue_network")}
-        fit(
-            learner.loss,
-            learner.sampler,
-            learner.schedule,
-            updater=learner.updater,
-            probes=[Probe(1, look)],
-        )
+        learner.fit(probes=[Probe(1, look)])
         steps = [start, *seen]
         change = {
             name: [moved(a[name], b[name]) for a, b in zip(steps, steps[1:], strict=False)]
