@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass
 from typing import Any, get_args
 
 from torch import nn
@@ -49,22 +49,18 @@ class ImportanceWeightedConfig(TrainingArguments):
         ValueError: Settings that do not fit together or are not supported.
     """
 
-    logging_steps: float = field(default=10, metadata={"help": "updates between log lines"})
-    proposal: Proposal = field(default="current", metadata={"help": "what q is"})
-    reference: Reference | None = field(default=None, metadata={"help": "what q is divided by"})
-    sync_every: int | None = field(default=None, metadata={"help": "updates between hard syncs"})
-    ema_decay: float | None = field(default=None, metadata={"help": "decay of the moving average"})
-    length_normalize: bool = field(default=True, metadata={"help": "divide by the length"})
-    normalize_data_weights: bool = field(
-        default=False, metadata={"help": "divide by the absolute data weights"}
-    )
-    layout: Layout = field(default="padded", metadata={"help": "padded or packed batches"})
-    token_budget: int | None = field(default=None, metadata={"help": "tokens of a micro-batch"})
-    pad_to_multiple_of: int = field(default=8, metadata={"help": "divisor of the padded length"})
-    max_length: int | None = field(default=None, metadata={"help": "most tokens of a row of text"})
-    reference_cache: str | None = field(
-        default=None, metadata={"help": "folder of cached reference log-probabilities"}
-    )
+    logging_steps: float = 10
+    proposal: Proposal = "current"
+    reference: Reference | None = None
+    sync_every: int | None = None
+    ema_decay: float | None = None
+    length_normalize: bool = True
+    normalize_data_weights: bool = False
+    layout: Layout = "padded"
+    token_budget: int | None = None
+    pad_to_multiple_of: int = 8
+    max_length: int | None = None
+    reference_cache: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,6 +15,16 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Trainer, TrainingArg
 
 from benchmarks.llm.launch import assert_engine, launched
 
+CONFIG = Qwen2Config(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    tie_word_embeddings=False,
+)
+
 
 def live_bytes() -> dict[str, int]:
     """Bytes of all tensors there are, by dtype, each storage once."""
@@ -59,17 +69,8 @@ def main(out: str) -> None:
         report_to=[],
         disable_tqdm=True,
     )
-    config = Qwen2Config(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-    )
     row = {"input_ids": torch.arange(16), "labels": torch.arange(16)}
-    trainer = Trainer(AutoModelForCausalLM.from_config(config), args, train_dataset=[row] * 8)
+    trainer = Trainer(AutoModelForCausalLM.from_config(CONFIG), args, train_dataset=[row] * 8)
     assert_engine(trainer.accelerator, launch)
     seen: dict[str, Any] = {"launch": asdict(launch), "refusals": refusals(trainer, launch)}
     trainer.train()

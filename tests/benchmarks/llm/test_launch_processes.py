@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from transformers import Qwen2Config
+from launched_training import CONFIG
 
 from benchmarks.llm.launch import VARIABLE, Hardware, choose, launched, start
 from benchmarks.llm.memory import REDUCE_BUCKET, DecoderSizes, Setup, training_memory
@@ -37,17 +37,8 @@ def test_two_ranks_train_under_zero3_and_take_the_memory_that_was_computed(
     seen = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
     assert launched() is None and VARIABLE not in os.environ
 
-    config = Qwen2Config(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-    )
     setup = Setup(engine="zero3", processes=2, accelerator=False)
-    memory = training_memory(DecoderSizes.of(config), setup)
+    memory = training_memory(DecoderSizes.of(CONFIG), setup)
     buckets = memory.buckets * BUCKET / REDUCE_BUCKET
     for rank in seen:
         assert rank["launch"]["stage"] == 3 and rank["launch"]["processes"] == 2
