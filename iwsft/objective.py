@@ -176,7 +176,8 @@ class ImportanceWeightedMLE(PolicyLoss):
         share = self.share(batch, segments)
         noisy = self.proposal == "current" and noise_watch(self.actor_network, share.device)
         log_prob, entropy = self._log_prob(batch, segments)
-        log_prob = self._counted(batch, segments, share, log_prob)
+        # A multiplicity of 0 does not count, however extreme the step is.
+        log_prob = torch.where(share > 0, log_prob, 0)
         data_weight = self.data_weight(batch, segments, share)
         reference = self._entry(batch, self.tensor_keys.ref_log_prob, segments)
         if reference is None and self.importance_weights.kl:
@@ -184,7 +185,7 @@ class ImportanceWeightedMLE(PolicyLoss):
         if self.reads_weights:
             how = "call iwsft.reweight(trajectories, loss) at the start and at every sync"
             weight = self._needed(batch, self.tensor_keys.importance_weight, segments, how)
-            log_weight = self._counted(batch, segments, share, weight.log())
+            log_weight = torch.where(share > 0, weight.log(), 0)
             return Terms(segments, share, log_prob, log_weight, None, reference, data_weight)
         with torch.no_grad():
             base = reference
@@ -199,13 +200,6 @@ class ImportanceWeightedMLE(PolicyLoss):
                 batch, log_q, reference=base, entropy=entropy, segments=segments, share=share
             )
         return Terms(segments, share, log_prob, *weights[:2], reference, data_weight)
-
-    def _counted(
-        self, batch: TensorDictBase, segments: Segments, share: Tensor, x: Tensor
-    ) -> Tensor:
-        """``x``, 0 where the step does not count: a multiplicity of 0, however extreme it is."""
-        uniform = batch.get(self.tensor_keys.multiplicity, default=None) is None
-        return x if uniform and segments.mask is None else torch.where(share > 0, x, 0)
 
     @torch.no_grad()
     def weigh(
@@ -243,8 +237,7 @@ class ImportanceWeightedMLE(PolicyLoss):
             read[name] = self._needed(batch, key, segments, f"{WRITTEN_BY[name]} writes it")
         signs = None if chain.negative is None else self.data_weight(batch, segments, share)
         weights = chain(log_ratio, segments, share, read, None if signs is None else signs < 0)
-        log_weight = weights.log_weight
-        return weights._replace(log_weight=self._counted(batch, segments, share, log_weight))
+        return weights._replace(log_weight=torch.where(share > 0, weights.log_weight, 0))
 
     def value(self, terms: Terms, weight: Tensor) -> Tensor:
         """The loss of :meth:`terms` with these importance weights."""
