@@ -97,12 +97,8 @@ class ConservativeLoss(CopyableLoss, CQLLoss):
     Actions come from the batch's entry ``noise``, the result of :meth:`draw_noise`, or else from
     torch's own generator.
 
-    Args:
-        actor: A :class:`~iwsft.GaussianPolicy` with ``squash``.
-        critics: The Q-networks, as in ``CQLLoss``.
-        lagrange_threshold: Threshold of the multiplier; None for no multiplier.
-        least_gap: Lower limit of a state's penalty, before its weight.
-        options: Further arguments of ``CQLLoss``, without its ``with_lagrange``.
+    The actor is a :class:`~iwsft.GaussianPolicy` with ``squash``; ``lagrange_threshold`` and
+    ``least_gap`` are those of :class:`Settings`, and take the place of ``with_lagrange``.
     """
 
     SUPPORTED_VALUE_ESTIMATORS = (ValueEstimators.TD0,)

@@ -71,9 +71,6 @@ class ValueMLP(nn.Module):
         inputs: Size of all inputs together.
         hidden: Units of the hidden layers.
         layer_norm: Whether a layer norm follows each ReLU.
-
-    Raises:
-        ValueError: A size is below 1.
     """
 
     def __init__(

@@ -91,11 +91,7 @@ class ReBRACLoss(DelayedTD3BCLoss):
 
     Batches have the data's next action under ``("next", "action")``.
 
-    Args:
-        networks: The actor and the list of Q-networks, as in ``TD3BCLoss``.
-        actor_penalty: beta_1, as in :class:`Settings`.
-        critic_penalty: beta_2, as in :class:`Settings`.
-        options: Further arguments of ``TD3BCLoss``.
+    The penalties are those of :class:`Settings`, the other arguments those of ``TD3BCLoss``.
     """
 
     def __init__(
@@ -177,10 +173,6 @@ def with_next_actions(trajectories: TensorDictBase) -> TensorDictBase:
 
     The last step of a trajectory has none. Where it terminates, no value follows either, and the
     entry is 0. Where it is cut off, the copy's mask leaves it out, as in the authors' code.
-
-    Raises:
-        KeyError: The trajectories do not say where they terminate.
-        ValueError: Every step is the last one of its trajectory, cut off.
     """
     if TERMINATED not in trajectories.keys(True):
         raise KeyError(f"{TERMINATED!r} is missing in the trajectories")

@@ -57,9 +57,7 @@ class WindowSampler:
 
     Raises:
         KeyError: Observation, action or reward is missing.
-        ValueError: The trajectories are padded or have no step, masked steps or entries that are
-            not finite; ``batch_size < 1``; ``context < 1``; or a multiplicity is negative, changes
-            within a trajectory, or is 0 everywhere.
+        ValueError: A size is below 1, or the trajectories are padded, masked or not valid.
     """
 
     def __init__(

@@ -59,8 +59,7 @@ def make(
             conventions.
 
     Raises:
-        ValueError: The id is not registered (the error names the nearest known ids), or the
-            environment does not take the arguments.
+        ValueError: The id is not registered, or the environment does not take the arguments.
         ImportError: A package of the environment is not installed, or does not ship it any more.
     """
     if conventions not in (None, "d4rl"):
@@ -188,8 +187,7 @@ def modules_to_import(env_id: str, env_kwargs: Mapping[str, Any]) -> list[str]:
     """Return the modules that :func:`make` imports because the id or a wrapper names them.
 
     Those of gymnasium and of this library, and those already imported, are left out. A program
-    that took ``env_id`` and ``env_kwargs`` from a dataset, and not from its user, must ask before
-    it imports them.
+    must ask its user before it imports them.
     """
     wrappers = env_kwargs.get("wrappers", ())
     points = [dict(wrapper).get("entry_point") for wrapper in wrappers]

@@ -119,15 +119,14 @@ def evaluate(
     starts from seed i of :func:`episode_seeds`; its return does not depend on ``num_envs``. An
     environment whose episode has ended takes the next episode.
 
-    A policy may keep a history. Row i of the batch is the same environment from call to call. The
-    policy may read ``is_init`` (bool ``[n, 1]``, TorchRL's mark of an episode's first step) and
-    ``reward`` (float32 ``[n, 1]``, the reward of the row's last action, 0 at the first step). Rows
-    without an episode are computed too, as first steps, as are all rows in a first call that checks
-    sizes. So a policy must forget a row where ``is_init`` is set.
+    A policy may keep a history, which it must forget in a row where ``is_init`` is set: row i of
+    the batch is the same environment from call to call, and a row without an episode is a first
+    step, see :class:`iwsft.acting.PolicyInputs`.
 
     Args:
         policy: Policy that reads ``observation`` ``[n, obs]`` float32, and optionally ``is_init``
-            and ``reward``, and writes ``action`` ``[n, act]``.
+            (TorchRL's mark of a first step, bool ``[n, 1]``) and ``reward`` (of the last action,
+            float32 ``[n, 1]``), and writes ``action`` ``[n, act]``.
         env_id: Id in gymnasium, see :func:`iwsft.environments.make`.
         episodes: Number of episodes.
         seed: Seed of all episode seeds.
@@ -142,9 +141,8 @@ def evaluate(
         progress: Whether to show the number of episodes and the time left on stderr.
 
     Raises:
-        ValueError: A setting, the environment or the sizes of the policy do not fit, or the machine
-            cannot draw. This is known before the first step.
-        ImportError: The package that writes videos is not installed.
+        ValueError: A setting or the policy does not fit, or the machine cannot draw. This is known
+            before the first step.
         FloatingPointError: An action or a reward is not finite.
         RuntimeError: An episode has not ended after 100,000 steps, without a limit.
     """

@@ -36,9 +36,6 @@ def written_whole(path: Path) -> Iterator[Path]:
     Its folder is made where it is missing. The block gets the path of a partial file in the same
     folder, which replaces ``path`` when the block ends without an error, and is removed otherwise.
     Partial files of ``path`` that a kill left behind are removed first.
-
-    Raises:
-        OSError: No space is left; ``path`` is unchanged.
     """
     with full_disk_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)

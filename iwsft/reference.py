@@ -75,7 +75,6 @@ def annotate_reference(
         ValueError: Log-probs are not finite or not one per step; the trajectories are locked, or
             not the same on all processes.
         CheckpointError: A stored file is damaged.
-        OSError: The cache can't be written; no half-written file stays.
 
     Warns:
         UserWarning: Adapters change the log-probs already, so the first weights are not 1.
@@ -125,12 +124,8 @@ def write_reference(forward: ForwardPass, *, cache: str | Path | None = None) ->
 def cached_reference(trajectories: TensorDictBase, key: str, *, cache: str | Path) -> None:
     """Write a stored reference into the trajectories, for a resumed run, whose model has changed.
 
-    The key is that of :func:`write_reference`; the first process reads the file.
-
-    Raises:
-        FileNotFoundError: The stored file is gone.
-        CheckpointError: It is damaged.
-        ValueError: It belongs to other trajectories.
+    The key is that of :func:`write_reference`. Errors say that the stored file is gone, damaged, or
+    of other trajectories.
     """
     if _data_digest(trajectories) != key.split("-")[0]:
         problem = f"the reference {key} of this run belongs to other trajectories or another iwsft"

@@ -39,10 +39,6 @@ class _Sampler(ABC):
     Each batch reads the dataset's entries anew, so it contains what was written into the dataset
     later (by ``reweight``, for example). Lengths and multiplicities are read once, at the start. A
     batch has the entries ``keys``, or all but ``next``.
-
-    Raises:
-        ValueError: The trajectories are padded or have no step, ``batch_size < 1``, or a
-            multiplicity is negative, changes within a trajectory, or is 0 everywhere.
     """
 
     def __init__(

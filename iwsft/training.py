@@ -135,12 +135,10 @@ def fit(
             ``phase``.
 
     Raises:
-        ValueError: The schedules do not fit the networks of the loss, or a graph is asked for on
-            another device than a GPU, or of whole trajectories, whose batches differ in shape.
+        ValueError: The schedules do not fit the loss, or the loss or sampler does not fit a graph.
         FloatingPointError: Loss or parameters are no longer finite, or an output exceeds its limit;
             the last good checkpoint stays.
         iwsft.checkpoint.CheckpointError: The checkpoint is corrupt, or of other settings.
-        OSError: The disk is full; the last checkpoint stays.
     """
     parts: Any = updater, limits or {}, probes, folder, settings or {}, report
     training = Training(loss, sampler, schedule, *parts)
@@ -165,12 +163,8 @@ def fit_stack(
     own, and can be resumed alone. Seeds with checkpoints of different updates are trained one after
     another; one that diverges leaves the stack.
 
-    Args:
-        trainings: What to train, with the same sizes and schedules. Samplers draw single steps.
-        checkpoint_every: As in :func:`fit`, and so are the others.
-        log_every: Number of updates between rows.
-        progress: Whether to show the progress of the first seed.
-        graph: Whether to capture the update as a CUDA graph.
+    The trainings have the same sizes and schedules, and samplers draw single steps. The other
+    arguments are those of :func:`fit`; the progress is that of the first seed.
 
     Returns:
         For each the cost, a share of the processor's time, or the error by which it diverged.

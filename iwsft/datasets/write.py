@@ -131,7 +131,6 @@ def to_minari(
     have T + 1 rows; an episode's first is 0.
 
     Raises:
-        ImportError: minari is not installed.
         ValueError: As for :func:`to_hdf5`; or the id is malformed, actions are outside the space,
             or a next observation is not the observation of the next step (Minari stores it once).
         OSError: The store has this dataset already, or the disk is full.
