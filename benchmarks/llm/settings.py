@@ -144,10 +144,7 @@ class Settings(Optimization, Curation, Weighting, Related, Memory):
     def importance_weights(
         self, *, per_step: bool = False, related: str | None = None
     ) -> ImportanceWeights:
-        """Build the chain of weights of ``preset``, of the per-step variant or a related method.
-
-        In the per-step variant each step's ratio, clipped to ``step_clip``, weighs its own loss.
-        """
+        """Build the chain of weights of ``preset``, of the per-step variant or a related method."""
         from iwsft import ImportanceWeights
 
         if related is not None:

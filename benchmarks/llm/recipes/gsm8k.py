@@ -48,11 +48,9 @@ class Gsm8kRecipe(ChatRecipe):
     tested: int = 64
 
     def read(self, source: str) -> list[Row]:
-        """Read labelled solutions.
+        """Read labelled solutions, or questions of GSM8K's ``example_model_solutions.jsonl``.
 
-        A record is a question of GSM8K's ``example_model_solutions.jsonl`` (``question``, and for
-        each model an object with ``is_correct`` and ``solution``), or one solution (``prompt``,
-        ``completion``, ``correct``).
+        Those have ``question``, and for each model an object with ``is_correct`` and ``solution``.
         """
         from iwsft.datasets.text.sources import records
 

@@ -162,10 +162,7 @@ def rates(verdicts: Sequence[Verdict]) -> tuple[dict[str, float], dict[str, floa
 
 @torch.no_grad()
 def strategy_probabilities(model: Any, tokenizer: Any, problems: Sequence[Problem]) -> Tensor:
-    """Compute the exact chance that a model begins with each strategy's words.
-
-    ``[problems, strategies]``, for problems of the same number of terms.
-    """
+    """Compute the exact chance of each strategy, ``[problems, strategies]``, for equal lengths."""
     markers = [tokenizer.convert_tokens_to_ids(way.marker) for way in STRATEGIES.values()]
     prompts = torch.tensor(tokenizer([problem.prompt for problem in problems])["input_ids"])
     logits = [
