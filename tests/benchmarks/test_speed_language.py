@@ -60,10 +60,10 @@ def test_agreement_is_reported(report: dict[str, Any]) -> None:
 
 
 def test_another_computation_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def detached(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return (hidden * weight[target]).sum(-1)
+    def detached(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> Any:
+        return (hidden * weight[target]).sum(-1), None
 
-    monkeypatch.setattr(language, "token_log_prob", detached)
+    monkeypatch.setattr(language, "token_log_prob_and_entropy", detached)
     with pytest.raises(DisagreementError, match="gradient of log-probs"):
         next(language.log_probs(SMALL, language.SIZES["small"]))
 
