@@ -71,23 +71,15 @@ class DelayedTD3BCLoss(CopyableLoss, TD3BCLoss):
     Both losses are taken at the same parameters; the authors' code updates the critics first.
 
     Attributes:
-        actor_due: Whether the next call returns the actor's loss; :class:`DelayedUpdate` sets it.
+        phase: Whether the actor is due: the next call returns its loss. :class:`DelayedUpdate` sets
+            it, and :func:`iwsft.training.fit` captures a CUDA graph for each value.
     """
 
     SUPPORTED_VALUE_ESTIMATORS = (ValueEstimators.TD0,)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.actor_due = True
-
-    @property
-    def phase(self) -> bool:
-        """Which of its two computations the next call makes, see :func:`iwsft.training.fit`."""
-        return self.actor_due
-
-    @phase.setter
-    def phase(self, actor_due: bool) -> None:
-        self.actor_due = actor_due
+        self.phase = True
 
     def draw_noise(
         self, batch: TensorDictBase, generator: torch.Generator | None
@@ -101,7 +93,7 @@ class DelayedTD3BCLoss(CopyableLoss, TD3BCLoss):
         """Return the loss of the critics, and that of the actor (Eq. 3 and 5) if it is due."""
         loss, seen = self.qvalue_loss(tensordict)
         out = {"loss_qvalue": loss, **seen}
-        if self.actor_due:
+        if self.phase:
             loss, seen = self.actor_loss(tensordict)
             out |= {"loss_actor": loss, **seen}
         return TensorDict(out)
@@ -182,7 +174,7 @@ class DelayedTD3BCLoss(CopyableLoss, TD3BCLoss):
 class DelayedUpdate(TargetUpdate):
     """Targets follow at every ``every``-th update, the one in which the actor is due.
 
-    With ``every=2`` it is the 2nd, 4th, ... update. The loss's ``actor_due`` is set before each.
+    With ``every=2`` it is the 2nd, 4th, ... update. The loss's ``phase`` is set before each.
     """
 
     def __init__(self, loss: DelayedTD3BCLoss, *, tau: float, every: int) -> None:
@@ -204,7 +196,7 @@ class DelayedUpdate(TargetUpdate):
         self._announce()
 
     def _announce(self) -> None:
-        self.loss_module.actor_due = (self.counter + 1) % self.every == 0
+        self.loss_module.phase = (self.counter + 1) % self.every == 0
 
 
 def published(dataset: str) -> tuple[Settings, str]:

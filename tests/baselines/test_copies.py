@@ -60,8 +60,8 @@ def trained(learner: Learner) -> Learner:
 
 def outcome(loss: LossModule, batch: TensorDictBase) -> dict[str, Tensor]:
     """All outputs of a call and all gradients."""
-    if hasattr(loss, "actor_due"):
-        loss.actor_due = True
+    if hasattr(loss, "phase"):
+        loss.phase = True
     loss.zero_grad()
     torch.manual_seed(3)
     out = loss(batch)

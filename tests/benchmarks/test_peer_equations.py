@@ -202,7 +202,7 @@ def test_iql(rewards: str, tiny_dataset: Path) -> None:
 
 def test_td3_bc(tiny_dataset: Path) -> None:
     pair = Pair("td3-bc", tiny_dataset)
-    pair.ours.loss.actor_due = True
+    pair.ours.loss.phase = True
     # Both draw the noise of the target's actions first, and nothing else.
     torch.manual_seed(5)
     out = pair.call()
@@ -234,7 +234,7 @@ def test_fifty_updates_of_td3_bc(tiny_dataset: Path) -> None:
     for update in range(1, 51):
         torch.manual_seed(update)
         move(loss.qvalue_loss(pair.batch)[0])
-        if loss.actor_due:
+        if loss.phase:
             move(loss.actor_loss(pair.batch)[0])
         updater.step()
         torch.manual_seed(update)
