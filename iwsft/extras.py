@@ -26,10 +26,6 @@ _PACKAGES = {
 EXTRAS = {package: extra for extra, names in _PACKAGES.items() for package in sorted(names.split())}
 
 
-class MissingPackageError(ImportError):
-    """Packages of ``EXTRAS`` are not installed; the message has the command that installs them."""
-
-
 def install(*packages: str) -> str:
     """Return the command that installs packages of ``EXTRAS``."""
     extras = ",".join(dict.fromkeys(EXTRAS[package] for package in packages))
@@ -37,10 +33,10 @@ def install(*packages: str) -> str:
 
 
 def require(*packages: str) -> None:
-    """Check that packages of ``EXTRAS`` are installed, without importing them."""
+    """Check that packages of ``EXTRAS`` are installed (ImportError), without importing them."""
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
-        raise MissingPackageError(_message(missing))
+        raise ImportError(_message(missing))
 
 
 @contextmanager
@@ -51,7 +47,7 @@ def named() -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
             raise
-        raise MissingPackageError(_message([error.name])) from error
+        raise ImportError(_message([error.name])) from error
 
 
 def _message(packages: Sequence[str]) -> str:
