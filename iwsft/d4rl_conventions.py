@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iwsft.extras import install, named
+from iwsft.extras import named
 
 with named():
     import gymnasium as gym
@@ -135,11 +135,8 @@ class AdroitHand(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
 
 
 def _maze(env_id: str) -> list[list[int | str]]:
-    try:
+    with named():
         maps = importlib.import_module("gymnasium_robotics.envs.maze.maps")
-    except ImportError as error:
-        problem = f"{env_id} needs the package gymnasium-robotics"
-        raise ImportError(f"{problem}: {install('gymnasium_robotics')}") from error
     name, goal = _GOAL_CELLS[env_id]
     cells: list[list[int | str]] = [list(row) for row in getattr(maps, name)]
     cells[1][1], cells[goal[0]][goal[1]] = maps.RESET, maps.GOAL
