@@ -84,9 +84,7 @@ def compare(before: Path, after: Path) -> list[str]:
     for name in names:
         expected, actual = _values(before / name), _values(after / name)
         keys = sorted(
-            key
-            for key in expected.keys() | actual.keys()
-            if not _same(expected.get(key), actual.get(key))
+            key for key in expected.keys() | actual.keys() if expected.get(key) != actual.get(key)
         )
         print(f"{name}: {len(expected)} values, {len(keys)} differ")
         for key in keys[:5]:
@@ -103,28 +101,41 @@ def _runs(root: Path) -> Iterator[Path]:
 
 def _values(folder: Path) -> dict[str, Any]:
     """Every value of a run that its code, settings and seed decide, by a path of names."""
+    files = [folder / name for name in ("config.json", "result.json", "metrics.jsonl", "policy.pt")]
     values: dict[str, Any] = {}
-    for file in ("config.json", "result.json"):
-        if (folder / file).exists():
-            values |= _flat(file, json.loads((folder / file).read_text()))
-    if (folder / "metrics.jsonl").exists():
-        for i, line in enumerate((folder / "metrics.jsonl").read_text().splitlines()):
-            values |= _flat(f"metrics {i}", json.loads(line))
-    if (folder / "policy.pt").exists():
-        policy = torch.load(folder / "policy.pt", weights_only=True)
-        values |= _flat("policy.pt", policy)
-    for path in sorted(folder.glob("checkpoint/*.safetensors")):
-        values |= _flat(path.name, load_file(path))
+    for path in (*files, *sorted(folder.glob("checkpoint/*.safetensors"))):
+        if path.exists():
+            values |= values_of(path)
     return values
 
 
+def values_of(path: Path) -> dict[str, Any]:
+    """Every value of a file by a path of names; arrays and files of other kinds as bytes."""
+    content: Any
+    if path.suffix == ".json":
+        content = json.loads(path.read_text())
+    elif path.suffix == ".jsonl":
+        content = [json.loads(line) for line in path.read_text().splitlines()]
+    elif path.suffix == ".pt":
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    elif path.suffix == ".safetensors":
+        content = load_file(path)
+    else:
+        content = path.read_bytes()
+    return _flat(path.name, content)
+
+
 def _flat(name: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, torch.Tensor):
+        data = value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        return {name: (str(value.dtype), list(value.shape), data)}
     if isinstance(value, Mapping):
         parts = [(key, part) for key, part in value.items() if not _volatile(str(key))]
     elif isinstance(value, list | tuple):
         parts = list(enumerate(value))
     else:
-        return {name: value}
+        # NaN is equal to itself here, and 1 is not 1.0.
+        return {name: value if isinstance(value, bytes) else repr(value)}
     return {
         path: leaf for key, part in parts for path, leaf in _flat(f"{name}/{key}", part).items()
     }
@@ -134,15 +145,8 @@ def _volatile(key: str) -> bool:
     return key in VOLATILE or key.endswith("seconds")
 
 
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    # NaN is equal to itself here.
-    return type(one) is type(other) and (one == other or (one != one and other != other))
-
-
 def _shown(value: Any) -> str:
-    return f"tensor {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+    return f"{value[0]} {value[1]}" if isinstance(value, tuple) else str(value)[:80]
 
 
 if __name__ == "__main__":

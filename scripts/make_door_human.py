@@ -13,7 +13,6 @@ bytes.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iwsft.files import written_whole
+from iwsft.fingerprint import file_sha256
 
 SOURCE = (
     "door demonstrations of hand_dapg (Rajeswaran et al., 2018, https://arxiv.org/abs/1709.10087, "
@@ -87,9 +87,9 @@ def make(demonstrations: Path, out: Path) -> dict[str, Any]:
         "source": SOURCE,
         "licence": LICENCE,
         "changes": CHANGES,
-        "source_sha256": _sha256(demonstrations),
+        "source_sha256": file_sha256(demonstrations),
         "command": f"python scripts/make_door_human.py {demonstrations.name} {out.name}",
-        "sha256": _sha256(out),
+        "sha256": file_sha256(out),
         "bytes": out.stat().st_size,
         **_summary(demos),
     }
@@ -107,11 +107,6 @@ def _summary(demos: dict[str, NDArray[Any]]) -> dict[str, Any]:
         "rows_with_clipped_actions": int((np.abs(demos["actions"]) > 1).any(axis=1).sum()),
         "returns": returns.round(1).tolist(),
     }
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ with the suffix ``.json``. The same source gives the same bytes.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import h5py
 import numpy as np
 
 from iwsft.files import written_whole
+from iwsft.fingerprint import file_sha256
 
 EVERY = 9
 CHUNK_ROWS = 8192
@@ -69,10 +69,10 @@ def make(source: Path, out: Path) -> dict[str, object]:
     provenance = {
         "source": SOURCE,
         "licence": LICENCE,
-        "source_sha256": _sha256(source),
+        "source_sha256": file_sha256(source),
         "command": f"python scripts/make_hopper_replay_mini.py {source.name} {out.name}",
         "subset": f"middle episode of every {EVERY} in order of return",
-        "sha256": _sha256(out),
+        "sha256": file_sha256(out),
         "bytes": out.stat().st_size,
         "quantiles": list(QUANTILES),
         "full": _summary(returns, ends - starts),
@@ -90,11 +90,6 @@ def _summary(returns: np.ndarray, lengths: np.ndarray) -> dict[str, object]:
         "return_mean": round(float(returns.mean()), 1),
         "return_quantiles": np.percentile(returns, QUANTILES).round(1).tolist(),
     }
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

@@ -21,17 +21,14 @@ from importlib import import_module
 from itertools import count
 from pathlib import Path
 from random import Random
-from typing import Any
 
-import torch
-from safetensors.torch import load_file
 from tqdm import tqdm
+
+from scripts.compare_numbers import values_of
 
 KINDS = ("lost", "different", "silent", "hang", "obscure")
 # Seconds after which a case hangs. A case takes a few, also where all cores are in use.
 LIMIT = 90.0
-# What two runs with the same numbers may differ in.
-_VOLATILE = ("seconds", "versions", "hardware", "command", "wall", "cpu")
 Finding = tuple[str, str]
 
 
@@ -269,14 +266,14 @@ def start(work: Callable[[], object], log: Path) -> Child:
 def differences(whole: Path, other: Path) -> list[str]:
     """Name the files of two folders whose numbers differ, bit for bit, or that one folder lacks.
 
-    Times, versions and the machine are left out, and so are locks.
+    Times, versions, commands and the machine are left out, and so are locks.
     """
     ours, theirs = _files(whole), _files(other)
-    names = sorted(ours ^ theirs)
-    for name in sorted(ours & theirs):
-        if not _equal(_content(whole / name), _content(other / name)):
-            names.append(name)
-    return names
+    return sorted(
+        name
+        for name in ours | theirs
+        if name not in ours & theirs or values_of(whole / name) != values_of(other / name)
+    )
 
 
 def _files(folder: Path) -> set[str]:
@@ -286,30 +283,3 @@ def _files(folder: Path) -> set[str]:
         if path.is_file() and path.suffix != ".lock"
         if path.name != ".lock" and path.suffix not in (".png", ".log")
     }
-
-
-def _content(path: Path) -> Any:
-    if path.suffix == ".json":
-        return json.loads(path.read_text())
-    if path.suffix == ".jsonl":
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    if path.suffix == ".pt":
-        return torch.load(path, map_location="cpu", weights_only=True)
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    return path.read_bytes()
-
-
-def _equal(ours: Any, theirs: Any) -> bool:
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        return ours.keys() == theirs.keys() and all(
-            _equal(value, theirs[name])
-            for name, value in ours.items()
-            if not any(word in str(name) for word in _VOLATILE)
-        )
-    if isinstance(ours, list | tuple) and isinstance(theirs, list | tuple):
-        return len(ours) == len(theirs) and all(map(_equal, ours, theirs))
-    if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
-        same = ours.dtype == theirs.dtype and ours.shape == theirs.shape
-        return same and ours.numpy().tobytes() == theirs.numpy().tobytes()
-    return type(ours) is type(theirs) and bool(ours == theirs)

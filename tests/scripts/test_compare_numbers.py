@@ -42,7 +42,7 @@ def test_times_and_commands_do_not_count(before: Path, after: Path) -> None:
     [
         ("result.json", '{"score": 1.5000000000000002}', "result.json/score"),
         ("result.json", '{"score": "1.5"}', "result.json/score"),
-        ("metrics.jsonl", '{"step": 1, "loss": 0.25}\n', "metrics 1/loss"),
+        ("metrics.jsonl", '{"step": 1, "loss": 0.25}\n', "metrics.jsonl/1/loss"),
         ("config.json", '{"settings": {"lr": 0.1, "k": 1}}', "config.json/settings/k"),
     ],
 )
