@@ -22,7 +22,7 @@ from benchmarks.llm.settings import Settings
 from benchmarks.report import figures
 from benchmarks.report.document import INK, NOTHING, Grid, interval_text
 from benchmarks.report.figures import Panels
-from benchmarks.report.scores import algorithm_label
+from benchmarks.report.scores import algorithm_colour, algorithm_label
 from benchmarks.runs import hardware, versions, write_json
 from benchmarks.statistics import t_interval
 from iwsft import EMA, HardSync, ImportanceWeightedMLE, annotate_reference
@@ -155,7 +155,7 @@ def summary(runs: dict[str, list[BanditRun]], right: float) -> dict[str, dict[st
 def draw(numbers: dict[str, dict[str, Any]]) -> Panels:
     """Draw the mean reward over updates: its mean over seeds, the 95 % interval, and the limit."""
     seeds = len(next(iter(numbers.values()))["p_right"])
-    colours = {algorithm: figures.COLOURS[algorithm] for algorithm in numbers}
+    colours = {algorithm: algorithm_colour(algorithm) for algorithm in numbers}
     ax = figures.make_panel(f"Two-armed bandit ({seeds} seeds)", 2.5, colours)
     for algorithm, row in numbers.items():
         curve, colour = row["curve"], colours[algorithm]

@@ -26,38 +26,6 @@ from benchmarks.report.tables import WeightRow, last_weights
 from benchmarks.results import SCORE, RecordedRun
 from benchmarks.statistics import MIN_SEEDS, t_interval
 
-# Greys: cloning; blues: SFT; oranges: iw-SFT; greens: other weights of SFT; the rest: offline RL.
-# All can be seen on white and on a dark page.
-COLOURS = {
-    "base": "#8c8c8c",
-    "bc": "#a0a0a0",
-    "bc-10": "#757575",
-    "sft": "#4ba6dd",
-    "sft-q": "#2f78c4",
-    "rwr": "#5566b8",
-    "iw-sft": "#d9901e",
-    "iw-sft-q": "#e0561d",
-    "iw-sft-hard": "#c2671c",
-    "iw-sft-ema": "#b8341b",
-    "iw-sft-step": "#a4703c",
-    "dft": "#5b8c3a",
-    "power": "#7fa650",
-    "chord-phi": "#3f7d5a",
-    "psft": "#6f8f2f",
-    "eaft": "#93a83d",
-    "minor-sft": "#4f9b78",
-    "asft": "#2f7a4a",
-    "topr": "#4a8f8f",
-    "nft": "#3c7585",
-    "asymre": "#6aa6a0",
-    "awac": "#2a9d6f",
-    "td3-bc": "#8b6fc4",
-    "rebrac": "#b5523b",
-    "cql": "#9c8d00",
-    "iql": "#d46aa5",
-    "dt": "#1a9fae",
-}
-OTHER = "#808080"
 UNIT = {SCORE: "D4RL-normalised score", scores.RETURN: "mean return"}
 STYLE: Any = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), INK),
@@ -114,10 +82,10 @@ def finish(panels: Mapping[str, Axes]) -> Panels:
 def choose_colours(group: Sequence[Cell]) -> dict[str, str]:
     """Choose a colour for each algorithm, the same in all figures of the same cells."""
     names = scores.algorithms(group)
-    others = [name for name in names if name not in COLOURS]
+    others = [name for name in names if name not in scores.ALGORITHMS]
     shades = colormaps["viridis"]
     extra = {name: to_hex(shades(0.25 + 0.6 * i / len(others))) for i, name in enumerate(others)}
-    return {name: COLOURS.get(name) or extra[name] for name in names}
+    return {name: extra.get(name) or scores.algorithm_colour(name) for name in names}
 
 
 def clip(ax: Axes, axis: str, *, tight: bool = False) -> None:
@@ -326,7 +294,7 @@ def draw_sweep(rows: Sequence[WeightRow]) -> Panels:
     The dashed line is the same algorithm without weights; several lines in a panel are named.
     """
     rows = [(setting, c) for setting, c in rows if not setting or last_weights(c, "ESS")]
-    panels = {}
+    shades, panels = [*map(scores.algorithm_colour, ("sft-q", "iw-sft-q"))], {}
     for dataset in scores.datasets(cell for setting, cell in rows if setting):
         ax = make_panel(scores.dataset_label(dataset), 3.0)
         plain = [cell for setting, cell in rows if not setting and cell.dataset == dataset]
@@ -339,7 +307,7 @@ def draw_sweep(rows: Sequence[WeightRow]) -> Panels:
         settings = [setting for setting, _ in weighted]
         for setting, cell in weighted:
             ess = float(np.mean(last_weights(cell, "ESS")))
-            plot_mean(ax, ess, cell, COLOURS["iw-sft-q" if setting.temperature else "sft-q"])
+            plot_mean(ax, ess, cell, shades[setting.temperature > 0])
             words = setting.words
             # The lag is named only where the panel has several.
             if len({other.lag for other in settings}) > 1:

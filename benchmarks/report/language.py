@@ -16,7 +16,15 @@ from benchmarks.report import figures
 from benchmarks.report.aggregates import signed, verdict
 from benchmarks.report.document import INK, NOTHING, Grid, interval_text
 from benchmarks.report.figures import Panels
-from benchmarks.report.scores import Cell, algorithm_label, base, cells, compare, is_higher
+from benchmarks.report.scores import (
+    Cell,
+    algorithm_colour,
+    algorithm_label,
+    base,
+    cells,
+    compare,
+    is_higher,
+)
 from benchmarks.report.tables import published_scores
 from benchmarks.results import LANGUAGE, RecordedRun, read_all
 from benchmarks.statistics import MIN_SEEDS
@@ -179,7 +187,7 @@ def draw_recipe(recipe: RecipeRuns) -> Panels:
     rows = recipe.scores
     scores = figures.make_panel("", 0.8 + 0.3 * len(rows))
     trained = [cell for cell in rows if _first(cell, "steps")]
-    colour = {_label(cell): figures.COLOURS.get(base(cell.algo), figures.OTHER) for cell in rows}
+    colour = {_label(cell): algorithm_colour(base(cell.algo)) for cell in rows}
     shown = {_label(cell): colour[_label(cell)] for cell in trained}
     for y, cell in enumerate(rows):
         figures.plot_score(scores, y, cell, colour[_label(cell)])

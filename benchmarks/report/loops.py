@@ -23,6 +23,7 @@ from benchmarks.report.document import (
     shareable,
 )
 from benchmarks.report.figures import Panels
+from benchmarks.report.scores import algorithm_colour
 from benchmarks.results import printable
 from benchmarks.statistics import MIN_SEEDS, difference, t_interval
 from iwsft.loop import CONFIG, Round, best, table
@@ -177,7 +178,7 @@ def _cell(value: float | None, form: str) -> str:
 
 def draw_loops(loops: Sequence[RecordedLoop]) -> Panels:
     """Draw the facts of all loops over their rounds, a line a loop, coloured by its algorithm."""
-    colour = {loop.algo: figures.COLOURS.get(loop.algo, figures.OTHER) for loop in loops}
+    colour = {loop.algo: algorithm_colour(loop.algo) for loop in loops}
     panels = {}
     labels = {"score": "held-out score", **{key: name for key, (name, _) in COLUMNS.items()}}
     for key, label in labels.items():

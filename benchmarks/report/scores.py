@@ -18,36 +18,39 @@ from benchmarks import statistics
 from benchmarks.results import SCORE, RecordedRun
 from benchmarks.statistics import MIN_SEEDS, Difference, Scores, t_interval
 
-# Name of --algo -> the paper's notation where it has one, in the order of its tables' columns.
-_LABELS = {
-    "bc": "BC",
-    "bc-10": "BC-10%",
-    "awac": "AWAC",
-    "td3-bc": "TD3+BC",
-    "rebrac": "ReBRAC",
-    "cql": "CQL",
-    "iql": "IQL",
-    "dt": "DT",
-    "base": "base",
-    "sft": "SFT",
-    "sft-q": "SFT(Q)",
-    "rwr": "RWR",
-    "iw-sft": "iw-SFT",
-    "iw-sft-hard": "iw-SFT-hard",
-    "iw-sft-ema": "iw-SFT-EMA",
-    "iw-sft-q": "iw-SFT(Q)",
-    "iw-sft-step": "iw-SFT-step",
-    "dft": "DFT",
-    "power": "power of p",
-    "chord-phi": "CHORD-phi",
-    "psft": "PSFT",
-    "eaft": "EAFT",
-    "asft": "ASFT",
-    "minor-sft": "MinorSFT",
-    "topr": "TOPR",
-    "nft": "NFT",
-    "asymre": "AsymRE",
+# Name of --algo -> the paper's notation where it has one, and the colour, in the order of the
+# columns of the paper's tables. Greys: cloning; blues: SFT; oranges: iw-SFT; greens: other weights
+# of SFT; the rest: offline RL. All can be seen on white and on a dark page.
+ALGORITHMS = {
+    "bc": ("BC", "#a0a0a0"),
+    "bc-10": ("BC-10%", "#757575"),
+    "awac": ("AWAC", "#2a9d6f"),
+    "td3-bc": ("TD3+BC", "#8b6fc4"),
+    "rebrac": ("ReBRAC", "#b5523b"),
+    "cql": ("CQL", "#9c8d00"),
+    "iql": ("IQL", "#d46aa5"),
+    "dt": ("DT", "#1a9fae"),
+    "base": ("base", "#8c8c8c"),
+    "sft": ("SFT", "#4ba6dd"),
+    "sft-q": ("SFT(Q)", "#2f78c4"),
+    "rwr": ("RWR", "#5566b8"),
+    "iw-sft": ("iw-SFT", "#d9901e"),
+    "iw-sft-hard": ("iw-SFT-hard", "#c2671c"),
+    "iw-sft-ema": ("iw-SFT-EMA", "#b8341b"),
+    "iw-sft-q": ("iw-SFT(Q)", "#e0561d"),
+    "iw-sft-step": ("iw-SFT-step", "#a4703c"),
+    "dft": ("DFT", "#5b8c3a"),
+    "power": ("power of p", "#7fa650"),
+    "chord-phi": ("CHORD-phi", "#3f7d5a"),
+    "psft": ("PSFT", "#6f8f2f"),
+    "eaft": ("EAFT", "#93a83d"),
+    "asft": ("ASFT", "#2f7a4a"),
+    "minor-sft": ("MinorSFT", "#4f9b78"),
+    "topr": ("TOPR", "#4a8f8f"),
+    "nft": ("NFT", "#3c7585"),
+    "asymre": ("AsymRE", "#6aa6a0"),
 }
+_OTHER = "#808080"
 # Entry of a control run that is its score where the dataset has no reference scores.
 RETURN = "return_mean"
 UNDER_TRAINED = "fewer than half of the published updates"
@@ -76,8 +79,13 @@ def algorithm_label(algo: str) -> str:
     """The paper's notation for an algorithm, its variant in front; unknown names as they are."""
     name = base(algo)
     share = _SHARE.fullmatch(name)
-    label = f"BC-{share[1]}%" if share else _LABELS.get(name, name)
+    label = f"BC-{share[1]}%" if share else ALGORITHMS.get(name, (name,))[0]
     return algo.removesuffix(name) + label
+
+
+def algorithm_colour(algo: str) -> str:
+    """The colour of an algorithm in figures; that of others is one grey."""
+    return ALGORITHMS[algo][1] if algo in ALGORITHMS else _OTHER
 
 
 def algorithm_rank(algo: str) -> tuple[int, list[str | float], str]:
@@ -85,7 +93,7 @@ def algorithm_rank(algo: str) -> tuple[int, list[str | float], str]:
 
     Numbers in the names of variants count as numbers: k3 is before k10.
     """
-    known = list(_LABELS)
+    known = list(ALGORITHMS)
     name = "bc-10" if _SHARE.fullmatch(base(algo)) else base(algo)
     rank = known.index(name) if name in known else len(known)
     # Every second part is a number.

@@ -16,6 +16,7 @@ from benchmarks.report.document import Grid
 from benchmarks.report.figures import Panels
 from benchmarks.report.scores import (
     Cell,
+    algorithm_colour,
     algorithm_label,
     base,
     dataset_label,
@@ -123,7 +124,7 @@ def draw_tuning(tuned: Mapping[tuple[str, str], Tuned]) -> Panels:
     panels = {}
     for dataset in dict.fromkeys(dataset for dataset, _ in tuned):
         curves = {algo: each.scores for (name, algo), each in tuned.items() if name == dataset}
-        colour = {algo: figures.COLOURS.get(algo, figures.OTHER) for algo in curves}
+        colour = {algo: algorithm_colour(algo) for algo in curves}
         ax = figures.make_panel(dataset_label(dataset), 2.5, colour)
         for algo, scores in curves.items():
             ax.plot(np.arange(1, EPISODES + 1), scores[1:], color=colour[algo], lw=1.4)

@@ -11,6 +11,7 @@ import numpy as np
 from benchmarks.report import figures
 from benchmarks.report.document import INK, NOTHING, Document, Grid, escaped, to_html
 from benchmarks.report.figures import Panels
+from benchmarks.report.scores import algorithm_colour
 from benchmarks.runs import write_json
 from benchmarks.weights.options import Options
 from benchmarks.weights.source import Source
@@ -32,7 +33,7 @@ _NAMES = {
     "loss": "loss of q",
     "unweighted_loss": "unweighted loss of q",
 }
-_COLOUR = figures.COLOURS["iw-sft"]
+_COLOUR = algorithm_colour("iw-sft")
 _BINS = 40
 
 
