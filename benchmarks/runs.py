@@ -43,6 +43,11 @@ class Run(Generic[Options]):
         return f"{self.dataset} {self.algo} seed {self.seed}"
 
     @property
+    def runs(self) -> tuple[Run[Options]]:
+        """The run itself, as a stack of one; see :class:`benchmarks.sweep.Stack`."""
+        return (self,)
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What names the run in its files."""
         names = ("benchmark", "dataset", "algo", "seed")

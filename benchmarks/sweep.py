@@ -47,7 +47,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Stack:
-    """Runs that one call works on; its result is the error of each, None where there is none."""
+    """Runs that one call works on."""
 
     runs: tuple[Run[Any], ...]
 
@@ -57,16 +57,17 @@ class Stack:
 
 
 def run_all(
-    work: Callable[[Any], object],
+    work: Callable[[Any], Sequence[Exception | None] | None],
     runs: Sequence[Run[Any] | Stack],
     place: Place,
     summary: Summary,
 ) -> None:
     """Run ``work`` on every run at a place and count; a run that fails does not stop others.
 
-    A run whose worker is killed is run again, up to ``RETRIES`` times, with a line on stderr. So
-    ``work`` must continue what a killed call left; it must also be picklable. Runs start in their
-    order, and their ``str`` names them. ``summary`` takes the counts and the errors.
+    ``work`` may return the error of each run of a stack, None where there is none. A run whose
+    worker is killed is run again, up to ``RETRIES`` times, with a line on stderr. So ``work`` must
+    continue what a killed call left; it must also be picklable. Runs start in their order, and
+    their ``str`` names them. ``summary`` takes the counts and the errors.
     """
     waiting = deque((run, RETRIES) for run in runs)
     running: dict[Future[list[str | None]], tuple[Run[Any] | Stack, int]] = {}
@@ -81,14 +82,9 @@ def run_all(
                 tell(f"{run}: {place.loss}; it continues from its last checkpoint")
                 waiting.appendleft((run, retries - 1))
                 continue
-            parts = _parts(run)
-            problems = [place.loss] * len(parts) if lost else future.result()
-            for part, problem in zip(parts, problems, strict=True):
+            problems = [place.loss] * len(run.runs) if lost else future.result()
+            for part, problem in zip(run.runs, problems, strict=True):
                 _count(part, problem, summary)
-
-
-def _parts(run: Run[Any] | Stack) -> tuple[Run[Any], ...]:
-    return run.runs if isinstance(run, Stack) else (run,)
 
 
 def _count(run: Run[Any], problem: str | None, summary: Summary) -> None:
@@ -114,15 +110,14 @@ def tell_score(run: Run[Any]) -> None:
     tell(f"{run}: done")
 
 
-def _problems(work: Callable[[Any], object], item: Run[Any] | Stack) -> list[str | None]:
+def _problems(
+    work: Callable[[Any], Sequence[Exception | None] | None], item: Run[Any] | Stack
+) -> list[str | None]:
     """Run one item, perhaps in a process of its own; of each run the error that can be mended."""
     try:
         with named():
-            result = work(item)
+            errors = work(item) or [None] * len(item.runs)
     except expected() as error:
         stopping.check()
-        return [one_line(error)] * len(_parts(item))
-    if isinstance(item, Stack):
-        assert isinstance(result, list)
-        return [None if error is None else one_line(error) for error in result]
-    return [None]
+        return [one_line(error)] * len(item.runs)
+    return [None if error is None else one_line(error) for error in errors]

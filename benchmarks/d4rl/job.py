@@ -151,7 +151,7 @@ def _stacks(runs: Sequence[Run]) -> list[Run | Stack]:
 
 def _train(item: Run | Stack) -> list[Exception | None]:
     """One run or stack, perhaps in a process of its own; each run writes how far it is."""
-    runs: Any = item.runs if isinstance(item, Stack) else (item,)
+    runs: Any = item.runs
     with ExitStack() as stack:
         reports = []
         for run in runs:
@@ -160,12 +160,7 @@ def _train(item: Run | Stack) -> list[Exception | None]:
             monitor.note(run.folder, "loading")
             reports.append(_report(run, write))
         outcomes = train_and_score(runs, reports)
-    errors: list[Exception | None] = [
-        each if isinstance(each, Exception) else None for each in outcomes
-    ]
-    if not isinstance(item, Stack) and errors[0] is not None:
-        raise errors[0]
-    return errors
+    return [each if isinstance(each, Exception) else None for each in outcomes]
 
 
 def _report(run: Run, write: Write) -> Report:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -149,22 +150,32 @@ def test_a_module_that_a_file_names_is_imported_only_on_a_flag(
     assert "planted" not in sys.modules
 
 
-def test_data_without_an_environment(
-    fails: Callable[..., str], edited: Edit, tmp_path: Path
-) -> None:
-    path = edited()
+def nameless(path: Path) -> None:
     with h5py.File(path, "a") as file:
         del file.attrs["env_id"]
-    message = fails(tmp_path / "runs", dataset=str(path))
-    assert "bad names no environment" in message and "env_id" in message
-    assert not (tmp_path / "runs").exists()
 
 
-def test_a_truncated_file(fails: Callable[..., str], edited: Edit, tmp_path: Path) -> None:
-    path = edited()
+def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:4000])
-    message = fails(tmp_path / "runs", dataset=str(path))
-    assert f"{path}: the HDF5 file is damaged" in message
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (nameless, "bad names no environment to score in; write its gymnasium id into .* env_id"),
+        (truncate, r"bad\.hdf5: the HDF5 file is damaged"),
+    ],
+)
+def test_damaged_files(
+    fails: Callable[..., str],
+    edited: Edit,
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+    message: str,
+) -> None:
+    path = edited()
+    damage(path)
+    assert re.search(message, fails(tmp_path / "runs", dataset=str(path)))
     assert not (tmp_path / "runs").exists()
 
 

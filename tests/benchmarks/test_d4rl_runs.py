@@ -119,27 +119,12 @@ def first_row(run: Path) -> dict[str, float]:
     return metrics.read(run / metrics.FILE)[0]
 
 
-@pytest.mark.parametrize("algo", WEIGHTED)
-def test_weights_start_at_exactly_1(folder: Path, algo: str) -> None:
-    row = first_row(folder / algo / "seed-0")
-    assert row["weight_mean"] == 1.0 and row["weight_max"] == 1.0 and row["ESS"] == 1.0
-
-
-@pytest.mark.parametrize(
-    ("variant", "algo"),
-    [
-        ("authors", "iw-sft-q"),
-        ("authors", "iw-sft-step"),
-        ("trajectories", "iw-sft-q"),
-        ("trajectories", "iw-sft-step"),
-        ("target-ess", "iw-sft-q"),
-    ],
-)
-def test_weights_of_every_variant_start_at_exactly_1(
-    variants: dict[str, Path], variant: str, algo: str
-) -> None:
-    row = first_row(variants[variant] / algo / "seed-0")
-    assert row["weight_mean"] == 1.0 and row["weight_max"] == 1.0 and row["ESS"] == 1.0
+def test_weights_start_at_exactly_1(folder: Path, variants: dict[str, Path]) -> None:
+    runs = [folder / algo / "seed-0" for algo in WEIGHTED]
+    runs += [each / "iw-sft-q" / "seed-0" for each in variants.values()]
+    runs += [variants[name] / "iw-sft-step" / "seed-0" for name in ("authors", "trajectories")]
+    for row in map(first_row, runs):
+        assert row["weight_mean"] == 1.0 and row["weight_max"] == 1.0 and row["ESS"] == 1.0
 
 
 def test_the_config_contains_all_settings(variants: dict[str, Path], read_json: Read) -> None:

@@ -72,22 +72,6 @@ def test_other_datasets_borrow_a_row_and_say_so(dataset: str, like: str) -> None
     assert like.removesuffix("-v2").split("-")[0] in source
 
 
-def test_algorithms_are_settings_of_one_path() -> None:
-    fields = {
-        name: (each.cuts, each.from_reference, each.weighted, each.per_step)
-        for name, each in ALGORITHMS.items()
-    }
-    assert fields == {
-        "bc": ((), False, False, False),
-        "bc-10": ((90.0,), False, False, False),
-        "sft": ((90.0,), True, False, False),
-        "sft-q": ((90.0, 95.0, 98.0), True, False, False),
-        "iw-sft": ((90.0,), True, True, False),
-        "iw-sft-q": ((90.0, 95.0, 98.0), True, True, False),
-        "iw-sft-step": ((90.0,), True, True, True),
-    }
-
-
 def test_behaviour_cloning_as_in_appendix_f() -> None:
     assert (CLONING.steps, CLONING.lr, CLONING.warmup) == (10_000, 1e-3, 0)
     assert {CLONING.factor(step) for step in range(0, 10_000, 500)} == {1.0}

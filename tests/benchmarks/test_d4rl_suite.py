@@ -58,9 +58,6 @@ def test_options_override_the_suite() -> None:
     assert mine.pretrain_dataset == "kitchen-partial-v0"
     assert mine.algo == SUITES["kitchen"].algo and mine.cloned == ()
     assert choose_suite(Options(suite="kitchen", seeds=(0,))).cloned == SUITES["kitchen"].cloned
-    alone = choose_suite(Options())
-    assert (alone.algo, alone.dataset) == (("iw-sft-q",), ("hopper-replay-mini",))
-    assert alone.seeds == (0,)
 
 
 @pytest.fixture

@@ -192,21 +192,18 @@ def test_without_d3rlpy_the_error_says_how_to_install_it(
         command("iql")
 
 
-@pytest.mark.parametrize("algo", ["dt", "sft-q"])
-def test_no_peer(command: Callable[..., None], algo: str) -> None:
-    with pytest.raises(
-        SystemExit, match=f"error: d3rlpy has no '{algo}' like ours; it has iql, awac"
-    ):
-        command(algo)
-
-
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [({"steps": 0}, "--steps 0"), ({"eval_episodes": 0}, "--eval-episodes 0")],
+    ("algo", "changes", "message"),
+    [
+        ("dt", {}, "d3rlpy has no 'dt' like ours; it has iql, awac"),
+        ("sft-q", {}, "d3rlpy has no 'sft-q' like ours; it has iql, awac"),
+        ("iql", {"steps": 0}, "--steps 0"),
+        ("iql", {"eval_episodes": 0}, "--eval-episodes 0"),
+    ],
 )
-def test_wrong_numbers(command: Callable[..., None], changes: Any, message: str) -> None:
+def test_wrong_options(command: Callable[..., None], algo: str, changes: Any, message: str) -> None:
     with pytest.raises(SystemExit, match=f"error: {message}"):
-        command("iql", **changes)
+        command(algo, **changes)
 
 
 @needs_d3rlpy

@@ -90,38 +90,45 @@ def test_a_report_marks_a_damaged_run(runs: Path) -> None:
     assert "| hopper-a | SFT(Q) | 1 | 0 [1] |" in page and f"{DAMAGED}/result.json" in page
 
 
-@pytest.mark.parametrize("content", ["", '{"seed": 1', "[1]", "\x00", "[" * 100_000])
-def test_a_corrupt_result_is_named_and_left_out(runs: Path, content: str) -> None:
-    (runs / DAMAGED / "result.json").write_text(content)
-    assert f"{DAMAGED}/result.json" in damage(runs)
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("result.json", text) for text in ("", '{"seed": 1', "[1]", "\x00", "[" * 100_000)),
+        *(("metrics.jsonl", text) for text in ('{"step": \n{"step": 2}\n', "3\n", '{"loss": 1}\n')),
+    ],
+)
+def test_a_corrupt_file_is_named_and_its_run_left_out(runs: Path, name: str, content: str) -> None:
+    (runs / DAMAGED / name).write_text(content)
+    assert f"{DAMAGED}/{name}" in damage(runs)
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("name", "key", "value"),
     [
-        ("steps", None),
-        ("benchmark", True),
-        ("normalized_score", "many"),
-        ("normalized_score", True),
-        ("normalized_score", float("nan")),
-        ("return_mean", float("inf")),
-        ("success_rate", 40),
-        ("seed", True),
-        ("steps", -1),
-        ("episodes", 0),
-        ("interval", [0.5, 0.1]),
+        ("result.json", "steps", None),
+        ("result.json", "benchmark", True),
+        ("result.json", "normalized_score", "many"),
+        ("result.json", "normalized_score", True),
+        ("result.json", "normalized_score", float("nan")),
+        ("result.json", "return_mean", float("inf")),
+        ("result.json", "success_rate", 40),
+        ("result.json", "seed", True),
+        ("result.json", "steps", -1),
+        ("result.json", "episodes", 0),
+        ("result.json", "interval", [0.5, 0.1]),
+        # Of another run than the result.
+        ("config.json", "algo", "iql"),
+        ("config.json", "seed", 4),
+        ("config.json", "settings", {"baseline": {"steps": 5000}}),
     ],
 )
-def test_a_wrong_entry_is_named_with_its_file(runs: Path, key: str, value: object) -> None:
-    path = runs / DAMAGED / "result.json"
+def test_a_wrong_entry_is_named_with_its_file(
+    runs: Path, name: str, key: str, value: object
+) -> None:
+    path = runs / DAMAGED / name
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    assert f"result.json: '{key}'" in damage(runs)
-
-
-@pytest.mark.parametrize("rows", ['{"step": \n{"step": 2}\n', "3\n", '{"loss": 1}\n'])
-def test_corrupt_metrics_are_named(runs: Path, rows: str) -> None:
-    (runs / DAMAGED / "metrics.jsonl").write_text(rows)
-    assert f"{DAMAGED}/metrics.jsonl" in damage(runs)
+    wrong = f"result.json: '{key}'" if name == "result.json" else f"{DAMAGED} mixes two runs"
+    assert wrong in damage(runs)
 
 
 @pytest.mark.parametrize("name", ["result.json", "config.json", "metrics.jsonl"])
@@ -156,15 +163,6 @@ def test_a_copied_run_is_named_and_left_out(runs: Path, to: str, change: dict[st
     finished, (copy,) = read_all(runs, CONTROL)
     assert len(finished) == 12 and copy.folder == runs / to
     assert copy.damage == f"{runs / to} holds a copy of the run in {runs / DAMAGED}"
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("algo", "iql"), ("seed", 4), ("settings", {"baseline": {"steps": 5000}})]
-)
-def test_a_result_of_another_config_is_named(runs: Path, name: str, value: object) -> None:
-    path = runs / DAMAGED / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
-    assert f"{DAMAGED} mixes two runs" in damage(runs)
 
 
 @pytest.mark.parametrize(
