@@ -130,7 +130,6 @@ PARTS = (
 
 
 def _typed(words: Sequence[str]) -> str:
-    """A command as the user would type it."""
     from benchmarks.commands import program
 
     return shlex.join([*program(words[0].removeprefix("benchmarks.")).split(), *words[1:]])
@@ -139,9 +138,9 @@ def _typed(words: Sequence[str]) -> str:
 def main(options: Options, parts: Sequence[Part] = PARTS) -> Path:
     """Run all parts, say what was seen, and return the page."""
     lines, start = [], time.perf_counter()
+    commands = [[word.format(out=options.out) for word in part.command] for part in parts]
     print(f"{len(parts)} experiments, about five minutes on two cores, then one page.")
-    for number, part in enumerate(parts, 1):
-        words = [word.format(out=options.out) for word in part.command]
+    for number, (part, words) in enumerate(zip(parts, commands, strict=True), 1):
         print(f"\n{number}/{len(parts)} {part.title}\n{part.look_at}", flush=True)
         print(f"$ {_typed(words)}\n", flush=True)
         resume = ["--resume"] * part.resumes
@@ -152,12 +151,11 @@ def main(options: Options, parts: Sequence[Part] = PARTS) -> Path:
     from iwsft.files import written_whole
 
     document = Document()
-    for part in parts:
+    for part, words in zip(parts, commands, strict=True):
         document.section(part.title)
         document.text(part.look_at)
         lines.append(part.show(document, options.out))
         document.text(f"**{lines[-1]}**")
-        words = [word.format(out=options.out) for word in part.command]
         document.text(f"Command: `{shareable(_typed(words))}`")
     document.section("")
     for line in lines:

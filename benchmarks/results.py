@@ -239,7 +239,12 @@ def _read_all(root: Path, benchmark: str) -> Iterator[RecordedRun]:
 
 def _read_records(path: Path, benchmark: str) -> Iterator[RecordedRun]:
     """Read the runs that a report recorded; they have no metrics."""
-    for record in _parse(path):
+    records = _parse(path)
+    if not isinstance(records, list) or not all(isinstance(each, dict) for each in records):
+        raise ResultsError(
+            f"{path} is not the runs.json of a report: pass that, or a folder of runs"
+        )
+    for record in records:
         if record.get("benchmark") == benchmark:
             _check_result(path, record, benchmark)
             variant = record.pop("variant", "")
@@ -276,7 +281,7 @@ def _check_result(path: Path, result: dict[str, Any], benchmark: str) -> None:
     _check_entries(path, result, _REQUIRED[benchmark])
     for name, least in _LEAST.items():
         value = result.get(name, least)
-        if isinstance(value, bool) or not value >= least:
+        if not _is_number(value) or value < least:
             raise ResultsError(f"{path}: {name!r} is {value!r}, not a number from {least}")
     score = result.get(SCORE)
     if score is not None and not _is_number(score):
@@ -287,7 +292,11 @@ def _check_result(path: Path, result: dict[str, Any], benchmark: str) -> None:
         if values is None:
             continue
         numbers = isinstance(values, list) and all(map(_is_number, [mean, *values]))
-        if not numbers or not math.isclose(sum(values) / len(values), mean, rel_tol=1e-6):
+        if (
+            not numbers
+            or not values
+            or not math.isclose(sum(values) / len(values), mean, rel_tol=1e-6)
+        ):
             raise ResultsError(f"{path}: {name!r} is {mean!r}, not the mean of {of_episodes!r}")
     for name in _TEXTS:
         if not isinstance(result.get(name, ""), str):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tensordict.nn import TensorDictModuleBase
 
 from benchmarks.collect import policy_file, sac
-from benchmarks.collect.options import RANDOM, Options, check_options, env_arguments
+from benchmarks.collect.options import RANDOM, Options, env_arguments
 from benchmarks.collect.output import Fields, Output, Parts
 from benchmarks.collect.rollout import Behaviour, Simulator, collect_rollouts
 from benchmarks.runs import alone_in, versions
@@ -28,13 +28,12 @@ QUANTILES = (0, 25, 50, 75, 90, 95, 98, 100)
 
 
 def run_job(options: Options) -> None:
-    """Collect the dataset of a command line, and print a summary.
+    """Collect the dataset of a checked command line, and print a summary.
 
-    Everything that can be known before is checked before the first step.
+    What the policies and the environment do not allow is told before the first step.
     """
     # The numbers depend on how many threads there are, and small networks gain nothing from two.
     torch.set_num_threads(1)
-    check_options(options)
     output = Output.of(options.out)
     if options.resume and not claimable(output, options):
         print(f"{output.name} is finished; nothing to do")

@@ -9,8 +9,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from matplotlib.axes import Axes
-
 from benchmarks import statistics
 from benchmarks.report import figures
 from benchmarks.report.document import INK, NOTHING, Grid, interval_text
@@ -169,22 +167,20 @@ def text(estimate: Estimate | None, digits: int) -> str:
 
 def draw_aggregates(aggregates: Aggregates, group: Sequence[Cell]) -> Panels:
     """Draw the aggregates with 95 % intervals, one panel for each."""
-    estimates, panels = aggregates.estimates, {}
-    for i, label in enumerate(METRICS) if estimates else ():
+    colour, panels = figures.choose_colours(group), {}
+    for i, label in enumerate(METRICS) if aggregates.estimates else ():
         better = "lower" if label == "optimality gap" else "higher"
-        ax = figures.make_panel(f"{label} ({better} is better)", 0.8 + 0.22 * len(estimates))
-        _intervals(ax, {name: metrics[i] for name, metrics in estimates.items()}, group)
+        ax = figures.make_panel(
+            f"{label} ({better} is better)", 0.8 + 0.22 * len(aggregates.estimates)
+        )
+        for y, (name, estimates) in enumerate(aggregates.estimates.items()):
+            point, low, high = estimates[i]
+            if low is not None and high is not None:
+                ax.barh(y, high - low, left=low, height=0.55, lw=0, color=colour[name], alpha=0.5)
+            ax.plot([point] * 2, [y - 0.275, y + 0.275], color=INK, lw=1.6)
+        ax.use_sticky_edges = False
+        ax.margins(x=0.06)
+        figures.list_names(ax, map(algorithm_label, aggregates.estimates))
         ax.set_xlabel(figures.UNIT[SCORE])
         panels[label] = ax
     return figures.finish(panels)
-
-
-def _intervals(ax: Axes, estimates: Mapping[str, Estimate], group: Sequence[Cell]) -> None:
-    colour = figures.choose_colours(group)
-    for y, (name, (point, low, high)) in enumerate(estimates.items()):
-        if low is not None and high is not None:
-            ax.barh(y, high - low, left=low, height=0.55, lw=0, color=colour[name], alpha=0.5)
-        ax.plot([point] * 2, [y - 0.275, y + 0.275], color=INK, lw=1.6)
-    ax.use_sticky_edges = False
-    ax.margins(x=0.06)
-    figures.list_names(ax, map(algorithm_label, estimates))

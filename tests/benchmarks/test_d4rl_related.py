@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from benchmarks.d4rl.options import RELATED, Estimator, Options, check_options, choose_suite
+from benchmarks.d4rl.options import RELATED, Estimator, Options
 from benchmarks.d4rl.run import Run
 from benchmarks.d4rl.train import build_fine_tuning
 from iwsft import GaussianPolicy, ImportanceWeights
@@ -113,23 +113,6 @@ def test_signed_methods_weigh_all_data_by_their_returns() -> None:
         make_run("topr").curate(equal)
 
 
-@pytest.mark.parametrize(
-    ("algo", "options", "message"),
-    [
-        ("topr", {"alpha": 0.9}, "--alpha 0.9 changes nothing in topr"),
-        ("topr", {"top": 20.0}, "--top 20.0 changes nothing in topr"),
-        ("psft", {"temperature": 2.0}, "--temperature 2.0 changes nothing in psft"),
-        ("minor-sft", {"temperature": 0.0}, "--temperature 0: minor-sft needs one above 0"),
-        ("minor-sft", {"q": "auto"}, "--q auto changes nothing in minor-sft"),
-        ("minor-sft", {"target_ess": 0.5}, "--target-ess 0.5 changes nothing in minor-sft"),
-    ],
-)
-def test_options_without_an_effect_are_refused(
-    algo: str, options: dict[str, Any], message: str
-) -> None:
-    given = Options(algo=(algo,), **options)
-    with pytest.raises(ValueError, match=message):
-        check_options(given, choose_suite(given))
-    assert make_run("minor-sft", temperature=2.0).weights.trajectory == (
-        ImportanceWeights.minor_sft(2.0).trajectory
-    )
+def test_the_temperature_of_minor_sft_is_an_option() -> None:
+    chain = make_run("minor-sft", temperature=2.0).weights
+    assert chain.trajectory == ImportanceWeights.minor_sft(2.0).trajectory

@@ -11,7 +11,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from benchmarks.d4rl.__main__ import main
 from benchmarks.d4rl.options import Options
-from benchmarks.options import check_trackers
 from benchmarks.runs import CONFIG, Run
 from benchmarks.trackers import BOARD, tracked
 from iwsft import metrics
@@ -104,9 +103,3 @@ def test_a_tracker_that_does_not_start_is_named(
         tracked(a_run(tmp_path / "runs"), ["wandb"]),
     ):
         pass
-
-
-def test_trackers_are_checked_first() -> None:
-    check_trackers(["tensorboard"])
-    with pytest.raises(ValueError, match="unknown tracker 'wandbb'; did you mean 'wandb'?"):
-        check_trackers(["wandbb"])

@@ -116,6 +116,7 @@ def test_a_corrupt_file_is_named_and_its_run_left_out(runs: Path, name: str, con
         ("result.json", "steps", -1),
         ("result.json", "episodes", 0),
         ("result.json", "interval", [0.5, 0.1]),
+        ("result.json", "n", "many"),
         # Of another run than the result.
         ("config.json", "algo", "iql"),
         ("config.json", "seed", 4),
@@ -173,6 +174,7 @@ def test_a_copied_run_is_named_and_left_out(runs: Path, to: str, change: dict[st
         {"episode_scores": [50.0, 60.0]},
         {"episode_returns": [0.0]},
         {"episode_scores": ["many"]},
+        {"episode_scores": []},
     ],
 )
 def test_a_score_in_another_unit_is_named(runs: Path, change: dict[str, object]) -> None:
@@ -191,6 +193,11 @@ def test_a_score_in_another_unit_is_named(runs: Path, change: dict[str, object])
 def test_missing_folder_and_no_runs(tmp_path: Path) -> None:
     with pytest.raises(ResultsError, match="is not a folder"):
         read_runs(tmp_path / "nowhere", CONTROL)
+    for content in ('{"seed": 0}', "[1]"):
+        (tmp_path / "result.json").write_text(content)
+        with pytest.raises(ResultsError, match="is not the runs.json of a report"):
+            read_runs(tmp_path / "result.json", CONTROL)
+    (tmp_path / "result.json").unlink()
     with pytest.raises(ResultsError, match="no finished run below"):
         write_report(tmp_path, tmp_path / "report")
     assert not (tmp_path / "report").exists()
