@@ -32,7 +32,7 @@ def select_answers(
     chat: bool,
 ) -> list[dict[str, Any]]:
     """The answers to a prompt that are kept, as rows; the others are counted by their reason."""
-    right = [each["score"] >= options.min_score for each in scores]
+    right = [options.is_right(each["score"]) for each in scores]
     for name, dropped in (("all-wrong", not any(right)), ("all-right", all(right))):
         if dropped and name in options.drop:
             left_out[f"{name} prompts"] += 1
@@ -47,6 +47,8 @@ def select_answers(
             reason = "wrong answers"
         elif not text["text"].strip() or not text["stopped"]:
             reason = "answers without text or end"
+        elif score["score"] is None:
+            reason = "answers on which the verifier failed"
         elif options.deduplicate and text["text"] in seen:
             reason = "duplicates"
         elif taken[good] == options.max_per_prompt:

@@ -139,6 +139,10 @@ class LoopOptions(Repetition, Sampling, Selection, Engine, Output):
         """Whether wrong answers are rows, too: the algorithm, or --q auto, learns from them."""
         return ALGORITHMS[self.algo].signed or self.job.settings.q is not None
 
+    def is_right(self, score: float | None) -> bool:
+        """Whether an answer of this score is right; one without a verdict never is."""
+        return score is not None and score >= self.min_score
+
     @property
     def by_quality(self) -> bool:
         """Whether the algorithm cuts or weighs right answers by their quality."""
@@ -183,6 +187,13 @@ class LoopOptions(Repetition, Sampling, Selection, Engine, Output):
         if self.drop:
             check_once(drop=self.drop)
         verifier_of(self.verifier)
+        if not math.isfinite(self.min_score):
+            raise ValueError(f"--min-score {self.min_score}: a finite number")
+        if self.verifier in VERIFIERS and not 0 < self.min_score <= 1:
+            raise ValueError(
+                f"--min-score {self.min_score:g}: --verifier {self.verifier} gives 0 or 1, so it "
+                "must be above 0 and at most 1"
+            )
         if not 0 < self.sampling_temperature < math.inf:
             temperature = self.sampling_temperature
             raise ValueError(f"--sampling-temperature {temperature}: a finite number above 0")

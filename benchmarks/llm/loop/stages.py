@@ -64,7 +64,7 @@ class LanguageLoop:
         return self._generate(one.folder, one.policy, self.prompts, keys, one.number)
 
     def score(self, one: Round) -> dict[str, Any]:
-        """Verify the answers; of one that has no end the score is 0."""
+        """Verify the answers; one that has no end has no score."""
         keys = _keys(self.prompts, self.options.samples_per_prompt)
         verdicts = self._score(one.folder, self.prompts, keys)
         shares = self._right(verdicts, self.options.samples_per_prompt)
@@ -187,7 +187,7 @@ class LanguageLoop:
             for name in names:
                 generation = texts[name]
                 verdict = self.verifier.verify(by_id[name[0]], generation["text"])
-                score = verdict.score if generation["stopped"] else 0.0
+                score = verdict.score if generation["stopped"] else None
                 problem = {} if verdict.problem is None else {"problem": verdict.problem}
                 entries.append({"score": score, "answer": verdict.answer, **problem})
             broken = _broken([*verdicts, *entries], len(keys))
@@ -203,7 +203,7 @@ class LanguageLoop:
 
     def _right(self, verdicts: Sequence[Generation], samples: int) -> Any:
         """Share of right answers to each prompt."""
-        right = np.array([each["score"] >= self.options.min_score for each in verdicts])
+        right = np.array([self.options.is_right(each["score"]) for each in verdicts])
         return right.reshape(-1, samples).mean(1)
 
     # ---- curate ----

@@ -100,15 +100,18 @@ def _answer(row: Mapping[str, Any], kind: str) -> str:
 
 
 class Verdict(NamedTuple):
-    """What a verifier says: the score, the final answer, and what went wrong."""
+    """What a verifier says: the score, the final answer, and what went wrong.
 
-    score: float
+    ``score`` is None where the call failed, so that no answer is right without a verdict.
+    """
+
+    score: float | None
     answer: str | None
     problem: str | None = None
 
 
 class Verifier:
-    """Scores answers, in a process that is ended where a call hangs; a failed call scores 0.
+    """Scores answers, in a process that is ended where a call hangs.
 
     ``name`` is that of a verifier that compares with the answer of the prompt, with scores 0 and 1,
     or ``MODULE:FUNCTION``, which gets the text and the row and returns a finite number.
@@ -132,7 +135,7 @@ class Verifier:
         if self._function is not None:
             score, problem = self._function(text, prompt.row)
             final = " ".join(text.split()) if answer is None else answer
-            return Verdict(score or 0.0, final, problem)
+            return Verdict(score, final, problem)
         if self._kind == "text" and answer is None:
             answer = text
         if answer is not None and self._kind in _PARSE:

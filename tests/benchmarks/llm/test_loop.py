@@ -39,6 +39,11 @@ def broken(text, row):
 def never(text, row):
     return 0
 
+def debt(text, row):
+    if len(text) % 5 == 0:
+        raise ValueError("no verdict")
+    return parity(text, row) - 2
+
 def odd(text, row):
     if text == "hang":
         time.sleep(60)
@@ -226,7 +231,7 @@ def test_wrong_answers_are_rows_where_they_are_learned_from(
     row = run("--algo", *flags)[1]
     rows = lines(tmp_path / "loop" / "round-1" / "rows.jsonl")
     judged = lines(tmp_path / "loop" / "round-1" / "scores.jsonl")
-    right = sum(each["score"] for each in judged)
+    right = sum(each["score"] or 0 for each in judged)
     assert 0 < sum(each["correct"] for each in rows) <= right
     assert any(not each["correct"] for each in rows) and row["steps"] > 0
     assert all(each["score"] == float(each["correct"]) for each in rows)
@@ -311,6 +316,36 @@ def test_a_broken_verifier_stops_the_loop_and_is_mended(
     assert (tmp_path / "loop" / "round-1" / "generations.jsonl").read_bytes() == samples
 
 
+def test_an_answer_without_a_verdict_is_never_right(
+    run: Callable[..., list[dict[str, Any]]], place: Path, tmp_path: Path
+) -> None:
+    """Neither one that has no end nor one on which the verifier fails, whatever the scores are."""
+    held_out = str(place / "held-out.jsonl")
+    flags = ("--min-score", "-1", "--eval-prompts", held_out, "--eval-samples", "4")
+    row = run(*flags, verifier="debt")[1]
+    prompts = [each["prompt"] for each in lines(place / "prompts.jsonl")]
+    samples = lines(tmp_path / "loop" / "round-1" / "generations.jsonl")
+    right = {
+        (each["id"], each["sample"])
+        for each in samples
+        if each["stopped"]
+        and len(each["text"]) % 5
+        and score(each["text"], prompts[int(each["id"])])
+    }
+    assert any(not each["stopped"] for each in samples) and row["verifier_failed"] > 0
+    assert row["pass_rate"] == pytest.approx(len(right) / len(samples))
+    texts = {each["text"] for each in samples if (each["id"], each["sample"]) in right}
+    trained = lines(tmp_path / "loop" / "round-1" / "rows.jsonl")
+    assert {each["messages"][1]["content"] for each in trained} <= texts
+    tests = lines(tmp_path / "loop" / "round-1" / "evaluation" / "generations.jsonl")
+    asked = [each["prompt"] for each in lines(place / "held-out.jsonl")]
+    passed = [
+        each["stopped"] and len(each["text"]) % 5 and score(each["text"], asked[int(each["id"])])
+        for each in tests
+    ]
+    assert row["score"] == pytest.approx(sum(map(bool, passed)) / len(tests))
+
+
 def test_what_a_verifier_of_the_users_own_may_return(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,10 +355,10 @@ def test_what_a_verifier_of_the_users_own_may_return(
         for text, expected, problem in (
             ("half", 0.5, None),
             ("true", 1.0, None),
-            ("none", 0.0, "TypeError"),
-            ("nan", 0.0, "no finite number"),
-            ("text", 0.0, "no finite number"),
-            ("hang", 0.0, "no verdict in 1 s"),
+            ("none", None, "TypeError"),
+            ("nan", None, "no finite number"),
+            ("text", None, "no finite number"),
+            ("hang", None, "no verdict in 1 s"),
             ("half", 0.5, None),
         ):
             verdict = verifier.verify(prompt, text)
@@ -365,6 +400,7 @@ def test_named_verifiers(
         (["--micro-batch-size", "3"], "--micro-batch-size 3 does not divide the 4 draws"),
         (["--lora-rank", "4"], "pass --start-from base"),
         (["--eval-samples", "4"], "--eval-samples 4 changes nothing without --eval-prompts"),
+        (["--verifier", "math", "--min-score", "0"], "gives 0 or 1, so it must be above 0"),
         (["--sampling-temperature", "0"], "--sampling-temperature 0.0: a finite number above 0"),
         (["--step-clip", "0.5", "2"], "--step-clip .* changes nothing in the algorithms"),
     ],
