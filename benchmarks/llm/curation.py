@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDictBase
 
 from benchmarks.llm.options import Variant
-from benchmarks.llm.recipes.chat import by_prompt
+from benchmarks.llm.recipes.chat import prompt_digest
 from benchmarks.llm.settings import Settings
 from iwsft.curation import curate, join
 from iwsft.datasets.text.rows import Row
@@ -18,7 +18,7 @@ from iwsft.datasets.text.tokens import CORRECT, SCORE
 from iwsft.language import correct_only, tokenize, weigh_correct
 from iwsft.trajectory import MULTIPLICITY, lengths, per_trajectory
 
-# With --q auto, the rows of every fifth prompt choose the exponent and are not trained on.
+# With --q auto, the rows of one prompt in five choose the exponent and are not trained on.
 _EVERY = 5
 
 
@@ -57,15 +57,21 @@ def why_unweighted(rows: Sequence[Row]) -> str | None:
     if len(scores) > 1:
         return None
     which = "have no score" if scores <= {None} else "have the same score"
-    many = f"the {len(judges)} rows that choose it {which}"
+    many = f"the {len(judges)} rows that choose it {which}" if judges else "no prompt chooses it"
     return f"{many}, so --q auto leaves all weights at 1, as in SFT"
 
 
 def _apart(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """Rows to train on, and those of other prompts that choose the exponent."""
-    groups = by_prompt(rows)
-    chosen = {id(row) for group in groups[_EVERY - 1 :: _EVERY] for row in group}
-    return [x for x in rows if id(x) not in chosen], [x for x in rows if id(x) in chosen]
+    """Rows to train on, and those of other prompts that choose the exponent.
+
+    The text of a prompt decides, so that rounds of a loop agree. A data set whose every prompt
+    would choose has none that do.
+    """
+    parts: tuple[list[Row], list[Row]] = [], []
+    for row in rows:
+        # The split of held-out prompts orders them by the first bytes.
+        parts[int.from_bytes(prompt_digest(row)[-4:], "big") % _EVERY == 0].append(row)
+    return parts if parts[0] else (list(rows), [])
 
 
 def curated_rows(

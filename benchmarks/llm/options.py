@@ -273,12 +273,12 @@ def to_file(options: Options, algo: str, seed: int) -> dict[str, Any]:
         changed["preset"] = settings.preset
     for name, value in changed.items():
         replaced = value is None and name in ("max_steps", "epochs")
-        if not replaced and _uses(name, ALGORITHMS[algo], settings):
+        if not replaced and uses(name, ALGORITHMS[algo], settings):
             content[name] = list(value) if isinstance(value, tuple) else value
     return content
 
 
-def _uses(name: str, algorithm: Variant, settings: Settings) -> bool:
+def uses(name: str, algorithm: Variant, settings: Settings) -> bool:
     """Whether a setting changes something in an algorithm."""
     return name not in _USED or _USED[name](algorithm, settings)
 
@@ -287,7 +287,7 @@ def recorded(settings: Settings, algorithm: Variant) -> dict[str, Any]:
     """Settings for ``config.json``, without those of related methods that change nothing."""
     names = [each.name for each in fields(Related)]
     unused = [
-        name for name in names if not (getattr(settings, name) and _uses(name, algorithm, settings))
+        name for name in names if not (getattr(settings, name) and uses(name, algorithm, settings))
     ]
     return {name: value for name, value in asdict(settings).items() if name not in unused}
 
@@ -315,7 +315,7 @@ def check(options: Options, changed: dict[str, Any]) -> None:
     algorithms = [ALGORITHMS[name] for name in options.algo if name != BASE]
     for name, value in changed.items():
         preset = f" with preset {settings.preset!r}" if settings.preset != "recipe" else ""
-        anywhere = any(_uses(name, algorithm, settings) for algorithm in algorithms)
+        anywhere = any(uses(name, algorithm, settings) for algorithm in algorithms)
         check_used(name, value, anywhere, f"in the algorithms asked for{preset}")
     if settings.scheduler == "constant":
         check_used("warmup", changed.get("warmup"), False, "with --scheduler constant")

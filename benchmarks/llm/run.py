@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -46,9 +46,11 @@ from benchmarks.llm.options import (
     choose_q,
     recorded,
     to_file,
+    uses,
 )
 from benchmarks.llm.progress import Progress, now
 from benchmarks.llm.recipes import Prepared, Sources, load_recipe
+from benchmarks.llm.settings import Settings
 from benchmarks.runs import RESULT, alone_in, hardware, versions, write_json
 from iwsft import checkpoint
 from iwsft.fingerprint import file_sha256
@@ -84,6 +86,13 @@ class Run(runs.Run[Options]):
     def algorithm(self) -> Variant | None:
         """The algorithm; None for the base, which is not trained."""
         return None if self.algo == BASE else ALGORITHMS[self.algo]
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of training, with q only where the algorithm chooses it."""
+        settings, algorithm = self.options.settings, self.algorithm
+        used = algorithm is None or uses("q", algorithm, settings)
+        return settings if used else replace(settings, q=None)
 
     @property
     def shared_folder(self) -> Path:
@@ -124,7 +133,7 @@ def curated_of(run: Run, prepared: Prepared, tokenizer: Any) -> TensorDictBase:
     """Curate a recipe's rows for a run, see :func:`benchmarks.llm.curation.curated`."""
     assert run.algorithm is not None
     rows = prepared.rows
-    settings = effective(run.options.settings, rows)
+    settings = effective(run.settings, rows)
     return curated(rows, tokenizer, run.algorithm, settings, seed=run.seed)
 
 
@@ -134,9 +143,9 @@ def check_rows(run: Run, prepared: Prepared) -> None:
     recipe, trusted = load_recipe(run.dataset), run.options.trust_remote_code
     tokenizer = run.tokenizer(prepared)
     data = curated_of(run, prepared, tokenizer)
-    if run.options.settings.q and (reason := why_unweighted(prepared.rows)):
+    if run.settings.q and (reason := why_unweighted(prepared.rows)):
         runs.tell(f"{run}: {reason}")
-    if run.options.settings.normalize_data_weights and data.get(DATA_WEIGHT, default=None) is None:
+    if run.settings.normalize_data_weights and data.get(DATA_WEIGHT, default=None) is None:
         raise ValueError("--normalize-data-weights changes nothing: no row has a weight")
     config = load_config(prepared.model, trust_remote_code=trusted)
     context, longest = context_of(config), int(lengths(data).max())
@@ -247,7 +256,7 @@ _patient_group = cache(lambda: torch.distributed.new_group(backend="gloo", timeo
 
 def training_arguments(run: Run, algorithm: Variant) -> dict[str, Any]:
     """Make the arguments of ``ImportanceWeightedConfig``, and check that they fit the processes."""
-    options, settings, processes = run.options, run.options.settings, run.launch.processes
+    options, settings, processes = run.options, run.settings, run.launch.processes
     own, rest = divmod(settings.batch_size, processes)
     if rest:
         raise ValueError(
@@ -299,7 +308,7 @@ def _trainer(
     progress: Progress,
 ) -> ImportanceWeightedTrainer:
     """Load the model to train, and make its trainer."""
-    settings, algorithm = run.options.settings, run.algorithm
+    settings, algorithm = run.settings, run.algorithm
     assert algorithm is not None
     # DeepSpeed keeps float32 weights of its own.
     half = args.bf16 and run.launch.engine == "deepspeed"
@@ -325,9 +334,9 @@ def _last_choice(run: Run, prepared: Prepared, rows: list[dict[str, float]]) -> 
     """What the judged rows chose last, or why they could not choose."""
     reason = why_unweighted(prepared.rows)
     if reason is not None:
-        return {"rule": run.options.settings.q, "exponent": 0.0, "note": reason}
+        return {"rule": run.settings.q, "exponent": 0.0, "note": reason}
     last_row = next(row for row in reversed(rows) if "exponent" in row)
-    return {"rule": run.options.settings.q, **{name: last_row[name] for name in Choice._fields}}
+    return {"rule": run.settings.q, **{name: last_row[name] for name in Choice._fields}}
 
 
 def _train(run: Run, algorithm: Variant, prepared: Prepared) -> dict[str, Any]:
@@ -357,7 +366,7 @@ def _train(run: Run, algorithm: Variant, prepared: Prepared) -> dict[str, Any]:
         "sync_every": args.sync_every,
         "ema_decay": args.ema_decay,
     }
-    if run.options.settings.q is not None:
+    if run.settings.q is not None:
         trained["q"] = _last_choice(run, prepared, trainer.state.log_history)
     trainer.accelerator.free_memory()
     del trainer

@@ -91,7 +91,7 @@ class Related:
     """What q is divided by in iw-sft and its variants; "none" weighs by q itself."""
     q: Annotated[Literal["auto"] | None, setting("auto", "none, k is fixed")] = None
     """Rule that chooses the temperature at each sync: "auto" takes the one that promises the most
-    right answers, or the best score, on the rows of every fifth prompt, which are not trained."""
+    right answers, or the best score, on the rows of one prompt in five, which are not trained."""
     normalize_data_weights: Annotated[bool, setting()] = False
     """Divide an update by the absolute data weights of its rows, instead of by their number."""
     rwr_beta: Annotated[float, setting("FLOAT")] = 1.0

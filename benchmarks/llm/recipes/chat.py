@@ -71,7 +71,7 @@ class ChatRecipe(Recipe):
         if sources.eval_data is not None:
             held_out = self.read(sources.eval_data)
             check_apart(rows, held_out)
-            groups = sorted(filter(self.testable, by_prompt(held_out)), key=_mark)
+            groups = sorted(filter(self.testable, by_prompt(held_out)), key=_digest)
             if not groups:
                 name = sources.eval_data
                 raise ValueError(f"none of the {len(held_out)} rows of {name} can be tested on")
@@ -99,7 +99,7 @@ class ChatRecipe(Recipe):
         Choice and order depend only on the texts, so no seed moves a prompt from one to the other.
         """
         groups = by_prompt(rows)
-        candidates = sorted(filter(self.testable, groups), key=_mark)
+        candidates = sorted(filter(self.testable, groups), key=_digest)
         held_out = candidates[: round(share * len(candidates))]
         chosen = {id(group) for group in held_out}
         training = [row for group in groups if id(group) not in chosen for row in group]
@@ -238,9 +238,13 @@ def right_against_wrong(
     return {f"{prefix}{name}": value for name, value in figures.items()}
 
 
-def _mark(group: Group) -> bytes:
-    """Order of a group in the split, which depends only on its prompt."""
-    return hashlib.sha256(_prompt(group[0]).encode()).digest()
+def _digest(group: Group) -> bytes:
+    return prompt_digest(group[0])
+
+
+def prompt_digest(row: Row) -> bytes:
+    """A digest of a row's prompt, by which splits choose: they depend on nothing else."""
+    return hashlib.sha256(_prompt(row).encode()).digest()
 
 
 def _prompt(row: Row) -> str:

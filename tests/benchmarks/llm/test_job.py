@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import signal
@@ -175,6 +176,10 @@ def test_finished_runs_stay_and_other_settings_are_refused(
     assert "base/seed-0 holds a run with other settings: settings.data" in refused
 
 
+def _digest(prompt: str) -> int:
+    return int.from_bytes(hashlib.sha256(" ".join(prompt.split()).encode()).digest()[-4:], "big")
+
+
 def test_rows_of_other_prompts_choose_the_temperature(
     job: Callable[..., Path],
     small: tuple[str, str],
@@ -187,12 +192,16 @@ def test_rows_of_other_prompts_choose_the_temperature(
     Path(judged).write_text(
         "".join(json.dumps(row | {"correct": i % 3 > 0}) + "\n" for i, row in enumerate(lines))
     )
-    run = job(tmp_path / "one", "iw-sft-hard", data=judged, flags=flags) / "iw-sft-hard" / "seed-0"
-    result = json.loads((run / "result.json").read_text())
-    prompts = dict.fromkeys(row["prompt"] for row in lines)
-    training = {*prompts} - {*[*prompts][4::5]}
-    right = [row for i, row in enumerate(lines) if row["prompt"] in training and i % 3]
-    assert result["trajectories"] == len(right)
+    folder = job(tmp_path / "one", "sft", "iw-sft-hard", data=judged, flags=flags)
+    results = {
+        algo: json.loads((folder / algo / "seed-0" / "result.json").read_text())
+        for algo in ("sft", "iw-sft-hard")
+    }
+    result, digests = results["iw-sft-hard"], [_digest(row["prompt"]) for row in lines]
+    right = [i for i in range(len(lines)) if i % 3]
+    assert result["trajectories"] == sum(digests[i] % 5 > 0 for i in right) < len(right)
+    # SFT has no temperature, and trains on all right rows.
+    assert results["sft"]["trajectories"] == len(right) and "q" not in results["sft"]
     assert result["q"]["rule"] == "auto" and "note" not in result["q"]
     # Without wrong answers nothing can choose: the run is SFT on all rows, and says so.
     plain = write_rows(tmp_path / "right.jsonl", small[1], drop=0, correct=True)
