@@ -46,6 +46,11 @@ _SWITCH_NAME = re.compile(
     r"(train(ed|able|ing)?|learn(able)?|loss|masks?|masked|(un)?mask(ed)?|weights?|ignored?"
     r"|skip(ped)?|supervised)(_(on|turns?|on_turns?|weights?|masks?))?"
 )
+# Other names of a verdict.
+_VERDICT_NAME = re.compile(
+    r"((is|was|has|answer|all|tests?|final)_)*(correct(ness)?|pass(ed|es)?|verified|valid"
+    r"|accepted|success(ful)?|solved)(_(answer|tests?))?|is_right"
+)
 _OFF_WHERE_TRUE = re.compile(r"(is_)?mask|no_|.*(ignore|skip)")
 # Columns whose text belongs to a conversation.
 _TEXTS = (
@@ -133,7 +138,7 @@ def read(
 
 def _like_a_score(record: Record, name: str) -> bool:
     """Whether a column that is not read may have been meant as the row's score or weight."""
-    if not _SCORE_NAME.fullmatch(str(name)):
+    if not _SCORE_NAME.fullmatch(str(name).lower()):
         return False
     value = _unquoted(record[name])
     return all(map(is_number, value)) if isinstance(value, list) and value else is_number(value)
@@ -263,14 +268,15 @@ def turn_weight(message: Message) -> float:
 
 def _counts_less(name: str, value: Any) -> bool:
     """Whether a name that is not read may say that its text is left out, or has a weight."""
-    if name in {"weight", *_SWITCHES} or not _SWITCH_NAME.fullmatch(str(name)):
+    lower = str(name).lower()
+    if name in {"weight", *_SWITCHES} or not _SWITCH_NAME.fullmatch(lower):
         return False
     value = _unquoted(value)
     if isinstance(value, list):
         return bool(value)
-    if "weight" in name:
+    if "weight" in lower:
         return isinstance(value, int | float) and value != 1
-    return value in (True, False) and value == bool(_OFF_WHERE_TRUE.match(str(name)))
+    return value in (True, False) and value == bool(_OFF_WHERE_TRUE.match(lower))
 
 
 def _unquoted(value: Any) -> Any:
@@ -292,12 +298,17 @@ def _check_unread(record: Record, read: Collection[str], turns: Sequence[Message
     _check_media(record)
     switches = {**_SWITCHES, "unmask": False, "label": True}
     for name, value in record.items():
+        lower = str(name).lower()
+        if name != lower in _READ and record.get(lower) != value:
+            raise ValueError(f"column {name!r} is not read; write it as {lower!r}, or drop it")
         # A label may be the text of a class.
         value = value if name == "label" else _unquoted(value)
         off = name in switches and value in (True, False) and value != switches[name]
         off |= name == "loss_scale" and value not in (None, 1, [])
+        if name != "correct" and value in (False, "no") and record.get("correct") is not False:
+            off |= _VERDICT_NAME.fullmatch(lower) is not None
         repeats = name in _REPEATS and value not in (None, 1)
-        if off or repeats or (name not in switches and _counts_less(name, value)):
+        if off or repeats or (name not in (*switches, *_OPTIONAL) and _counts_less(name, value)):
             way_out = f"write it as {'count' if repeats else 'weight or correct'}, or drop it"
             raise ValueError(f"column {name!r} is not read; {way_out}")
     if record.get("functions"):
@@ -378,6 +389,8 @@ _OPTIONAL: dict[str, tuple[type, Callable[[Any], bool], str]] = {
     "correct": (bool, lambda x: x in (True, False), "true or false"),
     "ref_log_probs": (tuple, lambda _: False, "a list with a finite number for each token"),
 }
+# Columns that are read, some in one kind of row alone.
+_READ = {"messages", "prompt", "completion", *_OPTIONAL}
 
 
 def _optional(value: Any, name: str) -> Any:

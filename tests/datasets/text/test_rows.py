@@ -151,6 +151,8 @@ def test_weights_of_a_turn_by_the_names_of_other_programs(more, weight):
             "message 1: 'train_detail' is not read",
         ),
         ({"trainable": False}, "message 1: 'trainable' is not read; write it"),
+        ({"Train": False}, "message 1: 'Train' is not read; write it as a 'weight'"),
+        ({"Weight": 0.5}, "message 1: 'Weight' is not read; write it as a 'weight'"),
         ({"is_masked": 1}, "message 1: 'is_masked' is not read"),
         ({"no_loss": True, "weight": 1}, "message 1: 'no_loss' is not read"),
         ({"token_weights": [0, 1]}, "message 1: 'token_weights' is not read"),
@@ -171,6 +173,7 @@ HARMLESS: list[dict[str, Any]] = [
     {"trainable": True, "sample_weight": 1.0, "no_loss": False, "train_loss": 0, "skip": None},
     {"system": "", "label": True, "images": [], "history": [], "tools": None, "context": 5},
     {"prompt": [turn("user", "2 + 2?")], "rejected": "5", "label": "arithmetic"},
+    {"correct": False, "is_correct": False, "solved": True, "tests_passed": 3, "right": 0},
 ]
 
 
@@ -212,6 +215,13 @@ def test_a_column_like_a_score_is_told_once(columns, named):
         ({"rejected": "VIER 😀"}, "the answer is not that of column 'chosen'"),
         ({"label": False}, "column 'label' is not read; write it as weight or correct"),
         ({"train": False}, "column 'train' is not read"),
+        ({"is_correct": False}, "column 'is_correct' is not read; write it as weight or correct"),
+        ({"passed": 0}, "column 'passed' is not read"),
+        ({"correct": True, "verified": "false"}, "column 'verified' is not read"),
+        ({"Correct": False}, "column 'Correct' is not read; write it as 'correct', or drop it"),
+        ({"score": 1.0, "Score": 0.5}, "column 'Score' is not read; write it as 'score'"),
+        ({"Train": False}, "column 'Train' is not read"),
+        ({"Loss_Weight": 0.3}, "column 'Loss_Weight' is not read"),
         ({"unmask": True}, "column 'unmask' is not read"),
         ({"sample_weight": 0.3}, "column 'sample_weight' is not read"),
         ({"weights": "2"}, "column 'weights' is not read"),
