@@ -23,7 +23,7 @@ from iwsft.metrics import Row as Row
 from iwsft.progress import Progress
 from iwsft.schedule import Schedule as Schedule
 from iwsft.schedule import course_of, make_optimizer, set_rates
-from iwsft.update import NOISE, Learning, Update, check_static
+from iwsft.update import NOISE, Learning, Update, check_alike, check_static
 
 _STEPS = "steps"
 
@@ -163,13 +163,20 @@ def fit_stack(
     own, and can be resumed alone. Seeds with checkpoints of different updates are trained one after
     another; one that diverges leaves the stack.
 
-    The trainings have the same sizes and schedules, and samplers draw single steps. The other
-    arguments are those of :func:`fit`; the progress is that of the first seed.
+    The trainings have the same settings, sizes and number of updates, and samplers draw single
+    steps. The other arguments are those of :func:`fit`; the progress is that of the first seed.
 
     Returns:
         For each the cost, a share of the processor's time, or the error by which it diverged.
     """
     seeds = [_Seed(each, graph=graph, alone=len(trainings) == 1) for each in trainings]
+    if len(seeds) > 1:
+        samplers: list[Any] = [each.sampler for each in trainings]
+        check_alike(
+            [each.loss for each in trainings],
+            number_of_updates=[seed.steps for seed in seeds],
+            batch_size=[getattr(sampler, "batch_size", None) for sampler in samplers],
+        )
     groups: dict[int, list[_Seed]] = {}
     for seed in seeds:
         if seed.start < seed.steps:

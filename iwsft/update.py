@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
@@ -110,6 +110,32 @@ def check_static(loss: LossModule, sampler: Any, *, graph: bool, stacked: bool) 
     for module in [inner for network in networks for inner in network.modules()]:
         if isinstance(module, nn.Dropout) and module.p:
             raise ValueError("networks with dropout can't be stacked; train one seed at a time")
+
+
+def check_alike(losses: Sequence[LossModule], **others: Sequence[Any]) -> None:
+    """Check that losses have the same settings, and that all values of each other list are equal.
+
+    A stack computes all losses with the settings of the first one.
+    """
+    settings = [_settings(loss) for loss in losses]
+    names = dict.fromkeys(name for one in settings for name in one)
+    others |= {name: [one.get(name) for one in settings] for name in names}
+    for name, values in others.items():
+        if odd := [value for value in values if value != values[0]]:
+            raise ValueError(
+                f"a stack needs one {name} for all seeds, here are {values[0]} and {odd[0]}; train "
+                "them one after another"
+            )
+
+
+def _settings(loss: LossModule) -> dict[str, Any]:
+    """Plain attributes of a loss; ``phase`` changes from update to update."""
+    plain: dict[str, Any] = {"class": type(loss).__name__}
+    for name, value in vars(loss).items():
+        is_plain = is_dataclass(value) or isinstance(value, bool | int | float | str | tuple | None)
+        if is_plain and not name.startswith("_") and name != "phase":
+            plain[name] = value
+    return plain
 
 
 class Stack:

@@ -18,6 +18,7 @@ from iwsft import (
     GaussianPolicy,
     HardSync,
     ImportanceWeightedMLE,
+    ImportanceWeights,
     annotate_reference,
     objective,
     trajectory,
@@ -83,6 +84,31 @@ def assert_close(ours: dict[str, torch.Tensor], alone: dict[str, torch.Tensor]) 
     assert ours.keys() == alone.keys()
     for name, value in alone.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-7, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("option", "first", "second", "named"),
+    [
+        ("importance_weights", *map(ImportanceWeights.paper_control, (1.0, 5.0)), "k=5"),
+        ("proposal", "current", "reference", "one proposal"),
+        ("normalize_data_weights", False, True, "one normalize_data_weights"),
+        ("steps", 3, 4, "one number_of_updates"),
+        ("batch_size", 4, 8, "one batch_size"),
+    ],
+)
+def test_seeds_with_other_settings_are_no_stack(
+    trajectories: TensorDict, option: str, first: Any, second: Any, named: str
+) -> None:
+    data = trajectories.copy()
+    annotate_reference(GaussianPolicy(3, 2, hidden=(8,)), data)
+    trainings = []
+    for value in (first, second):
+        given = {"steps": 3, "batch_size": 4, "proposal": "current", option: value}
+        size, schedule = given.pop("batch_size"), Schedule(given.pop("steps"), 0.01)
+        loss = ImportanceWeightedMLE(GaussianPolicy(3, 2, hidden=(8,)), **given)
+        trainings.append(Training(loss, StepSampler(data, size, seed=0), schedule))
+    with pytest.raises(ValueError, match=named):
+        fit_stack(trainings)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
