@@ -27,7 +27,7 @@ from iwsft.language.loss import token_loss
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.presets import ImportanceWeights
 from iwsft.reference import annotate_reference
-from iwsft.trajectory import TOKENS, lengths
+from iwsft.trajectory import GIVEN_REF_LOG_PROB, TOKENS, lengths
 
 # Tokens of a forward pass.
 _TOKENS = 4096
@@ -59,6 +59,8 @@ def of_run(options: Options, config: dict[str, Any]) -> Source:
         data = curated_rows(rows, tokenizer, given.settings.max_length, (), seed=run.seed)
     _check_rows(prepared.model, data, trusted=given.trust_remote_code)
     weighted = run.algorithm.proposal != "reference"
+    brings = data.get(GIVEN_REF_LOG_PROB, default=None) is not None
+    own = ", or that of a row with ref_log_probs" if brings else ""
     notes = () if weighted else (f"{algo} has no weights; these are those of k = 1.",)
     return _weigh(
         f"{run.dataset}, {algo}, seed {run.seed}",
@@ -68,7 +70,7 @@ def of_run(options: Options, config: dict[str, Any]) -> Source:
         chain if weighted else ImportanceWeights(),
         (
             "q is the model that the run saved.",
-            f"pi_ref is the model that it began with, {_short(prepared.model)}.",
+            f"pi_ref is the model that it began with, {_short(prepared.model)}{own}.",
             f"The data are the rows {of}: {counted(data)}.",
             *notes,
         ),

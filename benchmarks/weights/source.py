@@ -60,7 +60,8 @@ class Source:
     @cached_property
     def raw(self) -> tuple[Tensor, Tensor]:
         """Log-ratios of trajectories (of steps with ``reduce=None``) without transforms, shares."""
-        terms = self._terms(self.make_loss(replace(self.chain, step=(), trajectory=())))
+        plain = replace(self.chain, step=(), trajectory=(), negative=None)
+        terms = self._terms(self.make_loss(plain))
         if self.chain.reduce is None:
             counted = terms.share > 0
             return terms.log_weight[counted], terms.share[counted]

@@ -16,9 +16,17 @@ import torch
 from scipy import stats
 
 from benchmarks.__main__ import main
-from iwsft import GaussianPolicy, curate, datasets, load_policy
+from benchmarks.weights.source import Source
+from iwsft import (
+    GaussianPolicy,
+    ImportanceWeightedMLE,
+    ImportanceWeights,
+    curate,
+    datasets,
+    load_policy,
+)
 from iwsft.curation import trajectory_returns
-from iwsft.trajectory import lengths
+from iwsft.trajectory import from_steps, lengths
 
 DOCS = Path(__file__).parents[2] / "docs"
 DATASET = "hopper-replay-mini"
@@ -161,3 +169,33 @@ def test_a_run_without_weights_shows_those_that_it_would_have(
     html = (folder / "weights/index.html").read_text()
     assert "sft has no weights; these are those of k = 1." in html
     assert read(folder)["weights"]["ESS"] < 1
+
+
+@pytest.mark.parametrize("preset", ["topr", "nft"])
+def test_a_chain_for_wrong_answers_does_not_enter_the_temperatures(preset: str) -> None:
+    """The tables over k are of one log-ratio, the mean over the steps of each trajectory."""
+    sizes, draw = torch.arange(1, 9), torch.Generator().manual_seed(0)
+    ids = torch.arange(len(sizes)).repeat_interleave(sizes)
+    log_q, log_ref = torch.randn(2, len(ids), generator=draw) / 2
+    steps = {
+        "observation": torch.zeros(len(ids), 3),
+        "action": torch.zeros(len(ids), 2),
+        "data_weight": 1.0 - 2 * (ids % 2),
+        "success_rate": torch.full([len(ids)], 0.5),
+        "ref_log_prob": log_ref,
+    }
+    source = Source(
+        name="",
+        notes=(),
+        chain=getattr(ImportanceWeights, preset)(),
+        make_loss=lambda chain: ImportanceWeightedMLE(
+            GaussianPolicy(3, 2), importance_weights=chain, proposal="current"
+        ),
+        trajectories=from_steps(steps, ids),
+        log_q=log_q,
+    )
+    log_ratio = np.array(
+        [float(part.mean()) for part in (log_q - log_ref).double().split(sizes.tolist())]
+    )
+    for k in (0.1, 1.0, 3.0):
+        assert source.ess(k) == pytest.approx(ess(np.exp(k * log_ratio)), rel=1e-5)
