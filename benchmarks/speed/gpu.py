@@ -6,7 +6,7 @@ import gc
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -174,8 +174,8 @@ class DeviceLogProbs(language.LogProbs):
 
 def log_probs(options: Options, sizes: Sizes) -> Iterator[Comparison]:
     """Time and peak memory of log-probs in bfloat16, against full logits and TRL's fused head."""
-    shape = asdict(language.SIZES[options.scale])
-    shape |= {"tokens": sizes.tokens, "hidden": sizes.hidden}
+    shape = {"tokens": sizes.tokens, "hidden": sizes.hidden}
+    shape["vocabulary"] = language.SIZES[options.scale].vocabulary
     pair = DeviceLogProbs(options.device, seed=options.seed, **shape)
     what = f"log-prob and gradient, bfloat16, {sizes.tokens:,} x {shape['vocabulary']:,}"
     ours = _cost(pair.ours, options)
@@ -218,7 +218,7 @@ def decoder(options: Options) -> Iterator[Comparison]:
         "SFT": rows.SFT,
         "TRL's SFTTrainer": rows.TRL,
         "iw-SFT, q = theta": {"proposal": "current"},
-        "iw-SFT, hard sync": {"proposal": "cached", "sync_every": sizes.updates},
+        "iw-SFT, hard sync": {"proposal": "cached"},
         "iw-SFT, EMA": {"proposal": "lagged", "ema_decay": 0.99},
     }
     tokens = sizes.updates * sizes.batch * sizes.length

@@ -20,12 +20,13 @@ class Sizes:
     """Tokens whose log-prob is taken, and sizes of the last layer."""
 
     tokens: int = 4096
+    timed_tokens: int = 1024
     # Qwen2.5's without its padding.
     vocabulary: int = 151_669
     hidden: int = 512
 
 
-SIZES = {"paper": Sizes(), "small": Sizes(tokens=256, vocabulary=16_384, hidden=32)}
+SIZES = {"paper": Sizes(), "small": Sizes(256, 128, vocabulary=16_384, hidden=32)}
 
 
 def measure(options: Options) -> Iterator[Comparison | Check]:
@@ -40,19 +41,20 @@ def measure(options: Options) -> Iterator[Comparison | Check]:
 
 
 def log_probs(options: Options, sizes: Sizes) -> Iterator[Comparison | Check]:
-    """Agreement, peak memory of loss and gradient above the inputs, and time."""
-    shape = asdict(sizes) | {"seed": options.seed}
-    size = f"{sizes.tokens:,} tokens x {sizes.vocabulary:,} vocabulary, hidden {sizes.hidden}"
+    """Agreement and time on fewer tokens, then peak memory of loss and gradient."""
+    size = f"{sizes.vocabulary:,} vocabulary, hidden {sizes.hidden}"
     peer_name = "full logits, log_softmax, gather (plain torch)"
-    pair = LogProbs(**shape)
+    shape = asdict(sizes) | {"seed": options.seed}
+    tokens = shape.pop("timed_tokens")
+    pair = LogProbs(**shape | {"tokens": tokens})
     name = "gradient of log-probs against that of full logits, relative difference"
     yield Check(name, pair.disagreement(), GRADIENT_LIMIT)
-    ours, plain = (
-        peak_mb_of_child("benchmarks.speed.language", ours=ours, **shape) for ours in (True, False)
-    )
-    yield Comparison(f"peak memory of log-prob and gradient, {size}", ours, plain, "MB", peer_name)
     times = paired(pair.ours, pair.plain, options.repeats)
-    yield times.row(f"log-prob and gradient, {size}", peer_name, "ms", "per batch")
+    what = "log-prob and gradient"
+    yield times.row(f"{what}, {tokens:,} tokens x {size}", peer_name, "ms", "per batch")
+    ours, plain = (peak_mb_of_child(__name__, ours=ours, **shape) for ours in (True, False))
+    name = f"peak memory of {what}, {sizes.tokens:,} tokens x {size}"
+    yield Comparison(name, ours, plain, "MB", peer_name)
 
 
 class LogProbs:

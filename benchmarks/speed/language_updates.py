@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from benchmarks.speed.measure import Check, Comparison, Times, peak_mb_of_child
 from benchmarks.speed.options import Options
 from iwsft.language.config import ImportanceWeightedConfig
 from iwsft.language.trainer import ImportanceWeightedTrainer
+from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.presets import ImportanceWeights
 from iwsft.trajectory import ASSISTANT_MASK, ATTENTION_MASK, DATA_WEIGHT, TOKENS, from_steps
 
@@ -55,76 +56,56 @@ class Sizes:
     # Updates of a block, which is an epoch, and between hard syncs.
     updates: int = 4
     # Blocks for each repeat that the options ask for.
-    blocks: int = 3
+    blocks: int = 2
 
 
 SIZES = {
     "paper": Sizes(),
-    "small": Sizes(
-        batch=2,
-        length=16,
-        trained=8,
-        width=32,
-        inner=128,
-        layers=1,
-        vocabulary=64,
-        updates=2,
-        blocks=1,
-    ),
+    "small": Sizes(2, 16, 8, width=32, inner=128, layers=1, vocabulary=64, updates=2, blocks=1),
+}
+WEIGHTED: dict[str, dict[str, Any]] = {
+    "iw-SFT update, q = theta": {"proposal": "current"},
+    "iw-SFT update, a hard sync each block": {"proposal": "cached"},
+    "iw-SFT update, EMA": {"proposal": "lagged", "ema_decay": 0.99},
+    "SFT update with data weights": {**SFT, "weighted": True},
+    "DFT update": {"importance_weights": ImportanceWeights.dft()},
+    "EAFT update": {"importance_weights": ImportanceWeights.eaft()},
 }
 
 
 def measure(options: Options, sizes: Sizes) -> Iterator[Comparison | Check]:
-    """Yield the agreement with TRL, then the times of all ways in turn, then memory."""
+    """Yield the agreement with TRL, memory and time against it, then our updates against SFT."""
     yield agreement(options, sizes)
-    every = sizes.updates
-    others: dict[str, dict[str, Any]] = {
-        "iw-SFT update, q = theta": {"proposal": "current"},
-        f"iw-SFT update, hard sync every {every} updates": {
-            "proposal": "cached",
-            "sync_every": every,
-        },
-        "iw-SFT update, EMA": {"proposal": "lagged", "ema_decay": 0.99},
-        "SFT update with data weights": {**SFT, "weighted": True},
-        "DFT update": {"importance_weights": ImportanceWeights.dft()},
-        "EAFT update": {"importance_weights": ImportanceWeights.eaft()},
-    }
-    ways = {"SFT": SFT, "TRL": TRL, **others}
+    shape = {"seed": options.seed, "sizes": asdict(sizes)}
+    ours, peer = (peak_mb_of_child(__name__, settings=way, **shape) for way in (SFT, TRL))
+    shapes = f"{sizes.batch} x {sizes.length} tokens"
+    name = f"SFT, {shapes}, {sizes.trained} of them trained, vocabulary {sizes.vocabulary:,}"
+    yield Comparison(f"peak memory of {name}", ours, peer, "MB", "TRL's SFTTrainer")
     with tempfile.TemporaryDirectory() as folder:
-        runs = {
-            name: TimedRun(build_trainer(Path(folder) / str(i), settings, options.seed, sizes))
-            for i, (name, settings) in enumerate(ways.items())
+
+        def run(settings: dict[str, Any] | None, sizes: Sizes) -> TimedRun:
+            place = tempfile.mkdtemp(dir=folder)
+            return TimedRun(build_trainer(Path(place), settings, options.seed, sizes))
+
+        def pair(ours: Callable[[], float], peer: Callable[[], float]) -> Times:
+            # The first block has the costs of a first call.
+            blocks = [(ours(), peer()) for _ in range(1 + sizes.blocks * options.repeats)][1:]
+            return Times([seconds for seconds, _ in blocks], [seconds for _, seconds in blocks])
+
+        per = sizes.updates * sizes.batch * sizes.length
+        peer_name = "TRL's SFTTrainer on the same model, data and batch"
+        for trained in (sizes.length, sizes.trained):
+            given = replace(sizes, trained=trained)
+            sft = run(SFT, given)
+            name = f"SFT, {shapes}, {trained} of them trained"
+            times = pair(sft, run(TRL, given))
+            yield times.row(name, peer_name, "us", "per token", per=per)
+        ways: dict[str, Callable[[], float]] = {
+            "log-probs of a batch without gradient": sft.forward,
+            **{name: run(settings, sizes) for name, settings in WEIGHTED.items()},
         }
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for block in range(1 + sizes.blocks * options.repeats):
-            for name, run in runs.items():
-                taken = run()
-                # The first block has the costs of a first call.
-                if block > 0:
-                    seconds[name].append(taken)
-    shape = f"{sizes.batch} x {sizes.length} tokens, {sizes.trained} trained"
-    yield Times(seconds["SFT"], seconds["TRL"]).row(
-        f"SFT, {shape}, vocabulary {sizes.vocabulary:,}",
-        "TRL's SFTTrainer on the same model, data and batch",
-        "us",
-        "per token",
-        per=sizes.updates * sizes.batch * sizes.length,
-    )
-    for name in others:
-        yield Times(seconds[name], seconds["SFT"]).row(
-            f"{name}, {shape}", "our SFT", "ms", "per update", per=sizes.updates
-        )
-    ours, peer = (
-        peak_mb_of_child(
-            "benchmarks.speed.language_updates",
-            settings=settings,
-            seed=options.seed,
-            sizes=asdict(sizes),
-        )
-        for settings in (SFT, TRL)
-    )
-    name = f"peak memory of SFT, {sizes.batch} x {sizes.length} tokens, vocabulary "
-    yield Comparison(f"{name}{sizes.vocabulary:,}", ours, peer, "MB", "TRL's SFTTrainer")
+        for name, way in ways.items():
+            yield pair(way, sft).row(name, "our SFT update", "ms", "per update", per=sizes.updates)
 
 
 def agreement(options: Options, sizes: Sizes) -> Check:
@@ -162,6 +143,15 @@ class TimedRun(TrainerCallback):
     def __call__(self) -> float:
         self._trainer.train()
         return self._stop - self._start
+
+    @torch.no_grad()
+    def forward(self) -> float:
+        """Return the seconds of a pass over the batches of a block, without gradient."""
+        model: Any = self._trainer.model
+        policy, start = CausalLMPolicy(model), self._now()
+        for batch in self._trainer.get_train_dataloader():
+            policy.log_prob(batch)
+        return self._now() - start
 
 
 def build_trainer(
@@ -209,6 +199,8 @@ def build_trainer(
         trainer = build_trl_trainer(model, ids, common, sizes)
     else:
         own = dict(settings)
+        if own.get("proposal") == "cached":
+            own["sync_every"] = sizes.updates
         weights, weighted = own.pop("importance_weights", None), own.pop("weighted", False)
         trainer = ImportanceWeightedTrainer(
             model,
