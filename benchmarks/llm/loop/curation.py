@@ -80,7 +80,8 @@ def trainable(
                 return False
         return True
 
-    if not rows or encodes(rows):
+    different = list({repr(row): row for row in rows}.values())
+    if not rows or encodes(different):
         return rows
     fitting = [row for row in rows if encodes([row])]
     changed = "answers that the tokenizer or the chat template changes"
