@@ -6,7 +6,7 @@ Each method trains with the tuning seeds at every rate, in OUT/lr-RATE. Its rate
 largest share of right answers to problems of validation, which no test asks. While that is the
 smallest or the largest rate tried, one more is tried beyond it, at most ``--more`` times. The seeds
 that are reported train at the rate, in OUT/llm/arithmetic. A second call continues what was cut
-off. OUT/report has the figures, and all runs as runs.json, which ``scripts.method_tables`` reads.
+off. OUT/report has the figures, and all runs as runs.json, which ``scripts.tables`` reads.
 """
 
 from __future__ import annotations

@@ -1,15 +1,8 @@
-"""Write the tables of docs/methods.md from the records in docs/results.
-
-    python -m scripts.method_tables
-
-A table follows the line that names its records: ``<!-- methods.json -->``. The commands on the page
-write them: bandit.json of ``benchmarks.bandit``, and runs.json of a report.
-"""
+"""Tables of docs/methods.md, from the numbers of ``benchmarks.bandit`` and the runs of a report."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,29 +23,15 @@ from benchmarks.report.language import (
 from benchmarks.report.scores import Cell, algorithm_label, algorithm_rank
 from benchmarks.statistics import difference, t_interval
 
-DOCS = Path(__file__).parents[1] / "docs"
 _BANDIT = "methods-bandit"
 
 
-def main() -> None:
-    """Replace the tables of the page."""
-    page = DOCS / "methods.md"
-    page.write_text(with_tables(page.read_text(), DOCS / "results"))
-
-
-def with_tables(text: str, results: Path) -> str:
-    """The text of a page with the table of each record that it names."""
-
-    def table(match: re.Match[str]) -> str:
-        name = match[1]
-        if name == f"{_BANDIT}.json":
-            grid = bandit_grid(*(_bandit(results, end) for end in ("", "-quarter")))
-        else:
-            (recipe,) = (r for r in read_recipes(results / name) if "/" not in r.name)
-            grid = gsm8k_grid(recipe) if recipe.name == "gsm8k" else arithmetic_grid(recipe)
-        return f"<!-- {name} -->\n\n{grid.markdown()}\n"
-
-    return re.sub(r"<!-- (\S+\.json) -->\n\n(?:\|.*\n)*", table, text)
+def method_grid(name: str, results: Path) -> Grid:
+    """The table of a file of records of methods."""
+    if name == f"{_BANDIT}.json":
+        return bandit_grid(*(_bandit(results, end) for end in ("", "-quarter")))
+    (recipe,) = (r for r in read_recipes(results / name) if "/" not in r.name)
+    return gsm8k_grid(recipe) if recipe.name == "gsm8k" else arithmetic_grid(recipe)
 
 
 def _bandit(results: Path, end: str) -> Mapping[str, Mapping[str, Any]]:
@@ -136,7 +115,3 @@ def _over(values: Sequence[float], interval: tuple[float, float] | None = None) 
         low, high = t_interval(values)
         interval = float(low), float(high)
     return f"{np.mean(values):.3f} ({interval_text(interval, 3)})"
-
-
-if __name__ == "__main__":
-    main()

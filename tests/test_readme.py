@@ -1,4 +1,4 @@
-"""The README's Python runs as it is, and its figures are those of the recorded runs."""
+"""The README's Python runs as it is, and its figures of language are those of the records."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ from typing import Any
 import pytest
 
 from benchmarks.report.document import interval_text
-from benchmarks.report.scores import cells
-from benchmarks.results import CONTROL, read_runs
 from iwsft.samplers import TrajectorySampler
 
 ROOT = Path(__file__).parents[1]
-ALGORITHMS = ("sft-q", "k0/iw-sft-q", "iw-sft-q", "auto/iw-sft-q")
 
 
 def test_the_lines_of_python_train_and_score_a_policy(capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,14 +34,6 @@ def test_the_lines_of_python_train_and_score_a_policy(capsys: pytest.CaptureFixt
 def test_its_figures_are_those_of_the_recorded_runs() -> None:
     text = (ROOT / "README.md").read_text()
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line[:2] == "| "]
-    start = next(i for i, line in enumerate(lines) if line[0] == "algorithm")
-    runs = read_runs(ROOT / "docs/results/runs.json", CONTROL)
-    scored = {(cell.algo, cell.dataset): cell for cell in cells(runs)}
-    for algo, (_, *texts) in zip(ALGORITHMS, lines[start + 1 :], strict=False):
-        for dataset, shown in zip(lines[start][1:], texts, strict=True):
-            cell = scored[algo, dataset]
-            assert shown == f"{cell.mean:.1f} ({interval_text(cell.interval)})"
-
     rows = json.loads((ROOT / "docs/results/arithmetic.json").read_text())["rows"]
     shown = [f"{row['score']:.3f} ({interval_text(row['interval'], digits=3)})" for row in rows[1:]]
     (line,) = (line for line in lines if line[0] == f"{rows[0]['score']:.3f}")

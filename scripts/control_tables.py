@@ -1,0 +1,62 @@
+"""Tables of the control results, in README and docs/results.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from benchmarks.report.aggregates import signed
+from benchmarks.report.document import NOTHING, Grid, interval_text
+from benchmarks.report.scores import Cell, cells, compare, datasets
+from benchmarks.results import RecordedRun
+
+ALGORITHMS = {
+    "sft-q": "SFT(Q)",
+    "k0/iw-sft-q": "iw-SFT(Q), all weights 1",
+    "iw-sft-q": "iw-SFT(Q), k of Table 4",
+    "auto/iw-sft-q": "iw-SFT(Q), --q auto",
+}
+DIFFERENCES = {
+    "k of Table 4 - all weights 1": ("iw-sft-q", "k0/iw-sft-q"),
+    "--q auto - all weights 1": ("auto/iw-sft-q", "k0/iw-sft-q"),
+    "k of Table 4 - SFT(Q)": ("iw-sft-q", "sft-q"),
+    "--q auto - SFT(Q)": ("auto/iw-sft-q", "sft-q"),
+    "all weights 1 - SFT(Q)": ("k0/iw-sft-q", "sft-q"),
+}
+
+
+def score_grid(runs: Sequence[RecordedRun]) -> Grid:
+    """Mean scores with their 95 % intervals, one row for each dataset."""
+    by_name = _by_name(runs)
+    grid = Grid(["dataset", *ALGORITHMS.values()], left=1)
+    for dataset in datasets(by_name.values()):
+        row = [_score(by_name.get((dataset, algo))) for algo in ALGORITHMS]
+        grid.rows.append([dataset, *row])
+    return grid
+
+
+def difference_grid(runs: Sequence[RecordedRun]) -> Grid:
+    """Differences of mean scores with their 95 % intervals, one row for each dataset."""
+    by_name = _by_name(runs)
+    grid = Grid(["dataset", *DIFFERENCES], left=1)
+    for dataset in datasets(by_name.values()):
+        pairs = ([by_name.get((dataset, algo)) for algo in pair] for pair in DIFFERENCES.values())
+        grid.rows.append([dataset, *(_difference(*pair) for pair in pairs)])
+    return grid
+
+
+def _by_name(runs: Sequence[RecordedRun]) -> dict[tuple[str, str], Cell]:
+    return {(cell.dataset, cell.algo): cell for cell in cells(runs)}
+
+
+def _score(cell: Cell | None) -> str:
+    return NOTHING if cell is None else f"{cell.mean:.1f} ({interval_text(cell.interval)})"
+
+
+def _difference(ours: Cell | None, others: Cell | None) -> str:
+    difference = None if ours is None or others is None else compare([ours], [others])
+    if ours is None or others is None or difference is None:
+        return NOTHING
+    same = ours.seeds == others.seeds and np.array_equal(ours.values, others.values)
+    return "0 in each run" if same else signed(difference)

@@ -1,0 +1,74 @@
+"""The tables of the pages are those of their records."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from benchmarks.report.language import RecipeRuns
+from benchmarks.report.scores import Cell
+from benchmarks.results import CONTROL, RecordedRun, read_runs
+from scripts.control_tables import DIFFERENCES, difference_grid
+from scripts.method_tables import gsm8k_grid
+from scripts.tables import PAGES, RESULTS, with_tables
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_a_page_has_the_tables_of_its_records(path: Path) -> None:
+    page = path.read_text()
+    assert " -->" in page and with_tables(page, RESULTS) == page
+
+
+def test_differences_of_control_are_those_of_paired_seeds() -> None:
+    records = json.loads((RESULTS / "runs.json").read_text())
+
+    def scores(algo: str) -> list[float]:
+        own = [
+            run
+            for run in records
+            if run["dataset"] == "hopper-replay"
+            and "/".join(filter(None, (run.get("variant"), run["algo"]))) == algo
+        ]
+        return [run["normalized_score"] for run in sorted(own, key=lambda run: run["seed"])]
+
+    grid = difference_grid(read_runs(RESULTS / "runs.json", CONTROL))
+    (row,) = (row for row in grid.rows if row[0] == "hopper-replay")
+    for text, (first, second) in zip(row[1:], DIFFERENCES.values(), strict=True):
+        interval = stats.ttest_rel(scores(first), scores(second)).confidence_interval()
+        low, high = (float(end) for end in text.partition("(")[2].rstrip(")").split(" to "))
+        assert (low, high) == pytest.approx((interval.low, interval.high), abs=0.051)
+
+
+def _cell(algo: str, wins: list[float]) -> Cell:
+    result = {
+        "score": sum(wins) / len(wins),
+        "interval": [0.0, 1.0],
+        "steps": 0 if algo == "base" else 3,
+        "margin": 0.5,
+        "right_log_prob": -1.0,
+        "of_prompts": {"score": wins, "margin": [2 * win for win in wins]},
+        "cpu_seconds": {"base": 2.0, "sft": 6.0}.get(algo, 10.0),
+        "evaluation_cpu_seconds": 2.0,
+    }
+    return Cell(
+        "gsm8k", algo, (RecordedRun(Path(), "", "gsm8k", algo, 0, result, {}, []),), "score"
+    )
+
+
+def test_models_are_compared_on_the_same_questions() -> None:
+    cells = [
+        _cell("base", [0, 1, 0, 1]),
+        _cell("sft", [0, 1, 0.5, 1]),
+        _cell("dft", [1, 1, 0.5, 1]),
+    ]
+    base, sft, dft = gsm8k_grid(RecipeRuns("gsm8k", cells, [])).rows
+    assert base[2] == base[4] == sft[5] == "-"
+    # A mean difference of 1/8 with a deviation of 1/4: t of 3 degrees of freedom is 3.1824.
+    half = pytest.approx(3.1824 * 0.25 / 2, abs=1e-3)
+    low, high = (float(end) for end in sft[2].partition("(")[2].rstrip(")").split(" to "))
+    assert sft[2].startswith("+0.125") and (high - low) / 2 == half
+    assert dft[5].startswith("+0.500")
+    assert (sft[-1], dft[-1], base[-1]) == ("1.0", "2.0", "-")
