@@ -141,7 +141,7 @@ def test_a_round_is_what_its_files_say(
         assert (first["ESS"], first["weight_max"], first["weight_mean"]) == (1, 1, 1)
         # Held-out answers, with the same luck in each round.
         tests = lines(folder / "evaluation" / "scores.jsonl")
-        assert row["score"] == sum(each["score"] for each in tests) / 10
+        assert row["score"] == sum(each["score"] or 0 for each in tests) / 10
         seeds = [each["seed"] for each in lines(folder / "evaluation" / "generations.jsonl")]
         start = tmp_path / "loop" / "round-0" / "evaluation" / "generations.jsonl"
         assert seeds == [each["seed"] for each in lines(start)]
