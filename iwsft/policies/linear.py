@@ -64,7 +64,7 @@ def onednn_layers(model: nn.Module) -> Iterator[None]:
     plain = [
         m for m in modules if type(m).forward is nn.Linear.forward and "forward" not in vars(m)
     ]
-    layers = [layer for layer in plain if not is_traceable_wrapper_subclass(layer.weight)]
+    layers = [layer for layer in plain if not _is_sharded(layer.weight)]
     # On the instance, so that hooks around a call stay.
     for layer in layers:
         layer.forward = partial(Linear.forward, layer)  # type: ignore[arg-type]
@@ -73,6 +73,11 @@ def onednn_layers(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward
+
+
+def _is_sharded(weight: Tensor) -> bool:
+    """Whether a weight is a part, or a view at any address, on which oneDNN's bits depend."""
+    return is_traceable_wrapper_subclass(weight) or hasattr(weight, "ds_id")
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

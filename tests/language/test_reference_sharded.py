@@ -181,6 +181,8 @@ def _work(rank: int, folder: str) -> None:
     # Its collectives for one machine take minutes to compile; gloo has the same.
     deepspeed.comm.torch.build_shm_op = lambda: None
     torch.set_num_threads(1)
+    # Sharded layers take torch's products, so whole ones do here, too.
+    torch.backends.mkldnn.enabled = False
     reference._PART = 1
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for wrap in (_replicated, _fsdp2, _zero3):
