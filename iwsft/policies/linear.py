@@ -75,7 +75,7 @@ def onednn_layers(model: nn.Module) -> Iterator[None]:
             del layer.forward
 
 
-def _is_sharded(weight: Tensor) -> bool:
+def _is_sharded(weight: Any) -> bool:
     """Whether a weight is a part, or a view at any address, on which oneDNN's bits depend."""
     return is_traceable_wrapper_subclass(weight) or hasattr(weight, "ds_id")
 
