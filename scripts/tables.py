@@ -37,9 +37,9 @@ def with_tables(text: str, results: Path) -> str:
         else:
             grid = _CONTROL[kind](read_runs(results / name, CONTROL))
         mark = " ".join(filter(None, (name, kind)))
-        return f"<!-- {mark} -->\n\n{grid.markdown()}\n"
+        return f"<!-- {mark} -->\n\n{grid.markdown()}\n\n"
 
-    return re.sub(r"<!-- (\S+\.json)(?: (\w+))? -->\n\n(?:\|.*\n)*", table, text)
+    return re.sub(r"<!-- (\S+\.json)(?: (\w+))? -->\n\n(?:\|.*\n)*\n*", table, text)
 
 
 if __name__ == "__main__":
