@@ -15,13 +15,13 @@ ALGORITHMS = {
     "sft-q": "SFT(Q)",
     "k0/iw-sft-q": "iw-SFT(Q), all weights 1",
     "iw-sft-q": "iw-SFT(Q), k of Table 4",
-    "auto/iw-sft-q": "iw-SFT(Q), --q auto",
+    "auto/iw-sft-q": "iw-SFT(Q), auto",
 }
 DIFFERENCES = {
     "k of Table 4 - all weights 1": ("iw-sft-q", "k0/iw-sft-q"),
-    "--q auto - all weights 1": ("auto/iw-sft-q", "k0/iw-sft-q"),
+    "auto - all weights 1": ("auto/iw-sft-q", "k0/iw-sft-q"),
     "k of Table 4 - SFT(Q)": ("iw-sft-q", "sft-q"),
-    "--q auto - SFT(Q)": ("auto/iw-sft-q", "sft-q"),
+    "auto - SFT(Q)": ("auto/iw-sft-q", "sft-q"),
     "all weights 1 - SFT(Q)": ("k0/iw-sft-q", "sft-q"),
 }
 
