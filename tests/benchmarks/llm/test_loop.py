@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 from benchmarks.llm.__main__ import loop, main
 from benchmarks.llm.loop.options import parse
-from benchmarks.llm.loop.verifiers import Prompt, Verifier, read_prompts
+from benchmarks.llm.loop.verifiers import Prompt, Verifier
 from benchmarks.llm.recipes.arithmetic import BaseSettings
 from benchmarks.llm.recipes.arithmetic.base import config, tokenizer
 from benchmarks.llm.recipes.arithmetic.task import problems
@@ -367,27 +367,6 @@ def test_what_a_verifier_of_the_users_own_may_return(
 
 
 @pytest.mark.parametrize(
-    ("name", "answer", "text", "expected"),
-    [
-        ("integer", "18", "So 9 + 9. Answer: 18.", (1, "18")),
-        ("integer", "#### 1,018", "The answer is 18", (0, "18")),
-        ("integer", "18", "I do not know", (0, None)),
-        ("choice", "B", "Answer: (B)", (1, "B")),
-        ("exact", "to be", " to  be ", (1, " to  be ")),
-        ("exact", "to be", "not to be", (0, "not to be")),
-        ("math", r"\frac{1}{2}", r"\boxed{\dfrac{1}{2}}", (1, r"\dfrac{1}{2}")),
-    ],
-)
-def test_named_verifiers(
-    tmp_path: Path, name: str, answer: str, text: str, expected: tuple[int, str | None]
-) -> None:
-    write(tmp_path / "rows.jsonl", [{"problem": "?", "answer": answer}])
-    (prompt,) = read_prompts(str(tmp_path / "rows.jsonl"), name)
-    with Verifier(name) as verifier:
-        assert verifier.verify(prompt, text)[:2] == expected
-
-
-@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--max-tokens", "60"], "the prompt has .* 60 new ones do not fit .* context of 64"),
@@ -411,22 +390,6 @@ def test_bad_input_is_told_before_anything_is_generated(
     with pytest.raises(SystemExit, match=message):
         run(*flags)
     assert not (tmp_path / "loop").exists()
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"prompt": "1+1="}, "jsonl.*there is no answer"),
-        ({"prompt": "1+1=", "answer": "two"}, "the answer is 'two'; --verifier wants a whole"),
-        ({"text": "1+1=", "answer": "2"}, "a prompt is text or messages, in a column"),
-        ({"messages": [{"role": "assistant", "content": "2"}]}, "ends with an assistant's"),
-        ({"prompt": " ", "answer": "2"}, "the prompt is empty"),
-    ],
-)
-def test_rows_that_are_no_prompts(tmp_path: Path, row: dict[str, Any], message: str) -> None:
-    write(tmp_path / "rows.jsonl", [row])
-    with pytest.raises(ValueError, match=message):
-        read_prompts(str(tmp_path / "rows.jsonl"), "integer")
 
 
 def test_held_out_prompts_and_settings_of_another_loop(

@@ -1,0 +1,48 @@
+"""Prompts of the language loop, and the verifiers that compare with their answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.llm.loop.verifiers import Verifier, read_prompts
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "text", "expected"),
+    [
+        ("integer", "18", "So 9 + 9. Answer: 18.", (1, "18")),
+        ("integer", "#### 1,018", "The answer is 18", (0, "18")),
+        ("integer", "18", "I do not know", (0, None)),
+        ("choice", "B", "Answer: (B)", (1, "B")),
+        ("exact", "to be", " to  be ", (1, " to  be ")),
+        ("exact", "to be", "not to be", (0, "not to be")),
+        ("math", r"\frac{1}{2}", r"\boxed{\dfrac{1}{2}}", (1, r"\dfrac{1}{2}")),
+    ],
+)
+def test_named_verifiers(
+    tmp_path: Path, name: str, answer: str, text: str, expected: tuple[int, str | None]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"problem": "?", "answer": answer}))
+    (prompt,) = read_prompts(str(tmp_path / "rows.jsonl"), name)
+    with Verifier(name) as verifier:
+        assert verifier.verify(prompt, text)[:2] == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "1+1="}, "jsonl.*there is no answer"),
+        ({"prompt": "1+1=", "answer": "two"}, "the answer is 'two'; --verifier wants a whole"),
+        ({"text": "1+1=", "answer": "2"}, "a prompt is text or messages, in a column"),
+        ({"messages": [{"role": "assistant", "content": "2"}]}, "ends with an assistant's"),
+        ({"prompt": " ", "answer": "2"}, "the prompt is empty"),
+    ],
+)
+def test_rows_that_are_no_prompts(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=message):
+        read_prompts(str(tmp_path / "rows.jsonl"), "integer")
