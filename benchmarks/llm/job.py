@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 from benchmarks import monitor, places, sweep
 from benchmarks.commands import program
 from benchmarks.llm.card import change_line, write_card
-from benchmarks.llm.launch import Hardware, Launch, choose, launched, start, threads_of
-from benchmarks.llm.memory import DecoderSizes, Setup
+from benchmarks.llm.launch import Hardware, Launch, States, choose, launched, start, threads_of
 from benchmarks.llm.models import load_config
 from benchmarks.llm.options import ALGORITHMS, BASE, Options, to_file
 from benchmarks.llm.recipes import Prepared
@@ -181,11 +181,11 @@ def _launch(
 ) -> int:
     """Start the job again under accelerate by ``words``, one run after the other."""
     hardware = Hardware.here()
+    states = None
     if not options.deepspeed and hardware.gpus:
         # Which config fits depends on the model.
-        launch = _fitting_launch(prepare(runs[0]).model, runs[0], hardware)
-    else:
-        launch = choose(options.deepspeed[0] if options.deepspeed else None, hardware)
+        states = _states(prepare(runs[0]).model, runs[0])
+    launch = choose(options.deepspeed[0] if options.deepspeed else None, hardware, states)
     runs = [replace(run, launch=launch) for run in runs]
     # Once, and not by all processes at a time.
     _prepare(runs, [*{run.seed: run for run in _open(runs)}.values()])
@@ -200,17 +200,20 @@ def _launch(
     return 0
 
 
-def _fitting_launch(model: str, run: Run, hardware: Hardware) -> Launch:
+def _states(model: str, run: Run) -> States:
+    """What training the model has in memory, apart from activations."""
     settings, trusted = run.options.settings, run.options.trust_remote_code
-    setup = Setup(
-        half=settings.precision == "bfloat16",
-        checkpointing=settings.gradient_checkpointing,
-        tokens=(settings.micro_batch_size or 1) * (settings.max_length or 4096),
-        proposal="current" if run.algorithm is None else run.algorithm.proposal,
-    )
     config = load_config(model, trust_remote_code=trusted)
-    sizes = DecoderSizes.of(config, lora_rank=settings.lora_rank)
-    return choose(None, hardware, model=sizes, setup=setup)
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+    parameters = made.num_parameters()
+    return States.of(
+        parameters,
+        # Adapters are small against the model.
+        trained=0 if settings.lora_rank is not None else parameters,
+        half=settings.precision == "bfloat16",
+        lagged=run.algorithm is not None and run.algorithm.proposal == "lagged",
+    )
 
 
 def _take_part(runs: Sequence[Run]) -> None:

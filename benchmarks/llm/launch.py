@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -33,7 +34,6 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from benchmarks.llm.memory import ENGINES, DecoderSizes, Setup, training_memory
 from benchmarks.options import check_known
 from benchmarks.places import cores
 from iwsft.extras import require
@@ -42,8 +42,8 @@ CONFIGS = Path(__file__).parent / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 # The variable that tells a process what it was started as.
 VARIABLE = "IWSFT_LAUNCH"
-# The share of a GPU's or host's memory that training may take; allocators and the system lose some.
-_USABLE = 0.9
+# The share of a GPU's memory that weights, gradients and optimizer may take; activations need some.
+_STATES = 0.5
 Engine = Literal["single", "deepspeed", "fsdp2"]
 # accelerate's names.
 _ENGINES: dict[str, Engine] = {"NO": "single", "DEEPSPEED": "deepspeed", "FSDP": "fsdp2"}
@@ -98,6 +98,21 @@ class Hardware:
 
 
 @dataclass(frozen=True)
+class States:
+    """Bytes of a model's weights, of its gradients, and of its optimizer with a moving average."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @classmethod
+    def of(cls, parameters: int, trained: int, *, half: bool, lagged: bool) -> States:
+        """Those of AdamW; DeepSpeed's moments and second copy of the weights are float32."""
+        width = 2 if half else 4
+        return cls(width * parameters, width * trained, (16 if lagged else 12) * trained)
+
+
+@dataclass(frozen=True)
 class Launch:
     """What to start: ``config`` is a packaged config's name or the user's file.
 
@@ -129,18 +144,14 @@ class Launch:
         return variables
 
 
-def choose(
-    config: str | None, hardware: Hardware, *, model: Any = None, setup: Setup | None = None
-) -> Launch:
-    """Choose what to start on this hardware, for a ``model`` of these :class:`DecoderSizes`.
+def choose(config: str | None, hardware: Hardware, states: States | None = None) -> Launch:
+    """Choose what to start on this hardware, for a model of these ``states``.
 
     ``config`` is the name of a packaged config, an accelerate YAML file, or a DeepSpeed JSON file.
     A YAML file of the user that gives a number of processes keeps it; otherwise there is one
-    process per GPU, or 2 on the CPU. None takes the config that fits, see docs/scaling.md. The
-    engine and the processes of ``setup`` are overwritten.
+    process per GPU, or 2 on the CPU. None takes the config that fits, see docs/scaling.md.
     """
-    if config is None:
-        config = _fitting_config(hardware, model, setup or Setup())
+    config = config or _fitting_config(hardware, states)
     path, deepspeed_file = _files(config)
     settings = _read_accelerate_config(path)
     engine, zero = _ENGINES[_distributed_type(settings)], settings.deepspeed_config
@@ -305,25 +316,29 @@ def _read_deepspeed_config(path: Path) -> tuple[int, bool]:
         raise ValueError(f"{path} {problem} ({error!r})") from error
 
 
-def _fitting_config(hardware: Hardware, model: DecoderSizes | None, setup: Setup) -> str:
+def _fitting_config(hardware: Hardware, states: States | None) -> str:
+    """The first config whose states leave room; without any, the first that they fit in at all."""
     if hardware.gpus == 0:
         return "cpu_zero3"
-    if model is None or hardware.gpu_memory is None:
-        return "multi_node" if hardware.nodes > 1 else "zero3"
-    setup = replace(setup, processes=hardware.gpus * hardware.nodes, nodes=hardware.nodes)
-    names = ["multi_node"] if hardware.nodes > 1 else ["zero2", "zero3"]
-    needs = []
-    for name in (*names, "zero3_offload"):
-        memory = training_memory(model, replace(setup, **ENGINES[name]))
-        fits_host = memory.host <= _USABLE * (hardware.host_memory or float("inf"))
-        if memory.gpu <= _USABLE * hardware.gpu_memory and fits_host:
-            return name
-        needs.append(f"{name} {memory.gpu / 1e9:.0f} GB per GPU and {memory.host / 1e9:.0f} GB")
+    sharded = "multi_node" if hardware.nodes > 1 else "zero3"
+    if states is None or hardware.gpu_memory is None:
+        return sharded
+    gpus, room = hardware.gpus * hardware.nodes, hardware.gpu_memory
+    trained = states.gradients + states.optimizer
+    each, host = (states.weights + trained) / gpus, trained / hardware.nodes
+    if hardware.nodes == 1 and states.weights + trained / gpus <= _STATES * room:
+        return "zero2"
+    if each <= _STATES * room:
+        return sharded
+    if states.weights / gpus <= room and host <= (hardware.host_memory or math.inf):
+        return "zero3_offload"
+    if each <= room:
+        return sharded
     raise ValueError(
-        f"the model does not fit: {' of host memory; '.join(needs)} of host memory; there are "
-        f"{setup.processes} GPUs of {hardware.gpu_memory / 1e9:.0f} GB and "
-        f"{(hardware.host_memory or 0) / 1e9:.0f} GB of host memory per node. Take more or shorter "
-        "sequences (docs/scaling.md), or name a config to try it anyway"
+        f"the model does not fit: its weights, gradients and optimizer take {each / 1e9:.0f} GB on "
+        f"each of {gpus} GPUs of {room / 1e9:.0f} GB, or {states.weights / gpus / 1e9:.0f} GB and "
+        f"{host / 1e9:.0f} GB of each node's host memory with zero3_offload. Take more GPUs or "
+        "--lora-rank, or name a config to try it anyway"
     )
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 from launched_training import CONFIG
+from transformers import AutoModelForCausalLM
 
-from benchmarks.llm.launch import VARIABLE, Hardware, choose, launched, start
-from benchmarks.llm.memory import REDUCE_BUCKET, DecoderSizes, Setup, training_memory
+from benchmarks.llm.launch import VARIABLE, Hardware, States, choose, launched, start
 
 CPU = Hardware(gpus=0, cores=2)
 BUCKET = 1_000_000
@@ -37,18 +37,17 @@ def test_two_ranks_train_under_zero3_and_take_the_memory_that_was_computed(
     seen = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
     assert launched() is None and VARIABLE not in os.environ
 
-    setup = Setup(engine="zero3", processes=2, accelerator=False)
-    memory = training_memory(DecoderSizes.of(CONFIG), setup)
-    buckets = memory.buckets * BUCKET / REDUCE_BUCKET
+    parameters = AutoModelForCausalLM.from_config(CONFIG).num_parameters()
+    states = States.of(parameters, parameters, half=True, lagged=False)
     for rank in seen:
         assert rank["launch"]["stage"] == 3 and rank["launch"]["processes"] == 2
         assert rank["loss"] == seen[0]["loss"]
         assert rank["threads"] == 1
         assert sorted(rank["refusals"]) == ["engine", "offload_optimizer", "processes", "stage"]
         assert "stage 2, but training would run with stage 3" in rank["refusals"]["stage"]
-        half = memory.weights + memory.gradients + buckets
+        half = (states.weights + states.gradients) / 2 + 2 * BUCKET
         assert rank["live"]["torch.bfloat16"] == pytest.approx(half, rel=1e-3)
-        assert rank["live"]["torch.float32"] == pytest.approx(memory.optimizer, rel=1e-2)
+        assert rank["live"]["torch.float32"] == pytest.approx(states.optimizer / 2, rel=1e-2)
 
 
 def test_a_killed_process_is_named_in_one_line(
