@@ -9,9 +9,8 @@ with one for each token), ``count`` (how often the row counts, a whole number), 
 a checker accepted it) and ``ref_log_probs`` (log-probability of each token under the policy that
 wrote the row, which is then its reference; 0 where a token is not trained on). An assistant's
 message may have a ``weight``, too. Rows with ``messages`` may have what the chat template reads:
-``tools``, ``documents`` and ``chat_template_kwargs``. Other columns are not read, such as ids. A
-row is refused where one of them would change its text or its training. A warning names columns that
-look like scores.
+``tools``, ``documents`` and ``chat_template_kwargs``. Other columns are not read, such as ids; one
+warning names them. A row is refused where one of them would change its text or its training.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ _SWITCH_NAME = re.compile(
 )
 # Other names of a verdict.
 _VERDICT_NAME = re.compile(
-    r"((is|was|has|answer|all|tests?|final)_)*(correct(ness)?|pass(ed|es)?|verified|valid"
+    r"((is|was|has|answer|all|tests?|final)_?)*(correct(ness)?|pass(ed|es)?|verified|valid"
     r"|accepted|success(ful)?|solved)(_(answer|tests?))?|is_right"
 )
 _OFF_WHERE_TRUE = re.compile(r"(is_)?mask|no_|.*(ignore|skip)")
@@ -57,8 +56,6 @@ _TEXTS = (
     *("prompt", "completion", "system", "system_prompt", "history", "context", "instruction"),
     *("input", "documents", "instructions", "system_message", "preamble", *REASONING),
 )
-# Names of columns that may have been meant as a score or a weight, if they hold numbers.
-_SCORE_NAME = re.compile(r"(.+_)?(rewards?|advantages?|returns?|scores?|ratings?|quality)(_.+)?")
 # Other names of a row's count.
 _REPEATS = ("multiplicity", "repeat", "repeats")
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
@@ -122,26 +119,15 @@ def read(
             ``records``; the message names the file and the row.
     """
     rows: list[Row] = []
-    unread: dict[str, None] = {}
     for where, record in records(source, split, config):
         rows.append((make or to_row)(record, where))
-        if make is None and rows[-1].score is None and rows[-1].weight is None:
-            unread.update(dict.fromkeys(filter(partial(_like_a_score, record), record)))
     if not rows:
         raise ValueError(f"{source}: there is no row in it")
-    if unread:
-        names = ", ".join(map(repr, unread))
-        way_out = "call one 'score' to curate by it, or 'weight' to multiply the loss by it"
-        warnings.warn(f"{rows[0].where}: the columns {names} are not read; {way_out}", stacklevel=2)
+    if unread := dict.fromkeys(name for row in rows for name in row.unread):
+        names, read_ones = (", ".join(map(repr, own)) for own in (unread, _OPTIONAL))
+        problem = f"the columns {names} are not read"
+        warnings.warn(f"{rows[0].where}: {problem}; training reads {read_ones}", stacklevel=2)
     return rows
-
-
-def _like_a_score(record: Record, name: str) -> bool:
-    """Whether a column that is not read may have been meant as the row's score or weight."""
-    if not _SCORE_NAME.fullmatch(str(name).lower()):
-        return False
-    value = _unquoted(record[name])
-    return all(map(is_number, value)) if isinstance(value, list) and value else is_number(value)
 
 
 def to_row(record: Record, where: str) -> Row:
@@ -158,9 +144,8 @@ def to_row(record: Record, where: str) -> Row:
         if record.get("messages") is not None:
             messages = _messages(record["messages"])
             variables = _template_kwargs(record)
-            read = {"messages", "tools", "documents", "chat_template_kwargs", *_OPTIONAL}
-            _check_unread(record, read, messages)
-            unread = tuple(name for name, value in record.items() if name not in read and value)
+            read = {"messages", "tools", "documents", "chat_template_kwargs"}
+            unread = _check_unread(record, read, messages)
             return replace(row, messages=messages, template_kwargs=variables, unread=unread)
         for column in ("prompt", "completion"):
             if record.get(column) is None:
@@ -170,8 +155,8 @@ def to_row(record: Record, where: str) -> Row:
         prompt = check_text(record["prompt"], "prompt")
         completion = check_text(record["completion"], "the completion", filled=True)
         turns = ({"role": "user", "content": prompt}, {"role": ASSISTANT, "content": completion})
-        _check_unread(record, ("prompt", "completion"), turns)
-        return replace(row, prompt=prompt, completion=completion)
+        unread = _check_unread(record, ("prompt", "completion"), turns)
+        return replace(row, prompt=prompt, completion=completion, unread=unread)
 
 
 def check_scores(rows: Sequence[Row]) -> None:
@@ -268,7 +253,7 @@ def turn_weight(message: Message) -> float:
 
 def _counts_less(name: str, value: Any) -> bool:
     """Whether a name that is not read may say that its text is left out, or has a weight."""
-    lower = str(name).lower()
+    lower = _snake_case(name)
     if name in {"weight", *_SWITCHES} or not _SWITCH_NAME.fullmatch(lower):
         return False
     value = _unquoted(value)
@@ -287,27 +272,37 @@ def _unquoted(value: Any) -> Any:
     return value
 
 
+@lru_cache(4096)
+def _snake_case(name: Any) -> str:
+    """A name in the form that names are compared in: isCorrect, is-correct is is_correct."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|[\W_]+", "_", str(name)).lower()
+
+
 def _check_media(record: Mapping[str, Any]) -> None:
     for name in _MEDIA:
         if record.get(name):
             raise ValueError(f"{name!r} can't be trained on, only text; drop the row")
 
 
-def _check_unread(record: Record, read: Collection[str], turns: Sequence[Message]) -> None:
-    """Check that the columns that are not read change neither the text nor the training."""
+def _check_unread(
+    record: Record, read: Collection[str], turns: Sequence[Message]
+) -> tuple[str, ...]:
+    """Check that columns that are not read change neither text nor training; return their names."""
     _check_media(record)
     switches = {**_SWITCHES, "unmask": False, "label": True}
     for name, value in record.items():
-        lower = str(name).lower()
+        lower = _snake_case(name)
         if name != lower in _READ and record.get(lower) != value:
             raise ValueError(f"column {name!r} is not read; write it as {lower!r}, or drop it")
         # A label may be the text of a class.
-        value = value if name == "label" else _unquoted(value)
-        off = name in switches and value in (True, False) and value != switches[name]
-        off |= name == "loss_scale" and value not in (None, 1, [])
-        if name != "correct" and value in (False, "no") and record.get("correct") is not False:
-            off |= _VERDICT_NAME.fullmatch(lower) is not None
-        repeats = name in _REPEATS and value not in (None, 1)
+        value = value if lower == "label" else _unquoted(value)
+        off = lower in switches and value in (True, False) and value != switches[lower]
+        off |= lower == "loss_scale" and value not in (None, 1, [])
+        verdicts = value if isinstance(value, list) and value else [value]
+        if name != "correct" and record.get("correct") is not False:
+            wrong = all(verdict in (False, "no") for verdict in verdicts)
+            off |= wrong and _VERDICT_NAME.fullmatch(lower) is not None
+        repeats = lower in _REPEATS and value not in (None, 1)
         if off or repeats or (name not in (*switches, *_OPTIONAL) and _counts_less(name, value)):
             way_out = f"write it as {'count' if repeats else 'weight or correct'}, or drop it"
             raise ValueError(f"column {name!r} is not read; {way_out}")
@@ -327,6 +322,8 @@ def _check_unread(record: Record, read: Collection[str], turns: Sequence[Message
     if (chosen and answer not in "".join(chosen)) or answer in rejected[-1:]:
         way_out = "correct it, or drop 'chosen' and 'rejected'"
         raise ValueError(f"the answer is not that of column 'chosen'; {way_out}")
+    given = (name for name, value in record.items() if value not in (None, "", [], {}))
+    return tuple(name for name in given if name not in {*read, *_OPTIONAL})
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from typing import Any
 
 import datasets
@@ -185,23 +184,20 @@ def test_columns_that_change_nothing_are_not_read(columns):
     assert (pair.prompt, pair.completion) == ("2+2?", "vier 😀")
 
 
-@pytest.mark.parametrize(
-    ("columns", "named"),
-    [
-        ({"reward": 1.5}, "'reward'"),
-        ({"advantage": "-0.5", "returns": 2}, "'advantage', 'returns'"),
-        ({"token_rewards": [0.5, 1], "quality_score": 0}, "'token_rewards', 'quality_score'"),
-        ({"reward": 1.5, "score": 2}, None),
-        ({"advantage": 1.5, "weight": 2}, None),
-        ({"reward": "high", "scores": None, "rewards": [], "no_scorers": 3}, None),
-    ],
-)
-def test_a_column_like_a_score_is_told_once(columns, named):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        rows = read([{**CHAT, **columns}, {**CHAT, **columns}])
-    assert len(rows) == 2 and len(caught) == (named is not None)
-    assert all(f"the columns {named} are not read; call one 's" in str(w.message) for w in caught)
+@pytest.mark.parametrize("record", [CHAT, PAIR])
+def test_columns_that_are_not_read_are_named_once(record):
+    unread = {"id": 3, "verdict": False, "reward": 1.5, "empty": None, "text": ""}
+    with pytest.warns(UserWarning) as caught:
+        rows = read([{**record, **unread, "score": 1}, {**record, "id": 4, "wrong": True}])
+    assert len(rows) == 2 and len(caught) == 1
+    named = "the columns 'id', 'verdict', 'reward', 'wrong' are not read; training reads 'score'"
+    assert named in str(caught[0].message)
+
+
+def test_columns_that_are_read_are_not_named(recwarn):
+    tools = {"tools": [{"name": "f"}], "documents": [], "chat_template_kwargs": {"brief": 1}}
+    read([{**CHAT, **tools, "correct": True}, {**PAIR, "weight": 2, "other": None}])
+    assert not recwarn
 
 
 @pytest.mark.parametrize(
@@ -217,6 +213,10 @@ def test_a_column_like_a_score_is_told_once(columns, named):
         ({"train": False}, "column 'train' is not read"),
         ({"is_correct": False}, "column 'is_correct' is not read; write it as weight or correct"),
         ({"passed": 0}, "column 'passed' is not read"),
+        ({"isCorrect": False}, "column 'isCorrect' is not read"),
+        ({"iscorrect": "no"}, "column 'iscorrect' is not read"),
+        ({"Tests-Passed": [False, 0]}, "column 'Tests-Passed' is not read"),
+        ({"LABEL": False}, "column 'LABEL' is not read"),
         ({"correct": True, "verified": "false"}, "column 'verified' is not read"),
         ({"Correct": False}, "column 'Correct' is not read; write it as 'correct', or drop it"),
         ({"score": 1.0, "Score": 0.5}, "column 'Score' is not read; write it as 'score'"),
