@@ -143,17 +143,22 @@ class ImportanceWeightedMLE(PolicyLoss):
             raise ValueError(f"reduction must be 'none', 'mean' or 'sum', not {reduction!r}")
         lagged = proposal == "lagged" and hold_q
         super().__init__(policy, lagged=lagged, functional=functional)
-        self.reads_weights = proposal == "cached" or (proposal == "lagged" and not hold_q)
         chain = importance_weights or ImportanceWeights()
         chain = chain if reference is None else replace(chain, reference=reference)
         chain.check_proposal(proposal, policy)
         self.importance_weights = chain
         self.awaits_sync = chain.reference == "synced"
         self.proposal: Proposal = proposal
+        self.hold_q = hold_q
         self.length_normalize = length_normalize
         self.reduction = reduction
         self.normalize_data_weights = normalize_data_weights
         self.set_keys()
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether batches have the importance weights."""
+        return self.proposal == "cached" or (self.proposal == "lagged" and not self.hold_q)
 
     @property
     def needs_reference(self) -> bool:

@@ -174,7 +174,7 @@ def fit_stack(
         samplers: list[Any] = [each.sampler for each in trainings]
         check_alike(
             [each.loss for each in trainings],
-            number_of_updates=[seed.steps for seed in seeds],
+            steps=[seed.steps for seed in seeds],
             batch_size=[getattr(sampler, "batch_size", None) for sampler in samplers],
         )
     groups: dict[int, list[_Seed]] = {}

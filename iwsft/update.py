@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -115,27 +116,35 @@ def check_static(loss: LossModule, sampler: Any, *, graph: bool, stacked: bool) 
 def check_alike(losses: Sequence[LossModule], **others: Sequence[Any]) -> None:
     """Check that losses have the same settings, and that all values of each other list are equal.
 
-    A stack computes all losses with the settings of the first one.
+    A stack computes all losses with the settings, and the networks, of the first one.
     """
-    settings = [_settings(loss) for loss in losses]
+    settings = [dict(_settings(loss)) for loss in losses]
     names = dict.fromkeys(name for one in settings for name in one)
     others |= {name: [one.get(name) for one in settings] for name in names}
     for name, values in others.items():
         if odd := [value for value in values if value != values[0]]:
             raise ValueError(
-                f"a stack needs one {name} for all seeds, here are {values[0]} and {odd[0]}; train "
-                "them one after another"
+                f"a stack needs one {name.rpartition('.')[2]} for all seeds, here are {values[0]} "
+                f"and {odd[0]}; train them one after another"
             )
 
 
-def _settings(loss: LossModule) -> dict[str, Any]:
-    """Plain attributes of a loss; ``phase`` changes from update to update."""
-    plain: dict[str, Any] = {"class": type(loss).__name__}
-    for name, value in vars(loss).items():
-        is_plain = is_dataclass(value) or isinstance(value, bool | int | float | str | tuple | None)
-        if is_plain and not name.startswith("_") and name != "phase":
-            plain[name] = value
-    return plain
+def _settings(module: nn.Module, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Plain attributes of a loss and of the networks in it, by their places."""
+    yield f"{place}class", type(module).__name__
+    for name, value in [*vars(module).items(), *module._modules.items()]:
+        if isinstance(value, nn.Module):
+            yield from _settings(value, f"{place}{name}.")
+        # A loss changes ``phase`` from update to update.
+        elif name != "phase" and (is_dataclass(value) or _is_plain(value)):
+            # Functions of the same source are equal.
+            yield place + name, getattr(value, "__code__", value)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple | dict):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, bool | int | float | str | type | FunctionType | torch.dtype | None)
 
 
 class Stack:
