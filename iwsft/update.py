@@ -16,6 +16,8 @@ from torchrl.objectives.common import LossModule
 
 # Random numbers that a loss reads from a batch: the result of its method ``draw_noise``.
 NOISE = "noise"
+# Attributes that differ between equal losses: the numbers of hooks, the kind of the next update.
+_OWN = {"phase", *vars(nn.Module())}
 # Plain updates before a capture, as torch's documentation of CUDA graphs asks for.
 _WARM_UP = 2
 Results = tuple[list[TensorDictBase], list[TensorDictBase]]
@@ -135,8 +137,7 @@ def _settings(module: nn.Module, place: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in [*vars(module).items(), *module._modules.items()]:
         if isinstance(value, nn.Module):
             yield from _settings(value, f"{place}{name}.")
-        # A loss changes ``phase`` from update to update.
-        elif name != "phase" and (is_dataclass(value) or _is_plain(value)):
+        elif name not in _OWN and (is_dataclass(value) or _is_plain(value)):
             # Functions of the same source are equal.
             yield place + name, getattr(value, "__code__", value)
 

@@ -111,10 +111,9 @@ def test_seeds_with_other_settings_are_no_stack(
     for value in (first, second):
         given = {"steps": 3, "batch_size": 4, "proposal": "current", option: value}
         size, schedule = given.pop("batch_size"), Schedule(given.pop("steps"), 0.01)
-        form = {
-            name: given.pop(name) for name in signature(GaussianPolicy).parameters & given.keys()
-        }
-        loss = ImportanceWeightedMLE(GaussianPolicy(3, 2, **{"hidden": (8,), **form}), **given)
+        names = signature(GaussianPolicy).parameters & given.keys()
+        form = {"hidden": (8,), **{name: given.pop(name) for name in names}}
+        loss = ImportanceWeightedMLE(GaussianPolicy(3, 2, **form), **given)
         trainings.append(Training(loss, StepSampler(data, size, seed=0), schedule))
     with pytest.raises(ValueError, match=re.escape(named)):
         fit_stack(trainings)
