@@ -29,6 +29,7 @@ from iwsft.language.verification import (
     normalize_latex,
     parse_integer,
     parse_letter,
+    separate_lines,
 )
 
 AnswerKind = Literal["math", "integer", "letter", "text"]
@@ -210,6 +211,7 @@ def compare_by_math_verify(correct: str, answer: str) -> bool:
     from math_verify import parse, verify
 
     def parsed(text: str) -> Any:
+        text = separate_lines(text)
         # Dollars, where nothing in the text marks the mathematics.
         marked = text if re.search(r"(?<!\\)\$|\\[(\[]", text) else f"${text}$"
         return parse(marked, parsing_timeout=None)

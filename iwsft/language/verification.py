@@ -95,7 +95,10 @@ _LETTER = re.compile(
     re.IGNORECASE,
 )
 _ANY_LETTER = re.compile(r"(?<![A-Za-z])[A-D](?![A-Za-z])", re.IGNORECASE)
-_NEXT_LETTER = re.compile(r"\W*(?:(?:and|or)\W+)*\(?[A-H]\b(?!\s+(?!and\b|or\b|are\b)\w)")
+_NEXT_LETTER = re.compile(
+    r"\W*(?:(?:and|or)\W+)*\(?[A-H]\b(?!\s+(?!and\b|or\b|are\b)\w)"
+    r"|(?<=,)\s+(?:[a-z]+\s+){1,2}\(?[A-H]\b\W*$"
+)
 
 
 def extract_answer(text: str, *, letter: bool = False) -> str | None:
@@ -115,6 +118,9 @@ def extract_answer(text: str, *, letter: bool = False) -> str | None:
     for match in (match for pattern in _LINES for match in pattern.finditer(text)):
         following = [match[1], *text[match.end() :].splitlines()]
         line = next((line for line in following if line.strip(" \t*`$[\\")), "")
+        if line is not following[0]:
+            # On a line of its own, a dash and a space begin an entry of a list.
+            line = re.sub(r"^\s*-\s+(?=\S)", "", line)
         line = _EXPLANATION.sub("", " ".join(line.split()).strip("* `\"'")).rstrip(".").strip(" *")
         lines.append((match.start(), line))
     answers = boxes or lines
@@ -158,6 +164,11 @@ def normalize_latex(latex: str) -> str:
     return "".join(text.split()).rstrip(".")
 
 
+def separate_lines(latex: str) -> str:
+    """Separate numbers on two lines; in an environment, such as a matrix, they are one value."""
+    return latex if r"\begin" in latex else re.sub(r"(?<=\d)\s*\\\\\s*(?=[-\d(])", "; ", latex)
+
+
 def _plain_characters(text: str) -> str:
     """Digits, letters, signs and spaces as in ASCII; powers, roots and fractions as in LaTeX."""
 
@@ -173,7 +184,7 @@ def _plain_characters(text: str) -> str:
 
 def _without_layout(answer: str) -> str:
     """Take the commands and braces of LaTeX away that only change how an answer looks."""
-    text = _SPACES.sub(" ", " ".join(_plain_characters(answer).split()))
+    text = _SPACES.sub(" ", " ".join(_plain_characters(separate_lines(answer)).split()))
     # Between numbers an asterisk multiplies.
     text = re.sub(r"(?<=\d)\s*\*{1,2}\s*(?=[\d(])", r"\\cdot ", text)
     text, before = re.sub(r"\\[{}]", "", text), ""

@@ -49,6 +49,8 @@ def grader() -> Iterator[Grader]:
         (r"\text{Evelyn}", "Carla", False),
         (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix}1\\3\end{pmatrix}", False),
         ("1", r"\frac{", False),
+        ("3", r"3\\4", False),
+        ("3, 4", r"3\\4", True),
         ("1", "", False),
         ("123_4", "123_5", False),
         ("123_4", "123_{4}", True),

@@ -127,6 +127,7 @@ INTEGERS: dict[int | None, tuple[str, ...]] = {
         *("5 x", "5!", "5^2", "5\u00b2", "2^{10}", "2e3", r"3 \times 10^2", "3\u00d710", "33_4"),
         *("33\u2084", "|-33|", "5 million", "2 dozen", "10-5"),
         *("thirty-three", "none", "N/A", "?", "no solution", "", "5" * 5000, "33; 34"),
+        *(r"3\\4", r"3 \\ 400", r"3\\-4"),
     ),
 }
 
@@ -150,6 +151,10 @@ def test_integer(answer: str, number: int | None) -> None:
         (r"Answer: \(5\), where 7 was excluded", 5),
         (f"#### {MINUS}$5", -5),
         ("Answer:\u200b 5", 5),
+        ("Answer: - 5 apples", -5),
+        ("Answer:\n- 5 apples", 5),
+        ("### Final answer\n\n - **5**", 5),
+        ("Answer:\n-5", -5),
         ("Answer: 5? Yes", 5),
         ("Answer: 5<end_of_turn>", 5),
         ("The answer is 5. Actually, the answer is 6.", 6),
@@ -185,11 +190,13 @@ LETTERS: dict[str | None, tuple[str, ...]] = {
             "C is best",
         ),
         *("C, A proton", "C: A is wrong", "C rather than A", "C. The answer is not A"),
+        *("C, a vitamin B12", "C) then B", "C, then 12 MeV"),
     ),
     None: (
         *("A, C", "A and C", "(A) or (C)", "A/C", "A & C", "AC", "A, B, and C", "both A and C"),
         *("A proton", "Calcium", "C-12", "B cells", "not C", "E", "12 MeV", "none of the above"),
-        *("I don't know", "X", "", "C, D are wrong", "C, E", "C is wrong", "C is not correct"),
+        *("I don't know", "X", "", "C, D are wrong", "C, E"),
+        *("C, then B", "C, or maybe (D).", "C is wrong", "C is not correct"),
         *(
             "C is incorrect, D is correct",
             "C. No, D",
