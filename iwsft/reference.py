@@ -107,7 +107,7 @@ def write_reference(forward: ForwardPass, *, cache: str | Path | None = None) ->
         odd = next(rank for rank, other in enumerate(digests) if other != digests[0])
         way_out = "read and tokenise the same data on all of them, in the same order"
         raise ValueError(f"process {odd} holds other trajectories than process 0; {way_out}")
-    adapted = isinstance(policy, CausalLMPolicy) and bool(_adapter_parts(policy))
+    adapted = isinstance(policy, CausalLMPolicy) and bool(adapter_parts(policy))
     with policy.reference() if adapted else nullcontext():
         first = forward.run(0, 1)
         key = path = None
@@ -246,7 +246,7 @@ def _weights_digest(policy: nn.Module) -> str:
     for module in policy.modules():
         # FSDP2 keeps the outermost parameters gathered after a forward without backward.
         getattr(module, "reshard", lambda: None)()
-    adapters = _adapter_parts(policy)
+    adapters = adapter_parts(policy)
     named = itertools.chain(policy.named_parameters(), policy.named_buffers())
     own = {name: x for name, x in named if adapters.isdisjoint(name.split("."))}
     return fingerprint({name: _local_shard(x) for name, x in own.items()})
@@ -267,7 +267,7 @@ def _local_shard(tensor: Any) -> Tensor:
     return shard.detach().reshape(-1)[: max(left, 0)]
 
 
-def _adapter_parts(policy: nn.Module) -> set[str]:
+def adapter_parts(policy: nn.Module) -> set[str]:
     """Names of modules and lists with PEFT's own tensors, which the model alone does not use."""
     return {part for m in policy.modules() for part in getattr(m, "adapter_layer_names", ())}
 

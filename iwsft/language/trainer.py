@@ -40,9 +40,11 @@ from iwsft.trajectory import (
     REF_LOG_PROB,
     STANDARD_SCORE,
     TOKENS,
+    TRAJ_IDS,
     Segments,
     check_data_weights,
     check_tensordict,
+    lengths,
 )
 
 with named():
@@ -306,9 +308,20 @@ class ImportanceWeightedTrainer(WeightedTrainer):
         self._measures.choice = {name: float(x) for name, x in choice.items()}
 
     def _log_q(self, trajectories: TensorDictBase, batches: Sequence[Sequence[int]]) -> Tensor:
-        """log q of each token."""
+        """log q of each token.
+
+        Before the first update q is the reference, by the same batches. Later batches hold
+        trajectories of similar length, which need less padding; then rounding may differ.
+        """
+        begins = self.state.global_step == 0
+        if begins and self._at_reference:
+            return trajectories.get(REF_LOG_PROB)
+        sizes = lengths(trajectories)
+        rows = max(len({*batch}) * int(sizes[[*batch]].max()) for batch in batches if batch)
+        inputs = trajectories.select(*self._policy.in_keys, TRAJ_IDS)
         with nullcontext() if self._shards is None else self._shards.swapped():
-            return self._forward(trajectories, batches).log_prob().float()
+            forward = self._forward(inputs, batches if begins else (), rows=rows)
+            return forward.log_prob().float()
 
     def _in_batches(self, positions: Sequence[int]) -> list[list[int]]:
         width = self.args.per_device_eval_batch_size

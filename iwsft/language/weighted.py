@@ -22,7 +22,7 @@ from iwsft.language.shards import Shards
 from iwsft.objective import LOSS, ImportanceWeightedMLE, Proposal, Terms
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.proposals import EMA, HardSync
-from iwsft.reference import cached_reference, write_reference
+from iwsft.reference import adapter_parts, cached_reference, write_reference
 from iwsft.trajectory import (
     ASSISTANT_MASK,
     DATA_WEIGHT,
@@ -54,6 +54,8 @@ class WeightedTrainer(CheckpointedTrainer):
     # A lagged q, and what moves it.
     _shards: Shards | None = None
     _q: EMA | HardSync | None = None
+    # Whether the policy at the start of training is the reference, bit for bit.
+    _at_reference: bool = False
 
     def __init__(self, **settings: Any) -> None:
         self._measures = Measures()
@@ -86,19 +88,19 @@ class WeightedTrainer(CheckpointedTrainer):
         return fingerprint({str(key): self._trajectories.get(key) for key in keys})
 
     def _forward(
-        self, trajectories: TensorDictBase, batches: Sequence[Sequence[int]]
+        self, trajectories: TensorDictBase, batches: Sequence[Sequence[int]], **settings: Any
     ) -> ForwardPass:
         """A pass over batches, by the positions of their trajectories."""
         self._policy.model = self.model_wrapped
-        device, collate = self.accelerator.device, self._collate
-        return ForwardPass(
-            self._policy, trajectories, batches, collate=collate, device=device, shared=True
-        )
+        settings |= {"collate": self._collate, "device": self.accelerator.device, "shared": True}
+        return ForwardPass(self._policy, trajectories, batches, **settings)
 
     def _annotate(self, forward: ForwardPass, cache: Path) -> None:
         """Write ``ref_log_prob`` into the trajectories; a resumed run reads that of its start."""
         if self.reference_key is None:
             self.reference_key = write_reference(forward, cache=cache)
+            given = forward.trajectories.get(GIVEN_REF_LOG_PROB, default=None)
+            self._at_reference = given is None and not adapter_parts(self._policy)
         else:
             cached_reference(forward.trajectories, self.reference_key, cache=cache)
 

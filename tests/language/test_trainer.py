@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensordict import TensorDict
 from tiny import ENTRIES, losses, model, trainer, trajectories
 from torch.nn.functional import log_softmax
 from transformers import TrainerCallback, get_linear_schedule_with_warmup
@@ -279,6 +280,31 @@ def test_trajectories_that_are_not_drawn_judge_the_weights(tmp_path: Path) -> No
     assert rows[2]["gain_bound"] == pytest.approx(float(choice.gain_bound), rel=1e-3)
     largest = max(row["weight_max"] for row in rows[2:])
     assert largest == pytest.approx(float(log_weight.exp().max()), rel=1e-3)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_q_is_run_once_a_window_and_not_while_it_is_the_reference(
+    tmp_path: Path, given: bool
+) -> None:
+    """Trajectories and padded tokens of each pass: the reference of all, then later windows."""
+    data = trajectories()
+    if given:
+        data.set("given_ref_log_prob", torch.where(data["collector", "traj_ids"] > 0, torch.nan, 0))
+    run = trainer(tmp_path, data=data, proposal="cached", sync_every=3)
+    passes: dict[int, list[torch.Size]] = {}
+    log_prob_of = run._policy.log_prob
+
+    def log_prob(batch: TensorDict) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            passes.setdefault(run.state.global_step, []).append(batch.batch_size)
+        return log_prob_of(batch)
+
+    run._policy.log_prob = log_prob
+    run.train()
+    number = {at: sum(rows for rows, _ in sizes) for at, sizes in passes.items()}
+    assert number == {0: (2 if given else 1) * ENTRIES, 3: ENTRIES, 6: 4}
+    # By length there is less padding than in the batches of the epoch.
+    assert sum(size.numel() for size in passes[3]) < sum(size.numel() for size in passes[0])
 
 
 def test_a_window_counts_each_draw_of_a_trajectory(tmp_path: Path) -> None:
