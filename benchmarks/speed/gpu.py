@@ -228,7 +228,7 @@ def decoder(options: Options) -> Iterator[Comparison]:
             trainer = rows.build_trainer(
                 Path(folder), settings, options.seed, sizes, device=options.device
             )
-            run = rows.TimedRun(trainer, now=_now)
+            run = rows.TimedRun(trainer, sizes.updates, now=_now)
             run()
             taken[name] = median(run() for _ in range(options.repeats)) / tokens
             del trainer, run

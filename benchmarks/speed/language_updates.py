@@ -85,7 +85,9 @@ def measure(options: Options, sizes: Sizes) -> Iterator[Comparison | Check]:
 
         def run(settings: dict[str, Any] | None, sizes: Sizes) -> TimedRun:
             place = tempfile.mkdtemp(dir=folder)
-            return TimedRun(build_trainer(Path(place), settings, options.seed, sizes))
+            return TimedRun(
+                build_trainer(Path(place), settings, options.seed, sizes), sizes.updates
+            )
 
         def pair(ours: Callable[[], float], peer: Callable[[], float]) -> Times:
             # The first block has the costs of a first call.
@@ -123,19 +125,26 @@ def agreement(options: Options, sizes: Sizes) -> Check:
 
 
 class TimedRun(TrainerCallback):
-    """A call trains for a block of updates and returns the processor seconds of its updates.
+    """A call trains, and returns the processor seconds of the last block of updates.
 
     ``now`` is another clock.
     """
 
-    def __init__(self, trainer: Trainer, now: Callable[[], float] = time.process_time) -> None:
+    def __init__(
+        self, trainer: Trainer, updates: int, now: Callable[[], float] = time.process_time
+    ) -> None:
         self._trainer, self._now = trainer, now
+        self._first = trainer.args.max_steps - updates
         self._start = self._stop = 0.0
         # The last callback: the reference has been computed when its training begins.
         trainer.add_callback(self)
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._start = self._now()
+
+    def on_step_end(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+        if state.global_step == self._first:
+            self._start = self._now()
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self._stop = self._now()
@@ -201,6 +210,8 @@ def build_trainer(
         own = dict(settings)
         if own.get("proposal") == "cached":
             own["sync_every"] = sizes.updates
+        # Until its first sync q is the reference, and costs nothing.
+        common["max_steps"] += own.get("sync_every", int(own.get("proposal") == "lagged"))
         weights, weighted = own.pop("importance_weights", None), own.pop("weighted", False)
         trainer = ImportanceWeightedTrainer(
             model,
