@@ -19,6 +19,7 @@ from torch import Tensor
 
 from iwsft.trajectory import (
     DATA_WEIGHT,
+    MASK,
     MULTIPLICITY,
     REWARD,
     STANDARD_SCORE,
@@ -28,6 +29,7 @@ from iwsft.trajectory import (
     check_links,
     check_tensordict,
     fit,
+    layout,
     lengths,
     pack,
     per_trajectory,
@@ -91,8 +93,7 @@ def curate(
     for key in (MULTIPLICITY,) if weight is None else (MULTIPLICITY, DATA_WEIGHT):
         if trajectories.get(key, default=None) is not None:
             raise ValueError(f"these hold {key!r} already; curate the data they come from")
-    padded = len(Segments.of(trajectories).shape) == 2
-    packed = pack(trajectories) if padded else trajectories
+    packed = pack(trajectories) if len(layout(trajectories)) == 2 else trajectories
     check_links(packed)
     sizes = lengths(packed)
     # Scores are few and compared on the host, so that a seed means the same on any device.
@@ -159,9 +160,12 @@ def trajectory_returns(packed: TensorDictBase) -> Tensor:
     reward = packed.get(REWARD, default=None)
     if reward is None:
         raise KeyError(f"the return needs {REWARD!r}; pass another score where there is none")
-    segments = Segments.of(packed)
-    reward = fit(reward, segments.shape, repr(REWARD))
-    return segments.sum(reward.double())[: int(segments.index[-1]) + 1]
+    shape, mask = layout(packed), packed.get(MASK, default=None)
+    reward = fit(reward, shape, repr(REWARD))
+    if mask is not None:
+        reward = torch.where(fit(mask, shape, repr(MASK)).bool(), reward, 0)
+    # Not a sum by the index of each step, which fills three times the memory of the data.
+    return torch.segment_reduce(reward.reshape(-1).double(), "sum", lengths=lengths(packed))
 
 
 def trajectory_scores(trajectories: TensorDictBase, score: Score) -> Tensor:

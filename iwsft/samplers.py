@@ -22,6 +22,7 @@ from iwsft.trajectory import (
     TRAJ_IDS,
     Segments,
     check_links,
+    layout,
     lengths,
     per_trajectory,
     steps_of,
@@ -51,7 +52,7 @@ class _Sampler(ABC):
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
-        if len(Segments.of(trajectories).shape) != 1:
+        if len(layout(trajectories)) != 1:
             raise ValueError("these trajectories are padded; use trajectory.pack(trajectories)")
         check_links(trajectories)
         self.trajectories = trajectories

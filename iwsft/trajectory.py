@@ -37,6 +37,8 @@ IMPORTANCE_WEIGHT: NestedKey = "importance_weight"
 STANDARD_SCORE: NestedKey = "standard_score"
 DATA_WEIGHT: NestedKey = "data_weight"
 SUCCESS_RATE: NestedKey = "success_rate"
+# Steps that are compared at a time.
+_PART = 2**16
 
 
 def on_host(tensor: Tensor) -> bool:
@@ -86,35 +88,15 @@ class Segments:
             ValueError: There is no step, or ids or mask are wrong. Whether ids are in order is not
                 checked on an accelerator: see :func:`validate`.
         """
-        if mask is None:
-            mask = batch.get(MASK, default=None)
-        ids = batch.get(traj_ids, default=None)
-        shape = _layout(batch, ids, mask, traj_ids)
-        if shape.numel() == 0:
-            raise ValueError("there is not a single step in these trajectories")
-        known = [x for x in (ids, mask) if x is not None]
-        device = (known or list(batch.values(True, True)))[0].device
-        if mask is not None:
-            mask = fit(mask, shape, "mask").bool().reshape(-1)
+        shape, ids, mask = _read_layout(batch, traj_ids, mask)
         steps = shape.numel()
-        rows = shape[0] if len(shape) == 2 else 1
         if ids is None:
-            index = torch.arange(rows, device=device).repeat_interleave(shape[1], output_size=steps)
-            return cls(shape, index, mask, rows)
-        if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-            raise ValueError(f"{traj_ids!r} must hold integers, it holds {ids.dtype}")
-        ids = fit(ids, shape, repr(traj_ids)).reshape(rows, -1)
-        if len(shape) == 1 and on_host(ids):
-            if bool((ids[0, 1:] > ids[0, :-1]).all()):
-                return cls(shape, torch.arange(steps), mask, steps, single_steps=mask is None)
-            _check_order(ids[0], traj_ids)
-        start = torch.ones_like(ids, dtype=torch.bool)
-        start[:, 1:] = ids[:, 1:] != ids[:, :-1]
-        done = batch.get(DONE, default=None)
-        if done is not None and len(shape) == 1:
-            # Neighbours may have equal ids: episodes of two collectors, slices of a replay buffer.
-            start[:, 1:] |= fit(done, shape, repr(DONE)).bool()[:-1]
-        index = start.reshape(-1).cumsum(0) - 1
+            device = (mask if mask is not None else next(iter(batch.values(True, True)))).device
+            index = torch.arange(shape[0], device=device)
+            return cls(shape, index.repeat_interleave(shape[1], output_size=steps), mask, shape[0])
+        if len(shape) == 1 and on_host(ids) and bool((ids[0, 1:] > ids[0, :-1]).all()):
+            return cls(shape, torch.arange(steps), mask, steps, single_steps=mask is None)
+        index = _first_steps(batch, ids, shape, traj_ids).cumsum(0) - 1
         return cls(shape, index, mask, steps)
 
     def where_valid(self, x: Tensor) -> Tensor:
@@ -163,17 +145,52 @@ class Segments:
         return self.mask.reshape(self.shape)
 
 
-def _layout(
-    batch: TensorDictBase, ids: Tensor | None, mask: Tensor | None, key: NestedKey
+def layout(
+    batch: TensorDictBase, *, traj_ids: NestedKey = TRAJ_IDS, mask: Tensor | None = None
 ) -> torch.Size:
+    """Layout of a batch, ``[N]`` or ``[B, T]``; see :meth:`Segments.of`."""
     size = batch.batch_size
+    mask = batch.get(MASK, default=None) if mask is None else mask
     if len(size) not in (1, 2):
         raise ValueError(f"trajectories have batch size [N], [B, T] or [B], not {list(size)}")
     if len(size) == 1 and mask is not None and mask.ndim >= 2 and mask.shape[1] != 1:
         return mask.shape[:2]
-    if len(size) == 1 and ids is None:
-        raise KeyError(f"{key!r} is missing; only padded trajectories ([B, T]) do without")
+    if len(size) == 1 and batch.get(traj_ids, default=None) is None:
+        raise KeyError(f"{traj_ids!r} is missing; only padded trajectories ([B, T]) do without")
     return size
+
+
+def _read_layout(
+    batch: TensorDictBase, traj_ids: NestedKey = TRAJ_IDS, mask: Tensor | None = None
+) -> tuple[torch.Size, Tensor | None, Tensor | None]:
+    """Layout, ids of the steps, ``[rows, T]``, and valid steps, ``[N]``."""
+    shape = layout(batch, traj_ids=traj_ids, mask=mask)
+    if shape.numel() == 0:
+        raise ValueError("there is not a single step in these trajectories")
+    mask = batch.get(MASK, default=None) if mask is None else mask
+    if mask is not None:
+        mask = fit(mask, shape, "mask").bool().reshape(-1)
+    ids = batch.get(traj_ids, default=None)
+    if ids is not None:
+        if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+            raise ValueError(f"{traj_ids!r} must hold integers, it holds {ids.dtype}")
+        ids = fit(ids, shape, repr(traj_ids)).reshape(shape[0] if len(shape) == 2 else 1, -1)
+    return shape, ids, mask
+
+
+def _first_steps(
+    batch: TensorDictBase, ids: Tensor, shape: torch.Size, traj_ids: NestedKey = TRAJ_IDS
+) -> Tensor:
+    """Whether a step is the first of its trajectory, bool ``[N]``."""
+    if len(shape) == 1 and on_host(ids):
+        _check_order(ids[0], traj_ids)
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    done = batch.get(DONE, default=None)
+    if done is not None and len(shape) == 1:
+        # Neighbours may have equal ids: episodes of two collectors, slices of a replay buffer.
+        first[:, 1:] |= fit(done, shape, repr(DONE)).bool()[:-1]
+    return first.reshape(-1)
 
 
 def _check_order(ids: Tensor, key: NestedKey) -> None:
@@ -192,7 +209,12 @@ def fit(x: Tensor, shape: torch.Size, name: str) -> Tensor:
 
 def lengths(packed: TensorDictBase) -> Tensor:
     """Number of steps of each trajectory of a packed batch, int64 ``[n]``, in order."""
-    return torch.bincount(Segments.of(packed).index)
+    shape, ids, _ = _read_layout(packed)
+    if ids is None:
+        return torch.bincount(Segments.of(packed).index)
+    # Not the index of each step: of much data it fills new memory, which costs more than counting.
+    start = _first_steps(packed, ids, shape).nonzero().squeeze(1)
+    return start.diff(append=start.new_tensor([shape.numel()]))
 
 
 def per_trajectory(packed: TensorDictBase, key: NestedKey) -> Tensor:
@@ -310,14 +332,20 @@ def check_links(packed: TensorDictBase) -> None:
     present = packed.keys(True, True)
     if OBSERVATION not in present or NEXT_OBSERVATION not in present:
         return
-    segments = Segments.of(packed)
+    shape, ids, mask = _read_layout(packed)
     following, observation = packed.get(NEXT_OBSERVATION)[:-1], packed.get(OBSERVATION)[1:]
-    if len(segments.shape) != 1 or following.shape != observation.shape:
+    if ids is None or len(shape) != 1 or following.shape != observation.shape:
         return
-    inner = (segments.index[1:] == segments.index[:-1]) & segments.valid[1:] & segments.valid[:-1]
-    # What is NaN has an error of its own.
-    differs = (following != observation) & ~following.isnan() & ~observation.isnan()
-    breaks = inner & differs.flatten(1).any(1)
+    inner = ~_first_steps(packed, ids, shape)[1:]
+    if mask is not None:
+        inner &= mask[1:] & mask[:-1]
+    breaks = torch.zeros_like(inner)
+    for at in range(0, len(inner), _PART):
+        part = slice(at, at + _PART)
+        a, b = following[part], observation[part]
+        # What is NaN has an error of its own.
+        differs = (a != b) & ~a.isnan() & ~b.isnan()
+        breaks[part] = inner[part] & differs.flatten(1).any(1)
     # Where most steps break, the next observations follow another convention.
     if 0 < int(breaks.sum()) <= int(inner.sum()) // 2:
         step = int(breaks.nonzero()[0]) + 1
