@@ -41,14 +41,14 @@ def find(options: Options) -> Source:
         from benchmarks.weights.language import of_models
 
         return of_models(options)
-    from benchmarks.weights.source import read_config
+    from benchmarks.weights.source import read_run
 
-    config = read_config(options.run)
+    config, out = read_run(options.run)
     if config["benchmark"] == "llm":
         from benchmarks.weights.language import of_run
     else:
         from benchmarks.weights.control import of_run
-    return of_run(options, config)
+    return of_run(options, options.run, config, out)
 
 
 def run() -> None:

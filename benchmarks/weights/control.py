@@ -15,50 +15,49 @@ from benchmarks.d4rl.train import make_policy, reference_folder
 from benchmarks.options import parse
 from benchmarks.runs import CONFIG
 from benchmarks.weights.options import Options
-from benchmarks.weights.source import Source, check_chain, counted, root_of, tell_scores
+from benchmarks.weights.source import Source, chain_of, notes_of
 from iwsft import checkpoint
 from iwsft.forward_pass import ForwardPass
 from iwsft.objective import ImportanceWeightedMLE
-from iwsft.presets import ImportanceWeights
 from iwsft.reference import annotate_reference
 
 # Names of a policy's parameters in the checkpoint of a loss: of a q that follows, of the policy.
 _LAGGED, _POLICY = "target_actor_network_params.", "actor_network_params."
 
 
-def of_run(options: Options, config: dict[str, Any]) -> Source:
+def of_run(options: Options, folder: Path, config: dict[str, Any], out: Path) -> Source:
     """Weigh the curated data of a run, or of another dataset, by its checkpoint.
 
     q is the moving average of the policy where the run has one. Otherwise it is the policy itself,
     as a sync at this moment would take it.
     """
-    assert options.run is not None
-    root, name = root_of(options.run, config), str(config["algo"])
+    name = str(config["algo"])
     if not d4rl.find_algorithm(name).from_reference:
         raise ValueError(f"{name} starts from no reference policy, so it has no importance weights")
-    given = parse(d4rl.Options, "d4rl", None, words=["--config", str(options.run / CONFIG)])
+    given = parse(d4rl.Options, "d4rl", None, words=["--config", str(folder / CONFIG)])
     (source,), trusted = given.dataset or ("",), given.trust_env_module
     task = Task.load(source, given.pretrain_dataset, trust=trusted)
-    given = replace(given, out=root, device="cpu")
+    given = replace(given, out=out, device="cpu")
     run = Run(task.name, name, int(config["seed"]), given, source, name_in_tables(task.dataset))
     home = reference_folder(run, task)
-    q, what = _read_policy(options.run, run, task, f"{options.run} has no checkpoint yet")
+    q, what = _read_policy(folder, run, task, f"{folder} has no checkpoint yet")
     reference, _ = _read_policy(home, run, task, f"{home} has no reference policy any more")
-    chosen = task if options.data is None else _other(options.data, task, trust=trusted)
-    data = run.curate(chosen.dataset.trajectories, chosen.parts)
-    tell_scores(data)
-    annotate_reference(reference, data)
+    chosen = task if options.data is None else Task.load(options.data, trust=trusted)
+    theirs, ours = (sizes(each.dataset.trajectories) for each in (chosen, task))
+    if theirs != ours:
+        raise ValueError(
+            f"--data {options.data} has observations and actions of sizes {theirs}, the policies "
+            f"of the run read {ours}; pass data of the same robot"
+        )
     weighted = run.algorithm.weighted or run.algorithm.related is not None
-    chain = run.weights if weighted else ImportanceWeights()
-    check_chain(chain, name)
+    chain, note = chain_of(name, run.weights, weighted=weighted)
+    data = run.curate(chosen.dataset.trajectories, chosen.parts)
+    rows = f"the curated part of {chosen.dataset.name}"
+    notes = notes_of(what, f"the policy cloned on {task.pretrain.name}", rows, data)
+    annotate_reference(reference, data)
     return Source(
         name=f"{chosen.dataset.name}, {name}, seed {run.seed}",
-        notes=(
-            f"q is {what}.",
-            f"pi_ref is the policy cloned on {task.pretrain.name}.",
-            f"The data are the curated part of {chosen.dataset.name}: {counted(data)}.",
-            *(() if weighted else (f"{name} has no weights; these are those of k = 1.",)),
-        ),
+        notes=notes + note,
         chain=chain,
         make_loss=lambda chain: ImportanceWeightedMLE(
             q, importance_weights=chain, proposal="current", functional=False
@@ -71,30 +70,15 @@ def of_run(options: Options, config: dict[str, Any]) -> Source:
 def _read_policy(
     folder: Path, run: Run, task: Task, problem: str
 ) -> tuple[ProbabilisticActor, str]:
-    """Read a policy from the checkpoint of its training, its moving average where there is one.
-
-    Returns it, and what it is in words.
-    """
+    """Read a policy from the checkpoint of its training, and say what it is in words."""
     path, way_out = folder / checkpoint.FOLDER / checkpoint.FILE, "run that seed again"
     if not path.is_file():
         raise FileNotFoundError(f"{problem} (no {path}); {way_out}, or continue it with --resume")
     state = checkpoint.read(path, way_out)["state"]
     parameters = state["loss"]
-    prefix = _LAGGED if any(name.startswith(_LAGGED) for name in parameters) else _POLICY
+    lagged = any(name.startswith(_LAGGED) for name in parameters)
+    prefix, average = (_LAGGED, "the moving average of ") if lagged else (_POLICY, "")
     policy = make_policy(run, task.dataset.trajectories)
     own = {n.removeprefix(prefix): x for n, x in parameters.items() if n.startswith(prefix)}
     policy.load_state_dict(own)
-    average = "the moving average of " if prefix == _LAGGED else ""
     return policy, f"{average}the policy after {state['step']:,} updates"
-
-
-def _other(name: str, task: Task, *, trust: bool) -> Task:
-    """Load other data for the policies of a task."""
-    other = Task.load(name, trust=trust)
-    theirs, ours = (sizes(each.dataset.trajectories) for each in (other, task))
-    if theirs != ours:
-        raise ValueError(
-            f"--data {name} has observations and actions of sizes {theirs}, the policies of the "
-            f"run read {ours}; pass data of the same robot"
-        )
-    return other

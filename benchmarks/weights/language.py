@@ -19,7 +19,7 @@ from benchmarks.llm.recipes.chat import read_rows
 from benchmarks.llm.run import Run, curated_of, prepare
 from benchmarks.runs import CONFIG
 from benchmarks.weights.options import Options
-from benchmarks.weights.source import Source, check_chain, counted, root_of, tell_scores
+from benchmarks.weights.source import Source, chain_of, notes_of
 from iwsft import checkpoint
 from iwsft.chain import Chain
 from iwsft.forward_pass import ForwardPass
@@ -35,21 +35,20 @@ _TOKENS = 4096
 _LOSS = ("length_normalize", "normalize_data_weights")
 
 
-def of_run(options: Options, config: dict[str, Any]) -> Source:
+def of_run(options: Options, folder: Path, config: dict[str, Any], out: Path) -> Source:
     """Weigh the rows that a run trained on, or other rows, by the model that it saved."""
-    assert options.run is not None
-    root, algo = root_of(options.run, config), str(config["algo"])
+    algo, saved = str(config["algo"]), folder / checkpoint.FOLDER
     if algo == BASE:
         raise ValueError(f"{BASE} is the reference itself; pass the run of another algorithm")
-    folder = options.run / checkpoint.FOLDER
-    if not folder.is_dir():
+    if not saved.is_dir():
         way_out = "continue the run with --resume, until it is finished"
-        raise FileNotFoundError(f"{options.run} has no checkpoint/ with a model; {way_out}")
-    given = replace(parse(["--config", str(options.run / CONFIG)]), out=root)
+        raise FileNotFoundError(f"{folder} has no checkpoint/ with a model; {way_out}")
+    given = replace(parse(["--config", str(folder / CONFIG)]), out=out)
     run = Run(given.recipe, algo, int(config["seed"]), given, Launch("single"))
     assert run.algorithm is not None
-    chain = run.algorithm.importance_weights(given.settings)
-    check_chain(chain, algo)
+    weighted = run.algorithm.proposal != "reference"
+    own = run.algorithm.importance_weights(given.settings)
+    chain, note = chain_of(algo, own, weighted=weighted)
     prepared = prepare(run)
     tokenizer = run.tokenizer(prepared)
     if options.data is None:
@@ -57,80 +56,58 @@ def of_run(options: Options, config: dict[str, Any]) -> Source:
     else:
         rows, of = read_rows(options.data), f"of {_short(options.data)}"
         data = curated_rows(rows, tokenizer, given.settings.max_length, (), seed=run.seed)
+    reference = f"the model that it began with, {_short(prepared.model)}"
+    if data.get(GIVEN_REF_LOG_PROB, default=None) is not None:
+        reference += ", or that of a row with ref_log_probs"
     _check_rows(prepared.model, data, trusted=given.trust_remote_code)
-    weighted = run.algorithm.proposal != "reference"
-    brings = data.get(GIVEN_REF_LOG_PROB, default=None) is not None
-    own = ", or that of a row with ref_log_probs" if brings else ""
-    notes = () if weighted else (f"{algo} has no weights; these are those of k = 1.",)
-    return _weigh(
-        f"{run.dataset}, {algo}, seed {run.seed}",
-        (str(folder), prepared.model),
-        run.load,
-        data,
-        chain if weighted else ImportanceWeights(),
-        (
-            "q is the model that the run saved.",
-            f"pi_ref is the model that it began with, {_short(prepared.model)}{own}.",
-            f"The data are the rows {of}: {counted(data)}.",
-            *notes,
-        ),
-        **{name: getattr(given.settings, name) for name in _LOSS},
-    )
+    notes = notes_of("the model that the run saved", reference, f"the rows {of}", data)
+    settings = {name: getattr(given.settings, name) for name in _LOSS}
+    name = f"{run.dataset}, {algo}, seed {run.seed}"
+    return _weigh(name, notes + note, run.load, (str(saved), prepared.model), data, chain, settings)
 
 
 def of_models(options: Options) -> Source:
     """Weigh rows by a model and its base, with the weights exp(mean log-ratio)."""
     assert options.model is not None and options.base is not None and options.data is not None
-    trusted = options.trust_remote_code
-    names = [models.locate(name) for name in (options.model, options.base)]
-    tokenizers = [models.load_tokenizer(name, trust_remote_code=trusted) for name in names]
-    vocabularies = [tokenizer.get_vocab() for tokenizer in tokenizers]
-    if vocabularies[0] != vocabularies[1]:
+    trusted, names = options.trust_remote_code, (options.model, options.base)
+    places = [models.locate(name) for name in names]
+    tokenizers = [models.load_tokenizer(place, trust_remote_code=trusted) for place in places]
+    if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
         raise ValueError(
             f"--model {options.model} and --base {options.base} have tokenizers of other tokens, "
             "so their log-probs can't be compared; pass the base that the model was tuned from"
         )
     data = curated_rows(read_rows(options.data), tokenizers[0], None, (), seed=0)
-    _check_rows(names[1], data, trusted=trusted)
-    return _weigh(
-        f"{_short(options.data)}, {_short(options.model)}",
-        (options.model, options.base),
-        partial(models.load, trust_remote_code=trusted),
-        data,
-        ImportanceWeights(),
-        (
-            f"q is {_short(options.model)}.",
-            f"pi_ref is {_short(options.base)}.",
-            f"The data are the rows of {_short(options.data)}: {counted(data)}.",
-        ),
-    )
+    _check_rows(places[1], data, trusted=trusted)
+    model, base, rows = map(_short, (*names, options.data))
+    notes = notes_of(model, base, f"the rows of {rows}", data)
+    load = partial(models.load, trust_remote_code=trusted)
+    return _weigh(f"{rows}, {model}", notes, load, names, data, ImportanceWeights(), {})
 
 
 def _weigh(
     name: str,
-    places: tuple[str, str],
+    notes: tuple[str, ...],
     load: Callable[[str], tuple[Any, Any]],
+    names: tuple[str, str],
     data: TensorDictBase,
     chain: Chain,
-    notes: tuple[str, ...],
-    **settings: Any,
+    settings: dict[str, Any],
 ) -> Source:
     """Weigh rows by a model and its base, loaded in turns; ``settings`` are those of the loss."""
-    tell_scores(data)
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def policy(place: str) -> CausalLMPolicy:
-        return CausalLMPolicy(load(place)[0].to(device).eval())
+    def policy(model: str) -> CausalLMPolicy:
+        return CausalLMPolicy(load(model)[0].to(device).eval())
 
-    annotate_reference(policy(places[1]), data, rows=_TOKENS)
-    q = policy(places[0])
+    annotate_reference(policy(names[1]), data, rows=_TOKENS)
+    q = policy(names[0])
+    loss = partial(token_loss, q, proposal="current", **settings)
     return Source(
         name=name,
         notes=notes,
         chain=chain,
-        make_loss=lambda chain: token_loss(
-            q, importance_weights=chain, proposal="current", **settings
-        ),
+        make_loss=lambda chain: loss(importance_weights=chain),
         trajectories=data,
         log_q=ForwardPass(q, data, (), rows=_TOKENS).log_prob().float(),
     )

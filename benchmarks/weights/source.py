@@ -16,7 +16,7 @@ from benchmarks.runs import CONFIG, tell
 from benchmarks.weights.options import RUN
 from iwsft.chain import Chain
 from iwsft.checkpoint import CheckpointError
-from iwsft.diagnostics import Weighed, top_share, weighed
+from iwsft.diagnostics import top_share, weighed
 from iwsft.objective import ImportanceWeightedMLE, Terms
 from iwsft.trajectory import DATA_WEIGHT, STANDARD_SCORE, lengths
 from iwsft.weights import log_ess
@@ -24,15 +24,10 @@ from iwsft.weights import log_ess
 
 @dataclass(frozen=True)
 class Source:
-    """Trajectories with log q and, under ``ref_log_prob``, log pi_ref of each step.
+    """Curated packed trajectories with log q and, under ``ref_log_prob``, log pi_ref of each step.
 
-    Attributes:
-        name: What is weighed.
-        notes: What q, pi_ref and the data are, a sentence each.
-        chain: Transforms that the weights went through.
-        make_loss: Makes the loss of a chain, which reads the trajectories.
-        trajectories: Packed trajectories, curated.
-        log_q: log q of each step.
+    ``name`` says what is weighed, ``notes`` what q, pi_ref and the data are, a sentence each.
+    ``make_loss`` makes the loss of a chain, and ``chain`` is that of the weights.
     """
 
     name: str
@@ -53,12 +48,7 @@ class Source:
         return self._terms(self.loss)
 
     @cached_property
-    def weighed(self) -> Weighed:
-        """The trajectories with the weights of the chain."""
-        return weighed(self.loss, self.terms, self._score)[0]
-
-    @cached_property
-    def raw(self) -> tuple[Tensor, Tensor]:
+    def log_ratio(self) -> tuple[Tensor, Tensor]:
         """Log-ratios of trajectories (of steps with ``reduce=None``) without transforms, shares."""
         plain = replace(self.chain, step=(), trajectory=(), negative=None)
         terms = self._terms(self.make_loss(plain))
@@ -70,19 +60,14 @@ class Source:
 
     def ess(self, k: float) -> float:
         """Effective sample size of the weights exp(k log-ratio), as a share of the draws."""
-        log_ratio, share = self.raw
+        log_ratio, share = self.log_ratio
         return float(log_ess(k * log_ratio.double(), share).exp())
 
     def top1(self, k: float) -> float:
         """Share of the weight exp(k log-ratio) that the heaviest 1 % of the draws have."""
-        log_ratio, share = self.raw
+        log_ratio, share = self.log_ratio
         above = log_ratio.double() - log_ratio.amax()
         return float(top_share((k * above).exp(), share))
-
-    @property
-    def _score(self) -> Tensor | None:
-        score: Tensor | None = self.trajectories.get(STANDARD_SCORE, default=None)
-        return score
 
     def _terms(self, loss: ImportanceWeightedMLE) -> Terms:
         data = self.trajectories
@@ -94,47 +79,43 @@ class Source:
         return Terms(segments, share, self.log_q, *weights[:2], None, data_weight)
 
 
-def read_config(run: Path) -> dict[str, Any]:
-    """Read the ``config.json`` of a run."""
+def read_run(run: Path) -> tuple[dict[str, Any], Path]:
+    """Read the ``config.json`` of a run, and find the folder that its --out named."""
     path = run / CONFIG
     try:
         config: dict[str, Any] = json.loads(path.read_text())
-        benchmark = config["benchmark"], config["options"]
+        names = [str(config[name]) for name in ("benchmark", "dataset", "algo")]
+        names.append(f"seed-{config['seed']}")
+        variant = config["options"].get("variant")
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path} is not what a run writes ({reason})") from error
-    if benchmark[0] not in ("d4rl", "llm"):
-        raise ValueError(f"{run} is a run of {benchmark[0]}; a run is {RUN}")
-    return config
-
-
-def root_of(run: Path, config: dict[str, Any]) -> Path:
-    """The folder that --out of a run named, by what its ``config.json`` says."""
-    names = [config[name] for name in ("benchmark", "dataset", "algo")] + [f"seed-{config['seed']}"]
-    variant = config["options"].get("variant")
-    parts = ([variant] if variant else []) + names
-    path = run.absolute()
-    if path.parts[-len(parts) :] != tuple(parts):
+    if names[0] not in ("d4rl", "llm"):
+        raise ValueError(f"{run} is a run of {names[0]}; a run is {RUN}")
+    parts = (*filter(None, [variant]), *names)
+    if run.absolute().parts[-len(parts) :] != parts:
         raise ValueError(
             f"{run} was moved: its config.json is of OUT/{'/'.join(parts)}, and what it shares "
             "with other runs is found from there; move it back"
         )
-    return path.parents[len(parts) - 1]
+    return config, run.absolute().parents[len(parts) - 1]
 
 
-def check_chain(chain: Chain, name: str) -> None:
-    """Check that weights can be computed from the files of a run."""
-    if chain.reference == "synced":
-        raise ValueError(f"{name} divides by the policy at the last sync, which no file holds")
+def notes_of(q: str, reference: str, rows: str, trajectories: TensorDictBase) -> tuple[str, ...]:
+    """What q, pi_ref and the data are; where there is no score to correlate with, a line says so.
 
-
-def tell_scores(trajectories: TensorDictBase) -> None:
-    """Say where there is no rank correlation of the weights with the score."""
+    The line comes before the policies run, which may take minutes.
+    """
     score = trajectories.get(STANDARD_SCORE, default=None)
     if score is None or bool((score == score[0]).all()):
         tell("all trajectories have the same score, or none: the weights correlate with no score")
+    size = f"{len(lengths(trajectories)):,} trajectories of {len(trajectories):,} steps"
+    return f"q is {q}.", f"pi_ref is {reference}.", f"The data are {rows}: {size}."
 
 
-def counted(trajectories: TensorDictBase) -> str:
-    """How many trajectories and steps there are, in words."""
-    return f"{len(lengths(trajectories)):,} trajectories of {len(trajectories):,} steps"
+def chain_of(name: str, chain: Chain, *, weighted: bool) -> tuple[Chain, tuple[str, ...]]:
+    """The chain that an algorithm's weights are shown for, and a note where it has none."""
+    if chain.reference == "synced":
+        raise ValueError(f"{name} divides by the policy at the last sync, which no file holds")
+    note = f"{name} has no weights; these are those of k = 1."
+    return (chain, ()) if weighted else (type(chain)(), (note,))
