@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.runs import CONFIG, RESULT
 from benchmarks.stopping import one_line, printable_text
 from iwsft import metrics
@@ -146,58 +144,22 @@ def read_evaluations(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def _compared(root: str | Path, benchmark: str) -> list[RecordedRun]:
-    """Read all runs; those that others show to be wrong are damaged.
-
-    These are copies of another run, and scores in another unit than those of the same dataset.
-    """
+    """Read all runs; a copy of another run is damaged."""
     runs = list(_read_all(Path(root), benchmark))
     # No two trainings take the same seconds to the last digit.
     contents = [json.dumps({**run.result, "seed": None}, sort_keys=True) for run in runs]
     originals: dict[str, RecordedRun] = {}
-    scores: dict[str, list[tuple[float, float]]] = {}
     # Where a folder's name is not that of the run in it, the folder is the copy.
     for content, run in sorted(zip(contents, runs, strict=True), key=lambda x: not x[1].at_home):
         originals.setdefault(content, run)
-        if run.result.get(SCORE) is not None:
-            pair = run.result["return_mean"], run.result[SCORE]
-            scores.setdefault(run.dataset, []).append(pair)
-    lines = {dataset: _line(pairs) for dataset, pairs in scores.items()}
     checked = []
     for content, run in zip(contents, runs, strict=True):
-        damage = ""
-        if run.result:
-            first = originals[content]
-            line, score = lines.get(run.dataset), run.result.get(SCORE)
-            if first is not run:
-                damage = f"{run.folder} holds a copy of the run in {first.folder}"
-            elif line and score is not None and not _is_on(line, run.result["return_mean"], score):
-                damage = (
-                    f"{run.folder / RESULT}: 'normalized_score' {score:g} is not that of its return"
-                    ", as the other runs on this dataset convert it"
-                )
-        wrong = replace(run, result={}, config={}, metrics=[], damage=damage)
-        checked.append(wrong if damage else run)
+        first = originals[content]
+        if run.result and first is not run:
+            damage = f"{run.folder} holds a copy of the run in {first.folder}"
+            run = replace(run, result={}, config={}, metrics=[], damage=damage)
+        checked.append(run)
     return checked
-
-
-def _line(pairs: list[tuple[float, float]]) -> tuple[float, float] | None:
-    """Slope and intercept of the score over the return, where most runs (3 or more) agree."""
-    x, y = np.transpose(pairs)
-    i, j = np.triu_indices(len(x), 1)
-    i, j = i[x[i] != x[j]], j[x[i] != x[j]]
-    if not len(i):
-        return None
-    # Theil and Sen's line leaves up to 29 % of the runs out of account.
-    slope = float(np.median((y[j] - y[i]) / (x[j] - x[i])))
-    intercept = float(np.median(y - slope * x))
-    agree = sum(_is_on((slope, intercept), *pair) for pair in pairs)
-    most = slope > 0 and agree >= 3 and 2 * agree > len(pairs)
-    return (slope, intercept) if most else None
-
-
-def _is_on(line: tuple[float, float], return_mean: float, score: float) -> bool:
-    slope, intercept = line
-    return math.isclose(score, slope * return_mean + intercept, rel_tol=1e-6, abs_tol=1e-6)
 
 
 def _read_all(root: Path, benchmark: str) -> Iterator[RecordedRun]:

@@ -58,33 +58,35 @@ class Grid:
         return f"{text} {marks}" if marks else text
 
     def rich(self, title: str, leave_out: str = "") -> Group:
-        """The table for the terminal, under a title.
-
-        The column ``leave_out`` has no room there. Where that is not enough, the published numbers
-        are left out too, and the title says so.
-        """
-        grouped = self.left > 1
+        """The table for the terminal, which has no room for a column and published numbers."""
+        grouped, ours = self.left > 1, len(self.columns) - self.published
         # Headings are wrapped to the widths of the cells.
         widths = {
             i: max(map(cell_len, [*name.split(), *(row[i] for row in self.rows)]))
-            for i, name in enumerate(self.columns)
+            for i, name in enumerate(self.columns[:ours])
             if name != leave_out and i >= grouped and i not in self._empty
         }
-        if self.published and sum(widths.values()) + len(widths) > _TERMINAL:
-            ours = len(self.columns) - self.published
-            widths = {i: width for i, width in widths.items() if i < ours}
-            title += ", published numbers in the report"
+        title += ", published numbers in the report" if self.published else ""
         parts: list[RenderableType] = [Text(title, style="bold"), self._lines(widths, [])]
         for first, group in itertools.groupby(self.rows, key=lambda row: row[0]):
             if grouped:
                 parts.append(Text(first, style="bold cyan"))
             parts.append(self._lines(widths, list(group)))
-        shown, marked = self._marks(widths), self._marks(range(len(self.columns)))
-        for i, note in enumerate(self.notes):
-            mark = f"[{i + 1}]"
-            if mark in shown or (mark not in marked and len(self.columns) - 1 in widths):
-                parts.append(Text(f"{mark} {note}", style="dim"))
+        cells = " ".join(row[i] for row in self.rows for i in widths)
+        notes = {f"[{i + 1}]": note for i, note in enumerate(self.notes)}
+        parts += [Text(f"{i} {note}", style="dim") for i, note in notes.items() if i in cells]
         return Group(*parts)
+
+    def _lines(self, widths: dict[int, int], rows: list[list[str]]) -> Table:
+        """Some rows, or the headings where there are none."""
+        gap = 2 if sum(widths.values()) + 2 * len(widths) <= _TERMINAL else 1
+        table = Table(box=None, show_header=not rows, padding=(0, gap, 0, 0))
+        for i, width in widths.items():
+            justify: JustifyMethod = "left" if i < self.left else "right"
+            table.add_column(self.columns[i], justify=justify, vertical="bottom", width=width)
+        for row in rows:
+            table.add_row(*(Text(row[i]) for i in widths))
+        return table
 
     def markdown(self) -> str:
         """The table and its footnotes; published numbers are in italics.
@@ -104,26 +106,11 @@ class Grid:
         notes = "\n".join(f"[{i + 1}] {_note(note)}  " for i, note in enumerate(self.notes))
         return f"{table}\n\n{notes}".rstrip()
 
-    def _marks(self, columns: Iterable[int]) -> set[str]:
-        """The marks of footnotes in these columns."""
-        return {m for i in columns for row in self.rows for m in re.findall(r"\[\d+\]", row[i])}
-
     @property
     def _empty(self) -> set[int]:
         """The columns without any number or word."""
         columns = enumerate(zip(*self.rows, strict=True))
         return {i for i, column in columns if {*column} == {NOTHING}}
-
-    def _lines(self, widths: dict[int, int], rows: list[list[str]]) -> Table:
-        """Some rows, or the headings where there are none."""
-        gap = 2 if sum(widths.values()) + 2 * len(widths) <= _TERMINAL else 1
-        table = Table(box=None, show_header=not rows, padding=(0, gap, 0, 0))
-        for i, width in widths.items():
-            justify: JustifyMethod = "left" if i < self.left else "right"
-            table.add_column(self.columns[i], justify=justify, vertical="bottom", width=width)
-        for row in rows:
-            table.add_row(*(Text(row[i]) for i in widths))
-        return table
 
 
 def escaped(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Figures of control runs: scores, cost, training, weights; what all figures share.
+"""Figures of control runs: scores and training; what all figures share.
 
 A figure is a set of panels, each an image of its own, so that a page can lay them out for a phone.
 """
@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from benchmarks.report import scores
 from benchmarks.report.document import INK
 from benchmarks.report.scores import Cell
-from benchmarks.report.tables import WeightRow, last_weights
 from benchmarks.results import SCORE, RecordedRun
 from benchmarks.statistics import MIN_SEEDS, t_interval
 
@@ -148,13 +147,6 @@ def list_names(ax: Axes, names: Iterable[str]) -> None:
     ax.grid(axis="y", visible=False)
 
 
-def plot_mean(ax: Axes, x: float, cell: Cell, colour: str) -> None:
-    """Plot the mean of a cell, and its interval where it has one."""
-    if cell.interval is not None:
-        ax.plot([x, x], cell.interval, color=colour, lw=1.4, alpha=0.7)
-    ax.plot(x, cell.mean, "o", ms=6, color=colour)
-
-
 def scale_log(ax: Axes, axis: str) -> None:
     """Make an axis, "x" or "y", logarithmic if its data span a decade, with plain numbers."""
     i = "xy".index(axis)
@@ -194,21 +186,6 @@ def draw_scores(group: Sequence[Cell]) -> Panels:
         ax.axvline(0.0, color=INK, alpha=0.4, lw=0.8)
         ax.set_xlabel(UNIT[part[0].score_key])
         clip(ax, "x")
-        panels[dataset] = ax
-    return finish(panels)
-
-
-def draw_cost(group: Sequence[Cell]) -> Panels:
-    """Draw scores against CPU seconds of a run with its reference, one panel for each dataset."""
-    panels = {}
-    for dataset, part in _by_dataset(group).items():
-        colour = choose_colours(part)
-        ax = make_panel(scores.dataset_label(dataset), 2.6, colour)
-        for cell in part:
-            plot_mean(ax, cell.cpu_seconds, cell, colour[cell.algo])
-        ax.set(xlabel="CPU seconds of a run, with its reference", ylabel=UNIT[part[0].score_key])
-        ax.set_xlim(left=0.0)
-        clip(ax, "y")
         panels[dataset] = ax
     return finish(panels)
 
@@ -262,66 +239,6 @@ def draw_training_curves(group: Sequence[Cell]) -> Panels:
             if key == "ESS":
                 ax.set_ylim(0.0, 1.04)
             panels[f"{key}-{dataset}"] = ax
-    return finish(panels)
-
-
-def draw_weight_quantiles(group: Sequence[Cell]) -> Panels:
-    """Draw quantiles of the importance weights over updates, mean over seeds."""
-    panels = {}
-    looks = (("median", 1.0, 1.5), ("25 to 75 %", 0.45, 8.0), ("5 to 95 %", 0.2, 8.0))
-    for cell in (cell for cell in logged(group, "weight_q50") if _weighted(cell)):
-        ax, shade = make_panel(", ".join(cell.labels), 2.4), choose_colours(group)[cell.algo]
-        for low, high, alpha in (("q05", "q95", 0.18), ("q25", "q75", 0.35)):
-            steps, _ = series(cell.runs, f"weight_{low}")
-            ends = [series(cell.runs, f"weight_{q}")[1].mean(axis=0) for q in (low, high)]
-            ax.fill_between(steps, *ends, color=shade, alpha=alpha, lw=0)
-        steps, medians = series(cell.runs, "weight_q50")
-        ax.plot(steps, medians.mean(axis=0), color=shade)
-        ax.axhline(1.0, color=INK, alpha=0.6, lw=0.8, ls=":")
-        ax.set(xlabel="update", ylabel="importance weight")
-        scale_log(ax, "y")
-        add_legend(
-            cast(Figure, ax.figure),
-            [Line2D([], [], color=shade, alpha=a, lw=w, label=n) for n, a, w in looks],
-        )
-        panels[f"{cell.dataset}-{cell.algo}"] = ax
-    return finish(panels)
-
-
-def draw_sweep(rows: Sequence[WeightRow]) -> Panels:
-    """Draw scores against the effective sample size at the end, one panel for each dataset.
-
-    The dashed line is the same algorithm without weights; several lines in a panel are named.
-    """
-    rows = [(setting, c) for setting, c in rows if not setting or last_weights(c, "ESS")]
-    shades, panels = [*map(scores.algorithm_colour, ("sft-q", "iw-sft-q"))], {}
-    for dataset in scores.datasets(cell for setting, cell in rows if setting):
-        ax = make_panel(scores.dataset_label(dataset), 3.0)
-        plain = [cell for setting, cell in rows if not setting and cell.dataset == dataset]
-        for cell in plain:
-            ax.axhline(cell.mean, color=choose_colours([cell])[cell.algo], lw=1.2, ls="--")
-            if len(plain) > 1:
-                at, name = ax.get_yaxis_transform(), literal(scores.algorithm_label(cell.algo))
-                ax.text(0.99, cell.mean, name, transform=at, ha="right", color=INK)
-        weighted = [(setting, c) for setting, c in rows if setting and c.dataset == dataset]
-        settings = [setting for setting, _ in weighted]
-        for setting, cell in weighted:
-            ess = float(np.mean(last_weights(cell, "ESS")))
-            plot_mean(ax, ess, cell, shades[setting.temperature > 0])
-            words = setting.words
-            # The lag is named only where the panel has several.
-            if len({other.lag for other in settings}) > 1:
-                words = f"{words}, {setting.lag}"
-            # Where the panel has two sweeps, the variant tells which is which.
-            if settings.count(setting) > 1:
-                words = literal(cell.algo.rpartition("/")[0]) or words
-            place = (ess, cell.mean)
-            ax.annotate(words, place, (6, 5), textcoords="offset points", fontsize=7.5, color=INK)
-        ax.set(xlabel="effective sample size at the end (share)", ylabel=UNIT[cell.score_key])
-        ax.margins(x=0.25)  # for the words
-        ax.set_xlim(left=0.0)
-        clip(ax, "y")
-        panels[dataset] = ax
     return finish(panels)
 
 

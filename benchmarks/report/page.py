@@ -139,7 +139,6 @@ def _control(document: Document, group: Sequence[Cell], missing: Sequence[Record
     _differences(document, group, aggregates)
     _aggregates(document, group, aggregates)
     _curves(document, group)
-    _sweep(document, group)
     _tuning(document, group)
     _cost(document, group)
 
@@ -281,29 +280,8 @@ def _curves(document: Document, group: Sequence[Cell]) -> None:
             f"{words}Log-likelihood of the batches, value of the critics, and effective sample "
             "size of the importance weights where they left 1.",
         )
-    weighted = [cell for cell in group if tables.last_weights(cell, "weight_q50")]
-    caption = "Quantiles of the importance weights, mean over seeds."
-    document.figure("weights", figures.draw_weight_quantiles(weighted), caption)
-    caption = "The weights when they were last looked at, mean over seeds."
-    document.table(tables.weight_grid(weighted), caption)
-
-
-def _sweep(document: Document, group: Sequence[Cell]) -> None:
-    rows = tables.swept(group)
-    document.section("Settings of the weights")
-    document.table(
-        tables.sweep_grid(rows),
-        "Every setting of the weights that was run, with the score and with the weights at the "
-        "end, mean over seeds. A setting chosen by its score here has been chosen on the runs "
-        "that it is compared on.",
-    )
-    document.figure(
-        "sweep",
-        figures.draw_sweep(rows),
-        "Score against the effective sample size at the end: temperatures in orange, target ESS "
-        "in blue, 95 % intervals, and the same algorithm with all weights 1 (at the learning rate "
-        "published for it) as the dashed line.",
-    )
+    caption = "The importance weights when they were last looked at, mean over seeds."
+    document.table(tables.weight_grid(group), caption)
 
 
 def _tuning(document: Document, group: Sequence[Cell]) -> None:
@@ -340,12 +318,6 @@ def _cost(document: Document, group: Sequence[Cell]) -> None:
     if len(hardware_lines(runs_of(group))) > 1:
         document.text("The runs are of different hardware: their seconds differ by it.")
     document.table(tables.cost_grid(group), "Cost and score.")
-    document.figure(
-        "cost",
-        figures.draw_cost(group),
-        "Score against CPU seconds of a run, its reference policy included; lines are 95 % "
-        "intervals of the score.",
-    )
 
 
 def _recipe(document: Document, recipe: RecipeRuns) -> None:

@@ -6,7 +6,6 @@ import functools
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,11 +35,6 @@ _SECONDS = {
     "reference_cpu_seconds": "reference",
     "wall_seconds": "wall seconds",
 }
-# Algorithms with weights on trajectories, and the same algorithms with all weights 1.
-_UNWEIGHTED = {"iw-sft": "sft", "iw-sft-q": "sft-q"}
-# What may differ within a sweep: the seed, the weights, and the learning rate, which is published
-# for each algorithm.
-_FREE = ("algo", "seed", "q", "target_ess", "sync_every", "fine_tuning", "settings_from")
 # Metric of a row of metrics.jsonl -> heading.
 _METRICS = {
     "ESS": "ESS",
@@ -240,84 +234,6 @@ def run_grid(group: Sequence[Cell]) -> Grid:
     return grid
 
 
-class Setting(NamedTuple):
-    """Settings with which the weights of a run were made."""
-
-    temperature: float  # factor k of the mean log-ratio; 0 where something else decides it
-    target_ess: float  # effective sample size as a share of the batch; 0 for none
-    sync_every: int  # updates between hard syncs of q; 0 for a moving average
-    alpha: float  # decay of the moving average; 0 for hard syncs
-    auto: bool  # whether the returns decide the temperature
-
-    @property
-    def words(self) -> str:
-        """What decides how sharp the weights are."""
-        if self.auto:
-            return "auto"
-        return f"ESS {self.target_ess:g}" if self.target_ess else f"k {self.temperature:g}"
-
-    @property
-    def lag(self) -> str:
-        """How q follows the policy."""
-        return f"sync every {self.sync_every}" if self.sync_every else f"average, {self.alpha:g}"
-
-
-WeightRow = tuple[Setting | None, Cell]
-
-
-def _setting_of(run: RecordedRun) -> Setting | None:
-    """Setting of a run's weights, from its ``config.json``; None where it has none."""
-    settings = run.config.get("settings", {})
-    row = settings.get("fine_tuning")
-    if scores.base(run.algo) not in _UNWEIGHTED or row is None:
-        return None
-    target, auto = settings.get("target_ess") or 0.0, "q" in settings
-    by_sync = run.result.get("estimator") == "steps"
-    return Setting(
-        temperature=0.0 if target or auto else row["k"],
-        target_ess=target,
-        sync_every=settings["sync_every"] if by_sync else 0,
-        alpha=0.0 if by_sync else row["alpha"],
-        auto=auto,
-    )
-
-
-def swept(group: Sequence[Cell]) -> list[WeightRow]:
-    """A cell for each dataset, algorithm and setting of the weights, in that order.
-
-    Runs of other data, cuts or steps are a sweep of their own. The same algorithm without weights
-    (setting None), with the learning rate published for it, comes first, where it was run. Sweeps
-    have two settings or more.
-    """
-    sweeps: dict[tuple[str, str, str], dict[tuple[Setting | None, str], Cell]] = {}
-    for cell in group:
-        name = scores.base(cell.algo)
-        plain = _UNWEIGHTED.get(name, name)
-        for run in cell.runs if plain in _UNWEIGHTED.values() else ():
-            setting = _setting_of(run)
-            if setting or name == plain:
-                members = sweeps.setdefault((cell.dataset, plain, _fixed_settings(run)), {})
-                part = members.get((setting, cell.algo), replace(cell, runs=()))
-                members[setting, cell.algo] = replace(part, runs=(*part.runs, run))
-
-    rows: list[WeightRow] = []
-    for members in sweeps.values():
-        if len({setting for setting, _ in members if setting}) > 1:
-            names = sorted(
-                members, key=lambda name: (name[0] or (), scores.algorithm_rank(name[1]))
-            )
-            rows += [(name[0], members[name]) for name in names]
-    return rows
-
-
-def _fixed_settings(run: RecordedRun) -> str:
-    """Settings that a sweep leaves alone."""
-    settings = run.config.get("settings", {})
-    fixed = {name: value for name, value in settings.items() if name not in _FREE}
-    steps = (settings.get("fine_tuning") or {}).get("steps")
-    return json.dumps({**fixed, "steps": steps}, sort_keys=True)
-
-
 def last_weights(cell: Cell, metric: str) -> list[float]:
     """A metric of the last row that has the weights' quantiles, of each seed that has it."""
     rows = [[row for row in run.metrics if "weight_q50" in row] for run in cell.runs]
@@ -339,21 +255,4 @@ def weight_grid(group: Sequence[Cell]) -> Grid:
         if last_weights(cell, "weight_q50"):
             numbers = [_last_mean(grid, cell, metric) for metric in _METRICS]
             grid.rows.append([*cell.labels, *numbers])
-    return grid
-
-
-def sweep_grid(rows: Sequence[WeightRow]) -> Grid:
-    """Table with a row for each setting of the weights: its score, and its weights at the end."""
-    names = ("dataset", "algorithm", "temperature k", "target ESS", "q follows", "seeds", "score")
-    grid = Grid([*names, "95 % interval", "ESS", "mean return under the weights"])
-    for setting, cell in rows:
-        numbers = (setting.temperature, setting.target_ess) if setting else (0.0, 0.0)
-        row = [*cell.labels, *(f"{number:g}" if number else NOTHING for number in numbers)]
-        if setting and setting.auto:
-            row[-2] = setting.words
-        row += [setting.lag if setting else "all weights 1", str(len(cell.runs))]
-        interval = grid.marked(interval_text(cell.interval), [FEW_SEEDS] * (not cell.interval))
-        row += [f"{cell.mean:.1f}", interval]
-        ends = [_last_mean(grid, cell, name) for name in ("ESS", "weighted_return")]
-        grid.rows.append([*row, *ends])
     return grid

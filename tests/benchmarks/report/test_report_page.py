@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 PAGES = ("index.html", "report.md", "runs.json")
 # Each has a panel for a dataset, a metric or an algorithm.
 FIGURES = {
-    *("scores", "aggregates", "cost", "weights", "sweep"),
+    *("scores", "aggregates"),
     *("learning_curves", "learning_curves_variants", "training", "training_variants"),
 }
 
@@ -146,8 +146,7 @@ def test_both_pages_say_the_same_numbers(whole: Path) -> None:
         for table in tables
     ]
     assert [table[0][2] for table in tables] == [
-        *("hopper-a", "seeds", "seed", "less SFT(Q)", "IQM", "ESS"),
-        *("temperature k", "updates", "environment"),
+        *("hopper-a", "seeds", "seed", "less SFT(Q)", "IQM", "ESS", "updates", "environment"),
     ]
 
 
@@ -306,7 +305,7 @@ def test_one_seed_has_no_aggregates_and_drops_older_figures(
     (out / "mine.png").write_bytes(b"of somebody else")
     write_report(tmp_path, out)
     page = (out / "report.md").read_text()
-    left = {*PAGES, "scores-hopper-a.svg", "cost-hopper-a.svg", "mine.png"}
+    left = {*PAGES, "scores-hopper-a.svg", "mine.png"}
     assert {path.name for path in out.iterdir()} == left
     assert "aggregates" not in page.partition("Left out of the aggregates")[0]
     assert "learning_curves" not in page
