@@ -140,7 +140,7 @@ def run_loop(
             must have the same ones.
         resume: Whether to continue the loop that is in the folder.
         early_stop: Whether to end after a round whose score is below the interval of the best one.
-        about: Further entries of ``config.json``, such as versions.
+        about: Further entries of ``config.json``; a resumed loop tells of other ``versions``.
         tell: Function that takes a line about each stage.
 
     Returns:
@@ -153,7 +153,7 @@ def run_loop(
     """
     folder = Path(folder)
     with _alone_in(folder):
-        _claim(folder, settings, resume, about or {})
+        _claim(folder, settings, resume, about or {}, tell)
         for number in range(rounds + 1):
             one = Round(number, folder, start)
             for name in NAMES if number else NAMES[-1:]:
@@ -237,7 +237,9 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def _claim(folder: Path, settings: Facts, resume: bool, about: Facts) -> None:
+def _claim(
+    folder: Path, settings: Facts, resume: bool, about: Facts, tell: Callable[[str], None]
+) -> None:
     """Write ``config.json``, or check that the loop there is this one."""
     path = folder / CONFIG
     if not path.exists():
@@ -247,10 +249,14 @@ def _claim(folder: Path, settings: Facts, resume: bool, about: Facts) -> None:
         way_out = "pass --resume to continue it, or another --out"
         raise FileExistsError(f"{folder}: a loop is there already; {way_out}")
     try:
-        differ = differences(json.loads(path.read_text())["settings"], settings)
+        config = json.loads(path.read_text())
+        differ = differences(config["settings"], settings)
+        changed = differences(config.get("versions", {}), about.get("versions", {}))
     except (ValueError, LookupError, TypeError) as error:
         way_out = "move the folder away, or choose another --out"
         raise CheckpointError(f"{path} is not what a loop writes ({error}); {way_out}") from error
     if differ:
         way_out = "run with those, or choose another --out"
         raise CheckpointError(f"{folder} holds a loop with other settings: {differ}; {way_out}")
+    if changed:
+        tell(f"{folder} was begun with other versions, so rounds may differ: {changed}")

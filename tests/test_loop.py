@@ -85,8 +85,8 @@ def plain(rounds: int) -> list[int]:
 
 
 def run(folder: Path, stages: Stages, rounds: int = 4, **options: Any) -> list[dict[str, Any]]:
-    settings: dict[str, Any] = {"settings": SETTINGS, "early_stop": False, **options}
-    return run_loop(folder, stages, start="1", rounds=rounds, tell=lambda line: None, **settings)
+    shared: dict[str, Any] = {"settings": SETTINGS, "early_stop": False, "tell": len}
+    return run_loop(folder, stages, start="1", rounds=rounds, **{**shared, **options})
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -171,6 +171,15 @@ def test_it_ends_early_where_the_score_falls(tmp_path: Path) -> None:
     assert "below that of round 1 (0.6" in lines[-1]
     rows = run(tmp_path, stages, resume=True)
     assert [row["score"] for row in rows] == scores
+
+
+def test_other_versions_are_told(tmp_path: Path) -> None:
+    lines: list[str] = []
+    for number, version in enumerate(("1.0", "1.0", "1.1")):
+        about = {"versions": {"torch": version}}
+        run(tmp_path, toy(), 1, resume=number > 0, about=about, tell=lines.append)
+        told = [line for line in lines if "torch='1.0' (now '1.1')" in line]
+        assert len(told) == (number == 2)
 
 
 def test_other_loops_are_refused(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from benchmarks.runs import hardware, tell, versions
 from iwsft.language.generations import Prompter
 from iwsft.loop import run_loop
 
-_PACKAGES = ("torch", "transformers", "vllm", "accelerate", "math-verify")
+_PACKAGES = ("iwsft", "torch", "transformers", "vllm", "accelerate", "math-verify")
 
 
 def run_rounds(options: LoopOptions) -> list[dict[str, Any]]:

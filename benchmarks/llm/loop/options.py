@@ -241,15 +241,6 @@ def verifier_of(name: str) -> str | None:
     return spec.origin
 
 
-def verifier_digest(name: str) -> str | None:
-    """Digest of the code of a verifier of the user's own."""
-    # It imports torch.
-    from iwsft.fingerprint import file_sha256
-
-    origin = verifier_of(name)
-    return file_sha256(Path(origin)) if origin is not None and Path(origin).is_file() else None
-
-
 def parse(words: Sequence[str], description: str | None) -> LoopOptions:
     """Read and check a command line; an error names the option, its value and the way out."""
     groups = LoopOptions.__bases__

@@ -16,7 +16,7 @@ from accelerate.utils.memory import clear_device_cache  # type: ignore[import-un
 from benchmarks.llm.generators import load_generator
 from benchmarks.llm.job import fine_tune
 from benchmarks.llm.loop.curation import annotate, select_answers, trainable, unusable
-from benchmarks.llm.loop.options import LoopOptions, verifier_digest
+from benchmarks.llm.loop.options import LoopOptions
 from benchmarks.llm.loop.verifiers import Prompt, Verifier
 from benchmarks.runs import RESULT, tell
 from benchmarks.statistics import interval_over_questions
@@ -66,7 +66,11 @@ class LanguageLoop:
     def score(self, one: Round) -> dict[str, Any]:
         """Verify the answers; one that has no end has no score."""
         keys = _keys(self.prompts, self.options.samples_per_prompt)
-        verdicts = self._score(one.folder, self.prompts, keys)
+        verdicts, code = self._score(one.folder, self.prompts, keys), self.verifier.code
+        for before in one.earlier(1):
+            if before.facts("score").get("verifier_code") != code:
+                way_out = "their rates do not compare; start anew with another --out if they must"
+                tell(f"round {one.number}: other code scored the round before: {way_out}")
         shares = self._right(verdicts, self.options.samples_per_prompt)
         answers = [[each["answer"] for each in group] for group in _groups(verdicts)]
         distinct = [len({answer for answer in own if answer is not None}) for own in answers]
@@ -75,7 +79,7 @@ class LanguageLoop:
             "solved": float((shares > 0).mean()),
             "distinct": float(np.mean(distinct)),
             "verifier_failed": sum("problem" in each for each in verdicts),
-            "verifier_code": verifier_digest(self.options.verifier),
+            "verifier_code": code,
         }
 
     def evaluate(self, one: Round) -> dict[str, Any]:
@@ -177,9 +181,15 @@ class LanguageLoop:
     def _score(
         self, folder: Path, prompts: Sequence[Prompt], keys: Sequence[Key]
     ) -> list[Generation]:
-        """Verdicts on all answers: ``score``, ``answer``, and ``problem`` where a call failed."""
+        """Verdicts on all answers: ``score``, ``answer``, and ``problem`` where a call failed.
+
+        Those of other code, from before a kill, are made again, so that all are of one verifier.
+        """
         texts = dict(zip(keys, read_generations(folder / GENERATIONS, keys), strict=True))
-        verdicts = read_generations(folder / SCORES, keys)
+        verdicts, code = read_generations(folder / SCORES, keys), self.verifier.code
+        if any(each.get("verifier_code") != code for each in verdicts):
+            (folder / SCORES).unlink()
+            verdicts = []
         by_id = {prompt.id: prompt for prompt in prompts}
 
         def verify(names: Sequence[Key]) -> list[dict[str, Any]]:
@@ -189,7 +199,8 @@ class LanguageLoop:
                 verdict = self.verifier.verify(by_id[name[0]], generation["text"])
                 score = verdict.score if generation["stopped"] else None
                 problem = {} if verdict.problem is None else {"problem": verdict.problem}
-                entries.append({"score": score, "answer": verdict.answer, **problem})
+                about = {"verifier_code": code, **problem}
+                entries.append({"score": score, "answer": verdict.answer, **about})
             broken = _broken([*verdicts, *entries], len(keys))
             if broken is not None:
                 # A verifier that is mended scores all answers again.

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from benchmarks.llm.loop.options import VERIFIERS
+from benchmarks.llm.loop.options import VERIFIERS, verifier_of
 from benchmarks.llm.recipes.chat import split_source
+from benchmarks.runs import versions
 from iwsft.datasets.text.rows import check_text
 from iwsft.datasets.text.sources import records, row_named
+from iwsft.fingerprint import file_sha256, fingerprint
+from iwsft.language import grading, verification
 from iwsft.language.generations import Prompter
 from iwsft.language.grading import Grader, TimedFunction
 from iwsft.language.verification import extract_answer, parse_integer, parse_letter
@@ -119,6 +123,7 @@ class Verifier:
 
     def __init__(self, name: str, *, seconds: float = 10.0) -> None:
         self._kind: Any = VERIFIERS.get(name)
+        self._name = name
         self._grader = Grader(seconds=seconds)
         self._function = None if self._kind else TimedFunction(name, seconds=seconds)
 
@@ -128,6 +133,15 @@ class Verifier:
             self._function.start()
         elif self._kind == "math":
             self._grader.start()
+
+    @property
+    def code(self) -> str:
+        """Digest of the code that scores: the user's file, or ours and Math-Verify's version."""
+        origin = verifier_of(self._name)
+        own = [__file__, grading.__file__, verification.__file__]
+        files = [Path(path) for path in (own if self._kind else [origin or ""])]
+        digests = {path.name: file_sha256(path) for path in files if path.is_file()}
+        return fingerprint({**digests, **(versions(["math-verify"]) if self._kind else {})})[:16]
 
     def verify(self, prompt: Prompt, text: str) -> Verdict:
         """Score the text of an answer to a prompt."""

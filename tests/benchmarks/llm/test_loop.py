@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 from benchmarks.llm.__main__ import loop, main
 from benchmarks.llm.loop.options import parse
-from benchmarks.llm.loop.verifiers import Prompt, Verifier
 from benchmarks.llm.recipes.arithmetic import BaseSettings
 from benchmarks.llm.recipes.arithmetic.base import config, tokenizer
 from benchmarks.llm.recipes.arithmetic.task import problems
@@ -28,8 +27,6 @@ from iwsft.loop import Round, table
 
 # Half of all texts are right, which a model that has learned nothing can be.
 VERIFIERS = """
-import math, time
-
 def parity(text, row):
     return (sum(map(ord, text)) + len(row["prompt"])) % 2
 
@@ -43,11 +40,6 @@ def debt(text, row):
     if len(text) % 5 == 0:
         raise ValueError("no verdict")
     return parity(text, row) - 2
-
-def odd(text, row):
-    if text == "hang":
-        time.sleep(60)
-    return {"none": None, "nan": math.nan, "text": "1", "true": True}.get(text, 0.5)
 """
 SAMPLES = 6
 
@@ -300,20 +292,37 @@ def test_a_loop_without_a_right_answer_keeps_the_model(
     assert "so the model stays as it is" in said.err and str(place / "model") in said.out
 
 
-def test_a_broken_verifier_stops_the_loop_and_is_mended(
-    run: Callable[..., list[dict[str, Any]]], place: Path, tmp_path: Path
+def test_a_verifier_that_is_mended_or_changed_between_two_calls(
+    run: Callable[..., list[dict[str, Any]]],
+    place: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    code = (place / "scripted_verifiers.py").read_text()
-    with pytest.raises(SystemExit, match="the verifier failed on .* KeyError: 'no such column'"):
-        run(verifier="broken")
-    samples = (tmp_path / "loop" / "round-1" / "generations.jsonl").read_bytes()
+    module, first = place / "scripted_verifiers.py", tmp_path / "loop" / "round-1"
+
+    def run_with(body: str, *flags: str) -> list[dict[str, Any]]:
+        module.write_text(VERIFIERS.replace('raise KeyError("no such column")', body))
+        return run("--resume", "--min-score", "0.5", "--epochs", "1", *flags, verifier="broken")
+
     try:
-        mended = code.replace('raise KeyError("no such column")', "return 0")
-        (place / "scripted_verifiers.py").write_text(mended)
-        assert run("--resume", verifier="broken")[1]["verifier_failed"] == 0
+        with pytest.raises(SystemExit, match="verifier failed on .* KeyError: 'no such column'"):
+            run("--min-score", "0.5", verifier="broken")
+        samples = (first / "generations.jsonl").read_bytes()
+        row = run_with("return 0")[1]
+        assert row["verifier_failed"] == 0
+        # A kill leaves a part of the scores: all are of the code of now.
+        scores = first / "scores.jsonl"
+        scores.write_text("".join(scores.read_text().splitlines(keepends=True)[:5]))
+        (first / "score.json").unlink()
+        (first / "curate.json").unlink()
+        assert run_with("return 0.5")[1]["verifier_code"] != row["verifier_code"]
+        assert {each["score"] for each in lines(scores)} == {0.5, None}
+        assert "other code" not in capfd.readouterr().err
+        run_with("return 0.6", "--rounds", "2")
+        assert "round 2: other code scored the round before" in capfd.readouterr().err
     finally:
-        (place / "scripted_verifiers.py").write_text(code)
-    assert (tmp_path / "loop" / "round-1" / "generations.jsonl").read_bytes() == samples
+        module.write_text(VERIFIERS)
+    assert (first / "generations.jsonl").read_bytes() == samples
 
 
 def test_an_answer_without_a_verdict_is_never_right(
@@ -344,26 +353,6 @@ def test_an_answer_without_a_verdict_is_never_right(
         for each in tests
     ]
     assert row["score"] == pytest.approx(sum(map(bool, passed)) / len(tests))
-
-
-def test_what_a_verifier_of_the_users_own_may_return(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(place)
-    prompt = Prompt("0", "", "1+1=", {"prompt": "1+1="})
-    with Verifier("scripted_verifiers:odd", seconds=1) as verifier:
-        for text, expected, problem in (
-            ("half", 0.5, None),
-            ("true", 1.0, None),
-            ("none", None, "TypeError"),
-            ("nan", None, "no finite number"),
-            ("text", None, "no finite number"),
-            ("hang", None, "no verdict in 1 s"),
-            ("half", 0.5, None),
-        ):
-            verdict = verifier.verify(prompt, text)
-            assert verdict.score == expected
-            assert (verdict.problem is None) if problem is None else problem in str(verdict.problem)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 
-from benchmarks.llm.loop.verifiers import Verifier, read_prompts
+from benchmarks.llm.loop.verifiers import Prompt, Verifier, read_prompts
+
+ODD = """
+import math, time
+
+def odd(text, row):
+    if text == "hang":
+        time.sleep(60)
+    return {"none": None, "nan": math.nan, "text": "1", "true": True}.get(text, 0.5)
+"""
 
 
 @pytest.mark.parametrize(
@@ -46,3 +55,24 @@ def test_rows_that_are_no_prompts(tmp_path: Path, row: dict[str, Any], message: 
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     with pytest.raises(ValueError, match=message):
         read_prompts(str(tmp_path / "rows.jsonl"), "integer")
+
+
+def test_what_a_verifier_of_the_users_own_may_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "odd_verifiers.py").write_text(ODD)
+    monkeypatch.syspath_prepend(tmp_path)
+    prompt = Prompt("0", "", "1+1=", {"prompt": "1+1="})
+    with Verifier("odd_verifiers:odd", seconds=1) as verifier:
+        for text, expected, problem in (
+            ("half", 0.5, None),
+            ("true", 1.0, None),
+            ("none", None, "TypeError"),
+            ("nan", None, "no finite number"),
+            ("text", None, "no finite number"),
+            ("hang", None, "no verdict in 1 s"),
+            ("half", 0.5, None),
+        ):
+            verdict = verifier.verify(prompt, text)
+            assert verdict.score == expected
+            assert (verdict.problem is None) if problem is None else problem in str(verdict.problem)
