@@ -69,15 +69,6 @@ class RecordedRun:
         return int(self.result.get("published_steps") or self.result["steps"])
 
     @property
-    def late_config(self) -> bool:
-        """Whether ``config.json`` was written after ``result.json``, by more than a minute."""
-        paths = self.folder / CONFIG, self.folder / RESULT
-        if not all(path.is_file() for path in paths):
-            return False
-        config, result = (path.stat().st_mtime for path in paths)
-        return config > result + 60
-
-    @property
     def step(self) -> int:
         """Last update that it logged, 0 for none."""
         return int(self.metrics[-1]["step"]) if self.metrics else 0

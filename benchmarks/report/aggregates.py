@@ -10,9 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks import statistics
-from benchmarks.report import figures
-from benchmarks.report.document import INK, NOTHING, Grid, interval_text
-from benchmarks.report.figures import Panels
+from benchmarks.report.document import NOTHING, Grid, interval_text
 from benchmarks.report.scores import (
     UNDER_TRAINED,
     Cell,
@@ -163,24 +161,3 @@ def text(estimate: Estimate | None, digits: int) -> str:
     if estimate.low is None or estimate.high is None:
         return f"{point} (no spread)"
     return f"{point} ({interval_text((estimate.low, estimate.high), digits)})"
-
-
-def draw_aggregates(aggregates: Aggregates, group: Sequence[Cell]) -> Panels:
-    """Draw the aggregates with 95 % intervals, one panel for each."""
-    colour, panels = figures.choose_colours(group), {}
-    for i, label in enumerate(METRICS) if aggregates.estimates else ():
-        better = "lower" if label == "optimality gap" else "higher"
-        ax = figures.make_panel(
-            f"{label} ({better} is better)", 0.8 + 0.22 * len(aggregates.estimates)
-        )
-        for y, (name, estimates) in enumerate(aggregates.estimates.items()):
-            point, low, high = estimates[i]
-            if low is not None and high is not None:
-                ax.barh(y, high - low, left=low, height=0.55, lw=0, color=colour[name], alpha=0.5)
-            ax.plot([point] * 2, [y - 0.275, y + 0.275], color=INK, lw=1.6)
-        ax.use_sticky_edges = False
-        ax.margins(x=0.06)
-        figures.list_names(ax, map(algorithm_label, aggregates.estimates))
-        ax.set_xlabel(figures.UNIT[SCORE])
-        panels[label] = ax
-    return figures.finish(panels)

@@ -69,7 +69,6 @@ def write_report(folder: Path, out: Path) -> WrittenReport:
         f"`{command}` made this page. All runs, with their results, settings and commands, are in "
         f"[{RECORDS}]({RECORDS})."
     )
-    document.table(tables.run_grid(group), "The finished control runs.")
     if runs or language_runs:
         document.provenance([*runs, *language_runs])
     kinds = ["control"] * bool(runs) + ["language"] * bool(recipes or evaluations)
@@ -245,9 +244,7 @@ def _aggregates(document: Document, group: Sequence[Cell], aggregates: Aggregate
             "optimality gap is the mean distance below a score of 100. Where an algorithm has more "
             "seeds on one dataset than on another, its first ones enter."
         )
-        document.table(over_datasets.aggregate_grid(aggregates), "Aggregate scores.")
-        caption = "Aggregate scores: point estimates (lines) and 95 % intervals (bars)."
-        document.figure("aggregates", over_datasets.draw_aggregates(aggregates, group), caption)
+        document.table(over_datasets.aggregate_grid(aggregates), "Scores over datasets.")
         few = f"not all of these algorithms have {MIN_SEEDS} seeds there"
         tasks_left_out = map(scores.dataset_label, aggregates.datasets_left_out)
         left_out += [f"{task}: {few}" for task in tasks_left_out]

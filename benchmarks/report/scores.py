@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -220,9 +221,14 @@ class Cell:
 
     def differences(self) -> list[str]:
         """What only some seeds recorded, and versions in which they differ; empty as a rule."""
-        settings = [_flat({"versions": run.versions}) | _settings(run) for run in self.runs]
-        settings = [{k: v for k, v in each.items() if v is not None} for each in settings]
-        return [f"{key} ({', '.join(texts)})" for key, texts in _varying(settings).items()]
+        every = [_flat({"versions": run.versions}) | _settings(run) for run in self.runs]
+        every = [{key: value for key, value in each.items() if value is not None} for each in every]
+        differences = []
+        for key in dict.fromkeys(itertools.chain(*every)):
+            values = [json.dumps(each[key]) if key in each else "not recorded" for each in every]
+            if len(distinct := dict.fromkeys(values)) > 1:
+                differences.append(f"{key} ({', '.join(distinct)})")
+        return differences
 
 
 def curve_of(run: RecordedRun) -> dict[str, list[float | None]]:
@@ -271,30 +277,24 @@ def cells(runs: Sequence[RecordedRun], score_key: str = SCORE) -> list[Cell]:
 def _parts(
     runs: list[RecordedRun], view: Callable[[RecordedRun], dict[str, object]]
 ) -> Iterator[tuple[list[RecordedRun], str, str]]:
-    """Runs that agree in a view, the most first; how the others differ, short and as a sentence.
+    """Runs that agree in a view; how they differ from the most, short and as a sentence.
 
     Entries that one of two runs did not record do not count as different.
     """
-    groups: dict[str, list[RecordedRun]] = {}
-    for run in runs:
-        groups.setdefault(json.dumps(view(run), sort_keys=True), []).append(run)
-    parts: dict[str, list[RecordedRun]] = {}
-    texts: dict[str, tuple[str, str]] = {}
-    largest = max(groups.values(), key=len)
-    usual = view(largest[0])
-    for group in groups.values():
-        differ = {
-            key: (value, usual[key])
-            for key, value in view(group[0]).items()
-            if key in usual and value != usual[key]
-        }
-        name = json.dumps(differ, sort_keys=True)
-        parts.setdefault(name, []).extend(group)
-        short = ", ".join(f"{key} {_short(value)}" for key, (value, _) in differ.items())
-        pairs = ", ".join(f"{key} {_short(a)} (not {_short(b)})" for key, (a, b) in differ.items())
-        texts[name] = short, f"Apart from other runs of the same name: {pairs}." if differ else ""
-    for name, part in parts.items():
-        yield sorted(part, key=lambda run: run.seed), *texts[name]
+    views = [view(run) for run in runs]
+    texts = [json.dumps(each, sort_keys=True) for each in views]
+    usual = views[texts.index(Counter(texts).most_common(1)[0][0])]
+    parts: dict[tuple[str, str], list[RecordedRun]] = {}
+    for run, own in zip(runs, views, strict=True):
+        differ = [
+            (key, own[key], usual[key]) for key in own if own[key] != usual.get(key, own[key])
+        ]
+        short = ", ".join(f"{key} {_short(value)}" for key, value, _ in differ)
+        pairs = ", ".join(f"{key} {_short(a)} (not {_short(b)})" for key, a, b in differ)
+        note = f"Apart from other runs of the same name: {pairs}." if differ else ""
+        parts.setdefault((short, note), []).append(run)
+    for words, part in parts.items():
+        yield sorted(part, key=lambda run: run.seed), *words
 
 
 def _short(value: object) -> str:
@@ -379,20 +379,6 @@ def _settings(run: RecordedRun) -> dict[str, object]:
     apart = (*about, *_task(run), "data_sha256", "seed", "settings_from")
     own = _flat({key: value for key, value in settings.items() if key not in apart})
     return {key: run.result[key] for key in about if key in run.result} | own
-
-
-def _varying(settings: Sequence[dict[str, object]]) -> dict[str, list[str]]:
-    """Keys whose values differ, with the distinct values as text."""
-    texts = {
-        key: list(
-            dict.fromkeys(
-                json.dumps(each[key], sort_keys=True) if key in each else "not recorded"
-                for each in settings
-            )
-        )
-        for key in dict.fromkeys(itertools.chain(*settings))
-    }
-    return {key: values for key, values in texts.items() if len(values) > 1}
 
 
 def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, object]:

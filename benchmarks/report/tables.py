@@ -24,7 +24,6 @@ FEW_SEEDS = (
 _UNDER_TRAINED = f"Under-trained: {scores.UNDER_TRAINED}; never the best, and in no comparison."
 _TIE = "The highest, but a tie: the interval of the difference to the next one holds 0."
 _MOVING = "Not levelled off: score or Q still changes over the last third of the updates."
-_LATE = "config.json is newer than result.json, so its settings may be of another run."
 _RETURN = "Mean return: the dataset has no D4RL reference scores."
 EQUAL_SEEDS = "All seeds have the same value: no interval follows from it."
 SUCCESS_INTERVAL = "interval of success"
@@ -150,7 +149,6 @@ def _measured(grid: Grid, cell: Cell, cut_off: int) -> list[str]:
     if cell.score_key == scores.RETURN:
         notes.append(_RETURN)
     notes += [f"Seeds differ in {difference}." for difference in cell.differences()]
-    notes += [f"Seed {run.seed}: {_LATE}" for run in cell.runs if run.late_config]
     notes += [cell.note] if cell.note else []
     row = [
         f"{count} of {count + cut_off}" if cut_off else str(count),
@@ -217,20 +215,6 @@ def cost_grid(group: Sequence[Cell]) -> Grid:
             spent = [run.result[key] for run in cell.runs if key in run.result]
             row.append(f"{sum(spent) / len(spent):,.0f}" if spent else NOTHING)
         grid.rows.append([*row, f"{cell.cpu_seconds:,.0f}"])
-    return grid
-
-
-def run_grid(group: Sequence[Cell]) -> Grid:
-    """Table of the environment, settings and seeds of every cell."""
-    names = ("dataset", "algorithm", "environment", "preset", "estimator", "seeds")
-    grid = Grid([*names, "settings from"], left=len(names) + 1)
-    for cell in group:
-        row = [cell.dataset, scores.algorithm_label(cell.algo)]
-        for key in ("env_id", "preset", "estimator"):
-            row.append(", ".join(str(v) for v in cell.distinct(key) if v is not None))
-        sources = [run.config.get("settings", {}).get("settings_from") for run in cell.runs]
-        source = ", ".join(dict.fromkeys(filter(None, sources))) or NOTHING
-        grid.rows.append([*row, " ".join(map(str, cell.seeds)), source])
     return grid
 
 
