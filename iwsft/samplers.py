@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from iwsft.trajectory import (
     OBSERVATION,
     REWARD,
     TERMINATED,
+    TOKENS,
     TRAJ_IDS,
     Segments,
     check_links,
@@ -89,7 +91,15 @@ class _Sampler(ABC):
             "trajectories": len(self._lengths),
             "steps": int(self._lengths.sum()),
             "multiplicity": int(self._tickets[-1]),
+            "actions": self._actions,
         }
+
+    @cached_property
+    def _actions(self) -> int:
+        """Sum of the bytes of the actions, or of the tokens: exact on any machine."""
+        keys = self.trajectories.keys(True)
+        values = [self.trajectories.get(key) for key in (ACTION, TOKENS) if key in keys]
+        return sum(int(x.contiguous().view(torch.uint8).sum()) for x in values)
 
     def _draw(self) -> Tensor:
         """Draw the positions of ``batch_size`` trajectories with replacement, in exact integers."""
@@ -227,8 +237,9 @@ class TransitionSampler(_StepSampler):
 def check_same_settings(state_dict: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Check that a sampler's state was saved with these settings; a ValueError names another."""
     for name, value in settings.items():
-        if state_dict[name] != value:
-            other = f"this state is of a sampler with {name}={state_dict[name]}, not {value}"
+        # A state of an earlier release has fewer entries.
+        if (stored := state_dict.get(name, value)) != value:
+            other = f"this state is of a sampler with {name}={stored}, not {value}"
             raise ValueError(f"{other}; resume with the data and settings of the first run")
 
 

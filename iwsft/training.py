@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import CodeType
 from typing import Any, Protocol
 
 import torch
@@ -23,9 +25,11 @@ from iwsft.metrics import Row as Row
 from iwsft.progress import Progress
 from iwsft.schedule import Schedule as Schedule
 from iwsft.schedule import course_of, make_optimizer, set_rates
-from iwsft.update import NOISE, Learning, Update, check_alike, check_static
+from iwsft.update import NOISE, Learning, Update, attributes, check_alike, check_static
 
 _STEPS = "steps"
+# Where an object is in memory, in its text.
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 class Sampler(Protocol):
@@ -122,7 +126,8 @@ def fit(
             checkpoint in it is resumed, and the run ends in the same parameters, bit for bit, as an
             uninterrupted one, if all random numbers come from the sampler and from torch.
         settings: Plain values that belong to a checkpoint; one with other values is refused. The
-            schedule is compared without them; a constant one may have more steps than before.
+            schedule, the arguments of loss and updater, and the actions of the sampler's data are
+            compared without them; a constant schedule may have more steps than before.
         checkpoint_every: Number of updates between checkpoints; there is one at the end.
         log_every: Number of updates between rows of metrics.
         report: Function that is called with every row.
@@ -243,6 +248,7 @@ class _Seed:
         if not alone:
             self._noise = torch.Generator(self._device)
             self._noise.set_state(training.draws[self._device.type])
+        self._form = _form(training)
         self._parts: dict[str, Any] = {"loss": loss, "optimizer": optimizer, "sampler": sampler}
         if training.updater is not None:
             self._parts["updater"] = training.updater
@@ -351,7 +357,7 @@ class _Seed:
             state = tree_map_only(Tensor, torch.clone, state)
             draws[self._device.type] = self._noise.get_state()
         state |= {"draws": draws, "step": step, **asdict(self.cost())}
-        state["schedule"] = course_of(self._schedules)
+        state |= {"schedule": course_of(self._schedules), "form": self._form}
         checkpoint.save(folder, state, self._training.settings)
 
     def _resume(self) -> tuple[int, Cost]:
@@ -365,6 +371,10 @@ class _Seed:
         if state["step"] > self.steps:
             differ = f"{state['step']} updates are done, {self.steps} are asked for"
         contents = f"a run with another schedule: {differ}" if differ else ""
+        # Versions of libraries differ in their attributes.
+        own = {name: self._form.get(name, value) for name, value in state.get("form", {}).items()}
+        if differ := checkpoint.differences(state.get("form", {}), own):
+            contents = f"a run with another loss or updater: {differ}"
         if not state.keys() >= self._parts.keys():
             contents = f"{', '.join(sorted(state))}, this run needs {', '.join(self._parts)}"
         if contents:
@@ -379,6 +389,18 @@ class _Seed:
             if "cuda" in state["draws"]:
                 torch.cuda.set_rng_state(state["draws"]["cuda"])
         return state["step"], Cost(state["wall_seconds"], state["cpu_seconds"])
+
+
+def _form(training: Training) -> dict[str, str]:
+    """The arguments that made the loss and the updater, as texts that stay the same."""
+    parts = {"loss.": training.loss, "updater.": training.updater}
+    return {
+        name: _ADDRESS.sub("", repr(value))
+        for place, part in parts.items()
+        if part is not None
+        for name, value, is_argument in attributes(part, place)
+        if is_argument and not isinstance(value, CodeType)
+    }
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import math
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
+from inspect import signature
 from types import FunctionType
 from typing import Any
 
@@ -120,7 +121,7 @@ def check_alike(losses: Sequence[LossModule], **others: Sequence[Any]) -> None:
 
     A stack computes all losses with the settings, and the networks, of the first one.
     """
-    settings = [dict(_settings(loss)) for loss in losses]
+    settings = [{name: value for name, value, _ in attributes(loss)} for loss in losses]
     names = dict.fromkeys(name for one in settings for name in one)
     others |= {name: [one.get(name) for one in settings] for name in names}
     for name, values in others.items():
@@ -131,15 +132,20 @@ def check_alike(losses: Sequence[LossModule], **others: Sequence[Any]) -> None:
             )
 
 
-def _settings(module: nn.Module, place: str = "") -> Iterator[tuple[str, Any]]:
-    """Plain attributes of a loss and of the networks in it, by their places."""
-    yield f"{place}class", type(module).__name__
-    for name, value in [*vars(module).items(), *module._modules.items()]:
+def attributes(thing: Any, place: str = "") -> Iterator[tuple[str, Any, bool]]:
+    """Plain attributes of a loss, with those of the networks in it, or of an updater.
+
+    Each has its place, its value, and whether it is named as an argument of the constructor.
+    """
+    arguments = signature(type(thing).__init__).parameters
+    yield f"{place}class", type(thing).__name__, True
+    for name, value in [*vars(thing).items(), *getattr(thing, "_modules", {}).items()]:
         if isinstance(value, nn.Module):
-            yield from _settings(value, f"{place}{name}.")
+            if isinstance(thing, nn.Module):
+                yield from attributes(value, f"{place}{name}.")
         elif name not in _OWN and (is_dataclass(value) or _is_plain(value)):
             # Functions of the same source are equal.
-            yield place + name, getattr(value, "__code__", value)
+            yield place + name, getattr(value, "__code__", value), name in arguments
 
 
 def _is_plain(value: Any) -> bool:

@@ -14,7 +14,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
-from iwsft import GaussianPolicy, HardSync, ImportanceWeightedMLE
+from iwsft import GaussianPolicy, HardSync, ImportanceWeightedMLE, ImportanceWeights
 from iwsft.samplers import StepSampler, TransitionSampler
 from iwsft.training import Row, Schedule, fit
 from iwsft.trajectory import REF_LOG_PROB, from_steps
@@ -220,3 +220,30 @@ def test_an_interruption_within_a_swap_of_parameters_stays_one(whose: str) -> No
     )
     with pytest.raises(KeyboardInterrupt):
         fit(loss, StepSampler(trajectories, 4), Schedule(STEPS, lr=0.1), updater=updater)
+
+
+def test_a_run_of_another_loss_or_other_data_is_refused_without_settings(tmp_path: Path) -> None:
+    def train(k: float = 1.0, squash: bool = False, every: int = 2, shift: float = 0.0) -> None:
+        torch.manual_seed(0)
+        steps = {"observation": torch.randn(9, 3), "action": torch.rand(9, 2) + shift}
+        trajectories = from_steps({**steps, REF_LOG_PROB: torch.zeros(9)}, torch.arange(9))
+        chain = ImportanceWeights.paper_control(k)
+        policy = GaussianPolicy(3, 2, hidden=(4,), squash=squash)
+        loss = ImportanceWeightedMLE(policy, importance_weights=chain)
+        updater = HardSync(loss, every=every)
+        sampler = StepSampler(trajectories, 4)
+        fit(loss, sampler, Schedule(3, 0.01), updater=updater, folder=tmp_path)
+        # In the same process, counters are where the first call left them.
+        fit(loss, sampler, Schedule(3, 0.01), updater=updater, folder=tmp_path)
+
+    train()
+    train()
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"k": 9.0}, "loss.importance_weights="),
+        ({"squash": True}, r"squash='False' \(now 'True'\)"),
+        ({"every": 3}, r"updater.every='2' \(now '3'\)"),
+        ({"shift": -0.5}, "this state is of a sampler with actions="),
+    ]
+    for change, message in changes:
+        with pytest.raises(ValueError, match=message):
+            train(**change)
