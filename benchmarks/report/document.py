@@ -8,7 +8,7 @@ import itertools
 import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -57,14 +57,14 @@ class Grid:
         marks = "".join(f"[{self.notes.index(note) + 1}]" for note in notes)
         return f"{text} {marks}" if marks else text
 
-    def rich(self, title: str, leave_out: str = "") -> Group:
-        """The table for the terminal, which has no room for a column and published numbers."""
+    def rich(self, title: str, leave_out: Collection[str] = ()) -> Group:
+        """The table for the terminal, which has no room for some columns and published numbers."""
         grouped, ours = self.left > 1, len(self.columns) - self.published
         # Headings are wrapped to the widths of the cells.
         widths = {
             i: max(map(cell_len, [*name.split(), *(row[i] for row in self.rows)]))
             for i, name in enumerate(self.columns[:ours])
-            if name != leave_out and i >= grouped and i not in self._empty
+            if name not in leave_out and i >= grouped and i not in self._empty
         }
         title += ", published numbers in the report" if self.published else ""
         parts: list[RenderableType] = [Text(title, style="bold"), self._lines(widths, [])]

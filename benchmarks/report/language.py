@@ -30,7 +30,7 @@ from benchmarks.results import LANGUAGE, RecordedRun, read_all
 from benchmarks.statistics import MIN_SEEDS
 
 SHARES = "Chance of each kind of answer."
-LESS_SFT = (
+_LESS_SFT = (
     "Learning rates, scores less that of SFT with 95 % intervals, and CPU seconds of training and "
     "reference, in those of SFT."
 )
@@ -174,12 +174,17 @@ def _number(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.2f}"
 
 
+def grids(recipe: RecipeRuns) -> dict[str, Grid]:
+    """The tables of a recipe that have rows, by title."""
+    every = {f"Scores of {recipe.name}.": recipe_grid(recipe)}
+    every |= {_LESS_SFT: difference_grid(recipe), SHARES: share_grid(recipe)}
+    return {title: grid for title, grid in every.items() if grid.rows}
+
+
 def recipe_table(recipe: RecipeRuns) -> Group:
     """The tables of a recipe for the terminal."""
-    scores = recipe_grid(recipe).rich(recipe.name)
-    tables = ((difference_grid(recipe), LESS_SFT), (share_grid(recipe), SHARES))
-    more = [part for grid, title in tables if grid.rows for part in (Text(""), grid.rich(title))]
-    return Group(scores, *more, Text(recipe.note, style="dim"))
+    parts = [part for title, grid in grids(recipe).items() for part in (grid.rich(title), Text(""))]
+    return Group(*parts, Text(recipe.note, style="dim"))
 
 
 def draw_recipe(recipe: RecipeRuns) -> Panels:

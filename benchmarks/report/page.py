@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +14,10 @@ from benchmarks.commands import program
 from benchmarks.report import aggregates as over_datasets
 from benchmarks.report import figures, language, scores, tables, tuning
 from benchmarks.report.aggregates import Aggregates
-from benchmarks.report.document import Document, escaped, hardware_lines, shareable, to_html
+from benchmarks.report.document import Document, escaped, shareable, to_html
 from benchmarks.report.language import RecipeRuns, read_recipes
 from benchmarks.report.loops import RecordedLoop, add_loops, read_loops
-from benchmarks.report.scores import Cell, base, runs_of
+from benchmarks.report.scores import Cell, runs_of
 from benchmarks.report.videos import video_section
 from benchmarks.results import RecordedRun
 from benchmarks.statistics import MIN_SEEDS
@@ -128,18 +128,12 @@ def _control(document: Document, group: Sequence[Cell], missing: Sequence[Record
         "Mean scores, D4RL-normalised unless marked; the highest of each dataset is bold.",
     )
     _scores(document, group, missing)
-    if missing:
-        document.section("Missing runs")
-        document.text(
-            "These runs enter nothing on this page: they were cut off, failed, or are not done "
-            "yet. The same command with `--resume` continues them. A footnote says what is damaged."
-        )
-        document.table(tables.missing_grid(missing), "Runs without a result.")
+    document.section("Missing runs")
+    _unfinished(document, missing)
     _differences(document, group, aggregates)
     _aggregates(document, group, aggregates)
     _curves(document, group)
     _tuning(document, group)
-    _cost(document, group)
 
 
 def _counted(number: int, name: str) -> str:
@@ -148,38 +142,36 @@ def _counted(number: int, name: str) -> str:
 
 def _summary(
     group: Sequence[Cell], aggregates: Aggregates, missing: Sequence[RecordedRun]
-) -> list[str]:
+) -> Iterator[str]:
     """Three lines: what was run, what is best, and whether the paper's two methods differ."""
-    runs, short = runs_of(group), [cell for cell in group if cell.under_trained]
-    of = _counted(len(scores.algorithms(group)), "algorithm")
-    on = _counted(len(scores.datasets(group)), "dataset")
-    counts = [f"{_counted(len(runs), 'run')} of {of} on {on}"]
+    counts = [
+        f"{_counted(len(runs_of(group)), 'run')} of "
+        f"{_counted(len(scores.algorithms(group)), 'algorithm')} on "
+        f"{_counted(len(scores.datasets(group)), 'dataset')}"
+    ]
     if missing:
         counts.append(f"{len(missing)} more are unfinished or damaged")
-    if short:
-        few = f"{len(runs_of(short))} made {scores.UNDER_TRAINED} and enter no comparison"
-        counts.append(few)
-    moving = [cell for cell in group if cell.moving]
-    if moving:
-        counts.append(f"critics of {len(runs_of(moving))} have not levelled off")
-    lines = [f"**Runs.** {'; '.join(counts)}."]
-    estimates = aggregates.estimates
+    if short := runs_of(cell for cell in group if cell.under_trained):
+        counts.append(f"{len(short)} made {scores.UNDER_TRAINED} and enter no comparison")
+    if moving := runs_of(cell for cell in group if cell.moving):
+        counts.append(f"critics of {len(moving)} have not levelled off")
+    yield f"**Runs.** {'; '.join(counts)}."
+    estimates, rows = aggregates.estimates, aggregates.rows
     if not estimates:
-        none = f"No two cells can be compared: they need {MIN_SEEDS} seeds or more."
-        return [*lines, f"**Best.** {none}"]
+        yield f"**Best.** No two cells can be compared: they need {MIN_SEEDS} seeds or more."
+        return
     best = sorted(estimates, key=lambda algo: -estimates[algo][0].point)[:2]
     ranks = [
         f"{scores.algorithm_label(name)} {over_datasets.text(estimates[name][0], 1)}"
         for name in best
     ]
-    many = _counted(len(aggregates.datasets), "dataset")
-    over = f"over {many} (interquartile mean, 95 % interval)"
-    apart = len(best) > 1 and scores.is_higher(*(aggregates.rows[name] for name in best))
+    over = f"over {_counted(len(aggregates.datasets), 'dataset')}"
+    apart = len(best) > 1 and scores.is_higher(*(rows[name] for name in best))
     title, verdict = ("Best", "") if apart else ("Highest", ": their means may be equal, a tie")
-    lines.append(f"**{title}.** {escaped(', then '.join(ranks))} {over}{verdict}.")
-    pair = over_datasets.PAPER, over_datasets.BASIS
-    rows = [aggregates.rows[algo] for algo in pair if algo in estimates]
-    difference = scores.compare(*rows) if len(rows) == 2 else None
+    ranked = escaped(", then ".join(ranks))
+    yield f"**{title}.** {ranked} {over} (interquartile mean, 95 % interval){verdict}."
+    pair = [rows[algo] for algo in (over_datasets.PAPER, over_datasets.BASIS) if algo in estimates]
+    difference = scores.compare(*pair) if len(pair) == 2 else None
     if difference is not None:
         words = "it is better" if difference.estimate.point > 0 else "it is worse"
         if not difference.settled:
@@ -187,18 +179,15 @@ def _summary(
             need = "" if seeds is None else f"; {seeds:,} seeds would settle this"
             words = f"they tie: the interval holds 0{need}"
         points = f"{over_datasets.signed(difference)} points, mean over these datasets"
-        lines.append(f"**iw-SFT(Q) less SFT(Q).** {points}; {words}.")
-    return lines
+        yield f"**iw-SFT(Q) less SFT(Q).** {points}; {words}."
 
 
 def _scores(document: Document, group: Sequence[Cell], missing: Sequence[RecordedRun]) -> None:
     document.section("Scores")
     grid = tables.score_grid(group, missing)
     document.text(
-        "Score of the last policy, never of the best one on the way; the mean over episodes is "
-        "taken in each seed, then over seeds. Standard deviation and interval (95 %, Student's t) "
-        f"are over seeds, and only given for {MIN_SEEDS} seeds or more. The interval covers the "
-        "mean in 95 % of all cases for normal scores, in fewer for two groups or skewed ones."
+        "Score of the last policy, never of the best one on the way. Standard deviation and "
+        f"interval (95 %, Student's t) are over seeds, for {MIN_SEEDS} or more."
     )
     caption = "Scores, D4RL-normalised unless a footnote says otherwise."
     if tables.SUCCESS_INTERVAL in grid.columns:
@@ -219,13 +208,10 @@ def _differences(document: Document, group: Sequence[Cell], aggregates: Aggregat
     grid = over_datasets.difference_grid(group, aggregates)
     if grid.rows:
         document.text(
-            "Differences of mean scores with 95 % intervals. *higher* and *lower* are those whose "
-            "interval leaves 0 out; all others are *open*: nothing is shown. The number says with "
-            "how many seeds of both algorithms the interval would leave 0 out in 80 % of all "
-            "cases, if difference and spread are as measured. It is a rough number where few seeds "
-            "measured them. The highest mean is that of the same runs, so differences to it look "
-            "larger than they are; and of 20 comparisons of equal algorithms one is not open, by "
-            "chance."
+            "*higher* and *lower* are differences whose 95 % interval leaves 0 out; all others are "
+            "*open*. The number is the seeds of both algorithms with which it would leave 0 out in "
+            "80 % of all cases, if difference and spread are as measured. Differences to the "
+            "highest look larger than they are, as it was chosen on the same runs."
         )
     document.table(grid, "Differences of mean scores.")
 
@@ -238,11 +224,10 @@ def _aggregates(document: Document, group: Sequence[Cell], aggregates: Aggregate
     if algorithms:
         document.text(
             f"Over {escaped(', '.join(map(scores.dataset_label, tasks)))}: the datasets that all "
-            f"algorithms of this section have with {MIN_SEEDS} seeds or more. The aggregates are "
-            "those of rliable (<https://arxiv.org/abs/2108.13264>); their intervals are Welch's, "
-            "for datasets of different spread, and cover about 95 % for normal scores. The "
-            "optimality gap is the mean distance below a score of 100. Where an algorithm has more "
-            "seeds on one dataset than on another, its first ones enter."
+            f"algorithms of this section have with {MIN_SEEDS} seeds or more, the first ones where "
+            "an algorithm has more. The aggregates are those of rliable "
+            "(<https://arxiv.org/abs/2108.13264>), with Welch's intervals; the optimality gap is "
+            "the mean distance below a score of 100."
         )
         document.table(over_datasets.aggregate_grid(aggregates), "Scores over datasets.")
         few = f"not all of these algorithms have {MIN_SEEDS} seeds there"
@@ -270,15 +255,13 @@ def _curves(document: Document, group: Sequence[Cell]) -> None:
             "cut at the frame. Points on the way are evaluated on fewer episodes; the dot is the "
             "last policy's score of the table. A triangle marks what leaves the frame.",
         )
-        document.section("Training and weights")
+        document.section("Training")
         document.figure(
             f"training{end}",
             figures.draw_training_curves(part),
             f"{words}Log-likelihood of the batches, value of the critics, and effective sample "
             "size of the importance weights where they left 1.",
         )
-    caption = "The importance weights when they were last looked at, mean over seeds."
-    document.table(tables.weight_grid(group), caption)
 
 
 def _tuning(document: Document, group: Sequence[Cell]) -> None:
@@ -305,36 +288,32 @@ def _tuning(document: Document, group: Sequence[Cell]) -> None:
         document.text(f"One setting each, which costs no episode: {escaped(names)}.")
 
 
-def _cost(document: Document, group: Sequence[Cell]) -> None:
-    document.section("Cost")
-    document.text(
-        "Of one run, mean over seeds: CPU seconds of training, learning curve and final "
-        "evaluation. The reference policy is trained once for all algorithms that start from it, "
-        "and is counted separately."
-    )
-    if len(hardware_lines(runs_of(group))) > 1:
-        document.text("The runs are of different hardware: their seconds differ by it.")
-    document.table(tables.cost_grid(group), "Cost and score.")
-
-
 def _recipe(document: Document, recipe: RecipeRuns) -> None:
     document.section(f"Language: {recipe.name}")
     if recipe.scores:
         document.text(recipe.note)
-        document.table(language.recipe_grid(recipe), f"Scores of {recipe.name}.")
-        document.table(language.difference_grid(recipe), language.LESS_SFT)
-        document.table(language.share_grid(recipe), language.SHARES)
+        for title, grid in language.grids(recipe).items():
+            document.table(grid, title)
         document.figure(
             f"language_{recipe.name}",
             language.draw_recipe(recipe),
             "Score of each seed (dots), mean (bars) and interval (lines); effective sample size "
             "and largest weight over the updates, mean over seeds.",
         )
-    if recipe.unfinished:
-        document.text("Unfinished runs enter nothing here; `--resume` continues them:")
-        names = [f"{base(run.algo)}/seed-{run.seed}" for run in recipe.unfinished]
-        damages = [f": {run.damage}" if run.damage else "" for run in recipe.unfinished]
-        document.bullets(escaped(a + b) for a, b in zip(names, damages, strict=True))
+    _unfinished(document, recipe.unfinished)
+
+
+def _unfinished(document: Document, runs: Sequence[RecordedRun]) -> None:
+    """List runs that enter nothing, with how far they came, or what is damaged."""
+    if runs:
+        document.text("They enter nothing here; the same command with `--resume` continues them:")
+    lines = []
+    for run in runs:
+        of = "" if run.steps is None else f" of {run.steps}"
+        state = run.damage or f"update {run.step}{of}"
+        lines.append(escaped(f"{run.dataset}, {run.algo}, seed {run.seed}: {state}"))
+    if lines:
+        document.bullets(lines)
 
 
 def _evaluations(document: Document, evaluations: Sequence[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Tables of control runs: scores and published numbers, weights, cost, missing runs."""
+"""Tables of control runs: scores and published numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from rich.console import Group
 
 from benchmarks.report import scores
@@ -26,26 +25,7 @@ _TIE = "The highest, but a tie: the interval of the difference to the next one h
 _MOVING = "Not levelled off: score or Q still changes over the last third of the updates."
 _RETURN = "Mean return: the dataset has no D4RL reference scores."
 EQUAL_SEEDS = "All seeds have the same value: no interval follows from it."
-SUCCESS_INTERVAL = "interval of success"
-# Key of result.json -> heading.
-_SECONDS = {
-    "cpu_seconds": "CPU seconds",
-    "evaluation_cpu_seconds": "of them evaluation",
-    "reference_cpu_seconds": "reference",
-    "wall_seconds": "wall seconds",
-}
-# Metric of a row of metrics.jsonl -> heading.
-_METRICS = {
-    "ESS": "ESS",
-    "weight_q05": "weight, 5 %",
-    "weight_q50": "50 %",
-    "weight_q95": "95 %",
-    "weight_top1": "share of the heaviest 1 %",
-    "weight_score_corr": "rank correlation with the return",
-    "weight_length_corr": "with the length",
-    "pareto_k": "Pareto k-hat",
-    "weighted_return": "mean return under the weights",
-}
+SUCCESS_INTERVAL, CPU_SECONDS = "interval of success", "CPU seconds, with reference"
 
 
 class PublishedTable(NamedTuple):
@@ -73,7 +53,9 @@ def published_scores() -> tuple[str, list[PublishedTable]]:
 def score_table(runs: Sequence[RecordedRun]) -> Group:
     """Table of the scores of the last policies, for the terminal."""
     grid = score_grid(scores.cells(runs))
-    return grid.rich("Scores of the last policies (D4RL-normalised)", SUCCESS_INTERVAL)
+    return grid.rich(
+        "Scores of the last policies (D4RL-normalised)", (SUCCESS_INTERVAL, CPU_SECONDS)
+    )
 
 
 def score_grid(group: Sequence[Cell], missing: Sequence[RecordedRun] = ()) -> Grid:
@@ -92,11 +74,14 @@ def score_grid(group: Sequence[Cell], missing: Sequence[RecordedRun] = ()) -> Gr
     columns = ["dataset", "algorithm", "seeds", "episodes", "score", "std", "95 % interval"]
     if any(cell.success_rates.size for cell in group):
         columns += ["success", SUCCESS_INTERVAL]
+    columns.append(CPU_SECONDS)
     grid = Grid(columns + [table.label for table in papers], published=len(papers))
     for name in names:
         row = [scores.dataset_label(name[0]), scores.algorithm_label(name[1])]
         if name in by_name:
-            row += _measured(grid, by_name[name], cut_off[name])[: len(columns) - 2]
+            cell = by_name[name]
+            row += _measured(grid, cell, cut_off[name])[: len(columns) - 3]
+            row.append(f"{cell.cpu_seconds:,.0f}")
         else:
             row += [f"0 of {cut_off[name]}"] + [NOTHING] * (len(columns) - 3)
         for number in (table.numbers.get(name) for table in papers):
@@ -186,57 +171,3 @@ def _count(n: int) -> str:
         if n >= unit and n * 10 % unit == 0:
             return f"{n / unit:g}{letter}"
     return f"{n:,}"
-
-
-def missing_grid(missing: Sequence[RecordedRun]) -> Grid:
-    """Table of the runs without a result: their last logged updates, or what is damaged."""
-    grid = Grid(["dataset", "algorithm", "seed", "last logged update", "of"])
-    for run in missing:
-        of = NOTHING if run.steps is None else str(run.steps)
-        names = [scores.dataset_label(run.dataset), scores.algorithm_label(run.algo)]
-        step = grid.marked(str(run.step), [run.damage] if run.damage else [])
-        grid.rows.append([*names, str(run.seed), step, of])
-    return grid
-
-
-def cost_grid(group: Sequence[Cell]) -> Grid:
-    """Table of the cost of one run and its score, mean over seeds.
-
-    CPU seconds include training and evaluation. Evaluation and the reference policy have columns
-    of their own where the results have them.
-    """
-    known = [key for key in _SECONDS if any(key in run.result for c in group for run in c.runs)]
-    columns = ["dataset", "algorithm", "updates", "score", *(_SECONDS[key] for key in known)]
-    grid = Grid([*columns, "CPU seconds, with reference"])
-    for cell in group:
-        steps = "/".join(map(str, cell.distinct("steps")))
-        row = [*cell.labels, grid.marked(steps, _shortened(cell)), f"{cell.mean:.1f}"]
-        for key in known:
-            spent = [run.result[key] for run in cell.runs if key in run.result]
-            row.append(f"{sum(spent) / len(spent):,.0f}" if spent else NOTHING)
-        grid.rows.append([*row, f"{cell.cpu_seconds:,.0f}"])
-    return grid
-
-
-def last_weights(cell: Cell, metric: str) -> list[float]:
-    """A metric of the last row that has the weights' quantiles, of each seed that has it."""
-    rows = [[row for row in run.metrics if "weight_q50" in row] for run in cell.runs]
-    return [probes[-1][metric] for probes in rows if probes and metric in probes[-1]]
-
-
-def _last_mean(grid: Grid, cell: Cell, metric: str) -> str:
-    """The mean over the seeds of :func:`last_weights`, with a note where some have none."""
-    values, count = last_weights(cell, metric), len(cell.runs)
-    few = f"Mean of {len(values)} of the {count} seeds: the others have no such number."
-    notes = [few] if len(values) < count else []
-    return grid.marked(f"{np.mean(values):.4g}", notes) if values else NOTHING
-
-
-def weight_grid(group: Sequence[Cell]) -> Grid:
-    """Table of the last measured weights, means over seeds."""
-    grid = Grid(["dataset", "algorithm", *_METRICS.values()])
-    for cell in group:
-        if last_weights(cell, "weight_q50"):
-            numbers = [_last_mean(grid, cell, metric) for metric in _METRICS]
-            grid.rows.append([*cell.labels, *numbers])
-    return grid

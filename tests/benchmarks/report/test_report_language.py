@@ -221,7 +221,7 @@ def test_unfinished_runs_are_listed_and_not_counted(
     (cut_off / "result.json").unlink()
     main(Options(language))
     text = (language / "report/report.md").read_text()
-    assert cells_of(text, "SFT(Q)") == [] and "- sft-q/seed-4" in text
+    assert cells_of(text, "SFT(Q)") == [] and "- sums, sft-q, seed 4: update " in text
     assert str(cut_off) in capsys.readouterr().out.replace("\n", "")
 
 
@@ -247,4 +247,4 @@ def test_a_damaged_file_names_its_run(language: Path, name: str, content: str) -
     (damaged,) = recipe.unfinished
     assert re.search(rf"sft/seed-1/{name}.* (is|holds no) .*run again", damaged.damage)
     write_report(language, language / "report")
-    assert "- sft/seed-1: " in (language / "report/report.md").read_text()
+    assert "- sums, sft, seed 1: " in (language / "report/report.md").read_text()
