@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,9 +13,8 @@ from tensordict import TensorDict, TensorDictBase
 from baselines import algorithm
 from baselines.learner import Learner
 from benchmarks.speed import control
-from benchmarks.speed.measure import Check, Comparison, paired
+from benchmarks.speed.measure import Check, Comparison, Way, compare
 from benchmarks.speed.options import Options
-from iwsft.training import fit
 from iwsft.trajectory import DONE, NEXT_OBSERVATION, OBSERVATION, TERMINATED, TRAJ_IDS, TRUNCATED
 from tests.oracles.critics import PLAIN
 from tests.oracles.networks import PlainLearner, disagreement
@@ -27,63 +26,30 @@ PARAMETER_LIMIT = 1e-6
 _CHECKED = 4
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Size of the synthetic dataset, of an update and of a repeat."""
-
-    trajectories: int = 202
-    steps: int = 1000
-    batch_size: int = 256
-    updates: int = 20
-    # Repeats for each that the options ask for, so short that both ways see the same machine.
-    blocks: int = 5
-
-
-SIZES = {
-    "paper": Sizes(),
-    "small": Sizes(trajectories=20, steps=50, batch_size=16, updates=2, blocks=1),
-}
-
-
 def measure(options: Options) -> Iterator[Comparison | Check]:
     """Yield a row for each algorithm, then behaviour cloning with 3 x 256."""
-    sizes = SIZES[options.scale]
-    trajectories = transitions(options, sizes)
     for name, plain in PLAIN.items():
-        yield from updates(name, plain, trajectories, sizes, options)
-    yield from control.behaviour_cloning(options, control.SIZES[options.scale])
+        yield from updates(name, plain, options)
+    yield from control.behaviour_cloning(options)
 
 
 def updates(
-    name: str,
-    plain: Callable[[Learner, Any], PlainLearner],
-    trajectories: TensorDictBase,
-    sizes: Sizes,
-    options: Options,
+    name: str, plain: Callable[[Learner, Any], PlainLearner], options: Options
 ) -> Iterator[Comparison | Check]:
     """An update as :func:`iwsft.training.fit` makes it: batch, loss, Adam, targets."""
-    module = algorithm(name)
-    settings = module.published("halfcheetah-medium-replay-v2")[0]
-    settings = replace(settings, batch_size=sizes.batch_size)
+    trajectories, sizes = transitions(options), control.sizes_of(options)
 
-    def ways(
-        steps: int, trajectories: TensorDictBase
-    ) -> tuple[Callable[[], object], Callable[[], None], Callable[[], float]]:
+    def ways(steps: int, data: TensorDictBase) -> tuple[Way, Way, Callable[[], float]]:
         """Return both ways to make ``steps`` updates, and how far their parameters are apart."""
-        shortened = replace(settings, steps=steps)
-        learner, other = (
-            module.build(trajectories, shortened, seed=options.seed) for _ in range(2)
-        )
-        peer = plain(other, shortened)
-
-        parts = learner.loss, learner.sampler, learner.schedule
-        ours = partial(fit, *parts, updater=learner.updater, log_every=steps)
+        learner, other = (learner_of(name, data, options.seed, sizes.batch, steps) for _ in "ab")
+        peer = plain(*other)
 
         def theirs() -> None:
             for _ in range(steps):
-                peer.update(other.sampler.sample())
+                peer.update(other[0].sampler.sample())
 
-        return ours, theirs, lambda: disagreement(peer.networks, learner.loss)
+        ours = partial(learner[0].fit, log_every=steps)
+        return ours, theirs, lambda: disagreement(peer.networks, learner[0].loss)
 
     # In float32 rounding may switch a ReLU unit, and Adam makes a whole step of the difference.
     torch.set_default_dtype(torch.float64)
@@ -97,29 +63,32 @@ def updates(
         torch.set_default_dtype(torch.float32)
     what = f"{name}: float64 parameters after {_CHECKED} updates against the plain ones"
     yield Check(what, difference(), PARAMETER_LIMIT)
-
     ours, theirs, _ = ways(sizes.updates, trajectories)
-    ours()
-    theirs()
-    yield paired(ours, theirs, sizes.blocks * options.repeats).row(
-        f"{name} update, batch {sizes.batch_size}",
-        f"{name} with default Adam (plain torch)",
-        "ms",
-        "per update",
-        per=sizes.updates,
-    )
+    peer_name, unit = f"{name} with default Adam (plain torch)", "ms per update"
+    name = f"{name} update, batch {sizes.batch}"
+    repeats = 5 * options.repeats
+    yield compare(name, ours, theirs, peer_name, unit, repeats, per=sizes.updates)
 
 
-def transitions(options: Options, sizes: Sizes) -> TensorDict:
+def learner_of(
+    name: str, data: TensorDictBase, seed: int, batch: int, steps: int
+) -> tuple[Learner, Any]:
+    """Return a baseline with HalfCheetah's published settings, and those settings."""
+    module = algorithm(name)
+    published = module.published("halfcheetah-medium-replay-v2")[0]
+    settings = replace(published, batch_size=batch, steps=steps)
+    return module.build(data, settings, seed=seed), settings
+
+
+def transitions(options: Options) -> TensorDict:
     """Return the file's transitions, or HalfCheetah's shape with every episode truncated."""
-    out = control.cheetah_like(options.dataset, sizes.trajectories, sizes.steps, options.seed)
+    out = control.cheetah_like(options)
     if options.dataset is not None:
         return out
     ids = out.get(TRAJ_IDS)
     ends = torch.ones(len(ids), 1, dtype=torch.bool)
     ends[:-1, 0] = ids[1:] != ids[:-1]
     out.set(NEXT_OBSERVATION, out.get(OBSERVATION).roll(-1, 0))
-    out.set(DONE, ends)
-    out.set(TRUNCATED, ends)
-    out.set(TERMINATED, torch.zeros_like(ends))
+    for key, value in ((DONE, ends), (TRUNCATED, ends), (TERMINATED, torch.zeros_like(ends))):
+        out.set(key, value)
     return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.runs import hardware, versions, write_json
-from benchmarks.speed.measure import Check, Comparison, Cost, DisagreementError
+from benchmarks.speed.measure import Check, Comparison
 from benchmarks.speed.options import Options
 
 
@@ -23,6 +23,8 @@ def main(options: Options) -> None:
     # On one thread processor time is wall time, and ratios do not depend on the number of cores.
     torch.set_num_threads(1)
     log = Console(stderr=True)
+    rows: list[Any] = []
+    checks: list[Check] = []
     content: dict[str, Any] = {
         "subject": options.subject,
         "seed": options.seed,
@@ -35,50 +37,37 @@ def main(options: Options) -> None:
         "versions": versions(),
         "hardware": hardware(options.device if options.subject == "gpu" else "cpu"),
     }
-    rows: list[Any] = []
-    checks: list[Check] = []
     try:
         if options.json is not None:
             check_writable(options.json)
-        for figure in measure(options):
+        subject = load(options.subject)
+        for figure in subject.measure(options):
             if isinstance(figure, Check):
                 checks.append(figure)
             else:
                 rows.append(figure)
-                log.print(figure.line, highlight=False)
-            content |= {"rows": [asdict(row) for row in rows]}
-            content |= {"checks": [asdict(check) for check in checks]}
+                log.print(str(figure), highlight=False)
+            content |= {"rows": [asdict(x) for x in rows], "checks": [asdict(x) for x in checks]}
             if options.json is not None:
                 write_json(options.json, content)
-        if options.subject == "scaling":
-            finish_scaling(rows, content, options.json)
-        else:
-            Console().print(table(rows, checks))
-    except (DisagreementError, ImportError, OSError, ValueError) as error:
+        Console().print(getattr(subject, "table", table)(rows, checks))
+        if options.subject == "scaling" and options.json is not None:
+            slopes = [asdict(each) for each in subject.growth(rows)]
+            write_json(options.json, content | {"slopes": slopes})
+            options.json.with_suffix(".svg").write_bytes(subject.plot(rows))
+    except (ImportError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
 
 
-def finish_scaling(rows: list[Cost], content: dict[str, Any], path: Path | None) -> None:
-    """Print the slopes, and write them into the file and as a plot beside it."""
-    from benchmarks.report.document import to_svg
-    from benchmarks.speed import scaling
-
-    Console().print(scaling.table(rows))
-    if path is not None:
-        write_json(path, content | {"slopes": [asdict(each) for each in scaling.growth(rows)]})
-        path.with_suffix(".svg").write_bytes(to_svg(scaling.plot(rows)))
-
-
-def measure(options: Options) -> Iterator[Comparison | Check | Cost]:
-    """Yield the rows and checks of the subject, the module of its name in this package."""
+def load(subject: str) -> Any:
+    """Return the module of a subject, which has its name in this package."""
     try:
-        module = import_module(f"benchmarks.speed.{options.subject}")
+        return import_module(f"benchmarks.speed.{subject}")
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "tests":
             raise
-        problem = f"{options.subject} is compared with the plain versions in tests/oracles"
+        problem = f"{subject} is compared with the plain versions in tests/oracles"
         raise ImportError(f"{problem}: run this from the root of a checkout") from error
-    yield from module.measure(options)
 
 
 def check_writable(path: Path) -> None:
@@ -90,7 +79,7 @@ def check_writable(path: Path) -> None:
         raise PermissionError(f"--json {path}: its folder can't be written to; name another")
 
 
-def table(rows: list[Comparison], checks: list[Check]) -> Table:
+def table(rows: Sequence[Comparison], checks: Sequence[Check]) -> Table:
     """Return the rows for a terminal, with the checks below them."""
     out = Table(caption="\n".join(f"{c.name}: {c.value:.2g} (limit {c.limit:g})" for c in checks))
     out.add_column("what, and the peer below")
@@ -99,6 +88,5 @@ def table(rows: list[Comparison], checks: list[Check]) -> Table:
     out.add_column("unit", max_width=12)
     for row in rows:
         names = f"{row.name}\n[dim]  {row.peer_name}[/dim]"
-        figures = (f"{row.ours:.4g}", f"{row.peer:.4g}", f"{row.ratio:.2f}")
-        out.add_row(names, *figures, row.unit)
+        out.add_row(names, f"{row.ours:.4g}", f"{row.peer:.4g}", f"{row.ratio:.2f}", row.unit)
     return out

@@ -5,8 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets  # type: ignore[import-untyped]
@@ -25,7 +24,8 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.speed.measure import Check, Comparison, Times, peak_mb_of_child
+from benchmarks.speed import measure as speed
+from benchmarks.speed.measure import Check, Comparison, Way, compare
 from benchmarks.speed.options import Options
 from iwsft.language.config import ImportanceWeightedConfig
 from iwsft.language.trainer import ImportanceWeightedTrainer
@@ -35,93 +35,70 @@ from iwsft.trajectory import ASSISTANT_MASK, ATTENTION_MASK, DATA_WEIGHT, TOKENS
 
 # Largest relative difference of the losses of the first updates, both in float32.
 LOSS_LIMIT = 1e-5
-SFT: dict[str, Any] = {"proposal": "reference"}
-# TRL has no settings of our trainer.
-TRL = None
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of the decoder and its training."""
-
-    batch: int = 16
-    length: int = 128
-    # The last tokens of each trajectory are the assistant's.
-    trained: int = 64
-    width: int = 192
-    inner: int = 768
-    heads: int = 4
-    layers: int = 4
-    vocabulary: int = 2048
-    # Updates of a block, which is an epoch, and between hard syncs.
-    updates: int = 4
-    # Blocks for each repeat that the options ask for.
-    blocks: int = 2
-
-
-SIZES = {
-    "paper": Sizes(),
-    "small": Sizes(2, 16, 8, width=32, inner=128, layers=1, vocabulary=64, updates=2, blocks=1),
-}
-WEIGHTED: dict[str, dict[str, Any]] = {
+# Settings of our trainer; TRL has none of them.
+Settings = dict[str, Any] | None
+SFT: Settings = {"proposal": "reference"}
+TRL: Settings = None
+WEIGHTED: dict[str, Settings] = {
     "iw-SFT update, q = theta": {"proposal": "current"},
     "iw-SFT update, a hard sync each block": {"proposal": "cached"},
     "iw-SFT update, EMA": {"proposal": "lagged", "ema_decay": 0.99},
-    "SFT update with data weights": {**SFT, "weighted": True},
+    "SFT update with data weights": {"proposal": "reference", "weighted": True},
     "DFT update": {"importance_weights": ImportanceWeights.dft()},
     "EAFT update": {"importance_weights": ImportanceWeights.eaft()},
 }
 
 
-def measure(options: Options, sizes: Sizes) -> Iterator[Comparison | Check]:
+def sizes_of(options: Options) -> SimpleNamespace:
+    """Return the sizes of a decoder and its training."""
+    return speed.scaled(
+        options,
+        batch=(16, 2),
+        length=(128, 16),
+        # The last tokens of each trajectory are the assistant's.
+        trained=(64, 8),
+        width=(192, 32),
+        inner=(768, 128),
+        heads=(4, 4),
+        layers=(4, 1),
+        vocabulary=(2048, 64),
+        # Updates of a block, which is an epoch, and between hard syncs.
+        updates=(4, 2),
+        # Blocks for each repeat that the options ask for.
+        blocks=(2, 1),
+    )
+
+
+def measure(options: Options) -> Iterator[Comparison | Check]:
     """Yield the agreement with TRL, memory and time against it, then our updates against SFT."""
-    yield agreement(options, sizes)
-    shape = {"seed": options.seed, "sizes": asdict(sizes)}
-    ours, peer = (peak_mb_of_child(__name__, settings=way, **shape) for way in (SFT, TRL))
-    shapes = f"{sizes.batch} x {sizes.length} tokens"
-    name = f"SFT, {shapes}, {sizes.trained} of them trained, vocabulary {sizes.vocabulary:,}"
-    yield Comparison(f"peak memory of {name}", ours, peer, "MB", "TRL's SFTTrainer")
+    sizes = sizes_of(options)
+    losses = [losses_of(settings, options, sizes) for settings in (SFT, TRL)]
+    difference = speed.relative_difference(*losses)
+    name = f"losses of {len(losses[0])} updates of SFT against TRL's, relative difference"
+    yield Check(name, difference, LOSS_LIMIT)
+    what = f"SFT, {sizes.batch} x {sizes.length} tokens, {{}} of them trained"
+    name = f"{what.format(sizes.trained)}, vocabulary {sizes.vocabulary:,}"
+    yield speed.compare_peaks(name, "TRL's SFTTrainer", __name__, options)
+    repeats, per = sizes.blocks * options.repeats, sizes.updates * sizes.batch * sizes.length
+    peer_name, unit = "TRL's SFTTrainer on the same model, data and batch", "us per token"
+    for trained in (sizes.length, sizes.trained):
+        sizes.trained = trained
+        sft, trl = (TimedRun(settings, options, sizes) for settings in (SFT, TRL))
+        yield compare(what.format(trained), sft, trl, peer_name, unit, repeats, per=per)
+    name, unit = "log-probs of a batch without gradient", "ms per update"
+    peer_name, per = "our SFT update", sizes.updates
+    yield compare(name, sft.forward, sft, peer_name, unit, repeats, per=per)
+    for name, settings in WEIGHTED.items():
+        way = TimedRun(settings, options, sizes)
+        yield compare(name, way, sft, peer_name, unit, repeats, per=per)
+
+
+def losses_of(settings: Settings, options: Options, sizes: SimpleNamespace) -> list[Tensor]:
+    """Return the losses of the updates of a block, all on one batch."""
     with tempfile.TemporaryDirectory() as folder:
-
-        def run(settings: dict[str, Any] | None, sizes: Sizes) -> TimedRun:
-            place = tempfile.mkdtemp(dir=folder)
-            return TimedRun(
-                build_trainer(Path(place), settings, options.seed, sizes), sizes.updates
-            )
-
-        def pair(ours: Callable[[], float], peer: Callable[[], float]) -> Times:
-            # The first block has the costs of a first call.
-            blocks = [(ours(), peer()) for _ in range(1 + sizes.blocks * options.repeats)][1:]
-            return Times([seconds for seconds, _ in blocks], [seconds for _, seconds in blocks])
-
-        per = sizes.updates * sizes.batch * sizes.length
-        peer_name = "TRL's SFTTrainer on the same model, data and batch"
-        for trained in (sizes.length, sizes.trained):
-            given = replace(sizes, trained=trained)
-            sft = run(SFT, given)
-            name = f"SFT, {shapes}, {trained} of them trained"
-            times = pair(sft, run(TRL, given))
-            yield times.row(name, peer_name, "us", "per token", per=per)
-        ways: dict[str, Callable[[], float]] = {
-            "log-probs of a batch without gradient": sft.forward,
-            **{name: run(settings, sizes) for name, settings in WEIGHTED.items()},
-        }
-        for name, way in ways.items():
-            yield pair(way, sft).row(name, "our SFT update", "ms", "per update", per=sizes.updates)
-
-
-def agreement(options: Options, sizes: Sizes) -> Check:
-    """Compare the losses of our SFT and TRL's, on one batch again and again."""
-    losses = []
-    for settings in (SFT, TRL):
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = build_trainer(Path(folder), settings, options.seed, sizes, batches=1)
-            trainer.train()
-        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
-    pairs = list(zip(*losses, strict=True))
-    largest = max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs)
-    name = f"losses of {len(pairs)} updates of SFT against TRL's, relative difference"
-    return Check(name, largest, LOSS_LIMIT)
+        trainer = build_trainer(folder, settings, options.seed, sizes, batches=1)
+        trainer.train()
+    return [torch.tensor(row["loss"]) for row in trainer.state.log_history if "loss" in row]
 
 
 class TimedRun(TrainerCallback):
@@ -131,13 +108,21 @@ class TimedRun(TrainerCallback):
     """
 
     def __init__(
-        self, trainer: Trainer, updates: int, now: Callable[[], float] = time.process_time
+        self,
+        settings: Settings,
+        options: Options,
+        sizes: SimpleNamespace,
+        *,
+        device: str = "cpu",
+        now: Callable[[], float] = time.process_time,
     ) -> None:
-        self._trainer, self._now = trainer, now
-        self._first = trainer.args.max_steps - updates
+        self._folder, self._now = tempfile.TemporaryDirectory(), now
+        seed = options.seed
+        self._trainer = build_trainer(self._folder.name, settings, seed, sizes, device=device)
+        self._first = self._trainer.args.max_steps - sizes.updates
         self._start = self._stop = 0.0
         # The last callback: the reference has been computed when its training begins.
-        trainer.add_callback(self)
+        self._trainer.add_callback(self)
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._start = self._now()
@@ -164,10 +149,10 @@ class TimedRun(TrainerCallback):
 
 
 def build_trainer(
-    folder: Path,
-    settings: dict[str, Any] | None,
+    folder: str,
+    settings: Settings,
     seed: int,
-    sizes: Sizes,
+    sizes: SimpleNamespace,
     *,
     batches: int | None = None,
     device: str = "cpu",
@@ -190,7 +175,7 @@ def build_trainer(
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, sizes.vocabulary, (rows, sizes.length), generator=draw)
     common: dict[str, Any] = {
-        "output_dir": str(folder),
+        "output_dir": folder,
         "per_device_train_batch_size": sizes.batch,
         "max_steps": sizes.updates,
         "learning_rate": 1e-4,
@@ -203,7 +188,6 @@ def build_trainer(
         "disable_tqdm": True,
         "seed": seed,
     }
-    trainer: Trainer
     if settings is None:
         trainer = build_trl_trainer(model, ids, common, sizes)
     else:
@@ -224,7 +208,7 @@ def build_trainer(
     return trainer
 
 
-def packed(ids: Tensor, sizes: Sizes, *, weighted: bool = False) -> TensorDict:
+def packed(ids: Tensor, sizes: SimpleNamespace, *, weighted: bool = False) -> TensorDict:
     """Return trajectories made of tokens ``[rows, length]``, perhaps with data weights."""
     number = torch.arange(ids.numel())
     steps: dict[NestedKey, Tensor] = {
@@ -240,7 +224,7 @@ def packed(ids: Tensor, sizes: Sizes, *, weighted: bool = False) -> TensorDict:
 
 
 def build_trl_trainer(
-    model: Qwen2ForCausalLM, ids: Tensor, common: dict[str, Any], sizes: Sizes
+    model: Qwen2ForCausalLM, ids: Tensor, common: dict[str, Any], sizes: SimpleNamespace
 ) -> Trainer:
     """Return TRL's trainer of the assistant's tokens among ``ids``."""
     labels = ids.clone()
@@ -262,13 +246,6 @@ def build_trl_trainer(
     )
 
 
-def job(settings: dict[str, Any] | None, seed: int, sizes: dict[str, int]) -> Callable[[], object]:
+def job(options: Options, *, ours: bool) -> Way:
     """Return a block of updates, whose memory is measured, of our trainer or of TRL's."""
-    folder = tempfile.TemporaryDirectory()
-    trainer = build_trainer(Path(folder.name), settings, seed, Sizes(**sizes))
-
-    def train() -> None:
-        with folder:
-            trainer.train()
-
-    return train
+    return TimedRun(SFT if ours else TRL, options, sizes_of(options))

@@ -1,4 +1,8 @@
-"""Rows of a speed table: time and memory of two ways, or of one way on data of several sizes."""
+"""Rows of a speed table: time and memory of two ways, or of one way on data of several sizes.
+
+A module of a subject has ``measure(options)``, which yields its rows and checks one by one, and for
+peaks of memory ``job(options, ours=...)``, which returns the call whose memory is measured.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +13,24 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from statistics import linear_regression, median
-from typing import Literal, TypeVar
+from types import SimpleNamespace
+from typing import TypeVar
 
 import torch
+from torch import Tensor
+
+from benchmarks.speed.options import Options
 
 MB = 1e6
 Result = TypeVar("Result")
+# A way to do something. One that returns a float has timed itself: the seconds of what counts.
+Way = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -37,14 +47,8 @@ class Comparison:
     def __post_init__(self) -> None:
         object.__setattr__(self, "ratio", self.peer / self.ours)
 
-    @property
-    def line(self) -> str:
-        """The ratio in a line."""
+    def __str__(self) -> str:
         return f"{self.ratio:8.2f} x  {self.name}"
-
-
-class DisagreementError(RuntimeError):
-    """Ours and the peer do not compute the same."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Check:
         # NaN does not agree either.
         if not self.value <= self.limit:
             problem = f"{self.name} is {self.value:.3g}, more than {self.limit:.3g}"
-            raise DisagreementError(f"{problem}: two different computations can't be compared")
+            raise ValueError(f"{problem}: two different computations can't be compared")
 
 
 @dataclass(frozen=True)
@@ -75,27 +79,66 @@ class Cost:
     seconds: float
     mb: float | None
 
-    @property
-    def line(self) -> str:
-        """The cost in a line."""
+    def __str__(self) -> str:
         memory = "" if self.mb is None else f"{self.mb:10.1f} MB"
         return f"{self.seconds:10.4g} s {memory}  {self.stage}, {self.size:,} {self.of}"
 
 
+def scaled(options: Options, **pairs: tuple[int, int]) -> SimpleNamespace:
+    """Return sizes by their names; each has one for the paper's scale and a small one."""
+    small = options.scale == "small"
+    return SimpleNamespace(**{name: pair[small] for name, pair in pairs.items()})
+
+
+def compare(
+    name: str,
+    ours: Way,
+    peer: Way,
+    peer_name: str,
+    unit: str,
+    repeats: int,
+    *,
+    calls: int = 1,
+    per: float | None = None,
+    ours_per: float | None = None,
+) -> Comparison:
+    """Time two ways in turn, after an untimed call of each; the median of the repeats counts.
+
+    Processor time is wall time on one thread, without other processes. A repeat makes ``calls``
+    calls, which are ``per`` units (of ours ``ours_per``), as many by default. The unit begins with
+    "s", "ms" or "us".
+    """
+    repeated = (1, *[calls] * repeats)
+    seconds = [(seconds_of(ours, number), seconds_of(peer, number)) for number in repeated]
+    factor = {"s": 1.0, "ms": 1e3, "us": 1e6}[unit.split()[0]]
+    per = calls if per is None else per
+    mine, other = (factor * median(times) for times in zip(*seconds[1:], strict=True))
+    values = mine / (per if ours_per is None else ours_per), other / per
+    return Comparison(name, *values, f"CPU {unit}", peer_name)
+
+
+def seconds_of(way: Way, calls: int = 1) -> float:
+    """Return the processor seconds of a number of calls, or those that the calls return."""
+    start, own = time.process_time(), 0.0
+    for _ in range(calls):
+        result = way()
+        own += result if isinstance(result, float) else 0.0
+    return own or time.process_time() - start
+
+
+def relative_difference(ours: Iterable[Tensor], peer: Iterable[Tensor]) -> float:
+    """Return the largest relative difference of two tensors, in the 2-norm."""
+    pairs = [(a.double(), b.double()) for a, b in zip(ours, peer, strict=True)]
+    return max(float((a - b).norm() / b.norm()) for a, b in pairs)
+
+
 def measured(
-    stage: str, *, size: int, of: str, run: Callable[[], Result], repeats: int
+    stage: str, run: Callable[[], Result], *, size: int, of: str, repeats: int
 ) -> tuple[Cost, Result]:
     """Return the cost of a stage, with the median of ``repeats`` times, and the stage's result.
 
     A repeat makes as many calls as take about 20 ms. A stage of a second or more is called once.
     """
-
-    def seconds(calls: int) -> float:
-        start = time.process_time()
-        for _ in range(calls):
-            run()
-        return (time.process_time() - start) / calls
-
     resettable = _reset_peak()
     before, start = peak_bytes(), time.process_time()
     result = run()
@@ -103,7 +146,7 @@ def measured(
     mb = (peak_bytes() - before) / MB if resettable else None
     if times[0] < 1:
         calls = math.ceil(0.02 / max(times[0], 1e-4))
-        times = [seconds(calls) for _ in range(repeats)]
+        times = [seconds_of(run, calls) / calls for _ in range(repeats)]
     return Cost(stage, size, of, median(times), mb), result
 
 
@@ -111,53 +154,6 @@ def slope(sizes: Sequence[float], costs: Sequence[float]) -> float:
     """Return the exponent of the power law closest to costs over sizes, in logs: 1 is linear."""
     logs = ([math.log(value) for value in values] for values in (sizes, costs))
     return linear_regression(*logs).slope
-
-
-@dataclass(frozen=True)
-class Times:
-    """Processor seconds of each repeat: wall time on one thread, without other processes."""
-
-    ours: list[float]
-    peer: list[float]
-
-    def row(
-        self,
-        name: str,
-        peer_name: str,
-        unit: Literal["s", "ms", "us"],
-        of: str,
-        *,
-        per: float = 1.0,
-        ours_per: float | None = None,
-    ) -> Comparison:
-        """Return the medians, divided by ``per`` (ours by ``ours_per``): the unit's time ``of``."""
-        factor = {"s": 1.0, "ms": 1e3, "us": 1e6}[unit]
-        ours = factor * median(self.ours) / (per if ours_per is None else ours_per)
-        peer = factor * median(self.peer) / per
-        return Comparison(name, ours, peer, f"CPU {unit} {of}", peer_name)
-
-
-def paired(
-    ours: Callable[[], object],
-    peer: Callable[[], object],
-    repeats: int,
-    *,
-    calls: int = 1,
-    before: Callable[[], object] = lambda: None,
-) -> Times:
-    """Time two ways in turn, each repeat a number of calls, so that both see the same machine.
-
-    ``before`` runs before each repeat, untimed. Call both once before, for costs of a first call.
-    """
-    times = Times([], [])
-    for _ in range(repeats):
-        before()
-        for way, seconds in ((ours, times.ours), (peer, times.peer)):
-            start = time.process_time()
-            for _ in range(calls):
-                way()
-            seconds.append(time.process_time() - start)
-    return times
 
 
 def peak_bytes() -> int:
@@ -181,19 +177,23 @@ def _reset_peak() -> bool:
     return False
 
 
-def peak_mb_of_child(module: str, **arguments: object) -> float:
-    """Return the MB by which the job that ``module.job`` makes raises its own process's peak."""
-    command = [sys.executable, "-m", "benchmarks.speed.measure", module, json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise OSError(f"{module} ended with code {done.returncode}: {last}")
-    return float(done.stdout.split()[-1])
+def compare_peaks(name: str, peer_name: str, module: str, options: Options) -> Comparison:
+    """Compare the MB by which the call that ``module.job`` returns raises its process's peak."""
+    given, peaks = json.dumps(asdict(options), default=str), []
+    for way in ("ours", "peer"):
+        command = [sys.executable, "-m", "benchmarks.speed.measure", module, way, given]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise OSError(f"{module} ended with code {done.returncode}: {last}")
+        peaks.append(float(done.stdout.split()[-1]))
+    return Comparison(f"peak memory of {name}", peaks[0], peaks[1], "MB", peer_name)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    job = import_module(sys.argv[1]).job(**json.loads(sys.argv[2]))
+    options = Options(**json.loads(sys.argv[3]))
+    job = import_module(sys.argv[1]).job(options, ours=sys.argv[2] == "ours")
     before = peak_bytes()
     job()
     print((peak_bytes() - before) / MB)

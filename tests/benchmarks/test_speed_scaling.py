@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -38,7 +37,7 @@ def test_a_row_for_each_stage_and_size(path: Path) -> None:
     rows = json.loads(path.read_text())["rows"]
     expected = [
         (stage, of, size)
-        for of, sizes in asdict(scaling.SIZES["small"]).items()
+        for of, sizes in scaling.SIZES["small"].items()
         for size in sizes
         for stage in STAGES[of]
     ]
@@ -79,13 +78,6 @@ def test_the_slope_of_a_power_law_is_its_exponent(exponent: float) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are reset on Linux only")
 def test_memory_is_that_of_one_call_above_what_was_there() -> None:
     held = torch.ones(20_000_000)
-    cost, result = measured("fill", size=1, of="rows", run=lambda: torch.ones(5_000_000), repeats=2)
+    cost, result = measured("fill", lambda: torch.ones(5_000_000), size=1, of="rows", repeats=2)
     assert len(result) == 5_000_000 and held[0] == 1
     assert cost.mb == pytest.approx(20, abs=1)
-
-
-def test_what_scaling_alone_can_do() -> None:
-    with pytest.raises(ValueError, match="--scale large is for scaling"):
-        Options(subject="control", scale="large")
-    with pytest.raises(ValueError, match="leave --dataset out"):
-        next(scaling.measure(Options(subject="scaling", dataset=Path("x.hdf5"))))
