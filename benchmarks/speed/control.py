@@ -65,9 +65,7 @@ def sizes_of(options: Options) -> SimpleNamespace:
     )
 
 
-def cheetah_like(
-    options: Options, trajectories: int | None = None, steps: int | None = None
-) -> TensorDict:
+def cheetah_like(options: Options, trajectories: int = 0, steps: int = 0) -> TensorDict:
     """Return the file's trajectories, or random ones of HalfCheetah's sizes and equal length."""
     if options.dataset is not None:
         return datasets.load(options.dataset).trajectories
@@ -103,6 +101,15 @@ def policies(data: TensorDictBase, seed: int) -> list[iwsft.GaussianPolicy]:
     return [iwsft.GaussianPolicy(*widths(data)) for _ in range(2)]
 
 
+def cached(data: TensorDictBase, row: paper.FineTuning, every: int, seed: int) -> iwsft.HardSync:
+    """Return syncs of iw-SFT(Q) with cached weights, and with the settings of a row."""
+    reference, policy = (each.to(data.get(ACTION).device) for each in policies(data, seed))
+    iwsft.annotate_reference(reference, data)
+    chain = paper.choose_weights("paper", row)
+    loss = iwsft.ImportanceWeightedMLE(policy, importance_weights=chain, proposal="cached")
+    return iwsft.HardSync(loss, every=every, trajectories=data)
+
+
 def updates(
     loss: iwsft.ImportanceWeightedMLE,
     sampler: StepSampler | TrajectorySampler,
@@ -110,11 +117,11 @@ def updates(
     *,
     lr: float = LR,
     diagnosed: bool = False,
-) -> Callable[[], TensorDictBase]:
+) -> Way:
     """Return what makes an update, as ``iwsft.training.fit`` does, perhaps with diagnoses."""
     optimizer = torch.optim.Adam(loss.parameters(), lr=lr, fused=True)
 
-    def update() -> TensorDictBase:
+    def update() -> None:
         batch = sampler.sample()
         terms = loss.terms(batch)
         out = loss.summary(terms)
@@ -125,17 +132,12 @@ def updates(
         optimizer.step()
         if updater is not None:
             updater.step()
-        return batch
 
     return update
 
 
 def same_draws(options: Options) -> tuple[Way, Way, Way, Callable[[], float]]:
-    """Return updates on the same draws, and how far their last gradients are apart.
-
-    They are ours, the naive one, and ours with a diagnosis. The difference is the largest relative
-    one of a parameter, in the 2-norm.
-    """
+    """Return our update, the naive one, ours with diagnosis; and how far gradients are apart."""
     count = sizes_of(options).draws
     curated = iwsft.curate(cheetah_like(options), cuts=QUALITY_BINS)
     reference, policy = policies(curated, options.seed)
@@ -146,32 +148,29 @@ def same_draws(options: Options) -> tuple[Way, Way, Way, Callable[[], float]]:
     plain.copy_(reference.parameters())
     chain = iwsft.ImportanceWeights.paper_control(K)
     loss = iwsft.ImportanceWeightedMLE(policy, importance_weights=chain, proposal="lagged")
-    sampler = TrajectorySampler(curated, count, seed=options.seed)
+    # The second makes the same draws.
+    sampler, other = (TrajectorySampler(curated, count, seed=options.seed) for _ in range(2))
     q = iwsft.EMA(loss, decay=DECAY)
-    update = updates(loss, sampler, q)
     padded = pad(curated)
     observation, action, mask = (padded.get(key) for key in (OBSERVATION, ACTION, MASK))
     naive = NaiveIwSft(observation, action, mask, plain, k=K, decay=DECAY, lr=LR)
     naive.policy.copy_(loss.actor_network_params[name] for name in names)
     naive.q.copy_(loss.target_actor_network_params[name] for name in names)
     every = curated.get(TRAJ_IDS).unique_consecutive()
-    # Positions of the trajectories of our last batch, one entry per draw.
-    draws = torch.arange(count) % len(every)
 
-    def ours() -> None:
-        nonlocal draws
-        batch = update()
+    def plain_update() -> None:
+        batch = other.sample()
         ids, steps = batch.get(TRAJ_IDS).unique_consecutive(return_counts=True)
         multiplicity = batch.get(MULTIPLICITY)[steps.cumsum(0) - steps]
-        draws = torch.searchsorted(every, ids).repeat_interleave(multiplicity)
+        naive.step(torch.searchsorted(every, ids).repeat_interleave(multiplicity))
 
     def difference() -> float:
         both = (loss.actor_network_params[name] for name in names), naive.policy.parameters()
         mine, other = ([p.grad for p in some if p.grad is not None] for some in both)
         return speed.relative_difference(mine, other)
 
-    diagnosed = updates(loss, sampler, q, diagnosed=True)
-    return ours, lambda: naive.step(draws), diagnosed, difference
+    ours, diagnosed = (updates(loss, sampler, q, diagnosed=look) for look in (False, True))
+    return ours, plain_update, diagnosed, difference
 
 
 def measure(options: Options) -> Iterator[Comparison | Check]:
@@ -220,15 +219,11 @@ def whole_trajectories(options: Options, draws: int) -> Iterator[Comparison | Ch
 def single_steps(options: Options, sizes: SimpleNamespace) -> Iterator[Comparison]:
     """Cached weights and single steps on hopper-replay's curated set, against cloning."""
     curated = iwsft.curate(hopper_replay(sizes.copies), cuts=QUALITY_BINS, seed=options.seed)
-    reference, policy = policies(curated, options.seed)
-    iwsft.annotate_reference(reference, curated)
-    chain = paper.choose_weights("paper", _ROW)
-    loss = iwsft.ImportanceWeightedMLE(policy, importance_weights=chain, proposal="cached")
-    updater = iwsft.HardSync(loss, every=sizes.sync_every, trajectories=curated)
+    updater = cached(curated, _ROW, sizes.sync_every, options.seed)
     sampler = StepSampler(curated, sizes.single_steps, seed=options.seed)
     row = compare(
         f"iw-SFT(Q) update, {sizes.single_steps:,} single steps, syncs included",
-        updates(loss, sampler, updater, lr=_ROW.lr),
+        updates(updater.loss_module, sampler, updater, lr=_ROW.lr),
         plain_cloning(curated, sizes.single_steps, lr=_ROW.lr, seed=options.seed),
         "behaviour cloning at the same batch with default Adam (plain torch)",
         "ms per update",

@@ -23,7 +23,6 @@ from benchmarks.speed.options import Options
 from iwsft.samplers import StepSampler
 from iwsft.training import Row, Schedule, Training, fit_stack
 
-_ROW = paper.FineTuning()
 # Makes what one seed trains with a number of updates.
 Build = Callable[[int, int], Learner]
 # Sizes of Qwen2.5-0.5B and of its batches.
@@ -60,14 +59,11 @@ def builders(options: Options) -> dict[str, Build]:
         return baselines.learner_of(name, data, seed, sizes.batch, steps)[0]
 
     def weighted(seed: int, steps: int) -> Learner:
-        own = curated.copy()
-        reference, policy = (p.to(options.device) for p in control.policies(own, seed))
-        iwsft.annotate_reference(reference, own)
-        chain = paper.choose_weights("paper", _ROW)
-        loss = iwsft.ImportanceWeightedMLE(policy, importance_weights=chain, proposal="cached")
-        updater = iwsft.HardSync(loss, every=_ROW.sync_every, trajectories=own)
+        own, row = curated.copy(), paper.FineTuning()
+        updater = control.cached(own, row, row.sync_every, seed)
+        loss: Any = updater.loss_module
         sampler = StepSampler(own, sizes.single_steps, seed=seed)
-        return Learner(policy, loss, sampler, Schedule(steps, _ROW.lr), updater)
+        return Learner(loss.actor_network, loss, sampler, Schedule(steps, row.lr), updater)
 
     critics = {name: partial(critic, name) for name in ("iql", "awac", "td3-bc", "cql")}
     return {"iw-SFT(Q), cached weights": weighted, **critics}

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
+from benchmarks.report.document import Grid
 from benchmarks.runs import hardware, versions, write_json
 from benchmarks.speed.measure import Check, Comparison
 from benchmarks.speed.options import Options
@@ -50,7 +50,8 @@ def main(options: Options) -> None:
             content |= {"rows": [asdict(x) for x in rows], "checks": [asdict(x) for x in checks]}
             if options.json is not None:
                 write_json(options.json, content)
-        Console().print(getattr(subject, "table", table)(rows, checks))
+        grid = getattr(subject, "table", table)(rows, checks)
+        Console().print(grid.rich(f"Speed of {options.subject}"))
         if options.subject == "scaling" and options.json is not None:
             slopes = [asdict(each) for each in subject.growth(rows)]
             write_json(options.json, content | {"slopes": slopes})
@@ -79,14 +80,11 @@ def check_writable(path: Path) -> None:
         raise PermissionError(f"--json {path}: its folder can't be written to; name another")
 
 
-def table(rows: Sequence[Comparison], checks: Sequence[Check]) -> Table:
+def table(rows: Sequence[Comparison], checks: Sequence[Check]) -> Grid:
     """Return the rows for a terminal, with the checks below them."""
-    out = Table(caption="\n".join(f"{c.name}: {c.value:.2g} (limit {c.limit:g})" for c in checks))
-    out.add_column("what, and the peer below")
-    for heading in ("ours", "peer", "peer / ours"):
-        out.add_column(heading, justify="right", no_wrap=True)
-    out.add_column("unit", max_width=12)
+    cells = []
     for row in rows:
-        names = f"{row.name}\n[dim]  {row.peer_name}[/dim]"
-        out.add_row(names, f"{row.ours:.4g}", f"{row.peer:.4g}", f"{row.ratio:.2f}", row.unit)
-    return out
+        numbers = f"{row.ours:.4g}", f"{row.peer:.4g}", f"{row.ratio:.2f}"
+        cells.append([f"{row.name}\n  against {row.peer_name}", row.unit, *numbers])
+    notes = [f"{c.name}: {c.value:.2g} (limit {c.limit:g})" for c in checks]
+    return Grid(["what", "unit", "ours", "peer", "peer / ours"], cells, notes)

@@ -14,12 +14,11 @@ from typing import Any
 
 from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
-from rich.table import Table
 
 import iwsft
 from benchmarks.d4rl.options import QUALITY_BINS
 from benchmarks.report import figures
-from benchmarks.report.document import INK, to_svg
+from benchmarks.report.document import INK, Grid, to_svg
 from benchmarks.speed import control
 from benchmarks.speed.measure import Cost, measured, slope
 from benchmarks.speed.options import Options
@@ -161,17 +160,14 @@ def _stages(costs: Sequence[Cost]) -> dict[tuple[str, str], list[Cost]]:
     return stages
 
 
-def table(costs: Sequence[Cost], _checks: object) -> Table:
+def table(costs: Sequence[Cost], _checks: object) -> Grid:
     """Return the cost of each stage at its largest size, and the slopes, for a terminal."""
-    out = Table("stage", caption="slope 1: the cost grows as the data")
-    for heading in ("largest size", "CPU s", "slope", "MB", "slope"):
-        out.add_column(heading, justify="right", no_wrap=True)
+    out = Grid(["data", "stage", "CPU s", "slope", "MB", "slope of MB"])
     for each, group in zip(growth(costs), _stages(costs).values(), strict=True):
         last = group[-1]
-        memory = "-" if last.mb is None else f"{last.mb:.1f}"
-        of_memory = "-" if each.mb is None else f"{each.mb:.2f}"
+        memory = ["-" if x is None else f"{x:.3g}" for x in (last.mb, each.mb)]
         time = f"{last.seconds:.4g}", f"{each.seconds:.2f}"
-        out.add_row(each.stage, f"{last.size:,} {each.of}", *time, memory, of_memory)
+        out.rows.append([f"{last.size:,} {each.of}", each.stage, *time, *memory])
     return out
 
 
