@@ -161,6 +161,13 @@ class ImportanceWeightedMLE(PolicyLoss):
         return self.proposal == "cached" or (self.proposal == "lagged" and not self.hold_q)
 
     @property
+    def needs_whole_trajectories(self) -> bool:
+        """Whether a batch must have all steps of its trajectories, to weigh them by."""
+        chains = [self.importance_weights, self.importance_weights.negative]
+        live = self.proposal != "reference" and not self.reads_weights
+        return live and any(chain is not None and chain.reduce is not None for chain in chains)
+
+    @property
     def needs_reference(self) -> bool:
         """Whether batches must have log pi_ref."""
         chain = self.importance_weights

@@ -153,6 +153,11 @@ class _StepSampler(_Sampler):
         return self.take(self.draw().to(self.device, non_blocking=True))
 
     @property
+    def cuts_trajectories(self) -> bool:
+        """Whether a batch has parts of trajectories."""
+        return bool((self._lengths > 1).any())
+
+    @property
     def device(self) -> torch.device:
         """Device of the trajectories."""
         device: torch.device = self.trajectories.get(TRAJ_IDS).device

@@ -25,7 +25,7 @@ from iwsft.metrics import Row as Row
 from iwsft.progress import Progress
 from iwsft.schedule import Schedule as Schedule
 from iwsft.schedule import course_of, make_optimizer, set_rates
-from iwsft.update import NOISE, Learning, Update, attributes, check_alike, check_static
+from iwsft.update import NOISE, Learning, Update, attributes, check_alike, check_draws, check_static
 
 _STEPS = "steps"
 # Where an object is in memory, in its text.
@@ -236,6 +236,7 @@ class _Seed:
         self._schedules = schedule if isinstance(schedule, Mapping) else {"": schedule}
         self.steps = next(iter(self._schedules.values())).steps
         self._device = next(loss.parameters()).device
+        check_draws(loss, sampler)
         if graph or not alone:
             check_static(loss, sampler, graph=graph, stacked=not alone)
         optimizer = make_optimizer(loss, self._schedules, capturable=graph)

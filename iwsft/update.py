@@ -90,6 +90,16 @@ class Update:
             self._stack.close()
 
 
+def check_draws(loss: LossModule, sampler: Any) -> None:
+    """Check that a loss that weighs whole trajectories gets them."""
+    whole = getattr(loss, "needs_whole_trajectories", False)
+    if whole and getattr(sampler, "cuts_trajectories", False):
+        raise ValueError(
+            f"this loss weighs whole trajectories, and {type(sampler).__name__} draws single "
+            "steps: take TrajectorySampler, proposal='cached', or weights with reduce=None"
+        )
+
+
 def check_static(loss: LossModule, sampler: Any, *, graph: bool, stacked: bool) -> None:
     """Check that updates of a loss can be captured (``graph``) or ``stacked`` with others.
 

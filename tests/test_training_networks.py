@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
-from iwsft import GaussianPolicy, HardSync, ImportanceWeightedMLE, ImportanceWeights
-from iwsft.samplers import StepSampler, TransitionSampler
+from iwsft import EMA, GaussianPolicy, HardSync, ImportanceWeightedMLE, ImportanceWeights
+from iwsft.samplers import StepSampler, TrajectorySampler, TransitionSampler
 from iwsft.training import Row, Schedule, fit
 from iwsft.trajectory import REF_LOG_PROB, from_steps
 
@@ -220,6 +221,22 @@ def test_an_interruption_within_a_swap_of_parameters_stays_one(whose: str) -> No
     )
     with pytest.raises(KeyboardInterrupt):
         fit(loss, StepSampler(trajectories, 4), Schedule(STEPS, lr=0.1), updater=updater)
+
+
+@pytest.mark.parametrize(("reduce", "length"), [("mean", 1), ("mean", 3), ("sum", 3), (None, 3)])
+@pytest.mark.parametrize("proposal", ["current", "lagged"])
+def test_single_steps_are_no_trajectories_to_weigh(proposal: Any, reduce: Any, length: int) -> None:
+    """Each would have a weight of its own, which is the variant with ``reduce=None``."""
+    steps = {"observation": torch.zeros(9, 3), "action": torch.zeros(9, 2)}
+    ids = torch.arange(9) // length
+    trajectories = from_steps({**steps, REF_LOG_PROB: torch.zeros(9)}, ids)
+    chain = ImportanceWeights(reduce=reduce)
+    loss = ImportanceWeightedMLE(GaussianPolicy(3, 2), importance_weights=chain, proposal=proposal)
+    updater = EMA(loss, decay=0.5) if proposal == "lagged" else None
+    fit(loss, TrajectorySampler(trajectories, 4), Schedule(1, 0.01), updater=updater)
+    error = pytest.raises(ValueError, match="weighs whole trajectories, and StepSampler draws")
+    with error if reduce and length > 1 else nullcontext():
+        fit(loss, StepSampler(trajectories, 4), Schedule(1, 0.01), updater=updater)
 
 
 def test_a_run_of_another_loss_or_other_data_is_refused_without_settings(tmp_path: Path) -> None:
