@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from tensordict.nn import TensorDictModuleBase
 from iwsft import environments
 from iwsft.acting import ROWS, PolicyInputs, act, acting, check_keys, check_sizes
 from iwsft.extras import named
+from iwsft.policies import GaussianPolicy, MixturePolicy
 from iwsft.progress import Progress
 from iwsft.video import recorded
 
@@ -145,6 +147,9 @@ def evaluate(
             before the first step.
         FloatingPointError: An action or a reward is not finite.
         RuntimeError: An episode has not ended after 100,000 steps, without a limit.
+
+    Warns:
+        UserWarning: A policy of this library acts in [-1, 1], and the environment does not.
     """
     width = min(episodes, ROWS if num_envs is None else num_envs)
     if min(episodes, width) < 1 or seed < 0:
@@ -166,6 +171,11 @@ def evaluate(
         if vector.ndim != 1:
             raise ValueError(f"observations of {name} must be vectors, got shape {vector.shape}")
         check_sizes(policy, vector, actions.shape, name, device=device)
+        beyond = bool(((actions.low != -1) | (actions.high != 1)).any())
+        if beyond and isinstance(policy, GaussianPolicy | MixturePolicy):
+            bounds = f"the actions of {name} have the bounds {actions.low} and {actions.high}"
+            way_out = "pass the env_kwargs of the data that scale_actions=True has scaled"
+            warnings.warn(f"{bounds}, and the policy acts in [-1, 1]: {way_out}", stacklevel=2)
         envs = [first, *(stack.enter_context(make()) for _ in range(1, width))]
         display = stack.enter_context(Progress(shown=progress))
         task = display.add_task("episodes", total=episodes)

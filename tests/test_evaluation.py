@@ -43,6 +43,20 @@ def actor(mean: Callable[[Tensor], Tensor], std: float = 0.3) -> ProbabilisticAc
     )
 
 
+def test_a_policy_of_minus_1_to_1_in_an_environment_of_other_bounds_is_told() -> None:
+    scaled = {"action_bounds": [-2.0, 2.0], "max_episode_steps": 2}
+    with pytest.warns(
+        UserWarning, match=r"Pendulum-v1 have the bounds \[-2.\] and \[2.\], and the"
+    ):
+        evaluate(
+            GaussianPolicy(3, 1), "Pendulum-v1", episodes=1, env_kwargs={"max_episode_steps": 2}
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        evaluate(GaussianPolicy(3, 1), "Pendulum-v1", episodes=1, env_kwargs=scaled)
+        evaluate(actor(lambda x: x[:, :1]), "Pendulum-v1", episodes=1)
+
+
 def plain_loop(
     env_id: str,
     act: Callable[[np.ndarray], np.ndarray],

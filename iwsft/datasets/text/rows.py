@@ -16,6 +16,7 @@ warning names them. A row is refused where one of them would change its text or 
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import warnings
@@ -384,7 +385,7 @@ _OPTIONAL: dict[str, tuple[type, Callable[[Any], bool], str]] = {
     "weight": (float, is_number, "a finite number, or a list with one for each token"),
     "count": (int, lambda x: is_number(x) and x >= 0 and x == int(x), _COUNT),
     "correct": (bool, lambda x: x in (True, False), "true or false"),
-    "ref_log_probs": (tuple, lambda _: False, "a list with a finite number for each token"),
+    "ref_log_probs": (tuple, lambda _: False, "a list with a number of at most 0 for each token"),
 }
 # Columns that are read, some in one kind of row alone.
 _READ = {"messages", "prompt", "completion", *_OPTIONAL}
@@ -395,7 +396,9 @@ def _optional(value: Any, name: str) -> Any:
         return None
     kind, fits, rule = _OPTIONAL[name]
     if name in ("weight", "ref_log_probs") and isinstance(value, list | tuple):
-        kind, fits = tuple, lambda numbers: all(map(is_number, numbers))
+        # Up to rounding: probabilities are no log-probabilities.
+        most = math.inf if name == "weight" else 1e-3
+        kind, fits = tuple, lambda numbers: all(is_number(x) and x <= most for x in numbers)
     if not fits(value):
         raise ValueError(f"{name} must be {rule}, it is {repr(value):.60}")
     return kind(value)

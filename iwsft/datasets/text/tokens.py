@@ -145,7 +145,7 @@ def weigh_correct(
 
     Raises:
         KeyError: There is no ``correct``.
-        ValueError: All are right, or all wrong.
+        ValueError: All are right, or all wrong, or a data weight is negative already.
     """
     correct = _correct(trajectories)
     if bool(correct.all()) or not bool(correct.any()):
@@ -153,7 +153,11 @@ def weigh_correct(
         raise ValueError(f"all {len(correct)} rows are {kind}; take right and wrong answers")
     mask = trajectories.get(ASSISTANT_MASK)
     weight = torch.where(trajectories.get(CORRECT), right, wrong) * mask
-    weight = weight * trajectories.get(DATA_WEIGHT, default=torch.ones_like(weight))
+    given = trajectories.get(DATA_WEIGHT, default=torch.ones_like(weight))
+    if bool((given < 0).any()):
+        problem = "a row that is right or wrong has a negative weight, which would turn its sign"
+        raise ValueError(f"{problem}; write its amount, and 'correct' gives the sign")
+    weight = weight * given
     weighed: TensorDictBase = trajectories.copy().set(DATA_WEIGHT, weight)
     rate = _success_rates(trajectories, correct)
     return weighed.set(SUCCESS_RATE, rate.repeat_interleave(lengths(trajectories)))

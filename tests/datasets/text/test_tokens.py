@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -241,9 +242,20 @@ def test_log_probs_of_the_policy_that_wrote_a_row():
     assert first.tolist() == logs[:-2] and bool(second.isnan().all())
     with pytest.raises(ValueError, match=f"f:1: ref_log_probs has {number - 1} numbers, and the"):
         tokenize([to_row({**pair, "ref_log_probs": logs[1:]}, "f:1")], tokenizer)
-    for wrong in (-0.5, [0.0, None], "0"):
-        with pytest.raises(ValueError, match="ref_log_probs must be a list with a finite number"):
+    for wrong in (-0.5, [0.0, None], "0", [0.0, 0.5], [math.nan]):
+        with pytest.raises(ValueError, match="ref_log_probs must be a list with a number of at mo"):
             to_row({**pair, "ref_log_probs": wrong}, "f:1")
+
+
+def test_a_verdict_and_a_negative_weight_are_two_signs() -> None:
+    rows = [
+        to_row(
+            {"prompt": "2+2=", "completion": text, "correct": text == "4", "weight": weight}, "f"
+        )
+        for text, weight in (("4", 1), ("5", -1))
+    ]
+    with pytest.raises(ValueError, match="a row that is right or wrong has a negative weight"):
+        weigh_correct(tokenize(rows, byte_level()).trajectories)
 
 
 def test_the_success_rate_is_that_of_the_prompt_where_it_has_several_rows():
