@@ -71,11 +71,10 @@ class ArithmeticRecipe(Recipe):
     def evaluate(self, model: Any, tokenizer: Any, prepared: Prepared, *, seed: int) -> Evaluation:
         """Let the model solve held-out problems once each.
 
-        ``score`` is the share of right answers at temperature 1, the policy's expected score, as
-        the objective has it and the closed forms of ``task.py`` predict it; ``greedy`` that
-        of the likeliest tokens. ``share_*`` is the exact chance of each strategy, ``success_*`` the
-        share of right answers within it, ``parses`` the share of texts in their strategy's form.
-        ``validation`` is the score on problems that the test does not ask, to choose settings by.
+        ``score`` is the share of right answers at temperature 1, the policy's expected score;
+        ``greedy`` that of the likeliest tokens. ``share_*`` is the exact chance of each strategy,
+        ``success_*`` the share of right answers within it. ``validation`` is the score on problems
+        that the test does not ask, to choose settings by.
         """
         del prepared
         from benchmarks.llm.recipes.arithmetic import samples

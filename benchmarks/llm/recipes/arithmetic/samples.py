@@ -20,9 +20,7 @@ from benchmarks.llm.recipes.arithmetic.task import (
     STRATEGIES,
     Problem,
     Verdict,
-    after_rounds,
     check,
-    mean_score,
     parse,
     problems,
     split_of,
@@ -88,14 +86,13 @@ def solve_held_out(model: Any, tokenizer: Any, number: int, *, seed: int) -> Eva
         "greedy_interval": wilson_interval(right_greedy / n, n),
         **{f"share_{name}": share for name, share in zip(STRATEGIES, chances, strict=True)},
         **{f"success_{name}": share for name, share in success.items()},
-        "parses": sum(solution.verdict.parses for solution in sampled) / n,
         "tokens": sum(solution.tokens for solution in sampled) / n,
     }
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A solution of a model; a text that did not end is wrong and does not parse."""
+    """A solution of a model; a text that did not end is wrong."""
 
     problem: Problem
     completion: str
@@ -127,7 +124,7 @@ def sample(
         verdict = check(problem, text)
         ended = completion.stop is not None
         if not ended:
-            verdict = Verdict(0, verdict.strategy, False, verdict.shown)
+            verdict = Verdict(0, verdict.strategy, verdict.shown)
         samples.append(Sample(problem, text, len(completion.tokens) + ended, verdict))
     return samples
 
@@ -184,11 +181,11 @@ def facts(rows: Sequence[Row]) -> Mapping[str, Any]:
         "shares": shares,
         "success": success,
     }
-    if any(share * success[name] > 0 for name, share in shares.items()):
-        notes["predicted"] = {
-            "sft": mean_score(after_rounds(shares, success, 1), success),
-            "best strategy": max(success.values()),
-        }
+    # SFT copies how the strategies share the successes (paper, Section 3.5).
+    right = sum(share * success[name] for name, share in shares.items())
+    if right > 0:
+        squares = sum(share * success[name] ** 2 for name, share in shares.items())
+        notes["predicted"] = {"sft": squares / right, "best strategy": max(success.values())}
     return notes
 
 

@@ -1,4 +1,4 @@
-"""Sums, three ways to write a solution down, how it is judged, and what filtering does to them.
+"""Sums, three ways to write a solution down, and how it is judged.
 
 The paper's bandit (Section 3.5) in language: the first token of a completion pulls the arm. What
 a strategy gets wrong is a coin that its text does not show. Another strategy mends that at once;
@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import accumulate
 from typing import Literal
 
 import numpy as np
 
 Split = Literal["train", "held-out"]
-Shares = Mapping[str, float]
 TERMS = 6
 # Two tens digits, so that somebody who knows the last digit only is right half of the time.
 ANSWERS = range(10, 30)
@@ -167,15 +165,12 @@ class Verdict:
     """What the checker says of a completion.
 
     ``score`` is 1 where the last words are the answer and it is exactly the sum, else 0.
-    ``strategy`` is a name by the first words, or None. ``parses`` tells whether the text has the
-    form of its strategy from the first to the last character, with the problem's own terms; its
-    totals may be wrong. ``shown`` is the share of the problem's running totals that the text has in
-    their place and right.
+    ``strategy`` is a name by the first words, or None. ``shown`` is the share of the problem's
+    running totals that the text has in their place and right.
     """
 
     score: int
     strategy: str | None
-    parses: bool
     shown: float
 
     @property
@@ -199,37 +194,5 @@ def check(problem: Problem, completion: str) -> Verdict:
     return Verdict(
         score=int(answer is not None and answer[1] == str(problem.answer)),
         strategy=strategy,
-        parses=strategy is not None and bool(_form(problem, strategy).fullmatch(completion)),
         shown=agreeing / len(problem.values),
     )
-
-
-@cache
-def _form(problem: Problem, strategy: str) -> re.Pattern[str]:
-    # Guesses write nothing down, last digits are single.
-    total = {"careful": r"\d{1,2}", "hasty": r"\d"}.get(strategy)
-    terms = (f"{re.escape(f'{term:+d}')}={total}" for term in problem.terms[1:])
-    tape = "" if total is None else f"{problem.terms[0]}{''.join(terms)}"
-    return re.compile(f"{re.escape(STRATEGIES[strategy].marker)}{tape}{ANSWER}\\d{{1,2}}")
-
-
-def mean_score(shares: Shares, success: Shares) -> float:
-    """Compute the expected exact match of a policy, sum_i p_i s_i."""
-    return sum(share * success[name] for name, share in shares.items())
-
-
-def after_rounds(shares: Shares, success: Shares, rounds: int) -> dict[str, float]:
-    """Compute the shares after fitting the successes ``rounds`` times: p_i s_i^rounds, normalised.
-
-    Each strategy i is an arm with share p_i and chance of success s_i. The form holds where only
-    the choice among them moves. One round is SFT in the limit: it copies D+. Each sync of q after a
-    full fit of iw-SFT is one more round, since D+ weighted by q / pi_ref is what the successes of q
-    would be. With many rounds the best strategy has all.
-    """
-    best = max(success[name] for name, share in shares.items() if share > 0)
-    if best <= 0:
-        raise ValueError("no strategy in use ever succeeds, so D+ is empty")
-    # Relative to the best, which keeps many rounds from vanishing.
-    grown = {name: share * (success[name] / best) ** rounds for name, share in shares.items()}
-    total = sum(grown.values())
-    return {name: share / total for name, share in grown.items()}
