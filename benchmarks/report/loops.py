@@ -23,9 +23,9 @@ from benchmarks.report.document import (
     shareable,
 )
 from benchmarks.report.figures import Panels
-from benchmarks.report.scores import algorithm_colour
+from benchmarks.report.scores import algorithm_colour, interval_over_seeds
 from benchmarks.results import printable
-from benchmarks.statistics import MIN_SEEDS, difference, t_interval
+from benchmarks.statistics import MIN_SEEDS
 from iwsft.loop import CONFIG, Round, best, table
 
 LOOP = "loop"
@@ -117,16 +117,16 @@ def seed_grids(loops: Sequence[RecordedLoop]) -> dict[str, Grid]:
     most = max((len(rows) for own in groups.values() for rows in own.values()), default=0)
     grids = {}
     for key, title in _COMPARED.items():
-        digits = int(COLUMNS.get(key, ("", ".3f"))[1][1])
+        form = COLUMNS.get(key, ("", ".3f"))[1]
+        facts = {name: [_values(own, key, n) for n in range(most)] for name, own in groups.items()}
         grid = Grid(["", *(f"round {number}" for number in range(most))], left=1)
-        for name, own in groups.items():
-            cells = [_mean(list(_values(own, key, n).values()), digits) for n in range(most)]
-            grid.rows.append([f"{name} ({len(own)} seeds)", *cells])
-        for one, other in itertools.combinations(groups, 2):
-            cells = [
-                _less(_values(groups[other], key, n), _values(groups[one], key, n), digits)
-                for n in range(most)
-            ]
+        for name, by_round in facts.items():
+            cells = [_mean(values, form) for values in by_round]
+            grid.rows.append([f"{name} ({len(groups[name])} seeds)", *cells])
+        for one, other in itertools.combinations(facts, 2):
+            pairs = zip(facts[other], facts[one], strict=True)
+            less = [{seed: x[seed] - y[seed] for seed in x if seed in y} for x, y in pairs]
+            cells = [_mean(values, f"+{form}") for values in less]
             grid.rows.append([f"{other} less {one}", *cells])
         if any(cell != NOTHING for row in grid.rows for cell in row[1:]):
             grids[title] = grid
@@ -139,22 +139,14 @@ def _values(own: Mapping[str, list[dict[str, Any]]], key: str, number: int) -> d
     return {seed: row[key] for seed, row in rounds.items() if row.get(key) is not None}
 
 
-def _mean(values: Sequence[float], digits: int) -> str:
+def _mean(values: Mapping[str, float], form: str) -> str:
+    """The mean over seeds with its interval, for three seeds or more."""
     if len(values) < MIN_SEEDS:
         return NOTHING
-    low, high = map(float, t_interval(values))
-    return f"{np.mean(values):.{digits}f} ({interval_text((low, high), digits)})"
-
-
-def _less(first: Mapping[str, float], second: Mapping[str, float], digits: int) -> str:
-    """The mean difference of the seeds that both have."""
-    seeds = sorted(first.keys() & second.keys())
-    if len(seeds) < MIN_SEEDS:
-        return NOTHING
-    x, y = (np.array([[own[seed]] for seed in seeds]) for own in (first, second))
-    point, low, high = difference(x, y, paired=True).estimate
-    ends = "" if low is None or high is None else f" ({interval_text((low, high), digits)})"
-    return f"{point:+.{digits}f}{ends}"
+    numbers = np.array([*values.values()])
+    interval = interval_over_seeds(numbers)
+    ends = "" if interval is None else f" ({interval_text(interval, int(form[-2]))})"
+    return f"{numbers.mean():{form}}{ends}"
 
 
 def show_loop(
