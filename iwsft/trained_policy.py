@@ -26,6 +26,7 @@ from iwsft.extras import named
 from iwsft.files import written_whole
 from iwsft.policies import GaussianPolicy, MixturePolicy
 from iwsft.trajectory import ACTION, OBSERVATION
+from iwsft.update import form_of
 
 with named():
     import gymnasium as gym
@@ -268,6 +269,10 @@ def _from_checkpoint(folder: Path, policy: TensorDictModuleBase) -> TensorDictMo
         prefix = next(prefixes, _IN_LOSS[0])
         state = {key.removeprefix(prefix): loss[key] for key in loss if key.startswith(prefix)}
         policy.load_state_dict(state)
+    known, own = content["state"].get("form", {}), form_of(policy, "loss.actor_network.")
+    both = known.keys() & own.keys()
+    if differ := checkpoint.differences({n: known[n] for n in both}, {n: own[n] for n in both}):
+        warnings.warn(f"the policy is not made as the trained one was: {differ}", stacklevel=3)
     settings = json.loads(content["settings"])
     algo, own = settings.get("algo"), settings.get("baseline")
     baselines = import_module("baselines")

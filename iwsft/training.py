@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import CodeType
 from typing import Any, Protocol
 
 import torch
@@ -25,11 +23,9 @@ from iwsft.metrics import Row as Row
 from iwsft.progress import Progress
 from iwsft.schedule import Schedule as Schedule
 from iwsft.schedule import course_of, make_optimizer, set_rates
-from iwsft.update import NOISE, Learning, Update, attributes, check_alike, check_draws, check_static
+from iwsft.update import NOISE, Learning, Update, check_alike, check_draws, check_static, form_of
 
 _STEPS = "steps"
-# Where an object is in memory, in its text.
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 class Sampler(Protocol):
@@ -249,7 +245,7 @@ class _Seed:
         if not alone:
             self._noise = torch.Generator(self._device)
             self._noise.set_state(training.draws[self._device.type])
-        self._form = _form(training)
+        self._form = form_of(loss, "loss.") | form_of(training.updater, "updater.")
         self._parts: dict[str, Any] = {"loss": loss, "optimizer": optimizer, "sampler": sampler}
         if training.updater is not None:
             self._parts["updater"] = training.updater
@@ -390,18 +386,6 @@ class _Seed:
             if "cuda" in state["draws"]:
                 torch.cuda.set_rng_state(state["draws"]["cuda"])
         return state["step"], Cost(state["wall_seconds"], state["cpu_seconds"])
-
-
-def _form(training: Training) -> dict[str, str]:
-    """The arguments that made the loss and the updater, as texts that stay the same."""
-    parts = {"loss.": training.loss, "updater.": training.updater}
-    return {
-        name: _ADDRESS.sub("", repr(value))
-        for place, part in parts.items()
-        if part is not None
-        for name, value, is_argument in attributes(part, place)
-        if is_argument and not isinstance(value, CodeType)
-    }
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
 from inspect import signature
@@ -19,6 +20,8 @@ from torchrl.objectives.common import LossModule
 NOISE = "noise"
 # Attributes that differ between equal losses: the numbers of hooks, the kind of the next update.
 _OWN = {"phase", *vars(nn.Module())}
+# Where an object is in memory, in its text.
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 # Plain updates before a capture, as torch's documentation of CUDA graphs asks for.
 _WARM_UP = 2
 Results = tuple[list[TensorDictBase], list[TensorDictBase]]
@@ -131,7 +134,7 @@ def check_alike(losses: Sequence[LossModule], **others: Sequence[Any]) -> None:
 
     A stack computes all losses with the settings, and the networks, of the first one.
     """
-    settings = [{name: value for name, value, _ in attributes(loss)} for loss in losses]
+    settings = [{name: value for name, value, _ in _attributes(loss)} for loss in losses]
     names = dict.fromkeys(name for one in settings for name in one)
     others |= {name: [one.get(name) for one in settings] for name in names}
     for name, values in others.items():
@@ -142,7 +145,14 @@ def check_alike(losses: Sequence[LossModule], **others: Sequence[Any]) -> None:
             )
 
 
-def attributes(thing: Any, place: str = "") -> Iterator[tuple[str, Any, bool]]:
+def form_of(thing: Any, place: str) -> dict[str, str]:
+    """The arguments that made a loss, a network or an updater, as texts that stay the same."""
+    known = [] if thing is None else _attributes(thing, place)
+    texts = {name: _ADDRESS.sub("", repr(value)) for name, value, argument in known if argument}
+    return {name: text for name, text in texts.items() if not text.startswith("<code")}
+
+
+def _attributes(thing: Any, place: str = "") -> Iterator[tuple[str, Any, bool]]:
     """Plain attributes of a loss, with those of the networks in it, or of an updater.
 
     Each has its place, its value, and whether it is named as an argument of the constructor.
@@ -152,7 +162,7 @@ def attributes(thing: Any, place: str = "") -> Iterator[tuple[str, Any, bool]]:
     for name, value in [*vars(thing).items(), *getattr(thing, "_modules", {}).items()]:
         if isinstance(value, nn.Module):
             if isinstance(thing, nn.Module):
-                yield from attributes(value, f"{place}{name}.")
+                yield from _attributes(value, f"{place}{name}.")
         elif name not in _OWN and (is_dataclass(value) or _is_plain(value)):
             # Functions of the same source are equal.
             yield place + name, getattr(value, "__code__", value), name in arguments

@@ -79,7 +79,9 @@ def test_dict_observations_are_flat(tmp_path: Path) -> None:
         env.step(policy.act(observation))
 
 
-def test_a_checkpoint_fills_a_policy_of_the_same_form(tmp_path: Path) -> None:
+def test_a_checkpoint_fills_a_policy_of_the_same_form(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
     torch.manual_seed(0)
     steps = {"observation": torch.randn(20, 3), "action": torch.rand(20, 1)}
     data = from_steps(steps, torch.arange(20) // 5)
@@ -90,6 +92,9 @@ def test_a_checkpoint_fills_a_policy_of_the_same_form(tmp_path: Path) -> None:
         filled = load_policy(path, GaussianPolicy(3, 1, hidden=(8,), squash=True)).module
         for name, value in policy.state_dict().items():
             torch.testing.assert_close(filled.state_dict()[name], value, rtol=0, atol=0)
+    assert not [each for each in recwarn if "as the trained one" in str(each.message)]
+    with pytest.warns(UserWarning, match=r"not made as the trained one was: .*squash='True' \(now"):
+        load_policy(tmp_path, GaussianPolicy(3, 1, hidden=(8,)))
     with pytest.raises(checkpoint.CheckpointError, match="holds no policy of this form"):
         load_policy(tmp_path, GaussianPolicy(3, 1))
     with pytest.raises(ValueError, match="names no environment"):
