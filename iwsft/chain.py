@@ -189,6 +189,11 @@ class Chain:
         return "standard_score" in self.reads
 
     @property
+    def per_step(self) -> bool:
+        """Whether steps of a trajectory may have weights of their own."""
+        return None in (self.reduce, (self.negative or self).reduce)
+
+    @property
     def top_k(self) -> int | None:
         """Number of actions of the entropy that a transform reads; None if none does."""
         read = (t for t in self._transforms if getattr(t, "reads", None) == "entropy")

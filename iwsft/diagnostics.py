@@ -147,11 +147,11 @@ class Weighed(NamedTuple):
     """The trajectories of a batch that count, ``[n]``, on the CPU.
 
     Attributes:
-        log_weight: Log-weight; with ``reduce=None``, of the mean weight of its steps.
+        log_weight: Log-weight; where steps have their own, of their mean weight.
         draws: Multiplicity.
         length: Number of valid steps.
         score: Standard score, see :func:`iwsft.curate`; NaN where the batch has none.
-        units: Weights of what has one: the trajectories, or with ``reduce=None`` the steps.
+        units: Weights of what has one: the trajectories, or the steps.
         unit_share: How much each of them counts.
     """
 
@@ -164,10 +164,8 @@ class Weighed(NamedTuple):
 
 
 @torch.no_grad()
-def weighed(
-    loss: ImportanceWeightedMLE, terms: Terms, score: Tensor | None = None
-) -> tuple[Weighed, Tensor]:
-    """The trajectories of ``loss.terms(batch)``, and the place of a step of each.
+def weighed(loss: ImportanceWeightedMLE, terms: Terms, score: Tensor | None = None) -> Weighed:
+    """The trajectories of ``loss.terms(batch)``.
 
     ``score`` is the standard score of each step's trajectory, in the layout of the batch.
     """
@@ -176,7 +174,7 @@ def weighed(
     slot, size = segments.index[counts].unique_consecutive(return_counts=True)
     first = counts[size.cumsum(0) - size]
     draws, log_weight = segments.sum(terms.share)[slot], terms.log_weight.reshape(-1)
-    if loss.importance_weights.reduce is None:
+    if loss.importance_weights.per_step:
         units, unit_share = log_weight[counts].exp(), share[counts]
         of_trajectory = (segments.sum(terms.share * terms.log_weight.exp())[slot] / draws).log()
     else:
@@ -185,7 +183,7 @@ def weighed(
     unknown = torch.full_like(draws, torch.nan)
     score = unknown if score is None else score.reshape(-1)[first]
     entries = of_trajectory, draws, size, score, units, unit_share
-    return Weighed(*(entry.cpu() for entry in entries)), first
+    return Weighed(*(entry.cpu() for entry in entries))
 
 
 def describe(*batches: Weighed) -> dict[str, float]:
@@ -235,7 +233,7 @@ def diagnose(
         sync at this moment takes it.
     """
     terms = loss.terms(batch) if terms is None else terms
-    trajectories, first = weighed(loss, terms, batch.get(loss.tensor_keys.standard_score, None))
+    trajectories = weighed(loss, terms, batch.get(loss.tensor_keys.standard_score, None))
     quantiles = weight_quantiles(trajectories.units, trajectories.unit_share).tolist()
     names = [f"weight_q{round(100 * p):02d}" for p in QUANTILES]
     out = {"unweighted_loss": float(unweighted_loss(loss, terms)), **describe(trajectories)}
@@ -248,11 +246,7 @@ def diagnose(
             segments=terms.segments,
             share=terms.share,
         )
-        log_p, log_q, share = of_policy.log_weight, terms.log_weight, terms.share
-        if loss.importance_weights.reduce is not None:
-            log_p, log_q = (x.reshape(-1)[first].cpu() for x in (log_p, log_q))
-            share = trajectories.draws
-        gap = bound_gap(log_p, log_q, share)
+        gap = bound_gap(of_policy.log_weight, terms.log_weight, terms.share)
         choice = {} if of_policy.choice is None else of_policy.choice._asdict()
         out |= {name: float(x) for name, x in (gap | choice).items()}
     return out

@@ -163,9 +163,9 @@ class ImportanceWeightedMLE(PolicyLoss):
     @property
     def needs_whole_trajectories(self) -> bool:
         """Whether a batch must have all steps of its trajectories, to weigh them by."""
-        chains = [self.importance_weights, self.importance_weights.negative]
-        live = self.proposal != "reference" and not self.reads_weights
-        return live and any(chain is not None and chain.reduce is not None for chain in chains)
+        chain, live = self.importance_weights, not self.reads_weights
+        reduces = {chain.reduce, (chain.negative or chain).reduce} != {None}
+        return live and reduces and self.proposal != "reference"
 
     @property
     def needs_reference(self) -> bool:

@@ -319,6 +319,22 @@ def test_diagnose_the_per_step_variant_and_batches_without_reference() -> None:
     assert set(bare) == names | {"unweighted_loss", "weight_top1"}
 
 
+def test_diagnose_steps_of_wrong_answers_which_have_weights_of_their_own() -> None:
+    batch = trajectories([3] * 20, policy_of(1))
+    wrong = batch["collector", "traj_ids"] % 2 == 0
+    batch["data_weight"] = torch.where(wrong, -1.0, 1.0)
+    batch["success_rate"] = torch.full([60], 0.5)
+    chain = ImportanceWeights.nft()
+    loss = ImportanceWeightedMLE(policy_of(0), proposal="current", importance_weights=chain)
+    r = (loss.log_prob(batch).detach() - batch["ref_log_prob"]).exp()
+    weight = torch.where(wrong, 0.5 * r / (1 - 0.5 * r).clamp(min=0.5), 1.0)
+    out, draws = diagnose(loss, batch), batch["multiplicity"][::3]
+    assert out["pareto_k"] == pytest.approx(pareto_k(weight), rel=1e-4)
+    columns = (weight.reshape(20, 3).mean(1), batch["standard_score"][::3])
+    truth = stats.spearmanr(*(column.repeat_interleave(draws) for column in columns)).statistic
+    assert out["weight_score_corr"] == pytest.approx(truth, abs=1e-9)
+
+
 def test_diagnose_builds_no_graph() -> None:
     class Watched(GaussianPolicy):
         def log_prob(self, batch: Any) -> Any:

@@ -102,7 +102,7 @@ def write_page(source: Source, measured: dict[str, Any], folder: Path) -> Path:
 
 
 def _draw_weights(source: Source) -> Axes:
-    trajectories, _ = weighed(source.loss, source.terms)
+    trajectories = weighed(source.loss, source.terms)
     log_weight = trajectories.units.double().log().numpy()
     finite, shares = np.isfinite(log_weight), trajectories.unit_share.numpy()
     ax = figures.make_panel("", 2.5)

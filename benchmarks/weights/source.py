@@ -55,7 +55,7 @@ class Source:
         if self.chain.reduce is None:
             counted = terms.share > 0
             return terms.log_weight[counted], terms.share[counted]
-        trajectories, _ = weighed(self.loss, terms)
+        trajectories = weighed(self.loss, terms)
         return trajectories.log_weight, trajectories.draws
 
     def ess(self, k: float) -> float:

@@ -159,4 +159,4 @@ def _last_update(
     for terms, _ in parts:
         divisor = loss.divisor(terms.share, terms.data_weight)
         unweighted += torch.stack([unweighted_loss(loss, terms).double(), divisor]).cpu()
-    return unweighted, [weighed(loss, *part)[0] for part in parts]
+    return unweighted, [weighed(loss, *part) for part in parts]
