@@ -36,6 +36,8 @@ def run_rounds(options: LoopOptions) -> list[dict[str, Any]]:
     prompts = _read(options, options.prompts, prompter, limit=options.limit)
     held_out = _read(options, options.eval_prompts, prompter) if options.eval_prompts else []
     _check_apart(prompts, held_out)
+    if note := describe_twins(options.prompts, prompts):
+        tell(note)
     settings = {
         "model": prompter.identity,
         "stop": sorted(prompter.stop),
@@ -103,6 +105,20 @@ def _check_apart(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
             f"{len(twins)} of --eval-prompts are in --prompts too ({first.where} is "
             f"{places[repr(first.content)]}); drop them from one of both"
         )
+
+
+def describe_twins(source: str, prompts: Sequence[Prompt]) -> str | None:
+    """A sentence on prompts of the same text, if there are some: their answers may contradict."""
+    first: dict[str, Prompt] = {}
+    twins = [(first.setdefault(repr(each.content), each), each) for each in prompts]
+    twins = [(one, other) for one, other in twins if one is not other]
+    if not twins:
+        return None
+    other = sum(one.row.get("answer") != twin.row.get("answer") for one, twin in twins)
+    return (
+        f"{len(twins)} prompts of {source} have the text of an earlier one, {other} of them with "
+        f"another answer; first: {twins[0][0].where} and {twins[0][1].where}"
+    )
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:

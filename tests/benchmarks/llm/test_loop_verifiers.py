@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.llm.loop.job import describe_twins
 from benchmarks.llm.loop.verifiers import Prompt, Verifier, read_prompts
 
 ODD = """
@@ -55,6 +56,17 @@ def test_rows_that_are_no_prompts(tmp_path: Path, row: dict[str, Any], message: 
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     with pytest.raises(ValueError, match=message):
         read_prompts(str(tmp_path / "rows.jsonl"), "integer")
+
+
+def test_prompts_that_are_there_twice_are_told(tmp_path: Path) -> None:
+    rows = [("1+1=", "2"), ("1+2=", "3"), ("1+1=", "2"), ("1+2=", "4"), ("1+3=", "4")]
+    entries = [json.dumps({"prompt": prompt, "answer": answer}) for prompt, answer in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join(entries))
+    prompts = read_prompts(str(tmp_path / "rows.jsonl"), "integer")
+    told = describe_twins("rows.jsonl", prompts)
+    assert told is not None and told.startswith("2 prompts of rows.jsonl have the text of an")
+    assert "1 of them with another answer" in told and told.endswith("jsonl:3")
+    assert describe_twins("", [*prompts[:2], prompts[4]]) is None
 
 
 def test_what_a_verifier_of_the_users_own_may_return(
