@@ -1,7 +1,7 @@
 """The loop on the arithmetic task, from its base: exact match and diversity by round.
 
 python scripts/loop_arithmetic.py --out runs/loop-arithmetic
-python scripts/loop_arithmetic.py --out runs/loop-arithmetic --algo sft iw-sft --seeds 0 --rounds 2
+python scripts/loop_arithmetic.py --out runs/loop-rate --algo sft iw-sft --learning-rate 8e-4
 
 Writes the prompts, runs a loop for each algorithm and seed by the command `iwsft loop`, and prints
 the tables of docs/loop.md: means over seeds and their differences by round, with 95 % intervals.
@@ -27,11 +27,10 @@ from benchmarks.report.loops import seed_grids
 from benchmarks.report.page import write_report
 from iwsft.files import written_whole
 
+# Learning rates that `scripts.compare_methods` chose, on other problems than those of this test.
+RATES = {"sft": 3e-4, "iw-sft": 3e-4, "iw-sft-step": 8e-4, "dft": 3e-4}
 # Those of the arithmetic recipe, for 80 updates a round.
-TRAINING = (
-    *("--learning-rate", "8e-4", "--batch-size", "32", "--max-steps", "80", "--warmup", "10"),
-    *("--reduce", "sum"),
-)
+TRAINING = ("--batch-size", "32", "--max-steps", "80", "--warmup", "10", "--reduce", "sum")
 WEIGHTED = ("iw-sft", "iw-sft-hard", "iw-sft-ema", "iw-sft-q")
 
 
@@ -53,6 +52,8 @@ class Options:
     """Answers to each problem."""
     held_out: int = 1000
     """Number of problems of the test."""
+    learning_rate: float | None = None
+    """Learning rate of a round; by default the one that was chosen for the algorithm."""
 
 
 def main(options: Options) -> None:
@@ -61,6 +62,9 @@ def main(options: Options) -> None:
     prompts = _write(options.out / "prompts.jsonl", options.prompts, 1_000_000, "train")
     held_out = _write(options.out / "held-out.jsonl", options.held_out, 1, "held-out")
     for algo in options.algo:
+        rate = options.learning_rate or RATES.get(algo)
+        if rate is None:
+            raise SystemExit(f"no learning rate was chosen for {algo}: set --learning-rate")
         for seed in options.seeds:
             words = [
                 *("--model", str(model), "--prompts", str(prompts), "--verifier", "integer"),
@@ -68,6 +72,7 @@ def main(options: Options) -> None:
                 *("--rounds", str(options.rounds), "--algo", algo, "--seed", str(seed)),
                 *("--samples-per-prompt", str(options.samples), "--no-deduplicate"),
                 *("--max-tokens", "40", "--sampling-batch", "512"),
+                *("--learning-rate", str(rate)),
                 *(TRAINING if algo in WEIGHTED else TRAINING[:-2]),
                 *("--out", str(options.out / algo / f"seed-{seed}"), "--resume"),
             ]

@@ -1,4 +1,4 @@
-"""Write the tables of README, docs/methods.md and docs/results.md from the records in docs/results.
+"""Write the tables of README and docs from the records in docs/results.
 
     python -m scripts.tables
 
@@ -13,11 +13,14 @@ from pathlib import Path
 
 from benchmarks.results import CONTROL, read_runs
 from scripts.control_tables import difference_grid, score_grid
+from scripts.loop_tables import LOOPS, loop_grid
 from scripts.method_tables import method_grid
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs/results"
-PAGES = [ROOT / name for name in ("README.md", "docs/methods.md", "docs/results.md")]
+PAGES = [
+    ROOT / name for name in ("README.md", "docs/loop.md", "docs/methods.md", "docs/results.md")
+]
 _CONTROL = {"scores": score_grid, "differences": difference_grid}
 
 
@@ -34,6 +37,8 @@ def with_tables(text: str, results: Path) -> str:
         name, kind = match[1], match[2]
         if kind is None:
             grid = method_grid(name, results)
+        elif name in LOOPS:
+            grid = loop_grid(name, kind, results)
         else:
             grid = _CONTROL[kind](read_runs(results / name, CONTROL))
         mark = " ".join(filter(None, (name, kind)))

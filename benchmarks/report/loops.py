@@ -40,7 +40,7 @@ COLUMNS = {
     "ESS": ("ESS", ".2f"),
 }
 # Facts that are compared over seeds, and their titles.
-_COMPARED = {
+COMPARED = {
     "score": "Held-out score over seeds",
     "return": "Return of the sampled episodes over seeds",
     "distinct": "Distinct answers to a prompt over seeds",
@@ -116,7 +116,7 @@ def seed_grids(loops: Sequence[RecordedLoop]) -> dict[str, Grid]:
     groups = {name: own for name, own in groups.items() if len(own) >= MIN_SEEDS}
     most = max((len(rows) for own in groups.values() for rows in own.values()), default=0)
     grids = {}
-    for key, title in _COMPARED.items():
+    for key, title in COMPARED.items():
         form = COLUMNS.get(key, ("", ".3f"))[1]
         facts = {name: [_values(own, key, n) for n in range(most)] for name, own in groups.items()}
         grid = Grid(["", *(f"round {number}" for number in range(most))], left=1)
