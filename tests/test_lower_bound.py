@@ -27,7 +27,8 @@ from iwsft.diagnostics import diagnose
 from iwsft.lower_bound import EXPONENTS, Choice, LowerBound
 from iwsft.samplers import StepSampler, TrajectorySampler
 from iwsft.training import Schedule, fit
-from iwsft.trajectory import REWARD, STANDARD_SCORE, from_steps
+from iwsft.trajectory import REWARD, STANDARD_SCORE, Segments, from_steps
+from iwsft.weights import ClipWeight, Temperature, TemperWeight
 
 Array = NDArray[np.float64]
 # Log-weight, multiplicity and score of each trajectory.
@@ -194,6 +195,20 @@ def test_others_judge_in_place_of_the_weighed() -> None:
     # Judges that are all right promise nothing.
     level = LowerBound().judge(*(torch.tensor(x) for x in (judges, np.ones(200), np.ones(200))))
     assert float(level(*(torch.tensor(x) for x in (own, m, np.ones(50))))[1].exponent) == 0
+
+
+def test_judges_choose_between_the_other_transforms_of_a_chain() -> None:
+    """They see what comes before their transform, and the chain keeps what comes after."""
+    x, share, score = torch.linspace(-2, 3, 12), torch.ones(12), torch.arange(12) % 3 - 1.0
+    segments = Segments(x.shape, torch.arange(12) // 2, None, 12)
+    before, after = [TemperWeight(0.5), ClipWeight(max=3.0)], [ClipWeight(max=5.0)]
+    chain = ImportanceWeights([Temperature(3.0)], "mean", [*before, LowerBound(), *after])
+    judged = chain.judge(x, segments, share / 2, segments.spread(segments.mean(score)))
+    assert [*judged.trajectory[:2], *judged.trajectory[3:]] == [*before, *after]
+    of_trajectory = (1.5 * segments.mean(x)).clamp(max=np.log(3.0))
+    truth = LowerBound().judge(of_trajectory, segments.sum(share / 2), segments.mean(score)).judged
+    for ours, expected in zip(judged.trajectory[2].judged, truth, strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 def test_data_without_scores_name_the_way_out() -> None:

@@ -330,15 +330,17 @@ def test_each_sign_has_its_own_chain_clips_and_comparisons() -> None:
     policy, batch = Table(), make_batch()
     batch.set(DATA_WEIGHT, REWARD[batch[TRAJ_IDS]])
     negative = ImportanceWeights(trajectory=[weights.ClipWeight(max=0.5)])
-    both = ImportanceWeights.by_sign(
-        positive=ImportanceWeights(trajectory=[weights.SelfNormalize()]), negative=negative
-    )
+    clip = weights.ClipWeight(max=1.0)
+    positive = ImportanceWeights(trajectory=[clip, weights.SelfNormalize()])
+    both = ImportanceWeights.by_sign(positive=positive, negative=negative)
     terms = make_loss(policy, both).terms(batch)
     alone = make_loss(policy, negative).terms(batch)
     wrong = batch[DATA_WEIGHT] < 0
     assert torch.equal(terms.log_weight[wrong], alone.log_weight[wrong])
     assert torch.equal(terms.clipped[wrong], alone.clipped[wrong])
-    assert bool(terms.clipped[wrong].any()) and not bool(terms.clipped[~wrong].any())
+    clipped = make_loss(policy, ImportanceWeights(trajectory=[clip])).terms(batch).clipped
+    assert torch.equal(terms.clipped[~wrong], clipped[~wrong])
+    assert all(bool(terms.clipped[steps].any()) for steps in (wrong, ~wrong))
     # The mean of the positive weights is 1, whatever the negative ones are.
     weight = terms.log_weight.exp()
     mean = (terms.share * weight)[~wrong].sum() / terms.share[~wrong].sum()
