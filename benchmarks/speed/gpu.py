@@ -151,7 +151,8 @@ def decoder(options: Options) -> Iterator[Comparison]:
     shape = f"{model}, {sizes.batch} x {sizes.length} tokens, {sizes.trained} trained"
 
     def seconds_per_token(settings: rows.Settings) -> float:
-        run = rows.TimedRun(settings, options, sizes, device=options.device, now=_now)
+        run = rows.TimedRun(settings, options, sizes, options.device)
+        run.now = _now
         run()
         taken = median(run() for _ in range(options.repeats))
         del run

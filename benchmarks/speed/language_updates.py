@@ -11,17 +11,8 @@ from typing import Any
 import datasets  # type: ignore[import-untyped]
 import torch
 from tensordict import NestedKey, TensorDict
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import (
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Trainer,
-    TrainerCallback,
-)
+from transformers import PrinterCallback, Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.speed import measure as speed
@@ -32,6 +23,7 @@ from iwsft.language.trainer import ImportanceWeightedTrainer
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.presets import ImportanceWeights
 from iwsft.trajectory import ASSISTANT_MASK, ATTENTION_MASK, DATA_WEIGHT, TOKENS, from_steps
+from tests.datasets.text.chat_tokenizers import byte_level
 
 # Largest relative difference of the losses of the first updates, both in float32.
 LOSS_LIMIT = 1e-5
@@ -102,22 +94,13 @@ def losses_of(settings: Settings, options: Options, sizes: SimpleNamespace) -> l
 
 
 class TimedRun(TrainerCallback):
-    """A call trains, and returns the processor seconds of the last block of updates.
-
-    ``now`` is another clock.
-    """
+    """A call trains, and returns the seconds of the last block of updates, on the clock ``now``."""
 
     def __init__(
-        self,
-        settings: Settings,
-        options: Options,
-        sizes: SimpleNamespace,
-        *,
-        device: str = "cpu",
-        now: Callable[[], float] = time.process_time,
+        self, settings: Settings, options: Options, sizes: SimpleNamespace, device: str = "cpu"
     ) -> None:
-        self._folder, self._now = tempfile.TemporaryDirectory(), now
-        seed = options.seed
+        self.now: Callable[[], float] = time.process_time
+        self._folder, seed = tempfile.TemporaryDirectory(), options.seed
         self._trainer = build_trainer(self._folder.name, settings, seed, sizes, device=device)
         self._first = self._trainer.args.max_steps - sizes.updates
         self._start = self._stop = 0.0
@@ -125,14 +108,14 @@ class TimedRun(TrainerCallback):
         self._trainer.add_callback(self)
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._start = self._now()
+        self._start = self.now()
 
     def on_step_end(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
         if state.global_step == self._first:
-            self._start = self._now()
+            self._start = self.now()
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self._stop = self._now()
+        self._stop = self.now()
 
     def __call__(self) -> float:
         self._trainer.train()
@@ -142,10 +125,10 @@ class TimedRun(TrainerCallback):
     def forward(self) -> float:
         """Return the seconds of a pass over the batches of a block, without gradient."""
         model: Any = self._trainer.model
-        policy, start = CausalLMPolicy(model), self._now()
+        policy, start = CausalLMPolicy(model), self.now()
         for batch in self._trainer.get_train_dataloader():
             policy.log_prob(batch)
-        return self._now() - start
+        return self.now() - start
 
 
 def build_trainer(
@@ -217,9 +200,8 @@ def packed(ids: Tensor, sizes: SimpleNamespace, *, weighted: bool = False) -> Te
         ASSISTANT_MASK: number % sizes.length >= sizes.length - sizes.trained,
     }
     if weighted:
-        steps[DATA_WEIGHT] = torch.rand(
-            ids.numel(), generator=torch.Generator().manual_seed(len(ids))
-        )
+        draw = torch.Generator().manual_seed(len(ids))
+        steps[DATA_WEIGHT] = torch.rand(ids.numel(), generator=draw)
     return from_steps(steps, number // sizes.length)
 
 
@@ -229,7 +211,6 @@ def build_trl_trainer(
     """Return TRL's trainer of the assistant's tokens among ``ids``."""
     labels = ids.clone()
     labels[:, : sizes.length - sizes.trained] = -100
-    words = {str(number): number for number in range(sizes.vocabulary)}
     config = SFTConfig(
         **common,
         # Off, as in our trainer; it costs time.
@@ -238,12 +219,9 @@ def build_trl_trainer(
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     rows = {"input_ids": ids.tolist(), "labels": labels.tolist()}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, "0")), pad_token="0", eos_token="0"
-    )
-    return SFTTrainer(
-        model, config, train_dataset=datasets.Dataset.from_dict(rows), processing_class=tokenizer
-    )
+    data = datasets.Dataset.from_dict(rows)
+    # No row needs its tokenizer.
+    return SFTTrainer(model, config, train_dataset=data, processing_class=byte_level())
 
 
 def job(options: Options, *, ours: bool) -> Way:
