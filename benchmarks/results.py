@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +95,22 @@ def read_all(folder: str | Path, benchmark: str) -> tuple[list[RecordedRun], lis
     Returns:
         The finished runs; and those without a result: cut off, failed, running, or damaged.
     """
+    runs = list(_read_all(Path(folder), benchmark))
+    # No two trainings take the same seconds to the last digit.
+    contents = [json.dumps({**run.result, "seed": None}, sort_keys=True) for run in runs]
+    originals: dict[str, RecordedRun] = {}
+    # Where a folder's name is not that of the run in it, the folder is the copy.
+    for content, run in sorted(zip(contents, runs, strict=True), key=lambda x: not x[1].at_home):
+        originals.setdefault(content, run)
     finished: dict[tuple[str, str, int], RecordedRun] = {}
     others = []
-    for run in _compared(folder, benchmark):
-        key = run.dataset, run.algo, run.seed
+    for content, run in zip(contents, runs, strict=True):
+        key, first = (run.dataset, run.algo, run.seed), originals[content]
         if not run.result:
             others.append(run)
+        elif first is not run:
+            damage = f"{run.folder} holds a copy of the run in {first.folder}"
+            others.append(replace(run, result={}, config={}, metrics=[], damage=damage))
         elif key in finished:
             name = f"{run.dataset}, {run.algo}, seed {run.seed}"
             folders = f"{run.folder} and {finished[key].folder}"
@@ -127,30 +138,12 @@ def read_evaluations(folder: str | Path) -> list[dict[str, Any]]:
             result = _read_json(path)
             if result.get("benchmark") == EVALUATION:
                 _check_entries(path, result, _EVALUATED)
-                _check_interval(path, result, "avg_interval")
+                if not _is_interval(ends := result["avg_interval"]):
+                    raise ResultsError(f"{path}: 'avg_interval' is {ends!r}, not two in order")
                 evaluations.append(result)
         except (ResultsError, OSError) as error:
             evaluations.append({"damage": one_line(error)})
     return sorted(evaluations, key=lambda e: (e.get("model", ""), e.get("task", "")))
-
-
-def _compared(root: str | Path, benchmark: str) -> list[RecordedRun]:
-    """Read all runs; a copy of another run is damaged."""
-    runs = list(_read_all(Path(root), benchmark))
-    # No two trainings take the same seconds to the last digit.
-    contents = [json.dumps({**run.result, "seed": None}, sort_keys=True) for run in runs]
-    originals: dict[str, RecordedRun] = {}
-    # Where a folder's name is not that of the run in it, the folder is the copy.
-    for content, run in sorted(zip(contents, runs, strict=True), key=lambda x: not x[1].at_home):
-        originals.setdefault(content, run)
-    checked = []
-    for content, run in zip(contents, runs, strict=True):
-        first = originals[content]
-        if run.result and first is not run:
-            damage = f"{run.folder} holds a copy of the run in {first.folder}"
-            run = replace(run, result={}, config={}, metrics=[], damage=damage)
-        checked.append(run)
-    return checked
 
 
 def _read_all(root: Path, benchmark: str) -> Iterator[RecordedRun]:
@@ -232,39 +225,34 @@ def _folders(root: Path) -> list[Path]:
 
 def _check_result(path: Path, result: dict[str, Any], benchmark: str) -> None:
     _check_entries(path, result, _REQUIRED[benchmark])
+
+    def check(name: str, what: str, fits: Callable[[Any], bool]) -> None:
+        value = result.get(name)
+        if value is not None and not fits(value):
+            raise ResultsError(f"{path}: {name!r} is {value!r}, not {what}")
+
     for name, least in _LEAST.items():
-        value = result.get(name, least)
-        if not _is_number(value) or value < least:
-            raise ResultsError(f"{path}: {name!r} is {value!r}, not a number from {least}")
-    score = result.get(SCORE)
-    if score is not None and not _is_number(score):
-        raise ResultsError(f"{path}: {SCORE!r} is {score!r}, not a number")
-    for name, of_episodes in ((SCORE, "episode_scores"), ("return_mean", "episode_returns")):
-        values: Any = result.get(of_episodes)
-        mean: Any = result.get(name)
-        if values is None:
-            continue
-        numbers = isinstance(values, list) and all(map(_is_number, [mean, *values]))
-        if (
-            not numbers
-            or not values
-            or not math.isclose(sum(values) / len(values), mean, rel_tol=1e-6)
-        ):
-            raise ResultsError(f"{path}: {name!r} is {mean!r}, not the mean of {of_episodes!r}")
+        check(name, f"a number from {least}", partial(_is_number, least=least))
     for name in _TEXTS:
-        if not isinstance(result.get(name, ""), str):
-            raise ResultsError(f"{path}: {name!r} is {result[name]!r}, not a text")
-    rate = result.get("success_rate")
-    if rate is not None and not (_is_number(rate) and 0 <= rate <= 1):
-        raise ResultsError(f"{path}: 'success_rate' is {rate!r}, not a share of the episodes")
-    _check_interval(path, result, "interval")
+        check(name, "a text", lambda text: isinstance(text, str))
+    check(SCORE, "a number", _is_number)
+    check("success_rate", "a share of the episodes", lambda x: _is_number(x) and 0 <= x <= 1)
+    check("interval", "two numbers in order", _is_interval)
+    for name, of_episodes in ((SCORE, "episode_scores"), ("return_mean", "episode_returns")):
+        values = result.get(of_episodes)
+        if values is not None and not _is_mean(result.get(name), values):
+            problem = f"{name!r} is {result.get(name)!r}, not the mean of {of_episodes!r}"
+            raise ResultsError(f"{path}: {problem}")
 
 
-def _check_interval(path: Path, result: dict[str, Any], name: str) -> None:
-    ends = result.get(name, [0, 0])
+def _is_interval(ends: Any) -> bool:
     numbers = isinstance(ends, list) and len(ends) == 2 and all(map(_is_number, ends))
-    if not numbers or ends[0] > ends[1]:
-        raise ResultsError(f"{path}: {name!r} is {ends!r}, not two numbers in order")
+    return numbers and bool(ends[0] <= ends[1])
+
+
+def _is_mean(mean: Any, values: Any) -> bool:
+    numbers = isinstance(values, list) and values and all(map(_is_number, [mean, *values]))
+    return bool(numbers) and math.isclose(sum(values) / len(values), mean, rel_tol=1e-6)
 
 
 def _check_same_run(folder: Path, result: dict[str, Any], config: dict[str, Any]) -> None:
@@ -284,8 +272,9 @@ def _steps(settings: dict[str, Any]) -> int | None:
     return parts[0].get("steps") if parts and isinstance(parts[0], dict) else None
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, _NUMBER) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value: Any, least: float = -math.inf) -> bool:
+    number = isinstance(value, _NUMBER) and not isinstance(value, bool) and math.isfinite(value)
+    return number and bool(value >= least)
 
 
 def _check_entries(path: Path, content: dict[str, Any], kinds: _Kinds) -> None:
