@@ -77,6 +77,8 @@ def main(options: Options) -> None:
                 *("--out", str(options.out / algo / f"seed-{seed}"), "--resume"),
             ]
             print("iwsft loop", shlex.join(words), file=sys.stderr)
+            # What a loop records as its command.
+            sys.argv = ["iwsft loop", "loop", *words]
             loop(words)
     report = write_report(options.out, options.out / "report")
     for title, grid in seed_grids(report.loops).items():

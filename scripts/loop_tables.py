@@ -36,4 +36,10 @@ def loop_grid(name: str, kind: str, results: Path) -> Grid:
     ]
     grid = seed_grids(loops)[COMPARED[kind]]
     rows = {row[0].partition(" (")[0]: row for row in grid.rows}
-    return Grid(grid.columns, [rows[row] for row in LOOPS[name]], left=1)
+    # Of many rounds, every second one.
+    columns = range(len(grid.columns))
+    shown = columns if len(columns) < 8 else [0, *columns[:0:-2][::-1]]
+    picked = [
+        [row[i] for i in shown] for row in (grid.columns, *map(rows.__getitem__, LOOPS[name]))
+    ]
+    return Grid(picked[0], picked[1:], left=1)

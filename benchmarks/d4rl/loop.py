@@ -307,7 +307,7 @@ def run_rounds(options: LoopOptions) -> list[dict[str, Any]]:
         "algo": options.algo,
         "seed": options.seed,
         "start": options.start,
-        "command": typed("d4rl loop"),
+        "command": typed("d4rl"),
         "versions": versions() | loop.simulator.versions,
         "hardware": hardware("cpu"),
         "options": {"start": options.start, **to_config(options)},

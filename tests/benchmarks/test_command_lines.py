@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.commands import COMMANDS
+from benchmarks.commands import COMMANDS, typed
 from benchmarks.d4rl.options import Options
 from benchmarks.d4rl.run import Run, options_of
 from benchmarks.llm.options import parse as language
@@ -256,3 +256,21 @@ def test_a_wrong_config_file_ends_in_one_line(
 def test_the_number_of_updates_has_the_names_of_both_commands(flag: str) -> None:
     assert parse(Options, "d4rl", None, [flag, "5"]).steps == 5
     assert language(["--algo", "sft", flag, "5"]).settings.max_steps == 5
+
+
+@pytest.mark.parametrize(
+    ("argv", "module", "command"),
+    [
+        ("/x/benchmarks/d4rl/__main__.py loop --start S", "d4rl", "python -m benchmarks.d4rl"),
+        ("/x/benchmarks/llm/__main__.py loop --start S", "llm", "python -m benchmarks.llm"),
+        ("iwsft:d4rl loop --start S", "d4rl", "iwsft d4rl"),
+        ("iwsft:loop loop --start S", "llm", "iwsft"),
+        ("iwsft:llm loop --start S", "llm", "iwsft llm"),
+    ],
+)
+def test_a_loop_records_the_command_that_the_user_typed(
+    monkeypatch: pytest.MonkeyPatch, argv: str, module: str, command: str
+) -> None:
+    words = argv.split()
+    monkeypatch.setattr(sys, "argv", [words[0].replace(":", " "), *words[1:]])
+    assert typed(module) == f"{command} loop --start S"

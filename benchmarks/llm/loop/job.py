@@ -51,7 +51,7 @@ def run_rounds(options: LoopOptions) -> list[dict[str, Any]]:
         "algo": options.algo,
         "seed": options.seed,
         "model": options.model,
-        "command": typed("llm loop"),
+        "command": typed("llm"),
         "versions": versions(_PACKAGES),
         "hardware": hardware(job.own_device),
         "options": options.file,
