@@ -113,11 +113,6 @@ class Related:
     minor_sft_beta: Annotated[float, setting("FLOAT")] = 0.1
     """Factor beta of the answer's log-ratio in minor-sft."""
 
-    def arguments(self, method: str) -> dict[str, float]:
-        """The arguments of a method's preset."""
-        own = [name for name in METHOD_SETTINGS if name.startswith(f"{method}_")]
-        return {name.removeprefix(f"{method}_"): getattr(self, name) for name in own}
-
 
 # Settings METHOD_ARGUMENT, each of one related method.
 METHOD_SETTINGS = tuple(each.name for each in fields(Related) if type(each.default) in (float, int))
@@ -145,33 +140,28 @@ class Settings(Optimization, Curation, Weighting, Related, Memory):
         self, *, per_step: bool = False, related: str | None = None
     ) -> ImportanceWeights:
         """Build the chain of weights of ``preset``, of the per-step variant or a related method."""
-        from iwsft import ImportanceWeights
-
-        if related is not None:
-            chain: ImportanceWeights = getattr(ImportanceWeights, related)(
-                **self.arguments(related)
-            )
-            return chain
-        chain = self._chain(per_step)
-        return chain if self.reference is None else replace(chain, reference=self.reference)
-
-    def _chain(self, per_step: bool) -> ImportanceWeights:
         from iwsft import ImportanceWeights, weights
 
+        chain: ImportanceWeights
+        if related is not None:
+            own = [name for name in METHOD_SETTINGS if name.startswith(f"{related}_")]
+            values = {name.removeprefix(f"{related}_"): getattr(self, name) for name in own}
+            chain = getattr(ImportanceWeights, related)(**values)
+            return chain
         if self.q is not None:
-            return replace(ImportanceWeights.auto(), reduce=self.reduce)
-        if per_step:
-            return ImportanceWeights(step=(weights.ClipRatio(*self.step_clip),), reduce=None)
-        if self.preset == "paper_llm":
-            return ImportanceWeights.paper_llm()
-        if self.preset == "authors_llm":
-            return ImportanceWeights.authors_llm()
-        last = (weights.SelfNormalize(),) if self.self_normalize else ()
-        return ImportanceWeights(
-            step=(weights.Temperature(self.temperature),),
-            reduce=self.reduce,
-            trajectory=(weights.ClipWeight(max=self.max_weight), *last),
-        )
+            chain = replace(ImportanceWeights.auto(), reduce=self.reduce)
+        elif per_step:
+            chain = ImportanceWeights(step=(weights.ClipRatio(*self.step_clip),), reduce=None)
+        elif self.preset != "recipe":
+            chain = getattr(ImportanceWeights, self.preset)()
+        else:
+            last = (weights.SelfNormalize(),) if self.self_normalize else ()
+            chain = ImportanceWeights(
+                step=(weights.Temperature(self.temperature),),
+                reduce=self.reduce,
+                trajectory=(weights.ClipWeight(max=self.max_weight), *last),
+            )
+        return chain if self.reference is None else replace(chain, reference=self.reference)
 
 
 @dataclass(frozen=True, kw_only=True)

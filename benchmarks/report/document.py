@@ -172,7 +172,8 @@ class Document:
         """Add versions, hardware and commands of these runs."""
         commands = distinct(shareable(run.config.get("command", "")) for run in runs)
         versions = distinct(_listed(run.versions) for run in runs)
-        for title, lines in ("Versions", versions), ("Hardware", hardware_lines(runs)):
+        hardware = distinct(_listed(run.config.get("hardware", {})) for run in runs)
+        for title, lines in ("Versions", versions), ("Hardware", hardware):
             self.text(f"{title}:")
             self.bullets(map(escaped, lines or ["not recorded"]))
         self.text("Commands, without the folders of absolute paths:")
@@ -203,11 +204,6 @@ def to_svg(figure: Figure) -> bytes:
 def distinct(texts: Iterable[str | None]) -> list[str]:
     """Texts that are not empty, without repetition, in order."""
     return list(dict.fromkeys(filter(None, texts)))
-
-
-def hardware_lines(runs: Iterable[RecordedRun]) -> list[str]:
-    """The distinct machines."""
-    return distinct(_listed(run.config.get("hardware", {})) for run in runs)
 
 
 def _listed(values: Mapping[str, Any]) -> str:

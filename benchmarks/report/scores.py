@@ -137,11 +137,6 @@ class Cell:
     note: str = ""
 
     @property
-    def labels(self) -> list[str]:
-        """Names of the dataset and the algorithm for a table."""
-        return [dataset_label(self.dataset), algorithm_label(self.algo)]
-
-    @property
     def values(self) -> NDArray[np.float64]:
         """Score of the last policy of each seed ``[seeds]``."""
         return np.array([run.result[self.score_key] for run in self.runs], dtype=np.float64)
@@ -214,10 +209,6 @@ class Cell:
         """CPU seconds of a run with its reference policy, mean over seeds."""
         keys = ("cpu_seconds", "reference_cpu_seconds")
         return float(np.mean([sum(run.result.get(key, 0.0) for key in keys) for run in self.runs]))
-
-    def distinct(self, key: str) -> list[Any]:
-        """The distinct values of ``key`` in the results, in the order of the seeds."""
-        return list(dict.fromkeys(run.result.get(key) for run in self.runs))
 
     def differences(self) -> list[str]:
         """What only some seeds recorded, and versions in which they differ; empty as a rule."""

@@ -137,7 +137,7 @@ def _measured(grid: Grid, cell: Cell, cut_off: int) -> list[str]:
     notes += [cell.note] if cell.note else []
     row = [
         f"{count} of {count + cut_off}" if cut_off else str(count),
-        "/".join(map(str, cell.distinct("episodes"))),
+        "/".join(dict.fromkeys(str(run.result.get("episodes")) for run in cell.runs)),
         grid.marked(f"{cell.mean:.1f}", notes),
         grid.marked(NOTHING, [FEW_SEEDS]) if cell.std is None else f"{cell.std:.1f}",
         grid.marked(interval_text(cell.interval), [EQUAL_SEEDS] * equal),

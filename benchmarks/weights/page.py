@@ -84,7 +84,7 @@ def write_page(source: Source, measured: dict[str, Any], folder: Path) -> Path:
     """Write the page and the numbers into a folder; returns the page."""
     document = Document()
     document.section("")
-    document.bullets(map(escaped, source.notes))
+    document.text(escaped(" ".join(source.notes)))
     document.text(f"Weights: `{source.chain!r}`. {_MEANING}")
     for title, grid in tables(measured).items():
         document.table(grid, f"{escaped(title)}.")
