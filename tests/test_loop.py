@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from iwsft.checkpoint import CheckpointError
 from iwsft.files import written_whole
-from iwsft.loop import NAMES, Round, Stages, run_loop, table
+from iwsft.loop import NAMES, Round, Stages, fall, run_loop, table
 
 SETTINGS = {"seed": 0, "keep": 2}
 
@@ -50,7 +50,7 @@ def toy(during: Callable[[str, int], None] = lambda name, number: None) -> Stage
         return {"samples": len(samples)}
 
     def score(one: Round) -> dict[str, Any]:
-        put(one, "scores", [7 * value % 11 for value in get(one, "samples")])
+        put(one, "scores", [4 * value % 12 for value in get(one, "samples")])
         during("score", one.number)
         return {"mean": sum(get(one, "scores")) / 4}
 
@@ -79,7 +79,7 @@ def plain(rounds: int) -> list[int]:
     policies, kept = [1], list[list[tuple[int, int]]]()
     for _ in range(rounds):
         values = range(policies[-1], policies[-1] + 4)
-        kept.append([(7 * value % 11, value) for value in values if 7 * value % 11 > 3])
+        kept.append([(4 * value % 12, value) for value in values if 4 * value % 12 > 3])
         policies.append(max(pair for part in kept[-3:] for pair in part)[1])
     return policies
 
@@ -106,6 +106,7 @@ def test_it_is_the_plain_loop(tmp_path: Path) -> None:
     assert [row["score"] for row in rows] == plain(4)
     assert [row["round"] for row in rows] == [0, 1, 2, 3, 4]
     assert rows == table(tmp_path)
+    assert all(0 <= row[f"seconds_{name}"] < 60 for row in rows[1:] for name in NAMES)
     # What is finished is not done again, and a larger number of rounds adds some.
     again = run(tmp_path, toy(lambda name, number: pytest.fail(name)), resume=True)
     assert again == rows
@@ -148,6 +149,22 @@ def test_a_stage_that_finds_nothing_keeps_the_policy(tmp_path: Path) -> None:
         and Round(2, tmp_path, "1").trained == Round(2, tmp_path, "1").policy
     )
     assert run_loop(tmp_path, altered, resume=True, **options) == rows
+
+
+def test_the_rounds_before_one() -> None:
+    def numbers(number: int, most: int) -> list[int]:
+        return [one.number for one in Round(number, Path(), "").earlier(most)]
+
+    assert [numbers(5, 2), numbers(2, 3), numbers(5, 0), numbers(1, 3)] == [[3, 4], [1], [], []]
+
+
+def test_a_score_at_the_end_of_the_interval_is_no_fall() -> None:
+    first = {"round": 0, "score": 0.5, "interval": [0.4, 0.6]}
+    for last in ({"score": 0.4}, {"score": None}, {}):
+        assert fall([first, last]) is None
+    for rows in ([{"round": 0, "score": 0.5}, {"score": 0.1}], [{}, {}]):
+        assert fall(rows) is None
+    assert fall([first, {"score": 0.39}]) is not None
 
 
 def test_it_ends_early_where_the_score_falls(tmp_path: Path) -> None:
