@@ -245,7 +245,9 @@ class _Seed:
         if not alone:
             self._noise = torch.Generator(self._device)
             self._noise.set_state(training.draws[self._device.type])
-        self._form = form_of(loss, "loss.") | form_of(training.updater, "updater.")
+        self._form = form_of(loss, "loss.")
+        if training.updater is not None:
+            self._form |= form_of(training.updater, "updater.")
         self._parts: dict[str, Any] = {"loss": loss, "optimizer": optimizer, "sampler": sampler}
         if training.updater is not None:
             self._parts["updater"] = training.updater

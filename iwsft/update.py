@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass
 from inspect import signature
 from types import FunctionType
@@ -18,8 +18,6 @@ from torchrl.objectives.common import LossModule
 
 # Random numbers that a loss reads from a batch: the result of its method ``draw_noise``.
 NOISE = "noise"
-# Attributes that differ between equal losses: the numbers of hooks, the kind of the next update.
-_OWN = {"phase", *vars(nn.Module())}
 # Where an object is in memory, in its text.
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 # Plain updates before a capture, as torch's documentation of CUDA graphs asks for.
@@ -130,13 +128,13 @@ def check_static(loss: LossModule, sampler: Any, *, graph: bool, stacked: bool) 
 
 
 def check_alike(losses: Sequence[LossModule], **others: Sequence[Any]) -> None:
-    """Check that losses have the same settings, and that all values of each other list are equal.
+    """Check that losses were made alike, and that all values of each other list are equal.
 
     A stack computes all losses with the settings, and the networks, of the first one.
     """
-    settings = [{name: value for name, value, _ in _attributes(loss)} for loss in losses]
-    names = dict.fromkeys(name for one in settings for name in one)
-    others |= {name: [one.get(name) for one in settings] for name in names}
+    forms = [form_of(loss, "") for loss in losses]
+    names = dict.fromkeys(name for form in forms for name in form)
+    others |= {name: [form.get(name) for form in forms] for name in names}
     for name, values in others.items():
         if odd := [value for value in values if value != values[0]]:
             raise ValueError(
@@ -146,26 +144,15 @@ def check_alike(losses: Sequence[LossModule], **others: Sequence[Any]) -> None:
 
 
 def form_of(thing: Any, place: str) -> dict[str, str]:
-    """The arguments that made a loss, a network or an updater, as texts that stay the same."""
-    known = [] if thing is None else _attributes(thing, place)
-    texts = {name: _ADDRESS.sub("", repr(value)) for name, value, argument in known if argument}
-    return {name: text for name, text in texts.items() if not text.startswith("<code")}
-
-
-def _attributes(thing: Any, place: str = "") -> Iterator[tuple[str, Any, bool]]:
-    """Plain attributes of a loss, with those of the networks in it, or of an updater.
-
-    Each has its place, its value, and whether it is named as an argument of the constructor.
-    """
+    """The arguments that made a loss, its networks or an updater, as texts that stay the same."""
+    form = {f"{place}class": type(thing).__name__}
     arguments = signature(type(thing).__init__).parameters
-    yield f"{place}class", type(thing).__name__, True
     for name, value in [*vars(thing).items(), *getattr(thing, "_modules", {}).items()]:
         if isinstance(value, nn.Module):
-            if isinstance(thing, nn.Module):
-                yield from _attributes(value, f"{place}{name}.")
-        elif name not in _OWN and (is_dataclass(value) or _is_plain(value)):
-            # Functions of the same source are equal.
-            yield place + name, getattr(value, "__code__", value), name in arguments
+            form |= form_of(value, f"{place}{name}.") if isinstance(thing, nn.Module) else {}
+        elif name.lstrip("_") in arguments and (is_dataclass(value) or _is_plain(value)):
+            form[place + name] = _ADDRESS.sub("", repr(value))
+    return form
 
 
 def _is_plain(value: Any) -> bool:
