@@ -69,18 +69,16 @@ def curate(
             ``[n]`` numbers. Higher is better.
         weight: Data weight of each survivor, from the scores s of the survivors: ``"softmax"`` for
             exp(s / beta), divided by its mean over the draws; ``"linear"`` for s itself; or a
-            function from ``[k]`` scores to ``[k]`` weights. With ``cuts=()``, ``"softmax"`` and
-            ``proposal="reference"`` the loss is that of reward-weighted regression (Peters and
-            Schaal 2007).
+            function from ``[k]`` scores to ``[k]`` weights. ``"softmax"`` of all trajectories is
+            reward-weighted regression (Peters and Schaal 2007).
         beta: Temperature of ``"softmax"``, in units of the score.
         seed: Seed of the permutation among equal scores.
 
     Returns:
-        Packed TensorDict of the survivors in their order, with ``multiplicity``, int64 per step:
-        the number of cuts that the trajectory survived, and ``standard_score``, float32 per step:
-        how far its score is above the mean of all scores, in their standard deviations (0 if all
-        are equal); with ``weight`` also ``data_weight``, float32 per step. It shares memory with
-        ``trajectories`` where all survive.
+        Packed TensorDict of the survivors in their order, with ``multiplicity``, int64 per step
+        (the number of cuts that the trajectory survived), ``standard_score``, float32 (its score
+        among all scores, 0 if all are equal), and with ``weight`` ``data_weight``, float32. It
+        shares memory with ``trajectories`` where all survive.
 
     Raises:
         KeyError: The score is neither a known name nor a key.

@@ -149,7 +149,6 @@ class Weighed(NamedTuple):
     Attributes:
         log_weight: Log-weight; where steps have their own, of their mean weight.
         draws: Multiplicity.
-        length: Number of valid steps.
         score: Standard score, see :func:`iwsft.curate`; NaN where the batch has none.
         units: Weights of what has one: the trajectories, or the steps.
         unit_share: How much each of them counts.
@@ -227,10 +226,8 @@ def diagnose(
 
     Returns:
         ``unweighted_loss``, the numbers of :func:`describe`, ``weight_q05`` to ``weight_q95``
-        (quantiles, counted by multiplicity) and, with ``ref_log_prob``,
-        ``importance_sampled_return``, ``surrogate`` and ``bound_gap``. Where the scores choose an
-        exponent, what they choose for the policy as it is (:class:`iwsft.lower_bound.Choice`): a
-        sync at this moment takes it.
+        (quantiles, counted by multiplicity) and, with ``ref_log_prob``, those of :func:`bound_gap`.
+        Where the scores choose an exponent, :class:`iwsft.lower_bound.Choice` for the policy now.
     """
     terms = loss.terms(batch) if terms is None else terms
     trajectories = weighed(loss, terms, batch.get(loss.tensor_keys.standard_score, None))

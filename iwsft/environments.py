@@ -42,19 +42,17 @@ def make(
 ) -> gym.Env[Any, Any]:
     """Make an environment without gymnasium's checking wrapper, which costs time at each step.
 
-    A dataset has the arguments, plain values (JSON), as ``env_id`` and ``env_kwargs``. Ids that
-    gymnasium does not know are looked up in gymnasium-robotics (FrankaKitchen, AntMaze,
-    AdroitHand), which is imported only then.
+    A dataset has the arguments, plain values, as ``env_id`` and ``env_kwargs``. Ids that gymnasium
+    does not know are looked up in gymnasium-robotics, which is imported only then.
 
     Args:
-        env_id: Id registered with gymnasium, or ``module:id``. D4RL's locomotion scores belong to
-            the ``-v4`` environments, so gymnasium's advice to upgrade is not shown.
+        env_id: Id registered with gymnasium, or ``module:id``.
         conventions: ``"d4rl"`` changes AntMaze and AdroitHand into D4RL's tasks, see
             :mod:`iwsft.d4rl_conventions`.
         wrappers: Wrappers from the inside out, each with an ``entry_point`` (``module:Class``) and
             ``kwargs``, as gymnasium records them.
-        action_bounds: Lower and upper bound of the environment's actions, as numbers or lists. With
-            them, actions are in [-1, 1] and mapped to the bounds, see :class:`ScaledActions`.
+        action_bounds: Bounds of the environment's actions, numbers or lists, to which actions in
+            [-1, 1] are then mapped.
         kwargs: Arguments of the environment, and ``max_episode_steps``; they override those of the
             conventions.
 

@@ -121,14 +121,13 @@ def evaluate(
     starts from seed i of :func:`episode_seeds`; its return does not depend on ``num_envs``. An
     environment whose episode has ended takes the next episode.
 
-    A policy may keep a history, which it must forget in a row where ``is_init`` is set: row i of
-    the batch is the same environment from call to call, and a row without an episode is a first
-    step, see :class:`iwsft.acting.PolicyInputs`.
+    A policy may keep a history, which it must forget in a row where ``is_init`` is set, see
+    :class:`iwsft.acting.PolicyInputs`.
 
     Args:
         policy: Policy that reads ``observation`` ``[n, obs]`` float32, and optionally ``is_init``
-            (TorchRL's mark of a first step, bool ``[n, 1]``) and ``reward`` (of the last action,
-            float32 ``[n, 1]``), and writes ``action`` ``[n, act]``.
+            (a first step, bool ``[n, 1]``) and ``reward`` (of the last action, float32 ``[n, 1]``),
+            and writes ``action`` ``[n, act]``.
         env_id: Id in gymnasium, see :func:`iwsft.environments.make`.
         episodes: Number of episodes.
         seed: Seed of all episode seeds.
@@ -143,8 +142,7 @@ def evaluate(
         progress: Whether to show the number of episodes and the time left on stderr.
 
     Raises:
-        ValueError: A setting or the policy does not fit, or the machine cannot draw. This is known
-            before the first step.
+        ValueError: A setting or the policy does not fit, or the machine cannot draw.
         FloatingPointError: An action or a reward is not finite.
         RuntimeError: An episode has not ended after 100,000 steps, without a limit.
 

@@ -25,9 +25,8 @@ _Batch = tuple[list[int], list[int]]
 class ForwardPass:
     """A policy runs over all trajectories once, in eval mode and without gradient.
 
-    If a trajectory is in several batches, its log-probs are those of the first; batches without a
-    new trajectory are left out. Processes that share the pass take turns: in a round each runs one
-    batch, and all run equally often, as sharded models need.
+    Of several batches with a trajectory the first counts. Processes that share the pass take turns:
+    in a round each runs one batch, and all run equally often, as sharded models need.
 
     Args:
         policy: An object with ``log_prob(trajectories)``, one number per step.
@@ -42,7 +41,6 @@ class ForwardPass:
         device: Device of the batches; by default that of the policy.
         shared: Whether the processes of a distributed run share the pass. All of them must then
             take part with the same trajectories.
-
     """
 
     def __init__(

@@ -103,8 +103,8 @@ class Stages:
             policy as it is, such as where nothing is good enough.
         fine_tune: Trains, and returns the new policy as the fact ``policy``, a path in the loop's
             folder.
-        evaluate: Tests the round's ``trained`` policy; returns ``score`` and ``interval``, both
-            ends, where there is something to test on. Round 0 calls it, too, with the start.
+        evaluate: Tests the round's ``trained`` policy, in round 0 the start; returns ``score`` and
+            ``interval``, both ends, if anything.
     """
 
     generate: Stage
@@ -136,8 +136,7 @@ def run_loop(
         stages: What a round does.
         start: Policy that the first round generates with.
         rounds: Number of rounds. With ``resume`` it may be larger than before.
-        settings: Plain values that decide the result, such as a digest of the start; a resumed loop
-            must have the same ones.
+        settings: Plain values that decide the result; a resumed loop must have the same ones.
         resume: Whether to continue the loop that is in the folder.
         early_stop: Whether to end after a round whose score is below the interval of the best one.
         about: Further entries of ``config.json``; a resumed loop tells of other ``versions``.
@@ -149,7 +148,6 @@ def run_loop(
     Raises:
         FileExistsError: A loop is in the folder, or another process works there.
         CheckpointError: The loop in the folder has other settings, or a file of it is damaged.
-        OSError: The folder can't be written.
     """
     folder = Path(folder)
     with _alone_in(folder):

@@ -82,22 +82,18 @@ class ImportanceWeightedMLE(PolicyLoss):
             terms per step, in the layout of the batch, that add up to ``"sum"``.
         normalize_data_weights: Whether ``"mean"`` divides by the absolute data weights that were
             drawn, sum_j m_j (mean_i abs d_ji), instead of by sum_j m_j.
-        functional: Whether to hold parameters apart from the module, as TorchRL's losses do. False
-            holds the module itself (for engines that shard it) and, with ``"lagged"``, a second
-            module.
-        hold_q: Whether a lagged q is part of the loss. If something else holds it, such as the
-            shards of an engine (``iwsft.language.shards``), weights are read from the batch.
+        functional: Whether to hold parameters apart from the module, as TorchRL's losses do, and
+            not the module itself (for engines that shard it).
+        hold_q: Whether a lagged q is part of the loss. If something else holds it, such as
+            ``iwsft.language.shards``, weights are read from the batch.
 
-    Input keys: those of the policy, the action, ``("collector", "traj_ids")`` in the packed layout,
-    ``ref_log_prob`` with ``"lagged"`` and ``"current"``, ``importance_weight`` if weights are read
-    from the batch; where present, ``multiplicity``, ``data_weight`` and the masks that
+    Input keys: ``in_keys``; where present, ``multiplicity``, ``data_weight`` and the masks that
     ``loss_mask_key`` names (by default ``("collector", "mask")``).
 
     Output: ``loss_iw_mle``, then detached scalars: ``ESS`` (effective over drawn trajectories, in
-    (0, 1]), ``kl_approx`` (mean of log pi_ref - log p over steps; NaN without ``ref_log_prob``),
-    ``clip_fraction`` (share whose weight a clip changed; NaN with cached weights),
-    ``weight_mean``, ``weight_max``, ``log_prob`` (mean over steps). Means count a trajectory by
-    its multiplicity and give its steps equal shares.
+    (0, 1]), ``kl_approx`` (mean of log pi_ref - log p; NaN without ``ref_log_prob``),
+    ``clip_fraction`` (NaN with cached weights), ``weight_mean``, ``weight_max``, ``log_prob``.
+    Means count a trajectory by its multiplicity and give its steps equal shares.
 
     Raises:
         KeyError: The batch lacks an entry that the loss needs; the message says how to add it.

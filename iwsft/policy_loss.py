@@ -70,12 +70,7 @@ class Keys:
 
 
 class PolicyLoss(LossModule):
-    """Holds theta and q in either way, so that nothing else has to ask which.
-
-    With ``lagged`` it holds a copy of the policy, q, that an updater moves. With ``functional``,
-    parameters are held apart from the module, as TorchRL's losses do; otherwise it holds the module
-    itself and, with ``lagged``, a second one.
-    """
+    """Holds theta, and q where it is lagged, apart from the module or in it (``functional``)."""
 
     actor_network: TensorDictModule
     actor_network_params: TensorDictParams

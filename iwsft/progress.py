@@ -27,7 +27,6 @@ class Progress(progress.Progress):
     A task's field ``note`` is text that follows its numbers, such as a loss.
 
     Args:
-        interval: Seconds between two lines where stderr is not a terminal; by default 10.
         shown: Whether to show anything.
 
     Example:
@@ -37,13 +36,12 @@ class Progress(progress.Progress):
         ...         shown.update(task, advance=1, note=f"loss {0.5:.3f}")
     """
 
-    def __init__(self, *, interval: float | None = None, shown: bool = True) -> None:
+    def __init__(self, *, shown: bool = True) -> None:
         console = Console(stderr=True, quiet=not shown)
         title = progress.TextColumn("{task.description}", markup=False)
         columns = (title, progress.BarColumn(20), _Amount())
         hidden = not (shown and console.is_terminal)
         super().__init__(*columns, console=console, transient=True, disable=hidden)
-        self._interval = INTERVAL if interval is None else interval
         self._stopped = threading.Event()
 
     def add_task(
@@ -69,7 +67,7 @@ class Progress(progress.Progress):
         super().stop()
 
     def _print_lines(self) -> None:
-        while not self._stopped.wait(self._interval):
+        while not self._stopped.wait(INTERVAL):
             for task in self.tasks:
                 if not task.finished:
                     line = f"{task.description}: {describe(task)}"

@@ -79,11 +79,10 @@ class HardSync(_Updater):
 
     Args:
         loss: Loss with ``proposal="lagged"``, or with ``"cached"``: then a sync runs
-            :func:`reweight` on ``trajectories``, and there is no q network. With
-            ``reference="synced"`` a sync writes log p into their ``ref_log_prob``.
+            :func:`reweight` on ``trajectories``. With ``reference="synced"`` it writes log p into
+            their ``ref_log_prob``.
         every: Q, the number of updates between syncs.
-        trajectories: Trajectories of the training, whose weights are cached or whose reference
-            moves; needed in these two cases.
+        trajectories: Trajectories of the training, needed in the latter two cases.
         holder: Holder of a lagged q, if that is not the loss.
 
     Raises:

@@ -51,16 +51,14 @@ def annotate_reference(
     """Write log pi_ref(a|s) of every step into the trajectories, as ``ref_log_prob``.
 
     The policy runs in eval mode and without gradient, with PEFT adapters turned off. In a
-    distributed run all processes must call this with the same trajectories: they share the work,
-    and all get the result (one that calls alone waits for the others, until its process group times
-    out). The model may be sharded by DeepSpeed or FSDP2.
+    distributed run all processes must call this with the same trajectories, share the work, and get
+    the result. The model may be sharded by DeepSpeed or FSDP2.
 
     Where the trajectories have ``given_ref_log_prob``, such as that of another policy that made a
     part of the data, it counts; steps where it is NaN get that of the policy.
 
-    With ``cache``, the result is stored in that folder under a key of everything it depends on:
-    data, batches, weights, settings, precision, versions, and the log-probs of the first batch,
-    which therefore runs in any case. Progress is stored too, so that a killed pass continues.
+    With ``cache``, the result is stored in that folder under a key of everything it depends on,
+    the log-probs of the first batch included. A pass that was killed continues.
 
     Args:
         policy: pi_ref, an object with ``log_prob(trajectories)``; with a cache, a module.

@@ -37,11 +37,9 @@ _NEXT = "next"
 
 
 class _Sampler(ABC):
-    """Endless iterator over batches of one packed dataset, which it holds by reference.
+    """Endless iterator over batches of one packed dataset, which each batch reads anew.
 
-    Each batch reads the dataset's entries anew, so it contains what was written into the dataset
-    later (by ``reweight``, for example). Lengths and multiplicities are read once, at the start. A
-    batch has the entries ``keys``, or all but ``next``.
+    Lengths and multiplicities are read once. A batch has the entries ``keys``, or all but ``next``.
     """
 
     def __init__(
@@ -134,10 +132,7 @@ class TrajectorySampler(_Sampler):
 
 
 class _StepSampler(_Sampler):
-    """Draws the same number of steps for each batch.
-
-    Drawing and reading are apart: a CUDA graph reads at positions that are drawn outside of it.
-    """
+    """Draws a number of steps; a CUDA graph reads at positions that are drawn outside of it."""
 
     @abstractmethod
     def draw(self) -> Tensor:
@@ -168,9 +163,8 @@ class StepSampler(_StepSampler):
     """Draws single steps: a trajectory, then one of its valid steps, uniformly.
 
     The expected loss and gradient are those of the length-normalised loss over whole trajectories,
-    as long as a step's weight does not depend on the rest of the batch (cached weights, SFT). A
-    batch costs as much as a batch of behaviour cloning. It always has trajectory ids. Trajectories
-    that are drawn must have a valid step.
+    as long as a step's weight does not depend on the rest of the batch (cached weights, SFT).
+    Trajectories that are drawn must have a valid step.
     """
 
     def __init__(

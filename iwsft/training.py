@@ -104,9 +104,8 @@ def fit(
 ) -> Cost:
     """Train a loss's networks in place: sample, loss, Adam step, targets (or q) follow.
 
-    It minimises the sum of all outputs whose name starts with ``loss``, as TorchRL names them.
-    TorchRL's losses send each network only the gradient of its own loss. An update leaves a
-    network alone that has no gradient.
+    It minimises the sum of all outputs whose name starts with ``loss``, as TorchRL names them. An
+    update leaves a network alone that has no gradient.
 
     Args:
         loss: TorchRL loss on the device of the batches.
@@ -129,11 +128,10 @@ def fit(
         report: Function that is called with every row.
         progress: Whether to show rate, time left and loss on stderr.
         graph: Whether to capture the update, from the reading of the batch to Adam, as a CUDA
-            graph. Loss and data are on the GPU then, and only rows and checkpoints wait for it. The
-            parameters are those without a graph, bit for bit. What a loss computes must not depend
-            on values of tensors; it draws noise in a method ``draw_noise(batch, generator)``, whose
-            TensorDict is the batch's entry ``noise``, and names different computations by
-            ``phase``.
+            graph, with the same parameters bit for bit. Loss and data are on the GPU then. What a
+            loss computes must not depend on values of tensors; it draws noise in a method
+            ``draw_noise(batch, generator)``, whose TensorDict is the batch's entry ``noise``, and
+            names different computations by ``phase``.
 
     Raises:
         ValueError: The schedules do not fit the loss, or the loss or sampler does not fit a graph.

@@ -361,12 +361,8 @@ def validate(
     """Check a batch or a whole dataset once, before training time is spent.
 
     It reads the values, so it waits for an accelerator. ``keys`` are the floating-point entries
-    that must exist, one row per step, finite on valid steps. Ids must be in order, a trajectory
-    must not consist of two or have every step masked, and a multiplicity must not be negative.
-
-    Raises:
-        KeyError: An entry is missing.
-        ValueError: Anything else is wrong; the error names the entry and the step.
+    that must exist (KeyError), one row per step, finite on valid steps. A ValueError names the
+    entry and the step of anything else that is wrong.
     """
     segments = Segments.of(trajectories)
     if len(segments.shape) == 1:

@@ -52,9 +52,8 @@ class Learning:
 class Update:
     """Updates the parameters of all seeds at once: outputs of the losses, and the batches.
 
-    Several seeds are one stacked batch of networks, see :class:`Stack`. With ``graph`` the update
-    is captured as a CUDA graph, one for each ``phase`` of a loss that computes different things in
-    turn.
+    Several seeds are one :class:`Stack`. With ``graph`` the update of each ``phase`` of a loss is
+    captured as a CUDA graph.
     """
 
     def __init__(self, seeds: Sequence[Learning], *, graph: bool) -> None:
@@ -237,8 +236,7 @@ def _tensors(loss: LossModule) -> dict[str, Any]:
 class _Graph:
     """Calls of a function with static shapes, captured after two plain ones.
 
-    A replay waits for nothing: tensordict's ``CudaGraphModule`` synchronizes with the device before
-    each, and copies the results.
+    A replay waits for nothing, unlike one of tensordict's ``CudaGraphModule``.
     """
 
     def __init__(

@@ -22,9 +22,10 @@ class Terminal(io.StringIO):
 
 
 def test_a_line_for_each_unfinished_task_at_every_interval(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Progress(interval=0.05) as progress:
+    monkeypatch.setattr("iwsft.progress.INTERVAL", 0.05)
+    with Progress() as progress:
         progress.update(progress.add_task("ended", total=3), completed=3)
         progress.add_task("[odd] name", total=8, completed=2, note="loss 0.5")
         progress.add_task("endless", total=None, note="waiting")
@@ -36,7 +37,7 @@ def test_a_line_for_each_unfinished_task_at_every_interval(
 
 
 def test_items_are_counted_where_there_are_no_bars() -> None:
-    with Progress(interval=60) as progress:
+    with Progress() as progress:
         for number in progress.track(range(3), "items"):
             assert progress.tasks[0].completed == number
         assert progress.tasks[0].finished

@@ -85,13 +85,11 @@ def load(
         scale_actions: Whether to map actions of another range to [-1, 1], in which the policies of
             this library act. The environment of the dataset then maps them back: its
             ``env_kwargs`` have the bounds. Without it, a warning tells of another range.
-        data_weight: Data weight of each step, any float: the name of a field of the file, such as
-            ``infos/quality``, or an array with a number for each row of the file (of Minari, for
-            each step). It becomes the key ``data_weight``, which the loss reads.
+        data_weight: Data weight of each step, which the loss reads: the name of a field of the
+            file, such as ``infos/quality``, or an array with a number for each row (any float).
 
     Raises:
-        ValueError: The name is unknown, or the contents cannot be trained on; the message names
-            the field and the row.
+        ValueError: The name is unknown, or the contents cannot be trained on.
         FileNotFoundError: The file does not exist, or the set of the results is not built yet.
         ConnectionError: A download broke off; its part is kept.
         OSError: The disk is full, or a file cannot be opened.

@@ -28,9 +28,8 @@ def until_goal(steps: Steps) -> tuple[Steps, list[str]]:
 
     The ant was reset after row i if ``next_observations[i]`` is not the observation of row i + 1.
     Without that field (D4RL's files), it was reset if x and y jump by more than 1 or if row i + 1
-    has the joints of a reset. An episode ends at resets and at timeouts. A stay ends only at
-    resets, as the timeouts of the v0 files do not always match them. The next observation of a
-    goal step is the observation that reached the goal. Notes on the changes are returned, too.
+    has the joints of a reset. An episode ends at resets and at timeouts, a stay only at resets, as
+    the timeouts of the v0 files do not always match them. Notes on the changes are returned, too.
     """
     reset = np.append(_reset_after(steps), True)
     ends = steps.timeouts | reset

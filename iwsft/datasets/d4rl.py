@@ -11,8 +11,7 @@ and optionally ``timeouts`` [N] and ``next_observations`` [N, obs]. Other fields
   whether the tasks were solved or not. Of the 60 observation columns the last 30 are goals, and
   the reward of a step counts the tasks in their goal state (a return is not a number of tasks).
 - Adroit: human demonstrations end with a timeout after up to 300 steps.
-- Kitchen and Adroit environments clip actions to [-1, 1] themselves, so actions beyond are
-  clipped in the data, too, and counted in the notes.
+- Kitchen and Adroit environments clip actions to [-1, 1], and so are those of the data.
 """
 
 from __future__ import annotations

@@ -29,9 +29,7 @@ class Dynamics:
     """The observation of row i + lag, predicted by a linear function of row i.
 
     Resets surprise far more than steps do, and rows of another environment cannot be predicted.
-
-    Attributes:
-        unexplained: Share of the variance that is not predicted; the median of the columns.
+    ``unexplained`` is the share of the variance that is not predicted; the median of the columns.
     """
 
     def __init__(self, steps: Steps, lag: int = 1) -> None:

@@ -38,11 +38,9 @@ def check_id(dataset_id: str) -> None:
 def read(dataset_id: str, *, data_weight: Any = None) -> OfflineDataset:
     """Read a Minari dataset into packed trajectories; download it if it is not in the local store.
 
-    Minari stores the T + 1 observations of an episode of T steps; the last T are the next
-    observations. Dictionaries and tuples of boxes become one vector, joined in the order of the
-    space, as by gymnasium's ``FlattenObservation``. An episode whose last step has neither flag
-    ends truncated. The local store is the folder ``MINARI_DATASETS_PATH``. The arguments and the
-    errors are those of :func:`iwsft.datasets.load`.
+    Dictionaries and tuples of boxes become one vector, as by gymnasium's ``FlattenObservation``. An
+    episode whose last step has neither flag ends truncated. The local store is the folder
+    ``MINARI_DATASETS_PATH``. The arguments and errors are those of :func:`iwsft.datasets.load`.
     """
     source = f"minari:{dataset_id}"
     check_id(dataset_id)

@@ -125,10 +125,9 @@ def to_minari(
 ) -> None:
     """Write a Minari dataset into the local store (``MINARI_DATASETS_PATH``); no network.
 
-    Observations are flat float32 boxes, as the library's policies need them. The action space, the
-    environment's description and D4RL's reference scores are those of ``provenance.env_id``;
-    without it, the action space is [-1, 1]. Minari's metadata contain ``provenance``. Its ``infos``
-    have T + 1 rows; an episode's first is 0.
+    Observations are flat float32 boxes. The action space, the environment's description and D4RL's
+    reference scores are those of ``provenance.env_id``; without it, the action space is [-1, 1].
+    Minari's ``infos`` have T + 1 rows; an episode's first is 0.
 
     Raises:
         ValueError: As for :func:`to_hdf5`; or the id is malformed, actions are outside the space,

@@ -115,8 +115,7 @@ def collate(
     """One batch of trajectories, in the order of their ids.
 
     A trajectory that occurs several times is in the batch once, with its number of occurrences as
-    its multiplicity: the same loss and gradient for less work. The function fits a DataLoader's
-    ``collate_fn`` and a transformers Trainer's ``data_collator``.
+    its multiplicity: the same loss and gradient for less work.
 
     Args:
         examples: Packed trajectories, one each, with their ids in the dataset. One with a
@@ -176,8 +175,7 @@ class EpochBatches(Sampler[list[int]]):
 
     The order of an epoch depends only on the seed and the number of the epoch. An iterator ends
     with its epoch; the next one continues where it stopped. The state counts the batches that were
-    handed out, which includes those that the workers of a DataLoader have fetched ahead. The last
-    batch of an epoch may be smaller.
+    handed out, those that workers have fetched ahead included.
 
     Args:
         sizes: Tokens of each entry, int64 ``[n]``.
@@ -286,9 +284,8 @@ class EpochBatches(Sampler[list[int]]):
 class EpochSampler:
     """Endless iterator over collated batches: epochs without replacement, as SFT users expect.
 
-    An epoch holds each trajectory as often as its multiplicity says. For draws with replacement,
-    use ``iwsft.samplers.TrajectorySampler``, which takes token trajectories as they are. Arguments
-    are those of :class:`TrajectoryDataset`, :class:`EpochBatches` and :func:`collate`.
+    An epoch holds each trajectory as often as its multiplicity says. Arguments are those of
+    :class:`TrajectoryDataset`, :class:`EpochBatches` and :func:`collate`.
     """
 
     def __init__(

@@ -5,8 +5,7 @@ model ends its thinking early, the end is suppressed and "Wait" is appended, up 
 Where it has used up its budget, the end of thinking is appended and it must answer. This
 implementation reads the paper as follows:
 
-- All rounds of thinking share one budget, the appended "Wait"s included. (The authors' evaluation
-  gives each round the whole budget and cuts afterwards.)
+- All rounds of thinking share one budget, the appended "Wait"s included.
 - A suppressed end does not belong to the thinking and costs nothing.
 - A "Wait" is appended only where the budget has room for it and one more token. At least one token
   follows it, as in the authors' evaluation.

@@ -22,12 +22,10 @@ class ImportanceWeightedConfig(TrainingArguments):
     """transformers' ``TrainingArguments`` and what :class:`ImportanceWeightedTrainer` adds.
 
     Attributes:
-        proposal: What q is. ``"reference"``: pi_ref, plain SFT. ``"current"``: theta itself, with
-            no gradient through the weights; it costs nothing. ``"cached"``: theta as it was at the
-            last hard sync, every ``sync_every`` updates (paper, Algorithm 1). A sync runs the
-            trajectories of the coming updates forward once and keeps their weights, so there is no
-            second model. ``"lagged"``: an exponential moving average of theta (Section 4.2), kept
-            in float32 shard by shard; each batch runs forward once more.
+        proposal: What q is. ``"reference"``: pi_ref, plain SFT. ``"current"``: theta itself.
+            ``"cached"``: theta at the last hard sync (paper, Algorithm 1), which runs the
+            trajectories of the coming updates forward once and keeps their weights. ``"lagged"``: a
+            moving average of theta (Section 4.2), in float32; each batch runs forward once more.
         reference: What q is divided by, in place of what the importance weights say. ``"fixed"``:
             the model as it is given. ``"synced"``: theta at the last sync, every ``sync_every``
             updates (PSFT). ``"none"``: nothing, so weights are functions of q itself (DFT).

@@ -20,13 +20,10 @@ class UpdatePlan(Sampler[list[int]]):
     """The micro-batches of every update, known beforehand and the same on every process.
 
     An update takes ``accumulation * processes`` micro-batches in the order of ``batches``; process
-    r runs every ``processes``-th of them, beginning with the r-th. An update therefore holds the
-    same entries however it is divided. All epochs have the same number of micro-batches, a multiple
-    of the processes. Where an epoch has fewer, its micro-batches are split, and where none can be
-    split, micro-batches without entries fill it up. The run has at least ``epochs`` epochs.
-
-    As a DataLoader's ``batch_sampler`` it yields the micro-batches of this process in the epoch
-    that :meth:`set_epoch` named last.
+    r runs every ``processes``-th of them from the r-th on. So it holds the same entries however it
+    is divided. All epochs have the same number of micro-batches, a multiple of the processes; where
+    an epoch has fewer, they are split, or filled up by empty ones. The run has at least ``epochs``
+    epochs. As a DataLoader's ``batch_sampler`` it yields the micro-batches of this process.
     """
 
     def __init__(

@@ -79,8 +79,7 @@ class CheckpointedTrainer(Trainer):
 
         Raises:
             FileExistsError: ``output_dir`` holds checkpoints of an earlier run.
-            CheckpointError: The checkpoint is damaged, holds the model alone, or has other settings
-                or another number of processes.
+            CheckpointError: The checkpoint is damaged, or of the model alone or other settings.
             FloatingPointError: Loss or weights are no longer finite; checkpoints stay.
         """
         run = Path(str(self.args.output_dir))

@@ -18,14 +18,9 @@ class Shards:
     """Holds q of a model, and gives :class:`~iwsft.EMA` the pairs (q, theta) of this process.
 
     q is kept in float32 (float64 for float64 parameters): in bfloat16 most of a moving average
-    would never move. Each process keeps q of the trainable parameters that it holds, and no step
-    gathers anything:
-
-    - a plain module, or a replicated one (``DistributedDataParallel``, ZeRO-0): all of it;
-    - DeepSpeed ZeRO-1 and 2: its partition of the float32 master;
-    - DeepSpeed ZeRO-3: its shard, theta taken from the float32 master, on the master's device
-      (the host with ``offload_optimizer``);
-    - FSDP2: its local shard, on the shard's device.
+    would never move. Each process keeps q of the trainable parameters that it holds, on their
+    device, and no step gathers anything: all of a plain or replicated module, its partition of the
+    float32 master (DeepSpeed ZeRO-1 to 3), or its local shard (FSDP2).
 
     The cost is 4 bytes a trainable parameter of this process, and within :meth:`swapped` a copy of
     its shard in the parameters' dtype. Frozen parameters and buffers of q are theta's, running

@@ -59,14 +59,12 @@ class ImportanceWeightedTrainer(WeightedTrainer):
     Everything around the loss is transformers' own: accelerate, DeepSpeed ZeRO and FSDP2, gradient
     accumulation and checkpointing, mixed precision, schedules, logging. What differs:
 
-    - A batch consists of trajectories, and the loss is divided once, by the multiplicities of an
-      update over all accumulated micro-batches and processes. An update is therefore the same
-      however it is divided (:class:`~iwsft.language.plan.UpdatePlan`). An epoch contains each
-      trajectory as often as its ``multiplicity`` says.
+    - The loss is divided once, by the multiplicities of an update over all micro-batches and
+      processes, so an update is the same however it is divided. An epoch contains each trajectory
+      as often as its ``multiplicity`` says.
     - The reference is the model as it is given (without its adapters, if it has some). Its
-      log-probs are computed once at the start, within the engine and in the batches of the first
-      epoch, so the first update's weights are exactly those of log-ratio 0. They are cached. Rows
-      that come with ``ref_log_probs``, of the policy that wrote them, have those instead.
+      log-probs are computed once, in the batches of the first epoch, so that the first weights are
+      exactly those of log-ratio 0. Rows with ``ref_log_probs`` have those instead.
     - A resumed run gives the same numbers as one that was never stopped.
 
     Args:
@@ -74,9 +72,8 @@ class ImportanceWeightedTrainer(WeightedTrainer):
             of one, which is loaded in float32.
         args: Settings of the run; by default those of an ``ImportanceWeightedConfig()``.
         trajectories: Packed token trajectories, curated; see ``iwsft.language.tokenize``.
-            ``ref_log_prob`` is written into them. Those of multiplicity 0 are not trained on.
-            Weights that choose by scores judge by these, if there are some
-            (:class:`~iwsft.lower_bound.LowerBound`).
+            ``ref_log_prob`` is written into them. Those of multiplicity 0 are not trained on, and
+            :class:`~iwsft.lower_bound.LowerBound` judges by them.
         train_dataset: Rows of text instead: records with ``messages``, or ``prompt`` and
             ``completion``, such as a ``Dataset`` or a list; see :func:`iwsft.language.read`. They
             are cut to ``args.max_length`` tokens. Those that are not ``correct`` are left out.
@@ -86,8 +83,7 @@ class ImportanceWeightedTrainer(WeightedTrainer):
         eval_dataset: Held-out rows of text instead, as ``train_dataset``.
         processing_class: Tokenizer, which is saved with the model; by default that of its hub id or
             folder. Its pad token fills batches.
-        callbacks: Further callbacks of transformers.
-        optimizers: Optimizer and schedule in place of those that ``args`` names.
+        callbacks, optimizers: As for transformers' Trainer.
 
     Raises:
         ValueError: Settings do not fit together or are not supported, the dataset is empty, or the

@@ -58,11 +58,10 @@ _IGNORED = -100
 class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
     """TRL's ``SFTTrainer`` with :class:`~iwsft.ImportanceWeightedMLE` as the training loss.
 
-    TRL does everything before the loss: formats, chat templates, masks, truncation, packing, order.
-    It also computes the log-prob of each token. A trajectory is a row before packing, with the
-    tokens that TRL trains. Evaluation is TRL's. The reference is the model as it is given, without
-    its PEFT adapters; its log-probs are computed when training begins, and cached in the output
-    folder. Checkpoints are those of :class:`~iwsft.language.ImportanceWeightedTrainer`.
+    TRL does everything before the loss, log-probs and evaluation included. A trajectory is a row
+    before packing, with the tokens that TRL trains. The reference is the model as it is given,
+    without its PEFT adapters. Checkpoints are those of
+    :class:`~iwsft.language.ImportanceWeightedTrainer`.
 
     ``proposal``, ``sync_every``, ``ema_decay``, ``length_normalize`` and ``importance_weights`` are
     as for :class:`~iwsft.language.ImportanceWeightedTrainer`. With ``"cached"``, too, q is a

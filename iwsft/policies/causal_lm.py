@@ -40,17 +40,12 @@ class CausalLMPolicy(nn.Module):
     model, whether they are on the left or on the right.
 
     The same trajectory in another batch or layout has the same log-probs up to rounding (1e-6 in
-    float32). They are exactly equal in batches of the same shape, and on one CPU thread, with
-    ``one_row=False`` and trajectories below 192 tokens, in any batches.
+    float32), and in batches of the same shape exactly. Only the states that predict assistant
+    tokens go through the output layer, within its forward call, so that the hooks of engines run;
+    their logits are never all in memory (:mod:`iwsft.policies.token_log_prob`).
 
-    Only the states that predict assistant tokens go through the output layer, and their logits
-    are never all in memory (:mod:`iwsft.policies.token_log_prob`). This happens
-    within the forward call of the output layer, so the hooks of engines (DeepSpeed ZeRO-3, FSDP2)
-    run. Scaled and capped logits (Gemma, Cohere, Granite) are computed as the model does.
-
-    Input keys: ``("tokens", "full")`` int64, ``("masks", "all_assistant_mask")`` bool,
-    ``("masks", "all_attention_mask")`` bool (may be absent in a packed batch), and in a packed
-    batch ``("collector", "traj_ids")``. :func:`iwsft.language.token_loss` is the loss of it.
+    The attention mask may be absent in a packed batch, which needs trajectory ids.
+    :func:`iwsft.language.token_loss` is the loss of it.
 
     Args:
         model: A causal decoder with its output layer (``AutoModelForCausalLM``), possibly with

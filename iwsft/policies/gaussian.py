@@ -55,8 +55,7 @@ class GaussianPolicy(ProbabilisticActor):
     dimension that does not depend on the state, clamped to [-5, 2], and a plain Normal around the
     mean: actions of the data at the bounds -1 and 1 have a finite density.
 
-    It is a TorchRL ``ProbabilisticActor``: called on a TensorDict with ``observation`` ``[*, obs]``
-    it writes ``action`` ``[*, act]`` (the mean under ``ExplorationType.DETERMINISTIC``);
+    Called on a TensorDict with ``observation`` ``[*, obs]`` it writes ``action`` ``[*, act]``;
     ``log_prob(trajectories)`` gives one number per step in any layout.
 
     Args:

@@ -42,13 +42,7 @@ class MixturePolicy(ProbabilisticActor):
     the actions and their stds are 0.37: equal components would stay equal for long. Under
     ``ExplorationType.DETERMINISTIC`` the action is the mean of the heaviest component.
 
-    Args:
-        observation_dim: Size of the observation.
-        action_dim: Size of the action; actions are in [-1, 1].
-        components: Number of Gaussians.
-        hidden: Units of the hidden layers.
-        in_key: Key of the observation.
-        out_key: Key of the action.
+    ``components`` is the number of Gaussians; the other arguments are those of GaussianPolicy.
     """
 
     def __init__(

@@ -31,13 +31,10 @@ def token_log_prob_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """log softmax(logits)[target], and the entropy of the likeliest tokens.
 
-    The logits are computed block by block and never stored.
-
     ``logits = scale * (hidden @ weight.T + bias)``, then ``softcap * tanh(logits / softcap)`` where
-    there is a cap. The log-normaliser is accumulated over blocks of the vocabulary. Backward
-    computes each block again (one product more than the plain way), so only one number per token is
-    stored between the two. Sums, log-probs and intermediate gradients are float32, or float64 for
-    float64 inputs; under autocast the products take its dtype.
+    there is a cap, computed block by block, and again in backward (one product more than the plain
+    way), so that one number per token is stored. Sums, log-probs and intermediate gradients are
+    float32, or float64 for float64 inputs; under autocast the products take its dtype.
 
     Args:
         hidden: States that predict the targets, ``[n, d]``; n may be 0.

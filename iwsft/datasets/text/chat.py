@@ -31,10 +31,7 @@ class ChatEncoder:
     Ids are those of ``tokenizer.apply_chat_template``, except that without generation markers a
     token never straddles the generation prompt and the answer (see ``encode_stretches``).
 
-    Args:
-        tokenizer: Fast tokenizer of transformers.
-        template: Jinja chat template; the tokenizer's own by default.
-        template_kwargs: Variables of the template, such as ``enable_thinking``.
+    The arguments are those of :func:`iwsft.language.tokenize`.
     """
 
     def __init__(

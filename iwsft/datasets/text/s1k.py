@@ -27,8 +27,7 @@ Teacher = Literal["deepseek", "gemini"]
 def to_row(record: Record, where: str, *, teacher: Teacher = "deepseek") -> Row:
     """Make a conversation of one question and its answer from a record of s1K or s1K-1.1.
 
-    ``teacher`` is the one whose trace in s1K-1.1 is used; s1K has only one. ``correct`` is the
-    grade of s1K-1.1 (Yes or No), where there is one. Errors name ``where``, the record's place.
+    ``teacher`` is the one whose trace in s1K-1.1 is used. ``correct`` is its grade (Yes or No).
 
     Raises:
         ValueError: A column is missing or empty, or a grade is neither Yes nor No.
