@@ -72,8 +72,7 @@ def main(words: Sequence[str]) -> None:
 def evaluate(options: Options) -> None:
     """Evaluate and print the table; an error that a user can mend ends it in one line."""
     options.check()
-    from benchmarks.llm.evaluation.run import run
-    from benchmarks.llm.evaluation.scores import show
+    from benchmarks.llm.evaluation.run import run, show
 
     show(run(options))
 

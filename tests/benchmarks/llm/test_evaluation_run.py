@@ -19,8 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.llm.__main__ import evaluate as main
 from benchmarks.llm.evaluation.options import Options
-from benchmarks.llm.evaluation.run import run
-from benchmarks.llm.evaluation.scores import show
+from benchmarks.llm.evaluation.run import run, show
 from benchmarks.stopping import expected
 from iwsft.checkpoint import CheckpointError
 

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from benchmarks.llm.evaluation.scores import estimate_pass_at
+from benchmarks.llm.evaluation.run import estimate_pass_at
 from iwsft.language.grading import find_majority
 
 
