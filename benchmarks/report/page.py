@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shlex
 from collections.abc import Iterator, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +20,14 @@ from benchmarks.report.document import Document, escaped, shareable, to_html
 from benchmarks.report.language import RecipeRuns, read_recipes
 from benchmarks.report.loops import RecordedLoop, add_loops, read_loops
 from benchmarks.report.scores import Cell, runs_of
-from benchmarks.report.videos import video_section
 from benchmarks.results import RecordedRun
+from benchmarks.runs import VIDEO
 from benchmarks.statistics import MIN_SEEDS
 from iwsft.files import written_whole
 
 PAGE, MARKDOWN, RECORDS = "index.html", "report.md", "runs.json"
+# A page with larger videos would be slow to load.
+_LARGEST = 4_000_000
 # Entries of a result that only the run's own folder keeps.
 _EPISODES = ("episode_scores", "episode_returns", "episode_lengths", "episode_successes")
 
@@ -80,7 +84,7 @@ def write_report(folder: Path, out: Path) -> WrittenReport:
         **document.images,
         MARKDOWN: markdown.encode(),
         RECORDS: f"[\n{records}\n]\n".encode(),
-        PAGE: to_html(markdown, document.images, video_section(runs)).encode(),
+        PAGE: to_html(markdown, document.images, _video_section(runs)).encode(),
     }
     earlier = (out / MARKDOWN).read_text() if (out / MARKDOWN).is_file() else ""
     for name, content in written.items():
@@ -331,3 +335,22 @@ def _evaluations(document: Document, evaluations: Sequence[dict[str, Any]]) -> N
     document.table(published, "Numbers of the paper, which were not run here.")
     if published.rows:
         document.text(note)
+
+
+def _video_section(runs: Sequence[RecordedRun]) -> str:
+    """HTML with one video of each algorithm and dataset; empty without any."""
+    first: dict[tuple[str, str], RecordedRun] = {}
+    for run in sorted(runs, key=lambda run: run.seed):
+        file = run.folder / VIDEO
+        if file.is_file() and file.stat().st_size <= _LARGEST:
+            first.setdefault((run.dataset, run.algo), run)
+    parts = ['<h2 id="videos">Videos</h2>', "<p>The first episode of the final score.</p>"]
+    for (dataset, algo), run in first.items():
+        data = base64.b64encode((run.folder / VIDEO).read_bytes()).decode()
+        task, name = scores.dataset_label(dataset), scores.algorithm_label(algo)
+        words = escape(f"{task}, {name}, seed {run.seed}")
+        parts.append(
+            f'<figure><video controls style="max-width: 100%" src="data:video/mp4;base64,{data}">'
+            f"</video><figcaption>{words}</figcaption></figure>"
+        )
+    return "\n".join([*parts, ""]) if first else ""
