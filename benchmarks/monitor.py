@@ -63,14 +63,14 @@ def shown(runs: Sequence[Run[Any]]) -> Iterator[None]:
 def _follow(runs: Sequence[Run[Any]], progress: Progress, stopped: threading.Event) -> None:
     """Read the runs' files again and again."""
     whole = progress.add_task("runs", total=len(runs), visible=len(runs) > 1)
-    tasks: dict[tuple[Run[Any], str], Any] = {}
+    tasks: dict[tuple[Path, str], Any] = {}
     while not stopped.wait(SECONDS):
-        states = {run: state for run in runs if (state := _read(run.folder)) is not None}
-        stages = {(run, str(state["stage"])) for run, state in states.items()}
+        states = [(run, state) for run in runs if (state := _read(run.folder)) is not None]
+        stages = {(run.folder, str(state["stage"])) for run, state in states}
         for ended in tasks.keys() - stages:
             progress.remove_task(tasks.pop(ended))
-        for run, state in states.items():
-            key = run, str(state["stage"])
+        for run, state in states:
+            key = run.folder, str(state["stage"])
             if key not in tasks:
                 tasks[key] = progress.add_task(f"{run} {key[1]}", total=state["total"])
             text = "  ".join(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,8 @@ from iwsft import progress
 @dataclass(frozen=True)
 class Options:
     out: Path
+    # As a config file gives them; such runs have no hash.
+    words: list[str] = field(default_factory=list)
 
 
 class Run(runs.Run[Options]):
