@@ -26,6 +26,19 @@ DIFFERENCES = {
 }
 
 
+# All forms of SFT on one dataset, and what they are compared with.
+FORMS = {
+    "bc": "BC",
+    "bc-10": "BC-10%",
+    "sft": "SFT",
+    "iw-sft": "iw-SFT",
+    "iw-sft-step": "iw-SFT-step",
+    **ALGORITHMS,
+    "ess0.4/iw-sft-q": "iw-SFT(Q), ESS 0.4",
+}
+FORMS_DATASET, EQUAL = "hopper-replay", "k0/iw-sft-q"
+
+
 def score_grid(runs: Sequence[RecordedRun]) -> Grid:
     """Mean scores with their 95 % intervals, one row for each dataset."""
     by_name = _by_name(runs)
@@ -43,6 +56,18 @@ def difference_grid(runs: Sequence[RecordedRun]) -> Grid:
     for dataset in datasets(by_name.values()):
         pairs = ([by_name.get((dataset, algo)) for algo in pair] for pair in DIFFERENCES.values())
         grid.rows.append([dataset, *(_difference(*pair) for pair in pairs)])
+    return grid
+
+
+def form_grid(runs: Sequence[RecordedRun]) -> Grid:
+    """Mean scores of all forms of SFT on one dataset, and their differences to equal weights."""
+    by_name = _by_name(runs)
+    grid = Grid([FORMS_DATASET, "score", f"less {ALGORITHMS[EQUAL]}"], left=1)
+    equal = by_name[FORMS_DATASET, EQUAL]
+    for algo, name in FORMS.items():
+        cell = by_name.get((FORMS_DATASET, algo))
+        less = NOTHING if algo == EQUAL else _difference(cell, equal)
+        grid.rows.append([name, _score(cell), less])
     return grid
 
 
