@@ -20,9 +20,8 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from iwsft.policies.log_prob import evaluating
 from iwsft.trajectory import ACTION, OBSERVATION
 
-# The number of rows of a policy call is a multiple of this. A matrix product may differ in the last
-# bit between numbers of rows, and physics amplifies the difference. With a fixed number of rows an
-# episode does not depend on the other episodes.
+# A matrix product may differ in the last bit between numbers of rows, and physics amplifies that:
+# with a multiple of this, an episode does not depend on the other episodes.
 ROWS = 32
 
 # A policy with a memory may read these too.
@@ -34,9 +33,8 @@ READABLE = (OBSERVATION, IS_INIT, PREVIOUS_REWARD)
 class PolicyInputs:
     """The inputs of a policy at a step, with a row for each parallel episode.
 
-    A row is the same environment from step to step. At the start no row has an episode. The policy
-    gets the rows without an episode too, as first steps. The number of rows is the next multiple
-    of ``ROWS``.
+    A row is the same environment from step to step. The policy gets the rows without an episode
+    too, as first steps. The number of rows is the next multiple of ``ROWS``.
 
     Attributes:
         observation: Observations, float32 ``[rows, obs]``.

@@ -58,8 +58,7 @@ def curate(
 
     Args:
         trajectories: Packed or padded trajectories; a padded batch is packed first.
-        cuts: Percentiles of the scores, from 0 (keeps all) to below 100, in any order. Without a
-            cut, all trajectories count once.
+        cuts: Percentiles of the scores, from 0 to below 100; without one, all count once.
         ties: ``"rank"`` keeps the best ceil((100 - cut) / 100 n) of n trajectories, at least one.
             It orders equal scores by a random permutation, so a higher cut keeps a subset of the
             trajectories that a lower cut keeps. ``">"`` (paper) and ``">="`` (authors' code)

@@ -54,11 +54,8 @@ def wrap(env: gym.Env[Any, Any], env_id: str) -> gym.Env[Any, Any]:
 class AntMaze(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     """D4RL's AntMaze: its ant, start, goal, coordinates, reward and end.
 
-    - Ant: 0.02 s per physics step (0.1 s per action), motors of at most 30 N m, softer contacts;
-      gymnasium's ant has 0.01 s and 150 N m.
-    - Start: cell (1, 1), joints and velocities with noise 0.1. Goal: one cell, plus the sum of
-      uniform draws from [0, 1] and [0, 0.5] in x and in y, drawn in each episode (D4RL's rule of
-      the v2 tasks; v0 drew it once per environment).
+    - Ant: gymnasium's has steps of 0.01 s, motors of 150 N m and harder contacts.
+    - Goal: drawn in each episode, D4RL's rule of the v2 tasks (v0 drew it once per environment).
     - Coordinates: x and y are 0 where the ant starts, and grow along the rows and columns of the
       maze, as in the files.
     - Reward: 1 within 0.5 of the goal, where the episode ends, else 0. So a return is 0 or 1.

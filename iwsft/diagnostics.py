@@ -72,12 +72,7 @@ def bound_gap(log_weight_p: Tensor, log_weight_q: Tensor, share: Tensor) -> dict
     their multiplicities (a curated trajectory has reward m), so the return is J = E[m w_p] and its
     bound S = E[m w_q (1 + log w_p - log w_q)]. J - S >= 0, and it is 0 if q = p. Both weights are
     transformed in the same way, so for reductions other than ``"sum"`` it is the gap of the
-    smoothed objective, and with self-normalised weights the KL divergence of q's weighting from the
-    policy's.
-
-    Returns:
-        Float64 scalars ``importance_sampled_return``, ``surrogate`` and ``bound_gap``, each over
-        the mean weight of q, so that 0.1 reads as 10 %.
+    smoothed objective. The results, float64, are over the mean weight of q: 0.1 reads as 10 %.
     """
     m = share.double()
     # What does not count has weight 0, however large it is.

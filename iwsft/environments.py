@@ -58,7 +58,7 @@ def make(
 
     Raises:
         ValueError: The id is not registered, or the environment does not take the arguments.
-        ImportError: A package of the environment is not installed, or does not ship it any more.
+        ImportError: A package does not have the environment.
     """
     if conventions not in (None, "d4rl"):
         raise ValueError(f"conventions={conventions!r} is unknown; there is 'd4rl', or None")

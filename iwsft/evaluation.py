@@ -36,8 +36,6 @@ class Evaluation:
     """Episodes of one policy, in the order of their seeds.
 
     Attributes:
-        env_id: Id of the environment, with its version.
-        seed: Seed of all episode seeds.
         returns: Undiscounted return of each episode.
         lengths: Number of steps of each episode.
         normalized_scores: D4RL score of each episode (0 random, 100 expert), or None without
@@ -45,7 +43,6 @@ class Evaluation:
         successes: Whether the environment reported success at any step of each episode, or None
             where it reports no success.
         versions: Versions of the packages that decide the environment's numbers.
-        wall_seconds: Duration of the evaluation.
     """
 
     env_id: str

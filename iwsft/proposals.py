@@ -84,9 +84,6 @@ class HardSync(_Updater):
         every: Q, the number of updates between syncs.
         trajectories: Trajectories of the training, needed in the latter two cases.
         holder: Holder of a lagged q, if that is not the loss.
-
-    Raises:
-        ValueError: ``every`` is below 1, or the other arguments do not fit the loss.
     """
 
     proposals = ("lagged", "cached")
@@ -156,9 +153,6 @@ class EMA(_Updater):
         loss: Loss with ``proposal="lagged"``.
         decay: The paper's alpha, in [0, 1).
         holder: Holder of q, if that is not the loss.
-
-    Raises:
-        ValueError: The decay is out of range, or the other arguments do not fit the loss.
     """
 
     def __init__(

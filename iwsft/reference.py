@@ -69,13 +69,9 @@ def annotate_reference(
             similar length. A longer trajectory is not cut.
 
     Raises:
-        TypeError: The policy has no ``log_prob``, or is not a module and there is a cache.
         ValueError: Log-probs are not finite or not one per step; the trajectories are locked, or
             not the same on all processes.
         CheckpointError: A stored file is damaged.
-
-    Warns:
-        UserWarning: Adapters change the log-probs already, so the first weights are not 1.
     """
     check_links(trajectories)
     # Chunks in the order of the data, unless padding would then be large.

@@ -23,9 +23,6 @@ class Schedule:
         decay: Learning rate after the warm-up: ``"cosine"`` to 0, or ``"constant"``.
         weight_decay: Weight decay, decoupled from the gradient as in AdamW.
         clip_norm: Largest norm of the gradient; a longer one is scaled down to it.
-
-    Raises:
-        ValueError: A value is out of range.
     """
 
     steps: int

@@ -45,8 +45,7 @@ class TrainedPolicy:
         module: The policy as :func:`iwsft.evaluate` takes it: it reads ``observation`` as the
             environment gives it (normalisation is part of the policy) and writes ``action`` in
             [-1, 1]. It is on the CPU.
-        env_id: Id of the environment, see :func:`iwsft.environments.make`.
-        env_kwargs: Arguments of the environment.
+        env_id, env_kwargs: The environment, see :func:`iwsft.environments.make`.
         reference_scores: D4RL's (minimum, maximum) return, or None without a normalised score.
         observation_dim: Size of an observation.
     """

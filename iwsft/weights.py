@@ -244,10 +244,8 @@ class TargetESS(_OfTrajectory):
     """Trajectory: w <- w^alpha / mean w^alpha such that the batch keeps a share of its samples.
 
     alpha >= 0 solves ESS(w^alpha) = fraction, ESS = (sum m w)^2 / (sum m sum m w^2), by bisection
-    in log alpha to a relative 1e-6. If even ``max_alpha`` leaves the ESS above the fraction (all
-    weights nearly equal, as just after the start), alpha is ``max_alpha``, so that rounding errors
-    are not amplified into weights. The mean weight is 1, whatever factor the weights have in
-    common: with a large alpha it would overflow. So equal weights, and a lone one, become 1.
+    in log alpha to a relative 1e-6, up to ``max_alpha``, so that rounding errors of nearly equal
+    weights are not amplified. The mean weight is 1, so equal weights, and a lone one, become 1.
 
     Args:
         fraction: Effective sample size over sample size, in (0, 1].

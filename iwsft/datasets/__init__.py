@@ -92,7 +92,6 @@ def load(
         ValueError: The name is unknown, or the contents cannot be trained on.
         FileNotFoundError: The file does not exist, or the set of the results is not built yet.
         ConnectionError: A download broke off; its part is kept.
-        OSError: The disk is full, or a file cannot be opened.
     """
     data = _read(name_or_path, cache_dir, trust_env_module, data_weight)
     if data.action_bounds == WHOLE:

@@ -2,12 +2,9 @@
 
 File names are those of D4RL's own list (https://github.com/Farama-Foundation/D4RL, Apache-2.0).
 Environments are those of gymnasium and gymnasium-robotics whose observations have the columns of
-the files. Their arguments make the tasks D4RL's:
-
-- Locomotion: v4 (v5 changed physics and rewards).
-- AntMaze and Adroit: ``conventions="d4rl"``, see :mod:`iwsft.d4rl_conventions`.
-- Kitchen: the four tasks and D4RL's sensor noise. ``FrankaKitchen-v1`` observes 59 numbers besides
-  the goals; :func:`iwsft.environments.flattener` turns them into D4RL's 60 columns.
+the files. Their arguments make the tasks D4RL's: locomotion has v4 (v5 changed physics and
+rewards), AntMaze and Adroit have the conventions of :mod:`iwsft.d4rl_conventions`, and Kitchen the
+four tasks and D4RL's sensor noise.
 """
 
 from __future__ import annotations

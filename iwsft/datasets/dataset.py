@@ -24,9 +24,8 @@ class OfflineDataset:
             "reward")`` ``[N, 1]`` (all float32), ``("next", "done" | "terminated" | "truncated")``
             ``[N, 1]`` bool, ``("collector", "traj_ids")`` ``[N]`` int64.
         name: Name without a slash, fit for a folder.
-        env_id: Gymnasium environment of the data, where known. Only ``env_id`` and ``env_kwargs``
-            together say which environment it is; compare and record both. Before a program makes
-            an environment that its user has not named, it must ask where
+        env_id: Gymnasium environment of the data, where known, with ``env_kwargs``. Before a
+            program makes an environment that its user has not named, it must ask where
             :func:`iwsft.environments.modules_to_import` is not empty.
         reference_scores: D4RL's (minimum, maximum) return in the environment, where known.
         source: File, URL or Minari id that was read.

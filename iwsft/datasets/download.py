@@ -38,15 +38,13 @@ def fetch(
 ) -> Path:
     """Download a file unless it is there already; return its path.
 
-    The bytes go to ``<target>.<hash of the URL>.part``. They stay there if the transfer breaks off,
-    and the next attempt, in this call or a later one, asks for the rest only. The complete file is
-    checked (size, SHA-256, and the first bytes, which an error page does not have), and then moved
-    to ``target``. Processes that want the same file wait for each other. ``urls`` are mirrors, in
-    the order to try.
+    Where the transfer breaks off, the next attempt, in this call or a later one, asks for the rest
+    only. The complete file is checked (size, SHA-256, and the first bytes, which an error page does
+    not have), and then moved to ``target``. Processes that want the same file wait for each other.
+    ``urls`` are mirrors, in the order to try.
 
     Raises:
-        ConnectionError: No mirror delivered the file. The message names each URL, the bytes it
-            sent, the file with that part, and the way out.
+        ConnectionError: No mirror delivered the file.
         OSError: The disk is full, or the folder cannot be written.
     """
     if target.is_file():

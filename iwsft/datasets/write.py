@@ -54,12 +54,7 @@ Fields = dict[str, NDArray[Any]]
 class Provenance:
     """The origin of the data, stored as attributes of the file.
 
-    Attributes:
-        env_id: Gymnasium environment to score policies in.
-        seed: Seed of the recording.
-        sources: Plain values of each part, in their order, such as policy, noise and episodes.
-        versions: Versions of the packages that decided the numbers.
-        env_kwargs: Arguments of the environment.
+    ``sources`` are plain values of each part, in their order, such as policy, noise and episodes.
     """
 
     env_id: str | None = None
@@ -95,8 +90,7 @@ def to_hdf5(
 
     Raises:
         OSError: The file exists, or the disk is full.
-        ValueError: The suffix is another one, the trajectories are not valid, a flag is set inside
-            one, or ``infos`` have another length.
+        ValueError: The suffix is another one, or trajectories or ``infos`` are not valid.
     """
     import h5py
 

@@ -129,8 +129,7 @@ def collate(
         The keys of the examples and ``multiplicity``, int64, one number per token.
 
     Raises:
-        ValueError: Keys differ between examples, two different examples have the same id, one
-            holds several trajectories, or a setting is out of range.
+        ValueError: Examples do not fit together, or a setting is out of range.
     """
     if layout not in get_args(Layout) or multiple_of < 1:
         raise ValueError(f"{layout=} must be one of {get_args(Layout)}, {multiple_of=} at least 1")

@@ -100,15 +100,12 @@ TAGS = ThinkingFormat(
 
 @dataclass
 class Thought:
-    """A thinking and its answer.
+    """A thinking and its answer, after so many ``waits`` and ``rounds`` of thinking.
 
     Attributes:
         request: Prompt without the opening of the thinking.
         thinking: Tokens between the delimiters, the appended "Wait"s included.
-        waits: Number of "Wait"s that were appended.
-        rounds: Number of times that the model was asked to think.
         cut: Whether the budget ended the thinking.
-        answer: Completion after the thinking.
         tokens: All tokens that follow the prompt, the delimiters included.
     """
 

@@ -42,9 +42,6 @@ class ImportanceWeightedConfig(TrainingArguments):
         max_length: Most tokens of a row that is given as text; None cuts nothing.
         reference_cache: Folder of cached reference log-probabilities; by default ``reference`` in
             ``output_dir``.
-
-    Raises:
-        ValueError: Settings that do not fit together or are not supported.
     """
 
     logging_steps: float = 10

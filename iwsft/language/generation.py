@@ -77,9 +77,7 @@ class Generator(ABC):
                 likeliest token.
             top_p: Probability mass of the likeliest tokens to sample from (Holtzman et al. 2020).
 
-        Raises:
-            ValueError: A request exceeds the model's context or is empty, or the temperature or
-                ``top_p`` is out of range.
+        A ValueError says that a request exceeds the model's context, or what is out of range.
         """
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature={temperature} must be a finite number, at least 0")
@@ -233,8 +231,7 @@ def draw(logits: Tensor, uniform: Tensor, *, temperature: float, top_p: float = 
     """Sample a token for each row by inverting the distribution function, likeliest token first.
 
     Logits are ``[rows, vocabulary]``, ``uniform`` numbers in [0, 1), float64 ``[rows]``, as is the
-    result. The temperature is above 0; ``top_p`` in (0, 1] is the least probability mass of the
-    likeliest tokens to sample from.
+    result. The temperature is above 0, ``top_p`` in (0, 1].
     """
     probability = (logits.double() / temperature).softmax(-1)
     probability, order = probability.sort(dim=-1, descending=True, stable=True)

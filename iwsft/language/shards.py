@@ -23,9 +23,8 @@ class Shards:
     float32 master (DeepSpeed ZeRO-1 to 3), or its local shard (FSDP2).
 
     The cost is 4 bytes a trainable parameter of this process, and within :meth:`swapped` a copy of
-    its shard in the parameters' dtype. Frozen parameters and buffers of q are theta's, running
-    statistics included. ``model`` is what the engine returned. ``optimizer`` is accelerate's, which
-    knows when it skipped an update (gradients that overflowed float16); q does not move then.
+    its shard. Frozen parameters and buffers of q are theta's. ``model`` is what the engine
+    returned. ``optimizer`` is accelerate's, which knows when it skipped an update.
 
     Parameters or optimizer states on NVMe, second copies of the shards (ZeRO++) and FSDP1 are
     refused.

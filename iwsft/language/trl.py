@@ -68,10 +68,8 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
     float32 copy of the trained parameters, and each batch runs forward once more. All other
     arguments are those of SFTTrainer.
 
-    Raises:
-        ValueError: Settings of TRL make another loss or cut trajectories into parts, the rows are
-            not all there at the start, or the settings do not fit together.
-        OverflowError: The weights must overflow on these trajectories.
+    A ValueError says that settings of TRL make another loss or cut trajectories into parts, that
+    rows are not all there at the start, or that settings do not fit together.
     """
 
     args: Any

@@ -86,15 +86,13 @@ class CausalLMPolicy(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """log p of each assistant token, and the entropy of the distribution that it is from.
 
-        Both are in the layout of the batch and 0 elsewhere, and of one pass. The entropy, in
-        [0, 1] and without gradient, is that of the ``top_k`` likeliest tokens, see
+        Both are in the layout of the batch, 0 elsewhere, and of one pass. For the entropy see
         :func:`~iwsft.policies.token_log_prob.token_log_prob_and_entropy`.
 
         Raises:
             KeyError: An input key is missing.
-            ValueError: A trajectory is longer than the model's context, a token is outside its
-                vocabulary, there is no token, or entries have a wrong type or shape. With
-                gradients: the model has a loss of its own, such as that of a mixture's routers.
+            ValueError: The model can't read the trajectories. With gradients: it has a loss of its
+                own, such as that of a mixture's routers.
             NotImplementedError: The model changes its logits in an unknown way.
         """
         decoder = check_decoder(self.model)

@@ -59,16 +59,14 @@ class GaussianPolicy(ProbabilisticActor):
     ``log_prob(trajectories)`` gives one number per step in any layout.
 
     Args:
-        observation_dim: Size of the observation.
-        action_dim: Size of the action; actions are in [-1, 1].
+        observation_dim, action_dim: Sizes of observation and action; actions are in [-1, 1].
         hidden: Units of the hidden layers.
         squash: Whether to use a tanh-Normal: a tanh after sampling, none on the mean. The
             log-density of an action outside of [-1, 1] raises a ValueError.
         state_dependent_std: Whether a second head gives the log-std of each state.
         log_std_bounds: Range to which the log-std is clamped.
         log_std_init: Log-std at the start (the bias of its head when state-dependent).
-        in_key: Key of the observation.
-        out_key: Key of the action.
+        in_key, out_key: Keys of observation and action.
     """
 
     def __init__(

@@ -79,7 +79,6 @@ def tokenize(
     Raises:
         ValueError: There are no rows, a row can't be encoded, the part to train on is cut off, or
             only some rows have an optional column; the message names the row.
-        TypeError: The tokenizer has no offsets.
     """
     if not rows:
         raise ValueError("there is no row to tokenise")
