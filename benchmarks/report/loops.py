@@ -174,7 +174,8 @@ def draw_loops(loops: Sequence[RecordedLoop]) -> Panels:
     panels = {}
     labels = {"score": "held-out score", **{key: name for key, (name, _) in COLUMNS.items()}}
     for key, label in labels.items():
-        if all(row.get(key) is None for loop in loops for row in loop.rows):
+        rounds = {row["round"] for loop in loops for row in loop.rows if row.get(key) is not None}
+        if len(rounds) < 2:
             continue
         ax = panels[key] = figures.make_panel("", 2.5, colour)
         for loop in loops:

@@ -84,14 +84,15 @@ def read_run(run: Path) -> tuple[dict[str, Any], Path]:
     path = run / CONFIG
     try:
         config: dict[str, Any] = json.loads(path.read_text())
-        names = [str(config[name]) for name in ("benchmark", "dataset", "algo")]
-        names.append(f"seed-{config['seed']}")
-        variant = config["options"].get("variant")
+        if trains := config["benchmark"] in ("d4rl", "llm"):
+            names = [str(config[name]) for name in ("benchmark", "dataset", "algo")]
+            names.append(f"seed-{config['seed']}")
+            variant = config["options"].get("variant")
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path} is not what a run writes ({reason})") from error
-    if names[0] not in ("d4rl", "llm"):
-        raise ValueError(f"{run} is a run of {names[0]}; a run is {RUN}")
+    if not trains:
+        raise ValueError(f"{run} is a run of {config['benchmark']}; a run is {RUN}")
     parts = (*filter(None, [variant]), *names)
     if run.absolute().parts[-len(parts) :] != parts:
         raise ValueError(

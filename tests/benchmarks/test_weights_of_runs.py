@@ -139,6 +139,7 @@ WRONG = {
     f"runs/d4rl/{DATASET}/bc/seed-0": "bc starts from no reference policy, so it has no ",
     "moved": "moved was moved: its config.json is of OUT/d4rl/",
     "runs/unfinished": "runs/unfinished/config.json is not what a run writes",
+    "runs/loop": "runs/loop is a run of loop; a run is OUT/d4rl/DATASET/ALGO/seed-K or",
     f"cut/d4rl/{DATASET}/iw-sft-q/seed-0": "has no checkpoint yet",
     f"lost/d4rl/{DATASET}/iw-sft-q/seed-0": "has no reference policy any more",
 }
@@ -149,8 +150,9 @@ def test_what_can_not_be_weighed_is_told_in_a_line(
 ) -> None:
     monkeypatch.chdir(root)
     shutil.copytree(FOLDER, "moved")
-    Path("runs/unfinished").mkdir()
-    Path("runs/unfinished/config.json").write_text("{}")
+    for name, config in (("unfinished", {}), ("loop", {"benchmark": "loop"})):
+        Path("runs", name).mkdir()
+        Path("runs", name, "config.json").write_text(json.dumps(config))
     for name, lost in (("cut", FOLDER.relative_to("runs")), ("lost", f"d4rl/{DATASET}/reference")):
         shutil.copytree("runs", name)
         shutil.rmtree(Path(name, lost, *(["checkpoint"] if name == "cut" else [])))

@@ -126,7 +126,7 @@ def read(
         raise ValueError(f"{source}: there is no row in it")
     if unread := dict.fromkeys(name for row in rows for name in row.unread):
         names, read_ones = (", ".join(map(repr, own)) for own in (unread, _OPTIONAL))
-        problem = f"the columns {names} are not read"
+        problem = f"not read: {names}"
         warnings.warn(f"{rows[0].where}: {problem}; training reads {read_ones}", stacklevel=2)
     return rows
 

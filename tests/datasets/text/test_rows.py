@@ -190,7 +190,7 @@ def test_columns_that_are_not_read_are_named_once(record):
     with pytest.warns(UserWarning) as caught:
         rows = read([{**record, **unread, "score": 1}, {**record, "id": 4, "wrong": True}])
     assert len(rows) == 2 and len(caught) == 1
-    named = "the columns 'id', 'verdict', 'reward', 'wrong' are not read; training reads 'score'"
+    named = "not read: 'id', 'verdict', 'reward', 'wrong'; training reads 'score'"
     assert named in str(caught[0].message)
 
 
