@@ -126,7 +126,7 @@ def choose_weights(
         arguments = (row.k,) if related == "minor_sft" else ()
         chain: ImportanceWeights = getattr(ImportanceWeights, related)(*arguments)
         if chain.negative is not None:
-            return replace(chain, negative=replace(chain.negative, reduce=None))
+            return replace(chain, reduce=None, negative=replace(chain.negative, reduce=None))
         return chain if per_step else replace(chain, reduce="mean")
     if per_step:
         # Ratio clips of the per-step variant: 1 -+ 0.8 (paper, 3.4), [0, 2] (authors' control).
