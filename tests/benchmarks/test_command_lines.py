@@ -274,3 +274,10 @@ def test_a_loop_records_the_command_that_the_user_typed(
     words = argv.split()
     monkeypatch.setattr(sys, "argv", [words[0].replace(":", " "), *words[1:]])
     assert typed(module) == f"{command} loop --start S"
+
+
+def test_the_shell_sees_one_line_and_status_1() -> None:
+    command = [sys.executable, "-m", "benchmarks.d4rl", "--algo", "iw-sftq"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: unknown algorithm") and done.stderr.count("\n") == 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -409,13 +408,6 @@ def test_bugs_keep_their_traceback(
     monkeypatch.setattr(command, "train_and_score", bug)
     with pytest.raises(AttributeError, match="nobody expects this"):
         job(tmp_path, ["bc"])
-
-
-def test_the_shell_sees_one_line_and_status_1(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.d4rl", "--algo", "iw-sftq"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("error: unknown algorithm") and done.stderr.count("\n") == 1
 
 
 def test_another_environment_is_not_resumed(
