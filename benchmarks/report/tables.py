@@ -21,7 +21,7 @@ FEW_SEEDS = (
     f"Fewer than {MIN_SEEDS} seeds carry neither a deviation nor an interval: the mean alone."
 )
 _UNDER_TRAINED = f"Under-trained: {scores.UNDER_TRAINED}; never the best, and in no comparison."
-_TIE = "The highest, but a tie: the interval of the difference to the next one holds 0."
+_TIE = "The highest, but a tie: no interval of the difference to the next one leaves 0 out."
 _MOVING = "Not levelled off: score or Q still changes over the last third of the updates."
 _RETURN = "Mean return: the dataset has no D4RL reference scores."
 EQUAL_SEEDS = "All seeds have the same value: no interval follows from it."
