@@ -11,11 +11,18 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+from iwsft.policies import linear
 from iwsft.policies.linear import Linear, onednn_layers
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN"
 )
+
+
+@pytest.fixture(autouse=True)
+def another_maker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intel's processors take torch's products; test oneDNN's there, too."""
+    monkeypatch.setattr(linear, "_is_intel", lambda: False)
 
 
 def gradients(layer: nn.Linear, x: Tensor, along: Tensor) -> list[Tensor]:
@@ -109,6 +116,15 @@ def test_other_inputs_and_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert layer(x).grad_fn.name() == twin(x).grad_fn.name()
     assert torch.equal(layer(x), twin(x))
     assert Linear(3, 2, bias=False)(x).shape == (7, 2)
+
+
+def test_intel_takes_the_products_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_is_intel", lambda: True)
+    layer, model = Linear(3, 2), nn.Sequential(nn.Linear(3, 2))
+    x = torch.randn(7, 3)
+    assert layer(x).grad_fn.name() == nn.Linear(3, 2)(x).grad_fn.name()
+    with onednn_layers(model):
+        assert "forward" not in vars(model[0])
 
 
 def _checkpointed(model: nn.Module) -> nn.Module:
