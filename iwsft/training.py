@@ -23,7 +23,16 @@ from iwsft.metrics import Row as Row
 from iwsft.progress import Progress
 from iwsft.schedule import Schedule as Schedule
 from iwsft.schedule import course_of, make_optimizer, set_rates
-from iwsft.update import NOISE, Learning, Update, check_alike, check_draws, check_static, form_of
+from iwsft.update import (
+    NOISE,
+    Learning,
+    Update,
+    check_alike,
+    check_draws,
+    check_static,
+    denormals_flushed,
+    form_of,
+)
 
 _STEPS = "steps"
 
@@ -181,7 +190,8 @@ def fit_stack(
         if seed.start < seed.steps:
             groups.setdefault(seed.start, []).append(seed)
     for start, group in groups.items():
-        with _interrupts_unmasked(), Progress(shown=progress) as display:
+        interrupts, progress_bar = _interrupts_unmasked(), Progress(shown=progress)
+        with denormals_flushed(), interrupts, progress_bar as display:
             task = display.add_task("updates", total=group[0].steps, completed=start)
             for seed in group:
                 seed.begin(share=1 / len(group))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import pickle
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from inspect import signature
 from types import FunctionType
@@ -88,6 +89,21 @@ class Update:
         """Give each loss tensors of its own again."""
         if self._stack is not None:
             self._stack.close()
+
+
+@contextmanager
+def denormals_flushed() -> Iterator[None]:
+    """Within, results below the smallest normal number (1e-38 in float32) are 0, on x86.
+
+    Adam's moments of a unit that is never active decay to such numbers within some 700 updates.
+    They are exact to a few digits only, and arithmetic with them takes many times as long.
+    """
+    kept = bool(torch.tensor(1e-20) * torch.tensor(1e-20))
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(not kept)
 
 
 def check_draws(loss: LossModule, sampler: Any) -> None:

@@ -99,16 +99,17 @@ def compare(
     repeats: int,
     *,
     calls: int = 1,
+    warm_up: int = 1,
     per: float | None = None,
     ours_per: float | None = None,
 ) -> Comparison:
-    """Time two ways in turn, after an untimed call of each; the median of the repeats counts.
+    """Time two ways in turn, after untimed calls of each; the median of the repeats counts.
 
     Processor time is wall time on one thread, without other processes. A repeat makes ``calls``
     calls, which are ``per`` units (of ours ``ours_per``), as many by default. The unit begins with
     "s", "ms" or "us".
     """
-    repeated = (1, *[calls] * repeats)
+    repeated = (warm_up, *[calls] * repeats)
     seconds = [(seconds_of(ours, number), seconds_of(peer, number)) for number in repeated]
     factor = {"s": 1.0, "ms": 1e3, "us": 1e6}[unit.split()[0]]
     per = calls if per is None else per
