@@ -46,11 +46,13 @@ _SWITCH_NAME = re.compile(
     r"(train(ed|able|ing)?|learn(able)?|loss|masks?|masked|(un)?mask(ed)?|weights?|ignored?"
     r"|skip(ped)?|supervised)(_(on|turns?|on_turns?|weights?|masks?))?"
 )
-# Other names of a verdict.
+# Other names of a verdict, the values that refuse a row, and names that refuse it where true.
 _VERDICT_NAME = re.compile(
     r"((is|was|has|answer|all|tests?|final)_?)*(correct(ness)?|pass(ed|es)?|verified|valid"
-    r"|accepted|success(ful)?|solved)(_(answer|tests?))?|is_right"
+    r"|accepted|success(ful)?|solved|right|verdict|judge?ment)(_(answer|tests?))?"
 )
+_REFUSALS = (False, "no", "wrong", "incorrect", "fail", "failed", "rejected")
+_WRONG_NAME = re.compile(r"((is|was|has|answer|tests?)_?)*(wrong|(in|not_)correct|failed)")
 _OFF_WHERE_TRUE = re.compile(r"(is_)?mask|no_|.*(ignore|skip)")
 # Columns whose text belongs to a conversation.
 _TEXTS = (
@@ -299,10 +301,10 @@ def _check_unread(
         value = value if lower == "label" else _unquoted(value)
         off = lower in switches and value in (True, False) and value != switches[lower]
         off |= lower == "loss_scale" and value not in (None, 1, [])
-        verdicts = value if isinstance(value, list) and value else [value]
-        if name != "correct" and record.get("correct") is not False:
-            wrong = all(verdict in (False, "no") for verdict in verdicts)
-            off |= wrong and _VERDICT_NAME.fullmatch(lower) is not None
+        known_wrong = name == "correct" or record.get("correct") not in (None, True)
+        if not known_wrong and _says_wrong(lower, value):
+            problem = f"column {name!r} says that the row is wrong, and is not read"
+            raise ValueError(f"{problem}; write 'correct': false, or drop it")
         repeats = lower in _REPEATS and value not in (None, 1)
         if off or repeats or (name not in (*switches, *_OPTIONAL) and _counts_less(name, value)):
             way_out = f"write it as {'count' if repeats else 'weight or correct'}, or drop it"
@@ -325,6 +327,15 @@ def _check_unread(
         raise ValueError(f"the answer is not that of column 'chosen'; {way_out}")
     given = (name for name, value in record.items() if value not in (None, "", [], {}))
     return tuple(name for name in given if name not in {*read, *_OPTIONAL})
+
+
+def _says_wrong(lower: str, value: Any) -> bool:
+    """Whether a column is a verdict, and a bad one."""
+    words = value if isinstance(value, list) and value else [value]
+    words = [word.lower() if isinstance(word, str) else word for word in words]
+    if _WRONG_NAME.fullmatch(lower):
+        return all(word in (True, "yes") for word in words)
+    return _VERDICT_NAME.fullmatch(lower) is not None and all(word in _REFUSALS for word in words)
 
 
 def _strings(value: Any) -> Iterator[str]:

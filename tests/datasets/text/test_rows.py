@@ -173,6 +173,8 @@ HARMLESS: list[dict[str, Any]] = [
     {"system": "", "label": True, "images": [], "history": [], "tools": None, "context": 5},
     {"prompt": [turn("user", "2 + 2?")], "rejected": "5", "label": "arithmetic"},
     {"correct": False, "is_correct": False, "solved": True, "tests_passed": 3, "right": 0},
+    {"correct": 0, "wrong": True, "verdict": "incorrect"},
+    {"wrong": False, "failed": 0, "verdict": "correct", "right": 3, "incorrect": "5", "valid": ""},
 ]
 
 
@@ -186,9 +188,9 @@ def test_columns_that_change_nothing_are_not_read(columns):
 
 @pytest.mark.parametrize("record", [CHAT, PAIR])
 def test_columns_that_are_not_read_are_named_once(record):
-    unread = {"id": 3, "verdict": False, "reward": 1.5, "empty": None, "text": ""}
+    unread = {"id": 3, "verdict": True, "reward": 1.5, "empty": None, "text": ""}
     with pytest.warns(UserWarning) as caught:
-        rows = read([{**record, **unread, "score": 1}, {**record, "id": 4, "wrong": True}])
+        rows = read([{**record, **unread, "score": 1}, {**record, "id": 4, "wrong": False}])
     assert len(rows) == 2 and len(caught) == 1
     named = "not read: 'id', 'verdict', 'reward', 'wrong'; training reads 'score'"
     assert named in str(caught[0].message)
@@ -211,13 +213,20 @@ def test_columns_that_are_read_are_not_named(recwarn):
         ({"rejected": "VIER 😀"}, "the answer is not that of column 'chosen'"),
         ({"label": False}, "column 'label' is not read; write it as weight or correct"),
         ({"train": False}, "column 'train' is not read"),
-        ({"is_correct": False}, "column 'is_correct' is not read; write it as weight or correct"),
-        ({"passed": 0}, "column 'passed' is not read"),
-        ({"isCorrect": False}, "column 'isCorrect' is not read"),
-        ({"iscorrect": "no"}, "column 'iscorrect' is not read"),
-        ({"Tests-Passed": [False, 0]}, "column 'Tests-Passed' is not read"),
+        ({"is_correct": False}, "column 'is_correct' says .*; write 'correct': false, or drop it"),
+        ({"right": False}, "column 'right' says that the row is wrong"),
+        ({"is_right": 0, "score": 0.0}, "column 'is_right' says that the row is wrong"),
+        ({"verdict": "Incorrect"}, "column 'verdict' says that the row is wrong, and is not read"),
+        ({"correct": True, "judgment": "no"}, "column 'judgment' says that the row is wrong"),
+        ({"wrong": True}, "column 'wrong' says that the row is wrong, and is not read"),
+        ({"incorrect": "true"}, "column 'incorrect' says that the row is wrong"),
+        ({"isFailed": 1}, "column 'isFailed' says that the row is wrong"),
+        ({"passed": 0}, "column 'passed' says that the row is wrong"),
+        ({"isCorrect": False}, "column 'isCorrect' says that the row is wrong"),
+        ({"iscorrect": "no"}, "column 'iscorrect' says that the row is wrong"),
+        ({"Tests-Passed": [False, 0]}, "column 'Tests-Passed' says that the row is wrong"),
         ({"LABEL": False}, "column 'LABEL' is not read"),
-        ({"correct": True, "verified": "false"}, "column 'verified' is not read"),
+        ({"correct": True, "verified": "false"}, "column 'verified' says that the row is wrong"),
         ({"Correct": False}, "column 'Correct' is not read; write it as 'correct', or drop it"),
         ({"score": 1.0, "Score": 0.5}, "column 'Score' is not read; write it as 'score'"),
         ({"Train": False}, "column 'Train' is not read"),
