@@ -154,7 +154,7 @@ def to_row(record: Record, where: str) -> Row:
             if record.get(column) is None:
                 columns = ", ".join(map(str, record)) or "none"
                 problem = f"column {column!r} is missing, and so is 'messages'"
-                raise ValueError(f"{problem}; rename the columns ({columns}), or read(make=...)")
+                raise ValueError(f"{problem}; rename one of the columns ({columns})")
         prompt = check_text(record["prompt"], "prompt")
         completion = check_text(record["completion"], "the completion", filled=True)
         turns = ({"role": "user", "content": prompt}, {"role": ASSISTANT, "content": completion})

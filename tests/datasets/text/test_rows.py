@@ -68,7 +68,7 @@ def test_keys_that_arrow_fills_with_none_are_absent_from_messages(tmp_path):
 @pytest.mark.parametrize(
     ("record", "error"),
     [
-        ({"question": "a", "answer": "b"}, "column 'prompt' is missing.*question, answer"),
+        ({"question": "a", "answer": "b"}, "column 'prompt' is missing.*question, answer.$"),
         ({"prompt": "a"}, "column 'completion' is missing"),
         ({"conversations": []}, "column 'prompt' is missing.*conversations"),
         ({"prompt": "a", "completion": " \n"}, "the completion is empty"),
