@@ -46,12 +46,17 @@ COMPARED = {
     "distinct": "Distinct answers to a prompt over seeds",
 }
 _SEED = "/seed-"
-_CAPTION = (
-    "Rounds. Score: held-out, with its 95 % interval; return: mean of the sampled episodes; pass "
-    "rate: share of right answers among the samples; solved: prompts with a right one; kept: share "
-    "of the samples that was trained on; length: mean of a sample; distinct: different final "
-    "answers to a prompt; ESS: effective share of the draws of an update. Round 0 is the start."
-)
+# What the caption says of them.
+_MEANINGS = {
+    "score": "held-out, with its 95 % interval",
+    "return": "mean of the sampled episodes",
+    "pass_rate": "share of right answers among the samples",
+    "solved": "prompts with a right one",
+    "kept": "share of the samples that was trained on",
+    "length": "mean of a sample",
+    "distinct": "different final answers to a prompt",
+    "ESS": "effective share of the draws of an update",
+}
 
 
 @dataclass(frozen=True)
@@ -200,4 +205,15 @@ def add_loops(document: Document, loops: Sequence[RecordedLoop]) -> None:
     for title, grid in seed_grids(loops).items():
         document.table(grid, f"{title}: mean or paired difference, with its 95 % interval.")
     if loops:
-        document.figure("loops", draw_loops(loops), _CAPTION)
+        document.figure("loops", draw_loops(loops), _caption(loops))
+
+
+def _caption(loops: Sequence[RecordedLoop]) -> str:
+    """What the facts mean that some round has."""
+    rows = [row for loop in loops for row in loop.rows]
+    parts = [
+        f"{COLUMNS.get(key, (key,))[0]}: {meaning}"
+        for key, meaning in _MEANINGS.items()
+        if any(row.get(key) is not None for row in rows)
+    ]
+    return f"Rounds. Round 0 is the start. {'; '.join(parts)}."

@@ -141,7 +141,8 @@ def test_a_round_is_what_its_files_say(
     (recorded,) = read_loops(tmp_path)
     assert recorded.rows == rows and len(loop_grid(rows).rows) == 3
     assert read_all(tmp_path, LANGUAGE) == ([], [])
-    assert "pass rate" in write_report(tmp_path, tmp_path / "report").page.read_text()
+    page = write_report(tmp_path, tmp_path / "report").page.read_text()
+    assert "pass rate: share of right answers" in page and "return: mean" not in page
     (record,) = json.loads((tmp_path / "report" / "runs.json").read_text())
     assert record["rounds"] == rows and record["algo"] == "iw-sft"
     # Its own options give the same loop.
