@@ -1,4 +1,4 @@
-"""Errors that a user can mend, Ctrl-C and SIGTERM end a command in one line.
+"""Errors that a user can mend, Ctrl-C and SIGTERM end a command in one line; warnings are one.
 
 They do so from its first import on, so nothing heavy is imported here.
 """
@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -88,7 +89,7 @@ def command(*packages: str) -> Iterator[None]:
     """A whole command, imports included, that ends in one line; it needs ``packages``."""
     try:
         try:
-            with ends_in_one_line():
+            with ends_in_one_line(), plain_warnings():
                 require(*packages)
                 yield
         finally:
@@ -106,8 +107,19 @@ def command(*packages: str) -> Iterator[None]:
         raise
 
 
-def one_line(error: BaseException) -> str:
-    """The message of an error, without what Python puts around it."""
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Write a warning as one line, without the place in the source that Python adds."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(message)}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+def one_line(error: object) -> str:
+    """The message of an error or a warning, without what Python puts around it."""
     text = str(error)
     if isinstance(error, KeyError) and error.args:
         # Its text is the repr of its argument: a sentence of ours, or a mere key.

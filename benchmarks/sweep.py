@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks import stopping
 from benchmarks.places import Place
 from benchmarks.runs import RESULT, Run, tell
-from benchmarks.stopping import expected, one_line
+from benchmarks.stopping import expected, one_line, plain_warnings
 from iwsft.extras import named
 
 RETRIES = 2
@@ -115,7 +115,7 @@ def _problems(
 ) -> list[str | None]:
     """Run one item, perhaps in a process of its own; of each run the error that can be mended."""
     try:
-        with named():
+        with named(), plain_warnings():
             errors = work(item) or [None] * len(item.runs)
     except expected() as error:
         stopping.check()

@@ -81,3 +81,25 @@ def test_an_error_of_interrupted_code_is_the_interruption(
     assert end.value.code == 128 + number
     # Nothing was watched, so there may be nothing to continue.
     assert capsys.readouterr().err == "stopped\nstopped\n"
+
+
+def test_a_warning_is_one_line_in_a_command_and_in_the_processes_of_its_runs() -> None:
+    program = """
+import warnings
+from pathlib import Path
+from benchmarks import places, stopping, sweep
+from benchmarks.sweep import Stack, Summary
+
+def work(stack):
+    warnings.warn("of a run:\\n  look", stacklevel=1)
+
+with stopping.command():
+    warnings.warn("of the command", stacklevel=1)
+    with places.place(None, items=2, jobs=2) as place:
+        sweep.run_all(work, [Stack(())] * 2, place, Summary())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True
+    )
+    lines = {"warning: of the command", "warning: of a run: look"}
+    assert set(done.stderr.splitlines()) == lines
