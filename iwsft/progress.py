@@ -70,7 +70,7 @@ class Progress(progress.Progress):
         while not self._stopped.wait(INTERVAL):
             for task in self.tasks:
                 if not task.finished:
-                    line = f"{task.description}: {describe(task)}"
+                    line = ": ".join(filter(None, (task.description, describe(task))))
                     self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -29,11 +29,12 @@ def test_a_line_for_each_unfinished_task_at_every_interval(
         progress.update(progress.add_task("ended", total=3), completed=3)
         progress.add_task("[odd] name", total=8, completed=2, note="loss 0.5")
         progress.add_task("endless", total=None, note="waiting")
+        progress.add_task("silent", total=None)
         time.sleep(0.2)
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
     assert captured.out == "" and len(lines) >= 2
-    assert set(lines) == {"[odd] name: 2/8  loss 0.5", "endless: waiting"}
+    assert set(lines) == {"[odd] name: 2/8  loss 0.5", "endless: waiting", "silent"}
 
 
 def test_items_are_counted_where_there_are_no_bars() -> None:
