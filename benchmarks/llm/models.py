@@ -194,6 +194,19 @@ def with_adapters(model: Any, rank: int, *, seed: int) -> Any:
     return get_peft_model(model, config)
 
 
+def merge_adapters(
+    model: str, adapters: str, home: Path, *, trust_remote_code: bool = False
+) -> Mapping[str, Any]:
+    """Save a model with adapters merged into its weights, in float32, and its tokenizer."""
+    from peft import PeftModel
+
+    base: Any
+    base, tokenizer = load(model, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    PeftModel.from_pretrained(base, adapters).merge_and_unload().save_pretrained(home)
+    tokenizer.save_pretrained(home)
+    return {"model": model, "adapters": adapters}
+
+
 def _unloadable(name: str, problem: str, error: BaseException) -> ValueError:
     """What to tell of an error of transformers: its reason in a line, and the way out."""
     reason = str(error).strip().partition("\n")[0] or type(error).__name__

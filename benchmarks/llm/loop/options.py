@@ -79,9 +79,11 @@ class Sampling:
     samples_per_prompt: int = 8
     """Answers to each prompt in a round."""
     sampling_temperature: float = 1.0
-    """Temperature of the softmax that tokens are sampled from."""
+    """Temperature of the softmax that tokens are sampled from. With another than 1, answers are not
+    drawn from pi_ref, which is the model itself."""
     top_p: float = 1.0
-    """Probability mass of the likeliest tokens to sample from."""
+    """Probability mass of the likeliest tokens to sample from. Below 1, answers are not drawn from
+    pi_ref, which is the model itself."""
     max_tokens: int = 512
     """Most tokens of an answer."""
     instruction: Annotated[str | None, option("TEXT")] = None
@@ -212,10 +214,6 @@ class LoopOptions(Repetition, Sampling, Selection, Engine, Output):
         normalized = self.job.settings.normalize_data_weights or None
         weighted = ALGORITHMS[self.algo].signed or ALGORITHMS[self.algo].by_score
         check_used("normalize_data_weights", normalized, weighted, f"in {self.algo} of the loop")
-        if self.job.settings.lora_rank is not None and self.start_from == "last":
-            raise ValueError(
-                "--lora-rank would put adapters on those of the last round; pass --start-from base"
-            )
 
 
 def verifier_of(name: str) -> str | None:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from benchmarks.llm.job import fine_tune
 from benchmarks.llm.loop.curation import annotate, select_answers, trainable, unusable
 from benchmarks.llm.loop.options import LoopOptions
 from benchmarks.llm.loop.verifiers import Prompt, Verifier
+from benchmarks.llm.models import make_once, merge_adapters
 from benchmarks.runs import RESULT, tell
 from benchmarks.statistics import interval_over_questions
 from iwsft import checkpoint
@@ -35,7 +37,7 @@ from iwsft.language.generations import (
 from iwsft.loop import Round, Stages
 
 SCORES, CURATED, TRAINED_ON = "scores.jsonl", "curated.jsonl", "rows.jsonl"
-TRAINING, EVALUATION = "training", "evaluation"
+TRAINING, MODEL, EVALUATION = "training", "model", "evaluation"
 # Verdicts that are written together.
 _BATCH = 64
 # A verifier that fails on all of so many answers is broken.
@@ -273,13 +275,24 @@ class LanguageLoop:
         result = json.loads((run.folder / RESULT).read_text())
         if note := result.get("q", {}).get("note"):
             tell(f"round {one.number}: {note}")
-        policy = (run.folder / checkpoint.FOLDER).relative_to(one.root)
+        trained = run.folder / checkpoint.FOLDER
+        if options.job.settings.lora_rank is not None and options.start_from == "last":
+            trained = self._merge(one, trained)
+        policy = trained.relative_to(one.root)
         names = ("steps", "ESS", "ESS_min", "weight_max")
         return {
             "policy": str(policy),
             "replayed": len(earlier),
             **{name: result[name] for name in names if name in result},
         }
+
+    def _merge(self, one: Round, adapters: Path) -> Path:
+        """The whole model, so that the next round puts new adapters on weights without any."""
+        merge = partial(merge_adapters, one.policy, str(adapters))
+        code = self.options.trust_remote_code
+        folder = make_once(one.folder / MODEL, partial(merge, trust_remote_code=code))
+        clear_device_cache(garbage_collection=True)
+        return folder
 
 
 def _keys(prompts: Iterable[Prompt], samples: int) -> list[Key]:

@@ -151,6 +151,31 @@ def test_a_round_is_what_its_files_say(
     assert settings | json.loads(json.dumps(again.settings)) == settings
 
 
+def test_each_round_trains_new_adapters_on_the_model_of_the_last_one(
+    run: Callable[..., list[dict[str, Any]]], place: Path, tmp_path: Path
+) -> None:
+    """By hand: W + 2 B A is what the next round starts from, also after a kill once it is there."""
+    rows = run("--lora-rank", "4", "--rounds", "2")
+    home, policy = tmp_path / "loop", place / "model"
+    for number in (1, 2):
+        training = home / f"round-{number}" / "training" / "llm" / "round" / "iw-sft" / "seed-0"
+        first = next(each for each in lines(training / "metrics.jsonl") if "loss" in each)
+        assert (first["ESS"], first["weight_max"], first["weight_mean"]) == (1, 1, 1)
+        adapters = load_file(training / "checkpoint" / "adapter_model.safetensors")
+        expected = load_file(policy / "model.safetensors")
+        policy = home / rows[number]["policy"]
+        for name, b in adapters.items():
+            if ".lora_B." in name:
+                layer = name.removeprefix("base_model.model.").replace("lora_B.", "")
+                expected[layer] += 2 * b @ adapters[name.replace("lora_B", "lora_A")]
+                assert b.any()
+        torch.testing.assert_close(load_file(policy / "model.safetensors"), expected)
+    whole = contents(home)
+    (home / "round-2" / "fine_tune.json").unlink()
+    run("--lora-rank", "4", "--rounds", "2", "--resume")
+    assert contents(home) == whole
+
+
 def test_a_round_of_sft_is_finetune_on_its_rows(
     run: Callable[..., list[dict[str, Any]]], place: Path, tmp_path: Path
 ) -> None:
@@ -367,7 +392,6 @@ def test_an_answer_without_a_verdict_is_never_right(
         (["--algo", "sft-q", "--verifier", "integer"], "pass --quality pass-rate"),
         (["--normalize-data-weights"], "--normalize-data-weights True changes nothing in iw-sft"),
         (["--micro-batch-size", "3"], "--micro-batch-size 3 does not divide the 4 draws"),
-        (["--lora-rank", "4"], "pass --start-from base"),
         (["--eval-samples", "4"], "--eval-samples 4 changes nothing without --eval-prompts"),
         (["--verifier", "math", "--min-score", "0"], "gives 0 or 1, so it must be above 0"),
         (["--sampling-temperature", "0"], "--sampling-temperature 0.0: a finite number above 0"),
