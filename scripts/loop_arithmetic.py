@@ -3,9 +3,9 @@
 python scripts/loop_arithmetic.py --out runs/loop-arithmetic
 python scripts/loop_arithmetic.py --out runs/loop-rate --algo sft iw-sft --learning-rate 8e-4
 
-Writes the prompts, runs a loop for each algorithm and seed by the command `iwsft loop`, and prints
-the tables of docs/loop.md: means over seeds and their differences by round, with 95 % intervals.
-The same call continues what a kill leaves.
+Writes the prompts, runs a loop for each algorithm and seed by the command `iwsft loop`, one on each
+core, and prints the tables of docs/loop.md: means over seeds and their differences by round, with
+95 % intervals. The same call continues what a kill leaves. A loop that fails ends the script.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from concurrent.futures import FIRST_COMPLETED, Future, as_completed, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from benchmarks.llm.recipes.arithmetic import BaseSettings
 from benchmarks.llm.recipes.arithmetic.base import base_model
 from benchmarks.llm.recipes.arithmetic.task import Split, problems
 from benchmarks.options import parse
+from benchmarks.places import place
 from benchmarks.report.loops import seed_grids
 from benchmarks.report.page import write_report
 from iwsft.files import written_whole
@@ -61,6 +63,7 @@ def main(options: Options) -> None:
     model = base_model(options.out, seed=0, settings=BaseSettings())
     prompts = _write(options.out / "prompts.jsonl", options.prompts, 1_000_000, "train")
     held_out = _write(options.out / "held-out.jsonl", options.held_out, 1, "held-out")
+    loops = []
     for algo in options.algo:
         rate = options.learning_rate or RATES.get(algo)
         if rate is None:
@@ -76,14 +79,29 @@ def main(options: Options) -> None:
                 *(TRAINING if algo in WEIGHTED else TRAINING[:-2]),
                 *("--out", str(options.out / algo / f"seed-{seed}"), "--resume"),
             ]
-            print("iwsft loop", shlex.join(words), file=sys.stderr)
-            # What a loop records as its command.
-            sys.argv = ["iwsft loop", "loop", *words]
-            loop(words)
+            loops.append(words)
+    # The first error ends the block, which ends the loops that still run.
+    with place(None, items=len(loops), jobs=None) as here:
+        running: set[Future[None]] = set()
+        for words in loops:
+            running.add(here.submit(_run, words))
+            if len(running) == here.jobs:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+        for future in as_completed(running):
+            future.result()
     report = write_report(options.out, options.out / "report")
     for title, grid in seed_grids(report.loops).items():
         Console().print(grid.rich(title))
     print(f"Report: {report.page}")
+
+
+def _run(words: list[str]) -> None:
+    print("iwsft loop", shlex.join(words), file=sys.stderr)
+    # What a loop records as its command.
+    sys.argv = ["iwsft loop", "loop", *words]
+    loop(words)
 
 
 def _write(path: Path, count: int, seed: int, split: Split) -> Path:
