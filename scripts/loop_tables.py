@@ -1,10 +1,11 @@
-"""Tables of the loops over seeds, in docs/loop.md."""
+"""Tables of the loops, in docs/loop.md."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+from benchmarks.report import loops as report
 from benchmarks.report.document import Grid
 from benchmarks.report.loops import COMPARED, RecordedLoop, seed_grids
 
@@ -16,6 +17,8 @@ LOOPS = {
     ),
     "loop_arithmetic_8e-4.json": ("sft", "iw-sft", "iw-sft less sft"),
     "loop_arithmetic_wide.json": ("sft", "iw-sft", "iw-sft less sft"),
+    # A single loop.
+    "loop_gsm8k.json": (),
     "loop_hopper.json": (
         *("sft-q", "iw-sft-q", "iw-sft-q-ess0.4", "cloned-ess0.4"),
         *("iw-sft-q less sft-q", "iw-sft-q-ess0.4 less sft-q"),
@@ -25,7 +28,13 @@ LOOPS = {
 
 
 def loop_grid(name: str, kind: str, results: Path) -> Grid:
-    """Means over seeds of a fact of the rounds, and paired differences, with 95 % intervals."""
+    """Means over seeds of a fact of the rounds, and paired differences, with 95 % intervals.
+
+    Of a single loop it is the table of its rounds.
+    """
+    if not LOOPS[name]:
+        (record,) = json.loads((results / name).read_text())
+        return report.loop_grid(record["rounds"])
     records = {record["loop"]: record for record in json.loads((results / name).read_text())}
     order = [row for row in LOOPS[name] if " less " not in row]
     loops = [
