@@ -172,8 +172,10 @@ class TransformersGenerator(Generator):
 class VLLMGenerator(Generator):
     """Generates with vLLM, which batches by itself and promises that a seed fixes the tokens.
 
-    ``dtype`` is torch's name of a number format or ``"auto"``. ``parallel`` GPUs share one copy of
-    the model, a folder or hub id.
+    ``dtype`` is torch's name of a number format; ``"auto"`` keeps the format of the files.
+    ``parallel`` GPUs share one copy of the model, a folder or hub id. vLLM raises temperatures
+    between 0 and 0.01 to 0.01, with a warning, and ``min_tokens`` holds back the model's own end
+    token even where it is not among the stop tokens.
     """
 
     def __init__(
@@ -183,6 +185,13 @@ class VLLMGenerator(Generator):
             from vllm import LLM, SamplingParams
         except ImportError as error:
             raise ImportError(f"vLLM does not load ({error}); pip install vllm") from error
+        if dtype == "auto":
+            from transformers import AutoConfig
+
+            config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+            # vLLM's own "auto" takes half of the bits of float32.
+            if config.get_text_config().dtype == torch.float32:
+                dtype = "float32"
         self._settings = SamplingParams
         self._engine = LLM(
             model=model,

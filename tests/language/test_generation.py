@@ -6,6 +6,7 @@ import math
 import sys
 import types
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -188,14 +189,16 @@ def test_vllm_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_vllm_gets_its_documented_arguments(
-    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Against a stand-in that keeps to vLLM's documented conventions: the stop token is among
     ``token_ids``, ``stop_token_ids`` are ignored for ``min_tokens``, a list of settings goes with
-    a list of prompts. vLLM itself is not run."""
+    a list of prompts. test_generation_vllm.py runs vLLM itself."""
 
     class LLM:
-        def __init__(self, model: str, **_: Any) -> None:
+        def __init__(self, model: str, dtype: str, **_: Any) -> None:
+            # Its own "auto" takes half of the bits of float32.
+            assert dtype == "float32"
             limit = types.SimpleNamespace(max_model_len=64)
             self.llm_engine = types.SimpleNamespace(model_config=limit)
 
@@ -221,7 +224,8 @@ def test_vllm_gets_its_documented_arguments(
     requests = [Request(prompt, 6 + 5 * row, row, row) for row, prompt in enumerate(PROMPTS)]
     stop = frozenset(plain(model, requests[1], frozenset()).tokens[3:5])
     ours = TransformersGenerator(model).generate(requests, stop=stop)
-    generator = VLLMGenerator("a-model")
+    model.save_pretrained(tmp_path)
+    generator = VLLMGenerator(str(tmp_path))
     assert generator.generate(requests, stop=stop) == ours
     assert {completion.stop is None for completion in ours} == {True, False}
     assert generator.context == 64 and generator.generate([], stop=stop) == []
