@@ -186,6 +186,7 @@ def _launch(
         # Which config fits depends on the model.
         states = _states(prepare(runs[0]).model, runs[0])
     launch = choose(options.deepspeed[0] if options.deepspeed else None, hardware, states)
+    launch.check_startable()
     runs = [replace(run, launch=launch) for run in runs]
     # Once, and not by all processes at a time.
     _prepare(runs, [*{run.seed: run for run in _open(runs)}.values()])

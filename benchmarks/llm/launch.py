@@ -143,6 +143,16 @@ class Launch:
             variables |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         return variables
 
+    def check_startable(self) -> None:
+        """Check that :func:`start` can start the processes from this one."""
+        if "LOCAL_RANK" in os.environ:
+            raise ValueError(
+                "LOCAL_RANK is set: this is one of several processes already, and --deepspeed "
+                "would start more in each; run the command by plain python"
+            )
+        if self.engine == "deepspeed":
+            require("deepspeed")
+
 
 def choose(config: str | None, hardware: Hardware, states: States | None = None) -> Launch:
     """Choose what to start on this hardware, for a model of these ``states``.
@@ -215,13 +225,6 @@ def threads_of(cores: int, processes: int) -> int:
 
 def start(launch: Launch, module: str, arguments: Sequence[str]) -> int:
     """Run ``python -m module ARGUMENTS`` in each process, wait, and return the exit status."""
-    if "LOCAL_RANK" in os.environ:
-        raise ValueError(
-            "LOCAL_RANK is set: this is one of several processes already, and --deepspeed would "
-            "start more in each; run the command by plain python"
-        )
-    if launch.engine == "deepspeed":
-        require("deepspeed")
     words = [module, *arguments]
     with patch_environment(**launch.environment()):
         if launch.engine == "single":

@@ -275,6 +275,18 @@ def test_rows_that_do_not_fit_the_model_are_refused_before_training(
     assert "a: max_length=40 cuts off all that is trained" in refused(40)
 
 
+def test_processes_that_can_not_be_started_leave_no_run(
+    small: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RECIPES, "small", "small_job")
+    # As torchrun sets it.
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    words = ["--recipe", "small", "--algo", "sft", "--model", small[0], "--data", small[1]]
+    with pytest.raises(SystemExit, match="LOCAL_RANK is set"):
+        main([*words, "--deepspeed", "--out", str(tmp_path)])
+    assert not any(tmp_path.rglob("config.json"))
+
+
 def test_code_that_comes_with_a_model_runs_only_when_asked(
     job: Callable[..., Path],
     small: tuple[str, str],
