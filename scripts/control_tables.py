@@ -26,7 +26,7 @@ DIFFERENCES = {
 }
 
 
-# All forms of SFT on one dataset, and what they are compared with.
+# All forms of SFT.
 FORMS = {
     "bc": "BC",
     "bc-10": "BC-10%",
@@ -36,7 +36,8 @@ FORMS = {
     **ALGORITHMS,
     "ess0.4/iw-sft-q": "iw-SFT(Q), ESS 0.4",
 }
-FORMS_DATASET, EQUAL = "hopper-replay", "k0/iw-sft-q"
+# What they are compared with. Where SFT(Q) has the settings of iw-SFT(Q), it is that run.
+EQUAL = ("k0/iw-sft-q", "sft-q")
 
 
 def score_grid(runs: Sequence[RecordedRun]) -> Grid:
@@ -60,14 +61,23 @@ def difference_grid(runs: Sequence[RecordedRun]) -> Grid:
 
 
 def form_grid(runs: Sequence[RecordedRun]) -> Grid:
-    """Mean scores of all forms of SFT on one dataset, and their differences to equal weights."""
+    """Mean scores of all forms of SFT, and their differences to equal weights.
+
+    The datasets are those on which the last form ran.
+    """
     by_name = _by_name(runs)
-    grid = Grid([FORMS_DATASET, "score", f"less {ALGORITHMS[EQUAL]}"], left=1)
-    equal = by_name[FORMS_DATASET, EQUAL]
-    for algo, name in FORMS.items():
-        cell = by_name.get((FORMS_DATASET, algo))
-        less = NOTHING if algo == EQUAL else _difference(cell, equal)
-        grid.rows.append([name, _score(cell), less])
+    names = [name for name in datasets(by_name.values()) if (name, [*FORMS][-1]) in by_name]
+    grid = Grid(
+        ["", *(column for name in names for column in (name, "less equal weights"))], left=1
+    )
+    for algo, form in FORMS.items():
+        row = []
+        for name in names:
+            cell = by_name.get((name, algo))
+            equal = next(by_name[name, each] for each in EQUAL if (name, each) in by_name)
+            row += [_score(cell), NOTHING if cell is equal else _difference(cell, equal)]
+        if {*row} != {NOTHING}:
+            grid.rows.append([form, *row])
     return grid
 
 
