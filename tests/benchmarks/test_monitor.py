@@ -47,7 +47,7 @@ def test_running_runs_are_shown_and_others_are_not(
         (several[1].folder / monitor.FILE).write_text('{"stage": "tun')
         with monitor.noted(several[2].folder):
             monitor.note(several[2].folder, "reference")
-            wait(lambda lines: "data sft seed 2 reference: " in lines)
+            wait(lambda lines: "data sft seed 2 reference" in lines)
         (several[2].folder / runs.RESULT).write_text("{}")
         wait(lambda lines: "runs: 1/4" in {line[:9] for line in lines})
         capsys.readouterr()

@@ -106,6 +106,7 @@ TURN = {"role": "assistant", "content": "4"}
 WEIGHTED = [{**row, "weight": number / 4} for number, row in enumerate(ROWS)]
 SIGNED = [{**row, "weight": (-0.5) ** number} for number, row in enumerate(ROWS)]
 BOUNDED = ImportanceWeights(trajectory=[ClipWeight(max=1.0)])
+STEPS = ImportanceWeights(reduce=None)
 SUM = ImportanceWeights([Temperature(0.3)], "sum", [ClipWeight(max=30.0), SelfNormalize()])
 
 DFT = ImportanceWeights.dft()
@@ -120,7 +121,8 @@ LARGE = ImportanceWeights([ClipLogRatio(50.0, 60.0)], "sum")
         {"proposal": "current"},
         {"proposal": "current", **PACKED},
         {"proposal": "current", "importance_weights": SUM, **FREE},
-        {"proposal": "current", "importance_weights": ImportanceWeights(reduce=None), **PACKED},
+        # At the default rate weights reach 3e4, and amplify what two products round differently.
+        {"proposal": "current", "importance_weights": STEPS, "learning_rate": 0.01, **PACKED},
         {"proposal": "current", "importance_weights": DFT},
         {"proposal": "current", "length_normalize": False, "learning_rate": 0.01, **PACKED},
         {"proposal": "cached", "sync_every": 2, **PACKED},
