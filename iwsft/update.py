@@ -98,7 +98,9 @@ def denormals_flushed() -> Iterator[None]:
     Adam's moments of a unit that is never active decay to such numbers within some 700 updates.
     They are exact to a few digits only, and arithmetic with them takes many times as long.
     """
-    kept = bool(torch.tensor(1e-20) * torch.tensor(1e-20))
+    # Whatever the default dtype is.
+    small = torch.tensor(1e-20, dtype=torch.float32, device="cpu")
+    kept = bool(small * small)
     torch.set_flush_denormal(True)
     try:
         yield

@@ -268,21 +268,27 @@ def test_a_run_of_another_loss_or_other_data_is_refused_without_settings(tmp_pat
 
 def tiny() -> float:
     """A product below the smallest normal number of float32; 0 where such numbers are flushed."""
-    return float(torch.tensor(1e-20) * torch.tensor(1e-20))
+    small = torch.tensor(1e-20, dtype=torch.float32)
+    return float(small * small)
 
 
 @pytest.mark.skipif(not torch.set_flush_denormal(False), reason="a processor that can't flush")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("flushed", [False, True])
-def test_denormals_are_flushed_during_a_fit_and_then_as_before(flushed: bool) -> None:
+def test_denormals_are_flushed_during_a_fit_and_then_as_before(
+    flushed: bool, dtype: torch.dtype
+) -> None:
     seen: list[float] = []
     probe = Probe(1, lambda batch: seen.append(tiny()) or {})
     steps = {"observation": torch.zeros(9, 3), "action": torch.zeros(9, 2)}
     trajectories = from_steps(steps, torch.arange(9) // 3)
     loss = ImportanceWeightedMLE(GaussianPolicy(3, 2, hidden=(4,)), proposal="reference")
     torch.set_flush_denormal(flushed)
+    torch.set_default_dtype(dtype)
     try:
         fit(loss, StepSampler(trajectories, 4), Schedule(2, 0.1), probes=[probe])
         assert seen == [0, 0]
         assert (tiny() == 0) is flushed
     finally:
+        torch.set_default_dtype(torch.float32)
         torch.set_flush_denormal(False)
