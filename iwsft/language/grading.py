@@ -123,7 +123,7 @@ class Grader(TimedFunction):
 
     def __init__(self, *, seconds: float = 10.0, compare: str = _MATH_VERIFY) -> None:
         super().__init__(compare, seconds=seconds, trial=("1", "1"))
-        self._verdicts: dict[tuple[str, str], bool] = {}
+        self._verdicts: dict[tuple[str, str], tuple[bool, str | None]] = {}
         self.problems: list[str] = []
 
     def choose_comparison(self, kind: AnswerKind) -> Callable[[str, str], bool]:
@@ -147,10 +147,15 @@ class Grader(TimedFunction):
         pair = (correct, answer)
         if pair not in self._verdicts:
             equal, problem = self(correct, answer)
-            self._verdicts[pair] = bool(equal)
             if problem is not None:
-                self.problems.append(f"{answer[:60]!r} against {correct[:60]!r}: {problem}")
-        return self._verdicts[pair]
+                problem = f"{answer[:60]!r} against {correct[:60]!r}: {problem}"
+                self.problems.append(problem)
+            self._verdicts[pair] = bool(equal), problem
+        return self._verdicts[pair][0]
+
+    def problem_of(self, correct: str, answer: str) -> str | None:
+        """Return the line on a comparison that was made, if it hung or failed."""
+        return self._verdicts.get((correct, answer), (False, None))[1]
 
     def start(self) -> ProcessPoolExecutor:
         """Start the process, as every timed function does; an error names what to install."""

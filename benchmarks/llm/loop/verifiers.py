@@ -157,9 +157,9 @@ class Verifier:
             answer = None if value is None else str(value)
         if answer is None:
             return Verdict(0.0, None)
-        before = len(self._grader.problems)
         right = self._grader.choose_comparison(self._kind)(prompt.answer, answer)
-        return Verdict(float(right), answer, next(iter(self._grader.problems[before:]), None))
+        problem = self._grader.problem_of(prompt.answer, answer)
+        return Verdict(float(right) if problem is None else None, answer, problem)
 
     def __enter__(self) -> Self:
         return self

@@ -88,3 +88,13 @@ def test_what_a_verifier_of_the_users_own_may_return(
             verdict = verifier.verify(prompt, text)
             assert verdict.score == expected
             assert (verdict.problem is None) if problem is None else problem in str(verdict.problem)
+
+
+def test_an_answer_that_math_verify_can_not_compare_has_no_score() -> None:
+    prompt = Prompt("0", "", "1+1=", {"prompt": "1+1="}, "2")
+    with Verifier("math", seconds=2) as verifier:
+        # The second verdict is remembered.
+        for _ in range(2):
+            verdict = verifier.verify(prompt, r"\boxed{10^{10^{10}}}")
+            assert verdict.score is None and "no verdict in 2 s" in str(verdict.problem)
+        assert verifier.verify(prompt, r"\boxed{3}")[:] == (0.0, "3", None)
