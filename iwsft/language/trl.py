@@ -305,11 +305,18 @@ def _check(args: Any, settings: dict[str, Any]) -> None:
         raise ValueError("auto_find_batch_size starts again with another reference; set the size")
     if not isinstance(settings.get("train_dataset"), Dataset):
         raise ValueError("the reference needs all rows at the start: pass a datasets.Dataset")
-    _check_weights(settings["train_dataset"])
+    _check_columns(settings["train_dataset"])
 
 
-def _check_weights(rows: Dataset) -> None:
-    """Refuse a row's weight that is not a number, and weights of turns, which TRL does not read."""
+def _check_columns(rows: Dataset) -> None:
+    """Refuse a row's weight that is not a number, and what only our own trainer reads."""
+    for name, usual in (("correct", True), ("count", 1), ("ref_log_probs", None)):
+        for number, value in enumerate(rows[name] if name in rows.column_names else ()):
+            if value is not None and value != usual:
+                raise ValueError(
+                    f"row {number}: TRL does not read {name!r} ({value!r:.40}); use "
+                    "ImportanceWeightedTrainer, or drop such rows, or the column"
+                )
     for number, weight in enumerate(rows[_WEIGHT] if _WEIGHT in rows.column_names else ()):
         if not is_number(weight):
             raise ValueError(f"row {number}: weight must be a finite number, it is {weight!r:.60}")
