@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -25,7 +26,8 @@ from benchmarks.runs import hardware, tell, versions
 from iwsft import datasets, environments
 from iwsft.curation import Ties, curate, join
 from iwsft.datasets import OfflineDataset
-from iwsft.datasets.dataset import fingerprint_of
+from iwsft.datasets.actions import describe
+from iwsft.datasets.dataset import WHOLE, fingerprint_of
 from iwsft.evaluation import Evaluation, evaluate
 from iwsft.presets import ImportanceWeights
 from iwsft.training import Schedule
@@ -210,6 +212,12 @@ class Task:
                 problem = f"has {key}s of size {size}, {data.name} of size {needed}"
                 way_out = "pre-train on data of the same robot"
                 raise ValueError(f"--pretrain-dataset {before.name} {problem}; {way_out}")
+        # Both are mapped to [-1, 1], where the same number must be the same action.
+        theirs, ours = (part.env_kwargs.get("action_bounds", WHOLE) for part in (before, data))
+        if not all(np.allclose(a, b) for a, b in zip(theirs, ours, strict=True)):
+            problem = f"has actions of the bounds {describe(theirs)}, {data.name} {describe(ours)}"
+            way_out = "name the same environment in both (the file's attribute env_id)"
+            raise ValueError(f"--pretrain-dataset {before.name} {problem}; {way_out}")
         if before.fingerprint == data.fingerprint:
             raise ValueError(f"--pretrain-dataset {before.name} holds the same data as --dataset")
         return cls(data, before, parts)

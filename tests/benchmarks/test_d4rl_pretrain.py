@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 import pytest
 import torch
 from test_every_algorithm import start
@@ -87,6 +88,22 @@ def test_data_of_another_robot_or_the_same_data_are_refused(folder: Path) -> Non
         Task.load(str(folder / "after.hdf5"), str(folder / "wide.hdf5"))
     with pytest.raises(ValueError, match="holds the same data as --dataset"):
         Task.load(str(folder / "after.hdf5"), str(folder / "after.hdf5"))
+
+
+def test_actions_of_both_datasets_have_the_same_unit(tmp_path: Path) -> None:
+    """A torque of 0.5 of a file without an environment would be one of 1.0 in Pendulum's data."""
+    for name, env_id in (("named", "Pendulum-v1"), ("twin", "Pendulum-v1"), ("unnamed", None)):
+        generator = np.random.default_rng(len(name))
+        with h5py.File(tmp_path / f"{name}.hdf5", "w") as file:
+            file["observations"] = generator.normal(size=(20, 3)).astype(np.float32)
+            file["actions"] = generator.uniform(-1, 1, (20, 1)).astype(np.float32)
+            file["rewards"], file["terminals"] = np.ones(20), np.arange(20) % 5 == 4
+            if env_id is not None:
+                file.attrs["env_id"] = env_id
+    paths = {path.stem: str(path) for path in tmp_path.iterdir()}
+    assert Task.load(paths["named"], paths["twin"]).name == "twin--to--named"
+    with pytest.raises(ValueError, match=r"unnamed has actions of the bounds \[-1, 1\], named \["):
+        Task.load(paths["named"], paths["unnamed"])
 
 
 def test_joined_datasets_are_cut_each_by_itself(tiny_dataset: Path, tmp_path: Path) -> None:
