@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,10 @@ COMPARED = {
     "distinct": "Distinct answers to a prompt over seeds",
 }
 _SEED = "/seed-"
+# Settings in which seeds of one name may differ: each seed may have a start of its own.
+_OF_SEED = {"seed", "start", "model"}
+# Settings of the test: scores of others do not compare.
+_TEST = ("env_id", "env_kwargs", "eval_prompts", "verifier", "eval_samples")
 # What the caption says of them.
 _MEANINGS = {
     "score": "held-out, with its 95 % interval",
@@ -71,6 +76,12 @@ class RecordedLoop:
     def algo(self) -> str:
         """Algorithm that a round trains by."""
         return str(self.config.get("algo", ""))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that all seeds of a name share."""
+        settings = self.config.get("settings") or {}
+        return {name: value for name, value in settings.items() if name not in _OF_SEED}
 
     @property
     def record(self) -> dict[str, Any]:
@@ -111,14 +122,18 @@ def loop_grid(rows: Sequence[Mapping[str, Any]]) -> Grid:
 def seed_grids(loops: Sequence[RecordedLoop]) -> dict[str, Grid]:
     """Tables by title: means over the loops NAME/seed-K of each name by round, and differences.
 
-    Each has its 95 % interval; that of a difference is paired by seed.
+    Each has its 95 % interval; that of a difference is paired by seed. A loop whose settings are
+    not those of most seeds of its name, or whose seed is there already, is left out with a note.
+    Names that were not tested alike are not compared.
     """
-    groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    named: dict[str, list[RecordedLoop]] = {}
     for loop in loops:
-        name, _, seed = loop.name.rpartition(_SEED)
-        if name:
-            groups.setdefault(name, {})[seed] = loop.rows
-    groups = {name: own for name, own in groups.items() if len(own) >= MIN_SEEDS}
+        if name := loop.name.rpartition(_SEED)[0]:
+            named.setdefault(name, []).append(loop)
+    named = {name: own for name, own in named.items() if len(own) >= MIN_SEEDS}
+    groups, notes, tests = dict[str, dict[str, list[dict[str, Any]]]](), {}, {}
+    for name, own in named.items():
+        groups[name], notes[name], tests[name] = _alike(own)
     most = max((len(rows) for own in groups.values() for rows in own.values()), default=0)
     grids = {}
     for key, title in COMPARED.items():
@@ -127,8 +142,11 @@ def seed_grids(loops: Sequence[RecordedLoop]) -> dict[str, Grid]:
         grid = Grid(["", *(f"round {number}" for number in range(most))], left=1)
         for name, by_round in facts.items():
             cells = [_mean(values, form) for values in by_round]
-            grid.rows.append([f"{name} ({len(groups[name])} seeds)", *cells])
+            label = grid.marked(f"{name} ({len(groups[name])} seeds)", notes[name])
+            grid.rows.append([label, *cells])
         for one, other in itertools.combinations(facts, 2):
+            if tests[one] != tests[other]:
+                continue
             pairs = zip(facts[other], facts[one], strict=True)
             less = [{seed: x[seed] - y[seed] for seed in x if seed in y} for x, y in pairs]
             cells = [_mean(values, f"+{form}") for values in less]
@@ -136,6 +154,27 @@ def seed_grids(loops: Sequence[RecordedLoop]) -> dict[str, Grid]:
         if any(cell != NOTHING for row in grid.rows for cell in row[1:]):
             grids[title] = grid
     return grids
+
+
+def _alike(
+    loops: Sequence[RecordedLoop],
+) -> tuple[dict[str, list[dict[str, Any]]], list[str], list[Any]]:
+    """Rows by seed of the loops of a name that agree with most; notes on others; their test."""
+    texts = [json.dumps(loop.settings, sort_keys=True) for loop in loops]
+    usual = loops[texts.index(Counter(texts).most_common(1)[0][0])].settings
+    rows: dict[str, list[dict[str, Any]]] = {}
+    notes = []
+    for loop in loops:
+        seed = str(loop.config.get("seed", loop.name.rpartition(_SEED)[2]))
+        own = loop.settings
+        differ = [name for name in {**usual, **own} if usual.get(name) != own.get(name)]
+        if differ:
+            notes.append(f"{loop.name} is left out: its settings differ ({', '.join(differ)}).")
+        elif seed in rows:
+            notes.append(f"{loop.name} is left out: seed {seed} is there already.")
+        else:
+            rows[seed] = loop.rows
+    return rows, notes, [usual.get(name) for name in _TEST]
 
 
 def _values(own: Mapping[str, list[dict[str, Any]]], key: str, number: int) -> dict[str, float]:

@@ -42,3 +42,28 @@ def test_means_and_paired_differences_over_seeds() -> None:
     assert numbers(grid.rows[2][2]) == pytest.approx(expected, abs=6e-4)
     assert grids["Distinct answers to a prompt over seeds"].rows[0][1] == "-"
     assert seed_grids(loops[:2]) == {}
+
+
+def test_loops_of_other_settings_or_tests_are_not_mixed() -> None:
+    def loop(name: str, seed: int, **settings: object) -> RecordedLoop:
+        rows = [{"round": 0, "score": 0.1 * seed}]
+        return RecordedLoop(name, {"seed": seed, "settings": {"seed": seed, **settings}}, rows)
+
+    loops = [
+        *(loop(f"a/seed-{n}", n, steps=500, start=n, env_id="Hopper-v4") for n in range(3)),
+        loop("a/seed-3", 3, steps=50, env_id="Hopper-v4"),
+        # Run with the seed of another folder.
+        loop("a/seed-4", 2, steps=500, env_id="Hopper-v4"),
+        *(loop(f"b/seed-{n}", n, steps=500, env_id="Ant-v4") for n in range(3)),
+        *(loop(f"c/seed-{n}", n, steps=50, env_id="Hopper-v4") for n in range(3)),
+    ]
+    grid = seed_grids(loops)["Held-out score over seeds"]
+    assert [row[0] for row in grid.rows] == [
+        *("a (3 seeds) [1][2]", "b (3 seeds)", "c (3 seeds)"),
+        "c less a",
+    ]
+    assert grid.notes == [
+        "a/seed-3 is left out: its settings differ (steps).",
+        "a/seed-4 is left out: seed 2 is there already.",
+    ]
+    assert numbers(grid.rows[0][1])[0] == pytest.approx(0.1)
