@@ -35,6 +35,8 @@ def curated(
     trained = curated_rows(training, tokenizer, settings.max_length, cuts, beta=beta, seed=seed)
     if settings.q is None:
         return trained
+    # Each counts once, however often it would be trained on.
+    judges = [replace(row, count=None) for row in judges]
     judged = tokenize(judges, tokenizer, max_length=settings.max_length).trajectories
     score = judged.get(CORRECT if judges[0].correct is not None else SCORE).float()
     of_trajectory = score[lengths(judged).cumsum(0) - 1]
@@ -93,13 +95,16 @@ def curated_rows(
     counts = trajectories.get(MULTIPLICITY, default=None)
     if counts is not None:
         cuts, trajectories = (), trajectories.exclude(MULTIPLICITY)
-    scored = cuts or beta is not None or trajectories.get(SCORE, default=None) is not None
-    # Nothing is correlated with equal scores.
-    equal = torch.zeros(len(lengths(trajectories)))
-    score: Any = SCORE if scored else lambda _: equal
+    score = SCORE if cuts or beta is not None else _score_of(trajectories)
     weight: Any = None if beta is None else "softmax"
     trajectories = curate(trajectories, cuts=cuts, score=score, weight=weight, beta=beta, seed=seed)
     return trajectories if counts is None else trajectories.set(MULTIPLICITY, counts)
+
+
+def _score_of(trajectories: TensorDictBase) -> Any:
+    """The rows' score, or equal ones, with which nothing is correlated."""
+    equal = torch.zeros(len(lengths(trajectories)))
+    return SCORE if trajectories.get(SCORE, default=None) is not None else lambda _: equal
 
 
 def _signed(algorithm: Variant, trajectories: TensorDictBase, *, margin: float) -> TensorDictBase:
@@ -115,4 +120,4 @@ def _signed(algorithm: Variant, trajectories: TensorDictBase, *, margin: float) 
             )
         weighed = weigh_correct(trajectories, right=1 - baseline, wrong=-baseline)
     counted = weighed.get(MULTIPLICITY, default=None) is not None
-    return weighed if counted else curate(weighed, cuts=(), score="length")
+    return weighed if counted else curate(weighed, cuts=(), score=_score_of(weighed))

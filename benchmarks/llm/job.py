@@ -136,8 +136,10 @@ def _check_scores(algo: str, settings: Settings, rows: Sequence[Row]) -> None:
             )
         return
     cuts = settings.quality_cuts if ALGORITHMS[algo].quality else settings.cuts
-    weighs = ALGORITHMS[algo].by_score
-    if weighs or (cuts and all(row.count is None for row in rows)):
+    weighs, counted = ALGORITHMS[algo].by_score, any(row.count is not None for row in rows)
+    if cuts and counted:
+        tell(f"{algo}: the rows have a 'count', which stands for cuts by score: none is made")
+    if weighs or (cuts and not counted):
         try:
             check_scores([row for row in rows if row.correct is not False])
         except ValueError as error:

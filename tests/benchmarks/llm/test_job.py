@@ -21,6 +21,7 @@ from tensordict import NestedKey
 
 from benchmarks.llm.__main__ import main
 from benchmarks.llm.curation import curated
+from benchmarks.llm.job import _check_scores
 from benchmarks.llm.models import load
 from benchmarks.llm.options import ALGORITHMS
 from benchmarks.llm.recipes import RECIPES, Sources
@@ -343,6 +344,11 @@ def test_d_plus_and_its_multiplicity(small: tuple[str, str], tmp_path: Path) -> 
 
     counts = partial(column, MULTIPLICITY)
 
+    # weight_score_corr of the log is that with the score, not with the length.
+    scores = np.array([row.score for row in prepared.rows])
+    assert column(STANDARD_SCORE, "topr") == pytest.approx((scores - scores.mean()) / scores.std())
+    unscored = [replace(row, score=None) for row in prepared.rows]
+    assert not any(column(STANDARD_SCORE, "nft", rows=unscored))
     assert counts("sft") == [1] * len(right)
     # Wrong rows count where their sign does.
     assert counts("topr") == [1] * len(prepared.rows)
@@ -361,6 +367,11 @@ def test_d_plus_and_its_multiplicity(small: tuple[str, str], tmp_path: Path) -> 
         curated(prepared.rows, tokenizer, ALGORITHMS["asymre"], settings, seed=0)
     weight = np.exp([row.score / settings.rwr_beta for row in right])
     assert column(DATA_WEIGHT, "rwr") == pytest.approx(weight / weight.mean())
+    # Rows that choose the exponent count once each, and are not trained on.
+    settings = replace(settings, q="auto")
+    counted = counts("iw-sft-hard", rows=[replace(row, count=2) for row in prepared.rows])
+    assert {*counted} == {0, 2}
+    settings = replace(settings, q=None)
     found = counts("sft-q")
     assert len(found) == len(right) and sum(n == 2 for n in found) == -(-len(right) // 2)
     best = sorted((row.score for row in right), reverse=True)[: len(right) // 2]
@@ -374,3 +385,13 @@ def test_d_plus_and_its_multiplicity(small: tuple[str, str], tmp_path: Path) -> 
     # Without scores there are none, not even the lengths.
     bare = [Row("a", prompt="1+1=", completion="2" * n, count=1) for n in (1, 2)]
     assert column(STANDARD_SCORE, "sft", rows=bare) == [0, 0]
+
+
+def test_counts_of_rows_stand_for_cuts_and_it_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = Settings(learning_rate=1e-3, batch_size=4, max_steps=1)
+    rows = [Row(f"row {n}", prompt="1+1=", completion="2", score=n, count=n) for n in (1, 2)]
+    _check_scores("sft-q", settings, rows)
+    assert capsys.readouterr().err.startswith("sft-q: the rows have a 'count', which stands for")
+    _check_scores("sft", settings, rows)
+    _check_scores("sft-q", settings, [replace(row, count=None) for row in rows])
+    assert not capsys.readouterr().err
