@@ -52,9 +52,10 @@ def on_host(tensor: Tensor) -> bool:
 class Segments:
     """Which trajectory each step of a batch belongs to, and sums along the trajectories.
 
-    Results per trajectory have ``slots`` entries, a number known without reading the data: the rows
-    of a padded batch, the steps of a packed one (slots after the last trajectory are empty: length
-    0, sum 0). So nothing here waits for an accelerator, and ``torch.compile`` sees static shapes.
+    Results per trajectory have ``slots`` entries: the rows of a padded batch, the trajectories of a
+    packed one. Where reading the data is not free, on an accelerator and in ``torch.compile``, a
+    packed batch has a slot for each step, and those after the last trajectory are empty (length 0,
+    sum 0). So nothing here waits for an accelerator, and shapes are static.
 
     Attributes:
         shape: Layout of the batch, ``[N]`` or ``[B, T]``.
@@ -97,7 +98,7 @@ class Segments:
         if len(shape) == 1 and on_host(ids) and bool((ids[0, 1:] > ids[0, :-1]).all()):
             return cls(shape, torch.arange(steps), mask, steps, single_steps=mask is None)
         index = _first_steps(batch, ids, shape, traj_ids).cumsum(0) - 1
-        return cls(shape, index, mask, steps)
+        return cls(shape, index, mask, int(index[-1]) + 1 if on_host(index) else steps)
 
     def where_valid(self, x: Tensor) -> Tensor:
         """``x`` on valid steps, 0 where masked; not a product, for padding may hold NaN."""
