@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -51,7 +52,7 @@ def run(options: Options) -> list[dict[str, Any]]:
     evaluations = [_Evaluation(options, each, prompter) for each in sets]
     for evaluation in evaluations:
         evaluation.check_context()
-    with Grader() as grader:
+    with Grader() as grader, ExitStack() as opened:
         # Fails here, not after hours of generation.
         if any(each.kind == "math" for each in sets):
             grader.start()
@@ -69,14 +70,16 @@ def run(options: Options) -> list[dict[str, Any]]:
                 generations = read_generations(evaluation.folder / GENERATIONS, evaluation.keys)
                 missing = len(evaluation.keys) - len(generations)
                 if missing:
-                    model = model or load_generator(
-                        options.model,
-                        backend=options.backend,
-                        batch=options.batch,
-                        device=options.device,
-                        dtype=options.dtype,
-                        trust_remote_code=options.trust_remote_code,
-                    )
+                    if model is None:
+                        model = load_generator(
+                            options.model,
+                            backend=options.backend,
+                            batch=options.batch,
+                            device=options.device,
+                            dtype=options.dtype,
+                            trust_remote_code=options.trust_remote_code,
+                        )
+                        opened.callback(model.close)
                     evaluation.generate(model, generations)
                 cost = {
                     "generated_by_this_call": missing,

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from benchmarks.llm.evaluation.options import Options
 from benchmarks.llm.evaluation.run import run, show
 from benchmarks.stopping import expected
 from iwsft.checkpoint import CheckpointError
+from iwsft.language.generation import Completion, TransformersGenerator
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
@@ -359,6 +362,40 @@ def test_two_processes_in_one_folder(model: Path, data: Path, tmp_path: Path) ->
         pytest.raises(FileExistsError, match="another process works in"),
     ):
         run(settings(model, data, tmp_path))
+
+
+@pytest.mark.parametrize("left", [0, 3])
+def test_an_engine_is_closed_once(
+    model: Path, data: Path, tmp_path: Path, left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the tasks that share it, and where it fails; nothing is opened without questions."""
+    opened: list[Engine] = []
+
+    class Engine(TransformersGenerator):
+        closed, calls = 0, 0
+
+        def close(self) -> None:
+            self.closed += 1
+
+        def _complete(self, *request: Any) -> list[Completion]:
+            self.calls += 1
+            if self.calls == left:
+                raise RuntimeError("out of memory")
+            return super()._complete(*request)
+
+    def load(name: str, **_: Any) -> Engine:
+        opened.append(Engine(LlamaForCausalLM.from_pretrained(name)))
+        return opened[-1]
+
+    monkeypatch.setattr("benchmarks.llm.evaluation.run.load_generator", load)
+    tasks = (f"math-500={data}/math.jsonl", f"gsm8k={data}/gsm8k.jsonl")
+    options = settings(model, data, tmp_path, tasks=tasks)
+    with pytest.raises(RuntimeError, match="memory") if left else nullcontext():
+        run(options)
+    assert [engine.closed for engine in opened] == [1]
+    if not left:
+        run(replace(options, resume=True))
+        assert len(opened) == 1
 
 
 def test_a_full_disk_and_after(model: Path, data: Path, tmp_path: Path, full_disk: Any) -> None:
