@@ -120,8 +120,10 @@ def parse_groups(
     except SystemExit as end:
         if end.code:
             where = f" (with the options of {config_of(words)})" if configured else ""
+            problem = _condensed(errors.getvalue())
             print(
-                f"error: {_condensed(errors.getvalue())}{where}; see {prog} --help", file=sys.stderr
+                f"error: {problem}{where}{_for_file(problem, groups)}; see {prog} --help",
+                file=sys.stderr,
             )
         raise
     boxes = [getattr(parsed, group.__name__) for group in groups]
@@ -132,11 +134,30 @@ def _condensed(box: str) -> str:
     """What tyro writes into a box, in a line, without its title and its hint at the help."""
     lines = [" ".join(line.split()) for line in re.sub("[│╰╯]", " ", box).splitlines()]
     inside = [line for line in lines if line and not re.search("╭|full helptext|--help", line)]
+    # Where the terminal has no characters for boxes, the title and a line of "-" come first.
+    if len(inside) > 2 and set(inside[1]) == {"-"}:
+        inside = inside[2:]
     if _OF_ARGUMENT in inside:
         return _unreadable(inside[: inside.index(_OF_ARGUMENT)], *inside)
-    text = " ".join(";" if set(line) == {"─"} else line for line in inside).replace(" ; ", "; ")
+    text = " ".join(";" if set(line) in ({"─"}, {"-"}) else line for line in inside).replace(
+        " ; ", "; "
+    )
     # The command line leaves an option out instead.
     return re.sub(r"'None', |, 'None'", "", text).strip(" ;.")
+
+
+def _for_file(problem: str, groups: Iterable[type]) -> str:
+    """A hint at the first option that reads a file, where a file stands without an option."""
+    word = problem.partition("Unrecognized options: ")[2].partition(";")[0].partition(",")[0]
+    if Path(word).suffix.lower() not in _FILES or word.startswith("-"):
+        return ""
+    for group in groups:
+        for name, hint in get_type_hints(group, include_extras=True).items():
+            for about in getattr(hint, "__metadata__", ()):
+                # "FILE" alone is a file to write.
+                if "|FILE" in (getattr(about, "metavar", None) or ""):
+                    return f"; pass it as {flag(name)} {word}"
+    return ""
 
 
 def _unreadable(problem: Sequence[str], *lines: str) -> str:

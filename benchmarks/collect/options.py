@@ -19,7 +19,7 @@ T = TypeVar("T")
 class Options:
     """Collect a dataset from policies, or from an online run."""
 
-    out: str
+    out: Annotated[str, option("FILE|minari:ID")]
     """FILE.hdf5 in D4RL's layout, or minari:NAMESPACE/NAME-v0 in Minari's local store."""
     policy: Annotated[tuple[str, ...], option("POLICY [POLICY ...]", "none, with --online")] = ()
     """Policies to roll out. Each is the folder of a finished run, FILE.npz (plain arrays, see

@@ -78,6 +78,7 @@ WRONG = {
     "d4rl --preset foo": "invalid choice 'foo' for argument '--preset'. Expected one of ('paper'",
     "d4rl --resume yes": "Unrecognized options: yes; see iwsft d4rl --help",
     "d4rl extra": "Unrecognized options: extra; see iwsft d4rl --help",
+    "d4rl a.hdf5": "Unrecognized options: a.hdf5; pass it as --dataset a.hdf5; see",
     "d4rl --episodes 3": "Unrecognized options: --episodes, 3; Perhaps you meant: --curve-episodes",
     "d4rl --algo sftq": "unknown algorithm 'sftq'; did you mean 'sft-q'?",
     "d4rl --steps 0": "--steps 0: at least 1",
@@ -99,6 +100,7 @@ WRONG = {
     "llm --algo nft --nft-epsilon 2": "--nft-epsilon 2.0: at most 1",
     "finetune --model m": "--data is missing",
     "finetune --model m --data nowhere.jsonl": "there is no file nowhere.jsonl",
+    "finetune --lr 1 r.jsonl": "Unrecognized options: r.jsonl; pass it as --data r.jsonl; see",
     "finetune --recipe gsm8k": "this command sets --recipe itself: leave it out",
     "evaluate": "Missing from iwsft evaluate: --model ID|DIR Model in transformers' format",
     "evaluate --model m --tasks gsm8k=no.jsonl": "there is no file no.jsonl",
@@ -113,6 +115,7 @@ WRONG = {
     "speed": "Missing from iwsft speed: {control,baselines,language,scaling,gpu} Part of the",
     "speed contrl": "invalid choice 'contrl' for argument 'Options.subject'. Expected one of (",
     "speed control --repeats 0": "--repeats 0: at least 1",
+    "speed control a.hdf5": "Unrecognized options: a.hdf5; see iwsft speed --help",
     "report": "Missing from iwsft report: PATH Folder that --out of the runs named",
     "bandit --lr nan": "--lr nan: a finite number above 0",
 }
@@ -137,6 +140,13 @@ print({{"torch", "numpy", "scipy", "matplotlib", "transformers"}} & set(sys.modu
     lines = done.stderr.splitlines()
     for (words, message), line in zip(WRONG.items(), lines, strict=True):
         assert line.startswith(f"error: {message}"), words
+
+
+def test_a_file_without_an_option_is_told_where_other_options_are_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "loop", "rows.jsonl") == 2
+    assert "pass it as --prompts rows.jsonl; see iwsft loop --help" in capsys.readouterr().err
 
 
 def test_a_wrong_value_in_a_config_file_is_told_with_the_file(
