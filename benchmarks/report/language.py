@@ -221,9 +221,11 @@ def evaluation_grid(evaluations: Sequence[dict[str, Any]]) -> Grid:
     """
     names = ("model", "task", "questions", "answers", "avg", "95 % interval", "maj", "pass")
     grid = Grid([*names, "tokens", "cut off"])
-    for result in (result for result in evaluations if "damage" not in result):
+    whole = [result for result in evaluations if "damage" not in result]
+    models = _short_names([result["model"] for result in whole])
+    for result in whole:
         n, interval = result["n"], interval_text(tuple(result["avg_interval"]))
-        row = [Path(result["model"]).name, result["title"], str(result["questions"]), str(n)]
+        row = [models[result["model"]], result["title"], str(result["questions"]), str(n)]
         row += [f"{result['avg']:.1f}", interval]
         row += (
             [NOTHING] * 2
@@ -238,6 +240,16 @@ def evaluation_grid(evaluations: Sequence[dict[str, Any]]) -> Grid:
         row.append(NOTHING if cut_off is None else f"{cut_off / (result['questions'] * n):.0%}")
         grid.rows.append(row)
     return grid
+
+
+def _short_names(models: Sequence[str]) -> dict[str, str]:
+    """The end of each model's path, long enough that no two models have the same."""
+    parts = {model: Path(model).parts for model in models}
+    for size in range(1, max(map(len, parts.values()), default=0) + 1):
+        names = {model: "/".join(own[-size:]) for model, own in parts.items()}
+        if len({*names.values()}) == len(parts):
+            return names
+    return {model: model for model in models}
 
 
 def published_grid(evaluations: Sequence[dict[str, Any]]) -> tuple[Grid, str]:

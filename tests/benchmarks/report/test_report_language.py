@@ -210,6 +210,17 @@ def test_evaluations_have_the_papers_numbers_beside_them(tmp_path: Path) -> None
     assert len(cells_of(text, "mine")) == 2
 
 
+def test_models_whose_folders_have_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    for algo in ("sft", "iw-sft"):
+        evaluation(tmp_path / algo, "checkpoint", "gsm8k")
+        path = tmp_path / algo / "checkpoint/gsm8k/result.json"
+        path.write_text(path.read_text().replace("models/", f"runs/llm/gsm8k/{algo}/seed-0/"))
+    write_report(tmp_path, tmp_path / "report")
+    text = (tmp_path / "report/report.md").read_text()
+    assert len(cells_of(text, "sft/seed-0/checkpoint")) == 1
+    assert len(cells_of(text, "iw-sft/seed-0/checkpoint")) == 1
+
+
 def test_the_order_is_that_of_the_language_job() -> None:
     assert sorted(NAMES, key=algorithm_rank) == list(NAMES)
 
