@@ -39,7 +39,7 @@ class Prompter:
     def prompt(self, text: str) -> list[int]:
         """Encode a user's text as the prompt that the model answers."""
         if self.tokenizer.chat_template is None:
-            return list(self.tokenizer.encode(f"{text}\n\n"))
+            return encode_prompt(self.tokenizer, f"{text}\n\n")
         return self.chat([{"role": "user", "content": text}])
 
     def chat(self, messages: Sequence[Any]) -> list[int]:
@@ -48,6 +48,13 @@ class Prompter:
             list(messages), tokenize=False, add_generation_prompt=True
         )
         return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+
+def encode_prompt(tokenizer: Any, text: str) -> list[int]:
+    """Encode a text to continue: without the EOS that some tokenizers put after every text."""
+    ids, own = (list(tokenizer.encode(text, add_special_tokens=x)) for x in (True, False))
+    ended = [*own, tokenizer.eos_token_id]
+    return ids[:-1] if ids[-len(ended) :] == ended else ids
 
 
 def turn_end(tokenizer: Any) -> set[int]:

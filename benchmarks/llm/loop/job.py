@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,11 @@ from benchmarks.runs import hardware, tell, versions
 from iwsft.language.generations import Prompter
 from iwsft.loop import run_loop
 
+# Columns whose text is often a part of the question.
+_OF_QUESTIONS = (
+    *("system", "system_prompt", "system_message", "history", "instruction", "instructions"),
+    *("context", "input", "documents", "tools", "question", "problem"),
+)
 _PACKAGES = ("iwsft", "torch", "transformers", "vllm", "accelerate", "math-verify")
 
 
@@ -36,7 +42,8 @@ def run_rounds(options: LoopOptions) -> list[dict[str, Any]]:
     prompts = _read(options, options.prompts, prompter, limit=options.limit)
     held_out = _read(options, options.eval_prompts, prompter) if options.eval_prompts else []
     _check_apart(prompts, held_out)
-    if note := describe_twins(options.prompts, prompts):
+    notes = describe_twins(options.prompts, prompts), describe_unread(options.prompts, prompts)
+    for note in filter(None, notes):
         tell(note)
     settings = {
         "model": prompter.identity,
@@ -119,6 +126,21 @@ def describe_twins(source: str, prompts: Sequence[Prompt]) -> str | None:
         f"{len(twins)} prompts of {source} have the text of an earlier one, {other} of them with "
         f"another answer; first: {twins[0][0].where} and {twins[0][1].where}"
     )
+
+
+def describe_unread(source: str, prompts: Sequence[Prompt]) -> str | None:
+    """A sentence on columns that may belong to the question and are not in the prompts."""
+    counts: Counter[str] = Counter()
+    for prompt in prompts:
+        asked = "".join("".join(str(turn.get("content")) for turn in prompt.messages).split())
+        for name in _OF_QUESTIONS:
+            value = prompt.row.get(name)
+            if value and not (isinstance(value, str) and "".join(value.split()) in asked):
+                counts[name] += 1
+    if not counts:
+        return None
+    columns = ", ".join(f"{name!r} ({count} rows)" for name, count in counts.items())
+    return f"{source}: the model is not asked {columns}; write it into the prompt if it matters"
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:

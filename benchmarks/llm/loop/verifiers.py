@@ -15,7 +15,7 @@ from iwsft.datasets.text.rows import check_text
 from iwsft.datasets.text.sources import records, row_named
 from iwsft.fingerprint import file_sha256, fingerprint
 from iwsft.language import grading, verification
-from iwsft.language.generations import Prompter
+from iwsft.language.generations import Prompter, encode_prompt
 from iwsft.language.grading import Grader, TimedFunction
 from iwsft.language.verification import extract_answer, parse_integer, parse_letter
 
@@ -40,7 +40,7 @@ class Prompt:
             return prompter.chat(self.messages)
         if not isinstance(self.content, str):
             raise ValueError(f"{self.where}: messages need a model with a chat template")
-        return list(prompter.tokenizer.encode(self.content))
+        return encode_prompt(prompter.tokenizer, self.content)
 
     @property
     def messages(self) -> list[dict[str, Any]]:

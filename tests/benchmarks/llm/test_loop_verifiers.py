@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
-from benchmarks.llm.loop.job import describe_twins
+from benchmarks.llm.loop.job import describe_twins, describe_unread
 from benchmarks.llm.loop.verifiers import Prompt, Verifier, read_prompts
+from iwsft.language.generations import Prompter
+from tests.datasets.text.chat_tokenizers import byte_level
 
 ODD = """
 import math, time
@@ -88,6 +91,33 @@ def test_what_a_verifier_of_the_users_own_may_return(
             verdict = verifier.verify(prompt, text)
             assert verdict.score == expected
             assert (verdict.problem is None) if problem is None else problem in str(verdict.problem)
+
+
+def test_parts_of_a_question_that_the_prompt_lacks_are_told(tmp_path: Path) -> None:
+    rows = [
+        {"question": "Who?", "context": "Ada wrote it.", "answer": "Ada", "tests": "x"},
+        {"prompt": "Be brief. Who?", "system": "Be  brief.", "answer": "Ada"},
+        {"messages": [{"role": "user", "content": "Who?"}], "tools": [{"name": "search"}]},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = read_prompts(str(tmp_path / "rows.jsonl"), "my.verifiers:score")
+    told = describe_unread("rows.jsonl", prompts)
+    assert told is not None and "is not asked 'context' (1 rows), 'tools' (1 rows);" in told
+    assert describe_unread("rows.jsonl", prompts[1:2]) is None
+
+
+def test_a_prompt_has_no_end_that_the_tokenizer_puts_after_texts() -> None:
+    tokenizer = byte_level(None, eos="<|endoftext|>")
+    plain = tokenizer.encode("1+1=\n\n")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", tokenizer.eos_token_id)]
+    )
+    assert tokenizer.encode("1+1=\n\n") == [*plain, tokenizer.eos_token_id]
+    prompter = Prompter(tokenizer, frozenset(), None, None, "")
+    assert prompter.prompt("1+1=") == plain
+    assert Prompt("0", "", "1+1=\n\n", {}).tokens(prompter) == plain
+    own = Prompt("0", "", "1+1=\n\n<|endoftext|>", {})
+    assert own.tokens(prompter) == [*plain, tokenizer.eos_token_id]
 
 
 def test_an_answer_that_math_verify_can_not_compare_has_no_score() -> None:
