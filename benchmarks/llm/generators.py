@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from benchmarks.llm.models import check_fit, context_of, load, load_config, load_tokenizer, locate
+from iwsft.fingerprint import weights_sha256
 from iwsft.language.generation import Generator, TransformersGenerator, VLLMGenerator
 from iwsft.language.generations import Prompter, turn_end
 
@@ -36,7 +36,7 @@ def load_prompter(model: str, *, trust_remote_code: bool = False) -> Prompter:
         frozenset(stop),
         context_of(config),
         f"{note}, which suits only base models" if tokenizer.chat_template is None else None,
-        getattr(config, "_commit_hash", None) or _digest(Path(name)),
+        getattr(config, "_commit_hash", None) or weights_sha256(Path(name)),
     )
 
 
@@ -56,18 +56,3 @@ def load_generator(
         return VLLMGenerator(locate(model), parallel=gpus, **settings)
     decoder, _ = load(model, device_map=device, **settings)
     return TransformersGenerator(decoder, batch_size=batch)
-
-
-def _digest(folder: Path) -> str:
-    """Return the SHA-256 of the weight files' names, sizes and 16 blocks spread over each."""
-    # All of 65 GB would take minutes; training changes every block.
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".bin"):
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}\n".encode())
-            with path.open("rb") as file:
-                for number in range(16):
-                    file.seek(max(0, size - 2**16) * number // 15)
-                    digest.update(file.read(2**16))
-    return digest.hexdigest()

@@ -53,7 +53,7 @@ from benchmarks.llm.recipes import Prepared, Sources, load_recipe
 from benchmarks.llm.settings import Settings
 from benchmarks.runs import RESULT, alone_in, hardware, versions, write_json
 from iwsft import checkpoint
-from iwsft.fingerprint import file_sha256
+from iwsft.fingerprint import WEIGHTS, file_sha256, fingerprint, folder_sha256, weights_sha256
 from iwsft.language import tokenize
 from iwsft.language.config import ImportanceWeightedConfig
 from iwsft.language.saving import last, written_aside
@@ -167,10 +167,11 @@ def config_of(run: Run) -> dict[str, Any]:
         "seed": run.seed,
         **{name: value for name in _SOURCES if (value := getattr(options, name)) is not None},
     }
-    for name in ("data", "eval_data"):
+    for name in ("model", "data", "eval_data"):
         source = getattr(options, name)
-        if source is not None and (file := Path(source).expanduser()).is_file():
-            settings[f"{name}_sha256"] = file_sha256(file)
+        # What a path holds may change under its name; a hub id names no file.
+        if source is not None and (path := Path(source).expanduser()).exists():
+            settings[f"{name}_sha256"] = _content_sha256(path)
     if run.algorithm is not None:
         settings["training"] = recorded(options.settings, run.algorithm)
     return {
@@ -182,6 +183,15 @@ def config_of(run: Run) -> dict[str, Any]:
         "command": typed("llm"),
         "options": to_file(options, run.algo, run.seed),
     }
+
+
+def _content_sha256(path: Path) -> str:
+    """SHA-256 of a file, of the weights in a folder, or of all files of a folder without any."""
+    if path.is_file():
+        return file_sha256(path)
+    if any(file.suffix in WEIGHTS for file in path.iterdir()):
+        return weights_sha256(path)
+    return fingerprint(folder_sha256(path, without=""))
 
 
 def train_and_score(run: Run) -> None:
