@@ -302,9 +302,11 @@ def exponential(log_weight: Tensor) -> Tensor:
 
 def log_mean_exp(log_weight: Tensor, share: Tensor) -> Tensor:
     """log(sum m w / sum m), m the shares, in float64; elements of share 0 do not count."""
-    log_terms = torch.where(share > 0, log_weight + share.double().log(), -math.inf)
-    total = torch.logsumexp(log_terms.reshape(-1), 0) - share.sum(dtype=torch.float64).log()
-    return total.to(log_weight.dtype)
+    top = torch.where(share > 0, log_weight, -math.inf).amax()
+    share = torch.where(share > 0, share.double(), 0.0)
+    # Equal weights make the same sum twice, so their mean is exact.
+    mean = (share * _shifted(log_weight, share).exp()).sum() / share.sum()
+    return (top.double() + mean.log()).to(log_weight.dtype)
 
 
 def log_ess(log_weight: Tensor, share: Tensor) -> Tensor:
