@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from benchmarks.report.aggregates import signed
 from benchmarks.report.document import NOTHING, Grid, interval_text
 from benchmarks.report.scores import Cell, cells, compare, datasets
 from benchmarks.results import RecordedRun
+from benchmarks.statistics import difference, t_interval
 
 ALGORITHMS = {
     "sft-q": "SFT(Q)",
@@ -26,7 +28,7 @@ DIFFERENCES = {
 }
 
 
-# All forms of SFT.
+# All forms of SFT, and baselines.
 FORMS = {
     "bc": "BC",
     "bc-10": "BC-10%",
@@ -35,7 +37,12 @@ FORMS = {
     "iw-sft-step": "iw-SFT-step",
     **ALGORITHMS,
     "ess0.4/iw-sft-q": "iw-SFT(Q), ESS 0.4",
+    "iql": "IQL",
+    "td3-bc": "TD3+BC",
 }
+_SHARP = "ess0.4/iw-sft-q"
+# Weights, and what they are compared with at the same learning rate and number of updates.
+DRAWN = {"iw-sft": "sft", "iw-sft-q": "sft-q"}
 # What they are compared with. Where SFT(Q) has the settings of iw-SFT(Q), it is that run.
 EQUAL = ("k0/iw-sft-q", "sft-q")
 
@@ -63,10 +70,10 @@ def difference_grid(runs: Sequence[RecordedRun]) -> Grid:
 def form_grid(runs: Sequence[RecordedRun]) -> Grid:
     """Mean scores of all forms of SFT, and their differences to equal weights.
 
-    The datasets are those on which the last form ran.
+    The datasets are those on which a target ESS ran.
     """
     by_name = _by_name(runs)
-    names = [name for name in datasets(by_name.values()) if (name, [*FORMS][-1]) in by_name]
+    names = [name for name in datasets(by_name.values()) if (name, _SHARP) in by_name]
     grid = Grid(
         ["", *(column for name in names for column in (name, "less equal weights"))], left=1
     )
@@ -81,6 +88,26 @@ def form_grid(runs: Sequence[RecordedRun]) -> Grid:
     return grid
 
 
+def draw_grid(runs: Sequence[RecordedRun]) -> Grid:
+    """What weights gain on each draw of a dataset, and on average: an interval over the draws."""
+    by_name = _by_name(runs)
+    names = datasets(by_name.values())
+    pairs = [[[by_name[name, algo] for name in names] for algo in pair] for pair in DRAWN.items()]
+    titles = [[FORMS[other], f"{FORMS[algo]} less {FORMS[other]}"] for algo, other in DRAWN.items()]
+    grid = Grid(["draw", *itertools.chain(*titles)], left=1)
+    for i, name in enumerate(names):
+        row = [(_score(others[i]), _difference(ours[i], others[i])) for ours, others in pairs]
+        grid.rows.append([name, *itertools.chain(*row)])
+    row = []
+    for pair in pairs:
+        ours, others = (np.array([[cell.mean] for cell in cells]) for cells in pair)
+        low, high = (float(end) for end in t_interval(others[:, 0]))
+        score = f"{others.mean():.1f} ({interval_text((low, high))})"
+        row += [score, signed(difference(ours, others, paired=True))]
+    grid.rows.append([f"mean of {len(names)} draws", *row])
+    return grid
+
+
 def _by_name(runs: Sequence[RecordedRun]) -> dict[tuple[str, str], Cell]:
     return {(cell.dataset, cell.algo): cell for cell in cells(runs)}
 
@@ -90,8 +117,8 @@ def _score(cell: Cell | None) -> str:
 
 
 def _difference(ours: Cell | None, others: Cell | None) -> str:
-    difference = None if ours is None or others is None else compare([ours], [others])
-    if ours is None or others is None or difference is None:
+    gap = None if ours is None or others is None else compare([ours], [others])
+    if ours is None or others is None or gap is None:
         return NOTHING
     same = ours.seeds == others.seeds and np.array_equal(ours.values, others.values)
-    return "0 in each run" if same else signed(difference)
+    return "0 in each run" if same else signed(gap)

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from benchmarks.results import CONTROL, read_runs
-from scripts.control_tables import difference_grid, form_grid, score_grid
+from scripts.control_tables import difference_grid, draw_grid, form_grid, score_grid
 from scripts.loop_tables import LOOPS, loop_grid
 from scripts.method_tables import method_grid
 
@@ -21,7 +21,12 @@ RESULTS = ROOT / "docs/results"
 PAGES = [
     ROOT / name for name in ("README.md", "docs/loop.md", "docs/methods.md", "docs/results.md")
 ]
-_CONTROL = {"scores": score_grid, "differences": difference_grid, "forms": form_grid}
+_CONTROL = {
+    "scores": score_grid,
+    "differences": difference_grid,
+    "forms": form_grid,
+    "draws": draw_grid,
+}
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from scipy import stats
 from benchmarks.report.language import RecipeRuns
 from benchmarks.report.scores import Cell
 from benchmarks.results import CONTROL, RecordedRun, read_runs
-from scripts.control_tables import DIFFERENCES, difference_grid
+from scripts.control_tables import DIFFERENCES, DRAWN, difference_grid, draw_grid
 from scripts.method_tables import gsm8k_grid
 from scripts.tables import PAGES, RESULTS, with_tables
 
@@ -38,6 +38,26 @@ def test_differences_of_control_are_those_of_paired_seeds() -> None:
     (row,) = (row for row in grid.rows if row[0] == "hopper-replay")
     for text, (first, second) in zip(row[1:], DIFFERENCES.values(), strict=True):
         interval = stats.ttest_rel(scores(first), scores(second)).confidence_interval()
+        low, high = (float(end) for end in text.partition("(")[2].rstrip(")").split(" to "))
+        assert (low, high) == pytest.approx((interval.low, interval.high), abs=0.051)
+
+
+def test_the_interval_over_draws_is_that_of_their_mean_differences() -> None:
+    path = RESULTS / "hopper_medium_expert_draws.json"
+    means: dict[tuple[str, str], list[float]] = {}
+    for run in json.loads(path.read_text()):
+        if not run.get("variant"):
+            means.setdefault((run["dataset"], run["algo"]), []).append(run["normalized_score"])
+    names = sorted({dataset for dataset, _ in means})
+    *rows, last = draw_grid(read_runs(path, CONTROL)).rows
+    assert [row[0] for row in rows] == names and len(names) > 1
+    for text, (ours, other) in zip(last[2::2], DRAWN.items(), strict=True):
+        gains = [
+            sum(means[name, ours]) / len(means[name, ours])
+            - sum(means[name, other]) / len(means[name, other])
+            for name in names
+        ]
+        interval = stats.ttest_1samp(gains, 0).confidence_interval()
         low, high = (float(end) for end in text.partition("(")[2].rstrip(")").split(" to "))
         assert (low, high) == pytest.approx((interval.low, interval.high), abs=0.051)
 
