@@ -96,15 +96,15 @@ def draw_grid(runs: Sequence[RecordedRun]) -> Grid:
     titles = [[FORMS[other], f"{FORMS[algo]} less {FORMS[other]}"] for algo, other in DRAWN.items()]
     grid = Grid(["draw", *itertools.chain(*titles)], left=1)
     for i, name in enumerate(names):
-        row = [(_score(others[i]), _difference(ours[i], others[i])) for ours, others in pairs]
-        grid.rows.append([name, *itertools.chain(*row)])
-    row = []
+        each = [(_score(others[i]), _difference(ours[i], others[i])) for ours, others in pairs]
+        grid.rows.append([name, *itertools.chain(*each)])
+    row = [f"mean of {len(names)} draws"]
     for pair in pairs:
         ours, others = (np.array([[cell.mean] for cell in cells]) for cells in pair)
         low, high = (float(end) for end in t_interval(others[:, 0]))
         score = f"{others.mean():.1f} ({interval_text((low, high))})"
         row += [score, signed(difference(ours, others, paired=True))]
-    grid.rows.append([f"mean of {len(names)} draws", *row])
+    grid.rows.append(row)
     return grid
 
 
