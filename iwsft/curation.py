@@ -19,6 +19,7 @@ from torch import Tensor
 
 from iwsft.trajectory import (
     DATA_WEIGHT,
+    GIVEN_REF_LOG_PROB,
     MASK,
     MULTIPLICITY,
     REWARD,
@@ -115,9 +116,9 @@ def join(*parts: TensorDictBase) -> TensorDictBase:
 
     Each dataset is curated by itself, so scores are compared within it only: the top 5 % of one and
     the top 5 % of another are not the top 5 % of both. The parts are packed or padded. Where one
-    has no ``multiplicity``, each of its trajectories counts once; where only some have
-    ``data_weight``, it is 1 in the others. The result has ``standard_score`` (within its part) if
-    all have it.
+    has no ``multiplicity``, each of its trajectories counts once. Where only some have
+    ``data_weight``, it is 1 in the others; a missing ``given_ref_log_prob`` is NaN, unknown. The
+    result has ``standard_score`` (within its part) if all have it.
 
     Raises:
         ValueError: There is no part, or parts differ in an entry, its size or its dtype.
@@ -126,7 +127,8 @@ def join(*parts: TensorDictBase) -> TensorDictBase:
     first = 0
     for part in parts:
         check_tensordict(part)
-    weighted = any(part.get(DATA_WEIGHT, default=None) is not None for part in parts)
+    missing = {DATA_WEIGHT: 1.0, GIVEN_REF_LOG_PROB: math.nan}
+    some = [key for key in missing if any(key in part.keys(True) for part in parts)]
     for part in parts:
         part = pack(part)
         ids = Segments.of(part).index + first
@@ -134,8 +136,9 @@ def join(*parts: TensorDictBase) -> TensorDictBase:
         part.set(TRAJ_IDS, ids)
         if part.get(MULTIPLICITY, default=None) is None:
             part.set(MULTIPLICITY, torch.ones_like(ids))
-        if weighted and part.get(DATA_WEIGHT, default=None) is None:
-            part.set(DATA_WEIGHT, torch.ones_like(ids, dtype=torch.float32))
+        for key in some:
+            if part.get(key, default=None) is None:
+                part.set(key, torch.full_like(ids, missing[key], dtype=torch.float32))
         packed.append(part)
     if not packed:
         raise ValueError("there is nothing to join")

@@ -11,6 +11,7 @@ from iwsft.curation import curate, join, trajectory_returns
 from iwsft.samplers import TrajectorySampler
 from iwsft.trajectory import (
     DATA_WEIGHT,
+    GIVEN_REF_LOG_PROB,
     MULTIPLICITY,
     REWARD,
     TRAJ_IDS,
@@ -39,6 +40,9 @@ def test_joined_parts_keep_what_each_cut_left(padded: bool) -> None:
     # Absent means 1.
     weighted = curate(high, cuts=(), weight="linear")
     weights = per_trajectory(join(low, weighted), DATA_WEIGHT).tolist()
+    known = low.copy().set(GIVEN_REF_LOG_PROB, torch.full((len(low),), -2.0))
+    given = join(weighted, known)[GIVEN_REF_LOG_PROB]
+    assert given[: len(weighted)].isnan().all() and (given[len(weighted) :] == -2).all()
     assert weights == [1, 1, 1, 1, 1, 70, 60, 90, 80, 50]
 
 
