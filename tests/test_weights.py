@@ -417,12 +417,3 @@ def test_an_overflow_on_a_gpu_is_an_assertion_of_the_device() -> None:
     )
     done = subprocess.run([sys.executable, "-c", "; ".join(lines)], capture_output=True, text=True)
     assert done.returncode != 0 and "importance weights overflow" in done.stderr + done.stdout
-
-
-@pytest.mark.parametrize("size", [2, 3, 7, 100, 1001])
-def test_equal_weights_become_exactly_1_whatever_the_shares(size: int) -> None:
-    generator = torch.Generator().manual_seed(size)
-    share = torch.rand(size, generator=generator, dtype=torch.float64)
-    for transform in (weights.SelfNormalize(), weights.TargetESS(0.5)):
-        for log_weight in (torch.zeros(size), torch.full((size,), 0.1, dtype=torch.float64)):
-            assert transform(log_weight, share).tolist() == [0.0] * size

@@ -138,7 +138,7 @@ def _check_scores(algo: str, settings: Settings, rows: Sequence[Row]) -> None:
     cuts = settings.quality_cuts if ALGORITHMS[algo].quality else settings.cuts
     weighs, counted = ALGORITHMS[algo].by_score, any(row.count is not None for row in rows)
     if cuts and counted:
-        tell(f"{algo}: the rows have a 'count', which stands for cuts by score: none is made")
+        tell(f"{algo}: the rows have a 'count', so no cut by score is made")
     if weighs or (cuts and not counted):
         try:
             check_scores([row for row in rows if row.correct is not False])

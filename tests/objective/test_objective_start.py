@@ -130,3 +130,12 @@ def test_q_at_the_reference_is_sft_bit_for_bit(
         assert torch.equal(out["loss_iw_mle"], sft["loss_iw_mle"])
         for name, gradient in gradients(losses[proposal], batch).items():
             assert torch.equal(gradient, sft_gradient[name]), name
+
+
+@pytest.mark.parametrize("size", [2, 3, 7, 100, 1001])
+def test_equal_weights_become_exactly_1_whatever_the_shares(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    share = torch.rand(size, generator=generator, dtype=torch.float64)
+    for transform in (weights.SelfNormalize(), weights.TargetESS(0.5)):
+        for log_weight in (torch.zeros(size), torch.full((size,), 0.1, dtype=torch.float64)):
+            assert transform(log_weight, share).tolist() == [0.0] * size

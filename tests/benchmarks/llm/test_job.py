@@ -392,11 +392,11 @@ def test_d_plus_and_its_multiplicity(small: tuple[str, str], tmp_path: Path) -> 
     assert column(STANDARD_SCORE, "sft", rows=bare) == [0, 0]
 
 
-def test_counts_of_rows_stand_for_cuts_and_it_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_counts_of_rows_replace_cuts_and_it_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     settings = Settings(learning_rate=1e-3, batch_size=4, max_steps=1)
     rows = [Row(f"row {n}", prompt="1+1=", completion="2", score=n, count=n) for n in (1, 2)]
     _check_scores("sft-q", settings, rows)
-    assert capsys.readouterr().err.startswith("sft-q: the rows have a 'count', which stands for")
+    assert capsys.readouterr().err.startswith("sft-q: the rows have a 'count', so no cut")
     _check_scores("sft", settings, rows)
     _check_scores("sft-q", settings, [replace(row, count=None) for row in rows])
     assert not capsys.readouterr().err
