@@ -13,6 +13,8 @@ from torch import Tensor
 
 # Endings of files of a model's weights.
 WEIGHTS = (".safetensors", ".bin")
+# Endings and names of its other files that decide a result: configs, tokenizer, templates, code.
+_DECISIVE = (".json", ".jinja", ".model", ".tiktoken", ".py", "vocab.txt", "merges.txt")
 
 
 def fingerprint(entries: Mapping[str, Any]) -> str:
@@ -47,16 +49,23 @@ def folder_sha256(folder: Path, *, without: str) -> dict[str, str]:
     return dict(zip((str(path.relative_to(folder)) for path in paths), digests, strict=True))
 
 
-def weights_sha256(folder: Path) -> str:
-    """Return the SHA-256 of the weight files' names, sizes and 16 blocks spread over each."""
-    # All of 65 GB would take minutes; training changes every block.
+def model_sha256(folder: Path) -> str:
+    """Return the SHA-256 of a model's folder: its weights, configs, tokenizer and chat templates.
+
+    Weight files count by name, size and 16 blocks spread over each, the others whole. A card and
+    folders below do not count, but for further chat templates.
+    """
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
+    templates = folder.glob("additional_chat_templates/*.jinja")
+    for path in (*sorted(folder.iterdir()), *sorted(templates)):
         if path.suffix in WEIGHTS:
+            # All of 65 GB would take minutes; training changes every block.
             size = path.stat().st_size
             digest.update(f"{path.name} {size}\n".encode())
             with path.open("rb") as file:
                 for number in range(16):
                     file.seek(max(0, size - 2**16) * number // 15)
                     digest.update(file.read(2**16))
+        elif path.name.endswith(_DECISIVE) and path.is_file():
+            digest.update(f"{path.name} {file_sha256(path)}\n".encode())
     return digest.hexdigest()

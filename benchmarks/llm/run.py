@@ -53,7 +53,7 @@ from benchmarks.llm.recipes import Prepared, Sources, load_recipe
 from benchmarks.llm.settings import Settings
 from benchmarks.runs import RESULT, alone_in, hardware, versions, write_json
 from iwsft import checkpoint
-from iwsft.fingerprint import WEIGHTS, file_sha256, fingerprint, folder_sha256, weights_sha256
+from iwsft.fingerprint import WEIGHTS, file_sha256, fingerprint, folder_sha256, model_sha256
 from iwsft.language import tokenize
 from iwsft.language.config import ImportanceWeightedConfig
 from iwsft.language.saving import last, written_aside
@@ -186,11 +186,11 @@ def config_of(run: Run) -> dict[str, Any]:
 
 
 def _content_sha256(path: Path) -> str:
-    """SHA-256 of a file, of the weights in a folder, or of all files of a folder without any."""
+    """SHA-256 of a file, of a model's folder, or of all files of a folder without weights."""
     if path.is_file():
         return file_sha256(path)
     if any(file.suffix in WEIGHTS for file in path.iterdir()):
-        return weights_sha256(path)
+        return model_sha256(path)
     return fingerprint(folder_sha256(path, without=""))
 
 

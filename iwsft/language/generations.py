@@ -27,7 +27,7 @@ class Prompter:
 
     ``stop`` are the tokens that end an answer. ``context`` is the most tokens of prompt and answer.
     ``note`` is what a reader of the scores must know about the prompts. ``identity`` is the model's
-    commit on the hub, or a digest of its weights.
+    commit on the hub, or a digest of its files.
     """
 
     tokenizer: Any

@@ -159,11 +159,16 @@ def test_finished_runs_stay_and_other_settings_are_refused(
     assert "holds a run with other settings: settings.training.max_steps=6 (now 7)" in refused
     other = write_rows(tmp_path / "other.jsonl", small[1], drop=1)
     assert "settings.data_sha256" in stopped("sft", flags=["--resume"], data=other)
-    weights = Path(small[0]) / "model.safetensors"
-    kept = weights.read_bytes()
-    weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
-    assert "settings.model_sha256" in stopped("sft", flags=["--resume"])
-    weights.write_bytes(kept)
+    model = Path(small[0])
+    weights = (model / "model.safetensors").read_bytes()
+    changed = {"model.safetensors": weights[:-1] + bytes([weights[-1] ^ 1])}
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        changed[name] = (model / name).read_bytes() + b" "
+    for name, content in changed.items():
+        kept = (model / name).read_bytes()
+        (model / name).write_bytes(content)
+        assert "settings.model_sha256" in stopped("sft", flags=["--resume"]), name
+        (model / name).write_bytes(kept)
     # A folder that is taken hides nothing else that is wrong.
     unscored = write_rows(tmp_path / "unscored.jsonl", small[1], drop=0, score=None)
     assert "sft-q cuts by score, but" in stopped("sft", "sft-q", data=unscored)

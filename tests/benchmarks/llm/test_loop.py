@@ -418,3 +418,11 @@ def test_held_out_prompts_and_settings_of_another_loop(
         run("--algo", "sft", "--resume", "--samples-per-prompt", "7", verifier="never")
     with pytest.raises(SystemExit, match="a loop is there already; pass --resume"):
         run("--algo", "sft", verifier="never")
+    template = place / "model" / "chat_template.jinja"
+    kept = template.read_text()
+    template.write_text(f"{kept} ")
+    with pytest.raises(SystemExit, match="other settings: model='"):
+        run("--algo", "sft", "--resume", verifier="never")
+    template.write_text(kept)
+    (place / "model" / "README.md").write_text("A card, which no run reads.")
+    run("--algo", "sft", "--resume", verifier="never")
