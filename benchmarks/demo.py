@@ -148,7 +148,7 @@ def main(options: Options, parts: Sequence[Part] = PARTS) -> Path:
         if status:
             raise SystemExit(status)
     from benchmarks.report.document import Document, shareable, to_html
-    from iwsft.files import written_whole
+    from iwsft.files import write
 
     document = Document()
     for part, words in zip(parts, commands, strict=True):
@@ -162,8 +162,7 @@ def main(options: Options, parts: Sequence[Part] = PARTS) -> Path:
         document.text(line)
     page = options.out / PAGE
     text = document.markdown("Where importance weights help")
-    with written_whole(page) as partial:
-        partial.write_text(to_html(text, document.images))
+    write(page, to_html(text, document.images))
     print("\nWhat was seen:", *(f"- {line}" for line in lines), sep="\n")
     print(f"{time.perf_counter() - start:.0f} seconds. Page: {page}")
     return page

@@ -7,18 +7,20 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from iwsft.checkpoint import CheckpointError, differences
-from iwsft.files import full_disk_named, written_whole
+from iwsft.files import alone_in as alone_in
+from iwsft.files import full_disk_named
+from iwsft.files import write_json as write_json
 
 CONFIG, RESULT, VIDEO = "config.json", "result.json", "video.mp4"
 _PACKAGES = ("torch", "tensordict", "torchrl", "gymnasium", "mujoco", "numpy")
@@ -121,26 +123,6 @@ def _earlier_config(folder: Path, same: Sequence[str]) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError) as error:
         problem = f"{path} is not what a run writes ({type(error).__name__}: {error})"
         raise CheckpointError(f"{problem}; move {folder} away, or choose another --out") from error
-
-
-@contextmanager
-def alone_in(folder: Path, *, wait: bool) -> Iterator[None]:
-    """Keep other processes out of a folder."""
-    with full_disk_named(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(folder / ".lock").acquire(timeout=-1 if wait else 0)
-    except Timeout as error:
-        way_out = "wait for it or end it, then pass --resume"
-        raise FileExistsError(f"another process works in {folder}; {way_out}") from error
-    with lock:
-        yield
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
-    with written_whole(path) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from iwsft.files import written_whole
+from iwsft import files
 
 FOLDER = "checkpoint"
 FILE = "state.pt"
@@ -62,8 +62,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
     # Through memory: torch's own writer turns a full disk into an unspecific RuntimeError.
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    with written_whole(path) as partial:
-        partial.write_bytes(buffer.getbuffer())
+    files.write(path, buffer.getbuffer())
 
 
 def read(path: Path, way_out: str) -> dict[str, Any]:

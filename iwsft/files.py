@@ -1,17 +1,21 @@
-"""The cache folder, and files that are written whole or not at all."""
+"""The cache folder, files that are written whole or not at all, and locks of folders."""
 
 from __future__ import annotations
 
 import errno
 import glob
 import hashlib
+import json
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 _A_DAY = 24 * 60 * 60.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -47,6 +51,31 @@ def written_whole(path: Path) -> Iterator[Path]:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def write(path: Path, content: str | bytes | memoryview) -> None:
+    """Write a file of this content, whole or not at all."""
+    with written_whole(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    write(path, json.dumps(content, indent=1) + "\n")
+
+
+@contextmanager
+def alone_in(folder: Path, *, wait: bool) -> Iterator[None]:
+    """Keep other processes out of a folder."""
+    with full_disk_named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(folder / ".lock").acquire(timeout=-1 if wait else 0)
+    except Timeout as error:
+        way_out = "wait for it or end it, then pass --resume"
+        raise FileExistsError(f"another process works in {folder}; {way_out}") from error
+    with lock:
+        yield
 
 
 def new_partial(path: Path) -> Path:

@@ -13,16 +13,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from iwsft.checkpoint import CheckpointError, differences
-from iwsft.files import full_disk_named, written_whole
+from iwsft.files import alone_in, full_disk_named, write_json
 
 CONFIG = "config.json"
 # Facts of a stage that the loop reads; see :class:`Stages`.
@@ -150,7 +147,7 @@ def run_loop(
         CheckpointError: The loop in the folder has other settings, or a file of it is damaged.
     """
     folder = Path(folder)
-    with _alone_in(folder):
+    with alone_in(folder, wait=False):
         _claim(folder, settings, resume, about or {}, tell)
         for number in range(rounds + 1):
             one = Round(number, folder, start)
@@ -213,26 +210,7 @@ def _do(one: Round, name: str, stage: Stage, tell: Callable[[str], None]) -> Non
     tell(f"round {one.number}: {name.replace('_', '-')}")
     begin = time.perf_counter()
     content = {"facts": dict(stage(one)), "seconds": round(time.perf_counter() - begin, 3)}
-    _write(one.folder / f"{name}.json", content)
-
-
-def _write(path: Path, content: Facts) -> None:
-    with written_whole(path) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Keep other processes out of the folder."""
-    with full_disk_named(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(folder / ".lock").acquire(timeout=0)
-    except Timeout as error:
-        way_out = "wait for it or end it, then pass --resume"
-        raise FileExistsError(f"another process works in {folder}; {way_out}") from error
-    with lock:
-        yield
+    write_json(one.folder / f"{name}.json", content)
 
 
 def _claim(
@@ -241,7 +219,7 @@ def _claim(
     """Write ``config.json``, or check that the loop there is this one."""
     path = folder / CONFIG
     if not path.exists():
-        _write(path, {**about, "settings": settings})
+        write_json(path, {**about, "settings": settings})
         return
     if not resume:
         way_out = "pass --resume to continue it, or another --out"

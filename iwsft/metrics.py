@@ -10,7 +10,7 @@ from typing import Any
 
 from tensordict import TensorDictBase
 
-from iwsft.files import full_disk_named, written_whole
+from iwsft.files import full_disk_named, write
 from iwsft.schedule import Schedule
 
 FILE = "metrics.jsonl"
@@ -35,8 +35,7 @@ class MetricsLog:
         except ValueError as error:
             raise ValueError(f"{self._path} has a row that is not JSON: {error}") from error
         lines = [json.dumps(row) + "\n" for row in rows if row["step"] <= after]
-        with written_whole(self._path) as partial:
-            partial.write_text("".join(lines))
+        write(self._path, "".join(lines))
 
     def write(self, row: Row) -> None:
         """Write a row; it has ``step``. NaN and infinity, which JSON lacks, are left out."""

@@ -23,7 +23,7 @@ from iwsft import checkpoint, environments
 from iwsft.acting import IS_INIT, PolicyInputs, act, acting
 from iwsft.evaluation import Evaluation, evaluate
 from iwsft.extras import named
-from iwsft.files import written_whole
+from iwsft.files import write
 from iwsft.policies import GaussianPolicy, MixturePolicy
 from iwsft.trajectory import ACTION, OBSERVATION
 from iwsft.update import form_of
@@ -135,8 +135,7 @@ class TrainedPolicy:
         # Through memory: torch gives its archive the name of the file.
         buffer = io.BytesIO()
         torch.export.save(exported, buffer)
-        with written_whole(Path(path)) as partial:
-            partial.write_bytes(buffer.getbuffer())
+        write(Path(path), buffer.getbuffer())
         return Path(path)
 
     def _known_env_id(self) -> str:

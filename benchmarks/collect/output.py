@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.runs import write_json
+from iwsft import files
 from iwsft.checkpoint import CheckpointError, differences
 from iwsft.datasets import write
 from iwsft.datasets.episodes import Steps, pack_steps
-from iwsft.files import written_whole
 
 # D4RL's fields of whole episodes, and "success" where the environment reports it.
 Fields = dict[str, NDArray[Any]]
@@ -97,8 +97,7 @@ class Parts:
         buffer = io.BytesIO()
         arrays: dict[str, Any] = {"progress": np.array(json.dumps(dict(progress)))}
         np.savez(buffer, **arrays | joined(episodes))
-        with written_whole(self._folder / f"part-{len(self):06d}.npz") as partial:
-            partial.write_bytes(buffer.getbuffer())
+        files.write(self._folder / f"part-{len(self):06d}.npz", buffer.getbuffer())
 
     def progress(self) -> dict[str, Any] | None:
         """Return the progress of the last part; None before the first."""

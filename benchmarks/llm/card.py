@@ -15,7 +15,7 @@ from benchmarks.llm.options import ALGORITHMS, BASE
 from benchmarks.runs import CONFIG, RESULT
 from benchmarks.statistics import t_interval
 from iwsft import checkpoint
-from iwsft.files import written_whole
+from iwsft.files import write
 
 _Numbers = Mapping[str, Any]
 # What q is, by the name of the proposal.
@@ -38,8 +38,7 @@ def write_card(run: Path) -> Path | None:
     text = "\n".join(
         _lines(config, result, base, adapters=(card.parent / "adapter_config.json").is_file())
     )
-    with written_whole(card) as partial:
-        partial.write_text(text + "\n")
+    write(card, text + "\n")
     return card
 
 

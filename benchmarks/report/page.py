@@ -23,7 +23,7 @@ from benchmarks.report.scores import Cell, runs_of
 from benchmarks.results import RecordedRun
 from benchmarks.runs import VIDEO
 from benchmarks.statistics import MIN_SEEDS
-from iwsft.files import written_whole
+from iwsft.files import write
 
 PAGE, MARKDOWN, RECORDS = "index.html", "report.md", "runs.json"
 # A page with larger videos would be slow to load.
@@ -88,8 +88,7 @@ def write_report(folder: Path, out: Path) -> WrittenReport:
     }
     earlier = (out / MARKDOWN).read_text() if (out / MARKDOWN).is_file() else ""
     for name, content in written.items():
-        with written_whole(out / name) as partial:
-            partial.write_bytes(content)
+        write(out / name, content)
     for name in re.findall(r"^!\[.*\]\(([\w.+-]+\.(?:png|svg))\)$", earlier, re.MULTILINE):
         if name not in written:
             (out / name).unlink(missing_ok=True)

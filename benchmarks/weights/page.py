@@ -16,7 +16,7 @@ from benchmarks.runs import write_json
 from benchmarks.weights.options import Options
 from benchmarks.weights.source import Source
 from iwsft.diagnostics import QUANTILES, diagnose, weighed
-from iwsft.files import written_whole
+from iwsft.files import write
 from iwsft.objective import LOSS
 from iwsft.weights import TargetESS
 
@@ -96,8 +96,7 @@ def write_page(source: Source, measured: dict[str, Any], folder: Path) -> Path:
     )
     markdown = document.markdown(f"Weights of {source.name}")
     write_json(folder / NUMBERS, measured)
-    with written_whole(folder / PAGE) as partial:
-        partial.write_text(to_html(markdown, document.images))
+    write(folder / PAGE, to_html(markdown, document.images))
     return folder / PAGE
 
 

@@ -23,11 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tensordict import TensorDictBase
 
-from iwsft import environments
+from iwsft import environments, files
 from iwsft.datasets.catalog import reference_scores
 from iwsft.datasets.episodes import check_actions
 from iwsft.datasets.minari_store import check_id
-from iwsft.files import full_disk_named, new_partial, written_whole
+from iwsft.files import full_disk_named, new_partial
 from iwsft.trajectory import (
     ACTION,
     MASK,
@@ -106,8 +106,7 @@ def to_hdf5(
             chunks = (min(_ROWS_A_CHUNK, len(values)), *values.shape[1:])
             file.create_dataset(name, data=values, chunks=chunks, compression="gzip", shuffle=True)
         file.attrs.update((provenance or Provenance()).attributes())
-    with written_whole(path) as partial:
-        partial.write_bytes(image.getbuffer())
+    files.write(path, image.getbuffer())
 
 
 def to_minari(

@@ -18,7 +18,7 @@ from torch import nn
 from iwsft.checkpoint import CheckpointError, differences, read
 from iwsft.distributed import from_first
 from iwsft.extras import named
-from iwsft.files import full_disk_named, written_whole
+from iwsft.files import full_disk_named, write
 from iwsft.fingerprint import folder_sha256
 
 with named():
@@ -200,8 +200,7 @@ class CheckpointedTrainer(Trainer):
             "model_only": self.args.save_only_model,
             "files": folder_sha256(folder, without=SEAL),
         }
-        with written_whole(folder / SEAL) as partial:
-            partial.write_text(json.dumps(record, indent=2, sort_keys=True))
+        write(folder / SEAL, json.dumps(record, indent=2, sort_keys=True))
         if place.exists():
             os.replace(place, folder.with_name(f"{place.name}{_REPLACED}"))
         # After a kill here, the next start does the rest.
