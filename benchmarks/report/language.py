@@ -24,6 +24,7 @@ from benchmarks.report.scores import (
     cells,
     compare,
     is_higher,
+    short,
 )
 from benchmarks.report.tables import published_scores
 from benchmarks.results import LANGUAGE, RecordedRun, read_all
@@ -36,6 +37,8 @@ _LESS_SFT = (
 )
 # Prefix of the entries of a result that are chances of kinds of answers.
 _SHARE = "share_"
+# Settings of an evaluation that each model has of its own, and one that has its own column.
+_OF_MODEL, _SHOWN = ("model", "prompts", "stop"), ("n",)
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,8 @@ def draw_recipe(recipe: RecipeRuns) -> Panels:
 def evaluation_grid(evaluations: Sequence[dict[str, Any]]) -> Grid:
     """Table of the shares of right answers of models on tasks, in percent.
 
-    ``tokens`` are those of an answer, mean; ``cut off`` is the share of answers without an end.
+    ``tokens`` are those of an answer, mean; ``cut off`` is the share of answers without an end. A
+    model's name is followed by the settings in which the rows of a task differ.
     """
     names = ("model", "task", "questions", "answers", "avg", "95 % interval", "maj", "pass")
     grid = Grid([*names, "tokens", "cut off"])
@@ -225,7 +229,8 @@ def evaluation_grid(evaluations: Sequence[dict[str, Any]]) -> Grid:
     models = _short_names([result["model"] for result in whole])
     for result in whole:
         n, interval = result["n"], interval_text(tuple(result["avg_interval"]))
-        row = [models[result["model"]], result["title"], str(result["questions"]), str(n)]
+        name = models[result["model"]] + _apart(result, whole)
+        row = [name, result["title"], str(result["questions"]), str(n)]
         row += [f"{result['avg']:.1f}", interval]
         row += (
             [NOTHING] * 2
@@ -240,6 +245,22 @@ def evaluation_grid(evaluations: Sequence[dict[str, Any]]) -> Grid:
         row.append(NOTHING if cut_off is None else f"{cut_off / (result['questions'] * n):.0%}")
         grid.rows.append(row)
     return grid
+
+
+def _apart(result: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
+    """The settings of an evaluation that others of its task do not share, in brackets."""
+    own = result.get("settings", {})
+    differ = []
+    for name in own:
+        rivals = [
+            other.get("settings", {}).get(name, own[name])
+            for other in others
+            if other["task"] == result["task"]
+            and (name not in _OF_MODEL or other["model"] == result["model"])
+        ]
+        if name not in _SHOWN and any(rival != own[name] for rival in rivals):
+            differ.append(f"{name} {short(own[name])}")
+    return f" ({', '.join(differ)})" if differ else ""
 
 
 def _short_names(models: Sequence[str]) -> dict[str, str]:

@@ -280,15 +280,15 @@ def _parts(
         differ = [
             (key, own[key], usual[key]) for key in own if own[key] != usual.get(key, own[key])
         ]
-        short = ", ".join(f"{key} {_short(value)}" for key, value, _ in differ)
-        pairs = ", ".join(f"{key} {_short(a)} (not {_short(b)})" for key, a, b in differ)
+        name = ", ".join(f"{key} {short(value)}" for key, value, _ in differ)
+        pairs = ", ".join(f"{key} {short(a)} (not {short(b)})" for key, a, b in differ)
         note = f"Apart from other runs of the same name: {pairs}." if differ else ""
-        parts.setdefault((short, note), []).append(run)
+        parts.setdefault((name, note), []).append(run)
     for words, part in parts.items():
         yield sorted(part, key=lambda run: run.seed), *words
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
     """A value as text; the beginning of a fingerprint, and the fingerprint of a long text."""
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
     if len(text) > 24 and not re.fullmatch("[0-9a-f]+", text):

@@ -14,11 +14,11 @@ import scipy.stats
 
 from benchmarks.llm.options import NAMES
 from benchmarks.report.__main__ import main
-from benchmarks.report.language import difference_grid, read_recipes
+from benchmarks.report.language import difference_grid, evaluation_grid, read_recipes
 from benchmarks.report.options import Options
 from benchmarks.report.page import write_report
 from benchmarks.report.scores import algorithm_label, algorithm_rank
-from benchmarks.results import ResultsError
+from benchmarks.results import ResultsError, read_evaluations
 
 if TYPE_CHECKING:
     from tests.benchmarks.report.conftest import MakeRun
@@ -219,6 +219,36 @@ def test_models_whose_folders_have_the_same_name_are_told_apart(tmp_path: Path) 
     text = (tmp_path / "report/report.md").read_text()
     assert len(cells_of(text, "sft/seed-0/checkpoint")) == 1
     assert len(cells_of(text, "iw-sft/seed-0/checkpoint")) == 1
+
+
+def test_evaluations_with_other_settings_have_other_names(tmp_path: Path) -> None:
+    usual = {"model": "a" * 64, "prompts": "b" * 64, "temperature": 0.0, "max_tokens": 64, "n": 1}
+    others: dict[str, dict[str, Any]] = {
+        "hot": {"temperature": 0.7, "n": 4},
+        "long": {"max_tokens": 512},
+        "tuned": {"model": "c" * 64},
+        "older": {},
+    }
+    evaluation(tmp_path / "first", "mine", "gsm8k", settings=usual)
+    for out, change in others.items():
+        settings = usual | change
+        if out == "older":
+            del settings["temperature"]
+        evaluation(tmp_path / out, "mine", "gsm8k", settings=settings)
+    # Another model has other prompts, and another task may have other settings.
+    elsewhere = usual | {"model": "d" * 64, "prompts": "e" * 64, "max_tokens": 9}
+    evaluation(tmp_path / "first", "base", "gsm8k", settings=usual | {"prompts": "e" * 64})
+    evaluation(tmp_path / "first", "mine", "aime-2024", settings=elsewhere)
+    names = [row[0] for row in evaluation_grid(read_evaluations(tmp_path)).rows]
+    assert sorted(names) == [
+        "base (temperature 0.0, max_tokens 64)",
+        "mine",
+        "mine (model aaaaaaaa, max_tokens 64)",
+        "mine (model aaaaaaaa, temperature 0.0, max_tokens 512)",
+        "mine (model aaaaaaaa, temperature 0.0, max_tokens 64)",
+        "mine (model aaaaaaaa, temperature 0.7, max_tokens 64)",
+        "mine (model cccccccc, temperature 0.0, max_tokens 64)",
+    ]
 
 
 def test_the_order_is_that_of_the_language_job() -> None:
