@@ -13,10 +13,10 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from concurrent.futures import FIRST_COMPLETED, Future, as_completed, wait
 from dataclasses import dataclass
 from pathlib import Path
 
+from joblib import Parallel, delayed, parallel_config
 from rich.console import Console
 
 from benchmarks.llm.__main__ import loop
@@ -24,7 +24,7 @@ from benchmarks.llm.recipes.arithmetic import BaseSettings
 from benchmarks.llm.recipes.arithmetic.base import base_model
 from benchmarks.llm.recipes.arithmetic.task import Split, problems
 from benchmarks.options import parse
-from benchmarks.places import place
+from benchmarks.places import cores
 from benchmarks.report.loops import seed_grids
 from benchmarks.report.page import write_report
 from iwsft.files import written_whole
@@ -80,17 +80,9 @@ def main(options: Options) -> None:
                 *("--out", str(options.out / algo / f"seed-{seed}"), "--resume"),
             ]
             loops.append(words)
-    # The first error ends the block, which ends the loops that still run.
-    with place(None, items=len(loops), jobs=None) as here:
-        running: set[Future[None]] = set()
-        for words in loops:
-            running.add(here.submit(_run, words))
-            if len(running) == here.jobs:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    future.result()
-        for future in as_completed(running):
-            future.result()
+    # The first error ends the loops that still run.
+    with parallel_config("loky", inner_max_num_threads=1):
+        Parallel(min(cores(), len(loops)))(delayed(_run)(words) for words in loops)
     report = write_report(options.out, options.out / "report")
     for title, grid in seed_grids(report.loops).items():
         Console().print(grid.rich(title))

@@ -8,12 +8,14 @@ scores -->`` where there are several of the same ones. The commands on the page 
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
+from benchmarks.report.document import Grid
+from benchmarks.report.loops import COMPARED, RecordedLoop, loop_grid, seed_grids
 from benchmarks.results import CONTROL, read_runs
 from scripts.control_tables import difference_grid, draw_grid, form_grid, score_grid
-from scripts.loop_tables import LOOPS, loop_grid
 from scripts.method_tables import method_grid
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +28,22 @@ _CONTROL = {
     "differences": difference_grid,
     "forms": form_grid,
     "draws": draw_grid,
+}
+# Loops of each record, and the differences that its page shows.
+_LOOPS = {
+    "loop_arithmetic.json": (
+        *("sft", "iw-sft", "iw-sft-step", "dft"),
+        *("iw-sft less sft", "iw-sft-step less sft", "dft less sft"),
+    ),
+    "loop_arithmetic_8e-4.json": ("sft", "iw-sft", "iw-sft less sft"),
+    "loop_arithmetic_wide.json": ("sft", "iw-sft", "iw-sft less sft"),
+    # A single loop.
+    "loop_gsm8k.json": (),
+    "loop_hopper.json": (
+        *("sft-q", "iw-sft-q", "iw-sft-q-ess0.4", "cloned-ess0.4"),
+        *("iw-sft-q less sft-q", "iw-sft-q-ess0.4 less sft-q"),
+        "cloned-ess0.4 less iw-sft-q-ess0.4",
+    ),
 }
 
 
@@ -42,14 +60,41 @@ def with_tables(text: str, results: Path) -> str:
         name, kind = match[1], match[2]
         if kind is None:
             grid = method_grid(name, results)
-        elif name in LOOPS:
-            grid = loop_grid(name, kind, results)
+        elif name in _LOOPS:
+            grid = _loop_grid(name, kind, results)
         else:
             grid = _CONTROL[kind](read_runs(results / name, CONTROL))
         mark = " ".join(filter(None, (name, kind)))
         return f"<!-- {mark} -->\n\n{grid.markdown()}\n\n"
 
     return re.sub(r"<!-- (\S+\.json)(?: (\w+))? -->\n\n(?:\|.*\n)*\n*", table, text)
+
+
+def _loop_grid(name: str, kind: str, results: Path) -> Grid:
+    """Means over seeds of a fact of the rounds, and paired differences, with 95 % intervals.
+
+    Of a single loop it is the table of its rounds.
+    """
+    records = {record["loop"]: record for record in json.loads((results / name).read_text())}
+    if not _LOOPS[name]:
+        (record,) = records.values()
+        return loop_grid(record["rounds"])
+    order = [row for row in _LOOPS[name] if " less " not in row]
+    loops = [
+        RecordedLoop(loop, record, record["rounds"])
+        for algo in order
+        for loop, record in sorted(records.items())
+        if loop.rpartition("/")[0] == algo
+    ]
+    grid = seed_grids(loops)[COMPARED[kind]]
+    rows = {row[0].partition(" (")[0]: row for row in grid.rows}
+    # Of many rounds, every second one.
+    columns = range(len(grid.columns))
+    shown = columns if len(columns) < 8 else [0, *columns[:0:-2][::-1]]
+    picked = [
+        [row[i] for i in shown] for row in (grid.columns, *map(rows.__getitem__, _LOOPS[name]))
+    ]
+    return Grid(picked[0], picked[1:], left=1)
 
 
 if __name__ == "__main__":

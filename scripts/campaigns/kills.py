@@ -191,9 +191,10 @@ def _control(algo: str, shared: Path) -> Job:
     return job
 
 
-def _write_steps(shared: Path) -> None:
-    data = str(shared / "data.hdf5")
-    collect_main(CollectOptions(out=data, policy=("random",), env="Hopper-v4", episodes=(30,)))
+def write_steps(shared: Path, episodes: int = 30) -> None:
+    """Write ``data.hdf5``, some episodes of Hopper with random actions."""
+    random: dict[str, Any] = {"policy": ("random",), "env": "Hopper-v4", "episodes": (episodes,)}
+    collect_main(CollectOptions(out=str(shared / "data.hdf5"), **random))
 
 
 # ---- collect
@@ -312,53 +313,16 @@ PROPOSALS: dict[str, dict[str, Any]] = {
 
 
 def _trainer(proposal: str, _: Path) -> Job:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    from iwsft.language import ImportanceWeightedConfig, ImportanceWeightedTrainer
-    from iwsft.trajectory import from_steps
+    from tests.language import tiny
 
     def job(resume: bool) -> None:
         torch.set_num_threads(1)
         # The trainer collects garbage; without what is loaded already this takes no time.
         gc.freeze()
-        torch.manual_seed(0)
-        config = Qwen2Config(
-            vocab_size=31,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-        )
-        model = Qwen2ForCausalLM(config)
-        generator = torch.Generator().manual_seed(0)
-        sizes = torch.randint(5, 12, (11,), generator=generator)
-        ids = torch.arange(11).repeat_interleave(sizes)
-        position = torch.arange(len(ids)) - (sizes.cumsum(0) - sizes)[ids]
-        data = from_steps(
-            {
-                ("tokens", "full"): torch.randint(3, 31, (len(ids),), generator=generator),
-                ("masks", "all_attention_mask"): torch.ones(len(ids), dtype=torch.bool),
-                ("masks", "all_assistant_mask"): position >= 3,
-            },
-            ids,
-        )
         output = Path("..") / f"{Path.cwd().name}.trainer"
-        arguments = ImportanceWeightedConfig(
-            output_dir=str(output),
-            max_steps=10,
-            per_device_train_batch_size=4,
-            learning_rate=3e-3,
-            logging_steps=1,
-            save_strategy="steps",
-            save_steps=1,
-            save_total_limit=3,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-            **PROPOSALS[proposal],
-        )
-        run = ImportanceWeightedTrainer(model, arguments, trajectories=data)
+        saved = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 3}
+        model = tiny.model()
+        run = tiny.trainer(output, model=model, max_steps=10, **saved, **PROPOSALS[proposal])
         there = any(output.glob("checkpoint-*"))
         run.train(resume_from_checkpoint=True if resume and there else None)
         rows = [row for row in run.state.log_history if "loss" in row]
@@ -372,7 +336,7 @@ CAMPAIGNS = (
         "control killed",
         {algo: partial(_control, algo) for algo in ALGORITHMS},
         CONTROL_MODULES,
-        write=_write_steps,
+        write=write_steps,
     ),
     campaign(
         "collect killed", {kind: partial(_collect, kind) for kind in COLLECTED}, CONTROL_MODULES
@@ -393,7 +357,7 @@ CAMPAIGNS = (
         "control loop killed",
         {kind: partial(_control_loop, kind) for kind in CONTROL_LOOPS},
         (*CONTROL_MODULES, "benchmarks.d4rl.loop"),
-        write=_write_steps,
+        write=write_steps,
     ),
     campaign(
         "trainer killed",
