@@ -183,14 +183,14 @@ def by_prompt(rows: Iterable[Row]) -> list[Group]:
 
 
 def check_apart(training: Iterable[Row], held_out: Iterable[Row]) -> None:
-    """Check that no row is both in training and held out."""
-    places = {_text(row): row.where for row in training}
-    twins = [(row.where, places[_text(row)]) for row in held_out if _text(row) in places]
+    """Check that no prompt is both in training and held out, with whatever answers."""
+    places = {_prompt(row): row.where for row in training}
+    twins = [(row.where, places[_prompt(row)]) for row in held_out if _prompt(row) in places]
     if twins:
         where, twin = twins[0]
         raise ValueError(
-            f"{len(twins)} rows of --eval-data are in --data too ({where} is {twin}); drop them "
-            "from one of both"
+            f"{len(twins)} rows of --eval-data have a prompt of --data ({where} has that of "
+            f"{twin}); drop them from one of both"
         )
 
 

@@ -21,6 +21,7 @@ from benchmarks.llm.recipes.chat import (
     RECIPE,
     Group,
     by_prompt,
+    check_apart,
     read_rows,
     right_against_wrong,
 )
@@ -45,6 +46,11 @@ def write(path: Path, rows: Iterable[dict[str, Any]]) -> str:
     return str(path)
 
 
+THANKS = [
+    {"role": "assistant", "content": "Seven."},
+    {"role": "user", "content": "Thanks."},
+    {"role": "assistant", "content": "Welcome."},
+]
 NEGATIVE = [chat(k, 3) | {"weight": -0.5 if k else 1} for k in range(20)]
 SCORED = [chat(k, 3, score=k / 40) for k in range(40)]
 
@@ -137,6 +143,21 @@ def test_a_prompt_is_held_out_as_a_whole_whatever_the_order() -> None:
     assert [len(group) for group in by_prompt([*plain, *talks])] == [1, 1, 1, 1, 2, 1]
 
 
+def test_a_prompt_with_another_answer_is_not_held_out() -> None:
+    training = [Row("a:1", prompt="1+1?", completion="2"), to_row(chat(3, 4), "a:2")]
+    training += [Row("a:3", prompt="", completion="Once")]
+    for other, twin in (
+        (Row("b:1", prompt=" 1+1? ", completion="two"), "a:1"),
+        (to_row({"messages": [*chat(3, 4)["messages"][:2], *THANKS]}, "b:1"), "a:2"),
+        (Row("b:1", prompt="", completion="Once"), "a:3"),
+    ):
+        told = rf"^1 rows of --eval-data have a prompt of --data \(b:1 has that of {twin}\)"
+        with pytest.raises(ValueError, match=told):
+            check_apart(training, [Row("b:0", prompt="", completion="Twice"), other])
+    # Texts without a prompt have none in common, and neither have questions on one instruction.
+    check_apart(training, [Row("b:1", prompt="", completion="Twice"), to_row(chat(3, 5), "b:2")])
+
+
 def test_a_source_may_name_its_split(tmp_path: Path) -> None:
     parts = {name: [{"prompt": name, "completion": "x"}] for name in ("train", "test_sft")}
     folder = str(tmp_path / "both")
@@ -190,7 +211,7 @@ def test_one_prompt_has_no_interval(finetune: Callable[..., str], tmp_path: Path
         (SCORED, "--eval-share 0.01", "0.01 leaves 0 of 40 prompts to test on"),
         (SCORED, "--eval-share 0.99", "leaves 40 of 40 prompts to test on, and 0 rows"),
         (SCORED, "--eval-share 1", "--eval-share 1.0: above 0 and below 1"),
-        (SCORED, "--eval-data ROWS", "40 rows of --eval-data are in --data too"),
+        (SCORED, "--eval-data ROWS", "40 rows of --eval-data have a prompt of --data"),
         (SCORED, "--eval-data ROWS --eval-share 0.5", "pass one of them"),
         (SCORED, "--model nowhere/at-all", "there is no folder nowhere/at-all"),
         (SCORED, "--model nowhere/at/all", "there is no model folder nowhere/at/all"),
