@@ -382,6 +382,15 @@ def _neighbour(path: Path) -> str:
     return f"; did you mean {path.parent / near}?" if near else ""
 
 
+def chosen_device(device: str | None) -> str:
+    """The device that --device names, and without it a GPU where there is one."""
+    if device is not None:
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def check_device(device: str) -> None:
     """Check that torch knows a device, and that it is there."""
     if device == "cpu":

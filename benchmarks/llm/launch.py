@@ -123,7 +123,7 @@ class Launch:
     engine: Engine = "single"
     stage: int | None = None
     offload_optimizer: bool = False
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: str = "cpu"  # or cuda
     processes: int = 1
     threads: int = 1
     options: tuple[str, ...] = ()

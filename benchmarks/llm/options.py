@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from benchmarks.llm.recipes import RECIPES, Recipe, load_recipe
 from benchmarks.llm.settings import METHOD_SETTINGS, Engine, Related, Saving, Settings, setting
@@ -20,6 +20,7 @@ from benchmarks.options import (
     check_once,
     check_seeds,
     check_used,
+    chosen_device,
     config_words,
     defaults_of,
     flag,
@@ -197,11 +198,9 @@ class Options(Experiment, Machine, Output):
     settings: Settings
 
     @property
-    def own_device(self) -> Literal["cpu", "cuda"]:
-        """The device of a run that is one process."""
-        import torch
-
-        return "cpu" if self.device == "cpu" or not torch.cuda.is_available() else "cuda"
+    def own_device(self) -> str:
+        """The device of a run that is one process, ``cpu`` or ``cuda``."""
+        return chosen_device(self.device)
 
 
 def parse(words: Sequence[str], command: str = "llm", description: str | None = None) -> Options:

@@ -15,6 +15,7 @@ from benchmarks.options import (
     check_folder,
     check_seeds,
     check_used,
+    chosen_device,
     option,
 )
 
@@ -58,7 +59,7 @@ class Options:
     """Library that generates; vllm must be installed."""
     batch_size: Annotated[int | None, option("INT", "8, or 512 with vllm")] = None
     """Answers that are generated and written together."""
-    device: str = "cpu"
+    device: Annotated[str | None, option("NAME", "a GPU where there is one")] = None
     """Device for transformers: cpu, cuda, ..., or auto to spread the model over all devices."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights; auto keeps the format of the model's files."""
@@ -77,11 +78,9 @@ class Options:
     @property
     def used_device(self) -> str:
         """The device on which the model runs."""
-        if self.backend == "transformers" and self.device != "auto":
-            return self.device
-        import torch
-
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        # vLLM and auto take GPUs.
+        named = self.backend == "transformers" and self.device != "auto"
+        return chosen_device(self.device if named else None)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -90,7 +89,7 @@ class Options:
             "batch_size": self.batch,
             **{name: value for name, value in asdict(self).items() if name not in _NOT_SETTINGS},
             # vLLM chooses its own device.
-            "device": self.device if self.backend == "transformers" else None,
+            "device": chosen_device(self.device) if self.backend == "transformers" else None,
         }
 
     def check(self) -> None:
@@ -121,4 +120,4 @@ class Options:
             raise ImportError("vllm is not installed: pip install vllm, which no extra brings")
         # `auto` is always available.
         if self.device != "auto":
-            check_device(self.device)
+            check_device(self.device or "cpu")

@@ -20,7 +20,7 @@ from benchmarks.commands import typed
 from benchmarks.llm.evaluation.options import Options
 from benchmarks.llm.evaluation.tasks import QuestionSet, read_questions
 from benchmarks.llm.generators import load_generator, load_prompter
-from benchmarks.options import check_once
+from benchmarks.options import check_once, chosen_device
 from benchmarks.results import printable
 from benchmarks.runs import CONFIG, RESULT, alone_in, claim, hardware, versions, write_json
 from benchmarks.statistics import CONFIDENCE, interval_over_questions, wilson_interval
@@ -75,7 +75,7 @@ def run(options: Options) -> list[dict[str, Any]]:
                             options.model,
                             backend=options.backend,
                             batch=options.batch,
-                            device=options.device,
+                            device=chosen_device(options.device),
                             dtype=options.dtype,
                             trust_remote_code=options.trust_remote_code,
                         )

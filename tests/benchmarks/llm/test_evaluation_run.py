@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from benchmarks.llm.__main__ import evaluate as main
 from benchmarks.llm.evaluation.options import Options
 from benchmarks.llm.evaluation.run import run, show
+from benchmarks.llm.options import parse
 from benchmarks.stopping import expected
 from iwsft.checkpoint import CheckpointError
 from iwsft.language.generation import Completion, TransformersGenerator
@@ -282,6 +283,21 @@ def test_other_settings_are_not_mixed(model: Path, data: Path, tmp_path: Path) -
     # A moved model is the same model.
     moved = Path(shutil.copytree(model, tmp_path / "moved" / "tiny"))
     assert run(settings(moved, data, tmp_path / "out", resume=True))
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_default_is_a_gpu_where_there_is_one(
+    model: Path, data: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    given = settings(model, data, Path("runs"))
+    job = parse(["--model", str(model)])
+    # As in fine-tuning and the loop; what is recorded is the device, so that resuming sees another.
+    expected = "cuda" if gpu else "cpu"
+    assert given.used_device == given.settings["device"] == job.own_device == expected
+    assert replace(given, device="cpu").settings["device"] == "cpu"
+    assert replace(given, device="auto").settings["device"] == "auto"
+    assert replace(given, device="auto").used_device == expected
 
 
 def test_damaged_generations_are_named(model: Path, data: Path, tmp_path: Path) -> None:
