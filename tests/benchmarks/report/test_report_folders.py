@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 from benchmarks.report.page import write_report
@@ -181,6 +183,19 @@ def test_a_score_that_is_not_the_mean_of_its_episodes_is_named(
     path = runs / DAMAGED / "result.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     assert "result.json: '" in damage(runs)
+
+
+def test_a_mean_near_zero_may_be_rounded(runs: Path) -> None:
+    """Here numpy adds in pairs: its mean of numbers that cancel is another than that of sum."""
+    half = [1000.1 + k / 7 for k in range(10)]
+    returns = [*half, *(-x for x in reversed(half))]
+    mean, path = float(np.mean(returns)), runs / DAMAGED / "result.json"
+    assert not math.isclose(mean, sum(returns) / len(returns), rel_tol=1e-6)
+    result = json.loads(path.read_text()) | {"episode_returns": returns}
+    path.write_text(json.dumps(result | {"return_mean": mean}))
+    assert len(read_runs(runs, CONTROL)) == 12
+    path.write_text(json.dumps(result | {"return_mean": 0.01}))
+    assert "'return_mean' is 0.01, not the mean of" in damage(runs)
 
 
 def test_missing_folder_and_no_runs(tmp_path: Path) -> None:
