@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -120,12 +121,16 @@ def updates(
     *,
     lr: float = LR,
     diagnosed: bool = False,
+    flushed: bool = True,
 ) -> Way:
-    """Return what makes an update, as ``iwsft.training.fit`` does, perhaps with diagnoses."""
+    """Return what makes an update, as ``iwsft.training.fit`` does, perhaps with diagnoses.
+
+    ``flushed=False`` keeps denormal numbers.
+    """
     optimizer = torch.optim.Adam(loss.parameters(), lr=lr, fused=True)
 
     def update() -> None:
-        with denormals_flushed():
+        with denormals_flushed() if flushed else nullcontext():
             batch = sampler.sample()
             terms = loss.terms(batch)
             out = loss.summary(terms)
@@ -284,14 +289,23 @@ def sft(curated: TensorDictBase, draws: int) -> Way:
 def behaviour_cloning(options: Options) -> Iterator[Comparison]:
     """The loss at weight 1 on single steps: the cost of everything around the network."""
     whole, sizes = cheetah_like(options), sizes_of(options)
-    loss = iwsft.ImportanceWeightedMLE(policies(whole, options.seed)[0], proposal="reference")
-    ours = updates(loss, StepSampler(whole, sizes.batch, seed=options.seed), lr=1e-3)
+    counts = {"calls": sizes.updates, "warm_up": sizes.settled}
+    cloning, unit = f"behaviour cloning step, 3 x 256, batch {sizes.batch}", "ms per update"
+
+    def update(*, flushed: bool = True) -> Way:
+        loss = iwsft.ImportanceWeightedMLE(policies(whole, options.seed)[0], proposal="reference")
+        sampler = StepSampler(whole, sizes.batch, seed=options.seed)
+        return updates(loss, sampler, lr=1e-3, flushed=flushed)
+
+    ours = update()
     for adam, fused in (("default Adam", None), ("fused Adam", True)):
         peer = plain_cloning(whole, sizes.batch, lr=1e-3, seed=options.seed, fused=fused)
-        name = f"behaviour cloning step, 3 x 256, batch {sizes.batch}, against {adam}"
-        peer_name, unit = f"behaviour cloning with {adam} (plain torch)", "ms per update"
-        counts = {"calls": sizes.updates, "warm_up": sizes.settled}
+        name = f"{cloning}, against {adam}"
+        peer_name = f"behaviour cloning with {adam} (plain torch)"
         yield compare(name, ours, peer, peer_name, unit, 5 * options.repeats, **counts)
+    name, peer_name = f"{cloning}, denormals flushed", "our step with denormals kept"
+    kept = update(flushed=False)
+    yield compare(name, ours, kept, peer_name, unit, 5 * options.repeats, **counts)
 
 
 def plain_cloning(

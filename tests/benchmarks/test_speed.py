@@ -33,7 +33,7 @@ ROWS = {
         "iw-SFT(Q) update",
         "4,500 iw-SFT(Q) updates",
         *2 * ["SFT step"],
-        *2 * ["behaviour cloning step"],
+        *3 * ["behaviour cloning step"],
         *2 * ["evaluate"],
     ],
     "baselines": [f"{name} update" for name in PLAIN] + 2 * ["behaviour cloning step"],
