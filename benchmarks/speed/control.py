@@ -193,6 +193,7 @@ def measure(options: Options) -> Iterator[Comparison | Check]:
     yield from single_steps(options, sizes)
     yield from distinct_steps(options, sizes)
     yield from behaviour_cloning(options)
+    yield from denormals(options)
     # HalfCheetah's episodes never end early; neither do Hopper's here: the most work there is.
     yield evaluation(options, sizes, "HalfCheetah-v4", sizes.episodes)
     tireless = {"terminate_when_unhealthy": False}
@@ -289,23 +290,43 @@ def sft(curated: TensorDictBase, draws: int) -> Way:
 def behaviour_cloning(options: Options) -> Iterator[Comparison]:
     """The loss at weight 1 on single steps: the cost of everything around the network."""
     whole, sizes = cheetah_like(options), sizes_of(options)
-    counts = {"calls": sizes.updates, "warm_up": sizes.settled}
-    cloning, unit = f"behaviour cloning step, 3 x 256, batch {sizes.batch}", "ms per update"
-
-    def update(*, flushed: bool = True) -> Way:
-        loss = iwsft.ImportanceWeightedMLE(policies(whole, options.seed)[0], proposal="reference")
-        sampler = StepSampler(whole, sizes.batch, seed=options.seed)
-        return updates(loss, sampler, lr=1e-3, flushed=flushed)
-
-    ours = update()
+    ours = cloning(options)
     for adam, fused in (("default Adam", None), ("fused Adam", True)):
         peer = plain_cloning(whole, sizes.batch, lr=1e-3, seed=options.seed, fused=fused)
-        name = f"{cloning}, against {adam}"
         peer_name = f"behaviour cloning with {adam} (plain torch)"
-        yield compare(name, ours, peer, peer_name, unit, 5 * options.repeats, **counts)
-    name, peer_name = f"{cloning}, denormals flushed", "our step with denormals kept"
-    kept = update(flushed=False)
-    yield compare(name, ours, kept, peer_name, unit, 5 * options.repeats, **counts)
+        yield compare_cloning(options, f"against {adam}", ours, peer, peer_name)
+
+
+def denormals(options: Options) -> Iterator[Comparison]:
+    """What it saves to set the smallest numbers to 0."""
+    ours, kept = cloning(options), cloning(options, flushed=False)
+    peer_name = "our step with denormals kept"
+    yield compare_cloning(options, "denormals flushed", ours, kept, peer_name)
+
+
+def cloning(options: Options, *, flushed: bool = True) -> Way:
+    """Return our update of behaviour cloning."""
+    whole, sizes = cheetah_like(options), sizes_of(options)
+    loss = iwsft.ImportanceWeightedMLE(policies(whole, options.seed)[0], proposal="reference")
+    sampler = StepSampler(whole, sizes.batch, seed=options.seed)
+    return updates(loss, sampler, lr=1e-3, flushed=flushed)
+
+
+def compare_cloning(
+    options: Options, what: str, ours: Way, peer: Way, peer_name: str
+) -> Comparison:
+    """Compare two ways of cloning, long after the start."""
+    sizes = sizes_of(options)
+    return compare(
+        f"behaviour cloning step, 3 x 256, batch {sizes.batch}, {what}",
+        ours,
+        peer,
+        peer_name,
+        "ms per update",
+        5 * options.repeats,
+        calls=sizes.updates,
+        warm_up=sizes.settled,
+    )
 
 
 def plain_cloning(
