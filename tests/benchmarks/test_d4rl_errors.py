@@ -397,19 +397,6 @@ def test_a_disk_too_full_to_claim_a_folder_claims_none(
     assert not [*tmp_path.rglob("*.json"), *tmp_path.rglob("*.partial")]
 
 
-def test_bugs_keep_their_traceback(
-    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from benchmarks.d4rl import job as command
-
-    def bug(*_: Any) -> None:
-        raise AttributeError("nobody expects this")
-
-    monkeypatch.setattr(command, "train_and_score", bug)
-    with pytest.raises(AttributeError, match="nobody expects this"):
-        job(tmp_path, ["bc"])
-
-
 def test_another_environment_is_not_resumed(
     fails: Callable[..., str], edited: Edit, job: Job, tmp_path: Path
 ) -> None:

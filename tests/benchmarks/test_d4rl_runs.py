@@ -247,3 +247,16 @@ def test_rewards_that_are_not_finite_fail_the_run(
         monkeypatch.setattr("benchmarks.d4rl.run.evaluate", lambda *_, given=given, **__: given)
         with pytest.raises(FloatingPointError, match="Hopper-v4 gave rewards that are not finite"):
             task.score(GaussianPolicy(11, 3), episodes=1)
+
+
+def test_bugs_keep_their_traceback(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks.d4rl import job as command
+
+    def bug(*_: Any) -> None:
+        raise AttributeError("nobody expects this")
+
+    monkeypatch.setattr(command, "train_and_score", bug)
+    with pytest.raises(AttributeError, match="nobody expects this"):
+        job(tmp_path, ["bc"])
