@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import platform
 import sys
 from collections.abc import Iterator
@@ -45,6 +46,9 @@ def main() -> None:
     else:
         command = COMMANDS[first]
         sys.argv = [f"{name} {first}", *command.words, *rest]
+        # Environments, policies and verifiers of the current folder, as `python -m` finds them.
+        if os.getcwd() not in sys.path and "" not in sys.path:
+            sys.path.insert(0, os.getcwd())
         import_module(command.module).run()
 
 

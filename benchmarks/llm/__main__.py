@@ -80,9 +80,8 @@ def evaluate(options: Options) -> None:
 @stopping.ends_in_one_line()
 def loop(words: Sequence[str]) -> None:
     """Run the loop and print its table; an error that a user can mend ends it in one line."""
-    from benchmarks.llm.loop.options import find_modules_here, parse
+    from benchmarks.llm.loop.options import parse
 
-    find_modules_here()
     options = parse(words, _LOOP)
     from benchmarks.llm.loop.job import run_rounds
 

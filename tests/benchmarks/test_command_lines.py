@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -291,3 +292,20 @@ def test_the_shell_sees_one_line_and_status_1() -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: unknown algorithm") and done.stderr.count("\n") == 1
+
+
+def test_the_installed_command_finds_a_policy_of_the_current_folder(tmp_path: Path) -> None:
+    (tmp_path / "policies_here.py").write_text("def none(): return 3\n")
+    # A script's path has its own folder in front, where `python -m` has the current one.
+    script = tmp_path / "bin" / "iwsft"
+    script.parent.mkdir()
+    script.write_text("from benchmarks.__main__ import main\nmain()\n")
+    words = "collect --policy policies_here:none --env Hopper-v4 --episodes 1 --out x.hdf5"
+    done = subprocess.run(
+        [sys.executable, str(script), *words.split()],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+    )
+    assert "policies_here:none gave int" in done.stderr

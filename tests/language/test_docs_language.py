@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks.commands import COMMANDS
 from benchmarks.llm.__main__ import main
 from benchmarks.llm.evaluation.options import Options as EvaluationOptions
 from benchmarks.llm.evaluation.tasks import TASKS
@@ -253,9 +254,9 @@ def test_the_same_lines_continue_after_a_kill(
 def test_the_first_command_fine_tunes_as_it_stands(
     folder: Path, names: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = next(words for words in _commands() if "chat" in words)
+    words = next(words for words in _commands() if "finetune" in words)
     assert PAGE.index(shlex.join(words)) < PAGE.index("```")
-    main([*words[3:], "--jobs", "1"])
+    main([*COMMANDS["finetune"].words, *words[2:], "--jobs", "1"])
     printed = capsys.readouterr().out
     places = re.findall(r"`(runs/llm/\S*)`", PAGE)
     assert places and all((folder / place / "README.md").is_file() for place in places)
@@ -273,16 +274,17 @@ def test_commands_are_taken(words: list[str]) -> None:
     if words[:2] == ["accelerate", "launch"]:
         assert (ROOT / words[words.index("--config_file") + 1]).is_file()
         return
-    assert words[:3] == ["python", "-m", "benchmarks.llm"]
-    if words[3:4] == ["evaluate"]:
+    assert words[0] == "iwsft"
+    assert COMMANDS[words[1]].module == "benchmarks.llm.__main__"
+    if words[1] == "evaluate":
         # This machine may have no GPU, and no vLLM.
         here = {"cuda": "cpu", **({} if find_spec("vllm") else {"vllm": "transformers"})}
         words = [here.get(word, word) for word in words]
-        options = tyro.cli(EvaluationOptions, args=words[4:])
+        options = tyro.cli(EvaluationOptions, args=words[2:])
         options.check()
         assert {name.partition("=")[0] for name in options.tasks} <= TASKS.keys()
         return
-    options = parse(words[3:])
+    options = parse([*COMMANDS[words[1]].words, *words[2:]])
     if options.deepspeed:
         assert (ROOT / "benchmarks/llm/configs" / f"{options.deepspeed[0]}.yaml").is_file()
 

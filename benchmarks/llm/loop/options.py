@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
@@ -253,9 +251,3 @@ def parse(words: Sequence[str], description: str | None) -> LoopOptions:
     options.check()
     check(job, changed)
     return options
-
-
-def find_modules_here() -> None:
-    """Let Python find modules of the current folder, as ``python -m`` does."""
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
