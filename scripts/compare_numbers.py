@@ -14,7 +14,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,10 @@ def run_all(folder: Path) -> None:
 
 def compare(before: Path, after: Path) -> list[str]:
     """Compare two folders of runs; names of the runs that differ or exist on one side alone."""
-    names = sorted({path.relative_to(root) for root in (before, after) for path in _runs(root)})
+    pattern = "seed-*/config.json"
+    names = sorted(
+        {path.parent.relative_to(root) for root in (before, after) for path in root.rglob(pattern)}
+    )
     differing = []
     for name in names:
         expected, actual = _values(before / name), _values(after / name)
@@ -92,11 +95,6 @@ def compare(before: Path, after: Path) -> list[str]:
         if keys or not expected:
             differing.append(str(name))
     return differing
-
-
-def _runs(root: Path) -> Iterator[Path]:
-    for config in root.rglob("seed-*/config.json"):
-        yield config.parent
 
 
 def _values(folder: Path) -> dict[str, Any]:
@@ -130,7 +128,11 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
         data = value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         return {name: (str(value.dtype), list(value.shape), data)}
     if isinstance(value, Mapping):
-        parts = [(key, part) for key, part in value.items() if not _volatile(str(key))]
+        parts = [
+            (key, part)
+            for key, part in value.items()
+            if key not in VOLATILE and not str(key).endswith("seconds")
+        ]
     elif isinstance(value, list | tuple):
         parts = list(enumerate(value))
     else:
@@ -139,10 +141,6 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
     return {
         path: leaf for key, part in parts for path, leaf in _flat(f"{name}/{key}", part).items()
     }
-
-
-def _volatile(key: str) -> bool:
-    return key in VOLATILE or key.endswith("seconds")
 
 
 def _shown(value: Any) -> str:

@@ -16,8 +16,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import rich
 from joblib import Parallel, delayed, parallel_config
-from rich.console import Console
 
 from benchmarks.llm.__main__ import loop
 from benchmarks.llm.recipes.arithmetic import BaseSettings
@@ -85,7 +85,7 @@ def main(options: Options) -> None:
         Parallel(min(cores(), len(loops)))(delayed(_run)(words) for words in loops)
     report = write_report(options.out, options.out / "report")
     for title, grid in seed_grids(report.loops).items():
-        Console().print(grid.rich(title))
+        rich.print(grid.rich(title))
     print(f"Report: {report.page}")
 
 

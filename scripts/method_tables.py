@@ -29,14 +29,10 @@ _BANDIT = "methods-bandit"
 def method_grid(name: str, results: Path) -> Grid:
     """The table of a file of records of methods."""
     if name == f"{_BANDIT}.json":
-        return bandit_grid(*(_bandit(results, end) for end in ("", "-quarter")))
+        files = [results / f"{_BANDIT}{end}.json" for end in ("", "-quarter")]
+        return bandit_grid(*(json.loads(file.read_text())["algorithms"] for file in files))
     (recipe,) = (r for r in read_recipes(results / name) if "/" not in r.name)
     return gsm8k_grid(recipe) if recipe.name == "gsm8k" else arithmetic_grid(recipe)
-
-
-def _bandit(results: Path, end: str) -> Mapping[str, Mapping[str, Any]]:
-    numbers: dict[str, Any] = json.loads((results / f"{_BANDIT}{end}.json").read_text())
-    return numbers["algorithms"]
 
 
 def bandit_grid(*numbers: Mapping[str, Mapping[str, Any]]) -> Grid:

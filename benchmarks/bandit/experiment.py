@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import rich
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import nn
@@ -210,7 +210,6 @@ def main(options: Options) -> dict[str, list[BanditRun]]:
     about = {"benchmark": "bandit", "settings": {**asdict(options), "out": str(options.out)}}
     about |= {"versions": versions(), "hardware": hardware("cpu")}
     write_json(file, {**about, "wall_seconds": time.perf_counter() - start, "algorithms": numbers})
-    console = Console()
-    console.print(table(numbers).rich("Two-armed bandit: the last policies"))
-    console.print(f"{figure}\n{file}", soft_wrap=True)
+    rich.print(table(numbers).rich("Two-armed bandit: the last policies"))
+    print(f"{figure}\n{file}")
     return runs

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tensordict import TensorDict
 
 from benchmarks.runs import write_json
 from iwsft import files
@@ -64,12 +65,11 @@ class Output:
     def write(self, fields: Fields, provenance: write.Provenance) -> None:
         """Write the dataset, whole or not at all."""
         infos = {"success": fields["success"]} if "success" in fields else None
-        steps = Steps(**{name: fields[name] for name in fields if name != "success"})
-        packed = pack_steps(steps, self.name)
+        trajectories = packed(fields, self.name)
         if self.name.startswith(_MINARI):
-            write.to_minari(self.name.removeprefix(_MINARI), packed, provenance, infos=infos)
+            write.to_minari(self.name.removeprefix(_MINARI), trajectories, provenance, infos=infos)
         else:
-            write.to_hdf5(self.path, packed, provenance, infos=infos)
+            write.to_hdf5(self.path, trajectories, provenance, infos=infos)
 
 
 class Parts:
@@ -126,6 +126,12 @@ def joined(episodes: list[Fields]) -> Fields:
         episodes = [{"success": np.zeros(len(part["rewards"]), bool), **part} for part in episodes]
     names = [name for name in episodes[0] if name != "progress"]
     return {name: np.concatenate([part[name] for part in episodes]) for name in names}
+
+
+def packed(fields: Fields, source: str) -> TensorDict:
+    """Return episodes of this origin as packed trajectories."""
+    steps = {name: values for name, values in fields.items() if name != "success"}
+    return pack_steps(Steps(**steps), source)
 
 
 def _read(path: Path) -> Fields:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+import rich
 
 from baselines import BASELINES
 from benchmarks import monitor, places, stopping
@@ -53,17 +53,15 @@ def run_job(options: Options, suite: Suite) -> Summary:
         monitor.forget(configs)
         with monitor.shown(runs):
             run_all(_train, _stacks(runs) if options.stack_seeds else runs, place, summary)
-    console = Console()
     finished = [run for run in read_runs(options.out, CONTROL) if run.dataset in names]
     if finished:
-        console.print(score_table(finished))
-    console.print(str(summary), highlight=False, markup=False, soft_wrap=True)
+        rich.print(score_table(finished))
+    print(summary)
     if options.suite is not None and finished:
         # Draws figures; its imports take seconds.
         from benchmarks.report.page import write_report
 
-        page = write_report(options.out, options.out / "report").page
-        console.print(f"Report: {page}", highlight=False, soft_wrap=True)
+        print(f"Report: {write_report(options.out, options.out / 'report').page}")
     return summary
 
 

@@ -16,7 +16,7 @@ from torchrl.envs.utils import ExplorationType
 from baselines import Learner
 from benchmarks import stopping
 from benchmarks.collect.options import env_arguments
-from benchmarks.collect.output import Fields
+from benchmarks.collect.output import joined, packed
 from benchmarks.collect.rollout import Behaviour, Simulator, roll_out
 from benchmarks.commands import typed
 from benchmarks.d4rl.loop_options import CLONE, LoopOptions
@@ -32,7 +32,6 @@ from iwsft.acting import ROWS, acting
 from iwsft.curation import curate, join, trajectory_returns
 from iwsft.datasets import OfflineDataset
 from iwsft.datasets.catalog import reference_scores
-from iwsft.datasets.episodes import Steps, pack_steps
 from iwsft.evaluation import episode_seeds, evaluate
 from iwsft.fingerprint import fingerprint
 from iwsft.loop import Round, Stages, run_loop
@@ -139,7 +138,7 @@ class ControlLoop:
                     continue
                 with acting(policy.module, ExplorationType.RANDOM):
                     episodes = roll_out(behaviour, envs[: len(group)], group, noise=0.0)
-                data = _packed(episodes, path)
+                data = packed(joined(episodes), str(path))
                 # By the path of training, whose last bits may differ from those of acting.
                 _write(path, annotate_reference(policy.module, data))
         finally:
@@ -329,13 +328,6 @@ def run_rounds(options: LoopOptions) -> list[dict[str, Any]]:
 
 
 # ---- files
-
-
-def _packed(episodes: Sequence[Fields], path: Path) -> TensorDict:
-    """Episodes as packed trajectories."""
-    names = [name for name in episodes[0] if name != "success"]
-    columns = {name: np.concatenate([each[name] for each in episodes]) for name in names}
-    return pack_steps(Steps(**columns), str(path))
 
 
 def _write(path: Path, data: TensorDictBase) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +32,7 @@ from benchmarks.d4rl.run import (
 from benchmarks.runs import CONFIG, RESULT, VIDEO, alone_in, write_json
 from iwsft import checkpoint, metrics
 from iwsft.diagnostics import diagnose, weighted_mean
-from iwsft.files import written_whole
+from iwsft.files import write
 from iwsft.lower_bound import Choice
 from iwsft.objective import ImportanceWeightedMLE, Proposal
 from iwsft.policies import GaussianPolicy, MixturePolicy
@@ -369,8 +368,7 @@ def _copy_training(source: Path, folder: Path) -> None:
     """Copy what a training left, each file whole, so that a kill leaves nothing that misleads."""
     state, rows = source / checkpoint.FOLDER / checkpoint.FILE, source / metrics.FILE
     for path in (state, rows):
-        with written_whole(folder / path.relative_to(source)) as partial_path:
-            shutil.copyfile(path, partial_path)
+        write(folder / path.relative_to(source), path.read_bytes())
 
 
 def _save_policy(run: Run, task: Task, policy: TensorDictModuleBase) -> None:

@@ -10,8 +10,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import rich
 import torch
-from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from benchmarks import monitor, places, sweep
@@ -240,23 +240,19 @@ def _show(runs: Sequence[Run], summary: Summary) -> None:
     from benchmarks.report.page import write_report
     from benchmarks.report.scores import runs_of
 
-    console, folder = Console(), runs[0].dataset_folder
-
-    def show(*lines: object) -> None:
-        console.print(*map(str, lines), sep="\n", highlight=False, markup=False, soft_wrap=True)
-
+    folder = runs[0].dataset_folder
     # Runs that were tested on other items are apart; their name is longer.
     recipe, *others = read_recipes(folder)
     for other in others:
-        console.print(recipe_table(other))
+        rich.print(recipe_table(other))
     if recipe.scores:
-        console.print(recipe_table(recipe))
+        rich.print(recipe_table(recipe))
         results = [run.result for run in runs_of(recipe.scores)]
         base = next((result for result in results if result["algo"] == BASE), None)
         trained = [result for result in results if result["algo"] != BASE]
-        show(*filter(None, (change_line(result, base) for result in trained)))
-        show(f"Report: {write_report(folder, folder / 'report').page}")
+        changes = filter(None, (change_line(result, base) for result in trained))
+        print(*changes, f"Report: {write_report(folder, folder / 'report').page}", sep="\n")
     cards = [card for run in runs if (card := write_card(run.folder))]
-    show(summary, *(f"Model, with its card: {card.parent}" for card in cards))
+    print(summary, *(f"Model, with its card: {card.parent}" for card in cards), sep="\n")
     if cards:
-        show(f"Next: {program('llm evaluate')} --model {cards[-1].parent}")
+        print(f"Next: {program('llm evaluate')} --model {cards[-1].parent}")

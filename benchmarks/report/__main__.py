@@ -19,7 +19,7 @@ def main(options: Options) -> None:
     """Write the report and print the scores; an error that a user can mend is one line."""
     if not options.runs.exists():
         raise ValueError(f"{options.runs} is not a folder: pass that of --out of the runs")
-    from rich.console import Console
+    import rich
 
     from benchmarks.report.language import recipe_table
     from benchmarks.report.loops import loop_grid, seed_grids
@@ -29,23 +29,21 @@ def main(options: Options) -> None:
 
     place = options.runs.parent if options.runs.is_file() else options.runs
     report = write_report(options.runs, options.out or place / "report")
-    console = Console()
     if report.runs:
-        console.print(score_table(report.runs))
+        rich.print(score_table(report.runs))
     for recipe in report.recipes:
         if recipe.scores:
-            console.print(recipe_table(recipe))
+            rich.print(recipe_table(recipe))
     for loop in report.loops:
-        console.print(loop_grid(loop.rows).rich(loop.name))
+        rich.print(loop_grid(loop.rows).rich(loop.name))
     for title, grid in seed_grids(report.loops).items():
-        console.print(grid.rich(title))
+        rich.print(grid.rich(title))
     if report.unfinished:
         runs_of = "run" if len(report.unfinished) == 1 else "runs"
-        console.print(f"{len(report.unfinished)} unfinished or damaged {runs_of} left out:")
+        print(f"{len(report.unfinished)} unfinished or damaged {runs_of} left out:")
         for run in report.unfinished:
-            line = run.damage or printable(str(run.folder))
-            console.print(f"  {line}", highlight=False, markup=False)
-    console.print(f"Report: {report.page}", highlight=False, soft_wrap=True)
+            print(f"  {run.damage or printable(str(run.folder))}")
+    print(f"Report: {report.page}")
 
 
 def run() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
+import rich
 
 from benchmarks.commands import program
 from benchmarks.report import figures
@@ -203,9 +203,8 @@ def show_loop(
         rounds[f"Best {noun} (round {top['round']})"] = top["round"]
     lines = [f"{name}: {Round(n, folder, start).trained}" for name, n in rounds.items()]
     lines.append(f"Report: {program('report')} {folder}")
-    console = Console()
-    console.print(loop_grid(rows).rich(title))
-    console.print(*lines, sep="\n", highlight=False, markup=False, soft_wrap=True)
+    rich.print(loop_grid(rows).rich(title))
+    print(*lines, sep="\n")
 
 
 def _cell(value: float | None, form: str) -> str:

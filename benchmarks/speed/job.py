@@ -9,11 +9,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import rich
 import torch
-from rich.console import Console
 
 from benchmarks.report.document import Grid
-from benchmarks.runs import hardware, versions, write_json
+from benchmarks.runs import hardware, tell, versions, write_json
 from benchmarks.speed.measure import Check, Comparison
 from benchmarks.speed.options import Options
 
@@ -22,7 +22,6 @@ def main(options: Options) -> None:
     """Measure, print the table, write the file, whose rows are there as soon as they are known."""
     # On one thread processor time is wall time, and ratios do not depend on the number of cores.
     torch.set_num_threads(1)
-    log = Console(stderr=True)
     rows: list[Any] = []
     checks: list[Check] = []
     content: dict[str, Any] = {
@@ -46,12 +45,12 @@ def main(options: Options) -> None:
                 checks.append(figure)
             else:
                 rows.append(figure)
-                log.print(str(figure), highlight=False)
+                tell(str(figure))
             content |= {"rows": [asdict(x) for x in rows], "checks": [asdict(x) for x in checks]}
             if options.json is not None:
                 write_json(options.json, content)
         grid = getattr(subject, "table", table)(rows, checks)
-        Console().print(grid.rich(f"Speed of {options.subject}"))
+        rich.print(grid.rich(f"Speed of {options.subject}"))
         if options.subject == "scaling" and options.json is not None:
             slopes = [asdict(each) for each in subject.growth(rows)]
             write_json(options.json, content | {"slopes": slopes})

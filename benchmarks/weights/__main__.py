@@ -22,17 +22,15 @@ def main(options: Options) -> None:
     """Weigh, print the tables and write the page; an error that a user can mend is one line."""
     options.check()
     # Takes seconds to import.
-    from rich.console import Console
+    import rich
 
     from benchmarks.weights.page import measure, tables, write_page
 
     source = find(options)
-    measured, console = measure(source, options), Console()
+    measured = measure(source, options)
     for title, grid in tables(measured).items():
-        console.print(grid.rich(title))
-        console.print()
-    page = write_page(source, measured, options.folder)
-    console.print(f"Page: {page}", highlight=False, soft_wrap=True)
+        rich.print(grid.rich(title), "")
+    print(f"Page: {write_page(source, measured, options.folder)}")
 
 
 def find(options: Options) -> Source:

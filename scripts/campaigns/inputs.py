@@ -171,32 +171,23 @@ def _with(value: object, *names: str) -> Callable[[dict[str, Array], Random], No
     return change
 
 
-def _shorter(columns: dict[str, Array], random: Random) -> None:
-    name = _field(columns, random, *columns)
-    columns[name] = columns[name][:-1] if len(columns[name]) > 1 else columns[name].repeat(2, 0)
+def _changed(by: Callable[[Array], Array], *names: str) -> Callable[..., None]:
+    """Change one of the fields, by default any."""
+
+    def change(columns: dict[str, Array], random: Random) -> None:
+        name = _field(columns, random, *(names or columns))
+        columns[name] = by(columns[name])
+
+    return change
 
 
 def _without(columns: dict[str, Array], random: Random) -> None:
     del columns[_field(columns, random, "observations", "actions", "rewards", "terminals")]
 
 
-def _text(columns: dict[str, Array], random: Random) -> None:
-    name = _field(columns, random, *columns)
-    columns[name] = np.array([b"a"] * len(columns[name]))
-
-
-def _complex(columns: dict[str, Array], random: Random) -> None:
-    name = _field(columns, random, "observations", "actions", "rewards")
-    columns[name] = columns[name].astype("c8")
-
-
 def _empty(columns: dict[str, Array], random: Random) -> None:
     for name in columns:
         columns[name] = columns[name][:0]
-
-
-def _wide(columns: dict[str, Array], random: Random) -> None:
-    columns["rewards"] = np.stack([columns["rewards"]] * 2, 1).reshape(len(columns["rewards"]), -1)
 
 
 def _other_width(columns: dict[str, Array], random: Random) -> None:
@@ -209,12 +200,12 @@ _DAMAGE: dict[str, Callable[[dict[str, Array], Random], None]] = {
     "infinity": _with(np.inf, *_NUMBERS),
     "a flag of 2": _with(2, "terminals", "timeouts"),
     "a flag of 0.5": _with(0.5, "terminals", "timeouts"),
-    "a shorter field": _shorter,
+    "a shorter field": _changed(lambda x: x[:-1] if len(x) > 1 else x.repeat(2, 0)),
     "a missing field": _without,
-    "text": _text,
-    "complex numbers": _complex,
+    "text": _changed(lambda x: np.array([b"a"] * len(x))),
+    "complex numbers": _changed(lambda x: x.astype("c8"), *_NUMBERS[:3]),
     "no rows": _empty,
-    "two rewards a step": _wide,
+    "two rewards a step": _changed(lambda x: np.stack([x, x], 1).reshape(len(x), -1), "rewards"),
     "next observations of another width": _other_width,
 }
 

@@ -260,7 +260,8 @@ class LanguageLoop:
         rows = _read_rows(one.folder / CURATED)
         if options.start_from == "last":
             # Training computes it in its own batches, so that the first weights are exactly 1.
-            rows = [_without_reference(row) for row in rows]
+            for row in rows:
+                row.pop("ref_log_probs", None)
         earlier = self._replayed(one)
         _write_rows(one.folder / TRAINED_ON, [*rows, *earlier])
         model = one.policy if options.start_from == "last" else one.start
@@ -322,10 +323,6 @@ def _listed(facts: Mapping[str, Any]) -> str:
     """What was left out, in words."""
     parts = [f"{count} {reason}" for reason, count in facts["left_out"].items()]
     return f"; left out: {', '.join(parts)}" if parts else ""
-
-
-def _without_reference(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name != "ref_log_probs"}
 
 
 def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
