@@ -9,7 +9,6 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, dispatch
 from torch import Tensor, nn
-from torchrl.modules import MLP
 from torchrl.objectives import TD3BCLoss, ValueEstimators
 from torchrl.objectives.utils import _cache_values, distance_loss
 
@@ -25,7 +24,7 @@ from baselines.critics import (
 from baselines.learner import Learner
 from baselines.normalization import Normalization, NormalizedPolicy, normalized
 from baselines.rewards import Rewards, transformed
-from iwsft.policies.linear import Linear
+from iwsft.policies.linear import mlp
 from iwsft.trajectory import ACTION, OBSERVATION
 from iwsft.update import NOISE
 
@@ -217,17 +216,7 @@ def published(dataset: str) -> tuple[Settings, str]:
 
 def policy(observation_dim: int, action_dim: int, settings: Settings) -> NormalizedPolicy:
     """Return the deterministic policy, tanh of a ReLU network, on normalised observations."""
-    network = nn.Sequential(
-        MLP(
-            in_features=observation_dim,
-            out_features=action_dim,
-            num_cells=list(settings.hidden),
-            layer_class=Linear,
-            activation_class=nn.ReLU,
-            activation_kwargs={"inplace": True},
-        ),
-        nn.Tanh(),
-    )
+    network = nn.Sequential(mlp(observation_dim, action_dim, settings.hidden), nn.Tanh())
     actor = TensorDictModule(network, in_keys=[OBSERVATION], out_keys=[ACTION])
     return NormalizedPolicy(Normalization(observation_dim), actor)
 

@@ -26,24 +26,21 @@ if TYPE_CHECKING:
     from iwsft.reference import annotate_reference as annotate_reference
     from iwsft.trained_policy import load_policy as load_policy
 
-# name -> where it lives; a module maps to itself
-_PUBLIC = {
-    "CausalLMPolicy": "policies",
-    "EMA": "proposals",
-    "GaussianPolicy": "policies",
-    "HardSync": "proposals",
-    "ImportanceWeightedMLE": "objective",
-    "ImportanceWeights": "presets",
-    "MixturePolicy": "policies",
-    "annotate_reference": "reference",
-    "curate": "curation",
+# Where the public names live; a module maps to itself.
+_NAMES = {
+    "curation": "curate",
     "datasets": "datasets",
-    "evaluate": "evaluation",
-    "load_policy": "trained_policy",
-    "reweight": "proposals",
+    "evaluation": "evaluate",
+    "objective": "ImportanceWeightedMLE",
+    "policies": "CausalLMPolicy GaussianPolicy MixturePolicy",
+    "presets": "ImportanceWeights",
+    "proposals": "EMA HardSync reweight",
+    "reference": "annotate_reference",
+    "trained_policy": "load_policy",
     "weights": "weights",
 }
-__all__ = [*_PUBLIC]
+_PUBLIC = {name: where for where, names in _NAMES.items() for name in names.split()}
+__all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
-from torchrl.modules import MLP, NormalParamExtractor, ProbabilisticActor, TanhNormal
+from torchrl.modules import NormalParamExtractor, ProbabilisticActor, TanhNormal
 from torchrl.objectives import SACLoss, SoftUpdate
 
 from baselines.critics import STATE_ACTION_VALUE, qvalue_networks, values
@@ -28,6 +28,7 @@ from benchmarks.collect.rollout import Instance, Simulator
 from iwsft import checkpoint
 from iwsft.evaluation import episode_seeds
 from iwsft.metrics import MetricsLog
+from iwsft.policies.linear import mlp
 from iwsft.progress import Progress
 from iwsft.trajectory import ACTION, DONE, NEXT_OBSERVATION, OBSERVATION, REWARD, TERMINATED
 
@@ -122,16 +123,8 @@ class Replay:
 
 def actor(observation_dim: int, low: Tensor, high: Tensor) -> ProbabilisticActor:
     """Return a tanh-normal policy within the bounds, mean and scale from one network."""
-    net = nn.Sequential(
-        MLP(
-            in_features=observation_dim,
-            out_features=2 * len(low),
-            num_cells=list(_HIDDEN),
-            activation_class=nn.ReLU,
-            activation_kwargs={"inplace": True},
-        ),
-        NormalParamExtractor(),
-    )
+    layers = mlp(observation_dim, 2 * len(low), _HIDDEN, nn.Linear)
+    net = nn.Sequential(layers, NormalParamExtractor())
     return ProbabilisticActor(
         TensorDictModule(net, in_keys=[OBSERVATION], out_keys=["loc", "scale"]),
         in_keys=["loc", "scale"],

@@ -30,16 +30,17 @@ from benchmarks.statistics import MIN_SEEDS
 from iwsft.loop import CONFIG, Round, best, table
 
 LOOP = "loop"
-# Facts of a round that are shown where its stages return them: heading and format.
+# Facts of a round that are shown where its stages return them: heading, format and meaning.
 COLUMNS = {
-    "return": ("return", ".1f"),
-    "pass_rate": ("pass rate", ".3f"),
-    "solved": ("solved", ".3f"),
-    "kept": ("kept", ".1%"),
-    "length": ("length", ".1f"),
-    "distinct": ("distinct", ".2f"),
-    "ESS": ("ESS", ".2f"),
+    "return": ("return", ".1f", "mean of the sampled episodes"),
+    "pass_rate": ("pass rate", ".3f", "share of right answers among the samples"),
+    "solved": ("solved", ".3f", "prompts with a right one"),
+    "kept": ("kept", ".1%", "share of the samples that was trained on"),
+    "length": ("length", ".1f", "mean of a sample"),
+    "distinct": ("distinct", ".2f", "different final answers to a prompt"),
+    "ESS": ("ESS", ".2f", "effective share of the draws of an update"),
 }
+_SCORE = ("score", ".3f", "held-out, with its 95 % interval")
 # Facts that are compared over seeds, and their titles.
 COMPARED = {
     "score": "Held-out score over seeds",
@@ -51,17 +52,6 @@ _SEED = "/seed-"
 _OF_SEED = {"seed", "start", "model"}
 # Settings of the test: scores of others do not compare.
 _TEST = ("env_id", "env_kwargs", "eval_prompts", "verifier", "eval_samples")
-# What the caption says of them.
-_MEANINGS = {
-    "score": "held-out, with its 95 % interval",
-    "return": "mean of the sampled episodes",
-    "pass_rate": "share of right answers among the samples",
-    "solved": "prompts with a right one",
-    "kept": "share of the samples that was trained on",
-    "length": "mean of a sample",
-    "distinct": "different final answers to a prompt",
-    "ESS": "effective share of the draws of an update",
-}
 
 
 @dataclass(frozen=True)
@@ -110,11 +100,11 @@ def read_loops(folder: Path) -> list[RecordedLoop]:
 
 def loop_grid(rows: Sequence[Mapping[str, Any]]) -> Grid:
     """Table of the rounds of a loop, with what its stages return."""
-    names = [name for name, _ in COLUMNS.values()]
+    names = [name for name, *_ in COLUMNS.values()]
     grid = Grid(["round", "score", "95 % interval", *names], left=1)
     for row in rows:
         interval = interval_text(row.get("interval"), digits=3)
-        cells = [_cell(row.get(key), form) for key, (_, form) in COLUMNS.items()]
+        cells = [_cell(row.get(key), form) for key, (_, form, _) in COLUMNS.items()]
         grid.rows.append([str(row["round"]), _cell(row.get("score"), ".3f"), interval, *cells])
     return grid
 
@@ -137,7 +127,7 @@ def seed_grids(loops: Sequence[RecordedLoop]) -> dict[str, Grid]:
     most = max((len(rows) for own in groups.values() for rows in own.values()), default=0)
     grids = {}
     for key, title in COMPARED.items():
-        form = COLUMNS.get(key, ("", ".3f"))[1]
+        form = COLUMNS.get(key, _SCORE)[1]
         facts = {name: [_values(own, key, n) for n in range(most)] for name, own in groups.items()}
         grid = Grid(["", *(f"round {number}" for number in range(most))], left=1)
         for name, by_round in facts.items():
@@ -215,7 +205,7 @@ def draw_loops(loops: Sequence[RecordedLoop]) -> Panels:
     """Draw the facts of all loops over their rounds, a line a loop, coloured by its algorithm."""
     colour = {loop.algo: algorithm_colour(loop.algo) for loop in loops}
     panels = {}
-    labels = {"score": "held-out score", **{key: name for key, (name, _) in COLUMNS.items()}}
+    labels = {"score": "held-out score", **{key: name for key, (name, *_) in COLUMNS.items()}}
     for key, label in labels.items():
         rounds = {row["round"] for loop in loops for row in loop.rows if row.get(key) is not None}
         if len(rounds) < 2:
@@ -250,8 +240,8 @@ def _caption(loops: Sequence[RecordedLoop]) -> str:
     """What the facts mean that some round has."""
     rows = [row for loop in loops for row in loop.rows]
     parts = [
-        f"{COLUMNS.get(key, (key,))[0]}: {meaning}"
-        for key, meaning in _MEANINGS.items()
+        f"{name}: {meaning}"
+        for key, (name, _, meaning) in {"score": _SCORE, **COLUMNS}.items()
         if any(row.get(key) is not None for row in rows)
     ]
     return f"Rounds. Round 0 is the start. {'; '.join(parts)}."

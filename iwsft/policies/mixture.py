@@ -9,8 +9,9 @@ from tensordict import NestedKey
 from tensordict.nn import InteractionType, TensorDictModule
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
-from torchrl.modules import MLP, ProbabilisticActor
+from torchrl.modules import ProbabilisticActor
 
+from iwsft.policies.linear import mlp
 from iwsft.trajectory import ACTION, OBSERVATION
 
 _LOG_STD_BOUNDS = (-5.0, 2.0)
@@ -75,13 +76,7 @@ class _MixtureHead(nn.Module):
         self, observation_dim: int, action_dim: int, components: int, hidden: Sequence[int]
     ) -> None:
         super().__init__()
-        self.net = MLP(
-            in_features=observation_dim,
-            out_features=components * (1 + action_dim),
-            num_cells=list(hidden),
-            activation_class=nn.ReLU,
-            activation_kwargs={"inplace": True},
-        )
+        self.net = mlp(observation_dim, components * (1 + action_dim), hidden, nn.Linear)
         self.offset = nn.Parameter(torch.empty(components, action_dim))
         self.log_std = nn.Parameter(torch.empty(components, action_dim))
         self.reset_parameters()
