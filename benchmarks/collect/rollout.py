@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,8 +58,7 @@ class Simulator:
     @classmethod
     def of(cls, env_id: str, kwargs: dict[str, Any]) -> Simulator:
         """Describe an environment after making it once."""
-        env = environments.make(env_id, **kwargs)
-        try:
+        with closing(environments.make(env_id, **kwargs)) as env:
             space, flatten = environments.action_space(env), environments.flattener(env)
             if not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
                 raise ValueError(f"the actions of {env_id} have no bounds: {space}; wrap it")
@@ -78,19 +77,14 @@ class Simulator:
                 high=space.high.astype(np.float32),
                 versions=environments.versions(env),
             )
-        finally:
-            env.close()
 
     def first_step(self) -> Fields:
         """An episode of one step, which has all fields of the data."""
         env = self.make()
-        try:
-            with _failure_named(self.env_id, self.kwargs):
-                env.reset(seed=0)
-                env.step(self.low)
-                return env.episode(cut=True)
-        finally:
-            env.env.close()
+        with env.env, _failure_named(self.env_id, self.kwargs):
+            env.reset(seed=0)
+            env.step(self.low)
+        return env.episode(cut=True)
 
     def make(self, *, as_drawn: bool = False) -> Instance:
         """Make an instance of the environment; see :class:`Instance` for ``as_drawn``."""

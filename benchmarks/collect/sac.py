@@ -201,7 +201,7 @@ class OnlineRun:
         env, before, since = self.simulator.make(), self.steps, time.perf_counter()
         every = max(1, self.settings.steps // _CURVE_POINTS)
         task = bar.add_task("sac", total=self.settings.steps, completed=before)
-        try:
+        with env.env:
             log = MetricsLog(self.output.run, after=self.steps)
             while self.steps < self.settings.steps:
                 self._episode(env, log, every)
@@ -209,8 +209,6 @@ class OnlineRun:
                 mean = f"return {np.mean(self._returns):.1f}"
                 note = f"episode {self.episodes}, {mean}, {speed:.0f}/s"
                 bar.update(task, completed=self.steps, note=note)
-        finally:
-            env.env.close()
         save_policy(self.output.run, self._learner, self.simulator)
         source = {"policy": "online SAC run", "episodes": self.episodes, **asdict(self.settings)}
         cost = f"; {1000 * self.cpu_seconds / self.steps:.1f} CPU-ms per step"

@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from iwsft.policies.causal_lm_families import (
     peft_model,
     varies_lengths,
 )
-from iwsft.policies.linear import onednn_layers
+from iwsft.policies.linear import onednn_layers, replaced_forward
 from iwsft.policies.token_log_prob import token_log_prob_and_entropy
 from iwsft.trajectory import ASSISTANT_MASK, ATTENTION_MASK, TOKENS, Segments, fit
 
@@ -167,7 +166,9 @@ class CausalLMPolicy(nn.Module):
         """Run the model; log p of ``target``, and entropy, from the states at ``index``."""
         transform = LogitTransform.of(decoder)
         question = _Question(index, target, inputs["input_ids"].numel(), transform, top_k)
-        with _answering(decoder, question), onednn_layers(self.model):
+        heads = [m for m in decoder.get_output_embeddings().modules() if isinstance(m, nn.Linear)]
+        # The output layer answers the question while the model runs.
+        with replaced_forward(heads, question.forward), onednn_layers(self.model):
             logits = self.model(**inputs).logits
         if question.answer is None or question.entropy is None:
             raise NotImplementedError(f"{type(decoder).__name__} did not use its output layer")
@@ -288,17 +289,3 @@ class _Question:
         # A copy and not a view, because FSDP2 attaches a hook to it.
         self.answer, self.entropy = log_prob[:wanted].clone(), entropy[:wanted]
         return self.answer
-
-
-@contextmanager
-def _answering(decoder: Any, question: _Question) -> Iterator[None]:
-    """Let the output layer answer the question while the model runs."""
-    heads = [m for m in decoder.get_output_embeddings().modules() if isinstance(m, nn.Linear)]
-    for head in heads:
-        # On the instance, so that hooks around its call stay.
-        head.forward = partial(question.forward, head)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for head in heads:
-            del head.forward

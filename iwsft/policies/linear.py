@@ -9,7 +9,7 @@ processors MKL is as fast, a call of it costs less, and rows have the same bits 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -82,9 +82,16 @@ def onednn_layers(model: nn.Module) -> Iterator[None]:
         m for m in modules if type(m).forward is nn.Linear.forward and "forward" not in vars(m)
     ]
     layers = [layer for layer in plain if not _is_sharded(layer.weight)]
-    # On the instance, so that hooks around a call stay.
+    with replaced_forward(layers, Linear.forward):
+        yield
+
+
+@contextmanager
+def replaced_forward(layers: Sequence[nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Within, ``forward`` is that of the layers; it gets the layer and its input."""
     for layer in layers:
-        layer.forward = partial(Linear.forward, layer)  # type: ignore[arg-type]
+        # On the instance, so that hooks around a call stay.
+        layer.forward = partial(forward, layer)
     try:
         yield
     finally:

@@ -8,8 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -136,7 +135,8 @@ def unbroken(job: Job, folder: Path) -> None:
 
 def campaign(
     name: str,
-    jobs: Mapping[str, Callable[[Path], Job]],
+    make: Callable[[str, Path], Job],
+    kinds: Iterable[str],
     warm: tuple[str, ...],
     *,
     command: bool = True,
@@ -146,7 +146,8 @@ def campaign(
 
     Args:
         name: Name of the campaign.
-        jobs: Functions from the folder of the jobs' inputs to a job, by the job's name.
+        make: Function from the name of a job and the folder of the jobs' inputs to the job.
+        kinds: Names of the jobs.
         warm: Modules that are loaded before.
         command: Whether the jobs are commands.
         write: Function that writes the inputs.
@@ -154,12 +155,12 @@ def campaign(
 
     def prepare(shared: Path) -> None:
         write(shared)
-        for kind, make in jobs.items():
-            unbroken(make(shared), shared / kind)
+        for kind in kinds:
+            unbroken(make(kind, shared), shared / kind)
 
     def case(shared: Path, random: Random, folder: Path) -> Iterator[Finding]:
-        kind = random.choice([*jobs])
-        yield from killed(jobs[kind](shared), shared / kind, random, command=command)
+        kind = random.choice([*kinds])
+        yield from killed(make(kind, shared), shared / kind, random, command=command)
 
     return Campaign(name, case, prepare, warm)
 
@@ -332,37 +333,24 @@ def _trainer(proposal: str, _: Path) -> Job:
 
 
 CAMPAIGNS = (
+    campaign("control killed", _control, ALGORITHMS, CONTROL_MODULES, write=write_steps),
+    campaign("collect killed", _collect, COLLECTED, CONTROL_MODULES),
     campaign(
-        "control killed",
-        {algo: partial(_control, algo) for algo in ALGORITHMS},
-        CONTROL_MODULES,
-        write=write_steps,
-    ),
-    campaign(
-        "collect killed", {kind: partial(_collect, kind) for kind in COLLECTED}, CONTROL_MODULES
-    ),
-    campaign(
-        "language killed",
-        {algo: partial(_language, algo) for algo in LANGUAGE_ALGORITHMS},
-        COMMAND_MODULES,
-        write=_write_language,
+        "language killed", _language, LANGUAGE_ALGORITHMS, COMMAND_MODULES, write=_write_language
     ),
     campaign(
         "loop killed",
-        {kind: partial(_loop, kind) for kind in LOOPS},
+        _loop,
+        LOOPS,
         (*COMMAND_MODULES, "benchmarks.llm.loop.job"),
         write=_write_loop,
     ),
     campaign(
         "control loop killed",
-        {kind: partial(_control_loop, kind) for kind in CONTROL_LOOPS},
+        _control_loop,
+        CONTROL_LOOPS,
         (*CONTROL_MODULES, "benchmarks.d4rl.loop"),
         write=write_steps,
     ),
-    campaign(
-        "trainer killed",
-        {proposal: partial(_trainer, proposal) for proposal in PROPOSALS},
-        LANGUAGE_MODULES,
-        command=False,
-    ),
+    campaign("trainer killed", _trainer, PROPOSALS, LANGUAGE_MODULES, command=False),
 )
