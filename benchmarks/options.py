@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import io
+import itertools
 import json
 import re
 import sys
@@ -131,9 +132,12 @@ def parse_groups(
 
 
 def _condensed(box: str) -> str:
-    """What tyro writes into a box, in a line, without its title and its hint at the help."""
-    lines = [" ".join(line.split()) for line in re.sub("[│╰╯]", " ", box).splitlines()]
-    inside = [line for line in lines if line and not re.search("╭|full helptext|--help", line)]
+    """What tyro writes into a box, in a line, without title, help of options and hint at it."""
+    plain = re.sub("[│╰╯]", " ", box).splitlines()
+    # Options are listed with an indent, and their help with a larger one.
+    lines = [" ".join(line.split()) for line in plain if not line.startswith(" " * 10)]
+    told = itertools.takewhile(lambda line: "full helptext" not in line, lines)
+    inside = [line for line in told if line and "╭" not in line]
     # Where the terminal has no characters for boxes, the title and a line of "-" come first.
     if len(inside) > 2 and set(inside[1]) == {"-"}:
         inside = inside[2:]
@@ -142,6 +146,7 @@ def _condensed(box: str) -> str:
     text = " ".join(";" if set(line) in ({"─"}, {"-"}) else line for line in inside).replace(
         " ; ", "; "
     )
+    text = re.sub(r"(?<=[^:;,|]) (?=--)", ", ", text)
     # The command line leaves an option out instead.
     return re.sub(r"'None', |, 'None'", "", text).strip(" ;.")
 

@@ -90,7 +90,7 @@ WRONG = {
     "d4rl --algo minor-sft --temperature 0": "--temperature 0: minor-sft needs one above 0",
     "d4rl --algo minor-sft --q auto": "--q auto changes nothing in minor-sft",
     "d4rl --algo minor-sft --target-ess 0.5": "--target-ess 0.5 changes nothing in minor-sft",
-    "d4rl loop": "Missing from iwsft d4rl loop: --start FOLDER|bc:DATASET Policy to start from",
+    "d4rl loop": "Missing from iwsft d4rl loop: --start FOLDER|bc:DATASET; see iwsft d4rl loop",
     "d4rl loop --start x --algo bc": "unknown algorithm 'bc'; it is one of sft, sft-q",
     "llm --step-clip 1": "Missing value for argument '--step-clip'. Expected 2 values",
     "llm --recipe gsm8k --algo sftq": "unknown algorithm 'sftq'",
@@ -103,21 +103,21 @@ WRONG = {
     "finetune --model m --data nowhere.jsonl": "there is no file nowhere.jsonl",
     "finetune --lr 1 r.jsonl": "Unrecognized options: r.jsonl; pass it as --data r.jsonl; see",
     "finetune --recipe gsm8k": "this command sets --recipe itself: leave it out",
-    "evaluate": "Missing from iwsft evaluate: --model ID|DIR Model in transformers' format",
+    "evaluate": "Missing from iwsft evaluate: --model ID|DIR; see iwsft evaluate --help",
     "evaluate --model m --tasks gsm8k=no.jsonl": "there is no file no.jsonl",
     "evaluate --model m --n 0": "--n 0: at least 1",
     "evaluate --model m --backend vllm": "vllm is not installed",
-    "loop": "Missing from iwsft loop: --model ID|DIR Model to start from",
+    "loop": "Missing from iwsft loop: --model ID|DIR, --prompts ID|FILE, --verifier NAME|MODULE:F",
     "loop --model m --prompts p --verifier integral": "unknown verifier 'integral'; did you mean",
     "collect --out a.hdf5": "give either --policy",
     "collect --out a.hdf5 --policy no.npz --steps 5": "there is no file no.npz",
     "weights nowhere": "there is no nowhere/config.json; a run is OUT/d4rl/",
     "weights --model ./m --base b --data c": "there is no model folder ./m",
-    "speed": "Missing from iwsft speed: {control,baselines,language,scaling,gpu} Part of the",
+    "speed": "Missing from iwsft speed: {control,baselines,language,scaling,gpu}; see iwsft",
     "speed contrl": "invalid choice 'contrl' for argument 'Options.subject'. Expected one of (",
     "speed control --repeats 0": "--repeats 0: at least 1",
     "speed control a.hdf5": "Unrecognized options: a.hdf5; see iwsft speed --help",
-    "report": "Missing from iwsft report: PATH Folder that --out of the runs named",
+    "report": "Missing from iwsft report: PATH; see iwsft report --help",
     "bandit --lr nan": "--lr nan: a finite number above 0",
 }
 
@@ -141,6 +141,19 @@ print({{"torch", "numpy", "scipy", "matplotlib", "transformers"}} & set(sys.modu
     lines = done.stderr.splitlines()
     for (words, message), line in zip(WRONG.items(), lines, strict=True):
         assert line.startswith(f"error: {message}"), words
+
+
+@pytest.mark.parametrize("columns", ["60", "300"])
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_missing_options_are_told_without_their_help(columns: str, encoding: str) -> None:
+    """Whatever the terminal, which tyro writes for."""
+    env = os.environ | {"COLUMNS": columns, "PYTHONIOENCODING": encoding}
+    words = [sys.executable, "-m", "benchmarks", "loop", "--model", "m", "--rond", "2"]
+    done = subprocess.run(words, capture_output=True, text=True, env=env)
+    prog = "python -m benchmarks loop"
+    needed = "--prompts ID|FILE, --verifier NAME|MODULE:FUNCTION"
+    wrong = f"Missing from {prog}: {needed}; Unrecognized options: --rond 2; see {prog} --help"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {wrong}\n")
 
 
 def test_a_file_without_an_option_is_told_where_other_options_are_missing(
