@@ -60,8 +60,12 @@ _CURVES = {"score": SCORE, "Q": "pred_value"}
 _PARTS = 10
 _THIRD = 4  # the last part less this one from the end spans the last third
 _LEAST_CHANGE = 0.01  # of the value
-# Settings that are recorded only where they are given.
-_UNSET = {"q": None, "target_ess": None, "ties": None}
+# Settings that are recorded only where they are given, in control and in the training of language.
+_UNSET = {"q": None, "target_ess": None, "ties": None, "policy": None}
+_UNSET_TRAINING = {"q": None, "reference": None, "normalize_data_weights": False}
+# What a run reads, each with its digest where that is recorded.
+_SOURCES = ("model", "data", "eval_data", "eval_share")
+_DIGESTS = tuple(f"{name}_sha256" for name in _SOURCES)
 _VERSION = re.compile(r"-v\d+$")
 _SHARE = re.compile(r"bc-(\d+(?:\.\d+)?)")
 
@@ -351,9 +355,12 @@ def interval_over_seeds(values: NDArray[np.float64], *limits: float) -> tuple[fl
 def _task(run: RecordedRun) -> dict[str, object]:
     """What the runs of a dataset must have in common: the data, the test, the score's unit."""
     settings, result = run.config.get("settings", {}), run.result
-    names = {name: settings[name] for name in ("model", "data") if name in settings}
-    if "data_sha256" in settings:
-        names["data"] = settings["data_sha256"]
+    # Those of the recipe are recorded by its name alone.
+    names = {
+        name: settings.get(digest, settings.get(name))
+        for name, digest in zip(_SOURCES, _DIGESTS, strict=True)
+        if name in settings or "recipe" in settings
+    }
     names |= {name: result[name] for name in ("env_id", "n") if name in result}
     if "env_kwargs" in run.config:
         names["env_kwargs"] = run.config["env_kwargs"]
@@ -367,7 +374,9 @@ def _settings(run: RecordedRun) -> dict[str, object]:
     settings = run.config.get("settings", {})
     if settings:
         settings = _UNSET | settings
-    apart = (*about, *_task(run), "data_sha256", "seed", "settings_from")
+    if "training" in settings:
+        settings["training"] = _UNSET_TRAINING | settings["training"]
+    apart = (*about, *_task(run), *_DIGESTS, "seed", "settings_from")
     own = _flat({key: value for key, value in settings.items() if key not in apart})
     return {key: run.result[key] for key in about if key in run.result} | own
 

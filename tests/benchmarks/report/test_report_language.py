@@ -6,13 +6,15 @@ import itertools
 import json
 import re
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import scipy.stats
 
-from benchmarks.llm.options import NAMES
+from benchmarks.llm.options import ALGORITHMS, NAMES, recorded
+from benchmarks.llm.recipes.chat import RECIPE
 from benchmarks.report.__main__ import main
 from benchmarks.report.language import difference_grid, evaluation_grid, read_recipes
 from benchmarks.report.options import Options
@@ -170,6 +172,57 @@ def test_runs_that_were_tested_or_trained_otherwise_are_apart(language: Path) ->
     sft = statistics.mean(SCORES["sft"])
     assert means == pytest.approx({"base": 0.5, "sft": sft, "steps 9/sft": 0.2, "iw-sft": 0.85})
     assert "steps 9 (not 2)" in recipes["sums"].note
+
+
+@pytest.mark.parametrize(
+    ("training", "name"),
+    [
+        ({"q": "auto"}, "training.q auto/sft"),
+        ({"reference": "none"}, "training.reference none/sft"),
+        ({"normalize_data_weights": True}, "training.normalize_data_weights true/sft"),
+    ],
+)
+def test_a_setting_that_only_some_runs_record_is_told(
+    tmp_path: Path, training: dict[str, Any], name: str
+) -> None:
+    """The settings are those that the job records of its options."""
+    for seed, change in enumerate(({}, {}, training)):
+        recorded_run(tmp_path, seed, {"training": change})
+    (recipe,) = read_recipes(tmp_path)
+    assert [(cell.algo, len(cell.runs)) for cell in recipe.scores] == [("sft", 2), (name, 1)]
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ({"eval_data": "b.jsonl"}, "eval_data b.jsonl"),
+        ({"eval_data": "b.jsonl", "eval_data_sha256": "b" * 64}, "eval_data bbbbbbbb"),
+        ({"eval_share": 0.2}, "eval_share 0.2"),
+        ({"model": "m", "model_sha256": "c" * 64}, "model cccccccc"),
+    ],
+)
+def test_another_test_or_model_is_not_compared(
+    tmp_path: Path, source: dict[str, Any], name: str
+) -> None:
+    for seed in range(6):
+        recorded_run(tmp_path, seed, source if seed > 2 else {})
+        recorded_run(tmp_path, seed, source if seed > 2 else {}, algo="iw-sft")
+    recipes = read_recipes(tmp_path)
+    assert [recipe.name for recipe in recipes] == ["chat", f"chat ({name})"]
+    for recipe in recipes:
+        assert [(cell.algo, len(cell.runs)) for cell in recipe.scores] == [
+            ("sft", 3),
+            ("iw-sft", 3),
+        ]
+
+
+def recorded_run(root: Path, seed: int, settings: dict[str, Any], algo: str = "sft") -> None:
+    """A run of the chat recipe, with settings as the job records them."""
+    given = replace(RECIPE.defaults, **settings.get("training", {}))
+    training = recorded(given, ALGORITHMS["iw-sft-hard"])
+    path = language_run(root, algo, seed, 0.1 * seed, "chat") / "config.json"
+    own = {"recipe": "chat", "algo": algo, "seed": seed, **settings, "training": training}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"settings": own}))
 
 
 def evaluation(root: Path, model: str, task: str, **change: Any) -> None:

@@ -51,6 +51,7 @@ def test_seeds_that_were_run_differently_are_named(tmp_path: Path, make_run: Mak
         ({"config": {"settings": {"lr": 1e-4, "net": {"wide": "a/b"}}}}, "bc"),
         # Recorded only where they are given.
         ({"config": {"settings": {"lr": 1e-4, "q": "auto"}}}, "q auto/bc"),
+        ({"config": {"settings": {"lr": 1e-4, "policy": "mixture"}}}, "policy mixture/bc"),
         ({"config": {"settings": {"lr": 1e-4, "target_ess": 0.5}}}, "target_ess 0.5/bc"),
     ],
 )
