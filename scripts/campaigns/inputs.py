@@ -95,18 +95,16 @@ def compare(data: Any, episodes: list[Episode], *, following: bool) -> Iterator[
 
 
 def _columns(episodes: list[Episode]) -> dict[str, Array]:
-    last = [np.arange(len(e.rewards)) == len(e.rewards) - 1 for e in episodes]
+    sizes = [len(episode.rewards) for episode in episodes]
+    ends = np.isin(np.arange(sum(sizes)), np.cumsum(sizes) - 1)
+    terminated = np.repeat([episode.terminated for episode in episodes], sizes)
     return {
         "observations": np.concatenate([e.observations[:-1] for e in episodes]),
         "actions": np.concatenate([e.actions for e in episodes]),
         "rewards": np.concatenate([e.rewards for e in episodes]),
         "next_observations": np.concatenate([e.observations[1:] for e in episodes]),
-        "terminals": np.concatenate(
-            [end & e.terminated for end, e in zip(last, episodes, strict=True)]
-        ),
-        "timeouts": np.concatenate(
-            [end & (not e.terminated) for end, e in zip(last, episodes, strict=True)]
-        ),
+        "terminals": ends & terminated,
+        "timeouts": ends & ~terminated,
     }
 
 
