@@ -40,8 +40,7 @@ def algorithm(name: str) -> Baseline:
     """
     if name not in BASELINES:
         raise ValueError(f"unknown baseline {name!r}; there are {', '.join(BASELINES)}")
-    module: Baseline = import_module(BASELINES[name])
-    return module
+    return import_module(BASELINES[name])
 
 
 def __getattr__(name: str) -> Any:

@@ -47,8 +47,7 @@ class Learner:
     def __deepcopy__(self, memo: dict[int, Any]) -> Learner:
         """Return a copy whose policy shares its parameters with its loss, as here."""
         # A TensorDict's own deepcopy clones, without looking at what has been copied already.
-        copied: Learner = pickle.loads(pickle.dumps(self))
-        return copied
+        return pickle.loads(pickle.dumps(self))
 
 
 def check_finite(settings: Any, *, but: str = "") -> None:

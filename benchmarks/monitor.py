@@ -85,6 +85,5 @@ def _follow(runs: Sequence[Run[Any]], progress: Progress, stopped: threading.Eve
 def _read(folder: Path) -> dict[str, Any] | None:
     # It may be half written.
     with suppress(OSError, ValueError):
-        state: dict[str, Any] = json.loads((folder / FILE).read_text())
-        return state
+        return json.loads((folder / FILE).read_text())
     return None

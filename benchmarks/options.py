@@ -293,8 +293,7 @@ def _read_config(path: Path, command: str) -> dict[str, Any]:
         raise ValueError(
             f"{path} holds no options: an earlier release, or another command, wrote it"
         )
-    options: dict[str, Any] = content["options"]
-    return options
+    return content["options"]
 
 
 def to_config(options: Any, without: Collection[str] = ("out", "resume")) -> dict[str, Any]:

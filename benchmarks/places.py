@@ -138,8 +138,7 @@ def _ray_place(jobs: int | None, device: str) -> Iterator[Place]:
         packages = versions()
 
         def submit(work: Callable[[Any], Any], item: Any) -> Future[Any]:
-            future: Future[Any] = task.options(name=str(item)).remote(work, item, packages).future()
-            return future
+            return task.options(name=str(item)).remote(work, item, packages).future()
 
         loss = "its Ray worker was lost, with its node or for lack of memory"
         yield Place(jobs, submit, (NodeDiedError, OutOfMemoryError, WorkerCrashedError), loss)

@@ -107,5 +107,4 @@ def _started(name: str, way_out: str) -> Iterator[None]:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-    return config
+    return json.loads((folder / CONFIG).read_text())

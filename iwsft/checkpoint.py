@@ -53,8 +53,7 @@ def load(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     if differ:
         problem = f"belongs to a run with other settings: {differ}"
         raise CheckpointError(f"{path} {problem}; choose another --out")
-    state: dict[str, Any] = content["state"]
-    return state
+    return content["state"]
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

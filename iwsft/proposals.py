@@ -142,8 +142,7 @@ class HardSync(_Updater):
 
     @property
     def _key(self) -> NestedKey:
-        key: NestedKey = getattr(self.loss_module.tensor_keys, self._entry)
-        return key
+        return getattr(self.loss_module.tensor_keys, self._entry)
 
 
 class EMA(_Updater):

@@ -187,8 +187,7 @@ def _read(path: Path, way_out: str) -> Tensor | None:
         return None
     if content.get("file") != path.name:
         raise checkpoint.CheckpointError(f"{path} is the copy of another file; {way_out}")
-    log_prob: Tensor = content["log_prob"]
-    return log_prob
+    return content["log_prob"]
 
 
 def _data_digest(trajectories: TensorDictBase) -> str:

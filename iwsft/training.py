@@ -307,8 +307,7 @@ class _Seed:
         """A batch of the shape, dtype and device of all batches."""
         sampler: Any = self._training.sampler
         steps = torch.zeros(sampler.batch_size, dtype=torch.int64, device=self._device)
-        batch: TensorDictBase = sampler.take(steps)
-        return batch
+        return sampler.take(steps)
 
     def _read(self, drawn: TensorDictBase) -> TensorDictBase:
         sampler: Any = self._training.sampler

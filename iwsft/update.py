@@ -228,8 +228,7 @@ class Stack:
             (loss._modules if name in loss._modules else loss._parameters)[name] = value
         # Parts of the networks that TorchRL keeps between calls.
         loss._cache = {}
-        out: TensorDictBase = loss(batch)
-        return out
+        return loss(batch)
 
     def close(self) -> None:
         """Give each loss tensors of its own again."""

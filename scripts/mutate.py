@@ -268,8 +268,7 @@ def record(file: str, home: Path, folder: Path) -> dict[str, tuple[float, list[i
             log = (home / "pytest.log").read_text()
             raise SystemExit(f"the tests of {file} fail without a mutant:\n{log[-2000:]}")
         shutil.copy(home / "tests.json", recorded)
-    tests: dict[str, tuple[float, list[int]]] = json.loads(recorded.read_text())
-    return tests
+    return json.loads(recorded.read_text())
 
 
 def run(queue: list[Mutant], options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:

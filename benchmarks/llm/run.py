@@ -355,8 +355,7 @@ def _train(run: Run, algorithm: Variant, prepared: Prepared) -> dict[str, Any]:
     args = ImportanceWeightedConfig(**training_arguments(run, algorithm))
     before = run.folder / TRAINED
     if before.exists():
-        finished: dict[str, Any] = json.loads(before.read_text())
-        return finished
+        return json.loads(before.read_text())
     # Rows are checked before the weights, which may take minutes to load.
     tokenizer = run.tokenizer(prepared)
     data, progress = curated_of(run, prepared, tokenizer), Progress(run)

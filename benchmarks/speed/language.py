@@ -73,8 +73,7 @@ def ways(
         from trl.kernels import ChunkedLogProbFunction
 
         settings = (1.0, 32_768, None, 1.0, ("log_probs",))
-        log_prob: Tensor = ChunkedLogProbFunction.apply(states, weight, None, target, *settings)[0]
-        return log_prob
+        return ChunkedLogProbFunction.apply(states, weight, None, target, *settings)[0]
 
     def gradients(log_prob: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         states.grad = weight.grad = None

@@ -101,8 +101,7 @@ class CheckpointedTrainer(Trainer):
             self._resumed = Path(checkpoint)
             self.reference_key = check(self._resumed, self.settings())
             checkpoint = str(self._resumed)
-        result: TrainOutput = super().train(checkpoint, trial, ignore_keys_for_eval)
-        return result
+        return super().train(checkpoint, trial, ignore_keys_for_eval)
 
     def restore(self) -> None:
         """Load the states of the checkpoint that the run continues from, if it does."""
@@ -227,8 +226,7 @@ def written_aside(run: Path) -> Iterator[None]:
 def last(run: Path) -> str | None:
     """The folder of a run's last checkpoint; None without one, or without the run's folder."""
     _settle(run)
-    newest: str | None = get_last_checkpoint(str(run)) if run.is_dir() else None
-    return newest
+    return get_last_checkpoint(str(run)) if run.is_dir() else None
 
 
 def clear(run: Path) -> None:

@@ -283,8 +283,7 @@ class _FusedPolicy(CausalLMPolicy):
             use_cache=False,
             fused_lm_head=True,
         )
-        log_prob: Tensor = nn.functional.pad(output.log_probs, (1, 0))
-        return log_prob
+        return nn.functional.pad(output.log_probs, (1, 0))
 
 
 def _check(args: Any, settings: dict[str, Any]) -> None:

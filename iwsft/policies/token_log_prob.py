@@ -55,10 +55,7 @@ def token_log_prob_and_entropy(
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
-    both: tuple[Tensor, Tensor] = _TokenLogProb.apply(
-        top_k, hidden, weight, bias, target, scale, softcap, dtype
-    )
-    return both
+    return _TokenLogProb.apply(top_k, hidden, weight, bias, target, scale, softcap, dtype)
 
 
 class _TokenLogProb(torch.autograd.Function):

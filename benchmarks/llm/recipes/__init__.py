@@ -113,5 +113,4 @@ class Recipe(ABC):
 def load_recipe(name: str) -> Recipe:
     """Import the recipe of a name."""
     check_known("recipe", name, list(RECIPES))
-    recipe: Recipe = import_module(RECIPES[name]).RECIPE
-    return recipe
+    return import_module(RECIPES[name]).RECIPE

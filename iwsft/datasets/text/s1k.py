@@ -63,5 +63,4 @@ def set_pad_token(tokenizer: Any) -> int:
     if PAD_TOKEN not in tokenizer.get_vocab():
         raise ValueError(f"there is no {PAD_TOKEN}: take the tokenizer of a Qwen2.5 model")
     tokenizer.pad_token = PAD_TOKEN
-    pad: int = tokenizer.pad_token_id
-    return pad
+    return tokenizer.pad_token_id
