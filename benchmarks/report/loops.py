@@ -51,7 +51,12 @@ _SEED = "/seed-"
 # Settings in which seeds of one name may differ: each seed may have a start of its own.
 _OF_SEED = {"seed", "start", "model"}
 # Settings of the test: scores of others do not compare.
-_TEST = ("env_id", "env_kwargs", "eval_prompts", "verifier", "eval_samples")
+_TEST = (
+    *("env_id", "env_kwargs", "eval_prompts", "verifier", "eval_samples"),
+    *("max_tokens", "min_score"),
+)
+# Where answers of the test are sampled.
+_SAMPLED = ("sampling_temperature", "top_p")
 
 
 @dataclass(frozen=True)
@@ -164,7 +169,8 @@ def _alike(
             notes.append(f"{loop.name} is left out: seed {seed} is there already.")
         else:
             rows[seed] = loop.rows
-    return rows, notes, [usual.get(name) for name in _TEST]
+    sampled = _SAMPLED if usual.get("eval_samples", 1) > 1 else ()
+    return rows, notes, [usual.get(name) for name in (*_TEST, *sampled)]
 
 
 def _values(own: Mapping[str, list[dict[str, Any]]], key: str, number: int) -> dict[str, float]:

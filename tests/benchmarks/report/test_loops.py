@@ -67,3 +67,28 @@ def test_loops_of_other_settings_or_tests_are_not_mixed() -> None:
         "a/seed-4 is left out: seed 2 is there already.",
     ]
     assert numbers(grid.rows[0][1])[0] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "alike"),
+    [
+        ({"algo": "sft"}, True),
+        ({"eval_prompts": "other"}, False),
+        ({"max_tokens": 64}, False),
+        ({"min_score": 0.5}, False),
+        # A test of one answer takes the likeliest.
+        ({"sampling_temperature": 0.5, "top_p": 0.9}, True),
+        ({"sampling_temperature": 0.5, "eval_samples": 4}, False),
+    ],
+)
+def test_scores_of_another_test_are_not_subtracted(change: dict[str, object], alike: bool) -> None:
+    usual = {"max_tokens": 512, "min_score": 1.0, "sampling_temperature": 1.0, "top_p": 1.0}
+    usual |= {"eval_prompts": "digest", "eval_samples": change.get("eval_samples", 1)}
+    rows = [{"round": 0, "score": 0.1}]
+    loops = [
+        RecordedLoop(f"{name}/seed-{seed}", {"seed": seed, "settings": settings}, rows)
+        for name, settings in (("a", usual), ("b", usual | change))
+        for seed in range(3)
+    ]
+    grid = seed_grids(loops)["Held-out score over seeds"]
+    assert ("b less a" in [row[0] for row in grid.rows]) == alike
