@@ -24,7 +24,7 @@ from iwsft.policies.log_prob import (
 from iwsft.policy_loss import Keys, PolicyLoss
 from iwsft.presets import ImportanceWeights
 from iwsft.trajectory import MASK, Segments, fit, on_host
-from iwsft.weights import exponential
+from iwsft.weights import Temperature, exponential
 
 Proposal = Literal["current", "reference", "lagged", "cached"]
 LOSS = "loss_iw_mle"
@@ -160,7 +160,11 @@ class ImportanceWeightedMLE(PolicyLoss):
     def needs_whole_trajectories(self) -> bool:
         """Whether a batch must have all steps of its trajectories, to weigh them by."""
         chain, live = self.importance_weights, not self.reads_weights
-        reduces = {chain.reduce, (chain.negative or chain).reduce} != {None}
+        reduces = any(
+            # A lone temperature of 0 makes all weights 1.
+            each.reduce and (*each.step, *each.trajectory) != (Temperature(0.0),)
+            for each in (chain, chain.negative or chain)
+        )
         return live and reduces and self.proposal != "reference"
 
     @property

@@ -13,6 +13,8 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from iwsft import EMA, GaussianPolicy, HardSync, ImportanceWeightedMLE, ImportanceWeights, weights
+from iwsft.samplers import StepSampler
+from iwsft.training import Schedule, fit
 from iwsft.trajectory import DATA_WEIGHT, REF_LOG_PROB, SUCCESS_RATE, TRAJ_IDS, from_steps
 from tests.oracles import family
 
@@ -385,3 +387,17 @@ def test_the_entropy_gate_reads_the_policy(alpha: float) -> None:
     gaussian = GaussianPolicy(3, 2)
     with pytest.raises(TypeError, match="GaussianPolicy gives no entropy"):
         make_loss(gaussian, ImportanceWeights.eaft())  # type: ignore[arg-type]
+
+
+def test_weights_of_one_take_single_steps_whatever_q_is() -> None:
+    batch = make_batch()
+    batch.set(DATA_WEIGHT, torch.where(batch[TRAJ_IDS] == 0, -0.5, 1.0))
+    policies = Table(), Table()
+    for policy, proposal in zip(policies, ("current", "reference"), strict=True):
+        loss = make_loss(policy, ImportanceWeights.asymre(), proposal=proposal, reduction="mean")
+        fit(loss, StepSampler(batch, 8), Schedule(steps=5, lr=0.1, decay="constant"))
+    torch.testing.assert_close(policies[0].logits, policies[1].logits, rtol=0, atol=0)
+    assert (policies[0].logits != Table().logits).any()
+    for chain in (ImportanceWeights.topr(), ImportanceWeights.minor_sft()):
+        with pytest.raises(ValueError, match="StepSampler draws single steps"):
+            fit(make_loss(Table(), chain), StepSampler(batch, 8), Schedule(steps=5, lr=0.1))
