@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,8 @@ def model_sha256(folder: Path) -> str:
     """Return the SHA-256 of a model's folder: its weights, configs, tokenizer and chat templates.
 
     Weight files count by name, size and 16 blocks spread over each, the others whole. A card and
-    folders below do not count, but for further chat templates.
+    folders below do not count, but for further chat templates. The base of adapters counts, too,
+    where it is a folder.
     """
     digest = hashlib.sha256()
     templates = folder.glob("additional_chat_templates/*.jinja")
@@ -68,4 +71,10 @@ def model_sha256(folder: Path) -> str:
                     digest.update(file.read(2**16))
         elif path.name.endswith(_DECISIVE) and path.is_file():
             digest.update(f"{path.name} {file_sha256(path)}\n".encode())
+    adapters = folder / "adapter_config.json"
+    # Without the file there are none; transformers tells of a damaged one.
+    with suppress(FileNotFoundError, ValueError, LookupError, TypeError):
+        base = Path(json.loads(adapters.read_text())["base_model_name_or_path"])
+        if base.is_dir() and not base.samefile(folder):
+            digest.update(model_sha256(base).encode())
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,19 @@ def test_every_file_that_decides_a_result_counts(tmp_path: Path, name: str) -> N
     assert model_sha256(tmp_path) != before
     (tmp_path / name).write_bytes(name.encode())
     assert model_sha256(tmp_path) == before
+
+
+def test_the_base_of_adapters_counts(tmp_path: Path) -> None:
+    base, adapters = write(tmp_path / "base"), write(tmp_path / "adapters")
+    config = adapters / "adapter_config.json"
+    config.write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    before = model_sha256(adapters)
+    (base / "model.safetensors").write_bytes(b"other")
+    changed = model_sha256(adapters)
+    assert changed != before
+    # Adapters may lie beside their base.
+    config.write_text(json.dumps({"base_model_name_or_path": str(adapters)}))
+    assert model_sha256(adapters) not in (before, changed)
 
 
 def test_cards_and_runs_beside_a_model_do_not_count(tmp_path: Path) -> None:
