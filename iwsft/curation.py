@@ -268,6 +268,12 @@ def _data_weights(
         log_draws = multiplicity.double().log()
         log_total = (scores / beta + log_draws).logsumexp(0) - log_draws.logsumexp(0)
         weights = (scores / beta - log_total).exp()
+        # Such a beta is mostly one of another unit. Among few trajectories it may be meant.
+        share = float((weights * multiplicity).max() / multiplicity.sum())
+        if share > 0.5 and len(scores) >= 10:
+            heaviest = f"beta={beta:g} gives one of {len(scores)} trajectories {share:.0%}"
+            spread = f"the scores' standard deviation is {float(scores.std()):.3g}"
+            warnings.warn(f"{heaviest} of the weight; {spread}, pass a larger beta", stacklevel=3)
     elif weight == "linear":
         weights = scores
     else:

@@ -115,6 +115,11 @@ def choose_q(algorithm: Variant, settings: Settings, parts: int) -> tuple[Propos
 _HELP = {"-h", "--help"}
 # Options that are not settings, and change nothing in the base.
 _OF_TRAINING = ("log_every", "save_every", "report_to")
+# Schedules of transformers that need numbers of their own, or a score after each evaluation.
+_OTHER_SCHEDULES = (
+    *("reduce_lr_on_plateau", "greedy", "warmup_stable_decay"),
+    *("cosine_with_min_lr", "cosine_warmup_with_min_lr"),
+)
 
 
 def _of_method(name: str) -> Callable[[Variant, Settings], bool]:
@@ -318,6 +323,9 @@ def check(options: Options, changed: dict[str, Any]) -> None:
         check_used(name, value, anywhere, f"in the algorithms asked for{preset}")
     if settings.scheduler == "constant":
         check_used("warmup", changed.get("warmup"), False, "with --scheduler constant")
+    elif settings.max_steps and 1 <= settings.warmup >= settings.max_steps:
+        few = f"{settings.max_steps} updates never reach --learning-rate"
+        raise ValueError(f"--warmup {settings.warmup:g}: {few}; pass fewer, or a share below 1")
     _check_numbers(settings)
     _check_elsewhere(options, settings.scheduler)
 
@@ -337,7 +345,8 @@ def _check_elsewhere(options: Options, scheduler: str) -> None:
     if scheduler not in ("constant", "cosine", "linear"):
         from transformers import SchedulerType
 
-        check_known("scheduler", scheduler, [each.value for each in SchedulerType])
+        known = [each.value for each in SchedulerType if each.value not in _OTHER_SCHEDULES]
+        check_known("scheduler", scheduler, known)
     check_device(options.device or "cpu")
 
 

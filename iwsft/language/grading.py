@@ -244,6 +244,8 @@ def _function(place: str) -> Callable[..., Any]:
         function: Callable[..., Any] = pkgutil.resolve_name(place)
     except (AttributeError, ValueError) as error:
         raise ImportError(str(error)) from error
+    if not callable(function):
+        raise ImportError(f"it is of type {type(function).__name__}, no function")
     return function
 
 

@@ -96,8 +96,9 @@ def unusable(
     algo, rows = options.algo, [*own, *replayed]
     right = [row for row in rows if row["correct"]]
     if not any(row["correct"] for row in own):
-        ways = "--samples-per-prompt, easier prompts, a lower --min-score, or another model"
-        return f"no prompt has a right answer to train on (try a higher {ways})"
+        ways = "easier prompts, a lower --min-score, or another model"
+        higher = "try a higher --samples-per-prompt or --max-tokens"
+        return f"no prompt has a right answer to train on ({higher}, {ways})"
     if ALGORITHMS[algo].signed and len(right) == len(rows):
         return f"no wrong answer is left, and {algo} learns from both (try another --algo)"
     if options.by_quality and len(right) > 1 and len({row["score"] for row in right}) == 1:

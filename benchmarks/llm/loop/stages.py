@@ -238,7 +238,10 @@ class LanguageLoop:
             "kept": len(rows) / len(generations),
             "left_out": dict(sorted(left_out.items())),
         }
-        tell(f"round {one.number}: {len(rows)} of {len(generations)} answers kept{_listed(facts)}")
+        cut = sum(not each["stopped"] for each in generations)
+        kept = f"{len(rows)} of {len(generations)} answers kept"
+        without = f" ({cut} reached --max-tokens, and have no score)" if cut else ""
+        tell(f"round {one.number}: {kept}{without}{_listed(facts)}")
         if reason := unusable(self.options, rows, self._replayed(one)):
             _write_rows(one.folder / CURATED, [])
             return {**facts, "stop": f"{reason}, so the model stays as it is"}

@@ -65,6 +65,8 @@ from iwsft.presets import ImportanceWeights
         ("--algo base --save-every 5", "--save-every 5 changes nothing in base"),
         ("--report-to wandbb", "unknown tracker 'wandbb'; did you mean 'wandb'"),
         ("--scheduler cosin", "unknown scheduler 'cosin'; did you mean 'cosine'?"),
+        ("--scheduler warmup_stable_decay", "unknown scheduler 'warmup_stable_decay'; "),
+        ("--max-steps 9 --warmup 9", "--warmup 9: 9 updates never reach --learning-rate"),
         ("--quality-cuts 0 100", "cut 100.0: a percentile"),
         ("--micro-batch-size 5", "--micro-batch-size 5 does not divide the 32 draws"),
     ],
@@ -174,6 +176,6 @@ def test_the_protocol_of_the_dft_paper_is_a_command() -> None:
     assert (used.learning_rate, used.batch_size, used.epochs, used.warmup) == (5e-5, 256, 1, 0.1)
     # The comment has the command of the test.
     comment = " ".join(line[1:] for line in file.read_text().splitlines() if line[:1] == "#")
-    command = comment.replace("\\", "").partition("llm evaluate ")[2].partition(" It was")[0]
+    command = comment.replace("\\", "").partition("iwsft evaluate ")[2].partition(" It was")[0]
     tested = parse_command(EvaluationOptions, "llm evaluate", None, command.split())
     assert set(tested.tasks) <= set(TASKS) and (tested.n, tested.max_tokens) == (16, 4096)

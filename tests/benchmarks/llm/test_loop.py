@@ -315,6 +315,9 @@ def test_a_loop_without_a_right_answer_keeps_the_model(
     assert "no prompt has a right answer" in rows[1]["stop"]
     assert rows[1]["left_out"] == {"all-wrong prompts": 8, "answers to all-wrong prompts": 48}
     said = capsys.readouterr()
+    samples = lines(tmp_path / "loop" / "round-1" / "generations.jsonl")
+    cut = sum(not each["stopped"] for each in samples)
+    assert f"0 of 48 answers kept ({cut} reached --max-tokens" in said.err
     assert "so the model stays as it is" in said.err and str(place / "model") in said.out
 
 
@@ -388,6 +391,7 @@ def test_an_answer_without_a_verdict_is_never_right(
         (["--verifier", "integral"], "unknown verifier 'integral'; did you mean 'integer'"),
         (["--verifier", "no_module:f"], "there is no module no_module"),
         (["--verifier", "scripted_verifiers:gone"], "scripted_verifiers:gone does not load"),
+        (["--verifier", "json:__name__"], "json:__name__ does not load .it is of type str"),
         (["--algo", "iwsft"], "unknown algorithm 'iwsft'; did you mean 'iw-sft'"),
         (["--algo", "sft-q", "--verifier", "integer"], "pass --quality pass-rate"),
         (["--normalize-data-weights"], "--normalize-data-weights True changes nothing in iw-sft"),
