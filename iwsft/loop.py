@@ -145,6 +145,8 @@ def run_loop(
     Raises:
         FileExistsError: A loop is in the folder, or another process works there.
         CheckpointError: The loop in the folder has other settings, or a file of it is damaged.
+        TypeError: A stage returned no mapping.
+        ValueError: ``fine_tune`` returned no policy.
     """
     folder = Path(folder)
     with alone_in(folder, wait=False):
@@ -209,7 +211,12 @@ def _do(one: Round, name: str, stage: Stage, tell: Callable[[str], None]) -> Non
         one.folder.mkdir(parents=True, exist_ok=True)
     tell(f"round {one.number}: {name.replace('_', '-')}")
     begin = time.perf_counter()
-    content = {"facts": dict(stage(one)), "seconds": round(time.perf_counter() - begin, 3)}
+    facts = stage(one)
+    if not isinstance(facts, Mapping):
+        raise TypeError(f"{name} returned {facts!r:.60}; it must return a dict of facts")
+    if name == "fine_tune" and POLICY not in facts and STOP not in facts:
+        raise ValueError(f"fine_tune returned no fact {POLICY!r}, the path of the new policy")
+    content = {"facts": dict(facts), "seconds": round(time.perf_counter() - begin, 3)}
     write_json(one.folder / f"{name}.json", content)
 
 

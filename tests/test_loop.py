@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +214,14 @@ def test_other_loops_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(CheckpointError, match="not what a loop writes"):
         run(tmp_path, toy(), 1, resume=True)
+
+
+def test_a_stage_without_facts_is_refused(tmp_path: Path) -> None:
+    forgetful = replace(toy(), fine_tune=lambda one: {"polcy": "x"})
+    with pytest.raises(ValueError, match="fine_tune returned no fact 'policy'"):
+        run(tmp_path / "forgetful", forgetful, 1)
+    silent = replace(toy(), score=lambda one: None)
+    with pytest.raises(TypeError, match="score returned None; it must return a dict"):
+        run(tmp_path / "silent", silent, 1)
+    # The stage is called again once it is mended.
+    assert len(run(tmp_path / "silent", toy(), 1, resume=True)) == 2
