@@ -67,6 +67,12 @@ def step_log_prob_and_entropy(
     return _checked(log_prob, policy, shape), _checked(entropy, policy, shape)
 
 
+def check_action_size(action: Tensor, size: int) -> None:
+    """Refuse actions of another size, which a density would broadcast to its own."""
+    if action.shape[-1:] != (size,):
+        raise ValueError(f"actions {list(action.shape)}, but the policy acts with size {size}")
+
+
 def _checked(out: Any, policy: Any, shape: torch.Size) -> Tensor:
     name = type(policy).__name__
     if not isinstance(out, Tensor):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from tensordict import NestedKey
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import InteractionType, TensorDictModule
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 from torchrl.modules import ProbabilisticActor
 
 from iwsft.policies.linear import mlp
+from iwsft.policies.log_prob import check_action_size
 from iwsft.trajectory import ACTION, OBSERVATION
 
 _LOG_STD_BOUNDS = (-5.0, 2.0)
@@ -69,6 +71,12 @@ class MixturePolicy(ProbabilisticActor):
             default_interaction_type=InteractionType.RANDOM,
         )
         self.components = components
+        self._action, self._action_dim = out_key, action_dim
+
+    def log_prob(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> Tensor:
+        """Log-density of the action of each step, as TorchRL's actors have it."""
+        check_action_size(tensordict[self._action], self._action_dim)
+        return super().log_prob(tensordict, *args, **kwargs)
 
 
 class _MixtureHead(nn.Module):

@@ -15,6 +15,7 @@ from torch.distributions import Independent, Normal, TanhTransform, TransformedD
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from iwsft import GaussianPolicy
+from iwsft.policies.mixture import MixturePolicy
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -197,3 +198,15 @@ def test_log_prob_is_that_of_the_distribution() -> None:
         policy, batch = policy_of(**settings), steps(2, 4)
         truth = policy.get_dist(batch.copy()).log_prob(batch["action"])
         torch.testing.assert_close(policy.log_prob(batch.copy()), truth)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [GaussianPolicy(2, 1), GaussianPolicy(2, 1, squash=True), MixturePolicy(2, 1)],
+    ids=["plain", "squashed", "mixture"],
+)
+def test_actions_of_another_size_are_refused(policy: GaussianPolicy | MixturePolicy) -> None:
+    """Their density would be that of one number, repeated."""
+    batch = TensorDict({"observation": torch.zeros(4, 2), "action": torch.zeros(4, 3)}, [4])
+    with pytest.raises(ValueError, match=r"actions \[4, 3\], but the policy acts with size 1"):
+        policy.log_prob(batch)
