@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # One thread per process: parallel runs do not compete, and numbers do not depend on the load.
 export OMP_NUM_THREADS = 1
 
-.PHONY: demo data test lint docs results-page mutants peer smollm2
+.PHONY: demo data test lint docs results-page peer smollm2
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -42,10 +42,6 @@ docs: $(VENV)/installed
 # Build the page of the recorded control results, build/results/index.html.
 results-page: $(VENV)/installed
 	$(BIN)/python -m benchmarks.report docs/results/runs.json --out build/results
-
-# Change the algorithm's source in one place at a time, and see whether a test fails. Hours on one core; see --help.
-mutants: $(VENV)/installed
-	$(BIN)/python -m scripts.mutate $(ARGS)
 
 # Install d3rlpy, for `python -m benchmarks.peer` and the tests against it. It requires an older gymnasium,
 # but it works with this one if it is installed without its requirements.
