@@ -43,6 +43,8 @@ FORMS = {
 _SHARP = "ess0.4/iw-sft-q"
 # Weights, and what they are compared with at the same learning rate and number of updates.
 DRAWN = {"iw-sft": "sft", "iw-sft-q": "sft-q"}
+# Weights at the same settings, which one Gaussian and a mixture of Gaussians ran with.
+MODES = ("k0/iw-sft-q", "ess0.4/iw-sft-q", "auto/iw-sft-q")
 # What they are compared with. Where SFT(Q) has the settings of iw-SFT(Q), it is that run.
 EQUAL = ("k0/iw-sft-q", "sft-q")
 
@@ -105,6 +107,29 @@ def draw_grid(runs: Sequence[RecordedRun]) -> Grid:
         score = f"{others.mean():.1f} ({interval_text((low, high))})"
         row += [score, signed(difference(ours, others, paired=True))]
     grid.rows.append(row)
+    return grid
+
+
+def policy_grid(runs: Sequence[RecordedRun]) -> Grid:
+    """Scores of one Gaussian and of a mixture by their weights, and what the weights gain each.
+
+    Rows: the scores, then their differences to equal weights. The last column is the difference of
+    the two policies, paired by seed. The records are of one dataset.
+    """
+    by_algo = {cell.algo: cell for cell in cells(runs)}
+    grid = Grid(["weights", "one Gaussian", "mixture of five", "mixture less one Gaussian"], left=1)
+    pairs = [(by_algo[algo], by_algo[f"mixture-{algo}"]) for algo in MODES]
+    for algo, pair in zip(MODES, pairs, strict=True):
+        one, mixture = pair
+        grid.rows.append([FORMS[algo], _score(one), _score(mixture), _difference(mixture, one)])
+    equal = pairs[0]
+    for algo, pair in zip(MODES[1:], pairs[1:], strict=True):
+        row, gains = [f"{FORMS[algo]}, less equal weights"], []
+        for ours, others in zip(pair, equal, strict=True):
+            row.append(_difference(ours, others))
+            gains.append((ours.values - others.values)[:, None])
+        of_one, of_mixture = gains
+        grid.rows.append([*row, signed(difference(of_mixture, of_one, paired=True))])
     return grid
 
 

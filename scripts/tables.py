@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.report.document import Grid
 from benchmarks.report.loops import COMPARED, RecordedLoop, loop_grid, seed_grids
 from benchmarks.results import CONTROL, read_runs
-from scripts.control_tables import difference_grid, draw_grid, form_grid, score_grid
+from scripts.control_tables import difference_grid, draw_grid, form_grid, policy_grid, score_grid
 from scripts.method_tables import method_grid
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +28,7 @@ _CONTROL = {
     "differences": difference_grid,
     "forms": form_grid,
     "draws": draw_grid,
+    "policies": policy_grid,
 }
 # Loops of each record, and the differences that its page shows.
 _LOOPS = {

@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from scipy import stats
 
 from benchmarks.report.language import RecipeRuns
 from benchmarks.report.scores import Cell
 from benchmarks.results import CONTROL, RecordedRun, read_runs
-from scripts.control_tables import DIFFERENCES, DRAWN, difference_grid, draw_grid
+from scripts.control_tables import (
+    DIFFERENCES,
+    DRAWN,
+    MODES,
+    difference_grid,
+    draw_grid,
+    policy_grid,
+)
 from scripts.method_tables import gsm8k_grid
 from scripts.tables import PAGES, RESULTS, with_tables
 
@@ -60,6 +68,28 @@ def test_the_interval_over_draws_is_that_of_their_mean_differences() -> None:
         interval = stats.ttest_1samp(gains, 0).confidence_interval()
         low, high = (float(end) for end in text.partition("(")[2].rstrip(")").split(" to "))
         assert (low, high) == pytest.approx((interval.low, interval.high), abs=0.051)
+
+
+def test_what_weights_gain_with_a_mixture_is_compared_by_seed() -> None:
+    path = RESULTS / "hopper_replay_mini.json"
+    scores: dict[str, dict[int, float]] = {}
+    for run in json.loads(path.read_text()):
+        algo = "/".join(filter(None, (run.get("variant"), run["algo"])))
+        scores.setdefault(algo, {})[run["seed"]] = run["normalized_score"]
+
+    def of(algo: str) -> np.ndarray:
+        return np.array([scores[algo][seed] for seed in sorted(scores[algo])])
+
+    def gains(algo: str) -> list[np.ndarray]:
+        return [of(f"{policy}{algo}") - of(f"{policy}{MODES[0]}") for policy in ("", "mixture-")]
+
+    *_, sharp, auto = policy_grid(read_runs(path, CONTROL)).rows
+    for row, algo in zip((sharp, auto), MODES[1:], strict=True):
+        one, mixture = gains(algo)
+        for text, values in zip(row[1:], (one, mixture, mixture - one), strict=True):
+            interval = stats.ttest_1samp(values, 0).confidence_interval()
+            low, high = (float(end) for end in text.partition("(")[2].rstrip(")").split(" to "))
+            assert (low, high) == pytest.approx((interval.low, interval.high), abs=0.051)
 
 
 def _cell(algo: str, wins: list[float]) -> Cell:
