@@ -37,6 +37,7 @@ from benchmarks.d4rl.settings import name_in_tables
 from benchmarks.d4rl.train import learning_curve_probe, score_policy
 from benchmarks.options import option, parse
 from benchmarks.sweep import tell_score
+from iwsft.files import alone_in
 from iwsft.metrics import MetricsLog
 from iwsft.training import Cost, Row
 from iwsft.trajectory import ACTION, NEXT_OBSERVATION, OBSERVATION, REWARD, TERMINATED, TRAJ_IDS
@@ -155,7 +156,7 @@ def _config_of(run: Run, task: Task) -> dict[str, Any]:
 def train_and_score(run: Run, task: Task) -> dict[str, Any]:
     """Train and score one run on one thread; its folder must be claimed."""
     torch.set_num_threads(1)
-    with runs.alone_in(run.folder, wait=False):
+    with alone_in(run.folder, wait=False):
         trajectories, steps = task.dataset.trajectories, run.updates
         since, cpu_since = time.perf_counter(), time.process_time()
         data = d3rlpy_data(run.algo, trajectories)

@@ -18,9 +18,7 @@ import torch
 from filelock import FileLock
 
 from iwsft.checkpoint import CheckpointError, differences
-from iwsft.files import alone_in as alone_in
-from iwsft.files import full_disk_named
-from iwsft.files import write_json as write_json
+from iwsft.files import full_disk_named, write_json
 
 CONFIG, RESULT, VIDEO = "config.json", "result.json", "video.mp4"
 _PACKAGES = ("torch", "tensordict", "torchrl", "gymnasium", "mujoco", "numpy")

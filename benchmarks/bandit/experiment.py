@@ -23,10 +23,10 @@ from benchmarks.report import figures
 from benchmarks.report.document import INK, NOTHING, Grid, interval_text
 from benchmarks.report.figures import Panels
 from benchmarks.report.scores import algorithm_colour, algorithm_label
-from benchmarks.runs import hardware, versions, write_json
+from benchmarks.runs import hardware, versions
 from benchmarks.statistics import t_interval
 from iwsft import EMA, HardSync, ImportanceWeightedMLE, annotate_reference
-from iwsft.files import written_whole
+from iwsft.files import write_json, written_whole
 from iwsft.progress import Progress
 from iwsft.trajectory import DATA_WEIGHT, REWARD, SUCCESS_RATE, from_steps, select
 

@@ -18,10 +18,11 @@ from benchmarks.collect import policy_file, sac
 from benchmarks.collect.options import RANDOM, Options, env_arguments
 from benchmarks.collect.output import Fields, Output, Parts
 from benchmarks.collect.rollout import Behaviour, Simulator, collect_rollouts
-from benchmarks.runs import alone_in, versions
+from benchmarks.runs import versions
 from iwsft.acting import check_keys
 from iwsft.datasets.write import Provenance
 from iwsft.environments import modules_to_import
+from iwsft.files import alone_in
 from iwsft.progress import Progress
 
 QUANTILES = (0, 25, 50, 75, 90, 95, 98, 100)

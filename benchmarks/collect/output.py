@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tensordict import TensorDict
 
-from benchmarks.runs import write_json
 from iwsft import files
 from iwsft.checkpoint import CheckpointError, differences
 from iwsft.datasets import write
 from iwsft.datasets.episodes import Steps, pack_steps
+from iwsft.files import write_json
 
 # D4RL's fields of whole episodes, and "success" where the environment reports it.
 Fields = dict[str, NDArray[Any]]

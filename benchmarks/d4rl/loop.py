@@ -25,7 +25,7 @@ from benchmarks.d4rl.settings import family_of
 from benchmarks.d4rl.train import build_cloning, build_fine_tuning
 from benchmarks.options import to_config
 from benchmarks.report.loops import LOOP, show_loop
-from benchmarks.runs import hardware, tell, versions, write_json
+from benchmarks.runs import hardware, tell, versions
 from benchmarks.statistics import t_interval
 from iwsft import checkpoint, datasets, environments, metrics
 from iwsft.acting import ROWS, acting
@@ -33,6 +33,7 @@ from iwsft.curation import curate, join, trajectory_returns
 from iwsft.datasets import OfflineDataset
 from iwsft.datasets.catalog import reference_scores
 from iwsft.evaluation import episode_seeds, evaluate
+from iwsft.files import write_json
 from iwsft.fingerprint import fingerprint
 from iwsft.loop import Round, Stages, run_loop
 from iwsft.policies import GaussianPolicy

@@ -29,10 +29,10 @@ from benchmarks.d4rl.run import (
     sizes,
     why_unweighted,
 )
-from benchmarks.runs import CONFIG, RESULT, VIDEO, alone_in, write_json
+from benchmarks.runs import CONFIG, RESULT, VIDEO
 from iwsft import checkpoint, metrics
 from iwsft.diagnostics import diagnose, weighted_mean
-from iwsft.files import write
+from iwsft.files import alone_in, write, write_json
 from iwsft.lower_bound import Choice
 from iwsft.objective import ImportanceWeightedMLE, Proposal
 from iwsft.policies import GaussianPolicy, MixturePolicy

@@ -31,9 +31,10 @@ from benchmarks.llm.run import (
     training_arguments,
 )
 from benchmarks.llm.settings import Settings
-from benchmarks.runs import RESULT, claim, tell, write_json
+from benchmarks.runs import RESULT, claim, tell
 from benchmarks.sweep import Summary
 from iwsft.datasets.text.rows import Row, check_scores
+from iwsft.files import write_json
 from iwsft.trajectory import DATA_WEIGHT
 
 

@@ -30,11 +30,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.options import check_folder
-from benchmarks.runs import write_json
 from iwsft.datasets.text.rows import Row
 from iwsft.datasets.text.tokens import tokenize
 from iwsft.extras import require
-from iwsft.files import cache_folder, full_disk_named
+from iwsft.files import cache_folder, full_disk_named, write_json
 from iwsft.fingerprint import file_sha256, folder_sha256
 from iwsft.forward_pass import ForwardPass
 from iwsft.language.batches import collate

@@ -51,8 +51,9 @@ from benchmarks.llm.options import (
 from benchmarks.llm.progress import Progress, now
 from benchmarks.llm.recipes import Prepared, Sources, load_recipe
 from benchmarks.llm.settings import Settings
-from benchmarks.runs import RESULT, alone_in, hardware, versions, write_json
+from benchmarks.runs import RESULT, hardware, versions
 from iwsft import checkpoint
+from iwsft.files import alone_in, write_json
 from iwsft.fingerprint import WEIGHTS, file_sha256, fingerprint, folder_sha256, model_sha256
 from iwsft.language import tokenize
 from iwsft.language.config import ImportanceWeightedConfig

@@ -13,9 +13,10 @@ import rich
 import torch
 
 from benchmarks.report.document import Grid
-from benchmarks.runs import hardware, tell, versions, write_json
+from benchmarks.runs import hardware, tell, versions
 from benchmarks.speed.measure import Check, Comparison
 from benchmarks.speed.options import Options
+from iwsft.files import write_json
 
 
 def main(options: Options) -> None:

@@ -12,11 +12,10 @@ from matplotlib.axes import Axes
 from benchmarks.report import figures
 from benchmarks.report.document import INK, NOTHING, Document, Grid, escaped, to_html
 from benchmarks.report.scores import algorithm_colour
-from benchmarks.runs import write_json
 from benchmarks.weights.options import Options
 from benchmarks.weights.source import Source
 from iwsft.diagnostics import QUANTILES, diagnose, weighed
-from iwsft.files import write
+from iwsft.files import write, write_json
 from iwsft.objective import LOSS
 from iwsft.weights import TargetESS
 

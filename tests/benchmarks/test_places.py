@@ -21,9 +21,10 @@ from benchmarks.d4rl.options import Options
 from benchmarks.d4rl.run import Run
 from benchmarks.d4rl.train import train_and_score
 from benchmarks.places import run_on_node
-from benchmarks.runs import RESULT, versions, write_json
+from benchmarks.runs import RESULT, versions
 from benchmarks.sweep import RETRIES, Summary, run_all
 from iwsft import metrics
+from iwsft.files import write_json
 
 Job = Callable[..., Path]
 STEPS = 300

@@ -22,10 +22,10 @@ from benchmarks.llm.evaluation.tasks import QuestionSet, read_questions
 from benchmarks.llm.generators import load_generator, load_prompter
 from benchmarks.options import check_once, chosen_device
 from benchmarks.results import printable
-from benchmarks.runs import CONFIG, RESULT, alone_in, claim, hardware, versions, write_json
+from benchmarks.runs import CONFIG, RESULT, claim, hardware, versions
 from benchmarks.statistics import CONFIDENCE, interval_over_questions, wilson_interval
 from iwsft.checkpoint import CheckpointError
-from iwsft.files import written_whole
+from iwsft.files import alone_in, write_json, written_whole
 from iwsft.language.budget import S1, TAGS, Delimiters, overhead, think_then_answer
 from iwsft.language.generation import Generator, Request
 from iwsft.language.generations import (

@@ -371,7 +371,7 @@ def test_bad_models(model: Path, data: Path, tmp_path: Path) -> None:
 
 
 def test_two_processes_in_one_folder(model: Path, data: Path, tmp_path: Path) -> None:
-    from benchmarks.runs import alone_in
+    from iwsft.files import alone_in
 
     with (
         alone_in(tmp_path / "tiny" / "gsm8k", wait=False),
