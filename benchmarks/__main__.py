@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
@@ -46,9 +47,11 @@ def main() -> None:
     else:
         command = COMMANDS[first]
         sys.argv = [f"{name} {first}", *command.words, *rest]
-        # Environments, policies and verifiers of the current folder, as `python -m` finds them.
-        if os.getcwd() not in sys.path and "" not in sys.path:
-            sys.path.insert(0, os.getcwd())
+        # Environments, policies and verifiers of the current folder. It comes last: a file there
+        # must not take the place of a package.
+        with suppress(FileNotFoundError):
+            if (here := os.getcwd()) not in sys.path and "" not in sys.path:
+                sys.path.append(here)
         import_module(command.module).run()
 
 

@@ -138,6 +138,7 @@ def read_evaluations(folder: str | Path) -> list[dict[str, Any]]:
             result = _read_json(path)
             if result.get("benchmark") == EVALUATION:
                 _check_entries(path, result, _EVALUATED)
+                _check_entries(path, {"settings": {}, **result}, {"settings": dict})
                 if not _is_interval(ends := result["avg_interval"]):
                     raise ResultsError(f"{path}: 'avg_interval' is {ends!r}, not two in order")
                 evaluations.append(result)

@@ -15,8 +15,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 _A_DAY = 24 * 60 * 60.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -67,6 +65,9 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 @contextmanager
 def alone_in(folder: Path, *, wait: bool) -> Iterator[None]:
     """Keep other processes out of a folder."""
+    # Here, so that `import iwsft` stays light.
+    from filelock import FileLock, Timeout
+
     with full_disk_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
     try:

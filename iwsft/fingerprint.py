@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -51,7 +51,7 @@ def folder_sha256(folder: Path, *, without: str) -> dict[str, str]:
     return dict(zip((str(path.relative_to(folder)) for path in paths), digests, strict=True))
 
 
-def model_sha256(folder: Path) -> str:
+def model_sha256(folder: Path, _seen: Sequence[Path] = ()) -> str:
     """Return the SHA-256 of a model's folder: its weights, configs, tokenizer and chat templates.
 
     Weight files count by name, size and 16 blocks spread over each, the others whole. A card and
@@ -71,10 +71,17 @@ def model_sha256(folder: Path) -> str:
                     digest.update(file.read(2**16))
         elif path.name.endswith(_DECISIVE) and path.is_file():
             digest.update(f"{path.name} {file_sha256(path)}\n".encode())
-    adapters = folder / "adapter_config.json"
+    base = _base_of(folder)
+    if base is not None and base.resolve() not in {folder.resolve(), *_seen}:
+        digest.update(model_sha256(base, (*_seen, folder.resolve())).encode())
+    return digest.hexdigest()
+
+
+def _base_of(adapters: Path) -> Path | None:
+    """Return the folder of the model that adapters belong to, if there is one."""
     # Without the file there are none; transformers tells of a damaged one.
     with suppress(FileNotFoundError, ValueError, LookupError, TypeError):
-        base = Path(json.loads(adapters.read_text())["base_model_name_or_path"])
-        if base.is_dir() and not base.samefile(folder):
-            digest.update(model_sha256(base).encode())
-    return digest.hexdigest()
+        config = json.loads((adapters / "adapter_config.json").read_text())
+        base = Path(config["base_model_name_or_path"])
+        return base if base.is_dir() else None
+    return None

@@ -206,6 +206,7 @@ def fall(rows: list[dict[str, Any]]) -> str | None:
 def _do(one: Round, name: str, stage: Stage, tell: Callable[[str], None]) -> None:
     """Call a stage that has not ended, and write down what it returns."""
     if one.ended(name):
+        _check(name, one.facts(name))
         return
     with full_disk_named(one.folder):
         one.folder.mkdir(parents=True, exist_ok=True)
@@ -214,10 +215,15 @@ def _do(one: Round, name: str, stage: Stage, tell: Callable[[str], None]) -> Non
     facts = stage(one)
     if not isinstance(facts, Mapping):
         raise TypeError(f"{name} returned {facts!r:.60}; it must return a dict of facts")
-    if name == "fine_tune" and POLICY not in facts and STOP not in facts:
-        raise ValueError(f"fine_tune returned no fact {POLICY!r}, the path of the new policy")
+    _check(name, facts)
     content = {"facts": dict(facts), "seconds": round(time.perf_counter() - begin, 3)}
     write_json(one.folder / f"{name}.json", content)
+
+
+def _check(name: str, facts: Mapping[str, Any]) -> None:
+    """Check that a new policy is named: without one the loop would go on with the old one."""
+    if name == "fine_tune" and facts.get(POLICY) is None and STOP not in facts:
+        raise ValueError(f"fine_tune returned no fact {POLICY!r}, the path of the new policy")
 
 
 def _claim(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -56,7 +57,9 @@ def test_weights_of_the_survivors() -> None:
 
 def test_a_beta_that_leaves_one_trajectory_is_told() -> None:
     data = dataset([float(score) for score in range(20)])
-    curate(data, cuts=(), weight="softmax", beta=5.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        curate(data, cuts=(), weight="softmax", beta=5.0)
     with pytest.warns(UserWarning, match="beta=0.1 gives one of 20 trajectories 100% of the weig"):
         weighted = curate(data, cuts=(), weight="softmax", beta=0.1)
     assert per_trajectory(weighted, DATA_WEIGHT)[-1] / 20 > 0.99

@@ -45,9 +45,23 @@ def test_the_base_of_adapters_counts(tmp_path: Path) -> None:
     (base / "model.safetensors").write_bytes(b"other")
     changed = model_sha256(adapters)
     assert changed != before
-    # Adapters may lie beside their base.
-    config.write_text(json.dumps({"base_model_name_or_path": str(adapters)}))
-    assert model_sha256(adapters) not in (before, changed)
+    # A damaged file of the base is no reason to leave the base out.
+    (base / "model.safetensors").unlink()
+    (base / "model.safetensors").symlink_to("nowhere")
+    with pytest.raises(FileNotFoundError):
+        model_sha256(adapters)
+
+
+def test_adapters_that_name_themselves_or_each_other_have_a_digest(tmp_path: Path) -> None:
+    one, other = write(tmp_path / "one"), write(tmp_path / "other")
+    for base in (one, other):
+        (one / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+        (other / "adapter_config.json").write_text(
+            json.dumps({"base_model_name_or_path": str(one)})
+        )
+        before = model_sha256(one)
+        (one / "model.safetensors").write_bytes(str(base).encode())
+        assert model_sha256(one) != before
 
 
 def test_cards_and_runs_beside_a_model_do_not_count(tmp_path: Path) -> None:

@@ -217,9 +217,15 @@ def test_other_loops_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_stage_without_facts_is_refused(tmp_path: Path) -> None:
-    forgetful = replace(toy(), fine_tune=lambda one: {"polcy": "x"})
+    for name, facts in ("other", {"polcy": "x"}), ("empty", {"policy": None}):
+        forgetful = replace(toy(), fine_tune=lambda one, facts=facts: facts)
+        with pytest.raises(ValueError, match="fine_tune returned no fact 'policy'"):
+            run(tmp_path / name, forgetful, 1)
+    # On disk, too.
+    run(tmp_path / "ended", toy(), 1)
+    (tmp_path / "ended" / "round-1" / "fine_tune.json").write_text('{"facts": {}, "seconds": 1}')
     with pytest.raises(ValueError, match="fine_tune returned no fact 'policy'"):
-        run(tmp_path / "forgetful", forgetful, 1)
+        run(tmp_path / "ended", toy(), 2, resume=True)
     silent = replace(toy(), score=lambda one: None)
     with pytest.raises(TypeError, match="score returned None; it must return a dict"):
         run(tmp_path / "silent", silent, 1)

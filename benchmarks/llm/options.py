@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -325,7 +326,12 @@ def check(options: Options, changed: dict[str, Any]) -> None:
         check_used("warmup", changed.get("warmup"), False, "with --scheduler constant")
     elif settings.max_steps and 1 <= settings.warmup >= settings.max_steps:
         few = f"{settings.max_steps} updates never reach --learning-rate"
-        raise ValueError(f"--warmup {settings.warmup:g}: {few}; pass fewer, or a share below 1")
+        way_out = "pass --warmup with fewer updates, or a share below 1"
+        problem = f"a warm-up of {settings.warmup:g}: {few}; {way_out}"
+        if changed.get("warmup") is not None:
+            raise ValueError(problem)
+        # A short try of a recipe is no reason to refuse its warm-up.
+        warnings.warn(problem, stacklevel=2)
     _check_numbers(settings)
     _check_elsewhere(options, settings.scheduler)
 

@@ -40,7 +40,7 @@ __all__ = [
 
 DEFAULT = "hopper-replay-mini"
 BUNDLED = (DEFAULT, "door-human")
-# Those of the results; ``python -m benchmarks.collect sets`` builds them.
+# Those of the results; ``iwsft collect sets`` builds them.
 COLLECTED = (
     "hopper-replay",
     "halfcheetah-replay",
@@ -115,7 +115,7 @@ def _read(
     if name in COLLECTED:
         path = collected_file(name, cache_dir)
         if not path.is_file():
-            command = f"`python -m benchmarks.collect sets {name}` builds it"
+            command = f"`iwsft collect sets {name}` builds it"
             raise FileNotFoundError(f"{name} is not at {path} yet; {command}")
         source = f"the set {name} of benchmarks.collect"
         return d4rl.read(path, name=name, source=source, data_weight=weight)

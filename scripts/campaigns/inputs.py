@@ -21,8 +21,6 @@ from benchmarks.report.scores import cells
 from benchmarks.results import CONTROL, read_all, read_runs
 from benchmarks.stopping import expected
 from iwsft import datasets
-from iwsft.datasets import write
-from iwsft.datasets.episodes import Steps, pack_steps
 from iwsft.trajectory import ACTION, NEXT_OBSERVATION, OBSERVATION, REWARD, TERMINATED, lengths
 from scripts.campaigns.engine import Campaign, Finding
 from scripts.campaigns.kills import write_steps
@@ -214,9 +212,29 @@ _DAMAGE: dict[str, Callable[[dict[str, Array], Random], None]] = {
 def _prepare_minari(shared: Path) -> None:
     """A small set of a box space, with the truth beside it."""
     os.environ["MINARI_DATASETS_PATH"] = str(shared / "store")
-    columns = _columns(draw_episodes(Random(0)))
-    numbers = {name: x if x.dtype == bool else x.astype("f4") for name, x in columns.items()}
-    write.to_minari("made/set-v0", pack_steps(Steps(**numbers), "the set"))
+    import gymnasium as gym
+    import minari
+    from minari.data_collector import EpisodeBuffer
+
+    episodes = draw_episodes(Random(0))
+    buffers = [
+        EpisodeBuffer(
+            id=number,
+            observations=e.observations.astype("f4"),
+            actions=e.actions.astype("f4"),
+            rewards=list(e.rewards),
+            terminations=[False] * (len(e.rewards) - 1) + [e.terminated],
+            truncations=[False] * (len(e.rewards) - 1) + [not e.terminated],
+        )
+        for number, e in enumerate(episodes)
+    ]
+    width, action = episodes[0].observations.shape[1], episodes[0].actions.shape[1]
+    minari.create_dataset_from_buffers(
+        "made/set-v0",
+        buffer=buffers,
+        observation_space=gym.spaces.Box(-2, 2, (width,), np.float32),
+        action_space=gym.spaces.Box(-1, 1, (action,), np.float32),
+    )
 
 
 def _minari_case(shared: Path, random: Random, folder: Path) -> Iterator[Finding]:

@@ -66,7 +66,7 @@ from iwsft.presets import ImportanceWeights
         ("--report-to wandbb", "unknown tracker 'wandbb'; did you mean 'wandb'"),
         ("--scheduler cosin", "unknown scheduler 'cosin'; did you mean 'cosine'?"),
         ("--scheduler warmup_stable_decay", "unknown scheduler 'warmup_stable_decay'; "),
-        ("--max-steps 9 --warmup 9", "--warmup 9: 9 updates never reach --learning-rate"),
+        ("--max-steps 9 --warmup 9", "a warm-up of 9: 9 updates never reach --learning-rate"),
         ("--quality-cuts 0 100", "cut 100.0: a percentile"),
         ("--micro-batch-size 5", "--micro-batch-size 5 does not divide the 32 draws"),
     ],
@@ -107,6 +107,12 @@ def test_missing_options_are_the_recipes() -> None:
     assert (settings.max_steps, settings.epochs, settings.cuts) == (10, None, (50.0,))
     settings = parse(["--epochs", "2"]).settings
     assert (settings.max_steps, settings.epochs) == (None, 2.0)
+
+
+def test_a_recipes_own_warm_up_that_is_too_long_is_told() -> None:
+    with pytest.warns(UserWarning, match="a warm-up of 10: 6 updates never reach --learning-rate"):
+        settings = parse(["--max-steps", "6"]).settings
+    assert (settings.max_steps, settings.warmup) == (6, 10)
 
 
 def test_help_shows_the_recipes_own_settings(capsys: pytest.CaptureFixture[str]) -> None:
