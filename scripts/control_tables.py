@@ -44,7 +44,7 @@ _SHARP = "ess0.4/iw-sft-q"
 # Weights, and what they are compared with at the same learning rate and number of updates.
 DRAWN = {"iw-sft": "sft", "iw-sft-q": "sft-q"}
 # Weights at the same settings, which one Gaussian and a mixture of Gaussians ran with.
-MODES = ("k0/iw-sft-q", "ess0.4/iw-sft-q", "auto/iw-sft-q")
+WEIGHTINGS = ("k0/iw-sft-q", "ess0.4/iw-sft-q", "auto/iw-sft-q")
 # What they are compared with. Where SFT(Q) has the settings of iw-SFT(Q), it is that run.
 EQUAL = ("k0/iw-sft-q", "sft-q")
 
@@ -118,12 +118,14 @@ def policy_grid(runs: Sequence[RecordedRun]) -> Grid:
     """
     by_algo = {cell.algo: cell for cell in cells(runs)}
     grid = Grid(["weights", "one Gaussian", "mixture of five", "mixture less one Gaussian"], left=1)
-    pairs = [(by_algo[algo], by_algo[f"mixture-{algo}"]) for algo in MODES]
-    for algo, pair in zip(MODES, pairs, strict=True):
+    pairs = [(by_algo[algo], by_algo[f"mixture-{algo}"]) for algo in WEIGHTINGS]
+    for algo, pair in zip(WEIGHTINGS, pairs, strict=True):
         one, mixture = pair
         grid.rows.append([FORMS[algo], _score(one), _score(mixture), _difference(mixture, one)])
     equal = pairs[0]
-    for algo, pair in zip(MODES[1:], pairs[1:], strict=True):
+    if len({tuple(cell.seeds) for pair in pairs for cell in pair}) > 1:
+        raise ValueError("the runs of both policies must have the same seeds")
+    for algo, pair in zip(WEIGHTINGS[1:], pairs[1:], strict=True):
         row, gains = [f"{FORMS[algo]}, less equal weights"], []
         for ours, others in zip(pair, equal, strict=True):
             row.append(_difference(ours, others))

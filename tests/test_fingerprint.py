@@ -45,7 +45,7 @@ def test_the_base_of_adapters_counts(tmp_path: Path) -> None:
     (base / "model.safetensors").write_bytes(b"other")
     changed = model_sha256(adapters)
     assert changed != before
-    # A damaged file of the base is no reason to leave the base out.
+    # A damaged file does not leave the base out of the digest.
     (base / "model.safetensors").unlink()
     (base / "model.safetensors").symlink_to("nowhere")
     with pytest.raises(FileNotFoundError):

@@ -330,7 +330,7 @@ def check(options: Options, changed: dict[str, Any]) -> None:
         problem = f"a warm-up of {settings.warmup:g}: {few}; {way_out}"
         if changed.get("warmup") is not None:
             raise ValueError(problem)
-        # A short try of a recipe is no reason to refuse its warm-up.
+        # A short try of a recipe works, with its own warm-up.
         warnings.warn(problem, stacklevel=2)
     _check_numbers(settings)
     _check_elsewhere(options, settings.scheduler)

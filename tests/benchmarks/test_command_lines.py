@@ -309,6 +309,8 @@ def test_the_shell_sees_one_line_and_status_1() -> None:
 
 def test_the_installed_command_finds_a_policy_of_the_current_folder(tmp_path: Path) -> None:
     (tmp_path / "policies_here.py").write_text("def none(): return 3\n")
+    # A file there does not take the place of a package.
+    (tmp_path / "gymnasium.py").write_text("raise RuntimeError\n")
     # A script's path has its own folder in front, where `python -m` has the current one.
     script = tmp_path / "bin" / "iwsft"
     script.parent.mkdir()

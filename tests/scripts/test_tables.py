@@ -15,7 +15,7 @@ from benchmarks.results import CONTROL, RecordedRun, read_runs
 from scripts.control_tables import (
     DIFFERENCES,
     DRAWN,
-    MODES,
+    WEIGHTINGS,
     difference_grid,
     draw_grid,
     policy_grid,
@@ -81,10 +81,12 @@ def test_what_weights_gain_with_a_mixture_is_compared_by_seed() -> None:
         return np.array([scores[algo][seed] for seed in sorted(scores[algo])])
 
     def gains(algo: str) -> list[np.ndarray]:
-        return [of(f"{policy}{algo}") - of(f"{policy}{MODES[0]}") for policy in ("", "mixture-")]
+        return [
+            of(f"{policy}{algo}") - of(f"{policy}{WEIGHTINGS[0]}") for policy in ("", "mixture-")
+        ]
 
     *_, sharp, auto = policy_grid(read_runs(path, CONTROL)).rows
-    for row, algo in zip((sharp, auto), MODES[1:], strict=True):
+    for row, algo in zip((sharp, auto), WEIGHTINGS[1:], strict=True):
         one, mixture = gains(algo)
         for text, values in zip(row[1:], (one, mixture, mixture - one), strict=True):
             interval = stats.ttest_1samp(values, 0).confidence_interval()

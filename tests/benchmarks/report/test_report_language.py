@@ -256,10 +256,12 @@ def test_evaluations_have_the_papers_numbers_beside_them(tmp_path: Path) -> None
     assert cells_of(text, "s1.1 w/o BF [1]") == [["s1.1 w/o BF [1]", "*56.7*"]]
     evaluation(tmp_path, "broken", "gsm8k", avg="many")
     evaluation(tmp_path, "swapped", "gsm8k", avg_interval=[1])
+    evaluation(tmp_path, "listed", "gsm8k", settings=[])
     write_report(tmp_path, tmp_path / "report")
     text = (tmp_path / "report/report.md").read_text()
     plain = text.replace("\\", "")
     assert "'avg' is 'many'" in plain and "'avg_interval' is [1]" in plain
+    assert "'settings' is []" in plain
     assert len(cells_of(text, "mine")) == 2
 
 
