@@ -48,9 +48,8 @@ def literal(text: str) -> str:
 
 def make_panel(title: str, height: float, colour: Mapping[str, str] | None = None) -> Axes:
     """Make a figure with one panel, and a legend of algorithms and their colours below it."""
-    rows = -(-len(colour or ()) // 3)
     with rc_context(STYLE):
-        figure = Figure(figsize=(_WIDTH, height + 0.18 * rows), layout="constrained")
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         ax = figure.subplots()
         # The title may be as wide as the figure, which is wider than the axes.
         figure.suptitle(literal(textwrap.fill(title, 48)), fontsize=9.5)
@@ -58,17 +57,23 @@ def make_panel(title: str, height: float, colour: Mapping[str, str] | None = Non
         if colour:
             labels = {literal(scores.algorithm_label(name)): c for name, c in colour.items()}
             handles = [Line2D([], [], color=c, lw=2.5, label=n) for n, c in labels.items()]
-            add_legend(figure, handles)
+            rows = _add_legend(figure, handles)
+            figure.set_figheight(height + 0.18 * rows)
     return ax
 
 
-def add_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
-    """Show a legend below the panel."""
+def _add_legend(figure: Figure, handles: Sequence[Line2D]) -> int:
+    """Show a legend below the panel in as many columns as fit, and return its rows."""
     columns = min(3, len(handles))
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=columns, fontsize=7.5, labelcolor=INK,
-        frameon=False,
-    )  # fmt: skip
+    while True:
+        legend = figure.legend(
+            handles=handles, loc="outside lower center", ncols=columns, fontsize=7.5,
+            labelcolor=INK, frameon=False,
+        )  # fmt: skip
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return -(-len(handles) // columns)
+        legend.remove()
+        columns -= 1
 
 
 def finish(panels: Mapping[str, Axes]) -> Panels:
@@ -83,7 +88,8 @@ def choose_colours(group: Sequence[Cell]) -> dict[str, str]:
     names = scores.algorithms(group)
     others = [name for name in names if name not in scores.ALGORITHMS]
     shades = colormaps["viridis"]
-    extra = {name: to_hex(shades(0.25 + 0.6 * i / len(others))) for i, name in enumerate(others)}
+    shares = np.linspace(0.0, 0.9, len(others))
+    extra = {name: to_hex(shades(share)) for name, share in zip(others, shares, strict=True)}
     return {name: extra.get(name) or scores.algorithm_colour(name) for name in names}
 
 

@@ -345,6 +345,17 @@ def test_critics_and_long_runs_are_drawn(tmp_path: Path, make_run: MakeRun) -> N
     assert figure.axes[0].get_xscale() == "log"
 
 
+@pytest.mark.parametrize("length", [4, 24, 60])
+def test_a_legend_lies_within_its_figure(length: int) -> None:
+    colour = {f"{i}" + "n" * (length - 1): "#000000" for i in range(7)}
+    figure = figures.make_panel("", 2.4, colour).figure
+    figure.draw_without_rendering()
+    shown = figure.legends[0].get_window_extent()
+    # The legend of three columns of the longest names is wider than two figures.
+    assert shown.x0 >= 0 and shown.x1 <= figure.bbox.x1 and shown.y0 >= 0
+    assert figure.axes[0].get_window_extent().height > figure.dpi
+
+
 @pytest.mark.parametrize("name", ["a$x^{2$", r"\bad{$ $", "[x](http://a.b) <b>|*_`", "a\x1b[2J\nb"])
 def test_any_name_is_literal_in_page_figures_and_terminal(
     tmp_path: Path, make_run: MakeRun, capsys: pytest.CaptureFixture[str], name: str
