@@ -67,7 +67,7 @@ def load(subject: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "tests":
             raise
-        problem = f"{subject} is compared with the plain versions in tests/oracles"
+        problem = f"{subject} uses plain versions and a tokenizer of the folder tests"
         raise ImportError(f"{problem}: run this from the root of a checkout") from error
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PrinterCallback, Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from benchmarks.llm.recipes.arithmetic.base import tokenizer
 from benchmarks.speed import measure as speed
 from benchmarks.speed.measure import Check, Comparison, Way, compare
 from benchmarks.speed.options import Options
@@ -23,7 +24,6 @@ from iwsft.language.trainer import ImportanceWeightedTrainer
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.presets import ImportanceWeights
 from iwsft.trajectory import ASSISTANT_MASK, ATTENTION_MASK, DATA_WEIGHT, TOKENS, from_steps
-from tests.datasets.text.chat_tokenizers import byte_level
 
 # Largest relative difference of the losses of the first updates, both in float32.
 LOSS_LIMIT = 1e-5
@@ -221,7 +221,7 @@ def build_trl_trainer(
     rows = {"input_ids": ids.tolist(), "labels": labels.tolist()}
     data = datasets.Dataset.from_dict(rows)
     # No row needs its tokenizer.
-    return SFTTrainer(model, config, train_dataset=data, processing_class=byte_level())
+    return SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer())
 
 
 def job(options: Options, *, ours: bool) -> Way:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from functools import cache
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -206,8 +207,21 @@ def test_bad_settings_end_before_measuring(tmp_path: Path) -> None:
             main(small(subject, dataset=tmp_path / "nowhere.hdf5"))
 
 
-def test_without_the_oracles_the_error_asks_for_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "benchmarks.speed.control")
-    monkeypatch.setitem(sys.modules, "tests.oracles.networks", None)
-    with pytest.raises(SystemExit, match="tests/oracles: run this from the root of a checkout"):
-        main(Options(subject="control"))
+@pytest.mark.parametrize("subject", ["control", "baselines", "scaling"])
+def test_without_the_folder_tests_the_error_asks_for_a_checkout(
+    monkeypatch: pytest.MonkeyPatch, subject: str
+) -> None:
+    monkeypatch.delitem(sys.modules, f"benchmarks.speed.{subject}", raising=False)
+    for name in ("tests", *(name for name in sys.modules if name.startswith("tests."))):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit, match="folder tests: run this from the root of a checkout"):
+        main(Options(subject=subject))
+
+
+def test_language_needs_no_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("language", "language_updates"):
+        monkeypatch.delitem(sys.modules, f"benchmarks.speed.{name}", raising=False)
+    for name in ("tests", *(name for name in sys.modules if name.startswith("tests."))):
+        monkeypatch.setitem(sys.modules, name, None)
+    import_module("benchmarks.speed.language")
+    import_module("benchmarks.speed.language_updates")
