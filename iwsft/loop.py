@@ -12,6 +12,7 @@ that a kill cut short is called again, and continues with what it finds in the f
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -146,7 +147,8 @@ def run_loop(
         FileExistsError: A loop is in the folder, or another process works there.
         CheckpointError: The loop in the folder has other settings, or a file of it is damaged.
         TypeError: A stage returned no mapping.
-        ValueError: ``fine_tune`` returned no policy.
+        ValueError: ``fine_tune`` returned no policy, or ``score`` or ``evaluate`` a number that is
+            NaN or infinite.
     """
     folder = Path(folder)
     with alone_in(folder, wait=False):
@@ -206,7 +208,7 @@ def fall(rows: list[dict[str, Any]]) -> str | None:
 def _do(one: Round, name: str, stage: Stage, tell: Callable[[str], None]) -> None:
     """Call a stage that has not ended, and write down what it returns."""
     if one.ended(name):
-        _check(name, one.facts(name))
+        _check(one, name, one.facts(name))
         return
     with full_disk_named(one.folder):
         one.folder.mkdir(parents=True, exist_ok=True)
@@ -215,15 +217,22 @@ def _do(one: Round, name: str, stage: Stage, tell: Callable[[str], None]) -> Non
     facts = stage(one)
     if not isinstance(facts, Mapping):
         raise TypeError(f"{name} returned {facts!r:.60}; it must return a dict of facts")
-    _check(name, facts)
+    _check(one, name, facts)
     content = {"facts": dict(facts), "seconds": round(time.perf_counter() - begin, 3)}
     write_json(one.folder / f"{name}.json", content)
 
 
-def _check(name: str, facts: Mapping[str, Any]) -> None:
-    """Check that a new policy is named: without one the loop would go on with the old one."""
+def _check(one: Round, name: str, facts: Facts) -> None:
+    """Check that a new policy is named, without which the old one goes on, and scores compare."""
     if name == "fine_tune" and facts.get(POLICY) is None and STOP not in facts:
         raise ValueError(f"fine_tune returned no fact {POLICY!r}, the path of the new policy")
+    if name not in ("score", "evaluate"):
+        return
+    for fact, value in facts.items():
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if not all(math.isfinite(each) for each in numbers if isinstance(each, float)):
+            way_out = "mend what computes it, or leave the fact out"
+            raise ValueError(f"round {one.number}: {name} returned {fact}={value}; {way_out}")
 
 
 def _claim(

@@ -157,6 +157,11 @@ class ImportanceWeightedMLE(PolicyLoss):
         return self.proposal == "cached" or (self.proposal == "lagged" and not self.hold_q)
 
     @property
+    def has_lagged_q(self) -> bool:
+        """Whether the loss holds a q that an updater moves."""
+        return self.proposal == "lagged" and self.hold_q
+
+    @property
     def needs_whole_trajectories(self) -> bool:
         """Whether a batch must have all steps of its trajectories, to weigh them by."""
         chain, live = self.importance_weights, not self.reads_weights

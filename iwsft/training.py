@@ -29,6 +29,7 @@ from iwsft.update import (
     Update,
     check_alike,
     check_draws,
+    check_follows,
     check_static,
     denormals_flushed,
     form_of,
@@ -122,7 +123,8 @@ def fit(
         schedule: Schedule of the updates; or one for each network of the loss, by the name of its
             attribute (``"actor_network"``, ``"qvalue_network"``, ``"log_alpha"``), all with the
             same number of steps.
-        updater: Updater of target networks or of q; ``step()`` follows each update.
+        updater: Updater of target networks or of q, which a lagged q needs; ``step()`` follows each
+            update.
         limits: Largest absolute values of outputs of the loss, by name; beyond them the run has
             diverged.
         probes: Measurements during the run.
@@ -143,7 +145,8 @@ def fit(
             names different computations by ``phase``.
 
     Raises:
-        ValueError: The schedules do not fit the loss, or the loss or sampler does not fit a graph.
+        ValueError: The schedules do not fit the loss, a lagged q has no updater, or the loss or
+            sampler does not fit a graph.
         FloatingPointError: Loss or parameters are no longer finite, or an output exceeds its limit;
             the last good checkpoint stays.
         iwsft.checkpoint.CheckpointError: The checkpoint is corrupt, or of other settings.
@@ -241,6 +244,7 @@ class _Seed:
         self.steps = next(iter(self._schedules.values())).steps
         self._device = next(loss.parameters()).device
         check_draws(loss, sampler)
+        check_follows(loss, training.updater)
         if graph or not alone:
             check_static(loss, sampler, graph=graph, stacked=not alone)
         optimizer = make_optimizer(loss, self._schedules, capturable=graph)

@@ -16,6 +16,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
+from torchrl.objectives.utils import TargetNetUpdater
 
 # Random numbers that a loss reads from a batch: the result of its method ``draw_noise``.
 NOISE = "noise"
@@ -106,6 +107,16 @@ def denormals_flushed() -> Iterator[None]:
         yield
     finally:
         torch.set_flush_denormal(not kept)
+
+
+def check_follows(loss: LossModule, updater: TargetNetUpdater | None) -> None:
+    """Check that something moves a lagged q: at the start all weights are 1, as in SFT."""
+    if updater is None and getattr(loss, "has_lagged_q", False):
+        raise ValueError(
+            "proposal='lagged' without an updater leaves q where it starts, and the weights with "
+            "it: pass updater=HardSync(loss, every=...) or updater=EMA(loss, decay=...), or take "
+            "proposal='reference', which is SFT"
+        )
 
 
 def check_draws(loss: LossModule, sampler: Any) -> None:

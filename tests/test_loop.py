@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -150,6 +152,35 @@ def test_a_stage_that_finds_nothing_keeps_the_policy(tmp_path: Path) -> None:
         and Round(2, tmp_path, "1").trained == Round(2, tmp_path, "1").policy
     )
     assert run_loop(tmp_path, altered, resume=True, **options) == rows
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("name", "number", "facts"),
+    [
+        ("evaluate", 0, lambda value: {"score": value}),
+        ("evaluate", 2, lambda value: {"score": 0.5, "interval": [0.4, value]}),
+        ("score", 2, lambda value: {"mean": value}),
+    ],
+)
+def test_a_score_that_does_not_compare_is_refused(
+    tmp_path: Path, name: str, number: int, facts: Callable[[float], dict[str, Any]], value: float
+) -> None:
+    """Of such a score no round would be the best, and none would fall."""
+    stages, fixed = toy(), list[int]()
+
+    def stage(one: Round) -> dict[str, Any]:
+        right = dict(getattr(stages, name)(one))
+        return right if fixed or one.number != number else facts(value)
+
+    altered = replace(stages, **{name: stage})
+    fact = list(facts(value))[-1]
+    message = re.escape(f"round {number}: {name} returned {fact}={facts(value)[fact]};")
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, altered, 3)
+    # The stage has not ended: once mended, it is called again.
+    fixed.append(1)
+    assert [row["score"] for row in run(tmp_path, altered, 3, resume=True)] == plain(3)
 
 
 def test_the_rounds_before_one() -> None:

@@ -239,6 +239,23 @@ def test_single_steps_are_no_trajectories_to_weigh(proposal: Any, reduce: Any, l
         fit(loss, StepSampler(trajectories, 4), Schedule(1, 0.01), updater=updater)
 
 
+@pytest.mark.parametrize("built", [False, True])
+@pytest.mark.parametrize("functional", [False, True])
+def test_a_lagged_q_that_nothing_moves_is_refused(functional: bool, built: bool) -> None:
+    """Its weights would stay 1 to the end: SFT, without a word."""
+    trajectories = data()
+    trajectories[REF_LOG_PROB] = torch.zeros(40)
+    loss = ImportanceWeightedMLE(GaussianPolicy(3, 2, hidden=(4,)), functional=functional)
+    # An updater that is made and not passed moves nothing either.
+    updater = EMA(loss, decay=0.5) if built else None
+    before = {name: value.clone() for name, value in loss.state_dict().items()}
+    with pytest.raises(ValueError, match=r"leaves q where it starts.* updater=EMA"):
+        fit(loss, TrajectorySampler(trajectories, 4), Schedule(2, 0.1))
+    torch.testing.assert_close(dict(loss.state_dict()), before, rtol=0, atol=0)
+    updater = EMA(loss, decay=0.5) if updater is None else updater
+    fit(loss, TrajectorySampler(trajectories, 4), Schedule(2, 0.1), updater=updater)
+
+
 def test_a_run_of_another_loss_or_other_data_is_refused_without_settings(tmp_path: Path) -> None:
     def train(k: float = 1.0, squash: bool = False, every: int = 2, shift: float = 0.0) -> None:
         torch.manual_seed(0)
