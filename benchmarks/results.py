@@ -65,11 +65,6 @@ class RecordedRun:
         return {**self.config.get("versions", {}), **self.result.get("versions", {})}
 
     @property
-    def published_steps(self) -> int:
-        """Updates of a published run; its own number where it says nothing else."""
-        return int(self.result.get("published_steps") or self.result["steps"])
-
-    @property
     def step(self) -> int:
         """Last update that it logged, 0 for none."""
         return int(self.metrics[-1]["step"]) if self.metrics else 0

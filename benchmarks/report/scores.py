@@ -75,6 +75,18 @@ def base(algo: str) -> str:
     return algo.rsplit("/", 1)[-1]
 
 
+def _family(algo: str) -> str:
+    """The entry of ``ALGORITHMS`` of an algorithm, such as ``bc-10`` of ``bc-5``, or its name."""
+    return "bc-10" if _SHARE.fullmatch(base(algo)) else base(algo)
+
+
+def published_steps(run: RecordedRun) -> int:
+    """Updates of a published run; the run's own, where it has as many or nothing is published."""
+    # What an algorithm of the user's own records is the default of its file.
+    recorded = run.result.get("published_steps") if _family(run.algo) in ALGORITHMS else None
+    return int(recorded or run.result["steps"])
+
+
 def is_variant(algo: str) -> bool:
     """Whether the name is ``VARIANT/algo``."""
     return "/" in algo
@@ -98,8 +110,7 @@ def algorithm_rank(algo: str) -> tuple[int, list[str | float], str]:
 
     Numbers in the names of variants count as numbers: k3 is before k10.
     """
-    known = list(ALGORITHMS)
-    name = "bc-10" if _SHARE.fullmatch(base(algo)) else base(algo)
+    known, name = list(ALGORITHMS), _family(algo)
     rank = known.index(name) if name in known else len(known)
     # Every second part is a number.
     parts = re.split(r"(\d+(?:\.\d+)?)", algo.removesuffix(name))
@@ -174,7 +185,7 @@ class Cell:
     @property
     def under_trained(self) -> bool:
         """Whether a run made fewer than half of the published updates."""
-        return any(2 * run.result["steps"] < run.published_steps for run in self.runs)
+        return any(2 * run.result["steps"] < published_steps(run) for run in self.runs)
 
     @property
     def moving(self) -> dict[str, tuple[float, float]]:

@@ -154,15 +154,12 @@ def _measured(grid: Grid, cell: Cell, cut_off: int) -> list[str]:
 
 def _shortened(cell: Cell) -> list[str]:
     """Notes on runs of another number of updates than published, such as ``IQL: 20k of 1M``."""
-    pairs = {
-        (run.result["steps"], run.result["published_steps"])
-        for run in cell.runs
-        if run.result.get("published_steps") not in (None, run.result["steps"])
-    }
+    pairs = {(run.result["steps"], scores.published_steps(run)) for run in cell.runs}
     short = " Under-trained: left out of aggregates." if cell.under_trained else ""
     return [
         f"{_count(steps)} of the published {_count(of)} updates.{short}"
         for steps, of in sorted(pairs)
+        if steps != of
     ]
 
 

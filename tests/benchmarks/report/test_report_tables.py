@@ -228,6 +228,18 @@ def test_fewer_updates_than_published_are_noted(
     assert scores.notes == notes and scores.rows[0][4] == f"1.0{mark}"
 
 
+@pytest.mark.parametrize(("algo", "published"), [("bc-5", True), ("mine", False)])
+def test_no_number_of_updates_is_published_for_an_algorithm_of_one_s_own(
+    tmp_path: Path, make_run: MakeRun, algo: str, published: bool
+) -> None:
+    for seed in range(3):
+        make_run(tmp_path, "hopper-a", algo, seed, seed, steps=300, published_steps=10_000)
+    (cell,) = group = cells(read_runs(tmp_path, CONTROL))
+    notes = ["300 of the published 10k updates. Under-trained: left out of aggregates."]
+    assert score_grid(group).notes == notes * published
+    assert cell.under_trained == published
+
+
 def test_cpu_seconds_are_those_of_a_run_with_its_reference(
     tmp_path: Path, make_run: MakeRun
 ) -> None:
