@@ -24,6 +24,7 @@ from iwsft.datasets.write import Provenance
 from iwsft.environments import modules_to_import
 from iwsft.files import alone_in
 from iwsft.progress import Progress
+from iwsft.trained_policy import FILE
 
 QUANTILES = (0, 25, 50, 75, 90, 95, 98, 100)
 
@@ -110,7 +111,7 @@ def load_behaviour(name: str, *, stochastic: bool) -> Behaviour:
     folder = Path(name).expanduser()
     if (folder / sac.POLICY).is_dir():
         behaviour = Behaviour(name, *sac.load_policy(folder))
-    elif folder.is_dir():
+    elif (folder / FILE).is_file():
         from iwsft import load_policy
 
         # Modules that the environment names are asked about where it is chosen.
@@ -123,7 +124,7 @@ def load_behaviour(name: str, *, stochastic: bool) -> Behaviour:
         behaviour = Behaviour(name, called(name))
     else:
         ways = f"the folder of a finished run, FILE.npz, MODULE:CALLABLE, or {RANDOM!r}"
-        raise ValueError(f"--policy {name}: no folder of that name; give {ways}")
+        raise ValueError(f"--policy {name}: no policy there; give {ways}")
     assert behaviour.policy is not None
     check_keys(behaviour.policy.cpu(), name=f"--policy {name}")
     return behaviour

@@ -62,17 +62,21 @@ class Start:
     @classmethod
     def find(cls, options: LoopOptions) -> Start:
         """Read ``--start``; a clone is not trained yet."""
-        trust = options.trust_env_module
         if options.dataset is None:
             folder = Path(options.start).expanduser()
             while folder.name in (FILE, checkpoint.FILE, checkpoint.FOLDER):
                 folder = folder.parent
-            policy = load_policy(folder, trust_env_module=trust)
+            if not (folder / FILE).is_file():
+                ways = f"a finished run's folder, OUT/d4rl/DATASET/ALGO/seed-K, or {CLONE}DATASET"
+                raise ValueError(f"--start {options.start}: no {FILE} there; give {ways}")
+            # Modules that the environment names are asked about where it is chosen.
+            policy = load_policy(folder, trust_env_module=True)
             if policy.has_memory or not hasattr(policy.module, "log_prob"):
                 problem = "its actions have no log-probabilities that depend on the step alone"
                 way_out = f"start from a run of sft, iw-sft, bc or iql, or from {CLONE}DATASET"
                 raise ValueError(f"--start {options.start}: {problem}; {way_out}")
             return cls(folder, policy, fingerprint(dict(policy.module.state_dict())))
+        trust = options.trust_env_module
         data = datasets.load(options.dataset, scale_actions=True, trust_env_module=trust)
         observation_dim, action_dim = sizes(data.trajectories)
         form = GaussianPolicy(observation_dim, action_dim)

@@ -239,7 +239,7 @@ def test_kills_at_every_stage_end_in_the_same_files(
 @pytest.mark.parametrize(
     ("flags", "env", "message"),
     [
-        (("--start", "nowhere"), ENV, "no policy.pt in nowhere"),
+        (("--start", "nowhere"), ENV, "--start nowhere: no policy.pt there; give a finished"),
         ((), "", "pass --env: --start .* names no environment"),
         ((), "Pendulum-v1", "--start .* cannot act on Pendulum-v1, whose observations have size 3"),
         ((), "points_of_tests:EndlessPoint-v0", "may never end; pass --max-episode-steps"),
@@ -257,6 +257,18 @@ def test_bad_input_is_told_in_a_line(
     with pytest.raises(SystemExit, match=message) as error:
         run(*flags, env=env)
     assert "\n" not in str(error.value)
+
+
+def test_a_start_whose_environment_imports_a_module_must_be_trusted(
+    run: Run, tmp_path: Path
+) -> None:
+    policy = TrainedPolicy(GaussianPolicy(2, 1), "no_module_of_tests:Point-v0", observation_dim=2)
+    save_policy(tmp_path / "other", policy, algo="bc", action_dim=1)
+    start = ("--start", str(tmp_path / "other"))
+    with pytest.raises(SystemExit, match="imports .*no_module_of_tests.*; pass --trust-env-module"):
+        run(*start, env="")
+    # Another environment does not need that of the start.
+    run(*start)
 
 
 def test_a_start_without_log_probs_is_refused(run: Run, tmp_path: Path) -> None:
