@@ -77,8 +77,10 @@ def _lines(
     yield f"# {model}, fine-tuned by {algo}\n"
     yield "## How it was made\n"
     curated = "D_Q+, in which better rows count several times" if ALGORITHMS[algo].quality else "D+"
-    yield f"- Model: `{model}`{', with LoRA adapters' if adapters else ''}"
-    yield f"- Data: `{data}`; {result['trajectories']} rows are {curated}"
+    commits = [settings.get(f"{name}_commit") for name in ("model", "data")]
+    of_model, of_data = (f" at commit {commit}" if commit else "" for commit in commits)
+    yield f"- Model: `{model}`{of_model}{', with LoRA adapters' if adapters else ''}"
+    yield f"- Data: `{data}`{of_data}; {result['trajectories']} rows are {curated}"
     yield f"- Algorithm: {algo}, q is {_Q[result['proposal']]}"
     yield (
         f"- Training: {result['steps']} updates of {training['batch_size']} rows, learning rate "

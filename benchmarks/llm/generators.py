@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from benchmarks.llm.models import check_fit, context_of, load, load_config, load_tokenizer, locate
+from benchmarks.llm.models import (
+    check_fit,
+    commit_of,
+    context_of,
+    load,
+    load_config,
+    load_tokenizer,
+    locate,
+)
 from iwsft.fingerprint import model_sha256
 from iwsft.language.generation import Generator, TransformersGenerator, VLLMGenerator
 from iwsft.language.generations import Prompter, turn_end
@@ -36,7 +44,7 @@ def load_prompter(model: str, *, trust_remote_code: bool = False) -> Prompter:
         frozenset(stop),
         context_of(config),
         f"{note}, which suits only base models" if tokenizer.chat_template is None else None,
-        getattr(config, "_commit_hash", None) or model_sha256(Path(name)),
+        commit_of(name) or model_sha256(Path(name)),
     )
 
 

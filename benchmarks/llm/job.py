@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import rich
@@ -15,27 +16,34 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import monitor, places, sweep
-from benchmarks.commands import program
+from benchmarks.commands import program, typed
 from benchmarks.llm.card import change_line, write_card
 from benchmarks.llm.launch import Hardware, Launch, States, choose, launched, start, threads_of
-from benchmarks.llm.models import load_config
-from benchmarks.llm.options import ALGORITHMS, BASE, Options, to_file
-from benchmarks.llm.recipes import Prepared
+from benchmarks.llm.models import SMOLLM2, commit_of, load_config
+from benchmarks.llm.options import ALGORITHMS, BASE, Options, own_warmup, recorded, to_file
+from benchmarks.llm.recipes import Prepared, load_recipe
+from benchmarks.llm.recipes.chat import split_source
 from benchmarks.llm.run import (
     Run,
     check_rows,
-    config_of,
     curated_of,
     prepare,
     train_and_score,
     training_arguments,
+    warmup_problem,
 )
 from benchmarks.llm.settings import Settings
-from benchmarks.runs import RESULT, claim, tell
+from benchmarks.runs import RESULT, claim, hardware, tell, versions
 from benchmarks.sweep import Summary
 from iwsft.datasets.text.rows import Row, check_scores
+from iwsft.datasets.text.sources import dataset_commit
 from iwsft.files import write_json
+from iwsft.fingerprint import WEIGHTS, file_sha256, fingerprint, folder_sha256, model_sha256
 from iwsft.trajectory import DATA_WEIGHT
+
+# Options that say what a recipe prepares.
+_SOURCES = ("model", "data", "eval_data", "eval_share")
+_PACKAGES = ("torch", "tensordict", "torchrl", "transformers", "accelerate", "numpy")
 
 
 def run_job(options: Options) -> int:
@@ -87,6 +95,67 @@ def fine_tune(options: Options) -> Run:
     return run
 
 
+def _contents_of(run: Run) -> dict[str, str]:
+    """What a run's model and rows hold, which may change under their names: for ``config.json``.
+
+    That is the digest of a file or folder, and the commit of a model or dataset of the hub.
+    """
+    options, recipe = run.options, load_recipe(run.dataset)
+    contents = {}
+    for name in ("model", "data", "eval_data"):
+        source = getattr(options, name)
+        if source is not None and (path := Path(source).expanduser()).exists():
+            contents[f"{name}_sha256"] = _content_sha256(path, model=name == "model")
+            continue
+        source = source or getattr(recipe, name, None)
+        if source in (None, SMOLLM2) or Path(source).exists():
+            continue
+        if name == "model":
+            commit = commit_of(source)
+        else:
+            dataset, _, config = split_source(source)
+            commit = dataset_commit(dataset, config)
+        if commit is not None:
+            contents[f"{name}_commit"] = commit
+    return contents
+
+
+def _config_of(run: Run, contents: Mapping[str, str]) -> dict[str, Any]:
+    """Describe a run for ``config.json``; a resumed run must agree in ``settings``.
+
+    ``contents`` are those of :func:`_contents_of`.
+    """
+    options = run.options
+    settings: dict[str, Any] = {
+        "recipe": run.dataset,
+        "algo": run.algo,
+        "seed": run.seed,
+        **{name: value for name in _SOURCES if (value := getattr(options, name)) is not None},
+    }
+    settings |= contents
+    if run.algorithm is not None:
+        settings["training"] = recorded(options.settings, run.algorithm)
+    return {
+        **run.identity,
+        "settings": settings,
+        **run.engine,
+        "versions": versions(_PACKAGES),
+        "hardware": hardware(run.launch.device),
+        "command": typed("llm"),
+        "options": to_file(options, run.algo, run.seed),
+    }
+
+
+def _content_sha256(path: Path, *, model: bool) -> str:
+    """SHA-256 of a file, of a model's folder, or of all files of another folder."""
+    if path.is_file():
+        return file_sha256(path)
+    # Without weights it holds a GGUF file.
+    if model and any(file.suffix in WEIGHTS for file in path.iterdir()):
+        return model_sha256(path)
+    return fingerprint(folder_sha256(path, without=""))
+
+
 def _open(runs: Sequence[Run]) -> list[Run]:
     """The runs that need model and rows: those that ``--resume`` does not find finished."""
     resume = runs[0].options.resume
@@ -95,7 +164,8 @@ def _open(runs: Sequence[Run]) -> list[Run]:
 
 def _claim(runs: Sequence[Run]) -> list[Run]:
     """Claim the folders, and return the unfinished runs; one of the same base is taken as it is."""
-    configs, base = {run: config_of(run) for run in runs}, {run for run in runs if run.algo == BASE}
+    contents, base = _contents_of(runs[0]), {run for run in runs if run.algo == BASE}
+    configs = {run: _config_of(run, contents) for run in runs}
     monitor.forget(runs)
     resume = set(runs) if runs[0].options.resume else base
     return claim(runs[0].dataset_folder, configs, same=("settings",), resume=resume)
@@ -116,6 +186,7 @@ def _prepare(runs: Sequence[Run], seeds: Sequence[Run]) -> None:
         check_rows(run, prepared[0])
     for run in {run.algo: run for run in runs if seeds}.values():
         _check_weights(run, prepared[0])
+        _check_warmup(run, prepared[0])
     for name, value in prepared[0].notes.items() if seeds else ():
         tell(f"{name}: {_in_words(value)}")
 
@@ -164,6 +235,16 @@ def _check_weights(run: Run, prepared: Prepared) -> None:
             "bound; drop such rows, or take --algo dft, or iw-sft with --no-self-normalize and a "
             "finite --max-weight"
         ) from error
+
+
+def _check_warmup(run: Run, prepared: Prepared) -> None:
+    """Check that a warm-up that was asked for ends within the updates that --epochs give."""
+    settings = run.options.settings
+    asked = settings.warmup != own_warmup(run.options)
+    if run.algorithm is None or not (asked and settings.epochs):
+        return
+    if problem := warmup_problem(run, curated_of(run, prepared, run.tokenizer(prepared))):
+        raise ValueError(f"{run.algo}: {problem}")
 
 
 def _has_negative_weight(row: Row) -> bool:

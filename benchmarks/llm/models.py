@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock
-from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub import HfApi, resolve_revision, try_to_load_from_cache
 from huggingface_hub.errors import RepositoryNotFoundError
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
@@ -88,6 +88,11 @@ def load_config(place: str, *, trust_remote_code: bool = False) -> Any:
         return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise _unloadable(place, "has no config that loads", error) from error
+
+
+def commit_of(place: str) -> str | None:
+    """The commit on the hub of what :func:`locate` returned; None for a folder."""
+    return None if Path(place).is_dir() else resolve_revision(place).resolved
 
 
 def context_of(config: Any) -> int | None:

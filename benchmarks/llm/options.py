@@ -324,16 +324,30 @@ def check(options: Options, changed: dict[str, Any]) -> None:
         check_used(name, value, anywhere, f"in the algorithms asked for{preset}")
     if settings.scheduler == "constant":
         check_used("warmup", changed.get("warmup"), False, "with --scheduler constant")
-    elif settings.max_steps and 1 <= settings.warmup >= settings.max_steps:
-        few = f"{settings.max_steps} updates never reach --learning-rate"
-        way_out = "pass --warmup with fewer updates, or a share below 1"
-        problem = f"a warm-up of {settings.warmup:g}: {few}; {way_out}"
+    elif settings.max_steps and (problem := describe_warmup(settings, settings.max_steps)):
         if changed.get("warmup") is not None:
             raise ValueError(problem)
         # A short try of a recipe works, with its own warm-up.
         warnings.warn(problem, stacklevel=2)
     _check_numbers(settings)
     _check_elsewhere(options, settings.scheduler)
+
+
+def describe_warmup(settings: Settings, updates: int) -> str | None:
+    """Why a run of so many updates never reaches its learning rate; None if it does."""
+    warmup = settings.warmup
+    # As transformers counts them; the first update of a warm-up has the learning rate 0.
+    steps = warmup if warmup >= 1 else math.ceil(warmup * updates)
+    if settings.scheduler == "constant" or steps < updates:
+        return None
+    few = f"{updates} updates never reach --learning-rate"
+    return f"a warm-up of {warmup:g}: {few}; pass a smaller --warmup, or 0 for none"
+
+
+def own_warmup(options: Options) -> float:
+    """The warm-up of a recipe and preset, where the command line sets none."""
+    settings = options.settings
+    return _start(load_recipe(options.recipe), settings.preset, settings.lora_rank).warmup
 
 
 def _check_elsewhere(options: Options, scheduler: str) -> None:
@@ -395,6 +409,8 @@ def _check_numbers(settings: Settings) -> None:
             number = getattr(settings, name)
             if number is not None and not fits(number):
                 raise ValueError(f"{flag(name)} {number}: {words}")
+    if settings.warmup > 1 and settings.warmup % 1:
+        raise ValueError(f"--warmup {settings.warmup}: a whole number of updates, or below 1")
     for cut in (*settings.cuts, *settings.quality_cuts):
         if not 0 <= cut < 100:
             raise ValueError(f"cut {cut}: a percentile from 0 to below 100; 90 keeps the top 10 %")

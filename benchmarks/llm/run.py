@@ -6,6 +6,7 @@ The same call continues what a kill leaves of a run, from its last checkpoint or
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -25,7 +26,6 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging
 
 from benchmarks import monitor, runs
-from benchmarks.commands import typed
 from benchmarks.llm.curation import curated, effective, why_unweighted
 from benchmarks.llm.launch import Launch, assert_engine, launched
 from benchmarks.llm.models import (
@@ -44,17 +44,15 @@ from benchmarks.llm.options import (
     Options,
     Variant,
     choose_q,
-    recorded,
-    to_file,
+    describe_warmup,
     uses,
 )
 from benchmarks.llm.progress import Progress, now
 from benchmarks.llm.recipes import Prepared, Sources, load_recipe
 from benchmarks.llm.settings import Settings
-from benchmarks.runs import RESULT, hardware, versions
+from benchmarks.runs import RESULT
 from iwsft import checkpoint
 from iwsft.files import alone_in, write_json
-from iwsft.fingerprint import WEIGHTS, file_sha256, fingerprint, folder_sha256, model_sha256
 from iwsft.language import tokenize
 from iwsft.language.config import ImportanceWeightedConfig
 from iwsft.language.saving import last, written_aside
@@ -71,9 +69,6 @@ _SAME_NAME = (
     *("learning_rate", "weight_decay"),
     *("adam_beta1", "adam_beta2", "max_grad_norm"),
 )
-# Options that say what a recipe prepares.
-_SOURCES = ("model", "data", "eval_data", "eval_share")
-_PACKAGES = ("torch", "tensordict", "torchrl", "transformers", "accelerate", "numpy")
 
 
 @dataclass(frozen=True)
@@ -138,6 +133,20 @@ def curated_of(run: Run, prepared: Prepared, tokenizer: Any) -> TensorDictBase:
     return curated(rows, tokenizer, run.algorithm, settings, seed=run.seed)
 
 
+def warmup_problem(run: Run, data: TensorDictBase) -> str | None:
+    """Why a run by epochs of curated rows never reaches its learning rate; None if it does."""
+    settings = run.settings
+    if not settings.epochs:
+        return None
+    updates = math.ceil(int(_multiplicity(data).sum()) / settings.batch_size)
+    return describe_warmup(settings, math.ceil(settings.epochs * updates))
+
+
+def _multiplicity(data: TensorDictBase) -> torch.Tensor:
+    """How often an epoch has each trajectory."""
+    return data.get(MULTIPLICITY)[lengths(data).cumsum(0) - 1]
+
+
 def check_rows(run: Run, prepared: Prepared) -> None:
     """Check that the rows of training fit in the context; those of the test are cut to it."""
     assert run.algorithm is not None
@@ -157,42 +166,6 @@ def check_rows(run: Run, prepared: Prepared) -> None:
         )
     if rows := recipe.tested_rows(prepared):
         tokenize(rows, tokenizer, max_length=shortest(recipe.defaults.max_length, context))
-
-
-def config_of(run: Run) -> dict[str, Any]:
-    """Describe a run for ``config.json``; a resumed run must agree in ``settings``."""
-    options = run.options
-    settings: dict[str, Any] = {
-        "recipe": run.dataset,
-        "algo": run.algo,
-        "seed": run.seed,
-        **{name: value for name in _SOURCES if (value := getattr(options, name)) is not None},
-    }
-    for name in ("model", "data", "eval_data"):
-        source = getattr(options, name)
-        # What a path holds may change under its name; a hub id names no file.
-        if source is not None and (path := Path(source).expanduser()).exists():
-            settings[f"{name}_sha256"] = _content_sha256(path)
-    if run.algorithm is not None:
-        settings["training"] = recorded(options.settings, run.algorithm)
-    return {
-        **run.identity,
-        "settings": settings,
-        **run.engine,
-        "versions": versions(_PACKAGES),
-        "hardware": hardware(run.launch.device),
-        "command": typed("llm"),
-        "options": to_file(options, run.algo, run.seed),
-    }
-
-
-def _content_sha256(path: Path) -> str:
-    """SHA-256 of a file, of a model's folder, or of all files of a folder without weights."""
-    if path.is_file():
-        return file_sha256(path)
-    if any(file.suffix in WEIGHTS for file in path.iterdir()):
-        return model_sha256(path)
-    return fingerprint(folder_sha256(path, without=""))
 
 
 def train_and_score(run: Run) -> None:
@@ -360,13 +333,15 @@ def _train(run: Run, algorithm: Variant, prepared: Prepared) -> dict[str, Any]:
     # Rows are checked before the weights, which may take minutes to load.
     tokenizer = run.tokenizer(prepared)
     data, progress = curated_of(run, prepared, tokenizer), Progress(run)
+    if args.process_index == 0 and (problem := warmup_problem(run, data)):
+        runs.tell(f"{run}: {problem}")
     trainer = _trainer(run, args, prepared, tokenizer, data, progress)
     trainer.train(resume_from_checkpoint=last(run.folder / CHECKPOINTS))
     with written_aside(run.folder):
         trainer.save_model(str(run.folder / checkpoint.FOLDER))
         # PEFT's; the card of the run comes with its figures.
         (run.folder / checkpoint.FOLDER / "README.md").unlink(missing_ok=True)
-    multiplicity = data.get(MULTIPLICITY)[lengths(data).cumsum(0) - 1]
+    multiplicity = _multiplicity(data)
     trained: dict[str, Any] = {
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,

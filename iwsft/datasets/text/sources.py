@@ -39,6 +39,14 @@ def records(
         yield where, record
 
 
+def dataset_commit(name: str, config: str | None = None) -> str:
+    """Return the commit of a dataset of the hub, without a network that of the copy here."""
+    require("datasets")
+    import datasets  # type: ignore[import-untyped]
+
+    return str(datasets.load_dataset_builder(name, config).hash)
+
+
 @contextmanager
 def row_named(where: str) -> Iterator[None]:
     """Name the place of a row in a ValueError of the block."""
@@ -145,7 +153,7 @@ def _from_datasets(
     name: str, split: str | None, config: str | None
 ) -> Iterator[tuple[str, Record]]:
     require("datasets")
-    import datasets  # type: ignore[import-untyped]
+    import datasets
 
     folder = Path(name)
     # Written by `save_to_disk`.

@@ -187,6 +187,20 @@ def test_finished_runs_stay_and_other_settings_are_refused(
     assert "base/seed-0 holds a run with other settings: settings.data" in refused
 
 
+def test_rows_beside_a_file_of_weights_are_digested_as_rows(
+    job: Callable[..., Path], small: tuple[str, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    shutil.copy(small[1], folder / "train.jsonl")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    flags = ["--max-steps", "1", "--warmup", "0"]
+    job(tmp_path, "sft", data=str(folder), flags=flags)
+    write_rows(folder / "train.jsonl", small[1], drop=1)
+    with pytest.raises(SystemExit, match=r"settings\.data_sha256"):
+        job(tmp_path, "sft", data=str(folder), flags=[*flags, "--resume"])
+
+
 def _digest(prompt: str) -> int:
     return int.from_bytes(hashlib.sha256(" ".join(prompt.split()).encode()).digest()[-4:], "big")
 

@@ -243,6 +243,35 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
     assert not [*tmp_path.rglob("config.json")]
 
 
+def test_a_warm_up_ends_within_the_updates_that_epochs_give(
+    tiny_qwen2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "rows.jsonl", SCORED[:20])
+    # Batches of 8 of 20 rows are 3 updates an epoch.
+    words = ["--recipe", "round", "--model", str(tiny_qwen2), "--data", data, "--algo", "sft"]
+
+    def run(name: str, *flags: str) -> Path:
+        main([*words, "--jobs", "1", "--out", str(tmp_path / name), *flags])
+        return tmp_path / name / "llm" / "round" / "sft" / "seed-0"
+
+    for updates, flags in ((6, "--epochs 2 --warmup 6"), (1, "--epochs 0.2 --warmup 0.5")):
+        with pytest.raises(SystemExit, match=f"a warm-up of .*: {updates} updates never reach"):
+            run("refused", *flags.split())
+    assert not [*(tmp_path / "refused").rglob("config.json")]
+    longest = run("longest", "--epochs", "2", "--warmup", "5")
+    assert json.loads((longest / "result.json").read_text())["steps"] == 6
+    assert "never reach" not in capsys.readouterr().err
+    # The recipe's own is told: here the one update has the learning rate 0.
+    own = run("own", "--epochs", "0.2")
+    assert "sft seed 0: a warm-up of 0.05: 1 updates never reach" in capsys.readouterr().err
+    start, *ends = (
+        AutoModelForCausalLM.from_pretrained(place).state_dict()
+        for place in (tiny_qwen2, own / "checkpoint", longest / "checkpoint")
+    )
+    same = [all(torch.equal(start[name], end[name]) for name in start) for end in ends]
+    assert same == [True, False]
+
+
 def test_what_has_no_default_is_asked_for() -> None:
     for words, message in (
         ("--recipe chat --data x.jsonl", "--model is missing; the recipe chat has none"),
