@@ -48,7 +48,9 @@ def program(command: str) -> str:
     ``benchmarks.__main__`` leaves its own name and that of the command in ``sys.argv[0]``.
     """
     name, space, _ = sys.argv[0].rpartition(" ")
-    return f"{name} {command}" if name in _PROGRAMS and space else f"python -m benchmarks.{command}"
+    if name in _PROGRAMS and space:
+        return f"{name} {command.removeprefix('llm ')}"
+    return f"python -m benchmarks.{command}"
 
 
 def called_as(command: str) -> str:

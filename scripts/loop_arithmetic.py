@@ -1,7 +1,7 @@
 """The loop on the arithmetic task, from its base: exact match and diversity by round.
 
-python scripts/loop_arithmetic.py --out runs/loop-arithmetic
-python scripts/loop_arithmetic.py --out runs/loop-rate --algo sft iw-sft --learning-rate 8e-4
+    python scripts/loop_arithmetic.py --out runs/loop-arithmetic
+    python scripts/loop_arithmetic.py --out runs/loop-rate --algo sft iw-sft --learning-rate 8e-4
 
 Writes the prompts, runs a loop for each algorithm and seed by the command `iwsft loop`, one on each
 core, and prints the tables of docs/loop.md: means over seeds and their differences by round, with
@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import rich
+import tyro
 from joblib import Parallel, delayed, parallel_config
 
 from benchmarks.llm.__main__ import loop
 from benchmarks.llm.recipes.arithmetic import BaseSettings
 from benchmarks.llm.recipes.arithmetic.base import base_model
 from benchmarks.llm.recipes.arithmetic.task import Split, problems
-from benchmarks.options import parse
 from benchmarks.places import cores
 from benchmarks.report.loops import seed_grids
 from benchmarks.report.page import write_report
@@ -60,14 +60,15 @@ class Options:
 
 def main(options: Options) -> None:
     """Run all loops and print their table."""
+    for algo in options.algo:
+        if options.learning_rate is None and algo not in RATES:
+            raise SystemExit(f"no learning rate was chosen for {algo}: set --learning-rate")
     model = base_model(options.out, seed=0, settings=BaseSettings())
     prompts = _write(options.out / "prompts.jsonl", options.prompts, 1_000_000, "train")
     held_out = _write(options.out / "held-out.jsonl", options.held_out, 1, "held-out")
     loops = []
     for algo in options.algo:
-        rate = options.learning_rate or RATES.get(algo)
-        if rate is None:
-            raise SystemExit(f"no learning rate was chosen for {algo}: set --learning-rate")
+        rate = options.learning_rate or RATES[algo]
         for seed in options.seeds:
             words = [
                 *("--model", str(model), "--prompts", str(prompts), "--verifier", "integer"),
@@ -105,4 +106,4 @@ def _write(path: Path, count: int, seed: int, split: Split) -> Path:
 
 
 if __name__ == "__main__":
-    main(parse(Options, "loop_arithmetic", __doc__))
+    main(tyro.cli(Options, description=__doc__))

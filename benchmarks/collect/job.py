@@ -134,7 +134,10 @@ def called(name: str) -> TensorDictModuleBase:
     """Return the policy that MODULE:CALLABLE makes."""
     module, _, attribute = name.rpartition(":")
     try:
-        policy = getattr(importlib.import_module(module), attribute)()
+        function = getattr(importlib.import_module(module), attribute)
+        if isinstance(function, TensorDictModuleBase):
+            raise TypeError("it is a policy, and must be a function that returns one")
+        policy = function()
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"--policy {name}: {error}; MODULE is imported from here or from what is installed, "

@@ -217,6 +217,14 @@ def _check_scores(algo: str, settings: Settings, rows: Sequence[Row]) -> None:
         except ValueError as error:
             verb = "weighs" if weighs else "cuts"
             raise ValueError(f"{algo} {verb} by score, but {error}") from error
+        return
+    # Rows with a verdict are chosen by it.
+    judged = counted or settings.q is not None or any(row.correct is not None for row in rows)
+    if not judged and len({row.score for row in rows}) > 1:
+        tell(
+            f"{algo}: the scores are not used, all {len(rows)} rows are trained on alike; "
+            "--cuts 50 keeps the better half, and --algo iw-sft-q counts better rows more often"
+        )
 
 
 def _check_weights(run: Run, prepared: Prepared) -> None:

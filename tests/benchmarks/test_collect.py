@@ -48,6 +48,8 @@ def other():
 def still():
     return TensorDictModule(lambda o: 0 * o[:, :1], in_keys=["observation"], out_keys=["action"])
 
+made = still()
+
 def nan():
     return TensorDictModule(lambda o: torch.where(o[:, :1].abs() > 0, torch.nan, 0.0),
                             in_keys=["observation"], out_keys=["action"])
@@ -369,6 +371,7 @@ H = "mine_of_tests:hopper"
         (("mine_of_tests:lost",), {}, "has no attribute 'lost'"),
         (("no_such_module:policy",), {}, "No module named 'no_such_module'"),
         (("mine_of_tests:number",), {}, "gave int"),
+        (("mine_of_tests:made",), {}, "must be a function that returns one"),
         (("mine_of_tests:needs",), {}, "is called without arguments"),
         (("mine_of_tests:reads_goal",), {}, r"reads \['goal'\]"),
         ((H,), {"out": "data.npz"}, "--out data.npz: neither a file ending in"),

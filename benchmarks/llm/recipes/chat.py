@@ -104,6 +104,8 @@ class ChatRecipe(Recipe):
         chosen = {id(group) for group in held_out}
         training = [row for group in groups if id(group) not in chosen for row in group]
         good = sum(row.correct is not False for row in training)
+        if training and not good and not held_out:
+            raise ValueError(f"all {len(rows)} rows are wrong ('correct': false); add right ones")
         if not held_out or not good:
             wrong = f", {len(training) - good} wrong ones aside" if len(training) > good else ""
             raise ValueError(

@@ -151,7 +151,7 @@ def to_row(record: Record, where: str) -> Row:
             unread = _check_unread(record, read, messages)
             return replace(row, messages=messages, template_kwargs=variables, unread=unread)
         for column in ("prompt", "completion"):
-            if record.get(column) is None:
+            if column not in record:
                 columns = ", ".join(map(str, record)) or "none"
                 problem = f"column {column!r} is missing, and so is 'messages'"
                 raise ValueError(f"{problem}; rename one of the columns ({columns})")

@@ -95,6 +95,8 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
     except (ValueError, RecursionError) as error:
         if isinstance(error, UnicodeDecodeError):
             line += data.count(b"\n", 0, error.start)
+            problem = f"this line is not UTF-8 ({error}); save the file as UTF-8"
+            raise ValueError(f"{path}:{line}: {problem}") from error
         raise ValueError(f"{path}:{line}: this line is not JSON ({error}); drop it") from error
 
 

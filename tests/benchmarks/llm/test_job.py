@@ -419,3 +419,19 @@ def test_counts_of_rows_replace_cuts_and_it_is_told(capsys: pytest.CaptureFixtur
     _check_scores("sft", settings, rows)
     _check_scores("sft-q", settings, [replace(row, count=None) for row in rows])
     assert not capsys.readouterr().err
+
+
+def test_scores_that_nothing_reads_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows that failed would be trained on like the others, without a word."""
+    settings = Settings(learning_rate=1e-3, batch_size=4, max_steps=1)
+    rows = [Row(f"row {n}", prompt="1+1=", completion="2", score=n) for n in (0, 1)]
+    _check_scores("iw-sft", settings, rows)
+    assert capsys.readouterr().err.startswith("iw-sft: the scores are not used, all 2 rows")
+    judged = [replace(row, correct=bool(row.score)) for row in rows]
+    unscored = [replace(row, score=None) for row in rows]
+    for other in (judged, unscored, rows[:1]):
+        _check_scores("iw-sft", settings, other)
+    _check_scores("iw-sft", replace(settings, cuts=(50,)), rows)
+    for algo in ("iw-sft-q", "rwr"):
+        _check_scores(algo, settings, rows)
+    assert not capsys.readouterr().err

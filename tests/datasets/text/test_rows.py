@@ -271,7 +271,7 @@ def test_files_that_can_not_be_read(tmp_path):
     with pytest.raises(ValueError, match=r"broken.jsonl:2: this line is not JSON"):
         read(broken)
     broken.write_bytes(b'{"prompt": "a", "completion": "\xff\xfe"}\n')
-    with pytest.raises(ValueError, match=r"broken.jsonl:1: this line is not JSON"):
+    with pytest.raises(ValueError, match=r"broken.jsonl:1: this line is not UTF-8 .*; save the"):
         read(broken)
     (tmp_path / "broken.json").write_text("[1, 2")
     with pytest.raises(ValueError, match="broken.json:1: this line is not JSON"):

@@ -215,7 +215,7 @@ def test_one_prompt_has_no_interval(finetune: Callable[..., str], tmp_path: Path
         (SCORED, "--eval-data ROWS --eval-share 0.5", "pass one of them"),
         (SCORED, "--model nowhere/at-all", "there is no folder nowhere/at-all"),
         (SCORED, "--model nowhere/at/all", "there is no model folder nowhere/at/all"),
-        ([dict(row, correct=False) for row in SCORED], "", "leaves 0 of 0 prompts to test on"),
+        ([dict(row, correct=False) for row in SCORED], "", "all 40 rows are wrong"),
         ([{"text": "a"}], "", "rows.jsonl:1: column 'prompt' is missing"),
         (SCORED, "--lora-rank 0", "--lora-rank 0: at least 1"),
         (NEGATIVE, "--algo iw-sft", "rows.jsonl:2: the weight is negative, .* --no-self-normalize"),
