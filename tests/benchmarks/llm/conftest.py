@@ -1,15 +1,20 @@
-"""A small Qwen2 model with a tokenizer, as a folder, and models that come with their own code."""
+"""Small models as folders, models that come with their own code, and what a small loop needs."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import small_evaluation
+import small_loop
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks.llm.__main__ import loop
+from iwsft.loop import table
 from tests.datasets.text.chat_tokenizers import byte_level
 
 
@@ -62,3 +67,42 @@ def bring_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Pat
         return mark
 
     return bring
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of an evaluation."""
+    return small_evaluation.save_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the questions of an evaluation."""
+    folder = tmp_path_factory.mktemp("data")
+    small_evaluation.write_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model of random weights, prompts, and a module of verifiers, for a loop."""
+    folder = tmp_path_factory.mktemp("loop")
+    small_loop.make(folder)
+    return folder
+
+
+@pytest.fixture
+def run(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., list[dict[str, Any]]]:
+    """``run(flag, ...)``: the command in a folder of its own; its table."""
+    monkeypatch.syspath_prepend(place)
+
+    def call(*flags: str, out: str = "loop", verifier: str = "parity") -> list[dict[str, Any]]:
+        words = small_loop.words_of(place, verifier)
+        pairs = zip(words[::2], words[1::2], strict=True)
+        own = [word for pair in pairs if pair[0] not in flags for word in pair]
+        loop([*own, "--out", str(tmp_path / out), *flags])
+        return table(tmp_path / out)
+
+    return call

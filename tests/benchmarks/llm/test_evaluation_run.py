@@ -1,4 +1,4 @@
-"""Evaluations from end to end with a tiny model: files, scores, resume after a kill, errors."""
+"""Evaluations from end to end with a tiny model: files, scores, resume after a kill."""
 
 from __future__ import annotations
 
@@ -15,96 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from small_evaluation import SECRET, TEMPLATE, lines, save_model, settings, tokenizer
+from transformers import LlamaForCausalLM
 
 from benchmarks.llm.__main__ import evaluate as main
-from benchmarks.llm.evaluation.options import Options
 from benchmarks.llm.evaluation.run import run, show
 from benchmarks.llm.options import parse
-from benchmarks.stopping import expected
 from iwsft.checkpoint import CheckpointError
 from iwsft.language.generation import Completion, TransformersGenerator
-
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-SECRET = "Zyzzyva"
-
-
-def tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
-    """A token a character of ASCII."""
-    characters = ["\n", *map(chr, range(32, 127))]
-    vocabulary = {character: number for number, character in enumerate([*characters, "<unk>"])}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    core.decoder = decoders.Fuse()
-    made = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<|end|>")
-    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    made.chat_template = template
-    return made
-
-
-def save_model(folder: Path, *, seed: int = 0, template: str | None = TEMPLATE) -> Path:
-    made = tokenizer(template)
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(made),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=700,
-        initializer_range=0.3,
-        eos_token_id=made.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    made.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    rows: dict[str, list[dict[str, Any]]] = {
-        "gsm8k": [{"question": f"How much is {k}+1?", "answer": f"#### {k + 1}"} for k in range(7)],
-        "math": [
-            {"problem": f"Solve $x={k}$.", "answer": str(k), "unique_id": f"m{k}"} for k in range(3)
-        ],
-        "gpqa": [
-            {
-                "Record ID": f"rec{k}",
-                "Question": f"{SECRET} {k}?",
-                "Correct Answer": f"{SECRET} right",
-                **{f"Incorrect Answer {which}": f"{SECRET} wrong {which}" for which in (1, 2, 3)},
-            }
-            for k in range(3)
-        ],
-    }
-    for name, each in rows.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
-    return folder
-
-
-def settings(model: Path, data: Path, out: Path, **others: Any) -> Options:
-    values: dict[str, Any] = {
-        "tasks": (f"gsm8k={data}/gsm8k.jsonl",),
-        "max_tokens": 40,
-        "batch_size": 4,
-        **others,
-    }
-    return Options(model=str(model), out=out, **values)
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_files_and_table(
@@ -308,66 +226,6 @@ def test_damaged_generations_are_named(model: Path, data: Path, tmp_path: Path) 
         path.write_text("".join(damaged))
         with pytest.raises(CheckpointError, match=r"generations.jsonl:\d is not the generation"):
             run(settings(model, data, tmp_path, resume=True))
-
-
-@pytest.mark.parametrize(
-    ("others", "message"),
-    [
-        ({"tasks": ("math",)}, "unknown task 'math'; did you mean 'math-500'"),
-        ({"tasks": ()}, "pass at least one value to --tasks"),
-        ({"tasks": ("gsm8k=nowhere.jsonl",)}, "there is no file nowhere.jsonl"),
-        ({"tasks": ("gsm8k={}/gsm8k.jsonl",) * 2}, "asked for twice; name each once"),
-        ({"n": 0}, "--n 0: at least 1"),
-        ({"n": 4}, "--n 4: --temperature 0 gives the same answer each time"),
-        ({"temperature": -1.0}, "--temperature -1.0"),
-        ({"top_p": 0.0, "temperature": 1.0}, "--top-p 0.0"),
-        ({"temperature": float("inf")}, "--temperature inf"),
-        ({"seed": -1}, "--seed -1: a seed lies in"),
-        ({"seed": 2**64}, "--seed 18446744073709551616: a seed lies in"),
-        ({"top_p": 0.5}, "--top-p 0.5 changes nothing with --temperature 0"),
-        ({"think_format": "tags"}, "--think-format tags changes nothing without --think-budget"),
-        ({"backend": "vllm", "device": "auto"}, "--device auto changes nothing with --backend"),
-        ({"waits": 1}, "--waits 1 changes nothing without --think-budget"),
-        ({"think_budget": 0}, "--think-budget 0"),
-        (
-            {"think_budget": 9, "think_format": "tags"},
-            "'</think>', the end of thinking, is not a token of this model",
-        ),
-        (
-            {"max_tokens": 690},
-            r"question \d has \d+ tokens, and 690 new ones do not fit in the .* context of 700",
-        ),
-        ({"think_budget": 600}, "lower --max-tokens or --think-budget"),
-        ({"device": "cuda:77"}, "--device cuda:77 can't be used here"),
-    ],
-)
-def test_bad_settings(
-    model: Path, data: Path, tmp_path: Path, others: dict[str, Any], message: str
-) -> None:
-    if "tasks" in others:
-        others = {**others, "tasks": tuple(each.format(data) for each in others["tasks"])}
-    with pytest.raises(expected(), match=message):
-        options = settings(model, data, tmp_path, **others)
-        options.check()
-        run(options)
-    assert not (tmp_path / "tiny" / "gsm8k" / "generations.jsonl").exists()
-
-
-def test_bad_models(model: Path, data: Path, tmp_path: Path) -> None:
-    def refused(folder: Path, message: str) -> None:
-        with pytest.raises(ValueError, match=message) as error:
-            run(settings(folder, data, tmp_path / "out"))
-        assert "\n" not in str(error.value)
-
-    (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "empty holds no model")
-    bare = Path(shutil.copytree(model, tmp_path / "bare"))
-    for path in bare.glob("*token*"):
-        path.unlink()
-    refused(bare, "bare has no tokenizer.*save_pretrained")
-    weightless = Path(shutil.copytree(model, tmp_path / "weightless"))
-    (weightless / "model.safetensors").unlink()
-    refused(weightless, "weightless holds no model")
 
 
 def test_two_processes_in_one_folder(model: Path, data: Path, tmp_path: Path) -> None:

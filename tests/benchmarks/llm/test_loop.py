@@ -1,4 +1,4 @@
-"""The language loop: files, first weights, replayed references, kills, verifiers, bad input."""
+"""The language loop: files, first weights, replayed references, kills, bad input."""
 
 from __future__ import annotations
 
@@ -13,90 +13,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
+from small_loop import SAMPLES, lines, score, write
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.llm.__main__ import loop, main
+from benchmarks.llm.__main__ import main
 from benchmarks.llm.loop.options import parse
-from benchmarks.llm.recipes.arithmetic import BaseSettings
-from benchmarks.llm.recipes.arithmetic.base import config, tokenizer
-from benchmarks.llm.recipes.arithmetic.task import problems
 from benchmarks.report.loops import loop_grid, read_loops
 from benchmarks.report.page import write_report
 from benchmarks.results import LANGUAGE, read_all
-from iwsft.loop import Round, table
-
-# Half of all texts are right, which a model that has learned nothing can be.
-VERIFIERS = """
-def parity(text, row):
-    return (sum(map(ord, text)) + len(row["prompt"])) % 2
-
-def broken(text, row):
-    raise KeyError("no such column")
-
-def never(text, row):
-    return 0
-
-def debt(text, row):
-    if len(text) % 5 == 0:
-        raise ValueError("no verdict")
-    return parity(text, row) - 2
-"""
-SAMPLES = 6
-
-
-@pytest.fixture(scope="session")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model of random weights, prompts, and a module of verifiers."""
-    folder = tmp_path_factory.mktemp("loop")
-    torch.manual_seed(0)
-    sizes = BaseSettings(hidden_size=32, intermediate_size=48, layers=2)
-    Qwen2ForCausalLM(config(sizes)).save_pretrained(folder / "model")
-    tokenizer().save_pretrained(folder / "model")
-    for name, count, split in (("prompts", 8, "train"), ("held-out", 5, "held-out")):
-        asked = problems(count, 1, split)  # type: ignore[arg-type]
-        rows = [{"prompt": each.prompt, "answer": str(each.answer)} for each in asked]
-        write(folder / f"{name}.jsonl", rows)
-    (folder / "scripted_verifiers.py").write_text(VERIFIERS)
-    return folder
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-@pytest.fixture
-def run(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., list[dict[str, Any]]]:
-    """``run(flag, ...)``: the command in a folder of its own; its table."""
-    monkeypatch.syspath_prepend(place)
-
-    def call(*flags: str, out: str = "loop", verifier: str = "parity") -> list[dict[str, Any]]:
-        words = words_of(place, verifier)
-        pairs = zip(words[::2], words[1::2], strict=True)
-        own = [word for pair in pairs if pair[0] not in flags for word in pair]
-        loop([*own, "--out", str(tmp_path / out), *flags])
-        return table(tmp_path / out)
-
-    return call
-
-
-def words_of(place: Path, verifier: str = "parity") -> list[str]:
-    name = f"scripted_verifiers:{verifier}" if verifier in VERIFIERS else verifier
-    return [
-        *("--model", str(place / "model"), "--prompts", str(place / "prompts.jsonl")),
-        *("--verifier", name, "--samples-per-prompt", str(SAMPLES), "--max-tokens", "24"),
-        *("--sampling-batch", "16", "--learning-rate", "0.003", "--batch-size", "4"),
-        *("--epochs", "1", "--rounds", "1"),
-    ]
-
-
-def score(text: str, prompt: str) -> int:
-    return (sum(map(ord, text)) + len(prompt)) % 2
+from iwsft.loop import Round
 
 
 def test_a_round_is_what_its_files_say(
@@ -303,85 +228,6 @@ def contents(folder: Path) -> dict[str, Any]:
         elif path.parent.name.startswith("round-") and path.suffix == ".json":
             files[name] = json.loads(path.read_text())["facts"]
     return files
-
-
-def test_a_loop_without_a_right_answer_keeps_the_model(
-    run: Callable[..., list[dict[str, Any]]],
-    place: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    rows = run(verifier="never")
-    assert "no prompt has a right answer" in rows[1]["stop"]
-    assert rows[1]["left_out"] == {"all-wrong prompts": 8, "answers to all-wrong prompts": 48}
-    said = capsys.readouterr()
-    samples = lines(tmp_path / "loop" / "round-1" / "generations.jsonl")
-    cut = sum(not each["stopped"] for each in samples)
-    assert f"0 of 48 answers kept ({cut} reached --max-tokens" in said.err
-    assert "so the model stays as it is" in said.err and str(place / "model") in said.out
-
-
-def test_a_verifier_that_is_mended_or_changed_between_two_calls(
-    run: Callable[..., list[dict[str, Any]]],
-    place: Path,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    module, first = place / "scripted_verifiers.py", tmp_path / "loop" / "round-1"
-
-    def run_with(body: str, *flags: str) -> list[dict[str, Any]]:
-        module.write_text(VERIFIERS.replace('raise KeyError("no such column")', body))
-        return run("--resume", "--min-score", "0.5", "--epochs", "1", *flags, verifier="broken")
-
-    try:
-        with pytest.raises(SystemExit, match="verifier failed on .* KeyError: 'no such column'"):
-            run("--min-score", "0.5", verifier="broken")
-        samples = (first / "generations.jsonl").read_bytes()
-        row = run_with("return 0")[1]
-        assert row["verifier_failed"] == 0
-        # A kill leaves a part of the scores: all are of the code of now.
-        scores = first / "scores.jsonl"
-        scores.write_text("".join(scores.read_text().splitlines(keepends=True)[:5]))
-        (first / "score.json").unlink()
-        (first / "curate.json").unlink()
-        assert run_with("return 0.5")[1]["verifier_code"] != row["verifier_code"]
-        assert {each["score"] for each in lines(scores)} == {0.5, None}
-        assert "other code" not in capfd.readouterr().err
-        run_with("return 0.6", "--rounds", "2")
-        assert "round 2: other code scored the round before" in capfd.readouterr().err
-    finally:
-        module.write_text(VERIFIERS)
-    assert (first / "generations.jsonl").read_bytes() == samples
-
-
-def test_an_answer_without_a_verdict_is_never_right(
-    run: Callable[..., list[dict[str, Any]]], place: Path, tmp_path: Path
-) -> None:
-    """Neither one that has no end nor one on which the verifier fails, whatever the scores are."""
-    held_out = str(place / "held-out.jsonl")
-    flags = ("--min-score", "-1", "--eval-prompts", held_out, "--eval-samples", "4")
-    row = run(*flags, verifier="debt")[1]
-    prompts = [each["prompt"] for each in lines(place / "prompts.jsonl")]
-    samples = lines(tmp_path / "loop" / "round-1" / "generations.jsonl")
-    right = {
-        (each["id"], each["sample"])
-        for each in samples
-        if each["stopped"]
-        and len(each["text"]) % 5
-        and score(each["text"], prompts[int(each["id"])])
-    }
-    assert any(not each["stopped"] for each in samples) and row["verifier_failed"] > 0
-    assert row["pass_rate"] == pytest.approx(len(right) / len(samples))
-    texts = {each["text"] for each in samples if (each["id"], each["sample"]) in right}
-    trained = lines(tmp_path / "loop" / "round-1" / "rows.jsonl")
-    assert {each["messages"][1]["content"] for each in trained} <= texts
-    tests = lines(tmp_path / "loop" / "round-1" / "evaluation" / "generations.jsonl")
-    asked = [each["prompt"] for each in lines(place / "held-out.jsonl")]
-    passed = [
-        each["stopped"] and len(each["text"]) % 5 and score(each["text"], asked[int(each["id"])])
-        for each in tests
-    ]
-    assert row["score"] == pytest.approx(sum(map(bool, passed)) / len(tests))
 
 
 @pytest.mark.parametrize(
