@@ -108,7 +108,7 @@ class HardSync(_Updater):
         super().init_()
         if self.moves_reference:
             assert self.trajectories is not None
-            _write(self.trajectories, self._key, _log_prob(self.trajectories, self.loss_module))
+            _write(self.trajectories, self.key, _log_prob(self.trajectories, self.loss_module))
             self.loss_module.awaits_sync = False
         elif self.trajectories is not None:
             reweight(self.trajectories, self.loss_module)
@@ -126,14 +126,14 @@ class HardSync(_Updater):
         """Updates since the last sync, and what it wrote into the trajectories."""
         state: dict[str, Any] = {"counter": self.counter}
         if self.trajectories is not None:
-            state[self._entry] = self.trajectories.get(self._key).clone()
+            state[self._entry] = self.trajectories.get(self.key).clone()
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`, also in the middle of a window."""
         self.counter = state_dict["counter"]
         if self.trajectories is not None:
-            self.trajectories.get(self._key).copy_(state_dict[self._entry])
+            self.trajectories.get(self.key).copy_(state_dict[self._entry])
 
     @property
     def _entry(self) -> str:
@@ -141,7 +141,8 @@ class HardSync(_Updater):
         return "ref_log_prob" if self.moves_reference else "importance_weight"
 
     @property
-    def _key(self) -> NestedKey:
+    def key(self) -> NestedKey:
+        """Key of what a sync writes into the trajectories."""
         return getattr(self.loss_module.tensor_keys, self._entry)
 
 

@@ -145,8 +145,8 @@ def fit(
             names different computations by ``phase``.
 
     Raises:
-        ValueError: The schedules do not fit the loss, a lagged q has no updater, or the loss or
-            sampler does not fit a graph.
+        ValueError: The schedules do not fit the loss, a lagged q has no updater, the updater is of
+            another loss or other trajectories, or the loss or sampler does not fit a graph.
         FloatingPointError: Loss or parameters are no longer finite, or an output exceeds its limit;
             the last good checkpoint stays.
         iwsft.checkpoint.CheckpointError: The checkpoint is corrupt, or of other settings.
@@ -244,7 +244,7 @@ class _Seed:
         self.steps = next(iter(self._schedules.values())).steps
         self._device = next(loss.parameters()).device
         check_draws(loss, sampler)
-        check_follows(loss, training.updater)
+        check_follows(loss, sampler, training.updater)
         if graph or not alone:
             check_static(loss, sampler, graph=graph, stacked=not alone)
         optimizer = make_optimizer(loss, self._schedules, capturable=graph)

@@ -109,23 +109,42 @@ def denormals_flushed() -> Iterator[None]:
         torch.set_flush_denormal(not kept)
 
 
-def check_follows(loss: LossModule, updater: TargetNetUpdater | None) -> None:
-    """Check that something moves a lagged q: at the start all weights are 1, as in SFT."""
+def check_follows(loss: LossModule, sampler: Any, updater: TargetNetUpdater | None) -> None:
+    """Check that the updater moves the targets of this loss, or the weights of this sampler."""
+    # At the start all weights are 1, as in SFT.
     if updater is None and getattr(loss, "has_lagged_q", False):
         raise ValueError(
             "proposal='lagged' without an updater leaves q where it starts, and the weights with "
             "it: pass updater=HardSync(loss, every=...) or updater=EMA(loss, decay=...), or take "
             "proposal='reference', which is SFT"
         )
+    if getattr(updater, "loss_module", loss) is not loss:
+        raise ValueError("the updater moves the targets of another loss: make one of this loss")
+    written, drawn = (getattr(each, "trajectories", None) for each in (updater, sampler))
+    if written is not None and drawn is not None:
+        key = updater.key  # type: ignore[union-attr]
+        both = [each.get(key, default=None) for each in (written, drawn)]
+        if len({None if x is None else x.untyped_storage().data_ptr() for x in both}) > 1:
+            raise ValueError(
+                f"a sync would write {key!r} into other trajectories than the sampler draws from: "
+                "curate first, then pass both the same"
+            )
 
 
 def check_draws(loss: LossModule, sampler: Any) -> None:
-    """Check that a loss that weighs whole trajectories gets them."""
-    whole = getattr(loss, "needs_whole_trajectories", False)
-    if whole and getattr(sampler, "cuts_trajectories", False):
+    """Check that a loss that needs whole trajectories gets them."""
+    if not getattr(sampler, "cuts_trajectories", False):
+        return
+    draws = f"{type(sampler).__name__} draws single steps"
+    if getattr(loss, "needs_whole_trajectories", False):
         raise ValueError(
-            f"this loss weighs whole trajectories, and {type(sampler).__name__} draws single "
-            "steps: take TrajectorySampler, proposal='cached', or weights with reduce=None"
+            f"this loss weighs whole trajectories, and {draws}: take TrajectorySampler, "
+            "proposal='cached', or weights with reduce=None"
+        )
+    if not getattr(loss, "length_normalize", True):
+        raise ValueError(
+            f"length_normalize=False adds up whole trajectories, and {draws}, each trajectory "
+            "alike: take TrajectorySampler"
         )
 
 

@@ -15,7 +15,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
-from iwsft import EMA, GaussianPolicy, HardSync, ImportanceWeightedMLE, ImportanceWeights
+from iwsft import EMA, GaussianPolicy, HardSync, ImportanceWeightedMLE, ImportanceWeights, curate
 from iwsft.samplers import StepSampler, TrajectorySampler, TransitionSampler
 from iwsft.training import Probe, Row, Schedule, fit
 from iwsft.trajectory import REF_LOG_PROB, from_steps
@@ -254,6 +254,43 @@ def test_a_lagged_q_that_nothing_moves_is_refused(functional: bool, built: bool)
     torch.testing.assert_close(dict(loss.state_dict()), before, rtol=0, atol=0)
     updater = EMA(loss, decay=0.5) if updater is None else updater
     fit(loss, TrajectorySampler(trajectories, 4), Schedule(2, 0.1), updater=updater)
+
+
+def test_an_updater_of_another_loss_is_refused() -> None:
+    trajectories = data()
+    trajectories[REF_LOG_PROB] = torch.zeros(40)
+    losses = [ImportanceWeightedMLE(GaussianPolicy(3, 2, hidden=(4,))) for _ in range(2)]
+    updaters = [EMA(loss, decay=0.5) for loss in losses]
+    with pytest.raises(ValueError, match="targets of another loss"):
+        fit(losses[0], TrajectorySampler(trajectories, 4), Schedule(2, 0.1), updater=updaters[1])
+
+
+def test_weights_of_other_trajectories_than_are_drawn_are_refused() -> None:
+    """Curated data that have been weighed before keep their first weights: a copy."""
+    trajectories = data()
+    trajectories[REF_LOG_PROB] = torch.zeros(40)
+    loss = ImportanceWeightedMLE(GaussianPolicy(3, 2, hidden=(4,)), proposal="cached")
+    updater = HardSync(loss, every=2, trajectories=trajectories)
+    for drawn in (curate(trajectories), trajectories.exclude("importance_weight")):
+        with pytest.raises(ValueError, match="other trajectories than the sampler draws from"):
+            fit(loss, StepSampler(drawn, 4), Schedule(2, 0.1), updater=updater)
+    # A shallow copy has the same entries.
+    before = trajectories["importance_weight"].clone()
+    fit(loss, StepSampler(trajectories.copy(), 4), Schedule(3, 0.1), updater=updater)
+    assert not torch.equal(trajectories["importance_weight"], before)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_sums_along_trajectories_are_not_those_of_single_steps(length: int) -> None:
+    """Single steps give the length-normalised loss, whatever the loss says."""
+    steps = {"observation": torch.zeros(8, 3), "action": torch.zeros(8, 2)}
+    trajectories = from_steps(steps, torch.arange(8) // length)
+    policy = GaussianPolicy(3, 2, hidden=(4,))
+    loss = ImportanceWeightedMLE(policy, proposal="reference", length_normalize=False)
+    error = pytest.raises(ValueError, match="length_normalize=False adds up whole trajectories")
+    with error if length > 1 else nullcontext():
+        fit(loss, StepSampler(trajectories, 4), Schedule(2, 0.1))
+    fit(loss, TrajectorySampler(trajectories, 4), Schedule(2, 0.1))
 
 
 def test_a_run_of_another_loss_or_other_data_is_refused_without_settings(tmp_path: Path) -> None:
