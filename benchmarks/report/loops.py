@@ -118,7 +118,8 @@ def seed_grids(loops: Sequence[RecordedLoop]) -> dict[str, Grid]:
     """Tables by title: means over the loops NAME/seed-K of each name by round, and differences.
 
     Each has its 95 % interval; that of a difference is paired by seed. A loop whose settings are
-    not those of most seeds of its name, or whose seed is there already, is left out with a note.
+    not those of most seeds of its name, or whose seed is there already, is left out with a note. A
+    mean of fewer seeds, where loops ended before the round, has one too.
     Names that were not tested alike are not compared.
     """
     named: dict[str, list[RecordedLoop]] = {}
@@ -136,15 +137,17 @@ def seed_grids(loops: Sequence[RecordedLoop]) -> dict[str, Grid]:
         facts = {name: [_values(own, key, n) for n in range(most)] for name, own in groups.items()}
         grid = Grid(["", *(f"round {number}" for number in range(most))], left=1)
         for name, by_round in facts.items():
-            cells = [_mean(values, form) for values in by_round]
-            label = grid.marked(f"{name} ({len(groups[name])} seeds)", notes[name])
+            seeds = len(groups[name])
+            cells = [grid.marked(_mean(each, form), _fewer(each, seeds)) for each in by_round]
+            label = grid.marked(f"{name} ({seeds} seeds)", notes[name])
             grid.rows.append([label, *cells])
         for one, other in itertools.combinations(facts, 2):
             if tests[one] != tests[other]:
                 continue
             pairs = zip(facts[other], facts[one], strict=True)
             less = [{seed: x[seed] - y[seed] for seed in x if seed in y} for x, y in pairs]
-            cells = [_mean(values, f"+{form}") for values in less]
+            both = len(groups[one].keys() & groups[other].keys())
+            cells = [grid.marked(_mean(x, f"+{form}"), _fewer(x, both)) for x in less]
             grid.rows.append([f"{other} less {one}", *cells])
         if any(cell != NOTHING for row in grid.rows for cell in row[1:]):
             grids[title] = grid
@@ -187,6 +190,13 @@ def _mean(values: Mapping[str, float], form: str) -> str:
     interval = interval_over_seeds(numbers)
     ends = "" if interval is None else f" ({interval_text(interval, int(form[-2]))})"
     return f"{numbers.mean():{form}}{ends}"
+
+
+def _fewer(values: Mapping[str, float], seeds: int) -> list[str]:
+    """A note on a mean of fewer seeds than the others of its row: those that went on are chosen."""
+    if not MIN_SEEDS <= len(values) < seeds:
+        return []
+    return [f"Of {len(values)} of the {seeds} seeds: the other loops have no such round or fact."]
 
 
 def show_loop(

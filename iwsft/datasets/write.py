@@ -30,7 +30,9 @@ from iwsft.datasets.minari_store import check_id
 from iwsft.files import full_disk_named, new_partial
 from iwsft.trajectory import (
     ACTION,
+    DATA_WEIGHT,
     MASK,
+    MULTIPLICITY,
     NEXT_OBSERVATION,
     OBSERVATION,
     REWARD,
@@ -90,7 +92,8 @@ def to_hdf5(
 
     Raises:
         OSError: The file exists, or the disk is full.
-        ValueError: The suffix is another one, or trajectories or ``infos`` are not valid.
+        ValueError: The suffix is another one, trajectories or ``infos`` are not valid, or
+            trajectories count several times or have data weights, which a file does not keep.
     """
     import h5py
 
@@ -163,6 +166,13 @@ def _fields(trajectories: TensorDictBase, infos: Mapping[str, NDArray[Any]]) -> 
     """Return D4RL's fields with a row per step, as float32 and bool, and those of infos."""
     if trajectories.batch_dims != 1 or MASK in trajectories.keys(True):
         raise ValueError("only packed trajectories are written; see iwsft.trajectory.pack")
+    multiplicity = trajectories.get(MULTIPLICITY, default=None)
+    if multiplicity is not None and bool((multiplicity != 1).any()):
+        way_out = "write the data that they were curated from, and curate what is read back"
+        raise ValueError(f"{MULTIPLICITY!r} has no place in a dataset; {way_out}")
+    if trajectories.get(DATA_WEIGHT, default=None) is not None:
+        way_out = "pass it in infos={'weight': ...}, exclude it here, and load 'infos/weight'"
+        raise ValueError(f"{DATA_WEIGHT!r} has no field of its own in a dataset; {way_out}")
     keys = (OBSERVATION, ACTION, REWARD, NEXT_OBSERVATION)
     validate(trajectories, keys=keys)
     arrays = [trajectories.get(key).float().numpy(force=True) for key in keys]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from iwsft import datasets, environments
+from iwsft import curate, datasets, environments
 from iwsft.datasets import write
 from iwsft.datasets.write import Provenance
 from iwsft.trajectory import (
@@ -202,6 +202,25 @@ def test_what_is_refused(target: tuple[Callable[..., None], str], tmp_path: Path
     with pytest.raises(ValueError, match="'success' has 2 rows, the data 6 steps"):
         to(data, infos={"success": np.zeros(2)})
     assert not list(tmp_path.rglob("*.hdf5"))
+
+
+def test_counts_and_data_weights_are_not_lost(
+    target: tuple[Callable[..., None], str], tmp_path: Path
+) -> None:
+    """What is read back would count each trajectory once."""
+    to, name = target
+    data = random_walks([(3, True), (2, False), (4, True)])
+    with pytest.raises(ValueError, match="'multiplicity' has no place in a dataset"):
+        to(curate(data, cuts=(10, 60)))
+    weighted = data.copy().set("data_weight", torch.linspace(0.5, 2, 9))
+    with pytest.raises(ValueError, match="'data_weight' has no field of its own.* 'infos/weight'"):
+        to(weighted)
+    # The way out keeps them; so does a set in which all count once.
+    weight = weighted["data_weight"]
+    to(curate(data, cuts=(0,)), infos={"weight": weight.numpy()})
+    if name.endswith("hdf5"):
+        again = datasets.load(name, data_weight="infos/weight").trajectories
+        torch.testing.assert_close(again["data_weight"], weight, rtol=0, atol=0)
 
 
 def test_what_one_layout_refuses(tmp_path: Path) -> None:

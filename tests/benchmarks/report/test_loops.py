@@ -36,6 +36,11 @@ def test_means_and_paired_differences_over_seeds() -> None:
     assert [row[0] for row in grid.rows] == ["a (4 seeds)", "b (4 seeds)", "b less a"]
     a, b = scores[..., 1]
     interval = stats.t.interval(0.95, 2, b[:3].mean(), stats.sem(b[:3]))
+    # A mean over the seeds that went on does not compare with the one before.
+    assert [[cell.endswith("[1]") for cell in row[1:]] for row in grid.rows] == [
+        *([False, False], [False, True], [False, True]),
+    ]
+    assert grid.notes == ["Of 3 of the 4 seeds: the other loops have no such round or fact."]
     assert numbers(grid.rows[1][2]) == pytest.approx([b[:3].mean(), *interval], abs=6e-4)
     paired = stats.ttest_rel(b[:3], a[:3]).confidence_interval()
     expected = [(b[:3] - a[:3]).mean(), *paired]
