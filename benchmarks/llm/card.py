@@ -20,7 +20,7 @@ from iwsft.files import write
 _Numbers = Mapping[str, Any]
 # What q is, by the name of the proposal.
 _Q = {
-    "reference": "pi_ref: every weight is 1, which is SFT",
+    "reference": "pi_ref: every importance weight is 1",
     "current": "the policy itself",
     "cached": "the policy at the last hard sync",
     "lagged": "a moving average of the policy",
@@ -33,13 +33,27 @@ def write_card(run: Path) -> Path | None:
     if card.exists() or not card.parent.is_dir() or not (run / RESULT).is_file():
         return None
     config, result = (json.loads((run / name).read_text()) for name in (CONFIG, RESULT))
-    bases = sorted((run.parents[1] / BASE).glob(f"*/{RESULT}"))
-    base = json.loads(bases[0].read_text()) if bases else None
+    base = _base_of(run.parents[1], config)
     text = "\n".join(
         _lines(config, result, base, adapters=(card.parent / "adapter_config.json").is_file())
     )
     write(card, text + "\n")
     return card
+
+
+def _base_of(recipe: Path, config: _Numbers) -> _Numbers | None:
+    """The result of the base on the same model and rows, if it was tested."""
+    own = {"algo", "seed", "training"}
+    for result in sorted((recipe / BASE).glob(f"*/{RESULT}")):
+        known = result.with_name(CONFIG)
+        settings = json.loads(known.read_text())["settings"] if known.is_file() else {}
+        if all(
+            settings.get(name) == config["settings"].get(name)
+            for name in {*settings, *config["settings"]} - own
+        ):
+            base: _Numbers = json.loads(result.read_text())
+            return base
+    return None
 
 
 def change_line(result: _Numbers, base: _Numbers | None) -> str | None:
@@ -77,6 +91,7 @@ def _lines(
     yield f"# {model}, fine-tuned by {algo}\n"
     yield "## How it was made\n"
     curated = "D_Q+, in which better rows count several times" if ALGORITHMS[algo].quality else "D+"
+    curated = "right and wrong answers" if ALGORITHMS[algo].signed else curated
     commits = [settings.get(f"{name}_commit") for name in ("model", "data")]
     of_model, of_data = (f" at commit {commit}" if commit else "" for commit in commits)
     yield f"- Model: `{model}`{of_model}{', with LoRA adapters' if adapters else ''}"

@@ -100,21 +100,19 @@ def _contents_of(run: Run) -> dict[str, str]:
 
     That is the digest of a file or folder, and the commit of a model or dataset of the hub.
     """
-    options, recipe = run.options, load_recipe(run.dataset)
-    contents = {}
+    recipe, contents = load_recipe(run.dataset), {}
     for name in ("model", "data", "eval_data"):
-        source = getattr(options, name)
-        if source is not None and (path := Path(source).expanduser()).exists():
-            contents[f"{name}_sha256"] = _content_sha256(path, model=name == "model")
+        given = getattr(run.options, name)
+        source = given or getattr(recipe, name, None)
+        if source in (None, SMOLLM2):
             continue
-        source = source or getattr(recipe, name, None)
-        if source in (None, SMOLLM2) or Path(source).exists():
+        place, _, config = (source, None, None) if name == "model" else split_source(source)
+        if (path := Path(place).expanduser()).exists():
+            # What comes with the package is known by its version.
+            if given is not None:
+                contents[f"{name}_sha256"] = _content_sha256(path, model=name == "model")
             continue
-        if name == "model":
-            commit = commit_of(source)
-        else:
-            dataset, _, config = split_source(source)
-            commit = dataset_commit(dataset, config)
+        commit = commit_of(place) if name == "model" else dataset_commit(place, config)
         if commit is not None:
             contents[f"{name}_commit"] = commit
     return contents

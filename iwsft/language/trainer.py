@@ -113,6 +113,9 @@ class ImportanceWeightedTrainer(WeightedTrainer):
         args = ImportanceWeightedConfig() if args is None else args
         if not isinstance(args, ImportanceWeightedConfig):
             raise TypeError(f"args must be ImportanceWeightedConfig, not {type(args).__name__}")
+        if args.max_length is not None and train_dataset is None and eval_dataset is None:
+            cut = "give it to tokenize, which makes trajectories"
+            raise ValueError(f"max_length={args.max_length} cuts rows of text alone: {cut}")
         if isinstance(model, str) and processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model)
         encode = partial(_encoded, tokenizer=processing_class, max_length=args.max_length)

@@ -45,6 +45,7 @@ CACHED = {**SAVED, "proposal": "cached", "sync_every": 3}
         ({"accelerator_config": {"split_batches": True}}, "can't split or dispatch batches"),
         ({"metric_for_best_model": "accuracy"}, "'accuracy' is unknown; metrics are eval_loss"),
         ({"token_budget": 10}, "more than token_budget=10"),
+        ({"max_length": 4}, "max_length=4 cuts rows of text alone"),
     ],
 )
 def test_settings(tmp_path: Path, settings: dict[str, Any], message: str) -> None:

@@ -53,7 +53,12 @@ class Prompt:
         """A row to train on, with a completion; ``chat`` tells whether there is a template."""
         if not chat:
             return {"prompt": self.content, "completion": completion}
-        return {"messages": [*self.messages, {"role": "assistant", "content": completion}]}
+        # The assistant's turns in the prompt are no answers of the model.
+        before = [
+            {**message, "weight": 0} if message.get("role") == "assistant" else message
+            for message in self.messages
+        ]
+        return {"messages": [*before, {"role": "assistant", "content": completion}]}
 
 
 def read_prompts(

@@ -169,6 +169,8 @@ def split_source(source: str) -> tuple[str, str | None, str | None]:
     name, *parts = re.split(r":(?![^\[]*\])", source)
     if not parts or Path(source).expanduser().exists():
         return source, None, None
+    if len(parts) > 2:
+        raise ValueError(f"{source}: a dataset is NAME, NAME:SPLIT or NAME:SPLIT:CONFIG")
     split, config = (*parts, None)[:2]
     return name, split or None, config
 

@@ -16,6 +16,8 @@ from iwsft.extras import require
 Record = Mapping[str, Any]
 
 _SUFFIXES = (".jsonl", ".json", ".parquet")
+# Files of rows that would be left out beside those of another kind.
+_TABLES = {".jsonl", ".parquet", ".csv", ".tsv"}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _SPACE = re.compile(r"\s*")
 
@@ -175,6 +177,11 @@ def _from_datasets(
             splits = {str(key): files for key, files in (builder.config.data_files or {}).items()}
             files = [Path(file) for file in splits.get(split, ())]
             suffixes = {file.suffix for file in files}
+            # datasets takes the commonest kind of a folder's files.
+            others = {file.suffix for file in folder.rglob("*")} & _TABLES - suffixes
+            if files and others and config is None:
+                kinds = ", ".join(sorted({*suffixes, *others}))
+                raise ValueError(f"files of several kinds ({kinds}); keep one, or pass a file")
             # JSON is read without Arrow, which has one type a column.
             if files and suffixes <= {".json", ".jsonl"}:
                 return chain.from_iterable(map(_json, files))

@@ -195,10 +195,41 @@ def test_rows_beside_a_file_of_weights_are_digested_as_rows(
     shutil.copy(small[1], folder / "train.jsonl")
     (folder / "model.safetensors").write_bytes(b"weights")
     flags = ["--max-steps", "1", "--warmup", "0"]
-    job(tmp_path, "sft", data=str(folder), flags=flags)
+    job(tmp_path, "sft", data=f"{folder}", flags=flags)
     write_rows(folder / "train.jsonl", small[1], drop=1)
     with pytest.raises(SystemExit, match=r"settings\.data_sha256"):
-        job(tmp_path, "sft", data=str(folder), flags=[*flags, "--resume"])
+        job(tmp_path, "sft", data=f"{folder}", flags=[*flags, "--resume"])
+
+
+def test_another_precision_of_the_shell_is_refused(
+    job: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = ["--max-steps", "2", "--warmup", "0"]
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(SystemExit):
+        job(tmp_path / "one", "sft", flags=flags)
+    assert "mixed_precision is bf16, and --precision float32" in capsys.readouterr().err
+    named = job(tmp_path / "two", "sft", flags=[*flags, "--precision", "bfloat16"])
+    assert (named / "sft" / "seed-0" / "result.json").exists()
+
+
+def test_a_card_has_the_base_of_the_same_rows_alone(
+    job: Callable[..., Path], small: tuple[str, str], tmp_path: Path
+) -> None:
+    flags = ["--max-steps", "1", "--warmup", "0"]
+    other = write_rows(tmp_path / "other.jsonl", small[1], drop=1)
+    folder = job(tmp_path, "base", flags=())
+    base = json.loads((folder / "base" / "seed-0" / "result.json").read_text())
+    for data, algo, before in (
+        (small[1], "sft", f"| {base['score']:.3f} ("),
+        (other, "iw-sft", "| not measured |"),
+    ):
+        job(tmp_path, algo, data=data, flags=flags)
+        card = (folder / algo / "seed-0" / "checkpoint" / "README.md").read_text()
+        assert f"| score {before}" in card
 
 
 def _digest(prompt: str) -> int:

@@ -11,7 +11,9 @@ from tokenizers.processors import TemplateProcessing
 
 from benchmarks.llm.loop.job import describe_twins, describe_unread
 from benchmarks.llm.loop.verifiers import Prompt, Verifier, read_prompts
+from iwsft.language import read, tokenize
 from iwsft.language.generations import Prompter
+from iwsft.trajectory import ASSISTANT_MASK, TOKENS
 from tests.datasets.text.chat_tokenizers import byte_level
 
 ODD = """
@@ -43,6 +45,15 @@ def test_named_verifiers(
     (prompt,) = read_prompts(str(tmp_path / "rows.jsonl"), name)
     with Verifier(name) as verifier:
         assert verifier.verify(prompt, text)[:2] == expected
+
+
+def test_only_the_answer_is_trained_where_the_prompt_has_turns_of_the_assistant() -> None:
+    turns = ("user", "1+1?"), ("assistant", "3"), ("user", "2+2?")
+    prompt = Prompt("0", "here", tuple({"role": role, "content": text} for role, text in turns), {})
+    tokenizer = byte_level()
+    data = tokenize(read([prompt.to_row("4", chat=True)]), tokenizer).trajectories
+    trained = data.get(TOKENS)[data.get(ASSISTANT_MASK)]
+    assert tokenizer.decode(trained) == "4<|im_end|>"
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,18 @@ def test_nulls_of_arrow_inside_records_are_absent_and_those_of_json_stay(tmp_pat
         assert arguments(read(source)) == [{"a": None}, *expected]
 
 
+@pytest.mark.parametrize("other", ["more.csv", "below/more.parquet"])
+def test_a_folder_of_which_a_part_would_be_left_out(tmp_path, other):
+    (tmp_path / "below").mkdir()
+    for name in ("one.jsonl", "two.jsonl"):
+        jsonl(tmp_path / name, [PAIR])
+    assert len(read(tmp_path)) == 2
+    rows = datasets.Dataset.from_list([PAIR])
+    (rows.to_csv if other.endswith("csv") else rows.to_parquet)(tmp_path / other)
+    with pytest.raises(ValueError, match=r"files of several kinds \(\.\w+, \.\w+\); keep one"):
+        read(tmp_path)
+
+
 def test_data_in_memory_and_splits_that_would_change_nothing(tmp_path):
     table = datasets.Dataset.from_list([PAIR])
     assert read([PAIR])[0].completion == read(table)[0].completion == "4"

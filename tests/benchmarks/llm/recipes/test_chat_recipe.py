@@ -172,6 +172,8 @@ def test_a_split_may_be_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     read = Mock()
     monkeypatch.setattr("iwsft.datasets.text.rows.read", read)
     read_rows("a/b:train[:10]:main")
+    with pytest.raises(ValueError, match="a/b:c:d:e: a dataset is NAME, NAME:SPLIT or NAME:"):
+        read_rows("a/b:c:d:e")
     read.assert_called_once_with("a/b", split="train[:10]", config="main")
 
 
@@ -241,6 +243,18 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
         finetune(rows, *words)
     assert "\n" not in str(end.value)
     assert not [*tmp_path.rglob("config.json")]
+
+
+def test_rows_of_a_split_of_a_folder_are_digested_too(
+    finetune: Callable[..., str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write(folder / "test.jsonl", SCORED)
+    finetune(f"{folder}:test", "--algo", "sft")
+    write(folder / "test.jsonl", SCORED[1:])
+    with pytest.raises(SystemExit, match=r"settings\.data_sha256"):
+        finetune(f"{folder}:test", "--algo", "sft", "--resume")
 
 
 def test_a_warm_up_ends_within_the_updates_that_epochs_give(
