@@ -216,6 +216,20 @@ def test_another_precision_of_the_shell_is_refused(
     assert (named / "sft" / "seed-0" / "result.json").exists()
 
 
+def test_the_last_updates_are_logged_and_counted_too(
+    job: Callable[..., Path], tmp_path: Path
+) -> None:
+    own = ["--max-steps", "6", "--warmup", "0", "--sync-every", "2", "--q", "auto"]
+    results = []
+    for every, steps in ((4, [4, 6]), (10, [6])):
+        folder = job(tmp_path / f"{every}", "iw-sft-hard", flags=[*own, "--log-every", f"{every}"])
+        run = folder / "iw-sft-hard" / "seed-0"
+        assert [row["step"] for row in rows(run)] == steps
+        results.append(json.loads((run / "result.json").read_text()))
+        assert results[-1]["cpu_seconds"] > results[-1]["evaluation_cpu_seconds"]
+    assert results[0]["q"] == results[1]["q"]
+
+
 def test_a_card_has_the_base_of_the_same_rows_alone(
     job: Callable[..., Path], small: tuple[str, str], tmp_path: Path
 ) -> None:
