@@ -40,6 +40,7 @@ def test_a_constant_rate_stays() -> None:
         {"lr": -1.0},
         {"lr": math.nan},
         {"warmup": -1},
+        {"warmup": 25},
         {"decay": "linear"},
     ],
 )
