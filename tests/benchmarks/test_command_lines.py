@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.commands import COMMANDS, typed
+from benchmarks.commands import COMMANDS, program, typed
 from benchmarks.d4rl.options import Options
 from benchmarks.d4rl.run import Run, options_of
 from benchmarks.llm.options import parse as language
@@ -298,6 +298,12 @@ def test_a_loop_records_the_command_that_the_user_typed(
     words = argv.split()
     monkeypatch.setattr(sys, "argv", [words[0].replace(":", " "), *words[1:]])
     assert typed(module) == f"{command} loop --start S"
+
+
+def test_a_command_is_named_as_the_help_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for argv, named in (("iwsft finetune", "iwsft evaluate"), ("llm/__main__.py", None)):
+        monkeypatch.setattr(sys, "argv", [argv])
+        assert program("llm evaluate") == (named or "python -m benchmarks.llm evaluate")
 
 
 def test_the_shell_sees_one_line_and_status_1() -> None:

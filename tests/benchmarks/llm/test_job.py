@@ -21,7 +21,6 @@ from tensordict import NestedKey
 
 from benchmarks.llm.__main__ import main
 from benchmarks.llm.curation import curated
-from benchmarks.llm.job import _check_scores
 from benchmarks.llm.models import load
 from benchmarks.llm.options import ALGORITHMS
 from benchmarks.llm.recipes import RECIPES, Sources
@@ -454,29 +453,3 @@ def test_d_plus_and_its_multiplicity(small: tuple[str, str], tmp_path: Path) -> 
     # Without scores there are none, not even the lengths.
     bare = [Row("a", prompt="1+1=", completion="2" * n, count=1) for n in (1, 2)]
     assert column(STANDARD_SCORE, "sft", rows=bare) == [0, 0]
-
-
-def test_counts_of_rows_replace_cuts_and_it_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    settings = Settings(learning_rate=1e-3, batch_size=4, max_steps=1)
-    rows = [Row(f"row {n}", prompt="1+1=", completion="2", score=n, count=n) for n in (1, 2)]
-    _check_scores("sft-q", settings, rows)
-    assert capsys.readouterr().err.startswith("sft-q: the rows have a 'count', so no cut")
-    _check_scores("sft", settings, rows)
-    _check_scores("sft-q", settings, [replace(row, count=None) for row in rows])
-    assert not capsys.readouterr().err
-
-
-def test_scores_that_nothing_reads_are_told(capsys: pytest.CaptureFixture[str]) -> None:
-    """Rows that failed would be trained on like the others, without a word."""
-    settings = Settings(learning_rate=1e-3, batch_size=4, max_steps=1)
-    rows = [Row(f"row {n}", prompt="1+1=", completion="2", score=n) for n in (0, 1)]
-    _check_scores("iw-sft", settings, rows)
-    assert capsys.readouterr().err.startswith("iw-sft: the scores are not used, all 2 rows")
-    judged = [replace(row, correct=bool(row.score)) for row in rows]
-    unscored = [replace(row, score=None) for row in rows]
-    for other in (judged, unscored, rows[:1]):
-        _check_scores("iw-sft", settings, other)
-    _check_scores("iw-sft", replace(settings, cuts=(50,)), rows)
-    for algo in ("iw-sft-q", "rwr"):
-        _check_scores(algo, settings, rows)
-    assert not capsys.readouterr().err

@@ -11,12 +11,14 @@ import small_job
 from benchmarks.llm.__main__ import main
 from benchmarks.llm.evaluation.options import Options as EvaluationOptions
 from benchmarks.llm.evaluation.tasks import TASKS
+from benchmarks.llm.job import _check_scores
 from benchmarks.llm.options import ALGORITHMS, choose_q, parse, recorded
 from benchmarks.llm.recipes import RECIPES, load_recipe
 from benchmarks.llm.recipes.s1k import AUTHORS, PAPER
 from benchmarks.llm.run import training_arguments
 from benchmarks.llm.settings import Settings
 from benchmarks.options import parse as parse_command
+from iwsft.datasets.text.rows import Row
 from iwsft.presets import ImportanceWeights
 
 
@@ -187,3 +189,29 @@ def test_the_protocol_of_the_dft_paper_is_a_command() -> None:
     command = comment.replace("\\", "").partition("iwsft evaluate ")[2].partition(" It was")[0]
     tested = parse_command(EvaluationOptions, "llm evaluate", None, command.split())
     assert set(tested.tasks) <= set(TASKS) and (tested.n, tested.max_tokens) == (16, 4096)
+
+
+def test_counts_of_rows_replace_cuts_and_it_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = Settings(learning_rate=1e-3, batch_size=4, max_steps=1)
+    rows = [Row(f"row {n}", prompt="1+1=", completion="2", score=n, count=n) for n in (1, 2)]
+    _check_scores("sft-q", settings, rows)
+    assert capsys.readouterr().err.startswith("sft-q: the rows have a 'count', so no cut")
+    _check_scores("sft", settings, rows)
+    _check_scores("sft-q", settings, [replace(row, count=None) for row in rows])
+    assert not capsys.readouterr().err
+
+
+def test_scores_that_nothing_reads_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows that failed would be trained on like the others, without a word."""
+    settings = Settings(learning_rate=1e-3, batch_size=4, max_steps=1)
+    rows = [Row(f"row {n}", prompt="1+1=", completion="2", score=n) for n in (0, 1)]
+    _check_scores("iw-sft", settings, rows)
+    assert capsys.readouterr().err.startswith("iw-sft: the scores are not used, all 2 rows")
+    judged = [replace(row, correct=bool(row.score)) for row in rows]
+    unscored = [replace(row, score=None) for row in rows]
+    for other in (judged, unscored, rows[:1]):
+        _check_scores("iw-sft", settings, other)
+    _check_scores("iw-sft", replace(settings, cuts=(50,)), rows)
+    for algo in ("iw-sft-q", "rwr"):
+        _check_scores(algo, settings, rows)
+    assert not capsys.readouterr().err

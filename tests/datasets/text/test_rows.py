@@ -71,6 +71,7 @@ def test_keys_that_arrow_fills_with_none_are_absent_from_messages(tmp_path):
         ({"question": "a", "answer": "b"}, "column 'prompt' is missing.*question, answer.$"),
         ({"prompt": "a"}, "column 'completion' is missing"),
         ({"conversations": []}, "column 'prompt' is missing.*conversations"),
+        ({"prompt": "a", "completion": None}, "the completion must be text, it is missing"),
         ({"prompt": "a", "completion": " \n"}, "the completion is empty"),
         ({"prompt": 3, "completion": "a"}, "prompt must be text, it is of type int"),
         ({"prompt": [], "completion": "a"}, "prompt .* type list; join its texts, or write 'mes"),
