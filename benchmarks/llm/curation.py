@@ -32,6 +32,9 @@ def curated(
     cuts = settings.quality_cuts if algorithm.quality else settings.cuts
     beta = settings.rwr_beta if algorithm.by_score else None
     training, judges = (rows, []) if settings.q is None else _apart(rows)
+    if judges:
+        # A row that is not drawn would judge, too.
+        training = [row for row in training if row.count != 0]
     trained = curated_rows(training, tokenizer, settings.max_length, cuts, beta=beta, seed=seed)
     if settings.q is None:
         return trained

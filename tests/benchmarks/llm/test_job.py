@@ -32,6 +32,7 @@ from benchmarks.results import CONTROL, read_all
 from iwsft.datasets.text.rows import Row
 from iwsft.language import ImportanceWeightedTrainer
 from iwsft.trajectory import DATA_WEIGHT, MULTIPLICITY, STANDARD_SCORE, SUCCESS_RATE, lengths
+from tests.datasets.text.chat_tokenizers import byte_level
 
 SHORT = ("--max-steps", "6", "--sync-every", "2", "--ema-decay", "0.5")
 
@@ -213,6 +214,21 @@ def test_another_precision_of_the_shell_is_refused(
     assert "mixed_precision is bf16, and --precision float32" in capsys.readouterr().err
     named = job(tmp_path / "two", "sft", flags=[*flags, "--precision", "bfloat16"])
     assert (named / "sft" / "seed-0" / "result.json").exists()
+
+
+def test_rows_that_count_0_times_judge_nothing() -> None:
+    texts = {True: "yes", False: "no"}
+    rows = [
+        Row(f"{k}", prompt=f"{k}?", completion=texts[right], correct=right, count=k % 3)
+        for k in range(30)
+        for right in (True, False)
+    ]
+    apart = {row.where for row in rows if _digest(row.prompt) % 5 == 0}
+    settings = Settings(learning_rate=1e-3, batch_size=4, max_steps=1, q="auto")
+    data = curated(rows, byte_level(), ALGORITHMS["iw-sft-hard"], settings, seed=0)
+    counts = data.get(MULTIPLICITY)[lengths(data).cumsum(0) - 1]
+    assert int((counts == 0).sum()) == 2 * len(apart) > 0
+    assert int(counts.sum()) == sum(k % 3 for k in range(30) if f"{k}" not in apart)
 
 
 def test_the_last_updates_are_logged_and_counted_too(
