@@ -144,7 +144,8 @@ def evaluate(
         RuntimeError: An episode has not ended after 100,000 steps, without a limit.
 
     Warns:
-        UserWarning: A policy of this library acts in [-1, 1], and the environment does not.
+        UserWarning: A policy of this library or of ``baselines`` acts in [-1, 1], and the
+            environment does not.
     """
     width = min(episodes, ROWS if num_envs is None else num_envs)
     if min(episodes, width) < 1 or seed < 0:
@@ -167,7 +168,8 @@ def evaluate(
             raise ValueError(f"observations of {name} must be vectors, got shape {vector.shape}")
         check_sizes(policy, vector, actions.shape, name, device=device)
         beyond = bool(((actions.low != -1) | (actions.high != 1)).any())
-        if beyond and isinstance(policy, GaussianPolicy | MixturePolicy):
+        ours = type(policy).__module__.partition(".")[0] in ("iwsft", "baselines")
+        if beyond and (ours or isinstance(policy, GaussianPolicy | MixturePolicy)):
             bounds = f"the actions of {name} have the bounds {actions.low} and {actions.high}"
             way_out = "pass the env_kwargs of the data that scale_actions=True has scaled"
             warnings.warn(f"{bounds}, and the policy acts in [-1, 1]: {way_out}", stacklevel=2)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from baselines import BASELINES, Learner, algorithm
-from iwsft import checkpoint
+from iwsft import checkpoint, evaluate
 from iwsft.training import Sampler, fit
 from iwsft.trajectory import (
     ACTION,
@@ -372,3 +372,15 @@ class TestBuild:
     def test_settings_out_of_range_are_named(self, case: str, wrong: dict[str, float]) -> None:
         with pytest.raises(ValueError, match=r"gamma must be in \[0, 1\), tau in \(0, 1\]"):
             small(case, **wrong)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_an_environment_of_other_bounds_is_told(name: str) -> None:
+    """A policy that acts in [-1, 1] would use half of the torque, without a word."""
+    module = algorithm(name)
+    policy = module.policy(
+        3, 1, module.Settings(**({"target_return": 0.0} if name == "dt" else {}))
+    )
+    short: dict[str, Any] = {"episodes": 1, "env_kwargs": {"max_episode_steps": 2}}
+    with pytest.warns(UserWarning, match=r"Pendulum-v1 have the bounds \[-2.\] and \[2.\]"):
+        evaluate(policy, "Pendulum-v1", **short)
