@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.llm.options import BASE
 from benchmarks.report.aggregates import signed
@@ -20,7 +21,7 @@ from benchmarks.report.language import (
     share_grid,
     training_seconds,
 )
-from benchmarks.report.scores import Cell, algorithm_label, algorithm_rank
+from benchmarks.report.scores import Cell, algorithm_label, algorithm_rank, base
 from benchmarks.statistics import difference, t_interval
 
 _BANDIT = "methods-bandit"
@@ -31,6 +32,8 @@ def method_grid(name: str, results: Path) -> Grid:
     if name == f"{_BANDIT}.json":
         files = [results / f"{_BANDIT}{end}.json" for end in ("", "-quarter")]
         return bandit_grid(*(json.loads(file.read_text())["algorithms"] for file in files))
+    if name.startswith("arithmetic_bases"):
+        return base_grid(read_recipes(results / name))
     (recipe,) = (r for r in read_recipes(results / name) if "/" not in r.name)
     return gsm8k_grid(recipe) if recipe.name == "gsm8k" else arithmetic_grid(recipe)
 
@@ -68,6 +71,42 @@ def arithmetic_grid(recipe: RecipeRuns) -> Grid:
     return grid
 
 
+def base_grid(recipes: Sequence[RecipeRuns]) -> Grid:
+    """Exact match after training from each base model, and the mean over the base models.
+
+    A recipe holds the runs of one base model. Differences to SFT are paired by seed; those of the
+    last row are between means over seeds, with the interval over base models. The other columns
+    are how often an answer of the hasty way is right.
+    """
+    by_algo = [{base(cell.algo): cell for cell in recipe.scores} for recipe in recipes]
+    algos = list(by_algo[0])
+    plain = [algo for algo in algos if algo in (BASE, "sft")]
+    weighted = [algo for algo in algos if algo not in plain]
+    columns = [f"{algorithm_label(algo)} less SFT" for algo in weighted]
+    columns += [f"hasty answers right, {algorithm_label(algo)}" for algo in plain]
+    grid = Grid(["base model", *map(algorithm_label, plain), *columns], left=1)
+    for recipe, cells in zip(recipes, by_algo, strict=True):
+        row = [_over(cells[algo].values.tolist(), cells[algo].interval) for algo in plain]
+        row += [_gain(cells[algo].values, cells["sft"].values) for algo in weighted]
+        row += [f"{_hasty(cells[algo]):.2f}" for algo in plain]
+        grid.rows.append([recipe.name.partition("/")[0], *row])
+    means = {algo: np.array([cells[algo].mean for cells in by_algo]) for algo in algos}
+    row = [_over(means[algo].tolist()) for algo in plain]
+    row += [_gain(means[algo], means["sft"]) for algo in weighted]
+    row += [f"{np.mean([_hasty(cells[algo]) for cells in by_algo]):.2f}" for algo in plain]
+    grid.rows.append([f"mean of {len(recipes)}", *row])
+    return grid
+
+
+def _hasty(cell: Cell) -> float:
+    return float(np.mean([run.result["success_hasty"] for run in cell.runs]))
+
+
+def _gain(ours: NDArray, others: NDArray) -> str:
+    """A mean difference in pairs."""
+    return signed(difference(ours[:, None], others[:, None], paired=True), 3)
+
+
 def gsm8k_grid(recipe: RecipeRuns) -> Grid:
     """How far models tell right from wrong solutions, and the differences by question.
 
@@ -91,8 +130,7 @@ def gsm8k_grid(recipe: RecipeRuns) -> Grid:
 
 def _less(cell: Cell, other: Cell, key: str) -> str:
     """A difference of two models, paired by question."""
-    ours, theirs = (np.array(c.runs[0].result["of_prompts"][key]) for c in (cell, other))
-    return signed(difference(ours[:, None], theirs[:, None], paired=True), 3)
+    return _gain(*(np.array(c.runs[0].result["of_prompts"][key]) for c in (cell, other)))
 
 
 def _by_method(grid: Grid) -> dict[str, dict[str, str]]:

@@ -20,9 +20,8 @@ from scripts.method_tables import method_grid
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs/results"
-PAGES = [
-    ROOT / name for name in ("README.md", "docs/loop.md", "docs/methods.md", "docs/results.md")
-]
+_NAMED = ("loop", "methods", "results", "results_language")
+PAGES = [ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in _NAMED)]
 _CONTROL = {
     "scores": score_grid,
     "differences": difference_grid,

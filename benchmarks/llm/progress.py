@@ -50,7 +50,7 @@ class Progress(TrainerCallback):
                 self._log.write({"step": 0, **cost})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note how far the run is; the last update is logged, so that no row lacks."""
+        """Note how far the run is. The last update is logged whatever --log-every says."""
         if state.global_step == state.max_steps:
             control.should_log = True
         if self._log is not None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.report.language import RecipeRuns
+from benchmarks.report.language import RecipeRuns, read_recipes
 from benchmarks.report.scores import Cell
 from benchmarks.results import CONTROL, RecordedRun, read_runs
 from scripts.control_tables import (
@@ -20,7 +20,7 @@ from scripts.control_tables import (
     draw_grid,
     policy_grid,
 )
-from scripts.method_tables import gsm8k_grid
+from scripts.method_tables import base_grid, gsm8k_grid
 from scripts.tables import PAGES, RESULTS, with_tables
 
 
@@ -68,6 +68,21 @@ def test_the_interval_over_draws_is_that_of_their_mean_differences() -> None:
         interval = stats.ttest_1samp(gains, 0).confidence_interval()
         low, high = (float(end) for end in text.partition("(")[2].rstrip(")").split(" to "))
         assert (low, high) == pytest.approx((interval.low, interval.high), abs=0.051)
+
+
+def test_the_interval_over_base_models_is_that_of_their_mean_differences() -> None:
+    path = RESULTS / "arithmetic_bases.json"
+    scores: dict[tuple[str, str], list[float]] = {}
+    for run in json.loads(path.read_text()):
+        scores.setdefault((run["variant"], run["algo"]), []).append(run["score"])
+    names = sorted({name for name, _ in scores})
+    *rows, last = base_grid(read_recipes(path)).rows
+    assert [row[0] for row in rows] == names and len(names) > 1
+    for text, algo in zip(last[-4:-2], ("iw-sft", "iw-sft-hard"), strict=True):
+        gains = [np.mean(scores[name, algo]) - np.mean(scores[name, "sft"]) for name in names]
+        interval = stats.ttest_1samp(gains, 0).confidence_interval()
+        low, high = (float(end) for end in text.partition("(")[2].rstrip(")").split(" to "))
+        assert (low, high) == pytest.approx((interval.low, interval.high), abs=0.00051)
 
 
 def test_what_weights_gain_with_a_mixture_is_compared_by_seed() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import small_evaluation
+import small_job
 import small_loop
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -42,6 +43,12 @@ def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Model and rows of the small job."""
+    return small_job.write(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture

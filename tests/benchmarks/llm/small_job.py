@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -38,3 +39,8 @@ def run(settings: Settings, processes: int = 1) -> Run:
     """A run of SFT with these settings, on processes that each have a GPU."""
     launch = Launch("zero3", "deepspeed", 3, False, "cuda", processes)
     return Run("small", "sft", 0, Options(seeds=(0,), settings=settings), launch)
+
+
+def digest(prompt: str) -> int:
+    """The number that decides whether the rows of a prompt judge: where 5 divides it."""
+    return int.from_bytes(hashlib.sha256(" ".join(prompt.split()).encode()).digest()[-4:], "big")

@@ -2,45 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import small_job
 import torch
-from scipy import stats
-from tensordict import NestedKey
 
 from benchmarks.llm.__main__ import main
-from benchmarks.llm.curation import curated
 from benchmarks.llm.models import load
 from benchmarks.llm.options import ALGORITHMS
 from benchmarks.llm.recipes import RECIPES, Sources
 from benchmarks.llm.recipes.arithmetic.recipe import ArithmeticRecipe
-from benchmarks.llm.settings import Settings
 from benchmarks.report.page import write_report
 from benchmarks.report.scores import algorithm_label
 from benchmarks.results import CONTROL, read_all
 from iwsft.datasets.text.rows import Row
 from iwsft.language import ImportanceWeightedTrainer
-from iwsft.trajectory import DATA_WEIGHT, MULTIPLICITY, STANDARD_SCORE, SUCCESS_RATE, lengths
-from tests.datasets.text.chat_tokenizers import byte_level
 
 SHORT = ("--max-steps", "6", "--sync-every", "2", "--ema-decay", "0.5")
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Model and rows."""
-    return small_job.write(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture
@@ -216,21 +200,6 @@ def test_another_precision_of_the_shell_is_refused(
     assert (named / "sft" / "seed-0" / "result.json").exists()
 
 
-def test_rows_that_count_0_times_judge_nothing() -> None:
-    texts = {True: "yes", False: "no"}
-    rows = [
-        Row(f"{k}", prompt=f"{k}?", completion=texts[right], correct=right, count=k % 3)
-        for k in range(30)
-        for right in (True, False)
-    ]
-    apart = {row.where for row in rows if _digest(row.prompt) % 5 == 0}
-    settings = Settings(learning_rate=1e-3, batch_size=4, max_steps=1, q="auto")
-    data = curated(rows, byte_level(), ALGORITHMS["iw-sft-hard"], settings, seed=0)
-    counts = data.get(MULTIPLICITY)[lengths(data).cumsum(0) - 1]
-    assert int((counts == 0).sum()) == 2 * len(apart) > 0
-    assert int(counts.sum()) == sum(k % 3 for k in range(30) if f"{k}" not in apart)
-
-
 def test_the_last_updates_are_logged_and_counted_too(
     job: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -261,10 +230,6 @@ def test_a_card_has_the_base_of_the_same_rows_alone(
         assert f"| score {before}" in card
 
 
-def _digest(prompt: str) -> int:
-    return int.from_bytes(hashlib.sha256(" ".join(prompt.split()).encode()).digest()[-4:], "big")
-
-
 def test_rows_of_other_prompts_choose_the_temperature(
     job: Callable[..., Path],
     small: tuple[str, str],
@@ -282,7 +247,7 @@ def test_rows_of_other_prompts_choose_the_temperature(
         algo: json.loads((folder / algo / "seed-0" / "result.json").read_text())
         for algo in ("sft", "iw-sft-hard")
     }
-    result, digests = results["iw-sft-hard"], [_digest(row["prompt"]) for row in lines]
+    result, digests = results["iw-sft-hard"], [small_job.digest(row["prompt"]) for row in lines]
     right = [i for i in range(len(lines)) if i % 3]
     assert result["trajectories"] == sum(digests[i] % 5 > 0 for i in right) < len(right)
     # SFT has no temperature, and trains on all right rows.
@@ -412,60 +377,3 @@ def test_a_run_that_fails_does_not_stop_the_others(
     assert any(line.startswith("error: small sft seed 0:") for line in printed.err.splitlines())
     assert "1 done, 1 failed" in printed.out
     assert (folder / "iw-sft" / "seed-0" / "result.json").exists()
-
-
-def test_d_plus_and_its_multiplicity(small: tuple[str, str], tmp_path: Path) -> None:
-    """Right rows alone; with quality cuts each cut that a row survives is one copy of it."""
-    _, tokenizer = load(small[0])
-    prepared = small_job.RECIPE.prepare(tmp_path, Sources(*small), seed=0)
-    right = [row for row in prepared.rows if row.correct]
-    settings = Settings(learning_rate=1e-3, batch_size=4, max_steps=1, quality_cuts=(0, 50))
-
-    def column(key: NestedKey, algo: str, **changed: Any) -> list[float]:
-        rows = replace(prepared, **changed).rows
-        data = curated(rows, tokenizer, ALGORITHMS[algo], settings, seed=0)
-        return data.get(key)[lengths(data).cumsum(0) - 1].tolist()
-
-    counts = partial(column, MULTIPLICITY)
-
-    # weight_score_corr of the log is that with the score, not with the length.
-    scores = np.array([row.score for row in prepared.rows])
-    assert column(STANDARD_SCORE, "topr") == pytest.approx((scores - scores.mean()) / scores.std())
-    unscored = [replace(row, score=None) for row in prepared.rows]
-    assert not any(column(STANDARD_SCORE, "nft", rows=unscored))
-    assert counts("sft") == [1] * len(right)
-    # Wrong rows count where their sign does.
-    assert counts("topr") == [1] * len(prepared.rows)
-    rate, first = len(right) / len(prepared.rows), prepared.rows[0].correct
-    for algo, weights in (("nft", (1, -1)), ("asymre", (1.1 - rate, 0.1 - rate))):
-        data = curated(prepared.rows, tokenizer, ALGORITHMS[algo], settings, seed=0)
-        trained = data.get(DATA_WEIGHT)[data.get(DATA_WEIGHT) != 0]
-        assert sorted(trained.unique().tolist()) == pytest.approx(sorted(weights))
-        assert float(trained[0]) == pytest.approx(weights[0] if first else weights[1])
-        asked = [row.prompt for row in prepared.rows]
-        once = torch.tensor([asked.count(prompt) == 1 for prompt in asked])
-        rates = data.get(SUCCESS_RATE)[lengths(data).cumsum(0) - 1]
-        torch.testing.assert_close(rates[once], torch.full_like(rates[once], rate))
-    settings = replace(settings, baseline_margin=rate)
-    with pytest.raises(ValueError, match="must be below the share of right rows"):
-        curated(prepared.rows, tokenizer, ALGORITHMS["asymre"], settings, seed=0)
-    weight = np.exp([row.score / settings.rwr_beta for row in right])
-    assert column(DATA_WEIGHT, "rwr") == pytest.approx(weight / weight.mean())
-    # Rows that choose the exponent count once each, and are not trained on.
-    settings = replace(settings, q="auto")
-    counted = counts("iw-sft-hard", rows=[replace(row, count=2) for row in prepared.rows])
-    assert {*counted} == {0, 2}
-    settings = replace(settings, q=None)
-    found = counts("sft-q")
-    assert len(found) == len(right) and sum(n == 2 for n in found) == -(-len(right) // 2)
-    best = sorted((row.score for row in right), reverse=True)[: len(right) // 2]
-    twice = [row.score for row, n in zip(right, found, strict=True) if n == 2]
-    assert min(twice) >= min(best)
-    counted = [Row("a", prompt="1+1=", completion="2", count=n, score=n / 2) for n in (3, 0, 3)]
-    assert counts("sft-q", rows=counted) == counts("sft", rows=counted) == [3, 0, 3]
-    # Their scores, which cut nothing, are still those that weights correlate with.
-    expected = stats.zscore([row.score for row in counted])
-    assert column(STANDARD_SCORE, "sft", rows=counted) == pytest.approx(expected)
-    # Without scores there are none, not even the lengths.
-    bare = [Row("a", prompt="1+1=", completion="2" * n, count=1) for n in (1, 2)]
-    assert column(STANDARD_SCORE, "sft", rows=bare) == [0, 0]
