@@ -208,7 +208,7 @@ def fall(rows: list[dict[str, Any]]) -> str | None:
 def _do(one: Round, name: str, stage: Stage, tell: Callable[[str], None]) -> None:
     """Call a stage that has not ended, and write down what it returns."""
     if one.ended(name):
-        _check(one, name, one.facts(name))
+        _check_policy(name, one.facts(name))
         return
     with full_disk_named(one.folder):
         one.folder.mkdir(parents=True, exist_ok=True)
@@ -217,15 +217,20 @@ def _do(one: Round, name: str, stage: Stage, tell: Callable[[str], None]) -> Non
     facts = stage(one)
     if not isinstance(facts, Mapping):
         raise TypeError(f"{name} returned {facts!r:.60}; it must return a dict of facts")
-    _check(one, name, facts)
+    _check_policy(name, facts)
+    _check_finite(one, name, facts)
     content = {"facts": dict(facts), "seconds": round(time.perf_counter() - begin, 3)}
     write_json(one.folder / f"{name}.json", content)
 
 
-def _check(one: Round, name: str, facts: Facts) -> None:
-    """Check that a new policy is named, without which the old one goes on, and scores compare."""
+def _check_policy(name: str, facts: Facts) -> None:
+    """Check that a fine-tuning names its policy, or ends the loop."""
     if name == "fine_tune" and facts.get(POLICY) is None and STOP not in facts:
         raise ValueError(f"fine_tune returned no fact {POLICY!r}, the path of the new policy")
+
+
+def _check_finite(one: Round, name: str, facts: Facts) -> None:
+    """Check that the facts of scores and tests can be compared."""
     if name not in ("score", "evaluate"):
         return
     for fact, value in facts.items():

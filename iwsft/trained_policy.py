@@ -188,6 +188,14 @@ def save_policy(
     checkpoint.write(folder / FILE, content)
 
 
+def folder_of_run(path: str | Path) -> Path:
+    """Return the folder of a run from that folder, its ``checkpoint``, or a file of either."""
+    folder = Path(path).expanduser()
+    while folder.name in (FILE, checkpoint.FILE, checkpoint.FOLDER):
+        folder = folder.parent
+    return folder
+
+
 def load_policy(
     folder: str | Path,
     policy: TensorDictModuleBase | None = None,
@@ -208,11 +216,7 @@ def load_policy(
         iwsft.checkpoint.CheckpointError: The file is damaged, or does not fit.
         ValueError: The environment imports a module, and that is not trusted.
     """
-    path = Path(folder).expanduser()
-    if path.name in (FILE, checkpoint.FILE, checkpoint.FOLDER):
-        path = path.parent
-    if path.name == checkpoint.FOLDER:
-        path = path.parent
+    path = folder_of_run(folder)
     if policy is not None:
         return TrainedPolicy(_from_checkpoint(path, policy))
     if (path / checkpoint.FOLDER / "config.json").exists():

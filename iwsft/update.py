@@ -111,12 +111,12 @@ def denormals_flushed() -> Iterator[None]:
 
 def check_follows(loss: LossModule, sampler: Any, updater: TargetNetUpdater | None) -> None:
     """Check that the updater moves the targets of this loss, or the weights of this sampler."""
-    # At the start all weights are 1, as in SFT.
     if updater is None and getattr(loss, "has_lagged_q", False):
         raise ValueError(
-            "proposal='lagged' without an updater leaves q where it starts, and the weights with "
-            "it: pass updater=HardSync(loss, every=...) or updater=EMA(loss, decay=...), or take "
-            "proposal='reference', which is SFT"
+            "proposal='lagged' without an updater: q would stay where it is, and so would all "
+            "weights; pass updater=HardSync(loss, every=...) or updater=EMA(loss, decay=...), or "
+            "take proposal='reference', which is SFT. To train with a q of your own that stays, "
+            "make HardSync(loss, every=N) with N above the number of updates, then load q"
         )
     if getattr(updater, "loss_module", loss) is not loss:
         raise ValueError("the updater moves the targets of another loss: make one of this loss")
@@ -124,7 +124,8 @@ def check_follows(loss: LossModule, sampler: Any, updater: TargetNetUpdater | No
     if written is not None and drawn is not None:
         key = updater.key  # type: ignore[union-attr]
         both = [each.get(key, default=None) for each in (written, drawn)]
-        if len({None if x is None else x.untyped_storage().data_ptr() for x in both}) > 1:
+        # A slice has the memory of the whole, from its first entry on.
+        if len({None if x is None else (x.data_ptr(), x.shape) for x in both}) > 1:
             raise ValueError(
                 f"a sync would write {key!r} into other trajectories than the sampler draws from: "
                 "curate first, then pass both the same"

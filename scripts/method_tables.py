@@ -72,34 +72,43 @@ def arithmetic_grid(recipe: RecipeRuns) -> Grid:
 
 
 def base_grid(recipes: Sequence[RecipeRuns]) -> Grid:
-    """Exact match after training from each base model, and the mean over the base models.
+    """Exact match of training from several base models less that of SFT, and what explains it.
 
     A recipe holds the runs of one base model. Differences to SFT are paired by seed; those of the
-    last row are between means over seeds, with the interval over base models. The other columns
-    are how often an answer of the hasty way is right.
+    last row are between means over seeds, with the interval over base models. The last columns are
+    how often answers of a way are right, means over seeds.
     """
     by_algo = [{base(cell.algo): cell for cell in recipe.scores} for recipe in recipes]
-    algos = list(by_algo[0])
-    plain = [algo for algo in algos if algo in (BASE, "sft")]
-    weighted = [algo for algo in algos if algo not in plain]
-    columns = [f"{algorithm_label(algo)} less SFT" for algo in weighted]
-    columns += [f"hasty answers right, {algorithm_label(algo)}" for algo in plain]
-    grid = Grid(["base model", *map(algorithm_label, plain), *columns], left=1)
+    weighted = [algo for algo in by_algo[0] if algo not in (BASE, "sft")]
+    differences = [(algo, "score") for algo in weighted] + [("iw-sft", "greedy")]
+    shares = [(BASE, "hasty"), ("sft", "hasty"), ("sft", "careful"), ("iw-sft", "careful")]
+    columns = [
+        f"{'greedy, ' if key == 'greedy' else ''}{algorithm_label(algo)} less SFT"
+        for algo, key in differences
+    ]
+    columns += [f"{way} right, {algorithm_label(algo)}" for algo, way in shares]
+    grid = Grid(["base model", "SFT", *columns], left=1)
     for recipe, cells in zip(recipes, by_algo, strict=True):
-        row = [_over(cells[algo].values.tolist(), cells[algo].interval) for algo in plain]
-        row += [_gain(cells[algo].values, cells["sft"].values) for algo in weighted]
-        row += [f"{_hasty(cells[algo]):.2f}" for algo in plain]
-        grid.rows.append([recipe.name.partition("/")[0], *row])
-    means = {algo: np.array([cells[algo].mean for cells in by_algo]) for algo in algos}
-    row = [_over(means[algo].tolist()) for algo in plain]
-    row += [_gain(means[algo], means["sft"]) for algo in weighted]
-    row += [f"{np.mean([_hasty(cells[algo]) for cells in by_algo]):.2f}" for algo in plain]
-    grid.rows.append([f"mean of {len(recipes)}", *row])
+        pairs = [
+            (_of_seeds(cells[algo], key), _of_seeds(cells["sft"], key)) for algo, key in differences
+        ]
+        rights = [_of_seeds(cells[algo], f"success_{way}").mean() for algo, way in shares]
+        row = [recipe.name.partition("/")[0], _over(cells["sft"].values.tolist())]
+        grid.rows.append([*row, *(_gain(*pair) for pair in pairs), *map("{:.2f}".format, rights)])
+
+    def means(algo: str, key: str) -> NDArray:
+        return np.array([_of_seeds(cells[algo], key).mean() for cells in by_algo])
+
+    row = [f"mean of {len(recipes)}", _over(means("sft", "score").tolist())]
+    row += [_gain(means(algo, key), means("sft", key)) for algo, key in differences]
+    row += [f"{means(algo, f'success_{way}').mean():.2f}" for algo, way in shares]
+    grid.rows.append(row)
     return grid
 
 
-def _hasty(cell: Cell) -> float:
-    return float(np.mean([run.result["success_hasty"] for run in cell.runs]))
+def _of_seeds(cell: Cell, key: str) -> NDArray:
+    """An entry of the result of each seed."""
+    return np.array([run.result[key] for run in cell.runs])
 
 
 def _gain(ours: NDArray, others: NDArray) -> str:

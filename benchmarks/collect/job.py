@@ -24,7 +24,7 @@ from iwsft.datasets.write import Provenance
 from iwsft.environments import modules_to_import
 from iwsft.files import alone_in
 from iwsft.progress import Progress
-from iwsft.trained_policy import FILE
+from iwsft.trained_policy import FILE, folder_of_run, load_policy
 
 QUANTILES = (0, 25, 50, 75, 90, 95, 98, 100)
 
@@ -111,9 +111,7 @@ def load_behaviour(name: str, *, stochastic: bool) -> Behaviour:
     folder = Path(name).expanduser()
     if (folder / sac.POLICY).is_dir():
         behaviour = Behaviour(name, *sac.load_policy(folder))
-    elif (folder / FILE).is_file():
-        from iwsft import load_policy
-
+    elif (folder_of_run(folder) / FILE).is_file():
         # Modules that the environment names are asked about where it is chosen.
         trained = load_policy(folder, trust_env_module=True)
         behaviour = Behaviour(name, trained.module, trained.env_id, dict(trained.env_kwargs))

@@ -38,7 +38,7 @@ from iwsft.fingerprint import fingerprint
 from iwsft.loop import Round, Stages, run_loop
 from iwsft.policies import GaussianPolicy
 from iwsft.reference import annotate_reference
-from iwsft.trained_policy import FILE, TrainedPolicy, load_policy, save_policy
+from iwsft.trained_policy import FILE, TrainedPolicy, folder_of_run, load_policy, save_policy
 from iwsft.training import Probe, fit
 from iwsft.trajectory import MULTIPLICITY, REF_LOG_PROB, lengths, per_trajectory
 
@@ -63,9 +63,7 @@ class Start:
     def find(cls, options: LoopOptions) -> Start:
         """Read ``--start``; a clone is not trained yet."""
         if options.dataset is None:
-            folder = Path(options.start).expanduser()
-            while folder.name in (FILE, checkpoint.FILE, checkpoint.FOLDER):
-                folder = folder.parent
+            folder = folder_of_run(options.start)
             if not (folder / FILE).is_file():
                 ways = f"a finished run's folder, OUT/d4rl/DATASET/ALGO/seed-K, or {CLONE}DATASET"
                 raise ValueError(f"--start {options.start}: no {FILE} there; give {ways}")

@@ -33,7 +33,7 @@ def curated(
     beta = settings.rwr_beta if algorithm.by_score else None
     training, judges = (rows, []) if settings.q is None else _apart(rows)
     if judges:
-        # A row that is not drawn would judge, too.
+        # With multiplicity 0 they would judge, too.
         training = [row for row in training if row.count != 0]
     trained = curated_rows(training, tokenizer, settings.max_length, cuts, beta=beta, seed=seed)
     if settings.q is None:
@@ -75,7 +75,10 @@ def _apart(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     parts: tuple[list[Row], list[Row]] = [], []
     for row in rows:
         # The split of held-out prompts orders them by the first bytes.
-        parts[int.from_bytes(prompt_digest(row)[-4:], "big") % _EVERY == 0].append(row)
+        judging = int.from_bytes(prompt_digest(row)[-4:], "big") % _EVERY == 0
+        # A row that counts 0 times does not judge either.
+        if not (judging and row.count == 0):
+            parts[judging].append(row)
     return parts if parts[0] else (list(rows), [])
 
 

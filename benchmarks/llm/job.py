@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,7 @@ from benchmarks.llm.run import (
     warmup_problem,
 )
 from benchmarks.llm.settings import Settings
-from benchmarks.runs import RESULT, claim, hardware, tell, versions
+from benchmarks.runs import CONFIG, RESULT, claim, hardware, tell, versions
 from benchmarks.sweep import Summary
 from iwsft.datasets.text.rows import Row, check_scores
 from iwsft.datasets.text.sources import dataset_commit
@@ -95,10 +96,11 @@ def fine_tune(options: Options) -> Run:
     return run
 
 
-def _contents_of(run: Run) -> dict[str, str]:
+def _contents_of(run: Run, commits: Mapping[str, str] | None) -> dict[str, str]:
     """What a run's model and rows hold, which may change under their names: for ``config.json``.
 
     That is the digest of a file or folder, and the commit of a model or dataset of the hub.
+    ``commits``, those that finished runs recorded, are taken where the hub can't be asked.
     """
     recipe, contents = load_recipe(run.dataset), {}
     for name in ("model", "data", "eval_data"):
@@ -112,10 +114,27 @@ def _contents_of(run: Run) -> dict[str, str]:
             if given is not None:
                 contents[f"{name}_sha256"] = _content_sha256(path, model=name == "model")
             continue
-        commit = commit_of(place) if name == "model" else dataset_commit(place, config)
+        key = f"{name}_commit"
+        try:
+            commit = commit_of(place) if name == "model" else dataset_commit(place, config)
+        except OSError as error:
+            if commits is None:
+                raise
+            tell(f"warning: whether {place} has changed is not known: {error}")
+            commit = commits.get(key)
         if commit is not None:
-            contents[f"{name}_commit"] = commit
+            contents[key] = commit
     return contents
+
+
+def _recorded_settings(run: Run) -> dict[str, Any]:
+    """The settings in the ``config.json`` of a run; empty where it has none that can be read."""
+    try:
+        settings: dict[str, Any] = json.loads((run.folder / CONFIG).read_text())["settings"]
+    except (OSError, ValueError, LookupError, TypeError):
+        # The claim tells what is wrong with it.
+        return {}
+    return settings
 
 
 def _config_of(run: Run, contents: Mapping[str, str]) -> dict[str, Any]:
@@ -162,7 +181,9 @@ def _open(runs: Sequence[Run]) -> list[Run]:
 
 def _claim(runs: Sequence[Run]) -> list[Run]:
     """Claim the folders, and return the unfinished runs; one of the same base is taken as it is."""
-    contents, base = _contents_of(runs[0]), {run for run in runs if run.algo == BASE}
+    # Finished runs are shown without the hub, too.
+    commits = None if _open(runs) else _recorded_settings(runs[0])
+    contents, base = _contents_of(runs[0], commits), {run for run in runs if run.algo == BASE}
     configs = {run: _config_of(run, contents) for run in runs}
     monitor.forget(runs)
     resume = set(runs) if runs[0].options.resume else base
@@ -217,11 +238,12 @@ def _check_scores(algo: str, settings: Settings, rows: Sequence[Row]) -> None:
             raise ValueError(f"{algo} {verb} by score, but {error}") from error
         return
     # Rows with a verdict are chosen by it.
-    judged = counted or settings.q is not None or any(row.correct is not None for row in rows)
+    judged = counted or settings.q is not None
+    judged |= any(row.correct is not None or row.weight is not None for row in rows)
     if not judged and len({row.score for row in rows}) > 1:
         tell(
-            f"{algo}: the scores are not used, all {len(rows)} rows are trained on alike; "
-            "--cuts 50 keeps the better half, and --algo iw-sft-q counts better rows more often"
+            f"{algo}: the scores are not used: all {len(rows)} rows are in D+. --cuts 50 keeps the "
+            "better half, and --algo iw-sft-q counts better rows more often"
         )
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 from huggingface_hub import HfApi, resolve_revision, try_to_load_from_cache
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionResolutionError
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
@@ -92,7 +92,13 @@ def load_config(place: str, *, trust_remote_code: bool = False) -> Any:
 
 def commit_of(place: str) -> str | None:
     """The commit on the hub of what :func:`locate` returned; None for a folder."""
-    return None if Path(place).is_dir() else resolve_revision(place).resolved
+    if Path(place).is_dir():
+        return None
+    try:
+        return resolve_revision(place).resolved
+    except RevisionResolutionError as error:
+        problem = f"the hub does not tell the commit of {place}, and no copy is here"
+        raise ConnectionError(f"{problem} ({error})") from error
 
 
 def context_of(config: Any) -> int | None:

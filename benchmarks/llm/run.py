@@ -327,6 +327,9 @@ def _train(run: Run, algorithm: Variant, prepared: Prepared) -> dict[str, Any]:
     """Train, save the model with its tokenizer, and return what it took for ``result.json``."""
     # Before the model: under ZeRO-3 it is loaded in shards, which these arguments switch on.
     args = ImportanceWeightedConfig(**training_arguments(run, algorithm))
+    before = run.folder / TRAINED
+    if before.exists():
+        return json.loads(before.read_text())
     # transformers takes another one from accelerate where its own settings name none.
     if args.mixed_precision != ("bf16" if args.bf16 else "no"):
         raise ValueError(
@@ -334,9 +337,6 @@ def _train(run: Run, algorithm: Variant, prepared: Prepared) -> dict[str, Any]:
             f"{run.settings.precision}: drop it from accelerate's config and from the shell "
             "(ACCELERATE_MIXED_PRECISION), or pass --precision bfloat16"
         )
-    before = run.folder / TRAINED
-    if before.exists():
-        return json.loads(before.read_text())
     # Rows are checked before the weights, which may take minutes to load.
     tokenizer = run.tokenizer(prepared)
     data, progress = curated_of(run, prepared, tokenizer), Progress(run)

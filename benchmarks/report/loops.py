@@ -193,7 +193,7 @@ def _mean(values: Mapping[str, float], form: str) -> str:
 
 
 def _fewer(values: Mapping[str, float], seeds: int) -> list[str]:
-    """A note on a mean of fewer seeds than the others of its row: those that went on are chosen."""
+    """A note on a mean of fewer seeds than the others of its row: the others ended before."""
     if not MIN_SEEDS <= len(values) < seeds:
         return []
     return [f"Of {len(values)} of the {seeds} seeds: the other loops have no such round or fact."]

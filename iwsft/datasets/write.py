@@ -170,7 +170,8 @@ def _fields(trajectories: TensorDictBase, infos: Mapping[str, NDArray[Any]]) -> 
     if multiplicity is not None and bool((multiplicity != 1).any()):
         way_out = "write the data that they were curated from, and curate what is read back"
         raise ValueError(f"{MULTIPLICITY!r} has no place in a dataset; {way_out}")
-    if trajectories.get(DATA_WEIGHT, default=None) is not None:
+    weight = trajectories.get(DATA_WEIGHT, default=None)
+    if weight is not None and bool((weight != 1).any()):
         way_out = "pass it in infos={'weight': ...}, exclude it here, and load 'infos/weight'"
         raise ValueError(f"{DATA_WEIGHT!r} has no field of its own in a dataset; {way_out}")
     keys = (OBSERVATION, ACTION, REWARD, NEXT_OBSERVATION)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 from benchmarks.llm.loop.options import VERIFIERS, verifier_of
 from benchmarks.llm.recipes.chat import split_source
 from benchmarks.runs import versions
-from iwsft.datasets.text.rows import check_text
+from iwsft.datasets.text.rows import check_text, untrained
 from iwsft.datasets.text.sources import records, row_named
 from iwsft.fingerprint import file_sha256, fingerprint
 from iwsft.language import grading, verification
@@ -55,7 +55,7 @@ class Prompt:
             return {"prompt": self.content, "completion": completion}
         # The assistant's turns in the prompt are no answers of the model.
         before = [
-            {**message, "weight": 0} if message.get("role") == "assistant" else message
+            untrained(message) if message.get("role") == "assistant" else message
             for message in self.messages
         ]
         return {"messages": [*before, {"role": "assistant", "content": completion}]}

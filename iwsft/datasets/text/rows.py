@@ -254,6 +254,12 @@ def turn_weight(message: Message) -> float:
     return 0.0 if trained == {False} else (weights or {1.0}).pop()
 
 
+def untrained(message: Message) -> dict[str, Any]:
+    """The message with the weight 0, and no other word on whether it is trained on."""
+    kept = {name: message[name] for name in message if name not in (*_WEIGHTS, *_SWITCHES)}
+    return {**kept, "weight": 0}
+
+
 def _counts_less(name: str, value: Any) -> bool:
     """Whether a name that is not read may say that its text is left out, or has a weight."""
     lower = _snake_case(name)

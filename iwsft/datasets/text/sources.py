@@ -153,6 +153,12 @@ def _from_memory(data: Any, name: str, split: str | None) -> Iterator[tuple[str,
     return ((f"{name} row {number}", record) for number, record in enumerate(data))
 
 
+def _kind(path: Path) -> str:
+    """The suffix of a file; none of one that datasets leaves out, as in ``.git``."""
+    hidden = any(part.startswith((".", "__")) for part in path.parts)
+    return "" if hidden else path.suffix
+
+
 def _from_datasets(
     name: str, split: str | None, config: str | None
 ) -> Iterator[tuple[str, Record]]:
@@ -178,10 +184,12 @@ def _from_datasets(
             files = [Path(file) for file in splits.get(split, ())]
             suffixes = {file.suffix for file in files}
             # datasets takes the commonest kind of a folder's files.
-            others = {file.suffix for file in folder.rglob("*")} & _TABLES - suffixes
+            kinds = {_kind(file.relative_to(folder)) for file in folder.rglob("*")}
+            others = kinds & _TABLES - suffixes
             if files and others and config is None:
-                kinds = ", ".join(sorted({*suffixes, *others}))
-                raise ValueError(f"files of several kinds ({kinds}); keep one, or pass a file")
+                listed = ", ".join(sorted({*suffixes, *others}))
+                way_out = f"keep one, pass a file, or {name}:{split}:CONFIG of its dataset card"
+                raise ValueError(f"files of several kinds ({listed}); {way_out}")
             # JSON is read without Arrow, which has one type a column.
             if files and suffixes <= {".json", ".jsonl"}:
                 return chain.from_iterable(map(_json, files))

@@ -53,7 +53,7 @@ def store(home: Path, tiny_qwen2: Path, model: str, data: str) -> None:
 
 
 def test_commits_are_in_config_and_card_and_a_resumed_run_has_the_same(
-    home: Path, tiny_qwen2: Path, tmp_path: Path
+    home: Path, tiny_qwen2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store(home, tiny_qwen2, ONE, ONE)
     words = [*WORDS, "--out", str(tmp_path / "runs")]
@@ -72,3 +72,14 @@ def test_commits_are_in_config_and_card_and_a_resumed_run_has_the_same(
             main([*words, "--resume"])
     store(home, tiny_qwen2, ONE, ONE)
     main([*words, "--resume"])
+    # Finished runs are shown without hub and cache; others need them.
+    shutil.rmtree(home)
+    capsys.readouterr()
+    main([*words, "--resume"])
+    told = capsys.readouterr()
+    assert "0 done, 2 finished before" in told.out
+    for name in ("tiny", "sums"):
+        assert f"whether an-owner/{name} has changed is not known" in told.err
+    (run / "result.json").unlink()
+    with pytest.raises(SystemExit, match="an-owner/"):
+        main([*words, "--resume"])

@@ -206,10 +206,13 @@ def test_scores_that_nothing_reads_are_told(capsys: pytest.CaptureFixture[str]) 
     settings = Settings(learning_rate=1e-3, batch_size=4, max_steps=1)
     rows = [Row(f"row {n}", prompt="1+1=", completion="2", score=n) for n in (0, 1)]
     _check_scores("iw-sft", settings, rows)
-    assert capsys.readouterr().err.startswith("iw-sft: the scores are not used, all 2 rows")
+    assert capsys.readouterr().err.startswith(
+        "iw-sft: the scores are not used: all 2 rows are in D+"
+    )
     judged = [replace(row, correct=bool(row.score)) for row in rows]
+    weighted = [replace(row, weight=row.score) for row in rows]
     unscored = [replace(row, score=None) for row in rows]
-    for other in (judged, unscored, rows[:1]):
+    for other in (judged, weighted, unscored, rows[:1]):
         _check_scores("iw-sft", settings, other)
     _check_scores("iw-sft", replace(settings, cuts=(50,)), rows)
     for algo in ("iw-sft-q", "rwr"):

@@ -47,9 +47,16 @@ def test_named_verifiers(
         assert verifier.verify(prompt, text)[:2] == expected
 
 
-def test_only_the_answer_is_trained_where_the_prompt_has_turns_of_the_assistant() -> None:
-    turns = ("user", "1+1?"), ("assistant", "3"), ("user", "2+2?")
-    prompt = Prompt("0", "here", tuple({"role": role, "content": text} for role, text in turns), {})
+@pytest.mark.parametrize("marks", [{}, {"train": True}, {"loss_weight": 1, "weight": 2}])
+def test_only_the_answer_is_trained_where_the_prompt_has_turns_of_the_assistant(
+    marks: dict[str, Any],
+) -> None:
+    turns: list[dict[str, Any]] = [
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "3", **marks},
+        {"role": "user", "content": "2+2?"},
+    ]
+    prompt = Prompt("0", "here", tuple(turns), {})
     tokenizer = byte_level()
     data = tokenize(read([prompt.to_row("4", chat=True)]), tokenizer).trajectories
     trained = data.get(TOKENS)[data.get(ASSISTANT_MASK)]

@@ -125,6 +125,9 @@ def test_a_folder_of_which_a_part_would_be_left_out(tmp_path, other):
     (tmp_path / "below").mkdir()
     for name in ("one.jsonl", "two.jsonl"):
         jsonl(tmp_path / name, [PAIR])
+    # datasets leaves hidden files out, too.
+    (tmp_path / ".kept").mkdir()
+    (tmp_path / ".kept" / "old.csv").write_text("a\n1\n")
     assert len(read(tmp_path)) == 2
     rows = datasets.Dataset.from_list([PAIR])
     (rows.to_csv if other.endswith("csv") else rows.to_parquet)(tmp_path / other)
