@@ -21,12 +21,11 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from iwsft.datasets.text.names import snake_case, unquoted
 from iwsft.datasets.text.sources import Record, records, row_named
 
 Message = Mapping[str, Any]
@@ -262,29 +261,15 @@ def untrained(message: Message) -> dict[str, Any]:
 
 def _counts_less(name: str, value: Any) -> bool:
     """Whether a name that is not read may say that its text is left out, or has a weight."""
-    lower = _snake_case(name)
+    lower = snake_case(name)
     if name in {"weight", *_SWITCHES} or not _SWITCH_NAME.fullmatch(lower):
         return False
-    value = _unquoted(value)
+    value = unquoted(value)
     if isinstance(value, list):
         return bool(value)
     if "weight" in lower:
         return isinstance(value, int | float) and value != 1
     return value in (True, False) and value == bool(_OFF_WHERE_TRUE.match(lower))
-
-
-def _unquoted(value: Any) -> Any:
-    """A number or truth value that a column keeps as text, as that value."""
-    if isinstance(value, str):
-        with suppress(ValueError):
-            return json.loads(value.lower())
-    return value
-
-
-@lru_cache(4096)
-def _snake_case(name: Any) -> str:
-    """A name in the form that names are compared in: isCorrect, is-correct is is_correct."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])|[\W_]+", "_", str(name)).lower()
 
 
 def _check_media(record: Mapping[str, Any]) -> None:
@@ -300,11 +285,11 @@ def _check_unread(
     _check_media(record)
     switches = {**_SWITCHES, "unmask": False, "label": True}
     for name, value in record.items():
-        lower = _snake_case(name)
+        lower = snake_case(name)
         if name != lower in _READ and record.get(lower) != value:
             raise ValueError(f"column {name!r} is not read; write it as {lower!r}, or drop it")
         # A label may be the text of a class.
-        value = value if lower == "label" else _unquoted(value)
+        value = value if lower == "label" else unquoted(value)
         off = lower in switches and value in (True, False) and value != switches[lower]
         off |= lower == "loss_scale" and value not in (None, 1, [])
         known_wrong = name == "correct" or record.get("correct") not in (None, True)

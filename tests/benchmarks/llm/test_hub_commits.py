@@ -22,7 +22,7 @@ WORDS = (
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache of the hub's libraries, empty; there is no network."""
+    """The cache of the hub's libraries, empty. They work offline."""
     home = tmp_path / "home"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "hub"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", home / "datasets")
