@@ -319,7 +319,7 @@ def build(trajectories: TensorDictBase, settings: Settings, *, seed: int) -> Lea
         max_q_backup=settings.max_q_backup,
         num_random=settings.actions,
     )
-    loss.make_value_estimator(ValueEstimators.TD0, gamma=settings.gamma)
+    loss.make_value_estimator(ValueEstimators.TD0, gamma=settings.gamma, device=device)
     rates = {
         "actor_network": settings.actor_lr,
         "log_alpha": settings.actor_lr,

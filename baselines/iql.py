@@ -154,7 +154,7 @@ def build(trajectories: TensorDictBase, settings: Settings, *, seed: int) -> Lea
         temperature=settings.temperature,
         expectile=settings.expectile,
     )
-    loss.make_value_estimator(ValueEstimators.TD0, gamma=settings.gamma)
+    loss.make_value_estimator(ValueEstimators.TD0, gamma=settings.gamma, device=device)
     names = ("actor_network", "qvalue_network", "value_network")
     return critic_learner(
         actor,

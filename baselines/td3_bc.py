@@ -243,5 +243,6 @@ def loss_options(settings: Settings) -> dict[str, Any]:
 
 def one_step_targets(loss: DelayedTD3BCLoss, settings: Settings) -> DelayedUpdate:
     """Give a loss its one-step targets; return the updater that moves them."""
-    loss.make_value_estimator(ValueEstimators.TD0, gamma=settings.gamma)
+    device = next(loss.parameters()).device
+    loss.make_value_estimator(ValueEstimators.TD0, gamma=settings.gamma, device=device)
     return DelayedUpdate(loss, tau=settings.tau, every=settings.policy_delay)

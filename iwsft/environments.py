@@ -91,8 +91,11 @@ def _make(env_id: str, kwargs: Mapping[str, Any]) -> gym.Env[Any, Any]:
         except DeprecatedEnv as error:
             raise ValueError(f"{error} {_nearest(env_id)}") from error
         except (DependencyNotInstalled, ImportError) as error:
-            hint = _nearest(env_id) if isinstance(error, ImportError) else install("mujoco")
-            raise ImportError(f"environment {env_id!r} cannot be made: {error} {hint}") from error
+            # Gymnasium raises a plain ImportError for ids that moved elsewhere.
+            lacks = isinstance(error, DependencyNotInstalled | ModuleNotFoundError)
+            hint = install("mujoco") if lacks else _nearest(env_id)
+            reason = f"{str(error).rstrip('.')}. {hint}"
+            raise ImportError(f"environment {env_id!r} cannot be made: {reason}") from error
         except Exception as error:  # the constructor may raise anything
             reason = " ".join(f"{type(error).__name__}: {error.__cause__ or error}".split())
             fault = "does not take" if isinstance(error, TypeError) else "cannot be made with"

@@ -44,7 +44,8 @@ PYTHON
 
 status=0
 timeout 120 python -m pytest -m gpu -p no:cacheprovider --junitxml "$out/tests.xml" \
-  tests/baselines/test_stack.py tests/test_weights.py tests/language/test_reference_tokens.py
+  tests/baselines/test_stack.py tests/test_weights.py tests/language/test_reference_tokens.py \
+  tests/policies/test_token_log_prob.py
 tests=$?
 [ $tests -eq 0 ] || { echo "tests: exit status $tests"; status=1; }
 timeout 340 python -m benchmarks.speed gpu "${measured[@]}" --json "$out/gpu.json"

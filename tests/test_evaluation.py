@@ -330,6 +330,14 @@ class TestRobotics:
 
 
 class TestErrors:
+    def test_a_package_that_is_missing_is_named_with_its_command(self) -> None:
+        def entry() -> gym.Env[Any, Any]:
+            raise ModuleNotFoundError("No module named 'imageio'")
+
+        gym.register("HopperWithoutImageio-v4", entry_point=entry)
+        with pytest.raises(ImportError, match=r"'imageio'\. pip install 'iwsft\[control"):
+            environments.make("HopperWithoutImageio-v4")
+
     def test_unknown_environment_suggests_the_nearest(self) -> None:
         with pytest.raises(ValueError, match=r"unknown environment 'Hoper-v4'.*Hopper-v4"):
             evaluate(hopper_policy(), "Hoper-v4")

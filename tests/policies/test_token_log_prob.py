@@ -209,3 +209,21 @@ def test_backward_twice_adds_up_and_a_second_derivative_is_refused() -> None:
     )
     with pytest.raises(RuntimeError, match="does not require grad"):
         first.sum().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_a_large_vocabulary_in_bfloat16_on_a_gpu(softcap: float | None) -> None:
+    made = [x.detach().to("cuda", torch.bfloat16) for x in inputs(4099, 64, 40_003)[:3]]
+    target = inputs(4099, 64, 40_003)[3].cuda()
+    ours = [x.clone().requires_grad_() for x in made]
+    exact = [x.double().requires_grad_() for x in made]
+    out = log_probs(*ours[:2], target, bias=ours[2], softcap=softcap)
+    expected = naive(*exact[:2], target, bias=exact[2], softcap=softcap)
+    # The products of bfloat16 are exact in float32, and so are the sums to its rounding.
+    torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=1e-4)
+    upstream = torch.randn(len(target), dtype=torch.float64, device="cuda")
+    found, wanted = gradients(out, upstream, ours), gradients(expected, upstream, exact)
+    for one, other in zip(found, wanted, strict=True):
+        # Gradients are rounded to bfloat16 on the way, and at their end.
+        assert (one.double() - other).norm() < 4e-3 * other.norm()
