@@ -405,5 +405,6 @@ def check_device(device: str) -> None:
         torch.ones(1, device=device).item()
     # torch raises these for unknown names and for devices that are not there.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).split("\n")[0]
+        # For some devices torch goes on to list all of its backends.
+        reason = str(error).split("\n")[0].split(". ")[0]
         raise ValueError(f"--device {device} can't be used here: {reason}; cpu can") from error
