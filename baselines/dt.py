@@ -79,8 +79,8 @@ class Settings:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.width % self.heads:
             raise ValueError(f"width={self.width} must be a multiple of heads={self.heads}")
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup={self.warmup} is a share of the updates, from 0 to 1")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup={self.warmup} is a share of the updates, 0 or more, below 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
         if self.return_scale is not None and not self.return_scale > 0:

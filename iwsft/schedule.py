@@ -19,7 +19,7 @@ class Schedule:
     Args:
         steps: Number of updates.
         lr: Peak of Adam's learning rate.
-        warmup: Number of updates of linear warm-up from 0, at most ``steps``.
+        warmup: Number of updates of linear warm-up from 0, fewer than ``steps``.
         decay: Learning rate after the warm-up: ``"cosine"`` to 0, or ``"constant"``.
         weight_decay: Weight decay, decoupled from the gradient as in AdamW.
         clip_norm: Largest norm of the gradient; a longer one is scaled down to it.
@@ -35,8 +35,9 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.steps < 1 or not 0 < self.lr < math.inf or self.warmup < 0:
             raise ValueError(f"{self}: steps and lr must be positive, warmup not negative")
-        if self.warmup > self.steps:
-            raise ValueError(f"{self}: a warm-up that is longer than the run never reaches lr")
+        # The update after the warm-up is the first one with the learning rate lr.
+        if self.warmup >= self.steps:
+            raise ValueError(f"{self}: a warm-up as long as the run never reaches lr; shorten it")
         if not (0 <= self.weight_decay < math.inf and self.clip_norm > 0):
             raise ValueError(f"{self}: weight_decay must not be negative, clip_norm positive")
         if self.decay not in ("cosine", "constant"):

@@ -47,3 +47,18 @@ def test_a_constant_rate_stays() -> None:
 def test_a_schedule_that_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Schedule(**{"steps": 24, "lr": 0.01, "warmup": 5} | wrong)
+
+
+@given(steps=st.integers(1, 30), warmup=st.integers(0, 40), constant=st.booleans())
+def test_a_schedule_reaches_its_learning_rate_or_is_refused(
+    steps: int, warmup: int, constant: bool
+) -> None:
+    decay: Any = "constant" if constant else "cosine"
+    try:
+        schedule = Schedule(steps, 1.0, warmup, decay)
+    except ValueError as error:
+        assert "never reaches lr" in str(error)
+        # A line from 0 that is 1 at update ``warmup``, of the updates 0 to steps - 1.
+        assert all(step / warmup < 1 for step in range(steps))
+    else:
+        assert max(map(schedule.factor, range(steps))) == 1

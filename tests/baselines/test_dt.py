@@ -216,7 +216,7 @@ class TestSettings:
             {"context": 0},
             {"layers": 0},
             {"heads": 3},
-            {"warmup": 1.5},
+            {"warmup": 1.0},
             {"dropout": 1.0},
             {"target_return": float("nan")},
             {"return_scale": 0.0},
