@@ -146,7 +146,8 @@ def fit(
 
     Raises:
         ValueError: The schedules do not fit the loss, a lagged q has no updater, the updater is of
-            another loss or other trajectories, or the loss or sampler does not fit a graph.
+            another loss or other trajectories, the loss or sampler does not fit a graph, or the
+            loss is not one number.
         FloatingPointError: Loss or parameters are no longer finite, or an output exceeds its limit;
             the last good checkpoint stays.
         iwsft.checkpoint.CheckpointError: The checkpoint is corrupt, or of other settings.

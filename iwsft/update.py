@@ -246,7 +246,7 @@ class Stack:
         if phase is not None:
             self._template.phase = phase
         out = torch.vmap(self._call)(self._params, torch.stack(list(batches)))
-        _total(out).sum().backward()
+        _total(out, seeds=len(batches)).sum().backward()
         for stacked, members in self._trained:
             gradients = [None] * len(members) if stacked.grad is None else stacked.grad.unbind()
             for member, gradient in zip(members, gradients, strict=True):
@@ -319,7 +319,14 @@ class _Graph:
         return self._results
 
 
-def _total(out: TensorDictBase) -> Tensor:
-    """Sum of the losses among the outputs."""
-    losses = [value for name, value in out.items() if name.startswith("loss")]
+def _total(out: TensorDictBase, *, seeds: int = 1) -> Tensor:
+    """Sum of the losses among the outputs, a number for each seed."""
+    losses = []
+    for name, value in out.items():
+        if name.startswith("loss"):
+            losses.append(value)
+            if value.numel() != seeds:
+                shape = f"{name!r} has shape {list(value.shape)}"
+                way_out = "a loss to minimise is one number, as with reduction='mean' or 'sum'"
+                raise ValueError(f"{shape}; {way_out}")
     return losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)

@@ -200,6 +200,29 @@ def test_what_can_not_be_stacked_or_captured_is_refused(
         fit_stack([Training(each.loss, each.sampler, each.schedule) for each in learners])
 
 
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_a_loss_of_several_numbers_is_refused_before_an_update(
+    trajectories: TensorDict, seeds: int
+) -> None:
+    """Backward of one seed would fail inside torch, and that of a stack would add them up."""
+    losses = [
+        ImportanceWeightedMLE(
+            GaussianPolicy(3, 2, hidden=(8,)), proposal="reference", reduction="none"
+        )
+        for _ in range(seeds)
+    ]
+    before = [[parameter.clone() for parameter in loss.parameters()] for loss in losses]
+    trainings = [
+        Training(loss, StepSampler(trajectories, 4), Schedule(2, 0.1, decay="constant"))
+        for loss in losses
+    ]
+    shape = r"\[4\]" if seeds == 1 else r"\[2, 4\]"
+    with pytest.raises(ValueError, match=f"'loss_iw_mle' has shape {shape}; .*reduction='mean'"):
+        fit_stack(trainings)
+    for loss, old in zip(losses, before, strict=True):
+        assert all(map(torch.equal, loss.parameters(), old))
+
+
 class NothingIsRead(TorchDispatchMode):
     """Refuses operations whose result, or the shape of it, the host has to wait for."""
 
