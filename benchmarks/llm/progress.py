@@ -71,8 +71,11 @@ class Progress(TrainerCallback):
         summary = {name: value for row in rows[:1] for name, value in row.items() if name != "step"}
         logged = [row for row in rows if "loss" in row]
         if logged:
-            ess = [row["ESS"] for row in logged]
-            summary |= {"ESS": sum(ess) / len(ess), "ESS_min": min(ess)}
+            steps = [0, *(row["step"] for row in logged)]
+            # A row is the mean over the updates since the one before.
+            ess = [row["ESS"] * (row["step"] - n) for row, n in zip(logged, steps, strict=False)]
+            summary |= {"ESS": sum(ess) / steps[-1]}
+            summary["ESS_min"] = min(row.get("ESS_min", row["ESS"]) for row in logged)
             summary["weight_max"] = max(row["weight_max"] for row in logged)
             summary |= {name: logged[-1][name] for name in COST}
         return summary

@@ -123,9 +123,10 @@ class Measures:
     ) -> dict[str, float]:
         """Means over the updates since the last call; empty if there was none.
 
-        They are ``ESS`` (effective over drawn trajectories), ``weight_mean``, ``weight_max``,
-        ``log_prob`` (mean over tokens), ``kl_approx`` (mean of log pi_ref - log p) and
-        ``clip_fraction``. Of the last update alone come the numbers of
+        They are ``ESS`` (effective over drawn trajectories), ``weight_mean``, ``log_prob`` (mean
+        over tokens), ``kl_approx`` (mean of log pi_ref - log p) and ``clip_fraction``. No means
+        are ``weight_max``, the largest weight of all these updates, and ``ESS_min``, the least ESS
+        of one. Of the last update alone come the numbers of
         :func:`~iwsft.diagnostics.describe` and ``unweighted_loss``. Those that are not known are
         left out, and ``choice`` is added. ``gather`` lists the values of all processes.
         """
@@ -139,12 +140,13 @@ class Measures:
         by_update = {
             "ESS": weight**2 / (draws * square),
             "weight_mean": weight / draws,
-            "weight_max": everyone[..., -1].amax(0),
             "log_prob": log_prob / draws,
             "kl_approx": kl / draws,
             "clip_fraction": clipped / draws,
         }
         means = {name: float(value.mean()) for name, value in by_update.items()}
+        means["weight_max"] = float(everyone[..., -1].max())
+        means["ESS_min"] = float(by_update["ESS"].min())
         total, divisor = torch.stack(unweighted).sum(0)
         means["unweighted_loss"] = float(total / divisor)
         known = {name: value for name, value in means.items() if not math.isnan(value)}

@@ -169,6 +169,7 @@ def _means(parts: list[Terms], clip_fraction: float) -> dict[str, float]:
         "ESS": sum(weights) ** 2 / sum(w**2 for w in weights) / number,
         "weight_mean": sum(weights) / number,
         "weight_max": max(weights),
+        "ESS_min": sum(weights) ** 2 / sum(w**2 for w in weights) / number,
         **{name: total / number for name, total in sums.items()},
         "unweighted_loss": unweighted / number,
         "weight_top1": max(weights) / sum(weights),
@@ -184,7 +185,7 @@ LAST = ("unweighted_loss", "weight_top1", "weight_length_corr", "weight_score_co
 @pytest.mark.parametrize("own", [{}, {"cached": True}, {"reference": False}], ids=str)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_measures_are_means_over_what_counts(own: dict[str, Any], processes: int) -> None:
-    """Of two micro-batches an update and process; the log line is the mean of two updates."""
+    """Of two micro-batches an update and process; the log line is of two updates."""
     # The largest weight is in another micro-batch each time.
     updates = [[_terms(10 * update + part, **own) for part in range(4)] for update in range(2)]
     width = 4 // processes
@@ -209,5 +210,8 @@ def test_measures_are_means_over_what_counts(own: dict[str, Any], processes: int
     by_update = [_means(parts, 0.75) for parts in updates]
     expected = {name: (by_update[0][name] + by_update[1][name]) / 2 for name in by_update[0]}
     expected |= {name: by_update[1][name] for name in LAST}
+    for name, extreme in (("weight_max", max), ("ESS_min", min)):
+        expected[name] = extreme(update[name] for update in by_update)
+    assert by_update[0]["weight_max"] != by_update[1]["weight_max"]
     assert collected == pytest.approx(expected, rel=1e-6)
     assert measures[0].collect(loss, lambda x: [x]) == {}

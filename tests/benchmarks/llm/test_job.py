@@ -205,13 +205,19 @@ def test_the_last_updates_are_logged_and_counted_too(
 ) -> None:
     own = ["--max-steps", "6", "--warmup", "0", "--sync-every", "2", "--q", "auto"]
     results = []
-    for every, steps in ((4, [4, 6]), (10, [6])):
+    for every, steps in ((4, [4, 6]), (10, [6]), (1, [*range(1, 7)])):
         folder = job(tmp_path / f"{every}", "iw-sft-hard", flags=[*own, "--log-every", f"{every}"])
         run = folder / "iw-sft-hard" / "seed-0"
         assert [row["step"] for row in rows(run)] == steps
         results.append(json.loads((run / "result.json").read_text()))
         assert results[-1]["cpu_seconds"] > results[-1]["evaluation_cpu_seconds"]
     assert results[0]["q"] == results[1]["q"]
+    # The rows of single updates.
+    ess, largest = ([row[name] for row in rows(run)] for name in ("ESS", "weight_max"))
+    assert min(largest) < max(largest) and min(ess) < max(ess)
+    truth = {"ESS": sum(ess) / 6, "ESS_min": min(ess), "weight_max": max(largest)}
+    for result in results:
+        assert {name: result[name] for name in truth} == pytest.approx(truth, rel=1e-9)
 
 
 def test_a_card_has_the_base_of_the_same_rows_alone(
