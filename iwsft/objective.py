@@ -325,6 +325,7 @@ class ImportanceWeightedMLE(PolicyLoss):
                 if valid.ndim > trajectories.batch_dims and valid.shape[-1] == 1:
                     valid = valid.squeeze(-1)
                 mask = valid.bool() if mask is None else mask & valid.bool()
+        self._check_masks_read(trajectories, found=mask is not None)
         predicted = getattr(self.actor_network, "predicted", None)
         if mask is not None and predicted is not None:
             mask = mask & predicted(trajectories)

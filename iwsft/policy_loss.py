@@ -15,6 +15,7 @@ from torchrl.objectives.common import LossModule
 
 from iwsft.trajectory import (
     ACTION,
+    ASSISTANT_MASK,
     DATA_WEIGHT,
     IMPORTANCE_WEIGHT,
     MULTIPLICITY,
@@ -120,6 +121,25 @@ class PolicyLoss(LossModule):
             if q.data_ptr() not in moved or q.numel() == 0:
                 moved.add(q.data_ptr())
                 yield q, theta[name]
+
+    def _check_masks_read(self, batch: TensorDictBase, *, found: bool) -> None:
+        """Refuse a mask of the steps that the default keys leave unread: padding would count.
+
+        ``found`` says whether they name one; beside it only the assistant's mask is needed.
+        """
+        if self.loss_mask_key != "auto":
+            return
+        for name in ("masks", "mask"):
+            entry = batch.get(name, default=None)
+            inside = isinstance(entry, TensorDictBase)
+            masks: dict[NestedKey, object]
+            masks = {(name, key): x for key, x in entry.items()} if inside else {name: entry}
+            key: NestedKey = ASSISTANT_MASK if ASSISTANT_MASK in masks else next(iter(masks), name)
+            mask = masks.get(key)
+            steps = isinstance(mask, Tensor) and mask.numel() == batch.batch_size.numel()
+            if steps and (not found or key == ASSISTANT_MASK):
+                way_out = f"set loss.loss_mask_key = {key!r}, or None to count every step"
+                raise ValueError(f"the batch has masks that this loss does not read: {way_out}")
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Protocol
 
@@ -162,6 +163,10 @@ class EMA(_Updater):
             raise ValueError(f"decay={decay} must be in [0, 1)")
         self.decay = decay
         super().__init__(loss, holder)
+        if any(q.is_floating_point() and q.itemsize < 4 for q, _ in self.holder.pairs()):
+            way_out = "hold the policy in float32 and run it under torch.autocast"
+            problem = f"q has half precision, which rounds away what a decay of {decay} moves it by"
+            warnings.warn(f"{problem}: {way_out}", UserWarning, stacklevel=2)
 
     @torch.no_grad()
     def step(self) -> None:

@@ -203,6 +203,8 @@ def _check_order(ids: Tensor, key: NestedKey) -> None:
 
 def fit(x: Tensor, shape: torch.Size, name: str) -> Tensor:
     """Check that there is one number a step; drop a trailing dimension of 1."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}, and must be a tensor, one number a step")
     if x.shape not in (shape, (*shape, 1)):
         raise ValueError(f"{name} has shape {list(x.shape)}, the batch has {list(shape)} steps")
     return x.reshape(shape)

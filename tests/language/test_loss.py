@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from iwsft.language.loss import Measures, negative_log_likelihood, token_loss
 from iwsft.objective import ImportanceWeightedMLE, Terms
 from iwsft.policies import CausalLMPolicy
-from iwsft.trajectory import ASSISTANT_MASK, TOKENS, Segments
+from iwsft.trajectory import ASSISTANT_MASK, MASK, TOKENS, Segments
 
 EXPERTS = {"num_local_experts": 4, "output_router_logits": True}
 DBRX = {
@@ -99,6 +99,17 @@ def test_a_term_that_is_off_is_none(family: str, own: dict[str, Any]) -> None:
 def test_the_keys_of_a_call_are_those_of_token_trajectories() -> None:
     loss = token_loss(CausalLMPolicy(model()), proposal="reference")
     assert {*loss.in_keys} == {*trajectories().keys(True, True)}
+
+
+def test_a_loss_that_does_not_read_the_assistant_mask_is_refused() -> None:
+    """Prompts would make answers longer than they are."""
+    loss = ImportanceWeightedMLE(CausalLMPolicy(model()), proposal="reference", functional=False)
+    batch = trajectories(2)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="loss_mask_key = .'masks', 'all_assistant_mask'"):
+            loss(batch)
+        # Also beside a mask that it does read.
+        batch.set(MASK, torch.ones(len(batch), dtype=torch.bool))
 
 
 @pytest.mark.parametrize("twice", [None, 2])

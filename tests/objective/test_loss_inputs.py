@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase, pad_sequence
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import nn
 from torchrl.modules import IndependentNormal, OneHotCategorical, ProbabilisticActor, TanhNormal
@@ -45,6 +45,26 @@ def test_mask_key_auto_named_and_none(
     everything = loss(padded)
     assert_same(everything, loss(padded.exclude(MASK)))
     assert everything["loss_iw_mle"] != expected["loss_iw_mle"]
+
+
+def test_a_mask_of_the_steps_that_is_not_read_is_refused(ready: Any, assert_near: Any) -> None:
+    """``tensordict.pad_sequence`` names masks otherwise than TorchRL, and padding would count."""
+    loss, packed = ready("current")
+    parts = [select(packed, torch.tensor([i])).exclude(TRAJ_IDS) for i in range(4)]
+    padded = pad_sequence(parts, return_mask=True)
+    with pytest.raises(ValueError, match="does not read: set loss.loss_mask_key = .'masks', '"):
+        loss(padded)
+    with pytest.raises(TypeError, match="mask is a TensorDict, and must be a tensor"):
+        loss(pad_sequence(parts, return_mask=MASK))
+    mask = padded["masks", "observation"]
+    with pytest.raises(ValueError, match="loss_mask_key = 'mask'"):
+        loss(padded.exclude("masks").set("mask", mask))
+    loss.loss_mask_key = ("masks", "observation")
+    assert_near(loss(padded), loss(packed))
+    loss.loss_mask_key = "auto"
+    assert_near(loss(padded.set(MASK, mask)), loss(packed))
+    # A mask of possible actions is none of steps.
+    assert_near(loss(packed.copy().set("mask", torch.ones(18, 2, dtype=torch.bool))), loss(packed))
 
 
 def test_nan_in_the_padding_of_nested_entries_does_not_leak() -> None:

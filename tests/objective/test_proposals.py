@@ -72,6 +72,19 @@ def test_ema_of_tensors_of_other_dtypes(make_loss: Any) -> None:
     assert not pair.q.requires_grad
 
 
+def test_a_q_of_half_precision_is_told_of(make_loss: Any, make_policy: Any) -> None:
+    """bfloat16 has 8 bits: q + 0.001 (theta - q) is q, where theta is less than the double of q."""
+    loss = make_loss("lagged", policy=make_policy(dtype=torch.bfloat16))
+    with pytest.warns(UserWarning, match="half precision, which rounds away"):
+        q = EMA(loss, decay=0.999)
+    before = qs(loss)
+    with torch.no_grad():
+        for parameter in loss.parameters():
+            parameter.mul_(1.5)
+    q.step()
+    assert_equal(qs(loss), before)
+
+
 @both_modes
 @pytest.mark.parametrize("every", [1, 2, 5])
 def test_hard_sync_copies_at_every_qth_update(make_loss: Any, functional: bool, every: int) -> None:
