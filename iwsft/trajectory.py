@@ -397,7 +397,8 @@ def check_data_weights(weight: Tensor, name: str) -> None:
     """Refuse the data weights of a whole dataset if one is NaN or infinite, or all are 0."""
     bad = (~weight.isfinite()).nonzero()
     if len(bad):
-        raise ValueError(f"{name} is NaN or infinite in {len(bad)} places, first {bad[0].tolist()}")
+        places = f"in {len(bad)} places, first {bad[0].tolist()}"
+        raise ValueError(f"{name} is NaN, infinite or beyond float32 {places}")
     if not bool(weight.any()):
         raise ValueError(f"{name} is 0 everywhere, so there is nothing to train on")
 

@@ -74,7 +74,7 @@ def test_a_beta_that_leaves_one_trajectory_is_told() -> None:
         ({"beta": 1.0}, "beta=1.0"),
         ({"weight": "square"}, "weight='square' is neither"),
         ({"weight": lambda scores: scores[:1]}, r"gave shape \[1\]; there are 3 trajectories"),
-        ({"weight": lambda scores: scores / 0}, "is NaN or infinite in 3 places"),
+        ({"weight": lambda scores: scores / 0}, "is NaN, infinite or beyond float32 in 3 places"),
         ({"weight": lambda scores: 0 * scores}, "is 0 everywhere"),
     ],
 )

@@ -302,7 +302,7 @@ def _poke(key: Any, value: float) -> Any:
         (
             _set(DATA_WEIGHT, torch.full((6,), torch.inf)),
             ValueError,
-            "^'data_weight' is NaN or inf",
+            "^'data_weight' is NaN, inf",
         ),
         (_set(DATA_WEIGHT, torch.zeros(6)), ValueError, "^'data_weight' is 0 everywhere"),
         (_set(TRAJ_IDS, torch.tensor([0, 0, 2, 2, 1, 1])), ValueError, "out of order at step 4"),

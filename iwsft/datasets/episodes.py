@@ -90,9 +90,12 @@ def check_steps(steps: Steps, source: str) -> None:
         values = getattr(steps, field)
         row = None if values is None else _first_row(values, lambda chunk: ~np.isfinite(chunk))
         if row is not None:
-            raise ValueError(
-                f"{source}: {field!r} is NaN or infinite at row {row}; repair or drop its episode"
-            )
+            # What is read as float32 no longer tells infinity from a large float64.
+            wrong, way_out = "infinite or beyond float32 (3.4e38)", "scale it, or repair"
+            if np.isnan(values[row]).any():
+                wrong, way_out = "NaN", "repair"
+            wrong = f"{field!r} is {wrong} at row {row}"
+            raise ValueError(f"{source}: {wrong}; {way_out} or drop its episode")
 
 
 def weigh_steps(steps: Steps, weight: Any, source: str) -> Steps:

@@ -125,7 +125,8 @@ def test_a_value_that_is_not_finite_is_named(field: str, value: float, row: int)
     steps = make([False] * (CHUNK + 5), [False] * (CHUNK + 5), following=True)
     array = getattr(steps, field)
     array[row:] = value
-    with pytest.raises(ValueError, match=rf"here: '{field}' is NaN or infinite at row {row};"):
+    named = "NaN" if np.isnan(value) else r"infinite or beyond float32 \(3.4e38\)"
+    with pytest.raises(ValueError, match=rf"here: '{field}' is {named} at row {row};"):
         pack_steps(steps, "here")
 
 

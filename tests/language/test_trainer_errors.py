@@ -236,7 +236,7 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="not a Held; pass its .trajectories"):
         trainer(tmp_path, data=Held())  # type: ignore[arg-type]
     for weight, message in (
-        (torch.nan, "'data_weight' is NaN or infinite"),
+        (torch.nan, "'data_weight' is NaN, infinite or"),
         (0.0, "'data_weight' is 0 everywhere"),
         (-1.0, "'data_weight' is negative, and this loss then has no lower bound"),
     ):
