@@ -32,7 +32,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 _OF_ARGUMENT = "Argument helptext:"
 # Endings of the files that commands read.
 _FILES = (".jsonl", ".json", ".parquet", ".hdf5", ".h5", ".npz")
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w.-]+)?")
 # Options that belong to a command.
 _FIXED = re.compile(r"--(\S+) (\S+)")
 Parsed = TypeVar("Parsed")

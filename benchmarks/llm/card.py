@@ -11,6 +11,7 @@ import numpy as np
 from huggingface_hub import ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
 
+from benchmarks.llm.models import split_commit
 from benchmarks.llm.options import ALGORITHMS, BASE
 from benchmarks.runs import CONFIG, RESULT
 from benchmarks.statistics import t_interval
@@ -78,11 +79,13 @@ def _lines(
 ) -> Iterator[str]:
     settings = config["settings"]
     training, algo = settings["training"], settings["algo"]
-    model = settings.get("model") or f"the model of the recipe {settings['recipe']}"
+    # The loop names it with its commit.
+    named = split_commit(settings["model"])[0] if "model" in settings else None
+    model = named or f"the model of the recipe {settings['recipe']}"
     data = settings.get("data") or f"the data of the recipe {settings['recipe']}"
     head = ModelCardData(
         # The hub takes no paths.
-        base_model=None if Path(model).expanduser().exists() else settings.get("model"),
+        base_model=None if Path(model).expanduser().exists() else named,
         library_name="peft" if adapters else "transformers",
         pipeline_tag="text-generation",
         tags=["iwsft", algo],

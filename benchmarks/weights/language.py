@@ -16,7 +16,7 @@ from benchmarks.llm.curation import curated_rows
 from benchmarks.llm.launch import Launch
 from benchmarks.llm.options import BASE, parse
 from benchmarks.llm.recipes.chat import read_rows
-from benchmarks.llm.run import Run, curated_of, prepare
+from benchmarks.llm.run import Run, commits_in, curated_of, prepare
 from benchmarks.runs import CONFIG
 from benchmarks.weights.options import Options
 from benchmarks.weights.source import Source, chain_of, notes_of
@@ -44,7 +44,8 @@ def of_run(options: Options, folder: Path, config: dict[str, Any], out: Path) ->
         way_out = "continue the run with --resume, until it is finished"
         raise FileNotFoundError(f"{folder} has no checkpoint/ with a model; {way_out}")
     given = replace(parse(["--config", str(folder / CONFIG)]), out=out)
-    run = Run(given.recipe, algo, int(config["seed"]), given, Launch("single"))
+    commits = commits_in(config["settings"])
+    run = Run(given.recipe, algo, int(config["seed"]), given, Launch("single"), commits)
     assert run.algorithm is not None
     weighted = run.algorithm.proposal != "reference"
     own = run.algorithm.importance_weights(given.settings)

@@ -173,13 +173,19 @@ class VLLMGenerator(Generator):
     """Generates with vLLM, which batches by itself and promises that a seed fixes the tokens.
 
     ``dtype`` is torch's name of a number format; ``"auto"`` keeps the format of the files.
-    ``parallel`` GPUs share one copy of the model, a folder or hub id. vLLM raises temperatures
-    between 0 and 0.01 to 0.01, with a warning, and ``min_tokens`` holds back the model's own end
-    token even where it is not among the stop tokens.
+    ``parallel`` GPUs share one copy of the model, a folder or hub id. ``revision`` is the branch or
+    commit of a hub id. vLLM raises temperatures between 0 and 0.01 to 0.01, with a warning, and
+    ``min_tokens`` holds back the model's own end token even where it is not among the stop tokens.
     """
 
     def __init__(
-        self, model: str, *, dtype: str = "auto", parallel: int = 1, trust_remote_code: bool = False
+        self,
+        model: str,
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        parallel: int = 1,
+        trust_remote_code: bool = False,
     ) -> None:
         try:
             from vllm import LLM, SamplingParams
@@ -188,13 +194,17 @@ class VLLMGenerator(Generator):
         if dtype == "auto":
             from transformers import AutoConfig
 
-            config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(
+                model, revision=revision, trust_remote_code=trust_remote_code
+            )
             # vLLM's own "auto" takes half of the bits of float32.
             if config.get_text_config().dtype == torch.float32:
                 dtype = "float32"
         self._settings = SamplingParams
         self._engine = LLM(
             model=model,
+            revision=revision,
+            tokenizer_revision=revision,
             dtype=dtype,
             tensor_parallel_size=parallel,
             trust_remote_code=trust_remote_code,

@@ -71,6 +71,11 @@ class Options:
     """Continue an interrupted evaluation and keep what it generated."""
 
     @property
+    def name(self) -> str:
+        """The name of the model's folder of results."""
+        return Path(self.model).resolve().name
+
+    @property
     def batch(self) -> int:
         """Answers that are generated together."""
         return _BATCH[self.backend] if self.batch_size is None else self.batch_size

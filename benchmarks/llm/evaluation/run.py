@@ -19,7 +19,7 @@ from rich.console import Console
 from benchmarks.commands import typed
 from benchmarks.llm.evaluation.options import Options
 from benchmarks.llm.evaluation.tasks import QuestionSet, read_questions
-from benchmarks.llm.generators import load_generator, load_prompter
+from benchmarks.llm.generators import load_generator, load_prompter, pinned
 from benchmarks.options import check_once, chosen_device
 from benchmarks.results import printable
 from benchmarks.runs import CONFIG, RESULT, claim, hardware, versions
@@ -46,7 +46,9 @@ _PACKAGES = ("torch", "transformers", "vllm", "math-verify", "sympy", "latex2sym
 
 def run(options: Options) -> list[dict[str, Any]]:
     """Evaluate a model on the tasks, after all checks, and return each ``result.json``."""
-    prompter = load_prompter(options.model, trust_remote_code=options.trust_remote_code)
+    earlier = (options.out / options.name).glob(f"*/{CONFIG}") if options.resume else ()
+    model_name = pinned(options.model, *sorted(earlier))
+    prompter = load_prompter(model_name, trust_remote_code=options.trust_remote_code)
     sets = [read_questions(name, seed=options.seed, limit=options.limit) for name in options.tasks]
     check_once(tasks=[each.name for each in sets])
     evaluations = [_Evaluation(options, each, prompter) for each in sets]
@@ -72,7 +74,7 @@ def run(options: Options) -> list[dict[str, Any]]:
                 if missing:
                     if model is None:
                         model = load_generator(
-                            options.model,
+                            model_name,
                             backend=options.backend,
                             batch=options.batch,
                             device=chosen_device(options.device),
@@ -117,8 +119,7 @@ class _Evaluation:
     @property
     def folder(self) -> Path:
         """The folder of the task's results."""
-        model = Path(self.options.model).resolve().name
-        return self.options.out / model / self.task.name
+        return self.options.out / self.options.name / self.task.name
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -9,16 +9,16 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.commands import typed
-from benchmarks.llm.generators import load_prompter
+from benchmarks.llm.generators import load_prompter, pinned
 from benchmarks.llm.launch import Launch
 from benchmarks.llm.loop.options import LoopOptions
 from benchmarks.llm.loop.stages import LanguageLoop
 from benchmarks.llm.loop.verifiers import Prompt, Verifier, read_prompts
-from benchmarks.llm.models import locate, shortest
+from benchmarks.llm.models import shortest
 from benchmarks.llm.options import ALGORITHMS
 from benchmarks.llm.run import Run, training_arguments
 from benchmarks.report.loops import LOOP, show_loop
-from benchmarks.runs import hardware, tell, versions
+from benchmarks.runs import CONFIG, hardware, tell, versions
 from iwsft.language.generations import Prompter
 from iwsft.loop import run_loop
 
@@ -37,7 +37,7 @@ def run_rounds(options: LoopOptions) -> list[dict[str, Any]]:
         launch = Launch("single", device=job.own_device)
         run = Run(job.recipe, options.algo, options.seed, job, launch)
         training_arguments(run, ALGORITHMS[options.algo])
-    start = locate(options.model)
+    start = pinned(options.model, *([options.out / CONFIG] if options.resume else []))
     prompter = load_prompter(start, trust_remote_code=options.trust_remote_code)
     prompts = _read(options, options.prompts, prompter, limit=options.limit)
     held_out = _read(options, options.eval_prompts, prompter) if options.eval_prompts else []

@@ -18,7 +18,9 @@ Record = Mapping[str, Any]
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 # Files of rows that would be left out beside those of another kind.
 _TABLES = {".jsonl", ".parquet", ".csv", ".tsv"}
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+# Perhaps with a commit, a branch or a tag.
+_HUB_NAME = re.compile(r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?:@([\w./-]+))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SPACE = re.compile(r"\s*")
 
 
@@ -30,9 +32,10 @@ def records(
     """Iterate over the records of a source, each with its place, see :func:`iwsft.language.read`.
 
     ``source`` is a ``.jsonl``, ``.json`` or ``.parquet`` file; a folder (written by
-    ``Dataset.save_to_disk``, or with such files); the name of a Hugging Face dataset; or records in
-    memory. Arrow, which Parquet files and datasets are, gives every record the keys of all records.
-    So a null inside a column is dropped there, the data's own too. JSON keeps it.
+    ``Dataset.save_to_disk``, or with such files); the name of a Hugging Face dataset, perhaps with
+    a commit (``NAME@COMMIT``); or records in memory. Arrow, which Parquet files and datasets are,
+    gives every record the keys of all records. So a null inside a column is dropped there, the
+    data's own too. JSON keeps it.
     """
     for where, record in _values(source, split, config):
         if not isinstance(record, Mapping):
@@ -46,7 +49,8 @@ def dataset_commit(name: str, config: str | None = None) -> str:
     require("datasets")
     import datasets  # type: ignore[import-untyped]
 
-    return str(datasets.load_dataset_builder(name, config).hash)
+    name, _, revision = name.partition("@")
+    return str(datasets.load_dataset_builder(name, config, revision=revision or None).hash)
 
 
 @contextmanager
@@ -70,11 +74,12 @@ def _values(source: Any, split: str | None, config: str | None) -> Iterator[tupl
         if split is not None or config is not None:
             raise ValueError(f"{path} is a file without splits and configurations; don't name one")
         return _parquet(path) if path.suffix.lower() == ".parquet" else _json(path)
-    if isinstance(source, Path) or path.exists() or not _HUB_NAME.fullmatch(source):
+    named = None if isinstance(source, Path) or path.exists() else _HUB_NAME.fullmatch(source)
+    if named is None:
         files = f"a file that ends in {', '.join(_SUFFIXES)}"
         way_out = f"pass a folder, the name of a Hugging Face dataset, or {files}"
         raise ValueError(f"{source} is not data that can be read: {way_out}")
-    return _from_datasets(source, split, config)
+    return _from_datasets(named[1], split, config, named[2])
 
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
@@ -160,7 +165,7 @@ def _kind(path: Path) -> str:
 
 
 def _from_datasets(
-    name: str, split: str | None, config: str | None
+    name: str, split: str | None, config: str | None, revision: str | None = None
 ) -> Iterator[tuple[str, Record]]:
     require("datasets")
     import datasets
@@ -195,7 +200,15 @@ def _from_datasets(
                 return chain.from_iterable(map(_json, files))
             if suffixes == {".parquet"}:
                 return chain.from_iterable(map(_parquet, files))
-        data = datasets.load_dataset(name, config, split=split)
+        if revision is not None:
+            commit = datasets.load_dataset_builder(name, config, revision=revision).hash
+            # Without the hub, datasets takes the newest copy, whatever the revision.
+            if _COMMIT.fullmatch(revision) and commit != revision:
+                raise ValueError(
+                    f"the newest copy here is of commit {commit}, not {revision}; "
+                    "run where the hub can be reached, or pass a file"
+                )
+        data = datasets.load_dataset(name, config, split=split, revision=revision)
     except ConnectionError as error:
         raise ConnectionError(f"{name!r} can't be reached ({error}); pass a file") from error
     # DatasetNotFoundError and EmptyDatasetError are FileNotFoundErrors.
