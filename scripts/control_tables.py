@@ -37,6 +37,7 @@ FORMS = {
     "iw-sft-step": "iw-SFT-step",
     **ALGORITHMS,
     "ess0.4/iw-sft-q": "iw-SFT(Q), ESS 0.4",
+    "awac": "AWAC",
     "iql": "IQL",
     "td3-bc": "TD3+BC",
 }
