@@ -289,7 +289,7 @@ def test_data_weights_are_a_field_or_an_array(episode_fields: Make, write: Write
         (np.ones(6), r"shape \[6\], it must be a number for each of the 7 steps"),
         (np.ones((7, 2)), r"shape \[7, 2\], it must be"),
         (["0.5"] * 7, "the data weight is of type <U3 and"),
-        (np.arange(7) / np.arange(1, 8)[::-1] * np.nan, "NaN, infinite or beyond float32 in 7 places"),
+        (np.arange(7) / np.arange(1, 8)[::-1] * np.nan, "NaN, infinite or beyond float32 in 7"),
         ([1, 1, 1, np.inf, 1, 1, 1], r"infinite or beyond float32 in 1 places, first \[3\]"),
         ([1, 1, 1e39, 1, 1, 1, 1], r"infinite or beyond float32 in 1 places, first \[2\]"),
         (np.zeros(7), "the data weight is 0 everywhere"),
