@@ -33,6 +33,7 @@ from baselines.normalization import Normalization
 from baselines.windows import RETURN_TO_GO, WindowSampler, returns_to_go
 from iwsft.acting import IS_INIT, PREVIOUS_REWARD
 from iwsft.extras import require
+from iwsft.samplers import multiplicities
 from iwsft.training import Schedule
 from iwsft.trajectory import ACTION, OBSERVATION, lengths
 
@@ -289,11 +290,13 @@ def _fit_to(acting: DTPolicy, trajectories: TensorDictBase, settings: Settings) 
     """Set what depends on the data: the scales of observations and returns, and the target."""
     network = acting.network
     network.normalization.load_state_dict(Normalization.of(trajectories).state_dict())
-    to_go = returns_to_go(trajectories)
-    if not bool(to_go.any()):
+    to_go, sizes = returns_to_go(trajectories), lengths(trajectories)
+    # Trajectories that are never drawn set neither scale nor target.
+    counted = (multiplicities(trajectories, sizes) > 0).to(sizes.device)
+    of_steps = to_go[counted.repeat_interleave(sizes)]
+    if not bool(of_steps.any()):
         raise ValueError("all rewards are 0: there is no return to condition actions on")
     if settings.return_scale is None:
-        network.return_scale.copy_(to_go.abs().max())
+        network.return_scale.copy_(of_steps.abs().max())
     if settings.target_return is None:
-        sizes = lengths(trajectories)
-        acting.target_return.copy_(to_go[sizes.cumsum(0) - sizes].max())
+        acting.target_return.copy_(to_go[(sizes.cumsum(0) - sizes)[counted]].max())

@@ -11,7 +11,15 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from iwsft.trajectory import ACTION, NEXT_OBSERVATION, OBSERVATION, Segments
+from iwsft.samplers import multiplicities
+from iwsft.trajectory import (
+    ACTION,
+    MULTIPLICITY,
+    NEXT_OBSERVATION,
+    OBSERVATION,
+    Segments,
+    lengths,
+)
 
 # Added to the standard deviation, so that a constant feature is not divided by 0.
 _LEAST_STD = 1e-3
@@ -37,10 +45,17 @@ class Normalization(nn.Module):
 
     @classmethod
     def of(cls, trajectories: TensorDictBase) -> Normalization:
-        """Return the normalization of packed trajectories, over all their valid steps."""
-        observation = trajectories.get(OBSERVATION)
+        """Return the normalization of packed trajectories, over all their valid steps.
+
+        A step counts as often as its trajectory's ``multiplicity`` says, where there is one.
+        """
+        observation, valid = trajectories.get(OBSERVATION), Segments.of(trajectories).valid
         # In float64: the variance of a feature far from 0 cancels in float32.
-        steps = observation[Segments.of(trajectories).valid].double()
+        steps = observation[valid].double()
+        if trajectories.get(MULTIPLICITY, default=None) is not None:
+            sizes = lengths(trajectories)
+            counts = multiplicities(trajectories, sizes).to(sizes.device).repeat_interleave(sizes)
+            steps = steps.repeat_interleave(counts[valid], dim=0)
         out = cls(observation.shape[-1]).to(observation)
         out.mean.copy_(steps.mean(0))
         out.std.copy_(steps.std(0, correction=0) + _LEAST_STD)

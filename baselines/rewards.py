@@ -6,7 +6,8 @@ from typing import Literal, get_args
 
 from tensordict import TensorDictBase
 
-from iwsft.trajectory import ACTION, REWARD, Segments
+from iwsft.samplers import multiplicities
+from iwsft.trajectory import ACTION, REWARD, Segments, lengths
 
 Rewards = Literal["as they are", "return range", "minus one", "times 100"]
 
@@ -17,10 +18,10 @@ def transformed(trajectories: TensorDictBase, rewards: Rewards) -> TensorDictBas
     Args:
         trajectories: Packed trajectories with rewards.
         rewards: ``"as they are"`` changes nothing. ``"return range"`` multiplies rewards by
-            1000 / (largest - least return of a trajectory), so that the returns of every dataset
-            span 1000 (IQL on locomotion). ``"minus one"`` subtracts 1 from each reward: 0 at the
-            goal and -1 at every other step, where the data have 1 and 0 (IQL on antmaze).
-            ``"times 100"`` multiplies each by 100 (ReBRAC on antmaze).
+            1000 / (largest - least return of a trajectory that counts), so that the returns of
+            every dataset span 1000 (IQL on locomotion). ``"minus one"`` subtracts 1 from each
+            reward: 0 at the goal and -1 at every other step, where the data have 1 and 0 (IQL on
+            antmaze). ``"times 100"`` multiplies each by 100 (ReBRAC on antmaze).
 
     Raises:
         ValueError: The name is unknown, or rewards are to be scaled and all returns are equal.
@@ -46,9 +47,11 @@ def clipped_actions(trajectories: TensorDictBase, margin: float = 1e-5) -> Tenso
 
 
 def _range_of_returns(trajectories: TensorDictBase) -> float:
-    segments = Segments.of(trajectories)
+    sizes = lengths(trajectories)
+    counted = (multiplicities(trajectories, sizes) > 0).to(sizes.device)
     # Slots past the last trajectory are empty.
-    returns = segments.sum(trajectories.get(REWARD))[: int(segments.index[-1]) + 1].double()
+    returns = Segments.of(trajectories).sum(trajectories.get(REWARD))[: len(sizes)]
+    returns = returns[counted].double()
     spread = float(returns.max() - returns.min())
     if not spread > 0:
         raise ValueError(

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 
+from baselines import BASELINES, algorithm
 from baselines.normalization import Normalization, NormalizedPolicy, normalized
-from iwsft.trajectory import ACTION, MASK, NEXT_OBSERVATION, OBSERVATION
+from iwsft.trajectory import (
+    ACTION,
+    MASK,
+    MULTIPLICITY,
+    NEXT_OBSERVATION,
+    OBSERVATION,
+    REWARD,
+    TRAJ_IDS,
+)
 
 MakeTrajectories = Callable[..., TensorDict]
 
@@ -66,6 +78,38 @@ def test_masked_steps_do_not_count(make_trajectories: MakeTrajectories) -> None:
     data.set(MASK, valid)
     got = Normalization.of(data)
     assert torch.equal(got.mean, expected.mean) and torch.equal(got.std, expected.std)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_counted_trajectories_are_read_as_repeated_ones(
+    make_trajectories: MakeTrajectories, name: str
+) -> None:
+    data = make_trajectories((5, 4, 9, 3))
+    # The second, which does not count, has the most extreme return.
+    data.get(REWARD)[5:9] += 100
+    counts = (2, 0, 1, 3)
+    parts = torch.split(data, [5, 4, 9, 3])
+    repeated = torch.cat(
+        [part.clone() for part, count in zip(parts, counts, strict=True) for _ in range(count)]
+    )
+    sizes = torch.tensor([5, 5, 9, 3, 3, 3])
+    repeated.set(TRAJ_IDS, torch.arange(6).repeat_interleave(sizes))
+    data.set(MULTIPLICITY, torch.tensor(counts).repeat_interleave(torch.tensor([5, 4, 9, 3])))
+
+    settings, _ = algorithm(name).published("hopper-medium-v2")
+    small: dict[str, Any] = {field: (8,) for field in vars(settings) if field.endswith("hidden")}
+    small |= {"normalize": True} if name == "cql" else {}
+    if name == "dt":
+        small = {"width": 8, "layers": 1, "target_return": None, "return_scale": None}
+    learners = [
+        algorithm(name).build(each, replace(settings, **small), seed=0) for each in (data, repeated)
+    ]
+    ours, theirs = (learner.policy.state_dict() for learner in learners)
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-6, atol=1e-8, msg=key)
+    if name != "dt":
+        first = [learner.sampler.trajectories[REWARD][0] for learner in learners]  # type: ignore[attr-defined]
+        torch.testing.assert_close(first[0], first[1])
 
 
 def test_the_policy_reads_raw_states_and_its_state_dict_carries_the_numbers(
