@@ -24,7 +24,7 @@ from benchmarks.report.document import INK, NOTHING, Grid, interval_text
 from benchmarks.report.figures import Panels
 from benchmarks.report.scores import algorithm_colour, algorithm_label
 from benchmarks.runs import hardware, versions
-from benchmarks.statistics import t_interval
+from benchmarks.statistics import MIN_SEEDS, t_interval
 from iwsft import EMA, HardSync, ImportanceWeightedMLE, annotate_reference
 from iwsft.files import write_json, written_whole
 from iwsft.progress import Progress
@@ -176,13 +176,14 @@ def draw(numbers: dict[str, dict[str, Any]]) -> Panels:
 
 
 def table(numbers: dict[str, dict[str, Any]]) -> Grid:
-    """Table of the last policies: mean over seeds and 95 % interval."""
+    """Table of the last policies: mean over seeds, and from three on the 95 % interval."""
     columns = ["algorithm", "P(right)", "right in D+", "mean reward", "95 % interval", "limit"]
     columns.append("ESS")
     grid = Grid(columns, left=1)
     for algorithm, row in numbers.items():
         keys = ("p_right", "right_share_of_successes", "mean_reward")
-        ends = row["curve"]["low"][-1], row["curve"]["high"][-1]
+        few = len(row["p_right"]) < MIN_SEEDS
+        ends = None if few else (row["curve"]["low"][-1], row["curve"]["high"][-1])
         means = [f"{np.mean(row[key]):.4f}" for key in keys]
         limit = NOTHING if row["limit"] is None else f"{row['limit']:.4f}"
         row_of = [algorithm_label(algorithm), *means, interval_text(ends, 4), limit]

@@ -20,6 +20,8 @@ from benchmarks.bandit.experiment import (
     draw_pulls,
     limits,
     main,
+    summary,
+    table,
     train,
     training_data,
 )
@@ -102,6 +104,15 @@ def test_figure_and_numbers_are_written(finished: tuple[Path, dict[Any, list[Ban
             low - 1e-12 <= mean <= high + 1e-12
             for low, mean, high in zip(curve["low"], curve["mean"], curve["high"], strict=True)
         )
+
+
+@pytest.mark.parametrize(("seeds", "shown"), [(1, "-"), (2, "-"), (3, "0.5016 to 0.9984")])
+def test_few_seeds_have_no_interval(seeds: int, shown: str) -> None:
+    """Of one seed it would have no width. By hand: 0.75 +- 4.3027 * 0.1 / sqrt(3)."""
+    ends = np.array([0.3, 0.7, 0.5])[:seeds]
+    runs = [BanditRun(np.array([0.5, right]), 0.6, 1.0) for right in ends]
+    (row,) = table(summary({"sft": runs}, 0.5)).rows
+    assert row[4] == shown
 
 
 def test_limits_follow_from_the_arms() -> None:
