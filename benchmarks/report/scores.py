@@ -51,6 +51,7 @@ ALGORITHMS = {
     "nft": ("NFT", "#3c7585"),
     "asymre": ("AsymRE", "#6aa6a0"),
 }
+_BASELINES = ("awac", "td3-bc", "rebrac", "cql", "iql", "dt")
 _OTHER = "#808080"
 # Entry of a control run that is its score where the dataset has no reference scores.
 RETURN = "return_mean"
@@ -82,8 +83,10 @@ def _family(algo: str) -> str:
 
 def published_steps(run: RecordedRun) -> int:
     """Updates of a published run; the run's own, where it has as many or nothing is published."""
-    # What an algorithm of the user's own records is the default of its file.
-    recorded = run.result.get("published_steps") if _family(run.algo) in ALGORITHMS else None
+    # What an algorithm of the user's own records is the default of its file. In control, names of
+    # methods for language models are free.
+    names = _BASELINES if "baseline" in run.config.get("settings", {}) else ALGORITHMS
+    recorded = run.result.get("published_steps") if _family(run.algo) in names else None
     return int(recorded or run.result["steps"])
 
 

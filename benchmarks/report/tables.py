@@ -22,6 +22,7 @@ FEW_SEEDS = (
 )
 _UNDER_TRAINED = f"Under-trained: {scores.UNDER_TRAINED}; never the best, and in no comparison."
 _TIE = "The highest, but a tie: no interval of the difference to the next one leaves 0 out."
+_NO_INTERVAL = f"The highest, but fewer than {MIN_SEEDS} seeds have no interval: it may not be better."
 _MOVING = "Not levelled off: score or Q still changes over the last third of the updates."
 _RETURN = "Mean return: the dataset has no D4RL reference scores."
 EQUAL_SEEDS = "All seeds have the same value: no interval follows from it."
@@ -105,7 +106,7 @@ def matrix_grid(group: Sequence[Cell]) -> Grid:
     by_name = {(cell.dataset, cell.algo): cell for cell in group}
     fair = [[c for c in group if c.dataset == task and not c.under_trained] for task in tasks]
     ranks = [sorted(cells, key=lambda cell: -cell.mean) for cells in fair if len(cells) > 1]
-    highest = {(a.dataset, a.algo): scores.is_higher([a], [b]) for a, b, *_ in ranks}
+    highest = {(a.dataset, a.algo): _leads(a, b) for a, b, *_ in ranks}
     for name in names:
         row = [scores.algorithm_label(name)]
         for task in tasks:
@@ -116,10 +117,17 @@ def matrix_grid(group: Sequence[Cell]) -> Grid:
                 notes.append(_RETURN)
             if (task, name) in highest:
                 grid.bold.add((len(grid.rows), len(row)))
-                notes += [_TIE] * (not highest[task, name])
+                notes += highest[task, name]
             row.append(NOTHING if cell is None else grid.marked(f"{cell.mean:.1f}", notes))
         grid.rows.append(row)
     return grid
+
+
+def _leads(highest: Cell, following: Cell) -> list[str]:
+    """A note that the highest cell may not be the best; empty if its lead is settled."""
+    if scores.compare([highest], [following]) is None:
+        return [_NO_INTERVAL]
+    return [] if scores.is_higher([highest], [following]) else [_TIE]
 
 
 def _measured(grid: Grid, cell: Cell, cut_off: int) -> list[str]:

@@ -120,6 +120,7 @@ def test_table_numbers(runs: Path, scores_of_runs: Scores) -> None:
         ([10.0, 12.0, 30.0], "21.0 [1]"),
         ([20.0, 22.0, 21.0], "21.0 [1]"),  # the first of two equal means
         ([10.0, 12.0], "21.0 [1]"),  # too few for a test
+        ([10.0], "21.0 [1]"),
     ],
 )
 def test_the_highest_of_a_dataset_is_marked_and_so_is_a_tie(
@@ -134,6 +135,9 @@ def test_the_highest_of_a_dataset_is_marked_and_so_is_a_tie(
     p = scipy.stats.ttest_ind([20.0, 21.0, 22.0], others, equal_var=False).pvalue
     assert len(others) < 3 or (p < 0.05) == (marked == "21.0")
     assert [grid.rows[i][j] for i, j in grid.bold] == [marked]
+    (note,) = [note for note in grid.notes if note.startswith("The highest")] or [""]
+    assert ("tie" in note) == (len(others) == 3 and p >= 0.05)
+    assert ("fewer than 3 seeds have no interval" in note) == (len(others) < 3)
 
 
 def test_the_return_is_the_score_where_there_is_no_reference_score(
@@ -228,12 +232,19 @@ def test_fewer_updates_than_published_are_noted(
     assert scores.notes == notes and scores.rows[0][4] == f"1.0{mark}"
 
 
-@pytest.mark.parametrize(("algo", "published"), [("bc-5", True), ("mine", False)])
+@pytest.mark.parametrize(
+    ("algo", "published"),
+    # RWR is a method for language models, and the example of a control algorithm of one's own.
+    [("bc-5", True), ("iql", True), ("mine", False), ("rwr", False)],
+)
 def test_no_number_of_updates_is_published_for_an_algorithm_of_one_s_own(
     tmp_path: Path, make_run: MakeRun, algo: str, published: bool
 ) -> None:
+    more: dict[str, Any] = {"steps": 300, "published_steps": 10_000}
+    if algo != "bc-5":
+        more["config"] = {"settings": {"algo": algo, "baseline": {"steps": 300}}}
     for seed in range(3):
-        make_run(tmp_path, "hopper-a", algo, seed, seed, steps=300, published_steps=10_000)
+        make_run(tmp_path, "hopper-a", algo, seed, seed, **more)
     (cell,) = group = cells(read_runs(tmp_path, CONTROL))
     notes = ["300 of the published 10k updates. Under-trained: left out of aggregates."]
     assert score_grid(group).notes == notes * published
