@@ -169,8 +169,11 @@ def _summary(
         for name in best
     ]
     over = f"over {_counted(len(aggregates.datasets), 'dataset')}"
-    apart = len(best) > 1 and scores.is_higher(*(rows[name] for name in best))
-    title, verdict = ("Best", "") if apart else ("Highest", ": their means may be equal, a tie")
+    title, verdict = "Highest", ""
+    if len(best) > 1 and scores.is_higher(*(rows[name] for name in best)):
+        title = "Best"
+    elif len(best) > 1:
+        verdict = ": their means may be equal, a tie"
     ranked = escaped(", then ".join(ranks))
     yield f"**{title}.** {ranked} {over} (interquartile mean, 95 % interval){verdict}."
     pair = [rows[algo] for algo in (over_datasets.PAPER, over_datasets.BASIS) if algo in estimates]

@@ -22,7 +22,7 @@ FEW_SEEDS = (
 )
 _UNDER_TRAINED = f"Under-trained: {scores.UNDER_TRAINED}; never the best, and in no comparison."
 _TIE = "The highest, but a tie: no interval of the difference to the next one leaves 0 out."
-_NO_INTERVAL = f"The highest, but fewer than {MIN_SEEDS} seeds have no interval: it may not be better."
+_NO_INTERVAL = f"The highest, perhaps by chance: fewer than {MIN_SEEDS} seeds have no interval."
 _MOVING = "Not levelled off: score or Q still changes over the last third of the updates."
 _RETURN = "Mean return: the dataset has no D4RL reference scores."
 EQUAL_SEEDS = "All seeds have the same value: no interval follows from it."

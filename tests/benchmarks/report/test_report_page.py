@@ -327,6 +327,8 @@ def test_runs_without_a_config_are_reported(tmp_path: Path, make_run: MakeRun) -
     write_report(tmp_path, tmp_path / "report")
     page = (tmp_path / "report/report.md").read_text()
     assert "Hardware:\n\n- not recorded" in page and "| hopper-a | iw-SFT(Q) | 3 |" in page
+    # One algorithm ties with nothing.
+    assert "**Highest.** iw-SFT(Q) 1.0" in page and "tie" not in page
 
 
 def test_critics_and_long_runs_are_drawn(tmp_path: Path, make_run: MakeRun) -> None:
