@@ -118,6 +118,16 @@ def plain_warnings() -> Iterator[None]:
         warnings.formatwarning = before
 
 
+@contextmanager
+def warnings_until(words: str) -> Iterator[None]:
+    """Cut warnings off at these words, which begin a way out that the command does not have."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for each in caught:
+        warnings.warn(str(each.message).partition(words)[0], each.category, stacklevel=3)
+
+
 def one_line(error: object) -> str:
     """The message of an error or a warning, without what Python puts around it."""
     text = str(error)

@@ -165,7 +165,8 @@ class ControlLoop:
             same = f"all {len(scores)} episodes have the return {float(scores[0]):.4g}"
             ways = "more --episodes-per-round, another --start, or --top 100 for all"
             return {"stop": f"{same}, so none is better and the policy stays as it is; try {ways}"}
-        curated = curate(pool, cuts=cuts, ties="rank", score=SCORE, seed=self._seed(one))
+        with stopping.warnings_until("; ties="):
+            curated = curate(pool, cuts=cuts, ties="rank", score=SCORE, seed=self._seed(one))
         _write(one.folder / CURATED, curated)
         survivors, rounds = per_trajectory(curated, SCORE), per_trajectory(curated, ROUND)
         counts = per_trajectory(curated, MULTIPLICITY)

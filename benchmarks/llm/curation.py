@@ -12,6 +12,7 @@ from tensordict import TensorDictBase
 from benchmarks.llm.options import Variant
 from benchmarks.llm.recipes.chat import prompt_digest
 from benchmarks.llm.settings import Settings
+from benchmarks.stopping import warnings_until
 from iwsft.curation import curate, join
 from iwsft.datasets.text.rows import Row
 from iwsft.datasets.text.tokens import CORRECT, SCORE
@@ -103,7 +104,10 @@ def curated_rows(
         cuts, trajectories = (), trajectories.exclude(MULTIPLICITY)
     score = SCORE if cuts or beta is not None else _score_of(trajectories)
     weight: Any = None if beta is None else "softmax"
-    trajectories = curate(trajectories, cuts=cuts, score=score, weight=weight, beta=beta, seed=seed)
+    with warnings_until("; ties="):
+        trajectories = curate(
+            trajectories, cuts=cuts, score=score, weight=weight, beta=beta, seed=seed
+        )
     return trajectories if counts is None else trajectories.set(MULTIPLICITY, counts)
 
 

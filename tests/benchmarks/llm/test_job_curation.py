@@ -39,6 +39,21 @@ def test_rows_that_count_0_times_judge_nothing() -> None:
     assert int(counts.sum()) == sum(k % 3 for k in range(30) if f"{k}" not in apart)
 
 
+def test_a_warning_of_equal_scores_names_no_option_that_the_command_lacks() -> None:
+    rows = [
+        Row(f"{k}", prompt=f"{k}?", completion="yes", score=float(k == 0), correct=True)
+        for k in range(8)
+    ]
+    settings = Settings(learning_rate=1e-3, batch_size=4, max_steps=1, cuts=(50,))
+    with pytest.warns(UserWarning) as caught:
+        data = curated(rows, byte_level(), ALGORITHMS["iw-sft"], settings, seed=0)
+    assert len(lengths(data)) == 4
+    assert [str(each.message) for each in caught] == [
+        "cut 50 falls among 7 equal scores (0): 3 of the 4 trajectories kept are drawn by chance "
+        "from them"
+    ]
+
+
 def test_d_plus_and_its_multiplicity(small: tuple[str, str], tmp_path: Path) -> None:
     """Right rows alone; with quality cuts each cut that a row survives is one copy of it."""
     _, tokenizer = load(small[0])
