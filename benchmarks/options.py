@@ -367,7 +367,7 @@ def check_used(name: str, value: object, used: bool, where: str) -> None:
 def check_folder(name: str) -> None:
     """Check that a model is there where its name is a path: no hub id, or in a folder."""
     path = Path(name).expanduser()
-    around = path.parent.is_dir() and "/" in name
+    around = path.is_symlink() or (path.parent.is_dir() and "/" in name)
     if not path.exists() and (around or not _HUB_ID.fullmatch(name)):
         raise FileNotFoundError(f"there is no model folder {name}{_neighbour(path)}")
 
@@ -380,7 +380,9 @@ def check_file(name: str) -> None:
 
 
 def _neighbour(path: Path) -> str:
-    """A hint at what is there, in the same folder, under nearly the same name."""
+    """A hint at where a link points, or at what is in the folder under nearly the same name."""
+    if path.is_symlink():
+        return f": it is a link to {path.readlink()}, which is not there"
     names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
     near = nearest(path.name, names)
     return f"; did you mean {path.parent / near}?" if near else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -14,6 +14,7 @@ from typing import Any
 
 import rich
 import torch
+from tensordict import TensorDictBase
 from transformers import AutoModelForCausalLM
 
 from benchmarks import monitor, places, sweep
@@ -45,6 +46,7 @@ from iwsft.trajectory import DATA_WEIGHT
 
 # Options that say what a recipe prepares.
 _SOURCES = ("model", "data", "eval_data", "eval_share")
+_DataOf = Callable[[Run], TensorDictBase]
 _PACKAGES = ("torch", "tensordict", "torchrl", "transformers", "accelerate", "numpy")
 
 
@@ -213,11 +215,22 @@ def _prepare(runs: Sequence[Run], seeds: Sequence[Run]) -> None:
     prepared = [prepare(run) for run in seeds]
     for algo in {run.algo for run in runs if seeds} - {BASE}:
         _check_scores(algo, runs[0].options.settings, prepared[0].rows)
-    for run in [run for run in runs if run.algorithm is not None and seeds][:1]:
-        check_rows(run, prepared[0])
-    for run in {run.algo: run for run in runs if seeds}.values():
-        _check_weights(run, prepared[0])
-        _check_warmup(run, prepared[0])
+    made: dict[Any, TensorDictBase] = {}
+
+    def data_of(run: Run) -> TensorDictBase:
+        """The curated rows, made once for all algorithms that curate alike."""
+        assert run.algorithm is not None
+        key = replace(run.algorithm, proposal="current", per_step=False), run.settings.q
+        if key not in made:
+            made[key] = curated_of(run, prepared[0], run.tokenizer(prepared[0]))
+        return made[key]
+
+    trained = {run.algo: run for run in runs if run.algorithm is not None and seeds}.values()
+    for run in [*trained][:1]:
+        check_rows(run, prepared[0], data_of(run))
+    for run in trained:
+        _check_weights(run, prepared[0], data_of)
+        _check_warmup(run, data_of)
     for name, value in prepared[0].notes.items() if seeds else ():
         tell(f"{name}: {_in_words(value)}")
 
@@ -259,13 +272,12 @@ def _check_scores(algo: str, settings: Settings, rows: Sequence[Row]) -> None:
         )
 
 
-def _check_weights(run: Run, prepared: Prepared) -> None:
+def _check_weights(run: Run, prepared: Prepared, data_of: _DataOf) -> None:
     """Check that the loss of a run has a minimum with the rows' negative weights, if there are."""
     negative = next((row.where for row in prepared.rows if _has_negative_weight(row)), None)
     if run.algorithm is None or negative is None:
         return
-    data = curated_of(run, prepared, run.tokenizer(prepared))
-    weight = data.get(DATA_WEIGHT, default=torch.ones(()))
+    weight = data_of(run).get(DATA_WEIGHT, default=torch.ones(()))
     chain = run.algorithm.importance_weights(run.options.settings)
     try:
         chain.check_data_weights(weight, "weight", run.algorithm.proposal)
@@ -277,13 +289,13 @@ def _check_weights(run: Run, prepared: Prepared) -> None:
         ) from error
 
 
-def _check_warmup(run: Run, prepared: Prepared) -> None:
+def _check_warmup(run: Run, data_of: _DataOf) -> None:
     """Check that a warm-up that was asked for ends within the updates that --epochs give."""
     settings = run.options.settings
     asked = settings.warmup != own_warmup(run.options)
-    if run.algorithm is None or not (asked and settings.epochs):
+    if not (asked and settings.epochs):
         return
-    if problem := warmup_problem(run, curated_of(run, prepared, run.tokenizer(prepared))):
+    if problem := warmup_problem(run, data_of(run)):
         raise ValueError(f"{run.algo}: {problem}")
 
 

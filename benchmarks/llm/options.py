@@ -340,8 +340,8 @@ def describe_warmup(settings: Settings, updates: int) -> str | None:
     steps = warmup if warmup >= 1 else math.ceil(warmup * updates)
     if settings.scheduler == "constant" or steps < updates:
         return None
-    few = f"{updates} updates never reach --learning-rate"
-    return f"a warm-up of {warmup:g}: {few}; pass a smaller --warmup, or 0 for none"
+    few = "1 update never reaches" if updates == 1 else f"{updates} updates never reach"
+    return f"a warm-up of {warmup:g}: {few} --learning-rate; pass a smaller --warmup, or 0 for none"
 
 
 def own_warmup(options: Options) -> float:

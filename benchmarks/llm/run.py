@@ -165,12 +165,9 @@ def _multiplicity(data: TensorDictBase) -> torch.Tensor:
     return data.get(MULTIPLICITY)[lengths(data).cumsum(0) - 1]
 
 
-def check_rows(run: Run, prepared: Prepared) -> None:
-    """Check that the rows of training fit in the context; those of the test are cut to it."""
-    assert run.algorithm is not None
+def check_rows(run: Run, prepared: Prepared, data: TensorDictBase) -> None:
+    """Check that the curated rows fit in the context; those of the test are cut to it."""
     recipe, trusted = load_recipe(run.dataset), run.options.trust_remote_code
-    tokenizer = run.tokenizer(prepared)
-    data = curated_of(run, prepared, tokenizer)
     if run.settings.q and (reason := why_unweighted(prepared.rows)):
         runs.tell(f"{run}: {reason}")
     if run.settings.normalize_data_weights and data.get(DATA_WEIGHT, default=None) is None:
@@ -183,7 +180,9 @@ def check_rows(run: Run, prepared: Prepared) -> None:
             f"(max_position_embeddings); pass --max-length {context}, or another model"
         )
     if rows := recipe.tested_rows(prepared):
-        tokenize(rows, tokenizer, max_length=shortest(recipe.defaults.max_length, context))
+        tokenize(
+            rows, run.tokenizer(prepared), max_length=shortest(recipe.defaults.max_length, context)
+        )
 
 
 def train_and_score(run: Run) -> None:
@@ -349,12 +348,14 @@ def _train(run: Run, algorithm: Variant, prepared: Prepared) -> dict[str, Any]:
     before = run.folder / TRAINED
     if before.exists():
         return json.loads(before.read_text())
-    # transformers takes another one from accelerate where its own settings name none.
-    if args.mixed_precision != ("bf16" if args.bf16 else "no"):
+    # transformers takes that of accelerate where its own settings name none, and else ignores it.
+    mixed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if mixed not in ("no", "bf16" if args.bf16 else "no"):
+        other = ", or pass --precision bfloat16" if mixed == "bf16" else ""
         raise ValueError(
-            f"accelerate's mixed_precision is {args.mixed_precision}, and --precision "
-            f"{run.settings.precision}: drop it from accelerate's config and from the shell "
-            "(ACCELERATE_MIXED_PRECISION), or pass --precision bfloat16"
+            f"accelerate's mixed_precision is {mixed}, and --precision {run.settings.precision}: "
+            "drop it from accelerate's config and from the shell "
+            f"(ACCELERATE_MIXED_PRECISION){other}"
         )
     # Rows are checked before the weights, which may take minutes to load.
     tokenizer = run.tokenizer(prepared)

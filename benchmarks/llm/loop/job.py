@@ -109,7 +109,7 @@ def _check_apart(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
     if twins:
         first = twins[0]
         raise ValueError(
-            f"{len(twins)} of --eval-prompts are in --prompts too ({first.where} is "
+            f"--eval-prompts has prompts of --prompts (rows: {len(twins)}; {first.where} is "
             f"{places[repr(first.content)]}); drop them from one of both"
         )
 
@@ -123,8 +123,8 @@ def describe_twins(source: str, prompts: Sequence[Prompt]) -> str | None:
         return None
     other = sum(one.row.get("answer") != twin.row.get("answer") for one, twin in twins)
     return (
-        f"{len(twins)} prompts of {source} have the text of an earlier one, {other} of them with "
-        f"another answer; first: {twins[0][0].where} and {twins[0][1].where}"
+        f"{source} has prompts with the text of an earlier one (rows: {len(twins)}, with another "
+        f"answer: {other}); first: {twins[0][0].where} and {twins[0][1].where}"
     )
 
 
@@ -139,7 +139,7 @@ def describe_unread(source: str, prompts: Sequence[Prompt]) -> str | None:
                 counts[name] += 1
     if not counts:
         return None
-    columns = ", ".join(f"{name!r} ({count} rows)" for name, count in counts.items())
+    columns = ", ".join(f"{name!r} (rows: {count})" for name, count in counts.items())
     return f"{source}: the model is not asked {columns}; write it into the prompt if it matters"
 
 

@@ -193,8 +193,8 @@ def check_apart(training: Iterable[Row], held_out: Iterable[Row]) -> None:
     if twins:
         where, twin = twins[0]
         raise ValueError(
-            f"{len(twins)} rows of --eval-data have a prompt of --data ({where} has that of "
-            f"{twin}); drop them from one of both"
+            f"--eval-data has prompts of --data (rows: {len(twins)}; {where} has that of {twin}); "
+            "drop them from one of both"
         )
 
 

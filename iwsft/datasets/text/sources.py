@@ -161,7 +161,18 @@ def _from_memory(data: Any, name: str, split: str | None) -> Iterator[tuple[str,
 def _kind(path: Path) -> str:
     """The suffix of a file; none of one that datasets leaves out, as in ``.git``."""
     hidden = any(part.startswith((".", "__")) for part in path.parts)
-    return "" if hidden else path.suffix
+    return "" if hidden else path.suffix.lower()
+
+
+def _holds_json(folder: Path, split: str) -> bool:
+    """Whether datasets would read a ``.json`` file of a folder, were there no other kind."""
+    from datasets.data_files import (  # type: ignore[import-untyped]
+        DataFilesDict,
+        get_data_patterns,
+    )
+
+    files = DataFilesDict.from_patterns(get_data_patterns(str(folder)), base_path=str(folder))
+    return any(Path(file).suffix.lower() == ".json" for file in files.get(split, ()))
 
 
 def _from_datasets(
@@ -191,6 +202,9 @@ def _from_datasets(
             # datasets takes the commonest kind of a folder's files.
             kinds = {_kind(file.relative_to(folder)) for file in folder.rglob("*")}
             others = kinds & _TABLES - suffixes
+            # A .json file may be about the data; it is data where datasets would take it.
+            if ".json" not in suffixes and _holds_json(folder, split):
+                others.add(".json")
             if files and others and config is None:
                 listed = ", ".join(sorted({*suffixes, *others}))
                 way_out = f"keep one, pass a file, or {name}:{split}:CONFIG of its dataset card"

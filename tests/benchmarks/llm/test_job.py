@@ -192,10 +192,16 @@ def test_another_precision_of_the_shell_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     flags = ["--max-steps", "2", "--warmup", "0"]
+    for mixed, precision in (("bf16", "float32"), ("fp16", "float32"), ("fp16", "bfloat16")):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", mixed)
+        with pytest.raises(SystemExit):
+            own = [*flags, "--precision", precision]
+            job(tmp_path / f"{mixed}-{precision}", "sft", flags=own)
+        told = capsys.readouterr().err
+        assert f"mixed_precision is {mixed}, and --precision {precision}" in told
+        # bfloat16 is a way out of bf16 alone.
+        assert ("or pass --precision bfloat16" in told) == (mixed == "bf16")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    with pytest.raises(SystemExit):
-        job(tmp_path / "one", "sft", flags=flags)
-    assert "mixed_precision is bf16, and --precision float32" in capsys.readouterr().err
     named = job(tmp_path / "two", "sft", flags=[*flags, "--precision", "bfloat16"])
     assert (named / "sft" / "seed-0" / "result.json").exists()
 

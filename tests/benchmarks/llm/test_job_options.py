@@ -69,7 +69,7 @@ from iwsft.presets import ImportanceWeights
         ("--scheduler cosin", "unknown scheduler 'cosin'; did you mean 'cosine'?"),
         ("--scheduler warmup_stable_decay", "unknown scheduler 'warmup_stable_decay'; "),
         ("--max-steps 9 --warmup 9", "a warm-up of 9: 9 updates never reach --learning-rate"),
-        ("--max-steps 1 --warmup 0.5", "a warm-up of 0.5: 1 updates never reach --learning-rate"),
+        ("--max-steps 1 --warmup 0.5", "a warm-up of 0.5: 1 update never reaches --learning-rate"),
         ("--warmup 2.5", "--warmup 2.5: a whole number of updates, or below 1"),
         ("--quality-cuts 0 100", "cut 100.0: a percentile"),
         ("--micro-batch-size 5", "--micro-batch-size 5 does not divide the 32 draws"),

@@ -259,7 +259,7 @@ def test_bad_input_is_told_before_anything_is_generated(
 def test_held_out_prompts_and_settings_of_another_loop(
     run: Callable[..., list[dict[str, Any]]], place: Path
 ) -> None:
-    with pytest.raises(SystemExit, match=r"8 of --eval-prompts are in --prompts too"):
+    with pytest.raises(SystemExit, match=r"--eval-prompts has prompts of --prompts \(rows: 8;"):
         run("--eval-prompts", str(place / "prompts.jsonl"))
     run("--algo", "sft", verifier="never")
     with pytest.raises(SystemExit, match=r"other settings: algo='sft' \(now 'iw-sft'\)"):

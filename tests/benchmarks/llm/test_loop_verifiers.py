@@ -120,7 +120,7 @@ def test_parts_of_a_question_that_the_prompt_lacks_are_told(tmp_path: Path) -> N
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     prompts = read_prompts(str(tmp_path / "rows.jsonl"), "my.verifiers:score")
     told = describe_unread("rows.jsonl", prompts)
-    assert told is not None and "is not asked 'context' (1 rows), 'tools' (1 rows);" in told
+    assert told is not None and "is not asked 'context' (rows: 1), 'tools' (rows: 1);" in told
     assert describe_unread("rows.jsonl", prompts[1:2]) is None
 
 

@@ -71,6 +71,18 @@ def test_a_model_that_is_nowhere_is_told_at_once(
         locate(name)
 
 
+@pytest.mark.parametrize("name", ["model", "./model", "mine/model"])
+def test_a_link_that_points_nowhere_is_told(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).parent.mkdir(exist_ok=True)
+    Path(name).symlink_to("gone/for-good")
+    problem = f"there is no model folder {name}: it is a link to gone/for-good, which is not there$"
+    with pytest.raises(FileNotFoundError, match=problem):
+        locate(name)
+
+
 @pytest.fixture(scope="session")
 def small_llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[LlamaForCausalLM, Path]:
     """A model and a GGUF file of it, written as llama.cpp writes one, in a folder of its own."""

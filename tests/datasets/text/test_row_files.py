@@ -135,6 +135,38 @@ def test_a_folder_of_which_a_part_would_be_left_out(tmp_path, other):
         read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("names", "refused"),
+    [
+        (("one.parquet", "two.parquet", "three.json"), True),
+        (("train.parquet", "train-2.json"), True),
+        (("below/one.csv", "below/two.csv", "below/three.json"), True),
+        # datasets leaves these out whatever the other files are.
+        (("one.parquet", "dataset_infos.json", "config.json"), False),
+        (("train.parquet", "figures.json"), False),
+        # They are of one kind.
+        (("one.jsonl", "two.json"), False),
+        # datasets does not read this one.
+        (("one.jsonl", "TWO.PARQUET"), True),
+    ],
+)
+def test_a_json_file_beside_files_of_another_kind(tmp_path, names, refused):
+    rows = datasets.Dataset.from_list([PAIR])
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write = {".parquet": rows.to_parquet, ".csv": rows.to_csv}
+        if name in ("dataset_infos.json", "config.json"):
+            (tmp_path / name).write_text("{}")
+        else:
+            write.get((tmp_path / name).suffix.lower(), rows.to_json)(tmp_path / name)
+    if refused:
+        with pytest.raises(ValueError, match=r"files of several kinds \(\.\w+, \.\w+\); keep one"):
+            read(tmp_path)
+        return
+    # What datasets reads of the folder.
+    assert len(read(tmp_path)) == len(datasets.load_dataset(str(tmp_path), split="train"))
+
+
 def test_data_in_memory_and_splits_that_would_change_nothing(tmp_path):
     table = datasets.Dataset.from_list([PAIR])
     assert read([PAIR])[0].completion == read(table)[0].completion == "4"

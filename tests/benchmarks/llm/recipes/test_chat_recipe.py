@@ -27,6 +27,7 @@ from benchmarks.llm.recipes.chat import (
 )
 from benchmarks.statistics import interval_over_questions, t_interval
 from iwsft.datasets.text.rows import Row, to_row
+from iwsft.language import tokenize
 
 FAST = {"--learning-rate": "0.003", "--max-steps": "6", "--jobs": "1"}
 
@@ -151,7 +152,7 @@ def test_a_prompt_with_another_answer_is_not_held_out() -> None:
         (to_row({"messages": [*chat(3, 4)["messages"][:2], *THANKS]}, "b:1"), "a:2"),
         (Row("b:1", prompt="", completion="Once"), "a:3"),
     ):
-        told = rf"^1 rows of --eval-data have a prompt of --data \(b:1 has that of {twin}\)"
+        told = rf"^--eval-data has prompts of --data \(rows: 1; b:1 has that of {twin}\)"
         with pytest.raises(ValueError, match=told):
             check_apart(training, [Row("b:0", prompt="", completion="Twice"), other])
     # Texts without a prompt have none in common, and neither have questions on one instruction.
@@ -213,7 +214,7 @@ def test_one_prompt_has_no_interval(finetune: Callable[..., str], tmp_path: Path
         (SCORED, "--eval-share 0.01", "0.01 leaves 0 of 40 prompts to test on"),
         (SCORED, "--eval-share 0.99", "leaves 40 of 40 prompts to test on, and 0 rows"),
         (SCORED, "--eval-share 1", "--eval-share 1.0: above 0 and below 1"),
-        (SCORED, "--eval-data ROWS", "40 rows of --eval-data have a prompt of --data"),
+        (SCORED, "--eval-data ROWS", r"--eval-data has prompts of --data \(rows: 40;"),
         (SCORED, "--eval-data ROWS --eval-share 0.5", "pass one of them"),
         (SCORED, "--model nowhere/at-all", "there is no folder nowhere/at-all"),
         (SCORED, "--model nowhere/at/all", "there is no model folder nowhere/at/all"),
@@ -257,6 +258,24 @@ def test_rows_of_a_split_of_a_folder_are_digested_too(
         finetune(f"{folder}:test", "--algo", "sft", "--resume")
 
 
+def test_rows_are_tokenised_once_before_the_runs_whatever_is_checked(
+    tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write(tmp_path / "rows.jsonl", SCORED[:20])
+    calls: list[int] = []
+
+    def counted(rows: Any, *args: Any, **options: Any) -> Any:
+        calls.append(len(rows))
+        return tokenize(rows, *args, **options)
+
+    monkeypatch.setattr("benchmarks.llm.curation.tokenize", counted)
+    words = ["--recipe", "round", "--model", str(tiny_qwen2), "--data", data, "--jobs", "1"]
+    words += ["--algo", "sft", "iw-sft", "--epochs", "1", "--warmup", "1"]
+    main([*words, "--out", str(tmp_path)])
+    # Once for both algorithms, and once more in each run.
+    assert calls == [20] * 3
+
+
 def test_a_warm_up_ends_within_the_updates_that_epochs_give(
     tiny_qwen2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -268,8 +287,11 @@ def test_a_warm_up_ends_within_the_updates_that_epochs_give(
         main([*words, "--jobs", "1", "--out", str(tmp_path / name), *flags])
         return tmp_path / name / "llm" / "round" / "sft" / "seed-0"
 
-    for updates, flags in ((6, "--epochs 2 --warmup 6"), (1, "--epochs 0.2 --warmup 0.5")):
-        with pytest.raises(SystemExit, match=f"a warm-up of .*: {updates} updates never reach"):
+    few = ("6 updates never reach", "1 update never reaches")
+    for told, flags in zip(
+        few, ("--epochs 2 --warmup 6", "--epochs 0.2 --warmup 0.5"), strict=True
+    ):
+        with pytest.raises(SystemExit, match=f"a warm-up of .*: {told} --learning-rate"):
             run("refused", *flags.split())
     assert not [*(tmp_path / "refused").rglob("config.json")]
     longest = run("longest", "--epochs", "2", "--warmup", "5")
@@ -277,7 +299,7 @@ def test_a_warm_up_ends_within_the_updates_that_epochs_give(
     assert "never reach" not in capsys.readouterr().err
     # The recipe's own is told: here the one update has the learning rate 0.
     own = run("own", "--epochs", "0.2")
-    assert "sft seed 0: a warm-up of 0.05: 1 updates never reach" in capsys.readouterr().err
+    assert "sft seed 0: a warm-up of 0.05: 1 update never reaches" in capsys.readouterr().err
     start, *ends = (
         AutoModelForCausalLM.from_pretrained(place).state_dict()
         for place in (tiny_qwen2, own / "checkpoint", longest / "checkpoint")
