@@ -79,7 +79,3 @@ def settings(model: Path, data: Path, out: Path, **others: Any) -> Options:
         **others,
     }
     return Options(model=str(model), out=out, **values)
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]

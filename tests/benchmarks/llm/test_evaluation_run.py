@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_evaluation import SECRET, TEMPLATE, lines, save_model, settings, tokenizer
+from small_evaluation import SECRET, TEMPLATE, save_model, settings, tokenizer
+from small_loop import lines
 from transformers import LlamaForCausalLM
 
 from benchmarks.llm.__main__ import evaluate as main
