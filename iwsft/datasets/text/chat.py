@@ -192,6 +192,17 @@ class ChatEncoder:
                 stretches.append(Stretch(start, stop))
         return Rendered(text, stretches)
 
+    @cached_property
+    def turn_end(self) -> str | None:
+        """The special token that the template writes after an assistant's turn, if any."""
+        probe = [{"role": "user", "content": "ask"}, {"role": ASSISTANT, "content": "reply"}]
+        try:
+            text = self._render(probe, self.template_kwargs, parts=self._reads_parts).text
+        except ValueError:
+            return None
+        found = self._find_special(text, text.rfind("reply") + len("reply"))
+        return None if found is None else text[slice(*found)]
+
     def _reads(self, name: str, conversation: Conversation, variables: Mapping[str, Any]) -> bool:
         """Whether a conversation reads otherwise without a variable: messages may name it too."""
         without = {key: value for key, value in variables.items() if key != name}

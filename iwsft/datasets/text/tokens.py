@@ -13,7 +13,7 @@ from torch import Tensor
 
 from iwsft.datasets.text.chat import ChatEncoder
 from iwsft.datasets.text.encoding import check_tokenizer, encode_completion
-from iwsft.datasets.text.rows import Row
+from iwsft.datasets.text.rows import ASSISTANT, Row
 from iwsft.datasets.text.sources import row_named
 from iwsft.trajectory import (
     ASSISTANT_MASK,
@@ -113,7 +113,7 @@ def tokenize(
     if any(row.ref_log_probs is not None for row in rows):
         steps[GIVEN_REF_LOG_PROB] = torch.cat(given)
     truncated = {number: cut for number, cut in enumerate(cuts) if cut}
-    notes = _notes(rows, chat, unknown)
+    notes = _notes(rows, tokenizer, chat, unknown)
     if truncated:
         places = ", ".join(rows[number].where for number in list(truncated)[:5])
         of_rows = f"max_length={max_length} cut {len(truncated)} of {len(rows)} rows"
@@ -235,9 +235,31 @@ def _weights_of_tokens(row: Row, weights: list[float]) -> list[float]:
     return [given * own for given, own in zip(row.weight, weights, strict=True)]
 
 
-def _notes(rows: Sequence[Row], chat: ChatEncoder | None, unknown: Sequence[bool]) -> list[str]:
+def _ends_early(row: Row, end: str) -> bool:
+    """Whether a text to train on has the text of an end token, which it becomes when tokenised."""
+    if row.completion is not None:
+        # At its end it is not doubled.
+        return end in row.completion.removesuffix(end)
+    turns = [turn for turn in row.messages or () if turn["role"] == ASSISTANT]
+    return any(end in str(turn.get("content")) for turn in turns if turn.get("weight", 1.0))
+
+
+def _notes(
+    rows: Sequence[Row], tokenizer: Any, chat: ChatEncoder | None, unknown: Sequence[bool]
+) -> list[str]:
     """Return a sentence on each thing of the tokenizer or the template to know of."""
     notes = []
+    ends = {tokenizer.eos_token, chat and chat.turn_end} - {None}
+    for end in sorted(ends):
+        # A tokenizer may split the text of special tokens.
+        if len(tokenizer.encode(end, add_special_tokens=False)) == 1:
+            early = [row.where for row in rows if _ends_early(row, end)]
+            if early:
+                notes.append(
+                    f"the text to train on has {end!r} in {len(early)} of {len(rows)} rows, which "
+                    "becomes the token that ends an answer; drop it where it is not meant; first: "
+                    f"{early[0]}"
+                )
     if any(unknown):
         first = next(row.where for row, some in zip(rows, unknown, strict=True) if some)
         notes.append(

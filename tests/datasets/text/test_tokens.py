@@ -42,6 +42,44 @@ def rows(size: int = 6, **columns: list[Any]) -> list[Row]:
     return made
 
 
+@pytest.mark.parametrize("eos", ["<|im_end|>", "<|endoftext|>"])
+def test_a_text_that_contains_an_end_token_is_told_once(eos):
+    tokenizer = byte_level(CHATML)
+    tokenizer.eos_token = eos
+    made = rows(4)
+    for row, text in ((1, "it is <|im_end|> of ChatML"), (3, "two<|im_end|>")):
+        made[row] = to_row({"messages": [user("how many?"), assistant(text)]}, f"f:{row}")
+    # Those of a question and of a turn that is not trained, and starts of turns, end no answer.
+    shown = [user("<|im_end|>?"), {**assistant("<|im_end|>"), "weight": 0}, user("and")]
+    made[2] = to_row({"messages": [*shown, assistant("<|im_start|>think")]}, "f:2")
+    with pytest.warns(UserWarning) as caught:
+        data = tokenize(made, tokenizer)
+    assert len(caught) == len(data.notes) == 1
+    assert data.notes[0].startswith("the text to train on has '<|im_end|>' in 2 of 4 rows, which")
+    assert data.notes[0].endswith("first: f:1")
+    # The tokens tell the same: a turn trains one end.
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    batch = data.trajectories
+    trained = (batch.get(TOKENS) == end) & batch.get(ASSISTANT_MASK)
+    assert [int(trained[batch.get(TRAJ_IDS) == k].sum()) for k in range(4)] == [1, 2, 1, 2]
+
+
+def test_an_end_token_inside_a_completion_is_told_and_one_at_its_end_is_not():
+    tokenizer = byte_level()
+    eos = tokenizer.eos_token
+    pairs = ["two", f"two{eos}", f"two{eos} and"]
+    made = [Row(f"f:{k}", prompt="how many? ", completion=text) for k, text in enumerate(pairs)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenize(made[:2], tokenizer)
+    with pytest.warns(UserWarning, match=r"in 1 of 3 rows, which .*; first: f:2$"):
+        ended = tokenize(made, tokenizer)
+    # A tokenizer that splits special tokens reads it as text.
+    tokenizer.split_special_tokens = True
+    assert tokenizer.encode(eos) != [tokenizer.eos_token_id]
+    assert len(ended.notes) == 1 and not tokenize(made[2:], tokenizer).notes
+
+
 def texts(trajectories: Any, tokenizer: Any, mask: Any = ASSISTANT_MASK) -> list[str]:
     ids, tokens, on = (trajectories.get(key) for key in (TRAJ_IDS, TOKENS, mask))
     return [tokenizer.decode(tokens[(ids == i) & on]) for i in ids.unique()]
