@@ -101,9 +101,8 @@ def parse_groups(
     parts: list[Any] = []
     configured: list[str] = []
     if len(groups) > 1:
-        names = [each.name for group in groups for each in fields(group)]
         with ends_in_one_line():
-            configured = config_words(words, command, names, defaults)
+            configured = config_words(words, command, groups, defaults)
         parts.append(("config", Annotated[Path | None, _CONFIG], None))
     copies = [_described(group, defaults) for group in groups]
     for group in copies:
@@ -192,20 +191,25 @@ def _described(group: type, defaults: Mapping[str, Any]) -> type:
     return copy
 
 
+def _names(groups: Iterable[type]) -> dict[str, str]:
+    """The fields of groups by their flags, those of further names included."""
+    hints = [get_type_hints(group, include_extras=True) for group in groups]
+    names = {flag(name): name for each in hints for name in each}
+    for name, hint in itertools.chain.from_iterable(each.items() for each in hints):
+        for about in getattr(hint, "__metadata__", ()):
+            names.update(dict.fromkeys(getattr(about, "aliases", None) or (), name))
+    return names
+
+
 def _check_repeated(words: Sequence[str], groups: Iterable[type], fixed: Sequence[str]) -> None:
     """Check that no option is given twice, of which the last would win silently.
 
     ``fixed`` are words that the command itself puts in front.
     """
-    names = {}
-    for group in groups:
-        for name, hint in get_type_hints(group, include_extras=True).items():
-            for about in getattr(hint, "__metadata__", ()):
-                names.update(dict.fromkeys(getattr(about, "aliases", None) or (), flag(name)))
-    before: dict[str, str] = {}
+    names, before = _names(groups), dict[str, str]()
     for word in [word.partition("=")[0] for word in words if word.startswith("--")]:
-        option = flag(word.removeprefix("--").removeprefix("no-"))
-        option = names.get(option, option)
+        name = word.removeprefix("--").removeprefix("no-")
+        option = flag(names.get(flag(name), name))
         if option in before:
             if option in fixed:
                 raise ValueError(f"this command sets {option} itself: leave it out")
@@ -230,7 +234,7 @@ def config_of(words: Sequence[str]) -> Path | None:
 
 
 def config_words(
-    words: Sequence[str], command: str, names: Sequence[str], defaults: Mapping[str, Any]
+    words: Sequence[str], command: str, groups: Iterable[type], defaults: Mapping[str, Any]
 ) -> list[str]:
     """Turn the file that ``--config`` names into words of the command line.
 
@@ -239,7 +243,7 @@ def config_words(
 
     Raises:
         OSError: The file can't be read.
-        ValueError: It is not such a file, or it has an option that the command lacks.
+        ValueError: It is not such a file, or it has an option twice or one that the command lacks.
     """
     path = config_of(words)
     options = _read_config(path, command) if path else {}
@@ -247,11 +251,14 @@ def config_words(
         other = options.get(name, value)
         if other != value:
             raise ValueError(f"{path} has --{name} {other}; `iwsft {_benchmark(command)}` takes it")
-    out: list[str] = []
+    out, names, before = list[str](), _names(groups), dict[str, str]()
     for name, value in options.items():
-        known = name.replace("-", "_")
-        if known not in names:
-            near = nearest(known, names)
+        known = names.get(flag(name), "")
+        if known in before:
+            raise ValueError(f"{path}: {before[known]!r} and {name!r} are one; leave one out")
+        before[known] = name
+        if not known:
+            near = nearest(name, names.values())
             hint = f"did you mean {near!r}?" if near else "--help lists the options"
             raise ValueError(f"{path}: unknown option {name!r}; {hint}")
         if isinstance(value, bool):
@@ -273,7 +280,7 @@ def _benchmark(command: str) -> str:
 
 
 def _read_config(path: Path, command: str) -> dict[str, Any]:
-    """The options that a file holds, by name."""
+    """The options that a file holds, by name; of one that is there twice, the last would win."""
     import yaml  # type: ignore[import-untyped]
 
     text = path.read_text()
@@ -284,6 +291,9 @@ def _read_config(path: Path, command: str) -> dict[str, Any]:
         raise ValueError(f"{path} can't be read as {path.suffix or 'YAML'}: {reason}") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise ValueError(f"{path} holds no options; it reads NAME: VALUE")
+    names = [] if path.suffix == ".json" else [key.value for key, _ in yaml.compose(text).value]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"{path}: {', '.join(sorted(twice))} is there twice; leave one out")
     if "benchmark" not in content:
         return content
     if content["benchmark"] != _benchmark(command):

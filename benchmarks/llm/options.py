@@ -233,8 +233,7 @@ def parse_values(
     The last value is the settings that differ from those, for :func:`check`.
     """
     every = [*groups, *groups_of(Settings)]
-    names = [each.name for group in every for each in fields(group)]
-    configured = config_words(words, command, names, {})
+    configured = config_words(words, command, every, {})
     given = peek([*configured, *words], "recipe", "preset", "lora_rank")
     found = load_recipe(recipe or given["recipe"] or Experiment.recipe)
     start = _start(found, given["preset"], given["lora_rank"])

@@ -203,6 +203,14 @@ def test_the_command_line_overrides_a_config_file(tmp_path: Path) -> None:
     assert changed == replace(own, seeds=(0,), resume=False, eval_episodes=9)
 
 
+def test_a_config_file_takes_all_names_of_an_option(tmp_path: Path) -> None:
+    path = config(tmp_path, "max-steps: 5\n")
+    assert parse(Options, "d4rl", None, ["--config", path]).steps == 5
+    path = config(tmp_path, "lr: 0.5\nsteps: 7\n")
+    read = language(["--config", path]).settings
+    assert (read.learning_rate, read.max_steps) == (0.5, 7)
+
+
 @pytest.mark.parametrize("algo", ["iw-sft-q", "iql"])
 def test_a_run_takes_back_its_own_config(algo: str, tmp_path: Path) -> None:
     """Without the options of the other algorithm, which a command line of one run may not have."""
@@ -255,6 +263,9 @@ def test_a_run_of_language_takes_back_its_own_config(
         ("run.yaml", "steps: {a: 1}", "'steps' is {'a': 1}; it takes a value or a list of values"),
         ("run.yaml", "- 3", "holds no options; it reads NAME: VALUE"),
         ("run.yaml", "steps: [", "can't be read as .yaml"),
+        ("run.yaml", "steps: 3\nseeds: [0]\nsteps: 4", "steps is there twice; leave one out"),
+        ("run.yaml", "max-steps: 3\nsteps: 4", "'max-steps' and 'steps' are one; leave one out"),
+        ("run.yaml", "eval-episodes: 3\neval_episodes: 4", "are one; leave one out"),
         ("config.json", "{", "can't be read as .json"),
         (
             "config.json",
