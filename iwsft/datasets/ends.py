@@ -51,6 +51,8 @@ def find_ends(
     rows, ends = len(steps.rewards), steps.ends
     if rows > 1 and not ends.any():
         notes.append(f"no end of an episode is marked: {rows:,} rows are one trajectory")
+    elif rows > 1 and ends.all():
+        notes.append(f"each of {rows:,} rows ends an episode: all have one step, as in a bandit")
     elif rows / 2 < ends.sum() < rows:
         notes.append(f"{int(ends.sum()):,} of {rows:,} rows end an episode: are flags inverted?")
     elif ends[0] and not ends[-1] and ends.sum() > 2 and not (ends[1:] & ends[:-1]).any():
@@ -152,6 +154,10 @@ def _torn(steps: Steps, source: str) -> Flags:
         raise ValueError(f"{source}: {problem}; leave them out, or write the next ones")
     torn[:-1] = _differ(following, then) & inside
     if torn.sum() > max(1, inside.sum() / 2):
+        if (_differ(own, steps.next_observations[1:]) & inside).sum() < inside.sum() / 10:
+            problem = "'observations' are the 'next_observations' of the next rows"
+            way_out = "swap the two fields, or write the rows in the order of recording"
+            raise ValueError(f"{source}: {problem}; {way_out}")
         # Noise of a sensor is small compared with the spread of the observations.
         apart = np.abs(following - then)[torn[:-1]] / column_spread(steps.observations)
         far = apart.max(axis=1) > 0.5

@@ -107,7 +107,8 @@ def weigh_steps(steps: Steps, weight: Any, source: str) -> Steps:
     if given.dtype.kind not in "fiub" or given.shape not in ((rows,), (rows, 1)):
         has = f"of type {given.dtype} and shape {list(given.shape)}"
         raise ValueError(f"{name} is {has}, it must be a number for each of the {rows} steps")
-    values = given.astype(np.float32).reshape(-1)
+    with np.errstate(over="ignore"):  # the check names it
+        values = given.astype(np.float32).reshape(-1)
     check_data_weights(torch.from_numpy(values), name)
     return replace(steps, data_weight=values)
 

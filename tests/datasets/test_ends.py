@@ -209,6 +209,31 @@ def test_flags_that_mark_other_rows_than_the_last(write: Write) -> None:
         datasets.load(write(fields))
 
 
+def test_next_observations_in_the_place_of_the_observations(write: Write) -> None:
+    """Small steps, which rounding and noise of a sensor do not explain either."""
+    fields = walks()
+    now, then = fields["observations"], fields["next_observations"]
+    for start, stop in zip(ENDS - SIZES + 1, ENDS + 1, strict=True):
+        path = 1e-3 * np.arange(stop - start + 1, dtype=np.float32)[:, None] + [0, 5, 9]
+        now[start:stop], then[start:stop] = path[:-1], path[1:]
+    assert datasets.load(write(fields)).notes == ()
+    swapped = fields | {"observations": then, "next_observations": now}
+    with pytest.raises(ValueError, match="are the 'next_observations' of the next rows; swap"):
+        datasets.load(write(swapped))
+    with pytest.raises(ValueError, match="in the order of recording"):
+        datasets.load(write({name: values[::-1] for name, values in fields.items()}))
+
+
+def test_episodes_of_one_step_are_noted(write: Write) -> None:
+    fields = walks(following=False) | {"terminals": flags(range(sum(SIZES))), "timeouts": flags([])}
+    with pytest.warns(UserWarning, match="each of 26 rows ends an episode"):
+        data = datasets.load(write(fields))
+    assert lengths(data.trajectories).tolist() == [1] * sum(SIZES)
+    fields["terminals"][3] = False
+    with pytest.warns(UserWarning, match="25 of 26 rows end an episode: are flags inverted"):
+        assert len(lengths(datasets.load(write(fields)).trajectories)) == 25
+
+
 def record(env_id: str, steps: int, **kwargs: Any) -> Fields:
     """Rows of a vector environment with its usual reset in the step after an end."""
     envs: Any = gym.make_vec(env_id, num_envs=1, vectorization_mode="sync", **kwargs)
