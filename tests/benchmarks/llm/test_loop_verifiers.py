@@ -85,8 +85,8 @@ def test_prompts_that_are_there_twice_are_told(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("\n".join(entries))
     prompts = read_prompts(str(tmp_path / "rows.jsonl"), "integer")
     told = describe_twins("rows.jsonl", prompts)
-    assert told is not None and told.startswith("2 prompts of rows.jsonl have the text of an")
-    assert "1 of them with another answer" in told and told.endswith("jsonl:3")
+    assert told is not None and told.startswith("rows.jsonl has prompts with the text of an")
+    assert "(rows: 2, with another answer: 1)" in told and told.endswith("jsonl:3")
     assert describe_twins("", [*prompts[:2], prompts[4]]) is None
 
 
