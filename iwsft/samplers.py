@@ -13,6 +13,7 @@ from torch import Tensor
 
 from iwsft.trajectory import (
     ACTION,
+    DATA_WEIGHT,
     DONE,
     MASK,
     MULTIPLICITY,
@@ -83,13 +84,16 @@ class _Sampler(ABC):
         check_same_settings(state_dict, self._settings())
         self._generator.set_state(state_dict["generator"].cpu())
 
-    def _settings(self) -> dict[str, int]:
+    def _settings(self) -> dict[str, int | str]:
         return {
             "batch_size": self.batch_size,
             "trajectories": len(self._lengths),
             "steps": int(self._lengths.sum()),
             "multiplicity": int(self._tickets[-1]),
             "actions": self._actions,
+            # Depends on where they are, too.
+            "tickets": int(self._tickets.sum()),
+            "data_weights": self._data_weights,
         }
 
     @cached_property
@@ -98,6 +102,12 @@ class _Sampler(ABC):
         keys = self.trajectories.keys(True)
         values = [self.trajectories.get(key) for key in (ACTION, TOKENS) if key in keys]
         return sum(int(x.contiguous().view(torch.uint8).sum()) for x in values)
+
+    @cached_property
+    def _data_weights(self) -> str:
+        """Sum of (1 + weight)^2, without the digits in which machines differ."""
+        weight = self.trajectories.get(DATA_WEIGHT, default=None)
+        return "none" if weight is None else f"{float((1 + weight.double()).square().sum()):.5g}"
 
     def _draw(self) -> Tensor:
         """Draw the positions of ``batch_size`` trajectories with replacement, in exact integers."""

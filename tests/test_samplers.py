@@ -15,7 +15,7 @@ from iwsft.curation import curate
 from iwsft.objective import ImportanceWeightedMLE
 from iwsft.policies import GaussianPolicy
 from iwsft.samplers import StepSampler, TrajectorySampler
-from iwsft.trajectory import MASK, TRAJ_IDS, lengths, pad
+from iwsft.trajectory import MASK, TRAJ_IDS, from_steps, lengths, pad
 
 SIZES = [3, 1, 6, 2, 4, 1]
 MULTIPLICITY = [3, 1, 0, 2, 1, 5]
@@ -348,3 +348,18 @@ def test_bad_input(sampler: Any) -> None:
     changed["multiplicity"] = torch.ones(len(data))
     with pytest.raises(ValueError, match="must hold whole numbers, it holds torch.float32"):
         sampler(changed, 4)
+
+
+@pytest.mark.parametrize("key", ["multiplicity", "data_weight"])
+def test_a_state_of_other_weights_of_the_same_trajectories_is_refused(key: str) -> None:
+    """Also where the multiplicities add up to the same."""
+
+    def sampler(*values: int) -> TrajectorySampler:
+        ids = torch.tensor([0, 0, 1])
+        steps = {"action": torch.ones(3, 1), key: torch.tensor(values)[ids]}
+        return TrajectorySampler(from_steps(steps, ids), 4)
+
+    state = sampler(1, 2).state_dict()
+    sampler(1, 2).load_state_dict(state)
+    with pytest.raises(ValueError, match="this state is of a sampler with"):
+        sampler(2, 1).load_state_dict(state)
