@@ -291,7 +291,10 @@ def _read_config(path: Path, command: str) -> dict[str, Any]:
         raise ValueError(f"{path} can't be read as {path.suffix or 'YAML'}: {reason}") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise ValueError(f"{path} holds no options; it reads NAME: VALUE")
-    names = [] if path.suffix == ".json" else [key.value for key, _ in yaml.compose(text).value]
+    if path.suffix == ".json":
+        names = [name for name, _ in json.loads(text, object_pairs_hook=list)]
+    else:
+        names = [key.value for key, _ in yaml.compose(text).value]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"{path}: {', '.join(sorted(twice))} is there twice; leave one out")
     if "benchmark" not in content:
@@ -396,27 +399,3 @@ def _neighbour(path: Path) -> str:
     names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
     near = nearest(path.name, names)
     return f"; did you mean {path.parent / near}?" if near else ""
-
-
-def chosen_device(device: str | None) -> str:
-    """The device that --device names, and without it a GPU where there is one."""
-    if device is not None:
-        return device
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def check_device(device: str) -> None:
-    """Check that torch knows a device, and that it is there."""
-    if device == "cpu":
-        return
-    import torch
-
-    try:
-        torch.ones(1, device=device).item()
-    # torch raises these for unknown names and for devices that are not there.
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        # For some devices torch goes on to list all of its backends.
-        reason = str(error).split("\n")[0].split(". ")[0]
-        raise ValueError(f"--device {device} can't be used here: {reason}; cpu can") from error

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from baselines import BASELINES
+from benchmarks.device import check_device
 from benchmarks.options import (
     check_at_least,
-    check_device,
     check_file,
     check_known,
     check_once,

@@ -9,19 +9,18 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from benchmarks.device import check_device, chosen_device
 from benchmarks.llm.recipes import RECIPES, Recipe, load_recipe
 from benchmarks.llm.settings import METHOD_SETTINGS, Engine, Related, Saving, Settings, setting
 from benchmarks.options import (
     TRACKERS,
     check_at_least,
-    check_device,
     check_file,
     check_folder,
     check_known,
     check_once,
     check_seeds,
     check_used,
-    chosen_device,
     config_words,
     defaults_of,
     flag,

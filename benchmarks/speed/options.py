@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from benchmarks.options import check_at_least, check_device, option
+from benchmarks.device import check_device
+from benchmarks.options import check_at_least, option
 
 
 @dataclass(frozen=True, kw_only=True)

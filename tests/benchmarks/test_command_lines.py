@@ -264,6 +264,7 @@ def test_a_run_of_language_takes_back_its_own_config(
         ("run.yaml", "- 3", "holds no options; it reads NAME: VALUE"),
         ("run.yaml", "steps: [", "can't be read as .yaml"),
         ("run.yaml", "steps: 3\nseeds: [0]\nsteps: 4", "steps is there twice; leave one out"),
+        ("run.json", '{"steps": 3, "seeds": [0], "steps": 4}', "steps is there twice; leave one"),
         ("run.yaml", "max-steps: 3\nsteps: 4", "'max-steps' and 'steps' are one; leave one out"),
         ("run.yaml", "eval-episodes: 3\neval_episodes: 4", "are one; leave one out"),
         ("config.json", "{", "can't be read as .json"),

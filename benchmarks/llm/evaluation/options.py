@@ -8,14 +8,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from benchmarks.device import check_device, chosen_device
 from benchmarks.options import (
     check_at_least,
-    check_device,
     check_file,
     check_folder,
     check_seeds,
     check_used,
-    chosen_device,
     option,
 )
 

@@ -17,10 +17,11 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.commands import typed
+from benchmarks.device import chosen_device
 from benchmarks.llm.evaluation.options import Options
 from benchmarks.llm.evaluation.tasks import QuestionSet, read_questions
 from benchmarks.llm.generators import load_generator, load_prompter, pinned
-from benchmarks.options import check_once, chosen_device
+from benchmarks.options import check_once
 from benchmarks.results import printable
 from benchmarks.runs import CONFIG, RESULT, claim, hardware, versions
 from benchmarks.statistics import CONFIDENCE, interval_over_questions, wilson_interval
