@@ -132,8 +132,9 @@ def fit(
             checkpoint in it is resumed, and the run ends in the same parameters, bit for bit, as an
             uninterrupted one, if all random numbers come from the sampler and from torch.
         settings: Plain values that belong to a checkpoint; one with other values is refused. The
-            schedule, the arguments of loss and updater, and the actions of the sampler's data are
-            compared without them; a constant schedule may have more steps than before.
+            schedule, the arguments of loss and updater, and the actions, multiplicities and data
+            weights of the sampler's data are compared without them; a constant schedule may have
+            more steps than before.
         checkpoint_every: Number of updates between checkpoints; there is one at the end.
         log_every: Number of updates between rows of metrics.
         report: Function that is called with every row.

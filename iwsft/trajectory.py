@@ -153,7 +153,10 @@ def layout(
     size = batch.batch_size
     mask = batch.get(MASK, default=None) if mask is None else mask
     if len(size) not in (1, 2):
-        raise ValueError(f"trajectories have batch size [N], [B, T] or [B], not {list(size)}")
+        raise ValueError(
+            f"trajectories have batch size [N], [B, T] or [B], not {list(size)}: set "
+            "trajectories.batch_size, which is lost where a batch is built anew from its entries"
+        )
     if len(size) == 1 and mask is not None and mask.ndim >= 2 and mask.shape[1] != 1:
         return mask.shape[:2]
     if len(size) == 1 and batch.get(traj_ids, default=None) is None:
