@@ -52,13 +52,17 @@ class Normalization(nn.Module):
         observation, valid = trajectories.get(OBSERVATION), Segments.of(trajectories).valid
         # In float64: the variance of a feature far from 0 cancels in float32.
         steps = observation[valid].double()
+        mean, std = steps.mean(0), steps.std(0, correction=0)
         if trajectories.get(MULTIPLICITY, default=None) is not None:
             sizes = lengths(trajectories)
             counts = multiplicities(trajectories, sizes).to(sizes.device).repeat_interleave(sizes)
-            steps = steps.repeat_interleave(counts[valid], dim=0)
+            counts = counts[valid].double()
+            share = (counts / counts.sum()).unsqueeze(1)
+            mean = (share * steps).sum(0)
+            std = (share * (steps - mean).square()).sum(0).sqrt()
         out = cls(observation.shape[-1]).to(observation)
-        out.mean.copy_(steps.mean(0))
-        out.std.copy_(steps.std(0, correction=0) + _LEAST_STD)
+        out.mean.copy_(mean)
+        out.std.copy_(std + _LEAST_STD)
         return out
 
 

@@ -295,8 +295,8 @@ def _read_config(path: Path, command: str) -> dict[str, Any]:
         names = [name for name, _ in json.loads(text, object_pairs_hook=list)]
     else:
         names = [key.value for key, _ in yaml.compose(text).value]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"{path}: {', '.join(sorted(twice))} is there twice; leave one out")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{path}: {twice[0]} is there twice; leave one out")
     if "benchmark" not in content:
         return content
     if content["benchmark"] != _benchmark(command):

@@ -92,7 +92,8 @@ def _make(env_id: str, kwargs: Mapping[str, Any]) -> gym.Env[Any, Any]:
             raise ValueError(f"{error} {_nearest(env_id)}") from error
         except (DependencyNotInstalled, ImportError) as error:
             # Gymnasium raises a plain ImportError for ids that moved elsewhere.
-            lacks = isinstance(error, DependencyNotInstalled | ModuleNotFoundError)
+            ours = "imageio", "mujoco"
+            lacks = isinstance(error, DependencyNotInstalled) or error.name in ours
             hint = install("mujoco") if lacks else _nearest(env_id)
             reason = f"{str(error).rstrip('.')}. {hint}"
             raise ImportError(f"environment {env_id!r} cannot be made: {reason}") from error

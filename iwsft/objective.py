@@ -325,14 +325,16 @@ class ImportanceWeightedMLE(PolicyLoss):
                 if valid.ndim > trajectories.batch_dims and valid.shape[-1] == 1:
                     valid = valid.squeeze(-1)
                 mask = valid.bool() if mask is None else mask & valid.bool()
-        self._check_masks_read(trajectories, found=mask is not None)
+        found = mask is not None
         predicted = getattr(self.actor_network, "predicted", None)
         if mask is not None and predicted is not None:
             mask = mask & predicted(trajectories)
         if mask is None and trajectories.get(MASK, default=None) is not None:
             # Segments would read the mask that the user turned off.
             trajectories = trajectories.exclude(MASK)
-        return Segments.of(trajectories, traj_ids=self.tensor_keys.traj_ids, mask=mask)
+        out = Segments.of(trajectories, traj_ids=self.tensor_keys.traj_ids, mask=mask)
+        self._check_masks_read(trajectories, steps=out.shape.numel(), found=found)
+        return out
 
     def share(self, batch: TensorDictBase, segments: Segments) -> Tensor:
         """How much a step counts: its trajectory's multiplicity over its length, 0 where masked.

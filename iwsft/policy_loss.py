@@ -8,7 +8,12 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
-from tensordict import NestedKey, TensorDictBase, TensorDictParams
+from tensordict import (
+    NestedKey,
+    TensorDictBase,
+    TensorDictParams,
+    is_tensor_collection,
+)
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
@@ -122,24 +127,26 @@ class PolicyLoss(LossModule):
                 moved.add(q.data_ptr())
                 yield q, theta[name]
 
-    def _check_masks_read(self, batch: TensorDictBase, *, found: bool) -> None:
+    def _check_masks_read(self, batch: TensorDictBase, *, steps: int, found: bool) -> None:
         """Refuse a mask of the steps that the default keys leave unread: padding would count.
 
-        ``found`` says whether they name one; beside it only the assistant's mask is needed.
+        ``steps`` is the number of steps of the batch. ``found`` says whether the default keys name
+        a mask; beside it only the assistant's is needed.
         """
         if self.loss_mask_key != "auto":
             return
+        masks: list[NestedKey] = []
         for name in ("masks", "mask"):
             entry = batch.get(name, default=None)
-            inside = isinstance(entry, TensorDictBase)
-            masks: dict[NestedKey, object]
-            masks = {(name, key): x for key, x in entry.items()} if inside else {name: entry}
-            key: NestedKey = ASSISTANT_MASK if ASSISTANT_MASK in masks else next(iter(masks), name)
-            mask = masks.get(key)
-            steps = isinstance(mask, Tensor) and mask.numel() == batch.batch_size.numel()
-            if steps and (not found or key == ASSISTANT_MASK):
-                way_out = f"set loss.loss_mask_key = {key!r}, or None to count every step"
-                raise ValueError(f"the batch has masks that this loss does not read: {way_out}")
+            inside = is_tensor_collection(entry)
+            entries = {(name, key): x for key, x in entry.items()} if inside else {name: entry}
+            for key, x in entries.items():
+                if isinstance(x, Tensor) and not x.is_floating_point() and x.numel() == steps:
+                    masks.append(key)
+        if masks and (not found or ASSISTANT_MASK in masks):
+            key = ASSISTANT_MASK if ASSISTANT_MASK in masks else masks[0]
+            way_out = f"set loss.loss_mask_key = {key!r}, or None to count every step"
+            raise ValueError(f"the batch has masks that this loss does not read: {way_out}")
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True

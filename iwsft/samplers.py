@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -84,15 +85,14 @@ class _Sampler(ABC):
         check_same_settings(state_dict, self._settings())
         self._generator.set_state(state_dict["generator"].cpu())
 
-    def _settings(self) -> dict[str, int | str]:
+    def _settings(self) -> dict[str, int | float]:
         return {
             "batch_size": self.batch_size,
             "trajectories": len(self._lengths),
             "steps": int(self._lengths.sum()),
             "multiplicity": int(self._tickets[-1]),
             "actions": self._actions,
-            # Depends on where they are, too.
-            "tickets": int(self._tickets.sum()),
+            "tickets": int(sha256(self._tickets.cpu().numpy().tobytes()).hexdigest()[:15], 16),
             "data_weights": self._data_weights,
         }
 
@@ -104,10 +104,14 @@ class _Sampler(ABC):
         return sum(int(x.contiguous().view(torch.uint8).sum()) for x in values)
 
     @cached_property
-    def _data_weights(self) -> str:
-        """Sum of (1 + weight)^2, without the digits in which machines differ."""
+    def _data_weights(self) -> float:
+        """Sum of place * (1 + weight)^2, without the digits in which machines differ, or 0."""
         weight = self.trajectories.get(DATA_WEIGHT, default=None)
-        return "none" if weight is None else f"{float((1 + weight.double()).square().sum()):.5g}"
+        if weight is None:
+            return 0.0
+        squares = (1 + weight.double().flatten()).square()
+        place = torch.arange(1, len(squares) + 1, device=squares.device)
+        return float(f"{float((place * squares).sum()):.5g}")
 
     def _draw(self) -> Tensor:
         """Draw the positions of ``batch_size`` trajectories with replacement, in exact integers."""

@@ -37,7 +37,7 @@ class Schedule:
             raise ValueError(f"{self}: steps and lr must be positive, warmup not negative")
         # The update after the warm-up is the first one with the learning rate lr.
         if self.warmup >= self.steps:
-            raise ValueError(f"{self}: a warm-up as long as the run never reaches lr; shorten it")
+            raise ValueError(f"{self}: a warm-up of all updates never reaches lr; shorten it")
         if not (0 <= self.weight_decay < math.inf and self.clip_norm > 0):
             raise ValueError(f"{self}: weight_decay must not be negative, clip_norm positive")
         if self.decay not in ("cosine", "constant"):

@@ -39,7 +39,7 @@ def test_kitchen_has_the_columns_of_d4rl() -> None:
 
 def test_a_package_that_is_missing_is_named_with_its_command() -> None:
     def entry() -> gym.Env[Any, Any]:
-        raise ModuleNotFoundError("No module named 'imageio'")
+        raise ModuleNotFoundError("No module named 'imageio'", name="imageio")
 
     gym.register("HopperWithoutImageio-v4", entry_point=entry)
     with pytest.raises(ImportError, match=r"'imageio'\. pip install 'iwsft\[control"):

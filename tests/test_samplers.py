@@ -355,11 +355,12 @@ def test_a_state_of_other_weights_of_the_same_trajectories_is_refused(key: str) 
     """Also where the multiplicities add up to the same."""
 
     def sampler(*values: int) -> TrajectorySampler:
-        ids = torch.tensor([0, 0, 1])
-        steps = {"action": torch.ones(3, 1), key: torch.tensor(values)[ids]}
+        ids = torch.arange(3)
+        steps = {"action": torch.ones(3, 1), key: torch.tensor(values)}
         return TrajectorySampler(from_steps(steps, ids), 4)
 
-    state = sampler(1, 2).state_dict()
-    sampler(1, 2).load_state_dict(state)
-    with pytest.raises(ValueError, match="this state is of a sampler with"):
-        sampler(2, 1).load_state_dict(state)
+    state = sampler(1, 3, 1).state_dict()
+    sampler(1, 3, 1).load_state_dict(state)
+    for others in ((3, 1, 1), (2, 1, 2)):
+        with pytest.raises(ValueError, match="this state is of a sampler with"):
+            sampler(*others).load_state_dict(state)

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from scipy import stats
+from tensordict import TensorDict
 from tiny import model, trajectories
 from torch import nn
+from torchrl.modules.llm.policies.common import Masks, Tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from iwsft.language.loss import Measures, negative_log_likelihood, token_loss
@@ -110,6 +112,22 @@ def test_a_loss_that_does_not_read_the_assistant_mask_is_refused() -> None:
             loss(batch)
         # Also beside a mask that it does read.
         batch.set(MASK, torch.ones(len(batch), dtype=torch.bool))
+
+
+@pytest.mark.parametrize("layout", [(2, 6), (2,)])
+def test_the_masks_of_torchrl_are_not_left_unread_either(layout: tuple[int, ...]) -> None:
+    attention = torch.arange(6) < torch.tensor([[6], [4]])
+    answers = attention & (torch.arange(6) > 2)
+    masks = {"all_attention_mask": attention, "all_assistant_mask": answers}
+    loss = ImportanceWeightedMLE(CausalLMPolicy(model()), proposal="reference", functional=False)
+    entries = {"ref_log_prob": torch.zeros(2, 6), ("collector", "mask"): attention}
+    batch = TensorDict(entries, layout)
+    batch["tokens"] = Tokens(full=torch.arange(12).view(2, 6), padded=True, batch_size=layout)
+    batch["masks"] = Masks(**masks, padded=True, batch_size=layout)
+    with pytest.raises(ValueError, match="loss_mask_key = .'masks', 'all_assistant_mask'"):
+        loss(batch)
+    loss.loss_mask_key = ASSISTANT_MASK
+    assert loss(batch)["loss_iw_mle"].isfinite()
 
 
 @pytest.mark.parametrize("twice", [None, 2])

@@ -47,11 +47,12 @@ _PACKAGES = ("torch", "transformers", "vllm", "math-verify", "sympy", "latex2sym
 
 def run(options: Options) -> list[dict[str, Any]]:
     """Evaluate a model on the tasks, after all checks, and return each ``result.json``."""
-    earlier = (options.out / options.name).glob(f"*/{CONFIG}") if options.resume else ()
-    model_name = pinned(options.model, *sorted(earlier))
-    prompter = load_prompter(model_name, trust_remote_code=options.trust_remote_code)
     sets = [read_questions(name, seed=options.seed, limit=options.limit) for name in options.tasks]
     check_once(tasks=[each.name for each in sets])
+    home = options.out / options.name
+    earlier = [home / each.name / CONFIG for each in sets] if options.resume else []
+    model_name = pinned(options.model, *earlier)
+    prompter = load_prompter(model_name, trust_remote_code=options.trust_remote_code)
     evaluations = [_Evaluation(options, each, prompter) for each in sets]
     for evaluation in evaluations:
         evaluation.check_context()

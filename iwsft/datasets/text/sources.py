@@ -170,7 +170,13 @@ def _holds_json(folder: Path, split: str) -> bool:
         DataFilesDict,
         get_data_patterns,
     )
+    from huggingface_hub import DatasetCard
+    from huggingface_hub.constants import REPOCARD_NAME
 
+    card = folder / REPOCARD_NAME
+    # The card says what the data are.
+    if card.is_file() and DatasetCard.load(card).data.to_dict().get("configs"):
+        return False
     files = DataFilesDict.from_patterns(get_data_patterns(str(folder)), base_path=str(folder))
     return any(Path(file).suffix.lower() == ".json" for file in files.get(split, ()))
 
@@ -203,7 +209,7 @@ def _from_datasets(
             kinds = {_kind(file.relative_to(folder)) for file in folder.rglob("*")}
             others = kinds & _TABLES - suffixes
             # A .json file may be about the data; it is data where datasets would take it.
-            if ".json" not in suffixes and _holds_json(folder, split):
+            if ".json" in kinds - suffixes and _holds_json(folder, split):
                 others.add(".json")
             if files and others and config is None:
                 listed = ", ".join(sorted({*suffixes, *others}))

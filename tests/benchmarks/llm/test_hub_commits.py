@@ -13,6 +13,7 @@ import pytest
 import small_evaluation
 import torch
 from datasets import Dataset, load_dataset
+from small_loop import lines
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
 from benchmarks.llm import generators, job
@@ -188,7 +189,7 @@ def test_an_evaluation_continues_at_its_commit(
     def scored(out: str, **others: Any) -> list[dict[str, Any]]:
         given = small_evaluation.settings(Path("an-owner/tiny"), data, tmp_path / out, **others)
         evaluate(given)
-        return small_evaluation.lines(tmp_path / out / "tiny" / "gsm8k" / "generations.jsonl")
+        return lines(tmp_path / out / "tiny" / "gsm8k" / "generations.jsonl")
 
     move(home, model, ONE)
     answers = scored("first")

@@ -167,6 +167,14 @@ def test_a_json_file_beside_files_of_another_kind(tmp_path, names, refused):
     assert len(read(tmp_path)) == len(datasets.load_dataset(str(tmp_path), split="train"))
 
 
+def test_a_json_file_that_is_no_data_by_the_card(tmp_path):
+    datasets.Dataset.from_list([PAIR]).to_parquet(tmp_path / "data.parquet")
+    (tmp_path / "stats.json").write_text("{}")
+    card = "---\nconfigs:\n- config_name: default\n  data_files: data.parquet\n---\n"
+    (tmp_path / "README.md").write_text(card)
+    assert len(read(tmp_path)) == 1
+
+
 def test_data_in_memory_and_splits_that_would_change_nothing(tmp_path):
     table = datasets.Dataset.from_list([PAIR])
     assert read([PAIR])[0].completion == read(table)[0].completion == "4"
