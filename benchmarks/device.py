@@ -22,6 +22,6 @@ def check_device(device: str) -> None:
         torch.ones(1, device=device).item()
     # torch raises these for unknown names and for devices that are not there.
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        # For some devices torch goes on to list all of its backends.
+        # For some devices torch lists all of its backends in the next sentence.
         reason = str(error).split("\n")[0].split(". ")[0]
         raise ValueError(f"--device {device} can't be used here: {reason}; cpu can") from error

@@ -280,7 +280,7 @@ def _benchmark(command: str) -> str:
 
 
 def _read_config(path: Path, command: str) -> dict[str, Any]:
-    """The options that a file holds, by name; of one that is there twice, the last would win."""
+    """The options that a file holds, by name. One that is there twice is refused."""
     import yaml  # type: ignore[import-untyped]
 
     text = path.read_text()

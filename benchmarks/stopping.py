@@ -121,11 +121,14 @@ def plain_warnings() -> Iterator[None]:
 @contextmanager
 def warnings_until(words: str) -> Iterator[None]:
     """Cut warnings off at these words, which begin a way out that the command does not have."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    for each in caught:
-        warnings.warn(str(each.message).partition(words)[0], each.category, stacklevel=3)
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        for each in caught:
+            warnings.warn(str(each.message).partition(words)[0], each.category, stacklevel=3)
 
 
 def one_line(error: object) -> str:

@@ -105,7 +105,7 @@ class _Sampler(ABC):
 
     @cached_property
     def _data_weights(self) -> float:
-        """Sum of place * (1 + weight)^2, without the digits in which machines differ, or 0."""
+        """Sum of place * (1 + weight)^2 to five digits, as machines differ in the others, or 0."""
         weight = self.trajectories.get(DATA_WEIGHT, default=None)
         if weight is None:
             return 0.0

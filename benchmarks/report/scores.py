@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from baselines import BASELINES
 from benchmarks import statistics
 from benchmarks.results import SCORE, RecordedRun
 from benchmarks.statistics import MIN_SEEDS, Difference, Scores, t_interval
@@ -51,7 +52,6 @@ ALGORITHMS = {
     "nft": ("NFT", "#3c7585"),
     "asymre": ("AsymRE", "#6aa6a0"),
 }
-_BASELINES = ("awac", "td3-bc", "rebrac", "cql", "iql", "dt")
 _OTHER = "#808080"
 # Entry of a control run that is its score where the dataset has no reference scores.
 RETURN = "return_mean"
@@ -85,7 +85,7 @@ def published_steps(run: RecordedRun) -> int:
     """Updates of a published run; the run's own, where it has as many or nothing is published."""
     # What an algorithm of the user's own records is the default of its file. In control, names of
     # methods for language models are free.
-    names = _BASELINES if "baseline" in run.config.get("settings", {}) else ALGORITHMS
+    names = BASELINES if "baseline" in run.config.get("settings", {}) else ALGORITHMS
     recorded = run.result.get("published_steps") if _family(run.algo) in names else None
     return int(recorded or run.result["steps"])
 

@@ -124,9 +124,9 @@ class Measures:
         """Means over the updates since the last call; empty if there was none.
 
         They are ``ESS`` (effective over drawn trajectories), ``weight_mean``, ``log_prob`` (mean
-        over tokens), ``kl_approx`` (mean of log pi_ref - log p) and ``clip_fraction``. No means
-        are ``weight_max``, the largest weight of all these updates, and ``ESS_min``, the least ESS
-        of one. Of the last update alone come the numbers of
+        over tokens), ``kl_approx`` (mean of log pi_ref - log p) and ``clip_fraction``. Two
+        are not means: ``weight_max`` is the largest weight of all these updates, and ``ESS_min``
+        the least ESS of one. Of the last update alone come the numbers of
         :func:`~iwsft.diagnostics.describe` and ``unweighted_loss``. Those that are not known are
         left out, and ``choice`` is added. ``gather`` lists the values of all processes.
         """
