@@ -96,4 +96,5 @@ def set_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
         elif isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
         else:
-            group["lr"] = torch.tensor(rate, device=device)
+            # Fused Adam reads a rate in float32, whatever the dtype of the parameters.
+            group["lr"] = torch.tensor(rate, dtype=torch.float32, device=device)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from iwsft.policies.linear import matmul, suit_onednn
 # Logits at a time. Measured on the CPU, where both products run at full speed from 256 x 1024 on
 # and larger blocks only leave the cache; accelerators want more work per launch.
 _CPU_BLOCK = (1024, 1024)
-_ACCELERATOR_BLOCK = (2048, 16384)
+_ACCELERATOR_BLOCK = (4096, 16384)
 
 
 def token_log_prob_and_entropy(
@@ -66,21 +67,17 @@ class _TokenLogProb(torch.autograd.Function):
         chosen = torch.zeros(len(target), dtype=blocks.wide, device=hidden.device)
         most, total = torch.full_like(chosen, -torch.inf), torch.zeros_like(chosen)
         top = chosen.new_full((len(target), top_k), -torch.inf)
+        fold_ = blocks.fused(_fold_)
         with torch.autocast(hidden.device.type, enabled=False):
             for columns in blocks.columns():
                 part = blocks.weight(columns)
                 for rows in blocks.rows():
                     logits = blocks.logits(rows, columns, part)
-                    position, inside = blocks.targets(rows, columns)
-                    here = logits.gather(1, position).squeeze(1)
-                    chosen[rows] += torch.where(inside, here, 0.0)
                     if top_k:
                         candidates = torch.cat([top[rows], _largest(logits, top_k)], 1)
                         top[rows] = _largest(candidates, top_k)
-                    before, after = most[rows], torch.maximum(most[rows], logits.amax(1))
-                    new = logits.sub_(after.unsqueeze(1)).exp_().sum(1)
-                    total[rows] = total[rows] * (before - after).exp_() + new
-                    most[rows] = after
+                    place = target[rows] - columns.start
+                    fold_(logits, place, chosen[rows], most[rows], total[rows])
         # In this order: for a token of probability near 1 the first difference is exact.
         log_total = total.log_()
         log_prob = (chosen - most) - log_total
@@ -112,32 +109,22 @@ def _gradients(
     for_hidden, for_weight = needed
     wide, device = blocks.wide, upstream.device
     # d log p / d logits = onehot - softmax; the factor contains the sign and the scale.
-    factor = (-blocks.scale * upstream).unsqueeze(1)
+    factor = -blocks.scale * upstream
     to_hidden = torch.zeros(blocks.hidden.shape, dtype=wide, device=device) if for_hidden else None
     to_weight = torch.empty_like(blocks.full_weight) if for_weight else None
     to_bias = torch.empty_like(blocks.bias) if blocks.bias is not None else None
+    slopes = blocks.fused(_slopes)
     for columns in blocks.columns():
         part = blocks.weight(columns)
         for_part = torch.zeros(part.shape, dtype=wide, device=device)
         summed = torch.zeros(len(part), dtype=wide, device=device)
         for rows in blocks.rows():
             logits = blocks.logits(rows, columns, part)
-            slope = blocks.slope(logits)
-            position, inside = blocks.targets(rows, columns)
-            grad = logits.sub_(total[rows, None]).exp_()
-            # p - 1 at the target, exact to the last digits where p is near 1.
-            at_target = torch.expm1(log_prob[rows])
-            grad.scatter_(
-                1,
-                position,
-                torch.where(inside, at_target, grad.gather(1, position).squeeze(1))[:, None],
-            )
-            if slope is not None:
-                grad.mul_(slope)
-            grad.mul_(factor[rows])
+            place = blocks.target[rows] - columns.start
+            known = total[rows], log_prob[rows], factor[rows]
+            grad = slopes(logits, place, *known, blocks.softcap, blocks.dtype)
             if to_bias is not None:
-                summed += grad.sum(0)
-            grad = grad.to(blocks.dtype)
+                summed += grad.sum(0, dtype=wide)
             if to_hidden is not None:
                 accumulate_(to_hidden[rows], grad, part)
             if to_weight is not None:
@@ -176,6 +163,8 @@ class _Blocks:
         self.scale, self.softcap = scale, softcap
         self._factor_dtype = dtype
         self._block = _ACCELERATOR_BLOCK if hidden.device.type != "cpu" else _CPU_BLOCK
+        # For a small vocabulary the compiler takes longer than it saves.
+        self._compiles = on_cuda and len(weight) > self._block[1]
 
     def rows(self) -> Iterator[slice]:
         """Blocks of tokens."""
@@ -200,15 +189,59 @@ class _Blocks:
             logits.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits
 
-    def slope(self, logits: Tensor) -> Tensor | None:
-        """Derivative of the cap where it gave these logits."""
-        return None if self.softcap is None else 1 - (logits / self.softcap).square()
+    def fused(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, as one kernel where that is faster."""
+        return _compiled(function) if self._compiles else function
 
-    def targets(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
-        """Column of each target in the block, ``[rows, 1]``, or 0; and whether it is in it."""
-        position = self.target[rows] - columns.start
-        inside = (position >= 0) & (position < columns.stop - columns.start)
-        return torch.where(inside, position, 0).unsqueeze(1), inside
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which its first call compiles for all sizes."""
+    return torch.compile(function, dynamic=True)
+
+
+def _fold_(logits: Tensor, place: Tensor, chosen: Tensor, most: Tensor, total: Tensor) -> None:
+    """Take a block into the target's logit, the largest, and the sum of exp(logit - largest)."""
+    position, inside = _locate(place, logits.shape[1])
+    here = logits.gather(1, position)
+    largest = torch.maximum(most, logits.amax(1))
+    new = (logits - largest.unsqueeze(1)).exp_().sum(1)
+    chosen += torch.where(inside, here, 0.0).squeeze(1)
+    total.mul_((most - largest).exp_()).add_(new)
+    most.copy_(largest)
+
+
+def _slopes(
+    logits: Tensor,
+    place: Tensor,
+    total: Tensor,
+    log_prob: Tensor,
+    factor: Tensor,
+    softcap: float | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Gradient to a block of the products, in ``dtype``."""
+    position, inside = _locate(place, logits.shape[1])
+    grad = (logits - total.unsqueeze(1)).exp_()
+    # p - 1 at the target, exact to the last digits where p is near 1.
+    at_target = torch.expm1(log_prob).unsqueeze(1)
+    if softcap is not None:
+        grad *= _cap_slope(logits, softcap)
+        at_target *= _cap_slope(logits.gather(1, position), softcap)
+    grad = grad.mul_(factor.unsqueeze(1)).to(dtype)
+    at_target = (at_target * factor.unsqueeze(1)).to(dtype)
+    return grad.scatter_(1, position, torch.where(inside, at_target, grad.gather(1, position)))
+
+
+def _cap_slope(capped: Tensor, softcap: float) -> Tensor:
+    """Derivative of the cap where it gave these logits."""
+    return 1 - (capped / softcap).square()
+
+
+def _locate(place: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Column of each target in a block, ``[rows, 1]``, or 0; and whether it is in it."""
+    inside = (place >= 0) & (place < size)
+    return torch.where(inside, place, 0).unsqueeze(1), inside.unsqueeze(1)
 
 
 def _largest(x: Tensor, number: int) -> Tensor:
@@ -234,7 +267,9 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 def accumulate_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, total in float32 or wider."""
-    if a.dtype == total.dtype and not suit_onednn(a, b):
+    if a.dtype in (torch.bfloat16, torch.float16):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    elif a.dtype == total.dtype and not suit_onednn(a, b):
         total.addmm_(a, b)
     else:
         total += product(a, b)
