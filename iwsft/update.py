@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import pickle
 import re
@@ -312,6 +313,8 @@ class _Graph:
             current.wait_stream(stream)
             return results
         if self._graph is None:
+            # An earlier graph that is freed during a capture makes the capture fail.
+            gc.collect()
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
                 self._results = self._function(self._inputs)

@@ -276,11 +276,12 @@ def test_a_graph_changes_no_bit_and_a_stack_of_graphs_rounds(
         states.append(learner.loss.state_dict())
     for key, value in states[0].items():
         assert torch.equal(value, states[1][key]), key
-    learners = [build(name, seed) for seed in SEEDS]
-    folders = [tmp_path / f"stack-{seed}" for seed in SEEDS]
-    fit_stack(
-        [training(*pair) for pair in zip(learners, folders, strict=True)], graph=True, **steps
-    )
+    learners, trainings = [], []
+    for seed in SEEDS:
+        learners.append(build(name, seed))
+        # Made here: a training keeps the state of torch's generators, which its seed set.
+        trainings.append(training(learners[-1], tmp_path / f"stack-{seed}"))
+    fit_stack(trainings, graph=True, **steps)
     assert_close(learners[SEEDS.index(3)].loss.state_dict(), states[0])
 
 
