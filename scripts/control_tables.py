@@ -40,6 +40,8 @@ FORMS = {
     "awac": "AWAC",
     "iql": "IQL",
     "td3-bc": "TD3+BC",
+    "cql": "CQL",
+    "dt": "DT",
 }
 _SHARP = "ess0.4/iw-sft-q"
 # Weights, and what they are compared with at the same learning rate and number of updates.

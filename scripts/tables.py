@@ -20,7 +20,7 @@ from scripts.method_tables import method_grid
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs/results"
-_NAMED = ("loop", "methods", "results", "results_language")
+_NAMED = ("loop", "methods", "results", "results_language", "speed")
 PAGES = [ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in _NAMED)]
 _CONTROL = {
     "scores": score_grid,
@@ -62,6 +62,8 @@ def with_tables(text: str, results: Path) -> str:
             grid = method_grid(name, results)
         elif name in _LOOPS:
             grid = _loop_grid(name, kind, results)
+        elif kind == "ratios":
+            grid = _speed_grid(results / name)
         else:
             grid = _CONTROL[kind](read_runs(results / name, CONTROL))
         mark = " ".join(filter(None, (name, kind)))
@@ -95,6 +97,15 @@ def _loop_grid(name: str, kind: str, results: Path) -> Grid:
         [row[i] for i in shown] for row in (grid.columns, *map(rows.__getitem__, _LOOPS[name]))
     ]
     return Grid(picked[0], picked[1:], left=1)
+
+
+def _speed_grid(record: Path) -> Grid:
+    """Rows of a record of ``iwsft speed``, ours beside the peer."""
+    grid = Grid(["what", "peer is", "ours", "peer", "peer / ours"], left=2)
+    for row in json.loads(record.read_text())["rows"]:
+        numbers = f"{row['ours']:,.4g} {row['unit']}", f"{row['peer']:,.4g}", f"{row['ratio']:.2f}"
+        grid.rows.append([row["name"], row["peer_name"], *numbers])
+    return grid
 
 
 if __name__ == "__main__":

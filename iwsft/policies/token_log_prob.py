@@ -164,7 +164,8 @@ class _Blocks:
         self._factor_dtype = dtype
         self._block = _ACCELERATOR_BLOCK if hidden.device.type != "cpu" else _CPU_BLOCK
         # For a small vocabulary the compiler takes longer than it saves.
-        self._compiles = on_cuda and len(weight) > self._block[1]
+        large = len(weight) > self._block[1]
+        self._compiles = on_cuda and large and not torch.compiler.is_compiling()
 
     def rows(self) -> Iterator[slice]:
         """Blocks of tokens."""
