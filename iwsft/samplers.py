@@ -5,13 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from hashlib import sha256
 from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
+from iwsft.fingerprint import fingerprint
 from iwsft.trajectory import (
     ACTION,
     DATA_WEIGHT,
@@ -20,6 +20,7 @@ from iwsft.trajectory import (
     MULTIPLICITY,
     NEXT_OBSERVATION,
     OBSERVATION,
+    REF_LOG_PROB,
     REWARD,
     TERMINATED,
     TOKENS,
@@ -85,33 +86,36 @@ class _Sampler(ABC):
         check_same_settings(state_dict, self._settings())
         self._generator.set_state(state_dict["generator"].cpu())
 
-    def _settings(self) -> dict[str, int | float]:
+    def _settings(self) -> dict[str, Any]:
         return {
             "batch_size": self.batch_size,
             "trajectories": len(self._lengths),
             "steps": int(self._lengths.sum()),
             "multiplicity": int(self._tickets[-1]),
-            "actions": self._actions,
-            "tickets": int(sha256(self._tickets.cpu().numpy().tobytes()).hexdigest()[:15], 16),
-            "data_weights": self._data_weights,
+            "multiplicities": fingerprint({"": self._tickets})[:12],
+            "data": self._data,
+            **self._computed,
         }
 
     @cached_property
-    def _actions(self) -> int:
-        """Sum of the bytes of the actions, or of the tokens: exact on any machine."""
-        keys = self.trajectories.keys(True)
-        values = [self.trajectories.get(key) for key in (ACTION, TOKENS) if key in keys]
-        return sum(int(x.contiguous().view(torch.uint8).sum()) for x in values)
+    def _data(self) -> str:
+        """Fingerprint of what was observed, done and received."""
+        entries = self._entries((*TRANSITION, TOKENS))
+        return fingerprint({str(key): entry for key, entry in entries.items()})[:12]
 
     @cached_property
-    def _data_weights(self) -> float:
-        """Sum of place * (1 + weight)^2 to five digits, as machines differ in the others, or 0."""
-        weight = self.trajectories.get(DATA_WEIGHT, default=None)
-        if weight is None:
-            return 0.0
-        squares = (1 + weight.double().flatten()).square()
-        place = torch.arange(1, len(squares) + 1, device=squares.device)
-        return float(f"{float((place * squares).sum()):.5g}")
+    def _computed(self) -> dict[str, float]:
+        """A number for each computed entry, to five digits, as machines differ in the others."""
+        numbers = {}
+        for key, entry in self._entries((DATA_WEIGHT, REF_LOG_PROB)).items():
+            squares = (1 + entry.double().flatten()).square()
+            place = torch.arange(1, len(squares) + 1, device=squares.device)
+            numbers[str(key)] = float(f"{float((place * squares).sum()):.5g}")
+        return numbers
+
+    def _entries(self, keys: Sequence[NestedKey]) -> dict[NestedKey, Tensor]:
+        present = self.trajectories.keys(True, True)
+        return {key: self.trajectories.get(key) for key in keys if key in present}
 
     def _draw(self) -> Tensor:
         """Draw the positions of ``batch_size`` trajectories with replacement, in exact integers."""

@@ -350,14 +350,17 @@ def test_bad_input(sampler: Any) -> None:
         sampler(changed, 4)
 
 
-@pytest.mark.parametrize("key", ["multiplicity", "data_weight"])
-def test_a_state_of_other_weights_of_the_same_trajectories_is_refused(key: str) -> None:
-    """Also where the multiplicities add up to the same."""
+@pytest.mark.parametrize(
+    "key",
+    ["multiplicity", "data_weight", "ref_log_prob", "observation", "action", ("next", "reward")],
+)
+def test_a_state_of_other_values_of_the_same_steps_is_refused(key: Any) -> None:
+    """Also where they add up to the same."""
 
     def sampler(*values: int) -> TrajectorySampler:
-        ids = torch.arange(3)
-        steps = {"action": torch.ones(3, 1), key: torch.tensor(values)}
-        return TrajectorySampler(from_steps(steps, ids), 4)
+        data = from_steps({"action": torch.ones(3, 1)}, torch.arange(3))
+        data.set(key, torch.tensor(values).reshape(3, *[1] * (key in ("observation", "action"))))
+        return TrajectorySampler(data, 4)
 
     state = sampler(1, 3, 1).state_dict()
     sampler(1, 3, 1).load_state_dict(state)

@@ -316,7 +316,7 @@ def test_a_run_of_another_loss_or_other_data_is_refused_without_settings(tmp_pat
         ({"k": 9.0}, "loss.importance_weights="),
         ({"squash": True}, r"squash='False' \(now 'True'\)"),
         ({"every": 3}, r"updater.every='2' \(now '3'\)"),
-        ({"shift": -0.5}, "this state is of a sampler with actions="),
+        ({"shift": -0.5}, "this state is of a sampler with data="),
     ]
     for change, message in changes:
         with pytest.raises(ValueError, match=message):
