@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,18 +72,20 @@ def measure(options: Options) -> Iterator[Comparison | Check]:
     what = f"SFT, {sizes.batch} x {sizes.length} tokens, {{}} of them trained"
     name = f"{what.format(sizes.trained)}, vocabulary {sizes.vocabulary:,}"
     yield speed.compare_peaks(name, "TRL's SFTTrainer", __name__, options)
-    repeats, per = sizes.blocks * options.repeats, sizes.updates * sizes.batch * sizes.length
+    # The median of six runs leaves a cold first one out.
+    in_turn = partial(compare, repeats=sizes.blocks * options.repeats, warm_up=0)
+    per = sizes.updates * sizes.batch * sizes.length
     peer_name, unit = "TRL's SFTTrainer on the same model, data and batch", "us per token"
     for trained in (sizes.length, sizes.trained):
         sizes.trained = trained
         sft, trl = (TimedRun(settings, options, sizes) for settings in (SFT, TRL))
-        yield compare(what.format(trained), sft, trl, peer_name, unit, repeats, per=per)
+        yield in_turn(what.format(trained), sft, trl, peer_name, unit, per=per)
     name, unit = "log-probs of a batch without gradient", "ms per update"
     peer_name, per = "our SFT update", sizes.updates
-    yield compare(name, sft.forward, sft, peer_name, unit, repeats, per=per)
+    yield in_turn(name, sft.forward, sft, peer_name, unit, per=per)
     for name, settings in WEIGHTED.items():
         way = TimedRun(settings, options, sizes)
-        yield compare(name, way, sft, peer_name, unit, repeats, per=per)
+        yield in_turn(name, way, sft, peer_name, unit, per=per)
 
 
 def losses_of(settings: Settings, options: Options, sizes: SimpleNamespace) -> list[Tensor]:
