@@ -65,7 +65,9 @@ class _TokenLogProb(torch.autograd.Function):
         blocks = _Blocks(*inputs)
         hidden, weight, bias, target, *ctx.settings = inputs
         chosen = torch.zeros(len(target), dtype=blocks.wide, device=hidden.device)
-        most, total = torch.full_like(chosen, -torch.inf), torch.zeros_like(chosen)
+        # Not -inf: a first block may be -inf throughout, and the difference of the two is NaN.
+        most = torch.full_like(chosen, torch.finfo(blocks.wide).min)
+        total = torch.zeros_like(chosen)
         top = chosen.new_full((len(target), top_k), -torch.inf)
         fold_ = blocks.fused(_fold_)
         with torch.autocast(hidden.device.type, enabled=False):

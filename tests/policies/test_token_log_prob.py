@@ -91,6 +91,24 @@ def test_entropy_of_the_likeliest_is_that_of_full_logits(
     assert not entropy.requires_grad and float(entropy.max()) <= 1
 
 
+def test_tokens_that_are_ruled_out_fill_blocks(block: None) -> None:
+    """Logits of -inf: the first blocks of the vocabulary, or all but the last token."""
+    hidden, weight, bias, target = inputs()
+    upstream = torch.ones(len(target), dtype=torch.float64)
+    for first in (7, 22):
+        out = bias.detach().masked_fill(torch.arange(23) < first, -torch.inf).requires_grad_()
+        inside = target.clamp(min=first)
+        ours = log_probs(hidden, weight, inside, bias=out)
+        truth = naive(hidden, weight, inside, bias=out)
+        torch.testing.assert_close(ours, truth, rtol=1e-13, atol=1e-13)
+        to = [hidden, weight, out]
+        for mine, true in zip(
+            gradients(ours, upstream, to), gradients(truth, upstream, to), strict=True
+        ):
+            torch.testing.assert_close(mine, true, rtol=1e-12, atol=1e-12)
+    assert bool((log_probs(hidden, weight, target * 0, bias=out) == -torch.inf).all())
+
+
 @pytest.mark.parametrize("top_k", [1, 24, -1])
 def test_an_entropy_of_more_tokens_than_there_are_is_refused(top_k: int) -> None:
     hidden, weight, _, target = inputs()
