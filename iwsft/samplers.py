@@ -88,6 +88,8 @@ class _Sampler(ABC):
 
     def _settings(self) -> dict[str, Any]:
         return {
+            "class": type(self).__name__,
+            "keys": None if self.keys is None else sorted(map(str, self.keys)),
             "batch_size": self.batch_size,
             "trajectories": len(self._lengths),
             "steps": int(self._lengths.sum()),
@@ -99,8 +101,8 @@ class _Sampler(ABC):
 
     @cached_property
     def _data(self) -> str:
-        """Fingerprint of what was observed, done and received."""
-        entries = self._entries((*TRANSITION, TOKENS))
+        """Fingerprint of what was observed, done and received, and of the mask."""
+        entries = self._entries((*TRANSITION, TOKENS, MASK))
         return fingerprint({str(key): entry for key, entry in entries.items()})[:12]
 
     @cached_property
@@ -108,7 +110,8 @@ class _Sampler(ABC):
         """A number for each computed entry, to five digits, as machines differ in the others."""
         numbers = {}
         for key, entry in self._entries((DATA_WEIGHT, REF_LOG_PROB)).items():
-            squares = (1 + entry.double().flatten()).square()
+            # NaN of masked steps does not equal itself.
+            squares = (1 + entry.double().flatten().nan_to_num()).square()
             place = torch.arange(1, len(squares) + 1, device=squares.device)
             numbers[str(key)] = float(f"{float((place * squares).sum()):.5g}")
         return numbers

@@ -14,7 +14,7 @@ from torch import Tensor
 from iwsft.curation import curate
 from iwsft.objective import ImportanceWeightedMLE
 from iwsft.policies import GaussianPolicy
-from iwsft.samplers import StepSampler, TrajectorySampler
+from iwsft.samplers import StepSampler, TrajectorySampler, TransitionSampler
 from iwsft.trajectory import MASK, TRAJ_IDS, from_steps, lengths, pad
 
 SIZES = [3, 1, 6, 2, 4, 1]
@@ -367,3 +367,27 @@ def test_a_state_of_other_values_of_the_same_steps_is_refused(key: Any) -> None:
     for others in ((3, 1, 1), (2, 1, 2)):
         with pytest.raises(ValueError, match="this state is of a sampler with"):
             sampler(*others).load_state_dict(state)
+
+
+def test_a_state_of_other_draws_or_entries_is_refused() -> None:
+    """A class of sampler, a mask and the entries of a batch change what is learned."""
+    state = StepSampler(dataset(), 8).state_dict()
+    masked = dataset()
+    masked[MASK] = torch.arange(len(masked)) != 1
+    others = {
+        "class=StepSampler, not TransitionSampler": TransitionSampler(
+            dataset(), 8, keys=["action"]
+        ),
+        "keys=None, not": StepSampler(dataset(), 8, keys=["observation", "action"]),
+        "data=": StepSampler(masked, 8),
+    }
+    for message, sampler in others.items():
+        with pytest.raises(ValueError, match=message):
+            sampler.load_state_dict(state)
+
+
+def test_a_reference_that_is_nan_where_masked_equals_itself() -> None:
+    data = dataset(multiplicity=None)
+    data[MASK] = torch.arange(len(data)) != 1
+    data["ref_log_prob"][1] = math.nan
+    StepSampler(data, 8).load_state_dict(StepSampler(data, 8).state_dict())

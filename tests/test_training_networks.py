@@ -323,6 +323,31 @@ def test_a_run_of_another_loss_or_other_data_is_refused_without_settings(tmp_pat
             train(**change)
 
 
+def test_a_run_whose_syncs_write_the_reference_is_resumed(tmp_path: Path) -> None:
+    """Also from another first policy: the reference is what the last sync wrote."""
+
+    def train(folder: Path, seed: int = 0, stop_at: int = STEPS) -> Tensor:
+        def interrupt(row: Row) -> None:
+            if row["step"] > stop_at:
+                raise KeyboardInterrupt
+
+        trajectories = data()
+        torch.manual_seed(seed)
+        policy = GaussianPolicy(3, 2, hidden=(4,))
+        chain = ImportanceWeights.psft()
+        loss = ImportanceWeightedMLE(policy, importance_weights=chain, proposal="current")
+        updater = HardSync(loss, every=3, trajectories=trajectories)
+        schedule, every = Schedule(STEPS, 0.1), {"checkpoint_every": 5, "log_every": 1}
+        arguments: dict[str, Any] = {"updater": updater, "folder": folder, **every}
+        fit(loss, StepSampler(trajectories, 4), schedule, report=interrupt, **arguments)
+        return torch.cat([parameter.detach().flatten() for parameter in loss.parameters()])
+
+    expected = train(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "cut", stop_at=7)
+    assert torch.equal(train(tmp_path / "cut", seed=1), expected)
+
+
 def tiny() -> float:
     """A product below the smallest normal number of float32; 0 where such numbers are flushed."""
     small = torch.tensor(1e-20, dtype=torch.float32)
