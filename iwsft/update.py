@@ -201,6 +201,9 @@ def form_of(thing: Any, place: str) -> dict[str, str]:
             form |= form_of(value, f"{place}{name}.") if isinstance(thing, nn.Module) else {}
         elif name.lstrip("_") in arguments and (is_dataclass(value) or _is_plain(value)):
             form[place + name] = _ADDRESS.sub("", repr(value))
+    if isinstance(thing, LossModule):
+        frozen = [name for name, each in thing.named_parameters() if not each.requires_grad]
+        form[f"{place}frozen"] = repr(frozen)
     return form
 
 
@@ -226,7 +229,7 @@ class Stack:
         self._params = TensorDict(
             {name: torch.stack([one[name].data for one in own]) for name in own[0]}, [len(losses)]
         )
-        trained = {id(parameter) for parameter in losses[0].parameters()}
+        trained = {id(each) for each in losses[0].parameters() if each.requires_grad}
         self._trained: list[tuple[Tensor, list[Tensor]]] = []
         self._members: list[Tensor] = []
         for key, stacked in self._params.items(True, True):

@@ -297,13 +297,20 @@ def test_sums_along_trajectories_are_not_those_of_single_steps(length: int) -> N
 
 
 def test_a_run_of_another_loss_or_other_data_is_refused_without_settings(tmp_path: Path) -> None:
-    def train(k: float = 1.0, squash: bool = False, every: int = 2, shift: float = 0.0) -> None:
+    def train(
+        k: float = 1.0,
+        squash: bool = False,
+        every: int = 2,
+        shift: float = 0.0,
+        frozen: bool = False,
+    ) -> None:
         torch.manual_seed(0)
         steps = {"observation": torch.randn(9, 3), "action": torch.rand(9, 2) + shift}
         trajectories = from_steps({**steps, REF_LOG_PROB: torch.zeros(9)}, torch.arange(9))
         chain = ImportanceWeights.paper_control(k)
         policy = GaussianPolicy(3, 2, hidden=(4,), squash=squash)
         loss = ImportanceWeightedMLE(policy, importance_weights=chain)
+        next(loss.parameters()).requires_grad_(not frozen)
         updater = HardSync(loss, every=every)
         sampler = StepSampler(trajectories, 4)
         fit(loss, sampler, Schedule(3, 0.01), updater=updater, folder=tmp_path)
@@ -315,6 +322,7 @@ def test_a_run_of_another_loss_or_other_data_is_refused_without_settings(tmp_pat
     changes: list[tuple[dict[str, Any], str]] = [
         ({"k": 9.0}, "loss.importance_weights="),
         ({"squash": True}, r"squash='False' \(now 'True'\)"),
+        ({"frozen": True}, "loss.frozen="),
         ({"every": 3}, r"updater.every='2' \(now '3'\)"),
         ({"shift": -0.5}, "this state is of a sampler with data="),
     ]

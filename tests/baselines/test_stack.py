@@ -170,6 +170,20 @@ def test_a_stack_that_was_killed_continues_stacked_or_alone(
         assert_close(learner.loss.state_dict(), run_alone(build(name, seed), alone))
 
 
+def test_frozen_parameters_stay_as_they_are_in_a_stack(build: Build, tmp_path: Path) -> None:
+    def frozen(seed: int) -> Learner:
+        learner = build("iw-sft", seed)
+        next(learner.loss.parameters()).requires_grad_(False)
+        return learner
+
+    learners = [frozen(seed) for seed in SEEDS]
+    stack([training(learner, tmp_path / f"{i}") for i, learner in enumerate(learners)])
+    for seed, learner in zip(SEEDS, learners, strict=True):
+        assert_close(learner.loss.state_dict(), run_alone(frozen(seed), tmp_path / f"alone{seed}"))
+    with pytest.raises(ValueError, match="a stack needs one frozen"):
+        stack([training(learner, tmp_path) for learner in (frozen(0), build("iw-sft", 3))])
+
+
 def test_a_seed_that_diverges_leaves_the_stack(build: Build, tmp_path: Path) -> None:
     learners, trainings = [], []
     for seed in SEEDS:
