@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,12 +12,16 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from iwsft.datasets.text.tokens import CORRECT, SCORE
+from iwsft.fingerprint import fingerprint
 from iwsft.samplers import check_same_settings, multiplicities
 from iwsft.trajectory import (
     ASSISTANT_MASK,
     ATTENTION_MASK,
+    DATA_WEIGHT,
+    GIVEN_REF_LOG_PROB,
     MASK,
     MULTIPLICITY,
+    SUCCESS_RATE,
     TOKENS,
     TRAJ_IDS,
     lengths,
@@ -333,9 +337,22 @@ class EpochSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the epoch; a sampler that loads it continues with the same batches."""
-        return self.batches.state_dict()
+        return {**self.batches.state_dict(), "data": self._data}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict`; see :meth:`EpochBatches.load_state_dict`."""
+        """Restore :meth:`state_dict`; other trajectories and settings are refused."""
+        check_same_settings(state_dict, {"data": self._data})
         self.batches.load_state_dict(state_dict)
         self._iterator = iter(self.batches)
+
+    @cached_property
+    def _data(self) -> str:
+        return token_fingerprint(self.dataset.trajectories)[:12]
+
+
+def token_fingerprint(trajectories: TensorDictBase) -> str:
+    """Fingerprint of tokens, the trained ones, weights, and where trajectories begin."""
+    weights = (MULTIPLICITY, DATA_WEIGHT, SUCCESS_RATE, GIVEN_REF_LOG_PROB)
+    keys = (TOKENS, ASSISTANT_MASK, TRAJ_IDS, *weights)
+    entries = {str(key): trajectories.get(key, default=None) for key in keys}
+    return fingerprint({key: entry for key, entry in entries.items() if entry is not None})

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from iwsft.distributed import gathered
 from iwsft.extras import named
-from iwsft.fingerprint import fingerprint
 from iwsft.forward_pass import ForwardPass
+from iwsft.language.batches import token_fingerprint
 from iwsft.language.config import OPTIMIZER_SETTINGS
 from iwsft.language.loss import Measures
 from iwsft.language.saving import CheckpointedTrainer
@@ -23,14 +23,7 @@ from iwsft.objective import LOSS, ImportanceWeightedMLE, Proposal, Terms
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.proposals import EMA, HardSync
 from iwsft.reference import adapter_parts, cached_reference, write_reference
-from iwsft.trajectory import (
-    ASSISTANT_MASK,
-    DATA_WEIGHT,
-    GIVEN_REF_LOG_PROB,
-    SUCCESS_RATE,
-    TOKENS,
-    TRAJ_IDS,
-)
+from iwsft.trajectory import GIVEN_REF_LOG_PROB
 
 with named():
     from transformers import TrainerCallback
@@ -81,11 +74,7 @@ class WeightedTrainer(CheckpointedTrainer):
 
     @cached_property
     def _fingerprint(self) -> str:
-        """Fingerprint of the tokens, which are trained, their weights, where trajectories begin."""
-        optional = (DATA_WEIGHT, SUCCESS_RATE, GIVEN_REF_LOG_PROB)
-        further = [x for x in optional if self._trajectories.get(x, default=None) is not None]
-        keys = (TOKENS, ASSISTANT_MASK, TRAJ_IDS, *further)
-        return fingerprint({str(key): self._trajectories.get(key) for key in keys})
+        return token_fingerprint(self._trajectories)
 
     def _forward(
         self, trajectories: TensorDictBase, batches: Sequence[Sequence[int]], **settings: Any

@@ -216,6 +216,9 @@ def test_a_resumed_sampler_gives_the_remaining_batches(stop):
     other = EpochSampler(data, token_budget=26, layout="packed", seed=1)
     with pytest.raises(ValueError, match="token_budget=24, not 26"):
         other.load_state_dict(first.state_dict())
+    data[TOKENS] = data[TOKENS].flip(0)
+    with pytest.raises(ValueError, match="this state is of a sampler with data="):
+        sampler().load_state_dict(first.state_dict())
 
 
 def test_settings_of_batches():
