@@ -8,9 +8,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDictBase, is_tensor_collection
+from tensordict.nn import ProbabilisticTensorDictSequential
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torchrl.modules import MaskedOneHotCategorical, OneHotCategorical
 
 from iwsft.trajectory import Segments
 
@@ -54,7 +56,12 @@ def step_log_prob(policy: Any, batch: TensorDictBase, shape: torch.Size) -> Tens
     The policy reads a shallow copy, so entries that it writes (loc, scale) do not reach the batch.
     The numbers are float32 or wider.
     """
-    return _checked(policy.log_prob(batch.copy()), policy, shape)
+    batch = batch.copy()
+    if getattr(type(policy), "log_prob", None) is not ProbabilisticTensorDictSequential.log_prob:
+        return _checked(policy.log_prob(batch), policy, shape)
+    dist = policy.get_dist(batch)
+    _check_broadcast(dist, batch.get(policy.dist_sample_keys[0], default=None), shape)
+    return _checked(policy.log_prob(batch, dist=dist), policy, shape)
 
 
 def step_log_prob_and_entropy(
@@ -73,13 +80,32 @@ def check_action_size(action: Tensor, size: int) -> None:
         raise ValueError(f"actions {list(action.shape)}, but the policy acts with size {size}")
 
 
+def _check_broadcast(dist: Any, action: Any, shape: torch.Size) -> None:
+    """Refuse actions of another shape than the density's, which would broadcast them in silence."""
+    if not isinstance(action, Tensor):
+        return
+    event = dist.batch_shape[len(shape) :] + dist.event_shape
+    if isinstance(dist, OneHotCategorical | MaskedOneHotCategorical):
+        # Its own event shape is that of indices.
+        event += (dist.num_samples,)
+    if len(event) > 0 and action.shape != shape + event:
+        found, needed = list(action.shape), list(shape + event)
+        raise ValueError(f"actions have shape {found}; {type(dist).__name__} needs {needed}")
+
+
 def _checked(out: Any, policy: Any, shape: torch.Size) -> Tensor:
     name = type(policy).__name__
+    if is_tensor_collection(out):
+        problem = f"{name}.log_prob gives a TensorDict, one log-prob for each part of an action"
+        way_out = "tensordict.nn.set_composite_lp_aggregate(True).set() before the policy is made"
+        raise TypeError(f"{problem}; to add them up, call {way_out}")
     if not isinstance(out, Tensor):
         raise TypeError(f"{name}.log_prob must give a tensor, it gave {type(out).__name__}")
     if out.shape not in (shape, (*shape, 1)):
         problem = f"{name}.log_prob has shape {list(out.shape)}, not {list(shape)}"
         way_out = "sum over the action's dimensions (torchrl.modules.IndependentNormal)"
+        if len(shape) > 0 and out.shape == (*shape, shape[-1]):
+            way_out = "drop the last dimension of the actions if it is 1, as it broadcasts"
         raise ValueError(f"{problem}, one number per step; {way_out}")
     return out.reshape(shape).to(torch.promote_types(out.dtype, torch.float32))
 

@@ -5,9 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
-from torch import nn
+from tensordict.nn import NormalParamExtractor, TensorDictModule
+from torch import Tensor, distributions, nn
+from torchrl.modules import (
+    IndependentNormal,
+    MaskedOneHotCategorical,
+    OneHotCategorical,
+    ProbabilisticActor,
+    TanhNormal,
+)
 
-from iwsft.policies.log_prob import finite_padding, noise_watch
+from iwsft.policies.log_prob import finite_padding, noise_watch, step_log_prob
 from iwsft.trajectory import Segments
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
@@ -83,3 +91,63 @@ def test_only_what_a_gradient_would_meet_on_masked_steps_is_replaced(
         torch.testing.assert_close(out[key], before[key], **same)
     for key in ("flat", ("nested", "wide")):
         torch.testing.assert_close(batch[key], before[key], **same)
+
+
+def _actor(kind: type, size: int) -> ProbabilisticActor:
+    """A TorchRL actor whose parameters are those of one linear layer."""
+    network: nn.Module = nn.Linear(4, size)
+    keys = ["logits"]
+    if kind in (IndependentNormal, TanhNormal):
+        network, keys = (
+            nn.Sequential(nn.Linear(4, 2 * size), NormalParamExtractor()),
+            [
+                "loc",
+                "scale",
+            ],
+        )
+    mask = {"mask": torch.ones(size, dtype=torch.bool)} if kind is MaskedOneHotCategorical else {}
+    module = TensorDictModule(network, in_keys=["observation"], out_keys=keys)
+    return ProbabilisticActor(
+        module, in_keys=keys, distribution_class=kind, distribution_kwargs=mask
+    )
+
+
+def _batch(action: Tensor, layout: tuple[int, ...]) -> TensorDict:
+    return TensorDict({"observation": torch.randn(*layout, 4), "action": action}, layout)
+
+
+@pytest.mark.parametrize("layout", [(6,), (2, 3), (1,)])
+@pytest.mark.parametrize(
+    ("kind", "size", "given"),
+    [
+        (IndependentNormal, 3, (1,)),
+        (IndependentNormal, 1, ()),
+        (TanhNormal, 3, (1,)),
+        (OneHotCategorical, 6, ()),
+        (OneHotCategorical, 6, (1,)),
+        (MaskedOneHotCategorical, 6, ()),
+    ],
+)
+def test_actions_that_a_density_would_broadcast_are_refused(
+    kind: type, size: int, given: tuple[int, ...], layout: tuple[int, ...]
+) -> None:
+    batch = _batch(torch.zeros(*layout, *given), layout)
+    with pytest.raises(ValueError, match=rf"actions have shape .* needs .*, {size}\]"):
+        step_log_prob(_actor(kind, size), batch, torch.Size(layout))
+
+
+@pytest.mark.parametrize("layout", [(6,), (3, 3)])
+@pytest.mark.parametrize("kind", [OneHotCategorical, MaskedOneHotCategorical])
+def test_one_hot_actions_have_the_log_prob_of_their_index(
+    kind: type, layout: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    actor, index = _actor(kind, 6), torch.randint(6, layout)
+    batch = _batch(nn.functional.one_hot(index, 6), layout)
+    logits = actor.get_dist_params(batch)["logits"]
+    expected = distributions.Categorical(logits=logits).log_prob(index)
+    torch.testing.assert_close(step_log_prob(actor, batch, torch.Size(layout)), expected)
+    # An index in a dimension of its own would give a log-prob for each pair of steps.
+    plain, column = _actor(distributions.Categorical, 6), _batch(index.unsqueeze(-1), layout)
+    with pytest.raises(ValueError, match="drop the last dimension of the actions"):
+        step_log_prob(plain, column, torch.Size(layout))
