@@ -201,7 +201,9 @@ def _check_order(ids: Tensor, key: NestedKey) -> None:
     falls = ids[1:] < ids[:-1]
     if bool(falls.any()):
         where = int(falls.nonzero()[0]) + 1
-        raise ValueError(f"{key!r} is out of order at step {where}; renumber the trajectories")
+        problem = f"{key!r} is out of order at step {where}"
+        way_out = "sort by trajectory and time, or draw rows [B, T] (SliceSampler, pad_output=True)"
+        raise ValueError(f"{problem}; {way_out}")
 
 
 def fit(x: Tensor, shape: torch.Size, name: str) -> Tensor:
