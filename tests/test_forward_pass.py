@@ -288,7 +288,7 @@ class _Split(nn.Module):
     ("policy", "error", "match"),
     [
         (object(), TypeError, "object has no log_prob"),
-        (type("P", (), {"log_prob": lambda self, td: td})(), TypeError, "P.log_prob must give"),
+        (type("P", (), {"log_prob": lambda self, td: td})(), TypeError, "P.log_prob gives"),
     ],
 )
 def test_no_policy(policy: Any, error: type[Exception], match: str) -> None:

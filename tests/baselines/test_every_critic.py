@@ -264,7 +264,7 @@ def test_a_resumed_run_ends_in_the_same_bits(
             "loss": learner.loss.state_dict(),
             "policy": learner.policy.state_dict(),
             "updater": learner.updater.state_dict(),
-            "sampler": learner.sampler.state_dict(),
+            "sampler": learner.sampler.state_dict()["generator"],
             "optimizer": state["optimizer"]["state"],
             "draws": torch.get_rng_state(),
         }
