@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -199,8 +200,8 @@ class _Blocks:
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, which its first call compiles for all sizes."""
-    return torch.compile(function, dynamic=True)
+    """The function, which its first call compiles for all sizes; as it is without Triton."""
+    return torch.compile(function, dynamic=True) if find_spec("triton") else function
 
 
 def _fold_(logits: Tensor, place: Tensor, chosen: Tensor, most: Tensor, total: Tensor) -> None:
