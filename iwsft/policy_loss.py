@@ -8,12 +8,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
-from tensordict import (
-    NestedKey,
-    TensorDictBase,
-    TensorDictParams,
-    is_tensor_collection,
-)
+from tensordict import NestedKey, TensorDictBase, TensorDictParams, is_tensor_collection
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule

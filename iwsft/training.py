@@ -391,7 +391,7 @@ class _Seed:
             contents = f"{', '.join(sorted(state))}, this run needs {', '.join(self._parts)}"
         if contents:
             raise checkpoint.CheckpointError(f"{folder} holds {contents}; choose another folder")
-        # A sync has written it since; the state of the updater holds it.
+        # Syncs have written the updater's entry since, and the updater's own state restores it.
         state["sampler"].pop(str(getattr(self._training.updater, "key", None)), None)
         for name, part in self._parts.items():
             part.load_state_dict(state[name])

@@ -72,7 +72,7 @@ def measure(options: Options) -> Iterator[Comparison | Check]:
     what = f"SFT, {sizes.batch} x {sizes.length} tokens, {{}} of them trained"
     name = f"{what.format(sizes.trained)}, vocabulary {sizes.vocabulary:,}"
     yield speed.compare_peaks(name, "TRL's SFTTrainer", __name__, options)
-    # The median of six runs leaves a cold first one out.
+    # Six runs by default, whose median leaves a cold first one out.
     in_turn = partial(compare, repeats=sizes.blocks * options.repeats, warm_up=0)
     per = sizes.updates * sizes.batch * sizes.length
     peer_name, unit = "TRL's SFTTrainer on the same model, data and batch", "us per token"
