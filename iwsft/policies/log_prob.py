@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase, is_tensor_collection
-from tensordict.nn import ProbabilisticTensorDictSequential
+from tensordict.nn import CompositeDistribution, ProbabilisticTensorDictSequential
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torchrl.modules import MaskedOneHotCategorical, OneHotCategorical
+from torchrl.modules.distributions import LLMMaskedCategorical
 
 from iwsft.trajectory import Segments
 
@@ -60,7 +61,9 @@ def step_log_prob(policy: Any, batch: TensorDictBase, shape: torch.Size) -> Tens
     if getattr(type(policy), "log_prob", None) is not ProbabilisticTensorDictSequential.log_prob:
         return _checked(policy.log_prob(batch), policy, shape)
     dist = policy.get_dist(batch)
-    _check_broadcast(dist, batch.get(policy.dist_sample_keys[0], default=None), shape)
+    composite = isinstance(dist, CompositeDistribution)
+    action = batch if composite else batch.get(policy.dist_sample_keys[0], default=None)
+    _check_broadcast(dist, action, shape)
     return _checked(policy.log_prob(batch, dist=dist), policy, shape)
 
 
@@ -82,7 +85,11 @@ def check_action_size(action: Tensor, size: int) -> None:
 
 def _check_broadcast(dist: Any, action: Any, shape: torch.Size) -> None:
     """Refuse actions of another shape than the density's, which would broadcast them in silence."""
-    if not isinstance(action, Tensor):
+    if isinstance(dist, CompositeDistribution) and is_tensor_collection(action):
+        for key, part in dist.dists.items():
+            _check_broadcast(part, action.get(key, default=None), shape)
+    # The event shape of torchrl's masked tokens is the vocabulary's, and not that of a token.
+    if not isinstance(action, Tensor) or isinstance(dist, LLMMaskedCategorical):
         return
     event = dist.batch_shape[len(shape) :] + dist.event_shape
     if isinstance(dist, OneHotCategorical | MaskedOneHotCategorical):

@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import NormalParamExtractor, TensorDictModule
+from tensordict.nn import (
+    CompositeDistribution,
+    NormalParamExtractor,
+    TensorDictModule,
+    set_composite_lp_aggregate,
+)
 from torch import Tensor, distributions, nn
 from torchrl.modules import (
     IndependentNormal,
@@ -14,6 +19,7 @@ from torchrl.modules import (
     ProbabilisticActor,
     TanhNormal,
 )
+from torchrl.modules.distributions import LLMMaskedCategorical
 
 from iwsft.policies.log_prob import finite_padding, noise_watch, step_log_prob
 from iwsft.trajectory import Segments
@@ -151,3 +157,46 @@ def test_one_hot_actions_have_the_log_prob_of_their_index(
     plain, column = _actor(distributions.Categorical, 6), _batch(index.unsqueeze(-1), layout)
     with pytest.raises(ValueError, match="drop the last dimension of the actions"):
         step_log_prob(plain, column, torch.Size(layout))
+
+
+class _Parts(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return x[..., :3], x[..., :3].exp(), x
+
+
+@pytest.mark.parametrize("layout", [(5,), (2, 4)])
+def test_parts_of_a_composite_action_add_up_and_do_not_broadcast(layout: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    x, a, b = torch.randn(*layout, 4), torch.randn(*layout, 3), torch.randint(4, layout)
+    batch = TensorDict({"observation": x, "a": a, "b": b}, layout)
+    shape = torch.Size(layout)
+    keys = [("params", "a", "loc"), ("params", "a", "scale"), ("params", "b", "logits")]
+    parts = {"a": IndependentNormal, "b": distributions.Categorical}
+    with set_composite_lp_aggregate(True):
+        actor = ProbabilisticActor(
+            TensorDictModule(_Parts(), ["observation"], keys),
+            in_keys=["params"],
+            out_keys=["a", "b"],
+            distribution_class=CompositeDistribution,
+            distribution_kwargs={"distribution_map": parts},
+            return_log_prob=True,
+        )
+        of_a = distributions.Normal(x[..., :3], x[..., :3].exp()).log_prob(a).sum(-1)
+        of_b = distributions.Categorical(logits=x).log_prob(b)
+        torch.testing.assert_close(step_log_prob(actor, batch, shape), of_a + of_b)
+        with pytest.raises(ValueError, match="IndependentNormal needs"):
+            step_log_prob(actor, batch.set("a", a[..., :1]), shape)
+
+
+def test_masked_tokens_have_the_log_prob_of_a_categorical() -> None:
+    torch.manual_seed(0)
+    x, token = torch.randn(5, 2, 4), torch.randint(4, (5, 2))
+    mask = torch.ones(5, 2, dtype=torch.bool)
+    batch = TensorDict({"logits": x, "mask": mask, "action": token}, (5, 2))
+    actor = ProbabilisticActor(
+        TensorDictModule(nn.Identity(), ["logits"], ["logits"]),
+        in_keys=["logits", "mask"],
+        distribution_class=LLMMaskedCategorical,
+    )
+    expected = distributions.Categorical(logits=x).log_prob(token)
+    torch.testing.assert_close(step_log_prob(actor, batch, torch.Size((5, 2))), expected)
