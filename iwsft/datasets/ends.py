@@ -259,9 +259,12 @@ def _reset_rows(steps: Steps) -> Flags:
         return resets
     zeros = np.delete(rewards, likely + 1) == 0
     seldom = ((zeros.sum() + 1) / (len(zeros) + 2)) ** len(likely) < 1e-6
-    # Where rewards of 0 are seldom, these rows need less evidence.
+    # Where rewards of 0 are seldom, less evidence will do: a jump to where the first row is.
     jumps = [np.median(distance(now[row], now[row + 1])) for row in (likely, likely + 1)]
-    if (seldom and jumps[1] > jumps[0]) or Dynamics(steps).end_after(likely, 1, sure=seldom):
+    apart = (np.abs(now[likely + k] - now[0]) / column_spread(now) for k in (1, 2))
+    before, after = (np.median(each.max(axis=1)) for each in apart)
+    jumped = jumps[1] > jumps[0] and after < before
+    if (seldom and jumped) or Dynamics(steps).end_after(likely, 1, sure=seldom):
         resets[likely + 1] = True
         if not steps.ends[-1] and steps.ends[-2]:
             resets[-1] = rewards[-1] == 0

@@ -220,3 +220,23 @@ def test_reset_rows_of_a_vector_environment(write: Write, sparse: bool, followin
     data = datasets.load(write(vector if following else without_following(vector)))
     assert "7 rows left out" in data.notes[0]
     np.testing.assert_array_equal(data.trajectories[OBSERVATION], fields["observations"])
+
+
+@pytest.mark.parametrize("vector", [True, False])
+def test_short_episodes_whose_last_step_alone_is_rewarded(write: Write, vector: bool) -> None:
+    """All begin at 0. Rewards of 0 are seldom but for the first steps, which are no resets."""
+    rng = np.random.default_rng(0)
+    rows: list[tuple[Any, ...]] = []
+    for size in [2, 3, 2] * 15:
+        states = np.cumsum(rng.uniform(-0.1, 0.1, (size + 1, 3)), axis=0)
+        states -= states[0]
+        last = np.arange(size) == size - 1
+        rows += zip(states[:-1], last, np.full(size, False), strict=True)
+        if vector:
+            rows.append((states[-1], False, True))
+    observations, ends, resets = map(np.array, zip(*rows, strict=True))
+    actions = rng.uniform(-1, 1, (len(rows), 3))
+    fields = {"observations": observations, "actions": actions}
+    data = datasets.load(write({**fields, "rewards": ends * 1.0, "terminals": ends}))
+    expected = observations[~resets].astype(np.float32)
+    np.testing.assert_array_equal(data.trajectories[OBSERVATION], expected)
