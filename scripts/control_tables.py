@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.report.aggregates import signed
 from benchmarks.report.document import NOTHING, Grid, interval_text
@@ -48,6 +50,13 @@ _SHARP = "ess0.4/iw-sft-q"
 DRAWN = {"iw-sft": "sft", "iw-sft-q": "sft-q"}
 # Weights at the same settings, which one Gaussian and a mixture of Gaussians ran with.
 WEIGHTINGS = ("k0/iw-sft-q", "ess0.4/iw-sft-q", "auto/iw-sft-q")
+# Policies of scripts.step_overshoot.
+_MOVED = {
+    "sft": "SFT",
+    "iw-sft-step": "iw-SFT-step",
+    "added": "SFT + c (SFT - reference)",
+    "removed": "iw-SFT-step - c (SFT - reference)",
+}
 # What they are compared with. Where SFT(Q) has the settings of iw-SFT(Q), it is that run.
 EQUAL = ("k0/iw-sft-q", "sft-q")
 
@@ -136,6 +145,40 @@ def policy_grid(runs: Sequence[RecordedRun]) -> Grid:
         of_one, of_mixture = gains
         grid.rows.append([*row, signed(difference(of_mixture, of_one, paired=True))])
     return grid
+
+
+def step_grid(records: Sequence[Mapping[str, Any]]) -> Grid:
+    """What ``scripts.step_overshoot`` measured, one column for each dataset."""
+    grid = Grid(["", *(record["dataset"] for record in records)], left=1)
+
+    def add(title: str, texts: Iterable[str]) -> None:
+        grid.rows.append([title, *texts])
+
+    for algo in ("bc", "sft", "iw-sft", "iw-sft-step"):
+        add(f"spread of {FORMS[algo]}", (f"{each['spread'][algo]:.3f}" for each in records))
+    for algo in ("sft", "iw-sft", "iw-sft-step"):
+        title = f"share of the reference's errors in {FORMS[algo]}"
+        add(title, (f"{each['inherited'][algo]:.2f}" for each in records))
+    for algo in ("iw-sft", "iw-sft-step"):
+        slopes = (np.array(each["slope"][algo]) for each in records)
+        add(f"c of {FORMS[algo]}", (_mean_text(each, 3) for each in slopes))
+    add("farther from the reference than SFT", (f"{each['farther']:.1%}" for each in records))
+    scores = [
+        {algo: np.array(values) for algo, values in each["scores"].items()} for each in records
+    ]
+    for algo, title in _MOVED.items():
+        add(f"score of {title}", (_mean_text(each[algo], 1) for each in scores))
+    for ours, other in (("iw-sft-step", "sft"), ("added", "sft"), ("removed", "iw-sft-step")):
+        gaps = (
+            difference(each[ours][:, None], each[other][:, None], paired=True) for each in scores
+        )
+        add(f"{_MOVED[ours]}, less {_MOVED[other]}", map(signed, gaps))
+    return grid
+
+
+def _mean_text(values: NDArray[np.float64], digits: int) -> str:
+    low, high = (float(end) for end in t_interval(values))
+    return f"{values.mean():.{digits}f} ({interval_text((low, high), digits)})"
 
 
 def _by_name(runs: Sequence[RecordedRun]) -> dict[tuple[str, str], Cell]:

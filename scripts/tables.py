@@ -15,7 +15,14 @@ from pathlib import Path
 from benchmarks.report.document import Grid
 from benchmarks.report.loops import COMPARED, RecordedLoop, loop_grid, seed_grids
 from benchmarks.results import CONTROL, read_runs
-from scripts.control_tables import difference_grid, draw_grid, form_grid, policy_grid, score_grid
+from scripts.control_tables import (
+    difference_grid,
+    draw_grid,
+    form_grid,
+    policy_grid,
+    score_grid,
+    step_grid,
+)
 from scripts.method_tables import method_grid
 
 ROOT = Path(__file__).parents[1]
@@ -62,6 +69,8 @@ def with_tables(text: str, results: Path) -> str:
             grid = method_grid(name, results)
         elif name in _LOOPS:
             grid = _loop_grid(name, kind, results)
+        elif kind == "steps":
+            grid = step_grid(json.loads((results / name).read_text()))
         elif kind == "ratios":
             grid = _speed_grid(results / name)
         else:
