@@ -58,10 +58,19 @@ def _show_bandit(document: Document, folder: Path) -> str:
     )
 
 
+def _cells(folder: Path, benchmark: str, dataset: str, score: str) -> list[Cell]:
+    """The scores of the demo's own runs, beside which the folder may have others."""
+    from benchmarks.report.scores import cells
+    from benchmarks.results import read_runs
+
+    runs = read_runs(folder / benchmark / dataset, benchmark)
+    return cells([run for run in runs if str(run.seed) in _SEEDS], score)
+
+
 def _show_arithmetic(document: Document, folder: Path) -> str:
     from benchmarks.report import language
 
-    (recipe,) = language.read_recipes(folder / "llm")
+    recipe = language.RecipeRuns("arithmetic", _cells(folder, "llm", "arithmetic", "score"), [])
     document.table(language.recipe_grid(recipe), recipe.note)
     document.table(language.share_grid(recipe), language.SHARES)
     document.figure("arithmetic", language.draw_recipe(recipe), "Scores and weights.")
@@ -69,10 +78,11 @@ def _show_arithmetic(document: Document, folder: Path) -> str:
 
 
 def _show_control(document: Document, folder: Path) -> str:
-    from benchmarks import results
-    from benchmarks.report import figures, scores, tables
+    from benchmarks.report import figures, tables
+    from benchmarks.results import SCORE
+    from iwsft.datasets import DEFAULT
 
-    group = scores.cells(results.read_runs(folder, results.CONTROL))
+    group = _cells(folder, "d4rl", DEFAULT, SCORE)
     document.table(tables.score_grid(group), "Scores of the last policies (D4RL-normalised).")
     document.figure("scores", figures.draw_scores(group), "Scores of each seed, and means.")
     return compared({cell.algo: cell for cell in group}, "sft-q", "iw-sft-q", 1)

@@ -194,6 +194,8 @@ def table(numbers: dict[str, dict[str, Any]]) -> Grid:
 def main(options: Options) -> dict[str, list[BanditRun]]:
     """Train, write ``bandit.json`` and ``bandit.png``, print the table."""
     start = time.perf_counter()
+    # A wrong --out ends the command here, not after the training.
+    options.out.mkdir(parents=True, exist_ok=True)
     runs: dict[str, list[BanditRun]] = {algorithm: [] for algorithm in options.algo}
     with Progress() as progress:
         for seed in progress.track(range(options.seeds), description="bandit, seeds"):

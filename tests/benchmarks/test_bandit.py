@@ -52,6 +52,13 @@ def test_data_are_the_successes_of_a_uniform_policy() -> None:
     assert float(few) == pytest.approx(0.2, abs=4 * math.sqrt(0.16 / 20_000))
 
 
+def test_a_file_for_a_folder_is_refused_before_the_training(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    # Training would refuse a seed without a success, see below.
+    with pytest.raises(NotADirectoryError):
+        main(Options(seeds=50, pulls=1, out=tmp_path / "file" / "bandit"))
+
+
 def test_data_without_a_success_are_refused() -> None:
     with pytest.raises(ValueError, match="none of the 1 pulls .*--pulls"):
         for seed in range(50):

@@ -15,7 +15,9 @@ from benchmarks.demo import PARTS
 from benchmarks.llm.options import parse as parse_llm
 from benchmarks.options import parse
 from benchmarks.report.document import Document, to_html
+from iwsft.datasets import DEFAULT
 from tests.benchmarks.report.conftest import MakeRun
+from tests.benchmarks.report.test_report_language import language_run
 
 BANDIT, ARITHMETIC, CONTROL = PARTS
 
@@ -44,13 +46,29 @@ def test_it_says_whether_control_ties(
 ) -> None:
     for seed, gain in enumerate(gains):
         for algo, score in (("sft-q", 20.0 + 10 * seed), ("iw-sft-q", 20.0 + 10 * seed + gain)):
-            make_run(tmp_path, "hopper-a", algo, seed, score, reference_cpu_seconds=3.0)
+            make_run(tmp_path, DEFAULT, algo, seed, score, reference_cpu_seconds=3.0)
+        for algo in ("sft-q", "iw-sft-q"):  # Others in the folder: of more seeds, and of more data.
+            other = {"settings": {"lr": 1e-3, "seed": 5 + seed}}
+            make_run(tmp_path, DEFAULT, algo, 5 + seed, 90.0 + seed, config=other)
+            make_run(tmp_path, "walker-b", algo, seed, 70.0 + seed)
     document = Document()
     document.section(CONTROL.title)
     line = CONTROL.show(document, tmp_path)
     assert line.startswith(verdict)
     low, high = sum(gains) / 3 - 2.484, sum(gains) / 3 + 2.484
     assert line.endswith(f" ({low:.1f} to {high:.1f}), with its 95 % interval over 3 seeds.")
+
+
+def test_arithmetic_is_shown_without_other_runs_of_the_folder(tmp_path: Path) -> None:
+    for seed, score in enumerate((0.5, 0.6, 0.7)):
+        language_run(tmp_path, "sft", seed, score, "arithmetic")
+        language_run(tmp_path, "iw-sft", seed, score + 0.2, "arithmetic")
+        language_run(tmp_path, "sft", seed, 0.1, "chat")
+        language_run(tmp_path, "iw-sft", 5 + seed, 0.1, "arithmetic")
+    document = Document()
+    document.section(ARITHMETIC.title)
+    line = ARITHMETIC.show(document, tmp_path)
+    assert line.startswith("iw-SFT (0.800) is above SFT (0.600): the difference is 0.200")
 
 
 def test_the_page_shows_the_bandit(tmp_path: Path) -> None:
