@@ -58,6 +58,7 @@ class RecordedRun:
     config: dict[str, Any]
     metrics: list[dict[str, float]]
     damage: str = ""  # what is wrong with its files; then all three are empty
+    is_copy: bool = False  # of a finished run
 
     @property
     def versions(self) -> dict[str, str]:
@@ -88,7 +89,7 @@ def read_all(folder: str | Path, benchmark: str) -> tuple[list[RecordedRun], lis
     It raises a ``ResultsError`` without such a folder, or where two folders hold the same run.
 
     Returns:
-        The finished runs; and those without a result: cut off, failed, running, or damaged.
+        The finished runs; and the others: cut off, failed, running, damaged, or copies.
     """
     runs = list(_read_all(Path(folder), benchmark))
     # No two trainings take the same seconds to the last digit.
@@ -105,7 +106,8 @@ def read_all(folder: str | Path, benchmark: str) -> tuple[list[RecordedRun], lis
             others.append(run)
         elif first is not run:
             damage = f"{run.folder} holds a copy of the run in {first.folder}"
-            others.append(replace(run, result={}, config={}, metrics=[], damage=damage))
+            copy = replace(run, result={}, config={}, metrics=[], damage=damage, is_copy=True)
+            others.append(copy)
         elif key in finished:
             name = f"{run.dataset}, {run.algo}, seed {run.seed}"
             folders = f"{run.folder} and {finished[key].folder}"

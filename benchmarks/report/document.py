@@ -29,6 +29,7 @@ NOTHING = "-"
 # The colour of text and axes of a figure, which becomes that of the page.
 INK = "#010203"
 _TERMINAL = 80  # characters a line that every terminal has
+_SHORT = 16  # characters a line of a name that are left beside many numbers
 _STYLE = Path(__file__).with_name("document.css")
 # The page loads nothing from elsewhere, and tells the browser so.
 _PAGE = Path(__file__).with_name("document.html")
@@ -66,6 +67,10 @@ class Grid:
             for i, name in enumerate(self.columns[:ours])
             if name not in leave_out and i >= grouped and i not in self._empty
         }
+        # A long name is folded, so that no number is cut.
+        numbers = sum(width + 1 for i, width in widths.items() if i >= self.left)
+        room = max(_SHORT, _TERMINAL - 1 - numbers)
+        widths |= {i: min(width, room) for i, width in widths.items() if i < self.left}
         title += ", published numbers in the report" if self.published else ""
         parts: list[RenderableType] = [Text(title, style="bold"), self._lines(widths, [])]
         for first, group in itertools.groupby(self.rows, key=lambda row: row[0]):
@@ -83,7 +88,9 @@ class Grid:
         table = Table(box=None, show_header=not rows, padding=(0, gap, 0, 0))
         for i, width in widths.items():
             justify: JustifyMethod = "left" if i < self.left else "right"
-            table.add_column(self.columns[i], justify=justify, vertical="bottom", width=width)
+            table.add_column(
+                self.columns[i], justify=justify, vertical="bottom", overflow="fold", width=width
+            )
         for row in rows:
             table.add_row(*(Text(row[i]) for i in widths))
         return table

@@ -147,7 +147,10 @@ def plot_score(ax: Axes, y: int, cell: Cell, colour: str) -> None:
 
 def list_names(ax: Axes, names: Iterable[str]) -> None:
     """Write the names on the y axis, from top to bottom."""
-    labels = list(map(literal, names))
+    labels = [literal(textwrap.fill(name, 30)) for name in names]
+    lines = max((label.count("\n") for label in labels), default=0)
+    figure = cast(Figure, ax.figure)
+    figure.set_figheight(figure.get_figheight() + 0.13 * lines * len(labels))
     ax.set_yticks(range(len(labels)), labels)
     ax.set_ylim(len(labels) - 0.5, -0.5)
     ax.grid(axis="y", visible=False)

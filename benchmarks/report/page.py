@@ -172,6 +172,8 @@ def _summary(
     title, verdict = "Highest", ""
     if len(best) > 1 and scores.is_higher(*(rows[name] for name in best)):
         title = "Best"
+    elif len(best) > 1 and scores.is_higher(*(rows[name] for name in reversed(best))):
+        verdict = ": the second has the higher mean"
     elif len(best) > 1:
         verdict = ": their means may be equal, a tie"
     ranked = escaped(", then ".join(ranks))
@@ -312,7 +314,8 @@ def _recipe(document: Document, recipe: RecipeRuns) -> None:
 def _unfinished(document: Document, runs: Sequence[RecordedRun]) -> None:
     """List runs that enter nothing, with how far they came, or what is damaged."""
     if runs:
-        document.text("They enter nothing here; the same command with `--resume` continues them:")
+        unfinished = "the same command with `--resume` continues those that are cut off"
+        document.text(f"They enter nothing here; {unfinished}:")
     lines = []
     for run in runs:
         of = "" if run.steps is None else f" of {run.steps}"

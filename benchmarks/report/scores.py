@@ -292,7 +292,11 @@ def _parts(
     """
     views = [view(run) for run in runs]
     texts = [json.dumps(each, sort_keys=True) for each in views]
-    usual = views[texts.index(Counter(texts).most_common(1)[0][0])]
+    usual = dict(views[texts.index(Counter(texts).most_common(1)[0][0])])
+    # What most did not record, others may differ in.
+    for key in dict.fromkeys(itertools.chain(*views)):
+        recorded = [json.dumps(each[key], sort_keys=True) for each in views if key in each]
+        usual.setdefault(key, json.loads(Counter(recorded).most_common(1)[0][0]))
     parts: dict[tuple[str, str], list[RecordedRun]] = {}
     for run, own in zip(runs, views, strict=True):
         differ = [

@@ -66,7 +66,7 @@ def score_grid(group: Sequence[Cell], missing: Sequence[RecordedRun] = ()) -> Gr
     A published number has its own column, and is shown only where the dataset has exactly its
     name. Algorithms of which no seed is finished have a row without numbers.
     """
-    cut_off = Counter((run.dataset, run.algo) for run in missing)
+    cut_off = Counter((run.dataset, run.algo) for run in missing if not run.is_copy)
     by_name = {(cell.dataset, cell.algo): cell for cell in group}
     names = sorted(
         by_name.keys() | cut_off.keys(), key=lambda n: (n[0], scores.algorithm_rank(n[1]))

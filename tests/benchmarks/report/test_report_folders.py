@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks.report.page import write_report
 from benchmarks.report.scores import cells
+from benchmarks.report.tables import score_grid
 from benchmarks.results import CONTROL, ResultsError, read_all, read_runs
 
 if TYPE_CHECKING:
@@ -166,6 +167,9 @@ def test_a_copied_run_is_named_and_left_out(runs: Path, to: str, change: dict[st
     finished, (copy,) = read_all(runs, CONTROL)
     assert len(finished) == 12 and copy.folder == runs / to
     assert copy.damage == f"{runs / to} holds a copy of the run in {runs / DAMAGED}"
+    # It is no seed that is missing.
+    grid = score_grid(cells(finished), [copy])
+    assert {row[2] for row in grid.rows} == {"3"}
 
 
 @pytest.mark.parametrize(

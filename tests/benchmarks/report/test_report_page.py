@@ -216,6 +216,22 @@ def test_the_top_says_what_was_run_and_what_is_best(whole: Path) -> None:
     assert set(re.findall(r"\*\*([\d.]+ \[2\])\*\*", top)) == {"17.7 [2]", "61.0 [2]"}
 
 
+def test_a_second_of_a_higher_mean_is_no_tie(tmp_path: Path, make_run: MakeRun) -> None:
+    """One of four datasets decides the means, and not the interquartile means."""
+    for seed in range(3):
+        for dataset, x, y in (("a", 41.0, 40.0), ("b", 51.0, 50.0), ("c", 61.0, 60.0)):
+            make_run(tmp_path, dataset, "sft", seed, x + seed / 10)
+            make_run(tmp_path, dataset, "bc", seed, y + seed / 10)
+        make_run(tmp_path, "d", "sft", seed, 70.0 + seed / 10)
+        make_run(tmp_path, "d", "bc", seed, 99.0 + seed / 10)
+    write_report(tmp_path, tmp_path / "report")
+    (best,) = re.findall(
+        r"^\*\*(?:Best|Highest).*$", (tmp_path / "report/report.md").read_text(), re.M
+    )
+    assert best.startswith("**Highest.** SFT 56.") and ", then BC 55." in best
+    assert best.endswith(": the second has the higher mean.")
+
+
 def test_one_run_that_explodes_leaves_the_others_to_be_seen(
     tmp_path: Path, make_run: MakeRun
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import scipy.stats
 from rich.console import Console
 
 from benchmarks.report.aggregates import aggregate
+from benchmarks.report.figures import draw_scores
 from benchmarks.report.scores import cells, dataset_label
 from benchmarks.report.tables import matrix_grid, score_grid, score_table
 from benchmarks.results import CONTROL, read_runs
@@ -68,6 +70,17 @@ def test_runs_of_other_settings_are_not_averaged(
     assert (plain.algo, plain.mean, plain.note) == ("bc", 10.0, "")
     assert [(other.algo[: len(name)], other.mean) for other in others] == [(name, 90.0)]
     assert others[0].note in score_grid([plain, *others]).notes and "(not " in others[0].note
+
+
+def test_runs_that_differ_are_apart_where_most_recorded_nothing(
+    tmp_path: Path, make_run: MakeRun
+) -> None:
+    kwargs: list[dict[str, int] | None] = [None, None, None, {"a": 1}, {"a": 1}, {"a": 2}]
+    for seed, each in enumerate(kwargs):
+        config = {} if each is None else {"env_kwargs": each}
+        make_run(tmp_path, "hopper-a", "bc", seed, 10.0 * seed, config=config)
+    found = {cell.dataset: cell.seeds for cell in cells(read_runs(tmp_path, CONTROL))}
+    assert found == {"hopper-a": [0, 1, 2, 3, 4], 'hopper-a (env_kwargs {"a": 2})': [5]}
 
 
 @pytest.mark.parametrize(
@@ -166,6 +179,22 @@ def test_a_terminal_of_80_columns_says_where_the_published_numbers_are(
     assert max(map(len, text.splitlines())) <= 80 and "…" not in text
     assert all(words in text for words in ("81.0", "0.50", "published numbers in the report"))
     assert "85.0 ± 4.1" not in text and "83.0" not in text
+
+
+def test_a_long_name_leaves_the_numbers_whole(tmp_path: Path, make_run: MakeRun) -> None:
+    """The name is folded: in a terminal, and in a figure, whose axes would have no room."""
+    variant = tmp_path / "a-sweep-over-learning-rates" / ("temperature-" * 8)
+    for seed in range(3):
+        make_run(variant, "hopper-a", "sft-q", seed, 50.0 + 13 * seed)
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(score_table(read_runs(tmp_path, CONTROL)))
+    text = capture.get()
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    assert re.search(r" 3 +20 +63.0 13.0 30.7 to 95.3", text)
+    (figure,) = draw_scores(cells(read_runs(tmp_path, CONTROL))).values()
+    figure.draw_without_rendering()
+    assert figure.axes[0].get_window_extent().width > figure.dpi
 
 
 @pytest.mark.parametrize(("seeds", "printed"), [(1, False), (2, False), (3, True)])
