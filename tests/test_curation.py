@@ -20,6 +20,7 @@ from iwsft.trajectory import (
     MASK,
     REWARD,
     TRAJ_IDS,
+    from_steps,
     lengths,
     pack,
     pad,
@@ -364,3 +365,13 @@ def test_rewards_of_any_dtype_and_with_gradient(dtype: torch.dtype, ties: Any) -
     reward = data[REWARD].to(dtype)
     data[REWARD] = reward.requires_grad_() if dtype.is_floating_point else reward
     assert counts(curate(data, cuts=(50, 80), ties=ties)) == expected
+
+
+@pytest.mark.parametrize("unit", [1e-310, 1e-200, 1.0, 1e200, 1e307])
+def test_standard_scores_do_not_depend_on_the_unit(unit: float) -> None:
+    """Also of products of probabilities, whose squares are below all numbers."""
+    scores = torch.tensor([3.0, -1.0, 4.0, 6.0], dtype=torch.float64)
+    data = from_steps({}, torch.arange(4))
+    curated = curate(data, cuts=(), score=lambda _: scores * unit)
+    expected = (scores - scores.mean()) / scores.std(correction=0)
+    torch.testing.assert_close(curated["standard_score"], expected.float())
