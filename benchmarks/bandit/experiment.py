@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from benchmarks.report.scores import algorithm_colour, algorithm_label
 from benchmarks.runs import hardware, versions
 from benchmarks.statistics import MIN_SEEDS, t_interval
 from iwsft import EMA, HardSync, ImportanceWeightedMLE, annotate_reference
+from iwsft.checkpoint import differences
 from iwsft.files import write_json, written_whole
 from iwsft.progress import Progress
 from iwsft.trajectory import DATA_WEIGHT, REWARD, SUCCESS_RATE, from_steps, select
@@ -192,10 +194,20 @@ def table(numbers: dict[str, dict[str, Any]]) -> Grid:
 
 
 def main(options: Options) -> dict[str, list[BanditRun]]:
-    """Train, write ``bandit.json`` and ``bandit.png``, print the table."""
+    """Train, write ``bandit.json`` and ``bandit.png``, print the table.
+
+    A ``bandit.json`` of other settings is refused with a FileExistsError.
+    """
     start = time.perf_counter()
     # A wrong --out ends the command here, not after the training.
     options.out.mkdir(parents=True, exist_ok=True)
+    figure, file = options.out / "bandit.png", options.out / "bandit.json"
+    settings = asdict(options) | {"out": str(options.out)}
+    if file.exists():
+        # The same settings write the same numbers, wherever the folder is now.
+        earlier = json.loads(file.read_text()).get("settings", {}) | {"out": settings["out"]}
+        if differ := differences(earlier, settings):
+            raise FileExistsError(f"{file} is of other settings: {differ}; choose another --out")
     runs: dict[str, list[BanditRun]] = {algorithm: [] for algorithm in options.algo}
     with Progress() as progress:
         for seed in progress.track(range(options.seeds), description="bandit, seeds"):
@@ -206,12 +218,11 @@ def main(options: Options) -> dict[str, list[BanditRun]]:
                     train(algorithm, pulls.clone(), options.steps, options.lr, options.right)
                 )
     numbers = summary(runs, options.right)
-    figure, file = options.out / "bandit.png", options.out / "bandit.json"
     (image,) = draw(numbers).values()
     with written_whole(figure) as partial:
         image.savefig(partial, dpi=150, format="png")
-    about = {"benchmark": "bandit", "settings": {**asdict(options), "out": str(options.out)}}
-    about |= {"versions": versions(), "hardware": hardware("cpu")}
+    about = {"benchmark": "bandit", "settings": settings, "versions": versions()}
+    about |= {"hardware": hardware("cpu")}
     write_json(file, {**about, "wall_seconds": time.perf_counter() - start, "algorithms": numbers})
     rich.print(table(numbers).rich("Two-armed bandit: the last policies"))
     print(f"{figure}\n{file}")

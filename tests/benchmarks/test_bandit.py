@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,20 @@ def test_a_file_for_a_folder_is_refused_before_the_training(tmp_path: Path) -> N
     # Training would refuse a seed without a success, see below.
     with pytest.raises(NotADirectoryError):
         main(Options(seeds=50, pulls=1, out=tmp_path / "file" / "bandit"))
+
+
+def test_a_figure_of_other_settings_is_not_overwritten(tmp_path: Path) -> None:
+    options = Options(seeds=1, pulls=20, steps=2, out=tmp_path)
+    main(options)
+    first = (tmp_path / "bandit.json").read_text()
+    with pytest.raises(FileExistsError, match=r"other settings: steps=2 \(now 3\); .*--out"):
+        main(replace(options, steps=3))
+    assert (tmp_path / "bandit.json").read_text() == first
+    # The same settings have the same numbers, also where the folder has moved.
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    main(replace(options, out=moved))
+    again = json.loads((moved / "bandit.json").read_text())
+    assert again["algorithms"] == json.loads(first)["algorithms"]
 
 
 def test_data_without_a_success_are_refused() -> None:
