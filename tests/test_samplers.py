@@ -391,3 +391,18 @@ def test_a_reference_that_is_nan_where_masked_equals_itself() -> None:
     data[MASK] = torch.arange(len(data)) != 1
     data["ref_log_prob"][1] = math.nan
     StepSampler(data, 8).load_state_dict(StepSampler(data, 8).state_dict())
+
+
+def test_another_machine_s_last_digits_of_the_reference_are_accepted() -> None:
+    """Also where they round to another number of five digits, as beside 12.3445."""
+
+    def sampler(change: float) -> StepSampler:
+        reference = torch.tensor([2.5**0.5 - 1, 4.92225**0.5 - 1], dtype=torch.float64)
+        data = from_steps({"action": torch.ones(2, 1)}, torch.arange(2))
+        return StepSampler(data.set("ref_log_prob", reference + change), 4)
+
+    state = sampler(-1e-8).state_dict()
+    assert state["ref_log_prob"] == pytest.approx(12.3445)
+    sampler(1e-8).load_state_dict(state)
+    with pytest.raises(ValueError, match="ref_log_prob"):
+        sampler(1e-2).load_state_dict(state)
