@@ -59,7 +59,8 @@ def curate(
 
     Args:
         trajectories: Packed or padded trajectories; a padded batch is packed first.
-        cuts: Percentiles of the scores, from 0 to below 100; without one, all count once.
+        cuts: Percentiles of the scores, from 0 to below 100; without one, all count once, or as
+            often as their ``multiplicity`` says. Those that it counts 0 times are left out.
         ties: ``"rank"`` keeps the best ceil((100 - cut) / 100 n) of n trajectories, at least one.
             It orders equal scores by a random permutation, so a higher cut keeps a subset of the
             trajectories that a lower cut keeps. ``">"`` (paper) and ``">="`` (authors' code)
@@ -83,21 +84,27 @@ def curate(
     Raises:
         KeyError: The score is neither a known name nor a key.
         ValueError: No trajectory survives, a score or weight is NaN or infinite, all weights are 0,
-            the trajectories have a multiplicity or data weight already, or a setting is wrong.
+            the trajectories have a multiplicity (with ``cuts``) or a data weight (with ``weight``)
+            already, or a setting is wrong.
     """
     check_tensordict(trajectories)
     _check_cuts(cuts)
     _check_settings(ties, weight, beta)
-    for key in (MULTIPLICITY,) if weight is None else (MULTIPLICITY, DATA_WEIGHT):
-        if trajectories.get(key, default=None) is not None:
+    for key, taken in ((MULTIPLICITY, bool(cuts)), (DATA_WEIGHT, weight is not None)):
+        if taken and trajectories.get(key, default=None) is not None:
             raise ValueError(f"these hold {key!r} already; curate the data they come from")
     packed = pack(trajectories) if len(layout(trajectories)) == 2 else trajectories
     check_links(packed)
     sizes = lengths(packed)
     # Scores are few and compared on the host, so that a seed means the same on any device.
     scores = trajectory_scores(packed, score).detach().cpu()
-    multiplicity = _count_survived(scores, cuts, ties, seed).to(sizes.device)
+    if packed.get(MULTIPLICITY, default=None) is None:
+        multiplicity = _count_survived(scores, cuts, ties, seed).to(sizes.device)
+    else:
+        multiplicity = per_trajectory(packed, MULTIPLICITY)
     positions = multiplicity.nonzero().squeeze(-1)
+    if not len(positions):
+        raise ValueError(f"all {len(sizes)} trajectories count 0 times; none is left")
     # Selecting copies, so a whole dataset is not selected.
     survivors = packed.copy() if len(positions) == len(sizes) else select(packed, positions)
     sizes, multiplicity = sizes[positions], multiplicity[positions]

@@ -55,6 +55,23 @@ def test_weights_of_the_survivors() -> None:
     assert per_trajectory(centred, DATA_WEIGHT).tolist() == [-1.5, 1.5, -0.5, 0.5]
 
 
+def test_trajectories_that_count_already_weigh_as_often_as_they_count() -> None:
+    """As if each stood in the data as often as it counts."""
+    scores, counts = [1.0, 900.0, 2.0, 3.0], [2, 0, 1, 3]
+    data = dataset(scores)
+    count = torch.tensor(counts).repeat_interleave(lengths(data))
+    counted = data.set(MULTIPLICITY, count)
+    ours = curate(counted, cuts=(), weight="softmax", beta=2.0)
+    repeated = dataset([s for s, c in zip(scores, counts, strict=True) for _ in range(c)])
+    plain = per_trajectory(curate(repeated, cuts=(), weight="softmax", beta=2.0), DATA_WEIGHT)
+    assert per_trajectory(ours, MULTIPLICITY).tolist() == [2, 1, 3]
+    torch.testing.assert_close(per_trajectory(ours, DATA_WEIGHT), plain[[0, 2, 3]])
+    with pytest.raises(ValueError, match="these hold 'multiplicity' already"):
+        curate(counted, cuts=(50,))
+    with pytest.raises(ValueError, match="all 4 trajectories count 0 times"):
+        curate(counted.set(MULTIPLICITY, 0 * count), cuts=())
+
+
 def test_a_beta_that_leaves_one_trajectory_is_told() -> None:
     data = dataset([float(score) for score in range(20)])
     with warnings.catch_warnings():

@@ -99,16 +99,12 @@ def curated_rows(
     trajectories: TensorDictBase = tokenize(rows, tokenizer, max_length=max_length).trajectories
     if trajectories.get(CORRECT, default=None) is not None:
         trajectories = correct_only(trajectories)
-    counts = trajectories.get(MULTIPLICITY, default=None)
-    if counts is not None:
-        cuts, trajectories = (), trajectories.exclude(MULTIPLICITY)
+    if trajectories.get(MULTIPLICITY, default=None) is not None:
+        cuts = ()
     score = SCORE if cuts or beta is not None else _score_of(trajectories)
     weight: Any = None if beta is None else "softmax"
     with warnings_until("; ties="):
-        trajectories = curate(
-            trajectories, cuts=cuts, score=score, weight=weight, beta=beta, seed=seed
-        )
-    return trajectories if counts is None else trajectories.set(MULTIPLICITY, counts)
+        return curate(trajectories, cuts=cuts, score=score, weight=weight, beta=beta, seed=seed)
 
 
 def _score_of(trajectories: TensorDictBase) -> Any:

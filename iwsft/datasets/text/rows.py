@@ -142,6 +142,8 @@ def to_row(record: Record, where: str) -> Row:
             record's place.
     """
     with row_named(where):
+        # Values of numpy and torch, which records in memory may hold.
+        record = {name: x.tolist() if hasattr(x, "tolist") else x for name, x in record.items()}
         row = Row(where, **{name: _optional(record.get(name), name) for name in _OPTIONAL})
         if record.get("messages") is not None:
             messages = _messages(record["messages"])

@@ -102,10 +102,14 @@ def test_d_plus_and_its_multiplicity(small: tuple[str, str], tmp_path: Path) -> 
     twice = [row.score for row, n in zip(right, found, strict=True) if n == 2]
     assert min(twice) >= min(best)
     counted = [Row("a", prompt="1+1=", completion="2", count=n, score=n / 2) for n in (3, 0, 3)]
-    assert counts("sft-q", rows=counted) == counts("sft", rows=counted) == [3, 0, 3]
+    assert counts("sft-q", rows=counted) == counts("sft", rows=counted) == [3, 3]
     # Their scores, which cut nothing, are still those that weights correlate with.
-    expected = stats.zscore([row.score for row in counted])
+    expected = stats.zscore([row.score for row in counted])[[0, 2]]
     assert column(STANDARD_SCORE, "sft", rows=counted) == pytest.approx(expected)
+    # A row that counts 0 times takes no weight from the others, whatever its score is.
+    scored = [replace(row, score=score) for row, score in zip(counted, (1, 900, 2), strict=True)]
+    weight = np.exp([1 / settings.rwr_beta, 2 / settings.rwr_beta])
+    assert column(DATA_WEIGHT, "rwr", rows=scored) == pytest.approx(weight / weight.mean())
     # Without scores there are none, not even the lengths.
     bare = [Row("a", prompt="1+1=", completion="2" * n, count=1) for n in (1, 2)]
     assert column(STANDARD_SCORE, "sft", rows=bare) == [0, 0]

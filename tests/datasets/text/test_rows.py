@@ -7,7 +7,9 @@ import math
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
+import torch
 from row_records import CHAT, PAIR, contents, jsonl, turn
 
 from iwsft.datasets.text.rows import Row, check_scores, read, to_row
@@ -302,6 +304,20 @@ def test_a_named_dataset_that_can_not_be_had_is_named(monkeypatch, error):
     kind = ConnectionError if isinstance(error, ConnectionError) else ValueError
     with pytest.raises(kind, match="'owner/name' can't be"):
         read("owner/name")
+
+
+def test_values_of_numpy_and_torch_are_those_of_python():
+    plain = {"score": 1.5, "correct": True, "count": 2, "weight": [0.5, 1.0]}
+    arrays = {
+        "score": np.float64(1.5),
+        "correct": np.bool_(True),
+        "count": torch.tensor(2),
+        "weight": np.array([0.5, 1.0]),
+    }
+    text = {"prompt": "a", "completion": "b"}
+    assert read([text | arrays]) == read([text | plain])
+    with pytest.raises(ValueError, match="score must be a finite number, it is nan"):
+        read([text | {"score": np.float32("nan")}])
 
 
 def test_scores_must_be_there_and_tell_rows_apart():
