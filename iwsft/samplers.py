@@ -67,6 +67,8 @@ class _Sampler(ABC):
         self._lengths = lengths(trajectories).cpu()
         self._multiplicity = multiplicities(trajectories, self._lengths)
         self._tickets = self._multiplicity.cumsum(0)
+        # Now, as syncs may write reference log-probs later.
+        self._computed = self._sum_computed()
 
     @abstractmethod
     def sample(self) -> TensorDictBase:
@@ -106,8 +108,7 @@ class _Sampler(ABC):
         entries = self._entries((*TRANSITION, TOKENS, MASK))
         return fingerprint({str(key): entry for key, entry in entries.items()})[:12]
 
-    @cached_property
-    def _computed(self) -> dict[str, float]:
+    def _sum_computed(self) -> dict[str, float]:
         """A number for each computed entry, of which machines differ in the last digits."""
         numbers = {}
         for key, entry in self._entries((DATA_WEIGHT, REF_LOG_PROB)).items():

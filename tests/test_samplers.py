@@ -406,3 +406,11 @@ def test_another_machine_s_last_digits_of_the_reference_are_accepted() -> None:
     sampler(1e-8).load_state_dict(state)
     with pytest.raises(ValueError, match="ref_log_prob"):
         sampler(1e-2).load_state_dict(state)
+
+
+def test_a_reference_that_syncs_have_written_since_is_that_of_the_first_run() -> None:
+    """As psft writes it: a loop that starts anew has the reference of its beginning."""
+    first = dataset()
+    sampler = StepSampler(first, 8)
+    first["ref_log_prob"].copy_(first["ref_log_prob"] - 3)
+    StepSampler(dataset(), 8).load_state_dict(sampler.state_dict())
