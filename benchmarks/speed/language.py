@@ -31,7 +31,7 @@ def measure(options: Options) -> Iterator[Comparison | Check]:
 def shape_of(options: Options) -> dict[str, int]:
     """Return tokens and sizes of the last layer, with Qwen2.5's vocabulary without its padding."""
     return vars(
-        speed.scaled(options, tokens=(4096, 256), vocabulary=(151_669, 16_384), hidden=(512, 32))
+        speed.scaled(options, tokens=(4096, 1024), vocabulary=(151_669, 16_384), hidden=(512, 32))
     )
 
 
