@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -281,6 +281,12 @@ def _check_entries(path: Path, content: dict[str, Any], kinds: _Kinds) -> None:
         value = content.get(key, "missing")
         if not isinstance(value, kind) or (kind == _NUMBER and not _is_number(value)):
             raise ResultsError(f"{path}: {key!r} is {value!r}; remove the folder and run again")
+
+
+def as_records(records: Iterable[Mapping[str, Any]]) -> str:
+    """The text of a file of records: a JSON array with a line for each."""
+    lines = ",\n".join(map(json.dumps, records))
+    return f"[\n{lines}\n]\n"
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -28,9 +28,11 @@ from torchrl.modules import ProbabilisticActor
 
 from benchmarks.d4rl.options import QUALITY_BINS
 from benchmarks.d4rl.run import sizes
+from benchmarks.results import as_records
 from benchmarks.statistics import t_interval
 from iwsft import GaussianPolicy, ImportanceWeightedMLE, MixturePolicy, curate, datasets
 from iwsft.diagnostics import weighted_mean
+from iwsft.files import write
 from iwsft.samplers import StepSampler
 from iwsft.training import Probe, Row, Schedule, fit
 from iwsft.trajectory import (
@@ -131,8 +133,7 @@ def main() -> None:
         records.append(measure(source))
         print(json.dumps(records[-1]), flush=True)
     if arguments.out:
-        lines = ",\n".join(json.dumps(record) for record in records)
-        arguments.out.write_text(f"[\n{lines}\n]\n")
+        write(arguments.out, as_records(records))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -78,12 +77,11 @@ def write_report(folder: Path, out: Path) -> WrittenReport:
     kinds = ["control"] * bool(runs) + ["language"] * bool(recipes or evaluations)
     kinds += ["loop"] * bool(loops and not kinds)
     markdown = document.markdown(f"{' and '.join(kinds).capitalize()} runs")
-    entries = [*map(_record, [*runs, *language_runs]), *(json.dumps(x.record) for x in loops)]
-    records = ",\n".join(entries)
+    entries = [*map(_record, [*runs, *language_runs]), *(loop.record for loop in loops)]
     written = {
         **document.images,
         MARKDOWN: markdown.encode(),
-        RECORDS: f"[\n{records}\n]\n".encode(),
+        RECORDS: results.as_records(entries).encode(),
         PAGE: to_html(markdown, document.images, _video_section(runs)).encode(),
     }
     earlier = (out / MARKDOWN).read_text() if (out / MARKDOWN).is_file() else ""
@@ -102,13 +100,13 @@ def _refuse(folder: Path, others: Sequence[RecordedRun]) -> None:
     raise results.ResultsError(f"{problem}: a run is {what}")
 
 
-def _record(run: results.RecordedRun) -> str:
-    """The result, settings, versions and command, as one line of JSON.
+def _record(run: results.RecordedRun) -> dict[str, Any]:
+    """The result, settings, versions and command.
 
     Episodes and metrics are in it as far as the report needs them.
     """
     small = {"episode_groups": tuning.episode_groups(run), "curve": scores.curve_of(run)}
-    record = {
+    return {
         **({"variant": run.variant} if run.variant else {}),
         **{name: value for name, value in run.result.items() if name not in _EPISODES},
         **{name: value for name, value in small.items() if value},
@@ -118,7 +116,6 @@ def _record(run: results.RecordedRun) -> str:
         "hardware": run.config.get("hardware"),
         "command": shareable(run.config["command"]) if "command" in run.config else None,
     }
-    return json.dumps(record)
 
 
 def _control(document: Document, group: Sequence[Cell], missing: Sequence[RecordedRun]) -> None:

@@ -293,7 +293,7 @@ def _parts(
     views = [view(run) for run in runs]
     texts = [json.dumps(each, sort_keys=True) for each in views]
     usual = dict(views[texts.index(Counter(texts).most_common(1)[0][0])])
-    # What most did not record, others may differ in.
+    # An entry that most runs did not record may still differ among the others.
     for key in dict.fromkeys(itertools.chain(*views)):
         recorded = [json.dumps(each[key], sort_keys=True) for each in views if key in each]
         usual.setdefault(key, json.loads(Counter(recorded).most_common(1)[0][0]))

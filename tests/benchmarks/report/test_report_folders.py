@@ -167,7 +167,7 @@ def test_a_copied_run_is_named_and_left_out(runs: Path, to: str, change: dict[st
     finished, (copy,) = read_all(runs, CONTROL)
     assert len(finished) == 12 and copy.folder == runs / to
     assert copy.damage == f"{runs / to} holds a copy of the run in {runs / DAMAGED}"
-    # It is no seed that is missing.
+    # A copy does not count as a missing seed.
     grid = score_grid(cells(finished), [copy])
     assert {row[2] for row in grid.rows} == {"3"}
 
