@@ -7,12 +7,12 @@ mean actions of bc, sft and a weighted policy on the curated states, in standard
 policy. Prints for each dataset:
 
 - spread, by algorithm: variance of its mean actions over the seeds, mean over states and actions;
-- inherited, by algorithm: slope of its deviation from its mean over the seeds on that of b. It is
-  the share of the reference's own errors that the policy has;
-- slope, by weighted algorithm: c of the least squares fit w - f = c (f - b), over the seeds;
-- farther: share of the states where w of iw-sft-step is farther from b than f is;
-- scores, by algorithm. "added" is the policy f + c (f - b), with the seed's own c of iw-sft-step,
-  and "removed" the policy w - c (f - b).
+- inherited, by algorithm and seed: slope of its deviation from its mean over the seeds on that of
+  b. It is the share of the reference's own errors that the policy has;
+- slope, by weighted algorithm and seed: c of the least squares fit w - f = c (f - b);
+- farther, by seed: share of the states where w of iw-sft-step is farther from b than f is;
+- scores, by algorithm and seed. "added" is the policy f + c (f - b), and "removed" the policy
+  w - c (f - b), with the seed's own c of iw-sft-step.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ from torch import Tensor
 
 from benchmarks.d4rl.options import TOP_10
 from benchmarks.d4rl.settings import TIES
+from benchmarks.results import as_records
 from benchmarks.runs import RESULT
 from iwsft import curate, datasets, load_policy
+from iwsft.files import write
 from iwsft.trained_policy import TrainedPolicy
 from iwsft.trajectory import ACTION, OBSERVATION
 
@@ -51,13 +53,13 @@ def spread(means: Tensor) -> float:
     return float(means.var(0).mean())
 
 
-def inherited(before: Tensor, after: Tensor) -> float:
-    """Slope of the deviations of ``after`` from its mean over seeds on those of ``before``.
+def inherited(before: Tensor, after: Tensor) -> list[float]:
+    """Slope of each seed's deviation of ``after`` from its mean over seeds on that of ``before``.
 
     Both are ``[seeds, ...]``.
     """
-    error, left = (means - means.mean(0) for means in (before, after))
-    return float((error * left).sum() / error.square().sum())
+    error, left = ((means - means.mean(0)).flatten(1) for means in (before, after))
+    return ((error * left).sum(1) / error.square().sum(1)).tolist()
 
 
 def mean_action(policy: TrainedPolicy, states: Tensor) -> Tensor:
@@ -119,7 +121,7 @@ def measure(runs: Path, source: str, seeds: list[int]) -> dict[str, Any]:
         "spread": {algo: spread(each) for algo, each in of_seeds.items()},
         "inherited": {algo: inherited(b, of_seeds[algo]) for algo in ALGORITHMS[1:]},
         "slope": slopes,
-        "farther": float(farther.double().mean()),
+        "farther": farther.double().mean(1).tolist(),
         "scores": scores,
     }
 
@@ -137,8 +139,7 @@ def main() -> None:
         records.append(measure(arguments.runs, source, arguments.seeds))
         print(json.dumps(records[-1]), flush=True)
     if arguments.out:
-        lines = ",\n".join(json.dumps(record) for record in records)
-        arguments.out.write_text(f"[\n{lines}\n]\n")
+        write(arguments.out, as_records(records))
 
 
 if __name__ == "__main__":

@@ -61,5 +61,6 @@ def test_inherited_is_the_share_of_the_references_own_errors() -> None:
     errors, common = torch.randn(2, 9, 100, generator=generator)
     common = common[:1]
     # A policy that averages a third of them in, and one that mirrors them.
-    assert inherited(common + errors, 2 * common + errors / 3) == pytest.approx(1 / 3, abs=1e-5)
-    assert inherited(common + errors, -0.7 * errors) == pytest.approx(-0.7, abs=1e-5)
+    third = [1 / 3] * 9
+    assert inherited(common + errors, 2 * common + errors / 3) == pytest.approx(third, abs=1e-5)
+    assert inherited(common + errors, -0.7 * errors) == pytest.approx([-0.7] * 9, abs=1e-5)

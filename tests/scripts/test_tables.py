@@ -15,9 +15,11 @@ from benchmarks.results import CONTROL, RecordedRun, read_runs
 from scripts.control_tables import (
     DIFFERENCES,
     DRAWN,
+    FORMS,
     WEIGHTINGS,
     difference_grid,
     draw_grid,
+    form_grid,
     policy_grid,
 )
 from scripts.method_tables import base_grid, gsm8k_grid
@@ -68,6 +70,22 @@ def test_the_interval_over_draws_is_that_of_their_mean_differences() -> None:
         interval = stats.ttest_1samp(gains, 0).confidence_interval()
         low, high = (float(end) for end in text.partition("(")[2].rstrip(")").split(" to "))
         assert (low, high) == pytest.approx((interval.low, interval.high), abs=0.051)
+
+
+def test_forms_are_compared_with_equal_weights_of_their_curated_set() -> None:
+    path = RESULTS / "walker2d_replay_forms.json"
+    scores: dict[str, dict[int, float]] = {}
+    for run in json.loads(path.read_text()):
+        name = "/".join(filter(None, (run.get("variant"), run["algo"])))
+        scores.setdefault(name, {})[run["seed"]] = run["normalized_score"]
+    texts = {row[0]: row[2] for row in form_grid(read_runs(path, CONTROL)).rows}
+    pairs = {"iw-sft-step": "k0/iw-sft", "iw-sft": "k0/iw-sft", "ess0.4/iw-sft-q": "k0/iw-sft-q"}
+    for ours, equal in pairs.items():
+        gains = [score - scores[equal][seed] for seed, score in scores[ours].items()]
+        interval = stats.ttest_1samp(gains, 0).confidence_interval()
+        low, high = texts[FORMS[ours]].partition("(")[2].rstrip(")").split(" to ")
+        assert (float(low), float(high)) == pytest.approx((interval.low, interval.high), abs=0.051)
+    assert texts[FORMS["k0/iw-sft"]] == texts[FORMS["k0/iw-sft-q"]] == "-"
 
 
 def test_the_interval_over_base_models_is_that_of_their_mean_differences() -> None:
