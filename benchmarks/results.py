@@ -132,7 +132,7 @@ def read_evaluations(folder: str | Path) -> list[dict[str, Any]]:
         if path.parent.name.startswith("seed-"):
             continue
         try:
-            result = _read_json(path)
+            result = read_json(path)
             if result.get("benchmark") == EVALUATION:
                 _check_entries(path, result, _EVALUATED)
                 _check_entries(path, {"settings": {}, **result}, {"settings": dict})
@@ -155,7 +155,7 @@ def _read_all(root: Path, benchmark: str) -> Iterator[RecordedRun]:
         result, config = dict[str, Any](), dict[str, Any]()
         rows, damage = list[dict[str, float]](), ""
         try:
-            result = _read_json(folder / RESULT)
+            result = read_json(folder / RESULT)
             _check_entries(folder / RESULT, {"benchmark": kind, **result}, {"benchmark": str})
             # The entries decide, as folders may be copied under another name.
             if result.get("benchmark", kind) != benchmark:
@@ -163,7 +163,7 @@ def _read_all(root: Path, benchmark: str) -> Iterator[RecordedRun]:
             if (folder / RESULT).exists():
                 _check_result(folder / RESULT, result, benchmark)
                 dataset, algo, number = result["dataset"], result["algo"], result["seed"]
-            config = _read_json(folder / CONFIG)
+            config = read_json(folder / CONFIG)
             for name, value in config.items():
                 if name in _CONFIG and not isinstance(value, _CONFIG[name]):
                     raise ResultsError(f"{folder / CONFIG}: {name!r} is {value!r}")
@@ -289,7 +289,7 @@ def as_records(records: Iterable[Mapping[str, Any]]) -> str:
     return f"[\n{lines}\n]\n"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """The object of a file, empty without the file."""
     value = _parse(path) if path.exists() else {}
     if not isinstance(value, dict):

@@ -140,6 +140,8 @@ def one_line(error: object) -> str:
         text = key if isinstance(key, str) and " " in key else f"there is no entry {key!r}"
     if isinstance(error, OSError) and error.strerror is not None:
         text = ": ".join(filter(None, (error.strerror, error.filename)))
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            text += " (a file is in the way; choose another path)"
     return printable_text(" ".join(text.split()) or type(error).__name__)
 
 

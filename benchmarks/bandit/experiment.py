@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from benchmarks.report import figures
 from benchmarks.report.document import INK, NOTHING, Grid, interval_text
 from benchmarks.report.figures import Panels
 from benchmarks.report.scores import algorithm_colour, algorithm_label
+from benchmarks.results import read_json
 from benchmarks.runs import hardware, versions
 from benchmarks.statistics import MIN_SEEDS, t_interval
 from iwsft import EMA, HardSync, ImportanceWeightedMLE, annotate_reference
@@ -205,7 +205,7 @@ def main(options: Options) -> dict[str, list[BanditRun]]:
     settings = asdict(options) | {"out": str(options.out)}
     if file.exists():
         # The same settings write the same numbers, wherever the folder is now.
-        earlier = json.loads(file.read_text()).get("settings", {}) | {"out": settings["out"]}
+        earlier = read_json(file).get("settings", {}) | {"out": settings["out"]}
         if differ := differences(earlier, settings):
             raise FileExistsError(f"{file} is of other settings: {differ}; choose another --out")
     runs: dict[str, list[BanditRun]] = {algorithm: [] for algorithm in options.algo}

@@ -95,9 +95,11 @@ def _check_broadcast(dist: Any, action: Any, shape: torch.Size) -> None:
     if isinstance(dist, OneHotCategorical | MaskedOneHotCategorical):
         # Its own event shape is that of indices.
         event += (dist.num_samples,)
-    if len(event) > 0 and action.shape != shape + event:
+    if action.shape != shape + event:
         found, needed = list(action.shape), list(shape + event)
-        raise ValueError(f"actions have shape {found}; {type(dist).__name__} needs {needed}")
+        one_each = ", one index or number for each step" if len(event) == 0 else ""
+        name = type(dist).__name__
+        raise ValueError(f"actions have shape {found}; {name} needs {needed}{one_each}")
 
 
 def _checked(out: Any, policy: Any, shape: torch.Size) -> Tensor:
@@ -111,8 +113,6 @@ def _checked(out: Any, policy: Any, shape: torch.Size) -> Tensor:
     if out.shape not in (shape, (*shape, 1)):
         problem = f"{name}.log_prob has shape {list(out.shape)}, not {list(shape)}"
         way_out = "sum over the action's dimensions (torchrl.modules.IndependentNormal)"
-        if len(shape) > 0 and out.shape == (*shape, shape[-1]):
-            way_out = "drop the last dimension of the actions if it is 1, as it broadcasts"
         raise ValueError(f"{problem}, one number per step; {way_out}")
     return out.reshape(shape).to(torch.promote_types(out.dtype, torch.float32))
 

@@ -72,6 +72,9 @@ def test_a_figure_of_other_settings_is_not_overwritten(tmp_path: Path) -> None:
     main(replace(options, out=moved))
     again = json.loads((moved / "bandit.json").read_text())
     assert again["algorithms"] == json.loads(first)["algorithms"]
+    (moved / "bandit.json").write_text(first[:-10])
+    with pytest.raises(ValueError, match=r"bandit\.json is not JSON .*: mend it"):
+        main(replace(options, out=moved))
 
 
 def test_data_without_a_success_are_refused() -> None:

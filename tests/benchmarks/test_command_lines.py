@@ -325,6 +325,19 @@ def test_the_shell_sees_one_line_and_status_1() -> None:
     assert done.stderr.startswith("error: unknown algorithm") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", ["d4rl --algo bc", "bandit"])
+def test_a_folder_to_write_that_is_a_file_is_named_with_a_way_out(
+    tmp_path: Path, command: str
+) -> None:
+    (tmp_path / "runs").write_text("mine")
+    words = [sys.executable, "-m", "benchmarks", *command.split(), "--out", str(tmp_path / "runs")]
+    done = subprocess.run(words, capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and str(tmp_path / "runs") in last
+    assert last.startswith("error: ") and last.endswith("choose another path)")
+    assert (tmp_path / "runs").read_text() == "mine"
+
+
 def test_the_installed_command_finds_a_policy_of_the_current_folder(tmp_path: Path) -> None:
     (tmp_path / "policies_here.py").write_text("def none(): return 3\n")
     # A file there does not take the place of a package.

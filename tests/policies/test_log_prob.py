@@ -153,10 +153,11 @@ def test_one_hot_actions_have_the_log_prob_of_their_index(
     logits = actor.get_dist_params(batch)["logits"]
     expected = distributions.Categorical(logits=logits).log_prob(index)
     torch.testing.assert_close(step_log_prob(actor, batch, torch.Size(layout)), expected)
-    # An index in a dimension of its own would give a log-prob for each pair of steps.
-    plain, column = _actor(distributions.Categorical, 6), _batch(index.unsqueeze(-1), layout)
-    with pytest.raises(ValueError, match="drop the last dimension of the actions"):
-        step_log_prob(plain, column, torch.Size(layout))
+    # A density of indices broadcasts one-hot actions and an index in a dimension of its own.
+    plain = _actor(distributions.Categorical, 6)
+    for action in (nn.functional.one_hot(index, 6), index.unsqueeze(-1)):
+        with pytest.raises(ValueError, match="one index or number for each step"):
+            step_log_prob(plain, _batch(action, layout), torch.Size(layout))
 
 
 class _Parts(nn.Module):
