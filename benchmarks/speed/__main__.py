@@ -5,7 +5,7 @@ writes its plot, ``FILE.svg``.
 
 Examples:
     python -m benchmarks.speed control
-    python -m benchmarks.speed control --dataset halfcheetah-mixed.hdf5 --json control.json
+    python -m benchmarks.speed control --json control.json
     python -m benchmarks.speed scaling --json scaling.json
 """
 

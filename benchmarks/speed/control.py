@@ -70,9 +70,7 @@ def sizes_of(options: Options) -> SimpleNamespace:
 
 
 def cheetah_like(options: Options, trajectories: int = 0, steps: int = 0) -> TensorDict:
-    """Return the file's trajectories, or random ones of HalfCheetah's sizes and equal length."""
-    if options.dataset is not None:
-        return datasets.load(options.dataset).trajectories
+    """Return random trajectories of HalfCheetah's sizes and equal length."""
     trajectories = trajectories or sizes_of(options).trajectories
     steps = steps or sizes_of(options).steps
     generator = torch.Generator().manual_seed(options.seed)
@@ -185,9 +183,6 @@ def same_draws(options: Options) -> tuple[Way, Way, Way, Callable[[], float]]:
 def measure(options: Options) -> Iterator[Comparison | Check]:
     """Yield all rows of control, as they are measured."""
     sizes = sizes_of(options)
-    if options.dataset is not None:
-        # A file that can't be read ends the command here, not a child process.
-        datasets.load(options.dataset)
     yield from memory(options, sizes.draws)
     yield from whole_trajectories(options, sizes.draws)
     yield from single_steps(options, sizes)

@@ -29,7 +29,6 @@ def main(options: Options) -> None:
         "subject": options.subject,
         "seed": options.seed,
         "settings": {
-            "dataset": options.dataset and options.dataset.name,
             "repeats": options.repeats,
             "scale": options.scale,
             "threads": torch.get_num_threads(),
@@ -37,27 +36,24 @@ def main(options: Options) -> None:
         "versions": versions(),
         "hardware": hardware(options.device if options.subject == "gpu" else "cpu"),
     }
-    try:
+    if options.json is not None:
+        check_writable(options.json)
+    subject = load(options.subject)
+    for figure in subject.measure(options):
+        if isinstance(figure, Check):
+            checks.append(figure)
+        else:
+            rows.append(figure)
+            tell(str(figure))
+        content |= {"rows": [asdict(x) for x in rows], "checks": [asdict(x) for x in checks]}
         if options.json is not None:
-            check_writable(options.json)
-        subject = load(options.subject)
-        for figure in subject.measure(options):
-            if isinstance(figure, Check):
-                checks.append(figure)
-            else:
-                rows.append(figure)
-                tell(str(figure))
-            content |= {"rows": [asdict(x) for x in rows], "checks": [asdict(x) for x in checks]}
-            if options.json is not None:
-                write_json(options.json, content)
-        grid = getattr(subject, "table", table)(rows, checks)
-        rich.print(grid.rich(f"Speed of {options.subject}"))
-        if options.subject == "scaling" and options.json is not None:
-            slopes = [asdict(each) for each in subject.growth(rows)]
-            write_json(options.json, content | {"slopes": slopes})
-            options.json.with_suffix(".svg").write_bytes(subject.plot(rows))
-    except (ImportError, OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+            write_json(options.json, content)
+    grid = getattr(subject, "table", table)(rows, checks)
+    rich.print(grid.rich(f"Speed of {options.subject}"))
+    if options.subject == "scaling" and options.json is not None:
+        slopes = [asdict(each) for each in subject.growth(rows)]
+        write_json(options.json, content | {"slopes": slopes})
+        options.json.with_suffix(".svg").write_bytes(subject.plot(rows))
 
 
 def load(subject: str) -> Any:

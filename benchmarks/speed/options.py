@@ -16,8 +16,6 @@ from benchmarks.options import check_at_least, option
 class Options:
     """What to measure, and how thoroughly."""
 
-    dataset: Annotated[Path | None, option("FILE.hdf5", "synthetic data")] = None
-    """Dataset in D4RL's layout (control, baselines)."""
     repeats: int = 3
     """Repeats of each way, in turn; the median counts."""
     scale: Literal["paper", "small", "large"] = "paper"
@@ -38,5 +36,3 @@ class Options:
             check_device(self.device)
         if self.scale == "large" and self.subject != "scaling":
             raise ValueError(f"--scale large is for scaling; {self.subject} has paper and small")
-        if self.dataset is not None and self.subject not in ("control", "baselines"):
-            raise ValueError(f"{self.subject} is measured on synthetic data; leave --dataset out")

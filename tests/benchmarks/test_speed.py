@@ -197,14 +197,8 @@ def test_bad_settings_end_before_measuring(tmp_path: Path) -> None:
         Options(subject="control", repeats=0)
     with pytest.raises(ValueError, match="--scale large is for scaling"):
         Options(subject="control", scale="large")
-    for subject in ("language", "scaling"):
-        with pytest.raises(ValueError, match="synthetic data; leave --dataset out"):
-            small(subject, dataset=tmp_path / "nowhere.hdf5")
-    with pytest.raises(SystemExit, match="is a folder"):
+    with pytest.raises(IsADirectoryError, match="is a folder"):
         main(Options(subject="control", json=tmp_path))
-    for subject in ("control", "baselines"):
-        with pytest.raises(SystemExit, match="nowhere.hdf5"):
-            main(small(subject, dataset=tmp_path / "nowhere.hdf5"))
 
 
 @pytest.mark.parametrize("subject", ["control", "baselines", "scaling"])
@@ -214,7 +208,7 @@ def test_without_the_folder_tests_the_error_asks_for_a_checkout(
     monkeypatch.delitem(sys.modules, f"benchmarks.speed.{subject}", raising=False)
     for name in ("tests", *(name for name in sys.modules if name.startswith("tests."))):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(SystemExit, match="folder tests: run this from the root of a checkout"):
+    with pytest.raises(ImportError, match="folder tests: run this from the root of a checkout"):
         main(Options(subject=subject))
 
 
