@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,12 @@ def write(path: Path, content: str | bytes | memoryview) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file, whole or not at all."""
     write(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a file with a line of JSON for each row, whole or not at all."""
+    with written_whole(path) as partial, partial.open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 @contextmanager

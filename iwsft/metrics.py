@@ -10,7 +10,7 @@ from typing import Any
 
 from tensordict import TensorDictBase
 
-from iwsft.files import full_disk_named, write
+from iwsft.files import full_disk_named, write_json_lines
 from iwsft.schedule import Schedule
 
 FILE = "metrics.jsonl"
@@ -34,8 +34,7 @@ class MetricsLog:
             rows = read(self._path) if self._path.exists() else []
         except ValueError as error:
             raise ValueError(f"{self._path} has a row that is not JSON: {error}") from error
-        lines = [json.dumps(row) + "\n" for row in rows if row["step"] <= after]
-        write(self._path, "".join(lines))
+        write_json_lines(self._path, (row for row in rows if row["step"] <= after))
 
     def write(self, row: Row) -> None:
         """Write a row; it has ``step``. NaN and infinity, which JSON lacks, are left out."""

@@ -10,7 +10,6 @@ core, and prints the tables of docs/loop.md: means over seeds and their differen
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from benchmarks.llm.recipes.arithmetic.task import Split, problems
 from benchmarks.places import cores
 from benchmarks.report.loops import seed_grids
 from benchmarks.report.page import write_report
-from iwsft.files import written_whole
+from iwsft.files import write_json_lines
 
 # Learning rates that `scripts.compare_methods` chose, on other problems than those of this test.
 RATES = {"sft": 3e-4, "iw-sft": 3e-4, "iw-sft-step": 8e-4, "dft": 3e-4}
@@ -98,10 +97,8 @@ def _run(words: list[str]) -> None:
 
 
 def _write(path: Path, count: int, seed: int, split: Split) -> Path:
-    with written_whole(path) as partial, partial.open("w") as file:
-        for problem in problems(count, seed, split):
-            row = {"prompt": problem.prompt, "answer": str(problem.answer)}
-            file.write(json.dumps(row) + "\n")
+    asked = problems(count, seed, split)
+    write_json_lines(path, ({"prompt": each.prompt, "answer": str(each.answer)} for each in asked))
     return path
 
 

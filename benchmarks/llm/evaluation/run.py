@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from benchmarks.results import printable
 from benchmarks.runs import CONFIG, RESULT, claim, hardware, versions
 from benchmarks.statistics import CONFIDENCE, interval_over_questions, wilson_interval
 from iwsft.checkpoint import CheckpointError
-from iwsft.files import alone_in, write_json, written_whole
+from iwsft.files import alone_in, write_json, write_json_lines
 from iwsft.language.budget import S1, TAGS, Delimiters, overhead, think_then_answer
 from iwsft.language.generation import Generator, Request
 from iwsft.language.generations import (
@@ -217,8 +216,7 @@ class _Evaluation:
             **cost,
             "versions": versions(_PACKAGES),
         }
-        with written_whole(self.folder / GRADES) as partial:
-            partial.write_text("".join(json.dumps(asdict(each)) + "\n" for each in grades))
+        write_json_lines(self.folder / GRADES, map(asdict, grades))
         write_json(self.folder / RESULT, result)
         return result
 

@@ -23,7 +23,7 @@ from benchmarks.llm.models import make_once, merge_adapters
 from benchmarks.runs import RESULT, tell
 from benchmarks.statistics import interval_over_questions
 from iwsft import checkpoint
-from iwsft.files import written_whole
+from iwsft.files import write_json_lines
 from iwsft.language.generation import Generator, Request
 from iwsft.language.generations import (
     GENERATIONS,
@@ -243,11 +243,11 @@ class LanguageLoop:
         without = f" ({cut} reached --max-tokens, and have no score)" if cut else ""
         tell(f"round {one.number}: {kept}{without}{_listed(facts)}")
         if reason := unusable(self.options, rows, self._replayed(one)):
-            _write_rows(one.folder / CURATED, [])
+            write_json_lines(one.folder / CURATED, [])
             return {**facts, "stop": f"{reason}, so the model stays as it is"}
         if self.options.needs_reference:
             annotate(self.options, rows, one.policy, tokenizer)
-        _write_rows(one.folder / CURATED, rows)
+        write_json_lines(one.folder / CURATED, rows)
         return facts
 
     def _replayed(self, one: Round) -> list[dict[str, Any]]:
@@ -266,7 +266,7 @@ class LanguageLoop:
             for row in rows:
                 row.pop("ref_log_probs", None)
         earlier = self._replayed(one)
-        _write_rows(one.folder / TRAINED_ON, [*rows, *earlier])
+        write_json_lines(one.folder / TRAINED_ON, [*rows, *earlier])
         model = one.policy if options.start_from == "last" else one.start
         job = replace(
             options.job,
@@ -326,11 +326,6 @@ def _listed(facts: Mapping[str, Any]) -> str:
     """What was left out, in words."""
     parts = [f"{count} {reason}" for reason, count in facts["left_out"].items()]
     return f"; left out: {', '.join(parts)}" if parts else ""
-
-
-def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    with written_whole(path) as partial, partial.open("w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from benchmarks.llm.recipes.arithmetic.task import (
 )
 from benchmarks.statistics import wilson_interval
 from iwsft.datasets.text.rows import Row, read
-from iwsft.files import written_whole
+from iwsft.files import write_json_lines
 from iwsft.fingerprint import fingerprint
 from iwsft.language.generation import Request, TransformersGenerator
 
@@ -57,10 +56,8 @@ def drawn(
         # The base model's texts are drawn with small seeds.
         examples = problems(number, 1_000_000 + seed, "train")
         columns = ("prompt", "completion", "score", "correct")
-        with written_whole(path) as partial, partial.open("w") as file:
-            for row in to_rows(sample(decoder, tokenizer, examples, seed=seed)):
-                values = {name: getattr(row, name) for name in columns}
-                file.write(json.dumps(values) + "\n")
+        rows = to_rows(sample(decoder, tokenizer, examples, seed=seed))
+        write_json_lines(path, ({name: getattr(row, name) for name in columns} for row in rows))
     return read(path)
 
 
