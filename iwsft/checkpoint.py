@@ -94,15 +94,16 @@ def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 
     The text is empty where they are equal. Values are compared as JSON: a tuple equals a list.
     """
-    old, new = dict(_leaves(stored)), dict(_leaves(json.loads(json.dumps(wanted))))
+    old, new = dict(leaves(stored)), dict(leaves(json.loads(json.dumps(wanted))))
     names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
     return ", ".join(f"{n}={_shown(old.get(n))} (now {_shown(new.get(n))})" for n in names)
 
 
-def _leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Iterate over the values of a tree of settings, each with its names as ``outer.inner``."""
     for name, value in tree.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{above}{name}.")
+            yield from leaves(value, f"{above}{name}.")
         else:
             yield above + name, value
 

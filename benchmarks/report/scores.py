@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +18,7 @@ from baselines import BASELINES
 from benchmarks import statistics
 from benchmarks.results import SCORE, RecordedRun
 from benchmarks.statistics import MIN_SEEDS, Difference, Scores, t_interval
+from iwsft.checkpoint import leaves
 
 # Name of --algo -> the paper's notation where it has one, and the colour, in the order of the
 # columns of the paper's tables. Greys: cloning; blues: SFT; oranges: iw-SFT; greens: other weights
@@ -230,7 +230,7 @@ class Cell:
 
     def differences(self) -> list[str]:
         """What only some seeds recorded, and versions in which they differ; empty as a rule."""
-        every = [_flat({"versions": run.versions}) | _settings(run) for run in self.runs]
+        every = [dict(leaves({"versions": run.versions})) | _settings(run) for run in self.runs]
         every = [{key: value for key, value in each.items() if value is not None} for each in every]
         differences = []
         for key in dict.fromkeys(itertools.chain(*every)):
@@ -395,14 +395,5 @@ def _settings(run: RecordedRun) -> dict[str, object]:
     if "training" in settings:
         settings["training"] = _UNSET_TRAINING | settings["training"]
     apart = (*about, *_task(run), *_DIGESTS, "seed", "settings_from")
-    own = _flat({key: value for key, value in settings.items() if key not in apart})
-    return {key: run.result[key] for key in about if key in run.result} | own
-
-
-def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, object]:
-    """Dictionaries in a dictionary as ``outer.inner`` keys."""
-    flat: dict[str, object] = {}
-    for key, value in nested.items():
-        inner = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{key}.") if inner else {prefix + key: value}
-    return flat
+    own = leaves({key: value for key, value in settings.items() if key not in apart})
+    return {key: run.result[key] for key in about if key in run.result} | dict(own)
