@@ -23,7 +23,7 @@ CLONE = "bc:"
 TUNED = [name for name, algorithm in ALGORITHMS.items() if algorithm.from_reference]
 # Options that do not decide the result, or that are known by what they lead to.
 _NOT_SETTINGS = {
-    *("start", "env", "env_arg", "max_episode_steps", "rounds", "stop_early"),
+    *("start", "env", "env_arg", "max_episode_steps", "rounds"),
     *("trust_env_module", "out", "resume"),
 }
 
@@ -44,9 +44,6 @@ class Repetition:
     algo: Annotated[str, option("NAME", help=f"One of {', '.join(TUNED)}.")] = "iw-sft-q"
     seed: int = 0
     """Seed of episodes, actions and batches."""
-    stop_early: bool = False
-    """End after a round whose score is below the interval of the best one, which for the episodes
-    of one policy is narrow."""
     env_arg: Annotated[tuple[str, ...], option("NAME=VALUE [...]", "none")] = ()
     """Arguments of the environment as NAME=VALUE."""
     max_episode_steps: Annotated[int | None, option("INT", "the environment's own")] = None
