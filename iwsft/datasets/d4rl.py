@@ -131,7 +131,8 @@ def damage_named(where: str, what: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise OSError(f"{where} cannot be opened: {os.strerror(error.errno)}") from error
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{where}: {what} is damaged: {reason}") from error
+        way_out = "delete the file and get it again"
+        raise ValueError(f"{where}: {what} is damaged ({reason}); {way_out}") from error
 
 
 def _environment(stored: Mapping[str, Any], where: str) -> tuple[str | None, Mapping[str, Any]]:

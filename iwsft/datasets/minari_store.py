@@ -144,11 +144,14 @@ def _read_steps(data: MinariDataset, source: str) -> Steps:
             episode = next(episodes, None)
         if episode is None:
             break
-        start, steps = stop, np.size(episode.rewards)
+        start, steps = stop, len(episode.rewards)
         stop += steps
         if steps == 0 or stop > rows:
             continue
         name = f"{source}: episode {episode.id}"
+        if np.size(episode.rewards) != steps:
+            shape = list(np.shape(episode.rewards))
+            raise ValueError(f"{name} has rewards of shape {shape}, expected [{steps}]")
         seen = _flatten(episode.observations, data.observation_space, steps + 1, name)
         observations[start:stop], following[start:stop] = seen[:-1], seen[1:]
         actions[start:stop] = _flatten(episode.actions, data.action_space, steps, name)
@@ -156,6 +159,8 @@ def _read_steps(data: MinariDataset, source: str) -> Steps:
         for flags, values in ((terminals, episode.terminations), (timeouts, episode.truncations)):
             if np.size(values) != steps:
                 raise ValueError(f"{name} has {np.size(values)} flags for {steps} steps")
+            if not np.isin(values, (0, 1)).all():
+                raise ValueError(f"{name} has flags of an end other than 0 and 1; correct them")
             flags[start:stop] = np.reshape(values, -1)
         timeouts[stop - 1] |= not terminals[stop - 1]
     if stop != rows:

@@ -287,3 +287,22 @@ def test_columns_of_one_number_and_wrong_sizes(store: Path) -> None:
         data["episode_0/observations"] = short
     with pytest.raises(ValueError, match=r"episode 0 has an array of shape \[3, 3\], .* \[4, 3\]"):
         datasets.load("minari:plain-v0")
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "problem"),
+    [
+        ("terminations", [0.0, 0.5, 1.0], "flags of an end other than 0 and 1"),
+        ("truncations", [0, 0, -1], "flags of an end other than 0 and 1"),
+        ("rewards", np.ones((3, 2)), r"rewards of shape \[3, 2\], expected \[3\]"),
+    ],
+)
+def test_fields_that_would_be_read_as_something_else(
+    store: Path, name: str, values: Any, problem: str
+) -> None:
+    create(PLAIN, [(3, True, False)], dataset_id="odd-v0")
+    with h5py.File(store / "odd-v0" / "data" / "main_data.hdf5", "r+") as data:
+        del data[f"episode_0/{name}"]
+        data[f"episode_0/{name}"] = values
+    with pytest.raises(ValueError, match=f"minari:odd-v0: episode 0 has {problem}"):
+        datasets.load("minari:odd-v0")
