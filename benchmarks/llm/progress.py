@@ -68,7 +68,9 @@ class Progress(TrainerCallback):
     def summary(self) -> dict[str, float]:
         """Compute means, extremes and cost from the rows of the metrics."""
         rows = [] if self._log is None else metrics.read(self._run.folder / metrics.FILE)
-        summary = {name: value for row in rows[:1] for name, value in row.items() if name != "step"}
+        # Without row 0, which a damaged file may lack, the first one is of an update.
+        first = [row for row in rows[:1] if row["step"] == 0]
+        summary = {name: value for row in first for name, value in row.items() if name != "step"}
         logged = [row for row in rows if "loss" in row]
         if logged:
             steps = [0, *(row["step"] for row in logged)]

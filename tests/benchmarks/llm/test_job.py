@@ -226,6 +226,21 @@ def test_the_last_updates_are_logged_and_counted_too(
         assert {name: result[name] for name in truth} == pytest.approx(truth, rel=1e-9)
 
 
+def test_rows_of_training_are_not_figures_of_the_test(
+    job: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = job(tmp_path, "sft") / "sft" / "seed-0"
+    whole = json.loads((run / "result.json").read_text())
+    (run / "result.json").unlink()
+    # The file has lost its first row.
+    metrics = run / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().partition("\n")[2])
+    job(tmp_path, "sft", flags=["--max-steps", "6", "--resume"])
+    again = json.loads((run / "result.json").read_text())
+    lost = {"reference_cpu_seconds", "reference_wall_seconds"}
+    assert again.keys() == whole.keys() - lost
+
+
 def test_a_card_has_the_base_of_the_same_rows_alone(
     job: Callable[..., Path], small: tuple[str, str], tmp_path: Path
 ) -> None:
