@@ -185,6 +185,11 @@ class Training:
 
     preset: Preset = "paper"
     """Reading of weights and cuts: the paper's text, or its authors' code."""
+    settings_of: Annotated[
+        str | None, option("NAME", "that of --dataset, or its environment's")
+    ] = None
+    """D4RL dataset whose published settings to take, such as hopper-medium-expert-v2 for a file of
+    yours."""
     estimator: Estimator = "steps"
     """Batches of single steps with cached weights (q synced hard), or the paper's batches of whole
     trajectories (q a moving average): the same expected loss at a hundredth of the cost."""
@@ -295,6 +300,10 @@ def check_options(options: Options, suite: Suite) -> None:
         for part in [source] if Path(source).expanduser().exists() else source.split("+"):
             check_file(part)
     check_seeds(suite.seeds)
+    if options.settings_of is not None:
+        from iwsft.datasets.catalog import CATALOG
+
+        check_known("dataset of D4RL for --settings-of", options.settings_of, [*CATALOG])
     counts = ("steps", "baseline_steps", "reference_steps", "eval_episodes", "jobs")
     check_at_least(1, **{name: getattr(options, name) for name in counts})
     check_at_least(0, curve_episodes=options.curve_episodes)
@@ -349,6 +358,7 @@ def without_effect(options: Options, algo: Sequence[str]) -> Iterator[tuple[str,
         ("ties", any(algorithm.cuts for algorithm in algorithms), chosen),
         ("top", tuned, chosen),
         ("pretrain_dataset", any(each.from_reference for each in algorithms), chosen),
+        ("settings_of", baselines or any(each.from_reference for each in algorithms), chosen),
         ("policy", not set(BASELINES).issuperset(algo), chosen),
         ("baseline_steps", baselines, f"without one of {', '.join(BASELINES)}"),
     ):

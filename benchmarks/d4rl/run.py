@@ -85,14 +85,14 @@ class Run(runs.Run[Options]):
     def baseline_settings(self) -> tuple[Any, str]:
         """Settings of a baseline, and their source in words."""
         assert self.baseline is not None
-        settings, source = self.baseline.published(self._table_name)
+        settings, source = self.baseline.published(self.table_name)
         steps = self.options.baseline_steps or self.options.steps
         return (settings if steps is None else replace(settings, steps=steps)), source
 
     @property
     def fine_tuning(self) -> tuple[paper.FineTuning, str]:
         """Settings of the fine-tuning, and their source in words."""
-        row, source = paper.find_fine_tuning(self._table_name, self.algorithm)
+        row, source = paper.find_fine_tuning(self.table_name, self.algorithm)
         steps, k, alpha = self.options.steps, self.options.temperature, self.options.alpha
         if steps is not None:
             # A shortened run warms up for the same share of its updates.
@@ -156,9 +156,10 @@ class Run(runs.Run[Options]):
         return replace(self, options=options).updates
 
     @property
-    def _table_name(self) -> str:
+    def table_name(self) -> str:
         """Name of the dataset in tables of settings."""
-        return self.name_in_tables or self.dataset.rpartition(_TO)[2]
+        known = self.options.settings_of or self.name_in_tables
+        return known or self.dataset.rpartition(_TO)[2]
 
     def curate(self, trajectories: TensorDictBase, parts: Sequence[int] = ()) -> TensorDictBase:
         """The trajectories that the algorithm trains on; each of the parts is cut by itself."""

@@ -168,7 +168,8 @@ def test_a_finished_run_is_one_line_with_its_score(
     job(tmp_path, ["iw-sft-q"], seeds=(3,))
     taken, line = capsys.readouterr().err.splitlines()
     # The file's name is not D4RL's, its environment is.
-    assert taken == "mine: settings of hopper: Table 4, hopper-medium-replay"
+    settings = "settings of hopper: Table 4, hopper-medium-replay"
+    assert taken == f"mine: {settings} (--settings-of NAME takes those of a dataset)"
     result = read_json(tmp_path / "d4rl" / "mine" / "iw-sft-q" / "seed-3" / "result.json")
     score, seconds = result["normalized_score"], result["wall_seconds"]
     assert line == f"mine iw-sft-q seed 3: score {score:.1f}, {seconds:.0f} seconds"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from benchmarks.d4rl.options import ALGORITHMS, Options, choose_suite
+from benchmarks.d4rl.options import ALGORITHMS, Options, check_options, choose_suite
 from benchmarks.d4rl.run import Run, Task, reference_settings_of, settings_of
 from benchmarks.d4rl.settings import (
     CLONING,
@@ -270,6 +271,28 @@ def test_other_data_have_the_settings_of_their_environment(
     name: str, env_id: str, expected: str
 ) -> None:
     assert name_in_tables(data_of(name, f"{name}.hdf5", env_id)) == expected
+
+
+@pytest.mark.parametrize("algo", ["sft", "iw-sft-q", "td3-bc", "cql"])
+def test_a_file_can_have_the_settings_of_a_dataset(algo: str) -> None:
+    chosen = Options(settings_of="hopper-medium-expert-v2")
+    mine = Run("mine", algo, 0, chosen, "mine.hdf5", "hopper")
+    theirs = Run("hopper-medium-expert-v2", algo, 0, Options(), "hopper-medium-expert-v2")
+    family = replace(mine, options=Options())
+    if mine.baseline is None:
+        assert mine.fine_tuning == theirs.fine_tuning != family.fine_tuning
+    else:
+        assert mine.baseline_settings == theirs.baseline_settings
+
+
+def test_settings_of_an_unknown_dataset_are_refused() -> None:
+    for algo, name, problem in (
+        ("sft", "hopper-medium-expert", "did you mean 'hopper-medium-expert-v2'"),
+        ("bc", "hopper-medium-expert-v2", "--settings-of .*bc"),
+    ):
+        options = Options(algo=(algo,), settings_of=name)
+        with pytest.raises(ValueError, match=problem):
+            check_options(options, choose_suite(options))
 
 
 @pytest.mark.parametrize(
