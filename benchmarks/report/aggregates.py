@@ -34,6 +34,7 @@ METRICS: dict[str, Callable[[Scores], Estimate]] = {
 # The paper's algorithm, and the one that all others are compared with.
 PAPER, BASIS = "iw-sft-q", "sft-q"
 _PAIRED = "Paired: both have the same seeds, and start from the reference policy of each."
+_OTHER_SCHEDULE = "Not the weights alone: the learning rate or the number of updates differs, too."
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,16 @@ def _against(grid: Grid, row: Sequence[Cell], other: Sequence[Cell] | None) -> l
     difference = None if other is None or other is row else compare(row, other)
     if difference is None:
         return [NOTHING, NOTHING]
-    return [grid.marked(signed(difference), [_PAIRED] * difference.paired), verdict(difference)]
+    notes = [_PAIRED] * difference.paired
+    if other is not None and other_schedules(row, other):
+        notes.append(_OTHER_SCHEDULE)
+    return [grid.marked(signed(difference), notes), verdict(difference)]
+
+
+def other_schedules(ours: Sequence[Cell], others: Sequence[Cell]) -> list[str]:
+    """Datasets on which two ways of fine-tuning differ in learning rate, warm-up or updates."""
+    pairs = zip(ours, others, strict=True)
+    return [a.dataset for a, b in pairs if a.schedule and b.schedule and a.schedule != b.schedule]
 
 
 def signed(difference: Difference, digits: int = 1) -> str:

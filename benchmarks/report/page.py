@@ -184,6 +184,10 @@ def _summary(
             need = "" if seeds is None else f"; {seeds:,} seeds would settle this"
             words = f"they tie: the interval holds 0{need}"
         points = f"{over_datasets.signed(difference)} points, mean over these datasets"
+        if differ := over_datasets.other_schedules(*pair):
+            on = escaped(", ".join(map(scores.dataset_label, differ)))
+            words += f". That is not the effect of the weights alone: on {on} the learning rate or "
+            words += "the number of updates differs, too (`--temperature 0` runs without weights)"
         yield f"**iw-SFT(Q) less SFT(Q).** {points}; {words}."
 
 

@@ -212,6 +212,12 @@ class Cell:
         return changes
 
     @property
+    def schedule(self) -> dict[str, float]:
+        """Learning rate, warm-up and updates of a fine-tuning; empty where none is recorded."""
+        tuning = self.runs[0].config.get("settings", {}).get("fine_tuning") or {}
+        return {name: tuning[name] for name in ("lr", "warmup", "steps") if name in tuning}
+
+    @property
     def has_reference(self) -> bool:
         """Whether all runs start from a reference policy."""
         return all(run.result.get("reference_cpu_seconds", 0) > 0 for run in self.runs)

@@ -232,6 +232,21 @@ def test_a_second_of_a_higher_mean_is_no_tie(tmp_path: Path, make_run: MakeRun) 
     assert best.endswith(": the second has the higher mean.")
 
 
+@pytest.mark.parametrize("lr", [1e-4, 4e-5])
+def test_another_learning_rate_is_told_beside_a_difference(
+    tmp_path: Path, make_run: MakeRun, lr: float
+) -> None:
+    for algo, rate in (("sft-q", 4e-5), ("iw-sft-q", lr)):
+        for seed in range(3):
+            tuning = {"lr": rate, "warmup": 10, "steps": 100, "k": 1.0}
+            config = {"settings": {"seed": seed, "algo": algo, "fine_tuning": tuning}}
+            make_run(tmp_path, "a", algo, seed, 50.0 + seed**2 * (1 + lr), config=config)
+    write_report(tmp_path, tmp_path / "report")
+    markdown = (tmp_path / "report/report.md").read_text()
+    told = "the weights alone: on a the learning rate" in markdown, "Not the weights" in markdown
+    assert told == ((True, True) if lr == 1e-4 else (False, False))
+
+
 def test_one_run_that_explodes_leaves_the_others_to_be_seen(
     tmp_path: Path, make_run: MakeRun
 ) -> None:
