@@ -107,7 +107,14 @@ class Run(runs.Run[Options]):
         return {"engine": self.launch.engine_name, "processes": self.launch.processes}
 
     def load(self, model: str, **options: Any) -> tuple[PreTrainedModel, Any]:
-        """Load a model and its tokenizer, see :func:`benchmarks.llm.models.load`."""
+        """Load a model and its tokenizer, see :func:`benchmarks.llm.models.load`.
+
+        Training and test have one number format, whatever the files have: rounding of the base
+        alone would be taken for an effect of training.
+        """
+        # DeepSpeed keeps float32 weights of its own.
+        half = self.settings.precision == "bfloat16" and self.launch.engine == "deepspeed"
+        options |= {"dtype": torch.bfloat16 if half else torch.float32}
         trusted = self.options.trust_remote_code
         return load(model, cache=self.shared_folder, trust_remote_code=trusted, **options)
 
@@ -311,10 +318,8 @@ def _trainer(
     """Load the model to train, and make its trainer."""
     settings, algorithm = run.settings, run.algorithm
     assert algorithm is not None
-    # DeepSpeed keeps float32 weights of its own.
-    half = args.bf16 and run.launch.engine == "deepspeed"
     model: Any
-    model, _ = run.load(prepared.model, dtype=torch.bfloat16 if half else torch.float32)
+    model, _ = run.load(prepared.model)
     if settings.lora_rank is not None:
         commit = split_commit(prepared.model)[1]
         model = with_adapters(model, settings.lora_rank, seed=run.seed, commit=commit)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from torch.nn.functional import log_softmax
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.llm.__main__ import main
 from benchmarks.llm.recipes.chat import (
@@ -124,6 +124,23 @@ def test_it_ends_in_a_model_a_table_a_figure_and_a_card(
     assert all(words in card for words in (str(tiny_qwen2), "D_Q+", "6 updates of 8 rows"))
     again = finetune(SCORED, "--algo", "iw-sft-q", "--eval-data", evaluated, *adapters, "--resume")
     assert "0 done, 2 finished before" in again
+
+
+def test_the_number_format_of_the_files_is_no_effect_of_training(
+    finetune: Callable[..., str], tiny_qwen2: Path, tmp_path: Path
+) -> None:
+    half = tmp_path / "half"
+    start = AutoModelForCausalLM.from_pretrained(tiny_qwen2, dtype=torch.bfloat16)
+    start.save_pretrained(half)
+    AutoTokenizer.from_pretrained(tiny_qwen2).save_pretrained(half)
+    # So small a learning rate moves no weight.
+    finetune(SCORED, "--algo", "sft", "--model", str(half), "--learning-rate", "1e-12")
+    folder = tmp_path / "runs" / "llm" / "chat"
+    base, trained = (
+        json.loads((folder / algo / "seed-0" / "result.json").read_text())["log_probs"]
+        for algo in ("base", "sft")
+    )
+    assert base == trained
 
 
 def test_a_prompt_is_held_out_as_a_whole_whatever_the_order() -> None:
