@@ -120,9 +120,8 @@ def draw_grid(runs: Sequence[RecordedRun]) -> Grid:
     row = [f"mean of {len(names)} draws"]
     for pair in pairs:
         ours, others = (np.array([[cell.mean] for cell in cells]) for cells in pair)
-        low, high = (float(end) for end in t_interval(others[:, 0]))
-        score = f"{others.mean():.1f} ({interval_text((low, high))})"
-        row += [score, signed(difference(ours, others, paired=True))]
+        gain = signed(difference(ours, others, paired=True))
+        row += [mean_text(others[:, 0], 1), gain]
     grid.rows.append(row)
     return grid
 
@@ -163,17 +162,17 @@ def step_grid(records: Sequence[Mapping[str, Any]]) -> Grid:
         add(f"spread of {FORMS[algo]}", (f"{each['spread'][algo]:.3f}" for each in records))
     for algo in ("sft", "iw-sft", "iw-sft-step"):
         shares = (np.array(each["inherited"][algo]) for each in records)
-        add(f"share of the reference's errors in {FORMS[algo]}", (_mean_text(x, 2) for x in shares))
+        add(f"share of the reference's errors in {FORMS[algo]}", (mean_text(x, 2) for x in shares))
     for algo in ("iw-sft", "iw-sft-step"):
         slopes = (np.array(each["slope"][algo]) for each in records)
-        add(f"c of {FORMS[algo]}", (_mean_text(each, 3) for each in slopes))
+        add(f"c of {FORMS[algo]}", (mean_text(each, 3) for each in slopes))
     farther = (np.array(each["farther"]) for each in records)
-    add("share of states farther from the reference", (_mean_text(each, 3) for each in farther))
+    add("share of states farther from the reference", (mean_text(each, 3) for each in farther))
     scores = [
         {algo: np.array(values) for algo, values in each["scores"].items()} for each in records
     ]
     for algo, title in _MOVED.items():
-        add(f"score of {title}", (_mean_text(each[algo], 1) for each in scores))
+        add(f"score of {title}", (mean_text(each[algo], 1) for each in scores))
     for ours, other in (("iw-sft-step", "sft"), ("added", "sft"), ("removed", "iw-sft-step")):
         gaps = (
             difference(each[ours][:, None], each[other][:, None], paired=True) for each in scores
@@ -182,9 +181,10 @@ def step_grid(records: Sequence[Mapping[str, Any]]) -> Grid:
     return grid
 
 
-def _mean_text(values: NDArray[np.float64], digits: int) -> str:
+def mean_text(values: NDArray[np.float64] | Sequence[float], digits: int) -> str:
+    """The mean with its 95 % interval."""
     low, high = (float(end) for end in t_interval(values))
-    return f"{values.mean():.{digits}f} ({interval_text((low, high), digits)})"
+    return f"{np.mean(values):.{digits}f} ({interval_text((low, high), digits)})"
 
 
 def _by_name(runs: Sequence[RecordedRun]) -> dict[tuple[str, str], Cell]:

@@ -22,7 +22,8 @@ from benchmarks.report.language import (
     training_seconds,
 )
 from benchmarks.report.scores import Cell, algorithm_label, algorithm_rank, base
-from benchmarks.statistics import difference, t_interval
+from benchmarks.statistics import difference
+from scripts.control_tables import mean_text
 
 _BANDIT = "methods-bandit"
 
@@ -155,6 +156,5 @@ def _rate(cell: Cell) -> str:
 def _over(values: Sequence[float], interval: tuple[float, float] | None = None) -> str:
     """The mean over seeds with its interval; a single seed has that of its test."""
     if len(values) > 1:
-        low, high = t_interval(values)
-        interval = float(low), float(high)
-    return f"{np.mean(values):.3f} ({interval_text(interval, 3)})"
+        return mean_text(values, 3)
+    return f"{values[0]:.3f} ({interval_text(interval, 3)})"

@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 import pytest
 
+from benchmarks import __main__ as console
 from benchmarks import stopping
 from benchmarks.d4rl.__main__ import main
 from benchmarks.d4rl.options import Options
@@ -31,6 +32,17 @@ def unwatched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``call(word, ...)``: the console command."""
+
+    def run(*words: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["iwsft", *words])
+        console.main()
+
+    return run
 
 
 @pytest.fixture(scope="session")

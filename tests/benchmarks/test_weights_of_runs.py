@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import pytest
 import torch
 from scipy import stats
 
-from benchmarks.__main__ import main
 from benchmarks.weights.source import Source
 from iwsft import (
     GaussianPolicy,
@@ -31,17 +29,6 @@ from iwsft.trajectory import from_steps, lengths
 DOCS = Path(__file__).parents[2] / "docs"
 DATASET = "hopper-replay-mini"
 FOLDER = Path("runs/d4rl", DATASET, "iw-sft-q/seed-0")
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """``call(word, ...)``: the console command."""
-
-    def run(*words: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["iwsft", *words])
-        main()
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -237,14 +237,6 @@ def test_corrupt_and_foreign_files_are_named(tmp_path: Path, harm: str, part: bo
     assert torch.equal(data["ref_log_prob"], whole["ref_log_prob"])
 
 
-def test_cache_that_is_a_file_fails_before_the_first_forward(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    counting = Counting(decoder())
-    with pytest.raises(FileExistsError, match="file"):
-        annotate(counting, dataset(), cache=tmp_path / "file")
-    assert counting._batches == []
-
-
 def test_a_resumed_run_reads_the_reference_that_its_model_can_no_longer_give(
     tmp_path: Path,
 ) -> None:

@@ -178,7 +178,7 @@ def test_a_gguf_file_becomes_a_folder_that_trains_and_saves(
     assert torch.equal(saved.lm_head.weight, truth.lm_head.weight)
 
 
-def test_a_conversion_is_kept_checked_and_made_once(
+def test_a_conversion_is_kept_and_made_once(
     small_llama: tuple[LlamaForCausalLM, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     folder = Path(locate(str(small_llama[1]), tmp_path))
@@ -188,20 +188,6 @@ def test_a_conversion_is_kept_checked_and_made_once(
         patch.setattr(AutoModelForCausalLM, "from_pretrained", None)
         assert locate(str(small_llama[1]), tmp_path) == str(folder)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == stamps
-    weights = folder / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-5] ^= 1
-    weights.write_bytes(content)
-    with pytest.raises(ValueError, match=r"model.safetensors changed; delete the folder"):
-        locate(str(small_llama[1]), tmp_path)
-    weights.unlink()
-    with pytest.raises(ValueError, match=r"is damaged: model.safetensors"):
-        locate(str(small_llama[1]), tmp_path)
-    (folder / "record.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"is damaged: record.json"):
-        locate(str(small_llama[1]), tmp_path)
-    shutil.rmtree(folder)
-    assert locate(str(small_llama[1]), tmp_path) == str(folder)
     # Only the folder and its lock: no part of a conversion is left behind.
     assert len(list(tmp_path.iterdir())) == 2
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,23 +15,11 @@ import torch
 from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.__main__ import main
 from benchmarks.llm.models import mean_log_probs
 from iwsft.language import read
 
 DOCS = Path(__file__).parents[3] / "docs"
 FLAGS = "--recipe chat --model its-base --data rows.jsonl --algo sft --max-steps 1 --jobs 1"
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """``call(word, ...)``: the console command."""
-
-    def run(*words: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["iwsft", *words])
-        main()
-
-    return run
 
 
 @pytest.fixture

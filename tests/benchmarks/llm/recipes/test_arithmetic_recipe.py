@@ -6,7 +6,6 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,25 +87,6 @@ def test_a_cached_base_is_not_trained_again(tmp_path: Path) -> None:
     written = (home / RECORD).stat().st_mtime_ns
     assert base_model(tmp_path, seed=0, settings=short) == home
     assert (home / RECORD).stat().st_mtime_ns == written
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", RECORD, "config.json"])
-def test_a_damaged_base_is_named(tmp_path: Path, name: str) -> None:
-    home = base_model(tmp_path, seed=0, settings=replace(TINY, steps=1))
-    content = (home / name).read_bytes()
-    (home / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=f"{name}.*damaged|damaged: {name}"):
-        base_model(tmp_path, seed=0, settings=replace(TINY, steps=1))
-
-
-def test_a_full_disk_leaves_no_half_base(
-    tmp_path: Path, full_disk: Callable[[int], AbstractContextManager[None]]
-) -> None:
-    with full_disk(10_000), pytest.raises(OSError, match="space left"):
-        base_model(tmp_path, seed=0, settings=replace(TINY, steps=1))
-    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
-    # With space again it is trained.
-    assert base_model(tmp_path, seed=0, settings=replace(TINY, steps=1)).is_dir()
 
 
 def test_samples_depend_on_their_seed(decoder: Any) -> None:
