@@ -14,10 +14,8 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from tests.datasets.text.chat_tokenizers import byte_level
+from tests import tiny_qwen2
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("iwsft", "baselines", "benchmarks")
@@ -111,19 +109,7 @@ def test_a_job_of_control(programs: Path, tmp_path: Path) -> None:
 
 
 def test_a_job_of_language(programs: Path, tmp_path: Path) -> None:
-    tokenizer = byte_level(pad="<|fim_pad|>")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    config = Qwen2Config(
-        vocab_size=-(-len(tokenizer) // 64) * 64,
-        max_position_embeddings=2048,
-        eos_token_id=tokenizer.eos_token_id,
-        **sizes,
-        **heads,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    tiny_qwen2.write(tmp_path / "model")
     with (tmp_path / "rows.jsonl").open("w") as file:
         for number in range(40):
             for answer in (2 * number, number + 1):

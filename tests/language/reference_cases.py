@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor, nn
+from torch import Tensor
 
 from iwsft.forward_pass import ForwardPass
 from iwsft.language.batches import collate
 from iwsft.policies import CausalLMPolicy
 from iwsft.reference import write_reference
+from tests.policies import language_models
 
 VOCABULARY = 61
 SIZES = (9, 4, 14, 6, 11, 23, 5, 8, 3, 17)
@@ -24,26 +24,9 @@ BATCHES = [[5, 1, 7], [2, 0], [9, 4, 3], [8, 6]]
 
 
 def decoder(seed: int = 0, *, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
-    """A random decoder whose tokens matter to each other, in training mode."""
-    config = transformers.LlamaConfig(
-        **{
-            "vocab_size": VOCABULARY,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 64,
-            **settings,
-        }
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=0.2, generator=draw)
-    return model.to(dtype).train()
+    """A random decoder in training mode."""
+    sizes = {"vocab_size": VOCABULARY, "num_hidden_layers": 2}
+    return language_models.decoder(seed=seed, dtype=dtype, **(sizes | settings)).train()
 
 
 def policy(seed: int = 0, **settings: Any) -> CausalLMPolicy:

@@ -19,7 +19,7 @@ import tyro
 from datasets import Dataset
 from safetensors.torch import load_file
 from torch.nn.functional import log_softmax
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from benchmarks.commands import COMMANDS
 from benchmarks.llm.__main__ import main
@@ -31,7 +31,7 @@ from iwsft import ImportanceWeights
 from iwsft.datasets.text.rows import read
 from iwsft.language.config import _REFUSED
 from iwsft.trajectory import lengths
-from tests.datasets.text.chat_tokenizers import byte_level
+from tests import tiny_qwen2
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "language.md").read_text()
@@ -49,7 +49,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(found)
         patch.setenv("ACCELERATE_USE_CPU", "true")
-        _model(found / MODEL)
+        # As Qwen2.5 is saved.
+        tiny_qwen2.write(found / MODEL, context=4096, dtype=torch.bfloat16)
         _rows(found / "mine.jsonl", 64, seed=0)
         _rows(found / "held-out.jsonl", 6, seed=1)
         (found / "math.jsonl").touch()
@@ -79,27 +80,6 @@ def names(folder: Path) -> dict[str, Any]:
             trainers[run] = space["trainer"]
             references[run] = space["best"]["ref_log_prob"].clone()
     return {**space, "trainers": trainers, "references": references}
-
-
-def _model(place: Path) -> None:
-    tokenizer = byte_level()
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=-(-len(tokenizer) // 64) * 64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    # As Qwen2.5 is saved.
-    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(place)
-    tokenizer.save_pretrained(place)
 
 
 def _rows(path: Path, number: int, *, seed: int) -> None:

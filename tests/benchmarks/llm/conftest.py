@@ -11,38 +11,17 @@ import pytest
 import small_evaluation
 import small_job
 import small_loop
-import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.llm.__main__ import loop
 from iwsft.loop import table
-from tests.datasets.text.chat_tokenizers import byte_level
+from tests.tiny_qwen2 import write
 
 
 @pytest.fixture(scope="session")
 def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights, ChatML, and the tokens of Qwen2.5 that recipes ask for."""
-    folder = tmp_path_factory.mktemp("tiny-qwen2")
-    tokenizer = byte_level(pad="<|fim_pad|>")
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        # Rounded up, as vocabularies of models are.
-        vocab_size=-(-len(tokenizer) // 64) * 64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return write(tmp_path_factory.mktemp("tiny-qwen2"))
 
 
 @pytest.fixture(scope="session")
