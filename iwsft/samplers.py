@@ -43,16 +43,11 @@ _NEXT = "next"
 class _Sampler(ABC):
     """Endless iterator over batches of one packed dataset, which each batch reads anew.
 
-    Lengths and multiplicities are read once. A batch has the entries ``keys``, or all but ``next``.
+    Lengths and multiplicities are read once.
     """
 
     def __init__(
-        self,
-        trajectories: TensorDictBase,
-        batch_size: int = 256,
-        *,
-        seed: int = 0,
-        keys: Sequence[NestedKey] | None = None,
+        self, trajectories: TensorDictBase, batch_size: int = 256, *, seed: int = 0
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
@@ -61,7 +56,6 @@ class _Sampler(ABC):
         check_links(trajectories)
         self.trajectories = trajectories
         self.batch_size = batch_size
-        self.keys = None if keys is None else tuple(keys)
         # On the host, so that a seed means the same on any device.
         self._generator = torch.Generator().manual_seed(seed)
         self._lengths = lengths(trajectories).cpu()
@@ -92,7 +86,6 @@ class _Sampler(ABC):
     def _settings(self) -> dict[str, Any]:
         return {
             "class": type(self).__name__,
-            "keys": None if self.keys is None else sorted(map(str, self.keys)),
             "batch_size": self.batch_size,
             "trajectories": len(self._lengths),
             "steps": int(self._lengths.sum()),
@@ -129,11 +122,8 @@ class _Sampler(ABC):
         return torch.searchsorted(self._tickets, ticket, right=True)
 
     def _gather(self, steps: Tensor) -> TensorDictBase:
-        if self.keys is None:
-            entries = self.trajectories.exclude(_NEXT, MULTIPLICITY)
-        else:
-            mask = [MASK] if MASK in self.trajectories.keys(True) else []
-            entries = self.trajectories.select(*self.keys, TRAJ_IDS, *mask)
+        """All entries of the steps but ``next``."""
+        entries = self.trajectories.exclude(_NEXT, MULTIPLICITY)
         return _take(entries, steps.to(entries.get(TRAJ_IDS).device))
 
 
@@ -191,14 +181,9 @@ class StepSampler(_StepSampler):
     """
 
     def __init__(
-        self,
-        trajectories: TensorDictBase,
-        batch_size: int = 1024,
-        *,
-        seed: int = 0,
-        keys: Sequence[NestedKey] | None = None,
+        self, trajectories: TensorDictBase, batch_size: int = 1024, *, seed: int = 0
     ) -> None:
-        super().__init__(trajectories, batch_size, seed=seed, keys=keys)
+        super().__init__(trajectories, batch_size, seed=seed)
         segments = Segments.of(trajectories)
         valid = segments.valid.cpu()
         self._positions = None if bool(valid.all()) else valid.nonzero().squeeze(-1)
@@ -218,7 +203,7 @@ class StepSampler(_StepSampler):
 
     def take(self, steps: Tensor) -> TensorDictBase:
         # Each is a trajectory of length 1, all are valid, and each counts once.
-        batch = self._gather(steps).exclude(MASK, MULTIPLICITY)
+        batch = self._gather(steps).exclude(MASK)
         batch.set(TRAJ_IDS, torch.arange(self.batch_size, device=steps.device))
         return batch
 
@@ -234,7 +219,8 @@ class TransitionSampler(_StepSampler):
         seed: int = 0,
         keys: Sequence[NestedKey] = TRANSITION,
     ) -> None:
-        super().__init__(trajectories, batch_size, seed=seed, keys=keys)
+        super().__init__(trajectories, batch_size, seed=seed)
+        self.keys = tuple(keys)
         missing = [key for key in keys if key not in trajectories.keys(True)]
         if missing:
             raise KeyError(f"{', '.join(map(repr, missing))} is missing in the trajectories")
@@ -253,7 +239,10 @@ class TransitionSampler(_StepSampler):
         return steps
 
     def take(self, steps: Tensor) -> TensorDictBase:
-        return _take(self.trajectories.select(*(self.keys or ())), steps)
+        return _take(self.trajectories.select(*self.keys), steps)
+
+    def _settings(self) -> dict[str, Any]:
+        return {"keys": sorted(map(str, self.keys)), **super()._settings()}
 
 
 def check_same_settings(state_dict: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

@@ -270,17 +270,6 @@ def test_batches_contain_what_is_written_later(sampler: Any) -> None:
     assert torch.equal(batch["importance_weight"], -batch["step"].float())
 
 
-@pytest.mark.parametrize("sampler", [TrajectorySampler, StepSampler])
-def test_keys_are_chosen(sampler: Any) -> None:
-    batch = sampler(dataset(), 4, keys=["action", ("next", "reward")]).sample()
-    extra = {"multiplicity"} if sampler is TrajectorySampler else set()
-    assert set(batch.keys(True, True)) == {"action", ("next", "reward"), TRAJ_IDS, *extra}
-    counted = sampler(dataset(), 4, keys=["multiplicity"]).sample()
-    assert set(counted.keys(True, True)) == {TRAJ_IDS, *extra}
-    with pytest.raises(KeyError, match="actoin"):
-        sampler(dataset(), 4, keys=["actoin"]).sample()
-
-
 def test_masked_steps_are_not_sampled_and_stay_masked_in_trajectories() -> None:
     data = dataset(multiplicity=None)
     data[MASK] = torch.arange(len(data)) % 3 != 1
@@ -295,7 +284,7 @@ def test_masked_steps_are_not_sampled_and_stay_masked_in_trajectories() -> None:
         own = valid & (ids == i)
         p = 1 / len(SIZES) / int(own.sum())
         assert bool(((seen[own] - 20_000 * p).abs() < 4 * math.sqrt(20_000 * p)).all())
-    whole = TrajectorySampler(data, 50, keys=["step"]).sample()
+    whole = TrajectorySampler(data, 50).sample()
     assert torch.equal(whole.get(MASK), valid[whole["step"]])
     data[MASK][3] = False
     with pytest.raises(ValueError, match="trajectory 1 has every step masked"):
@@ -369,8 +358,8 @@ def test_a_state_of_other_values_of_the_same_steps_is_refused(key: Any) -> None:
             sampler(*others).load_state_dict(state)
 
 
-def test_a_state_of_other_draws_or_entries_is_refused() -> None:
-    """A class of sampler, a mask and the entries of a batch change what is learned."""
+def test_a_state_of_other_draws_is_refused() -> None:
+    """A class of sampler and a mask change what is learned."""
     state = StepSampler(dataset(), 8).state_dict()
     masked = dataset()
     masked[MASK] = torch.arange(len(masked)) != 1
@@ -378,7 +367,6 @@ def test_a_state_of_other_draws_or_entries_is_refused() -> None:
         "class=StepSampler, not TransitionSampler": TransitionSampler(
             dataset(), 8, keys=["action"]
         ),
-        "keys=None, not": StepSampler(dataset(), 8, keys=["observation", "action"]),
         "data=": StepSampler(masked, 8),
     }
     for message, sampler in others.items():
