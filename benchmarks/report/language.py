@@ -26,6 +26,7 @@ from benchmarks.report.scores import (
     is_higher,
     short,
 )
+from benchmarks.report.tables import published_scores
 from benchmarks.results import LANGUAGE, RecordedRun, read_all
 from benchmarks.statistics import MIN_SEEDS
 
@@ -270,3 +271,17 @@ def _short_names(models: Sequence[str]) -> dict[str, str]:
         if len({*names.values()}) == len(parts):
             return names
     return {model: model for model in models}
+
+
+def published_grid(evaluations: Sequence[dict[str, Any]]) -> tuple[Grid, str]:
+    """Table of the paper's numbers on the tasks of the evaluations, and its note."""
+    (table,) = (t for t in published_scores()[1] if t.label == "paper, Table 1")
+    known = {task for task, _ in table.numbers}
+    tasks = {e["task"]: e["title"] for e in evaluations if e.get("task") in known}
+    grid = Grid(["model", *tasks.values()], left=1, published=len(tasks))
+    for model in dict.fromkeys(name for _, name in table.numbers) if tasks else ():
+        numbers = [table.numbers.get((task, model)) for task in tasks]
+        notes = [note for number in numbers if number for note in number["caveats"]]
+        cells = [NOTHING if number is None else f"{number['score']:.1f}" for number in numbers]
+        grid.rows.append([grid.marked(model, list(dict.fromkeys(notes))), *cells])
+    return grid, f"{table.label}: {table.note} {published_scores()[0]}."

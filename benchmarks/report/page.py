@@ -337,6 +337,10 @@ def _evaluations(document: Document, evaluations: Sequence[dict[str, Any]]) -> N
     if damages:
         document.text("Damaged evaluations, which are left out:")
         document.bullets(map(escaped, damages))
+    published, note = language.published_grid(evaluations)
+    document.table(published, "Numbers of the paper, which were not run here.")
+    if published.rows:
+        document.text(note)
 
 
 def _video_section(runs: Sequence[RecordedRun]) -> str:

@@ -243,13 +243,17 @@ def evaluation(root: Path, model: str, task: str, **change: Any) -> None:
     (folder / "result.json").write_text(json.dumps(result | change))
 
 
-def test_evaluations_are_listed_and_damaged_ones_named(tmp_path: Path) -> None:
+def test_evaluations_have_the_papers_numbers_beside_them(tmp_path: Path) -> None:
     evaluation(tmp_path, "mine", "aime-2024")
     evaluation(tmp_path, "mine", "gsm8k")
     write_report(tmp_path, tmp_path / "report")
     text = (tmp_path / "report/report.md").read_text()
     row = ["mine", "AIME-2024", "30", "4", "41.5", "30.0 to 54.0", "50.0", "63.3"]
     assert cells_of(text, "mine")[0] == row
+    # Only the tasks that were run, in a table of their own.
+    assert "| model | *AIME-2024* |" in text
+    assert cells_of(text, "iw-SFT") == [["iw-SFT", "*66.7*"]]
+    assert cells_of(text, "s1.1 w/o BF [1]") == [["s1.1 w/o BF [1]", "*56.7*"]]
     evaluation(tmp_path, "broken", "gsm8k", avg="many")
     evaluation(tmp_path, "swapped", "gsm8k", avg_interval=[1])
     evaluation(tmp_path, "listed", "gsm8k", settings=[])
