@@ -309,7 +309,19 @@ def _work_on(run: Run, *, threads: int | None = None) -> None:
     if threads is not None and run.launch.device == "cpu":
         torch.set_num_threads(threads)
     with monitor.noted(run.folder):
+        _check_unchanged(run)
         train_and_score(run)
+
+
+def _check_unchanged(run: Run) -> None:
+    """Refuse rows that have changed since the claim, such as while earlier runs were at work."""
+    recorded = _recorded_settings(run)
+    for name in ("data", "eval_data"):
+        digest, source = recorded.get(f"{name}_sha256"), getattr(run.options, name)
+        path = None if digest is None else Path(split_source(source)[0]).expanduser()
+        if path and path.exists() and _content_sha256(path, model=False) != digest:
+            problem = f"{path} has changed since these runs began, so they would differ in rows"
+            raise ValueError(f"{problem}; put it back and pass --resume, or choose another --out")
 
 
 def _launch(

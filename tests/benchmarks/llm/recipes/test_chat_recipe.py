@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.llm.__main__ import main
 from benchmarks.llm.recipes.chat import (
     RECIPE,
+    ChatRecipe,
     Group,
     by_prompt,
     check_apart,
@@ -141,6 +142,24 @@ def test_the_number_format_of_the_files_is_no_effect_of_training(
         for algo in ("base", "sft")
     )
     assert base == trained
+
+
+def test_rows_that_change_while_runs_are_at_work(
+    finetune: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = ChatRecipe.evaluate
+
+    def changing(*args: Any, **options: Any) -> Any:
+        write(tmp_path / "rows.jsonl", SCORED[:30])
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr(ChatRecipe, "evaluate", changing)
+    finished = tmp_path / "runs" / "llm" / "chat"
+    with pytest.raises(SystemExit):
+        finetune(SCORED, "--algo", "sft")
+    assert len([*finished.rglob("result.json")]) == 1
+    # With the rows of the beginning the other one follows.
+    assert "1 done, 1 finished before" in finetune(SCORED, "--algo", "sft", "--resume")
 
 
 def test_a_prompt_is_held_out_as_a_whole_whatever_the_order() -> None:
