@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from benchmarks.report.aggregates import signed
 from benchmarks.report.document import NOTHING, Grid, interval_text
 from benchmarks.report.scores import Cell, cells, compare, datasets
 from benchmarks.results import RecordedRun
-from benchmarks.statistics import difference, t_interval
+from benchmarks.statistics import MIN_SEEDS, difference, t_interval
 
 ALGORITHMS = {
     "sft-q": "SFT(Q)",
@@ -62,6 +63,14 @@ _MOVED = {
 EQUAL = ("k0/iw-sft-q", "sft-q")
 # Forms on the top 10 % without quality bins, and their own equal weights.
 _TOP_10 = ("sft", "iw-sft", "iw-sft-step", "k0/iw-sft")
+# Weights, and runs of the same curated set without any.
+GAINS = {
+    "iw-sft-q": EQUAL,
+    "auto/iw-sft-q": EQUAL,
+    _SHARP: EQUAL,
+    "iw-sft": ("k0/iw-sft", "sft"),
+    "iw-sft-step": ("k0/iw-sft", "sft"),
+}
 
 
 def score_grid(runs: Sequence[RecordedRun]) -> Grid:
@@ -104,6 +113,48 @@ def form_grid(runs: Sequence[RecordedRun]) -> Grid:
             row += [_score(cell), NOTHING if cell is equal else _difference(cell, equal)]
         if {*row} != {NOTHING}:
             grid.rows.append([form, *row])
+    return grid
+
+
+def gain_grid(records: Sequence[tuple[str, Sequence[RecordedRun]]]) -> Grid:
+    """What weights gain on each dataset of each record, and on average over kinds of data.
+
+    A record comes with where its data were made. Weights are compared with runs of the same curated
+    set and schedule whose weights are all 1. The last row is the mean over the kinds, which are one
+    environment and behaviour each, with the interval over them. Sets of a kind are averaged first.
+    """
+    rows: dict[str, list[list[str]]] = {}
+    gains: dict[str, dict[str, list[float]]] = {algo: {} for algo in GAINS}
+    for place, runs in records:
+        by_name = _by_name(runs)
+        for name in datasets(by_name.values()):
+            kind, row = re.sub(r"-(mini|\d+)$", "", name), [name, place]
+            for algo, others in GAINS.items():
+                ours = by_name.get((name, algo))
+                equal = next(
+                    (
+                        by_name[name, each]
+                        for each in others
+                        if ours and (name, each) in by_name
+                        if by_name[name, each].schedule == ours.schedule
+                    ),
+                    None,
+                )
+                row.append(_difference(ours, equal))
+                if ours and equal:
+                    gains[algo].setdefault(kind, []).append(ours.mean - equal.mean)
+            rows.setdefault(kind, []).append(row)
+    grid = Grid(["dataset", "made on", *(FORMS[algo] for algo in GAINS)], left=2)
+    grid.rows += itertools.chain(*(rows[kind] for kind in sorted(rows)))
+    last = []
+    for kinds in gains.values():
+        if len(kinds) < MIN_SEEDS:
+            last.append(NOTHING)
+            continue
+        means = np.array([[np.mean(values)] for values in kinds.values()])
+        gain = signed(difference(means, np.zeros_like(means), paired=True))
+        last.append(f"{gain}, {len(kinds)} kinds")
+    grid.rows.append(["mean over kinds", "", *last])
     return grid
 
 

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from benchmarks.report.document import Grid
 from benchmarks.report.loops import COMPARED, RecordedLoop, loop_grid, seed_grids
-from benchmarks.results import CONTROL, read_runs
+from benchmarks.results import CONTROL, RecordedRun, read_runs
 from scripts.control_tables import (
     difference_grid,
     draw_grid,
     form_grid,
+    gain_grid,
     policy_grid,
     score_grid,
     step_grid,
@@ -35,6 +36,15 @@ _CONTROL = {
     "forms": form_grid,
     "draws": draw_grid,
     "policies": policy_grid,
+}
+# Records with forms of SFT, and where their data were made.
+_FORMS = {
+    "runs.json": "AMD",
+    "hopper_replay_mini.json": "bundled",
+    "hopper_medium_expert_draws.json": "Intel",
+    "medium_expert_forms.json": "Intel",
+    "walker2d_replay_forms.json": "Intel",
+    "halfcheetah_replay_forms.json": "Intel",
 }
 # Loops of each record, and the differences that its page shows.
 _LOOPS = {
@@ -71,14 +81,20 @@ def with_tables(text: str, results: Path) -> str:
             grid = _loop_grid(name, kind, results)
         elif kind == "steps":
             grid = step_grid(json.loads((results / name).read_text()))
+        elif kind == "gains":
+            grid = gain_grid([(made, _runs(results / file)) for file, made in _FORMS.items()])
         elif kind == "ratios":
             grid = _speed_grid(results / name)
         else:
-            grid = _CONTROL[kind](read_runs(results / name, CONTROL))
+            grid = _CONTROL[kind](_runs(results / name))
         mark = " ".join(filter(None, (name, kind)))
         return f"<!-- {mark} -->\n\n{grid.markdown()}\n\n"
 
     return re.sub(r"<!-- (\S+\.json)(?: (\w+))? -->\n\n(?:\|.*\n)*\n*", table, text)
+
+
+def _runs(record: Path) -> list[RecordedRun]:
+    return read_runs(record, CONTROL)
 
 
 def _loop_grid(name: str, kind: str, results: Path) -> Grid:

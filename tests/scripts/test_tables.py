@@ -20,6 +20,7 @@ from scripts.control_tables import (
     difference_grid,
     draw_grid,
     form_grid,
+    gain_grid,
     policy_grid,
 )
 from scripts.method_tables import base_grid, gsm8k_grid
@@ -70,6 +71,32 @@ def test_the_interval_over_draws_is_that_of_their_mean_differences() -> None:
         interval = stats.ttest_1samp(gains, 0).confidence_interval()
         low, high = (float(end) for end in text.partition("(")[2].rstrip(")").split(" to "))
         assert (low, high) == pytest.approx((interval.low, interval.high), abs=0.051)
+
+
+def test_gains_are_against_the_same_schedule_and_averaged_by_kind() -> None:
+    names = ("hopper_medium_expert_draws", "walker2d_replay_forms", "halfcheetah_replay_forms")
+    files = [f"{name}.json" for name in names]
+    gains: dict[str, list[float]] = {}
+    for file in files:
+        means: dict[tuple[str, str], list[float]] = {}
+        for run in json.loads((RESULTS / file).read_text()):
+            name = "/".join(filter(None, (run.get("variant"), run["algo"])))
+            means.setdefault((run["dataset"], name), []).append(run["normalized_score"])
+        for dataset in sorted({dataset for dataset, _ in means}):
+            equal = "k0/iw-sft-q" if "walker2d" in file else "sft-q"
+            pair = (np.mean(means[dataset, name]) for name in ("iw-sft-q", equal))
+            gains.setdefault(file, []).append(float(np.subtract(*pair)))
+    kinds = [np.mean(values) for values in gains.values()]
+    records = [(file, read_runs(RESULTS / file, CONTROL)) for file in files]
+    *rows, last = gain_grid(records).rows
+    assert len(rows) == sum(map(len, gains.values())) and last[0] == "mean over kinds"
+    assert float(last[2].split()[0]) == pytest.approx(np.mean(kinds), abs=0.051)
+    # SFT made more updates than iw-SFT here.
+    (walker,) = [row for row in rows if row[0] == "walker2d-replay"]
+    texts = {row[0]: row[2] for row in form_grid(records[1][1]).rows}
+    assert walker[5] == texts[FORMS["iw-sft"]]
+    others = [run for run in records[1][1] if run.algo != "k0/iw-sft"]
+    assert gain_grid([("", others)]).rows[0][5] == "-"
 
 
 def test_forms_are_compared_with_equal_weights_of_their_curated_set() -> None:
