@@ -166,8 +166,11 @@ class LanguageLoop:
         device: str = options.job.own_device
         if options.deepspeed is not None and device == "cuda":
             device = "auto"
+        # The format of what is trained: the answers of a first model in another one would differ.
+        half = options.deepspeed is not None and options.job.settings.precision == "bfloat16"
         generator = load_generator(
             model,
+            dtype="bfloat16" if half else "float32",
             backend=options.backend,
             batch=options.batch,
             device=device,

@@ -101,6 +101,23 @@ def test_each_round_trains_new_adapters_on_the_model_of_the_last_one(
     assert contents(home) == whole
 
 
+def test_the_number_format_of_the_first_model_is_no_effect_of_training(
+    run: Callable[..., list[dict[str, Any]]], place: Path, tmp_path: Path
+) -> None:
+    half, held_out = tmp_path / "half", str(place / "held-out.jsonl")
+    start = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.bfloat16)
+    start.save_pretrained(half)
+    AutoTokenizer.from_pretrained(place / "model").save_pretrained(half)
+    # So small a learning rate moves no weight.
+    sampling = ("--eval-prompts", held_out, "--eval-samples", "8", "--learning-rate", "1e-12")
+    run("--model", str(half), *sampling)
+    before, after = (
+        lines(tmp_path / "loop" / f"round-{number}" / "evaluation" / "generations.jsonl")
+        for number in (0, 1)
+    )
+    assert before == after
+
+
 def test_a_round_of_sft_is_finetune_on_its_rows(
     run: Callable[..., list[dict[str, Any]]], place: Path, tmp_path: Path
 ) -> None:
