@@ -87,14 +87,30 @@ def load(
 
 
 def load_config(place: str, *, trust_remote_code: bool = False) -> Any:
-    """Load the config of a model from what :func:`locate` returned."""
-    name, commit = split_commit(place)
+    """Load the config of a model, or of the base of adapters, from what :func:`locate` returned."""
+    name, commit = base_of(place) or split_commit(place)
     try:
         return AutoConfig.from_pretrained(
             name, revision=commit, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise _unloadable(place, "has no config that loads", error) from error
+
+
+def base_of(place: str) -> tuple[str, str | None] | None:
+    """The base model and its commit, of a folder that holds the adapters alone; None elsewhere."""
+    file = Path(place) / "adapter_config.json"
+    if not file.is_file():
+        return None
+    adapters = json.loads(file.read_text())
+    return adapters["base_model_name_or_path"], adapters.get("revision")
+
+
+def check_whole(place: str) -> None:
+    """Refuse to train what holds adapters alone, whose weights are frozen as they are loaded."""
+    if (base := base_of(place)) is not None:
+        merge = "PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(DIR)"
+        raise ValueError(f"{place} holds adapters of {base[0]}; merge them ({merge}) and pass DIR")
 
 
 def split_commit(place: str) -> tuple[str, str | None]:
@@ -263,11 +279,10 @@ def _unloadable(name: str, problem: str, error: BaseException) -> ValueError:
 def _load_whole(name: str, place: str | Path, **options: Any) -> PreTrainedModel:
     """Load weights, and refuse them where a part is missing, which transformers makes up."""
     place, commit = split_commit(str(place))
-    adapters = Path(place) / "adapter_config.json"
     try:
         # transformers does not read which commit of their base adapters belong to.
-        if adapters.is_file():
-            commit = json.loads(adapters.read_text()).get("revision")
+        if (base := base_of(place)) is not None:
+            commit = base[1]
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place, output_loading_info=True, revision=commit, **options
         )

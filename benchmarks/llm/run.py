@@ -30,6 +30,7 @@ from benchmarks.llm.curation import curated, effective, why_unweighted
 from benchmarks.llm.launch import Launch, assert_engine, launched
 from benchmarks.llm.models import (
     check_fit,
+    check_whole,
     context_of,
     load,
     load_config,
@@ -145,6 +146,7 @@ def prepare(run: Run) -> Prepared:
         assert sources.model is not None
         # Before rows are read, which may be downloaded.
         place, trusted = locate(sources.model, run.shared_folder), options.trust_remote_code
+        check_whole(place)
         config = load_config(place, trust_remote_code=trusted)
         check_fit(options.model, config, load_tokenizer(place, trust_remote_code=trusted))
     return recipe.prepare(run.shared_folder, sources, seed=run.seed)

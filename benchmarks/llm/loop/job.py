@@ -14,7 +14,7 @@ from benchmarks.llm.launch import Launch
 from benchmarks.llm.loop.options import LoopOptions
 from benchmarks.llm.loop.stages import LanguageLoop
 from benchmarks.llm.loop.verifiers import Prompt, Verifier, read_prompts
-from benchmarks.llm.models import shortest
+from benchmarks.llm.models import check_whole, shortest
 from benchmarks.llm.options import ALGORITHMS
 from benchmarks.llm.run import Run, training_arguments
 from benchmarks.report.loops import LOOP, show_loop
@@ -38,6 +38,7 @@ def run_rounds(options: LoopOptions) -> list[dict[str, Any]]:
         run = Run(job.recipe, options.algo, options.seed, job, launch)
         training_arguments(run, ALGORITHMS[options.algo])
     start = pinned(options.model, *([options.out / CONFIG] if options.resume else []))
+    check_whole(start)
     prompter = load_prompter(start, trust_remote_code=options.trust_remote_code)
     prompts = _read(options, options.prompts, prompter, limit=options.limit)
     held_out = _read(options, options.eval_prompts, prompter) if options.eval_prompts else []

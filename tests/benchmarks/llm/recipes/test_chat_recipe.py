@@ -17,6 +17,7 @@ from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.llm.__main__ import main
+from benchmarks.llm.generators import load_prompter
 from benchmarks.llm.recipes.chat import (
     RECIPE,
     ChatRecipe,
@@ -98,6 +99,13 @@ def test_it_ends_in_a_model_a_table_a_figure_and_a_card(
     assert (folder / "report" / "index.html").exists()
     place = folder / "iw-sft-q" / "seed-0" / "checkpoint"
     assert (place / "adapter_model.safetensors").exists() == bool(adapters)
+    # What the next command asks for.
+    assert f"evaluate --model {place}" in printed
+    asked, base = (load_prompter(str(each)) for each in (place, tiny_qwen2))
+    assert (asked.stop, asked.context) == (base.stop, base.context)
+    if adapters:
+        with pytest.raises(SystemExit, match=f"holds adapters of {tiny_qwen2}; merge them .* pass DIR"):
+            finetune(SCORED, "--model", str(place), "--out", str(tmp_path / "more"))
 
     # As the card says, from any folder.
     card = (place / "README.md").read_text()
