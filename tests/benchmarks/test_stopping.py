@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -101,5 +102,6 @@ with stopping.command():
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True
     )
-    lines = {"warning: of the command", "warning: of a run: look"}
-    assert set(done.stderr.splitlines()) == lines
+    # On a busy machine loky's tracker of semaphores prints lines of its own at the end.
+    told = {line for line in done.stderr.splitlines() if re.search("run|command|look", line)}
+    assert told == {"warning: of the command", "warning: of a run: look"}

@@ -104,7 +104,8 @@ def test_it_ends_in_a_model_a_table_a_figure_and_a_card(
     asked, base = (load_prompter(str(each)) for each in (place, tiny_qwen2))
     assert (asked.stop, asked.context) == (base.stop, base.context)
     if adapters:
-        with pytest.raises(SystemExit, match=f"holds adapters of {tiny_qwen2}; merge them .* pass DIR"):
+        problem = f"holds adapters of {tiny_qwen2}; merge them .* pass DIR"
+        with pytest.raises(SystemExit, match=problem):
             finetune(SCORED, "--model", str(place), "--out", str(tmp_path / "more"))
 
     # As the card says, from any folder.
