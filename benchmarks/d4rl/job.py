@@ -112,9 +112,9 @@ def _list_runs(options: Options, suite: Suite, summary: Summary) -> dict[Run, di
         added = {run: config_of(run, task) for run in runs}
         recorded = [config["settings"] for config in added.values()]
         origins = dict.fromkeys(each.get("settings_from", "Appendix F") for each in recorded)
-        known = next(run.table_name for run in added)
-        other = "" if "-" in known else " (--settings-of NAME takes those of a dataset)"
-        tell(f"{task.name}: settings of {known}: {'; '.join(origins)}{other}")
+        for known in {run.table_name for run in added}:
+            other = "" if "-" in known else " (--settings-of NAME takes those of a dataset)"
+            tell(f"{task.name}: settings of {known}: {'; '.join(origins)}{other}")
         configs |= added
     if not configs:
         raise ValueError("nothing to run is left: " + "; ".join(summary.left_out))

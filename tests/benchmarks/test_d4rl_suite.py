@@ -162,6 +162,16 @@ def test_an_algorithm_that_the_data_do_not_allow_is_left_out(
     ]
 
 
+def test_a_dataset_that_allows_no_algorithm_is_left_out(
+    flat: Path, tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = (str(flat), str(tiny_dataset))
+    main(Options(suite="paper", dataset=data, algo=("sft",), seeds=(0,), out=tmp_path, **FEW))
+    assert [path.parts[-4] for path in tmp_path.rglob("result.json")] == ["mine"]
+    printed = capsys.readouterr()
+    assert "1 done, 1 left out" in printed.out and "flat: settings of" not in printed.err
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
