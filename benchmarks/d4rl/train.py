@@ -80,6 +80,13 @@ def train_and_score(
     torch.set_num_threads(1)
     options, outcomes = runs[0].options, []
     task = Task.load(runs[0].source, options.pretrain_dataset, trust=options.trust_env_module)
+    recorded = json.loads((runs[0].folder / CONFIG).read_text()).get("settings", {})
+    for name, data in (("data", task.dataset), ("pretrain", task.pretrain)):
+        if recorded.get(name, data.fingerprint) != data.fingerprint:
+            problem = (
+                f"{data.source} has changed since these runs began, so they would differ in it"
+            )
+            raise ValueError(f"{problem}; put it back and pass --resume, or choose another --out")
     with ExitStack() as locks:
         for run in runs:
             locks.enter_context(alone_in(run.folder, wait=False))

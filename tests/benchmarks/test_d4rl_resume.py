@@ -12,12 +12,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import h5py
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.d4rl.__main__ import main
 from benchmarks.d4rl.options import Options
+from benchmarks.d4rl.run import Run
+from benchmarks.d4rl.train import train_and_score
 from iwsft import metrics
 
 STEPS = 120
@@ -122,3 +125,15 @@ def test_bc_killed_while_it_shares_the_reference(job: Job, tmp_path: Path) -> No
     (folder / "checkpoint" / "state.pt").write_bytes(b"half")
     job(tmp_path / "killed", ["bc"], **SETTINGS, resume=True)
     check_equal(folder, whole)
+
+
+def test_data_that_change_while_runs_are_at_work_are_refused(dataset: Path, tmp_path: Path) -> None:
+    options = Options(algo=("bc",), dataset=(str(dataset),), out=tmp_path / "runs", **SETTINGS)
+    main(options)
+    run = Run("hopper-like", "bc", 0, options, str(dataset))
+    (run.folder / "result.json").unlink()
+    with h5py.File(dataset, "a") as file:
+        file["rewards"][0] += 1
+    with pytest.raises(ValueError, match="has changed since these runs began"):
+        train_and_score([run], [lambda *_: None])
+    assert not (run.folder / "result.json").exists()
