@@ -1,9 +1,12 @@
-"""Linear layers that take oneDNN's matrix products on a CPU that is not Intel's.
+"""Linear layers that take oneDNN's matrix products where MKL's are slow or inexact.
 
 Torch multiplies float32 matrices on a CPU with MKL, which leaves AVX-512 unused on AMD processors.
-oneDNN uses it and is twice as fast there. Its rows also have the same bits in batches of any size
-from 2 rows on, while MKL's last bits depend on the size and the alignment of a batch. On Intel's
-processors MKL is as fast, a call of it costs less, and rows have the same bits from 8 rows on.
+oneDNN uses it and is twice as fast there. On Intel's processors, and on AMD's without AVX-512, MKL
+is as fast or faster, and a call of it costs less.
+
+Log-probs of a step must not depend on its batch, so that first weights are exactly 1. oneDNN's rows
+have the same bits in batches of any size from 2 rows on. MKL's have them from 8 rows on, but on
+AMD's processors not in all narrow layers, which take oneDNN's products, too.
 """
 
 from __future__ import annotations
@@ -46,7 +49,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     function, as does everything after ``torch.backends.mkldnn.enabled = False``.
     """
     # Sizes that do not fit get torch's error.
-    if x.ndim < 2 or x.shape[-1] != weight.shape[-1] or not suit_onednn(x, weight):
+    fits = x.ndim >= 2 and x.shape[-1] == weight.shape[-1]
+    if not fits or not suit_onednn(x, weight, narrow=_is_narrow(*weight.shape)):
         return F.linear(x, weight, bias)
     multiply = _Product.apply if torch.is_grad_enabled() else _multiply
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
@@ -109,9 +113,12 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return _multiply(a, b.t()) if suit_onednn(a, b) else torch.mm(a, b)
 
 
-def suit_onednn(*tensors: Tensor) -> bool:
-    """Return whether oneDNN may multiply these tensors: in float32, on the host, step by step."""
-    return _is_eager() and all(
+def suit_onednn(*tensors: Tensor, narrow: bool = False) -> bool:
+    """Return whether oneDNN should multiply these tensors: in float32, on the host, step by step.
+
+    ``narrow`` says that bits of MKL's product may depend on the batch.
+    """
+    return _is_eager(narrow) and all(
         tensor.dtype is torch.float32
         and tensor.device.type == "cpu"
         and tensor.layout is torch.strided
@@ -148,20 +155,26 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def _is_narrow(outputs: int, inputs: int) -> bool:
+    """Whether bits of MKL's rows depend on the batch on AMD's processors (measured, on Zen 3)."""
+    return outputs == 1 or (outputs < 12 and inputs % 4 != 0)
+
+
 @cache
-def _is_intel() -> bool:
-    """Whether torch multiplies with MKL on a processor of the maker of MKL."""
+def _prefers_onednn(narrow: bool) -> bool:
+    """Whether oneDNN is faster than MKL on this processor, or more exact for ``narrow`` layers."""
     listed = Path("/proc/cpuinfo")
     name = listed.read_text() if listed.exists() else platform.processor()
-    return torch.backends.mkl.is_available() and "GenuineIntel" in name
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return "GenuineIntel" not in name and (has_avx512 or narrow)
 
 
-def _is_eager() -> bool:
+def _is_eager(narrow: bool) -> bool:
     """Whether operations run one by one as they are, and torch may use oneDNN."""
     if torch.compiler.is_compiling():
         return False
     return (
-        not _is_intel()
+        _prefers_onednn(narrow)
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
         and not torch._C._is_tracing()

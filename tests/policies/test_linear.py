@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,9 +21,9 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def another_maker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Intel's processors take torch's products; test oneDNN's there, too."""
-    monkeypatch.setattr(linear, "_is_intel", lambda: False)
+def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most processors take torch's products; test oneDNN's there, too."""
+    monkeypatch.setattr(linear, "_prefers_onednn", lambda _: True)
 
 
 def gradients(layer: nn.Linear, x: Tensor, along: Tensor) -> list[Tensor]:
@@ -49,14 +50,22 @@ def test_values_and_gradients_are_those_of_float64(rows: int, sizes: tuple[int, 
         torch.testing.assert_close(ours.double(), exact, rtol=0, atol=1e-6 * scale)
 
 
-@pytest.mark.parametrize("sizes", [(11, 256), (17, 1), (256, 3)])
-def test_a_row_has_the_same_bits_in_every_batch(sizes: tuple[int, int]) -> None:
+@pytest.mark.parametrize("sizes", [(11, 256), (17, 1), (256, 1), (17, 11), (17, 12), (256, 3)])
+@pytest.mark.parametrize("here", [False, True])
+def test_a_row_has_the_same_bits_in_every_batch(
+    sizes: tuple[int, int], here: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """So log-probs of a step agree, in whichever batch it is, and first weights are exactly 1."""
+    if here:
+        # Products of this processor's choice.
+        monkeypatch.undo()
     torch.manual_seed(0)
     layer, x = Linear(*sizes), torch.randn(3000, sizes[0])
     whole = layer(x)
-    for rows in (torch.arange(2), torch.arange(1, 8), torch.randperm(3000)[:256], slice(5, 2053)):
+    for rows in (torch.arange(8), torch.arange(1, 9), torch.randperm(3000)[:256], slice(5, 2053)):
         assert torch.equal(layer(x[rows]), whole[rows])
+    if not here:
+        assert torch.equal(layer(x[:2]), whole[:2])
 
 
 def test_second_derivatives() -> None:
@@ -118,8 +127,36 @@ def test_other_inputs_and_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Linear(3, 2, bias=False)(x).shape == (7, 2)
 
 
-def test_intel_takes_the_products_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_is_intel", lambda: True)
+@pytest.mark.parametrize(
+    ("maker", "capability", "outputs", "onednn"),
+    [
+        ("AuthenticAMD", "AVX512", 256, True),
+        ("AuthenticAMD", "AVX512", 1, True),
+        ("AuthenticAMD", "AVX2", 256, False),
+        ("AuthenticAMD", "AVX2", 6, True),
+        ("AuthenticAMD", "AVX2", 1, True),
+        ("GenuineIntel", "AVX512", 256, False),
+        ("GenuineIntel", "AVX2", 6, False),
+    ],
+)
+def test_the_processor_and_the_width_decide(
+    maker: str, capability: str, outputs: int, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(Path, "read_text", lambda _: f"vendor_id : {maker}")
+    monkeypatch.setattr(Path, "exists", lambda _: True)
+    linear._prefers_onednn.cache_clear()
+    layer, x = Linear(3, outputs), torch.randn(7, 3)
+    try:
+        is_torchs = layer(x).grad_fn.name() == nn.Linear(3, outputs)(x).grad_fn.name()
+    finally:
+        linear._prefers_onednn.cache_clear()
+    assert is_torchs != onednn
+
+
+def test_elsewhere_all_products_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_prefers_onednn", lambda _: False)
     layer, model = Linear(3, 2), nn.Sequential(nn.Linear(3, 2))
     x = torch.randn(7, 3)
     assert layer(x).grad_fn.name() == nn.Linear(3, 2)(x).grad_fn.name()
