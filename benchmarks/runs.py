@@ -133,15 +133,17 @@ def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
 
 
 def hardware(device: str) -> dict[str, str | int | None]:
-    """The machine of a run."""
+    """The machine of a run; on a CPU with the instructions that torch uses, such as AVX2."""
     listed = Path("/proc/cpuinfo")
+    instructions = {"instructions": torch.backends.cpu.get_cpu_capability()}
     if device.startswith("cuda"):
-        name = torch.cuda.get_device_name(device)
+        name, instructions = torch.cuda.get_device_name(device), {}
     elif listed.exists() and (names := re.findall(r"model name.*?:(.*)", listed.read_text())):
         name = names[0].strip()
     else:
         name = platform.processor() or platform.machine()
-    return {"device": device, "name": name, "cpus": os.cpu_count(), "system": platform.system()}
+    system = {"cpus": os.cpu_count(), "system": platform.system()}
+    return {"device": device, "name": name, **instructions, **system}
 
 
 def tell(line: str) -> None:

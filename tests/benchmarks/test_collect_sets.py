@@ -169,16 +169,17 @@ def test_a_set_is_built_checked_and_found(
     assert f"mean {returns.mean():.1f}, deviation {returns.std():.1f}, " in profile
     monkeypatch.setitem(sets.SETS["hopper-replay"], "sha256", "0" * 64)
     # Other bytes than recorded are an error only if nothing explains them.
-    made = versions() | versions(["h5py"]) | {"processor": hardware("cpu")["name"]}
+    machine = hardware("cpu")
+    made = versions() | versions(["h5py"])
+    made |= {"processor": machine["name"], "instructions": machine["instructions"]}
     monkeypatch.setitem(sets._RECORD, "made-with", made)
     with pytest.raises(SystemExit, match="error: .*not the recorded one, though versions are the"):
         build(monkeypatch, "hopper-replay")
-    monkeypatch.setitem(sets._RECORD, "made-with", made | {"torch": "1.0"})
-    build(monkeypatch, "hopper-replay")
-    warning = (
-        f"differs from the recorded set; it was made with torch='1.0' (now '{torch.__version__}"
-    )
-    assert warning in capsys.readouterr().err
+    for name, other in ("torch", "1.0"), ("instructions", "MMX"):
+        monkeypatch.setitem(sets._RECORD, "made-with", made | {name: other})
+        build(monkeypatch, "hopper-replay")
+        warning = f"differs from the recorded set; it was made with {name}={other!r} (now "
+        assert f"{warning}{made[name]!r}" in capsys.readouterr().err
     monkeypatch.setitem(sets.SETS["hopper-replay"], "sha256", sha256)
 
     # Cut off after the first part, and continued elsewhere than the first: the same bytes.
