@@ -12,6 +12,7 @@ from functools import partial
 from multiprocessing.context import BaseContext
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 import torch.multiprocessing
@@ -26,6 +27,12 @@ PRELOADED = [
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen2.modeling_qwen2",
 ]
+
+# No example fails because a machine is slow.
+hypothesis.settings.register_profile(
+    "any_speed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any_speed")
 
 
 def pytest_collection_finish() -> None:

@@ -73,7 +73,7 @@ DISTINCT = st.lists(st.integers(-999, 999).map(float), min_size=1, max_size=60, 
 CUTS = st.lists(st.floats(0.5, 99.5), min_size=1, max_size=4)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(RETURNS, CUTS, st.sampled_from([">", ">="]))
 def test_percentile_ties_are_algorithm_2(
     returns: list[float], cuts: list[float], ties: Any
@@ -90,7 +90,7 @@ def test_percentile_ties_are_algorithm_2(
     assert counts(got) == dict(expected)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(RETURNS, CUTS, st.integers(0, 5))
 def test_rank_counts_nested_best_first(returns: list[float], cuts: list[float], seed: int) -> None:
     data = dataset(returns)
@@ -108,7 +108,7 @@ def test_rank_counts_nested_best_first(returns: list[float], cuts: list[float], 
     assert all_cuts == dict(sum((Counter(one) for one in kept), Counter()))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(DISTINCT, CUTS, st.randoms(use_true_random=False))
 def test_rank_without_ties_ignores_order_and_seed(
     returns: list[float], cuts: list[float], random: Any

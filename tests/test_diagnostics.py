@@ -28,7 +28,7 @@ from iwsft.trajectory import from_steps, pad
 from iwsft.weights import log_ess
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     data=st.lists(st.tuples(st.integers(-50, 50), st.integers(0, 6)), min_size=1, max_size=25),
     shape=st.sampled_from(["flat", "row"]),
@@ -54,7 +54,7 @@ def test_weight_quantiles_are_those_of_the_repeated_sample(
 PAIRS = st.tuples(st.integers(-3, 3), st.integers(-3, 3), st.integers(0, 90))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.lists(PAIRS, min_size=2, max_size=12))
 def test_rank_correlation_and_heaviest_share_are_those_of_the_repeated_sample(
     data: list[tuple[int, int, int]],
@@ -177,7 +177,7 @@ LOGS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=LOGS)
 def test_bound_gap_against_brute_force(data: list[tuple[float, float, int]]) -> None:
     assume(any(m for _, _, m in data))

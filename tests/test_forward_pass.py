@@ -72,7 +72,7 @@ def test_is_the_density_of_a_normal(policy: GaussianPolicy) -> None:
     torch.testing.assert_close(ForwardPass(policy, data).log_prob().double(), expected)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(1, 200))
 def test_chunks_are_whole_trajectories_none_tiny(sizes: list[int], rows: int) -> None:
     data = packed(sizes)

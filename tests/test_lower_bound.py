@@ -70,7 +70,7 @@ def bounds(log_weight: Any, m: Any, score: Any) -> list[tuple[float, float, Arra
     return [(gain - v**0.5, n, w) for gain, v, n, w in promises(log_weight, m, score)]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=TRAJECTORIES)
 def test_it_is_the_best_of_a_plain_loop(data: list[tuple[float, int, float]]) -> None:
     columns = [list(column) for column in zip(*data, strict=True)]
@@ -94,7 +94,7 @@ def test_the_error_is_what_leaving_one_out_changes() -> None:
         assert p @ score - rest == pytest.approx(odds(p[j]) * (score[j] - p @ score))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=TRAJECTORIES)
 def test_no_trajectory_takes_all(data: list[tuple[float, int, float]]) -> None:
     # The gain is at most the range of the scores, and its error at least the change of the odds.
@@ -117,7 +117,7 @@ def test_it_sharpens_where_likely_trajectories_are_good() -> None:
     assert float(bad.effective_trajectories) == pytest.approx(100)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=TRAJECTORIES, factor=st.sampled_from([-64.0, 8.0, 512.0]))
 def test_a_common_factor_of_the_weights_changes_nothing(
     data: list[tuple[float, int, float]], factor: float

@@ -179,7 +179,6 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 @pytest.mark.parametrize("name", JOBS)
 @settings(
     max_examples=4,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(kills=st.lists(st.integers(1, STEPS), min_size=1, max_size=3), data=st.data())

@@ -94,7 +94,7 @@ def test_sums_over_20000_steps_are_exact_to_float32(layout: str, kind: str) -> N
     assert float(means[0]) == pytest.approx(math.fsum(x.tolist()) / n, rel=1e-6, abs=1e-9)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(sizes=SIZES, extra=st.integers(0, 3), batch_dims=st.sampled_from([1, 2]))
 def test_segments_agree_with_a_loop_in_both_layouts(
     sizes: list[int], extra: int, batch_dims: int
@@ -180,7 +180,7 @@ def test_a_masked_packed_batch_counts_valid_steps() -> None:
     assert torch.equal(wide.lengths, segments.lengths)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(sizes=SIZES, extra=st.integers(0, 3), first_id=st.integers(0, 5), gap=st.integers(1, 3))
 def test_pad_and_pack_are_inverse(sizes: list[int], extra: int, first_id: int, gap: int) -> None:
     packed = packed_of(sizes, first_id, gap)
@@ -212,7 +212,7 @@ def test_pack_renumbers_rows_that_would_melt() -> None:
     assert without[TRAJ_IDS].tolist() == [0, 0, 0, 1, 1, 2, 2]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(sizes=SIZES, data=st.data())
 def test_select_takes_whole_trajectories(sizes: list[int], data: st.DataObject) -> None:
     packed = packed_of(sizes)

@@ -38,7 +38,7 @@ def weigh(chain: ImportanceWeights, log_ratio: Tensor, sizes: list[int]) -> Tens
     return torch.stack([part[0] for part in log_weight.split(sizes)]).exp()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(x=st.lists(FINITE, min_size=1, max_size=20))
 def test_step_transforms(x: list[float]) -> None:
     tensor, array = torch.tensor(x), np.array(x)
@@ -55,7 +55,7 @@ def test_step_transforms(x: list[float]) -> None:
         np.testing.assert_allclose(transform(tensor).numpy(), truth, rtol=1e-6, atol=1e-6)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(pairs=st.lists(st.tuples(FINITE, st.integers(0, 4)), min_size=1, max_size=20))
 def test_trajectory_transforms(pairs: list[tuple[float, int]]) -> None:
     x, m = (np.array(column, dtype=float) for column in zip(*pairs, strict=True))
@@ -77,7 +77,7 @@ def test_trajectory_transforms(pairs: list[tuple[float, int]]) -> None:
     assert float(log_ess(log_w, count).exp()) == pytest.approx(ess, rel=1e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     data=st.lists(st.tuples(st.integers(-500, 500), st.integers(1, 5)), min_size=2, max_size=40),
     fraction=st.floats(0.05, 0.99),
@@ -369,7 +369,7 @@ def test_a_transform_declares_what_it_is() -> None:
         ImportanceWeights(long.step, "sum", [_Centred()]).check_overflow(5000)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     data=st.lists(
         st.tuples(st.floats(-60, 60, width=32), st.integers(1, 9)), min_size=1, max_size=30

@@ -46,7 +46,7 @@ def test_returns_to_go_of_long_data_keep_their_digits() -> None:
     assert returns_to_go(trajectories)[0].tolist() == [1e6]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 7))
 def test_windows_are_those_of_a_plain_loop(sizes: list[int], context: int) -> None:
     trajectories = data(sizes)

@@ -68,7 +68,7 @@ def content(batch: TensorDictBase) -> dict[int, dict[str, Any]]:
 SIZES = st.lists(st.integers(1, 20), min_size=1, max_size=8)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(sizes=SIZES, data=st.data(), multiple=st.integers(1, 16), pad=st.integers(0, 3000))
 def test_padded_and_packed_hold_the_same(sizes, data, multiple, pad):
     trajectories = dataset(sizes)

@@ -209,7 +209,7 @@ def test_diagnostics_against_brute_force(make_batch: Any, linear: Any, reduce: A
     assert float(out["clip_fraction"]) == pytest.approx(m @ clipped, rel=1e-6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=12),
     reduce=st.sampled_from(["sum", "mean", None]),
@@ -283,7 +283,7 @@ def test_zero_multiplicity_is_absence(make_batch: Any, linear: Any) -> None:
         torch.testing.assert_close(value, b[key], msg=key)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     order=st.permutations(range(5)),
     reduce=st.sampled_from(["sum", "mean", None]),

@@ -226,7 +226,7 @@ SAID = TEXT.filter(lambda text: bool(text.strip()))
 TURNS = st.lists(st.tuples(TEXT, SAID), min_size=1, max_size=3)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     prompt=st.none() | TEXT, turns=TURNS, template=st.sampled_from([CHATML, MARKED, LLAMA3, PHI])
 )
@@ -249,7 +249,7 @@ def test_any_conversation_reads_back(prompt, turns, template):
     assert tokenizer.decode(encoded.ids) == whole
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(prompt=TEXT, completion=SAID)
 def test_any_completion_reads_back(prompt, completion):
     tokenizer = byte_level(None, eos="<|endoftext|>")
