@@ -27,7 +27,7 @@ from benchmarks.statistics import Scores
 EPISODES = 200
 _TRIALS = 1_000
 _SHOWN = (0, 10, 50, 200)  # episodes in the table
-# A run's episodes are recorded as the means of so many groups of like scores.
+# A run's episodes are recorded as the means of so many groups of like scores, of equal size.
 _GROUPS = 20
 _UNIT = 100.0  # the score of an expert, as which the bandit takes a reward of 1
 # Settings of an algorithm on a dataset, by the names of both.
@@ -43,12 +43,13 @@ class Tuned(NamedTuple):
 
 
 def episode_groups(run: RecordedRun) -> list[float]:
-    """Scores of a run's episodes in order, averaged into at most twenty groups of equal size."""
-    recorded: list[float] | None = run.result.get("episode_groups")
-    if recorded is not None:
-        return recorded
-    episodes = np.sort(np.array(run.result.get("episode_scores") or [], np.float64))
-    groups = np.array_split(episodes, min(_GROUPS, len(episodes)) or 1)
+    """Scores of a run's episodes in order, averaged into twenty groups that count alike.
+
+    An episode on the border of two groups is in both, in parts. The list is empty without episodes.
+    """
+    recorded = run.result.get("episode_groups")
+    ordered = recorded or np.sort(np.array(run.result.get("episode_scores") or [], np.float64))
+    groups = np.repeat(ordered, _GROUPS).reshape(_GROUPS, -1)
     return [round(float(group.mean()), 2) for group in groups if group.size]
 
 
@@ -83,9 +84,8 @@ def tune(cells: Sequence[Cell]) -> tuple[Scores, float]:
     generator = np.random.default_rng(0)
     arms = np.zeros((_TRIALS, len(cells), _GROUPS))
     for k, cell in enumerate(cells):
-        # Fewer episodes are repeated.
-        runs = [np.resize(episode_groups(run), _GROUPS) for run in cell.runs]
-        arms[:, k] = np.stack(runs)[generator.integers(len(runs), size=_TRIALS)]
+        runs = np.array([episode_groups(run) for run in cell.runs])
+        arms[:, k] = runs[generator.integers(len(runs), size=_TRIALS)]
     means, trial = arms.mean(axis=2), np.arange(_TRIALS)
     totals, counts = np.zeros_like(means), np.zeros_like(means)
     expected = [float(means.mean())]

@@ -13,7 +13,14 @@ import pytest
 from benchmarks.report.page import write_report
 from benchmarks.report.scores import cells, curve_of
 from benchmarks.report.tables import matrix_grid, score_grid
-from benchmarks.report.tuning import EPISODES, find_settings, tune, tune_all, tuning_grid
+from benchmarks.report.tuning import (
+    EPISODES,
+    episode_groups,
+    find_settings,
+    tune,
+    tune_all,
+    tuning_grid,
+)
 from benchmarks.results import CONTROL, read_runs
 
 if TYPE_CHECKING:
@@ -61,6 +68,19 @@ def test_noise_costs_episodes(tmp_path: Path, make_run: MakeRun) -> None:
     assert best == pytest.approx(max(means), abs=0.01)
     assert expected[0] < expected[10] < expected[100] < expected[-1] < best
     assert expected[-1] > 0.9 * best + 0.1 * expected[0]
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 15, 20, 30, 50, 110])
+def test_each_episode_counts_alike(tmp_path: Path, make_run: MakeRun, count: int) -> None:
+    """Whatever their number: the mean of a setting is that of its episodes."""
+    episodes = {f"k{k}": list(np.arange(count) ** 2.0 / count + k) for k in (0, 5)}
+    make_settings(make_run, tmp_path, episodes)
+    (found,) = find_settings(cells(read_runs(tmp_path, CONTROL))).values()
+    expected, best = tune(found)
+    means = [np.mean(scores) for scores in episodes.values()]
+    assert [expected[0], best] == pytest.approx([np.mean(means), max(means)], abs=0.01)
+    groups = episode_groups(found[0].runs[0])
+    assert len(groups) == 20 and groups == sorted(groups)
 
 
 def test_a_report_s_record_says_the_same(tmp_path: Path, make_run: MakeRun) -> None:
