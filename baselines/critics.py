@@ -26,7 +26,7 @@ from baselines.learner import Learner, check_finite, check_unweighted
 from iwsft.policies.linear import linear, suit_onednn
 from iwsft.samplers import TRANSITION, TransitionSampler
 from iwsft.training import Schedule
-from iwsft.trajectory import ACTION, NEXT_OBSERVATION, OBSERVATION, REWARD, validate
+from iwsft.trajectory import ACTION, NEXT_OBSERVATION, OBSERVATION, REWARD, Segments, validate
 
 STATE_ACTION_VALUE: NestedKey = "state_action_value"
 STATE_VALUE: NestedKey = "state_value"
@@ -259,10 +259,11 @@ def critic_learner(
 def return_limit(trajectories: TensorDictBase, gamma: float) -> float:
     """Return the absolute value beyond which a critic has diverged.
 
-    It is ten times the largest discounted return possible, ``max |r| / (1 - gamma)``, plus ten for
-    the outputs of an untrained network where rewards are close to 0.
+    It is ten times the largest discounted return possible, ``max |r| / (1 - gamma)`` over valid
+    steps, plus ten for the outputs of an untrained network where rewards are close to 0.
     """
     if gamma >= 1:
         return math.inf
-    largest = float(trajectories.get(REWARD).abs().max())
+    valid = Segments.of(trajectories).valid
+    largest = float(trajectories.get(REWARD)[valid].abs().max())
     return _MARGIN * (1 + largest / (1 - gamma))

@@ -21,7 +21,7 @@ from baselines.critics import (
     values,
 )
 from iwsft.policies import GaussianPolicy
-from iwsft.trajectory import REWARD
+from iwsft.trajectory import MASK, REWARD
 
 
 def make_loss(hidden: tuple[int, ...] = (8, 8)) -> IQLLoss:
@@ -160,6 +160,16 @@ def test_limit_is_ten_times_any_discounted_return(trajectories: Any) -> None:
     forever = sum(float(rewards.abs().max()) * gamma**t for t in range(1000))
     assert limit == pytest.approx(10 * (1 + forever), rel=1e-5)
     assert return_limit(trajectories, 1.0) == math.inf
+
+
+@pytest.mark.parametrize("reward", [math.nan, 1e6])
+def test_masked_rewards_do_not_count(trajectories: TensorDict, reward: float) -> None:
+    masked = trajectories.clone()
+    masked[MASK] = torch.ones(len(masked), dtype=torch.bool)
+    masked[MASK][2] = False
+    masked[REWARD][2] = reward
+    without = torch.cat([trajectories[:2], trajectories[3:]])
+    assert return_limit(masked, 0.9) == return_limit(without, 0.9)
 
 
 def test_network_keys() -> None:
