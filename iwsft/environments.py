@@ -141,11 +141,11 @@ class ScaledActions(gym.ActionWrapper[Any, Any, Any], RecordConstructorArgs):
                 raise ValueError(f"action_bounds={[low, high]}, but {id_of(env)} takes {space}")
         self._middle = (np.float64(high) + np.float64(low)) / 2
         self._half = (np.float64(high) - np.float64(low)) / 2
-        self._dtype = space.dtype
+        self._space = space
         self.action_space = gym.spaces.Box(-1.0, 1.0, space.shape, np.float32)
 
     def action(self, action: NDArray[Any]) -> NDArray[Any]:
-        return (self._middle + self._half * np.clip(action, -1.0, 1.0)).astype(self._dtype)
+        return in_dtype(self._middle + self._half * np.clip(action, -1.0, 1.0), self._space)
 
 
 def arguments_of(spec: EnvSpec) -> tuple[str, dict[str, Any]]:
@@ -251,6 +251,12 @@ def action_space(env: gym.Env[Any, Any]) -> gym.spaces.Box:
     if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
         raise ValueError(f"{id_of(env)} has the action space {space}; only vectors (Box) are taken")
     return space
+
+
+def in_dtype(actions: NDArray[Any], space: gym.spaces.Box) -> NDArray[Any]:
+    """Return actions in the dtype of a space, rounded where that holds whole numbers."""
+    whole = np.issubdtype(space.dtype, np.integer)
+    return (np.rint(actions) if whole else actions).astype(space.dtype)
 
 
 def success(info: Mapping[str, Any]) -> bool | None:

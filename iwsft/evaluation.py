@@ -114,9 +114,10 @@ def evaluate(
     """Run episodes of a policy, deterministically, in parallel environments.
 
     At every step the policy is called once for all running episodes, see
-    :func:`iwsft.acting.acting`. Actions are clipped to the bounds of the action space. Episode i
-    starts from seed i of :func:`episode_seeds`; its return does not depend on ``num_envs``. An
-    environment whose episode has ended takes the next episode.
+    :func:`iwsft.acting.acting`. Actions are clipped to the bounds of the action space, and rounded
+    where that holds whole numbers. Episode i starts from seed i of :func:`episode_seeds`; its
+    return does not depend on ``num_envs``. An environment whose episode has ended takes the next
+    episode.
 
     A policy may keep a history, which it must forget in a row where ``is_init`` is set, see
     :class:`iwsft.acting.PolicyInputs`.
@@ -237,7 +238,7 @@ def _roll_out(
         start(row)
     while running:
         actions = act(policy, inputs, device=device)
-        clipped = np.clip(actions, bounds.low, bounds.high).astype(bounds.dtype)
+        clipped = environments.in_dtype(np.clip(actions, bounds.low, bounds.high), bounds)
         for row, episode in list(running.items()):
             following, reward, terminated, truncated, info = envs[row].step(clipped[row])
             episode.total += float(reward)

@@ -7,8 +7,12 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
+from tensordict.nn import TensorDictModule
 
+from benchmarks.collect.rollout import Simulator
 from iwsft import environments
+from iwsft.evaluation import evaluate
 
 
 def test_antmaze_has_the_columns_of_d4rl() -> None:
@@ -44,3 +48,52 @@ def test_a_package_that_is_missing_is_named_with_its_command() -> None:
     gym.register("HopperWithoutImageio-v4", entry_point=entry)
     with pytest.raises(ImportError, match=r"'imageio'\. pip install 'iwsft\[control"):
         environments.make("HopperWithoutImageio-v4")
+
+
+class Levels(gym.Env[Any, Any]):
+    """One step; the reward is the action, a whole number from ``low`` to ``high``."""
+
+    observation_space = gym.spaces.Box(-1.0, 1.0, (1,))
+
+    def __init__(self, low: int, high: int, dtype: str) -> None:
+        self.action_space = gym.spaces.Box(low, high, (1,), np.dtype(dtype))
+
+    def reset(self, **_: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        return np.ones(1, np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        assert action.dtype == self.action_space.dtype
+        return np.ones(1, np.float32), float(action[0]), True, False, {}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "dtype", "action", "taken"),
+    [
+        (-1, 1, "int8", 0.99, 1),
+        (-1, 1, "int8", -0.6, -1),
+        (-1, 1, "int8", 0.4, 0),
+        (0, 255, "uint8", 0.99, 254),
+        (0, 255, "uint8", np.float32((199 - 127.5) / 127.5), 199),
+        (-2, 2, "float32", 0.99, 1.98),
+    ],
+)
+def test_whole_actions_are_the_nearest_ones(
+    low: int, high: int, dtype: str, action: float, taken: float
+) -> None:
+    if "Levels-v0" not in gym.registry:
+        gym.register("Levels-v0", entry_point=Levels, max_episode_steps=1)
+    kwargs: dict[str, Any] = {"low": low, "high": high, "dtype": dtype}
+    if (low, high) != (-1, 1):
+        kwargs["action_bounds"] = [float(low), float(high)]
+    policy = TensorDictModule(
+        lambda o: torch.full_like(o, float(action)), in_keys=["observation"], out_keys=["action"]
+    )
+    assert evaluate(policy, "Levels-v0", episodes=1, env_kwargs=kwargs).returns == pytest.approx(
+        [taken]
+    )
+    instance = Simulator.of("Levels-v0", {**kwargs, "max_episode_steps": 1}).make()
+    instance.reset(0)
+    assert instance.step(np.full(1, action, np.float32))[1] == pytest.approx(taken)
+    if "action_bounds" not in kwargs:
+        # The record has what the environment took.
+        assert instance.transition()[1] == taken

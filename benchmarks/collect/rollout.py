@@ -117,10 +117,10 @@ class Instance:
         The environment gets the float32 action that is recorded, clipped, so that replaying the
         record gives the same rewards. Return whether the episode ended, and the reward.
         """
-        taken = np.clip(action, self.simulator.low, self.simulator.high)
-        following, raw_reward, terminated, truncated, info = self.env.step(
-            taken.astype(self.env.action_space.dtype)
-        )
+        clipped = np.clip(action, self.simulator.low, self.simulator.high)
+        sent = environments.in_dtype(clipped, environments.action_space(self.env))
+        taken = sent.astype(np.float32)
+        following, raw_reward, terminated, truncated, info = self.env.step(sent)
         reward = float(raw_reward)
         after = self._flat(following)
         if not (np.isfinite(after).all() and np.isfinite(reward)):
