@@ -132,13 +132,17 @@ class TrajectorySampler(_Sampler):
 
     A batch of the paper is ``batch_size`` trajectories, drawn with replacement. This sampler packs
     the distinct ones, in the order of the data, with the number of draws as ``multiplicity``
-    (int64 per step). Loss and gradient are the same, for less work. A batch has ids and mask.
+    (int64 per step). Loss and gradient are the same, for less work. A batch has ids, mask and
+    ``("next", "done")``, which tells neighbours with equal ids apart.
     """
 
     def sample(self) -> TensorDictBase:
         """Draw the next batch: packed, with ``multiplicity``, which adds up to ``batch_size``."""
         positions, draws = torch.unique(self._draw(), return_counts=True)
-        batch = self._gather(steps_of(self._lengths, positions))
+        steps = steps_of(self._lengths, positions)
+        batch = self._gather(steps)
+        for key, done in self._entries((DONE,)).items():
+            batch.set(key, done.index_select(0, steps.to(done.device)))
         multiplicity = draws.repeat_interleave(self._lengths[positions])
         batch.set(MULTIPLICITY, multiplicity.to(batch.get(TRAJ_IDS).device))
         return batch

@@ -15,7 +15,7 @@ from iwsft.curation import curate
 from iwsft.objective import ImportanceWeightedMLE
 from iwsft.policies import GaussianPolicy
 from iwsft.samplers import StepSampler, TrajectorySampler, TransitionSampler
-from iwsft.trajectory import MASK, TRAJ_IDS, from_steps, lengths, pad
+from iwsft.trajectory import DONE, MASK, TRAJ_IDS, from_steps, lengths, pad
 
 SIZES = [3, 1, 6, 2, 4, 1]
 MULTIPLICITY = [3, 1, 0, 2, 1, 5]
@@ -169,6 +169,21 @@ def test_batches_hold_whole_distinct_trajectories_in_order() -> None:
     assert torch.equal(batch["step"], whole["step"])
     assert batch["multiplicity"].dtype == torch.int64
     assert sum(int(t["multiplicity"][0]) for t in trajectories_of(batch)) == 4
+
+
+def test_neighbours_with_equal_ids_are_told_apart() -> None:
+    """As two collectors give them, whose first episodes both have the id 0."""
+    data = dataset()
+    sampler = TrajectorySampler(data, 16, seed=0)
+    sizes = lengths(data)
+    alike = data.clone()
+    alike[TRAJ_IDS] = torch.zeros_like(data[TRAJ_IDS])
+    alike[DONE] = torch.zeros(len(data), 1, dtype=torch.bool)
+    alike[DONE][sizes.cumsum(0) - 1] = True
+    assert torch.equal(lengths(alike), sizes)
+    batch, other = sampler.sample(), TrajectorySampler(alike, 16, seed=0).sample()
+    assert torch.equal(batch["step"], other["step"])
+    assert torch.equal(lengths(batch), lengths(other))
 
 
 def test_draws_follow_the_multiplicity() -> None:
