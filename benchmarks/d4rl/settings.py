@@ -102,9 +102,10 @@ def find_fine_tuning(dataset: str, algorithm: Algorithm) -> tuple[FineTuning, st
 
 def weigh_returns(returns: Tensor) -> Tensor:
     """Data weights from returns: standard deviations above their mean."""
-    above = returns - returns.mean()
-    if not bool(above.any()):
+    # Not the distance to their mean, which has a rounding error.
+    if bool((returns == returns[0]).all()):
         raise ValueError(f"all {len(returns)} returns are equal, so none is better than the rest")
+    above = returns - returns.mean()
     return above / above.square().mean().sqrt()
 
 

@@ -22,6 +22,7 @@ from benchmarks.d4rl.settings import (
     choose_weights,
     find_fine_tuning,
     name_in_tables,
+    weigh_returns,
 )
 from iwsft.datasets import OfflineDataset
 from iwsft.datasets.catalog import CATALOG, Entry
@@ -229,6 +230,20 @@ def test_the_weights_settings_are_not_in_those_of_runs_without_them(
     replay: Task, algo: str, other: dict[str, Any]
 ) -> None:
     assert settings_of(run(algo=algo, **other), replay) == settings_of(run(algo=algo), replay)
+
+
+def test_returns_as_weights_are_standard_deviations_above_their_mean() -> None:
+    returns = torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64)
+    # Mean 3, variance 14 / 3.
+    expected = torch.tensor([-2.0, -1.0, 3.0], dtype=torch.float64) / math.sqrt(14 / 3)
+    torch.testing.assert_close(weigh_returns(returns), expected)
+
+
+@pytest.mark.parametrize(("value", "count"), [(0.0, 4), (0.1, 3), (1000.7, 187), (0.1, 1)])
+def test_equal_returns_tell_nothing(value: float, count: int) -> None:
+    """Also where the mean of equal numbers is not that number, by rounding."""
+    with pytest.raises(ValueError, match=f"all {count} returns are equal"):
+        weigh_returns(torch.full((count,), value, dtype=torch.float64))
 
 
 def test_a_share_of_the_data_and_its_bins() -> None:
