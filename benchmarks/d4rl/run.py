@@ -136,6 +136,18 @@ class Run(runs.Run[Options]):
         return paper.choose_weights(self.options.preset, row, **chosen)
 
     @property
+    def why_unsynced(self) -> str | None:
+        """Why cached weights stay at 1, in words; None if a sync of q comes before the end."""
+        row, algorithm = self.fine_tuning[0], self.algorithm
+        cached = algorithm.weighted and not (algorithm.related and algorithm.per_step)
+        if not cached or self.options.estimator != "steps" or row.steps > row.sync_every:
+            return None
+        return (
+            f"q is synced every {row.sync_every} updates, so --steps {row.steps} leaves all "
+            "weights at 1, as in SFT; pass more, or a smaller --alpha"
+        )
+
+    @property
     def chooses_q(self) -> bool:
         """Whether the returns of the data choose the weights."""
         algorithm = self.algorithm
@@ -296,7 +308,8 @@ def check_run(run: Run, task: Task) -> None:
     data = run.curate(task.dataset.trajectories, task.parts)
     if run.algorithm.from_reference:
         run.weights.check_overflow(int(lengths(data).max()))
-    if run.chooses_q and (reason := why_unweighted(data)):
+    reason = why_unweighted(data) if run.chooses_q else None
+    if reason := reason or run.why_unsynced:
         tell(f"{task.name} {run.algo}: {reason}")
 
 

@@ -215,6 +215,18 @@ def test_other_weights_end_in_another_policy(variants: dict[str, Path]) -> None:
     assert not same(data / "iw-sft-q" / "seed-0", data / "sft-q" / "seed-0")
 
 
+def test_a_run_that_ends_before_its_first_sync_says_so(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # 9 updates between syncs: q is then 4 updates old on average, as a moving average of 0.8.
+    for steps, told in ((9, True), (10, False)):
+        folder = job(tmp_path / f"{steps}", ["sft-q", "iw-sft-q"], steps=steps, alpha=0.8)
+        said = f"iw-sft-q: q is synced every 9 updates, so --steps {steps} leaves all weights at 1"
+        assert (said in capsys.readouterr().err) == told
+        rows = metrics.read(folder / "iw-sft-q" / "seed-0" / metrics.FILE)
+        assert (rows[-1]["step"], rows[-1]["weight_max"] == 1) == (steps, told)
+
+
 def test_a_mixture_is_trained_and_loaded(job: Job, tmp_path: Path, read_json: Read) -> None:
     run = job(tmp_path, ["iw-sft-q"], policy="mixture") / "iw-sft-q" / "seed-0"
     policy, result = load_policy(run), read_json(run / "result.json")
