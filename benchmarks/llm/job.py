@@ -34,6 +34,7 @@ from benchmarks.llm.run import (
     train_and_score,
     training_arguments,
     warmup_problem,
+    weights_problem,
 )
 from benchmarks.llm.settings import Settings
 from benchmarks.runs import CONFIG, RESULT, claim, hardware, tell, versions
@@ -231,6 +232,8 @@ def _prepare(runs: Sequence[Run], seeds: Sequence[Run]) -> None:
     for run in trained:
         _check_weights(run, prepared[0], data_of)
         _check_warmup(run, data_of)
+        if problem := weights_problem(run, prepared[0], data_of(run)):
+            tell(f"{run}: {problem}")
     for name, value in prepared[0].notes.items() if seeds else ():
         tell(f"{name}: {_in_words(value)}")
 

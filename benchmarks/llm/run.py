@@ -162,11 +162,29 @@ def curated_of(run: Run, prepared: Prepared, tokenizer: Any) -> TensorDictBase:
 
 def warmup_problem(run: Run, data: TensorDictBase) -> str | None:
     """Why a run by epochs of curated rows never reaches its learning rate; None if it does."""
-    settings = run.settings
-    if not settings.epochs:
+    return describe_warmup(run.settings, _updates(run, data)) if run.settings.epochs else None
+
+
+def weights_problem(run: Run, prepared: Prepared, data: TensorDictBase) -> str | None:
+    """Why weights of q at hard syncs stay at 1 in a run, in words; None if they do not."""
+    if run.algorithm is None or run.algorithm.proposal != "cached":
         return None
-    updates = math.ceil(int(_multiplicity(data).sum()) / settings.batch_size)
-    return describe_warmup(settings, math.ceil(settings.epochs * updates))
+    if run.settings.q and (reason := why_unweighted(prepared.rows)):
+        return reason
+    updates, every = _updates(run, data), run.settings.sync_every
+    if updates > every:
+        return None
+    return (
+        f"--sync-every {every} leaves all weights at 1, as in SFT: the updates are {updates}; pass "
+        "a smaller one, or train longer"
+    )
+
+
+def _updates(run: Run, data: TensorDictBase) -> int:
+    """Number of updates on curated rows."""
+    settings = run.settings
+    an_epoch = math.ceil(int(_multiplicity(data).sum()) / settings.batch_size)
+    return settings.max_steps or math.ceil((settings.epochs or 1.0) * an_epoch)
 
 
 def _multiplicity(data: TensorDictBase) -> torch.Tensor:
@@ -177,8 +195,6 @@ def _multiplicity(data: TensorDictBase) -> torch.Tensor:
 def check_rows(run: Run, prepared: Prepared, data: TensorDictBase) -> None:
     """Check that the curated rows fit in the context; those of the test are cut to it."""
     recipe, trusted = load_recipe(run.dataset), run.options.trust_remote_code
-    if run.settings.q and (reason := why_unweighted(prepared.rows)):
-        runs.tell(f"{run}: {reason}")
     if run.settings.normalize_data_weights and data.get(DATA_WEIGHT, default=None) is None:
         raise ValueError("--normalize-data-weights changes nothing: no row has a weight")
     config = load_config(prepared.model, trust_remote_code=trusted)

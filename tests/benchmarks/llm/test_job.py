@@ -292,6 +292,18 @@ def test_rows_of_other_prompts_choose_the_temperature(
     assert [row["loss"] for row in weighed] == [row["loss"] for row in rows(sft)]
 
 
+@pytest.mark.parametrize(("flag", "equal", "other"), [("sync-every", 3, 2)])
+def test_a_run_whose_weights_are_all_equal_says_why(
+    job: Callable[..., Path], tmp_path: Path, capsys: Any, flag: str, equal: float, other: float
+) -> None:
+    algo = "iw-sft-hard" if flag == "sync-every" else "iw-sft"
+    for value in (equal, other):
+        flags = ["--max-steps", "3", f"--{flag}", f"{value}"]
+        run = job(tmp_path / f"{value}", "sft", algo, flags=flags) / algo / "seed-0"
+        told = f"{algo} seed 0: --{flag} {value}" in capsys.readouterr().err
+        assert told == ([row["weight_max"] for row in rows(run)] == [1.0] * 3) == (value == equal)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_was_stopped_in_its_test_is_only_tested(
     job: Callable[..., Path],
