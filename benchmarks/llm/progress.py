@@ -75,8 +75,10 @@ class Progress(TrainerCallback):
         if logged:
             steps = [0, *(row["step"] for row in logged)]
             # A row is the mean over the updates since the one before.
-            ess = [row["ESS"] * (row["step"] - n) for row, n in zip(logged, steps, strict=False)]
-            summary |= {"ESS": sum(ess) / steps[-1]}
+            for name in ("ESS", "clip_fraction"):
+                pairs = zip(logged, steps, strict=False)
+                sums = [row.get(name, 0.0) * (row["step"] - before) for row, before in pairs]
+                summary[name] = sum(sums) / steps[-1]
             summary["ESS_min"] = min(row.get("ESS_min", row["ESS"]) for row in logged)
             summary["weight_max"] = max(row["weight_max"] for row in logged)
             summary |= {name: logged[-1][name] for name in COST}

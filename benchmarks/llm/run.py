@@ -64,6 +64,8 @@ from iwsft.lower_bound import Choice
 from iwsft.trajectory import DATA_WEIGHT, MULTIPLICITY, lengths
 
 CHECKPOINTS = "checkpoints"
+# Share of the weights beyond which a clip, and not the policy, decides what they are.
+_MOST_CLIPPED = 0.5
 # What training took, once the model is saved; a kill during the test leaves it.
 TRAINED = "trained.json"
 # Settings that are arguments of the trainer as they are.
@@ -409,4 +411,10 @@ def _train(run: Run, algorithm: Variant, prepared: Prepared) -> dict[str, Any]:
     trained |= progress.summary()
     if args.process_index == 0:
         write_json(before, trained)
+        clipped = trained.get("clip_fraction", 0.0)
+        if uses("max_weight", algorithm, run.settings) and clipped > _MOST_CLIPPED:
+            runs.tell(
+                f"{run}: --max-weight {run.settings.max_weight:g} made {clipped:.0%} of the "
+                "weights equal, whatever the ESS; pass a larger one, or a smaller --temperature"
+            )
     return trained

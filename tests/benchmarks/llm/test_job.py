@@ -292,7 +292,7 @@ def test_rows_of_other_prompts_choose_the_temperature(
     assert [row["loss"] for row in weighed] == [row["loss"] for row in rows(sft)]
 
 
-@pytest.mark.parametrize(("flag", "equal", "other"), [("sync-every", 3, 2)])
+@pytest.mark.parametrize(("flag", "equal", "other"), [("sync-every", 3, 2), ("max-weight", 0.1, 9)])
 def test_a_run_whose_weights_are_all_equal_says_why(
     job: Callable[..., Path], tmp_path: Path, capsys: Any, flag: str, equal: float, other: float
 ) -> None:
