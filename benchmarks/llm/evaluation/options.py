@@ -17,6 +17,7 @@ from benchmarks.options import (
     check_used,
     option,
 )
+from iwsft import checkpoint
 
 Backend = Literal["transformers", "vllm"]
 # A batch is written as a whole; within it, vLLM schedules by itself.
@@ -71,8 +72,10 @@ class Options:
 
     @property
     def name(self) -> str:
-        """The name of the model's folder of results."""
-        return Path(self.model).resolve().name
+        """The name of the model's folder of results; that of a run's model names the run."""
+        folder = Path(self.model).resolve()
+        run = folder.parts[-4:-1] if folder.name == checkpoint.FOLDER else ()
+        return "-".join(run) or folder.name
 
     @property
     def batch(self) -> int:

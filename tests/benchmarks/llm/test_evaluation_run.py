@@ -49,6 +49,16 @@ def test_files_and_table(
     assert [grade["correct"] for grade in grades] == [str(k + 1) for k in range(7)]
 
 
+def test_models_of_several_runs_are_evaluated_side_by_side(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    runs = [tmp_path / "llm" / "chat" / algo / f"seed-{k}" for algo in ("sft", "dft") for k in "01"]
+    for one in runs:
+        shutil.copytree(model, one / "checkpoint")
+        run(settings(one / "checkpoint", data, tmp_path / "out", limit=1, max_tokens=1))
+    assert len([*(tmp_path / "out").glob("*/gsm8k/result.json")]) == len(runs)
+
+
 def test_scores_of_known_generations(model: Path, data: Path, tmp_path: Path) -> None:
     """The command grades given generations, of which 2 of 7 x 3 are right."""
     arguments = settings(model, data, tmp_path, n=3, temperature=1.0)
