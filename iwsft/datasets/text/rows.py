@@ -176,7 +176,9 @@ def check_scores(rows: Sequence[Row]) -> None:
 def check_text(value: Any, name: str, *, filled: bool = False) -> str:
     """Return a value that is text that can be tokenised; with ``filled`` more than white space."""
     if not isinstance(value, str):
-        parts = "; join its texts, or write 'messages'" if isinstance(value, list) else ""
+        # The content of a message is in messages already.
+        other = "" if name == "content" else ", or write 'messages'"
+        parts = f"; join its texts{other}" if isinstance(value, list) else ""
         raise ValueError(f"{name} must be text, it is {_kind(value)}{parts}")
     if filled and not value.strip():
         raise ValueError(f"{name} is empty; drop the row, or fill it")

@@ -84,7 +84,7 @@ def test_keys_that_arrow_fills_with_none_are_absent_from_messages(tmp_path):
         ({"messages": [turn("user", "a"), turn("assistant", " ")]}, "message 1: content is empty"),
         ({"messages": [turn("gpt", "a")]}, "a role of system, .*this is .*'gpt'"),
         ({"messages": [turn("narrator", "a")]}, "a role of system, .*this is .*'narrator'"),
-        ({"messages": [turn("assistant", [{"text": "a"}])]}, "content must be text, it is of type"),
+        ({"messages": [turn("assistant", [{"text": "a"}])]}, "be text, .* list; join its texts$"),
         ({"messages": ["a"]}, "a message is {role, content} .*this is 'a'"),
         ({**PAIR, "score": math.nan}, "score must be a finite number, it is nan"),
         ({**PAIR, "score": math.inf}, "score must be a finite number, it is inf"),
