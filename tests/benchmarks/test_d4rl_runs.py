@@ -146,7 +146,9 @@ def test_the_table_names_all_algorithms(
     capsys.readouterr()
     job(out, ALGORITHMS, resume=True)
     printed = capsys.readouterr()
-    assert len(printed.err.splitlines()) == 1 and printed.err.startswith("mine: settings of ")
+    *unsynced, taken = printed.err.splitlines()
+    assert [line.split()[1] for line in unsynced] == [f"{algo}:" for algo in WEIGHTED]
+    assert taken.startswith("mine: settings of ")
     assert all(f"\n{algorithm_label(algo)} " in printed.out for algo in ALGORITHMS)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.json*")} == before
 
@@ -165,7 +167,7 @@ def test_the_report_reads_the_runs(
 def test_a_finished_run_is_one_line_with_its_score(
     job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str], read_json: Read
 ) -> None:
-    job(tmp_path, ["iw-sft-q"], seeds=(3,))
+    job(tmp_path, ["iw-sft-q"], seeds=(3,), alpha=0.5)
     taken, line = capsys.readouterr().err.splitlines()
     # The file's name is not D4RL's, its environment is.
     settings = "settings of hopper: Table 4, hopper-medium-replay"
