@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks import monitor, places, sweep
 from benchmarks.commands import program, typed
 from benchmarks.llm.card import change_line, write_card
+from benchmarks.llm.curation import why_unweighted
 from benchmarks.llm.launch import Hardware, Launch, States, choose, launched, start, threads_of
 from benchmarks.llm.models import SMOLLM2, commit_of, load_config
 from benchmarks.llm.options import ALGORITHMS, BASE, Options, own_warmup, recorded, to_file
@@ -34,7 +35,6 @@ from benchmarks.llm.run import (
     train_and_score,
     training_arguments,
     warmup_problem,
-    weights_problem,
 )
 from benchmarks.llm.settings import Settings
 from benchmarks.runs import CONFIG, RESULT, claim, hardware, tell, versions
@@ -232,8 +232,8 @@ def _prepare(runs: Sequence[Run], seeds: Sequence[Run]) -> None:
     for run in trained:
         _check_weights(run, prepared[0], data_of)
         _check_warmup(run, data_of)
-        if problem := weights_problem(run, prepared[0], data_of(run)):
-            tell(f"{run}: {problem}")
+        if run.settings.q and (reason := why_unweighted(prepared[0].rows)):
+            tell(f"{run}: {reason}")
     for name, value in prepared[0].notes.items() if seeds else ():
         tell(f"{name}: {_in_words(value)}")
 

@@ -167,14 +167,10 @@ def warmup_problem(run: Run, data: TensorDictBase) -> str | None:
     return describe_warmup(run.settings, _updates(run, data)) if run.settings.epochs else None
 
 
-def weights_problem(run: Run, prepared: Prepared, data: TensorDictBase) -> str | None:
-    """Why weights of q at hard syncs stay at 1 in a run, in words; None if they do not."""
-    if run.algorithm is None or run.algorithm.proposal != "cached":
-        return None
-    if run.settings.q and (reason := why_unweighted(prepared.rows)):
-        return reason
+def _sync_problem(run: Run, data: TensorDictBase) -> str | None:
+    """Why a run ends before the first hard sync of q, in words; None if it does not."""
     updates, every = _updates(run, data), run.settings.sync_every
-    if updates > every:
+    if run.algorithm is None or run.algorithm.proposal != "cached" or updates > every:
         return None
     return (
         f"--sync-every {every} leaves all weights at 1, as in SFT: the updates are {updates}; pass "
@@ -385,8 +381,9 @@ def _train(run: Run, algorithm: Variant, prepared: Prepared) -> dict[str, Any]:
     # Rows are checked before the weights, which may take minutes to load.
     tokenizer = run.tokenizer(prepared)
     data, progress = curated_of(run, prepared, tokenizer), Progress(run)
-    if args.process_index == 0 and (problem := warmup_problem(run, data)):
-        runs.tell(f"{run}: {problem}")
+    for problem in filter(None, (warmup_problem(run, data), _sync_problem(run, data))):
+        if args.process_index == 0:
+            runs.tell(f"{run}: {problem}")
     trainer = _trainer(run, args, prepared, tokenizer, data, progress)
     trainer.train(resume_from_checkpoint=last(run.folder / CHECKPOINTS))
     with written_aside(run.folder):
