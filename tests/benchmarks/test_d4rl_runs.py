@@ -167,14 +167,14 @@ def test_the_report_reads_the_runs(
 def test_a_finished_run_is_one_line_with_its_score(
     job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str], read_json: Read
 ) -> None:
-    job(tmp_path, ["iw-sft-q"], seeds=(3,), alpha=0.5)
+    job(tmp_path, ["sft-q"], seeds=(3,))
     taken, line = capsys.readouterr().err.splitlines()
     # The file's name is not D4RL's, its environment is.
-    settings = "settings of hopper: Table 4, hopper-medium-replay"
+    settings = "settings of hopper: SFT(Q) of Appendix F"
     assert taken == f"mine: {settings} (--settings-of NAME takes those of a dataset)"
-    result = read_json(tmp_path / "d4rl" / "mine" / "iw-sft-q" / "seed-3" / "result.json")
+    result = read_json(tmp_path / "d4rl" / "mine" / "sft-q" / "seed-3" / "result.json")
     score, seconds = result["normalized_score"], result["wall_seconds"]
-    assert line == f"mine iw-sft-q seed 3: score {score:.1f}, {seconds:.0f} seconds"
+    assert line == f"mine sft-q seed 3: score {score:.1f}, {seconds:.0f} seconds"
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(
