@@ -17,7 +17,6 @@ from benchmarks.options import (
     check_used,
     option,
 )
-from iwsft import checkpoint
 
 Backend = Literal["transformers", "vllm"]
 # A batch is written as a whole; within it, vLLM schedules by itself.
@@ -73,6 +72,9 @@ class Options:
     @property
     def name(self) -> str:
         """The name of the model's folder of results; that of a run's model names the run."""
+        # It loads torch, which a wrong command line does not need.
+        from iwsft import checkpoint
+
         folder = Path(self.model).resolve()
         run = folder.parts[-4:-1] if folder.name == checkpoint.FOLDER else ()
         return "-".join(run) or folder.name
