@@ -166,8 +166,8 @@ def values(network: TensorDictModule, inputs: TensorDictBase, params: TensorDict
 
     With the parameters of E networks, of batch size ``[E]``, it is ``[E, *]``. The numbers are
     those of ``params.to_module(network)`` and a call, or of TorchRL's ``vmap``. This takes a
-    fraction of the time: no module is touched, and the products of E networks are oneDNN's on a CPU
-    and one batched product elsewhere.
+    fraction of the time: no module is touched, and E networks are one batched product, or oneDNN's
+    products one by one where that is faster (:func:`iwsft.policies.linear.suit_onednn`).
     """
     mlp = network.module
     if not isinstance(mlp, ValueMLP):

@@ -92,7 +92,7 @@ def compare(name: str, path: Path) -> list[str]:
         return []
     machine = hardware("cpu")
     made |= versions(["h5py"])
-    # Processors of one name differ in what they round.
+    # Processors of one name may have other instructions, and then they round otherwise.
     made |= {"processor": machine["name"], "instructions": machine["instructions"]}
     differ = differences(_RECORD["made-with"], made)
     if not differ:

@@ -118,7 +118,9 @@ def suit_onednn(*tensors: Tensor, narrow: bool = False) -> bool:
 
     ``narrow`` says that bits of MKL's product may depend on the batch.
     """
-    return _is_eager(narrow) and all(
+    if torch.compiler.is_compiling() or not _prefers_onednn(narrow) or not _is_eager():
+        return False
+    return all(
         tensor.dtype is torch.float32
         and tensor.device.type == "cpu"
         and tensor.layout is torch.strided
@@ -169,13 +171,10 @@ def _prefers_onednn(narrow: bool) -> bool:
     return "GenuineIntel" not in name and (has_avx512 or narrow)
 
 
-def _is_eager(narrow: bool) -> bool:
+def _is_eager() -> bool:
     """Whether operations run one by one as they are, and torch may use oneDNN."""
-    if torch.compiler.is_compiling():
-        return False
     return (
-        _prefers_onednn(narrow)
-        and torch.backends.mkldnn.is_available()
+        torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
         and not torch._C._is_tracing()
         and not torch._C._are_functorch_transforms_active()

@@ -72,7 +72,7 @@ class Options:
     @property
     def name(self) -> str:
         """The name of the model's folder of results; that of a run's model names the run."""
-        # It loads torch, which a wrong command line does not need.
+        # The import loads torch, which the check of a command line does without.
         from iwsft import checkpoint
 
         folder = Path(self.model).resolve()
