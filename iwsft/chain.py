@@ -236,15 +236,17 @@ class Chain:
     def _weigh(
         self, log_ratio: Tensor, segments: Segments, share: Tensor, read: Mapping[str, Tensor]
     ) -> Weights:
-        log_ratio, clipped, _ = _chained(self.step, log_ratio, read=read)
+        log_ratio, clips, _ = _chained(self.step, log_ratio, read=read)
         if self.reduce is None:
             log_weight, changed, _ = _chained(self.trajectory, log_ratio, share, read=read)
-            return Weights(log_weight, clipped | changed)
+            return Weights(log_weight, _any([*clips, *changed], log_weight))
         along = segments.sum if self.reduce == "sum" else segments.mean
         read = {name: segments.mean(value) for name, value in read.items()}
         x, share = along(log_ratio), segments.sum(share)
         log_weight, changed, choice = _chained(self.trajectory, x, share, read=read)
-        return Weights(segments.spread(log_weight), clipped | segments.spread(changed), choice)
+        log_weight = segments.spread(log_weight)
+        clipped = _any([*clips, *map(segments.spread, changed)], log_weight)
+        return Weights(log_weight, clipped, choice)
 
     def judge(self, log_ratio: Tensor, segments: Segments, share: Tensor, score: Tensor) -> Chain:
         """Return the chain whose exponent other trajectories choose, which it does not weigh.
@@ -308,17 +310,25 @@ def check_chain(name: str, value: object) -> None:
 
 def _chained(
     transforms: Sequence[Callable[..., Any]], x: Tensor, *share: Tensor, read: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor, Choice | None]:
-    """Apply transforms in their order; also whether a clip changed the result, and the choice."""
-    clipped, choice = torch.zeros_like(x, dtype=torch.bool), None
+) -> tuple[Tensor, list[Tensor], Choice | None]:
+    """Apply transforms in their order; also what each clip changed, and the choice."""
+    clips, choice = [], None
     for transform in transforms:
         name = getattr(transform, "reads", None)
         before, x = x, transform(x, *share, *(() if name is None else (read[name],)))
         if isinstance(x, tuple):
             x, choice = x
         if getattr(transform, "clips", False):
-            clipped = clipped | (before != x)
-    return x, clipped, choice
+            clips.append(before != x)
+    return x, clips, choice
+
+
+def _any(marks: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Where one of some marks is true, bool in the shape of ``like``."""
+    marked = torch.zeros_like(like, dtype=torch.bool)
+    for mark in marks:
+        marked = marked | mark
+    return marked
 
 
 def _compares(transform: Callable[..., Any]) -> bool:

@@ -68,6 +68,12 @@ class _Sampler(ABC):
     def sample(self) -> TensorDictBase:
         """Draw the next batch."""
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the trajectories."""
+        device: torch.device = self.trajectories.get(TRAJ_IDS).device
+        return device
+
     def __iter__(self) -> Iterator[TensorDictBase]:
         return self
 
@@ -121,10 +127,10 @@ class _Sampler(ABC):
         ticket = torch.randint(total, (self.batch_size,), generator=self._generator)
         return torch.searchsorted(self._tickets, ticket, right=True)
 
-    def _gather(self, steps: Tensor) -> TensorDictBase:
-        """All entries of the steps but ``next``."""
-        entries = self.trajectories.exclude(_NEXT, MULTIPLICITY)
-        return _take(entries, steps.to(entries.get(TRAJ_IDS).device))
+    def _gather(self, steps: Tensor, *without: NestedKey) -> TensorDictBase:
+        """All entries of the steps but ``next``, multiplicities and those of ``without``."""
+        entries = self.trajectories.exclude(_NEXT, MULTIPLICITY, *without)
+        return _take(entries, steps.to(self.device))
 
 
 class TrajectorySampler(_Sampler):
@@ -169,12 +175,6 @@ class _StepSampler(_Sampler):
         """Whether a batch has parts of trajectories."""
         return bool((self._lengths > 1).any())
 
-    @property
-    def device(self) -> torch.device:
-        """Device of the trajectories."""
-        device: torch.device = self.trajectories.get(TRAJ_IDS).device
-        return device
-
 
 class StepSampler(_StepSampler):
     """Draws single steps: a trajectory, then one of its valid steps, uniformly.
@@ -207,7 +207,7 @@ class StepSampler(_StepSampler):
 
     def take(self, steps: Tensor) -> TensorDictBase:
         # Each is a trajectory of length 1, all are valid, and each counts once.
-        batch = self._gather(steps).exclude(MASK)
+        batch = self._gather(steps, MASK, TRAJ_IDS)
         batch.set(TRAJ_IDS, torch.arange(self.batch_size, device=steps.device))
         return batch
 
