@@ -13,7 +13,7 @@ from importlib.metadata import version
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from iwsft import d4rl_conventions
 from iwsft.extras import install, named
@@ -145,7 +145,8 @@ class ScaledActions(gym.ActionWrapper[Any, Any, Any], RecordConstructorArgs):
         self.action_space = gym.spaces.Box(-1.0, 1.0, space.shape, np.float32)
 
     def action(self, action: NDArray[Any]) -> NDArray[Any]:
-        return in_dtype(self._middle + self._half * np.clip(action, -1.0, 1.0), self._space)
+        scaled = self._middle + self._half * np.clip(action, -1.0, 1.0)
+        return in_dtype(scaled, self._space.dtype)
 
 
 def arguments_of(spec: EnvSpec) -> tuple[str, dict[str, Any]]:
@@ -253,10 +254,10 @@ def action_space(env: gym.Env[Any, Any]) -> gym.spaces.Box:
     return space
 
 
-def in_dtype(actions: NDArray[Any], space: gym.spaces.Box) -> NDArray[Any]:
+def in_dtype(actions: NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
     """Return actions in the dtype of a space, rounded where that holds whole numbers."""
-    whole = np.issubdtype(space.dtype, np.integer)
-    return (np.rint(actions) if whole else actions).astype(space.dtype)
+    whole = np.issubdtype(dtype, np.integer)
+    return (np.rint(actions) if whole else actions).astype(dtype)
 
 
 def success(info: Mapping[str, Any]) -> bool | None:

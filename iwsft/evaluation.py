@@ -238,7 +238,8 @@ def _roll_out(
         start(row)
     while running:
         actions = act(policy, inputs, device=device)
-        clipped = environments.in_dtype(np.clip(actions, bounds.low, bounds.high), bounds)
+        clipped = np.clip(actions, bounds.low, bounds.high)
+        clipped = environments.in_dtype(clipped, bounds.dtype)
         for row, episode in list(running.items()):
             following, reward, terminated, truncated, info = envs[row].step(clipped[row])
             episode.total += float(reward)

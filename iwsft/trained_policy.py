@@ -48,6 +48,8 @@ class TrainedPolicy:
         env_id, env_kwargs: The environment, see :func:`iwsft.environments.make`.
         reference_scores: D4RL's (minimum, maximum) return, or None without a normalised score.
         observation_dim: Size of an observation.
+        action_dtype: NumPy's name of the dtype of the environment's actions. To a dtype of whole
+            numbers actions are rounded, as in evaluation.
     """
 
     module: TensorDictModuleBase
@@ -55,6 +57,7 @@ class TrainedPolicy:
     env_kwargs: Mapping[str, Any] = field(default_factory=dict)
     reference_scores: tuple[float, float] | None = None
     observation_dim: int | None = None
+    action_dtype: str = "float32"
 
     @property
     def action_bounds(self) -> tuple[Any, Any]:
@@ -83,8 +86,8 @@ class TrainedPolicy:
 
     def act(
         self, observation: ArrayLike, *, first: bool | None = None, reward: float = 0.0
-    ) -> NDArray[np.float32]:
-        """Return the policy's action (the mean of a Gaussian) in the environment's own range.
+    ) -> NDArray[Any]:
+        """Return the policy's action (the mean of a Gaussian) in the environment's range and dtype.
 
         Args:
             observation: One observation ``[obs]``, or several ``[n, obs]`` of a policy without a
@@ -107,7 +110,8 @@ class TrainedPolicy:
             actions = act(self.module, inputs)[: len(rows)]
         low, high = (np.asarray(bound, np.float64) for bound in self.action_bounds)
         scaled = (high + low) / 2 + (high - low) / 2 * np.clip(actions, -1.0, 1.0)
-        return scaled.astype(np.float32).reshape(*np.shape(observation)[:-1], -1)
+        sent = environments.in_dtype(scaled, self.action_dtype)
+        return sent.reshape(*np.shape(observation)[:-1], -1)
 
     def evaluate(self, **options: Any) -> Evaluation:
         """Score the policy in its environment; the options are those of :func:`iwsft.evaluate`."""
@@ -119,7 +123,8 @@ class TrainedPolicy:
         """Write the policy as a program of ``torch.export``, which needs torch alone.
 
         ``torch.export.load(path).module()`` maps observations, float32 ``[n, obs]``, to actions in
-        the environment's own range, float32 ``[n, act]``. The file ends in ``.pt2`` by custom.
+        the environment's own range, float32 ``[n, act]``, or whole numbers in the dtype of an
+        environment that takes those. The file ends in ``.pt2`` by custom.
 
         A policy with a memory can't be exported.
         """
@@ -129,7 +134,7 @@ class TrainedPolicy:
         if size is None:
             raise ValueError("the checkpoint does not say how large observations are: pass it")
         rows = {"observation": {0: torch.export.Dim("n")}}
-        program = _Program(self.module, *self.action_bounds)
+        program = _Program(self.module, *self.action_bounds, self.action_dtype)
         with acting(self.module):
             exported = torch.export.export(program, (torch.zeros(2, size),), dynamic_shapes=rows)
         # Through memory: torch gives its archive the name of the file.
@@ -147,8 +152,9 @@ class TrainedPolicy:
 class _Program(nn.Module):
     """From observations to actions in the range ``low`` to ``high``."""
 
-    def __init__(self, module: TensorDictModuleBase, low: Any, high: Any) -> None:
+    def __init__(self, module: TensorDictModuleBase, low: Any, high: Any, dtype: str) -> None:
         super().__init__()
+        self.whole = getattr(torch, dtype) if np.issubdtype(dtype, np.integer) else None
         self.policy = module
         # In float64, as the environments of data with other bounds compute it.
         low, high = (torch.as_tensor(bound, dtype=torch.float64) for bound in (low, high))
@@ -158,7 +164,8 @@ class _Program(nn.Module):
     def forward(self, observation: Tensor) -> Tensor:
         rows = TensorDict({OBSERVATION: observation}, [observation.shape[0]])
         action = self.policy(rows)[ACTION].detach().clamp(-1.0, 1.0)
-        return (self.middle + self.half_range * action.double()).float()
+        scaled = self.middle + self.half_range * action.double()
+        return scaled.float() if self.whole is None else scaled.round().to(self.whole)
 
 
 def save_policy(
@@ -180,6 +187,7 @@ def save_policy(
         "action_dim": action_dim,
         "settings": None if settings is None else asdict(settings),
         "components": getattr(policy.module, "components", None),
+        "action_dtype": policy.action_dtype,
         "env_id": policy.env_id,
         "env_kwargs": dict(policy.env_kwargs),
         "reference_scores": policy.reference_scores,
@@ -257,7 +265,8 @@ def _from_run(path: Path) -> TrainedPolicy:
             module = baseline.policy(*sizes, baseline.Settings(**content["settings"]))
         module.load_state_dict(content["state"])
         scores, env_kwargs = content.get("reference_scores"), content["env_kwargs"]
-        return TrainedPolicy(module, content["env_id"], env_kwargs, scores, sizes[0])
+        dtype = content.get("action_dtype", "float32")
+        return TrainedPolicy(module, content["env_id"], env_kwargs, scores, sizes[0], dtype)
 
 
 def _from_checkpoint(folder: Path, policy: TensorDictModuleBase) -> TensorDictModuleBase:

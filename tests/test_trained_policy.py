@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.registration import EnvSpec
 
 from baselines import algorithm
 from iwsft import GaussianPolicy, ImportanceWeightedMLE, checkpoint, load_policy
@@ -68,6 +69,45 @@ def test_by_hand_and_by_evaluate_the_returns_are_the_same(saved: Path) -> None:
             total += float(reward)
     assert over
     assert total == result.returns[0]
+
+
+class Counted(gym.Env[Any, Any]):
+    """It takes numbers from 0 to 5, and keeps what it took."""
+
+    observation_space = gym.spaces.Box(-1.0, 1.0, (3,), np.float32)
+    taken: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def __init__(self, dtype: str) -> None:
+        self.action_space = gym.spaces.Box(0, 5, (1,), np.dtype(dtype))
+
+    def reset(self, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(**options)
+        self.seen = self.np_random.uniform(-30, 30, 3).astype(np.float32)
+        return self.seen, {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.taken.append((self.seen, action))
+        return self.reset()[0], 0.0, False, False, {}
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int64", "float64"])
+def test_actions_are_those_that_evaluation_sends(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(gym.registry, "Counted-v0", EnvSpec("Counted-v0", Counted))
+    kwargs = {"action_bounds": [0, 5], "dtype": dtype, "max_episode_steps": 20}
+    policy = TrainedPolicy(pendulum_policy(), "Counted-v0", kwargs, None, 3, dtype)
+    save_policy(tmp_path, policy, algo="iw-sft", action_dim=1)
+    policy = load_policy(tmp_path)
+    monkeypatch.setattr(Counted, "taken", [])
+    policy.evaluate(episodes=1)
+    assert len({float(action[0]) for _, action in Counted.taken}) > 2
+    program = torch.export.load(policy.export(tmp_path / "policy.pt2")).module()
+    for observation, action in Counted.taken:
+        np.testing.assert_array_equal(policy.act(observation), action, strict=True)
+        exported = program(torch.from_numpy(observation[None]))[0]
+        np.testing.assert_allclose(exported, action, rtol=1e-6)
+        assert exported.is_floating_point() == (dtype == "float64")
 
 
 def test_dict_observations_are_flat(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ class Instance:
         record gives the same rewards. Return whether the episode ended, and the reward.
         """
         clipped = np.clip(action, self.simulator.low, self.simulator.high)
-        sent = environments.in_dtype(clipped, environments.action_space(self.env))
+        sent = environments.in_dtype(clipped, environments.action_space(self.env).dtype)
         taken = sent.astype(np.float32)
         following, raw_reward, terminated, truncated, info = self.env.step(sent)
         reward = float(raw_reward)

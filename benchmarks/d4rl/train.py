@@ -7,8 +7,8 @@ import json
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -382,9 +382,12 @@ def _save_policy(run: Run, task: Task, policy: TensorDictModuleBase) -> None:
     """Write ``policy.pt`` for :func:`iwsft.load_policy`."""
     observation_dim, action_dim = sizes(task.dataset.trajectories)
     environment = task.env_id, task.dataset.env_kwargs, task.dataset.reference_scores
+    trained = TrainedPolicy(policy, *environment, observation_dim)
+    with closing(trained.make()) as env:
+        trained = replace(trained, action_dtype=str(env.action_space.dtype))
     save_policy(
         run.folder,
-        TrainedPolicy(policy, *environment, observation_dim),
+        trained,
         algo=run.algo,
         action_dim=action_dim,
         settings=None if run.baseline is None else run.baseline_settings[0],
