@@ -26,7 +26,18 @@ from baselines.learner import Learner, check_finite, check_unweighted
 from iwsft.policies.linear import linear, suit_onednn
 from iwsft.samplers import TRANSITION, TransitionSampler
 from iwsft.training import Schedule
-from iwsft.trajectory import ACTION, NEXT_OBSERVATION, OBSERVATION, REWARD, Segments, validate
+from iwsft.trajectory import (
+    ACTION,
+    DONE,
+    NEXT_OBSERVATION,
+    OBSERVATION,
+    REWARD,
+    TERMINATED,
+    Segments,
+    fit,
+    layout,
+    validate,
+)
 
 STATE_ACTION_VALUE: NestedKey = "state_action_value"
 STATE_VALUE: NestedKey = "state_value"
@@ -214,16 +225,25 @@ class TargetUpdate(SoftUpdate):
         torch._foreach_lerp_(targets, sources, 1 - self.eps)
 
 
-def check_transitions(trajectories: TensorDictBase) -> tuple[tuple[int, int], torch.device]:
-    """Check that a critic can learn from packed trajectories.
+def read_transitions(
+    trajectories: TensorDictBase,
+) -> tuple[TensorDictBase, tuple[int, int], torch.device]:
+    """Check that a critic can learn from packed trajectories, and read them in one form.
 
     Returns:
-        The sizes of observation and action, and the device.
+        A shallow copy, whose rewards and ends are ``[N, 1]`` where those given are ``[N]``, and
+        ends bool; the sizes of observation and action; and the device.
     """
     check_unweighted(trajectories)
     validate(trajectories, keys=(OBSERVATION, ACTION, NEXT_OBSERVATION, REWARD))
-    observation, action = trajectories.get(OBSERVATION), trajectories.get(ACTION)
-    return (observation.shape[-1], action.shape[-1]), observation.device
+    data, shape = trajectories.copy(), layout(trajectories)
+    for key in (REWARD, DONE, TERMINATED):
+        value = data.get(key, default=None)
+        if value is not None:
+            value = fit(value, shape, repr(key)).unsqueeze(-1)
+            data.set(key, value if key == REWARD else value.bool())
+    observation, action = data.get(OBSERVATION), data.get(ACTION)
+    return data, (observation.shape[-1], action.shape[-1]), observation.device
 
 
 def critic_learner(

@@ -15,9 +15,9 @@ from torchrl.objectives.utils import distance_loss
 from baselines.critics import (
     CopyableLoss,
     CriticSettings,
-    check_transitions,
     critic_learner,
     qvalue_networks,
+    read_transitions,
     value_network,
     values,
 )
@@ -143,7 +143,7 @@ def policy(observation_dim: int, action_dim: int, settings: Settings) -> Gaussia
 def build(trajectories: TensorDictBase, settings: Settings, *, seed: int) -> Learner:
     """Return the parts of a training, see :class:`baselines.learner.Baseline`."""
     torch.manual_seed(seed)
-    sizes, device = check_transitions(trajectories)
+    trajectories, sizes, device = read_transitions(trajectories)
     data = clipped_actions(transformed(trajectories, settings.rewards))
     actor = policy(*sizes, settings).to(device)
     loss = SharedIQLLoss(

@@ -10,7 +10,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from baselines import td3_bc
-from baselines.critics import check_transitions, critic_learner, qvalue_networks, values
+from baselines.critics import critic_learner, qvalue_networks, read_transitions, values
 from baselines.learner import Learner
 from baselines.normalization import NormalizedPolicy
 from baselines.rewards import Rewards, transformed
@@ -143,7 +143,7 @@ def policy(observation_dim: int, action_dim: int, settings: Settings) -> Normali
 def build(trajectories: TensorDictBase, settings: Settings, *, seed: int) -> Learner:
     """Return the parts of a training, see :class:`baselines.learner.Baseline`."""
     torch.manual_seed(seed)
-    sizes, device = check_transitions(trajectories)
+    trajectories, sizes, device = read_transitions(trajectories)
     data = with_next_actions(transformed(trajectories, settings.rewards))
     acting = policy(*sizes, settings).to(device)
     critics = qvalue_networks(*sizes, settings.hidden, layer_norm=True)

@@ -16,9 +16,9 @@ from baselines.critics import (
     CopyableLoss,
     CriticSettings,
     TargetUpdate,
-    check_transitions,
     critic_learner,
     qvalue_networks,
+    read_transitions,
     values,
 )
 from baselines.learner import Learner
@@ -224,7 +224,7 @@ def policy(observation_dim: int, action_dim: int, settings: Settings) -> Normali
 def build(trajectories: TensorDictBase, settings: Settings, *, seed: int) -> Learner:
     """Return the parts of a training, see :class:`baselines.learner.Baseline`."""
     torch.manual_seed(seed)
-    sizes, device = check_transitions(trajectories)
+    trajectories, sizes, device = read_transitions(trajectories)
     acting = policy(*sizes, settings)
     acting.normalization = Normalization.of(trajectories)
     data = normalized(transformed(trajectories, settings.rewards), acting.normalization)

@@ -19,6 +19,7 @@ from iwsft.trajectory import (
     REWARD,
     TRAJ_IDS,
     Segments,
+    fit,
     lengths,
     validate,
 )
@@ -34,7 +35,7 @@ def returns_to_go(trajectories: TensorDictBase) -> Tensor:
     Trajectories are packed; the result is float32 ``[N, 1]``, added up in float64.
     """
     index = Segments.of(trajectories).index
-    rewards = trajectories.get(REWARD).reshape(-1).double()
+    rewards = fit(trajectories.get(REWARD), trajectories.batch_size, repr(REWARD)).double()
     until = rewards.cumsum(0)
     last = lengths(trajectories).cumsum(0) - 1
     return (until[last[index]] - until + rewards).float().unsqueeze(-1)

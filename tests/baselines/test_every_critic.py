@@ -22,6 +22,7 @@ from iwsft.training import Sampler, fit
 from iwsft.trajectory import (
     ACTION,
     DATA_WEIGHT,
+    DONE,
     NEXT_OBSERVATION,
     OBSERVATION,
     REWARD,
@@ -327,6 +328,25 @@ class TestBuild:
         learned = build(case, trajectories).sampler.trajectories[OBSERVATION]
         torch.testing.assert_close(learned.mean(0), torch.zeros(3), rtol=0, atol=1e-5)
         torch.testing.assert_close(learned.std(0, correction=0), torch.ones(3), rtol=0, atol=1e-3)
+
+    @pytest.mark.parametrize("case", SMALL)
+    def test_rewards_and_ends_may_lack_their_last_axis(
+        self, trajectories: TensorDict, case: str
+    ) -> None:
+        flat = trajectories.copy()
+        flat[REWARD] = trajectories[REWARD].squeeze(-1)
+        for key in (DONE, TERMINATED):
+            flat[key] = trajectories[key].squeeze(-1).float()
+        states = []
+        for data in (trajectories, flat):
+            learner = build(case, data, steps=4)
+            learner.fit(log_every=1)
+            states.append(learner.loss.state_dict())
+        for name, value in states[0].items():
+            assert torch.equal(value, states[1][name])
+        flat[REWARD] = trajectories[REWARD].expand(-1, 2)
+        with pytest.raises(ValueError, match=r"'reward'\) has shape \[28, 2\], the batch has"):
+            build(case, flat)
 
     @pytest.mark.parametrize("key", [OBSERVATION, ACTION, NEXT_OBSERVATION, REWARD, TERMINATED])
     @pytest.mark.parametrize("case", SMALL)
