@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from iwsft.datasets import catalog
 from iwsft.datasets.dataset import WHOLE, Bounds, OfflineDataset, fingerprint_of
-from iwsft.datasets.episodes import Floats, Steps, check_actions
+from iwsft.datasets.episodes import Floats, Steps, check_actions, first_row
 from iwsft.trajectory import ACTION
 
 # Arguments with which the environments of D4RL's tasks have the same spaces.
@@ -58,14 +58,17 @@ def check_fit(
 
     Actions must have as many columns as the environment's (ValueError). Where observations have
     others, a note is returned, with a warning: a policy can be scored only with a function from the
-    environment's observations to the data's.
+    environment's observations to the data's. So it is with actions that are all whole numbers, of
+    no known environment.
     """
     if env_id is None:
-        return None, [], "name their environment in the file's attribute 'env_id'"
+        problem = "name their environment in the file's attribute 'env_id'"
+        return None, _whole_numbers(steps.actions, source), problem
     try:
         expected, low, high = spaces_of(env_id, env_kwargs, trusted=trusted)
     except (ValueError, TypeError, ImportError) as error:
-        return None, [], f"the range of actions is not known: {error}"
+        problem = f"the range of actions is not known: {error}"
+        return None, _whole_numbers(steps.actions, source), problem
     columns, size = steps.observations.shape[1], steps.actions.shape[1]
     if low.shape != (size,):
         problem = f"actions of size {size}, {env_id} takes size {low.size}"
@@ -75,6 +78,16 @@ def check_fit(
     note = f"observations of size {columns}, {env_id} gives size {expected}"
     warnings.warn(f"{source} has {note}: it may be the data of another one", stacklevel=5)
     return (low, high), [note], ""
+
+
+def _whole_numbers(actions: Floats, source: str) -> list[str]:
+    """Note, with a warning, that actions differ and are all whole numbers."""
+    fraction = first_row(actions, lambda rows: rows != np.rint(rows))
+    if fraction is not None or actions.min() == actions.max():
+        return []
+    note = "all actions are whole numbers, and are read as points of a continuous range"
+    warnings.warn(f"{source}: {note}; discrete actions need a policy of your own", stacklevel=6)
+    return [note]
 
 
 def find_bounds(actions: Floats, low: ArrayLike, high: ArrayLike, source: str) -> Bounds:

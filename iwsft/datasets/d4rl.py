@@ -180,7 +180,7 @@ def _bounds(
         check_actions(actions, -1.0, 1.0, where)
     except ValueError as beyond:
         raise ValueError(f"{beyond}, or {unknown}") from None
-    return WHOLE, [] if env_id is None else [unknown], fits
+    return WHOLE, notes if env_id is None else [*notes, unknown], fits
 
 
 def _read_steps(file: h5py.File, names: set[str], where: str) -> Steps:

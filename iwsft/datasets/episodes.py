@@ -88,7 +88,7 @@ def check_steps(steps: Steps, source: str) -> None:
         raise ValueError(f"{source}: 'next_observations' {wrong}")
     for field in ("observations", "actions", "rewards", "next_observations"):
         values = getattr(steps, field)
-        row = None if values is None else _first_row(values, lambda chunk: ~np.isfinite(chunk))
+        row = None if values is None else first_row(values, lambda chunk: ~np.isfinite(chunk))
         if row is not None:
             # What is read as float32 no longer tells infinity from a large float64.
             wrong, way_out = "infinite or beyond float32 (3.4e38)", "scale it, or repair"
@@ -147,7 +147,7 @@ def check_actions(
 ) -> None:
     """Check that actions are in ``[low, high]``, up to rounding; the error names a row outside."""
     least, most = low - ACTION_TOLERANCE, high + ACTION_TOLERANCE
-    row = _first_row(actions, lambda chunk: (chunk < least) | (chunk > most))
+    row = first_row(actions, lambda chunk: (chunk < least) | (chunk > most))
     if row is not None:
         column = int(np.argmax((actions[row] < least) | (actions[row] > most)))
         sides = (np.broadcast_to(side, actions.shape[1:])[column] for side in (low, high))
@@ -156,7 +156,8 @@ def check_actions(
         raise ValueError(f"{source}: 'actions' is out of range {at}; clip or scale it to {bounds}")
 
 
-def _first_row(values: Floats, bad: Callable[[Floats], Flags]) -> int | None:
+def first_row(values: Floats, bad: Callable[[Floats], Flags]) -> int | None:
+    """Return the first row of which ``bad`` marks a number, without masks of all rows."""
     for start in range(0, len(values), CHUNK):
         flags = bad(values[start : start + CHUNK])
         rows = np.flatnonzero(flags.reshape(len(flags), -1).any(axis=1))

@@ -67,6 +67,30 @@ def test_actions_of_the_range_of_policies_stay_bit_for_bit(
         assert (data.env_kwargs, data.action_bounds) == ({}, (-1.0, 1.0))
 
 
+@pytest.mark.parametrize(
+    ("actions", "env_id", "warns"),
+    [
+        (np.arange(40)[:, None] % 2, None, True),
+        (np.eye(3)[np.arange(40) % 3], None, True),
+        (np.arange(40)[:, None] % 2, "CartPole-v1", True),
+        (np.arange(40)[:, None] % 2, "NotInstalled-v0", True),
+        (np.sign(np.arange(40)[:, None] - 20), "Pendulum-v1", False),
+        (np.linspace(-1, 1, 40)[:, None], None, False),
+        (np.zeros((40, 1)), None, False),
+    ],
+)
+def test_whole_numbers_of_no_known_environment_are_told(
+    write: Write, actions: np.ndarray, env_id: str | None, warns: bool
+) -> None:
+    path = write(fields(-1, 1) | {"actions": actions}, **({"env_id": env_id} if env_id else {}))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data = datasets.load(path, scale_actions=True)
+    told = "all actions are whole numbers"
+    assert [told in str(each.message) for each in caught].count(True) == warns
+    assert [told in note for note in data.notes].count(True) == warns
+
+
 def test_data_that_are_scaled_already_say_so(write: Write) -> None:
     """Beyond Humanoid's range they are refused otherwise."""
     rows = fields(-1, 1, 17, 376)
