@@ -394,7 +394,9 @@ def _task(run: RecordedRun) -> dict[str, object]:
 
 def _settings(run: RecordedRun) -> dict[str, object]:
     """What the seeds of a cell must have in common."""
-    about = ("preset", "estimator", "steps", "episodes")
+    about = {name: name for name in ("preset", "estimator", "steps")} | {
+        "episodes": "eval_episodes"
+    }
     settings = run.config.get("settings", {})
     if settings:
         settings = _UNSET | settings
@@ -402,4 +404,4 @@ def _settings(run: RecordedRun) -> dict[str, object]:
         settings["training"] = _UNSET_TRAINING | settings["training"]
     apart = (*about, *_task(run), *_DIGESTS, "seed", "settings_from")
     own = leaves({key: value for key, value in settings.items() if key not in apart})
-    return {key: run.result[key] for key in about if key in run.result} | dict(own)
+    return {name: run.result[key] for key, name in about.items() if key in run.result} | dict(own)

@@ -115,6 +115,8 @@ def matrix_grid(group: Sequence[Cell]) -> Grid:
             notes += [_MOVING] if cell and cell.moving else []
             if cell and cell.score_key == scores.RETURN:
                 notes.append(_RETURN)
+            if cell and cell.note:
+                notes.append(cell.note)
             if (task, name) in highest:
                 grid.bold.add((len(grid.rows), len(row)))
                 notes += highest[task, name]

@@ -46,7 +46,7 @@ def test_seeds_that_were_run_differently_are_named(tmp_path: Path, make_run: Mak
     ("change", "name"),
     [
         ({"steps": 7}, "steps 7/bc"),
-        ({"episodes": 5}, "episodes 5/bc"),
+        ({"episodes": 5}, "eval_episodes 5/bc"),
         ({"estimator": "trajectories"}, "estimator trajectories/bc"),
         ({"config": {"settings": {"lr": 0.5}}}, "lr 0.5/bc"),
         ({"config": {"settings": {"lr": None}}}, "lr null/bc"),
@@ -69,7 +69,8 @@ def test_runs_of_other_settings_are_not_averaged(
         return
     assert (plain.algo, plain.mean, plain.note) == ("bc", 10.0, "")
     assert [(other.algo[: len(name)], other.mean) for other in others] == [(name, 90.0)]
-    assert others[0].note in score_grid([plain, *others]).notes and "(not " in others[0].note
+    for table in (score_grid, matrix_grid):
+        assert others[0].note in table([plain, *others]).notes and "(not " in others[0].note
 
 
 def test_runs_that_differ_are_apart_where_most_recorded_nothing(
