@@ -2,6 +2,10 @@
 
 Behaviour cloning on all data gives the reference. The same path with a lagged q then fine-tunes the
 policy on the best trajectories. Run it with ``python examples/torchrl_pipeline.py``.
+
+A slice counts as a trajectory here: its importance weight is that of its own steps. The method
+weighs whole trajectories. ``slice_len`` of the longest episode does so, or ``iwsft.samplers`` and
+cached weights, which cost less.
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ class Settings:
     slices: int = 16
     """Number of slices of trajectories in a batch."""
     slice_len: int = 64
-    """Number of steps of a slice; shorter trajectories are padded and masked."""
+    """Number of steps of a slice, which is weighed by itself; shorter trajectories are padded."""
     reference_updates: int = 300
     """Number of updates of behaviour cloning."""
     updates: int = 200
