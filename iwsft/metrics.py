@@ -64,6 +64,10 @@ def check_limits(row: Row, limits: Mapping[str, float], schedules: Mapping[str, 
     """Refuse a loss that is not finite, and an output beyond its limit."""
     step = int(row["step"])
     if not math.isfinite(row["loss"]):
+        if step == 1:
+            problem = "the loss of the first update is not finite"
+            way_out = "look for NaN in the data, and for actions that the policy can't give"
+            raise FloatingPointError(f"{problem}; {way_out}")
         raise diverged("the loss is no longer finite", step, schedules)
     for name, limit in limits.items():
         # A loss may leave out the outputs of a network that is not due.

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from iwsft.metrics import FILE, MetricsLog, read
+from iwsft.metrics import FILE, MetricsLog, check_limits, read
+from iwsft.schedule import Schedule
 
 
 def rows(first: int, last: int, sign: float = 1.0) -> list[dict[str, float]]:
@@ -76,3 +77,11 @@ def test_a_full_disk_is_one_error_and_a_resume_continues(
     assert written == rows(1, len(written))
     log(tmp_path, rows(len(written) + 1, 100), after=len(written))
     assert read(tmp_path / FILE) == rows(1, 100)
+
+
+def test_a_first_loss_that_is_not_finite_is_not_blamed_on_the_learning_rate() -> None:
+    rates = {"": Schedule(9, lr=0.1)}
+    with pytest.raises(FloatingPointError, match="first update is not finite; look for NaN"):
+        check_limits({"step": 1, "loss": math.inf}, {}, rates)
+    with pytest.raises(FloatingPointError, match="finite at update 2; lower the learning rate"):
+        check_limits({"step": 2, "loss": math.inf}, {}, rates)

@@ -15,14 +15,12 @@ from torchrl.modules import IndependentNormal, ProbabilisticActor, TanhNormal
 from torchrl.modules.distributions.continuous import SafeTanhTransform
 
 from iwsft.policies.linear import mlp
-from iwsft.policies.log_prob import check_action_size
+from iwsft.policies.log_prob import ROUNDING, check_action_size
 from iwsft.trajectory import ACTION, OBSERVATION, on_host
 
 _LOG_SQRT_2_PI = 0.5 * math.log(2 * math.pi)
 # Steps whose activations fit into a processor's cache, forward and backward.
 _ROWS = 1024
-# Rounding of actions at the bounds.
-_ROUNDING = 1e-5
 
 
 class _SquashedNormal(TanhNormal):
@@ -31,7 +29,7 @@ class _SquashedNormal(TanhNormal):
     def log_prob(self, value: Tensor, *args: Any) -> Tensor:
         """Return the log-density of actions in [-1, 1]; others raise a ValueError."""
         beyond = value.detach().abs().amax() if value.numel() else 0.0
-        if beyond > 1 + _ROUNDING:
+        if beyond > 1 + ROUNDING:
             problem = f"the action {beyond:g} has no density under a tanh-Normal, in [-1, 1]"
             raise ValueError(f"{problem}; load the data with scale_actions=True")
         return super().log_prob(value, *args)

@@ -11,11 +11,15 @@ import torch
 from tensordict import NestedKey, TensorDictBase, is_tensor_collection
 from tensordict.nn import CompositeDistribution, ProbabilisticTensorDictSequential
 from torch import Tensor, nn
+from torch.distributions import Categorical
 from torch.nn.modules.dropout import _DropoutNd
-from torchrl.modules import MaskedOneHotCategorical, OneHotCategorical
+from torchrl.modules import MaskedOneHotCategorical, OneHotCategorical, TanhNormal
 from torchrl.modules.distributions import LLMMaskedCategorical
 
 from iwsft.trajectory import Segments
+
+# Rounding of actions at the bounds -1 and 1.
+ROUNDING = 1e-5
 
 
 @contextmanager
@@ -55,7 +59,8 @@ def step_log_prob(policy: Any, batch: TensorDictBase, shape: torch.Size) -> Tens
     """``policy.log_prob`` of a batch of this layout, checked to be one number per step.
 
     The policy reads a shallow copy, so entries that it writes (loc, scale) do not reach the batch.
-    The numbers are float32 or wider.
+    The numbers are float32 or wider. It is -inf for actions that a distribution of torch or TorchRL
+    can't give, and for which its own ``log_prob`` is that of another action.
     """
     batch = batch.copy()
     if getattr(type(policy), "log_prob", None) is not ProbabilisticTensorDictSequential.log_prob:
@@ -64,7 +69,9 @@ def step_log_prob(policy: Any, batch: TensorDictBase, shape: torch.Size) -> Tens
     composite = isinstance(dist, CompositeDistribution)
     action = batch if composite else batch.get(policy.dist_sample_keys[0], default=None)
     _check_broadcast(dist, action, shape)
-    return _checked(policy.log_prob(batch, dist=dist), policy, shape)
+    log_prob = _checked(policy.log_prob(batch, dist=dist), policy, shape)
+    impossible = _impossible(dist, action, shape)
+    return log_prob if impossible is None else log_prob.masked_fill(impossible, -torch.inf)
 
 
 def step_log_prob_and_entropy(
@@ -100,6 +107,27 @@ def _check_broadcast(dist: Any, action: Any, shape: torch.Size) -> None:
         one_each = ", one index or number for each step" if len(event) == 0 else ""
         name = type(dist).__name__
         raise ValueError(f"actions have shape {found}; {name} needs {needed}{one_each}")
+
+
+def _impossible(dist: Any, action: Any, shape: torch.Size) -> Tensor | None:
+    """Whether an action is taken for another one, bool in the layout of the batch; None for no."""
+    if isinstance(dist, CompositeDistribution):
+        parts = [_impossible(part, action.get(key), shape) for key, part in dist.dists.items()]
+        found = [part for part in parts if part is not None]
+        return torch.stack(found).any(0) if found else None
+    if isinstance(dist, TanhNormal):
+        # It takes those beyond its bounds for the bounds.
+        margin = ROUNDING * (dist.high - dist.low) / 2
+        wrong = (action < dist.low - margin) | (action > dist.high + margin)
+    elif isinstance(dist, OneHotCategorical | MaskedOneHotCategorical):
+        # The largest entry is taken for the 1.
+        wrong = (action != 0) & (action != 1) | (action.sum(-1, keepdim=True) != 1)
+    elif isinstance(dist, Categorical) and action.is_floating_point():
+        # Fractions are left out.
+        wrong = action != action.round()
+    else:
+        return None
+    return wrong.reshape(*shape, -1).any(-1)
 
 
 def _checked(out: Any, policy: Any, shape: torch.Size) -> Tensor:

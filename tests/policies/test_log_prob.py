@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -160,6 +162,30 @@ def test_one_hot_actions_have_the_log_prob_of_their_index(
             step_log_prob(plain, _batch(action, layout), torch.Size(layout))
 
 
+_ROW = nn.functional.one_hot(torch.tensor([1, 0]), 3).float()
+
+
+@pytest.mark.parametrize(
+    ("kind", "possible", "impossible"),
+    [
+        (TanhNormal, [[1.0, -0.5, 0.0], [1.000001, 0.0, 0.0]], [[1.1, 0.0, 0.0], [0.0, -9.0, 0.0]]),
+        (OneHotCategorical, _ROW, [[0.0, 0.0, 0.0], [0.5, 0.5, 0.0]]),
+        (OneHotCategorical, _ROW.long(), [[0, 0, 0], [1, 1, 0]]),
+        (MaskedOneHotCategorical, _ROW, [[0.0, 0.0, 2.0], [2.0, -1.0, 0.0]]),
+        (distributions.Categorical, [1.0, 2.0], [1.5, 0.1]),
+    ],
+)
+def test_actions_that_a_distribution_takes_for_others_have_probability_0(
+    kind: type, possible: Any, impossible: Any
+) -> None:
+    torch.manual_seed(0)
+    actions = torch.cat([torch.as_tensor(possible), torch.as_tensor(impossible)])
+    actor, batch = _actor(kind, 3), _batch(actions, (4,))
+    log_prob = step_log_prob(actor, batch, torch.Size([4]))
+    torch.testing.assert_close(log_prob[:2], actor.log_prob(batch)[:2], rtol=0, atol=0)
+    assert log_prob[:2].isfinite().all() and log_prob[2:].tolist() == [-torch.inf] * 2
+
+
 class _Parts(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return x[..., :3], x[..., :3].exp(), x
@@ -185,6 +211,8 @@ def test_parts_of_a_composite_action_add_up_and_do_not_broadcast(layout: tuple[i
         of_a = distributions.Normal(x[..., :3], x[..., :3].exp()).log_prob(a).sum(-1)
         of_b = distributions.Categorical(logits=x).log_prob(b)
         torch.testing.assert_close(step_log_prob(actor, batch, shape), of_a + of_b)
+        halves = step_log_prob(actor, batch.copy().set("b", b + 0.5), shape)
+        assert halves.isneginf().all()
         with pytest.raises(ValueError, match="IndependentNormal needs"):
             step_log_prob(actor, batch.set("a", a[..., :1]), shape)
 
