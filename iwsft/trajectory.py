@@ -360,7 +360,7 @@ def check_links(packed: TensorDictBase) -> None:
         a, b = following[part], observation[part]
         # What is NaN has an error of its own.
         differs = (a != b) & ~a.isnan() & ~b.isnan()
-        breaks[part] = inner[part] & differs.flatten(1).any(1)
+        breaks[part] = inner[part] & differs.reshape(len(a), -1).any(1)
     # Where most steps break, the next observations follow another convention.
     if 0 < int(breaks.sum()) <= int(inner.sum()) // 2:
         step = int(breaks.nonzero()[0]) + 1

@@ -398,3 +398,14 @@ def test_episodes_that_say_where_they_end_or_have_no_links_are_not_refused() -> 
     use(chain([4, 3], [5, 5], {DONE: done}))
     # Next observations of another kind, such as differences, tell nothing.
     use(chain([4, 3], [5, 5], {NEXT_OBSERVATION: torch.zeros(7, 2)}))
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (2, 1, 3)])
+def test_observations_may_have_any_shape(shape: tuple[int, ...]) -> None:
+    whole = chain([4, 3], [0, 1])
+    for key in ("observation", NEXT_OBSERVATION):
+        whole[key] = whole[key][:, 0].reshape(-1, *[1] * len(shape)).expand(-1, *shape)
+    StepSampler(whole, 2)
+    whole["collector", "traj_ids"] = torch.zeros(7, dtype=torch.int64)
+    with pytest.raises(ValueError, match="step 4 does not begin where step 3"):
+        curate(whole)
