@@ -22,22 +22,11 @@ from torchrl.objectives import SoftUpdate
 from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import TargetNetUpdater
 
-from baselines.learner import Learner, check_finite, check_unweighted
+from baselines.learner import Learner, check_finite, read_steps
 from iwsft.policies.linear import linear, suit_onednn
 from iwsft.samplers import TRANSITION, TransitionSampler
 from iwsft.training import Schedule
-from iwsft.trajectory import (
-    ACTION,
-    DONE,
-    NEXT_OBSERVATION,
-    OBSERVATION,
-    REWARD,
-    TERMINATED,
-    Segments,
-    fit,
-    layout,
-    validate,
-)
+from iwsft.trajectory import ACTION, NEXT_OBSERVATION, OBSERVATION, REWARD, Segments
 
 STATE_ACTION_VALUE: NestedKey = "state_action_value"
 STATE_VALUE: NestedKey = "state_value"
@@ -228,20 +217,12 @@ class TargetUpdate(SoftUpdate):
 def read_transitions(
     trajectories: TensorDictBase,
 ) -> tuple[TensorDictBase, tuple[int, int], torch.device]:
-    """Check that a critic can learn from packed trajectories, and read them in one form.
+    """Check that a critic can learn from packed trajectories, see :func:`read_steps`.
 
     Returns:
-        A shallow copy, whose rewards and ends are ``[N, 1]`` where those given are ``[N]``, and
-        ends bool; the sizes of observation and action; and the device.
+        What a baseline reads, the sizes of observation and action, and the device.
     """
-    check_unweighted(trajectories)
-    validate(trajectories, keys=(OBSERVATION, ACTION, NEXT_OBSERVATION, REWARD))
-    data, shape = trajectories.copy(), layout(trajectories)
-    for key in (REWARD, DONE, TERMINATED):
-        value = data.get(key, default=None)
-        if value is not None:
-            value = fit(value, shape, repr(key)).unsqueeze(-1)
-            data.set(key, value if key == REWARD else value.bool())
+    data = read_steps(trajectories, (OBSERVATION, ACTION, NEXT_OBSERVATION, REWARD))
     observation, action = data.get(OBSERVATION), data.get(ACTION)
     return data, (observation.shape[-1], action.shape[-1]), observation.device
 

@@ -28,14 +28,14 @@ from torch import Tensor, nn
 from torchrl.modules import DecisionTransformer, DTActor
 from torchrl.objectives import DTLoss
 
-from baselines.learner import Learner, check_finite, check_unweighted
+from baselines.learner import Learner, check_finite, read_steps
 from baselines.normalization import Normalization
 from baselines.windows import RETURN_TO_GO, WindowSampler, returns_to_go
 from iwsft.acting import IS_INIT, PREVIOUS_REWARD
 from iwsft.extras import require
 from iwsft.samplers import multiplicities
 from iwsft.training import Schedule
-from iwsft.trajectory import ACTION, OBSERVATION, lengths
+from iwsft.trajectory import ACTION, OBSERVATION, REWARD, lengths
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ def build(trajectories: TensorDictBase, settings: Settings, *, seed: int) -> Lea
     A ValueError also says that all rewards are 0, so that no return conditions the actions.
     """
     torch.manual_seed(seed)
-    check_unweighted(trajectories)
+    trajectories = read_steps(trajectories, (OBSERVATION, ACTION, REWARD))
     sampler = WindowSampler(trajectories, settings.batch_size, context=settings.context, seed=seed)
     observation, action = trajectories.get(OBSERVATION), trajectories.get(ACTION)
     acting = policy(observation.shape[-1], action.shape[-1], settings).to(observation.device)

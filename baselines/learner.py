@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from tensordict import TensorDictBase
+import torch
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import TargetNetUpdater
 
-from iwsft.training import Cost, Sampler, Schedule, fit
-from iwsft.trajectory import DATA_WEIGHT
+from iwsft import training
+from iwsft.datasets.episodes import ACTION_TOLERANCE
+from iwsft.training import Cost, Sampler, Schedule
+from iwsft.trajectory import (
+    ACTION,
+    DATA_WEIGHT,
+    DONE,
+    REWARD,
+    TERMINATED,
+    Segments,
+    fit,
+    layout,
+    validate,
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +55,7 @@ class Learner:
     def fit(self, **options: Any) -> Cost:
         """Train the policy; the options are the further ones of :func:`iwsft.training.fit`."""
         own: dict[str, Any] = {"updater": self.updater, "limits": self.limits}
-        return fit(self.loss, self.sampler, self.schedule, **own, **options)
+        return training.fit(self.loss, self.sampler, self.schedule, **own, **options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Learner:
         """Return a copy whose policy shares its parameters with its loss, as here."""
@@ -58,10 +71,40 @@ def check_finite(settings: Any, *, but: str = "") -> None:
             raise ValueError(f"{name}={value} must be finite")
 
 
-def check_unweighted(trajectories: TensorDictBase) -> None:
-    """Refuse data weights, which no baseline reads."""
+def read_steps(trajectories: TensorDictBase, keys: Sequence[NestedKey]) -> TensorDictBase:
+    """Check trajectories, and return a shallow copy in the form that all baselines read.
+
+    Numbers have torch's default dtype, rewards and ends are ``[N, 1]`` where those given are
+    ``[N]``, and ends are bool. ``keys`` are the entries that the algorithm learns from.
+
+    Raises:
+        KeyError: An entry is missing.
+        ValueError: The trajectories are padded or have data weights, which no baseline reads; an
+            entry is not a vector for each step, or not finite; or an action is beyond [-1, 1], in
+            which all policies act.
+    """
     if trajectories.get(DATA_WEIGHT, default=None) is not None:
         raise ValueError(f"a baseline does not read {DATA_WEIGHT!r}; load the data without it")
+    validate(trajectories, keys=keys)
+    data, shape = trajectories.copy(), layout(trajectories)
+    if len(shape) != 1:
+        raise ValueError("these trajectories are padded; use trajectory.pack(trajectories)")
+    for key in (*keys, DONE, TERMINATED):
+        value = data.get(key, default=None)
+        if value is None:
+            continue
+        if key in (REWARD, DONE, TERMINATED):
+            value = fit(value, shape, repr(key)).unsqueeze(-1)
+        elif value.ndim != 2:
+            found, needed = list(value.shape), f"[{shape[0]}, size]"
+            raise ValueError(f"{key!r} has shape {found}; a baseline reads vectors, {needed}")
+        ends = key in (DONE, TERMINATED)
+        data.set(key, value.bool() if ends else value.to(torch.get_default_dtype()))
+    beyond = float(data.get(ACTION)[Segments.of(data).valid].abs().max())
+    if beyond > 1 + ACTION_TOLERANCE:
+        way_out = "load the data with scale_actions=True, or map them there"
+        raise ValueError(f"actions reach {beyond:g}, and all policies act in [-1, 1]: {way_out}")
+    return data
 
 
 class Baseline(Protocol):

@@ -21,8 +21,6 @@ from iwsft import checkpoint, evaluate
 from iwsft.training import Sampler, fit
 from iwsft.trajectory import (
     ACTION,
-    DATA_WEIGHT,
-    DONE,
     NEXT_OBSERVATION,
     OBSERVATION,
     REWARD,
@@ -329,25 +327,6 @@ class TestBuild:
         torch.testing.assert_close(learned.mean(0), torch.zeros(3), rtol=0, atol=1e-5)
         torch.testing.assert_close(learned.std(0, correction=0), torch.ones(3), rtol=0, atol=1e-3)
 
-    @pytest.mark.parametrize("case", SMALL)
-    def test_rewards_and_ends_may_lack_their_last_axis(
-        self, trajectories: TensorDict, case: str
-    ) -> None:
-        flat = trajectories.copy()
-        flat[REWARD] = trajectories[REWARD].squeeze(-1)
-        for key in (DONE, TERMINATED):
-            flat[key] = trajectories[key].squeeze(-1).float()
-        states = []
-        for data in (trajectories, flat):
-            learner = build(case, data, steps=4)
-            learner.fit(log_every=1)
-            states.append(learner.loss.state_dict())
-        for name, value in states[0].items():
-            assert torch.equal(value, states[1][name])
-        flat[REWARD] = trajectories[REWARD].expand(-1, 2)
-        with pytest.raises(ValueError, match=r"'reward'\) has shape \[28, 2\], the batch has"):
-            build(case, flat)
-
     @pytest.mark.parametrize("key", [OBSERVATION, ACTION, NEXT_OBSERVATION, REWARD, TERMINATED])
     @pytest.mark.parametrize("case", SMALL)
     def test_a_missing_entry_is_named(self, trajectories: TensorDict, case: str, key: Any) -> None:
@@ -362,13 +341,6 @@ class TestBuild:
         with pytest.raises(ValueError) as raised:
             build(case, trajectories)
         assert f"{key!r} is NaN" in str(raised.value) and "step 3" in str(raised.value)
-
-    @pytest.mark.parametrize("name", BASELINES)
-    def test_data_weights_are_refused(self, trajectories: TensorDict, name: str) -> None:
-        baseline = algorithm(name)
-        trajectories[DATA_WEIGHT] = torch.ones(len(trajectories))
-        with pytest.raises(ValueError, match="does not read 'data_weight'"):
-            baseline.build(trajectories, baseline.Settings(), seed=0)
 
     @pytest.mark.parametrize("case", SMALL)
     def test_a_critic_that_diverges_is_stopped(self, trajectories: TensorDict, case: str) -> None:
