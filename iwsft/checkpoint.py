@@ -10,6 +10,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """
     old, new = dict(leaves(stored)), dict(leaves(json.loads(json.dumps(wanted))))
     names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
-    return ", ".join(f"{n}={_shown(old.get(n))} (now {_shown(new.get(n))})" for n in names)
+    pairs = [(name, old.get(name), new.get(name)) for name in names]
+    return ", ".join(f"{name}={_shown(a, b)} (now {_shown(b, a)})" for name, a, b in pairs)
 
 
 def leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
@@ -108,6 +110,11 @@ def leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]
             yield above + name, value
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 24 else f"{text[:12]}...{text[-4:]}"
+def _shown(value: Any, other: Any) -> str:
+    """A value as text; of a long one the part around the first difference from another."""
+    text, length = repr(value), 24
+    if len(text) <= length:
+        return text
+    start = max(0, len(commonprefix([text, repr(other)])) - length // 2)
+    end = start + length
+    return "..." * (start > 0) + text[start:end] + "..." * (end < len(text))

@@ -78,6 +78,12 @@ def test_one_changed_value_is_found(tree: dict[str, int], name: str, value: int)
     assert differences({"in": tree}, {"in": tree | {name: value}}).startswith(f"in.{name}=")
 
 
+def test_long_values_are_shown_where_they_differ() -> None:
+    before, after = f"{'a' * 40}k=2.0{'b' * 40}", f"{'a' * 40}k=3.0{'b' * 40}"
+    shown = differences({"loss": before}, {"loss": after})
+    assert "k=2.0" in shown and "k=3.0" in shown and len(shown) < 100
+
+
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     folder = tmp_path_factory.mktemp("good")
