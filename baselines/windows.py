@@ -84,6 +84,7 @@ class WindowSampler:
                 "iwsft.trajectory.pack(trajectories)"
             )
         self.context = context
+        self.seed = seed
         self._steps = TensorDict(
             {
                 OBSERVATION: trajectories.get(OBSERVATION),

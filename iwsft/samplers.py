@@ -56,6 +56,7 @@ class _Sampler(ABC):
         check_links(trajectories)
         self.trajectories = trajectories
         self.batch_size = batch_size
+        self.seed = seed
         # On the host, so that a seed means the same on any device.
         self._generator = torch.Generator().manual_seed(seed)
         self._lengths = lengths(trajectories).cpu()

@@ -104,7 +104,7 @@ def fit(
     updater: TargetNetUpdater | None = None,
     limits: Mapping[str, float] | None = None,
     probes: Sequence[Probe] = (),
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     settings: dict[str, Any] | None = None,
     checkpoint_every: int = 500,
     log_every: int = 50,
@@ -132,9 +132,9 @@ def fit(
             checkpoint in it is resumed, and the run ends in the same parameters, bit for bit, as an
             uninterrupted one, if all random numbers come from the sampler and from torch.
         settings: Plain values that belong to a checkpoint; one with other values is refused. The
-            schedule, the arguments of loss and updater, and the actions, multiplicities and data
-            weights of the sampler's data are compared without them; a constant schedule may have
-            more steps than before.
+            schedule, the arguments of loss and updater, the sampler's seed, and the actions,
+            multiplicities and data weights of its data are compared without them; a constant
+            schedule may have more steps than before.
         checkpoint_every: Number of updates between checkpoints; there is one at the end.
         log_every: Number of updates between rows of metrics.
         report: Function that is called with every row.
@@ -153,7 +153,8 @@ def fit(
             the last good checkpoint stays.
         iwsft.checkpoint.CheckpointError: The checkpoint is corrupt, or of other settings.
     """
-    parts: Any = updater, limits or {}, probes, folder, settings or {}, report
+    place = None if folder is None else Path(folder)
+    parts: Any = updater, limits or {}, probes, place, settings or {}, report
     training = Training(loss, sampler, schedule, *parts)
     options = {"checkpoint_every": checkpoint_every, "log_every": log_every}
     (outcome,) = fit_stack([training], **options, progress=progress, graph=graph)
@@ -259,11 +260,11 @@ class _Seed:
         if not alone:
             self._noise = torch.Generator(self._device)
             self._noise.set_state(training.draws[self._device.type])
-        self._form = form_of(loss, "loss.")
-        if training.updater is not None:
-            self._form |= form_of(training.updater, "updater.")
+        seed = {"seed": repr(sampler.seed)} if hasattr(sampler, "seed") else {}
+        self._form = form_of(loss, "loss.") | seed
         self._parts: dict[str, Any] = {"loss": loss, "optimizer": optimizer, "sampler": sampler}
         if training.updater is not None:
+            self._form |= form_of(training.updater, "updater.")
             self._parts["updater"] = training.updater
         self.start, self._before = self._resume()
         for group in optimizer.param_groups:
@@ -386,7 +387,7 @@ class _Seed:
         # Versions of libraries differ in their attributes.
         own = {name: self._form.get(name, value) for name, value in state.get("form", {}).items()}
         if differ := checkpoint.differences(state.get("form", {}), own):
-            contents = f"a run with another loss or updater: {differ}"
+            contents = f"a run with another loss, updater or seed: {differ}"
         if not state.keys() >= self._parts.keys():
             contents = f"{', '.join(sorted(state))}, this run needs {', '.join(self._parts)}"
         if contents:

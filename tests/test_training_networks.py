@@ -15,7 +15,9 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
+from baselines.windows import WindowSampler
 from iwsft import EMA, GaussianPolicy, HardSync, ImportanceWeightedMLE, ImportanceWeights, curate
+from iwsft.checkpoint import CheckpointError
 from iwsft.samplers import StepSampler, TrajectorySampler, TransitionSampler
 from iwsft.training import Probe, Row, Schedule, fit
 from iwsft.trajectory import REF_LOG_PROB, from_steps
@@ -354,6 +356,20 @@ def test_a_run_whose_syncs_write_the_reference_is_resumed(tmp_path: Path) -> Non
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "cut", stop_at=7)
     assert torch.equal(train(tmp_path / "cut", seed=1), expected)
+
+
+@pytest.mark.parametrize("sampler", [StepSampler, WindowSampler])
+def test_another_seed_does_not_take_over_the_run_of_the_first(tmp_path: Path, sampler: Any) -> None:
+    """Without settings, and with the folder as text."""
+
+    def train(seed: int) -> None:
+        loss = ImportanceWeightedMLE(GaussianPolicy(3, 2, hidden=(4,)), proposal="reference")
+        fit(loss, sampler(data(), 4, seed=seed), Schedule(2, 0.1), folder=str(tmp_path))
+
+    train(1)
+    train(1)
+    with pytest.raises(CheckpointError, match=r"seed='1' \(now '2'\); choose another folder"):
+        train(2)
 
 
 def tiny() -> float:
