@@ -101,6 +101,8 @@ class ImportanceWeightedMLE(PolicyLoss):
             that :meth:`check_data_weights` refuses.
         OverflowError: A weight is beyond float32. On an accelerator, where looking would cost a
             wait, these two are device-side assertions.
+        FloatingPointError: The policy excludes a step that counts (log p is -inf), and so does q,
+            so the loss is NaN. An accelerator is not waited for.
 
     Examples:
         >>> loss = ImportanceWeightedMLE(policy, importance_weights=ImportanceWeights(
@@ -278,6 +280,15 @@ class ImportanceWeightedMLE(PolicyLoss):
         if self.reduction == "mean" and on_host(draws) and float(draws) == 0:
             raise ValueError("every trajectory of the batch has multiplicity 0: it has no mean")
         out = {LOSS: self.value(terms, weight), **self._diagnostics(terms, weight, draws)}
+        # Where q excludes an action that the policy excludes, 0 times infinity makes a NaN.
+        excluded = on_host(draws) and float(out["log_prob"]) == -torch.inf
+        if excluded and bool(out[LOSS].isnan().any()):
+            steps = (terms.log_prob == -torch.inf).flatten()
+            number = int(terms.segments.index[steps][0])
+            raise FloatingPointError(
+                f"log p is -inf at a step of trajectory {number} of the batch, and its weight is "
+                "0, so the loss is NaN: mask the step, or take a policy that does not exclude it"
+            )
         return TensorDict(out, batch_size=[])
 
     @torch.no_grad()

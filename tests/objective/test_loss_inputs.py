@@ -315,3 +315,41 @@ def test_overflow_is_one_clear_error(make_loss: Any, make_batch: Any) -> None:
     batch["ref_log_prob"] -= 200.0
     with pytest.raises(OverflowError, match="ClipWeight"):
         loss(batch)
+
+
+class Written(nn.Module):
+    """A policy whose log-probs are written in the batch."""
+
+    def log_prob(self, batch: TensorDictBase) -> torch.Tensor:
+        return batch["log_prob"]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("reduce", ["mean", None])
+def test_a_step_that_policy_and_q_exclude_is_an_error(
+    make_batch: Any, reduce: Any, reduction: Any
+) -> None:
+    """The product of log p = -inf and the weight 0 is NaN; where the weight is not 0, it is inf."""
+    batch = make_batch(multiplicity=False)
+    batch["log_prob"] = torch.linspace(-3.0, -1.0, len(batch))
+    batch["log_prob"][7] = -torch.inf
+    chain = ImportanceWeights(reduce=reduce)
+    loss = ImportanceWeightedMLE(
+        Written(),
+        proposal="current",
+        functional=False,
+        reduction=reduction,
+        importance_weights=chain,
+    )
+    for layout in (batch, pad(batch)):
+        with pytest.raises(FloatingPointError, match="-inf at a step of trajectory 2 of the batch"):
+            loss(layout)
+    below = ImportanceWeights([weights.ClipRatio(0.1, 10.0)], reduce)
+    loss.importance_weights = below
+    assert float(loss(batch)["loss_iw_mle"].sum()) == torch.inf
+    loss.importance_weights = chain
+    batch["log_prob"][7] = -1e4
+    assert bool(loss(batch)["loss_iw_mle"].isfinite().all())
+    batch["log_prob"][7] = -torch.inf
+    batch["multiplicity"] = (batch[TRAJ_IDS] != 2).long()
+    assert bool(loss(batch)["loss_iw_mle"].isfinite().all())
