@@ -121,6 +121,10 @@ def collate(
     A trajectory that occurs several times is in the batch once, with its number of occurrences as
     its multiplicity: the same loss and gradient for less work.
 
+    :class:`~iwsft.language.ImportanceWeightedTrainer` reads such batches. transformers' ``Trainer``
+    makes a dict of them and fails, unless a subclass has ``_prepare_inputs`` return
+    ``inputs.to(self.args.device)``.
+
     Args:
         examples: Packed trajectories, one each, with their ids in the dataset. One with a
             multiplicity counts that often.

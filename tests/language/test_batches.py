@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ from hypothesis import strategies as st
 from tensordict import TensorDict, TensorDictBase
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
 
-from iwsft import ImportanceWeightedMLE
+from iwsft import CausalLMPolicy, ImportanceWeightedMLE
 from iwsft.language.batches import EpochBatches, EpochSampler, TrajectoryDataset, collate
+from iwsft.language.loss import token_loss
 from iwsft.samplers import TrajectorySampler
 from iwsft.trajectory import (
     ASSISTANT_MASK,
@@ -26,6 +29,7 @@ from iwsft.trajectory import (
     TOKENS,
     TRAJ_IDS,
 )
+from tests.language import tiny
 
 
 def dataset(sizes: list[int], multiplicity: list[int] | None = None) -> TensorDict:
@@ -315,3 +319,29 @@ def test_first_tokens_are_taken_out_of_the_assistant_mask() -> None:
     for trajectories in (data, all_on):
         masks = [TrajectoryDataset(trajectories)[k].get(ASSISTANT_MASK).tolist() for k in range(3)]
         assert masks == [[False, True, True], [False], [False, True, True, True]]
+
+
+def test_a_trainer_of_ones_own_reads_the_batches(tmp_path: Path) -> None:
+    """As the docstring of ``collate`` says; the truth is transformers' own likelihood."""
+    model, data = tiny.model(), tiny.trajectories()
+    loss = token_loss(CausalLMPolicy(model), proposal="reference")
+
+    class Own(Trainer):
+        def _prepare_inputs(self, inputs: Any) -> Any:
+            return inputs.to(self.args.device)
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **settings: Any) -> Any:
+            return loss(inputs)["loss_iw_mle"]
+
+    settings = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    args = TrainingArguments(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=tiny.ENTRIES, **settings
+    )
+    expected = []
+    for number in range(tiny.ENTRIES):
+        own = data[data[TRAJ_IDS] == number]
+        labels = own[TOKENS].masked_fill(~own[ASSISTANT_MASK], -100)
+        with torch.no_grad():
+            expected.append(float(model(own[TOKENS][None], labels=labels[None]).loss))
+    run = Own(model, args, train_dataset=TrajectoryDataset(data), data_collator=collate)
+    assert run.train().training_loss == pytest.approx(sum(expected) / tiny.ENTRIES, rel=1e-5)
