@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from iwsft.datasets.text.names import snake_case, unquoted
-from iwsft.datasets.text.sources import Record, records, row_named
+from iwsft.datasets.text.sources import Record, lists_records, records, row_named
 
 Message = Mapping[str, Any]
 
@@ -154,8 +154,10 @@ def to_row(record: Record, where: str) -> Row:
         for column in ("prompt", "completion"):
             if column not in record:
                 columns = ", ".join(map(str, record)) or "none"
-                problem = f"column {column!r} is missing, and so is 'messages'"
-                raise ValueError(f"{problem}; rename one of the columns ({columns})")
+                way_out = f"rename one of the columns ({columns})"
+                if lists := [name for name, value in record.items() if lists_records(value)]:
+                    way_out = f"save the list {lists[0]!r} as the whole file"
+                raise ValueError(f"column {column!r} is missing, and so is 'messages'; {way_out}")
         prompt = check_text(record["prompt"], "prompt")
         completion = check_text(record["completion"], "the completion", filled=True)
         turns = ({"role": "user", "content": prompt}, {"role": ASSISTANT, "content": completion})

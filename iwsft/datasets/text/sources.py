@@ -53,6 +53,12 @@ def dataset_commit(name: str, config: str | None = None) -> str:
     return str(datasets.load_dataset_builder(name, config, revision=revision or None).hash)
 
 
+def lists_records(value: Any) -> bool:
+    """Whether a column lists records, and not the messages of a conversation."""
+    listed = value if isinstance(value, list) else []
+    return any(isinstance(x, Mapping) and not x.keys() & {"role", "from"} for x in listed)
+
+
 @contextmanager
 def row_named(where: str) -> Iterator[None]:
     """Name the place of a row in a ValueError of the block."""

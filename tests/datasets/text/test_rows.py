@@ -73,6 +73,8 @@ def test_keys_that_arrow_fills_with_none_are_absent_from_messages(tmp_path):
         ({"question": "a", "answer": "b"}, "column 'prompt' is missing.*question, answer.$"),
         ({"prompt": "a"}, "column 'completion' is missing"),
         ({"conversations": []}, "column 'prompt' is missing.*conversations"),
+        ({"conversations": [{"from": "gpt", "value": "a"}]}, "rename .*columns .conversations.$"),
+        ({"version": 1, "data": [PAIR]}, "missing.*save the list 'data' as the whole file$"),
         ({"prompt": "a", "completion": None}, "the completion must be text, it is missing"),
         ({"prompt": "a", "completion": " \n"}, "the completion is empty"),
         ({"prompt": 3, "completion": "a"}, "prompt must be text, it is of type int"),
