@@ -57,6 +57,9 @@ def read_questions(name: str, *, seed: int = 0, limit: int | None = None) -> Que
     ``seed`` draws the order of GPQA's choices, which is the same for all answers to a question.
     """
     name, _, file = name.partition("=")
+    if not file and Path(name).suffix.startswith((".json", ".parquet")):
+        example, known = f"--tasks gsm8k={name}", ", ".join(TASKS)
+        raise ValueError(f"{name} is a file: write NAME=FILE, as {example}; NAME is one of {known}")
     check_known("task", name, list(TASKS))
     task = TASKS[name]
     if file:

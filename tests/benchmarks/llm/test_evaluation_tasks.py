@@ -138,6 +138,11 @@ def test_no_network_says_how_to_do_without(monkeypatch: pytest.MonkeyPatch) -> N
     ("said", "rows", "message"),
     [
         ("math500", None, "unknown task 'math500'; did you mean 'math-500'"),
+        (
+            "{}/q.jsonl",
+            None,
+            "q.jsonl is a file: write NAME=FILE, as --tasks gsm8k=/.*q.jsonl; NAME",
+        ),
         ("gsm8k={}/nowhere.jsonl", None, "there is no file"),
         ("gsm8k={}/data.txt", None, "is not data that can be read"),
         ("gsm8k={}/data.jsonl", [], "holds no question"),
