@@ -31,7 +31,19 @@ _USES = {
 
 
 def main() -> None:
-    """Run the command that the command line names."""
+    """Run the command that the command line names; a reader such as head may stop reading."""
+    try:
+        try:
+            _run()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError as error:
+        # Python would try to write the rest when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from error
+
+
+def _run() -> None:
     name = "python -m benchmarks" if sys.argv[0].endswith("__main__.py") else "iwsft"
     first, rest = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
     if first in ("-h", "--help"):

@@ -318,6 +318,16 @@ def test_a_command_is_named_as_the_help_names_it(monkeypatch: pytest.MonkeyPatch
         assert program("llm evaluate") == (named or "python -m benchmarks.llm evaluate")
 
 
+@pytest.mark.parametrize("words", [["--help"], ["evaluate", "--help"]], ids=" ".join)
+def test_a_reader_that_stops_reading_is_no_error(words: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "benchmarks", *words]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 1 and done.stderr in ("", "error: Broken pipe\n")
+
+
 def test_the_shell_sees_one_line_and_status_1() -> None:
     command = [sys.executable, "-m", "benchmarks.d4rl", "--algo", "iw-sftq"]
     done = subprocess.run(command, capture_output=True, text=True)
