@@ -216,6 +216,8 @@ def train_and_score(run: Run) -> None:
     # DeepSpeed calls torch by deprecated names at each gather, PEFT calls transformers so.
     for module in ("torch.distributed", "transformers"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+    # Told when the rows were checked.
+    warnings.filterwarnings("ignore", message=".*: not read: |max_length=.* cut ")
     first = os.environ.get("RANK", "0") == "0"
     with alone_in(run.folder, wait=False) if first else nullcontext():
         if first:
