@@ -404,4 +404,5 @@ def _show(runs: Sequence[Run], summary: Summary) -> None:
     cards = [card for run in runs if (card := write_card(run.folder))]
     print(summary, *(f"Model, with its card: {card.parent}" for card in cards), sep="\n")
     if cards:
-        print(f"Next: {program('llm evaluate')} --model {cards[-1].parent}")
+        asked = f"{program('llm evaluate')} --model {cards[-1].parent} --tasks NAME=FILE"
+        print(f"Next: {asked} grades answers to questions of your own")

@@ -100,7 +100,7 @@ def test_it_ends_in_a_model_a_table_a_figure_and_a_card(
     place = folder / "iw-sft-q" / "seed-0" / "checkpoint"
     assert (place / "adapter_model.safetensors").exists() == bool(adapters)
     # What the next command asks for.
-    assert f"evaluate --model {place}" in printed
+    assert f"evaluate --model {place} --tasks NAME=FILE" in printed
     asked, base = (load_prompter(str(each)) for each in (place, tiny_qwen2))
     assert (asked.stop, asked.context) == (base.stop, base.context)
     if adapters:
@@ -251,6 +251,16 @@ def test_one_prompt_has_no_interval(finetune: Callable[..., str], tmp_path: Path
     assert "(no interval)" in card.read_text()
 
 
+def test_columns_that_are_not_read_and_cuts_are_told_once(
+    finetune: Callable[..., str], recwarn: pytest.WarningsRecorder
+) -> None:
+    rows = [{**chat(k, 3), "id": k} for k in range(20)]
+    finetune(rows, "--algo", "base", "sft", "--max-length", "26")
+    told = [str(each.message) for each in recwarn]
+    for words in ("not read: 'id'", "max_length=26 cut "):
+        assert sum(words in each for each in told) == 1
+
+
 @pytest.mark.parametrize(
     ("rows", "flags", "message"),
     [
@@ -263,7 +273,7 @@ def test_one_prompt_has_no_interval(finetune: Callable[..., str], tmp_path: Path
         (SCORED, "--eval-data ROWS --eval-share 0.5", "pass one of them"),
         (SCORED, "--model nowhere/at-all", "there is no folder nowhere/at-all"),
         (SCORED, "--model nowhere/at/all", "there is no model folder nowhere/at/all"),
-        ([dict(row, correct=False) for row in SCORED], "", "all 40 rows are wrong"),
+        ([dict(row, correct=False) for row in SCORED], "", r"all rows are wrong .* rows: 40\)"),
         ([{"text": "a"}], "", "rows.jsonl:1: column 'prompt' is missing"),
         (SCORED, "--lora-rank 0", "--lora-rank 0: at least 1"),
         (NEGATIVE, "--algo iw-sft", "rows.jsonl:2: the weight is negative, .* --no-self-normalize"),
