@@ -424,4 +424,4 @@ def _check_values(value: Tensor, segments: Segments, key: NestedKey) -> None:
     bad = torch.nonzero(~rows & segments.valid.reshape(-1))
     if len(bad):
         first = int(bad[0])
-        raise ValueError(f"{key!r} is NaN or infinite at {len(bad)} steps, first at step {first}")
+        raise ValueError(f"{key!r} is NaN or infinite (steps: {len(bad)}, first: {first})")

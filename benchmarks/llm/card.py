@@ -98,10 +98,11 @@ def _lines(
     commits = [settings.get(f"{name}_commit") for name in ("model", "data")]
     of_model, of_data = (f" at commit {commit}" if commit else "" for commit in commits)
     yield f"- Model: `{model}`{of_model}{', with LoRA adapters' if adapters else ''}"
-    yield f"- Data: `{data}`{of_data}; {result['trajectories']} rows are {curated}"
+    yield f"- Data: `{data}`{of_data}; rows: {result['trajectories']}, {curated}"
     yield f"- Algorithm: {algo}, q is {_Q[result['proposal']]}"
+    updates = "update" if result["steps"] == 1 else "updates"
     yield (
-        f"- Training: {result['steps']} updates of {training['batch_size']} rows, learning rate "
+        f"- Training: {result['steps']} {updates} of {training['batch_size']} rows, learning rate "
         f"{training['learning_rate']:g}, seed {settings['seed']}"
     )
     yield f"- Command: `{config['command']}`"

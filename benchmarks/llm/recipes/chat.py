@@ -74,7 +74,7 @@ class ChatRecipe(Recipe):
             groups = sorted(filter(self.testable, by_prompt(held_out)), key=_digest)
             if not groups:
                 name = sources.eval_data
-                raise ValueError(f"none of the {len(held_out)} rows of {name} can be tested on")
+                raise ValueError(f"no row of {name} can be tested on (rows: {len(held_out)})")
         elif share is not None:
             rows, groups = self.split(rows, share)
         tested = by_prompt(rows) if groups is None else groups
@@ -105,7 +105,8 @@ class ChatRecipe(Recipe):
         training = [row for group in groups if id(group) not in chosen for row in group]
         good = sum(row.correct is not False for row in training)
         if training and not good and not held_out:
-            raise ValueError(f"all {len(rows)} rows are wrong ('correct': false); add right ones")
+            wrong = f"all rows are wrong ('correct': false; rows: {len(rows)})"
+            raise ValueError(f"{wrong}; add right ones")
         if not held_out or not good:
             wrong = f", {len(training) - good} wrong ones aside" if len(training) > good else ""
             raise ValueError(

@@ -128,7 +128,7 @@ def correct_only(trajectories: TensorDictBase) -> TensorDictBase:
     """Keep the packed trajectories that a checker accepted, at least one: the paper's D+."""
     correct = _correct(trajectories)
     if not bool(correct.any()):
-        raise ValueError(f"none of the {len(correct)} rows is correct; take other rows")
+        raise ValueError(f"no row is correct (rows: {len(correct)}); take other rows")
     return select(trajectories, correct.nonzero().squeeze(-1))
 
 
@@ -149,7 +149,9 @@ def weigh_correct(
     correct = _correct(trajectories)
     if bool(correct.all()) or not bool(correct.any()):
         kind = "right" if bool(correct.all()) else "wrong"
-        raise ValueError(f"all {len(correct)} rows are {kind}; take right and wrong answers")
+        raise ValueError(
+            f"all rows are {kind} (rows: {len(correct)}); take right and wrong answers"
+        )
     mask = trajectories.get(ASSISTANT_MASK)
     weight = torch.where(trajectories.get(CORRECT), right, wrong) * mask
     given = trajectories.get(DATA_WEIGHT, default=torch.ones_like(weight))
@@ -206,7 +208,8 @@ def _encode(
         if not any(weights[1:max_length]):
             first = next(number for number, weight in enumerate(weights) if weight)
             problem = f"max_length={max_length} cuts off all that is trained, from token {first} on"
-            raise ValueError(f"{problem}; raise max_length, or drop the row")
+            way_out = "drop the row, or raise max_length up to the model's context"
+            raise ValueError(f"{problem}; {way_out}")
     weight = torch.tensor([0.0, *weights[1:max_length]], dtype=torch.float64)
     ids = torch.tensor(encoded.ids[:max_length])
     given = torch.full_like(weight, math.nan, dtype=torch.float32)

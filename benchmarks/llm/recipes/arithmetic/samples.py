@@ -199,7 +199,7 @@ def usable(source: str) -> list[Row]:
         if split_of(problem) == "train":
             usable.append(row)
     if not usable:
-        raise ValueError(f"all {len(rows)} rows are on held-out problems, which the test asks")
+        raise ValueError(f"all rows are on held-out problems, which the test asks ({len(rows)})")
     if len(usable) < len(rows):
         warnings.warn(
             f"{len(rows) - len(usable)} of {len(rows)} rows are on held-out problems: left out",
