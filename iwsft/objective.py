@@ -14,7 +14,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import dispatch
 from torch import Tensor, nn
 
-from iwsft.chain import Chain, Reference, Weights
+from iwsft.chain import Chain, Reference, Weights, check_chain
 from iwsft.policies.log_prob import (
     evaluating,
     finite_padding,
@@ -141,6 +141,7 @@ class ImportanceWeightedMLE(PolicyLoss):
             raise ValueError(f"reduction must be 'none', 'mean' or 'sum', not {reduction!r}")
         lagged = proposal == "lagged" and hold_q
         super().__init__(policy, lagged=lagged, functional=functional)
+        check_chain("importance_weights", importance_weights)
         chain = importance_weights or ImportanceWeights()
         chain = chain if reference is None else replace(chain, reference=reference)
         chain.check_proposal(proposal, policy)

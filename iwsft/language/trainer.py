@@ -16,6 +16,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from iwsft.chain import check_chain
 from iwsft.datasets.text.rows import read
 from iwsft.datasets.text.tokens import CORRECT, correct_only, tokenize
 from iwsft.extras import named
@@ -113,6 +114,7 @@ class ImportanceWeightedTrainer(WeightedTrainer):
         args = ImportanceWeightedConfig() if args is None else args
         if not isinstance(args, ImportanceWeightedConfig):
             raise TypeError(f"args must be ImportanceWeightedConfig, not {type(args).__name__}")
+        check_chain("importance_weights", importance_weights)
         if args.max_length is not None and train_dataset is None and eval_dataset is None:
             cut = "give it to tokenize, which makes trajectories"
             raise ValueError(f"max_length={args.max_length} cuts rows of text alone: {cut}")

@@ -20,6 +20,7 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor, nn
 
+from iwsft.chain import check_chain
 from iwsft.datasets.text.rows import ASSISTANT, is_number, turn_weight
 from iwsft.extras import named
 from iwsft.language.batches import collate
@@ -90,6 +91,7 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
         **settings: Any,
     ) -> None:
         check_q(proposal, sync_every, ema_decay)
+        check_chain("importance_weights", importance_weights)
         _check(args, settings)
         weights = importance_weights
         if weights is not None and (weights.reference == "synced" or weights.reads):

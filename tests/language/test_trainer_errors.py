@@ -15,9 +15,10 @@ from tiny import losses, model, trainer, trajectories
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
-from iwsft import ImportanceWeights, weights
+from iwsft import CausalLMPolicy, ImportanceWeights, weights
 from iwsft.checkpoint import CheckpointError
 from iwsft.language import ImportanceWeightedConfig, ImportanceWeightedTrainer, saving
+from iwsft.language.loss import token_loss
 from iwsft.trajectory import STANDARD_SCORE
 
 SAVED: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
@@ -51,6 +52,14 @@ CACHED = {**SAVED, "proposal": "cached", "sync_every": 3}
 def test_settings(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("chain", ["auto", [], [weights.Temperature(2.0)]], ids=str)
+def test_weights_that_are_no_chain(tmp_path: Path, chain: Any) -> None:
+    with pytest.raises(TypeError, match=r"importance_weights=.* must be a chain: Imp"):
+        trainer(tmp_path, importance_weights=chain)
+    with pytest.raises(TypeError, match=r"importance_weights=.* must be a chain: Imp"):
+        token_loss(CausalLMPolicy(model()), importance_weights=chain)
 
 
 def test_settings_without_effect_are_named(tmp_path: Path) -> None:

@@ -280,6 +280,7 @@ def test_evaluation_is_trls(model: Any, tmp_path: Path) -> None:
             {"importance_weights": SUM, "gradient_accumulation_steps": 2},
             "compares the weights of an update, divided here into 2",
         ),
+        ({"importance_weights": "auto"}, "importance_weights='auto' must be a chain"),
         ({"importance_weights": LARGE}, r"of 5 steps a weight of at least exp\(250\)"),
         ({"rows": IterableDataset.from_generator(lambda: iter(ROWS))}, r"a datasets\.Dataset"),
         ({"rows": [{**ROWS[0], "weight": "1"}]}, "row 0: weight must be a finite number, it"),
@@ -295,7 +296,7 @@ def test_evaluation_is_trls(model: Any, tmp_path: Path) -> None:
 def test_what_it_can_not_do_is_refused(
     model: Any, tmp_path: Path, own: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises((ValueError, OverflowError), match=message) as refused:
+    with pytest.raises((ValueError, OverflowError, TypeError), match=message) as refused:
         in_trl(tmp_path, model, **own)
     assert "\n" not in str(refused.value)
 
