@@ -24,6 +24,7 @@ from iwsft.trajectory import (
     SUCCESS_RATE,
     TOKENS,
     TRAJ_IDS,
+    check_tensordict,
     lengths,
     pad,
     select,
@@ -43,11 +44,13 @@ class TrajectoryDataset(Dataset[TensorDictBase]):
     ``reweight``. Their assistant mask is turned off at first tokens, which nothing predicts.
 
     Raises:
+        TypeError: These are no trajectories, such as what ``tokenize`` returns as a whole.
         KeyError: Tokens or masks are missing.
         ValueError: A multiplicity is negative, changes within a trajectory, or is 0 everywhere.
     """
 
     def __init__(self, trajectories: TensorDictBase) -> None:
+        check_tensordict(trajectories)
         present = set(trajectories.keys(True, True))
         for key in (TOKENS, ATTENTION_MASK, ASSISTANT_MASK, TRAJ_IDS):
             if key not in present:
@@ -113,7 +116,7 @@ def collate(
     examples: Sequence[TensorDictBase],
     *,
     layout: Layout = "padded",
-    pad_token_id: int = 0,
+    pad_token_id: int | None = 0,
     multiple_of: int = 8,
 ) -> TensorDict:
     """One batch of trajectories, in the order of their ids.
@@ -130,7 +133,7 @@ def collate(
             multiplicity counts that often.
         layout: ``"padded"`` for ``[B, T]``, padded on the right where the masks are False, or
             ``"packed"`` for ``[N]``, trajectories back to back without padding.
-        pad_token_id: Token in the padding; readers tell padding by the masks.
+        pad_token_id: Token in the padding, 0 for None; readers tell padding by the masks.
         multiple_of: Number that T is a multiple of, the least that fits the longest trajectory.
 
     Returns:
@@ -149,7 +152,7 @@ def collate(
     length = -(-longest // multiple_of) * multiple_of
     padded = pad(packed, length).exclude(MASK)
     attention = padded.get(ATTENTION_MASK)
-    padded.set(TOKENS, padded.get(TOKENS).masked_fill(~attention, pad_token_id))
+    padded.set(TOKENS, padded.get(TOKENS).masked_fill(~attention, pad_token_id or 0))
     return padded
 
 
@@ -302,7 +305,7 @@ class EpochSampler:
         *,
         token_budget: int | None = None,
         layout: Layout = "padded",
-        pad_token_id: int = 0,
+        pad_token_id: int | None = 0,
         multiple_of: int = 8,
         seed: int = 0,
     ) -> None:

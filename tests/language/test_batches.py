@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -114,6 +115,17 @@ def test_padding_that_is_eos_does_not_hide_it():
     batch = collate([entries[0], entries[1]], pad_token_id=2, multiple_of=1)
     assert batch.get(ASSISTANT_MASK)[0].tolist() == [False, True, True, False, False]
     assert batch.get(TOKENS)[0].tolist() == [7, 8, 2, 2, 2]
+
+
+def test_a_tokenizer_without_a_pad_token_pads_with_0():
+    batch = EpochSampler(dataset([3, 5]), 2, pad_token_id=None, multiple_of=1).sample()
+    assert batch.get(TOKENS)[0].tolist() == [1, 2, 3, 0, 0]
+
+
+def test_what_tokenize_returns_has_the_trajectories():
+    whole = SimpleNamespace(trajectories=dataset([3, 5]))
+    with pytest.raises(TypeError, match="not a SimpleNamespace; pass its .trajectories"):
+        EpochSampler(whole, 2)  # type: ignore[arg-type]
 
 
 def test_examples_that_cannot_be_in_one_batch():
