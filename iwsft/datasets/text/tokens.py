@@ -79,9 +79,13 @@ def tokenize(
     Raises:
         ValueError: There are no rows, a row can't be encoded, the part to train on is cut off, or
             only some rows have an optional column; the message names the row.
+        TypeError: These are records, which ``read`` makes rows of.
     """
     if not rows:
         raise ValueError("there is no row to tokenise")
+    if not isinstance(rows[0], Row):
+        kind = type(rows[0]).__name__
+        raise TypeError(f"rows are what iwsft.language.read returns, this is of type {kind}")
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length={max_length} leaves nothing to train on; it is at least 2")
     columns = _columns(rows)

@@ -141,6 +141,11 @@ def test_correct_filters_and_count_counts():
         correct_only(weighted)
 
 
+def test_records_are_read_before_they_are_tokenised():
+    with pytest.raises(TypeError, match=r"what iwsft.language.read returns, .* type dict"):
+        tokenize([{"prompt": "a", "completion": "b"}], byte_level(CHATML))
+
+
 def test_truncation_is_counted_and_reported():
     tokenizer = byte_level(CHATML)
     whole = tokenize(rows(), tokenizer)
