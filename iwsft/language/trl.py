@@ -8,6 +8,7 @@ trainer = ImportanceWeightedSFTTrainer("Qwen/Qwen2.5-0.5B", args=SFTConfig("runs
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -69,6 +70,8 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
     float32 copy of the trained parameters, and each batch runs forward once more. All other
     arguments are those of SFTTrainer.
 
+    A warning counts the rows that ``max_length`` of SFTConfig cuts, or of which it leaves nothing.
+
     A ValueError says that settings of TRL make another loss or cut trajectories into parts, that
     rows are not all there at the start, or that settings do not fit together.
     """
@@ -116,6 +119,7 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
         check_engine(self, self._loss.importance_weights, whole=proposal == "reference")
         self._collate = partial(collate, pad_token_id=self._tokenizer.pad_token_id or 0)
         self._read_dataset()
+        self._tell_of_cuts(len(settings["train_dataset"]))
         self.data_collator: Any = _WithPlaces(self.data_collator)
 
     def _prepare_dataset(
@@ -137,13 +141,14 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
         sizes = [len(row) for row in ids]
         packed = "seq_lengths" in self.train_dataset.column_names
         parts = chain.from_iterable(self.train_dataset["seq_lengths"]) if packed else sizes
-        tokens_of = torch.tensor([*parts])
+        tokens_of = torch.tensor([*parts], dtype=torch.int64)
         trajectory = torch.arange(len(tokens_of)).repeat_interleave(tokens_of)
-        trained = torch.tensor([*chain.from_iterable(labels)]) != _IGNORED
+        trained = torch.tensor([*chain.from_iterable(labels)], dtype=torch.int64) != _IGNORED
         # Nothing predicts the first token of a trajectory.
         trained[tokens_of.cumsum(0) - tokens_of] = False
         if not bool(trained.any()):
-            raise ValueError("there is no token to train on: all labels are -100")
+            most = f"within max_length={self.args.max_length} of SFTConfig"
+            raise ValueError(f"there is no token to train on {most}: all labels are -100")
         if self._proposal != "reference":
             self._loss.importance_weights.check_overflow(int(trajectory[trained].bincount().max()))
         tokens = torch.tensor([*chain.from_iterable(ids)])
@@ -167,6 +172,19 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
         self._longest = max(sizes)
         starts = torch.tensor([0, *sizes[:-1]]).cumsum(0).tolist()
         self.train_dataset = self.train_dataset.add_column(_PLACE, starts)
+
+    def _tell_of_cuts(self, rows: int) -> None:
+        """Warn of rows that TRL has cut, or left out, which it does in silence."""
+        trained = self._trajectories.get(TRAJ_IDS)[self._trajectories.get(ASSISTANT_MASK)].unique()
+        sizes, most = lengths(self._trajectories)[trained], self.args.max_length
+        longest = 0 if most is None else int((sizes == most).sum())
+        if longest or len(sizes) < rows:
+            left_out = (
+                f"TRL leaves out {rows - len(sizes)} of {rows} rows, of which it trains nothing"
+            )
+            cut = f"cuts rows to max_length={most}, which {longest} reach"
+            way_out = "raise max_length in SFTConfig, or set it to None"
+            warnings.warn(f"{left_out}, and {cut}; {way_out}", stacklevel=3)
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the column of places in the dataset."""

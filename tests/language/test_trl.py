@@ -265,6 +265,21 @@ def test_evaluation_is_trls(model: Any, tmp_path: Path) -> None:
     assert ours.evaluate()["eval_loss"] == theirs.evaluate()["eval_loss"] > 0
 
 
+@pytest.mark.parametrize("own", [{}, {"packing": True}], ids=["padded", "packed"])
+def test_rows_that_trl_cuts_or_leaves_out_are_told(
+    model: Any, tmp_path: Path, recwarn: pytest.WarningsRecorder, own: dict[str, Any]
+) -> None:
+    """A token is a byte, and a row ends with an EOS: 9, 21, 61 and 81 tokens."""
+    rows = [{"prompt": "p" * n, "completion": "c" * n} for n in (4, 10, 30, 40)]
+    in_trl(tmp_path, model, rows=rows, max_length=100, **own)
+    assert not [each for each in recwarn if "TRL" in str(each.message)]
+    told = r"leaves out 2 of 4 rows, .* max_length=20, which 1 reach; raise max_length in SFTConfig"
+    with pytest.warns(UserWarning, match=told):
+        in_trl(tmp_path, model, rows=rows, max_length=20, **own)
+    with pytest.raises(ValueError, match="there is no token to train on within max_length=3 of"):
+        in_trl(tmp_path, model, rows=rows, max_length=3, **own)
+
+
 @pytest.mark.parametrize(
     ("own", "message"),
     [
