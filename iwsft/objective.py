@@ -297,9 +297,9 @@ class ImportanceWeightedMLE(PolicyLoss):
         """The outputs beside the loss: float32, from sums in float64."""
         counts = terms.share > 0
         unknown = torch.full_like(weight, torch.nan)
-        reference, kl = terms.reference, unknown
-        if reference is not None:
-            kl = torch.where(counts, reference - terms.log_prob, 0)
+        kl = unknown
+        if terms.reference is not None:
+            kl = torch.where(counts, terms.reference - terms.log_prob, 0)
         top = torch.where(counts, terms.log_weight, -torch.inf).amax()
         # Over the largest weight, so that squares neither overflow nor all vanish.
         relative = (terms.log_weight - top).clamp(max=0).exp()
@@ -360,7 +360,10 @@ class ImportanceWeightedMLE(PolicyLoss):
                 problem = f"trajectory {int(empty[0])} of the batch has every step masked"
                 way_out = f"drop it, or correct its mask ({self.loss_mask_key!r})"
                 raise ValueError(f"{problem}; {way_out}")
-        share = segments.step_shares
+        if segments.single_steps:
+            share = torch.ones(segments.shape, dtype=torch.float64)
+        else:
+            share = 1.0 / segments.spread(segments.lengths.clamp(min=1)).double()
         multiplicity = self._entry(batch, self.tensor_keys.multiplicity, segments)
         return segments.where_valid(share if multiplicity is None else share * multiplicity)
 

@@ -100,13 +100,6 @@ class Segments:
         index = _first_steps(batch, ids, shape, traj_ids).cumsum(0) - 1
         return cls(shape, index, mask, int(index[-1]) + 1 if on_host(index) else steps)
 
-    @property
-    def step_shares(self) -> Tensor:
-        """1 / length of each step's trajectory, float64, in the layout of the batch."""
-        if self.single_steps:
-            return torch.ones(self.shape, dtype=torch.float64)
-        return 1.0 / self.spread(self.lengths.clamp(min=1)).double()
-
     def where_valid(self, x: Tensor) -> Tensor:
         """``x`` on valid steps, 0 where masked; not a product, for padding may hold NaN."""
         return x if self.mask is None else torch.where(self.valid, x, 0)
