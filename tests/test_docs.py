@@ -36,6 +36,17 @@ def test_rows_of_tables_have_the_cells_of_their_headings() -> None:
             assert len(set(cells)) == 1, f"{path.name}: {table.splitlines()[0]}"
 
 
+def test_names_of_functions_in_the_guide_for_contributors_are_those_of_the_code() -> None:
+    root = DOCS.parent
+    packages = (root / name for name in ("iwsft", "baselines", "benchmarks"))
+    code = "".join(path.read_text() for package in packages for path in package.rglob("*.py"))
+    defined = set(re.findall(r"(?:def|class) (\w+)", code))
+    text = (root / "CONTRIBUTING.md").read_text()
+    ways = text.partition("## The way of a control run")[2].partition("## Each word")[0]
+    named = set(re.findall(r"`(?:[\w.]+\.)?([A-Z]\w+|\w+_\w+)`", ways))
+    assert len(named) > 10 and named <= defined, named - defined
+
+
 def test_the_quickstart_finds_what_it_trained(folder: Path) -> None:
     (code,) = blocks("quickstart.md")
     names: dict[str, Any] = {}
