@@ -192,7 +192,7 @@ class Training:
     yours."""
     estimator: Estimator = "steps"
     """Batches of single steps with cached weights (q synced hard), or the paper's batches of whole
-    trajectories (q a moving average): the same expected loss at a hundredth of the cost."""
+    trajectories (q a moving average): the same expected loss at a small part of the cost."""
     steps: Annotated[
         int | None,
         option("INT", "Table 4, or the baseline's own number", aliases=("--max-steps",)),
