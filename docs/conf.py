@@ -65,7 +65,7 @@ def _follow_links(app: Any, page: str, source: list[str]) -> None:
     link = rf"[\1]({_repository}/blob/main/\2)" if _repository else r"\1"
     text = re.sub(inside, link, source[0])
     source[0] = re.sub(
-        r"\[([^\]]+)\]\((results/[\w.]+(?:html|json))\)", r'<a href="\2">\1</a>', text
+        r"\[([^\]]+)\]\((results/[\w.-]+(?:html|json))\)", r'<a href="\2">\1</a>', text
     )
 
 
