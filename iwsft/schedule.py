@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -33,6 +34,8 @@ class Schedule:
     clip_norm: float = math.inf
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.steps, Integral) and isinstance(self.warmup, Integral)):
+            raise ValueError(f"{self}: steps and warmup must be whole numbers; 1e4 is none")
         if self.steps < 1 or not 0 < self.lr < math.inf or self.warmup < 0:
             raise ValueError(f"{self}: steps and lr must be positive, warmup not negative")
         # The update after the warm-up is the first one with the learning rate lr.

@@ -36,6 +36,8 @@ def test_a_constant_rate_stays() -> None:
     "wrong",
     [
         {"steps": 0},
+        {"steps": 1e4},
+        {"warmup": 0.1},
         {"lr": 0.0},
         {"lr": -1.0},
         {"lr": math.nan},
