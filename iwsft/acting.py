@@ -108,6 +108,10 @@ def acting(
 
 def check_keys(policy: TensorDictModuleBase, *, name: str = "the policy") -> None:
     """Check that a policy reads only ``READABLE`` and writes ``action``; ``name`` is its name."""
+    if not isinstance(policy, TensorDictModuleBase):
+        kind, keys = type(policy).__name__, f"[{OBSERVATION!r}], [{ACTION!r}]"
+        way_out = f"wrap it: tensordict.nn.TensorDictModule(policy, {keys})"
+        raise TypeError(f"{name} is a {kind}, and must be a TensorDictModule; {way_out}")
     missing = [key for key in unravel_key_list(list(policy.in_keys)) if key not in READABLE]
     if missing:
         raise ValueError(f"{name} reads {missing}; an environment gives only {READABLE}")

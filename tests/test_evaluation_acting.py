@@ -9,7 +9,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, exploration_type
 
-from iwsft.acting import ROWS, PolicyInputs, act, acting, check_sizes
+from iwsft.acting import ROWS, PolicyInputs, act, acting, check_keys, check_sizes
 from iwsft.policies.gaussian import GaussianPolicy
 
 
@@ -139,3 +139,10 @@ def test_sizes_are_checked_in_one_call_of_first_steps() -> None:
         check_sizes(module, one, (1,), "Mine-v0", name="it")
     with pytest.raises(ValueError, match=r"^it cannot act on Mine-v0, whose .* size 3"):
         check_sizes(GaussianPolicy(4, 2), one, (2,), "Mine-v0", name="it")
+
+
+def test_what_is_no_tensordict_module_is_named_with_the_way_to_make_it_one() -> None:
+    network = nn.Linear(3, 2)
+    with pytest.raises(TypeError, match=r"the policy is a Linear, .*TensorDictModule\(policy, \["):
+        check_keys(network)  # type: ignore[arg-type]
+    check_keys(TensorDictModule(network, ["observation"], ["action"]))
