@@ -284,8 +284,7 @@ class ImportanceWeightedMLE(PolicyLoss):
         # Where q excludes an action that the policy excludes, 0 times infinity makes a NaN.
         excluded = on_host(draws) and float(out["log_prob"]) == -torch.inf
         if excluded and bool(out[LOSS].isnan().any()):
-            steps = (terms.log_prob == -torch.inf).flatten()
-            number = int(terms.segments.index[steps][0])
+            number = int(terms.segments.index[(terms.log_prob == -torch.inf).flatten()][0])
             raise FloatingPointError(
                 f"log p is -inf at a step of trajectory {number} of the batch, and its weight is "
                 "0, so the loss is NaN: mask the step, or take a policy that does not exclude it"
