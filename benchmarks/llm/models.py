@@ -177,8 +177,9 @@ def locate(name: str, cache: Path | None = None) -> str:
             return str(path)
         files = [name for name in files if name.lower().endswith(".gguf")]
         if len(files) != 1:
-            content = ", ".join(files) or "no model"
-            raise ValueError(f"{path} holds {content}; pass one .gguf file, or another folder")
+            problem = f"{path} holds {', '.join(files) or 'no model'}"
+            hint = "".join(f" such as {x.parent}" for x in sorted(path.glob("*/config.json"))[-1:])
+            raise ValueError(f"{problem}; pass one .gguf file, or another folder{hint}")
         path /= files[0]
     if path.suffix.lower() == ".gguf":
         return str(_converted(path, cache))

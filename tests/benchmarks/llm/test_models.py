@@ -235,8 +235,14 @@ def test_a_gguf_file_with_a_wrong_byte_is_refused(
 
 
 def test_folders_that_hold_no_one_model(tiny_qwen2: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match=r"holds no model"):
+    with pytest.raises(ValueError, match=r"holds no model; .* or another folder$"):
         locate(str(tmp_path), tmp_path)
+    # As a run keeps it.
+    run = tmp_path / "run"
+    shutil.copytree(tiny_qwen2, run / "checkpoint")
+    (run / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"another folder such as .*/run/checkpoint$"):
+        locate(str(run), tmp_path)
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     (tmp_path / "b.gguf").write_bytes(b"GGUF")
     with pytest.raises(ValueError, match=r"holds a.gguf, b.gguf; pass one .gguf file"):
