@@ -61,6 +61,8 @@ class ImportanceWeightedConfig(TrainingArguments):
         super().__post_init__()
         if self.layout not in get_args(Layout):
             raise ValueError(f"layout={self.layout!r} must be one of {get_args(Layout)}")
+        if self.pad_to_multiple_of < 1:
+            raise ValueError(f"pad_to_multiple_of={self.pad_to_multiple_of} must be at least 1")
         check_q(self.proposal, self.sync_every, self.ema_decay, self.reference)
         for name, why in _REFUSED.items():
             if self._is_set(name):

@@ -35,6 +35,7 @@ CACHED = {**SAVED, "proposal": "cached", "sync_every": 3}
         ({"proposal": "lagged", "ema_decay": 1.0}, "must be in"),
         ({"proposal": "theta"}, "proposal='theta' must be one of"),
         ({"layout": "ragged"}, "layout='ragged' must be one of"),
+        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of=0 must be at least 1"),
         ({"load_best_model_at_end": True, "eval_strategy": "no"}, "load_best_model_at_end"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is not supported"),
         ({"dataloader_drop_last": True}, "dataloader_drop_last=True is not supported"),
