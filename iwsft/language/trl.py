@@ -22,7 +22,8 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from iwsft.chain import check_chain
-from iwsft.datasets.text.rows import ASSISTANT, is_number, turn_weight
+from iwsft.datasets.text.names import unquoted
+from iwsft.datasets.text.rows import ASSISTANT, is_number, says_wrong, turn_weight
 from iwsft.extras import named
 from iwsft.language.batches import collate
 from iwsft.language.config import check_engine, check_q
@@ -335,6 +336,14 @@ def _check_columns(rows: Dataset) -> None:
                 raise ValueError(
                     f"row {number}: TRL does not read {name!r} ({value!r:.40}); use "
                     "ImportanceWeightedTrainer, or drop such rows, or the column"
+                )
+    verdicts = [x for x in rows.column_names if says_wrong(x, True) or says_wrong(x, False)]
+    for name in verdicts:
+        for number, value in enumerate(rows[name]):
+            if says_wrong(name, unquoted(value)):
+                raise ValueError(
+                    f"row {number}: column {name!r} says that the row is wrong, and TRL trains on "
+                    "it; drop such rows, or the column"
                 )
     for number, weight in enumerate(rows[_WEIGHT] if _WEIGHT in rows.column_names else ()):
         if not is_number(weight):

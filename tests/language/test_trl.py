@@ -303,6 +303,8 @@ def test_rows_that_trl_cuts_or_leaves_out_are_told(
         ({"rows": [{**ROWS[0], "weight": 0.0}]}, "the column 'weight' is 0 everywhere"),
         ({"rows": SIGNED, "proposal": "reference"}, "'data_weight' is negative"),
         ({"rows": [{**ROWS[0], "correct": n == 0} for n in (0, 1)]}, "row 1: TRL does not read 'c"),
+        ({"rows": [{**ROWS[0], "is_correct": n == 0} for n in (0, 1)]}, "row 1: column 'is_cor"),
+        ({"rows": [{**ROWS[0], "failed": "yes"}]}, "row 0: column 'failed' says that the row is"),
         ({"rows": [{**ROWS[0], "count": 3}]}, r"row 0: TRL does not read 'count' \(3\)"),
         ({"rows": [{**ROWS[0], "ref_log_probs": [-1.0]}]}, "row 0: TRL does not read 'ref_log"),
         ({"rows": [{"messages": [TURN, {**TURN, "weight": 0.5}]}]}, "row 0: TRL does not read the"),

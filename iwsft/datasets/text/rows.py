@@ -299,7 +299,7 @@ def _check_unread(
         off = lower in switches and value in (True, False) and value != switches[lower]
         off |= lower == "loss_scale" and value not in (None, 1, [])
         known_wrong = name == "correct" or record.get("correct") not in (None, True)
-        if not known_wrong and _says_wrong(lower, value):
+        if not known_wrong and says_wrong(lower, value):
             problem = f"column {name!r} says that the row is wrong, and is not read"
             raise ValueError(f"{problem}; write 'correct': false, or drop it")
         repeats = lower in _REPEATS and value not in (None, 1)
@@ -326,8 +326,9 @@ def _check_unread(
     return tuple(name for name in given if name not in {*read, *_OPTIONAL})
 
 
-def _says_wrong(lower: str, value: Any) -> bool:
+def says_wrong(name: str, value: Any) -> bool:
     """Whether a column is a verdict, and a bad one."""
+    lower = snake_case(name)
     words = value if isinstance(value, list) and value else [value]
     words = [word.lower() if isinstance(word, str) else word for word in words]
     if _WRONG_NAME.fullmatch(lower):

@@ -80,7 +80,8 @@ def _values(source: Any, split: str | None, config: str | None) -> Iterator[tupl
         if split is not None or config is not None:
             raise ValueError(f"{path} is a file without splits and configurations; don't name one")
         return _parquet(path) if path.suffix.lower() == ".parquet" else _json(path)
-    named = None if isinstance(source, Path) or path.exists() else _HUB_NAME.fullmatch(source)
+    is_path = isinstance(source, Path) or path.exists() or path.suffix.lower() in _TABLES
+    named = None if is_path else _HUB_NAME.fullmatch(str(source))
     if named is None:
         files = f"a file that ends in {', '.join(_SUFFIXES)}"
         way_out = f"pass a folder, the name of a Hugging Face dataset, or {files}"

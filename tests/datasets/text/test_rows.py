@@ -292,8 +292,10 @@ def test_files_that_can_not_be_read(tmp_path):
     (tmp_path / "data.csv").write_text("a,b")
     with pytest.raises(ValueError, match="data.csv is not data that can be read: .*.jsonl"):
         read(tmp_path / "data.csv")
-    with pytest.raises(ValueError, match="not data that can be read"):
-        read("https://example.org/data set")
+    # Neither is the name of a dataset of the hub, which would be asked for it.
+    for name in ("https://example.org/data set", "none.csv"):
+        with pytest.raises(ValueError, match="not data that can be read"):
+            read(name)
 
 
 @pytest.mark.parametrize("error", [ConnectionError("offline"), FileNotFoundError("no such name")])
