@@ -417,4 +417,4 @@ def _check_values(value: Tensor, segments: Segments, key: NestedKey) -> None:
     bad = torch.nonzero(~rows & segments.valid.reshape(-1))
     if len(bad):
         first = int(bad[0])
-        raise ValueError(f"{key!r} is NaN or infinite (steps: {len(bad)}, first: {first})")
+        raise ValueError(f"{key!r} is NaN or infinite (steps: {len(bad)}), first at step {first}")
