@@ -293,7 +293,7 @@ def _poke(key: Any, value: float) -> Any:
         (lambda b: b.exclude("action"), KeyError, "action.* is missing; there are .*observation"),
         (lambda b: b.exclude(TRAJ_IDS), KeyError, "traj_ids"),
         (_set("action", torch.zeros(6, 2, dtype=torch.int64)), ValueError, "'action'.*int64"),
-        (_poke("observation", float("nan")), ValueError, "'observation' .*steps: 1, first: 4"),
+        (_poke("observation", float("nan")), ValueError, "'observation' .*steps: 1.*step 4"),
         (_poke("action", float("inf")), ValueError, "'action' is NaN or infinite"),
         (_poke(REF_LOG_PROB, float("-inf")), ValueError, "'ref_log_prob' is NaN or infinite"),
         (_poke(REWARD, float("nan")), ValueError, "'reward'.*NaN or infinite"),
