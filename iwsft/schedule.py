@@ -35,7 +35,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if not (isinstance(self.steps, Integral) and isinstance(self.warmup, Integral)):
-            raise ValueError(f"{self}: steps and warmup must be whole numbers; 1e4 is none")
+            raise ValueError(f"{self}: steps and warmup must be whole numbers (10000, not 1e4)")
         if self.steps < 1 or not 0 < self.lr < math.inf or self.warmup < 0:
             raise ValueError(f"{self}: steps and lr must be positive, warmup not negative")
         # The update after the warm-up is the first one with the learning rate lr.

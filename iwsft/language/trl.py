@@ -179,13 +179,14 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
         trained = self._trajectories.get(TRAJ_IDS)[self._trajectories.get(ASSISTANT_MASK)].unique()
         sizes, most = lengths(self._trajectories)[trained], self.args.max_length
         longest = 0 if most is None else int((sizes == most).sum())
-        if longest or len(sizes) < rows:
-            left_out = (
-                f"TRL leaves out {rows - len(sizes)} of {rows} rows, of which it trains nothing"
-            )
-            cut = f"cuts rows to max_length={most}, which {longest} reach"
-            way_out = "raise max_length in SFTConfig, or set it to None"
-            warnings.warn(f"{left_out}, and {cut}; {way_out}", stacklevel=3)
+        told, left_out = [], rows - len(sizes)
+        if left_out > 0:
+            told.append(f"leaves out {left_out} of {rows} rows, of which it trains nothing")
+        if longest:
+            told.append(f"cuts rows to max_length={most}, which {longest} reach")
+        if told:
+            way_out = "" if most is None else "; raise max_length in SFTConfig, or set it to None"
+            warnings.warn(f"TRL {', and '.join(told)}{way_out}", stacklevel=3)
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the column of places in the dataset."""

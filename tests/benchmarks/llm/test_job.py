@@ -361,7 +361,6 @@ def test_rows_that_do_not_fit_the_model_are_refused_before_training(
     # Rows of the test are cut, but not before what is tested.
     held_out = [Row("a", prompt="1+" * 60 + "1=", completion="2")]
     monkeypatch.setattr(ArithmeticRecipe, "tested_rows", lambda self, prepared: held_out)
-    # A larger --max-length does not help, as the context decides.
     told = refused(40)
     assert "a: max_length=40 cuts off all that is trained" in told
     assert told.endswith("drop the row, or raise max_length up to the model's context")
