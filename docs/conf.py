@@ -61,6 +61,8 @@ napoleon_custom_sections = [("Yields", "params_style")]
 
 def _follow_links(app: Any, page: str, source: list[str]) -> None:
     """Links to files outside of docs/, and to pages that are not Sphinx's, lead somewhere."""
+    if "/" in page:  # From a folder of docs/, "../" is docs/ itself, and notebooks are JSON.
+        return
     inside = r"\[([^\]]+)\]\(\.\./([^)]+)\)"
     link = rf"[\1]({_repository}/blob/main/\2)" if _repository else r"\1"
     text = re.sub(inside, link, source[0])
