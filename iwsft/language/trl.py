@@ -22,8 +22,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from iwsft.chain import check_chain
-from iwsft.datasets.text.names import unquoted
-from iwsft.datasets.text.rows import ASSISTANT, is_number, says_wrong, turn_weight
+from iwsft.datasets.text.rows import ASSISTANT, is_number, objection, turn_weight
 from iwsft.extras import named
 from iwsft.language.batches import collate
 from iwsft.language.config import check_engine, check_q
@@ -330,21 +329,14 @@ def _check(args: Any, settings: dict[str, Any]) -> None:
 
 
 def _check_columns(rows: Dataset) -> None:
-    """Refuse a row's weight that is not a number, and what only our own trainer reads."""
-    for name, usual in (("correct", True), ("count", 1), ("ref_log_probs", None)):
-        for number, value in enumerate(rows[name] if name in rows.column_names else ()):
-            if value is not None and value != usual:
+    """Refuse a weight that is not a number, and columns beside it that TRL would leave unread."""
+    usual = {"correct": True, "count": 1, "ref_log_probs": None}
+    for name in rows.column_names:
+        for number, value in enumerate(rows[name]):
+            if value not in (None, usual[name]) if name in usual else objection(name, value):
                 raise ValueError(
                     f"row {number}: TRL does not read {name!r} ({value!r:.40}); use "
                     "ImportanceWeightedTrainer, or drop such rows, or the column"
-                )
-    verdicts = [x for x in rows.column_names if says_wrong(x, True) or says_wrong(x, False)]
-    for name in verdicts:
-        for number, value in enumerate(rows[name]):
-            if says_wrong(name, unquoted(value)):
-                raise ValueError(
-                    f"row {number}: column {name!r} says that the row is wrong, and TRL trains on "
-                    "it; drop such rows, or the column"
                 )
     for number, weight in enumerate(rows[_WEIGHT] if _WEIGHT in rows.column_names else ()):
         if not is_number(weight):

@@ -38,6 +38,7 @@ _WEIGHTS = ("weight", "loss_weight", "loss_scale")
 # Names by which data says whether a turn or a row is trained on, and the value of those that are.
 _SWITCHES = {"train": True, "training": True, "loss": True, "masked": False}
 _OTHER_SWITCHES = ("mask", "loss_mask", "train_detail")
+_ROW_SWITCHES = {**_SWITCHES, "unmask": False, "label": True}
 # Other names for the same, and for weights; some are on where they are false.
 _SWITCH_NAME = re.compile(
     r"(?!train(ing)?_loss$)"
@@ -51,6 +52,7 @@ _VERDICT_NAME = re.compile(
     r"|accepted|success(ful)?|solved|right|verdict|judge?ment)(_(answer|tests?))?"
 )
 _REFUSALS = (False, "no", "wrong", "incorrect", "fail", "failed", "rejected")
+_WRONG = "'correct': false"
 _WRONG_NAME = re.compile(r"((is|was|has|answer|tests?)_?)*(wrong|(in|not_)correct|failed)")
 _OFF_WHERE_TRUE = re.compile(r"(is_)?mask|no_|.*(ignore|skip)")
 # Columns whose text belongs to a conversation.
@@ -289,23 +291,16 @@ def _check_unread(
 ) -> tuple[str, ...]:
     """Check that columns that are not read change neither text nor training; return their names."""
     _check_media(record)
-    switches = {**_SWITCHES, "unmask": False, "label": True}
     for name, value in record.items():
         lower = snake_case(name)
         if name != lower in _READ and record.get(lower) != value:
             raise ValueError(f"column {name!r} is not read; write it as {lower!r}, or drop it")
-        # A label may be the text of a class.
-        value = value if lower == "label" else unquoted(value)
-        off = lower in switches and value in (True, False) and value != switches[lower]
-        off |= lower == "loss_scale" and value not in (None, 1, [])
-        known_wrong = name == "correct" or record.get("correct") not in (None, True)
-        if not known_wrong and says_wrong(lower, value):
-            problem = f"column {name!r} says that the row is wrong, and is not read"
-            raise ValueError(f"{problem}; write 'correct': false, or drop it")
-        repeats = lower in _REPEATS and value not in (None, 1)
-        if off or repeats or (name not in (*switches, *_OPTIONAL) and _counts_less(name, value)):
-            way_out = f"write it as {'count' if repeats else 'weight or correct'}, or drop it"
-            raise ValueError(f"column {name!r} is not read; {way_out}")
+        if (instead := objection(name, value)) == _WRONG:
+            if record.get("correct") in (None, True):
+                problem = f"column {name!r} says that the row is wrong, and is not read"
+                raise ValueError(f"{problem}; write {instead}, or drop it")
+        elif instead is not None:
+            raise ValueError(f"column {name!r} is not read; write it as {instead}, or drop it")
     if record.get("functions"):
         raise ValueError("'functions' is an old form; write them as 'tools'")
     if "tools" not in read and record.get("tools"):
@@ -326,14 +321,30 @@ def _check_unread(
     return tuple(name for name in given if name not in {*read, *_OPTIONAL})
 
 
-def says_wrong(name: str, value: Any) -> bool:
-    """Whether a column is a verdict, and a bad one."""
+def objection(name: str, value: Any) -> str | None:
+    """How to write what a column that is not read says against its row; None if it says nothing."""
     lower = snake_case(name)
+    if name in _READ:
+        return None
+    # A label may be the text of a class.
+    value = value if lower == "label" else unquoted(value)
+    if _says_wrong(lower, value):
+        return _WRONG
+    if lower in _REPEATS and value not in (None, 1):
+        return "count"
+    off = lower in _ROW_SWITCHES and value in (True, False) and value != _ROW_SWITCHES[lower]
+    off |= lower == "loss_scale" and value not in (None, 1, [])
+    off |= name not in _ROW_SWITCHES and _counts_less(name, value)
+    return "weight or correct" if off else None
+
+
+def _says_wrong(name: str, value: Any) -> bool:
+    """Whether a column is a verdict, and a bad one."""
     words = value if isinstance(value, list) and value else [value]
     words = [word.lower() if isinstance(word, str) else word for word in words]
-    if _WRONG_NAME.fullmatch(lower):
+    if _WRONG_NAME.fullmatch(name):
         return all(word in (True, "yes") for word in words)
-    return _VERDICT_NAME.fullmatch(lower) is not None and all(word in _REFUSALS for word in words)
+    return _VERDICT_NAME.fullmatch(name) is not None and all(word in _REFUSALS for word in words)
 
 
 def _strings(value: Any) -> Iterator[str]:
