@@ -1,4 +1,4 @@
-"""Tables of the control results, in README and docs/results.md."""
+"""Tables of the control results, in README and docs."""
 
 from __future__ import annotations
 

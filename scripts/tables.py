@@ -28,8 +28,7 @@ from scripts.method_tables import method_grid
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs/results"
-_NAMED = ("loop", "methods", "results", "results_language", "speed")
-PAGES = [ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in _NAMED)]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 _CONTROL = {
     "scores": score_grid,
     "differences": difference_grid,
