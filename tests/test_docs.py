@@ -36,6 +36,15 @@ def test_rows_of_tables_have_the_cells_of_their_headings() -> None:
             assert len(set(cells)) == 1, f"{path.name}: {table.splitlines()[0]}"
 
 
+def test_links_to_a_section_lead_to_its_heading() -> None:
+    for path in (DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))):
+        for name, anchor in re.findall(r"\]\((?!http)([^)#\s]*)#([^)\s]+)\)", path.read_text()):
+            target = path.parent / name if name else path
+            titles = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE)
+            anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert anchor in anchors, f"{path.name}: {name}#{anchor}"
+
+
 def test_names_of_functions_in_the_guide_for_contributors_are_those_of_the_code() -> None:
     root = DOCS.parent
     packages = (root / name for name in ("iwsft", "baselines", "benchmarks"))
