@@ -52,10 +52,10 @@ def on_host(tensor: Tensor) -> bool:
 class Segments:
     """Which trajectory each step of a batch belongs to, and sums along the trajectories.
 
-    Results per trajectory have ``slots`` entries: the rows of a padded batch, the trajectories of a
-    packed one. Where reading the data is not free, on an accelerator and in ``torch.compile``, a
-    packed batch has a slot for each step, and those after the last trajectory are empty (length 0,
-    sum 0). So nothing here waits for an accelerator, and shapes are static.
+    Results per trajectory have ``slots`` entries: the rows of a padded batch without ids and ends,
+    else the trajectories. Where reading the data is not free, on an accelerator and in
+    ``torch.compile``, the latter are a slot for each step, and those after the last trajectory are
+    empty (length 0, sum 0). So nothing here waits for an accelerator, and shapes are static.
 
     Attributes:
         shape: Layout of the batch, ``[N]`` or ``[B, T]``.
@@ -79,8 +79,8 @@ class Segments:
 
         Args:
             batch: The batch.
-            traj_ids: Key of the trajectory ids; needed in the packed layout. In the padded layout
-                it may be absent (a row is a trajectory); if present, a row is cut where it changes.
+            traj_ids: Key of the trajectory ids, which the packed layout needs. A padded row is cut
+                where they change, and behind a step with ``("next", "done")``.
             mask: Valid steps, bool, in the layout of the batch (a trailing 1 is dropped). By
                 default the batch's own ``("collector", "mask")``, if it has one.
 
@@ -93,11 +93,12 @@ class Segments:
         steps = shape.numel()
         if ids is None:
             device = (mask if mask is not None else next(iter(batch.values(True, True)))).device
-            index = torch.arange(shape[0], device=device)
-            return cls(shape, index.repeat_interleave(shape[1], output_size=steps), mask, shape[0])
+            ids = torch.arange(shape[0], device=device)[:, None].expand(shape)
+            if batch.get(DONE, default=None) is None:
+                return cls(shape, ids.reshape(-1), mask, shape[0])
         if len(shape) == 1 and on_host(ids) and bool((ids[0, 1:] > ids[0, :-1]).all()):
             return cls(shape, torch.arange(steps), mask, steps, single_steps=mask is None)
-        index = _first_steps(batch, ids, shape, traj_ids).cumsum(0) - 1
+        index = _first_steps(batch, shape, ids, mask, traj_ids).cumsum(0) - 1
         return cls(shape, index, mask, int(index[-1]) + 1 if on_host(index) else steps)
 
     def where_valid(self, x: Tensor) -> Tensor:
@@ -128,9 +129,8 @@ class Segments:
 
     def spread(self, per_trajectory: Tensor) -> Tensor:
         """Write a number per trajectory ``[S]`` onto its steps, in the layout of the batch."""
-        return (per_trajectory if self.single_steps else per_trajectory[self.index]).reshape(
-            self.shape
-        )
+        of_step = per_trajectory if self.single_steps else per_trajectory[self.index]
+        return of_step.reshape(self.shape)
 
     @property
     def without_valid_step(self) -> Tensor:
@@ -183,17 +183,24 @@ def _read_layout(
 
 
 def _first_steps(
-    batch: TensorDictBase, ids: Tensor, shape: torch.Size, traj_ids: NestedKey = TRAJ_IDS
+    batch: TensorDictBase, shape: torch.Size, ids: Tensor, mask: Tensor | None, key: NestedKey
 ) -> Tensor:
     """Whether a step is the first of its trajectory, bool ``[N]``."""
     if len(shape) == 1 and on_host(ids):
-        _check_order(ids[0], traj_ids)
+        _check_order(ids[0], key)
     first = torch.ones_like(ids, dtype=torch.bool)
     first[:, 1:] = ids[:, 1:] != ids[:, :-1]
     done = batch.get(DONE, default=None)
     if done is not None and len(shape) == 1:
         # Neighbours may have equal ids: episodes of two collectors, slices of a replay buffer.
         first[:, 1:] |= fit(done, shape, repr(DONE)).bool()[:-1]
+    elif done is not None and done.shape in (shape, (*shape, 1)):
+        # A row of a rollout goes on behind the end of an episode; padding does not.
+        ended = done.reshape(shape).bool()[:, :-1]
+        if mask is not None:
+            seen = mask.reshape(shape).cumsum(1)
+            ended = ended & (seen[:, :-1] > 0) & (seen[:, :-1] < seen[:, -1:])
+        first[:, 1:] |= ended
     return first.reshape(-1)
 
 
@@ -221,7 +228,7 @@ def lengths(packed: TensorDictBase) -> Tensor:
     if ids is None:
         return torch.bincount(Segments.of(packed).index)
     # Not the index of each step: of much data it fills new memory, which costs more than counting.
-    start = _first_steps(packed, ids, shape).nonzero().squeeze(1)
+    start = _first_steps(packed, shape, ids, None, TRAJ_IDS).nonzero().squeeze(1)
     return start.diff(append=start.new_tensor([shape.numel()]))
 
 
@@ -292,24 +299,19 @@ def pad(packed: TensorDictBase, length: int | None = None) -> TensorDictBase:
 def pack(padded: TensorDictBase) -> TensorDictBase:
     """Padded ``[B, T]`` (or ``[B]`` with time inside) to packed ``[N]``; drops masked steps.
 
-    Trajectory ids become the row numbers if there are none, or if they decrease from one row to the
-    next.
+    Trajectory ids are numbered anew if there are none, or they decrease or are equal across rows.
     """
     segments = Segments.of(padded)
     keep = segments.valid.reshape(-1)
     layout = len(segments.shape)
     flat = padded.apply(
         lambda x: x.reshape(-1, *x.shape[layout:])[keep], batch_size=[int(keep.sum())]
-    )
-    if MASK in flat.keys(True):
-        flat = flat.exclude(MASK)
+    ).exclude(MASK)
     ids = flat.get(TRAJ_IDS, default=None)
     slots = segments.index[keep]
-    renumber = ids is None or bool((ids[1:] < ids[:-1]).any())
     # Equal ids on two rows would join two trajectories.
-    if ids is not None and not renumber:
-        renumber = not torch.equal(ids[1:] != ids[:-1], slots[1:] != slots[:-1])
-    if renumber:
+    joins = ids is None or not torch.equal(ids[1:] != ids[:-1], slots[1:] != slots[:-1])
+    if joins or bool((ids[1:] < ids[:-1]).any()):
         flat.set(TRAJ_IDS, slots)
     return flat
 
@@ -332,10 +334,9 @@ def check_tensordict(trajectories: object) -> None:
 
 
 def check_links(packed: TensorDictBase) -> None:
-    """Refuse a trajectory that the data show to be two.
+    """Refuse a trajectory in which the next observation of a step is not that of the next step.
 
-    ``torch.cat`` of two collectors' episodes can give neighbours equal ids. Then the next
-    observation of a step is not the observation of the following one, as it is elsewhere.
+    It may be two: ``torch.cat`` of two collectors' episodes can give neighbours equal ids.
     """
     present = packed.keys(True, True)
     if OBSERVATION not in present or NEXT_OBSERVATION not in present:
@@ -344,7 +345,7 @@ def check_links(packed: TensorDictBase) -> None:
     following, observation = packed.get(NEXT_OBSERVATION)[:-1], packed.get(OBSERVATION)[1:]
     if ids is None or len(shape) != 1 or following.shape != observation.shape:
         return
-    inner = ~_first_steps(packed, ids, shape)[1:]
+    inner = ~_first_steps(packed, shape, ids, mask, TRAJ_IDS)[1:]
     if mask is not None:
         inner &= mask[1:] & mask[:-1]
     breaks = torch.zeros_like(inner)
@@ -390,9 +391,8 @@ def validate(
     if MULTIPLICITY in present and bool((trajectories.get(MULTIPLICITY) < 0).any()):
         raise ValueError(f"{MULTIPLICITY!r} counts draws, it can't be negative")
     if DATA_WEIGHT in present:
-        name = repr(DATA_WEIGHT)
-        weight = fit(trajectories.get(DATA_WEIGHT), segments.shape, name)
-        check_data_weights(segments.where_valid(weight), name)
+        weight = fit(trajectories.get(DATA_WEIGHT), segments.shape, repr(DATA_WEIGHT))
+        check_data_weights(segments.where_valid(weight), repr(DATA_WEIGHT))
     empty = segments.without_valid_step
     if len(empty):
         raise ValueError(f"trajectory {int(empty[0])} has every step masked; drop it")
@@ -410,10 +410,10 @@ def check_data_weights(weight: Tensor, name: str) -> None:
 
 def _check_values(value: Tensor, segments: Segments, key: NestedKey) -> None:
     """Refuse what is not one row a step, or not finite on valid steps."""
-    if value.shape[: len(segments.shape)] != segments.shape:
-        layout = list(segments.shape)
-        raise ValueError(f"{key!r} has shape {list(value.shape)}; it must start with {layout}")
-    rows = value.reshape(segments.shape.numel(), -1).isfinite().all(-1)
+    shape = segments.shape
+    if value.shape[: len(shape)] != shape:
+        raise ValueError(f"{key!r} has shape {list(value.shape)}; it must start with {list(shape)}")
+    rows = value.reshape(shape.numel(), -1).isfinite().all(-1)
     bad = torch.nonzero(~rows & segments.valid.reshape(-1))
     if len(bad):
         first = int(bad[0])
