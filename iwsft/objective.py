@@ -72,8 +72,8 @@ class ImportanceWeightedMLE(PolicyLoss):
         proposal: What q is. ``"lagged"``: a copy of the policy that a q-updater moves
             (:class:`~iwsft.HardSync`, :class:`~iwsft.EMA`, or TorchRL's ``SoftUpdate`` and
             ``HardUpdate``). ``"current"``: the policy itself, without a copy; it runs again in eval
-            mode where it has drawn dropout or other noise. ``"cached"``: the policy at the last
-            sync; :func:`~iwsft.reweight` wrote its weights into the data.
+            mode after dropout, other noise or batch normalisation. ``"cached"``: the policy at the
+            last sync; :func:`~iwsft.reweight` wrote its weights into the data.
             ``"reference"``: pi_ref, so all log-ratios are 0: SFT.
         reference: What q is divided by, in place of what ``importance_weights`` say:
             ``"fixed"``, ``"synced"`` or ``"none"``, see :class:`~iwsft.chain.Chain`.

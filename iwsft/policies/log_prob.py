@@ -12,6 +12,7 @@ from tensordict import NestedKey, TensorDictBase, is_tensor_collection
 from tensordict.nn import CompositeDistribution, ProbabilisticTensorDictSequential
 from torch import Tensor, nn
 from torch.distributions import Categorical
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torchrl.modules import MaskedOneHotCategorical, OneHotCategorical, TanhNormal
 from torchrl.modules.distributions import LLMMaskedCategorical
@@ -37,11 +38,16 @@ def evaluating(policy: Any) -> Iterator[None]:
 
 
 def noise_watch(policy: nn.Module, device: torch.device) -> Callable[[], bool]:
-    """Return a function that says whether noise, such as dropout, was drawn since this call.
+    """Return a function that says whether a policy has been another one than in eval mode.
 
-    Looking at the generator's state finds all noise, also that of functions and hooks (NEFTune).
-    While a graph is compiled or captured, only dropout layers are found.
+    It is where noise, such as dropout, was drawn since this call, or statistics of the batch
+    normalise. Looking at the generator's state finds all noise, also that of functions and hooks
+    (NEFTune). While a graph is compiled or captured, only dropout layers are found.
     """
+    if any(
+        isinstance(m, _NormBase) and m.training and m.track_running_stats for m in policy.modules()
+    ):
+        return lambda: True
     if torch.compiler.is_compiling() or (
         device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     ):

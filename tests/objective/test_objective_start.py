@@ -90,6 +90,24 @@ def test_q_is_without_dropout(
 
 
 @pytest.mark.parametrize("functional", [True, False], ids=["functional", "module"])
+def test_q_has_running_statistics_where_the_policy_has_those_of_the_batch(
+    make_batch: Any, make_policy: Any, functional: bool
+) -> None:
+    policy = make_policy(hidden=(32, 32))
+    (net,) = [module for module in policy.modules() if isinstance(module, MLP)]
+    net.insert(1, nn.BatchNorm1d(32))
+    data = annotate_reference(policy, make_batch([5, 8, 12]))
+    loss = ImportanceWeightedMLE(policy, proposal="current", functional=functional)
+    terms = loss.terms(data)
+    with loss.network() as q, torch.no_grad():
+        log_ratio = q.eval().log_prob(data.copy()) - data["ref_log_prob"]
+    assert not torch.allclose(terms.log_prob, log_ratio + data["ref_log_prob"], atol=0.1)
+    parts = zip(terms.log_weight.split([5, 8, 12]), log_ratio.split([5, 8, 12]), strict=True)
+    for weight, ratio in parts:
+        torch.testing.assert_close(weight, ratio.mean().expand_as(weight))
+
+
+@pytest.mark.parametrize("functional", [True, False], ids=["functional", "module"])
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("length_normalize", [True, False])
 def test_q_at_the_reference_is_sft_bit_for_bit(
