@@ -246,7 +246,8 @@ class _Seed:
         self._schedules = schedule if isinstance(schedule, Mapping) else {"": schedule}
         self.steps = next(iter(self._schedules.values())).steps
         self._device = next(loss.parameters()).device
-        check_draws(loss, sampler)
+        with _interrupts_unmasked():
+            check_draws(loss, sampler)
         check_follows(loss, sampler, training.updater)
         if graph or not alone:
             check_static(loss, sampler, graph=graph, stacked=not alone)
@@ -256,12 +257,11 @@ class _Seed:
         read = self._read if graph else lambda batch: batch
         self.learning = Learning(loss, optimizer, clip_norms, read)
         # Without one, the noise of the loss comes from torch's own generator.
-        self._noise: torch.Generator | None = None
-        if not alone:
-            self._noise = torch.Generator(self._device)
+        self._noise = None if alone else torch.Generator(self._device)
+        if self._noise is not None:
             self._noise.set_state(training.draws[self._device.type])
-        seed = {"seed": repr(sampler.seed)} if hasattr(sampler, "seed") else {}
-        self._form = form_of(loss, "loss.") | seed
+        self._form = form_of(loss, "loss.")
+        self._form |= {"seed": repr(sampler.seed)} if hasattr(sampler, "seed") else {}
         self._parts: dict[str, Any] = {"loss": loss, "optimizer": optimizer, "sampler": sampler}
         if training.updater is not None:
             self._form |= form_of(training.updater, "updater.")

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import TargetNetUpdater
 
+from iwsft.objective import ImportanceWeightedMLE
+from iwsft.policies.log_prob import evaluating, noise_watch
+
 # Random numbers that a loss reads from a batch: the result of its method ``draw_noise``.
 NOISE = "noise"
 # Where an object is in memory, in its text.
@@ -148,6 +151,25 @@ def check_draws(loss: LossModule, sampler: Any) -> None:
             f"length_normalize=False adds up whole trajectories, and {draws}, each trajectory "
             "alike: take TrajectorySampler"
         )
+    if isinstance(loss, ImportanceWeightedMLE) and not _reads_single_steps(loss, sampler):
+        raise ValueError(
+            f"log p of a step depends on the other steps of its batch, as that of a policy with a "
+            f"memory does, and {draws}: take TrajectorySampler"
+        )
+
+
+@torch.no_grad()
+def _reads_single_steps(loss: ImportanceWeightedMLE, sampler: Any) -> bool:
+    """Whether log p of each step of a batch is the same in another order; not told by noise."""
+    steps = torch.arange(sampler.batch_size) % len(sampler.trajectories)
+    with evaluating(loss.actor_network):
+        noisy = noise_watch(loss.actor_network, sampler.device)
+        orders = [loss.log_prob(sampler.take(x.to(sampler.device))) for x in (steps, steps.flip(0))]
+    # Half the digits, for the rounding of a row may depend on its place.
+    dtypes = {x.dtype for x in (*loss.parameters(), orders[0]) if x.is_floating_point()}
+    tolerance = max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5
+    ahead, back = orders[0], orders[1].flip(0)
+    return noisy() or torch.allclose(ahead, back, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def check_static(loss: LossModule, sampler: Any, *, graph: bool, stacked: bool) -> None:

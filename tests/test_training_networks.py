@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
-from tensordict.nn import TensorDictModule
+from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
+from torchrl.modules import GRUModule, IndependentNormal, ProbabilisticActor
 from torchrl.objectives.common import LossModule
 
 from baselines.windows import WindowSampler
@@ -296,6 +297,25 @@ def test_sums_along_trajectories_are_not_those_of_single_steps(length: int) -> N
     with error if length > 1 else nullcontext():
         fit(loss, StepSampler(trajectories, 4), Schedule(2, 0.1))
     fit(loss, TrajectorySampler(trajectories, 4), Schedule(2, 0.1))
+
+
+def test_a_memory_reads_whole_trajectories() -> None:
+    """In single steps a policy with a memory would take one step for the past of another."""
+    sizes = {"input_size": 3, "hidden_size": 4, "in_keys": ["observation", "past"]}
+    memory = GRUModule(**sizes, out_keys=["seen", ("next", "past")], default_recurrent_mode=True)
+    head = nn.Sequential(nn.Linear(4, 4), NormalParamExtractor())
+    policy = ProbabilisticActor(
+        TensorDictSequential(memory, TensorDictModule(head, ["seen"], ["loc", "scale"])),
+        in_keys=["loc", "scale"],
+        distribution_class=IndependentNormal,
+    )
+    steps = {"observation": torch.randn(12, 3), "action": torch.randn(12, 2)}
+    first = torch.arange(12)[:, None] % 4 == 0
+    trajectories = from_steps({**steps, "is_init": first}, torch.arange(12) // 4)
+    loss = ImportanceWeightedMLE(policy, proposal="reference")
+    with pytest.raises(ValueError, match="depends on the other steps .* take TrajectorySampler"):
+        fit(loss, StepSampler(trajectories, 6), Schedule(2, 0.1))
+    fit(loss, TrajectorySampler(trajectories, 6), Schedule(2, 0.1))
 
 
 def test_a_run_of_another_loss_or_other_data_is_refused_without_settings(tmp_path: Path) -> None:
