@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from iwsft.datasets.text.rows import Row
 
+# Keys of a message that tell two conversations apart.
+_OF_TEXT = ("role", "content", "tool_calls")
 # Rows of one prompt.
 Group: TypeAlias = "list[Row]"
 
@@ -183,14 +185,14 @@ def by_prompt(rows: Iterable[Row]) -> list[Group]:
     """
     groups: dict[str, Group] = {}
     for row in rows:
-        groups.setdefault(_prompt(row), []).append(row)
+        groups.setdefault(_key(row), []).append(row)
     return list(groups.values())
 
 
 def check_apart(training: Iterable[Row], held_out: Iterable[Row]) -> None:
     """Check that no prompt is both in training and held out, with whatever answers."""
-    places = {_prompt(row): row.where for row in training}
-    twins = [(row.where, places[_prompt(row)]) for row in held_out if _prompt(row) in places]
+    places = {_key(row): row.where for row in training}
+    twins = [(row.where, places[_key(row)]) for row in held_out if _key(row) in places]
     if twins:
         where, twin = twins[0]
         raise ValueError(
@@ -244,12 +246,17 @@ def right_against_wrong(
 
 
 def _digest(group: Group) -> bytes:
-    return prompt_digest(group[0])
+    return min(map(prompt_digest, group))
 
 
 def prompt_digest(row: Row) -> bytes:
     """A digest of a row's prompt, by which splits choose: they depend on nothing else."""
     return hashlib.sha256(_prompt(row).encode()).digest()
+
+
+def _key(row: Row) -> str:
+    """A row's prompt without what white space, which JSON escapes, adds to it."""
+    return re.sub(r'\s*"\s*', '"', re.sub(r"(\\[nrt]|\s)+", " ", _prompt(row)))
 
 
 def _prompt(row: Row) -> str:
@@ -272,7 +279,9 @@ def _text(row: Row) -> str:
 
 
 def _joined(messages: Iterable[Any]) -> str:
-    return json.dumps([dict(message) for message in messages], sort_keys=True, default=str)
+    # Other keys, such as ids, weights and names, do not make another conversation.
+    texts = [{name: m[name] for name in _OF_TEXT if name in m} for m in messages]
+    return json.dumps(texts, sort_keys=True, default=str)
 
 
 RECIPE = ChatRecipe()

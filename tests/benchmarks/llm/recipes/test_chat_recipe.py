@@ -187,6 +187,11 @@ def test_a_prompt_is_held_out_as_a_whole_whatever_the_order() -> None:
     plain = [Row(str(k), prompt="", completion=f"text {k}") for k in range(4)]
     talks = [to_row(chat(1, 1), "a"), to_row(chat(1, 1, score=2), "b"), to_row(chat(1, 2), "c")]
     assert [len(group) for group in by_prompt([*plain, *talks])] == [1, 1, 1, 1, 2, 1]
+    # Neither white space nor other keys of a message make another question.
+    base = chat(1, 1)["messages"]
+    marked = [[{**m, "id": k, "content": m["content"] + "\n" * k} for m in base] for k in range(3)]
+    rows = [*talks, *(to_row({"messages": messages}, "d") for messages in marked)]
+    assert [len(group) for group in by_prompt(rows)] == [5, 1]
 
 
 def test_a_prompt_with_another_answer_is_not_held_out() -> None:
