@@ -29,6 +29,7 @@ from iwsft.language.verification import (
     normalize_latex,
     parse_integer,
     parse_letter,
+    parse_text,
     separate_lines,
 )
 
@@ -36,7 +37,7 @@ AnswerKind = Literal["math", "integer", "letter", "text"]
 _READ: Mapping[str, Callable[[str], Any]] = {
     "integer": parse_integer,
     "letter": parse_letter,
-    "text": lambda text: " ".join(text.split()),
+    "text": parse_text,
 }
 
 _MATH_VERIFY = "iwsft.language.grading:compare_by_math_verify"
@@ -174,7 +175,7 @@ def grade(
     """Grade generations; those of a question are in the order of their samples."""
     texts: dict[str, list[str | None]] = {each.id: [] for each in questions}
     for generation in generations:
-        text = extract_answer(generation["text"], letter=kind == "letter")
+        text = extract_answer(generation["text"], letter=kind == "letter", verbatim=kind == "text")
         texts[generation["id"]].append(text)
     # Models repeat the choice with its letter, and its text may be private.
     read: Any = str if kind == "math" else _READ[kind]

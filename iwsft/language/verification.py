@@ -101,18 +101,25 @@ _NEXT_LETTER = re.compile(
 )
 
 
-def extract_answer(text: str, *, letter: bool = False) -> str | None:
+def after_thinking(text: str) -> str:
+    """What follows the thinking, or all of a text whose thinking has not ended."""
+    for mark in _END_OF_THINKING:
+        text = text.rpartition(mark)[2]
+    return text
+
+
+def extract_answer(text: str, *, letter: bool = False, verbatim: bool = False) -> str | None:
     r"""Extract the final answer from a model's text; None where there is none.
 
     It is the content of the last ``\boxed{X}``, or of the last boxes with nothing but commas, "and"
     or "or" between them (``X, Y``). Without a box, it is the last of ``Answer: X`` or ``answer is
     X`` (on this line or the next), ``#### X`` and ``<answer>X</answer>``, without an explanation
     after it. Of a ``letter`` it is the last of all these that names one. Thinking counts only where
-    it has not ended.
+    it has not ended. ``verbatim`` keeps its characters and what follows it on its line.
     """
-    for mark in _END_OF_THINKING:
-        text = text.rpartition(mark)[2]
-    text = _TAGS.sub(r"\nAnswer:\1\n", _SPECIAL.sub("", _plain_characters(text)))
+    text = after_thinking(text)
+    text = _SPECIAL.sub("", text if verbatim else _plain_characters(text))
+    text = _TAGS.sub(r"\nAnswer:\1\n", text)
     text = _RESTATED.sub(".\n", text)
     boxes, lines = _boxes(text), []
     for match in (match for pattern in _LINES for match in pattern.finditer(text)):
@@ -121,12 +128,19 @@ def extract_answer(text: str, *, letter: bool = False) -> str | None:
         if line is not following[0]:
             # On a line of its own, a dash and a space begin an entry of a list.
             line = re.sub(r"^\s*-\s+(?=\S)", "", line)
-        line = _EXPLANATION.sub("", " ".join(line.split()).strip("* `\"'")).rstrip(".").strip(" *")
+        line = " ".join(line.split()).strip("* `\"'")
+        line = line if verbatim else _EXPLANATION.sub("", line).rstrip(".").strip(" *")
         lines.append((match.start(), line))
     answers = boxes or lines
     if letter:
         answers = [each for each in boxes + lines if _ANY_LETTER.search(each[1])]
     return max(answers)[1] or None if answers else None
+
+
+def parse_text(answer: str) -> str:
+    r"""An answer as plain text: without ``\text{}``, and quotes, asterisks and stops around it."""
+    text = " ".join(_WRAPPERS.sub(r"\1", answer).split())
+    return text.strip("* `\"'.") or text
 
 
 def parse_integer(answer: str) -> int | None:

@@ -17,7 +17,12 @@ from iwsft.fingerprint import file_sha256, fingerprint
 from iwsft.language import grading, verification
 from iwsft.language.generations import Prompter, encode_prompt
 from iwsft.language.grading import Grader, TimedFunction
-from iwsft.language.verification import extract_answer, parse_integer, parse_letter
+from iwsft.language.verification import (
+    after_thinking,
+    extract_answer,
+    parse_integer,
+    parse_letter,
+)
 
 # Columns that a prompt may be in.
 _COLUMNS = ("prompt", "messages", "question", "problem")
@@ -155,8 +160,8 @@ class Verifier:
             score, problem = self._function(text, prompt.row)
             final = " ".join(text.split()) if answer is None else answer
             return Verdict(score, final, problem)
-        if self._kind == "text" and answer is None:
-            answer = text
+        if self._kind == "text":
+            return self._compare_text(prompt.answer, text)
         if answer is not None and self._kind in _PARSE:
             value = _PARSE[self._kind](answer)
             answer = None if value is None else str(value)
@@ -165,6 +170,14 @@ class Verifier:
         right = self._grader.choose_comparison(self._kind)(prompt.answer, answer)
         problem = self._grader.problem_of(prompt.answer, answer)
         return Verdict(float(right) if problem is None else None, answer, problem)
+
+    def _compare_text(self, correct: str, text: str) -> Verdict:
+        """Compare the answer with what follows it, without, and the whole text."""
+        read = extract_answer(text, verbatim=True), extract_answer(text), after_thinking(text)
+        answers = [answer for answer in read if answer is not None]
+        equal = self._grader.choose_comparison("text")
+        right = next((answer for answer in answers if equal(correct, answer)), None)
+        return Verdict(0.0, answers[0]) if right is None else Verdict(1.0, right)
 
     def __enter__(self) -> Self:
         return self

@@ -35,6 +35,16 @@ def odd(text, row):
         ("choice", "B", "Answer: (B)", (1, "B")),
         ("exact", "to be", " to  be ", (1, " to  be ")),
         ("exact", "to be", "not to be", (0, "not to be")),
+        *(
+            ("exact", own, f"Answer: {own}", (1, own))
+            for own in ("it\u2019s", "10 m\u00b2", "Bern \u2013 Basel", "U.S. Army", "Rock (music)")
+        ),
+        ("exact", "Washington, D.C.", "The answer is Washington, D.C.", (1, "Washington, D.C.")),
+        ("exact", "U.S. Army", "Answer: U.S. Navy", (0, "U.S. Navy")),
+        ("exact", "Yes", "Answer: Yes, because it is", (1, "Yes")),
+        ("exact", "Paris", r"\boxed{\text{Paris}}", (1, r"\text{Paris}")),
+        ("exact", "Paris", "<think>Rome? No.</think>Paris", (1, "Paris")),
+        ("exact", "The answer is 4", "The answer is 4", (1, "The answer is 4")),
         ("math", r"\frac{1}{2}", r"\boxed{\dfrac{1}{2}}", (1, r"\dfrac{1}{2}")),
     ],
 )
