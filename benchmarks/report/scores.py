@@ -67,6 +67,8 @@ _UNSET_TRAINING = {"q": None, "reference": None, "normalize_data_weights": False
 # What a run reads, each with its digest where that is recorded.
 _SOURCES = ("model", "data", "eval_data", "eval_share")
 _DIGESTS = tuple(f"{name}_sha256" for name in _SOURCES)
+# Packages that decide what an environment does.
+_SIMULATORS = ("gymnasium", "mujoco", "gymnasium-robotics")
 _VERSION = re.compile(r"-v\d+$")
 _SHARE = re.compile(r"bc-(\d+(?:\.\d+)?)")
 
@@ -279,14 +281,24 @@ def cells(runs: Sequence[RecordedRun], score_key: str = SCORE) -> list[Cell]:
         for of_task, apart, note in _parts(list(of_dataset), _task):
             task = f"{dataset} ({apart})" if apart else dataset
             key = RETURN if of_task[0].result.get(score_key) is None else score_key
+            tested = _versions_of_tests(of_task)
             for algo in dict.fromkeys(run.algo for run in of_task):
                 for part, difference, own in _parts(
                     [r for r in of_task if r.algo == algo], _settings
                 ):
                     names = (part[0].variant, difference.replace("/", "|"), base(algo))
                     name = "/".join(filter(None, names))
-                    grouped.append(Cell(task, name, tuple(part), key, own or note))
+                    notes = " ".join(filter(None, (own or note, tested)))
+                    grouped.append(Cell(task, name, tuple(part), key, notes))
     return sorted(grouped, key=lambda cell: (cell.dataset, algorithm_rank(cell.algo)))
+
+
+def _versions_of_tests(runs: Sequence[RecordedRun]) -> str:
+    """A sentence where the environment of runs had several versions; empty if it had not."""
+    tests = [run.versions for run in runs if "env_id" in run.result]
+    found = {name: sorted({each[name] for each in tests if name in each}) for name in _SIMULATORS}
+    several = [f"{name} {' and '.join(own)}" for name, own in found.items() if len(own) > 1]
+    return f"The runs of this dataset were tested in {', '.join(several)}." if several else ""
 
 
 def _parts(
