@@ -105,20 +105,26 @@ def _read(
 
 
 def _check_apart(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
-    places = {repr(prompt.content): prompt.where for prompt in prompts}
-    twins = [prompt for prompt in held_out if repr(prompt.content) in places]
+    places = {_question(prompt): prompt.where for prompt in prompts}
+    twins = [prompt for prompt in held_out if _question(prompt) in places]
     if twins:
         first = twins[0]
         raise ValueError(
             f"--eval-prompts has prompts of --prompts (rows: {len(twins)}; {first.where} is "
-            f"{places[repr(first.content)]}); drop them from one of both"
+            f"{places[_question(first)]}); drop them from one of both"
         )
+
+
+def _question(prompt: Prompt) -> str:
+    """What the model is asked; neither white space nor other keys of messages change it."""
+    turns = ((turn.get("role"), str(turn.get("content")).split()) for turn in prompt.messages)
+    return repr([*turns])
 
 
 def describe_twins(source: str, prompts: Sequence[Prompt]) -> str | None:
     """A sentence on prompts of the same text, if there are some: their answers may contradict."""
     first: dict[str, Prompt] = {}
-    twins = [(first.setdefault(repr(each.content), each), each) for each in prompts]
+    twins = [(first.setdefault(_question(each), each), each) for each in prompts]
     twins = [(one, other) for one, other in twins if one is not other]
     if not twins:
         return None

@@ -256,7 +256,11 @@ def prompt_digest(row: Row) -> bytes:
 
 def _key(row: Row) -> str:
     """A row's prompt without what white space, which JSON escapes, adds to it."""
-    return re.sub(r'\s*"\s*', '"', re.sub(r"(\\[nrt]|\s)+", " ", _prompt(row)))
+    text = _prompt(row)
+    if row.messages is None and row.prompt.strip():
+        # It is the same question in a conversation.
+        text = _joined([{"role": "user", "content": row.prompt}])
+    return re.sub(r'\s*"\s*', '"', re.sub(r"(\\[nrt]|\s)+", " ", text))
 
 
 def _prompt(row: Row) -> str:

@@ -92,6 +92,9 @@ def test_rows_that_are_no_prompts(tmp_path: Path, row: dict[str, Any], message: 
 def test_prompts_that_are_there_twice_are_told(tmp_path: Path) -> None:
     rows = [("1+1=", "2"), ("1+2=", "3"), ("1+1=", "2"), ("1+2=", "4"), ("1+3=", "4")]
     entries = [json.dumps({"prompt": prompt, "answer": answer}) for prompt, answer in rows]
+    # White space and other keys of a message do not make another question.
+    turns = [{"role": "user", "content": "1+1=\n", "id": 7}]
+    entries[2] = json.dumps({"messages": turns, "answer": "2"})
     (tmp_path / "rows.jsonl").write_text("\n".join(entries))
     prompts = read_prompts(str(tmp_path / "rows.jsonl"), "integer")
     told = describe_twins("rows.jsonl", prompts)

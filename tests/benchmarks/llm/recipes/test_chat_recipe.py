@@ -188,10 +188,9 @@ def test_a_prompt_is_held_out_as_a_whole_whatever_the_order() -> None:
     talks = [to_row(chat(1, 1), "a"), to_row(chat(1, 1, score=2), "b"), to_row(chat(1, 2), "c")]
     assert [len(group) for group in by_prompt([*plain, *talks])] == [1, 1, 1, 1, 2, 1]
     # Neither white space nor other keys of a message make another question.
-    base = chat(1, 1)["messages"]
-    marked = [[{**m, "id": k, "content": m["content"] + "\n" * k} for m in base] for k in range(3)]
-    rows = [*talks, *(to_row({"messages": messages}, "d") for messages in marked)]
-    assert [len(group) for group in by_prompt(rows)] == [5, 1]
+    other = [{**m, "id": 3, "content": m["content"] + "\n"} for m in chat(1, 1)["messages"]]
+    rows = [*talks, to_row({"messages": other}, "d")]
+    assert [len(group) for group in by_prompt(rows)] == [3, 1]
 
 
 def test_a_prompt_with_another_answer_is_not_held_out() -> None:
@@ -199,6 +198,7 @@ def test_a_prompt_with_another_answer_is_not_held_out() -> None:
     training += [Row("a:3", prompt="", completion="Once")]
     for other, twin in (
         (Row("b:1", prompt=" 1+1? ", completion="two"), "a:1"),
+        (to_row({"messages": [{"role": "user", "content": "1+1?\n"}, *THANKS]}, "b:1"), "a:1"),
         (to_row({"messages": [*chat(3, 4)["messages"][:2], *THANKS]}, "b:1"), "a:2"),
         (Row("b:1", prompt="", completion="Once"), "a:3"),
     ):
