@@ -19,6 +19,7 @@ from torch import Tensor
 
 from iwsft.trajectory import (
     DATA_WEIGHT,
+    DONE,
     GIVEN_REF_LOG_PROB,
     MASK,
     MULTIPLICITY,
@@ -98,6 +99,8 @@ def curate(
     sizes = lengths(packed)
     # Scores are few and compared on the host, so that a seed means the same on any device.
     scores = trajectory_scores(packed, score).detach().cpu()
+    if score in ("return", "length"):
+        _tell_of_parts(packed, sizes, str(score))
     if packed.get(MULTIPLICITY, default=None) is None:
         multiplicity = _count_survived(scores, cuts, ties, seed).to(sizes.device)
     else:
@@ -202,6 +205,19 @@ def trajectory_scores(trajectories: TensorDictBase, score: Score) -> Tensor:
         others = f"{len(bad)} of {len(scores)} scores are NaN or infinite"
         raise ValueError(f"{name} is {float(scores[first])}, and {others}")
     return scores
+
+
+def _tell_of_parts(packed: TensorDictBase, sizes: Tensor, score: str) -> None:
+    """Warn of trajectories without an end beside ended ones, as a collector's batch cuts them."""
+    done = packed.get(DONE, default=None)
+    if done is None:
+        return
+    ended = fit(done, packed.batch_size, repr(DONE)).bool()[sizes.cumsum(0) - 1]
+    parts = len(ended) - int(ended.sum())
+    if 0 < parts < len(ended):
+        problem = f"{parts} of {len(ended)} trajectories do not end: {DONE!r} is false throughout"
+        way_out = "drop them with iwsft.trajectory.select, or pass another score"
+        warnings.warn(f"{problem}, so their {score} is that of a part; {way_out}", stacklevel=3)
 
 
 def _standard_scores(scores: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from contextlib import nullcontext
 from fractions import Fraction
 from math import ceil
 from typing import Any
@@ -17,6 +18,7 @@ from tensordict import TensorDict, TensorDictBase
 
 from iwsft.curation import curate, trajectory_returns, trajectory_scores
 from iwsft.trajectory import (
+    DONE,
     MASK,
     REWARD,
     TRAJ_IDS,
@@ -270,6 +272,20 @@ def test_masked_steps_do_not_count_in_the_return() -> None:
     data[REWARD][0] = 100.0
     data[MASK] = torch.tensor([False, True, True, True, True])
     assert trajectory_returns(data).tolist() == [5.0, 1.0]
+
+
+@pytest.mark.parametrize(("ended", "told"), [(3, False), (2, True), (0, False)])
+@pytest.mark.parametrize("score", ["return", "length"])
+def test_parts_of_episodes_beside_whole_ones_are_told(ended: int, told: bool, score: str) -> None:
+    """Where a step costs 1, the part of an episode that a collector has so far looks best."""
+    ids = torch.tensor([0] * 5 + [1] * 5 + [2] * 2)
+    done = torch.zeros(12, 1, dtype=torch.bool)
+    done[[4, 9, 11][:ended]] = True
+    trajectories = from_steps({REWARD: -torch.ones(12), DONE: done}, ids)
+    matched = "1 of 3 trajectories do not end: .*, so their .* is that of a part"
+    with pytest.warns(UserWarning, match=matched) if told else nullcontext():
+        best = curate(trajectories, cuts=(60,), score=score)
+    assert score == "length" or 2 in best[TRAJ_IDS]
 
 
 def test_returns_are_float64_sums() -> None:
