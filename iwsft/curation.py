@@ -23,6 +23,8 @@ from iwsft.trajectory import (
     GIVEN_REF_LOG_PROB,
     MASK,
     MULTIPLICITY,
+    NEXT_OBSERVATION,
+    OBSERVATION,
     REWARD,
     STANDARD_SCORE,
     TRAJ_IDS,
@@ -94,7 +96,11 @@ def curate(
     for key, taken in ((MULTIPLICITY, bool(cuts)), (DATA_WEIGHT, weight is not None)):
         if taken and trajectories.get(key, default=None) is not None:
             raise ValueError(f"these hold {key!r} already; curate the data they come from")
-    packed = pack(trajectories) if len(layout(trajectories)) == 2 else trajectories
+    packed = trajectories
+    if len(layout(trajectories)) == 2:
+        if _begins_with_time(trajectories):
+            raise ValueError("these have the layout [T, B]: pass trajectories.transpose(0, 1)")
+        packed = pack(trajectories)
     check_links(packed)
     sizes = lengths(packed)
     # Scores are few and compared on the host, so that a seed means the same on any device.
@@ -205,6 +211,32 @@ def trajectory_scores(trajectories: TensorDictBase, score: Score) -> Tensor:
         others = f"{len(bad)} of {len(scores)} scores are NaN or infinite"
         raise ValueError(f"{name} is {float(scores[first])}, and {others}")
     return scores
+
+
+def _begins_with_time(padded: TensorDictBase) -> bool:
+    """Whether names, ids or observations show that a column, not a row, is a trajectory."""
+    shape = layout(padded)
+    if min(shape) < 2 or padded.batch_dims < 2:
+        return False
+    if padded.names[0] == "time":
+        return True
+
+    def alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether each of ``a`` is the next one of ``b`` along columns, and along rows."""
+        pairs = (a[:-1], b[1:]), (a[:, :-1], b[:, 1:])
+        down, right = ((x == y).flatten(2).all(2) for x, y in pairs)
+        return down, right
+
+    ids = padded.get(TRAJ_IDS, default=None)
+    if ids is not None:
+        down, right = alike(*2 * [ids.reshape(*shape, 1)])
+        return bool(down.all()) and not bool(right.any())
+    following, observation = (padded.get(k, default=None) for k in (NEXT_OBSERVATION, OBSERVATION))
+    if following is None or observation is None or following.shape != observation.shape:
+        return False
+    down, right = alike(*(x.reshape(*shape, -1) for x in (following, observation)))
+    # Most steps, for an episode may end between two of them.
+    return float(down.double().mean()) > 0.5 > float(right.double().mean())
 
 
 def _tell_of_parts(packed: TensorDictBase, sizes: Tensor, score: str) -> None:
