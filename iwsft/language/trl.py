@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -325,7 +325,9 @@ def _check(args: Any, settings: dict[str, Any]) -> None:
         raise ValueError("auto_find_batch_size starts again with another reference; set the size")
     if not isinstance(settings.get("train_dataset"), Dataset):
         raise ValueError("the reference needs all rows at the start: pass a datasets.Dataset")
-    _check_columns(settings["train_dataset"])
+    rows = settings["train_dataset"]
+    _check_columns(rows)
+    _check_masks(rows, by_completion=getattr(args, "completion_only_loss", None))
 
 
 def _check_columns(rows: Dataset) -> None:
@@ -351,6 +353,24 @@ def _check_columns(rows: Dataset) -> None:
                     f"row {number}: TRL does not read the weights of turns; use "
                     "ImportanceWeightedTrainer, or give the row a 'weight'"
                 )
+
+
+def _check_masks(rows: Dataset, *, by_completion: bool | None) -> None:
+    """Refuse masks of tokens that TRL does not read: it would train on what they leave out."""
+    way_out = {"attention_mask": "take the padding out of the rows"}
+    if not by_completion:
+        way_out["completion_mask"] = "set completion_only_loss=True in SFTConfig"
+    names = {*rows.column_names}
+    for name in way_out.keys() & names if "input_ids" in names else ():
+        for number, row in enumerate(rows.select_columns([name, *{"labels"} & names])):
+            left_out = [not kept for kept in row[name]]
+            if name == "attention_mask":
+                # What follows padding reads it.
+                left_out = [*accumulate(left_out, max)]
+            trained = [label != _IGNORED for label in row.get("labels") or left_out]
+            if any(map(min, left_out[1:], trained[1:])):
+                problem = f"row {number}: TRL trains on tokens that {name!r} leaves out"
+                raise ValueError(f"{problem}; {way_out[name]}")
 
 
 @dataclass

@@ -321,6 +321,32 @@ def test_what_it_can_not_do_is_refused(
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("columns", "own", "trained"),
+    [
+        # TRL makes its own attention mask, and trains on padding and on the prompt.
+        ({"attention_mask": [1, 1, 1, 0]}, {}, None),
+        ({"attention_mask": [0, 1, 1, 1], "labels": [-100, -100, 7, 8]}, {}, None),
+        ({"completion_mask": [0, 0, 1, 1]}, {}, None),
+        ({"attention_mask": [1, 1, 1, 0], "labels": [5, 6, 7, -100]}, {}, [6, 7]),
+        ({"attention_mask": [1, 1, 1, 1]}, {}, [6, 7, 8]),
+        ({"completion_mask": [0, 0, 1, 1]}, {"completion_only_loss": True}, [7, 8]),
+        ({"completion_mask": [0, 1, 1, 1]}, {}, [6, 7, 8]),
+        ({"assistant_masks": [0, 0, 1, 0]}, {}, [7]),
+    ],
+)
+def test_masks_of_tokenised_rows_are_kept_or_refused(
+    model: Any, tmp_path: Path, columns: dict[str, Any], own: dict[str, Any], trained: Any
+) -> None:
+    rows = [{"input_ids": [5, 6, 7, 8], **columns}]
+    if trained is None:
+        with pytest.raises(ValueError, match="row 0: TRL trains on tokens that '.*_mask' leaves"):
+            in_trl(tmp_path, model, rows=rows, **own)
+        return
+    steps = in_trl(tmp_path, model, rows=rows, **own)._trajectories
+    assert steps["tokens", "full"][steps["masks", "all_assistant_mask"]].tolist() == trained
+
+
 def test_what_only_some_runs_need_is_not_asked_of_others(model: Any, tmp_path: Path) -> None:
     in_trl(tmp_path, model, proposal="reference", importance_weights=LARGE)
     # Without settings of TRL, too, it is the rows that are missing.
