@@ -53,7 +53,7 @@ def load(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     differ = differences(json.loads(content["settings"]), settings)
     if differ:
         problem = f"belongs to a run with other settings: {differ}"
-        raise CheckpointError(f"{path} {problem}; choose another --out")
+        raise CheckpointError(f"{path} {problem}; choose another folder (--out)")
     return content["state"]
 
 

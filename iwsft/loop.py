@@ -71,7 +71,7 @@ class Round:
         try:
             facts: dict[str, Any] = json.loads(path.read_text())["facts"]
         except (ValueError, LookupError, TypeError) as error:
-            way_out = "remove it, and --resume does the stage again"
+            way_out = "remove it and resume, which does the stage again"
             raise CheckpointError(f"{path} is damaged ({error}); {way_out}") from error
         return facts
 
@@ -249,17 +249,17 @@ def _claim(
         write_json(path, {**about, "settings": settings})
         return
     if not resume:
-        way_out = "pass --resume to continue it, or another --out"
+        way_out = "pass --resume (in Python resume=True) to continue it, or another folder (--out)"
         raise FileExistsError(f"{folder}: a loop is there already; {way_out}")
     try:
         config = json.loads(path.read_text())
         differ = differences(config["settings"], settings)
         changed = differences(config.get("versions", {}), about.get("versions", {}))
     except (ValueError, LookupError, TypeError) as error:
-        way_out = "move the folder away, or choose another --out"
+        way_out = "move the folder away, or choose another one (--out)"
         raise CheckpointError(f"{path} is not what a loop writes ({error}); {way_out}") from error
     if differ:
-        way_out = "run with those, or choose another --out"
+        way_out = "run with those, or choose another folder (--out)"
         raise CheckpointError(f"{folder} holds a loop with other settings: {differ}; {way_out}")
     if changed:
         tell(f"{folder} was begun with other versions, so rounds may differ: {changed}")

@@ -233,7 +233,7 @@ def test_other_versions_are_told(tmp_path: Path) -> None:
 
 def test_other_loops_are_refused(tmp_path: Path) -> None:
     run(tmp_path, toy(), 1)
-    with pytest.raises(FileExistsError, match="a loop is there already; pass --resume"):
+    with pytest.raises(FileExistsError, match="there already; .* .in Python resume=True"):
         run(tmp_path, toy(), 1)
     with pytest.raises(CheckpointError, match=r"other settings: keep=2 \(now 3\)"):
         run(tmp_path, toy(), 1, resume=True, settings={**SETTINGS, "keep": 3})
