@@ -111,7 +111,7 @@ def _check_apart(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
         first = twins[0]
         raise ValueError(
             f"--eval-prompts has prompts of --prompts (rows: {len(twins)}; {first.where} is "
-            f"{places[_question(first)]}); drop them from one of both"
+            f"{places[_question(first)]}); drop them from one of the two"
         )
 
 

@@ -243,7 +243,7 @@ class LanguageLoop:
         }
         cut = sum(not each["stopped"] for each in generations)
         kept = f"{len(rows)} of {len(generations)} answers kept"
-        without = f" ({cut} reached --max-tokens, and have no score)" if cut else ""
+        without = f" ({cut} reached --max-tokens, which leaves no score)" if cut else ""
         tell(f"round {one.number}: {kept}{without}{_listed(facts)}")
         if reason := unusable(self.options, rows, self._replayed(one)):
             write_json_lines(one.folder / CURATED, [])

@@ -197,7 +197,7 @@ def check_apart(training: Iterable[Row], held_out: Iterable[Row]) -> None:
         where, twin = twins[0]
         raise ValueError(
             f"--eval-data has prompts of --data (rows: {len(twins)}; {where} has that of {twin}); "
-            "drop them from one of both"
+            "drop them from one of the two"
         )
 
 
