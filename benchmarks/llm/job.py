@@ -229,6 +229,7 @@ def _prepare(runs: Sequence[Run], seeds: Sequence[Run]) -> None:
     trained = {run.algo: run for run in runs if run.algorithm is not None and seeds}.values()
     for run in [*trained][:1]:
         check_rows(run, prepared[0], data_of(run))
+        _tell_of_template(prepared[0].rows, run.tokenizer(prepared[0]).chat_template)
     for run in trained:
         _check_weights(run, prepared[0], data_of)
         _check_warmup(run, data_of)
@@ -236,6 +237,15 @@ def _prepare(runs: Sequence[Run], seeds: Sequence[Run]) -> None:
             tell(f"{run}: {reason}")
     for name, value in prepared[0].notes.items() if seeds else ():
         tell(f"{name}: {_in_words(value)}")
+
+
+def _tell_of_template(rows: Sequence[Row], template: str | None) -> None:
+    """Tell of rows that train a chat model on other texts than it reads in a chat."""
+    if template and (plain := sum(row.messages is None for row in rows)):
+        tell(
+            f"rows of prompt and completion: {plain}, joined without the model's chat template. "
+            "For a model that is asked in chats, write 'messages'"
+        )
 
 
 def _in_words(value: Any) -> str:

@@ -11,7 +11,7 @@ import small_job
 from benchmarks.llm.__main__ import main
 from benchmarks.llm.evaluation.options import Options as EvaluationOptions
 from benchmarks.llm.evaluation.tasks import TASKS
-from benchmarks.llm.job import _check_scores
+from benchmarks.llm.job import _check_scores, _tell_of_template
 from benchmarks.llm.options import ALGORITHMS, choose_q, parse, recorded
 from benchmarks.llm.recipes import RECIPES, load_recipe
 from benchmarks.llm.recipes.s1k import AUTHORS, PAPER
@@ -217,4 +217,15 @@ def test_scores_that_nothing_reads_are_told(capsys: pytest.CaptureFixture[str]) 
     _check_scores("iw-sft", replace(settings, cuts=(50,)), rows)
     for algo in ("iw-sft-q", "rwr"):
         _check_scores(algo, settings, rows)
+    assert not capsys.readouterr().err
+
+
+def test_prompts_outside_of_a_chat_template_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """The test of a chat model asks through its template, which such rows do not train."""
+    turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    plain, chat = Row("row 1", prompt="1+1=", completion="2"), Row("row 2", messages=tuple(turns))
+    _tell_of_template([plain, plain, chat], "{{ messages }}")
+    assert capsys.readouterr().err.startswith("rows of prompt and completion: 2, joined without")
+    _tell_of_template([chat], "{{ messages }}")
+    _tell_of_template([plain], None)
     assert not capsys.readouterr().err
