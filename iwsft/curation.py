@@ -214,29 +214,20 @@ def trajectory_scores(trajectories: TensorDictBase, score: Score) -> Tensor:
 
 
 def _begins_with_time(padded: TensorDictBase) -> bool:
-    """Whether names, ids or observations show that a column, not a row, is a trajectory."""
+    """Whether names or observations show that a column, not a row, is a trajectory."""
     shape = layout(padded)
     if min(shape) < 2 or padded.batch_dims < 2:
         return False
+    following, observation = (padded.get(k, default=None) for k in (NEXT_OBSERVATION, OBSERVATION))
     if padded.names[0] == "time":
         return True
-
-    def alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether each of ``a`` is the next one of ``b`` along columns, and along rows."""
-        pairs = (a[:-1], b[1:]), (a[:, :-1], b[:, 1:])
-        down, right = ((x == y).flatten(2).all(2) for x, y in pairs)
-        return down, right
-
-    ids = padded.get(TRAJ_IDS, default=None)
-    if ids is not None:
-        down, right = alike(*2 * [ids.reshape(*shape, 1)])
-        return bool(down.all()) and not bool(right.any())
-    following, observation = (padded.get(k, default=None) for k in (NEXT_OBSERVATION, OBSERVATION))
     if following is None or observation is None or following.shape != observation.shape:
         return False
-    down, right = alike(*(x.reshape(*shape, -1) for x in (following, observation)))
+    x, y = following.reshape(*shape, -1), observation.reshape(*shape, -1)
+    pairs = (x[:-1], y[1:]), (x[:, :-1], y[:, 1:])
     # Most steps, for an episode may end between two of them.
-    return float(down.double().mean()) > 0.5 > float(right.double().mean())
+    down, right = (float((a == b).all(2).double().mean()) for a, b in pairs)
+    return down > 0.5 > right
 
 
 def _tell_of_parts(packed: TensorDictBase, sizes: Tensor, score: str) -> None:

@@ -22,7 +22,8 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from iwsft.chain import check_chain
-from iwsft.datasets.text.rows import ASSISTANT, is_number, objection, turn_weight
+from iwsft.datasets.text.names import objection
+from iwsft.datasets.text.rows import ASSISTANT, is_number, turn_weight
 from iwsft.extras import named
 from iwsft.language.batches import collate
 from iwsft.language.config import check_engine, check_q
@@ -368,7 +369,7 @@ def _check_masks(rows: Dataset, *, by_completion: bool | None) -> None:
                 # What follows padding reads it.
                 left_out = [*accumulate(left_out, max)]
             trained = [label != _IGNORED for label in row.get("labels") or left_out]
-            if any(map(min, left_out[1:], trained[1:])):
+            if any(out and used for out, used in zip(left_out[1:], trained[1:], strict=True)):
                 problem = f"row {number}: TRL trains on tokens that {name!r} leaves out"
                 raise ValueError(f"{problem}; {way_out[name]}")
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from iwsft.datasets.text.names import snake_case, unquoted
+from iwsft.datasets.text.names import SWITCHES, WRONG, counts_less, objection, snake_case
 from iwsft.datasets.text.sources import Record, lists_records, records, row_named
 
 Message = Mapping[str, Any]
@@ -35,33 +34,13 @@ ASSISTANT = "assistant"
 REASONING = ("reasoning_content", "reasoning", "thinking")
 # Names of a turn's data weight.
 _WEIGHTS = ("weight", "loss_weight", "loss_scale")
-# Names by which data says whether a turn or a row is trained on, and the value of those that are.
-_SWITCHES = {"train": True, "training": True, "loss": True, "masked": False}
+# Other names that say which turns are trained on.
 _OTHER_SWITCHES = ("mask", "loss_mask", "train_detail")
-_ROW_SWITCHES = {**_SWITCHES, "unmask": False, "label": True}
-# Other names for the same, and for weights; some are on where they are false.
-_SWITCH_NAME = re.compile(
-    r"(?!train(ing)?_loss$)"
-    r"((is|should|use|do|no|compute|apply|in|token|turn|message|sample|data|loss|train(ing)?)_)?"
-    r"(train(ed|able|ing)?|learn(able)?|loss|masks?|masked|(un)?mask(ed)?|weights?|ignored?"
-    r"|skip(ped)?|supervised)(_(on|turns?|on_turns?|weights?|masks?))?"
-)
-# Other names of a verdict, the values that refuse a row, and names that refuse it where true.
-_VERDICT_NAME = re.compile(
-    r"((is|was|has|answer|all|tests?|final)_?)*(correct(ness)?|pass(ed|es)?|verified|valid"
-    r"|accepted|success(ful)?|solved|right|verdict|judge?ment)(_(answer|tests?))?"
-)
-_REFUSALS = (False, "no", "wrong", "incorrect", "fail", "failed", "rejected")
-_WRONG = "'correct': false"
-_WRONG_NAME = re.compile(r"((is|was|has|answer|tests?)_?)*(wrong|(in|not_)correct|failed)")
-_OFF_WHERE_TRUE = re.compile(r"(is_)?mask|no_|.*(ignore|skip)")
 # Columns whose text belongs to a conversation.
 _TEXTS = (
     *("prompt", "completion", "system", "system_prompt", "history", "context", "instruction"),
     *("input", "documents", "instructions", "system_message", "preamble", *REASONING),
 )
-# Other names of a row's count.
-_REPEATS = ("multiplicity", "repeat", "repeats")
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 # Arguments of a rendering that are not the row's.
 _RESERVED = (
@@ -234,7 +213,7 @@ def _message(value: Any) -> Message:
 def turn_weight(message: Message) -> float:
     """Data weight of a message's turn by any of the usual names; 0 where it is not trained on."""
     weights, trained = set(), set()
-    for name in (*_WEIGHTS, *_SWITCHES):
+    for name in (*_WEIGHTS, *SWITCHES):
         if (value := message.get(name)) is None:
             continue
         if name in _WEIGHTS:
@@ -243,7 +222,7 @@ def turn_weight(message: Message) -> float:
             weight = float(value)
             weights.add(weight)
         elif value in (True, False):
-            weight = float(value == _SWITCHES[name])
+            weight = float(value == SWITCHES[name])
         else:
             raise ValueError(f"{name} must be 0 or 1, it is {value!r:.60}")
         tolerated = (0.0, 1.0) if name in ("weight", "loss_weight") else (0.0,)
@@ -252,7 +231,7 @@ def turn_weight(message: Message) -> float:
         trained.add(weight != 0)
     for name in message if message["role"] == ASSISTANT else ():
         other = name in _OTHER_SWITCHES and message[name] != []
-        if other or (name not in _WEIGHTS and _counts_less(name, message[name])):
+        if other or (name not in _WEIGHTS and counts_less(name, message[name])):
             raise ValueError(f"{name!r} is not read; write it as a 'weight'")
     if len(trained) > 1:
         raise ValueError("one says that the turn is trained on, another that it is not")
@@ -263,21 +242,8 @@ def turn_weight(message: Message) -> float:
 
 def untrained(message: Message) -> dict[str, Any]:
     """The message with the weight 0, and no other word on whether it is trained on."""
-    kept = {name: message[name] for name in message if name not in (*_WEIGHTS, *_SWITCHES)}
+    kept = {name: message[name] for name in message if name not in (*_WEIGHTS, *SWITCHES)}
     return {**kept, "weight": 0}
-
-
-def _counts_less(name: str, value: Any) -> bool:
-    """Whether a name that is not read may say that its text is left out, or has a weight."""
-    lower = snake_case(name)
-    if name in {"weight", *_SWITCHES} or not _SWITCH_NAME.fullmatch(lower):
-        return False
-    value = unquoted(value)
-    if isinstance(value, list):
-        return bool(value)
-    if "weight" in lower:
-        return isinstance(value, int | float) and value != 1
-    return value in (True, False) and value == bool(_OFF_WHERE_TRUE.match(lower))
 
 
 def _check_media(record: Mapping[str, Any]) -> None:
@@ -295,7 +261,7 @@ def _check_unread(
         lower = snake_case(name)
         if name != lower in _READ and record.get(lower) != value:
             raise ValueError(f"column {name!r} is not read; write it as {lower!r}, or drop it")
-        if (instead := objection(name, value)) == _WRONG:
+        if (instead := objection(name, value)) == WRONG:
             if record.get("correct") in (None, True):
                 problem = f"column {name!r} says that the row is wrong, and is not read"
                 raise ValueError(f"{problem}; write {instead}, or drop it")
@@ -319,32 +285,6 @@ def _check_unread(
         raise ValueError(f"the answer is not that of column 'chosen'; {way_out}")
     given = (name for name, value in record.items() if value not in (None, "", [], {}))
     return tuple(name for name in given if name not in {*read, *_OPTIONAL})
-
-
-def objection(name: str, value: Any) -> str | None:
-    """How to write what a column that is not read says against its row; None if it says nothing."""
-    lower = snake_case(name)
-    if name in _READ:
-        return None
-    # A label may be the text of a class.
-    value = value if lower == "label" else unquoted(value)
-    if _says_wrong(lower, value):
-        return _WRONG
-    if lower in _REPEATS and value not in (None, 1):
-        return "count"
-    off = lower in _ROW_SWITCHES and value in (True, False) and value != _ROW_SWITCHES[lower]
-    off |= lower == "loss_scale" and value not in (None, 1, [])
-    off |= name not in _ROW_SWITCHES and _counts_less(name, value)
-    return "weight or correct" if off else None
-
-
-def _says_wrong(name: str, value: Any) -> bool:
-    """Whether a column is a verdict, and a bad one."""
-    words = value if isinstance(value, list) and value else [value]
-    words = [word.lower() if isinstance(word, str) else word for word in words]
-    if _WRONG_NAME.fullmatch(name):
-        return all(word in (True, "yes") for word in words)
-    return _VERDICT_NAME.fullmatch(name) is not None and all(word in _REFUSALS for word in words)
 
 
 def _strings(value: Any) -> Iterator[str]:
