@@ -18,6 +18,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from iwsft.trajectory import (
+    ASSISTANT_MASK,
     DATA_WEIGHT,
     DONE,
     GIVEN_REF_LOG_PROB,
@@ -100,6 +101,7 @@ def curate(
     if len(layout(trajectories)) == 2:
         if _begins_with_time(trajectories):
             raise ValueError("these have the layout [T, B]: pass trajectories.transpose(0, 1)")
+        _check_padding_told(trajectories)
         packed = pack(trajectories)
     check_links(packed)
     sizes = lengths(packed)
@@ -228,6 +230,20 @@ def _begins_with_time(padded: TensorDictBase) -> bool:
     # Most steps, for an episode may end between two of them.
     down, right = (float((a == b).all(2).double().mean()) for a, b in pairs)
     return down > 0.5 > right
+
+
+def _check_padding_told(padded: TensorDictBase) -> None:
+    """Refuse a mask of steps under another key, as TorchRL's helpers write: padding would count."""
+    if padded.get(MASK, default=None) is not None:
+        return
+    steps = layout(padded).numel()
+    for key, entry in padded.items(True, True):
+        under = key[0] if isinstance(key, tuple) else key
+        # That of the assistant's tokens is none of padding.
+        marks = under in ("mask", "masks") and key != ASSISTANT_MASK and entry.dtype == torch.bool
+        if marks and entry.numel() == steps and not bool(entry.all()):
+            way_out = f"trajectories[{MASK!r}] = trajectories[{key!r}]"
+            raise ValueError(f"{key!r} marks padding, which is read from {MASK!r}: {way_out}")
 
 
 def _tell_of_parts(packed: TensorDictBase, sizes: Tensor, score: str) -> None:

@@ -195,12 +195,12 @@ def _first_steps(
         # Neighbours may have equal ids: episodes of two collectors, slices of a replay buffer.
         first[:, 1:] |= fit(done, shape, repr(DONE)).bool()[:-1]
     elif done is not None and done.shape in (shape, (*shape, 1)):
-        # A row of a rollout goes on behind the end of an episode; padding does not.
-        ended = done.reshape(shape).bool()[:, :-1]
-        if mask is not None:
-            seen = mask.reshape(shape).cumsum(1)
-            ended = ended & (seen[:, :-1] > 0) & (seen[:, :-1] < seen[:, -1:])
-        first[:, 1:] |= ended
+        # A row of a rollout goes on behind the end of an episode.
+        first[:, 1:] |= done.reshape(shape).bool()[:, :-1]
+    if mask is not None and len(shape) == 2:
+        # Padding belongs to the trajectory beside it, whatever it holds.
+        seen = mask.reshape(shape).cumsum(1)
+        first[:, 1:] &= (seen[:, :-1] > 0) & (seen[:, :-1] < seen[:, -1:])
     return first.reshape(-1)
 
 

@@ -267,26 +267,6 @@ def test_padded_and_packed_agree() -> None:
     assert trajectory_returns(pack(padded)).tolist() == [5.0, 1.0, 7.0, 6.0]
 
 
-@pytest.mark.parametrize("shown_by", ["name", "observations"])
-def test_time_comes_second(shown_by: str) -> None:
-    """A row of ``[T, B]`` holds the steps of all episodes at one time."""
-    states = torch.randn(3, 6, 2)
-    rows = TensorDict(
-        {
-            "observation": states[:, :-1],
-            "action": torch.zeros(3, 5, 1),
-            "next": {"observation": states[:, 1:], "reward": torch.randn(3, 5, 1)},
-        },
-        [3, 5],
-    )
-    if shown_by == "name":
-        rows = rows.exclude(("next", "observation"))
-        rows.names = [None, "time"]
-    assert len(lengths(curate(rows, cuts=(50,)))) == 2
-    with pytest.raises(ValueError, match=r"layout \[T, B\]: pass trajectories.transpose\(0, 1\)"):
-        curate(rows.transpose(0, 1).clone(), cuts=(50,))
-
-
 def test_masked_steps_do_not_count_in_the_return() -> None:
     data = dataset([5.0, 1.0], [3, 2])
     data[REWARD][0] = 100.0

@@ -143,32 +143,6 @@ def test_a_padded_row_is_cut_where_its_id_changes() -> None:
     assert segments.sum(batch["x"])[:4].tolist() == [1, 5, 15, 7]
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("with_ids", [False, True])
-def test_a_padded_row_is_cut_behind_the_end_of_an_episode(masked: bool, with_ids: bool) -> None:
-    """As rows of ``env.rollout(break_when_any_done=False)`` are; against a loop over the steps."""
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(30):
-        done = torch.rand(3, 8, generator=generator) < 0.3
-        mask = torch.rand(3, 8, generator=generator) < 0.7 if masked else None
-        padded = TensorDict({DONE: done[..., None]}, batch_size=[3, 8])
-        ids = (torch.rand(3, 8, generator=generator) < 0.2).cumsum(1) * int(with_ids)
-        if with_ids:
-            padded.set(TRAJ_IDS, ids)
-        expected, number = [], -1
-        for row in range(3):
-            for step in range(8):
-                ended = step == 0 or bool(done[row, step - 1])
-                number += ended or bool(ids[row, step] != ids[row, step - 1])
-                expected.append(number)
-        segments = Segments.of(padded, mask=mask)
-        valid = segments.valid.reshape(-1)
-        index, truth = segments.index[valid], torch.tensor(expected)[valid]
-        assert torch.equal(index[:, None] == index, truth[:, None] == truth)
-        # Ends in the padding, before the first and behind the last valid step, make no slots.
-        assert segments.slots == int(segments.index.max()) + 1
-
-
 def test_slots_that_are_empty_or_masked() -> None:
     batch = packed_of([3, 1, 2, 1])
     batch[MASK] = torch.tensor([True, False, True, False, True, True, False])
