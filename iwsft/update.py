@@ -6,6 +6,7 @@ import gc
 import math
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
@@ -124,6 +125,8 @@ def check_follows(loss: LossModule, sampler: Any, updater: TargetNetUpdater | No
         )
     if getattr(updater, "loss_module", loss) is not loss:
         raise ValueError("the updater moves the targets of another loss: make one of this loss")
+    if updater is None and getattr(loss, "proposal", None) == "cached":
+        _tell_of_equal_weights(loss, sampler)
     written, drawn = (getattr(each, "trajectories", None) for each in (updater, sampler))
     if written is not None and drawn is not None:
         key = updater.key  # type: ignore[union-attr]
@@ -134,6 +137,16 @@ def check_follows(loss: LossModule, sampler: Any, updater: TargetNetUpdater | No
                 f"a sync would write {key!r} into other trajectories than the sampler draws from: "
                 "curate first, then pass both the same"
             )
+
+
+def _tell_of_equal_weights(loss: Any, sampler: Any) -> None:
+    """Warn of cached weights that are those of the start and that nothing moves."""
+    trajectories = getattr(sampler, "trajectories", {})
+    weight = trajectories.get(loss.tensor_keys.importance_weight, None)
+    if weight is not None and bool((weight == 1).all()):
+        way_out = "pass updater=HardSync(loss, every=..., trajectories=...), or call reweight again"
+        problem = "proposal='cached' without an updater: all weights are 1, and stay so, as in SFT"
+        warnings.warn(f"{problem}; {way_out}", UserWarning, stacklevel=5)
 
 
 def check_draws(loss: LossModule, sampler: Any) -> None:

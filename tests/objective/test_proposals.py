@@ -15,8 +15,18 @@ from torchrl.modules import IndependentNormal, ProbabilisticActor
 from torchrl.objectives import HardUpdate, SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
 
-from iwsft import EMA, HardSync, ImportanceWeightedMLE, ImportanceWeights, reweight, weights
+from iwsft import (
+    EMA,
+    HardSync,
+    ImportanceWeightedMLE,
+    ImportanceWeights,
+    annotate_reference,
+    reweight,
+    weights,
+)
 from iwsft.proposals import write_weights
+from iwsft.samplers import StepSampler
+from iwsft.training import Schedule, fit
 from iwsft.trajectory import MASK, pad
 
 both_modes = pytest.mark.parametrize("functional", [True, False], ids=["functional", "module"])
@@ -201,6 +211,22 @@ def test_ema_resumes(make_loss: Any, functional: bool) -> None:
     nudge(other, 1)
     again.step()
     assert_equal(qs(other) + thetas(other), qs(loss) + thetas(loss))
+
+
+def test_cached_weights_of_the_start_that_nothing_moves_are_told(
+    make_policy: Any, make_batch: Any
+) -> None:
+    policy = make_policy()
+    data = annotate_reference(policy, make_batch())
+    loss = ImportanceWeightedMLE(policy, proposal="cached")
+    reweight(data, loss)
+    with pytest.warns(UserWarning, match="all weights are 1, and stay so, as in SFT"):
+        fit(loss, StepSampler(data, 4), Schedule(2, 0.1))
+    # In a loop of the user's own the next sync has moved them.
+    reweight(data, loss)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fit(loss, StepSampler(data, 4), Schedule(2, 0.1))
 
 
 @both_modes
