@@ -229,7 +229,8 @@ def _prepare(runs: Sequence[Run], seeds: Sequence[Run]) -> None:
     trained = {run.algo: run for run in runs if run.algorithm is not None and seeds}.values()
     for run in [*trained][:1]:
         check_rows(run, prepared[0], data_of(run))
-        _tell_of_template(prepared[0].rows, run.tokenizer(prepared[0]).chat_template)
+        if run.options.data:
+            _tell_of_template(prepared[0].rows, run.tokenizer(prepared[0]).chat_template)
     for run in trained:
         _check_weights(run, prepared[0], data_of)
         _check_warmup(run, data_of)
