@@ -34,7 +34,7 @@ METRICS: dict[str, Callable[[Scores], Estimate]] = {
 # The paper's algorithm, and the one that all others are compared with.
 PAPER, BASIS = "iw-sft-q", "sft-q"
 _PAIRED = "Paired: both have the same seeds, and start from the reference policy of each."
-OTHER_SCHEDULE = "Not the weights alone: the learning rate or the number of updates differs, too."
+_OTHER_SCHEDULE = "Not the weights alone: the learning rate or the number of updates differs, too."
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _against(grid: Grid, row: Sequence[Cell], other: Sequence[Cell] | None) -> l
         return [NOTHING, NOTHING]
     notes = [_PAIRED] * difference.paired
     if other is not None and other_schedules(row, other):
-        notes.append(OTHER_SCHEDULE)
+        notes.append(_OTHER_SCHEDULE)
     return [grid.marked(signed(difference), notes), verdict(difference)]
 
 

@@ -59,21 +59,6 @@ def test_it_says_whether_control_ties(
     assert line.endswith(f" ({low:.1f} to {high:.1f}), with its 95 % interval over 3 seeds.")
 
 
-def test_control_says_that_the_weights_are_not_all_that_differs(
-    make_run: MakeRun, tmp_path: Path
-) -> None:
-    for folder, other_rate in ((tmp_path / "same", 4e-5), (tmp_path / "other", 1e-4)):
-        for seed in range(3):
-            for algo, lr in (("sft-q", 4e-5), ("iw-sft-q", other_rate)):
-                config = {"settings": {"seed": seed, "fine_tuning": {"lr": lr}}}
-                make_run(folder, DEFAULT, algo, seed, 20.0 + seed * lr, config=config)
-        document = Document()
-        document.section(CONTROL.title)
-        line = CONTROL.show(document, folder)
-        assert line.endswith("over 3 seeds.") == (other_rate == 4e-5)
-        assert ("Not the weights alone: the learning rate" in line) == (other_rate == 1e-4)
-
-
 def test_arithmetic_is_shown_without_other_runs_of_the_folder(tmp_path: Path) -> None:
     for seed, score in enumerate((0.5, 0.6, 0.7)):
         language_run(tmp_path, "sft", seed, score, "arithmetic")
