@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import pytest
 from benchmarks.bandit.experiment import main as run_bandit
 from benchmarks.bandit.options import Options as BanditOptions
 from benchmarks.d4rl.options import Options as ControlOptions
-from benchmarks.d4rl.options import check_options, choose_suite
+from benchmarks.d4rl.options import check_options, choose_suite, find_algorithm
+from benchmarks.d4rl.settings import find_fine_tuning
 from benchmarks.demo import PARTS
 from benchmarks.llm.options import parse as parse_llm
 from benchmarks.options import parse
@@ -20,6 +22,7 @@ from tests.benchmarks.report.conftest import MakeRun
 from tests.benchmarks.report.test_report_language import language_run
 
 BANDIT, ARITHMETIC, CONTROL = PARTS
+COMPARED = ("sft-q", "iw-sft-q")
 
 
 def test_its_commands_are_valid(tmp_path: Path) -> None:
@@ -30,6 +33,9 @@ def test_its_commands_are_valid(tmp_path: Path) -> None:
     check_options(options, choose_suite(options))
     # Behaviour cloning and the reference are then one training.
     assert options.steps == options.reference_steps
+    tuned = [find_fine_tuning(options.settings_of, find_algorithm(a))[0] for a in COMPARED]
+    # What differs is the weights alone.
+    assert len({replace(row, k=1.0) for row in tuned}) == 1
 
 
 @pytest.mark.parametrize(
@@ -47,7 +53,7 @@ def test_it_says_whether_control_ties(
     for seed, gain in enumerate(gains):
         for algo, score in (("sft-q", 20.0 + 10 * seed), ("iw-sft-q", 20.0 + 10 * seed + gain)):
             make_run(tmp_path, DEFAULT, algo, seed, score, reference_cpu_seconds=3.0)
-        for algo in ("sft-q", "iw-sft-q"):  # Others in the folder: of more seeds, and of more data.
+        for algo in COMPARED:  # Others in the folder: of more seeds, and of more data.
             other = {"settings": {"lr": 1e-3, "seed": 5 + seed}}
             make_run(tmp_path, DEFAULT, algo, 5 + seed, 90.0 + seed, config=other)
             make_run(tmp_path, "walker-b", algo, seed, 70.0 + seed)
