@@ -154,15 +154,16 @@ def summary(recipe: RecipeRuns) -> str:
     """The highest algorithms of a recipe, and whether the first is the best."""
     best = sorted(recipe.scores, key=lambda cell: -cell.mean)[:2]
     plain = [cell for cell in recipe.scores if not _first(cell, "steps") and cell not in best]
-    words = []
+    words = {}
     for cell in [*best, *plain]:
         interval = "" if cell.interval is None else f" ({interval_text(cell.interval, digits=3)})"
-        words.append(f"{_label(cell)} {cell.mean:.3f}{interval}")
+        words[cell.algo] = f"{_label(cell)} {cell.mean:.3f}{interval}"
     runs = sum(len(cell.runs) for cell in recipe.scores)
     apart = len(best) > 1 and is_higher(best[:1], best[1:])
     order = "Best" if apart else "Highest, but the difference of the first to the next may be 0"
-    score = _first(recipe.scores[0], "score_name")
-    return f"{runs} runs. {order}, by {score} (95 % interval): {', then '.join(words)}."
+    score, ranks = _first(recipe.scores[0], "score_name"), [words.pop(cell.algo) for cell in best]
+    rest = "".join(f"; untrained: {each}" for each in words.values())
+    return f"{runs} runs. {order}, by {score} (95 % interval): {', then '.join(ranks)}{rest}."
 
 
 def share_grid(recipe: RecipeRuns) -> Grid:

@@ -83,7 +83,7 @@ def weights() -> Figure:
         name = "SFT: all weights 1" if not k else f"iw-SFT, k = {k:g}"
         ax.set_title(f"{name}\nESS {ess:.2f}", fontsize=11, color=GREY)
         ax.axhline(1, color=GREY, lw=0.8, ls=":")
-        ax.set_xticks([1, 12], ["worst", "best"])
+        ax.set_xticks([1, 12], ["lowest", "highest"])
         ax.set_xlabel("trajectories, by log q - log pi_ref", fontsize=9)
     figure.axes[0].set_ylabel("weight")
     return figure

@@ -16,7 +16,7 @@ import scipy.stats
 from benchmarks.llm.options import ALGORITHMS, NAMES, recorded
 from benchmarks.llm.recipes.chat import RECIPE
 from benchmarks.report.__main__ import main
-from benchmarks.report.language import difference_grid, evaluation_grid, read_recipes
+from benchmarks.report.language import difference_grid, evaluation_grid, read_recipes, summary
 from benchmarks.report.options import Options
 from benchmarks.report.page import write_report
 from benchmarks.report.scores import algorithm_label, algorithm_rank
@@ -64,6 +64,14 @@ def language_run(root: Path, algo: str, seed: int, score: float, recipe: str = "
         (folder / name).write_text(json.dumps(content))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def test_the_headline_ranks_two_and_sets_the_untrained_apart(tmp_path: Path) -> None:
+    for algo, score in (("base", 0.4), ("sft", 0.5), ("dft", 0.45), ("iw-sft", 0.6)):
+        language_run(tmp_path, algo, 0, score)
+    (recipe,) = read_recipes(tmp_path)
+    words = re.sub(r" \([^)]*\)", "", summary(recipe)).partition("by exact match: ")[2]
+    assert words == "iw-SFT 0.600, then SFT 0.500; untrained: base 0.400."
 
 
 @pytest.fixture
