@@ -7,14 +7,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from huggingface_hub import ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
 
 from benchmarks.llm.models import split_commit
 from benchmarks.llm.options import ALGORITHMS, BASE
+from benchmarks.report.changes import change_line
 from benchmarks.runs import CONFIG, RESULT
-from benchmarks.statistics import t_interval
 from iwsft import checkpoint
 from iwsft.files import write
 
@@ -55,23 +54,6 @@ def _base_of(recipe: Path, config: _Numbers) -> _Numbers | None:
             base: _Numbers = json.loads(result.read_text())
             return base
     return None
-
-
-def change_line(result: _Numbers, base: _Numbers | None) -> str | None:
-    """How the log-likelihood of a token changed from the base, paired by prompt, in a sentence.
-
-    None where one of both has no log-probs by prompt.
-    """
-    if base is None or "log_probs" not in result or "log_probs" not in base:
-        return None
-    differences = np.subtract(result["log_probs"], base["log_probs"])
-    low, high = t_interval(differences)
-    interval = f"95 % interval {low:+.3f} to {high:+.3f}" if len(differences) > 1 else "no interval"
-    return (
-        f"{result['algo']} seed {result['seed']}: log-likelihood of a token {base['log_prob']:.3f} "
-        f"-> {result['log_prob']:.3f}, change {differences.mean():+.3f} ({interval}, "
-        f"prompts: {result['n']})"
-    )
 
 
 def _lines(

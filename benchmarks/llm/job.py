@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import monitor, places, sweep
 from benchmarks.commands import program, typed
-from benchmarks.llm.card import change_line, write_card
+from benchmarks.llm.card import write_card
 from benchmarks.llm.curation import why_unweighted
 from benchmarks.llm.launch import Hardware, Launch, States, choose, launched, start, threads_of
 from benchmarks.llm.models import SMOLLM2, commit_of, load_config
@@ -396,9 +396,8 @@ def _take_part(runs: Sequence[Run]) -> None:
 
 def _show(runs: Sequence[Run], summary: Summary) -> None:
     """Print the table of all finished runs of the recipe; write their report and the cards."""
-    from benchmarks.report.language import read_recipes, recipe_table
+    from benchmarks.report.language import changes, read_recipes, recipe_table
     from benchmarks.report.page import write_report
-    from benchmarks.report.scores import runs_of
 
     folder = runs[0].dataset_folder
     # Runs that were tested on other items are apart; their name is longer.
@@ -407,11 +406,8 @@ def _show(runs: Sequence[Run], summary: Summary) -> None:
         rich.print(recipe_table(other))
     if recipe.scores:
         rich.print(recipe_table(recipe))
-        results = [run.result for run in runs_of(recipe.scores)]
-        base = next((result for result in results if result["algo"] == BASE), None)
-        trained = [result for result in results if result["algo"] != BASE]
-        changes = filter(None, (change_line(result, base) for result in trained))
-        print(*changes, f"Report: {write_report(folder, folder / 'report').page}", sep="\n")
+        page = write_report(folder, folder / "report").page
+        print(*changes(recipe), f"Report: {page}", sep="\n")
     cards = [card for run in runs if (card := write_card(run.folder))]
     print(summary, *(f"Model, with its card: {card.parent}" for card in cards), sep="\n")
     if cards:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from benchmarks.report import figures
 from benchmarks.report.aggregates import signed, verdict
+from benchmarks.report.changes import change_line
 from benchmarks.report.document import INK, NOTHING, Grid, interval_text
 from benchmarks.report.figures import Panels
 from benchmarks.report.scores import (
@@ -24,6 +25,7 @@ from benchmarks.report.scores import (
     cells,
     compare,
     is_higher,
+    runs_of,
     short,
 )
 from benchmarks.report.tables import published_scores
@@ -164,6 +166,14 @@ def summary(recipe: RecipeRuns) -> str:
     score, ranks = _first(recipe.scores[0], "score_name"), [words.pop(cell.algo) for cell in best]
     rest = "".join(f"; untrained: {each}" for each in words.values())
     return f"{runs} runs. {order}, by {score} (95 % interval): {', then '.join(ranks)}{rest}."
+
+
+def changes(recipe: RecipeRuns) -> list[str]:
+    """How training changed the log-likelihood of a test that has it by prompt, a line for a run."""
+    results = [run.result for run in runs_of(recipe.scores)]
+    untrained = next((result for result in results if not result["steps"]), None)
+    lines = [change_line(result, untrained) for result in results if result["steps"]]
+    return [line for line in lines if line is not None]
 
 
 def share_grid(recipe: RecipeRuns) -> Grid:

@@ -303,6 +303,9 @@ def _recipe(document: Document, recipe: RecipeRuns) -> None:
         document.text(recipe.note)
         for title, grid in language.grids(recipe).items():
             document.table(grid, title)
+        if lines := language.changes(recipe):
+            document.text("Changes from the base, paired by prompt:")
+            document.bullets([*map(escaped, lines)])
         document.figure(
             f"language_{recipe.name}",
             language.draw_recipe(recipe),

@@ -74,6 +74,21 @@ def test_the_headline_ranks_two_and_sets_the_untrained_apart(tmp_path: Path) -> 
     assert words == "iw-SFT 0.600, then SFT 0.500; untrained: base 0.400."
 
 
+def test_changes_from_the_base_are_paired_by_prompt(tmp_path: Path) -> None:
+    numbers = {"base": [-3.0, -1.0, -2.0], "sft": [-2.5, -0.4, -1.6]}
+    for algo, log_probs in numbers.items():
+        file = language_run(tmp_path, algo, 0, 0.5) / "result.json"
+        means = {"log_prob": statistics.fmean(log_probs), "n": 3, "log_probs": log_probs}
+        file.write_text(json.dumps(json.loads(file.read_text()) | means))
+    language_run(tmp_path, "iw-sft", 0, 0.6)
+    write_report(tmp_path, tmp_path / "report")
+    page = (tmp_path / "report" / "report.md").read_text()
+    # 0.5 -+ 4.303 * 0.1 / sqrt(3)
+    assert page.count("log-likelihood of a token") == 1
+    changed = "-2.000 -> -1.500, change +0.500 (95 % interval +0.252 to +0.748, prompts: 3)"
+    assert changed in page.replace("\\", "").replace("&gt;", ">")
+
+
 @pytest.fixture
 def language(tmp_path: Path) -> Path:
     for algo, scores in SCORES.items():
