@@ -172,7 +172,7 @@ class Verifier:
         return Verdict(float(right) if problem is None else None, answer, problem)
 
     def _compare_text(self, correct: str, text: str) -> Verdict:
-        """Compare the answer with what follows it, without, and the whole text."""
+        """Judge the final answer, with and without an explanation after it, or the whole text."""
         read = extract_answer(text, verbatim=True), extract_answer(text), after_thinking(text)
         answers = [answer for answer in read if answer is not None]
         equal = self._grader.choose_comparison("text")
