@@ -239,7 +239,7 @@ def _check_padding_told(padded: TensorDictBase) -> None:
     steps = layout(padded).numel()
     for key, entry in padded.items(True, True):
         under = key[0] if isinstance(key, tuple) else key
-        # That of the assistant's tokens is none of padding.
+        # The mask of the assistant's tokens does not mark padding.
         marks = under in ("mask", "masks") and key != ASSISTANT_MASK and entry.dtype == torch.bool
         if marks and entry.numel() == steps and not bool(entry.all()):
             way_out = f"trajectories[{MASK!r}] = trajectories[{key!r}]"

@@ -54,8 +54,8 @@ class Segments:
 
     Results per trajectory have ``slots`` entries: the rows of a padded batch without ids and ends,
     else the trajectories. Where reading the data is not free, on an accelerator and in
-    ``torch.compile``, the latter are a slot for each step, and those after the last trajectory are
-    empty (length 0, sum 0). So nothing here waits for an accelerator, and shapes are static.
+    ``torch.compile``, there is a slot for each step in place of the latter, and those after the
+    last trajectory are empty (length 0, sum 0). So nothing waits, and shapes are static.
 
     Attributes:
         shape: Layout of the batch, ``[N]`` or ``[B, T]``.
@@ -80,7 +80,7 @@ class Segments:
         Args:
             batch: The batch.
             traj_ids: Key of the trajectory ids, which the packed layout needs. A padded row is cut
-                where they change, and behind a step with ``("next", "done")``.
+                where they change, and after a step with ``("next", "done")``.
             mask: Valid steps, bool, in the layout of the batch (a trailing 1 is dropped). By
                 default the batch's own ``("collector", "mask")``, if it has one.
 
@@ -195,7 +195,7 @@ def _first_steps(
         # Neighbours may have equal ids: episodes of two collectors, slices of a replay buffer.
         first[:, 1:] |= fit(done, shape, repr(DONE)).bool()[:-1]
     elif done is not None and done.shape in (shape, (*shape, 1)):
-        # A row of a rollout goes on behind the end of an episode.
+        # After the end of an episode a row of a rollout holds the next one.
         first[:, 1:] |= done.reshape(shape).bool()[:, :-1]
     if mask is not None and len(shape) == 2:
         # Padding belongs to the trajectory beside it, whatever it holds.

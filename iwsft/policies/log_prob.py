@@ -38,9 +38,9 @@ def evaluating(policy: Any) -> Iterator[None]:
 
 
 def noise_watch(policy: nn.Module, device: torch.device) -> Callable[[], bool]:
-    """Return a function that says whether a policy has been another one than in eval mode.
+    """Return a function that says whether a policy has differed from itself in eval mode.
 
-    It is where noise, such as dropout, was drawn since this call, or statistics of the batch
+    It has where noise, such as dropout, was drawn since this call, or where statistics of the batch
     normalise. Looking at the generator's state finds all noise, also that of functions and hooks
     (NEFTune). While a graph is compiled or captured, only dropout layers are found.
     """
