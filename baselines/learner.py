@@ -17,17 +17,8 @@ from torchrl.objectives.utils import TargetNetUpdater
 from iwsft import training
 from iwsft.datasets.episodes import ACTION_TOLERANCE
 from iwsft.training import Cost, Sampler, Schedule
-from iwsft.trajectory import (
-    ACTION,
-    DATA_WEIGHT,
-    DONE,
-    REWARD,
-    TERMINATED,
-    Segments,
-    fit,
-    layout,
-    validate,
-)
+from iwsft.trajectory import ACTION, DATA_WEIGHT, DONE, REWARD, TERMINATED, Segments, fit, layout
+from iwsft.validation import validate
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from iwsft.trajectory import (
     Segments,
     fit,
     lengths,
-    validate,
 )
+from iwsft.validation import validate
 
 RETURN_TO_GO: NestedKey = "return_to_go"
 _STEP = "step"

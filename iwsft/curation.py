@@ -24,15 +24,10 @@ from iwsft.trajectory import (
     GIVEN_REF_LOG_PROB,
     MASK,
     MULTIPLICITY,
-    NEXT_OBSERVATION,
-    OBSERVATION,
     REWARD,
     STANDARD_SCORE,
     TRAJ_IDS,
     Segments,
-    check_data_weights,
-    check_links,
-    check_tensordict,
     fit,
     layout,
     lengths,
@@ -40,6 +35,7 @@ from iwsft.trajectory import (
     per_trajectory,
     select,
 )
+from iwsft.validation import check_data_weights, check_links, check_tensordict
 
 Ties = Literal["rank", ">", ">="]
 Score = str | tuple[str, ...] | Callable[[TensorDictBase], Tensor]
@@ -99,8 +95,7 @@ def curate(
             raise ValueError(f"these hold {key!r} already; curate the data they come from")
     packed = trajectories
     if len(layout(trajectories)) == 2:
-        if _begins_with_time(trajectories):
-            raise ValueError("these have the layout [T, B]: pass trajectories.transpose(0, 1)")
+        check_links(trajectories)
         _check_padding_told(trajectories)
         packed = pack(trajectories)
     check_links(packed)
@@ -213,23 +208,6 @@ def trajectory_scores(trajectories: TensorDictBase, score: Score) -> Tensor:
         others = f"{len(bad)} of {len(scores)} scores are NaN or infinite"
         raise ValueError(f"{name} is {float(scores[first])}, and {others}")
     return scores
-
-
-def _begins_with_time(padded: TensorDictBase) -> bool:
-    """Whether names or observations show that a column, not a row, is a trajectory."""
-    shape = layout(padded)
-    if min(shape) < 2 or padded.batch_dims < 2:
-        return False
-    following, observation = (padded.get(k, default=None) for k in (NEXT_OBSERVATION, OBSERVATION))
-    if padded.names[0] == "time":
-        return True
-    if following is None or observation is None or following.shape != observation.shape:
-        return False
-    x, y = following.reshape(*shape, -1), observation.reshape(*shape, -1)
-    pairs = (x[:-1], y[1:]), (x[:, :-1], y[:, 1:])
-    # Most steps, for an episode may end between two of them.
-    down, right = (float((a == b).all(2).double().mean()) for a, b in pairs)
-    return down > 0.5 > right
 
 
 def _check_padding_told(padded: TensorDictBase) -> None:

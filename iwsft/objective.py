@@ -24,6 +24,7 @@ from iwsft.policies.log_prob import (
 from iwsft.policy_loss import Keys, PolicyLoss
 from iwsft.presets import ImportanceWeights
 from iwsft.trajectory import MASK, Segments, fit, on_host
+from iwsft.validation import check_multiplicity, check_valid_steps
 from iwsft.weights import Temperature, exponential
 
 Proposal = Literal["current", "reference", "lagged", "cached"]
@@ -354,16 +355,14 @@ class ImportanceWeightedMLE(PolicyLoss):
         Float64, so that the steps of a trajectory add up to its multiplicity.
         """
         if segments.mask is not None and on_host(segments.mask):
-            empty = segments.without_valid_step
-            if len(empty):
-                problem = f"trajectory {int(empty[0])} of the batch has every step masked"
-                way_out = f"drop it, or correct its mask ({self.loss_mask_key!r})"
-                raise ValueError(f"{problem}; {way_out}")
+            check_valid_steps(segments, repr(self.loss_mask_key))
         if segments.single_steps:
             share = torch.ones(segments.shape, dtype=torch.float64)
         else:
             share = 1.0 / segments.spread(segments.lengths.clamp(min=1)).double()
         multiplicity = self._entry(batch, self.tensor_keys.multiplicity, segments)
+        if multiplicity is not None and on_host(multiplicity):
+            check_multiplicity(multiplicity, segments, repr(self.tensor_keys.multiplicity))
         return segments.where_valid(share if multiplicity is None else share * multiplicity)
 
     def data_weight(

@@ -32,8 +32,8 @@ from iwsft.trajectory import (
     TOKENS,
     TRAJ_IDS,
     Segments,
-    check_links,
 )
+from iwsft.validation import check_links
 
 _log = logging.getLogger(__name__)
 # Rounds of batches after which the progress of a pass is saved.

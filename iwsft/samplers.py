@@ -27,12 +27,12 @@ from iwsft.trajectory import (
     TOKENS,
     TRAJ_IDS,
     Segments,
-    check_links,
     layout,
     lengths,
     per_trajectory,
     steps_of,
 )
+from iwsft.validation import check_links, check_multiplicity
 
 # What a critic learns from.
 TRANSITION: tuple[NestedKey, ...]
@@ -270,11 +270,10 @@ def multiplicities(trajectories: TensorDictBase, sizes: Tensor) -> Tensor:
     stored = trajectories.get(MULTIPLICITY, default=None)
     if stored is None:
         return torch.ones_like(sizes)
-    if stored.is_floating_point():
-        raise ValueError(f"{MULTIPLICITY!r} must hold whole numbers, it holds {stored.dtype}")
+    check_multiplicity(stored, Segments.of(trajectories), repr(MULTIPLICITY))
     multiplicity = per_trajectory(trajectories, MULTIPLICITY).cpu().long()
-    if bool((multiplicity < 0).any()) or int(multiplicity.sum()) == 0:
-        raise ValueError(f"{MULTIPLICITY!r} is negative, or 0 for every trajectory")
+    if int(multiplicity.sum()) == 0:
+        raise ValueError(f"{MULTIPLICITY!r} is 0 for every trajectory")
     return multiplicity
 
 

@@ -7,7 +7,6 @@ steps are marked by a mask. Keys follow TorchRL's episode data (TED); seven keys
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -37,8 +36,7 @@ IMPORTANCE_WEIGHT: NestedKey = "importance_weight"
 STANDARD_SCORE: NestedKey = "standard_score"
 DATA_WEIGHT: NestedKey = "data_weight"
 SUCCESS_RATE: NestedKey = "success_rate"
-# Steps that are compared at a time.
-_PART = 2**16
+TIME_FIRST = "these have the layout [T, B]: pass trajectories.transpose(0, 1)"
 
 
 def on_host(tensor: Tensor) -> bool:
@@ -157,6 +155,8 @@ def layout(
             f"trajectories have batch size [N], [B, T] or [B], not {list(size)}: set "
             "trajectories.batch_size, which is lost where a batch is built anew from its entries"
         )
+    if len(size) == 2 and batch.names[0] == "time":
+        raise ValueError(TIME_FIRST)
     if len(size) == 1 and mask is not None and mask.ndim >= 2 and mask.shape[1] != 1:
         return mask.shape[:2]
     if len(size) == 1 and batch.get(traj_ids, default=None) is None:
@@ -187,7 +187,7 @@ def _first_steps(
 ) -> Tensor:
     """Whether a step is the first of its trajectory, bool ``[N]``."""
     if len(shape) == 1 and on_host(ids):
-        _check_order(ids[0], key)
+        check_order(ids[0], key)
     first = torch.ones_like(ids, dtype=torch.bool)
     first[:, 1:] = ids[:, 1:] != ids[:, :-1]
     done = batch.get(DONE, default=None)
@@ -204,7 +204,8 @@ def _first_steps(
     return first.reshape(-1)
 
 
-def _check_order(ids: Tensor, key: NestedKey) -> None:
+def check_order(ids: Tensor, key: NestedKey) -> None:
+    """Refuse ids of packed steps that decrease."""
     falls = ids[1:] < ids[:-1]
     if bool(falls.any()):
         where = int(falls.nonzero()[0]) + 1
@@ -224,12 +225,16 @@ def fit(x: Tensor, shape: torch.Size, name: str) -> Tensor:
 
 def lengths(packed: TensorDictBase) -> Tensor:
     """Number of steps of each trajectory of a packed batch, int64 ``[n]``, in order."""
-    shape, ids, _ = _read_layout(packed)
-    if ids is None:
-        return torch.bincount(Segments.of(packed).index)
     # Not the index of each step: of much data it fills new memory, which costs more than counting.
-    start = _first_steps(packed, shape, ids, None, TRAJ_IDS).nonzero().squeeze(1)
-    return start.diff(append=start.new_tensor([shape.numel()]))
+    start = first_steps(packed).nonzero().squeeze(1)
+    return start.diff(append=start.new_tensor([len(packed)]))
+
+
+def first_steps(packed: TensorDictBase) -> Tensor:
+    """Whether each step of a packed batch is the first of its trajectory, bool ``[N]``."""
+    shape, ids, _ = _read_layout(packed)
+    assert ids is not None
+    return _first_steps(packed, shape, ids, None, TRAJ_IDS)
 
 
 def per_trajectory(packed: TensorDictBase, key: NestedKey) -> Tensor:
@@ -322,99 +327,3 @@ def from_steps(steps: dict[NestedKey, Tensor], traj_ids: Tensor) -> TensorDict:
     for key, value in {**steps, TRAJ_IDS: traj_ids}.items():
         packed.set(key, value)
     return packed
-
-
-def check_tensordict(trajectories: object) -> None:
-    """Raise a TypeError for anything but a TensorDict, with a hint at an attribute that is one."""
-    if isinstance(trajectories, TensorDictBase):
-        return
-    inside = getattr(trajectories, "trajectories", None)
-    hint = "; pass its .trajectories" if isinstance(inside, TensorDictBase) else ""
-    raise TypeError(f"trajectories are a TensorDict, not a {type(trajectories).__name__}{hint}")
-
-
-def check_links(packed: TensorDictBase) -> None:
-    """Refuse a trajectory in which the next observation of a step is not that of the next step.
-
-    It may be two: ``torch.cat`` of two collectors' episodes can give neighbours equal ids.
-    """
-    present = packed.keys(True, True)
-    if OBSERVATION not in present or NEXT_OBSERVATION not in present:
-        return
-    shape, ids, mask = _read_layout(packed)
-    following, observation = packed.get(NEXT_OBSERVATION)[:-1], packed.get(OBSERVATION)[1:]
-    if ids is None or len(shape) != 1 or following.shape != observation.shape:
-        return
-    inner = ~_first_steps(packed, shape, ids, mask, TRAJ_IDS)[1:]
-    if mask is not None:
-        inner &= mask[1:] & mask[:-1]
-    breaks = torch.zeros_like(inner)
-    for at in range(0, len(inner), _PART):
-        part = slice(at, at + _PART)
-        a, b = following[part], observation[part]
-        # What is NaN has an error of its own.
-        differs = (a != b) & ~a.isnan() & ~b.isnan()
-        breaks[part] = inner[part] & differs.reshape(len(a), -1).any(1)
-    # Where most steps break, the next observations follow another convention.
-    if 0 < int(breaks.sum()) <= int(inner.sum()) // 2:
-        step = int(breaks.nonzero()[0]) + 1
-        problem = f"step {step} does not begin where step {step - 1} of its trajectory ends"
-        differ = f"{NEXT_OBSERVATION!r} and {OBSERVATION!r} differ"
-        way_out = f"give each episode its own {TRAJ_IDS!r}, or set {DONE!r} at its last step"
-        raise ValueError(f"{problem}: {differ}; {way_out}")
-
-
-def validate(
-    trajectories: TensorDictBase, *, keys: Iterable[NestedKey] = (OBSERVATION, ACTION)
-) -> None:
-    """Check a batch or a whole dataset once, before training time is spent.
-
-    It reads the values, so it waits for an accelerator. ``keys`` are the floating-point entries
-    that must exist (KeyError), one row per step, finite on valid steps. A ValueError names the
-    entry and the step of anything else that is wrong.
-    """
-    segments = Segments.of(trajectories)
-    if len(segments.shape) == 1:
-        _check_order(trajectories.get(TRAJ_IDS), TRAJ_IDS)
-        check_links(trajectories)
-    present = set(trajectories.keys(True, True))
-    keys = tuple(keys)
-    for key in keys:
-        if key not in present:
-            raise KeyError(f"{key!r} is missing; there are {sorted(map(str, present))}")
-        dtype = trajectories.get(key).dtype
-        if not dtype.is_floating_point:
-            raise ValueError(f"{key!r} must be floating point, it is {dtype}")
-    for key in (*keys, REF_LOG_PROB, IMPORTANCE_WEIGHT, REWARD, MULTIPLICITY):
-        if key in present:
-            _check_values(trajectories.get(key), segments, key)
-    if MULTIPLICITY in present and bool((trajectories.get(MULTIPLICITY) < 0).any()):
-        raise ValueError(f"{MULTIPLICITY!r} counts draws, it can't be negative")
-    if DATA_WEIGHT in present:
-        weight = fit(trajectories.get(DATA_WEIGHT), segments.shape, repr(DATA_WEIGHT))
-        check_data_weights(segments.where_valid(weight), repr(DATA_WEIGHT))
-    empty = segments.without_valid_step
-    if len(empty):
-        raise ValueError(f"trajectory {int(empty[0])} has every step masked; drop it")
-
-
-def check_data_weights(weight: Tensor, name: str) -> None:
-    """Refuse the data weights of a whole dataset if one is NaN or infinite, or all are 0."""
-    bad = (~weight.isfinite()).nonzero()
-    if len(bad):
-        places = f"in {len(bad)} places, first {bad[0].tolist()}"
-        raise ValueError(f"{name} is NaN, infinite or beyond float32 {places}")
-    if not bool(weight.any()):
-        raise ValueError(f"{name} is 0 everywhere, so there is nothing to train on")
-
-
-def _check_values(value: Tensor, segments: Segments, key: NestedKey) -> None:
-    """Refuse what is not one row a step, or not finite on valid steps."""
-    shape = segments.shape
-    if value.shape[: len(shape)] != shape:
-        raise ValueError(f"{key!r} has shape {list(value.shape)}; it must start with {list(shape)}")
-    rows = value.reshape(shape.numel(), -1).isfinite().all(-1)
-    bad = torch.nonzero(~rows & segments.valid.reshape(-1))
-    if len(bad):
-        first = int(bad[0])
-        raise ValueError(f"{key!r} is NaN or infinite (steps: {len(bad)}), first at step {first}")

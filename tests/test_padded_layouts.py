@@ -11,6 +11,7 @@ from torchrl.collectors.utils import split_trajectories
 
 from iwsft import GaussianPolicy, ImportanceWeightedMLE, annotate_reference, curate
 from iwsft.trajectory import DONE, MASK, REWARD, TRAJ_IDS, Segments, lengths, pack
+from iwsft.validation import validate
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -54,9 +55,19 @@ def test_time_comes_second(shown_by: str) -> None:
     if shown_by == "name":
         rows = rows.exclude(("next", "observation"))
         rows.names = [None, "time"]
-    assert len(lengths(curate(rows, cuts=(50,)))) == 2
-    with pytest.raises(ValueError, match=r"layout \[T, B\]: pass trajectories.transpose\(0, 1\)"):
-        curate(rows.transpose(0, 1).clone(), cuts=(50,))
+    policy = GaussianPolicy(2, 1, hidden=(4,))
+    loss = ImportanceWeightedMLE(policy, proposal="reference")
+    doors: list[Any] = [
+        lambda x: curate(x, cuts=(50,)),
+        lambda x: annotate_reference(policy, x),
+        validate,
+        # The values of a batch are not compared.
+        *([loss] if shown_by == "name" else []),
+    ]
+    for door in doors:
+        door(rows.clone())
+        with pytest.raises(ValueError, match=r"layout \[T, B\]: pass trajectories.transpose"):
+            door(rows.transpose(0, 1).clone())
 
 
 def rollout(lengths: list[int]) -> TensorDict:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,16 +12,13 @@ from hypothesis import strategies as st
 from tensordict import TensorDict
 
 from iwsft.trajectory import (
-    DATA_WEIGHT,
     DONE,
-    IMPORTANCE_WEIGHT,
     MASK,
     MULTIPLICITY,
     REF_LOG_PROB,
     REWARD,
     TRAJ_IDS,
     Segments,
-    check_tensordict,
     from_steps,
     lengths,
     on_host,
@@ -31,8 +27,8 @@ from iwsft.trajectory import (
     per_trajectory,
     select,
     steps_of,
-    validate,
 )
+from iwsft.validation import validate
 
 SIZES = st.lists(st.integers(1, 7), min_size=1, max_size=9)
 
@@ -260,78 +256,6 @@ def test_select_refuses_wrong_positions() -> None:
             select(packed, torch.tensor(index))
 
 
-def test_valid_data_passes() -> None:
-    packed = packed_of([2, 3, 1])
-    validate(packed)
-    validate(pad(packed))
-    padded = pad(packed)
-    padded["observation"][~padded[MASK]] = torch.nan
-    validate(padded)
-    validate(padded.exclude(TRAJ_IDS))
-    validate(packed, keys=("observation", "action", REWARD))
-
-
-def _set(key: Any, value: torch.Tensor) -> Any:
-    return lambda batch: batch.set(key, value)
-
-
-def _poke(key: Any, value: float) -> Any:
-    def change(batch: TensorDict) -> TensorDict:
-        batch.get(key)[4] = value
-        return batch
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        (lambda b: b.exclude("action"), KeyError, "action.* is missing; there are .*observation"),
-        (lambda b: b.exclude(TRAJ_IDS), KeyError, "traj_ids"),
-        (_set("action", torch.zeros(6, 2, dtype=torch.int64)), ValueError, "'action'.*int64"),
-        (_poke("observation", float("nan")), ValueError, "'observation' .*steps: 1.*step 4"),
-        (_poke("action", float("inf")), ValueError, "'action' is NaN or infinite"),
-        (_poke(REF_LOG_PROB, float("-inf")), ValueError, "'ref_log_prob' is NaN or infinite"),
-        (_poke(REWARD, float("nan")), ValueError, "'reward'.*NaN or infinite"),
-        (_set(IMPORTANCE_WEIGHT, torch.full((6,), torch.nan)), ValueError, "'importance_weight'"),
-        (_poke(MULTIPLICITY, -1), ValueError, "'multiplicity'.*negative"),
-        (
-            _set(DATA_WEIGHT, torch.full((6,), torch.inf)),
-            ValueError,
-            "^'data_weight' is NaN, inf",
-        ),
-        (_set(DATA_WEIGHT, torch.zeros(6)), ValueError, "^'data_weight' is 0 everywhere"),
-        (_set(TRAJ_IDS, torch.tensor([0, 0, 2, 2, 1, 1])), ValueError, "out of order at step 4"),
-        (_set(TRAJ_IDS, torch.rand(6)), ValueError, "traj_ids.*integers.*float32"),
-        (_set(TRAJ_IDS, torch.zeros(6, 2, dtype=torch.int64)), ValueError, "traj_ids.*shape"),
-        (
-            _set(MASK, torch.tensor([True, True, False, False, False, True])),
-            ValueError,
-            "trajectory 1",
-        ),
-        (_set(MASK, torch.ones(6, 3, 1, dtype=torch.bool)), ValueError, "shape"),
-        (lambda b: b[:0], ValueError, "not a single step"),
-        (lambda b: b.reshape(1, 2, 3), ValueError, r"\[1, 2, 3\]"),
-    ],
-)
-def test_validate_names_the_error(change: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        validate(change(packed_of([2, 3, 1])))
-
-
-def test_validate_reads_entries_not_groups_of_them() -> None:
-    with pytest.raises(KeyError, match="next.* is missing; there are"):
-        validate(packed_of([2, 3, 1]), keys=["next"])
-
-
-def test_validate_names_a_row_of_the_wrong_length() -> None:
-    padded = pad(packed_of([2, 3, 1]))
-    padded.batch_size = [3]
-    padded["action"] = torch.zeros(3, 4, 2)
-    with pytest.raises(ValueError, match=r"'action' has shape \[3, 4, 2\].*\[3, 3\]"):
-        validate(padded)
-
-
 def test_an_entry_that_is_the_same_on_all_steps_of_a_trajectory() -> None:
     packed = from_steps({"x": torch.tensor([1.0, 1.0, torch.nan, torch.nan])}, torch.arange(4) // 2)
     first = per_trajectory(packed, "x")
@@ -342,12 +266,3 @@ def test_an_entry_that_is_the_same_on_all_steps_of_a_trajectory() -> None:
     packed["wide"] = torch.zeros(4, 2)
     with pytest.raises(ValueError, match=r"'wide' has shape \[4, 2\]"):
         per_trajectory(packed, "wide")
-
-
-def test_what_is_not_a_tensordict_is_named() -> None:
-    packed = from_steps({}, torch.zeros(1, dtype=torch.int64))
-    check_tensordict(packed)
-    with pytest.raises(TypeError, match="a TensorDict, not a list$"):
-        check_tensordict([packed])
-    with pytest.raises(TypeError, match="not a SimpleNamespace; pass its .trajectories"):
-        check_tensordict(SimpleNamespace(trajectories=packed))

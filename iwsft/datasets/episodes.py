@@ -20,9 +20,9 @@ from iwsft.trajectory import (
     REWARD,
     TERMINATED,
     TRUNCATED,
-    check_data_weights,
     from_steps,
 )
+from iwsft.validation import check_data_weights
 
 Floats = NDArray[np.float32]
 Flags = NDArray[np.bool_]

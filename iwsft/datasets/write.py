@@ -39,8 +39,8 @@ from iwsft.trajectory import (
     TERMINATED,
     TRUNCATED,
     lengths,
-    validate,
 )
+from iwsft.validation import validate
 
 if TYPE_CHECKING:
     from minari.data_collector import EpisodeBuffer

@@ -24,11 +24,11 @@ from iwsft.trajectory import (
     SUCCESS_RATE,
     TOKENS,
     TRAJ_IDS,
-    check_tensordict,
     lengths,
     pad,
     select,
 )
+from iwsft.validation import check_tensordict
 
 Layout = Literal["padded", "packed"]
 # Position of a token among all packed trajectories, for a trainer that writes into its batches.

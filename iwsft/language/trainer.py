@@ -43,10 +43,9 @@ from iwsft.trajectory import (
     TOKENS,
     TRAJ_IDS,
     Segments,
-    check_data_weights,
-    check_tensordict,
     lengths,
 )
+from iwsft.validation import check_data_weights, check_tensordict
 
 with named():
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback

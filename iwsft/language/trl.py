@@ -41,10 +41,10 @@ from iwsft.trajectory import (
     REF_LOG_PROB,
     TOKENS,
     TRAJ_IDS,
-    check_data_weights,
     from_steps,
     lengths,
 )
+from iwsft.validation import check_data_weights
 
 with named():
     from datasets import Dataset  # type: ignore[import-untyped]

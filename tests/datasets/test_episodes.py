@@ -19,8 +19,8 @@ from iwsft.trajectory import (
     TRAJ_IDS,
     TRUNCATED,
     lengths,
-    validate,
 )
+from iwsft.validation import validate
 
 
 def make(terminals: list[bool], timeouts: list[bool], *, following: bool) -> Steps:

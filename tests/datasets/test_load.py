@@ -31,8 +31,8 @@ from iwsft.trajectory import (
     TRUNCATED,
     Segments,
     lengths,
-    validate,
 )
+from iwsft.validation import validate
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 

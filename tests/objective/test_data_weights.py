@@ -9,7 +9,8 @@ import torch
 from tensordict import TensorDict
 
 from iwsft import EMA, ImportanceWeightedMLE, ImportanceWeights, weights
-from iwsft.trajectory import DATA_WEIGHT, MASK, MULTIPLICITY, TRAJ_IDS, pad, validate
+from iwsft.trajectory import DATA_WEIGHT, MASK, MULTIPLICITY, TRAJ_IDS, pad
+from iwsft.validation import validate
 
 # Bounded by 1, and 0 where q leaves the trajectory.
 SAFE = ImportanceWeights(step=[weights.Temperature(2.0)], trajectory=[weights.ClipWeight(max=1.0)])

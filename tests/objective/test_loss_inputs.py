@@ -42,6 +42,10 @@ def test_mask_key_auto_named_and_none(
     loss.loss_mask_key = ("my", "mask")
     assert_near(loss(named), expected)
     loss.loss_mask_key = None
+    # The padding of multiplicities is 0, which is not that of the trajectory.
+    with pytest.raises(ValueError, match="'multiplicity' changes within a trajectory"):
+        loss(padded)
+    padded = padded.exclude("multiplicity")
     everything = loss(padded)
     assert_same(everything, loss(padded.exclude(MASK)))
     assert everything["loss_iw_mle"] != expected["loss_iw_mle"]

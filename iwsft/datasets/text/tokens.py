@@ -23,12 +23,12 @@ from iwsft.trajectory import (
     MULTIPLICITY,
     SUCCESS_RATE,
     TOKENS,
-    check_data_weights,
     from_steps,
     lengths,
     per_trajectory,
     select,
 )
+from iwsft.validation import check_data_weights
 
 SCORE = "score"
 CORRECT = "correct"
