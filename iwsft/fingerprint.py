@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Where an object is in memory, in its text.
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 # Endings of files of a model's weights.
 WEIGHTS = (".safetensors", ".bin")
 # Endings and names of its other files that decide a result: configs, tokenizer, templates, code.
@@ -34,6 +37,11 @@ def fingerprint(entries: Mapping[str, Any]) -> str:
         # As bytes: numpy has no bfloat16.
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def text_of(value: Any) -> str:
+    """Return the ``repr`` of a setting without addresses, the same in every process."""
+    return _ADDRESS.sub("", repr(value))
 
 
 def file_sha256(path: Path) -> str:

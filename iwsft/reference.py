@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from iwsft import checkpoint
 from iwsft.distributed import from_first, gathered, rank_and_world
-from iwsft.fingerprint import fingerprint
+from iwsft.fingerprint import fingerprint, text_of
 from iwsft.forward_pass import ForwardPass
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.policies.causal_lm_families import decoder_of
@@ -38,7 +37,6 @@ from iwsft.validation import check_links
 _log = logging.getLogger(__name__)
 # Rounds of batches after which the progress of a pass is saved.
 _PART = 16
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 def annotate_reference(
@@ -209,7 +207,7 @@ def _rest_digest(forward: ForwardPass, first: Tensor) -> str:
         "weights": gathered(_weights_digest(forward.policy)),
         "settings": [*_settings(forward.policy)],
         "batches": forward.batches,
-        "collate": _ADDRESS.sub("", repr(forward.collate)),
+        "collate": text_of(forward.collate),
         "precision": torch.get_float32_matmul_precision(),
         "autocast": torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         "device": device,
@@ -226,7 +224,7 @@ def _settings(policy: nn.Module) -> Iterator[str]:
         yield f"{name} {type(module).__module__}.{type(module).__qualname__}"
         for attribute, value in sorted(vars(module).items()):
             if not attribute.startswith("_") and attribute != "training":
-                yield f"{attribute}={_ADDRESS.sub('', repr(value))}"
+                yield f"{attribute}={text_of(value)}"
     if isinstance(policy, CausalLMPolicy):
         decoder = decoder_of(policy.model)
         # With transformers' version.

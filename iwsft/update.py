@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import pickle
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,13 +19,12 @@ from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import TargetNetUpdater
 
+from iwsft.fingerprint import text_of
 from iwsft.objective import ImportanceWeightedMLE
 from iwsft.policies.log_prob import evaluating, noise_watch
 
 # Random numbers that a loss reads from a batch: the result of its method ``draw_noise``.
 NOISE = "noise"
-# Where an object is in memory, in its text.
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 # Plain updates before a capture, as torch's documentation of CUDA graphs asks for.
 _WARM_UP = 2
 Results = tuple[list[TensorDictBase], list[TensorDictBase]]
@@ -235,7 +233,7 @@ def form_of(thing: Any, place: str) -> dict[str, str]:
         if isinstance(value, nn.Module):
             form |= form_of(value, f"{place}{name}.") if isinstance(thing, nn.Module) else {}
         elif name.lstrip("_") in arguments and (is_dataclass(value) or _is_plain(value)):
-            form[place + name] = _ADDRESS.sub("", repr(value))
+            form[place + name] = text_of(value)
     if isinstance(thing, LossModule):
         frozen = [name for name, each in thing.named_parameters() if not each.requires_grad]
         form[f"{place}frozen"] = repr(frozen)
