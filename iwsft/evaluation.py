@@ -22,6 +22,7 @@ from iwsft.acting import ROWS, PolicyInputs, act, acting, check_keys, check_size
 from iwsft.extras import named
 from iwsft.policies import GaussianPolicy, MixturePolicy
 from iwsft.progress import Progress
+from iwsft.validation import check_count
 from iwsft.video import recorded
 
 with named():
@@ -148,9 +149,12 @@ def evaluate(
         UserWarning: A policy of this library or of ``baselines`` acts in [-1, 1], and the
             environment does not.
     """
-    width = min(episodes, ROWS if num_envs is None else num_envs)
-    if min(episodes, width) < 1 or seed < 0:
-        raise ValueError(f"{episodes=} and num_envs={width} must be at least 1, {seed=} at least 0")
+    num_envs = ROWS if num_envs is None else num_envs
+    check_count("episodes", episodes)
+    check_count("num_envs", num_envs)
+    if seed < 0:
+        raise ValueError(f"{seed=} must not be negative")
+    width = min(episodes, num_envs)
     if reference_scores is not None:
         normalized_score(0.0, reference_scores)  # refuses a wrong pair before the episodes
     check_keys(policy)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from iwsft.distributed import gathered, rank_and_world
 from iwsft.policies.log_prob import evaluating, step_log_prob
 from iwsft.trajectory import MULTIPLICITY, Segments, steps_of
+from iwsft.validation import check_count
 
 # Matrix products of 1 to 4 rows take another kernel, whose last bits differ from the rest.
 _LEAST_STEPS = 16
@@ -60,8 +61,7 @@ class ForwardPass:
             raise TypeError(f"{type(policy).__name__} has no log_prob(trajectories); {way_out}")
         self.segments = Segments.of(trajectories) if segments is None else segments
         shape = self.segments.shape
-        if rows < 1:
-            raise ValueError(f"rows={rows} must be at least 1")
+        check_count("rows", rows)
         if batches is not None and len(shape) != 1:
             size = list(trajectories.batch_size)
             raise ValueError(f"the trajectories must be packed, [N]; these have batch size {size}")

@@ -15,6 +15,7 @@ from iwsft.chain import Weights
 from iwsft.forward_pass import ForwardPass
 from iwsft.objective import ImportanceWeightedMLE
 from iwsft.trajectory import Segments
+from iwsft.validation import check_count
 from iwsft.weights import exponential
 
 
@@ -98,8 +99,7 @@ class HardSync(_Updater):
         trajectories: TensorDictBase | None = None,
         holder: Holder | None = None,
     ) -> None:
-        if every < 1:
-            raise ValueError(f"every={every}: a sync needs at least one update before it")
+        check_count("every", every)
         self.every = every
         self.counter = 0
         super().__init__(loss, holder, trajectories)

@@ -32,7 +32,7 @@ from iwsft.trajectory import (
     per_trajectory,
     steps_of,
 )
-from iwsft.validation import check_links, check_multiplicity
+from iwsft.validation import check_count, check_links, check_multiplicity
 
 # What a critic learns from.
 TRANSITION: tuple[NestedKey, ...]
@@ -49,11 +49,10 @@ class _Sampler(ABC):
     def __init__(
         self, trajectories: TensorDictBase, batch_size: int = 256, *, seed: int = 0
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        check_count("batch_size", batch_size)
+        check_links(trajectories)
         if len(layout(trajectories)) != 1:
             raise ValueError("these trajectories are padded; use trajectory.pack(trajectories)")
-        check_links(trajectories)
         self.trajectories = trajectories
         self.batch_size = batch_size
         self.seed = seed

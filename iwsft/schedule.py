@@ -56,6 +56,17 @@ class Schedule:
         return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def by_network(schedule: Schedule | Mapping[str, Schedule]) -> Mapping[str, Schedule]:
+    """Return the schedule of each network, by the start of its parameters' names; "" starts all."""
+    schedules = schedule if isinstance(schedule, Mapping) else {"": schedule}
+    for each in schedules.values():
+        if not isinstance(each, Schedule):
+            raise TypeError(f"schedule={each!r:.60} must be a Schedule(steps, lr)")
+    if len({network.steps for network in schedules.values()}) != 1:
+        raise ValueError(f"all networks need the same number of steps: {schedules}")
+    return schedules
+
+
 def course_of(schedules: Mapping[str, Schedule]) -> dict[str, Any]:
     """Return what learning rates depend on: not on the length of a constant schedule."""
     course = {name or "all": asdict(network) for name, network in schedules.items()}
@@ -69,8 +80,6 @@ def make_optimizer(
     loss: LossModule, schedules: Mapping[str, Schedule], *, capturable: bool
 ) -> torch.optim.Adam:
     """Return Adam with a group for each schedule, whose parameters' names start with its name."""
-    if len({network.steps for network in schedules.values()}) != 1:
-        raise ValueError(f"all networks need the same number of steps: {schedules}")
     groups: dict[str, dict[str, Any]] = {
         name: {"params": [], "lr": network.lr, "weight_decay": network.weight_decay}
         for name, network in schedules.items()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +21,7 @@ from iwsft.metrics import MetricsLog, check_limits, diverged, row_of
 from iwsft.metrics import Row as Row
 from iwsft.progress import Progress
 from iwsft.schedule import Schedule as Schedule
-from iwsft.schedule import course_of, make_optimizer, set_rates
+from iwsft.schedule import by_network, course_of, make_optimizer, set_rates
 from iwsft.update import (
     NOISE,
     Learning,
@@ -33,7 +32,9 @@ from iwsft.update import (
     check_static,
     denormals_flushed,
     form_of,
+    interrupts_unmasked,
 )
+from iwsft.validation import check_count
 
 _STEPS = "steps"
 
@@ -183,6 +184,8 @@ def fit_stack(
     Returns:
         For each the cost, a share of the processor's time, or the error by which it diverged.
     """
+    check_count("log_every", log_every)
+    check_count("checkpoint_every", checkpoint_every)
     seeds = [_Seed(each, graph=graph, alone=len(trainings) == 1) for each in trainings]
     if len(seeds) > 1:
         samplers: list[Any] = [each.sampler for each in trainings]
@@ -196,7 +199,7 @@ def fit_stack(
         if seed.start < seed.steps:
             groups.setdefault(seed.start, []).append(seed)
     for start, group in groups.items():
-        interrupts, progress_bar = _interrupts_unmasked(), Progress(shown=progress)
+        interrupts, progress_bar = interrupts_unmasked(), Progress(shown=progress)
         with denormals_flushed(), interrupts, progress_bar as display:
             task = display.add_task("updates", total=group[0].steps, completed=start)
             for seed in group:
@@ -243,10 +246,10 @@ class _Seed:
     def __init__(self, training: Training, *, graph: bool, alone: bool) -> None:
         self._training = training
         loss, sampler, schedule = training.loss, training.sampler, training.schedule
-        self._schedules = schedule if isinstance(schedule, Mapping) else {"": schedule}
+        self._schedules = by_network(schedule)
         self.steps = next(iter(self._schedules.values())).steps
         self._device = next(loss.parameters()).device
-        with _interrupts_unmasked():
+        with interrupts_unmasked():
             check_draws(loss, sampler)
         check_follows(loss, sampler, training.updater)
         if graph or not alone:
@@ -404,17 +407,3 @@ class _Seed:
             if "cuda" in state["draws"]:
                 torch.cuda.set_rng_state(state["draws"]["cuda"])
         return state["step"], Cost(state["wall_seconds"], state["cpu_seconds"])
-
-
-@contextmanager
-def _interrupts_unmasked() -> Iterator[None]:
-    """Raise KeyboardInterrupt where tensordict made another error of it while swapping parameters.
-
-    It does so wherever a loss, a target or q is computed with parameters of its own.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise error.__context__ from None
-        raise

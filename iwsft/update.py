@@ -112,6 +112,20 @@ def denormals_flushed() -> Iterator[None]:
         torch.set_flush_denormal(not kept)
 
 
+@contextmanager
+def interrupts_unmasked() -> Iterator[None]:
+    """Raise KeyboardInterrupt where tensordict made another error of it while swapping parameters.
+
+    It does so wherever a loss, a target or q is computed with parameters of its own.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
+        raise
+
+
 def check_follows(loss: LossModule, sampler: Any, updater: TargetNetUpdater | None) -> None:
     """Check that the updater moves the targets of this loss, or the weights of this sampler."""
     if updater is None and getattr(loss, "has_lagged_q", False):
@@ -148,7 +162,10 @@ def _tell_of_equal_weights(loss: Any, sampler: Any) -> None:
 
 
 def check_draws(loss: LossModule, sampler: Any) -> None:
-    """Check that a loss that needs whole trajectories gets them."""
+    """Check that there is a sampler, and that a loss that needs whole trajectories gets them."""
+    if not callable(getattr(sampler, "sample", None)):
+        way_out = "pass StepSampler(trajectories, 256) or TrajectorySampler(trajectories, 8)"
+        raise TypeError(f"a {type(sampler).__name__} is no sampler of batches; {way_out}")
     if not getattr(sampler, "cuts_trajectories", False):
         return
     draws = f"{type(sampler).__name__} draws single steps"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Integral
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -32,6 +33,12 @@ from iwsft.trajectory import (
 _PART = 2**16
 
 
+def check_count(name: str, value: object) -> None:
+    """Refuse what is not a whole number from 1 on."""
+    if not isinstance(value, Integral) or int(value) < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number from 1 on")
+
+
 def check_tensordict(trajectories: object) -> None:
     """Raise a TypeError for anything but a TensorDict, with a hint at an attribute that is one."""
     if isinstance(trajectories, TensorDictBase):
@@ -48,6 +55,7 @@ def check_links(trajectories: TensorDictBase) -> None:
     two: ``torch.cat`` of two collectors' episodes can give neighbours equal ids. Rows ``[B, T]``
     whose columns are linked instead are ``[T, B]``.
     """
+    check_tensordict(trajectories)
     following, observation = (
         trajectories.get(key, default=None) for key in (NEXT_OBSERVATION, OBSERVATION)
     )

@@ -10,8 +10,16 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from iwsft import GaussianPolicy, ImportanceWeightedMLE, annotate_reference, curate
-from iwsft.samplers import StepSampler
+from iwsft import (
+    GaussianPolicy,
+    HardSync,
+    ImportanceWeightedMLE,
+    annotate_reference,
+    curate,
+    evaluate,
+)
+from iwsft.samplers import StepSampler, TrajectorySampler
+from iwsft.training import Schedule, fit
 from iwsft.trajectory import (
     DATA_WEIGHT,
     DONE,
@@ -189,3 +197,42 @@ def test_the_multiplicity_of_padding_does_not_count() -> None:
     padded[MULTIPLICITY][1, 2] = 2
     with pytest.raises(ValueError, match="changes within a trajectory, first at step 5"):
         validate(padded)
+
+
+@pytest.mark.parametrize("value", [0, 1.5, "2", None])
+def test_what_counts_is_a_whole_number_from_1_on(value: Any) -> None:
+    """1.5 updates between syncs would be 2."""
+    trajectories = packed_of([2, 3])
+    policy = GaussianPolicy(3, 2, hidden=(4,))
+    loss = ImportanceWeightedMLE(policy, proposal="lagged")
+    update: dict[str, Any] = {"schedule": Schedule(1, lr=1e-3), "updater": HardSync(loss, every=1)}
+    sampler = TrajectorySampler(trajectories, 2)
+    doors: dict[str, Any] = {
+        "every": lambda: HardSync(loss, every=value),
+        "batch_size": lambda: StepSampler(trajectories, value),
+        "rows": lambda: annotate_reference(policy, trajectories, rows=value),
+        "log_every": lambda: fit(loss, sampler, log_every=value, **update),
+        "checkpoint_every": lambda: fit(loss, sampler, checkpoint_every=value, **update),
+        "episodes": lambda: evaluate(policy, "Hopper-v4", episodes=value),
+    }
+    for name, door in doors.items():
+        with pytest.raises(ValueError, match=f"{name}={value!r} must be a whole number from 1 on"):
+            door()
+
+
+def test_what_is_no_part_of_a_training_is_named() -> None:
+    trajectories = packed_of([2, 3])
+    policy = GaussianPolicy(3, 2, hidden=(4,))
+    loss = ImportanceWeightedMLE(policy, proposal="reference")
+    sampler: Any = TrajectorySampler(trajectories, 2)
+    schedule: Any = Schedule(1, lr=1e-3)
+    data: Any = SimpleNamespace(trajectories=trajectories)
+    doors: dict[str, Any] = {
+        "no sampler of batches; pass StepSampler": lambda: fit(loss, trajectories, schedule),
+        r"schedule=100 must be a Schedule\(steps, lr\)": lambda: fit(loss, sampler, 100),
+        "pass its .trajectories": lambda: StepSampler(data, 2),
+        "SimpleNamespace; pass its .trajectories": lambda: annotate_reference(policy, data),
+    }
+    for message, door in doors.items():
+        with pytest.raises(TypeError, match=message):
+            door()

@@ -15,7 +15,7 @@ from torchrl.modules import IndependentNormal, ProbabilisticActor, TanhNormal
 from torchrl.modules.distributions.continuous import SafeTanhTransform
 
 from iwsft.policies.linear import mlp
-from iwsft.policies.log_prob import ROUNDING, check_action_size
+from iwsft.policies.log_prob import ROUNDING, check_columns
 from iwsft.trajectory import ACTION, OBSERVATION, on_host
 
 _LOG_SQRT_2_PI = 0.5 * math.log(2 * math.pi)
@@ -92,11 +92,11 @@ class GaussianPolicy(ProbabilisticActor):
         )
 
         self._observation, self._action = in_key, out_key
-        self._action_dim = action_dim
+        self._columns = {in_key: observation_dim, out_key: action_dim}
 
     def log_prob(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> Tensor:
         """Log-density of the action of each step, as TorchRL's actors have it."""
-        check_action_size(tensordict[self._action], self._action_dim)
+        check_columns(tensordict, self._columns)
         if args or kwargs or self.head.squash:
             return super().log_prob(tensordict, *args, **kwargs)
         # The same, without a distribution and entries for its parameters.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -90,10 +90,12 @@ def step_log_prob_and_entropy(
     return _checked(log_prob, policy, shape), _checked(entropy, policy, shape)
 
 
-def check_action_size(action: Tensor, size: int) -> None:
-    """Refuse actions of another size, which a density would broadcast to its own."""
-    if action.shape[-1:] != (size,):
-        raise ValueError(f"actions {list(action.shape)}, but the policy acts with size {size}")
+def check_columns(batch: TensorDictBase, columns: Mapping[NestedKey, int]) -> None:
+    """Refuse entries with other columns; a density would broadcast actions to its own size."""
+    for key, size in columns.items():
+        shape = batch[key].shape
+        if shape[-1:] != (size,):
+            raise ValueError(f"{key!r} has shape {list(shape)}, but the policy has size {size}")
 
 
 def _check_broadcast(dist: Any, action: Any, shape: torch.Size) -> None:

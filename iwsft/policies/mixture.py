@@ -13,7 +13,7 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 from torchrl.modules import ProbabilisticActor
 
 from iwsft.policies.linear import mlp
-from iwsft.policies.log_prob import check_action_size
+from iwsft.policies.log_prob import check_columns
 from iwsft.trajectory import ACTION, OBSERVATION
 
 _LOG_STD_BOUNDS = (-5.0, 2.0)
@@ -71,11 +71,11 @@ class MixturePolicy(ProbabilisticActor):
             default_interaction_type=InteractionType.RANDOM,
         )
         self.components = components
-        self._action, self._action_dim = out_key, action_dim
+        self._columns = {in_key: observation_dim, out_key: action_dim}
 
     def log_prob(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> Tensor:
         """Log-density of the action of each step, as TorchRL's actors have it."""
-        check_action_size(tensordict[self._action], self._action_dim)
+        check_columns(tensordict, self._columns)
         return super().log_prob(tensordict, *args, **kwargs)
 
 

@@ -208,5 +208,8 @@ def test_log_prob_is_that_of_the_distribution() -> None:
 def test_actions_of_another_size_are_refused(policy: GaussianPolicy | MixturePolicy) -> None:
     """Their density would be that of one number, repeated."""
     batch = TensorDict({"observation": torch.zeros(4, 2), "action": torch.zeros(4, 3)}, [4])
-    with pytest.raises(ValueError, match=r"actions \[4, 3\], but the policy acts with size 1"):
+    with pytest.raises(ValueError, match=r"'action' has shape \[4, 3\], but the policy has size 1"):
         policy.log_prob(batch)
+    other = TensorDict({"observation": torch.zeros(4, 3), "action": torch.zeros(4, 1)}, [4])
+    with pytest.raises(ValueError, match=r"'observation' has shape \[4, 3\], .* size 2"):
+        policy.log_prob(other)
