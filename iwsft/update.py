@@ -165,7 +165,7 @@ def check_draws(loss: LossModule, sampler: Any) -> None:
     """Check that there is a sampler, and that a loss that needs whole trajectories gets them."""
     if not callable(getattr(sampler, "sample", None)):
         way_out = "pass StepSampler(trajectories, 256) or TrajectorySampler(trajectories, 8)"
-        raise TypeError(f"a {type(sampler).__name__} is no sampler of batches; {way_out}")
+        raise TypeError(f"a {type(sampler).__name__} is not a sampler of batches; {way_out}")
     if not getattr(sampler, "cuts_trajectories", False):
         return
     draws = f"{type(sampler).__name__} draws single steps"
