@@ -68,7 +68,10 @@ class Chain:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, not {getattr(self, name)!r}")
         for here in get_args(Place):
-            for transform in getattr(self, here):
+            given = getattr(self, here)
+            if not isinstance(given, Sequence):
+                raise TypeError(f"{here}={given!r} must be a list: {here}=[{given!r}]")
+            for transform in given:
                 place = getattr(transform, "place", here)
                 if place != here:
                     raise ValueError(f"{transform} belongs to {place}=[...]")

@@ -256,6 +256,13 @@ def test_a_transform_alone_is_no_chain(sign: str) -> None:
         ImportanceWeights.by_sign(**lone)
 
 
+@pytest.mark.parametrize("place", ["step", "trajectory"])
+def test_a_transform_alone_is_no_list(place: str) -> None:
+    lone: Any = {place: weights.ClipWeight(max=1.0)}
+    with pytest.raises(TypeError, match=rf"{place}=ClipWeight.* must be a list: {place}=\[Clip"):
+        ImportanceWeights(**lone)
+
+
 def test_power_0_is_sft() -> None:
     policy, batch = Table(), make_batch()
     ours = make_loss(policy, ImportanceWeights.power(0.0))(batch)
