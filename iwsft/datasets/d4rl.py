@@ -223,12 +223,8 @@ def _values(
         field = group[key]
         if not isinstance(field, h5py.Dataset) or not field.shape or field.dtype.kind not in "fiub":
             return None
-        if not floats or field.dtype.kind == "b":
-            return np.asarray(field[()], np.float32 if floats else None)
-        values = np.empty(field.shape, dtype=np.float32)
-        if values.size:
-            field.read_direct(values)  # HDF5 converts, without a second array of another dtype
-    return values
+        # HDF5 converts, without a second array of another dtype.
+        return np.asarray((field.astype(np.float32) if floats else field)[()])
 
 
 def _numbers(group: h5py.Group, key: str, where: str, *, floats: bool = True) -> NDArray[Any]:
