@@ -51,33 +51,49 @@ def spaces_of(
     return columns, bounds.low, bounds.high
 
 
-def check_fit(
-    steps: Steps, env_id: str | None, env_kwargs: Mapping[str, Any], source: str, *, trusted: bool
-) -> tuple[tuple[NDArray[Any], NDArray[Any]] | None, list[str], str]:
-    """Check that steps can be of an environment; return its bounds, notes, and why none are known.
+def find_bounds(
+    steps: Steps,
+    env_id: str | None,
+    env_kwargs: Mapping[str, Any],
+    source: str,
+    *,
+    trusted: bool = False,
+    given: tuple[ArrayLike, ArrayLike] | None = None,
+) -> tuple[Bounds, list[str]]:
+    """Check that steps can be of an environment; return the bounds of their actions, and notes.
 
-    Actions must have as many columns as the environment's (ValueError). Where observations have
-    others, a note is returned, with a warning: a policy can be scored only with a function from the
-    environment's observations to the data's. So it is with actions that are all whole numbers, of
-    no known environment.
+    Actions must have as many columns as the environment's, and be in the bounds ``[act]`` that are
+    ``given``, else in the environment's, or in [-1, 1] where these are not known (ValueError).
+    Where observations have other columns, a note is returned, with a warning: a policy can be
+    scored only with a function from the environment's observations to the data's. So it is with
+    actions that are all whole numbers, of no known environment.
     """
-    if env_id is None:
-        problem = "name their environment in the file's attribute 'env_id'"
-        return None, _whole_numbers(steps.actions, source), problem
+    actions, notes = steps.actions, []
+    known, unknown = given, "name their environment in the file's attribute 'env_id'"
     try:
-        expected, low, high = spaces_of(env_id, env_kwargs, trusted=trusted)
+        spaces = None if env_id is None else spaces_of(env_id, env_kwargs, trusted=trusted)
     except (ValueError, TypeError, ImportError) as error:
-        problem = f"the range of actions is not known: {error}"
-        return None, _whole_numbers(steps.actions, source), problem
-    columns, size = steps.observations.shape[1], steps.actions.shape[1]
-    if low.shape != (size,):
-        problem = f"actions of size {size}, {env_id} takes size {low.size}"
-        raise ValueError(f"{source} has {problem}; name its own environment as 'env_id'")
-    if expected in (None, columns):
-        return (low, high), [], ""
-    note = f"observations of size {columns}, {env_id} gives size {expected}"
-    warnings.warn(f"{source} has {note}: it may be the data of another one", stacklevel=5)
-    return (low, high), [note], ""
+        spaces, unknown = None, f"the range of actions is not known: {error}"
+    if spaces is None:
+        notes += _whole_numbers(actions, source)
+        # A Minari environment that can't be made is named when a policy is scored there.
+        notes += [unknown] if given is None and env_id is not None else []
+    else:
+        expected, low, high = spaces
+        known, columns, size = given or (low, high), steps.observations.shape[1], actions.shape[1]
+        if low.shape != (size,):
+            problem = f"actions of size {size}, {env_id} takes size {low.size}"
+            raise ValueError(f"{source} has {problem}; name its own environment as 'env_id'")
+        if expected not in (None, columns):
+            notes.append(f"observations of size {columns}, {env_id} gives size {expected}")
+            other = "it may be the data of another one"
+            warnings.warn(f"{source} has {notes[-1]}: {other}", stacklevel=5)
+    if known is not None:
+        return _bounds(actions, *known, source), notes
+    try:
+        return _bounds(actions, *WHOLE, source), notes
+    except ValueError as beyond:
+        raise ValueError(f"{beyond}, or {unknown}") from None
 
 
 def _whole_numbers(actions: Floats, source: str) -> list[str]:
@@ -90,7 +106,7 @@ def _whole_numbers(actions: Floats, source: str) -> list[str]:
     return [note]
 
 
-def find_bounds(actions: Floats, low: ArrayLike, high: ArrayLike, source: str) -> Bounds:
+def _bounds(actions: Floats, low: ArrayLike, high: ArrayLike, source: str) -> Bounds:
     """Check actions ``[N, act]`` against their bounds ``[act]``; return the bounds.
 
     Each is one number where all numbers of an action have the same. Infinite bounds are replaced by

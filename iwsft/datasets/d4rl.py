@@ -30,10 +30,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iwsft.datasets import antmaze, catalog
-from iwsft.datasets.actions import check_fit, find_bounds
-from iwsft.datasets.dataset import WHOLE, Bounds, OfflineDataset, fingerprint_of
+from iwsft.datasets.actions import find_bounds
+from iwsft.datasets.dataset import OfflineDataset, fingerprint_of
 from iwsft.datasets.ends import find_ends, move_time_limits
-from iwsft.datasets.episodes import Flags, Steps, check_actions, check_steps, cut_steps, weigh_steps
+from iwsft.datasets.episodes import Flags, Steps, check_steps, cut_steps, weigh_steps
 from iwsft.datasets.marks import kind_of, marked_ends
 
 if TYPE_CHECKING:
@@ -82,9 +82,14 @@ def read(
             notes += moved
         for note in notes:
             warnings.warn(f"{where}: {note}", stacklevel=4)
-    bounds, more, fits = _bounds(steps, env_id, env_kwargs, where, trust_env_module)
+    if env_id is not None and env_id.startswith(_CLIPPING):
+        beyond = int((np.abs(steps.actions) > 1).any(axis=-1).sum())
+        np.clip(steps.actions, -1.0, 1.0, out=steps.actions)
+        clipped = f"actions of {beyond:,} rows clipped to [-1, 1], as {env_id} does"
+        notes += [clipped] if beyond else []
+    bounds, more = find_bounds(steps, env_id, env_kwargs, where, trusted=trust_env_module)
     trajectories = cut_steps(steps)
-    known = fits or entry is not None
+    known = entry is not None or catalog.SIZES.get(env_id or "", (0, 0))[0] == columns
     return OfflineDataset(
         trajectories=trajectories,
         name=name or path.stem,
@@ -157,30 +162,6 @@ def _limit(env_id: str | None, env_kwargs: Mapping[str, Any]) -> int | None:
 
     limit = environments.complete(env_id, env_kwargs).get("max_episode_steps") if env_id else None
     return limit if isinstance(limit, int) and limit > 0 else None
-
-
-def _bounds(
-    steps: Steps, env_id: str | None, env_kwargs: Mapping[str, Any], where: str, trusted: bool
-) -> tuple[Bounds, list[str], bool]:
-    """Return the bounds of checked actions, notes, and whether the observations fit, too.
-
-    The bounds are the environment's, else [-1, 1].
-    """
-    actions = steps.actions
-    known, notes, unknown = check_fit(steps, env_id, env_kwargs, where, trusted=trusted)
-    fits = not notes
-    if env_id is not None and env_id.startswith(_CLIPPING):
-        beyond = int((np.abs(actions) > 1).any(axis=-1).sum())
-        np.clip(actions, -1.0, 1.0, out=actions)
-        clipped = f"actions of {beyond:,} rows clipped to [-1, 1], as {env_id} does"
-        return WHOLE, [*notes, clipped] if beyond else notes, fits
-    if known is not None:
-        return find_bounds(actions, *known, where), notes, fits
-    try:
-        check_actions(actions, -1.0, 1.0, where)
-    except ValueError as beyond:
-        raise ValueError(f"{beyond}, or {unknown}") from None
-    return WHOLE, notes if env_id is None else [*notes, unknown], fits
 
 
 def _read_steps(file: h5py.File, names: set[str], where: str) -> Steps:

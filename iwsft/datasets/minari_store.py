@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from iwsft.datasets.actions import check_fit, find_bounds
+from iwsft.datasets.actions import find_bounds
 from iwsft.datasets.d4rl import damage_named
 from iwsft.datasets.dataset import OfflineDataset, fingerprint_of
 from iwsft.datasets.episodes import Floats, Steps, check_steps, cut_steps, weigh_steps
@@ -50,13 +50,11 @@ def read(dataset_id: str, *, data_weight: Any = None) -> OfflineDataset:
     steps = _read_steps(data, source)
     check_steps(steps, source)
     steps = weigh_steps(steps, data_weight, source)
-    space = data.action_space
-    bounds = find_bounds(steps.actions, space.low, space.high, source)
-    trajectories = cut_steps(steps)
     env_id, env_kwargs = _environment(data)
-    # An environment that can't be made is named when a policy is scored there.
-    _, notes, _ = check_fit(steps, env_id, env_kwargs, source, trusted=False)
+    given = (data.action_space.low, data.action_space.high)
+    bounds, notes = find_bounds(steps, env_id, env_kwargs, source, given=given)
     notes += _normalizers(env_kwargs, source)
+    trajectories = cut_steps(steps)
     scores = [data.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max")]
     return OfflineDataset(
         trajectories=trajectories,
