@@ -228,15 +228,11 @@ def _buffers(fields: Fields, sizes: list[int]) -> list[EpisodeBuffer]:
                 rewards=fields["rewards"][start:stop],
                 terminations=fields["terminals"][start:stop],
                 truncations=fields["timeouts"][start:stop],
-                infos={name: _led_by_0(x[start:stop]) for name, x in infos.items()} or None,
+                infos={k: np.insert(x[start:stop], 0, 0, axis=0) for k, x in infos.items()} or None,
             )
         )
         start = stop
     return buffers
-
-
-def _led_by_0(values: NDArray[Any]) -> NDArray[Any]:
-    return np.concatenate((np.zeros_like(values[:1]), values))
 
 
 def _create(
