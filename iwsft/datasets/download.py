@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from filelock import FileLock
-from rich.console import Console
-from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
 from iwsft.fingerprint import file_sha256
+from iwsft.progress import Progress
 
 ATTEMPTS = 3
 TIMEOUT_SECONDS = 30
@@ -116,14 +115,12 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
         missing, free = (total or received) - received, shutil.disk_usage(part.parent).free
         if missing > free:
             raise OSError(errno.ENOSPC, f"{missing:,} bytes are missing and {free:,} are free")
-        columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
-        progress = Progress(*columns, console=Console(stderr=True), transient=True)
-        with open(part, "ab" if received else "wb") as file, progress:
-            name = part.name.removesuffix(".part")
-            task = progress.add_task(name, total=total, completed=received)
+        with open(part, "ab" if received else "wb") as file, Progress() as progress:
+            name = f"{part.name.removesuffix('.part')} (MB)"
+            task = progress.add_task(name, total=total and total / 1e6, completed=received / 1e6)
             while block := response.read(BLOCK):
                 file.write(block)
-                progress.advance(task, len(block))
+                progress.advance(task, len(block) / 1e6)
             file.flush()
             os.fsync(file.fileno())
     if total is not None and _bytes(part) < total:
