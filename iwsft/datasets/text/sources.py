@@ -21,7 +21,7 @@ _TABLES = {".jsonl", ".parquet", ".csv", ".tsv"}
 # Perhaps with a commit, a branch or a tag.
 _HUB_NAME = re.compile(r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?:@([\w./-]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SPACE = re.compile(r"\s*")
+_NOT_SPACE = re.compile(r"\S")
 
 
 def records(
@@ -95,13 +95,11 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
     line, last, end = 1, 0, 0
     try:
         text = data.decode(json.detect_encoding(data))
-        first = end = _after_space(text, 0)
-        while end < len(text):
-            start, line = end, line + text.count("\n", last, end)
-            last = start
+        while found := _NOT_SPACE.search(text, end):
+            start, is_first = found.start(), end == 0
+            line, last = line + text.count("\n", last, start), start
             value, end = decoder.raw_decode(text, start)
-            end = _after_space(text, end)
-            if isinstance(value, list) and start == first:
+            if isinstance(value, list) and is_first:
                 yield from ((f"{path} row {number}", entry) for number, entry in enumerate(value))
             else:
                 yield f"{path}:{line}", value
@@ -112,11 +110,6 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
             problem = f"this line is not UTF-8 ({error}); save the file as UTF-8"
             raise ValueError(f"{path}:{line}: {problem}") from error
         raise ValueError(f"{path}:{line}: this line is not JSON ({error}); drop it") from error
-
-
-def _after_space(text: str, position: int) -> int:
-    match = _SPACE.match(text, position)
-    return position if match is None else match.end()
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
