@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from importlib import resources
 from typing import Any
 
@@ -85,8 +85,7 @@ def reference_scores(
         from iwsft import environments
 
         given = environments.complete(name_or_env_id, env_kwargs)
-        complete = partial(environments.complete, name_or_env_id)
-        tasks = [entry for entry in tasks if complete(entry.env_kwargs) == given]
+        tasks = [x for x in tasks if environments.complete(x.env_id, x.env_kwargs) == given]
     return table[tasks[0].name] if tasks else None
 
 
