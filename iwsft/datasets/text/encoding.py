@@ -81,10 +81,7 @@ def encode_stretches(
         ids += piece.encoding.input_ids[piece.skip :]
         weights += own[piece.skip :]
     if starts:
-        cut_up, uncut = (
-            tokenizer.decode(each, clean_up_tokenization_spaces=False)
-            for each in (ids, whole.input_ids)
-        )
+        cut_up, uncut = (_decode(tokenizer, each) for each in (ids, whole.input_ids))
         if cut_up != uncut and squash(cut_up) == squash(uncut):
             way_out = "move it from the prompt to the completion, or take another tokenizer"
             raise ValueError(f"this tokenizer drops white space at the end of a text; {way_out}")
@@ -95,8 +92,7 @@ def _continue(tokenizer: Any, tail: list[int], own: str, start: int) -> _Piece:
     """Tokenise the text ``own`` from ``start`` on so that it reads as it is behind ``tail``."""
 
     def read(ids: list[int]) -> str:
-        decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        return unicodedata.normalize("NFKC", decoded)
+        return unicodedata.normalize("NFKC", _decode(tokenizer, ids))
 
     white = own[: len(own) - len(own.lstrip())]
     alone = tokenizer(own, add_special_tokens=False)
@@ -156,6 +152,10 @@ def squash(text: str) -> str:
     return "".join(text.split())
 
 
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
 def _straddled(encoding: Any, start: int, stop: int) -> bool:
     tokens = token_range(encoding, start, stop)
     return bool(tokens) and encoding.token_to_chars(tokens.start).start < start
@@ -163,10 +163,6 @@ def _straddled(encoding: Any, start: int, stop: int) -> bool:
 
 def _reads_whole(tokenizer: Any, piece: _Piece, tokens: range, text: str, stretch: Stretch) -> bool:
     """Whether tokens read as all of their stretch, normalised; a ValueError if as other text."""
-
-    def read(ids: list[int]) -> str:
-        return squash(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-
     if not tokens:
         return not squash(text[slice(*stretch)])
     first, last = (piece.encoding.token_to_chars(token) for token in (tokens[0], tokens[-1]))
@@ -174,11 +170,12 @@ def _reads_whole(tokenizer: Any, piece: _Piece, tokens: range, text: str, stretc
     # gives offsets that are too narrow.
     start = min(stretch.start, piece.start + first.start)
     own = text[start : max(stretch.stop, piece.start + last.end)]
-    result = read(piece.encoding.input_ids[tokens.start : tokens.stop])
+    result = squash(_decode(tokenizer, piece.encoding.input_ids[tokens.start : tokens.stop]))
     if result == squash(own):
         return True
     # A tokenizer may normalise text or not know a character; then its own tokens read otherwise.
-    if result != read(tokenizer(own, add_special_tokens=False).input_ids):
+    alone = tokenizer(own, add_special_tokens=False)
+    if result != squash(_decode(tokenizer, alone.input_ids)):
         problem = f"the tokens to train on read {result[:80]!r}, not {own[:80]!r}"
         raise ValueError(f"{problem}; take another tokenizer")
     normalizer = tokenizer.backend_tokenizer.normalizer
