@@ -23,6 +23,8 @@ _MESSAGE_KEYS = (
     *("tools", "functions", "documents", "context", "tool_plan", "tool_call", "thought"),
     *("thoughts", "rationale", "reasoning_details", "thinking_blocks", "attachments"),
 )
+# A conversation that shows how a template writes one.
+_PROBE = ({"role": "user", "content": "ask"}, {"role": ASSISTANT, "content": "reply"})
 
 
 class ChatEncoder:
@@ -72,13 +74,13 @@ class ChatEncoder:
             self._check_keys(messages)
             conversation = self._conversation(messages, variables)
             self._check_variables(conversation, variables)
+            text = conversation.text
             if self.has_markers:
                 stretches = conversation.check_marked()
-            else:
-                stretches = conversation.find_turns()
-                self._check_end_of_turn(conversation, variables)
-            cut = not self.has_markers
-            return encode_stretches(self.tokenizer, conversation.text, stretches, cut=cut)
+                return encode_stretches(self.tokenizer, text, stretches, cut=False)
+            stretches = conversation.find_turns()
+            self._check_end_of_turn(conversation, variables)
+            return encode_stretches(self.tokenizer, text, stretches)
 
     def _check_keys(self, messages: Sequence[Message]) -> None:
         """Check that the template reads what the messages hold beside their contents."""
@@ -110,7 +112,7 @@ class ChatEncoder:
     def _conversation(
         self, messages: Sequence[Message], variables: Mapping[str, Any]
     ) -> Conversation:
-        render = partial(self._render, variables=variables, parts=self._reads_parts)
+        render = partial(self._render, variables=variables)
         return Conversation(messages, render, self._find_special, self.tokenizer.eos_token)
 
     @cached_property
@@ -142,10 +144,9 @@ class ChatEncoder:
     @cached_property
     def _reads_parts(self) -> bool:
         """Whether the template reads contents as lists of parts only, as some with images do."""
-        probe = [{"role": "user", "content": "ask"}, {"role": ASSISTANT, "content": "reply"}]
         for parts in (False, True):
             try:
-                text = self._render(probe, self.template_kwargs, parts=parts).text
+                text = self._render(_PROBE, self.template_kwargs, parts=parts).text
             except ValueError as error:
                 if isinstance(error.__cause__, TimeoutError | MemoryError):
                     raise
@@ -159,15 +160,15 @@ class ChatEncoder:
         messages: Sequence[Message],
         variables: Mapping[str, Any],
         *,
-        parts: bool,
+        parts: bool | None = None,
         prompt: bool = False,
     ) -> Rendered:
-        """Render a conversation as text."""
+        """Render a conversation as text, with its contents as ``parts`` if the template does so."""
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         chat = [dict(message) for message in messages]
-        if parts:
+        if self._reads_parts if parts is None else parts:
             chat = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in chat]
         try:
             with limited():
@@ -195,9 +196,8 @@ class ChatEncoder:
     @cached_property
     def turn_end(self) -> str | None:
         """The special token that the template writes after an assistant's turn, if any."""
-        probe = [{"role": "user", "content": "ask"}, {"role": ASSISTANT, "content": "reply"}]
         try:
-            text = self._render(probe, self.template_kwargs, parts=self._reads_parts).text
+            text = self._render(_PROBE, self.template_kwargs).text
         except ValueError:
             return None
         found = self._find_special(text, text.rfind("reply") + len("reply"))
@@ -207,7 +207,7 @@ class ChatEncoder:
         """Whether a conversation reads otherwise without a variable: messages may name it too."""
         without = {key: value for key, value in variables.items() if key != name}
         try:
-            text = self._render(conversation.messages, without, parts=self._reads_parts).text
+            text = self._render(conversation.messages, without).text
         except ValueError:
             return True
         return text != conversation.text
