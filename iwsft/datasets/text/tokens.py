@@ -151,8 +151,8 @@ def weigh_correct(
         ValueError: All are right, or all wrong, or a data weight is negative already.
     """
     correct = _correct(trajectories)
-    if bool(correct.all()) or not bool(correct.any()):
-        kind = "right" if bool(correct.all()) else "wrong"
+    if len(kinds := correct.unique()) == 1:
+        kind = "right" if bool(kinds) else "wrong"
         raise ValueError(
             f"all rows are {kind} (rows: {len(correct)}); take right and wrong answers"
         )
@@ -162,8 +162,7 @@ def weigh_correct(
     if bool((given < 0).any()):
         problem = "a row that is right or wrong has a negative weight, which would turn its sign"
         raise ValueError(f"{problem}; write its amount, and 'correct' gives the sign")
-    weight = weight * given
-    weighed: TensorDictBase = trajectories.copy().set(DATA_WEIGHT, weight)
+    weighed: TensorDictBase = trajectories.copy().set(DATA_WEIGHT, weight * given)
     rate = _success_rates(trajectories, correct)
     return weighed.set(SUCCESS_RATE, rate.repeat_interleave(lengths(trajectories)))
 
@@ -214,12 +213,12 @@ def _encode(
             problem = f"max_length={max_length} cuts off all that is trained, from token {first} on"
             way_out = "drop the row, or raise max_length up to the model's context"
             raise ValueError(f"{problem}; {way_out}")
+        if row.ref_log_probs is not None:
+            _check_length("ref_log_probs", row.ref_log_probs, encoded.ids)
     weight = torch.tensor([0.0, *weights[1:max_length]], dtype=torch.float64)
     ids = torch.tensor(encoded.ids[:max_length])
     given = torch.full_like(weight, math.nan, dtype=torch.float32)
     if row.ref_log_probs is not None:
-        with row_named(row.where):
-            _check_length("ref_log_probs", row.ref_log_probs, encoded.ids)
         given = torch.tensor(row.ref_log_probs[:max_length], dtype=torch.float32)
     return ids, weight, given, len(encoded.ids) - len(ids), encoded.unknown
 
