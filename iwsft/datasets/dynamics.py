@@ -40,8 +40,10 @@ class Dynamics:
         self._mean = now[:: 1 + len(now) // CHUNK].mean(axis=0)
         rows = np.arange(0, len(now) - lag, 1 + len(now) // CHUNK)
         rows = rows[~ends[rows]]
+        usual = rows[~_near(ends)[rows]]
         self.unexplained = np.inf
-        if len(rows) < 8 * (1 + self._columns.sum() + steps.actions.shape[1]):
+        least = 8 * (1 + self._columns.sum() + steps.actions.shape[1])
+        if len(rows) < least or len(usual) < 30 or not self._columns.any():
             return  # too few to fit
         then = self._scaled(rows + lag)
         self._weights = np.linalg.lstsq(self._given(rows), then)[0]
@@ -52,11 +54,7 @@ class Dynamics:
         self._weights = np.linalg.lstsq(self._given(rows[fitted]), then[fitted])[0]
         errors = self._errors(rows[fitted])
         shares = errors.var(axis=0) / then[fitted].var(axis=0).clip(1e-6)
-        self.unexplained = float(np.median(shares)) if shares.size else np.inf
-        usual = rows[~_near(ends)[rows]]
-        if len(usual) < 30:
-            self.unexplained = np.inf
-            return
+        self.unexplained = float(np.median(shares))
         self._scale = np.quantile(np.abs(self._errors(usual)), 0.75, axis=0) + 1e-3
         self._usual = self.surprise(usual)
 
