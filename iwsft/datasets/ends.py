@@ -284,14 +284,11 @@ def _beyond(steps: Steps, limit: Limit) -> Flags:
     sizes = np.diff(stops, prepend=0)
     timed = steps.timeouts[stops - 1] & ~steps.terminals[stops - 1]
     longest = int(sizes[timed].max(initial=0))
-    if sizes.max() <= longest:
-        return cut
-    most = limit()
-    if most is None or sizes.max() <= max(most, longest):
-        return cut
-    most = max(most, longest)
-    for stop, size in zip(stops[sizes > most], sizes[sizes > most], strict=True):
-        cut[stop - size + most - 1 : stop - 1 : most] = True
+    most = limit() if sizes.max() > longest else None
+    if most is not None:
+        most = max(most, longest)
+        for stop, size in zip(stops[sizes > most], sizes[sizes > most], strict=True):
+            cut[stop - size + most - 1 : stop - 1 : most] = True
     return cut
 
 
