@@ -1,17 +1,9 @@
 """Files in D4RL's HDF5 layout (https://arxiv.org/abs/2004.07219), from any source.
 
 A row per step: ``observations`` [N, obs], ``actions`` [N, act], ``rewards`` [N], ``terminals`` [N],
-and optionally ``timeouts`` [N] and ``next_observations`` [N, obs]. Other fields of a file
-(``infos/...``, ``metadata/...``) are ignored. The families differ:
-
-- Locomotion v2 has both optional fields; its next observations are right at a timeout, too.
-- AntMaze: a trajectory ends at its first goal step, and the stay that follows is left out; see
-  :mod:`iwsft.datasets.antmaze`.
-- Kitchen files have no ``timeouts``. ``terminals`` marks the last step of a demonstration,
-  whether the tasks were solved or not. Of the 60 observation columns the last 30 are goals, and
-  the reward of a step counts the tasks in their goal state (a return is not a number of tasks).
-- Adroit: human demonstrations end with a timeout after up to 300 steps.
-- Kitchen and Adroit environments clip actions to [-1, 1], and so are those of the data.
+and optionally ``timeouts`` [N] and ``next_observations`` [N, obs]. Of the other fields only those
+are read that tell where episodes end, see :mod:`iwsft.datasets.marks`. docs/data.md says how D4RL's
+families differ.
 """
 
 from __future__ import annotations
