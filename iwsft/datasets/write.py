@@ -25,6 +25,7 @@ from tensordict import TensorDictBase
 
 from iwsft import environments, files
 from iwsft.datasets.catalog import reference_scores
+from iwsft.datasets.d4rl import SUFFIXES
 from iwsft.datasets.episodes import check_actions
 from iwsft.datasets.minari_store import check_id
 from iwsft.files import full_disk_named, new_partial
@@ -97,7 +98,7 @@ def to_hdf5(
     """
     import h5py
 
-    if path.suffix.lower() not in (".hdf5", ".h5"):
+    if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{path} must end in .hdf5 or .h5, or datasets.load can't read it")
     if path.exists():
         raise FileExistsError(f"{path} exists; choose another name")
