@@ -50,7 +50,6 @@ COLLECTED = (
     "walker2d-medium-expert",
 )
 
-_HDF5_SUFFIXES = (".hdf5", ".h5")
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _MINARI_PREFIX = "minari:"
 
@@ -124,10 +123,9 @@ def _read(
 
         entry = CATALOG[name]
         path = cache_folder(cache_dir) / "d4rl" / entry.filename
-        size, sha256 = entry.size, entry.sha256
-        download.fetch(entry.urls, path, size=size, sha256=sha256, signature=_HDF5_SIGNATURE)
+        download.fetch(entry.urls, path, sha256=entry.sha256, signature=_HDF5_SIGNATURE)
         return d4rl.read(path, name=name, source=entry.url, data_weight=weight)
-    if isinstance(name_or_path, Path) or name.lower().endswith(_HDF5_SUFFIXES):
+    if isinstance(name_or_path, Path) or name.lower().endswith(d4rl.SUFFIXES):
         path = Path(os.path.expanduser(name_or_path))
         return d4rl.read(path, trust_env_module=trust_env_module, data_weight=weight)
     minari_id = name.removeprefix(_MINARI_PREFIX)
@@ -136,7 +134,7 @@ def _read(
     near = difflib.get_close_matches(name, available(), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     if Path(name).exists():
-        hint = f"; {name} exists on disk, but a file must end in {' or '.join(_HDF5_SUFFIXES)}."
+        hint = f"; {name} exists on disk, but a file must end in {' or '.join(d4rl.SUFFIXES)}."
     raise ValueError(
         f"unknown dataset {name!r}{hint} Pass the path of a .hdf5 file in D4RL's layout, a Minari "
         f"id ('{_MINARI_PREFIX}NAME-v0'), or one of: {', '.join(available())}"

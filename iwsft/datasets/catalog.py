@@ -28,15 +28,14 @@ class Entry:
     """A dataset of D4RL.
 
     ``path`` is that of the file below Berkeley's download root; mirrors have only its last part.
-    ``env_kwargs`` are for :func:`iwsft.environments.make`. Size (bytes) and SHA-256 of the file are
-    None where they are not known.
+    ``env_kwargs`` are for :func:`iwsft.environments.make`. The SHA-256 of the file is None where it
+    is not known.
     """
 
     name: str
     path: str
     env_id: str
     env_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    size: int | None = None
     sha256: str | None = None
 
     @property
@@ -129,15 +128,18 @@ def _antmaze() -> list[Entry]:
 def _kitchen() -> list[Entry]:
     files = {
         "complete": (
-            *("mini_kitchen_microwave_kettle_light_slider", "slide cabinet", 556_544),
+            "mini_kitchen_microwave_kettle_light_slider",
+            "slide cabinet",
             "cd797c38cd52dfbe3f960cef73935cc724847abd189e47a703a7a2315ed60a81",
         ),
         "partial": (
-            *("kitchen_microwave_kettle_light_slider", "slide cabinet", 19_558_459),
+            "kitchen_microwave_kettle_light_slider",
+            "slide cabinet",
             "57bfd9c5fe88a7cf702bbaf8b7cd800d30cd869e7f73416007238d26cd859800",
         ),
         "mixed": (
-            *("kitchen_microwave_kettle_bottomburner_light", "bottom burner", 19_560_760),
+            "kitchen_microwave_kettle_bottomburner_light",
+            "bottom burner",
             "a30382a50278fdaea2e2d88e5f2836a95bcf9b581d252617872fd6537302721b",
         ),
     }
@@ -149,10 +151,9 @@ def _kitchen() -> list[Entry]:
             f"kitchen/{file}-v0.hdf5",
             "FrankaKitchen-v1",
             {"tasks_to_complete": [*tasks, fourth], **noise},
-            size,
             sha256,
         )
-        for kind, (file, fourth, size, sha256) in files.items()
+        for kind, (file, fourth, sha256) in files.items()
     ]
 
 

@@ -31,15 +31,14 @@ def fetch(
     urls: Sequence[str],
     target: Path,
     *,
-    size: int | None = None,
     sha256: str | None = None,
     signature: bytes = b"",
-) -> Path:
-    """Download a file unless it is there already; return its path.
+) -> None:
+    """Download a file unless it is there already.
 
     Where the transfer breaks off, the next attempt, in this call or a later one, asks for the rest
-    only. The complete file is checked (size, SHA-256, and the first bytes, which an error page does
-    not have), and then moved to ``target``. Processes that want the same file wait for each other.
+    only. The complete file is checked (the first bytes, which an error page does not have, and
+    SHA-256), and then moved to ``target``. Processes that want the same file wait for each other.
     ``urls`` are mirrors, in the order to try.
 
     Raises:
@@ -47,34 +46,34 @@ def fetch(
         OSError: The disk is full, or the folder cannot be written.
     """
     if target.is_file():
-        return target
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if target.is_file():  # another process has downloaded it
-            return target
+            return
         hashes = [hashlib.sha256(url.encode()).hexdigest()[:8] for url in urls]
         parts = [target.with_name(f"{target.name}.{digest}.part") for digest in hashes]
         failures = []
         for url, part in zip(urls, parts, strict=True):
             try:
-                _download(url, part, size)
-                _check(part, size, sha256, signature)
+                _download(url, part)
+                _check(part, sha256, signature)
             except _MirrorError as broken:
                 failures.append(f"  {url}: {broken}")
                 continue
             os.replace(part, target)
             for other in parts:
                 other.unlink(missing_ok=True)
-            return target
+            return
     way_out = f"Run it again to resume, or put the file at {target}"
     raise ConnectionError("\n".join([f"could not download {target.name}:", *failures, way_out]))
 
 
-def _download(url: str, part: Path, size: int | None) -> None:
+def _download(url: str, part: Path) -> None:
     for attempt in range(1, ATTEMPTS + 1):
         before = _bytes(part)
         try:
-            _transfer(url, part, size)
+            _transfer(url, part)
             return
         except (OSError, http.client.HTTPException) as error:
             if isinstance(error, OSError) and error.errno in _DISK_FULL:
@@ -90,7 +89,7 @@ def _download(url: str, part: Path, size: int | None) -> None:
             raise _MirrorError(f"{str(error) or type(error).__name__}{rest}") from error
 
 
-def _transfer(url: str, part: Path, size: int | None) -> None:
+def _transfer(url: str, part: Path) -> None:
     """Append the missing bytes to ``part``."""
     received = _bytes(part)
     headers = {"User-Agent": "iwsft"}
@@ -105,13 +104,13 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
         if error.headers.get("Content-Range", "").rpartition("/")[2] == str(received):
             return  # the part is complete
         part.unlink()
-        _transfer(url, part, size)
+        _transfer(url, part)
         return
     with response:
         if not response.headers.get("Content-Range", "").startswith(f"bytes {received}-"):
             received = 0  # the server sends the whole file
         announced = response.headers.get("Content-Length")
-        total = received + int(announced) if announced is not None else size
+        total = None if announced is None else received + int(announced)
         missing, free = (total or received) - received, shutil.disk_usage(part.parent).free
         if missing > free:
             raise OSError(errno.ENOSPC, f"{missing:,} bytes are missing and {free:,} are free")
@@ -128,21 +127,18 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
         raise http.client.HTTPException(cut)
 
 
-def _check(part: Path, size: int | None, sha256: str | None, signature: bytes) -> None:
+def _check(part: Path, sha256: str | None, signature: bytes) -> None:
     """Check the complete file; a wrong one is deleted, as resuming can't mend it."""
     with open(part, "rb") as file:
         start = file.read(len(signature))
     digest = sha256 and file_sha256(part)
-    fault = None
-    if size is not None and _bytes(part) != size:
-        fault = f"the file has {_bytes(part):,} bytes, expected {size:,}"
-    elif start != signature:
-        fault = "the file is of another format (an error page?)"
-    elif digest != sha256:
-        fault = f"the file has SHA-256 {digest}, expected {sha256}"
-    if fault is not None:
-        part.unlink()
-        raise _MirrorError(f"{fault}; it was deleted")
+    if start == signature and digest == sha256:
+        return
+    part.unlink()
+    fault = f"has SHA-256 {digest}, expected {sha256}"
+    if start != signature:
+        fault = "is of another format (an error page?)"
+    raise _MirrorError(f"the file {fault}; it was deleted")
 
 
 def _bytes(part: Path) -> int:
