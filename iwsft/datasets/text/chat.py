@@ -95,17 +95,14 @@ class ChatEncoder:
 
     def _check_variables(self, conversation: Conversation, variables: Mapping[str, Any]) -> None:
         """Check that the template writes the tools and the documents of a row."""
-        unread = {
-            name
-            for name in ("tools", "documents")
-            if variables.get(name) and not self._reads(name, conversation, variables)
-        }
-        for tool in variables.get("tools") or ():
+        tools = variables.get("tools") or ()
+        unread = tools and not self._reads("tools", conversation, variables)
+        for tool in tools:
             name = str(tool.get("function", tool).get("name", ""))
-            if "tools" in unread or name not in conversation.text:
+            if unread or name not in conversation.text:
                 way_out = "pass a template that writes tools, or drop them from the data"
                 raise ValueError(f"the chat template drops the tool {name!r}; {way_out}")
-        if unread:
+        if variables.get("documents") and not self._reads("documents", conversation, variables):
             way_out = "write them into a message, or drop the column"
             raise ValueError(f"the chat template drops the documents; {way_out}")
 
@@ -223,6 +220,5 @@ class ChatEncoder:
         first = next(i for i, message in enumerate(messages) if message["role"] == ASSISTANT)
         if not self._checked_end and first + 1 < len(messages):
             alone = self._conversation(messages[: first + 1], variables)
-            alone.find_turns()
             conversation.check_end(first, alone)
             self._checked_end = True
