@@ -44,7 +44,7 @@ def find_ends(
         where = "where the next observation is not that of the next row"
         steps = _end(steps, _torn(steps, source), where, notes)
     cuts = _beyond(steps, limit)
-    if cuts.any():
+    if cuts.any() and steps.next_observations is None:
         _check_cuts(steps, cuts, source)
     steps = _end(steps, cuts, "at the environment's limit of steps", notes)
     steps = _mend_following(steps, notes)
@@ -294,8 +294,6 @@ def _beyond(steps: Steps, limit: Limit) -> Flags:
 
 def _check_cuts(steps: Steps, cuts: Flags, source: str) -> None:
     """Check that the observations show resets where the limit cuts."""
-    if steps.next_observations is not None:
-        return
     dynamics, rows = Dynamics(steps), np.flatnonzero(cuts)
     if dynamics.predictable and dynamics.as_usual(rows):
         problem = "an episode is longer than the environment's limit, and does not end there"
@@ -310,7 +308,7 @@ def _mend_following(steps: Steps, notes: list[str]) -> Steps:
     """
     following = steps.next_observations
     ends = np.flatnonzero(steps.ends[:-1])
-    if following is None or len(ends) == 0:
+    if following is None:
         return steps
     stale = ends[~_differ(following[ends], steps.observations[ends + 1])]
     if len(stale) < max(1, len(ends) / 2):
