@@ -58,11 +58,9 @@ def read(
     are those of :func:`iwsft.datasets.load`.
     """
     where = str(path)
-    stored, steps, marks, data_weight = _read_file(path, data_weight)
+    stored, steps, marks = _read_file(path, data_weight)
     entry = None if "env_id" in stored else catalog.find(name or path.name)
     env_id, env_kwargs = (entry.env_id, entry.env_kwargs) if entry else _environment(stored, where)
-    check_steps(steps, where)
-    steps = weigh_steps(steps, data_weight, where)
     notes: list[str] = []
     columns = steps.observations.shape[1]
     if env_id is not None and env_id.startswith("AntMaze") and columns == antmaze.COLUMNS:
@@ -96,8 +94,8 @@ def read(
     )
 
 
-def _read_file(path: Path, data_weight: Any) -> tuple[dict[str, Any], Steps, dict[str, Flags], Any]:
-    """Read a file's attributes, steps, further marks of ends, and data weights if in a field."""
+def _read_file(path: Path, data_weight: Any) -> tuple[dict[str, Any], Steps, dict[str, Flags]]:
+    """Read a file's attributes, its checked steps with data weights, and further marks of ends."""
     import h5py
 
     if not path.is_file():
@@ -115,7 +113,8 @@ def _read_file(path: Path, data_weight: Any) -> tuple[dict[str, Any], Steps, dic
             if data_weight not in file:
                 raise ValueError(f"{where} has no field {data_weight!r} for the data weights")
             data_weight = _numbers(file, data_weight, where)
-    return stored, steps, marks, data_weight
+    check_steps(steps, where)
+    return stored, weigh_steps(steps, data_weight, where), marks
 
 
 @contextmanager
