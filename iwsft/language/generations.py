@@ -58,12 +58,17 @@ def encode_prompt(tokenizer: Any, text: str) -> list[int]:
 
 
 def turn_end(tokenizer: Any) -> set[int]:
-    """Return the special token that the chat template writes after an assistant's turn, if any."""
+    """Return the special token that the chat template writes after an assistant's turn, if any.
+
+    It is unknown for a template that writes another answer than the given one.
+    """
     # Tuned models end with it, also where the tokenizer still names a base model's end.
     if tokenizer.chat_template is None:
         return set()
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
-    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(_ANSWER)[2]
+    _, answer, after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(_ANSWER)
+    if not answer:
+        return set()
     tokens = tokenizer.encode(after, add_special_tokens=False)
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return set(tokens[:1]) & special
