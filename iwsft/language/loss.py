@@ -15,7 +15,8 @@ from iwsft.diagnostics import Weighed, describe, unweighted_loss, weighed
 from iwsft.objective import ImportanceWeightedMLE, Terms
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.policies.causal_lm_families import check_own_loss, decoder_of
-from iwsft.trajectory import ASSISTANT_MASK, STANDARD_SCORE, TOKENS, select
+from iwsft.trajectory import ASSISTANT_MASK, DATA_WEIGHT, STANDARD_SCORE, TOKENS, select
+from iwsft.validation import check_data_weights
 
 _NUMBERS = 7
 
@@ -46,6 +47,18 @@ def negative_log_likelihood(
     tokens = share * segments.spread(segments.lengths)
     by_trajectory, by_token = ((m * log_prob).sum() / m.sum() for m in (share, tokens))
     return -float(by_trajectory), -float(by_token)
+
+
+def check_weights(
+    loss: ImportanceWeightedMLE, trajectories: TensorDictBase, name: str = repr(DATA_WEIGHT)
+) -> None:
+    """Refuse data weights, called ``name`` in the error, with which a loss can't be minimised."""
+    weight = trajectories.get(DATA_WEIGHT, default=None)
+    loss.importance_weights.check_signs(weight)
+    if weight is not None:
+        check_data_weights(weight, name)
+        share = loss.share(trajectories, loss.segments(trajectories))
+        loss.check_data_weights(weight, share)
 
 
 def check_scores(trajectories: TensorDictBase, judges: Tensor) -> None:

@@ -26,7 +26,13 @@ from iwsft.language.config import (
     check_engine,
     warn_of_half_precision,
 )
-from iwsft.language.loss import check_scores, judge, negative_log_likelihood, token_loss
+from iwsft.language.loss import (
+    check_scores,
+    check_weights,
+    judge,
+    negative_log_likelihood,
+    token_loss,
+)
 from iwsft.language.plan import PlannedLoader, plan_updates
 from iwsft.language.weighted import REFERENCE, WeightedTrainer
 from iwsft.objective import WRITTEN_BY, ImportanceWeightedMLE
@@ -36,7 +42,6 @@ from iwsft.proposals import EMA, write_weights
 from iwsft.trajectory import (
     ASSISTANT_MASK,
     ATTENTION_MASK,
-    DATA_WEIGHT,
     IMPORTANCE_WEIGHT,
     REF_LOG_PROB,
     STANDARD_SCORE,
@@ -45,7 +50,7 @@ from iwsft.trajectory import (
     Segments,
     lengths,
 )
-from iwsft.validation import check_data_weights, check_tensordict
+from iwsft.validation import check_tensordict
 
 with named():
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -199,13 +204,7 @@ class ImportanceWeightedTrainer(WeightedTrainer):
             normalize_data_weights=args.normalize_data_weights,
             hold_q=False,
         )
-        data_weight = self._trajectories.get(DATA_WEIGHT, default=None)
-        loss.importance_weights.check_signs(data_weight)
-        if data_weight is not None:
-            check_data_weights(data_weight, repr(DATA_WEIGHT))
-            segments = loss.segments(self._trajectories)
-            share = loss.share(self._trajectories, segments)
-            loss.check_data_weights(data_weight, share)
+        check_weights(loss, self._trajectories)
         return loss
 
     # ---- data ----

@@ -27,7 +27,7 @@ from iwsft.datasets.text.rows import ASSISTANT, is_number, turn_weight
 from iwsft.extras import named
 from iwsft.language.batches import collate
 from iwsft.language.config import check_engine, check_q
-from iwsft.language.loss import token_loss
+from iwsft.language.loss import check_weights, token_loss
 from iwsft.language.weighted import REFERENCE, WeightedTrainer
 from iwsft.objective import Proposal, Terms
 from iwsft.policies.causal_lm import CausalLMPolicy
@@ -43,8 +43,8 @@ from iwsft.trajectory import (
     TRAJ_IDS,
     from_steps,
     lengths,
+    select,
 )
-from iwsft.validation import check_data_weights
 
 with named():
     from datasets import Dataset  # type: ignore[import-untyped]
@@ -166,10 +166,9 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
                 weight = torch.tensor([*self.train_dataset[_WEIGHT]])
                 weight = weight.repeat_interleave(torch.tensor(sizes))
             steps[DATA_WEIGHT] = weight.float() * trained
-            check_data_weights(steps[DATA_WEIGHT], "the column 'weight'")
-            self._loss.check_data_weights(steps[DATA_WEIGHT])
-        self._loss.importance_weights.check_signs(steps.get(DATA_WEIGHT))
         self._trajectories = from_steps(steps, trajectory)
+        rows = select(self._trajectories, trajectory[trained].unique())
+        check_weights(self._loss, rows, "the column 'weight'")
         self._longest = max(sizes)
         starts = torch.tensor([0, *sizes[:-1]]).cumsum(0).tolist()
         self.train_dataset = self.train_dataset.add_column(_PLACE, starts)

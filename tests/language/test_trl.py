@@ -302,6 +302,13 @@ def test_rows_that_trl_cuts_or_leaves_out_are_told(
         ({"rows": [*WEIGHTED, ROWS[0]]}, "row 8: weight must be a finite number, it is None"),
         ({"rows": [{**ROWS[0], "weight": 0.0}]}, "the column 'weight' is 0 everywhere"),
         ({"rows": SIGNED, "proposal": "reference"}, "'data_weight' is negative"),
+        (
+            {
+                "rows": [{**row, "weight": 1.0 - 2.0 * (n > 1)} for n, row in enumerate(ROWS)],
+                "importance_weights": ImportanceWeights.asymre(),
+            },
+            "mean of at most 0",
+        ),
         ({"rows": [{**ROWS[0], "correct": n == 0} for n in (0, 1)]}, "row 1: TRL does not read 'c"),
         ({"rows": [{**ROWS[0], "is_correct": n == 0} for n in (0, 1)]}, "row 1: TRL does not re"),
         ({"rows": [{**ROWS[0], "failed": "yes"}]}, r"row 0: TRL does not read 'failed' \('yes'"),
