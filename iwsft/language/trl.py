@@ -279,15 +279,13 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
         if weight is not None:
             weight = weight[places.cpu()].to(log_prob.device)
             batch.set(DATA_WEIGHT, weight)
-        if self._proposal == "reference":
-            zero = torch.zeros_like(log_prob)
-            return Terms(segments, share, log_prob, zero, zero.bool(), None, weight)
         reference = None
         if self._loss.needs_reference:
             reference = self._trajectories.get(REF_LOG_PROB)[places.cpu()].to(log_prob.device)
-        weights = self._loss.weigh(
-            batch, log_q, reference=reference, segments=segments, share=share
-        )
+        base = reference
+        if self._proposal == "reference":
+            log_q = base = torch.zeros_like(log_prob)
+        weights = self._loss.weigh(batch, log_q, reference=base, segments=segments, share=share)
         return Terms(segments, share, log_prob, *weights[:2], reference, weight)
 
 

@@ -105,6 +105,8 @@ def by_us(folder: Path, model: Any, rows: Sequence[Any] = ROWS, **own: Any) -> l
 TURN = {"role": "assistant", "content": "4"}
 WEIGHTED = [{**row, "weight": number / 4} for number, row in enumerate(ROWS)]
 SIGNED = [{**row, "weight": (-0.5) ** number} for number, row in enumerate(ROWS)]
+BELOW = [{**row, "weight": -1.0 if number else 1.0} for number, row in enumerate(ROWS)]
+ASYMRE = ImportanceWeights.asymre()
 BOUNDED = ImportanceWeights(trajectory=[ClipWeight(max=1.0)])
 STEPS = ImportanceWeights(reduce=None)
 SUM = ImportanceWeights([Temperature(0.3)], "sum", [ClipWeight(max=30.0), SelfNormalize()])
@@ -118,6 +120,7 @@ LARGE = ImportanceWeights([ClipLogRatio(50.0, 60.0)], "sum")
     "own",
     [
         {"proposal": "reference"},
+        {"proposal": "reference", "importance_weights": ImportanceWeights(kl=0.5)},
         {"proposal": "current"},
         {"proposal": "current", **PACKED},
         {"proposal": "current", "importance_weights": SUM, **FREE},
@@ -302,13 +305,7 @@ def test_rows_that_trl_cuts_or_leaves_out_are_told(
         ({"rows": [*WEIGHTED, ROWS[0]]}, "row 8: weight must be a finite number, it is None"),
         ({"rows": [{**ROWS[0], "weight": 0.0}]}, "the column 'weight' is 0 everywhere"),
         ({"rows": SIGNED, "proposal": "reference"}, "'data_weight' is negative"),
-        (
-            {
-                "rows": [{**row, "weight": 1.0 - 2.0 * (n > 1)} for n, row in enumerate(ROWS)],
-                "importance_weights": ImportanceWeights.asymre(),
-            },
-            "mean of at most 0",
-        ),
+        ({"rows": BELOW, "importance_weights": ASYMRE}, "'data_weight' has a mean of at most 0"),
         ({"rows": [{**ROWS[0], "correct": n == 0} for n in (0, 1)]}, "row 1: TRL does not read 'c"),
         ({"rows": [{**ROWS[0], "is_correct": n == 0} for n in (0, 1)]}, "row 1: TRL does not re"),
         ({"rows": [{**ROWS[0], "failed": "yes"}]}, r"row 0: TRL does not read 'failed' \('yes'"),
