@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Self
 
 from iwsft.extras import install
@@ -118,28 +119,22 @@ class TimedFunction:
 class Grader(TimedFunction):
     """Compares answers; LaTeX by Math-Verify in a process with a time limit.
 
-    ``compare`` is ``MODULE:FUNCTION`` that takes the correct answer and a given one. ``problems``
-    has a line for each comparison that hung or failed.
+    ``problems`` has a line for each pair of answers whose comparison hung or failed.
     """
 
-    def __init__(self, *, seconds: float = 10.0, compare: str = _MATH_VERIFY) -> None:
-        super().__init__(compare, seconds=seconds, trial=("1", "1"))
-        self._verdicts: dict[tuple[str, str], tuple[bool, str | None]] = {}
-        self.problems: list[str] = []
+    def __init__(self, *, seconds: float = 10.0) -> None:
+        super().__init__(_MATH_VERIFY, seconds=seconds, trial=("1", "1"))
+        self._verdicts: dict[tuple[str, str], bool] = {}
+        self.problems: dict[tuple[str, str], str] = {}
 
-    def choose_comparison(self, kind: AnswerKind) -> Callable[[str, str], bool]:
-        """Return a function that says whether an answer equals the correct answer, or another."""
+    def equal(self, kind: AnswerKind, correct: str, answer: str) -> bool:
+        """Return whether an answer equals the correct answer, or another."""
         if kind == "math":
-            return self.compare_math
-        parse = _READ[kind]
+            return self._equal_math(correct, answer)
+        value = _READ[kind](answer)
+        return value is not None and value == _READ[kind](correct)
 
-        def equal(correct: str, answer: str) -> bool:
-            value = parse(answer)
-            return value is not None and value == parse(correct)
-
-        return equal
-
-    def compare_math(self, correct: str, answer: str) -> bool:
+    def _equal_math(self, correct: str, answer: str) -> bool:
         """Return whether two expressions are equal; equal text needs no comparison."""
         plain = normalize_latex(correct), normalize_latex(answer)
         # Math-Verify leaves indices out; numbers in bases are equal only as text.
@@ -147,16 +142,11 @@ class Grader(TimedFunction):
             return plain[0] == plain[1]
         pair = (correct, answer)
         if pair not in self._verdicts:
-            equal, problem = self(correct, answer)
+            equal, problem = self(*pair)
+            self._verdicts[pair] = bool(equal)
             if problem is not None:
-                problem = f"{answer[:60]!r} against {correct[:60]!r}: {problem}"
-                self.problems.append(problem)
-            self._verdicts[pair] = bool(equal), problem
-        return self._verdicts[pair][0]
-
-    def problem_of(self, correct: str, answer: str) -> str | None:
-        """Return the line on a comparison that was made, if it hung or failed."""
-        return self._verdicts.get((correct, answer), (False, None))[1]
+                self.problems[pair] = f"{answer[:60]!r} against {correct[:60]!r}: {problem}"
+        return self._verdicts[pair]
 
     def start(self) -> ProcessPoolExecutor:
         """Start the process, as every timed function does; an error names what to install."""
@@ -178,14 +168,14 @@ def grade(
         text = extract_answer(generation["text"], letter=kind == "letter", verbatim=kind == "text")
         texts[generation["id"]].append(text)
     # Models repeat the choice with its letter, and its text may be private.
-    read: Any = str if kind == "math" else _READ[kind]
-    same = grader.choose_comparison(kind)
+    read = _READ.get(kind, str)
+    same = partial(grader.equal, kind)
     grades = []
     for question in questions:
         values = [text if text is None else read(text) for text in texts[question.id]]
         given = [value if value is None else str(value) for value in values]
         right = [answer is not None and same(question.answer, answer) for answer in given]
-        chosen = find_majority(given, same) if len(given) > 1 else given[0]
+        chosen = find_majority(given, same)
         grades.append(
             Grades(
                 question.id,

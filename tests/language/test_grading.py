@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from iwsft.language import grading
 from iwsft.language.grading import Grader
 
 COMPARE = """
@@ -37,13 +38,15 @@ def compare(correct, answer):
 
 
 @pytest.fixture
-def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison of a grader."""
     (tmp_path / "scripted_comparison.py").write_text(COMPARE)
     monkeypatch.syspath_prepend(tmp_path)
-    return "scripted_comparison:compare"
+    monkeypatch.setattr(grading, "_MATH_VERIFY", "scripted_comparison:compare")
 
 
-def test_failures_count_as_wrong_and_grading_continues(compare: str, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("compare")
+def test_failures_count_as_wrong_and_grading_continues(tmp_path: Path) -> None:
     problems = {
         "exit": "SystemExit",
         "raise": "RecursionError: too deep",
@@ -53,30 +56,33 @@ def test_failures_count_as_wrong_and_grading_continues(compare: str, tmp_path: P
         "crash": "the process crashed",
     }
     processes = (1, 1, 1, 2, 3)
-    with Grader(seconds=1, compare=compare) as grader:
+    with Grader(seconds=1) as grader:
         for (answer, problem), started in zip(problems.items(), processes, strict=True):
             before, earlier = time.monotonic(), len(grader.problems)
-            assert not grader.compare_math("A", answer)
+            assert not grader.equal("math", "A", answer)
             # The limit holds, with room for a slow machine.
             assert time.monotonic() - before < 20
-            *_, line = grader.problems
+            *_, line = grader.problems.values()
             assert repr(answer) in line and problem in line
             right = answer[0]
-            assert grader.compare_math(right.upper(), right) and not grader.compare_math("B", right)
+            assert grader.equal("math", right.upper(), right) and not grader.equal(
+                "math", "B", right
+            )
             # Asked again it is known, and no second limit is waited for.
-            assert not grader.compare_math("A", answer)
+            assert not grader.equal("math", "A", answer)
             assert len(grader.problems) == earlier + 1
             assert len(list(tmp_path.glob("*.pid"))) == started
     for path in tmp_path.glob("*.pid"):
         assert not running(int(path.stem)), "the process outlives its grader"
 
 
-def test_the_process_ends_with_its_parent(compare: str, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("compare")
+def test_the_process_ends_with_its_parent(tmp_path: Path) -> None:
     """Killed by SIGKILL, a parent can't end it: it ends because its input does."""
     script = (
-        "from iwsft.language.grading import Grader\n"
-        f"grader = Grader(compare={compare!r})\n"
-        "grader.compare_math('A', 'a')\n"
+        "from iwsft.language.grading import TimedFunction\n"
+        "compare = TimedFunction('scripted_comparison:compare')\n"
+        "compare('A', 'a')\n"
         "print('ready', flush=True)\n"
         "import time; time.sleep(60)\n"
     )
@@ -106,7 +112,8 @@ def test_a_broken_import_is_an_error(
         "def compare(correct, answer):\n    import no_such_library\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    with Grader(compare=place) as grader, pytest.raises(ImportError, match="pip install"):
+    monkeypatch.setattr(grading, "_MATH_VERIFY", place)
+    with Grader() as grader, pytest.raises(ImportError, match="pip install"):
         grader.start()
 
 

@@ -212,7 +212,7 @@ class _Evaluation:
             "title": self.task.title,
             **{key: self.config[key] for key in ("model", "source", "note", "private", "settings")},
             **score(grades, generations),
-            "grading_problems": list(grader.problems),
+            "grading_problems": list(grader.problems.values()),
             **cost,
             "versions": versions(_PACKAGES),
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -167,16 +168,16 @@ class Verifier:
             answer = None if value is None else str(value)
         if answer is None:
             return Verdict(0.0, None)
-        right = self._grader.choose_comparison(self._kind)(prompt.answer, answer)
-        problem = self._grader.problem_of(prompt.answer, answer)
+        right = self._grader.equal(self._kind, prompt.answer, answer)
+        problem = self._grader.problems.get((prompt.answer, answer))
         return Verdict(float(right) if problem is None else None, answer, problem)
 
     def _compare_text(self, correct: str, text: str) -> Verdict:
         """Judge the final answer, with and without an explanation after it, or the whole text."""
         read = extract_answer(text, verbatim=True), extract_answer(text), after_thinking(text)
         answers = [answer for answer in read if answer is not None]
-        equal = self._grader.choose_comparison("text")
-        right = next((answer for answer in answers if equal(correct, answer)), None)
+        equal = partial(self._grader.equal, "text", correct)
+        right = next(filter(equal, answers), None)
         return Verdict(0.0, answers[0]) if right is None else Verdict(1.0, right)
 
     def __enter__(self) -> Self:
