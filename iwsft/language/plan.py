@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from iwsft.language.batches import EpochBatches
 
@@ -65,7 +65,7 @@ class UpdatePlan(Sampler[list[int]]):
     def epoch(self, epoch: int) -> list[list[int]]:
         """The micro-batches of an epoch on all processes; process r runs ``[r::processes]``."""
         if self._cached is None or self._cached[0] != epoch:
-            self._cached = epoch, self._filled(self.batches.of(epoch), epoch)
+            self._cached = epoch, self._filled(self.batches.of(epoch))
         return self._cached[1]
 
     def update(self, number: int) -> list[list[int]]:
@@ -83,10 +83,8 @@ class UpdatePlan(Sampler[list[int]]):
             "micro_batches": self._number,
         }
 
-    def _filled(self, batches: list[list[int]], epoch: int) -> list[list[int]]:
-        if len(batches) > self._number:
-            problem = f"epoch {epoch} has {len(batches)} batches, the plan is for {self._number}"
-            raise ValueError(f"{problem}; plan for more epochs, or use batch_size")
+    def _filled(self, batches: list[list[int]]) -> list[list[int]]:
+        assert len(batches) <= self._number, "an epoch is beyond those of the plan"
         # If those of the last update suffice, every update holds what it holds on one process.
         width = self.accumulation * self.processes
         for start in ((len(batches) - 1) // width * width, 0):
@@ -100,14 +98,6 @@ class UpdatePlan(Sampler[list[int]]):
             if not self._varies:
                 break
         return batches + [[] for _ in range(self._number - len(batches))]
-
-
-class PlannedLoader(DataLoader[Any]):
-    """A DataLoader that passes the number of its epoch on to its batch sampler."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iterator yields."""
-        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
 def plan_updates(

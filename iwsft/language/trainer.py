@@ -33,7 +33,7 @@ from iwsft.language.loss import (
     negative_log_likelihood,
     token_loss,
 )
-from iwsft.language.plan import PlannedLoader, plan_updates
+from iwsft.language.plan import plan_updates
 from iwsft.language.weighted import REFERENCE, WeightedTrainer
 from iwsft.objective import WRITTEN_BY, ImportanceWeightedMLE
 from iwsft.policies.causal_lm import CausalLMPolicy
@@ -214,7 +214,7 @@ class ImportanceWeightedTrainer(WeightedTrainer):
         args, workers = self.args, self.args.dataloader_num_workers
         # torchrl sets "spawn", with which workers run a script without a main guard again.
         start = args.dataloader_multiprocessing_context or ("fork" if _LINUX else None)
-        return PlannedLoader(
+        loader: Any = DataLoader(
             self._dataset,
             batch_sampler=self._plan,
             collate_fn=self._collate,
@@ -223,6 +223,9 @@ class ImportanceWeightedTrainer(WeightedTrainer):
             persistent_workers=workers > 0 and args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
         )
+        # transformers calls it when an epoch begins.
+        loader.set_epoch = self._plan.set_epoch
+        return loader
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

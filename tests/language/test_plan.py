@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from iwsft.language import ImportanceWeightedConfig
 from iwsft.language.batches import EpochBatches
-from iwsft.language.plan import PlannedLoader, UpdatePlan, plan_updates
+from iwsft.language.plan import UpdatePlan, plan_updates
 
 SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
 
@@ -55,15 +55,6 @@ def test_an_update_is_that_of_one_process_with_large_batches(
         assert _counted(plan.update(number)) == Counter(update)
 
 
-@given(entries=st.integers(1, 60), shape=SHAPES)
-def test_each_update_has_work_for_each_process(entries: int, shape: tuple[int, int, int]) -> None:
-    plan = _plan(entries, shape)
-    for number in range(plan.updates):
-        batches = plan.update(number)
-        assert len(batches) % plan.processes == 0
-        assert _counted(batches)
-
-
 @given(
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=40),
     processes=st.integers(1, 4),
@@ -84,28 +75,14 @@ def test_with_a_budget_of_tokens_all_epochs_are_alike(
             assert (max(tokens, default=0) * len(tokens) if padded else sum(tokens)) <= 12
 
 
-def test_more_epochs_than_planned_for() -> None:
-    batches = EpochBatches(torch.tensor([9, 5, 4, 4, 3, 7, 6, 2, 8, 1]), token_budget=12)
-    plan = UpdatePlan(batches, 1, processes=1, process=0, epochs=1)
-    most = len(batches.of(0))
-    assert any(len(batches.of(epoch)) > most for epoch in range(200))
-    for epoch in range(200):
-        if len(batches.of(epoch)) <= most:
-            assert len(plan.epoch(epoch)) == most
-            continue
-        with pytest.raises(ValueError, match=rf"the plan is for {most}; plan for more epochs"):
-            plan.epoch(epoch)
-
-
 def test_a_process_runs_its_share_of_the_given_epoch() -> None:
     plan = _plan(13, (2, 1, 3))
     shares = [_plan(13, (2, 1, 3), process=process) for process in range(3)]
-    loaders = [PlannedLoader(range(13), batch_sampler=share, collate_fn=list) for share in shares]
     for epoch in (0, 2):
         if epoch:
-            for loader in loaders:
-                loader.set_epoch(epoch)
-        dealt = [list(loader) for loader in loaders]
+            for share in shares:
+                share.set_epoch(epoch)
+        dealt = [list(share) for share in shares]
         assert [len(each) for each in dealt] == [len(share) for share in shares] == [3, 3, 3]
         together = [batch for beside in zip(*dealt, strict=True) for batch in beside]
         assert together == plan.epoch(epoch)
