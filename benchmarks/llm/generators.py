@@ -12,7 +12,6 @@ from transformers import GenerationConfig
 from benchmarks.llm.models import (
     check_fit,
     commit_of,
-    context_of,
     load,
     load_config,
     load_tokenizer,
@@ -23,6 +22,7 @@ from benchmarks.llm.models import (
 from iwsft.fingerprint import model_sha256
 from iwsft.language.generation import Generator, TransformersGenerator, VLLMGenerator
 from iwsft.language.generations import Prompter, turn_end
+from iwsft.policies.causal_lm_families import context_of
 
 
 def pinned(model: str, *configs: Path) -> str:

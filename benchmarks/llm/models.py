@@ -42,7 +42,7 @@ from iwsft.fingerprint import file_sha256, folder_sha256
 from iwsft.forward_pass import ForwardPass
 from iwsft.language.batches import collate
 from iwsft.policies.causal_lm import CausalLMPolicy
-from iwsft.policies.causal_lm_families import check_decoder
+from iwsft.policies.causal_lm_families import check_decoder, context_of
 from iwsft.trajectory import ASSISTANT_MASK, Segments
 
 # DeepSpeed warns where it has to find out by itself that there is no accelerator.
@@ -135,12 +135,6 @@ def commit_of(place: str) -> str | None:
     except RevisionResolutionError as error:
         problem = f"the hub does not tell the commit of {place}, and no copy is here"
         raise ConnectionError(f"{problem} ({error})") from error
-
-
-def context_of(config: Any) -> int | None:
-    """Most tokens that a model of this config reads; None where it names no limit."""
-    context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return context
 
 
 def shortest(*lengths: int | None) -> int | None:

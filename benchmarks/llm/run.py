@@ -31,7 +31,6 @@ from benchmarks.llm.launch import Launch, assert_engine, launched
 from benchmarks.llm.models import (
     check_fit,
     check_whole,
-    context_of,
     load,
     load_config,
     load_tokenizer,
@@ -61,6 +60,7 @@ from iwsft.language.config import ImportanceWeightedConfig
 from iwsft.language.saving import last, written_aside
 from iwsft.language.trainer import ImportanceWeightedTrainer
 from iwsft.lower_bound import Choice
+from iwsft.policies.causal_lm_families import context_of
 from iwsft.trajectory import DATA_WEIGHT, MULTIPLICITY, lengths
 
 CHECKPOINTS = "checkpoints"

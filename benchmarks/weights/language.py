@@ -25,6 +25,7 @@ from iwsft.chain import Chain
 from iwsft.forward_pass import ForwardPass
 from iwsft.language.loss import token_loss
 from iwsft.policies.causal_lm import CausalLMPolicy
+from iwsft.policies.causal_lm_families import context_of
 from iwsft.presets import ImportanceWeights
 from iwsft.reference import annotate_reference
 from iwsft.trajectory import GIVEN_REF_LOG_PROB, TOKENS, lengths
@@ -122,7 +123,7 @@ def _short(place: str) -> str:
 def _check_rows(place: str, data: TensorDictBase, *, trusted: bool) -> None:
     """Check by the config of the base, before a model is loaded, that it can read the rows."""
     config = models.load_config(place, trust_remote_code=trusted)
-    context, longest = models.context_of(config), int(lengths(data).max())
+    context, longest = context_of(config), int(lengths(data).max())
     if context is not None and longest > context:
         raise ValueError(f"a row has {longest} tokens, and {place} reads {context}; leave it out")
     most, known = int(data.get(TOKENS).max()), config.get_text_config().vocab_size

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from iwsft.policies.causal_lm_families import context_of
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -119,7 +121,7 @@ class TransformersGenerator(Generator):
     @property
     def context(self) -> int | None:
         """``max_position_embeddings`` of the model's config; None where it has none."""
-        return getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        return context_of(self._model.config)
 
     def _complete(
         self, requests: Sequence[Request], stop: frozenset[int], temperature: float, top_p: float

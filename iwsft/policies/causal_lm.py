@@ -16,6 +16,7 @@ from iwsft.policies.causal_lm_families import (
     LogitTransform,
     check_decoder,
     check_own_loss,
+    context_of,
     fits_one_row,
     peft_model,
     varies_lengths,
@@ -100,7 +101,8 @@ class CausalLMPolicy(nn.Module):
         tokens = _Tokens.of(trajectories)
         number, width = _check_tokens(tokens, decoder)
         width = -(-width // _MULTIPLE) * _MULTIPLE
-        width = min(width, _context(decoder) or width)
+        # A decoder may have a table of positions.
+        width = min(width, context_of(decoder.config) or width)
         one_row = self.one_row
         if one_row is None:
             one_row = fits_one_row(decoder) and varies_lengths(decoder)
@@ -231,12 +233,6 @@ def _entry(batch: TensorDictBase, key: NestedKey) -> Tensor:
     return value
 
 
-def _context(decoder: Any) -> int | None:
-    """Number of positions that a decoder knows, which may be the rows of a table."""
-    limit = getattr(decoder.config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
-
-
 def _check_tokens(tokens: _Tokens, decoder: Any) -> tuple[int, int]:
     """Number of trajectories and length of the longest; refuse what the model can't read."""
     # Read at once, since reading waits for an accelerator.
@@ -248,7 +244,7 @@ def _check_tokens(tokens: _Tokens, decoder: Any) -> tuple[int, int]:
         token = f"token {least if least < 0 else most} is outside the vocabulary of {name}"
         way_out = "use the model's tokenizer, or resize its embeddings"
         raise ValueError(f"{token} ({config.vocab_size} tokens); {way_out}")
-    limit = _context(decoder)
+    limit = context_of(decoder.config)
     if limit is not None and limit <= last:
         problem = f"a trajectory has {last + 1:,} tokens, {name} reads {limit:,}"
         raise ValueError(f"{problem} (its max_position_embeddings); truncate the trajectories")

@@ -83,6 +83,12 @@ def check_decoder(model: nn.Module) -> Any:
     return decoder
 
 
+def context_of(config: Any) -> int | None:
+    """Most tokens that a model of this config reads; None where it names no limit."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
 def check_own_loss(decoder: Any) -> None:
     """Refuse a decoder whose own loss is more than the likelihood of the tokens.
 
