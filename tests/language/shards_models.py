@@ -7,20 +7,19 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from iwsft import EMA, ImportanceWeightedMLE
 from iwsft.language.shards import Shards
+from tests.policies import language_models
 
 DECAY = 0.7
-_VOCABULARY = 61
 
 
 def decoder(seed: int = 0, *, tied: bool = True) -> Any:
     """Sizes that two ranks don't divide evenly."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=_VOCABULARY,
+    model = language_models.decoder(
+        seed=seed,
+        dtype=torch.float32,
         hidden_size=21,
         intermediate_size=27,
         num_hidden_layers=2,
@@ -29,23 +28,13 @@ def decoder(seed: int = 0, *, tied: bool = True) -> Any:
         num_key_value_heads=1,
         attention_bias=True,
         tie_word_embeddings=tied,
-        initializer_range=0.2,
     )
-    return LlamaForCausalLM(config)
+    return model.train()
 
 
 def packed(seed: int) -> TensorDict:
     """Three trajectories of random tokens."""
-    draw = torch.Generator().manual_seed(seed)
-    ids = torch.repeat_interleave(torch.arange(3), torch.tensor([7, 4, 9]))
-    return TensorDict(
-        {
-            ("tokens", "full"): torch.randint(0, _VOCABULARY, (20,), generator=draw),
-            ("masks", "all_assistant_mask"): torch.ones(20, dtype=torch.bool),
-            ("collector", "traj_ids"): ids,
-        },
-        batch_size=[20],
-    )
+    return language_models.packed((7, 4, 9), seed=seed, assistant=1.0)
 
 
 class _NoPolicy(nn.Module):

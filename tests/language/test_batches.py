@@ -13,11 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict, TensorDictBase
-from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from iwsft import CausalLMPolicy, ImportanceWeightedMLE
+from iwsft import CausalLMPolicy
 from iwsft.language.batches import EpochBatches, EpochSampler, TrajectoryDataset, collate
 from iwsft.language.loss import token_loss
 from iwsft.samplers import TrajectorySampler
@@ -288,41 +287,6 @@ def test_a_batch_without_entries_is_a_trajectory_that_does_not_count(sizes):
     loader = DataLoader(entries, batch_sampler=[[*range(len(sizes))], []], collate_fn=make)
     multiplicity = [batch.get(MULTIPLICITY).tolist() for batch in loader]
     assert multiplicity == [[1] * sum(sizes), [0] * 3]
-
-
-class Unigram(nn.Module):
-    """log p of a token by a table; 0 off the assistant mask."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.logits = nn.Parameter(torch.linspace(-1.0, 1.0, 1000))
-
-    def log_prob(self, batch: TensorDictBase) -> torch.Tensor:
-        log_prob = self.logits.log_softmax(0)[batch.get(TOKENS)]
-        return torch.where(batch.get(ASSISTANT_MASK), log_prob, 0.0)
-
-
-def test_the_loss_is_the_same_in_both_layouts_and_for_repeated_trajectories():
-    policy = Unigram()
-    loss = ImportanceWeightedMLE(policy, proposal="current", functional=False)
-    loss.loss_mask_key = ASSISTANT_MASK
-    loss.set_keys(action=TOKENS)
-    data = dataset([5, 7, 3], [2, 1, 3])
-    entries = TrajectoryDataset(data)
-    examples = [entries[k] for k in (5, 0, 2, 1, 5, 5)]
-    losses = []
-    for layout in ("padded", "packed"):
-        out = loss(collate(examples, layout=layout, pad_token_id=999))
-        losses.append((out["loss_iw_mle"].item(), out["ESS"].item(), out["log_prob"].item()))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    # By hand: the mean over the six draws of -w * mean log p, w = exp(mean log-ratio).
-    terms = []
-    for example in examples:
-        on = example.get(ASSISTANT_MASK)
-        log_p = policy.log_prob(example)[on]
-        weight = (log_p - example.get(REF_LOG_PROB)[on]).mean().exp().detach()
-        terms.append(-weight * log_p.mean())
-    assert losses[0][0] == pytest.approx(torch.stack(terms).mean().item(), rel=1e-5)
 
 
 def test_first_tokens_are_taken_out_of_the_assistant_mask() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from torchrl.modules.llm.policies.common import Masks, Tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from iwsft.language.loss import Measures, negative_log_likelihood, token_loss
+from iwsft.language.loss import Measures, token_loss
 from iwsft.objective import ImportanceWeightedMLE, Terms
 from iwsft.policies import CausalLMPolicy
 from iwsft.trajectory import ASSISTANT_MASK, MASK, TOKENS, Segments
@@ -128,21 +128,6 @@ def test_the_masks_of_torchrl_are_not_left_unread_either(layout: tuple[int, ...]
         loss(batch)
     loss.loss_mask_key = ASSISTANT_MASK
     assert loss(batch)["loss_iw_mle"].isfinite()
-
-
-@pytest.mark.parametrize("twice", [None, 2])
-def test_likelihood_by_trajectory_and_by_token(twice: int | None) -> None:
-    data = trajectories(5, twice=twice)
-    loss = token_loss(CausalLMPolicy(model()), proposal="reference")
-    log_prob = -torch.rand(len(data), generator=torch.Generator().manual_seed(0)).double()
-    means, tokens = [], []
-    for row in (*range(5), *([] if twice is None else [twice])):
-        here = data["masks", "all_assistant_mask"] & (data["collector", "traj_ids"] == row)
-        means.append(float(log_prob[here].mean()))
-        tokens += log_prob[here].tolist()
-    by_trajectory, by_token = negative_log_likelihood(loss, data, log_prob)
-    assert by_trajectory == pytest.approx(-sum(means) / len(means), rel=1e-12)
-    assert by_token == pytest.approx(-sum(tokens) / len(tokens), rel=1e-12)
 
 
 LENGTHS, COUNTS = [2, 3, 1, 4], [1, 2, 0, 3]

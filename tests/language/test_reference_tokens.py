@@ -139,18 +139,6 @@ def test_what_the_data_give_counts(tmp_path: Path) -> None:
         assert torch.equal(given["ref_log_prob"], torch.where(mine.isnan(), own, mine))
 
 
-def test_mode_and_gradients_are_as_they_were() -> None:
-    theta = policy(attention_dropout=0.5)
-    theta.model.lm_head.eval()
-    data = dataset()
-    annotate(theta, data)
-    assert theta.training and theta.model.training and not theta.model.lm_head.training
-    assert all(p.requires_grad and p.grad is None for p in theta.parameters())
-    torch.testing.assert_close(
-        data["ref_log_prob"].double(), alone(decoder().double().eval(), data), rtol=1e-5, atol=1e-5
-    )
-
-
 def test_not_finite_names_the_trajectory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("iwsft.reference._PART", 1)
     theta, data = policy(), dataset()

@@ -165,13 +165,8 @@ def test_a_checkpoint_of_another_run(saved: Path, own: dict[str, Any], message: 
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "weights.pt", "iwsft.json"])
-@pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_a_damaged_checkpoint(saved: Path, name: str, damage: str) -> None:
-    file = saved / "checkpoint-4" / name
-    if damage == "cut":
-        file.write_bytes(file.read_bytes()[:-20])
-    else:
-        file.unlink()
+def test_a_checkpoint_without_one_of_its_files(saved: Path, name: str) -> None:
+    (saved / "checkpoint-4" / name).unlink()
     with pytest.raises(CheckpointError, match=f"{name}.*resume from an earlier checkpoint"):
         trainer(saved, **CACHED).train(resume_from_checkpoint=True)
 

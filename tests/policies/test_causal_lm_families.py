@@ -100,15 +100,6 @@ def test_logits_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert checks == ["LlamaForCausalLM"]
 
 
-def test_a_loss_of_the_model_itself_is_refused_where_it_would_be_trained() -> None:
-    model, batch = decoder(), packed()
-    model.loss_function = lambda logits, labels, **_: logits.mean()
-    with pytest.raises(ValueError, match="LlamaForCausalLM has a loss function of its own"):
-        CausalLMPolicy(model).log_prob(batch)
-    with torch.no_grad():
-        assert bool(CausalLMPolicy(model).log_prob(batch).any())
-
-
 def test_a_head_that_sees_other_states_is_refused() -> None:
     model, batch = decoder(), packed()
     real = model.forward

@@ -116,17 +116,6 @@ def test_an_entropy_of_more_tokens_than_there_are_is_refused(top_k: int) -> None
         token_log_prob_and_entropy(hidden, weight, target, top_k=top_k)
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
-def test_gradcheck(transform: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_CPU_BLOCK", (2, 3))
-    hidden, weight, bias, target = inputs(5, 3, 8)
-
-    def call(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return log_probs(h, w, target, bias=b, **transform)
-
-    assert torch.autograd.gradcheck(call, (hidden, weight, bias))
-
-
 @pytest.mark.parametrize(("n", "d", "v"), [(0, 4, 9), (1, 1, 1), (1, 5, 2), (7, 1, 30), (33, 8, 6)])
 def test_all_shapes(block: None, n: int, d: int, v: int) -> None:
     hidden, weight, _, target = inputs(n, d, v)
