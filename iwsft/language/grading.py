@@ -156,6 +156,13 @@ class Grader(TimedFunction):
             raise ImportError(f"{error}; {install('math_verify')}") from error
 
 
+def read_answer(kind: AnswerKind, text: str | None) -> str | None:
+    """Return the whole number, letter or words of an extracted answer; None where it has none."""
+    # Models repeat the choice with its letter, and its text may be private.
+    value = text if text is None else _READ.get(kind, str)(text)
+    return value if value is None else str(value)
+
+
 def grade(
     kind: AnswerKind,
     questions: Sequence[Question],
@@ -167,13 +174,10 @@ def grade(
     for generation in generations:
         text = extract_answer(generation["text"], letter=kind == "letter", verbatim=kind == "text")
         texts[generation["id"]].append(text)
-    # Models repeat the choice with its letter, and its text may be private.
-    read = _READ.get(kind, str)
     same = partial(grader.equal, kind)
     grades = []
     for question in questions:
-        values = [text if text is None else read(text) for text in texts[question.id]]
-        given = [value if value is None else str(value) for value in values]
+        given = [read_answer(kind, text) for text in texts[question.id]]
         right = [answer is not None and same(question.answer, answer) for answer in given]
         chosen = find_majority(given, same)
         grades.append(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -17,17 +17,11 @@ from iwsft.datasets.text.sources import records, row_named
 from iwsft.fingerprint import file_sha256, fingerprint
 from iwsft.language import grading, verification
 from iwsft.language.generations import Prompter, encode_prompt
-from iwsft.language.grading import Grader, TimedFunction
-from iwsft.language.verification import (
-    after_thinking,
-    extract_answer,
-    parse_integer,
-    parse_letter,
-)
+from iwsft.language.grading import Grader, TimedFunction, read_answer
+from iwsft.language.verification import after_thinking, extract_answer
 
 # Columns that a prompt may be in.
 _COLUMNS = ("prompt", "messages", "question", "problem")
-_PARSE: Mapping[str, Callable[[str], Any]] = {"integer": parse_integer, "letter": parse_letter}
 
 
 @dataclass(frozen=True)
@@ -100,7 +94,7 @@ def _content(
     return (*before, {**last, "content": text + end})
 
 
-def _answer(row: Mapping[str, Any], kind: str) -> str:
+def _answer(row: Mapping[str, Any], kind: Any) -> str:
     """The right answer; a whole number may follow ``####``, as in GSM8K."""
     value = row.get("answer")
     if value is None or not str(value).strip():
@@ -108,7 +102,7 @@ def _answer(row: Mapping[str, Any], kind: str) -> str:
     answer = str(value)
     if kind == "integer":
         answer = answer.rpartition("####")[2].strip()
-    if kind in _PARSE and _PARSE[kind](answer) is None:
+    if read_answer(kind, answer) is None:
         whole = "a whole number" if kind == "integer" else "one of the letters A to D"
         raise ValueError(f"the answer is {answer[:60]!r}; --verifier wants {whole}")
     return answer
@@ -163,9 +157,7 @@ class Verifier:
             return Verdict(score, final, problem)
         if self._kind == "text":
             return self._compare_text(prompt.answer, text)
-        if answer is not None and self._kind in _PARSE:
-            value = _PARSE[self._kind](answer)
-            answer = None if value is None else str(value)
+        answer = read_answer(self._kind, answer)
         if answer is None:
             return Verdict(0.0, None)
         right = self._grader.equal(self._kind, prompt.answer, answer)
