@@ -15,7 +15,7 @@ from iwsft.diagnostics import Weighed, describe, unweighted_loss, weighed
 from iwsft.objective import ImportanceWeightedMLE, Terms
 from iwsft.policies.causal_lm import CausalLMPolicy
 from iwsft.policies.causal_lm_families import check_own_loss, decoder_of
-from iwsft.trajectory import ASSISTANT_MASK, DATA_WEIGHT, STANDARD_SCORE, TOKENS, select
+from iwsft.trajectory import ASSISTANT_MASK, DATA_WEIGHT, STANDARD_SCORE, TOKENS
 from iwsft.validation import check_data_weights
 
 _NUMBERS = 7
@@ -61,14 +61,9 @@ def check_weights(
         loss.check_data_weights(weight, share)
 
 
-def check_scores(trajectories: TensorDictBase, judges: Tensor) -> None:
-    """Refuse trajectories whose scores can't choose an exponent.
-
-    ``judges`` are the positions of those that choose it; without any, all of them do.
-    """
-    scores = trajectories.get(STANDARD_SCORE, default=None)
-    if scores is not None and len(judges):
-        scores = select(trajectories, judges).get(STANDARD_SCORE)
+def check_judges(judges: TensorDictBase) -> None:
+    """Refuse trajectories whose scores can't choose an exponent."""
+    scores = judges.get(STANDARD_SCORE, default=None)
     if scores is None or bool((scores == scores[0]).all()):
         raise ValueError(
             "these weights choose by the scores of the trajectories, which are missing or all "

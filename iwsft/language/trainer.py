@@ -27,7 +27,7 @@ from iwsft.language.config import (
     warn_of_half_precision,
 )
 from iwsft.language.loss import (
-    check_scores,
+    check_judges,
     check_weights,
     judge,
     negative_log_likelihood,
@@ -189,7 +189,8 @@ class ImportanceWeightedTrainer(WeightedTrainer):
             mask = self._trajectories.get(ASSISTANT_MASK)
             weights.check_overflow(int(Segments.of(self._trajectories, mask=mask).lengths.max()))
             if weights.scored:
-                check_scores(self._trajectories, self._dataset.undrawn)
+                judged = len(self._dataset.undrawn) > 0
+                check_judges(self._dataset.judges if judged else self._trajectories)
             for name in weights.from_batch:
                 if self._trajectories.get(name, default=None) is None:
                     missing = f"{weights} read {name!r}, which the trajectories lack"
