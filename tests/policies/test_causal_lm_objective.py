@@ -140,7 +140,7 @@ def test_masked_tokens_count_neither_in_the_loss_nor_in_lengths_nor_in_weights()
         assert torch.equal(first[key], second[key]), key
     fewer = batch.clone()
     fewer[ASSISTANT][batch["collector", "traj_ids"] == 2] = False
-    with pytest.raises(ValueError, match="trajectory 2 of the batch has every step masked"):
+    with pytest.raises(ValueError, match="trajectory 2 has every step masked"):
         loss(fewer)
 
 
