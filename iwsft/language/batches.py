@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
+from itertools import chain, repeat
 from typing import Any, Literal, get_args
 
 import torch
@@ -321,7 +322,8 @@ class EpochSampler:
         self._collate = partial(
             collate, layout=layout, pad_token_id=pad_token_id, multiple_of=multiple_of
         )
-        self._iterator = iter(self.batches)
+        # Each epoch goes on where the batches are.
+        self._entries = chain.from_iterable(repeat(self.batches))
 
     @property
     def epoch(self) -> int:
@@ -330,11 +332,7 @@ class EpochSampler:
 
     def sample(self) -> TensorDict:
         """The next batch."""
-        entries = next(self._iterator, None)
-        if entries is None:
-            self._iterator = iter(self.batches)
-            entries = next(self._iterator)
-        return self._collate([self.dataset[entry] for entry in entries])
+        return self._collate([self.dataset[entry] for entry in next(self._entries)])
 
     def __iter__(self) -> Iterator[TensorDict]:
         return self
@@ -350,7 +348,7 @@ class EpochSampler:
         """Restore :meth:`state_dict`; other trajectories and settings are refused."""
         check_same_settings(state_dict, {"data": self._data})
         self.batches.load_state_dict(state_dict)
-        self._iterator = iter(self.batches)
+        self._entries = chain.from_iterable(repeat(self.batches))
 
     @cached_property
     def _data(self) -> str:
