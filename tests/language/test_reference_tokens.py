@@ -20,9 +20,10 @@ from reference_cases import (
     policy,
 )
 
-from iwsft import ImportanceWeightedMLE, annotate_reference
+from iwsft import annotate_reference
 from iwsft.forward_pass import ForwardPass
 from iwsft.language.batches import EpochBatches, TrajectoryDataset, collate
+from iwsft.language.loss import token_loss
 from iwsft.language.plan import UpdatePlan
 from iwsft.policies import CausalLMPolicy
 from iwsft.trajectory import pack, pad
@@ -57,9 +58,7 @@ def test_first_weights_are_exactly_one(
     entries = TrajectoryDataset(data)
     batches = EpochBatches(entries.sizes, batch_size=3, seed=1)
     annotate(theta, data, batches.of(0), layout=layout)
-    loss = ImportanceWeightedMLE(theta, proposal="current", functional=False)
-    loss.loss_mask_key = ("masks", "all_assistant_mask")
-    loss.set_keys(action=("tokens", "full"))
+    loss = token_loss(theta, proposal="current")
     assert model.training
     for numbers in batches.of(0):
         batch = collate([entries[number] for number in numbers], layout=layout).to(device)

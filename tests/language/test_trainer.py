@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from tensordict import TensorDict
-from tiny import ENTRIES, losses, model, trainer, trajectories
+from tiny import ENTRIES, Stop, losses, model, trainer, trajectories
 from torch.nn.functional import log_softmax
-from transformers import TrainerCallback, get_linear_schedule_with_warmup
+from transformers import get_linear_schedule_with_warmup
 
 from iwsft import EMA, HardSync, ImportanceWeightedMLE, ImportanceWeights, weights
 from iwsft.forward_pass import ForwardPass
@@ -169,14 +169,6 @@ def test_sft_is_the_likelihood_of_the_assistant_tokens(tmp_path: Path, weighted:
     assert losses(run)[0] == pytest.approx(total / (ENTRIES + 1), rel=1e-5)
 
 
-class _Stop(TrainerCallback):
-    def __init__(self, after: int) -> None:
-        self.after = after
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop = state.global_step >= self.after
-
-
 @pytest.mark.parametrize("proposal", PROPOSALS, ids=lambda p: p["proposal"])
 def test_a_resumed_run_equals_an_uninterrupted_one(
     tmp_path: Path, proposal: dict[str, Any]
@@ -193,7 +185,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     whole.train()
     for after in (2, 3, 4):
         folder = tmp_path / str(after)
-        trainer(folder, callbacks=[_Stop(after)], **settings).train()
+        trainer(folder, callbacks=[Stop(after)], **settings).train()
         resumed = trainer(folder, **settings)
         resumed.train(resume_from_checkpoint=True)
         assert losses(resumed) == losses(whole)

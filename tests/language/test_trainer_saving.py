@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import ImportanceWeightedTrainer, losses, trainer, trajectories
-from transformers import EarlyStoppingCallback, TrainerCallback
+from tiny import ImportanceWeightedTrainer, Stop, losses, trainer, trajectories
+from transformers import EarlyStoppingCallback
 from transformers import trainer as hf_trainer
 
 from iwsft.checkpoint import CheckpointError
@@ -34,14 +34,6 @@ JUDGED: dict[str, Any] = {
     "eval_trajectories": trajectories(4, seed=5),
 }
 LAGGED = {"proposal": "lagged", "ema_decay": 0.9}
-
-
-class _Stop(TrainerCallback):
-    def __init__(self, after: int) -> None:
-        self.after = after
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop = state.global_step >= self.after
 
 
 def _parameters(run: ImportanceWeightedTrainer) -> list[torch.Tensor]:
@@ -87,7 +79,7 @@ def test_the_best_checkpoint_is_where_the_state_says(
 
 def test_the_best_checkpoint_moves_with_the_run(tmp_path: Path) -> None:
     own = {**JUDGED, "save_total_limit": 2}
-    first = trainer(tmp_path / "first", callbacks=[_Stop(6)], **own)
+    first = trainer(tmp_path / "first", callbacks=[Stop(6)], **own)
     first.train()
     best = _best(first)
     shutil.move(tmp_path / "first", tmp_path / "moved")
@@ -160,7 +152,7 @@ def test_early_stopping_counts_on_over_a_kill(tmp_path: Path) -> None:
     whole.train()
     best = _best(whole)
     assert whole.state.global_step == best + 3
-    callbacks = [EarlyStoppingCallback(3), _Stop(best + 1)]
+    callbacks = [EarlyStoppingCallback(3), Stop(best + 1)]
     trainer(tmp_path / "killed", callbacks=callbacks, **own).train()
     resumed = trainer(tmp_path / "killed", callbacks=[EarlyStoppingCallback(3)], **own)
     resumed.train(resume_from_checkpoint=True)
@@ -275,7 +267,7 @@ def test_a_checkpoint_that_a_kill_kept_from_removal_goes(tmp_path: Path) -> None
 
 def test_resumption_from_an_earlier_checkpoint_keeps_it_until_it_saves(tmp_path: Path) -> None:
     trainer(tmp_path, **SAVED).train()
-    run = trainer(tmp_path, **SAVED, save_total_limit=1, callbacks=[_Stop(3)])
+    run = trainer(tmp_path, **SAVED, save_total_limit=1, callbacks=[Stop(3)])
     run.train(resume_from_checkpoint=tmp_path / "checkpoint-2")
     assert _steps(tmp_path) == {2, 4}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
 from iwsft.language.config import ImportanceWeightedConfig
 from iwsft.language.trainer import ImportanceWeightedTrainer
@@ -89,6 +89,16 @@ def trainer(
         trajectories=trajectories() if data is None else data,
         **of_trainer,
     )
+
+
+class Stop(TrainerCallback):
+    """Stops a run after so many updates."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.after
 
 
 def losses(trained: ImportanceWeightedTrainer) -> list[float]:

@@ -43,11 +43,7 @@ def made(proposal: str, functional: bool) -> tuple[ImportanceWeightedMLE, Tensor
     batch = annotate_reference(CausalLMPolicy(start), packed((9, 4, 14, 6)))
     batch[MULTIPLICITY] = torch.tensor([1, 3, 1, 2])[batch["collector", "traj_ids"]]
     policy = CausalLMPolicy(deepcopy(q if proposal in ("lagged", "cached") else theta))
-    loss = ImportanceWeightedMLE(
-        policy, importance_weights=CHAIN, proposal=proposal, functional=functional
-    )
-    loss.loss_mask_key = ASSISTANT
-    loss.set_keys(action=("tokens", "full"))
+    loss = token_loss(policy, importance_weights=CHAIN, proposal=proposal, functional=functional)
     if proposal == "cached":
         reweight(batch, loss)
     values = dict(theta.named_parameters())
@@ -199,9 +195,7 @@ def test_weights_of_the_first_step_are_exactly_one(proposal: str, noise: str | N
             embedding.neftune_noise_alpha = 5.0
             embedding.register_forward_hook(neftune_post_forward_hook)
         data = annotate_reference(policy, packed((9, 4, 14, 6, 33, 5, 60), seed=1), rows=40)
-        loss = ImportanceWeightedMLE(policy, proposal=proposal, functional=False)
-        loss.loss_mask_key = ASSISTANT
-        loss.set_keys(action=("tokens", "full"))
+        loss = token_loss(policy, proposal=proposal)
         if proposal == "cached":
             reweight(data, loss, rows=70)
         for batch in (data, data[:13], pad(data[13:33])):
