@@ -102,14 +102,6 @@ class Shards:
         return {name: _Part.of(parameters[name]) for name in self._names}
 
 
-class _Replica(NamedTuple):
-    """Where a process's part begins in a flat parameter that its group holds whole (ZeRO-1, 2)."""
-
-    whole: Tensor
-    start: int
-    group: Any
-
-
 class _Part(NamedTuple):
     """This process's part of a parameter."""
 
@@ -117,8 +109,11 @@ class _Part(NamedTuple):
     computed: Tensor
     # The float32 master if the engine has one, else ``computed``.
     theta: Tensor
-    # Only where other processes have copies of ``computed``.
-    replica: _Replica | None = None
+    # The flat parameter that a group of processes holds whole, and where the part begins in it
+    # (ZeRO-1 and 2).
+    whole: Tensor | None = None
+    start: int = 0
+    group: Any = None
 
     @classmethod
     def of(cls, parameter: Any) -> _Part:
@@ -131,12 +126,12 @@ class _Part(NamedTuple):
             group, offset, number = place
             return cls(computed, engine.fp32_partitioned_groups_flat[group].data[offset:][:number])
         if hasattr(parameter, "_hp_mapping"):
-            whole, fragment = parameter.data.view(-1), parameter._hp_mapping
+            whole, group = parameter.data.view(-1), parameter._dp_group
+            fragment = parameter._hp_mapping
             if fragment is None:
-                return cls(whole[:0], whole[:0], _Replica(whole, 0, parameter._dp_group))
+                return cls(whole[:0], whole[:0], whole, 0, group)
             start, number = fragment.lp_fragment_address.start, fragment.lp_fragment_address.numel
-            replica = _Replica(whole, start, parameter._dp_group)
-            return cls(whole[start:][:number], fragment.hp_fragment.data, replica)
+            return cls(whole[start:][:number], fragment.hp_fragment.data, whole, start, group)
         computed = parameter.data
         if hasattr(computed, "to_local"):
             # A DTensor: FSDP2.
@@ -149,20 +144,19 @@ def _write(parts: Mapping[str, _Part], values: Mapping[str, Tensor]) -> None:
     """Make these the model's parameters, on all processes."""
     for name, part in parts.items():
         part.computed.copy_(values[name])
-        if part.replica is not None and dist.get_world_size(part.replica.group) > 1:
-            _exchange(part.replica, part.computed)
+        if part.whole is not None and dist.get_world_size(part.group) > 1:
+            _exchange(part, part.whole.view(torch.uint8))
     if torch.accelerator.is_available():
         # ZeRO-3 gathers on a stream of its own that does not wait for this one.
         torch.accelerator.synchronize()
 
 
-def _exchange(replica: _Replica, computed: Tensor) -> None:
-    """Give each process the parts of a parameter that the others have, bit for bit."""
+def _exchange(part: _Part, whole: Tensor) -> None:
+    """Give each process the bytes of a parameter that the others have."""
     # Added up as bytes of which all processes but one have 0, so nothing is rounded.
-    whole = replica.whole.view(torch.uint8)
-    own = torch.zeros_like(whole)
-    own[replica.start * computed.element_size() :][: computed.nbytes] = computed.view(torch.uint8)
-    dist.all_reduce(own, group=replica.group)
+    own, mine = torch.zeros_like(whole), part.computed.view(torch.uint8)
+    own[part.start * part.computed.element_size() :][: len(mine)] = mine
+    dist.all_reduce(own, group=part.group)
     whole.copy_(own)
 
 
