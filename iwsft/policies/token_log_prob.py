@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -72,9 +72,9 @@ class _TokenLogProb(torch.autograd.Function):
         top = chosen.new_full((len(target), top_k), -torch.inf)
         fold_ = blocks.fused(_fold_)
         with torch.autocast(hidden.device.type, enabled=False):
-            for columns in blocks.columns():
+            for columns in blocks.columns:
                 part = blocks.weight(columns)
-                for rows in blocks.rows():
+                for rows in blocks.rows:
                     logits = blocks.logits(rows, columns, part)
                     if top_k:
                         candidates = torch.cat([top[rows], _largest(logits, top_k)], 1)
@@ -117,11 +117,11 @@ def _gradients(
     to_weight = torch.empty_like(blocks.full_weight) if for_weight else None
     to_bias = torch.empty_like(blocks.bias) if blocks.bias is not None else None
     slopes = blocks.fused(_slopes)
-    for columns in blocks.columns():
+    for columns in blocks.columns:
         part = blocks.weight(columns)
         for_part = torch.zeros(part.shape, dtype=wide, device=device)
         summed = torch.zeros(len(part), dtype=wide, device=device)
-        for rows in blocks.rows():
+        for rows in blocks.rows:
             logits = blocks.logits(rows, columns, part)
             place = blocks.target[rows] - columns.start
             known = total[rows], log_prob[rows], factor[rows]
@@ -165,18 +165,11 @@ class _Blocks:
         self.full_weight, self.bias, self.target = weight, bias, target
         self.scale, self.softcap = scale, softcap
         self._factor_dtype = dtype
-        self._block = _ACCELERATOR_BLOCK if hidden.device.type != "cpu" else _CPU_BLOCK
+        tokens, vocabulary = _ACCELERATOR_BLOCK if hidden.device.type != "cpu" else _CPU_BLOCK
+        self.rows, self.columns = _slices(len(hidden), tokens), _slices(len(weight), vocabulary)
         # For a small vocabulary the compiler takes longer than it saves.
-        large = len(weight) > self._block[1]
+        large = len(weight) > vocabulary
         self._compiles = on_cuda and large and not torch.compiler.is_compiling()
-
-    def rows(self) -> Iterator[slice]:
-        """Blocks of tokens."""
-        return _slices(len(self.hidden), self._block[0])
-
-    def columns(self) -> Iterator[slice]:
-        """Blocks of the vocabulary."""
-        return _slices(len(self.full_weight), self._block[1])
 
     def weight(self, columns: slice) -> Tensor:
         """A block of the weight in the dtype of products."""
@@ -257,9 +250,8 @@ def _largest(x: Tensor, number: int) -> Tensor:
     return x.topk(number, dim=1, sorted=False).values
 
 
-def _slices(length: int, size: int) -> Iterator[slice]:
-    for start in range(0, length, size):
-        yield slice(start, min(start + size, length))
+def _slices(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
