@@ -261,7 +261,7 @@ def _call_in_time(
         number = math.nan if isinstance(result, str) else float(result)
         if math.isfinite(number):
             return number, None
-        return None, f"{result!r:.60} is no finite number"
+        return None, f"{result!r:.60} is not a finite number"
     # A model's text may make a call raise anything; the next one is made as well.
     except (Exception, SystemExit) as error:
         return None, f"{type(error).__name__}: {error}"[:200]
