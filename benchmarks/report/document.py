@@ -136,6 +136,11 @@ def interval_text(interval: tuple[float, float] | None, digits: int = 1) -> str:
     return NOTHING if interval is None else " to ".join(f"{end:.{digits}f}" for end in interval)
 
 
+def number_text(value: float | None, form: str = ".2f") -> str:
+    """A number in a format."""
+    return NOTHING if value is None else format(value, form)
+
+
 class Document:
     """The markdown of a report and its figures; texts may hold `code` and <addresses>."""
 

@@ -21,17 +21,19 @@ from benchmarks.report.document import (
     Grid,
     escaped,
     interval_text,
+    number_text,
     shareable,
 )
 from benchmarks.report.figures import Panels
 from benchmarks.report.scores import algorithm_colour, interval_over_seeds
-from benchmarks.results import printable
+from benchmarks.results import printable, read_json
 from benchmarks.statistics import MIN_SEEDS
 from iwsft.loop import CONFIG, Round, best, table
 
 LOOP = "loop"
 # Facts of a round that are shown where its stages return them: heading, format and meaning.
 COLUMNS = {
+    "score": ("score", ".3f", "held-out, with its 95 % interval"),
     "return": ("return", ".1f", "mean of the sampled episodes"),
     "pass_rate": ("pass rate", ".3f", "share of right answers among the samples"),
     "solved": ("solved", ".3f", "prompts with a right one"),
@@ -40,7 +42,6 @@ COLUMNS = {
     "distinct": ("distinct", ".2f", "different final answers to a prompt"),
     "ESS": ("ESS", ".2f", "effective share of the draws of an update"),
 }
-_SCORE = ("score", ".3f", "held-out, with its 95 % interval")
 # Facts that are compared over seeds, and their titles.
 COMPARED = {
     "score": "Held-out score over seeds",
@@ -93,9 +94,7 @@ def read_loops(folder: Path) -> list[RecordedLoop]:
     # The start tells a loop from other folders with a config.
     for first in sorted(Path(folder).rglob("round-0")):
         home = first.parent
-        if not (home / CONFIG).is_file():
-            continue
-        config = json.loads((home / CONFIG).read_text())
+        config = read_json(home / CONFIG)
         if config.get("benchmark") == LOOP:
             name = home.relative_to(folder).as_posix()
             name = home.absolute().name if name == "." else name
@@ -105,12 +104,12 @@ def read_loops(folder: Path) -> list[RecordedLoop]:
 
 def loop_grid(rows: Sequence[Mapping[str, Any]]) -> Grid:
     """Table of the rounds of a loop, with what its stages return."""
-    names = [name for name, *_ in COLUMNS.values()]
-    grid = Grid(["round", "score", "95 % interval", *names], left=1)
+    first, *names = (name for name, *_ in COLUMNS.values())
+    grid = Grid(["round", first, "95 % interval", *names], left=1)
     for row in rows:
+        score, *cells = (number_text(row.get(key), form) for key, (_, form, _) in COLUMNS.items())
         interval = interval_text(row.get("interval"), digits=3)
-        cells = [_cell(row.get(key), form) for key, (_, form, _) in COLUMNS.items()]
-        grid.rows.append([str(row["round"]), _cell(row.get("score"), ".3f"), interval, *cells])
+        grid.rows.append([str(row["round"]), score, interval, *cells])
     return grid
 
 
@@ -133,7 +132,7 @@ def seed_grids(loops: Sequence[RecordedLoop]) -> dict[str, Grid]:
     most = max((len(rows) for own in groups.values() for rows in own.values()), default=0)
     grids = {}
     for key, title in COMPARED.items():
-        form = COLUMNS.get(key, _SCORE)[1]
+        form = COLUMNS[key][1]
         facts = {name: [_values(own, key, n) for n in range(most)] for name, own in groups.items()}
         grid = Grid(["", *(f"round {number}" for number in range(most))], left=1)
         for name, by_round in facts.items():
@@ -213,16 +212,11 @@ def show_loop(
     print(*lines, sep="\n")
 
 
-def _cell(value: float | None, form: str) -> str:
-    return NOTHING if value is None else format(value, form)
-
-
 def draw_loops(loops: Sequence[RecordedLoop]) -> Panels:
     """Draw the facts of all loops over their rounds, a line a loop, coloured by its algorithm."""
     colour = {loop.algo: algorithm_colour(loop.algo) for loop in loops}
     panels = {}
-    labels = {"score": "held-out score", **{key: name for key, (name, *_) in COLUMNS.items()}}
-    for key, label in labels.items():
+    for key, (name, *_) in COLUMNS.items():
         rounds = {row["round"] for loop in loops for row in loop.rows if row.get(key) is not None}
         if len(rounds) < 2:
             continue
@@ -236,7 +230,7 @@ def draw_loops(loops: Sequence[RecordedLoop]) -> Panels:
             if key == "score" and rows and len(ends) == len(rows):
                 low, high = zip(*ends, strict=True)
                 ax.fill_between(x, low, high, color=shade, alpha=0.15, lw=0)
-        ax.set(xlabel="round", ylabel=label)
+        ax.set(xlabel="round", ylabel="held-out score" if key == "score" else name)
         ax.locator_params(axis="x", integer=True)
     return figures.finish(panels)
 
@@ -257,7 +251,7 @@ def _caption(loops: Sequence[RecordedLoop]) -> str:
     rows = [row for loop in loops for row in loop.rows]
     parts = [
         f"{name}: {meaning}"
-        for key, (name, _, meaning) in {"score": _SCORE, **COLUMNS}.items()
+        for key, (name, _, meaning) in COLUMNS.items()
         if any(row.get(key) is not None for row in rows)
     ]
     return f"Rounds. Round 0 is the start. {'; '.join(parts)}."

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.report.loops import RecordedLoop, seed_grids
+from benchmarks.report.loops import RecordedLoop, read_loops, seed_grids
+from benchmarks.results import ResultsError
 
 
 def numbers(cell: str) -> list[float]:
@@ -97,3 +99,10 @@ def test_scores_of_another_test_are_not_subtracted(change: dict[str, object], al
     ]
     grid = seed_grids(loops)["Held-out score over seeds"]
     assert ("b less a" in [row[0] for row in grid.rows]) == alike
+
+
+def test_a_damaged_config_of_a_loop_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "round-0").mkdir(parents=True)
+    (tmp_path / "mine" / "config.json").write_text("{")
+    with pytest.raises(ResultsError, match=r"mine/config\.json is not JSON"):
+        read_loops(tmp_path)
