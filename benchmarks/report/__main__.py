@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 @stopping.ends_in_one_line()
 def main(options: Options) -> None:
     """Write the report and print the scores; an error that a user can mend is one line."""
-    if not options.runs.exists():
-        raise ValueError(f"{options.runs} is not a folder: pass that of --out of the runs")
     import rich
 
     from benchmarks.report.language import recipe_table
