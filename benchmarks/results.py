@@ -51,8 +51,8 @@ class RecordedRun:
 
     folder: Path
     variant: str
-    dataset: str  # or the recipe of a language run
-    algo: str  # runs of a variant are an algorithm of their own, ``variant/algo``
+    dataset: str  # of a language run its recipe; those of a variant are ``variant/recipe``
+    algo: str  # runs of control of a variant are an algorithm of their own, ``variant/algo``
     seed: int
     result: dict[str, Any]
     config: dict[str, Any]
@@ -78,7 +78,7 @@ class RecordedRun:
     @property
     def at_home(self) -> bool:
         """Whether the folder's name is that of the run."""
-        names = self.dataset, self.result.get("algo"), f"seed-{self.seed}"
+        names = self.result.get("dataset"), self.result.get("algo"), f"seed-{self.seed}"
         return self.folder.absolute().parts[-3:] == names
 
 
@@ -176,9 +176,9 @@ def _read_all(root: Path, benchmark: str) -> Iterator[RecordedRun]:
             if kind in {CONTROL, LANGUAGE} - {benchmark}:
                 continue
             result, config, rows, damage = {}, {}, [], one_line(error)
-        variant, name = printable("/".join(parts)), printable("/".join((*parts, algo)))
-        dataset = printable(dataset)
-        yield RecordedRun(folder, variant, dataset, name, number, result, config, rows, damage)
+        variant = printable("/".join(parts))
+        names = _names(benchmark, variant, printable(dataset), printable(algo))
+        yield RecordedRun(folder, variant, *names, number, result, config, rows, damage)
 
 
 def _read_records(path: Path, benchmark: str) -> Iterator[RecordedRun]:
@@ -192,10 +192,15 @@ def _read_records(path: Path, benchmark: str) -> Iterator[RecordedRun]:
         if record.get("benchmark") == benchmark:
             _check_result(path, record, benchmark)
             variant = record.pop("variant", "")
-            algo = f"{variant}/{record['algo']}".lstrip("/")
             config = {name: record.pop(name) for name in _CONFIG if record.get(name) is not None}
-            dataset, seed = record["dataset"], record["seed"]
-            yield RecordedRun(path, variant, dataset, algo, seed, record, config, [])
+            names = _names(benchmark, variant, record["dataset"], record["algo"])
+            yield RecordedRun(path, variant, *names, record["seed"], record, config, [])
+
+
+def _names(benchmark: str, variant: str, dataset: str, algo: str) -> tuple[str, str]:
+    """Dataset and algorithm of a run, see :class:`RecordedRun`."""
+    before = f"{variant}/" if variant else ""
+    return (before + dataset, algo) if benchmark == LANGUAGE else (dataset, before + algo)
 
 
 def printable(value: Any) -> Any:

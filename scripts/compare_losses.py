@@ -50,7 +50,7 @@ def main(options: Options) -> None:
 
 
 def _name(run: RecordedRun) -> str:
-    return f"{run.algo} seed {run.seed}"
+    return f"{run.dataset} {run.algo} seed {run.seed}"
 
 
 def _losses(run: RecordedRun, first: int) -> list[float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich.text import Text
 from benchmarks.report import figures
 from benchmarks.report.aggregates import signed, verdict
 from benchmarks.report.changes import change_line
-from benchmarks.report.document import INK, NOTHING, Grid, interval_text
+from benchmarks.report.document import INK, NOTHING, Grid, interval_text, number_text
 from benchmarks.report.figures import Panels
 from benchmarks.report.scores import (
     Cell,
@@ -70,22 +69,15 @@ def read_recipes(folder: Path) -> list[RecipeRuns]:
 
     Runs of a recipe that were not tested alike are of two recipes.
     """
-    recipes: dict[str, RecipeRuns] = {}
     finished, others = read_all(folder, LANGUAGE)
-    finished.sort(key=lambda run: run.variant)
-    for variant, runs in itertools.groupby(finished, key=lambda run: run.variant):
-        for cell in cells(list(runs), "score"):
-            name = f"{variant}/{cell.dataset}".lstrip("/")
-            recipes.setdefault(name, RecipeRuns(name, [], [])).scores.append(cell)
+    scores = cells(finished, "score")
+    names = {cell.dataset for cell in scores} | {run.dataset for run in others}
+    recipes = {name: RecipeRuns(name, [], []) for name in sorted(names)}
+    for cell in scores:
+        recipes[cell.dataset].scores.append(cell)
     for run in others:
-        name = f"{run.variant}/{run.dataset}".lstrip("/")
-        recipes.setdefault(name, RecipeRuns(name, [], [])).unfinished.append(run)
-    return [recipes[name] for name in sorted(recipes)]
-
-
-def _label(cell: Cell) -> str:
-    """The algorithm, after what tells its runs from others of the name; the variant is known."""
-    return algorithm_label(cell.algo.removeprefix(cell.runs[0].variant).lstrip("/"))
+        recipes[run.dataset].unfinished.append(run)
+    return [*recipes.values()]
 
 
 def _first(cell: Cell, key: str) -> Any:
@@ -120,29 +112,27 @@ def recipe_grid(recipe: RecipeRuns) -> Grid:
         left=1,
     )
     for cell in recipe.scores:
-        score, interval = f"{cell.mean:.3f}", interval_text(cell.interval, digits=3)
-        grid.rows.append(
-            [_label(cell), str(len(cell.runs)), score, interval, str(_first(cell, "steps"))]
-            + [*map(_number, _weights(cell)), f"{cell.cpu_seconds:,.0f}"]
-        )
+        row = [algorithm_label(cell.algo), str(len(cell.runs)), f"{cell.mean:.3f}"]
+        row += [interval_text(cell.interval, digits=3), str(_first(cell, "steps"))]
+        row += map(number_text, _weights(cell))
+        grid.rows.append([*row, f"{cell.cpu_seconds:,.0f}"])
     return grid
 
 
 def difference_grid(recipe: RecipeRuns) -> Grid:
     """Table of differences to SFT and of the cost; without rows where SFT has too few seeds."""
     grid = Grid(["algorithm", "learning rate", "less SFT", "verdict", "cost"], left=1)
-    own = {cell.algo: cell for cell in recipe.scores if cell.algo == base(cell.algo)}
-    for cell in recipe.scores:
-        sft = own.get("sft", cell)
+    by_name = {cell.algo: cell for cell in recipe.scores}
+    for name, cell in by_name.items():
+        sft = by_name.get("sft", cell)
         difference = compare([cell], [sft])
         if cell is sft or difference is None:
             continue
         training = cell.runs[0].config.get("settings", {}).get("training", {})
-        rate = training.get("learning_rate")
-        grid.rows.append(
-            [_label(cell), NOTHING if rate is None else f"{rate:g}", signed(difference, 3)]
-            + [verdict(difference), _number(training_seconds(cell) / training_seconds(sft))]
-        )
+        rate = number_text(training.get("learning_rate"), "g")
+        cost = number_text(training_seconds(cell) / training_seconds(sft))
+        row = [algorithm_label(name), rate, signed(difference, 3), verdict(difference), cost]
+        grid.rows.append(row)
     return grid
 
 
@@ -159,7 +149,7 @@ def summary(recipe: RecipeRuns) -> str:
     words = {}
     for cell in [*best, *plain]:
         interval = "" if cell.interval is None else f" ({interval_text(cell.interval, digits=3)})"
-        words[cell.algo] = f"{_label(cell)} {cell.mean:.3f}{interval}"
+        words[cell.algo] = f"{algorithm_label(cell.algo)} {cell.mean:.3f}{interval}"
     runs = sum(len(cell.runs) for cell in recipe.scores)
     apart = len(best) > 1 and is_higher(best[:1], best[1:])
     order = "Best" if apart else "Highest, but the difference of the first to the next may be 0"
@@ -178,14 +168,10 @@ def changes(recipe: RecipeRuns) -> list[str]:
 
 def share_grid(recipe: RecipeRuns) -> Grid:
     """Table of the chances of the kinds of answers; without rows where no test has them."""
-    shares = {_label(cell): _shares(cell) for cell in recipe.scores}
+    shares = {algorithm_label(cell.algo): _shares(cell) for cell in recipe.scores}
     kinds = list(dict.fromkeys(kind for row in shares.values() for kind in row))
-    rows = [[algo, *(_number(row.get(kind)) for kind in kinds)] for algo, row in shares.items()]
+    rows = [[algo, *(number_text(row.get(kind)) for kind in kinds)] for algo, row in shares.items()]
     return Grid(["algorithm", *kinds], rows if kinds else [], left=1)
-
-
-def _number(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.2f}"
 
 
 def grids(recipe: RecipeRuns) -> dict[str, Grid]:
@@ -206,13 +192,13 @@ def draw_recipe(recipe: RecipeRuns) -> Panels:
     rows = recipe.scores
     scores = figures.make_panel("", 0.8 + 0.3 * len(rows))
     trained = [cell for cell in rows if _first(cell, "steps")]
-    colour = {_label(cell): algorithm_colour(base(cell.algo)) for cell in rows}
-    shown = {_label(cell): colour[_label(cell)] for cell in trained}
+    colour = {cell.algo: algorithm_colour(base(cell.algo)) for cell in rows}
+    shown = {cell.algo: colour[cell.algo] for cell in trained}
     for y, cell in enumerate(rows):
-        figures.plot_score(scores, y, cell, colour[_label(cell)])
+        figures.plot_score(scores, y, cell, colour[cell.algo])
         if cell not in trained:
             scores.axvline(cell.mean, color=INK, alpha=0.5, lw=0.8, ls=":")
-    figures.list_names(scores, [_label(cell) for cell in rows])
+    figures.list_names(scores, [algorithm_label(cell.algo) for cell in rows])
     scores.set_xlabel(figures.literal(_first(rows[0], "score_name")))
     panels = {"score": scores}
     labels = {"ESS": "effective sample size (share of the draws)", "weight_max": "largest weight"}
@@ -221,7 +207,7 @@ def draw_recipe(recipe: RecipeRuns) -> Panels:
         for cell in trained:
             steps, values = figures.series(cell.runs, metric)
             if len(steps):
-                ax.plot(steps, values.mean(axis=0), color=colour[_label(cell)], lw=1.4)
+                ax.plot(steps, values.mean(axis=0), color=colour[cell.algo], lw=1.4)
         ax.set(xlabel="update", ylabel=label)
     panels["ESS"].set_ylim(0, 1.03)
     figures.scale_log(panels["weight_max"], "y")
@@ -251,9 +237,9 @@ def evaluation_grid(evaluations: Sequence[dict[str, Any]]) -> Grid:
                 for each in (result["maj"], result["pass_at"].get(str(n), result["avg"]))
             ]
         )
-        row.append(f"{result['tokens_mean']:.0f}" if "tokens_mean" in result else NOTHING)
         cut_off = result.get("unfinished")
-        row.append(NOTHING if cut_off is None else f"{cut_off / (result['questions'] * n):.0%}")
+        share = None if cut_off is None else cut_off / (result["questions"] * n)
+        row += [number_text(result.get("tokens_mean"), ".0f"), number_text(share, ".0%")]
         grid.rows.append(row)
     return grid
 

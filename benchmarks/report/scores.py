@@ -286,7 +286,8 @@ def cells(runs: Sequence[RecordedRun], score_key: str = SCORE) -> list[Cell]:
                 for part, difference, own in _parts(
                     [r for r in of_task if r.algo == algo], _settings
                 ):
-                    names = (part[0].variant, difference.replace("/", "|"), base(algo))
+                    variant, _, own_name = algo.rpartition("/")
+                    names = (variant, difference.replace("/", "|"), own_name)
                     name = "/".join(filter(None, names))
                     notes = " ".join(filter(None, (own or note, tested)))
                     grouped.append(Cell(task, name, tuple(part), key, notes))

@@ -32,7 +32,7 @@ def test_largest_relative_difference_of_runs_in_both(
         write(folder, "base", [])
     write(one, "iw-sft", [1.0])
     main(Options(one, other, first=2))
-    assert capsys.readouterr().out == "sft seed 0: losses 2.5e-02 apart, scores 0.250 0.750\n"
+    assert capsys.readouterr().out == "sums sft seed 0: losses 2.5e-02 apart, scores 0.250 0.750\n"
     main(Options(one, other))
     assert "2.0e+00 apart" in capsys.readouterr().out
 

@@ -134,16 +134,20 @@ def test_scores_and_weights_over_seeds(language: Path, capsys: pytest.CaptureFix
     assert "iw-SFT" in printed and "0.850" in printed and "D4RL" not in printed
 
 
-def test_methods_are_compared_with_sft(language: Path) -> None:
+@pytest.mark.parametrize("variant", ["", LONGER])
+def test_methods_are_compared_with_sft(tmp_path: Path, variant: str) -> None:
+    for algo, seed in itertools.product(("base", "sft", "iw-sft"), range(3)):
+        if seed < len(SCORES[algo]):
+            language_run(tmp_path / variant, algo, seed, SCORES[algo][seed])
     for seed, score in enumerate((0.8, 0.9, 0.95)):
-        folder = language_run(language, "dft", seed, score)
+        folder = language_run(tmp_path / variant, "dft", seed, score)
         for name, change in (
             ("config.json", {"settings": {"training": {"learning_rate": 3e-4}}}),
             ("result.json", {"cpu_seconds": 13.0 + seed / 10, "evaluation_cpu_seconds": 2.0}),
         ):
             content = json.loads((folder / name).read_text())
             (folder / name).write_text(json.dumps(content | change))
-    (recipe,) = read_recipes(language)
+    (recipe,) = read_recipes(tmp_path)
     # Seeds are paired; iw-SFT has too few, and the base none.
     gaps = [0.8 - 0.61, 0.9 - 0.72, 0.95 - 0.74]
     center, scale = statistics.mean(gaps), statistics.stdev(gaps) / 3**0.5
@@ -152,8 +156,8 @@ def test_methods_are_compared_with_sft(language: Path) -> None:
     assert difference_grid(recipe).rows == [
         ["DFT", "0.0003", difference, "higher", f"{(13.1 - 2 + 2) / (7 + 2):.2f}"]
     ]
-    write_report(language, language / "report")
-    assert cells_of((language / "report/report.md").read_text(), "DFT")[1][2] == difference
+    write_report(tmp_path, tmp_path / "report")
+    assert cells_of((tmp_path / "report/report.md").read_text(), "DFT")[1][2] == difference
 
 
 def test_together_with_control_runs_and_by_folder(language: Path, make_run: MakeRun) -> None:
