@@ -35,7 +35,11 @@ Settings = Mapping[tuple[str, str], Sequence[Cell]]
 
 
 class Tuned(NamedTuple):
-    """Number of settings of an algorithm on a dataset, and what :func:`tune` returns for them."""
+    """Number of settings of an algorithm on a dataset, and what choosing one of them gives.
+
+    ``scores`` are those after 0 ... ``EPISODES`` episodes, mean over 1,000 trials. ``best`` is the
+    mean score of the best policy of each trial, which no tuning can exceed.
+    """
 
     settings: int
     scores: Scores
@@ -66,7 +70,7 @@ def find_settings(group: Sequence[Cell]) -> Settings:
     return settings
 
 
-def tune(cells: Sequence[Cell]) -> tuple[Scores, float]:
+def tune(cells: Sequence[Cell]) -> Tuned:
     """Expected score of the setting that a bandit chooses, by the number of online episodes.
 
     In a trial each setting has one trained policy, that of a seed drawn at random. UCB1 chooses
@@ -76,10 +80,6 @@ def tune(cells: Sequence[Cell]) -> tuple[Scores, float]:
 
     The reading of the paper's protocol: its policies are of hyperparameters drawn from a range;
     here they are of the settings that were run.
-
-    Returns:
-        The score after 0 ... ``EPISODES`` episodes, mean over 1,000 trials; and the mean score of
-        the best policy of each trial, which no tuning can exceed.
     """
     generator = np.random.default_rng(0)
     arms = np.zeros((_TRIALS, len(cells), _GROUPS))
@@ -100,13 +100,12 @@ def tune(cells: Sequence[Cell]) -> tuple[Scores, float]:
         counts[trial, arm] += 1
         seen = np.divide(totals, counts, out=np.full_like(means, -np.inf), where=counts > 0)
         expected.append(float(means[trial, seen.argmax(axis=1)].mean()))
-    return np.array(expected), float(means.max(axis=1).mean())
+    return Tuned(len(cells), np.array(expected), float(means.max(axis=1).mean()))
 
 
 def tune_all(settings: Settings) -> Mapping[tuple[str, str], Tuned]:
     """Tune each algorithm on each dataset where it has several settings."""
-    several = {names: cells for names, cells in settings.items() if len(cells) > 1}
-    return {names: Tuned(len(cells), *tune(cells)) for names, cells in several.items()}
+    return {names: tune(cells) for names, cells in settings.items() if len(cells) > 1}
 
 
 def tuning_grid(tuned: Mapping[tuple[str, str], Tuned]) -> Grid:

@@ -46,7 +46,7 @@ def test_policies_without_spread_are_known_when_each_was_played(
         ("a", "bc"): 1,
         ("a", "iw-sft-q"): 3,
     }
-    expected, best = tune(settings["a", "iw-sft-q"])
+    _, expected, best = tune(settings["a", "iw-sft-q"])
     assert len(expected) == EPISODES + 1
     # Any one; the one that was played; the better of two, whose mean is (30 + 60 + 60) / 3; then
     # the best.
@@ -62,7 +62,7 @@ def test_noise_costs_episodes(tmp_path: Path, make_run: MakeRun) -> None:
     episodes = {f"k{k}": list(source.normal(50 + 5 * k, 20, 100)) for k in range(4)}
     make_settings(make_run, tmp_path, episodes)
     (found,) = find_settings(cells(read_runs(tmp_path, CONTROL))).values()
-    expected, best = tune(found)
+    _, expected, best = tune(found)
     means = [np.mean(scores) for scores in episodes.values()]
     assert expected[0] == pytest.approx(np.mean(means), abs=0.01)
     assert best == pytest.approx(max(means), abs=0.01)
@@ -76,7 +76,7 @@ def test_each_episode_counts_alike(tmp_path: Path, make_run: MakeRun, count: int
     episodes = {f"k{k}": list(np.arange(count) ** 2.0 / count + k) for k in (0, 5)}
     make_settings(make_run, tmp_path, episodes)
     (found,) = find_settings(cells(read_runs(tmp_path, CONTROL))).values()
-    expected, best = tune(found)
+    _, expected, best = tune(found)
     means = [np.mean(scores) for scores in episodes.values()]
     assert [expected[0], best] == pytest.approx([np.mean(means), max(means)], abs=0.01)
     groups = episode_groups(found[0].runs[0])
