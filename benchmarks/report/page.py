@@ -199,7 +199,7 @@ def _scores(document: Document, group: Sequence[Cell], missing: Sequence[Recorde
         f"interval (95 %, Student's t) are over seeds, for {MIN_SEEDS} or more."
     )
     caption = "Scores, D4RL-normalised unless a footnote says otherwise."
-    if tables.SUCCESS_INTERVAL in grid.columns:
+    if any(cell.success_rates.size for cell in group):
         caption += " Success is the share of the episodes in which the environment reports it."
     document.table(grid, caption)
     if grid.published:

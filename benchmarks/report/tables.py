@@ -73,16 +73,13 @@ def score_grid(group: Sequence[Cell], missing: Sequence[RecordedRun] = ()) -> Gr
     )
     papers = [table for table in published_scores()[1] if table.numbers.keys() & set(names)]
     columns = ["dataset", "algorithm", "seeds", "episodes", "score", "std", "95 % interval"]
-    if any(cell.success_rates.size for cell in group):
-        columns += ["success", SUCCESS_INTERVAL]
-    columns.append(CPU_SECONDS)
+    columns += ["success", SUCCESS_INTERVAL, CPU_SECONDS]
     grid = Grid(columns + [table.label for table in papers], published=len(papers))
     for name in names:
         row = [scores.dataset_label(name[0]), scores.algorithm_label(name[1])]
         if name in by_name:
             cell = by_name[name]
-            row += _measured(grid, cell, cut_off[name])[: len(columns) - 3]
-            row.append(f"{cell.cpu_seconds:,.0f}")
+            row += [*_measured(grid, cell, cut_off[name]), f"{cell.cpu_seconds:,.0f}"]
         else:
             row += [f"0 of {cut_off[name]}"] + [NOTHING] * (len(columns) - 3)
         for number in (table.numbers.get(name) for table in papers):

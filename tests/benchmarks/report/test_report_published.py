@@ -25,13 +25,13 @@ def test_numbers_only_in_their_columns_and_for_the_exact_name(
     for dataset in ("hopper-medium-replay-v2", "hopper-medium-replay", "hopper-replay"):
         make_run(tmp_path, dataset, "iw-sft-q", 0, 1.25)
     grid = score_grid(cells(read_runs(tmp_path, CONTROL)))
-    assert grid.columns[8:] == ["paper, Table 5", "paper, Table 2"]
+    assert grid.columns[10:] == ["paper, Table 5", "paper, Table 2"]
     rows = {row[0]: row for row in grid.rows}
-    assert rows["hopper-medium-replay-v2"][8].startswith("85.0 ± 4.1 [")
-    assert rows["hopper-medium-replay-v2"][9].startswith("83.0 [")
+    assert rows["hopper-medium-replay-v2"][10].startswith("85.0 ± 4.1 [")
+    assert rows["hopper-medium-replay-v2"][11].startswith("83.0 [")
     assert all(row[4] == "1.2" for row in grid.rows)
     for other in ("hopper-medium-replay", "hopper-replay"):
-        assert rows[other][8:] == ["-", "-"]
+        assert rows[other][10:] == ["-", "-"]
     assert any("83.0 in Table 2, 85.0 in Table 5" in note for note in grid.notes)
 
 
@@ -78,8 +78,8 @@ def test_the_kitchen_experiment(tmp_path: Path, make_run: MakeRun) -> None:
     make_run(tmp_path, "kitchen-complete-v0", "bc", 0, 1.0)
     make_run(tmp_path, "my-kitchen--to--kitchen-complete-v0", "sft-q", 0, 1.0)
     grid = score_grid(cells(read_runs(tmp_path, CONTROL)))
-    assert grid.columns[8:] == ["paper, Table 3"]
-    published_scores = {(row[0], row[1]): row[8].split(" [")[0] for row in grid.rows}
+    assert grid.columns[10:] == ["paper, Table 3"]
+    published_scores = {(row[0], row[1]): row[10].split(" [")[0] for row in grid.rows}
     name = "kitchen-partial -> complete + mixed"
     assert published_scores == {
         ("kitchen-partial-v0", "BC"): "37.0 ± 4.2",
