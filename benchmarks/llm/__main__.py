@@ -19,12 +19,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from benchmarks import stopping
+from benchmarks.commands import COMMANDS
 
 if TYPE_CHECKING:
     from benchmarks.llm.evaluation.options import Options
 
-# What the console command `iwsft finetune` puts in front of its words.
-CHAT = ("--recipe", "chat")
 _FINETUNE = """Fine-tune a language model on your own rows, and test it on rows that are held out.
 
 Examples:
@@ -58,8 +57,8 @@ def main(words: Sequence[str]) -> None:
     """Run the job; an error that a user can mend ends it in one line."""
     from benchmarks.llm.options import parse
 
-    own_rows = tuple(words[:2]) == CHAT
-    command = " ".join(["llm", *CHAT]) if own_rows else "llm"
+    own_rows = tuple(words[:2]) == COMMANDS["finetune"].words
+    command = " ".join(["llm", *words[:2]]) if own_rows else "llm"
     options = parse(words, command, _FINETUNE if own_rows else __doc__)
     # Takes seconds to import.
     from benchmarks.llm.job import run_job
