@@ -213,9 +213,12 @@ def _prepare(runs: Sequence[Run], seeds: Sequence[Run]) -> None:
     for run in runs:
         if run.algorithm is not None:
             training_arguments(run, run.algorithm)
-    prepared = [prepare(run) for run in seeds]
-    for algo in {run.algo for run in runs if seeds} - {BASE}:
-        _check_scores(algo, runs[0].options.settings, prepared[0].rows)
+    if not seeds:
+        return
+    prepared, *_ = [prepare(run) for run in seeds]
+    trained = [*{run.algo: run for run in runs if run.algorithm is not None}.values()]
+    for run in trained:
+        _check_scores(run.algo, run.options.settings, prepared.rows)
     made: dict[Any, TensorDictBase] = {}
 
     def data_of(run: Run) -> TensorDictBase:
@@ -223,20 +226,19 @@ def _prepare(runs: Sequence[Run], seeds: Sequence[Run]) -> None:
         assert run.algorithm is not None
         key = replace(run.algorithm, proposal="current", per_step=False), run.settings.q
         if key not in made:
-            made[key] = curated_of(run, prepared[0], run.tokenizer(prepared[0]))
+            made[key] = curated_of(run, prepared, run.tokenizer(prepared))
         return made[key]
 
-    trained = {run.algo: run for run in runs if run.algorithm is not None and seeds}.values()
-    for run in [*trained][:1]:
-        check_rows(run, prepared[0], data_of(run))
+    for run in trained[:1]:
+        check_rows(run, prepared, data_of(run))
         if run.options.data:
-            _tell_of_template(prepared[0].rows, run.tokenizer(prepared[0]).chat_template)
+            _tell_of_template(prepared.rows, run.tokenizer(prepared).chat_template)
     for run in trained:
-        _check_weights(run, prepared[0], data_of)
+        _check_weights(run, prepared, data_of)
         _check_warmup(run, data_of)
-        if run.settings.q and (reason := why_unweighted(prepared[0].rows)):
+        if run.settings.q and (reason := why_unweighted(prepared.rows)):
             tell(f"{run}: {reason}")
-    for name, value in prepared[0].notes.items() if seeds else ():
+    for name, value in prepared.notes.items():
         tell(f"{name}: {_in_words(value)}")
 
 
