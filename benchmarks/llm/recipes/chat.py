@@ -131,15 +131,9 @@ class ChatRecipe(Recipe):
         """
         import numpy as np
 
-        from benchmarks.llm.models import mean_log_probs
         from benchmarks.statistics import t_interval
 
-        log_probs = mean_log_probs(
-            model, tokenizer, self.tested_rows(prepared), max_length=self.defaults.max_length
-        )
-        ends = np.cumsum([len(group) for group in prepared.held_out])
-        of_groups = np.split(log_probs, ends[:-1])
-        groups = list(zip(prepared.held_out, of_groups, strict=True))
+        groups = self.log_probs(model, tokenizer, prepared)
         good = [
             each[[row.correct is not False for row in group]].mean()
             for group, each in groups
@@ -154,8 +148,22 @@ class ChatRecipe(Recipe):
             "log_prob": log_prob,
             "log_prob_interval": (float(low), float(high)) if len(good) > 1 else None,
             "log_probs": [*map(float, good)],
-            **right_against_wrong(groups, prefix="right_wrong_"),
+            **{f"right_wrong_{key}": x for key, x in right_against_wrong(groups).items()},
         }
+
+    def log_probs(
+        self, model: Any, tokenizer: Any, prepared: Prepared
+    ) -> list[tuple[Group, NDArray[np.float64]]]:
+        """The held-out rows by prompt, with the mean log p of a token of each row."""
+        import numpy as np
+
+        from benchmarks.llm.models import mean_log_probs
+
+        means = mean_log_probs(
+            model, tokenizer, self.tested_rows(prepared), max_length=self.defaults.max_length
+        )
+        ends = np.cumsum([len(group) for group in prepared.held_out])
+        return list(zip(prepared.held_out, np.split(means, ends[:-1]), strict=True))
 
 
 def read_rows(source: str) -> list[Row]:
@@ -201,9 +209,7 @@ def check_apart(training: Iterable[Row], held_out: Iterable[Row]) -> None:
         )
 
 
-def right_against_wrong(
-    groups: Iterable[tuple[Group, NDArray[np.float64]]], *, prefix: str = ""
-) -> Evaluation:
+def right_against_wrong(groups: Iterable[tuple[Group, NDArray[np.float64]]]) -> Evaluation:
     """How much more likely right answers are than wrong ones, prompt by prompt.
 
     ``groups`` are rows with their mean log-probs of a token; prompts without both right and wrong
@@ -231,7 +237,7 @@ def right_against_wrong(
         return {}
     good, bad = np.array(means).T
     margins = good - bad
-    figures = {
+    return {
         "score": float(np.mean(wins)),
         "interval": interval_over_questions(wins, most),
         "n": len(wins),
@@ -242,7 +248,6 @@ def right_against_wrong(
         "wrong_log_prob": float(bad.mean()),
         "of_prompts": {"score": [*map(float, wins)], "margin": margins.tolist()},
     }
-    return {f"{prefix}{name}": value for name, value in figures.items()}
 
 
 def _digest(group: Group) -> bytes:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.llm.recipes import OWN, Evaluation, Prepared, Sources
-from benchmarks.llm.recipes.chat import ChatRecipe, Group
+from benchmarks.llm.recipes.chat import ChatRecipe, Group, right_against_wrong
 from benchmarks.llm.settings import Settings
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ _CAUTION = "the questions are from GSM8K's test set: report no GSM8K score of wh
 # GSM8K marks what its calculator computed: 3*4 = <<3*4=12>>12.
 _CALCULATION = re.compile(r"<<[^<>]*>>")
 _LABEL, _TEXT = "is_correct", "solution"
-_COMPARED = "right_wrong_"
 
 
 @dataclass(frozen=True)
@@ -74,12 +73,7 @@ class Gsm8kRecipe(ChatRecipe):
 
     def evaluate(self, model: Any, tokenizer: Any, prepared: Prepared, *, seed: int) -> Evaluation:
         """Compare log-probs of right and wrong solutions, see ``right_against_wrong``."""
-        figures = super().evaluate(model, tokenizer, prepared, seed=seed)
-        return {
-            name.removeprefix(_COMPARED): value
-            for name, value in figures.items()
-            if name.startswith(_COMPARED)
-        }
+        return right_against_wrong(self.log_probs(model, tokenizer, prepared))
 
 
 def _of_question(record: Record, where: str) -> Iterator[Row]:
