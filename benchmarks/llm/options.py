@@ -234,14 +234,13 @@ def parse_values(
     every = [*groups, *groups_of(Settings)]
     configured = config_words(words, command, every, {})
     given = peek([*configured, *words], "recipe", "preset", "lora_rank")
-    found = load_recipe(recipe or given["recipe"] or Experiment.recipe)
+    name = recipe or given["recipe"] or Experiment.recipe
+    found = load_recipe(name)
     start = _start(found, given["preset"], given["lora_rank"])
     # The length of training is set in one of two ways; the one that is given replaces the other.
     blank = replace(start, max_steps=None, epochs=None)
     shown = blank if _HELP.isdisjoint(words) else start
-    own = (
-        {"recipe": found.name, "algo": found.algos, "seeds": found.seeds} if recipe is None else {}
-    )
+    own = {"recipe": name, "algo": found.algos, "seeds": found.seeds} if recipe is None else {}
     defaults = {**defaults_of(every), **vars(shown), **own}
     values = parse_groups(every, command, description, words, defaults)
     settings = Settings(**{each.name: values.pop(each.name) for each in fields(Settings)})
@@ -372,14 +371,14 @@ def _check_data(options: Options, recipe: Recipe) -> None:
     for name in recipe.needs:
         if getattr(options, name) is None:
             raise ValueError(
-                f"{flag(name)} is missing; the recipe {recipe.name} has none of its own"
+                f"{flag(name)} is missing; the recipe {options.recipe} has none of its own"
             )
     if options.model is not None:
         check_folder(options.model)
     for source in filter(None, (options.data, options.eval_data)):
         check_file(source)
     for name in ("eval_data", "eval_share"):
-        check_used(name, getattr(options, name), recipe.holds_out, f"in recipe {recipe.name}")
+        check_used(name, getattr(options, name), recipe.holds_out, f"in recipe {options.recipe}")
     share = options.eval_share
     if share is not None and options.eval_data is not None:
         raise ValueError("--eval-data and --eval-share: pass one of them")

@@ -71,7 +71,6 @@ class Recipe(ABC):
     """A language task: where model and rows come from, how to train, how to test.
 
     Attributes:
-        name: Name on the command line.
         defaults: Settings of its runs, where the command line sets no others.
         presets: Settings by the preset of their weights, where a preset changes others too.
         seeds: Seeds of its runs, where the command line names none.
@@ -81,7 +80,6 @@ class Recipe(ABC):
         compares: Whether the base is always tested too, so that a result shows the change.
     """
 
-    name: str
     defaults: Settings
     presets: Mapping[str, Settings] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)

@@ -41,7 +41,6 @@ class ChatRecipe(Recipe):
         tested: Prompts that the test reads at the most.
     """
 
-    name: str = "chat"
     defaults: Settings = Settings(
         learning_rate=1e-5, batch_size=8, epochs=3, max_length=4096, self_normalize=True
     )

@@ -32,7 +32,6 @@ class Gsm8kRecipe(ChatRecipe):
     bundled questions; larger models want a lower learning rate.
     """
 
-    name: str = "gsm8k"
     defaults: Settings = Settings(
         learning_rate=1e-4, batch_size=8, max_steps=60, warmup=0.1, max_length=512
     )

@@ -6,4 +6,4 @@ from dataclasses import replace
 
 from benchmarks.llm.recipes.chat import ChatRecipe
 
-RECIPE = replace(ChatRecipe(), name="round", holds_out=False, compares=False, share=None, tested=64)
+RECIPE = replace(ChatRecipe(), holds_out=False, compares=False, share=None, tested=64)

@@ -56,7 +56,6 @@ class S1kRecipe(ChatRecipe):
     generation: run it on the finished model, see ``notes["benchmarks"]``.
     """
 
-    name: str = "s1k"
     defaults: Settings = AUTHORS
     presets: Mapping[str, Settings] = field(
         default_factory=lambda: {"paper_llm": PAPER, "authors_llm": AUTHORS}

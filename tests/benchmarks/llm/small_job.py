@@ -16,7 +16,7 @@ from benchmarks.llm.recipes.arithmetic.task import check, mixture, problems
 from benchmarks.llm.run import Run
 from benchmarks.llm.settings import Settings
 
-RECIPE = replace(ArithmeticRecipe(), name="small", held_out=40)
+RECIPE = replace(ArithmeticRecipe(), held_out=40)
 ROWS = 200
 
 

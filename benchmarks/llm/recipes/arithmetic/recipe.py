@@ -20,7 +20,6 @@ class ArithmeticRecipe(Recipe):
     order of training and the answers of the test.
     """
 
-    name: str = "arithmetic"
     defaults: Settings = Settings(
         learning_rate=8e-4,
         batch_size=32,

@@ -151,7 +151,6 @@ def test_a_log_probability_that_is_not_finite_names_its_row(tiny_qwen2: Path):
 
 def test_the_recipe_prepares_trains_and_tests(tiny_qwen2: Path, tmp_path: Path):
     recipe = load_recipe("gsm8k")
-    assert recipe.name == "gsm8k"
     prepared = recipe.prepare(tmp_path, Sources(model=str(tiny_qwen2)), seed=0)
     assert prepared.model == str(tiny_qwen2)
     assert prepared.notes["tested"] == prepared.notes["held_out"] == 53

@@ -37,7 +37,7 @@ def test_settings_are_the_papers():
         )
         assert (defaults.epochs, defaults.batch_size, defaults.max_steps) == (5, 8, None)
     recipe = load_recipe("s1k")
-    assert recipe.name == "s1k" and recipe.defaults is AUTHORS
+    assert recipe.defaults is AUTHORS
 
 
 def test_both_presets_weigh_as_documented():
