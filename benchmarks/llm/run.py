@@ -138,12 +138,10 @@ def commits_in(settings: Mapping[str, Any]) -> dict[str, str]:
 def prepare(run: Run) -> Prepared:
     """Make model and rows, or find them in the cache of a recipe's runs; see ``Recipe.prepare``."""
     options, recipe = run.options, load_recipe(run.dataset)
-    sources = Sources(**{each.name: getattr(options, each.name) for each in fields(Sources)})
-    pinned: dict[str, Any] = {
-        name: with_commit(getattr(sources, name) or getattr(recipe, name), commit)
-        for name, commit in run.commits.items()
-    }
-    sources = replace(sources, **pinned)
+    given = {each.name: getattr(options, each.name) for each in fields(Sources)}
+    for name, commit in run.commits.items():
+        given[name] = with_commit(given[name] or getattr(recipe, name), commit)
+    sources = Sources(**given)
     if options.model is not None:
         assert sources.model is not None
         # Before rows are read, which may be downloaded.
