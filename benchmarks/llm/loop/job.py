@@ -16,6 +16,7 @@ from benchmarks.llm.loop.stages import LanguageLoop
 from benchmarks.llm.loop.verifiers import Prompt, Verifier, read_prompts
 from benchmarks.llm.models import check_whole, shortest
 from benchmarks.llm.options import ALGORITHMS
+from benchmarks.llm.recipes.chat import check_apart
 from benchmarks.llm.run import Run, training_arguments
 from benchmarks.report.loops import LOOP, show_loop
 from benchmarks.runs import CONFIG, hardware, tell, versions
@@ -42,7 +43,7 @@ def run_rounds(options: LoopOptions) -> list[dict[str, Any]]:
     prompter = load_prompter(start, trust_remote_code=options.trust_remote_code)
     prompts = _read(options, options.prompts, prompter, limit=options.limit)
     held_out = _read(options, options.eval_prompts, prompter) if options.eval_prompts else []
-    _check_apart(prompts, held_out)
+    check_apart(prompts, held_out, option="prompts", key=_question)
     notes = describe_twins(options.prompts, prompts), describe_unread(options.prompts, prompts)
     for note in filter(None, notes):
         tell(note)
@@ -102,17 +103,6 @@ def _read(
             "prompts); lower --max-tokens, or drop them"
         )
     return prompts
-
-
-def _check_apart(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
-    places = {_question(prompt): prompt.where for prompt in prompts}
-    twins = [prompt for prompt in held_out if _question(prompt) in places]
-    if twins:
-        first = twins[0]
-        raise ValueError(
-            f"--eval-prompts has prompts of --prompts (rows: {len(twins)}; {first.where} is "
-            f"{places[_question(first)]}); drop them from one of the two"
-        )
 
 
 def _question(prompt: Prompt) -> str:

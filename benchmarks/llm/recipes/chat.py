@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -196,18 +196,6 @@ def by_prompt(rows: Iterable[Row]) -> list[Group]:
     return list(groups.values())
 
 
-def check_apart(training: Iterable[Row], held_out: Iterable[Row]) -> None:
-    """Check that no prompt is both in training and held out, with whatever answers."""
-    places = {_key(row): row.where for row in training}
-    twins = [(row.where, places[_key(row)]) for row in held_out if _key(row) in places]
-    if twins:
-        where, twin = twins[0]
-        raise ValueError(
-            f"--eval-data has prompts of --data (rows: {len(twins)}; {where} has that of {twin}); "
-            "drop them from one of the two"
-        )
-
-
 def right_against_wrong(groups: Iterable[tuple[Group, NDArray[np.float64]]]) -> Evaluation:
     """How much more likely right answers are than wrong ones, prompt by prompt.
 
@@ -290,6 +278,24 @@ def _joined(messages: Iterable[Any]) -> str:
     # Other keys, such as ids, weights and names, do not make another conversation.
     texts = [{name: m[name] for name in _OF_TEXT if name in m} for m in messages]
     return json.dumps(texts, sort_keys=True, default=str)
+
+
+def check_apart(
+    training: Iterable[Any],
+    held_out: Iterable[Any],
+    *,
+    option: str = "data",
+    key: Callable[[Any], str] = _key,
+) -> None:
+    """Check that no prompt, told by ``key``, is both in training and held out by --eval-OPTION."""
+    places = {key(row): row.where for row in training}
+    twins = [(row.where, places[key(row)]) for row in held_out if key(row) in places]
+    if twins:
+        where, twin = twins[0]
+        raise ValueError(
+            f"--eval-{option} has prompts of --{option} (rows: {len(twins)}; {where} has that of "
+            f"{twin}); drop them from one of the two"
+        )
 
 
 RECIPE = ChatRecipe()
