@@ -37,7 +37,7 @@ RECIPE = "round"
 # Options that do not decide the result, or that are known by what they lead to.
 _NOT_SETTINGS = {
     *("model", "prompts", "eval_prompts", "rounds", "stop_early", "trust_remote_code"),
-    *("out", "resume", "log_every", "save_every", "report_to", "deepspeed", "device"),
+    *("out", "resume", "log_every", "save_every", "report_to", "deepspeed", "device", "job"),
 }
 
 
@@ -160,9 +160,9 @@ class LoopOptions(Repetition, Sampling, Selection, Engine, Output):
     @property
     def settings(self) -> dict[str, Any]:
         """The options that decide the result."""
-        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "job"}
+        names = [each.name for each in fields(self) if each.name not in _NOT_SETTINGS]
+        kept = {name: getattr(self, name) for name in names}
         training = recorded(self.job.settings, ALGORITHMS[self.algo])
-        kept = {name: value for name, value in own.items() if name not in _NOT_SETTINGS}
         return {**kept, "sampling_batch": self.batch, "training": training}
 
     @property

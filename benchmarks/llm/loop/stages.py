@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -308,10 +309,7 @@ def _keys(prompts: Iterable[Prompt], samples: int) -> list[Key]:
 
 def _groups(entries: Sequence[Generation]) -> list[list[Generation]]:
     """The entries of each prompt, which are back to back."""
-    groups: dict[str, list[Generation]] = {}
-    for entry in entries:
-        groups.setdefault(entry["id"], []).append(entry)
-    return list(groups.values())
+    return [[*group] for _, group in groupby(entries, key=lambda entry: entry["id"])]
 
 
 def _broken(verdicts: Sequence[Mapping[str, Any]], total: int) -> str | None:
