@@ -1,8 +1,9 @@
-"""A model that generates: how it is asked, and its weights in one of the engines."""
+"""A model that generates: how it is asked, its weights in an engine, and its answers on disk."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from benchmarks.llm.models import (
     with_commit,
 )
 from iwsft.fingerprint import model_sha256
-from iwsft.language.generation import Generator, TransformersGenerator, VLLMGenerator
-from iwsft.language.generations import Prompter, turn_end
+from iwsft.language.generation import Generator, Request, TransformersGenerator, VLLMGenerator
+from iwsft.language.generations import Generation, Key, Prompter, seed_of, turn_end
 from iwsft.policies.causal_lm_families import context_of
 
 
@@ -90,3 +91,31 @@ def load_generator(
         return VLLMGenerator(place, revision=commit, parallel=gpus, **settings)
     decoder, _ = load(model, device_map=device, **settings)
     return TransformersGenerator(decoder, batch_size=batch)
+
+
+def check_room(
+    prompter: Prompter, prompts: Mapping[str, Sequence[int]], new: int, way_out: str
+) -> None:
+    """Check that prompts leave room for so many new tokens in the model's context."""
+    sizes, context = {name: len(tokens) for name, tokens in prompts.items()}, prompter.context
+    long = [name for name, size in sizes.items() if context is not None and size + new > context]
+    if long:
+        raise ValueError(
+            f"{long[0]} has {sizes[long[0]]} tokens, and {new} new ones do not fit in the model's "
+            f"context of {context} (so in {len(long)} of {len(sizes)} prompts); {way_out}"
+        )
+
+
+def requests_of(
+    prompts: Mapping[str, Sequence[int]], keys: Sequence[Key], most: int, *purpose: object
+) -> list[Request]:
+    """Ask for ``most`` tokens of each answer, whose seed depends on ``purpose`` and its name."""
+    return [Request(prompts[name], most, seed_of(*purpose, name, n)) for name, n in keys]
+
+
+def as_generation(
+    tokenizer: Any, request: Request, tokens: Sequence[int], stop: int | None, **thinking: int
+) -> Generation:
+    """An answer as it is written; ``stop`` is the token that ended it."""
+    about = {"seed": request.seed, "tokens": len(tokens), "stopped": stop is not None}
+    return {**about, **thinking, "text": tokenizer.decode(tokens)}

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,14 @@ from benchmarks.commands import typed
 from benchmarks.device import chosen_device
 from benchmarks.llm.evaluation.options import Options
 from benchmarks.llm.evaluation.tasks import QuestionSet, read_questions
-from benchmarks.llm.generators import load_generator, load_prompter, pinned
+from benchmarks.llm.generators import (
+    as_generation,
+    check_room,
+    load_generator,
+    load_prompter,
+    pinned,
+    requests_of,
+)
 from benchmarks.options import check_once
 from benchmarks.results import printable
 from benchmarks.runs import CONFIG, RESULT, claim, hardware, versions
@@ -27,7 +34,7 @@ from benchmarks.statistics import CONFIDENCE, interval_over_questions, wilson_in
 from iwsft.checkpoint import CheckpointError
 from iwsft.files import alone_in, write_json, write_json_lines
 from iwsft.language.budget import S1, TAGS, Delimiters, overhead, think_then_answer
-from iwsft.language.generation import Generator, Request
+from iwsft.language.generation import Generator
 from iwsft.language.generations import (
     GENERATIONS,
     Generation,
@@ -35,7 +42,6 @@ from iwsft.language.generations import (
     Prompter,
     generate_missing,
     read_generations,
-    seed_of,
 )
 from iwsft.language.grading import Grader, Grades, grade
 
@@ -146,59 +152,44 @@ class _Evaluation:
         }
 
     def check_context(self) -> None:
-        """Check that the longest prompt leaves room for its answer."""
-        new, budget = self.options.max_tokens, self.options.think_budget
-        if budget is not None:
-            new += budget + overhead(self.delimiters)
-        name, prompt = max(self.prompts.items(), key=lambda item: len(item[1]))
-        context = self.prompter.context
-        if context is not None and len(prompt) + new > context:
-            lower = "--max-tokens" if budget is None else "--max-tokens or --think-budget"
-            raise ValueError(
-                f"{self.task.title}: question {name} has {len(prompt)} tokens, and {new} new ones "
-                f"do not fit in the model's context of {context}; lower {lower}"
-            )
+        """Check that the prompts leave room for their answers."""
+        new, way_out = self.options.max_tokens, "lower --max-tokens"
+        if (budget := self.options.think_budget) is not None:
+            new, way_out = new + budget + overhead(self.delimiters), f"{way_out} or --think-budget"
+        named = {f"{self.task.title}: question {name}": own for name, own in self.prompts.items()}
+        check_room(self.prompter, named, new, way_out)
 
     def generate(self, model: Generator, generations: list[Generation]) -> None:
         """Generate what is missing, see :func:`iwsft.language.generations.generate_missing`."""
-
-        def answer(keys: Sequence[Key]) -> list[Generation]:
-            most = self.options.max_tokens
-            seeds = [seed_of(self.options.seed, self.task.name, *key) for key in keys]
-            pairs = zip(keys, seeds, strict=True)
-            requests = [Request(self.prompts[key[0]], most, seed) for key, seed in pairs]
-            answers = zip(requests, self._answer(model, requests), strict=True)
-            return [{"seed": request.seed, **own} for request, own in answers]
-
         path, batch = self.folder / GENERATIONS, self.options.batch
+        answer = partial(self._answer, model)
         generate_missing(path, self.keys, generations, answer, batch=batch, title=self.task.name)
 
-    def _answer(self, model: Generator, requests: Sequence[Request]) -> list[Generation]:
-        options = self.options
+    def _answer(self, model: Generator, keys: Sequence[Key]) -> list[Generation]:
+        options, tokenizer, name = self.options, self.prompter.tokenizer, self.task.name
+        requests = requests_of(self.prompts, keys, options.max_tokens, options.seed, name)
         sampling: dict[str, Any] = {
             "stop": self.prompter.stop,
             "temperature": options.temperature,
             "top_p": options.top_p,
         }
         if options.think_budget is None:
-            completions = model.generate(requests, **sampling)
-            return [self._generation(each.tokens, each.stop) for each in completions]
+            answers = zip(requests, model.generate(requests, **sampling), strict=True)
+            return [as_generation(tokenizer, own, each.tokens, each.stop) for own, each in answers]
         sampling |= {"delimiters": self.delimiters, "think_budget": options.think_budget}
         thoughts = think_then_answer(model, requests, waits=options.waits, **sampling)
         return [
-            self._generation(
+            as_generation(
+                tokenizer,
+                own,
                 each.tokens,
                 each.answer.stop,
                 thinking_tokens=len(each.thinking),
                 waits=each.waits,
                 cut=each.cut,
             )
-            for each in thoughts
+            for own, each in zip(requests, thoughts, strict=True)
         ]
-
-    def _generation(self, tokens: Sequence[int], stop: int | None, **thinking: int) -> Generation:
-        text = self.prompter.tokenizer.decode(tokens)
-        return {"tokens": len(tokens), "stopped": stop is not None, **thinking, "text": text}
 
     def score(
         self, generations: Sequence[Generation], grader: Grader, cost: dict[str, Any]

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.commands import typed
-from benchmarks.llm.generators import load_prompter, pinned
+from benchmarks.llm.generators import check_room, load_prompter, pinned
 from benchmarks.llm.launch import Launch
 from benchmarks.llm.loop.options import LoopOptions
 from benchmarks.llm.loop.stages import LanguageLoop
@@ -92,16 +92,8 @@ def _read(
 ) -> list[Prompt]:
     """Read prompts, and check that they leave room for an answer."""
     prompts = read_prompts(source, options.verifier, instruction=options.instruction, limit=limit)
-    sizes = [len(prompt.tokens(prompter)) for prompt in prompts]
-    context, new = prompter.context, options.max_tokens
-    long = [n for n, size in enumerate(sizes) if context is not None and size + new > context]
-    if long:
-        first = long[0]
-        raise ValueError(
-            f"{prompts[first].where}: the prompt has {sizes[first]} tokens, and {new} new ones do "
-            f"not fit in the model's context of {context} (so in {len(long)} of {len(sizes)} "
-            "prompts); lower --max-tokens, or drop them"
-        )
+    tokens = {f"{prompt.where}: the prompt": prompt.tokens(prompter) for prompt in prompts}
+    check_room(prompter, tokens, options.max_tokens, "lower --max-tokens, or drop them")
     return prompts
 
 

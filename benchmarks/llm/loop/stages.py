@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
 
-from benchmarks.llm.generators import load_generator
+from benchmarks.llm.generators import as_generation, load_generator, requests_of
 from benchmarks.llm.job import fine_tune
 from benchmarks.llm.loop.curation import annotate, select_answers, trainable, unusable
 from benchmarks.llm.loop.options import LoopOptions
@@ -25,7 +25,7 @@ from benchmarks.runs import RESULT, tell
 from benchmarks.statistics import interval_over_questions
 from iwsft import checkpoint
 from iwsft.files import write_json_lines
-from iwsft.language.generation import Generator, Request
+from iwsft.language.generation import Generator
 from iwsft.language.generations import (
     GENERATIONS,
     Generation,
@@ -33,7 +33,6 @@ from iwsft.language.generations import (
     Prompter,
     generate_missing,
     read_generations,
-    seed_of,
 )
 from iwsft.loop import Round, Stages
 
@@ -139,25 +138,15 @@ class LanguageLoop:
         """Answers of a batch; those of a test with one answer are the likeliest."""
         options = self.options
         greedy = purpose == EVALUATION and options.eval_samples == 1
-        seeds = [seed_of(options.seed, purpose, *name) for name in names]
+        requests = requests_of(tokens, names, options.max_tokens, options.seed, purpose)
         completions = generator.generate(
-            [
-                Request(tokens[name], options.max_tokens, seed)
-                for (name, _), seed in zip(names, seeds, strict=True)
-            ],
+            requests,
             stop=self.prompter.stop,
             temperature=0.0 if greedy else options.sampling_temperature,
             top_p=1.0 if greedy else options.top_p,
         )
-        return [
-            {
-                "seed": seed,
-                "tokens": len(each.tokens),
-                "stopped": each.stop is not None,
-                "text": self.prompter.tokenizer.decode(each.tokens),
-            }
-            for seed, each in zip(seeds, completions, strict=True)
-        ]
+        answers, tokenizer = zip(requests, completions, strict=True), self.prompter.tokenizer
+        return [as_generation(tokenizer, own, each.tokens, each.stop) for own, each in answers]
 
     @contextmanager
     def _generator(self, model: str) -> Iterator[Generator]:
