@@ -16,7 +16,7 @@ from benchmarks.llm.loop.stages import LanguageLoop
 from benchmarks.llm.loop.verifiers import Prompt, Verifier, read_prompts
 from benchmarks.llm.models import check_whole, shortest
 from benchmarks.llm.options import ALGORITHMS
-from benchmarks.llm.recipes.chat import check_apart
+from benchmarks.llm.recipes.chat import asked, check_apart
 from benchmarks.llm.run import Run, training_arguments
 from benchmarks.report.loops import LOOP, show_loop
 from benchmarks.runs import CONFIG, hardware, tell, versions
@@ -43,7 +43,7 @@ def run_rounds(options: LoopOptions) -> list[dict[str, Any]]:
     prompter = load_prompter(start, trust_remote_code=options.trust_remote_code)
     prompts = _read(options, options.prompts, prompter, limit=options.limit)
     held_out = _read(options, options.eval_prompts, prompter) if options.eval_prompts else []
-    check_apart(prompts, held_out, option="prompts", key=_question)
+    check_apart(prompts, held_out, option="prompts", key=lambda each: asked(each.messages))
     notes = describe_twins(options.prompts, prompts), describe_unread(options.prompts, prompts)
     for note in filter(None, notes):
         tell(note)
@@ -97,16 +97,10 @@ def _read(
     return prompts
 
 
-def _question(prompt: Prompt) -> str:
-    """What the model is asked; neither white space nor other keys of messages change it."""
-    turns = ((turn.get("role"), str(turn.get("content")).split()) for turn in prompt.messages)
-    return repr([*turns])
-
-
 def describe_twins(source: str, prompts: Sequence[Prompt]) -> str | None:
     """A sentence on prompts of the same text, if there are some: their answers may contradict."""
     first: dict[str, Prompt] = {}
-    twins = [(first.setdefault(_question(each), each), each) for each in prompts]
+    twins = [(first.setdefault(asked(each.messages), each), each) for each in prompts]
     twins = [(one, other) for one, other in twins if one is not other]
     if not twins:
         return None

@@ -247,11 +247,19 @@ def prompt_digest(row: Row) -> bytes:
 
 
 def _key(row: Row) -> str:
-    """A row's prompt without what white space, which JSON escapes, adds to it."""
-    text = _prompt(row)
     if row.messages is None and row.prompt.strip():
         # It is the same question in a conversation.
-        text = _joined([{"role": "user", "content": row.prompt}])
+        return asked([{"role": "user", "content": row.prompt}])
+    return _squeezed(_prompt(row))
+
+
+def asked(messages: Iterable[Any]) -> str:
+    """What messages say: neither white space nor their ids, weights and names change it."""
+    return _squeezed(_joined(messages))
+
+
+def _squeezed(text: str) -> str:
+    """A text without what white space, which JSON escapes, adds to it."""
     return re.sub(r'\s*"\s*', '"', re.sub(r"(\\[nrt]|\s)+", " ", text))
 
 

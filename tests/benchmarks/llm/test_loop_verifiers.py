@@ -103,6 +103,19 @@ def test_prompts_that_are_there_twice_are_told(tmp_path: Path) -> None:
     assert describe_twins("", [*prompts[:2], prompts[4]]) is None
 
 
+def test_prompts_that_differ_in_a_call_of_a_tool_are_two(tmp_path: Path) -> None:
+    calls = [
+        {"role": "assistant", "content": "", "tool_calls": [{"name": name}]}
+        for name in ("add", "multiply", "add")
+    ]
+    question = {"role": "user", "content": "And?"}
+    entries = [json.dumps({"messages": [call, question], "answer": "2"}) for call in calls]
+    (tmp_path / "rows.jsonl").write_text("\n".join(entries))
+    prompts = read_prompts(str(tmp_path / "rows.jsonl"), "integer")
+    assert describe_twins("", prompts[:2]) is None
+    assert "(rows: 1, with" in (describe_twins("", prompts) or "")
+
+
 def test_what_a_verifier_of_the_users_own_may_return(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,8 +127,8 @@ def test_what_a_verifier_of_the_users_own_may_return(
             ("half", 0.5, None),
             ("true", 1.0, None),
             ("none", None, "TypeError"),
-            ("nan", None, "no finite number"),
-            ("text", None, "no finite number"),
+            ("nan", None, "not a finite number"),
+            ("text", None, "not a finite number"),
             ("hang", None, "no verdict in 1 s"),
             ("half", 0.5, None),
         ):
