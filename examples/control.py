@@ -75,13 +75,13 @@ def main(settings: Settings) -> dict[str, float]:
 
     returns = {"reference": score("reference")}
 
-    # 3. Curation: D_Q+ holds the top 10 % once, the top 5 % twice, the top 2 % three times.
+    # 3. Curation: D_Q+ holds the best 2 % three times, the next 3 % twice, and the next 5 % once.
     best = curate(trajectories, cuts=(90, 95, 98), seed=settings.seed)
 
     # 4. log pi_ref of every step, computed once. The denominator of every weight comes from here.
     annotate_reference(policy, best)
 
-    # 5. The loss: w = exp(k mean_i(log q - log pi_ref)) weighs log p of the trajectory. The weights
+    # 5. The loss: w = exp(k mean_i(log q - log pi_ref)) weighs log p of the trajectory. All weights
     # of a batch are divided by their mean.
     loss = ImportanceWeightedMLE(
         policy,

@@ -1,8 +1,8 @@
 """The whole method for language models in one file: iw-SFT on a model's own right answers.
 
 A small decoder learns sums from rows of which four in ten are wrong. It then answers each sum many
-times, a checker scores the answers, and iw-SFT trains on the right ones. Run it with
-``python examples/language.py``; it takes about 15 seconds on one core.
+times, a checker judges the answers, and iw-SFT trains on the right ones. Run it with
+``python examples/language.py``. It takes about 15 seconds on one core.
 """
 
 from __future__ import annotations

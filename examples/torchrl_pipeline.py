@@ -4,8 +4,8 @@ Behaviour cloning on all data gives the reference. The same path with a lagged q
 policy on the best trajectories. Run it with ``python examples/torchrl_pipeline.py``.
 
 A slice counts as a trajectory here: its importance weight is that of its own steps. The method
-weighs whole trajectories. ``slice_len`` of the longest episode does so, or ``iwsft.samplers`` and
-cached weights, which cost less.
+weighs whole trajectories. To do so, set ``slice_len`` to the length of the longest episode, or take
+``iwsft.samplers`` with cached weights, which costs less.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """iw-SFT inside TRL: SFTTrainer formats, tokenises, packs, batches and logs; the loss is ours.
 
 Run it with ``python examples/trl_sft.py --model Qwen/Qwen2.5-0.5B-Instruct --data rows.jsonl``.
-Rows have ``prompt`` and ``completion``, or ``messages``, of which TRL trains all tokens unless the
-config has ``assistant_only_loss=True``.
+Rows have ``prompt`` and ``completion``, or ``messages``. Of ``messages`` TRL trains all tokens,
+unless the config has ``assistant_only_loss=True``.
 """
 
 from pathlib import Path
