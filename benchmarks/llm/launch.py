@@ -99,17 +99,24 @@ class Hardware:
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of a model's weights, of its gradients, and of its optimizer with a moving average."""
+    """Bytes of a model's weights, of its gradients, and of its optimizer with a moving average.
+
+    ``offloaded`` are those that ``zero3_offload`` keeps in host memory.
+    """
 
     weights: int
     gradients: int
     optimizer: int
+    offloaded: int
 
     @classmethod
     def of(cls, parameters: int, trained: int, *, half: bool, lagged: bool) -> States:
         """Those of AdamW; DeepSpeed's moments and second copy of the weights are float32."""
         width = 2 if half else 4
-        return cls(width * parameters, width * trained, (16 if lagged else 12) * trained)
+        gradients, optimizer = width * trained, (16 if lagged else 12) * trained
+        # On the host there are float32 gradients beside those in half precision.
+        further = 4 * trained if half else 0
+        return cls(width * parameters, gradients, optimizer, gradients + optimizer + further)
 
 
 @dataclass(frozen=True)
@@ -328,7 +335,7 @@ def _fitting_config(hardware: Hardware, states: States | None) -> str:
         return sharded
     gpus, room = hardware.gpus * hardware.nodes, hardware.gpu_memory
     trained = states.gradients + states.optimizer
-    each, host = (states.weights + trained) / gpus, trained / hardware.nodes
+    each, host = (states.weights + trained) / gpus, states.offloaded / hardware.nodes
     if hardware.nodes == 1 and states.weights + trained / gpus <= _STATES * room:
         return "zero2"
     if each <= _STATES * room:

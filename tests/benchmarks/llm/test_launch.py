@@ -123,6 +123,9 @@ def test_a_node_of_several_gets_its_rank() -> None:
         (32.8e9, {"nodes": 2}, "multi_node"),
         # The host cannot hold the optimizer, and the GPUs just can.
         (32.8e9, {"host_memory": 256 * 10**9}, "zero3"),
+        # It takes 18 bytes a parameter, float32 gradients included.
+        (32.8e9, {"host_memory": 580 * 10**9}, "zero3"),
+        (32.8e9, {"host_memory": 600 * 10**9}, "zero3_offload"),
     ],
 )
 def test_the_first_config_that_the_model_fits_in(
@@ -142,7 +145,7 @@ def test_adapters_and_the_moving_average_count() -> None:
 def test_a_model_that_fits_nowhere_is_refused_with_figures() -> None:
     states = States.of(32 * 10**9, 32 * 10**9, half=True, lagged=False)
     small = Hardware(gpus=8, cores=64, gpu_memory=24 * 10**9, host_memory=256 * 10**9)
-    said = "take 64 GB on each of 8 GPUs of 24 GB, or 8 GB and 448 GB of each node's host memory"
+    said = "take 64 GB on each of 8 GPUs of 24 GB, or 8 GB and 576 GB of each node's host memory"
     with pytest.raises(ValueError, match=said):
         choose(None, small, states)
     # Asked for by name, it is tried.
