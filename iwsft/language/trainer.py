@@ -24,7 +24,6 @@ from iwsft.language.batches import PLACE, TrajectoryDataset, collate
 from iwsft.language.config import (
     ImportanceWeightedConfig,
     check_engine,
-    warn_of_half_precision,
 )
 from iwsft.language.loss import (
     check_judges,
@@ -156,7 +155,6 @@ class ImportanceWeightedTrainer(WeightedTrainer):
             optimizers=optimizers,
         )
         check_engine(self, self._loss.importance_weights, whole=args.proposal != "current")
-        warn_of_half_precision(self, model)
         self._plan = plan_updates(
             self._dataset.sizes,
             args,

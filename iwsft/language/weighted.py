@@ -15,7 +15,7 @@ from iwsft.distributed import gathered
 from iwsft.extras import named
 from iwsft.forward_pass import ForwardPass
 from iwsft.language.batches import token_fingerprint
-from iwsft.language.config import OPTIMIZER_SETTINGS
+from iwsft.language.config import OPTIMIZER_SETTINGS, warn_of_half_precision
 from iwsft.language.loss import Measures
 from iwsft.language.saving import CheckpointedTrainer
 from iwsft.language.shards import Shards
@@ -55,6 +55,7 @@ class WeightedTrainer(CheckpointedTrainer):
         self._finite = torch.tensor(True)
         callbacks = [*(settings.pop("callbacks", None) or []), _Hooks(self)]
         super().__init__(callbacks=callbacks, **settings)
+        warn_of_half_precision(self, self.model)
 
     def _start(self) -> None:
         """Prepare the reference and q, which need the engine, when training begins."""

@@ -356,6 +356,8 @@ def test_what_only_some_runs_need_is_not_asked_of_others(model: Any, tmp_path: P
     # Without settings of TRL, too, it is the rows that are missing.
     with pytest.raises(ValueError, match=r"a datasets\.Dataset"):
         ImportanceWeightedSFTTrainer(model)
+    with pytest.warns(UserWarning, match="torch.bfloat16, which round small steps"):
+        in_trl(tmp_path, model.bfloat16())
 
 
 @pytest.mark.parametrize(
