@@ -6,8 +6,6 @@ import warnings
 from dataclasses import MISSING, dataclass
 from typing import Any, get_args
 
-from torch import nn
-
 from iwsft.chain import Chain, Reference
 from iwsft.extras import named
 from iwsft.language.batches import Layout
@@ -171,11 +169,12 @@ def check_engine(trainer: Trainer, weights: Chain, *, whole: bool) -> None:
         raise ValueError(f"{problem} micro-batches; {way_out}")
 
 
-def warn_of_half_precision(trainer: Trainer, model: nn.Module) -> None:
+def warn_of_half_precision(trainer: Trainer) -> None:
     """Warn if the optimizer would step on half-precision weights."""
     # DeepSpeed keeps float32 weights of its own; FSDP2 may upcast them when it shards.
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         return
+    model: Any = trainer.model
     trained = [p for p in model.parameters() if p.requires_grad]
     half = {str(p.dtype) for p in trained if p.itemsize < 4}
     if half:

@@ -55,7 +55,7 @@ class WeightedTrainer(CheckpointedTrainer):
         self._finite = torch.tensor(True)
         callbacks = [*(settings.pop("callbacks", None) or []), _Hooks(self)]
         super().__init__(callbacks=callbacks, **settings)
-        warn_of_half_precision(self, self.model)
+        warn_of_half_precision(self)
 
     def _start(self) -> None:
         """Prepare the reference and q, which need the engine, when training begins."""
