@@ -41,9 +41,9 @@ def run_job(options: Options) -> None:
         print(f"{output.name} is finished; nothing to do")
         return
     behaviours = [load_behaviour(name, stochastic=options.stochastic) for name in options.policy]
-    simulator = Simulator.of(*environment(options, behaviours))
-    for behaviour in behaviours:
-        behaviour.check_sizes(simulator)
+    arguments = env_arguments(options.env_arg, options.max_episode_steps)
+    trusted = options.trust_env_module
+    simulator = find_simulator(behaviours, options.env, arguments, trusted=trusted)
     if not options.resume:
         claimable(output, options)
     packages = versions() | simulator.versions
@@ -147,25 +147,32 @@ def called(name: str) -> TensorDictModuleBase:
     return policy
 
 
-def environment(options: Options, behaviours: Sequence[Behaviour]) -> tuple[str, dict[str, Any]]:
-    """Return id and arguments of the environment to collect in.
+def find_simulator(
+    behaviours: Sequence[Behaviour], given: str | None, arguments: dict[str, Any], *, trusted: bool
+) -> Simulator:
+    """Return the environment that is ``given``, or that of the policies, which must fit it.
 
-    Arguments are those that the policies were trained with, under those of the command line.
+    It has the arguments that the policies were trained with there, under those of ``arguments``.
+    Modules that the policies' environment names must be ``trusted``.
     """
     known = sorted({b.env_id for b in behaviours if b.env_id is not None})
-    if options.env is None and len(known) != 1:
-        where = " and ".join(known) or "nowhere known"
-        raise ValueError(f"pass --env: the policies come from {where}")
-    env_id = known[0] if options.env is None else options.env
+    who = ", ".join(f"{b.flag} {b.name}" for b in behaviours)
+    if given is None and len(known) != 1:
+        named = " or ".join(known) or "not known"
+        raise ValueError(f"pass --env: the environment of {who} is {named}")
+    env_id = known[0] if given is None else given
     seen = [dict(b.env_kwargs) for b in behaviours if b.env_id == env_id]
     if any(kwargs != seen[0] for kwargs in seen):
         raise ValueError(f"the policies saw {env_id} with different arguments, {seen}; split them")
     kwargs = seen[0] if seen else {}
-    modules = modules_to_import(env_id if options.env is None else "", kwargs)
-    if modules and not options.trust_env_module:
-        problem = f"the policies' environment {env_id} imports {', '.join(modules)}"
+    modules = modules_to_import(env_id if given is None else "", kwargs)
+    if modules and not trusted:
+        problem = f"the environment {env_id} of {who} imports {', '.join(modules)}"
         raise ValueError(f"{problem}; pass --env, or --trust-env-module if you trust that")
-    return env_id, kwargs | env_arguments(options.env_arg, options.max_episode_steps)
+    simulator = Simulator.of(env_id, kwargs | arguments)
+    for behaviour in behaviours:
+        behaviour.check_sizes(simulator)
+    return simulator
 
 
 def summary(fields: Fields, sources: Sequence[Mapping[str, Any]]) -> str:

@@ -15,6 +15,7 @@ from torchrl.envs.utils import ExplorationType
 
 from baselines import Learner
 from benchmarks import stopping
+from benchmarks.collect.job import find_simulator
 from benchmarks.collect.options import env_arguments
 from benchmarks.collect.output import joined, packed
 from benchmarks.collect.rollout import Behaviour, Simulator, roll_out
@@ -27,7 +28,7 @@ from benchmarks.options import to_config
 from benchmarks.report.loops import LOOP, show_loop
 from benchmarks.runs import hardware, tell, versions
 from benchmarks.statistics import t_interval
-from iwsft import checkpoint, datasets, environments, metrics
+from iwsft import checkpoint, datasets, metrics
 from iwsft.acting import ROWS, acting
 from iwsft.curation import curate, join, trajectory_returns
 from iwsft.datasets import OfflineDataset
@@ -84,23 +85,16 @@ class Start:
 
     def simulator(self, options: LoopOptions) -> Simulator:
         """The environment of the loop, with actions in [-1, 1]; the policy must fit it."""
-        env_id = options.env or self.policy.env_id
-        if env_id is None:
-            raise ValueError(f"pass --env: --start {options.start} names no environment")
-        kwargs = dict(self.policy.env_kwargs) if env_id == self.policy.env_id else {}
-        named = env_id if options.env is None else ""
-        modules = environments.modules_to_import(named, kwargs)
-        if modules and not options.trust_env_module:
-            problem = f"the environment of --start {options.start} imports {modules}"
-            raise ValueError(f"{problem}; pass --trust-env-module if you trust that")
-        kwargs |= env_arguments(options.env_arg, options.max_episode_steps)
-        simulator = Simulator.of(env_id, kwargs)
+        known = self.policy.env_id, self.policy.env_kwargs
+        behaviour = Behaviour(options.start, self.policy.module, *known, flag="--start")
+        arguments = env_arguments(options.env_arg, options.max_episode_steps)
+        trusted = options.trust_env_module
+        simulator = find_simulator([behaviour], options.env, arguments, trusted=trusted)
         low, high = simulator.low, simulator.high
         if (low != -1).any() or (high != 1).any():
             # Policies act in [-1, 1].
-            kwargs["action_bounds"] = [low.tolist(), high.tolist()]
-            simulator = Simulator.of(env_id, kwargs)
-        Behaviour(options.start, self.policy.module, flag="--start").check_sizes(simulator)
+            bounds = {"action_bounds": [low.tolist(), high.tolist()]}
+            simulator = Simulator.of(simulator.env_id, simulator.kwargs | bounds)
         return simulator
 
 

@@ -354,7 +354,7 @@ H = "mine_of_tests:hopper"
         ((H,), {"seed": -1}, "--seed -1"),
         ((H,), {"part_steps": 0}, "--part-steps 0"),
         ((H,), {"max_episode_steps": 0}, "--max-episode-steps 0"),
-        ((H,), {"env": None}, "pass --env: the policies come from nowhere known"),
+        ((H,), {"env": None}, "environment of --policy mine_of_tests:hopper is not known"),
         ((H,), {"env": "Hoper-v4"}, r"unknown environment 'Hoper-v4'\. Did you mean Hopper-v4"),
         ((H,), {"env": "Walker2d-v4"}, r"cannot act on Walker2d-v4, whose observations.*size 17"),
         (("mine_of_tests:still",), {}, r"gives actions of shape \(1,\), Hopper-v4 takes \(3,\)"),
