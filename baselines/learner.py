@@ -16,7 +16,7 @@ from torchrl.objectives.utils import TargetNetUpdater
 
 from iwsft import training
 from iwsft.datasets.episodes import ACTION_TOLERANCE
-from iwsft.training import Cost, Sampler, Schedule
+from iwsft.training import Cost, Sampler, Schedule, Training
 from iwsft.trajectory import ACTION, DATA_WEIGHT, DONE, REWARD, TERMINATED, Segments, fit, layout
 from iwsft.validation import validate
 
@@ -45,8 +45,15 @@ class Learner:
 
     def fit(self, **options: Any) -> Cost:
         """Train the policy; the options are the further ones of :func:`iwsft.training.fit`."""
-        own: dict[str, Any] = {"updater": self.updater, "limits": self.limits}
-        return training.fit(self.loss, self.sampler, self.schedule, **own, **options)
+        return training.fit(**self._parts, **options)
+
+    def training(self, **options: Any) -> Training:
+        """Return the training of one seed of :func:`iwsft.training.fit_stack`."""
+        return Training(**self._parts, **options)
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "policy"}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Learner:
         """Return a copy whose policy shares its parameters with its loss, as here."""

@@ -320,16 +320,8 @@ def _training(
     """The training of a learner, with the learning curve of all runs."""
     if run.options.curve_episodes:
         probes = [learning_curve_probe(run, task, learner.policy, steps), *probes]
-    return Training(
-        learner.loss,
-        learner.sampler,
-        learner.schedule,
-        updater=learner.updater,
-        limits=learner.limits,
-        probes=probes,
-        folder=folder,
-        settings=settings,
-        report=partial(report, steps),
+    return learner.training(
+        probes=probes, folder=folder, settings=settings, report=partial(report, steps)
     )
 
 

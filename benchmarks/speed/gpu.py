@@ -21,7 +21,7 @@ from benchmarks.speed import baselines, control, language
 from benchmarks.speed.measure import MB, Comparison, scaled
 from benchmarks.speed.options import Options
 from iwsft.samplers import StepSampler
-from iwsft.training import Row, Schedule, Training, fit_stack
+from iwsft.training import Row, Schedule, fit_stack
 
 # Makes what one seed trains with a number of updates.
 Build = Callable[[int, int], Learner]
@@ -92,14 +92,9 @@ def updates(
 def seconds_per_update(build: Build, seeds: int, steps: int, *, graph: bool) -> float:
     """Wall seconds of an update of all seeds: the median over parts of a training, after one."""
     rows: list[Row] = []
-    trainings = []
-    for seed in range(seeds):
-        learner = build(seed, steps)
-        parts: dict[str, Any] = {"updater": learner.updater, "limits": learner.limits}
-        report = rows.append if seed == 0 else None
-        trainings.append(
-            Training(learner.loss, learner.sampler, learner.schedule, report=report, **parts)
-        )
+    trainings = [
+        build(seed, steps).training(report=None if seed else rows.append) for seed in range(seeds)
+    ]
     for outcome in fit_stack(trainings, log_every=max(2, steps // 5), graph=graph):
         if isinstance(outcome, FloatingPointError):
             raise outcome

@@ -67,11 +67,6 @@ def builder(data: TensorDict) -> Build:
     return make
 
 
-def training(learner: Learner, folder: Path, **options: Any) -> Training:
-    given = {"updater": learner.updater, "limits": learner.limits} | options
-    return Training(learner.loss, learner.sampler, learner.schedule, folder=folder, **given)
-
-
 def run_alone(learner: Learner, folder: Path) -> dict[str, torch.Tensor]:
     """Parameters after a training alone."""
     learner.fit(folder=folder, log_every=2, checkpoint_every=2)
@@ -124,7 +119,7 @@ def test_each_seed_of_a_stack_is_that_seed_alone(build: Build, name: str, tmp_pa
     learners, trainings = [], []
     for seed in SEEDS:
         learners.append(build(name, seed))
-        trainings.append(training(learners[-1], tmp_path / f"stack-{seed}"))
+        trainings.append(learners[-1].training(folder=tmp_path / f"stack-{seed}"))
     assert all(isinstance(cost, Cost) for cost in stack(trainings))
     for seed, learner in zip(SEEDS, learners, strict=True):
         alone, folder = tmp_path / f"alone-{seed}", tmp_path / f"stack-{seed}"
@@ -160,11 +155,11 @@ def test_a_stack_that_was_killed_continues_stacked_or_alone(
     trainings = []
     for seed, folder in zip(SEEDS, folders("stack"), strict=True):
         report = kill if seed == killed_by else None
-        trainings.append(training(build(name, seed), folder, report=report))
+        trainings.append(build(name, seed).training(folder=folder, report=report))
     with suppress(KeyboardInterrupt):
         stack(trainings)
     resumed = [build(name, seed) for seed in SEEDS]
-    stack([training(*pair) for pair in zip(resumed[:2], folders("stack"), strict=False)])
+    stack([one.training(folder=at) for one, at in zip(resumed[:2], folders("stack"), strict=False)])
     run_alone(resumed[2], folders("stack")[2])
     for seed, learner, alone in zip(SEEDS, resumed, folders("alone"), strict=True):
         assert_close(learner.loss.state_dict(), run_alone(build(name, seed), alone))
@@ -177,11 +172,11 @@ def test_frozen_parameters_stay_as_they_are_in_a_stack(build: Build, tmp_path: P
         return learner
 
     learners = [frozen(seed) for seed in SEEDS]
-    stack([training(learner, tmp_path / f"{i}") for i, learner in enumerate(learners)])
+    stack([learner.training(folder=tmp_path / f"{i}") for i, learner in enumerate(learners)])
     for seed, learner in zip(SEEDS, learners, strict=True):
         assert_close(learner.loss.state_dict(), run_alone(frozen(seed), tmp_path / f"alone{seed}"))
     with pytest.raises(ValueError, match="a stack needs one frozen"):
-        stack([training(learner, tmp_path) for learner in (frozen(0), build("iw-sft", 3))])
+        stack([learner.training(folder=tmp_path) for learner in (frozen(0), build("iw-sft", 3))])
 
 
 def test_a_seed_that_diverges_leaves_the_stack(build: Build, tmp_path: Path) -> None:
@@ -189,7 +184,7 @@ def test_a_seed_that_diverges_leaves_the_stack(build: Build, tmp_path: Path) -> 
     for seed in SEEDS:
         learners.append(build("iql", seed))
         limits = {"pred_value": 0.0 if seed == 3 else 1e9}
-        trainings.append(training(learners[-1], tmp_path / str(seed), limits=limits))
+        trainings.append(replace(learners[-1], limits=limits).training(folder=tmp_path / str(seed)))
     outcomes = stack(trainings)
     assert [isinstance(outcome, FloatingPointError) for outcome in outcomes] == [False, True, False]
     assert "pred_value" in str(outcomes[1])
@@ -211,7 +206,7 @@ def test_what_can_not_be_stacked_or_captured_is_refused(
     settings = replace(algorithm("iql").Settings(), steps=2, dropout=0.1)
     learners = [algorithm("iql").build(trajectories, settings, seed=seed) for seed in (0, 1)]
     with pytest.raises(ValueError, match="dropout can't be stacked"):
-        fit_stack([Training(each.loss, each.sampler, each.schedule) for each in learners])
+        fit_stack([each.training() for each in learners])
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
@@ -294,7 +289,7 @@ def test_a_graph_changes_no_bit_and_a_stack_of_graphs_rounds(
     for seed in SEEDS:
         learners.append(build(name, seed))
         # Made here: a training keeps the state of torch's generators, which its seed set.
-        trainings.append(training(learners[-1], tmp_path / f"stack-{seed}"))
+        trainings.append(learners[-1].training(folder=tmp_path / f"stack-{seed}"))
     fit_stack(trainings, graph=True, **steps)
     assert_close(learners[SEEDS.index(3)].loss.state_dict(), states[0])
 
