@@ -204,9 +204,6 @@ class CopyableLoss(LossModule):
 class TargetUpdate(SoftUpdate):
     """TorchRL's ``SoftUpdate`` without TensorDicts: a third of its time on small networks."""
 
-    def __init__(self, loss: LossModule, *, tau: float) -> None:
-        super().__init__(loss, tau=tau)
-
     @torch.no_grad()
     def _step(self, p_source: TensorDictBase, p_target: TensorDictBase) -> None:
         pairs = p_target.items(include_nested=True, leaves_only=True)
@@ -263,8 +260,6 @@ def return_limit(trajectories: TensorDictBase, gamma: float) -> float:
     It is ten times the largest discounted return possible, ``max |r| / (1 - gamma)`` over valid
     steps, plus ten for the outputs of an untrained network where rewards are close to 0.
     """
-    if gamma >= 1:
-        return math.inf
     valid = Segments.of(trajectories).valid
     largest = float(trajectories.get(REWARD)[valid].abs().max())
     return _MARGIN * (1 + largest / (1 - gamma))
