@@ -19,10 +19,8 @@ from iwsft.trajectory import (
     REWARD,
     TRAJ_IDS,
     Segments,
-    fit,
     lengths,
 )
-from iwsft.validation import validate
 
 RETURN_TO_GO: NestedKey = "return_to_go"
 _STEP = "step"
@@ -35,7 +33,7 @@ def returns_to_go(trajectories: TensorDictBase) -> Tensor:
     Trajectories are packed; the result is float32 ``[N, 1]``, added up in float64.
     """
     index = Segments.of(trajectories).index
-    rewards = fit(trajectories.get(REWARD), trajectories.batch_size, repr(REWARD)).double()
+    rewards = trajectories.get(REWARD).squeeze(-1).double()
     until = rewards.cumsum(0)
     last = lengths(trajectories).cumsum(0) - 1
     return (until[last[index]] - until + rewards).float().unsqueeze(-1)
@@ -51,14 +49,13 @@ class WindowSampler:
     can't see them from a valid step, so they need no mask in its attention.
 
     Args:
-        trajectories: Packed trajectories. Their entries are read once, here.
+        trajectories: What :func:`baselines.learner.read_steps` returns. It is read once, here.
         batch_size: Windows of a batch.
         context: K, the steps of a window.
         seed: Seed of the sampler's generator.
 
     Raises:
-        KeyError: Observation, action or reward is missing.
-        ValueError: A size is below 1, or the trajectories are padded, masked or not valid.
+        ValueError: Steps are masked.
     """
 
     def __init__(
@@ -69,14 +66,10 @@ class WindowSampler:
         context: int = 20,
         seed: int = 0,
     ) -> None:
-        if context < 1:
-            raise ValueError(f"context={context}: a window has at least one step")
-        validate(trajectories, keys=(OBSERVATION, ACTION, REWARD))
         segments = Segments.of(trajectories)
         device = segments.index.device
-        numbers = torch.arange(trajectories.numel(), device=device)
         steps = trajectories.select(TRAJ_IDS, DONE, MULTIPLICITY, strict=False)
-        steps.set(_STEP, numbers.reshape(trajectories.shape))
+        steps.set(_STEP, torch.arange(len(trajectories), device=device))
         self._starts = TransitionSampler(steps, batch_size, seed=seed, keys=(_STEP,))
         if not bool(segments.valid.all()):
             raise ValueError(

@@ -238,6 +238,12 @@ class TestErrors:
         with pytest.raises(KeyError, match="reward.* is missing"):
             dt.build(data(SIZES).exclude(("next", "reward")), SMALL, seed=0)
 
+    def test_reward_that_is_not_finite(self) -> None:
+        trajectories = data(SIZES)
+        trajectories["next", "reward"][4] = torch.nan
+        with pytest.raises(ValueError, match=r"reward'\) is NaN or infinite .* step 4"):
+            dt.build(trajectories, SMALL, seed=0)
+
     def test_no_step(self) -> None:
         with pytest.raises(ValueError, match="not a single step"):
             dt.build(data(SIZES)[:0], SMALL, seed=0)

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +7,7 @@ from hypothesis import strategies as st
 from tensordict import TensorDict
 
 from baselines.windows import WindowSampler, returns_to_go
-from iwsft.trajectory import from_steps, pad
+from iwsft.trajectory import from_steps
 
 
 def data(sizes: list[int], **more: torch.Tensor) -> TensorDict:
@@ -106,33 +104,6 @@ def test_resumes_with_the_same_samples() -> None:
 
 
 class TestErrors:
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [({"context": 0}, "context=0"), ({"batch_size": 0}, "batch_size=0")],
-    )
-    def test_settings(self, arguments: dict[str, Any], message: str) -> None:
-        with pytest.raises(ValueError, match=message):
-            WindowSampler(data([3]), **arguments)
-
-    @pytest.mark.parametrize("key", ["observation", "action", ("next", "reward")])
-    def test_missing_entry(self, key: Any) -> None:
-        with pytest.raises(KeyError, match="is missing"):
-            WindowSampler(data([3]).exclude(key))
-
-    def test_no_step(self) -> None:
-        with pytest.raises(ValueError, match="not a single step"):
-            WindowSampler(data([3])[:0])
-
-    def test_padded(self) -> None:
-        with pytest.raises(ValueError, match="trajectories are padded"):
-            WindowSampler(pad(data([3, 3])))
-
-    def test_reward_that_is_not_finite(self) -> None:
-        trajectories = data([3, 2])
-        trajectories["next", "reward"][4] = torch.nan
-        with pytest.raises(ValueError, match=r"reward'\) is NaN or infinite .* step 4"):
-            WindowSampler(trajectories)
-
     def test_masked_steps(self) -> None:
         trajectories = data([3, 2])
         trajectories["collector", "mask"] = torch.tensor([True, False, True, True, True])
