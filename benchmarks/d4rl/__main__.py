@@ -45,9 +45,10 @@ def main(options: Options) -> None:
 @stopping.ends_in_one_line()
 def loop(words: Sequence[str]) -> None:
     """Run the loop and print its table; an error that a user can mend ends it in one line."""
-    from benchmarks.d4rl.loop_options import parse_loop
+    from benchmarks.d4rl.loop_options import LoopOptions
+    from benchmarks.options import parse
 
-    options = parse_loop(words, _LOOP)
+    options = parse(LoopOptions, "d4rl loop", _LOOP, words)
     from benchmarks.d4rl.loop import run_rounds
 
     run_rounds(options)

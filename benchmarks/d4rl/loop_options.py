@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 from benchmarks.d4rl.options import ALGORITHMS, Options, Weighting, check_options, choose_suite
-from benchmarks.options import (
-    check_at_least,
-    check_known,
-    check_seeds,
-    check_used,
-    option,
-    parse,
-)
+from benchmarks.options import check_at_least, check_known, check_seeds, check_used, option
 
 # Prefix of --start before the name of a dataset.
 CLONE = "bc:"
@@ -109,8 +101,7 @@ class LoopOptions(Repetition, Selection, Training, Weighting, Scoring, Output):
     @property
     def settings(self) -> dict[str, Any]:
         """The options that decide the result."""
-        own = {each.name: getattr(self, each.name) for each in fields(self)}
-        return {name: value for name, value in own.items() if name not in _NOT_SETTINGS}
+        return {name: value for name, value in vars(self).items() if name not in _NOT_SETTINGS}
 
     @property
     def training(self) -> Options:
@@ -125,8 +116,7 @@ class LoopOptions(Repetition, Selection, Training, Weighting, Scoring, Output):
             **{name: getattr(self, name) for name in shared},
         )
 
-    def check(self) -> None:
-        """Check the values of the options."""
+    def __post_init__(self) -> None:
         check_known("algorithm", self.algo, TUNED)
         check_seeds((self.seed,), "seed")
         counts = (
@@ -142,10 +132,3 @@ class LoopOptions(Repetition, Selection, Training, Weighting, Scoring, Output):
         weighted = ALGORITHMS[self.algo].weighted
         check_used("reference_steps", self.reference_steps, weighted, f"in {self.algo}")
         check_options(self.training, choose_suite(self.training))
-
-
-def parse_loop(words: Sequence[str], description: str | None) -> LoopOptions:
-    """Read and check a command line; an error names the option, its value and the way out."""
-    options = parse(LoopOptions, "d4rl loop", description, words)
-    options.check()
-    return options
