@@ -107,16 +107,15 @@ def _score(
     if isinstance(trained, FloatingPointError):
         raise trained
     _save_policy(run, task, trained.policy)
-    about = {"preset": run.options.preset, "estimator": run.options.estimator}
-    cost = asdict(trained.reference_cost)
-    further: dict[str, Any] = {f"reference_{name}": value for name, value in cost.items()}
+    about: dict[str, Any] = {"preset": run.options.preset, "estimator": run.options.estimator}
+    about |= {f"reference_{name}": value for name, value in asdict(trained.reference_cost).items()}
     if run.chooses_q:
-        further |= _last_choice(run, task)
+        about |= _last_choice(run, task)
 
     def ended(episodes: int) -> None:
         report("scoring", run.options.eval_episodes, {"step": episodes})
 
-    return score_policy(run, task, trained.policy, trained.cost, about, ended, **further)
+    return score_policy(run, task, trained.policy, trained.cost, about, ended)
 
 
 def score_policy(
@@ -124,13 +123,12 @@ def score_policy(
     task: Task,
     policy: TensorDictModuleBase,
     cost: Cost,
-    about: Mapping[str, str],
+    about: Mapping[str, Any],
     ended: Callable[[int], None] | None = None,
-    **further: Any,
 ) -> dict[str, Any]:
     """Score a run's policy, whose training had a cost; write and return its ``result.json``.
 
-    ``ended`` takes the number of episodes after each.
+    ``about`` are further entries of the file. ``ended`` takes the number of episodes after each.
     """
     since, options = time.process_time(), run.options
     video = run.folder / VIDEO if options.video else None
@@ -144,7 +142,9 @@ def score_policy(
     )
     evaluation_cpu = time.process_time() - since
     updates, published, successes = run.updates, run.published_updates, final.successes
-    success = {} if successes is None else {"success_rate": float(np.mean(successes))}
+    success: dict[str, Any] = {}
+    if successes is not None:
+        success = {"success_rate": float(np.mean(successes)), "episode_successes": successes}
     result = {
         **run.identity,
         "env_id": final.env_id,
@@ -156,12 +156,11 @@ def score_policy(
         "episode_returns": final.returns,
         "episode_lengths": final.lengths,
         "return_mean": final.return_mean,
-        **(success and success | {"episode_successes": successes}),
+        **success,
         "episodes": len(final.returns),
         "wall_seconds": cost.wall_seconds + final.wall_seconds,
         "cpu_seconds": cost.cpu_seconds + evaluation_cpu,
         "evaluation_cpu_seconds": evaluation_cpu,
-        **further,
         "versions": final.versions,
     }
     write_json(run.folder / RESULT, result)
