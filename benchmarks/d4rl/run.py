@@ -29,6 +29,7 @@ from iwsft.datasets import OfflineDataset
 from iwsft.datasets.actions import describe
 from iwsft.datasets.dataset import WHOLE, fingerprint_of
 from iwsft.evaluation import Evaluation, evaluate
+from iwsft.objective import Proposal
 from iwsft.presets import ImportanceWeights
 from iwsft.training import Schedule
 from iwsft.trajectory import (
@@ -129,18 +130,26 @@ class Run(runs.Run[Options]):
     def weights(self) -> ImportanceWeights:
         """Importance weights of the fine-tuning."""
         row, algorithm = self.fine_tuning[0], self.algorithm
-        if algorithm.related is not None or not algorithm.per_trajectory:
-            chosen: dict[str, Any] = {"related": algorithm.related, "per_step": algorithm.per_step}
-        else:
-            chosen = {name: getattr(self.options, name) for name in ("q", "target_ess")}
+        chosen: dict[str, Any] = {"related": algorithm.related, "per_step": algorithm.per_step}
+        if algorithm.per_trajectory:
+            chosen |= {name: getattr(self.options, name) for name in ("q", "target_ess")}
         return paper.choose_weights(self.options.preset, row, **chosen)
+
+    @property
+    def proposal(self) -> Proposal:
+        """What q is in the fine-tuning; q = pi_ref leaves all weights at 1."""
+        algorithm = self.algorithm
+        if not algorithm.weighted:
+            return "reference"
+        if algorithm.related and algorithm.per_step:
+            return "current"
+        return "cached" if self.options.estimator == "steps" else "lagged"
 
     @property
     def why_unsynced(self) -> str | None:
         """Why cached weights stay at 1, in words; None if a sync of q comes before the end."""
-        row, algorithm = self.fine_tuning[0], self.algorithm
-        cached = algorithm.weighted and not (algorithm.related and algorithm.per_step)
-        if not cached or self.options.estimator != "steps" or row.steps > row.sync_every:
+        row, _ = self.fine_tuning
+        if self.proposal != "cached" or row.steps > row.sync_every:
             return None
         return (
             f"q is synced every {row.sync_every} updates, so --steps {row.steps} leaves all "

@@ -34,7 +34,7 @@ from iwsft import checkpoint, metrics
 from iwsft.diagnostics import diagnose, weighted_mean
 from iwsft.files import alone_in, write, write_json
 from iwsft.lower_bound import Choice
-from iwsft.objective import ImportanceWeightedMLE, Proposal
+from iwsft.objective import ImportanceWeightedMLE
 from iwsft.policies import GaussianPolicy, MixturePolicy
 from iwsft.proposals import EMA, HardSync
 from iwsft.reference import annotate_reference
@@ -284,13 +284,7 @@ def build_fine_tuning(
     row, _ = run.fine_tuning
     steps = Segments.of(data)
     data.set(_RETURN, steps.spread(steps.sum(data.get(REWARD))))
-    estimator = run.options.estimator
-    # q = pi_ref leaves all weights at 1.
-    proposal: Proposal = "reference"
-    if run.algorithm.related is not None and run.algorithm.per_step:
-        proposal = "current"
-    elif run.algorithm.weighted:
-        proposal = "cached" if estimator == "steps" else "lagged"
+    estimator, proposal = run.options.estimator, run.proposal
     loss = ImportanceWeightedMLE(policy, importance_weights=run.weights, proposal=proposal)
     updater: HardSync | EMA | None = None
     probes = [weight_probe(loss, max(1, row.steps // 100))] if run.algorithm.weighted else []
