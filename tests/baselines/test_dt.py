@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +9,6 @@ from dt_cases import SIZES, SMALL, data
 from torch import Tensor
 
 from baselines import algorithm, dt
-from iwsft.training import Probe
 
 
 def network(settings: dt.Settings = SMALL) -> dt.DTNetwork:
@@ -145,25 +143,6 @@ class TestBuild:
         a, b, c = (dt.build(data(SIZES), SMALL, seed=seed).policy for seed in (3, 3, 4))
         assert all(map(torch.equal, a.parameters(), b.parameters()))
         assert not all(map(torch.equal, a.parameters(), c.parameters()))
-
-    def test_resumes_bit_for_bit_with_dropout(self, tmp_path: Path) -> None:
-        def run(folder: Path, probes: list[Probe]) -> dict[str, Tensor]:
-            learner = dt.build(data(SIZES), SMALL, seed=0)
-            learner.fit(folder=folder, checkpoint_every=2, probes=probes)
-            return learner.policy.state_dict()
-
-        def killed(_: Any) -> dict[str, float]:
-            raise KeyboardInterrupt
-
-        whole = run(tmp_path / "whole", [])
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "cut", [Probe(5, killed)])
-        torch.manual_seed(99)
-        resumed = run(tmp_path / "cut", [])
-        assert whole.keys() == resumed.keys()
-        assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
-        start = dt.build(data(SIZES), SMALL, seed=0).policy.state_dict()
-        assert not all(torch.equal(value, start[name]) for name, value in whole.items())
 
 
 class TestSettings:

@@ -240,13 +240,10 @@ class TestUpdate:
 @pytest.mark.parametrize(
     ("case", "kill"),
     [
-        ("awac", 3),
         ("iql-door", 3),
         # With the actor due next, and not.
         ("td3-bc", 3),
         ("td3-bc", 4),
-        ("rebrac", 3),
-        ("cql", 3),
         ("cql-antmaze", 3),
         ("cql-kitchen", 3),
     ],
