@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,8 +45,8 @@ from iwsft.trajectory import MULTIPLICITY, REF_LOG_PROB, lengths, per_trajectory
 # Files of a round, beside those of its stages.
 SCORES, CURATED, EVALUATION = "scores.json", "curated.pt", "evaluation.json"
 TRAINING, REFERENCE = "training", "reference"
-# Entries of curated steps: the round and the return of their episode.
-ROUND, SCORE = "round", "score"
+# Entry of curated steps: the round of their episode.
+ROUND = "round"
 _DAMAGED = "put a copy of it back, or remove its folder, and --resume makes it again"
 
 
@@ -154,15 +153,15 @@ class ControlLoop:
     def curate(self, one: Round) -> dict[str, Any]:
         """Keep the top share of the episodes of this round and the last ones together."""
         pool = self._pool(one)
-        scores, cuts = per_trajectory(pool, SCORE), self._run(one).algorithm.cuts
+        scores, cuts = trajectory_returns(pool), self._run(one).algorithm.cuts
         if max(cuts) > 0 and bool((scores == scores[0]).all()):
             same = f"all {len(scores)} episodes have the return {float(scores[0]):.4g}"
             ways = "more --episodes-per-round, another --start, or --top 100 for all"
             return {"stop": f"{same}, so none is better and the policy stays as it is; try {ways}"}
         with stopping.warnings_until("; ties="):
-            curated = curate(pool, cuts=cuts, ties="rank", score=SCORE, seed=self._seed(one))
+            curated = curate(pool, cuts=cuts, ties="rank", seed=self._seed(one))
         _write(one.folder / CURATED, curated)
-        survivors, rounds = per_trajectory(curated, SCORE), per_trajectory(curated, ROUND)
+        survivors, rounds = trajectory_returns(curated), per_trajectory(curated, ROUND)
         counts = per_trajectory(curated, MULTIPLICITY)
         facts = {
             "pool": len(scores),
@@ -182,7 +181,7 @@ class ControlLoop:
     def _pool(self, one: Round) -> TensorDictBase:
         """All episodes of this round and the last ones."""
         rounds = [*one.earlier(self.options.keep_rounds), one]
-        return join(*map(_scored, rounds)).exclude(MULTIPLICITY)
+        return join(*map(_read_round, rounds)).exclude(MULTIPLICITY)
 
     def fine_tune(self, one: Round) -> dict[str, Any]:
         """Train the round's policy on the curated episodes, by the pieces of a run."""
@@ -285,7 +284,7 @@ def curated_data(one: Round, policy: TrainedPolicy) -> TensorDictBase:
     own, known = data.get(ROUND) == one.number, data.get(REF_LOG_PROB)
     annotate_reference(policy.module, data)
     data.set(REF_LOG_PROB, torch.where(own, data.get(REF_LOG_PROB), known))
-    return data.exclude(ROUND, SCORE)
+    return data.exclude(ROUND)
 
 
 def run_rounds(options: LoopOptions) -> list[dict[str, Any]]:
@@ -336,16 +335,7 @@ def _read(path: Path) -> TensorDictBase:
 
 
 def _read_round(one: Round) -> TensorDictBase:
-    """All episodes of a round, in the order of their seeds."""
+    """All episodes of a round, in the order of their seeds, with their round."""
     paths = sorted(one.folder.glob("episodes-*.pt"), key=lambda path: int(path.stem[9:]))
-    return join(*map(_read, paths)).exclude(MULTIPLICITY)
-
-
-def _scored(one: Round) -> TensorDictBase:
-    """All episodes of a round, with their round and the score that they got."""
-    data = _read_round(one)
-    scores = torch.tensor(
-        json.loads((one.folder / SCORES).read_text())["returns"], dtype=torch.float64
-    )
-    data.set(SCORE, scores.repeat_interleave(lengths(data)))
+    data = join(*map(_read, paths)).exclude(MULTIPLICITY)
     return data.set(ROUND, torch.full((len(data),), one.number))

@@ -141,7 +141,9 @@ def test_replay_keeps_the_best_of_the_last_rounds_with_their_own_references(
         pool = pool or [(2, x) for x in scores[1]] + [(3, x) for x in scores[2]]
         best = sorted(pool, key=lambda pair: -pair[1])[: math.ceil(0.6 * len(pool))]
         curated = read(rounds[number - 1].folder / "curated.pt")
-        kept = zip(of_episodes(curated, "round"), of_episodes(curated, "score"), strict=True)
+        ids, rewards = curated["collector/traj_ids"], curated["next/reward"].double()
+        returns = [float(rewards[ids == episode].sum()) for episode in ids.unique()]
+        kept = zip(of_episodes(curated, "round"), returns, strict=True)
         assert [*kept] == [pair for pair in pool if pair in best]
         row = rows[number]
         replayed = sum(origin < number for origin, _ in best)
