@@ -41,7 +41,6 @@ class Part:
     title: str
     look_at: str
     command: tuple[str, ...]
-    resumes: bool
     # Adds tables and figures of the folder of runs, and returns what was seen, in a sentence.
     show: Callable[[Document, Path], str]
 
@@ -111,15 +110,16 @@ PARTS = (
         "One arm always wins, the other half of the time. SFT copies how often each arm is among "
         "the wins, 2 to 1, and stops there; iw-SFT moves to the better arm.",
         ("benchmarks.bandit", "--out", "{out}/bandit"),
-        False,
         _show_bandit,
     ),
     Part(
         "Arithmetic: the same in language",
         "A small language model knows three ways to add up, one of them careful. It trains on its "
         "own right answers: SFT keeps the mixture of ways, iw-SFT moves on to the careful one.",
-        ("benchmarks.llm", "--algo", "base", "sft", "iw-sft", *_SEEDS, "--out", "{out}"),
-        True,
+        (
+            "benchmarks.llm",
+            *("--algo", "base", "sft", "iw-sft", *_SEEDS, "--out", "{out}", "--resume"),
+        ),
         _show_arithmetic,
     ),
     Part(
@@ -133,9 +133,8 @@ PARTS = (
             *("--algo", "bc", "sft-q", "iw-sft-q", *_SEEDS),
             *("--reference-steps", "1200", "--steps", "1200", "--eval-episodes", "30"),
             *("--settings-of", "hopper-medium-expert-v2", "--curve-episodes", "0"),
-            *("--out", "{out}"),
+            *("--out", "{out}", "--resume"),
         ),
-        True,
         _show_control,
     ),
 )
@@ -147,23 +146,22 @@ def _typed(words: Sequence[str]) -> str:
     return shlex.join([*program(words[0].removeprefix("benchmarks.")).split(), *words[1:]])
 
 
-def main(options: Options, parts: Sequence[Part] = PARTS) -> Path:
+def main(options: Options) -> Path:
     """Run all parts, say what was seen, and return the page."""
     lines, start = [], time.perf_counter()
-    commands = [[word.format(out=options.out) for word in part.command] for part in parts]
-    print(f"{len(parts)} experiments, about five minutes on two cores, then one page.")
-    for number, (part, words) in enumerate(zip(parts, commands, strict=True), 1):
-        print(f"\n{number}/{len(parts)} {part.title}\n{part.look_at}", flush=True)
+    commands = [[word.format(out=options.out) for word in part.command] for part in PARTS]
+    print(f"{len(PARTS)} experiments, about five minutes on two cores, then one page.")
+    for number, (part, words) in enumerate(zip(PARTS, commands, strict=True), 1):
+        print(f"\n{number}/{len(PARTS)} {part.title}\n{part.look_at}", flush=True)
         print(f"$ {_typed(words)}\n", flush=True)
-        resume = ["--resume"] * part.resumes
-        status = subprocess.run([sys.executable, "-m", *words, *resume], check=False).returncode
+        status = subprocess.run([sys.executable, "-m", *words], check=False).returncode
         if status:
             raise SystemExit(status)
     from benchmarks.report.document import Document, shareable, to_html
     from iwsft.files import write
 
     document = Document()
-    for part, words in zip(parts, commands, strict=True):
+    for part, words in zip(PARTS, commands, strict=True):
         document.section(part.title)
         document.text(part.look_at)
         lines.append(part.show(document, options.out))
