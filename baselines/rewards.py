@@ -39,10 +39,11 @@ def transformed(trajectories: TensorDictBase, rewards: Rewards) -> TensorDictBas
     return out
 
 
-def clipped_actions(trajectories: TensorDictBase, margin: float = 1e-5) -> TensorDictBase:
-    """Return a shallow copy with actions in [-1 + margin, 1 - margin], as in IQL's code."""
+def clipped_actions(trajectories: TensorDictBase) -> TensorDictBase:
+    """Return a shallow copy with actions at least 1e-5 short of -1 and 1, as in IQL's code."""
+    edge = 1 - 1e-5
     out = trajectories.copy()
-    out.set(ACTION, trajectories.get(ACTION).clamp(margin - 1, 1 - margin))
+    out.set(ACTION, trajectories.get(ACTION).clamp(-edge, edge))
     return out
 
 

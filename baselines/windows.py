@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -103,12 +103,6 @@ class WindowSampler:
 
         batch = self._steps.apply(take, batch_size=mask.shape)
         return batch.set(MASK, mask)
-
-    def __iter__(self) -> Iterator[TensorDictBase]:
-        return self
-
-    def __next__(self) -> TensorDictBase:
-        return self.sample()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state; a sampler that loads it draws the same batches next."""
