@@ -136,7 +136,7 @@ class PolicyLoss(LossModule):
             inside = is_tensor_collection(entry)
             entries = {(name, key): x for key, x in entry.items()} if inside else {name: entry}
             for key, x in entries.items():
-                if isinstance(x, Tensor) and not x.is_floating_point() and x.numel() == steps:
+                if isinstance(x, Tensor) and x.numel() == steps:
                     masks.append(key)
         if masks and (not found or ASSISTANT_MASK in masks):
             key = ASSISTANT_MASK if ASSISTANT_MASK in masks else masks[0]

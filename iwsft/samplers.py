@@ -27,12 +27,11 @@ from iwsft.trajectory import (
     TOKENS,
     TRAJ_IDS,
     Segments,
-    layout,
     lengths,
     per_trajectory,
     steps_of,
 )
-from iwsft.validation import check_count, check_links, check_multiplicity
+from iwsft.validation import check_count, check_links, check_multiplicity, check_packed
 
 # What a critic learns from.
 TRANSITION: tuple[NestedKey, ...]
@@ -50,9 +49,8 @@ class _Sampler(ABC):
         self, trajectories: TensorDictBase, batch_size: int = 256, *, seed: int = 0
     ) -> None:
         check_count("batch_size", batch_size)
+        check_packed(trajectories)
         check_links(trajectories)
-        if len(layout(trajectories)) != 1:
-            raise ValueError("these trajectories are padded; use trajectory.pack(trajectories)")
         self.trajectories = trajectories
         self.batch_size = batch_size
         self.seed = seed

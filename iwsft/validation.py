@@ -48,6 +48,13 @@ def check_tensordict(trajectories: object) -> None:
     raise TypeError(f"trajectories are a TensorDict, not a {type(trajectories).__name__}{hint}")
 
 
+def check_packed(trajectories: TensorDictBase) -> None:
+    """Refuse padded trajectories, and what :func:`check_tensordict` refuses."""
+    check_tensordict(trajectories)
+    if len(layout(trajectories)) != 1:
+        raise ValueError("these trajectories are padded; use trajectory.pack(trajectories)")
+
+
 def check_links(trajectories: TensorDictBase) -> None:
     """Refuse trajectories that their next observations show to be others.
 
@@ -106,6 +113,7 @@ def validate(
     that must exist (KeyError), one row per step, finite on valid steps. A ValueError names the
     entry and the step of anything else that is wrong.
     """
+    check_tensordict(trajectories)
     segments = Segments.of(trajectories)
     if len(segments.shape) == 1:
         check_order(trajectories.get(TRAJ_IDS), TRAJ_IDS)

@@ -229,6 +229,7 @@ def test_what_is_no_part_of_a_training_is_named() -> None:
     data: Any = SimpleNamespace(trajectories=trajectories)
     doors: dict[str, Any] = {
         "not a sampler of batches; pass StepSampler": lambda: fit(loss, trajectories, schedule),
+        "a SimpleNamespace; pass its .trajectories": lambda: validate(data),
         r"schedule=100 must be a Schedule\(steps, lr\)": lambda: fit(loss, sampler, 100),
         "pass its .trajectories": lambda: StepSampler(data, 2),
         "SimpleNamespace; pass its .trajectories": lambda: annotate_reference(policy, data),

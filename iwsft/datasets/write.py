@@ -76,7 +76,7 @@ class Provenance:
 
 
 def to_hdf5(
-    path: Path,
+    path: str | Path,
     trajectories: TensorDictBase,
     provenance: Provenance | None = None,
     *,
@@ -98,6 +98,7 @@ def to_hdf5(
     """
     import h5py
 
+    path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{path} must end in .hdf5 or .h5, or datasets.load can't read it")
     if path.exists():

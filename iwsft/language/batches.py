@@ -29,7 +29,7 @@ from iwsft.trajectory import (
     pad,
     select,
 )
-from iwsft.validation import check_tensordict
+from iwsft.validation import check_packed, check_tensordict
 
 Layout = Literal["padded", "packed"]
 # Position of a token among all packed trajectories, for a trainer that writes into its batches.
@@ -56,6 +56,7 @@ class TrajectoryDataset(Dataset[TensorDictBase]):
         for key in (TOKENS, ATTENTION_MASK, ASSISTANT_MASK, TRAJ_IDS):
             if key not in present:
                 raise KeyError(f"{key!r} is missing: pass what iwsft.language.tokenize makes")
+        check_packed(trajectories)
         self.trajectories = trajectories
         sizes = lengths(trajectories).cpu()
         multiplicity = multiplicities(trajectories, sizes)

@@ -10,6 +10,7 @@ from iwsft.chain import Chain, Reference
 from iwsft.extras import named
 from iwsft.language.batches import Layout
 from iwsft.objective import Proposal
+from iwsft.validation import check_count
 
 with named():
     from transformers import Trainer, TrainingArguments
@@ -115,8 +116,8 @@ def check_q(
             raise ValueError(f"{used[0]} needs {name}: pass it, too")
         if value is not None and not used:
             raise ValueError(f"{name}={value} changes nothing without {' or '.join(users)}")
-    if sync_every is not None and sync_every < 1:
-        raise ValueError(f"sync_every={sync_every}: a sync needs an update before it")
+    if sync_every is not None:
+        check_count("sync_every", sync_every)
     if ema_decay is not None and not 0 <= ema_decay < 1:
         raise ValueError(f"ema_decay={ema_decay} must be in [0, 1)")
 

@@ -49,7 +49,7 @@ from iwsft.trajectory import (
     Segments,
     lengths,
 )
-from iwsft.validation import check_tensordict
+from iwsft.validation import check_packed, check_valid_steps
 
 with named():
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -170,7 +170,7 @@ class ImportanceWeightedTrainer(WeightedTrainer):
 
     def _readable(self, trajectories: TensorDictBase) -> TrajectoryDataset:
         """Trajectories that the model can read, in which each token carries its position."""
-        check_tensordict(trajectories)
+        check_packed(trajectories)
         self._policy.check(trajectories)
         placed = trajectories.copy()
         return TrajectoryDataset(placed.set(PLACE, torch.arange(len(placed))))
@@ -178,14 +178,15 @@ class ImportanceWeightedTrainer(WeightedTrainer):
     def _make_loss(
         self, args: ImportanceWeightedConfig, weights: ImportanceWeights
     ) -> ImportanceWeightedMLE:
+        segments = Segments.of(self._trajectories, mask=self._trajectories.get(ASSISTANT_MASK))
+        check_valid_steps(segments, repr(ASSISTANT_MASK))
         if args.proposal != "reference" or weights.kl:
             if self._trajectories.is_locked:
                 raise ValueError("the trajectories are locked: pass trajectories.copy()")
             if weights.reference == "synced" and args.reference is None:
                 needs = "reference='synced' and a sync_every, such as 50, in args"
                 raise ValueError(f"{weights} divide by the policy at the last sync: set {needs}")
-            mask = self._trajectories.get(ASSISTANT_MASK)
-            weights.check_overflow(int(Segments.of(self._trajectories, mask=mask).lengths.max()))
+            weights.check_overflow(int(segments.lengths.max()))
             if weights.scored:
                 judged = len(self._dataset.undrawn) > 0
                 check_judges(self._dataset.judges if judged else self._trajectories)

@@ -131,7 +131,7 @@ def test_fields_and_attributes_of_a_file(tmp_path: Path) -> None:
     success = np.array([False, True, False, False, True, False])
     path = tmp_path / "mine.h5"
     given = Provenance(**{**vars(PROVENANCE), "env_kwargs": {"max_episode_steps": 9}})
-    write.to_hdf5(path, data, given, infos={"success": success})
+    write.to_hdf5(str(path), data, given, infos={"success": success})
     with h5py.File(path) as file:
         assert file["observations"][()].tolist() == data[OBSERVATION].tolist()
         assert file["next_observations"][()].tolist() == data[NEXT_OBSERVATION].tolist()

@@ -28,6 +28,7 @@ from iwsft.trajectory import (
     REF_LOG_PROB,
     TOKENS,
     TRAJ_IDS,
+    pad,
 )
 from tests.language import tiny
 
@@ -141,6 +142,8 @@ def test_examples_that_cannot_be_in_one_batch():
         collate([entries[0]], layout="ragged")  # type: ignore[arg-type]
     with pytest.raises(KeyError, match="what iwsft.language.tokenize makes"):
         TrajectoryDataset(dataset([3]).exclude("masks"))
+    with pytest.raises(ValueError, match="padded; use trajectory.pack"):
+        TrajectoryDataset(pad(dataset([3, 2])))
 
 
 def test_a_multiplicity_of_an_example_counts_with_its_repeats():

@@ -19,7 +19,7 @@ from iwsft import CausalLMPolicy, ImportanceWeights, weights
 from iwsft.checkpoint import CheckpointError
 from iwsft.language import ImportanceWeightedConfig, ImportanceWeightedTrainer, saving
 from iwsft.language.loss import token_loss
-from iwsft.trajectory import STANDARD_SCORE
+from iwsft.trajectory import STANDARD_SCORE, pad
 
 SAVED: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 CACHED = {**SAVED, "proposal": "cached", "sync_every": 3}
@@ -31,6 +31,7 @@ CACHED = {**SAVED, "proposal": "cached", "sync_every": 3}
         ({"proposal": "cached"}, "proposal='cached' needs sync_every"),
         ({"proposal": "current", "sync_every": 5}, "sync_every=5 changes nothing"),
         ({"proposal": "cached", "sync_every": 0}, "sync_every=0"),
+        ({"proposal": "cached", "sync_every": 1.5}, "sync_every=1.5 must be a whole number"),
         ({"proposal": "lagged"}, "proposal='lagged' needs ema_decay"),
         ({"proposal": "lagged", "ema_decay": 1.0}, "must be in"),
         ({"proposal": "theta"}, "proposal='theta' must be one of"),
@@ -250,6 +251,12 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
             trainer(tmp_path, data=data.set("data_weight", torch.full((len(data),), weight)))
     with pytest.raises(ValueError, match=r"the trajectories are locked: pass trajectories.copy"):
         trainer(tmp_path, data=trajectories().lock_())
+    with pytest.raises(ValueError, match=r"padded; use trajectory.pack\(trajectories\)"):
+        trainer(tmp_path, data=pad(trajectories()))
+    untrained = trajectories()
+    untrained["masks", "all_assistant_mask"].zero_()
+    with pytest.raises(ValueError, match="trajectory 0 has every step masked; drop it"):
+        trainer(tmp_path, data=untrained)
     with pytest.raises(TypeError, match="ImportanceWeightedConfig, not TrainingArguments"):
         ImportanceWeightedTrainer(
             model(), TrainingArguments(str(tmp_path), use_cpu=True), trajectories=trajectories()

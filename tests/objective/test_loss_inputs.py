@@ -61,8 +61,9 @@ def test_a_mask_of_the_steps_that_is_not_read_is_refused(ready: Any, assert_near
     with pytest.raises(TypeError, match="mask is a TensorDict, and must be a tensor"):
         loss(pad_sequence(parts, return_mask=MASK))
     mask = padded["masks", "observation"]
-    with pytest.raises(ValueError, match="loss_mask_key = 'mask'"):
-        loss(padded.exclude("masks").set("mask", mask))
+    for dtype in (torch.bool, torch.float32):
+        with pytest.raises(ValueError, match="loss_mask_key = 'mask'"):
+            loss(padded.exclude("masks").set("mask", mask.to(dtype)))
     loss.loss_mask_key = ("masks", "observation")
     assert_near(loss(padded), loss(packed))
     loss.loss_mask_key = "auto"

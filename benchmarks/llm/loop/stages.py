@@ -75,6 +75,13 @@ class LanguageLoop:
                 tell(f"round {one.number}: other code scored the round before: {way_out}")
         shares = self._right(verdicts, self.options.samples_per_prompt)
         answers = [[each["answer"] for each in group] for group in _groups(verdicts)]
+        unread = sum(answer is None for own in answers for answer in own)
+        if 2 * unread > len(verdicts):
+            tell(
+                f"round {one.number}: {unread} of {len(verdicts)} answers have no final answer "
+                "(\\boxed{...}, Answer: ..., ####), or no end: ask for one by --instruction, or "
+                "raise --max-tokens"
+            )
         distinct = [len({answer for answer in own if answer is not None}) for own in answers]
         return {
             "pass_rate": float(shares.mean()),

@@ -16,12 +16,16 @@ def test_a_loop_without_a_right_answer_keeps_the_model(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    rows = run(verifier="never")
+    rows = run(verifier="integer")
     assert "no prompt has a right answer" in rows[1]["stop"]
     assert rows[1]["left_out"] == {"all-wrong prompts": 8, "answers to all-wrong prompts": 48}
     said = capsys.readouterr()
     samples = lines(tmp_path / "loop" / "round-1" / "generations.jsonl")
     cut = sum(not each["stopped"] for each in samples)
+    # Of random texts most have none.
+    verdicts = lines(tmp_path / "loop" / "round-1" / "scores.jsonl")
+    unread = sum(each["answer"] is None for each in verdicts)
+    assert f"{unread} of 48 answers have no final answer (\\boxed{{...}}, " in said.err
     assert f"0 of 48 answers kept ({cut} reached --max-tokens" in said.err
     assert "so the model stays as it is" in said.err and str(place / "model") in said.out
 
