@@ -36,14 +36,16 @@ _CONTROL = {
     "draws": draw_grid,
     "policies": policy_grid,
 }
-# Records with forms of SFT, and where their data were made.
+# Records with forms of SFT, by where their data were made.
 _FORMS = {
-    "runs.json": "AMD",
-    "hopper_replay_mini.json": "bundled",
-    "hopper_medium_expert_draws.json": "Intel",
-    "medium_expert_forms.json": "Intel",
-    "walker2d_replay_forms.json": "Intel",
-    "halfcheetah_replay_forms.json": "Intel",
+    "AMD": ("runs.json",),
+    "bundled": ("hopper_replay_mini.json",),
+    "Intel": (
+        "hopper_medium_expert_draws.json",
+        "medium_expert_forms.json",
+        "walker2d_replay_forms.json",
+        "halfcheetah_replay_forms.json",
+    ),
 }
 # Loops of each record, and the differences that its page shows.
 _LOOPS = {
@@ -81,7 +83,12 @@ def with_tables(text: str, results: Path) -> str:
         elif kind == "steps":
             grid = step_grid(json.loads((results / name).read_text()))
         elif kind == "gains":
-            grid = gain_grid([(made, _runs(results / file)) for file, made in _FORMS.items()])
+            grid = gain_grid(
+                [
+                    (made, [run for file in files for run in _runs(results / file)])
+                    for made, files in _FORMS.items()
+                ]
+            )
         elif kind == "ratios":
             grid = _speed_grid(results / name)
         else:
