@@ -38,7 +38,7 @@ _CONTROL = {
 }
 # Records with forms of SFT, by where their data were made.
 _FORMS = {
-    "AMD": ("runs.json",),
+    "AMD": ("runs.json", "walker2d_replay_steps.json"),
     "bundled": ("hopper_replay_mini.json",),
     "Intel": (
         "hopper_medium_expert_draws.json",
