@@ -72,8 +72,7 @@ def check_links(trajectories: TensorDictBase) -> None:
     if len(shape) == 1:
         _check_steps(trajectories, following[:-1], observation[1:])
     elif min(shape) > 1 and trajectories.batch_dims == 2:
-        x, y = following.flatten(1), observation.flatten(1)
-        x, y = x.reshape(*shape, -1), y.reshape(*shape, -1)
+        x, y = following.reshape(*shape, -1), observation.reshape(*shape, -1)
         pairs = (x[:-1], y[1:]), (x[:, :-1], y[:, 1:])
         # Most steps, for an episode may end between two of them.
         down, right = (float((a == b).all(2).double().mean()) for a, b in pairs)

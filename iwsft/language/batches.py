@@ -323,7 +323,7 @@ class EpochSampler:
         self._collate = partial(
             collate, layout=layout, pad_token_id=pad_token_id, multiple_of=multiple_of
         )
-        # Each epoch goes on where the batches are.
+        # The batches iterate from a position of their own, which a loaded state sets.
         self._entries = chain.from_iterable(repeat(self.batches))
 
     @property
