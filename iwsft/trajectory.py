@@ -36,7 +36,7 @@ IMPORTANCE_WEIGHT: NestedKey = "importance_weight"
 STANDARD_SCORE: NestedKey = "standard_score"
 DATA_WEIGHT: NestedKey = "data_weight"
 SUCCESS_RATE: NestedKey = "success_rate"
-TIME_FIRST = "these have the layout [T, B]: pass trajectories.transpose(0, 1)"
+_TIME_FIRST = "these have the layout [T, B]: pass trajectories.transpose(0, 1)"
 
 
 def on_host(tensor: Tensor) -> bool:
@@ -84,10 +84,14 @@ class Segments:
 
         Raises:
             KeyError: A packed batch has no trajectory ids.
-            ValueError: There is no step, or ids or mask are wrong. Whether ids are in order is not
-                checked on an accelerator: see :func:`validate`.
+            ValueError: There is no step, ids or mask are wrong, or the name of a dimension or the
+                observations show the layout ``[T, B]``. Values are not read on an accelerator: see
+                :func:`validate`.
         """
         shape, ids, mask = _read_layout(batch, traj_ids, mask)
+        pair = observation_pair(batch) if len(shape) == 2 else None
+        if pair is not None and on_host(pair[0]):
+            check_time_second(batch, shape)
         steps = shape.numel()
         if ids is None:
             device = (mask if mask is not None else next(iter(batch.values(True, True)))).device
@@ -156,12 +160,32 @@ def layout(
             "trajectories.batch_size, which is lost where a batch is built anew from its entries"
         )
     if len(size) == 2 and batch.names[0] == "time":
-        raise ValueError(TIME_FIRST)
+        raise ValueError(_TIME_FIRST)
     if len(size) == 1 and mask is not None and mask.ndim >= 2 and mask.shape[1] != 1:
         return mask.shape[:2]
     if len(size) == 1 and batch.get(traj_ids, default=None) is None:
         raise KeyError(f"{traj_ids!r} is missing; only padded trajectories ([B, T]) do without")
     return size
+
+
+def observation_pair(batch: TensorDictBase) -> tuple[Tensor, Tensor] | None:
+    """Observations and next observations; None unless both are tensors of one shape."""
+    now, following = (batch.get(key, default=None) for key in (OBSERVATION, NEXT_OBSERVATION))
+    tensors = isinstance(now, Tensor) and isinstance(following, Tensor)
+    return (now, following) if tensors and now.shape == following.shape else None
+
+
+def check_time_second(batch: TensorDictBase, shape: torch.Size) -> None:
+    """Refuse rows ``[T, B]``: their next observations are the observations of the next row."""
+    pair = observation_pair(batch)
+    if pair is None or batch.batch_dims != 2 or min(shape) < 2:
+        return
+    now, following = (x.reshape(*shape, -1) for x in pair)
+    steps = (following[:-1], now[1:]), (following[:, :-1], now[:, 1:])
+    # Most steps, for an episode may end between two of them.
+    down, right = (float((a == b).all(2).double().mean()) for a, b in steps)
+    if down > 0.5 > right:
+        raise ValueError(_TIME_FIRST)
 
 
 def _read_layout(

@@ -20,13 +20,14 @@ from iwsft.trajectory import (
     OBSERVATION,
     REF_LOG_PROB,
     REWARD,
-    TIME_FIRST,
     TRAJ_IDS,
     Segments,
     check_order,
+    check_time_second,
     first_steps,
     fit,
     layout,
+    observation_pair,
 )
 
 # Steps that are compared at a time.
@@ -63,25 +64,15 @@ def check_links(trajectories: TensorDictBase) -> None:
     whose columns are linked instead are ``[T, B]``.
     """
     check_tensordict(trajectories)
-    following, observation = (
-        trajectories.get(key, default=None) for key in (NEXT_OBSERVATION, OBSERVATION)
-    )
-    if following is None or observation is None or following.shape != observation.shape:
-        return
-    shape = layout(trajectories)
-    if len(shape) == 1:
-        _check_steps(trajectories, following[:-1], observation[1:])
-    elif min(shape) > 1 and trajectories.batch_dims == 2:
-        x, y = following.reshape(*shape, -1), observation.reshape(*shape, -1)
-        pairs = (x[:-1], y[1:]), (x[:, :-1], y[:, 1:])
-        # Most steps, for an episode may end between two of them.
-        down, right = (float((a == b).all(2).double().mean()) for a, b in pairs)
-        if down > 0.5 > right:
-            raise ValueError(TIME_FIRST)
+    pair, shape = observation_pair(trajectories), layout(trajectories)
+    if pair is not None and len(shape) == 1:
+        _check_steps(trajectories, *pair)
+    check_time_second(trajectories, shape)
 
 
-def _check_steps(packed: TensorDictBase, following: Tensor, observation: Tensor) -> None:
+def _check_steps(packed: TensorDictBase, observation: Tensor, following: Tensor) -> None:
     """Refuse a step that does not begin where the one before it in its trajectory ends."""
+    following, observation = following[:-1], observation[1:]
     inner = ~first_steps(packed)[1:]
     mask = packed.get(MASK, default=None)
     if mask is not None:
