@@ -25,7 +25,7 @@ from benchmarks.report.document import (
     shareable,
 )
 from benchmarks.report.figures import Panels
-from benchmarks.report.scores import algorithm_colour, interval_over_seeds
+from benchmarks.report.scores import algorithm_colour, interval_over_seeds, versions_note
 from benchmarks.results import printable, read_json
 from benchmarks.statistics import MIN_SEEDS
 from iwsft.loop import CONFIG, Round, best, table
@@ -129,6 +129,8 @@ def seed_grids(loops: Sequence[RecordedLoop]) -> dict[str, Grid]:
     groups, notes, tests = dict[str, dict[str, list[dict[str, Any]]]](), {}, {}
     for name, own in named.items():
         groups[name], notes[name], tests[name] = _alike(own)
+    every = [loop.config.get("versions") or {} for own in named.values() for loop in own]
+    tested = [note] if (note := versions_note(every)) else []
     most = max((len(rows) for own in groups.values() for rows in own.values()), default=0)
     grids = {}
     for key, title in COMPARED.items():
@@ -138,7 +140,7 @@ def seed_grids(loops: Sequence[RecordedLoop]) -> dict[str, Grid]:
         for name, by_round in facts.items():
             seeds = len(groups[name])
             cells = [grid.marked(_mean(each, form), _fewer(each, seeds)) for each in by_round]
-            label = grid.marked(f"{name} ({seeds} seeds)", notes[name])
+            label = grid.marked(f"{name} ({seeds} seeds)", [*notes[name], *tested])
             grid.rows.append([label, *cells])
         for one, other in itertools.combinations(facts, 2):
             if tests[one] != tests[other]:

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,8 +67,8 @@ _UNSET_TRAINING = {"q": None, "reference": None, "normalize_data_weights": False
 # What a run reads, each with its digest where that is recorded.
 _SOURCES = ("model", "data", "eval_data", "eval_share")
 _DIGESTS = tuple(f"{name}_sha256" for name in _SOURCES)
-# Packages that decide what an environment does.
-_SIMULATORS = ("gymnasium", "mujoco", "gymnasium-robotics")
+# Packages that decide what an environment or a verifier does.
+_TESTED_BY = ("gymnasium", "mujoco", "gymnasium-robotics", "math-verify")
 _VERSION = re.compile(r"-v\d+$")
 _SHARE = re.compile(r"bc-(\d+(?:\.\d+)?)")
 
@@ -281,7 +281,7 @@ def cells(runs: Sequence[RecordedRun], score_key: str = SCORE) -> list[Cell]:
         for of_task, apart, note in _parts(list(of_dataset), _task):
             task = f"{dataset} ({apart})" if apart else dataset
             key = RETURN if of_task[0].result.get(score_key) is None else score_key
-            tested = _versions_of_tests(of_task)
+            tested = versions_note(run.versions for run in of_task if "env_id" in run.result)
             for algo in dict.fromkeys(run.algo for run in of_task):
                 for part, difference, own in _parts(
                     [r for r in of_task if r.algo == algo], _settings
@@ -294,12 +294,12 @@ def cells(runs: Sequence[RecordedRun], score_key: str = SCORE) -> list[Cell]:
     return sorted(grouped, key=lambda cell: (cell.dataset, algorithm_rank(cell.algo)))
 
 
-def _versions_of_tests(runs: Sequence[RecordedRun]) -> str:
-    """A sentence where the environment of runs had several versions; empty if it had not."""
-    tests = [run.versions for run in runs if "env_id" in run.result]
-    found = {name: sorted({each[name] for each in tests if name in each}) for name in _SIMULATORS}
+def versions_note(tested: Iterable[Mapping[str, str]]) -> str:
+    """A sentence where runs were tested in several versions; empty if they were not."""
+    every = list(tested)
+    found = {name: sorted({each[name] for each in every if name in each}) for name in _TESTED_BY}
     several = [f"{name} {' and '.join(own)}" for name, own in found.items() if len(own) > 1]
-    return f"The runs of this dataset were tested in {', '.join(several)}." if several else ""
+    return f"Not all runs were tested in one version: {', '.join(several)}." if several else ""
 
 
 def _parts(

@@ -76,6 +76,19 @@ def test_loops_of_other_settings_or_tests_are_not_mixed() -> None:
     assert numbers(grid.rows[0][1])[0] == pytest.approx(0.1)
 
 
+def test_loops_that_other_versions_tested_have_a_note() -> None:
+    rows = [{"round": 0, "score": 0.1}]
+    loops = [
+        RecordedLoop(f"{name}/seed-{seed}", {"seed": seed, "versions": {"mujoco": version}}, rows)
+        for name, version in (("a", "2.3.7"), ("b", "3.11.0"))
+        for seed in range(3)
+    ]
+    grid = seed_grids(loops)["Held-out score over seeds"]
+    assert grid.notes == ["Not all runs were tested in one version: mujoco 2.3.7 and 3.11.0."]
+    assert [row[0] for row in grid.rows[:2]] == ["a (3 seeds) [1]", "b (3 seeds) [1]"]
+    assert seed_grids(loops[:3])["Held-out score over seeds"].notes == []
+
+
 @pytest.mark.parametrize(
     ("change", "alike"),
     [

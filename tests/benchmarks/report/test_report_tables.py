@@ -37,7 +37,7 @@ def test_seeds_that_were_run_differently_are_named(tmp_path: Path, make_run: Mak
         "Seeds differ in versions.torch",
         "Seeds differ in versions.mujoco",
         "Seeds differ in lr",
-        "The runs of this dataset were tested in mujoco 2.3.7 and 3.11.0.",
+        "Not all runs were tested in one version: mujoco 2.3.7 and 3.11.0.",
         "All seeds have the same value: no interval follows from it.",
     ]
     assert "Seeds differ in lr (0.0001, not recorded)." in notes
@@ -51,7 +51,7 @@ def test_algorithms_that_were_tested_in_other_versions_are_named(
         make_run(tmp_path, "hopper-a", "bc", seed, 40.0 + seed, versions={"mujoco": "2.3.7"})
         make_run(tmp_path, "hopper-b", "bc", seed, 40.0 + seed)
     group = cells(read_runs(tmp_path, CONTROL))
-    told = "The runs of this dataset were tested in mujoco 2.3.7 and 3.11.0."
+    told = "Not all runs were tested in one version: mujoco 2.3.7 and 3.11.0."
     assert [(cell.dataset, cell.note) for cell in group] == [
         ("hopper-a", told),
         ("hopper-a", told),
