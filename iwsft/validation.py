@@ -30,6 +30,8 @@ from iwsft.trajectory import (
     observation_pair,
 )
 
+# Entries with one number a step.
+_NUMBERS = (REF_LOG_PROB, IMPORTANCE_WEIGHT, REWARD, MULTIPLICITY)
 # Steps that are compared at a time.
 _PART = 2**16
 
@@ -116,9 +118,11 @@ def validate(
         dtype = trajectories.get(key).dtype
         if not dtype.is_floating_point:
             raise ValueError(f"{key!r} must be floating point, it is {dtype}")
-    for key in (*keys, REF_LOG_PROB, IMPORTANCE_WEIGHT, REWARD, MULTIPLICITY):
+    for key in (*keys, *_NUMBERS):
         if key in present:
             _check_values(trajectories.get(key), segments, key)
+        if key in present and key in _NUMBERS:
+            fit(trajectories.get(key), segments.shape, repr(key))
     if MULTIPLICITY in present:
         check_multiplicity(trajectories.get(MULTIPLICITY), segments, repr(MULTIPLICITY))
     if DATA_WEIGHT in present:

@@ -124,6 +124,7 @@ def _poke(key: Any, value: float) -> Any:
         (_poke("action", float("inf")), ValueError, "'action' is NaN or infinite"),
         (_poke(REF_LOG_PROB, float("-inf")), ValueError, "'ref_log_prob' is NaN or infinite"),
         (_poke(REWARD, float("nan")), ValueError, "'reward'.*NaN or infinite"),
+        (_set(REWARD, torch.ones(6, 2)), ValueError, r"'reward'.*has shape \[6, 2\]"),
         (_set(IMPORTANCE_WEIGHT, torch.full((6,), torch.nan)), ValueError, "'importance_weight'"),
         (_poke(MULTIPLICITY, -1), ValueError, "'multiplicity'.*negative"),
         (
