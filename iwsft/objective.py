@@ -102,8 +102,8 @@ class ImportanceWeightedMLE(PolicyLoss):
             that :meth:`check_data_weights` refuses.
         OverflowError: A weight is beyond float32. On an accelerator, where looking would cost a
             wait, these two are device-side assertions.
-        FloatingPointError: The policy excludes a step that counts (log p is -inf), and so does q,
-            so the loss is NaN. An accelerator is not waited for.
+        FloatingPointError: A weight is NaN; or the policy excludes a step that counts (log p is
+            -inf), and so does q, so the loss is NaN. An accelerator is not waited for.
 
     Examples:
         >>> loss = ImportanceWeightedMLE(policy, importance_weights=ImportanceWeights(

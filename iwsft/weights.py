@@ -282,9 +282,10 @@ def exponential(log_weight: Tensor) -> Tensor:
     """The weights themselves.
 
     Raises:
-        OverflowError: A weight is beyond float32, or NaN. On an accelerator, where looking would
-            cost a wait, this is a device-side assertion. Within ``torch.vmap``, which has neither,
-            the weights, and then the loss, are infinite or NaN.
+        OverflowError: A weight is beyond float32.
+        FloatingPointError: A weight is NaN, as where an observation is. On an accelerator, where
+            looking would cost a wait, both are a device-side assertion. Within ``torch.vmap``,
+            which has neither, the weights, and then the loss, are infinite or NaN.
     """
     weight = log_weight.exp()
     if torch._C._are_functorch_transforms_active():
@@ -293,9 +294,13 @@ def exponential(log_weight: Tensor) -> Tensor:
     finite = weight.amax() < math.inf
     if not on_host(weight):
         torch._assert_async(finite, "importance weights overflow float32 or are NaN")
+    elif bool(weight.isnan().any()):
+        at = weight.isnan().nonzero()[0].tolist()
+        way_out = "iwsft.validation.validate(trajectories) tells whether the data are finite"
+        raise FloatingPointError(f"importance weights are NaN, first at {at}; {way_out}")
     elif not bool(finite):
         raise OverflowError(
-            f"importance weights overflow float32 or are NaN (log-weights reach "
+            f"importance weights overflow float32 (log-weights reach "
             f"{float(log_weight.max()):.4g}); use reduce='mean', a lower Temperature or ClipWeight"
         )
     return weight
