@@ -17,7 +17,7 @@ from torch import nn
 from torchrl.modules import OneHotCategorical, ProbabilisticActor
 
 from benchmarks.bandit.options import Options
-from benchmarks.llm.options import ALGORITHMS, Variant
+from benchmarks.llm.options import ALGORITHMS, Algorithm
 from benchmarks.llm.settings import Settings
 from benchmarks.report import figures
 from benchmarks.report.document import INK, NOTHING, Grid, interval_text
@@ -86,7 +86,7 @@ def draw_pulls(pulls: int, seed: int, right: float = 0.5) -> TensorDictBase:
     return annotate_reference(reference_policy(right), data)
 
 
-def training_data(method: Variant, data: TensorDictBase) -> TensorDictBase:
+def training_data(method: Algorithm, data: TensorDictBase) -> TensorDictBase:
     """Return D+, the successes of D; or D with its signs as data weights, less a baseline."""
     reward = data[REWARD].squeeze(-1)
     if not method.signed:
@@ -127,7 +127,7 @@ def train(
 
 
 def _updater(
-    method: Variant, loss: ImportanceWeightedMLE, data: TensorDictBase
+    method: Algorithm, loss: ImportanceWeightedMLE, data: TensorDictBase
 ) -> EMA | HardSync | None:
     """What moves q, or what q is divided by."""
     if method.proposal == "lagged":

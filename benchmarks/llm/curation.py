@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 
-from benchmarks.llm.options import Variant
+from benchmarks.llm.options import Algorithm
 from benchmarks.llm.recipes.chat import prompt_digest
 from benchmarks.llm.settings import Settings
 from benchmarks.stopping import warnings_until
@@ -24,7 +24,7 @@ _EVERY = 5
 
 
 def curated(
-    rows: Sequence[Row], tokenizer: Any, algorithm: Variant, settings: Settings, *, seed: int
+    rows: Sequence[Row], tokenizer: Any, algorithm: Algorithm, settings: Settings, *, seed: int
 ) -> TensorDictBase:
     """Curate rows into D+ (or D_Q+), with ``q="auto"`` its judges too, of multiplicity 0."""
     if algorithm.signed:
@@ -113,7 +113,7 @@ def _score_of(trajectories: TensorDictBase) -> Any:
     return SCORE if trajectories.get(SCORE, default=None) is not None else lambda _: equal
 
 
-def _signed(algorithm: Variant, trajectories: TensorDictBase, *, margin: float) -> TensorDictBase:
+def _signed(algorithm: Algorithm, trajectories: TensorDictBase, *, margin: float) -> TensorDictBase:
     """Weigh right answers 1 and wrong ones -1; in AsymRE 1 and 0, less a baseline."""
     weighed = weigh_correct(trajectories)
     if algorithm.related == "asymre":

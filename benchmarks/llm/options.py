@@ -41,8 +41,8 @@ BASE = "base"
 
 
 @dataclass(frozen=True)
-class Variant:
-    """An algorithm, as a variant of weighted fine-tuning.
+class Algorithm:
+    """One of the algorithms: what q is, which rows count, and what weighs them.
 
     ``proposal`` is what q is, see :class:`iwsft.language.config.ImportanceWeightedConfig`.
     ``quality`` trains on D_Q+, where better rows count several times, instead of D+. ``per_step``
@@ -78,27 +78,27 @@ class Variant:
 
 
 ALGORITHMS = {
-    "sft": Variant("reference"),
-    "sft-q": Variant("reference", quality=True),
-    "rwr": Variant("reference", by_score=True),
-    "iw-sft": Variant("current"),
-    "iw-sft-hard": Variant("cached"),
-    "iw-sft-ema": Variant("lagged"),
-    "iw-sft-q": Variant("current", quality=True),
-    "iw-sft-step": Variant("current", per_step=True),
+    "sft": Algorithm("reference"),
+    "sft-q": Algorithm("reference", quality=True),
+    "rwr": Algorithm("reference", by_score=True),
+    "iw-sft": Algorithm("current"),
+    "iw-sft-hard": Algorithm("cached"),
+    "iw-sft-ema": Algorithm("lagged"),
+    "iw-sft-q": Algorithm("current", quality=True),
+    "iw-sft-step": Algorithm("current", per_step=True),
     **{
-        name: Variant("current", related=name.replace("-", "_"))
+        name: Algorithm("current", related=name.replace("-", "_"))
         for name in (
             *("dft", "power", "chord-phi", "psft", "eaft", "asft", "minor-sft", "topr", "nft"),
         )
     },
     # Its weights are 1.
-    "asymre": Variant("reference", related="asymre"),
+    "asymre": Algorithm("reference", related="asymre"),
 }
 NAMES = (BASE, *ALGORITHMS)
 
 
-def choose_q(algorithm: Variant, settings: Settings, parts: int) -> tuple[Proposal, int | None]:
+def choose_q(algorithm: Algorithm, settings: Settings, parts: int) -> tuple[Proposal, int | None]:
     """Choose what q is, and how many updates follow a hard sync.
 
     Weights that are compared with each other have to be known for the whole update. In several
@@ -122,13 +122,13 @@ _OTHER_SCHEDULES = (
 )
 
 
-def _of_method(name: str) -> Callable[[Variant, Settings], bool]:
+def _of_method(name: str) -> Callable[[Algorithm, Settings], bool]:
     """Whether a setting is that of an algorithm's related method."""
     return lambda algorithm, _: name.startswith(f"{algorithm.related}_")
 
 
 # Setting -> which algorithms it changes something in, given all settings.
-_USED: dict[str, Callable[[Variant, Settings], bool]] = {
+_USED: dict[str, Callable[[Algorithm, Settings], bool]] = {
     "cuts": lambda algorithm, _: not algorithm.quality and not algorithm.signed,
     "quality_cuts": lambda algorithm, _: algorithm.quality,
     "sync_every": lambda algorithm, _: algorithm.proposal == "cached" or algorithm.syncs_reference,
@@ -280,12 +280,12 @@ def to_file(options: Options, algo: str, seed: int) -> dict[str, Any]:
     return content
 
 
-def uses(name: str, algorithm: Variant, settings: Settings) -> bool:
+def uses(name: str, algorithm: Algorithm, settings: Settings) -> bool:
     """Whether a setting changes something in an algorithm."""
     return name not in _USED or _USED[name](algorithm, settings)
 
 
-def recorded(settings: Settings, algorithm: Variant) -> dict[str, Any]:
+def recorded(settings: Settings, algorithm: Algorithm) -> dict[str, Any]:
     """Settings for ``config.json``, without those of related methods that change nothing."""
     names = [each.name for each in fields(Related)]
     unused = [

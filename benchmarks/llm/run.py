@@ -43,8 +43,8 @@ from benchmarks.llm.models import (
 from benchmarks.llm.options import (
     ALGORITHMS,
     BASE,
+    Algorithm,
     Options,
-    Variant,
     choose_q,
     describe_warmup,
     uses,
@@ -88,7 +88,7 @@ class Run(runs.Run[Options]):
     commits: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
-    def algorithm(self) -> Variant | None:
+    def algorithm(self) -> Algorithm | None:
         """The algorithm; None for the base, which is not trained."""
         return None if self.algo == BASE else ALGORITHMS[self.algo]
 
@@ -278,7 +278,7 @@ def _in_one_process() -> Iterator[None]:
 _patient_group = cache(lambda: torch.distributed.new_group(backend="gloo", timeout=timedelta(7)))
 
 
-def training_arguments(run: Run, algorithm: Variant) -> dict[str, Any]:
+def training_arguments(run: Run, algorithm: Algorithm) -> dict[str, Any]:
     """Make the arguments of ``ImportanceWeightedConfig``, and check that they fit the processes."""
     options, settings, processes = run.options, run.settings, run.launch.processes
     own, rest = divmod(settings.batch_size, processes)
@@ -362,7 +362,7 @@ def _last_choice(run: Run, prepared: Prepared, rows: list[dict[str, float]]) -> 
     return {"rule": run.settings.q, **{name: last_row[name] for name in Choice._fields}}
 
 
-def _train(run: Run, algorithm: Variant, prepared: Prepared) -> dict[str, Any]:
+def _train(run: Run, algorithm: Algorithm, prepared: Prepared) -> dict[str, Any]:
     """Train, save the model with its tokenizer, and return what it took for ``result.json``."""
     # Before the model: under ZeRO-3 it is loaded in shards, which these arguments switch on.
     args = ImportanceWeightedConfig(**training_arguments(run, algorithm))

@@ -74,7 +74,7 @@ class Weighting:
     self_normalize: Annotated[bool, setting()] = False
     """Divide the weights by their mean over the batch."""
     step_clip: Annotated[tuple[float, float], setting("FLOAT FLOAT")] = (0.2, 1.8)
-    """Limits of the ratio of a step, in the per-step variant."""
+    """Limits of the ratio of a step, in iw-sft-step."""
     sync_every: Annotated[int, setting("INT")] = 50
     """Updates between hard syncs of q."""
     ema_decay: Annotated[float, setting("FLOAT")] = 0.99
@@ -88,7 +88,7 @@ class Related:
     """How the related methods weigh, each by its own options, and what else changes weights."""
 
     reference: Annotated[Literal["none"] | None, setting("none", "pi_ref, the model")] = None
-    """What q is divided by in iw-sft and its variants; "none" weighs by q itself."""
+    """What q is divided by in every iw-sft algorithm; "none" weighs by q itself."""
     q: Annotated[Literal["auto"] | None, setting("auto", "none, k is fixed")] = None
     """Rule that chooses the temperature at each sync: "auto" takes the one that promises the most
     right answers, or the best score, on the rows of one prompt in five, which are not trained."""
@@ -139,7 +139,7 @@ class Settings(Optimization, Curation, Weighting, Related, Memory):
     def importance_weights(
         self, *, per_step: bool = False, related: str | None = None
     ) -> ImportanceWeights:
-        """Build the chain of weights of ``preset``, of the per-step variant or a related method."""
+        """Build the chain of weights of ``preset``, of iw-sft-step or a related method."""
         from iwsft import ImportanceWeights, weights
 
         chain: ImportanceWeights
