@@ -29,6 +29,7 @@ from iwsft.weights import Temperature, exponential
 
 Proposal = Literal["current", "reference", "lagged", "cached"]
 LOSS = "loss_iw_mle"
+_DIAGNOSTICS = ("ESS", "kl_approx", "clip_fraction", "weight_mean", "weight_max", "log_prob")
 # Entries of a batch that weights read, and the function that writes them.
 WRITTEN_BY = {"standard_score": "iwsft.curate", "success_rate": "iwsft.language.weigh_correct"}
 
@@ -94,7 +95,8 @@ class ImportanceWeightedMLE(PolicyLoss):
     Output: ``loss_iw_mle``, then detached scalars: ``ESS`` (effective over drawn trajectories, in
     (0, 1]), ``kl_approx`` (mean of log pi_ref - log p; NaN without ``ref_log_prob``),
     ``clip_fraction`` (NaN with cached weights), ``weight_mean``, ``weight_max``, ``log_prob``.
-    Means count a trajectory by its multiplicity and give its steps equal shares.
+    Means count a trajectory by its multiplicity and give its steps equal shares. After
+    ``select_out_keys("loss_iw_mle")`` a call computes the loss alone.
 
     Raises:
         KeyError: The batch lacks an entry that the loss needs; the message says how to add it.
@@ -115,7 +117,7 @@ class ImportanceWeightedMLE(PolicyLoss):
     _AcceptedKeys = Keys
     tensor_keys: Keys
     default_keys = Keys
-    out_keys = [LOSS, "ESS", "kl_approx", "clip_fraction", "weight_mean", "weight_max", "log_prob"]
+    out_keys = [LOSS, *_DIAGNOSTICS]
 
     def __init__(
         self,
@@ -281,16 +283,16 @@ class ImportanceWeightedMLE(PolicyLoss):
         weight, draws = exponential(terms.log_weight), terms.share.sum()
         if self.reduction == "mean" and on_host(draws) and float(draws) == 0:
             raise ValueError("every trajectory of the batch has multiplicity 0: it has no mean")
-        out = {LOSS: self.value(terms, weight), **self._diagnostics(terms, weight, draws)}
+        loss = self.value(terms, weight)
         # Where q excludes an action that the policy excludes, 0 times infinity makes a NaN.
-        excluded = on_host(draws) and float(out["log_prob"]) == -torch.inf
-        if excluded and bool(out[LOSS].isnan().any()):
-            number = int(terms.segments.index[(terms.log_prob == -torch.inf).flatten()][0])
-            raise FloatingPointError(
-                f"log p is -inf at a step of trajectory {number} of the batch, and its weight is "
-                "0, so the loss is NaN: mask the step, or take a policy that does not exclude it"
-            )
-        return TensorDict(out, batch_size=[])
+        if on_host(draws) and bool(loss.isnan().any()):
+            excluded = terms.segments.index[(terms.log_prob == -torch.inf).flatten()]
+            if len(excluded):
+                problem = f"log p is -inf at a step of trajectory {int(excluded[0])} of the batch"
+                way_out = "mask the step, or take a policy that does not exclude it"
+                raise FloatingPointError(f"{problem}, and its weight is 0: {way_out}")
+        out = {} if list(self.out_keys) == [LOSS] else self._diagnostics(terms, weight, draws)
+        return TensorDict({LOSS: loss, **out}, batch_size=[])
 
     @torch.no_grad()
     def _diagnostics(self, terms: Terms, weight: Tensor, draws: Tensor) -> dict[str, Tensor]:
@@ -307,9 +309,8 @@ class ImportanceWeightedMLE(PolicyLoss):
         columns = (relative, relative.square(), kl, clipped, weight, terms.log_prob)
         means = torch.stack(columns).flatten(1).double() @ terms.share.flatten() / draws
         first, second, kl, clipped, mean, log_prob = means.unbind()
-        names = ("ESS", "kl_approx", "clip_fraction", "weight_mean", "weight_max", "log_prob")
         values = torch.stack((first.square() / second, kl, clipped, mean, top.exp(), log_prob))
-        return dict(zip(names, values.float().unbind(), strict=True))
+        return dict(zip(_DIAGNOSTICS, values.float().unbind(), strict=True))
 
     def log_prob(self, trajectories: TensorDictBase) -> Tensor:
         """log p of each step under the policy, in the layout of the batch, 0 where masked."""

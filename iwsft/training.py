@@ -223,9 +223,10 @@ def _updates(
         for step in range(first, last + 1):
             for seed in seeds:
                 seed.set_rates(step)
-            results = update([seed.draw() for seed in seeds])
             measure = step % log_every == 0 or step in (1, last)
             save = step % checkpoint_every == 0 or step == last
+            measured = measure or save or any(seed.due(step) for seed in seeds)
+            results = update([seed.draw() for seed in seeds], measured=measured)
             for seed, out, batch in zip(seeds, *results, strict=True):
                 seed.follow(step, out, batch, measure=measure, save=save)
             yield step
@@ -325,6 +326,11 @@ class _Seed:
         noise = drawn.get(NOISE, default=None)
         return batch if noise is None else batch.set(NOISE, noise)
 
+    def due(self, step: int) -> list[Probe]:
+        """The probes that look after an update."""
+        last = step == self.steps
+        return [probe for probe in self._training.probes if step % probe.every == 0 or last]
+
     def follow(
         self, step: int, out: TensorDictBase, batch: TensorDictBase, *, measure: bool, save: bool
     ) -> None:
@@ -340,10 +346,8 @@ class _Seed:
     def _follow(
         self, step: int, out: TensorDictBase, batch: TensorDictBase, *, measure: bool, save: bool
     ) -> None:
-        training, schedules = self._training, self._schedules
-        last = step == self.steps
-        due = [probe for probe in training.probes if step % probe.every == 0 or last]
-        save = save and (last or training.folder is not None)
+        training, schedules, due = self._training, self._schedules, self.due(step)
+        save = save and (step == self.steps or training.folder is not None)
         if measure or due or save:
             row = row_of(step, out, dict(zip(schedules, self._rates, strict=True)))
             check_limits(row, training.limits, schedules)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -281,6 +282,25 @@ def test_rows_are_logged_at_the_first_the_last_and_every_nth_update(tmp_path: Pa
     for row in rows:
         assert row["lr"] == pytest.approx(SCHEDULE.lr * SCHEDULE.factor(int(row["step"]) - 1))
     assert [row["wall_seconds"] for row in rows] == sorted(row["wall_seconds"] for row in rows)
+
+
+def test_rows_have_the_outputs_that_the_user_selected() -> None:
+    """Between rows ``fit`` computes the loss alone; that changes neither rows nor parameters."""
+    every = {"ESS", "kl_approx", "clip_fraction", "weight_mean", "weight_max", "log_prob"}
+    ends = []
+    for chosen, log_every in ((every, 1), (every, 1000), ({"ESS"}, 7)):
+        made, rows = JOBS["cached, steps, hard sync"](), list[Row]()
+        if chosen != every:
+            made.loss.select_out_keys("loss_iw_mle", *chosen)
+        keys = list(made.loss.out_keys)
+        options = {"log_every": log_every, "report": rows.append}
+        fit(made.loss, made.sampler, SCHEDULE, updater=made.updater, **options)
+        assert rows and all(every & row.keys() == chosen for row in rows)
+        assert made.loss.out_keys == keys
+        assert set(made.loss(made.sampler.sample()).keys()) == set(keys)
+        ends.append([torch.tensor(rows[-1]["ESS"]), *made.loss.parameters()])
+    for one, other in itertools.pairwise(ends):
+        assert all(map(torch.equal, one, other))
 
 
 def plain_loop(proposal: str, decay: float, every: int) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -34,7 +35,7 @@ from iwsft.trajectory import (
     lengths,
     pad,
 )
-from iwsft.update import denormals_flushed
+from iwsft.update import denormals_flushed, loss_alone
 from tests.oracles.iw_sft import NaiveIwSft
 from tests.oracles.networks import PlainGaussian
 
@@ -42,6 +43,8 @@ GRADIENT_LIMIT = 1e-5
 _NAIVE = "padded batch of every draw, live q and reference (plain torch)"
 # halfcheetah-medium-replay in Table 4 of the paper.
 K, DECAY, LR = 1.0, 0.995, 4e-5
+# As in fit.
+_LOG_EVERY = 50
 _ROW, _ = paper.find_fine_tuning("hopper-replay", ALGORITHMS["iw-sft-q"])
 
 
@@ -126,12 +129,15 @@ def updates(
     ``flushed=False`` keeps denormal numbers.
     """
     optimizer = torch.optim.Adam(loss.parameters(), lr=lr, fused=True)
+    steps = itertools.count()
 
     def update() -> None:
+        logged = next(steps) % _LOG_EVERY == 0
         with denormals_flushed() if flushed else nullcontext():
             batch = sampler.sample()
             terms = loss.terms(batch)
-            out = loss.summary(terms)
+            with nullcontext() if logged else loss_alone(loss):
+                out = loss.summary(terms)
             optimizer.zero_grad()
             out[LOSS].backward()
             if diagnosed:

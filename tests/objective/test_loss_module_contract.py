@@ -130,6 +130,24 @@ def test_call_without_tensordict(ready: Any, proposal: str, functional: bool) ->
 
 @every_proposal
 @both_modes
+def test_the_loss_can_be_computed_alone(ready: Any, proposal: str, functional: bool) -> None:
+    loss, batch = ready(proposal, functional)
+    expected = loss(batch)["loss_iw_mle"]
+    gradients = torch.autograd.grad(expected, [*loss.parameters()])
+    loss.select_out_keys("loss_iw_mle")
+    out = loss(batch)
+    assert list(out.keys()) == ["loss_iw_mle"]
+    assert torch.equal(out["loss_iw_mle"], expected)
+    for one, other in zip(
+        torch.autograd.grad(out["loss_iw_mle"], [*loss.parameters()]), gradients, strict=True
+    ):
+        assert torch.equal(one, other)
+    loss.reset_out_keys()
+    assert list(loss(batch).keys()) == OUT_KEYS
+
+
+@every_proposal
+@both_modes
 def test_output_is_scalars_and_only_the_loss_carries_gradient(
     ready: Any, proposal: str, functional: bool
 ) -> None:
