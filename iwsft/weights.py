@@ -294,11 +294,11 @@ def exponential(log_weight: Tensor) -> Tensor:
     finite = weight.amax() < math.inf
     if not on_host(weight):
         torch._assert_async(finite, "importance weights overflow float32 or are NaN")
-    elif bool(weight.isnan().any()):
-        at = weight.isnan().nonzero()[0].tolist()
-        way_out = "iwsft.validation.validate(trajectories) tells whether the data are finite"
-        raise FloatingPointError(f"importance weights are NaN, first at {at}; {way_out}")
     elif not bool(finite):
+        if len(wrong := weight.isnan().nonzero()):
+            way_out = "iwsft.validation.validate(trajectories) tells whether the data are finite"
+            first = wrong[0].tolist()
+            raise FloatingPointError(f"importance weights are NaN, first at {first}; {way_out}")
         raise OverflowError(
             f"importance weights overflow float32 (log-weights reach "
             f"{float(log_weight.max()):.4g}); use reduce='mean', a lower Temperature or ClipWeight"
