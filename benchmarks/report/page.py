@@ -84,13 +84,22 @@ def write_report(folder: Path, out: Path) -> WrittenReport:
         RECORDS: results.as_records(entries).encode(),
         PAGE: to_html(markdown, document.images, _video_section(runs)).encode(),
     }
-    earlier = (out / MARKDOWN).read_text() if (out / MARKDOWN).is_file() else ""
+    older = [path for path in _figures_in(out) if path.name not in written]
     for name, content in written.items():
         write(out / name, content)
-    for name in re.findall(r"^!\[.*\]\(([\w.+-]+\.(?:png|svg))\)$", earlier, re.MULTILINE):
-        if name not in written:
-            (out / name).unlink(missing_ok=True)
+    for path in older:
+        path.unlink()
     return WrittenReport(out / PAGE, runs, recipes, others, loops)
+
+
+def _figures_in(out: Path) -> list[Path]:
+    """Figures of an earlier report in a folder: its page holds what they are, and not a user's."""
+    if not (out / MARKDOWN).is_file() or not (out / PAGE).is_file():
+        return []
+    names = re.findall(r"^!\[.*\]\(([\w.+-]+)\)$", (out / MARKDOWN).read_text(), re.MULTILINE)
+    page, paths = (out / PAGE).read_text(), [out / name for name in dict.fromkeys(names)]
+    there = [path for path in paths if path.is_file()]
+    return [path for path in there if base64.b64encode(path.read_bytes()).decode() in page]
 
 
 def _refuse(folder: Path, others: Sequence[RecordedRun]) -> None:
