@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -128,8 +130,8 @@ def read_evaluations(folder: str | Path) -> list[dict[str, Any]]:
     A damaged one has the entry ``damage`` alone.
     """
     evaluations = []
-    for path in sorted(Path(folder).rglob(RESULT)):
-        if path.parent.name.startswith("seed-"):
+    for path in (place / RESULT for place in folders_below(Path(folder))):
+        if path.parent.name.startswith("seed-") or not path.exists():
             continue
         try:
             result = read_json(path)
@@ -215,15 +217,30 @@ def printable(value: Any) -> Any:
 def _folders(root: Path) -> list[Path]:
     if not root.is_dir():
         raise ResultsError(f"{root} is not a folder: pass the folder that --out of the runs named")
-    return sorted(
+    return [
         path
-        for path in (root, *root.rglob("seed-*"))
+        for path in folders_below(root)
         # The reference policies of the runs are in folders seed-<k>-<key>.
         if re.fullmatch(r"seed-\d+", path.name)
         # The rounds of a loop are in its own table.
         and not any(re.fullmatch(r"round-\d+", part) for part in path.relative_to(root).parts)
         and any((path / name).exists() for name in (CONFIG, RESULT, metrics.FILE))
-    )
+    ]
+
+
+def folders_below(root: Path) -> list[Path]:
+    """All folders at or below one, sorted; what is behind links is there, too, and once."""
+    found, seen, later = list[Path](), set[tuple[int, int]](), deque([root])
+    while later:
+        # What is there by itself comes before what links lead to.
+        for place, names, _ in os.walk(later.popleft()):
+            found.append(Path(place))
+            status = os.stat(place)
+            if (status.st_dev, status.st_ino) in seen:
+                names.clear()
+            seen.add((status.st_dev, status.st_ino))
+            later += filter(Path.is_symlink, (Path(place, name) for name in names))
+    return sorted(found)
 
 
 def _check_result(path: Path, result: dict[str, Any], benchmark: str) -> None:

@@ -26,7 +26,7 @@ from benchmarks.report.document import (
 )
 from benchmarks.report.figures import Panels
 from benchmarks.report.scores import algorithm_colour, interval_over_seeds, versions_note
-from benchmarks.results import printable, read_json
+from benchmarks.results import folders_below, printable, read_json
 from benchmarks.statistics import MIN_SEEDS
 from iwsft.loop import CONFIG, Round, best, table
 
@@ -92,8 +92,8 @@ def read_loops(folder: Path) -> list[RecordedLoop]:
     """Read all loops at or below a folder, by path."""
     loops = []
     # The start tells a loop from other folders with a config.
-    for first in sorted(Path(folder).rglob("round-0")):
-        home = first.parent
+    rounds = [path for path in folders_below(Path(folder))[1:] if path.name == "round-0"]
+    for home in (first.parent for first in rounds):
         config = read_json(home / CONFIG)
         if config.get("benchmark") == LOOP:
             name = home.relative_to(folder).as_posix()

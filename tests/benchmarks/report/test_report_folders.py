@@ -213,3 +213,25 @@ def test_missing_folder_and_no_runs(tmp_path: Path) -> None:
     with pytest.raises(ResultsError, match="no finished run below"):
         write_report(tmp_path, tmp_path / "report")
     assert not (tmp_path / "report").exists()
+
+
+def test_runs_behind_links_are_read_once(
+    runs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    def names() -> list[tuple[str, str, int]]:
+        finished, others = read_all(runs, CONTROL)
+        assert others == []
+        return sorted((run.dataset, run.algo, run.seed) for run in finished)
+
+    before = names()
+    # The disk was full, so runs went to another one, or to another folder of this one.
+    elsewhere = (tmp_path_factory.mktemp("disk") / "sft", runs / "large")
+    for home, moved in zip(elsewhere, ("sft-q", "iw-sft-q/seed-0"), strict=True):
+        shutil.move(runs / "d4rl/hopper-a" / moved, home)
+        (runs / "d4rl/hopper-a" / moved).symlink_to(home)
+    assert names() == before
+    # Links to what is there already, to what is above, and to nothing.
+    (runs / "d4rl/hopper-a/best").symlink_to(runs / "d4rl/hopper-a/iw-sft-q")
+    (runs / "d4rl/hopper-a/sft-q/up").symlink_to(runs)
+    (runs / "d4rl/hopper-a/sft-q/seed-9").symlink_to("nowhere")
+    assert names() == before
