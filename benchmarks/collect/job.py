@@ -17,9 +17,10 @@ from tensordict.nn import TensorDictModuleBase
 from benchmarks.collect import policy_file, sac
 from benchmarks.collect.options import RANDOM, Options, env_arguments
 from benchmarks.collect.output import Fields, Output, Parts
-from benchmarks.collect.rollout import Behaviour, Simulator, collect_rollouts
+from benchmarks.collect.rollout import Behaviour, Simulator, collect_rollouts, sources_of
 from benchmarks.runs import versions
 from iwsft.acting import check_keys
+from iwsft.checkpoint import CheckpointError, differences
 from iwsft.datasets.write import Provenance
 from iwsft.environments import modules_to_import
 from iwsft.files import alone_in
@@ -37,20 +38,27 @@ def run_job(options: Options) -> None:
     # The numbers depend on how many threads there are, and small networks gain nothing from two.
     torch.set_num_threads(1)
     output = Output.of(options.out)
-    if options.resume and not claimable(output, options):
-        print(f"{output.name} is finished; nothing to do")
-        return
     behaviours = [load_behaviour(name, stochastic=options.stochastic) for name in options.policy]
     arguments = env_arguments(options.env_arg, options.max_episode_steps)
     trusted = options.trust_env_module
     simulator = find_simulator(behaviours, options.env, arguments, trusted=trusted)
-    if not options.resume:
-        claimable(output, options)
+    settings = _settings(options, behaviours, simulator)
+    if options.resume and output.path.exists():
+        check_finished(output, options, behaviours, simulator)
+        # A kill while the parts were removed may have left some.
+        if output.partial.exists():
+            with alone_in(output.partial, wait=False):
+                Parts(output.partial, settings)
+                shutil.rmtree(output.partial)
+        print(f"{output.name} is finished; nothing to do")
+        return
+    if not (options.resume and output.partial.exists()):
+        check_free(output, online=options.online is not None)
     packages = versions() | simulator.versions
     provenance = Provenance(simulator.env_id, options.seed, (), packages, simulator.kwargs)
     output.rehearse(simulator.first_step(), provenance)
     with alone_in(output.partial, wait=False):
-        parts = Parts(output.partial, _settings(options, behaviours, simulator))
+        parts = Parts(output.partial, settings)
         with Progress() as bar:
             if options.online is None:
                 cost = ""
@@ -84,24 +92,40 @@ def _settings(
     }
 
 
-def claimable(output: Output, options: Options) -> bool:
-    """Return whether there is something to collect."""
-    begun, finished = output.partial.exists(), output.path.exists()
-    if options.resume and (begun or finished):
-        if begun and finished:
-            # A kill while the parts were removed may have left some.
-            with alone_in(output.partial, wait=False):
-                shutil.rmtree(output.partial)
-        return not finished
-    run = options.online is not None and output.run.exists()
-    for path, exists, problem in (
-        (output.partial, begun, "holds the beginning of this dataset; pass --resume, or delete it"),
-        (output.path, finished, "exists; delete it or choose another --out"),
-        (output.run, run, "holds the learning curve of another run; delete it, or change --out"),
+def check_finished(
+    output: Output, options: Options, behaviours: Sequence[Behaviour], simulator: Simulator
+) -> None:
+    """Check that a finished dataset is what a command line collects, by what is stored in it."""
+    stored, size = output.recorded()
+    if options.online is not None:
+        sources = [sac.source_of(options, None)]
+    else:
+        known = options.amounts if options.episodes else [None] * len(behaviours)
+        sources = sources_of(behaviours, options, known)
+    wanted = {"env_id": simulator.env_id, "env_kwargs": simulator.kwargs, "seed": options.seed}
+    made = {name: stored[name] for name in wanted}
+    for tree, parts in ((made, stored["sources"]), (wanted, sources)):
+        for number, part in enumerate(parts, 1):
+            tree[f"source {number}"] = part if options.episodes else {**part, "episodes": None}
+    differ = differences(made, wanted)
+    least, most = sum(options.steps and options.amounts), simulator.max_episode_steps
+    # The last episode of a policy may go beyond its number of steps.
+    if behaviours and options.steps and not least <= size < least + len(behaviours) * most:
+        differ = differ or f"steps={size} (now {least})"
+    if differ:
+        problem = f"{output.path} holds another collection: {differ}"
+        raise CheckpointError(f"{problem}; use those settings, delete it, or choose another --out")
+
+
+def check_free(output: Output, *, online: bool) -> None:
+    """Check that no other collection is in the place of a new one."""
+    for path, problem in (
+        (output.partial, "holds the beginning of this dataset; pass --resume, or delete it"),
+        (output.path, "exists; delete it or choose another --out"),
+        (output.run, "holds the learning curve of another run; delete it, or change --out"),
     ):
-        if exists:
+        if path.exists() and (online or path != output.run):
             raise FileExistsError(f"{path} {problem}")
-    return True
 
 
 def load_behaviour(name: str, *, stochastic: bool) -> Behaviour:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 from numpy.typing import NDArray
 from tensordict import TensorDict
@@ -55,6 +56,21 @@ class Output:
         """Folder of the online run's learning curve and policy."""
         stem = self.path.stem if self.path.suffix.lower() in _SUFFIXES else self.path.name
         return self.path.with_name(f"{stem}.sac")
+
+    def recorded(self) -> tuple[dict[str, Any], int]:
+        """Return the provenance that the finished dataset has, and its number of steps."""
+        if self.name.startswith(_MINARI):
+            stored = json.loads((self.path / "data" / "metadata.json").read_text())
+            size = stored.get("total_steps", 0)
+        else:
+            with h5py.File(self.path) as file:
+                stored, size = dict(file.attrs), len(file.get("rewards", ()))
+        if "sources" not in stored:
+            problem = f"{self.path} is not a dataset that this command has collected"
+            raise FileExistsError(f"{problem}; choose another --out")
+        kept = {"env_id": str(stored["env_id"]), "seed": int(stored["seed"])}
+        lists = {name: json.loads(stored.get(name, "{}")) for name in ("sources", "env_kwargs")}
+        return kept | lists, size
 
     def rehearse(self, fields: Fields, provenance: write.Provenance) -> None:
         """Write a few steps elsewhere, so that what can't be written fails before collecting."""

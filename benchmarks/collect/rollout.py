@@ -8,7 +8,7 @@ the same data.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -229,6 +229,13 @@ def collect_rollouts(
     finally:
         for env in envs:
             env.env.close()
+    return sources_of(behaviours, options, episodes)
+
+
+def sources_of(
+    behaviours: Sequence[Behaviour], options: Options, episodes: Sequence[int | None]
+) -> list[dict[str, Any]]:
+    """The source of the data of each policy; a number of episodes is None where it is not known."""
     return [
         {
             "policy": behaviour.name,

@@ -164,6 +164,11 @@ def settings_of(options: Options) -> Settings:
     return Settings(steps, options.random_steps)
 
 
+def source_of(options: Options, episodes: int | None) -> dict[str, Any]:
+    """The source of a command line's data; the number of episodes is None where it is not known."""
+    return {"policy": "online SAC run", "episodes": episodes, **asdict(settings_of(options))}
+
+
 @dataclass
 class OnlineRun:
     """SAC in one environment, each transition recorded.
@@ -210,7 +215,7 @@ class OnlineRun:
                 note = f"episode {self.episodes}, {mean}, {speed:.0f}/s"
                 bar.update(task, completed=self.steps, note=note)
         save_policy(self.output.run, self._learner, self.simulator)
-        source = {"policy": "online SAC run", "episodes": self.episodes, **asdict(self.settings)}
+        source = source_of(self.options, self.episodes)
         cost = f"; {1000 * self.cpu_seconds / self.steps:.1f} CPU-ms per step"
         return [source], f"{cost}\nlearning curve and policy in {self.output.run}"
 
