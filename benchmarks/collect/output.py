@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tempfile
 import zipfile
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from iwsft.files import write_json
 Fields = dict[str, NDArray[Any]]
 _MINARI = "minari:"
 _SUFFIXES = (".hdf5", ".h5")
+_PART = re.compile(r"part-\d{6,}\.npz")
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,13 @@ class Parts:
         return joined([_read(path) for path in self._paths()])
 
     def _paths(self) -> list[Path]:
-        return sorted(self._folder.glob("part-*.npz"))
+        names = {path.name for path in self._folder.iterdir() if _PART.fullmatch(path.name)}
+        paths = [self._folder / f"part-{number:06d}.npz" for number in range(len(names))]
+        for path in paths:
+            if path.name not in names:
+                way_out = "put it back, or delete the later parts, which are then collected again"
+                raise CheckpointError(f"{path} is missing; {way_out}")
+        return paths
 
 
 def joined(episodes: list[Fields]) -> Fields:

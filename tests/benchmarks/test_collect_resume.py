@@ -90,3 +90,27 @@ def test_a_file_in_its_place_does_not_delete_what_was_begun(begun: Path, tmp_pat
     collect(begun, **RANDOM, episodes=(100,), resume=True)
     collect(tmp_path / "whole.hdf5", **RANDOM, episodes=(100,))
     assert begun.read_bytes() == (tmp_path / "whole.hdf5").read_bytes()
+
+
+@pytest.mark.parametrize("lost", ["part-000000.npz", "part-000001.npz"])
+def test_a_part_that_is_gone_is_named(begun: Path, tmp_path: Path, lost: str) -> None:
+    parts = tmp_path / "a.hdf5.partial"
+    (parts / lost).unlink()
+    with pytest.raises(SystemExit, match=f"{lost} is missing; put it back, or delete the later"):
+        collect(begun, **RANDOM, episodes=(100,), resume=True)
+    for path in parts.glob("part-*.npz"):
+        if path.name > lost:
+            path.unlink()
+    collect(begun, **RANDOM, episodes=(100,), resume=True)
+    collect(tmp_path / "whole.hdf5", **RANDOM, episodes=(100,))
+    assert begun.read_bytes() == (tmp_path / "whole.hdf5").read_bytes()
+
+
+def test_copies_of_parts_are_not_read(begun: Path, tmp_path: Path) -> None:
+    """As programs that keep folders in step leave them."""
+    parts = tmp_path / "a.hdf5.partial"
+    for copy in ("part-000001 (1).npz", "part-000001.sync-conflict-20260101.npz", ".DS_Store"):
+        shutil.copy(parts / "part-000001.npz", parts / copy)
+    collect(begun, **RANDOM, episodes=(100,), resume=True)
+    collect(tmp_path / "whole.hdf5", **RANDOM, episodes=(100,))
+    assert begun.read_bytes() == (tmp_path / "whole.hdf5").read_bytes()

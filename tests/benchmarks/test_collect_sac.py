@@ -179,6 +179,9 @@ def test_parts_and_checkpoint_that_do_not_fit(tmp_path: Path, pendulum: Simulato
     for name, values in whole.items():
         np.testing.assert_array_equal(cut[name], values)
     paths[1].unlink()
+    with pytest.raises(CheckpointError, match="part-000001.npz is missing; put it back"):
+        begin(tmp_path / "cut", pendulum)
+    paths[1].with_name("part-000002.npz").unlink()
     with pytest.raises(CheckpointError, match="has lost parts"):
         begin(tmp_path / "cut", pendulum)
 
