@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -129,7 +130,7 @@ class ControlLoop:
         envs = [self.simulator.make(as_drawn=True) for _ in groups[0]]
         try:
             for number, group in enumerate(groups):
-                path = one.folder / f"episodes-{number}.pt"
+                path = _group(one, number)
                 if path.exists():
                     continue
                 with acting(policy.module, ExplorationType.RANDOM):
@@ -140,11 +141,11 @@ class ControlLoop:
         finally:
             for env in envs:
                 env.env.close()
-        return {"episodes": len(seeds), "steps": len(_read_round(one))}
+        return {"episodes": len(seeds), "steps": len(self._read_round(one))}
 
     def score(self, one: Round) -> dict[str, Any]:
         """Add up the rewards of each episode."""
-        data = _read_round(one)
+        data = self._read_round(one)
         returns, steps = trajectory_returns(data), lengths(data)
         write_json(one.folder / SCORES, {"returns": returns.tolist(), "lengths": steps.tolist()})
         mean, most = float(returns.mean()), float(returns.max())
@@ -181,7 +182,13 @@ class ControlLoop:
     def _pool(self, one: Round) -> TensorDictBase:
         """All episodes of this round and the last ones."""
         rounds = [*one.earlier(self.options.keep_rounds), one]
-        return join(*map(_read_round, rounds)).exclude(MULTIPLICITY)
+        return join(*map(self._read_round, rounds)).exclude(MULTIPLICITY)
+
+    def _read_round(self, one: Round) -> TensorDictBase:
+        """All episodes of a round, in the order of their seeds, with their round."""
+        groups = range(math.ceil(self.options.episodes_per_round / ROWS))
+        data = join(*(_read(_group(one, number)) for number in groups)).exclude(MULTIPLICITY)
+        return data.set(ROUND, torch.full((len(data),), one.number))
 
     def fine_tune(self, one: Round) -> dict[str, Any]:
         """Train the round's policy on the curated episodes, by the pieces of a run."""
@@ -324,18 +331,17 @@ def run_rounds(options: LoopOptions) -> list[dict[str, Any]]:
 # ---- files
 
 
+def _group(one: Round, number: int) -> Path:
+    return one.folder / f"episodes-{number}.pt"
+
+
 def _write(path: Path, data: TensorDictBase) -> None:
     checkpoint.write(path, dict(data.flatten_keys("/").items()))
 
 
 def _read(path: Path) -> TensorDictBase:
+    if not path.exists():
+        raise checkpoint.CheckpointError(f"{path} is missing; {_DAMAGED}")
     content: Mapping[str, Any] = checkpoint.read(path, _DAMAGED)
     steps = len(next(iter(content.values())))
     return TensorDict(dict(content), [steps]).unflatten_keys("/")
-
-
-def _read_round(one: Round) -> TensorDictBase:
-    """All episodes of a round, in the order of their seeds, with their round."""
-    paths = sorted(one.folder.glob("episodes-*.pt"), key=lambda path: int(path.stem[9:]))
-    data = join(*map(_read, paths)).exclude(MULTIPLICITY)
-    return data.set(ROUND, torch.full((len(data),), one.number))

@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -294,3 +295,28 @@ def test_equal_returns_end_the_loop_and_other_settings_are_refused(
         run("--env-arg", "reward=1", "--steps", "5", "--resume")
     with pytest.raises(SystemExit, match="a loop is there already; pass --resume"):
         run("--env-arg", "reward=1")
+
+
+def test_a_round_reads_its_own_files_of_episodes_alone(run: Run, tmp_path: Path) -> None:
+    """Copies that lie beside them change nothing, and one that is missing is named."""
+    flags = ("--episodes-per-round", "33", "--keep-rounds", "1")
+    run(*flags)
+    whole, home = content_of(tmp_path / "loop"), tmp_path / "loop"
+    episodes = home / "round-1/episodes-1.pt"
+    copies = [episodes.with_name(name) for name in ("episodes-1 (1).pt", "episodes-2.pt")]
+    for path in copies:
+        shutil.copy(episodes, path)
+    (home / "round-2/curate.json").unlink()
+    (home / "round-2/curated.pt").unlink()
+    run(*flags, "--resume")
+    for path in copies:
+        path.unlink()
+    assert content_of(home) == whole
+    kept = episodes.read_bytes()
+    episodes.unlink()
+    (home / "round-2/curate.json").unlink()
+    with pytest.raises(SystemExit, match="episodes-1.pt is missing; put a copy of it back"):
+        run(*flags, "--resume")
+    episodes.write_bytes(kept)
+    run(*flags, "--resume")
+    assert content_of(home) == whole
