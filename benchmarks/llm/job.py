@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import rich
@@ -20,12 +18,12 @@ from transformers import AutoModelForCausalLM
 from benchmarks import monitor, places, sweep
 from benchmarks.commands import program, typed
 from benchmarks.llm.card import write_card
+from benchmarks.llm.contents import changed_source, contents_of, recorded_settings
 from benchmarks.llm.curation import why_unweighted
 from benchmarks.llm.launch import Hardware, Launch, States, choose, launched, start, threads_of
-from benchmarks.llm.models import SMOLLM2, commit_of, load_config
+from benchmarks.llm.models import load_config
 from benchmarks.llm.options import ALGORITHMS, BASE, Options, own_warmup, recorded, to_file
-from benchmarks.llm.recipes import Prepared, load_recipe
-from benchmarks.llm.recipes.chat import split_source
+from benchmarks.llm.recipes import Prepared
 from benchmarks.llm.run import (
     Run,
     check_rows,
@@ -37,12 +35,10 @@ from benchmarks.llm.run import (
     warmup_problem,
 )
 from benchmarks.llm.settings import Settings
-from benchmarks.runs import CONFIG, RESULT, claim, hardware, tell, versions
+from benchmarks.runs import RESULT, claim, hardware, tell, versions
 from benchmarks.sweep import Summary
 from iwsft.datasets.text.rows import Row, check_scores
-from iwsft.datasets.text.sources import dataset_commit
 from iwsft.files import write_json
-from iwsft.fingerprint import WEIGHTS, file_sha256, fingerprint, folder_sha256, model_sha256
 from iwsft.trajectory import DATA_WEIGHT
 
 # Options that say what a recipe prepares.
@@ -106,7 +102,7 @@ def _as_recorded(runs: Sequence[Run]) -> list[Run]:
 
     So model and rows stay the same where the hub has newer ones, and it need not be asked.
     """
-    recorded = next(filter(None, map(_recorded_settings, runs)), {})
+    recorded = next(filter(None, map(recorded_settings, runs)), {})
     commits = {
         name: commit
         for name, commit in commits_in(recorded).items()
@@ -115,46 +111,10 @@ def _as_recorded(runs: Sequence[Run]) -> list[Run]:
     return [replace(run, commits=commits) for run in runs]
 
 
-def _contents_of(run: Run) -> dict[str, str]:
-    """What a run's model and rows hold, which may change under their names: for ``config.json``.
-
-    That is the digest of a file or folder, and the commit of a model or dataset of the hub: that of
-    the run, else the newest.
-    """
-    recipe, contents = load_recipe(run.dataset), {}
-    for name in ("model", "data", "eval_data"):
-        given = getattr(run.options, name)
-        source = given or getattr(recipe, name, None)
-        if source in (None, SMOLLM2):
-            continue
-        place, _, config = (source, None, None) if name == "model" else split_source(source)
-        if (path := Path(place).expanduser()).exists():
-            # What comes with the package is known by its version.
-            if given is not None:
-                contents[f"{name}_sha256"] = _content_sha256(path, model=name == "model")
-            continue
-        commit = run.commits.get(name)
-        if commit is None:
-            commit = commit_of(place) if name == "model" else dataset_commit(place, config)
-        if commit is not None:
-            contents[f"{name}_commit"] = commit
-    return contents
-
-
-def _recorded_settings(run: Run) -> dict[str, Any]:
-    """The settings in the ``config.json`` of a run; empty where it has none that can be read."""
-    try:
-        settings: dict[str, Any] = json.loads((run.folder / CONFIG).read_text())["settings"]
-    except (OSError, ValueError, LookupError, TypeError):
-        # The claim tells what is wrong with it.
-        return {}
-    return settings
-
-
 def _config_of(run: Run, contents: Mapping[str, str]) -> dict[str, Any]:
     """Describe a run for ``config.json``; a resumed run must agree in ``settings``.
 
-    ``contents`` are those of :func:`_contents_of`.
+    ``contents`` are those of :func:`benchmarks.llm.contents.contents_of`.
     """
     options = run.options
     settings: dict[str, Any] = {
@@ -177,16 +137,6 @@ def _config_of(run: Run, contents: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _content_sha256(path: Path, *, model: bool) -> str:
-    """SHA-256 of a file, of a model's folder, or of all files of another folder."""
-    if path.is_file():
-        return file_sha256(path)
-    # Without weights it holds a GGUF file.
-    if model and any(file.suffix in WEIGHTS for file in path.iterdir()):
-        return model_sha256(path)
-    return fingerprint(folder_sha256(path, without=""))
-
-
 def _open(runs: Sequence[Run]) -> list[Run]:
     """The runs that need model and rows: those that ``--resume`` does not find finished."""
     resume = runs[0].options.resume
@@ -195,7 +145,7 @@ def _open(runs: Sequence[Run]) -> list[Run]:
 
 def _claim(runs: Sequence[Run]) -> list[Run]:
     """Claim the folders, and return the unfinished runs; one of the same base is taken as it is."""
-    contents = _contents_of(runs[0])
+    contents = contents_of(runs[0])
     # What is loaded from now on is what config.json names.
     runs = [replace(run, commits=commits_in(contents)) for run in runs]
     base = {run for run in runs if run.algo == BASE}
@@ -325,19 +275,11 @@ def _work_on(run: Run, *, threads: int | None = None) -> None:
     if threads is not None and run.launch.device == "cpu":
         torch.set_num_threads(threads)
     with monitor.noted(run.folder):
-        _check_unchanged(run)
+        if path := changed_source(run):
+            problem = f"{path} has changed since these runs began, so they would differ in it"
+            way_out = "put it back and pass --resume, or choose another --out"
+            raise ValueError(f"{problem}; {way_out}")
         train_and_score(run)
-
-
-def _check_unchanged(run: Run) -> None:
-    """Refuse rows that have changed since the claim, such as while earlier runs were at work."""
-    recorded = _recorded_settings(run)
-    for name in ("data", "eval_data"):
-        digest, source = recorded.get(f"{name}_sha256"), getattr(run.options, name)
-        path = None if digest is None else Path(split_source(source)[0]).expanduser()
-        if path and path.exists() and _content_sha256(path, model=False) != digest:
-            problem = f"{path} has changed since these runs began, so they would differ in rows"
-            raise ValueError(f"{problem}; put it back and pass --resume, or choose another --out")
 
 
 def _launch(

@@ -12,6 +12,7 @@ import torch
 from tensordict import TensorDictBase
 
 from benchmarks.llm import models
+from benchmarks.llm.contents import changed_source
 from benchmarks.llm.curation import curated_rows
 from benchmarks.llm.launch import Launch
 from benchmarks.llm.options import BASE, parse
@@ -48,6 +49,9 @@ def of_run(options: Options, folder: Path, config: dict[str, Any], out: Path) ->
     commits = commits_in(config["settings"])
     run = Run(given.recipe, algo, int(config["seed"]), given, Launch("single"), commits)
     assert run.algorithm is not None
+    if path := changed_source(run):
+        problem = f"{path} has changed since {folder} was trained, so its weights would be others"
+        raise ValueError(f"{problem}; put it back")
     weighted = run.algorithm.proposal != "reference"
     own = run.algorithm.importance_weights(given.settings)
     chain, note = chain_of(algo, own, weighted=weighted)

@@ -82,6 +82,19 @@ def test_a_run_is_weighed_by_what_it_saved(
     # Rows of training, without those that are held out; none is tested twice.
     call("weights", str(run))
     assert read_numbers(run / "weights")["weights"] != ours["weights"]
+    # What it trained on is gone once other rows have the name, and so is its base.
+    rows, base = Path("rows.jsonl"), Path("its-base")
+    content = rows.read_text()
+    rows.write_text(content.replace("+3=", "+4="))
+    with pytest.raises(SystemExit, match="rows.jsonl has changed since runs/llm/chat/sft/seed-0 "):
+        call("weights", str(run))
+    rows.write_text(content)
+    base.rename("kept")
+    base.symlink_to("my-model")
+    with pytest.raises(SystemExit, match="its-base has changed since runs/llm/chat/sft/seed-0 "):
+        call("weights", str(run))
+    base.unlink()
+    Path("kept").rename(base)
     other = Path("runs/llm/chat/psft/seed-0")
     shutil.copytree(run, other)
     config = (run / "config.json").read_text().replace('"sft"', '"psft"')
