@@ -1,8 +1,9 @@
-"""What a run's model and rows hold, which may change under their names."""
+"""What a run's model and rows hold, which may change or move under their names."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,23 @@ def recorded_settings(run: Run) -> dict[str, Any]:
         # The claim tells what is wrong with it.
         return {}
     return settings
+
+
+def moved_sources(run: Run, contents: Mapping[str, str]) -> dict[str, str]:
+    """The recorded names of model and rows that have the same contents under their names of now.
+
+    So a run continues where its files or the working directory are other ones.
+    """
+    before, names = recorded_settings(run), dict[str, str]()
+    for name in ("model", "data", "eval_data"):
+        key, given = f"{name}_sha256", getattr(run.options, name)
+        if key not in contents or before.get(key) != contents[key]:
+            continue
+        known = before.get(name, given)
+        # Another split of the same folder has other rows.
+        if name == "model" or split_source(known)[1:] == split_source(given)[1:]:
+            names[name] = known
+    return names
 
 
 def changed_source(run: Run) -> Path | None:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks import monitor, places, sweep
 from benchmarks.commands import program, typed
 from benchmarks.llm.card import write_card
-from benchmarks.llm.contents import changed_source, contents_of, recorded_settings
+from benchmarks.llm.contents import changed_source, contents_of, moved_sources, recorded_settings
 from benchmarks.llm.curation import why_unweighted
 from benchmarks.llm.launch import Hardware, Launch, States, choose, launched, start, threads_of
 from benchmarks.llm.models import load_config
@@ -123,7 +123,7 @@ def _config_of(run: Run, contents: Mapping[str, str]) -> dict[str, Any]:
         "seed": run.seed,
         **{name: value for name in _SOURCES if (value := getattr(options, name)) is not None},
     }
-    settings |= contents
+    settings |= {**moved_sources(run, contents), **contents}
     if run.algorithm is not None:
         settings["training"] = recorded(options.settings, run.algorithm)
     return {

@@ -233,6 +233,20 @@ def test_kills_while_files_are_written_change_nothing(
     assert [name for name in whole if whole[name] != killed[name]] == []
 
 
+def test_a_loop_goes_on_where_it_was_moved_to(
+    run: Callable[..., list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    run("--rounds", "2")
+    whole, place = contents(tmp_path / "loop"), "another place/100 % ü"
+    # As a kill during the test of the second training leaves it.
+    for name in ("fine_tune.json", "evaluate.json"):
+        (tmp_path / "loop/round-2" / name).unlink()
+    (tmp_path / "loop/round-2/training/llm/round/iw-sft/seed-0/result.json").unlink()
+    os.renames(tmp_path / "loop", tmp_path / place)
+    run("--rounds", "2", "--resume", out=place)
+    assert contents(tmp_path / place) == whole
+
+
 def contents(folder: Path) -> dict[str, Any]:
     """What a loop computes: all samples, scores, rows and facts without seconds, and weights."""
     files: dict[str, Any] = {}
