@@ -148,6 +148,11 @@ def _typed(words: Sequence[str]) -> str:
 
 def main(options: Options) -> Path:
     """Run all parts, say what was seen, and return the page."""
+    from benchmarks.report.document import MARK, Document, check_replaced, shareable, to_html
+    from iwsft.files import write
+
+    page = options.out / PAGE
+    check_replaced({page: MARK})
     lines, start = [], time.perf_counter()
     commands = [[word.format(out=options.out) for word in part.command] for part in PARTS]
     print(f"{len(PARTS)} experiments, about five minutes on two cores, then one page.")
@@ -157,9 +162,6 @@ def main(options: Options) -> Path:
         status = subprocess.run([sys.executable, "-m", *words], check=False).returncode
         if status:
             raise SystemExit(status)
-    from benchmarks.report.document import Document, shareable, to_html
-    from iwsft.files import write
-
     document = Document()
     for part, words in zip(PARTS, commands, strict=True):
         document.section(part.title)
@@ -170,7 +172,6 @@ def main(options: Options) -> Path:
     document.section("")
     for line in lines:
         document.text(line)
-    page = options.out / PAGE
     text = document.markdown("Where importance weights help")
     write(page, to_html(text, document.images))
     print("\nWhat was seen:", *(f"- {line}" for line in lines), sep="\n")

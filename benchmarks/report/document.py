@@ -33,6 +33,8 @@ _SHORT = 16  # characters a line of a name that are left beside many numbers
 _STYLE = Path(__file__).with_name("document.css")
 # The page loads nothing from elsewhere, and tells the browser so.
 _PAGE = Path(__file__).with_name("document.html")
+# So it is in every page, and in no other HTML file by chance.
+MARK = "img-src data:; media-src data:"
 _SVG_STYLE = Path(__file__).with_name("image.css")
 
 
@@ -236,6 +238,13 @@ def shareable(command: str) -> str:
         option + equals + (Path(value).name if Path(value).is_absolute() else value)
         for option, equals, value in parts
     )
+
+
+def check_replaced(marks: Mapping[Path, str]) -> None:
+    """Check that files to write replace only those of their kind, which all have a mark in them."""
+    for path, mark in marks.items():
+        if path.exists() and mark not in path.read_text(errors="replace"):
+            raise FileExistsError(f"{path} is not a file of iwsft; choose another --out")
 
 
 def to_html(markdown: str, images: Mapping[str, bytes], end: str = "") -> str:

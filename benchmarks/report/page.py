@@ -15,7 +15,14 @@ from benchmarks.commands import program
 from benchmarks.report import aggregates as over_datasets
 from benchmarks.report import figures, language, scores, tables, tuning
 from benchmarks.report.aggregates import Aggregates
-from benchmarks.report.document import Document, escaped, shareable, to_html
+from benchmarks.report.document import (
+    MARK,
+    Document,
+    check_replaced,
+    escaped,
+    shareable,
+    to_html,
+)
 from benchmarks.report.language import RecipeRuns, read_recipes
 from benchmarks.report.loops import RecordedLoop, add_loops, read_loops
 from benchmarks.report.scores import Cell, runs_of
@@ -25,6 +32,8 @@ from benchmarks.statistics import MIN_SEEDS
 from iwsft.files import write
 
 PAGE, MARKDOWN, RECORDS = "index.html", "report.md", "runs.json"
+# Words of every page.
+_MADE = "made this page"
 # A page with larger videos would be slow to load.
 _LARGEST = 4_000_000
 # Entries of a result that only the run's own folder keeps.
@@ -44,9 +53,11 @@ class WrittenReport(NamedTuple):
 def write_report(folder: Path, out: Path) -> WrittenReport:
     """Read the runs below ``folder`` and write the pages and the figures into ``out``.
 
+    A file in ``out`` that no report wrote is a ``FileExistsError``, and so are the records read.
     Figures of an earlier report in ``out`` that the new one does not have are removed. Without a
     finished run it raises ``ResultsError``.
     """
+    _check_place(folder, out)
     runs, unfinished = results.read_all(folder, results.CONTROL)
     recipes, evaluations = read_recipes(folder), results.read_evaluations(folder)
     language_runs = [run for recipe in recipes for run in runs_of(recipe.scores)]
@@ -69,7 +80,7 @@ def write_report(folder: Path, out: Path) -> WrittenReport:
     document.section("How these numbers were made")
     command = shareable(shlex.join([*program("report").split(), str(folder)]))
     document.text(
-        f"`{command}` made this page. All runs, with their results, settings and commands, are in "
+        f"`{command}` {_MADE}. All runs, with their results, settings and commands, are in "
         f"[{RECORDS}]({RECORDS})."
     )
     if runs or language_runs:
@@ -90,6 +101,15 @@ def write_report(folder: Path, out: Path) -> WrittenReport:
     for path in older:
         path.unlink()
     return WrittenReport(out / PAGE, runs, recipes, others, loops)
+
+
+def _check_place(folder: Path, out: Path) -> None:
+    """Check that no file of the user's is in the place of a report."""
+    pages = {out / PAGE: MARK, out / MARKDOWN: _MADE}
+    alone = not any(path.exists() for path in pages)
+    check_replaced(pages | ({out / RECORDS: '"benchmark": '} if alone else {}))
+    if folder.is_file() and (out / RECORDS).exists() and folder.samefile(out / RECORDS):
+        raise FileExistsError(f"{folder} would be replaced by a report of it; pass another --out")
 
 
 def _figures_in(out: Path) -> list[Path]:

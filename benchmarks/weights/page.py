@@ -10,7 +10,16 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from benchmarks.report import figures
-from benchmarks.report.document import INK, NOTHING, Document, Grid, escaped, to_html
+from benchmarks.report.document import (
+    INK,
+    MARK,
+    NOTHING,
+    Document,
+    Grid,
+    check_replaced,
+    escaped,
+    to_html,
+)
 from benchmarks.report.scores import algorithm_colour
 from benchmarks.weights.options import Options
 from benchmarks.weights.source import Source
@@ -94,6 +103,7 @@ def write_page(source: Source, measured: dict[str, Any], folder: Path) -> Path:
         "sample size over the temperature, where the dots are the targets.",
     )
     markdown = document.markdown(f"Weights of {source.name}")
+    check_replaced({folder / PAGE: MARK, folder / NUMBERS: '"chain": '})
     write_json(folder / NUMBERS, measured)
     write(folder / PAGE, to_html(markdown, document.images))
     return folder / PAGE

@@ -235,3 +235,24 @@ def test_runs_behind_links_are_read_once(
     (runs / "d4rl/hopper-a/sft-q/up").symlink_to(runs)
     (runs / "d4rl/hopper-a/sft-q/seed-9").symlink_to("nowhere")
     assert names() == before
+
+
+@pytest.mark.parametrize("name", ["index.html", "report.md", "runs.json"])
+def test_files_of_a_user_are_not_replaced(runs: Path, tmp_path: Path, name: str) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / name).write_text("<html>[1]</html>")
+    with pytest.raises(FileExistsError, match=f"{name} is not a file of iwsft; choose another"):
+        write_report(runs, site)
+    assert [path.read_text() for path in site.iterdir()] == ["<html>[1]</html>"]
+
+
+def test_a_report_takes_the_place_of_one(runs: Path) -> None:
+    report = runs / "report"
+    for gone in (("report.md",), ("index.html",), ("index.html", "report.md"), ()):
+        write_report(runs, report)
+        for name in gone:
+            (report / name).unlink()
+    # Records have no curves, so those of their own report would be less.
+    with pytest.raises(FileExistsError, match=r"runs.json would be replaced by a report of it"):
+        write_report(report / "runs.json", report)
