@@ -246,16 +246,18 @@ def with_adapters(model: Any, rank: int, *, seed: int, commit: str | None = None
     return get_peft_model(model, config)
 
 
-def merge_adapters(
-    model: str, adapters: str, home: Path, *, trust_remote_code: bool = False
-) -> Mapping[str, Any]:
-    """Save a model with adapters merged into its weights, in float32, and its tokenizer."""
+def merged(model: str, adapters: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """Load a model in float32 with adapters merged into its weights, and its tokenizer."""
     from peft import PeftModel
 
-    base: Any
     base, tokenizer = load(model, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    PeftModel.from_pretrained(base, adapters).merge_and_unload().save_pretrained(home)
-    tokenizer.save_pretrained(home)
+    return PeftModel.from_pretrained(base, adapters).merge_and_unload(), tokenizer
+
+
+def merge_adapters(model: str, adapters: str, home: Path, **code: Any) -> Mapping[str, Any]:
+    """Save what :func:`merged` loads."""
+    for part in merged(model, adapters, **code):
+        part.save_pretrained(home)
     return {"model": model, "adapters": adapters}
 
 

@@ -12,7 +12,7 @@ from accelerate.utils.memory import clear_device_cache  # type: ignore[import-un
 
 from benchmarks.llm.loop.options import LoopOptions
 from benchmarks.llm.loop.verifiers import Prompt
-from benchmarks.llm.models import load
+from benchmarks.llm.models import base_of, load, merged, with_commit
 from benchmarks.llm.options import ALGORITHMS
 from iwsft.datasets.text.rows import to_row
 from iwsft.datasets.text.tokens import tokenize
@@ -110,8 +110,13 @@ def unusable(
 def annotate(options: LoopOptions, rows: list[dict[str, Any]], policy: str, tokenizer: Any) -> None:
     """Write the log-probs of the model that wrote the rows into them, by the path of training."""
     settings, device = options.job.settings, options.job.own_device
-    code = options.trust_remote_code
-    model: Any = load(policy, dtype=torch.float32, trust_remote_code=code)[0]
+    code: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
+    model: Any
+    if (base := base_of(policy)) is None:
+        model = load(policy, dtype=torch.float32, **code)[0]
+    else:
+        # A reference has no adapters, but they wrote the rows.
+        model = merged(with_commit(*base), policy, **code)[0]
     model.to(device)
     half = settings.precision == "bfloat16"
     data = tokenize(

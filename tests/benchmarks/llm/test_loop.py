@@ -140,13 +140,19 @@ def test_a_round_of_sft_is_finetune_on_its_rows(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("start_from", ["last", "base"])
+@pytest.mark.parametrize(
+    ("start_from", "adapters"), [("last", ()), ("base", ()), ("base", ("--lora-rank", "4"))]
+)
 def test_replayed_rows_have_the_reference_of_their_own_round(
-    run: Callable[..., list[dict[str, Any]]], place: Path, tmp_path: Path, start_from: str
+    run: Callable[..., list[dict[str, Any]]],
+    place: Path,
+    tmp_path: Path,
+    start_from: str,
+    adapters: tuple[str, ...],
 ) -> None:
     """By hand: log-probs of the model that wrote a row, and the weights of the first update."""
     options = ("--rounds", "2", "--keep-rounds", "1", "--start-from", start_from)
-    rows = run(*options, "--batch-size", "100", "--no-self-normalize")
+    rows = run(*options, *adapters, "--batch-size", "100", "--no-self-normalize")
     second, home = Round(2, tmp_path / "loop", str(place / "model")), tmp_path / "loop"
     own = lines(home / "round-2" / "curated.jsonl")
     trained = lines(home / "round-2" / "rows.jsonl")
