@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
+from torchrl.modules import GRUModule, IndependentNormal, ProbabilisticActor
 
 from iwsft.fingerprint import fingerprint
 from iwsft.forward_pass import ForwardPass
+from iwsft.objective import ImportanceWeightedMLE
 from iwsft.policies import GaussianPolicy
+from iwsft.proposals import reweight
 from iwsft.reference import annotate_reference
 from iwsft.trajectory import MASK, TRAJ_IDS, pack, pad
 
@@ -288,3 +292,36 @@ def test_fingerprint_sees_name_dtype_shape_and_value() -> None:
         {"a": torch.zeros(2, 3)},
     ]
     assert len({base, *(fingerprint(other) for other in others)}) == 8
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_policy_with_a_memory_reads_trajectories_as_the_loss_does(layout: str) -> None:
+    """TorchRL's losses have a memory read whole rows; alone it starts afresh at each step."""
+    torch.manual_seed(0)
+    memory = GRUModule(
+        input_size=4, hidden_size=8, in_keys=["observation", "past"], out_keys=["seen", "past"]
+    )
+    head = nn.Sequential(nn.Linear(8, 4), NormalParamExtractor())
+    policy = ProbabilisticActor(
+        TensorDictSequential(memory, TensorDictModule(head, ["seen"], ["loc", "scale"])),
+        in_keys=["loc", "scale"],
+        distribution_class=IndependentNormal,
+    )
+    data = dataset(90)
+    data["is_init"] = torch.arange(90)[:, None] % 30 == 0
+    rows = pad(data)
+    data = annotate_reference(policy, data if layout == "packed" else rows, rows=30)
+    with torch.no_grad():
+        loc, scale = head(memory.gru(rows["observation"])[0])
+        expected = torch.distributions.Normal(loc, scale).log_prob(rows["action"]).sum(-1)
+    torch.testing.assert_close(data["ref_log_prob"].reshape(3, 30), expected)
+    loss = ImportanceWeightedMLE(policy, proposal="cached")
+    reweight(data, loss)
+    loss.actor_network_params.data.mul_(1.1)
+    torch.testing.assert_close(loss(data)["log_prob"], loss.log_prob(data).mean().detach())
+    with torch.no_grad():
+        loc, scale = head(memory.gru(rows["observation"])[0])
+        moved = torch.distributions.Normal(loc, scale).log_prob(rows["action"]).sum(-1)
+    reweight(data, loss)
+    weight = (moved - expected).mean(1).exp()[:, None].expand(3, 30)
+    torch.testing.assert_close(data["importance_weight"].reshape(3, 30), weight)

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from torch.distributions import Categorical
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
-from torchrl.modules import MaskedOneHotCategorical, OneHotCategorical, TanhNormal
+from torchrl.modules import (
+    MaskedOneHotCategorical,
+    OneHotCategorical,
+    TanhNormal,
+    set_recurrent_mode,
+)
 from torchrl.modules.distributions import LLMMaskedCategorical
 
 from iwsft.trajectory import Segments
@@ -61,6 +66,7 @@ def noise_watch(policy: nn.Module, device: torch.device) -> Callable[[], bool]:
     return lambda: not torch.equal(before, state())
 
 
+@set_recurrent_mode(True)
 def step_log_prob(policy: Any, batch: TensorDictBase, shape: torch.Size) -> Tensor:
     """``policy.log_prob`` of a batch of this layout, checked to be one number per step.
 
@@ -80,6 +86,7 @@ def step_log_prob(policy: Any, batch: TensorDictBase, shape: torch.Size) -> Tens
     return log_prob if impossible is None else log_prob.masked_fill(impossible, -torch.inf)
 
 
+@set_recurrent_mode(True)
 def step_log_prob_and_entropy(
     policy: Any, batch: TensorDictBase, shape: torch.Size, top_k: int | None
 ) -> tuple[Tensor, Tensor | None]:
