@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase, is_tensor_collection
-from tensordict.nn import CompositeDistribution, ProbabilisticTensorDictSequential
+from tensordict.nn import (
+    CompositeDistribution,
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+)
 from torch import Tensor, nn
 from torch.distributions import Categorical
 from torch.nn.modules.batchnorm import _NormBase
@@ -77,6 +81,7 @@ def step_log_prob(policy: Any, batch: TensorDictBase, shape: torch.Size) -> Tens
     batch = batch.copy()
     if getattr(type(policy), "log_prob", None) is not ProbabilisticTensorDictSequential.log_prob:
         return _checked(policy.log_prob(batch), policy, shape)
+    _check_draws(policy)
     dist = policy.get_dist(batch)
     composite = isinstance(dist, CompositeDistribution)
     action = batch if composite else batch.get(policy.dist_sample_keys[0], default=None)
@@ -103,6 +108,22 @@ def check_columns(batch: TensorDictBase, columns: Mapping[NestedKey, int]) -> No
         shape = batch[key].shape
         if shape[-1:] != (size,):
             raise ValueError(f"{key!r} has shape {list(shape)}, but the policy has size {size}")
+
+
+def _check_draws(policy: ProbabilisticTensorDictSequential) -> None:
+    """Refuse several draws where log p leaves one out, or reads another one than the data have."""
+    modules = [*policy.modules()]
+    draws = [i for i, m in enumerate(modules) if isinstance(m, ProbabilisticTensorDictModule)]
+    if len(draws) < 2:
+        return
+    drawn = [key for i in draws for key in modules[i].dist_sample_keys]
+    after = modules[draws[0] : draws[-1] + 1]
+    read = {key for module in after for key in getattr(module, "in_keys", ())}
+    if read.intersection(drawn) or not policy.return_composite:
+        problem = f"{type(policy).__name__} draws {', '.join(map(repr, drawn))} in turn"
+        lacks = "its log_prob does not have all of them as the data have them"
+        way_out = "give it a method log_prob(trajectories) of your own, which adds them up"
+        raise ValueError(f"{problem}, and {lacks}; {way_out}")
 
 
 def _check_broadcast(dist: Any, action: Any, shape: torch.Size) -> None:

@@ -10,6 +10,8 @@ from tensordict import TensorDict
 from tensordict.nn import (
     CompositeDistribution,
     NormalParamExtractor,
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
     TensorDictModule,
     set_composite_lp_aggregate,
 )
@@ -229,3 +231,27 @@ def test_masked_tokens_have_the_log_prob_of_a_categorical() -> None:
     )
     expected = distributions.Categorical(logits=x).log_prob(token)
     torch.testing.assert_close(step_log_prob(actor, batch, torch.Size((5, 2))), expected)
+
+
+@pytest.mark.parametrize("reads", ["observation", "first"])
+@pytest.mark.parametrize("together", [True, False])
+def test_several_draws_add_up_or_are_refused(reads: str, together: bool) -> None:
+    """TorchRL draws an action anew before one that depends on it, whatever the data have."""
+    torch.manual_seed(0)
+    names = "observation", "first", "second"
+    batch = TensorDict({name: torch.randn(5, 2) for name in names}, [5])
+    heads = [nn.Sequential(nn.Linear(2, 4), NormalParamExtractor()) for _ in range(2)]
+    modules, expected = [], torch.zeros(5)
+    for head, seen, out in zip(heads, ("observation", reads), names[1:], strict=True):
+        keys = {"loc": f"loc-{out}", "scale": f"scale-{out}"}
+        density: Any = {"in_keys": keys, "distribution_class": IndependentNormal}
+        draw = ProbabilisticTensorDictModule(out_keys=[out], **density)
+        modules += [TensorDictModule(head, [seen], [*keys.values()]), draw]
+        expected = expected + distributions.Normal(*head(batch[seen])).log_prob(batch[out]).sum(-1)
+    policy = ProbabilisticTensorDictSequential(*modules, return_composite=together)
+    with set_composite_lp_aggregate(True):
+        if reads == "first" or not together:
+            with pytest.raises(ValueError, match="draws 'first', 'second' in turn"):
+                step_log_prob(policy, batch, batch.batch_size)
+        else:
+            torch.testing.assert_close(step_log_prob(policy, batch, batch.batch_size), expected)
