@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from tensordict import NestedKey, TensorDictBase, TensorDictParams, is_tensor_collection
@@ -94,6 +95,12 @@ class PolicyLoss(LossModule):
     def functional(self) -> bool:
         """Whether parameters are held apart from the module."""
         return self._functional
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the policy, too, which a functional loss holds apart."""
+        super().train(mode)
+        self.actor_network.train(mode)
+        return self
 
     @contextmanager
     def network(self, *, lagged: bool = False) -> Iterator[nn.Module]:

@@ -343,3 +343,21 @@ def test_float64(
     if proposal == "lagged":
         EMA(cast, decay=0.9)
     assert_near(cast(batch), out)
+
+
+@both_modes
+def test_eval_turns_the_dropout_of_the_policy_off(
+    make_loss: Any, make_policy: Any, make_batch: Any, functional: bool
+) -> None:
+    """Or the loss of held-out data would be that of a policy with noise."""
+    policy, batch = make_policy(), make_batch()
+    policy.head.net.insert(2, nn.Dropout(0.5))
+    loss = make_loss("reference", functional, policy=policy)
+    noisy = loss(batch)["loss_iw_mle"]
+    assert loss(batch)["loss_iw_mle"] != noisy
+    loss.eval()
+    quiet = loss(batch)["loss_iw_mle"]
+    assert loss(batch)["loss_iw_mle"] == quiet
+    del policy.head.net[2]
+    torch.testing.assert_close(make_loss("reference", policy=policy)(batch)["loss_iw_mle"], quiet)
+    assert all(module.training for module in loss.train().actor_network.modules())
