@@ -134,7 +134,7 @@ class HardSync(_Updater):
         """Restore :meth:`state_dict`, also in the middle of a window."""
         self.counter = state_dict["counter"]
         if self.trajectories is not None:
-            self.trajectories.get(self.key).copy_(state_dict[self._entry])
+            _write(self.trajectories, self.key, state_dict[self._entry])
 
     @property
     def _entry(self) -> str:
@@ -237,4 +237,4 @@ def _write(trajectories: TensorDictBase, key: NestedKey, value: Tensor) -> None:
         trajectories.set(key, value)
     else:
         # In place: samplers refer to this tensor.
-        stored.copy_(value)
+        trajectories.set_(key, value.reshape(stored.shape))
