@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -24,6 +25,7 @@ from iwsft.trajectory import (
     STANDARD_SCORE,
     SUCCESS_RATE,
     TRAJ_IDS,
+    on_host,
 )
 
 
@@ -80,9 +82,13 @@ class PolicyLoss(LossModule):
     # Only with functional=False.
     target_actor_network: TensorDictModule
 
+    # Key and values that the last sync wrote into trajectories, until a batch is read.
+    written: tuple[NestedKey, Tensor] | None
+
     def __init__(self, policy: nn.Module, *, lagged: bool, functional: bool) -> None:
         self._functional = functional
         super().__init__()
+        self.written = None
         if functional:
             self.convert_to_functional(policy, "actor_network", create_target_params=lagged)
             return
@@ -149,6 +155,22 @@ class PolicyLoss(LossModule):
             key = ASSISTANT_MASK if ASSISTANT_MASK in masks else masks[0]
             way_out = f"set loss.loss_mask_key = {key!r}, or None to count every step"
             raise ValueError(f"the batch has masks that this loss does not read: {way_out}")
+
+    def _tell_of_copies(self, batch: TensorDictBase, share: Tensor) -> None:
+        """Warn where a batch does not have what the last sync wrote: it comes from a copy."""
+        if not on_host(share) or self.written is None:
+            return
+        key, written = self.written
+        value = batch.get(key, default=None)
+        if value is None or value.numel() != share.numel():
+            return
+        self.written = None
+        counted = value.reshape(share.shape)[share > 0]
+        if len(counted) and not bool((written.to(counted.device) == counted.max()).any()):
+            problem = f"the batch does not have the {key!r} that the last sync wrote"
+            copies = "it comes from a copy, such as a replay buffer makes of what extends it"
+            way_out = "draw from the trajectories themselves, as TensorStorage(trajectories) does"
+            warnings.warn(f"{problem}: {copies}; {way_out}", UserWarning, stacklevel=2)
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True

@@ -113,6 +113,8 @@ class HardSync(_Updater):
             self.loss_module.awaits_sync = False
         elif self.trajectories is not None:
             reweight(self.trajectories, self.loss_module)
+        if self.trajectories is not None:
+            self.loss_module.written = (self.key, self.trajectories.get(self.key))
 
     def step(self) -> bool:
         """Count an update; sync at the ``every``-th since the last sync, and return whether."""

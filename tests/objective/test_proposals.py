@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tensordict import LazyStackedTensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import Tensor, nn
 from torchrl.modules import IndependentNormal, ProbabilisticActor
@@ -391,19 +390,3 @@ def test_wrong_settings_are_refused(make_loss: Any, make_batch: Any) -> None:
             build(held_elsewhere)
     with pytest.raises(TypeError, match="ImportanceWeightedMLE"):
         EMA(nn.Linear(1, 1), decay=0.5)  # type: ignore[arg-type]
-
-
-def test_syncs_write_into_a_lazy_stack(make_loss: Any, make_batch: Any) -> None:
-    """Reading an entry of it makes a copy, which a sync must not write into."""
-    dense = pad(make_batch([4, 4, 4]))
-    lazy = LazyStackedTensorDict(*dense.clone().unbind(0), stack_dim=0)
-    loss = make_loss("cached")
-    syncs = [HardSync(loss, every=1, trajectories=data) for data in (dense, lazy)]
-    start = syncs[1].state_dict()
-    nudge(loss, 0)
-    for sync in syncs:
-        sync.step()
-    assert not torch.equal(lazy["importance_weight"], start["importance_weight"])
-    torch.testing.assert_close(lazy["importance_weight"], dense["importance_weight"])
-    syncs[1].load_state_dict(start)
-    assert torch.equal(lazy["importance_weight"], start["importance_weight"])

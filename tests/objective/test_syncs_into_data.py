@@ -1,0 +1,64 @@
+"""A sync writes into the trajectories themselves, and tells of batches that it does not reach."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from tensordict import LazyStackedTensorDict
+from torchrl.data import LazyTensorStorage, ReplayBuffer, TensorStorage
+
+from iwsft import HardSync, ImportanceWeightedMLE, ImportanceWeights
+from iwsft.trajectory import pad
+
+
+@torch.no_grad()
+def nudge(loss: ImportanceWeightedMLE, seed: int) -> None:
+    """Move the policy as an update would."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in loss.parameters():
+        parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+def test_syncs_write_into_a_lazy_stack(make_loss: Any, make_batch: Any) -> None:
+    """Reading an entry of it makes a copy, which a sync must not write into."""
+    dense = pad(make_batch([4, 4, 4]))
+    lazy = LazyStackedTensorDict(*dense.clone().unbind(0), stack_dim=0)
+    loss = make_loss("cached")
+    syncs = [HardSync(loss, every=1, trajectories=data) for data in (dense, lazy)]
+    start = syncs[1].state_dict()
+    nudge(loss, 0)
+    for sync in syncs:
+        sync.step()
+    assert not torch.equal(lazy["importance_weight"], start["importance_weight"])
+    torch.testing.assert_close(lazy["importance_weight"], dense["importance_weight"])
+    syncs[1].load_state_dict(start)
+    assert torch.equal(lazy["importance_weight"], start["importance_weight"])
+
+
+@pytest.mark.parametrize("proposal", ["cached", "current"])
+@pytest.mark.parametrize("copies", [True, False])
+def test_a_copy_that_syncs_do_not_reach_is_told_of(
+    make_loss: Any, make_batch: Any, proposal: str, copies: bool
+) -> None:
+    """A replay buffer copies what it is extended with: its weights would stay 1, as in SFT."""
+    data, settings = make_batch(), {}
+    if proposal == "current":
+        settings = {"importance_weights": ImportanceWeights.psft()}
+    loss = make_loss(proposal, **settings)
+    sync = HardSync(loss, every=1, trajectories=data)
+    buffer = ReplayBuffer(storage=LazyTensorStorage(len(data)) if copies else TensorStorage(data))
+    if copies:
+        buffer.extend(data)
+    for update in range(3):
+        batch = buffer[:]
+        told = pytest.warns(UserWarning, match="it comes from a copy")
+        with told if copies and update else warnings.catch_warnings():
+            warnings.simplefilter("always" if copies and update else "error")
+            weight = loss(batch)["weight_max"]
+        reached = loss(data)["weight_max"]
+        assert (weight == reached) == (not copies or update == 0)
+        nudge(loss, update)
+        sync.step()
