@@ -59,6 +59,13 @@ def _are_own(params: TensorDictBase, module: nn.Module) -> bool:
     return True
 
 
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by all of their names, those that no state has included."""
+    parameters = module.named_parameters(remove_duplicate=False)
+    buffers = module.named_buffers(remove_duplicate=False)
+    return {name: x.detach() for name, x in (*parameters, *buffers)}
+
+
 @dataclass
 class Keys:
     """Keys of a batch, which ``set_keys`` of a loss can change; see :mod:`iwsft.trajectory`."""
@@ -127,10 +134,10 @@ class PolicyLoss(LossModule):
                 strict=True,
             )
             return
-        theta = self.actor_network.state_dict()
+        theta = _tensors(self.actor_network)
         # Tied weights have several names; they move once.
         moved: set[int] = set()
-        for name, q in self.target_actor_network.state_dict().items():
+        for name, q in _tensors(self.target_actor_network).items():
             if q.data_ptr() not in moved or q.numel() == 0:
                 moved.add(q.data_ptr())
                 yield q, theta[name]

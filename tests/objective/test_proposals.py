@@ -247,6 +247,8 @@ def test_updater_survives_a_move_of_the_loss(make_loss: Any, functional: bool) -
 def test_running_statistics_follow_too(make_batch: Any, functional: bool, build: Any) -> None:
     torch.manual_seed(0)
     norm: Any = nn.BatchNorm1d(4)
+    # A statistic that no state has.
+    norm.register_buffer("scale", torch.ones(()), persistent=False)
     net = nn.Sequential(nn.Linear(3, 4), norm, NormalParamExtractor())
     policy = ProbabilisticActor(
         TensorDictModule(net, in_keys=["observation"], out_keys=["loc", "scale"]),
@@ -258,8 +260,11 @@ def test_running_statistics_follow_too(make_batch: Any, functional: bool, build:
     with torch.no_grad():
         norm.running_mean.fill_(3.0)
         norm.num_batches_tracked.fill_(7)
+        norm.scale.fill_(2.0)
     q.step()
     assert_equal(qs(loss), thetas(loss))
+    with loss.network(lagged=True) as of_q:
+        assert dict(of_q.named_buffers())["module.0.module.1.scale"] == 2.0
 
 
 @both_modes
