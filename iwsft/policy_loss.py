@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from tensordict import NestedKey, TensorDictBase, TensorDictParams, is_tensor_collection
@@ -91,11 +91,14 @@ class PolicyLoss(LossModule):
 
     # Key and values that the last sync wrote into trajectories, until a batch is read.
     written: tuple[NestedKey, Tensor] | None
+    # Whether a state was loaded, whose q a new updater would replace.
+    loaded: bool
 
     def __init__(self, policy: nn.Module, *, lagged: bool, functional: bool) -> None:
         self._functional = functional
         super().__init__()
         self.written = None
+        self.loaded = False
         if functional:
             self.convert_to_functional(policy, "actor_network", create_target_params=lagged)
             return
@@ -141,6 +144,10 @@ class PolicyLoss(LossModule):
             if q.data_ptr() not in moved or q.numel() == 0:
                 moved.add(q.data_ptr())
                 yield q, theta[name]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.loaded = True
 
     def _check_masks_read(self, batch: TensorDictBase, *, steps: int, found: bool) -> None:
         """Refuse a mask of the steps that the default keys leave unread: padding would count.

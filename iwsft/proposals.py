@@ -54,6 +54,12 @@ class _Updater(TargetNetUpdater):
         self.loss_module = loss
         self.holder: Holder = loss if holder is None else holder
         self.trajectories = trajectories
+        # TorchRL warns of a q that is read before this is set.
+        loss._has_update_associated["actor_network"] = True
+        if loss.loaded and loss.has_lagged_q and any((a != b).any() for a, b in loss.pairs()):
+            problem = f"{name} sets q to the policy, so the q that this loss has loaded is lost"
+            way_out = f"make {name} first, then load the state of the loss"
+            warnings.warn(f"{problem}; to continue with it, {way_out}", UserWarning, stacklevel=3)
         self.init_()
 
     def __repr__(self) -> str:
@@ -62,8 +68,6 @@ class _Updater(TargetNetUpdater):
     @torch.no_grad()
     def init_(self) -> None:
         """Set q to theta."""
-        # TorchRL warns of a q that is read before this is set.
-        self.loss_module._has_update_associated["actor_network"] = True
         if self.loss_module.proposal == "lagged":
             for q, theta in self.holder.pairs():
                 q.copy_(theta)

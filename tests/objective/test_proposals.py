@@ -211,6 +211,11 @@ def test_ema_resumes(make_loss: Any, functional: bool) -> None:
     nudge(other, 1)
     again.step()
     assert_equal(qs(other) + thetas(other), qs(loss) + thetas(loss))
+    late = make_loss("lagged", functional)
+    late.load_state_dict(state)
+    with pytest.warns(UserWarning, match="sets q to the policy, so the q .* is lost"):
+        EMA(late, decay=0.8)
+    assert_equal(qs(late), thetas(late))
 
 
 def test_cached_weights_of_the_start_that_nothing_moves_are_told(
