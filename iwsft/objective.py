@@ -115,7 +115,6 @@ class ImportanceWeightedMLE(PolicyLoss):
     """
 
     _AcceptedKeys = Keys
-    tensor_keys: Keys
     default_keys = Keys
     out_keys = [LOSS, *_DIAGNOSTICS]
 
@@ -348,7 +347,7 @@ class ImportanceWeightedMLE(PolicyLoss):
             # Segments would read the mask that the user turned off.
             trajectories = trajectories.exclude(MASK)
         out = Segments.of(trajectories, traj_ids=self.tensor_keys.traj_ids, mask=mask)
-        self._check_masks_read(trajectories, steps=out.shape.numel(), found=found)
+        self._check_all_read(trajectories, steps=out.shape.numel(), found=found)
         return out
 
     def share(self, batch: TensorDictBase, segments: Segments) -> Tensor:

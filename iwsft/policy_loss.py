@@ -28,6 +28,9 @@ from iwsft.trajectory import (
     on_host,
 )
 
+# A prioritized replay buffer of TorchRL writes it, and TorchRL's losses multiply by it.
+PRIORITY_WEIGHT = "priority_weight"
+
 
 @contextmanager
 def holding(params: TensorDictBase, module: nn.Module) -> Iterator[None]:
@@ -83,6 +86,7 @@ class Keys:
 class PolicyLoss(LossModule):
     """Holds theta, and q where it is lagged, apart from the module or in it (``functional``)."""
 
+    tensor_keys: Keys
     actor_network: TensorDictModule
     actor_network_params: TensorDictParams
     target_actor_network_params: TensorDictParams
@@ -149,12 +153,20 @@ class PolicyLoss(LossModule):
         super()._load_from_state_dict(*args, **kwargs)
         self.loaded = True
 
-    def _check_masks_read(self, batch: TensorDictBase, *, steps: int, found: bool) -> None:
+    def _check_all_read(self, batch: TensorDictBase, *, steps: int, found: bool) -> None:
         """Refuse a mask of the steps that the default keys leave unread: padding would count.
 
         ``steps`` is the number of steps of the batch. ``found`` says whether the default keys name
-        a mask; beside it only the assistant's is needed.
+        a mask; beside it only the assistant's is needed. Priority weights that differ are refused,
+        too: the weights that undo the priorities of a replay buffer.
         """
+        priority = batch.get(PRIORITY_WEIGHT, default=None)
+        read = self.tensor_keys.data_weight == PRIORITY_WEIGHT
+        if priority is not None and not read and on_host(priority) and len(priority.unique()) > 1:
+            problem = f"this loss does not read the {PRIORITY_WEIGHT!r} of the replay buffer"
+            way_out = f"loss.set_keys(data_weight={PRIORITY_WEIGHT!r}) multiplies by it"
+            other = f"batch.exclude({PRIORITY_WEIGHT!r}) does without"
+            raise ValueError(f"{problem}: {way_out}, {other}")
         if self.loss_mask_key != "auto":
             return
         masks: list[NestedKey] = []

@@ -72,6 +72,22 @@ def test_a_mask_of_the_steps_that_is_not_read_is_refused(ready: Any, assert_near
     assert_near(loss(packed.copy().set("mask", torch.ones(18, 2, dtype=torch.bool))), loss(packed))
 
 
+def test_weights_of_priorities_are_read_or_refused(make_loss: Any, make_batch: Any) -> None:
+    """Steps that a buffer draws more often would count more; TorchRL's losses undo that."""
+    loss, batch = make_loss("reference"), make_batch()
+    expected = loss(batch)["loss_iw_mle"]
+    batch["priority_weight"] = torch.ones(len(batch))
+    assert loss(batch)["loss_iw_mle"] == expected
+    batch["priority_weight"][3:] = 0.5
+    with pytest.raises(ValueError, match="does not read the 'priority_weight' .*data_weight="):
+        loss(batch)
+    assert loss(batch.exclude("priority_weight"))["loss_iw_mle"] == expected
+    loss.set_keys(data_weight="priority_weight")
+    found, terms = loss(batch)["loss_iw_mle"], loss.terms(batch)
+    weighted = terms.share * terms.log_prob * batch["priority_weight"]
+    torch.testing.assert_close(found, (-weighted.sum() / terms.share.sum()).float())
+
+
 def test_nan_in_the_padding_of_nested_entries_does_not_leak() -> None:
     class Nested(nn.Module):
         def __init__(self) -> None:
