@@ -322,7 +322,8 @@ class ImportanceWeightedMLE(PolicyLoss):
         """log p or log q of each step, and its entropy where weights read it."""
         if segments.mask is not None:
             read = getattr(self.actor_network, "in_keys", None)
-            keys = [*batch.keys(True, True)] if read is None else [*read, self.tensor_keys.action]
+            drawn = getattr(self.actor_network, "dist_sample_keys", [self.tensor_keys.action])
+            keys = [*batch.keys(True, True)] if read is None else [*read, *drawn]
             batch = finite_padding(batch, segments, keys)
         lagged = q and self.proposal == "lagged"
         with self.network(lagged=lagged) as policy, evaluating(policy if q else None):

@@ -106,6 +106,24 @@ def test_nan_in_the_padding_of_nested_entries_does_not_leak() -> None:
     assert policy.scale.grad == -1.0
 
 
+@pytest.mark.parametrize("key", ["arm", ("action", "arm")])
+def test_nan_in_the_padding_of_the_actions_of_an_actor_does_not_leak(key: Any) -> None:
+    """Its actions are where the actor says, whatever the keys of the loss are."""
+    actor = ProbabilisticActor(
+        TensorDictModule(NormalParamExtractor(), ["observation"], ["loc", "scale"]),
+        in_keys=["loc", "scale"],
+        out_keys=[key],
+        distribution_class=IndependentNormal,
+    )
+    loss = ImportanceWeightedMLE(actor, proposal="reference")
+    observation = torch.ones(1, 2, 4, requires_grad=True)
+    batch = TensorDict({"observation": observation, key: torch.zeros(1, 2, 2)}, [1, 2])
+    batch[key][0, 1] = torch.nan
+    batch[MASK] = torch.tensor([[True, False]])
+    loss(batch)["loss_iw_mle"].backward()
+    assert observation.grad is not None and bool(observation.grad.isfinite().all())
+
+
 @pytest.mark.parametrize("noise", [0.0, 0.5])
 @every_proposal
 def test_how_often_the_policy_runs(make_batch: Any, proposal: Any, noise: float) -> None:
