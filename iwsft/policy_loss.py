@@ -199,10 +199,15 @@ class PolicyLoss(LossModule):
             warnings.warn(f"{problem}: {copies}; {way_out}", UserWarning, stacklevel=2)
 
     def named_parameters(
-        self, prefix: str = "", recurse: bool = True
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters of the policy; those of q follow it and are not for an optimizer."""
-        for name, parameter in super().named_parameters(prefix=prefix, recurse=recurse):
+        if self.functional and not remove_duplicate:
+            # torch.func asks so, and would leave the parameters as they are in silence.
+            raise TypeError("torch.func can't replace what this loss holds: functional=False")
+        # TorchRL's method does not take all arguments of torch's.
+        every = nn.Module.named_parameters(self, prefix, recurse, remove_duplicate)
+        for name, parameter in every:
             if not name.removeprefix(f"{prefix}.").startswith("target_"):
                 yield name, parameter
 

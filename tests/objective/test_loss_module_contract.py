@@ -361,3 +361,24 @@ def test_eval_turns_the_dropout_of_the_policy_off(
     del policy.head.net[2]
     torch.testing.assert_close(make_loss("reference", policy=policy)(batch)["loss_iw_mle"], quiet)
     assert all(module.training for module in loss.train().actor_network.modules())
+
+
+def test_seeds_are_mapped_by_torch_func(make_loss: Any, make_policy: Any, make_batch: Any) -> None:
+    """``vmap`` over stacked parameters against each seed alone, gradients included."""
+    batch = make_batch()
+    losses = [make_loss("current", False, make_policy(seed=seed)) for seed in range(3)]
+    for loss in losses:
+        loss(batch)["loss_iw_mle"].backward()
+    stacked, buffers = torch.func.stack_module_state(losses)
+
+    def value(parameters: Any, own: Any) -> Any:
+        return torch.func.functional_call(losses[0], (parameters, own), (batch,))["loss_iw_mle"]
+
+    gradients, values = torch.vmap(torch.func.grad_and_value(value))(stacked, buffers)
+    for i, loss in enumerate(losses):
+        torch.testing.assert_close(values[i], loss(batch)["loss_iw_mle"].detach())
+        for name, parameter in loss.named_parameters():
+            torch.testing.assert_close(gradients[name][i], parameter.grad)
+    functional = make_loss("current")
+    with pytest.raises(TypeError, match="can't replace what this loss holds: functional=False"):
+        torch.func.functional_call(functional, dict(functional.named_parameters()), (batch,))
