@@ -11,7 +11,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from iwsft.distributed import gathered, rank_and_world
-from iwsft.policies.log_prob import evaluating, step_log_prob
+from iwsft.policies.log_prob import check_memory, evaluating, step_log_prob
 from iwsft.trajectory import MULTIPLICITY, Segments, steps_of
 from iwsft.validation import check_count
 
@@ -60,6 +60,7 @@ class ForwardPass:
             way_out = "pass a GaussianPolicy, a ProbabilisticActor, or any object with that method"
             raise TypeError(f"{type(policy).__name__} has no log_prob(trajectories); {way_out}")
         self.segments = Segments.of(trajectories) if segments is None else segments
+        check_memory(policy, trajectories, self.segments)
         shape = self.segments.shape
         check_count("rows", rows)
         if batches is not None and len(shape) != 1:

@@ -348,7 +348,7 @@ class ImportanceWeightedMLE(PolicyLoss):
             # Segments would read the mask that the user turned off.
             trajectories = trajectories.exclude(MASK)
         out = Segments.of(trajectories, traj_ids=self.tensor_keys.traj_ids, mask=mask)
-        self._check_all_read(trajectories, steps=out.shape.numel(), found=found)
+        self._check_all_read(trajectories, out, found=found)
         return out
 
     def share(self, batch: TensorDictBase, segments: Segments) -> Tensor:

@@ -15,6 +15,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
+from iwsft.policies.log_prob import check_memory
 from iwsft.trajectory import (
     ACTION,
     ASSISTANT_MASK,
@@ -25,6 +26,7 @@ from iwsft.trajectory import (
     STANDARD_SCORE,
     SUCCESS_RATE,
     TRAJ_IDS,
+    Segments,
     on_host,
 )
 
@@ -153,13 +155,14 @@ class PolicyLoss(LossModule):
         super()._load_from_state_dict(*args, **kwargs)
         self.loaded = True
 
-    def _check_all_read(self, batch: TensorDictBase, *, steps: int, found: bool) -> None:
+    def _check_all_read(self, batch: TensorDictBase, segments: Segments, *, found: bool) -> None:
         """Refuse a mask of the steps that the default keys leave unread: padding would count.
 
-        ``steps`` is the number of steps of the batch. ``found`` says whether the default keys name
-        a mask; beside it only the assistant's is needed. Priority weights that differ are refused,
-        too: the weights that undo the priorities of a replay buffer.
+        ``found`` says whether the default keys name a mask; beside it only the assistant's is
+        needed. Priority weights that differ are refused, too: the weights that undo the priorities
+        of a replay buffer. So are trajectories into which a memory leaks.
         """
+        check_memory(self.actor_network, batch, segments)
         priority = batch.get(PRIORITY_WEIGHT, default=None)
         read = self.tensor_keys.data_weight == PRIORITY_WEIGHT
         if priority is not None and not read and on_host(priority) and len(priority.unique()) > 1:
@@ -175,7 +178,7 @@ class PolicyLoss(LossModule):
             inside = is_tensor_collection(entry)
             entries = {(name, key): x for key, x in entry.items()} if inside else {name: entry}
             for key, x in entries.items():
-                if isinstance(x, Tensor) and x.numel() == steps:
+                if isinstance(x, Tensor) and x.numel() == segments.shape.numel():
                     masks.append(key)
         if masks and (not found or ASSISTANT_MASK in masks):
             key = ASSISTANT_MASK if ASSISTANT_MASK in masks else masks[0]

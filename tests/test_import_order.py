@@ -30,7 +30,7 @@ FLOORS = (
         "iwsft.policies",
         "iwsft.distributed",
     ),
-    ("iwsft.objective", "iwsft.forward_pass"),
+    ("iwsft.policy_loss", "iwsft.objective", "iwsft.forward_pass"),
     ("iwsft.proposals", "iwsft.reference", "iwsft.diagnostics"),
     ("iwsft.curation", "iwsft.samplers"),
     (

@@ -294,9 +294,8 @@ def test_fingerprint_sees_name_dtype_shape_and_value() -> None:
     assert len({base, *(fingerprint(other) for other in others)}) == 8
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded"])
-def test_a_policy_with_a_memory_reads_trajectories_as_the_loss_does(layout: str) -> None:
-    """TorchRL's losses have a memory read whole rows; alone it starts afresh at each step."""
+def recurrent() -> tuple[ProbabilisticActor, Any, nn.Module]:
+    """A policy with a memory, its GRU, and what follows."""
     torch.manual_seed(0)
     memory = GRUModule(
         input_size=4, hidden_size=8, in_keys=["observation", "past"], out_keys=["seen", "past"]
@@ -307,12 +306,19 @@ def test_a_policy_with_a_memory_reads_trajectories_as_the_loss_does(layout: str)
         in_keys=["loc", "scale"],
         distribution_class=IndependentNormal,
     )
+    return policy, memory.gru, head
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_policy_with_a_memory_reads_trajectories_as_the_loss_does(layout: str) -> None:
+    """TorchRL's losses have a memory read whole rows; alone it starts afresh at each step."""
+    policy, gru, head = recurrent()
     data = dataset(90)
     data["is_init"] = torch.arange(90)[:, None] % 30 == 0
     rows = pad(data)
     data = annotate_reference(policy, data if layout == "packed" else rows, rows=30)
     with torch.no_grad():
-        loc, scale = head(memory.gru(rows["observation"])[0])
+        loc, scale = head(gru(rows["observation"])[0])
         expected = torch.distributions.Normal(loc, scale).log_prob(rows["action"]).sum(-1)
     torch.testing.assert_close(data["ref_log_prob"].reshape(3, 30), expected)
     loss = ImportanceWeightedMLE(policy, proposal="cached")
@@ -320,8 +326,32 @@ def test_a_policy_with_a_memory_reads_trajectories_as_the_loss_does(layout: str)
     loss.actor_network_params.data.mul_(1.1)
     torch.testing.assert_close(loss(data)["log_prob"], loss.log_prob(data).mean().detach())
     with torch.no_grad():
-        loc, scale = head(memory.gru(rows["observation"])[0])
+        loc, scale = head(gru(rows["observation"])[0])
         moved = torch.distributions.Normal(loc, scale).log_prob(rows["action"]).sum(-1)
     reweight(data, loss)
     weight = (moved - expected).mean(1).exp()[:, None].expand(3, 30)
     torch.testing.assert_close(data["importance_weight"].reshape(3, 30), weight)
+
+
+def test_a_memory_that_would_leak_into_a_trajectory_is_refused() -> None:
+    """As where a collector's rows are cut in an episode and packed: nothing resets the memory."""
+    policy, gru, head = recurrent()
+    rows = dataset(90).exclude(TRAJ_IDS).reshape(3, 30)
+    rows["is_init"] = torch.zeros(3, 30, 1, dtype=torch.bool)
+    loss = ImportanceWeightedMLE(policy, proposal="reference")
+    with torch.no_grad():
+        loc, scale = head(gru(rows["observation"])[0])
+        expected = torch.distributions.Normal(loc, scale).log_prob(rows["action"]).sum(-1)
+    torch.testing.assert_close(annotate_reference(policy, rows)["ref_log_prob"], expected)
+    torch.testing.assert_close(loss(rows)["log_prob"], expected.mean())
+    packed = pack(rows)
+    two = rows.reshape(1, 90).set(("next", "done"), torch.arange(90).reshape(1, 90, 1) == 29)
+    for data in (packed, two):
+        for read in (lambda x: annotate_reference(policy, x), loss):
+            with pytest.raises(ValueError, match="begins at step 30 .*has no 'is_init' there"):
+                read(data)
+    packed["is_init"][30::30] = True
+    torch.testing.assert_close(loss(packed)["log_prob"], expected.mean())
+    # Of a policy without a memory the mark says nothing.
+    packed["is_init"][30] = False
+    annotate_reference(gaussian(), packed)

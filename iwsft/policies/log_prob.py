@@ -26,7 +26,7 @@ from torchrl.modules import (
 )
 from torchrl.modules.distributions import LLMMaskedCategorical
 
-from iwsft.trajectory import Segments
+from iwsft.trajectory import Segments, on_host
 
 # Rounding of actions at the bounds -1 and 1.
 ROUNDING = 1e-5
@@ -179,6 +179,21 @@ def _checked(out: Any, policy: Any, shape: torch.Size) -> Tensor:
         way_out = "sum over the action's dimensions (torchrl.modules.IndependentNormal)"
         raise ValueError(f"{problem}, one number per step; {way_out}")
     return out.reshape(shape).to(torch.promote_types(out.dtype, torch.float32))
+
+
+def check_memory(policy: Any, batch: TensorDictBase, segments: Segments) -> None:
+    """Refuse a trajectory that begins without TorchRL's mark, so that a memory leaks into it."""
+    init = batch.get("is_init", default=None)
+    if init is None or "is_init" not in getattr(policy, "in_keys", ()) or not on_host(init):
+        return
+    rows = segments.index.reshape(segments.shape if len(segments.shape) == 2 else (1, -1))
+    leaks = (rows.diff(dim=1) > 0) & ~init.reshape(rows.shape).bool()[:, 1:]
+    if bool(leaks.any()):
+        row, step = leaks.nonzero()[0].tolist()
+        where = f"step {step + 1}" if len(segments.shape) == 1 else f"step {step + 1} of row {row}"
+        problem = f"a trajectory begins at {where} and has no 'is_init' there"
+        leak = "the memory of the policy would go on from the trajectory before"
+        raise ValueError(f"{problem}: {leak}; set 'is_init' there, or give each a row [B, T]")
 
 
 def finite_padding(
