@@ -206,6 +206,9 @@ def check_draws(loss: LossModule, sampler: Any) -> None:
 @torch.no_grad()
 def _reads_single_steps(loss: ImportanceWeightedMLE, sampler: Any) -> bool:
     """Whether log p of a step is the same in another order of the batch; True if noise hides it."""
+    if "is_init" in getattr(loss.actor_network, "in_keys", ()):
+        # TorchRL's mark of where a memory starts.
+        return False
     steps = torch.arange(sampler.batch_size) % len(sampler.trajectories)
     with evaluating(loss.actor_network):
         noisy = noise_watch(loss.actor_network, sampler.device)
