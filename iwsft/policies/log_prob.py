@@ -15,7 +15,7 @@ from tensordict.nn import (
     ProbabilisticTensorDictSequential,
 )
 from torch import Tensor, nn
-from torch.distributions import Categorical
+from torch.distributions import Categorical, Independent
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torchrl.modules import (
@@ -151,6 +151,8 @@ def _impossible(dist: Any, action: Any, shape: torch.Size) -> Tensor | None:
         parts = [_impossible(part, action.get(key), shape) for key, part in dist.dists.items()]
         found = [part for part in parts if part is not None]
         return torch.stack(found).any(0) if found else None
+    if isinstance(dist, Independent):
+        return _impossible(dist.base_dist, action, shape)
     if isinstance(dist, TanhNormal):
         # It takes those beyond its bounds for the bounds.
         margin = ROUNDING * (dist.high - dist.low) / 2

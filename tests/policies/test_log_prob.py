@@ -164,6 +164,12 @@ def test_one_hot_actions_have_the_log_prob_of_their_index(
             step_log_prob(plain, _batch(action, layout), torch.Size(layout))
 
 
+class _TwoIndices(distributions.Independent):
+    def __init__(self, logits: Tensor) -> None:
+        logits = torch.stack([logits, -logits], -2)
+        super().__init__(distributions.Categorical(logits=logits), 1)
+
+
 _ROW = nn.functional.one_hot(torch.tensor([1, 0]), 3).float()
 
 
@@ -175,6 +181,7 @@ _ROW = nn.functional.one_hot(torch.tensor([1, 0]), 3).float()
         (OneHotCategorical, _ROW.long(), [[0, 0, 0], [1, 1, 0]]),
         (MaskedOneHotCategorical, _ROW, [[0.0, 0.0, 2.0], [2.0, -1.0, 0.0]]),
         (distributions.Categorical, [1.0, 2.0], [1.5, 0.1]),
+        (_TwoIndices, [[1.0, 2.0], [0.0, 1.0]], [[1.5, 0.0], [0.0, 0.1]]),
     ],
 )
 def test_actions_that_a_distribution_takes_for_others_have_probability_0(
