@@ -117,8 +117,7 @@ class HardSync(_Updater):
             self.loss_module.awaits_sync = False
         elif self.trajectories is not None:
             reweight(self.trajectories, self.loss_module)
-        if self.trajectories is not None:
-            self.loss_module.written = (self.key, self.trajectories.get(self.key))
+        self._tell_loss()
 
     def step(self) -> bool:
         """Count an update; sync at the ``every``-th since the last sync, and return whether."""
@@ -138,9 +137,20 @@ class HardSync(_Updater):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`, also in the middle of a window."""
-        self.counter = state_dict["counter"]
         if self.trajectories is not None:
-            _write(self.trajectories, self.key, state_dict[self._entry])
+            stored, present = state_dict[self._entry], self.trajectories.get(self.key)
+            if stored.shape != present.shape:
+                problem = f"this state is of trajectories {list(stored.shape)}"
+                way_out = "resume with the trajectories of the first run"
+                raise ValueError(f"{problem}, and these are {list(present.shape)}; {way_out}")
+            _write(self.trajectories, self.key, stored)
+        self.counter = state_dict["counter"]
+        self._tell_loss()
+
+    def _tell_loss(self) -> None:
+        """Tell the loss what its next batch must hold."""
+        if self.trajectories is not None:
+            self.loss_module.written = (self.key, self.trajectories.get(self.key))
 
     @property
     def _entry(self) -> str:

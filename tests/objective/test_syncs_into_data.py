@@ -36,6 +36,12 @@ def test_syncs_write_into_a_lazy_stack(make_loss: Any, make_batch: Any) -> None:
     torch.testing.assert_close(lazy["importance_weight"], dense["importance_weight"])
     syncs[1].load_state_dict(start)
     assert torch.equal(lazy["importance_weight"], start["importance_weight"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss(lazy)
+    shorter = HardSync(loss, every=1, trajectories=pad(make_batch([4, 4])))
+    with pytest.raises(ValueError, match=r"of trajectories \[3, 4\], and these are \[2, 4\]"):
+        shorter.load_state_dict(start)
 
 
 @pytest.mark.parametrize("proposal", ["cached", "current"])
