@@ -296,9 +296,9 @@ def exponential(log_weight: Tensor) -> Tensor:
         torch._assert_async(finite, "importance weights overflow float32 or are NaN")
     elif not bool(finite):
         if len(wrong := weight.isnan().nonzero()):
-            way_out = "iwsft.validation.validate(trajectories) tells whether the data are finite"
-            first = wrong[0].tolist()
-            raise FloatingPointError(f"importance weights are NaN, first at {first}; {way_out}")
+            problem = f"importance weights are NaN, first at {wrong[0].tolist()}"
+            data = "look for NaN in the data (iwsft.validation.validate)"
+            raise FloatingPointError(f"{problem}: {data}, and for a batch with all weights 0")
         raise OverflowError(
             f"importance weights overflow float32 (log-weights reach "
             f"{float(log_weight.max()):.4g}); use reduce='mean', a lower Temperature or ClipWeight"

@@ -354,6 +354,11 @@ def test_overflow_is_one_clear_error(make_loss: Any, make_batch: Any) -> None:
     batch["ref_log_prob"] -= 200.0
     with pytest.raises(OverflowError, match="ClipWeight"):
         loss(batch)
+    # Where no weight of a batch is left, there is no mean to divide by.
+    none_left = [weights.MaskRatio(max=1e-30)]
+    chain = ImportanceWeights(step=none_left, reduce=None, trajectory=[weights.SelfNormalize()])
+    with pytest.raises(FloatingPointError, match="are NaN.* and for a batch with all weights 0"):
+        make_loss("current", importance_weights=chain)(batch)
 
 
 class Written(nn.Module):
