@@ -95,13 +95,12 @@ class ImportanceWeightedMLE(PolicyLoss):
     Output: ``loss_iw_mle``, then detached scalars: ``ESS`` (effective over drawn trajectories, in
     (0, 1]), ``kl_approx`` (mean of log pi_ref - log p; NaN without ``ref_log_prob``),
     ``clip_fraction`` (NaN with cached weights), ``weight_mean``, ``weight_max``, ``log_prob``.
-    Means count a trajectory by its multiplicity and give its steps equal shares. After
-    ``select_out_keys("loss_iw_mle")`` a call computes the loss alone.
+    Means count a trajectory by its multiplicity and give its steps equal shares.
+    ``select_out_keys("loss_iw_mle")`` saves their cost.
 
     Raises:
         KeyError: The batch lacks an entry that the loss needs; the message says how to add it.
-        ValueError: Shapes do not fit, a trajectory has every step masked, or a data weight is one
-            that :meth:`check_data_weights` refuses.
+        ValueError: Shapes or masks do not fit, or :meth:`check_data_weights` refuses a weight.
         OverflowError: A weight is beyond float32. On an accelerator, where looking would cost a
             wait, these two are device-side assertions.
         FloatingPointError: A weight is NaN; or the policy excludes a step that counts (log p is

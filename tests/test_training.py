@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Callable
@@ -271,36 +270,6 @@ def test_the_same_seed_gives_the_same_numbers_with_and_without_a_folder(tmp_path
     one, two = (tensors(dict(each.loss.state_dict())) for each in made)
     for key, value in one.items():
         assert torch.equal(two[key], value), key
-
-
-def test_rows_are_logged_at_the_first_the_last_and_every_nth_update(tmp_path: Path) -> None:
-    train(JOBS["cached, steps, hard sync"](), tmp_path)
-    rows = metrics.read(tmp_path / metrics.FILE)
-    due = {1, STEPS, *range(3, STEPS + 1, 3), *range(4, STEPS + 1, 4)}
-    assert [row["step"] for row in rows] == sorted(due)
-    assert [row["step"] for row in rows if "bound_gap" in row] == [*range(4, STEPS + 1, 4)]
-    for row in rows:
-        assert row["lr"] == pytest.approx(SCHEDULE.lr * SCHEDULE.factor(int(row["step"]) - 1))
-    assert [row["wall_seconds"] for row in rows] == sorted(row["wall_seconds"] for row in rows)
-
-
-def test_rows_have_the_outputs_that_the_user_selected() -> None:
-    """Between rows ``fit`` computes the loss alone; that changes neither rows nor parameters."""
-    every = {"ESS", "kl_approx", "clip_fraction", "weight_mean", "weight_max", "log_prob"}
-    ends = []
-    for chosen, log_every in ((every, 1), (every, 1000), ({"ESS"}, 7)):
-        made, rows = JOBS["cached, steps, hard sync"](), list[Row]()
-        if chosen != every:
-            made.loss.select_out_keys("loss_iw_mle", *chosen)
-        keys = list(made.loss.out_keys)
-        options = {"log_every": log_every, "report": rows.append}
-        fit(made.loss, made.sampler, SCHEDULE, updater=made.updater, **options)
-        assert rows and all(every & row.keys() == chosen for row in rows)
-        assert made.loss.out_keys == keys
-        assert set(made.loss(made.sampler.sample()).keys()) == set(keys)
-        ends.append([torch.tensor(rows[-1]["ESS"]), *made.loss.parameters()])
-    for one, other in itertools.pairwise(ends):
-        assert all(map(torch.equal, one, other))
 
 
 def plain_loop(proposal: str, decay: float, every: int) -> list[Tensor]:

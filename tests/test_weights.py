@@ -390,20 +390,13 @@ def test_target_ess_does_not_see_what_is_not_counted() -> None:
         assert torch.equal(transform(log_weight, share.double())[:3], counted)
 
 
-@pytest.mark.parametrize(
-    ("log_weight", "error", "message"),
-    [
-        (89.0, OverflowError, "overflow float32"),
-        (torch.inf, OverflowError, "overflow float32"),
-        (torch.nan, FloatingPointError, r"are NaN, first at \[1\]: .*iwsft.validation.validate"),
-    ],
-)
-def test_weights_beyond_float32_are_refused(
-    log_weight: float, error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
+@pytest.mark.parametrize("log_weight", [89.0, torch.inf])
+def test_weights_beyond_float32_are_refused(log_weight: float) -> None:
+    with pytest.raises(OverflowError, match="overflow float32"):
         exponential(torch.tensor([0.0, log_weight]))
-    assert exponential(torch.tensor([0.0, 88.0, -torch.inf])).isfinite().all()
+    with pytest.raises(FloatingPointError, match=r"NaN, first at \[1\]: .*validation.validate"):
+        exponential(torch.tensor([log_weight, torch.nan]))
+    assert exponential(torch.tensor([88.0, -torch.inf])).isfinite().all()
 
 
 def test_compiled_overflow_is_an_assertion_of_the_device() -> None:
