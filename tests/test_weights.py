@@ -412,9 +412,8 @@ def test_compiled_overflow_is_an_assertion_of_the_device() -> None:
 def test_an_overflow_on_a_gpu_is_an_assertion_of_the_device() -> None:
     """In a process of its own, whose device can't be used after it."""
     lines = (
-        "import torch",
-        "from iwsft.weights import exponential",
-        "exponential(torch.full((3,), 200.0, device='cuda'))",
+        "import torch, iwsft.weights",
+        "iwsft.weights.exponential(torch.full((3,), 200.0, device='cuda'))",
         "torch.cuda.synchronize()",
     )
     done = subprocess.run([sys.executable, "-c", "; ".join(lines)], capture_output=True, text=True)
