@@ -339,7 +339,6 @@ class ImportanceWeightedMLE(PolicyLoss):
                 if valid.ndim > trajectories.batch_dims and valid.shape[-1] == 1:
                     valid = valid.squeeze(-1)
                 mask = valid.bool() if mask is None else mask & valid.bool()
-        found = mask is not None
         predicted = getattr(self.actor_network, "predicted", None)
         if mask is not None and predicted is not None:
             mask = mask & predicted(trajectories)
@@ -347,7 +346,7 @@ class ImportanceWeightedMLE(PolicyLoss):
             # Segments would read the mask that the user turned off.
             trajectories = trajectories.exclude(MASK)
         out = Segments.of(trajectories, traj_ids=self.tensor_keys.traj_ids, mask=mask)
-        self._check_all_read(trajectories, out, found=found)
+        self._check_all_read(trajectories, out, found=mask is not None)
         return out
 
     def share(self, batch: TensorDictBase, segments: Segments) -> Tensor:
