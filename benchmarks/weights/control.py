@@ -37,6 +37,11 @@ def of_run(options: Options, folder: Path, config: dict[str, Any], out: Path) ->
     given = parse(d4rl.Options, "d4rl", None, words=["--config", str(folder / CONFIG)])
     (source,), trusted = given.dataset or ("",), given.trust_env_module
     task = Task.load(source, given.pretrain_dataset, trust=trusted)
+    recorded = config.get("settings", {})
+    for key, data_of in (("data", task.dataset), ("pretrain", task.pretrain)):
+        if recorded.get(key, data_of.fingerprint) != data_of.fingerprint:
+            problem = f"{data_of.source} has changed since {folder} was trained"
+            raise ValueError(f"{problem}, so its weights would be others; put it back")
     given = replace(given, out=out, device="cpu")
     run = Run(task.name, name, int(config["seed"]), given, source, name_in_tables(task.dataset))
     home = reference_folder(run, task)

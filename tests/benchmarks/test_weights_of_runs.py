@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -147,6 +148,22 @@ def test_what_can_not_be_weighed_is_told_in_a_line(
         with pytest.raises(SystemExit) as end:
             call("weights", *words.split())
         assert message in str(end.value) and "\n" not in str(end.value), words
+
+
+def test_data_that_have_changed_are_named(
+    job: Callable[..., Path], tiny_dataset: Path, tmp_path: Path, call: Callable[..., None]
+) -> None:
+    """The reference of other data is there still, and does not know of them."""
+    data = tmp_path / "mine.hdf5"
+    shutil.copy(tiny_dataset, data)
+    given = {"dataset": str(data), "pretrain_dataset": DATASET, "steps": 4, "reference_steps": 2}
+    job(tmp_path / "runs", ["iw-sft-q"], **given, curve_episodes=0)
+    (run,) = (tmp_path / "runs").glob("d4rl/*/iw-sft-q/seed-0")
+    call("weights", str(run))
+    with h5py.File(data, "a") as file:
+        file["rewards"][0] = 9.0
+    with pytest.raises(SystemExit, match=r"mine.hdf5 has changed since .*seed-0 was trained"):
+        call("weights", str(run))
 
 
 def test_a_run_without_weights_shows_those_that_it_would_have(
