@@ -160,6 +160,12 @@ def test_data_that_have_changed_are_named(
     job(tmp_path / "runs", ["iw-sft-q"], **given, curve_episodes=0)
     (run,) = (tmp_path / "runs").glob("d4rl/*/iw-sft-q/seed-0")
     call("weights", str(run))
+    call("weights", str(run))
+    # A page of the user's own stays.
+    (run / "weights" / "index.html").write_text("mine")
+    with pytest.raises(SystemExit, match=r"index.html is not a file of iwsft; choose another"):
+        call("weights", str(run))
+    assert (run / "weights" / "index.html").read_text() == "mine"
     with h5py.File(data, "a") as file:
         file["rewards"][0] = 9.0
     with pytest.raises(SystemExit, match=r"mine.hdf5 has changed since .*seed-0 was trained"):
