@@ -197,7 +197,7 @@ class PolicyLoss(LossModule):
         counted = value.reshape(share.shape)[share > 0]
         if len(counted) and not bool((written.to(counted.device) == counted.max()).any()):
             problem = f"the batch does not have the {key!r} that the last sync wrote"
-            copies = "it is older, or from a copy, such as a replay buffer makes of what extends it"
+            copies = "it is older, of other data, or a copy, as replay buffers make them"
             way_out = "draw from the trajectories themselves, as TensorStorage(trajectories) does"
             warnings.warn(f"{problem}: {copies}; {way_out}", UserWarning, stacklevel=2)
 

@@ -60,7 +60,7 @@ def test_a_copy_that_syncs_do_not_reach_is_told_of(
         buffer.extend(data)
     for update in range(3):
         batch = buffer[:]
-        told = pytest.warns(UserWarning, match="it is older, or from a copy")
+        told = pytest.warns(UserWarning, match="it is older, of other data, or a copy")
         with told if copies and update else warnings.catch_warnings():
             warnings.simplefilter("always" if copies and update else "error")
             weight = loss(batch)["weight_max"]
