@@ -85,7 +85,8 @@ class ImportanceWeightedMLE(PolicyLoss):
         normalize_data_weights: Whether ``"mean"`` divides by the absolute data weights that were
             drawn, sum_j m_j (mean_i abs d_ji), instead of by sum_j m_j.
         functional: Whether to hold parameters apart from the module, as TorchRL's losses do, and
-            not the module itself (for engines that shard it).
+            not the module itself (for engines that shard it). Then new parameters that the policy
+            gets later, as by ``load_state_dict(assign=True)``, are not trained.
         hold_q: Whether a lagged q is part of the loss. If something else holds it, such as
             ``iwsft.language.shards``, weights are read from the batch.
 
