@@ -69,8 +69,8 @@ class Update:
     def __call__(self, drawn: Sequence[TensorDictBase], *, measured: bool = True) -> Results:
         """Make an update; without ``measured`` the outputs may be the losses alone."""
         if self._graphs is None:
-            alone = self._stack is None and not measured
-            with loss_alone(self._seeds[0].loss) if alone else nullcontext():
+            loss = self._seeds[0].loss if self._stack is None else self._stack.template
+            with nullcontext() if measured else loss_alone(loss):
                 return self._compute(drawn)
         phase = getattr(self._seeds[0].loss, "phase", None)
         if phase not in self._graphs:
@@ -294,7 +294,7 @@ class Stack:
     def __init__(self, losses: Sequence[LossModule]) -> None:
         self._losses = losses
         # Holds the slices of the mapped call, so that no loss has to.
-        self._template = pickle.loads(pickle.dumps(losses[0]))
+        self.template = pickle.loads(pickle.dumps(losses[0]))
         own = [_tensors(loss) for loss in losses]
         self._params = TensorDict(
             {name: torch.stack([one[name].data for one in own]) for name in own[0]}, [len(losses)]
@@ -318,7 +318,7 @@ class Stack:
             stacked.grad = None
         phase = getattr(self._losses[0], "phase", None)
         if phase is not None:
-            self._template.phase = phase
+            self.template.phase = phase
         out = torch.vmap(self._call)(self._params, torch.stack(list(batches)))
         _total(out, seeds=len(batches)).sum().backward()
         for stacked, members in self._trained:
@@ -328,7 +328,7 @@ class Stack:
         return [out[i].detach() for i in range(len(batches))]
 
     def _call(self, params: TensorDictBase, batch: TensorDictBase) -> TensorDictBase:
-        loss = self._template
+        loss = self.template
         for name, value in params.items():
             (loss._modules if name in loss._modules else loss._parameters)[name] = value
         # Parts of the networks that TorchRL keeps between calls.
