@@ -108,7 +108,7 @@ def check_finished(
         for number, part in enumerate(parts, 1):
             tree[f"source {number}"] = part if options.episodes else {**part, "episodes": None}
     differ = differences(made, wanted)
-    least, most = sum(options.steps and options.amounts), simulator.max_episode_steps
+    least, most = sum(options.amounts), simulator.max_episode_steps
     # The last episode of a policy may go beyond its number of steps.
     if behaviours and options.steps and not least <= size < least + len(behaviours) * most:
         differ = differ or f"steps={size} (now {least})"
