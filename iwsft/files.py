@@ -70,16 +70,16 @@ def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 @contextmanager
 def alone_in(folder: Path, *, wait: bool) -> Iterator[None]:
-    """Keep other processes out of a folder."""
+    """Keep other processes out of a folder, which this one may enter again."""
     # Here, so that `import iwsft` stays light.
     from filelock import FileLock, Timeout
 
     with full_disk_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
     try:
-        lock = FileLock(folder / ".lock").acquire(timeout=-1 if wait else 0)
+        lock = FileLock(folder / ".lock", is_singleton=True).acquire(timeout=-1 if wait else 0)
     except Timeout as error:
-        way_out = "wait for it or end it, then pass --resume"
+        way_out = "wait for it or end it, then resume"
         raise FileExistsError(f"another process works in {folder}; {way_out}") from error
     with lock:
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import TargetNetUpdater
 
 from iwsft import checkpoint
+from iwsft.files import alone_in
 from iwsft.metrics import MetricsLog, check_limits, diverged, row_of
 from iwsft.metrics import Row as Row
 from iwsft.progress import Progress
@@ -152,6 +154,7 @@ def fit(
             loss is not one number.
         FloatingPointError: Loss or parameters are no longer finite, or an output exceeds its limit;
             the last good checkpoint stays.
+        FileExistsError: Another process trains in the folder.
         iwsft.checkpoint.CheckpointError: The checkpoint is corrupt, or of other settings.
     """
     place = None if folder is None else Path(folder)
@@ -186,31 +189,35 @@ def fit_stack(
     """
     check_count("log_every", log_every)
     check_count("checkpoint_every", checkpoint_every)
-    seeds = [_Seed(each, graph=graph, alone=len(trainings) == 1) for each in trainings]
-    if len(seeds) > 1:
-        samplers: list[Any] = [each.sampler for each in trainings]
-        check_alike(
-            [each.loss for each in trainings],
-            steps=[seed.steps for seed in seeds],
-            batch_size=[getattr(sampler, "batch_size", None) for sampler in samplers],
-        )
-    groups: dict[int, list[_Seed]] = {}
-    for seed in seeds:
-        if seed.start < seed.steps:
-            groups.setdefault(seed.start, []).append(seed)
-    for start, group in groups.items():
-        interrupts, progress_bar = interrupts_unmasked(), Progress(shown=progress)
-        with denormals_flushed(), interrupts, progress_bar as display:
-            task = display.add_task("updates", total=group[0].steps, completed=start)
-            for seed in group:
-                seed.begin(share=1 / len(group))
-            for step in _updates(group, log_every, checkpoint_every, graph=graph):
-                row = group[0].row
-                if row.get("step") == step:
-                    display.update(task, completed=step, note=f"loss {row['loss']:.4g}")
-                elif progress:
-                    display.advance(task)
-    return [seed.outcome for seed in seeds]
+    with ExitStack() as locks:
+        for each in trainings:
+            if each.folder is not None:
+                locks.enter_context(alone_in(each.folder, wait=False))
+        seeds = [_Seed(each, graph=graph, alone=len(trainings) == 1) for each in trainings]
+        if len(seeds) > 1:
+            samplers: list[Any] = [each.sampler for each in trainings]
+            check_alike(
+                [each.loss for each in trainings],
+                steps=[seed.steps for seed in seeds],
+                batch_size=[getattr(sampler, "batch_size", None) for sampler in samplers],
+            )
+        groups: dict[int, list[_Seed]] = {}
+        for seed in seeds:
+            if seed.start < seed.steps:
+                groups.setdefault(seed.start, []).append(seed)
+        for start, group in groups.items():
+            interrupts, progress_bar = interrupts_unmasked(), Progress(shown=progress)
+            with denormals_flushed(), interrupts, progress_bar as display:
+                task = display.add_task("updates", total=group[0].steps, completed=start)
+                for seed in group:
+                    seed.begin(share=1 / len(group))
+                for step in _updates(group, log_every, checkpoint_every, graph=graph):
+                    row = group[0].row
+                    if row.get("step") == step:
+                        display.update(task, completed=step, note=f"loss {row['loss']:.4g}")
+                    elif progress:
+                        display.advance(task)
+        return [seed.outcome for seed in seeds]
 
 
 def _updates(

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict, TensorDictBase
@@ -392,6 +393,12 @@ def test_a_full_disk_is_one_error_and_a_resume_ends_the_same(
     (state, rows), (wanted, wanted_rows) = outcome(tmp_path), outcome(uninterrupted(name))
     assert all(torch.equal(state[key], value) for key, value in wanted.items())
     assert rows == wanted_rows
+
+
+def test_two_processes_in_one_folder(tmp_path: Path) -> None:
+    with FileLock(tmp_path / ".lock"), pytest.raises(FileExistsError, match="another process"):
+        train(JOBS["reference, steps"](), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_the_cost_adds_up_over_resumes(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from small_evaluation import SECRET, TEMPLATE, save_model, settings, tokenizer
 from small_loop import lines
 from transformers import LlamaForCausalLM
@@ -240,12 +241,9 @@ def test_damaged_generations_are_named(model: Path, data: Path, tmp_path: Path) 
 
 
 def test_two_processes_in_one_folder(model: Path, data: Path, tmp_path: Path) -> None:
-    from iwsft.files import alone_in
-
-    with (
-        alone_in(tmp_path / "tiny" / "gsm8k", wait=False),
-        pytest.raises(FileExistsError, match="another process works in"),
-    ):
+    folder = tmp_path / "tiny" / "gsm8k"
+    folder.mkdir(parents=True)
+    with FileLock(folder / ".lock"), pytest.raises(FileExistsError, match="another process"):
         run(settings(model, data, tmp_path))
 
 
