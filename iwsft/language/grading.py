@@ -21,10 +21,9 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from iwsft.extras import install
-from iwsft.language.generations import Generation
 from iwsft.language.verification import (
     extract_answer,
     normalize_latex,
@@ -33,6 +32,10 @@ from iwsft.language.verification import (
     parse_text,
     separate_lines,
 )
+
+if TYPE_CHECKING:
+    # It loads torch, which the process of a function would wait for.
+    from iwsft.language.generations import Generation
 
 AnswerKind = Literal["math", "integer", "letter", "text"]
 _READ: Mapping[str, Callable[[str], Any]] = {

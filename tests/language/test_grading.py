@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from iwsft.language import grading
-from iwsft.language.grading import Grader
+from iwsft.language.grading import Grader, TimedFunction
 
 COMPARE = """
 import os, pathlib
@@ -115,6 +115,17 @@ def test_a_broken_import_is_an_error(
     monkeypatch.setattr(grading, "_MATH_VERIFY", place)
     with Grader() as grader, pytest.raises(ImportError, match="pip install"):
         grader.start()
+
+
+def test_the_process_loads_what_the_function_needs_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "looking.py").write_text(
+        "import sys\n\ndef has(name):\n    return name in sys.modules\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with TimedFunction("looking:has") as has:
+        assert has("looking") == (1.0, None) and has("torch") == (0.0, None)
 
 
 def running(pid: int) -> bool:
