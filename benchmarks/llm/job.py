@@ -39,6 +39,7 @@ from benchmarks.runs import RESULT, claim, hardware, tell, versions
 from benchmarks.sweep import Summary
 from iwsft.datasets.text.rows import Row, check_scores
 from iwsft.files import write_json
+from iwsft.language.shards import compile_nothing
 from iwsft.trajectory import DATA_WEIGHT
 
 # Options that say what a recipe prepares.
@@ -325,6 +326,9 @@ def _states(model: str, run: Run) -> States:
 
 def _take_part(runs: Sequence[Run]) -> None:
     """Do the runs that are not finished, as one of several processes."""
+    launch = runs[0].launch
+    if launch.engine == "deepspeed" and launch.device == "cpu":
+        compile_nothing()
     first = os.environ.get("RANK", "0") == "0"
     unfinished = [run for run in runs if not (run.folder / RESULT).exists()]
     with monitor.shown(unfinished) if first else nullcontext():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from iwsft.checkpoint import CheckpointError
+
+
+def compile_nothing() -> None:
+    """Keep DeepSpeed on the CPU from compiling collectives, for minutes, that training never calls.
+
+    It must be called before the process group is made.
+    """
+    # ``deepspeed.comm.torch`` by itself is torch, which the package imports by ``*``.
+    backend: Any = import_module("deepspeed.comm.torch")
+    backend.build_shm_op = lambda: None
 
 
 class Shards:

@@ -18,6 +18,7 @@ from iwsft import reference
 from iwsft.forward_pass import ForwardPass
 from iwsft.language.batches import TrajectoryDataset, collate
 from iwsft.language.loss import token_loss
+from iwsft.language.shards import compile_nothing
 from iwsft.policies import CausalLMPolicy
 from iwsft.reference import cached_reference
 
@@ -176,10 +177,7 @@ def _check_errors(rank: int, folder: Path) -> None:
 
 def _work(rank: int, folder: str) -> None:
     os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank)}
-    import deepspeed.comm.torch
-
-    # Its collectives for one machine take minutes to compile; gloo has the same.
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    compile_nothing()
     torch.set_num_threads(1)
     # Sharded layers take torch's products, so whole ones do here, too.
     torch.backends.mkldnn.enabled = False

@@ -13,7 +13,7 @@ from shards_models import Average, decoder, packed, sharded
 from torch import Tensor
 
 from iwsft import CausalLMPolicy
-from iwsft.language.shards import Shards
+from iwsft.language.shards import Shards, compile_nothing
 
 # stage, dtype, persistence threshold: all parameters stay gathered, or none does.
 CASES = [
@@ -150,10 +150,7 @@ def _check_refusals() -> None:
 
 def _work(rank: int, store: str) -> None:
     os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank)}
-    import deepspeed.comm.torch
-
-    # Its collectives for one machine take minutes to compile; gloo has the same.
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    compile_nothing()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     for case in CASES:

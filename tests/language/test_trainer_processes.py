@@ -13,6 +13,7 @@ from tiny import losses, trainer, trajectories
 
 from iwsft import ImportanceWeights, weights
 from iwsft.checkpoint import CheckpointError
+from iwsft.language.shards import compile_nothing
 
 PROPOSALS: list[dict[str, Any]] = [
     {"proposal": "current"},
@@ -76,10 +77,7 @@ def _work(rank: int, port: int, folder: Path, engine: str) -> None:
     }
     own: dict[str, Any] = {**SETTINGS, **SPLIT}
     if engine == "zero3":
-        import deepspeed.comm.torch
-
-        # It compiles for minutes where it never ran, and only speeds reductions up.
-        deepspeed.comm.torch.build_shm_op = lambda: None
+        compile_nothing()
         own["deepspeed"] = ZERO3
     rows = []
     for number, proposal in enumerate(OF_ENGINE[engine]):

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Trainer, TrainingArguments
 
 from benchmarks.llm.launch import assert_engine, launched
+from iwsft.language.shards import compile_nothing
 
 CONFIG = Qwen2Config(
     vocab_size=512,
@@ -59,6 +60,7 @@ def main(out: str) -> None:
     """Train, and write what was seen into ``out``."""
     launch = launched()
     assert launch is not None
+    compile_nothing()
     args = TrainingArguments(
         out,
         use_cpu=True,
