@@ -1,10 +1,10 @@
-"""Program that test_launch_processes starts: two updates of a tiny decoder, and their engine."""
+"""Two updates of a tiny decoder in a process that was started as another one was: its engine."""
 
 from __future__ import annotations
 
 import gc
 import json
-import sys
+import os
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -56,13 +56,18 @@ def refusals(trainer: Trainer, launch: Any) -> dict[str, str]:
     return said
 
 
-def main(out: str) -> None:
-    """Train, and write what was seen into ``out``."""
+def train(rank: int, out: Path) -> None:
+    """Train in the environment of ``started-RANK.json``, and write what was seen into ``out``."""
+    os.environ |= json.loads((out / f"started-{rank}.json").read_text())
+    # The launcher that had it is gone.
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    before = live_bytes()
     launch = launched()
     assert launch is not None
     compile_nothing()
     args = TrainingArguments(
-        out,
+        str(out),
         use_cpu=True,
         bf16=True,
         max_steps=2,
@@ -77,12 +82,6 @@ def main(out: str) -> None:
     seen: dict[str, Any] = {"launch": asdict(launch), "refusals": refusals(trainer, launch)}
     trainer.train()
     seen["loss"] = trainer.state.log_history[-1]["train_loss"]
-    seen["live"] = live_bytes()
-    seen["threads"] = torch.get_num_threads()
-    Path(out, f"rank-{args.process_index}.json").write_text(json.dumps(seen))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
-    # So that the status is seen to come through.
-    sys.exit(3)
+    seen["live"] = {name: size - before.get(name, 0) for name, size in live_bytes().items()}
+    (out / f"rank-{args.process_index}.json").write_text(json.dumps(seen))
+    torch.distributed.destroy_process_group()

@@ -9,31 +9,50 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from launched_training import CONFIG
+from launched_training import CONFIG, train
 from transformers import AutoModelForCausalLM
 
 from benchmarks.llm.launch import VARIABLE, Hardware, States, choose, launched, start
 
 CPU = Hardware(gpus=0, cores=2)
 BUCKET = 1_000_000
+# The first process to fail ends the others.
+STARTED = """import json, os, pathlib, sys, time
+rank, folder = os.environ["RANK"], pathlib.Path(sys.argv[1])
+part = folder / f"part-{rank}"
+part.write_text(json.dumps(dict(os.environ)))
+part.rename(folder / f"started-{rank}.json")
+while len([*folder.glob("started-*.json")]) < 2:
+    time.sleep(0.01)
+sys.exit(3)
+"""
 
 
 @pytest.fixture(autouse=True)
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The started processes find this folder's modules; one thread each."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    """One thread for each process."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
 
 
 def test_two_ranks_train_under_zero3_and_take_the_memory_that_was_computed(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    on_two_processes: Any,
 ) -> None:
     launch = choose("cpu_zero3", CPU)
-    assert start(launch, "launched_training", [str(tmp_path)]) == 3
+    (tmp_path / "started.py").write_text(STARTED)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert start(launch, "started", [str(tmp_path)]) == 3
     assert "Traceback" not in capfd.readouterr().err
+    # In the environments of these processes.
+    on_two_processes(train, tmp_path)
+    started = [json.loads((tmp_path / f"started-{rank}.json").read_text()) for rank in range(2)]
+    assert [each["OMP_NUM_THREADS"] for each in started] == ["1", "1"]
     seen = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
     assert launched() is None and VARIABLE not in os.environ
 
@@ -42,7 +61,6 @@ def test_two_ranks_train_under_zero3_and_take_the_memory_that_was_computed(
     for rank in seen:
         assert rank["launch"]["stage"] == 3 and rank["launch"]["processes"] == 2
         assert rank["loss"] == seen[0]["loss"]
-        assert rank["threads"] == 1
         assert sorted(rank["refusals"]) == ["engine", "offload_optimizer", "processes", "stage"]
         assert "stage 2, but training would run with stage 3" in rank["refusals"]["stage"]
         half = (states.weights + states.gradients) / 2 + 2 * BUCKET
