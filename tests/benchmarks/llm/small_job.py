@@ -16,8 +16,8 @@ from benchmarks.llm.recipes.arithmetic.task import check, mixture, problems
 from benchmarks.llm.run import Run
 from benchmarks.llm.settings import Settings
 
-RECIPE = replace(ArithmeticRecipe(), held_out=40)
 ROWS = 200
+RECIPE = replace(ArithmeticRecipe(), samples=ROWS, held_out=40)
 
 
 def write(folder: Path) -> tuple[str, str]:

@@ -4,34 +4,32 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
 import pytest
-import small_job
+import torch
 
-from benchmarks.llm.__main__ import main
+from benchmarks.llm import job
+from benchmarks.llm.__main__ import main, run
+from benchmarks.llm.launch import Launch, start
+from benchmarks.llm.recipes import RECIPES
 
 ROOT = Path(__file__).parents[3]
-PLACE = Path("llm", "arithmetic")
-SAME = ("score", "interval", "share_careful", "ESS", "weight_max", "steps", "epochs")
+HERE = Path(__file__).parent
+PLACE = Path("llm", "chat")
+SAME = ("score", "interval", "log_probs", "ESS", "weight_max", "steps", "epochs")
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Flags that make the job take a small model and rows."""
-    model, data = small_job.write(tmp_path_factory.mktemp("small"))
-    return ["--model", model, "--data", data, "--seeds", "0"]
-
-
-@pytest.fixture(scope="module")
-def flags(small: list[str]) -> list[str]:
+def flags(small: tuple[str, str]) -> list[str]:
     """Flags of runs that save often, also in the middle of a sync's window."""
-    return [*small, "--max-steps", "40", "--sync-every", "8", "--save-every", "5"]
+    own = ["--recipe", "chat", "--model", small[0], "--data", small[1], "--seeds", "0"]
+    return [*own, "--max-steps", "20", "--sync-every", "8", "--save-every", "5"]
 
 
 @pytest.fixture(scope="module")
@@ -56,18 +54,28 @@ def assert_same(run: Path, other: Path) -> None:
     assert [ours[name] for name in SAME] == [theirs[name] for name in SAME]
 
 
-def test_killed_and_resumed(flags: list[str], whole: Path, tmp_path: Path) -> None:
+def command(words: list[str], threads: int) -> None:
+    """What ``python -m benchmarks.llm`` does, in a process that is killed."""
+    torch.set_num_threads(threads)
+    sys.argv = ["benchmarks.llm", *words]
+    run()
+
+
+def test_killed_and_resumed(
+    flags: list[str], whole: Path, tmp_path: Path, forkserver: BaseContext
+) -> None:
     """SIGKILL between two checkpoints: the same model and score as without."""
     run = tmp_path / PLACE / "iw-sft-hard" / "seed-0"
     words = [*flags, "--algo", "iw-sft-hard", "--jobs", "1", "--out", str(tmp_path)]
-    command = [sys.executable, "-m", "benchmarks.llm", *words]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=ROOT) as process:
-        deadline = time.monotonic() + 300
-        while not any((run / "checkpoints").glob("checkpoint-[1-4]*")):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-    assert not (run / "checkpoints" / "checkpoint-40").exists(), "it was too fast to be killed"
+    process = forkserver.Process(target=command, args=(words, torch.get_num_threads()))
+    process.start()
+    deadline = time.monotonic() + 300
+    while not any((run / "checkpoints").glob("checkpoint-*")):
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    assert not (run / "checkpoints" / "checkpoint-20").exists(), "it was too fast to be killed"
     main([*words, "--resume"])
     assert_same(run, whole / "iw-sft-hard" / "seed-0")
 
@@ -80,44 +88,52 @@ def test_runs_share_the_cores(flags: list[str], whole: Path, tmp_path: Path) -> 
 
 
 def test_two_processes_under_zero3_train_as_one_does(
-    small: list[str],
+    small: tuple[str, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{HERE}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     compiled = tmp_path / "compiled"
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(compiled))
 
-    def job(out: str, *more: str) -> str:
+    def start_small(launch: Launch, module: str, words: Sequence[str]) -> int:
+        assert module == "benchmarks.llm"
+        return start(launch, "launched_job", words)
+
+    monkeypatch.setattr(job, "start", start_small)
+    monkeypatch.setitem(RECIPES, "small", "small_job")
+
+    def run_job(out: str, *more: str) -> str:
         # Without rows: the model's own samples, for which each run loads it anew.
-        words = [*small[:2], *small[4:], "--algo", "base", "sft", "iw-sft", "--max-steps", "12"]
-        words += ["--out", str(tmp_path / out), *more]
+        words = ["--recipe", "small", "--model", small[0], "--seeds", "0", "--max-steps", "6"]
+        words += ["--algo", "base", "sft", "iw-sft", "--out", str(tmp_path / out), *more]
         # What accelerate starts in each process.
         monkeypatch.setattr(sys, "argv", ["benchmarks.llm", *words])
         main(words)
         return capfd.readouterr().out
 
     def result(out: str, algo: str) -> dict[str, Any]:
-        path = tmp_path / out / PLACE / algo / "seed-0" / "result.json"
+        path = tmp_path / out / "llm" / "small" / algo / "seed-0" / "result.json"
         content: dict[str, Any] = json.loads(path.read_text())
         return content
 
-    assert "3 done" in job("single", "--jobs", "1")
-    assert "3 done" in job("sharded", "--deepspeed")
+    assert "3 done" in run_job("single", "--jobs", "1")
+    assert "3 done" in run_job("sharded", "--deepspeed")
     for algo in ("sft", "iw-sft"):
         alone, together = (
-            losses(tmp_path / out / PLACE / algo / "seed-0") for out in ("single", "sharded")
+            losses(tmp_path / out / "llm" / "small" / algo / "seed-0")
+            for out in ("single", "sharded")
         )
-        assert len(alone) == len(together) == 12
+        assert len(alone) == len(together) == 6
         assert together == pytest.approx(alone, rel=1e-4)
     tuned = result("sharded", "iw-sft")
     assert (tuned["engine"], tuned["processes"]) == ("deepspeed zero3", 2)
     # The update's weights are compared with each other: computed before it, by both processes.
     assert (tuned["proposal"], tuned["sync_every"]) == ("cached", 1)
     assert result("sharded", "base")["score"] == result("single", "base")["score"]
-    assert "0 done, 3 finished before" in job("sharded", "--deepspeed", "--resume")
+    assert "0 done, 3 finished before" in run_job("sharded", "--deepspeed", "--resume")
     assert "LOCAL_RANK" not in os.environ
     # DeepSpeed's collectives for inference would take minutes.
     assert not compiled.exists()
