@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from filelock import FileLock
 from small_evaluation import SECRET, TEMPLATE, save_model, settings, tokenizer
 from small_loop import lines
 from transformers import LlamaForCausalLM
 
 from benchmarks.llm.__main__ import evaluate as main
+from benchmarks.llm.__main__ import run as run_command
 from benchmarks.llm.evaluation.run import run, show
 from benchmarks.llm.options import parse
 from iwsft.checkpoint import CheckpointError
@@ -160,7 +160,16 @@ def test_resumed(model: Path, data: Path, tmp_path: Path, n: int) -> None:
         assert path.read_bytes() == whole
 
 
-def test_killed_and_resumed(model: Path, data: Path, tmp_path: Path) -> None:
+def command(words: list[str], threads: int) -> None:
+    """What ``python -m benchmarks.llm`` does, in a process that is killed."""
+    torch.set_num_threads(threads)
+    sys.argv = ["benchmarks.llm", *words]
+    run_command()
+
+
+def test_killed_and_resumed(
+    model: Path, data: Path, tmp_path: Path, forkserver: BaseContext
+) -> None:
     """SIGKILL in the middle: the same file at the end."""
     sampling = {"n": 3, "temperature": 1.0, "max_tokens": 300}
     run(settings(model, data, tmp_path / "whole", **sampling))
@@ -168,18 +177,17 @@ def test_killed_and_resumed(model: Path, data: Path, tmp_path: Path) -> None:
 
     out = tmp_path / "killed"
     path = out / "tiny" / "gsm8k" / "generations.jsonl"
-    command = [sys.executable, "-m", "benchmarks.llm", "evaluate", "--model", str(model)]
-    command += ["--tasks", f"gsm8k={data}/gsm8k.jsonl", "--batch-size", "4", "--out", str(out)]
-    command += [f"--{name.replace('_', '-')}={value}" for name, value in sampling.items()]
-    process = subprocess.Popen(
-        command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ}
-    )
+    words = ["evaluate", "--model", str(model), "--tasks", f"gsm8k={data}/gsm8k.jsonl"]
+    words += ["--batch-size", "4", "--out", str(out)]
+    words += [f"--{name.replace('_', '-')}={value}" for name, value in sampling.items()]
+    process = forkserver.Process(target=command, args=(words, torch.get_num_threads()))
+    process.start()
     deadline = time.monotonic() + 120
     while not (path.exists() and b"\n" in path.read_bytes()):
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     left = path.read_bytes()
     assert whole.startswith(left) and len(left) < len(whole), "it was too fast to be killed"
     assert not (path.parent / "result.json").exists()

