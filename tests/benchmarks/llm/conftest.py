@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,24 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from benchmarks.llm.__main__ import loop
 from iwsft.loop import table
 from tests.tiny_qwen2 import write
+
+
+@pytest.fixture(scope="module", autouse=True)
+def younger_objects() -> None:
+    """Leave what earlier modules keep out of the collections that each training runs in full."""
+    gc.freeze()
+
+
+@pytest.fixture
+def figures() -> None:
+    """For tests that want the figures of a report, which take a third of a small job."""
+
+
+@pytest.fixture(autouse=True)
+def without_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no figures for tests that do not look at them."""
+    if "figures" not in request.fixturenames:
+        monkeypatch.setattr("benchmarks.report.language.draw_recipe", lambda recipe: {})
 
 
 @pytest.fixture(scope="session")

@@ -60,13 +60,15 @@ TRAINED = {
 
 
 def test_every_algorithm_writes_its_files(
-    job: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], small: Any
+    job: Callable[..., Path], tmp_path: Path, capsys: Any, small: Any, figures: None
 ) -> None:
     folder = job(tmp_path, "base", *TRAINED, flags=SHORT)
+    assert len([*(folder / "report").glob("*.svg")]) == 3
+    (start, _), tested = load(small[0]), set()
+    prepared = small_job.RECIPE.prepare(tmp_path, Sources(*small), seed=0)
     for algo, algorithm in TRAINED.items():
         run = folder / algo / "seed-0"
-        result = json.loads((run / "result.json").read_text())
-        config = json.loads((run / "config.json").read_text())
+        result, config = (json.loads((run / f"{n}.json").read_text()) for n in ("result", "config"))
         assert (result["benchmark"], result["dataset"], result["algo"]) == ("llm", "small", algo)
         assert result["steps"] == 6 and result["proposal"] == algorithm.proposal
         assert result["cpu_seconds"] >= result["evaluation_cpu_seconds"] > 0
@@ -88,11 +90,11 @@ def test_every_algorithm_writes_its_files(
         assert moved == (algorithm.proposal != "reference")
         # What is saved is what was tested, and not what was started from.
         model, tokenizer = load(str(run / "checkpoint"))
-        prepared = small_job.RECIPE.prepare(tmp_path, Sources(*small), seed=0)
-        again = small_job.RECIPE.evaluate(model, tokenizer, prepared, seed=0)
-        assert again["share_careful"] == pytest.approx(result["share_careful"], abs=1e-6)
-        start, _ = load(small[0])
         assert not torch.equal(model.lm_head.weight, start.lm_head.weight)
+        if algorithm.proposal not in tested:
+            again = small_job.RECIPE.evaluate(model, tokenizer, prepared, seed=0)
+            assert again["share_careful"] == pytest.approx(result["share_careful"], abs=1e-6)
+            tested.add(algorithm.proposal)
     base = json.loads((folder / "base" / "seed-0" / "result.json").read_text())
     assert base["steps"] == 0 and "ESS" not in base
 
@@ -211,7 +213,7 @@ def test_the_last_updates_are_logged_and_counted_too(
 ) -> None:
     own = ["--max-steps", "6", "--warmup", "0", "--sync-every", "2", "--q", "auto"]
     results = []
-    for every, steps in ((4, [4, 6]), (10, [6]), (1, [*range(1, 7)])):
+    for every, steps in ((4, [4, 6]), (1, [*range(1, 7)])):
         folder = job(tmp_path / f"{every}", "iw-sft-hard", flags=[*own, "--log-every", f"{every}"])
         run = folder / "iw-sft-hard" / "seed-0"
         assert [row["step"] for row in rows(run)] == steps
@@ -299,26 +301,24 @@ def test_a_run_whose_weights_are_all_equal_says_why(
     algo = "iw-sft-hard" if flag == "sync-every" else "iw-sft"
     for value in (equal, other):
         flags = ["--max-steps", "3", f"--{flag}", f"{value}"]
-        run = job(tmp_path / f"{value}", "sft", algo, flags=flags) / algo / "seed-0"
+        run = job(tmp_path / f"{value}", algo, flags=flags) / algo / "seed-0"
         told = f"{algo} seed 0: --{flag} {value}" in capsys.readouterr().err
         assert told == ([row["weight_max"] for row in rows(run)] == [1.0] * 3) == (value == equal)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_was_stopped_in_its_test_is_only_tested(
     job: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    number: int,
 ) -> None:
     def stopped(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt(number)
+        raise KeyboardInterrupt(signal.SIGTERM)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(ArithmeticRecipe, "evaluate", stopped)
         job(tmp_path, "iw-sft")
-    assert end.value.code == 128 + number
+    assert end.value.code == 128 + signal.SIGTERM
     assert capsys.readouterr().err.splitlines()[-1] == "stopped"
     run = tmp_path / "llm" / "small" / "iw-sft" / "seed-0"
     before = {

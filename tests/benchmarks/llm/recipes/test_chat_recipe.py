@@ -90,7 +90,7 @@ def _mean_log_prob(model: Any, tokenizer: Any, row: dict[str, Any]) -> float:
 
 @pytest.mark.parametrize("adapters", [(), ("--lora-rank", "4")], ids=["all weights", "lora"])
 def test_it_ends_in_a_model_a_table_a_figure_and_a_card(
-    finetune: Callable[..., str], tiny_qwen2: Path, tmp_path: Path, adapters: tuple[str, ...]
+    finetune: Callable[..., str], tiny_qwen2: Path, tmp_path: Path, adapters: Any, figures: None
 ) -> None:
     held_out = [chat(k, 50) for k in range(4)]
     evaluated = write(tmp_path / "held.jsonl", held_out)
