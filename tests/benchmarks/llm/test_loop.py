@@ -7,6 +7,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -175,12 +176,15 @@ def test_replayed_rows_have_the_reference_of_their_own_round(
     assert first["weight_mean"] == pytest.approx(sum(weights) / len(weights), rel=1e-4)
 
 
+@cache
+def loaded(model: str) -> tuple[Any, Any]:
+    """The tokenizer and the model of a folder."""
+    return AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+
+
 def log_probs(model: str, row: dict[str, Any]) -> torch.Tensor:
     """log p of the tokens of an answer and its end, 0 for those of the prompt."""
-    words, decoder = (
-        AutoTokenizer.from_pretrained(model),
-        AutoModelForCausalLM.from_pretrained(model),
-    )
+    words, decoder = loaded(model)
     prompt, answer = (message["content"] for message in row["messages"])
     ids = words.encode(prompt) + [*words.encode(answer), words.eos_token_id]
     with torch.no_grad():
