@@ -18,9 +18,9 @@ import torch
 from tracking import BEST, ENV_ID, STANDING, write_dataset
 
 from baselines import BASELINES, Baseline, algorithm
+from benchmarks.d4rl import settings as paper
 from benchmarks.d4rl.options import ALGORITHMS, RELATED, Options, check_options, choose_suite
 from benchmarks.d4rl.run import Run, Task, check_run, config_of
-from benchmarks.d4rl.settings import FINE_TUNING_BATCH
 from benchmarks.d4rl.train import train_and_score
 from benchmarks.runs import claim
 from iwsft import load_policy
@@ -28,29 +28,34 @@ from iwsft.evaluation import episode_seeds
 from iwsft.training import Row
 
 EVERY = [*ALGORITHMS, *RELATED, *BASELINES]
+# Others have the same policy as iw-sft-q, and these differ from bc, sft-q and iw-sft-q in the data.
+EXPORTED = ["iw-sft-q", *BASELINES]
+OTHER_DATA = {"bc-10", "sft", "iw-sft"}
 EPISODES = 100
 # Updates that suffice here: critics learn a function of state and action first.
-STEPS = {"awac": 400, "iql": 500, "td3-bc": 500, "rebrac": 500, "cql": 500, "dt": 400}
+STEPS = {"topr": 200, "awac": 150, "iql": 200, "td3-bc": 200, "rebrac": 200, "cql": 200, "dt": 150}
+# Syncs q every 9 updates.
+ROW = paper.FineTuning(lr=1e-3, warmup=10, alpha=0.8)
 # The problem is small, and so are the networks; a tenth of CQL's penalty, whose scale is that of
 # returns of thousands.
 SMALLER: dict[str, dict[str, Any]] = {
-    "awac": {"hidden": (64, 64), "lr": 1e-3},
-    "iql": {"hidden": (64, 64), "lr": 1e-3},
-    "td3-bc": {"hidden": (64, 64), "lr": 1e-3},
-    "rebrac": {"hidden": (64, 64), "batch_size": 128},
+    "awac": {"hidden": (64, 64), "lr": 3e-3},
+    "iql": {"hidden": (64, 64), "lr": 3e-3},
+    "td3-bc": {"hidden": (64, 64), "lr": 3e-3},
+    "rebrac": {"hidden": (64, 64), "batch_size": 128, "actor_lr": 3e-3, "lr": 3e-3},
     "cql": {
         "actor_hidden": (64, 64),
         "critic_hidden": (64, 64),
-        "actor_lr": 1e-3,
-        "critic_lr": 1e-3,
+        "actor_lr": 3e-3,
+        "critic_lr": 3e-3,
         "min_q_weight": 1.0,
         "batch_size": 128,
     },
-    "dt": {"width": 64, "layers": 2, "context": 2, "lr": 2e-3},
+    "dt": {"width": 32, "layers": 2, "context": 2, "lr": 5e-3},
 }
 # Share of the way from standing still to the best policy that is made at least. The best tenth of
 # the episodes still scatters around the optimum; TD3+BC and CQL weigh the data against Q.
-SHARE = {"bc": -0.05}
+SHARE = {"bc": -0.05, "awac": 0.5, "topr": 0.5}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,7 +72,8 @@ def smaller() -> Iterator[None]:
         return changed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(FINE_TUNING_BATCH, "steps", 128)
+        patch.setitem(paper.FINE_TUNING_BATCH, "steps", 128)
+        patch.setattr(paper, "find_fine_tuning", lambda *_: (ROW, "made for the test"))
         for name, changes in SMALLER.items():
             module = algorithm(name)
             patch.setattr(module, "published", of(module, changes))
@@ -84,8 +90,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(algo: str, dataset: Path, out: Path, **values: Any) -> tuple[Run, Task]:
     """What the command does before a run."""
     standard = {
-        "steps": STEPS.get(algo, 400),
-        "reference_steps": 200,
+        "steps": STEPS.get(algo, 50),
+        "reference_steps": 50,
         "eval_episodes": EPISODES,
         "curve_episodes": 0,
     }
@@ -121,7 +127,7 @@ def test_it_gets_as_near_to_the_optimum_as_its_rule_allows(trained: Any, algo: s
     made = (result["return_mean"] - STANDING) / (BEST - STANDING)
     print(algo, round(made, 3))
     assert made <= 1
-    assert made >= SHARE.get(algo, 0.5)
+    assert made >= SHARE.get(algo, 0.7)
 
 
 @pytest.mark.parametrize("algo", EVERY)
@@ -147,21 +153,24 @@ def test_a_saved_policy_acts_like_the_trained_one(trained: Any, tmp_path: Path, 
         with pytest.raises(ValueError, match="has a memory"):
             policy.act(observation)
         return
+    if algo not in EXPORTED:
+        return
     program = torch.export.load(policy.export(tmp_path / "policy.pt2")).module()
     exported = program(torch.tensor(np.stack(seen), dtype=torch.float32))
     torch.testing.assert_close(exported, torch.tensor(policy.act(seen)))
 
 
-@pytest.mark.parametrize("algo", EVERY)
+@pytest.mark.parametrize("algo", [name for name in EVERY if name not in OTHER_DATA])
 def test_a_run_that_was_cut_off_ends_in_the_same_numbers(
     dataset: Path, tmp_path: Path, algo: str
 ) -> None:
-    short = {"steps": 40, "reference_steps": 5, "eval_episodes": 3}
+    short = {"steps": 20, "reference_steps": 5, "eval_episodes": 3}
     whole, _ = start(algo, dataset, tmp_path / "whole", **short)
     (wanted,) = train_and_score([whole], [lambda *_: None])
 
     def kill(stage: str, steps: int, row: Row) -> None:
-        if steps == 40 and row["step"] == 17:
+        # Between two checkpoints, and between two syncs of q.
+        if steps == 20 and row["step"] == 13:
             raise KeyboardInterrupt
 
     cut, _ = start(algo, dataset, tmp_path / "cut", **short, resume=True)
@@ -172,7 +181,7 @@ def test_a_run_that_was_cut_off_ends_in_the_same_numbers(
     torch.manual_seed(123)
     (resumed,) = train_and_score([cut], [lambda *_: None])
     assert resumed["episode_returns"] == wanted["episode_returns"]
-    assert json.loads((cut.folder / "result.json").read_text())["steps"] == 40
+    assert json.loads((cut.folder / "result.json").read_text())["steps"] == 20
     policies = [load_policy(run.folder).module for run in (whole, cut)]
     for name, value in policies[0].state_dict().items():
         assert torch.equal(value, policies[1].state_dict()[name]), name
