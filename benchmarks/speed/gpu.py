@@ -40,6 +40,7 @@ def measure(options: Options) -> Iterator[Comparison]:
         # Of IQL as a graph.
         iql_updates=(20_000, 8),
         tokens=(4096, 64),
+        vocabulary=(151_669, 1024),
         hidden=(896, 32),
     )
     for name, build in builders(options).items():
@@ -107,7 +108,7 @@ def seconds_per_update(build: Build, seeds: int, steps: int, *, graph: bool) -> 
 
 def log_probs(options: Options, sizes: SimpleNamespace) -> Iterator[Comparison]:
     """Time and peak memory of log-probs in bfloat16, against full logits and TRL's fused head."""
-    shape = language.shape_of(options) | {"tokens": sizes.tokens, "hidden": sizes.hidden}
+    shape = {name: vars(sizes)[name] for name in ("tokens", "vocabulary", "hidden")}
     ways = language.ways(options.seed, shape, options.device, torch.bfloat16)
     what = f"log-prob and gradient, bfloat16, {sizes.tokens:,} x {shape['vocabulary']:,}"
     ours, *peers = (_cost(way, options) for way in ways.values())
