@@ -11,11 +11,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from benchmarks import places, stopping
+from benchmarks import places, runs, stopping
 from benchmarks.d4rl.__main__ import main
 from benchmarks.d4rl.options import Options
 from benchmarks.d4rl.run import Run
@@ -148,19 +149,19 @@ def test_a_run_that_kills_its_workers_is_given_up_and_the_others_end(
 ) -> None:
     attempts = tmp_path / "attempts"
 
-    def work(run: Run) -> None:
+    def work(run: runs.Run[Any]) -> None:
         if run.algo == "bad":
             with attempts.open("a") as file:
                 file.write("x")
             os.kill(os.getpid(), signal.SIGKILL)
         write_json(run.folder / RESULT, {"threads": os.environ.get("OMP_NUM_THREADS")})
 
-    runs, summary = runs_of(tmp_path, "a", "bad", "b", "c"), Summary()
+    made, summary = runs_of(tmp_path, "a", "bad", "b", "c"), Summary()
     with places.place(None, items=4, jobs=2) as place:
-        run_all(work, runs, place, summary)
+        run_all(work, made, place, summary)
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.endswith(": done")]
     error = lines.pop()
-    for run in runs:
+    for run in made:
         path = run.folder / RESULT
         assert run.algo == "bad" or json.loads(path.read_text()) == {"threads": "1"}
     (failed,) = summary.failed
@@ -171,15 +172,19 @@ def test_a_run_that_kills_its_workers_is_given_up_and_the_others_end(
     )
 
 
-def runs_of(out: Path, *algos: str) -> list[Run]:
-    """Runs of algorithms with these names."""
-    return [Run("mine", algo, 0, Options(out=out), "mine.hdf5") for algo in algos]
+def runs_of(out: Path, *algos: str) -> list[runs.Run[Any]]:
+    """Runs of algorithms with these names, for whose class workers import no benchmark."""
+
+    class Made(runs.Run[Any]):
+        benchmark = "made"
+
+    return [Made("mine", algo, 0, SimpleNamespace(out=out)) for algo in algos]
 
 
 def own_workers(folder: Path) -> None:
     """Own two workers that touch a file and sleep."""
 
-    def work(run: Run) -> None:
+    def work(run: runs.Run[Any]) -> None:
         (folder / run.algo).touch()
         time.sleep(300)
 
