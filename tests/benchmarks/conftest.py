@@ -20,7 +20,13 @@ from benchmarks.d4rl.options import Options
 from iwsft import environments
 
 # Tiny settings of a run that takes about a second.
-TINY: dict[str, Any] = {"steps": 20, "reference_steps": 20, "eval_episodes": 2, "jobs": 1}
+TINY: dict[str, Any] = {
+    "steps": 20,
+    "reference_steps": 20,
+    "eval_episodes": 2,
+    "curve_episodes": 0,
+    "jobs": 1,
+}
 
 
 @pytest.fixture(autouse=True)

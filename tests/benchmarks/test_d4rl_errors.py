@@ -253,24 +253,20 @@ def test_folders_that_hold_runs_are_named_and_nothing_is_claimed(
     assert snapshot(out) == before
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
+def test_resume_with_other_settings(job: Job, fails: Callable[..., str], tmp_path: Path) -> None:
+    out, same = tmp_path / "runs", {"steps": 2, "reference_steps": 2}
+    run = job(out, ["iw-sft-q"], **same) / "iw-sft-q" / "seed-0"
+    before = snapshot(out)
+    others: list[tuple[dict[str, Any], str]] = [
         ({"steps": 3}, "settings.fine_tuning.steps=2 (now 3)"),
         ({"preset": "authors"}, "settings.preset='paper' (now 'authors')"),
         ({"eval_episodes": 3}, "eval_episodes=2 (now 3)"),
         ({"temperature": 3.0}, "settings.fine_tuning.k=1.0 (now 3.0)"),
-    ],
-)
-def test_resume_with_other_settings(
-    job: Job, fails: Callable[..., str], tmp_path: Path, settings: dict[str, Any], message: str
-) -> None:
-    out, same = tmp_path / "runs", {"steps": 2, "reference_steps": 2}
-    folder = job(out, ["iw-sft-q"], **same)
-    before = snapshot(out)
-    error = fails(out, ["iw-sft", "iw-sft-q"], **same | settings, resume=True)
-    assert f"{folder / 'iw-sft-q' / 'seed-0'} holds a run with other settings: {message}" in error
-    assert snapshot(out) == before
+    ]
+    for settings, message in others:
+        error = fails(out, ["iw-sft", "iw-sft-q"], **same | settings, resume=True)
+        assert f"{run} holds a run with other settings: {message}" in error
+        assert snapshot(out) == before
 
 
 def test_other_data_under_the_same_name(
@@ -333,7 +329,7 @@ def test_one_run_that_fails_leaves_the_others(
     job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The checkpoint of seed 1's reference is damaged; seed 2 still runs."""
-    few = {"steps": 5, "reference_steps": 5, "eval_episodes": 1}
+    few = {"steps": 2, "reference_steps": 2, "eval_episodes": 1}
     data = job(tmp_path, ["bc"], seeds=(1,), **few)
     (reference,) = (path for path in (data / "reference").iterdir() if path.is_dir())
     state = reference / "checkpoint" / "state.pt"
@@ -363,7 +359,7 @@ def test_a_full_disk(
     job: Job, full_disk: FullDisk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """No room for a checkpoint; then there is room again."""
-    out, few = tmp_path / "runs", {"steps": 10, "reference_steps": 10}
+    out, few = tmp_path / "runs", {"steps": 2, "reference_steps": 2}
     job(out, ["bc-10"], **few)
     before = snapshot(out)
     with full_disk(500_000):

@@ -23,15 +23,15 @@ from benchmarks.d4rl.run import Run
 from benchmarks.d4rl.train import train_and_score
 from iwsft import metrics
 
-STEPS = 120
+STEPS = 60
 SETTINGS: dict[str, Any] = {
     "steps": STEPS,
     "reference_steps": STEPS,
-    "eval_episodes": 40,
+    "eval_episodes": 20,
     "curve_episodes": 1,
     "jobs": 1,
 }
-# Syncs q every 19 updates; checkpoints fall in between, every 12.
+# Syncs q every 19 updates; checkpoints fall in between, every 6.
 WEIGHTED = SETTINGS | {"alpha": 0.9, "q": "auto"}
 Job = Callable[..., Path]
 

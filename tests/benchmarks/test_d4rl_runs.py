@@ -53,8 +53,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(job: Job, out: Path) -> Path:
-    """All algorithms, one seed."""
-    return job(out, ALGORITHMS)
+    """All algorithms, one seed, with a learning curve."""
+    return job(out, ALGORITHMS, curve_episodes=1)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_the_table_names_all_algorithms(
     """With all runs finished, --resume trains nothing and prints the table."""
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json*")}
     capsys.readouterr()
-    job(out, ALGORITHMS, resume=True)
+    job(out, ALGORITHMS, curve_episodes=1, resume=True)
     printed = capsys.readouterr()
     *unsynced, taken = printed.err.splitlines()
     assert [line.split()[1] for line in unsynced] == [f"{algo}:" for algo in WEIGHTED]
@@ -182,7 +182,7 @@ def test_a_finished_run_is_one_line_with_its_score(
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(
     job: Job, folder: Path, tmp_path: Path, read_json: Read
 ) -> None:
-    again = job(tmp_path, ["bc", "iw-sft-q"], seeds=(0, 1))
+    again = job(tmp_path, ["bc", "iw-sft-q"], seeds=(0, 1), curve_episodes=1)
     for algo in ("bc", "iw-sft-q"):
         assert same(again / algo / "seed-0", folder / algo / "seed-0")
         assert not same(again / algo / "seed-1", folder / algo / "seed-0")
@@ -246,7 +246,8 @@ def test_bc_of_another_length_is_trained_by_itself(job: Job, tmp_path: Path) -> 
 
 
 def test_the_bundled_data_runs_by_default(tmp_path: Path, read_json: Read) -> None:
-    main(Options(out=tmp_path, steps=10, reference_steps=10, eval_episodes=1, jobs=1))
+    few = {"steps": 2, "reference_steps": 2, "eval_episodes": 1, "curve_episodes": 0}
+    main(Options(out=tmp_path, jobs=1, **few))
     run = tmp_path / "d4rl" / "hopper-replay-mini" / "iw-sft-q" / "seed-0"
     assert read_json(run / "result.json")["env_id"] == "Hopper-v4"
     assert read_json(run / "config.json")["settings"]["fine_tuning"]["lr"] == 1e-4

@@ -18,7 +18,13 @@ from iwsft import datasets
 from iwsft.datasets import catalog
 
 Job = Callable[..., Path]
-FEW: dict[str, Any] = {"steps": 5, "reference_steps": 5, "eval_episodes": 1, "jobs": 1}
+FEW: dict[str, Any] = {
+    "steps": 2,
+    "reference_steps": 2,
+    "eval_episodes": 1,
+    "curve_episodes": 0,
+    "jobs": 1,
+}
 PUBLISHED = Path(__file__).parents[2] / "benchmarks" / "published.json"
 
 
@@ -96,8 +102,7 @@ def test_the_suite_runs_what_the_data_allow_and_ends_in_the_report(
     out = tmp_path / "runs"
     shutil.copy(tiny_dataset, offline / "hopper_medium_replay-v2.hdf5")
     antmaze(offline / catalog.CATALOG["antmaze-umaze-v0"].filename)
-    one = FEW | {"steps": 1, "reference_steps": 1}
-    job = Options(suite="paper", algo=("bc", "sft-q"), seeds=(0,), out=out, **one)
+    job = Options(suite="paper", algo=("bc", "sft-q"), seeds=(0,), out=out, **FEW)
     main(job)
     runs = {str(path.relative_to(out / "d4rl")) for path in (out / "d4rl").glob("*/*/seed-0")}
     assert runs == {
@@ -226,7 +231,7 @@ def test_baselines_have_a_length_of_their_own(tiny_dataset: Path, tmp_path: Path
         path.parts[-3]: json.loads(path.read_text())["steps"]
         for path in tmp_path.rglob("result.json")
     }
-    assert steps == {"bc": 5, "td3-bc": 3}
+    assert steps == {"bc": 2, "td3-bc": 3}
 
 
 def test_pre_training_on_other_data(flat: Path, tiny_dataset: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_the_new_algorithm_is_trained_scored_and_improves_on_the_data(
     monkeypatch.setitem(baselines.BASELINES, line[1], line[2])
     data = tmp_path / "tracking.hdf5"
     write_dataset(data, episodes=1000)
-    run, _ = start("rwr", data, tmp_path / "runs", steps=400)
+    run, _ = start("rwr", data, tmp_path / "runs", steps=150)
     (result,) = train_and_score([run], [lambda *_: None])
     assert (result["return_mean"] - STANDING) / (BEST - STANDING) > 0.5
 
