@@ -99,26 +99,29 @@ def test_metadata(programs: Path, tmp_path: Path) -> None:
     assert f"torch {metadata.version('torch')}" in run(programs / "iwsft", "env", cwd=tmp_path)
 
 
-def test_a_job_of_control(programs: Path, tmp_path: Path) -> None:
-    few = ("--reference-steps", 20, "--steps", 10, "--eval-episodes", 1, "--curve-episodes", 0)
-    run(programs / "iwsft", "d4rl", "--algo", "iw-sft-q", *few, cwd=tmp_path)
-    run(programs / "python", "-m", "benchmarks.report", "runs", cwd=tmp_path)
-    run_folder = tmp_path / "runs/d4rl/hopper-replay-mini/iw-sft-q/seed-0"
-    assert json.loads((run_folder / "result.json").read_text())["episodes"] == 1
-    assert "iw-SFT(Q)" in (tmp_path / "runs/report/index.html").read_text()
-
-
-def test_a_job_of_language(programs: Path, tmp_path: Path) -> None:
+def test_jobs_of_control_and_language_in_one_process(programs: Path, tmp_path: Path) -> None:
     tiny_qwen2.write(tmp_path / "model")
     with (tmp_path / "rows.jsonl").open("w") as file:
         for number in range(40):
             for answer in (2 * number, number + 1):
                 row = {"prompt": f"{number} + {number} =", "completion": f" {answer}"}
                 file.write(json.dumps({**row, "correct": answer == 2 * number}) + "\n")
-    job = ("--model", "model", "--data", "rows.jsonl", "--max-steps", 2, "--jobs", 1)
-    run(programs / "iwsft", "finetune", *job, cwd=tmp_path)
-    result = tmp_path / "runs/llm/chat/iw-sft/seed-0/result.json"
-    assert json.loads(result.read_text())["steps"] == 2
+    few = "--reference-steps 2 --steps 2 --eval-episodes 1 --curve-episodes 0"
+    commands = (
+        f"d4rl --algo iw-sft-q {few}",
+        "report runs",
+        "finetune --model model --data rows.jsonl --max-steps 2 --jobs 1",
+    )
+    call = "import sys; from benchmarks.__main__ import main\n"
+    for command in commands:
+        call += f"sys.argv = ['iwsft', *{command.split()}]; main()\n"
+    run(programs / "python", "-c", call, cwd=tmp_path)
+    control, language = (
+        json.loads((tmp_path / "runs" / folder / "seed-0/result.json").read_text())
+        for folder in ("d4rl/hopper-replay-mini/iw-sft-q", "llm/chat/iw-sft")
+    )
+    assert control["episodes"] == 1 and language["steps"] == 2
+    assert "iw-SFT(Q)" in (tmp_path / "runs/report/index.html").read_text()
 
 
 def test_mypy_finds_an_editable_install(
