@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+import multiprocessing
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -279,20 +278,19 @@ def test_antmaze_and_kitchen(tmp_path: Path) -> None:
     assert datasets.load(kitchen).env_id == "FrankaKitchen-v1"
 
 
-def test_a_killed_collection_continues(tmp_path: Path) -> None:
+def test_a_killed_collection_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A SIGKILL in the middle: --resume ends in the bytes of a collection without one."""
     settings: dict[str, Any] = {"noise": (0.1,), "stochastic": True, "seed": 2}
     names, counts = ("mine_of_tests:hopper", "mine_of_tests:killed"), (40, 200)
     killed, whole = tmp_path / "killed.hdf5", tmp_path / "whole.hdf5"
-    command = "--env Hopper-v4 --episodes 40 200 --noise 0.1 --stochastic --seed 2 --part-steps 500"
-    process = subprocess.run(
-        [sys.executable, "-m", "benchmarks.collect", "--policy", *names, *command.split()]
-        + ["--out", str(killed)],
-        env={**os.environ, "KILL": "1", "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
-        capture_output=True,
-        check=False,
-    )
-    assert process.returncode == -signal.SIGKILL, process.stderr
+    monkeypatch.setenv("KILL", "1")
+    given = {"episodes": counts, "part_steps": 500, **settings}
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=collect, args=(killed, *names), kwargs=given)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    monkeypatch.delenv("KILL")
     assert not killed.exists()
     assert len(list((tmp_path / "killed.hdf5.partial").glob("part-*.npz"))) >= 2
     with pytest.raises(SystemExit, match="holds the beginning of this dataset; pass --resume"):
