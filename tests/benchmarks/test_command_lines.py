@@ -337,14 +337,16 @@ def test_the_shell_sees_one_line_and_status_1() -> None:
 
 @pytest.mark.parametrize("command", ["d4rl --algo bc", "bandit"])
 def test_a_folder_to_write_that_is_a_file_is_named_with_a_way_out(
-    tmp_path: Path, command: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     (tmp_path / "runs").write_text("mine")
-    words = [sys.executable, "-m", "benchmarks", *command.split(), "--out", str(tmp_path / "runs")]
-    done = subprocess.run(words, capture_output=True, text=True)
-    last = done.stderr.splitlines()[-1]
-    assert done.returncode == 1 and str(tmp_path / "runs") in last
-    assert last.startswith("error: ") and last.endswith("choose another path)")
+    words = ["iwsft", *command.split(), "--out", str(tmp_path / "runs")]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as end:
+        main()
+    message = str(end.value)
+    assert message.startswith("error: ") and message.endswith("choose another path)")
+    assert str(tmp_path / "runs") in message and "\n" not in message
     assert (tmp_path / "runs").read_text() == "mine"
 
 
