@@ -18,7 +18,7 @@ def test_the_whole_method_stays_under_120_lines(name: str) -> None:
 
 
 def test_control_improves_on_the_reference() -> None:
-    settings = control.Settings(reference_updates=150, updates=40, batch_size=16, episodes=3)
+    settings = control.Settings(reference_updates=60, updates=30, batch_size=16, episodes=3)
     returns = control.main(settings)
     assert returns["iw-sft-q"] > returns["reference"] > 0
     short = replace(settings, reference_updates=3, updates=3, episodes=1)
@@ -26,7 +26,7 @@ def test_control_improves_on_the_reference() -> None:
 
 
 def test_language_improves_on_the_base_model() -> None:
-    shares = language.main(base_updates=200, updates=51, each=10)
+    shares = language.main(base_updates=120, updates=31, each=10)
     # Four in ten rows are wrong, so a base model that has learned them all answers 60 % correctly.
     assert 0.2 < shares["base"] < 0.7
     assert shares["iw-sft"] > shares["base"] + 0.2
