@@ -93,6 +93,7 @@ for root in ("iwsft", "baselines"):
         except ImportError as error:
             print(module.name, error)
 from iwsft import datasets
+from iwsft.policies import CausalLMPolicy
 print(len(datasets.load("hopper-replay-mini").trajectories))
 """
     done = run(set(EXTRAS), code)
