@@ -86,9 +86,9 @@ class TestActing:
         few = {"max_episode_steps": 40}
         results = [
             evaluate(policy, "HalfCheetah-v4", episodes=6, num_envs=n, env_kwargs=few).returns
-            for n in (1, 4, 6, 6)
+            for n in (1, 4, 6)
         ]
-        assert results[0] == results[1] == results[2] == results[3]
+        assert results[0] == results[1] == results[2]
         fewer = evaluate(policy, "HalfCheetah-v4", episodes=2, env_kwargs=few).returns
         assert fewer == results[0][:2]
 
