@@ -29,7 +29,7 @@ SHARE = ("fit failures", "HDF5 files", "rows", "chat templates", "command lines"
 
 def test_a_small_share_finds_nothing(tmp_path: Path) -> None:
     # No template of this seed runs into its limit of time, which takes ten seconds.
-    words = ["--seed", "8", "--seconds", "3", "--processes", "2", "--only", *SHARE]
+    words = ["--seed", "8", "--seconds", "1", "--processes", "2", "--only", *SHARE]
     done = subprocess.run(
         [sys.executable, "-m", "scripts.campaigns", *words],
         capture_output=True,
