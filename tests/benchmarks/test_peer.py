@@ -178,7 +178,7 @@ def test_d3rlpy_reads_the_same_transitions(dataset: OfflineDataset) -> None:
 @pytest.fixture
 def command(tiny_dataset: Path, tmp_path: Path) -> Callable[..., None]:
     def run(*algo: str, **changes: Any) -> None:
-        values = {"steps": 25, "eval_episodes": 2, "out": tmp_path / "runs" / "d3rlpy"}
+        values = {"steps": 5, "eval_episodes": 2, "out": tmp_path / "runs" / "d3rlpy"}
         peer.main(peer.Options(algo=algo, dataset=str(tiny_dataset), **{**values, **changes}))
 
     return run
@@ -212,9 +212,9 @@ def test_runs_are_variants_in_the_report(command: Callable[..., None], tmp_path:
     runs = {run.algo: run for run in read_runs(tmp_path / "runs", CONTROL)}
     assert sorted(runs) == sorted(f"d3rlpy/{algo}" for algo in PEERS)
     for algo, run in runs.items():
-        assert run.result["steps"] == 25 and run.result["published_steps"] == 1_000_000
+        assert run.result["steps"] == 5 and run.result["published_steps"] == 1_000_000
         assert run.result["episodes"] == len(run.result["episode_returns"]) == 2
-        assert run.metrics[-1]["step"] == 25
+        assert run.metrics[-1]["step"] == 5
         assert run.versions["d3rlpy"] == d3rlpy.__version__
         assert run.config["settings"]["d3rlpy"]["params"]["gamma"] == 0.99, algo
 
@@ -230,7 +230,7 @@ def test_seeds_repeat_and_nothing_is_overwritten(
         command("iql")
     command("iql", resume=True)
     assert path.read_text() == before
-    with pytest.raises(SystemExit, match=r"other settings: .*steps=25 \(now 30\)"):
+    with pytest.raises(SystemExit, match=r"other settings: .*steps=5 \(now 30\)"):
         command("iql", resume=True, steps=30)
     # Cut off before its result: done again from the start, with the same draws.
     path.unlink()

@@ -37,7 +37,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, job: Callable[..., Path]) -> 
     """A folder with finished runs."""
     folder = tmp_path_factory.mktemp("weights")
     algos = ["iw-sft-q", "sft", "bc"]
-    job(folder / "runs", algos, dataset=DATASET, steps=60, curve_episodes=0)
+    job(folder / "runs", algos, dataset=DATASET, steps=20, curve_episodes=0)
     return folder
 
 
