@@ -26,7 +26,7 @@ def test_control_improves_on_the_reference() -> None:
 
 
 def test_language_improves_on_the_base_model() -> None:
-    shares = language.main(base_updates=120, updates=31, each=10)
+    shares = language.main(base_updates=120, updates=51, each=10)
     # Four in ten rows are wrong, so a base model that has learned them all answers 60 % correctly.
     assert 0.2 < shares["base"] < 0.7
     assert shares["iw-sft"] > shares["base"] + 0.2
