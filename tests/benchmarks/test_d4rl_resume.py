@@ -32,7 +32,7 @@ SETTINGS: dict[str, Any] = {
     "jobs": 1,
 }
 # Syncs q every 19 updates; checkpoints fall in between, every 6.
-WEIGHTED = SETTINGS | {"alpha": 0.9, "q": "auto"}
+WEIGHTED = SETTINGS | {"alpha": 0.9, "q": "auto", "reference_steps": STEPS + 20}
 Job = Callable[..., Path]
 
 
@@ -54,7 +54,7 @@ def kill_when(process: BaseProcess, due: Callable[[], bool]) -> None:
     while not due():
         assert process.is_alive(), "the job ended before it could be killed"
         assert time.monotonic() < deadline
-        time.sleep(0.002)
+        time.sleep(0.01)
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
