@@ -187,7 +187,8 @@ def _summary(
     yield f"**Runs.** {'; '.join(counts)}."
     estimates, rows = aggregates.estimates, aggregates.rows
     if not estimates:
-        yield f"**Best.** No two cells can be compared: they need {MIN_SEEDS} seeds or more."
+        takes = f"D4RL-normalised scores of {MIN_SEEDS} seeds or more"
+        yield f"**Best.** None: a rank takes {takes}, at half of the published updates or more."
         return
     best = sorted(estimates, key=lambda algo: -estimates[algo][0].point)[:2]
     ranks = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import pytest
 import scipy.stats
 
 from benchmarks.report.aggregates import aggregate, aggregate_grid, difference_grid
+from benchmarks.report.page import write_report
 from benchmarks.report.scores import UNDER_TRAINED, cells
 from benchmarks.results import CONTROL, read_runs
 
@@ -149,3 +151,16 @@ class TestBlock:
         aggregates = aggregate(cells(read_runs(tmp_path, CONTROL)))
         assert aggregate_grid(aggregates).rows[0][1] == "3"
         assert aggregates.estimates["bc"][1].point == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize("score, updates", [(None, 100), (50.0, 1)])
+def test_three_seeds_without_a_rank_are_told_what_it_takes(
+    tmp_path: Path, make_run: MakeRun, score: float | None, updates: int
+) -> None:
+    """A dataset of one's own has returns and no scores; a quick try has few updates."""
+    for seed in range(3):
+        make_run(tmp_path, "mine", "sft-q", seed, score, steps=updates, published_steps=100)
+    write_report(tmp_path, tmp_path / "report")
+    (best,) = re.findall(r"^\*\*Best.*$", (tmp_path / "report/report.md").read_text(), re.MULTILINE)
+    assert "D4RL-normalised scores of 3 seeds or more" in best
+    assert "half of the published updates or more" in best
