@@ -42,9 +42,9 @@ _NAMES = {
     "unweighted_loss": "unweighted loss of q",
 }
 _MEANING = (
-    "The first table is of the importance weights after all transforms. A trajectory counts by its "
-    "multiplicity; data weights count in the two losses alone. The others are of the weights "
-    "exp(k log-ratio) without clips and other transforms, of a trajectory's mean or summed "
+    "The first table is of the importance weights after all transforms. A trajectory that counts "
+    "three times is three draws; data weights count in the two losses alone. The others are of the "
+    "weights exp(k log-ratio) without clips and other transforms, of a trajectory's mean or summed "
     "log-ratio as the weights above take it, or of a step's where each has a weight of its own."
 )
 _COLOUR = algorithm_colour("iw-sft")
