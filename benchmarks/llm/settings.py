@@ -70,7 +70,7 @@ class Weighting:
     reduce: Annotated[Literal["sum", "mean"], setting()] = "mean"
     """Reduction of the log-ratios along the trajectory."""
     max_weight: Annotated[float, setting("FLOAT")] = 16.0
-    """Value that a larger weight is clipped to."""
+    """Value that a larger weight is clipped to, before --self-normalize divides."""
     self_normalize: Annotated[bool, setting()] = False
     """Divide the weights by their mean over the batch."""
     step_clip: Annotated[tuple[float, float], setting("FLOAT FLOAT")] = (0.2, 1.8)
