@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import runpy
-import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stdout
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -59,30 +54,6 @@ ROWS = {
 
 def small(subject: Any, **settings: Any) -> Options:
     return Options(subject=subject, scale="small", repeats=1, **settings)
-
-
-def _main(_rank: int, words: list[str], out: Path) -> None:
-    """Run a module as ``python -m`` does; its lines go to a file."""
-    sys.argv = words
-    with out.open("w") as file, redirect_stdout(file):
-        runpy.run_module(words[0], run_name="__main__")
-
-
-@pytest.fixture(autouse=True)
-def _forked(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, on_processes: Callable[..., None]
-) -> None:
-    """Fork the processes that measure memory, but for those of one module."""
-    start = subprocess.run
-
-    def run(command: list[str], **how: Any) -> subprocess.CompletedProcess[str]:
-        python, _, *words = command
-        if words[1] == "benchmarks.speed.language":
-            return start(command, **how)
-        on_processes(1, _main, words, tmp_path / "out")
-        return subprocess.CompletedProcess(command, 0, (tmp_path / "out").read_text(), "")
-
-    monkeypatch.setattr("benchmarks.speed.measure.subprocess", SimpleNamespace(run=run))
 
 
 @cache
