@@ -1,4 +1,4 @@
-"""The README's Python runs with a shorter cloning, and its figures are those of the records."""
+"""The README's Python runs as it is, and its figures of language are those of the records."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ ROOT = Path(__file__).parents[1]
 def test_the_lines_of_python_train_and_score_a_policy(capsys: pytest.CaptureFixture[str]) -> None:
     text = (ROOT / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert code.count("Schedule(500,") == 1
     names: dict[str, Any] = {}
-    exec(code.replace("Schedule(500,", "Schedule(100,"), names)
+    exec(code, names)
     assert re.search(r"Hopper-v4 .* 5 episodes, .* normalised score -?\d", capsys.readouterr().out)
     # Fine-tuning made the curated trajectories likelier than the reference made them.
     batch = TrajectorySampler(names["best"], 64, seed=1).sample()
