@@ -36,7 +36,7 @@ COMMANDS = {
     ),
     "report": Command("benchmarks.report.__main__", "Write finished runs to one page."),
     "bandit": Command("benchmarks.bandit.__main__", "Show what the weights do on a bandit."),
-    "demo": Command("benchmarks.demo", "Show where the weights help, and why, in five minutes."),
+    "demo": Command("benchmarks.demo", "Show where the weights help, and why, in ten minutes."),
     "speed": Command("benchmarks.speed.__main__", "Measure time and memory against plain code."),
     "env": Command("benchmarks.__main__", "Print versions and hardware, for a bug report."),
 }

@@ -28,7 +28,7 @@ _SEEDS = ("--seeds", "0", "1", "2")
 
 @dataclass(frozen=True)
 class Options:
-    """Run three small experiments of SFT and iw-SFT, about five minutes on two cores."""
+    """Run three small experiments of SFT and iw-SFT, five to ten minutes on two cores."""
 
     out: Path = Path("runs/demo")
     """Folder of the runs and the page. What is finished there is kept."""
@@ -155,7 +155,7 @@ def main(options: Options) -> Path:
     check_replaced({page: MARK})
     lines, start = [], time.perf_counter()
     commands = [[word.format(out=options.out) for word in part.command] for part in PARTS]
-    print(f"{len(PARTS)} experiments, about five minutes on two cores, then one page.")
+    print(f"{len(PARTS)} experiments, five to ten minutes on two cores, then one page.")
     for number, (part, words) in enumerate(zip(PARTS, commands, strict=True), 1):
         print(f"\n{number}/{len(PARTS)} {part.title}\n{part.look_at}", flush=True)
         print(f"$ {_typed(words)}\n", flush=True)

@@ -31,7 +31,10 @@ from benchmarks.report.tables import published_scores
 from benchmarks.results import LANGUAGE, RecordedRun, read_all
 from benchmarks.statistics import MIN_SEEDS
 
-SHARES = "Chance of each kind of answer."
+SHARES = (
+    "Chance of each kind of answer: a careful one is mostly right, a hasty one half of the time, "
+    "and a guess rarely."
+)
 _LESS_SFT = (
     "Learning rates, scores less that of SFT with 95 % intervals, and CPU seconds of training and "
     "reference, in those of SFT."
