@@ -82,7 +82,7 @@ def _show_control(document: Document, folder: Path) -> str:
     from iwsft.datasets import DEFAULT
 
     group = _cells(folder, "d4rl", DEFAULT, SCORE)
-    document.table(tables.score_grid(group), "Scores of the last policies (D4RL-normalised).")
+    document.table(tables.score_grid(group), "Scores of the last policies, D4RL-normalised.")
     document.figure("scores", figures.draw_scores(group), "Scores of each seed, and means.")
     return compared({cell.algo: cell for cell in group}, "sft-q", "iw-sft-q", 1)
 

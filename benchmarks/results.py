@@ -153,7 +153,7 @@ def _read_all(root: Path, benchmark: str) -> Iterator[RecordedRun]:
         return
     for folder in _folders(root):
         kind, dataset, algo, seed = folder.absolute().parts[-4:]
-        parts, number = folder.relative_to(root).parts[:-4], int(seed.removeprefix("seed-"))
+        parts, number = folder.relative_to(root).parts[:-4], int(seed.split("-")[1])
         result, config = dict[str, Any](), dict[str, Any]()
         rows, damage = list[dict[str, float]](), ""
         try:
@@ -220,8 +220,8 @@ def _folders(root: Path) -> list[Path]:
     return [
         path
         for path in folders_below(root)
-        # The reference policies of the runs are in folders seed-<k>-<key>.
-        if re.fullmatch(r"seed-\d+", path.name)
+        # A copy may have the name seed-<k>-old.
+        if re.match(r"seed-\d+(-|$)", path.name)
         # The rounds of a loop are in its own table.
         and not any(re.fullmatch(r"round-\d+", part) for part in path.relative_to(root).parts)
         and any((path / name).exists() for name in (CONFIG, RESULT, metrics.FILE))

@@ -55,7 +55,8 @@ def score_table(runs: Sequence[RecordedRun]) -> Group:
     """Table of the scores of the last policies, for the terminal."""
     grid = score_grid(scores.cells(runs))
     return grid.rich(
-        "Scores of the last policies (D4RL-normalised)", (SUCCESS_INTERVAL, CPU_SECONDS)
+        "Last scores, D4RL-normalised unless marked",
+        (SUCCESS_INTERVAL, CPU_SECONDS),
     )
 
 
@@ -160,11 +161,11 @@ def _measured(grid: Grid, cell: Cell, cut_off: int) -> list[str]:
 
 
 def _shortened(cell: Cell) -> list[str]:
-    """Notes on runs of another number of updates than published, such as ``IQL: 20k of 1M``."""
+    """Notes on runs that made another number of updates than published ones."""
     pairs = {(run.result["steps"], scores.published_steps(run)) for run in cell.runs}
     short = " Under-trained: left out of aggregates." if cell.under_trained else ""
     return [
-        f"{_count(steps)} of the published {_count(of)} updates.{short}"
+        f"{_count(steps)} of the {_count(of)} updates of the published settings.{short}"
         for steps, of in sorted(pairs)
         if steps != of
     ]

@@ -38,7 +38,7 @@ def test_unfinished_runs_are_listed_with_how_far_they_came(runs: Path, make_run:
     (cut / "metrics.jsonl").write_text('{"step": 1}\n{"step": 70}\n')
     (runs / "lag50/d4rl/hopper-a/iql/seed-0/metrics.jsonl").unlink()
     # A reference policy is not a run, nor is a run of another benchmark.
-    reference = runs / "d4rl/hopper-a/reference/seed-0-1a2b3c4d"
+    reference = runs / "d4rl/hopper-a/reference/1a2b3c4d-seed-0"
     reference.mkdir(parents=True)
     (reference / "metrics.jsonl").write_text("")
     other = runs / "llm/chat/iw-sft/seed-0"
@@ -165,7 +165,8 @@ def test_the_same_run_twice(runs: Path) -> None:
 
 @pytest.mark.parametrize("change", [{}, {"seed": 7}])
 @pytest.mark.parametrize(
-    "to", ["d4rl/hopper-a/sft-q/seed-7", "d4rl/a/sft/seed-1", "old/" + DAMAGED]
+    "to",
+    ["d4rl/hopper-a/sft-q/seed-7", "d4rl/a/sft/seed-1", "old/" + DAMAGED, DAMAGED + "-old"],
 )
 def test_a_copied_run_is_named_and_left_out(runs: Path, to: str, change: dict[str, int]) -> None:
     """Under another name, in another folder, also where its seed was changed."""

@@ -256,14 +256,14 @@ def test_success_rate_where_results_have_it(tmp_path: Path, make_run: MakeRun) -
         (
             20_000,
             1_000_000,
-            "20k of the published 1M updates. Under-trained: left out of aggregates.",
+            f"20k of the 1M updates of the published settings.{SHORT}",
         ),
         (
             1_500,
             250_000,
-            "1.5k of the published 250k updates. Under-trained: left out of aggregates.",
+            f"1.5k of the 250k updates of the published settings.{SHORT}",
         ),
-        (1_234, 2_000, "1,234 of the published 2k updates."),
+        (1_234, 2_000, "1,234 of the 2k updates of the published settings."),
         (1_000_000, 1_000_000, None),
         (20_000, None, None),
     ],
@@ -295,7 +295,9 @@ def test_no_number_of_updates_is_published_for_an_algorithm_of_one_s_own(
     for seed in range(3):
         make_run(tmp_path, "hopper-a", algo, seed, seed, **more)
     (cell,) = group = cells(read_runs(tmp_path, CONTROL))
-    notes = ["300 of the published 10k updates. Under-trained: left out of aggregates."]
+    notes = [
+        "300 of the 10k updates of the published settings. Under-trained: left out of aggregates."
+    ]
     assert score_grid(group).notes == notes * published
     assert cell.under_trained == published
 
