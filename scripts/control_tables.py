@@ -59,6 +59,14 @@ _MOVED = {
     "added": "SFT + c (SFT - reference)",
     "removed": "iw-SFT-step - c (SFT - reference)",
 }
+# Runs of Table 4's walker2d row: the batch, the weights, and the runs with all weights 1.
+_ROW = {
+    "k0/iw-sft-q": ("single steps", "all 1", None),
+    "iw-sft-q": ("single steps", "k = 10 (paper)", "k0/iw-sft-q"),
+    "authors/iw-sft-q": ("single steps", "k = 10, at most 1,000 (authors)", "k0/iw-sft-q"),
+    "whole-k0/iw-sft-q": ("whole trajectories", "all 1", None),
+    "whole/iw-sft-q": ("whole trajectories", "k = 10 (paper)", "whole-k0/iw-sft-q"),
+}
 # What they are compared with. Where SFT(Q) has the settings of iw-SFT(Q), it is that run.
 EQUAL = ("k0/iw-sft-q", "sft-q")
 # Forms on the top 10 % without quality bins, and their own equal weights.
@@ -174,6 +182,18 @@ def draw_grid(runs: Sequence[RecordedRun]) -> Grid:
         gain = signed(difference(ours, others, paired=True))
         row += [mean_text(others[:, 0], 1), gain]
     grid.rows.append(row)
+    return grid
+
+
+def row_grid(runs: Sequence[RecordedRun]) -> Grid:
+    """Scores of Table 4's walker2d row by batch and weights, and differences paired by seed."""
+    by_algo = {cell.algo: cell for cell in cells(runs)}
+    grid = Grid(["a batch has", "weights", "seeds", "score", "less all weights 1"], left=2)
+    for algo, (batch, weights, equal) in _ROW.items():
+        if algo in by_algo:
+            cell = by_algo[algo]
+            gap = _difference(cell, by_algo.get(equal or ""))
+            grid.rows.append([batch, weights, str(len(cell.seeds)), _score(cell), gap])
     return grid
 
 

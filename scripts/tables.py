@@ -21,6 +21,7 @@ from scripts.control_tables import (
     form_grid,
     gain_grid,
     policy_grid,
+    row_grid,
     score_grid,
     step_grid,
 )
@@ -35,6 +36,7 @@ _CONTROL = {
     "forms": form_grid,
     "draws": draw_grid,
     "policies": policy_grid,
+    "row": row_grid,
 }
 # Records with forms of SFT, by where their data were made.
 _FORMS = {

@@ -25,6 +25,8 @@ _TIE = "The highest, but a tie: no interval of the difference to the next one le
 _NO_INTERVAL = f"The highest, perhaps by chance: fewer than {MIN_SEEDS} seeds have no interval."
 _MOVING = "Not levelled off: score or Q still changes over the last third of the updates."
 _RETURN = "Mean return: the dataset has no D4RL reference scores."
+# An effective sample size with which a few trajectories decide.
+_LOW_ESS = 0.1
 EQUAL_SEEDS = "All seeds have the same value: no interval follows from it."
 SUCCESS_INTERVAL, CPU_SECONDS = "interval of success", "CPU seconds, with reference"
 
@@ -139,6 +141,12 @@ def _measured(grid: Grid, cell: Cell, cut_off: int) -> list[str]:
         f"Not levelled off: {name} changes by {interval_text(ends)} over the last third."
         for name, ends in cell.moving.items()
     ]
+    last = [[row["ESS"] for row in run.metrics if "ESS" in row][-1:] for run in cell.runs]
+    low = sorted(ess for each in last for ess in each if ess < _LOW_ESS)
+    if low:
+        ends = " to ".join(dict.fromkeys(f"{ess:.2g}" for ess in (low[0], low[-1])))
+        where = f"in {len(low)} of {count} runs the ESS ends at {ends}"
+        notes.append(f"A few trajectories decide: {where}.")
     if cell.score_key == scores.RETURN:
         notes.append(_RETURN)
     notes += [f"Seeds differ in {difference}." for difference in cell.differences()]

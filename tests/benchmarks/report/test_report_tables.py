@@ -339,3 +339,22 @@ def test_the_order_is_the_paper_s(tmp_path: Path, make_run: MakeRun) -> None:
 )
 def test_names_of_tasks(name: str, label: str) -> None:
     assert dataset_label(name) == label
+
+
+@pytest.mark.parametrize(
+    ("ends", "words"),
+    [
+        ((0.5, 0.9, 1.0), None),
+        ((0.02, 0.004, 0.5), "in 2 of 3 runs the ESS ends at 0.004 to 0.02"),
+        ((0.02, 0.5, 0.5), "in 1 of 3 runs the ESS ends at 0.02"),
+    ],
+)
+def test_weights_that_a_few_trajectories_have_are_noted(
+    tmp_path: Path, make_run: MakeRun, ends: tuple[float, ...], words: str | None
+) -> None:
+    for seed, end in enumerate(ends):
+        rows = [{"step": 1, "ESS": 0.01}, {"step": 100, "ESS": end}, {"step": 100, "score": 1.0}]
+        make_run(tmp_path, "hopper-a", "iw-sft-q", seed, seed, rows=rows)
+    notes = score_grid(cells(read_runs(tmp_path, CONTROL))).notes
+    expected = [] if words is None else [f"A few trajectories decide: {words}."]
+    assert notes == expected
