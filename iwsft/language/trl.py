@@ -99,7 +99,9 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
         _check(args, settings)
         weights = importance_weights
         if weights is not None and (weights.reference == "synced" or weights.reads):
-            raise ValueError(f"{weights} need ImportanceWeightedTrainer")
+            lacks = sorted(weights.reads) or ["the log-probs of the last sync"]
+            problem = f"{weights} need {', '.join(lacks)}, which TRL's batches do not have"
+            raise ValueError(f"{problem}; use ImportanceWeightedTrainer")
         self._proposal, self._sync_every, self._ema_decay = proposal, sync_every, ema_decay
         super().__init__(model=model, args=args, **settings)
         if self._is_vision_dataset:

@@ -299,6 +299,7 @@ def test_rows_that_trl_cuts_or_leaves_out_are_told(
             "compares the weights of an update, divided here into 2",
         ),
         ({"importance_weights": "auto"}, "importance_weights='auto' must be a chain"),
+        ({"importance_weights": ImportanceWeights.auto()}, "standard_score, which TRL's batches"),
         ({"importance_weights": LARGE}, r"of 5 steps a weight of at least exp\(250\)"),
         ({"rows": IterableDataset.from_generator(lambda: iter(ROWS))}, r"a datasets\.Dataset"),
         ({"rows": [{**ROWS[0], "weight": "1"}]}, "row 0: weight must be a finite number, it"),
