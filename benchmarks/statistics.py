@@ -133,9 +133,13 @@ class Difference(NamedTuple):
     """How much higher the mean of one algorithm is than that of another."""
 
     estimate: Estimate
-    # Seeds of each algorithm that settle it, see :func:`seeds_to_settle`; None for no number.
-    seeds: int | None
+    variances: tuple[Scores, ...]  # that a seed gives to it, see :func:`seeds_to_settle`
     paired: bool
+
+    @property
+    def seeds(self) -> int | None:
+        """Seeds of each algorithm that settle it; None for no number."""
+        return seeds_to_settle(self.estimate.point, *self.variances)
 
     @property
     def settled(self) -> bool:
@@ -152,7 +156,7 @@ def difference(x: Scores, y: Scores, *, paired: bool) -> Difference:
     """
     groups = [x - y] if paired else [x, y]
     estimate = _welch(float(x.mean() - y.mean()), *groups)
-    return Difference(estimate, seeds_to_settle(estimate.point, *map(_variances, groups)), paired)
+    return Difference(estimate, tuple(map(_variances, groups)), paired)
 
 
 def seeds_to_settle(gap: float, *variances: Scores) -> int | None:
