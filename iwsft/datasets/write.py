@@ -95,6 +95,7 @@ def to_hdf5(
         OSError: The file exists, or the disk is full.
         ValueError: The suffix is another one, trajectories or ``infos`` are not valid, or
             trajectories count several times or have data weights, which a file does not keep.
+        TypeError: ``provenance`` is of another kind, such as a dict.
     """
     import h5py
 
@@ -103,6 +104,7 @@ def to_hdf5(
         raise ValueError(f"{path} must end in .hdf5 or .h5, or datasets.load can't read it")
     if path.exists():
         raise FileExistsError(f"{path} exists; choose another name")
+    attributes = _checked(provenance).attributes()
     fields = _fields(trajectories, infos or {})
     # Through memory: on a full disk, HDF5 ends the process instead of raising.
     image = io.BytesIO()
@@ -110,7 +112,7 @@ def to_hdf5(
         for name, values in fields.items():
             chunks = (min(_ROWS_A_CHUNK, len(values)), *values.shape[1:])
             file.create_dataset(name, data=values, chunks=chunks, compression="gzip", shuffle=True)
-        file.attrs.update((provenance or Provenance()).attributes())
+        file.attrs.update(attributes)
     files.write(path, image.getbuffer())
 
 
@@ -138,6 +140,7 @@ def to_minari(
 
     if folder.exists():
         raise FileExistsError(f"minari:{dataset_id} exists ({folder}); choose another name")
+    provenance = _checked(provenance)
     fields = _fields(trajectories, infos or {})
     buffers = _buffers(fields, lengths(trajectories).tolist())
     store = Path(str(folder).removesuffix(dataset_id))
@@ -146,7 +149,7 @@ def to_minari(
         try:
             _reserve(partial, fields, len(buffers))
             with store_at(partial):
-                _create(dataset_id, buffers, fields, provenance or Provenance())
+                _create(dataset_id, buffers, fields, provenance)
             namespace = parse_dataset_id(dataset_id)[0]
             if namespace is not None and namespace not in list_local_namespaces():
                 create_namespace(namespace)
@@ -162,6 +165,14 @@ def minari_folder(dataset_id: str) -> Path:
     from minari.storage.datasets_root_dir import get_dataset_path
 
     return Path(get_dataset_path(dataset_id))
+
+
+def _checked(provenance: Provenance | None) -> Provenance:
+    """The provenance, empty for None; a TypeError says what another value must be."""
+    if isinstance(provenance, Provenance | None):
+        return provenance or Provenance()
+    way_out = "Provenance('Hopper-v4', seed=0), of iwsft.datasets.write"
+    raise TypeError(f"provenance={provenance!r:.60} must be None or such as {way_out}")
 
 
 def _fields(trajectories: TensorDictBase, infos: Mapping[str, NDArray[Any]]) -> Fields:

@@ -201,6 +201,8 @@ def test_what_is_refused(target: tuple[Callable[..., None], str], tmp_path: Path
         to(data.exclude(NEXT_OBSERVATION))
     with pytest.raises(ValueError, match="'success' has 2 rows, the data 6 steps"):
         to(data, infos={"success": np.zeros(2)})
+    with pytest.raises(TypeError, match=r"provenance={'seed': 0} must be None or .*Provenance\("):
+        to(data, {"seed": 0})
     assert not list(tmp_path.rglob("*.hdf5"))
 
 
