@@ -131,11 +131,11 @@ def _read(
     minari_id = name.removeprefix(_MINARI_PREFIX)
     if minari_id != name or ("/" in name and minari_store.ID.fullmatch(name)):
         return minari_store.read(minari_id, data_weight=weight)
-    near = difflib.get_close_matches(name, available(), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
+    near = difflib.get_close_matches(name, available(), n=3)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
     if Path(name).exists():
         hint = f"; {name} exists on disk, but a file must end in {' or '.join(d4rl.SUFFIXES)}."
     raise ValueError(
         f"unknown dataset {name!r}{hint} Pass the path of a .hdf5 file in D4RL's layout, a Minari "
-        f"id ('{_MINARI_PREFIX}NAME-v0'), or one of: {', '.join(available())}"
+        f"id ('{_MINARI_PREFIX}NAME-v0'), or a name that iwsft.datasets.available() lists"
     )
