@@ -14,6 +14,7 @@ from tensordict.nn import (
     ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
 )
+from tensordict.utils import expand_as_right
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent
 from torch.nn.modules.batchnorm import _NormBase
@@ -84,11 +85,16 @@ def step_log_prob(policy: Any, batch: TensorDictBase, shape: torch.Size) -> Tens
     _check_draws(policy)
     dist = policy.get_dist(batch)
     composite = isinstance(dist, CompositeDistribution)
-    action = batch if composite else batch.get(policy.dist_sample_keys[0], default=None)
+    action = batch if composite else batch[policy.dist_sample_keys[0]]
     _check_broadcast(dist, action, shape)
-    log_prob = _checked(policy.log_prob(batch, dist=dist), policy, shape)
     impossible = _impossible(dist, action, shape)
-    return log_prob if impossible is None else log_prob.masked_fill(impossible, -torch.inf)
+    if impossible is None:
+        return _checked(policy.log_prob(batch, dist=dist), policy, shape)
+    for key in policy.dist_sample_keys:
+        # An index that does not exist would be torch's error, or get the log-prob 0.
+        batch.set(key, batch.get(key).masked_fill(expand_as_right(impossible, batch.get(key)), 0))
+    log_prob = _checked(policy.log_prob(batch, dist=dist), policy, shape)
+    return log_prob.masked_fill(impossible, -torch.inf)
 
 
 @set_recurrent_mode(True)
@@ -160,9 +166,9 @@ def _impossible(dist: Any, action: Any, shape: torch.Size) -> Tensor | None:
     elif isinstance(dist, OneHotCategorical | MaskedOneHotCategorical):
         # The largest entry is taken for the 1.
         wrong = (action != 0) & (action != 1) | (action.sum(-1, keepdim=True) != 1)
-    elif isinstance(dist, Categorical) and action.is_floating_point():
-        # Fractions are left out.
-        wrong = action != action.round()
+    elif isinstance(dist, Categorical) and not getattr(dist, "_sparse_mask", False):
+        # Fractions are left out; padding is often -1 or -100.
+        wrong = (action != action.round()) | (action < 0) | (action >= dist.param_shape[-1])
     else:
         return None
     return wrong.reshape(*shape, -1).any(-1)

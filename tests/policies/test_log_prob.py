@@ -18,6 +18,7 @@ from tensordict.nn import (
 from torch import Tensor, distributions, nn
 from torchrl.modules import (
     IndependentNormal,
+    MaskedCategorical,
     MaskedOneHotCategorical,
     OneHotCategorical,
     ProbabilisticActor,
@@ -25,8 +26,9 @@ from torchrl.modules import (
 )
 from torchrl.modules.distributions import LLMMaskedCategorical
 
+from iwsft import ImportanceWeightedMLE, annotate_reference
 from iwsft.policies.log_prob import finite_padding, noise_watch, step_log_prob
-from iwsft.trajectory import Segments
+from iwsft.trajectory import MASK, Segments
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
 
@@ -115,7 +117,8 @@ def _actor(kind: type, size: int) -> ProbabilisticActor:
                 "scale",
             ],
         )
-    mask = {"mask": torch.ones(size, dtype=torch.bool)} if kind is MaskedOneHotCategorical else {}
+    masked = kind in (MaskedCategorical, MaskedOneHotCategorical)
+    mask = {"mask": torch.ones(size, dtype=torch.bool)} if masked else {}
     module = TensorDictModule(network, in_keys=["observation"], out_keys=keys)
     return ProbabilisticActor(
         module, in_keys=keys, distribution_class=kind, distribution_kwargs=mask
@@ -193,6 +196,37 @@ def test_actions_that_a_distribution_takes_for_others_have_probability_0(
     log_prob = step_log_prob(actor, batch, torch.Size([4]))
     torch.testing.assert_close(log_prob[:2], actor.log_prob(batch)[:2], rtol=0, atol=0)
     assert log_prob[:2].isfinite().all() and log_prob[2:].tolist() == [-torch.inf] * 2
+
+
+@pytest.mark.parametrize("outside", [-100, -1, 3])
+@pytest.mark.parametrize("kind", [distributions.Categorical, MaskedCategorical])
+def test_an_index_that_a_distribution_does_not_have_counts_nowhere(
+    kind: type, outside: int
+) -> None:
+    """Torch's gather refuses it, and its cross entropy takes -100 for the log-prob 0."""
+    torch.manual_seed(0)
+    actor, index = _actor(kind, 3), torch.tensor([[2, 0, 1], [1, outside, outside]])
+    batch, shape = _batch(index, (2, 3)), torch.Size([2, 3])
+    logits = actor.get_dist_params(batch)["logits"].detach().log_softmax(-1)
+    right = [float(logits[0, step, index[0, step]]) for step in range(3)] + [float(logits[1, 0, 1])]
+    log_prob = step_log_prob(actor, batch, shape).flatten()
+    torch.testing.assert_close(log_prob[:4], torch.tensor(right))
+    assert log_prob[4:].tolist() == [-torch.inf] * 2 and index[1, 1] == outside
+    # Masked, it is padding: the loss is that of the four steps, and its gradient is finite.
+    batch[MASK] = index != outside
+    loss = ImportanceWeightedMLE(actor, proposal="reference")(batch)["loss_iw_mle"]
+    torch.testing.assert_close(loss, -torch.tensor((sum(right[:3]) / 3 + right[3]) / 2))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in actor.parameters())
+    reference = annotate_reference(actor, batch)["ref_log_prob"].flatten()
+    torch.testing.assert_close(reference, torch.tensor([*right, 0.0, 0.0]))
+
+
+def test_a_missing_action_is_named() -> None:
+    for kind in (TanhNormal, distributions.Categorical):
+        with pytest.raises(KeyError, match="action"):
+            batch = _batch(torch.zeros(2), (2,)).exclude("action")
+            step_log_prob(_actor(kind, 3), batch, torch.Size([2]))
 
 
 class _Parts(nn.Module):
