@@ -35,14 +35,24 @@ class CheckpointError(ValueError):
 
 def save(folder: Path, state: dict[str, Any], settings: dict[str, Any]) -> None:
     """Write a state (tensors and plain values) with its settings, whole or not at all."""
-    write(folder / FILE, {"state": state, "settings": json.dumps(settings, sort_keys=True)})
+    write(folder / FILE, {"state": state, "settings": _text(settings)})
+
+
+def _text(settings: dict[str, Any]) -> str:
+    """Settings as JSON; a TypeError names those that JSON does not have, such as a tensor."""
+    try:
+        return json.dumps(settings, sort_keys=True)
+    except TypeError as error:
+        raise TypeError(f"settings={settings!r:.80} must be plain values: {error}") from error
 
 
 def load(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """Read a state that :func:`save` wrote; None where there is no checkpoint.
 
-    A CheckpointError says that it is corrupt, or which settings differ.
+    A CheckpointError says that it is corrupt, or which settings differ; a TypeError, that
+    :func:`save` could not write these.
     """
+    _text(settings)
     path = folder / FILE
     if not path.exists():
         return None

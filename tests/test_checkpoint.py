@@ -49,6 +49,14 @@ def test_no_checkpoint_is_none(tmp_path: Path) -> None:
     assert checkpoint.load(tmp_path, SETTINGS) is None
 
 
+@pytest.mark.parametrize("settings", [{"a": torch.ones(1)}, {1: 2, "b": 3}, {"a": Path("x")}])
+def test_settings_that_can_not_be_written_are_refused_at_the_start(
+    tmp_path: Path, settings: dict[Any, Any]
+) -> None:
+    with pytest.raises(TypeError, match="settings=.* must be plain values"):
+        checkpoint.load(tmp_path / "new", settings)
+
+
 def test_settings_that_differ_are_named_with_both_values(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, state(), SETTINGS)
     other = {"lr": 0.2, "cuts": [90.0, 95.0], "tuning": {"steps": 9, "k": None}, "new": "x"}
