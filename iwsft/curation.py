@@ -36,6 +36,7 @@ from iwsft.trajectory import (
     select,
 )
 from iwsft.validation import check_data_weights, check_links, check_tensordict
+from iwsft.weights import check_number
 
 Ties = Literal["rank", ">", ">="]
 Score = str | tuple[str, ...] | Callable[[TensorDictBase], Tensor]
@@ -335,6 +336,7 @@ def _check_cuts(cuts: Sequence[float]) -> None:
     if not isinstance(cuts, Sequence) or isinstance(cuts, str):
         raise TypeError(f"cuts={cuts!r} must be a sequence of percentiles, such as (90,)")
     for cut in cuts:
+        check_number(f"cut {cut!r}", cut)
         if not 0 <= cut < 100:
             raise ValueError(f"cut {cut} is not a percentile in [0, 100); 90 keeps the top 10 %")
     if cuts and 0 < max(cuts) < 1:
@@ -346,6 +348,8 @@ def _check_cuts(cuts: Sequence[float]) -> None:
 def _check_settings(ties: Ties, weight: Weight | None, beta: float | None) -> None:
     if ties not in get_args(Ties):
         raise ValueError(f"ties={ties!r} is unknown; it is one of {', '.join(get_args(Ties))}")
+    if beta is not None:
+        check_number(f"beta={beta!r}", beta)
     positive = beta is not None and 0 < beta < math.inf
     if positive != (weight == "softmax") or (beta is not None and not positive):
         raise ValueError(f"beta={beta}: weight='softmax' needs a positive one, others take none")

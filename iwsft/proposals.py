@@ -16,7 +16,7 @@ from iwsft.forward_pass import ForwardPass
 from iwsft.objective import ImportanceWeightedMLE
 from iwsft.trajectory import Segments
 from iwsft.validation import check_count
-from iwsft.weights import exponential
+from iwsft.weights import check_number, exponential
 
 
 class Holder(Protocol):
@@ -175,6 +175,7 @@ class EMA(_Updater):
     def __init__(
         self, loss: ImportanceWeightedMLE, *, decay: float, holder: Holder | None = None
     ) -> None:
+        check_number(f"decay={decay!r}", decay)
         if not 0 <= decay < 1:
             raise ValueError(f"decay={decay} must be in [0, 1)")
         self.decay = decay

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torchrl.objectives.common import LossModule
 
+from iwsft.weights import check_number
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -36,6 +38,9 @@ class Schedule:
     def __post_init__(self) -> None:
         if not (isinstance(self.steps, Integral) and isinstance(self.warmup, Integral)):
             raise ValueError(f"{self}: steps and warmup must be whole numbers (10000, not 1e4)")
+        for name in ("lr", "weight_decay", "clip_norm"):
+            # YAML reads 1e-3, without a point, as text.
+            check_number(f"{self}: {name}", getattr(self, name))
         if self.steps < 1 or not 0 < self.lr < math.inf or self.warmup < 0:
             raise ValueError(f"{self}: steps and lr must be positive, warmup not negative")
         # The update after the warm-up is the first one with the learning rate lr.

@@ -359,6 +359,10 @@ def test_settings_out_of_range() -> None:
     for cut in (100, -1, float("nan")):
         with pytest.raises(ValueError, match="not a percentile"):
             curate(data, cuts=(cut,))
+    with pytest.raises(TypeError, match="cut '90' must be a number"):
+        curate(data, cuts=("90",))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="beta='1' must be a number"):
+        curate(data, weight="softmax", beta="1")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="sequence of percentiles"):
         curate(data, cuts=90)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="ties='>>' is unknown; it is one of rank, >, >="):

@@ -51,6 +51,13 @@ def test_a_schedule_that_makes_no_sense_is_refused(wrong: dict[str, Any]) -> Non
         Schedule(**{"steps": 24, "lr": 0.01, "warmup": 5} | wrong)
 
 
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "clip_norm"])
+def test_a_number_that_is_text_is_named(name: str) -> None:
+    text: Any = {name: "1e-3"}
+    with pytest.raises(TypeError, match=f"{name} must be a number"):
+        Schedule(**{"steps": 24, "lr": 0.01} | text)
+
+
 @given(steps=st.integers(1, 30), warmup=st.integers(0, 40), constant=st.booleans())
 def test_a_schedule_reaches_its_learning_rate_or_is_refused(
     steps: int, warmup: int, constant: bool

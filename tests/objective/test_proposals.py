@@ -146,6 +146,11 @@ def test_building_one_sets_q_to_theta(
         loss(make_batch())
 
 
+def test_a_decay_that_is_text_is_named(make_loss: Any) -> None:
+    with pytest.raises(TypeError, match="decay='0.9' must be a number"):
+        EMA(make_loss("lagged"), decay="0.9")  # type: ignore[arg-type]
+
+
 def test_torchrl_soft_update_equals_ours(make_loss: Any) -> None:
     theirs, ours = make_loss("lagged"), make_loss("lagged")
     soft, ema = SoftUpdate(theirs, eps=0.9), EMA(ours, decay=0.9)
