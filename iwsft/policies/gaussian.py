@@ -17,6 +17,7 @@ from torchrl.modules.distributions.continuous import SafeTanhTransform
 from iwsft.policies.linear import mlp
 from iwsft.policies.log_prob import ROUNDING, check_columns
 from iwsft.trajectory import ACTION, OBSERVATION, on_host
+from iwsft.validation import check_count
 
 _LOG_SQRT_2_PI = 0.5 * math.log(2 * math.pi)
 # Steps whose activations fit into a processor's cache, forward and backward.
@@ -96,7 +97,7 @@ class GaussianPolicy(ProbabilisticActor):
 
     def log_prob(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> Tensor:
         """Log-density of the action of each step, as TorchRL's actors have it."""
-        check_columns(tensordict, self._columns)
+        check_columns(self, tensordict, self._columns)
         if args or kwargs or self.head.squash:
             return super().log_prob(tensordict, *args, **kwargs)
         # The same, without a distribution and entries for its parameters.
@@ -120,8 +121,8 @@ class _GaussianHead(nn.Module):
         log_std_init: float,
     ) -> None:
         super().__init__()
-        if observation_dim < 1 or action_dim < 1:
-            raise ValueError(f"{observation_dim=} and {action_dim=} must be positive")
+        check_count("observation_dim", observation_dim)
+        check_count("action_dim", action_dim)
         low, high = log_std_bounds
         if not low <= log_std_init <= high or not math.isfinite(high - low):
             raise ValueError(f"{log_std_init=} must lie in {log_std_bounds=}")

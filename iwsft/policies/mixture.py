@@ -15,6 +15,7 @@ from torchrl.modules import ProbabilisticActor
 from iwsft.policies.linear import mlp
 from iwsft.policies.log_prob import check_columns
 from iwsft.trajectory import ACTION, OBSERVATION
+from iwsft.validation import check_count
 
 _LOG_STD_BOUNDS = (-5.0, 2.0)
 # Largest offset of a mean before the tanh: 0.9 after it.
@@ -58,9 +59,9 @@ class MixturePolicy(ProbabilisticActor):
         in_key: NestedKey = OBSERVATION,
         out_key: NestedKey = ACTION,
     ) -> None:
-        if min(observation_dim, action_dim, components) < 1:
-            given = f"{observation_dim=}, {action_dim=} and {components=}"
-            raise ValueError(f"{given} must be positive")
+        check_count("observation_dim", observation_dim)
+        check_count("action_dim", action_dim)
+        check_count("components", components)
         head = _MixtureHead(observation_dim, action_dim, components, hidden)
         keys = ["logits", "loc", "scale"]
         super().__init__(
@@ -75,7 +76,7 @@ class MixturePolicy(ProbabilisticActor):
 
     def log_prob(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> Tensor:
         """Log-density of the action of each step, as TorchRL's actors have it."""
-        check_columns(tensordict, self._columns)
+        check_columns(self, tensordict, self._columns)
         return super().log_prob(tensordict, *args, **kwargs)
 
 

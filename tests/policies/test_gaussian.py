@@ -171,12 +171,6 @@ def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> N
         GaussianPolicy(3, 2, **settings)
 
 
-@pytest.mark.parametrize("sizes", [(0, 2), (3, 0)])
-def test_empty_spaces_are_refused(sizes: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="positive"):
-        GaussianPolicy(*sizes)
-
-
 @pytest.mark.parametrize("steps_of_batch", [1025, 2500])
 def test_a_long_batch_is_its_steps(steps_of_batch: int) -> None:
     """To the bit in the log-probs, although a long batch runs in parts."""
@@ -213,3 +207,28 @@ def test_actions_of_another_size_are_refused(policy: GaussianPolicy | MixturePol
     other = TensorDict({"observation": torch.zeros(4, 3), "action": torch.zeros(4, 1)}, [4])
     with pytest.raises(ValueError, match=r"'observation' has shape \[4, 3\], .* size 2"):
         policy.log_prob(other)
+
+
+@pytest.mark.parametrize("make", [GaussianPolicy, MixturePolicy])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64])
+def test_observations_of_another_dtype_are_refused_with_the_way_out(
+    make: type, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    policy, x = make(2, 1), torch.randint(-3, 3, (4, 2))
+    batch = TensorDict({"observation": x.float(), "action": torch.zeros(4, 1)}, [4])
+    right = policy.log_prob(batch.copy())
+    other = batch.copy().set("observation", x.to(dtype))
+    with pytest.raises(ValueError, match=rf"'observation' is {dtype}, .*\.to\(torch.float32\)"):
+        policy.log_prob(other)
+    other["observation"] = other["observation"].to(torch.float32)
+    torch.testing.assert_close(policy.log_prob(other), right)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert policy.log_prob(batch.copy().set("observation", x.bfloat16())).isfinite().all()
+
+
+@pytest.mark.parametrize("sizes", [("3", 2), (3.0, 2), (0, 2), (3, 0)])
+@pytest.mark.parametrize("make", [GaussianPolicy, MixturePolicy])
+def test_sizes_are_whole_numbers(make: type, sizes: tuple[Any, Any]) -> None:
+    with pytest.raises(ValueError, match=r"(observation|action)_dim=.* whole number from 1 on"):
+        make(*sizes)

@@ -112,5 +112,5 @@ def test_a_saved_mixture_is_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sizes", [(0, 2, 3), (5, 0, 3), (5, 2, 0)])
 def test_empty_spaces_are_refused(sizes: tuple[int, int, int]) -> None:
-    with pytest.raises(ValueError, match="positive"):
+    with pytest.raises(ValueError, match="whole number from 1 on"):
         MixturePolicy(*sizes[:2], components=sizes[2])
