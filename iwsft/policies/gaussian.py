@@ -97,7 +97,7 @@ class GaussianPolicy(ProbabilisticActor):
 
     def log_prob(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> Tensor:
         """Log-density of the action of each step, as TorchRL's actors have it."""
-        check_columns(self, tensordict, self._columns)
+        check_columns(tensordict, self._columns, self.head.net[0].weight.dtype)
         if args or kwargs or self.head.squash:
             return super().log_prob(tensordict, *args, **kwargs)
         # The same, without a distribution and entries for its parameters.

@@ -109,18 +109,18 @@ def step_log_prob_and_entropy(
 
 
 def check_columns(
-    policy: nn.Module, batch: TensorDictBase, columns: Mapping[NestedKey, int]
+    batch: TensorDictBase, columns: Mapping[NestedKey, int], own: torch.dtype
 ) -> None:
     """Refuse entries with other columns; a density would broadcast actions to its own size.
 
-    The first entry, which layers read, must have their dtype.
+    The first entry, which layers read, must have their ``own`` dtype.
     """
     for key, size in columns.items():
         shape = batch[key].shape
         if shape[-1:] != (size,):
             raise ValueError(f"{key!r} has shape {list(shape)}, but the policy has size {size}")
     key = next(iter(columns))
-    own, read = next(policy.parameters()).dtype, batch[key].dtype
+    read = batch[key].dtype
     if read != own and not torch.is_autocast_enabled(batch[key].device.type):
         way_out = f"trajectories[{key!r}] = trajectories[{key!r}].to({own}), or policy.to({read})"
         raise ValueError(f"{key!r} is {read}, and the policy is {own}: {way_out}")

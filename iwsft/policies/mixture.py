@@ -76,7 +76,7 @@ class MixturePolicy(ProbabilisticActor):
 
     def log_prob(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> Tensor:
         """Log-density of the action of each step, as TorchRL's actors have it."""
-        check_columns(self, tensordict, self._columns)
+        check_columns(tensordict, self._columns, self.module[0].module.net[0].weight.dtype)
         return super().log_prob(tensordict, *args, **kwargs)
 
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from iwsft import GaussianPolicy
+from iwsft import EMA, GaussianPolicy, ImportanceWeightedMLE
 from iwsft.policies.mixture import MixturePolicy
+from iwsft.trajectory import TRAJ_IDS
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -223,6 +224,10 @@ def test_observations_of_another_dtype_are_refused_with_the_way_out(
         policy.log_prob(other)
     other["observation"] = other["observation"].to(torch.float32)
     torch.testing.assert_close(policy.log_prob(other), right)
+    loss = ImportanceWeightedMLE(policy, proposal="lagged")
+    EMA(loss, decay=0.9)
+    batch = batch.set("ref_log_prob", right.detach()).set(TRAJ_IDS, torch.zeros(4).long())
+    torch.testing.assert_close(loss(batch)["loss_iw_mle"], -right.mean())
     with torch.autocast("cpu", torch.bfloat16):
         assert policy.log_prob(batch.copy().set("observation", x.bfloat16())).isfinite().all()
 
