@@ -179,6 +179,8 @@ def _read_marks(groups: Sequence[h5py.Group], where: str, rows: int) -> dict[str
     marks = {}
     for group in groups:
         for name in sorted(filter(kind_of, group)):
+            if group.name == "/" and name in ("terminals", "timeouts"):
+                continue  # read already
             values = _values(group, name, where)
             ends = None if values is None else marked_ends(name, values, rows, where)
             if ends is not None:

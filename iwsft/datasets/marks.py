@@ -46,11 +46,10 @@ _SYNONYMS = {
     **dict.fromkeys(("indices", "idx", "ids", "number"), "index"),
     **{"len": "length", "lens": "length", "dones": "done", "starts": "start", "ends": "end"},
 }
-_STANDARD = {"observations", "actions", "rewards", "terminals", "timeouts", "next_observations"}
 
 
 def kind_of(name: str) -> str | None:
-    """Return what a field beside D4RL's own may tell of the ends of episodes, by its name.
+    """Return what a field may tell of the ends of episodes, by its name.
 
     Its plain form is in lower case, without ``is`` in front and the plural at the end.
     """
@@ -58,7 +57,7 @@ def kind_of(name: str) -> str | None:
     words = [_SYNONYMS.get(word, word) for word in words]
     words[-1] = words[-1].removesuffix("s")
     words = [_SYNONYMS.get(word, word) for word in words]
-    return None if name in _STANDARD else _KIND.get("_".join(words))
+    return _KIND.get("_".join(words))
 
 
 def marked_ends(name: str, values: NDArray[np.number], rows: int, source: str) -> Flags | None:

@@ -59,6 +59,7 @@ IDS[6 + 9 :] += 1
         ("done", flags(ENDS)[:, None]),
         ("episode_terminals", flags(ENDS).astype(np.int64)),
         ("infos/TimeLimit.truncated", flags(ENDS)),
+        ("infos/timeouts", flags(ENDS[[0, 2, 3]])),
         ("is_last", flags(ENDS)),
         ("is_first", flags([0, *(ENDS[:-1] + 1)])),
         ("episode_ids", np.repeat([4, 5, 6, 7], SIZES)),
