@@ -17,6 +17,7 @@ from iwsft.trajectory import (
     ACTION,
     DATA_WEIGHT,
     DONE,
+    IMPORTANCE_WEIGHT,
     MASK,
     MULTIPLICITY,
     NEXT_OBSERVATION,
@@ -108,7 +109,10 @@ class _Sampler(ABC):
     def _sum_computed(self) -> dict[str, float]:
         """A number for each computed entry, of which machines differ in the last digits."""
         numbers = {}
-        for key, entry in self._entries((DATA_WEIGHT, REF_LOG_PROB)).items():
+        entries = self._entries((DATA_WEIGHT, IMPORTANCE_WEIGHT, REF_LOG_PROB))
+        # Without data weights they are 1: a state of data that have none refuses others.
+        entries = {DATA_WEIGHT: torch.ones(len(self.trajectories)), **entries}
+        for key, entry in entries.items():
             # NaN of masked steps does not equal itself.
             squares = (1 + entry.double().flatten().nan_to_num()).square()
             place = torch.arange(1, len(squares) + 1, device=squares.device)

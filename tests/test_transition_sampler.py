@@ -6,7 +6,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from iwsft.samplers import TRANSITION, TransitionSampler
+from iwsft.samplers import TRANSITION, StepSampler, TrajectorySampler, TransitionSampler
 from iwsft.trajectory import MASK, MULTIPLICITY, TRAJ_IDS, pad
 
 SIZES = torch.tensor([3, 1, 6, 2])
@@ -78,6 +78,20 @@ def test_the_state_continues_with_the_same_samples() -> None:
     second.load_state_dict(first.state_dict())
     for _ in range(3):
         assert torch.equal(first.sample()["observation"], second.sample()["observation"])
+
+
+@pytest.mark.parametrize("key", ["data_weight", "importance_weight"])
+@pytest.mark.parametrize("kind", [TransitionSampler, StepSampler, TrajectorySampler])
+def test_a_state_is_not_continued_with_other_weights(kind: type, key: str) -> None:
+    """Weights that the first run had not count, too; a data weight of 1 is none."""
+    plain, halves = kind(dataset(), 8), kind(dataset().set(key, torch.full((N,), 0.5)), 8)
+    with pytest.raises(ValueError, match=f"this state is of a sampler with {key}"):
+        kind(dataset().set(key, torch.full((N,), 0.25)), 8).load_state_dict(halves.state_dict())
+    if key == "data_weight":
+        for first, second in ((plain, halves), (halves, plain)):
+            with pytest.raises(ValueError, match=f"this state is of a sampler with {key}"):
+                second.load_state_dict(first.state_dict())
+        kind(dataset().set(key, torch.ones(N)), 8).load_state_dict(plain.state_dict())
 
 
 def test_missing_entries_are_named() -> None:
