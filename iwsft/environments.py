@@ -246,6 +246,16 @@ def id_of(env: gym.Env[Any, Any]) -> str:
     return env.spec.id if env.spec is not None else type(env.unwrapped).__name__
 
 
+def moving_wrappers(env: gym.Env[Any, Any]) -> str:
+    """Return the names of wrappers whose running statistics change with each step, or ""."""
+    names = []
+    while isinstance(env, gym.Wrapper):
+        if getattr(env, "update_running_mean", False) is True:
+            names.append(type(env).__name__)
+        env = env.env
+    return ", ".join(names)
+
+
 def action_space(env: gym.Env[Any, Any]) -> gym.spaces.Box:
     """Return the action space of ``env``, a vector between bounds; others are refused."""
     space = env.action_space

@@ -147,7 +147,7 @@ def evaluate(
 
     Warns:
         UserWarning: A policy of this library or of ``baselines`` acts in [-1, 1], and the
-            environment does not.
+            environment does not; or a wrapper of the environment has running statistics.
     """
     num_envs = ROWS if num_envs is None else num_envs
     check_count("episodes", episodes)
@@ -178,6 +178,10 @@ def evaluate(
             bounds = f"the actions of {name} have the bounds {actions.low} and {actions.high}"
             way_out = "pass the env_kwargs of the data that scale_actions=True has scaled"
             warnings.warn(f"{bounds}, and the policy acts in [-1, 1]: {way_out}", stacklevel=2)
+        if moving := environments.moving_wrappers(first):
+            problem = f"{moving} of {name} learns at each step, so returns depend on num_envs"
+            way_out = "leave it out, or set its update_running_mean to False"
+            warnings.warn(f"{problem}: {way_out}", stacklevel=2)
         envs = [first, *(stack.enter_context(make()) for _ in range(1, width))]
         display = stack.enter_context(Progress(shown=progress))
         task = display.add_task("episodes", total=episodes)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tensordict.nn import TensorDictModule
+from torch import nn
 
 from benchmarks.collect.rollout import Simulator
 from iwsft import environments
@@ -97,3 +98,16 @@ def test_whole_actions_are_the_nearest_ones(
     if "action_bounds" not in kwargs:
         # The record has what the environment took.
         assert instance.transition()[1] == taken
+
+
+def test_wrappers_that_learn_at_each_step_are_named() -> None:
+    make = environments.make
+    assert environments.moving_wrappers(make("Pendulum-v1")) == ""
+    known = gym.wrappers.NormalizeReward(gym.wrappers.NormalizeObservation(make("Pendulum-v1")))
+    assert environments.moving_wrappers(known) == "NormalizeReward, NormalizeObservation"
+    known.update_running_mean = known.env.update_running_mean = False
+    assert environments.moving_wrappers(known) == ""
+    kwargs = {"wrappers": [{"entry_point": "gymnasium.wrappers:NormalizeReward", "kwargs": {}}]}
+    with pytest.warns(UserWarning, match="NormalizeReward of Pendulum-v1 learns at each step"):
+        policy = TensorDictModule(nn.Linear(3, 1), ["observation"], ["action"])
+        evaluate(policy, "Pendulum-v1", episodes=1, env_kwargs={**kwargs, "max_episode_steps": 2})
