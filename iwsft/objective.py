@@ -196,7 +196,7 @@ class ImportanceWeightedMLE(PolicyLoss):
         """Log-probabilities and weights of a batch: ``loss.summary(terms)`` is ``loss(batch)``."""
         segments = self.segments(batch)
         share = self.share(batch, segments)
-        self._tell_of_copies(batch, share)
+        self._check_batch(batch, segments, share)
         noisy = self.proposal == "current" and noise_watch(self.actor_network, share.device)
         log_prob, entropy = self._log_prob(batch, segments)
         # A multiplicity of 0 does not count, however extreme the step is.

@@ -29,6 +29,7 @@ from iwsft.trajectory import (
     Segments,
     on_host,
 )
+from iwsft.validation import check_links
 
 # A prioritized replay buffer of TorchRL writes it, and TorchRL's losses multiply by it.
 PRIORITY_WEIGHT = "priority_weight"
@@ -185,9 +186,16 @@ class PolicyLoss(LossModule):
             way_out = f"set loss.loss_mask_key = {key!r}, or None to count every step"
             raise ValueError(f"the batch has masks that this loss does not read: {way_out}")
 
-    def _tell_of_copies(self, batch: TensorDictBase, share: Tensor) -> None:
-        """Warn where a batch does not have what the last sync wrote: it comes from a copy."""
-        if not on_host(share) or self.written is None:
+    def _check_batch(self, batch: TensorDictBase, segments: Segments, share: Tensor) -> None:
+        """Refuse slices that would be read as one trajectory, see :func:`check_links`.
+
+        Warn where a batch does not have what the last sync wrote: it comes from a copy.
+        """
+        if not on_host(share):
+            return
+        if len(segments.shape) == 1 and not segments.single_steps and TRAJ_IDS in batch.keys(True):
+            check_links(batch)
+        if self.written is None:
             return
         key, written = self.written
         value = batch.get(key, default=None)

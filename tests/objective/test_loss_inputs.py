@@ -397,3 +397,20 @@ def test_a_step_that_policy_and_q_exclude_is_an_error(
     batch["log_prob"][7] = -torch.inf
     batch["multiplicity"] = (batch[TRAJ_IDS] != 2).long()
     assert bool(loss(batch)["loss_iw_mle"].isfinite().all())
+
+
+def test_slices_of_one_trajectory_are_not_joined(make_loss: Any) -> None:
+    """As SliceSampler returns them with truncated_key=None."""
+    x = torch.randn(13, 3)
+    data = TensorDict({"observation": x[:-1], ("next", "observation"): x[1:]}, [12])
+    data["action"], data["ref_log_prob"] = torch.rand(12, 2), -torch.rand(12)
+    data[TRAJ_IDS] = torch.zeros(12, dtype=torch.int64)
+    loss = make_loss("current", importance_weights=ImportanceWeights())
+    apart = torch.cat([data[1:4], data[6:10]])
+    with pytest.raises(ValueError, match="step 3 does not begin where step 2 .* ends"):
+        loss(apart)
+    ended = apart.clone().set(("next", "done"), torch.arange(7)[:, None] == 2)
+    halves = [loss(data[1:4])["loss_iw_mle"], loss(data[6:10])["loss_iw_mle"]]
+    torch.testing.assert_close(loss(ended)["loss_iw_mle"], sum(halves) / 2)
+    whole = torch.cat([data[1:4], data[4:8]])
+    torch.testing.assert_close(loss(whole)["loss_iw_mle"], loss(data[1:8])["loss_iw_mle"])
