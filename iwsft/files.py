@@ -70,12 +70,18 @@ def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 @contextmanager
 def alone_in(folder: Path, *, wait: bool) -> Iterator[None]:
-    """Keep other processes out of a folder, which this one may enter again."""
+    """Keep other processes out of a folder, which this one may enter again.
+
+    A folder in which this process may not write is read without a lock.
+    """
     # Here, so that `import iwsft` stays light.
     from filelock import FileLock, Timeout
 
     with full_disk_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        yield
+        return
     try:
         lock = FileLock(folder / ".lock", is_singleton=True).acquire(timeout=-1 if wait else 0)
     except Timeout as error:

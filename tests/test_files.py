@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from iwsft.files import full_disk_named, new_partial, written_whole
+from iwsft.files import alone_in, full_disk_named, new_partial, written_whole
 
 
 def test_new_content_appears_at_the_end_and_nothing_else_stays(tmp_path: Path) -> None:
@@ -143,3 +143,13 @@ def test_partial_folders_of_killed_writers_are_removed(tmp_path: Path) -> None:
     new_partial(path).mkdir()
     # That of this process stays.
     assert new_partial(path).name != os.listdir(tmp_path)[0] and len(os.listdir(tmp_path)) == 1
+
+
+def test_a_folder_that_can_not_be_written_is_read_without_a_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    with alone_in(tmp_path, wait=False):
+        assert not list(tmp_path.iterdir())
+    with alone_in(tmp_path / "writable", wait=False):
+        assert (tmp_path / "writable" / ".lock").exists()
