@@ -6,6 +6,7 @@ import hashlib
 import json
 import socket
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
@@ -79,7 +80,10 @@ def train_and_score(
     # With one thread, runs do not disturb each other, and the numbers do not depend on them.
     torch.set_num_threads(1)
     options, outcomes = runs[0].options, []
-    task = Task.load(runs[0].source, options.pretrain_dataset, trust=options.trust_env_module)
+    with warnings.catch_warnings():
+        # The command has told them, before it started this process.
+        warnings.simplefilter("ignore", UserWarning)
+        task = Task.load(runs[0].source, options.pretrain_dataset, trust=options.trust_env_module)
     recorded = json.loads((runs[0].folder / CONFIG).read_text()).get("settings", {})
     for name, data in (("data", task.dataset), ("pretrain", task.pretrain)):
         if recorded.get(name, data.fingerprint) != data.fingerprint:

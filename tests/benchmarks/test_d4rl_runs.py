@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -253,6 +256,21 @@ def test_the_bundled_data_runs_by_default(tmp_path: Path, read_json: Read) -> No
     assert read_json(run / "config.json")["settings"]["fine_tuning"]["lr"] == 1e-4
     row = first_row(run)
     assert row["weight_mean"] == 1.0 and row["weight_max"] == 1.0 and row["ESS"] == 1.0
+
+
+def test_a_warning_about_a_dataset_is_given_once(tiny_dataset: Path, tmp_path: Path) -> None:
+    """By the command, and not by each of its workers, which load the data again."""
+    path = tmp_path / "bare.hdf5"
+    with h5py.File(tiny_dataset) as whole, h5py.File(path, "w") as bare:
+        for name in ("observations", "actions", "rewards", "next_observations"):
+            bare[name] = whole[name][()]
+        bare["terminals"] = np.zeros(len(whole["rewards"]), bool)
+        bare.attrs["env_id"] = "Hopper-v4"
+    few = {"steps": 2, "eval_episodes": 1, "curve_episodes": 0, "seeds": (0, 1)}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        main(Options(dataset=(str(path),), algo=("bc",), out=tmp_path / "runs", jobs=1, **few))
+    assert sum("without a timeout" in str(each.message) for each in caught) == 1
 
 
 def test_rewards_that_are_not_finite_fail_the_run(
