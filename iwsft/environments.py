@@ -94,6 +94,8 @@ def _make(env_id: str, kwargs: Mapping[str, Any]) -> gym.Env[Any, Any]:
             # Gymnasium raises a plain ImportError for ids that moved elsewhere.
             ours = "imageio", "mujoco"
             lacks = isinstance(error, DependencyNotInstalled) or error.name in ours
+            # Versions before v4 need a package that can no longer be installed.
+            lacks = lacks and "mujoco_py" not in str(error)
             hint = install("mujoco") if lacks else _nearest(env_id)
             reason = f"{str(error).rstrip('.')}. {hint}"
             raise ImportError(f"environment {env_id!r} cannot be made: {reason}") from error

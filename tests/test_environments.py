@@ -111,3 +111,10 @@ def test_wrappers_that_learn_at_each_step_are_named() -> None:
     with pytest.warns(UserWarning, match="NormalizeReward of Pendulum-v1 learns at each step"):
         policy = TensorDictModule(nn.Linear(3, 1), ["observation"], ["action"])
         evaluate(policy, "Pendulum-v1", episodes=1, env_kwargs={**kwargs, "max_episode_steps": 2})
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v2", "Hopper-v3"])
+def test_environments_of_mujoco_py_name_their_successors(env_id: str) -> None:
+    with pytest.raises(ImportError, match=r"mujoco_py.* Did you mean .*Hopper-v4") as caught:
+        environments.make(env_id)
+    assert "pip install" not in str(caught.value)
