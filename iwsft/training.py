@@ -155,7 +155,6 @@ def fit(
         FloatingPointError: Loss or parameters are no longer finite, or an output exceeds its limit;
             the last good checkpoint stays.
         FileExistsError: Another process trains in the folder.
-        TypeError: ``settings`` are not plain values.
         iwsft.checkpoint.CheckpointError: The checkpoint is corrupt, or of other settings.
     """
     place = None if folder is None else Path(folder)
