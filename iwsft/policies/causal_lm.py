@@ -16,9 +16,11 @@ from iwsft.policies.causal_lm_families import (
     LogitTransform,
     check_decoder,
     check_own_loss,
+    check_switch,
     context_of,
     fits_one_row,
     peft_model,
+    switch_of,
     varies_lengths,
 )
 from iwsft.policies.linear import onednn_layers, replaced_forward
@@ -100,9 +102,10 @@ class CausalLMPolicy(nn.Module):
             check_own_loss(decoder)
         tokens = _Tokens.of(trajectories)
         number, width = _check_tokens(tokens, decoder)
-        width = -(-width // _MULTIPLE) * _MULTIPLE
-        # A decoder may have a table of positions.
-        width = min(width, context_of(decoder.config) or width)
+        rounded = -(-width // _MULTIPLE) * _MULTIPLE
+        # A decoder may have a table of positions, or read longer rows otherwise.
+        limits = (context_of(decoder.config), switch_of(decoder.config))
+        width = min([rounded, *(limit for limit in limits if limit and limit >= width)])
         one_row = self.one_row
         if one_row is None:
             one_row = fits_one_row(decoder) and varies_lengths(decoder)
@@ -248,6 +251,7 @@ def _check_tokens(tokens: _Tokens, decoder: Any) -> tuple[int, int]:
     if limit is not None and limit <= last:
         problem = f"a trajectory has {last + 1:,} tokens, {name} reads {limit:,}"
         raise ValueError(f"{problem} (its max_position_embeddings); truncate the trajectories")
+    check_switch(decoder, tokens.trajectory)
     return trajectory + 1, last + 1
 
 

@@ -89,6 +89,33 @@ def context_of(config: Any) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
+def switch_of(config: Any) -> int | None:
+    """Most tokens of a row with short factors; a longer one has others at all its positions."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    # Some families have parameters for each type of layer.
+    for part in (rope, *rope.values()):
+        if isinstance(part, dict) and part.get("rope_type") == "longrope":
+            return int(part["original_max_position_embeddings"])
+    return None
+
+
+def check_switch(decoder: Any, trajectory: Tensor) -> None:
+    """Refuse trajectories that change each other's log-probs; each token has the number of its own.
+
+    transformers chooses the factors of LongRoPE for a whole batch, by its longest row.
+    """
+    switch = switch_of(decoder.config)
+    if switch is None:
+        return
+    sizes = trajectory.bincount()
+    sizes = sizes[sizes > 0]
+    if bool((sizes > switch).any() and (sizes <= switch).any()):
+        found = f"trajectories have {int(sizes.min()):,} to {int(sizes.max()):,} tokens"
+        name = type(decoder).__name__
+        problem = f"{name} reads those of up to {switch:,} otherwise beside longer ones (longrope)"
+        raise ValueError(f"{found}, and {problem}: truncate to {switch:,}, or train them apart")
+
+
 def check_own_loss(decoder: Any) -> None:
     """Refuse a decoder whose own loss is more than the likelihood of the tokens.
 

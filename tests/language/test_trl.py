@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from iwsft.language import ImportanceWeightedConfig, ImportanceWeightedTrainer, 
 from iwsft.language.trl import ImportanceWeightedSFTTrainer
 from iwsft.weights import ClipLogRatio, ClipWeight, SelfNormalize, Temperature
 from tests.datasets.text.chat_tokenizers import byte_level
+from tests.policies.language_models import longrope
 
 ROOT = Path(__file__).parents[2]
 ROWS = [
@@ -88,7 +88,7 @@ def trained(trainer: Any, **resume: Any) -> list[dict[str, float]]:
     return [row for row in trainer.state.log_history if "loss" in row]
 
 
-def by_us(folder: Path, model: Any, rows: Sequence[Any] = ROWS, **own: Any) -> list[dict[str, Any]]:
+def by_us(folder: Path, model: Any, rows: list[Any] = ROWS, **own: Any) -> list[dict[str, Any]]:
     weights = own.pop("importance_weights", None)
     settings = {key: value for key, value in own.items() if key not in {**PACKED, **FREE}}
     return trained(
@@ -302,6 +302,7 @@ def test_rows_that_trl_cuts_or_leaves_out_are_told(
         ({"importance_weights": ImportanceWeights.auto()}, "standard_score, which TRL's batches"),
         ({"importance_weights": LARGE}, r"of 5 steps a weight of at least exp\(250\)"),
         ({"rows": IterableDataset.from_generator(lambda: iter(ROWS))}, r"a datasets\.Dataset"),
+        ({"model": longrope(6, vocab_size=400)}, "6 to 9 tokens, .* up to 6 otherwise beside lon"),
         ({"rows": [{**ROWS[0], "weight": "1"}]}, "row 0: weight must be a finite number, it"),
         ({"rows": [*WEIGHTED, ROWS[0]]}, "row 8: weight must be a finite number, it is None"),
         ({"rows": [{**ROWS[0], "weight": 0.0}]}, "the column 'weight' is 0 everywhere"),
@@ -322,7 +323,7 @@ def test_what_it_can_not_do_is_refused(
     model: Any, tmp_path: Path, own: dict[str, Any], message: str
 ) -> None:
     with pytest.raises((ValueError, OverflowError, TypeError), match=message) as refused:
-        in_trl(tmp_path, model, **own)
+        in_trl(tmp_path, own.pop("model", model), **own)
     assert "\n" not in str(refused.value)
 
 

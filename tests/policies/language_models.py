@@ -68,6 +68,13 @@ def decoder(
     return model.to(dtype).eval()
 
 
+def longrope(switch: int, **own: Any) -> Any:
+    """A decoder with other factors of LongRoPE in batches with a row above ``switch`` tokens."""
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0] * 4}
+    rope |= {"long_factor": [4.0] * 4, "original_max_position_embeddings": switch}
+    return decoder("phi3", rope_parameters=rope, original_max_position_embeddings=switch, **own)
+
+
 def packed(
     lengths: tuple[int, ...] = (9, 1, 14, 6), *, seed: int = 0, assistant: float = 0.7
 ) -> TensorDict:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from language_models import FAMILIES, VOCABULARY, alone, decoder, packed
+from language_models import FAMILIES, VOCABULARY, alone, decoder, longrope, packed
 from torch import Tensor, nn
 
 from iwsft.policies import CausalLMPolicy
@@ -33,6 +33,18 @@ def test_log_prob_is_that_of_each_trajectory_alone(family: str) -> None:
         ours = CausalLMPolicy(model, one_row=one_row).log_prob(batch)
         tolerance = _TOLERANCE[dtype]
         torch.testing.assert_close(ours, truth, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("one_row", [False, True])
+def test_factors_that_the_longest_row_chooses_for_all_are_the_same_alone(one_row: bool) -> None:
+    for switch, lengths in ((18, (9, 1, 18)), (18, (19, 40)), (40, (9, 40))):
+        model, batch = longrope(switch), packed(lengths)
+        ours = CausalLMPolicy(model, one_row=one_row).log_prob(batch)
+        torch.testing.assert_close(ours, alone(model, batch), rtol=1e-12, atol=1e-12)
+    policy = CausalLMPolicy(longrope(18), one_row=one_row)
+    for read in (policy.log_prob, policy.check):
+        with pytest.raises(ValueError, match="9 to 19 tokens.*up to 18.*longrope.*truncate to 18"):
+            read(packed((9, 19)))
 
 
 @pytest.mark.parametrize("family", ["gemma2", "cohere", "granite"])
