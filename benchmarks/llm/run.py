@@ -60,8 +60,8 @@ from iwsft.language.config import ImportanceWeightedConfig
 from iwsft.language.saving import last, written_aside
 from iwsft.language.trainer import ImportanceWeightedTrainer
 from iwsft.lower_bound import Choice
-from iwsft.policies.causal_lm_families import context_of
-from iwsft.trajectory import DATA_WEIGHT, MULTIPLICITY, lengths
+from iwsft.policies.causal_lm_families import check_switch, context_of
+from iwsft.trajectory import DATA_WEIGHT, MULTIPLICITY, TRAJ_IDS, lengths
 
 CHECKPOINTS = "checkpoints"
 # Share of the weights beyond which a clip, and not the policy, decides what they are.
@@ -200,10 +200,11 @@ def check_rows(run: Run, prepared: Prepared, data: TensorDictBase) -> None:
             f"a row of training has {longest} tokens, and {prepared.model} reads {context} "
             f"(max_position_embeddings); pass --max-length {context}, or another model"
         )
+    check_switch(config, data.get(TRAJ_IDS))
     if rows := recipe.tested_rows(prepared):
-        tokenize(
-            rows, run.tokenizer(prepared), max_length=shortest(recipe.defaults.max_length, context)
-        )
+        most = shortest(recipe.defaults.max_length, context)
+        tested = tokenize(rows, run.tokenizer(prepared), max_length=most).trajectories
+        check_switch(config, tested.get(TRAJ_IDS))
 
 
 def train_and_score(run: Run) -> None:

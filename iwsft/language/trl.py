@@ -31,7 +31,7 @@ from iwsft.language.loss import check_weights, token_loss
 from iwsft.language.weighted import REFERENCE, WeightedTrainer
 from iwsft.objective import Proposal, Terms
 from iwsft.policies.causal_lm import CausalLMPolicy
-from iwsft.policies.causal_lm_families import check_switch, decoder_of
+from iwsft.policies.causal_lm_families import check_switch
 from iwsft.policies.log_prob import evaluating, noise_watch
 from iwsft.presets import ImportanceWeights
 from iwsft.proposals import EMA, HardSync
@@ -147,7 +147,7 @@ class ImportanceWeightedSFTTrainer(WeightedTrainer, SFTTrainer):
         parts = chain.from_iterable(self.train_dataset["seq_lengths"]) if packed else sizes
         tokens_of = torch.tensor([*parts], dtype=torch.int64)
         trajectory = torch.arange(len(tokens_of)).repeat_interleave(tokens_of)
-        check_switch(decoder_of(self.model), trajectory)
+        check_switch(self.model.config, trajectory)
         trained = torch.tensor([*chain.from_iterable(labels)], dtype=torch.int64) != _IGNORED
         # Nothing predicts the first token of a trajectory.
         trained[tokens_of.cumsum(0) - tokens_of] = False

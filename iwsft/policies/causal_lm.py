@@ -251,7 +251,7 @@ def _check_tokens(tokens: _Tokens, decoder: Any) -> tuple[int, int]:
     if limit is not None and limit <= last:
         problem = f"a trajectory has {last + 1:,} tokens, {name} reads {limit:,}"
         raise ValueError(f"{problem} (its max_position_embeddings); truncate the trajectories")
-    check_switch(decoder, tokens.trajectory)
+    check_switch(decoder.config, tokens.trajectory)
     return trajectory + 1, last + 1
 
 

@@ -99,19 +99,19 @@ def switch_of(config: Any) -> int | None:
     return None
 
 
-def check_switch(decoder: Any, trajectory: Tensor) -> None:
+def check_switch(config: Any, trajectory: Tensor) -> None:
     """Refuse trajectories that change each other's log-probs; each token has the number of its own.
 
     transformers chooses the factors of LongRoPE for a whole batch, by its longest row.
     """
-    switch = switch_of(decoder.config)
+    switch = switch_of(config)
     if switch is None:
         return
     sizes = trajectory.bincount()
     sizes = sizes[sizes > 0]
     if bool((sizes > switch).any() and (sizes <= switch).any()):
         found = f"trajectories have {int(sizes.min()):,} to {int(sizes.max()):,} tokens"
-        name = type(decoder).__name__
+        name = config.get_text_config().model_type
         problem = f"{name} reads those of up to {switch:,} otherwise beside longer ones (longrope)"
         raise ValueError(f"{found}, and {problem}: truncate to {switch:,}, or train them apart")
 

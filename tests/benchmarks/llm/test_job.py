@@ -347,22 +347,22 @@ def test_rows_that_do_not_fit_the_model_are_refused_before_training(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def refused(context: int) -> str:
+    def refused(context: int, **own: Any) -> str:
         model = Path(shutil.copytree(small[0], tmp_path / f"reads-{context}"))
-        config = json.loads((model / "config.json").read_text())
-        (model / "config.json").write_text(
-            json.dumps({**config, "max_position_embeddings": context})
-        )
+        own = {**json.loads((model / "config.json").read_text()), **own}
+        (model / "config.json").write_text(json.dumps({**own, "max_position_embeddings": context}))
         with pytest.raises(SystemExit) as end:
             job(tmp_path / f"out-{context}", "sft", model=str(model))
         return str(end.value.code)
 
     assert "a row of training has 33 tokens, and" in refused(20)
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1], "long_factor": [2]}
+    rope["original_max_position_embeddings"] = 30
+    assert "to 33 tokens, and qwen2 reads those of up to 30" in refused(64, rope_parameters=rope)
     # Rows of the test are cut, but not before what is tested.
     held_out = [Row("a", prompt="1+" * 60 + "1=", completion="2")]
     monkeypatch.setattr(ArithmeticRecipe, "tested_rows", lambda self, prepared: held_out)
-    told = refused(40)
-    assert "a: max_length=40 cuts off all that is trained" in told
+    assert "a: max_length=40 cuts off all that is trained" in (told := refused(40))
     assert told.endswith("drop the row, or raise max_length up to the model's context")
 
 
