@@ -252,6 +252,9 @@ def _write(trajectories: TensorDictBase, key: NestedKey, value: Tensor) -> None:
     stored = trajectories.get(key, default=None)
     if stored is None:
         trajectories.set(key, value)
-    else:
-        # In place: samplers refer to this tensor.
-        trajectories.set_(key, value.reshape(stored.shape))
+        return
+    if not stored.is_floating_point() or stored.itemsize < 4:
+        cut = f"{key!r} holds {stored.dtype}, which would round what is written into it"
+        raise ValueError(f"{cut}: exclude it from the trajectories, or make it float32")
+    # In place: samplers refer to this tensor.
+    trajectories.set_(key, value.reshape(stored.shape))

@@ -10,7 +10,7 @@ import torch
 from tensordict import LazyStackedTensorDict
 from torchrl.data import LazyTensorStorage, ReplayBuffer, TensorStorage
 
-from iwsft import HardSync, ImportanceWeightedMLE, ImportanceWeights
+from iwsft import HardSync, ImportanceWeightedMLE, ImportanceWeights, reweight
 from iwsft.trajectory import pad
 
 
@@ -68,3 +68,19 @@ def test_a_copy_that_syncs_do_not_reach_is_told_of(
         assert (weight == reached) == (not copies or update == 0)
         nudge(loss, update)
         sync.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float16])
+def test_an_entry_that_would_round_the_weights_is_refused(
+    make_loss: Any, make_batch: Any, dtype: torch.dtype
+) -> None:
+    data, exact = make_batch(), make_batch()
+    data["importance_weight"] = torch.ones(len(data), dtype=dtype)
+    for write in (reweight, lambda x, loss: HardSync(loss, every=1, trajectories=x)):
+        with pytest.raises(ValueError, match=f"'importance_weight' holds {dtype}.*exclude it"):
+            write(data, make_loss("cached"))
+    data["importance_weight"] = data["importance_weight"].float()
+    for each in (data, exact):
+        reweight(each, make_loss("cached"))
+    assert torch.equal(data["importance_weight"], exact["importance_weight"])
+    assert bool((exact["importance_weight"] % 1 != 0).any())
