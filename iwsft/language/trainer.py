@@ -20,6 +20,7 @@ from iwsft.chain import check_chain
 from iwsft.datasets.text.rows import read
 from iwsft.datasets.text.tokens import CORRECT, correct_only, tokenize
 from iwsft.extras import named
+from iwsft.fingerprint import fingerprint
 from iwsft.language.batches import PLACE, TrajectoryDataset, collate
 from iwsft.language.config import (
     ImportanceWeightedConfig,
@@ -355,9 +356,14 @@ class ImportanceWeightedTrainer(WeightedTrainer):
 
     def settings(self) -> dict[str, Any]:
         """Settings that a checkpoint belongs to."""
+        own: dict[str, Any] = {}
+        if self.args.normalize_data_weights:
+            own["normalize_data_weights"] = True
+        if self._loss.importance_weights.scored:
+            own["scores"] = fingerprint({"scores": self._trajectories.get(STANDARD_SCORE)})
         return {
             **super().settings(),
-            **({"normalize_data_weights": True} if self.args.normalize_data_weights else {}),
+            **own,
             "layout": self.args.layout,
             "pad_to_multiple_of": self.args.pad_to_multiple_of,
             "plan": self._plan.settings(),

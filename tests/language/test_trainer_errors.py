@@ -165,6 +165,20 @@ def test_a_checkpoint_of_another_run(saved: Path, own: dict[str, Any], message: 
         trainer(saved, **{**CACHED, **own}).train(resume_from_checkpoint=True)
 
 
+def test_a_checkpoint_of_other_scores_that_choose_the_temperature(tmp_path: Path) -> None:
+    runs = []
+    for turned in (False, False, True):
+        data = trajectories()
+        score = data["collector", "traj_ids"].double()
+        data.set(STANDARD_SCORE, -score if turned else score)
+        auto = {**CACHED, "importance_weights": ImportanceWeights.auto(), "data": data}
+        runs.append(trainer(tmp_path, **auto))
+    for run in runs[:2]:
+        run.train(resume_from_checkpoint=run is not runs[0])
+    with pytest.raises(CheckpointError, match="other settings: scores="):
+        runs[2].train(resume_from_checkpoint=True)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "weights.pt", "iwsft.json"])
 def test_a_checkpoint_without_one_of_its_files(saved: Path, name: str) -> None:
     (saved / "checkpoint-4" / name).unlink()
