@@ -96,7 +96,7 @@ def snapshot(folder: Path) -> dict[Path, bytes]:
         ({"device": "meta"}, "--device meta can't be used here"),
         # The hundredth GPU is nowhere.
         ({"device": "cuda:99"}, "--device cuda:99 can't be used here"),
-        ({"dataset": "hopper-medium-reply-v2"}, "did you mean 'hopper-medium-replay-v2'?"),
+        ({"dataset": "hopper-medium-reply-v2"}, "did you mean 'hopper-medium-replay-v2'"),
         ({"dataset": "nowhere/mine.hdf5"}, "nowhere/mine.hdf5"),
     ],
 )

@@ -182,7 +182,7 @@ def test_a_dataset_that_allows_no_algorithm_is_left_out(
     [
         ({"suite": "papr"}, "unknown suite 'papr'; did you mean 'paper'?"),
         ({"suite": "paper", "algo": ("sft", "sftq")}, "unknown algorithm 'sftq'"),
-        ({"suite": "paper", "dataset": ("hopper-medium-reply-v2",)}, "'hopper-medium-replay-v2'?"),
+        ({"suite": "paper", "dataset": ("hopper-medium-reply-v2",)}, "'hopper-medium-replay-v2'"),
         ({"dataset": ()}, "pass at least one value to --dataset"),
         ({"dataset": ("hopper-replay-mini",) * 2}, "--dataset hopper-replay-mini: asked for twice"),
         ({"dataset": ("DATA", "OTHER/mine.hdf5")}, "there is another dataset of the name mine"),
