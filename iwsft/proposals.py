@@ -83,6 +83,8 @@ class _Updater(TargetNetUpdater):
 class HardSync(_Updater):
     """theta_q <- theta at every ``every``-th call of :meth:`step` (paper, Algorithm 1).
 
+    TorchRL's ``HardUpdate`` with an interval of N does so at every N + 1st call.
+
     Args:
         loss: Loss with ``proposal="lagged"``, or with ``"cached"``: then a sync runs
             :func:`reweight` on ``trajectories``. With ``reference="synced"`` it writes log p into

@@ -62,7 +62,6 @@ _MOVED = {
 # Runs of Table 4's walker2d row: the batch, the weights, and the runs with all weights 1.
 _ROW = {
     "k0/iw-sft-q": ("single steps", "all 1", None),
-    "iw-sft-q": ("single steps", "k = 10 (paper)", "k0/iw-sft-q"),
     "authors/iw-sft-q": ("single steps", "k = 10, at most 1,000 (authors)", "k0/iw-sft-q"),
     "whole-k0/iw-sft-q": ("whole trajectories", "all 1", None),
     "whole/iw-sft-q": ("whole trajectories", "k = 10 (paper)", "whole-k0/iw-sft-q"),
@@ -186,14 +185,19 @@ def draw_grid(runs: Sequence[RecordedRun]) -> Grid:
 
 
 def row_grid(runs: Sequence[RecordedRun]) -> Grid:
-    """Scores of Table 4's walker2d row by batch and weights, and differences paired by seed."""
+    """Scores of Table 4's walker2d row by batch and weights.
+
+    Differences are those of the seeds that both have, paired.
+    """
     by_algo = {cell.algo: cell for cell in cells(runs)}
     grid = Grid(["a batch has", "weights", "seeds", "score", "less all weights 1"], left=2)
     for algo, (batch, weights, equal) in _ROW.items():
-        if algo in by_algo:
-            cell = by_algo[algo]
-            gap = _difference(cell, by_algo.get(equal or ""))
-            grid.rows.append([batch, weights, str(len(cell.seeds)), _score(cell), gap])
+        cell, gap = by_algo[algo], NOTHING
+        if equal is not None:
+            both = {*cell.seeds} & {*by_algo[equal].seeds}
+            pair = {each.algo: each for each in cells([run for run in runs if run.seed in both])}
+            gap = _difference(pair[algo], pair[equal])
+        grid.rows.append([batch, weights, str(len(cell.seeds)), _score(cell), gap])
     return grid
 
 

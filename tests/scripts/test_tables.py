@@ -22,6 +22,7 @@ from scripts.control_tables import (
     form_grid,
     gain_grid,
     policy_grid,
+    row_grid,
 )
 from scripts.method_tables import base_grid, gsm8k_grid
 from scripts.tables import PAGES, RESULTS, with_tables
@@ -157,6 +158,20 @@ def test_what_weights_gain_with_a_mixture_is_compared_by_seed() -> None:
             interval = stats.ttest_1samp(values, 0).confidence_interval()
             low, high = (float(end) for end in text.partition("(")[2].rstrip(")").split(" to "))
             assert (low, high) == pytest.approx((interval.low, interval.high), abs=0.051)
+
+
+def test_the_walker2d_row_is_compared_by_seed() -> None:
+    path = RESULTS / "walker2d_row.json"
+    scores: dict[str, dict[int, float]] = {}
+    for run in json.loads(path.read_text()):
+        scores.setdefault(run["variant"], {})[run["seed"]] = run["normalized_score"]
+    *_, clipped, _, unclipped = row_grid(read_runs(path, CONTROL)).rows
+    for row, variants in ((clipped, ("authors", "k0")), (unclipped, ("whole", "whole-k0"))):
+        ours, equal = (scores[variant] for variant in variants)
+        gaps = [ours[seed] - equal[seed] for seed in sorted(ours.keys() & equal.keys())]
+        interval = stats.ttest_1samp(gaps, 0).confidence_interval()
+        low, high = (float(end) for end in row[4].partition("(")[2].rstrip(")").split(" to "))
+        assert (low, high) == pytest.approx((interval.low, interval.high), abs=0.051)
 
 
 def _cell(algo: str, wins: list[float]) -> Cell:
