@@ -312,7 +312,6 @@ def test_rows_that_trl_cuts_or_leaves_out_are_told(
         ({"rows": [{**ROWS[0], "is_correct": n == 0} for n in (0, 1)]}, "row 1: TRL does not re"),
         ({"rows": [{**ROWS[0], "failed": "yes"}]}, r"row 0: TRL does not read 'failed' \('yes'"),
         ({"rows": [{**ROWS[0], "train": n == 0} for n in (0, 1)]}, "row 1: TRL does not read 'tr"),
-        ({"rows": [{**ROWS[0], "repeats": 2}]}, r"row 0: TRL does not read 'repeats' \(2\)"),
         ({"rows": [{**ROWS[0], "sample_weight": 0.5}]}, "row 0: TRL does not read 'sample_weight'"),
         ({"rows": [{**ROWS[0], "count": 3}]}, r"row 0: TRL does not read 'count' \(3\)"),
         ({"rows": [{**ROWS[0], "ref_log_probs": [-1.0]}]}, "row 0: TRL does not read 'ref_log"),
