@@ -56,10 +56,7 @@ def published_scores() -> tuple[str, list[PublishedTable]]:
 def score_table(runs: Sequence[RecordedRun]) -> Group:
     """Table of the scores of the last policies, for the terminal."""
     grid = score_grid(scores.cells(runs))
-    return grid.rich(
-        "Last scores, D4RL-normalised unless marked",
-        (SUCCESS_INTERVAL, CPU_SECONDS),
-    )
+    return grid.rich("Last scores, D4RL-normalised unless marked", (SUCCESS_INTERVAL, CPU_SECONDS))
 
 
 def score_grid(group: Sequence[Cell], missing: Sequence[RecordedRun] = ()) -> Grid:
@@ -141,12 +138,7 @@ def _measured(grid: Grid, cell: Cell, cut_off: int) -> list[str]:
         f"Not levelled off: {name} changes by {interval_text(ends)} over the last third."
         for name, ends in cell.moving.items()
     ]
-    last = [[row["ESS"] for row in run.metrics if "ESS" in row][-1:] for run in cell.runs]
-    low = sorted(ess for each in last for ess in each if ess < _LOW_ESS)
-    if low:
-        ends = " to ".join(dict.fromkeys(f"{ess:.2g}" for ess in (low[0], low[-1])))
-        where = f"in {len(low)} of {count} runs the ESS ends at {ends}"
-        notes.append(f"A few trajectories decide: {where}.")
+    notes += _few_decide(cell)
     if cell.score_key == scores.RETURN:
         notes.append(_RETURN)
     notes += [f"Seeds differ in {difference}." for difference in cell.differences()]
@@ -166,6 +158,17 @@ def _measured(grid: Grid, cell: Cell, cut_off: int) -> list[str]:
     interval = scores.interval_over_seeds(rates, 0.0, 1.0)
     same = len(rates) >= MIN_SEEDS and interval is None
     return [*row, mean, grid.marked(interval_text(interval, digits=2), [EQUAL_SEEDS] * same)]
+
+
+def _few_decide(cell: Cell) -> list[str]:
+    """A note on runs whose effective sample size ends low; empty without such runs."""
+    last = [[row["ESS"] for row in run.metrics if "ESS" in row][-1:] for run in cell.runs]
+    low = sorted(ess for each in last for ess in each if ess < _LOW_ESS)
+    if not low:
+        return []
+    ends = " to ".join(dict.fromkeys(f"{ess:.2g}" for ess in (low[0], low[-1])))
+    where = f"in {len(low)} of {len(cell.runs)} runs the ESS ends at {ends}"
+    return [f"A few trajectories decide: {where}."]
 
 
 def _shortened(cell: Cell) -> list[str]:
