@@ -12,7 +12,6 @@ from functools import cached_property, partial
 from typing import Any
 
 from iwsft.datasets.text.encoding import Encoded, Stretch, check_tokenizer, encode_stretches
-from iwsft.datasets.text.limits import limited
 from iwsft.datasets.text.rows import ASSISTANT, Message
 from iwsft.datasets.text.sources import row_named
 from iwsft.datasets.text.turns import WAY_OUT, Conversation, Rendered
@@ -144,9 +143,7 @@ class ChatEncoder:
         for parts in (False, True):
             try:
                 text = self._render(_PROBE, self.template_kwargs, parts=parts).text
-            except ValueError as error:
-                if isinstance(error.__cause__, TimeoutError | MemoryError):
-                    raise
+            except ValueError:
                 continue
             if "ask" in text and "reply" in text:
                 return parts
@@ -168,18 +165,17 @@ class ChatEncoder:
         if self._reads_parts if parts is None else parts:
             chat = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in chat]
         try:
-            with limited():
-                rendered: Any = render_jinja_template(
-                    [chat],
-                    chat_template=self.template,
-                    return_assistant_tokens_mask=self.has_markers,
-                    add_generation_prompt=prompt,
-                    **{**self.tokenizer.special_tokens_map, **variables},
-                )
+            rendered: Any = render_jinja_template(
+                [chat],
+                chat_template=self.template,
+                return_assistant_tokens_mask=self.has_markers,
+                add_generation_prompt=prompt,
+                **{**self.tokenizer.special_tokens_map, **variables},
+            )
         # A template is a program: it may refuse a row with TemplateError, or fail in any way.
         except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
             raise ValueError(f"the chat template refuses this row: {error}") from error
-        except (ValueError, RecursionError, MemoryError, TimeoutError) as error:
+        except (ValueError, RecursionError, MemoryError) as error:
             raise ValueError(f"the chat template fails on this row: {error}") from error
         (text,), marked = rendered
         stretches: list[Stretch] = []

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from iwsft.datasets.text import limits
 from iwsft.datasets.text.chat import ChatEncoder
 from iwsft.datasets.text.rows import to_row
 from iwsft.datasets.text.tokens import tokenize
@@ -260,31 +258,10 @@ def test_a_long_conversation_is_rendered_a_fixed_number_of_times(monkeypatch):
 @pytest.mark.parametrize(
     ("program", "error"),
     [
-        (
-            "{% for a in range(9999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-            "computes for more than 0.2 seconds",
-        ),
-        ("{{ 'a' * 10 ** 11 }}", "needs more than 0.2 GiB"),
-        (
-            "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}"
-            "{% endfor %}",
-            "needs more than 0.2 GiB",
-        ),
         ("{{ 1 / 0 }}", "division by zero"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
     ],
 )
-def test_a_hostile_template_is_stopped(monkeypatch, program, error):
-    monkeypatch.setattr(limits, "SECONDS", 0.2)
-    monkeypatch.setattr(limits, "GIBIBYTES", 0.2)
+def test_a_template_that_fails_names_its_error(program, error):
     with pytest.raises(ValueError, match=f"the chat template .*{error}"):
         encode(CHATML + program, user("q"), assistant("a"))
-
-
-def test_templates_run_in_other_threads_too():
-    texts: list[str] = []
-    talk = (user("q"), assistant("a"))
-    worker = threading.Thread(target=lambda: texts.append(encode(CHATML, *talk)))
-    worker.start()
-    worker.join()
-    assert texts == ["a<|im_end|>"]
