@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import re
 import shlex
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -54,8 +53,7 @@ def write_report(folder: Path, out: Path) -> WrittenReport:
     """Read the runs below ``folder`` and write the pages and the figures into ``out``.
 
     A file in ``out`` that no report wrote is a ``FileExistsError``, and so are the records read.
-    Figures of an earlier report in ``out`` that the new one does not have are removed. Without a
-    finished run it raises ``ResultsError``.
+    Without a finished run it raises ``ResultsError``.
     """
     _check_place(folder, out)
     runs, unfinished = results.read_all(folder, results.CONTROL)
@@ -95,11 +93,8 @@ def write_report(folder: Path, out: Path) -> WrittenReport:
         RECORDS: results.as_records(entries).encode(),
         PAGE: to_html(markdown, document.images, _video_section(runs)).encode(),
     }
-    older = [path for path in _figures_in(out) if path.name not in written]
     for name, content in written.items():
         write(out / name, content)
-    for path in older:
-        path.unlink()
     return WrittenReport(out / PAGE, runs, recipes, others, loops)
 
 
@@ -110,16 +105,6 @@ def _check_place(folder: Path, out: Path) -> None:
     check_replaced(pages | ({out / RECORDS: '"benchmark": '} if alone else {}))
     if folder.is_file() and (out / RECORDS).exists() and folder.samefile(out / RECORDS):
         raise FileExistsError(f"{folder} would be replaced by a report of it; pass another --out")
-
-
-def _figures_in(out: Path) -> list[Path]:
-    """Figures of an earlier report in a folder: its page holds what they are, and not a user's."""
-    if not (out / MARKDOWN).is_file() or not (out / PAGE).is_file():
-        return []
-    names = re.findall(r"^!\[.*\]\(([\w.+-]+)\)$", (out / MARKDOWN).read_text(), re.MULTILINE)
-    page, paths = (out / PAGE).read_text(), [out / name for name in dict.fromkeys(names)]
-    there = [path for path in paths if path.is_file()]
-    return [path for path in there if base64.b64encode(path.read_bytes()).decode() in page]
 
 
 def _refuse(folder: Path, others: Sequence[RecordedRun]) -> None:

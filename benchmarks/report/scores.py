@@ -69,7 +69,6 @@ _SOURCES = ("model", "data", "eval_data", "eval_share")
 _DIGESTS = tuple(f"{name}_sha256" for name in _SOURCES)
 # Packages that decide what an environment or a verifier does.
 _TESTED_BY = ("gymnasium", "mujoco", "gymnasium-robotics", "math-verify")
-_VERSION = re.compile(r"-v\d+$")
 _SHARE = re.compile(r"bc-(\d+(?:\.\d+)?)")
 
 
@@ -123,23 +122,8 @@ def algorithm_rank(algo: str) -> tuple[int, list[str | float], str]:
 
 
 def dataset_label(dataset: str) -> str:
-    """``kitchen-partial -> complete`` for ``kitchen-partial-v0--to--kitchen-complete-v0``.
-
-    Versions and first words are left out where all agree. Names without pre-training data stay as
-    they are.
-    """
-    plain, apart, difference = dataset.partition(" (")
-    before, to, after = plain.partition("--to--")
-    if not to:
-        return dataset
-    names = [before, *after.split("+")]
-    versions = {version[0] if (version := _VERSION.search(name)) else "" for name in names}
-    if len(versions) == 1:
-        names = [name.removesuffix(*versions) for name in names]
-    family = names[0].split("-")[0] + "-"
-    return f"{names[0]} -> {' + '.join(name.removeprefix(family) for name in names[1:])}" + (
-        apart + difference
-    )
+    """``a -> b`` for ``a--to--b``, whose reference is cloned on ``a``."""
+    return dataset.replace("--to--", " -> ")
 
 
 @dataclass(frozen=True)

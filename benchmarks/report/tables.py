@@ -176,14 +176,7 @@ def _shortened(cell: Cell) -> list[str]:
     pairs = {(run.result["steps"], scores.published_steps(run)) for run in cell.runs}
     short = " Under-trained: left out of aggregates." if cell.under_trained else ""
     return [
-        f"{_count(steps)} of the {_count(of)} updates of the published settings.{short}"
+        f"{steps:,} of the {of:,} updates of the published settings.{short}"
         for steps, of in sorted(pairs)
         if steps != of
     ]
-
-
-def _count(n: int) -> str:
-    for unit, letter in ((1_000_000, "M"), (1_000, "k")):
-        if n >= unit and n * 10 % unit == 0:
-            return f"{n / unit:g}{letter}"
-    return f"{n:,}"

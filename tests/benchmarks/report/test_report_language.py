@@ -177,9 +177,9 @@ def test_together_with_control_runs_and_by_folder(language: Path, make_run: Make
     assert variants == {None, LONGER}
     assert (language / "report/language_plus_long_sums-score.svg").exists()
     assert "](language_plus_long_sums-score.svg)" in text
-    # The folder of one recipe is a report too, and figures of the other go.
-    write_report(language / LONGER, language / "report")
-    assert {path.name.partition("-")[0] for path in (language / "report").glob("*.svg")} == {
+    # The folder of one recipe is a report too.
+    write_report(language / LONGER, language / "alone")
+    assert {path.name.partition("-")[0] for path in (language / "alone").glob("*.svg")} == {
         "language_sums"
     }
     assert [recipe.name for recipe in read_recipes(language / LONGER / "llm" / "sums")] == ["sums"]

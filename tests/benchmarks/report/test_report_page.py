@@ -9,7 +9,6 @@ import io
 import itertools
 import json
 import re
-import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -333,23 +332,6 @@ def test_one_seed_has_no_aggregates(tmp_path: Path, make_run: MakeRun) -> None:
     assert "BC: fewer than 3 seeds on hopper-a" in page
     for absent in ("IQM", "Differences"):
         assert absent not in page
-
-
-def test_older_figures_go_and_those_of_a_user_stay(tmp_path: Path, make_run: MakeRun) -> None:
-    out = tmp_path / "elsewhere"
-    run = make_run(tmp_path, "hopper-a", "bc", 0, 5.0)
-    write_report(tmp_path, out)
-    assert (out / "scores-hopper-a.svg").is_file()
-    # The user adds pictures to the page's text, one in the place of a figure.
-    with (out / "report.md").open("a") as file:
-        file.write("\n![Mine](mine.png)\n![Mine](scores-mine.svg)\n")
-    for name in ("mine.png", "scores-mine.svg"):
-        (out / name).write_bytes(b"of somebody else")
-    shutil.rmtree(run)
-    make_run(tmp_path, "hopper-b", "bc", 0, 5.0)
-    write_report(tmp_path, out)
-    left = {*PAGES, "scores-hopper-b.svg", "mine.png", "scores-mine.svg"}
-    assert {path.name for path in out.iterdir()} == left
 
 
 def test_an_error_leaves_the_last_report_alone(tmp_path: Path, make_run: MakeRun) -> None:

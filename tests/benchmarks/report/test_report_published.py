@@ -80,7 +80,7 @@ def test_the_kitchen_experiment(tmp_path: Path, make_run: MakeRun) -> None:
     grid = score_grid(cells(read_runs(tmp_path, CONTROL)))
     assert grid.columns[10:] == ["paper, Table 3"]
     published_scores = {(row[0], row[1]): row[10].split(" [")[0] for row in grid.rows}
-    name = "kitchen-partial -> complete + mixed"
+    name = "kitchen-partial-v0 -> kitchen-complete-v0+kitchen-mixed-v0"
     assert published_scores == {
         ("kitchen-partial-v0", "BC"): "37.0 ± 4.2",
         ("kitchen-complete-v0", "BC"): "62.5 ± 2.0",
