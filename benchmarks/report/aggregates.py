@@ -163,8 +163,10 @@ def verdict(difference: Difference) -> str:
     return "open" if difference.seeds is None else f"open: {difference.seeds:,} seeds"
 
 
-def text(estimate: Estimate, digits: int) -> str:
+def text(estimate: Estimate | None, digits: int) -> str:
     """An estimate with its interval."""
+    if estimate is None:
+        return NOTHING
     point = f"{estimate.point:.{digits}f}"
     if estimate.low is None or estimate.high is None:
         return f"{point} (no spread)"
