@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -39,16 +39,12 @@ def noted(folder: Path) -> Iterator[None]:
         (folder / FILE).unlink(missing_ok=True)
 
 
-def forget(runs: Iterable[Run[Any]]) -> None:
-    """Remove what a killed command left of its runs' progress."""
-    for run in runs:
-        (run.folder / FILE).unlink(missing_ok=True)
-
-
 @contextmanager
 def shown(runs: Sequence[Run[Any]]) -> Iterator[None]:
     """Show the progress of unfinished runs during a block, wherever they run."""
-    forget(runs)
+    # What a killed command left.
+    for run in runs:
+        (run.folder / FILE).unlink(missing_ok=True)
     stopped = threading.Event()
     with Progress() as progress:
         thread = threading.Thread(target=_follow, args=(runs, progress, stopped), daemon=True)

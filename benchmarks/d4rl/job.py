@@ -50,7 +50,6 @@ def run_job(options: Options, suite: Suite) -> Summary:
         resume = configs if options.resume else ()
         runs = _order(claim(root, configs, same=SAME, resume=resume))
         summary.finished_before = len(configs) - len(runs)
-        monitor.forget(configs)
         with monitor.shown(runs):
             run_all(_train, _stacks(runs) if options.stack_seeds else runs, place, summary)
     finished = [run for run in read_runs(options.out, CONTROL) if run.dataset in names]

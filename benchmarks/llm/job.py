@@ -151,7 +151,6 @@ def _claim(runs: Sequence[Run]) -> list[Run]:
     runs = [replace(run, commits=commits_in(contents)) for run in runs]
     base = {run for run in runs if run.algo == BASE}
     configs = {run: _config_of(run, contents) for run in runs}
-    monitor.forget(runs)
     resume = set(runs) if runs[0].options.resume else base
     return claim(runs[0].dataset_folder, configs, same=("settings",), resume=resume)
 
