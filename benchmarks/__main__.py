@@ -17,17 +17,6 @@ from iwsft.extras import EXTRAS, install
 
 # Distributions whose names are not those of their imports.
 _DISTRIBUTIONS = {"markdown_it": "markdown-it-py", "yaml": "pyyaml"}
-# What extras are for; those that are not here are trackers.
-_USES = {
-    "cli": "commands",
-    "cluster": "--cluster ray",
-    "control": "environments of control",
-    "deepspeed": "--deepspeed",
-    "language": "language models",
-    "robotics": "AntMaze and FrankaKitchen",
-    "trl": "TRL's trainer",
-    "video": "--video",
-}
 
 
 def main() -> None:
@@ -97,8 +86,7 @@ def run() -> None:
         try:
             print(package, version(_DISTRIBUTIONS.get(package, package)))
         except PackageNotFoundError:
-            use = _USES.get(EXTRAS[package], f"--report-to {package}")
-            print(f"{package}: not installed; needed for {use} ({install(package)})")
+            print(f"{package}: not installed ({install(package)})")
     for device in ("cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))):
         print(", ".join(f"{name} {value}" for name, value in hardware(device).items()))
 
