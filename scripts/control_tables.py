@@ -256,6 +256,18 @@ def step_grid(records: Sequence[Mapping[str, Any]]) -> Grid:
     return grid
 
 
+def source_grid(records: Sequence[Mapping[str, Any]]) -> Grid:
+    """What ``scripts.weights_by_source`` measured, one row for each policy that made the data."""
+    columns = ["dataset", "policy", "noise", "trajectories", "return", "of the draws"]
+    grid = Grid([*columns, "of the weight"], left=2)
+    for record in records:
+        for each in record["sources"]:
+            numbers = f"{each['trajectories']}", f"{each['return']:,.0f}", f"{each['draws']:.2f}"
+            row = [record["dataset"], each["policy"], f"{each['noise']:g}", *numbers]
+            grid.rows.append([*row, mean_text(each["weights"], 2)])
+    return grid
+
+
 def mean_text(values: NDArray[np.float64] | Sequence[float], digits: int) -> str:
     """The mean with its 95 % interval."""
     low, high = (float(end) for end in t_interval(values))

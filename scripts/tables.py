@@ -23,6 +23,7 @@ from scripts.control_tables import (
     policy_grid,
     row_grid,
     score_grid,
+    source_grid,
     step_grid,
 )
 from scripts.method_tables import method_grid
@@ -84,6 +85,8 @@ def with_tables(text: str, results: Path) -> str:
             grid = _loop_grid(name, kind, results)
         elif kind == "steps":
             grid = step_grid(json.loads((results / name).read_text()))
+        elif kind == "sources":
+            grid = source_grid(json.loads((results / name).read_text()))
         elif kind == "gains":
             grid = gain_grid(
                 [
