@@ -1,4 +1,7 @@
-"""A run on disk: its folder, the claim on it, and its files."""
+"""A run on disk: its folder, the claim on it, and its files.
+
+Nothing heavy is imported, so that a command tells of a folder that is taken at once.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,13 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-import torch
 from filelock import FileLock
 
 from iwsft.checkpoint import CheckpointError, differences
@@ -61,7 +63,21 @@ class Run(Generic[Options]):
     @property
     def folder(self) -> Path:
         """Folder that the run writes to."""
-        return self.dataset_folder / self.algo / f"seed-{self.seed}"
+        return folder_of(self.options.out, **self.identity)
+
+
+def folder_of(out: Path, benchmark: str, dataset: str, algo: str, seed: int) -> Path:
+    """Folder of a run, where ``out`` is that of all runs."""
+    return out / benchmark / dataset / algo / f"seed-{seed}"
+
+
+def check_free(folders: Iterable[Path]) -> None:
+    """Check that no run is in these folders."""
+    taken = [str(each) for each in folders if (each / CONFIG).exists() or (each / RESULT).exists()]
+    if taken:
+        there = "a run is there" if len(taken) == 1 else "runs are there"
+        way_out = "pass --resume to continue and to keep what is finished, or another --out"
+        raise FileExistsError(f"{', '.join(taken)}: {there} already; {way_out}")
 
 
 def claim(
@@ -87,11 +103,7 @@ def claim(
     with FileLock(root / ".claim.lock"):
         earlier = {run: _earlier_config(run.folder, same) for run in configs}
         free = [run for run in configs if earlier[run] is None]
-        taken = [str(run.folder) for run in configs if run not in (*free, *resume)]
-        if taken:
-            there = "a run is there" if len(taken) == 1 else "runs are there"
-            way_out = "pass --resume to continue and to keep what is finished, or another --out"
-            raise FileExistsError(f"{', '.join(taken)}: {there} already; {way_out}")
+        check_free(run.folder for run in configs if run not in resume)
         for run, before in earlier.items():
             if before is None:
                 continue
@@ -134,6 +146,8 @@ def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
 
 def hardware(device: str) -> dict[str, str | int | None]:
     """The machine of a run; on a CPU with the instructions that torch uses, such as AVX2."""
+    import torch
+
     listed = Path("/proc/cpuinfo")
     instructions = {"instructions": torch.backends.cpu.get_cpu_capability()}
     if device.startswith("cuda"):

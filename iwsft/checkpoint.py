@@ -14,8 +14,6 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from iwsft import files
 
 FOLDER = "checkpoint"
@@ -69,6 +67,9 @@ def load(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 
 def write(path: Path, content: dict[str, Any]) -> None:
     """Write tensors and plain values, whole or not at all."""
+    # Here, so that commands find the runs of a folder without it.
+    import torch
+
     # Through memory: torch's own writer turns a full disk into an unspecific RuntimeError.
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -81,6 +82,8 @@ def read(path: Path, way_out: str) -> dict[str, Any]:
     Raises:
         CheckpointError: The file is damaged, or of another kind; ``way_out`` says what to do.
     """
+    import torch
+
     try:
         # `torch.load` does not compare the entries of its archive with their checksums.
         with zipfile.ZipFile(path) as archive:

@@ -240,17 +240,23 @@ def _check_finite(one: Round, name: str, facts: Facts) -> None:
             raise ValueError(f"round {one.number}: {name} returned {fact}={value}; {way_out}")
 
 
+def check_free(folder: Path) -> None:
+    """Check that no loop is in a folder."""
+    if (folder / CONFIG).exists():
+        way_out = "pass --resume (in Python resume=True) to continue it, or another folder (--out)"
+        raise FileExistsError(f"{folder}: a loop is there already; {way_out}")
+
+
 def _claim(
     folder: Path, settings: Facts, resume: bool, about: Facts, tell: Callable[[str], None]
 ) -> None:
     """Write ``config.json``, or check that the loop there is this one."""
     path = folder / CONFIG
+    if not resume:
+        check_free(folder)
     if not path.exists():
         write_json(path, {**about, "settings": settings})
         return
-    if not resume:
-        way_out = "pass --resume (in Python resume=True) to continue it, or another folder (--out)"
-        raise FileExistsError(f"{folder}: a loop is there already; {way_out}")
     try:
         config = json.loads(path.read_text())
         differ = differences(config["settings"], settings)

@@ -47,8 +47,11 @@ def loop(words: Sequence[str]) -> None:
     """Run the loop and print its table; an error that a user can mend ends it in one line."""
     from benchmarks.d4rl.loop_options import LoopOptions
     from benchmarks.options import parse
+    from iwsft.loop import check_free
 
     options = parse(LoopOptions, "d4rl loop", _LOOP, words)
+    if not options.resume:
+        check_free(options.out)
     from benchmarks.d4rl.loop import run_rounds
 
     run_rounds(options)

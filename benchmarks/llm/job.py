@@ -52,12 +52,7 @@ def run_job(options: Options) -> int:
     """Run what the command line asks for, show the results, and return the exit status."""
     started = launched()
     launch = started or Launch("single", device=options.own_device)
-    runs = [
-        Run(options.recipe, algo, seed, options, launch)
-        for algo in options.algo
-        # The base is the same for all seeds.
-        for seed in (options.seeds[:1] if algo == BASE else options.seeds)
-    ]
+    runs = [Run(options.recipe, algo, seed, options, launch) for algo, seed in options.runs]
     runs = _as_recorded(runs)
     if started is not None:
         _take_part(runs)
@@ -158,7 +153,7 @@ def _claim(runs: Sequence[Run]) -> list[Run]:
 def _prepare(runs: Sequence[Run], seeds: Sequence[Run]) -> None:
     """Prepare model and rows for a run of each seed, and check that they suit all runs.
 
-    Nothing is claimed before, so that a folder that is taken hides no other problem.
+    Nothing is claimed before, so that a problem leaves no folder.
     """
     for run in runs:
         if run.algorithm is not None:

@@ -43,6 +43,7 @@ from benchmarks.llm.models import (
 from benchmarks.llm.options import (
     ALGORITHMS,
     BASE,
+    BENCHMARK,
     Algorithm,
     Options,
     choose_q,
@@ -83,7 +84,7 @@ class Run(runs.Run[Options]):
     ``commits`` are those of its model and rows of the hub, by the name of the option.
     """
 
-    benchmark = "llm"
+    benchmark = BENCHMARK
     launch: Launch
     commits: Mapping[str, str] = field(default_factory=dict, compare=False)
 

@@ -143,6 +143,39 @@ print({{"torch", "numpy", "scipy", "matplotlib", "transformers"}} & set(sys.modu
         assert line.startswith(f"error: {message}"), words
 
 
+def test_a_folder_that_is_taken_is_told_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    """The base of a job is taken as it is, and ``--resume`` continues what is there."""
+    (tmp_path / "rows.jsonl").touch()
+    asked = f"--model {tmp_path} --out {tmp_path}/out"
+    rows = f"--data {tmp_path}/rows.jsonl"
+    loop = f"--out {tmp_path}/out --model {tmp_path} --prompts {tmp_path}/rows.jsonl"
+    commands = {
+        f"finetune {rows} {asked} --algo sft dft --seeds 0 1": "llm/chat/dft/seed-1",
+        f"evaluate --tasks gsm8k={tmp_path}/rows.jsonl {asked}": f"{tmp_path.name}/gsm8k",
+        f"loop --verifier math {loop}": "",
+        f"d4rl loop --start bc:hopper-replay-mini --out {tmp_path}/out": "",
+    }
+    code = f"""
+import sys
+from benchmarks.__main__ import main
+for words in {[*commands]}:
+    sys.argv = ["iwsft", *words.split()]
+    try:
+        main()
+    except SystemExit as end:
+        print(end.code, file=sys.stderr)
+print({{"torch", "numpy", "transformers"}} & set(sys.modules))
+"""
+    for folder in ("llm/chat/base/seed-0", *commands.values()):
+        (taken := tmp_path / "out" / folder).mkdir(parents=True, exist_ok=True)
+        (taken / "config.json").touch()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
+    for folder, line in zip(commands.values(), done.stderr.splitlines(), strict=True):
+        kind = "run" if folder else "loop"
+        assert line.startswith(f"error: {tmp_path / 'out' / folder}: a {kind} is there already")
+
+
 @pytest.mark.parametrize("columns", ["60", "300"])
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_missing_options_are_told_without_their_help(columns: str, encoding: str) -> None:

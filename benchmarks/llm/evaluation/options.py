@@ -17,6 +17,8 @@ from benchmarks.options import (
     check_used,
     option,
 )
+from benchmarks.runs import check_free
+from iwsft import checkpoint
 
 Backend = Literal["transformers", "vllm"]
 # A batch is written as a whole; within it, vLLM schedules by itself.
@@ -72,12 +74,13 @@ class Options:
     @property
     def name(self) -> str:
         """The name of the model's folder of results; that of a run's model names the run."""
-        # The import loads torch, which the check of a command line does without.
-        from iwsft import checkpoint
-
         folder = Path(self.model).resolve()
         run = folder.parts[-4:-1] if folder.name == checkpoint.FOLDER else ()
         return "-".join(run) or folder.name
+
+    def folder(self, task: str) -> Path:
+        """The folder of the results of a task, ``NAME`` or ``NAME=FILE``."""
+        return self.out / self.name / task.partition("=")[0]
 
     @property
     def batch(self) -> int:
@@ -130,3 +133,5 @@ class Options:
         # `auto` is always available.
         if self.device != "auto":
             check_device(self.device or "cpu")
+        if not self.resume:
+            check_free(map(self.folder, self.tasks))

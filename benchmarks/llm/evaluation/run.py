@@ -54,8 +54,7 @@ def run(options: Options) -> list[dict[str, Any]]:
     """Evaluate a model on the tasks, after all checks, and return each ``result.json``."""
     sets = [read_questions(name, seed=options.seed, limit=options.limit) for name in options.tasks]
     check_once(tasks=[each.name for each in sets])
-    home = options.out / options.name
-    earlier = [home / each.name / CONFIG for each in sets] if options.resume else []
+    earlier = [options.folder(each.name) / CONFIG for each in sets] if options.resume else []
     model_name = pinned(options.model, *earlier)
     prompter = load_prompter(model_name, trust_remote_code=options.trust_remote_code)
     evaluations = [_Evaluation(options, each, prompter) for each in sets]
@@ -126,7 +125,7 @@ class _Evaluation:
     @property
     def folder(self) -> Path:
         """The folder of the task's results."""
-        return self.options.out / self.options.name / self.task.name
+        return self.options.folder(self.task.name)
 
     @cached_property
     def config(self) -> dict[str, Any]:

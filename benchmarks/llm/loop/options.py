@@ -28,6 +28,7 @@ from benchmarks.options import (
     option,
     to_config,
 )
+from iwsft.loop import check_free
 
 # Name of a verifier -> kind of answer that it compares.
 VERIFIERS = {"math": "math", "exact": "text", "integer": "integer", "choice": "letter"}
@@ -250,4 +251,6 @@ def parse(words: Sequence[str], description: str | None) -> LoopOptions:
     options = LoopOptions(**values, job=job)
     options.check()
     check(job, changed)
+    if not options.resume:
+        check_free(options.out)
     return options

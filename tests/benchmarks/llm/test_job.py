@@ -155,10 +155,10 @@ def test_finished_runs_stay_and_other_settings_are_refused(
         (model / name).write_bytes(content)
         assert "settings.model_sha256" in stopped("sft", flags=["--resume"]), name
         (model / name).write_bytes(kept)
-    # A folder that is taken hides nothing else that is wrong.
     unscored = write_rows(tmp_path / "unscored.jsonl", small[1], drop=0, score=None)
-    assert "sft-q cuts by score, but" in stopped("sft", "sft-q", data=unscored)
+    assert "sft-q cuts by score, but" in stopped("sft-q", data=unscored)
     assert "rwr weighs by score, but" in stopped("rwr", data=unscored)
+    assert not (tmp_path / "llm" / "small" / "sft-q").exists()
     assert "there is no model folder a/b/c" in stopped("sft", model="a/b/c")
 
     job(tmp_path, "sft", "iw-sft", flags=["--max-steps", "6", "--resume"])
