@@ -25,12 +25,14 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from iwsft.extras import install
 from iwsft.language.verification import (
+    differ_unread,
     extract_answer,
     normalize_latex,
     parse_integer,
     parse_letter,
     parse_text,
     separate_lines,
+    write_bases,
 )
 
 if TYPE_CHECKING:
@@ -139,10 +141,11 @@ class Grader(TimedFunction):
 
     def _equal_math(self, correct: str, answer: str) -> bool:
         """Return whether two expressions are equal; equal text needs no comparison."""
-        plain = normalize_latex(correct), normalize_latex(answer)
-        # Math-Verify leaves indices out; numbers in bases are equal only as text.
-        if plain[0] == plain[1] or all(re.fullmatch(r"\w+_\w+", each) for each in plain):
-            return plain[0] == plain[1]
+        correct, answer = write_bases(correct), write_bases(answer)
+        if normalize_latex(correct) == normalize_latex(answer):
+            return True
+        if differ_unread(correct, answer):
+            return False
         pair = (correct, answer)
         if pair not in self._verdicts:
             equal, problem = self(*pair)

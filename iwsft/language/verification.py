@@ -50,13 +50,19 @@ _LINES = (
 _RESTATED = re.compile(
     r"[.!?]\s+(?=[A-Z][^.!?\n]{0,40}\banswer\s*(?:[:=]|\bis\b)(?!\s*not\b))", re.IGNORECASE
 )
+_NUMBER_WORDS = (
+    *("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+    *("thirteen", "fourteen", "fifteen", "sixteen"),
+)
+_BASE = rf"(\d+|{'|'.join(_NUMBER_WORDS)})(?![A-Za-z])"
 _CORRECTION = r"(?:No|Wait|Actually|Hmm+|Oops|Sorry|Correction)\b"
 # An explanation after an answer.
 _EXPLANATION = re.compile(
     r"(?<=\S)(?:\s*[-,;:.(\u2014]*\s*(?<![A-Za-z])"
     r"(?:and\s+)?(?:because|since|as|so|where|which|not|but|instead|rather|hence|thus|given|due)\b"
     r"|\s*,\s*(?:that\s+is|i\.e|e\.g|assuming|correct)\b|\s*[;\u2014](?=.*[A-Za-z]{2})"
-    r"|[.!?]\s+(?=[A-Z])(?!" + _CORRECTION + r")|\s+\((?!mod|or\b|and\b)(?=[A-Za-z]{2,}[-\s,)])).*",
+    rf"|[.!?]\s+(?=[A-Z])(?!{_CORRECTION})"
+    rf"|\s+\((?!mod|or\b|and\b|(?:in\s+)?base[-\s]*{_BASE})(?=[A-Za-z]{{2,}}[-\s,)])).*",
     re.DOTALL,
 )
 
@@ -71,14 +77,32 @@ _LAYOUT = re.compile(
 )
 _SPACES = re.compile(r"\\[, ;:]|~|\^?\{?\\circ\b\}?|\\degree\b|\u00b0")
 _MODULUS = re.compile(r"\s*\(?\s*\\?[pb]?mod(?:ulo)?\s*\d+\s*\)?")
+# Words after a number that make it another one.
+_MULTIPLES = (
+    r"dozens?|hundreds?|thousands?|(?:m|b|tr)illions?|squared|cubed|halves|thirds|fourths|fifths|"
+    r"sixths|eighths|tenths|(?:hundred|thousand|million)ths"
+)
 _SEVERAL = re.compile(
     r"[,;<>\u00b1\u2260]|\\(?:pm|n?eq?|leq?|geq?|lt|gt)\b|\d\s+(?:of|to|out)\b|\b(?:not|or|less|more|"
-    r"fewer|greater|than|least|most|between|over|under|up\s+to|almost|nearly|one\s+of|dozen|hundred|"
-    r"(?:thous|mill|bill|trill)\w+|pi|sqrt|root|squared|cubed|factorial|(?<!\\)times|twice|double|triple|half|"
-    r"halves|thirds|fourths|fifths|sixths|eighths|tenths|hundredths|plus|if|unless|otherwise|wrong|"
+    r"fewer|greater|than|least|most|between|over|under|up\s+to|almost|nearly|one\s+of|"
+    rf"{_MULTIPLES}|"
+    r"pi|sqrt|root|factorial|(?<!\\)times|twice|double|triple|half|plus|if|unless|otherwise|wrong|"
     r"incorrect|false|impossible|cannot|fails?)\b|\d\s+minus\b|\bis\s*$",
     re.IGNORECASE,
 )
+_AFTER_NUMBER = re.compile(rf"\b(?:{_MULTIPLES}|or\s+(?:more|less|fewer|greater|above|below))\b")
+_BASE_IN_WORDS = re.compile(
+    r"(?<=\d)(?:[_{(\s~]|\\[ ,;!]|\\(?:text|mathrm)\s*\{)*(?:in\s+)?base(?:[-\s~}]|\\[ ,;!])*"
+    rf"{_BASE}[\s)}}]*"
+)
+_INDEX = re.compile(rf"\d[)}}]*\s*_\s*\{{?\s*(?:\\(?:text|mathrm)\s*\{{\s*)?{_BASE}")
+_RELATION = r"((?:\\not\s*)?[<>]=?|\\not\s*=|\\(?:neq?|n?[lg]eq?(?:slant)?|[lg]t)(?![a-z]))"
+_BOUND = re.compile(rf"^{_RELATION}|(?:{_RELATION}|(\+))$")
+_SAME_BOUNDS = {
+    **{r"\leq": r"\le", r"\leqslant": r"\le", "<=": r"\le", r"\lt": "<", r"\neq": r"\ne"},
+    **{r"\geq": r"\ge", r"\geqslant": r"\ge", ">=": r"\ge", r"\gt": ">"},
+}
+_DOTS = re.compile(r"\\[lc]?dots(?![a-z])|\.{3}")
 # What an answer is for: 33 for n = 7.
 _CONDITION = re.compile(r"(?<=[\d\w})])\s+(?:when|for|at|with|using|by|after)\s+[^=\d]*=.*")
 _FUNCTIONS = r"(?:log|ln|sin|cos|tan|cot|exp|gcd|lcm|max|min|floor|ceil)\b"
@@ -169,6 +193,37 @@ def parse_letter(answer: str) -> str | None:
     if re.match(rf"\s*{_CORRECTION}", text[match.end() :]):
         return None
     return match[1].upper()
+
+
+def write_bases(latex: str) -> str:
+    r"""Write bases that are words as indices: ``101 (base 2)`` is ``101_{2}``."""
+    return _BASE_IN_WORDS.sub(lambda match: f"_{{{match[1]}}}", latex)
+
+
+def differ_unread(correct: str, answer: str) -> bool:
+    r"""Whether answers differ in what Math-Verify does not read.
+
+    It reads ``12_3``, ``\le 12``, ``12\text{ million}`` and ``12, \dots`` as 12. An answer without
+    a base may be in that of the right one, which the question names.
+    """
+    bases = _bases(answer)
+    if bases and bases != (_bases(correct) or {10}):
+        return True
+    return _unread(correct) != _unread(answer)
+
+
+def _bases(latex: str) -> set[int]:
+    words = {word: number for number, word in enumerate(_NUMBER_WORDS, 2)}
+    found = _INDEX.findall(latex)
+    return {words[base] if base in words else int(base) for base in found}
+
+
+def _unread(latex: str) -> set[str]:
+    text = latex.strip(" .$").lower()
+    bounds = [match[1] or match[2] for match in _BOUND.finditer(text)]
+    bounds = [_SAME_BOUNDS.get(bound, bound) for bound in bounds]
+    words = {word for part in _WRAPPERS.findall(text) for word in _AFTER_NUMBER.findall(part)}
+    return {*bounds, *words, *("dots" for _ in _DOTS.finditer(text))}
 
 
 def normalize_latex(latex: str) -> str:
