@@ -120,6 +120,8 @@ def _config_of(run: Run, contents: Mapping[str, str]) -> dict[str, Any]:
         **{name: value for name in _SOURCES if (value := getattr(options, name)) is not None},
     }
     settings |= {**moved_sources(run, contents), **contents}
+    # The base has no settings of training, and its test is cut, too.
+    settings |= run.own_length
     if run.algorithm is not None:
         settings["training"] = recorded(options.settings, run.algorithm)
     return {

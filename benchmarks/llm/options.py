@@ -118,6 +118,8 @@ def choose_q(algorithm: Algorithm, settings: Settings, parts: int) -> tuple[Prop
 _HELP = {"-h", "--help"}
 # Options that are not settings, and change nothing in the base.
 _OF_TRAINING = ("log_every", "save_every", "report_to")
+# Settings that change the base, too, by its test.
+_OF_TEST = ("max_length",)
 # Schedules of transformers that need numbers of their own, or a score after each evaluation.
 _OTHER_SCHEDULES = (
     *("reduce_lr_on_plateau", "greedy", "warmup_stable_decay"),
@@ -284,9 +286,10 @@ def to_file(options: Options, algo: str, seed: int) -> dict[str, Any]:
     """The options of one run alone, which ``--config`` takes back."""
     settings, recipe = options.settings, load_recipe(options.recipe)
     content = to_config(options) | {"recipe": options.recipe, "algo": [algo], "seeds": [seed]}
-    if algo == BASE:
-        return {name: value for name, value in content.items() if name not in _OF_TRAINING}
     changed = _differences(settings, _start(recipe, settings.preset, settings.lora_rank))
+    if algo == BASE:
+        kept = {name: value for name, value in content.items() if name not in _OF_TRAINING}
+        return kept | {name: value for name, value in changed.items() if name in _OF_TEST}
     if settings.preset != recipe.defaults.preset:
         changed["preset"] = settings.preset
     for name, value in changed.items():
@@ -334,6 +337,7 @@ def check(options: Options, changed: dict[str, Any]) -> None:
     for name, value in changed.items():
         preset = f" with preset {settings.preset!r}" if settings.preset != "recipe" else ""
         anywhere = any(uses(name, algorithm, settings) for algorithm in algorithms)
+        anywhere |= name in _OF_TEST and BASE in options.algo
         check_used(name, value, anywhere, f"in the algorithms asked for{preset}")
     if settings.scheduler == "constant":
         check_used("warmup", changed.get("warmup"), False, "with --scheduler constant")

@@ -101,6 +101,14 @@ class Run(runs.Run[Options]):
         return settings if used else replace(settings, q=None)
 
     @property
+    def own_length(self) -> dict[str, int | str]:
+        """The length that rows of training and test are cut to, where the recipe has another."""
+        most = self.settings.max_length
+        if most == load_recipe(self.dataset).defaults.max_length:
+            return {}
+        return {"max_length": "none" if most is None else most}
+
+    @property
     def shared_folder(self) -> Path:
         """Folder of what the runs of a recipe share: base models, rows, reference log-probs."""
         return self.dataset_folder / "prepared"
@@ -150,7 +158,11 @@ def prepare(run: Run) -> Prepared:
         check_whole(place)
         config = load_config(place, trust_remote_code=trusted)
         check_fit(options.model, config, load_tokenizer(place, trust_remote_code=trusted))
-    return recipe.prepare(run.shared_folder, sources, seed=run.seed)
+    prepared = recipe.prepare(run.shared_folder, sources, seed=run.seed)
+    name = prepared.score_name
+    if run.own_length and recipe.tested_rows(prepared):
+        name += f", max_length {run.own_length['max_length']}"
+    return replace(prepared, score_name=name, max_length=run.settings.max_length)
 
 
 def curated_of(run: Run, prepared: Prepared, tokenizer: Any) -> TensorDictBase:
@@ -203,7 +215,7 @@ def check_rows(run: Run, prepared: Prepared, data: TensorDictBase) -> None:
         )
     check_switch(config, data.get(TRAJ_IDS))
     if rows := recipe.tested_rows(prepared):
-        most = shortest(recipe.defaults.max_length, context)
+        most = shortest(prepared.max_length, context)
         tested = tokenize(rows, run.tokenizer(prepared), max_length=most).trajectories
         check_switch(config, tested.get(TRAJ_IDS))
 

@@ -51,7 +51,7 @@ class Curation:
     """Which rows to train on."""
 
     max_length: Annotated[int | None, setting("INT", "none, nothing is cut")] = None
-    """Most tokens of a row."""
+    """Most tokens of a row, of the training and of the test."""
     cuts: Annotated[tuple[float, ...], setting("[FLOAT ...]", "none, all rows once")] = ()
     """Percentiles of the scores of D+ that SFT and iw-SFT keep."""
     quality_cuts: Annotated[tuple[float, ...], setting("[FLOAT ...]")] = (0, 50, 75)

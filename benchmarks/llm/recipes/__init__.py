@@ -56,7 +56,8 @@ class Prepared:
     """What a recipe trains: a model (a folder or hub id) and rows.
 
     ``score_name`` names the test's score in tables, ``notes`` are facts for the report, and
-    ``held_out`` is what the test asks, where it comes with the rows.
+    ``held_out`` is what the test asks, where it comes with the rows. ``max_length`` is the most
+    tokens of a row of the test, as of the training.
     """
 
     model: str
@@ -64,6 +65,7 @@ class Prepared:
     score_name: str
     notes: Mapping[str, Any] = field(default_factory=dict)
     held_out: Sequence[Any] = ()
+    max_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Recipe(ABC):
         """Make or find model and rows in the cache ``folder``, the same ones for the same seed."""
 
     def tested_rows(self, prepared: Prepared) -> Sequence[Row]:
-        """Return the rows that the test reads, cut to ``defaults.max_length`` tokens."""
+        """Return the rows that the test reads, cut to ``prepared.max_length`` tokens."""
         return ()
 
     @abstractmethod

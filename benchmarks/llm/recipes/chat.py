@@ -159,7 +159,7 @@ class ChatRecipe(Recipe):
         from benchmarks.llm.models import mean_log_probs
 
         means = mean_log_probs(
-            model, tokenizer, self.tested_rows(prepared), max_length=self.defaults.max_length
+            model, tokenizer, self.tested_rows(prepared), max_length=prepared.max_length
         )
         ends = np.cumsum([len(group) for group in prepared.held_out])
         return list(zip(prepared.held_out, np.split(means, ends[:-1]), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,9 @@ import small_job
 import torch
 from scipy import stats
 from tensordict import NestedKey
+from torch.nn.functional import log_softmax
 
+from benchmarks.llm.__main__ import main
 from benchmarks.llm.curation import curated
 from benchmarks.llm.models import load
 from benchmarks.llm.options import ALGORITHMS
@@ -52,6 +55,37 @@ def test_a_warning_of_equal_scores_names_no_option_that_the_command_lacks() -> N
         "cut 50 falls among 7 equal scores (0): 3 of the 4 trajectories kept are drawn by chance "
         "from them"
     ]
+
+
+def test_training_and_test_are_cut_at_one_length(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """Also the test of the base, which then is not that of runs of another length."""
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{k}?", "completion": f"{k} and so on and on"} for k in range(10, 20)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[5:]))
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows[:5]))
+
+    def run(*flags: str) -> None:
+        words = ["--recipe", "chat", "--model", str(tiny_qwen2), "--data", str(file), "--jobs", "1"]
+        words += ["--eval-data", str(held_out), "--out", str(tmp_path / "runs"), *flags]
+        main([*words, "--max-steps", "1"] if "sft" in flags else words)
+
+    run("--algo", "base", "--max-length", "9")
+    result = json.loads(next((tmp_path / "runs").rglob("base/seed-0/result.json")).read_text())
+    model, tokenizer = load(str(tiny_qwen2))
+    means = []
+    for row in rows[:5]:
+        prompt, answer = (tokenizer.encode(row[name]) for name in ("prompt", "completion"))
+        ids = [*prompt, *answer][:9]
+        with torch.no_grad():
+            log_prob = log_softmax(model(torch.tensor([ids])).logits[0].double(), -1)
+        places = range(len(prompt), 9)
+        means.append(np.mean([float(log_prob[t - 1, ids[t]]) for t in places]))
+    assert result["log_prob"] == pytest.approx(np.mean(means), abs=1e-5)
+    assert result["score_name"].endswith(", max_length 9")
+    with pytest.raises(SystemExit, match=r"base/seed-0 holds .*: settings.max_length=9 \(now None"):
+        run("--algo", "sft")
+    run("--algo", "sft", "--max-length", "9")
 
 
 def test_d_plus_and_its_multiplicity(small: tuple[str, str], tmp_path: Path) -> None:
