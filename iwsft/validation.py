@@ -163,6 +163,12 @@ def check_data_weights(weight: Tensor, name: str) -> None:
         raise ValueError(f"{name} is 0 everywhere, so there is nothing to train on")
 
 
+def beyond_float32(numbers: Tensor) -> Tensor:
+    """Which float64 numbers are infinite in float32, or 0 though they are not."""
+    rounded = numbers.float()
+    return ~rounded.isfinite() | ((rounded == 0) & (numbers != 0))
+
+
 def _check_values(value: Tensor, segments: Segments, key: NestedKey) -> None:
     """Refuse what is not one row a step, or not finite on valid steps."""
     shape = segments.shape

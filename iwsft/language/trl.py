@@ -46,6 +46,7 @@ from iwsft.trajectory import (
     lengths,
     select,
 )
+from iwsft.validation import beyond_float32
 
 with named():
     from datasets import Dataset  # type: ignore[import-untyped]
@@ -327,7 +328,12 @@ def _check(args: Any, settings: dict[str, Any]) -> None:
         raise ValueError("auto_find_batch_size starts again with another reference; set the size")
     if not isinstance(settings.get("train_dataset"), Dataset):
         raise ValueError("the reference needs all rows at the start: pass a datasets.Dataset")
-    rows = settings["train_dataset"]
+    rows, held_out = settings["train_dataset"], settings.get("eval_dataset")
+    parts = held_out.values() if isinstance(held_out, dict) else [held_out]
+    # TRL ends in a StopIteration.
+    if not len(rows) or any(isinstance(part, Dataset) and not len(part) for part in parts):
+        name = "eval_dataset" if len(rows) else "train_dataset"
+        raise ValueError(f"there is no row in {name}")
     _check_columns(rows)
     _check_masks(rows, by_completion=getattr(args, "completion_only_loss", None))
 
@@ -345,6 +351,9 @@ def _check_columns(rows: Dataset) -> None:
     for number, weight in enumerate(rows[_WEIGHT] if _WEIGHT in rows.column_names else ()):
         if not is_number(weight):
             raise ValueError(f"row {number}: weight must be a finite number, it is {weight!r:.60}")
+        if bool(beyond_float32(torch.tensor(weight, dtype=torch.float64))):
+            problem = f"the weight {weight:g} is beyond float32; scale all by one factor"
+            raise ValueError(f"row {number}: {problem}")
     for column in {"messages", "completion"} & {*rows.column_names}:
         for number, turns in enumerate(rows[column]):
             if isinstance(turns, str) or not turns or turns[0].keys() <= {"role", "content"}:

@@ -110,10 +110,8 @@ ASYMRE = ImportanceWeights.asymre()
 BOUNDED = ImportanceWeights(trajectory=[ClipWeight(max=1.0)])
 STEPS = ImportanceWeights(reduce=None)
 SUM = ImportanceWeights([Temperature(0.3)], "sum", [ClipWeight(max=30.0), SelfNormalize()])
-
 DFT = ImportanceWeights.dft()
-# Weights of at least exp(50) for each token.
-LARGE = ImportanceWeights([ClipLogRatio(50.0, 60.0)], "sum")
+LARGE = ImportanceWeights([ClipLogRatio(50.0, 60.0)], "sum")  # at least exp(50) for each token
 
 
 @pytest.mark.parametrize(
@@ -289,8 +287,7 @@ def test_rows_that_trl_cuts_or_leaves_out_are_told(
         ({"loss_type": "dft"}, "loss_type='dft' is another loss"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is another loss"),
         ({"compute_loss_func": print}, "compute_loss_func=.* is another loss"),
-        ({**PACKED, "packing_strategy": "wrapped"}, "cuts trajectories into parts; use 'bfd'"),
-        ({**PACKED, "packing_strategy": "bfd_split"}, "cuts trajectories into parts; use 'bfd'"),
+        *(({**PACKED, "packing_strategy": name}, "use 'bfd'") for name in ("wrapped", "bfd_split")),
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
         ({"proposal": "cached"}, "proposal='cached' needs sync_every"),
         ({"proposal": "theta"}, "proposal='theta' must be one of"),
@@ -303,6 +300,9 @@ def test_rows_that_trl_cuts_or_leaves_out_are_told(
         ({"importance_weights": LARGE}, r"of 5 steps a weight of at least exp\(250\)"),
         ({"rows": IterableDataset.from_generator(lambda: iter(ROWS))}, r"a datasets\.Dataset"),
         ({"model": longrope(6, vocab_size=400)}, "6 to 9 tokens, .* up to 6 otherwise beside lon"),
+        ({"rows": []}, "there is no row in train_dataset"),
+        ({"eval_dataset": {"a": Dataset.from_list([])}}, "there is no row in eval_dataset"),
+        ({"rows": [{**ROWS[0], "weight": 1e-46}]}, "row 0: the weight 1e-46 is beyond float32"),
         ({"rows": [{**ROWS[0], "weight": "1"}]}, "row 0: weight must be a finite number, it"),
         ({"rows": [*WEIGHTED, ROWS[0]]}, "row 8: weight must be a finite number, it is None"),
         ({"rows": [{**ROWS[0], "weight": 0.0}]}, "the column 'weight' is 0 everywhere"),

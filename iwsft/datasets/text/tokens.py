@@ -28,7 +28,7 @@ from iwsft.trajectory import (
     per_trajectory,
     select,
 )
-from iwsft.validation import check_data_weights
+from iwsft.validation import beyond_float32, check_data_weights
 
 SCORE = "score"
 CORRECT = "correct"
@@ -108,11 +108,13 @@ def tokenize(
         **{key: values.repeat_interleave(sizes) for key, values in columns.items()},
     }
     if DATA_WEIGHT in columns or bool((mask & (weight != 1)).any()):
-        steps[DATA_WEIGHT] = (weight * steps.get(DATA_WEIGHT, 1.0)).float()
-        beyond = traj_ids[~steps[DATA_WEIGHT].isfinite()]
+        weight = weight * steps.get(DATA_WEIGHT, 1.0)
+        beyond = beyond_float32(weight).nonzero()
         if len(beyond):
-            where = rows[int(beyond[0])].where
-            raise ValueError(f"{where}: the weight is beyond float32; divide all by one factor")
+            first = int(beyond[0])
+            problem = f"the weight {weight[first]:g} is beyond float32; scale all by one factor"
+            raise ValueError(f"{rows[int(traj_ids[first])].where}: {problem}")
+        steps[DATA_WEIGHT] = weight.float()
         check_data_weights(steps[DATA_WEIGHT], "the weight of the tokens")
     if any(row.ref_log_probs is not None for row in rows):
         steps[GIVEN_REF_LOG_PROB] = torch.cat(given)
@@ -195,14 +197,14 @@ def _encode(
 
     The weights do not have that of the whole row in them.
     """
+    if (row.messages is None) == (row.completion is None) or (row.messages and row.prompt):
+        raise ValueError(f"{row.where}: a row has messages, or a prompt and a completion")
     if row.messages is not None and chat is not None:
         if clashes := chat.variables.intersection(row.unread):
             problem = f"{row.where}: the chat template reads {min(clashes)!r}, as a column is named"
             raise ValueError(f"{problem}; put it into chat_template_kwargs, or rename it")
         encoded = chat.encode(row.messages, row.where, row.template_kwargs)
     with row_named(row.where):
-        if row.messages is None and row.completion is None:
-            raise ValueError("a row has messages, or a prompt and a completion")
         if row.completion is not None:
             encoded = encode_completion(tokenizer, row.prompt, row.completion)
         weights = _weights_of_tokens(row, encoded.weights)

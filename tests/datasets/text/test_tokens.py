@@ -185,6 +185,20 @@ def test_rows_of_both_kinds_work_together():
     ]
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {},
+        {"prompt": "two"},
+        {"messages": (user("q"), assistant("two")), "completion": "and"},
+        {"messages": (user("q"), assistant("two")), "prompt": "and"},
+    ],
+)
+def test_a_row_is_of_one_kind(parts):
+    with pytest.raises(ValueError, match="f:1: a row has messages, or a prompt and a completion"):
+        tokenize([Row("f:1", **parts)], byte_level(CHATML))
+
+
 def test_columns_that_only_some_rows_have():
     made = rows(3, score=[1.0, None, 2.0])
     with pytest.raises(ValueError, match="f:1: there is no score in 1 of 3 rows"):
@@ -195,7 +209,7 @@ def test_columns_that_only_some_rows_have():
         tokenize(rows(2, count=[0, 0]), byte_level())
     with pytest.raises(ValueError, match="the weight of the tokens is 0 everywhere"):
         tokenize(rows(2, weight=[0, 0]), byte_level())
-    with pytest.raises(ValueError, match="f:1: the weight is beyond float32"):
+    with pytest.raises(ValueError, match=r"f:1: the weight -1e\+40 is beyond float32"):
         tokenize(rows(2, weight=[1, -1e40]), byte_level())
     with pytest.raises(ValueError, match="no row to tokenise"):
         tokenize([], byte_level())
@@ -268,6 +282,19 @@ def test_a_row_weighs_what_it_says_and_is_drawn_once():
     assert batch.get(MULTIPLICITY, default=None) is None
     for number, expected in enumerate((3.0, -0.5)):
         assert bool((weight[mask & (batch.get(TRAJ_IDS) == number)] == expected).all())
+
+
+@pytest.mark.parametrize(
+    ("of_row", "of_turn"), [(1e-46, 1), (-1e-46, 1), (1e39, 1), (1e-30, 1e-20)]
+)
+def test_a_weight_that_float32_does_not_have_is_named_with_its_row(of_row, of_turn):
+    talk = [user("q"), assistant("two") | {"weight": of_turn}]
+    made = [
+        to_row({"prompt": "two and", "completion": " two", "weight": 1}, "f:0"),
+        to_row({"messages": talk, "weight": of_row}, "f:1"),
+    ]
+    with pytest.raises(ValueError, match="f:1: the weight .* is beyond float32; scale all by one"):
+        tokenize(made, byte_level(CHATML))
 
 
 def test_log_probs_of_the_policy_that_wrote_a_row():
