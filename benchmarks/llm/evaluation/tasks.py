@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.options import check_known
-from iwsft.datasets.text.sources import records
+from iwsft.datasets.text.rows import check_answer, check_text
+from iwsft.datasets.text.sources import records, row_named
 from iwsft.language.grading import AnswerKind, Question
 
 LETTERS = "ABCD"
@@ -94,9 +95,10 @@ def _question(
         raise ValueError(f"{place}: {task.title} needs {', '.join(missing)} in each row")
     name = row.get(task.id) if task.id else None
     name = str(number if name in (None, "") else name)
-    text, answer = str(row[task.question]), row[task.answer]
-    # OlympiadBench lists what belongs to an answer.
-    answer = ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
+    with row_named(place):
+        text, answer = check_text(row[task.question], task.question, filled=True), row[task.answer]
+        # OlympiadBench lists what belongs to an answer.
+        answer = ", ".join(map(check_answer, answer if isinstance(answer, list) else [answer]))
     if task.kind == "integer":
         answer = answer.rpartition("####")[2].strip().replace(",", "")
         if not answer.lstrip("-").isdigit():

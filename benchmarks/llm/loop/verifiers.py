@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 from benchmarks.llm.loop.options import VERIFIERS, verifier_of
 from benchmarks.llm.recipes.chat import split_source
 from benchmarks.runs import versions
-from iwsft.datasets.text.rows import check_text, untrained
+from iwsft.datasets.text.rows import check_answer, check_text, untrained
 from iwsft.datasets.text.sources import records, row_named
 from iwsft.fingerprint import file_sha256, fingerprint
 from iwsft.language import grading, verification
@@ -99,7 +99,7 @@ def _answer(row: Mapping[str, Any], kind: Any) -> str:
     value = row.get("answer")
     if value is None or not str(value).strip():
         raise ValueError("there is no answer; a verifier that compares needs the column 'answer'")
-    answer = str(value)
+    answer = check_answer(value)
     if kind == "integer":
         answer = answer.rpartition("####")[2].strip()
     if read_answer(kind, answer) is None:

@@ -173,6 +173,13 @@ def check_text(value: Any, name: str, *, filled: bool = False) -> str:
     return value
 
 
+def check_answer(value: Any) -> str:
+    """Return a right answer, which is a text or a number, as text."""
+    if not isinstance(value, str) and not is_number(value):
+        raise ValueError(f"the answer must be text or a finite number, it is {value!r:.60}")
+    return check_text(str(value), "the answer", filled=True)
+
+
 def _messages(value: Any) -> tuple[Message, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise ValueError(f"messages must be a list, it is {_kind(value)}")

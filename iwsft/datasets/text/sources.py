@@ -149,10 +149,13 @@ def _from_memory(data: Any, name: str, split: str | None) -> Iterator[tuple[str,
     if isinstance(data, Mapping):
         split = split or "train"
         if split not in data:
-            raise ValueError(f"{name} have no split {split!r}, only {', '.join(map(str, data))}")
+            problem = f"{name} have no split {split!r}, only {', '.join(map(str, data))}"
+            raise ValueError(f"{problem}; name one of these, or pass a list of records")
         name, data = f"{name} [{split}]", data[split]
     elif split not in (None, str(getattr(data, "split", None))):
         raise ValueError(f"{name} have no split {split!r}; leave split= out")
+    if type(data).__module__.startswith("pandas."):
+        raise ValueError("a DataFrame is not read; pass data.to_dict('records')")
     if type(data).__module__.startswith("datasets."):
         return _of_arrow(data, name)
     return ((f"{name} row {number}", record) for number, record in enumerate(data))

@@ -157,6 +157,9 @@ def test_no_network_says_how_to_do_without(monkeypatch: pytest.MonkeyPatch) -> N
             "data.jsonl:2: the answer of GSM8K must end in a whole number",
         ),
         ("aime-2024={}/data.jsonl", [ROWS["aime-2024"]] * 2, "two questions have the same id"),
+        ("math-500={}/data.jsonl", [{"problem": " ", "answer": "4"}], "jsonl:1: problem is empty"),
+        ("math-500={}/data.jsonl", [{"problem": "?", "answer": ""}], "1: the answer is empty"),
+        ("olympiadbench={}/data.jsonl", [{"question": "?", "final_answer": [["4"]]}], "be text or"),
     ],
 )
 def test_refused_questions(

@@ -78,6 +78,11 @@ def test_only_the_answer_is_trained_where_the_prompt_has_turns_of_the_assistant(
     [
         ({"prompt": "1+1="}, "jsonl.*there is no answer"),
         ({"prompt": "1+1=", "answer": "two"}, "the answer is 'two'; --verifier wants a whole"),
+        (
+            {"prompt": "1+1=", "answer": ["2"]},
+            r"must be text or a finite number, it is \['2",
+        ),
+        ({"prompt": "1+1=", "answer": True}, "must be text or a finite number, it is True"),
         ({"text": "1+1=", "answer": "2"}, "a prompt is text or messages, in a column"),
         ({"messages": [{"role": "assistant", "content": "2"}]}, "ends with an assistant's"),
         ({"prompt": " ", "answer": "2"}, "the prompt is empty"),

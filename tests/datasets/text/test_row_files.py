@@ -181,6 +181,10 @@ def test_data_in_memory_and_splits_that_would_change_nothing(tmp_path):
     assert read(datasets.DatasetDict({"good": table}), split="good")[0].where.endswith("row 0")
     with pytest.raises(ValueError, match="no split 'train', only good"):
         read(datasets.DatasetDict({"good": table}))
+    with pytest.raises(ValueError, match="only prompt, completion; .* pass a list of records"):
+        read({"prompt": ["2+2="], "completion": ["4"]})
+    with pytest.raises(ValueError, match=r"pass data\.to_dict\('records'\)"):
+        read(table.to_pandas())
     path = jsonl(tmp_path / "data.jsonl", [PAIR])
     table.save_to_disk(str(tmp_path / "saved"))
     for source in (path, tmp_path / "saved", table):
