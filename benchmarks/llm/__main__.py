@@ -55,11 +55,21 @@ Examples:
 @stopping.ends_in_one_line()
 def main(words: Sequence[str]) -> None:
     """Run the job; an error that a user can mend ends it in one line."""
-    from benchmarks.llm.options import parse
+    from benchmarks.llm.options import BASE, parse
+    from benchmarks.runs import check_free, folder_of
 
     own_rows = tuple(words[:2]) == COMMANDS["finetune"].words
     command = " ".join(["llm", *words[:2]]) if own_rows else "llm"
     options = parse(words, command, _FINETUNE if own_rows else __doc__)
+    # Of several processes one has claimed the folders.
+    if options.deepspeed is None and not options.resume:
+        check_free(
+            folder_of(options.out, "llm", options.recipe, algo, seed)
+            for algo in options.algo
+            # A base that is there is taken as it is.
+            if algo != BASE
+            for seed in options.seeds
+        )
     # Takes seconds to import.
     from benchmarks.llm.job import run_job
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -21,12 +22,11 @@ from benchmarks.llm.card import write_card
 from benchmarks.llm.contents import changed_source, contents_of, moved_sources, recorded_settings
 from benchmarks.llm.curation import why_unweighted
 from benchmarks.llm.launch import Hardware, Launch, States, choose, launched, start, threads_of
-from benchmarks.llm.models import load_config
+from benchmarks.llm.models import load_config, shortest
 from benchmarks.llm.options import ALGORITHMS, BASE, Options, own_warmup, recorded, to_file
-from benchmarks.llm.recipes import Prepared
+from benchmarks.llm.recipes import Prepared, load_recipe
 from benchmarks.llm.run import (
     Run,
-    check_rows,
     commits_in,
     curated_of,
     prepare,
@@ -39,8 +39,10 @@ from benchmarks.runs import RESULT, claim, hardware, tell, versions
 from benchmarks.sweep import Summary
 from iwsft.datasets.text.rows import Row, check_scores
 from iwsft.files import write_json
+from iwsft.language import tokenize
 from iwsft.language.shards import compile_nothing
-from iwsft.trajectory import DATA_WEIGHT
+from iwsft.policies.causal_lm_families import check_switch, context_of
+from iwsft.trajectory import DATA_WEIGHT, TRAJ_IDS, lengths
 
 # Options that say what a recipe prepares.
 _SOURCES = ("model", "data", "eval_data", "eval_share")
@@ -52,7 +54,12 @@ def run_job(options: Options) -> int:
     """Run what the command line asks for, show the results, and return the exit status."""
     started = launched()
     launch = started or Launch("single", device=options.own_device)
-    runs = [Run(options.recipe, algo, seed, options, launch) for algo, seed in options.runs]
+    runs = [
+        Run(options.recipe, algo, seed, options, launch)
+        for algo in options.algo
+        # The base is the same for all seeds.
+        for seed in (options.seeds[:1] if algo == BASE else options.seeds)
+    ]
     runs = _as_recorded(runs)
     if started is not None:
         _take_part(runs)
@@ -177,7 +184,7 @@ def _prepare(runs: Sequence[Run], seeds: Sequence[Run]) -> None:
         return made[key]
 
     for run in trained[:1]:
-        check_rows(run, prepared, data_of(run))
+        _check_rows(run, prepared, data_of(run))
         if run.options.data:
             _tell_of_template(prepared.rows, run.tokenizer(prepared).chat_template)
     for run in trained:
@@ -187,6 +194,28 @@ def _prepare(runs: Sequence[Run], seeds: Sequence[Run]) -> None:
             tell(f"{run}: {reason}")
     for name, value in prepared.notes.items():
         tell(f"{name}: {_in_words(value)}")
+
+
+def _check_rows(run: Run, prepared: Prepared, data: TensorDictBase) -> None:
+    """Check that the curated rows fit in the context; those of the test are cut to it."""
+    recipe, trusted = load_recipe(run.dataset), run.options.trust_remote_code
+    if run.settings.normalize_data_weights and data.get(DATA_WEIGHT, default=None) is None:
+        raise ValueError("--normalize-data-weights changes nothing: no row has a weight")
+    config = load_config(prepared.model, trust_remote_code=trusted)
+    context, longest = context_of(config), int(lengths(data).max())
+    if context is not None and longest > context:
+        raise ValueError(
+            f"a row of training has {longest} tokens, and {prepared.model} reads {context} "
+            f"(max_position_embeddings); pass --max-length {context}, or another model"
+        )
+    check_switch(config, data.get(TRAJ_IDS))
+    if rows := recipe.tested_rows(prepared):
+        most = shortest(prepared.max_length, context)
+        with warnings.catch_warnings(record=True, action="always") as caught:
+            tested = tokenize(rows, run.tokenizer(prepared), max_length=most).trajectories
+        for each in caught:
+            warnings.warn(f"rows of the test: {each.message}", stacklevel=2)
+        check_switch(config, tested.get(TRAJ_IDS))
 
 
 def _tell_of_template(rows: Sequence[Row], template: str | None) -> None:

@@ -30,15 +30,12 @@ from benchmarks.options import (
     peek,
     to_config,
 )
-from benchmarks.runs import check_free, folder_of
 from iwsft.extras import EXTRAS, require
 
 if TYPE_CHECKING:
     from iwsft import ImportanceWeights
     from iwsft.objective import Proposal
 
-# The folder of the runs.
-BENCHMARK = "llm"
 # The model as it is, tested alone.
 BASE = "base"
 
@@ -212,15 +209,6 @@ class Options(Experiment, Machine, Output):
         """The device of a run that is one process, ``cpu`` or ``cuda``."""
         return chosen_device(self.device)
 
-    @property
-    def runs(self) -> list[tuple[str, int]]:
-        """The algorithm and the seed of each run; the base is the same for all seeds."""
-        return [
-            (algo, seed)
-            for algo in self.algo
-            for seed in (self.seeds[:1] if algo == BASE else self.seeds)
-        ]
-
 
 def parse(words: Sequence[str], command: str = "llm", description: str | None = None) -> Options:
     """Read and check a command line; other settings are those of the recipe and the preset."""
@@ -230,10 +218,6 @@ def parse(words: Sequence[str], command: str = "llm", description: str | None = 
     if recipe.compares and BASE not in options.algo:
         options = replace(options, algo=(BASE, *options.algo))
     check(options, changed)
-    # A base that is there is taken as it is, and several processes find what one of them claimed.
-    if options.deepspeed is None and not options.resume:
-        trained = [own for own in options.runs if own[0] != BASE]
-        check_free(folder_of(options.out, BENCHMARK, options.recipe, *own) for own in trained)
     return options
 
 

@@ -35,7 +35,6 @@ from benchmarks.llm.models import (
     load_config,
     load_tokenizer,
     locate,
-    shortest,
     split_commit,
     with_adapters,
     with_commit,
@@ -43,7 +42,6 @@ from benchmarks.llm.models import (
 from benchmarks.llm.options import (
     ALGORITHMS,
     BASE,
-    BENCHMARK,
     Algorithm,
     Options,
     choose_q,
@@ -56,13 +54,11 @@ from benchmarks.llm.settings import Settings
 from benchmarks.runs import RESULT
 from iwsft import checkpoint
 from iwsft.files import alone_in, write_json
-from iwsft.language import tokenize
 from iwsft.language.config import ImportanceWeightedConfig
 from iwsft.language.saving import last, written_aside
 from iwsft.language.trainer import ImportanceWeightedTrainer
 from iwsft.lower_bound import Choice
-from iwsft.policies.causal_lm_families import check_switch, context_of
-from iwsft.trajectory import DATA_WEIGHT, MULTIPLICITY, TRAJ_IDS, lengths
+from iwsft.trajectory import MULTIPLICITY, lengths
 
 CHECKPOINTS = "checkpoints"
 # Share of the weights beyond which a clip, and not the policy, decides what they are.
@@ -84,7 +80,7 @@ class Run(runs.Run[Options]):
     ``commits`` are those of its model and rows of the hub, by the name of the option.
     """
 
-    benchmark = BENCHMARK
+    benchmark = "llm"
     launch: Launch
     commits: Mapping[str, str] = field(default_factory=dict, compare=False)
 
@@ -199,25 +195,6 @@ def _updates(run: Run, data: TensorDictBase) -> int:
 def _multiplicity(data: TensorDictBase) -> torch.Tensor:
     """How often an epoch has each trajectory."""
     return data.get(MULTIPLICITY)[lengths(data).cumsum(0) - 1]
-
-
-def check_rows(run: Run, prepared: Prepared, data: TensorDictBase) -> None:
-    """Check that the curated rows fit in the context; those of the test are cut to it."""
-    recipe, trusted = load_recipe(run.dataset), run.options.trust_remote_code
-    if run.settings.normalize_data_weights and data.get(DATA_WEIGHT, default=None) is None:
-        raise ValueError("--normalize-data-weights changes nothing: no row has a weight")
-    config = load_config(prepared.model, trust_remote_code=trusted)
-    context, longest = context_of(config), int(lengths(data).max())
-    if context is not None and longest > context:
-        raise ValueError(
-            f"a row of training has {longest} tokens, and {prepared.model} reads {context} "
-            f"(max_position_embeddings); pass --max-length {context}, or another model"
-        )
-    check_switch(config, data.get(TRAJ_IDS))
-    if rows := recipe.tested_rows(prepared):
-        most = shortest(prepared.max_length, context)
-        tested = tokenize(rows, run.tokenizer(prepared), max_length=most).trajectories
-        check_switch(config, tested.get(TRAJ_IDS))
 
 
 def train_and_score(run: Run) -> None:

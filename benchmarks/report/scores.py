@@ -399,7 +399,6 @@ def _settings(run: RecordedRun) -> dict[str, object]:
         settings = _UNSET | settings
     if "training" in settings:
         settings["training"] = _UNSET_TRAINING | settings["training"]
-    # The length is among the settings of training.
     apart = (*about, *_task(run), *_DIGESTS, "seed", "settings_from", "max_length")
     own = leaves({key: value for key, value in settings.items() if key not in apart})
     return {name: run.result[key] for key, name in about.items() if key in run.result} | dict(own)
