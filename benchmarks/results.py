@@ -8,6 +8,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,8 @@ SCORE = "normalized_score"  # of a control run's result
 _IDENTITY = ("dataset", "algo", "seed", "preset", "estimator")
 _TEXTS = ("env_id", "preset", "estimator")
 _NUMBER = (int, float)
+_NAMED = re.compile(r"seed-(\d+)(-|$)")  # a copy may have the name seed-<k>-old
+_Name = tuple[str, str, str, int]  # benchmark, dataset, algorithm, seed
 _Kinds = dict[str, type | tuple[type, ...]]
 _ANY: _Kinds = {"dataset": str, "algo": str, "seed": int, "steps": int, "cpu_seconds": _NUMBER}
 # What a benchmark's `result.json` must hold.
@@ -47,8 +50,8 @@ class RecordedRun:
     """A run on disk. ``result``, ``config`` and ``metrics`` are empty where the file is missing.
 
     ``variant`` names the folders between the folder that was read and the benchmark's, such as
-    ``authors`` of ``runs/authors/d4rl/...``; it is empty for ``runs/d4rl/...``. Without a result,
-    the folder's name tells dataset, algorithm and seed.
+    ``authors`` of ``runs/authors/d4rl/...``; it is empty for ``runs/d4rl/...``. Its files tell
+    dataset, algorithm and seed; where they are damaged, the folder's name does.
     """
 
     folder: Path
@@ -91,14 +94,17 @@ def read_all(folder: str | Path, benchmark: str) -> tuple[list[RecordedRun], lis
     It raises a ``ResultsError`` without such a folder, or where two folders hold the same run.
 
     Returns:
-        The finished runs; and the others: cut off, failed, running, damaged, or copies.
+        The finished runs; and the others: cut off, failed, running, damaged, copies, or of folders
+        that are not named ``seed-<k>``.
     """
-    runs = list(_read_all(Path(folder), benchmark))
+    root = Path(folder)
+    runs = list(_read_all(root, benchmark))
     # No two trainings take the same seconds to the last digit.
     contents = [json.dumps({**run.result, "seed": None}, sort_keys=True) for run in runs]
     originals: dict[str, RecordedRun] = {}
     # Where a folder's name is not that of the run in it, the folder is the copy.
-    for content, run in sorted(zip(contents, runs, strict=True), key=lambda x: not x[1].at_home):
+    pairs = zip(contents, runs, strict=True)
+    for content, run in sorted(pairs, key=lambda x: (not x[1].at_home, not _named(x[1].folder))):
         originals.setdefault(content, run)
     finished: dict[tuple[str, str, int], RecordedRun] = {}
     others = []
@@ -110,6 +116,9 @@ def read_all(folder: str | Path, benchmark: str) -> tuple[list[RecordedRun], lis
             damage = f"{run.folder} holds a copy of the run in {first.folder}"
             copy = replace(run, result={}, config={}, metrics=[], damage=damage, is_copy=True)
             others.append(copy)
+        elif root.is_dir() and not _named(run.folder):
+            damage = f"{run.folder} holds a run, and is not named seed-{run.seed}: rename it"
+            others.append(replace(run, result={}, config={}, metrics=[], damage=damage))
         elif key in finished:
             name = f"{run.dataset}, {run.algo}, seed {run.seed}"
             folders = f"{run.folder} and {finished[key].folder}"
@@ -151,20 +160,17 @@ def _read_all(root: Path, benchmark: str) -> Iterator[RecordedRun]:
     if root.is_file():
         yield from _read_records(root, benchmark)
         return
-    for folder in _folders(root):
-        kind, dataset, algo, seed = folder.absolute().parts[-4:]
-        parts, number = folder.relative_to(root).parts[:-4], int(seed.split("-")[1])
+    for folder, (kind, dataset, algo, number) in _folders(root).items():
+        parts = folder.relative_to(root).parts[:-4]
         result, config = dict[str, Any](), dict[str, Any]()
         rows, damage = list[dict[str, float]](), ""
         try:
             result = read_json(folder / RESULT)
             _check_entries(folder / RESULT, {"benchmark": kind, **result}, {"benchmark": str})
-            # The entries decide, as folders may be copied under another name.
             if result.get("benchmark", kind) != benchmark:
                 continue
             if (folder / RESULT).exists():
                 _check_result(folder / RESULT, result, benchmark)
-                dataset, algo, number = result["dataset"], result["algo"], result["seed"]
             config = read_json(folder / CONFIG)
             for name, value in config.items():
                 if name in _CONFIG and not isinstance(value, _CONFIG[name]):
@@ -214,18 +220,47 @@ def printable(value: Any) -> Any:
     return [printable(entry) for entry in value] if isinstance(value, list) else value
 
 
-def _folders(root: Path) -> list[Path]:
+def _folders(root: Path) -> dict[Path, _Name]:
+    """The folders of runs, with the names of the runs in them."""
     if not root.is_dir():
         raise ResultsError(f"{root} is not a folder: pass the folder that --out of the runs named")
-    return [
-        path
-        for path in folders_below(root)
-        # A copy may have the name seed-<k>-old.
-        if re.match(r"seed-\d+(-|$)", path.name)
-        # The rounds of a loop are in its own table.
-        and not any(re.fullmatch(r"round-\d+", part) for part in path.relative_to(root).parts)
-        and any((path / name).exists() for name in (CONFIG, RESULT, metrics.FILE))
-    ]
+    # The rounds of a loop are in its own table.
+    own = (path for path in folders_below(root) if not _of_round(path.relative_to(root)))
+    found = {path: name for path in own if (name := _name(path)) is not None}
+    # A link to a run has its name, wherever the run is.
+    linked = {path.resolve() for path in found if _named(path) and path.is_symlink()}
+    return {
+        path: name for path, name in found.items() if _named(path) or path.resolve() not in linked
+    }
+
+
+def _of_round(path: Path) -> bool:
+    return any(re.fullmatch(r"round-\d+", part) for part in path.parts)
+
+
+def _named(folder: Path) -> re.Match[str] | None:
+    """The seed in the name of a run's folder; None for another name."""
+    return _NAMED.match(folder.name)
+
+
+def _name(folder: Path) -> _Name | None:
+    """Benchmark, dataset, algorithm and seed of the run in a folder, None where none is in it.
+
+    Its files tell them, as folders may be copied under another name; where these are damaged, the
+    folder's name does.
+    """
+    for file in (RESULT, CONFIG):
+        with suppress(ResultsError, OSError):
+            content = read_json(folder / file)
+            kind, dataset, algo, seed = map(content.get, ("benchmark", *_IDENTITY[:3]))
+            texts = kind in (CONTROL, LANGUAGE) and isinstance(dataset, str)
+            if texts and isinstance(algo, str) and _is_number(seed, least=0):
+                return kind, dataset, algo, int(seed)
+    named = _named(folder)
+    if named is None or not any((folder / f).exists() for f in (CONFIG, RESULT, metrics.FILE)):
+        return None
+    kind, dataset, algo = ("", "", "", *folder.absolute().parts)[-4:-1]
+    return kind, dataset, algo, int(named[1])
 
 
 def folders_below(root: Path) -> list[Path]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from baselines import BASELINES
 from benchmarks import statistics
 from benchmarks.results import SCORE, RecordedRun
+from benchmarks.runs import CONFIG
 from benchmarks.statistics import MIN_SEEDS, Difference, Scores, t_interval
 from iwsft.checkpoint import leaves
 
@@ -220,16 +221,17 @@ class Cell:
         keys = ("cpu_seconds", "reference_cpu_seconds")
         return float(np.mean([sum(run.result.get(key, 0.0) for key in keys) for run in self.runs]))
 
-    def differences(self) -> list[str]:
+    def differences(self) -> Iterator[str]:
         """What only some seeds recorded, and versions in which they differ; empty as a rule."""
-        every = [dict(leaves({"versions": run.versions})) | _settings(run) for run in self.runs]
+        whole = [run for run in self.runs if run.config]
+        if lacking := [str(run.seed) for run in self.runs if whole and not run.config]:
+            yield f"their settings ({CONFIG} is missing: seed {', '.join(lacking)})"
+        every = [dict(leaves({"versions": run.versions})) | _settings(run) for run in whole]
         every = [{key: value for key, value in each.items() if value is not None} for each in every]
-        differences = []
         for key in dict.fromkeys(itertools.chain(*every)):
             values = [json.dumps(each[key]) if key in each else "not recorded" for each in every]
             if len(distinct := dict.fromkeys(values)) > 1:
-                differences.append(f"{key} ({', '.join(distinct)})")
-        return differences
+                yield f"{key} ({', '.join(distinct)})"
 
 
 def curve_of(run: RecordedRun) -> dict[str, list[float | None]]:

@@ -166,7 +166,10 @@ def test_the_same_run_twice(runs: Path) -> None:
 @pytest.mark.parametrize("change", [{}, {"seed": 7}])
 @pytest.mark.parametrize(
     "to",
-    ["d4rl/hopper-a/sft-q/seed-7", "d4rl/a/sft/seed-1", "old/" + DAMAGED, DAMAGED + "-old"],
+    [
+        *("d4rl/hopper-a/sft-q/seed-7", "d4rl/a/sft/seed-1", "old/" + DAMAGED, DAMAGED + "-old"),
+        *("d4rl/hopper-a/sft-q/best", DAMAGED + " (copy)", DAMAGED + ".bak", "best"),
+    ],
 )
 def test_a_copied_run_is_named_and_left_out(runs: Path, to: str, change: dict[str, int]) -> None:
     """Under another name, in another folder, also where its seed was changed."""
@@ -179,6 +182,31 @@ def test_a_copied_run_is_named_and_left_out(runs: Path, to: str, change: dict[st
     # A copy does not count as a missing seed.
     grid = score_grid(cells(finished), [copy])
     assert {row[2] for row in grid.rows} == {"3"}
+
+
+def test_a_run_whose_folder_has_another_name_is_named_and_left_out(
+    runs: Path, make_run: MakeRun
+) -> None:
+    home = runs / "d4rl/hopper-a/sft-q"
+    (runs / DAMAGED).rename(home / "best")
+    cut = make_run(runs, "hopper-a", "sft-q", 3, 1.0)
+    (cut / "result.json").unlink()
+    cut.rename(home / "last")
+    # The configuration of a model, and what another program wrote.
+    for place in (home / "seed-0/checkpoint", runs / "notes"):
+        place.mkdir()
+        (place / "config.json").write_text('{"model_type": "qwen2"}')
+        (place / "result.json").write_text('{"seed": 1}')
+    finished, others = read_all(runs, CONTROL)
+    assert len(finished) == 11
+    told = f"{home / 'best'} holds a run, and is not named seed-1: rename it"
+    assert [(run.folder.name, run.algo, run.seed, run.damage) for run in others] == [
+        ("best", "sft-q", 1, told),
+        ("last", "sft-q", 3, ""),
+    ]
+    # It counts as a missing seed. A folder by itself has no place in a tree.
+    assert score_grid(cells(finished), others).rows[2][2] == "2 of 4"
+    assert [run.damage for run in read_all(home / "best", CONTROL)[1]] == [told]
 
 
 @pytest.mark.parametrize(

@@ -30,17 +30,20 @@ def test_seeds_that_were_run_differently_are_named(tmp_path: Path, make_run: Mak
     make_run(tmp_path, "hopper-a", "bc", 0, 1.0)
     make_run(tmp_path, "hopper-a", "bc", 1, 1.0, versions={"mujoco": "2.3.7"})
     # Entries that a run did not record do not count as different, but are named.
-    folder = make_run(tmp_path, "hopper-a", "bc", 2, 1.0)
+    make_run(tmp_path, "hopper-a", "bc", 2, 1.0, config={"settings": {"seed": 2}})
+    # A run without a record of any is named once.
+    folder = make_run(tmp_path, "hopper-a", "bc", 3, 1.0)
     (folder / "config.json").unlink()
     notes = score_grid(cells(read_runs(tmp_path, CONTROL))).notes
     assert [line.partition(" (")[0] for line in notes] == [
-        "Seeds differ in versions.torch",
+        "Seeds differ in their settings",
         "Seeds differ in versions.mujoco",
         "Seeds differ in lr",
         "Not all runs were tested in one version: mujoco 2.3.7 and 3.11.0.",
         "All seeds have the same value: no interval follows from it.",
     ]
     assert "Seeds differ in lr (0.0001, not recorded)." in notes
+    assert "Seeds differ in their settings (config.json is missing: seed 3)." in notes
 
 
 def test_algorithms_that_were_tested_in_other_versions_are_named(
