@@ -33,10 +33,9 @@ def main() -> None:
 
 
 def _run() -> None:
-    name = "python -m benchmarks" if sys.argv[0].endswith("__main__.py") else "iwsft"
     first, rest = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
     if first in ("-h", "--help"):
-        print("\n".join(_help(name)))
+        print("\n".join(_help()))
     elif first == "--version":
         print(f"iwsft {__version__}")
     elif first not in COMMANDS:
@@ -47,7 +46,7 @@ def _run() -> None:
         raise SystemExit(2)
     else:
         command = COMMANDS[first]
-        sys.argv = [f"{name} {first}", *command.words, *rest]
+        sys.argv = [f"iwsft {first}", *command.words, *rest]
         # Environments, policies and verifiers of the current folder. It comes last: a file there
         # must not take the place of a package.
         with suppress(FileNotFoundError):
@@ -56,15 +55,15 @@ def _run() -> None:
         import_module(command.module).run()
 
 
-def _help(name: str) -> Iterator[str]:
-    yield f"usage: {name} [-h] [--version] COMMAND ..."
+def _help() -> Iterator[str]:
+    yield "usage: iwsft [-h] [--version] COMMAND ..."
     yield ""
     yield "Importance-weighted supervised fine-tuning for control and language models."
     yield ""
     for command, about in COMMANDS.items():
         yield f"  {command:<9} {about.help}"
     yield ""
-    yield f"`{name} COMMAND --help` prints the options of a command."
+    yield "`iwsft COMMAND --help` prints the options of a command."
 
 
 def run() -> None:

@@ -1,12 +1,10 @@
-"""The commands of the library, and how the user called the present one. No heavy imports."""
+"""The commands of the library, and how they are called. No heavy imports."""
 
 from __future__ import annotations
 
 import shlex
 import sys
 from dataclasses import dataclass
-
-_PROGRAMS = ("iwsft", "python -m benchmarks")
 
 
 @dataclass(frozen=True)
@@ -42,27 +40,19 @@ COMMANDS = {
 }
 
 
+# The commands by module and words, such as ``llm evaluate``.
+_NAMES = {
+    " ".join([each.module.split(".")[1], *each.words]): name for name, each in COMMANDS.items()
+}
+
+
 def program(command: str) -> str:
-    """How to call a command the way the user called this one: ``iwsft d4rl``, for example.
-
-    ``benchmarks.__main__`` leaves its own name and that of the command in ``sys.argv[0]``.
-    """
-    name, space, _ = sys.argv[0].rpartition(" ")
-    if name in _PROGRAMS and space:
-        return f"{name} {command.removeprefix('llm ')}"
-    return f"python -m benchmarks.{command}"
-
-
-def called_as(command: str) -> str:
-    """The name by which the user called this command, with the words that belong to it."""
-    name, module = sys.argv[0], command.split()[0]
-    other = name.startswith(tuple(f"{each} " for each in _PROGRAMS)) and not name.endswith(module)
-    return name if other else program(command)
+    """How to call a command, given as module and words: ``iwsft evaluate`` for ``llm evaluate``."""
+    name = _NAMES.get(command, command)
+    listed = name.split()[0] in COMMANDS
+    return f"iwsft {name}" if listed else f"python -m benchmarks.{name}"
 
 
 def typed(module: str) -> str:
-    """The command line as the user typed it, for records; its command is that of a module."""
-    name, words = called_as(module), sys.argv[1:]
-    if name.rpartition(" ")[0] in _PROGRAMS:
-        words = words[len(COMMANDS[name.split()[-1]].words) :]
-    return shlex.join([*name.split(), *words])
+    """The command line of this process, for records."""
+    return shlex.join([*program(module).split(), *sys.argv[1:]])

@@ -1,7 +1,7 @@
 """Show where importance weights help, and why: a bandit, arithmetic, control; then one page.
 
 Examples:
-    python -m benchmarks.demo
+    iwsft demo
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import docstring_parser
 import tyro
 
-from benchmarks.commands import called_as
+from benchmarks.commands import program
 from benchmarks.stopping import ends_in_one_line
 from iwsft import extras
 
@@ -91,11 +91,10 @@ def parse_groups(
 ) -> dict[str, Any]:
     """Read a command line into the fields of all groups; an error is a line and status 2.
 
-    The examples of ``description`` begin with ``python -m benchmarks.COMMAND``. The help has the
-    name that the user called instead, and a box for each group, headed by its docstring. A command
-    of several groups also takes ``--config``, see :func:`config_words`.
+    The help has ``description``, and a box for each group, headed by its docstring. A command of
+    several groups also takes ``--config``, see :func:`config_words`.
     """
-    words, prog = sys.argv[1:] if words is None else list(words), called_as(command)
+    words, prog = sys.argv[1:] if words is None else list(words), program(command)
     with ends_in_one_line():
         _check_repeated(words, groups, command.split()[1:])
     parts: list[Any] = []
@@ -109,13 +108,16 @@ def parse_groups(
         title = tyro.conf.arg(name=group.__name__.lower() if len(groups) > 1 else "")
         parts.append((group.__name__, Annotated[group, title]))
     together: Any = make_dataclass("Together", parts, kw_only=True)
-    text = (description or "").replace(f"python -m benchmarks.{command}", prog)
     flat = (tyro.conf.OmitArgPrefixes,)
     errors = io.StringIO()
     try:
         with redirect_stderr(errors):
             parsed: Any = tyro.cli(
-                together, prog=prog, args=[*configured, *words], description=text, config=flat
+                together,
+                prog=prog,
+                args=[*configured, *words],
+                description=description or "",
+                config=flat,
             )
     except SystemExit as end:
         if end.code:

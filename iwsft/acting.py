@@ -1,6 +1,6 @@
 """Policies that act in environments: their inputs, and one call of them for all episodes.
 
-:func:`iwsft.evaluation.evaluate` and ``python -m benchmarks.collect`` use this module, so that a
+:func:`iwsft.evaluation.evaluate` and ``iwsft collect`` use this module, so that a
 policy acts the same everywhere.
 """
 

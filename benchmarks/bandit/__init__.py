@@ -1,1 +1,1 @@
-"""`python -m benchmarks.bandit`: what the weights do where the answer is known."""
+"""`iwsft bandit`: what the weights do where the answer is known."""

@@ -1,4 +1,4 @@
-"""The options of ``python -m benchmarks.bandit``."""
+"""The options of ``iwsft bandit``."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Make a dataset: roll policies out, or record the replay of an online SAC run.
 
 Examples:
-    python -m benchmarks.collect --policy runs/my-run --episodes 100 --out mine.hdf5
-    python -m benchmarks.collect --policy runs/my-run random --episodes 50 200 --out mixed.hdf5
-    python -m benchmarks.collect --online sac --env Hopper-v4 --out minari:mine/hopper/replay-v0
-    python -m benchmarks.collect sets hopper-medium-expert
+    iwsft collect --policy runs/my-run --episodes 100 --out mine.hdf5
+    iwsft collect --policy runs/my-run random --episodes 50 200 --out mixed.hdf5
+    iwsft collect --online sac --env Hopper-v4 --out minari:mine/hopper/replay-v0
+    iwsft collect sets hopper-medium-expert
 """
 
 from __future__ import annotations

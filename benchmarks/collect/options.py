@@ -1,4 +1,4 @@
-"""The command line of ``python -m benchmarks.collect``: the settings of a collection."""
+"""The command line of ``iwsft collect``: the settings of a collection."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Build the datasets of the results, and compare them with their checksums.
 
 Examples:
-    python -m benchmarks.collect sets
-    python -m benchmarks.collect sets hopper-medium-expert walker2d-medium-expert
-    python -m benchmarks.d4rl --dataset hopper-medium-expert
+    iwsft collect sets
+    iwsft collect sets hopper-medium-expert walker2d-medium-expert
+    iwsft d4rl --dataset hopper-medium-expert
 
 What was cut off continues, and what is finished is only compared. Another version of a package, or
 another processor, may give other bytes: a warning tells. These are the sets:

@@ -1,11 +1,11 @@
 """Train and score offline algorithms on control data.
 
 Examples:
-    python -m benchmarks.d4rl --algo iw-sft-q
-    python -m benchmarks.d4rl --algo bc sft-q iw-sft-q --dataset hopper-medium-replay-v2
-    python -m benchmarks.d4rl --suite paper --resume
-    python -m benchmarks.d4rl --config run.yaml --seeds 0 1 2
-    python -m benchmarks.d4rl loop --env Hopper-v4 --start bc:hopper-replay-mini
+    iwsft d4rl --algo iw-sft-q
+    iwsft d4rl --algo bc sft-q iw-sft-q --dataset hopper-medium-replay-v2
+    iwsft d4rl --suite paper --resume
+    iwsft d4rl --config run.yaml --seeds 0 1 2
+    iwsft d4rl loop --env Hopper-v4 --start bc:hopper-replay-mini
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 _LOOP = """Roll out a policy, keep the best episodes, fine-tune on them, score it, and again.
 
 Examples:
-    python -m benchmarks.d4rl loop --start bc:hopper-replay-mini
-    python -m benchmarks.d4rl loop --env Hopper-v4 --start runs/d4rl/hopper-replay-mini/bc/seed-0
-    python -m benchmarks.d4rl loop --start bc:hopper-replay-mini --algo sft --keep-rounds 2
+    iwsft d4rl loop --start bc:hopper-replay-mini
+    iwsft d4rl loop --env Hopper-v4 --start runs/d4rl/hopper-replay-mini/bc/seed-0
+    iwsft d4rl loop --start bc:hopper-replay-mini --algo sft --keep-rounds 2
 """
 
 

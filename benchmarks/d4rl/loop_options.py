@@ -1,4 +1,4 @@
-"""The options of ``python -m benchmarks.d4rl loop``: its command line and its settings."""
+"""The options of ``iwsft d4rl loop``: its command line and its settings."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """Fine-tune a language model by SFT and iw-SFT, and test it.
 
 Examples:
-    python -m benchmarks.llm
-    python -m benchmarks.llm --recipe chat --model my-model --data rows.jsonl --algo sft iw-sft
-    python -m benchmarks.llm --recipe s1k --algo iw-sft --deepspeed zero3_offload --resume
-    python -m benchmarks.llm --config run.yaml
-    python -m benchmarks.llm evaluate --model runs/my-model --tasks math-500
-    python -m benchmarks.llm loop --model my-model --prompts prompts.jsonl --verifier math
+    iwsft llm
+    iwsft llm --recipe chat --model my-model --data rows.jsonl --algo sft iw-sft
+    iwsft llm --recipe s1k --algo iw-sft --deepspeed zero3_offload --resume
+    iwsft llm --config run.yaml
+    iwsft evaluate --model runs/my-model --tasks math-500
+    iwsft loop --model my-model --prompts prompts.jsonl --verifier math
 
 The defaults below are those of --recipe; --recipe NAME --help prints another's.
 """
@@ -27,27 +27,27 @@ if TYPE_CHECKING:
 _FINETUNE = """Fine-tune a language model on your own rows, and test it on rows that are held out.
 
 Examples:
-    python -m benchmarks.llm --recipe chat --model my-model --data rows.jsonl
-    python -m benchmarks.llm --recipe chat --model my-model --data rows.jsonl --algo sft iw-sft
-    python -m benchmarks.llm --recipe chat --model my-model --data rows.parquet --lora-rank 16
-    python -m benchmarks.llm --recipe chat --model my-model --data a.jsonl --eval-data b.jsonl
+    iwsft finetune --model my-model --data rows.jsonl
+    iwsft finetune --model my-model --data rows.jsonl --algo sft iw-sft
+    iwsft finetune --model my-model --data rows.parquet --lora-rank 16
+    iwsft finetune --model my-model --data a.jsonl --eval-data b.jsonl
 """
 _EVALUATION = """Score a language model on MATH-500, AIME, GPQA diamond and GSM8K.
 
 Examples:
-    python -m benchmarks.llm evaluate --model runs/my-model --tasks math-500 aime-2024
-    python -m benchmarks.llm evaluate --model runs/my-model --n 16 --temperature 0.7
-    python -m benchmarks.llm evaluate --model runs/my-model --backend vllm --think-budget 16000
+    iwsft evaluate --model runs/my-model --tasks math-500 aime-2024
+    iwsft evaluate --model runs/my-model --n 16 --temperature 0.7
+    iwsft evaluate --model runs/my-model --backend vllm --think-budget 16000
 """
 
 
 _LOOP = """Sample answers of a language model, verify them, train on the right ones, and again.
 
 Examples:
-    python -m benchmarks.llm loop --model my-model --prompts prompts.jsonl --verifier math
-    python -m benchmarks.llm loop --model my-model --prompts openai/gsm8k:train:main \\
+    iwsft loop --model my-model --prompts prompts.jsonl --verifier math
+    iwsft loop --model my-model --prompts openai/gsm8k:train:main \\
         --verifier integer --eval-prompts openai/gsm8k:test:main --rounds 3 --out runs/gsm8k
-    python -m benchmarks.llm loop --model my-model --prompts prompts.jsonl \\
+    iwsft loop --model my-model --prompts prompts.jsonl \\
         --verifier my_module:score --algo sft-q --keep-rounds 1 --start-from base
 """
 

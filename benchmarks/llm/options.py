@@ -1,4 +1,4 @@
-"""The algorithms and the command line of ``python -m benchmarks.llm``."""
+"""The algorithms and the command line of ``iwsft llm``."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""`python -m benchmarks.report runs`: tables and figures of finished runs."""
+"""`iwsft report runs`: tables and figures of finished runs."""

@@ -1,7 +1,7 @@
 """Tables and figures of the runs below a folder, as one HTML page and as markdown.
 
 Example:
-    python -m benchmarks.report runs
+    iwsft report runs
 """
 
 from __future__ import annotations

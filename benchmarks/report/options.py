@@ -1,4 +1,4 @@
-"""The options of ``python -m benchmarks.report``."""
+"""The options of ``iwsft report``."""
 
 from __future__ import annotations
 

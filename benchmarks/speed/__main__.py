@@ -4,9 +4,9 @@
 writes its plot, ``FILE.svg``.
 
 Examples:
-    python -m benchmarks.speed control
-    python -m benchmarks.speed control --json control.json
-    python -m benchmarks.speed scaling --json scaling.json
+    iwsft speed control
+    iwsft speed control --json control.json
+    iwsft speed scaling --json scaling.json
 """
 
 from __future__ import annotations

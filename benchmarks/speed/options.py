@@ -1,4 +1,4 @@
-"""The options of ``python -m benchmarks.speed``."""
+"""The options of ``iwsft speed``."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What the weights of a policy against its reference do, see ``python -m benchmarks.weights``."""
+"""What the weights of a policy against its reference do, see ``iwsft weights``."""

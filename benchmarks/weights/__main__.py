@@ -1,9 +1,9 @@
 """What the importance weights of a policy against its reference do, as tables and a page.
 
 Examples:
-    python -m benchmarks.weights runs/d4rl/hopper-replay-mini/iw-sft-q/seed-0
-    python -m benchmarks.weights runs/llm/arithmetic/iw-sft/seed-0 --target-ess 0.5
-    python -m benchmarks.weights --model my-model --base its-base --data rows.jsonl
+    iwsft weights runs/d4rl/hopper-replay-mini/iw-sft-q/seed-0
+    iwsft weights runs/llm/arithmetic/iw-sft/seed-0 --target-ess 0.5
+    iwsft weights --model my-model --base its-base --data rows.jsonl
 """
 
 from __future__ import annotations

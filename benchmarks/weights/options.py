@@ -1,4 +1,4 @@
-"""The options of ``python -m benchmarks.weights``."""
+"""The options of ``iwsft weights``."""
 
 from __future__ import annotations
 

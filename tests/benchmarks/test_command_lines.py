@@ -27,9 +27,9 @@ LANGUAGE = ("base", "sft", "iw-sft", "iw-sft-ema", "iw-sft-step")
 CHAT = "--recipe chat --model m --data d --eval-share 0.2 --lora-rank 8 --batch-size 2"
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *words: str, name: str = "bin/iwsft") -> int:
+def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     """Call a command; its exit status."""
-    monkeypatch.setattr(sys, "argv", [name, *words])
+    monkeypatch.setattr(sys, "argv", ["bin/iwsft", *words])
     try:
         main()
     except SystemExit as end:
@@ -37,18 +37,13 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: str, name: str = "bin/iwsft") 
     return 0
 
 
-@pytest.mark.parametrize("name", ["iwsft", "benchmarks/__main__.py"])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_the_name_that_was_called_and_real_defaults(
-    command: str,
-    name: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_help_has_the_name_of_the_command_and_real_defaults(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call(monkeypatch, command, "--help", name=name) == 0
+    assert call(monkeypatch, command, "--help") == 0
     text = capsys.readouterr().out
-    called = "iwsft" if name == "iwsft" else "python -m benchmarks"
-    assert f"usage: {called} {command}" in text
+    assert f"usage: iwsft {command}" in text
     for unclear in ("None", "default: )", "recipe: )", "benchmarks.l", "benchmarks.d"):
         assert unclear not in text
 
@@ -183,7 +178,7 @@ def test_missing_options_are_told_without_their_help(columns: str, encoding: str
     env = os.environ | {"COLUMNS": columns, "PYTHONIOENCODING": encoding}
     words = [sys.executable, "-m", "benchmarks", "loop", "--model", "m", "--rond", "2"]
     done = subprocess.run(words, capture_output=True, text=True, env=env)
-    prog = "python -m benchmarks loop"
+    prog = "iwsft loop"
     needed = "--prompts ID|FILE, --verifier NAME|MODULE:FUNCTION"
     wrong = f"Missing from {prog}: {needed}; Unrecognized options: --rond 2; see {prog} --help"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {wrong}\n")
@@ -327,28 +322,17 @@ def test_the_number_of_updates_has_the_names_of_both_commands(flag: str) -> None
     assert language(["--algo", "sft", flag, "5"]).settings.max_steps == 5
 
 
-@pytest.mark.parametrize(
-    ("argv", "module", "command"),
-    [
-        ("/x/benchmarks/d4rl/__main__.py loop --start S", "d4rl", "python -m benchmarks.d4rl"),
-        ("/x/benchmarks/llm/__main__.py loop --start S", "llm", "python -m benchmarks.llm"),
-        ("iwsft:d4rl loop --start S", "d4rl", "iwsft d4rl"),
-        ("iwsft:loop loop --start S", "llm", "iwsft"),
-        ("iwsft:llm loop --start S", "llm", "iwsft llm"),
-    ],
-)
-def test_a_loop_records_the_command_that_the_user_typed(
-    monkeypatch: pytest.MonkeyPatch, argv: str, module: str, command: str
-) -> None:
-    words = argv.split()
-    monkeypatch.setattr(sys, "argv", [words[0].replace(":", " "), *words[1:]])
-    assert typed(module) == f"{command} loop --start S"
-
-
-def test_a_command_is_named_as_the_help_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for argv, named in (("iwsft finetune", "iwsft evaluate"), ("llm/__main__.py", None)):
-        monkeypatch.setattr(sys, "argv", [argv])
-        assert program("llm evaluate") == (named or "python -m benchmarks.llm evaluate")
+def test_commands_are_called_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    for command, called in (
+        ("d4rl loop", "iwsft d4rl loop"),
+        ("llm", "iwsft llm"),
+        ("llm evaluate", "iwsft evaluate"),
+        ("llm --recipe chat", "iwsft finetune"),
+        ("peer", "python -m benchmarks.peer"),
+    ):
+        assert program(command) == called
+    monkeypatch.setattr(sys, "argv", ["/x/benchmarks/d4rl/__main__.py", "loop", "--start", "a b"])
+    assert typed("d4rl") == "iwsft d4rl loop --start 'a b'"
 
 
 @pytest.mark.parametrize("words", [["--help"], ["evaluate", "--help"]], ids=" ".join)

@@ -1,4 +1,4 @@
-"""The options of ``python -m benchmarks.llm evaluate``: its command line and its settings."""
+"""The options of ``iwsft evaluate``: its command line and its settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options of ``python -m benchmarks.llm loop``: its command line and its settings."""
+"""The options of ``iwsft loop``: its command line and its settings."""
 
 from __future__ import annotations
 

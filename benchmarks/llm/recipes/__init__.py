@@ -1,4 +1,4 @@
-"""Recipes of ``python -m benchmarks.llm``: model, data, settings and test of a language task.
+"""Recipes of ``iwsft llm``: model, data, settings and test of a language task.
 
 A new recipe is one module with a ``RECIPE``, and one line here. The command line shows its
 settings, so the module imports what takes long in the functions that use it.

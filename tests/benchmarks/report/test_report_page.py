@@ -190,7 +190,7 @@ def test_versions_and_commands_are_said_once(whole: Path) -> None:
     markdown = (whole / "report/report.md").read_text()
     made = markdown.split("## How these numbers were made")[1]
     for words in (
-        f"`python -m benchmarks.report {whole.name}`",
+        f"`iwsft report {whole.name}`",
         "[runs.json](runs.json)",
         "mujoco 3.11.0",
         "some processor",
