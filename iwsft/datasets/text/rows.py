@@ -53,6 +53,8 @@ _RESERVED = (
 class Row:
     """A trajectory as text: ``messages``, or ``prompt`` and ``completion``.
 
+    A ValueError says that a value does not fit, as in :func:`to_row`.
+
     Attributes:
         where: File and line of the row, for errors.
         messages: Conversation, or None.
@@ -79,6 +81,13 @@ class Row:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        with row_named(self.where):
+            for name in _OPTIONAL:
+                object.__setattr__(self, name, _optional(getattr(self, name), name))
+            if self.messages is not None:
+                _check_answered(self.messages)
+
 
 def read(
     source: str | Path | Iterable[Record],
@@ -104,6 +113,8 @@ def read(
     rows: list[Row] = []
     for where, record in records(source, split, config):
         rows.append((make or to_row)(record, where))
+        if not isinstance(rows[-1], Row):
+            raise TypeError(f"{where}: make must return a Row, not {type(rows[-1]).__name__}")
     if not rows:
         raise ValueError(f"{source}: there is no row in it")
     if unread := dict.fromkeys(name for row in rows for name in row.unread):
@@ -122,28 +133,36 @@ def to_row(record: Record, where: str) -> Row:
             another column would change the text or the training. The error names ``where``, the
             record's place.
     """
+    # Values of numpy and torch, which records in memory may hold.
+    record = {name: x.tolist() if hasattr(x, "tolist") else x for name, x in record.items()}
+    row = Row(where, **{name: record.get(name) for name in _OPTIONAL})
     with row_named(where):
-        # Values of numpy and torch, which records in memory may hold.
-        record = {name: x.tolist() if hasattr(x, "tolist") else x for name, x in record.items()}
-        row = Row(where, **{name: _optional(record.get(name), name) for name in _OPTIONAL})
-        if record.get("messages") is not None:
-            messages = _messages(record["messages"])
-            variables = _template_kwargs(record)
-            read = {"messages", "tools", "documents", "chat_template_kwargs"}
-            unread = _check_unread(record, read, messages)
-            return replace(row, messages=messages, template_kwargs=variables, unread=unread)
-        for column in ("prompt", "completion"):
-            if column not in record:
-                columns = ", ".join(map(str, record)) or "none"
-                way_out = f"rename one of the columns ({columns})"
-                if lists := [name for name, value in record.items() if lists_records(value)]:
-                    way_out = f"save the list {lists[0]!r} as the whole file"
-                raise ValueError(f"column {column!r} is missing, and so is 'messages'; {way_out}")
-        prompt = check_text(record["prompt"], "prompt")
-        completion = check_text(record["completion"], "the completion", filled=True)
-        turns = ({"role": "user", "content": prompt}, {"role": ASSISTANT, "content": completion})
-        unread = _check_unread(record, ("prompt", "completion"), turns)
-        return replace(row, prompt=prompt, completion=completion, unread=unread)
+        parts = _conversation(record) if record.get("messages") is not None else _pair(record)
+    return replace(row, **parts)
+
+
+def _conversation(record: Record) -> dict[str, Any]:
+    """Return the parts of a row with messages."""
+    messages, variables = _messages(record["messages"]), _template_kwargs(record)
+    read = {"messages", "tools", "documents", "chat_template_kwargs"}
+    unread = _check_unread(record, read, messages)
+    return {"messages": messages, "template_kwargs": variables, "unread": unread}
+
+
+def _pair(record: Record) -> dict[str, Any]:
+    """Return the parts of a row with a prompt and its completion."""
+    for column in ("prompt", "completion"):
+        if column not in record:
+            columns = ", ".join(map(str, record)) or "none"
+            way_out = f"rename one of the columns ({columns})"
+            if lists := [name for name, value in record.items() if lists_records(value)]:
+                way_out = f"save the list {lists[0]!r} as the whole file"
+            raise ValueError(f"column {column!r} is missing, and so is 'messages'; {way_out}")
+    prompt = check_text(record["prompt"], "prompt")
+    completion = check_text(record["completion"], "the completion", filled=True)
+    turns = ({"role": "user", "content": prompt}, {"role": ASSISTANT, "content": completion})
+    unread = _check_unread(record, ("prompt", "completion"), turns)
+    return {"prompt": prompt, "completion": completion, "unread": unread}
 
 
 def check_scores(rows: Sequence[Row]) -> None:
@@ -187,9 +206,13 @@ def _messages(value: Any) -> tuple[Message, ...]:
     for turn, message in enumerate(value):
         with row_named(f"message {turn}"):
             messages.append(_message(message))
-    if not any(message["role"] == ASSISTANT for message in messages):
-        raise ValueError("there is no assistant turn to train on; drop the row")
+    _check_answered(messages)
     return tuple(messages)
+
+
+def _check_answered(messages: Iterable[Message]) -> None:
+    if not any(message.get("role") == ASSISTANT for message in messages):
+        raise ValueError("there is no assistant turn to train on; drop the row")
 
 
 def _message(value: Any) -> Message:

@@ -333,6 +333,26 @@ def test_scores_must_be_there_and_tell_rows_apart():
         check_scores([*rows, to_row(PAIR, "f:9")])
 
 
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        ({"score": math.nan}, "score must be a finite number, it is nan"),
+        ({"score": "1"}, "score must be a finite number, it is '1'"),
+        ({"weight": math.inf}, "weight must be a finite number, or a list"),
+        ({"count": 1.5}, "count must be how often"),
+        ({"correct": 0.5}, "correct must be true or false, it is 0.5"),
+        ({"ref_log_probs": (0.5,)}, "ref_log_probs must be a list with a number of at most 0"),
+        ({"messages": ({"role": "user", "content": "2+2?"},)}, "there is no assistant turn"),
+        ({"messages": ()}, "there is no assistant turn"),
+    ],
+)
+def test_a_row_of_a_function_is_checked_as_others_are(values, error):
+    with pytest.raises(ValueError, match=f"^f:1: {error}"):
+        Row("f:1", **values)
+    with pytest.raises(TypeError, match="row 0: make must return a Row, not dict"):
+        read([{"text": "4"}], make=lambda record, where: record)
+
+
 def test_other_columns_by_a_function(tmp_path):
     path = jsonl(tmp_path / "data.jsonl", [{"question": "2+2=", "answer": "4"}])
 
