@@ -29,17 +29,18 @@ class Dynamics:
     """The observation of row i + lag, predicted by a linear function of row i.
 
     Resets surprise far more than steps do, and rows of another environment cannot be predicted.
-    ``unexplained`` is the share of the variance that is not predicted; the median of the columns.
+    ``unexplained`` is the share of variance that is not predicted, the median of the columns, and
+    infinite with too few rows to fit. ``apart`` has rows that are not fitted.
     """
 
-    def __init__(self, steps: Steps, lag: int = 1) -> None:
+    def __init__(self, steps: Steps, lag: int = 1, *, apart: Flags | None = None) -> None:
         self._steps, self._lag = steps, lag
         now, ends = steps.observations, steps.ends
         self._spread = column_spread(now)
         self._columns = self._spread > 1e-6
         self._mean = now[:: 1 + len(now) // CHUNK].mean(axis=0)
         rows = np.arange(0, len(now) - lag, 1 + len(now) // CHUNK)
-        rows = rows[~ends[rows]]
+        rows = rows[~(ends if apart is None else ends | apart)[rows]]
         usual = rows[~_near(ends)[rows]]
         self.unexplained = np.inf
         least = 8 * (1 + self._columns.sum() + steps.actions.shape[1])

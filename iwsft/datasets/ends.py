@@ -39,7 +39,7 @@ def find_ends(
     _check_places(steps, source)
     if steps.next_observations is None:
         where = "where the next row is like the first one of an episode"
-        steps = _end(steps, _restarts(steps), where, notes)
+        steps = _end(steps, _restarts(steps, notes), where, notes)
     else:
         where = "where the next observation is not that of the next row"
         steps = _end(steps, _torn(steps, source), where, notes)
@@ -169,27 +169,43 @@ def _torn(steps: Steps, source: str) -> Flags:
     return torn
 
 
-def _restarts(steps: Steps) -> Flags:
+def _restarts(steps: Steps, notes: list[str]) -> Flags:
     """Return the rows before which no end is marked, though a first observation follows.
 
     That observation lies among the known first ones in every column, and it surprises as these do.
+    Where too many steps may look so, no row is returned, and a note tells of it.
     """
-    now, rows = steps.observations, len(steps.rewards)
-    restarts = np.zeros(rows, dtype=bool)
-    first = np.append(True, steps.ends[:-1])
-    dynamics = Dynamics(steps)
-    if first.sum() < 4 or not dynamics.predictable:
+    now, ends = steps.observations, steps.ends
+    restarts, first = np.zeros_like(ends), np.append(True, ends[:-1])
+    if first.sum() < 4:
         return restarts
     starts = now[first]
     margin = starts.max(axis=0) - starts.min(axis=0) + 0.01 * column_spread(now)
     within = (now >= starts.min(axis=0) - margin) & (now <= starts.max(axis=0) + margin)
-    least = 0.7 * float(dynamics.surprise(np.flatnonzero(first[1:])).min())
-    # Were columns independent, so many rows would lie there.
-    expected = rows * float(np.prod(within[~first].mean(axis=0)))
-    if least < 1.3 * dynamics.usual(0.97) and expected > 1e-3:
+    near = np.append(within.all(axis=1)[1:], False)
+    # Resets among the fitted rows would look usual.
+    dynamics = Dynamics(steps, apart=near)
+    if dynamics.unexplained == np.inf:
+        dynamics = Dynamics(steps)
+    known = np.flatnonzero(first[1:])
+    if not dynamics.predictable or dynamics.as_usual(known):
         return restarts
-    near = np.flatnonzero(within.all(axis=1)[1:] & ~first[1:])
-    restarts[near[dynamics.surprise(near) > least]] = True
+    least = 0.7 * float(dynamics.surprise(known).min())
+    likely = np.flatnonzero(near & ~ends)
+    surprise = dynamics.surprise(likely)
+    found = likely[surprise > least]
+    # No reset follows elsewhere, nor after a first step.
+    certain = np.flatnonzero((~near | first)[:-1] & ~ends[:-1])
+    share = ((dynamics.surprise(certain) > least).sum() + 1) / (len(certain) + 2)
+    # So many of those found may be steps; and so many lie below the bound, where resets are rare.
+    steps_found = share / (1 - share) * (len(likely) - len(found))
+    below = int((surprise > 0.7 * least).sum()) - len(found)
+    most = max(1, 0.05 * len(found))
+    if steps_found <= most or (share <= 0.03 and below <= most):
+        restarts[found] = True
+    elif len(found) > 3 * min(steps_found, below) + 3:
+        problem = f"{len(found):,} rows may be first ones of episodes without an end before them"
+        notes.append(f"{problem}, and steps look alike: mark the ends in 'timeouts'")
     return restarts
 
 

@@ -19,13 +19,13 @@ ENDS = np.cumsum(SIZES) - 1
 pytestmark = pytest.mark.filterwarnings("ignore:.*mine.hdf5")
 
 
-def swing(*, size: int | None = None, seed: int = 0) -> Fields:
-    """Rows of a damped rotation that actions push, from near 0."""
+def swing(*, size: int | None = None, seed: int = 0, count: int = 8, spread: float = 0.1) -> Fields:
+    """Rows of a damped rotation that actions push, from near 0; every other end is a terminal."""
     rng = np.random.default_rng(seed)
     angle = 0.3
     turn = 0.97 * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     rows: Fields = {"observations": [], "next_observations": [], "actions": [], "rewards": []}
-    sizes = [size] * 8 if size else SIZES
+    sizes = [size] * count if size else SIZES
     for steps in sizes:
         state = np.append(rng.normal(0, 0.1, 2), 0)
         for _ in range(steps):
@@ -36,7 +36,7 @@ def swing(*, size: int | None = None, seed: int = 0) -> Fields:
             state = then
     fields = {name: np.array(values, np.float32) for name, values in rows.items()}
     ends = np.isin(np.arange(sum(sizes)), np.cumsum(sizes) - 1)
-    terminals = ends & np.isin(np.arange(sum(sizes)), np.cumsum(sizes)[[1, 3, 5]] - 1)
+    terminals = ends & np.isin(np.arange(sum(sizes)), np.cumsum(sizes)[1:-1:2] - 1)
     return {**fields, "terminals": terminals, "timeouts": ends & ~terminals}
 
 
@@ -99,6 +99,38 @@ def test_files_put_one_after_the_other(write: Write, following: bool) -> None:
     data = datasets.load(write(fields))
     assert lengths(data.trajectories).tolist() == SIZES
     assert data.notes[0].startswith("3 episodes end where the next")
+
+
+@pytest.mark.parametrize("size", [5, 20])
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_many_short_episodes_without_an_end(write: Write, size: int, share: float) -> None:
+    """Resets are then among the steps by which a surprise is judged."""
+    fields = without_following(swing(size=size, count=2000 // size))
+    ends = fields["terminals"] | fields["timeouts"]
+    kept = np.random.default_rng(0).uniform(size=len(ends)) > share
+    fields |= {"terminals": ends & kept, "timeouts": np.zeros_like(ends)}
+    data = datasets.load(write(fields))
+    assert (np.unique(lengths(data.trajectories)) == size).all()
+    assert data.notes[0].endswith(
+        "the next row is like the first one of an episode, without a timeout"
+    )
+
+
+def test_steps_that_look_like_resets_end_no_episode(write: Write) -> None:
+    """The state of a walk is drawn anew inside of episodes, too, as often as at their starts."""
+    rng = np.random.default_rng(0)
+    fields = without_following(swing(size=20, count=100))
+    state = np.zeros(3)
+    for row in range(2000):
+        drawn = row % 20 == 0 or rng.uniform() < 0.05
+        state = rng.normal(0, 1, 3) if drawn else 0.98 * state + 0.1 * fields["actions"][row]
+        fields["observations"][row] = state
+    data = datasets.load(write(fields))
+    assert (lengths(data.trajectories) == 20).all()
+    fields["timeouts"][:] = False
+    data = datasets.load(write(fields))
+    assert (lengths(data.trajectories) == 40).all()
+    assert data.notes[-1].endswith("steps look alike: mark the ends in 'timeouts'")
 
 
 def test_next_observations_of_a_reset_in_the_same_step(write: Write) -> None:
