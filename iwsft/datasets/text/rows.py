@@ -135,7 +135,8 @@ def to_row(record: Record, where: str) -> Row:
     """
     # Values of numpy and torch, which records in memory may hold.
     record = {name: x.tolist() if hasattr(x, "tolist") else x for name, x in record.items()}
-    row = Row(where, **{name: record.get(name) for name in _OPTIONAL})
+    optional: dict[str, Any] = {name: record.get(name) for name in _OPTIONAL}
+    row = Row(where, **optional)
     with row_named(where):
         parts = _conversation(record) if record.get("messages") is not None else _pair(record)
     return replace(row, **parts)
