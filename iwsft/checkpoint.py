@@ -106,12 +106,19 @@ def read(path: Path, way_out: str) -> dict[str, Any]:
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """Name the differences of two trees of settings: ``name=stored (now wanted), ...``.
 
-    The text is empty where they are equal. Values are compared as JSON: a tuple equals a list.
+    The text is empty where they are equal. Values are compared as JSON: a tuple equals a list. NaN
+    equals itself.
     """
-    old, new = dict(leaves(stored)), dict(leaves(json.loads(json.dumps(wanted))))
+    trees = (json.loads(json.dumps(tree), parse_constant=_constant) for tree in (stored, wanted))
+    old, new = (dict(leaves(tree)) for tree in trees)
     names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
     pairs = [(name, old.get(name), new.get(name)) for name in names]
     return ", ".join(f"{name}={_shown(a, b)} (now {_shown(b, a)})" for name, a, b in pairs)
+
+
+def _constant(text: str) -> float | str:
+    """A number that JSON lacks; NaN, which does not equal itself, stays a text."""
+    return text if text == "NaN" else float(text)
 
 
 def leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
