@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ Row = dict[str, float]
 class MetricsLog:
     """Appends a JSON object for each row to ``metrics.jsonl`` of a run's folder.
 
-    A row is on disk when :meth:`write` returns. ``after`` is the last step to keep: a resumed run
-    writes the later rows again.
+    A kill of the process loses no row that :meth:`write` has written, and one of the machine none
+    before :meth:`sync`. ``after`` is the last step to keep: a resumed run writes the later rows
+    again.
 
     Raises:
         ValueError: A row on disk is not JSON; a last row that a kill cut short is removed.
@@ -29,7 +31,7 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, *, after: int = 0) -> None:
-        self._path = folder / FILE
+        self.folder, self._path = folder, folder / FILE
         try:
             rows = read(self._path) if self._path.exists() else []
         except ValueError as error:
@@ -41,6 +43,11 @@ class MetricsLog:
         row = {name: value for name, value in row.items() if math.isfinite(value)}
         with full_disk_named(self._path), self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+    def sync(self) -> None:
+        """Wait until all rows are on the disk itself."""
+        with self._path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def read(path: Path) -> list[dict[str, float]]:

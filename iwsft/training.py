@@ -128,8 +128,7 @@ def fit(
             same number of steps.
         updater: Updater of target networks or of q, which a lagged q needs; ``step()`` follows each
             update.
-        limits: Largest absolute values of outputs of the loss, by name; beyond them the run has
-            diverged.
+        limits: Largest absolute values of the loss's outputs, by name; beyond, a run has diverged.
         probes: Measurements during the run.
         folder: Folder of the run, for ``checkpoint/`` and ``metrics.jsonl``; None writes nothing. A
             checkpoint in it is resumed, and the run ends in the same parameters, bit for bit, as an
@@ -373,10 +372,10 @@ class _Seed:
         # A last gradient can be NaN although its loss was finite.
         if save and not all(bool(p.isfinite().all()) for p in training.loss.parameters()):
             raise diverged("the policy is no longer finite", step, schedules)
-        if save and training.folder is not None:
-            self._save(step, training.folder / checkpoint.FOLDER)
+        if save and self._log is not None:
+            self._save(step, self._log)
 
-    def _save(self, step: int, folder: Path) -> None:
+    def _save(self, step: int, log: MetricsLog) -> None:
         state = {name: part.state_dict() for name, part in self._parts.items()}
         draws = _generators()
         if self._noise is not None:
@@ -385,7 +384,8 @@ class _Seed:
             draws[self._device.type] = self._noise.get_state()
         state |= {"draws": draws, "step": step, **asdict(self.cost())}
         state |= {"schedule": course_of(self._schedules), "form": self._form}
-        checkpoint.save(folder, state, self._training.settings)
+        log.sync()  # a resumed run does not make the rows before its checkpoint again
+        checkpoint.save(log.folder / checkpoint.FOLDER, state, self._training.settings)
 
     def _resume(self) -> tuple[int, Cost]:
         """Load the checkpoint, if there is one; return its update and its cost."""
