@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,7 +109,7 @@ PARTS = (
         "A bandit: why SFT stops short",
         "One arm always wins, the other half of the time. SFT copies how often each arm is among "
         "the wins, 2 to 1, and stops there; iw-SFT moves to the better arm.",
-        ("benchmarks.bandit", "--out", "{out}/bandit"),
+        ("bandit", "--out", "{out}/bandit"),
         _show_bandit,
     ),
     Part(
@@ -117,7 +117,7 @@ PARTS = (
         "A small language model knows three ways to add up, one of them careful. It trains on its "
         "own right answers: SFT keeps the mixture of ways, iw-SFT moves on to the careful one.",
         (
-            "benchmarks.llm",
+            "llm",
             *("--algo", "base", "sft", "iw-sft", *_SEEDS, "--out", "{out}", "--resume"),
         ),
         _show_arithmetic,
@@ -129,7 +129,7 @@ PARTS = (
         "0 for random and 100 for expert policies. The weights stay near 1 here, and three seeds "
         "scatter: expect a small difference or a tie.",
         (
-            "benchmarks.d4rl",
+            "d4rl",
             *("--algo", "bc", "sft-q", "iw-sft-q", *_SEEDS),
             *("--reference-steps", "1200", "--steps", "1200", "--eval-episodes", "30"),
             *("--settings-of", "hopper-medium-expert-v2", "--curve-episodes", "0"),
@@ -138,12 +138,6 @@ PARTS = (
         _show_control,
     ),
 )
-
-
-def _typed(words: Sequence[str]) -> str:
-    from benchmarks.commands import program
-
-    return shlex.join([*program(words[0].removeprefix("benchmarks.")).split(), *words[1:]])
 
 
 def main(options: Options) -> Path:
@@ -158,8 +152,9 @@ def main(options: Options) -> Path:
     print(f"{len(PARTS)} experiments, five to ten minutes on two cores, then one page.")
     for number, (part, words) in enumerate(zip(PARTS, commands, strict=True), 1):
         print(f"\n{number}/{len(PARTS)} {part.title}\n{part.look_at}", flush=True)
-        print(f"$ {_typed(words)}\n", flush=True)
-        status = subprocess.run([sys.executable, "-m", *words], check=False).returncode
+        print(f"$ {shlex.join(['iwsft', *words])}\n", flush=True)
+        command = [sys.executable, "-m", "benchmarks", *words]
+        status = subprocess.run(command, check=False).returncode
         if status:
             raise SystemExit(status)
     document = Document()
@@ -168,7 +163,7 @@ def main(options: Options) -> Path:
         document.text(part.look_at)
         lines.append(part.show(document, options.out))
         document.text(f"**{lines[-1]}**")
-        document.text(f"Command: `{shareable(_typed(words))}`")
+        document.text(f"Command: `{shareable(shlex.join(['iwsft', *words]))}`")
     document.section("")
     for line in lines:
         document.text(line)

@@ -27,9 +27,9 @@ COMPARED = ("sft-q", "iw-sft-q")
 
 def test_its_commands_are_valid(tmp_path: Path) -> None:
     words = {part.command[0]: [w.format(out=tmp_path) for w in part.command[1:]] for part in PARTS}
-    assert parse(BanditOptions, "bandit", None, words["benchmarks.bandit"]).out.parent == tmp_path
-    assert parse_llm(words["benchmarks.llm"]).seeds == (0, 1, 2)
-    options = parse(ControlOptions, "d4rl", None, words["benchmarks.d4rl"])
+    assert parse(BanditOptions, "bandit", None, words["bandit"]).out.parent == tmp_path
+    assert parse_llm(words["llm"]).seeds == (0, 1, 2)
+    options = parse(ControlOptions, "d4rl", None, words["d4rl"])
     check_options(options, choose_suite(options))
     # Behaviour cloning and the reference are then one training.
     assert options.steps == options.reference_steps
