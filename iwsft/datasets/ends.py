@@ -149,18 +149,23 @@ def _torn(steps: Steps, source: str) -> Flags:
     following, then = steps.next_observations[:-1], steps.observations[1:]
     own = steps.observations[:-1]
     inside = ~steps.ends[:-1]
-    if not _differ(following, own).any() and _differ(own, then).mean() > 0.1:
+    if not _differ(following, own).any() and _differ(own, then).sum() > len(own) / 10:
         problem = "'next_observations' are the row's own observations"
         raise ValueError(f"{source}: {problem}; leave them out, or write the next ones")
-    torn[:-1] = _differ(following, then) & inside
+    apart = _differ(following, then)
+    torn[:-1] = apart & inside
     if torn.sum() > max(1, inside.sum() / 2):
+        if (apart & ~inside).sum() < (~inside).sum() / 10 and inside.mean() < 0.5:
+            name = "terminals" if steps.terminals.mean() > 0.5 else "timeouts"
+            problem = f"{name!r} marks the rows that the next row follows, and not the last ones"
+            raise ValueError(f"{source}: {problem} of episodes; invert it")
         if (_differ(own, steps.next_observations[1:]) & inside).sum() < inside.sum() / 10:
             problem = "'observations' are the 'next_observations' of the next rows"
             way_out = "swap the two fields, or write the rows in the order of recording"
             raise ValueError(f"{source}: {problem}; {way_out}")
         # Noise of a sensor is small compared with the spread of the observations.
-        apart = np.abs(following - then)[torn[:-1]] / column_spread(steps.observations)
-        far = apart.max(axis=1) > 0.5
+        gaps = np.abs(following - then)[torn[:-1]] / column_spread(steps.observations)
+        far = gaps.max(axis=1) > 0.5
         if far.mean() > 0.5:
             many = f"'next_observations' of {int(torn.sum()):,} of {int(inside.sum()):,} steps"
             problem = f"{many} is not the next row's observation"

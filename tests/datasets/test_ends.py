@@ -225,6 +225,19 @@ def test_next_observations_in_the_place_of_the_observations(write: Write) -> Non
         datasets.load(write({name: values[::-1] for name, values in fields.items()}))
 
 
+@pytest.mark.parametrize("name", ["terminals", "timeouts"])
+def test_inverted_flags_are_named(write: Write, name: str) -> None:
+    fields = walks() | {"terminals": flags([]), "timeouts": flags([])} | {name: ~flags(ENDS)}
+    with pytest.raises(ValueError, match=f"'{name}' marks the rows that .* invert it"):
+        datasets.load(write(fields))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_file_of_one_row(write: Write) -> None:
+    data = datasets.load(write({name: values[:1] for name, values in walks().items()}))
+    assert lengths(data.trajectories).tolist() == [1]
+
+
 def test_episodes_of_one_step_are_noted(write: Write) -> None:
     fields = walks(following=False) | {"terminals": flags(range(sum(SIZES))), "timeouts": flags([])}
     with pytest.warns(UserWarning, match="each of 26 rows ends an episode"):
