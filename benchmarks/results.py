@@ -252,7 +252,8 @@ def _name(folder: Path) -> _Name | None:
     for file in (RESULT, CONFIG):
         with suppress(ResultsError, OSError):
             content = read_json(folder / file)
-            kind, dataset, algo, seed = map(content.get, ("benchmark", *_IDENTITY[:3]))
+            about: Any = [content.get(key) for key in ("benchmark", *_IDENTITY[:3])]
+            kind, dataset, algo, seed = about
             texts = kind in (CONTROL, LANGUAGE) and isinstance(dataset, str)
             if texts and isinstance(algo, str) and _is_number(seed, least=0):
                 return kind, dataset, algo, int(seed)
