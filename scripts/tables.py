@@ -48,6 +48,7 @@ _FORMS = {
         "medium_expert_forms.json",
         "walker2d_replay_forms.json",
         "halfcheetah_replay_forms.json",
+        "walker2d_gaits.json",
     ),
 }
 # Loops of each record, and the differences that its page shows.
