@@ -5,8 +5,8 @@ oneDNN uses it and is twice as fast there. On Intel's processors, and on AMD's w
 is as fast or faster, and a call of it costs less.
 
 Log-probs of a step must not depend on its batch, so that first weights are exactly 1. oneDNN's rows
-have the same bits in batches of any size from 2 rows on. MKL's have them from 8 rows on, but on
-AMD's processors not in all narrow layers, which take oneDNN's products, too.
+have the same bits in batches of any size from 2 rows on. MKL's have them from 16 rows on, but not
+in all narrow layers, which take oneDNN's products on every processor.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _is_narrow(outputs: int, inputs: int) -> bool:
-    """Whether bits of MKL's rows depend on the batch on AMD's processors (measured, on Zen 3)."""
+    """Whether bits of MKL's rows depend on the batch: one output (Zen 3, Intel), few (Zen 3)."""
     return outputs == 1 or (outputs < 12 and inputs % 4 != 0)
 
 
@@ -168,7 +168,7 @@ def _prefers_onednn(narrow: bool) -> bool:
     listed = Path("/proc/cpuinfo")
     name = listed.read_text() if listed.exists() else platform.processor()
     has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return "GenuineIntel" not in name and (has_avx512 or narrow)
+    return narrow or (has_avx512 and "GenuineIntel" not in name)
 
 
 def _is_eager() -> bool:

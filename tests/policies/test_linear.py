@@ -62,7 +62,8 @@ def test_a_row_has_the_same_bits_in_every_batch(
     torch.manual_seed(0)
     layer, x = Linear(*sizes), torch.randn(3000, sizes[0])
     whole = layer(x)
-    for rows in (torch.arange(8), torch.arange(1, 9), torch.randperm(3000)[:256], slice(5, 2053)):
+    least = torch.arange(16)
+    for rows in (least, least + 1, torch.randperm(3000)[:257], slice(5, 2053), slice(2999)):
         assert torch.equal(layer(x[rows]), whole[rows])
     if not here:
         assert torch.equal(layer(x[:2]), whole[:2])
@@ -136,7 +137,9 @@ def test_other_inputs_and_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
         ("AuthenticAMD", "AVX2", 6, True),
         ("AuthenticAMD", "AVX2", 1, True),
         ("GenuineIntel", "AVX512", 256, False),
-        ("GenuineIntel", "AVX2", 6, False),
+        ("GenuineIntel", "AVX512", 1, True),
+        ("GenuineIntel", "AVX2", 256, False),
+        ("GenuineIntel", "AVX2", 6, True),
     ],
 )
 def test_the_processor_and_the_width_decide(

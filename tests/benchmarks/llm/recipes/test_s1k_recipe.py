@@ -65,7 +65,7 @@ def test_every_row_is_good_whatever_its_grade(tiny_qwen2: Path, tmp_path: Path):
     prepared = S1kRecipe().prepare(tmp_path, given, seed=0)
     assert len(prepared.rows) == 20
     assert all(row.correct is None and row.score is None for row in prepared.rows)
-    assert "benchmarks.llm evaluate" in prepared.notes["benchmarks"]
+    assert "iwsft evaluate" in prepared.notes["benchmarks"]
     assert prepared == S1kRecipe().prepare(tmp_path, given, seed=3)
 
 
