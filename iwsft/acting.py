@@ -1,7 +1,7 @@
 """Policies that act in environments: their inputs, and one call of them for all episodes.
 
-:func:`iwsft.evaluation.evaluate` and ``iwsft collect`` use this module, so that a
-policy acts the same everywhere.
+:func:`iwsft.evaluation.evaluate` and ``iwsft collect`` use this module, so that a policy acts the
+same everywhere.
 """
 
 from __future__ import annotations

@@ -21,9 +21,8 @@ Row = dict[str, float]
 class MetricsLog:
     """Appends a JSON object for each row to ``metrics.jsonl`` of a run's folder.
 
-    A kill of the process loses no row that :meth:`write` has written, and one of the machine none
-    before :meth:`sync`. ``after`` is the last step to keep: a resumed run writes the later rows
-    again.
+    A row outlives a kill of the process after :meth:`write`, and a stop of the machine after
+    :meth:`sync`. ``after`` is the last step to keep: a resumed run writes the later rows again.
 
     Raises:
         ValueError: A row on disk is not JSON; a last row that a kill cut short is removed.

@@ -158,7 +158,10 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _is_narrow(outputs: int, inputs: int) -> bool:
-    """Whether bits of MKL's rows depend on the batch: one output (Zen 3, Intel), few (Zen 3)."""
+    """Whether bits of MKL's rows depend on the batch, as measured.
+
+    They do with one output on Zen 3 and on Intel, and with fewer than 12 on Zen 3.
+    """
     return outputs == 1 or (outputs < 12 and inputs % 4 != 0)
 
 
