@@ -56,14 +56,19 @@ class Run(Generic[Options]):
         return {name: getattr(self, name) for name in names}
 
     @property
+    def root(self) -> Path:
+        """Folder of all runs of all benchmarks."""
+        return self.options.out
+
+    @property
     def dataset_folder(self) -> Path:
         """Folder of all runs on the dataset, and of what they share."""
-        return self.options.out / self.benchmark / self.dataset
+        return self.root / self.benchmark / self.dataset
 
     @property
     def folder(self) -> Path:
         """Folder that the run writes to."""
-        return folder_of(self.options.out, **self.identity)
+        return folder_of(self.root, **self.identity)
 
 
 def folder_of(out: Path, benchmark: str, dataset: str, algo: str, seed: int) -> Path:

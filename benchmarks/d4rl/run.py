@@ -55,9 +55,9 @@ class Run(runs.Run[Options]):
     benchmark = "d4rl"
 
     @property
-    def dataset_folder(self) -> Path:
-        """Folder of all runs of the variant on the dataset."""
-        return self.options.out / self.options.variant / self.benchmark / self.dataset
+    def root(self) -> Path:
+        """Folder of all runs of the variant."""
+        return self.options.out / self.options.variant
 
     @property
     def baseline(self) -> Baseline | None:

@@ -24,6 +24,7 @@ from benchmarks.d4rl.settings import FineTuning
 from benchmarks.report import __main__ as report
 from benchmarks.report.options import Options as ReportOptions
 from benchmarks.report.scores import algorithm_label
+from benchmarks.results import CONTROL, read_runs
 from iwsft import GaussianPolicy, MixturePolicy, datasets, evaluate, load_policy, metrics
 from iwsft.evaluation import normalized_score
 
@@ -199,6 +200,17 @@ def test_runs_share_their_reference_and_bc_is_it(folder: Path) -> None:
     assert same(folder / "bc" / "seed-0", reference)
     bc = metrics.read(folder / "bc" / "seed-0" / metrics.FILE)
     assert bc == metrics.read(reference / metrics.FILE)
+
+
+def test_a_variant_has_runs_of_its_own_and_the_reference_of_all(job: Job, tmp_path: Path) -> None:
+    few = {"steps": 2, "reference_steps": 2, "eval_episodes": 1}
+    folder = job(tmp_path, ["sft"], **few)
+    job(tmp_path, ["sft"], variant="top50", top=50.0, **few)
+    algos = {run.algo: run.folder for run in read_runs(tmp_path, CONTROL)}
+    mine = tmp_path / "top50" / "d4rl" / "mine"
+    assert algos == {"sft": folder / "sft" / "seed-0", "top50/sft": mine / "sft" / "seed-0"}
+    assert len([path for path in (folder / "reference").iterdir() if path.is_dir()]) == 1
+    assert [path.name for path in mine.iterdir()] == ["sft"]
 
 
 @pytest.mark.parametrize("estimator", ["steps", "trajectories"])
