@@ -128,8 +128,9 @@ def claim_runs(options: Options) -> list[tuple[Run, Task]]:
     import_d3rlpy()
     task = Task.load(options.dataset)
     task.check_environment()
+    source, known = options.dataset, name_in_tables(task.dataset)
     all_runs = [
-        Run(task.name, algo, seed, ours, options.dataset, name_in_tables(task.dataset))
+        Run(d4rl.name_of(source), algo, seed, ours, source, known)
         for algo in options.algo
         for seed in options.seeds
     ]

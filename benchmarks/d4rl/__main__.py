@@ -31,10 +31,13 @@ Examples:
 @stopping.ends_in_one_line()
 def main(options: Options) -> None:
     """Run the job; an error that a user can mend ends it in one line."""
-    from benchmarks.d4rl.options import check_options, choose_suite
+    from benchmarks.d4rl.options import check_options, choose_suite, folders
+    from benchmarks.runs import check_free
 
     suite = choose_suite(options)
     check_options(options, suite)
+    if not options.resume:
+        check_free(folders(options, suite))
     # Takes seconds to import.
     from benchmarks.d4rl.job import run_job
 

@@ -12,7 +12,7 @@ import rich
 
 from baselines import BASELINES
 from benchmarks import monitor, places, stopping
-from benchmarks.d4rl.options import Options, Suite
+from benchmarks.d4rl.options import Options, Suite, name_of
 from benchmarks.d4rl.run import Run, Task, check_run, config_of
 from benchmarks.d4rl.settings import name_in_tables
 from benchmarks.d4rl.train import Report, train_and_score
@@ -79,6 +79,9 @@ def _list_runs(options: Options, suite: Suite, summary: Summary) -> dict[Run, di
     rows = [(source, suite.algo, options) for source in suite.dataset]
     rows += [(source, ("bc",), alone) for source in suite.cloned]
     for source, names, given in rows:
+        name = name_of(source, given.pretrain_dataset)
+        if any(run.dataset == name for run in configs):
+            raise ValueError(f"{source}: there is another dataset of the name {name}")
         try:
             task = Task.load(source, given.pretrain_dataset, trust=options.trust_env_module)
         # No network, no file, no package. Wrong names and contents are the user's to mend.
@@ -87,13 +90,11 @@ def _list_runs(options: Options, suite: Suite, summary: Summary) -> dict[Run, di
                 raise
             summary.leave_out(f"{source}: {one_line(error)}")
             continue
-        if any(run.dataset == task.name for run in configs):
-            raise ValueError(f"{source}: there is another dataset of the name {task.name}")
         runs: list[Run] = []
         problems: dict[str, list[str]] = {}
         path, known = _absolute(source), name_in_tables(task.dataset)
         for algo in names:
-            several = [Run(task.name, algo, seed, given, path, known) for seed in suite.seeds]
+            several = [Run(name, algo, seed, given, path, known) for seed in suite.seeds]
             try:
                 if not runs:
                     task.check_environment()
@@ -113,7 +114,7 @@ def _list_runs(options: Options, suite: Suite, summary: Summary) -> dict[Run, di
         origins = dict.fromkeys(each.get("settings_from", "Appendix F") for each in recorded)
         for known in {run.table_name for run in added}:
             other = "" if "-" in known else " (--settings-of NAME takes those of a dataset)"
-            tell(f"{task.name}: settings of {known}: {'; '.join(origins)}{other}")
+            tell(f"{name}: settings of {known}: {'; '.join(origins)}{other}")
         configs |= added
     if not configs:
         raise ValueError("nothing to run is left: " + "; ".join(summary.left_out))

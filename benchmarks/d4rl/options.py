@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,11 +22,14 @@ from benchmarks.options import (
     check_used,
     option,
 )
+from benchmarks.runs import folder_of
 
 Preset = Literal["paper", "authors"]
 Estimator = Literal["steps", "trajectories"]
 Ties = Literal["rank", ">", ">="]
 _FORMS = "gaussian|mixture"
+# Between the names of two datasets, of which the first is that of the reference policy.
+TO = "--to--"
 
 # Updates of behaviour cloning (Appendix F).
 REFERENCE_STEPS = 10_000
@@ -297,7 +301,7 @@ def check_options(options: Options, suite: Suite) -> None:
         find_algorithm(name)
     check_once(algo=suite.algo, dataset=suite.dataset)
     for source in (*suite.dataset, *suite.cloned, suite.pretrain_dataset or ""):
-        for part in [source] if Path(source).expanduser().exists() else source.split("+"):
+        for part in parts_of(source):
             check_file(part)
     check_seeds(suite.seeds)
     if options.settings_of is not None:
@@ -329,6 +333,32 @@ def check_options(options: Options, suite: Suite) -> None:
     for name in ("graph", "stack_seeds"):
         if getattr(options, name):
             _check_shapes(f"--{name.replace('_', '-')}", options, suite.algo)
+
+
+def parts_of(source: str) -> list[str]:
+    """The datasets that ``A+B`` joins; a file may have such a name."""
+    return [source] if Path(source).expanduser().exists() else source.split("+")
+
+
+def name_of(source: str, pretrain_source: str | None = None) -> str:
+    """Name of the folders of the runs on data: that of the dataset, known before it is loaded."""
+    names = [
+        Path(part).stem
+        if part.lower().endswith((".hdf5", ".h5"))
+        else part.removeprefix("minari:").replace("/", "-")
+        for part in parts_of(source)
+    ]
+    before = "" if pretrain_source is None else name_of(pretrain_source) + TO
+    return before + "+".join(names)
+
+
+def folders(options: Options, suite: Suite) -> Iterator[Path]:
+    """Folders of all runs of a command line."""
+    rows = [(name_of(each, suite.pretrain_dataset), suite.algo) for each in suite.dataset]
+    rows += [(name_of(each), ("bc",)) for each in suite.cloned]
+    root = options.out / options.variant
+    for (name, algos), seed in itertools.product(rows, suite.seeds):
+        yield from (folder_of(root, "d4rl", name, algo, seed) for algo in algos)
 
 
 def _check_shapes(option: str, options: Options, algo: Sequence[str]) -> None:

@@ -20,7 +20,15 @@ from baselines import Baseline
 from benchmarks import runs
 from benchmarks.commands import typed
 from benchmarks.d4rl import settings as paper
-from benchmarks.d4rl.options import SUITES, Algorithm, Options, find_algorithm, without_effect
+from benchmarks.d4rl.options import (
+    SUITES,
+    TO,
+    Algorithm,
+    Options,
+    find_algorithm,
+    parts_of,
+    without_effect,
+)
 from benchmarks.options import to_config
 from benchmarks.runs import hardware, tell, versions
 from iwsft import datasets, environments
@@ -40,9 +48,6 @@ from iwsft.trajectory import (
     lengths,
     select,
 )
-
-# Between the names of two datasets, of which the first is that of the reference policy.
-_TO = "--to--"
 
 
 @dataclass(frozen=True)
@@ -180,7 +185,7 @@ class Run(runs.Run[Options]):
     def table_name(self) -> str:
         """Name of the dataset in tables of settings."""
         known = self.options.settings_of or self.name_in_tables
-        return known or self.dataset.rpartition(_TO)[2]
+        return known or self.dataset.rpartition(TO)[2]
 
     def curate(self, trajectories: TensorDictBase, parts: Sequence[int] = ()) -> TensorDictBase:
         """The trajectories that the algorithm trains on; each of the parts is cut by itself."""
@@ -216,8 +221,10 @@ class Task:
     @classmethod
     def load(cls, source: str, pretrain_source: str | None = None, *, trust: bool = False) -> Task:
         """Load data by names or paths; ``A+B`` joins two, ``trust`` is ``trust_env_module``."""
-        names = [source] if Path(source).expanduser().exists() else source.split("+")
-        loaded = [datasets.load(name, scale_actions=True, trust_env_module=trust) for name in names]
+        loaded = [
+            datasets.load(part, scale_actions=True, trust_env_module=trust)
+            for part in parts_of(source)
+        ]
         parts = tuple(len(lengths(each.trajectories)) for each in loaded)
         data = loaded[0] if len(loaded) == 1 else _joined(loaded)
         modules = environments.modules_to_import(data.env_id or "", data.env_kwargs)
@@ -243,13 +250,6 @@ class Task:
         if before.fingerprint == data.fingerprint:
             raise ValueError(f"--pretrain-dataset {before.name} holds the same data as --dataset")
         return cls(data, before, parts)
-
-    @property
-    def name(self) -> str:
-        """Name of the folders of its runs."""
-        if self.pretrain is self.dataset:
-            return self.dataset.name
-        return f"{self.pretrain.name}{_TO}{self.dataset.name}"
 
     @property
     def env_id(self) -> str:
@@ -319,7 +319,7 @@ def check_run(run: Run, task: Task) -> None:
         run.weights.check_overflow(int(lengths(data).max()))
     reason = why_unweighted(data) if run.chooses_q else None
     if reason := reason or run.why_unsynced:
-        tell(f"{task.name} {run.algo}: {reason}")
+        tell(f"{run.dataset} {run.algo}: {reason}")
 
 
 def why_unweighted(curated: TensorDictBase) -> str | None:

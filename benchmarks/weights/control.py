@@ -43,7 +43,8 @@ def of_run(options: Options, folder: Path, config: dict[str, Any], out: Path) ->
             problem = f"{data_of.source} has changed since {folder} was trained"
             raise ValueError(f"{problem}, so its weights would be others; put it back")
     given = replace(given, out=out, device="cpu")
-    run = Run(task.name, name, int(config["seed"]), given, source, name_in_tables(task.dataset))
+    dataset, seed = d4rl.name_of(source, given.pretrain_dataset), int(config["seed"])
+    run = Run(dataset, name, seed, given, source, name_in_tables(task.dataset))
     home = reference_folder(run, task)
     q, what = _read_policy(folder, run, task, f"{folder} has no checkpoint yet")
     reference, _ = _read_policy(home, run, task, f"{home} has no reference policy any more")

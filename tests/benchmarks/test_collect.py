@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.collect.__main__ import main
 from benchmarks.collect.options import Options
+from benchmarks.d4rl.options import name_of
 from iwsft import datasets, environments
 from iwsft.evaluation import episode_seeds, evaluate
 from iwsft.trajectory import lengths
@@ -203,6 +204,7 @@ def test_several_policies_and_minari(tmp_path: Path) -> None:
     ]
     replay_by_hand(fields(tmp_path / "a.hdf5"), gym.make("Hopper-v4"), episode_seeds(0, 6))
     first, second = datasets.load(tmp_path / "a.hdf5"), datasets.load("minari:lab/hop/x-v0")
+    assert second.name == name_of("minari:lab/hop/x-v0")
     assert first.fingerprint == second.fingerprint
     assert second.env_id == "Hopper-v4"
 

@@ -141,14 +141,19 @@ print({{"torch", "numpy", "scipy", "matplotlib", "transformers"}} & set(sys.modu
 def test_a_folder_that_is_taken_is_told_before_anything_heavy_is_imported(tmp_path: Path) -> None:
     """The base of a job is taken as it is, and ``--resume`` continues what is there."""
     (tmp_path / "rows.jsonl").touch()
+    (tmp_path / "mine.hdf5").touch()
     asked = f"--model {tmp_path} --out {tmp_path}/out"
+    control = f"d4rl --seeds 0 1 --out {tmp_path}/out --dataset {tmp_path}/mine.hdf5"
     rows = f"--data {tmp_path}/rows.jsonl"
     loop = f"--out {tmp_path}/out --model {tmp_path} --prompts {tmp_path}/rows.jsonl"
+    pretrained = "d4rl/lab-x-v0--to--mine/iw-sft-q/seed-0"
     commands = {
         f"finetune {rows} {asked} --algo sft dft --seeds 0 1": "llm/chat/dft/seed-1",
         f"evaluate --tasks gsm8k={tmp_path}/rows.jsonl {asked}": f"{tmp_path.name}/gsm8k",
         f"loop --verifier math {loop}": "",
         f"d4rl loop --start bc:hopper-replay-mini --out {tmp_path}/out": "",
+        control: "d4rl/mine/iw-sft-q/seed-1",
+        f"{control} --variant k0 --pretrain-dataset lab/x-v0": f"k0/{pretrained}",
     }
     code = f"""
 import sys

@@ -385,7 +385,7 @@ def test_a_disk_too_full_to_claim_a_folder_claims_none(
     """The configuration of bc fits, that of iw-sft-q does not."""
     task, source = Task.load(str(tiny_dataset)), str(tiny_dataset)
     options = Options(steps=20, reference_steps=20, eval_episodes=2)
-    runs = [Run(task.name, algo, 0, options, source) for algo in ("bc", "iw-sft-q")]
+    runs = [Run(tiny_dataset.stem, algo, 0, options, source) for algo in ("bc", "iw-sft-q")]
     sizes = [len(json.dumps(config_of(run, task), indent=1)) for run in runs]
     with full_disk(sum(sizes) // 2):
         message = fails(tmp_path / "runs", ["bc", "iw-sft-q"])

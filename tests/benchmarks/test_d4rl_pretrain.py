@@ -14,7 +14,7 @@ import torch
 from test_every_algorithm import start
 from tracking import write_dataset
 
-from benchmarks.d4rl.options import Options
+from benchmarks.d4rl.options import Options, name_of
 from benchmarks.d4rl.run import Run, Task
 from benchmarks.d4rl.train import reference_folder, train_and_score, train_references
 from benchmarks.runs import CONFIG
@@ -101,7 +101,7 @@ def test_actions_of_both_datasets_have_the_same_unit(tmp_path: Path) -> None:
             if env_id is not None:
                 file.attrs["env_id"] = env_id
     paths = {path.stem: str(path) for path in tmp_path.iterdir()}
-    assert Task.load(paths["named"], paths["twin"]).name == "twin--to--named"
+    Task.load(paths["named"], paths["twin"])
     with pytest.raises(ValueError, match=r"unnamed has actions of the bounds \[-1, 1\], named \["):
         Task.load(paths["named"], paths["unnamed"])
 
@@ -113,8 +113,9 @@ def test_joined_datasets_are_cut_each_by_itself(tiny_dataset: Path, tmp_path: Pa
     with h5py.File(other, "a") as file:
         file["rewards"][...] += 100
     task = Task.load(f"{tiny_dataset}+{other}")
-    assert task.name == "mine+other" and task.parts == (40, 40)
-    run = Run(task.name, "sft", 0, Options(), "")
+    assert task.dataset.name == name_of(f"{tiny_dataset}+{other}") == "mine+other"
+    assert task.parts == (40, 40)
+    run = Run("mine+other", "sft", 0, Options(), "")
     curated = run.curate(task.dataset.trajectories, task.parts)
     alone = [
         run.curate(Task.load(str(path)).dataset.trajectories) for path in (tiny_dataset, other)

@@ -19,7 +19,14 @@ from tracking import BEST, ENV_ID, STANDING, write_dataset
 
 from baselines import BASELINES, Baseline, algorithm
 from benchmarks.d4rl import settings as paper
-from benchmarks.d4rl.options import ALGORITHMS, RELATED, Options, check_options, choose_suite
+from benchmarks.d4rl.options import (
+    ALGORITHMS,
+    RELATED,
+    Options,
+    check_options,
+    choose_suite,
+    name_of,
+)
 from benchmarks.d4rl.run import Run, Task, check_run, config_of
 from benchmarks.d4rl.train import train_and_score
 from benchmarks.runs import claim
@@ -98,7 +105,8 @@ def start(algo: str, dataset: Path, out: Path, **values: Any) -> tuple[Run, Task
     options = Options(algo=(algo,), out=out, **standard | values)
     check_options(options, choose_suite(options))
     task = Task.load(str(dataset), options.pretrain_dataset)
-    run = Run(task.name, algo, 0, options, str(dataset))
+    name = name_of(str(dataset), options.pretrain_dataset)
+    run = Run(name, algo, 0, options, str(dataset))
     task.check_environment()
     check_run(run, task)
     configs = {run: config_of(run, task)}
