@@ -103,7 +103,8 @@ def parse_groups(
         with ends_in_one_line():
             configured = config_words(words, command, groups, defaults)
         parts.append(("config", Annotated[Path | None, _CONFIG], None))
-    copies = [_described(group, defaults) for group in groups]
+    fixed = dict(_FIXED.findall(command))
+    copies = [_described(group, defaults, fixed) for group in groups]
     for group in copies:
         title = tyro.conf.arg(name=group.__name__.lower() if len(groups) > 1 else "")
         parts.append((group.__name__, Annotated[group, title]))
@@ -115,7 +116,8 @@ def parse_groups(
             parsed: Any = tyro.cli(
                 together,
                 prog=prog,
-                args=[*configured, *words],
+                # tyro takes the default of a hidden option, and no words.
+                args=[*configured, *words[2 * len(fixed) :]],
                 description=description or "",
                 config=flat,
             )
@@ -175,8 +177,11 @@ def _unreadable(problem: Sequence[str], *lines: str) -> str:
     return f"{names} {given}: it takes {usage.partition(',')[0].partition(' ')[2]}"
 
 
-def _described(group: type, defaults: Mapping[str, Any]) -> type:
-    """A group whose options have these defaults, and their docstrings as help without breaks."""
+def _described(group: type, defaults: Mapping[str, Any], hidden: Collection[str]) -> type:
+    """A group whose options have these defaults, and their docstrings as help without breaks.
+
+    Options that are ``hidden`` are not listed.
+    """
     kinds = [kind for kind in reversed(group.__mro__) if is_dataclass(kind)]
     documented = [
         each for kind in kinds for each in docstring_parser.parse_from_object(kind).params
@@ -186,8 +191,9 @@ def _described(group: type, defaults: Mapping[str, Any]) -> type:
     described = []
     for each in fields(group):
         about = tyro.conf.arg(help=texts.get(each.name))
+        marks = (about, tyro.conf.Suppress) if each.name in hidden else (about,)
         default = (field(default=defaults[each.name]),) if each.name in defaults else ()
-        described.append((each.name, Annotated[hints[each.name], about], *default))
+        described.append((each.name, Annotated[hints[each.name], *marks], *default))
     copy = make_dataclass(group.__name__, described, kw_only=True)
     copy.__doc__ = group.__doc__
     return copy
@@ -250,7 +256,7 @@ def config_words(
     path = config_of(words)
     options = _read_config(path, command) if path else {}
     for name, value in _FIXED.findall(command):
-        other = options.get(name, value)
+        other = options.pop(name, value)
         if other != value:
             raise ValueError(f"{path} has --{name} {other}; `iwsft {_benchmark(command)}` takes it")
     out, names, before = list[str](), _names(groups), dict[str, str]()

@@ -46,6 +46,9 @@ def test_help_has_the_name_of_the_command_and_real_defaults(
     assert f"usage: iwsft {command}" in text
     for unclear in ("None", "default: )", "recipe: )", "benchmarks.l", "benchmarks.d"):
         assert unclear not in text
+    # Those that the command sets itself can't be given.
+    own = [word for word in COMMANDS[command].words if word.startswith("--")]
+    assert not [word for word in own if word in text]
 
 
 def test_the_list_of_commands(
@@ -285,6 +288,9 @@ def test_a_run_of_language_takes_back_its_own_config(
     path = config(tmp_path, json.dumps(content), "config.json")
     expected = language([*alone.split(), "--algo", algo, "--seeds", "2"])
     assert language(["--config", path]) == expected
+    if words == CHAT:
+        fixed = ["--recipe", "chat"]
+        assert language([*fixed, "--config", path], "llm --recipe chat") == expected
 
 
 @pytest.mark.parametrize(
