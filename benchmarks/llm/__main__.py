@@ -90,11 +90,15 @@ def evaluate(options: Options) -> None:
 def loop(words: Sequence[str]) -> None:
     """Run the loop and print its table; an error that a user can mend ends it in one line."""
     from benchmarks.llm.loop.options import parse
+    from benchmarks.llm.loop.verifiers import Verifier
 
     options = parse(words, _LOOP)
-    from benchmarks.llm.loop.job import run_rounds
+    with Verifier(options.verifier) as verifier:
+        verifier.start()
+        # Takes seconds to import.
+        from benchmarks.llm.loop.job import run_rounds
 
-    run_rounds(options)
+        run_rounds(options, verifier)
 
 
 def run() -> None:

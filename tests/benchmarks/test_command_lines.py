@@ -106,6 +106,7 @@ WRONG = {
     "evaluate --model m --n 0": "--n 0: at least 1",
     "evaluate --model m --backend vllm": "vllm is not installed",
     "loop": "Missing from iwsft loop: --model ID|DIR, --prompts ID|FILE, --verifier NAME|MODULE:F",
+    "loop --model m --prompts p --verifier json:gone": "json:gone does not load (module 'json'",
     "loop --model m --prompts p --verifier integral": "unknown verifier 'integral'; did you mean",
     "collect --out a.hdf5": "give either --policy",
     "collect --out a.hdf5 --policy no.npz --steps 5": "there is no file no.npz",

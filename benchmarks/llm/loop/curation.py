@@ -11,7 +11,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
 
 from benchmarks.llm.loop.options import LoopOptions
-from benchmarks.llm.loop.verifiers import Prompt
+from benchmarks.llm.loop.prompts import Prompt
 from benchmarks.llm.models import base_of, load, merged, with_commit
 from benchmarks.llm.options import ALGORITHMS
 from iwsft.datasets.text.rows import to_row

@@ -12,8 +12,9 @@ from benchmarks.commands import typed
 from benchmarks.llm.generators import check_room, load_prompter, pinned
 from benchmarks.llm.launch import Launch
 from benchmarks.llm.loop.options import LoopOptions
+from benchmarks.llm.loop.prompts import Prompt, read_prompts
 from benchmarks.llm.loop.stages import LanguageLoop
-from benchmarks.llm.loop.verifiers import Prompt, Verifier, read_prompts
+from benchmarks.llm.loop.verifiers import Verifier
 from benchmarks.llm.models import check_whole, shortest
 from benchmarks.llm.options import ALGORITHMS
 from benchmarks.llm.recipes.chat import asked, check_apart
@@ -31,7 +32,7 @@ _OF_QUESTIONS = (
 _PACKAGES = ("iwsft", "torch", "transformers", "vllm", "accelerate", "math-verify")
 
 
-def run_rounds(options: LoopOptions) -> list[dict[str, Any]]:
+def run_rounds(options: LoopOptions, verifier: Verifier) -> list[dict[str, Any]]:
     """Run the loop of a command line, or what is missing of it, and print the table."""
     job = options.job
     if options.deepspeed is None:
@@ -68,21 +69,18 @@ def run_rounds(options: LoopOptions) -> list[dict[str, Any]]:
     # Rows may be a token longer than what was generated, by the end of the template.
     most = shortest(job.settings.max_length, prompter.context)
     job = replace(job, settings=replace(job.settings, max_length=most))
-    with Verifier(options.verifier) as verifier:
-        # What is missing is told before anything is generated.
-        verifier.start()
-        loop = LanguageLoop(replace(options, job=job), prompter, verifier, prompts, held_out)
-        rows = run_loop(
-            options.out,
-            loop.stages(),
-            start=start,
-            rounds=options.rounds,
-            settings=settings,
-            resume=options.resume,
-            early_stop=options.stop_early,
-            about=about,
-            tell=tell,
-        )
+    loop = LanguageLoop(replace(options, job=job), prompter, verifier, prompts, held_out)
+    rows = run_loop(
+        options.out,
+        loop.stages(),
+        start=start,
+        rounds=options.rounds,
+        settings=settings,
+        resume=options.resume,
+        early_stop=options.stop_early,
+        about=about,
+        tell=tell,
+    )
     show_loop(rows, f"{options.algo}, {options.prompts}", "model", options.out, start)
     return rows
 

@@ -19,7 +19,8 @@ from benchmarks.llm.generators import as_generation, load_generator, requests_of
 from benchmarks.llm.job import fine_tune
 from benchmarks.llm.loop.curation import annotate, select_answers, trainable, unusable
 from benchmarks.llm.loop.options import LoopOptions
-from benchmarks.llm.loop.verifiers import Prompt, Verifier
+from benchmarks.llm.loop.prompts import Prompt
+from benchmarks.llm.loop.verifiers import Verifier
 from benchmarks.llm.models import make_once, merge_adapters
 from benchmarks.runs import RESULT, tell
 from benchmarks.statistics import interval_over_questions

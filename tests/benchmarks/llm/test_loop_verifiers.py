@@ -10,7 +10,8 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from benchmarks.llm.loop.job import describe_twins, describe_unread
-from benchmarks.llm.loop.verifiers import Prompt, Verifier, read_prompts
+from benchmarks.llm.loop.prompts import Prompt, read_prompts
+from benchmarks.llm.loop.verifiers import Verifier
 from iwsft.language import read, tokenize
 from iwsft.language.generations import Prompter
 from iwsft.trajectory import ASSISTANT_MASK, TOKENS
