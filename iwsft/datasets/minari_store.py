@@ -7,6 +7,7 @@ with D4RL's. They have reference scores only where Minari has them.
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -104,12 +105,17 @@ def _open(dataset_id: str) -> MinariDataset:
     import minari
     from minari.storage.datasets_root_dir import get_dataset_path
 
+    folder = Path(get_dataset_path(dataset_id))
     try:
+        if not (folder / "data").exists() and "MINARI_REMOTE" not in os.environ:
+            from huggingface_hub import constants, get_session
+
+            # Without a network, the requests of a download are repeated for most of a minute.
+            get_session().head(constants.ENDPOINT, timeout=10)
         return minari.load_dataset(dataset_id, download=True)
     except Exception as error:  # a damaged file and a request that fails may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        folder = get_dataset_path(dataset_id)
-        if (Path(folder) / "data").exists():
+        if (folder / "data").exists():
             raise ValueError(f"cannot read the Minari dataset {dataset_id!r}: {reason}") from error
         problem = f"the Minari dataset {dataset_id!r} is not in the local store ({folder})"
         raise ConnectionError(f"{problem}, and could not be downloaded: {reason}") from error

@@ -220,6 +220,20 @@ def test_a_set_that_the_remote_store_does_not_have(server: Served) -> None:
     assert server.requests
 
 
+def test_a_hub_that_is_not_reached_is_asked_once() -> None:
+    """Nothing listens at port 9; the hub's own library asks again and again, and says so."""
+    code = "from iwsft import datasets\ndatasets.load('lab/arm/medium-v7')"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "and could not be downloaded: Connect" in result.stderr.splitlines()[-1]
+    assert "Retrying" not in result.stderr
+
+
 def test_the_whole_environment_is_recorded_and_scored_in() -> None:
     env = gym.wrappers.RescaleAction(gym.make("Pendulum-v1", g=5.0, max_episode_steps=9), -1, 1)
     other = gym.make("Pendulum-v1", max_episode_steps=4)
