@@ -48,8 +48,12 @@ def recorded(path: Path, env_id: str, env_kwargs: Mapping[str, Any]) -> Iterator
     """Make an environment whose first episode is written to ``path``, an MP4 file.
 
     The file is written whole when the block ends without an error. An ImportError or a ValueError
-    says that the environment gives no pictures, or this machine can't draw or write them.
+    says that the file has another ending, the environment gives no pictures, or this machine can't
+    draw or write them.
     """
+    if path.suffix.lower() != ".mp4":
+        name = path.with_suffix(".mp4")
+        raise ValueError(f"{path} is no name of a video, which is an MP4 file; call it {name}")
     env, (height, width, _) = _make(env_id, env_kwargs)
     fps = env.metadata.get("render_fps", 30)
     with written_whole(path) as partial, env:

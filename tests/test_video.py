@@ -80,6 +80,9 @@ def test_what_can_not_be_drawn_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(ImportError, match=r"pip install 'iwsft\[video\]'"):
             evaluate(policy, "Slide-v0", episodes=1, video=file)
     pytest.importorskip("imageio_ffmpeg")
+    for name in ("episode", "episode.gif"):
+        with pytest.raises(ValueError, match=rf"{name} is no name .*; call it .*episode\.mp4"):
+            evaluate(policy, "Slide-v0", episodes=1, video=tmp_path / name)
     with pytest.raises(ValueError, match="draws no pictures"):
         evaluate(policy, "Invisible-v0", episodes=1, video=file)
     with pytest.raises(ValueError, match="this machine cannot draw Slide-v0: install libegl1"):
