@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from iwsft.chain import check_chain
-from iwsft.datasets.text.rows import read
+from iwsft.datasets.text.rows import Row, read
 from iwsft.datasets.text.tokens import CORRECT, correct_only, tokenize
 from iwsft.extras import named
 from iwsft.fingerprint import fingerprint
@@ -80,8 +80,9 @@ class ImportanceWeightedTrainer(WeightedTrainer):
             ``ref_log_prob`` is written into them. Those of multiplicity 0 are not trained on, and
             :class:`~iwsft.lower_bound.LowerBound` judges by them.
         train_dataset: Rows of text instead: records with ``messages``, or ``prompt`` and
-            ``completion``, such as a ``Dataset`` or a list; see :func:`iwsft.language.read`. They
-            are cut to ``args.max_length`` tokens. Those that are not ``correct`` are left out.
+            ``completion``, such as a ``Dataset`` or a list, or what :func:`iwsft.language.read`
+            returns. They are cut to ``args.max_length`` tokens. Those that are not ``correct`` are
+            left out.
         importance_weights: Transforms from per-token log-ratios to weights; by default exp of the
             mean log-ratio of a trajectory.
         eval_trajectories: Held-out trajectories, for ``evaluate``.
@@ -406,5 +407,7 @@ def _encoded(
         raise TypeError(f"{name} takes rows of text; pass token trajectories as {instead}=")
     if tokenizer is None:
         raise ValueError(f"{name} has rows of text: pass the tokenizer as processing_class=")
-    encoded = tokenize(read(rows), tokenizer, max_length=max_length).trajectories
+    if not (isinstance(rows, list) and isinstance(next(iter(rows), None), Row)):
+        rows = read(rows)
+    encoded = tokenize(rows, tokenizer, max_length=max_length).trajectories
     return encoded if encoded.get(CORRECT, default=None) is None else correct_only(encoded)

@@ -399,7 +399,7 @@ def test_our_own_trainer_takes_a_name_and_rows_of_text(model: Any, tmp_path: Pat
         str(tmp_path / "model"),
         ImportanceWeightedConfig(str(tmp_path / "run"), **SETTINGS, max_length=32),
         train_dataset=Dataset.from_list(rows),
-        eval_dataset=rows,
+        eval_dataset=read(rows),
     )
     assert trainer.model.dtype == torch.float32
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
