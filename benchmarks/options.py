@@ -346,12 +346,16 @@ def check_at_least(least: int, **numbers: int | None) -> None:
             raise ValueError(f"{flag(name)} {number}: at least {least}")
 
 
-def check_known(kind: str, name: str, known: Sequence[str]) -> None:
-    """Check the name of a ``kind`` of things; the error tells the nearest one that is known."""
+def check_known(kind: str, name: str, known: Sequence[str], place: str | None = None) -> None:
+    """Check the name of a ``kind`` of things; the error tells the nearest one that is known.
+
+    It has all that are known, or the ``place`` that lists them.
+    """
     if name not in known:
         near = nearest(name, known)
         hint = f"did you mean {near!r}? " if near else ""
-        raise ValueError(f"unknown {kind} {name!r}; {hint}it is one of {', '.join(known)}")
+        listed = f"it is one of {', '.join(known)}" if place is None else f"{place} lists them"
+        raise ValueError(f"unknown {kind} {name!r}; {hint}{listed}")
 
 
 def check_trackers(names: Sequence[str]) -> None:

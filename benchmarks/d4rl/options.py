@@ -307,7 +307,8 @@ def check_options(options: Options, suite: Suite) -> None:
     if options.settings_of is not None:
         from iwsft.datasets.catalog import CATALOG
 
-        check_known("dataset of D4RL for --settings-of", options.settings_of, [*CATALOG])
+        kind, place = "dataset of D4RL for --settings-of", "iwsft.datasets.available()"
+        check_known(kind, options.settings_of, [*CATALOG], place)
     counts = ("steps", "baseline_steps", "reference_steps", "eval_episodes", "jobs")
     check_at_least(1, **{name: getattr(options, name) for name in counts})
     check_at_least(0, curve_episodes=options.curve_episodes)

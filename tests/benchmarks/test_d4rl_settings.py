@@ -302,7 +302,7 @@ def test_a_file_can_have_the_settings_of_a_dataset(algo: str) -> None:
 
 def test_settings_of_an_unknown_dataset_are_refused() -> None:
     for algo, name, problem in (
-        ("sft", "hopper-medium-expert", "did you mean 'hopper-medium-expert-v2'"),
+        ("sft", "hopper-medium-expert", r"expert-v2'\? iwsft.datasets.available\(\) lists"),
         ("bc", "hopper-medium-expert-v2", "--settings-of .*bc"),
     ):
         options = Options(algo=(algo,), settings_of=name)
