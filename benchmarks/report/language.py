@@ -30,6 +30,7 @@ from benchmarks.report.scores import (
 from benchmarks.report.tables import published_scores
 from benchmarks.results import LANGUAGE, RecordedRun, read_all
 from benchmarks.statistics import MIN_SEEDS
+from iwsft import checkpoint
 
 SHARES = (
     "Chance of each kind of answer: a careful one is mostly right, a hasty one half of the time, "
@@ -264,8 +265,14 @@ def _apart(result: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
 
 
 def _short_names(models: Sequence[str]) -> dict[str, str]:
-    """The end of each model's path, long enough that no two models have the same."""
+    """The end of each model's path, long enough that no two models have the same.
+
+    That of a run's model has recipe, algorithm and seed.
+    """
     parts = {model: Path(model).parts for model in models}
+    for model, (*above, last) in parts.items():
+        if above and last == checkpoint.FOLDER:
+            parts[model] = (*above[:-3], "/".join(above[-3:]))
     for size in range(1, max(map(len, parts.values()), default=0) + 1):
         names = {model: "/".join(own[-size:]) for model, own in parts.items()}
         if len({*names.values()}) == len(parts):

@@ -299,8 +299,11 @@ def test_models_whose_folders_have_the_same_name_are_told_apart(tmp_path: Path) 
         path.write_text(path.read_text().replace("models/", f"runs/llm/gsm8k/{algo}/seed-0/"))
     write_report(tmp_path, tmp_path / "report")
     text = (tmp_path / "report/report.md").read_text()
-    assert len(cells_of(text, "sft/seed-0/checkpoint")) == 1
-    assert len(cells_of(text, "iw-sft/seed-0/checkpoint")) == 1
+    assert len(cells_of(text, "gsm8k/sft/seed-0")) == 1
+    assert len(cells_of(text, "gsm8k/iw-sft/seed-0")) == 1
+    # So is the only one, which has no other to be told apart from.
+    [row] = evaluation_grid(read_evaluations(tmp_path / "sft")).rows
+    assert row[0] == "gsm8k/sft/seed-0"
 
 
 def test_evaluations_with_other_settings_have_other_names(tmp_path: Path) -> None:
