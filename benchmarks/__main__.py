@@ -76,9 +76,9 @@ def run() -> None:
         raise SystemExit(2)
     import torch
 
-    from benchmarks.runs import hardware
+    from benchmarks.runs import hardware, own_version
 
-    print(f"iwsft {__version__}")
+    print(f"iwsft {own_version()}")
     print(f"python {platform.python_version()} on {platform.platform()}")
     packages = ["torch", "tensordict", "torchrl", "numpy", "h5py", *EXTRAS]
     for package in packages:

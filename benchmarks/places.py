@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
 
-from benchmarks.runs import tell, versions
+from benchmarks.runs import PACKAGES, tell, versions
 from iwsft.extras import require
 
 Cluster = Literal["ray"]
@@ -135,7 +135,7 @@ def _ray_place(jobs: int | None, device: str) -> Iterator[Place]:
         jobs, gpus = share(resources, jobs, device)
         # The sweep tries again, and says so.
         task: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(run_on_node)
-        packages = versions()
+        packages = versions(PACKAGES)
 
         def submit(work: Callable[[Any], Any], item: Any) -> Future[Any]:
             return task.options(name=str(item)).remote(work, item, packages).future()
@@ -149,7 +149,7 @@ def _ray_place(jobs: int | None, device: str) -> Iterator[Place]:
 
 def run_on_node(work: Callable[[Item], Result], item: Item, packages: dict[str, str]) -> Result:
     """Run an item on a node of a cluster, if its packages are those of the command."""
-    own = versions()
+    own = versions(PACKAGES)
     differing = [
         f"{name} {own.get(name)} (not {wanted})"
         for name, wanted in packages.items()

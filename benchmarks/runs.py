@@ -9,21 +9,25 @@ import json
 import os
 import platform
 import re
+import subprocess
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from filelock import FileLock
 
+from iwsft import __version__
 from iwsft.checkpoint import CheckpointError, differences
 from iwsft.files import full_disk_named, write_json
 
 CONFIG, RESULT, VIDEO = "config.json", "result.json", "video.mp4"
-_PACKAGES = ("torch", "tensordict", "torchrl", "gymnasium", "mujoco", "numpy")
+# Packages that decide the numbers of control.
+PACKAGES = ("torch", "tensordict", "torchrl", "gymnasium", "mujoco", "numpy")
 
 
 # A command line with the folder ``out``; something with a ``folder`` of its own.
@@ -140,13 +144,26 @@ def _earlier_config(folder: Path, same: Sequence[str]) -> dict[str, Any] | None:
         raise CheckpointError(f"{problem}; move {folder} away, or choose another --out") from error
 
 
-def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
-    """Versions of Python and of the packages that decide the numbers, where they are installed."""
+def versions(packages: Sequence[str] = ("iwsft", *PACKAGES)) -> dict[str, str]:
+    """Versions of Python and of packages, where they are installed."""
     numbers = {"python": platform.python_version()}
     for name in packages:
         with suppress(PackageNotFoundError):
-            numbers[name] = version(name)
+            numbers[name] = own_version() if name == "iwsft" else version(name)
     return numbers
+
+
+@cache
+def own_version() -> str:
+    """The version of iwsft; in a checkout with the commit, and ``dirty`` where files differ."""
+    root, commit = Path(__file__).parents[1], ""
+    ask = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--exclude=*"]
+    # Without git, or where it refuses the folder, the commit is not known.
+    with suppress(OSError, subprocess.CalledProcessError):
+        if (root / ".git").exists():
+            done = subprocess.run(ask, cwd=root, capture_output=True, text=True, check=True)
+            commit = f"+{done.stdout.strip()}"
+    return f"{__version__}{commit}"
 
 
 def hardware(device: str) -> dict[str, str | int | None]:

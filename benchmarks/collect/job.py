@@ -18,7 +18,7 @@ from benchmarks.collect import policy_file, sac
 from benchmarks.collect.options import RANDOM, Options, env_arguments
 from benchmarks.collect.output import Fields, Output, Parts
 from benchmarks.collect.rollout import Behaviour, Simulator, collect_rollouts, sources_of
-from benchmarks.runs import versions
+from benchmarks.runs import PACKAGES, versions
 from iwsft.acting import check_keys
 from iwsft.checkpoint import CheckpointError, differences
 from iwsft.datasets.write import Provenance
@@ -54,7 +54,7 @@ def run_job(options: Options) -> None:
         return
     if not (options.resume and output.partial.exists()):
         check_free(output, online=options.online is not None)
-    packages = versions() | simulator.versions
+    packages = versions(PACKAGES) | simulator.versions
     provenance = Provenance(simulator.env_id, options.seed, (), packages, simulator.kwargs)
     output.rehearse(simulator.first_step(), provenance)
     with alone_in(output.partial, wait=False):

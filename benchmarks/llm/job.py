@@ -47,7 +47,7 @@ from iwsft.trajectory import DATA_WEIGHT, TRAJ_IDS, lengths
 # Options that say what a recipe prepares.
 _SOURCES = ("model", "data", "eval_data", "eval_share")
 _DataOf = Callable[[Run], TensorDictBase]
-_PACKAGES = ("torch", "tensordict", "torchrl", "transformers", "accelerate", "numpy")
+_PACKAGES = ("iwsft", "torch", "tensordict", "torchrl", "transformers", "accelerate", "numpy")
 
 
 def run_job(options: Options) -> int:

@@ -18,7 +18,7 @@ from benchmarks.collect.__main__ import build_sets, main
 from benchmarks.collect.options import Options, check_options
 from benchmarks.collect.output import Parts
 from benchmarks.collect.rollout import Behaviour, Simulator
-from benchmarks.runs import hardware, versions
+from benchmarks.runs import PACKAGES, hardware, versions
 from iwsft import datasets
 from iwsft.acting import acting
 
@@ -170,7 +170,7 @@ def test_a_set_is_built_checked_and_found(
     monkeypatch.setitem(sets.SETS["hopper-replay"], "sha256", "0" * 64)
     # Other bytes than recorded are an error only if nothing explains them.
     machine = hardware("cpu")
-    made = versions() | versions(["h5py"])
+    made = versions(PACKAGES) | versions(["h5py"])
     made |= {"processor": machine["name"], "instructions": machine["instructions"]}
     monkeypatch.setitem(sets._RECORD, "made-with", made)
     with pytest.raises(SystemExit, match="error: .*not the recorded one, though versions are the"):

@@ -84,7 +84,7 @@ def test_a_run_writes_what_the_report_reads(folder: Path, algo: str, read_json: 
         assert about == ["d4rl", "mine", algo, 0, "Hopper-v4"]
         assert (each["preset"], each["estimator"]) == ("paper", "steps")
         assert {"gymnasium", "mujoco"} <= each["versions"].keys()
-    assert {"python", "torch", "torchrl", "tensordict"} <= config["versions"].keys()
+    assert {"python", "iwsft", "torch", "torchrl", "tensordict"} <= config["versions"].keys()
     assert config["command"].startswith("iwsft d4rl")
     assert config["hardware"]["device"] == "cpu"
     assert config["settings"]["data"] == datasets.load(config["source"]).fingerprint

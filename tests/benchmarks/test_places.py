@@ -22,7 +22,7 @@ from benchmarks.d4rl.options import Options
 from benchmarks.d4rl.run import Run
 from benchmarks.d4rl.train import train_and_score
 from benchmarks.places import run_on_node
-from benchmarks.runs import RESULT, versions
+from benchmarks.runs import PACKAGES, RESULT, versions
 from benchmarks.sweep import RETRIES, Summary, run_all
 from iwsft import metrics
 from iwsft.files import write_json
@@ -224,9 +224,9 @@ def stopped(tmp_path: Path) -> str:
 
 
 def test_a_node_with_other_packages_runs_nothing() -> None:
-    assert run_on_node(len, "item", versions()) == 4
+    assert run_on_node(len, "item", versions(PACKAGES)) == 4
     with pytest.raises(ValueError, match=r"has torch .* \(not 0\.1\); install the same packages"):
-        run_on_node(pytest.fail, "item", {**versions(), "torch": "0.1"})
+        run_on_node(pytest.fail, "item", {**versions(PACKAGES), "torch": "0.1"})
 
 
 def test_no_cluster_at_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,10 @@ from iwsft.language.grading import Grader, Grades, grade
 
 BENCHMARK = "llm-evaluation"
 GRADES = "grades.jsonl"
-_PACKAGES = ("torch", "transformers", "vllm", "math-verify", "sympy", "latex2sympy2_extended")
+_PACKAGES = (
+    *("iwsft", "torch", "transformers", "vllm", "math-verify", "sympy"),
+    "latex2sympy2_extended",
+)
 
 
 def run(options: Options) -> list[dict[str, Any]]:

@@ -45,7 +45,8 @@ def test_files_and_table(
     assert result["questions"] == 7 and result["n"] == 1
     assert 0 <= result["avg_interval"][0] <= result["avg"] <= result["avg_interval"][1] <= 100
     config = json.loads((folder / "config.json").read_text())
-    assert config["versions"]["transformers"] and config["settings"]["max_tokens"] == 40
+    assert config["versions"]["iwsft"] and config["versions"]["transformers"]
+    assert config["settings"]["max_tokens"] == 40
     grades = lines(folder / "grades.jsonl")
     assert [grade["correct"] for grade in grades] == [str(k + 1) for k in range(7)]
 
