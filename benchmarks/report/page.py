@@ -139,7 +139,7 @@ def _control(document: Document, group: Sequence[Cell], missing: Sequence[Record
         document.text(line)
     document.table(
         tables.matrix_grid(group),
-        "Mean scores, D4RL-normalised unless marked; the highest of each dataset is bold.",
+        f"Mean scores, {tables.unit(group)}; the highest of each dataset is bold.",
     )
     _scores(document, group, missing)
     document.section("Missing runs")
@@ -213,7 +213,7 @@ def _scores(document: Document, group: Sequence[Cell], missing: Sequence[Recorde
         "Score of the last policy, never of the best one on the way. Standard deviation and "
         f"interval (95 %, Student's t) are over seeds, for {MIN_SEEDS} or more."
     )
-    caption = "Scores, D4RL-normalised unless a footnote says otherwise."
+    caption = f"Scores, {tables.unit(group)}."
     if any(cell.success_rates.size for cell in group):
         caption += " Success is the share of the episodes in which the environment reports it."
     document.table(grid, caption)

@@ -55,8 +55,15 @@ def published_scores() -> tuple[str, list[PublishedTable]]:
 
 def score_table(runs: Sequence[RecordedRun]) -> Group:
     """Table of the scores of the last policies, for the terminal."""
-    grid = score_grid(scores.cells(runs))
-    return grid.rich("Last scores, D4RL-normalised unless marked", (SUCCESS_INTERVAL, CPU_SECONDS))
+    group = scores.cells(runs)
+    title = f"Last scores, {unit(group)}"
+    return score_grid(group).rich(title, (SUCCESS_INTERVAL, CPU_SECONDS))
+
+
+def unit(group: Sequence[Cell]) -> str:
+    """What the scores of a table are, for its title; a note marks returns beside other scores."""
+    alone = all(cell.score_key == scores.RETURN for cell in group)
+    return "mean returns" if alone else "D4RL-normalised unless marked"
 
 
 def score_grid(group: Sequence[Cell], missing: Sequence[RecordedRun] = ()) -> Grid:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from benchmarks.report.aggregates import aggregate
 from benchmarks.report.figures import draw_scores
+from benchmarks.report.page import write_report
 from benchmarks.report.scores import cells, dataset_label
 from benchmarks.report.tables import matrix_grid, score_grid, score_table
 from benchmarks.results import CONTROL, read_runs
@@ -130,6 +131,19 @@ def test_runs_of_other_data_or_units_are_another_dataset(
     found = {(cell.dataset, cell.algo): cell.mean for cell in cells(read_runs(tmp_path, CONTROL))}
     expected = {("hopper-a", "bc"): 11.0, ("hopper-a", "sft"): 20.0, (name, "iql"): mean}
     assert found == expected
+
+
+@pytest.mark.parametrize("score", [None, 1.0])
+def test_titles_name_the_unit_of_the_scores(
+    tmp_path: Path, make_run: MakeRun, score: float | None
+) -> None:
+    make_run(tmp_path, "mine", "bc", 0, None)
+    make_run(tmp_path, "hopper-a", "bc", 0, score)
+    title = score_table(read_runs(tmp_path, CONTROL)).renderables[0]
+    page = write_report(tmp_path, tmp_path / "report").page.with_name("report.md").read_text()
+    for text in (str(title), page):
+        assert ("cores, D4RL-normalised unless marked" in text) == (score is not None)
+        assert ("cores, mean returns" in text) == (score is None)
 
 
 def test_table_numbers(runs: Path, scores_of_runs: Scores) -> None:
