@@ -50,8 +50,9 @@ class RecordedRun:
     """A run on disk. ``result``, ``config`` and ``metrics`` are empty where the file is missing.
 
     ``variant`` names the folders between the folder that was read and the benchmark's, such as
-    ``authors`` of ``runs/authors/d4rl/...``; it is empty for ``runs/d4rl/...``. Its files tell
-    dataset, algorithm and seed; where they are damaged, the folder's name does.
+    ``authors`` of ``runs/authors/d4rl/...``, or further ones below that; it is empty for
+    ``runs/d4rl/DATASET/ALGO/...``. Its files tell dataset, algorithm and seed; where they are
+    damaged, the folder's name does.
     """
 
     folder: Path
@@ -161,7 +162,11 @@ def _read_all(root: Path, benchmark: str) -> Iterator[RecordedRun]:
         yield from _read_records(root, benchmark)
         return
     for folder, (kind, dataset, algo, number) in _folders(root).items():
-        parts = folder.relative_to(root).parts[:-4]
+        *above, home = folder.relative_to(root).parts[:-3] or ("",)
+        if home != kind and kind in above:
+            # Folders are between that of the benchmark and the run's own.
+            own = (kind, dataset, algo)
+            above = [part for part in folder.relative_to(root).parts[:-1] if part not in own]
         result, config = dict[str, Any](), dict[str, Any]()
         rows, damage = list[dict[str, float]](), ""
         try:
@@ -184,7 +189,7 @@ def _read_all(root: Path, benchmark: str) -> Iterator[RecordedRun]:
             if kind in {CONTROL, LANGUAGE} - {benchmark}:
                 continue
             result, config, rows, damage = {}, {}, [], one_line(error)
-        variant = printable("/".join(parts))
+        variant = printable("/".join(above))
         names = _names(benchmark, variant, printable(dataset), printable(algo))
         yield RecordedRun(folder, variant, *names, number, result, config, rows, damage)
 

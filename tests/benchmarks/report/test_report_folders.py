@@ -73,6 +73,17 @@ def test_folders_above_the_benchmark_are_variants(runs: Path, make_run: MakeRun)
     ]
 
 
+@pytest.mark.parametrize("place", ["d4rl/old/hopper-a/sft-q", "d4rl/hopper-a/sft-q/old"])
+def test_further_folders_below_the_benchmark_are_variants_too(
+    tmp_path: Path, make_run: MakeRun, place: str
+) -> None:
+    folder = make_run(tmp_path, "hopper-a", "sft-q", 0, 99.0)
+    (tmp_path / place).mkdir(parents=True)
+    folder.rename(tmp_path / place / "seed-0")
+    (run,) = read_runs(tmp_path, CONTROL)
+    assert (run.dataset, run.algo, run.variant) == ("hopper-a", "old/sft-q", "old")
+
+
 def test_a_part_of_the_tree_can_be_read(runs: Path) -> None:
     assert [run.algo for run in read_runs(runs / "d4rl/hopper-a/sft-q", CONTROL)] == ["sft-q"] * 3
 
